@@ -1,0 +1,17 @@
+"""The default: scikit-learn's 1,797 handwritten digits, 8×8 pixels resized to 28×28, with the tutorial's CNN."""
+
+from imgclf_jax.config import ConfigDict, default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.total = "20 epochs"
+    config.data.source = "digits"
+    config.preprocess = "decode(1)|resize(28)"
+    config.augment = "pad_crop(2)|normalize"
+    config.model = "cnn"
+    config.schedule = "cosine(2e-3, warmup='1 epochs')"
+    config.log_every = "1 epochs"
+    config.eval_every = "5 epochs"
+    config.checkpoint_every = "5 epochs"
+    return config

@@ -1,0 +1,17 @@
+"""MNIST through TFDS with the Keras example's network and hyper-parameters: Adam 1e-3, batch 32, 5 epochs."""
+
+from imgclf_jax.config import ConfigDict, default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.total = "5 epochs"
+    config.batch_size = 32
+    config.data.source = "tfds('mnist')"
+    config.preprocess = "decode(1)"
+    config.augment = "normalize"
+    config.model = "cnn(widths=(32, 64), hidden=64)"
+    config.optimizer = "adam(eps=1e-7)"
+    config.schedule = "constant(1e-3)"
+    config.log_every = "100 steps"
+    return config

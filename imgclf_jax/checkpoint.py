@@ -1,0 +1,145 @@
+"""Checkpoints: Orbax saves asynchronously and renames atomically; this module adds a checksum and a way back.
+
+A checkpoint holds the train state and the sums of the metrics window it fell into, so that a resumed run logs what
+an uninterrupted one does.
+"""
+
+import functools
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from imgclf_jax import tree
+from imgclf_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_checksum = jax.jit(tree.checksum)
+
+
+class Checkpoints:
+    """The checkpoints in `directory`: the latest `keep`, and the best one by the metric `best` ("" for none)."""
+
+    def __init__(self, directory: Path, keep: int = 2, best: str = "", read_only: bool = False):
+        self.directory = directory.resolve()
+        self.best = best
+        self._read_only = read_only
+        # A loss is best when low, every other metric when high.
+        self._sign = -1.0 if best.endswith("loss") else 1.0
+        policy: list[Any] = [policies.LatestN(keep)]
+        if best:
+            keep_best = policies.BestN(get_metric_fn=self._value, n=1, keep_checkpoints_without_metrics=False)
+            policy.append(keep_best)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(policy),
+            best_fn=self._value if best else None,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def _value(self, metrics: Mapping[str, float]) -> float:
+        return self._sign * metrics[self.best] if self.best in metrics else -float("inf")
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint by the metric; None where no metric is set or none was recorded."""
+        if not self.best:
+            return None
+        scored = [(self._value(m), step) for step in self.steps() if (m := self._manager.metrics(step))]
+        return max(scored)[1] if scored else None
+
+    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
+        """Starts saving `state`, a pytree of arrays, as the checkpoint of `step`; returns before it is on disk.
+
+        The state may be donated to the next step at once. Raises UserError where this save, or the one before it,
+        cannot be written.
+        """
+        if step in self._manager.all_steps():
+            return
+        content = {"state": state, "checksum": _checksum(state)}
+        self._attempt(self._manager.save, step, args=ocp.args.StandardSave(content), metrics=dict(metrics or {}))
+
+    def wait(self) -> None:
+        """Returns when every save is on disk; UserError where one failed."""
+        self._attempt(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Waits and lets go of the directory."""
+        self.wait()
+        self._manager.close()
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The state saved at `step`; `like` is a pytree of `jax.ShapeDtypeStruct` with shardings.
+
+        The sharding may be over another number of devices than the one that saved. Raises UserError for a damaged
+        checkpoint and for one of another model.
+        """
+        checksum = jax.eval_shape(tree.checksum, like)
+        sharding = jax.tree.leaves(like)[0].sharding
+        target = {"state": like, "checksum": jax.ShapeDtypeStruct(checksum.shape, checksum.dtype, sharding=sharding)}
+        try:
+            content = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+        except Exception as e:  # Orbax and TensorStore raise many kinds, for damage and for other shapes alike
+            raise UserError(f"checkpoint {self.directory / str(step)} cannot be read: {_first_line(e)}") from e
+        if int(_checksum(content["state"])) != int(content["checksum"]):
+            raise UserError(f"checkpoint {self.directory / str(step)} is damaged: its checksum does not match")
+        return content["state"]
+
+    def restore_latest(self, like: Any) -> tuple[int, Any] | None:
+        """(step, state) of the latest checkpoint that can be read; None where there is no checkpoint at all.
+
+        Each damaged one is reported and, unless read-only, moved to `damaged/` beside the checkpoints. Raises
+        UserError where checkpoints exist and none can be read: most likely they belong to another model.
+        """
+        steps = self.steps()
+        errors = []
+        for step in reversed(steps):
+            try:
+                state = self.restore(step, like)
+            except UserError as e:
+                errors.append((step, e))
+                continue
+            for bad_step, error in errors:
+                self._set_aside(bad_step, error, step)
+            return step, state
+        if errors:
+            raise UserError(
+                f"none of the checkpoints {steps} in {self.directory} can be read; the latest: {errors[0][1]}"
+            )
+        return None
+
+    def _set_aside(self, step: int, error: UserError, used: int) -> None:
+        if self._read_only:
+            log.warning("%s; the checkpoint of step %d is used", error, used)
+            return
+        target = self.directory.parent / "damaged" / str(step)
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(exist_ok=True)
+        (self.directory / str(step)).rename(target)
+        self._manager.reload()
+        log.warning("%s; it was moved to %s and the checkpoint of step %d is used", error, target, used)
+
+    def _attempt(self, function: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            functools.partial(function, *args, **kwargs)()
+        except Exception as e:  # a full or failing disk surfaces as OSError, ValueError or a TensorStore status
+            good = [s for s in self._manager.all_steps() if (self.directory / str(s)).is_dir()]
+            kept = f"the last good one is of step {max(good)}" if good else "there is none before it"
+            raise UserError(
+                f"a checkpoint could not be saved in {self.directory}: {_first_line(e)}; {kept}; free some space or "
+                "mend the disk and run the same command again"
+            ) from e
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

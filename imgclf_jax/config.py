@@ -1,0 +1,191 @@
+"""The configuration: every key, its default, its documentation, and the notation for durations.
+
+A config file imports this module alone: `get_config()` starts from `default_config()` and changes what differs.
+"""
+
+import difflib
+import importlib.util
+import json
+import math
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from imgclf_jax.errors import UserError, unknown
+
+# Key → (default, what it means). The default's type is the key's type.
+KEYS: dict[str, tuple[Any, str]] = {
+    "seed": (0, "The number from which every random draw derives; 0 to 2**32 - 1."),
+    "total": ("20 epochs", "How long to train: 'N epochs', 'N steps' or 'N examples' (5k, 1M)."),
+    "batch_size": (128, "Examples a step, over all devices and hosts; divisible by the number of devices."),
+    "precision": ("float32", "What layers compute in: 'float32' or 'bfloat16'. Parameters and logits stay float32."),
+    "deterministic": (True, "Ask XLA for deterministic GPU kernels, so that a repeated run gives the same bits."),
+    "data.source": ("digits", "digits, tfds('name'), folder('path'), arrays('file.npz') or fake(n, shape, classes)."),
+    "data.train": ("train", "The split to train on, in TFDS syntax: 'train[:90%]', 'train[1000:]+extra'."),
+    "data.eval": ({"test": "test"}, "The splits to evaluate, a name for each: {'val': 'train[90%:]', 'test': 'test'}."),
+    "data.data_dir": ("", "Where TFDS keeps prepared data, a bucket too; empty: ~/tensorflow_datasets."),
+    "data.manual_dir": ("", "Original files already downloaded, for machines without a network (TFDS)."),
+    "data.placement": ("host", "'host' streams batches; 'device' keeps the whole uint8 set on the accelerator."),
+    "data.threads": (0, "Threads that decode images; 0: one for each core. Batches do not depend on it."),
+    "preprocess": ("decode(3)", "Host ops, bytes to a fixed-shape uint8 image, for training."),
+    "preprocess_eval": ("", "Host ops for evaluation and prediction; empty: as `preprocess`."),
+    "augment": ("", "Device ops on the batch; those that draw at random are left out in evaluation. Scaled to [0, 1]."),
+    "model": ("cnn", "The backbone, images to features: cnn, mlp, rnn, or an import path."),
+    "loss": ("softmax", "softmax(label_smoothing=0.0), or an import path."),
+    "optimizer": ("adam", "An optax optimizer by its own name, without its learning rate: 'adamw(weight_decay=1e-4)'."),
+    "schedule": ("constant(1e-3)", "The learning rate: constant, cosine, linear, one_cycle or step, each with warmup."),
+    "clip": (0.0, "The greatest global norm of the gradient; 0: not clipped."),
+    "log_every": ("50 steps", "How often training metrics are written; empty: never."),
+    "eval_every": ("1 epochs", "How often all of `data.eval` is evaluated; empty: at the end only."),
+    "checkpoint_every": ("1 epochs", "How often a checkpoint is saved; empty: at the end only."),
+    "checkpoint.keep": (2, "How many of the latest checkpoints are kept."),
+    "checkpoint.best": ("", "A metric, such as 'val/accuracy' (or 'val/loss'), whose best checkpoint is kept as well."),
+}
+
+# Keys that say where things are and not what is computed: a run may be resumed with other values of these.
+LOCATION_KEYS = ("data.data_dir", "data.manual_dir", "data.placement", "data.threads")
+
+
+def default_config() -> ConfigDict:
+    """All keys at their defaults, types locked, unknown keys refused."""
+    config = ConfigDict()
+    for key, (default, _) in KEYS.items():
+        *parents, leaf = key.split(".")
+        node = config
+        for parent in parents:
+            if parent not in node:
+                node[parent] = ConfigDict()
+            node = node[parent]
+        node[leaf] = ConfigDict(default) if isinstance(default, dict) else default
+    return config.lock()
+
+
+def load_file(path_and_arg: str) -> ConfigDict:
+    """The config that `get_config` of a file gives; `path.py:arg` passes `arg` to it."""
+    path, _, arg = path_and_arg.partition(":")
+    if not Path(path).is_file():
+        near = difflib.get_close_matches(Path(path).name, [p.name for p in Path(path).parent.glob("*.py")], n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise UserError(f"no config file {path!r}{hint}")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        config = module.get_config(arg) if arg else module.get_config()
+    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError) as e:
+        raise UserError(f"config file {path}: {type(e).__name__}: {str(e).splitlines()[0]}") from e
+    check_keys(config, path)
+    return config.lock()
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """`{"data.source": …}` for every key; `data.eval` stays one value, a dict of split names."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, node: Any) -> None:
+        for name, value in node.items():
+            key = f"{prefix}{name}"
+            if isinstance(value, ConfigDict) and key not in KEYS:
+                walk(key + ".", value)
+            else:
+                flat[key] = value.to_dict() if isinstance(value, ConfigDict) else value
+
+    walk("", config)
+    return flat
+
+
+def check_keys(config: ConfigDict, where: str) -> None:
+    """Raises UserError for a key that does not exist, or one that is missing."""
+    flat = flatten(config)
+    for key in flat:
+        if key not in KEYS:
+            raise UserError(f"{where}: " + unknown("config key", key, KEYS))
+    if missing := [key for key in KEYS if key not in flat]:
+        raise UserError(f"{where}: missing config keys {', '.join(missing)}; start from default_config()")
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError for values that no run could use. Specs are checked where they are built."""
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed={config.seed}: allowed are 0 to 2**32 - 1")
+    for key, least in (("batch_size", 1), ("checkpoint.keep", 1), ("data.threads", 0), ("clip", 0)):
+        if flatten(config)[key] < least:
+            raise UserError(f"{key}={flatten(config)[key]}: must be {least} or more")
+    for key, allowed in (("precision", ("float32", "bfloat16")), ("data.placement", ("host", "device"))):
+        if (value := flatten(config)[key]) not in allowed:
+            raise UserError(unknown(key, value, allowed))
+    for key in ("log_every", "eval_every", "checkpoint_every"):
+        period(config[key], key, 1000, 10, 10)
+    steps = period(config.total, "total", 1000, 10)
+    if steps is None or steps <= 0:
+        raise UserError(f"total={config.total!r}: must be a duration above zero, such as '5 epochs'")
+    if config.checkpoint.best and config.checkpoint.best.partition("/")[0] not in config.data.eval:
+        allowed = [f"{name}/{metric}" for name in config.data.eval for metric in ("accuracy", "loss")]
+        raise UserError(unknown("metric in checkpoint.best", config.checkpoint.best, allowed))
+
+
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kM]?)\s*(epochs?|steps?|examples?|%)\s*")
+
+
+def period(text: str, key: str, examples: int, batch_size: int, total: int | None = None) -> Fraction | None:
+    """Steps in a duration such as '5 epochs', '2000 steps', '10%' (of `total`) or '1M examples', as a fraction.
+
+    `examples` is the size of the training split. An event with period p happens at each step ceil(k * p), k = 1,
+    2, …, so epochs that hold no whole number of batches drift nowhere. Empty text is None: never.
+    """
+    if not text.strip():
+        return None
+    match = _DURATION.fullmatch(text)
+    if not match or (match[3] == "%" and total is None):
+        raise UserError(
+            f"{key}={text!r} is not a duration; write '5 epochs', '2000 steps', '1M examples'"
+            + ("" if total is None else " or '10%' (of the total)")
+        )
+    number = Fraction(match[1]) * {"": 1, "k": 1000, "M": 1_000_000}[match[2]]
+    per_unit = {
+        "e": Fraction(examples, batch_size) if match[3].startswith("ep") else Fraction(1, batch_size),
+        "s": Fraction(1),
+        "%": Fraction(total or 0, 100),
+    }[match[3][0]]
+    if number == 0:
+        raise UserError(f"{key}={text!r}: must be above zero" + ("" if total is None else ", or empty for never"))
+    return number * per_unit
+
+
+def steps(text: str, key: str, examples: int, batch_size: int, total: int | None = None) -> int:
+    """`period`, rounded up to whole steps; 0 for the empty text."""
+    fraction = period(text, key, examples, batch_size, total)
+    return math.ceil(fraction) if fraction is not None else 0
+
+
+def is_due(step: int, every: Fraction | None) -> bool:
+    """Whether an event of period `every` falls on `step`: whether ceil(k * every) == step for a whole k ≥ 1."""
+    return every is not None and step // every > (step - 1) // every
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as indented JSON, nested as its keys are."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str, where: str) -> ConfigDict:
+    """The config that `to_json` wrote; tuples come back as they were, and other keys than KEYS are refused."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{where} is not JSON ({e}); restore it from a backup, or train into a new --workdir") from e
+    config = ConfigDict(values)
+    check_keys(config, where)
+    return config.lock()
+
+
+def difference(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """A line for each key, other than those that only say where data lie, whose value differs."""
+    a, b = flatten(old), flatten(new)
+    keys = [k for k in KEYS if k not in LOCATION_KEYS and a[k] != b[k]]
+    return [f"{key}: {a[key]!r} → {b[key]!r}" for key in keys]

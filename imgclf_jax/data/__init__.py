@@ -1,0 +1,1 @@
+"""Images from disk to device: sources, host ops, the pure stream, device ops."""

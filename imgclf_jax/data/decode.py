@@ -1,0 +1,154 @@
+"""Host ops: encoded bytes to a fixed-shape uint8 image, one image at a time.
+
+An op is a function whose first argument is the image, uint8[h, w, c]; one that draws at random takes a NumPy
+generator `rng` before it. Pillow decodes and resizes: one implementation for training, evaluation and prediction.
+"""
+
+import functools
+import io
+import math
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from imgclf_jax import spec
+from imgclf_jax.errors import UserError
+
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+def decode(image: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
+    """Bytes in any format that Pillow reads, or uint8[h, w, c], to uint8[h, w, channels]; channels is 1, 3 or 4.
+
+    The EXIF orientation is applied, the first frame of an animation taken, alpha dropped unless channels is 4, the
+    high byte of 16-bit grey kept. Colour to grey is ITU-R 601 luma. Raises UserError for bytes that do not decode.
+    """
+    if channels not in _MODES:
+        raise UserError(f"decode(channels={channels}): allowed: 1, 3, 4")
+    if isinstance(image, np.ndarray):
+        if image.shape[-1] == channels:
+            return image
+        picture = _to_picture(image)
+    else:
+        try:
+            picture = Image.open(io.BytesIO(image))
+            picture = ImageOps.exif_transpose(picture)
+            picture.load()
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
+            reason = "is not in an image format" if "cannot identify" in str(e) else f"does not decode: {e}"
+            raise UserError(f"the image {reason}") from e
+    if picture.mode.startswith("I"):  # 16 bits a pixel, which convert("L") would clip instead of scale
+        deep = np.asarray(picture).astype(np.int64)
+        if deep.min() < 0 or deep.max() > 65535:
+            raise UserError("the image has more than 16 bits a channel; save it with 8 or 16")
+        picture = Image.fromarray((deep >> 8).astype(np.uint8))
+    elif picture.mode == "F":
+        raise UserError("the image holds floating-point values of unknown range; save it with 8 or 16 bits a channel")
+    if picture.mode == "P":  # a palette may hold colour and alpha
+        picture = picture.convert("RGBA")
+    if picture.mode != _MODES[channels]:
+        picture = picture.convert(_MODES[channels])
+    out = np.asarray(picture)
+    return out[..., None] if out.ndim == 2 else out
+
+
+def _to_picture(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def resize(image: np.ndarray, height: int, width: int = 0, method: str = "bilinear") -> np.ndarray:
+    """Resizes to (height, width), or (height, height); the filter is widened when shrinking (antialiased).
+
+    `method` is nearest, bilinear, bicubic or lanczos, as Pillow defines them.
+    """
+    if method not in _FILTERS:
+        raise UserError(f"resize(method={method!r}): allowed: {', '.join(_FILTERS)}")
+    size = (height, width or height)
+    if image.shape[:2] == size:
+        return image
+    out = np.asarray(_to_picture(image).resize(size[::-1], _FILTERS[method]))
+    return out[..., None] if out.ndim == 2 else out
+
+
+def resize_small(image: np.ndarray, size: int, method: str = "bilinear") -> np.ndarray:
+    """Resizes so that the shorter side is `size`, keeping the aspect ratio (the longer side rounded)."""
+    h, w = image.shape[:2]
+    scale = size / min(h, w)
+    return resize(image, max(size, round(h * scale)), max(size, round(w * scale)), method)
+
+
+def central_crop(image: np.ndarray, height: int, width: int = 0) -> np.ndarray:
+    """The central (height, width), or (height, height); of an odd margin the smaller half is above and left."""
+    h, w = image.shape[:2]
+    width = width or height
+    if height > h or width > w:
+        raise UserError(f"central_crop({height}, {width}) of an image of {h} by {w}; resize it first")
+    top, left = (h - height) // 2, (w - width) // 2
+    return image[top : top + height, left : left + width]
+
+
+def random_resized_crop(
+    rng: np.random.Generator,
+    image: np.ndarray,
+    height: int,
+    width: int = 0,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    method: str = "bilinear",
+) -> np.ndarray:
+    """A crop of random area and aspect ratio, resized to (height, width) (Szegedy et al. 2014, arXiv:1409.4842).
+
+    The area is uniform in `scale` (of the image's), the ratio w / h log-uniform in `ratio`; after ten draws that do
+    not fit, the largest central crop within `ratio`.
+    """
+    h, w = image.shape[:2]
+    for _ in range(10):
+        area = h * w * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        crop_h, crop_w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < crop_h <= h and 0 < crop_w <= w:
+            top, left = rng.integers(0, h - crop_h + 1), rng.integers(0, w - crop_w + 1)
+            break
+    else:
+        crop_w = min(w, round(h * ratio[1])) if w / h > ratio[1] else w
+        crop_h = min(h, round(w / ratio[0])) if w / h < ratio[0] else h
+        top, left = (h - crop_h) // 2, (w - crop_w) // 2
+    return resize(image[top : top + crop_h, left : left + crop_w], height, width or height, method)
+
+
+HOST_OPS: dict[str, Callable] = {
+    "decode": decode,
+    "resize": resize,
+    "resize_small": resize_small,
+    "central_crop": central_crop,
+    "random_resized_crop": random_resized_crop,
+}
+
+HostOps = Callable[[bytes | np.ndarray, Callable[[], np.random.Generator]], np.ndarray]
+
+
+def build(text: str) -> tuple[HostOps, bool]:
+    """The function (image, make_rng) → uint8[h, w, c] that a spec of host ops names, and whether it draws at random.
+
+    `make_rng()` gives the example's generator; it is called once, and only where an op draws.
+    """
+    calls = spec.parse(text)
+    if not calls or calls[0].name != "decode":
+        raise UserError(f"preprocess={text!r}: the first op must be decode(channels)")
+    ops = [spec.bind(call, HOST_OPS, "host op", given=("rng", "image")) for call in calls]
+    draws = [spec.takes(op.func, "rng") for op in ops]
+
+    def apply(image: bytes | np.ndarray, make_rng: Callable[[], np.random.Generator]) -> np.ndarray:
+        rng = functools.cache(make_rng)
+        for op, random in zip(ops, draws, strict=True):
+            image = op(rng(), image) if random else op(image)
+        return np.asarray(image)
+
+    return apply, any(draws)

@@ -1,0 +1,232 @@
+"""Sources: random access to examples, with no order and no state of their own.
+
+A source is any object with `len(source)`, `source.read(ids)`, `source.class_names` and `source.fingerprint()`. A
+source spec names a function that gives `{base split name: source}`; TFDS's split syntax then works on all of them.
+"""
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from imgclf_jax import spec
+from imgclf_jax.data import splits
+from imgclf_jax.data.folder import folder
+from imgclf_jax.errors import UserError
+
+Examples = dict[str, Any]  # {"image": uint8[n, h, w, c] or a list of bytes or arrays, "label": i32[n]}
+
+
+class Source(Protocol):
+    """What the stream asks of a source."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, ids: np.ndarray) -> Examples:
+        """The examples with these ids, int64[n] in [0, len), in their order, in one call."""
+
+    def fingerprint(self) -> str:
+        """A hex digest that changes when the examples or their order do."""
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Examples in memory: images uint8[n, h, w, c], labels i32[n]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, ids: np.ndarray) -> Examples:
+        return {"image": self.images[ids], "label": self.labels[ids]}
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(str((self.images.shape, self.class_names)).encode())
+        digest.update(np.ascontiguousarray(self.images).tobytes())
+        digest.update(np.ascontiguousarray(self.labels).tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class FakeSource:
+    """Noise over a brightness that tells the class, each pixel a hash of (example, place): learnable, no storage."""
+
+    n: int
+    shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    offset: int
+
+    def __len__(self) -> int:
+        return self.n
+
+    def read(self, ids: np.ndarray) -> Examples:
+        labels = (ids % len(self.class_names)).astype(np.int32)  # [n]
+        size = int(np.prod(self.shape))
+        place = (ids.astype(np.uint64)[:, None] + np.uint64(self.offset)) * np.uint64(size)
+        x = (place + np.arange(size, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)  # wraps modulo 2**64
+        x = (x ^ (x >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
+        noise = (x >> np.uint64(57)).astype(np.float32)  # [n, h * w * c], 0 to 127
+        level = labels[:, None] * np.float32(128 / max(1, len(self.class_names) - 1))
+        return {"image": (noise + level).clip(0, 255).astype(np.uint8).reshape(-1, *self.shape), "label": labels}
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr(self).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class TfdsSource:
+    """A TFDS split prepared as ArrayRecord: encoded images, read by id."""
+
+    data_source: Sequence[Any]
+    class_names: tuple[str, ...]
+    identity: str
+
+    def __len__(self) -> int:
+        return len(self.data_source)
+
+    def read(self, ids: np.ndarray) -> Examples:
+        records = self.data_source.__getitems__(ids.tolist())  # type: ignore[attr-defined]
+        labels = np.array([r["label"] for r in records], np.int32)
+        return {"image": [r["image"] for r in records], "label": labels}
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.identity.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class SplitSource:
+    """Some parts of base splits, one after the other, as one source."""
+
+    parts: tuple[tuple[Source, int, int], ...]  # (source, start, stop)
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        return np.cumsum([0] + [stop - start for _, start, stop in self.parts])
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.parts[0][0].class_names
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def read(self, ids: np.ndarray) -> Examples:
+        if len(self.parts) == 1:
+            source, start, _ = self.parts[0]
+            return source.read(ids + start)
+        which = np.searchsorted(self.starts, ids, side="right") - 1
+        images: list[Any] = [None] * len(ids)
+        labels = np.zeros(len(ids), np.int32)
+        for p, (source, start, _) in enumerate(self.parts):
+            places = np.flatnonzero(which == p)
+            if places.size:
+                examples = source.read(ids[places] - self.starts[p] + start)
+                labels[places] = examples["label"]
+                for place, image in zip(places, examples["image"], strict=True):
+                    images[place] = image
+        return {"image": images, "label": labels}
+
+    def name(self, i: int) -> str:
+        """What an example is called in error messages: its file, where there is one."""
+        p = int(np.searchsorted(self.starts, i, side="right")) - 1
+        source, start, _ = self.parts[p]
+        return getattr(source, "name", "example {}".format)(int(i - self.starts[p] + start))
+
+    def fingerprint(self) -> str:
+        whole = [(source.fingerprint(), start, stop) for source, start, stop in self.parts]
+        return hashlib.sha256(repr(whole).encode()).hexdigest()
+
+
+def digits() -> dict[str, Source]:
+    """scikit-learn's 1,797 handwritten digits, uint8[8, 8, 1]; 360 of them, stratified by class, are `test`."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    images = np.round(data.images * (255 / 16)).astype(np.uint8)[..., None]  # [1797, 8, 8, 1]
+    labels = data.target.astype(np.int32)
+    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    names = tuple(str(n) for n in data.target_names)
+    return {
+        "train": ArraySource(images[train], labels[train], names),
+        "test": ArraySource(images[test], labels[test], names),
+    }
+
+
+def arrays(path: str) -> dict[str, Source]:
+    """An .npz file with `x_NAME` uint8[n, h, w(, c)] and `y_NAME` int[n] for each split, as Keras's mnist.npz has.
+
+    `class_names`, where the file holds it, names the classes; otherwise they are numbered.
+    """
+    try:
+        with np.load(path) as file:
+            data = dict(file)
+    except (OSError, ValueError) as e:
+        raise UserError(f"arrays: cannot read {path!r} as an .npz file: {e}") from e
+    names = [key[2:] for key in data if key.startswith("x_") and f"y_{key[2:]}" in data]
+    if not names:
+        raise UserError(f"arrays: {path} holds {sorted(data)}; expected x_NAME and y_NAME, such as x_train and y_train")
+    classes = 1 + max(int(data[f"y_{name}"].max()) for name in names)
+    class_names = tuple(str(c) for c in data.get("class_names", np.arange(classes)))
+    out: dict[str, Source] = {}
+    for name in names:
+        x, y = data[f"x_{name}"], data[f"y_{name}"].reshape(-1)
+        x = x[..., None] if x.ndim == 3 else x
+        if x.dtype != np.uint8 or x.ndim != 4 or len(x) != len(y):
+            raise UserError(f"arrays: in {path}, x_{name} is {x.dtype}{list(x.shape)} for {len(y)} labels; "
+                            "expected uint8[n, h, w] or uint8[n, h, w, c]")  # fmt: skip
+        if y.min() < 0 or y.max() >= len(class_names):
+            raise UserError(f"arrays: in {path}, y_{name} lies outside the {len(class_names)} classes")
+        out[name] = ArraySource(x, y.astype(np.int32), class_names)
+    return out
+
+
+def fake(n: int = 1024, shape: tuple[int, int, int] = (28, 28, 1), classes: int = 10) -> dict[str, Source]:
+    """Made-up examples for tests and timings: `train` and `test`, n of each."""
+    names = tuple(str(c) for c in range(classes))
+    return {"train": FakeSource(n, tuple(shape), names, 0), "test": FakeSource(n, tuple(shape), names, n)}
+
+
+def tfds(name: str, data_dir: str = "", manual_dir: str = "") -> dict[str, Source]:
+    """A TensorFlow data set by its TFDS name ('mnist', 'imagenet2012:5.1.0'), prepared as ArrayRecord at first use.
+
+    `manual_dir` holds the original files, for machines without a network.
+    """
+    from imgclf_jax.data.prepare import prepare_tfds
+
+    builder, data_sources = prepare_tfds(name, data_dir, manual_dir)
+    label = builder.info.features["label"]
+    out: dict[str, Source] = {}
+    for split, data_source in data_sources.items():
+        info = builder.info.splits[split]
+        identity = f"{builder.info.full_name} {split} {info.num_examples} {info.num_bytes}"
+        out[split] = TfdsSource(data_source, tuple(label.names), identity)
+    return out
+
+
+SOURCES = {"digits": digits, "tfds": tfds, "folder": folder, "arrays": arrays, "fake": fake}
+
+
+def open_splits(text: str, data_dir: str = "", manual_dir: str = "") -> dict[str, Source]:
+    """The base splits of the source that a spec names; raises UserError with the mend for data that is not there."""
+    make = spec.bind(spec.parse_one(text), SOURCES, "source")
+    if make.func is tfds:
+        make = functools.partial(make, **{"data_dir": data_dir, "manual_dir": manual_dir} | make.keywords)
+    return make()
+
+
+def take_split(base: dict[str, Source], text: str) -> Source:
+    """The examples of a split such as `train[:90%]+extra`."""
+    parts = splits.resolve(text, {name: len(source) for name, source in base.items()})
+    if len(parts) == 1 and (parts[0].start, parts[0].stop) == (0, len(base[parts[0].name])):
+        return base[parts[0].name]
+    return SplitSource(tuple((base[p.name], p.start, p.stop) for p in parts))

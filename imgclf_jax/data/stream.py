@@ -1,0 +1,201 @@
+"""The pure stream: (seed, step) → example ids → batch, and the padded, masked evaluation batches.
+
+No iterator has state worth saving: to resume at a step is to begin there, and a batch is the same on any number of
+hosts, threads or restarts.
+"""
+
+import concurrent.futures
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from imgclf_jax import rng
+from imgclf_jax.data import decode
+from imgclf_jax.data.sources import Source
+from imgclf_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+_ROUNDS = 6
+_CACHE_BYTES = 1 << 30  # Decoded sets up to this size are decoded once and held in memory.
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64 (Steele et al. 2014): a bijection of uint64 whose every bit depends on every bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(x: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
+    """The image of each x, int64[b], under the permutation of [0, n) that its key, uint64[b] or uint64[1], names.
+
+    A Feistel network over Z_a × Z_a, a = ceil(sqrt(n)), walked until it lands below n (Black and Rogaway 2002,
+    "Ciphers with arbitrary finite domains"): any element costs the same, and nothing of size n is made.
+    """
+    a = np.uint64(max(16, math.isqrt(n - 1) + 1))
+    keys = [_mix(key + np.uint64(r)) for r in range(_ROUNDS)]
+    out = x.astype(np.uint64)
+    todo = np.arange(out.size)
+    while todo.size:
+        left, right = np.divmod(out[todo], a)
+        for k in keys:
+            left, right = right, (left + _mix(right + (k if k.size == 1 else k[todo]))) % a
+        out[todo] = left * a + right
+        todo = todo[out[todo] >= n]
+    return out.astype(np.int64)
+
+
+def example_ids(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
+    """The ids int64[batch_size] of the examples in the batch at `step`, of n examples.
+
+    Global position g = step * batch_size + i, epoch g // n, and the id is the place of g % n in a permutation keyed
+    by (seed, epoch). So every epoch is an exact permutation, whatever the batch size, and any step costs the same.
+    """
+    return position_ids(seed, np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64), n)
+
+
+def position_ids(seed: int, positions: np.ndarray, n: int) -> np.ndarray:
+    """The ids at consecutive global stream positions, both int64[b]."""
+    epoch, place = np.divmod(positions, n)
+    if epoch[0] == epoch[-1]:
+        epoch = epoch[:1]  # one key for all
+    key = _mix(np.uint64((seed << 32) | rng.name_hash("order")) + _mix(epoch.astype(np.uint64)))
+    return permute(place, n, key)
+
+
+class Images:
+    """A source seen through its host ops: ids to fixed-shape uint8 images.
+
+    Where the ops draw nothing at random and the decoded set is at most 1 GiB, each image is decoded once and kept.
+    """
+
+    def __init__(self, source: Source, preprocess: str, seed: int = 0, threads: int = 0):
+        """Decodes the first example for its shape. Raises UserError for a bad spec or a broken first image."""
+        self.source, self.preprocess, self.seed = source, preprocess, seed
+        self._ops, self.random = decode.build(preprocess)
+        self._threads = threads or os.cpu_count() or 1
+        self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
+        first, _ = self._decode(np.zeros(1, np.int64), np.zeros(1, np.int64))
+        self.shape: tuple[int, int, int] = first.shape[1:]
+        self._cache: np.ndarray | None = None
+        if not self.random and len(source) * first.nbytes <= _CACHE_BYTES:
+            self._cache = np.empty((len(source), *self.shape), np.uint8)
+            self._labels = np.empty(len(source), np.int32)
+            self._cached = np.zeros(len(source), bool)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, ids: np.ndarray, positions: np.ndarray) -> Batch:
+        """{"image": uint8[b, h, w, c], "label": i32[b]} for ids int64[b]; stream positions int64[b] key random ops.
+
+        Raises UserError, naming the example, where one does not decode or comes out in another shape.
+        """
+        if self._cache is None:
+            images, labels = self._decode(ids, positions)
+            return {"image": images, "label": labels}
+        missing = np.unique(ids[~self._cached[ids]])
+        if missing.size:
+            # Two threads may fill the same places at once; they write the same values.
+            self._cache[missing], self._labels[missing] = self._decode(missing, missing)
+            self._cached[missing] = True
+        return {"image": self._cache[ids], "label": self._labels[ids]}
+
+    def _decode(self, ids: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        examples = self.source.read(ids)
+        encoded, labels = examples["image"], np.asarray(examples["label"], np.int32)
+
+        def decode_some(places: np.ndarray) -> list[np.ndarray]:
+            return [self._decode_one(encoded[i], int(ids[i]), int(positions[i])) for i in places]
+
+        chunks = np.array_split(np.arange(len(ids)), min(self._threads, len(ids)))
+        images = [image for chunk in self._pool.map(decode_some, chunks) for image in chunk]
+        shapes = sorted({image.shape for image in images} | {getattr(self, "shape", images[0].shape)})
+        if len(shapes) > 1:
+            raise UserError(
+                f"preprocess={self.preprocess!r} gives images of different shapes, such as {shapes[0]} and "
+                f"{shapes[1]}; add resize(height, width), or resize_small and central_crop"
+            )
+        return np.stack(images), labels
+
+    def _decode_one(self, image: Any, example: int, position: int) -> np.ndarray:
+        try:
+            return self._ops(image, lambda: rng.generator(self.seed, "preprocess", position))
+        except UserError as e:
+            name = getattr(self.source, "name", "example {}".format)
+            raise UserError(f"{name(example)}: {e}") from e
+
+
+def train_batches(
+    images: Images,
+    seed: int,
+    batch_size: int,
+    start: int,
+    stop: int,
+    host: int = 0,
+    hosts: int = 1,
+    prefetch: int = 4,
+) -> Iterator[Batch]:
+    """The batches of steps start to stop (exclusive); each host gets its slice of each global batch."""
+    positions = np.arange(batch_size, dtype=np.int64)[_rows(batch_size, host, hosts)]
+
+    def read(step: int) -> Batch:
+        here = positions + step * batch_size
+        return images.read(position_ids(seed, here, len(images)), here)
+
+    return _carry(read, ("image", "label"), start, stop, prefetch)
+
+
+def eval_batches(images: Images, batch_size: int, host: int = 0, hosts: int = 1, prefetch: int = 4) -> Iterator[Batch]:
+    """Every example once, in order; the last batch is padded, and `mask` bool[b] is False for the padding."""
+    places = np.arange(batch_size, dtype=np.int64)[_rows(batch_size, host, hosts)]
+
+    def read(step: int) -> Batch:
+        ids = places + step * batch_size
+        mask = ids < len(images)
+        ids = np.minimum(ids, len(images) - 1)
+        return {**images.read(ids, ids), "mask": mask}
+
+    return _carry(read, ("image", "label", "mask"), 0, -(-len(images) // batch_size), prefetch)
+
+
+def _rows(batch_size: int, host: int, hosts: int) -> slice:
+    if batch_size % hosts:
+        raise UserError(f"batch_size={batch_size} is not divisible by the {hosts} hosts")
+    rows = batch_size // hosts
+    return slice(host * rows, (host + 1) * rows)
+
+
+_TYPES = {"image": np.uint8, "label": np.int32, "mask": np.bool_}
+
+
+def _carry(
+    read: Callable[[int], Batch], names: tuple[str, ...], start: int, stop: int, prefetch: int
+) -> Iterator[Batch]:
+    """`read(step)` for each step, run ahead in the background by tf.data."""
+    import tensorflow as tf
+
+    failures: list[BaseException] = []
+
+    def read_arrays(step: np.int64) -> list[np.ndarray]:
+        try:
+            batch = read(int(step))
+        except Exception as e:
+            failures.append(e)  # tf.data would turn it into a string
+            raise
+        return [batch[name] for name in names]
+
+    types = [_TYPES[name] for name in names]
+    steps = tf.data.Dataset.range(start, stop)
+    batches = steps.map(
+        lambda step: tf.numpy_function(read_arrays, [step], types), num_parallel_calls=2, deterministic=True
+    )
+    try:
+        for arrays in batches.prefetch(prefetch).as_numpy_iterator():
+            yield dict(zip(names, arrays, strict=True))
+    except tf.errors.OpError as e:
+        raise (failures[0] if failures else e) from None

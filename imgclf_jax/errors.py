@@ -1,0 +1,19 @@
+"""The one kind of error that is the user's to mend, and how a wrong name is answered."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in a flag, key, spec, file or checkpoint: one sentence that says what, where, what is allowed.
+
+    `launch.py` prints it without a traceback and exits with 1.
+    """
+
+
+def unknown(kind: str, name: str, allowed: Iterable[str]) -> str:
+    """A sentence for a name that is not among `allowed`, the nearest ones first."""
+    allowed = sorted(allowed)
+    near = difflib.get_close_matches(name, allowed, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
+    return f"unknown {kind} {name!r}: {hint}allowed: {', '.join(allowed)}"

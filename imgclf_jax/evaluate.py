@@ -1,0 +1,127 @@
+"""Exact evaluation: every example counts once, on any number of devices and for any batch size."""
+
+import json
+import logging
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from imgclf_jax import metrics, sharding
+from imgclf_jax.checkpoint import Checkpoints
+from imgclf_jax.data import sources, stream
+from imgclf_jax.errors import UserError
+from imgclf_jax.experiment import Experiment
+from imgclf_jax.provenance import load_data_info
+from imgclf_jax.workdir import Workdir
+from imgclf_jax.writers import format_metrics
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(experiment: Experiment, state: Any, images: stream.Images) -> dict[str, Any]:
+    """The sums over all of `images`, on the host: integers exact, the loss in float64."""
+    mesh = experiment.mesh
+    # Batches are padded up to a multiple of the devices; the mask leaves the padding out of every sum.
+    batch_size = -(-experiment.config.batch_size // mesh.size) * mesh.size
+    total: dict[str, Any] = {}
+    pending = None
+    shard = (jax.process_index(), jax.process_count())
+    for batch in stream.eval_batches(images, batch_size, *shard):
+        sums = experiment.eval_step(state.params, state.model_state, sharding.put_batch(batch, mesh))
+        _add(total, pending)  # fetched while the next batch is computed
+        pending = sums
+    _add(total, pending)
+    return total
+
+
+def _add(total: dict[str, Any], sums: dict[str, jax.Array] | None) -> None:
+    for name, value in (sums or {}).items():
+        exact = np.asarray(value, np.float64 if np.issubdtype(value.dtype, np.floating) else np.int64)
+        total[name] = total.get(name, 0) + exact
+
+
+def open_evals(experiment: Experiment, base: dict[str, sources.Source]) -> dict[str, stream.Images]:
+    """The evaluation sets of `data.eval`, by name; an entry is a split of the source, or a source spec and a split.
+
+    `{"test": "test", "other": "folder('x')/train"}`: the part after the last `/` is the split.
+    """
+    out = {}
+    config = experiment.config
+    for name, text in config.data.eval.items():
+        spec, slash, split = text.rpartition("/") if ")" in text else ("", "", text)
+        own = sources.open_splits(spec, config.data.data_dir, config.data.manual_dir) if slash else base
+        source = sources.take_split(own, split)
+        if tuple(source.class_names) != experiment.data.class_names:
+            raise UserError(f"data.eval.{name}={text!r} has the classes {list(source.class_names)[:5]}…, "
+                            f"the model {list(experiment.data.class_names)[:5]}…")  # fmt: skip
+        out[name] = experiment.images(source, train=False)
+        if out[name].shape != experiment.data.image_shape:
+            raise UserError(f"data.eval.{name}: preprocess_eval={experiment.preprocess_eval!r} gives images of "
+                            f"{out[name].shape}, training ones are {experiment.data.image_shape}")  # fmt: skip
+    return out
+
+
+def restore(config: ConfigDict, workdir: Workdir, which: str) -> tuple[Experiment, Any, int]:
+    """(experiment, train state, step) of a trained run; `which` is "best", "latest", a step, or "" for best or latest.
+
+    Raises UserError where there is no such checkpoint.
+    """
+    experiment = Experiment(config, load_data_info(workdir.provenance), sharding.make_mesh())
+    if not workdir.checkpoints.is_dir():
+        raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best, read_only=True)
+    steps = checkpoints.steps()
+    best = checkpoints.best_step()
+    names = {"latest": steps[-1] if steps else None, "best": best, "": best if best is not None else None}
+    step = names.get(which, int(which) if which.isdigit() else None)
+    if which == "" and step is None:
+        found = checkpoints.restore_latest(experiment.shape())
+        if found is None:
+            raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
+        step, run = found
+    elif step not in steps:
+        raise UserError(f"--checkpoint={which}: there are {steps} in {workdir.checkpoints}"
+                        + ("" if best is None else f", {best} is the best by {config.checkpoint.best}")
+                        + ("" if config.checkpoint.best else "; 'best' needs checkpoint.best to be set"))  # fmt: skip
+    else:
+        run = checkpoints.restore(step, experiment.shape())
+    log.info("checkpoint of step %d from %s", step, workdir.checkpoints)
+    return experiment, run["state"], step
+
+
+def main(config: ConfigDict, workdir: Workdir, which: str, format: str) -> int:
+    """The command `evaluate`: prints the metrics of each evaluation set, and the accuracy of each class."""
+    experiment, state, step = restore(config, workdir, which)
+    base = sources.open_splits(config.data.source, config.data.data_dir, config.data.manual_dir)
+    results: dict[str, Any] = {"step": step}
+    confusions = {}
+    for name, images in open_evals(experiment, base).items():
+        sums = evaluate(experiment, state, images)
+        results[name], confusions[name] = metrics.summarize(sums), sums["confusion"]
+    if format == "json":
+        for name, confusion in confusions.items():
+            results[name]["confusion"] = confusion.tolist()
+        print(json.dumps(results, indent=2))
+        return 0
+    for name, confusion in confusions.items():
+        print(f"{name}: {format_metrics(results[name])}")
+        _print_classes(experiment.data.class_names, confusion)
+    return 0
+
+
+def _print_classes(class_names: tuple[str, ...], confusion: np.ndarray) -> None:
+    """A table of each class: how many, how many of them right (recall), how many of those called it are (precision)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("class", "examples", "recall", "precision", "most often taken for")
+    for i, name in enumerate(class_names):
+        right, row, column = confusion[i, i], confusion[i].sum(), confusion[:, i].sum()
+        wrong = confusion[i] * (np.arange(len(class_names)) != i)
+        mistaken = f"{class_names[int(wrong.argmax())]} ({wrong.max()})" if wrong.any() else ""
+        table.add_row(
+            name, str(row), f"{right / row:.4f}" if row else "", f"{right / column:.4f}" if column else "", mistaken
+        )
+    Console().print(table)

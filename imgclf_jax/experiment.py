@@ -1,0 +1,118 @@
+"""What a config describes, put together: model, loss, optimizer, schedule, steps and the shape of the state."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from imgclf_jax import config as configs
+from imgclf_jax import losses, metrics, optim, schedules, sharding, step
+from imgclf_jax.data import augment
+from imgclf_jax.data.stream import Images
+from imgclf_jax.errors import UserError
+from imgclf_jax.models import classifier
+from imgclf_jax.provenance import DataInfo
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The parts that training, evaluation and prediction share; everything follows from the three fields.
+
+    Building a part raises UserError for a spec that names nothing or has arguments that do not fit.
+    """
+
+    config: ConfigDict
+    data: DataInfo
+    mesh: Mesh
+
+    @cached_property
+    def total(self) -> int:
+        """How many steps the run has."""
+        return self.steps("total", self.config.total)
+
+    def steps(self, key: str, duration: str, total: int | None = None) -> int:
+        """A duration in whole steps."""
+        return configs.steps(duration, key, self.data.train_examples, self.config.batch_size, total)
+
+    def period(self, key: str) -> Any:
+        """The period in steps, a fraction, that a cadence key gives; None for never."""
+        args = (self.data.train_examples, self.config.batch_size, self.total)
+        return configs.period(self.config[key], key, *args)
+
+    @cached_property
+    def schedule(self) -> optax.Schedule:
+        return schedules.build(self.config.schedule, lambda text: self.steps("schedule", text, self.total), self.total)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        return optim.build(self.config.optimizer, self.schedule, self.config.clip)
+
+    @cached_property
+    def model(self) -> classifier.Classifier:
+        return classifier.build(self.config.model, len(self.data.class_names), self.config.precision)
+
+    @cached_property
+    def loss(self) -> losses.Loss:
+        return losses.build(self.config.loss)
+
+    def init(self, seed: jax.Array) -> dict[str, Any]:
+        """What a run starts from and a checkpoint holds: {"state": TrainState, "sums": of the metrics window}."""
+        state = step.init_state(self.model, self.optimizer, self.data.image_shape, seed)
+        return {"state": state, "sums": step.zero_sums()}
+
+    def shape(self) -> Any:
+        """`init`'s result as shapes with shardings, without computing it; raises UserError if the model can't be."""
+        try:
+            shape = jax.eval_shape(self.init, jax.ShapeDtypeStruct((), "uint32"))
+        except (ValueError, TypeError) as e:
+            reason = str(e).strip().splitlines()[0]
+            raise UserError(
+                f"model={self.config.model!r} fails on images {list(self.data.image_shape)}: {reason}"
+            ) from e
+        whole = sharding.replicated(self.mesh)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shape)
+
+    def put(self, tree: Any) -> Any:
+        """A pytree of small arrays, whole on every device."""
+        return jax.device_put(tree, sharding.replicated(self.mesh))
+
+    @cached_property
+    def train_step(self) -> Any:
+        """Jitted (run, batch) → run, where run is {"state", "sums"}; the state's buffers are donated."""
+        augment_train = augment.build(self.config.augment, train=True)
+        pure = step.make_train_step(self.model, self.loss, self.optimizer, self.schedule, augment_train)
+
+        def train_step(state: step.TrainState, sums: metrics.Sums, batch: step.Batch) -> Any:
+            state, new = pure(state, batch)
+            return state, step.add_sums(sums, new)
+
+        whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
+        return jax.jit(train_step, in_shardings=(whole, whole, split), out_shardings=whole, donate_argnums=0)
+
+    @cached_property
+    def eval_step(self) -> Any:
+        """Jitted (params, model_state, batch) → sums."""
+        pure = step.make_eval_step(self.model, self.loss, augment.build(self.config.augment, train=False))
+        whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
+        return jax.jit(pure, in_shardings=(whole, whole, split), out_shardings=whole)
+
+    @cached_property
+    def predict_step(self) -> Any:
+        """Jitted (params, model_state, images) → probabilities."""
+        pure = step.make_predict_step(self.model, augment.build(self.config.augment, train=False))
+        whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
+        return jax.jit(pure, in_shardings=(whole, whole, split), out_shardings=whole)
+
+    @property
+    def preprocess_eval(self) -> str:
+        """The host ops of evaluation and prediction."""
+        return self.config.preprocess_eval or self.config.preprocess
+
+    def images(self, source: Any, train: bool) -> Images:
+        """A source seen through this experiment's host ops."""
+        ops = self.config.preprocess if train else self.preprocess_eval
+        return Images(source, ops, self.config.seed, self.config.data.threads)

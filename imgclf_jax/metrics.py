@@ -1,0 +1,42 @@
+"""Metrics are sums and counts until the last moment, so that they add up over batches, devices and hosts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Sums = dict[str, Any]
+
+NO_STEP = 2**31 - 1  # `nonfinite_step` when every step was finite
+
+
+def classification_sums(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Array) -> Sums:
+    """Sums over the examples whose mask is 1; the padding's is 0.
+
+    logits f32[b, classes], labels i32[b], losses f32[b], mask bool[b]. `top5` is there from six classes on;
+    `confusion` i32[classes, classes] counts (true label, prediction), the first class winning a tie.
+    """
+    classes = logits.shape[-1]
+    prediction = jnp.argmax(logits, -1)
+    count = mask.astype(jnp.int32)
+    sums = {
+        "examples": jnp.sum(count),
+        "correct": jnp.sum(jnp.where(prediction == labels, count, 0)),
+        "loss": jnp.sum(jnp.where(mask, losses, 0.0)),
+        "confusion": jnp.zeros((classes, classes), jnp.int32).at[labels, prediction].add(count),
+    }
+    if classes > 5:
+        own = jnp.take_along_axis(logits, labels[:, None], -1)  # [b, 1]
+        above = jnp.sum(logits > own, -1)  # how many classes rank before the true one
+        sums["top5"] = jnp.sum(jnp.where(above < 5, count, 0))
+    return sums
+
+
+def summarize(sums: Mapping[str, Any]) -> dict[str, float]:
+    """Host sums to what is reported: examples, accuracy, loss and, where counted, top5 (all as fractions)."""
+    n = int(sums["examples"])
+    out = {"examples": n, "accuracy": int(sums["correct"]) / n, "loss": float(sums["loss"]) / n}
+    if "top5" in sums:
+        out["top5"] = int(sums["top5"]) / n
+    return out

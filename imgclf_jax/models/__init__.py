@@ -1,0 +1,1 @@
+"""Backbones, from images to features, and the Classifier that adds the head."""

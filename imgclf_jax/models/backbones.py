@@ -1,0 +1,73 @@
+"""The small backbones: each maps images [b, h, w, c] to features [b, d]."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from imgclf_jax.models.layers import ConvPool
+
+_dense_init = nn.initializers.glorot_uniform()
+
+
+class CNN(nn.Module):
+    """The tutorial's network up to its last layer: (convolution, ReLU, max-pool) for each width, then a dense layer.
+
+    On [b, 28, 28, 1] with the defaults: 26×26×32 → 13×13×32 → 11×11×64 → 5×5×64 → 1600 → 64.
+    """
+
+    widths: tuple[int, ...] = (32, 64)
+    hidden: int = 64
+    kernel: int = 3
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        for i, width in enumerate(self.widths):
+            x = ConvPool(width, self.kernel, dtype=self.dtype, name=f"block{i}")(x)  # [b, ~h/2, ~w/2, width]
+        x = x.reshape(x.shape[0], -1)  # [b, h * w * c]
+        return nn.relu(nn.Dense(self.hidden, dtype=self.dtype, kernel_init=_dense_init, name="dense")(x))
+
+
+class MLP(nn.Module):
+    """Dense layers with ReLU and dropout over the flattened image."""
+
+    widths: tuple[int, ...] = (512, 512)
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = x.reshape(x.shape[0], -1)  # [b, h * w * c]
+        for i, width in enumerate(self.widths):
+            x = nn.relu(nn.Dense(width, dtype=self.dtype, kernel_init=_dense_init, name=f"dense{i}")(x))
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return x
+
+
+class RNN(nn.Module):
+    """A recurrent network that reads the image row by row, as a sequence of h vectors of w * c values.
+
+    `cell` is "lstm" (Hochreiter and Schmidhuber 1997, forget-gate bias 0) or "gru" (Cho et al. 2014, in the variant
+    that resets after the product). The features are the hidden state after the last row.
+    """
+
+    cell: str = "lstm"
+    features: int = 128
+    layers: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        cells = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell}
+        if self.cell not in cells:
+            raise ValueError(f"rnn cell {self.cell!r}: allowed: {', '.join(cells)}")
+        x = x.reshape(*x.shape[:2], -1)  # [b, h, w * c]
+        for i in range(self.layers):
+            cell = cells[self.cell](self.features, dtype=self.dtype, name=f"cell{i}")
+            x = nn.RNN(cell, name=f"rnn{i}")(x)  # [b, h, features]
+        return x[:, -1]
+
+
+BACKBONES = {"cnn": CNN, "mlp": MLP, "rnn": RNN}

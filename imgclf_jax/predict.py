@@ -1,0 +1,111 @@
+"""New images, classified by what was trained, with the class names and host ops that the work directory recorded."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from imgclf_jax import sharding
+from imgclf_jax.data import decode
+from imgclf_jax.errors import UserError
+from imgclf_jax.evaluate import restore
+from imgclf_jax.experiment import Experiment
+from imgclf_jax.workdir import Workdir
+
+
+def find_files(paths: list[str]) -> list[Path]:
+    """The files named, and those under the directories named, hidden ones left out; sorted within a directory.
+
+    Raises UserError for a path that does not exist and for a directory without files.
+    """
+    files: list[Path] = []
+    for text in paths:
+        path = Path(text)
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+            if not inside:
+                raise UserError(f"predict: the directory {text!r} holds no files")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"predict: there is no file or directory {text!r} (working directory: {Path.cwd()})")
+    return files
+
+
+def predict(experiment: Experiment, state: Any, files: list[Path]) -> Iterator[tuple[Path, np.ndarray | UserError]]:
+    """(file, probabilities f32[classes]) for each file, or (file, error) for one that cannot be read."""
+    ops, _ = decode.build(experiment.preprocess_eval)
+    mesh = experiment.mesh
+    batch_size = -(-min(experiment.config.batch_size, 128) // mesh.size) * mesh.size
+
+    def load(index: int) -> np.ndarray | UserError:
+        try:
+            make_rng = lambda: np.random.Generator(np.random.Philox(index))  # noqa: E731
+            image = ops(files[index].read_bytes(), make_rng)
+        except (OSError, UserError) as e:
+            return UserError(f"{files[index]}: {e}")
+        if image.shape != experiment.data.image_shape:
+            return UserError(f"{files[index]}: preprocess gives {image.shape}, not {experiment.data.image_shape}")
+        return image
+
+    for start in range(0, len(files), batch_size):
+        some = range(start, min(start + batch_size, len(files)))
+        loaded = [load(i) for i in some]
+        batch = np.zeros((batch_size, *experiment.data.image_shape), np.uint8)  # one shape, so one compilation
+        for row, image in enumerate(loaded):
+            if isinstance(image, np.ndarray):
+                batch[row] = image
+        images = sharding.put_batch({"image": batch}, mesh)["image"]
+        probabilities = np.asarray(jax.device_get(experiment.predict_step(state.params, state.model_state, images)))
+        for row, (i, image) in enumerate(zip(some, loaded, strict=True)):
+            yield files[i], image if isinstance(image, UserError) else probabilities[row]
+
+
+def main(config: ConfigDict, workdir: Workdir, which: str, format: str, paths: list[str], top_k: int) -> int:
+    """The command `predict`: prints the `top_k` classes of each image; 1 where an image could not be read, else 0."""
+    if not paths:
+        raise UserError(
+            "predict: name at least one image file or directory: launch.py predict FILE|DIR … --workdir DIR"
+        )
+    files = find_files(paths)
+    experiment, state, _ = restore(config, workdir, which)
+    names = experiment.data.class_names
+    records: list[dict[str, Any]] = []
+    failed = 0
+    for file, result in predict(experiment, state, files):
+        if isinstance(result, UserError):
+            failed += 1
+            print(f"error: {result}", file=sys.stderr)
+            records.append({"file": str(file), "error": str(result)})
+        else:
+            best = np.argsort(-result, kind="stable")[: max(1, top_k)]
+            top = [{"class": names[c], "probability": round(float(result[c]), 6)} for c in best]
+            records.append({"file": str(file), "predictions": top})
+    if format == "json":
+        print(json.dumps(records, indent=2))
+    else:
+        _print_table([r for r in records if "predictions" in r])
+    if failed:
+        print(f"error: {failed} of {len(files)} images could not be read; the others are above", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _print_table(records: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if not records:
+        return
+    table = Table("file")
+    for rank in range(len(records[0]["predictions"])):
+        table.add_column(f"top {rank + 1}")
+    for record in records:
+        table.add_row(record["file"], *(f"{p['class']} {p['probability']:.4f}" for p in record["predictions"]))
+    # Piped output is read by programs: a line a file, however long.
+    Console(width=None if sys.stdout.isatty() else 1000).print(table)

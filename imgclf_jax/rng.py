@@ -1,0 +1,30 @@
+"""Keys and seeds as functions of (seed, name, step): no generator is ever stored.
+
+Every random draw names its stream, so adding one (a new augmentation, say) changes no other.
+"""
+
+import zlib
+
+import jax
+import numpy as np
+
+
+def name_hash(name: str) -> int:
+    """A stable 32-bit hash of a stream's name (CRC-32): the same in every process and version."""
+    return zlib.crc32(name.encode())
+
+
+def key(seed: jax.Array | int, name: str, step: jax.Array | int = 0) -> jax.Array:
+    """The JAX key of stream `name` at `step`: `fold_in(fold_in(key(seed), name), step)`.
+
+    `seed` and `step` may be traced integers, so one compiled step serves every seed.
+    """
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), name_hash(name)), step)
+
+
+def generator(seed: int, name: str, position: int) -> np.random.Generator:
+    """The NumPy generator for one host-side draw, such as the crop of the example at a global stream position.
+
+    Philox is counter-based: any position costs the same, and no two (seed, name, position) share a stream.
+    """
+    return np.random.Generator(np.random.Philox(key=[(seed << 32) | name_hash(name), position]))

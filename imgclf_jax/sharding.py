@@ -1,0 +1,41 @@
+"""One program over all devices: a mesh, and how arrays lie on it. A single device is the mesh of size one."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from imgclf_jax.errors import UserError
+
+
+def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """A one-axis mesh, `data`, over all devices of all hosts (or over those given)."""
+    return Mesh(np.array(devices or jax.devices()), ("data",))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same whole array on every device: parameters and optimizer state."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def sharded(mesh: Mesh) -> NamedSharding:
+    """The leading axis split over the devices: batches."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raises UserError unless every device gets the same number of examples."""
+    if batch_size % mesh.size:
+        low = batch_size - batch_size % mesh.size
+        near = [str(b) for b in (low, low + mesh.size) if b]
+        raise UserError(
+            f"batch_size={batch_size} is not divisible by the {mesh.size} devices; the nearest that are: "
+            + " and ".join(near)
+        )
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
+    """This host's rows to global arrays [global batch, …] split over the devices; the copy is asynchronous."""
+    sharding = sharded(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

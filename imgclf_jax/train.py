@@ -1,0 +1,216 @@
+"""The training loop. It reads top to bottom; the functions it calls are pure, and only the loop does I/O."""
+
+import collections
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from imgclf_jax import config as configs
+from imgclf_jax import metrics, provenance, sharding, step, tree, writers
+from imgclf_jax.checkpoint import Checkpoints
+from imgclf_jax.data import placement, sources, stream
+from imgclf_jax.errors import UserError
+from imgclf_jax.evaluate import evaluate, open_evals
+from imgclf_jax.experiment import Experiment
+from imgclf_jax.workdir import Workdir
+
+log = logging.getLogger(__name__)
+
+STOPPED = 75  # EX_TEMPFAIL: stopped by a signal with a checkpoint saved; run the same command again
+
+
+def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None = None) -> int:
+    """The command `train`: trains, or resumes, the run in `workdir`; 0 when done, 75 when stopped by a signal.
+
+    `profile` traces the steps from its first to its second (exclusive). Raises UserError for what is the user's to
+    mend and for a loss that is not finite.
+    """
+    began = time.perf_counter()
+    mesh = sharding.make_mesh()
+    sharding.check_batch_size(config.batch_size, mesh)
+    workdir.open_for_training(config)
+
+    # The data, and what the config describes.
+    base = sources.open_splits(config.data.source, config.data.data_dir, config.data.manual_dir)
+    train_source = sources.take_split(base, config.data.train)
+    images = stream.Images(train_source, config.preprocess, config.seed, config.data.threads)
+    data = provenance.DataInfo(len(images), images.shape, tuple(train_source.class_names), train_source.fingerprint())
+    experiment = Experiment(config, data, mesh)
+    evals = open_evals(experiment, base)
+    total = experiment.total
+    log_every, eval_every, checkpoint_every = map(experiment.period, ("log_every", "eval_every", "checkpoint_every"))
+    shape = experiment.shape()
+    workdir.record(config, data)
+
+    # The state: the latest checkpoint's, or the first.
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
+    start, run = checkpoints.restore_latest(shape) or (0, None)
+    if run is None:
+        init = jax.jit(experiment.init, out_shardings=sharding.replicated(mesh))
+        run = init(np.uint32(config.seed))
+        _log_parameters(run["state"].params)
+    else:
+        log.info("resuming at step %d of %d", start, total)
+    state, sums = run["state"], run["sums"]
+    log.info(
+        "%d examples of %s, %d classes, %d steps of %d on %d %s device%s", len(images), list(images.shape),
+        len(data.class_names), total, config.batch_size, mesh.size, jax.default_backend(), "s" * (mesh.size > 1),
+    )  # fmt: skip
+
+    if start == total and workdir.result.is_file():
+        log.info("this run is done; its result is in %s", workdir.result)
+        return 0
+
+    writer = writers.MetricsWriter(workdir.path, start)
+    progress = writers.Progress(start, total)
+    throughput = writers.Throughput(config.batch_size)
+    in_flight: collections.deque[jax.Array] = collections.deque()
+    results: dict[str, Any] = {}
+
+    with contextlib.ExitStack() as stack:
+        stopped = stack.enter_context(_stop_signals())
+        stack.callback(writer.close)
+        stack.callback(progress.close)
+        batches = placement.train_batches(
+            config.data.placement, images, mesh, config.seed, config.batch_size, start, total
+        )
+        for done in range(start + 1, total + 1):
+            if profile and done == max(profile[0], start) + 1:
+                jax.profiler.start_trace(str(workdir.path / "profile"), create_perfetto_trace=True)
+            before = time.perf_counter()
+            batch = next(batches)
+            throughput.count_step(waited=time.perf_counter() - before)
+
+            state, sums = experiment.train_step(state, sums, batch)
+
+            in_flight.append(sums["steps"])
+            if len(in_flight) > 2:  # the host runs ahead of the device, but not without end
+                in_flight.popleft().block_until_ready()
+            progress.update(done)
+            if profile and done == min(profile[1], total):
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+                log.info("steps %d to %d traced into %s", *profile, workdir.path / "profile")
+
+            last = done == total
+            log_due = last or configs.is_due(done, log_every)
+            eval_due = last or configs.is_due(done, eval_every)
+            save_due = last or configs.is_due(done, checkpoint_every) or stopped() is not None
+            if not (log_due or eval_due or save_due):
+                continue
+
+            host_sums = jax.device_get(sums)  # waits for the device
+            throughput.pause()
+            _check_finite(host_sums, experiment, images, workdir, checkpoints)
+            if log_due:
+                record = _train_record(host_sums) | throughput.lap()
+                writer.write(done, {f"train/{name}": value for name, value in record.items()})
+                log.info("step %d: train %s", done, writers.format_metrics(record))
+                progress.update(
+                    done,
+                    f"loss {record['loss']:.4f}, {record['images_per_second']:.0f} images/s, "
+                    f"{record['input_wait']:.0%} waiting for input",
+                )
+                sums = experiment.put(step.zero_sums())
+            scores: dict[str, float] = {}
+            if eval_due:
+                results = {name: metrics.summarize(evaluate(experiment, state, s)) for name, s in evals.items()}
+                for name, values in results.items():
+                    log.info("step %d: %s %s", done, name, writers.format_metrics(values))
+                scores = {f"{name}/{key}": v for name, values in results.items() for key, v in values.items()}
+                writer.write(done, scores)
+            if save_due or (eval_due and config.checkpoint.best):
+                writer.sync()  # so that no checkpoint on disk is ahead of its metrics
+                checkpoints.save(done, {"state": state, "sums": sums}, scores)
+            if (name := stopped()) and not last:
+                checkpoints.close()
+                log.warning("%s: stopped at step %d, checkpoint saved; run the same command to go on", name, done)
+                return STOPPED
+            throughput.resume()
+        checkpoints.close()
+
+    results = results or {name: metrics.summarize(evaluate(experiment, state, s)) for name, s in evals.items()}
+    result = {
+        "step": total,
+        "epochs": round(total * config.batch_size / len(images), 4),
+        "seconds": round(time.perf_counter() - began, 2),  # of this process, from the start of `main`
+        "images_per_second": round(throughput.steps * config.batch_size / max(throughput.seconds, 1e-9), 1),
+        "params_sha256": tree.sha256(jax.device_get(state.params)),
+        **results,
+    }
+    provenance.write_json(workdir.result, result)
+    for name, values in results.items():
+        print(f"{name}: {writers.format_metrics(values)}")
+    print(f"trained {total} steps ({result['epochs']:g} epochs) in {result['seconds']} s; see {workdir.path}")
+    return 0
+
+
+def _train_record(sums: metrics.Sums) -> dict[str, float]:
+    """What is logged of a window of steps: means over its examples or steps."""
+    steps, examples = int(sums["steps"]), int(sums["examples"])
+    return {
+        "loss": float(sums["loss"]) / examples,
+        "accuracy": int(sums["correct"]) / examples,
+        **{name: float(sums[name]) / steps for name in ("grad_norm", "param_norm", "learning_rate")},
+    }
+
+
+def _check_finite(
+    sums: metrics.Sums, experiment: Experiment, images: stream.Images, workdir: Workdir, checkpoints: Checkpoints
+) -> None:
+    """Raises UserError for a step whose loss, gradient or parameters were not finite; its examples are recorded."""
+    bad = int(sums["nonfinite_step"])
+    if bad == metrics.NO_STEP:
+        return
+    checkpoints.wait()
+    config = experiment.config
+    ids = stream.example_ids(config.seed, bad, config.batch_size, len(images)).tolist()
+    file = workdir.path / "nonfinite.json"
+    name = getattr(images.source, "name", None)
+    provenance.write_json(file, {"step": bad, "example_ids": ids, "examples": [name(i) for i in ids] if name else None})
+    good = checkpoints.steps()
+    kept = f"the last good checkpoint, of step {good[-1]}, is kept" if good else "no checkpoint had been saved yet"
+    raise UserError(
+        f"the loss, gradient or parameters are not finite at step {bad}, on the example ids {str(ids[:8])[:-1]}, …] "
+        f"(all in {file}); {kept}; look at those examples, or lower the learning rate, or set clip=1.0"
+    )
+
+
+def _log_parameters(params: Any) -> None:
+    try:
+        from clu import parameter_overview
+    except ImportError:
+        log.info("%d parameters", sum(x.size for x in jax.tree.leaves(params)))
+    else:
+        log.info("parameters:\n%s", parameter_overview.get_parameter_overview(params, include_stats=False))
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], str | None]]:
+    """While inside, SIGTERM and SIGINT are noted instead of obeyed; gives a function that tells which one came.
+
+    A second signal has its usual effect at once.
+    """
+    received: list[str] = []
+    before = {}
+
+    def note(number: int, frame: Any) -> None:
+        received.append(signal.Signals(number).name)
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, note)
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

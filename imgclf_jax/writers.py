@@ -1,0 +1,159 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, and the terminal."""
+
+import functools
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import progress
+from rich.console import Console
+from rich.logging import RichHandler
+
+log = logging.getLogger(__name__)
+
+
+class MetricsWriter:
+    """Appends records to `metrics.jsonl` and, where CLU is installed, to TensorBoard's event files in `tb/`.
+
+    A line a record: {"step": 100, "train/loss": …}. On resuming at `step`, records after it, and a line that a crash
+    cut short, are dropped: the run writes them again, the same.
+    """
+
+    def __init__(self, workdir: Path, step: int = 0):
+        self._path = workdir / "metrics.jsonl"
+        kept = [r for r in read_metrics(self._path) if r["step"] <= step]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        os.replace(temporary, self._path)
+        self._file = self._path.open("a")
+        self._tensorboard = _tensorboard(workdir / "tb")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one record; it has reached the operating system when this returns."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            self._tensorboard.write_scalars(step, dict(values))
+
+    def sync(self) -> None:
+        """Returns when all records are on disk; called before each checkpoint, which must not be ahead of them."""
+        os.fsync(self._file.fileno())
+        if self._tensorboard:
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; a line that a crash cut short is left out, a missing file is empty."""
+    records = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                log.warning("%s: a line cut short was left out", path)
+    return records
+
+
+def _tensorboard(directory: Path) -> Any:
+    try:
+        from clu import metric_writers
+    except ImportError:
+        log.info("CLU or TensorFlow is not installed: no TensorBoard files, metrics.jsonl alone")
+        return None
+    return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(directory)))
+
+
+class Throughput:
+    """Images a second, and the fraction of time spent waiting for input, over time that was training."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+        self.seconds, self.steps = 0.0, 0  # of the whole process
+        self._active, self._window_steps, self._waited = 0.0, 0, 0.0
+        self.resume()
+
+    def resume(self) -> None:
+        """Starts the clock, after work that is not training, such as evaluation."""
+        self._start = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stops the clock."""
+        self._active += time.perf_counter() - self._start
+
+    def count_step(self, waited: float) -> None:
+        """One step more, for whose batch the loop waited so many seconds."""
+        self._window_steps += 1
+        self._waited += waited
+
+    def lap(self) -> dict[str, float]:
+        """{"images_per_second", "input_wait"} since the last lap; called while paused."""
+        seconds = max(self._active, 1e-9)
+        out = {
+            "images_per_second": round(self._window_steps * self.batch_size / seconds, 1),
+            "input_wait": round(self._waited / seconds, 4),
+        }
+        self.seconds, self.steps = self.seconds + self._active, self.steps + self._window_steps
+        self._active, self._window_steps, self._waited = 0.0, 0, 0.0
+        return out
+
+
+@functools.cache
+def console() -> Console:
+    """The terminal's one console on standard error: the bar and the log lines must know of each other."""
+    return Console(stderr=True)
+
+
+class Progress:
+    """A progress bar on a terminal; elsewhere nothing, since the log lines tell."""
+
+    def __init__(self, start: int, total: int):
+        self._bar = None
+        if console().is_terminal:
+            self._bar = progress.Progress(
+                progress.BarColumn(),
+                progress.TextColumn("step {task.completed}/{task.total}"),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("left"),
+                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[note]}"),
+                console=console(),
+            )
+            self._task = self._bar.add_task("train", total=total, completed=start, note="compiling")
+            self._bar.start()
+
+    def update(self, step: int, note: str | None = None) -> None:
+        """Moves the bar to `step`; `note` stands behind it until the next one."""
+        if self._bar:
+            self._bar.update(self._task, completed=step, **({} if note is None else {"note": note}))
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar:
+            self._bar.stop()
+
+
+def setup_logging() -> None:
+    """Log lines `HH:MM:SS message` on standard error, above the progress bar where there is one."""
+    if console().is_terminal:
+        handler: logging.Handler = RichHandler(console=console(), show_path=False, show_level=False, highlighter=None)
+        line = "%(message)s"
+    else:
+        handler, line = logging.StreamHandler(), "%(asctime)s %(message)s"
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format=line, datefmt="%H:%M:%S", force=True)
+    logging.getLogger("imgclf_jax").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def format_metrics(values: Mapping[str, float]) -> str:
+    """`loss 0.1234  accuracy 0.9876`, for people."""
+    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())

@@ -1,0 +1,188 @@
+"""Flags to config to command. Prints help without importing JAX or TensorFlow.
+
+Usage: launch.py [COMMAND] [--config=FILE.py[:ARG]] [--workdir=DIR] [--config.KEY=VALUE …] [FILE|DIR …]
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from imgclf_jax import config as configs
+from imgclf_jax.errors import UserError, unknown
+
+COMMANDS = {
+    "train": "train, or resume, the run in the work directory (the default command)",
+    "evaluate": "the metrics of a trained run on each of its evaluation sets",
+    "predict": "classify new images, FILE or DIR …, with a trained run",
+    "config": "print every key's value and documentation",
+}
+
+FLAGS = ("workdir", "checkpoint", "format", "top_k", "profile")
+
+HELP = f"""usage: launch.py [COMMAND] [flags] [FILE|DIR ...]
+
+commands:
+{chr(10).join(f"  {name:<10} {text}" for name, text in COMMANDS.items())}
+
+flags:
+  --config=FILE.py[:ARG]      the config file (default: configs/digits.py); ARG is passed to its get_config
+  --config.KEY=VALUE          override a key; `launch.py config` lists them all
+  --workdir=DIR               where the run lives (default: runs/<config name>)
+  --checkpoint=WHICH          evaluate, predict: best, latest or a step (default: best if one is kept, else latest)
+  --format=table|json         evaluate, predict: how to print (default: table)
+  --top_k=K                   predict: how many classes to show (default: 3)
+  --profile=FIRST:LAST        train: trace these steps, for TensorBoard or Perfetto, into WORKDIR/profile
+
+exit status: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal with a checkpoint saved (run the same command again)
+
+examples:
+  launch.py                                                      train on scikit-learn's digits
+  launch.py --config configs/folder.py:photos --workdir runs/a   train on your own images
+  launch.py predict new.jpg --workdir runs/a                     classify a new one
+"""
+
+
+class UsageError(Exception):
+    """A wrong flag: exit status 2."""
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line `argv`, without the program's name; returns the exit status."""
+    if any(a in ("--help", "-help", "-h", "--helpfull", "--helpshort") for a in argv):
+        print(HELP, end="")
+        return 0
+    try:
+        return _run(argv)
+    except UsageError as e:
+        print(f"error: {e}\nlaunch.py --help tells the usage", file=sys.stderr)
+        return 2
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except OSError as e:
+        if e.strerror is None:
+            raise
+        print(
+            f"error: {e.filename or 'a file'}: {e.strerror}; mend that and run the same command again", file=sys.stderr
+        )
+        return 1
+
+
+def _run(argv: list[str]) -> int:
+    config_path, argv = _take_config(argv)
+    command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
+    if command not in COMMANDS:
+        raise UsageError(unknown("command", command, COMMANDS))
+    try:
+        values = flags.FlagValues()
+        flags.DEFINE_string("workdir", "", "", flag_values=values)
+        flags.DEFINE_string("checkpoint", "", "", flag_values=values)
+        flags.DEFINE_enum("format", "table", ["table", "json"], "", flag_values=values)
+        flags.DEFINE_integer("top_k", 3, "", lower_bound=1, flag_values=values)
+        flags.DEFINE_string("profile", "", "", flag_values=values)
+        values.set_gnu_getopt(True)  # flags may stand after files
+        rest = values(["launch.py", *argv], known_only=True)[1:]
+    except flags.Error as e:
+        raise UsageError(str(e)) from e
+    workdir = Path(values.workdir or Path("runs") / Path(config_path.partition(":")[0]).stem)
+    config = configs.load_file(config_path)
+    if command in ("evaluate", "predict"):
+        from imgclf_jax.workdir import Workdir
+
+        config = Workdir(workdir).load_config()  # a trained model keeps the config that it was trained with
+    files = _override(config, rest)
+    if files and command != "predict":
+        raise UsageError(f"{command} takes no files, found {files[0]!r}; did you forget '--'?")
+    configs.validate(config)
+    return _dispatch(command, config, workdir, values, files)
+
+
+def _override(config: ConfigDict, words: list[str]) -> list[str]:
+    """Applies each --config.KEY=VALUE in `words` to `config`; returns the words that are no flags."""
+    for word in words:
+        key = word.lstrip("-").partition("=")[0].removeprefix("config.")
+        if word.startswith(("--config.", "-config.")) and key not in configs.flatten(config):
+            if not key.startswith("data.eval."):
+                raise UsageError(unknown("config key", key, configs.KEYS))
+            with config.unlocked():  # one more evaluation set
+                config.data.eval[key.removeprefix("data.eval.")] = ""
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["launch.py", *words])
+        return values(["launch.py", *words])[1:]
+    except flags.UnrecognizedFlagError as e:
+        raise UsageError(unknown("flag", e.flagname, ("config", *FLAGS))) from e
+    except flags.Error as e:
+        match = re.match(r"flag --config\.([\w.]+)=(.*): ", str(e), re.DOTALL)
+        if not match:
+            raise UsageError(str(e)) from e
+        old = configs.flatten(config)[match[1]]
+        raise UsageError(
+            f"--config.{match[1]}={match[2]}: wants a value of type {type(old).__name__}, such as {old!r}"
+        ) from e
+
+
+def _dispatch(command: str, config: ConfigDict, workdir: Path, values: flags.FlagValues, files: list[str]) -> int:
+    if command == "config":
+        for key, value in configs.flatten(config).items():
+            print(f"{key} = {value!r}\n    {configs.KEYS[key][1]}")
+        return 0
+
+    # From here on JAX is wanted.
+    if config.deterministic and "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from imgclf_jax import writers
+    from imgclf_jax.workdir import Workdir
+
+    writers.setup_logging()
+    place = Workdir(workdir)
+    if command == "train":
+        from imgclf_jax import train
+
+        return train.main(config, place, _steps(values.profile))
+    if command == "evaluate":
+        from imgclf_jax import evaluate
+
+        return evaluate.main(config, place, values.checkpoint, values.format)
+    from imgclf_jax import predict
+
+    return predict.main(config, place, values.checkpoint, values.format, files, values.top_k)
+
+
+def _take_config(argv: list[str]) -> tuple[str, list[str]]:
+    """The value of --config, and the command line without it."""
+    path = str(Path(__file__).parent / "configs" / "digits.py")
+    rest = []
+    words = iter(argv)
+    for word in words:
+        if word in ("--config", "-config"):
+            path = next(words, "")
+        elif word.startswith(("--config=", "-config=")):
+            path = word.partition("=")[2]
+        elif word == "--":
+            rest += [word, *words]
+        else:
+            rest.append(word)
+    # A user's own modules are found beside the config and in the working directory.
+    sys.path[:0] = [str(Path(path.partition(":")[0]).resolve().parent), str(Path.cwd())]
+    return path, rest
+
+
+def _steps(text: str) -> tuple[int, int] | None:
+    """'10:20' to (10, 20); None for the empty text."""
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise UsageError(f"--profile={text}: wants FIRST:LAST, two steps, the first one smaller, such as 10:20")
+    return int(match[1]), int(match[2])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
