@@ -37,7 +37,7 @@ flags:
   --top_k=K                   predict: how many classes to show (default: 3)
   --profile=FIRST:LAST        train: trace these steps, for TensorBoard or Perfetto, into WORKDIR/profile
 
-exit status: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal with a checkpoint saved (run the same command again)
+exit status: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal with a checkpoint saved: run the same again
 
 examples:
   launch.py                                                      train on scikit-learn's digits
@@ -137,6 +137,7 @@ def _dispatch(command: str, config: ConfigDict, workdir: Path, values: flags.Fla
     if config.deterministic and "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # TensorFlow carries batches and computes nothing
     from imgclf_jax import writers
     from imgclf_jax.workdir import Workdir
 

@@ -125,8 +125,8 @@ def validate(config: ConfigDict) -> None:
     if steps is None or steps <= 0:
         raise UserError(f"total={config.total!r}: must be a duration above zero, such as '5 epochs'")
     if config.checkpoint.best and config.checkpoint.best.partition("/")[0] not in config.data.eval:
-        allowed = [f"{name}/{metric}" for name in config.data.eval for metric in ("accuracy", "loss")]
-        raise UserError(unknown("metric in checkpoint.best", config.checkpoint.best, allowed))
+        metrics = [f"{name}/{metric}" for name in config.data.eval for metric in ("accuracy", "loss")]
+        raise UserError(unknown("metric in checkpoint.best", config.checkpoint.best, metrics))
 
 
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kM]?)\s*(epochs?|steps?|examples?|%)\s*")

@@ -1,7 +1,11 @@
 """Optimizers: optax's, by optax's own names."""
 
+import functools
 import inspect
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import optax
 
 from imgclf_jax import spec
@@ -9,7 +13,7 @@ from imgclf_jax import spec
 
 def _optimizers() -> dict[str, object]:
     """Every public optax function whose first parameter is `learning_rate`."""
-    out = {}
+    out: dict[str, object] = {}
     for name in dir(optax):
         function = getattr(optax, name)
         if inspect.isfunction(function) and next(iter(inspect.signature(function).parameters), "") == "learning_rate":
@@ -23,4 +27,17 @@ def build(text: str, schedule: optax.Schedule, clip: float) -> optax.GradientTra
     `clip` 0 is no clipping. The learning rate comes from `schedule`, never from the spec.
     """
     optimizer = spec.bind(spec.parse_one(text), _optimizers(), "optimizer", given=("learning_rate",))(schedule)
-    return optax.chain(optax.clip_by_global_norm(clip), optimizer) if clip else optimizer
+    if clip:
+        optimizer = optax.chain(optax.clip_by_global_norm(clip), optimizer)
+    return optax.GradientTransformationExtraArgs(optimizer.init, promoting(optimizer.update))
+
+
+def promoting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under JAX's standard dtype promotion, which optax relies on (`b1 ** count`), even in strict mode."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return wrapped

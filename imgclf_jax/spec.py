@@ -22,6 +22,10 @@ from imgclf_jax.errors import UserError, unknown
 _CALL = re.compile(r"\s*([A-Za-z_][\w.]*(?::[A-Za-z_]\w*)?)\s*(\(.*\))?\s*", re.DOTALL)
 
 
+# What names mean: the functions and classes of one kind. A plain dict is the registry.
+Table = Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Call:
     """One `name(args, **kwargs)` of a spec; `str()` gives text that parses to an equal Call."""
@@ -103,7 +107,7 @@ def _literal(node: ast.expr, text: str) -> Any:
     )
 
 
-def lookup(call: Call, table: Mapping[str, Callable[..., Any]], kind: str) -> Callable[..., Any]:
+def lookup(call: Call, table: Table, kind: str) -> Callable[..., Any]:
     """The function or class that `call` names, from `table` or by import path; UserError if there is none."""
     if ":" not in call.name:
         if call.name not in table:
@@ -120,7 +124,7 @@ def lookup(call: Call, table: Mapping[str, Callable[..., Any]], kind: str) -> Ca
     return getattr(module, attribute)
 
 
-def bind(call: Call, table: Mapping[str, Callable[..., Any]], kind: str, given: tuple[str, ...] = ()) -> Any:
+def bind(call: Call, table: Table, kind: str, given: tuple[str, ...] = ()) -> Any:
     """Looks up `call` and binds its arguments: `functools.partial(function, *args, **kwargs)`.
 
     `given` names leading parameters (such as `key` and `image`) that the caller passes at each call; the spec's

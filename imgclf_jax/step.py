@@ -3,21 +3,21 @@
 from collections.abc import Callable
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from flax import struct
 
 from imgclf_jax import metrics, rng
 from imgclf_jax.losses import Loss
+from imgclf_jax.optim import promoting
 
 Batch = dict[str, jax.Array]
 Augment = Callable[..., jax.Array]  # (key, images uint8[b, h, w, c]) → f32[b, h, w, c]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """All that training is a function of: with the config, it determines every later state."""
 
     seed: jax.Array  # u32[]; a value and not a constant of the program, so one compilation serves all seeds
@@ -28,7 +28,7 @@ class TrainState:
 
 
 def init_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...], seed: int
+    model: nn.Module, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...], seed: jax.Array | int
 ) -> TrainState:
     """The state at step 0; `image_shape` is (h, w, c). Pure, so it can be jitted or evaluated for its shape."""
     images = jnp.zeros((1, *image_shape), jnp.float32)
@@ -76,8 +76,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 
-        grad_norm = optax.global_norm(grads)
-        param_norm = optax.global_norm(params)
+        grad_norm = optax.tree.norm(grads)
+        param_norm = optax.tree.norm(params)
         finite = jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
         sums = {
             "steps": jnp.int32(1),
@@ -86,7 +86,7 @@ def make_train_step(
             "loss": mean_loss * labels.size,
             "grad_norm": grad_norm,
             "param_norm": param_norm,
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "learning_rate": jnp.asarray(promoting(schedule)(state.step), jnp.float32),
             "nonfinite_step": jnp.where(finite, jnp.int32(metrics.NO_STEP), state.step),
         }
         state = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state)
@@ -111,7 +111,7 @@ def make_eval_step(model: nn.Module, loss: Loss, augment: Augment) -> Callable[[
     """`eval_step(params, model_state, batch) -> sums`; the batch has `mask` bool[b], False for padding."""
 
     def eval_step(params: Any, model_state: Any, batch: Batch) -> metrics.Sums:
-        logits = model.apply({"params": params, **model_state}, augment(None, batch["image"]), train=False)
+        logits: Any = model.apply({"params": params, **model_state}, augment(None, batch["image"]), train=False)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         return metrics.classification_sums(logits, batch["label"], loss(logits, batch["label"]), batch["mask"])
 
@@ -122,7 +122,7 @@ def make_predict_step(model: nn.Module, augment: Augment) -> Callable[[Any, Any,
     """`predict_step(params, model_state, images uint8[b, h, w, c]) -> probabilities f32[b, classes]`."""
 
     def predict_step(params: Any, model_state: Any, images: jax.Array) -> jax.Array:
-        logits = model.apply({"params": params, **model_state}, augment(None, images), train=False)
+        logits: Any = model.apply({"params": params, **model_state}, augment(None, images), train=False)
         return jax.nn.softmax(logits.astype(jnp.float32), -1)
 
     return predict_step

@@ -130,9 +130,9 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
             if save_due or (eval_due and config.checkpoint.best):
                 writer.sync()  # so that no checkpoint on disk is ahead of its metrics
                 checkpoints.save(done, {"state": state, "sums": sums}, scores)
-            if (name := stopped()) and not last:
+            if (received := stopped()) and not last:
                 checkpoints.close()
-                log.warning("%s: stopped at step %d, checkpoint saved; run the same command to go on", name, done)
+                log.warning("%s: stopped at step %d, checkpoint saved; run the same command to go on", received, done)
                 return STOPPED
             throughput.resume()
         checkpoints.close()
@@ -200,7 +200,7 @@ def _stop_signals() -> Iterator[Callable[[], str | None]]:
     A second signal has its usual effect at once.
     """
     received: list[str] = []
-    before = {}
+    before: dict[int, Any] = {}
 
     def note(number: int, frame: Any) -> None:
         received.append(signal.Signals(number).name)
@@ -212,5 +212,5 @@ def _stop_signals() -> Iterator[Callable[[], str | None]]:
     try:
         yield lambda: received[0] if received else None
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)

@@ -134,7 +134,8 @@ class Progress:
     def update(self, step: int, note: str | None = None) -> None:
         """Moves the bar to `step`; `note` stands behind it until the next one."""
         if self._bar:
-            self._bar.update(self._task, completed=step, **({} if note is None else {"note": note}))
+            fields: dict[str, Any] = {} if note is None else {"note": note}
+            self._bar.update(self._task, completed=step, **fields)
 
     def close(self) -> None:
         """Leaves the bar as it stands."""

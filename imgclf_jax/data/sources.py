@@ -61,7 +61,7 @@ class FakeSource:
     """Noise over a brightness that tells the class, each pixel a hash of (example, place): learnable, no storage."""
 
     n: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     class_names: tuple[str, ...]
     offset: int
 
@@ -72,7 +72,7 @@ class FakeSource:
         labels = (ids % len(self.class_names)).astype(np.int32)  # [n]
         size = int(np.prod(self.shape))
         place = (ids.astype(np.uint64)[:, None] + np.uint64(self.offset)) * np.uint64(size)
-        x = (place + np.arange(size, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)  # wraps modulo 2**64
+        x: np.ndarray = (place + np.arange(size, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)  # wraps modulo 2**64
         x = (x ^ (x >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
         noise = (x >> np.uint64(57)).astype(np.float32)  # [n, h * w * c], 0 to 127
         level = labels[:, None] * np.float32(128 / max(1, len(self.class_names) - 1))

@@ -179,7 +179,12 @@ def _carry(
     """`read(step)` for each step, run ahead in the background by tf.data."""
     import tensorflow as tf
 
+    types = [_TYPES[name] for name in names]
     failures: list[BaseException] = []
+
+    @tf.autograph.experimental.do_not_convert
+    def read_one(step: tf.Tensor) -> list[tf.Tensor]:
+        return tf.numpy_function(read_arrays, [step], types)
 
     def read_arrays(step: np.int64) -> list[np.ndarray]:
         try:
@@ -189,11 +194,8 @@ def _carry(
             raise
         return [batch[name] for name in names]
 
-    types = [_TYPES[name] for name in names]
     steps = tf.data.Dataset.range(start, stop)
-    batches = steps.map(
-        lambda step: tf.numpy_function(read_arrays, [step], types), num_parallel_calls=2, deterministic=True
-    )
+    batches = steps.map(read_one, num_parallel_calls=2, deterministic=True)
     try:
         for arrays in batches.prefetch(prefetch).as_numpy_iterator():
             yield dict(zip(names, arrays, strict=True))

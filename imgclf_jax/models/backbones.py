@@ -1,6 +1,6 @@
 """The small backbones: each maps images [b, h, w, c] to features [b, d]."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ class RNN(nn.Module):
         x = x.reshape(*x.shape[:2], -1)  # [b, h, w * c]
         for i in range(self.layers):
             cell = cells[self.cell](self.features, dtype=self.dtype, name=f"cell{i}")
-            x = nn.RNN(cell, name=f"rnn{i}")(x)  # [b, h, features]
+            x = cast(jax.Array, nn.RNN(cell, name=f"rnn{i}")(x))  # [b, h, features]
         return x[:, -1]
 
 

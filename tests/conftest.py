@@ -1,0 +1,39 @@
+"""Eight virtual CPU devices, strict dtype promotion: sharding and dtypes are exercised by every test."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+os.environ["KERAS_BACKEND"] = "tensorflow"
+
+import jax
+import pytest
+from hypothesis import settings
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """No test reads or writes the user's cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def fake_config():
+    """A config that trains in seconds, on data without files."""
+    from imgclf_jax.config import default_config
+
+    config = default_config()
+    config.total = "12 steps"
+    config.batch_size = 16
+    config.data.source = "fake(64, (12, 12, 1), 4)"
+    config.preprocess = "decode(1)"
+    config.model = "mlp(widths=(16,))"
+    config.log_every = "5 steps"
+    config.eval_every = "6 steps"
+    config.checkpoint_every = "4 steps"
+    return config

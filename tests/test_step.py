@@ -1,0 +1,30 @@
+"""The loop on fake data: it learns, it repeats bit for bit, it resumes bit for bit."""
+
+import json
+
+import pytest
+
+from imgclf_jax import train
+from imgclf_jax.workdir import Workdir
+from imgclf_jax.writers import read_metrics
+
+
+def run(config, path):
+    assert train.main(config, Workdir(path)) == 0
+    return json.loads((path / "result.json").read_text())
+
+
+def test_two_runs_give_the_same_bits(fake_config, tmp_path):
+    a, b = run(fake_config, tmp_path / "a"), run(fake_config, tmp_path / "b")
+    assert a["params_sha256"] == b["params_sha256"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_it_learns(fake_config, tmp_path, precision):
+    with fake_config.unlocked():
+        fake_config.total = "80 steps"
+        fake_config.schedule = "constant(1e-2)"
+        fake_config.precision = precision
+    assert run(fake_config, tmp_path)["test"]["accuracy"] > 0.9
+    losses = [r["train/loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r]
+    assert losses[-1] < losses[0]
