@@ -5,7 +5,8 @@ from imgclf_jax.config import ConfigDict, default_config
 
 def get_config() -> ConfigDict:
     config = default_config()
-    config.total = "20 epochs"
+    config.total = "30 epochs"
+    config.batch_size = 64
     config.data.source = "digits"
     config.preprocess = "decode(1)|resize(28)"
     config.augment = "pad_crop(2)|normalize"
