@@ -1,26 +1,26 @@
-"""Checkpoints: Orbax saves asynchronously and renames atomically; this module adds a checksum and a way back.
+"""Checkpoints: Orbax saves asynchronously and renames atomically; this module adds checksums and a way back.
 
 A checkpoint holds the train state and the sums of the metrics window it fell into, so that a resumed run logs what
 an uninterrupted one does.
 """
 
 import functools
+import json
 import logging
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from imgclf_jax import tree
 from imgclf_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_checksum = jax.jit(tree.checksum)
+_MANIFEST = "manifest.json"  # {file: [bytes, CRC-32]}; without it a flipped bit of array data would go unseen
 
 
 class Checkpoints:
@@ -66,12 +66,18 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        content = {"state": state, "checksum": _checksum(state)}
-        self._attempt(self._manager.save, step, args=ocp.args.StandardSave(content), metrics=dict(metrics or {}))
+        self.wait()  # for the save before, which is long done
+        self._attempt(self._manager.save, step, args=ocp.args.StandardSave(state), metrics=dict(metrics or {}))
 
     def wait(self) -> None:
         """Returns when every save is on disk; UserError where one failed."""
         self._attempt(self._manager.wait_until_finished)
+        self._attempt(self._write_manifests)
+
+    def poll(self) -> None:
+        """Finishes a save that has reached the disk, without waiting for one that has not."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def close(self) -> None:
         """Waits and lets go of the directory."""
@@ -84,16 +90,13 @@ class Checkpoints:
         The sharding may be over another number of devices than the one that saved. Raises UserError for a damaged
         checkpoint and for one of another model.
         """
-        checksum = jax.eval_shape(tree.checksum, like)
-        sharding = jax.tree.leaves(like)[0].sharding
-        target = {"state": like, "checksum": jax.ShapeDtypeStruct(checksum.shape, checksum.dtype, sharding=sharding)}
+        folder = self.directory / str(step)
+        if fault := _find_fault(folder):
+            raise UserError(f"checkpoint {folder} is damaged: {fault}")
         try:
-            content = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+            return self._manager.restore(step, args=ocp.args.StandardRestore(like))
         except Exception as e:  # Orbax and TensorStore raise many kinds, for damage and for other shapes alike
-            raise UserError(f"checkpoint {self.directory / str(step)} cannot be read: {_first_line(e)}") from e
-        if int(_checksum(content["state"])) != int(content["checksum"]):
-            raise UserError(f"checkpoint {self.directory / str(step)} is damaged: its checksum does not match")
-        return content["state"]
+            raise UserError(f"checkpoint {folder} cannot be read: {_first_line(e)}") from e
 
     def restore_latest(self, like: Any) -> tuple[int, Any] | None:
         """(step, state) of the latest checkpoint that can be read; None where there is no checkpoint at all.
@@ -114,9 +117,19 @@ class Checkpoints:
             return step, state
         if errors:
             raise UserError(
-                f"none of the checkpoints {steps} in {self.directory} can be read; the latest: {errors[0][1]}"
+                f"no checkpoint of {steps} in {self.directory} can be read: {errors[0][1]}; "
+                f"remove or rename that directory to train from the start"
             )
         return None
+
+    def _write_manifests(self) -> None:
+        """Notes size and checksum of every file of the checkpoints that are new."""
+        for folder in [self.directory / str(step) for step in self._manager.all_steps()]:
+            if not self._read_only and not (folder / _MANIFEST).exists():
+                files = {str(f.relative_to(folder)): _measure(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+                temporary = folder / f"{_MANIFEST}.tmp"
+                temporary.write_text(json.dumps(files))
+                temporary.rename(folder / _MANIFEST)
 
     def _set_aside(self, step: int, error: UserError, used: int) -> None:
         if self._read_only:
@@ -143,3 +156,26 @@ class Checkpoints:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _measure(file: Path) -> list[int]:
+    content = file.read_bytes()
+    return [len(content), zlib.crc32(content)]
+
+
+def _find_fault(folder: Path) -> str:
+    """What is wrong with a checkpoint's files; empty if nothing, or if the process was killed before noting them."""
+    try:
+        files = json.loads((folder / _MANIFEST).read_text())
+    except FileNotFoundError:
+        return ""
+    except ValueError:
+        return f"{_MANIFEST} is not JSON"
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            return f"the file {name} is missing"
+        found = _measure(folder / name)
+        if found != expected:
+            what = f"has {found[0]} bytes, not {expected[0]}" if found[0] != expected[0] else "has changed"
+            return f"the file {name} {what}"
+    return ""

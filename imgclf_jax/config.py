@@ -71,14 +71,16 @@ def load_file(path_and_arg: str) -> ConfigDict:
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise UserError(f"no config file {path!r}{hint}")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"config file {path!r} is not a Python file (.py)")
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
         config = module.get_config(arg) if arg else module.get_config()
-    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError) as e:
-        raise UserError(f"config file {path}: {type(e).__name__}: {str(e).splitlines()[0]}") from e
+    except Exception as e:  # whatever the user's own code raises
+        raise UserError(f"config file {path}: {type(e).__name__}: {next(iter(str(e).splitlines()), '')}") from e
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"config file {path}: get_config gives {config!r}; it must return a config (default_config())")
     check_keys(config, path)
     return config.lock()
 
@@ -100,13 +102,19 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 
 
 def check_keys(config: ConfigDict, where: str) -> None:
-    """Raises UserError for a key that does not exist, or one that is missing."""
+    """Raises UserError for a key that does not exist, one that is missing, or a value of another type."""
     flat = flatten(config)
     for key in flat:
         if key not in KEYS:
             raise UserError(f"{where}: " + unknown("config key", key, KEYS))
     if missing := [key for key in KEYS if key not in flat]:
         raise UserError(f"{where}: missing config keys {', '.join(missing)}; start from default_config()")
+    for key, (default, _) in KEYS.items():
+        if type(flat[key]) is not type(default):
+            raise UserError(f"{where}: {key}={flat[key]!r} is not of type {type(default).__name__}, as {default!r} is")
+    for name, split in flat["data.eval"].items():
+        if not isinstance(split, str):
+            raise UserError(f"{where}: data.eval.{name}={split!r} is not a split, such as 'test'")
 
 
 def validate(config: ConfigDict) -> None:
@@ -124,8 +132,8 @@ def validate(config: ConfigDict) -> None:
     steps = period(config.total, "total", 1000, 10)
     if steps is None or steps <= 0:
         raise UserError(f"total={config.total!r}: must be a duration above zero, such as '5 epochs'")
-    if config.checkpoint.best and config.checkpoint.best.partition("/")[0] not in config.data.eval:
-        metrics = [f"{name}/{metric}" for name in config.data.eval for metric in ("accuracy", "loss")]
+    metrics = [f"{name}/{metric}" for name in config.data.eval for metric in ("accuracy", "loss", "top5")]
+    if config.checkpoint.best and config.checkpoint.best not in metrics:
         raise UserError(unknown("metric in checkpoint.best", config.checkpoint.best, metrics))
 
 
@@ -174,12 +182,11 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str, where: str) -> ConfigDict:
-    """The config that `to_json` wrote; tuples come back as they were, and other keys than KEYS are refused."""
+    """The config that `to_json` wrote; other keys than KEYS, and other types than theirs, are refused."""
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{where} is not JSON ({e}); restore it from a backup, or train into a new --workdir") from e
-    config = ConfigDict(values)
+        config = ConfigDict(json.loads(text))
+    except (ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{where} is damaged ({e}); restore it from a backup, or train into a new --workdir") from e
     check_keys(config, where)
     return config.lock()
 

@@ -68,6 +68,8 @@ class Experiment:
         """`init`'s result as shapes with shardings, without computing it; raises UserError if the model can't be."""
         try:
             shape = jax.eval_shape(self.init, jax.ShapeDtypeStruct((), "uint32"))
+        except UserError:
+            raise
         except (ValueError, TypeError) as e:
             reason = str(e).strip().splitlines()[0]
             raise UserError(

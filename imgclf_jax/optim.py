@@ -1,7 +1,6 @@
 """Optimizers: optax's, by optax's own names."""
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,14 +8,20 @@ import jax
 import optax
 
 from imgclf_jax import spec
+from imgclf_jax.errors import UserError
+
+# These take no schedule, or want more than the gradient at each update.
+_UNFIT = ("lbfgs", "optimistic_adam", "rprop", "sm3")
 
 
 def _optimizers() -> dict[str, object]:
-    """Every public optax function whose first parameter is `learning_rate`."""
+    """Every public optax function whose first parameter is `learning_rate`, a schedule."""
     out: dict[str, object] = {}
     for name in dir(optax):
         function = getattr(optax, name)
-        if inspect.isfunction(function) and next(iter(inspect.signature(function).parameters), "") == "learning_rate":
+        if not callable(function) or isinstance(function, type):
+            continue
+        if spec.takes(function, "learning_rate") and name not in _UNFIT and not name.startswith(("_", "scale_by_")):
             out[name] = function
     return out
 
@@ -26,7 +31,13 @@ def build(text: str, schedule: optax.Schedule, clip: float) -> optax.GradientTra
 
     `clip` 0 is no clipping. The learning rate comes from `schedule`, never from the spec.
     """
-    optimizer = spec.bind(spec.parse_one(text), _optimizers(), "optimizer", given=("learning_rate",))(schedule)
+    call = spec.parse_one(text)
+    if call.args and ":" not in call.name:  # adam(1e-3) would set b1
+        raise UserError(
+            f"optimizer={text!r}: name the arguments, as in {call.name}(...={call.args[0]!r}); "
+            "the learning rate is the schedule's"
+        )
+    optimizer = spec.bind(call, _optimizers(), "optimizer", given=("learning_rate",))(schedule)
     if clip:
         optimizer = optax.chain(optax.clip_by_global_norm(clip), optimizer)
     return optax.GradientTransformationExtraArgs(optimizer.init, promoting(optimizer.update))

@@ -27,4 +27,6 @@ def generator(seed: int, name: str, position: int) -> np.random.Generator:
 
     Philox is counter-based: any position costs the same, and no two (seed, name, position) share a stream.
     """
-    return np.random.Generator(np.random.Philox(key=[(seed << 32) | name_hash(name), position]))
+    # An array, since NumPy would read a list that holds a number above 2**63 through float64.
+    key = np.array([(seed << 32) | name_hash(name), position], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the step, i32[], to the rate, f32[]; each begins with a linear warmup from zero.
+"""Learning-rate schedules: the step, i32[], to the rate, f32[]; each but one_cycle may begin with a linear warmup.
 
 `warmup` and the boundaries of `step` are durations ('5%', '2 epochs', '500 steps').
 """
@@ -20,8 +20,7 @@ def constant(steps: Steps, total: int, peak: float, warmup: str = "") -> optax.S
 
 def cosine(steps: Steps, total: int, peak: float, warmup: str = "", end: float = 0.0) -> optax.Schedule:
     """Half a cosine from `peak` to `end` (Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts)."""
-    decay = optax.cosine_decay_schedule(peak, max(1, total - steps(warmup)), alpha=end / peak)
-    return _warm_up(decay, peak, steps(warmup), total)
+    return _warm_up(_half_cosine(peak, end, total - steps(warmup)), peak, steps(warmup), total)
 
 
 def linear(steps: Steps, total: int, peak: float, warmup: str = "", end: float = 0.0) -> optax.Schedule:
@@ -33,9 +32,9 @@ def one_cycle(
     steps: Steps, total: int, peak: float, warmup: str = "30%", start: float = 0.04, end: float = 1e-4
 ) -> optax.Schedule:
     """Cosine up from `start * peak` over `warmup`, then cosine down to `end * peak` (Smith 2018, arXiv:1708.07120)."""
-    up, down = steps(warmup), max(1, total - steps(warmup))
-    rise = optax.cosine_decay_schedule(start * peak, max(1, up), alpha=1 / start)
-    fall = optax.cosine_decay_schedule(peak, down, alpha=end)
+    up = steps(warmup)
+    _check_warmup(up, total)
+    rise, fall = _half_cosine(start * peak, peak, up), _half_cosine(peak, end * peak, total - up)
     return optax.join_schedules([rise, fall], [up])
 
 
@@ -44,15 +43,25 @@ def step(
 ) -> optax.Schedule:
     """`peak`, multiplied by `factor` at each duration in `at` (counted from the first step, warmup included)."""
     offset = steps(warmup)
-    boundaries = {steps(t) - offset: factor for t in at}
-    if any(b <= 0 for b in boundaries):
+    places = [steps(t) - offset for t in at]
+    boundaries = {p: factor ** places.count(p) for p in places}  # two durations may round up to the same step
+    if any(p <= 0 for p in places):
         raise UserError(f"schedule step: every duration in at={at} must lie after warmup={warmup!r}")
     return _warm_up(optax.piecewise_constant_schedule(peak, boundaries), peak, offset, total)
 
 
-def _warm_up(schedule: optax.Schedule, peak: float, warmup: int, total: int) -> optax.Schedule:
+def _half_cosine(first: float, last: float, length: int) -> optax.Schedule:
+    share = optax.cosine_decay_schedule(1.0, max(1, length))  # of `first`: 1 to 0
+    return lambda count: last + (first - last) * share(count)
+
+
+def _check_warmup(warmup: int, total: int) -> None:
     if warmup > total:
         raise UserError(f"a warmup of {warmup} steps is longer than the whole run of {total} steps")
+
+
+def _warm_up(schedule: optax.Schedule, peak: float, warmup: int, total: int) -> optax.Schedule:
+    _check_warmup(warmup, total)
     if warmup == 0:
         return schedule
     # The first step already moves: rate (1 / warmup) * peak at step 0, peak at step `warmup - 1` and after.

@@ -44,6 +44,7 @@ def parse(text: str) -> list[Call]:
 
     Raises UserError for text outside the grammar and for an argument that is not a Python literal.
     """
+    text = text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads its source
     return [_parse_call(part, text) for part in _split(text)] if text.strip() else []
 
 
@@ -57,19 +58,21 @@ def parse_one(text: str) -> Call:
 
 def _split(text: str) -> list[str]:
     """Splits at each `|` outside of brackets and strings; Python's tokenizer knows which those are."""
+    if "\0" in text:  # which can upset the tokenizer
+        raise UserError(f"in spec {text!r}: a null character is not allowed")
     # Inside added brackets a newline is white space; the column offset is one on the first line.
-    lines = f"({text}\n)".splitlines(keepends=True)
+    whole = f"({text}\n)"
     starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line))
+    for line in whole.split("\n"):
+        starts.append(starts[-1] + len(line) + 1)
     cuts, depth = [], 0
     try:
-        for token in tokenize.generate_tokens(io.StringIO("".join(lines)).readline):
+        for token in tokenize.generate_tokens(io.StringIO(whole).readline):
             if token.type == tokenize.OP:
                 depth += (token.string in "([{") - (token.string in ")]}")
                 if token.string == "|" and depth == 1:
                     cuts.append(starts[token.start[0] - 1] + token.start[1] - 1)
-    except (tokenize.TokenError, SyntaxError) as e:
+    except (tokenize.TokenError, SyntaxError, ValueError) as e:
         raise UserError(f"in spec {text!r}: unbalanced brackets or quotes") from e
     edges = [-1, *cuts, len(text)]
     return [text[a + 1 : b] for a, b in itertools.pairwise(edges)]
@@ -82,27 +85,33 @@ def _parse_call(part: str, text: str) -> Call:
     name, arguments = match.groups()
     try:
         node = ast.parse(f"f{arguments or '()'}", mode="eval").body
-    except (SyntaxError, ValueError) as e:
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
         raise UserError(f"in spec {text!r}: the arguments of {name!r} do not parse: {arguments}") from e
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         raise UserError(f"in spec {text!r}: {part.strip()!r} is not of the form name(arg, key=value)")
     if any(k.arg is None for k in node.keywords):
         raise UserError(f"in spec {text!r}: {name!r} takes no **arguments")
+    keys = [k.arg for k in node.keywords]
+    if twice := [k for k in keys if keys.count(k) > 1]:
+        raise UserError(f"in spec {text!r}: {name!r} is given the argument {twice[0]!r} twice")
     args = tuple(_literal(a, text) for a in node.args)
     kwargs = {k.arg: _literal(k.value, text) for k in node.keywords if k.arg is not None}
     return Call(name, args, kwargs)
 
 
 def _literal(node: ast.expr, text: str) -> Any:
-    source = ast.unparse(node)
     try:
         value = ast.literal_eval(node)
         if ast.literal_eval(repr(value)) == value:  # inf has no literal: a spec must read back as it was written
             return value
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         pass
+    try:
+        source = repr(ast.unparse(node))
+    except (ValueError, RecursionError):  # too long or too deep to show
+        source = "an argument"
     raise UserError(
-        f"in spec {text!r}: {source!r} is not a literal; write a finite number, a quoted string, True, False, None, "
+        f"in spec {text!r}: {source} is not a literal; write a finite number, a quoted string, True, False, None, "
         "or a tuple, list or dict of these"
     )
 
@@ -131,7 +140,10 @@ def bind(call: Call, table: Table, kind: str, given: tuple[str, ...] = ()) -> An
     positional arguments begin after them. Raises UserError where the arguments do not fit the signature.
     """
     function = lookup(call, table, kind)
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError as e:  # some builtins have none
+        raise UserError(f"in {kind} {str(call)!r}: the arguments of {call.name} are not known: {e}") from e
     leading = [name for name in list(parameters)[: len(given)] if name in given]
     linen = ("parent", "name") if "parent" in parameters else ()  # fields that flax adds to every module
     own = [p for name, p in parameters.items() if name not in leading and name not in linen]

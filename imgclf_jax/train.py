@@ -108,6 +108,7 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
                 continue
 
             host_sums = jax.device_get(sums)  # waits for the device
+            checkpoints.poll()
             throughput.pause()
             _check_finite(host_sums, experiment, images, workdir, checkpoints)
             if log_due:

@@ -42,6 +42,8 @@ def cutout(key: jax.Array, images: jax.Array, size: int = 8, fill: float = 0.0) 
     DeVries and Taylor 2017, arXiv:1708.04552. `fill` is in the units of the images: put the op after `normalize` to
     fill with the mean. The square covers rows centre - size // 2 to centre - size // 2 + size - 1.
     """
+    if images.dtype == jnp.uint8 and fill not in range(256):
+        raise UserError(f"cutout(fill={fill}) of uint8 images: allowed are 0 to 255; or put it after normalize")
     b, h, w, _ = images.shape
     key_y, key_x = jax.random.split(key)
     top = jax.random.randint(key_y, (b, 1, 1, 1), 0, h) - size // 2

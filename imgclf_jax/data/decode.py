@@ -33,6 +33,10 @@ def decode(image: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
     if channels not in _MODES:
         raise UserError(f"decode(channels={channels}): allowed: 1, 3, 4")
     if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or not 1 <= image.shape[-1] <= 4:
+            raise UserError(
+                f"the image is {image.dtype}{list(image.shape)}; expected uint8[h, w, c] with c from 1 to 4"
+            )
         if image.shape[-1] == channels:
             return image
         picture = _to_picture(image)
@@ -41,7 +45,7 @@ def decode(image: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
             picture = Image.open(io.BytesIO(image))
             picture = ImageOps.exif_transpose(picture)
             picture.load()
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
+        except Exception as e:  # of damaged bytes Pillow's plugins raise errors of many types
             reason = "is not in an image format" if "cannot identify" in str(e) else f"does not decode: {e}"
             raise UserError(f"the image {reason}") from e
     if picture.mode.startswith("I"):  # 16 bits a pixel, which convert("L") would clip instead of scale
@@ -53,6 +57,8 @@ def decode(image: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
         raise UserError("the image holds floating-point values of unknown range; save it with 8 or 16 bits a channel")
     if picture.mode == "P":  # a palette may hold colour and alpha
         picture = picture.convert("RGBA")
+    elif picture.mode == "LAB":  # Pillow has no direct way from it to grey
+        picture = picture.convert("RGB")
     if picture.mode != _MODES[channels]:
         picture = picture.convert(_MODES[channels])
     out = np.asarray(picture)
@@ -66,7 +72,7 @@ def _to_picture(image: np.ndarray) -> Image.Image:
 def resize(image: np.ndarray, height: int, width: int = 0, method: str = "bilinear") -> np.ndarray:
     """Resizes to (height, width), or (height, height); the filter is widened when shrinking (antialiased).
 
-    `method` is nearest, bilinear, bicubic or lanczos, as Pillow defines them.
+    `method` is nearest, bilinear, bicubic or lanczos, as Pillow defines them: in RGBA the colours are weighted by alpha.
     """
     if method not in _FILTERS:
         raise UserError(f"resize(method={method!r}): allowed: {', '.join(_FILTERS)}")
@@ -117,8 +123,8 @@ def random_resized_crop(
             top, left = rng.integers(0, h - crop_h + 1), rng.integers(0, w - crop_w + 1)
             break
     else:
-        crop_w = min(w, round(h * ratio[1])) if w / h > ratio[1] else w
-        crop_h = min(h, round(w / ratio[0])) if w / h < ratio[0] else h
+        crop_w = max(1, round(h * ratio[1])) if w / h > ratio[1] else w
+        crop_h = max(1, round(w / ratio[0])) if w / h < ratio[0] else h
         top, left = (h - crop_h) // 2, (w - crop_w) // 2
     return resize(image[top : top + crop_h, left : left + crop_w], height, width or height, method)
 

@@ -81,7 +81,7 @@ def _scan(root: Path, class_names: tuple[str, ...]) -> FolderSource:
                     found.append((relative, class_names.index(class_folder.name), file.stat().st_size))
         if len(found) == before:
             raise UserError(f"folder: the class folder {class_folder} holds no images; add some or remove it")
-    found.sort(key=lambda f: hashlib.sha256(f[0].encode()).digest())
+    found.sort(key=lambda f: hashlib.sha256(os.fsencode(f[0])).digest())
     files, labels, sizes = zip(*found, strict=True)
     return FolderSource(root, files, np.array(labels, np.int32), sizes, class_names)
 

@@ -6,8 +6,11 @@ source spec names a function that gives `{base split name: source}`; TFDS's spli
 
 import functools
 import hashlib
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -96,6 +99,8 @@ class TfdsSource:
     def read(self, ids: np.ndarray) -> Examples:
         records = self.data_source.__getitems__(ids.tolist())  # type: ignore[attr-defined]
         labels = np.array([r["label"] for r in records], np.int32)
+        if labels.min() < 0:  # TFDS writes -1 where the labels of a test set are secret
+            raise UserError(f"example {int(ids[labels.argmin()])} of {self.identity!r} has no label; use another split")
         return {"image": [r["image"] for r in records], "label": labels}
 
     def fingerprint(self) -> str:
@@ -168,22 +173,24 @@ def arrays(path: str) -> dict[str, Source]:
     `class_names`, where the file holds it, names the classes; otherwise they are numbered.
     """
     try:
-        with np.load(path) as file:
+        with np.load(Path(path).expanduser()) as file:
             data = dict(file)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise UserError(f"arrays: cannot read {path!r} as an .npz file: {e}") from e
     names = [key[2:] for key in data if key.startswith("x_") and f"y_{key[2:]}" in data]
     if not names:
         raise UserError(f"arrays: {path} holds {sorted(data)}; expected x_NAME and y_NAME, such as x_train and y_train")
+    for name in names:
+        x, y = data[f"x_{name}"], data[f"y_{name}"]
+        if x.dtype != np.uint8 or x.ndim not in (3, 4) or len(x) != y.size or not y.size or y.dtype.kind not in "iu":
+            raise UserError(f"arrays: in {path}, x_{name} is {x.dtype}{list(x.shape)} for {y.size} labels, {y.dtype}; "
+                            "expected uint8[n, h, w] or uint8[n, h, w, c] and n whole numbers")  # fmt: skip
     classes = 1 + max(int(data[f"y_{name}"].max()) for name in names)
     class_names = tuple(str(c) for c in data.get("class_names", np.arange(classes)))
     out: dict[str, Source] = {}
     for name in names:
         x, y = data[f"x_{name}"], data[f"y_{name}"].reshape(-1)
         x = x[..., None] if x.ndim == 3 else x
-        if x.dtype != np.uint8 or x.ndim != 4 or len(x) != len(y):
-            raise UserError(f"arrays: in {path}, x_{name} is {x.dtype}{list(x.shape)} for {len(y)} labels; "
-                            "expected uint8[n, h, w] or uint8[n, h, w, c]")  # fmt: skip
         if y.min() < 0 or y.max() >= len(class_names):
             raise UserError(f"arrays: in {path}, y_{name} lies outside the {len(class_names)} classes")
         out[name] = ArraySource(x, y.astype(np.int32), class_names)

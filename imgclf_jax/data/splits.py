@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from imgclf_jax.errors import UserError, unknown
 
-_PART = re.compile(r"\s*([\w.-]+)\s*(?:\[\s*(-?\d+%?)?\s*:\s*(-?\d+%?)?\s*\])?\s*")
+_BOUND = r"\s*(-?\d+|-?\d+(?:\.\d+)?%)?\s*"
+_PART = re.compile(rf"\s*([\w.-]+)\s*(?:\[{_BOUND}:{_BOUND}\])?\s*")
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ def resolve(text: str, sizes: dict[str, int]) -> list[Part]:
     """The parts of a split, given the size of each base split.
 
     A percentage is rounded to the nearest example and a negative bound counts from the end, as TFDS does. Raises
-    UserError for text outside the syntax, an unknown base split and a split without examples.
+    UserError for text outside the syntax, an unknown base split, a bound outside of it and a split without examples.
     """
     parts = []
     for piece in text.split("+"):
@@ -32,15 +33,21 @@ def resolve(text: str, sizes: dict[str, int]) -> list[Part]:
         if name not in sizes:
             raise UserError(unknown("split", name, sizes))
         n = sizes[name]
-        part = Part(name, _bound(start, n, 0), _bound(stop, n, n))
+        if start and stop and start.endswith("%") != stop.endswith("%"):  # TFDS reads both as percentages
+            raise UserError(f"split {piece.strip()!r} mixes a number with a percentage; write both as one or the other")
+        part = Part(name, _bound(start, n, 0, piece), _bound(stop, n, n, piece))
         if part.start >= part.stop:
             raise UserError(f"split {piece.strip()!r} holds no example; {name!r} has {n}")
         parts.append(part)
     return parts
 
 
-def _bound(text: str | None, n: int, default: int) -> int:
+def _bound(text: str | None, n: int, default: int, piece: str) -> int:
     if text is None:
         return default
-    bound = round(int(text[:-1]) * n / 100) if text.endswith("%") else int(text)
-    return min(max(bound + n if text.startswith("-") else bound, 0), n)
+    percent = text.endswith("%")
+    number = float(text[:-1]) if percent else int(text)
+    if abs(number) > (100 if percent else n):
+        raise UserError(f"split {piece.strip()!r} reaches outside of the {n} examples that there are")
+    bound = round(number * n / 100) if percent else int(number)
+    return bound + n if number < 0 else bound

@@ -43,7 +43,7 @@ def permute(x: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     while todo.size:
         left, right = np.divmod(out[todo], a)
         for k in keys:
-            left, right = right, (left + _mix(right + (k if k.size == 1 else k[todo]))) % a
+            left, right = right, (left + _mix(right + (k if k.size == 1 else k[todo])) % a) % a
         out[todo] = left * a + right
         todo = todo[out[todo] >= n]
     return out.astype(np.int64)
@@ -114,6 +114,11 @@ class Images:
 
         chunks = np.array_split(np.arange(len(ids)), min(self._threads, len(ids)))
         images = [image for chunk in self._pool.map(decode_some, chunks) for image in chunk]
+        if wrong := [image for image in images if image.dtype != np.uint8 or image.ndim != 3]:
+            raise UserError(
+                f"preprocess={self.preprocess!r} gives {wrong[0].dtype}{list(wrong[0].shape)}; host ops give uint8 "
+                "[h, w, c], and floating point begins with `augment`"
+            )
         shapes = sorted({image.shape for image in images} | {getattr(self, "shape", images[0].shape)})
         if len(shapes) > 1:
             raise UserError(
@@ -176,8 +181,12 @@ _TYPES = {"image": np.uint8, "label": np.int32, "mask": np.bool_}
 def _carry(
     read: Callable[[int], Batch], names: tuple[str, ...], start: int, stop: int, prefetch: int
 ) -> Iterator[Batch]:
-    """`read(step)` for each step, run ahead in the background by tf.data."""
-    import tensorflow as tf
+    """`read(step)` for each step, run ahead in the background by tf.data where TensorFlow is installed."""
+    try:
+        import tensorflow as tf
+    except ImportError:  # a machine with JAX alone: the same batches, each read when it is asked for
+        yield from map(read, range(start, stop))
+        return
 
     types = [_TYPES[name] for name in names]
     failures: list[BaseException] = []

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from imgclf_jax.errors import UserError, unknown
 from imgclf_jax.models.layers import ConvPool
 
 _dense_init = nn.initializers.glorot_uniform()
@@ -24,8 +25,14 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        h, w = x.shape[1:3]
         for i, width in enumerate(self.widths):
             x = ConvPool(width, self.kernel, dtype=self.dtype, name=f"block{i}")(x)  # [b, ~h/2, ~w/2, width]
+        if x.size == 0:
+            raise UserError(
+                f"cnn: nothing is left of an image of {h} by {w} after {len(self.widths)} blocks of convolution and "
+                "pooling; resize it to a larger size or give fewer widths"
+            )
         x = x.reshape(x.shape[0], -1)  # [b, h * w * c]
         return nn.relu(nn.Dense(self.hidden, dtype=self.dtype, kernel_init=_dense_init, name="dense")(x))
 
@@ -62,10 +69,14 @@ class RNN(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         cells = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell}
         if self.cell not in cells:
-            raise ValueError(f"rnn cell {self.cell!r}: allowed: {', '.join(cells)}")
+            raise UserError(unknown("rnn cell", self.cell, cells))
+
+        def zeros(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            return jnp.zeros(shape, self.dtype)  # flax would begin with the parameters' dtype
+
         x = x.reshape(*x.shape[:2], -1)  # [b, h, w * c]
         for i in range(self.layers):
-            cell = cells[self.cell](self.features, dtype=self.dtype, name=f"cell{i}")
+            cell = cells[self.cell](self.features, dtype=self.dtype, carry_init=zeros, name=f"cell{i}")
             x = cast(jax.Array, nn.RNN(cell, name=f"rnn{i}")(x))  # [b, h, features]
         return x[:, -1]
 

@@ -1,0 +1,131 @@
+"""Kills a training run again and again and checks that it ends, bit for bit, like one that was left alone.
+
+    uv run python tests/resume_check.py --kills 20
+
+Each process is killed at a random moment: in start-up, in training, while a checkpoint is written. Then once more with
+SIGTERM, which must save and exit 75, and with a checkpoint that was truncated by hand, which must be reported and the
+one before it used. Prints what it did; exit status 1 if any bit differs.
+"""
+
+import argparse
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TIMINGS = ("train/images_per_second", "train/input_wait")
+DIGITS = ("--config.total=800 steps", "--config.checkpoint_every=25 steps", "--config.log_every=10 steps",
+          "--config.eval_every=90 steps", "--config.checkpoint.best=test/accuracy")  # fmt: skip
+
+
+def start(workdir: Path, overrides: tuple[str, ...]) -> subprocess.Popen:
+    """A training process in `workdir`; what it says goes to `workdir`.log."""
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{workdir}.log", "a") as log:
+        command = [sys.executable, str(ROOT / "launch.py"), "train", f"--workdir={workdir}", *overrides]
+        return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+
+
+def finish(workdir: Path, overrides: tuple[str, ...]) -> None:
+    """Lets a process run to its end."""
+    status = start(workdir, overrides).wait()
+    assert status == 0, f"exit status {status}; see {workdir}.log"
+
+
+def interrupt(workdir: Path, overrides: tuple[str, ...], number: signal.Signals, rng: random.Random) -> int | None:
+    """Starts a process and sends it a signal at a random moment; its exit status, None if it had ended by itself."""
+    before = _size(workdir / "metrics.jsonl")
+    process = start(workdir, overrides)
+    if number == signal.SIGKILL and rng.random() < 0.25:
+        time.sleep(rng.uniform(0.1, 8.0))  # imports, data, restoring, compiling
+    else:
+        while process.poll() is None and _size(workdir / "metrics.jsonl") <= before:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 0.4))
+    if process.poll() is not None:
+        return None
+    process.send_signal(number)
+    return process.wait()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def truncate_latest(workdir: Path) -> int:
+    """Cuts the largest file of the latest checkpoint in half; returns the checkpoint's step."""
+    steps = [d for d in (workdir / "checkpoints").iterdir() if d.name.isdigit()]
+    latest = max(steps, key=lambda d: int(d.name))
+    file = max((f for f in latest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return int(latest.name)
+
+
+def outcome(workdir: Path) -> tuple[str, list[dict]]:
+    """The digest of the final parameters, and every record of metrics but for timings."""
+    result = json.loads((workdir / "result.json").read_text())
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    records = [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
+    return result["params_sha256"], records
+
+
+def kill_repeatedly(workdir: Path, overrides: tuple[str, ...], kills: int, rng: random.Random) -> list[int]:
+    """Kills `kills` processes one after the other, then lets one finish; the latest checkpoint found at each kill."""
+    found = []
+    while len(found) < kills:
+        if interrupt(workdir, overrides, signal.SIGKILL, rng) is None:
+            raise AssertionError(f"the run ended after {len(found)} kills; make it longer")
+        folder = workdir / "checkpoints"
+        steps = [int(d.name) for d in folder.iterdir() if d.name.isdigit()] if folder.exists() else []
+        found.append(max(steps, default=0))
+        print(f"kill {len(found)}: latest checkpoint {found[-1]}", flush=True)
+    finish(workdir, overrides)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--workdir", type=Path, default=Path(tempfile.mkdtemp(prefix="resume_check")))
+    parser.add_argument("overrides", nargs="*", help="of the config, such as --config.data.placement=device")
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    overrides = (*DIGITS, *args.overrides)
+
+    finish(args.workdir / "whole", overrides)
+    expected = outcome(args.workdir / "whole")
+    print(f"left alone: {expected[0]}, {len(expected[1])} records")
+    failures = 0
+
+    kill_repeatedly(args.workdir / "killed", overrides, args.kills, rng)
+    got = outcome(args.workdir / "killed")
+    print(f"SIGKILL x {args.kills}: {got[0]}, {'equal' if got == expected else 'DIFFERENT'}")
+    failures += got != expected
+
+    statuses = [interrupt(args.workdir / "stopped", overrides, signal.SIGTERM, rng) for _ in range(2)]
+    statuses.append(interrupt(args.workdir / "stopped", overrides, signal.SIGINT, rng))
+    finish(args.workdir / "stopped", overrides)
+    got = outcome(args.workdir / "stopped")
+    print(f"SIGTERM, SIGTERM, SIGINT: exit {statuses}, {got[0]}, {'equal' if got == expected else 'DIFFERENT'}")
+    failures += got != expected or statuses != [75, 75, 75]
+
+    workdir = args.workdir / "truncated"
+    for _ in range(2):  # two checkpoints at least
+        interrupt(workdir, overrides, signal.SIGTERM, rng)
+    step = truncate_latest(workdir)
+    finish(workdir, overrides)
+    got = outcome(workdir)
+    said = [line for line in Path(f"{workdir}.log").read_text().splitlines() if "is used" in line]
+    print(f"checkpoint {step} truncated: {said}, {got[0]}, {'equal' if got == expected else 'DIFFERENT'}")
+    failures += got != expected or not said
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

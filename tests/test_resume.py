@@ -1,0 +1,53 @@
+"""A run that was killed ends, bit for bit, like one that was left alone. `resume_check.py` is the long version."""
+
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import resume_check
+
+SHORT = (
+    "--config.data.source=fake(256, (12, 12, 1), 4)",
+    "--config.preprocess=decode(1)|random_resized_crop(10)",
+    "--config.preprocess_eval=decode(1)|resize(10)",
+    "--config.augment=flip_lr|pad_crop(1)|normalize",
+    "--config.model=mlp(widths=(16,), dropout=0.1)",
+    "--config.total=1500 steps",
+    "--config.batch_size=24",
+    "--config.log_every=7 steps",
+    "--config.eval_every=110 steps",
+    "--config.checkpoint_every=15 steps",
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[str, list[dict]]:
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    resume_check.finish(workdir, SHORT)
+    return resume_check.outcome(workdir)
+
+
+def test_killed_at_random_moments(whole, tmp_path):
+    """Random crops, flips and dropout included; log, evaluation and checkpoint steps do not fall together."""
+    rng = random.Random(0)
+    resume_check.kill_repeatedly(tmp_path / "run", SHORT, 3, rng)
+    assert resume_check.outcome(tmp_path / "run") == whole
+
+
+def test_stopped_by_sigterm_and_a_truncated_checkpoint(whole, tmp_path):
+    """SIGTERM saves and exits 75; the damaged checkpoint is reported and the one before it used."""
+    rng = random.Random(1)
+    assert [resume_check.interrupt(tmp_path / "run", SHORT, signal.SIGTERM, rng) for _ in range(2)] == [75, 75]
+    step = resume_check.truncate_latest(tmp_path / "run")
+    resume_check.finish(tmp_path / "run", SHORT)
+    log = Path(f"{tmp_path / 'run'}.log").read_text()
+    assert f"checkpoints/{step} is damaged" in log
+    assert "Traceback" not in log
+    assert resume_check.outcome(tmp_path / "run") == whole
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["resume_check.py", "--kills", "20", "--workdir", str(tmp_path)])
+    assert resume_check.main() == 0
