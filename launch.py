@@ -129,8 +129,9 @@ def _override(config: ConfigDict, words: list[str]) -> list[str]:
 
 def _dispatch(command: str, config: ConfigDict, workdir: Path, values: flags.FlagValues, files: list[str]) -> int:
     if command == "config":
-        for key, value in configs.flatten(config).items():
-            print(f"{key} = {value!r}\n    {configs.KEYS[key][1]}")
+        values_now = configs.flatten(config)
+        for key, (_, documentation) in configs.KEYS.items():
+            print(f"{key} = {values_now[key]!r}\n    {documentation}")
         return 0
 
     # From here on JAX is wanted.

@@ -1,16 +1,18 @@
 """What a config describes, put together: model, loss, optimizer, schedule, steps and the shape of the state."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax import losses, metrics, optim, schedules, sharding, step
+from imgclf_jax import losses, metrics, optim, rng, schedules, sharding, spec, step
 from imgclf_jax.data import augment
 from imgclf_jax.data.stream import Images
 from imgclf_jax.errors import UserError
@@ -65,16 +67,40 @@ class Experiment:
         return {"state": state, "sums": step.zero_sums()}
 
     def shape(self) -> Any:
-        """`init`'s result as shapes with shardings, without computing it; raises UserError if the model can't be."""
-        try:
-            shape = jax.eval_shape(self.init, jax.ShapeDtypeStruct((), "uint32"))
-        except UserError:
-            raise
-        except (ValueError, TypeError) as e:
-            reason = str(e).strip().splitlines()[0]
-            raise UserError(
-                f"model={self.config.model!r} fails on images {list(self.data.image_shape)}: {reason}"
-            ) from e
+        """`init`'s result as shapes with shardings, without computing it.
+
+        Raises UserError, naming the key, for a part of the config that fails on such images.
+        """
+        config, image_shape = self.config, self.data.image_shape
+        images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), "uint8")
+        labels = jax.ShapeDtypeStruct((config.batch_size,), "int32")
+        logits = jax.ShapeDtypeStruct((config.batch_size, len(self.data.class_names)), "float32")
+
+        def draw(images: jax.Array) -> jax.Array:
+            return augment.build(config.augment, train=True)(rng.key(0, "augment"), images)
+
+        def init_and_update(seed: jax.Array) -> dict[str, Any]:
+            run = self.init(seed)
+            self.optimizer.update(run["state"].params, run["state"].opt_state, run["state"].params)
+            return run
+
+        def trace(key: str, function: Callable[..., Any], *args: Any) -> Any:
+            try:
+                return jax.eval_shape(function, *args)
+            except UserError:
+                raise
+            except Exception as e:  # what JAX, Flax and Optax raise is of many types
+                if any(":" in call.name for call in spec.parse(config[key])):
+                    raise  # the user's own code: the traceback tells more
+                reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+                raise UserError(f"{key}={config[key]!r} fails on images {list(image_shape)}: {reason}") from e
+
+        trace("schedule", lambda step: optim.promoting(self.schedule)(step), jax.ShapeDtypeStruct((), "int32"))
+        trace("augment", draw, images)
+        zeros = jnp.zeros((1, *image_shape), jnp.float32)
+        trace("model", lambda: self.model.init(rng.key(0, "init"), zeros, train=False))
+        trace("loss", lambda logits, labels: self.loss(logits, labels), logits, labels)
+        shape = trace("optimizer", init_and_update, jax.ShapeDtypeStruct((), "uint32"))
         whole = sharding.replicated(self.mesh)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shape)
 

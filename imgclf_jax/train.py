@@ -114,7 +114,8 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
             if log_due:
                 record = _train_record(host_sums) | throughput.lap()
                 writer.write(done, {f"train/{name}": value for name, value in record.items()})
-                log.info("step %d: train %s", done, writers.format_metrics(record))
+                brief = {name: record[name] for name in ("loss", "accuracy", "images_per_second", "input_wait")}
+                log.info("step %d: train %s", done, writers.format_metrics(brief))
                 progress.update(
                     done,
                     f"loss {record['loss']:.4f}, {record['images_per_second']:.0f} images/s, "

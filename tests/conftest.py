@@ -1,7 +1,11 @@
 """Eight virtual CPU devices, strict dtype promotion: sharding and dtypes are exercised by every test."""
 
 import os
+import sys
 
+# The tests start a dozen processes: each would spend seconds compiling its imports where caches are switched off.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ["KERAS_BACKEND"] = "tensorflow"

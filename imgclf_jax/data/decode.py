@@ -72,7 +72,7 @@ def _to_picture(image: np.ndarray) -> Image.Image:
 def resize(image: np.ndarray, height: int, width: int = 0, method: str = "bilinear") -> np.ndarray:
     """Resizes to (height, width), or (height, height); the filter is widened when shrinking (antialiased).
 
-    `method` is nearest, bilinear, bicubic or lanczos, as Pillow defines them: in RGBA the colours are weighted by alpha.
+    `method` is nearest, bilinear, bicubic or lanczos, as Pillow defines them; in RGBA colours are weighted by alpha.
     """
     if method not in _FILTERS:
         raise UserError(f"resize(method={method!r}): allowed: {', '.join(_FILTERS)}")
