@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from imgclf_jax import tree
 from imgclf_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,8 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        handler = ocp.StandardCheckpointHandler()  # named, so that metadata can be read too
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
 
     def _value(self, metrics: Mapping[str, float]) -> float:
         return self._sign * metrics[self.best] if self.best in metrics else -float("inf")
@@ -94,7 +97,11 @@ class Checkpoints:
         if fault := _find_fault(folder):
             raise UserError(f"checkpoint {folder} is damaged: {fault}")
         try:
+            if clash := _find_clash(self._manager.item_metadata(step), like):
+                raise UserError(f"checkpoint {folder} is of another model or optimizer: {clash}")
             return self._manager.restore(step, args=ocp.args.StandardRestore(like))
+        except UserError:
+            raise
         except Exception as e:  # Orbax and TensorStore raise many kinds, for damage and for other shapes alike
             raise UserError(f"checkpoint {folder} cannot be read: {_first_line(e)}") from e
 
@@ -116,10 +123,8 @@ class Checkpoints:
                 self._set_aside(bad_step, error, step)
             return step, state
         if errors:
-            raise UserError(
-                f"no checkpoint of {steps} in {self.directory} can be read: {errors[0][1]}; "
-                f"remove or rename that directory to train from the start"
-            )
+            mend = "" if self._read_only else "; remove or rename that directory to train from the start"
+            raise UserError(f"no checkpoint of {steps} in {self.directory} can be read: {errors[0][1]}{mend}")
         return None
 
     def _write_manifests(self) -> None:
@@ -156,6 +161,18 @@ class Checkpoints:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _find_clash(saved: Any, like: Any) -> str:
+    """The first array that is not saved as it is wanted; empty if there is none, or if `saved` is not known."""
+    if saved is None:
+        return ""
+    has, wants = (
+        {name: f"{np.dtype(x.dtype)}{list(x.shape)}" for name, x in tree.named_leaves(t)} for t in (saved, like)
+    )
+    names = sorted({**has, **wants}, key=lambda name: ("/opt_state/" in name, name))  # parameters tell most
+    clashes = (name for name in names if has.get(name) != wants.get(name))
+    return next((f"{n} is {has.get(n, 'absent')} in it, {wants.get(n, 'absent')} by the config" for n in clashes), "")
 
 
 def _measure(file: Path) -> list[int]:

@@ -59,7 +59,8 @@ def open_evals(experiment: Experiment, base: dict[str, sources.Source]) -> dict[
         out[name] = experiment.images(source, train=False)
         if out[name].shape != experiment.data.image_shape:
             raise UserError(f"data.eval.{name}: preprocess_eval={experiment.preprocess_eval!r} gives images of "
-                            f"{out[name].shape}, training ones are {experiment.data.image_shape}")  # fmt: skip
+                            f"{out[name].shape}, training ones are {experiment.data.image_shape}; add "
+                            "resize(height, width), or resize_small and central_crop, to both")  # fmt: skip
     return out
 
 

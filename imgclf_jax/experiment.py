@@ -47,7 +47,10 @@ class Experiment:
 
     @cached_property
     def schedule(self) -> optax.Schedule:
-        return schedules.build(self.config.schedule, lambda text: self.steps("schedule", text, self.total), self.total)
+        return schedules.build(self.config.schedule, self._schedule_steps, self.total)
+
+    def _schedule_steps(self, duration: Any) -> int:
+        return self.steps("schedule", str(duration), self.total)
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -93,10 +96,13 @@ class Experiment:
                 if any(":" in call.name for call in spec.parse(config[key])):
                     raise  # the user's own code: the traceback tells more
                 reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-                raise UserError(f"{key}={config[key]!r} fails on images {list(image_shape)}: {reason}") from e
+                where = f" on images {list(image_shape)}" if key in ("augment", "model") else ""
+                raise UserError(f"{key}={config[key]!r} fails{where}: {reason}") from e
 
         trace("schedule", lambda step: optim.promoting(self.schedule)(step), jax.ShapeDtypeStruct((), "int32"))
-        trace("augment", draw, images)
+        if (drawn := trace("augment", draw, images).shape) != images.shape:
+            raise UserError(f"augment={config.augment!r} turns images {list(image_shape)} into {list(drawn[1:])}; "
+                            "device ops keep the shape")  # fmt: skip
         zeros = jnp.zeros((1, *image_shape), jnp.float32)
         trace("model", lambda: self.model.init(rng.key(0, "init"), zeros, train=False))
         trace("loss", lambda logits, labels: self.loss(logits, labels), logits, labels)

@@ -15,7 +15,8 @@ def classification_sums(logits: jax.Array, labels: jax.Array, losses: jax.Array,
     """Sums over the examples whose mask is 1; the padding's is 0.
 
     logits f32[b, classes], labels i32[b], losses f32[b], mask bool[b]. `top5` is there from six classes on;
-    `confusion` i32[classes, classes] counts (true label, prediction), the first class winning a tie.
+    `confusion` i32[classes, classes] counts (true label, prediction). Of classes that tie the
+    first ranks first, and a NaN ranks above all, so that a broken model scores nothing.
     """
     classes = logits.shape[-1]
     prediction = jnp.argmax(logits, -1)
@@ -28,7 +29,8 @@ def classification_sums(logits: jax.Array, labels: jax.Array, losses: jax.Array,
     }
     if classes > 5:
         own = jnp.take_along_axis(logits, labels[:, None], -1)  # [b, 1]
-        above = jnp.sum(logits > own, -1)  # how many classes rank before the true one
+        tied_before = (logits == own) & (jnp.arange(classes) < labels[:, None])
+        above = jnp.sum(~(logits <= own) | tied_before, -1)  # how many classes rank before the true one
         sums["top5"] = jnp.sum(jnp.where(above < 5, count, 0))
     return sums
 

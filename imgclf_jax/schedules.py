@@ -15,7 +15,7 @@ Steps = Callable[[str], int]  # a duration to whole steps
 
 def constant(steps: Steps, total: int, peak: float, warmup: str = "") -> optax.Schedule:
     """`peak` throughout."""
-    return _warm_up(optax.constant_schedule(peak), peak, steps(warmup), total)
+    return _warm_up(optax.constant_schedule(float(peak)), peak, steps(warmup), total)
 
 
 def cosine(steps: Steps, total: int, peak: float, warmup: str = "", end: float = 0.0) -> optax.Schedule:
@@ -42,6 +42,7 @@ def step(
     steps: Steps, total: int, peak: float, at: tuple[str, ...] = ("50%", "75%"), factor: float = 0.1, warmup: str = ""
 ) -> optax.Schedule:
     """`peak`, multiplied by `factor` at each duration in `at` (counted from the first step, warmup included)."""
+    at = (at,) if isinstance(at, str) else at
     offset = steps(warmup)
     places = [steps(t) - offset for t in at]
     boundaries = {p: factor ** places.count(p) for p in places}  # two durations may round up to the same step

@@ -43,6 +43,10 @@ def init_state(
     )
 
 
+def _at_least_float32(logits: jax.Array) -> jax.Array:
+    return logits if logits.dtype == jnp.float64 else logits.astype(jnp.float32)
+
+
 def make_train_step(
     model: nn.Module,
     loss: Loss,
@@ -69,7 +73,7 @@ def make_train_step(
                 mutable=list(state.model_state),
                 rngs={"dropout": rng.key(state.seed, "dropout", state.step)},
             )
-            logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))  # [b, classes]
+            logits = _at_least_float32(logits)  # [b, classes]
             return jnp.mean(loss(logits, labels)), (dict(model_state), logits)
 
         (mean_loss, (model_state, logits)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -112,7 +116,7 @@ def make_eval_step(model: nn.Module, loss: Loss, augment: Augment) -> Callable[[
 
     def eval_step(params: Any, model_state: Any, batch: Batch) -> metrics.Sums:
         logits: Any = model.apply({"params": params, **model_state}, augment(None, batch["image"]), train=False)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits = _at_least_float32(logits)
         return metrics.classification_sums(logits, batch["label"], loss(logits, batch["label"]), batch["mask"])
 
     return eval_step

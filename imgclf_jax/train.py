@@ -72,7 +72,7 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
     writer = writers.MetricsWriter(workdir.path, start)
     progress = writers.Progress(start, total)
     throughput = writers.Throughput(config.batch_size)
-    in_flight: collections.deque[jax.Array] = collections.deque()
+    in_flight: collections.deque[Any] = collections.deque()
     results: dict[str, Any] = {}
 
     with contextlib.ExitStack() as stack:
@@ -87,7 +87,8 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
                 jax.profiler.start_trace(str(workdir.path / "profile"), create_perfetto_trace=True)
             before = time.perf_counter()
             batch = next(batches)
-            throughput.count_step(waited=time.perf_counter() - before)
+            idle = not in_flight or in_flight[-1].is_ready()  # else the device had work all the while
+            throughput.count_step(waited=time.perf_counter() - before if idle else 0.0)
 
             state, sums = experiment.train_step(state, sums, batch)
 

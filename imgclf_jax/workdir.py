@@ -49,9 +49,8 @@ class Workdir:
             with tempfile.TemporaryFile(dir=self.path):
                 pass
         except OSError as e:
-            raise UserError(
-                f"work directory {self.path} cannot be written: {e.strerror}; pass another --workdir"
-            ) from e
+            reason = "it is a file" if self.path.is_file() else e.strerror
+            raise UserError(f"work directory {self.path} cannot be written: {reason}; pass another --workdir") from e
         if self.config.is_file() and (lines := configs.difference(self.load_config(), config)):
             raise UserError(
                 f"{self.path} holds a run with another config ({'; '.join(lines)}); use the old values, "

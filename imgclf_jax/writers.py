@@ -91,7 +91,7 @@ class Throughput:
         self._active += time.perf_counter() - self._start
 
     def count_step(self, waited: float) -> None:
-        """One step more, for whose batch the loop waited so many seconds."""
+        """One step more, for whose batch the device waited so many seconds."""
         self._window_steps += 1
         self._waited += waited
 

@@ -77,8 +77,12 @@ def _scan(root: Path, class_names: tuple[str, ...]) -> FolderSource:
             for name in names:
                 file = Path(directory, name)
                 if not name.startswith(".") and name != "Thumbs.db":
+                    try:
+                        size = file.stat().st_size
+                    except OSError as e:  # a link to nowhere, say
+                        raise UserError(f"folder: {file}: {e.strerror}; mend, move or remove it") from e
                     relative = file.relative_to(root).as_posix()
-                    found.append((relative, class_names.index(class_folder.name), file.stat().st_size))
+                    found.append((relative, class_names.index(class_folder.name), size))
         if len(found) == before:
             raise UserError(f"folder: the class folder {class_folder} holds no images; add some or remove it")
     found.sort(key=lambda f: hashlib.sha256(os.fsencode(f[0])).digest())
@@ -91,8 +95,8 @@ def _check(source: FolderSource) -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "imgclf_jax" / "checked"
     record = cache / (hashlib.sha256(str(source.root.resolve()).encode()).hexdigest()[:32] + ".json")
     try:
-        good = json.loads(record.read_text())
-    except (OSError, ValueError):
+        good = dict(json.loads(record.read_text()))
+    except (OSError, ValueError, TypeError):
         good = {}
     stamps = {}
     for name in source.files:

@@ -173,8 +173,8 @@ def arrays(path: str) -> dict[str, Source]:
     `class_names`, where the file holds it, names the classes; otherwise they are numbered.
     """
     try:
-        with np.load(Path(path).expanduser()) as file:
-            data = dict(file)
+        with Path(path).expanduser().open("rb") as file, np.load(file) as content:
+            data = dict(content)
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise UserError(f"arrays: cannot read {path!r} as an .npz file: {e}") from e
     names = [key[2:] for key in data if key.startswith("x_") and f"y_{key[2:]}" in data]

@@ -1,0 +1,182 @@
+"""Device ops against NumPy on the same draws; their distribution; one result on any number of devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from imgclf_jax import sharding
+from imgclf_jax.data import augment
+from imgclf_jax.data.augment import cutout, flip_lr, normalize, pad_crop
+from imgclf_jax.errors import UserError
+
+KEY = jax.random.key(3)
+ALL = "flip_lr|pad_crop(2, mode='reflect')|normalize(mean=(0.1, 0.2, 0.3), std=0.5)|cutout(4, fill=0.25)"
+
+
+def noise(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def numpy_flip(key, images):
+    flips = np.asarray(jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))).reshape(-1)
+    return np.stack([image[:, ::-1] if flip else image for image, flip in zip(images, flips, strict=True)])
+
+
+def numpy_pad_crop(key, images, pad, mode):
+    _, h, w, _ = images.shape
+    corners = np.asarray(jax.random.randint(key, (len(images), 2), 0, 2 * pad + 1))
+    padded = [np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode=mode) for image in images]
+    return np.stack([p[top : top + h, left : left + w] for p, (top, left) in zip(padded, corners, strict=True)])
+
+
+def numpy_cutout(key, images, size, fill):
+    n, h, w, _ = images.shape
+    key_y, key_x = jax.random.split(key)
+    rows = np.asarray(jax.random.randint(key_y, (n, 1, 1, 1), 0, h)).reshape(-1)
+    columns = np.asarray(jax.random.randint(key_x, (n, 1, 1, 1), 0, w)).reshape(-1)
+    out = images.copy()
+    for image, y, x in zip(out, rows - size // 2, columns - size // 2, strict=True):
+        image[max(0, y) : max(0, y + size), max(0, x) : max(0, x + size)] = fill
+    return out
+
+
+def numpy_normalize(images, mean, std):
+    return (images / 255 - np.array(mean)) / np.array(std)
+
+
+@pytest.mark.parametrize("shape", [(16, 5, 6, 3), (9, 4, 7, 1)])
+def test_flip_lr_mirrors_some_images(shape):
+    images = noise(*shape)
+    out = np.asarray(flip_lr(KEY, jnp.asarray(images)))
+    assert out.dtype == np.uint8
+    np.testing.assert_array_equal(out, numpy_flip(KEY, images))
+    same = (out == images).all((1, 2, 3))
+    assert same.any()
+    assert not same.all()
+
+
+def test_flip_lr_mirrors_half_of_the_images():
+    images = jnp.tile(jnp.asarray([0, 1], jnp.uint8)[None, None, :, None], (10_000, 1, 1, 1))
+    flipped = int(flip_lr(KEY, images)[:, 0, 0, 0].astype(jnp.int32).sum())
+    assert stats.binomtest(flipped, 10_000).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect", "edge"])
+@pytest.mark.parametrize(("shape", "pad"), [((16, 8, 9, 3), 4), ((8, 5, 5, 1), 1), ((4, 6, 6, 2), 0)])
+def test_pad_crop_is_a_slice_of_numpys_pad(shape, pad, mode):
+    images = noise(*shape)
+    out = np.asarray(pad_crop(KEY, jnp.asarray(images), pad, mode))
+    assert out.dtype == np.uint8
+    np.testing.assert_array_equal(out, numpy_pad_crop(KEY, images, pad, mode))
+    assert (out != images).any() == (pad > 0)
+
+
+def test_pad_crop_is_uniform_over_all_places():
+    """A bright pixel in the middle lands on each of the (2 * pad + 1)**2 places equally often."""
+    n, pad = 20_000, 2
+    images = jnp.zeros((n, 5, 5, 1), jnp.uint8).at[:, 2, 2].set(1)
+    out = np.asarray(pad_crop(KEY, images, pad))
+    assert (out.sum((1, 2, 3)) == 1).all()
+    assert stats.chisquare(out.sum(0, dtype=int).reshape(-1)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6, 40])
+@pytest.mark.parametrize("fill", [0.0, 7.0])
+def test_cutout_fills_a_square_cut_off_at_the_border(size, fill):
+    """In uint8 and in float32; 40 pixels cover every image wherever the centre is."""
+    images = noise(32, 9, 12, 3) | 8  # which neither fill is
+    for dtype in (np.uint8, np.float32):
+        out = np.asarray(cutout(KEY, jnp.asarray(images.astype(dtype)), size, fill))
+        assert out.dtype == dtype
+        np.testing.assert_array_equal(out, numpy_cutout(KEY, images, size, fill))
+    areas = (out == fill).all(-1).sum((1, 2))
+    assert areas.max() == min(size, 9) * min(size, 12)
+    assert (areas.min() < areas.max()) == (1 < size < 40)
+
+
+def test_cutout_has_its_centre_uniform_over_the_image():
+    out = np.asarray(cutout(KEY, jnp.ones((20_000, 4, 5, 1)), 1))
+    assert ((1 - out).sum((1, 2, 3)) == 1).all()
+    assert stats.chisquare((1 - out).sum(0).reshape(-1)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("fill", [-1.0, 0.5, 256.0])
+def test_cutout_refuses_a_fill_that_uint8_cannot_hold(fill):
+    with pytest.raises(UserError, match=r"fill=.*0 to 255"):
+        cutout(KEY, jnp.zeros((1, 4, 4, 1), jnp.uint8), 2, fill)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 0.25), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+def test_normalize(mean, std):
+    images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
+    out = normalize(jnp.asarray(images), mean, std)
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, numpy_normalize(images, mean, std), rtol=0, atol=1e-6)
+
+
+def test_build_applies_the_ops_in_order_each_with_a_key_of_its_place():
+    images = noise(16, 10, 10, 3)
+    keys = [jax.random.fold_in(KEY, i) for i in range(4)]
+    expected = numpy_pad_crop(keys[1], numpy_flip(keys[0], images), 2, "reflect")
+    expected = numpy_cutout(keys[3], numpy_normalize(expected, (0.1, 0.2, 0.3), 0.5), 4, 0.25)
+    out = augment.build(ALL, train=True)(KEY, jnp.asarray(images))
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-6)
+
+
+def test_the_same_op_twice_draws_twice():
+    """Two flips with one key would be none."""
+    images = jnp.asarray(noise(64, 4, 4, 1))
+    out = augment.build("flip_lr|flip_lr", train=True)(KEY, images)
+    assert (np.asarray(out) != np.asarray(normalize(images))).any()
+
+
+def test_evaluation_leaves_out_the_ops_that_draw():
+    images = jnp.asarray(noise(16, 10, 10, 3))
+    evaluate = augment.build(ALL, train=False)
+    np.testing.assert_array_equal(evaluate(None, images), normalize(images, (0.1, 0.2, 0.3), 0.5))
+    np.testing.assert_array_equal(evaluate(KEY, images), evaluate(None, images))
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("text", ["", "flip_lr", "cutout(1)"])
+def test_images_that_no_op_has_made_float_are_scaled(text, train):
+    out = augment.build(text, train)(KEY, jnp.full((4, 5, 5, 1), 255, jnp.uint8))
+    assert out.dtype == jnp.float32
+    assert float(out.max()) == 1.0
+
+
+def test_the_ops_give_the_same_bits_on_one_device_and_on_eight():
+    """Jitted, the batch split over the devices; and what is not jitted is the same up to rounding."""
+    images, apply = noise(32, 10, 10, 3), augment.build(ALL, train=True)
+    results = []
+    for devices in (jax.devices()[:1], jax.devices()):
+        mesh = sharding.make_mesh(devices)
+        placed = sharding.put_batch({"image": images}, mesh)["image"]
+        out = jax.jit(apply, out_shardings=sharding.sharded(mesh))(KEY, placed)
+        assert len(out.sharding.device_set) == len(devices)
+        results.append(np.asarray(out))
+    assert len(jax.devices()) == 8
+    assert results[0].tobytes() == results[1].tobytes()
+    np.testing.assert_allclose(results[0], apply(KEY, jnp.asarray(images)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("flip_rl", "unknown device op 'flip_rl': did you mean 'flip_lr'"),
+        ("cutuot(4)|normalize", "unknown device op 'cutuot': did you mean 'cutout'"),
+        ("pad_crop(padd=4)", "unknown argument 'padd': did you mean 'pad'"),
+        ("pad_crop(4, 'edge', 5)", "too many positional arguments; its arguments: pad, mode"),
+        ("flip_lr(key=1)", "unknown argument 'key'"),
+    ],
+)
+def test_build_refuses_a_wrong_spec(text, message):
+    with pytest.raises(UserError, match=message):
+        augment.build(text, train=True)
+
+
+def test_pad_crop_refuses_another_mode():
+    with pytest.raises(UserError, match=r"mode='wrap'.*constant, reflect, edge"):
+        pad_crop(KEY, jnp.zeros((1, 4, 4, 1), jnp.uint8), 1, "wrap")

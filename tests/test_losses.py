@@ -1,0 +1,139 @@
+"""Losses and the sums behind metrics against NumPy and scikit-learn."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sklearn.metrics
+
+from imgclf_jax import losses, metrics
+from imgclf_jax.errors import UserError
+
+
+def draw(b, classes, scale=3.0):
+    generator = np.random.default_rng(0)
+    logits = generator.normal(0, scale, (b, classes)).astype(np.float32)
+    return logits, generator.integers(0, classes, b).astype(np.int32)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize("classes", [2, 10])
+def test_softmax_is_the_cross_entropy_of_its_definition(smoothing, classes):
+    """-sum(q log p) in float64, where q mixes the one-hot label with the uniform distribution."""
+    logits, labels = draw(64, classes)
+    p = np.exp(logits.astype(np.float64))
+    p /= p.sum(1, keepdims=True)
+    q = (1 - smoothing) * np.eye(classes)[labels] + smoothing / classes
+    loss = losses.build(f"softmax(label_smoothing={smoothing})" if smoothing else "softmax")
+    out = loss(jnp.asarray(logits), jnp.asarray(labels))
+    assert out.shape == (64,)
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, -(q * np.log(p)).sum(1), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_gradient_of_softmax_is_p_minus_q(smoothing):
+    logits, labels = draw(32, 7)
+    p = np.exp(logits.astype(np.float64))
+    p /= p.sum(1, keepdims=True)
+    q = (1 - smoothing) * np.eye(7)[labels] + smoothing / 7
+    gradient = jax.grad(lambda x: jnp.sum(losses.softmax(x, jnp.asarray(labels), smoothing)))(jnp.asarray(logits))
+    np.testing.assert_allclose(gradient, p - q, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_softmax_of_large_logits_is_finite(smoothing):
+    """exp(1000) overflows; the loss is the margin."""
+    logits = jnp.asarray([[1000.0, 0.0], [-1000.0, 0.0]])
+    out = losses.softmax(logits, jnp.asarray([0, 0]), smoothing)
+    margin = smoothing / 2 * 1000  # what half of the smoothing pays for the class that it does not believe in
+    np.testing.assert_allclose(out, [margin, 1000 - margin], rtol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0, 10])
+def test_softmax_refuses_another_label_smoothing(smoothing):
+    with pytest.raises(UserError, match=rf"label_smoothing={smoothing}\): allowed"):
+        losses.softmax(jnp.zeros((1, 3)), jnp.asarray([0]), smoothing)
+
+
+def test_build_refuses_a_wrong_spec():
+    with pytest.raises(UserError, match="unknown loss 'softmx': did you mean 'softmax'"):
+        losses.build("softmx")
+    with pytest.raises(UserError, match="unknown argument 'smoothing': did you mean 'label_smoothing'"):
+        losses.build("softmax(smoothing=0.1)")
+
+
+def sums_of(logits, labels, mask):
+    rows = np.arange(len(labels), dtype=np.float32)
+    args = (jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(rows), jnp.asarray(mask))
+    return jax.device_get(jax.jit(metrics.classification_sums)(*args))
+
+
+@pytest.mark.parametrize("classes", [3, 6, 12])
+def test_classification_sums_agree_with_scikit_learn(classes):
+    """Over the unmasked rows alone; the masked ones hold NaN and wrong labels and change nothing."""
+    logits, labels = draw(200, classes)
+    mask = np.random.default_rng(1).random(200) < 0.7
+    kept, truth = logits[mask], labels[mask]
+    logits[~mask], labels[~mask] = np.nan, 0
+    sums = sums_of(logits, labels, mask)
+    prediction = kept.argmax(1)
+    confusion = sklearn.metrics.confusion_matrix(truth, prediction, labels=range(classes))
+    np.testing.assert_array_equal(sums["confusion"], confusion)
+    assert sums["examples"] == mask.sum()
+    assert sums["correct"] == sklearn.metrics.accuracy_score(truth, prediction, normalize=False)
+    assert sums["loss"] == np.flatnonzero(mask).sum()  # the losses are the rows' numbers
+    assert ("top5" in sums) == (classes > 5)
+    if classes > 5:
+        top5 = sklearn.metrics.top_k_accuracy_score(truth, kept, k=5, normalize=False, labels=range(classes))
+        assert sums["top5"] == top5
+
+
+def test_a_masked_loss_of_nan_does_not_count():
+    args = (jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32), jnp.asarray([2.0, jnp.nan]), jnp.asarray([True, False]))
+    assert float(metrics.classification_sums(*args)["loss"]) == 2.0
+
+
+def test_the_first_class_wins_a_tie():
+    """In the prediction; so a model that gives every class the same logit predicts class 0."""
+    logits = np.zeros((4, 3), np.float32)
+    logits[3] = [0, 1, 1]
+    sums = sums_of(logits, np.int32([0, 1, 2, 2]), np.ones(4, bool))
+    assert sums["correct"] == 1
+    np.testing.assert_array_equal(sums["confusion"], [[1, 0, 0], [1, 0, 0], [1, 1, 0]])
+
+
+def test_top5_counts_the_classes_above_the_true_one():
+    """Four classes above it is in, five is out."""
+    logits = np.float32([[9, 8, 7, 6, 5, 4, 3]] * 7)
+    sums = sums_of(logits, np.arange(7, dtype=np.int32), np.ones(7, bool))
+    assert sums["top5"] == 5
+
+
+def test_top5_ranks_ties_by_class_and_nan_above_all():
+    """Of six tied classes the first five are in, as a stable sort says; NaN logits put no class among the first."""
+    tied = np.ones((6, 6), np.float32)
+    assert sums_of(tied, np.arange(6, dtype=np.int32), np.ones(6, bool))["top5"] == 5
+    ranks = np.argsort(-tied, kind="stable")[:, :5]
+    assert sum(label in row for label, row in zip(range(6), ranks, strict=True)) == 5
+    assert sums_of(tied * np.nan, np.arange(6, dtype=np.int32), np.ones(6, bool))["top5"] == 0
+
+
+def test_sums_add_up_over_batches():
+    """Two halves give the sums of the whole, and summarize divides by the number of examples."""
+    logits, labels = draw(64, 8)
+    mask = np.arange(64) < 50
+    whole = sums_of(logits, labels, mask)
+    loss = losses.softmax(jnp.asarray(logits), jnp.asarray(labels))
+    parts = [
+        jax.device_get(metrics.classification_sums(*(jnp.asarray(a[half]) for a in (logits, labels, loss, mask))))
+        for half in (slice(0, 32), slice(32, 64))
+    ]
+    total = {k: parts[0][k] + parts[1][k] for k in parts[0]}
+    for name in ("examples", "correct", "confusion", "top5"):
+        np.testing.assert_array_equal(total[name], whole[name])
+    report = metrics.summarize(total)
+    assert report["examples"] == 50
+    assert report["accuracy"] == np.mean(logits[:50].argmax(1) == labels[:50])
+    assert report["top5"] == np.mean([y in np.argsort(-x)[:5] for x, y in zip(logits[:50], labels[:50], strict=True)])
+    np.testing.assert_allclose(report["loss"], np.mean(np.asarray(loss)[:50]), rtol=1e-6)
