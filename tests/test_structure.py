@@ -1,0 +1,133 @@
+"""The shape of the code: imports run downward only, files stay short, heavy imports stay where they belong."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "imgclf_jax"
+
+# The layers, lowest first. A module imports from layers below its own and never from beside it or above.
+LAYERS = [
+    "errors",
+    "config metrics provenance rng sharding spec tree writers models.layers",
+    "checkpoint losses optim schedules data.augment data.decode data.prepare data.splits models.backbones",
+    "step workdir data.folder models.classifier",
+    "data.sources",
+    "data.stream",
+    "experiment data.placement",
+    "evaluate",
+    "predict train",
+    "launch",
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
+PACKAGES = {"", "data", "models"}  # the `__init__` files, which hold a sentence each
+
+# Who may import what is slow to import or not installed everywhere, at the top or inside a function.
+HEAVY = {
+    "tensorflow": {"data.stream"},
+    "tensorflow_datasets": {"data.prepare"},
+    "clu": {"train", "writers"},
+    "sklearn": {"data.sources"},
+    "orbax": {"checkpoint"},
+}
+INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "sklearn"}
+# What prints help and configs, and so must not import JAX: these and all that they import.
+LIGHT = {"launch", "config", "errors"}
+
+
+def module_files():
+    files = {".".join(f.relative_to(PACKAGE).with_suffix("").parts): f for f in PACKAGE.rglob("*.py")}
+    files = {name.removesuffix("__init__").removesuffix("."): f for name, f in files.items()}
+    return {**files, "launch": ROOT / "launch.py"}
+
+
+FILES = module_files()
+
+
+def imports(file, top_level=False):
+    """Dotted names of all modules that a file imports; with `top_level` those outside of functions alone."""
+    found = set()
+
+    def walk(node):
+        if top_level and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            walk(child)
+
+    walk(ast.parse(file.read_text()))
+    return found
+
+
+def own_imports(file, top_level=False):
+    """The modules of this package among them: `imgclf_jax.data.stream.Images` is `data.stream`."""
+    found = set()
+    for name in imports(file, top_level):
+        parts = name.split(".")
+        if parts[0] == "imgclf_jax":
+            candidates = [".".join(parts[1:end]) for end in range(len(parts), 0, -1)]
+            found.add(next(c for c in candidates if c in FILES))
+    return found
+
+
+def roots(file, top_level=False):
+    return {name.split(".")[0] for name in imports(file, top_level)}
+
+
+def test_every_module_has_one_layer():
+    assert sum(len(names.split()) for names in LAYERS) == len(LEVEL)
+    assert set(LEVEL) | PACKAGES == set(FILES), "add a new module to its layer in LAYERS"
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_imports_run_downward_only(name):
+    used = own_imports(FILES[name])
+    if name in PACKAGES:
+        assert used == set()
+        return
+    wrong = {u for u in used if u in PACKAGES or LEVEL[u] >= LEVEL[name]}
+    assert not wrong, f"{name} imports {wrong}, which are not below it"
+
+
+@pytest.mark.parametrize("package", sorted(HEAVY))
+def test_heavy_packages_are_imported_where_they_are_needed_alone(package):
+    assert {name for name, file in FILES.items() if package in roots(file)} == HEAVY[package]
+    if package in INSIDE_FUNCTIONS_ONLY:
+        assert not [name for name, file in FILES.items() if package in roots(file, top_level=True)]
+
+
+def test_what_prints_help_imports_nothing_heavy():
+    for name in LIGHT:
+        assert own_imports(FILES[name], top_level=True) <= LIGHT
+        assert not roots(FILES[name], top_level=True) & {"jax", "flax", "optax", *HEAVY}
+
+
+def test_configs_import_the_config_module_alone():
+    files = sorted((ROOT / "configs").glob("*.py"))
+    assert len(files) >= 4
+    for file in files:
+        assert {name.rpartition(".")[0] for name in imports(file)} == {"imgclf_jax.config"}, file
+
+
+def test_files_are_short_and_have_a_purpose():
+    files = [f for d in ("imgclf_jax", "configs", "tests") for f in (ROOT / d).rglob("*.py")] + [ROOT / "launch.py"]
+    assert len(files) > 40
+    for file in files:
+        text = file.read_text()
+        assert len(text.splitlines()) <= 350, file
+        assert file.stem not in ("utils", "util", "helpers", "common", "misc"), file
+        assert ast.get_docstring(ast.parse(text)), f"{file} begins with a sentence that says what it is"
+
+
+def test_public_functions_of_the_package_are_documented():
+    """A class or function that another module uses says what it does; so does each module."""
+    for name, file in FILES.items():
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{name}.{node.name}"
