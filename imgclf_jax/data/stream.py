@@ -204,9 +204,12 @@ def _carry(
         return [batch[name] for name in names]
 
     steps = tf.data.Dataset.range(start, stop)
-    batches = steps.map(read_one, num_parallel_calls=2, deterministic=True)
+    batches = steps.map(read_one, num_parallel_calls=2, deterministic=True).prefetch(prefetch)
+    options = tf.data.Options()
+    # Nothing here is left to tune, and the tuner's thread can hold up the end of the iterator for a minute.
+    options.autotune.enabled = False
     try:
-        for arrays in batches.prefetch(prefetch).as_numpy_iterator():
+        for arrays in batches.with_options(options).as_numpy_iterator():
             yield dict(zip(names, arrays, strict=True))
     except tf.errors.OpError as e:
         raise (failures[0] if failures else e) from None
