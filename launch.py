@@ -37,7 +37,8 @@ flags:
   --top_k=K                   predict: how many classes to show (default: 3)
   --profile=FIRST:LAST        train: trace these steps, for TensorBoard or Perfetto, into WORKDIR/profile
 
-exit status: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal with a checkpoint saved: run the same again
+exit status: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal with a checkpoint saved: run the same again,
+             130 interrupted and nothing saved
 
 examples:
   launch.py                                                      train on scikit-learn's digits
@@ -56,12 +57,20 @@ def main(argv: list[str]) -> int:
         print(HELP, end="")
         return 0
     try:
-        return _run(argv)
+        status = _run(argv)
+        sys.stdout.flush()
+        return status
     except UsageError as e:
         print(f"error: {e}\nlaunch.py --help tells the usage", file=sys.stderr)
         return 2
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # outside the loop, in which the first one saves a checkpoint
+        print("interrupted; run the same command again", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # who read the output, such as `head`, wants no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at exit
         return 1
     except OSError as e:
         if e.strerror is None:
@@ -106,10 +115,11 @@ def _override(config: ConfigDict, words: list[str]) -> list[str]:
     for word in words:
         key = word.lstrip("-").partition("=")[0].removeprefix("config.")
         if word.startswith(("--config.", "-config.")) and key not in configs.flatten(config):
-            if not key.startswith("data.eval."):
+            name = key.removeprefix("data.eval.")
+            if name in ("", key) or "." in name:
                 raise UsageError(unknown("config key", key, configs.KEYS))
             with config.unlocked():  # one more evaluation set
-                config.data.eval[key.removeprefix("data.eval.")] = ""
+                config.data.eval[name] = ""
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
     try:
@@ -118,13 +128,12 @@ def _override(config: ConfigDict, words: list[str]) -> list[str]:
     except flags.UnrecognizedFlagError as e:
         raise UsageError(unknown("flag", e.flagname, ("config", *FLAGS))) from e
     except flags.Error as e:
-        match = re.match(r"flag --config\.([\w.]+)=(.*): ", str(e), re.DOTALL)
+        match = re.match(r"flag --config\.([\w.]+)=", str(e))
         if not match:
             raise UsageError(str(e)) from e
         old = configs.flatten(config)[match[1]]
-        raise UsageError(
-            f"--config.{match[1]}={match[2]}: wants a value of type {type(old).__name__}, such as {old!r}"
-        ) from e
+        given = next((w for w in words if w.lstrip("-").startswith(f"config.{match[1]}=")), f"--config.{match[1]}")
+        raise UsageError(f"{given}: wants a value of type {type(old).__name__}, such as {old!r}") from e
 
 
 def _dispatch(command: str, config: ConfigDict, workdir: Path, values: flags.FlagValues, files: list[str]) -> int:
@@ -171,6 +180,8 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
             rest += [word, *words]
         else:
             rest.append(word)
+    if not path:
+        raise UsageError("--config wants a file, such as --config=configs/digits.py")
     # A user's own modules are found beside the config and in the working directory.
     sys.path[:0] = [str(Path(path.partition(":")[0]).resolve().parent), str(Path.cwd())]
     return path, rest

@@ -1,4 +1,10 @@
-"""The default: scikit-learn's 1,797 handwritten digits, 8×8 pixels resized to 28×28, with the tutorial's CNN."""
+"""The default: scikit-learn's 1,797 handwritten digits, 8×8 pixels resized to 28×28, with the tutorial's CNN.
+
+    uv run launch.py --config configs/digits.py --config.seed=0
+
+Test accuracy on 360 digits for seeds 0 to 4: 0.9972, 0.9972, 0.9944, 0.9917, 0.9917 (mean 0.9944); 12 to 21 s a run on
+two cores of an AMD EPYC, without an accelerator.
+"""
 
 from imgclf_jax.config import ConfigDict, default_config
 

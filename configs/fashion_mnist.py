@@ -1,4 +1,15 @@
-"""Fashion-MNIST with the Keras example's network and hyper-parameters: Adam 1e-3, batch 32, 5 epochs."""
+"""Fashion-MNIST with the Keras example's network and hyper-parameters: Adam 1e-3, batch 32, 5 epochs.
+
+    uv run launch.py train --config configs/fashion_mnist.py --workdir DIR --config.seed=0
+
+Without a network add `--config.data.manual_dir=FOLDER`, FOLDER holding the four original .gz files.
+
+    seed           0       1       2       3       4     mean
+    test accuracy  0.9003  0.9033  0.9012  0.9033  0.9049  0.9026
+
+91 s a run (seed 0) on two cores of an AMD EPYC, without an accelerator. Keras 3 on TensorFlow trains the same network
+to 0.8978, the mean of five seeds.
+"""
 
 from imgclf_jax.config import ConfigDict, default_config
 

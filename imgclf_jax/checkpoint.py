@@ -131,8 +131,9 @@ class Checkpoints:
         """Notes size and checksum of every file of the checkpoints that are new."""
         for folder in [self.directory / str(step) for step in self._manager.all_steps()]:
             if not self._read_only and not (folder / _MANIFEST).exists():
-                files = {str(f.relative_to(folder)): _measure(f) for f in sorted(folder.rglob("*")) if f.is_file()}
                 temporary = folder / f"{_MANIFEST}.tmp"
+                temporary.unlink(missing_ok=True)  # a process was killed, or the disk full, while it was written
+                files = {str(f.relative_to(folder)): _measure(f) for f in sorted(folder.rglob("*")) if f.is_file()}
                 temporary.write_text(json.dumps(files))
                 temporary.rename(folder / _MANIFEST)
 
@@ -153,9 +154,10 @@ class Checkpoints:
         except Exception as e:  # a full or failing disk surfaces as OSError, ValueError or a TensorStore status
             good = [s for s in self._manager.all_steps() if (self.directory / str(s)).is_dir()]
             kept = f"the last good one is of step {max(good)}" if good else "there is none before it"
+            reason = "no space left on device" if "no space left" in str(e).lower() else _first_line(e)
             raise UserError(
-                f"a checkpoint could not be saved in {self.directory}: {_first_line(e)}; {kept}; free some space or "
-                "mend the disk and run the same command again"
+                f"a checkpoint could not be saved in {self.directory}: {reason}; {kept}; free some space or mend the "
+                "disk and run the same command again"
             ) from e
 
 

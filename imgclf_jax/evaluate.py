@@ -1,5 +1,6 @@
 """Exact evaluation: every example counts once, on any number of devices and for any batch size."""
 
+import contextlib
 import json
 import logging
 from typing import Any
@@ -15,7 +16,7 @@ from imgclf_jax.errors import UserError
 from imgclf_jax.experiment import Experiment
 from imgclf_jax.provenance import load_data_info
 from imgclf_jax.workdir import Workdir
-from imgclf_jax.writers import format_metrics
+from imgclf_jax.writers import format_metrics, print_table
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ def main(config: ConfigDict, workdir: Workdir, which: str, format: str) -> int:
     """The command `evaluate`: prints the metrics of each evaluation set, and the accuracy of each class."""
     experiment, state, step = restore(config, workdir, which)
     base = sources.open_splits(config.data.source, config.data.data_dir, config.data.manual_dir)
+    _warn_of_changed_data(experiment, workdir.load_config(), base)
     results: dict[str, Any] = {"step": step}
     confusions = {}
     for name, images in open_evals(experiment, base).items():
@@ -112,9 +114,17 @@ def main(config: ConfigDict, workdir: Workdir, which: str, format: str) -> int:
     return 0
 
 
+def _warn_of_changed_data(experiment: Experiment, trained: ConfigDict, base: dict[str, sources.Source]) -> None:
+    """Warns where the source holds other examples by now: a slice of it may hold some that were trained on."""
+    if experiment.config.data.source != trained.data.source:
+        return
+    with contextlib.suppress(UserError):  # the training split may be gone: the evaluation sets are what is asked for
+        if sources.take_split(base, trained.data.train).fingerprint() != experiment.data.fingerprint:
+            log.warning("the data have changed since training: examples trained on may now be in an evaluation set")
+
+
 def _print_classes(class_names: tuple[str, ...], confusion: np.ndarray) -> None:
     """A table of each class: how many, how many of them right (recall), how many of those called it are (precision)."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("class", "examples", "recall", "precision", "most often taken for")
@@ -125,4 +135,4 @@ def _print_classes(class_names: tuple[str, ...], confusion: np.ndarray) -> None:
         table.add_row(
             name, str(row), f"{right / row:.4f}" if row else "", f"{right / column:.4f}" if column else "", mistaken
         )
-    Console().print(table)
+    print_table(table)

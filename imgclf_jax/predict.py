@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax import sharding
+from imgclf_jax import sharding, writers
 from imgclf_jax.data import decode
 from imgclf_jax.errors import UserError
 from imgclf_jax.evaluate import restore
@@ -19,7 +19,7 @@ from imgclf_jax.workdir import Workdir
 
 
 def find_files(paths: list[str]) -> list[Path]:
-    """The files named, and those under the directories named, hidden ones left out; sorted within a directory.
+    """The files named, and those under the directories named but for hidden ones; sorted within a directory.
 
     Raises UserError for a path that does not exist and for a directory without files.
     """
@@ -27,7 +27,7 @@ def find_files(paths: list[str]) -> list[Path]:
     for text in paths:
         path = Path(text)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
             if not inside:
                 raise UserError(f"predict: the directory {text!r} holds no files")
             files += inside
@@ -36,6 +36,10 @@ def find_files(paths: list[str]) -> list[Path]:
         else:
             raise UserError(f"predict: there is no file or directory {text!r} (working directory: {Path.cwd()})")
     return files
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts) or path.name == "Thumbs.db"
 
 
 def predict(experiment: Experiment, state: Any, files: list[Path]) -> Iterator[tuple[Path, np.ndarray | UserError]]:
@@ -92,12 +96,12 @@ def main(config: ConfigDict, workdir: Workdir, which: str, format: str, paths: l
     else:
         _print_table([r for r in records if "predictions" in r])
     if failed:
-        print(f"error: {failed} of {len(files)} images could not be read; the others are above", file=sys.stderr)
+        others = "; the others are above" if failed < len(files) else ""
+        print(f"error: {failed} of {len(files)} images could not be read{others}", file=sys.stderr)
     return 1 if failed else 0
 
 
 def _print_table(records: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     if not records:
@@ -107,5 +111,4 @@ def _print_table(records: list[dict[str, Any]]) -> None:
         table.add_column(f"top {rank + 1}")
     for record in records:
         table.add_row(record["file"], *(f"{p['class']} {p['probability']:.4f}" for p in record["predictions"]))
-    # Piped output is read by programs: a line a file, however long.
-    Console(width=None if sys.stdout.isatty() else 1000).print(table)
+    writers.print_table(table)

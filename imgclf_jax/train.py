@@ -117,11 +117,8 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
                 writer.write(done, {f"train/{name}": value for name, value in record.items()})
                 brief = {name: record[name] for name in ("loss", "accuracy", "images_per_second", "input_wait")}
                 log.info("step %d: train %s", done, writers.format_metrics(brief))
-                progress.update(
-                    done,
-                    f"loss {record['loss']:.4f}, {record['images_per_second']:.0f} images/s, "
-                    f"{record['input_wait']:.0%} waiting for input",
-                )
+                pace = f"{record['images_per_second']:.0f} images/s, {record['input_wait']:.0%} waiting for input"
+                progress.update(done, pace)
                 sums = experiment.put(step.zero_sums())
             scores: dict[str, float] = {}
             if eval_due:

@@ -66,7 +66,7 @@ class Workdir:
             old = load_data_info(self.provenance)
             if old != data:
                 names = [k for k in vars(data) if getattr(old, k) != getattr(data, k)]
-                raise UserError(f"the data of the run in {self.path} have changed ({', '.join(names)} differ); "
+                raise UserError(f"the data of the run in {self.path} have changed (another {', '.join(names)}); "
                                 "restore them, or pass another --workdir")  # fmt: skip
         else:
             write_json(self.provenance, collect(data))

@@ -1,17 +1,22 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, and the terminal."""
 
+import contextlib
 import functools
 import json
 import logging
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich import progress
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.table import Table
+
+from imgclf_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -24,32 +29,52 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, step: int = 0):
-        self._path = workdir / "metrics.jsonl"
-        kept = [r for r in read_metrics(self._path) if r["step"] <= step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        os.replace(temporary, self._path)
-        self._file = self._path.open("a")
-        self._tensorboard = _tensorboard(workdir / "tb")
+        self._directory = workdir
+        path = workdir / "metrics.jsonl"
+        kept = [r for r in read_metrics(path) if r["step"] <= step]
+        temporary = path.with_suffix(".tmp")
+        with self._writing():
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            os.replace(temporary, path)
+            self._file = path.open("a")
+            self._tensorboard = _tensorboard(workdir / "tb")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one record; it has reached the operating system when this returns."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        if self._tensorboard:
-            self._tensorboard.write_scalars(step, dict(values))
+        with self._writing():
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+            if self._tensorboard:
+                self._tensorboard.write_scalars(step, dict(values))
 
     def sync(self) -> None:
         """Returns when all records are on disk; called before each checkpoint, which must not be ahead of them."""
-        os.fsync(self._file.fileno())
-        if self._tensorboard:
-            self._tensorboard.flush()
+        with self._writing():
+            os.fsync(self._file.fileno())
+            if self._tensorboard:
+                self._tensorboard.flush()
 
     def close(self) -> None:
-        """Flushes and closes the files."""
-        self._file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        """Closes the files; all has been synced, or an error that tells more is on its way."""
+        for file in (self._file, self._tensorboard):
+            with contextlib.suppress(Exception):
+                if file:
+                    file.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:  # OSError, or one of many types from TensorBoard's writer
+            cause: BaseException = e
+            while cause.__cause__:  # CLU wraps what its thread raised
+                cause = cause.__cause__
+            text = str(cause) or type(cause).__name__
+            reason = "no space left on device" if "no space left" in text.lower() else text.partition("\n")[0]
+            raise UserError(
+                f"the metrics in {self._directory} could not be written: {reason}; free some space or mend the disk "
+                "and run the same command again"
+            ) from e
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -122,7 +147,6 @@ class Progress:
             self._bar = progress.Progress(
                 progress.BarColumn(),
                 progress.TextColumn("step {task.completed}/{task.total}"),
-                progress.TimeElapsedColumn(),
                 progress.TextColumn("left"),
                 progress.TimeRemainingColumn(),
                 progress.TextColumn("{task.fields[note]}"),
@@ -152,7 +176,25 @@ def setup_logging() -> None:
         handler, line = logging.StreamHandler(), "%(asctime)s %(message)s"
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format=line, datefmt="%H:%M:%S", force=True)
     logging.getLogger("imgclf_jax").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax raises what went wrong, and on the way there logs it a dozen times with tracebacks.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _report_unraisable
+
+
+_usual_hook = sys.unraisablehook
+
+
+def _report_unraisable(unraisable: Any) -> None:
+    """After a save that failed TensorStore still reports to an event loop that is closed; that is no second failure."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _usual_hook(unraisable)
+
+
+def print_table(table: Table) -> None:
+    """A table on standard output; where that is no terminal, a row is a line, however long, for programs to read."""
+    width = None if sys.stdout.isatty() else 1000
+    Console(width=width, markup=False, emoji=False).print(table)  # a file may be called "a[b]:c:.png"
 
 
 def format_metrics(values: Mapping[str, float]) -> str:

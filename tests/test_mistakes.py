@@ -1,0 +1,349 @@
+"""A user's mistakes: one sentence on stderr that says what, where and the mend, no traceback, and nothing is lost."""
+
+import json
+import logging
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import launch
+from imgclf_jax.checkpoint import Checkpoints
+from imgclf_jax.data import stream
+from imgclf_jax.data.sources import fake
+
+ROOT = Path(__file__).parent.parent
+FAKE = ("--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=",
+        "--config.model=mlp(widths=(512,))", "--config.schedule=constant(1e-2)", "--config.total=12 steps",
+        "--config.batch_size=16", "--config.checkpoint_every=4 steps", "--config.eval_every=6 steps",
+        "--config.log_every=4 steps")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _process_as_it_was(monkeypatch):
+    """What a command sets for its whole process."""
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    yield
+    root.handlers[:], root.level = before
+
+
+@pytest.fixture
+def mistake(capsys):
+    """Runs a command line that must fail with one sentence, which is returned."""
+
+    def run(*argv: str, status: int = 1, log: str = r"(?!)") -> str:
+        """Lines of the log that match `log` may come before the sentence."""
+        capsys.readouterr()
+        assert launch.main([str(a) for a in argv]) == status
+        out, err = capsys.readouterr()
+        said = [line for line in err.splitlines() if not re.search(log, line)]
+        assert out == ""
+        assert said[1:] == (["launch.py --help tells the usage"] if status == 2 else [])
+        assert said[0].startswith("error: ")
+        return said[0].removeprefix("error: ")
+
+    return run
+
+
+def has(sentence: str, *fragments: str) -> bool:
+    return all(f in sentence for f in fragments)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def launch_process(*argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / "launch.py", *argv], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
+    """A finished run on arrays in a file: its work directory, and the flags it was made with."""
+    folder = tmp_path_factory.mktemp("whole")
+    arrays = {}
+    for name, source in fake(64, (12, 12, 1), 4).items():
+        examples = source.read(np.arange(64))
+        arrays |= {f"x_{name}": examples["image"], f"y_{name}": examples["label"]}
+    np.savez(folder / "data.npz", **arrays)
+    argv = (*FAKE, f"--config.data.source=arrays({str(folder / 'data.npz')!r})")
+    process = launch_process("train", f"--workdir={folder / 'run'}", *argv)
+    assert process.returncode == 0, process.stderr
+    return folder / "run", argv
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragments"),
+    [
+        (["trian"], ["unknown command 'trian'", "did you mean 'train'?", "evaluate, predict"]),
+        (["photo.jpg"], ["unknown command 'photo.jpg'", "allowed: config, evaluate, predict, train"]),
+        (["train", "photo.jpg"], ["train takes no files", "'photo.jpg'"]),
+        (["--wrkdir", "x"], ["unknown flag 'wrkdir'", "did you mean 'workdir'?"]),
+        (["--config.bath_size=3"], ["unknown config key 'bath_size'", "did you mean 'batch_size'?", "allowed: "]),
+        (["--config.data=3"], ["unknown config key 'data'", "data.source"]),
+        (["--config.data.eval.a.b=test"], ["unknown config key 'data.eval.a.b'"]),
+        (["--config.batch_size=many"], ["--config.batch_size=many: wants a value of type int, such as 64"]),
+        (["--config.batch_size=a: b"], ["--config.batch_size=a: b: wants a value of type int"]),
+        (["--config.clip", "much"], ["--config.clip: wants a value of type float, such as 0.0"]),
+        (["--config.data.eval=test"], ["--config.data.eval=test: wants a value of type dict", "{'test': 'test'}"]),
+        (["--config"], ["--config wants a file"]),
+        (["config", "--config.data.eval.x"], ["Missing value for flag --config.data.eval.x"]),
+        (["--top_k=0"], ["--top_k=0", "positive"]),
+        (["--format=xml"], ["--format=xml", "table|json"]),
+        (["--profile=3"], ["--profile=3", "FIRST:LAST", "10:20"]),
+    ],
+)
+def test_wrong_usage(mistake, tmp_path, monkeypatch, argv, fragments):
+    """Exit status 2, the nearest names, and no work directory is made."""
+    monkeypatch.chdir(tmp_path)
+    assert has(mistake(*argv, status=2), *fragments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        ("def get_config():\n    raise KeyError('oh')\n", ["mine.py", "KeyError: 'oh'"]),
+        ("def get_config(:\n", ["mine.py", "SyntaxError", "line 1"]),
+        ("x = 1\n", ["mine.py", "get_config"]),
+        ("def get_config():\n    return {}\n", ["mine.py", "must return a config"]),
+        ("{}c.batchsize = 3\n    return c\n", ["mine.py", "batchsize", "batch_size"]),
+        ("{}c.batch_size = 'x'\n    return c\n", ["mine.py", "batch_size", "int"]),
+    ],
+)
+def test_config_files(mistake, tmp_path, text, fragments):
+    """A file that raises, is no Python, gives no config, or sets a key that there is not: the file is named."""
+    start = "from imgclf_jax.config import default_config\ndef get_config():\n    c = default_config()\n    "
+    (tmp_path / "mine.py").write_text(text.replace("{}", start) if "c." in text else text)
+    assert has(mistake(f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'run'}"), *fragments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_config_file(mistake):
+    assert has(mistake("--config=configs/nope.py"), "no config file 'configs/nope.py'")
+    assert has(mistake(f"--config={ROOT}/configs/digit.py"), "configs/digit.py'; did you mean digits.py")
+
+
+@pytest.mark.parametrize(
+    ("flag", "fragments"),
+    [
+        ("seed=-1", ["seed=-1", "0 to 2**32 - 1"]),
+        ("total=5", ["total='5' is not a duration", "'5 epochs'"]),
+        ("precision=half", ["unknown precision 'half'", "bfloat16, float32"]),
+        ("checkpoint.best=accuracy", ["unknown metric", "'accuracy'", "test/accuracy"]),
+        ("batch_size=12", ["batch_size=12 is not divisible by the 8 devices", "8 and 16"]),
+        ("model=cnnn", ["unknown model 'cnnn'", "did you mean 'cnn'", "import path"]),
+        ("model=cnn(width=3)", ["'cnn(width=3)'", "unknown argument 'width'", "did you mean 'widths'?"]),
+        ("model=mlp(widths=3)", ["model='mlp(widths=3)' fails on images [12, 12, 1]"]),
+        ("model=nowhere:Net", ["cannot import 'nowhere'", "model 'nowhere:Net'"]),
+        ("preprocess=decode(1)|reszie(8)", ["unknown host op 'reszie'", "did you mean 'resize'"]),
+        ("preprocess=decode(1)|resize(8, methd='x')", ["unknown argument 'methd'", "did you mean 'method'?"]),
+        ("preprocess=resize(8)", ["preprocess='resize(8)'", "first op must be decode"]),
+        ("preprocess=decode(1)|central_crop(99)", ["central_crop(99, 99)", "12 by 12", "resize it first"]),
+        ("augment=flip", ["unknown device op 'flip'", "did you mean 'flip_lr'?"]),
+        ("augment=flip_lr(3)", ["'flip_lr(3)'", "too many positional arguments"]),
+        ("augment=pad_crop(pad='x')", ["augment=\"pad_crop(pad='x')\" fails on images [12, 12, 1]"]),
+        ("augment=normalize(mean=(0.5, 0.5))", ["turns images [12, 12, 1] into [12, 12, 2]"]),
+        ("optimizer=adamm", ["unknown optimizer 'adamm'", "did you mean 'adam'"]),
+        ("optimizer=adam(lr=3)", ["'adam(lr=3)'", "unknown argument 'lr'", "b1"]),
+        ("optimizer=adam(1e-3)", ["optimizer='adam(1e-3)'", "the learning rate is the schedule's"]),
+        ("optimizer=adam(b1='x')", ["optimizer=\"adam(b1='x')\" fails"]),
+        ("schedule=cos(1)", ["unknown schedule 'cos'", "did you mean 'cosine'"]),
+        ("schedule=cosine()", ["schedule 'cosine'", "missing a required argument: 'peak'"]),
+        ("schedule=cosine('x')", ["schedule=\"cosine('x')\" fails"]),
+        ("schedule=cosine(1, warmup=5)", ["schedule='5' is not a duration", "'5 epochs'"]),
+        ("schedule=cosine(1, warmup='99 steps')", ["a warmup of 99 steps", "whole run of 12 steps"]),
+        ("loss=soft", ["unknown loss 'soft'", "did you mean 'softmax'?"]),
+        ("loss=softmax(smooth=1)", ["unknown argument 'smooth'", "label_smoothing"]),
+        ("loss=softmax(label_smoothing='a')", ["loss=\"softmax(label_smoothing='a')\" fails"]),
+        ("data.source=digit", ["unknown source 'digit'", "did you mean 'digits'?"]),
+        ("data.source=folder('nowhere')", ["no directory 'nowhere'", "working directory"]),
+        ("data.source=arrays('nowhere.npz')", ["cannot read 'nowhere.npz'"]),
+        ("data.train=trian", ["unknown split 'trian'", "did you mean 'train'?", "allowed: test, train"]),
+        ("data.train=train[5:5]", ["split 'train[5:5]' holds no example", "64"]),
+        ("data.train=train[:99]", ["split 'train[:99]' reaches outside of the 64 examples"]),
+        ("data.eval.val=valid", ["unknown split 'valid'"]),
+        ("data.eval.val=digits()/test", ["data.eval.val='digits()/test' has the classes ['0', '1', '2', '3', '4']"]),
+    ],
+)
+def test_wrong_values(mistake, tmp_path, flag, fragments):
+    """The key or name, what is allowed, and nothing written: all is checked before a run begins."""
+    argv = [f for f in FAKE if not f.startswith(f"--config.{flag.partition('=')[0]}=")]
+    assert has(mistake("train", f"--workdir={tmp_path / 'run'}", *argv, f"--config.{flag}"), *fragments)
+    assert snapshot(tmp_path) == {}
+
+
+def test_an_image_that_the_model_cannot_take(mistake, tmp_path):
+    argv = (*FAKE, "--config.data.source=fake(64, (4, 4, 1), 4)", "--config.model=cnn", f"--workdir={tmp_path}")
+    assert has(mistake(*argv), "cnn: nothing is left of an image of 4 by 4", "resize", "fewer widths")
+    assert snapshot(tmp_path) == {}
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = rng.integers(0, 256, (16, 16 + i, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.jpg")
+    return tmp_path / "photos"
+
+
+def test_folders_of_images(mistake, photos, tmp_path):
+    """An empty class, a text file, a truncated JPEG, sizes that differ: the folder or file is named."""
+    run = tmp_path / "run"
+    argv = (f"--config={ROOT}/configs/folder.py:{photos}", f"--workdir={run}", "--config.batch_size=8")
+    (photos / "bird").mkdir()
+    assert has(mistake(*argv), f"class folder {photos}/bird holds no images", "remove it")
+    (photos / "bird").rmdir()
+    (photos / "cat" / "notes.txt").write_text("tabby")
+    assert has(mistake(*argv), f"{photos}/cat/notes.txt", "not in an image format", "remove it")
+    (photos / "cat" / "notes.txt").unlink()
+    whole = (photos / "dog" / "3.jpg").read_bytes()
+    (photos / "dog" / "3.jpg").write_bytes(whole[: len(whole) // 2])
+    assert has(mistake(*argv), f"{photos}/dog/3.jpg", "does not decode", "remove it")
+    (photos / "dog" / "3.jpg").write_bytes(whole)
+    argv = (*argv, "--config.preprocess=decode(3)", "--config.preprocess_eval=decode(3)")
+    assert has(mistake(*argv), "preprocess_eval='decode(3)' gives images of", "resize(height, width)")
+    argv = (
+        *argv,
+        "--config.data.train=train",
+        "--config.data.eval={}",
+        "--config.checkpoint.best=",
+        "--config.model=mlp",
+    )
+    sentence = mistake(*argv, log=r"^\d\d:\d\d:\d\d|^[+|]|^Total")
+    assert has(sentence, "preprocess='decode(3)' gives images of different shapes", "add resize(height, width)")
+
+
+def test_another_config(mistake, whole, capsys):
+    """The keys that differ are shown, old and new; those that only say where data lie may differ."""
+    workdir, argv = whole
+    before = snapshot(workdir)
+    sentence = mistake("train", f"--workdir={workdir}", *argv, "--config.seed=1", "--config.total=13 steps")
+    assert has(sentence, "seed: 0 → 1; total: '12 steps' → '13 steps'", "use the old values", "another --workdir")
+    moved = ("--config.data.data_dir=/elsewhere", "--config.data.threads=1", "--config.data.placement=device")
+    assert launch.main(["train", f"--workdir={workdir}", *argv, *moved]) == 0
+    assert "this run is done" in capsys.readouterr().err
+    assert snapshot(workdir) == before
+
+
+def test_changed_data(mistake, whole, capsys):
+    """Training stops; evaluation goes on and says so."""
+    workdir, argv = whole
+    before, file = snapshot(workdir), workdir.parent / "data.npz"
+    content = file.read_bytes()
+    arrays = dict(np.load(file))
+    arrays["x_train"][0, 0, 0] ^= 1
+    np.savez(file, **arrays)
+    try:
+        sentence = mistake("train", f"--workdir={workdir}", *argv)
+        assert has(sentence, f"the data of the run in {workdir} have changed (another fingerprint)", "restore them")
+        assert launch.main(["evaluate", f"--workdir={workdir}"]) == 0
+        assert "the data have changed since training" in capsys.readouterr().err
+        file.unlink()
+        assert has(mistake("train", f"--workdir={workdir}", *argv), f"cannot read '{file}'")
+    finally:
+        file.write_bytes(content)
+    assert snapshot(workdir) == before
+
+
+def test_places_that_cannot_be_written(mistake, tmp_path):
+    """A file in the directory's place, a path under one, and /proc where there is one."""
+    (tmp_path / "file").write_text("mine")
+    places = {"file": "it is a file", "file/run": "Not a directory"}
+    if Path("/proc/self").is_dir():
+        places["/proc/run"] = "No such file"
+    for place, reason in places.items():
+        sentence = mistake(f"--workdir={tmp_path / place}", *FAKE)
+        assert has(sentence, f"work directory {tmp_path / place} cannot be written", reason, "another --workdir")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_no_network(mistake, tmp_path, monkeypatch):
+    """The files to fetch, and where to put them, at once and not after minutes of retries."""
+
+    def unreachable(*args, **kwargs):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    argv = (*FAKE, "--config.data.source=tfds('mnist')", f"--config.data.data_dir={tmp_path / 'data'}")
+    sentence = mistake("train", f"--workdir={tmp_path / 'run'}", *argv)
+    assert has(
+        sentence, "no network for TFDS data set 'mnist'", "--config.data.manual_dir", "train-images-idx3-ubyte.gz"
+    )
+    assert snapshot(tmp_path / "run") == {}
+
+
+def test_nothing_to_evaluate(mistake, whole, tmp_path):
+    """No run, no such checkpoint, another model, no files."""
+    workdir, _ = whole
+    before = snapshot(workdir)
+    for command in ("evaluate", "predict"):
+        sentence = mistake(command, f"--workdir={tmp_path}")
+        assert has(sentence, f"{tmp_path} holds no run", "train first", "--workdir")
+    for which in ("7", "best", "newest"):
+        sentence = mistake("evaluate", f"--workdir={workdir}", f"--checkpoint={which}")
+        assert has(sentence, f"--checkpoint={which}", "[8, 12]", "needs checkpoint.best")
+    sentence = mistake("evaluate", f"--workdir={workdir}", "--config.model=mlp(widths=(16,))")
+    assert has(sentence, "another model", "params/backbone/dense0/bias is float32[512]", "float32[16] by the config")
+    assert has(mistake("predict", f"--workdir={workdir}"), "name at least one image file or directory")
+    assert has(mistake("predict", "no.png", f"--workdir={workdir}"), "no file or directory 'no.png'")
+    (tmp_path / "empty").mkdir()
+    assert has(mistake("predict", tmp_path / "empty", f"--workdir={workdir}"), "empty' holds no files")
+    assert snapshot(workdir) == before
+
+
+@pytest.mark.parametrize("file", ["config.json", "provenance.json"])
+def test_a_damaged_record(mistake, whole, tmp_path, file):
+    workdir, argv = whole
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run" / file).write_text("{")
+    for command in (["evaluate"], ["train", *argv]):
+        assert has(mistake(*command, f"--workdir={tmp_path / 'run'}"), f"{tmp_path}/run/{file}", "damaged", "--workdir")
+
+
+def test_a_loss_that_is_not_finite(mistake, tmp_path, capsys):
+    """Stops with the step and its examples, and keeps the last checkpoint that was good."""
+    burst = ("--config.optimizer=sgd", "--config.schedule=step(1e-2, at=('6 steps',), factor=1e35)")
+    argv = (f"--workdir={tmp_path}", *FAKE, *burst)
+    sentence = mistake(*argv, log=r"^\d\d:\d\d:\d\d|^[+|]|^Total")
+    ids = stream.example_ids(0, 6, 16, 64).tolist()
+    assert has(sentence, "not finite at step 6", str(ids[:8])[:-1], "nonfinite.json", "of step 4, is kept")
+    assert json.loads((tmp_path / "nonfinite.json").read_text())["example_ids"] == ids
+    assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps() == [4]
+    assert launch.main(["evaluate", f"--workdir={tmp_path}", "--format=json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["step"] == 4
+    assert np.isfinite(result["test"]["loss"])
+
+
+def test_interrupted_before_the_loop(monkeypatch, capsys):
+    """Ctrl-C during imports or while data are read leaves no traceback."""
+
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("imgclf_jax.config.load_file", interrupt)
+    assert launch.main([]) == 130
+    assert capsys.readouterr().err == "interrupted; run the same command again\n"
+
+
+def test_output_that_nobody_reads():
+    """`launch.py config | true` says nothing of a broken pipe."""
+    pipe = f"{sys.executable} {ROOT}/launch.py config | true"
+    process = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True)
+    assert (process.stdout, process.stderr) == ("", "")
