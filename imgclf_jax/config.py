@@ -78,6 +78,8 @@ def load_file(path_and_arg: str) -> ConfigDict:
         module_spec.loader.exec_module(module)
         config = module.get_config(arg) if arg else module.get_config()
     except Exception as e:  # whatever the user's own code raises
+        if match := re.search(r'Key "(\w+)" does not exist', str(e)):  # ConfigDict's own text runs over many lines
+            raise UserError(f"config file {path}: " + unknown("config key", match[1], KEYS)) from e
         raise UserError(f"config file {path}: {type(e).__name__}: {next(iter(str(e).splitlines()), '')}") from e
     if not isinstance(config, ConfigDict):
         raise UserError(f"config file {path}: get_config gives {config!r}; it must return a config (default_config())")

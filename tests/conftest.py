@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, strict dtype promotion: sharding and dtypes are exercised by every test."""
 
+import logging
 import os
 import sys
 
@@ -24,6 +25,15 @@ settings.load_profile("default")
 def _own_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _process_as_it_was():
+    """What a command sets for its whole process."""
+    root = logging.getLogger()
+    before = root.handlers[:], root.level, sys.path[:], sys.unraisablehook
+    yield
+    root.handlers[:], root.level, sys.path[:], sys.unraisablehook = before
 
 
 @pytest.fixture

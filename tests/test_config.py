@@ -81,7 +81,10 @@ def test_a_missing_key_is_named():
         ("raise ValueError", "ValueError: "),
         ("", "AttributeError: module 'mine' has no attribute 'get_config'"),
         ("def get_config(): pass", "get_config gives None; it must return a config"),
-        ("def get_config(): c = default_config(); c.sede = 1; return c", "sede"),
+        (
+            "def get_config(): c = default_config(); c.sede = 1; return c",
+            "unknown config key 'sede': did you mean 'seed'",
+        ),
         ("def get_config(): c = default_config(); c.seed = 'x'; return c", "TypeError"),
         ("def get_config(): c = default_config(); c.seed = None; return c", "seed=None is not of type int"),
         ("def get_config(): c = default_config(); c.seed = True; return c", "seed=True is not of type int"),

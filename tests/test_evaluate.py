@@ -1,8 +1,6 @@
 """Evaluation is exact: every example counts once, on any number of devices and for any batch size."""
 
 import json
-import logging
-import sys
 from pathlib import Path
 
 import jax
@@ -26,15 +24,6 @@ FAKE = (f"--config.data.source=fake({N}, (12, 12, 1), 10)", "--config.data.train
 # The rate of the second half ruins what the first has learned.
 RISE_AND_FALL = ("--config.total=20 steps", "--config.checkpoint.best=test/accuracy",
                  "--config.schedule=step(5e-3, at=('50%',), factor=1e3)")  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _process_as_it_was():
-    """What a command sets for its whole process."""
-    root = logging.getLogger()
-    before = root.handlers[:], root.level, sys.path[:], sys.unraisablehook
-    yield
-    root.handlers[:], root.level, sys.path[:], sys.unraisablehook = before
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,7 @@
 """`launch.py predict`: what a trained model says of image files is what evaluation says of the same images."""
 
 import json
-import logging
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +16,6 @@ from imgclf_jax.workdir import Workdir
 
 ROOT = Path(__file__).parent.parent
 COUNT = 100
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _process_as_it_was():
-    """What a command sets for its whole process."""
-    root = logging.getLogger()
-    before = root.handlers[:], root.level, sys.path[:], sys.unraisablehook
-    yield
-    root.handlers[:], root.level, sys.path[:], sys.unraisablehook = before
 
 
 @pytest.fixture(scope="module")
