@@ -3,9 +3,12 @@
 Usage: launch.py [COMMAND] [--config=FILE.py[:ARG]] [--workdir=DIR] [--config.KEY=VALUE …] [FILE|DIR …]
 """
 
+import contextlib
 import os
+import platform
 import re
 import sys
+import zlib
 from pathlib import Path
 
 from absl import flags
@@ -144,10 +147,7 @@ def _dispatch(command: str, config: ConfigDict, workdir: Path, values: flags.Fla
         return 0
 
     # From here on JAX is wanted.
-    if config.deterministic and "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # TensorFlow carries batches and computes nothing
+    _set_environment(config.deterministic)
     from imgclf_jax import writers
     from imgclf_jax.workdir import Workdir
 
@@ -164,6 +164,26 @@ def _dispatch(command: str, config: ConfigDict, workdir: Path, values: flags.Fla
     from imgclf_jax import predict
 
     return predict.main(config, place, values.checkpoint, values.format, files, values.top_k)
+
+
+def _set_environment(deterministic: bool) -> None:
+    """What JAX and TensorFlow read when they are imported; what the user has set stands."""
+    if deterministic and "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+    # Programs compiled once are kept, by kind of processor since a home folder may be shared by several.
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    kind = "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "imgclf_jax"
+    cache /= f"compiled-{zlib.crc32(kind.encode()):08x}"
+    with contextlib.suppress(OSError):  # without a place to keep them they are compiled anew
+        cache.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # TensorFlow carries batches and computes nothing
 
 
 def _take_config(argv: list[str]) -> tuple[str, list[str]]:

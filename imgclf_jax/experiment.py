@@ -116,7 +116,7 @@ class Experiment:
 
     @cached_property
     def train_step(self) -> Any:
-        """Jitted (run, batch) → run, where run is {"state", "sums"}; the state's buffers are donated."""
+        """Jitted (state, sums, batch) → (state, sums), the step's sums added; the state's buffers are donated."""
         augment_train = augment.build(self.config.augment, train=True)
         pure = step.make_train_step(self.model, self.loss, self.optimizer, self.schedule, augment_train)
 

@@ -74,6 +74,10 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
     throughput = writers.Throughput(config.batch_size)
     in_flight: collections.deque[Any] = collections.deque()
     results: dict[str, Any] = {}
+    traced = (max(profile[0], start), min(profile[1], total)) if profile else (-1, -1)
+    if traced[0] >= traced[1] and profile:
+        log.warning("--profile=%d:%d lies outside of the steps %d to %d: nothing is traced", *profile, start, total)
+        traced = (-1, -1)
 
     with contextlib.ExitStack() as stack:
         stopped = stack.enter_context(_stop_signals())
@@ -83,7 +87,7 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
             config.data.placement, images, mesh, config.seed, config.batch_size, start, total
         )
         for done in range(start + 1, total + 1):
-            if profile and done == max(profile[0], start) + 1:
+            if done == traced[0] + 1:
                 jax.profiler.start_trace(str(workdir.path / "profile"), create_perfetto_trace=True)
             before = time.perf_counter()
             batch = next(batches)
@@ -96,10 +100,10 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
             if len(in_flight) > 2:  # the host runs ahead of the device, but not without end
                 in_flight.popleft().block_until_ready()
             progress.update(done)
-            if profile and done == min(profile[1], total):
+            if done == traced[1]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
-                log.info("steps %d to %d traced into %s", *profile, workdir.path / "profile")
+                log.info("steps %d to %d traced into %s", *traced, workdir.path / "profile")
 
             last = done == total
             log_due = last or configs.is_due(done, log_every)

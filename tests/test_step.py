@@ -28,3 +28,11 @@ def test_it_learns(fake_config, tmp_path, precision):
     assert run(fake_config, tmp_path)["test"]["accuracy"] > 0.9
     losses = [r["train/loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r]
     assert losses[-1] < losses[0]
+
+
+def test_profile_traces_the_steps_that_there_are(fake_config, tmp_path):
+    """A trace for Perfetto appears; steps that the run does not have are no error."""
+    assert train.main(fake_config, Workdir(tmp_path / "a"), profile=(2, 4)) == 0
+    assert list((tmp_path / "a" / "profile").rglob("perfetto_trace.json.gz"))
+    assert train.main(fake_config, Workdir(tmp_path / "b"), profile=(100, 110)) == 0
+    assert not (tmp_path / "b" / "profile").exists()

@@ -1,0 +1,47 @@
+"""What the command line prepares before JAX is imported."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+PROGRAM = """
+import collections, json, sys
+import launch
+events = collections.Counter()
+launch._set_environment(True)
+import jax
+jax.monitoring.register_event_listener(lambda event, **_: events.update([event.rpartition('/')[2]]))
+status = launch.main(sys.argv[1:])
+print(json.dumps({"status": status, **events}))
+"""
+
+
+def run(cache: str, workdir: Path) -> dict:
+    """Trains two steps with `cache` as the user's cache folder; how often the compilation cache hit and missed."""
+    arguments = [f"--workdir={workdir}", "--config.total=2 steps", "--config.schedule=constant(1e-3)",
+                 "--config.data.source=fake(64)", "--config.data.placement=device"]  # fmt: skip
+    hidden = {"JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"}
+    environment = {k: v for k, v in os.environ.items() if k not in hidden} | {"XDG_CACHE_HOME": cache}
+    command = [sys.executable, "-W", "error", "-c", PROGRAM, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_second_run_compiles_nothing(tmp_path):
+    """The compilation cache is on by default, hits for every program of the second run, and changes no bit."""
+    first, second = (run(str(tmp_path / "cache"), tmp_path / name) for name in ("a", "b"))
+    assert first["cache_misses"] > 0
+    assert "cache_misses" not in second
+    assert second["cache_hits"] >= first["cache_misses"]
+    digests = [json.loads((tmp_path / name / "result.json").read_text())["params_sha256"] for name in ("a", "b")]
+    assert digests[0] == digests[1]
+
+
+def test_without_a_place_for_the_cache_it_trains_all_the_same(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert run(str(tmp_path / "file"), tmp_path / "run")["status"] == 0
