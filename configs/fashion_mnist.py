@@ -7,8 +7,8 @@ Without a network add `--config.data.manual_dir=FOLDER`, FOLDER holding the four
     seed           0       1       2       3       4     mean
     test accuracy  0.9003  0.9033  0.9012  0.9033  0.9049  0.9026
 
-91 s a run (seed 0) on two cores of an AMD EPYC, without an accelerator. Keras 3 on TensorFlow trains the same network
-to 0.8978, the mean of five seeds.
+68 to 81 s a run on two cores of an AMD EPYC, without an accelerator. Keras 3 on TensorFlow trains the same network to
+0.8978, the mean of five seeds.
 """
 
 from imgclf_jax.config import ConfigDict, default_config

@@ -25,7 +25,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "deterministic": (True, "Ask XLA for deterministic GPU kernels, so that a repeated run gives the same bits."),
     "data.source": ("digits", "digits, tfds('name'), folder('path'), arrays('file.npz') or fake(n, shape, classes)."),
     "data.train": ("train", "The split to train on, in TFDS syntax: 'train[:90%]', 'train[1000:]+extra'."),
-    "data.eval": ({"test": "test"}, "The splits to evaluate, a name for each: {'val': 'train[90%:]', 'test': 'test'}."),
+    "data.eval": ({"test": "test"}, 'Evaluation sets: a name and a split for each; of another source "fake()/test".'),
     "data.data_dir": ("", "Where TFDS keeps prepared data, a bucket too; empty: ~/tensorflow_datasets."),
     "data.manual_dir": ("", "Original files already downloaded, for machines without a network (TFDS)."),
     "data.placement": ("host", "'host' streams batches; 'device' keeps the whole uint8 set on the accelerator."),
