@@ -19,6 +19,13 @@ def test_two_runs_give_the_same_bits(fake_config, tmp_path):
     assert a["params_sha256"] == b["params_sha256"]
 
 
+def test_placement_and_threads_change_no_bit(fake_config, tmp_path):
+    """Where images wait and how many threads decode them is no part of the result."""
+    host = run(fake_config, tmp_path / "host")
+    fake_config.data.placement, fake_config.data.threads = "device", 3
+    assert run(fake_config, tmp_path / "device")["params_sha256"] == host["params_sha256"]
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_it_learns(fake_config, tmp_path, precision):
     with fake_config.unlocked():
