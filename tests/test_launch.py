@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import launch
+
 ROOT = Path(__file__).parent.parent
 
 PROGRAM = """
@@ -45,3 +49,17 @@ def test_the_second_run_compiles_nothing(tmp_path):
 def test_without_a_place_for_the_cache_it_trains_all_the_same(tmp_path):
     (tmp_path / "file").write_text("")
     assert run(str(tmp_path / "file"), tmp_path / "run")["status"] == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.source=folder(3)", "data.source='folder(3)' fails: "),
+        ("data.source=fake(8, 3)", "data.source='fake(8, 3)' fails: "),
+        ("preprocess=decode(1)|resize('x')", "preprocess=\"decode(1)|resize('x')\" fails: "),
+    ],
+)
+def test_an_argument_of_the_wrong_type(tmp_path, capsys, override, message):
+    """One sentence that names the key, for the built-in sources and host ops too."""
+    assert launch.main([f"--workdir={tmp_path / 'run'}", f"--config.{override}"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {message}")

@@ -225,10 +225,16 @@ SOURCES = {"digits": digits, "tfds": tfds, "folder": folder, "arrays": arrays, "
 
 def open_splits(text: str, data_dir: str = "", manual_dir: str = "") -> dict[str, Source]:
     """The base splits of the source that a spec names; raises UserError with the mend for data that is not there."""
-    make = spec.bind(spec.parse_one(text), SOURCES, "source")
+    call = spec.parse_one(text)
+    make = spec.bind(call, SOURCES, "source")
     if make.func is tfds:
         make = functools.partial(make, **{"data_dir": data_dir, "manual_dir": manual_dir} | make.keywords)
-    return make()
+    try:
+        return make()
+    except (TypeError, AttributeError) as e:
+        if ":" in call.name:
+            raise  # the user's own source: the traceback tells more
+        raise UserError(f"data.source={text!r} fails: {e}; are its arguments of the right type?") from e
 
 
 def take_split(base: dict[str, Source], text: str) -> Source:

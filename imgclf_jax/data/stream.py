@@ -133,6 +133,10 @@ class Images:
         except UserError as e:
             name = getattr(self.source, "name", "example {}".format)
             raise UserError(f"{name(example)}: {e}") from e
+        except (TypeError, ValueError) as e:
+            if ":" in self.preprocess:
+                raise  # the user's own op: the traceback tells more
+            raise UserError(f"preprocess={self.preprocess!r} fails: {e}") from e
 
 
 def train_batches(
