@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from imgclf_jax import tree
-from imgclf_jax.errors import UserError
+from imgclf_jax.errors import UserError, reason
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as e:  # Orbax and TensorStore raise many kinds, for damage and for other shapes alike
-            raise UserError(f"checkpoint {folder} cannot be read: {_first_line(e)}") from e
+            raise UserError(f"checkpoint {folder} cannot be read: {reason(e)}") from e
 
     def restore_latest(self, like: Any) -> tuple[int, Any] | None:
         """(step, state) of the latest checkpoint that can be read; None where there is no checkpoint at all.
@@ -154,15 +154,10 @@ class Checkpoints:
         except Exception as e:  # a full or failing disk surfaces as OSError, ValueError or a TensorStore status
             good = [s for s in self._manager.all_steps() if (self.directory / str(s)).is_dir()]
             kept = f"the last good one is of step {max(good)}" if good else "there is none before it"
-            reason = "no space left on device" if "no space left" in str(e).lower() else _first_line(e)
             raise UserError(
-                f"a checkpoint could not be saved in {self.directory}: {reason}; {kept}; free some space or mend the "
-                "disk and run the same command again"
+                f"a checkpoint could not be saved in {self.directory}: {reason(e)}; {kept}; free some space or mend "
+                "the disk and run the same command again"
             ) from e
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _find_clash(saved: Any, like: Any) -> str:

@@ -17,3 +17,11 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, allowed, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
     return f"unknown {kind} {name!r}: {hint}allowed: {', '.join(allowed)}"
+
+
+def reason(error: BaseException) -> str:
+    """What an error from a library says, in one line: its first, or that the disk is full, however it is wrapped."""
+    text = str(error).strip()
+    if "no space left" in text.lower():
+        return "no space left on device"
+    return (text.splitlines() or [type(error).__name__])[0][:300]

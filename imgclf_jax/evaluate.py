@@ -25,7 +25,7 @@ def evaluate(experiment: Experiment, state: Any, images: stream.Images) -> dict[
     """The sums over all of `images`, on the host: integers exact, the loss in float64."""
     mesh = experiment.mesh
     # Batches are padded up to a multiple of the devices; the mask leaves the padding out of every sum.
-    batch_size = -(-experiment.config.batch_size // mesh.size) * mesh.size
+    batch_size = sharding.round_up(experiment.config.batch_size, mesh)
     total: dict[str, Any] = {}
     pending = None
     shard = (jax.process_index(), jax.process_count())
@@ -35,6 +35,11 @@ def evaluate(experiment: Experiment, state: Any, images: stream.Images) -> dict[
         pending = sums
     _add(total, pending)
     return total
+
+
+def evaluate_all(experiment: Experiment, state: Any, evals: dict[str, stream.Images]) -> dict[str, dict[str, float]]:
+    """The metrics of each evaluation set, by its name."""
+    return {name: metrics.summarize(evaluate(experiment, state, images)) for name, images in evals.items()}
 
 
 def _add(total: dict[str, Any], sums: dict[str, jax.Array] | None) -> None:
@@ -57,7 +62,7 @@ def open_evals(experiment: Experiment, base: dict[str, sources.Source]) -> dict[
         if tuple(source.class_names) != experiment.data.class_names:
             raise UserError(f"data.eval.{name}={text!r} has the classes {list(source.class_names)[:5]}…, "
                             f"the model {list(experiment.data.class_names)[:5]}…")  # fmt: skip
-        out[name] = experiment.images(source, train=False)
+        out[name] = experiment.eval_images(source)
         if out[name].shape != experiment.data.image_shape:
             raise UserError(f"data.eval.{name}: preprocess_eval={experiment.preprocess_eval!r} gives images of "
                             f"{out[name].shape}, training ones are {experiment.data.image_shape}; add "
@@ -76,7 +81,7 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> tuple[Experimen
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best, read_only=True)
     steps = checkpoints.steps()
     best = checkpoints.best_step()
-    names = {"latest": steps[-1] if steps else None, "best": best, "": best if best is not None else None}
+    names = {"latest": steps[-1] if steps else None, "best": best, "": best}
     step = names.get(which, int(which) if which.isdigit() else None)
     if which == "" and step is None:
         found = checkpoints.restore_latest(experiment.shape())

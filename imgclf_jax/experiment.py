@@ -15,7 +15,7 @@ from imgclf_jax import config as configs
 from imgclf_jax import losses, metrics, optim, rng, schedules, sharding, spec, step
 from imgclf_jax.data import augment
 from imgclf_jax.data.stream import Images
-from imgclf_jax.errors import UserError
+from imgclf_jax.errors import UserError, reason
 from imgclf_jax.models import classifier
 from imgclf_jax.provenance import DataInfo
 
@@ -95,9 +95,8 @@ class Experiment:
             except Exception as e:  # what JAX, Flax and Optax raise is of many types
                 if any(":" in call.name for call in spec.parse(config[key])):
                     raise  # the user's own code: the traceback tells more
-                reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
                 where = f" on images {list(image_shape)}" if key in ("augment", "model") else ""
-                raise UserError(f"{key}={config[key]!r} fails{where}: {reason}") from e
+                raise UserError(f"{key}={config[key]!r} fails{where}: {reason(e)}") from e
 
         trace("schedule", lambda step: optim.promoting(self.schedule)(step), jax.ShapeDtypeStruct((), "int32"))
         if (drawn := trace("augment", draw, images).shape) != images.shape:
@@ -146,7 +145,6 @@ class Experiment:
         """The host ops of evaluation and prediction."""
         return self.config.preprocess_eval or self.config.preprocess
 
-    def images(self, source: Any, train: bool) -> Images:
-        """A source seen through this experiment's host ops."""
-        ops = self.config.preprocess if train else self.preprocess_eval
-        return Images(source, ops, self.config.seed, self.config.data.threads)
+    def eval_images(self, source: Any) -> Images:
+        """A source seen through the host ops of evaluation."""
+        return Images(source, self.preprocess_eval, self.config.seed, self.config.data.threads)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax import sharding, writers
+from imgclf_jax import rng, sharding, writers
 from imgclf_jax.data import decode
 from imgclf_jax.errors import UserError
 from imgclf_jax.evaluate import restore
@@ -46,12 +46,12 @@ def predict(experiment: Experiment, state: Any, files: list[Path]) -> Iterator[t
     """(file, probabilities f32[classes]) for each file, or (file, error) for one that cannot be read."""
     ops, _ = decode.build(experiment.preprocess_eval)
     mesh = experiment.mesh
-    batch_size = -(-min(experiment.config.batch_size, 128) // mesh.size) * mesh.size
+    batch_size = sharding.round_up(min(experiment.config.batch_size, 128), mesh)
 
     def load(index: int) -> np.ndarray | UserError:
         try:
-            make_rng = lambda: np.random.Generator(np.random.Philox(index))  # noqa: E731
-            image = ops(files[index].read_bytes(), make_rng)
+            seed = experiment.config.seed
+            image = ops(files[index].read_bytes(), lambda: rng.generator(seed, "preprocess", index))
         except (OSError, UserError) as e:
             return UserError(f"{files[index]}: {e}")
         if image.shape != experiment.data.image_shape:

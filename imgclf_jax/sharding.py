@@ -35,6 +35,11 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
         )
 
 
+def round_up(batch_size: int, mesh: Mesh) -> int:
+    """The least size from `batch_size` on that every device gets an equal share of, for batches that are padded."""
+    return -(-batch_size // mesh.size) * mesh.size
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     """This host's rows to global arrays [global batch, …] split over the devices; the copy is asynchronous."""
     sharding = sharded(mesh)

@@ -18,7 +18,7 @@ from imgclf_jax import metrics, provenance, sharding, step, tree, writers
 from imgclf_jax.checkpoint import Checkpoints
 from imgclf_jax.data import placement, sources, stream
 from imgclf_jax.errors import UserError
-from imgclf_jax.evaluate import evaluate, open_evals
+from imgclf_jax.evaluate import evaluate_all, open_evals
 from imgclf_jax.experiment import Experiment
 from imgclf_jax.workdir import Workdir
 
@@ -126,7 +126,7 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
                 sums = experiment.put(step.zero_sums())
             scores: dict[str, float] = {}
             if eval_due:
-                results = {name: metrics.summarize(evaluate(experiment, state, s)) for name, s in evals.items()}
+                results = evaluate_all(experiment, state, evals)
                 for name, values in results.items():
                     log.info("step %d: %s %s", done, name, writers.format_metrics(values))
                 scores = {f"{name}/{key}": v for name, values in results.items() for key, v in values.items()}
@@ -141,7 +141,7 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
             throughput.resume()
         checkpoints.close()
 
-    results = results or {name: metrics.summarize(evaluate(experiment, state, s)) for name, s in evals.items()}
+    results = results or evaluate_all(experiment, state, evals)
     result = {
         "step": total,
         "epochs": round(total * config.batch_size / len(images), 4),

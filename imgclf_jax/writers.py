@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from imgclf_jax.errors import UserError
+from imgclf_jax.errors import UserError, reason
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +69,9 @@ class MetricsWriter:
             cause: BaseException = e
             while cause.__cause__:  # CLU wraps what its thread raised
                 cause = cause.__cause__
-            text = str(cause) or type(cause).__name__
-            reason = "no space left on device" if "no space left" in text.lower() else text.partition("\n")[0]
             raise UserError(
-                f"the metrics in {self._directory} could not be written: {reason}; free some space or mend the disk "
-                "and run the same command again"
+                f"the metrics in {self._directory} could not be written: {reason(cause)}; free some space or mend "
+                "the disk and run the same command again"
             ) from e
 
 

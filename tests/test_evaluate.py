@@ -78,7 +78,7 @@ def test_exact(trained, counted, batch_size, count):
     # The last example, which padding repeats, is one that is classified correctly, so padding would show if counted.
     place = counted["one_right"] + 1
     source = sources.take_split(sources.open_splits(config.data.source), f"test[{place}:]+test[:{place}]")
-    images = experiment.images(source, train=False)
+    images = experiment.eval_images(source)
     sums = evaluate(experiment, state, images)
     assert {k: int(sums[k]) for k in ("examples", "correct", "top5")} == {
         k: counted[k] for k in ("examples", "correct", "top5")
