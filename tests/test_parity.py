@@ -13,7 +13,6 @@ from imgclf_jax import losses, step
 from imgclf_jax.errors import UserError
 from imgclf_jax.models import classifier
 from imgclf_jax.models.backbones import CNN, MLP, RNN
-from imgclf_jax.models.layers import ConvPool, max_pool
 from imgclf_jax.optim import promoting
 
 CLASSES, BATCH, STEPS = 10, 8, 20
@@ -65,7 +64,7 @@ def to_params(spec, weights):
     if spec == "cnn":
         for i in range(2):
             kernel, bias = weights[2 * i : 2 * i + 2]
-            params["backbone"][f"block{i}"] = {"conv": {"kernel": kernel}, "bias": bias}
+            params["backbone"][f"block{i}"] = {"kernel": kernel, "bias": bias}
         params["backbone"]["dense"] = {"kernel": weights[4], "bias": weights[5]}
         return params
     for i in range(2):
@@ -191,50 +190,6 @@ def test_the_cnn_has_the_size_of_the_keras_example():
 def test_the_cnn_refuses_images_that_its_blocks_use_up(size):
     with pytest.raises(UserError, match=f"image of {size} by {size}.*resize"):
         random_variables(classifier.build("cnn", CLASSES, "float32"), images_like(1, size, size, 1))
-
-
-@pytest.mark.parametrize(("h", "w", "window"), [(8, 8, 2), (9, 7, 2), (13, 12, 3), (5, 4, 4), (3, 6, 1), (1, 5, 2)])
-def test_max_pool_is_flax_and_numpy_max_pool(h, w, window):
-    """Forward the same bits, and the gradient too where no window has two maxima."""
-    x = np.random.default_rng(0).permutation(2 * h * w * 3).reshape(2, h, w, 3).astype(np.float32) - 50
-    rows, columns = h // window, w // window
-    windows = x[:, : rows * window, : columns * window].reshape(2, rows, window, columns, window, 3)
-    np.testing.assert_array_equal(max_pool(jnp.asarray(x), window), windows.max((2, 4), initial=-np.inf))
-    if rows * columns == 0:
-        return
-    weights = jnp.asarray(np.random.default_rng(1).normal(size=(2, rows, columns, 3)).astype(np.float32))
-    flax_pool = lambda x: nn.max_pool(x, (window, window), (window, window), "VALID")  # noqa: E731
-    np.testing.assert_array_equal(max_pool(jnp.asarray(x), window), flax_pool(x))
-    ours, theirs = (
-        jax.grad(lambda x, f=f: jnp.sum(f(x) * weights))(x) for f in (lambda x: max_pool(x, window), flax_pool)
-    )
-    np.testing.assert_array_equal(ours, theirs)
-
-
-def test_max_pool_splits_the_gradient_of_a_tie():
-    """The shares of equal elements are positive and sum to one; a smaller element gets none."""
-    x = jnp.asarray([[3.0, 3.0], [3.0, 1.0]])[None, :, :, None]
-    shares = jax.grad(lambda x: jnp.sum(max_pool(x, 2)))(x)[0, :, :, 0]
-    assert float(shares.sum()) == 1.0
-    assert (np.asarray(shares) > 0).tolist() == [[True, True], [True, False]]
-
-
-@pytest.mark.parametrize(("kernel", "pool"), [(3, 2), (5, 3)])
-def test_conv_pool_is_convolution_bias_relu_and_pool_in_that_order(kernel, pool):
-    """On the same weights, with biases of both signs, the same numbers as Flax's layers in the usual order."""
-    x = images_like(2, 15, 14, 3)
-    layer, conv = ConvPool(8, kernel, pool), nn.Conv(8, (kernel, kernel), padding="VALID")
-    params = random_variables(layer, x)["params"]
-    params["bias"] = jnp.linspace(-6, 1, 8)
-
-    @jax.jit
-    def usual(x):
-        x = conv.apply({"params": {"kernel": params["conv"]["kernel"], "bias": params["bias"]}}, x)
-        return nn.max_pool(nn.relu(x), (pool, pool), (pool, pool), "VALID")
-
-    expected = usual(x)
-    assert 0.1 < np.mean(np.asarray(expected) == 0) < 0.9
-    np.testing.assert_allclose(jax.jit(layer.apply)({"params": params}, x), expected, rtol=0, atol=2e-6)
 
 
 def test_mlp_is_affine_maps_and_relu():

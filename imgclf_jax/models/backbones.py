@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from imgclf_jax.errors import UserError, unknown
-from imgclf_jax.models.layers import ConvPool
+from imgclf_jax.models.layers import ConvPool, flatten
 
 _dense_init = nn.initializers.glorot_uniform()
 
@@ -27,13 +27,13 @@ class CNN(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         h, w = x.shape[1:3]
         for i, width in enumerate(self.widths):
+            if min(x.shape[1:3]) < self.kernel + 1:  # too few rows for one window of two
+                raise UserError(
+                    f"cnn: nothing is left of an image of {h} by {w} after {len(self.widths)} blocks of convolution and "
+                    "pooling; resize it to a larger size or give fewer widths"
+                )
             x = ConvPool(width, self.kernel, dtype=self.dtype, name=f"block{i}")(x)  # [b, ~h/2, ~w/2, width]
-        if x.size == 0:
-            raise UserError(
-                f"cnn: nothing is left of an image of {h} by {w} after {len(self.widths)} blocks of convolution and "
-                "pooling; resize it to a larger size or give fewer widths"
-            )
-        x = x.reshape(x.shape[0], -1)  # [b, h * w * c]
+        x = flatten(x)  # [b, h * w * c]
         return nn.relu(nn.Dense(self.hidden, dtype=self.dtype, kernel_init=_dense_init, name="dense")(x))
 
 
