@@ -4,6 +4,7 @@ Usage: launch.py [COMMAND] [--config=FILE.py[:ARG]] [--workdir=DIR] [--config.KE
 """
 
 import contextlib
+import ctypes
 import os
 import platform
 import re
@@ -182,6 +183,12 @@ def _set_environment(deterministic: bool) -> None:
         cache.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    # Memory that a program frees is kept for its next call: to give back and fault in some ten megabytes at every call
+    # takes about as long as the step itself on CPU.
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # TensorFlow carries batches and computes nothing
 

@@ -23,6 +23,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "batch_size": (128, "Examples a step, over all devices and hosts; divisible by the number of devices."),
     "precision": ("float32", "What layers compute in: 'float32' or 'bfloat16'. Parameters and logits stay float32."),
     "deterministic": (True, "Ask XLA for deterministic GPU kernels, so that a repeated run gives the same bits."),
+    "steps_per_call": (0, "Steps in a call of the compiled program, at most; 0: chosen by size. Changes no result."),
     "data.source": ("digits", "digits, tfds('name'), folder('path'), arrays('file.npz') or fake(n, shape, classes)."),
     "data.train": ("train", "The split to train on, in TFDS syntax: 'train[:90%]', 'train[1000:]+extra'."),
     "data.eval": ({"test": "test"}, 'Evaluation sets: a name and a split for each; of another source "fake()/test".'),
@@ -45,8 +46,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     "checkpoint.best": ("", "A metric, such as 'val/accuracy' (or 'val/loss'), whose best checkpoint is kept as well."),
 }
 
-# Keys that say where things are and not what is computed: a run may be resumed with other values of these.
-LOCATION_KEYS = ("data.data_dir", "data.manual_dir", "data.placement", "data.threads")
+# Keys that say where and how and not what is computed: a run may be resumed with other values of these.
+LOCATION_KEYS = ("data.data_dir", "data.manual_dir", "data.placement", "data.threads", "steps_per_call")
+
+# Keys that say how often something happens.
+CADENCES = ("log_every", "eval_every", "checkpoint_every")
 
 
 def default_config() -> ConfigDict:
@@ -123,13 +127,19 @@ def validate(config: ConfigDict) -> None:
     """Raises UserError for values that no run could use. Specs are checked where they are built."""
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed}: allowed are 0 to 2**32 - 1")
-    for key, least in (("batch_size", 1), ("checkpoint.keep", 1), ("data.threads", 0), ("clip", 0)):
+    for key, least in (
+        ("batch_size", 1),
+        ("checkpoint.keep", 1),
+        ("data.threads", 0),
+        ("steps_per_call", 0),
+        ("clip", 0),
+    ):
         if flatten(config)[key] < least:
             raise UserError(f"{key}={flatten(config)[key]}: must be {least} or more")
     for key, allowed in (("precision", ("float32", "bfloat16")), ("data.placement", ("host", "device"))):
         if (value := flatten(config)[key]) not in allowed:
             raise UserError(unknown(key, value, allowed))
-    for key in ("log_every", "eval_every", "checkpoint_every"):
+    for key in CADENCES:
         period(config[key], key, 1000, 10, 10)
     steps = period(config.total, "total", 1000, 10)
     if steps is None or steps <= 0:
@@ -178,6 +188,11 @@ def is_due(step: int, every: Fraction | None) -> bool:
     return every is not None and step // every > (step - 1) // every
 
 
+def next_due(step: int, every: Fraction | None, total: int) -> int:
+    """The first step after `step` on which an event of period `every` falls, but `total` at the latest."""
+    return total if every is None else min(total, math.ceil((step // every + 1) * every))
+
+
 def to_json(config: ConfigDict) -> str:
     """The config as indented JSON, nested as its keys are."""
     return json.dumps(config.to_dict(), indent=2) + "\n"
@@ -194,7 +209,7 @@ def from_json(text: str, where: str) -> ConfigDict:
 
 
 def difference(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """A line for each key, other than those that only say where data lie, whose value differs."""
+    """A line for each key whose value differs, other than LOCATION_KEYS."""
     a, b = flatten(old), flatten(new)
     keys = [k for k in KEYS if k not in LOCATION_KEYS and a[k] != b[k]]
     return [f"{key}: {a[key]!r} → {b[key]!r}" for key in keys]

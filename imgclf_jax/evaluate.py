@@ -24,12 +24,10 @@ log = logging.getLogger(__name__)
 def evaluate(experiment: Experiment, state: Any, images: stream.Images) -> dict[str, Any]:
     """The sums over all of `images`, on the host: integers exact, the loss in float64."""
     mesh = experiment.mesh
-    # Batches are padded up to a multiple of the devices; the mask leaves the padding out of every sum.
-    batch_size = sharding.round_up(experiment.config.batch_size, mesh)
     total: dict[str, Any] = {}
     pending = None
     shard = (jax.process_index(), jax.process_count())
-    for batch in stream.eval_batches(images, batch_size, *shard):
+    for batch in stream.eval_batches(images, experiment.eval_batch_size, *shard):
         sums = experiment.eval_step(state.params, state.model_state, sharding.put_batch(batch, mesh))
         _add(total, pending)  # fetched while the next batch is computed
         pending = sums
@@ -84,7 +82,7 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> tuple[Experimen
     names = {"latest": steps[-1] if steps else None, "best": best, "": best}
     step = names.get(which, int(which) if which.isdigit() else None)
     if which == "" and step is None:
-        found = checkpoints.restore_latest(experiment.shape())
+        found = checkpoints.restore_latest(experiment.shape)
         if found is None:
             raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
         step, run = found
@@ -93,7 +91,7 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> tuple[Experimen
                         + ("" if best is None else f", {best} is the best by {config.checkpoint.best}")
                         + ("" if config.checkpoint.best else "; 'best' needs checkpoint.best to be set"))  # fmt: skip
     else:
-        run = checkpoints.restore(step, experiment.shape())
+        run = checkpoints.restore(step, experiment.shape)
     log.info("checkpoint of step %d from %s", step, workdir.checkpoints)
     return experiment, run["state"], step
 

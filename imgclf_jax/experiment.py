@@ -1,6 +1,8 @@
 """What a config describes, put together: model, loss, optimizer, schedule, steps and the shape of the state."""
 
-from collections.abc import Callable
+import contextlib
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,11 +15,14 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax import losses, metrics, optim, rng, schedules, sharding, spec, step
-from imgclf_jax.data import augment
+from imgclf_jax.data import augment, placement
 from imgclf_jax.data.stream import Images
 from imgclf_jax.errors import UserError, reason
 from imgclf_jax.models import classifier
 from imgclf_jax.provenance import DataInfo
+
+# Up to so many steps, or bytes of images, go to the device in one call.
+_MOST_STEPS, _CHUNK_BYTES = 32, 8 << 20
 
 
 @dataclass(frozen=True)
@@ -69,11 +74,33 @@ class Experiment:
         state = step.init_state(self.model, self.optimizer, self.data.image_shape, seed)
         return {"state": state, "sums": step.zero_sums()}
 
+    @cached_property
+    def _init_jaxpr(self) -> tuple[Any, Any]:
+        """(jaxpr, shape) of `init`, traced without computing it."""
+        with self._naming_the_key():
+            return jax.make_jaxpr(self.init, return_shape=True)(jax.ShapeDtypeStruct((), "uint32"))
+
+    @cached_property
     def shape(self) -> Any:
         """`init`'s result as shapes with shardings, without computing it.
 
         Raises UserError, naming the key, for a part of the config that fails on such images.
         """
+        whole = sharding.replicated(self.mesh)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), self._init_jaxpr[1])
+
+    @contextlib.contextmanager
+    def _naming_the_key(self) -> Iterator[None]:
+        """Traces the parts one by one where tracing the whole fails, so that the error can name a config key."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception:  # what JAX, Flax and Optax raise is of many types
+            self._trace_parts()
+            raise
+
+    def _trace_parts(self) -> None:
         config, image_shape = self.config, self.data.image_shape
         images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), "uint8")
         labels = jax.ShapeDtypeStruct((config.batch_size,), "int32")
@@ -87,51 +114,91 @@ class Experiment:
             self.optimizer.update(run["state"].params, run["state"].opt_state, run["state"].params)
             return run
 
-        def trace(key: str, function: Callable[..., Any], *args: Any) -> Any:
+        def trace(key: str, function: Callable[..., Any], *args: Any) -> None:
             try:
-                return jax.eval_shape(function, *args)
+                jax.eval_shape(function, *args)
             except UserError:
                 raise
-            except Exception as e:  # what JAX, Flax and Optax raise is of many types
+            except Exception as e:
                 if any(":" in call.name for call in spec.parse(config[key])):
                     raise  # the user's own code: the traceback tells more
                 where = f" on images {list(image_shape)}" if key in ("augment", "model") else ""
                 raise UserError(f"{key}={config[key]!r} fails{where}: {reason(e)}") from e
 
-        trace("schedule", lambda step: optim.promoting(self.schedule)(step), jax.ShapeDtypeStruct((), "int32"))
-        if (drawn := trace("augment", draw, images).shape) != images.shape:
-            raise UserError(f"augment={config.augment!r} turns images {list(image_shape)} into {list(drawn[1:])}; "
-                            "device ops keep the shape")  # fmt: skip
         zeros = jnp.zeros((1, *image_shape), jnp.float32)
+        trace("schedule", lambda step: optim.promoting(self.schedule)(step), jax.ShapeDtypeStruct((), "int32"))
+        trace("augment", draw, images)
         trace("model", lambda: self.model.init(rng.key(0, "init"), zeros, train=False))
         trace("loss", lambda logits, labels: self.loss(logits, labels), logits, labels)
-        shape = trace("optimizer", init_and_update, jax.ShapeDtypeStruct((), "uint32"))
-        whole = sharding.replicated(self.mesh)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shape)
+        trace("optimizer", init_and_update, jax.ShapeDtypeStruct((), "uint32"))
 
     def put(self, tree: Any) -> Any:
         """A pytree of small arrays, whole on every device."""
         return jax.device_put(tree, sharding.replicated(self.mesh))
 
     @cached_property
-    def train_step(self) -> Any:
-        """Jitted (state, sums, batch) → (state, sums), the step's sums added; the state's buffers are donated."""
+    def steps_per_call(self) -> int:
+        """How many steps one call of `train_chunk` runs at most."""
+        if self.config.steps_per_call:
+            return int(self.config.steps_per_call)
+        if jax.default_backend() == "cpu" and "conv_general_dilated" in str(self._init_jaxpr[0]):
+            return 1  # inside of a loop XLA:CPU runs its own convolution a hundred times slower
+        batch_bytes = self.config.batch_size * math.prod(self.data.image_shape)
+        gaps = [math.ceil(every) for key in configs.CADENCES if (every := self.period(key)) is not None]
+        return max(1, min(_MOST_STEPS, _CHUNK_BYTES // batch_bytes, self.total, *gaps))
+
+    @cached_property
+    def lowered_train_chunk(self) -> Any:
+        """`train_chunk` before compilation. Raises UserError, naming the key, where the config cannot be traced."""
         augment_train = augment.build(self.config.augment, train=True)
         pure = step.make_train_step(self.model, self.loss, self.optimizer, self.schedule, augment_train)
+        split, size = sharding.sharded(self.mesh), self.steps_per_call
 
-        def train_step(state: step.TrainState, sums: metrics.Sums, batch: step.Batch) -> Any:
-            state, new = pure(state, batch)
-            return state, step.add_sums(sums, new)
+        def train_chunk(state: step.TrainState, sums: metrics.Sums, chunk: Any, steps: jax.Array) -> Any:
+            def body(i: jax.Array | int, carry: tuple[step.TrainState, metrics.Sums]) -> Any:
+                batch = jax.lax.with_sharding_constraint(placement.batch_at(chunk, i), split)
+                state, new = pure(carry[0], batch)
+                return state, step.add_sums(carry[1], new)
 
-        whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
-        return jax.jit(train_step, in_shardings=(whole, whole, split), out_shardings=whole, donate_argnums=0)
+            # One program for chunks of all lengths, so that no result depends on where a chunk ends.
+            return jax.lax.fori_loop(0, steps, body, (state, sums)) if size > 1 else body(0, (state, sums))
+
+        chunk = placement.chunk_shape(
+            self.config.data.placement, self.data.train_examples, self.data.image_shape, self.mesh,
+            self.config.batch_size, size,
+        )  # fmt: skip
+        whole = sharding.replicated(self.mesh)
+        steps = jax.ShapeDtypeStruct((), "int32", sharding=whole)
+        with self._naming_the_key():
+            jitted = jax.jit(train_chunk, out_shardings=whole, donate_argnums=0)
+            return jitted.lower(self.shape["state"], self.shape["sums"], chunk, steps)
+
+    @cached_property
+    def train_chunk(self) -> Any:
+        """Compiled (state, sums, chunk, steps) → (state, sums): trains on the chunk's first `steps` batches.
+
+        The sums of those steps are added; the state's buffers are donated. See `placement` for what a chunk is.
+        """
+        return self.lowered_train_chunk.compile()
+
+    @cached_property
+    def eval_batch_size(self) -> int:
+        """Examples in a batch of evaluation: padded up to a multiple of the devices, and masked."""
+        return sharding.round_up(self.config.batch_size, self.mesh)
 
     @cached_property
     def eval_step(self) -> Any:
-        """Jitted (params, model_state, batch) → sums."""
+        """Compiled (params, model_state, batch) → sums."""
         pure = step.make_eval_step(self.model, self.loss, augment.build(self.config.augment, train=False))
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
-        return jax.jit(pure, in_shardings=(whole, whole, split), out_shardings=whole)
+        shapes = {"image": (self.data.image_shape, "uint8"), "label": ((), "int32"), "mask": ((), "bool")}
+        batch = {
+            name: jax.ShapeDtypeStruct((self.eval_batch_size, *shape), dtype, sharding=split)
+            for name, (shape, dtype) in shapes.items()
+        }
+        state = self.shape["state"]
+        with self._naming_the_key():
+            return jax.jit(pure, out_shardings=whole).lower(state.params, state.model_state, batch).compile()
 
     @cached_property
     def predict_step(self) -> Any:

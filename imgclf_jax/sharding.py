@@ -19,9 +19,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def sharded(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over the devices: batches."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def sharded(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """One axis split over the devices: that of the examples in a batch."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
@@ -40,7 +40,7 @@ def round_up(batch_size: int, mesh: Mesh) -> int:
     return -(-batch_size // mesh.size) * mesh.size
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    """This host's rows to global arrays [global batch, …] split over the devices; the copy is asynchronous."""
-    sharding = sharded(mesh)
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, axis: int = 0) -> dict[str, Any]:
+    """This host's examples to global arrays, split over the devices along `axis`; the copy is asynchronous."""
+    sharding = sharded(mesh, axis)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

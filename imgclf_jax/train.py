@@ -1,6 +1,7 @@
 """The training loop. It reads top to bottom; the functions it calls are pure, and only the loop does I/O."""
 
 import collections
+import concurrent.futures
 import contextlib
 import logging
 import signal
@@ -14,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax import metrics, provenance, sharding, step, tree, writers
+from imgclf_jax import lazy, metrics, provenance, sharding, step, tree, writers
 from imgclf_jax.checkpoint import Checkpoints
 from imgclf_jax.data import placement, sources, stream
 from imgclf_jax.errors import UserError
@@ -34,6 +35,8 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
     mend and for a loss that is not finite.
     """
     began = time.perf_counter()
+    if config.data.source.startswith("tfds"):
+        lazy.tensorflow()  # beside what comes until the source needs it
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.batch_size, mesh)
     workdir.open_for_training(config)
@@ -46,13 +49,13 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
     experiment = Experiment(config, data, mesh)
     evals = open_evals(experiment, base)
     total = experiment.total
-    log_every, eval_every, checkpoint_every = map(experiment.period, ("log_every", "eval_every", "checkpoint_every"))
-    shape = experiment.shape()
+    log_every, eval_every, checkpoint_every = map(experiment.period, configs.CADENCES)
+    compiled = _compile_in_background(experiment)
     workdir.record(config, data)
 
     # The state: the latest checkpoint's, or the first.
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
-    start, run = checkpoints.restore_latest(shape) or (0, None)
+    start, run = checkpoints.restore_latest(experiment.shape) or (0, None)
     if run is None:
         init = jax.jit(experiment.init, out_shardings=sharding.replicated(mesh))
         run = init(np.uint32(config.seed))
@@ -83,18 +86,25 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
         stopped = stack.enter_context(_stop_signals())
         stack.callback(writer.close)
         stack.callback(progress.close)
-        batches = placement.train_batches(
-            config.data.placement, images, mesh, config.seed, config.batch_size, start, total
+        size = experiment.steps_per_call
+        ranges = _ranges(start, total, size, (log_every, eval_every, checkpoint_every), traced)
+        chunks = placement.train_chunks(
+            config.data.placement, images, mesh, config.seed, config.batch_size, ranges, size
         )
-        for done in range(start + 1, total + 1):
-            if done == traced[0] + 1:
+        for first, done in ranges:
+            if first == traced[0]:
+                jax.block_until_ready(state)
                 jax.profiler.start_trace(str(workdir.path / "profile"), create_perfetto_trace=True)
             before = time.perf_counter()
-            batch = next(batches)
+            chunk = next(chunks)
             idle = not in_flight or in_flight[-1].is_ready()  # else the device had work all the while
-            throughput.count_step(waited=time.perf_counter() - before if idle else 0.0)
+            throughput.count_steps(done - first, waited=time.perf_counter() - before if idle else 0.0)
+            if first == start:
+                log.info("compiled in %.2f s, beside other work; the first step begins %.2f s after the command",
+                         compiled.result(), time.perf_counter() - began)  # fmt: skip
+                throughput.restart()
 
-            state, sums = experiment.train_step(state, sums, batch)
+            state, sums = experiment.train_chunk(state, sums, chunk, np.int32(done - first))
 
             in_flight.append(sums["steps"])
             if len(in_flight) > 2:  # the host runs ahead of the device, but not without end
@@ -155,6 +165,37 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
         print(f"{name}: {writers.format_metrics(values)}")
     print(f"trained {total} steps ({result['epochs']:g} epochs) in {result['seconds']} s; see {workdir.path}")
     return 0
+
+
+def _compile_in_background(experiment: Experiment) -> concurrent.futures.Future[float]:
+    """Traces both steps here, where errors in the config show, and compiles them in a thread; gives the seconds."""
+    began = time.perf_counter()
+    lowered = experiment.lowered_train_chunk
+    traced = time.perf_counter() - began
+
+    def compile() -> float:
+        began = time.perf_counter()
+        _ = lowered, experiment.train_chunk  # a cached property
+        return traced + time.perf_counter() - began
+
+    pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
+    future = pool.submit(compile)
+    pool.submit(lambda: experiment.eval_step)
+    pool.shutdown(wait=False)
+    return future
+
+
+def _ranges(
+    start: int, total: int, size: int, cadences: tuple[Any, ...], traced: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """Steps start to total in chunks of at most `size` that end where something is to be done: [(first, stop), …]."""
+    ranges = []
+    while start < total:
+        stop = min(start + size, *(configs.next_due(start, every, total) for every in cadences))
+        stop = min([stop, *(edge for edge in traced if edge > start)])
+        ranges.append((start, stop))
+        start = stop
+    return ranges
 
 
 def _train_record(sums: metrics.Sums) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, and the terminal."""
 
+import concurrent.futures
 import contextlib
 import functools
 import json
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from imgclf_jax import lazy
 from imgclf_jax.errors import UserError, reason
 
 log = logging.getLogger(__name__)
@@ -37,29 +39,26 @@ class MetricsWriter:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
             os.replace(temporary, path)
             self._file = path.open("a")
-            self._tensorboard = _tensorboard(workdir / "tb")
+            self._tensorboard = _TensorBoard(workdir / "tb")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one record; it has reached the operating system when this returns."""
         with self._writing():
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
-            if self._tensorboard:
-                self._tensorboard.write_scalars(step, dict(values))
+            self._tensorboard.write(step, dict(values))
 
     def sync(self) -> None:
         """Returns when all records are on disk; called before each checkpoint, which must not be ahead of them."""
         with self._writing():
             os.fsync(self._file.fileno())
-            if self._tensorboard:
-                self._tensorboard.flush()
+            self._tensorboard.flush()
 
     def close(self) -> None:
         """Closes the files; all has been synced, or an error that tells more is on its way."""
         for file in (self._file, self._tensorboard):
             with contextlib.suppress(Exception):
-                if file:
-                    file.close()
+                file.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -87,13 +86,40 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _tensorboard(directory: Path) -> Any:
-    try:
-        from clu import metric_writers
-    except ImportError:
-        log.info("CLU or TensorFlow is not installed: no TensorBoard files, metrics.jsonl alone")
-        return None
-    return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(directory)))
+class _TensorBoard:
+    """TensorBoard's event files, written by a thread, which imports CLU and TensorFlow while training goes on."""
+
+    def __init__(self, directory: Path):
+        self._writer: Any = None
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
+        self._pending = [self._pool.submit(self._open, str(directory))]
+
+    def _open(self, directory: str) -> None:
+        lazy.tensorflow().result()
+        try:
+            from clu import metric_writers
+        except ImportError:
+            log.info("CLU or TensorFlow is not installed: no TensorBoard files, metrics.jsonl alone")
+        else:
+            self._writer = metric_writers.SummaryWriter(directory)
+
+    def _submit(self, method: str, *args: Any) -> None:
+        self._pending.append(self._pool.submit(lambda: self._writer and getattr(self._writer, method)(*args)))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Returns at once; what fails is raised by `flush`."""
+        self._submit("write_scalars", step, values)
+
+    def flush(self) -> None:
+        """Returns when all is written."""
+        self._submit("flush")
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
+
+    def close(self) -> None:
+        self._submit("close")
+        self._pool.shutdown()
 
 
 class Throughput:
@@ -113,10 +139,15 @@ class Throughput:
         """Stops the clock."""
         self._active += time.perf_counter() - self._start
 
-    def count_step(self, waited: float) -> None:
-        """One step more, for whose batch the device waited so many seconds."""
-        self._window_steps += 1
+    def count_steps(self, steps: int, waited: float) -> None:
+        """Some steps more, for whose batches the device waited so many seconds."""
+        self._window_steps += steps
         self._waited += waited
+
+    def restart(self) -> None:
+        """Forgets the time until now: the wait for what the first step needs."""
+        self._active, self._waited = 0.0, 0.0
+        self.resume()
 
     def lap(self) -> dict[str, float]:
         """{"images_per_second", "input_wait"} since the last lap; called while paused."""

@@ -13,6 +13,7 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 
 import jax
 import pytest
+import tensorflow  # noqa: F401  whole, before tests of what waits for its import in a thread import more of it
 from hypothesis import settings
 
 jax.config.update("jax_num_cpu_devices", 8)

@@ -73,7 +73,7 @@ def test_exact(trained, counted, batch_size, count):
     experiment, _, step = restore(config, trained, "best")
     experiment = Experiment(config, experiment.data, sharding.make_mesh(devices(count)))
     checkpoints = Checkpoints(trained.checkpoints, read_only=True)
-    state = checkpoints.restore(step, experiment.shape())["state"]  # saved on eight devices
+    state = checkpoints.restore(step, experiment.shape)["state"]  # saved on eight devices
     assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {count}
     # The last example, which padding repeats, is one that is classified correctly, so padding would show if counted.
     place = counted["one_right"] + 1

@@ -7,7 +7,6 @@ import numpy as np
 import optax
 import pytest
 import tensorflow as tf
-from flax import linen as nn
 
 from imgclf_jax import losses, step
 from imgclf_jax.errors import UserError

@@ -10,13 +10,14 @@ PACKAGE = ROOT / "imgclf_jax"
 
 # The layers, lowest first. A module imports from layers below its own and never from beside it or above.
 LAYERS = [
-    "errors",
+    "errors lazy",
     "config metrics provenance rng sharding spec tree writers models.layers",
     "checkpoint losses optim schedules data.augment data.decode data.prepare data.splits models.backbones",
     "step workdir data.folder models.classifier",
     "data.sources",
     "data.stream",
-    "experiment data.placement",
+    "data.placement",
+    "experiment",
     "evaluate",
     "predict train",
     "launch",
@@ -26,7 +27,7 @@ PACKAGES = {"", "data", "models"}  # the `__init__` files, which hold a sentence
 
 # Who may import what is slow to import or not installed everywhere, at the top or inside a function.
 HEAVY = {
-    "tensorflow": {"data.stream"},
+    "tensorflow": {"lazy"},
     "tensorflow_datasets": {"data.prepare"},
     "clu": {"train", "writers"},
     "sklearn": {"data.sources"},

@@ -96,18 +96,18 @@ def test_throughput(monkeypatch):
     throughput = writers.Throughput(32)
     now += 2.0
     for _ in range(10):
-        throughput.count_step(waited=0.05)
+        throughput.count_steps(1, waited=0.05)
     throughput.pause()
     assert throughput.lap() == {"images_per_second": 160.0, "input_wait": 0.25}
     now += 1000.0  # an evaluation
     throughput.resume()
     now += 1.0
-    throughput.count_step(waited=0.0)
+    throughput.count_steps(1, waited=0.0)
     throughput.pause()
     now += 50.0  # one without a record, then more of the same window
     throughput.resume()
     now += 3.0
-    throughput.count_step(waited=1.0)
+    throughput.count_steps(1, waited=1.0)
     throughput.pause()
     assert throughput.lap() == {"images_per_second": 16.0, "input_wait": 0.25}
     assert (throughput.seconds, throughput.steps) == (6.0, 12)

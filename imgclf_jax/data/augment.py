@@ -68,17 +68,24 @@ def build(text: str, train: bool) -> Callable[[jax.Array | None, jax.Array], jax
     """The function (key, images uint8[b, h, w, c]) → f32[b, h, w, c] that a spec of device ops names.
 
     With `train` False the ops that draw are left out and the key may be None. Each op draws from a key of its own,
-    by its place in the spec. Images that no op has made float are scaled to [0, 1].
+    by its place in the spec. Images that no op has made float are scaled to [0, 1]. Raises UserError, when called,
+    where the images come out in another shape.
     """
     ops = [spec.bind(call, DEVICE_OPS, "device op", given=("key", "images")) for call in spec.parse(text)]
 
     def apply(key: jax.Array | None, images: jax.Array) -> jax.Array:
+        shape = images.shape
         for i, op in enumerate(ops):
             if not spec.takes(op.func, "key"):
                 images = op(images)
             elif train:
                 assert key is not None
                 images = op(jax.random.fold_in(key, i), images)
+        if images.shape != shape:
+            raise UserError(
+                f"augment={text!r} turns images {list(shape[1:])} into {list(images.shape[1:])}; device ops keep the "
+                "shape"
+            )
         return normalize(images) if images.dtype == jnp.uint8 else images
 
     return apply

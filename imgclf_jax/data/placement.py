@@ -1,30 +1,60 @@
-"""Batches on the device, from a stream on the host or from the whole set kept on the accelerator."""
+"""Chunks of batches on the device, streamed from the host or gathered from the whole set kept on the accelerator.
 
-from collections.abc import Iterator
+A chunk is what one call of the compiled program trains on: {"image": uint8[k, b, h, w, c], "label": i32[k, b]}, or
+{"ids": i32[k, b], "table": {"image": uint8[n, h, w, c], "label": i32[n]}}, for k steps.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh
 
 from imgclf_jax import sharding
 from imgclf_jax.data import stream
 from imgclf_jax.errors import UserError
 
-DeviceBatch = dict[str, jax.Array]
+Ranges = Sequence[tuple[int, int]]  # (start, stop) steps
 
 
-def host_batches(
-    images: stream.Images, mesh: Mesh, seed: int, batch_size: int, start: int, stop: int
-) -> Iterator[DeviceBatch]:
-    """Streamed batches; the copy of each to the device begins while the step before it runs."""
+def chunk_shape(
+    placement: str, examples: int, image_shape: tuple[int, ...], mesh: Mesh, batch_size: int, size: int
+) -> Any:
+    """The shapes, dtypes and shardings of the chunks that `train_chunks` gives for images uint8[examples, h, w, c]."""
+    split, whole = sharding.sharded(mesh, axis=1), sharding.replicated(mesh)
+    rows, where = ((examples,), whole) if placement == "device" else ((size, batch_size), split)
+    images = {
+        "image": jax.ShapeDtypeStruct((*rows, *image_shape), np.uint8, sharding=where),
+        "label": jax.ShapeDtypeStruct(rows, np.int32, sharding=where),
+    }
+    if placement == "host":
+        return images
+    return {"ids": jax.ShapeDtypeStruct((size, batch_size), np.int32, sharding=split), "table": images}
+
+
+def batch_at(chunk: Any, step: jax.Array | int) -> dict[str, jax.Array]:
+    """The batch of the chunk's step number `step`, 0 being its first: {"image": uint8[b, h, w, c], "label": i32[b]}."""
+    own = {name: values for name, values in chunk.items() if name != "table"}
+    batch = {name: lax.dynamic_index_in_dim(values, step, keepdims=False) for name, values in own.items()}
+    if "table" not in chunk:
+        return batch
+    return {name: values.at[batch["ids"]].get(mode="promise_in_bounds") for name, values in chunk["table"].items()}
+
+
+def host_chunks(
+    images: stream.Images, mesh: Mesh, seed: int, batch_size: int, ranges: Ranges, size: int
+) -> Iterator[Any]:
+    """Streamed chunks; the copy of each to the device begins while the one before it runs."""
     shard = (jax.process_index(), jax.process_count())
-    for batch in stream.train_batches(images, seed, batch_size, start, stop, *shard):
-        yield sharding.put_batch(batch, mesh)
+    for chunk in stream.train_chunks(images, seed, batch_size, ranges, size, *shard):
+        yield sharding.put_batch(chunk, mesh, axis=1)
 
 
-def device_batches(
-    images: stream.Images, mesh: Mesh, seed: int, batch_size: int, start: int, stop: int
-) -> Iterator[DeviceBatch]:
+def device_chunks(
+    images: stream.Images, mesh: Mesh, seed: int, batch_size: int, ranges: Ranges, size: int
+) -> Iterator[Any]:
     """The same batches, bit for bit, gathered on the device; only ids travel. Needs no TensorFlow."""
     if images.random:
         raise UserError(
@@ -33,18 +63,16 @@ def device_batches(
         )
     everything = np.arange(len(images), dtype=np.int64)
     table = jax.device_put(images.read(everything, everything), sharding.replicated(mesh))
-
-    def gather(table: DeviceBatch, ids: jax.Array) -> DeviceBatch:
-        return {name: values[ids] for name, values in table.items()}
-
-    gather = jax.jit(gather, out_shardings=sharding.sharded(mesh))
-    for step in range(start, stop):
-        yield gather(table, stream.example_ids(seed, step, batch_size, len(images)).astype(np.int32))
+    steps = sharding.sharded(mesh, axis=1)
+    for start, stop in ranges:
+        positions = np.arange(start * batch_size, stop * batch_size, dtype=np.int64)
+        ids = stream.position_ids(seed, positions, len(images)).astype(np.int32).reshape(-1, batch_size)
+        yield {"ids": jax.device_put(stream.pad_steps(ids, size), steps), "table": table}
 
 
-def train_batches(
-    placement: str, images: stream.Images, mesh: Mesh, seed: int, batch_size: int, start: int, stop: int
-) -> Iterator[DeviceBatch]:
-    """The batches of steps start to stop under `placement`, "host" or "device"."""
-    batches = {"host": host_batches, "device": device_batches}[placement]
-    return batches(images, mesh, seed, batch_size, start, stop)
+def train_chunks(
+    placement: str, images: stream.Images, mesh: Mesh, seed: int, batch_size: int, ranges: Ranges, size: int
+) -> Iterator[Any]:
+    """A chunk for each range of steps under `placement`, "host" or "device", padded to `size` steps."""
+    chunks = {"host": host_chunks, "device": device_chunks}[placement]
+    return chunks(images, mesh, seed, batch_size, ranges, size)

@@ -7,6 +7,7 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
+from imgclf_jax import lazy
 from imgclf_jax.errors import UserError, unknown
 
 
@@ -16,6 +17,7 @@ def prepare_tfds(name: str, data_dir: str, manual_dir: str) -> tuple[Any, dict[s
     Raises UserError for an unknown name, a data set that does not hold an image and a label, an unreachable
     network (naming the files to bring into `manual_dir`) and a `data_dir` that cannot be written.
     """
+    lazy.tensorflow().result()
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import download as downloads
 

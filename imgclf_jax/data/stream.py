@@ -7,12 +7,12 @@ hosts, threads or restarts.
 import concurrent.futures
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from imgclf_jax import rng
+from imgclf_jax import lazy, rng
 from imgclf_jax.data import decode
 from imgclf_jax.data.sources import Source
 from imgclf_jax.errors import UserError
@@ -140,23 +140,46 @@ class Images:
 
 
 def train_batches(
+    images: Images, seed: int, batch_size: int, start: int, stop: int, host: int = 0, hosts: int = 1, prefetch: int = 4
+) -> Iterator[Batch]:
+    """The batches of steps start to stop (exclusive); each host gets its slice of each global batch."""
+    ranges = [(step, step + 1) for step in range(start, stop)]
+    for chunk in train_chunks(images, seed, batch_size, ranges, 1, host, hosts, prefetch):
+        yield {name: values[0] for name, values in chunk.items()}
+
+
+def train_chunks(
     images: Images,
     seed: int,
     batch_size: int,
-    start: int,
-    stop: int,
+    ranges: Sequence[tuple[int, int]],
+    size: int,
     host: int = 0,
     hosts: int = 1,
-    prefetch: int = 4,
+    prefetch: int = 2,
 ) -> Iterator[Batch]:
-    """The batches of steps start to stop (exclusive); each host gets its slice of each global batch."""
-    positions = np.arange(batch_size, dtype=np.int64)[_rows(batch_size, host, hosts)]
+    """For each (start, stop) the batches of those steps, each [size, b, …], of which the first stop - start count.
 
-    def read(step: int) -> Batch:
-        here = positions + step * batch_size
-        return images.read(position_ids(seed, here, len(images)), here)
+    What a batch holds depends on its step alone, not on the range that it is read in.
+    """
+    rows = np.arange(batch_size, dtype=np.int64)[_rows(batch_size, host, hosts)]
 
-    return _carry(read, ("image", "label"), start, stop, prefetch)
+    def read(place: int) -> Batch:
+        start, stop = ranges[place]
+        positions = (np.arange(start, stop, dtype=np.int64)[:, None] * batch_size + rows).ravel()
+        batch = images.read(position_ids(seed, positions, len(images)), positions)
+        return {
+            name: pad_steps(values.reshape(-1, rows.size, *values.shape[1:]), size) for name, values in batch.items()
+        }
+
+    return _carry(read, ("image", "label"), 0, len(ranges), prefetch)
+
+
+def pad_steps(values: np.ndarray, size: int) -> np.ndarray:
+    """[n, …] → [size, …], zeros after the first n, so that one compiled program serves chunks of any length."""
+    if len(values) == size:
+        return values
+    return np.concatenate([values, np.zeros((size - len(values), *values.shape[1:]), values.dtype)])
 
 
 def eval_batches(images: Images, batch_size: int, host: int = 0, hosts: int = 1, prefetch: int = 4) -> Iterator[Batch]:
@@ -185,18 +208,23 @@ _TYPES = {"image": np.uint8, "label": np.int32, "mask": np.bool_}
 def _carry(
     read: Callable[[int], Batch], names: tuple[str, ...], start: int, stop: int, prefetch: int
 ) -> Iterator[Batch]:
-    """`read(step)` for each step, run ahead in the background by tf.data where TensorFlow is installed."""
-    try:
-        import tensorflow as tf
-    except ImportError:  # a machine with JAX alone: the same batches, each read when it is asked for
-        yield from map(read, range(start, stop))
+    """`read(step)` for each step, run ahead in the background by tf.data.
+
+    While TensorFlow is being imported, and where it is not installed, each is read when it is asked for: the same.
+    """
+    loading = lazy.tensorflow()
+    while start < stop and (not loading.done() or loading.result() is None):
+        yield read(start)
+        start += 1
+    if start == stop:
         return
+    tf = loading.result()
 
     types = [_TYPES[name] for name in names]
     failures: list[BaseException] = []
 
     @tf.autograph.experimental.do_not_convert
-    def read_one(step: tf.Tensor) -> list[tf.Tensor]:
+    def read_one(step: Any) -> Any:
         return tf.numpy_function(read_arrays, [step], types)
 
     def read_arrays(step: np.int64) -> list[np.ndarray]:

@@ -29,8 +29,8 @@ class CNN(nn.Module):
         for i, width in enumerate(self.widths):
             if min(x.shape[1:3]) < self.kernel + 1:  # too few rows for one window of two
                 raise UserError(
-                    f"cnn: nothing is left of an image of {h} by {w} after {len(self.widths)} blocks of convolution and "
-                    "pooling; resize it to a larger size or give fewer widths"
+                    f"cnn: nothing is left of an image of {h} by {w} after {len(self.widths)} blocks of convolution "
+                    "and pooling; resize it to a larger size or give fewer widths"
                 )
             x = ConvPool(width, self.kernel, dtype=self.dtype, name=f"block{i}")(x)  # [b, ~h/2, ~w/2, width]
         x = flatten(x)  # [b, h * w * c]

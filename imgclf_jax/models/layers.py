@@ -127,7 +127,8 @@ def conv(
     if isinstance(padding, str):
         pads = lax.padtype_to_pads(x.shape[1:3], extent, strides, padding)
     else:
-        pads = [_pair(p) for p in _pair(padding)]
+        each: Sequence[Any] = (padding, padding) if isinstance(padding, int) else padding
+        pads = [_pair(p) for p in each]
     if mirrored and groups == 1 and dilation == (1, 1):
         place = ((0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0))
         return conv_mirrored(lax.pad(x, jnp.zeros((), x.dtype), place), kernel, strides, dtype)

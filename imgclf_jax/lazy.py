@@ -1,0 +1,26 @@
+"""TensorFlow, imported in a thread: it takes seconds, in which training can begin."""
+
+import concurrent.futures
+import functools
+from typing import Any
+
+
+@functools.cache
+def tensorflow() -> concurrent.futures.Future[Any]:
+    """The module, or None where it is not installed; the first call begins the import.
+
+    All that needs TensorFlow, or a library that imports it, waits for this first: two threads that import it at once
+    can see halves of it.
+    """
+
+    def load() -> Any:
+        try:
+            import tensorflow
+        except ImportError:
+            return None
+        return tensorflow
+
+    pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="import-tensorflow")
+    future = pool.submit(load)
+    pool.shutdown(wait=False)
+    return future
