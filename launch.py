@@ -15,6 +15,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from imgclf_jax import cache
 from imgclf_jax import config as configs
 from imgclf_jax.errors import UserError, unknown
 
@@ -177,11 +178,10 @@ def _set_environment(deterministic: bool) -> None:
     except OSError:
         lines = [platform.processor()]
     kind = "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "imgclf_jax"
-    cache /= f"compiled-{zlib.crc32(kind.encode()):08x}"
+    compiled = cache.folder(f"compiled-{zlib.crc32(kind.encode()):08x}")
     with contextlib.suppress(OSError):  # without a place to keep them they are compiled anew
-        cache.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+        compiled.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     # Memory that a program frees is kept for its next call: to give back and fault in some ten megabytes at every call
     # takes about as long as the step itself on CPU.

@@ -39,6 +39,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "optimizer": ("adam", "An optax optimizer by its own name, without its learning rate: 'adamw(weight_decay=1e-4)'."),
     "schedule": ("constant(1e-3)", "The learning rate: constant, cosine, linear, one_cycle or step, each with warmup."),
     "clip": (0.0, "The greatest global norm of the gradient; 0: not clipped."),
+    "tensorboard": (True, "Write TensorBoard's files beside metrics.jsonl."),
     "log_every": ("50 steps", "How often training metrics are written; empty: never."),
     "eval_every": ("1 epochs", "How often all of `data.eval` is evaluated; empty: at the end only."),
     "checkpoint_every": ("1 epochs", "How often a checkpoint is saved; empty: at the end only."),
@@ -47,7 +48,7 @@ KEYS: dict[str, tuple[Any, str]] = {
 }
 
 # Keys that say where and how and not what is computed: a run may be resumed with other values of these.
-LOCATION_KEYS = ("data.data_dir", "data.manual_dir", "data.placement", "data.threads", "steps_per_call")
+LOCATION_KEYS = ("data.data_dir", "data.manual_dir", "data.placement", "data.threads", "steps_per_call", "tensorboard")
 
 # Keys that say how often something happens.
 CADENCES = ("log_every", "eval_every", "checkpoint_every")

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax import lazy, metrics, provenance, sharding, step, tree, writers
+from imgclf_jax import metrics, provenance, sharding, step, tree, writers
 from imgclf_jax.checkpoint import Checkpoints
 from imgclf_jax.data import placement, sources, stream
 from imgclf_jax.errors import UserError
@@ -35,8 +35,6 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
     mend and for a loss that is not finite.
     """
     began = time.perf_counter()
-    if config.data.source.startswith("tfds"):
-        lazy.tensorflow()  # beside what comes until the source needs it
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.batch_size, mesh)
     workdir.open_for_training(config)
@@ -72,7 +70,7 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
         log.info("this run is done; its result is in %s", workdir.result)
         return 0
 
-    writer = writers.MetricsWriter(workdir.path, start)
+    writer = writers.MetricsWriter(workdir.path, start, config.tensorboard)
     progress = writers.Progress(start, total)
     throughput = writers.Throughput(config.batch_size)
     in_flight: collections.deque[Any] = collections.deque()

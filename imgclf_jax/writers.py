@@ -30,7 +30,7 @@ class MetricsWriter:
     cut short, are dropped: the run writes them again, the same.
     """
 
-    def __init__(self, workdir: Path, step: int = 0):
+    def __init__(self, workdir: Path, step: int = 0, tensorboard: bool = True):
         self._directory = workdir
         path = workdir / "metrics.jsonl"
         kept = [r for r in read_metrics(path) if r["step"] <= step]
@@ -39,26 +39,29 @@ class MetricsWriter:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
             os.replace(temporary, path)
             self._file = path.open("a")
-            self._tensorboard = _TensorBoard(workdir / "tb")
+            self._tensorboard = _TensorBoard(workdir / "tb") if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one record; it has reached the operating system when this returns."""
         with self._writing():
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
-            self._tensorboard.write(step, dict(values))
+            if self._tensorboard:
+                self._tensorboard.write(step, dict(values))
 
     def sync(self) -> None:
         """Returns when all records are on disk; called before each checkpoint, which must not be ahead of them."""
         with self._writing():
             os.fsync(self._file.fileno())
-            self._tensorboard.flush()
+            if self._tensorboard:
+                self._tensorboard.flush()
 
     def close(self) -> None:
         """Closes the files; all has been synced, or an error that tells more is on its way."""
         for file in (self._file, self._tensorboard):
             with contextlib.suppress(Exception):
-                file.close()
+                if file:
+                    file.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

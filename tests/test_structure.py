@@ -10,9 +10,9 @@ PACKAGE = ROOT / "imgclf_jax"
 
 # The layers, lowest first. A module imports from layers below its own and never from beside it or above.
 LAYERS = [
-    "errors lazy",
+    "cache errors lazy",
     "config metrics provenance rng sharding spec tree writers models.layers",
-    "checkpoint losses optim schedules data.augment data.decode data.prepare data.splits models.backbones",
+    "checkpoint losses optim schedules data.augment data.decode data.decoded data.prepare data.splits models.backbones",
     "step workdir data.folder models.classifier",
     "data.sources",
     "data.stream",
@@ -35,7 +35,7 @@ HEAVY = {
 }
 INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "sklearn"}
 # What prints help and configs, and so must not import JAX: these and all that they import.
-LIGHT = {"launch", "config", "errors"}
+LIGHT = {"launch", "cache", "config", "errors"}
 
 
 def module_files():

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from imgclf_jax import cache
 from imgclf_jax.data.decode import decode
 from imgclf_jax.errors import UserError
 
@@ -92,8 +93,7 @@ def _scan(root: Path, class_names: tuple[str, ...]) -> FolderSource:
 
 def _check(source: FolderSource) -> None:
     """Decodes each file that is not known to be good; UserError names the broken ones."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "imgclf_jax" / "checked"
-    record = cache / (hashlib.sha256(str(source.root.resolve()).encode()).hexdigest()[:32] + ".json")
+    record = cache.folder("checked") / (hashlib.sha256(str(source.root.resolve()).encode()).hexdigest()[:32] + ".json")
     try:
         good = dict(json.loads(record.read_text()))
     except (OSError, ValueError, TypeError):
@@ -118,7 +118,7 @@ def _check(source: FolderSource) -> None:
         raise UserError(f"folder: not a readable image: {'; '.join(errors[:3])}{more}; mend, move or remove it")
     if to_check:
         try:
-            cache.mkdir(parents=True, exist_ok=True)
+            record.parent.mkdir(parents=True, exist_ok=True)
             record.write_text(json.dumps(stamps))
         except OSError:
             pass  # Only a memory of what was checked: without it the next start checks again.

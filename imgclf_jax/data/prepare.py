@@ -1,14 +1,76 @@
 """TFDS: finds or downloads a data set, prepares it as ArrayRecord, opens it for random access."""
 
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
 import os
 import socket
 import sys
 import urllib.parse
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from imgclf_jax import lazy
+from imgclf_jax import cache, lazy
 from imgclf_jax.errors import UserError, unknown
+from imgclf_jax.provenance import write_json
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A TFDS data set that has been prepared; TFDS itself is imported when its examples are first asked for."""
+
+    class_names: tuple[str, ...]
+    splits: dict[str, tuple[int, str]]  # name → (examples, identity)
+    open: Callable[[], dict[str, Any]]  # {split: data source whose images stay encoded}
+
+    @functools.cached_property
+    def _data_sources(self) -> dict[str, Any]:
+        return self.open()
+
+    def data_source(self, split: str) -> Any:
+        return self._data_sources[split]
+
+
+def open_tfds(name: str, data_dir: str, manual_dir: str) -> Prepared:
+    """The data set as `prepare_tfds` finds it, or as it was found before, if nothing of it has changed.
+
+    To import TFDS takes seconds, in which a run on images that are kept decoded would be half done.
+    """
+
+    def open_now() -> dict[str, Any]:
+        return prepare_tfds(name, data_dir, manual_dir)[1]
+
+    identity = repr((name, str(Path(data_dir).expanduser()), importlib.metadata.version("tensorflow-datasets")))
+    record = cache.folder("tfds") / (hashlib.sha256(identity.encode()).hexdigest()[:32] + ".json")
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(record.read_text())
+        if found["info"] == _digest(Path(found["directory"])):
+            splits = {split: (int(n), str(text)) for split, (n, text) in found["splits"].items()}
+            return Prepared(tuple(found["class_names"]), splits, open_now)
+
+    builder, data_sources = prepare_tfds(name, data_dir, manual_dir)
+    splits = {}
+    for split in data_sources:
+        info = builder.info.splits[split]
+        splits[split] = (info.num_examples, f"{builder.info.full_name} {split} {info.num_examples} {info.num_bytes}")
+    class_names = tuple(builder.info.features["label"].names)
+    with contextlib.suppress(OSError):
+        found = {"directory": str(builder.data_path), "class_names": class_names, "splits": splits}
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, found | {"info": _digest(Path(found["directory"]))})
+    return Prepared(class_names, splits, lambda: data_sources)
+
+
+def _digest(directory: Path) -> str:
+    """Of what TFDS says of the data set that it prepared in `directory`, and of which files there are."""
+    digest = hashlib.sha256((directory / "dataset_info.json").read_bytes())
+    for file in sorted(directory.iterdir()):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+    return digest.hexdigest()
 
 
 def prepare_tfds(name: str, data_dir: str, manual_dir: str) -> tuple[Any, dict[str, Any]]:

@@ -8,10 +8,10 @@ import functools
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -87,17 +87,23 @@ class FakeSource:
 
 @dataclass(frozen=True)
 class TfdsSource:
-    """A TFDS split prepared as ArrayRecord: encoded images, read by id."""
+    """A TFDS split prepared as ArrayRecord: encoded images, read by id. Opened when it is first read."""
 
-    data_source: Sequence[Any]
+    open: Callable[[], Any]
+    examples: int
     class_names: tuple[str, ...]
     identity: str
+    immutable: ClassVar[bool] = True  # the identity tells of another version, and of other bytes by their number
 
     def __len__(self) -> int:
-        return len(self.data_source)
+        return self.examples
+
+    @functools.cached_property
+    def data_source(self) -> Any:
+        return self.open()
 
     def read(self, ids: np.ndarray) -> Examples:
-        records = self.data_source.__getitems__(ids.tolist())  # type: ignore[attr-defined]
+        records = self.data_source.__getitems__(ids.tolist())
         labels = np.array([r["label"] for r in records], np.int32)
         if labels.min() < 0:  # TFDS writes -1 where the labels of a test set are secret
             raise UserError(f"example {int(ids[labels.argmin()])} of {self.identity!r} has no label; use another split")
@@ -112,6 +118,10 @@ class SplitSource:
     """Some parts of base splits, one after the other, as one source."""
 
     parts: tuple[tuple[Source, int, int], ...]  # (source, start, stop)
+
+    @property
+    def immutable(self) -> bool:
+        return all(getattr(source, "immutable", False) for source, _, _ in self.parts)
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
@@ -208,16 +218,13 @@ def tfds(name: str, data_dir: str = "", manual_dir: str = "") -> dict[str, Sourc
 
     `manual_dir` holds the original files, for machines without a network.
     """
-    from imgclf_jax.data.prepare import prepare_tfds
+    from imgclf_jax.data.prepare import open_tfds
 
-    builder, data_sources = prepare_tfds(name, data_dir, manual_dir)
-    label = builder.info.features["label"]
-    out: dict[str, Source] = {}
-    for split, data_source in data_sources.items():
-        info = builder.info.splits[split]
-        identity = f"{builder.info.full_name} {split} {info.num_examples} {info.num_bytes}"
-        out[split] = TfdsSource(data_source, tuple(label.names), identity)
-    return out
+    prepared = open_tfds(name, data_dir, manual_dir)
+    return {
+        split: TfdsSource(functools.partial(prepared.data_source, split), examples, prepared.class_names, identity)
+        for split, (examples, identity) in prepared.splits.items()
+    }
 
 
 SOURCES = {"digits": digits, "tfds": tfds, "folder": folder, "arrays": arrays, "fake": fake}

@@ -7,13 +7,14 @@ hosts, threads or restarts.
 import concurrent.futures
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from imgclf_jax import lazy, rng
-from imgclf_jax.data import decode
+from imgclf_jax.data import decode, decoded
 from imgclf_jax.data.sources import Source
 from imgclf_jax.errors import UserError
 
@@ -70,7 +71,8 @@ def position_ids(seed: int, positions: np.ndarray, n: int) -> np.ndarray:
 class Images:
     """A source seen through its host ops: ids to fixed-shape uint8 images.
 
-    Where the ops draw nothing at random and the decoded set is at most 1 GiB, each image is decoded once and kept.
+    Where the ops draw nothing at random and the decoded set is at most 1 GiB, each image is decoded once and kept; of
+    an immutable source the whole set is kept for the next run too.
     """
 
     def __init__(self, source: Source, preprocess: str, seed: int = 0, threads: int = 0):
@@ -79,16 +81,27 @@ class Images:
         self._ops, self.random = decode.build(preprocess)
         self._threads = threads or os.cpu_count() or 1
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
-        first, _ = self._decode(np.zeros(1, np.int64), np.zeros(1, np.int64))
-        self.shape: tuple[int, int, int] = first.shape[1:]
         self._cache: np.ndarray | None = None
+        self._lock = threading.Lock()
+        if not self.random and (kept := decoded.load(source, preprocess)):
+            self._cache, self._labels = kept
+            self.shape: tuple[int, int, int] = self._cache.shape[1:]
+            self._cached, self._whole = np.ones(len(source), bool), True
+            return
+        first, _ = self._decode(np.zeros(1, np.int64), np.zeros(1, np.int64))
+        self.shape = first.shape[1:]
         if not self.random and len(source) * first.nbytes <= _CACHE_BYTES:
             self._cache = np.empty((len(source), *self.shape), np.uint8)
             self._labels = np.empty(len(source), np.int32)
-            self._cached = np.zeros(len(source), bool)
+            self._cached, self._whole = np.zeros(len(source), bool), False
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all images are decoded, so that reading is a copy and there is nothing to gain by reading ahead."""
+        return self._cache is not None and self._whole
 
     def read(self, ids: np.ndarray, positions: np.ndarray) -> Batch:
         """{"image": uint8[b, h, w, c], "label": i32[b]} for ids int64[b]; stream positions int64[b] key random ops.
@@ -98,11 +111,16 @@ class Images:
         if self._cache is None:
             images, labels = self._decode(ids, positions)
             return {"image": images, "label": labels}
-        missing = np.unique(ids[~self._cached[ids]])
-        if missing.size:
-            # Two threads may fill the same places at once; they write the same values.
-            self._cache[missing], self._labels[missing] = self._decode(missing, missing)
-            self._cached[missing] = True
+        if not self._whole:
+            missing = np.unique(ids[~self._cached[ids]])
+            if missing.size:
+                # Two threads may fill the same places at once; they write the same values.
+                self._cache[missing], self._labels[missing] = self._decode(missing, missing)
+                self._cached[missing] = True
+            with self._lock:
+                if not self._whole and self._cached.all():
+                    self._whole = True
+                    decoded.save(self.source, self.preprocess, self._cache, self._labels)
         return {"image": self._cache[ids], "label": self._labels[ids]}
 
     def _decode(self, ids: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -172,7 +190,7 @@ def train_chunks(
             name: pad_steps(values.reshape(-1, rows.size, *values.shape[1:]), size) for name, values in batch.items()
         }
 
-    return _carry(read, ("image", "label"), 0, len(ranges), prefetch)
+    return _carry(read, ("image", "label"), 0, len(ranges), 0 if images.in_memory else prefetch)
 
 
 def pad_steps(values: np.ndarray, size: int) -> np.ndarray:
@@ -192,7 +210,8 @@ def eval_batches(images: Images, batch_size: int, host: int = 0, hosts: int = 1,
         ids = np.minimum(ids, len(images) - 1)
         return {**images.read(ids, ids), "mask": mask}
 
-    return _carry(read, ("image", "label", "mask"), 0, -(-len(images) // batch_size), prefetch)
+    steps = -(-len(images) // batch_size)
+    return _carry(read, ("image", "label", "mask"), 0, steps, 0 if images.in_memory else prefetch)
 
 
 def _rows(batch_size: int, host: int, hosts: int) -> slice:
@@ -208,10 +227,14 @@ _TYPES = {"image": np.uint8, "label": np.int32, "mask": np.bool_}
 def _carry(
     read: Callable[[int], Batch], names: tuple[str, ...], start: int, stop: int, prefetch: int
 ) -> Iterator[Batch]:
-    """`read(step)` for each step, run ahead in the background by tf.data.
+    """`read(step)` for each step, `prefetch` of them ahead in the background by tf.data.
 
-    While TensorFlow is being imported, and where it is not installed, each is read when it is asked for: the same.
+    While TensorFlow is being imported, where it is not installed, and with nothing to prefetch, each is read when it is
+    asked for: the same.
     """
+    if not prefetch:
+        yield from map(read, range(start, stop))
+        return
     loading = lazy.tensorflow()
     while start < stop and (not loading.done() or loading.result() is None):
         yield read(start)
