@@ -35,7 +35,7 @@ def load(source: Any, preprocess: str) -> tuple[np.ndarray, np.ndarray] | None:
         return None
     file = _file(source, preprocess)
     try:
-        with np.load(file) as content:  # checks a CRC
+        with file.open("rb") as stream, np.load(stream) as content:  # checks a CRC
             images, labels = content["images"], content["labels"]
         os.utime(file)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
