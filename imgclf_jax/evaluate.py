@@ -1,6 +1,7 @@
 """Exact evaluation: every example counts once, on any number of devices and for any batch size."""
 
 import contextlib
+import itertools
 import json
 import logging
 from typing import Any
@@ -23,13 +24,15 @@ log = logging.getLogger(__name__)
 
 def evaluate(experiment: Experiment, state: Any, images: stream.Images) -> dict[str, Any]:
     """The sums over all of `images`, on the host: integers exact, the loss in float64."""
-    mesh = experiment.mesh
-    total: dict[str, Any] = {}
-    pending = None
+    size, total = experiment.steps_per_call, dict[str, Any]()
+    pending: Any = None
     shard = (jax.process_index(), jax.process_count())
-    for batch in stream.eval_batches(images, experiment.eval_batch_size, *shard):
-        sums = experiment.eval_step(state.params, state.model_state, sharding.put_batch(batch, mesh))
-        _add(total, pending)  # fetched while the next batch is computed
+    batches = stream.eval_batches(images, experiment.eval_batch_size, *shard)
+    for some in itertools.batched(batches, size):
+        chunk = {name: stream.pad_steps(np.stack([batch[name] for batch in some]), size) for name in some[0]}
+        chunk = sharding.put_batch(chunk, experiment.mesh, axis=1)
+        sums = experiment.eval_chunk(state.params, state.model_state, chunk, np.int32(len(some)))
+        _add(total, pending)  # fetched while the next chunk is computed
         pending = sums
     _add(total, pending)
     return total
@@ -43,7 +46,7 @@ def evaluate_all(experiment: Experiment, state: Any, evals: dict[str, stream.Ima
 def _add(total: dict[str, Any], sums: dict[str, jax.Array] | None) -> None:
     for name, value in (sums or {}).items():
         exact = np.asarray(value, np.float64 if np.issubdtype(value.dtype, np.floating) else np.int64)
-        total[name] = total.get(name, 0) + exact
+        total[name] = total.get(name, 0) + exact.sum(0)
 
 
 def open_evals(experiment: Experiment, base: dict[str, sources.Source]) -> dict[str, stream.Images]:

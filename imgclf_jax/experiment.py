@@ -187,18 +187,41 @@ class Experiment:
         return sharding.round_up(self.config.batch_size, self.mesh)
 
     @cached_property
-    def eval_step(self) -> Any:
-        """Compiled (params, model_state, batch) → sums."""
+    def eval_chunk(self) -> Any:
+        """Compiled (params, model_state, chunk, steps) → the sums of each of the chunk's first `steps` batches.
+
+        The chunk is {"image": uint8[k, b, h, w, c], "label": i32[k, b], "mask": bool[k, b]}, k being `steps_per_call`;
+        the sums are stacked [k, …], zeros after the first `steps`.
+        """
         pure = step.make_eval_step(self.model, self.loss, augment.build(self.config.augment, train=False))
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
+
+        def eval_chunk(params: Any, model_state: Any, chunk: Any, steps: jax.Array) -> metrics.Sums:
+            def batch_sums(i: jax.Array | int) -> metrics.Sums:
+                batch = jax.lax.with_sharding_constraint(placement.batch_at(chunk, i), split)
+                return pure(params, model_state, batch)
+
+            def body(i: jax.Array, out: metrics.Sums) -> metrics.Sums:
+                return jax.tree.map(lambda all, new: all.at[i].set(new), out, batch_sums(i))
+
+            if size == 1:
+                return jax.tree.map(lambda x: x[None], batch_sums(0))
+            shapes = jax.eval_shape(batch_sums, 0)
+            zeros = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
+            return jax.lax.fori_loop(0, steps, body, zeros)
+
+        size = self.steps_per_call
         shapes = {"image": (self.data.image_shape, "uint8"), "label": ((), "int32"), "mask": ((), "bool")}
-        batch = {
-            name: jax.ShapeDtypeStruct((self.eval_batch_size, *shape), dtype, sharding=split)
+        chunk = {
+            name: jax.ShapeDtypeStruct(
+                (size, self.eval_batch_size, *shape), dtype, sharding=sharding.sharded(self.mesh, axis=1)
+            )
             for name, (shape, dtype) in shapes.items()
         }
-        state = self.shape["state"]
+        state, steps = self.shape["state"], jax.ShapeDtypeStruct((), "int32", sharding=whole)
         with self._naming_the_key():
-            return jax.jit(pure, out_shardings=whole).lower(state.params, state.model_state, batch).compile()
+            jitted = jax.jit(eval_chunk, out_shardings=whole)
+            return jitted.lower(state.params, state.model_state, chunk, steps).compile()
 
     @cached_property
     def predict_step(self) -> Any:

@@ -178,7 +178,7 @@ def _compile_in_background(experiment: Experiment) -> concurrent.futures.Future[
 
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
     future = pool.submit(compile)
-    pool.submit(lambda: experiment.eval_step)
+    pool.submit(lambda: experiment.eval_chunk)
     pool.shutdown(wait=False)
     return future
 

@@ -28,11 +28,10 @@ def mirror(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, 0, 3)
 
 
-def _patches(x: jax.Array, kernel: tuple[int, int], strides: tuple[int, int]) -> jax.Array:
+def _patches(x: jax.Array, kernel: tuple[int, int], strides: tuple[int, int], size: tuple[int, int]) -> jax.Array:
     """[c, h, w, b] → [kh * kw * c, ho, wo, b]: under each output position, the inputs that its kernel sees."""
-    (kh, kw), (sh, sw) = kernel, strides
-    c, h, w, b = x.shape
-    ho, wo = (h - kh) // sh + 1, (w - kw) // sw + 1
+    (kh, kw), (sh, sw), (ho, wo) = kernel, strides, size
+    c, b = x.shape[0], x.shape[3]
     # The barriers keep XLA from computing the patches inside of the product that reads them, many times over.
     x = lax.optimization_barrier(x)
     out = jnp.zeros((kh * kw, c, ho, wo, b), x.dtype)
@@ -61,22 +60,27 @@ def _sum_patches(
     return total
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def conv_mirrored(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], dtype: Any) -> jax.Array:
-    """A "VALID" convolution as matrix products: x [c, h, w, b], kernel [kh, kw, c, f] → [f, ho, wo, b].
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def conv_mirrored(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], size: tuple[int, int], dtype: Any
+) -> jax.Array:
+    """The first `size` = (ho, wo) outputs of a "VALID" convolution, [c, h, w, b] and [kh, kw, c, f] → [f, ho, wo, b].
 
-    The operands of the products are cast to `dtype`; the sums, and the result, are in float32 (float64 for float64).
+    As matrix products, whose operands are cast to `dtype`; the sums, and the result, are in float32 (float64 for
+    float64).
     """
-    return _conv_forward(x, kernel, strides, dtype)[0]
+    return _conv_forward(x, kernel, strides, size, dtype)[0]
 
 
 def _accumulator(dtype: Any) -> Any:
     return jnp.dtype(dtype if dtype == jnp.float64 else jnp.float32)
 
 
-def _conv_forward(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], dtype: Any) -> tuple[jax.Array, Any]:
+def _conv_forward(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], size: tuple[int, int], dtype: Any
+) -> tuple[jax.Array, Any]:
     kh, kw, c, f = kernel.shape
-    patches = _patches(x.astype(dtype), (kh, kw), strides)
+    patches = _patches(x.astype(dtype), (kh, kw), strides, size)
     # Transposed outside of the product: XLA 0.12 cannot run a bfloat16 product whose left side it must transpose.
     weights = lax.optimization_barrier(kernel.astype(dtype).reshape(kh * kw * c, f).T)
     out = lax.dot_general(weights, patches, (((1,), (0,)), ((), ())), preferred_element_type=_accumulator(dtype))
@@ -84,11 +88,11 @@ def _conv_forward(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], dty
 
 
 def _conv_backward(
-    strides: tuple[int, int], dtype: Any, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+    strides: tuple[int, int], size: tuple[int, int], dtype: Any, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     kh, kw, c, f = kernel.shape
-    patches = _patches(x.astype(dtype), (kh, kw), strides)  # the forward pass's: XLA computes them once
+    patches = _patches(x.astype(dtype), (kh, kw), strides, size)  # the forward pass's: XLA computes them once
     gradient = lax.optimization_barrier(gradient.astype(dtype))  # [f, ho, wo, b]
     positions = (((1, 2, 3), (1, 2, 3)), ((), ()))
     d_kernel = lax.dot_general(patches, gradient, positions, preferred_element_type=_accumulator(dtype))
@@ -131,7 +135,9 @@ def conv(
         pads = [_pair(p) for p in each]
     if mirrored and groups == 1 and dilation == (1, 1):
         place = ((0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0))
-        return conv_mirrored(lax.pad(x, jnp.zeros((), x.dtype), place), kernel, strides, dtype)
+        x = lax.pad(x, jnp.zeros((), x.dtype), place)
+        ho, wo = ((n - e) // s + 1 for n, e, s in zip(x.shape[1:3], extent, strides, strict=True))
+        return conv_mirrored(x, kernel, strides, (ho, wo), dtype)
     names = "CHWN" if mirrored else "NHWC"
     return lax.conv_general_dilated(
         x.astype(dtype), kernel.astype(dtype), strides, pads, rhs_dilation=dilation, feature_group_count=groups,
@@ -234,7 +240,13 @@ class ConvPool(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (*_pair(self.kernel_size), x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         inside = mirrored()
-        y = conv(mirror(x) if inside else x, kernel, padding="VALID", mirrored=inside, dtype=self.dtype)
+        # Only the outputs that fill windows: those left over at the edges would be computed for nothing.
+        k, window = self.kernel_size, self.window
+        ho, wo = ((n - k + 1) // window * window for n in x.shape[1:3])
+        if inside:
+            y = conv_mirrored(mirror(x), kernel, (1, 1), (ho, wo), self.dtype)
+        else:
+            y = conv(x[:, : ho + k - 1, : wo + k - 1], kernel, padding="VALID", dtype=self.dtype)
         y = pool_bias_relu(y, bias, self.window, 0 if inside else -1, self.dtype)
         return mirror(y) if inside else y
 
