@@ -32,14 +32,16 @@ def _patches(x: jax.Array, kernel: tuple[int, int], strides: tuple[int, int], si
     """[c, h, w, b] → [kh * kw * c, ho, wo, b]: under each output position, the inputs that its kernel sees."""
     (kh, kw), (sh, sw), (ho, wo) = kernel, strides, size
     c, b = x.shape[0], x.shape[3]
-    # The barriers keep XLA from computing the patches inside of the product that reads them, many times over.
+    corners = jnp.asarray([(i, j) for i in range(kh) for j in range(kw)])  # [kh * kw, 2]
+
+    def seen(corner: jax.Array) -> jax.Array:
+        extent = (c, (ho - 1) * sh + 1, (wo - 1) * sw + 1, b)
+        return lax.dynamic_slice(x, (0, corner[0], corner[1], 0), extent)[:, ::sh, ::sw]  # [c, ho, wo, b]
+
+    # One gather, which runs on all cores; the barriers keep XLA from computing the patches inside of the product that
+    # reads them, many times over.
     x = lax.optimization_barrier(x)
-    out = jnp.zeros((kh * kw, c, ho, wo, b), x.dtype)
-    for i in range(kh):
-        for j in range(kw):
-            seen = x[:, i : i + (ho - 1) * sh + 1 : sh, j : j + (wo - 1) * sw + 1 : sw]  # [c, ho, wo, b]
-            out = lax.dynamic_update_slice(out, seen[None], (i * kw + j, 0, 0, 0, 0))
-    return lax.optimization_barrier(out).reshape(kh * kw * c, ho, wo, b)
+    return lax.optimization_barrier(jax.vmap(seen)(corners)).reshape(kh * kw * c, ho, wo, b)
 
 
 def _sum_patches(

@@ -1,0 +1,91 @@
+"""The benchmarks: the networks of all frameworks are the same one, and ratios are formed as they say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from imgclf_jax.models import classifier
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_every_framework_builds_the_same_network():
+    """As many parameters in this project's, Keras's and Flax's network, and the FLOPs that the layers' sizes give."""
+    from networks import NETWORKS
+
+    network = NETWORKS["cnn"]
+    images = jnp.zeros((2, *network.image_shape))
+    own = classifier.build(network.model, network.classes, "float32")
+    for model in (own, network.linen()):
+        params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+        assert sum(x.size for x in jax.tree.leaves(params)) == 121_930
+    assert network.keras().count_params() == 121_930
+    multiply_adds = 26 * 26 * 32 * 9 + 10 * 10 * 64 * 9 * 32 + 1600 * 64 + 64 * 10
+    assert network.inference_flops == 2 * multiply_adds
+    assert network.training_flops == 3 * 2 * multiply_adds - 2 * 26 * 26 * 32 * 9
+
+
+def test_ratios_are_of_the_same_round():
+    """The machine's drift cancels: each round's rates are divided by that round's, and the median is of the ratios."""
+    import report
+    from networks import NETWORKS
+
+    rates = {
+        "imgclf_jax host float32": (200, 20, 300),
+        "imgclf_jax host bfloat16": (400, 50, 600),
+        "keras tensorflow": (100, 20, 100),
+        "torch eager bfloat16": (200, 10, 400),
+    }
+    records = [
+        {"variant": name, "mode": "train", "batch_size": 32, "round": r, "images_per_second": rate}
+        for name, values in rates.items()
+        for r, rate in enumerate(values)
+    ]
+    flops = NETWORKS["cnn"].training_flops
+    records += [
+        {"variant": "matmul peak", "mode": "float32", "batch_size": 32, "round": r, "flops_per_second": 1000 * flops}
+        for r in range(3)
+    ]
+    rows = {row["variant"]: row for row in report.summarize({"records": records}, NETWORKS["cnn"])}
+    own = rows["imgclf_jax host float32"]
+    assert own["fastest_peers"] == {"float32": "keras tensorflow", "any": "torch eager bfloat16"}
+    assert own["to_fastest_float32"] == {"median": 2, "min": 1, "max": 3}
+    assert own["to_fastest_any"] == {"median": 1, "min": 0.75, "max": 2}
+    assert rows["imgclf_jax host bfloat16"]["to_fastest_float32"]["median"] == 4
+    assert rows["torch eager bfloat16"]["own_to_it"] == {"median": 2, "min": 1.5, "max": 5}
+
+
+@pytest.mark.parametrize("script", ["speed.py", "input.py", "accuracy.py", "operations.py"])
+def test_help_says_what_is_measured(script):
+    done = subprocess.run([sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"benchmarks/{script}" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_whole_benchmark_runs(tmp_path):
+    """This project beside Keras and a Flax loop, for an instant each."""
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the dependency group `peers`")
+    flags = ["--peers=keras tensorflow,linen", "--batch_sizes=32", "--rounds=1", "--seconds=0.05", f"--out={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "speed.py", *flags], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
+    summary = json.loads((tmp_path / "speed.json").read_text())["networks"]["cnn"]["summary"]
+    measured = {(row["variant"], row["mode"]) for row in summary if row["images_per_second"]["median"] > 0}
+    assert {
+        ("imgclf_jax device bfloat16", "train"),
+        ("keras tensorflow", "infer"),
+        ("linen loop float32", "train"),
+    } <= measured
