@@ -1,0 +1,170 @@
+"""This project as its training loop runs it: the stream, the copy, and the compiled program of several steps."""
+
+import collections
+import itertools
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from networks import Network
+from variants import Measure, Prepare
+
+from imgclf_jax import config as configs
+from imgclf_jax import lazy, sharding, step
+from imgclf_jax.data import augment, placement, sources, stream
+from imgclf_jax.experiment import Experiment
+from imgclf_jax.provenance import DataInfo
+
+_STEPS = 1_000_000  # more than any measurement runs
+_READ_AHEAD = 6  # chunks that the stream may have ready
+_BLOCK = 16  # batches in a call of inference, as evaluation runs several in one
+
+
+def device() -> str:
+    """The kind of the first device."""
+    return jax.devices()[0].device_kind
+
+
+def open_variant(network: Network, placement: str, precision: str) -> Prepare:
+    """This project with the images on the host or kept on the device."""
+    if placement == "host":
+        lazy.tensorflow().result()  # else the first batches are read without it, when they are asked for
+
+    def prepare(examples: tuple[np.ndarray, np.ndarray], mode: str, batch_size: int) -> Measure:
+        config = configure(network, batch_size)
+        config.precision, config.data.placement = precision, placement
+        images = open_images(config, *examples)
+        experiment = assemble(config, images)
+        return _training(experiment, images) if mode == "train" else _inference(experiment, examples[0])
+
+    return prepare
+
+
+def configure(network: Network, batch_size: int) -> ConfigDict:
+    """The config of a network with the peers' optimizer."""
+    config = configs.default_config()
+    config.total = f"{_STEPS} steps"
+    config.batch_size = batch_size
+    config.preprocess = f"decode({network.image_shape[2]})"
+    config.augment = "normalize"
+    config.model = network.model
+    config.optimizer = "adam(eps=1e-7)"
+    config.schedule = "constant(1e-3)"
+    config.log_every, config.eval_every, config.checkpoint_every = "100 steps", "", ""
+    return config
+
+
+def write_arrays(path: Path, **arrays: np.ndarray) -> str:
+    """Writes an .npz; gives the source spec that reads it."""
+    np.savez(path, **arrays)
+    return f"arrays({str(path)!r})"
+
+
+def open_images(config: ConfigDict, images: np.ndarray, labels: np.ndarray) -> stream.Images:
+    """The examples through an `arrays` source, all decoded, as they are after a run's first epoch."""
+    with tempfile.TemporaryDirectory() as directory:
+        config.data.source = write_arrays(Path(directory) / "random.npz", x_train=images, y_train=labels)
+        source = sources.open_splits(config.data.source)["train"]
+    opened = stream.Images(source, config.preprocess, config.seed, config.data.threads)
+    everything = np.arange(len(opened), dtype=np.int64)
+    opened.read(everything, everything)
+    return opened
+
+
+def assemble(config: ConfigDict, images: stream.Images) -> Experiment:
+    """The experiment on all devices, as `train.main` makes it."""
+    configs.validate(config)
+    data = DataInfo(len(images), images.shape, tuple(images.source.class_names), "benchmark")
+    return Experiment(config, data, sharding.make_mesh())
+
+
+def start(experiment: Experiment) -> tuple[Any, Any]:
+    """(state, sums) of step 0."""
+    whole = sharding.replicated(experiment.mesh)
+    run = jax.jit(experiment.init, out_shardings=whole)(np.uint32(experiment.config.seed))
+    return run["state"], run["sums"]
+
+
+def open_chunks(experiment: Experiment, images: stream.Images) -> Any:
+    """The stream of chunks, each of the most steps that one call takes."""
+    size, config = experiment.steps_per_call, experiment.config
+    ranges = [(first, first + size) for first in range(0, _STEPS - size, size)]
+    return placement.train_chunks(
+        config.data.placement, images, experiment.mesh, config.seed, config.batch_size, ranges, size
+    )
+
+
+def run_calls(experiment: Experiment, state: Any, chunks: Any, seconds: float) -> tuple[Any, int, float]:
+    """Trains on `chunks` for about so many seconds, as train.main's loop does: (state, images done, seconds taken)."""
+    size = experiment.steps_per_call
+    sums = experiment.put(step.zero_sums())
+    in_flight: collections.deque[Any] = collections.deque()
+    calls, began = 0, time.perf_counter()
+    while not calls or time.perf_counter() - began < seconds:
+        state, sums = experiment.train_chunk(state, sums, next(chunks), np.int32(size))
+        in_flight.append(sums["steps"])
+        if len(in_flight) > 2:
+            in_flight.popleft().block_until_ready()
+        calls += 1
+    jax.block_until_ready((state, sums))
+    return state, calls * size * experiment.config.batch_size, time.perf_counter() - began
+
+
+def _training(experiment: Experiment, images: stream.Images) -> Measure:
+    state, _ = start(experiment)
+    chunks = open_chunks(experiment, images)
+    for _ in range(2):  # compiles
+        state, *_ = run_calls(experiment, state, chunks, 0)
+
+    def measure(seconds: float) -> tuple[float, float]:
+        nonlocal state
+        if experiment.config.data.placement == "host":
+            for _ in range(_READ_AHEAD):  # what was read ahead while others were measured does not count
+                next(chunks)
+        state, done, elapsed = run_calls(experiment, state, chunks, seconds)
+        return done, elapsed
+
+    return measure
+
+
+def _inference(experiment: Experiment, images: np.ndarray) -> Measure:
+    mesh, batch_size = experiment.mesh, experiment.eval_batch_size
+    predict = step.make_predict_step(experiment.model, augment.build(experiment.config.augment, train=False))
+    whole, split = sharding.replicated(mesh), sharding.sharded(mesh)
+
+    @jax.jit
+    def classes(params: Any, model_state: Any, batches: jax.Array) -> jax.Array:
+        def one(images: jax.Array) -> jax.Array:
+            images = jax.lax.with_sharding_constraint(images, split)
+            return jnp.argmax(predict(params, model_state, images), -1)
+
+        return jax.lax.with_sharding_constraint(jax.lax.map(one, batches), whole)  # [_BLOCK, b]
+
+    state, _ = start(experiment)
+    usable = len(images) // (_BLOCK * batch_size) * _BLOCK * batch_size
+    if not usable:
+        raise ValueError(f"{len(images)} images are fewer than {_BLOCK} batches of {batch_size}")
+    blocks_of_batches = itertools.cycle(images[:usable].reshape(-1, _BLOCK, batch_size, *images.shape[1:]))
+
+    def dispatch() -> jax.Array:
+        block = sharding.put_batch({"image": next(blocks_of_batches)}, mesh, axis=1)["image"]
+        return classes(state.params, state.model_state, block)
+
+    def measure(seconds: float) -> tuple[float, float]:
+        blocks, began = 1, time.perf_counter()
+        before = dispatch()
+        while time.perf_counter() - began < seconds:
+            now = dispatch()
+            jax.device_get(before)
+            before = now
+            blocks += 1
+        jax.device_get(before)
+        return blocks * _BLOCK * batch_size, time.perf_counter() - began
+
+    measure(0)  # compiles
+    return measure

@@ -1,0 +1,92 @@
+"""A loop in the style of Flax's examples: linen's own layers, one jitted step a batch, float32 NumPy batches."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.training.train_state import TrainState
+from networks import Network
+from variants import Measure, Prepare
+
+_IN_FLIGHT = 16  # batches that the host may be ahead of the device
+
+
+def device() -> str:
+    """The kind of the first device."""
+    return jax.devices()[0].device_kind
+
+
+def open_variant(network: Network) -> Prepare:
+    """The loop, for training and for inference."""
+
+    def prepare(examples: tuple[np.ndarray, np.ndarray], mode: str, batch_size: int) -> Measure:
+        images, labels = examples[0].astype(np.float32) / 255, examples[1]
+        model = network.linen()
+        params = model.init(jax.random.key(0), images[:1])["params"]
+        state = TrainState.create(apply_fn=model.apply, params=params, tx=optax.adam(1e-3))
+        if mode == "train":
+            return _training(state, _batches(images, labels, batch_size), batch_size)
+        return _inference(
+            state, [images[i : i + batch_size] for i in range(0, len(images) - batch_size + 1, batch_size)]
+        )
+
+    return prepare
+
+
+def _batches(images: np.ndarray, labels: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    while True:
+        order = rng.permutation(len(images))
+        for i in range(0, len(images) - batch_size + 1, batch_size):
+            some = order[i : i + batch_size]
+            yield images[some], labels[some]
+
+
+def _training(state: TrainState, batches: Iterator[tuple[np.ndarray, np.ndarray]], batch_size: int) -> Measure:
+    @jax.jit
+    def train_step(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, jax.Array, jax.Array]:
+        def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
+            logits = state.apply_fn({"params": params}, images)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
+
+        (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        return state.apply_gradients(grads=grads), loss, jnp.mean(jnp.argmax(logits, -1) == labels)
+
+    def measure(seconds: float) -> tuple[float, float]:
+        nonlocal state
+        metrics: list[Any] = []
+        began = time.perf_counter()
+        while not metrics or time.perf_counter() - began < seconds:
+            state, *both = train_step(state, *next(batches))
+            metrics.append(both)
+            if len(metrics) > _IN_FLIGHT:
+                jax.block_until_ready(metrics[-_IN_FLIGHT])
+        jax.block_until_ready((state.params, state.opt_state))
+        return len(metrics) * batch_size, time.perf_counter() - began
+
+    for _ in range(3):  # compiles
+        measure(0)
+    return measure
+
+
+def _inference(state: TrainState, batches: list[np.ndarray]) -> Measure:
+    @jax.jit
+    def classes(params: Any, images: jax.Array) -> jax.Array:
+        return jnp.argmax(state.apply_fn({"params": params}, images), -1)
+
+    def measure(seconds: float) -> tuple[float, float]:
+        results: list[Any] = []
+        began = time.perf_counter()
+        while not results or time.perf_counter() - began < seconds:
+            results.append(classes(state.params, batches[len(results) % len(batches)]))
+            if len(results) > _IN_FLIGHT:
+                results[-_IN_FLIGHT] = np.asarray(results[-_IN_FLIGHT])
+        jax.device_get(results[-_IN_FLIGHT:])
+        return len(results) * len(batches[0]), time.perf_counter() - began
+
+    measure(0)
+    return measure

@@ -1,0 +1,61 @@
+"""What is measured: this project's variants and its peers, each in a worker process of its own.
+
+A variant's module has `open_variant(network, **options)`, which imports what is still missing and gives a function
+`prepare(examples, mode, batch_size)`, which compiles, warms up and gives `measure(seconds)`: images, or FLOPs, done
+and the seconds they took, with the device idle again. It also has `device()`, the name of what it computes on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Measure = Callable[[float], tuple[float, float]]  # seconds → (images done, seconds taken)
+Prepare = Callable[[tuple[np.ndarray, np.ndarray], str, int], Measure]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train and run a network."""
+
+    module: str
+    options: dict[str, Any]
+    packages: tuple[str, ...]  # whose versions are reported
+    precision: str = "float32"
+    own: bool = False  # this project's: its launch.py sets the environment
+    modes: tuple[str, ...] = ("train", "infer")
+    unit: str = "images"
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+_JAX = ("jax", "jaxlib")
+_BACKENDS = {"tensorflow": ("tensorflow-cpu", "tensorflow"), "jax": _JAX, "torch": ("torch",)}
+
+# Where the images lie matters to training alone: inference is measured once a precision.
+OWN = {
+    f"imgclf_jax {placement} {precision}": Variant(
+        "own", {"placement": placement, "precision": precision}, ("imgclf_jax", *_JAX, "flax", "optax"), precision,
+        own=True, modes=("train", "infer") if placement == "host" else ("train",),
+    )
+    for placement in ("host", "device")
+    for precision in ("float32", "bfloat16")
+}  # fmt: skip
+
+PEERS = {
+    **{
+        f"keras {backend}": Variant("peer_keras", {}, ("keras", *packages), environment={"KERAS_BACKEND": backend})
+        for backend, packages in _BACKENDS.items()
+    },
+    **{
+        f"torch {kind} {precision}": Variant(
+            "peer_torch", {"compiled": kind == "compile", "precision": precision}, ("torch",), precision
+        )
+        for kind in ("eager", "compile")
+        for precision in ("float32", "bfloat16")
+    },
+    "linen loop float32": Variant("peer_linen", {}, ("flax", "optax", *_JAX)),
+}
+
+PEAK = "matmul peak"
+MEASURED = {**OWN, **PEERS, PEAK: Variant("peak", {}, _JAX, own=True, modes=("float32", "bfloat16"), unit="flops")}
