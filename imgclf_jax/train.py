@@ -189,8 +189,10 @@ def _ranges(
     """Steps start to total in chunks of at most `size` that end where something is to be done: [(first, stop), …]."""
     ranges = []
     while start < total:
-        stop = min(start + size, *(configs.next_due(start, every, total) for every in cadences))
-        stop = min([stop, *(edge for edge in traced if edge > start)])
+        due = min(configs.next_due(start, every, total) for every in cadences)
+        due = min([due, *(edge for edge in traced if edge > start)])
+        chunks = -(-(due - start) // size)
+        stop = start - (start - due) // chunks  # chunks of equal length, give or take a step: little padding
         ranges.append((start, stop))
         start = stop
     return ranges

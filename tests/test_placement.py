@@ -5,13 +5,16 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from imgclf_jax import config as configs
-from imgclf_jax import sharding, train
+from imgclf_jax import provenance, sharding, train
 from imgclf_jax.data import placement, sources, stream
 from imgclf_jax.errors import UserError
+from imgclf_jax.experiment import Experiment
 from imgclf_jax.workdir import Workdir
 
 
@@ -127,3 +130,34 @@ def test_next_due_is_the_next_step_that_is_due():
         for step in range(60):
             assert configs.next_due(step, every, 60) == next((d for d in due if d > step), 60)
     assert configs.next_due(5, None, 60) == 60
+
+
+class Plain(nn.Module):
+    """A user's own network, with Flax's convolution."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return jnp.mean(nn.Conv(4, (3, 3))(x), (1, 2))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere convolutions are fast in loops")
+@pytest.mark.parametrize(
+    ("model", "steps", "expected"),
+    [("cnn(widths=(4,))", 0, 32), (f"{__name__}:Plain", 0, 1), (f"{__name__}:Plain", 3, 3), ("mlp", 7, 7)],
+)
+def test_steps_per_call(fake_config, model, steps, expected):
+    """Many by default, but one where XLA's own convolution would run inside of a loop on CPU, where it is very slow."""
+    config = fake_config
+    config.model, config.steps_per_call, config.total = model, steps, "1000 steps"
+    config.log_every, config.eval_every, config.checkpoint_every = "200 steps", "", ""
+    data = provenance.DataInfo(64, (12, 12, 1), ("a", "b"), "")
+    assert Experiment(config, data, sharding.make_mesh()).steps_per_call == expected
+
+
+def test_a_chunk_is_bounded_in_bytes_and_by_what_is_due(fake_config):
+    config = fake_config
+    config.total = "1000 steps"
+    config.batch_size, config.log_every, config.eval_every, config.checkpoint_every = 64, "9 steps", "", ""
+    mesh = sharding.make_mesh()
+    assert Experiment(config, provenance.DataInfo(640, (12, 12, 1), ("a",), ""), mesh).steps_per_call == 9
+    assert Experiment(config, provenance.DataInfo(640, (128, 128, 3), ("a",), ""), mesh).steps_per_call == 2
