@@ -28,7 +28,7 @@ from networks import conv_flops, dense_flops
 from rich.console import Console
 from rich.table import Table
 
-from imgclf_jax.models import layers
+from imgclf_jax.models import mirrored
 
 _LOOP = 20  # calls in one call of the compiled program
 Operation = tuple[str, int, Callable[..., Any], tuple[Any, ...]]  # name, FLOPs an image, function, its arguments
@@ -46,53 +46,52 @@ def looped(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def operations(b: int, dtype: Any) -> list[Operation]:
-    """Those of the two blocks, on mirrored images [c, h, w, b], and of the first dense layer."""
+    """Those of the two blocks and of the first dense layer, on mirrored images [c, h, w, b]."""
     keys = iter(jax.random.split(jax.random.key(0), 99))
 
     def normal(*shape: int, kind: Any = jnp.float32) -> jax.Array:
         return jax.random.normal(next(keys), (_LOOP, *shape)).astype(kind)
 
-    out: list[Operation] = []
-    for block, (c, size, f) in enumerate([(1, 28, 32), (32, 13, 64)]):
-        n = (size - 2) // 2 * 2
-        flops = conv_flops(n, n, 3, c, f)
+    def gradients(function: Any, wanted: tuple[int, ...]) -> Any:
+        """(…inputs, gradient of the output) → the gradients of the inputs that are `wanted`."""
 
-        def conv(x: jax.Array, kernel: jax.Array, n: int = n) -> jax.Array:
-            return layers.conv_mirrored(x, kernel, (1, 1), (n, n), dtype)
+        def run(*args: Any) -> Any:
+            grads = jax.vjp(function, *args[:-1])[1](args[-1])
+            return [grads[i] for i in wanted]
 
-        def to_kernel(x: Any, kernel: Any, gradient: Any, conv: Any = conv) -> Any:
-            return jax.vjp(lambda kernel: conv(x, kernel), kernel)[1](gradient)
+        return run
 
-        def to_images(x: Any, kernel: Any, gradient: Any, conv: Any = conv) -> Any:
-            return jax.vjp(lambda x: conv(x, kernel), x)[1](gradient)
+    def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return mirrored.conv(x, kernel, (1, 1), (10, 10), dtype)
 
-        def pool(y: jax.Array, bias: jax.Array) -> jax.Array:
-            return layers.pool_bias_relu(y, bias, 2, 0, dtype)
+    def block0(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+        return mirrored.conv_pool_direct(x, kernel, bias, 2, dtype)
 
-        def pool_both(y: jax.Array, bias: jax.Array, gradient: jax.Array) -> Any:
-            return jax.vjp(pool, y, bias)[1](gradient)
-
-        x, kernel = normal(c, size, size, b, kind=dtype), normal(3, 3, c, f)
-        y, half = normal(f, n, n, b), normal(f, n // 2, n // 2, b, kind=dtype)
-        out.append((f"block {block}: convolution", flops, conv, (x, kernel)))
-        out.append((f"block {block}: weight gradient, patches anew", flops, to_kernel, (x, kernel, y)))
-        if block:
-            out.append((f"block {block}: input gradient", flops, to_images, (x, kernel, y)))
-        out.append((f"block {block}: pooling, bias, ReLU", 0, pool, (y, normal(f))))
-        out.append((f"block {block}: pooling and its gradient", 0, pool_both, (y, normal(f), half)))
+    def block1(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+        return mirrored.conv_pool(x, kernel, bias, 2, dtype)
 
     def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jnp.dot(x.T, kernel.astype(dtype))
+        return mirrored.dense(x, kernel, dtype)
 
-    def dense_both(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> Any:
-        return jax.vjp(dense, x, kernel)[1](gradient)
-
-    x, kernel = normal(1600, b, kind=dtype), normal(1600, 64)
-    out.append(("dense layer", dense_flops(1600, 64), dense, (x, kernel)))
-    out.append(
-        ("dense layer's gradients", 2 * dense_flops(1600, 64), dense_both, (x, kernel, normal(b, 64, kind=dtype)))
-    )
-    return out
+    flops0, flops1, flops2 = conv_flops(26, 26, 3, 1, 32), conv_flops(10, 10, 3, 32, 64), dense_flops(1600, 64)
+    images, x, features = normal(1, 28, 28, b), normal(32, 13, 13, b, kind=dtype), normal(64, 5, 5, b, kind=dtype)
+    kernel0, kernel1, kernel2 = normal(3, 3, 1, 32), normal(3, 3, 32, 64), normal(1600, 64)
+    bias0, bias1 = normal(32), normal(64)
+    return [
+        ("block 0: convolution, pooling, bias, ReLU", flops0, block0, (images, kernel0, bias0)),
+        ("block 0: these and their gradients", 2 * flops0, gradients(block0, (1, 2)), (images, kernel0, bias0, x)),
+        ("block 1: convolution", flops1, conv, (x, kernel1)),
+        (
+            "block 1: its gradients, patches anew",
+            2 * flops1,
+            gradients(conv, (0, 1)),
+            (x, kernel1, normal(64, 10, 10, b)),
+        ),
+        ("block 1: convolution, pooling, bias, ReLU", flops1, block1, (x, kernel1, bias1)),
+        ("block 1: these and their gradients", 3 * flops1, gradients(block1, (0, 1, 2)), (x, kernel1, bias1, features)),
+        ("dense layer", flops2, dense, (features, kernel2)),
+        ("dense layer's gradients", 2 * flops2, gradients(dense, (0, 1)), (features, kernel2, normal(64, b))),
+    ]
 
 
 def seconds(function: Any, args: Any, least: float = 0.15) -> float:

@@ -5,9 +5,9 @@
     seed           0       1       2       3       4     mean
     test accuracy  0.9043  0.9019  0.9035  0.9061  0.9030  0.9038
 
-6.0 to 8.2 s from the start of the process to its end on two cores of an AMD EPYC, where the Keras example takes 75 to 97;
-the first run, which compiles and decodes, 18 s. `benchmarks/accuracy.py` makes these numbers again. Without a network add
-`--config.data.manual_dir=FOLDER`, FOLDER holding the four original .gz files.
+6.0 to 8.2 s from the start of the process to its end on two cores of an AMD EPYC, where the Keras example takes 75 to
+97; the first run, which compiles and decodes, 18 s. `benchmarks/accuracy.py` makes these numbers again. Without a
+network add `--config.data.manual_dir=FOLDER`, FOLDER holding the four original .gz files.
 
 A narrower network, whose products are in bfloat16, the whole set kept on the device, one steep cycle of the learning
 rate.

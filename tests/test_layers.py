@@ -10,8 +10,8 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from imgclf_jax import sharding
-from imgclf_jax.models import layers
-from imgclf_jax.models.layers import Conv, ConvPool, conv, flatten, mirror, pool_bias_relu
+from imgclf_jax.models import layers, mirrored
+from imgclf_jax.models.layers import Conv, ConvPool, FlatDense, conv, mirror, pool_bias_relu
 
 SETTINGS = [  # kernel, strides, padding, dilation, groups
     (3, 1, "VALID", 1, 1),
@@ -39,7 +39,7 @@ def normal(seed, *shape, dtype=np.float64):
 @pytest.fixture(params=[True, False], ids=["mirrored", "usual"])
 def form(request, monkeypatch):
     """Runs a test in both forms, whatever the platform."""
-    monkeypatch.setattr(layers, "mirrored", lambda: request.param)
+    monkeypatch.setattr(layers, "on_mirrored", lambda: request.param)
     return request.param
 
 
@@ -74,7 +74,7 @@ def test_conv_mirrored_is_its_definition():
     for i in range(2):
         for j in range(6):
             expected[:, i, j] = np.einsum("bhwc,hwcf->bf", x[:, 2 * i : 2 * i + 3, j : j + 2], kernel)
-    out = conv(mirror(jnp.asarray(x)), jnp.asarray(kernel), (2, 1), "VALID", mirrored=True)
+    out = conv(mirror(jnp.asarray(x)), jnp.asarray(kernel), (2, 1), "VALID", inside=True)
     np.testing.assert_allclose(mirror(out), expected, rtol=0, atol=1e-13)
 
 
@@ -84,7 +84,7 @@ def test_bfloat16_products_are_summed_in_float32():
     kernel = jnp.asarray(np.random.default_rng(1).integers(-3, 4, (3, 3, 32, 8)), jnp.float32)
 
     def scalar(x, kernel, dtype):
-        y = conv(x, kernel, padding="VALID", mirrored=True, dtype=dtype)
+        y = conv(x, kernel, padding="VALID", inside=True, dtype=dtype)
         return jnp.sum(y.astype(jnp.float32)), y
 
     run = jax.jit(jax.grad(scalar, argnums=1, has_aux=True), static_argnums=2)
@@ -96,8 +96,7 @@ def test_bfloat16_products_are_summed_in_float32():
 
 
 @pytest.mark.parametrize(("h", "w", "window"), [(8, 8, 2), (9, 7, 2), (13, 12, 3), (5, 4, 4), (3, 6, 1), (30, 25, 12)])
-@pytest.mark.parametrize("channels", [-1, 0])
-def test_pool_bias_relu_is_flax_in_the_usual_order(h, w, window, channels):
+def test_pool_bias_relu_is_flax_in_the_usual_order(h, w, window):
     """The same bits as convolution output + bias, ReLU, nn.max_pool; the gradient too, ties among its elements."""
     x = np.random.default_rng(0).integers(-4, 5, (2, h, w, 3)).astype(np.float32)  # of few values: ties
     bias = jnp.asarray([-4.5, 0.25, 1.5])
@@ -107,8 +106,7 @@ def test_pool_bias_relu_is_flax_in_the_usual_order(h, w, window, channels):
         return nn.max_pool(nn.relu(x + bias), (window, window), (window, window), "VALID")
 
     def ours(x, bias):
-        turn = (lambda x: x) if channels == -1 else mirror
-        return turn(pool_bias_relu(turn(x), bias, window, channels, jnp.float32))
+        return pool_bias_relu(x, bias, window, jnp.float32)
 
     y, y_usual = jax.jit(ours)(x, bias), jax.jit(usual)(x, bias)
     np.testing.assert_array_equal(y, y_usual)
@@ -122,36 +120,103 @@ def test_pool_bias_relu_is_flax_in_the_usual_order(h, w, window, channels):
     np.testing.assert_allclose(grads[1], expected[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("form")
-@pytest.mark.parametrize(("kernel", "pool"), [(3, 2), (5, 3)])
-def test_conv_pool_is_convolution_bias_relu_and_pool_in_that_order(kernel, pool):
-    """On the same weights, with biases of both signs, the same numbers as Flax's layers in the usual order."""
-    x = jnp.asarray(normal(0, 2, 15, 14, 3, dtype=np.float32))
-    layer, flax_conv = ConvPool(8, kernel, pool), nn.Conv(8, (kernel, kernel), padding="VALID")
+@pytest.mark.usefixtures("float64", "form")
+@pytest.mark.parametrize(
+    ("kernel", "pool", "channels"), [(3, 2, 1), (3, 2, 3), (3, 2, 8), (5, 3, 1), (5, 3, 4), (2, 1, 2)]
+)
+def test_conv_pool_is_convolution_bias_relu_and_pool_in_that_order(kernel, pool, channels):
+    """In float64 the same numbers and gradients, the images' too, as Flax's layers in the usual order."""
+    x = jnp.asarray(normal(0, 2, 15, 14, channels))
+    layer = ConvPool(6, kernel, pool, dtype=jnp.float64)
+    flax_conv = nn.Conv(6, (kernel, kernel), padding="VALID", dtype=jnp.float64)
     params = layer.init(jax.random.key(0), x)["params"]
     params = {
-        "kernel": jnp.asarray(normal(1, *params["kernel"].shape, dtype=np.float32)),
-        "bias": jnp.linspace(-9, 1, 8),
+        "kernel": jnp.asarray(normal(1, *params["kernel"].shape)),
+        "bias": jnp.linspace(-3, 0.3, 6) * kernel * channels**0.5,
     }
 
-    @jax.jit
-    def usual(x):
+    def usual(params, x):
         return nn.max_pool(nn.relu(flax_conv.apply({"params": params}, x)), (pool, pool), (pool, pool), "VALID")
 
-    expected = usual(x)
-    assert 0.05 < np.mean(np.asarray(expected) == 0) < 0.9
-    np.testing.assert_allclose(jax.jit(layer.apply)({"params": params}, x), expected, rtol=0, atol=2e-5)
+    def scalar(function, params, x):
+        y = function(params, x)
+        return jnp.sum(jnp.sin(y)), y
+
+    results = [
+        jax.jit(jax.value_and_grad(functools.partial(scalar, function), argnums=(0, 1), has_aux=True))(params, x)
+        for function in (lambda params, x: layer.apply({"params": params}, x), usual)
+    ]
+    assert 0.05 < np.mean(np.asarray(results[1][0][1]) == 0) < 0.9
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), *results)
 
 
-@pytest.mark.usefixtures("form")
-def test_flatten_is_reshape():
-    x = jnp.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
-    np.testing.assert_array_equal(flatten(x), x.reshape(2, -1))
+@pytest.mark.parametrize("channels", [1, 3, 8])
+def test_mirrored_pooling_gives_the_gradient_to_the_first_of_equals(channels):
+    """On images and kernels of few values, so of many ties, the bits of `pool_bias_relu`'s gradient in float32."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-1, 2, (4, 9, 12, channels)), jnp.float32)
+    kernel = jnp.asarray(rng.integers(-1, 2, (3, 3, channels, 5)), jnp.float32)
+    bias, weights = jnp.asarray([-1.0, 0, 1, 2, -3]), jnp.asarray(rng.integers(-3, 4, (4, 3, 5, 5)), jnp.float32)
+    pools = [mirrored.conv_pool_direct, mirrored.conv_pool]
+
+    def usual(x, kernel, bias):
+        return pool_bias_relu(conv(x, kernel, padding="VALID"), bias, 2, jnp.float32)
+
+    functions = [usual, *(lambda x, k, bias, f=f: mirror(f(mirror(x), k, bias, 2, jnp.float32)) for f in pools)]
+    expected, *others = (
+        jax.jit(jax.grad(lambda *args, f=f: jnp.sum(f(*args) * weights), argnums=(0, 1, 2)))(x, kernel, bias)
+        for f in functions
+    )
+    for grads in others:
+        jax.tree.map(np.testing.assert_array_equal, grads, expected)
+
+
+@pytest.mark.parametrize("function", ["conv_pool", "conv_pool_direct", "dense"])
+@pytest.mark.parametrize("features", [2, 40])
+def test_mirrored_layers_in_bfloat16(function, features):
+    """With values that bfloat16 holds, results and gradients are those of float32 up to what rounding results adds.
+
+    Also that every product's shape runs: XLA 0.12 has no bfloat16 product with a transposed left side.
+    """
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-2, 3, (3, 8, 6, 4)), jnp.float32)
+    kernel = jnp.asarray(
+        rng.integers(-2, 3, (144, features) if function == "dense" else (3, 3, 3, features)), jnp.float32
+    )
+    bias = jnp.zeros(features)
+
+    def scalar(x, kernel, dtype):
+        if function == "dense":
+            y = mirrored.dense(x, kernel, dtype)
+        else:
+            y = getattr(mirrored, function)(x, kernel, bias, 2, dtype)
+        return jnp.sum(y.astype(jnp.float32)), y
+
+    run = jax.jit(jax.grad(scalar, argnums=(0, 1), has_aux=True), static_argnums=2)
+    low, high = run(x, kernel, jnp.bfloat16), run(x, kernel, jnp.float32)
+    assert low[1].dtype == (jnp.float32 if function == "dense" else jnp.bfloat16)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype(np.float32), b, rtol=2**-7, atol=0.5), low, high)
+
+
+@pytest.mark.usefixtures("float64", "form")
+def test_flat_dense_is_flax_dense_on_the_flattened_image():
+    x = jnp.asarray(normal(0, 3, 4, 5, 2))
+    ours, theirs = FlatDense(7, dtype=jnp.float64), nn.Dense(7, dtype=jnp.float64)
+    params = jax.tree.map(lambda p: jnp.asarray(normal(1, *p.shape)), ours.init(jax.random.key(0), x)["params"])
+    functions = [
+        lambda params, x: ours.apply({"params": params}, x),
+        lambda params, x: theirs.apply({"params": params}, x.reshape(3, -1)),
+    ]
+    results = [
+        jax.jit(jax.value_and_grad(lambda *args, f=f: jnp.sum(jnp.sin(f(*args))), argnums=(0, 1)))(params, x)
+        for f in functions
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), *results)
 
 
 def compiled_network(batch_size, mesh):
     """Two blocks and their gradients, the batch split over `mesh`."""
-    network = nn.Sequential([ConvPool(8), ConvPool(16), flatten, nn.Dense(10)])
+    network = nn.Sequential([ConvPool(8), ConvPool(16), FlatDense(10)])
     x = jnp.zeros((batch_size, 28, 28, 1))
     params = network.init(jax.random.key(0), x)
     whole, split = sharding.replicated(mesh), NamedSharding(mesh, PartitionSpec("data"))

@@ -11,10 +11,10 @@ PACKAGE = ROOT / "imgclf_jax"
 # The layers, lowest first. A module imports from layers below its own and never from beside it or above.
 LAYERS = [
     "cache errors lazy",
-    "config metrics provenance rng sharding spec tree writers models.layers",
-    "checkpoint losses optim schedules data.augment data.decode data.decoded data.prepare data.splits models.backbones",
-    "step workdir data.folder models.classifier",
-    "data.sources",
+    "config metrics provenance rng sharding spec tree writers models.mirrored",
+    "checkpoint losses optim schedules data.augment data.decode data.decoded data.prepare data.splits models.layers",
+    "step workdir data.folder models.backbones",
+    "data.sources models.classifier",
     "data.stream",
     "data.placement",
     "experiment",

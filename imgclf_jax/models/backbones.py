@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from imgclf_jax.errors import UserError, unknown
-from imgclf_jax.models.layers import ConvPool, flatten
+from imgclf_jax.models.layers import ConvPool, FlatDense
 
 _dense_init = nn.initializers.glorot_uniform()
 
@@ -33,8 +33,7 @@ class CNN(nn.Module):
                     "and pooling; resize it to a larger size or give fewer widths"
                 )
             x = ConvPool(width, self.kernel, dtype=self.dtype, name=f"block{i}")(x)  # [b, ~h/2, ~w/2, width]
-        x = flatten(x)  # [b, h * w * c]
-        return nn.relu(nn.Dense(self.hidden, dtype=self.dtype, kernel_init=_dense_init, name="dense")(x))
+        return nn.relu(FlatDense(self.hidden, dtype=self.dtype, kernel_init=_dense_init, name="dense")(x))
 
 
 class MLP(nn.Module):
