@@ -170,8 +170,12 @@ def _dispatch(command: str, config: ConfigDict, workdir: Path, values: flags.Fla
 
 def _set_environment(deterministic: bool) -> None:
     """What JAX and TensorFlow read when they are imported; what the user has set stands."""
-    if deterministic and "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+    flags = {"xla_cpu_prefer_vector_width": "512"}  # of those that the processor has; XLA's own choice is half of it
+    if deterministic:
+        flags["xla_gpu_deterministic_ops"] = "true"
+    own = os.environ.get("XLA_FLAGS", "")
+    added = [f"--{name}={value}" for name, value in flags.items() if name not in own]
+    os.environ["XLA_FLAGS"] = " ".join([*own.split(), *added])
     # Programs compiled once are kept, by kind of processor since a home folder may be shared by several.
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -47,7 +47,7 @@ def conv(
 
     With `inside`, mirrored: [c, h, w, b] → [f, ho, wo, b]; there a plain convolution is matrix products. Any other
     falls through to `lax.conv_general_dilated`. `padding` is "SAME", "VALID", a number, or one (before, after) a
-    dimension; the operands are cast to `dtype` (default: x's), the result is in it or, from matrix products, in float32.
+    dimension; the operands are cast to `dtype` (default: x's), the result is in it or, from products, in float32.
     """
     dtype = jnp.dtype(dtype or x.dtype)
     strides, dilation = _pair(strides), _pair(dilation)
