@@ -13,15 +13,18 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Network:
-    """One architecture as each framework writes it; `model` is this project's spec of it."""
+    """One architecture as each framework writes it; `model` is this project's spec of it.
+
+    A framework without a builder is not measured on it.
+    """
 
     image_shape: tuple[int, int, int]  # (h, w, c)
     classes: int
     model: str
     layer_flops: tuple[int, ...]  # of one image's forward pass, first layer first; a multiply-add is two
-    keras: Callable[[], Any]  # images f32[b, h, w, c] → logits, not compiled
     torch: Callable[[], Any]  # images f32[b, c, h, w] → logits
-    linen: Callable[[], Any]  # images f32[b, h, w, c] → logits
+    keras: Callable[[], Any] | None = None  # images f32[b, h, w, c] → logits, not compiled
+    linen: Callable[[], Any] | None = None  # images f32[b, h, w, c] → logits
 
     @property
     def inference_flops(self) -> int:
@@ -101,6 +104,87 @@ def _cnn_linen() -> Any:
     return CNN()
 
 
+def _resnet20_torch() -> Any:
+    from torch import nn
+    from torch.nn import functional
+
+    class Block(nn.Module):
+        def __init__(self, inputs: int, features: int, stride: int) -> None:
+            super().__init__()
+            self.conv1 = nn.Conv2d(inputs, features, 3, stride, 1, bias=False)
+            self.bn1 = nn.BatchNorm2d(features)
+            self.conv2 = nn.Conv2d(features, features, 3, 1, 1, bias=False)
+            self.bn2 = nn.BatchNorm2d(features)
+            self.stride, self.new = stride, features - inputs
+
+        def forward(self, x: Any) -> Any:
+            y = functional.relu(self.bn1(self.conv1(x)))
+            y = self.bn2(self.conv2(y))
+            if self.new:
+                half = self.new // 2
+                x = functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.new - half))
+            return functional.relu(x + y)
+
+    blocks = [
+        Block(16 * 2 ** max(0, i - (j == 0)), 16 * 2**i, 2 if i and not j else 1) for i in range(3) for j in range(3)
+    ]
+    stem = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def _vit_torch() -> Any:
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    class Block(nn.Module):
+        def __init__(self, width: int, heads: int) -> None:
+            super().__init__()
+            self.heads = heads
+            self.norm1, self.norm2 = nn.LayerNorm(width, 1e-6), nn.LayerNorm(width, 1e-6)
+            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+        def forward(self, x: Any) -> Any:
+            b, n, d = x.shape
+            q, k, v = self.qkv(self.norm1(x)).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            y = functional.scaled_dot_product_attention(q, k, v)
+            x = x + self.proj(y.transpose(1, 2).reshape(b, n, d))
+            return x + self.mlp(self.norm2(x))
+
+    class ViT(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch = nn.Conv2d(3, 192, 4, 4)
+            self.token = nn.Parameter(torch.zeros(1, 1, 192))
+            self.positions = nn.Parameter(torch.randn(1, 65, 192) * 0.02)
+            self.blocks = nn.Sequential(*(Block(192, 3) for _ in range(12)))
+            self.norm, self.head = nn.LayerNorm(192, 1e-6), nn.Linear(192, 10)
+
+        def forward(self, x: Any) -> Any:
+            x = self.patch(x).flatten(2).transpose(1, 2)
+            x = torch.cat([self.token.expand(len(x), 1, 192), x], 1) + self.positions
+            return self.head(self.norm(self.blocks(x))[:, 0])
+
+    return ViT()
+
+
+def _resnet20_flops() -> tuple[int, ...]:
+    flops = [conv_flops(32, 32, 3, 3, 16)]
+    for i in range(3):
+        size, features = 32 // 2**i, 16 * 2**i
+        first = features // 2 if i else features
+        flops += [conv_flops(size, size, 3, first if j == 0 else features, features) for j in range(6)]
+    return (*flops, dense_flops(64, 10))
+
+
+def _vit_flops() -> tuple[int, ...]:
+    tokens, width = 65, 192
+    attention = [tokens * dense_flops(width, 3 * width), 2 * 2 * tokens**2 * width, tokens * dense_flops(width, width)]
+    block = [*attention, tokens * dense_flops(width, 4 * width), tokens * dense_flops(4 * width, width)]
+    return (64 * dense_flops(4 * 4 * 3, width), *(12 * block), dense_flops(width, 10))
+
+
 NETWORKS = {
     # 28×28×1 → 26×26×32 → 13×13×32 → 11×11×64 → 5×5×64 → 1600 → 64 → 10: 121,930 parameters
     "cnn": Network(
@@ -117,4 +201,8 @@ NETWORKS = {
         torch=_cnn_torch,
         linen=_cnn_linen,
     ),
+    # He et al. 2015, section 4.2: 269,722 parameters
+    "resnet20": Network((32, 32, 3), 10, "resnet_cifar(depth=20)", _resnet20_flops(), _resnet20_torch),
+    # ViT-Ti on patches of 4×4: 5,362,762 parameters
+    "vit_ti4": Network((32, 32, 3), 10, "vit('Ti', patch=4)", _vit_flops(), _vit_torch),
 }

@@ -28,7 +28,7 @@ from typing import Any
 
 import report
 from machine import machine, now
-from networks import NETWORKS
+from networks import NETWORKS, Network
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from variants import MEASURED, OWN, PEAK, PEERS
@@ -63,7 +63,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def measure(args: argparse.Namespace, network: str, console: Console) -> dict[str, Any]:
     """{"workers": what each said of itself, "absent": reasons, "records": every measurement} of one network."""
-    names = [*OWN, *args.peers, PEAK]
+    names = [*OWN, *(name for name in args.peers if runs(name, NETWORKS[network])), PEAK]
     turns = [(size, mode, name) for size in args.batch_sizes for mode in (*MEASURED[PEAK].modes, "train", "infer")
              for name in names if mode in MEASURED[name].modes]  # fmt: skip
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -96,6 +96,11 @@ def measure(args: argparse.Namespace, network: str, console: Console) -> dict[st
             "absent": {name: worker.error for name, worker in workers.items() if worker.error},
             "records": records,
         }
+
+
+def runs(peer: str, network: Network) -> bool:
+    """Whether the network is written for the peer's framework."""
+    return getattr(network, MEASURED[peer].module.removeprefix("peer_")) is not None
 
 
 def in_order(turns: list[tuple[int, str, str]], round_number: int) -> list[tuple[int, str, str]]:

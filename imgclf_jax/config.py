@@ -34,7 +34,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "preprocess": ("decode(3)", "Host ops, bytes to a fixed-shape uint8 image, for training."),
     "preprocess_eval": ("", "Host ops for evaluation and prediction; empty: as `preprocess`."),
     "augment": ("", "Device ops on the batch; those that draw at random are left out in evaluation. Scaled to [0, 1]."),
-    "model": ("cnn", "The backbone, images to features: cnn, mlp, rnn, or an import path."),
+    "model": ("cnn", "The backbone, images to features: cnn, resnet(depth=50), vit, …, or an import path."),
     "loss": ("softmax", "softmax(label_smoothing=0.0), or an import path."),
     "optimizer": ("adam", "An optax optimizer by its own name, without its learning rate: 'adamw(weight_decay=1e-4)'."),
     "schedule": ("constant(1e-3)", "The learning rate: constant, cosine, linear, one_cycle or step, each with warmup."),

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -23,6 +24,7 @@ from imgclf_jax.provenance import DataInfo
 
 # Up to so many steps, or bytes of images, go to the device in one call.
 _MOST_STEPS, _CHUNK_BYTES = 32, 8 << 20
+_FIRST_IMAGES = 5000  # that airbench94 whitens by
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,18 @@ class Experiment:
     def loss(self) -> losses.Loss:
         return losses.build(self.config.loss)
 
-    def init(self, seed: jax.Array) -> dict[str, Any]:
+    def init(self, seed: jax.Array, images: jax.Array | None = None) -> dict[str, Any]:
         """What a run starts from and a checkpoint holds: {"state": TrainState, "sums": of the metrics window}."""
-        state = step.init_state(self.model, self.optimizer, self.data.image_shape, seed)
+        state = step.init_state(self.model, self.optimizer, self.data.image_shape, seed, images)
         return {"state": state, "sums": step.zero_sums()}
+
+    def first_images(self, images: Images) -> jax.Array | None:
+        """The first 5,000 training images, as in evaluation, for a backbone that begins from images; or None."""
+        if not hasattr(self.model.backbone, "init_on_images"):
+            return None
+        ids = np.arange(min(_FIRST_IMAGES, len(images)))
+        first = images.read(ids, ids)["image"]
+        return jax.jit(lambda images: augment.build(self.config.augment, train=False)(None, images))(first)
 
     @cached_property
     def _init_jaxpr(self) -> tuple[Any, Any]:

@@ -28,12 +28,21 @@ class TrainState(struct.PyTreeNode):
 
 
 def init_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, image_shape: tuple[int, ...], seed: jax.Array | int
+    model: Any,  # a Classifier
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, ...],
+    seed: jax.Array | int,
+    images: jax.Array | None = None,
 ) -> TrainState:
-    """The state at step 0; `image_shape` is (h, w, c). Pure, so it can be jitted or evaluated for its shape."""
-    images = jnp.zeros((1, *image_shape), jnp.float32)
-    variables = dict(model.init(rng.key(seed, "init"), images, train=False))
+    """The state at step 0; `image_shape` is (h, w, c). Pure, so it can be jitted or evaluated for its shape.
+
+    `images` f32[n, h, w, c] are for a backbone with a function `init_on_images(params, images) -> params`.
+    """
+    zeros = jnp.zeros((1, *image_shape), jnp.float32)
+    variables = dict(model.init(rng.key(seed, "init"), zeros, train=False))
     params = variables.pop("params")
+    if images is not None:
+        params = {**params, "backbone": model.backbone.init_on_images(params["backbone"], images)}
     return TrainState(
         seed=jnp.uint32(seed),
         step=jnp.int32(0),

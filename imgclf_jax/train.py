@@ -56,7 +56,7 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
     start, run = checkpoints.restore_latest(experiment.shape) or (0, None)
     if run is None:
         init = jax.jit(experiment.init, out_shardings=sharding.replicated(mesh))
-        run = init(np.uint32(config.seed))
+        run = init(np.uint32(config.seed), experiment.first_images(images))
         _log_parameters(run["state"].params)
     else:
         log.info("resuming at step %d of %d", start, total)

@@ -35,6 +35,20 @@ def test_every_framework_builds_the_same_network():
     assert network.training_flops == 3 * 2 * multiply_adds - 2 * 26 * 26 * 32 * 9
 
 
+@pytest.mark.parametrize(("name", "count"), [("resnet20", 269_722), ("vit_ti4", 5_362_762)])
+def test_pytorch_builds_the_same_backbones(name, count):
+    """As many parameters, shape by shape, as this project's."""
+    from networks import NETWORKS
+
+    pytest.importorskip("torch", reason="torch comes with the dependency group `peers`")
+    network = NETWORKS[name]
+    images = jnp.zeros((2, *network.image_shape))
+    params = jax.eval_shape(classifier.build(network.model, 10, "float32").init, jax.random.key(0), images)["params"]
+    ours, theirs = jax.tree.leaves(params), list(network.torch().parameters())
+    assert sum(x.size for x in ours) == sum(x.numel() for x in theirs) == count
+    assert sorted(x.size for x in ours) == sorted(x.numel() for x in theirs)
+
+
 def test_ratios_are_of_the_same_round():
     """The machine's drift cancels: each round's rates are divided by that round's, and the median is of the ratios."""
     import report

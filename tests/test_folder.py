@@ -72,6 +72,27 @@ def test_split_folders_share_the_classes_of_them_all(tmp_path):
             assert source.class_names[label] == file.split("/")[0]
 
 
+def test_a_few_of_each_class_to_train_on(flat):
+    """As many of each class as asked for, all others to test, the same ones every time, others for another draw."""
+    splits = folder(str(flat), train_per_class=1)
+    assert sorted(splits["train"].labels) == [0, 1, 2]
+    assert sorted(splits["test"].labels) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert {*splits["train"].files, *splits["test"].files} == set(folder(str(flat))["train"].files)
+    for source in splits.values():
+        assert [source.class_names.index(f.split("/")[0]) for f in source.files] == source.labels.tolist()
+        assert list(source.sizes) == [(flat / f).stat().st_size for f in source.files]
+    again = folder(str(flat), train_per_class=1)
+    assert again["train"].fingerprint() == splits["train"].fingerprint()
+    draws = {folder(str(flat), 1, draw)["train"].files for draw in range(8)}
+    assert len(draws) > 3
+
+
+@pytest.mark.parametrize(("count", "words"), [(4, "has 4 images"), (9, "has 4 images"), (-1, "above zero")])
+def test_too_many_to_train_on(flat, count, words):
+    with pytest.raises(UserError, match=words):
+        folder(str(flat), train_per_class=count)
+
+
 def test_classes_that_are_called_like_splits_are_classes(tmp_path):
     write(tmp_path / "train" / "1.png")
     write(tmp_path / "plane" / "1.png")

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from imgclf_jax import sharding
 from imgclf_jax.models import layers, mirrored
-from imgclf_jax.models.layers import Conv, ConvPool, FlatDense, conv, mirror, pool_bias_relu
+from imgclf_jax.models.layers import BatchNorm, Conv, ConvPool, FlatDense, conv, mirror, pool_bias_relu
 
 SETTINGS = [  # kernel, strides, padding, dilation, groups
     (3, 1, "VALID", 1, 1),
@@ -239,3 +239,71 @@ def test_between_two_layers_nothing_is_transposed():
     program = compiled_network(64, sharding.make_mesh(jax.devices()[:1])).as_text()
     assert "f32[8,13,13,64]" in program  # the images between the blocks, mirrored
     assert "f32[64,13,13,8]" not in program
+
+
+@pytest.mark.usefixtures("float64", "form")
+@pytest.mark.parametrize("use_scale", [True, False])
+def test_batch_norm_is_flax_batch_norm(use_scale):
+    """The same parameters, statistics, results and gradients as nn.BatchNorm in float64, in training and evaluation."""
+    x = jnp.asarray(normal(0, 6, 5, 4, 3)) * 3 + 1
+    ours = BatchNorm(0.9, 1e-3, use_scale=use_scale)
+    theirs = nn.BatchNorm(
+        momentum=0.9, epsilon=1e-3, use_scale=use_scale, dtype=jnp.float64, force_float32_reductions=False
+    )
+    shapes = jax.eval_shape(lambda: theirs.init(jax.random.key(0), x, use_running_average=False))
+    assert jax.tree.map(jnp.shape, ours.init(jax.random.key(0), layers.inner(x), True)) == jax.tree.map(
+        jnp.shape, shapes
+    )
+    variables = jax.tree.map(lambda s: jnp.asarray(np.abs(normal(1, *s.shape)) + 0.1), dict(shapes))
+
+    def run(layer, params, x):
+        state = {"params": params, "batch_stats": variables["batch_stats"]}
+        if layer is ours:
+            y, new = layer.apply(state, layers.inner(x), True, mutable=["batch_stats"])
+            outputs = layers.inner(y), layers.inner(layer.apply(state, layers.inner(x), False))
+        else:
+            y, new = layer.apply(state, x, use_running_average=False, mutable=["batch_stats"])
+            outputs = y, layer.apply(state, x, use_running_average=True)
+        return jnp.sum(jnp.sin(outputs[0])) + jnp.sum(jnp.cos(outputs[1])), (outputs, new)
+
+    results = [
+        jax.jit(jax.value_and_grad(functools.partial(run, layer), argnums=(0, 1), has_aux=True))(variables["params"], x)
+        for layer in (ours, theirs)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), *results)
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize(("window", "strides", "padding"), [(2, 2, 0), (3, 3, 0), (3, 2, 1), (2, 1, 0)])
+def test_max_pool_is_flax_max_pool(window, strides, padding):
+    """Values and gradients, the latter to the first of equals."""
+    x = jnp.asarray(np.random.default_rng(0).integers(-3, 3, (2, 9, 8, 5)), jnp.float32)
+
+    def usual(x):
+        return nn.max_pool(x, (window, window), (strides, strides), [(padding, padding)] * 2)
+
+    def ours(x):
+        return layers.inner(layers.max_pool(layers.inner(x), window, strides, padding))
+
+    weights = jnp.asarray(normal(1, *usual(x).shape, dtype=np.float32))
+    results = [jax.jit(jax.value_and_grad(lambda x, f=f: jnp.sum(f(x) * weights)))(x) for f in (usual, ours)]
+    np.testing.assert_array_equal(jax.jit(ours)(x), usual(x))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
+
+
+@pytest.mark.usefixtures("form")
+def test_mean_pool_is_the_mean_over_pixels():
+    x = jnp.asarray(normal(0, 2, 5, 4, 3, dtype=np.float32))
+    np.testing.assert_allclose(layers.mean_pool(layers.inner(x)), np.mean(x, (1, 2)), rtol=1e-5, atol=1e-6)
+
+
+def test_drop_path_drops_whole_examples():
+    """Each with the given probability; what stays is scaled so that the expectation is unchanged."""
+    out = nn.apply(lambda module, x: layers.drop_path(module, x, 0.25, True), nn.Dense(1))(
+        {}, jnp.ones((4000, 2, 3)), rngs={"dropout": jax.random.key(0)}
+    )
+    rows = np.asarray(out).reshape(4000, -1)
+    assert set(np.unique(rows)) == {np.float32(0), np.float32(1 / 0.75)}
+    assert (rows == rows[:, :1]).all()
+    assert abs(np.mean(rows[:, 0] > 0) - 0.75) < 5 * (0.25 * 0.75 / 4000) ** 0.5
+    assert layers.drop_path(nn.Dense(1), out, 0.25, False) is out

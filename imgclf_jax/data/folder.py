@@ -43,8 +43,11 @@ class FolderSource:
         return hashlib.sha256(whole.encode()).hexdigest()
 
 
-def folder(path: str) -> dict[str, FolderSource]:
+def folder(path: str, train_per_class: int = 0, draw: int = 0) -> dict[str, FolderSource]:
     """Images under `path`: `path/CLASS/…` is the split `train`; `path/train/CLASS/…` and `path/test/CLASS/…` are two.
+
+    With `train_per_class`, so many images of each class of the former are `train`, and all others `test`; which ones
+    follows from their names and the number `draw`, for splits of their own for several runs.
 
     Every file is decoded once, in parallel, so that a broken one is named here and not in mid-training; which files
     were good is remembered, by size and time of change, in the user's cache folder. Hidden files are passed over.
@@ -62,7 +65,33 @@ def folder(path: str) -> dict[str, FolderSource]:
     out = {name: _scan(split_root, class_names) for name, split_root in split_roots.items()}
     for source in out.values():
         _check(source)
-    return out
+    return _few(out, train_per_class, draw) if train_per_class else out
+
+
+def _few(splits: dict[str, FolderSource], train_per_class: int, draw: int) -> dict[str, FolderSource]:
+    """The split `train` of one without a test split, cut into `train` and `test`."""
+    source = splits["train"] if splits.keys() == {"train"} else None
+    if source is None or train_per_class < 0:
+        raise UserError(
+            f"folder(train_per_class={train_per_class}) is a number above zero, for a folder without train/ and test/"
+        )
+    chosen = np.zeros(len(source), bool)
+    for label, name in enumerate(source.class_names):
+        places = np.flatnonzero(source.labels == label)
+        if len(places) <= train_per_class:
+            raise UserError(
+                f"folder(train_per_class={train_per_class}): the class {name!r} has {len(places)} images, and none "
+                "would be left for `test`; take fewer, or remove the class"
+            )
+        keys = [hashlib.sha256(os.fsencode(f"{draw}/{source.files[i]}")).digest() for i in places]
+        chosen[places[sorted(range(len(places)), key=keys.__getitem__)[:train_per_class]]] = True
+
+    def part(which: np.ndarray) -> FolderSource:
+        places = np.flatnonzero(which)
+        files, sizes = tuple(source.files[i] for i in places), tuple(source.sizes[i] for i in places)
+        return FolderSource(source.root, files, source.labels[places], sizes, source.class_names)
+
+    return {"train": part(chosen), "test": part(~chosen)}
 
 
 def _subfolders(path: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The small backbones: each maps images [b, h, w, c] to features [b, d]."""
+"""The small backbones, and the table of all: each maps images [b, h, w, c] to features [b, d]."""
 
 from typing import Any, cast
 
@@ -7,7 +7,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from imgclf_jax.errors import UserError, unknown
+from imgclf_jax.models.airbench import AirBench
+from imgclf_jax.models.convnext import ConvNeXt
 from imgclf_jax.models.layers import ConvPool, FlatDense
+from imgclf_jax.models.resnet import ResNet, ResNetCIFAR, WideResNet
+from imgclf_jax.models.vit import Mixer, ViT
 
 _dense_init = nn.initializers.glorot_uniform()
 
@@ -80,4 +84,15 @@ class RNN(nn.Module):
         return x[:, -1]
 
 
-BACKBONES = {"cnn": CNN, "mlp": MLP, "rnn": RNN}
+BACKBONES = {
+    "cnn": CNN,
+    "mlp": MLP,
+    "rnn": RNN,
+    "resnet": ResNet,
+    "resnet_cifar": ResNetCIFAR,
+    "wide_resnet": WideResNet,
+    "convnext": ConvNeXt,
+    "vit": ViT,
+    "mixer": Mixer,
+    "airbench": AirBench,
+}

@@ -41,8 +41,10 @@ def _in_order(x: jax.Array) -> jax.Array:
     """x itself, computed here and laid out in memory as its shape says.
 
     Without it XLA leaves a transposed x where it lies and reads it across its rows, or computes x anew, as often as
-    needed, inside of what reads it.
+    needed, inside of what reads it. Outside of `jit` it has no say.
     """
+    if not isinstance(x, jax.core.Tracer):
+        return x
     return lax.optimization_barrier(with_layout_constraint(x, Layout(tuple(range(x.ndim)))))
 
 
@@ -56,6 +58,8 @@ def _patches(x: jax.Array, kernel: tuple[int, int], strides: tuple[int, int], si
     """[c, h, w, b] → [kh * kw * c, ho, wo, b]: under each output position, the inputs that its kernel sees."""
     (kh, kw), (sh, sw), (ho, wo) = kernel, strides, size
     c, b = x.shape[0], x.shape[3]
+    if (kh, kw) == (1, 1):
+        return x[:, : (ho - 1) * sh + 1 : sh, : (wo - 1) * sw + 1 : sw]
     corners = jnp.asarray([(i, j) for i in range(kh) for j in range(kw)])  # [kh * kw, 2]
     x = _in_order(x)
 
@@ -142,18 +146,49 @@ def _conv_backward(
 conv.defvjp(_conv_forward, _conv_backward)
 
 
+def _first_greatest(cells: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The greatest of the cells, and which cell it is in, the first of equals: int8 where it fits."""
+    maximum = functools.reduce(jnp.maximum, cells)
+    place = jnp.full(maximum.shape, len(cells) - 1, jnp.int8 if len(cells) <= 128 else jnp.int32)
+    for k in reversed(range(len(cells) - 1)):
+        place = jnp.where(cells[k] == maximum, jnp.asarray(k, place.dtype), place)
+    return maximum, place
+
+
 def pooled(cells: list[jax.Array], bias: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Of the outputs at each place of a window: relu(the greatest + bias) in `dtype`, and the place that gave it.
 
     The place is the first of equals, int8, or -1 where ReLU gave zero; it is all that the gradient needs.
     """
-    maximum = functools.reduce(jnp.maximum, cells)
+    maximum, place = _first_greatest(cells)
     out = nn.relu(maximum + bias.astype(maximum.dtype))
-    place = jnp.full(out.shape, len(cells) - 1, jnp.int8 if len(cells) <= 128 else jnp.int32)
-    for k in reversed(range(len(cells) - 1)):
-        place = jnp.where(cells[k] == maximum, jnp.asarray(k, place.dtype), place)
     place = jnp.where(out > 0, place, jnp.asarray(-1, place.dtype))
     return lax.optimization_barrier((out.astype(dtype), place))  # or XLA finds the places anew, several times
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def max_pool(x: jax.Array, window: int) -> jax.Array:
+    """The greatest of each window, [c, h, w, b] → [c, h // window, w // window, b]."""
+    return _max_pool_forward(x, window)[0]
+
+
+def _max_pool_forward(x: jax.Array, window: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    c, h, w, b = x.shape
+    ho, wo = h // window, w // window
+    windows = x[:, : ho * window, : wo * window].reshape(c, ho, window, wo, window, b)
+    cells = [windows[:, :, i, :, j] for i, j in itertools.product(range(window), repeat=2)]
+    maximum, place = _first_greatest(cells)
+    return maximum, (place, x[:0])
+
+
+def _max_pool_backward(window: int, saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array]:
+    place, x = saved  # of x only the shape
+    d_x = unpooled(place, gradient, window)
+    rest = [(0, n - m) for n, m in zip(x.shape[1:3], d_x.shape[1:3], strict=True)]
+    return (jnp.pad(d_x, ((0, 0), *rest, (0, 0))),)
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def unpooled(place: jax.Array, gradient: jax.Array, window: int, first: int = 1) -> jax.Array:

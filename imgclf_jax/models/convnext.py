@@ -1,0 +1,67 @@
+"""ConvNeXt: Liu et al. 2022 (arXiv:2201.03545)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from imgclf_jax.errors import UserError, unknown
+from imgclf_jax.models.layers import Conv, drop_path, layer_norm
+
+_VARIANTS = {
+    "T": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "S": ((3, 3, 27, 3), (96, 192, 384, 768)),
+    "B": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+}
+_init = nn.initializers.truncated_normal(0.02)
+
+
+class ConvNeXtBlock(nn.Module):
+    """A 7×7 convolution in each channel by itself, then two dense layers in each pixel."""
+
+    drop_path: float = 0.0
+    layer_scale: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        d = x.shape[-1]
+        settings: dict[str, Any] = {"dtype": self.dtype, "kernel_init": _init}
+        y = Conv(d, 7, padding=3, feature_group_count=d, **settings, name="dwconv")(x)
+        y = layer_norm("norm", y)
+        y = nn.gelu(nn.Dense(4 * d, **settings, name="pwconv1")(y), approximate=False)
+        y = nn.Dense(d, **settings, name="pwconv2")(y)
+        y = y * self.param("gamma", nn.initializers.constant(self.layer_scale), (d,)).astype(self.dtype)
+        return x + drop_path(self, y, self.drop_path, train)
+
+
+class ConvNeXt(nn.Module):
+    """Variant "T", "S" or "B": [b, h, w, c] → [b, 768], "B" → [b, 1024].
+
+    `drop_path` is the rate of stochastic depth in the last block; it grows linearly from zero in the first.
+    """
+
+    variant: str = "T"
+    drop_path: float = 0.0
+    layer_scale: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        if self.variant not in _VARIANTS:
+            raise UserError(unknown("convnext variant", self.variant, _VARIANTS))
+        depths, dims = _VARIANTS[self.variant]
+        settings: dict[str, Any] = {"dtype": self.dtype, "kernel_init": _init}
+        rates = iter(self.drop_path * i / (sum(depths) - 1) for i in range(sum(depths)))
+        for i, (depth, d) in enumerate(zip(depths, dims, strict=True)):
+            if i:
+                x = layer_norm(f"downsample{i}_norm", x)
+            size = 2 if i else 4
+            x = Conv(d, size, size, "VALID", **settings, name=f"downsample{i}_conv" if i else "stem_conv")(x)
+            if not i:
+                x = layer_norm("stem_norm", x)  # [b, h/4, w/4, d]
+            for j in range(depth):
+                block = ConvNeXtBlock(next(rates), self.layer_scale, self.dtype, name=f"stage{i}_{j}")
+                x = block(x, train)
+        return layer_norm("norm", jnp.mean(x, (1, 2), dtype=jnp.float32).astype(self.dtype))

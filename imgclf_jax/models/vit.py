@@ -1,0 +1,173 @@
+"""Models over patches: the Vision Transformer and the MLP-Mixer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from imgclf_jax.errors import UserError, unknown
+from imgclf_jax.models.layers import Conv, drop_path, layer_norm
+
+_VIT = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12)}  # width, layers, heads
+_MIXER = {"S": (512, 8, 256, 2048), "B": (768, 12, 384, 3072)}  # width, layers, hidden over tokens, over channels
+_init = nn.initializers.truncated_normal(0.02)
+
+
+def _patches(x: jax.Array, patch: int, width: int, dtype: Any, kind: str) -> jax.Array:
+    """[b, h, w, c] → [b, h / patch, w / patch, width]: each patch by itself, through one dense layer."""
+    h, w = x.shape[1:3]
+    if h % patch or w % patch:
+        raise UserError(f"{kind}: an image of {h} by {w} does not divide into patches of {patch}; resize it")
+    return Conv(width, patch, patch, "VALID", dtype=dtype, kernel_init=nn.initializers.lecun_normal(), name="patch")(x)
+
+
+def sincos_positions(h: int, w: int, width: int) -> np.ndarray:
+    """f32[h * w, width], fixed: sines and cosines of the row and of the column, of geometric wavelengths.
+
+    As in Beyer et al. 2022 (arXiv:2205.01580); `width` is a multiple of 4.
+    """
+    rows, columns = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
+    frequencies = 1 / 10_000 ** (np.arange(width // 4) / max(width // 4 - 1, 1))
+    angles = [place.reshape(-1, 1) * frequencies for place in (columns, rows)]
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1).astype(np.float32)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over [b, n, d] (Vaswani et al. 2017, arXiv:1706.03762).
+
+    Its maps, f32[b, heads, n, n], are there under `mutable=["intermediates"]`, as `attention`.
+    """
+
+    heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, n, d = x.shape
+        init = nn.initializers.xavier_uniform()
+        qkv = nn.Dense(3 * d, dtype=self.dtype, kernel_init=init, name="qkv")(x)
+        q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, d // self.heads), 2, 0)  # [b, n, heads, d / heads]
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+        maps = jax.nn.softmax(scores * (d // self.heads) ** -0.5, -1)  # in float32 whatever the dtype
+        self.sow("intermediates", "attention", maps)
+        y = jnp.einsum("bhqk,bkhd->bqhd", maps.astype(self.dtype), v).reshape(b, n, d)
+        return nn.Dense(d, dtype=self.dtype, kernel_init=init, name="proj")(y)
+
+
+class MLPBlock(nn.Module):
+    """Two dense layers with GELU between them, over the last axis."""
+
+    hidden: int
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        init = nn.initializers.xavier_uniform()
+        y = nn.gelu(nn.Dense(self.hidden, dtype=self.dtype, kernel_init=init, name="fc1")(x), approximate=False)
+        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, name="fc2")(y)
+
+
+class EncoderBlock(nn.Module):
+    """Attention and dense layers, each after a normalization and beside a shortcut."""
+
+    heads: int
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        y = Attention(self.heads, self.dtype, name="attn")(layer_norm("norm1", x))
+        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        x = x + drop_path(self, y, self.drop_path, train)
+        y = layer_norm("norm2", x)
+        y = MLPBlock(4 * x.shape[-1], self.dropout, self.dtype, name="mlp")(y, train)
+        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        return x + drop_path(self, y, self.drop_path, train)
+
+
+class ViT(nn.Module):
+    """Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929), variant "Ti", "S" or "B": → [b, 192 | 384 | 768].
+
+    `patch` is the patches' side; `positions` are "learned" or "sincos"; `pool` is "cls" (a class token's features) or
+    "mean" (of all tokens). The attention maps of block i are there under `mutable=["intermediates"]`.
+    """
+
+    variant: str = "S"
+    patch: int = 16
+    positions: str = "learned"
+    pool: str = "cls"
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        for kind, value, allowed in (
+            ("variant", self.variant, list(_VIT)),
+            ("positions", self.positions, ["learned", "sincos"]),
+            ("pool", self.pool, ["cls", "mean"]),
+        ):
+            if value not in allowed:
+                raise UserError(unknown(f"vit {kind}", value, allowed))
+        width, layers, heads = _VIT[self.variant]
+        x = _patches(x, self.patch, width, self.dtype, "vit")
+        b, h, w, _ = x.shape
+        x = x.reshape(b, h * w, width)
+        if self.positions == "sincos":
+            x = x + jnp.asarray(sincos_positions(h, w, width), self.dtype)
+        if self.pool == "cls":
+            token = self.param("cls", nn.initializers.zeros, (1, 1, width)).astype(self.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(token, (b, 1, width)), x], 1)
+        if self.positions == "learned":
+            x = x + self.param("positions_embedding", _init, (1, x.shape[1], width)).astype(self.dtype)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        for i in range(layers):
+            rate = self.drop_path * i / (layers - 1)
+            x = EncoderBlock(heads, self.dropout, rate, self.dtype, name=f"block{i}")(x, train)  # [b, n, width]
+        x = layer_norm("norm", x)
+        return x[:, 0] if self.pool == "cls" else jnp.mean(x, 1, dtype=jnp.float32).astype(self.dtype)
+
+
+class MixerBlock(nn.Module):
+    """Dense layers over the tokens, then over the channels."""
+
+    tokens_hidden: int
+    channels_hidden: int
+    drop_path: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        y = layer_norm("norm1", x).swapaxes(1, 2)
+        y = MLPBlock(self.tokens_hidden, 0.0, self.dtype, name="mlp_tokens")(y, train).swapaxes(1, 2)
+        x = x + drop_path(self, y, self.drop_path, train)
+        y = layer_norm("norm2", x)
+        y = MLPBlock(self.channels_hidden, 0.0, self.dtype, name="mlp_channels")(y, train)
+        return x + drop_path(self, y, self.drop_path, train)
+
+
+class Mixer(nn.Module):
+    """MLP-Mixer (Tolstikhin et al. 2021, arXiv:2105.01601), variant "S" or "B": → [b, 512 | 768]."""
+
+    variant: str = "S"
+    patch: int = 16
+    drop_path: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        if self.variant not in _MIXER:
+            raise UserError(unknown("mixer variant", self.variant, _MIXER))
+        width, layers, tokens_hidden, channels_hidden = _MIXER[self.variant]
+        x = _patches(x, self.patch, width, self.dtype, "mixer")
+        x = x.reshape(x.shape[0], -1, width)  # [b, n, width]
+        for i in range(layers):
+            rate = self.drop_path * i / (layers - 1)
+            x = MixerBlock(tokens_hidden, channels_hidden, rate, self.dtype, name=f"block{i}")(x, train)
+        x = layer_norm("norm", x)
+        return jnp.mean(x, 1, dtype=jnp.float32).astype(self.dtype)
