@@ -35,10 +35,22 @@ KEYS: dict[str, tuple[Any, str]] = {
     "preprocess_eval": ("", "Host ops for evaluation and prediction; empty: as `preprocess`."),
     "augment": ("", "Device ops on the batch; those that draw at random are left out in evaluation. Scaled to [0, 1]."),
     "model": ("cnn", "The backbone, images to features: cnn, resnet(depth=50), vit, …, or an import path."),
-    "loss": ("softmax", "softmax(label_smoothing=0.0), or an import path."),
-    "optimizer": ("adam", "An optax optimizer by its own name, without its learning rate: 'adamw(weight_decay=1e-4)'."),
+    "loss": ("softmax", "softmax, sigmoid (binary cross-entropies) or focal, or an import path."),
+    "optimizer": (
+        "adam",
+        "An optax optimizer, without its rate, after any transforms: 'add_decayed_weights(5e-4)|sgd'.",
+    ),
     "schedule": ("constant(1e-3)", "The learning rate: constant, cosine, linear, one_cycle or step, each with warmup."),
     "clip": (0.0, "The greatest global norm of the gradient; 0: not clipped."),
+    "accumulate": (1, "Parts that a step computes its batch's gradient in, one after the other: so much less memory."),
+    "ema": (0.0, "Decay of the average of the weights that evaluation uses, such as 0.999; 0: the weights themselves."),
+    "rules.lr": ("", "Learning rates by parameter: 'backbone/.*=0.1, head/.*=1', patterns of whole paths, first wins."),
+    "rules.decay": ("", "The same for weight decay; '.*(bias|scale)=0' leaves out biases and normalizations."),
+    "rules.freeze": (
+        "",
+        "Parameters not trained, as patterns of whole paths: 'backbone/.*'; their modules run as in evaluation.",
+    ),
+    "rules.layer_decay": (0.0, "The learning rate of each layer as a fraction of that of the layer above; 0: off."),
     "tensorboard": (True, "Write TensorBoard's files beside metrics.jsonl."),
     "log_every": ("50 steps", "How often training metrics are written; empty: never."),
     "eval_every": ("1 epochs", "How often all of `data.eval` is evaluated; empty: at the end only."),
@@ -133,6 +145,7 @@ def validate(config: ConfigDict) -> None:
         ("checkpoint.keep", 1),
         ("data.threads", 0),
         ("steps_per_call", 0),
+        ("accumulate", 1),
         ("clip", 0),
     ):
         if flatten(config)[key] < least:
@@ -140,6 +153,10 @@ def validate(config: ConfigDict) -> None:
     for key, allowed in (("precision", ("float32", "bfloat16")), ("data.placement", ("host", "device"))):
         if (value := flatten(config)[key]) not in allowed:
             raise UserError(unknown(key, value, allowed))
+    if not 0 <= config.ema < 1:
+        raise UserError(f"ema={config.ema}: allowed are 0 (off) to below 1, such as 0.999")
+    if not 0 <= config.rules.layer_decay <= 1:
+        raise UserError(f"rules.layer_decay={config.rules.layer_decay}: allowed are 0 (off) to 1, such as 0.75")
     for key in CADENCES:
         period(config[key], key, 1000, 10, 10)
     steps = period(config.total, "total", 1000, 10)

@@ -31,7 +31,7 @@ def evaluate(experiment: Experiment, state: Any, images: stream.Images) -> dict[
     for some in itertools.batched(batches, size):
         chunk = {name: stream.pad_steps(np.stack([batch[name] for batch in some]), size) for name in some[0]}
         chunk = sharding.put_batch(chunk, experiment.mesh, axis=1)
-        sums = experiment.eval_chunk(state.params, state.model_state, chunk, np.int32(len(some)))
+        sums = experiment.eval_chunk(*state.evaluated, chunk, np.int32(len(some)))
         _add(total, pending)  # fetched while the next chunk is computed
         pending = sums
     _add(total, pending)

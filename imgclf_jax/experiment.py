@@ -11,15 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from imgclf_jax import averages, losses, metrics, optim, rng, rules, schedules, sharding, spec, step
 from imgclf_jax import config as configs
-from imgclf_jax import losses, metrics, optim, rng, schedules, sharding, spec, step
 from imgclf_jax.data import augment, placement
 from imgclf_jax.data.stream import Images
 from imgclf_jax.errors import UserError, reason
 from imgclf_jax.models import classifier
+from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.provenance import DataInfo
 
 # Up to so many steps, or bytes of images, go to the device in one call.
@@ -54,14 +56,41 @@ class Experiment:
 
     @cached_property
     def schedule(self) -> optax.Schedule:
-        return schedules.build(self.config.schedule, self._schedule_steps, self.total)
+        return schedules.build(self.config.schedule, self._steps_for("schedule"), self.total)
 
-    def _schedule_steps(self, duration: Any) -> int:
-        return self.steps("schedule", str(duration), self.total)
+    def _steps_for(self, key: str) -> Callable[[Any], int]:
+        return lambda duration: self.steps(key, str(duration), self.total)
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        return optim.build(self.config.optimizer, self.schedule, self.config.clip)
+        return optim.build(self.config.optimizer, self.schedule, self.config.clip, self.rules)
+
+    @cached_property
+    def average(self) -> averages.Average:
+        lookahead = optim.split_lookahead(self.config.optimizer)[1]
+        return averages.build(self.config.ema, lookahead, self._steps_for("optimizer"), self.total)
+
+    @cached_property
+    def rules(self) -> rules.Rules:
+        """What the keys of `rules` say of the model's parameters."""
+        keys = self.config.rules
+        if not (keys.lr or keys.decay or keys.freeze or keys.layer_decay):
+            return rules.Rules()
+        return rules.build(keys.lr, keys.decay, keys.freeze, keys.layer_decay, list(self.parameters))
+
+    @cached_property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter by its path, in the order in which the model uses them."""
+        found = {}
+
+        def init() -> None:  # flax notes parameters as they come; what leaves a JAX transformation is sorted
+            images = jnp.zeros((1, *self.data.image_shape), jnp.float32)
+            variables = self.model.init(rng.key(0, "init"), images, train=False)
+            found.update({k: v.shape for k, v in traverse_util.flatten_dict(variables["params"], sep="/").items()})
+
+        with self._naming_the_key():
+            jax.eval_shape(init)
+        return found
 
     @cached_property
     def model(self) -> classifier.Classifier:
@@ -69,11 +98,11 @@ class Experiment:
 
     @cached_property
     def loss(self) -> losses.Loss:
-        return losses.build(self.config.loss)
+        return losses.build(self.config.loss, self.data.class_counts, self.data.class_names)
 
     def init(self, seed: jax.Array, images: jax.Array | None = None) -> dict[str, Any]:
         """What a run starts from and a checkpoint holds: {"state": TrainState, "sums": of the metrics window}."""
-        state = step.init_state(self.model, self.optimizer, self.data.image_shape, seed, images)
+        state = step.init_state(self.model, self.optimizer, self.data.image_shape, seed, self.average, images)
         return {"state": state, "sums": step.zero_sums()}
 
     def first_images(self, images: Images) -> jax.Array | None:
@@ -160,8 +189,12 @@ class Experiment:
     @cached_property
     def lowered_train_chunk(self) -> Any:
         """`train_chunk` before compilation. Raises UserError, naming the key, where the config cannot be traced."""
-        augment_train = augment.build(self.config.augment, train=True)
-        pure = step.make_train_step(self.model, self.loss, self.optimizer, self.schedule, augment_train)
+        frozen = self.rules.frozen
+        pure = step.make_train_step(
+            Frozen(self.model, frozen, tuple(self.parameters)) if frozen else self.model,
+            self.loss, self.optimizer, self.schedule, augment.build(self.config.augment, train=True), self.average,
+            self.config.accumulate,
+        )  # fmt: skip
         split, size = sharding.sharded(self.mesh), self.steps_per_call
 
         def train_chunk(state: step.TrainState, sums: metrics.Sums, chunk: Any, steps: jax.Array) -> Any:

@@ -66,7 +66,7 @@ def predict(experiment: Experiment, state: Any, files: list[Path]) -> Iterator[t
             if isinstance(image, np.ndarray):
                 batch[row] = image
         images = sharding.put_batch({"image": batch}, mesh)["image"]
-        probabilities = np.asarray(jax.device_get(experiment.predict_step(state.params, state.model_state, images)))
+        probabilities = np.asarray(jax.device_get(experiment.predict_step(*state.evaluated, images)))
         for row, (i, image) in enumerate(zip(some, loaded, strict=True)):
             yield files[i], image if isinstance(image, UserError) else probabilities[row]
 

@@ -26,6 +26,7 @@ class DataInfo:
     image_shape: tuple[int, int, int]  # (h, w, c), after the host ops
     class_names: tuple[str, ...]
     fingerprint: str
+    class_counts: tuple[int, ...] = ()  # training examples of each class, where the loss asks for them
 
 
 def collect(data: DataInfo) -> dict[str, Any]:
@@ -66,7 +67,8 @@ def load_data_info(path: Path) -> DataInfo:
     try:
         data = json.loads(path.read_text())["data"]
         shape = tuple(data["image_shape"])
-        return DataInfo(data["train_examples"], shape, tuple(data["class_names"]), data["fingerprint"])
+        names, counts = tuple(data["class_names"]), tuple(data.get("class_counts", ()))
+        return DataInfo(data["train_examples"], shape, names, data["fingerprint"], counts)
     except (OSError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{path} is missing or damaged ({type(e).__name__}); train into a new --workdir") from e
 

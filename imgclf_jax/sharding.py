@@ -24,15 +24,16 @@ def sharded(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError unless every device gets the same number of examples."""
-    if batch_size % mesh.size:
-        low = batch_size - batch_size % mesh.size
-        near = [str(b) for b in (low, low + mesh.size) if b]
-        raise UserError(
-            f"batch_size={batch_size} is not divisible by the {mesh.size} devices; the nearest that are: "
-            + " and ".join(near)
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Raises UserError unless every device gets the same number of examples, of each of a step's parts."""
+    parts = mesh.size * accumulate
+    if batch_size % parts:
+        low = batch_size - batch_size % parts
+        near = [str(b) for b in (low, low + parts) if b]
+        by = (
+            f"{parts}, the parts of a step (accumulate) times the devices" if accumulate > 1 else f"the {parts} devices"
         )
+        raise UserError(f"batch_size={batch_size} is not divisible by {by}; the nearest that are: {' and '.join(near)}")
 
 
 def round_up(batch_size: int, mesh: Mesh) -> int:

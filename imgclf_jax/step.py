@@ -9,8 +9,10 @@ import optax
 from flax import linen as nn
 from flax import struct
 
-from imgclf_jax import metrics, rng
+from imgclf_jax import averages, metrics, rng
+from imgclf_jax.averages import Average
 from imgclf_jax.losses import Loss
+from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.optim import promoting
 
 Batch = dict[str, jax.Array]
@@ -25,6 +27,12 @@ class TrainState(struct.PyTreeNode):
     params: Any
     model_state: Any  # every other linen collection, such as batch_stats
     opt_state: Any
+    ema: Any = None  # (params, model_state), averaged over the steps; None without an average
+
+    @property
+    def evaluated(self) -> tuple[Any, Any]:
+        """(params, model_state) that evaluation and prediction use: the averages, where there are any."""
+        return (self.params, self.model_state) if self.ema is None else self.ema
 
 
 def init_state(
@@ -32,6 +40,7 @@ def init_state(
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, ...],
     seed: jax.Array | int,
+    average: Average = averages.NONE,
     images: jax.Array | None = None,
 ) -> TrainState:
     """The state at step 0; `image_shape` is (h, w, c). Pure, so it can be jitted or evaluated for its shape.
@@ -49,6 +58,7 @@ def init_state(
         params=params,
         model_state=variables,
         opt_state=optimizer.init(params),
+        ema=average.init((params, variables)),
     )
 
 
@@ -57,13 +67,18 @@ def _at_least_float32(logits: jax.Array) -> jax.Array:
 
 
 def make_train_step(
-    model: nn.Module,
+    model: nn.Module | Frozen,
     loss: Loss,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     augment: Augment,
+    average: Average = averages.NONE,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, metrics.Sums]]:
     """`train_step(state, batch) -> (state, sums)`, where batch is {"image": uint8[b, h, w, c], "label": i32[b]}.
+
+    With `accumulate` the gradient is the mean over that many parts of the batch, computed one after the other. It is
+    that of the whole batch, but for layers with batch statistics, which see a part at a time, and for dropout's draws.
 
     The sums are of this one step: `loss`, `correct` and `examples` over the batch, `grad_norm` (before clipping),
     `param_norm` (after the update), `learning_rate` and `steps`; `nonfinite_step` is the step's number if the loss or
@@ -74,20 +89,23 @@ def make_train_step(
         images = augment(rng.key(state.seed, "augment", state.step), batch["image"])  # [b, h, w, c] f32
         labels = batch["label"]  # [b]
 
-        def loss_fn(params: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+        def loss_fn(params: Any, model_state: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Any]]:
             logits, model_state = model.apply(
-                {"params": params, **state.model_state},
-                images,
+                {"params": params, **model_state},
+                part["image"],
                 train=True,
-                mutable=list(state.model_state),
-                rngs={"dropout": rng.key(state.seed, "dropout", state.step)},
+                mutable=list(model_state),
+                rngs={"dropout": key},
             )
-            logits = _at_least_float32(logits)  # [b, classes]
-            return jnp.mean(loss(logits, labels)), (dict(model_state), logits)
+            logits = _at_least_float32(logits)  # [b / accumulate, classes]
+            return jnp.mean(loss(logits, part["label"])), (dict(model_state), logits)
 
-        (mean_loss, (model_state, logits)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        gradient = _accumulated(jax.value_and_grad(loss_fn, has_aux=True), accumulate)
+        whole, key = {"image": images, "label": labels}, rng.key(state.seed, "dropout", state.step)
+        (mean_loss, (model_state, logits)), grads = gradient(state.params, state.model_state, whole, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        (params, model_state), ema = average.update(state.ema, (params, model_state), state.step)
 
         grad_norm = optax.tree.norm(grads)
         param_norm = optax.tree.norm(params)
@@ -102,10 +120,33 @@ def make_train_step(
             "learning_rate": jnp.asarray(promoting(schedule)(state.step), jnp.float32),
             "nonfinite_step": jnp.where(finite, jnp.int32(metrics.NO_STEP), state.step),
         }
-        state = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state)
+        state = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, ema=ema)
         return state, sums
 
     return train_step
+
+
+def _accumulated(gradient: Callable[..., Any], parts: int) -> Callable[..., Any]:
+    """`gradient(params, model_state, batch, key) -> ((loss, (model_state, logits)), grads)`, by parts of the batch."""
+    if parts == 1:
+        return gradient
+
+    def mean_gradient(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> Any:
+        def add(carry: tuple[Any, Any], part: tuple[jax.Array, Batch]) -> Any:
+            total, model_state = carry
+            out, grads = gradient(params, model_state, part[1], jax.random.fold_in(key, part[0]))
+            loss, (model_state, logits) = out
+            return (jax.tree.map(jnp.add, total, grads), model_state), (loss, logits)
+
+        # Part i is every example whose number is i modulo `parts`: a share of what each device holds.
+        split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+        unroll = jax.default_backend() == "cpu"  # where XLA's own convolution is a hundred times slower in a loop
+        carry = (jax.tree.map(jnp.zeros_like, params), model_state)
+        (total, model_state), (losses, logits) = jax.lax.scan(add, carry, (jnp.arange(parts), split), unroll=unroll)
+        logits = logits.swapaxes(0, 1).reshape(-1, logits.shape[-1])  # [b, classes]
+        return (jnp.mean(losses), (model_state, logits)), jax.tree.map(lambda g: g / parts, total)
+
+    return mean_gradient
 
 
 def zero_sums() -> metrics.Sums:

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax import metrics, provenance, sharding, step, tree, writers
+from imgclf_jax import losses, metrics, provenance, sharding, step, tree, writers
 from imgclf_jax.checkpoint import Checkpoints
 from imgclf_jax.data import placement, sources, stream
 from imgclf_jax.errors import UserError
@@ -36,14 +36,16 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
     """
     began = time.perf_counter()
     mesh = sharding.make_mesh()
-    sharding.check_batch_size(config.batch_size, mesh)
+    sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
     workdir.open_for_training(config)
 
     # The data, and what the config describes.
     base = sources.open_splits(config.data.source, config.data.data_dir, config.data.manual_dir)
     train_source = sources.take_split(base, config.data.train)
     images = stream.Images(train_source, config.preprocess, config.seed, config.data.threads)
-    data = provenance.DataInfo(len(images), images.shape, tuple(train_source.class_names), train_source.fingerprint())
+    names, fingerprint = tuple(train_source.class_names), train_source.fingerprint()
+    counts = sources.class_counts(train_source).tolist() if losses.needs_class_counts(config.loss) else ()
+    data = provenance.DataInfo(len(images), images.shape, names, fingerprint, tuple(counts))
     experiment = Experiment(config, data, mesh)
     evals = open_evals(experiment, base)
     total = experiment.total
@@ -58,6 +60,8 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
         init = jax.jit(experiment.init, out_shardings=sharding.replicated(mesh))
         run = init(np.uint32(config.seed), experiment.first_images(images))
         _log_parameters(run["state"].params)
+        if experiment.rules:
+            log.info("rules:\n%s", experiment.rules.table(experiment.parameters))
     else:
         log.info("resuming at step %d of %d", start, total)
     state, sums = run["state"], run["sums"]

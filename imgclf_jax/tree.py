@@ -1,6 +1,7 @@
 """Names and digests of parameter trees."""
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,8 +11,16 @@ import numpy as np
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     """`(path, leaf)` for every leaf, the path's parts joined by `/`, sorted by path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    named = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
-    return sorted(named, key=lambda pair: pair[0])
+    return sorted(((_name(path), leaf) for path, leaf in leaves), key=lambda pair: pair[0])
+
+
+def map_named(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """`jax.tree.map` with the leaf's path, as in `named_leaves`, as the function's first argument."""
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(_name(path), *leaves), tree, *others)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def sha256(tree: Any) -> str:

@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 import pytest
 import sklearn.metrics
+import sklearn.utils.class_weight
 
-from imgclf_jax import losses, metrics
+from imgclf_jax import losses, metrics, spec
 from imgclf_jax.errors import UserError
 
 
@@ -54,6 +56,119 @@ def test_softmax_of_large_logits_is_finite(smoothing):
 def test_softmax_refuses_another_label_smoothing(smoothing):
     with pytest.raises(UserError, match=rf"label_smoothing={smoothing}\): allowed"):
         losses.softmax(jnp.zeros((1, 3)), jnp.asarray([0]), smoothing)
+
+
+def log_softmax(logits):
+    x = logits.astype(np.float64)
+    x = x - x.max(1, keepdims=True)
+    return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("mean", [False, True])
+def test_sigmoid_is_the_sum_of_binary_cross_entropies(smoothing, mean):
+    """-t log s(x) - (1 - t) log(1 - s(x)) over the classes in float64; the mean is also Keras's."""
+    logits, labels = draw(64, 7)
+    t = (1 - smoothing) * np.eye(7)[labels] + smoothing / 7
+    s = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    expected = -(t * np.log(s) + (1 - t) * np.log1p(-s)).sum(1) / (7 if mean else 1)
+    loss = losses.build(f"sigmoid(label_smoothing={smoothing}, mean={mean})")
+    out = loss(jnp.asarray(logits), jnp.asarray(labels))
+    assert out.shape == (64,)
+    np.testing.assert_allclose(out, expected, rtol=5e-6, atol=1e-6)
+    if mean:
+        keras_loss = keras.losses.BinaryCrossentropy(from_logits=True, reduction=None)
+        np.testing.assert_allclose(out, keras_loss(t.astype(np.float32), logits), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 5.0])
+def test_focal_is_its_definition(gamma):
+    """-alpha (1 - p)^gamma log p in float64, Keras's in float32, and its gradient by central differences."""
+    logits, labels = draw(64, 6)
+    rows = np.arange(64)
+
+    def definition(x):
+        log_p = log_softmax(x)[rows, labels]
+        return -0.25 * (-np.expm1(log_p)) ** gamma * log_p
+
+    loss = losses.build(f"focal(gamma={gamma}, alpha=0.25)")
+    out = loss(jnp.asarray(logits), jnp.asarray(labels))
+    np.testing.assert_allclose(out, definition(logits), rtol=1e-5, atol=1e-6)
+    if gamma:
+        keras_loss = keras.losses.CategoricalFocalCrossentropy(0.25, gamma, from_logits=True, reduction=None)
+        np.testing.assert_allclose(out, keras_loss(np.eye(6, dtype=np.float32)[labels], logits), rtol=1e-4, atol=1e-5)
+    gradient = jax.grad(lambda x: jnp.sum(loss(x, jnp.asarray(labels))))(jnp.asarray(logits))
+    for c in range(6):
+        step = 1e-5 * np.eye(6)[c]
+        expected = (definition(logits + step) - definition(logits - step)) / 2e-5
+        np.testing.assert_allclose(gradient[:, c], expected, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_focal_of_a_sure_prediction_has_a_gradient(gamma):
+    """Where p is 1 in float32, a power of 1 - p has no finite derivative below 1; and large logits do not overflow."""
+    logits = jnp.asarray([[200.0, 0.0, -200.0], [-1000.0, 0.0, 0.0]])
+    value, gradient = jax.value_and_grad(lambda x: jnp.sum(losses.focal(x, jnp.asarray([0, 0]), gamma)))(logits)
+    np.testing.assert_allclose(value, 1000 + np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[0, 0, 0], [-1, 0.5, 0.5]], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["softmax", "softmax(label_smoothing=0.1)", "sigmoid", "focal"])
+def test_class_weights_multiply_the_loss_of_an_example(text):
+    """As Keras weights samples: by hard labels the weight of the class, by distributions the expected one."""
+    logits, labels = draw(40, 5)
+    weights = (0.5, 1.0, 0.0, 2.0, 1.5)
+    plain = losses.build(text)
+    call = spec.parse_one(text)
+    weighted = losses.build(str(spec.Call(call.name, call.args, call.kwargs | {"class_weights": weights})))
+    x, y = jnp.asarray(logits), jnp.asarray(labels)
+    np.testing.assert_allclose(weighted(x, y), plain(x, y) * np.float32(weights)[labels], rtol=1e-6)
+    soft = np.random.default_rng(2).dirichlet(np.ones(5), 40).astype(np.float32)
+    expected = plain(x, jnp.asarray(soft)) * (soft @ np.float32(weights))
+    np.testing.assert_allclose(weighted(x, jnp.asarray(soft)), expected, rtol=1e-5)
+    if text == "softmax":
+        keras_loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
+        total = keras_loss(labels, logits, sample_weight=np.float32(weights)[labels])
+        np.testing.assert_allclose(jnp.sum(weighted(x, y)), total, rtol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["softmax", "softmax(label_smoothing=0.2)", "sigmoid(label_smoothing=0.2)", "focal"])
+def test_a_one_hot_distribution_is_its_label(text):
+    logits, labels = draw(32, 4)
+    loss, x = losses.build(text), jnp.asarray(logits)
+    soft = jnp.asarray(np.eye(4, dtype=np.float32)[labels])
+    np.testing.assert_allclose(loss(x, soft), loss(x, jnp.asarray(labels)), rtol=2e-6, atol=1e-6)
+
+
+def test_softmax_against_a_distribution_is_the_cross_entropy():
+    logits, _ = draw(32, 4)
+    soft = np.random.default_rng(2).dirichlet(np.ones(4), 32).astype(np.float32)
+    expected = -(soft.astype(np.float64) * log_softmax(logits)).sum(1)
+    out = losses.softmax(jnp.asarray(logits), jnp.asarray(soft))
+    np.testing.assert_allclose(out, expected, rtol=2e-6)
+
+
+def test_balanced_weights_are_those_of_scikit_learn():
+    labels = np.repeat(np.arange(4), [5, 50, 1, 17]).astype(np.int32)
+    expected = sklearn.utils.class_weight.compute_class_weight("balanced", classes=np.arange(4), y=labels)
+    counts = np.bincount(labels).tolist()
+    logits = jnp.asarray(draw(len(labels), 4)[0])
+    out = losses.build("softmax(class_weights='balanced')", counts, "abcd")(logits, jnp.asarray(labels))
+    plain = losses.softmax(logits, jnp.asarray(labels))
+    np.testing.assert_allclose(out / plain, expected[labels], rtol=1e-5)
+    with pytest.raises(UserError, match="no example of b, c is trained on"):
+        losses.build("focal(class_weights='balanced')", [3, 0, 0], "abc")
+    assert losses.needs_class_counts("sigmoid(class_weights='balanced')")
+    assert not losses.needs_class_counts("softmax(class_weights=(1, 2))")
+
+
+@pytest.mark.parametrize("weights", ["'balance'", "(1, 2)", "(1, -1, 1)"])
+def test_wrong_class_weights_are_told(weights):
+    loss = losses.build(f"softmax(class_weights={weights})")
+    with pytest.raises(UserError, match=r"class_weights=.*allowed are 'balanced' and 3 numbers from 0, one a class"):
+        loss(jnp.zeros((2, 3)), jnp.asarray([0, 1]))
+    with pytest.raises(UserError, match=r"gamma=-1"):
+        losses.focal(jnp.zeros((2, 3)), jnp.asarray([0, 1]), gamma=-1)
 
 
 def test_build_refuses_a_wrong_spec():

@@ -12,9 +12,10 @@ PACKAGE = ROOT / "imgclf_jax"
 LAYERS = [
     "cache errors lazy",
     "config metrics provenance rng sharding spec tree writers models.mirrored",
-    "checkpoint losses optim schedules data.augment data.decode data.decoded data.prepare data.splits models.layers",
-    "step workdir data.folder models.airbench models.convnext models.resnet models.vit",
-    "data.sources models.backbones",
+    "averages checkpoint losses rules schedules data.augment data.decode data.decoded data.prepare data.splits "
+    "models.frozen models.layers",
+    "optim workdir data.folder models.airbench models.convnext models.resnet models.vit",
+    "step data.sources models.backbones",
     "models.classifier",
     "data.stream",
     "data.placement",

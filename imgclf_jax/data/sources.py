@@ -250,3 +250,18 @@ def take_split(base: dict[str, Source], text: str) -> Source:
     if len(parts) == 1 and (parts[0].start, parts[0].stop) == (0, len(base[parts[0].name])):
         return base[parts[0].name]
     return SplitSource(tuple((base[p.name], p.start, p.stop) for p in parts))
+
+
+def class_counts(source: Source) -> np.ndarray:
+    """How many examples each class has, int64[classes]: from the source's `labels`, else by reading all of it once."""
+    parts = source.parts if isinstance(source, SplitSource) else ((source, 0, len(source)),)
+    counts = np.zeros(len(source.class_names), np.int64)
+    for part, start, stop in parts:
+        labels = getattr(part, "labels", None)
+        if labels is not None:
+            counts += np.bincount(labels[start:stop], minlength=len(counts))
+            continue
+        for first in range(start, stop, 1000):
+            ids = np.arange(first, min(first + 1000, stop), dtype=np.int64)
+            counts += np.bincount(part.read(ids)["label"], minlength=len(counts))
+    return counts

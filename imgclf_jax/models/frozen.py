@@ -1,0 +1,55 @@
+"""A model some of whose parameters are frozen."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from imgclf_jax import tree
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """`model`, but no gradient reaches the parameters whose paths are in `frozen`; `names` are all paths.
+
+    A module all of whose parameters are frozen runs as in evaluation while the rest trains: its batch normalizations
+    use and keep their running statistics, its dropout does nothing.
+    """
+
+    model: nn.Module
+    frozen: frozenset[str]
+    names: tuple[str, ...]
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `model.apply`."""
+
+        def stop(name: str, x: jax.Array) -> jax.Array:
+            return jax.lax.stop_gradient(x) if name in self.frozen else x
+
+        with nn.intercept_methods(self._evaluate_frozen):
+            variables = {**variables, "params": tree.map_named(stop, variables["params"])}
+            return self.model.apply(variables, *args, **kwargs)
+
+    def _evaluate_frozen(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        if context.method_name != "__call__" or not self._is_frozen(module.path):
+            return call(*args, **kwargs)
+        if isinstance(module, nn.BatchNorm):
+            # Said in its constructor or in the call, but not in both; linen's own assignment refuses a module in use.
+            object.__setattr__(module, "use_running_average", None)
+            return call(*args[:1], **{**kwargs, "use_running_average": True})
+        signature = inspect.signature(context.orig_method)
+        if "train" not in signature.parameters:
+            return call(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments["train"] = False
+        return call(*bound.args, **bound.kwargs)
+
+    def _is_frozen(self, path: Sequence[str]) -> bool:
+        """Whether the module at `path` holds parameters and all of them are frozen."""
+        prefix = "".join(f"{part}/" for part in path)
+        own = [name for name in self.names if name.startswith(prefix)]
+        return bool(own) and self.frozen.issuperset(own)
