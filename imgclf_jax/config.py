@@ -34,6 +34,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     "preprocess": ("decode(3)", "Host ops, bytes to a fixed-shape uint8 image, for training."),
     "preprocess_eval": ("", "Host ops for evaluation and prediction; empty: as `preprocess`."),
     "augment": ("", "Device ops on the batch; those that draw at random are left out in evaluation. Scaled to [0, 1]."),
+    "mix": (
+        "",
+        "mixup(0.2)|cutmix(1.0): of each batch one, or with mixup(probability=0.5) on half of them; empty: none.",
+    ),
+    "tta": ("", "Views whose logits evaluation averages: flip, translate(pad), 'flip|translate(1)'; empty: one view."),
     "model": ("cnn", "The backbone, images to features: cnn, resnet(depth=50), vit, …, or an import path."),
     "loss": ("softmax", "softmax, sigmoid (binary cross-entropies) or focal, or an import path."),
     "optimizer": (

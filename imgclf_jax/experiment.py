@@ -15,7 +15,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from imgclf_jax import averages, losses, metrics, optim, rng, rules, schedules, sharding, spec, step
+from imgclf_jax import averages, losses, metrics, mixing, optim, rng, rules, schedules, sharding, spec, step, tta
 from imgclf_jax import config as configs
 from imgclf_jax.data import augment, placement
 from imgclf_jax.data.stream import Images
@@ -100,6 +100,19 @@ class Experiment:
     def loss(self) -> losses.Loss:
         return losses.build(self.config.loss, self.data.class_counts, self.data.class_names)
 
+    @property
+    def with_ids(self) -> bool:
+        """Whether batches carry the ids and epochs of their examples."""
+        return augment.wants_ids(self.config.augment)
+
+    @cached_property
+    def views(self) -> tta.Views:
+        """What evaluation and prediction average logits over. Raises UserError where the images are too small."""
+        views, images = tta.build(self.config.tta), jax.ShapeDtypeStruct((1, *self.data.image_shape), "float32")
+        for _, view in views:
+            jax.eval_shape(view, images)
+        return views
+
     def init(self, seed: jax.Array, images: jax.Array | None = None) -> dict[str, Any]:
         """What a run starts from and a checkpoint holds: {"state": TrainState, "sums": of the metrics window}."""
         state = step.init_state(self.model, self.optimizer, self.data.image_shape, seed, self.average, images)
@@ -145,8 +158,13 @@ class Experiment:
         labels = jax.ShapeDtypeStruct((config.batch_size,), "int32")
         logits = jax.ShapeDtypeStruct((config.batch_size, len(self.data.class_names)), "float32")
 
-        def draw(images: jax.Array) -> jax.Array:
-            return augment.build(config.augment, train=True)(rng.key(0, "augment"), images)
+        def draw(images: jax.Array, ids: jax.Array) -> jax.Array:
+            known = (jnp.uint32(0), ids, ids) if self.with_ids else ()
+            return augment.build(config.augment, train=True)(rng.key(0, "augment"), images, *known)
+
+        def mix(images: jax.Array, ids: jax.Array) -> Any:
+            op = mixing.build(config.mix)
+            return op and op(rng.key(0, "mix"), draw(images, ids))
 
         def init_and_update(seed: jax.Array) -> dict[str, Any]:
             run = self.init(seed)
@@ -161,12 +179,13 @@ class Experiment:
             except Exception as e:
                 if any(":" in call.name for call in spec.parse(config[key])):
                     raise  # the user's own code: the traceback tells more
-                where = f" on images {list(image_shape)}" if key in ("augment", "model") else ""
+                where = f" on images {list(image_shape)}" if key in ("augment", "mix", "model") else ""
                 raise UserError(f"{key}={config[key]!r} fails{where}: {reason(e)}") from e
 
         zeros = jnp.zeros((1, *image_shape), jnp.float32)
         trace("schedule", lambda step: optim.promoting(self.schedule)(step), jax.ShapeDtypeStruct((), "int32"))
-        trace("augment", draw, images)
+        trace("augment", draw, images, labels)
+        trace("mix", mix, images, labels)
         trace("model", lambda: self.model.init(rng.key(0, "init"), zeros, train=False))
         trace("loss", lambda logits, labels: self.loss(logits, labels), logits, labels)
         trace("optimizer", init_and_update, jax.ShapeDtypeStruct((), "uint32"))
@@ -193,7 +212,7 @@ class Experiment:
         pure = step.make_train_step(
             Frozen(self.model, frozen, tuple(self.parameters)) if frozen else self.model,
             self.loss, self.optimizer, self.schedule, augment.build(self.config.augment, train=True), self.average,
-            self.config.accumulate,
+            mixing.build(self.config.mix), self.config.accumulate,
         )  # fmt: skip
         split, size = sharding.sharded(self.mesh), self.steps_per_call
 
@@ -208,7 +227,7 @@ class Experiment:
 
         chunk = placement.chunk_shape(
             self.config.data.placement, self.data.train_examples, self.data.image_shape, self.mesh,
-            self.config.batch_size, size,
+            self.config.batch_size, size, self.with_ids,
         )  # fmt: skip
         whole = sharding.replicated(self.mesh)
         steps = jax.ShapeDtypeStruct((), "int32", sharding=whole)
@@ -231,7 +250,7 @@ class Experiment:
         No result depends on it; on CPU small batches, which stay in the caches, are faster.
         """
         most = 128 * self.mesh.size if jax.default_backend() == "cpu" else self.config.batch_size
-        return sharding.round_up(min(self.config.batch_size, most), self.mesh)
+        return sharding.round_up(max(1, min(self.config.batch_size, most) // len(self.views)), self.mesh)
 
     @cached_property
     def eval_chunk(self) -> Any:
@@ -240,7 +259,7 @@ class Experiment:
         The chunk is {"image": uint8[k, b, h, w, c], "label": i32[k, b], "mask": bool[k, b]}, k being `steps_per_call`;
         the sums are stacked [k, …], zeros after the first `steps`.
         """
-        pure = step.make_eval_step(self.model, self.loss, augment.build(self.config.augment, train=False))
+        pure = step.make_eval_step(self.model, self.loss, augment.build(self.config.augment, train=False), self.views)
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
 
         def eval_chunk(params: Any, model_state: Any, chunk: Any, steps: jax.Array) -> metrics.Sums:
@@ -273,7 +292,7 @@ class Experiment:
     @cached_property
     def predict_step(self) -> Any:
         """Jitted (params, model_state, images) → probabilities."""
-        pure = step.make_predict_step(self.model, augment.build(self.config.augment, train=False))
+        pure = step.make_predict_step(self.model, augment.build(self.config.augment, train=False), self.views)
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
         return jax.jit(pure, in_shardings=(whole, whole, split), out_shardings=whole)
 

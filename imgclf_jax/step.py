@@ -9,7 +9,7 @@ import optax
 from flax import linen as nn
 from flax import struct
 
-from imgclf_jax import averages, metrics, rng
+from imgclf_jax import averages, metrics, mixing, rng, tta
 from imgclf_jax.averages import Average
 from imgclf_jax.losses import Loss
 from imgclf_jax.models.frozen import Frozen
@@ -73,9 +73,13 @@ def make_train_step(
     schedule: optax.Schedule,
     augment: Augment,
     average: Average = averages.NONE,
+    mix: mixing.Mix | None = None,
     accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, metrics.Sums]]:
     """`train_step(state, batch) -> (state, sums)`, where batch is {"image": uint8[b, h, w, c], "label": i32[b]}.
+
+    Where `augment` wants them, the batch has `id` and `epoch` i32[b] as well. With `mix` the loss is that of mixed
+    images, and `correct` counts the labels of the greater weight.
 
     With `accumulate` the gradient is the mean over that many parts of the batch, computed one after the other. It is
     that of the whole batch, but for layers with batch statistics, which see a part at a time, and for dropout's draws.
@@ -86,8 +90,14 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, metrics.Sums]:
-        images = augment(rng.key(state.seed, "augment", state.step), batch["image"])  # [b, h, w, c] f32
-        labels = batch["label"]  # [b]
+        known = (state.seed, batch["id"], batch["epoch"]) if "id" in batch else ()
+        images = augment(rng.key(state.seed, "augment", state.step), batch["image"], *known)  # [b, h, w, c] f32
+        labels = counted = batch["label"]  # [b]
+        whole = {"image": images, "label": labels}
+        if mix is not None:
+            images, weight = mix(rng.key(state.seed, "mix", state.step), images)
+            whole = {"image": images, "label": labels, "other": mixing.partner(labels), "weight": weight}
+            counted = mixing.main_labels(labels, weight)
 
         def loss_fn(params: Any, model_state: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Any]]:
             logits, model_state = model.apply(
@@ -98,10 +108,14 @@ def make_train_step(
                 rngs={"dropout": key},
             )
             logits = _at_least_float32(logits)  # [b / accumulate, classes]
-            return jnp.mean(loss(logits, part["label"])), (dict(model_state), logits)
+            if mix is None:
+                losses = loss(logits, part["label"])  # [b / accumulate]
+            else:
+                losses = mixing.mixed_loss(loss, logits, part["label"], part["other"], part["weight"])
+            return jnp.mean(losses), (dict(model_state), logits)
 
         gradient = _accumulated(jax.value_and_grad(loss_fn, has_aux=True), accumulate)
-        whole, key = {"image": images, "label": labels}, rng.key(state.seed, "dropout", state.step)
+        key = rng.key(state.seed, "dropout", state.step)
         (mean_loss, (model_state, logits)), grads = gradient(state.params, state.model_state, whole, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -113,7 +127,7 @@ def make_train_step(
         sums = {
             "steps": jnp.int32(1),
             "examples": jnp.int32(labels.size),
-            "correct": jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.int32),
+            "correct": jnp.sum(jnp.argmax(logits, -1) == counted, dtype=jnp.int32),
             "loss": mean_loss * labels.size,
             "grad_norm": grad_norm,
             "param_norm": param_norm,
@@ -161,22 +175,37 @@ def add_sums(a: metrics.Sums, b: metrics.Sums) -> metrics.Sums:
     return {k: jnp.minimum(a[k], b[k]) if k == "nonfinite_step" else a[k] + b[k] for k in a}
 
 
-def make_eval_step(model: nn.Module, loss: Loss, augment: Augment) -> Callable[[Any, Any, Batch], metrics.Sums]:
+def _make_logits(model: nn.Module, augment: Augment, views: tta.Views) -> Callable[[Any, Any, jax.Array], jax.Array]:
+    def logits(params: Any, model_state: Any, images: jax.Array) -> jax.Array:  # uint8[b, h, w, c] → f32[b, classes]
+        def of_view(images: jax.Array) -> jax.Array:
+            out: Any = model.apply({"params": params, **model_state}, images, train=False)
+            return _at_least_float32(out)
+
+        return tta.mean_logits(views, of_view, augment(None, images))
+
+    return logits
+
+
+def make_eval_step(
+    model: nn.Module, loss: Loss, augment: Augment, views: tta.Views = tta.NONE
+) -> Callable[[Any, Any, Batch], metrics.Sums]:
     """`eval_step(params, model_state, batch) -> sums`; the batch has `mask` bool[b], False for padding."""
+    logits_of = _make_logits(model, augment, views)
 
     def eval_step(params: Any, model_state: Any, batch: Batch) -> metrics.Sums:
-        logits: Any = model.apply({"params": params, **model_state}, augment(None, batch["image"]), train=False)
-        logits = _at_least_float32(logits)
+        logits = logits_of(params, model_state, batch["image"])
         return metrics.classification_sums(logits, batch["label"], loss(logits, batch["label"]), batch["mask"])
 
     return eval_step
 
 
-def make_predict_step(model: nn.Module, augment: Augment) -> Callable[[Any, Any, jax.Array], jax.Array]:
+def make_predict_step(
+    model: nn.Module, augment: Augment, views: tta.Views = tta.NONE
+) -> Callable[[Any, Any, jax.Array], jax.Array]:
     """`predict_step(params, model_state, images uint8[b, h, w, c]) -> probabilities f32[b, classes]`."""
+    logits_of = _make_logits(model, augment, views)
 
     def predict_step(params: Any, model_state: Any, images: jax.Array) -> jax.Array:
-        logits: Any = model.apply({"params": params, **model_state}, augment(None, images), train=False)
-        return jax.nn.softmax(logits.astype(jnp.float32), -1)
+        return jax.nn.softmax(logits_of(params, model_state, images).astype(jnp.float32), -1)
 
     return predict_step

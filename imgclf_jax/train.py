@@ -91,7 +91,7 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
         size = experiment.steps_per_call
         ranges = _ranges(start, total, size, (log_every, eval_every, checkpoint_every), traced)
         chunks = placement.train_chunks(
-            config.data.placement, images, mesh, config.seed, config.batch_size, ranges, size
+            config.data.placement, images, mesh, config.seed, config.batch_size, ranges, size, experiment.with_ids
         )
         for first, done in ranges:
             if first == traced[0]:
@@ -172,7 +172,7 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
 def _compile_in_background(experiment: Experiment) -> concurrent.futures.Future[float]:
     """Traces both steps here, where errors in the config show, and compiles them in a thread; gives the seconds."""
     began = time.perf_counter()
-    lowered = experiment.lowered_train_chunk
+    lowered, _ = experiment.lowered_train_chunk, experiment.views
     traced = time.perf_counter() - began
 
     def compile() -> float:

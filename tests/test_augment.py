@@ -1,5 +1,8 @@
 """Device ops against NumPy on the same draws; their distribution; one result on any number of devices."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,7 @@ from scipy import stats
 
 from imgclf_jax import sharding
 from imgclf_jax.data import augment
-from imgclf_jax.data.augment import cutout, flip_lr, normalize, pad_crop
+from imgclf_jax.data.augment import cutout, flip_lr, normalize, pad_crop, random_erasing
 from imgclf_jax.errors import UserError
 
 KEY = jax.random.key(3)
@@ -108,6 +111,84 @@ def test_cutout_refuses_a_fill_that_uint8_cannot_hold(fill):
         cutout(KEY, jnp.zeros((1, 4, 4, 1), jnp.uint8), 2, fill)
 
 
+def numpy_erasing(key, images, probability, area, aspect):
+    """Which pixels are erased, bool[b, h, w], by the paper's procedure on the same draws, one image at a time."""
+    n, h, w, _ = images.shape
+    key_apply, key_area, key_aspect, key_y, key_x, _ = jax.random.split(key, 6)
+    areas = np.asarray(jax.random.uniform(key_area, (10, n), minval=area[0], maxval=area[1])) * np.float32(h * w)
+    logs = [math.log(a) for a in aspect]
+    ratios = np.exp(np.asarray(jax.random.uniform(key_aspect, (10, n), minval=logs[0], maxval=logs[1])))
+    apply = np.asarray(jax.random.bernoulli(key_apply, probability, (n,)))
+    sizes = []
+    for i in range(n):
+        pairs = zip(areas[:, i], ratios[:, i], strict=True)
+        tries = [(round(math.sqrt(a * r)), round(math.sqrt(a / r))) for a, r in pairs]
+        sizes.append(next(((y, x) for y, x in tries if y < h and x < w), None))
+    highest = [h - (size or (0, 0))[0] + 1 for size in sizes]
+    rightmost = [w - (size or (0, 0))[1] + 1 for size in sizes]
+    tops = np.asarray(jax.random.randint(key_y, (n,), 0, jnp.asarray(highest)))
+    lefts = np.asarray(jax.random.randint(key_x, (n,), 0, jnp.asarray(rightmost)))
+    erased = np.zeros((n, h, w), bool)
+    for i, size in enumerate(sizes):
+        if apply[i] and size:
+            erased[i, tops[i] : tops[i] + size[0], lefts[i] : lefts[i] + size[1]] = True
+    return erased
+
+
+@pytest.mark.parametrize(("h", "w"), [(32, 32), (12, 20)])
+@pytest.mark.parametrize("fill", [0, 7.0, "pixel", "color"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_random_erasing_fills_the_papers_box(h, w, fill, dtype):
+    images = np.full((200, h, w, 3), 9, dtype)
+    args = (0.7, (0.05, 0.9), (0.3, 3.3))
+    out = np.asarray(random_erasing(KEY, jnp.asarray(images), *args, fill))
+    assert out.dtype == dtype
+    erased = numpy_erasing(KEY, images, *args)
+    if not isinstance(fill, str):
+        np.testing.assert_array_equal(out, np.where(erased[..., None], np.asarray(fill, dtype), images))
+        return
+    np.testing.assert_array_equal(out[~erased], images[~erased])
+    noise = out[erased].astype(np.float64)
+    mean, deviation = (127.5, 73.9) if dtype == np.uint8 else (0, 1)
+    if fill == "pixel":
+        assert abs(noise.mean() - mean) < 5 * deviation / math.sqrt(noise.size)
+        assert abs(noise.std() / deviation - 1) < 0.02
+    for image, box in zip(out, erased, strict=True):
+        if box.sum() > 1:
+            assert (len(np.unique(image[box], axis=0)) == 1) == (fill == "color")
+
+
+def test_random_erasing_draws_area_aspect_and_place():
+    """Areas uniform, aspects log-uniform, as far as whole pixels allow, and the box anywhere it fits."""
+    n, size = 4_000, 100
+    out = np.asarray(random_erasing(KEY, jnp.ones((n, size, size, 1)), 0.5, (0.02, 0.2), (0.5, 2.0)))[..., 0]
+    erased = (out == 0).any((1, 2))
+    assert stats.binomtest(int(erased.sum()), n).pvalue > 1e-3
+    boxes = out[erased] == 0
+    heights, widths = boxes.any(2).sum(1), boxes.any(1).sum(1)
+    assert (heights * widths == boxes.sum((1, 2))).all()
+    assert stats.kstest(boxes.mean((1, 2)), stats.uniform(0.02, 0.18).cdf).statistic < 0.04
+    assert stats.kstest(np.log(heights / widths), stats.uniform(-np.log(2), 2 * np.log(2)).cdf).statistic < 0.04
+    place = boxes.any(2).argmax(1) / (size - heights)
+    assert stats.kstest(place, stats.uniform(0, 1).cdf).statistic < 0.04
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("random_erasing(1.5)", "probability=1.5.*0 to 1"),
+        ("random_erasing(area=(0.5, 0.1))", r"area=\(0.5, 0.1\)"),
+        ("random_erasing(area=(0.0, 0.1))", r"area=\(0.0, 0.1\)"),
+        ("random_erasing(aspect=(2.0, 1.0))", r"aspect=\(2.0, 1.0\)"),
+        ("random_erasing(fill='noise')", "fill='noise'.*'pixel' and 'color'"),
+        ("random_erasing(fill=0.5)", "fill=0.5.*0 to 255"),
+    ],
+)
+def test_random_erasing_refuses_wrong_arguments(text, message):
+    with pytest.raises(UserError, match=message):
+        augment.build(text, train=True)(KEY, jnp.zeros((2, 8, 8, 3), jnp.uint8))
+
+
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 0.25), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
 def test_normalize(mean, std):
     images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
@@ -160,6 +241,15 @@ def test_the_ops_give_the_same_bits_on_one_device_and_on_eight():
     assert len(jax.devices()) == 8
     assert results[0].tobytes() == results[1].tobytes()
     np.testing.assert_allclose(results[0], apply(KEY, jnp.asarray(images)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["random_erasing(fill='pixel')|equalize", "trivialaugment", "color_jitter(hue=0.1)"])
+def test_images_split_over_devices_stay_where_they_are(text):
+    """The compiled ops move nothing between the devices."""
+    split = sharding.sharded(sharding.make_mesh())
+    images = jax.ShapeDtypeStruct((16, 8, 8, 3), "uint8", sharding=split)
+    compiled = jax.jit(augment.build(text, train=True), out_shardings=split).lower(KEY, images).compile().as_text()
+    assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute", compiled)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_chunks_hold_the_batches_of_their_steps(place):
             lambda x: (x.shape, x.dtype, x.sharding), shapes
         )
     split = next(iter(chunks(place, images, mesh)))
-    assert len(split["ids" if place == "device" else "image"].addressable_shards) == 8
+    assert len(split["id" if place == "device" else "image"].addressable_shards) == 8
 
 
 def test_device_placement_refuses_random_host_ops():

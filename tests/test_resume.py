@@ -11,7 +11,8 @@ SHORT = (
     "--config.data.source=fake(256, (12, 12, 1), 4)",
     "--config.preprocess=decode(1)|random_resized_crop(10)",
     "--config.preprocess_eval=decode(1)|resize(10)",
-    "--config.augment=flip_lr|pad_crop(1)|normalize",
+    "--config.augment=flip_lr|flip_alternating|pad_crop(1)|normalize",
+    "--config.mix=mixup(0.2)",
     "--config.model=mlp(widths=(16,), dropout=0.1)",
     "--config.total=1500 steps",
     "--config.batch_size=24",
@@ -29,7 +30,7 @@ def whole(tmp_path_factory) -> tuple[str, list[dict]]:
 
 
 def test_killed_at_random_moments(whole, tmp_path):
-    """Random crops, flips and dropout included; log, evaluation and checkpoint steps do not fall together."""
+    """Random crops, flips, mixing and dropout included; log, evaluation and checkpoint steps do not fall together."""
     rng = random.Random(0)
     resume_check.kill_repeatedly(tmp_path / "run", SHORT, 3, rng)
     assert resume_check.outcome(tmp_path / "run") == whole

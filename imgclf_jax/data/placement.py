@@ -1,7 +1,8 @@
 """Chunks of batches on the device, streamed from the host or gathered from the whole set kept on the accelerator.
 
 A chunk is what one call of the compiled program trains on: {"image": uint8[k, b, h, w, c], "label": i32[k, b]}, or
-{"ids": i32[k, b], "table": {"image": uint8[n, h, w, c], "label": i32[n]}}, for k steps.
+{"id": i32[k, b], "table": {"image": uint8[n, h, w, c], "label": i32[n]}}, for k steps. With `with_ids` both have the
+examples' `id` and `epoch` i32[k, b], and so have the batches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,13 @@ Ranges = Sequence[tuple[int, int]]  # (start, stop) steps
 
 
 def chunk_shape(
-    placement: str, examples: int, image_shape: tuple[int, ...], mesh: Mesh, batch_size: int, size: int
+    placement: str,
+    examples: int,
+    image_shape: tuple[int, ...],
+    mesh: Mesh,
+    batch_size: int,
+    size: int,
+    with_ids: bool = False,
 ) -> Any:
     """The shapes, dtypes and shardings of the chunks that `train_chunks` gives for images uint8[examples, h, w, c]."""
     split, whole = sharding.sharded(mesh, axis=1), sharding.replicated(mesh)
@@ -29,9 +36,9 @@ def chunk_shape(
         "image": jax.ShapeDtypeStruct((*rows, *image_shape), np.uint8, sharding=where),
         "label": jax.ShapeDtypeStruct(rows, np.int32, sharding=where),
     }
-    if placement == "host":
-        return images
-    return {"ids": jax.ShapeDtypeStruct((size, batch_size), np.int32, sharding=split), "table": images}
+    each = jax.ShapeDtypeStruct((size, batch_size), np.int32, sharding=split)
+    known = {"id": each, "epoch": each} if with_ids else {}
+    return {**images, **known} if placement == "host" else {"id": each, **known, "table": images}
 
 
 def batch_at(chunk: Any, step: jax.Array | int) -> dict[str, jax.Array]:
@@ -40,20 +47,22 @@ def batch_at(chunk: Any, step: jax.Array | int) -> dict[str, jax.Array]:
     batch = {name: lax.dynamic_index_in_dim(values, step, keepdims=False) for name, values in own.items()}
     if "table" not in chunk:
         return batch
-    return {name: values.at[batch["ids"]].get(mode="promise_in_bounds") for name, values in chunk["table"].items()}
+    ids = batch["id"] if "epoch" in batch else batch.pop("id")
+    gathered = {name: values.at[ids].get(mode="promise_in_bounds") for name, values in chunk["table"].items()}
+    return {**gathered, **batch}
 
 
 def host_chunks(
-    images: stream.Images, mesh: Mesh, seed: int, batch_size: int, ranges: Ranges, size: int
+    images: stream.Images, mesh: Mesh, seed: int, batch_size: int, ranges: Ranges, size: int, with_ids: bool = False
 ) -> Iterator[Any]:
     """Streamed chunks; the copy of each to the device begins while the one before it runs."""
     shard = (jax.process_index(), jax.process_count())
-    for chunk in stream.train_chunks(images, seed, batch_size, ranges, size, *shard):
+    for chunk in stream.train_chunks(images, seed, batch_size, ranges, size, *shard, with_ids=with_ids):
         yield sharding.put_batch(chunk, mesh, axis=1)
 
 
 def device_chunks(
-    images: stream.Images, mesh: Mesh, seed: int, batch_size: int, ranges: Ranges, size: int
+    images: stream.Images, mesh: Mesh, seed: int, batch_size: int, ranges: Ranges, size: int, with_ids: bool = False
 ) -> Iterator[Any]:
     """The same batches, bit for bit, gathered on the device; only ids travel. Needs no TensorFlow."""
     if images.random:
@@ -66,13 +75,23 @@ def device_chunks(
     steps = sharding.sharded(mesh, axis=1)
     for start, stop in ranges:
         positions = np.arange(start * batch_size, stop * batch_size, dtype=np.int64)
-        ids = stream.position_ids(seed, positions, len(images)).astype(np.int32).reshape(-1, batch_size)
-        yield {"ids": jax.device_put(stream.pad_steps(ids, size), steps), "table": table}
+        own = {"id": stream.position_ids(seed, positions, len(images))}
+        if with_ids:
+            own["epoch"] = positions // len(images)
+        rows = {k: stream.pad_steps(v.astype(np.int32).reshape(-1, batch_size), size) for k, v in own.items()}
+        yield {**jax.device_put(rows, steps), "table": table}
 
 
 def train_chunks(
-    placement: str, images: stream.Images, mesh: Mesh, seed: int, batch_size: int, ranges: Ranges, size: int
+    placement: str,
+    images: stream.Images,
+    mesh: Mesh,
+    seed: int,
+    batch_size: int,
+    ranges: Ranges,
+    size: int,
+    with_ids: bool = False,
 ) -> Iterator[Any]:
     """A chunk for each range of steps under `placement`, "host" or "device", padded to `size` steps."""
     chunks = {"host": host_chunks, "device": device_chunks}[placement]
-    return chunks(images, mesh, seed, batch_size, ranges, size)
+    return chunks(images, mesh, seed, batch_size, ranges, size, with_ids)

@@ -175,22 +175,28 @@ def train_chunks(
     host: int = 0,
     hosts: int = 1,
     prefetch: int = 2,
+    with_ids: bool = False,
 ) -> Iterator[Batch]:
     """For each (start, stop) the batches of those steps, each [size, b, …], of which the first stop - start count.
 
-    What a batch holds depends on its step alone, not on the range that it is read in.
+    What a batch holds depends on its step alone, not on the range that it is read in. With `with_ids` it has the `id`
+    and the `epoch` of each example too, i32.
     """
     rows = np.arange(batch_size, dtype=np.int64)[_rows(batch_size, host, hosts)]
 
     def read(place: int) -> Batch:
         start, stop = ranges[place]
         positions = (np.arange(start, stop, dtype=np.int64)[:, None] * batch_size + rows).ravel()
-        batch = images.read(position_ids(seed, positions, len(images)), positions)
+        ids = position_ids(seed, positions, len(images))
+        batch = images.read(ids, positions)
+        if with_ids:
+            batch |= {"id": ids.astype(np.int32), "epoch": (positions // len(images)).astype(np.int32)}
         return {
             name: pad_steps(values.reshape(-1, rows.size, *values.shape[1:]), size) for name, values in batch.items()
         }
 
-    return _carry(read, ("image", "label"), 0, len(ranges), 0 if images.in_memory else prefetch)
+    names = ("image", "label", "id", "epoch") if with_ids else ("image", "label")
+    return _carry(read, names, 0, len(ranges), 0 if images.in_memory else prefetch)
 
 
 def pad_steps(values: np.ndarray, size: int) -> np.ndarray:
@@ -221,7 +227,7 @@ def _rows(batch_size: int, host: int, hosts: int) -> slice:
     return slice(host * rows, (host + 1) * rows)
 
 
-_TYPES = {"image": np.uint8, "label": np.int32, "mask": np.bool_}
+_TYPES = {"image": np.uint8, "label": np.int32, "mask": np.bool_, "id": np.int32, "epoch": np.int32}
 
 
 def _carry(

@@ -1,0 +1,60 @@
+"""Affine maps of uint8 images with Pillow's arithmetic: nearest neighbour, coordinates in 16.16 fixed point.
+
+A map takes each output pixel to the place in the input that it is read from, as `Image.transform(AFFINE)` does:
+x_in = a x + b y + c, y_in = d x + e y + f, pixel centres at halves. `fixed_point` prepares one in NumPy, in float64, so
+that it is the same on every device.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Matrix = tuple[float, float, float, float, float, float]  # a, b, c, d, e, f
+
+IDENTITY: Matrix = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+
+def shear_x(amount: float) -> Matrix:
+    """Row y is read `amount` * y to the right: the origin, top left, stays (Cubuk et al. 2019, torchvision)."""
+    return (1.0, amount, 0.0, 0.0, 1.0, 0.0)
+
+
+def shear_y(amount: float) -> Matrix:
+    """Column x is read `amount` * x further down."""
+    return (1.0, 0.0, 0.0, amount, 1.0, 0.0)
+
+
+def translate(x: float, y: float) -> Matrix:
+    """Every pixel is read (x, y) pixels to the right and down: the picture moves left and up."""
+    return (1.0, 0.0, x, 0.0, 1.0, y)
+
+
+def rotate(degrees: float, height: int, width: int) -> Matrix:
+    """Turns counter-clockwise about the centre, as `Image.rotate` does."""
+    angle, x, y = -math.radians(degrees), width / 2, height / 2
+    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+    return (cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y)
+
+
+def fixed_point(matrix: Matrix) -> np.ndarray:
+    """i32[6] in units of 2**-16, the half pixel of the centres included; good for images of up to 32,767 pixels."""
+    a, b, c, d, e, f = matrix
+    centred = np.array([a, b, c + (a + b) / 2, d, e, f + (d + e) / 2])
+    return np.floor(centred * 65536 + 0.5).astype(np.int32)
+
+
+def affine(images: jax.Array, matrix: jax.Array, fill: jax.Array) -> jax.Array:
+    """Each image of [b, h, w, c] under its map, i32[b, 6] of `fixed_point`; `fill` [c] where it reads outside."""
+    b, h, w, c = images.shape
+    y, x = jnp.arange(h, dtype=jnp.int32)[:, None], jnp.arange(w, dtype=jnp.int32)
+
+    def place(row: jax.Array) -> jax.Array:  # i32[b, 3] → i32[b, h, w]
+        return (row[:, 0, None, None] * x + row[:, 1, None, None] * y + row[:, 2, None, None]) >> 16
+
+    from_x, from_y = place(matrix[:, :3]), place(matrix[:, 3:])
+    inside = (from_x >= 0) & (from_x < w) & (from_y >= 0) & (from_y < h)
+    source = jnp.where(inside, from_y * w + from_x, 0).reshape(b, h * w)
+    pixels = jax.vmap(lambda image, at: image.at[at].get(mode="promise_in_bounds"))(images.reshape(b, h * w, c), source)
+    return jnp.where(inside[..., None], pixels.reshape(images.shape), fill)
