@@ -37,6 +37,7 @@ flags:
   --config=FILE.py[:ARG]      the config file (default: configs/digits.py); ARG is passed to its get_config
   --config.KEY=VALUE          override a key; `launch.py config` lists them all
   --workdir=DIR               where the run lives (default: runs/<config name>)
+  --config.init_from=PATH     evaluate, predict: with these weights and --config, instead of with a run
   --checkpoint=WHICH          evaluate, predict: best, latest or a step (default: best if one is kept, else latest)
   --format=table|json         evaluate, predict: how to print (default: table)
   --top_k=K                   predict: how many classes to show (default: 3)
@@ -104,15 +105,20 @@ def _run(argv: list[str]) -> int:
         raise UsageError(str(e)) from e
     workdir = Path(values.workdir or Path("runs") / Path(config_path.partition(":")[0]).stem)
     config = configs.load_file(config_path)
+    elsewhere = any(re.match(r"--?config\.init_from(=|$)", word) for word in rest)  # evaluate weights, not a run
     if command in ("evaluate", "predict"):
         from imgclf_jax.workdir import Workdir
 
-        config = Workdir(workdir).load_config()  # a trained model keeps the config that it was trained with
+        if not elsewhere:
+            config = Workdir(workdir).load_config()  # a trained model keeps the config that it was trained with
+        elif values.checkpoint or (values.workdir and Workdir(workdir).config.is_file()):
+            flag = "checkpoint" if values.checkpoint else "workdir"
+            raise UsageError(f"{command}: --{flag} names a run's, --config.init_from weights without one; drop either")
     files = _override(config, rest)
     if files and command != "predict":
         raise UsageError(f"{command} takes no files, found {files[0]!r}; did you forget '--'?")
     configs.validate(config)
-    return _dispatch(command, config, workdir, values, files)
+    return _dispatch(command, config, None if elsewhere and command != "train" else workdir, values, files)
 
 
 def _override(config: ConfigDict, words: list[str]) -> list[str]:
@@ -141,7 +147,9 @@ def _override(config: ConfigDict, words: list[str]) -> list[str]:
         raise UsageError(f"{given}: wants a value of type {type(old).__name__}, such as {old!r}") from e
 
 
-def _dispatch(command: str, config: ConfigDict, workdir: Path, values: flags.FlagValues, files: list[str]) -> int:
+def _dispatch(
+    command: str, config: ConfigDict, workdir: Path | None, values: flags.FlagValues, files: list[str]
+) -> int:
     if command == "config":
         values_now = configs.flatten(config)
         for key, (_, documentation) in configs.KEYS.items():
@@ -154,8 +162,8 @@ def _dispatch(command: str, config: ConfigDict, workdir: Path, values: flags.Fla
     from imgclf_jax.workdir import Workdir
 
     writers.setup_logging()
-    place = Workdir(workdir)
-    if command == "train":
+    place = Workdir(workdir) if workdir else None
+    if command == "train" and place:
         from imgclf_jax import train
 
         return train.main(config, place, _steps(values.profile))

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
@@ -104,6 +105,16 @@ class Checkpoints:
             raise
         except Exception as e:  # Orbax and TensorStore raise many kinds, for damage and for other shapes alike
             raise UserError(f"checkpoint {folder} cannot be read: {reason(e)}") from e
+
+    def restore_any(self, step: int, sharding: jax.sharding.Sharding) -> Any:
+        """What was saved at `step`, whatever model it is of: nested dicts of arrays with this sharding."""
+        folder = self.directory / str(step)
+        try:
+            saved = self._manager.item_metadata(step)
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved)
+        except Exception as e:  # of many kinds, as below
+            raise UserError(f"checkpoint {folder} cannot be read: {reason(e)}") from e
+        return self.restore(step, like)
 
     def restore_latest(self, like: Any) -> tuple[int, Any] | None:
         """(step, state) of the latest checkpoint that can be read; None where there is no checkpoint at all.

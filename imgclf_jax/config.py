@@ -40,6 +40,8 @@ KEYS: dict[str, tuple[Any, str]] = {
     ),
     "tta": ("", "Views whose logits evaluation averages: flip, translate(pad), 'flip|translate(1)'; empty: one view."),
     "model": ("cnn", "The backbone, images to features: cnn, resnet(depth=50), vit, …, or an import path."),
+    "init_from": ("", "Weights to start from: a work directory, a PyTorch file (.pth, .pt, .th) or a .safetensors."),
+    "init_strict": (True, "Refuse `init_from` if more than the head differs from the model; False: take what fits."),
     "loss": ("softmax", "softmax, sigmoid (binary cross-entropies) or focal, or an import path."),
     "optimizer": (
         "adam",

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax import metrics, sharding
+from imgclf_jax import losses, metrics, pretrained, sharding
 from imgclf_jax.checkpoint import Checkpoints
 from imgclf_jax.data import sources, stream
 from imgclf_jax.errors import UserError
 from imgclf_jax.experiment import Experiment
-from imgclf_jax.provenance import load_data_info
+from imgclf_jax.provenance import DataInfo, load_data_info
 from imgclf_jax.workdir import Workdir
 from imgclf_jax.writers import format_metrics, print_table
 
@@ -99,11 +99,33 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> tuple[Experimen
     return experiment, run["state"], step
 
 
-def main(config: ConfigDict, workdir: Workdir, which: str, format: str) -> int:
-    """The command `evaluate`: prints the metrics of each evaluation set, and the accuracy of each class."""
-    experiment, state, step = restore(config, workdir, which)
+def convert(config: ConfigDict, base: dict[str, sources.Source]) -> tuple[Experiment, Any]:
+    """(experiment, train state at step 0) of the weights that `init_from` names, for the classes of the source `base`.
+
+    Raises UserError where they are no whole model.
+    """
+    source = next(iter(base.values()))  # every split has the same classes and the same shape
+    with contextlib.suppress(UserError):
+        source = sources.take_split(base, config.data.train)
+    images = stream.Images(source, config.preprocess_eval or config.preprocess, config.seed, config.data.threads)
+    counts = sources.class_counts(source).tolist() if losses.needs_class_counts(config.loss) else ()
+    data = DataInfo(len(images), images.shape, tuple(source.class_names), source.fingerprint(), tuple(counts))
+    experiment = Experiment(config, data, sharding.make_mesh())
+    weights = pretrained.load(experiment, whole=True)
+    init = jax.jit(experiment.init, out_shardings=sharding.replicated(experiment.mesh))
+    return experiment, init(np.uint32(config.seed), weights=weights.taken)["state"]
+
+
+def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str) -> int:
+    """The command `evaluate`: prints the metrics of each evaluation set, and the accuracy of each class.
+
+    Of the run in `workdir` or, with None, of the weights that `init_from` names.
+    """
+    restored = restore(config, workdir, which) if workdir else None
     base = sources.open_splits(config.data.source, config.data.data_dir, config.data.manual_dir)
-    _warn_of_changed_data(experiment, workdir.load_config(), base)
+    experiment, state, step = restored or (*convert(config, base), 0)
+    if workdir:
+        _warn_of_changed_data(experiment, workdir.load_config(), base)
     results: dict[str, Any] = {"step": step}
     confusions = {}
     for name, images in open_evals(experiment, base).items():

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -113,9 +113,15 @@ class Experiment:
             jax.eval_shape(view, images)
         return views
 
-    def init(self, seed: jax.Array, images: jax.Array | None = None) -> dict[str, Any]:
-        """What a run starts from and a checkpoint holds: {"state": TrainState, "sums": of the metrics window}."""
-        state = step.init_state(self.model, self.optimizer, self.data.image_shape, seed, self.average, images)
+    def init(
+        self, seed: jax.Array, images: jax.Array | None = None, weights: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What a run starts from and a checkpoint holds: {"state": TrainState, "sums": of the metrics window}.
+
+        `images` are `first_images`; `weights`, by name, are taken instead of random ones.
+        """
+        shape = self.data.image_shape
+        state = step.init_state(self.model, self.optimizer, shape, seed, self.average, images, weights)
         return {"state": state, "sums": step.zero_sums()}
 
     def first_images(self, images: Images) -> jax.Array | None:

@@ -11,9 +11,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import rng, sharding, writers
-from imgclf_jax.data import decode
+from imgclf_jax.data import decode, sources
 from imgclf_jax.errors import UserError
-from imgclf_jax.evaluate import restore
+from imgclf_jax.evaluate import convert, restore
 from imgclf_jax.experiment import Experiment
 from imgclf_jax.workdir import Workdir
 
@@ -71,14 +71,21 @@ def predict(experiment: Experiment, state: Any, files: list[Path]) -> Iterator[t
             yield files[i], image if isinstance(image, UserError) else probabilities[row]
 
 
-def main(config: ConfigDict, workdir: Workdir, which: str, format: str, paths: list[str], top_k: int) -> int:
-    """The command `predict`: prints the `top_k` classes of each image; 1 where an image could not be read, else 0."""
+def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str, paths: list[str], top_k: int) -> int:
+    """The command `predict`: prints the `top_k` classes of each image; 1 where an image could not be read, else 0.
+
+    By the run in `workdir` or, with None, by the weights that `init_from` names; then the classes are the source's.
+    """
     if not paths:
         raise UserError(
             "predict: name at least one image file or directory: launch.py predict FILE|DIR … --workdir DIR"
         )
     files = find_files(paths)
-    experiment, state, _ = restore(config, workdir, which)
+    if workdir:
+        experiment, state, _ = restore(config, workdir, which)
+    else:
+        base = sources.open_splits(config.data.source, config.data.data_dir, config.data.manual_dir)
+        experiment, state = convert(config, base)
     names = experiment.data.class_names
     records: list[dict[str, Any]] = []
     failed = 0

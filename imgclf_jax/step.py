@@ -1,6 +1,6 @@
 """The train state and the two pure functions that training and evaluation consist of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import optax
 from flax import linen as nn
 from flax import struct
 
-from imgclf_jax import averages, metrics, mixing, rng, tta
+from imgclf_jax import averages, metrics, mixing, rng, tree, tta
 from imgclf_jax.averages import Average
 from imgclf_jax.losses import Loss
 from imgclf_jax.models.frozen import Frozen
@@ -42,16 +42,21 @@ def init_state(
     seed: jax.Array | int,
     average: Average = averages.NONE,
     images: jax.Array | None = None,
+    weights: Mapping[str, jax.Array] | None = None,
 ) -> TrainState:
     """The state at step 0; `image_shape` is (h, w, c). Pure, so it can be jitted or evaluated for its shape.
 
     `images` f32[n, h, w, c] are for a backbone with a function `init_on_images(params, images) -> params`.
+    `weights` are taken instead of random ones, by name: {"params/head/bias": …, "batch_stats/…": …}.
     """
     zeros = jnp.zeros((1, *image_shape), jnp.float32)
     variables = dict(model.init(rng.key(seed, "init"), zeros, train=False))
-    params = variables.pop("params")
     if images is not None:
-        params = {**params, "backbone": model.backbone.init_on_images(params["backbone"], images)}
+        backbone = model.backbone.init_on_images(variables["params"]["backbone"], images)
+        variables["params"] = {**variables["params"], "backbone": backbone}
+    if weights:
+        variables = tree.replace(variables, weights)
+    params = variables.pop("params")
     return TrainState(
         seed=jnp.uint32(seed),
         step=jnp.int32(0),

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax import losses, metrics, provenance, sharding, step, tree, writers
+from imgclf_jax import losses, metrics, pretrained, provenance, sharding, step, tree, writers
 from imgclf_jax.checkpoint import Checkpoints
 from imgclf_jax.data import placement, sources, stream
 from imgclf_jax.errors import UserError
@@ -50,15 +50,16 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
     evals = open_evals(experiment, base)
     total = experiment.total
     log_every, eval_every, checkpoint_every = map(experiment.period, configs.CADENCES)
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
+    weights = pretrained.load(experiment) if config.init_from and not checkpoints.steps() else None
     compiled = _compile_in_background(experiment)
-    workdir.record(config, data)
+    workdir.record(config, data, weights.source if weights else None)
 
     # The state: the latest checkpoint's, or the first.
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
     start, run = checkpoints.restore_latest(experiment.shape) or (0, None)
     if run is None:
         init = jax.jit(experiment.init, out_shardings=sharding.replicated(mesh))
-        run = init(np.uint32(config.seed), experiment.first_images(images))
+        run = init(np.uint32(config.seed), experiment.first_images(images), weights.taken if weights else None)
         _log_parameters(run["state"].params)
         if experiment.rules:
             log.info("rules:\n%s", experiment.rules.table(experiment.parameters))

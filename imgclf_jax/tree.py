@@ -1,7 +1,7 @@
 """Names and digests of parameter trees."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,15 @@ def map_named(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
 
 def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def replace(tree: Any, named: Mapping[str, Any]) -> Any:
+    """`tree` with the leaves that `named` holds, by the paths of `named_leaves`, in place of its own."""
+
+    def choose(path: Any, leaf: Any) -> Any:
+        return named.get(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+
+    return jax.tree_util.tree_map_with_path(choose, tree)
 
 
 def sha256(tree: Any) -> str:

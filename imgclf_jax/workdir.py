@@ -1,8 +1,10 @@
 """The work directory: what lies where, and whether a command may use it."""
 
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -57,10 +59,11 @@ class Workdir:
                 "or pass another --workdir"
             )
 
-    def record(self, config: ConfigDict, data: DataInfo) -> None:
+    def record(self, config: ConfigDict, data: DataInfo, init_from: dict[str, Any] | None = None) -> None:
         """Writes config.json and provenance.json, the latter once: it tells of the process that began the run.
 
-        Raises UserError where the run began with other data.
+        `init_from` tells of the weights that the run starts from, None where it goes on. Raises UserError where the run
+        began with other data or weights.
         """
         if self.provenance.is_file():
             old = load_data_info(self.provenance)
@@ -68,7 +71,10 @@ class Workdir:
                 names = [k for k in vars(data) if getattr(old, k) != getattr(data, k)]
                 raise UserError(f"the data of the run in {self.path} have changed (another {', '.join(names)}); "
                                 "restore them, or pass another --workdir")  # fmt: skip
+            if init_from and json.loads(self.provenance.read_text()).get("init_from") != init_from:
+                raise UserError(f"the weights in {init_from['path']} have changed since the run in {self.path} began; "
+                                "restore them, or pass another --workdir")  # fmt: skip
         else:
-            write_json(self.provenance, collect(data))
+            write_json(self.provenance, collect(data) | ({"init_from": init_from} if init_from else {}))
         if not self.config.is_file():
             write_atomically(self.config, configs.to_json(config))

@@ -11,15 +11,17 @@ PACKAGE = ROOT / "imgclf_jax"
 # The layers, lowest first. A module imports from layers below its own and never from beside it or above.
 LAYERS = [
     "cache errors lazy",
-    "config metrics provenance rng sharding spec tree writers data.geometry data.photometric models.mirrored",
+    "config metrics provenance rng sharding spec tree weight_files writers data.geometry "
+    "data.photometric models.mirrored",
     "averages checkpoint losses rules schedules tta data.decode data.decoded data.policies data.prepare data.splits "
     "models.frozen models.layers",
     "mixing optim workdir data.augment data.folder models.airbench models.convnext models.resnet models.vit",
     "step data.sources models.backbones",
-    "models.classifier",
+    "models.classifier models.foreign",
     "data.stream",
     "data.placement",
     "experiment",
+    "pretrained",
     "evaluate",
     "predict train",
     "launch",

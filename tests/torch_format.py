@@ -1,0 +1,47 @@
+"""PyTorch's file format, written without PyTorch, opcode by opcode, so that tests can make files good and bad."""
+
+import struct
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def integers(values: Sequence[int]) -> bytes:
+    """A tuple."""
+    return b"(" + b"".join(b"I%d\n" % value for value in values) + b"t"
+
+
+def tensor(key: str, size: int, offset: int, shape: Sequence[int], strides: Sequence[int]) -> bytes:
+    """The opcodes of a float32 tensor over the storage `key`, which has `size` elements."""
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(key) + text("cpu") + b"I%d\n" % size + b"tQ"
+    return (
+        b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"I%d\n" % offset + integers(shape) + integers(strides)
+        + b"\x89N" + b"tR"
+    )  # fmt: skip
+
+
+def write(path: Path, items: Mapping[str, bytes], storages: Mapping[str, bytes]) -> Path:
+    """A file of 1.6 and later: a dict of names and the opcodes of their values, and the bytes of each storage."""
+    content = b"\x80\x02}(" + b"".join(text(name) + value for name, value in items.items()) + b"u."
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+        for key, data in storages.items():
+            archive.writestr(f"archive/data/{key}", data)
+    return path
+
+
+def save(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
+    """What `torch.save` of a state dict of these arrays, f32, gives."""
+    items, storages = {}, {}
+    for i, (name, array) in enumerate(arrays.items()):
+        array = np.array(array, "<f4", order="C")
+        strides = [stride // 4 for stride in array.strides]
+        items[name] = tensor(str(i), array.size, 0, array.shape, strides)
+        storages[str(i)] = array.tobytes()
+    return write(path, items, storages)
