@@ -27,11 +27,13 @@ CASES = {  # spec → the shape of its images
 @pytest.fixture
 def float64():
     """Both frameworks compute in float64."""
-    floatx = keras.config.floatx()
+    floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")  # that of a model built before stays otherwise
     with jax.enable_x64(True):
         yield
     keras.config.set_floatx(floatx)
+    keras.config.set_dtype_policy(policy)
 
 
 def keras_model(spec, shape):
