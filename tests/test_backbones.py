@@ -118,7 +118,15 @@ def test_a_step_in_bfloat16_over_eight_devices(name):
     assert np.isfinite(sums["loss"][0])
 
 
-@pytest.mark.parametrize("name", ["resnet", "wide_resnet", "convnext", "vit", "mixer", "airbench"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "wide_resnet",
+        "mixer",
+        "airbench",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet", "convnext", "vit")),
+    ],
+)
 def test_train_and_evaluation_differ_where_they_should(name):
     """Evaluation is the same every time; training draws anew for another key, or normalizes by the batch."""
     spec, size = SMALL[name]

@@ -248,7 +248,7 @@ def test_batch_norm_is_flax_batch_norm(use_scale):
     x = jnp.asarray(normal(0, 6, 5, 4, 3)) * 3 + 1
     ours = BatchNorm(0.9, 1e-3, use_scale=use_scale)
     theirs = nn.BatchNorm(
-        momentum=0.9, epsilon=1e-3, use_scale=use_scale, dtype=jnp.float64, force_float32_reductions=False
+        momentum=0.9, epsilon=1e-3, use_scale=use_scale, param_dtype=jnp.float64, force_float32_reductions=False
     )
     shapes = jax.eval_shape(lambda: theirs.init(jax.random.key(0), x, use_running_average=False))
     assert jax.tree.map(jnp.shape, ours.init(jax.random.key(0), layers.inner(x), True)) == jax.tree.map(

@@ -55,7 +55,7 @@ def experiment(init_from: Path, model: str = "resnet_cifar(8)", shape: tuple = (
 
 def initial(weights: pretrained.Weights, of: Experiment) -> dict[str, np.ndarray]:
     """The arrays that a run starts from, by name."""
-    state = jax.jit(of.init)(np.uint32(0), weights.taken)["state"]
+    state = jax.jit(of.init)(np.uint32(0), weights=weights.taken)["state"]
     return dict(tree.named_leaves({"params": state.params, **state.model_state}))
 
 
@@ -216,7 +216,7 @@ def test_an_optimizer_that_keeps_parameters_gets_these(mlp):
     """The optimizer's state follows from the weights, not from the random ones."""
     like = experiment_of_mlp(mlp)
     like.config.optimizer = "test_pretrained:remembering_sgd"
-    state = jax.jit(like.init)(np.uint32(0), pretrained.load(like).taken)["state"]
+    state = jax.jit(like.init)(np.uint32(0), weights=pretrained.load(like).taken)["state"]
     kept = [x for x in jax.tree.leaves(state.opt_state) if x.shape == (144, 16)]
     np.testing.assert_array_equal(kept[0], MLP["dense0.weight"].T)
 
