@@ -4,9 +4,11 @@
 
 Stochastic gradients with momentum 0.9 and weight decay 1e-4, batches of 128, a rate of 0.1 divided by ten at 32,000 and
 48,000 of 64,000 steps; crops from images padded by 4, and flips. Means and deviations are ImageNet's, as in the public
-PyTorch weights of these networks. Those are evaluated by
+PyTorch weights of these networks. Those of akamaster/pytorch_resnet_cifar10 (stated accuracy 91.73 %) are evaluated by
 
     uv run launch.py evaluate --config configs/cifar10_resnet20.py --config.init_from=resnet20-12fca82f.th
+
+which gives 0.9173 on the 10,000 test images. Training with this recipe here has not been measured.
 
 Images in folders of classes, `DIR/train/CLASS/…` and `DIR/test/CLASS/…`, by `--config.data.source="folder('DIR')"`.
 """
