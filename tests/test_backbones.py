@@ -84,7 +84,10 @@ def experiment(spec, size, precision="bfloat16"):
     return Experiment(config, data, sharding.make_mesh())
 
 
-@pytest.mark.parametrize("name", sorted(BACKBONES))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in ("convnext", "vit") else n for n in sorted(BACKBONES)],
+)
 def test_a_step_in_bfloat16_over_eight_devices(name):
     """Loss and gradients are finite, every parameter moves or has no gradient by design, statistics move too."""
     exp = experiment(*SMALL[name])
