@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax import losses, metrics, pretrained, sharding
+from imgclf_jax import metrics, pretrained, sharding
 from imgclf_jax.checkpoint import Checkpoints
 from imgclf_jax.data import sources, stream
 from imgclf_jax.errors import UserError
-from imgclf_jax.experiment import Experiment
-from imgclf_jax.provenance import DataInfo, load_data_info
+from imgclf_jax.experiment import Experiment, describe
+from imgclf_jax.provenance import load_data_info
 from imgclf_jax.workdir import Workdir
 from imgclf_jax.writers import format_metrics, print_table
 
@@ -108,9 +108,7 @@ def convert(config: ConfigDict, base: dict[str, sources.Source]) -> tuple[Experi
     with contextlib.suppress(UserError):
         source = sources.take_split(base, config.data.train)
     images = stream.Images(source, config.preprocess_eval or config.preprocess, config.seed, config.data.threads)
-    counts = sources.class_counts(source).tolist() if losses.needs_class_counts(config.loss) else ()
-    data = DataInfo(len(images), images.shape, tuple(source.class_names), source.fingerprint(), tuple(counts))
-    experiment = Experiment(config, data, sharding.make_mesh())
+    experiment = Experiment(config, describe(images, config.loss), sharding.make_mesh())
     weights = pretrained.load(experiment, whole=True)
     init = jax.jit(experiment.init, out_shardings=sharding.replicated(experiment.mesh))
     return experiment, init(np.uint32(config.seed), weights=weights.taken)["state"]

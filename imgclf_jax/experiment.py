@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import averages, losses, metrics, mixing, optim, rng, rules, schedules, sharding, spec, step, tta
 from imgclf_jax import config as configs
-from imgclf_jax.data import augment, placement
+from imgclf_jax.data import augment, placement, sources
 from imgclf_jax.data.stream import Images
 from imgclf_jax.errors import UserError, reason
 from imgclf_jax.models import classifier
@@ -27,6 +27,13 @@ from imgclf_jax.provenance import DataInfo
 # Up to so many steps, or bytes of images, go to the device in one call.
 _MOST_STEPS, _CHUNK_BYTES = 32, 8 << 20
 _FIRST_IMAGES = 5000  # that airbench94 whitens by
+
+
+def describe(images: Images, loss: str) -> DataInfo:
+    """What is recorded of the training images; with how many each class has, where the loss spec asks for them."""
+    source = images.source
+    counts = sources.class_counts(source).tolist() if losses.needs_class_counts(loss) else ()
+    return DataInfo(len(images), images.shape, tuple(source.class_names), source.fingerprint(), tuple(counts))
 
 
 @dataclass(frozen=True)

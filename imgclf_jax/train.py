@@ -15,12 +15,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax import losses, metrics, pretrained, provenance, sharding, step, tree, writers
+from imgclf_jax import metrics, pretrained, provenance, sharding, step, tree, writers
 from imgclf_jax.checkpoint import Checkpoints
 from imgclf_jax.data import placement, sources, stream
 from imgclf_jax.errors import UserError
 from imgclf_jax.evaluate import evaluate_all, open_evals
-from imgclf_jax.experiment import Experiment
+from imgclf_jax.experiment import Experiment, describe
 from imgclf_jax.workdir import Workdir
 
 log = logging.getLogger(__name__)
@@ -43,9 +43,7 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
     base = sources.open_splits(config.data.source, config.data.data_dir, config.data.manual_dir)
     train_source = sources.take_split(base, config.data.train)
     images = stream.Images(train_source, config.preprocess, config.seed, config.data.threads)
-    names, fingerprint = tuple(train_source.class_names), train_source.fingerprint()
-    counts = sources.class_counts(train_source).tolist() if losses.needs_class_counts(config.loss) else ()
-    data = provenance.DataInfo(len(images), images.shape, names, fingerprint, tuple(counts))
+    data = describe(images, config.loss)
     experiment = Experiment(config, data, mesh)
     evals = open_evals(experiment, base)
     total = experiment.total

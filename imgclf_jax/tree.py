@@ -25,11 +25,7 @@ def _name(path: Any) -> str:
 
 def replace(tree: Any, named: Mapping[str, Any]) -> Any:
     """`tree` with the leaves that `named` holds, by the paths of `named_leaves`, in place of its own."""
-
-    def choose(path: Any, leaf: Any) -> Any:
-        return named.get(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-
-    return jax.tree_util.tree_map_with_path(choose, tree)
+    return map_named(named.get, tree)
 
 
 def sha256(tree: Any) -> str:

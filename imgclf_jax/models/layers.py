@@ -212,11 +212,7 @@ def pool_bias_relu(x: jax.Array, bias: jax.Array, window: int, dtype: Any) -> ja
 
 
 def _pool_forward(x: jax.Array, bias: jax.Array, window: int, dtype: Any) -> tuple[jax.Array, Any]:
-    b, h, w, f = x.shape
-    ho, wo = h // window, w // window  # without the rest at the edges
-    windows = x[:, : ho * window, : wo * window].reshape(b, ho, window, wo, window, f)
-    cells = [windows[:, :, i, :, j] for i in range(window) for j in range(window)]
-    out, place = mirrored.pooled(cells, bias, dtype)
+    out, place = mirrored.pooled(mirrored.window_cells(x, window), bias, dtype)
     return out, (place, x[:0], bias[:0])
 
 

@@ -146,6 +146,14 @@ def _conv_backward(
 conv.defvjp(_conv_forward, _conv_backward)
 
 
+def window_cells(x: jax.Array, window: int) -> list[jax.Array]:
+    """What lies at each place of a window, [a, h, w, d] → window**2 times [a, h // window, w // window, d]."""
+    a, h, w, d = x.shape
+    ho, wo = h // window, w // window  # without the rest at the edges
+    windows = x[:, : ho * window, : wo * window].reshape(a, ho, window, wo, window, d)
+    return [windows[:, :, i, :, j] for i, j in itertools.product(range(window), repeat=2)]
+
+
 def _first_greatest(cells: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
     """The greatest of the cells, and which cell it is in, the first of equals: int8 where it fits."""
     maximum = functools.reduce(jnp.maximum, cells)
@@ -173,11 +181,7 @@ def max_pool(x: jax.Array, window: int) -> jax.Array:
 
 
 def _max_pool_forward(x: jax.Array, window: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    c, h, w, b = x.shape
-    ho, wo = h // window, w // window
-    windows = x[:, : ho * window, : wo * window].reshape(c, ho, window, wo, window, b)
-    cells = [windows[:, :, i, :, j] for i, j in itertools.product(range(window), repeat=2)]
-    maximum, place = _first_greatest(cells)
+    maximum, place = _first_greatest(window_cells(x, window))
     return maximum, (place, x[:0])
 
 
@@ -219,12 +223,10 @@ def conv_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, window: int, dty
 def _conv_pool_forward(
     x: jax.Array, kernel: jax.Array, bias: jax.Array, window: int, dtype: Any
 ) -> tuple[jax.Array, Any]:
-    kh, kw, _, f = kernel.shape
+    kh, kw, _, _ = kernel.shape
     ho, wo = (x.shape[1] - kh + 1) // window, (x.shape[2] - kw + 1) // window
     y, _ = _conv_forward(x, kernel, (1, 1), (ho * window, wo * window), dtype)
-    y = y.reshape(f, ho, window, wo, window, -1)
-    cells = [y[:, :, i, :, j] for i, j in itertools.product(range(window), repeat=2)]
-    out, place = pooled(cells, bias[:, None, None, None], dtype)
+    out, place = pooled(window_cells(y, window), bias[:, None, None, None], dtype)
     return out, (place, x, kernel, bias)
 
 

@@ -3,6 +3,7 @@
 Between their first and their last layer images are as layers compute on them (`layers.inner`).
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,16 @@ def _conv(features: int, kernel: int, strides: int, dtype: Any, name: str) -> Co
 
 def _norm(momentum: float, name: str, scale: float = 1.0) -> BatchNorm:
     return BatchNorm(momentum, scale_init=nn.initializers.constant(scale), name=name)
+
+
+def _stages(
+    block: Callable[..., nn.Module], features: int, depths: Sequence[int], x: jax.Array, train: bool
+) -> jax.Array:
+    """Stage i has `depths[i]` blocks of features * 2**i; all but the first begin with a stride of 2."""
+    for i, blocks in enumerate(depths):
+        for j in range(blocks):
+            x = block(features * 2**i, 2 if i and not j else 1, name=f"layer{i + 1}_{j}")(x, train)
+    return x
 
 
 class BasicBlock(nn.Module):
@@ -90,15 +101,11 @@ class ResNet(nn.Module):
         if self.depth not in _STAGES:
             raise UserError(unknown("resnet depth", str(self.depth), map(str, _STAGES)))
         block = BasicBlock if self.depth < 50 else Bottleneck
-        settings: dict[str, Any] = {"momentum": self.momentum, "dtype": self.dtype}
         x = _conv(64, 7, 2, self.dtype, "conv1")(inner(x))  # h/2, w/2, 64 channels
         x = max_pool(nn.relu(_norm(self.momentum, "bn1")(x, train)), 3, 2, 1).astype(self.dtype)  # h/4, w/4
-        settings["last_scale"] = float(not self.zero_init)
-        for i, blocks in enumerate(_STAGES[self.depth]):
-            for j in range(blocks):
-                strides = 2 if i and not j else 1
-                x = block(64 * 2**i, strides, **settings, name=f"layer{i + 1}_{j}")(x, train)
-        return mean_pool(x)
+        scale = float(not self.zero_init)
+        settings: dict[str, Any] = {"last_scale": scale, "momentum": self.momentum, "dtype": self.dtype}
+        return mean_pool(_stages(partial(block, **settings), 64, _STAGES[self.depth], x, train))
 
 
 class ResNetCIFAR(nn.Module):
@@ -118,12 +125,8 @@ class ResNetCIFAR(nn.Module):
             raise UserError(f"resnet_cifar(depth={self.depth}): allowed are 6n + 2, such as 20, 32, 44, 56, 110")
         x = _conv(16, 3, 1, self.dtype, "conv1")(inner(x))
         x = nn.relu(_norm(self.momentum, "bn1")(x, train)).astype(self.dtype)
-        for i in range(3):
-            for j in range((self.depth - 2) // 6):
-                strides = 2 if i and not j else 1
-                block = BasicBlock(16 * 2**i, strides, "pad", 1.0, self.momentum, self.dtype, name=f"layer{i + 1}_{j}")
-                x = block(x, train)  # h/2**i, w/2**i, 16 * 2**i channels
-        return mean_pool(x)
+        block = partial(BasicBlock, shortcut="pad", last_scale=1.0, momentum=self.momentum, dtype=self.dtype)
+        return mean_pool(_stages(block, 16, [(self.depth - 2) // 6] * 3, x, train))
 
 
 class WideBlock(nn.Module):
@@ -160,9 +163,6 @@ class WideResNet(nn.Module):
         if self.depth < 10 or (self.depth - 4) % 6:
             raise UserError(f"wide_resnet(depth={self.depth}): allowed are 6n + 4, such as 16, 22, 28, 40")
         x = _conv(16, 3, 1, self.dtype, "conv1")(inner(x))
-        for i in range(3):
-            for j in range((self.depth - 4) // 6):
-                features, strides = 16 * 2**i * self.width, 2 if i and not j else 1
-                block = WideBlock(features, strides, self.dropout, self.momentum, self.dtype, name=f"layer{i + 1}_{j}")
-                x = block(x, train)  # h/2**i, w/2**i, `features` channels
+        block = partial(WideBlock, dropout=self.dropout, momentum=self.momentum, dtype=self.dtype)
+        x = _stages(block, 16 * self.width, [(self.depth - 4) // 6] * 3, x, train)
         return mean_pool(nn.relu(_norm(self.momentum, "bn1")(x, train))).astype(self.dtype)
