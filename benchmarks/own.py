@@ -55,7 +55,7 @@ def configure(network: Network, batch_size: int) -> ConfigDict:
     config.model = network.model
     config.optimizer = "adam(eps=1e-7)"
     config.schedule = "constant(1e-3)"
-    config.log_every, config.eval_every, config.checkpoint_every = "100 steps", "", ""
+    config.log_every, config.eval_every, config.checkpoint_every = f"{network.steps_per_call} steps", "", ""
     return config
 
 

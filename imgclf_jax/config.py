@@ -38,6 +38,7 @@ KEYS: dict[str, tuple[Any, str]] = {
         "",
         "mixup(0.2)|cutmix(1.0): of each batch one, or with mixup(probability=0.5) on half of them; empty: none.",
     ),
+    "num_seeds": (1, "Replicas trained at once, of seed, seed + 1, …: results with deviations, and the ensemble's."),
     "tta": ("", "Views whose logits evaluation averages: flip, translate(pad), 'flip|translate(1)'; empty: one view."),
     "model": ("cnn", "The backbone, images to features: cnn, resnet(depth=50), vit, …, or an import path."),
     "init_from": ("", "Weights to start from: a work directory, a PyTorch file (.pth, .pt, .th) or a .safetensors."),
@@ -47,7 +48,10 @@ KEYS: dict[str, tuple[Any, str]] = {
         "adam",
         "An optax optimizer, without its rate, after any transforms: 'add_decayed_weights(5e-4)|sgd'.",
     ),
-    "schedule": ("constant(1e-3)", "The learning rate: constant, cosine, linear, one_cycle or step, each with warmup."),
+    "schedule": (
+        "constant(1e-3)",
+        "The learning rate: constant, cosine, linear, one_cycle, step or triangle.",
+    ),
     "clip": (0.0, "The greatest global norm of the gradient; 0: not clipped."),
     "accumulate": (1, "Parts that a step computes its batch's gradient in, one after the other: so much less memory."),
     "ema": (0.0, "Decay of the average of the weights that evaluation uses, such as 0.999; 0: the weights themselves."),
@@ -58,6 +62,7 @@ KEYS: dict[str, tuple[Any, str]] = {
         "Parameters not trained, as patterns of whole paths: 'backbone/.*'; their modules run as in evaluation.",
     ),
     "rules.layer_decay": (0.0, "The learning rate of each layer as a fraction of that of the layer above; 0: off."),
+    "metrics": ("", "Metrics of evaluation beside accuracy, loss and top5: auc, balanced_accuracy, f1, 'auc|f1'."),
     "tensorboard": (True, "Write TensorBoard's files beside metrics.jsonl."),
     "log_every": ("50 steps", "How often training metrics are written; empty: never."),
     "eval_every": ("1 epochs", "How often all of `data.eval` is evaluated; empty: at the end only."),
@@ -153,6 +158,7 @@ def validate(config: ConfigDict) -> None:
         ("data.threads", 0),
         ("steps_per_call", 0),
         ("accumulate", 1),
+        ("num_seeds", 1),
         ("clip", 0),
     ):
         if flatten(config)[key] < least:
@@ -169,9 +175,13 @@ def validate(config: ConfigDict) -> None:
     steps = period(config.total, "total", 1000, 10)
     if steps is None or steps <= 0:
         raise UserError(f"total={config.total!r}: must be a duration above zero, such as '5 epochs'")
-    metrics = [f"{name}/{metric}" for name in config.data.eval for metric in ("accuracy", "loss", "top5")]
-    if config.checkpoint.best and config.checkpoint.best not in metrics:
-        raise UserError(unknown("metric in checkpoint.best", config.checkpoint.best, metrics))
+    if config.seed + config.num_seeds > 2**32:
+        raise UserError(f"seed={config.seed} and num_seeds={config.num_seeds} go beyond the seeds, 0 to 2**32 - 1")
+    more = [text.partition("(")[0].rpartition(":")[2].strip() for text in config.metrics.split("|")]
+    kinds = ("accuracy", "loss", "top5", *filter(None, more))
+    known = [f"{name}/{kind}" for name in config.data.eval for kind in kinds]
+    if config.checkpoint.best and config.checkpoint.best not in known:
+        raise UserError(unknown("metric in checkpoint.best", config.checkpoint.best, known))
 
 
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kM]?)\s*(epochs?|steps?|examples?|%)\s*")

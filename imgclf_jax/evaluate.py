@@ -23,8 +23,12 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(experiment: Experiment, state: Any, images: stream.Images) -> dict[str, Any]:
-    """The sums over all of `images`, on the host: integers exact, the loss in float64."""
-    size, total = experiment.steps_per_call, dict[str, Any]()
+    """The sums over all of `images`, on the host: integers exact, the loss in float64.
+
+    For the config's `metrics` also `labels` i32[n] and `probabilities` f32[n, classes]. Of several seeds all are
+    [seeds + 1, …].
+    """
+    size, total, scores = experiment.steps_per_call, dict[str, Any](), list[dict[str, np.ndarray]]()
     pending: Any = None
     shard = (jax.process_index(), jax.process_count())
     batches = stream.eval_batches(images, experiment.eval_batch_size, *shard)
@@ -32,19 +36,31 @@ def evaluate(experiment: Experiment, state: Any, images: stream.Images) -> dict[
         chunk = {name: stream.pad_steps(np.stack([batch[name] for batch in some]), size) for name in some[0]}
         chunk = sharding.put_batch(chunk, experiment.mesh, axis=1)
         sums = experiment.eval_chunk(*state.evaluated, chunk, np.int32(len(some)))
-        _add(total, pending)  # fetched while the next chunk is computed
+        _add(total, scores, pending)  # fetched while the next chunk is computed
         pending = sums
-    _add(total, pending)
+    _add(total, scores, pending)
+    if scores:
+        total |= {name: np.concatenate([some[name] for some in scores], -2 if name == "probabilities" else -1)
+                  for name in scores[0]}  # fmt: skip
     return total
 
 
 def evaluate_all(experiment: Experiment, state: Any, evals: dict[str, stream.Images]) -> dict[str, dict[str, float]]:
     """The metrics of each evaluation set, by its name."""
-    return {name: metrics.summarize(evaluate(experiment, state, images)) for name, images in evals.items()}
+    return {
+        name: metrics.summarize(evaluate(experiment, state, images), experiment.whole_set_metrics)
+        for name, images in evals.items()
+    }
 
 
-def _add(total: dict[str, Any], sums: dict[str, jax.Array] | None) -> None:
-    for name, value in (sums or {}).items():
+def _add(total: dict[str, Any], scores: list[dict[str, np.ndarray]], sums: dict[str, jax.Array] | None) -> None:
+    sums = dict(sums or {})
+    if "mask" in sums:  # of those of several seeds, the same for each
+        mask, labels, probabilities = (np.asarray(sums.pop(name)) for name in ("mask", "labels", "probabilities"))
+        for step in range(len(mask)):
+            real = mask[step].reshape(-1, mask.shape[-1])[0]
+            scores.append({"labels": labels[step][..., real], "probabilities": probabilities[step][..., real, :]})
+    for name, value in sums.items():
         exact = np.asarray(value, np.float64 if np.issubdtype(value.dtype, np.floating) else np.int64)
         total[name] = total.get(name, 0) + exact.sum(0)
 
@@ -128,7 +144,8 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str) -
     confusions = {}
     for name, images in open_evals(experiment, base).items():
         sums = evaluate(experiment, state, images)
-        results[name], confusions[name] = metrics.summarize(sums), sums["confusion"]
+        results[name] = metrics.summarize(sums, experiment.whole_set_metrics)
+        confusions[name] = sums["confusion"] if experiment.num_seeds == 1 else sums["confusion"][-1]
     if format == "json":
         for name, confusion in confusions.items():
             results[name]["confusion"] = confusion.tolist()

@@ -15,11 +15,25 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from imgclf_jax import averages, losses, metrics, mixing, optim, rng, rules, schedules, sharding, spec, step, tta
+from imgclf_jax import (
+    averages,
+    faults,
+    losses,
+    metrics,
+    mixing,
+    optim,
+    rng,
+    rules,
+    schedules,
+    scores,
+    sharding,
+    step,
+    tta,
+)
 from imgclf_jax import config as configs
 from imgclf_jax.data import augment, placement, sources
 from imgclf_jax.data.stream import Images
-from imgclf_jax.errors import UserError, reason
+from imgclf_jax.errors import UserError
 from imgclf_jax.models import classifier
 from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.provenance import DataInfo
@@ -107,6 +121,11 @@ class Experiment:
     def loss(self) -> losses.Loss:
         return losses.build(self.config.loss, self.data.class_counts, self.data.class_names)
 
+    @cached_property
+    def whole_set_metrics(self) -> dict[str, Callable[..., float]]:
+        """Metrics of whole evaluation sets, by name: of labels and probabilities."""
+        return scores.build(self.config.metrics)
+
     @property
     def with_ids(self) -> bool:
         """Whether batches carry the ids and epochs of their examples."""
@@ -125,11 +144,30 @@ class Experiment:
     ) -> dict[str, Any]:
         """What a run starts from and a checkpoint holds: {"state": TrainState, "sums": of the metrics window}.
 
-        `images` are `first_images`; `weights`, by name, are taken instead of random ones.
+        `images` are `first_images`; `weights`, by name, are taken instead of random ones. Of several seeds, `seed` and
+        those after it, all arrays are [num_seeds, …].
         """
-        shape = self.data.image_shape
-        state = step.init_state(self.model, self.optimizer, shape, seed, self.average, images, weights)
-        return {"state": state, "sums": step.zero_sums()}
+
+        def init(seed: jax.Array) -> dict[str, Any]:
+            shape = self.data.image_shape
+            state = step.init_state(self.model, self.optimizer, shape, seed, self.average, images, weights)
+            return {"state": state, "sums": step.zero_sums()}
+
+        if self.num_seeds == 1:
+            return init(seed)
+        runs: dict[str, Any] = jax.vmap(init)(seed + jnp.arange(self.num_seeds, dtype=jnp.uint32))
+        return runs
+
+    @property
+    def num_seeds(self) -> int:
+        """How many replicas are trained at once."""
+        return int(self.config.num_seeds)
+
+    def zero_sums(self) -> metrics.Sums:
+        """The sums of no step, of every seed, on the devices."""
+        sums = step.zero_sums()
+        several = (self.num_seeds,) if self.num_seeds > 1 else ()
+        return self.put(jax.tree.map(lambda x: jnp.broadcast_to(x, several), sums))
 
     def first_images(self, images: Images) -> jax.Array | None:
         """The first 5,000 training images, as in evaluation, for a backbone that begins from images; or None."""
@@ -162,46 +200,8 @@ class Experiment:
         except UserError:
             raise
         except Exception:  # what JAX, Flax and Optax raise is of many types
-            self._trace_parts()
+            faults.find(self)
             raise
-
-    def _trace_parts(self) -> None:
-        config, image_shape = self.config, self.data.image_shape
-        images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), "uint8")
-        labels = jax.ShapeDtypeStruct((config.batch_size,), "int32")
-        logits = jax.ShapeDtypeStruct((config.batch_size, len(self.data.class_names)), "float32")
-
-        def draw(images: jax.Array, ids: jax.Array) -> jax.Array:
-            known = (jnp.uint32(0), ids, ids) if self.with_ids else ()
-            return augment.build(config.augment, train=True)(rng.key(0, "augment"), images, *known)
-
-        def mix(images: jax.Array, ids: jax.Array) -> Any:
-            op = mixing.build(config.mix)
-            return op and op(rng.key(0, "mix"), draw(images, ids))
-
-        def init_and_update(seed: jax.Array) -> dict[str, Any]:
-            run = self.init(seed)
-            self.optimizer.update(run["state"].params, run["state"].opt_state, run["state"].params)
-            return run
-
-        def trace(key: str, function: Callable[..., Any], *args: Any) -> None:
-            try:
-                jax.eval_shape(function, *args)
-            except UserError:
-                raise
-            except Exception as e:
-                if any(":" in call.name for call in spec.parse(config[key])):
-                    raise  # the user's own code: the traceback tells more
-                where = f" on images {list(image_shape)}" if key in ("augment", "mix", "model") else ""
-                raise UserError(f"{key}={config[key]!r} fails{where}: {reason(e)}") from e
-
-        zeros = jnp.zeros((1, *image_shape), jnp.float32)
-        trace("schedule", lambda step: optim.promoting(self.schedule)(step), jax.ShapeDtypeStruct((), "int32"))
-        trace("augment", draw, images, labels)
-        trace("mix", mix, images, labels)
-        trace("model", lambda: self.model.init(rng.key(0, "init"), zeros, train=False))
-        trace("loss", lambda logits, labels: self.loss(logits, labels), logits, labels)
-        trace("optimizer", init_and_update, jax.ShapeDtypeStruct((), "uint32"))
 
     def put(self, tree: Any) -> Any:
         """A pytree of small arrays, whole on every device."""
@@ -214,7 +214,7 @@ class Experiment:
             return int(self.config.steps_per_call)
         if jax.default_backend() == "cpu" and "conv_general_dilated" in str(self._init_jaxpr[0]):
             return 1  # inside of a loop XLA:CPU runs its own convolution a hundred times slower
-        batch_bytes = self.config.batch_size * math.prod(self.data.image_shape)
+        batch_bytes = self.config.batch_size * self.num_seeds * math.prod(self.data.image_shape)
         gaps = [math.ceil(every) for key in configs.CADENCES if (every := self.period(key)) is not None]
         return max(1, min(_MOST_STEPS, _CHUNK_BYTES // batch_bytes, self.total, *gaps))
 
@@ -227,6 +227,7 @@ class Experiment:
             self.loss, self.optimizer, self.schedule, augment.build(self.config.augment, train=True), self.average,
             mixing.build(self.config.mix), self.config.accumulate,
         )  # fmt: skip
+        pure = step.several(pure, self.num_seeds)
         split, size = sharding.sharded(self.mesh), self.steps_per_call
 
         def train_chunk(state: step.TrainState, sums: metrics.Sums, chunk: Any, steps: jax.Array) -> Any:
@@ -240,7 +241,7 @@ class Experiment:
 
         chunk = placement.chunk_shape(
             self.config.data.placement, self.data.train_examples, self.data.image_shape, self.mesh,
-            self.config.batch_size, size, self.with_ids,
+            self.config.batch_size, size, self.with_ids, self.num_seeds,
         )  # fmt: skip
         whole = sharding.replicated(self.mesh)
         steps = jax.ShapeDtypeStruct((), "int32", sharding=whole)
@@ -270,9 +271,12 @@ class Experiment:
         """Compiled (params, model_state, chunk, steps) → the sums of each of the chunk's first `steps` batches.
 
         The chunk is {"image": uint8[k, b, h, w, c], "label": i32[k, b], "mask": bool[k, b]}, k being `steps_per_call`;
-        the sums are stacked [k, …], zeros after the first `steps`.
+        the sums (and scores, see `step`) are stacked [k, …], zeros after the first `steps`.
         """
-        pure = step.make_eval_step(self.model, self.loss, augment.build(self.config.augment, train=False), self.views)
+        images = augment.build(self.config.augment, train=False)
+        pure = step.make_eval_step(
+            self.model, self.loss, images, self.views, self.num_seeds, bool(self.whole_set_metrics)
+        )
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
 
         def eval_chunk(params: Any, model_state: Any, chunk: Any, steps: jax.Array) -> metrics.Sums:
@@ -305,7 +309,8 @@ class Experiment:
     @cached_property
     def predict_step(self) -> Any:
         """Jitted (params, model_state, images) → probabilities."""
-        pure = step.make_predict_step(self.model, augment.build(self.config.augment, train=False), self.views)
+        images = augment.build(self.config.augment, train=False)
+        pure = step.make_predict_step(self.model, images, self.views, self.num_seeds)
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
         return jax.jit(pure, in_shardings=(whole, whole, split), out_shardings=whole)
 

@@ -1,10 +1,12 @@
 """Metrics are sums and counts until the last moment, so that they add up over batches, devices and hosts."""
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Sums = dict[str, Any]
 
@@ -35,10 +37,29 @@ def classification_sums(logits: jax.Array, labels: jax.Array, losses: jax.Array,
     return sums
 
 
-def summarize(sums: Mapping[str, Any]) -> dict[str, float]:
-    """Host sums to what is reported: examples, accuracy, loss and, where counted, top5 (all as fractions)."""
+def scores(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Sums:
+    """What metrics of whole sets are computed from: probabilities f32[b, classes], the labels, and which count."""
+    return {"probabilities": jax.nn.softmax(logits.astype(jnp.float32)), "labels": labels, "mask": mask}
+
+
+def summarize(sums: Mapping[str, Any], more: Mapping[str, Callable[..., float]] | None = None) -> dict[str, float]:
+    """Host sums to what is reported: examples, accuracy, loss and, where counted, top5 (all as fractions).
+
+    Beside them `more`, of labels and probabilities that lie in the sums. Of several seeds, whose sums are [seeds + 1],
+    each is the mean; with it go the standard deviation (`_std`, of a sample), and the ensemble's (`ensemble_`).
+    """
+    if np.ndim(sums["examples"]):
+        *each, together = [
+            summarize({name: value[i] for name, value in sums.items()}, more) for i in range(len(sums["examples"]))
+        ]
+        names = [name for name in together if name != "examples"]
+        out = {"examples": together["examples"]}
+        for name in names:
+            values = [one[name] for one in each]
+            out |= {name: statistics.fmean(values), f"{name}_std": statistics.stdev(values)}
+        return out | {f"ensemble_{name}": together[name] for name in names}
     n = int(sums["examples"])
     out = {"examples": n, "accuracy": int(sums["correct"]) / n, "loss": float(sums["loss"]) / n}
     if "top5" in sums:
         out["top5"] = int(sums["top5"]) / n
-    return out
+    return out | {name: metric(sums["labels"], sums["probabilities"]) for name, metric in (more or {}).items()}

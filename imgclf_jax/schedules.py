@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the step, i32[], to the rate, f32[]; each but one_cycle may begin with a linear warmup.
+"""Learning-rate schedules: the step, i32[], to the rate, f32[]; all begin with a warmup, if they are given one.
 
 `warmup` and the boundaries of `step` are durations ('5%', '2 epochs', '500 steps').
 """
@@ -38,6 +38,16 @@ def one_cycle(
     return optax.join_schedules([rise, fall], [up])
 
 
+def triangle(
+    steps: Steps, total: int, peak: float, warmup: str = "25%", start: float = 0.0, end: float = 0.0
+) -> optax.Schedule:
+    """A straight line up from `start * peak` over `warmup`, and one down to `end * peak`."""
+    up = steps(warmup)
+    _check_warmup(up, total)
+    rise = optax.linear_schedule(start * peak, peak, max(1, up))
+    return optax.join_schedules([rise, optax.linear_schedule(peak, end * peak, max(1, total - up))], [up])
+
+
 def step(
     steps: Steps, total: int, peak: float, at: tuple[str, ...] = ("50%", "75%"), factor: float = 0.1, warmup: str = ""
 ) -> optax.Schedule:
@@ -70,7 +80,14 @@ def _warm_up(schedule: optax.Schedule, peak: float, warmup: int, total: int) -> 
     return optax.join_schedules([ramp, schedule], [warmup])
 
 
-SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear, "one_cycle": one_cycle, "step": step}
+SCHEDULES = {
+    "constant": constant,
+    "cosine": cosine,
+    "linear": linear,
+    "one_cycle": one_cycle,
+    "step": step,
+    "triangle": triangle,
+}
 
 
 def build(text: str, steps: Steps, total: int) -> optax.Schedule:

@@ -191,26 +191,65 @@ def _make_logits(model: nn.Module, augment: Augment, views: tta.Views) -> Callab
     return logits
 
 
+def several(train_step: Callable[..., Any], num_seeds: int) -> Callable[..., Any]:
+    """A train step for `num_seeds` states at once, [num_seeds, …], and their batches side by side (see `stream`)."""
+    if num_seeds == 1:
+        return train_step
+
+    def step(states: TrainState, batch: Batch) -> tuple[TrainState, metrics.Sums]:
+        own = jax.tree.map(lambda x: x.reshape(-1, num_seeds, *x.shape[1:]), batch)
+        result: tuple[TrainState, metrics.Sums] = jax.vmap(train_step, (0, 1))(states, own)
+        return result
+
+    return step
+
+
 def make_eval_step(
-    model: nn.Module, loss: Loss, augment: Augment, views: tta.Views = tta.NONE
+    model: nn.Module,
+    loss: Loss,
+    augment: Augment,
+    views: tta.Views = tta.NONE,
+    num_seeds: int = 1,
+    with_scores: bool = False,
 ) -> Callable[[Any, Any, Batch], metrics.Sums]:
-    """`eval_step(params, model_state, batch) -> sums`; the batch has `mask` bool[b], False for padding."""
+    """`eval_step(params, model_state, batch) -> sums`; the batch has `mask` bool[b], False for padding.
+
+    Of several seeds, [num_seeds, …] each, the sums are [num_seeds + 1, …]: those of each, and those of the ensemble,
+    whose probabilities are the mean of theirs. With `with_scores` they hold `metrics.scores`, too, which are no sums.
+    """
     logits_of = _make_logits(model, augment, views)
 
+    def sums_of(logits: jax.Array, batch: Batch) -> metrics.Sums:
+        labels, mask = batch["label"], batch["mask"]
+        sums = metrics.classification_sums(logits, labels, loss(logits, labels), mask)
+        return {**sums, **(metrics.scores(logits, labels, mask) if with_scores else {})}
+
     def eval_step(params: Any, model_state: Any, batch: Batch) -> metrics.Sums:
-        logits = logits_of(params, model_state, batch["image"])
-        return metrics.classification_sums(logits, batch["label"], loss(logits, batch["label"]), batch["mask"])
+        if num_seeds == 1:
+            return sums_of(logits_of(params, model_state, batch["image"]), batch)
+        logits = jax.vmap(logits_of, (0, 0, None))(params, model_state, batch["image"])  # [num_seeds, b, classes]
+        together = jax.nn.logsumexp(jax.nn.log_softmax(logits), 0, keepdims=True) - jnp.log(jnp.float32(num_seeds))
+        sums: metrics.Sums = jax.vmap(sums_of, (0, None))(jnp.concatenate([logits, together]), batch)
+        return sums
 
     return eval_step
 
 
 def make_predict_step(
-    model: nn.Module, augment: Augment, views: tta.Views = tta.NONE
+    model: nn.Module, augment: Augment, views: tta.Views = tta.NONE, num_seeds: int = 1
 ) -> Callable[[Any, Any, jax.Array], jax.Array]:
-    """`predict_step(params, model_state, images uint8[b, h, w, c]) -> probabilities f32[b, classes]`."""
+    """`predict_step(params, model_state, images uint8[b, h, w, c]) -> probabilities f32[b, classes]`.
+
+    Of several seeds the mean of their probabilities.
+    """
     logits_of = _make_logits(model, augment, views)
 
-    def predict_step(params: Any, model_state: Any, images: jax.Array) -> jax.Array:
+    def probabilities(params: Any, model_state: Any, images: jax.Array) -> jax.Array:
         return jax.nn.softmax(logits_of(params, model_state, images).astype(jnp.float32), -1)
+
+    def predict_step(params: Any, model_state: Any, images: jax.Array) -> jax.Array:
+        if num_seeds == 1:
+            return probabilities(params, model_state, images)
+        return jnp.mean(jax.vmap(probabilities, (0, 0, None))(params, model_state, images), 0)
 
     return predict_step

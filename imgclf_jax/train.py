@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax import metrics, pretrained, provenance, sharding, step, tree, writers
+from imgclf_jax import metrics, pretrained, provenance, sharding, tree, writers
 from imgclf_jax.checkpoint import Checkpoints
 from imgclf_jax.data import placement, sources, stream
 from imgclf_jax.errors import UserError
@@ -58,7 +58,7 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
     if run is None:
         init = jax.jit(experiment.init, out_shardings=sharding.replicated(mesh))
         run = init(np.uint32(config.seed), experiment.first_images(images), weights.taken if weights else None)
-        _log_parameters(run["state"].params)
+        _log_parameters(run["state"].params, experiment.num_seeds)
         if experiment.rules:
             log.info("rules:\n%s", experiment.rules.table(experiment.parameters))
     else:
@@ -75,7 +75,7 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
 
     writer = writers.MetricsWriter(workdir.path, start, config.tensorboard)
     progress = writers.Progress(start, total)
-    throughput = writers.Throughput(config.batch_size)
+    throughput = writers.Throughput(config.batch_size * config.num_seeds)
     in_flight: collections.deque[Any] = collections.deque()
     results: dict[str, Any] = {}
     traced = (max(profile[0], start), min(profile[1], total)) if profile else (-1, -1)
@@ -90,8 +90,9 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
         size = experiment.steps_per_call
         ranges = _ranges(start, total, size, (log_every, eval_every, checkpoint_every), traced)
         chunks = placement.train_chunks(
-            config.data.placement, images, mesh, config.seed, config.batch_size, ranges, size, experiment.with_ids
-        )
+            config.data.placement, images, mesh, config.seed, config.batch_size, ranges, size, experiment.with_ids,
+            config.num_seeds,
+        )  # fmt: skip
         for first, done in ranges:
             if first == traced[0]:
                 jax.block_until_ready(state)
@@ -134,7 +135,7 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
                 log.info("step %d: train %s", done, writers.format_metrics(brief))
                 pace = f"{record['images_per_second']:.0f} images/s, {record['input_wait']:.0%} waiting for input"
                 progress.update(done, pace)
-                sums = experiment.put(step.zero_sums())
+                sums = experiment.zero_sums()
             scores: dict[str, float] = {}
             if eval_due:
                 results = evaluate_all(experiment, state, evals)
@@ -153,11 +154,12 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
         checkpoints.close()
 
     results = results or evaluate_all(experiment, state, evals)
+    trained = throughput.steps * config.batch_size * config.num_seeds  # images
     result = {
         "step": total,
         "epochs": round(total * config.batch_size / len(images), 4),
         "seconds": round(time.perf_counter() - began, 2),  # of this process, from the start of `main`
-        "images_per_second": round(throughput.steps * config.batch_size / max(throughput.seconds, 1e-9), 1),
+        "images_per_second": round(trained / max(throughput.seconds, 1e-9), 1),
         "params_sha256": tree.sha256(jax.device_get(state.params)),
         **results,
     }
@@ -171,7 +173,7 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
 def _compile_in_background(experiment: Experiment) -> concurrent.futures.Future[float]:
     """Traces both steps here, where errors in the config show, and compiles them in a thread; gives the seconds."""
     began = time.perf_counter()
-    lowered, _ = experiment.lowered_train_chunk, experiment.views
+    lowered, *_ = experiment.lowered_train_chunk, experiment.views, experiment.whole_set_metrics
     traced = time.perf_counter() - began
 
     def compile() -> float:
@@ -202,12 +204,12 @@ def _ranges(
 
 
 def _train_record(sums: metrics.Sums) -> dict[str, float]:
-    """What is logged of a window of steps: means over its examples or steps."""
-    steps, examples = int(sums["steps"]), int(sums["examples"])
+    """What is logged of a window of steps: means over its examples or steps, of all seeds together."""
+    total = {name: np.sum(value).item() for name, value in sums.items()}
     return {
-        "loss": float(sums["loss"]) / examples,
-        "accuracy": int(sums["correct"]) / examples,
-        **{name: float(sums[name]) / steps for name in ("grad_norm", "param_norm", "learning_rate")},
+        "loss": total["loss"] / total["examples"],
+        "accuracy": total["correct"] / total["examples"],
+        **{name: total[name] / total["steps"] for name in ("grad_norm", "param_norm", "learning_rate")},
     }
 
 
@@ -215,15 +217,18 @@ def _check_finite(
     sums: metrics.Sums, experiment: Experiment, images: stream.Images, workdir: Workdir, checkpoints: Checkpoints
 ) -> None:
     """Raises UserError for a step whose loss, gradient or parameters were not finite; its examples are recorded."""
-    bad = int(sums["nonfinite_step"])
+    by_seed = np.atleast_1d(sums["nonfinite_step"])
+    bad, config = int(by_seed.min()), experiment.config
     if bad == metrics.NO_STEP:
         return
     checkpoints.wait()
-    config = experiment.config
-    ids = stream.example_ids(config.seed, bad, config.batch_size, len(images)).tolist()
+    seed = config.seed + int(by_seed.argmin())
+    ids = stream.example_ids(seed, bad, config.batch_size, len(images)).tolist()
     file = workdir.path / "nonfinite.json"
     name = getattr(images.source, "name", None)
-    provenance.write_json(file, {"step": bad, "example_ids": ids, "examples": [name(i) for i in ids] if name else None})
+    provenance.write_json(
+        file, {"step": bad, "seed": seed, "example_ids": ids, "examples": [name(i) for i in ids] if name else None}
+    )
     good = checkpoints.steps()
     kept = f"the last good checkpoint, of step {good[-1]}, is kept" if good else "no checkpoint had been saved yet"
     raise UserError(
@@ -232,7 +237,10 @@ def _check_finite(
     )
 
 
-def _log_parameters(params: Any) -> None:
+def _log_parameters(params: Any, num_seeds: int) -> None:
+    if num_seeds > 1:
+        log.info("%d replicas of these:", num_seeds)
+        params = jax.tree.map(lambda x: x[0], params)
     try:
         from clu import parameter_overview
     except ImportError:

@@ -52,3 +52,18 @@ def fake_config():
     config.eval_every = "6 steps"
     config.checkpoint_every = "4 steps"
     return config
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(params=[True, False], ids=["mirrored", "usual"])
+def form(request, monkeypatch):
+    """Runs a test in both forms, whatever the platform."""
+    from imgclf_jax.models import layout
+
+    monkeypatch.setattr(layout, "on_mirrored", lambda: request.param)
+    return request.param

@@ -51,6 +51,11 @@ DEFINITIONS = {  # spec → (steps of linear warmup, the rate at each step after
         0,
         np.where(N < 50, half_cosine(0, 0.3, N / 50), half_cosine(0.3, 0.03, (N - 50) / 50)),
     ),
+    "triangle(0.3, warmup='25%', start=0.2, end=0.07)": (
+        0,
+        np.where(N < 25, 0.3 * (0.2 + 0.8 * N / 25), 0.3 * (1 - 0.93 * np.minimum(1, (N - 25) / 75))),
+    ),
+    "triangle(0.3, warmup='')": (0, 0.3 * np.maximum(0, 1 - N / 100)),
     "one_cycle(0.3, warmup='', end=0)": (0, half_cosine(0.3, 0, N / 100)),
     "step(0.3)": (0, np.select([N < 50, N < 75], [0.3, 0.03], 0.003)),
     "step(0.3, at=('1 epochs', '90 steps'), factor=0.5, warmup='5%')": (

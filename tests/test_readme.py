@@ -13,6 +13,7 @@ from imgclf_jax.losses import LOSSES
 from imgclf_jax.mixing import MIXES
 from imgclf_jax.models.backbones import BACKBONES
 from imgclf_jax.schedules import SCHEDULES
+from imgclf_jax.scores import METRICS
 from imgclf_jax.tta import VIEWS
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +24,7 @@ SHORT = ["--config.total=2 steps", "--config.schedule=constant(1e-3)", "--config
 def test_the_readme_names_every_name():
     """Each registered name stands in the table of specs."""
     table = README[README.index("## Changing it") : README.index("Your own code")]
-    for names in (DEVICE_OPS, HOST_OPS, SOURCES, LOSSES, BACKBONES, SCHEDULES, MIXES, VIEWS):
+    for names in (DEVICE_OPS, HOST_OPS, SOURCES, LOSSES, BACKBONES, SCHEDULES, MIXES, VIEWS, METRICS):
         assert [name for name in names if not re.search(rf"`{name}\b|[|:] {name}\b", table)] == []
 
 

@@ -12,13 +12,14 @@ PACKAGE = ROOT / "imgclf_jax"
 LAYERS = [
     "cache errors lazy",
     "config metrics provenance rng sharding spec tree weight_files writers data.geometry "
-    "data.photometric models.mirrored",
-    "averages checkpoint losses rules schedules tta data.decode data.decoded data.policies data.prepare data.splits "
-    "models.frozen models.layers",
-    "mixing optim workdir data.augment data.folder models.airbench models.convnext models.resnet models.vit",
+    "data.photometric models.layout models.mirrored",
+    "averages checkpoint losses rules schedules scores tta data.decode data.decoded data.policies data.prepare "
+    "data.splits models.frozen models.mirrored_pool models.norms",
+    "mixing optim workdir data.augment data.folder models.layers",
+    "models.airbench models.convnext models.resnet models.vit",
     "step data.sources models.backbones",
     "models.classifier models.foreign",
-    "data.stream",
+    "data.stream faults",
     "data.placement",
     "experiment",
     "pretrained",
@@ -34,7 +35,7 @@ HEAVY = {
     "tensorflow": {"lazy"},
     "tensorflow_datasets": {"data.prepare"},
     "clu": {"train", "writers"},
-    "sklearn": {"data.sources"},
+    "sklearn": {"data.sources", "scores"},
     "orbax": {"checkpoint"},
 }
 INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "sklearn"}

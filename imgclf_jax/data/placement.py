@@ -2,7 +2,7 @@
 
 A chunk is what one call of the compiled program trains on: {"image": uint8[k, b, h, w, c], "label": i32[k, b]}, or
 {"id": i32[k, b], "table": {"image": uint8[n, h, w, c], "label": i32[n]}}, for k steps. With `with_ids` both have the
-examples' `id` and `epoch` i32[k, b], and so have the batches.
+examples' `id` and `epoch` i32[k, b], and so have the batches. Of several seeds b is that of all together, see `stream`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,8 +28,10 @@ def chunk_shape(
     batch_size: int,
     size: int,
     with_ids: bool = False,
+    num_seeds: int = 1,
 ) -> Any:
     """The shapes, dtypes and shardings of the chunks that `train_chunks` gives for images uint8[examples, h, w, c]."""
+    batch_size *= num_seeds
     split, whole = sharding.sharded(mesh, axis=1), sharding.replicated(mesh)
     rows, where = ((examples,), whole) if placement == "device" else ((size, batch_size), split)
     images = {
@@ -53,16 +55,32 @@ def batch_at(chunk: Any, step: jax.Array | int) -> dict[str, jax.Array]:
 
 
 def host_chunks(
-    images: stream.Images, mesh: Mesh, seed: int, batch_size: int, ranges: Ranges, size: int, with_ids: bool = False
+    images: stream.Images,
+    mesh: Mesh,
+    seed: int,
+    batch_size: int,
+    ranges: Ranges,
+    size: int,
+    with_ids: bool = False,
+    num_seeds: int = 1,
 ) -> Iterator[Any]:
     """Streamed chunks; the copy of each to the device begins while the one before it runs."""
     shard = (jax.process_index(), jax.process_count())
-    for chunk in stream.train_chunks(images, seed, batch_size, ranges, size, *shard, with_ids=with_ids):
+    for chunk in stream.train_chunks(
+        images, seed, batch_size, ranges, size, *shard, with_ids=with_ids, num_seeds=num_seeds
+    ):
         yield sharding.put_batch(chunk, mesh, axis=1)
 
 
 def device_chunks(
-    images: stream.Images, mesh: Mesh, seed: int, batch_size: int, ranges: Ranges, size: int, with_ids: bool = False
+    images: stream.Images,
+    mesh: Mesh,
+    seed: int,
+    batch_size: int,
+    ranges: Ranges,
+    size: int,
+    with_ids: bool = False,
+    num_seeds: int = 1,
 ) -> Iterator[Any]:
     """The same batches, bit for bit, gathered on the device; only ids travel. Needs no TensorFlow."""
     if images.random:
@@ -75,10 +93,10 @@ def device_chunks(
     steps = sharding.sharded(mesh, axis=1)
     for start, stop in ranges:
         positions = np.arange(start * batch_size, stop * batch_size, dtype=np.int64)
-        own = {"id": stream.position_ids(seed, positions, len(images))}
+        own = {"id": [stream.position_ids(seed + i, positions, len(images)) for i in range(num_seeds)]}
         if with_ids:
-            own["epoch"] = positions // len(images)
-        rows = {k: stream.pad_steps(v.astype(np.int32).reshape(-1, batch_size), size) for k, v in own.items()}
+            own["epoch"] = [positions // len(images)] * num_seeds
+        rows = {k: stream.side_by_side(v, batch_size, size).astype(np.int32) for k, v in own.items()}
         yield {**jax.device_put(rows, steps), "table": table}
 
 
@@ -91,7 +109,8 @@ def train_chunks(
     ranges: Ranges,
     size: int,
     with_ids: bool = False,
+    num_seeds: int = 1,
 ) -> Iterator[Any]:
     """A chunk for each range of steps under `placement`, "host" or "device", padded to `size` steps."""
     chunks = {"host": host_chunks, "device": device_chunks}[placement]
-    return chunks(images, mesh, seed, batch_size, ranges, size, with_ids)
+    return chunks(images, mesh, seed, batch_size, ranges, size, with_ids, num_seeds)

@@ -88,7 +88,7 @@ class Images:
             self.shape: tuple[int, int, int] = self._cache.shape[1:]
             self._cached, self._whole = np.ones(len(source), bool), True
             return
-        first, _ = self._decode(np.zeros(1, np.int64), np.zeros(1, np.int64))
+        first, _ = self._decode(np.zeros(1, np.int64), np.zeros(1, np.int64), seed)
         self.shape = first.shape[1:]
         if not self.random and len(source) * first.nbytes <= _CACHE_BYTES:
             self._cache = np.empty((len(source), *self.shape), np.uint8)
@@ -103,19 +103,20 @@ class Images:
         """Whether all images are decoded, so that reading is a copy and there is nothing to gain by reading ahead."""
         return self._cache is not None and self._whole
 
-    def read(self, ids: np.ndarray, positions: np.ndarray) -> Batch:
-        """{"image": uint8[b, h, w, c], "label": i32[b]} for ids int64[b]; stream positions int64[b] key random ops.
+    def read(self, ids: np.ndarray, positions: np.ndarray, seed: int | None = None) -> Batch:
+        """{"image": uint8[b, h, w, c], "label": i32[b]} for ids int64[b].
 
+        Stream positions int64[b] and the seed, this object's unless given, key random ops.
         Raises UserError, naming the example, where one does not decode or comes out in another shape.
         """
         if self._cache is None:
-            images, labels = self._decode(ids, positions)
+            images, labels = self._decode(ids, positions, self.seed if seed is None else seed)
             return {"image": images, "label": labels}
         if not self._whole:
             missing = np.unique(ids[~self._cached[ids]])
             if missing.size:
                 # Two threads may fill the same places at once; they write the same values.
-                self._cache[missing], self._labels[missing] = self._decode(missing, missing)
+                self._cache[missing], self._labels[missing] = self._decode(missing, missing, self.seed)
                 self._cached[missing] = True
             with self._lock:
                 if not self._whole and self._cached.all():
@@ -123,12 +124,12 @@ class Images:
                     decoded.save(self.source, self.preprocess, self._cache, self._labels)
         return {"image": self._cache.take(ids, 0), "label": self._labels[ids]}  # twice as fast as indexing
 
-    def _decode(self, ids: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _decode(self, ids: np.ndarray, positions: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         examples = self.source.read(ids)
         encoded, labels = examples["image"], np.asarray(examples["label"], np.int32)
 
         def decode_some(places: np.ndarray) -> list[np.ndarray]:
-            return [self._decode_one(encoded[i], int(ids[i]), int(positions[i])) for i in places]
+            return [self._decode_one(encoded[i], int(ids[i]), int(positions[i]), seed) for i in places]
 
         chunks = np.array_split(np.arange(len(ids)), min(self._threads, len(ids)))
         images = [image for chunk in self._pool.map(decode_some, chunks) for image in chunk]
@@ -145,9 +146,9 @@ class Images:
             )
         return np.stack(images), labels
 
-    def _decode_one(self, image: Any, example: int, position: int) -> np.ndarray:
+    def _decode_one(self, image: Any, example: int, position: int, seed: int) -> np.ndarray:
         try:
-            return self._ops(image, lambda: rng.generator(self.seed, "preprocess", position))
+            return self._ops(image, lambda: rng.generator(seed, "preprocess", position))
         except UserError as e:
             name = getattr(self.source, "name", "example {}".format)
             raise UserError(f"{name(example)}: {e}") from e
@@ -176,27 +177,36 @@ def train_chunks(
     hosts: int = 1,
     prefetch: int = 2,
     with_ids: bool = False,
+    num_seeds: int = 1,
 ) -> Iterator[Batch]:
     """For each (start, stop) the batches of those steps, each [size, b, …], of which the first stop - start count.
 
     What a batch holds depends on its step alone, not on the range that it is read in. With `with_ids` it has the `id`
-    and the `epoch` of each example too, i32.
+    and the `epoch` of each example too, i32. Of several seeds, from `seed` on, it has the batches side by side, [size,
+    b * num_seeds, …]: the first example of each, then the second.
     """
     rows = np.arange(batch_size, dtype=np.int64)[_rows(batch_size, host, hosts)]
 
     def read(place: int) -> Batch:
         start, stop = ranges[place]
         positions = (np.arange(start, stop, dtype=np.int64)[:, None] * batch_size + rows).ravel()
-        ids = position_ids(seed, positions, len(images))
-        batch = images.read(ids, positions)
-        if with_ids:
-            batch |= {"id": ids.astype(np.int32), "epoch": (positions // len(images)).astype(np.int32)}
-        return {
-            name: pad_steps(values.reshape(-1, rows.size, *values.shape[1:]), size) for name, values in batch.items()
-        }
+        batches = []
+        for replica in range(seed, seed + num_seeds):
+            ids = position_ids(replica, positions, len(images))
+            batch = images.read(ids, positions, replica)
+            if with_ids:
+                batch |= {"id": ids.astype(np.int32), "epoch": (positions // len(images)).astype(np.int32)}
+            batches.append(batch)
+        return {name: side_by_side([batch[name] for batch in batches], rows.size, size) for name in batches[0]}
 
     names = ("image", "label", "id", "epoch") if with_ids else ("image", "label")
     return _carry(read, names, 0, len(ranges), 0 if images.in_memory else prefetch)
+
+
+def side_by_side(replicas: Sequence[np.ndarray], batch_size: int, size: int) -> np.ndarray:
+    """The examples [steps * b, …] of each replica → [size, b * replicas, …], of every step one of each in turn."""
+    stacked = replicas[0][:, None] if len(replicas) == 1 else np.stack(replicas, 1)
+    return pad_steps(stacked.reshape(-1, batch_size * len(replicas), *stacked.shape[2:]), size)
 
 
 def pad_steps(values: np.ndarray, size: int) -> np.ndarray:

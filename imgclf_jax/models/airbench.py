@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from imgclf_jax.models.layers import BatchNorm, Conv, inner, max_pool, widen
+from imgclf_jax.models.layers import Conv, max_pool
+from imgclf_jax.models.layout import inner, widen
+from imgclf_jax.models.norms import BatchNorm
 
 _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default
 
@@ -31,7 +33,7 @@ class ConvGroup(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         settings: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "kernel_init": _dirac, "inner": True}
-        x = max_pool(Conv(self.features, 3, **settings, name="conv1")(x), 2, 2)
+        x = max_pool(Conv(self.features, 3, **settings, name="conv1")(x).astype(self.dtype), 2, 2)
         x = _gelu(BatchNorm(0.6, 1e-12, use_scale=False, name="norm1")(x, train), self.dtype)
         x = Conv(self.features, 3, **settings, name="conv2")(x)
         return _gelu(BatchNorm(0.6, 1e-12, use_scale=False, name="norm2")(x, train), self.dtype)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from imgclf_jax.errors import UserError, unknown
-from imgclf_jax.models.layers import Conv, drop_path, layer_norm
+from imgclf_jax.models.layers import Conv, drop_path
+from imgclf_jax.models.norms import layer_norm
 
 _VARIANTS = {
     "T": ((3, 3, 9, 3), (96, 192, 384, 768)),

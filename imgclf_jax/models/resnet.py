@@ -1,6 +1,6 @@
 """Residual networks: He et al. 2015 (arXiv:1512.03385), for ImageNet and for CIFAR, and wide ones.
 
-Between their first and their last layer images are as layers compute on them (`layers.inner`).
+Between their first and their last layer images are as layers compute on them (`layout.inner`).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from imgclf_jax.errors import UserError, unknown
-from imgclf_jax.models.layers import BatchNorm, Conv, channel_axis, inner, max_pool, mean_pool, widen
+from imgclf_jax.models.layers import Conv, max_pool, mean_pool
+from imgclf_jax.models.layout import channel_axis, inner, widen
+from imgclf_jax.models.norms import BatchNorm
 
 _STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 

@@ -8,7 +8,9 @@ import numpy as np
 from flax import linen as nn
 
 from imgclf_jax.errors import UserError, unknown
-from imgclf_jax.models.layers import Conv, drop_path, layer_norm
+from imgclf_jax.models.layers import Conv, Dense, drop_path
+from imgclf_jax.models.layout import features_axis, on_mirrored, tokens, widen
+from imgclf_jax.models.norms import layer_norm
 
 _VIT = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12)}  # width, layers, heads
 _MIXER = {"S": (512, 8, 256, 2048), "B": (768, 12, 384, 3072)}  # width, layers, hidden over tokens, over channels
@@ -34,8 +36,18 @@ def sincos_positions(h: int, w: int, width: int) -> np.ndarray:
     return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1).astype(np.float32)
 
 
+def _add(x: jax.Array, y: jax.Array) -> jax.Array:
+    return (widen(x) + widen(y)).astype(x.dtype)
+
+
+def _mean_tokens(x: jax.Array) -> jax.Array:
+    """`tokens` → [b, d], the mean over them."""
+    mean = jnp.mean(widen(x), 2 if on_mirrored() else 1).astype(x.dtype)
+    return mean.T if on_mirrored() else mean
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention over [b, n, d] (Vaswani et al. 2017, arXiv:1706.03762).
+    """Multi-head self-attention over `tokens` (Vaswani et al. 2017, arXiv:1706.03762).
 
     Its maps, f32[b, heads, n, n], are there under `mutable=["intermediates"]`, as `attention`.
     """
@@ -45,19 +57,25 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        b, n, d = x.shape
+        d = x.shape[features_axis()]
         init = nn.initializers.xavier_uniform()
-        qkv = nn.Dense(3 * d, dtype=self.dtype, kernel_init=init, name="qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, d // self.heads), 2, 0)  # [b, n, heads, d / heads]
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
-        maps = jax.nn.softmax(scores * (d // self.heads) ** -0.5, -1)  # in float32 whatever the dtype
-        self.sow("intermediates", "attention", maps)
-        y = jnp.einsum("bhqk,bkhd->bqhd", maps.astype(self.dtype), v).reshape(b, n, d)
-        return nn.Dense(d, dtype=self.dtype, kernel_init=init, name="proj")(y)
+        qkv = Dense(3 * d, self.dtype, init, name="qkv")(x)
+        # The letters: b example, h head, d feature of the head, q and k tokens.
+        if on_mirrored():  # [3 * d, b, n]; keys first, so that the sums of the softmax run along vectors
+            q, k, v = qkv.reshape(3, self.heads, -1, *x.shape[1:])
+            names, keys_axis = ("hdbq,hdbk->bhkq", "bhkq,hdbk->hdbq"), 2
+        else:  # [b, n, 3 * d]
+            q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, self.heads, -1), 2, 0)
+            names, keys_axis = ("bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd"), 3
+        scores = jnp.einsum(names[0], q, k, preferred_element_type=jnp.float32)
+        maps = jax.nn.softmax(scores * (d // self.heads) ** -0.5, keys_axis)  # in float32 whatever the dtype
+        self.sow("intermediates", "attention", jnp.moveaxis(maps, keys_axis, 3))
+        y = jnp.einsum(names[1], maps.astype(self.dtype), v).reshape(x.shape)
+        return Dense(d, self.dtype, init, name="proj")(y)
 
 
 class MLPBlock(nn.Module):
-    """Two dense layers with GELU between them, over the last axis."""
+    """Two dense layers with GELU between them, over the features of `tokens`."""
 
     hidden: int
     dropout: float = 0.0
@@ -66,9 +84,10 @@ class MLPBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         init = nn.initializers.xavier_uniform()
-        y = nn.gelu(nn.Dense(self.hidden, dtype=self.dtype, kernel_init=init, name="fc1")(x), approximate=False)
+        y = widen(Dense(self.hidden, self.dtype, init, name="fc1")(x))
+        y = nn.gelu(y, approximate=False).astype(self.dtype)
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=init, name="fc2")(y)
+        return Dense(x.shape[features_axis()], self.dtype, init, name="fc2")(y)
 
 
 class EncoderBlock(nn.Module):
@@ -81,13 +100,14 @@ class EncoderBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        y = Attention(self.heads, self.dtype, name="attn")(layer_norm("norm1", x))
+        axis, examples = features_axis(), features_axis() + 1
+        y = Attention(self.heads, self.dtype, name="attn")(layer_norm("norm1", x, axis))
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
-        x = x + drop_path(self, y, self.drop_path, train)
-        y = layer_norm("norm2", x)
-        y = MLPBlock(4 * x.shape[-1], self.dropout, self.dtype, name="mlp")(y, train)
+        x = _add(x, drop_path(self, y, self.drop_path, train, examples))
+        y = layer_norm("norm2", x, axis)
+        y = MLPBlock(4 * x.shape[axis], self.dropout, self.dtype, name="mlp")(y, train)
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
-        return x + drop_path(self, y, self.drop_path, train)
+        return _add(x, drop_path(self, y, self.drop_path, train, examples))
 
 
 class ViT(nn.Module):
@@ -126,11 +146,13 @@ class ViT(nn.Module):
         if self.positions == "learned":
             x = x + self.param("positions_embedding", _init, (1, x.shape[1], width)).astype(self.dtype)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = tokens(x)
         for i in range(layers):
             rate = self.drop_path * i / (layers - 1)
-            x = EncoderBlock(heads, self.dropout, rate, self.dtype, name=f"block{i}")(x, train)  # [b, n, width]
-        x = layer_norm("norm", x)
-        return x[:, 0] if self.pool == "cls" else jnp.mean(x, 1, dtype=jnp.float32).astype(self.dtype)
+            x = EncoderBlock(heads, self.dropout, rate, self.dtype, name=f"block{i}")(x, train)
+        if self.pool == "cls":
+            x = x[..., :1] if on_mirrored() else x[:, :1]  # before it is normalized: nobody needs the others
+        return _mean_tokens(layer_norm("norm", x, features_axis()))
 
 
 class MixerBlock(nn.Module):
@@ -143,12 +165,14 @@ class MixerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        y = layer_norm("norm1", x).swapaxes(1, 2)
-        y = MLPBlock(self.tokens_hidden, 0.0, self.dtype, name="mlp_tokens")(y, train).swapaxes(1, 2)
-        x = x + drop_path(self, y, self.drop_path, train)
-        y = layer_norm("norm2", x)
+        axis, examples = features_axis(), features_axis() + 1
+        others = axis - 1  # the tokens': the last on CPU, in the middle elsewhere
+        y = layer_norm("norm1", x, axis).swapaxes(axis, others)
+        y = MLPBlock(self.tokens_hidden, 0.0, self.dtype, name="mlp_tokens")(y, train).swapaxes(axis, others)
+        x = _add(x, drop_path(self, y, self.drop_path, train, examples))
+        y = layer_norm("norm2", x, axis)
         y = MLPBlock(self.channels_hidden, 0.0, self.dtype, name="mlp_channels")(y, train)
-        return x + drop_path(self, y, self.drop_path, train)
+        return _add(x, drop_path(self, y, self.drop_path, train, examples))
 
 
 class Mixer(nn.Module):
@@ -165,9 +189,8 @@ class Mixer(nn.Module):
             raise UserError(unknown("mixer variant", self.variant, _MIXER))
         width, layers, tokens_hidden, channels_hidden = _MIXER[self.variant]
         x = _patches(x, self.patch, width, self.dtype, "mixer")
-        x = x.reshape(x.shape[0], -1, width)  # [b, n, width]
+        x = tokens(x.reshape(x.shape[0], -1, width))
         for i in range(layers):
             rate = self.drop_path * i / (layers - 1)
             x = MixerBlock(tokens_hidden, channels_hidden, rate, self.dtype, name=f"block{i}")(x, train)
-        x = layer_norm("norm", x)
-        return jnp.mean(x, 1, dtype=jnp.float32).astype(self.dtype)
+        return _mean_tokens(layer_norm("norm", x, features_axis()))

@@ -1,0 +1,31 @@
+"""Fashion-MNIST to 94.5 % and more, in minutes on a CPU.
+
+    uv run launch.py --config configs/fashion_mnist_best.py --workdir DIR
+
+TO BE MEASURED
+"""
+
+from imgclf_jax.config import ConfigDict, default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.total = "12 epochs"
+    config.batch_size = 512
+    config.precision = "bfloat16"
+    config.data.source = "tfds('fashion_mnist')"
+    config.data.placement = "device"
+    config.preprocess = "decode(1)"
+    config.augment = "flip_alternating|pad_crop(2, 'reflect')|normalize(mean=(0.2860,), std=(0.3530,))"
+    config.tta = "flip|translate(1)"
+    config.model = "airbench"
+    config.loss = "softmax(label_smoothing=0.2)"
+    config.optimizer = "add_decayed_weights(0.00133)|sgd(momentum=0.85, nesterov=True)|lookahead(5, 0.2262, power=3)"
+    config.schedule = "triangle(1.0, warmup='23%', start=0.2, end=0.05)"
+    config.rules.lr = ".*norm./bias=64"
+    config.rules.decay = ".*norm./bias=0.0156"
+    config.rules.freeze = ".*whiten/kernel"
+    config.log_every = "50 steps"
+    config.eval_every = ""
+    config.checkpoint_every = ""
+    return config
