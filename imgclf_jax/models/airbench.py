@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from imgclf_jax.models.layers import Conv, max_pool
-from imgclf_jax.models.layout import inner, widen
+from imgclf_jax.models.layers import Conv, gelu, max_pool
+from imgclf_jax.models.layout import inner
 from imgclf_jax.models.norms import BatchNorm
 
 _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default
@@ -20,10 +20,6 @@ def _dirac(key: jax.Array, shape: tuple[int, int, int, int], dtype: Any = jnp.fl
     return kernel.at[kh // 2, kw // 2, jnp.arange(c), jnp.arange(c)].set(1)
 
 
-def _gelu(x: jax.Array, dtype: Any) -> jax.Array:
-    return nn.gelu(widen(x), approximate=False).astype(dtype)
-
-
 class ConvGroup(nn.Module):
     """Two 3×3 convolutions without bias, the first followed by a max-pool; batch norm without scale, and GELU."""
 
@@ -34,9 +30,9 @@ class ConvGroup(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         settings: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "kernel_init": _dirac, "inner": True}
         x = max_pool(Conv(self.features, 3, **settings, name="conv1")(x).astype(self.dtype), 2, 2)
-        x = _gelu(BatchNorm(0.6, 1e-12, use_scale=False, name="norm1")(x, train), self.dtype)
+        x = gelu(BatchNorm(0.6, 1e-12, use_scale=False, name="norm1")(x, train), self.dtype)
         x = Conv(self.features, 3, **settings, name="conv2")(x)
-        return _gelu(BatchNorm(0.6, 1e-12, use_scale=False, name="norm2")(x, train), self.dtype)
+        return gelu(BatchNorm(0.6, 1e-12, use_scale=False, name="norm2")(x, train), self.dtype)
 
 
 class AirBench(nn.Module):
@@ -53,7 +49,7 @@ class AirBench(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         settings: dict[str, Any] = {"dtype": self.dtype, "kernel_init": _uniform, "inner": True}
         whiten = Conv(8 * x.shape[-1], 2, padding="VALID", **settings, name="whiten")
-        x = _gelu(whiten(inner(x)), self.dtype)
+        x = gelu(whiten(inner(x)), self.dtype)
         for i, width in enumerate(self.widths):
             x = ConvGroup(width, self.dtype, name=f"group{i + 1}")(x, train)
         x = inner(max_pool(x, 3, 3))

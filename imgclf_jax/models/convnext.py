@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from imgclf_jax.errors import UserError, unknown
-from imgclf_jax.models.layers import Conv, drop_path
+from imgclf_jax.models.layers import Conv, drop_path, gelu
 from imgclf_jax.models.norms import layer_norm
 
 _VARIANTS = {
@@ -31,7 +31,7 @@ class ConvNeXtBlock(nn.Module):
         settings: dict[str, Any] = {"dtype": self.dtype, "kernel_init": _init}
         y = Conv(d, 7, padding=3, feature_group_count=d, **settings, name="dwconv")(x)
         y = layer_norm("norm", y)
-        y = nn.gelu(nn.Dense(4 * d, **settings, name="pwconv1")(y), approximate=False)
+        y = gelu(nn.Dense(4 * d, **settings, name="pwconv1")(y), self.dtype)
         y = nn.Dense(d, **settings, name="pwconv2")(y)
         y = y * self.param("gamma", nn.initializers.constant(self.layer_scale), (d,)).astype(self.dtype)
         return x + drop_path(self, y, self.drop_path, train)

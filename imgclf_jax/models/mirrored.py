@@ -259,12 +259,12 @@ dense.defvjp(_dense_forward, _dense_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dense_first(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
-    """A dense layer on features that come first: [d, …] and [d, f] → [f, …] in `dtype`."""
+    """A dense layer on features that come first: [d, …] and [d, f] → [f, …], in float32 (float64 for float64)."""
     return _dense_first_forward(x, kernel, dtype)[0]
 
 
 def _dense_first_forward(x: jax.Array, kernel: jax.Array, dtype: Any) -> tuple[jax.Array, Any]:
-    y = _product(in_order(kernel.astype(dtype).T), x.astype(dtype).reshape(x.shape[0], -1), dtype)
+    y = _product(in_order(kernel.astype(dtype).T), x.astype(dtype).reshape(x.shape[0], -1), accumulator(dtype))
     return y.reshape(-1, *x.shape[1:]), (x, kernel)
 
 
@@ -273,10 +273,57 @@ def _dense_first_backward(
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     gradient = gradient.astype(dtype).reshape(gradient.shape[0], -1)
-    d_x = _product(kernel.astype(dtype), gradient, dtype).reshape(x.shape).astype(x.dtype)
+    d_x = _product(kernel.astype(dtype), gradient, x.dtype).reshape(x.shape)
     turned = in_order(gradient.T) if wants_rows(dtype) else gradient.T
     d_kernel = _product(x.astype(dtype).reshape(x.shape[0], -1), turned, accumulator(dtype))
     return d_x, lax.optimization_barrier(d_kernel).astype(kernel.dtype)
 
 
 dense_first.defvjp(_dense_first_forward, _dense_first_backward)
+
+
+def _each(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+    """The product of each two matrices, [b, h, m, k] times [b, h, k, n] → [b, h, m, n] in `dtype`."""
+    return lax.dot_general(a, b, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=dtype)
+
+
+def _turned(x: jax.Array) -> jax.Array:
+    return in_order(x.swapaxes(2, 3))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Attention of each head, of q, k and v [h, d, b, n] → ([h, d, b, n] in `dtype`, its maps).
+
+    The maps are f32[b, h, n, n] (float64 for float64), keys by queries, and not differentiated.
+    """
+    return _attention_forward(q, k, v, dtype)[0]
+
+
+def _attention_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, dtype: Any
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    q, k, v = (in_order(x.astype(dtype).transpose(2, 0, 1, 3)) for x in (q, k, v))  # [b, h, d, n]
+    scores = _each(_turned(k), q, accumulator(dtype)) * jnp.asarray(q.shape[2] ** -0.5, accumulator(dtype))
+    maps = jax.nn.softmax(scores, 2)  # over the keys, so that its sums run along vectors
+    low = maps.astype(dtype)
+    return (_each(v, low, dtype).transpose(1, 2, 0, 3), maps), (q, k, v, low)
+
+
+def _attention_backward(
+    dtype: Any, saved: tuple[jax.Array, ...], gradients: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, ...]:
+    q, k, v, maps = saved
+    wide = accumulator(dtype)
+    gradient = in_order(gradients[0].astype(dtype).transpose(2, 0, 1, 3))  # [b, h, d, queries]
+    d_v = _each(gradient, _turned(maps), dtype)
+    d_maps = _each(_turned(v), gradient, wide)  # [b, h, keys, queries]
+    weighted = maps.astype(wide) * d_maps
+    d_scores = weighted - maps.astype(wide) * jnp.sum(weighted, 2, keepdims=True)
+    d_scores = (d_scores * jnp.asarray(q.shape[2] ** -0.5, wide)).astype(dtype)
+    d_q, d_k = _each(k, d_scores, dtype), _each(q, _turned(d_scores), dtype)
+    d_q, d_k, d_v = (x.transpose(1, 2, 0, 3) for x in (d_q, d_k, d_v))
+    return d_q, d_k, d_v
+
+
+attention.defvjp(_attention_forward, _attention_backward)

@@ -117,12 +117,20 @@ def _layer_norm_forward(
     return y, (x, mean, inverse, scale)
 
 
+def _weighted_mean(x: jax.Array, weights: jax.Array, axis: int) -> jax.Array:
+    """The mean of x times weights [d] over the axis of size d, which stays, of size 1."""
+    total = lax.dot_general(weights, x, (((0,), (axis,)), ((), ())), precision=lax.Precision.HIGHEST)
+    return jnp.expand_dims(total / x.shape[axis], axis)
+
+
 def _layer_norm_backward(epsilon: float, axis: int, saved: Any, gradient: jax.Array) -> tuple[jax.Array, ...]:
     x, mean, inverse, scale = saved
     normal = (x - mean) * inverse
-    scaled = gradient * spread(scale, axis, x)
-    d_x = scaled - jnp.mean(scaled, axis, keepdims=True) - normal * jnp.mean(scaled * normal, axis, keepdims=True)
-    return d_x * inverse, sum_but(gradient * normal, axis), sum_but(gradient, axis)
+    product = lax.optimization_barrier(gradient * normal)
+    mean_scaled, mean_product = (_weighted_mean(y, scale, axis) for y in (gradient, product))
+    mean_scaled, mean_product, scale, m2, i2 = lax.optimization_barrier((mean_scaled, mean_product, scale, mean, inverse))
+    d_x = (gradient * spread(scale, axis, x) - mean_scaled - (x - m2) * (i2 * mean_product)) * i2
+    return d_x, sum_but(product, axis), sum_but(gradient, axis)
 
 
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)

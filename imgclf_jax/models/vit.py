@@ -8,7 +8,8 @@ import numpy as np
 from flax import linen as nn
 
 from imgclf_jax.errors import UserError, unknown
-from imgclf_jax.models.layers import Conv, Dense, drop_path
+from imgclf_jax.models import mirrored
+from imgclf_jax.models.layers import Conv, Dense, drop_path, gelu
 from imgclf_jax.models.layout import features_axis, on_mirrored, tokens, widen
 from imgclf_jax.models.norms import layer_norm
 
@@ -36,13 +37,9 @@ def sincos_positions(h: int, w: int, width: int) -> np.ndarray:
     return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1).astype(np.float32)
 
 
-def _add(x: jax.Array, y: jax.Array) -> jax.Array:
-    return (widen(x) + widen(y)).astype(x.dtype)
-
-
-def _mean_tokens(x: jax.Array) -> jax.Array:
-    """`tokens` → [b, d], the mean over them."""
-    mean = jnp.mean(widen(x), 2 if on_mirrored() else 1).astype(x.dtype)
+def _mean_tokens(x: jax.Array, dtype: Any) -> jax.Array:
+    """`tokens` → [b, d] in `dtype`, the mean over them."""
+    mean = jnp.mean(x, 2 if on_mirrored() else 1).astype(dtype)
     return mean.T if on_mirrored() else mean
 
 
@@ -60,18 +57,17 @@ class Attention(nn.Module):
         d = x.shape[features_axis()]
         init = nn.initializers.xavier_uniform()
         qkv = Dense(3 * d, self.dtype, init, name="qkv")(x)
-        # The letters: b example, h head, d feature of the head, q and k tokens.
-        if on_mirrored():  # [3 * d, b, n]; keys first, so that the sums of the softmax run along vectors
+        if on_mirrored():  # [3 * d, b, n]
             q, k, v = qkv.reshape(3, self.heads, -1, *x.shape[1:])
-            names, keys_axis = ("hdbq,hdbk->bhkq", "bhkq,hdbk->hdbq"), 2
+            y, maps = mirrored.attention(q, k, v, self.dtype)
+            maps = maps.swapaxes(2, 3)
         else:  # [b, n, 3 * d]
-            q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, self.heads, -1), 2, 0)
-            names, keys_axis = ("bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd"), 3
-        scores = jnp.einsum(names[0], q, k, preferred_element_type=jnp.float32)
-        maps = jax.nn.softmax(scores * (d // self.heads) ** -0.5, keys_axis)  # in float32 whatever the dtype
-        self.sow("intermediates", "attention", jnp.moveaxis(maps, keys_axis, 3))
-        y = jnp.einsum(names[1], maps.astype(self.dtype), v).reshape(x.shape)
-        return Dense(d, self.dtype, init, name="proj")(y)
+            q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, self.heads, -1), 2, 0)  # [b, n, heads, d / heads]
+            scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+            maps = jax.nn.softmax(scores * (d // self.heads) ** -0.5, -1)  # in float32 whatever the dtype
+            y = jnp.einsum("bhqk,bkhd->bqhd", maps.astype(self.dtype), v)
+        self.sow("intermediates", "attention", maps)
+        return Dense(d, self.dtype, init, name="proj")(y.reshape(x.shape))
 
 
 class MLPBlock(nn.Module):
@@ -84,8 +80,7 @@ class MLPBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         init = nn.initializers.xavier_uniform()
-        y = widen(Dense(self.hidden, self.dtype, init, name="fc1")(x))
-        y = nn.gelu(y, approximate=False).astype(self.dtype)
+        y = gelu(Dense(self.hidden, self.dtype, init, name="fc1")(x), self.dtype)
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
         return Dense(x.shape[features_axis()], self.dtype, init, name="fc2")(y)
 
@@ -103,11 +98,11 @@ class EncoderBlock(nn.Module):
         axis, examples = features_axis(), features_axis() + 1
         y = Attention(self.heads, self.dtype, name="attn")(layer_norm("norm1", x, axis))
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
-        x = _add(x, drop_path(self, y, self.drop_path, train, examples))
+        x = x + widen(drop_path(self, y, self.drop_path, train, examples))
         y = layer_norm("norm2", x, axis)
         y = MLPBlock(4 * x.shape[axis], self.dropout, self.dtype, name="mlp")(y, train)
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
-        return _add(x, drop_path(self, y, self.drop_path, train, examples))
+        return x + widen(drop_path(self, y, self.drop_path, train, examples))
 
 
 class ViT(nn.Module):
@@ -146,13 +141,13 @@ class ViT(nn.Module):
         if self.positions == "learned":
             x = x + self.param("positions_embedding", _init, (1, x.shape[1], width)).astype(self.dtype)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        x = tokens(x)
+        x = widen(tokens(x))  # what the blocks add to is in float32, whatever they compute in
         for i in range(layers):
             rate = self.drop_path * i / (layers - 1)
             x = EncoderBlock(heads, self.dropout, rate, self.dtype, name=f"block{i}")(x, train)
         if self.pool == "cls":
             x = x[..., :1] if on_mirrored() else x[:, :1]  # before it is normalized: nobody needs the others
-        return _mean_tokens(layer_norm("norm", x, features_axis()))
+        return _mean_tokens(layer_norm("norm", x, features_axis()), self.dtype)
 
 
 class MixerBlock(nn.Module):
@@ -169,10 +164,10 @@ class MixerBlock(nn.Module):
         others = axis - 1  # the tokens': the last on CPU, in the middle elsewhere
         y = layer_norm("norm1", x, axis).swapaxes(axis, others)
         y = MLPBlock(self.tokens_hidden, 0.0, self.dtype, name="mlp_tokens")(y, train).swapaxes(axis, others)
-        x = _add(x, drop_path(self, y, self.drop_path, train, examples))
+        x = x + widen(drop_path(self, y, self.drop_path, train, examples))
         y = layer_norm("norm2", x, axis)
         y = MLPBlock(self.channels_hidden, 0.0, self.dtype, name="mlp_channels")(y, train)
-        return _add(x, drop_path(self, y, self.drop_path, train, examples))
+        return x + widen(drop_path(self, y, self.drop_path, train, examples))
 
 
 class Mixer(nn.Module):
@@ -189,8 +184,8 @@ class Mixer(nn.Module):
             raise UserError(unknown("mixer variant", self.variant, _MIXER))
         width, layers, tokens_hidden, channels_hidden = _MIXER[self.variant]
         x = _patches(x, self.patch, width, self.dtype, "mixer")
-        x = tokens(x.reshape(x.shape[0], -1, width))
+        x = widen(tokens(x.reshape(x.shape[0], -1, width)))
         for i in range(layers):
             rate = self.drop_path * i / (layers - 1)
             x = MixerBlock(tokens_hidden, channels_hidden, rate, self.dtype, name=f"block{i}")(x, train)
-        return _mean_tokens(layer_norm("norm", x, features_axis()))
+        return _mean_tokens(layer_norm("norm", x, features_axis()), self.dtype)
