@@ -117,16 +117,24 @@ def test_load_file_passes_the_argument_and_locks(tmp_path):
         configs.load_file(str(tmp_path / "mine.txt"))
 
 
-SHAPES = {"digits": (8, 8, 1), "fashion_mnist": (28, 28, 1), "mnist": (28, 28, 1), "folder": (80, 100, 3)}
+SHAPES = {"digits": (8, 8, 1), "fashion_mnist": (28, 28, 1), "mnist": (28, 28, 1), "folder": (80, 100, 3),
+          "faces": (112, 92, 1)}  # fmt: skip
+CLASSES = {"medical": 2}
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(f, marks=pytest.mark.slow) if f.stem.startswith("imagenet") else f for f in FILES],
+    ids=lambda file: file.stem,
+)
 def test_every_config_file_trains(file, tmp_path):
     """Two steps on made-up data of the same shape, evaluation and all."""
     config = configs.load_file(str(file))
     configs.validate(config)
     channels = int(re.match(r"decode\((\d)\)", config.preprocess)[1])
-    config.data.source = f"fake(16, {SHAPES.get(file.stem, (32, 32, channels))}, 10)"
+    config.data.source = f"fake(16, {SHAPES.get(file.stem, (32, 32, channels))}, {CLASSES.get(file.stem, 10)})"
+    for name, split in config.data.eval.items():  # of which there are train and test
+        config.data.eval[name] = {"val": "test", "validation": "test"}.get(split, split)
     config.batch_size, config.total, config.log_every = 8, "2 steps", "1 steps"
     assert train.main(config, Workdir(tmp_path)) == 0
     result = json.loads((tmp_path / "result.json").read_text())

@@ -9,8 +9,9 @@ import pytest
 from flax import linen as nn
 
 from imgclf_jax.models import layout
-from imgclf_jax.models.layers import Dense
+from imgclf_jax.models.layers import Dense, gelu
 from imgclf_jax.models.norms import BatchNorm, LayerNorm
+from imgclf_jax.models.vit import EncoderBlock, MixerBlock
 
 
 def normal(seed, *shape):
@@ -72,3 +73,33 @@ def test_dense_and_layer_norm_on_tokens_are_flaxs():
         run = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True), static_argnums=(2, 3))
         results = run(params, x, ours, True), run(params, x, theirs, False)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), *results)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("block", [EncoderBlock(2, dtype=jnp.float64), MixerBlock(6, 10, dtype=jnp.float64)])
+def test_blocks_are_the_same_in_both_forms(block, monkeypatch):
+    """Results, gradients and attention maps, in float64; the usual form is plain linen and einsum."""
+    x = jnp.asarray(normal(0, 3, 5, 8))  # [b, n, d]
+    results = []
+    for mirrored in (True, False):
+        monkeypatch.setattr(layout, "on_mirrored", lambda mirrored=mirrored: mirrored)
+        axis = layout.features_axis()
+        shapes = jax.eval_shape(lambda: block.init(jax.random.key(0), layout.tokens(x)))["params"]
+        params = jax.tree.map(lambda s: jnp.asarray(normal(1, *s.shape)), shapes)
+
+        def scalar(params, x, axis=axis):
+            y, seen = block.apply({"params": params}, layout.tokens(x), mutable=["intermediates"])
+            y = jnp.moveaxis(y, axis, -1)
+            return jnp.sum(jnp.sin(y)), (y, seen)
+
+        results.append(jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True))(params, x))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), *results)
+
+
+@pytest.mark.usefixtures("float64")
+def test_gelu_is_flaxs():
+    x = jnp.linspace(-6.0, 6.0, 97)
+    for ours, theirs in ((gelu(x, x.dtype), nn.gelu(x, approximate=False)),
+                         (jax.grad(lambda x: gelu(x, x.dtype).sum())(x),
+                          jax.grad(lambda x: nn.gelu(x, approximate=False).sum())(x))):  # fmt: skip
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-15)

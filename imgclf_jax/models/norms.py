@@ -125,11 +125,11 @@ def _weighted_mean(x: jax.Array, weights: jax.Array, axis: int) -> jax.Array:
 
 def _layer_norm_backward(epsilon: float, axis: int, saved: Any, gradient: jax.Array) -> tuple[jax.Array, ...]:
     x, mean, inverse, scale = saved
-    normal = (x - mean) * inverse
-    product = lax.optimization_barrier(gradient * normal)
-    mean_scaled, mean_product = (_weighted_mean(y, scale, axis) for y in (gradient, product))
-    mean_scaled, mean_product, scale, m2, i2 = lax.optimization_barrier((mean_scaled, mean_product, scale, mean, inverse))
-    d_x = (gradient * spread(scale, axis, x) - mean_scaled - (x - m2) * (i2 * mean_product)) * i2
+    product = lax.optimization_barrier(gradient * ((x - mean) * inverse))  # of it and normalized x
+    means = [_weighted_mean(y, scale, axis) for y in (gradient, product)]
+    # Or XLA writes out the mean, the deviation and the scale of each element, for all passes to read.
+    (first, second), mean, inverse, scale = lax.optimization_barrier((means, mean, inverse, scale))
+    d_x = (gradient * spread(scale, axis, x) - first - (x - mean) * (inverse * second)) * inverse
     return d_x, sum_but(product, axis), sum_but(gradient, axis)
 
 

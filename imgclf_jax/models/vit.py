@@ -8,9 +8,9 @@ import numpy as np
 from flax import linen as nn
 
 from imgclf_jax.errors import UserError, unknown
-from imgclf_jax.models import mirrored
+from imgclf_jax.models import layout, mirrored
 from imgclf_jax.models.layers import Conv, Dense, drop_path, gelu
-from imgclf_jax.models.layout import features_axis, on_mirrored, tokens, widen
+from imgclf_jax.models.layout import features_axis, tokens, widen
 from imgclf_jax.models.norms import layer_norm
 
 _VIT = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12)}  # width, layers, heads
@@ -39,8 +39,8 @@ def sincos_positions(h: int, w: int, width: int) -> np.ndarray:
 
 def _mean_tokens(x: jax.Array, dtype: Any) -> jax.Array:
     """`tokens` → [b, d] in `dtype`, the mean over them."""
-    mean = jnp.mean(x, 2 if on_mirrored() else 1).astype(dtype)
-    return mean.T if on_mirrored() else mean
+    mean = jnp.mean(x, 2 if layout.on_mirrored() else 1).astype(dtype)
+    return mean.T if layout.on_mirrored() else mean
 
 
 class Attention(nn.Module):
@@ -57,13 +57,13 @@ class Attention(nn.Module):
         d = x.shape[features_axis()]
         init = nn.initializers.xavier_uniform()
         qkv = Dense(3 * d, self.dtype, init, name="qkv")(x)
-        if on_mirrored():  # [3 * d, b, n]
+        if layout.on_mirrored():  # [3 * d, b, n]
             q, k, v = qkv.reshape(3, self.heads, -1, *x.shape[1:])
             y, maps = mirrored.attention(q, k, v, self.dtype)
             maps = maps.swapaxes(2, 3)
         else:  # [b, n, 3 * d]
             q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, self.heads, -1), 2, 0)  # [b, n, heads, d / heads]
-            scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+            scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=mirrored.accumulator(self.dtype))
             maps = jax.nn.softmax(scores * (d // self.heads) ** -0.5, -1)  # in float32 whatever the dtype
             y = jnp.einsum("bhqk,bkhd->bqhd", maps.astype(self.dtype), v)
         self.sow("intermediates", "attention", maps)
@@ -146,7 +146,7 @@ class ViT(nn.Module):
             rate = self.drop_path * i / (layers - 1)
             x = EncoderBlock(heads, self.dropout, rate, self.dtype, name=f"block{i}")(x, train)
         if self.pool == "cls":
-            x = x[..., :1] if on_mirrored() else x[:, :1]  # before it is normalized: nobody needs the others
+            x = x[..., :1] if layout.on_mirrored() else x[:, :1]  # before it is normalized: nobody needs the others
         return _mean_tokens(layer_norm("norm", x, features_axis()), self.dtype)
 
 

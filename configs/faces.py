@@ -1,0 +1,33 @@
+"""Who is it? Few pictures of each of many people: ORL, 40 people with 10 pictures each (Samaria and Harter 1994).
+
+    uv run launch.py --config configs/faces.py:DIR --workdir RUN
+
+TO BE MEASURED
+
+DIR holds `PERSON/…`, in `s1/1.pgm` to `s40/10.pgm`. Five pictures of each person are trained on, the other five are
+tested; `--config.data.source="folder('DIR', train_per_class=5, draw=1)"` draws others.
+"""
+
+from imgclf_jax.config import ConfigDict, default_config
+
+
+def get_config(path: str = "faces") -> ConfigDict:
+    config = default_config()
+    config.total = "150 epochs"
+    config.batch_size = 40
+    config.precision = "bfloat16"
+    config.data.source = f"folder({path!r}, train_per_class=5)"
+    config.data.placement = "device"
+    config.preprocess = "decode(1)|resize(48, 40)"
+    config.augment = (
+        "flip_lr|pad_crop(4, 'reflect')|color_jitter(brightness=0.2, contrast=0.2)|normalize(mean=0.45, std=0.2)"
+    )
+    config.tta = "flip|translate(1)"
+    config.model = "resnet_cifar(depth=20)"
+    config.loss = "softmax(label_smoothing=0.1)"
+    config.optimizer = "add_decayed_weights(5e-4)|sgd(momentum=0.9, nesterov=True)"
+    config.schedule = "one_cycle(0.05)"
+    config.log_every = "10 epochs"
+    config.eval_every = "50 epochs"
+    config.checkpoint_every = ""
+    return config

@@ -1,0 +1,35 @@
+"""ImageNet with ResNet-50 in 90 epochs: Goyal et al. 2017 (arXiv:1706.02677), who report 76.3 to 76.4 %.
+
+    uv run launch.py --config configs/imagenet_resnet50.py --workdir DIR
+
+Batches of 256 at a rate of 0.1; for batches of n multiply the rate by n / 256 and keep the warmup. Weight decay on
+kernels alone, Nesterov momentum, label smoothing of none, the last scale of each block starting at zero. Evaluation is
+of the central 224 of 256 pixels. 25,557,032 parameters, 4.1 G multiply-adds an image.
+
+Not trained here: it has been compiled at full size and run for steps on made-up images. TFDS prepares `imagenet2012`
+from the archives that one downloads by hand, `--config.data.manual_dir=FOLDER`; images in folders of classes serve too,
+`--config.data.source="folder('DIR')" --config.data.eval.test=val`.
+"""
+
+from imgclf_jax.config import ConfigDict, default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.total = "90 epochs"
+    config.batch_size = 256
+    config.precision = "bfloat16"
+    config.data.source = "tfds('imagenet2012')"
+    config.data.eval.test = "validation"
+    config.preprocess = "decode(3)|random_resized_crop(224)"
+    config.preprocess_eval = "decode(3)|resize_small(256)|central_crop(224)"
+    config.augment = "flip_lr|normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))"
+    config.model = "resnet(depth=50)"
+    config.optimizer = "add_decayed_weights(1e-4)|sgd(momentum=0.9, nesterov=True)"
+    config.rules.decay = ".*(bias|scale)=0"
+    config.schedule = "step(0.1, at=('30 epochs', '60 epochs', '80 epochs'), warmup='5 epochs')"
+    config.log_every = "100 steps"
+    config.eval_every = "5 epochs"
+    config.checkpoint_every = "1 epochs"
+    config.checkpoint.best = "test/accuracy"
+    return config

@@ -1,0 +1,34 @@
+"""An unbalanced set of grey medical images: chest X-rays of PneumoniaMNIST (Yang et al. 2023, MedMNIST v2).
+
+    uv run launch.py --config configs/medical.py:DIR --workdir RUN
+
+TO BE MEASURED
+
+DIR holds `train/CLASS/…`, `val/CLASS/…` and `test/CLASS/…`. Each example counts by the weight of its class, so that
+both classes count alike; the checkpoint with the best area under the ROC curve on `val` is kept, and
+`uv run launch.py evaluate --workdir RUN` evaluates it.
+"""
+
+from imgclf_jax.config import ConfigDict, default_config
+
+
+def get_config(path: str = "xrays") -> ConfigDict:
+    config = default_config()
+    config.total = "30 epochs"
+    config.batch_size = 128
+    config.precision = "bfloat16"
+    config.data.source = f"folder({path!r})"
+    config.data.eval = {"val": "val", "test": "test"}
+    config.data.placement = "device"
+    config.preprocess = "decode(1)|resize(28)"
+    config.augment = "pad_crop(2)|color_jitter(brightness=0.2, contrast=0.2)|normalize(mean=0.5, std=0.25)"
+    config.model = "resnet_cifar(depth=20)"
+    config.loss = "softmax(class_weights='balanced')"
+    config.optimizer = "add_decayed_weights(5e-4)|sgd(momentum=0.9, nesterov=True)"
+    config.schedule = "one_cycle(0.05)"
+    config.metrics = "auc|balanced_accuracy"
+    config.log_every = "1 epochs"
+    config.eval_every = "1 epochs"
+    config.checkpoint_every = ""
+    config.checkpoint.best = "val/auc"
+    return config

@@ -1,0 +1,38 @@
+"""Traffic signs from a folder of images, one sub-folder a sign: GTSRB, 43 classes (Stallkamp et al. 2012).
+
+    uv run launch.py --config configs/traffic_signs.py:DIR --workdir RUN
+
+TO BE MEASURED
+
+DIR holds `train/SIGN/…` and `test/SIGN/…`. Nothing is flipped, since a sign's mirror image is another sign. A random
+part of the training images is no validation set: they come in tracks of 30 pictures of one and the same sign.
+"""
+
+from imgclf_jax.config import ConfigDict, default_config
+
+
+def get_config(path: str = "signs") -> ConfigDict:
+    config = default_config()
+    config.total = "8 epochs"
+    config.batch_size = 256
+    config.precision = "bfloat16"
+    config.data.source = f"folder({path!r})"
+    config.data.placement = "device"
+    config.preprocess = "decode(3)|resize(32)"
+    config.augment = (
+        "pad_crop(3, 'reflect')|color_jitter(brightness=0.4, contrast=0.4)"
+        "|normalize(mean=(0.34, 0.312, 0.321), std=(0.276, 0.265, 0.271))"
+    )
+    config.tta = "translate(1)"
+    config.model = "airbench"
+    config.loss = "softmax(label_smoothing=0.1)"
+    config.optimizer = "add_decayed_weights(0.00133)|sgd(momentum=0.85, nesterov=True)|lookahead(5, 0.2262, power=3)"
+    config.schedule = "triangle(0.75, warmup='23%', start=0.2, end=0.05)"
+    config.rules.lr = ".*norm./bias=64"
+    config.rules.decay = ".*norm./bias=0.0156"
+    config.rules.freeze = ".*whiten/kernel"
+    config.metrics = "balanced_accuracy"
+    config.log_every = "50 steps"
+    config.eval_every = ""
+    config.checkpoint_every = ""
+    return config
