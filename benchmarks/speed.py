@@ -42,6 +42,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", default="cnn", help=f"comma-separated, of {', '.join(NETWORKS)}")
     parser.add_argument("--batch_sizes", default="32,128,512", help="comma-separated")
+    parser.add_argument("--modes", default="train,infer", help="comma-separated, of train and infer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement, about")
     parser.add_argument("--peers", default=None, help="comma-separated beginnings of names; default: all that run here")
@@ -49,6 +50,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     args = parser.parse_args(argv)
     args.networks = args.networks.split(",")
+    args.modes = args.modes.split(",")
+    if wrong := [mode for mode in args.modes if mode not in ("train", "infer")]:
+        parser.error(f"unknown mode {wrong[0]!r}; there are train and infer")
     args.batch_sizes = [int(size) for size in args.batch_sizes.split(",")]
     if wrong := [name for name in args.networks if name not in NETWORKS]:
         parser.error(f"unknown network {wrong[0]!r}; there are {', '.join(NETWORKS)}")
@@ -64,7 +68,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def measure(args: argparse.Namespace, network: str, console: Console) -> dict[str, Any]:
     """{"workers": what each said of itself, "absent": reasons, "records": every measurement} of one network."""
     names = [*OWN, *(name for name in args.peers if runs(name, NETWORKS[network])), PEAK]
-    turns = [(size, mode, name) for size in args.batch_sizes for mode in (*MEASURED[PEAK].modes, "train", "infer")
+    turns = [(size, mode, name) for size in args.batch_sizes for mode in (*MEASURED[PEAK].modes, *args.modes)
              for name in names if mode in MEASURED[name].modes]  # fmt: skip
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     records: list[dict[str, Any]] = []

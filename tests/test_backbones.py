@@ -85,7 +85,7 @@ def experiment(spec, size, precision="bfloat16"):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in ("convnext", "vit") else n for n in sorted(BACKBONES)],
+    [pytest.param(n, marks=pytest.mark.slow) if n in ("convnext", "mixer", "vit") else n for n in sorted(BACKBONES)],
 )
 def test_a_step_in_bfloat16_over_eight_devices(name):
     """Loss and gradients are finite, every parameter moves or has no gradient by design, statistics move too."""

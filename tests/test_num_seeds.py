@@ -16,7 +16,7 @@ from imgclf_jax.workdir import Workdir
 
 SOURCE = "fake(50, (12, 12, 1), 4)"
 RUN = (f"--config.data.source={SOURCE}", "--config.augment=flip_alternating|pad_crop(1)|normalize",
-       "--config.model=cnn(widths=(4, 8), hidden=16)", "--config.total=9 steps", "--config.batch_size=16",
+       "--config.model=cnn(widths=(4,), hidden=8)", "--config.total=9 steps", "--config.batch_size=16",
        "--config.optimizer=sgd(momentum=0.9)|lookahead(2, 0.5)", "--config.schedule=cosine(0.1)",
        "--config.seed=5", "--config.mix=mixup(0.2)", "--config.metrics=auc")  # fmt: skip
 RANDOM = "--config.preprocess=decode(1)|random_resized_crop(10)"
@@ -42,9 +42,9 @@ def test_the_stream_holds_the_batches_of_each_seed(where):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Three seeds at once, and each by itself, on eight devices."""
+    """Two seeds at once, and each by itself, on eight devices."""
     folder = tmp_path_factory.mktemp("seeds")
-    settings = {"together": ("--config.num_seeds=3",), **{str(s): (f"--config.seed={s}",) for s in (5, 6, 7)}}
+    settings = {"together": ("--config.num_seeds=2",), **{str(s): (f"--config.seed={s}",) for s in (5, 6)}}
     for name, more in settings.items():
         evaluation = "--config.preprocess_eval=decode(1)|resize(10)"
         assert launch.main([f"--workdir={folder / name}", *RUN, RANDOM, evaluation, *more]) == 0
@@ -57,7 +57,7 @@ def state_of(workdir):
 
 def test_each_replica_is_its_run(runs):
     _, together, _ = state_of(runs["together"])
-    for i in range(3):
+    for i in range(2):
         _, alone, _ = state_of(runs[str(5 + i)])
         replica = jax.tree.map(lambda x, i=i: x[i], together)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), replica, alone)
@@ -66,14 +66,14 @@ def test_each_replica_is_its_run(runs):
 def test_results(runs):
     """Means and deviations of the single runs' results, and the ensemble's from probabilities averaged here."""
     result = json.loads(runs["together"].result.read_text())["test"]
-    alone = [json.loads(runs[str(s)].result.read_text())["test"] for s in (5, 6, 7)]
+    alone = [json.loads(runs[str(s)].result.read_text())["test"] for s in (5, 6)]
     for name in ("accuracy", "loss", "auc"):
         values = [one[name] for one in alone]
         assert result[name] == pytest.approx(statistics.fmean(values), rel=1e-4)
         assert result[f"{name}_std"] == pytest.approx(statistics.stdev(values), rel=1e-3, abs=1e-6)
     assert result["examples"] == 50
     probabilities = []
-    for seed in (5, 6, 7):
+    for seed in (5, 6):
         experiment, state, _ = state_of(runs[str(seed)])
         images = experiment.eval_images(sources.open_splits(SOURCE)["test"])
         sums = evaluate(experiment, state, images)
@@ -94,7 +94,7 @@ def test_prediction_is_the_ensembles(runs, tmp_path):
     for name, workdir in runs.items():
         experiment, state, _ = state_of(workdir)
         [(_, found[name])] = predict(experiment, state, [file])
-    expected = np.mean([found[str(s)] for s in (5, 6, 7)], 0)
+    expected = np.mean([found[str(s)] for s in (5, 6)], 0)
     np.testing.assert_allclose(found["together"], expected, rtol=1e-4, atol=1e-6)
 
 
@@ -108,7 +108,7 @@ def test_the_table_of_classes_is_the_ensembles(runs, capsys):
 
 def test_another_number_of_seeds_is_another_run(runs, capsys):
     folder = runs["together"].path
-    assert launch.main([f"--workdir={folder}", *RUN, RANDOM, "--config.num_seeds=2"]) == 1
+    assert launch.main([f"--workdir={folder}", *RUN, RANDOM, "--config.num_seeds=3"]) == 1
     assert "num_seeds" in capsys.readouterr().err
 
 
