@@ -2,7 +2,10 @@
 
     uv run launch.py --config configs/cifar10_airbench.py --workdir DIR
 
-TO BE MEASURED
+Measured here once, with seed 0: 0.9381 in 23 minutes on two cores of an Intel Xeon (Sapphire Rapids, AMX), which other
+work shared. Unlike the original the head has a bias, and the whitening layer's bias is trained to the end.
+
+Images in folders of classes, `DIR/train/CLASS/…` and `DIR/test/CLASS/…`, by `--config.data.source="folder('DIR')"`.
 """
 
 from imgclf_jax.config import ConfigDict, default_config

@@ -2,7 +2,9 @@
 
     uv run launch.py --config configs/medical.py:DIR --workdir RUN
 
-TO BE MEASURED
+Seed 0, after 30 epochs: accuracy 0.9215, area under the ROC curve 0.9846, mean recall of the classes 0.8987 on the 624
+test images, where the paper's ResNet-18 on these 28×28 pixels has 0.854 and 0.944; 262 s on two cores of an Intel Xeon
+(Sapphire Rapids) that were shared.
 
 DIR holds `train/CLASS/…`, `val/CLASS/…` and `test/CLASS/…`. Each example counts by the weight of its class, so that
 both classes count alike; the checkpoint with the best area under the ROC curve on `val` is kept, and

@@ -67,3 +67,11 @@ def form(request, monkeypatch):
 
     monkeypatch.setattr(layout, "on_mirrored", lambda: request.param)
     return request.param
+
+
+@pytest.fixture
+def quick_compilation():
+    """Compiles in half of the time, for tests of whether something runs and not of its numbers."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

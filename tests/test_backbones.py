@@ -83,6 +83,7 @@ def experiment(spec, size, precision="bfloat16"):
     return Experiment(config, data, sharding.make_mesh())
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=pytest.mark.slow) if n in ("convnext", "mixer", "vit") else n for n in sorted(BACKBONES)],
