@@ -2,7 +2,9 @@
 
     uv run launch.py --config configs/fashion_mnist_best.py --workdir DIR
 
-SEEDS
+Test accuracy for seeds 0, 1 and 2: 0.9494, 0.9487, 0.9500 (mean 0.9494), in 24, 13 and 16 minutes on two cores of an
+Intel Xeon (Sapphire Rapids, AMX), 13 where nothing else ran. Without a network add `--config.data.manual_dir=FOLDER`,
+FOLDER holding the four original .gz files.
 
 The network, optimizer and schedule of airbench94 (`cifar10_airbench.py`), in batches of 512 for twelve epochs.
 """
