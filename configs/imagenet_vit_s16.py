@@ -4,10 +4,9 @@
 
 Fixed sine-cosine positions, features averaged over the tokens, batches of 1024, RandAugment of two operations at
 magnitude 10, mixup 0.2, gradients clipped to norm 1, AdamW at 1e-3 with a decay of 1e-4 per step (the paper's, which is
-not multiplied by the rate: 0.1 here), 10,000 steps of warmup, then a cosine to zero. Unlike the paper, the optimizer
-keeps its moments in float32. 21,974,632 parameters, 4.6 G multiply-adds an image.
+not multiplied by the rate: 0.1 here), 10,000 steps of warmup, then a cosine to zero. 21,974,632 parameters, 4.6 G multiply-adds an image.
 
-Not trained here: it has been compiled at full size and run for steps on made-up images. For TFDS's `imagenet2012` see
+Not trained here: tests hold its parameters, multiply-adds and schedule, and slow ones compile it at full size. For TFDS's `imagenet2012` see
 `imagenet_resnet50.py`.
 """
 

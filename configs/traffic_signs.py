@@ -2,7 +2,7 @@
 
     uv run launch.py --config configs/traffic_signs.py:DIR --workdir RUN
 
-Not measured yet; published are 98.8 % (people) and 99.5 % (a committee of networks, Cireşan et al. 2012).
+Not measured yet; published are 98.8 % (people) and 99.5 % (a committee of networks: Cireşan et al. 2012).
 
 DIR holds `train/SIGN/…` and `test/SIGN/…`. Nothing is flipped, since a sign's mirror image is another sign. A random
 part of the training images is no validation set: they come in tracks of 30 pictures of one and the same sign.
