@@ -54,15 +54,15 @@ def batch_at(chunk: Any, step: jax.Array | int) -> dict[str, jax.Array]:
     return {**gathered, **batch}
 
 
-def host_chunks(
+def _host_chunks(
     images: stream.Images,
     mesh: Mesh,
     seed: int,
     batch_size: int,
     ranges: Ranges,
     size: int,
-    with_ids: bool = False,
-    num_seeds: int = 1,
+    with_ids: bool,
+    num_seeds: int,
 ) -> Iterator[Any]:
     """Streamed chunks; the copy of each to the device begins while the one before it runs."""
     shard = (jax.process_index(), jax.process_count())
@@ -72,15 +72,15 @@ def host_chunks(
         yield sharding.put_batch(chunk, mesh, axis=1)
 
 
-def device_chunks(
+def _device_chunks(
     images: stream.Images,
     mesh: Mesh,
     seed: int,
     batch_size: int,
     ranges: Ranges,
     size: int,
-    with_ids: bool = False,
-    num_seeds: int = 1,
+    with_ids: bool,
+    num_seeds: int,
 ) -> Iterator[Any]:
     """The same batches, bit for bit, gathered on the device; only ids travel. Needs no TensorFlow."""
     if images.random:
@@ -112,5 +112,5 @@ def train_chunks(
     num_seeds: int = 1,
 ) -> Iterator[Any]:
     """A chunk for each range of steps under `placement`, "host" or "device", padded to `size` steps."""
-    chunks = {"host": host_chunks, "device": device_chunks}[placement]
+    chunks = {"host": _host_chunks, "device": _device_chunks}[placement]
     return chunks(images, mesh, seed, batch_size, ranges, size, with_ids, num_seeds)
