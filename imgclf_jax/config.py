@@ -6,6 +6,7 @@ A config file imports this module alone: `get_config()` starts from `default_con
 import difflib
 import importlib.util
 import json
+import logging
 import math
 import re
 from fractions import Fraction
@@ -15,6 +16,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from imgclf_jax.errors import UserError, unknown
+
+log = logging.getLogger(__name__)
 
 # Key → (default, what it means). The default's type is the key's type.
 KEYS: dict[str, tuple[Any, str]] = {
@@ -81,15 +84,19 @@ CADENCES = ("log_every", "eval_every", "checkpoint_every")
 def default_config() -> ConfigDict:
     """All keys at their defaults, types locked, unknown keys refused."""
     config = ConfigDict()
-    for key, (default, _) in KEYS.items():
-        *parents, leaf = key.split(".")
-        node = config
-        for parent in parents:
-            if parent not in node:
-                node[parent] = ConfigDict()
-            node = node[parent]
-        node[leaf] = ConfigDict(default) if isinstance(default, dict) else default
+    for key in KEYS:
+        _set_default(config, key)
     return config.lock()
+
+
+def _set_default(config: ConfigDict, key: str) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if parent not in config:
+            config[parent] = ConfigDict()
+        config = config[parent]
+    default = KEYS[key][0]
+    config[leaf] = ConfigDict(default) if isinstance(default, dict) else default
 
 
 def load_file(path_and_arg: str) -> ConfigDict:
@@ -234,11 +241,19 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str, where: str) -> ConfigDict:
-    """The config that `to_json` wrote; other keys than KEYS, and other types than theirs, are refused."""
+    """The config that `to_json` wrote; other keys than KEYS, and other types than theirs, are refused.
+
+    Keys that are newer than the file get their defaults, under which a run does what it did before there was the key.
+    """
     try:
         config = ConfigDict(json.loads(text))
     except (ValueError, TypeError, AttributeError) as e:
         raise UserError(f"{where} is damaged ({e}); restore it from a backup, or train into a new --workdir") from e
+    flat = flatten(config)
+    if flat and flat.keys() <= KEYS.keys() and (newer := [key for key in KEYS if key not in flat]):
+        log.warning("%s was written before there were %s: their defaults are used", where, ", ".join(newer))
+        for key in newer:
+            _set_default(config, key)
     check_keys(config, where)
     return config.lock()
 

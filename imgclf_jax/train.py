@@ -48,9 +48,9 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
     evals = open_evals(experiment, base)
     total = experiment.total
     log_every, eval_every, checkpoint_every = map(experiment.period, configs.CADENCES)
-    compiled = _compile_in_background(experiment)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
     weights = pretrained.load(experiment) if config.init_from and not checkpoints.steps() else None
+    compiled = _compile_in_background(experiment)
     workdir.record(config, data, weights.source if weights else None)
 
     # The state: the latest checkpoint's, or the first.

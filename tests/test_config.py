@@ -276,6 +276,18 @@ def test_damaged_json_is_told_with_its_path(text, message):
     assert "runs/a/config.json" in str(e.value)
 
 
+def test_keys_newer_than_the_file_have_their_defaults(caplog):
+    """A run of last year's version is still evaluated."""
+    config = changed()
+    stored = json.loads(configs.to_json(config))
+    del stored["clip"], stored["rules"], stored["data"]["threads"]
+    again = configs.flatten(configs.from_json(json.dumps(stored), "runs/a/config.json"))
+    newer = ["data.threads", "clip", *(key for key in KEYS if key.startswith("rules."))]
+    assert again == configs.flatten(config) | {key: KEYS[key][0] for key in newer}
+    assert caplog.messages == [f"runs/a/config.json was written before there were {', '.join(newer)}: "
+                               "their defaults are used"]  # fmt: skip
+
+
 def test_difference_names_each_changed_key_but_those_of_location():
     assert configs.difference(changed(), changed()) == []
     lines = configs.difference(default_config(), changed())
