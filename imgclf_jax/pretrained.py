@@ -63,8 +63,9 @@ def load(experiment: Experiment, whole: bool = False) -> Weights:
     """
     config = experiment.config
     path = Path(config.init_from).expanduser()
-    state = experiment.shape["state"]
-    own = dict(tree.named_leaves({"params": state.params, **state.model_state}))
+    state, replicas = experiment.shape["state"], experiment.num_seeds > 1
+    shapes = {"params": state.params, **state.model_state}
+    own = dict(tree.named_leaves(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[replicas:], x.dtype), shapes)))
     if path.is_dir():
         named, labels, source = _read_workdir(path, experiment)
     elif path.is_file():
@@ -92,10 +93,11 @@ Named = tuple[dict[str, np.ndarray], dict[str, str], dict[str, Any]]  # by our n
 
 
 def _read_workdir(path: Path, experiment: Experiment) -> Named:
-    """The best checkpoint of a run, or its latest where none is kept as the best."""
+    """The best checkpoint of a run, or its latest where none is kept as the best; of several seeds the first one's."""
     workdir = Workdir(path)
     try:
-        metric = json.loads(workdir.config.read_text())["checkpoint"]["best"]
+        config = json.loads(workdir.config.read_text())
+        metric, num_seeds = config["checkpoint"]["best"], config.get("num_seeds", 1)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"init_from={str(path)!r}: this directory holds no run (no readable config.json)") from e
     if not workdir.checkpoints.is_dir():
@@ -109,6 +111,9 @@ def _read_workdir(path: Path, experiment: Experiment) -> Named:
     # What evaluation uses: the averages, (params, model_state), where the run kept any.
     params, model_state = state.get("ema") or (state["params"], state.get("model_state"))
     variables = jax.device_get({"params": params, **(model_state or {})})
+    if num_seeds > 1:
+        log.info("init_from=%r: of the %d seeds of the run in it, the first one's weights", str(path), num_seeds)
+        variables = jax.tree.map(lambda x: x[0], variables)
     named = dict(tree.named_leaves(variables))
     return named, {name: name for name in named}, {"step": step, "sha256": tree.sha256(variables)}
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import launch
-from imgclf_jax import sharding
+from imgclf_jax import pretrained, sharding
 from imgclf_jax.data import placement, sources, stream
 from imgclf_jax.evaluate import evaluate, restore
+from imgclf_jax.experiment import Experiment
 from imgclf_jax.predict import predict
+from imgclf_jax.provenance import load_data_info
 from imgclf_jax.workdir import Workdir
 
 SOURCE = "fake(50, (12, 12, 1), 4)"
@@ -96,6 +98,21 @@ def test_prediction_is_the_ensembles(runs, tmp_path):
         [(_, found[name])] = predict(experiment, state, [file])
     expected = np.mean([found[str(s)] for s in (5, 6)], 0)
     np.testing.assert_allclose(found["together"], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["5", "together"])
+def test_every_replica_begins_from_the_weights(runs, name):
+    """Of a run of one seed, and of one of several those of the first."""
+    config = runs["5"].load_config()
+    with config.unlocked():
+        config.num_seeds, config.init_from = 3, str(runs[name].path)
+    experiment = Experiment(config, load_data_info(runs["5"].provenance), sharding.make_mesh())
+    state = experiment.init(np.uint32(0), weights=pretrained.load(experiment).taken)["state"]
+    expected, _ = state_of(runs["5"])[1].evaluated
+    for i in range(3):
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-6), state.params, expected
+        )
 
 
 def test_the_table_of_classes_is_the_ensembles(runs, capsys):
