@@ -48,9 +48,10 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
     evals = open_evals(experiment, base)
     total = experiment.total
     log_every, eval_every, checkpoint_every = map(experiment.period, configs.CADENCES)
+    tracing = _trace(experiment)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
     weights = pretrained.load(experiment) if config.init_from and not checkpoints.steps() else None
-    compiled = _compile_in_background(experiment)
+    compiled = _compile_in_background(experiment, tracing)
     workdir.record(config, data, weights.source if weights else None)
 
     # The state: the latest checkpoint's, or the first.
@@ -118,9 +119,10 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
                 log.info("steps %d to %d traced into %s", *traced, workdir.path / "profile")
 
             last = done == total
+            received = stopped()  # looked up once: a signal from here on waits for the next chunk, and its checkpoint
             log_due = last or configs.is_due(done, log_every)
             eval_due = last or configs.is_due(done, eval_every)
-            save_due = last or configs.is_due(done, checkpoint_every) or stopped() is not None
+            save_due = last or configs.is_due(done, checkpoint_every) or received is not None
             if not (log_due or eval_due or save_due):
                 continue
 
@@ -146,7 +148,7 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
             if save_due or (eval_due and config.checkpoint.best):
                 writer.sync()  # so that no checkpoint on disk is ahead of its metrics
                 checkpoints.save(done, {"state": state, "sums": sums}, scores)
-            if (received := stopped()) and not last:
+            if received and not last:
                 checkpoints.close()
                 log.warning("%s: stopped at step %d, checkpoint saved; run the same command to go on", received, done)
                 return STOPPED
@@ -170,16 +172,20 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
     return 0
 
 
-def _compile_in_background(experiment: Experiment) -> concurrent.futures.Future[float]:
-    """Traces both steps here, where errors in the config show, and compiles them in a thread; gives the seconds."""
+def _trace(experiment: Experiment) -> float:
+    """Traces both steps, where errors in the config show; gives the seconds."""
     began = time.perf_counter()
-    lowered, *_ = experiment.lowered_train_chunk, experiment.views, experiment.whole_set_metrics
-    traced = time.perf_counter() - began
+    _ = experiment.lowered_train_chunk, experiment.views, experiment.whole_set_metrics
+    return time.perf_counter() - began
+
+
+def _compile_in_background(experiment: Experiment, tracing: float) -> concurrent.futures.Future[float]:
+    """Compiles both steps in a thread; gives the seconds, those of tracing with them."""
 
     def compile() -> float:
         began = time.perf_counter()
-        _ = lowered, experiment.train_chunk  # a cached property
-        return traced + time.perf_counter() - began
+        _ = experiment.train_chunk  # a cached property
+        return tracing + time.perf_counter() - began
 
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
     future = pool.submit(compile)

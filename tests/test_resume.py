@@ -1,11 +1,16 @@
 """A run that was killed ends, bit for bit, like one that was left alone. `resume_check.py` is the long version."""
 
+import os
 import random
 import signal
 from pathlib import Path
 
 import pytest
 import resume_check
+
+from imgclf_jax import train, writers
+from imgclf_jax.checkpoint import Checkpoints
+from imgclf_jax.workdir import Workdir
 
 SHORT = (
     "--config.data.source=fake(256, (12, 12, 1), 4)",
@@ -46,6 +51,23 @@ def test_stopped_by_sigterm_and_a_truncated_checkpoint(whole, tmp_path):
     assert f"checkpoints/{step} is damaged" in log
     assert "Traceback" not in log
     assert resume_check.outcome(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("moment", ["log", "checkpoint"])
+def test_a_signal_at_any_moment_of_the_loop_is_saved(fake_config, tmp_path, monkeypatch, moment):
+    """While metrics are written or a checkpoint is, too: what 75 says is saved is there."""
+    owner, name = {"log": (writers.MetricsWriter, "write"), "checkpoint": (Checkpoints, "save")}[moment]
+    original = getattr(owner, name)
+
+    def and_a_signal(*args):
+        original(*args)
+        monkeypatch.setattr(owner, name, original)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(owner, name, and_a_signal)
+    workdir = Workdir(tmp_path / "run")
+    assert train.main(fake_config, workdir) == 75
+    assert Checkpoints(workdir.checkpoints, read_only=True).steps()[-1] == {"log": 6, "checkpoint": 5}[moment]
 
 
 @pytest.mark.slow
