@@ -27,7 +27,8 @@ print(json.dumps({"status": status, **events}))
 def run(cache: str, workdir: Path) -> dict:
     """Trains two steps with `cache` as the user's cache folder; how often the compilation cache hit and missed."""
     arguments = [f"--workdir={workdir}", "--config.total=2 steps", "--config.schedule=constant(1e-3)",
-                 "--config.data.source=fake(64)", "--config.data.placement=device"]  # fmt: skip
+                 "--config.data.source=fake(64)", "--config.data.placement=device",
+                 "--config.model=mlp(widths=(16,))"]  # fmt: skip
     hidden = {"JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"}
     environment = {k: v for k, v in os.environ.items() if k not in hidden} | {"XDG_CACHE_HOME": cache}
     command = [sys.executable, "-W", "error", "-c", PROGRAM, *arguments]

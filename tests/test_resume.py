@@ -19,7 +19,7 @@ SHORT = (
     "--config.augment=flip_lr|flip_alternating|pad_crop(1)|normalize",
     "--config.mix=mixup(0.2)",
     "--config.model=mlp(widths=(16,), dropout=0.1)",
-    "--config.total=1500 steps",
+    "--config.total=500 steps",
     "--config.batch_size=24",
     "--config.log_every=7 steps",
     "--config.eval_every=110 steps",
