@@ -6,9 +6,10 @@ Batches of 256 at a rate of 0.1; for batches of n multiply the rate by n / 256 a
 kernels alone, Nesterov momentum, the last scale of each block starting at zero. Evaluation is
 of the central 224 of 256 pixels. 25,557,032 parameters, 4.1 G multiply-adds an image.
 
-Not trained here: tests hold its parameters, multiply-adds and schedule, and slow ones compile it at full size. TFDS
-prepares `imagenet2012` from the archives that one downloads by hand, `--config.data.manual_dir=FOLDER`; images in
-folders of classes serve too, `--config.data.source="folder('DIR')" --config.data.eval.test=val`.
+Not trained here: tests hold its parameters, multiply-adds and schedule, and slow ones compile it at full size and train
+two steps on made-up images. TFDS prepares `imagenet2012` from the archives that one downloads by hand,
+`--config.data.manual_dir=FOLDER`; images in folders of classes serve too,
+`--config.data.source="folder('DIR')" --config.data.eval.test=val`.
 """
 
 from imgclf_jax.config import ConfigDict, default_config

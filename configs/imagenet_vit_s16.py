@@ -7,8 +7,8 @@ magnitude 10, mixup 0.2, gradients clipped to norm 1, AdamW at 1e-3 with a decay
 not multiplied by the rate: 0.1 here), 10,000 steps of warmup, then a cosine to zero. 21,974,632 parameters, 4.6 G
 multiply-adds an image.
 
-Not trained here: tests hold its parameters, multiply-adds and schedule, and slow ones compile it at full size. For
-TFDS's `imagenet2012` see `imagenet_resnet50.py`.
+Not trained here: tests hold its parameters, multiply-adds and schedule, and slow ones compile it at full size and train
+two steps on made-up images. For TFDS's `imagenet2012` see `imagenet_resnet50.py`.
 """
 
 from imgclf_jax.config import ConfigDict, default_config

@@ -68,7 +68,8 @@ def _half_cosine(first: float, last: float, length: int) -> optax.Schedule:
 
 def _check_warmup(warmup: int, total: int) -> None:
     if warmup > total:
-        raise UserError(f"a warmup of {warmup} steps is longer than the whole run of {total} steps")
+        raise UserError(f"schedule: a warmup of {warmup} steps is longer than the whole run of {total} steps; "
+                        "shorten it, or make total longer")  # fmt: skip
 
 
 def _warm_up(schedule: optax.Schedule, peak: float, warmup: int, total: int) -> optax.Schedule:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imgclf_jax import metrics, sharding
+from imgclf_jax import metrics, sharding, tree
 from imgclf_jax.config import default_config
 from imgclf_jax.errors import UserError
 from imgclf_jax.experiment import Experiment
@@ -81,6 +81,25 @@ def experiment(spec, size, precision="bfloat16"):
     config.augment, config.schedule = "flip_lr|normalize(0.5, 0.25)", "constant(1e-3)"
     data = DataInfo(64, (size, size, 3), tuple("abcd"), "")
     return Experiment(config, data, sharding.make_mesh())
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+def test_gradients_are_as_precise_as_the_parameters(name):
+    """In float32, while layers compute in bfloat16; in both forms."""
+    spec, size = SMALL[name]
+    model = classifier.build(spec, 4, "bfloat16")
+    x = jnp.zeros((4, size, size, 3))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), x))
+    others = {k: v for k, v in variables.items() if k != "params"}
+
+    def loss(params, others):
+        rngs = {"dropout": jax.random.key(0)}
+        logits, _ = model.apply({"params": params, **others}, x, train=True, mutable=list(others), rngs=rngs)
+        return jnp.sum(logits)
+
+    gradients = jax.eval_shape(jax.grad(loss), variables["params"], others)
+    assert {path: g.dtype for path, g in tree.named_leaves(gradients) if g.dtype != jnp.float32} == {}
 
 
 @pytest.mark.usefixtures("quick_compilation")

@@ -291,19 +291,23 @@ def _turned(x: jax.Array) -> jax.Array:
     return in_order(x.swapaxes(2, 3))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Attention of each head, of q, k and v [h, d, b, n] → ([h, d, b, n] in `dtype`, its maps).
 
     The maps are f32[b, h, n, n] (float64 for float64), keys by queries, and not differentiated.
     """
+    return _attention(*(x.astype(dtype) for x in (q, k, v)), dtype)  # a gradient has the dtype of what it is of
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     return _attention_forward(q, k, v, dtype)[0]
 
 
 def _attention_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, dtype: Any
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    q, k, v = (in_order(x.astype(dtype).transpose(2, 0, 1, 3)) for x in (q, k, v))  # [b, h, d, n]
+    q, k, v = (in_order(x.transpose(2, 0, 1, 3)) for x in (q, k, v))  # [b, h, d, n]
     scores = _each(_turned(k), q, accumulator(dtype)) * jnp.asarray(q.shape[2] ** -0.5, accumulator(dtype))
     maps = jax.nn.softmax(scores, 2)  # over the keys, so that its sums run along vectors
     low = maps.astype(dtype)
@@ -326,4 +330,4 @@ def _attention_backward(
     return d_q, d_k, d_v
 
 
-attention.defvjp(_attention_forward, _attention_backward)
+_attention.defvjp(_attention_forward, _attention_backward)
