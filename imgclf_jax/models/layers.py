@@ -200,7 +200,7 @@ def mean_pool(x: jax.Array) -> jax.Array:
 
 
 class Dense(nn.Module):
-    """`nn.Dense` on `tokens`: the same parameters and results, which may be in float32, computed in `dtype`."""
+    """`nn.Dense` on `tokens`: the same parameters, and results in `dtype`."""
 
     features: int
     dtype: Any = jnp.float32
@@ -214,20 +214,28 @@ class Dense(nn.Module):
             y = mirrored.dense_first(x, kernel, self.dtype)
         else:
             y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
-        return _add_bias(y, bias.astype(y.dtype), layout.features_axis() % x.ndim)
+        return _add_bias(y, bias, layout.features_axis() % x.ndim, self.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _add_bias(x: jax.Array, bias: jax.Array, axis: int) -> jax.Array:
-    """x + bias, in x's dtype; the bias's gradient is summed as is fast."""
-    return (layout.widen(x) + layout.spread(layout.widen(bias), axis, x)).astype(x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _add_bias(x: jax.Array, bias: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    """x + bias, in `dtype`; the bias's gradient is summed as is fast."""
+    return _add_bias_forward(x, bias, axis, dtype)[0]
 
 
-def _add_bias_backward(axis: int, _: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return gradient, layout.sum_but(layout.widen(gradient), axis).astype(gradient.dtype)
+def _add_bias_forward(x: jax.Array, bias: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, Any]:
+    y = (layout.widen(x) + layout.spread(layout.widen(bias), axis, x)).astype(dtype)
+    return y, (jnp.empty(0, x.dtype), jnp.empty(0, bias.dtype))  # for their dtypes
 
 
-_add_bias.defvjp(lambda x, bias, axis: (_add_bias(x, bias, axis), None), _add_bias_backward)
+def _add_bias_backward(
+    axis: int, dtype: Any, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, bias = saved
+    return gradient.astype(x.dtype), layout.sum_but(layout.widen(gradient), axis).astype(bias.dtype)
+
+
+_add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 def _below(x: jax.Array) -> jax.Array:

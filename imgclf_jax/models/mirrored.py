@@ -291,35 +291,32 @@ def _turned(x: jax.Array) -> jax.Array:
     return in_order(x.swapaxes(2, 3))
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Attention of each head, of q, k and v [h, d, b, n] → ([h, d, b, n] in `dtype`, its maps).
+@jax.custom_vjp
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Attention of each head, of q, k and v [h, d, b, n] of one dtype → ([h, d, b, n] in that dtype, its maps).
 
     The maps are f32[b, h, n, n] (float64 for float64), keys by queries, and not differentiated.
     """
-    return _attention(*(x.astype(dtype) for x in (q, k, v)), dtype)  # a gradient has the dtype of what it is of
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attention(q: jax.Array, k: jax.Array, v: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    return _attention_forward(q, k, v, dtype)[0]
+    return _attention_forward(q, k, v)[0]
 
 
 def _attention_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, dtype: Any
+    q: jax.Array, k: jax.Array, v: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    dtype, wide = q.dtype, accumulator(q.dtype)
     q, k, v = (in_order(x.transpose(2, 0, 1, 3)) for x in (q, k, v))  # [b, h, d, n]
-    scores = _each(_turned(k), q, accumulator(dtype)) * jnp.asarray(q.shape[2] ** -0.5, accumulator(dtype))
+    scores = _each(_turned(k), q, wide) * jnp.asarray(q.shape[2] ** -0.5, wide)
     maps = jax.nn.softmax(scores, 2)  # over the keys, so that its sums run along vectors
     low = maps.astype(dtype)
     return (_each(v, low, dtype).transpose(1, 2, 0, 3), maps), (q, k, v, low)
 
 
 def _attention_backward(
-    dtype: Any, saved: tuple[jax.Array, ...], gradients: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, ...]:
+    saved: tuple[jax.Array, ...], gradients: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     q, k, v, maps = saved
-    wide = accumulator(dtype)
-    gradient = in_order(gradients[0].astype(dtype).transpose(2, 0, 1, 3))  # [b, h, d, queries]
+    dtype, wide = q.dtype, accumulator(q.dtype)
+    gradient = in_order(gradients[0].transpose(2, 0, 1, 3))  # [b, h, d, queries]
     d_v = _each(gradient, _turned(maps), dtype)
     d_maps = _each(_turned(v), gradient, wide)  # [b, h, keys, queries]
     weighted = maps.astype(wide) * d_maps
@@ -330,4 +327,4 @@ def _attention_backward(
     return d_q, d_k, d_v
 
 
-_attention.defvjp(_attention_forward, _attention_backward)
+attention.defvjp(_attention_forward, _attention_backward)

@@ -59,7 +59,7 @@ class Attention(nn.Module):
         qkv = Dense(3 * d, self.dtype, init, name="qkv")(x)
         if layout.on_mirrored():  # [3 * d, b, n]
             q, k, v = qkv.reshape(3, self.heads, -1, *x.shape[1:])
-            y, maps = mirrored.attention(q, k, v, self.dtype)
+            y, maps = mirrored.attention(q, k, v)
             maps = maps.swapaxes(2, 3)
         else:  # [b, n, 3 * d]
             q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, self.heads, -1), 2, 0)  # [b, n, heads, d / heads]
