@@ -3,8 +3,8 @@
     uv run launch.py --config configs/imagenet_resnet50.py --workdir DIR
 
 Batches of 256 at a rate of 0.1; for batches of n multiply the rate by n / 256 and keep the warmup. Weight decay on
-kernels alone, Nesterov momentum, the last scale of each block starting at zero. Evaluation is
-of the central 224 of 256 pixels. 25,557,032 parameters, 4.1 G multiply-adds an image.
+kernels alone, Nesterov momentum, the last scale of each block starting at zero. Evaluation is of the central 224 of 256
+pixels. 25,557,032 parameters, 4.1 G multiply-adds an image.
 
 Not trained here: tests hold its parameters, multiply-adds and schedule, and slow ones compile it at full size and train
 two steps on made-up images. TFDS prepares `imagenet2012` from the archives that one downloads by hand,
