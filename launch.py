@@ -15,9 +15,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from imgclf_jax import cache
 from imgclf_jax import config as configs
-from imgclf_jax.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.run import cache
 
 COMMANDS = {
     "train": "train, or resume, the run in the work directory (the default command)",
@@ -107,7 +107,7 @@ def _run(argv: list[str]) -> int:
     config = configs.load_file(config_path)
     elsewhere = any(re.match(r"--?config\.init_from(=|$)", word) for word in rest)  # evaluate weights, not a run
     if command in ("evaluate", "predict"):
-        from imgclf_jax.workdir import Workdir
+        from imgclf_jax.run.workdir import Workdir
 
         if not elsewhere:
             config = Workdir(workdir).load_config()  # a trained model keeps the config that it was trained with
@@ -158,20 +158,20 @@ def _dispatch(
 
     # From here on JAX is wanted.
     _set_environment(config.deterministic)
-    from imgclf_jax import writers
-    from imgclf_jax.workdir import Workdir
+    from imgclf_jax.run import writers
+    from imgclf_jax.run.workdir import Workdir
 
     writers.setup_logging()
     place = Workdir(workdir) if workdir else None
     if command == "train" and place:
-        from imgclf_jax import train
+        from imgclf_jax.commands import train
 
         return train.main(config, place, _steps(values.profile))
     if command == "evaluate":
-        from imgclf_jax import evaluate
+        from imgclf_jax.commands import evaluate
 
         return evaluate.main(config, place, values.checkpoint, values.format)
-    from imgclf_jax import predict
+    from imgclf_jax.commands import predict
 
     return predict.main(config, place, values.checkpoint, values.format, files, values.top_k)
 

@@ -54,7 +54,12 @@ def run(name: str, seed: int, manual_dir: str, cache: str) -> dict[str, float]:
     """{"seconds", "accuracy", "memory_mb"} of one process."""
     with tempfile.TemporaryDirectory() as directory:
         if name == KERAS:
-            command = [sys.executable, "benchmarks/keras_example.py", f"--seed={seed}", f"--manual_dir={manual_dir}"]
+            command = [
+                sys.executable,
+                "benchmarks/peers/keras_example.py",
+                f"--seed={seed}",
+                f"--manual_dir={manual_dir}",
+            ]
         else:
             command = [sys.executable, "launch.py", "train", *CONFIGS[name], f"--workdir={directory}/run"]
             command += [f"--config.seed={seed}", f"--config.data.manual_dir={manual_dir}"]

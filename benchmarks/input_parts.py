@@ -22,9 +22,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from worker import versions
 
 import launch
-from imgclf_jax import rng
-from imgclf_jax.data import augment, stream
-from imgclf_jax.workdir import Workdir
+from imgclf_jax.augment import ops as augment
+from imgclf_jax.core import rng
+from imgclf_jax.data import stream
+from imgclf_jax.run.workdir import Workdir
 
 _BATCH, _SIZE, _PAD = 128, 32, 4
 _NETWORK = NETWORKS["cnn"]

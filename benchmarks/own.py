@@ -15,10 +15,12 @@ from networks import Network
 from variants import Measure, Prepare
 
 from imgclf_jax import config as configs
-from imgclf_jax import lazy, sharding, step
-from imgclf_jax.data import augment, placement, sources, stream
+from imgclf_jax import step
+from imgclf_jax.augment import ops
+from imgclf_jax.core import sharding, tensorflow_import
+from imgclf_jax.data import placement, sources, stream
 from imgclf_jax.experiment import Experiment
-from imgclf_jax.provenance import DataInfo
+from imgclf_jax.run.provenance import DataInfo
 
 _STEPS = 1_000_000  # more than any measurement runs
 _READ_AHEAD = 6  # chunks that the stream may have ready
@@ -33,7 +35,7 @@ def device() -> str:
 def open_variant(network: Network, placement: str, precision: str) -> Prepare:
     """This project with the images on the host or kept on the device."""
     if placement == "host":
-        lazy.tensorflow().result()  # else the first batches are read without it, when they are asked for
+        tensorflow_import.tensorflow().result()  # else the first batches are read without it, when they are asked for
 
     def prepare(examples: tuple[np.ndarray, np.ndarray], mode: str, batch_size: int) -> Measure:
         config = configure(network, batch_size)
@@ -134,7 +136,7 @@ def _training(experiment: Experiment, images: stream.Images) -> Measure:
 
 def _inference(experiment: Experiment, images: np.ndarray) -> Measure:
     mesh, batch_size = experiment.mesh, experiment.eval_batch_size
-    predict = step.make_predict_step(experiment.model, augment.build(experiment.config.augment, train=False))
+    predict = step.make_predict_step(experiment.model, ops.build(experiment.config.augment, train=False))
     whole, split = sharding.replicated(mesh), sharding.sharded(mesh)
 
     @jax.jit

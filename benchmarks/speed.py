@@ -6,7 +6,7 @@
 The same network, with the same optimizer, on the same random images. This project's numbers hold all that its training
 loop does: the stream of shuffled uint8 batches, their copy, augmentation, the step and the sums of its metrics. The
 peers' are those of their bare loops over float images that already lie in memory, without what starts and ends an
-epoch; see each `peer_*.py`.
+epoch; see each file in `peers/`.
 
 Every variant runs in a process of its own, with its framework's default settings. In each round, for each batch size
 and mode, the variants are measured one after the other, odd rounds in reverse. A ratio is formed within a round, of
@@ -104,7 +104,7 @@ def measure(args: argparse.Namespace, network: str, console: Console) -> dict[st
 
 def runs(peer: str, network: Network) -> bool:
     """Whether the network is written for the peer's framework."""
-    return getattr(network, MEASURED[peer].module.removeprefix("peer_")) is not None
+    return getattr(network, MEASURED[peer].module.removeprefix("peers.on_")) is not None
 
 
 def in_order(turns: list[tuple[int, str, str]], round_number: int) -> list[tuple[int, str, str]]:

@@ -44,17 +44,17 @@ OWN = {
 
 PEERS = {
     **{
-        f"keras {backend}": Variant("peer_keras", {}, ("keras", *packages), environment={"KERAS_BACKEND": backend})
+        f"keras {backend}": Variant("peers.on_keras", {}, ("keras", *packages), environment={"KERAS_BACKEND": backend})
         for backend, packages in _BACKENDS.items()
     },
     **{
         f"torch {kind} {precision}": Variant(
-            "peer_torch", {"compiled": kind == "compile", "precision": precision}, ("torch",), precision
+            "peers.on_torch", {"compiled": kind == "compile", "precision": precision}, ("torch",), precision
         )
         for kind in ("eager", "compile")
         for precision in ("float32", "bfloat16")
     },
-    "linen loop float32": Variant("peer_linen", {}, ("flax", "optax", *_JAX)),
+    "linen loop float32": Variant("peers.on_linen", {}, ("flax", "optax", *_JAX)),
 }
 
 PEAK = "matmul peak"

@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from imgclf_jax.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError, unknown
 
 log = logging.getLogger(__name__)
 

@@ -15,28 +15,17 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from imgclf_jax import (
-    averages,
-    faults,
-    losses,
-    metrics,
-    mixing,
-    optim,
-    rng,
-    rules,
-    schedules,
-    scores,
-    sharding,
-    step,
-    tta,
-)
 from imgclf_jax import config as configs
-from imgclf_jax.data import augment, placement, sources
+from imgclf_jax import diagnose, losses, metrics, step
+from imgclf_jax.augment import mixing, ops, tta
+from imgclf_jax.core import rng, sharding
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import placement, sources
 from imgclf_jax.data.stream import Images
-from imgclf_jax.errors import UserError
 from imgclf_jax.models import classifier
 from imgclf_jax.models.frozen import Frozen
-from imgclf_jax.provenance import DataInfo
+from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
+from imgclf_jax.run.provenance import DataInfo
 
 # Up to so many steps, or bytes of images, go to the device in one call.
 _MOST_STEPS, _CHUNK_BYTES = 32, 8 << 20
@@ -84,12 +73,12 @@ class Experiment:
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        return optim.build(self.config.optimizer, self.schedule, self.config.clip, self.rules)
+        return optimizers.build(self.config.optimizer, self.schedule, self.config.clip, self.rules)
 
     @cached_property
-    def average(self) -> averages.Average:
-        lookahead = optim.split_lookahead(self.config.optimizer)[1]
-        return averages.build(self.config.ema, lookahead, self._steps_for("optimizer"), self.total)
+    def average(self) -> weight_averages.Average:
+        lookahead = optimizers.split_lookahead(self.config.optimizer)[1]
+        return weight_averages.build(self.config.ema, lookahead, self._steps_for("optimizer"), self.total)
 
     @cached_property
     def rules(self) -> rules.Rules:
@@ -124,12 +113,12 @@ class Experiment:
     @cached_property
     def whole_set_metrics(self) -> dict[str, Callable[..., float]]:
         """Metrics of whole evaluation sets, by name: of labels and probabilities."""
-        return scores.build(self.config.metrics)
+        return metrics.build_whole_set(self.config.metrics)
 
     @property
     def with_ids(self) -> bool:
         """Whether batches carry the ids and epochs of their examples."""
-        return augment.wants_ids(self.config.augment)
+        return ops.wants_ids(self.config.augment)
 
     @cached_property
     def views(self) -> tta.Views:
@@ -175,7 +164,7 @@ class Experiment:
             return None
         ids = np.arange(min(_FIRST_IMAGES, len(images)))
         first = images.read(ids, ids)["image"]
-        return jax.jit(lambda images: augment.build(self.config.augment, train=False)(None, images))(first)
+        return jax.jit(lambda images: ops.build(self.config.augment, train=False)(None, images))(first)
 
     @cached_property
     def _init_jaxpr(self) -> tuple[Any, Any]:
@@ -200,7 +189,7 @@ class Experiment:
         except UserError:
             raise
         except Exception:  # what JAX, Flax and Optax raise is of many types
-            faults.find(self)
+            diagnose.find(self)
             raise
 
     def put(self, tree: Any) -> Any:
@@ -224,7 +213,7 @@ class Experiment:
         frozen = self.rules.frozen
         pure = step.make_train_step(
             Frozen(self.model, frozen, tuple(self.parameters)) if frozen else self.model,
-            self.loss, self.optimizer, self.schedule, augment.build(self.config.augment, train=True), self.average,
+            self.loss, self.optimizer, self.schedule, ops.build(self.config.augment, train=True), self.average,
             mixing.build(self.config.mix), self.config.accumulate,
         )  # fmt: skip
         pure = step.several(pure, self.num_seeds)
@@ -273,7 +262,7 @@ class Experiment:
         The chunk is {"image": uint8[k, b, h, w, c], "label": i32[k, b], "mask": bool[k, b]}, k being `steps_per_call`;
         the sums (and scores, see `step`) are stacked [k, …], zeros after the first `steps`.
         """
-        images = augment.build(self.config.augment, train=False)
+        images = ops.build(self.config.augment, train=False)
         pure = step.make_eval_step(
             self.model, self.loss, images, self.views, self.num_seeds, bool(self.whole_set_metrics)
         )
@@ -309,7 +298,7 @@ class Experiment:
     @cached_property
     def predict_step(self) -> Any:
         """Jitted (params, model_state, images) → probabilities."""
-        images = augment.build(self.config.augment, train=False)
+        images = ops.build(self.config.augment, train=False)
         pure = step.make_predict_step(self.model, images, self.views, self.num_seeds)
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
         return jax.jit(pure, in_shardings=(whole, whole, split), out_shardings=whole)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from imgclf_jax import spec
-from imgclf_jax.errors import UserError
+from imgclf_jax.core import spec
+from imgclf_jax.core.errors import UserError
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 Weights = Sequence[float] | None

@@ -9,11 +9,14 @@ import optax
 from flax import linen as nn
 from flax import struct
 
-from imgclf_jax import averages, metrics, mixing, rng, tree, tta
-from imgclf_jax.averages import Average
+from imgclf_jax import metrics
+from imgclf_jax.augment import mixing, tta
+from imgclf_jax.core import rng, tree
 from imgclf_jax.losses import Loss
 from imgclf_jax.models.frozen import Frozen
-from imgclf_jax.optim import promoting
+from imgclf_jax.optim import weight_averages
+from imgclf_jax.optim.optimizers import promoting
+from imgclf_jax.optim.weight_averages import Average
 
 Batch = dict[str, jax.Array]
 Augment = Callable[..., jax.Array]  # (key, images uint8[b, h, w, c]) → f32[b, h, w, c]
@@ -40,7 +43,7 @@ def init_state(
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, ...],
     seed: jax.Array | int,
-    average: Average = averages.NONE,
+    average: Average = weight_averages.NONE,
     images: jax.Array | None = None,
     weights: Mapping[str, jax.Array] | None = None,
 ) -> TrainState:
@@ -77,7 +80,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     augment: Augment,
-    average: Average = averages.NONE,
+    average: Average = weight_averages.NONE,
     mix: mixing.Mix | None = None,
     accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, metrics.Sums]]:

@@ -72,7 +72,7 @@ def float64():
 @pytest.fixture(params=[True, False], ids=["mirrored", "usual"])
 def form(request, monkeypatch):
     """Runs a test in both forms, whatever the platform."""
-    from imgclf_jax.models import layout
+    from imgclf_jax.models.cpu import layout
 
     monkeypatch.setattr(layout, "on_mirrored", lambda: request.param)
     return request.param

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax import train
+from imgclf_jax.commands import train
 from imgclf_jax.config import KEYS, default_config
-from imgclf_jax.errors import UserError
-from imgclf_jax.workdir import Workdir
-from imgclf_jax.writers import read_metrics
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.run.writers import read_metrics
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))

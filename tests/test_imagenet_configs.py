@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from imgclf_jax import config as configs
-from imgclf_jax import sharding
+from imgclf_jax.core import sharding
 from imgclf_jax.experiment import Experiment
-from imgclf_jax.models import layout
-from imgclf_jax.provenance import DataInfo
+from imgclf_jax.models.cpu import layout
+from imgclf_jax.run.provenance import DataInfo
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EXAMPLES = 1_281_167

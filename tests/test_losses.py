@@ -8,8 +8,9 @@ import pytest
 import sklearn.metrics
 import sklearn.utils.class_weight
 
-from imgclf_jax import losses, metrics, spec
-from imgclf_jax.errors import UserError
+from imgclf_jax import losses, metrics
+from imgclf_jax.core import spec
+from imgclf_jax.core.errors import UserError
 
 
 def draw(b, classes, scale=3.0):

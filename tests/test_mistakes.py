@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 import launch
-from imgclf_jax.checkpoint import Checkpoints
 from imgclf_jax.data import stream
 from imgclf_jax.data.sources import fake
+from imgclf_jax.run.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent
 FAKE = ("--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=",

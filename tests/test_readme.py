@@ -6,15 +6,15 @@ import sys
 from pathlib import Path
 
 import launch
-from imgclf_jax.data.augment import DEVICE_OPS
+from imgclf_jax.augment.mixing import MIXES
+from imgclf_jax.augment.ops import DEVICE_OPS
+from imgclf_jax.augment.tta import VIEWS
 from imgclf_jax.data.decode import HOST_OPS
 from imgclf_jax.data.sources import SOURCES
 from imgclf_jax.losses import LOSSES
-from imgclf_jax.mixing import MIXES
+from imgclf_jax.metrics import METRICS
 from imgclf_jax.models.backbones import BACKBONES
-from imgclf_jax.schedules import SCHEDULES
-from imgclf_jax.scores import METRICS
-from imgclf_jax.tta import VIEWS
+from imgclf_jax.optim.schedules import SCHEDULES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

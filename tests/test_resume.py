@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import resume_check
 
-from imgclf_jax import train, writers
-from imgclf_jax.checkpoint import Checkpoints
-from imgclf_jax.workdir import Workdir
+from imgclf_jax.commands import train
+from imgclf_jax.run import writers
+from imgclf_jax.run.checkpoint import Checkpoints
+from imgclf_jax.run.workdir import Workdir
 
 SHORT = (
     "--config.data.source=fake(256, (12, 12, 1), 4)",

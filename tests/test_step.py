@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from imgclf_jax import train
-from imgclf_jax.workdir import Workdir
-from imgclf_jax.writers import read_metrics
+from imgclf_jax.commands import train
+from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.run.writers import read_metrics
 
 
 def run(config, path):

@@ -10,37 +10,49 @@ PACKAGE = ROOT / "imgclf_jax"
 
 # The layers, lowest first. A module imports from layers below its own and never from beside it or above.
 LAYERS = [
-    "cache errors lazy",
-    "config metrics provenance rng sharding spec tree weight_files writers data.geometry "
-    "data.photometric models.layout models.mirrored",
-    "averages checkpoint losses rules schedules scores tta data.decode data.decoded data.policies data.prepare "
-    "data.splits models.frozen models.mirrored_pool models.norms",
-    "mixing optim workdir data.augment data.folder models.layers",
+    "core.errors core.tensorflow_import run.cache",
+    "config core.rng core.sharding core.spec core.tree run.provenance run.writers weights.files augment.geometry "
+    "augment.photometric models.cpu.layout models.cpu.products",
+    "augment.policies augment.tta losses metrics models.cpu.pool models.frozen models.norms optim.rules "
+    "optim.schedules optim.weight_averages run.checkpoint run.workdir data.decode data.decoded data.prepare "
+    "data.splits",
+    "augment.mixing augment.ops data.folder models.layers optim.optimizers",
     "models.airbench models.convnext models.resnet models.vit",
     "step data.sources models.backbones",
-    "models.classifier models.foreign",
-    "data.stream faults",
+    "models.classifier weights.torch_names",
+    "data.stream diagnose",
     "data.placement",
     "experiment",
-    "pretrained",
-    "evaluate",
-    "predict train",
+    "weights.pretrained",
+    "commands.evaluate",
+    "commands.predict commands.train",
     "launch",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
-PACKAGES = {"", "data", "models"}  # the `__init__` files, which hold a sentence each
+PACKAGES = {
+    "",
+    "augment",
+    "commands",
+    "core",
+    "data",
+    "models",
+    "models.cpu",
+    "optim",
+    "run",
+    "weights",
+}
 
 # Who may import what is slow to import or not installed everywhere, at the top or inside a function.
 HEAVY = {
-    "tensorflow": {"lazy"},
+    "tensorflow": {"core.tensorflow_import"},
     "tensorflow_datasets": {"data.prepare"},
-    "clu": {"train", "writers"},
-    "sklearn": {"data.sources", "scores"},
-    "orbax": {"checkpoint"},
+    "clu": {"commands.train", "run.writers"},
+    "sklearn": {"data.sources", "metrics"},
+    "orbax": {"run.checkpoint"},
 }
 INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "sklearn"}
 # What prints help and configs, and so must not import JAX: these and all that they import.
-LIGHT = {"launch", "cache", "config", "errors"}
+LIGHT = {"launch", "run.cache", "config", "core.errors"}
 
 
 def module_files():

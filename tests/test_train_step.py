@@ -11,8 +11,9 @@ import pytest
 from flax import linen as nn
 
 from imgclf_jax import config as configs
-from imgclf_jax import losses, sharding, step
-from imgclf_jax.errors import UserError
+from imgclf_jax import losses, step
+from imgclf_jax.core import sharding
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.models.classifier import Classifier
 
 BATCH, SHAPE = 64, (8, 8, 1)

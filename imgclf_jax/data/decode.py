@@ -12,8 +12,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageOps
 
-from imgclf_jax import spec
-from imgclf_jax.errors import UserError
+from imgclf_jax.core import spec
+from imgclf_jax.core.errors import UserError
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _FILTERS = {

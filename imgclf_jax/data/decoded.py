@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import PIL
 
-from imgclf_jax import cache
+from imgclf_jax.run import cache
 
 _KEEP_BYTES = 4 << 30  # of all sets together; the ones used longest ago are removed
 _FORM = 1  # to be raised when `decode` gives other pixels than before

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from imgclf_jax import cache
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.data.decode import decode
-from imgclf_jax.errors import UserError
+from imgclf_jax.run import cache
 
 SPLIT_NAMES = ("train", "test", "val", "validation")
 

@@ -13,9 +13,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from imgclf_jax import sharding
+from imgclf_jax.core import sharding
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import stream
-from imgclf_jax.errors import UserError
 
 Ranges = Sequence[tuple[int, int]]  # (start, stop) steps
 

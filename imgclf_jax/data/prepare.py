@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from imgclf_jax import cache, lazy
-from imgclf_jax.errors import UserError, unknown
-from imgclf_jax.provenance import write_json
+from imgclf_jax.core import tensorflow_import
+from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.run import cache
+from imgclf_jax.run.provenance import write_json
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def prepare_tfds(name: str, data_dir: str, manual_dir: str) -> tuple[Any, dict[s
     Raises UserError for an unknown name, a data set that does not hold an image and a label, an unreachable
     network (naming the files to bring into `manual_dir`) and a `data_dir` that cannot be written.
     """
-    lazy.tensorflow().result()
+    tensorflow_import.tensorflow().result()
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import download as downloads
 

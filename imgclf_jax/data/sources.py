@@ -15,10 +15,10 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from imgclf_jax import spec
+from imgclf_jax.core import spec
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import splits
 from imgclf_jax.data.folder import folder
-from imgclf_jax.errors import UserError
 
 Examples = dict[str, Any]  # {"image": uint8[n, h, w, c] or a list of bytes or arrays, "label": i32[n]}
 

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from imgclf_jax.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError, unknown
 
 _BOUND = r"\s*(-?\d+|-?\d+(?:\.\d+)?%)?\s*"
 _PART = re.compile(rf"\s*([\w.-]+)\s*(?:\[{_BOUND}:{_BOUND}\])?\s*")

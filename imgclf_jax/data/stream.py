@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from imgclf_jax import lazy, rng
+from imgclf_jax.core import rng, tensorflow_import
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, decoded
 from imgclf_jax.data.sources import Source
-from imgclf_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
@@ -251,7 +251,7 @@ def _carry(
     if not prefetch:
         yield from map(read, range(start, stop))
         return
-    loading = lazy.tensorflow()
+    loading = tensorflow_import.tensorflow()
     while start < stop and (not loading.done() or loading.result() is None):
         yield read(start)
         start += 1

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from imgclf_jax.models.cpu.layout import inner
 from imgclf_jax.models.layers import Conv, gelu, max_pool
-from imgclf_jax.models.layout import inner
 from imgclf_jax.models.norms import BatchNorm
 
 _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from imgclf_jax.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.models.airbench import AirBench
 from imgclf_jax.models.convnext import ConvNeXt
 from imgclf_jax.models.layers import ConvPool, FlatDense

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from imgclf_jax import spec
+from imgclf_jax.core import spec
 from imgclf_jax.models.backbones import BACKBONES
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from imgclf_jax.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.models.layers import Conv, drop_path, gelu
 from imgclf_jax.models.norms import layer_norm
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from imgclf_jax import tree
+from imgclf_jax.core import tree
 
 
 @dataclass(frozen=True)

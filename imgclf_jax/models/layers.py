@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from imgclf_jax.models import layout, mirrored, mirrored_pool
+from imgclf_jax.models.cpu import layout, pool, products
 
 _FEW_TAPS = 27  # products an output: up to so many, convolution and pooling are one pass over the images
 
@@ -47,7 +47,7 @@ def conv(
         each: Sequence[Any] = (padding, padding) if isinstance(padding, int) else padding
         pads = [_pair(p) for p in each]
     if inside and groups == 1 and dilation == (1, 1):
-        return mirrored.conv(x, kernel, strides, (_pair(pads[0]), _pair(pads[1])), dtype)
+        return products.conv(x, kernel, strides, (_pair(pads[0]), _pair(pads[1])), dtype)
     names = "CHWN" if inside else "NHWC"
     return lax.conv_general_dilated(
         x.astype(dtype), kernel.astype(dtype), strides, pads, rhs_dilation=dilation, feature_group_count=groups,
@@ -100,13 +100,13 @@ def pool_bias_relu(x: jax.Array, bias: jax.Array, window: int, dtype: Any) -> ja
 
 
 def _pool_forward(x: jax.Array, bias: jax.Array, window: int, dtype: Any) -> tuple[jax.Array, Any]:
-    out, place = mirrored_pool.pooled(mirrored_pool.window_cells(x, window), bias, dtype)
+    out, place = pool.pooled(pool.window_cells(x, window), bias, dtype)
     return out, (place, x[:0], bias[:0])
 
 
 def _pool_backward(window: int, dtype: Any, saved: Any, gradient: jax.Array) -> tuple[Any, Any]:
     place, x, bias = saved  # of x and bias only shape and dtype
-    d_x = mirrored_pool.unpooled(place, gradient, window)
+    d_x = pool.unpooled(place, gradient, window)
     rest = [(0, n - pooled) for n, pooled in zip(x.shape[1:3], d_x.shape[1:3], strict=True)]
     passed = jnp.where(place >= 0, gradient.astype(x.dtype), 0)
     return jnp.pad(d_x, ((0, 0), *rest, (0, 0))).astype(x.dtype), jnp.sum(passed, (0, 1, 2)).astype(bias.dtype)
@@ -135,7 +135,7 @@ class ConvPool(nn.Module):
         k, window = self.kernel_size, self.window
         if layout.on_mirrored():
             few = k**2 * x.shape[-1] <= _FEW_TAPS
-            conv_pool = mirrored_pool.conv_pool_direct if few else mirrored_pool.conv_pool
+            conv_pool = pool.conv_pool_direct if few else pool.conv_pool
             return layout.mirror(conv_pool(layout.mirror(x), kernel, bias, window, self.dtype))
         # Only the outputs that fill windows: those left over at the edges would be computed for nothing.
         h, w = ((n - k + 1) // window * window + k - 1 for n in x.shape[1:3])
@@ -156,7 +156,7 @@ class FlatDense(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (h * w * c, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         if layout.on_mirrored():
-            y = mirrored.dense(layout.mirror(x), kernel, self.dtype).T
+            y = products.dense(layout.mirror(x), kernel, self.dtype).T
         else:
             y = jnp.dot(x.reshape(b, -1).astype(self.dtype), kernel.astype(self.dtype))
         return (y + bias.astype(y.dtype)).astype(self.dtype)
@@ -170,7 +170,7 @@ def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.A
     if not layout.on_mirrored():
         return nn.max_pool(x, (window, window), (strides, strides), [(padding, padding)] * 2)
     if strides == window and not padding:
-        return mirrored_pool.max_pool(x, window)
+        return pool.max_pool(x, window)
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=-jnp.inf)
     ho, wo = ((n - window) // strides + 1 for n in x.shape[1:3])
 
@@ -211,7 +211,7 @@ class Dense(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (x.shape[layout.features_axis()], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         if layout.on_mirrored():
-            y = mirrored.dense_first(x, kernel, self.dtype)
+            y = products.dense_first(x, kernel, self.dtype)
         else:
             y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
         return _add_bias(y, bias, layout.features_axis() % x.ndim, self.dtype)

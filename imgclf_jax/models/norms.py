@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from imgclf_jax.models.layout import channel_axis, spread, sum_but, widen
+from imgclf_jax.models.cpu.layout import channel_axis, spread, sum_but, widen
 
 
 class BatchNorm(nn.Module):

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from imgclf_jax.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.models.cpu.layout import channel_axis, inner, widen
 from imgclf_jax.models.layers import Conv, max_pool, mean_pool
-from imgclf_jax.models.layout import channel_axis, inner, widen
 from imgclf_jax.models.norms import BatchNorm
 
 _STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from imgclf_jax.errors import UserError, unknown
-from imgclf_jax.models import layout, mirrored
+from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.models.cpu import layout, products
+from imgclf_jax.models.cpu.layout import features_axis, tokens, widen
 from imgclf_jax.models.layers import Conv, Dense, drop_path, gelu
-from imgclf_jax.models.layout import features_axis, tokens, widen
 from imgclf_jax.models.norms import layer_norm
 
 _VIT = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12)}  # width, layers, heads
@@ -59,11 +59,11 @@ class Attention(nn.Module):
         qkv = Dense(3 * d, self.dtype, init, name="qkv")(x)
         if layout.on_mirrored():  # [3 * d, b, n]
             q, k, v = qkv.reshape(3, self.heads, -1, *x.shape[1:])
-            y, maps = mirrored.attention(q, k, v)
+            y, maps = products.attention(q, k, v)
             maps = maps.swapaxes(2, 3)
         else:  # [b, n, 3 * d]
             q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, self.heads, -1), 2, 0)  # [b, n, heads, d / heads]
-            scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=mirrored.accumulator(self.dtype))
+            scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=products.accumulator(self.dtype))
             maps = jax.nn.softmax(scores * (d // self.heads) ** -0.5, -1)  # in float32 whatever the dtype
             y = jnp.einsum("bhqk,bkhd->bqhd", maps.astype(self.dtype), v)
         self.sow("intermediates", "attention", maps)

@@ -1,0 +1,1 @@
+"""What this project is measured beside: Keras, PyTorch, and a plain linen loop."""

@@ -1,0 +1,227 @@
+"""Device ops: batched JAX functions inside the jitted step, keyed by (seed, step).
+
+An op is a function whose first argument is the images [b, h, w, c]; one that draws at random takes a `key` before
+it, and is left out in evaluation. One that is to know which example it sees takes `(seed, images, ids, epochs)`: the
+run's seed u32[], and of each example its id and the epoch it is seen in, i32[b]; it is left out in evaluation too.
+Ops before `normalize` see uint8, ops after it float32.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from imgclf_jax.augment import photometric, policies
+from imgclf_jax.core import rng, spec
+from imgclf_jax.core.errors import UserError
+
+
+def flip_lr(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Mirrors each image left to right with probability 1/2."""
+    flip = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
+    return jnp.where(flip, images[:, :, ::-1], images)
+
+
+def flip_alternating(seed: jax.Array, images: jax.Array, ids: jax.Array, epochs: jax.Array) -> jax.Array:
+    """Mirrors each example at random in epoch 0, and from then on in every other epoch.
+
+    Jordan 2024, arXiv:2404.00498, section 3.6: two epochs in a row show each example both ways round.
+    """
+    key = rng.key(seed, "flip_alternating")
+    first = jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i)))(ids)  # u32[b]
+    flip = (first + epochs.astype(jnp.uint32)) % 2 == 1
+    return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
+
+
+def pad_crop(key: jax.Array, images: jax.Array, pad: int = 4, mode: str = "constant") -> jax.Array:
+    """Pads each side by `pad` pixels and crops back at a place uniform over all (2 * pad + 1)**2.
+
+    `mode` is that of `jnp.pad`: "constant" (zeros), "reflect" or "edge".
+    """
+    if mode not in ("constant", "reflect", "edge"):
+        raise UserError(f"pad_crop(mode={mode!r}): allowed: constant, reflect, edge")
+    b, h, w, c = images.shape
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode=mode)
+    corners = jax.random.randint(key, (b, 2), 0, 2 * pad + 1)  # [b, (top, left)]
+
+    def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (h, w, c))
+
+    return jax.vmap(crop)(padded, corners)
+
+
+def cutout(key: jax.Array, images: jax.Array, size: int = 8, fill: float = 0.0) -> jax.Array:
+    """Fills one square of `size` pixels, its centre uniform over the image, cut off at the border.
+
+    DeVries and Taylor 2017, arXiv:1708.04552. `fill` is in the units of the images: put the op after `normalize` to
+    fill with the mean. The square covers rows centre - size // 2 to centre - size // 2 + size - 1.
+    """
+    if images.dtype == jnp.uint8 and fill not in range(256):
+        raise UserError(f"cutout(fill={fill}) of uint8 images: allowed are 0 to 255; or put it after normalize")
+    b, h, w, _ = images.shape
+    key_y, key_x = jax.random.split(key)
+    top = jax.random.randint(key_y, (b, 1, 1, 1), 0, h) - size // 2
+    left = jax.random.randint(key_x, (b, 1, 1, 1), 0, w) - size // 2
+    y, x = jnp.arange(h)[None, :, None, None], jnp.arange(w)[None, None, :, None]
+    inside = (y >= top) & (y < top + size) & (x >= left) & (x < left + size)  # [b, h, w, 1]
+    return jnp.where(inside, jnp.asarray(fill, images.dtype), images)
+
+
+def normalize(
+    images: jax.Array, mean: float | tuple[float, ...] = 0.0, std: float | tuple[float, ...] = 1.0
+) -> jax.Array:
+    """uint8 to float32, (x / 255 - mean) / std; `mean` and `std` in [0, 1], one number or one a channel."""
+    scaled = images.astype(jnp.float32) / 255.0
+    return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+
+
+def random_erasing(
+    key: jax.Array,
+    images: jax.Array,
+    probability: float = 0.5,
+    area: tuple[float, float] = (0.02, 1 / 3),
+    aspect: tuple[float, float] = (0.3, 10 / 3),
+    fill: float | str = 0.0,
+) -> jax.Array:
+    """Fills a random box of some images (Zhong et al. 2017, arXiv:1708.04896).
+
+    Its area is uniform in `area`, of the image's, its height / width log-uniform in `aspect`; of ten draws the first
+    that is smaller than the image both ways is taken, as in timm. `fill` is a number in the units of the images,
+    "pixel" for noise in each pixel, or "color" for one random colour a box: uniform over 0 … 255 in uint8 images,
+    normal of standard deviation 1 in float ones. After `normalize` the fill 0 is the mean.
+    """
+    _check_erasing(images, probability, area, aspect, fill)
+    b, h, w, c = images.shape
+    key_apply, key_area, key_aspect, key_y, key_x, key_fill = jax.random.split(key, 6)
+    target = jax.random.uniform(key_area, (10, b), minval=area[0], maxval=area[1]) * (h * w)
+    logs = jax.random.uniform(key_aspect, (10, b), minval=math.log(aspect[0]), maxval=math.log(aspect[1]))
+    heights, widths = jnp.round(jnp.sqrt(target * jnp.exp(logs))), jnp.round(jnp.sqrt(target / jnp.exp(logs)))
+    fits = (heights < h) & (widths < w)
+    first = jnp.argmax(fits, 0)[None]
+    height, width = (jnp.take_along_axis(v, first, 0)[0].astype(jnp.int32) for v in (heights, widths))  # [b]
+    top = jax.random.randint(key_y, (b,), 0, h - height + 1)
+    left = jax.random.randint(key_x, (b,), 0, w - width + 1)
+    erase = jax.random.bernoulli(key_apply, probability, (b,)) & jnp.any(fits, 0)
+
+    y, x = jnp.arange(h)[:, None, None], jnp.arange(w)[:, None]
+    top, left, height, width, erase = (v[:, None, None, None] for v in (top, left, height, width, erase))
+    inside = erase & (y >= top) & (y < top + height) & (x >= left) & (x < left + width)  # [b, h, w, 1]
+    if isinstance(fill, str):
+        shape = images.shape if fill == "pixel" else (b, 1, 1, c)
+        return jnp.where(inside, _noise(key_fill, shape, images.dtype), images)
+    return jnp.where(inside, jnp.asarray(fill, images.dtype), images)
+
+
+def _noise(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Uniform bytes, or normal floats on 2**16 levels: random words cut in pieces, for a third of the time or less."""
+    width = 8 if dtype == jnp.uint8 else 16
+    size, pieces = math.prod(shape[1:]), 32 // width
+    words = jax.random.bits(key, (shape[0], -(-size // pieces), 1), jnp.uint32)
+    cut = words >> (width * jnp.arange(pieces, dtype=jnp.uint32)) & (2**width - 1)
+    cut = cut.reshape(shape[0], -1)[:, :size].reshape(shape)
+    if dtype == jnp.uint8:
+        return cut.astype(jnp.uint8)
+    return (math.sqrt(2) * jax.lax.erf_inv((cut.astype(jnp.float32) + 0.5) / 32768 - 1)).astype(dtype)
+
+
+def _check_erasing(
+    images: jax.Array, probability: float, area: tuple[float, float], aspect: tuple[float, float], fill: float | str
+) -> None:
+    if not 0 <= probability <= 1:
+        raise UserError(f"random_erasing(probability={probability}): allowed are 0 to 1")
+    if not (len(area) == 2 and 0 < area[0] <= area[1] <= 1):
+        raise UserError(f"random_erasing(area={area}): allowed is a pair of shares above 0 up to 1, the lower first")
+    if not (len(aspect) == 2 and 0 < aspect[0] <= aspect[1]):
+        raise UserError(f"random_erasing(aspect={aspect}): allowed is a pair of ratios above 0, the lower first")
+    if isinstance(fill, str) and fill not in ("pixel", "color"):
+        raise UserError(f"random_erasing(fill={fill!r}): allowed are a number, 'pixel' and 'color'")
+    if images.dtype == jnp.uint8 and not isinstance(fill, str) and fill not in range(256):
+        raise UserError(f"random_erasing(fill={fill}) of uint8 images: allowed are 0 to 255; or put it after normalize")
+
+
+def invert(images: jax.Array) -> jax.Array:
+    """255 - x, in evaluation too; before `normalize`, on uint8."""
+    photometric.check("invert", images)
+    return photometric.on_colors(photometric.invert, images)
+
+
+def autocontrast(images: jax.Array) -> jax.Array:
+    """Stretches each channel of an image to 0 … 255, in evaluation too; before `normalize`, on uint8."""
+    photometric.check("autocontrast", images)
+    return photometric.on_colors(photometric.autocontrast, images)
+
+
+def equalize(images: jax.Array) -> jax.Array:
+    """Flattens the histogram of each channel of an image, in evaluation too; before `normalize`, on uint8."""
+    photometric.check("equalize", images)
+    return photometric.on_colors(photometric.equalize, images)
+
+
+DEVICE_OPS: dict[str, Callable] = {
+    "flip_lr": flip_lr,
+    "flip_alternating": flip_alternating,
+    "pad_crop": pad_crop,
+    "cutout": cutout,
+    "random_erasing": random_erasing,
+    "color_jitter": policies.color_jitter,
+    "randaugment": policies.randaugment,
+    "trivialaugment": policies.trivialaugment,
+    "invert": invert,
+    "autocontrast": autocontrast,
+    "equalize": equalize,
+    "normalize": normalize,
+}
+
+
+def _bind(text: str) -> list[functools.partial]:
+    ops = []
+    for call in spec.parse(text):
+        by_example = spec.takes(spec.lookup(call, DEVICE_OPS, "device op"), "seed")
+        given = ("seed", "images", "ids", "epochs") if by_example else ("key", "images")
+        ops.append(spec.bind(call, DEVICE_OPS, "device op", given))
+    return ops
+
+
+def wants_ids(text: str) -> bool:
+    """Whether an op of the spec takes the ids and epochs of the examples, so that batches must carry them."""
+    return any(spec.takes(op, "seed") for op in _bind(text))
+
+
+def build(text: str, train: bool) -> Callable[..., jax.Array]:
+    """The function (key, images uint8[b, h, w, c]) → f32[b, h, w, c] that a spec of device ops names.
+
+    Where an op wants them (`wants_ids`), it takes `seed`, `ids` and `epochs` after the images. With `train` False the
+    ops that draw are left out and the key may be None. Each op draws from a key of its own, by its place in the spec.
+    Images that no op has made float are scaled to [0, 1]. Raises UserError, when called, where the images come out in
+    another shape.
+    """
+    ops = _bind(text)
+
+    def apply(
+        key: jax.Array | None,
+        images: jax.Array,
+        seed: jax.Array | None = None,
+        ids: jax.Array | None = None,
+        epochs: jax.Array | None = None,
+    ) -> jax.Array:
+        shape = images.shape
+        for i, op in enumerate(ops):
+            if spec.takes(op.func, "seed"):
+                if train:
+                    images = op(seed, images, ids, epochs)
+            elif not spec.takes(op.func, "key"):
+                images = op(images)
+            elif train:
+                assert key is not None
+                images = op(jax.random.fold_in(key, i), images)
+        if images.shape != shape:
+            raise UserError(
+                f"augment={text!r} turns images {list(shape[1:])} into {list(images.shape[1:])}; device ops keep the "
+                "shape"
+            )
+        return normalize(images) if images.dtype == jnp.uint8 else images
+
+    return apply

@@ -1,0 +1,204 @@
+"""Augmentation policies: each image gets an op and a magnitude of its own, drawn from a table.
+
+What an op does to an image is put as an affine map, a table of 256 levels a channel, and a blend with its grey or
+smoothed self, all but one of them without effect. So a batch takes one pass of each, whatever was drawn.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imgclf_jax.augment import geometry, photometric
+from imgclf_jax.core.errors import UserError
+
+# In the order of torchvision's policies.
+OPS = (
+    "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color", "contrast",
+    "sharpness", "posterize", "solarize", "autocontrast", "equalize",
+)  # fmt: skip
+BINS = 31  # magnitudes 0, the weakest, to 30
+
+Fill = float | tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The strength of each op at the greatest magnitude; at magnitude m it is m / 30 of that. Signs are drawn."""
+
+    shear: float  # pixels a pixel
+    translate_x: float  # pixels
+    translate_y: float
+    rotate: float  # degrees
+    enhance: float  # brightness, color, contrast and sharpness: the factor's distance from 1
+    posterize: float  # bits taken away
+    # solarize: inverted are the values from 256 (1 - m / 30) on
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """What each op does at each magnitude, [op, sign, magnitude]; or what it does to each image, [b]."""
+
+    matrix: jax.Array  # i32[…, 6], of `geometry.affine`
+    factor: jax.Array  # f32[…], of the blends
+    level: jax.Array  # i32[…]: posterize's bits, solarize's threshold
+
+
+def strengths(ranges: Ranges, height: int, width: int) -> Strengths:
+    """The table of all ops, signs (+, -) and magnitudes, for images of that size."""
+    shape = (len(OPS), 2, BINS)
+    matrix, factor, level = np.zeros((*shape, 6), np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+    for place in np.ndindex(shape):
+        op, part = OPS[place[0]], (1 - 2 * place[1]) * place[2] / (BINS - 1)
+        matrix[place] = geometry.fixed_point(_map(op, part, ranges, height, width))
+        factor[place] = 1 + part * ranges.enhance
+        part = abs(part)
+        level[place] = 8 - round(part * ranges.posterize) if op == "posterize" else math.ceil(256 * (1 - part))
+    return Strengths(jnp.asarray(matrix), jnp.asarray(factor), jnp.asarray(level))
+
+
+def _map(op: str, part: float, ranges: Ranges, height: int, width: int) -> geometry.Matrix:
+    match op:
+        case "shear_x":
+            return geometry.shear_x(part * ranges.shear)
+        case "shear_y":
+            return geometry.shear_y(part * ranges.shear)
+        case "translate_x":
+            return geometry.translate(math.trunc(part * ranges.translate_x), 0)
+        case "translate_y":
+            return geometry.translate(0, math.trunc(part * ranges.translate_y))
+        case "rotate":
+            return geometry.rotate(part * ranges.rotate, height, width)
+    return geometry.IDENTITY
+
+
+def apply(images: jax.Array, op: jax.Array, strength: Strengths, fill: Fill = 0) -> jax.Array:
+    """Each image of uint8[b, h, w, c] changed by its own op, i32[b] into OPS, of its own strength."""
+    images = photometric.on_colors(_change_colors, images, op, strength)
+    return geometry.affine(images, strength.matrix, jnp.broadcast_to(jnp.asarray(fill, jnp.uint8), images.shape[-1:]))
+
+
+def _change_colors(images: jax.Array, op: jax.Array, strength: Strengths) -> jax.Array:
+    b, _, _, c = images.shape
+    is_op = {name: (op == i)[:, None, None, None] for i, name in enumerate(OPS)}
+    levels = jnp.broadcast_to(jnp.arange(256, dtype=jnp.uint8)[:, None, None], (b, 256, 1, 1))
+    tables = {
+        "brightness": photometric.brightness(levels, strength.factor),
+        "contrast": photometric.blend(photometric.mean_grey(images), levels, strength.factor),
+        "posterize": photometric.posterize(levels, jnp.clip(strength.level, 1, 8)),
+        "solarize": photometric.solarize(levels, strength.level),
+        "autocontrast": photometric.stretch(levels, *photometric.extremes(images)),
+        "equalize": photometric.equalization(images)[:, :, None],
+    }  # uint8[b, 256, 1, 1 or c]
+    table = jnp.broadcast_to(levels, (b, 256, 1, c))
+    for name, other in tables.items():
+        table = jnp.where(is_op[name], other, table)
+    # The barriers keep apart what a fused loop would compute anew for each pixel: a third of the time on CPU.
+    images = photometric.lookup(images, jax.lax.optimization_barrier(table)[:, :, 0])
+    grey, smooth = jax.lax.optimization_barrier((photometric.grey(images), photometric.smooth(images)))
+    degenerate = jnp.where(is_op["color"], grey, smooth)
+    blended = photometric.blend(degenerate, images, strength.factor)
+    return jnp.where(is_op["color"] | is_op["sharpness"], blended, images)
+
+
+def _draw_and_apply(
+    key: jax.Array, images: jax.Array, ranges: Ranges, magnitude: Callable[[jax.Array], jax.Array], fill: Fill
+) -> jax.Array:
+    b, h, w, _ = images.shape
+    key_op, key_sign, key_magnitude = jax.random.split(key, 3)
+    op = jax.random.randint(key_op, (b,), 0, len(OPS))
+    place = op, jax.random.randint(key_sign, (b,), 0, 2), magnitude(key_magnitude)
+    table = strengths(ranges, h, w)
+    return apply(images, op, Strengths(table.matrix[place], table.factor[place], table.level[place]), fill)
+
+
+def _check_fill(name: str, images: jax.Array, fill: Fill) -> None:
+    values = fill if isinstance(fill, tuple) else (fill,)
+    if len(values) not in (1, images.shape[-1]) or not all(v in range(256) for v in values):
+        raise UserError(f"{name}(fill={fill}): allowed are whole numbers from 0 to 255, one or one a channel")
+
+
+def randaugment(
+    key: jax.Array,
+    images: jax.Array,
+    num_ops: int = 2,
+    magnitude: int = 9,
+    magnitude_std: float = 0.0,
+    fill: Fill = 0,
+) -> jax.Array:
+    """`num_ops` ops an image, one after the other, each drawn from OPS (Cubuk et al. 2019, arXiv:1909.13719).
+
+    `magnitude` is 0 to 30 and the ranges are torchvision's: at 30 shear 0.3, translation 150/331 of the side, 30
+    degrees, factors 1 ± 0.9, 4 bits, solarize from 0 on. `magnitude_std` adds a normal draw to the magnitude, rounded
+    and kept in 0 to 30. `fill`, 0 to 255, one or one a channel, is what moves in. Before `normalize`, on uint8.
+    """
+    photometric.check("randaugment", images)
+    _check_fill("randaugment", images, fill)
+    if num_ops < 1:
+        raise UserError(f"randaugment(num_ops={num_ops}): must be 1 or more")
+    if magnitude not in range(BINS) or magnitude_std < 0:
+        raise UserError(
+            f"randaugment(magnitude={magnitude}, magnitude_std={magnitude_std}): the magnitude is a whole number from "
+            f"0 to {BINS - 1}, its deviation 0 or more"
+        )
+    b, h, w, _ = images.shape
+    ranges = Ranges(0.3, 150 / 331 * w, 150 / 331 * h, 30.0, 0.9, 4)
+
+    def draw(key: jax.Array) -> jax.Array:
+        noise = magnitude_std * jax.random.normal(key, (b,)) if magnitude_std else jnp.zeros(b)
+        return jnp.clip(jnp.round(magnitude + noise), 0, BINS - 1).astype(jnp.int32)
+
+    for i in range(num_ops):
+        images = jax.lax.optimization_barrier(images)
+        images = _draw_and_apply(jax.random.fold_in(key, i), images, ranges, draw, fill)
+    return images
+
+
+def trivialaugment(key: jax.Array, images: jax.Array, fill: Fill = 0) -> jax.Array:
+    """One op an image, its magnitude uniform over 0 to 30 (Müller and Hutter 2021, arXiv:2103.10158, "wide").
+
+    The ranges are the paper's and torchvision's: at 30 shear 0.99, translation 32 pixels, 135 degrees, factors
+    1 ± 0.99, 6 bits, solarize from 0 on. `fill`, 0 to 255, one or one a channel, is what moves in. Before `normalize`.
+    """
+    photometric.check("trivialaugment", images)
+    _check_fill("trivialaugment", images, fill)
+    ranges = Ranges(0.99, 32.0, 32.0, 135.0, 0.99, 6)
+    draw = functools.partial(jax.random.randint, shape=images.shape[:1], minval=0, maxval=BINS)
+    return _draw_and_apply(key, images, ranges, draw, fill)
+
+
+def color_jitter(
+    key: jax.Array,
+    images: jax.Array,
+    brightness: float | tuple[float, float] = 0.0,
+    contrast: float | tuple[float, float] = 0.0,
+    saturation: float | tuple[float, float] = 0.0,
+    hue: float | tuple[float, float] = 0.0,
+) -> jax.Array:
+    """Changes brightness, contrast, saturation and hue by random factors, in this order (torchvision draws the order).
+
+    A factor is uniform in [max(0, 1 - x), 1 + x], or in the pair given, and drawn for each image; `hue` in [-x, x],
+    at most half a turn either way. As Pillow computes them, but for the hue, which is not rounded to 8 bits on the way.
+    Grey images keep saturation and hue. Before `normalize`, on uint8.
+    """
+    photometric.check("color_jitter", images)
+    given = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
+    ops = (photometric.brightness, photometric.contrast, photometric.color, photometric.hue)
+    for i, ((name, value), op) in enumerate(zip(given.items(), ops, strict=True)):
+        middle, least, most = (0.0, -0.5, 0.5) if name == "hue" else (1.0, 0.0, math.inf)
+        low, high = value if isinstance(value, tuple) else (max(least, middle - value), middle + value)
+        if not least <= low <= high <= most:
+            raise UserError(
+                f"color_jitter({name}={value}): allowed are x from 0"
+                + (" to 0.5, or a pair within -0.5 to 0.5" if name == "hue" else ", or a pair from 0, low before high")
+            )
+        if (low, high) != (middle, middle):
+            drawn = jax.random.uniform(jax.random.fold_in(key, i), images.shape[:1], minval=low, maxval=high)
+            if name == "hue":  # kept apart, since a fused loop would compute the colours anew for each use of them
+                images = jax.lax.optimization_barrier(images)
+            images = photometric.on_colors(op, images, drawn)
+    return images

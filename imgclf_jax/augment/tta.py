@@ -1,0 +1,76 @@
+"""Test-time augmentation: a model's logits averaged over several views of each image.
+
+A view op gives [(weight, function)], the weights adding up to 1 and the functions mapping images [b, h, w, c] to images
+of that shape.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from imgclf_jax.core import spec
+from imgclf_jax.core.errors import UserError
+
+Views = list[tuple[float, Callable[[jax.Array], jax.Array]]]
+
+
+def _same(images: jax.Array) -> jax.Array:
+    return images
+
+
+NONE: Views = [(1.0, _same)]
+
+
+def flip() -> Views:
+    """The image and its mirror image, a half each."""
+    return [(0.5, _same), (0.5, lambda images: images[:, :, ::-1])]
+
+
+def translate(pad: int = 1) -> Views:
+    """The image (1/2), and moved by `pad` pixels down and right, and up and left (1/4 each), mirrored at the border.
+
+    As airbench94 does (Jordan 2024, arXiv:2404.00498, section 3.5).
+    """
+    if not isinstance(pad, int) or pad < 1:
+        raise UserError(f"translate(pad={pad!r}): must be a whole number from 1 on")
+
+    def crop(images: jax.Array, at: int) -> jax.Array:
+        h, w = images.shape[1:3]
+        if pad >= min(h, w):
+            raise UserError(f"translate(pad={pad}): the images are only {h} by {w}")
+        padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
+        return padded[:, at : at + h, at : at + w]
+
+    return [(0.5, _same), (0.25, lambda images: crop(images, 0)), (0.25, lambda images: crop(images, 2 * pad))]
+
+
+VIEWS: dict[str, Callable[..., Views]] = {"flip": flip, "translate": translate}
+
+
+def build(text: str) -> Views:
+    """The views that a spec names; for the empty text the image alone.
+
+    Each op is applied to all views of the ops after it, the weights multiplied: `flip|translate(1)` is each of the
+    three translated views and its mirror image, the six views of airbench94.
+    """
+    views = NONE
+    for call in reversed(spec.parse(text)):
+        op = spec.bind(call, VIEWS, "view")()
+        views = [(a * b, _then(first, second)) for a, first in views for b, second in op]
+    return views
+
+
+def _then(first: Callable[..., jax.Array], second: Callable[..., jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    return lambda images: second(first(images))
+
+
+def mean_logits(views: Views, logits: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:
+    """The weighted mean over the views of the logits, f32[b, classes]. All views go through the model in one batch."""
+    if len(views) == 1:
+        return logits(images)
+    b = images.shape[0]
+    # The batch stays the outer axis, so that images split over devices stay where they are.
+    stacked = jnp.stack([view(images) for _, view in views], 1)  # [b, views, h, w, c]
+    out = logits(stacked.reshape(b * len(views), *images.shape[1:])).reshape(b, len(views), -1)
+    return jnp.einsum("bvc,v->bc", out, jnp.asarray([weight for weight, _ in views], out.dtype), precision="highest")

@@ -1,0 +1,122 @@
+"""New images, classified by what was trained, with the class names and host ops that the work directory recorded."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from imgclf_jax.commands.evaluate import convert, restore
+from imgclf_jax.core import rng, sharding
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import decode, sources
+from imgclf_jax.experiment import Experiment
+from imgclf_jax.run import writers
+from imgclf_jax.run.workdir import Workdir
+
+
+def find_files(paths: list[str]) -> list[Path]:
+    """The files named, and those under the directories named but for hidden ones; sorted within a directory.
+
+    Raises UserError for a path that does not exist and for a directory without files.
+    """
+    files: list[Path] = []
+    for text in paths:
+        path = Path(text)
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
+            if not inside:
+                raise UserError(f"predict: the directory {text!r} holds no files")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"predict: there is no file or directory {text!r} (working directory: {Path.cwd()})")
+    return files
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts) or path.name == "Thumbs.db"
+
+
+def predict(experiment: Experiment, state: Any, files: list[Path]) -> Iterator[tuple[Path, np.ndarray | UserError]]:
+    """(file, probabilities f32[classes]) for each file, or (file, error) for one that cannot be read."""
+    ops, _ = decode.build(experiment.preprocess_eval)
+    mesh = experiment.mesh
+    batch_size = sharding.round_up(min(experiment.config.batch_size, 128), mesh)
+
+    def load(index: int) -> np.ndarray | UserError:
+        try:
+            seed = experiment.config.seed
+            image = ops(files[index].read_bytes(), lambda: rng.generator(seed, "preprocess", index))
+        except (OSError, UserError) as e:
+            return UserError(f"{files[index]}: {e}")
+        if image.shape != experiment.data.image_shape:
+            return UserError(f"{files[index]}: preprocess gives {image.shape}, not {experiment.data.image_shape}")
+        return image
+
+    for start in range(0, len(files), batch_size):
+        some = range(start, min(start + batch_size, len(files)))
+        loaded = [load(i) for i in some]
+        batch = np.zeros((batch_size, *experiment.data.image_shape), np.uint8)  # one shape, so one compilation
+        for row, image in enumerate(loaded):
+            if isinstance(image, np.ndarray):
+                batch[row] = image
+        images = sharding.put_batch({"image": batch}, mesh)["image"]
+        probabilities = np.asarray(jax.device_get(experiment.predict_step(*state.evaluated, images)))
+        for row, (i, image) in enumerate(zip(some, loaded, strict=True)):
+            yield files[i], image if isinstance(image, UserError) else probabilities[row]
+
+
+def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str, paths: list[str], top_k: int) -> int:
+    """The command `predict`: prints the `top_k` classes of each image; 1 where an image could not be read, else 0.
+
+    By the run in `workdir` or, with None, by the weights that `init_from` names; then the classes are the source's.
+    """
+    if not paths:
+        raise UserError(
+            "predict: name at least one image file or directory: launch.py predict FILE|DIR … --workdir DIR"
+        )
+    files = find_files(paths)
+    if workdir:
+        experiment, state, _ = restore(config, workdir, which)
+    else:
+        base = sources.open_splits(config.data.source, config.data.data_dir, config.data.manual_dir)
+        experiment, state = convert(config, base)
+    names = experiment.data.class_names
+    records: list[dict[str, Any]] = []
+    failed = 0
+    for file, result in predict(experiment, state, files):
+        if isinstance(result, UserError):
+            failed += 1
+            print(f"error: {result}", file=sys.stderr)
+            records.append({"file": str(file), "error": str(result)})
+        else:
+            best = np.argsort(-result, kind="stable")[: max(1, top_k)]
+            top = [{"class": names[c], "probability": round(float(result[c]), 6)} for c in best]
+            records.append({"file": str(file), "predictions": top})
+    if format == "json":
+        print(json.dumps(records, indent=2))
+    else:
+        _print_table([r for r in records if "predictions" in r])
+    if failed:
+        others = "; the others are above" if failed < len(files) else ""
+        print(f"error: {failed} of {len(files)} images could not be read{others}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _print_table(records: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    if not records:
+        return
+    table = Table("file")
+    for rank in range(len(records[0]["predictions"])):
+        table.add_column(f"top {rank + 1}")
+    for record in records:
+        table.add_row(record["file"], *(f"{p['class']} {p['probability']:.4f}" for p in record["predictions"]))
+    writers.print_table(table)

@@ -1,0 +1,163 @@
+"""The mini-language `name(arg, key=value)|name2(...)` in which a config names sources, ops, models and the rest.
+
+A spec is text, so every choice stands readable in the config and in the run's record. Arguments are Python
+literals, read by `ast.literal_eval` and never evaluated. A user's own code is named by its import path,
+`my_pkg.my_module:my_function(width=3)`, and needs no registration.
+"""
+
+import ast
+import functools
+import importlib
+import inspect
+import io
+import itertools
+import re
+import tokenize
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from imgclf_jax.core.errors import UserError, unknown
+
+_CALL = re.compile(r"\s*([A-Za-z_][\w.]*(?::[A-Za-z_]\w*)?)\s*(\(.*\))?\s*", re.DOTALL)
+
+
+# What names mean: the functions and classes of one kind. A plain dict is the registry.
+Table = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One `name(args, **kwargs)` of a spec; `str()` gives text that parses to an equal Call."""
+
+    name: str
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        parts = [repr(a) for a in self.args] + [f"{k}={v!r}" for k, v in self.kwargs.items()]
+        return f"{self.name}({', '.join(parts)})" if parts else self.name
+
+
+def parse(text: str) -> list[Call]:
+    """Parses a spec of any number of calls joined by `|`; the empty text is the empty list.
+
+    Raises UserError for text outside the grammar and for an argument that is not a Python literal.
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads its source
+    return [_parse_call(part, text) for part in _split(text)] if text.strip() else []
+
+
+def parse_one(text: str) -> Call:
+    """Parses a spec that must hold exactly one call."""
+    calls = parse(text)
+    if len(calls) != 1:
+        raise UserError(f"in spec {text!r}: expected exactly one name(...), found {len(calls)}")
+    return calls[0]
+
+
+def _split(text: str) -> list[str]:
+    """Splits at each `|` outside of brackets and strings; Python's tokenizer knows which those are."""
+    if "\0" in text:  # which can upset the tokenizer
+        raise UserError(f"in spec {text!r}: a null character is not allowed")
+    # Inside added brackets a newline is white space; the column offset is one on the first line.
+    whole = f"({text}\n)"
+    starts = [0]
+    for line in whole.split("\n"):
+        starts.append(starts[-1] + len(line) + 1)
+    cuts, depth = [], 0
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(whole).readline):
+            if token.type == tokenize.OP:
+                depth += (token.string in "([{") - (token.string in ")]}")
+                if token.string == "|" and depth == 1:
+                    cuts.append(starts[token.start[0] - 1] + token.start[1] - 1)
+    except (tokenize.TokenError, SyntaxError, ValueError) as e:
+        raise UserError(f"in spec {text!r}: unbalanced brackets or quotes") from e
+    edges = [-1, *cuts, len(text)]
+    return [text[a + 1 : b] for a, b in itertools.pairwise(edges)]
+
+
+def _parse_call(part: str, text: str) -> Call:
+    match = _CALL.fullmatch(part)
+    if not match:
+        raise UserError(f"in spec {text!r}: {part.strip()!r} is not of the form name(arg, key=value)")
+    name, arguments = match.groups()
+    try:
+        node = ast.parse(f"f{arguments or '()'}", mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
+        raise UserError(f"in spec {text!r}: the arguments of {name!r} do not parse: {arguments}") from e
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        raise UserError(f"in spec {text!r}: {part.strip()!r} is not of the form name(arg, key=value)")
+    if any(k.arg is None for k in node.keywords):
+        raise UserError(f"in spec {text!r}: {name!r} takes no **arguments")
+    keys = [k.arg for k in node.keywords]
+    if twice := [k for k in keys if keys.count(k) > 1]:
+        raise UserError(f"in spec {text!r}: {name!r} is given the argument {twice[0]!r} twice")
+    args = tuple(_literal(a, text) for a in node.args)
+    kwargs = {k.arg: _literal(k.value, text) for k in node.keywords if k.arg is not None}
+    return Call(name, args, kwargs)
+
+
+def _literal(node: ast.expr, text: str) -> Any:
+    try:
+        value = ast.literal_eval(node)
+        if ast.literal_eval(repr(value)) == value:  # inf has no literal: a spec must read back as it was written
+            return value
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        pass
+    try:
+        source = repr(ast.unparse(node))
+    except (ValueError, RecursionError):  # too long or too deep to show
+        source = "an argument"
+    raise UserError(
+        f"in spec {text!r}: {source} is not a literal; write a finite number, a quoted string, True, False, None, "
+        "or a tuple, list or dict of these"
+    )
+
+
+def lookup(call: Call, table: Table, kind: str) -> Callable[..., Any]:
+    """The function or class that `call` names, from `table` or by import path; UserError if there is none."""
+    if ":" not in call.name:
+        if call.name not in table:
+            raise UserError(unknown(kind, call.name, table) + ", or an import path module:name")
+        return table[call.name]
+    module_name, _, attribute = call.name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as e:
+        raise UserError(f"cannot import {module_name!r} for {kind} {call.name!r}: {e}") from e
+    if not callable(getattr(module, attribute, None)):
+        names = [n for n in dir(module) if callable(getattr(module, n)) and not n.startswith("_")]
+        raise UserError(unknown(f"name in module {module_name}", attribute, names))
+    return getattr(module, attribute)
+
+
+def bind(call: Call, table: Table, kind: str, given: tuple[str, ...] = ()) -> Any:
+    """Looks up `call` and binds its arguments: `functools.partial(function, *args, **kwargs)`.
+
+    `given` names leading parameters (such as `key` and `image`) that the caller passes at each call; the spec's
+    positional arguments begin after them. Raises UserError where the arguments do not fit the signature.
+    """
+    function = lookup(call, table, kind)
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError as e:  # some builtins have none
+        raise UserError(f"in {kind} {str(call)!r}: the arguments of {call.name} are not known: {e}") from e
+    leading = [name for name in list(parameters)[: len(given)] if name in given]
+    linen = ("parent", "name") if "parent" in parameters else ()  # fields that flax adds to every module
+    own = [p for name, p in parameters.items() if name not in leading and name not in linen]
+    for key in call.kwargs:
+        if key not in {p.name for p in own} and not any(p.kind is p.VAR_KEYWORD for p in own):
+            raise UserError(f"in {kind} {str(call)!r}: " + unknown("argument", key, [p.name for p in own]))
+    try:
+        inspect.signature(function).replace(parameters=own).bind(*call.args, **call.kwargs)
+    except TypeError as e:
+        raise UserError(f"in {kind} {str(call)!r}: {e}; its arguments: {', '.join(p.name for p in own)}") from e
+    named = dict(zip((p.name for p in own), call.args, strict=False)) if leading else {}
+    return functools.partial(function, *(() if leading else call.args), **named, **call.kwargs)
+
+
+def takes(function: Callable[..., Any], first: str) -> bool:
+    """Whether a function's first parameter has this name: how an op says that it wants a key or a generator."""
+    return next(iter(inspect.signature(function).parameters), None) == first

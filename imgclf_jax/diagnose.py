@@ -1,0 +1,56 @@
+"""Which part of a config fails, where tracing the whole program does: the parts are traced one by one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from imgclf_jax import step
+from imgclf_jax.augment import mixing, ops
+from imgclf_jax.core import rng, spec
+from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.optim import optimizers
+
+
+def find(experiment: Any) -> None:
+    """Raises UserError that names the first key of an Experiment's config whose part cannot be traced, if one cannot.
+
+    An error in the user's own code, which is named by an import path, is raised as it is.
+    """
+    config, image_shape = experiment.config, experiment.data.image_shape
+    images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), "uint8")
+    labels = jax.ShapeDtypeStruct((config.batch_size,), "int32")
+    logits = jax.ShapeDtypeStruct((config.batch_size, len(experiment.data.class_names)), "float32")
+
+    def draw(images: jax.Array, ids: jax.Array) -> jax.Array:
+        known = (jnp.uint32(0), ids, ids) if experiment.with_ids else ()
+        return ops.build(config.augment, train=True)(rng.key(0, "augment"), images, *known)
+
+    def mix(images: jax.Array, ids: jax.Array) -> Any:
+        op = mixing.build(config.mix)
+        return op and op(rng.key(0, "mix"), draw(images, ids))
+
+    def init_and_update() -> step.TrainState:
+        state = step.init_state(experiment.model, experiment.optimizer, image_shape, 0, experiment.average)
+        experiment.optimizer.update(state.params, state.opt_state, state.params)
+        return state
+
+    def trace(key: str, function: Callable[..., Any], *args: Any) -> None:
+        try:
+            jax.eval_shape(function, *args)
+        except UserError:
+            raise
+        except Exception as e:
+            if any(":" in call.name for call in spec.parse(config[key])):
+                raise  # the user's own code: the traceback tells more
+            where = f" on images {list(image_shape)}" if key in ("augment", "mix", "model") else ""
+            raise UserError(f"{key}={config[key]!r} fails{where}: {reason(e)}") from e
+
+    zeros = jnp.zeros((1, *image_shape), jnp.float32)
+    trace("schedule", lambda step: optimizers.promoting(experiment.schedule)(step), jax.ShapeDtypeStruct((), "int32"))
+    trace("augment", draw, images, labels)
+    trace("mix", mix, images, labels)
+    trace("model", lambda: experiment.model.init(rng.key(0, "init"), zeros, train=False))
+    trace("loss", lambda logits, labels: experiment.loss(logits, labels), logits, labels)
+    trace("optimizer", init_and_update)

@@ -1,0 +1,1 @@
+"""How layers compute on CPU."""

@@ -1,0 +1,1 @@
+"""Optimizers, schedules, rules by parameter, averages of weights."""

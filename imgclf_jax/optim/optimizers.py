@@ -1,0 +1,152 @@
+"""Optimizers: optax's, by optax's own names, with other transforms of the gradient before them."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+from imgclf_jax.core import spec, tree
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.optim.rules import Rules
+
+# These take no schedule, or want more than the gradient at each update.
+_UNFIT = ("lbfgs", "optimistic_adam", "rprop", "sm3")
+
+# Of optax.contrib those that want the gradient alone.
+_CONTRIB = ("acprop", "ademamix", "adopt", "cocob", "dadapt_adamw", "dog", "dowg", "madgrad", "prodigy",
+            "simplified_ademamix")  # fmt: skip
+
+# These estimate one step size from all parameters together, which a weight decay by parameter would take apart.
+_ONE_STEP_SIZE = ("dadapt_adamw", "dog", "dowg", "prodigy")
+
+# What may stand before the optimizer.
+_TRANSFORMS = ("adaptive_grad_clip", "add_decayed_weights", "centralize", "clip", "clip_by_block_rms",
+               "clip_by_global_norm", "normalize_by_update_norm", "zero_nans")  # fmt: skip
+TRANSFORMS = {name: getattr(optax, name) for name in _TRANSFORMS}
+
+_ALIKE = Rules()
+
+# What optax's functions call the weight decay.
+_DECAYS = ("weight_decay", "weight_decay_rate", "adam_weight_decay")
+
+
+def _matrices(params: Any) -> Any:
+    """For Muon: which axes of a parameter are a matrix's rows and columns, None for those that Adam is for.
+
+    Kernels are matrices, those of convolutions flattened to [kh * kw * c, f]; the head's is left to Adam, as Muon's
+    author advises.
+    """
+
+    def axes(name: str, x: Any) -> Any:
+        if not name.endswith("kernel") or name.startswith("head/") or x.ndim not in (2, 4):
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1)
+
+    return tree.map_named(axes, params)
+
+
+@functools.cache
+def _optimizers() -> dict[str, object]:
+    """Every public optax function whose first parameter is `learning_rate`, a schedule."""
+    out: dict[str, object] = {name: getattr(optax.contrib, name) for name in _CONTRIB}
+    for name in dir(optax):
+        function = getattr(optax, name)
+        if not callable(function) or isinstance(function, type):
+            continue
+        if spec.takes(function, "learning_rate") and name not in _UNFIT and not name.startswith(("_", "scale_by_")):
+            out[name] = function
+    out["muon"] = functools.partial(optax.contrib.muon, muon_weight_dimension_numbers=_matrices)
+    return out
+
+
+def split_lookahead(text: str) -> tuple[list[spec.Call], spec.Call | None]:
+    """The calls of an optimizer spec, and the `lookahead(…)` that may end it, which is no transform of the gradient."""
+    calls = spec.parse(text)
+    return (calls[:-1], calls[-1]) if calls and calls[-1].name == "lookahead" else (calls, None)
+
+
+def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _ALIKE) -> optax.GradientTransformation:
+    """The optimizer that a spec such as `add_decayed_weights(5e-4)|sgd(momentum=0.9)` names.
+
+    In this order: clipping to global norm `clip` (0 is none), the transforms before the optimizer, the optimizer, whose
+    learning rate is `schedule` and never the spec's, and the learning rates of `rules`. Frozen parameters have no part
+    in any of it, nor a state.
+    """
+    calls, _ = split_lookahead(text)
+    if not calls or [call.name for call in calls[:-1] if call.name in _optimizers()]:
+        raise UserError(f"optimizer={text!r}: expected exactly one optimizer; before it may stand "
+                        f"{', '.join(TRANSFORMS)}, after it lookahead")  # fmt: skip
+    *before, last = calls
+    makers: list[Any] = [(spec.bind(call, TRANSFORMS, "transform before the optimizer"), ()) for call in before]
+    makers.append((spec.bind(last, _optimizers(), "optimizer", given=("learning_rate",)), (schedule,)))
+    if last.args and ":" not in last.name:  # adam(1e-3) would set b1
+        raise UserError(
+            f"optimizer={text!r}: name the arguments, as in {last.name}(...={last.args[0]!r}); "
+            "the learning rate is the schedule's"
+        )
+    if rules.decay:
+        if last.name in _ONE_STEP_SIZE:
+            raise UserError(f"rules.decay: {last.name} finds one step size for all parameters together; use adamw, say")
+        if not any(_bound(make, args)[1] for make, args in makers):
+            raise UserError(f"rules.decay: optimizer={text!r} has no weight decay to multiply; use one that has, such "
+                            "as adamw(weight_decay=1e-2), or add_decayed_weights(5e-4)|sgd(momentum=0.9)")  # fmt: skip
+    parts = [optax.clip_by_global_norm(clip)] if clip else []
+    parts += [_with_decay(make, args, rules) for make, args in makers]
+    if rules.lr:
+        parts.append(_scale_by_name(rules))
+    optimizer = parts[0] if len(parts) == 1 else optax.chain(*parts)
+    if rules.frozen:
+        labels = functools.partial(tree.map_named, lambda name, _: "frozen" if name in rules.frozen else "trained")
+        optimizer = optax.partition({"trained": optimizer, "frozen": _keep()}, labels)
+    return optax.GradientTransformationExtraArgs(optimizer.init, promoting(optimizer.update))
+
+
+def _bound(make: functools.partial[Any], args: tuple[Any, ...]) -> tuple[inspect.BoundArguments, dict[str, float]]:
+    """The arguments that a transform will be made with, and those of them that are a weight decay other than zero."""
+    bound = inspect.signature(make.func).bind(*make.args, *args, **make.keywords)
+    bound.apply_defaults()
+    return bound, {name: value for name in _DECAYS if (value := bound.arguments.get(name))}
+
+
+def _with_decay(make: functools.partial[Any], args: tuple[Any, ...], rules: Rules) -> optax.GradientTransformation:
+    """The transform, with each parameter's weight decay multiplied by what the rules say."""
+    bound, decays = _bound(make, args)
+    if not (rules.decay and decays):
+        return make(*args)
+    # One of them for each factor, each for its own parameters: optax's masks know no factors but 0 and 1.
+    labels = {factor: f"decay{i}" for i, factor in enumerate(sorted({1.0, *rules.decay.values()}))}
+    transforms = {}
+    for factor, label in labels.items():
+        bound.arguments.update({name: factor * value for name, value in decays.items()})
+        transforms[label] = make.func(*bound.args, **bound.kwargs)
+    return optax.partition(
+        transforms, functools.partial(tree.map_named, lambda name, _: labels[rules.decay.get(name, 1.0)])
+    )
+
+
+def _scale_by_name(rules: Rules) -> optax.GradientTransformation:
+    def scale(name: str, update: jax.Array) -> jax.Array:
+        return update * rules.lr[name] if name in rules.lr else update
+
+    return optax.stateless(lambda updates, params: tree.map_named(scale, updates))
+
+
+def _keep() -> optax.GradientTransformation:
+    """Updates that change no bit: x + -0.0 is x, while -0.0 + 0.0 would be 0.0."""
+    return optax.stateless(lambda updates, params: jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates))
+
+
+def promoting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under JAX's standard dtype promotion, which optax relies on (`b1 ** count`), even in strict mode."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return wrapped

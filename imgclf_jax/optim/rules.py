@@ -1,0 +1,112 @@
+"""Rules that treat some parameters otherwise than the rest: by patterns of their paths, and by their layer.
+
+A rule is a regular expression that must match a parameter's whole path, such as `backbone/block0/kernel`, and a value.
+Of several rules the first that matches counts; every rule must count for some parameter.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from imgclf_jax.core.errors import UserError
+
+# "a/.*=0.1, b/.*=1": a comma inside of braces, as in "block\d{1,2}/.*", belongs to a pattern.
+_COMMA = re.compile(r",(?![^{},]*\})")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How each parameter is trained, by its path; a path that is absent is trained as usual."""
+
+    lr: Mapping[str, float] = field(default_factory=dict)  # multiplies the update
+    decay: Mapping[str, float] = field(default_factory=dict)  # multiplies the weight decay
+    frozen: frozenset[str] = frozenset()  # not trained at all
+
+    def __bool__(self) -> bool:
+        return bool(self.lr or self.decay or self.frozen)
+
+    def table(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
+        """A line a parameter, for the log: its path, shape, learning rate and weight decay as multipliers."""
+        rows: list[tuple[str, ...]] = [("parameter", "shape", "learning rate", "weight decay")]
+        for name, shape in shapes.items():
+            factors = [f"{factor.get(name, 1.0):.4g}" for factor in (self.lr, self.decay)]
+            rows.append((name, str(list(shape)), *(["frozen", ""] if name in self.frozen else factors)))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def build(lr: str, decay: str, freeze: str, layer_decay: float, names: Sequence[str]) -> Rules:
+    """The Rules that the keys of `rules` say of parameters of these paths, in the order in which the model uses them.
+
+    Raises UserError for text that is no rule, a rule that counts for no parameter, and where nothing is left to train.
+    """
+    rates = match(_numbers(lr, "rules.lr"), names, "rules.lr")
+    if layer_decay:
+        depths = layers(names)
+        top = max(depths.values())
+        rates = {name: rates.get(name, 1.0) * layer_decay ** (top - depths[name]) for name in names}
+    frozen = match([(pattern, True) for pattern in _split(freeze)], names, "rules.freeze")
+    if len(frozen) == len(names):
+        raise UserError(f"rules.freeze={freeze!r} matches every parameter: nothing is left to train")
+    return Rules(rates, match(_numbers(decay, "rules.decay"), names, "rules.decay"), frozenset(frozen))
+
+
+def match[Value](rules: Sequence[tuple[str, Value]], names: Sequence[str], key: str) -> dict[str, Value]:
+    """The value of the first rule (pattern, value) that matches each name whole; names that none matches are absent."""
+    out: dict[str, Value] = {}
+    for pattern, value in rules:
+        try:
+            expression = re.compile(pattern)
+        except re.error as e:
+            raise UserError(f"{key}: {pattern!r} is not a regular expression: {e}") from e
+        matched = [name for name in names if expression.fullmatch(name)]
+        new = [name for name in matched if name not in out]
+        if not matched:
+            near = [name for name in names if expression.search(name)]
+            hint = f"; a pattern must match the whole path, such as {near[0]!r}: write '.*' around it" if near else ""
+            some = f"; they are {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
+            raise UserError(f"{key}: {pattern!r} matches no parameter{hint or some}")
+        if not new:
+            raise UserError(f"{key}: {pattern!r} comes too late: rules before it match all that it does")
+        out |= dict.fromkeys(new, value)
+    return out
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in _COMMA.split(text) if part.strip()]
+
+
+def _numbers(text: str, key: str) -> list[tuple[str, float]]:
+    rules = []
+    for part in _split(text):
+        pattern, _, number = (piece.strip() for piece in part.rpartition("="))
+        try:
+            value = float(number)
+        except ValueError:
+            value = -1.0
+        if not pattern or not 0 <= value < float("inf"):
+            raise UserError(f"{key}: {part!r} is not PATTERN=NUMBER, the number 0 or more, such as 'backbone/.*=0.1'")
+        rules.append((pattern, value))
+    return rules
+
+
+def layers(names: Sequence[str]) -> dict[str, int]:
+    """The depth of each parameter's layer, from 0, given all paths in the order in which the model uses them.
+
+    As in BEiT (Bao et al. 2021, arXiv:2106.08254) and timm, a layer is a block: a numbered part of the backbone that
+    holds layers of its own, such as `block3` or `stage2_5`. What comes before the first block (patches, positions,
+    stem) is one layer, what comes between two belongs to the second, and what comes after the last one belongs to the
+    top layer, with the head. A backbone without blocks has a layer for each of its parts.
+    """
+    parts = {name: name.split("/")[1] for name in names if name.startswith("backbone/")}
+    numbered = {part for name, part in parts.items() if re.search(r"\d", part) and name.count("/") > 2}
+    blocks = numbered or set(parts.values())
+    order = list(dict.fromkeys(parts.values()))  # [stem, …, block, between, block, …, after]
+    last = max((i for i, part in enumerate(order) if part in blocks), default=-1)
+    first = next((i for i, part in enumerate(order) if part in blocks), 0)
+    depth, depth_of = int(first > 0), dict.fromkeys(order[:first], 0)
+    for part in order[first : last + 1]:
+        depth_of[part] = depth
+        depth += part in blocks
+    depth_of |= dict.fromkeys(order[last + 1 :], depth)
+    return {name: depth_of[parts[name]] if name in parts else depth for name in names}

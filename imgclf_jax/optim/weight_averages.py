@@ -1,0 +1,96 @@
+"""Averages of the weights over training, which evaluation and prediction use in their place.
+
+What is averaged are all of a model's variables: parameters, and batch statistics with them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from imgclf_jax.core import spec
+from imgclf_jax.core.errors import UserError
+
+Variables = Any  # a pytree
+
+
+class Average(NamedTuple):
+    """`init(variables) -> average`, and `update(average, variables, step) -> (variables, average)`.
+
+    `variables` are those after the update of `step` (i32[], from 0); what is trained on next may differ from them.
+    """
+
+    init: Callable[[Variables], Any]
+    update: Callable[[Any, Variables, jax.Array], tuple[Variables, Any]]
+
+
+NONE = Average(lambda variables: None, lambda average, variables, step: (variables, None))
+
+
+def ema(decay: float) -> Average:
+    """The exponential moving average: a ← d a + (1 - d) v, where d is min(decay, (1 + step) / (10 + step)).
+
+    The smaller d of the first steps, as in TensorFlow's ExponentialMovingAverage, forgets the initial weights.
+    """
+
+    def update(average: Any, variables: Variables, step: jax.Array) -> tuple[Variables, Any]:
+        t = step.astype(jnp.float32)
+        share = 1 - jnp.minimum(jnp.float32(decay), (1 + t) / (10 + t))
+        return variables, _mix(average, variables, share)
+
+    return Average(_copy, update)
+
+
+def lookahead(
+    steps: Callable[[str], int], total: int, k: int = 5, alpha: float = 0.5, power: float = 0.0, start: str = ""
+) -> Average:
+    """Slow weights s, to which the weights v return every `k` steps: s ← s + alpha (v - s), v ← s.
+
+    Zhang et al. 2019 (arXiv:1907.08610), with the optimizer's state kept. With `power` above 0, 1 - (1 - alpha)
+    (steps done / total)**power takes the place of alpha: it begins as 1 and ends as `alpha`. The slow weights follow
+    the others until the first multiple of k after `start`, a duration. So the variant of airbench94, whose decay is
+    0.95 a step, is lookahead(5, 0.2262, power=3, start='3 epochs').
+    """
+    if type(k) is not int or k < 1 or not 0 < alpha <= 1 or power < 0:
+        raise UserError(f"lookahead(k={k!r}, alpha={alpha}, power={power}): k must be a whole number from 1, "
+                        "alpha above 0 and at most 1, power 0 or more")  # fmt: skip
+    first = steps(start)
+    begin = k * (first // k + 1) if first else 0
+
+    def update(slow: Any, fast: Variables, step: jax.Array) -> tuple[Variables, Any]:
+        done = step + 1
+        share = 1 - (1 - alpha) * (done.astype(jnp.float32) / total) ** power
+        slow = _where(done <= begin, fast, _where(done % k == 0, _mix(slow, fast, share), slow))
+        return _where(done % k == 0, slow, fast), slow
+
+    return Average(_copy, update)
+
+
+def build(decay: float, call: spec.Call | None, steps: Callable[[str], int], total: int) -> Average:
+    """The average that the key `ema` and the `lookahead(…)` of an optimizer spec say; at most one of both.
+
+    `steps` turns a duration into whole steps of the `total`.
+    """
+    if call is None:
+        return ema(decay) if decay else NONE
+    if decay:
+        raise UserError(f"ema={decay} and {call} both say which weights are evaluated; leave one out")
+    return spec.bind(call, {"lookahead": lookahead}, "optimizer", given=("steps", "total"))(steps, total)
+
+
+def _copy(variables: Variables) -> Any:
+    return jax.tree.map(jnp.copy, variables)
+
+
+def _mix(old: Any, new: Any, share: jax.Array) -> Any:
+    """old + share * (new - old), so that equal values stay as they are; of integers the new."""
+
+    def mix(a: jax.Array, b: jax.Array) -> jax.Array:
+        return a + share.astype(a.dtype) * (b - a) if jnp.issubdtype(a.dtype, jnp.inexact) else b
+
+    return jax.tree.map(mix, old, new)
+
+
+def _where(condition: jax.Array, a: Any, b: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)

@@ -1,0 +1,1 @@
+"""What a run leaves behind: work directory, checkpoints, provenance, logs, caches."""

@@ -1,0 +1,94 @@
+"""What a run was made from: versions, devices, git commit and data, written beside its checkpoints."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from imgclf_jax.core.errors import UserError
+
+_PACKAGES = ("imgclf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "tensorflow",
+             "tensorflow-cpu", "tensorflow-datasets", "scikit-learn")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What must be known of the data to use a trained model without them."""
+
+    train_examples: int
+    image_shape: tuple[int, int, int]  # (h, w, c), after the host ops
+    class_names: tuple[str, ...]
+    fingerprint: str
+    class_counts: tuple[int, ...] = ()  # training examples of each class, where the loss asks for them
+
+
+def collect(data: DataInfo) -> dict[str, Any]:
+    """The record of this process, as JSON values."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
+        "hosts": jax.process_count(),
+        "git": _git(),
+        "data": asdict(data),
+    }
+
+
+def _git() -> dict[str, Any]:
+    """The commit of this code and whether the working tree differs from it; empty outside a checkout."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def load_data_info(path: Path) -> DataInfo:
+    """The DataInfo in a `provenance.json`; UserError where it is missing or damaged."""
+    try:
+        data = json.loads(path.read_text())["data"]
+        shape = tuple(data["image_shape"])
+        names, counts = tuple(data["class_names"]), tuple(data.get("class_counts", ()))
+        return DataInfo(data["train_examples"], shape, names, data["fingerprint"], counts)
+    except (OSError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path} is missing or damaged ({type(e).__name__}); train into a new --workdir") from e
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that a reader, or a crash, sees either the old or the new content and nothing between."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as e:
+        temporary.unlink(missing_ok=True)
+        if isinstance(e, OSError):
+            e.filename = str(path)  # a full disk names no file
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically, indented, for people too."""
+    write_atomically(path, json.dumps(value, indent=2) + "\n")

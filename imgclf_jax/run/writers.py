@@ -1,0 +1,234 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, and the terminal."""
+
+import concurrent.futures
+import contextlib
+import functools
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import progress
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from imgclf_jax.core import tensorflow_import
+from imgclf_jax.core.errors import UserError, reason
+
+log = logging.getLogger(__name__)
+
+
+class MetricsWriter:
+    """Appends records to `metrics.jsonl` and, where CLU is installed, to TensorBoard's event files in `tb/`.
+
+    A line a record: {"step": 100, "train/loss": …}. On resuming at `step`, records after it, and a line that a crash
+    cut short, are dropped: the run writes them again, the same.
+    """
+
+    def __init__(self, workdir: Path, step: int = 0, tensorboard: bool = True):
+        self._directory = workdir
+        path = workdir / "metrics.jsonl"
+        kept = [r for r in read_metrics(path) if r["step"] <= step]
+        temporary = path.with_suffix(".tmp")
+        with self._writing():
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            os.replace(temporary, path)
+            self._file = path.open("a")
+            self._tensorboard = _TensorBoard(workdir / "tb") if tensorboard else None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one record; it has reached the operating system when this returns."""
+        with self._writing():
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+            if self._tensorboard:
+                self._tensorboard.write(step, dict(values))
+
+    def sync(self) -> None:
+        """Returns when all records are on disk; called before each checkpoint, which must not be ahead of them."""
+        with self._writing():
+            os.fsync(self._file.fileno())
+            if self._tensorboard:
+                self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Closes the files; all has been synced, or an error that tells more is on its way."""
+        for file in (self._file, self._tensorboard):
+            with contextlib.suppress(Exception):
+                if file:
+                    file.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:  # OSError, or one of many types from TensorBoard's writer
+            cause: BaseException = e
+            while cause.__cause__:  # CLU wraps what its thread raised
+                cause = cause.__cause__
+            raise UserError(
+                f"the metrics in {self._directory} could not be written: {reason(cause)}; free some space or mend "
+                "the disk and run the same command again"
+            ) from e
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; a line that a crash cut short is left out, a missing file is empty."""
+    records = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                log.warning("%s: a line cut short was left out", path)
+    return records
+
+
+class _TensorBoard:
+    """TensorBoard's event files, written by a thread, which imports CLU and TensorFlow while training goes on."""
+
+    def __init__(self, directory: Path):
+        self._writer: Any = None
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
+        self._pending = [self._pool.submit(self._open, str(directory))]
+
+    def _open(self, directory: str) -> None:
+        tensorflow_import.tensorflow().result()
+        try:
+            from clu import metric_writers
+        except ImportError:
+            log.info("CLU or TensorFlow is not installed: no TensorBoard files, metrics.jsonl alone")
+        else:
+            self._writer = metric_writers.SummaryWriter(directory)
+
+    def _submit(self, method: str, *args: Any) -> None:
+        self._pending.append(self._pool.submit(lambda: self._writer and getattr(self._writer, method)(*args)))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Returns at once; what fails is raised by `flush`."""
+        self._submit("write_scalars", step, values)
+
+    def flush(self) -> None:
+        """Returns when all is written."""
+        self._submit("flush")
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
+
+    def close(self) -> None:
+        self._submit("close")
+        self._pool.shutdown()
+
+
+class Throughput:
+    """Images a second, and the fraction of time spent waiting for input, over time that was training."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+        self.seconds, self.steps = 0.0, 0  # of the whole process
+        self._active, self._window_steps, self._waited = 0.0, 0, 0.0
+        self.resume()
+
+    def resume(self) -> None:
+        """Starts the clock, after work that is not training, such as evaluation."""
+        self._start = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stops the clock."""
+        self._active += time.perf_counter() - self._start
+
+    def count_steps(self, steps: int, waited: float) -> None:
+        """Some steps more, for whose batches the device waited so many seconds."""
+        self._window_steps += steps
+        self._waited += waited
+
+    def restart(self) -> None:
+        """Forgets the time until now: the wait for what the first step needs."""
+        self._active, self._waited = 0.0, 0.0
+        self.resume()
+
+    def lap(self) -> dict[str, float]:
+        """{"images_per_second", "input_wait"} since the last lap; called while paused."""
+        seconds = max(self._active, 1e-9)
+        out = {
+            "images_per_second": round(self._window_steps * self.batch_size / seconds, 1),
+            "input_wait": round(self._waited / seconds, 4),
+        }
+        self.seconds, self.steps = self.seconds + self._active, self.steps + self._window_steps
+        self._active, self._window_steps, self._waited = 0.0, 0, 0.0
+        return out
+
+
+@functools.cache
+def console() -> Console:
+    """The terminal's one console on standard error: the bar and the log lines must know of each other."""
+    return Console(stderr=True)
+
+
+class Progress:
+    """A progress bar on a terminal; elsewhere nothing, since the log lines tell."""
+
+    def __init__(self, start: int, total: int):
+        self._bar = None
+        if console().is_terminal:
+            self._bar = progress.Progress(
+                progress.BarColumn(),
+                progress.TextColumn("step {task.completed}/{task.total}"),
+                progress.TextColumn("left"),
+                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[note]}"),
+                console=console(),
+            )
+            self._task = self._bar.add_task("train", total=total, completed=start, note="compiling")
+            self._bar.start()
+
+    def update(self, step: int, note: str | None = None) -> None:
+        """Moves the bar to `step`; `note` stands behind it until the next one."""
+        if self._bar:
+            fields: dict[str, Any] = {} if note is None else {"note": note}
+            self._bar.update(self._task, completed=step, **fields)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar:
+            self._bar.stop()
+
+
+def setup_logging() -> None:
+    """Log lines `HH:MM:SS message` on standard error, above the progress bar where there is one."""
+    if console().is_terminal:
+        handler: logging.Handler = RichHandler(console=console(), show_path=False, show_level=False, highlighter=None)
+        line = "%(message)s"
+    else:
+        handler, line = logging.StreamHandler(), "%(asctime)s %(message)s"
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], format=line, datefmt="%H:%M:%S", force=True)
+    logging.getLogger("imgclf_jax").setLevel(logging.INFO)
+    # Orbax raises what went wrong, and on the way there logs it a dozen times with tracebacks.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _report_unraisable
+
+
+_usual_hook = sys.unraisablehook
+
+
+def _report_unraisable(unraisable: Any) -> None:
+    """After a save that failed TensorStore still reports to an event loop that is closed; that is no second failure."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _usual_hook(unraisable)
+
+
+def print_table(table: Table) -> None:
+    """A table on standard output; where that is no terminal, a row is a line, however long, for programs to read."""
+    width = None if sys.stdout.isatty() else 1000
+    Console(width=width, markup=False, emoji=False).print(table)  # a file may be called "a[b]:c:.png"
+
+
+def format_metrics(values: Mapping[str, float]) -> str:
+    """`loss 0.1234  accuracy 0.9876`, for people."""
+    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())

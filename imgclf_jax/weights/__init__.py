@@ -1,0 +1,1 @@
+"""Weights made elsewhere: files, names, and what fits a model."""

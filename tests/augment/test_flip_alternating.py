@@ -1,0 +1,101 @@
+"""Each example is seen both ways round in two epochs in a row: on either placement, resumed, on any batch size."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+from test_step import run
+
+from imgclf_jax.augment import ops
+from imgclf_jax.core import sharding
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import placement, sources, stream
+
+SEED, TEXT = 7, "flip_alternating|normalize"
+
+
+def images():
+    return stream.Images(sources.fake(40, (6, 8, 1), 4)["train"], "decode(1)", SEED)
+
+
+def orientations(place, batch_size, start, stop, size=3):
+    """[(epoch, id, flipped)] of each position from step start to stop, told by the pixels."""
+    opened, mesh = images(), sharding.make_mesh(jax.devices()[:1])
+    everything = opened.read(np.arange(40), np.arange(40))["image"]
+    ranges = [(first, min(first + size, stop)) for first in range(start, stop, size)]
+    chunks = placement.train_chunks(place, opened, mesh, SEED, batch_size, ranges, size, with_ids=True)
+    apply = jax.jit(ops.build(TEXT, train=True))
+    seen = []
+    for (first, last), chunk in zip(ranges, chunks, strict=True):
+        for i in range(last - first):
+            batch = placement.batch_at(chunk, i)
+            out = np.asarray(apply(None, batch["image"], jnp.uint32(SEED), batch["id"], batch["epoch"])) * 255
+            ids = stream.example_ids(SEED, first + i, batch_size, 40)
+            np.testing.assert_array_equal(batch["id"], ids)
+            for place_, (own, id_) in enumerate(zip(np.round(out), ids, strict=True)):
+                same, mirrored = (own == everything[id_]).all(), (own == everything[id_][:, ::-1]).all()
+                assert same != mirrored
+                seen.append((((first + i) * batch_size + place_) // 40, int(id_), bool(mirrored)))
+    return seen
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+@pytest.mark.parametrize("batch_size", [8, 12])
+def test_two_epochs_show_each_example_both_ways(place, batch_size):
+    """Batches of 12 straddle the epochs of 40."""
+    stop = 4 * 40 // batch_size
+    flips = {(epoch, id_): flipped for epoch, id_, flipped in orientations(place, batch_size, 0, stop)}
+    for epoch in range(2):
+        for id_ in range(40):
+            assert flips[epoch, id_] != flips[epoch + 1, id_]
+            if (epoch + 2, id_) in flips:
+                assert flips[epoch, id_] == flips[epoch + 2, id_]
+    first = [flips[0, id_] for id_ in range(40)]
+    assert 0 < sum(first) < 40
+
+
+def test_placement_and_a_start_in_the_middle_change_nothing():
+    whole = orientations("host", 12, 0, 12)
+    assert orientations("device", 12, 0, 12) == whole
+    assert orientations("host", 12, 5, 12, size=2) == whole[5 * 12 :]
+
+
+def test_half_of_the_examples_begin_mirrored_whatever_the_seed():
+    pixels = jnp.tile(jnp.asarray([0, 1], jnp.uint8)[None, None, :, None], (10_000, 1, 1, 1))
+    ids, epochs = jnp.arange(10_000, dtype=jnp.int32), jnp.zeros(10_000, jnp.int32)
+    out = [np.asarray(ops.flip_alternating(jnp.uint32(seed), pixels, ids, epochs)) for seed in (1, 2)]
+    first, other = (images[:, 0, 0, 0] for images in out)
+    for flips in (first, other, first ^ other):
+        assert stats.binomtest(int(flips.sum()), 10_000).pvalue > 1e-3
+
+
+def test_batches_carry_ids_only_where_an_op_asks(tmp_path, fake_config):
+    """And a run with such an op trains to the same bits on either placement, one step a call or many."""
+    assert [ops.wants_ids(t) for t in ("", "flip_lr|normalize", TEXT)] == [False, False, True]
+    mesh = sharding.make_mesh()
+    for place in ("host", "device"):
+        plain = next(placement.train_chunks(place, images(), mesh, SEED, 8, [(0, 2)], 2))
+        assert set(plain) == ({"image", "label"} if place == "host" else {"id", "table"})
+        asked = next(placement.train_chunks(place, images(), mesh, SEED, 8, [(0, 2)], 2, with_ids=True))
+        shapes = placement.chunk_shape(place, 40, (6, 8, 1), mesh, 8, 2, with_ids=True)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), asked) == jax.tree.map(
+            lambda x: (x.shape, x.dtype, x.sharding), shapes
+        )
+    digests = set()
+    for i, (place, size) in enumerate((("host", 1), ("device", 4))):
+        fake_config.augment, fake_config.data.placement, fake_config.steps_per_call = TEXT, place, size
+        digests.add(run(fake_config, tmp_path / str(i))["params_sha256"])
+    assert len(digests) == 1
+    fake_config.augment = "normalize"
+    assert run(fake_config, tmp_path / "plain")["params_sha256"] not in digests
+
+
+def test_evaluation_leaves_it_out():
+    pixels = jnp.asarray(np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1), np.uint8))
+    np.testing.assert_array_equal(ops.build(TEXT, train=False)(None, pixels), ops.normalize(pixels))
+
+
+def test_its_arguments_are_the_streams():
+    with pytest.raises(UserError, match="unknown argument 'ids'"):
+        ops.build("flip_alternating(ids=3)", train=True)

@@ -1,0 +1,227 @@
+"""Mixing against NumPy written from the papers; the distributions of weights and boxes; any number of devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from imgclf_jax import losses, metrics, step
+from imgclf_jax.augment import mixing
+from imgclf_jax.augment.mixing import cutmix, mixup
+from imgclf_jax.config import default_config
+from imgclf_jax.core import rng, sharding
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.experiment import Experiment
+from imgclf_jax.run.provenance import DataInfo
+
+KEY = jax.random.key(5)
+
+
+def noise(*shape):
+    return np.random.default_rng(0).random(shape, np.float32)
+
+
+def before(x):
+    """Each example's partner: the one before it, the last for the first."""
+    return np.stack([x[i - 1] for i in range(len(x))])
+
+
+def test_mixup_is_the_papers_convex_combination():
+    images = noise(32, 5, 6, 3)
+    out, weight = map(np.asarray, mixup(KEY, jnp.asarray(images), 0.4))
+    other = before(images)
+    for own, a, b, lam in zip(out, images, other, weight, strict=True):
+        np.testing.assert_allclose(own, lam * a + (1 - lam) * b, atol=1e-6)
+    assert len(set(weight.tolist())) == 32
+
+
+def weights(key, alpha, n):
+    """Beta variates as shares of a gamma variate in the sum of two, in float64."""
+    a, b = np.asarray(jax.random.loggamma(key, alpha, (2, n)), np.float64)
+    return 1 / (1 + np.exp(b - a))
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
+def test_weights_are_beta(alpha):
+    """Of mixup; cutmix draws its sides by the same weights, which its box is held to below."""
+    _, weight = jax.jit(mixup, static_argnums=2)(KEY, jnp.zeros((20_000, 1, 1, 1)), alpha)
+    edges = np.array([0, 0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1])
+    expected = 20_000 * np.diff(stats.beta(alpha, alpha).cdf(edges))
+    counts = np.histogram(weight, edges)[0]
+    often = expected > 5
+    assert stats.chisquare(counts[often], expected[often] * counts[often].sum() / expected[often].sum()).pvalue > 1e-3
+    assert counts[~often].sum() < 20
+    np.testing.assert_allclose(weight, weights(KEY, alpha, 20_000), atol=1e-6)
+
+
+@pytest.mark.parametrize(("h", "w"), [(8, 8), (9, 13), (1, 4)])
+def test_cutmix_is_the_papers_box(h, w):
+    """From the same draws: centre, sides, the border, and the weight as the share that is left."""
+    n = 200
+    images = noise(n, h, w, 2)
+    out, weight = map(np.asarray, cutmix(KEY, jnp.asarray(images), 1.0))
+    key_weight, key_y, key_x = jax.random.split(KEY, 3)
+    lam = weights(key_weight, 1.0, n)
+    centre_y = np.asarray(jax.random.randint(key_y, (n,), 0, h))
+    centre_x = np.asarray(jax.random.randint(key_x, (n,), 0, w))
+    for i, other in enumerate(before(images)):
+        side = np.sqrt(1 - lam[i])
+        half_h, half_w = int(h * side) // 2, int(w * side) // 2
+        expected = images[i].copy()
+        y = slice(max(centre_y[i] - half_h, 0), centre_y[i] + half_h)
+        x = slice(max(centre_x[i] - half_w, 0), centre_x[i] + half_w)
+        expected[y, x] = other[y, x]
+        np.testing.assert_array_equal(out[i], expected)
+        pasted = (out[i] != images[i]).any(-1).mean()
+        np.testing.assert_allclose(weight[i], 1 - pasted, atol=1e-6)
+    assert stats.chisquare(np.bincount(centre_x, minlength=w)).pvalue > 1e-3
+
+
+def test_cutmix_covers_the_image_evenly_but_for_the_border():
+    """How often each pixel is pasted, against the same procedure in NumPy with draws of its own."""
+    n, size = 40_000, 9
+    images = jnp.broadcast_to(jnp.arange(2.0)[:, None, None, None], (2, size, size, 1))
+    images = jnp.tile(images, (n // 2, 1, 1, 1))
+    out, _ = cutmix(KEY, images, 1.0)
+    share = np.asarray(out != images).mean((0, 3))
+    draws = np.random.default_rng(1)
+    expected = np.zeros((size, size))
+    for lam, y, x in zip(draws.beta(1, 1, n), *draws.integers(0, size, (2, n)), strict=True):
+        half = int(size * np.sqrt(1 - lam)) // 2
+        expected[max(y - half, 0) : y + half, max(x - half, 0) : x + half] += 1 / n
+    np.testing.assert_allclose(share, expected, atol=5 * np.sqrt(0.25 * 2 / n))
+
+
+def test_the_loss_is_that_of_the_mixed_target():
+    """Against cross-entropy with soft targets in NumPy, label smoothing included; and which label counts."""
+    rng_ = np.random.default_rng(0)
+    logits, labels = rng_.normal(size=(16, 5)).astype(np.float32), rng_.integers(0, 5, 16)
+    weight = rng_.random(16).astype(np.float32)
+    loss = losses.build("softmax(label_smoothing=0.1)")
+    own = mixing.mixed_loss(loss, *map(jnp.asarray, (logits, labels, before(labels), weight)))
+    target = weight[:, None] * np.eye(5)[labels] + (1 - weight[:, None]) * np.eye(5)[before(labels)]
+    target = 0.9 * target + 0.1 / 5
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    np.testing.assert_allclose(own, -(target * log_p).sum(-1), atol=1e-5)
+    main = mixing.main_labels(jnp.asarray(labels), jnp.asarray(weight))
+    np.testing.assert_array_equal(main, np.where(weight >= 0.5, labels, before(labels)))
+
+
+@pytest.mark.parametrize(
+    ("text", "shares"),
+    [
+        ("mixup(0.2)", (1.0, 0.0)),
+        ("mixup(0.2)|cutmix", (0.5, 0.5)),
+        ("mixup(0.2, 0.3)|cutmix", (0.3, 0.7)),
+        ("mixup(0.2, probability=0.1)|cutmix(probability=0.4)", (0.1, 0.4)),
+        ("cutmix(probability=0.25)", (0.0, 0.25)),
+        ("cutmix(probability=0)|mixup(probability=1)", (1.0, 0.0)),
+    ],
+)
+def test_one_op_is_drawn_for_each_batch(text, shares):
+    """Told apart by the pixels: mixup makes new values, cutmix none."""
+    mix = jax.jit(jax.vmap(mixing.build(text), in_axes=(0, None)))
+    images = jnp.tile(jnp.arange(2.0)[:, None, None, None], (4, 6, 6, 1))
+    n = 2_000
+    out, weight = map(np.asarray, mix(jax.random.split(KEY, n), images))
+    mixed = ((out > 0) & (out < 1)).any((1, 2, 3, 4))
+    pasted = ~mixed & (weight < 1).any(1)
+    for seen, share in ((mixed, shares[0]), (pasted, shares[1])):
+        if share in (0, 1):
+            assert seen.mean() == share
+        else:
+            assert stats.binomtest(int(seen.sum()), n, share).pvalue > 1e-3
+    untouched = ~mixed & ~pasted
+    np.testing.assert_array_equal(out[untouched], np.broadcast_to(images, out[untouched].shape))
+
+
+def test_the_empty_spec_mixes_nothing():
+    assert mixing.build("") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mixpu", "unknown mix 'mixpu': did you mean 'mixup'"),
+        ("mixup(beta=1)", "unknown argument 'beta'"),
+        ("mixup(probability=0.7)|cutmix(probability=0.7)", "all together at most 1"),
+        ("cutmix(probability=-0.1)", "from 0 to 1"),
+        ("cutmix(probability='x')", "from 0 to 1"),
+        ("mixup(0)", r"alpha=0\): must be above 0"),
+    ],
+)
+def test_wrong_specs_are_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        mixing.build(text)(KEY, jnp.zeros((4, 3, 3, 1)))
+
+
+def test_an_argument_that_fails_is_named_with_its_key():
+    with pytest.raises(UserError, match=r"mix=\"mixup\('x'\)\" fails on images \[6, 6, 1\]"):
+        _ = experiment("mixup('x')").lowered_train_chunk
+
+
+@pytest.mark.parametrize("text", ["mixup(0.4)", "cutmix", "mixup|cutmix(probability=0.4)"])
+def test_mixing_gives_the_same_bits_on_one_device_and_on_eight(text):
+    images, mix, results = noise(32, 8, 8, 3), mixing.build(text), []
+    for devices in (jax.devices()[:1], jax.devices()):
+        mesh = sharding.make_mesh(devices)
+        placed = sharding.put_batch({"image": images}, mesh)["image"]
+        out = jax.jit(mix, out_shardings=sharding.sharded(mesh))(KEY, placed)
+        results.append([np.asarray(x).tobytes() for x in out])
+    assert results[0] == results[1]
+
+
+def experiment(mix, devices=None, **changes):
+    config = default_config()
+    config.update({"batch_size": 16, "model": "mlp(widths=(8,))", "mix": mix, "steps_per_call": 1, **changes})
+    return Experiment(config, DataInfo(64, (6, 6, 1), ("a", "b", "c"), ""), sharding.make_mesh(devices))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_step_trains_on_mixed_images_and_counts_the_main_label(accumulate):
+    """Its loss, gradient and correct count, computed by hand from the parts."""
+    e = experiment("mixup(1.0)", jax.devices()[:1], loss="softmax(label_smoothing=0.1)", optimizer="sgd")
+    run = e.init(jnp.uint32(3))
+    state = run["state"]
+    images = np.random.default_rng(0).integers(0, 256, (16, 6, 6, 1), np.uint8)
+    labels = np.random.default_rng(1).integers(0, 3, 16).astype(np.int32)
+    pure = step.make_train_step(
+        e.model, e.loss, e.optimizer, e.schedule, lambda key, x: x.astype(jnp.float32) / 255,
+        mix=mixing.build("mixup(1.0)"), accumulate=accumulate,
+    )  # fmt: skip
+    after, sums = pure(state, {"image": jnp.asarray(images), "label": jnp.asarray(labels)})
+    mixed, weight = mixup(jax.random.split(rng.key(3, "mix", 0))[1], jnp.asarray(images / np.float32(255)), 1.0)
+    own = np.asarray(weight)[:, None]
+    target = own * np.eye(3)[labels] + (1 - own) * np.eye(3)[before(labels)]
+    target = jnp.asarray(0.9 * target + 0.1 / 3, jnp.float32)
+
+    def by_hand(params):
+        logits = e.model.apply({"params": params}, mixed, train=True, rngs={"dropout": rng.key(3, "dropout", 0)})
+        return -jnp.mean(jnp.sum(target * jax.nn.log_softmax(logits), -1)), logits
+
+    (loss, logits), grads = jax.value_and_grad(by_hand, has_aux=True)(state.params)
+    np.testing.assert_allclose(sums["loss"] / 16, loss, rtol=1e-5)
+    main = np.where(np.asarray(weight) >= 0.5, labels, before(labels))
+    assert int(sums["correct"]) == int((np.argmax(np.asarray(logits), -1) == main).sum())
+    rate = float(e.schedule(0))
+    jax.tree.map(
+        lambda new, old, g: np.testing.assert_allclose(new, old - rate * g, rtol=1e-4, atol=1e-7),
+        after.params, state.params, grads,
+    )  # fmt: skip
+    assert int(sums["nonfinite_step"]) == metrics.NO_STEP
+
+
+def test_the_config_key_reaches_the_compiled_step():
+    """A step with mixing ends elsewhere than one without, and the same on one device and on eight up to rounding."""
+    images = np.random.default_rng(0).integers(0, 256, (1, 16, 6, 6, 1), np.uint8)
+    labels = np.random.default_rng(1).integers(0, 3, (1, 16)).astype(np.int32)
+    results = {}
+    for mix, count in (("", 1), ("mixup|cutmix", 1), ("mixup|cutmix", 8)):
+        e = experiment(mix, jax.devices()[:count])
+        run = e.put(e.init(jnp.uint32(0)))
+        chunk = sharding.put_batch({"image": images, "label": labels}, e.mesh, axis=1)
+        state, _ = e.train_chunk(run["state"], run["sums"], chunk, np.int32(1))
+        results[mix, count] = np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(state.params))])
+    assert np.abs(results["", 1] - results["mixup|cutmix", 1]).max() > 1e-4
+    np.testing.assert_allclose(results["mixup|cutmix", 1], results["mixup|cutmix", 8], atol=1e-5)

@@ -1,0 +1,272 @@
+"""Device ops against NumPy on the same draws; their distribution; one result on any number of devices."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from imgclf_jax.augment import ops
+from imgclf_jax.augment.ops import cutout, flip_lr, normalize, pad_crop, random_erasing
+from imgclf_jax.core import sharding
+from imgclf_jax.core.errors import UserError
+
+KEY = jax.random.key(3)
+ALL = "flip_lr|pad_crop(2, mode='reflect')|normalize(mean=(0.1, 0.2, 0.3), std=0.5)|cutout(4, fill=0.25)"
+
+
+def noise(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def numpy_flip(key, images):
+    flips = np.asarray(jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))).reshape(-1)
+    return np.stack([image[:, ::-1] if flip else image for image, flip in zip(images, flips, strict=True)])
+
+
+def numpy_pad_crop(key, images, pad, mode):
+    _, h, w, _ = images.shape
+    corners = np.asarray(jax.random.randint(key, (len(images), 2), 0, 2 * pad + 1))
+    padded = [np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode=mode) for image in images]
+    return np.stack([p[top : top + h, left : left + w] for p, (top, left) in zip(padded, corners, strict=True)])
+
+
+def numpy_cutout(key, images, size, fill):
+    n, h, w, _ = images.shape
+    key_y, key_x = jax.random.split(key)
+    rows = np.asarray(jax.random.randint(key_y, (n, 1, 1, 1), 0, h)).reshape(-1)
+    columns = np.asarray(jax.random.randint(key_x, (n, 1, 1, 1), 0, w)).reshape(-1)
+    out = images.copy()
+    for image, y, x in zip(out, rows - size // 2, columns - size // 2, strict=True):
+        image[max(0, y) : max(0, y + size), max(0, x) : max(0, x + size)] = fill
+    return out
+
+
+def numpy_normalize(images, mean, std):
+    return (images / 255 - np.array(mean)) / np.array(std)
+
+
+@pytest.mark.parametrize("shape", [(16, 5, 6, 3), (9, 4, 7, 1)])
+def test_flip_lr_mirrors_some_images(shape):
+    images = noise(*shape)
+    out = np.asarray(flip_lr(KEY, jnp.asarray(images)))
+    assert out.dtype == np.uint8
+    np.testing.assert_array_equal(out, numpy_flip(KEY, images))
+    same = (out == images).all((1, 2, 3))
+    assert same.any()
+    assert not same.all()
+
+
+def test_flip_lr_mirrors_half_of_the_images():
+    images = jnp.tile(jnp.asarray([0, 1], jnp.uint8)[None, None, :, None], (10_000, 1, 1, 1))
+    flipped = int(flip_lr(KEY, images)[:, 0, 0, 0].astype(jnp.int32).sum())
+    assert stats.binomtest(flipped, 10_000).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect", "edge"])
+@pytest.mark.parametrize(("shape", "pad"), [((16, 8, 9, 3), 4), ((8, 5, 5, 1), 1), ((4, 6, 6, 2), 0)])
+def test_pad_crop_is_a_slice_of_numpys_pad(shape, pad, mode):
+    images = noise(*shape)
+    out = np.asarray(pad_crop(KEY, jnp.asarray(images), pad, mode))
+    assert out.dtype == np.uint8
+    np.testing.assert_array_equal(out, numpy_pad_crop(KEY, images, pad, mode))
+    assert (out != images).any() == (pad > 0)
+
+
+def test_pad_crop_is_uniform_over_all_places():
+    """A bright pixel in the middle lands on each of the (2 * pad + 1)**2 places equally often."""
+    n, pad = 20_000, 2
+    images = jnp.zeros((n, 5, 5, 1), jnp.uint8).at[:, 2, 2].set(1)
+    out = np.asarray(pad_crop(KEY, images, pad))
+    assert (out.sum((1, 2, 3)) == 1).all()
+    assert stats.chisquare(out.sum(0, dtype=int).reshape(-1)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6, 40])
+@pytest.mark.parametrize("fill", [0.0, 7.0])
+def test_cutout_fills_a_square_cut_off_at_the_border(size, fill):
+    """In uint8 and in float32; 40 pixels cover every image wherever the centre is."""
+    images = noise(32, 9, 12, 3) | 8  # which neither fill is
+    for dtype in (np.uint8, np.float32):
+        out = np.asarray(cutout(KEY, jnp.asarray(images.astype(dtype)), size, fill))
+        assert out.dtype == dtype
+        np.testing.assert_array_equal(out, numpy_cutout(KEY, images, size, fill))
+    areas = (out == fill).all(-1).sum((1, 2))
+    assert areas.max() == min(size, 9) * min(size, 12)
+    assert (areas.min() < areas.max()) == (1 < size < 40)
+
+
+def test_cutout_has_its_centre_uniform_over_the_image():
+    out = np.asarray(cutout(KEY, jnp.ones((20_000, 4, 5, 1)), 1))
+    assert ((1 - out).sum((1, 2, 3)) == 1).all()
+    assert stats.chisquare((1 - out).sum(0).reshape(-1)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("fill", [-1.0, 0.5, 256.0])
+def test_cutout_refuses_a_fill_that_uint8_cannot_hold(fill):
+    with pytest.raises(UserError, match=r"fill=.*0 to 255"):
+        cutout(KEY, jnp.zeros((1, 4, 4, 1), jnp.uint8), 2, fill)
+
+
+def numpy_erasing(key, images, probability, area, aspect):
+    """Which pixels are erased, bool[b, h, w], by the paper's procedure on the same draws, one image at a time."""
+    n, h, w, _ = images.shape
+    key_apply, key_area, key_aspect, key_y, key_x, _ = jax.random.split(key, 6)
+    areas = np.asarray(jax.random.uniform(key_area, (10, n), minval=area[0], maxval=area[1])) * np.float32(h * w)
+    logs = [math.log(a) for a in aspect]
+    ratios = np.exp(np.asarray(jax.random.uniform(key_aspect, (10, n), minval=logs[0], maxval=logs[1])))
+    apply = np.asarray(jax.random.bernoulli(key_apply, probability, (n,)))
+    sizes = []
+    for i in range(n):
+        pairs = zip(areas[:, i], ratios[:, i], strict=True)
+        tries = [(round(math.sqrt(a * r)), round(math.sqrt(a / r))) for a, r in pairs]
+        sizes.append(next(((y, x) for y, x in tries if y < h and x < w), None))
+    highest = [h - (size or (0, 0))[0] + 1 for size in sizes]
+    rightmost = [w - (size or (0, 0))[1] + 1 for size in sizes]
+    tops = np.asarray(jax.random.randint(key_y, (n,), 0, jnp.asarray(highest)))
+    lefts = np.asarray(jax.random.randint(key_x, (n,), 0, jnp.asarray(rightmost)))
+    erased = np.zeros((n, h, w), bool)
+    for i, size in enumerate(sizes):
+        if apply[i] and size:
+            erased[i, tops[i] : tops[i] + size[0], lefts[i] : lefts[i] + size[1]] = True
+    return erased
+
+
+@pytest.mark.parametrize(("h", "w"), [(32, 32), (12, 20)])
+@pytest.mark.parametrize("fill", [0, 7.0, "pixel", "color"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_random_erasing_fills_the_papers_box(h, w, fill, dtype):
+    images = np.full((200, h, w, 3), 9, dtype)
+    args = (0.7, (0.05, 0.9), (0.3, 3.3))
+    out = np.asarray(random_erasing(KEY, jnp.asarray(images), *args, fill))
+    assert out.dtype == dtype
+    erased = numpy_erasing(KEY, images, *args)
+    if not isinstance(fill, str):
+        np.testing.assert_array_equal(out, np.where(erased[..., None], np.asarray(fill, dtype), images))
+        return
+    np.testing.assert_array_equal(out[~erased], images[~erased])
+    noise = out[erased].astype(np.float64)
+    mean, deviation = (127.5, 73.9) if dtype == np.uint8 else (0, 1)
+    if fill == "pixel":
+        assert abs(noise.mean() - mean) < 5 * deviation / math.sqrt(noise.size)
+        assert abs(noise.std() / deviation - 1) < 0.02
+    for image, box in zip(out, erased, strict=True):
+        if box.sum() > 1:
+            assert (len(np.unique(image[box], axis=0)) == 1) == (fill == "color")
+
+
+def test_random_erasing_draws_area_aspect_and_place():
+    """Areas uniform, aspects log-uniform, as far as whole pixels allow, and the box anywhere it fits."""
+    n, size = 4_000, 100
+    out = np.asarray(random_erasing(KEY, jnp.ones((n, size, size, 1)), 0.5, (0.02, 0.2), (0.5, 2.0)))[..., 0]
+    erased = (out == 0).any((1, 2))
+    assert stats.binomtest(int(erased.sum()), n).pvalue > 1e-3
+    boxes = out[erased] == 0
+    heights, widths = boxes.any(2).sum(1), boxes.any(1).sum(1)
+    assert (heights * widths == boxes.sum((1, 2))).all()
+    assert stats.kstest(boxes.mean((1, 2)), stats.uniform(0.02, 0.18).cdf).statistic < 0.04
+    assert stats.kstest(np.log(heights / widths), stats.uniform(-np.log(2), 2 * np.log(2)).cdf).statistic < 0.04
+    place = boxes.any(2).argmax(1) / (size - heights)
+    assert stats.kstest(place, stats.uniform(0, 1).cdf).statistic < 0.04
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("random_erasing(1.5)", "probability=1.5.*0 to 1"),
+        ("random_erasing(area=(0.5, 0.1))", r"area=\(0.5, 0.1\)"),
+        ("random_erasing(area=(0.0, 0.1))", r"area=\(0.0, 0.1\)"),
+        ("random_erasing(aspect=(2.0, 1.0))", r"aspect=\(2.0, 1.0\)"),
+        ("random_erasing(fill='noise')", "fill='noise'.*'pixel' and 'color'"),
+        ("random_erasing(fill=0.5)", "fill=0.5.*0 to 255"),
+    ],
+)
+def test_random_erasing_refuses_wrong_arguments(text, message):
+    with pytest.raises(UserError, match=message):
+        ops.build(text, train=True)(KEY, jnp.zeros((2, 8, 8, 3), jnp.uint8))
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 0.25), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+def test_normalize(mean, std):
+    images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
+    out = normalize(jnp.asarray(images), mean, std)
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, numpy_normalize(images, mean, std), rtol=0, atol=1e-6)
+
+
+def test_build_applies_the_ops_in_order_each_with_a_key_of_its_place():
+    images = noise(16, 10, 10, 3)
+    keys = [jax.random.fold_in(KEY, i) for i in range(4)]
+    expected = numpy_pad_crop(keys[1], numpy_flip(keys[0], images), 2, "reflect")
+    expected = numpy_cutout(keys[3], numpy_normalize(expected, (0.1, 0.2, 0.3), 0.5), 4, 0.25)
+    out = ops.build(ALL, train=True)(KEY, jnp.asarray(images))
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-6)
+
+
+def test_the_same_op_twice_draws_twice():
+    """Two flips with one key would be none."""
+    images = jnp.asarray(noise(64, 4, 4, 1))
+    out = ops.build("flip_lr|flip_lr", train=True)(KEY, images)
+    assert (np.asarray(out) != np.asarray(normalize(images))).any()
+
+
+def test_evaluation_leaves_out_the_ops_that_draw():
+    images = jnp.asarray(noise(16, 10, 10, 3))
+    evaluate = ops.build(ALL, train=False)
+    np.testing.assert_array_equal(evaluate(None, images), normalize(images, (0.1, 0.2, 0.3), 0.5))
+    np.testing.assert_array_equal(evaluate(KEY, images), evaluate(None, images))
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("text", ["", "flip_lr", "cutout(1)"])
+def test_images_that_no_op_has_made_float_are_scaled(text, train):
+    out = ops.build(text, train)(KEY, jnp.full((4, 5, 5, 1), 255, jnp.uint8))
+    assert out.dtype == jnp.float32
+    assert float(out.max()) == 1.0
+
+
+def test_the_ops_give_the_same_bits_on_one_device_and_on_eight():
+    """Jitted, the batch split over the devices; and what is not jitted is the same up to rounding."""
+    images, apply = noise(32, 10, 10, 3), ops.build(ALL, train=True)
+    results = []
+    for devices in (jax.devices()[:1], jax.devices()):
+        mesh = sharding.make_mesh(devices)
+        placed = sharding.put_batch({"image": images}, mesh)["image"]
+        out = jax.jit(apply, out_shardings=sharding.sharded(mesh))(KEY, placed)
+        assert len(out.sharding.device_set) == len(devices)
+        results.append(np.asarray(out))
+    assert len(jax.devices()) == 8
+    assert results[0].tobytes() == results[1].tobytes()
+    np.testing.assert_allclose(results[0], apply(KEY, jnp.asarray(images)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["random_erasing(fill='pixel')|equalize", "trivialaugment", "color_jitter(hue=0.1)"])
+def test_images_split_over_devices_stay_where_they_are(text):
+    """The compiled ops move nothing between the devices."""
+    split = sharding.sharded(sharding.make_mesh())
+    images = jax.ShapeDtypeStruct((16, 8, 8, 3), "uint8", sharding=split)
+    compiled = jax.jit(ops.build(text, train=True), out_shardings=split).lower(KEY, images).compile().as_text()
+    assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute", compiled)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("flip_rl", "unknown device op 'flip_rl': did you mean 'flip_lr'"),
+        ("cutuot(4)|normalize", "unknown device op 'cutuot': did you mean 'cutout'"),
+        ("pad_crop(padd=4)", "unknown argument 'padd': did you mean 'pad'"),
+        ("pad_crop(4, 'edge', 5)", "too many positional arguments; its arguments: pad, mode"),
+        ("flip_lr(key=1)", "unknown argument 'key'"),
+    ],
+)
+def test_build_refuses_a_wrong_spec(text, message):
+    with pytest.raises(UserError, match=message):
+        ops.build(text, train=True)
+
+
+def test_pad_crop_refuses_another_mode():
+    with pytest.raises(UserError, match=r"mode='wrap'.*constant, reflect, edge"):
+        pad_crop(KEY, jnp.zeros((1, 4, 4, 1), jnp.uint8), 1, "wrap")

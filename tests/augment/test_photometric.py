@@ -1,0 +1,187 @@
+"""Each change of brightness and colour against Pillow, on random images, real ones and extreme ones."""
+
+import colorsys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from sklearn.datasets import load_digits, load_sample_image
+
+from imgclf_jax.augment import ops, photometric
+from imgclf_jax.core.errors import UserError
+
+FACTORS = [0.0, 0.01, 0.1, 0.37, 0.5, 0.73, 0.99, 1.0, 1.01, 1.27, 1.5, 1.9, 1.99, 3.7]
+
+
+def photos(size):
+    """Parts of scikit-learn's two photographs, and one of them shrunk: uint8[5, size, size, 3]."""
+    china, flower = load_sample_image("china.jpg"), load_sample_image("flower.jpg")
+    small = np.asarray(Image.fromarray(flower).resize((size, size)))
+    places = ((china, 0, 0), (china, 150, 300), (flower, 200, 250), (china, 203, 100))
+    parts = [p[y : y + size, x : x + size] for p, y, x in places]
+    return np.stack([*parts[:3], small, parts[3]])
+
+
+def unusual(size, channels):
+    """Constant, black and white, a narrow range, a ramp, one odd pixel, noise."""
+    rng = np.random.default_rng(1)
+    images = np.zeros((8, size, size, channels), np.uint8)
+    images[1], images[2] = 255, 77
+    images[3] = rng.integers(0, 2, images[3].shape) * 255
+    images[4] = rng.integers(100, 120, images[4].shape)
+    images[5] = np.linspace(0, 255, size)[:, None, None]
+    images[6] = 200
+    images[6, 0, 0] = 3
+    images[7] = rng.integers(0, 256, images[7].shape)
+    return images
+
+
+SETS = {
+    "photos": lambda: photos(32),
+    "large": lambda: photos(224),
+    "unusual": lambda: unusual(17, 3),
+    "tiny": lambda: unusual(2, 3),
+    "digits": lambda: (load_digits().images[:20, :, :, None] * 15).astype(np.uint8),
+    "grey": lambda: unusual(9, 1),
+    "noise": lambda: np.random.default_rng(0).integers(0, 256, (30, 28, 20, 3), np.uint8),
+}
+
+
+@pytest.fixture(scope="module", params=SETS)
+def images(request):
+    return SETS[request.param]()
+
+
+def picture(image):
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def by_pillow(change, images):
+    return np.stack([np.asarray(change(picture(image))) for image in images]).reshape(images.shape)
+
+
+ENHANCE = {
+    "brightness": ImageEnhance.Brightness,
+    "contrast": ImageEnhance.Contrast,
+    "color": ImageEnhance.Color,
+    "sharpness": ImageEnhance.Sharpness,
+}
+
+
+@pytest.mark.parametrize("name", ENHANCE)
+def test_enhancements_are_pillows(images, name):
+    """To the bit, whether compiled or not."""
+    op = getattr(photometric, name)
+    for factor in FACTORS:
+        expected = by_pillow(lambda p, f=factor: ENHANCE[name](p).enhance(f), images)
+        factors = jnp.full(len(images), factor, jnp.float32)
+        np.testing.assert_array_equal(jax.jit(op)(images, factors), expected)
+        np.testing.assert_array_equal(op(jnp.asarray(images), factors), expected)
+
+
+def test_each_image_has_its_own_factor(images):
+    factors = np.linspace(0, 2, len(images), dtype=np.float32)
+    expected = [
+        np.asarray(ImageEnhance.Contrast(picture(image)).enhance(float(f)))
+        for image, f in zip(images, factors, strict=True)
+    ]
+    out = photometric.contrast(jnp.asarray(images), jnp.asarray(factors))
+    np.testing.assert_array_equal(out, np.stack(expected).reshape(images.shape))
+
+
+def test_grey_and_its_mean_are_pillows(images):
+    grey = by_pillow(lambda p: p.convert("L"), images[..., :1]) if images.shape[-1] == 1 else None
+    if grey is None:
+        grey = np.stack([np.asarray(picture(image).convert("L")) for image in images])[..., None]
+    np.testing.assert_array_equal(photometric.grey(jnp.asarray(images)), grey)
+    means = [int(g.astype(np.float64).mean() + 0.5) for g in grey]
+    np.testing.assert_array_equal(photometric.mean_grey(jnp.asarray(images))[:, 0, 0, 0], means)
+
+
+def test_smooth_is_pillows(images):
+    expected = by_pillow(lambda p: p.filter(ImageFilter.SMOOTH), images)
+    np.testing.assert_array_equal(photometric.smooth(jnp.asarray(images)), expected)
+
+
+def test_posterize_solarize_invert_are_pillows(images):
+    n, x = len(images), jnp.asarray(images)
+    for bits in range(1, 9):
+        expected = by_pillow(lambda p, bits=bits: ImageOps.posterize(p, bits), images)
+        np.testing.assert_array_equal(photometric.posterize(x, jnp.full(n, bits)), expected)
+    for threshold in (0, 1, 77, 128, 200, 255, 256):
+        expected = by_pillow(lambda p, t=threshold: ImageOps.solarize(p, t), images)
+        np.testing.assert_array_equal(photometric.solarize(x, jnp.full(n, threshold)), expected)
+    np.testing.assert_array_equal(photometric.invert(x), by_pillow(ImageOps.invert, images))
+
+
+def test_equalize_is_pillows(images):
+    expected = by_pillow(ImageOps.equalize, images)
+    np.testing.assert_array_equal(jax.jit(photometric.equalize)(images), expected)
+
+
+def test_histogram_counts(images):
+    counts = np.asarray(photometric.histogram(jnp.asarray(images)))
+    for image, own in zip(images, counts, strict=True):
+        for channel in range(images.shape[-1]):
+            expected = np.bincount(image[..., channel].ravel(), minlength=256)
+            np.testing.assert_array_equal(own[:, channel], expected)
+
+
+def test_autocontrast_is_the_exact_quotient(images):
+    """In whole numbers; Pillow's float64 may be a level lower where the quotient is whole, and nowhere else."""
+    x = images.astype(int)
+    low, high = x.min((1, 2), keepdims=True), x.max((1, 2), keepdims=True)
+    span = np.maximum(high - low, 1)
+    expected = np.where(high > low, 255 * (x - low) // span, x)
+    out = np.asarray(jax.jit(photometric.autocontrast)(images)).astype(int)
+    np.testing.assert_array_equal(out, expected)
+    lower = out - by_pillow(ImageOps.autocontrast, images).astype(int)
+    assert set(np.unique(lower)) <= {0, 1}
+    assert (255 * (x - low) % span == 0)[lower == 1].all()
+
+
+def test_autocontrast_is_exact_for_every_range():
+    """All pairs of least and greatest value, on all levels between."""
+    low, high = (v.ravel().astype(np.uint8) for v in np.meshgrid(np.arange(256), np.arange(256)))
+    low, high = low[low < high], high[low < high]
+    levels = np.arange(256, dtype=np.uint8)
+    out = jax.jit(photometric.stretch)(levels, low[:, None], high[:, None])
+    x, a, b = levels.astype(int), low[:, None].astype(int), high[:, None].astype(int)
+    np.testing.assert_array_equal(out, np.clip(255 * (x - a) // (b - a), 0, 255))
+
+
+@pytest.mark.parametrize("shift", [-0.5, -0.31, 0.0, 0.1, 1 / 3, 0.5])
+def test_hue_turns_as_colorsys_does(shift):
+    """Within half a level of the exact value, however it is rounded."""
+    images = np.concatenate([photos(12), unusual(12, 3)])
+    out = np.asarray(photometric.hue(jnp.asarray(images), jnp.full(len(images), shift, jnp.float32)))
+    for pixel, own in zip(images.reshape(-1, 3), out.reshape(-1, 3), strict=True):
+        h, s, v = colorsys.rgb_to_hsv(*(pixel / 255))
+        exact = 255 * np.array(colorsys.hsv_to_rgb((h + shift) % 1, s, v))
+        assert np.abs(own - exact).max() <= 0.5 + 1e-3
+    if shift == 0:
+        np.testing.assert_array_equal(out, images)
+
+
+@pytest.mark.parametrize("name", ["invert", "autocontrast", "equalize"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_ops_without_a_draw_hold_in_evaluation_and_leave_alpha(name, channels):
+    images = np.random.default_rng(0).integers(0, 200, (4, 8, 8, channels), np.uint8)
+    expected = by_pillow(getattr(ImageOps, name), images[..., :3])
+    if channels == 4:
+        expected = np.concatenate([expected, images[..., 3:]], -1)
+    out = np.asarray(ops.build(name, train=False)(None, jnp.asarray(images)) * 255)
+    np.testing.assert_allclose(out, expected, atol=1 if name == "autocontrast" else 1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["invert", "autocontrast", "equalize", "randaugment", "trivialaugment", "color_jitter"]
+)
+def test_ops_of_pillows_arithmetic_want_uint8_of_known_channels(name):
+    key = jax.random.key(0)
+    with pytest.raises(UserError, match=f"{name} works on uint8 images, these are float32; put it before normalize"):
+        ops.build(f"normalize|{name}", train=True)(key, jnp.zeros((2, 8, 8, 3), jnp.uint8))
+    with pytest.raises(UserError, match=f"{name}: the images have 2 channels; allowed: 1, 3, 4"):
+        ops.build(name, train=True)(key, jnp.zeros((2, 8, 8, 2), jnp.uint8))

@@ -1,0 +1,258 @@
+"""Policies: every op, sign and magnitude against Pillow; what is drawn; which images they take."""
+
+import colorsys
+import math
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageOps
+from scipy import stats
+from test_photometric import photos, picture
+
+from imgclf_jax.augment import geometry, ops, policies
+from imgclf_jax.core import sharding
+from imgclf_jax.core.errors import UserError
+
+KEY = jax.random.key(11)
+
+
+def affine(image, matrix, fill=0):
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, fillcolor=fill)
+
+
+def by_pillow(image, op, magnitude, top, fill=0):
+    """One op as torchvision's policies define it, written from their text; `magnitude` signed, out of 30; `top` the
+    greatest strengths: shear, translation in pixels (x, y), degrees, factor, bits."""
+    part = magnitude / 30
+    shear, (x, y), degrees, factor, bits = top
+    enhance = {
+        "brightness": ImageEnhance.Brightness,
+        "color": ImageEnhance.Color,
+        "contrast": ImageEnhance.Contrast,
+        "sharpness": ImageEnhance.Sharpness,
+    }
+    if op in enhance:
+        return enhance[op](image).enhance(1 + part * factor)
+    return {
+        "identity": lambda: image,
+        "shear_x": lambda: affine(image, (1, part * shear, 0, 0, 1, 0), fill),
+        "shear_y": lambda: affine(image, (1, 0, 0, part * shear, 1, 0), fill),
+        "translate_x": lambda: affine(image, (1, 0, int(part * x), 0, 1, 0), fill),
+        "translate_y": lambda: affine(image, (1, 0, 0, 0, 1, int(part * y)), fill),
+        "rotate": lambda: image.rotate(part * degrees, fillcolor=fill),
+        "posterize": lambda: ImageOps.posterize(image, 8 - round(abs(part) * bits)),
+        "solarize": lambda: ImageOps.solarize(image, 256 - 256 * abs(part)),
+        "autocontrast": lambda: ImageOps.autocontrast(image),
+        "equalize": lambda: ImageOps.equalize(image),
+    }[op]()
+
+
+def wide(h, w):
+    return policies.Ranges(0.99, 32.0, 32.0, 135.0, 0.99, 6), (0.99, (32, 32), 135, 0.99, 6)
+
+
+def narrow(h, w):
+    x, y = 150 / 331 * w, 150 / 331 * h
+    return policies.Ranges(0.3, x, y, 30.0, 0.9, 4), (0.3, (x, y), 30, 0.9, 4)
+
+
+IMAGES = {"colour": photos(32), "oblong": photos(40)[:, 3:26], "grey": photos(24)[..., 1:2]}
+
+
+def everything(ranges, image, fill=0):
+    """[(op, signed magnitude, image)] of all ops, signs and magnitudes."""
+    table = policies.strengths(ranges, *image.shape[:2])
+    place = tuple(v.ravel() for v in np.meshgrid(np.arange(14), [0, 1], np.arange(31), indexing="ij"))
+    mine = policies.Strengths(table.matrix[place], table.factor[place], table.level[place])
+    out = jax.jit(lambda x: policies.apply(x, jnp.asarray(place[0]), mine, fill))(np.stack([image] * 868))
+    return [
+        (policies.OPS[op], (1 - 2 * sign) * m, own) for op, sign, m, own in zip(*place, np.asarray(out), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("space", [narrow, wide])
+@pytest.mark.parametrize("kind", IMAGES)
+def test_every_op_is_pillows_at_every_magnitude(space, kind):
+    """To the bit, but for autocontrast, where Pillow may be a level lower."""
+    image = IMAGES[kind][3]
+    h, w, c = image.shape
+    ranges, top = space(h, w)
+    fill = (10, 128, 255)[:c] if c == 3 else 77
+    for op, magnitude, own in everything(ranges, image, fill):
+        expected = np.asarray(by_pillow(picture(image), op, magnitude, top, fill)).reshape(h, w, c)
+        difference = own.astype(int) - expected
+        assert (difference == 0).all() or (op == "autocontrast" and set(np.unique(difference)) <= {0, 1}), (
+            op,
+            magnitude,
+        )
+
+
+@pytest.mark.parametrize("degrees", [0, 1, 45, 89.5, 90, 123.4, 180, 270, -33])
+def test_rotation_and_its_fixed_point_are_pillows(degrees):
+    for images in IMAGES.values():
+        _, h, w, c = images.shape
+        matrix = geometry.fixed_point(geometry.rotate(degrees, h, w))
+        out = geometry.affine(
+            jnp.asarray(images), jnp.tile(jnp.asarray(matrix), (len(images), 1)), jnp.full(c, 9, jnp.uint8)
+        )
+        fill = (9,) * c if c > 1 else 9
+        expected = np.stack([np.asarray(picture(i).rotate(degrees, fillcolor=fill)) for i in images])
+        # Pillow turns by whole quarters without its fixed point; on an oblong image that lies half a pixel off.
+        if degrees % 90 or h == w:
+            np.testing.assert_array_equal(out, expected.reshape(images.shape))
+
+
+def drawn(apply, n, images):
+    """How often each (op, sign, magnitude) was drawn, told by which images came out: those that differ alone."""
+    out = np.asarray(jax.jit(apply)(KEY, jnp.asarray(np.broadcast_to(images, (n, *images.shape)))))
+    return Counter(image.tobytes() for image in out)
+
+
+def test_trivialaugment_draws_every_op_sign_and_magnitude_alike():
+    """Each outcome's share is the number of draws that lead to it."""
+    image = photos(16)[0]
+    shares = Counter(out.tobytes() for _, _, out in everything(wide(16, 16)[0], image))
+    n = 15_000
+    counts = drawn(policies.trivialaugment, n, image)
+    assert set(counts) <= set(shares)
+    expected = np.array([shares[k] / 868 * n for k in shares])
+    observed = np.array([counts[k] for k in shares])
+    assert stats.chisquare(observed, expected).pvalue > 1e-3
+
+
+def test_randaugment_applies_ops_of_its_magnitude_one_after_the_other():
+    """One op: the 24 outcomes of a magnitude, alike. Two: what one op makes of what one op made."""
+    image = photos(16)[1]
+    _, top = narrow(16, 16)
+    outcomes = {}
+    for op in policies.OPS:
+        for sign in (1, -1):
+            out = np.asarray(by_pillow(picture(image), op, sign * 9, top)).tobytes()
+            outcomes[out] = outcomes.get(out, 0) + 1
+    n = 4_000
+    counts = drawn(lambda key, x: policies.randaugment(key, x, 1, 9), n, image)
+    known = {k: counts.get(k, 0) for k in outcomes}
+    # Autocontrast may differ from Pillow by a level, so its outcome is taken for the rest.
+    assert len(set(counts) - set(known)) <= 1
+    missing = n - sum(known.values())
+    observed = [v + (missing if v == 0 else 0) for v in known.values()]
+    assert stats.chisquare(observed, [n * outcomes[k] / 28 for k in known]).pvalue > 1e-3
+    twice = policies.randaugment(KEY, jnp.asarray(np.stack([image] * 16)), 2, 9)
+    keys = [jax.random.fold_in(KEY, i) for i in range(2)]
+    step = jnp.asarray(np.stack([image] * 16))
+    for key in keys:
+        step = policies._draw_and_apply(key, step, narrow(16, 16)[0], lambda k: jnp.full(16, 9), 0)
+    np.testing.assert_array_equal(twice, step)
+
+
+def test_magnitude_std_spreads_the_magnitude():
+    """Solarizing a ramp tells the magnitude: the normal draw, rounded and kept in 0 to 30."""
+    image = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    _, top = narrow(16, 16)
+    solarized = {m: np.asarray(by_pillow(picture(image), "solarize", m, top)).tobytes() for m in range(31)}
+    assert len(set(solarized.values())) == 31
+    counts = drawn(lambda key, x: policies.randaugment(key, x, 1, 9, magnitude_std=2.0), 15_000, image)
+    seen = {m: counts.get(solarized[m], 0) for m in (6, 7, 8, 9, 10, 11, 12)}
+    inside = np.array([stats.norm.cdf((m + 0.5 - 9) / 2) - stats.norm.cdf((m - 0.5 - 9) / 2) for m in seen])
+    assert stats.chisquare(list(seen.values()), inside / inside.sum() * sum(seen.values())).pvalue > 1e-3
+    assert sum(seen.values()) > 800
+
+
+@pytest.mark.parametrize("text", ["randaugment(2, 30)", "trivialaugment", "color_jitter(0.4, 0.4, 0.4, 0.2)"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_shape_and_dtype_stay_and_alpha_is_only_moved(text, channels):
+    images = np.random.default_rng(0).integers(0, 256, (32, 12, 10, channels), np.uint8)
+    images[..., 3:] = 201
+    call = ops._bind(text)[0]
+    out = np.asarray(jax.jit(call)(KEY, images))
+    assert out.dtype == np.uint8
+    assert out.shape == images.shape
+    assert (out[..., :3] != images[..., :3]).any()
+    assert set(np.unique(out[..., 3:])) <= {0, 201}
+
+
+def test_grey_images_stay_grey():
+    """Of three equal channels each op makes three equal ones, those of the image with one."""
+    grey = np.random.default_rng(0).integers(0, 256, (64, 12, 12, 1), np.uint8)
+    for text in ("trivialaugment", "randaugment", "color_jitter(0.5, 0.5, 0.5, 0.5)"):
+        op = jax.jit(ops._bind(text)[0])
+        out = np.asarray(op(KEY, jnp.asarray(grey)))
+        np.testing.assert_array_equal(op(KEY, jnp.asarray(grey.repeat(3, -1))), out.repeat(3, -1))
+
+
+def test_color_jitter_is_its_ops_in_order():
+    images = photos(16)
+    out = policies.color_jitter(KEY, jnp.asarray(images), 0.4, (0.2, 3.0), 0.9, 0.3)
+    ranges = [(0.6, 1.4), (0.2, 3.0), (0.1, 1.9), (-0.3, 0.3)]
+    values = [
+        np.asarray(jax.random.uniform(jax.random.fold_in(KEY, i), (5,), minval=low, maxval=high))
+        for i, (low, high) in enumerate(ranges)
+    ]
+    for image, own, *factors in zip(images, np.asarray(out), *values, strict=True):
+        p = picture(image)
+        ops = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+        for op, factor in zip(ops, factors, strict=False):
+            p = op(p).enhance(float(factor))
+        turned = turned_hue(np.asarray(p), float(factors[3]))
+        assert np.abs(own.astype(float) - turned).max() <= 0.5 + 1e-3
+
+
+def turned_hue(image, shift):
+    def turn(pixel):
+        h, s, v = colorsys.rgb_to_hsv(*(pixel / 255))
+        return 255 * np.array(colorsys.hsv_to_rgb((h + shift) % 1, s, v))
+
+    return np.apply_along_axis(turn, -1, image)
+
+
+def test_color_jitter_of_nothing_changes_nothing():
+    images = jnp.asarray(photos(8))
+    np.testing.assert_array_equal(policies.color_jitter(KEY, images), images)
+    factors = jax.random.uniform(jax.random.fold_in(KEY, 0), (10_000,), minval=0.0, maxval=1.8)
+    out = policies.color_jitter(KEY, jnp.full((10_000, 1, 1, 1), 100, jnp.uint8), brightness=(0.0, 1.8))
+    np.testing.assert_array_equal(out[:, 0, 0, 0], np.trunc(np.float32(100) * np.asarray(factors)))
+
+
+def test_policies_give_the_same_bits_on_one_device_and_on_eight():
+    images = photos(16).repeat(8, 0)[:40]
+    apply = ops.build("trivialaugment|randaugment(1, 15)|color_jitter(0.4, 0.4, 0.4, 0.1)", train=True)
+    results = []
+    for devices in (jax.devices()[:1], jax.devices()):
+        mesh = sharding.make_mesh(devices)
+        placed = sharding.put_batch({"image": images}, mesh)["image"]
+        results.append(np.asarray(jax.jit(apply, out_shardings=sharding.sharded(mesh))(KEY, placed)))
+    assert results[0].tobytes() == results[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("randaugment(0)", "num_ops=0.*1 or more"),
+        ("randaugment(2, 31)", "magnitude=31.*0 to 30"),
+        ("randaugment(2, 9, -1.0)", "magnitude_std=-1.0.*0 or more"),
+        ("randaugment(fill=300)", "fill=300.*from 0 to 255"),
+        ("trivialaugment(fill=(1, 2))", r"fill=\(1, 2\).*one a channel"),
+        ("color_jitter(brightness=-1)", "brightness=-1"),
+        ("color_jitter(hue=0.6)", "hue=0.6.*0.5"),
+        ("color_jitter(contrast=(2.0, 1.0))", "contrast=.*low before high"),
+    ],
+)
+def test_wrong_arguments_are_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        ops.build(text, train=True)(KEY, jnp.zeros((2, 8, 8, 3), jnp.uint8))
+
+
+def test_magnitudes_grow():
+    """Each step takes every op further from the identity, and the greatest is what its documentation says."""
+    table = policies.strengths(wide(32, 32)[0], 32, 32)
+    factor, level = np.asarray(table.factor), np.asarray(table.level)
+    assert (np.diff(factor[:, 0], axis=-1) > 0).all()
+    assert (np.diff(factor[:, 1], axis=-1) < 0).all()
+    assert math.isclose(factor[0, 0, 30], 1.99, rel_tol=1e-6)
+    posterize, solarize = (level[policies.OPS.index(n), 0] for n in ("posterize", "solarize"))
+    assert (posterize[0], posterize[30]) == (8, 2)
+    assert (np.diff(posterize) <= 0).all()
+    assert (solarize[0], solarize[30]) == (256, 0)

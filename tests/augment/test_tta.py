@@ -1,0 +1,126 @@
+"""Views against doing it by hand; the weights; evaluation and prediction through the config key."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imgclf_jax import losses, metrics, step
+from imgclf_jax.augment import ops as augment
+from imgclf_jax.augment import tta
+from imgclf_jax.commands import train
+from imgclf_jax.config import default_config
+from imgclf_jax.core import sharding
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.experiment import Experiment
+from imgclf_jax.run.provenance import DataInfo
+from imgclf_jax.run.workdir import Workdir
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (16, 7, 9, 3), np.uint8)
+AUGMENT = "flip_lr|normalize(mean=0.4, std=0.3)"
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A network whose logits tell every pixel, its parameters, and what it sees of IMAGES."""
+    config = default_config()
+    config.update({"model": "mlp(widths=(16,))", "augment": AUGMENT, "batch_size": 16})
+    e = Experiment(config, DataInfo(64, (7, 9, 3), ("a", "b", "c"), ""), sharding.make_mesh())
+    state = e.init(jnp.uint32(0))["state"]
+    seen = (IMAGES / 255 - 0.4) / 0.3
+
+    def logits(images):
+        return np.asarray(e.model.apply({"params": state.params}, jnp.asarray(images, jnp.float32), train=False))
+
+    return e, state, seen, logits
+
+
+def moved(images, dy, dx):
+    """The picture moved down by dy and right by dx, mirrored at the border."""
+    pad = max(abs(dy), abs(dx))
+    padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
+    h, w = images.shape[1:3]
+    return padded[:, pad - dy : pad - dy + h, pad - dx : pad - dx + w]
+
+
+def by_hand(text, x, logits):
+    def mirrored(x):
+        return 0.5 * logits(x) + 0.5 * logits(x[:, :, ::-1])
+
+    def of_translated(f, pad):
+        return 0.5 * f(x) + 0.25 * f(moved(x, pad, pad)) + 0.25 * f(moved(x, -pad, -pad))
+
+    return {
+        "": lambda: logits(x),
+        "flip": lambda: mirrored(x),
+        "translate(2)": lambda: of_translated(logits, 2),
+        "flip|translate(1)": lambda: of_translated(mirrored, 1),
+    }[text]()
+
+
+@pytest.mark.parametrize("text", ["", "flip", "translate(2)", "flip|translate(1)"])
+def test_logits_are_those_averaged_by_hand(trained, text):
+    """flip|translate(1) is what airbench94 does: half the untranslated, a quarter each of two translated, mirrored."""
+    e, state, seen, logits = trained
+    expected = by_hand(text, seen, logits)
+    views = tta.build(text)
+    assert len(views) == {"": 1, "flip": 2, "translate(2)": 3, "flip|translate(1)": 6}[text]
+    assert sum(weight for weight, _ in views) == 1
+    ops = augment.build(AUGMENT, train=False)
+    probabilities = step.make_predict_step(e.model, ops, views)(state.params, {}, jnp.asarray(IMAGES))
+    softmax = np.exp(expected - expected.max(-1, keepdims=True))
+    np.testing.assert_allclose(probabilities, softmax / softmax.sum(-1, keepdims=True), atol=1e-5)
+
+    labels, mask = np.random.default_rng(1).integers(0, 3, 16), np.arange(16) < 13
+    loss = losses.build("softmax")
+    batch = {"image": jnp.asarray(IMAGES), "label": jnp.asarray(labels, jnp.int32), "mask": jnp.asarray(mask)}
+    sums = step.make_eval_step(e.model, loss, ops, views)(state.params, {}, batch)
+    assert int(sums["correct"]) == int((expected.argmax(-1) == labels)[mask].sum())
+    by_example = -np.log((softmax / softmax.sum(-1, keepdims=True))[np.arange(16), labels])
+    np.testing.assert_allclose(sums["loss"], by_example[mask].sum(), rtol=1e-5)
+
+
+def test_the_config_key_reaches_evaluation_and_prediction(trained):
+    """On eight devices, the batch smaller by the number of views; an evaluation counts every example once."""
+    plain, state, seen, logits = trained
+    config = plain.config.copy_and_resolve_references()
+    config.tta = "flip|translate(1)"
+    e = Experiment(config, plain.data, plain.mesh)
+    assert (plain.eval_batch_size, e.eval_batch_size) == (16, 8)
+    expected = by_hand("flip|translate(1)", seen, logits)
+    labels = np.random.default_rng(1).integers(0, 3, 16).astype(np.int32)
+    state = e.put(state)
+    correct = 0
+    for first in (0, 8):
+        rows = slice(first, first + 8)
+        chunk = {"image": IMAGES[None, rows], "label": labels[None, rows], "mask": np.ones((1, 8), bool)}
+        chunk = {k: np.repeat(v, e.steps_per_call, 0) for k, v in chunk.items()}
+        sums = e.eval_chunk(state.params, {}, sharding.put_batch(chunk, e.mesh, axis=1), np.int32(1))
+        correct += metrics.summarize(jax.tree.map(lambda x: x[0], jax.device_get(sums)))["accuracy"] * 8
+    assert correct == (expected.argmax(-1) == labels).sum()
+    softmax = np.exp(expected - expected.max(-1, keepdims=True))
+    placed = sharding.put_batch({"image": IMAGES}, e.mesh)["image"]
+    np.testing.assert_allclose(
+        e.predict_step(state.params, {}, placed), softmax / softmax.sum(-1, keepdims=True), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("flop", "unknown view 'flop': did you mean 'flip'"),
+        ("flip(2)", "too many positional arguments"),
+        ("translate(0)", "pad=0.*from 1 on"),
+        ("translate('x')", "pad='x'.*from 1 on"),
+    ],
+)
+def test_wrong_specs_are_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        tta.build(text)
+
+
+def test_a_translation_larger_than_the_image_is_refused_before_training(fake_config, tmp_path):
+    fake_config.tta = "flip|translate(12)"
+    with pytest.raises(UserError, match=r"translate\(pad=12\): the images are only 12 by 12"):
+        train.main(fake_config, Workdir(tmp_path / "run"))
+    assert not list((tmp_path / "run").glob("*"))

@@ -1,0 +1,196 @@
+"""`launch.py predict`: what a trained model says of image files is what evaluation says of the same images."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import launch
+from imgclf_jax.commands.evaluate import restore
+from imgclf_jax.data import sources
+from imgclf_jax.data.decode import resize
+from imgclf_jax.run.workdir import Workdir
+
+ROOT = Path(__file__).parents[2]
+COUNT = 100
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    """The work directory of the default config, trained briefly."""
+    workdir = tmp_path_factory.mktemp("digits") / "run"
+    assert launch.main(["--config.total=6 epochs", f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def pngs(tmp_path_factory) -> Path:
+    """The first test digits, a PNG each."""
+    folder = tmp_path_factory.mktemp("pngs")
+    for i, image in enumerate(examples()["image"]):
+        Image.fromarray(image[..., 0]).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def examples() -> dict:
+    return sources.digits()["test"].read(np.arange(COUNT))
+
+
+@pytest.fixture
+def predict(capsys):
+    """Runs `predict` and returns (exit status, stdout, stderr)."""
+
+    def run(workdir: Path, *argv) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = launch.main(["predict", f"--workdir={workdir}", *map(str, argv)])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def classes(out: str) -> dict[str, str]:
+    """File name → the class predicted for it, from the JSON output."""
+    return {Path(r["file"]).name: r["predictions"][0]["class"] for r in json.loads(out) if "predictions" in r}
+
+
+def test_agrees_with_evaluation(digits, pngs, predict, capsys):
+    """The same predicted classes as `evaluate` on these images, counted by (true, predicted)."""
+    status, out, _ = predict(digits, pngs, "--format=json")
+    assert status == 0
+    predicted = list(classes(out).values())
+    assert [Path(r["file"]).name for r in json.loads(out)] == [f"{i:03d}.png" for i in range(COUNT)]
+    confusion = np.zeros((10, 10), int)
+    np.add.at(confusion, (examples()["label"], np.array(predicted, int)), 1)
+    argv = ["evaluate", f"--workdir={digits}", f"--config.data.eval.first=test[:{COUNT}]", "--format=json"]
+    assert launch.main(argv) == 0
+    first = json.loads(capsys.readouterr().out)["first"]
+    assert first["examples"] == COUNT
+    assert first["confusion"] == confusion.tolist()
+    assert 0.9 < first["accuracy"] < 1  # so that being equal says something
+
+
+def test_probabilities(digits, pngs, predict):
+    """Those of the classifier applied to the same pixels."""
+    _, out, _ = predict(digits, pngs, "--format=json", "--top_k=10")
+    workdir = Workdir(digits)
+    experiment, state, _ = restore(workdir.load_config(), workdir, "latest")
+    pixels = np.stack([resize(image, 28) for image in examples()["image"]])  # [b, 28, 28, 1]
+    images = pixels.astype(np.float32) / np.float32(255)
+    logits = np.asarray(experiment.model.apply({"params": state.params}, images, train=False), np.float64)
+    expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    for record, row in zip(json.loads(out), expected, strict=True):
+        found = [(p["class"], p["probability"]) for p in record["predictions"]]
+        assert [p for _, p in found] == sorted((p for _, p in found), reverse=True)
+        assert dict(found) == pytest.approx({str(c): p for c, p in enumerate(row)}, abs=1e-6)
+
+
+def test_image_formats(digits, pngs, predict, tmp_path):
+    """A digit each as another kind of file is seen as the same digit."""
+    kinds = {
+        "grey.jpg": lambda p: (p, {"quality": 100}),
+        "colour.jpg": lambda p: (p.convert("RGB"), {"quality": 100}),
+        "cmyk.jpg": lambda p: (p.convert("RGB").convert("CMYK"), {"quality": 100}),
+        "cmyk.tiff": lambda p: (p.convert("RGB").convert("CMYK"), {}),
+        "alpha.png": lambda p: (p.convert("LA"), {}),
+        "palette.png": lambda p: (p.convert("P"), {}),
+        "deep.png": lambda p: (Image.fromarray(np.asarray(p).astype(np.uint16) * 257), {}),
+        "grey.webp": lambda p: (p.convert("RGB"), {"lossless": True}),
+        "grey.bmp": lambda p: (p, {}),
+    }
+    assert Image.fromarray(np.zeros((2, 2), np.uint16)).mode == "I;16"
+    expected = {}
+    for i, (kind, make) in enumerate(kinds.items()):
+        picture, options = make(Image.open(pngs / f"{i:03d}.png"))
+        picture.save(tmp_path / f"{i:03d}-{kind}", **options)
+        expected[f"{i:03d}-{kind}"] = f"{i:03d}.png"
+    _, out, _ = predict(digits, pngs, "--format=json")
+    reference = classes(out)
+    status, out, _ = predict(digits, tmp_path, "--format=json")
+    assert status == 0
+    assert classes(out) == {name: reference[png] for name, png in expected.items()}
+    assert len(set(classes(out).values())) > 4
+
+
+def test_a_broken_image(digits, pngs, predict, tmp_path):
+    """It is named on stderr, the others are classified all the same, and the exit status is 1."""
+    content = (pngs / "000.png").read_bytes()
+    for name, some in [("a.png", content), ("b.png", content[:60]), ("c.txt", b"hello"), ("d.png", content)]:
+        (tmp_path / name).write_bytes(some)
+    status, out, err = predict(digits, tmp_path, "--format=json")
+    assert status == 1
+    records = {Path(r["file"]).name: r for r in json.loads(out)}
+    assert [name for name, r in records.items() if "predictions" in r] == ["a.png", "d.png"]
+    assert records["a.png"]["predictions"] == records["d.png"]["predictions"]
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 3
+    assert f"{tmp_path}/b.png: the image does not decode" in errors[0]
+    assert f"{tmp_path}/c.txt: the image is not in an image format" in errors[1]
+    assert errors[2] == "error: 2 of 4 images could not be read; the others are above"
+    assert "Traceback" not in err
+    status, out, err = predict(digits, tmp_path / "c.txt")
+    assert (status, out) == (1, "")
+    assert err.splitlines()[-1] == "error: 1 of 1 images could not be read"
+
+
+def test_tables_and_top_k(digits, pngs, predict):
+    """A row a file with `top_k` classes, the likeliest first; three unless told otherwise."""
+    _, out, _ = predict(digits, pngs / "000.png", "--format=json")
+    best = json.loads(out)[0]["predictions"]
+    assert len(best) == 3
+    status, out, _ = predict(digits, pngs / "000.png", pngs / "001.png", "--top_k=2")
+    assert status == 0
+    rows = [[cell.strip() for cell in line.strip("│┃").split("│" if "│" in line else "┃")] for line in out.splitlines()]
+    assert rows[1] == ["file", "top 1", "top 2"]
+    assert rows[3] == [str(pngs / "000.png"), *(f"{p['class']} {p['probability']:.4f}" for p in best[:2])]
+    assert rows[4][0] == str(pngs / "001.png")
+    _, out, _ = predict(digits, pngs / "000.png", "--top_k=99", "--format=json")
+    predictions = json.loads(out)[0]["predictions"]
+    assert sorted(p["class"] for p in predictions) == [str(c) for c in range(10)]
+    assert sum(p["probability"] for p in predictions) == pytest.approx(1, abs=1e-5)
+
+
+def test_directories(digits, pngs, predict, tmp_path):
+    """Searched to the bottom, in the order of names, hidden files and folders passed over; what is named is used."""
+    for place in ("b/1.png", "b/c/2.png", "a.png", ".hidden.png", "b/Thumbs.db", ".git/3.png"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pngs / "000.png", tmp_path / place)
+    (tmp_path / "b/Thumbs.db").write_text("no image")
+    status, out, err = predict(digits, tmp_path, tmp_path / "a.png", tmp_path / ".hidden.png", "--format=json")
+    found = [str(Path(r["file"]).relative_to(tmp_path)) for r in json.loads(out)]
+    assert found == ["a.png", "b/1.png", "b/c/2.png", "a.png", ".hidden.png"]
+    assert (status, "error" in err) == (0, False)
+
+
+def test_more_images_than_a_batch(digits, pngs, predict):
+    """Batches of 128 are padded; what a row says does not depend on its place."""
+    _, out, _ = predict(digits, *[pngs] * 2, "--format=json")
+    records = json.loads(out)
+    assert len(records) == 2 * COUNT
+    assert records[:COUNT] == records[COUNT:]
+
+
+def test_the_work_directory_is_enough(predict, tmp_path, monkeypatch):
+    """Neither data, nor config file, nor the directory's name is needed: class names and host ops were recorded."""
+    rng = np.random.default_rng(0)
+    for name, colour in [("grün", (0, 200, 0)), ("rouge", (220, 0, 0))]:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(24):
+            noise = rng.integers(0, 30, (20, 24, 3), np.uint8)
+            Image.fromarray(noise + np.array(colour, np.uint8)).save(tmp_path / "data" / name / f"{i}.png")
+    shutil.copy(ROOT / "configs" / "folder.py", tmp_path / "mine.py")
+    argv = (f"--config={tmp_path / 'mine.py'}:{tmp_path / 'data'}", "--config.model=mlp(widths=(8,))",
+            "--config.schedule=constant(1e-2)", "--config.batch_size=16", "--config.total=30 steps")  # fmt: skip
+    assert launch.main([*argv, f"--workdir={tmp_path / 'run'}"]) == 0
+    for i, name in enumerate(("grün", "rouge")):
+        shutil.copy(tmp_path / "data" / name / "0.png", tmp_path / f"{i}.png")
+    Image.open(tmp_path / "0.png").resize((300, 100)).save(tmp_path / "2.png")  # of any size
+    shutil.rmtree(tmp_path / "data")
+    (tmp_path / "mine.py").unlink()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = predict("moved", "0.png", "1.png", "2.png", "--format=json")
+    assert status == 0
+    assert classes(out) == {"0.png": "grün", "1.png": "rouge", "2.png": "grün"}

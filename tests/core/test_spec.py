@@ -1,0 +1,350 @@
+"""The texts of a config: specs round-trip and read literals alone, splits mean what they mean to TFDS.
+
+Every mistake is answered with a UserError.
+"""
+
+import keyword
+import math
+import sys
+
+import pytest
+import tensorflow_datasets as tfds
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from imgclf_jax.core import spec
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import splits
+
+IDENTIFIERS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True).filter(lambda s: not keyword.iskeyword(s))
+NAMES = st.one_of(
+    IDENTIFIERS,
+    st.lists(IDENTIFIERS, min_size=2, max_size=3).map(".".join),
+    st.tuples(st.lists(IDENTIFIERS, min_size=1, max_size=3).map(".".join), IDENTIFIERS).map(":".join),
+)
+TRICKY = st.text(alphabet="|()[]{}'\"\\\n\r\t,=#: abé\u2028\x0c\x85", max_size=12)
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False, allow_infinity=False),
+    TRICKY,
+    st.text(st.characters(), max_size=8),  # lone surrogates too: repr escapes them
+    st.binary(max_size=6),
+)
+KEYS = st.one_of(st.integers(), TRICKY, st.booleans(), st.tuples(st.integers(), TRICKY))
+LITERALS = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(KEYS, inner, max_size=3),
+    ),
+    max_leaves=6,
+)
+CALLS = st.builds(
+    spec.Call,
+    NAMES,
+    st.lists(LITERALS, max_size=3).map(tuple),
+    st.dictionaries(IDENTIFIERS, LITERALS, max_size=3),
+)
+SPACE = st.text(alphabet=" \t\n\r\x0c", max_size=3)
+
+
+@settings(max_examples=200)
+@given(CALLS)
+def test_text_of_a_call_parses_to_an_equal_call(call):
+    again = spec.parse_one(str(call))
+    assert again == call
+    assert repr(again) == repr(call)  # and of the same types: 1, 1.0 and True are equal
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(SPACE, CALLS, SPACE), max_size=4))
+def test_calls_joined_by_bars_parse_one_by_one_whatever_the_white_space(parts):
+    text = "|".join(before + str(call) + after for before, call, after in parts)
+    assert spec.parse(text) == [call for _, call, _ in parts]
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(
+        st.tuples(st.text("|()[]{}#,= é𝐟\u2028\x0b\x0c\x1c\x85", max_size=5), *[SPACE] * 4), min_size=1, max_size=3
+    )
+)
+def test_bars_in_unescaped_strings_and_line_ends_in_brackets_do_not_split(parts):
+    text = "|".join(f"{a}f({b}'{value}'{c},{d}2)" for value, a, b, c, d in parts)
+    assert spec.parse(text) == [spec.Call("f", (value, 2)) for value, *_ in parts]
+
+
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        ("", []),
+        ("  \n", []),
+        ("cnn", [spec.Call("cnn")]),
+        ("cnn()", [spec.Call("cnn")]),
+        ("pad_crop( 4 ) | cutout(size=8,fill = -0.5)", [
+            spec.Call("pad_crop", (4,)), spec.Call("cutout", (), {"size": 8, "fill": -0.5})]),
+        ("f('a|b', \"c)|(\")|g({'|': (1, [2])})", [
+            spec.Call("f", ("a|b", "c)|(")), spec.Call("g", ({"|": (1, [2])},))]),
+        ("f('''a\n|b''')|g", [spec.Call("f", ("a\n|b",)), spec.Call("g")]),
+        ("f('a' 'b', 1_000, 1e-3,)", [spec.Call("f", ("ab", 1000, 1e-3))]),
+        ("f(1, # why | because\n 2)", [spec.Call("f", (1, 2))]),
+        ("f({'b', 'a'})", [spec.Call("f", ({"a", "b"},))]),
+        ("my.pkg:Net(width=3)", [spec.Call("my.pkg:Net", (), {"width": 3})]),
+    ],
+)  # fmt: skip
+def test_examples(text, calls):
+    assert spec.parse(text) == calls
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "f(", "f)", "f('a", "f]", "|f", "f|", "f||g", "f g", "3", "f;g", "f(1)(2)", "f(1).g", "f(1)+g(2)", "f[1]",
+        "f(x)", "f(g(1))", "f(1+1)", "f(a.b)", "f(*[1])", "f(**{'a': 1})", "f(a=1, a=2)", "f(a=1, 2)", "f(lambda: 0)",
+        "f([i for i in ()])", "f(x for x in ())", "f(a:=1)", "f(f'{1}')", "f(...)", "f(1 if 1 else 2)", "f(not 1)",
+        "f(1e999)", "f(-1e999)", "f([1e999])", "f({[]: 1})", "f(0777)", "f($)", "f(\\)", "\\", "a:b:c", ":b", "a:",
+        "f#x", "f('\0')", "f(\x00)", "f('\ud800')", "\ufefff", "]\r\n\n =|\r\n\x00g", "\r\n\ré}",
+        f"f({'9' * 5000})", f"f(0x{'f' * 5000})", f"f({'-' * 5000}1)", f"f({'(' * 500})", f"f({'+'.join('1' * 3000)})",
+    ],
+    ids=lambda text: repr(text[:24]),
+)  # fmt: skip
+def test_garbage_is_a_user_error_that_shows_the_text(text):
+    with pytest.raises(UserError) as e:
+        spec.parse(text)
+    assert repr(text.replace("\r\n", "\n").replace("\r", "\n")) in str(e.value)
+
+
+@settings(max_examples=500)
+@given(
+    st.one_of(
+        st.text(st.characters(), max_size=30),
+        st.lists(
+            st.sampled_from(["f", "(", ")", "|", "'", '"', "[", "]", "{", "}", ",", "=", "#", "\\", "\n", "\r", ":",
+                             "1", "-", "é", "f(1)", "'|'", "**", "*", "lambda", "\x0c", "\ud800", "0x"]),
+            max_size=14,
+        ).map("".join),
+    )
+)  # fmt: skip
+@example("f(a=1, a=2)")
+def test_any_text_parses_and_round_trips_or_is_a_user_error(text):
+    try:
+        calls = spec.parse(text)
+    except UserError:
+        return
+    assert spec.parse("|".join(map(str, calls))) == calls
+
+
+def test_nothing_is_evaluated(tmp_path):
+    file = tmp_path / "ran"
+    for text in (
+        f"f(open({str(file)!r}, 'w'))",
+        f"f(x=[open({str(file)!r}, 'w') for _ in (1,)])",
+        f"f(__import__('pathlib').Path({str(file)!r}).touch())",
+        f"f(f'{{open({str(file)!r}, chr(119))}}')",
+    ):
+        with pytest.raises(UserError, match="literal"):
+            spec.parse(text)
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("text", ["", "f|g", "f()|g()"])
+def test_parse_one_wants_exactly_one(text):
+    with pytest.raises(UserError, match="exactly one"):
+        spec.parse_one(text)
+
+
+# --- looking up and binding ---
+
+
+def scale(image, factor, offset=0):
+    return image * factor + offset
+
+
+def jitter(key, images, amount=1.0, *, mode="add"):
+    return key, images, amount, mode
+
+
+def free(image, **options):
+    return image, options
+
+
+TABLE = {"scale": scale, "jitter": jitter, "free": free}
+
+
+def bind(text, given=("key", "images", "image")):
+    return spec.bind(spec.parse_one(text), TABLE, "op", given=given)
+
+
+@given(st.integers(), st.integers(), st.integers())
+def test_bind_gives_positional_arguments_after_the_given_ones(image, factor, offset):
+    expected = image * factor + offset
+    for text in (f"scale({factor}, {offset})", f"scale({factor}, offset={offset})",
+                 f"scale(offset={offset}, factor={factor})"):  # fmt: skip
+        assert bind(text, given=("image",))(image) == expected
+
+
+def test_bind_passes_both_leading_arguments_and_keyword_only_ones():
+    assert bind("jitter(2.0, mode='mul')", given=("key", "images"))("k", "x") == ("k", "x", 2.0, "mul")
+    assert bind("free(a=1, b='|')", given=("image",))("x") == ("x", {"a": 1, "b": "|"})
+
+
+def test_bind_without_given_arguments_binds_them_all():
+    assert spec.bind(spec.parse_one("scale(3, 4)"), TABLE, "op")() == 12
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("scale", "missing a required argument: 'factor'"),
+        ("scale(1, 2, 3)", "too many positional arguments"),
+        ("scale(1, factor=2)", "multiple values"),
+        ("scale(1, ofset=2)", "unknown argument 'ofset': did you mean 'offset'"),
+        ("scale(1, image=2)", "unknown argument 'image'"),
+        ("jitter(1.0, 'mul')", "too many positional arguments"),
+        ("scal(2)", "unknown op 'scal': did you mean 'scale'?"),
+        ("nothing(2)", "allowed: free, jitter, scale, or an import path"),
+        ("builtins:type(1)", "not known"),
+    ],
+)
+def test_bind_errors_name_the_argument_and_what_is_allowed(text, expected):
+    given = ("key", "images") if text.startswith("jitter") else ("image",)
+    with pytest.raises(UserError) as e:
+        bind(text, given)
+    assert expected in str(e.value)
+
+
+def test_an_import_path_is_looked_up_without_registration(tmp_path, monkeypatch):
+    (tmp_path / "my_own_ops_7").mkdir()
+    (tmp_path / "my_own_ops_7" / "light.py").write_text(
+        "LEVEL = 3\ndef brighten(image, by=1):\n    return image + by\n\nclass Net:\n    def __init__(self, width):\n"
+        "        self.width = width\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert bind("my_own_ops_7.light:brighten(by=5)", given=("image",))(1) == 6
+    assert spec.bind(spec.parse_one("my_own_ops_7.light:Net(width=3)"), {}, "model")().width == 3
+    for text, expected in {
+        "my_own_ops_7.light:brigten": "unknown name in module my_own_ops_7.light 'brigten': did you mean 'brighten'",
+        "my_own_ops_7.light:LEVEL": "unknown name in module my_own_ops_7.light 'LEVEL'",  # not callable
+        "my_own_ops_7.dark:f": "cannot import 'my_own_ops_7.dark' for op",
+        "my_own_ops_8:f": "cannot import 'my_own_ops_8' for op",
+        "my_own_ops_7..light:f": "cannot import",
+    }.items():
+        with pytest.raises(UserError, match=expected):
+            bind(text)
+    for name in [n for n in sys.modules if n.startswith("my_own_ops_7")]:
+        del sys.modules[name]
+
+
+def test_takes_tells_the_first_parameter():
+    assert spec.takes(jitter, "key")
+    assert not spec.takes(scale, "key")
+    assert not spec.takes(lambda: None, "key")
+
+
+def test_linen_modules_do_not_offer_the_fields_that_flax_adds():
+    from imgclf_jax.models.backbones import BACKBONES
+
+    model = spec.bind(spec.parse_one("mlp(widths=(3,), dropout=0.5)"), BACKBONES, "model")()
+    assert (model.widths, model.dropout) == ((3,), 0.5)
+    with pytest.raises(UserError, match="unknown argument 'parent'"):
+        spec.bind(spec.parse_one("mlp(parent=None)"), BACKBONES, "model")
+
+
+@given(st.floats())
+def test_only_finite_numbers_are_literals(value):
+    assume(not math.isnan(value))
+    if math.isinf(value):
+        with pytest.raises(UserError, match="finite"):
+            spec.parse(f"f({'-' if value < 0 else ''}1e400)")
+    else:
+        assert spec.parse_one(f"f({value!r})").args == (value,)
+
+
+# --- splits, against TFDS's own reading of the same text ---
+
+
+class Info:
+    """As much of `tfds.core.SplitInfo` as its reading of a split asks for."""
+
+    def __init__(self, n):
+        self.num_examples = n
+
+
+def by_tfds(text, sizes):
+    absolute = tfds.core.splits.AbstractSplit.from_spec(text).to_absolute({k: Info(n) for k, n in sizes.items()})
+    return [(a.splitname, a.from_ or 0, sizes[a.splitname] if a.to is None else a.to) for a in absolute]
+
+
+NUMBERS = st.one_of(st.integers(-130, 130).map(str), st.integers(-3000, 3000).map(str), st.just("-0"))
+PERCENTS = st.one_of(st.integers(-100, 100).map("{}%".format), st.integers(-1000, 1000).map(lambda i: f"{i / 10}%"))
+SLICES = st.one_of(*(st.tuples(b | st.just(""), b | st.just("")).filter(any).map("[{0[0]}:{0[1]}]".format)
+                     for b in (NUMBERS, PERCENTS)))  # fmt: skip
+PIECES = st.tuples(st.sampled_from(["train", "test", "val-2"]), SLICES | st.just("")).map("".join)
+
+
+def rounds_to_nothing(text, sizes):
+    """Whether a negative percentage rounds to no example: TFDS then takes it for the start of the split."""
+    for piece in text.split("+"):
+        name, _, bounds = piece.strip().rstrip("]").partition("[")
+        for b in bounds.split(":"):
+            if b.endswith("%") and float(b[:-1]) < 0 and round(float(b[:-1]) * sizes[name] / 100) == 0:
+                return True
+    return False
+
+
+@settings(max_examples=400)
+@given(st.lists(PIECES, min_size=1, max_size=3).map(" + ".join), st.integers(1, 130), st.integers(1, 3000))
+def test_splits_resolve_as_tfds_resolves_them(text, small, large):
+    sizes = {"train": large, "test": small, "val-2": 7}
+    assume(not rounds_to_nothing(text, sizes))
+    try:
+        expected = by_tfds(text, sizes)
+    except ValueError:
+        expected = None  # outside of the split, which TFDS refuses
+    if expected is None or any(start >= stop for _, start, stop in expected):
+        with pytest.raises(UserError, match=r"reaches outside|holds no example"):
+            splits.resolve(text, sizes)
+    else:
+        assert [(p.name, p.start, p.stop) for p in splits.resolve(text, sizes)] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("train", [("train", 0, 1000)]),
+        ("train[:]", [("train", 0, 1000)]),
+        (" train [ 1% : -5% ] ", [("train", 10, 950)]),
+        ("train[999:]+test[-2:]+train[:1]", [("train", 999, 1000), ("test", 3, 5), ("train", 0, 1)]),
+        ("test[:50%]", [("test", 0, 2)]),  # 2.5 to the even neighbour, as TFDS and Python round
+        ("test[:30%]", [("test", 0, 2)]),
+        ("test[:-1%]", [("test", 0, 5)]),  # rounds to no example from the end
+        ("test[-0:]", [("test", 0, 5)]),
+        ("train[:12.5%]", [("train", 0, 125)]),
+    ],
+)
+def test_split_examples(text, parts):
+    found = splits.resolve(text, {"train": 1000, "test": 5})
+    assert [(p.name, p.start, p.stop) for p in found] == parts
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "does not parse"), ("train[", "does not parse"), ("train[5]", "does not parse"), ("+", "does not parse"),
+        ("train[1:2:3]", "does not parse"), ("train[a:]", "does not parse"), ("train[:2.5]", "does not parse"),
+        ("train+", "does not parse"), ("train[:1shard]", "does not parse"), ("train train", "does not parse"),
+        ("trian", "unknown split 'trian': did you mean 'train'? allowed: empty, test, train"),
+        ("train[10:10]", "'train[10:10]' holds no example; 'train' has 1000"),
+        ("train[20:10]", "holds no example"), ("train[-0%:0%]", "holds no example"), ("empty", "holds no example"),
+        ("test[-1%:]", "holds no example"),
+        ("train[:1001]", "'train[:1001]' reaches outside of the 1000 examples"), ("train[:101%]", "reaches outside"),
+        ("train[-1001:]", "reaches outside"), ("train[10:50%]", "mixes a number with a percentage"),
+    ],
+)  # fmt: skip
+def test_split_mistakes_are_told(text, message):
+    with pytest.raises(UserError) as e:
+        splits.resolve(text, {"train": 1000, "test": 5, "empty": 0})
+    assert message in str(e.value)

@@ -1,0 +1,112 @@
+"""How many examples each class has: counted from labels alone where a source has them, and recorded with the run."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import launch
+from imgclf_jax import losses
+from imgclf_jax.commands.evaluate import restore
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import sources
+from imgclf_jax.run.workdir import Workdir
+
+
+class Encoded:
+    """A source without `labels`, as TFDS's is: a pass over it reads every example once."""
+
+    class_names = ("a", "b", "c")
+
+    def __init__(self, n):
+        self.n, self.seen = n, []
+
+    def __len__(self):
+        return self.n
+
+    def read(self, ids):
+        self.seen += ids.tolist()
+        return {"image": [b""] * len(ids), "label": (ids % 4 // 2).astype(np.int32)}
+
+    def fingerprint(self):
+        return ""
+
+
+class Unread(sources.ArraySource):
+    """Images in memory that nothing may touch."""
+
+    def read(self, ids):
+        raise AssertionError("labels are at hand")
+
+
+def unread():
+    labels = np.random.default_rng(0).integers(0, 5, 1000).astype(np.int32)
+    return {"train": Unread(np.zeros((1000, 2, 2, 1), np.uint8), labels, tuple("abcdefg"))}
+
+
+@pytest.mark.parametrize("split", ["train", "train[:30%]", "train[100:200]+train[700:]"])
+def test_counts_from_labels(split):
+    base = unread()
+    places = {"train": np.r_[:1000], "train[:30%]": np.r_[:300]}.get(split, np.r_[100:200, 700:1000])
+    expected = [np.sum(base["train"].labels[places] == c) for c in range(7)]
+    counts = sources.class_counts(sources.take_split(base, split))
+    assert counts.tolist() == expected
+    assert counts.sum() == len(places)
+
+
+def test_counts_by_one_pass_over_what_has_no_labels_at_hand():
+    base = {"train": Encoded(2501), "more": Encoded(6)}
+    assert sources.class_counts(base["train"]).tolist() == [1251, 1250, 0]
+    assert base["train"].seen == list(range(2501))
+    assert sources.class_counts(sources.take_split(base, "train[:3]+more")).tolist() == [2 + 4, 1 + 2, 0]
+    assert sources.class_counts(sources.fake(10, (2, 2, 1), 4)["train"]).tolist() == [3, 3, 2, 2]
+
+
+FLAGS = ["--config.preprocess=decode(1)", "--config.augment=", "--config.model=mlp(widths=(8,))",
+         "--config.batch_size=16", "--config.total=3 steps", "--config.eval_every=",
+         "--config.schedule=constant(1e-3)"]  # fmt: skip
+
+
+def test_a_run_records_the_counts_and_is_evaluated_without_its_training_data(tmp_path):
+    """The balanced loss of the test split, of a run whose training split is gone."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], [40, 8, 16])
+    data = {"x_train": rng.integers(0, 256, (64, 6, 6), np.uint8), "y_train": labels,
+            "x_test": rng.integers(0, 256, (30, 6, 6), np.uint8), "y_test": np.repeat([0, 1, 2], 10)}  # fmt: skip
+    np.savez(tmp_path / "data.npz", **data)
+    flags = [f"--workdir={tmp_path / 'run'}", f"--config.data.source=arrays({str(tmp_path / 'data.npz')!r})", *FLAGS]
+    assert launch.main([*flags, "--config.loss=softmax(class_weights='balanced')"]) == 0
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["data"]["class_counts"] == [40, 8, 16]
+    workdir = Workdir(tmp_path / "run")
+    (tmp_path / "data.npz").unlink()
+    experiment, state, _ = restore(workdir.load_config(), workdir, "latest")
+    images = data["x_test"][..., None].astype(np.float32) / 255
+    logits = experiment.model.apply({"params": state.params}, images, train=False)
+    own = losses.softmax(logits, jnp.asarray(data["y_test"], jnp.int32))
+    weights = 64 / (3 * np.array([40, 8, 16]))
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    expected = np.mean(np.asarray(own) * weights[data["y_test"]])
+    np.testing.assert_allclose(result["test"]["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(jnp.mean(experiment.loss(logits, jnp.asarray(data["y_test"]))), expected, rtol=1e-5)
+
+
+def test_a_class_without_examples_is_named(tmp_path, capsys):
+    for split, message in (("train[:2]", "no example of 2, 3 is trained on"), ("train", "")):
+        flags = ["--config.data.source=fake(64, (6, 6, 1), 4)", f"--config.data.train={split}", *FLAGS]
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        status = launch.main([f"--workdir={tmp_path / 'run'}", *flags, "--config.loss=focal(class_weights='balanced')"])
+        assert status == bool(message)
+        assert message in capsys.readouterr().err
+
+
+def test_counts_are_not_taken_unasked(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "class_counts", lambda source: 1 / 0)
+    assert launch.main([f"--workdir={tmp_path}", "--config.data.source=fake(64, (6, 6, 1), 4)", *FLAGS]) == 0
+    assert json.loads((tmp_path / "provenance.json").read_text())["data"]["class_counts"] == []
+
+
+def test_a_loss_that_was_told_no_counts_says_so():
+    with pytest.raises(UserError, match="class_weights"):
+        losses.build("softmax(class_weights='balanced')", (), "ab")

@@ -1,0 +1,322 @@
+"""The user's own images: layouts, order, and a broken file named at the start instead of at step 40,000."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import folder as folder_module
+from imgclf_jax.data import sources, stream
+from imgclf_jax.data.folder import folder
+
+
+def write(path, value=0, size=(8, 6)):
+    """A picture of noise, so that cutting the file short loses pixels; `value` sets the first one."""
+    pixels = np.random.default_rng(value).integers(0, 256, (*size, 3), np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """How many files were decoded by the check since this was last cleared."""
+    calls = []
+
+    def counting(data, *args):
+        calls.append(len(data))
+        return original(data, *args)
+
+    original = folder_module.decode
+    monkeypatch.setattr(folder_module, "decode", counting)
+    return calls
+
+
+@pytest.fixture
+def flat(tmp_path):
+    root = tmp_path / "animals"
+    for i in range(12):
+        write(root / ("cat", "dog", "emu")[i % 3] / f"{i}.png", i)
+    return root
+
+
+# --- layouts ---
+
+
+def test_one_folder_a_class_is_the_split_train(flat):
+    splits = folder(str(flat))
+    assert splits.keys() == {"train"}
+    source = splits["train"]
+    assert source.class_names == ("cat", "dog", "emu")
+    assert sorted(source.files) == sorted(f"{('cat', 'dog', 'emu')[i % 3]}/{i}.png" for i in range(12))
+    ids = np.array([7, 0, 7, 11])
+    examples = source.read(ids)
+    assert examples["image"] == [(flat / source.files[i]).read_bytes() for i in ids]
+    assert [source.class_names[label] for label in examples["label"]] == [source.files[i].split("/")[0] for i in ids]
+    assert source.name(3) == str(flat / source.files[3])
+
+
+def test_split_folders_share_the_classes_of_them_all(tmp_path):
+    for split, names in {"train": "ac", "test": "abc", "val": "b"}.items():
+        for name in names:
+            write(tmp_path / split / name / "deep" / "er" / "1.png")
+    splits = folder(str(tmp_path))
+    assert {name: len(source) for name, source in splits.items()} == {"train": 2, "test": 3, "val": 1}
+    for source in splits.values():
+        assert source.class_names == ("a", "b", "c")
+        for file, label in zip(source.files, source.labels, strict=True):
+            assert source.class_names[label] == file.split("/")[0]
+
+
+def test_a_few_of_each_class_to_train_on(flat):
+    """As many of each class as asked for, all others to test, the same ones every time, others for another draw."""
+    splits = folder(str(flat), train_per_class=1)
+    assert sorted(splits["train"].labels) == [0, 1, 2]
+    assert sorted(splits["test"].labels) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert {*splits["train"].files, *splits["test"].files} == set(folder(str(flat))["train"].files)
+    for source in splits.values():
+        assert [source.class_names.index(f.split("/")[0]) for f in source.files] == source.labels.tolist()
+        assert list(source.sizes) == [(flat / f).stat().st_size for f in source.files]
+    again = folder(str(flat), train_per_class=1)
+    assert again["train"].fingerprint() == splits["train"].fingerprint()
+    draws = {folder(str(flat), 1, draw)["train"].files for draw in range(8)}
+    assert len(draws) > 3
+
+
+@pytest.mark.parametrize(("count", "words"), [(4, "has 4 images"), (9, "has 4 images"), (-1, "above zero")])
+def test_too_many_to_train_on(flat, count, words):
+    with pytest.raises(UserError, match=words):
+        folder(str(flat), train_per_class=count)
+
+
+def test_classes_that_are_called_like_splits_are_classes(tmp_path):
+    write(tmp_path / "train" / "1.png")
+    write(tmp_path / "plane" / "1.png")
+    assert folder(str(tmp_path))["train"].class_names == ("plane", "train")
+
+
+def test_hidden_files_and_folders_are_passed_over(flat):
+    for hidden in (".DS_Store", "cat/.DS_Store", "cat/._1.png", "cat/Thumbs.db", ".git/config", "dog/.cache/x.png"):
+        (flat / hidden).parent.mkdir(exist_ok=True)
+        (flat / hidden).write_bytes(b"not an image")
+    source = folder(str(flat))["train"]
+    assert (len(source), source.class_names) == (12, ("cat", "dog", "emu"))
+
+
+def test_a_relative_path_and_the_home_directory(flat, monkeypatch):
+    monkeypatch.chdir(flat.parent)
+    monkeypatch.setenv("HOME", str(flat.parent))
+    assert folder("animals")["train"].files == folder("~/animals")["train"].files == folder(str(flat))["train"].files
+
+
+@pytest.mark.parametrize("name", ["ä ö|('1').png", "\u2028.png", os.fsdecode(b"\xff\xfe.png")])
+def test_any_file_name_is_read(flat, name):
+    write(flat / "cat" / "new.png")
+    (flat / "cat" / "new.png").rename(flat / "cat" / name)
+    source = folder(str(flat))["train"]
+    i = source.files.index(f"cat/{name}")
+    assert source.read(np.array([i]))["image"] == [(flat / "cat" / name).read_bytes()]
+    assert len(source.fingerprint()) == 64
+
+
+# --- order ---
+
+
+def test_the_order_depends_on_the_names_alone_and_any_slice_holds_all_classes(tmp_path):
+    for i in range(300):
+        path = tmp_path / "abc"[i // 100] / f"{i:03}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    names = tuple("abc")
+    order = folder_module._scan(tmp_path, names).files
+    copy = tmp_path.parent / "elsewhere"
+    for file in sorted(order):  # made in another order, in another place
+        (copy / file).parent.mkdir(parents=True, exist_ok=True)
+        (copy / file).write_bytes(b"longer")
+    source = folder_module._scan(copy, names)
+    assert source.files == order
+    # Of 30 examples drawn at random each class has 10 ± 2.4.
+    for start in range(0, 300, 30):
+        counts = Counter(source.labels[start : start + 30].tolist())
+        assert all(2 <= counts[c] <= 20 for c in range(3))
+
+
+def test_one_file_more_leaves_the_order_of_the_others(flat):
+    before = folder(str(flat))["train"].files
+    write(flat / "dog" / "new.png")
+    after = folder(str(flat))["train"].files
+    assert [f for f in after if f != "dog/new.png"] == list(before)
+
+
+def test_fingerprint_tells_names_sizes_and_classes(flat):
+    prints = {folder(str(flat))["train"].fingerprint()}
+    assert {folder(str(flat))["train"].fingerprint()} == prints
+    (flat / "cat" / "0.png").rename(flat / "cat" / "00.png")
+    prints.add(folder(str(flat))["train"].fingerprint())
+    write(flat / "cat" / "00.png", 99, size=(9, 9))
+    prints.add(folder(str(flat))["train"].fingerprint())
+    (flat / "emu").rename(flat / "gnu")
+    prints.add(folder(str(flat))["train"].fingerprint())
+    assert len(prints) == 4
+
+
+# --- mistakes ---
+
+
+def test_a_missing_directory_is_named_with_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as e:
+        folder("no/such")
+    assert "no directory 'no/such'" in str(e.value)
+    assert str(tmp_path) in str(e.value)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="no directory"):
+        folder("file")
+
+
+def test_an_empty_class_folder_is_named(flat):
+    (flat / "fox").mkdir()
+    (flat / "fox" / ".keep").write_text("")
+    with pytest.raises(UserError, match="fox holds no images; add some or remove it"):
+        folder(str(flat))
+
+
+def test_two_classes_at_least(tmp_path):
+    with pytest.raises(UserError, match="holds 0 class folders; expected at least two"):
+        folder(str(tmp_path))
+    write(tmp_path / "cat" / "1.png")
+    write(tmp_path / "loose.png")
+    with pytest.raises(UserError, match="holds 1 class folders; expected at least two"):
+        folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "truncated jpeg", "truncated png", "missing"])
+def test_what_is_no_whole_image_is_named(flat, kind):
+    bad = flat / "dog" / {"text": "notes.txt", "truncated jpeg": "half.jpg"}.get(kind, "bad.png")
+    if kind == "missing":
+        bad.symlink_to(flat / "nowhere.png")
+    elif "truncated" in kind:
+        write(bad, 5, size=(40, 40))
+        bad.write_bytes(bad.read_bytes()[: bad.stat().st_size // 2])
+    else:
+        bad.write_text("remember the milk" if kind == "text" else "")
+    with pytest.raises(UserError) as e:
+        folder(str(flat))
+    assert str(bad) in str(e.value)
+    assert "mend, move or remove it" in str(e.value)
+
+
+def test_many_broken_files_are_counted(flat):
+    for i in range(5):
+        (flat / "cat" / f"bad{i}.png").write_text("text")
+    with pytest.raises(UserError, match="and 2 more"):
+        folder(str(flat))
+
+
+# --- the memory of what was checked ---
+
+
+def test_a_second_open_decodes_nothing(flat, decoded):
+    folder(str(flat))
+    assert len(decoded) == 12
+    decoded.clear()
+    folder(str(flat))
+    assert decoded == []
+
+
+def test_a_changed_or_new_file_alone_is_checked_again(flat, decoded):
+    folder(str(flat))
+    decoded.clear()
+    before = (flat / "cat" / "0.png").stat()
+    write(flat / "cat" / "0.png", 50, size=(30, 30))  # another size
+    os.utime(flat / "cat" / "0.png", ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.utime(flat / "dog" / "1.png", ns=(0, 12345))  # another time
+    write(flat / "emu" / "new.png", 51)
+    folder(str(flat))
+    changed = ("cat/0.png", "dog/1.png", "emu/new.png")
+    assert sorted(decoded) == sorted((flat / file).stat().st_size for file in changed)
+
+
+def test_a_file_broken_after_the_check_is_found_at_the_next(flat):
+    folder(str(flat))
+    (flat / "cat" / "0.png").write_text("text")
+    for _ in range(2):  # and found again until it is mended
+        with pytest.raises(UserError, match=r"cat/0\.png"):
+            folder(str(flat))
+    write(flat / "cat" / "0.png")
+    folder(str(flat))
+
+
+@pytest.mark.parametrize("content", ["{", "", "[]", "3", '{"cat/0.png": 1}'])
+def test_a_damaged_memory_means_checking_again(flat, decoded, content):
+    folder(str(flat))
+    (record,) = (p for p in Path(os.environ["XDG_CACHE_HOME"]).rglob("*") if p.is_file())
+    record.write_text(content)
+    decoded.clear()
+    folder(str(flat))
+    assert len(decoded) == 12
+
+
+def test_a_cache_folder_that_cannot_be_written_costs_the_memory_alone(flat, decoded, monkeypatch, tmp_path):
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert len(folder(str(flat))["train"]) == 12
+    folder(str(flat))
+    assert len(decoded) == 24
+
+
+# --- in the stream ---
+
+
+def test_images_come_through_the_stream_with_their_labels(flat):
+    images = stream.Images(folder(str(flat))["train"], "decode(3)")
+    seen = Counter()
+    for batch in stream.eval_batches(images, 5):
+        for image, label, real in zip(batch["image"], batch["label"], batch["mask"], strict=True):
+            if real:
+                i = next(i for i in range(12) if np.array_equal(np.random.default_rng(i).integers(
+                    0, 256, (8, 6, 3), np.uint8), image))  # fmt: skip
+                assert label == i % 3
+                seen[i] += 1
+    assert seen == dict.fromkeys(range(12), 1)
+
+
+@pytest.mark.parametrize("split", ["train", "train[:50%]+train[50%:]"])
+@pytest.mark.parametrize("prefetch", [1, 8])
+def test_a_file_that_breaks_in_mid_stream_is_named_after_the_batches_before_it(flat, split, prefetch):
+    source = sources.take_split(folder(str(flat)), split)
+    file = flat / folder(str(flat))["train"].files[7]
+    file.write_bytes(file.read_bytes()[:60])
+    for batches in (
+        stream.eval_batches(stream.Images(source, "decode(3)"), 3, prefetch=prefetch),
+        stream.train_batches(stream.Images(source, "decode(3)|random_resized_crop(4)"), 0, 3, 0, 4, prefetch=prefetch),
+    ):
+        with pytest.raises(UserError) as e:
+            list(batches)
+        assert str(e.value).startswith(f"{file}: the image does not decode")
+    batches = stream.eval_batches(stream.Images(source, "decode(3)"), 3, prefetch=prefetch)
+    assert [next(batches)["image"].shape for _ in range(2)] == [(3, 8, 6, 3)] * 2
+    with pytest.raises(UserError):
+        next(batches)
+
+
+def test_images_of_different_shapes_are_refused_with_the_mend(flat):
+    source = folder(str(flat))["train"]
+    write(flat / source.files[5], size=(9, 6))
+    with pytest.raises(UserError) as e:
+        list(stream.train_batches(stream.Images(source, "decode(3)"), 0, 4, 0, 3))
+    assert "different shapes, such as (8, 6, 3) and (9, 6, 3); add resize(height, width)" in str(e.value)
+    mended = stream.Images(source, "decode(3)|resize(8, 6)")
+    assert [b["image"].shape for b in stream.train_batches(mended, 0, 4, 0, 3)] == [(4, 8, 6, 3)] * 3
+
+
+def test_splits_of_a_folder_are_disjoint_and_cover_it(flat):
+    base = folder(str(flat))
+    parts = [sources.take_split(base, text) for text in ("train[:25%]", "train[25%:]")]
+    names = [[part.name(i) for i in range(len(part))] for part in parts]
+    assert [len(n) for n in names] == [3, 9]
+    assert names[0] + names[1] == [str(flat / f) for f in base["train"].files]

@@ -1,0 +1,235 @@
+"""Every backbone: its published size, and a step of training and of evaluation in bfloat16 over eight devices."""
+
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imgclf_jax import metrics
+from imgclf_jax.config import default_config
+from imgclf_jax.core import sharding, tree
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.experiment import Experiment
+from imgclf_jax.models import classifier
+from imgclf_jax.models.airbench import AirBench
+from imgclf_jax.models.backbones import BACKBONES
+from imgclf_jax.models.vit import ViT, sincos_positions
+from imgclf_jax.run.provenance import DataInfo
+
+# Of the whole classifier. Sources: torchvision's and timm's tables; for CIFAR the papers' and the public checkpoints'.
+COUNTS = [
+    ("resnet(depth=18)", 224, 1000, 11_689_512),
+    ("resnet(depth=34)", 224, 1000, 21_797_672),
+    ("resnet(depth=50)", 224, 1000, 25_557_032),
+    ("resnet(depth=101)", 224, 1000, 44_549_160),
+    ("resnet(depth=152)", 224, 1000, 60_192_808),
+    ("resnet_cifar(depth=20)", 32, 10, 269_722),
+    ("resnet_cifar(depth=32)", 32, 10, 464_154),
+    ("resnet_cifar(depth=44)", 32, 10, 658_586),
+    ("resnet_cifar(depth=56)", 32, 10, 853_018),
+    ("resnet_cifar(depth=110)", 32, 10, 1_727_962),
+    ("wide_resnet(depth=28, width=10)", 32, 10, 36_479_194),
+    ("wide_resnet(depth=40, width=4)", 32, 10, 8_949_210),
+    ("convnext('T')", 224, 1000, 28_589_128),
+    ("convnext('S')", 224, 1000, 50_223_688),
+    ("convnext('B')", 224, 1000, 88_591_464),
+    ("vit('Ti', patch=16)", 224, 1000, 5_717_416),
+    ("vit('S', patch=16)", 224, 1000, 22_050_664),
+    ("vit('B', patch=16)", 224, 1000, 86_567_656),
+    ("vit('B', patch=32)", 224, 1000, 88_224_232),
+    ("mixer('S')", 224, 1000, 18_528_264),
+    ("mixer('B')", 224, 1000, 59_880_472),
+]
+
+SMALL = {  # each at a size that compiles in seconds; all of them have every kind of layer of their family
+    "cnn": ("cnn(widths=(4, 8), hidden=8)", 16),
+    "mlp": ("mlp(widths=(16,), dropout=0.1)", 16),
+    "rnn": ("rnn(features=16)", 16),
+    "resnet": ("resnet(depth=18, zero_init=False)", 32),
+    "resnet_cifar": ("resnet_cifar(depth=8)", 16),
+    "wide_resnet": ("wide_resnet(depth=10, width=1, dropout=0.1)", 16),
+    "convnext": ("convnext('T', drop_path=0.1)", 32),
+    "vit": ("vit('Ti', patch=8, drop_path=0.1, dropout=0.1)", 16),
+    "mixer": ("mixer('S', patch=8, drop_path=0.1)", 16),
+    "airbench": ("airbench(widths=(32, 32, 32))", 32),
+}
+
+
+def variables_shape(spec, size, classes, channels=3):
+    model = classifier.build(spec, classes, "float32")
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, size, size, channels))))
+
+
+@pytest.mark.parametrize(("spec", "size", "classes", "count"), COUNTS)
+def test_published_parameter_counts(spec, size, classes, count):
+    assert sum(x.size for x in jax.tree.leaves(variables_shape(spec, size, classes)["params"])) == count
+
+
+def test_airbench_parameter_count():
+    """Written from the paper's table: whitening, three groups, the head (which has a bias of ten here)."""
+    whiten, widths = 24 * 12 + 24, (24, 64, 256, 256)
+    groups = sum(9 * a * b + 9 * b * b + 2 * b for a, b in itertools.pairwise(widths))
+    shapes = variables_shape("airbench", 32, 10)["params"]
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == whiten + groups + 256 * 10 + 10
+
+
+def experiment(spec, size, precision="bfloat16"):
+    config = default_config()
+    config.model, config.precision, config.batch_size, config.total = spec, precision, 16, "4 steps"
+    config.augment, config.schedule = "flip_lr|normalize(0.5, 0.25)", "constant(1e-3)"
+    data = DataInfo(64, (size, size, 3), tuple("abcd"), "")
+    return Experiment(config, data, sharding.make_mesh())
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+def test_gradients_are_as_precise_as_the_parameters(name):
+    """In float32, while layers compute in bfloat16; in both forms."""
+    spec, size = SMALL[name]
+    model = classifier.build(spec, 4, "bfloat16")
+    x = jnp.zeros((4, size, size, 3))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), x))
+    others = {k: v for k, v in variables.items() if k != "params"}
+
+    def loss(params, others):
+        rngs = {"dropout": jax.random.key(0)}
+        logits, _ = model.apply({"params": params, **others}, x, train=True, mutable=list(others), rngs=rngs)
+        return jnp.sum(logits)
+
+    gradients = jax.eval_shape(jax.grad(loss), variables["params"], others)
+    assert {path: g.dtype for path, g in tree.named_leaves(gradients) if g.dtype != jnp.float32} == {}
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in ("convnext", "mixer", "vit") else n for n in sorted(BACKBONES)],
+)
+def test_a_step_in_bfloat16_over_eight_devices(name):
+    """Loss and gradients are finite, every parameter moves or has no gradient by design, statistics move too."""
+    exp = experiment(*SMALL[name])
+    assert exp.mesh.size == 8
+    size, steps = SMALL[name][1], exp.steps_per_call
+    rng = np.random.default_rng(0)
+    chunk = {
+        "image": rng.integers(0, 256, (steps, 16, size, size, 3), np.uint8),
+        "label": rng.integers(0, 4, (steps, 16), np.int32),
+    }
+    run = jax.jit(exp.init)(np.uint32(0))
+    before = jax.tree.map(np.asarray, (run["state"].params, run["state"].model_state))
+    state, sums = exp.train_chunk(
+        jax.device_put(run["state"], sharding.replicated(exp.mesh)), exp.put(run["sums"]),
+        sharding.put_batch(chunk, exp.mesh, axis=1), np.int32(1),
+    )  # fmt: skip
+    assert int(sums["nonfinite_step"]) == metrics.NO_STEP
+    assert 0 < float(sums["grad_norm"]) < 1e4
+    assert float(sums["loss"]) / 16 < 20
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves((state.params, state.model_state)), strict=True):
+        assert old.dtype == new.dtype == np.float32
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != np.asarray(b))), before, (state.params, state.model_state))
+    still = [jax.tree_util.keystr(p) for p, m in jax.tree_util.tree_leaves_with_path(moved) if not m]
+    assert not still, still
+
+    batch = {**{k: v[0] for k, v in chunk.items()}, "mask": np.arange(16) < 13}
+    padded = {k: np.stack([v] + [np.zeros_like(v)] * (steps - 1)) for k, v in batch.items()}
+    padded = sharding.put_batch(padded, exp.mesh, axis=1)
+    sums = exp.eval_chunk(state.params, state.model_state, padded, np.int32(1))
+    assert int(sums["examples"][0]) == 13
+    assert np.isfinite(sums["loss"][0])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "wide_resnet",
+        "mixer",
+        "airbench",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet", "convnext", "vit")),
+    ],
+)
+def test_train_and_evaluation_differ_where_they_should(name):
+    """Evaluation is the same every time; training draws anew for another key, or normalizes by the batch."""
+    spec, size = SMALL[name]
+    model = classifier.build(spec, 4, "float32")
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, size, size, 3)), jnp.float32)
+    variables = jax.jit(lambda: model.init(jax.random.key(0), x))()
+    others = [k for k in variables if k != "params"]
+    keys = [jax.random.key(1), jax.random.key(2)]
+
+    @jax.jit
+    def run(key):
+        train, _ = model.apply(variables, x, train=True, rngs={"dropout": key}, mutable=others)
+        return train, model.apply(variables, x)
+
+    (train_1, eval_1), (train_2, eval_2) = run(keys[0]), run(keys[1])
+    np.testing.assert_array_equal(eval_1, eval_2)
+    assert np.any(train_1 != eval_1)
+    drawn = "drop" in spec
+    assert np.any(train_1 != train_2) == drawn
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("resnet(depth=19)", "18"),
+        ("resnet_cifar(depth=21)", r"6n \+ 2"),
+        ("wide_resnet(depth=27)", r"6n \+ 4"),
+        ("convnext('X')", "T"),
+        ("vit('Big')", "Ti"),
+        ("vit('Ti', positions='none')", "sincos"),
+        ("vit('Ti', pool='max')", "cls"),
+        ("vit('Ti', patch=5)", "does not divide"),
+        ("mixer('L')", "S"),
+    ],
+)
+def test_what_a_backbone_does_not_have_is_said(spec, words):
+    with pytest.raises(UserError, match=words):
+        variables_shape(spec, 32, 10)
+
+
+def test_sincos_positions_are_their_definition():
+    """Of position (y, x): sin(x w), cos(x w), sin(y w), cos(y w), w falling from 1 to 1e-4 geometrically."""
+    table = sincos_positions(3, 5, 8)
+    for y in range(3):
+        for x in range(5):
+            w = np.array([1.0, 1e-4])
+            expected = np.concatenate([np.sin(x * w), np.cos(x * w), np.sin(y * w), np.cos(y * w)])
+            np.testing.assert_allclose(table[y * 5 + x], expected, rtol=0, atol=1e-6)
+
+
+def test_attention_maps_can_be_seen():
+    """f32[b, heads, tokens, tokens] of every block, each row a distribution."""
+    model = ViT("Ti", patch=8)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    _, seen = jax.jit(lambda: model.apply(variables, x, mutable=["intermediates"]))()
+    maps = [seen["intermediates"][f"block{i}"]["attn"]["attention"][0] for i in range(12)]
+    assert {m.shape for m in maps} == {(2, 3, 5, 5)}
+    np.testing.assert_allclose(np.sum(maps, -1), 1, rtol=1e-5)
+
+
+def test_whitening_whitens():
+    """The first half of the filters' outputs over the images' own patches are uncorrelated, of variance v / (v + e)."""
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(20, 9, 8, 3)).cumsum(1).cumsum(2).astype(np.float32) / 10
+    params = AirBench.init_on_images({"whiten": {"kernel": None, "bias": 0}, "head": 1}, jnp.asarray(images))
+    assert params["whiten"]["bias"] == 0
+    kernel = np.asarray(params["whiten"]["kernel"], np.float64)
+    assert kernel.shape == (2, 2, 3, 24)
+    np.testing.assert_array_equal(kernel[..., :12], -kernel[..., 12:])
+    patches = np.stack([images[b, i : i + 2, j : j + 2].ravel() for b in range(20) for i in range(8) for j in range(7)])
+    outputs = patches.astype(np.float64) @ kernel[..., :12].reshape(12, 12)
+    values = np.linalg.eigvalsh(np.float64(patches.T) @ patches / len(patches))[::-1]
+    np.testing.assert_allclose(outputs.T @ outputs / len(outputs), np.diag(values / (values + 5e-4)), atol=2e-3)
+
+
+def test_counts_are_the_readme_table():
+    """The README's table of backbones shows these numbers."""
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    for spec in ("resnet(depth=50)", "vit('B', patch=16)", "convnext('T')"):
+        count = next(n for s, _, _, n in COUNTS if s == spec)
+        assert f"{count / 1e6:.1f} M" in text, spec
+    assert sorted(BACKBONES) == sorted(SMALL)

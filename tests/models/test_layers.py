@@ -1,0 +1,290 @@
+"""The layers against Flax's, NumPy and the definitions, in both of the forms that platforms choose from."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
+
+from imgclf_jax.core import sharding
+from imgclf_jax.models import layers
+from imgclf_jax.models.cpu import layout, pool, products
+from imgclf_jax.models.cpu.layout import mirror
+from imgclf_jax.models.layers import Conv, ConvPool, FlatDense, conv, pool_bias_relu
+
+SETTINGS = [  # kernel, strides, padding, dilation, groups
+    (3, 1, "VALID", 1, 1),
+    (3, 1, "SAME", 1, 1),
+    ((3, 2), (2, 1), "SAME", 1, 1),
+    ((2, 5), (1, 3), "VALID", 1, 1),
+    (4, 3, ((0, 2), (3, 1)), 1, 1),
+    (1, 2, "SAME", 1, 1),
+    (3, 2, 1, 1, 1),
+    (3, 1, "SAME", 2, 1),
+    (3, 1, "SAME", 1, 2),
+]
+
+
+def normal(seed, *shape, dtype=np.float64):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+@pytest.mark.usefixtures("float64", "form")
+@pytest.mark.parametrize(("kernel", "strides", "padding", "dilation", "groups"), SETTINGS)
+def test_conv_is_flax_conv(kernel, strides, padding, dilation, groups):
+    """The same parameters, results and gradients as nn.Conv, in float64."""
+    x, settings = jnp.asarray(normal(0, 3, 11, 9, 4)), {"kernel_dilation": dilation, "feature_group_count": groups}
+    ours = Conv(6, kernel, strides, padding, **settings, dtype=jnp.float64)
+    size = (kernel, kernel) if isinstance(kernel, int) else kernel
+    theirs = nn.Conv(6, size, strides, padding, **settings, dtype=jnp.float64)
+    params = ours.init(jax.random.key(0), x)["params"]
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, theirs.init(jax.random.key(0), x)["params"])
+    params = jax.tree.map(lambda p: jnp.asarray(normal(1, *p.shape)), params)
+
+    def scalar(layer, params, x):
+        y = layer.apply({"params": params}, x)
+        return jnp.sum(jnp.sin(y)), y
+
+    results = [
+        jax.jit(jax.value_and_grad(functools.partial(scalar, layer), argnums=(0, 1), has_aux=True))(params, x)
+        for layer in (ours, theirs)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), *results)
+
+
+@pytest.mark.usefixtures("float64")
+def test_conv_mirrored_is_its_definition():
+    """Against loops over output positions in NumPy."""
+    x, kernel = normal(0, 2, 6, 7, 3), normal(1, 3, 2, 3, 5)
+    expected = np.zeros((2, 2, 6, 5))
+    for i in range(2):
+        for j in range(6):
+            expected[:, i, j] = np.einsum("bhwc,hwcf->bf", x[:, 2 * i : 2 * i + 3, j : j + 2], kernel)
+    out = conv(mirror(jnp.asarray(x)), jnp.asarray(kernel), (2, 1), "VALID", inside=True)
+    np.testing.assert_allclose(mirror(out), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("kernel", "padding"), [(3, "SAME"), (2, "VALID"), (5, ((0, 2), (3, 1)))])
+@pytest.mark.parametrize(("c", "f"), [(4, 6), (40, 6), (6, 40)])
+def test_conv_in_bfloat16_has_the_results_and_gradients_of_float32(kernel, padding, c, f):
+    """Of small integers, whose products are exact: few channels, where patches serve several outputs, and more."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-2, 3, (c, 7, 6, 4)), jnp.float32)
+    weights = jnp.asarray(rng.integers(-2, 3, (kernel, kernel, c, f)), jnp.float32)
+
+    def scalar(x, weights, dtype):
+        y = conv(x, weights, padding=padding, inside=True, dtype=dtype)
+        return jnp.sum(y * jnp.asarray(rng.integers(-2, 3, y.shape), y.dtype)), y
+
+    results = []
+    for dtype in (jnp.bfloat16, jnp.float32):
+        rng = np.random.default_rng(1)
+        results.append(jax.jit(jax.grad(scalar, argnums=(0, 1), has_aux=True), static_argnums=2)(x, weights, dtype))
+    (low, y_low), (high, y_high) = results
+    assert y_low.dtype == jnp.float32
+    np.testing.assert_array_equal(y_low, y_high)
+    np.testing.assert_array_equal(low[1], high[1])
+    # The gradient of a patch is rounded to bfloat16 before the sum over patches, where patches serve one output.
+    np.testing.assert_allclose(low[0], high[0], rtol=2**-7, atol=0.5)
+
+
+def test_bfloat16_products_are_summed_in_float32():
+    """With bfloat16 operands that are exact, sums of many terms are exact too: bfloat16 would keep 8 bits of them."""
+    x = jnp.asarray(np.random.default_rng(0).integers(-3, 9, (32, 9, 9, 4)), jnp.float32)  # [c, h, w, b]
+    kernel = jnp.asarray(np.random.default_rng(1).integers(-3, 4, (3, 3, 32, 8)), jnp.float32)
+
+    def scalar(x, kernel, dtype):
+        y = conv(x, kernel, padding="VALID", inside=True, dtype=dtype)
+        return jnp.sum(y.astype(jnp.float32)), y
+
+    run = jax.jit(jax.grad(scalar, argnums=1, has_aux=True), static_argnums=2)
+    (low, y_low), (high, y_high) = run(x, kernel, jnp.bfloat16), run(x, kernel, jnp.float32)
+    assert y_low.dtype == jnp.float32
+    assert np.abs(y_high).max() > 256  # integers that bfloat16 cannot hold
+    np.testing.assert_array_equal(y_low, y_high)
+    np.testing.assert_array_equal(low, high)
+
+
+@pytest.mark.parametrize(("h", "w", "window"), [(8, 8, 2), (9, 7, 2), (13, 12, 3), (5, 4, 4), (3, 6, 1), (30, 25, 12)])
+def test_pool_bias_relu_is_flax_in_the_usual_order(h, w, window):
+    """The same bits as convolution output + bias, ReLU, nn.max_pool; the gradient too, ties among its elements."""
+    x = np.random.default_rng(0).integers(-4, 5, (2, h, w, 3)).astype(np.float32)  # of few values: ties
+    bias = jnp.asarray([-4.5, 0.25, 1.5])
+    weights = normal(1, 2, h // window, w // window, 3, dtype=np.float32)
+
+    def usual(x, bias):
+        return nn.max_pool(nn.relu(x + bias), (window, window), (window, window), "VALID")
+
+    def ours(x, bias):
+        return pool_bias_relu(x, bias, window, jnp.float32)
+
+    y, y_usual = jax.jit(ours)(x, bias), jax.jit(usual)(x, bias)
+    np.testing.assert_array_equal(y, y_usual)
+    assert 0 < np.mean(np.asarray(y) == 0) < 1
+    grads, expected = (
+        jax.jit(jax.grad(lambda x, bias, f=f: jnp.sum(f(x, bias) * weights), argnums=(0, 1)))(x, bias)
+        for f in (ours, usual)
+    )
+    # ReLU first makes all that is below zero equal, which changes where the gradient of a zero would go: nowhere.
+    np.testing.assert_array_equal(grads[0], expected[0])
+    np.testing.assert_allclose(grads[1], expected[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("float64", "form")
+@pytest.mark.parametrize(
+    ("kernel", "pool", "channels"), [(3, 2, 1), (3, 2, 3), (3, 2, 8), (5, 3, 1), (5, 3, 4), (2, 1, 2)]
+)
+def test_conv_pool_is_convolution_bias_relu_and_pool_in_that_order(kernel, pool, channels):
+    """In float64 the same numbers and gradients, the images' too, as Flax's layers in the usual order."""
+    x = jnp.asarray(normal(0, 2, 15, 14, channels))
+    layer = ConvPool(6, kernel, pool, dtype=jnp.float64)
+    flax_conv = nn.Conv(6, (kernel, kernel), padding="VALID", dtype=jnp.float64)
+    params = layer.init(jax.random.key(0), x)["params"]
+    params = {
+        "kernel": jnp.asarray(normal(1, *params["kernel"].shape)),
+        "bias": jnp.linspace(-3, 0.3, 6) * kernel * channels**0.5,
+    }
+
+    def usual(params, x):
+        return nn.max_pool(nn.relu(flax_conv.apply({"params": params}, x)), (pool, pool), (pool, pool), "VALID")
+
+    def scalar(function, params, x):
+        y = function(params, x)
+        return jnp.sum(jnp.sin(y)), y
+
+    results = [
+        jax.jit(jax.value_and_grad(functools.partial(scalar, function), argnums=(0, 1), has_aux=True))(params, x)
+        for function in (lambda params, x: layer.apply({"params": params}, x), usual)
+    ]
+    assert 0.05 < np.mean(np.asarray(results[1][0][1]) == 0) < 0.9
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), *results)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 8])
+def test_mirrored_pooling_gives_the_gradient_to_the_first_of_equals(channels):
+    """On images and kernels of few values, so of many ties, the bits of `pool_bias_relu`'s gradient in float32."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-1, 2, (4, 9, 12, channels)), jnp.float32)
+    kernel = jnp.asarray(rng.integers(-1, 2, (3, 3, channels, 5)), jnp.float32)
+    bias, weights = jnp.asarray([-1.0, 0, 1, 2, -3]), jnp.asarray(rng.integers(-3, 4, (4, 3, 5, 5)), jnp.float32)
+    pools = [pool.conv_pool_direct, pool.conv_pool]
+
+    def usual(x, kernel, bias):
+        return pool_bias_relu(conv(x, kernel, padding="VALID"), bias, 2, jnp.float32)
+
+    functions = [usual, *(lambda x, k, bias, f=f: mirror(f(mirror(x), k, bias, 2, jnp.float32)) for f in pools)]
+    expected, *others = (
+        jax.jit(jax.grad(lambda *args, f=f: jnp.sum(f(*args) * weights), argnums=(0, 1, 2)))(x, kernel, bias)
+        for f in functions
+    )
+    for grads in others:
+        jax.tree.map(np.testing.assert_array_equal, grads, expected)
+
+
+@pytest.mark.parametrize("function", ["conv_pool", "conv_pool_direct", "dense"])
+@pytest.mark.parametrize("features", [2, 40])
+def test_mirrored_layers_in_bfloat16(function, features):
+    """With values that bfloat16 holds, results and gradients are those of float32 up to what rounding results adds.
+
+    Also that every product's shape runs: XLA 0.12 has no bfloat16 product with a transposed left side.
+    """
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-2, 3, (3, 8, 6, 4)), jnp.float32)
+    kernel = jnp.asarray(
+        rng.integers(-2, 3, (144, features) if function == "dense" else (3, 3, 3, features)), jnp.float32
+    )
+    bias = jnp.zeros(features)
+
+    def scalar(x, kernel, dtype):
+        if function == "dense":
+            y = products.dense(x, kernel, dtype)
+        else:
+            y = getattr(pool, function)(x, kernel, bias, 2, dtype)
+        return jnp.sum(y.astype(jnp.float32)), y
+
+    run = jax.jit(jax.grad(scalar, argnums=(0, 1), has_aux=True), static_argnums=2)
+    low, high = run(x, kernel, jnp.bfloat16), run(x, kernel, jnp.float32)
+    assert low[1].dtype == (jnp.float32 if function == "dense" else jnp.bfloat16)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype(np.float32), b, rtol=2**-7, atol=0.5), low, high)
+
+
+@pytest.mark.usefixtures("float64", "form")
+def test_flat_dense_is_flax_dense_on_the_flattened_image():
+    x = jnp.asarray(normal(0, 3, 4, 5, 2))
+    ours, theirs = FlatDense(7, dtype=jnp.float64), nn.Dense(7, dtype=jnp.float64)
+    params = jax.tree.map(lambda p: jnp.asarray(normal(1, *p.shape)), ours.init(jax.random.key(0), x)["params"])
+    functions = [
+        lambda params, x: ours.apply({"params": params}, x),
+        lambda params, x: theirs.apply({"params": params}, x.reshape(3, -1)),
+    ]
+    results = [
+        jax.jit(jax.value_and_grad(lambda *args, f=f: jnp.sum(jnp.sin(f(*args))), argnums=(0, 1)))(params, x)
+        for f in functions
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), *results)
+
+
+def compiled_network(batch_size, mesh):
+    """Two blocks and their gradients, the batch split over `mesh`."""
+    network = nn.Sequential([ConvPool(8), ConvPool(16), FlatDense(10)])
+    x = jnp.zeros((batch_size, 28, 28, 1))
+    params = network.init(jax.random.key(0), x)
+    whole, split = sharding.replicated(mesh), NamedSharding(mesh, PartitionSpec("data"))
+    grad = jax.grad(lambda params, x: jnp.mean(network.apply(params, x) ** 2))
+    return jax.jit(grad, in_shardings=(whole, split), out_shardings=whole).lower(params, x).compile()
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the mirrored form is CPU's")
+def test_mirrored_layers_need_no_convolution_and_no_exchange_of_images():
+    """No convolution, which CPU runs slowly in loops; split over devices, only gradients are summed."""
+    program = compiled_network(16, sharding.make_mesh()).as_text()
+    assert "convolution(" not in program
+    assert "all-reduce" in program
+    assert not any(f" {name}(" in program for name in ("all-gather", "all-to-all", "collective-permute"))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the mirrored form is CPU's")
+def test_between_two_layers_nothing_is_transposed():
+    """The mirroring of one layer's end and the next one's beginning cancel in the compiled program."""
+    program = compiled_network(64, sharding.make_mesh(jax.devices()[:1])).as_text()
+    assert "f32[8,13,13,64]" in program  # the images between the blocks, mirrored
+    assert "f32[64,13,13,8]" not in program
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize(("window", "strides", "padding"), [(2, 2, 0), (3, 3, 0), (3, 2, 1), (2, 1, 0)])
+def test_max_pool_is_flax_max_pool(window, strides, padding):
+    """Values and gradients, the latter to the first of equals."""
+    x = jnp.asarray(np.random.default_rng(0).integers(-3, 3, (2, 9, 8, 5)), jnp.float32)
+
+    def usual(x):
+        return nn.max_pool(x, (window, window), (strides, strides), [(padding, padding)] * 2)
+
+    def ours(x):
+        return layout.inner(layers.max_pool(layout.inner(x), window, strides, padding))
+
+    weights = jnp.asarray(normal(1, *usual(x).shape, dtype=np.float32))
+    results = [jax.jit(jax.value_and_grad(lambda x, f=f: jnp.sum(f(x) * weights)))(x) for f in (usual, ours)]
+    np.testing.assert_array_equal(jax.jit(ours)(x), usual(x))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
+
+
+@pytest.mark.usefixtures("form")
+def test_mean_pool_is_the_mean_over_pixels():
+    x = jnp.asarray(normal(0, 2, 5, 4, 3, dtype=np.float32))
+    np.testing.assert_allclose(layers.mean_pool(layout.inner(x)), np.mean(x, (1, 2)), rtol=1e-5, atol=1e-6)
+
+
+def test_drop_path_drops_whole_examples():
+    """Each with the given probability; what stays is scaled so that the expectation is unchanged."""
+    out = nn.apply(lambda module, x: layers.drop_path(module, x, 0.25, True), nn.Dense(1))(
+        {}, jnp.ones((4000, 2, 3)), rngs={"dropout": jax.random.key(0)}
+    )
+    rows = np.asarray(out).reshape(4000, -1)
+    assert set(np.unique(rows)) == {np.float32(0), np.float32(1 / 0.75)}
+    assert (rows == rows[:, :1]).all()
+    assert abs(np.mean(rows[:, 0] > 0) - 0.75) < 5 * (0.25 * 0.75 / 4000) ** 0.5
+    assert layers.drop_path(nn.Dense(1), out, 0.25, False) is out

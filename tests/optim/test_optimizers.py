@@ -1,0 +1,215 @@
+"""Muon, LAMB and weight decay before SGD by hand; every way to optimize trains and resumes exactly."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from imgclf_jax.core import sharding, tree
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import sources, stream
+from imgclf_jax.experiment import Experiment
+from imgclf_jax.optim import optimizers
+from imgclf_jax.run import provenance
+from imgclf_jax.run.checkpoint import Checkpoints
+
+RATE = 0.05
+
+
+def by_optax(text, params, grads):
+    """The parameters after the gradients, in float32, under jit."""
+    optimizer = optimizers.build(text, optax.constant_schedule(RATE), 0.0)
+    update = jax.jit(optimizer.update)
+    ours = jax.tree.map(jnp.float32, params)
+    state = optimizer.init(ours)
+    for g in grads:
+        updates, state = update(jax.tree.map(jnp.float32, g), state, ours)
+        ours = optax.apply_updates(ours, updates)
+    return dict(tree.named_leaves(ours))
+
+
+def draw(shapes, count=4):
+    rng = np.random.default_rng(0)
+    return [{k: rng.normal(size=s) for k, s in shapes.items()} for _ in range(count)]
+
+
+def newton_schulz(x, steps=5):
+    """Jordan et al. 2024: X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X from X / |X|, in float64."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = x / (np.linalg.norm(x) + 1e-8)
+    for _ in range(steps):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x
+
+
+def nest(flat):
+    """{"a/b": x} → {"a": {"b": x}}."""
+    out = {}
+    for name, x in flat.items():
+        *parents, leaf = name.split("/")
+        node = out
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = x
+    return out
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_its_definition(nesterov):
+    """On matrices, on flattened convolution kernels, and Adam on the rest, four steps in float64.
+
+    The update is the orthogonalized (Nesterov) momentum times sqrt(max(1, columns / rows)), its bias corrected as in
+    Dozat 2016, plus the decoupled weight decay.
+    """
+    shapes = {"backbone/dense/kernel": (6, 4), "backbone/wide/kernel": (3, 8), "backbone/conv/kernel": (3, 3, 2, 5),
+              "backbone/dense/bias": (4,), "backbone/positions": (5, 4), "head/kernel": (4, 3)}  # fmt: skip
+    params, *grads = draw(shapes)
+    text = f"muon(beta=0.9, weight_decay=0.1, nesterov={nesterov})"
+    out = by_optax(text, nest(params), [nest(g) for g in grads])
+    for name, p in params.items():
+        m = v = 0
+        for n, g in enumerate(g[name] for g in grads):
+            if name.startswith("backbone/") and name.endswith("kernel"):
+                rows, columns = int(np.prod(g.shape[:-1])), g.shape[-1]
+                m = 0.9 * m + 0.1 * g
+                ahead = m / (1 - 0.9 ** (n + 1))
+                if nesterov:
+                    ahead = 0.9 * m / (1 - 0.9 ** (n + 2)) + 0.1 * g / (1 - 0.9 ** (n + 1))
+                update = newton_schulz(ahead.reshape(rows, columns)) * np.sqrt(max(1, columns / rows))
+                p = p - RATE * (update.reshape(p.shape) + 0.1 * p)
+            else:
+                m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+                ahead = m / (1 - 0.9 ** (n + 1))
+                if nesterov:
+                    ahead = 0.9 * m / (1 - 0.9 ** (n + 2)) + 0.1 * g / (1 - 0.9 ** (n + 1))
+                p = p - RATE * ahead / (np.sqrt(v / (1 - 0.999 ** (n + 1))) + 1e-8)
+        np.testing.assert_allclose(out[name], p, rtol=0, atol=2e-5, err_msg=name)
+
+
+def test_muons_update_is_nearly_orthogonal():
+    """After five iterations every singular value lies about one, whatever those of the gradient were."""
+    rng = np.random.default_rng(0)
+    u, s, v = np.linalg.svd(rng.normal(size=(32, 16)), full_matrices=False)
+    grads = {"backbone": {"kernel": (u * s**2) @ v}}
+    zeros = {"backbone": {"kernel": np.zeros((32, 16))}}
+    moved = by_optax("muon", zeros, [grads])["backbone/kernel"] / -RATE
+    assert s.max() ** 2 / s.min() ** 2 > 10
+    singular = np.linalg.svd(np.asarray(moved), compute_uv=False)
+    assert 0.6 < singular.min() < singular.max() < 1.3
+
+
+def test_weight_decay_before_sgd_is_pytorchs():
+    """torch.optim.SGD's: g ← g + λ p, v ← μ v + g, and p ← p - η v or, with nesterov, p ← p - η (g + μ v)."""
+    params, *grads = draw({"a": (3, 2), "b": (4,)})
+    for nesterov in (True, False):
+        out = by_optax(f"add_decayed_weights(5e-2)|sgd(momentum=0.9, nesterov={nesterov})", params, grads)
+        for name, p in params.items():
+            v = 0
+            for g in (g[name] for g in grads):
+                g = g + 5e-2 * p
+                v = 0.9 * v + g
+                p = p - RATE * (g + 0.9 * v if nesterov else v)
+            np.testing.assert_allclose(out[name], p, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_comes_before_the_weight_decay():
+    """The gradient is clipped, not its sum with the decay, which is no gradient of the loss."""
+    params, grads = draw({"a": (3, 2)}, 2)
+    optimizer = optimizers.build("add_decayed_weights(0.5)|sgd", optax.constant_schedule(RATE), 0.1)
+    ours = jax.tree.map(jnp.float32, params)
+    updates, _ = optimizer.update(jax.tree.map(jnp.float32, grads), optimizer.init(ours), ours)
+    expected = -RATE * (0.1 * grads["a"] / np.linalg.norm(grads["a"]) + 0.5 * params["a"])
+    np.testing.assert_allclose(updates["a"], expected, rtol=1e-5)
+
+
+def test_lamb_is_its_definition():
+    """You et al. 2020: Adam's step with weight decay, of the parameter's own length."""
+    params, *grads = draw({"a": (3, 2), "b": (4,)})
+    out = by_optax("lamb(weight_decay=0.1)", params, grads)
+    for name, p in params.items():
+        m = v = 0
+        for n, g in enumerate(g[name] for g in grads):
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+            step = m / (1 - 0.9 ** (n + 1)) / (np.sqrt(v / (1 - 0.999 ** (n + 1))) + 1e-6) + 0.1 * p
+            p = p - RATE * np.linalg.norm(p) / np.linalg.norm(step) * step
+        np.testing.assert_allclose(out[name], p, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "add_decay_weights(0.1)|sgd",
+            "unknown transform before the optimizer 'add_decay_weights': did you mean 'add_d",
+        ),
+        ("add_decayed_weights(0.1)", "unknown optimizer 'add_decayed_weights'"),
+        ("sgd|add_decayed_weights(0.1)", "expected exactly one optimizer; before it may stand .*after it lookahead"),
+        ("lookahead(5)", "expected exactly one optimizer"),
+        ("", "expected exactly one optimizer"),
+        ("muon(0.95)", r"name the arguments, as in muon\(\.\.\.=0\.95\)"),
+        ("muon(momentum=0.95)", "unknown argument 'momentum'"),
+    ],
+)
+def test_wrong_chains_are_told(text, message):
+    with pytest.raises(UserError, match=message):
+        optimizers.build(text, optax.constant_schedule(0.1), 0.0)
+
+
+class Net(nn.Module):
+    """A convolution, a normalization with statistics, and dropout."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.BatchNorm(not train, momentum=0.9)(nn.Conv(8, (3, 3), (2, 2))(x))
+        x = nn.relu(x).reshape(x.shape[0], -1)
+        return nn.Dropout(0.1, deterministic=not train)(nn.relu(nn.Dense(16)(x)))
+
+
+WAYS = {
+    "sgd(momentum=0.9, nesterov=True)": {},
+    "adamw(weight_decay=1e-2)": {"schedule": "constant(1e-2)"},
+    "lamb(weight_decay=1e-2)": {"schedule": "constant(1e-2)"},
+    "lion(weight_decay=1e-2)": {"schedule": "constant(1e-3)"},
+    "muon(weight_decay=1e-2)": {"schedule": "constant(2e-2)", "rules.lr": ".*bias=0.1"},
+    "add_decayed_weights(5e-4)|sgd(momentum=0.9)|lookahead(4, 0.5)": {"rules.decay": ".*(bias|scale)=0"},
+    "adam": {"schedule": "constant(1e-2)", "ema": 0.9, "accumulate": 2},
+    "adamw": {"schedule": "constant(1e-2)", "rules.freeze": "backbone/Conv_0/.*", "rules.layer_decay": 0.75},
+}
+
+
+@pytest.mark.parametrize("text", WAYS)
+def test_it_trains_and_resumes_bit_for_bit(text, fake_config, tmp_path):
+    """In the compiled step on eight devices: the loss falls, and the state saved half-way leads to the same end."""
+    config = fake_config
+    config.update_from_flattened_dict({"schedule": "constant(0.1)", "optimizer": text, "total": "40 steps",
+                                       "log_every": "10 steps", "model": f"{__name__}:Net", **WAYS[text]})  # fmt: skip
+    data = provenance.DataInfo(64, (12, 12, 1), tuple("0123"), "")
+    experiment = Experiment(config, data, sharding.make_mesh())
+    images = stream.Images(sources.open_splits(config.data.source)["train"], "decode(1)")
+    batches = list(stream.train_batches(images, 0, config.batch_size, 0, 40))
+
+    def go(run, first, last):
+        """Trains on the steps; the sums are of these alone."""
+        state, sums = experiment.put(run["state"]), experiment.put(experiment.init(np.uint32(0))["sums"])
+        for start in range(first, last, experiment.steps_per_call):
+            some = batches[start : min(start + experiment.steps_per_call, last)]
+            chunk = {k: stream.pad_steps(np.stack([b[k] for b in some]), experiment.steps_per_call) for k in some[0]}
+            chunk = sharding.put_batch(chunk, experiment.mesh, axis=1)
+            state, sums = experiment.train_chunk(state, sums, chunk, np.int32(len(some)))
+        return {"state": state, "sums": sums}
+
+    begin = jax.device_get(jax.jit(experiment.init)(np.uint32(0)))
+    early = jax.device_get(go(begin, 0, 10))
+    half = jax.device_get(go(early, 10, 21))
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(21, experiment.put(half))
+    checkpoints.wait()
+    found = checkpoints.restore(21, experiment.shape)
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, found, half)
+    end, resumed = go(half, 21, 40), go(found, 21, 40)
+    jax.tree.map(np.testing.assert_array_equal, resumed, jax.device_get(end))
+    assert float(end["sums"]["loss"]) / int(end["sums"]["examples"]) < 0.7 * float(early["sums"]["loss"]) / 160

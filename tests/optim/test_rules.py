@@ -1,0 +1,292 @@
+"""Rules by parameter: which one counts, what a layer is, and what a run does with them."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import launch
+from imgclf_jax import config as configs
+from imgclf_jax.core import sharding, tree
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import sources, stream
+from imgclf_jax.experiment import Experiment
+from imgclf_jax.optim import optimizers, rules
+from imgclf_jax.run import provenance
+
+NAMES = ["backbone/block0/kernel", "backbone/block0/bias", "backbone/block12/kernel", "head/kernel", "head/bias"]
+
+
+def built(lr="", decay="", freeze="", layer_decay=0.0, names=NAMES):
+    return rules.build(lr, decay, freeze, layer_decay, names)
+
+
+# --- which rule counts ---
+
+
+def test_the_first_rule_that_matches_a_whole_path_counts():
+    lr, decay = "head/bias=3, head/.*=1e1, .*(bias|scale) = 0.5", r"backbone/block\d{1,2}/kernel=0"
+    out = built(lr, decay, "head/bias,.*0/b.*")
+    assert out.lr == {"head/bias": 3.0, "head/kernel": 10.0, "backbone/block0/bias": 0.5}
+    assert out.decay == {"backbone/block0/kernel": 0.0, "backbone/block12/kernel": 0.0}
+    assert out.frozen == {"head/bias", "backbone/block0/bias"}
+    assert not rules.Rules()
+    assert out
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"lr": "backbone=0.1"},
+            r"rules\.lr: 'backbone' matches no parameter; .* whole path, such as 'backbone/block0",
+        ),
+        ({"lr": "stem/.*=0.1"}, r"rules\.lr: 'stem/\.\*' matches no parameter; they are backbone/block0/kernel, "),
+        ({"lr": "head/.*=1, head/bias=2"}, r"'head/bias' comes too late: rules before it match all that it does"),
+        ({"lr": "head/.*"}, r"rules\.lr: 'head/\.\*' is not PATTERN=NUMBER"),
+        ({"lr": "head/.*=big"}, r"'head/\.\*=big' is not PATTERN=NUMBER"),
+        ({"decay": "head/.*=-1"}, r"rules\.decay: 'head/\.\*=-1' is not PATTERN=NUMBER, the number 0 or more"),
+        ({"decay": "head/.*=nan"}, "is not PATTERN=NUMBER"),
+        ({"decay": "=1"}, "is not PATTERN=NUMBER"),
+        ({"freeze": "head/(bias"}, r"rules\.freeze: 'head/\(bias' is not a regular expression: "),
+        ({"freeze": ".*"}, "matches every parameter: nothing is left to train"),
+    ],
+)
+def test_wrong_rules_are_told(keys, message):
+    with pytest.raises(UserError, match=message):
+        built(**keys)
+
+
+def test_the_table_tells_of_every_parameter():
+    out = built("head/.*=10", ".*bias=0", "backbone/block0/.*")
+    lines = out.table(dict.fromkeys(NAMES, (3, 4))).splitlines()
+    assert [line.split() for line in lines] == [
+        ["parameter", "shape", "learning", "rate", "weight", "decay"],
+        ["backbone/block0/kernel", "[3,", "4]", "frozen"],
+        ["backbone/block0/bias", "[3,", "4]", "frozen"],
+        ["backbone/block12/kernel", "[3,", "4]", "1", "1"],
+        ["head/kernel", "[3,", "4]", "10", "1"],
+        ["head/bias", "[3,", "4]", "10", "0"],
+    ]
+
+
+# --- layers ---
+
+
+VIT = ["patch/kernel", "cls", "positions_embedding", "block0/attn/qkv/kernel", "block0/norm1/scale",
+       "block1/mlp/fc1/bias", "block2/mlp/fc1/kernel", "norm/scale"]  # fmt: skip
+CONVNEXT = ["stem_conv/kernel", "stem_norm/bias", "stage0_0/dwconv/kernel", "stage0_0/gamma", "stage0_1/norm/bias",
+            "downsample1_norm/scale", "downsample1_conv/kernel", "stage1_0/pwconv1/kernel", "norm/bias"]  # fmt: skip
+RESNET = ["conv1/kernel", "bn1/scale", "layer1_0/conv1/kernel", "layer1_1/bn2/bias", "layer2_0/downsample_bn/scale"]
+WIDE = ["conv1/kernel", "layer1_0/conv1/kernel", "layer2_0/bn1/scale", "bn1/scale"]  # whose last layer is called bn1
+
+
+@pytest.mark.parametrize(
+    ("names", "depths"),  # the head's last
+    [
+        (VIT, [0, 0, 0, 1, 1, 2, 3, 4, 4]),  # BEiT: what embeds is 0, block i is i + 1, the rest one more than the last
+        (CONVNEXT, [0, 0, 1, 1, 2, 3, 3, 3, 4, 4]),
+        (RESNET, [0, 0, 1, 2, 3, 4]),
+        (WIDE, [0, 1, 2, 3, 3]),
+        (["block0/kernel", "block1/kernel", "block1/bias", "dense/kernel"], [0, 1, 1, 2, 3]),  # no blocks of layers
+        (["rnn/cell0/hf/kernel", "rnn/cell0/hi/kernel"], [0, 0, 1]),
+        ([], [0]),
+    ],
+)
+def test_layers_are_blocks_in_the_order_of_use(names, depths):
+    names = [*(f"backbone/{name}" for name in names), "head/kernel"]
+    assert rules.layers(names) == dict(zip(names, depths, strict=True))
+
+
+def test_layer_decay_is_a_power_of_the_distance_from_the_top():
+    """For ViT-B with BEiT's 0.75: the head and last norm 1, block 11 0.75, the embedding 0.75**13."""
+    names = ["backbone/patch/kernel", *(f"backbone/block{i}/mlp/fc1/kernel" for i in range(12)), "backbone/norm/scale",
+             "head/kernel"]  # fmt: skip
+    out = built(layer_decay=0.75, names=names).lr
+    expected = [0.75**13, *(0.75 ** (12 - i) for i in range(12)), 1, 1]
+    np.testing.assert_allclose([out[name] for name in names], expected, rtol=1e-12)
+    both = built("head/.*=10", layer_decay=0.5, names=names).lr  # they multiply
+    assert (both["head/kernel"], both["backbone/block11/mlp/fc1/kernel"]) == (10.0, 0.5)
+
+
+class Block(nn.Module):
+    """A residual block with every kind of layer that training and evaluation tell apart."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        y = nn.BatchNorm(momentum=0.5, name="bn")(nn.Dense(self.width, name="dense")(x), use_running_average=not train)
+        return nn.Dropout(0.5, deterministic=not train)(nn.relu(y))
+
+
+class Blocks(nn.Module):
+    """A stem, three blocks and a norm, whose names are in another order than their use."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(8, name="stem")(x.reshape(x.shape[0], -1))
+        x = nn.relu(nn.BatchNorm(not train, momentum=0.5, name="bn1")(x))
+        for i in (10, 9, 2):
+            x = Block(8, name=f"block{i}")(x, train)
+        return nn.LayerNorm(name="a_norm")(x)
+
+
+def experiment(config, **keys):
+    """The Experiment of Blocks on fake images, with these keys of the config."""
+    config.model = f"{__name__}:Blocks"
+    for key, value in keys.items():
+        config.update_from_flattened_dict({key.replace("__", "."): value})
+    data = provenance.DataInfo(64, (12, 12, 1), tuple("abcd"), "")
+    return Experiment(config, data, sharding.make_mesh())
+
+
+def trained(exp, steps=3):
+    """(the state before, the state after some steps), on the host."""
+    images = stream.Images(sources.open_splits(exp.config.data.source)["train"], "decode(1)")
+    batch = next(iter(stream.train_batches(images, 0, exp.config.batch_size, 0, 1)))
+    chunk = sharding.put_batch({k: np.stack([v] * exp.steps_per_call) for k, v in batch.items()}, exp.mesh, axis=1)
+    run = jax.jit(exp.init)(np.uint32(0))
+    before = jax.device_get(run["state"])
+    state, _ = exp.train_chunk(exp.put(run["state"]), exp.put(run["sums"]), chunk, np.int32(steps))
+    return before, jax.device_get(state)
+
+
+def test_the_order_of_use_is_that_of_the_model(fake_config):
+    exp = experiment(fake_config, rules__layer_decay=0.5)
+    first = list(dict.fromkeys("/".join(name.split("/")[:2]) for name in exp.parameters))
+    assert first == ["backbone/stem", "backbone/bn1", "backbone/block10", "backbone/block9", "backbone/block2",
+                     "backbone/a_norm", "head/kernel", "head/bias"]  # fmt: skip
+    factors = {name.split("/")[1]: factor for name, factor in exp.rules.lr.items()}
+    assert factors == {"stem": 0.0625, "bn1": 0.0625, "block10": 0.125, "block9": 0.25, "block2": 0.5, "a_norm": 1.0,
+                       "kernel": 1.0, "bias": 1.0}  # fmt: skip
+    assert {name: shape for name, shape in exp.parameters.items() if "stem" in name or "head" in name} == {
+        "backbone/stem/kernel": (144, 8), "backbone/stem/bias": (8,), "head/kernel": (8, 4), "head/bias": (4,)
+    }  # fmt: skip
+
+
+# --- what a run does with them ---
+
+
+def test_lr_multiplies_the_update(fake_config):
+    """After one step of SGD from the same gradient, exactly: factors that are powers of two round nothing."""
+    changed = []
+    for text in ("", "backbone/block9/.*=0.25, head/.*=4, .*bias=0"):
+        exp = experiment(fake_config, optimizer="sgd", schedule="constant(0.125)", rules__lr=text)
+        before, after = trained(exp, steps=1)
+        changed.append({k: (a, b) for (k, a), (_, b) in zip(*map(tree.named_leaves, (before.params, after.params)),
+                                                            strict=True)})  # fmt: skip
+    plain, ruled = changed
+    for name, (start, end) in plain.items():
+        factor = next((f for p, f in (("block9", 0.25), ("head", 4), ("bias", 0)) if p in name), 1)
+        np.testing.assert_allclose(ruled[name][1] - start, factor * (end - start), rtol=1e-3, atol=1e-7, err_msg=name)
+    assert np.array_equal(*ruled["backbone/stem/bias"])
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_frozen_parameters_keep_every_bit(fake_config, steps):
+    """Their values, and the batch statistics of the modules that are frozen whole; the rest moves."""
+    frozen = "backbone/stem/.*, backbone/bn1/.*, backbone/block10/.*, backbone/block9/dense/.*"
+    exp = experiment(fake_config, optimizer="adamw(weight_decay=0.1)", clip=1.0, rules__freeze=frozen)
+    before, after = trained(exp, steps)
+    still = {name for (name, a), (_, b) in zip(*map(tree.named_leaves, (before.params, after.params)), strict=True)
+             if np.array_equal(a, b)}  # fmt: skip
+    assert still == exp.rules.frozen
+    stats = [dict(tree.named_leaves(state.model_state["batch_stats"])) for state in (before, after)]
+    kept = {name for name in stats[0] if np.array_equal(stats[0][name], stats[1][name])}
+    assert kept == {f"backbone/{p}/{s}" for p in ("bn1", "block10/bn") for s in ("mean", "var")}
+    moments = [name for name, _ in tree.named_leaves(after.opt_state) if "/mu/" in name]
+    assert len(moments) == len(exp.parameters) - len(exp.rules.frozen)
+    assert not [name for name in moments if "stem" in name]
+
+
+def test_no_update_changes_a_negative_zero():
+    optimizer = optimizers.build("sgd", optax.constant_schedule(0.1), 0.0, rules.Rules(frozen=frozenset("a")))
+    params = {"a": jnp.float32([-0.0, 0.0, 1.0]), "b": jnp.ones(2)}
+    updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
+    after = jax.jit(optax.apply_updates)(params, updates)
+    assert np.array_equal(np.signbit(after["a"]), [True, False, False])
+    np.testing.assert_allclose(after["b"], 0.9)
+
+
+def test_the_gradient_that_is_logged_and_clipped_is_that_of_what_is_trained(fake_config):
+    """By hand: the gradient of the head alone, over features computed as in evaluation."""
+    exp = experiment(fake_config, optimizer="sgd", schedule="constant(1.0)", clip=0.01, rules__freeze="backbone/.*")
+    before, after = trained(exp, steps=1)
+    images = stream.Images(sources.open_splits(fake_config.data.source)["train"], "decode(1)")
+    batch = next(iter(stream.train_batches(images, 0, fake_config.batch_size, 0, 1)))
+    x = batch["image"].astype(np.float32) / 255
+
+    def loss(head):
+        variables = {"params": before.params | {"head": head}, **before.model_state}
+        logits = exp.model.apply(variables, x, train=False)
+        return jnp.mean(exp.loss(logits, batch["label"]))
+
+    grads = jax.grad(loss)(before.params["head"])
+    norm = float(optax.tree.norm(grads))
+    assert norm > 0.01
+    for name, g in grads.items():
+        moved = after.params["head"][name] - before.params["head"][name]
+        np.testing.assert_allclose(moved, -g * 0.01 / norm, rtol=1e-3, atol=1e-6)
+
+
+def test_decay_multiplies_the_weight_decay():
+    """AdamW, and SGD with PyTorch's weight decay, in NumPy; a parameter that no rule names has the factor 1."""
+    params = {"a": np.array([1.0, -2.0]), "b": np.array([0.5]), "c": np.array([[3.0]])}
+    grads = [{"a": np.array([0.1, 0.3]), "b": np.array([-0.2]), "c": np.array([[1.0]])},
+             {"a": np.array([-0.4, 0.3]), "b": np.array([0.1]), "c": np.array([[-1.0]])}]  # fmt: skip
+    factors = {"a": 0.0, "b": 0.25, "c": 1.0}
+    ruled = rules.Rules(decay={"a": 0.0, "b": 0.25})
+    for text in ("adamw(weight_decay=0.1)", "add_decayed_weights(0.1)|sgd(momentum=0.9)"):
+        optimizer = optimizers.build(text, optax.constant_schedule(0.01), 0.0, ruled)
+        ours = jax.tree.map(jnp.float32, params)
+        state = optimizer.init(ours)
+        for g in grads:
+            updates, state = optimizer.update(jax.tree.map(jnp.float32, g), state, ours)
+            ours = optax.apply_updates(ours, updates)
+        for name, p in params.items():
+            decay, m, v = 0.1 * factors[name], 0.0, 0.0
+            for n, g in enumerate(g[name] for g in grads):
+                if text.startswith("adamw"):
+                    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+                    step = m / (1 - 0.9 ** (n + 1)) / (np.sqrt(v / (1 - 0.999 ** (n + 1))) + 1e-8)
+                    p = p - 0.01 * (step + decay * p)
+                else:
+                    m = 0.9 * m + g + decay * p
+                    p = p - 0.01 * m
+            np.testing.assert_allclose(ours[name], p, rtol=1e-6, err_msg=f"{text} {name}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sgd(momentum=0.9)", r"rules\.decay: optimizer='sgd\(momentum=0\.9\)' has no weight decay to multiply; use"),
+        ("adamw(weight_decay=0)", "has no weight decay to multiply"),
+        ("prodigy(weight_decay=0.1)", "prodigy finds one step size for all parameters together"),
+    ],
+)
+def test_decay_rules_need_a_weight_decay(text, message):
+    with pytest.raises(UserError, match=message):
+        optimizers.build(text, optax.constant_schedule(0.1), 0.0, rules.Rules(decay={"a": 0.0}))
+
+
+def test_rules_from_the_command_line(tmp_path, capsys):
+    """They pass through flags and config.json, are logged once, and a frozen backbone keeps its digest."""
+    flags = ["--config.total=2 steps", "--config.schedule=constant(1e-3)", "--config.optimizer=adamw",
+             "--config.eval_every=", "--config.log_every=",
+             "--config.rules.lr=head/.*=1, backbone/block\\d{1,2}/kernel=0.5", "--config.rules.decay=.*(bias|scale)=0",
+             "--config.rules.layer_decay=0.75", "--config.rules.freeze=backbone/dense/.*"]  # fmt: skip
+    assert launch.main(["train", f"--workdir={tmp_path}", *flags]) == 0
+    assert launch.main(["train", f"--workdir={tmp_path}", *flags]) == 0  # done already
+    log = capsys.readouterr().err
+    assert log.count("rules:\n") == 1
+    assert re.search(r"backbone/dense/bias +\[64\] +frozen\n", log)
+    config = configs.from_json((tmp_path / "config.json").read_text(), "")
+    assert config.rules.lr == "head/.*=1, backbone/block\\d{1,2}/kernel=0.5"
+    assert json.loads((tmp_path / "result.json").read_text())["step"] == 2
+    assert launch.main(["train", f"--workdir={tmp_path / 'b'}", "--config.rules.freeze=backbone"]) == 1

@@ -1,0 +1,172 @@
+"""Averages of the weights against NumPy: the moving average, Lookahead as published, and airbench94's variant of it."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import launch
+from imgclf_jax.commands.evaluate import evaluate_all, restore
+from imgclf_jax.core import spec, tree
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import sources, stream
+from imgclf_jax.optim import optimizers, weight_averages
+from imgclf_jax.run.workdir import Workdir
+
+STEPS = 40
+GRADS = np.random.default_rng(0).normal(size=(STEPS, 5)).astype(np.float32)
+START = np.linspace(-1, 1, 5, dtype=np.float32)
+
+
+def train(average, optimizer=None):
+    """Every step's weights and average, from START along GRADS; the batch statistic is the sum of the weights."""
+    optimizer = optimizer or optax.sgd(0.1)
+
+    @jax.jit
+    def step(i, params, opt_state, averaged, grads):
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        state = {"mean": jnp.sum(params), "count": i + 1}
+        (params, state), averaged = average.update(averaged, (params, state), i)
+        return params, opt_state, averaged, state
+
+    params = jnp.asarray(START)
+    opt_state = optimizer.init(params)
+    averaged = average.init((params, {"mean": jnp.sum(params), "count": jnp.int32(0)}))
+    out = []
+    for i, grads in enumerate(GRADS):
+        params, opt_state, averaged, state = step(jnp.int32(i), params, opt_state, averaged, grads)
+        out.append(jax.device_get((params, averaged, state)))
+    return out
+
+
+def build(text, decay=0.0):
+    call = optimizers.split_lookahead(text)[1]
+    return weight_averages.build(decay, call, lambda duration: int(duration.split()[0]) if duration else 0, STEPS)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.999])
+def test_ema_is_its_definition(decay):
+    """With d = min(decay, (1 + t) / (10 + t)) after t updates; the weights themselves stay as they are."""
+    params, average, total = START.astype(np.float64), START.astype(np.float64), START.sum(dtype=np.float64)
+    for t, (ours, (averaged, state), _) in enumerate(train(build("sgd", decay))):
+        d = min(decay, (1 + t) / (10 + t))
+        params = params - 0.1 * GRADS[t]
+        average, total = d * average + (1 - d) * params, d * total + (1 - d) * params.sum()
+        np.testing.assert_allclose(ours, params, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(averaged, average, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(state["mean"], total, rtol=0, atol=1e-5)
+        assert state["count"] == t + 1  # of integers the last
+
+
+def test_ema_of_what_does_not_change_is_itself():
+    average = weight_averages.ema(0.99)
+    x = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    averaged = average.init(x)
+    for t in range(30):
+        _, averaged = average.update(averaged, x, jnp.int32(t))
+    np.testing.assert_array_equal(averaged, x)
+
+
+@pytest.mark.parametrize(("k", "alpha"), [(5, 0.5), (6, 0.8), (1, 0.3), (5, 1.0)])
+def test_lookahead_is_the_papers_algorithm(k, alpha):
+    """Algorithm 1 of Zhang et al. 2019 in NumPy, and optax's own lookahead; with the momentum kept across the loop."""
+    inner = optax.sgd(0.1, momentum=0.9)
+    ours = train(build(f"sgd|lookahead({k}, {alpha})"), inner)
+    slow, fast, momentum, n = START.astype(np.float64), None, 0.0, 0
+    while n < STEPS:  # the outer loop
+        fast = slow
+        for _ in range(min(k, STEPS - n)):
+            momentum = 0.9 * momentum + GRADS[n]
+            fast = fast - 0.1 * momentum
+            n += 1
+            if n % k:
+                np.testing.assert_allclose(ours[n - 1][0], fast, rtol=0, atol=2e-5)
+                np.testing.assert_allclose(ours[n - 1][1][0], slow, rtol=0, atol=2e-5)
+        if n % k == 0:
+            slow = slow + alpha * (fast - slow)
+            np.testing.assert_allclose(ours[n - 1][0], slow, rtol=0, atol=2e-5)
+            np.testing.assert_array_equal(ours[n - 1][0], ours[n - 1][1][0])
+    theirs = optax.lookahead(inner, k, alpha)
+    params = optax.LookaheadParams.init_synced(jnp.asarray(START))
+    state = theirs.init(params)
+    for grads, (fast, (slow, _), _) in zip(GRADS, ours, strict=True):
+        updates, state = optimizers.promoting(theirs.update)(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(fast, params.fast, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(slow, params.slow, rtol=0, atol=2e-5)
+
+
+def test_lookahead_with_a_schedule_is_airbench94s():
+    """Every 5 steps after step 12 an average with decay 0.95**5 (n / total)**3 is copied back, with the statistics."""
+    ours = train(build(f"sgd|lookahead(5, {1 - 0.95**5}, power=3, start='12 steps')"))
+    params, average = START.astype(np.float64), None
+    for n, grads in enumerate(GRADS, 1):
+        params = params - 0.1 * grads
+        total = params.sum()
+        if n > 12 and n % 5 == 0:
+            if average is None:
+                average = (params, total)
+            else:
+                decay = 0.95**5 * (n / STEPS) ** 3
+                average = tuple(decay * a + (1 - decay) * x for a, x in zip(average, (params, total), strict=True))
+                params, total = average
+        own, (averaged, state), own_state = ours[n - 1]
+        np.testing.assert_allclose(own, params, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(own_state["mean"], total, rtol=0, atol=1e-5)
+        expected, expected_total = (params, total) if average is None else average
+        np.testing.assert_allclose(averaged, expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(state["mean"], expected_total, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "decay", "message"),
+    [
+        ("sgd|lookahead(0, 0.5)", 0.0, r"lookahead\(k=0, .*k must be a whole number from 1"),
+        ("sgd|lookahead(2.5)", 0.0, r"k=2\.5"),
+        ("sgd|lookahead(5, 1.5)", 0.0, r"alpha=1\.5, .*at most 1"),
+        ("sgd|lookahead(5, power=-1)", 0.0, "power=-1"),
+        ("sgd|lookahead(5, slow=1)", 0.0, "unknown argument 'slow'"),
+        ("sgd|lookahead(5, 0.5)", 0.9, r"ema=0\.9 and lookahead\(5, 0\.5\) both say which weights are evaluated"),
+    ],
+)
+def test_wrong_averages_are_told(text, decay, message):
+    with pytest.raises(UserError, match=message):
+        build(text, decay)
+
+
+FLAGS = ["--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=",
+         "--config.model=mlp(widths=(16,))", "--config.batch_size=16", "--config.log_every=", "--config.eval_every=",
+         "--config.total=22 steps", "--config.schedule=constant(1e-2)",
+         "--config.checkpoint.best=test/loss"]  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", ["--config.ema=0.9", "--config.optimizer=sgd(momentum=0.9)|lookahead(5, 0.5)"])
+def test_evaluation_and_prediction_use_the_average(tmp_path, flag):
+    """The result, the checkpoint that is read again and `predict`; `params_sha256` is that of the weights."""
+    assert launch.main([f"--workdir={tmp_path}", *FLAGS, flag]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    workdir = Workdir(tmp_path)
+    experiment, state, _ = restore(workdir.load_config(), workdir, "best")
+    assert result["params_sha256"] == tree.sha256(jax.device_get(state.params)) != tree.sha256(state.ema[0])
+    source = sources.open_splits(experiment.config.data.source)["test"]
+    examples = source.read(np.arange(64))
+    logits = experiment.model.apply({"params": state.ema[0]}, examples["image"].astype(np.float32) / 255, train=False)
+    loss = float(jnp.mean(experiment.loss(logits, examples["label"])))
+    np.testing.assert_allclose(result["test"]["loss"], loss, rtol=1e-5)
+    again = evaluate_all(experiment, state, {"test": stream.Images(source, "decode(1)")})
+    assert again["test"] == result["test"]
+    plain = evaluate_all(experiment, state.replace(ema=None), {"test": stream.Images(source, "decode(1)")})
+    assert plain["test"]["loss"] != result["test"]["loss"]
+    probabilities = experiment.predict_step(*state.evaluated, examples["image"])
+    np.testing.assert_allclose(probabilities, jax.nn.softmax(logits), rtol=1e-4, atol=1e-6)
+
+
+def test_a_spec_of_lookahead_reads_back():
+    calls, lookahead = optimizers.split_lookahead("add_decayed_weights(5e-4)|sgd(nesterov=True)|lookahead(5, 0.8)")
+    assert [str(call) for call in calls] == ["add_decayed_weights(0.0005)", "sgd(nesterov=True)"]
+    assert lookahead == spec.Call("lookahead", (5, 0.8))
+    assert optimizers.split_lookahead("sgd") == ([spec.Call("sgd")], None)

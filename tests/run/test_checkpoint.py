@@ -1,0 +1,275 @@
+"""Checkpoints: any damage is reported and the one before used, bit for bit; a full disk loses nothing."""
+
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imgclf_jax.core import sharding, tree
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.run.checkpoint import Checkpoints
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_state(step: int) -> dict:
+    """Leaves of every kind that a train state has, and a bfloat16 one; whole on all devices."""
+    rng = np.random.default_rng(step)
+    state = {
+        "params": {"kernel": jnp.asarray(rng.normal(size=(7, 5)), jnp.float32), "bias": jnp.zeros(5)},
+        "half": jnp.asarray(rng.normal(size=64), jnp.bfloat16),
+        "opt": ((jnp.int32(step), jnp.asarray(rng.normal(size=3), jnp.float32)), ()),
+        "seed": jnp.uint32(2**32 - 1),
+        "flags": jnp.array([True, False]),
+    }
+    return jax.device_put(state, sharding.replicated(sharding.make_mesh()))
+
+
+def like(mesh=None) -> dict:
+    """The shapes of `make_state`, on all devices or on those of `mesh`."""
+    whole = sharding.replicated(mesh or sharding.make_mesh())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), make_state(0))
+
+
+def save(directory: Path, steps: dict[int, dict[str, float]], **options) -> Checkpoints:
+    """Saves `make_state(step)` with its metrics for each step."""
+    checkpoints = Checkpoints(directory, **options)
+    for step, scores in steps.items():
+        checkpoints.save(step, make_state(step), scores)
+    checkpoints.close()
+    return Checkpoints(directory, **options)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A directory with the checkpoints of steps 10 and 20."""
+    directory = tmp_path_factory.mktemp("saved") / "checkpoints"
+    save(directory, {10: {}, 20: {}})
+    return directory
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.iterdir())
+
+
+def flip(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "emptied": lambda file: file.write_bytes(b""),
+    "first bit flipped": lambda file: flip(file, 0),
+    "a bit in the middle flipped": lambda file: flip(file, file.stat().st_size // 2),
+    "removed": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_to_any_file(saved, tmp_path, caplog, damage):
+    """Whichever file is hit: one warning names it, the checkpoint is moved aside, and the one before is used."""
+    files = sorted(f.relative_to(saved) for f in (saved / "20").rglob("*") if f.is_file() and f.stat().st_size)
+    assert len(files) > 5
+    for i, file in enumerate(files):
+        if file.name == "manifest.json" and damage == "removed":
+            continue  # as where a process was killed before it was written
+        directory = tmp_path / str(i) / "checkpoints"
+        shutil.copytree(saved, directory)
+        DAMAGE[damage](directory / file)
+        caplog.clear()
+        step, state = Checkpoints(directory).restore_latest(like())
+        assert step == 10, file
+        assert tree.sha256(state) == tree.sha256(make_state(10))
+        (record,) = [r for r in caplog.records if r.levelno >= logging.WARNING and r.name.startswith("imgclf_jax")]
+        assert file.name in record.message or file.name == "manifest.json"  # in which another file's name may change
+        assert f"checkpoint {directory}/20 is damaged" in record.message
+        assert f"moved to {directory.parent}/damaged/20 and the checkpoint of step 10 is used" in record.message
+        assert (names(directory), names(directory.parent / "damaged")) == (["10"], ["20"])
+        assert Checkpoints(directory).restore_latest(like())[0] == 10
+        assert len([r for r in caplog.records if r.name.startswith("imgclf_jax")]) == 1  # reported once
+
+
+def test_damaged_twice(saved, tmp_path, caplog):
+    """A run that goes on after damage may meet it again: the newer damaged checkpoint takes the older one's place."""
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    for _ in range(2):
+        DAMAGE["truncated"](directory / "20" / "manifest.json")
+        checkpoints = Checkpoints(directory)
+        assert checkpoints.restore_latest(like())[0] == 10
+        checkpoints.save(20, make_state(20))
+        checkpoints.close()
+    assert Checkpoints(directory).restore_latest(like())[0] == 20
+
+
+def test_reading_alone_moves_nothing(saved, tmp_path, caplog):
+    """`evaluate` may look at a run that goes on: it uses the checkpoint before and leaves the damaged one there."""
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    DAMAGE["emptied"](directory / "20" / "manifest.json")
+    (directory / "30.orbax-checkpoint-tmp").mkdir()
+    assert Checkpoints(directory, read_only=True).restore_latest(like())[0] == 10
+    assert "the checkpoint of step 10 is used" in caplog.text
+    assert names(directory) == ["10", "20", "30.orbax-checkpoint-tmp"]
+
+
+def test_all_damaged(saved, tmp_path):
+    """Then nothing is moved and the user decides; nothing at all is the start of a run."""
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    for step in ("10", "20"):
+        flip(directory / step / "manifest.json", 0)
+    with pytest.raises(UserError, match=r"no checkpoint of \[10, 20\] in .* can be read: .*20 is damaged.* remove or"):
+        Checkpoints(directory).restore_latest(like())
+    assert names(directory) == ["10", "20"]
+    assert Checkpoints(tmp_path / "new").restore_latest(like()) is None
+
+
+def test_a_killed_save(saved, tmp_path):
+    """Its temporary folder is no checkpoint and is cleaned up; one without a manifest is used, and gets one."""
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    shutil.copytree(saved / "20", directory / "30.orbax-checkpoint-tmp")
+    (directory / "20" / "manifest.json").rename(directory / "20" / "manifest.json.tmp")  # killed before the renaming
+    checkpoints = Checkpoints(directory)
+    assert checkpoints.steps() == [10, 20]
+    step, state = checkpoints.restore_latest(like())
+    assert (step, tree.sha256(state)) == (20, tree.sha256(make_state(20)))
+    checkpoints.close()
+    assert names(directory) == ["10", "20"]
+    assert Checkpoints(directory).restore_latest(like())[0] == 20
+    manifest = json.loads((directory / "20" / "manifest.json").read_text())
+    assert manifest == json.loads((saved / "20" / "manifest.json").read_text())
+
+
+def test_every_kind_of_leaf_on_other_devices(saved):
+    """Bits, dtypes and shapes are those saved, on eight devices and on one."""
+    one = sharding.make_mesh(jax.devices()[:1])
+    for mesh in (sharding.make_mesh(), one):
+        state = Checkpoints(saved, read_only=True).restore(20, like(mesh))
+        assert tree.sha256(state) == tree.sha256(make_state(20))
+        assert state["half"].dtype == jnp.bfloat16
+        assert all(x.sharding.device_set == set(mesh.devices.flat) for x in jax.tree.leaves(state))
+
+
+def test_another_model(saved):
+    """The array that differs is named, with both shapes."""
+    other = like()
+    other["params"]["kernel"] = jax.ShapeDtypeStruct((7, 6), jnp.float32, sharding=other["seed"].sharding)
+    with pytest.raises(UserError, match=r"another model .*params/kernel is float32\[7, 5\] in it, float32\[7, 6\] by"):
+        Checkpoints(saved, read_only=True).restore(20, other)
+    other = like()
+    del other["half"]
+    with pytest.raises(UserError, match=r"half is bfloat16\[64\] in it, absent by the config"):
+        Checkpoints(saved, read_only=True).restore(20, other)
+
+
+def test_donated_at_once(tmp_path):
+    """The next step may overwrite the state's buffers as soon as `save` returns."""
+    advance = jax.jit(lambda s: jax.tree.map(lambda x: x + jnp.ones_like(x), s), donate_argnums=0)
+    state = jax.device_put({"x": jnp.arange(500_000.0)}, sharding.replicated(sharding.make_mesh()))
+    shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    expected = {}
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        expected[step] = np.arange(500_000, dtype=np.float32) + np.float32(step - 1)
+        checkpoints.save(step, state)
+        before, state = state, advance(state)
+        assert before["x"].is_deleted()
+    checkpoints.wait()
+    for step, values in expected.items():
+        np.testing.assert_array_equal(checkpoints.restore(step, shape)["x"], values)
+
+
+def test_saved_twice(tmp_path):
+    """A step is saved once; resuming at it and saving again changes nothing."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(5, make_state(5))
+    checkpoints.save(5, make_state(6))
+    checkpoints.close()
+    assert tree.sha256(Checkpoints(tmp_path).restore(5, like())) == tree.sha256(make_state(5))
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_latest_are_kept(tmp_path, keep):
+    assert save(tmp_path, {step: {} for step in (1, 2, 3, 4)}, keep=keep).steps() == [3, 4][-keep:]
+
+
+@pytest.mark.parametrize(("best", "expected"), [("test/accuracy", 2), ("test/loss", 3)])
+def test_the_best_is_kept(tmp_path, best, expected):
+    """Accuracy is best when high, loss when low; a checkpoint without the metric is never the best."""
+    scores = {1: (0.2, 0.9), 2: (0.8, 0.5), 3: (0.6, 0.1), 4: (), 5: (0.7, 0.4), 6: ()}
+    steps = {step: dict(zip(("test/accuracy", "test/loss"), pair, strict=False)) for step, pair in scores.items()}
+    checkpoints = save(tmp_path, steps, keep=1, best=best)
+    assert checkpoints.best_step() == expected
+    assert checkpoints.steps() == [expected, 6]
+    assert Checkpoints(tmp_path).best_step() is None
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, and a function that gives it other options, such as another size."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options: str) -> None:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], check=True, capture_output=True)
+
+    try:
+        mount("size=1400k")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small file system is not permitted here")
+    yield place, lambda options: mount(f"remount,{options}")
+    subprocess.run(["umount", place], check=True)
+
+
+RUN = ("--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=",
+       "--config.model=mlp(widths=(512,))", "--config.schedule=constant(1e-2)", "--config.total=12 steps",
+       "--config.batch_size=16", "--config.checkpoint_every=4 steps", "--config.eval_every=6 steps")  # fmt: skip
+
+
+def train(workdir: Path) -> tuple[int, list[str]]:
+    """The exit status of a process that trains there, and what it says on stderr but for the log."""
+    command = [sys.executable, ROOT / "launch.py", "train", f"--workdir={workdir}", *RUN]
+    process = subprocess.run(command, capture_output=True, text=True)
+    lines = process.stderr.splitlines()
+    return process.returncode, [line for line in lines if not re.match(r"\d\d:\d\d:\d\d|[+|]|Total", line)]
+
+
+def test_a_full_disk(small_disk, tmp_path):
+    """One sentence; the last good checkpoint is whole; with more space the run ends as if nothing had happened."""
+    place, remount = small_disk
+    workdir = place / "run"
+    status, said = train(workdir)  # a checkpoint is 0.9 MB: one fits
+    assert (status, len(said)) == (1, 1), said
+    mend = "free some space or mend the disk and run the same command again"
+    assert re.fullmatch(rf"error: (a checkpoint|the metrics) .*{workdir}.*: no space left on device; .*{mend}", said[0])
+    before = Checkpoints(workdir / "checkpoints", read_only=True)
+    assert before.steps() == [4]
+    remount("size=20m")
+    assert train(workdir) == (0, [])
+    steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert train(tmp_path / "undisturbed") == (0, [])
+    results = [json.loads((w / "result.json").read_text()) for w in (workdir, tmp_path / "undisturbed")]
+    assert results[0]["params_sha256"] == results[1]["params_sha256"]
+    assert results[0]["test"] == results[1]["test"]
+
+
+def test_a_read_only_disk(small_disk):
+    place, remount = small_disk
+    remount("ro")
+    _, said = train(place / "run")
+    assert said == [
+        f"error: work directory {place}/run cannot be written: Read-only file system; pass another --workdir"
+    ]

@@ -1,0 +1,193 @@
+"""What a run writes: metrics.jsonl, TensorBoard, the progress bar, result.json and provenance.json."""
+
+import importlib.metadata
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from imgclf_jax.commands import train
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.run import provenance, writers
+from imgclf_jax.run.workdir import Workdir
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def finished(fake_config, tmp_path, capsys) -> Path:
+    """The work directory of a run that is done."""
+    assert train.main(fake_config, Workdir(tmp_path / "run")) == 0
+    return tmp_path / "run"
+
+
+def test_records_are_appended(tmp_path):
+    writer = writers.MetricsWriter(tmp_path)
+    writer.write(5, {"train/loss": 0.1, "train/accuracy": 1 / 3})
+    assert writers.read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 5, "train/loss": 0.1, "train/accuracy": 1 / 3}
+    ]  # before it is closed: a killed process loses no record
+    writer.write(10, {"train/loss": 1e-300})
+    writer.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines][1] == {"step": 10, "train/loss": 1e-300}
+
+
+def test_resuming_drops_what_comes_after(tmp_path, caplog):
+    """Records after the step, and a line that a crash cut short, are dropped; a temporary file of a crash too."""
+    file = tmp_path / "metrics.jsonl"
+    kept = ['{"step": 5, "a": 0.1}', '{"step": 10, "a": 0.2}', '{"step": 10, "b": 3}']
+    file.write_text("\n".join([*kept, '{"step": 15, "a": 0.3}', '{"step": 20, "a"']))
+    (tmp_path / "metrics.tmp").write_text("junk")
+    writer = writers.MetricsWriter(tmp_path, 10)
+    writer.write(15, {"a": 0.25})
+    writer.close()
+    assert file.read_text().splitlines() == [*kept, '{"step": 15, "a": 0.25}']
+    assert caplog.text.count("a line cut short was left out") == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "tb"}
+
+
+def test_a_new_run_begins_with_nothing(tmp_path):
+    """A process that was killed before the first checkpoint has left records; the run begins again at step 0."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "a": 0.1}\n')
+    writers.MetricsWriter(tmp_path, 0).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    assert writers.read_metrics(tmp_path / "missing.jsonl") == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+def test_a_place_that_cannot_be_written(tmp_path):
+    writer = writers.MetricsWriter(tmp_path)
+    writer._file.close()
+    with Path("/dev/full").open("w") as writer._file:
+        with pytest.raises(UserError, match=rf"metrics in {tmp_path} .*: no space left on device; free some space"):
+            writer.write(1, {"a": 0.1})
+        writer.close()  # without a second error
+
+
+def test_tensorboard_holds_the_same(finished):
+    """Its own reader finds each value of metrics.jsonl at its step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    events = EventAccumulator(str(finished / "tb"))
+    events.Reload()
+    found = {
+        (e.step, tag): float(make_ndarray(e.tensor_proto))
+        for tag in events.Tags()["tensors"]
+        for e in events.Tensors(tag)
+    }
+    records = writers.read_metrics(finished / "metrics.jsonl")
+    expected = {(r["step"], tag): value for r in records for tag, value in r.items() if tag != "step"}
+    assert {"train/loss", "train/images_per_second", "test/accuracy"} <= {tag for _, tag in expected}
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_throughput(monkeypatch):
+    """Images a second and the share of waiting, over the time between `resume` and `pause` alone."""
+    now = 100.0
+    monkeypatch.setattr(writers.time, "perf_counter", lambda: now)
+    throughput = writers.Throughput(32)
+    now += 2.0
+    for _ in range(10):
+        throughput.count_steps(1, waited=0.05)
+    throughput.pause()
+    assert throughput.lap() == {"images_per_second": 160.0, "input_wait": 0.25}
+    now += 1000.0  # an evaluation
+    throughput.resume()
+    now += 1.0
+    throughput.count_steps(1, waited=0.0)
+    throughput.pause()
+    now += 50.0  # one without a record, then more of the same window
+    throughput.resume()
+    now += 3.0
+    throughput.count_steps(1, waited=1.0)
+    throughput.pause()
+    assert throughput.lap() == {"images_per_second": 16.0, "input_wait": 0.25}
+    assert (throughput.seconds, throughput.steps) == (6.0, 12)
+
+
+def test_progress_on_a_terminal(fake_config, tmp_path, monkeypatch, capsys):
+    """Step, time left, images a second and the share of waiting, on a terminal of the usual 80 columns."""
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(writers, "console", lambda: terminal)
+    with fake_config.unlocked():
+        fake_config.total = "120 steps"
+        fake_config.log_every = "30 steps"
+        fake_config.eval_every = fake_config.checkpoint_every = ""
+    assert train.main(fake_config, Workdir(tmp_path)) == 0
+    lines = re.split(r"[\r\n]|\x1b\[[?0-9;]*[A-Za-z]", screen.getvalue())
+    pattern = r"[━╸╺ ]+ step (\d+)/120 left (\d:\d\d:\d\d|-:--:--) (compiling|\d+ images/s, \d+% waiting for input) *"
+    shown = [match for line in lines if (match := re.fullmatch(pattern, line))]
+    assert shown[0][3] == "compiling"
+    assert (shown[-1][1], shown[-1][2]) == ("120", "0:00:00")
+    assert "images/s" in shown[-1][3]
+    assert max(map(len, lines)) <= 80
+
+
+def test_no_progress_elsewhere(fake_config, monkeypatch):
+    """Piped output holds log lines and no control characters."""
+    stream = io.StringIO()
+    monkeypatch.setattr(writers, "console", lambda: Console(file=stream))
+    progress = writers.Progress(0, 10)
+    progress.update(5, "note")
+    progress.close()
+    assert stream.getvalue() == ""
+
+
+def test_tables_show_names_as_they_are(capsys):
+    """A row is one line, however long, where no terminal reads; brackets and colons are no markup."""
+    table = Table("file")
+    names = ["a[red]b[/red]:smile:.png", "x" * 500]
+    for name in names:
+        table.add_row(name)
+    writers.print_table(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert all(sum(name in line for line in lines) == 1 for name in names)
+
+
+def test_result(finished, capsys):
+    """The keys that a reader may count on, and their sense."""
+    result = json.loads((finished / "result.json").read_text())
+    assert list(result) == ["step", "epochs", "seconds", "images_per_second", "params_sha256", "test"]
+    assert (result["step"], result["epochs"]) == (12, 3.0)
+    assert result["seconds"] > 0
+    assert result["images_per_second"] > 0
+    assert re.fullmatch("[0-9a-f]{64}", result["params_sha256"])
+    assert list(result["test"]) == ["examples", "accuracy", "loss"]  # four classes: no top5
+    assert result["test"]["examples"] == 64
+    records = writers.read_metrics(finished / "metrics.jsonl")
+    assert {f"test/{k}": v for k, v in result["test"].items()}.items() <= records[-1].items()
+
+
+def test_provenance(finished):
+    """Versions, devices, commit and data: what is needed to make the run again, and to use it without the data."""
+    record = json.loads((finished / "provenance.json").read_text())
+    assert record["versions"]["jax"] == importlib.metadata.version("jax")
+    assert {"imgclf_jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"} <= set(record["versions"])
+    assert record["devices"] == [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
+    assert (record["hosts"], record["command"]) == (1, sys.argv)
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert record["git"].get("commit", "") == commit.stdout.strip()
+    data = provenance.load_data_info(finished / "provenance.json")
+    assert (data.train_examples, data.image_shape) == (64, (12, 12, 1))
+    assert data.class_names == ("0", "1", "2", "3")
+    assert re.fullmatch("[0-9a-f]{64}", data.fingerprint)
+
+
+def test_files_are_whole_or_absent(tmp_path):
+    """A write that fails leaves the old content and no temporary file."""
+    file = tmp_path / "result.json"
+    provenance.write_json(file, {"a": 1})
+    with pytest.raises(UnicodeEncodeError):
+        provenance.write_atomically(file, "half\ud800")
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]

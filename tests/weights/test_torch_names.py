@@ -1,0 +1,94 @@
+"""Weights of PyTorch's models, in our models, give PyTorch's logits: names and layouts are right."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from torch_fixtures import draw
+
+from imgclf_jax.core import tree
+from imgclf_jax.models import classifier, convnext, resnet, vit
+from imgclf_jax.weights import torch_names
+
+MODELS = json.loads((Path(__file__).parent / "fixtures" / "torch_models.json").read_text())
+
+
+@pytest.fixture
+def _small_variants(monkeypatch):
+    """The variants that the small fixtures are of, in place of the published ones."""
+    for depth in (18, 50):
+        monkeypatch.setitem(resnet._STAGES, depth, (1, 2, 1, 1))
+    monkeypatch.setitem(convnext._VARIANTS, "T", ((1, 2, 1, 1), (8, 16, 24, 32)))
+    monkeypatch.setitem(vit._VIT, "Ti", (48, 2, 3))
+    monkeypatch.setitem(vit._MIXER, "S", (48, 2, 24, 192))
+
+
+def converted(name: str) -> tuple:
+    """(our model, its variables from weights drawn by PyTorch's names, images)."""
+    fixture = MODELS[name]
+    model = classifier.build(fixture["model"], fixture["classes"], "float32")
+    images = jnp.asarray(draw("image", (2, fixture["size"], fixture["size"], 3)))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
+    own = dict(tree.named_leaves(variables))
+    found = {}
+    for label, shape in fixture["shapes"].items():
+        place = torch_names.own_name(model.backbone, label, own)
+        assert place is not None, label
+        assert place not in found, label
+        found[place] = torch_names.own_layout(draw(label, tuple(shape)), place, own[place].shape)
+    assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items()}  # each once, and all
+    return model, tree.replace(variables, found), images
+
+
+def check(name: str) -> None:
+    model, variables, images = converted(name)
+    logits = np.asarray(jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images))[:, :5]
+    expected = np.array(MODELS[name]["logits"])
+    assert np.ptp(expected) > 0.1  # so that being equal says something
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("_small_variants")
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("full")])
+def test_logits_are_pytorchs(name):
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("full")])
+def test_logits_of_the_published_networks_are_pytorchs(name):
+    check(name)
+
+
+def test_published_files_name_the_layers_of_torchvisions_vit_otherwise():
+    """They were written before the layers of its MLP were numbered."""
+    model = classifier.build("vit('Ti', patch=8)", 5, "float32")
+    own = dict(tree.named_leaves(jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))))
+    for number, word in ((0, "linear_1"), (3, "linear_2")):
+        names = [f"encoder.layers.encoder_layer_7.mlp.{k}.weight" for k in (number, word)]
+        places = {torch_names.own_name(model.backbone, name, own) for name in names}
+        assert places == {f"params/backbone/block7/mlp/fc{1 if number == 0 else 2}/kernel"}
+
+
+def test_convnexts_authors_call_it_as_we_do():
+    """facebookresearch/ConvNeXt's names."""
+    model = classifier.build("convnext('T')", 5, "float32")
+    own = dict(tree.named_leaves(jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))))
+    theirs = {
+        "downsample_layers.0.0.weight": "stem_conv/kernel",
+        "downsample_layers.0.1.bias": "stem_norm/bias",
+        "downsample_layers.3.0.weight": "downsample3_norm/scale",
+        "downsample_layers.3.1.weight": "downsample3_conv/kernel",
+        "stages.2.8.gamma": "stage2_8/gamma",
+        "stages.2.8.dwconv.weight": "stage2_8/dwconv/kernel",
+        "stages.2.8.norm.weight": "stage2_8/norm/scale",
+        "stages.2.8.pwconv2.bias": "stage2_8/pwconv2/bias",
+        "norm.weight": "norm/scale",
+    }
+    found = {label: torch_names.own_name(model.backbone, label, own) for label in theirs}
+    assert found == {label: f"params/backbone/{place}" for label, place in theirs.items()}
+    assert torch_names.own_name(model.backbone, "head.bias", own) == "params/head/bias"
+    assert torch_names.own_name(model.backbone, "stages.2.9.gamma", own) is None

@@ -1,0 +1,211 @@
+"""What PyTorch's models and files are, for tests: with PyTorch, torchvision, timm and safetensors it writes fixtures/.
+
+    python tests/weights/torch_fixtures.py
+
+No weights are stored: both sides draw them by `draw`, from their names. Stored are names, shapes and logits, and small
+files in PyTorch's two formats and in safetensors.
+"""
+
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+FOLDER = Path(__file__).parent / "fixtures"
+
+
+def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """f32[shape], uniform, of a scale that fits the kind of parameter, from a stream keyed by `name`."""
+    bits = np.random.Philox(key=zlib.crc32(name.encode())).random_raw(math.prod(shape))
+    x = ((bits >> np.uint64(40)) * 2.0**-23 - 1).astype(np.float32).reshape(shape)  # [-1, 1)
+    leaf = name.rpartition(".")[2]
+    if leaf == "image":
+        return (x + 1) / 2
+    if leaf in ("bias", "in_proj_bias", "running_mean"):
+        return x / 4
+    if leaf in ("running_var", "gamma", "layer_scale") or len(shape) == 1:
+        return 1 + x / 2
+    if leaf in ("class_token", "cls_token", "pos_embedding", "pos_embed"):
+        return x
+    return x * np.float32((3 / math.prod(shape[1:])) ** 0.5)
+
+
+def _models() -> dict:
+    """Name → (module, the model spec, image size)."""
+    import timm
+    import torchvision.models as tv
+    from timm.models.convnext import ConvNeXt
+    from timm.models.mlp_mixer import MlpMixer
+    from timm.models.vision_transformer import VisionTransformer
+    from torchvision.models.convnext import CNBlockConfig
+    from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+    blocks = [CNBlockConfig(8, 16, 1), CNBlockConfig(16, 24, 2), CNBlockConfig(24, 32, 1), CNBlockConfig(32, None, 1)]
+    return {
+        # Of other depths and widths than the published ones, which the tests put into the variants' tables.
+        "torchvision resnet basic": (ResNet(BasicBlock, [1, 2, 1, 1], 5), "resnet(18)", 64),
+        "torchvision resnet bottleneck": (ResNet(Bottleneck, [1, 2, 1, 1], 5), "resnet(50)", 64),
+        "torchvision convnext": (tv.ConvNeXt(blocks, num_classes=5), "convnext('T')", 64),
+        "timm convnext": (
+            ConvNeXt(num_classes=5, depths=(1, 2, 1, 1), dims=(8, 16, 24, 32)), "convnext('T')", 64
+        ),
+        "torchvision vit": (tv.VisionTransformer(32, 8, 2, 3, 48, 192, num_classes=5), "vit('Ti', patch=8)", 32),
+        "timm vit": (
+            VisionTransformer(32, 8, num_classes=5, embed_dim=48, depth=2, num_heads=3), "vit('Ti', patch=8)", 32
+        ),
+        "timm mixer": (MlpMixer(5, 32, patch_size=8, num_blocks=2, embed_dim=48), "mixer('S', patch=8)", 32),
+        "akamaster resnet20": (_cifar_resnet(20), "resnet_cifar(20)", 32),
+        "xternalz wide resnet": (_wide_resnet(16, 2), "wide_resnet(16, 2)", 32),
+        # The published ones, in the slow tests.
+        "full torchvision resnet18": (tv.resnet18(), "resnet(18)", 224),
+        "full torchvision resnet50": (tv.resnet50(), "resnet(50)", 224),
+        "full timm resnet34": (timm.create_model("resnet34"), "resnet(34)", 224),
+        "full torchvision convnext_tiny": (tv.convnext_tiny(), "convnext('T')", 224),
+        "full timm convnext_small": (timm.create_model("convnext_small"), "convnext('S')", 224),
+        "full torchvision vit_b_16": (tv.vit_b_16(), "vit('B')", 224),
+        "full timm vit_small": (timm.create_model("vit_small_patch16_224"), "vit('S')", 224),
+        "full timm mixer_s16": (timm.create_model("mixer_s16_224"), "mixer('S')", 224),
+    }  # fmt: skip
+
+
+def _cifar_resnet(depth: int):
+    """He et al. 2015, section 4.2, with the names of akamaster/pytorch_resnet_cifar10."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    class Block(nn.Module):
+        def __init__(self, before, after, stride):
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after)
+            self.conv2, self.bn2 = nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after)
+            self.stride, self.new = stride, after - before
+
+        def forward(self, x):
+            y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+            half = self.new // 2
+            return torch.relu(y + F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, half)))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+            for i, (before, after, stride) in enumerate([(16, 16, 1), (16, 32, 2), (32, 64, 2)]):
+                rest = [Block(after, after, 1) for _ in range((depth - 2) // 6 - 1)]
+                setattr(self, f"layer{i + 1}", nn.Sequential(Block(before, after, stride), *rest))
+            self.linear = nn.Linear(64, 10)
+
+        def forward(self, x):
+            x = self.layer3(self.layer2(self.layer1(torch.relu(self.bn1(self.conv1(x))))))
+            return self.linear(x.mean((2, 3)))
+
+    return Net()
+
+
+def _wide_resnet(depth: int, width: int):
+    """Zagoruyko and Komodakis 2016, with the names of xternalz/WideResNet-pytorch."""
+    import torch
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self, before, after, stride):
+            super().__init__()
+            self.bn1, self.conv1 = nn.BatchNorm2d(before), nn.Conv2d(before, after, 3, stride, 1, bias=False)
+            self.bn2, self.conv2 = nn.BatchNorm2d(after), nn.Conv2d(after, after, 3, 1, 1, bias=False)
+            if before != after:
+                self.convShortcut = nn.Conv2d(before, after, 1, stride, bias=False)
+
+        def forward(self, x):
+            y = torch.relu(self.bn1(x))
+            shortcut = self.convShortcut(y) if hasattr(self, "convShortcut") else x
+            return shortcut + self.conv2(torch.relu(self.bn2(self.conv1(y))))
+
+    class Stage(nn.Module):
+        def __init__(self, before, after, stride):
+            super().__init__()
+            rest = [Block(after, after, 1) for _ in range((depth - 4) // 6 - 1)]
+            self.layer = nn.Sequential(Block(before, after, stride), *rest)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+            self.block1, self.block2 = Stage(16, 16 * width, 1), Stage(16 * width, 32 * width, 2)
+            self.block3, self.bn1 = Stage(32 * width, 64 * width, 2), nn.BatchNorm2d(64 * width)
+            self.fc = nn.Linear(64 * width, 10)
+
+        def forward(self, x):
+            x = torch.relu(self.bn1(self.block3(self.block2(self.block1(self.conv1(x))))))
+            return self.fc(x.mean((2, 3)))
+
+    return Net()
+
+
+def _write_models() -> None:
+    import torch
+
+    out = {}
+    for name, (model, spec, size) in _models().items():
+        shapes = {}
+        with torch.no_grad():
+            for key, tensor in model.state_dict().items():
+                if not key.endswith("num_batches_tracked"):
+                    shapes[key] = list(tensor.shape)
+                    tensor.copy_(torch.from_numpy(draw(key, tuple(tensor.shape))))
+            image = draw("image", (2, size, size, 3))
+            logits = model.eval().double()(torch.from_numpy(image).permute(0, 3, 1, 2).double())
+        first = [[round(x, 7) for x in row[:5]] for row in logits.tolist()]
+        out[name] = {"model": spec, "size": size, "classes": logits.shape[1], "logits": first, "shapes": shapes}
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value, separators=(',', ':'))}" for name, value in out.items())
+    (FOLDER / "torch_models.json").write_text(f"{{\n{lines}\n}}\n")
+
+
+def _write_positions() -> None:
+    """A table of positions after timm's own resizing, up and down."""
+    import torch
+    from timm.layers import resample_abs_pos_embed
+
+    table = torch.from_numpy(draw("pos_embed", (1, 17, 3)))
+    out = {f"{h}x{w}": resample_abs_pos_embed(table, [h, w]).tolist() for h, w in ((6, 6), (2, 2), (7, 3))}
+    (FOLDER / "positions.json").write_text(json.dumps(out, separators=(",", ":")) + "\n")
+
+
+def _write_files() -> None:
+    import safetensors.torch
+    import torch
+    from torch import nn
+
+    base = torch.arange(24, dtype=torch.float32).reshape(4, 6) / 8
+    tensors = {
+        "base": base,
+        "transposed": base.t(),
+        "part": base[1:3, ::2],  # shares the storage, from an offset
+        "expanded": torch.tensor([3.0]).expand(2, 3),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 3),
+        "parameter": nn.Parameter(torch.tensor([1.0, -1.0])),
+        **{str(t).removeprefix("torch."): torch.arange(-3, 4).to(t) for t in (
+            torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+            torch.uint8, torch.bool,
+        )},
+    }  # fmt: skip
+    content = {
+        "epoch": 3, "best": 0.5, "names": ["a", ("b", None)], "size": base.shape, "device": torch.device("cpu"),
+        "dtype": torch.float32, "state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()},
+    }  # fmt: skip
+    torch.save(content, FOLDER / "zip.pth")
+    torch.save(content, FOLDER / "legacy.pth", _use_new_zipfile_serialization=False)
+    whole = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(whole, FOLDER / "all.safetensors")
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    _write_models()
+    _write_positions()
+    _write_files()
