@@ -10,7 +10,7 @@ PACKAGE = ROOT / "imgclf_jax"
 
 # The layers, lowest first. A module imports from layers below its own and never from beside it or above.
 LAYERS = [
-    "core.errors core.tensorflow_import run.cache",
+    "core.errors core.platform core.tensorflow_import run.cache",
     "config core.rng core.sharding core.spec core.tree run.provenance run.writers weights.files augment.geometry "
     "augment.photometric models.cpu.layout models.cpu.products",
     "augment.policies augment.tta losses metrics models.cpu.pool models.frozen models.norms optim.rules "
