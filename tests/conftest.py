@@ -69,13 +69,13 @@ def float64():
         yield
 
 
-@pytest.fixture(params=[True, False], ids=["mirrored", "usual"])
-def form(request, monkeypatch):
-    """Runs a test in both forms, whatever the platform."""
-    from imgclf_jax.models.cpu import layout
+@pytest.fixture(params=["cpu", "gpu"])
+def form(request):
+    """Traces a test for each platform whose layers differ; both forms run on CPU."""
+    from imgclf_jax.core import platform
 
-    monkeypatch.setattr(layout, "on_mirrored", lambda: request.param)
-    return request.param
+    with platform.tracing_for(request.param):
+        yield request.param
 
 
 @pytest.fixture

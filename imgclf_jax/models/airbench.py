@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from imgclf_jax.models.cpu.layout import inner
 from imgclf_jax.models.layers import Conv, gelu, max_pool
 from imgclf_jax.models.norms import BatchNorm
 
@@ -28,11 +27,12 @@ class ConvGroup(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        settings: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "kernel_init": _dirac, "inner": True}
-        x = max_pool(Conv(self.features, 3, **settings, name="conv1")(x).astype(self.dtype), 2, 2)
-        x = gelu(BatchNorm(0.6, 1e-12, use_scale=False, name="norm1")(x, train), self.dtype)
+        settings: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "kernel_init": _dirac}
+        norm: dict[str, Any] = {"momentum": 0.6, "epsilon": 1e-12, "use_scale": False, "dtype": self.dtype}
+        x = max_pool(Conv(self.features, 3, **settings, name="conv1")(x), 2, 2)
+        x = gelu(BatchNorm(**norm, name="norm1")(x, train))
         x = Conv(self.features, 3, **settings, name="conv2")(x)
-        return gelu(BatchNorm(0.6, 1e-12, use_scale=False, name="norm2")(x, train), self.dtype)
+        return gelu(BatchNorm(**norm, name="norm2")(x, train))
 
 
 class AirBench(nn.Module):
@@ -47,12 +47,12 @@ class AirBench(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        settings: dict[str, Any] = {"dtype": self.dtype, "kernel_init": _uniform, "inner": True}
+        settings: dict[str, Any] = {"dtype": self.dtype, "kernel_init": _uniform}
         whiten = Conv(8 * x.shape[-1], 2, padding="VALID", **settings, name="whiten")
-        x = gelu(whiten(inner(x)), self.dtype)
+        x = gelu(whiten(x))
         for i, width in enumerate(self.widths):
             x = ConvGroup(width, self.dtype, name=f"group{i + 1}")(x, train)
-        x = inner(max_pool(x, 3, 3))
+        x = max_pool(x, 3, 3)
         return x.reshape(x.shape[0], -1) * jnp.asarray(self.scale, self.dtype)
 
     @staticmethod

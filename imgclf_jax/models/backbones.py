@@ -9,7 +9,7 @@ from flax import linen as nn
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.models.airbench import AirBench
 from imgclf_jax.models.convnext import ConvNeXt
-from imgclf_jax.models.layers import ConvPool, FlatDense
+from imgclf_jax.models.layers import ConvPool, Dense, FlatDense
 from imgclf_jax.models.resnet import ResNet, ResNetCIFAR, WideResNet
 from imgclf_jax.models.vit import Mixer, ViT
 
@@ -51,7 +51,7 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         x = x.reshape(x.shape[0], -1)  # [b, h * w * c]
         for i, width in enumerate(self.widths):
-            x = nn.relu(nn.Dense(width, dtype=self.dtype, kernel_init=_dense_init, name=f"dense{i}")(x))
+            x = nn.relu(Dense(width, dtype=self.dtype, kernel_init=_dense_init, name=f"dense{i}")(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return x
 

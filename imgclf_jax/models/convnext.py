@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from imgclf_jax.core.errors import UserError, unknown
-from imgclf_jax.models.layers import Conv, drop_path, gelu
-from imgclf_jax.models.norms import layer_norm
+from imgclf_jax.models.layers import Conv, Dense, drop_path, gelu, mean_pool
+from imgclf_jax.models.norms import LayerNorm
 
 _VARIANTS = {
     "T": ((3, 3, 9, 3), (96, 192, 384, 768)),
@@ -30,9 +30,9 @@ class ConvNeXtBlock(nn.Module):
         d = x.shape[-1]
         settings: dict[str, Any] = {"dtype": self.dtype, "kernel_init": _init}
         y = Conv(d, 7, padding=3, feature_group_count=d, **settings, name="dwconv")(x)
-        y = layer_norm("norm", y)
-        y = gelu(nn.Dense(4 * d, **settings, name="pwconv1")(y), self.dtype)
-        y = nn.Dense(d, **settings, name="pwconv2")(y)
+        y = LayerNorm(dtype=self.dtype, name="norm")(y)
+        y = gelu(Dense(4 * d, **settings, name="pwconv1")(y))
+        y = Dense(d, **settings, name="pwconv2")(y)
         y = y * self.param("gamma", nn.initializers.constant(self.layer_scale), (d,)).astype(self.dtype)
         return x + drop_path(self, y, self.drop_path, train)
 
@@ -57,12 +57,12 @@ class ConvNeXt(nn.Module):
         rates = iter(self.drop_path * i / (sum(depths) - 1) for i in range(sum(depths)))
         for i, (depth, d) in enumerate(zip(depths, dims, strict=True)):
             if i:
-                x = layer_norm(f"downsample{i}_norm", x)
+                x = LayerNorm(dtype=self.dtype, name=f"downsample{i}_norm")(x)
             size = 2 if i else 4
             x = Conv(d, size, size, "VALID", **settings, name=f"downsample{i}_conv" if i else "stem_conv")(x)
             if not i:
-                x = layer_norm("stem_norm", x)  # [b, h/4, w/4, d]
+                x = LayerNorm(dtype=self.dtype, name="stem_norm")(x)  # [b, h/4, w/4, d]
             for j in range(depth):
                 block = ConvNeXtBlock(next(rates), self.layer_scale, self.dtype, name=f"stage{i}_{j}")
                 x = block(x, train)
-        return layer_norm("norm", jnp.mean(x, (1, 2), dtype=jnp.float32).astype(self.dtype))
+        return LayerNorm(dtype=self.dtype, name="norm")(mean_pool(x))

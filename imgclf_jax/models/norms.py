@@ -1,4 +1,8 @@
-"""Normalizations: linen's parameters, statistics and results, in few passes over the images."""
+"""Normalizations: linen's parameters, statistics and results, in few passes over the images.
+
+Statistics and sums are in float32 (or float64); what a normalization gives is in `dtype`. On CPU they are computed on
+arrays whose features come first (`cpu/`).
+"""
 
 import functools
 from collections.abc import Callable
@@ -9,11 +13,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from imgclf_jax.models.cpu.layout import channel_axis, spread, sum_but, widen
+from imgclf_jax.core import platform
+from imgclf_jax.models.cpu import sums
+from imgclf_jax.models.cpu.layout import features_first, features_last, on_cpu
+from imgclf_jax.models.layers import widen
 
 
 class BatchNorm(nn.Module):
-    """`nn.BatchNorm` on `inner` images: the same parameters, statistics and results, in float32 (or float64).
+    """`nn.BatchNorm` over the last axis: the same parameters, statistics and results.
 
     Ioffe and Szegedy 2015 (arXiv:1502.03167), over all images of the batch, on however many devices they lie.
     `momentum` is the weight of the old running mean and variance, the collection `batch_stats`.
@@ -22,120 +29,122 @@ class BatchNorm(nn.Module):
     momentum: float = 0.99
     epsilon: float = 1e-5
     use_scale: bool = True
+    dtype: Any = jnp.float32
     scale_init: Callable[..., Any] = nn.initializers.ones
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x, axis = widen(x), channel_axis()
-        shape = (x.shape[axis],)
+        shape = (x.shape[-1],)
         running = [
             self.variable("batch_stats", name, fill, shape) for name, fill in (("mean", jnp.zeros), ("var", jnp.ones))
         ]
         scale = self.param("scale", self.scale_init, shape) if self.use_scale else jnp.ones(shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
+        x = widen(x)
         if not train:
             mean, var = (v.value for v in running)
             factor = lax.rsqrt(var + self.epsilon) * scale
-            return x * spread(factor, axis, x) + spread(bias - mean * factor, axis, x)
-        y, mean, var = _batch_norm(x, scale.astype(x.dtype), bias.astype(x.dtype), self.epsilon, axis)
+            return (x * factor.astype(x.dtype) + (bias - mean * factor).astype(x.dtype)).astype(self.dtype)
+        normalize = functools.partial(_batch_norm, self.epsilon)
+        y, mean, var = _features_first(normalize, x, scale.astype(x.dtype), bias.astype(x.dtype))
         if not self.is_initializing():
             for old, new in zip(running, (mean, var), strict=True):
                 old.value = self.momentum * old.value + (1 - self.momentum) * new.astype(old.value.dtype)
-        return y
-
-
-def _mean_but(x: jax.Array, axis: int) -> jax.Array:
-    return sum_but(x, axis) / (x.size // x.shape[axis])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _batch_norm(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, axis: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(normalized x, mean [c], variance [c]), the latter two not differentiated."""
-    return _batch_norm_forward(x, scale, bias, epsilon, axis)[0]
-
-
-def _batch_norm_forward(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, axis: int
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:
-    mean = _mean_but(x, axis)
-    var = jnp.maximum(_mean_but(lax.square(x), axis) - lax.square(mean), 0)
-    inverse = lax.rsqrt(var + epsilon)
-    factor = inverse * scale
-    y = x * spread(factor, axis, x) + spread(bias - mean * factor, axis, x)
-    return (y, mean, var), (x, mean, inverse, scale)
-
-
-def _batch_norm_backward(epsilon: float, axis: int, saved: Any, gradients: Any) -> tuple[jax.Array, ...]:
-    """The paper's section 3, in two passes over the images."""
-    x, mean, inverse, scale = saved
-    gradient = gradients[0]
-    count = x.size // x.shape[axis]
-    mean_gradient = _mean_but(gradient, axis)
-    mean_product = _mean_but(gradient * (x - spread(mean, axis, x)), axis) * inverse  # of it and normalized x
-    a = scale * inverse
-    b = -a * mean_product * inverse
-    c = -a * mean_gradient - b * mean
-    d_x = gradient * spread(a, axis, x) + x * spread(b, axis, x) + spread(c, axis, x)
-    return d_x, mean_product * count, mean_gradient * count
-
-
-_batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
+        return y.astype(self.dtype)
 
 
 class LayerNorm(nn.Module):
-    """`nn.LayerNorm` over the features (Ba et al. 2016, arXiv:1607.06450): the same parameters and results.
+    """`nn.LayerNorm` over the last axis (Ba et al. 2016, arXiv:1607.06450): the same parameters and results."""
 
-    Computed in float32 (or float64), the result is in x's dtype.
-    """
-
-    axis: int = -1
     epsilon: float = 1e-6
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        axis = self.axis % x.ndim
-        scale = self.param("scale", nn.initializers.ones, (x.shape[axis],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[axis],))
-        wide = widen(x)
-        return _layer_norm(wide, scale.astype(wide.dtype), bias.astype(wide.dtype), self.epsilon, axis).astype(x.dtype)
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        x = widen(x)
+        normalize = functools.partial(_layer_norm, self.epsilon)
+        return _features_first(normalize, x, scale.astype(x.dtype), bias.astype(x.dtype))[0].astype(self.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, axis: int) -> jax.Array:
-    return _layer_norm_forward(x, scale, bias, epsilon, axis)[0]
+def _features_first(normalize: Callable[..., Any], x: jax.Array, *args: jax.Array) -> Any:
+    """`normalize(axis, x, …)` → (y, …), `axis` being the features': on CPU the first, elsewhere the last."""
+    if not on_cpu():
+        return normalize(x.ndim - 1, x, *args)
+    y, *more = normalize(0, features_first(x), *args)
+    return (features_last(y), *more)
 
 
-def _layer_norm_forward(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, axis: int
-) -> tuple[jax.Array, Any]:
+def _along(values: jax.Array, axis: int, x: jax.Array) -> jax.Array:
+    """values [c], broadcast to the shape of x, the c of them along `axis`."""
+    if on_cpu():
+        return sums.broadcast_along(values, x.shape, axis)
+    return jnp.broadcast_to(jnp.expand_dims(values, [i for i in range(x.ndim) if i != axis]), x.shape)
+
+
+def _mean_but(x: jax.Array, axis: int) -> jax.Array:
+    """The mean over all axes but this one → [c]."""
+    total = sums.sum_but(x, axis) if on_cpu() else jnp.sum(x, [i for i in range(x.ndim) if i != axis])
+    return total / (x.size // x.shape[axis])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _batch_norm(
+    epsilon: float, axis: int, x: jax.Array, scale: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(normalized x, mean [c], variance [c])."""
+    mean = _mean_but(x, axis)
+    var = jnp.maximum(_mean_but(lax.square(x), axis) - lax.square(mean), 0)
+    factor = lax.rsqrt(var + epsilon) * scale
+    return x * _along(factor, axis, x) + _along(bias - mean * factor, axis, x), mean, var
+
+
+@_batch_norm.defjvp
+def _batch_norm_jvp(epsilon: float, axis: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """Its transpose is the paper's section 3, in two passes over the images: one of two sums, one that adds them."""
+    x, scale, bias = primals
+    d_x, d_scale, d_bias = tangents
+    y, mean, var = _batch_norm(epsilon, axis, x, scale, bias)
+    inverse = lax.rsqrt(var + epsilon)
+    # Subtracted twice: to do it again is faster than to store it. Without the barrier XLA stores the broadcast mean.
+    centred, again = (z - _along(m, axis, z) for z, m in ((x, mean), platform.cpu_barrier((x, mean))))
+    d_mean, half_d_var = _mean_but(d_x, axis), _mean_but(centred * d_x, axis)
+    factor = inverse * scale
+    slope = inverse * d_scale - factor * inverse * inverse * half_d_var
+    d_y = _along(factor, axis, x) * d_x + _along(d_bias - factor * d_mean, axis, x) + again * _along(slope, axis, x)
+    return (y, mean, var), (d_y, d_mean, 2 * half_d_var)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _layer_norm(epsilon: float, axis: int, x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array]:
+    mean, inverse = _moments(epsilon, axis, x)
+    return ((x - mean) * inverse * _along(scale, axis, x) + _along(bias, axis, x),)
+
+
+def _moments(epsilon: float, axis: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The mean and one over the deviation, over the features, which stay as an axis of size 1."""
     mean = jnp.mean(x, axis, keepdims=True)
     var = jnp.maximum(jnp.mean(lax.square(x), axis, keepdims=True) - lax.square(mean), 0)
-    inverse = lax.rsqrt(var + epsilon)
-    y = (x - mean) * inverse * spread(scale, axis, x) + spread(bias, axis, x)
-    return y, (x, mean, inverse, scale)
+    return mean, lax.rsqrt(var + epsilon)
 
 
-def _weighted_mean(x: jax.Array, weights: jax.Array, axis: int) -> jax.Array:
-    """The mean of x times weights [d] over the axis of size d, which stays, of size 1."""
-    total = lax.dot_general(weights, x, (((0,), (axis,)), ((), ())), precision=lax.Precision.HIGHEST)
-    return jnp.expand_dims(total / x.shape[axis], axis)
+@_layer_norm.defjvp
+def _layer_norm_jvp(epsilon: float, axis: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    x, scale, bias = primals
+    d_x, d_scale, d_bias = tangents
+    mean, inverse = _moments(epsilon, axis, x)
+    # Computed twice and not stored, as in `_batch_norm_jvp`.
+    normal, again = (
+        (z - m) * i for z, m, i in (platform.cpu_barrier((x, mean, inverse)), platform.cpu_barrier((x, mean, inverse)))
+    )
+    first, second = (inverse * jnp.mean(z, axis, keepdims=True) for z in (d_x, again * d_x))
+    # The barrier has the transpose compute its argument's gradient once, for both of its terms.
+    slope = platform.cpu_barrier(_along(d_scale, axis, x) - _outer(scale, second, axis, x))
+    d_y = _along(scale, axis, x) * (inverse * d_x) - _outer(scale, first, axis, x) + normal * slope
+    return _layer_norm(epsilon, axis, x, scale, bias), (d_y + _along(d_bias, axis, x),)
 
 
-def _layer_norm_backward(epsilon: float, axis: int, saved: Any, gradient: jax.Array) -> tuple[jax.Array, ...]:
-    x, mean, inverse, scale = saved
-    product = lax.optimization_barrier(gradient * ((x - mean) * inverse))  # of it and normalized x
-    means = [_weighted_mean(y, scale, axis) for y in (gradient, product)]
-    # Or XLA writes out the mean, the deviation and the scale of each element, for all passes to read.
-    (first, second), mean, inverse, scale = lax.optimization_barrier((means, mean, inverse, scale))
-    d_x = (gradient * spread(scale, axis, x) - first - (x - mean) * (inverse * second)) * inverse
-    return d_x, sum_but(product, axis), sum_but(gradient, axis)
-
-
-_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
-
-
-def layer_norm(name: str, x: jax.Array, axis: int = -1) -> jax.Array:
-    """x normalized over the features on `axis` by a `LayerNorm` of that name."""
-    return LayerNorm(axis, name=name)(x)
+def _outer(values: jax.Array, x: jax.Array, axis: int, like: jax.Array) -> jax.Array:
+    """values [d] along `axis`, times x, whose size there is 1."""
+    return sums.outer(values, x) if on_cpu() else _along(values, axis, like) * x

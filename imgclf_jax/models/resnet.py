@@ -1,7 +1,4 @@
-"""Residual networks: He et al. 2015 (arXiv:1512.03385), for ImageNet and for CIFAR, and wide ones.
-
-Between their first and their last layer images are as layers compute on them (`layout.inner`).
-"""
+"""Residual networks: He et al. 2015 (arXiv:1512.03385), for ImageNet and for CIFAR, and wide ones."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +9,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from imgclf_jax.core.errors import UserError, unknown
-from imgclf_jax.models.cpu.layout import channel_axis, inner, widen
 from imgclf_jax.models.layers import Conv, max_pool, mean_pool
 from imgclf_jax.models.norms import BatchNorm
 
@@ -23,11 +19,11 @@ def _conv(features: int, kernel: int, strides: int, dtype: Any, name: str) -> Co
     """Padded to keep the size, without bias; initialized as in He et al. 2015, arXiv:1502.01852."""
     init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     pad = (kernel - 1) // 2
-    return Conv(features, kernel, strides, pad, use_bias=False, dtype=dtype, kernel_init=init, inner=True, name=name)
+    return Conv(features, kernel, strides, pad, use_bias=False, dtype=dtype, kernel_init=init, name=name)
 
 
-def _norm(momentum: float, name: str, scale: float = 1.0) -> BatchNorm:
-    return BatchNorm(momentum, scale_init=nn.initializers.constant(scale), name=name)
+def _norm(momentum: float, dtype: Any, name: str, scale: float = 1.0) -> BatchNorm:
+    return BatchNorm(momentum, dtype=dtype, scale_init=nn.initializers.constant(scale), name=name)
 
 
 def _stages(
@@ -52,17 +48,16 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv, norm = partial(_conv, dtype=self.dtype), partial(_norm, self.momentum)
+        conv, norm = partial(_conv, dtype=self.dtype), partial(_norm, self.momentum, self.dtype)
         y = nn.relu(norm("bn1")(conv(self.features, 3, self.strides, name="conv1")(x), train))
         y = norm("bn2", self.last_scale)(conv(self.features, 3, 1, name="conv2")(y), train)
         if self.shortcut == "pad":
-            new = self.features - x.shape[channel_axis()]
-            widths = [(0, 0)] * 4
-            widths[channel_axis()] = (new // 2, new - new // 2)
+            new = self.features - x.shape[-1]
+            widths = ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2))
             x = jnp.pad(x[:, :: self.strides, :: self.strides], widths)
         elif x.shape != y.shape:
             x = norm("downsample_bn")(conv(self.features, 1, self.strides, name="downsample_conv")(x), train)
-        return nn.relu(widen(x) + y).astype(self.dtype)
+        return nn.relu(x + y)
 
 
 class Bottleneck(nn.Module):
@@ -76,14 +71,14 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv, norm = partial(_conv, dtype=self.dtype), partial(_norm, self.momentum)
+        conv, norm = partial(_conv, dtype=self.dtype), partial(_norm, self.momentum, self.dtype)
         y = nn.relu(norm("bn1")(conv(self.features, 1, 1, name="conv1")(x), train))
         y = nn.relu(norm("bn2")(conv(self.features, 3, self.strides, name="conv2")(y), train))
         y = norm("bn3", self.last_scale)(conv(4 * self.features, 1, 1, name="conv3")(y), train)
         if x.shape != y.shape:
             shortcut = conv(4 * self.features, 1, self.strides, name="downsample_conv")
             x = norm("downsample_bn")(shortcut(x), train)
-        return nn.relu(widen(x) + y).astype(self.dtype)
+        return nn.relu(x + y)
 
 
 class ResNet(nn.Module):
@@ -103,8 +98,8 @@ class ResNet(nn.Module):
         if self.depth not in _STAGES:
             raise UserError(unknown("resnet depth", str(self.depth), map(str, _STAGES)))
         block = BasicBlock if self.depth < 50 else Bottleneck
-        x = _conv(64, 7, 2, self.dtype, "conv1")(inner(x))  # h/2, w/2, 64 channels
-        x = max_pool(nn.relu(_norm(self.momentum, "bn1")(x, train)), 3, 2, 1).astype(self.dtype)  # h/4, w/4
+        x = _conv(64, 7, 2, self.dtype, "conv1")(x)  # h/2, w/2, 64 channels
+        x = max_pool(nn.relu(_norm(self.momentum, self.dtype, "bn1")(x, train)), 3, 2, 1)  # h/4, w/4
         scale = float(not self.zero_init)
         settings: dict[str, Any] = {"last_scale": scale, "momentum": self.momentum, "dtype": self.dtype}
         return mean_pool(_stages(partial(block, **settings), 64, _STAGES[self.depth], x, train))
@@ -125,8 +120,8 @@ class ResNetCIFAR(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         if self.depth < 8 or (self.depth - 2) % 6:
             raise UserError(f"resnet_cifar(depth={self.depth}): allowed are 6n + 2, such as 20, 32, 44, 56, 110")
-        x = _conv(16, 3, 1, self.dtype, "conv1")(inner(x))
-        x = nn.relu(_norm(self.momentum, "bn1")(x, train)).astype(self.dtype)
+        x = _conv(16, 3, 1, self.dtype, "conv1")(x)
+        x = nn.relu(_norm(self.momentum, self.dtype, "bn1")(x, train))
         block = partial(BasicBlock, shortcut="pad", last_scale=1.0, momentum=self.momentum, dtype=self.dtype)
         return mean_pool(_stages(block, 16, [(self.depth - 2) // 6] * 3, x, train))
 
@@ -142,13 +137,13 @@ class WideBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv, norm = partial(_conv, dtype=self.dtype), partial(_norm, self.momentum)
+        conv, norm = partial(_conv, dtype=self.dtype), partial(_norm, self.momentum, self.dtype)
         y = nn.relu(norm("bn1")(x, train))
-        if x.shape[channel_axis()] != self.features:
+        if x.shape[-1] != self.features:
             x = conv(self.features, 1, self.strides, name="shortcut")(y)
         y = nn.relu(norm("bn2")(conv(self.features, 3, self.strides, name="conv1")(y), train))
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
-        return (widen(x) + widen(conv(self.features, 3, 1, name="conv2")(y))).astype(self.dtype)
+        return x + conv(self.features, 3, 1, name="conv2")(y)
 
 
 class WideResNet(nn.Module):
@@ -164,7 +159,7 @@ class WideResNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         if self.depth < 10 or (self.depth - 4) % 6:
             raise UserError(f"wide_resnet(depth={self.depth}): allowed are 6n + 4, such as 16, 22, 28, 40")
-        x = _conv(16, 3, 1, self.dtype, "conv1")(inner(x))
+        x = _conv(16, 3, 1, self.dtype, "conv1")(x)
         block = partial(WideBlock, dropout=self.dropout, momentum=self.momentum, dtype=self.dtype)
         x = _stages(block, 16 * self.width, [(self.depth - 4) // 6] * 3, x, train)
-        return mean_pool(nn.relu(_norm(self.momentum, "bn1")(x, train))).astype(self.dtype)
+        return mean_pool(nn.relu(_norm(self.momentum, self.dtype, "bn1")(x, train)))

@@ -8,10 +8,9 @@ import numpy as np
 from flax import linen as nn
 
 from imgclf_jax.core.errors import UserError, unknown
-from imgclf_jax.models.cpu import layout, products
-from imgclf_jax.models.cpu.layout import features_axis, tokens, widen
-from imgclf_jax.models.layers import Conv, Dense, drop_path, gelu
-from imgclf_jax.models.norms import layer_norm
+from imgclf_jax.models.attention import attention
+from imgclf_jax.models.layers import Conv, Dense, drop_path, gelu, mean_pool
+from imgclf_jax.models.norms import LayerNorm
 
 _VIT = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12)}  # width, layers, heads
 _MIXER = {"S": (512, 8, 256, 2048), "B": (768, 12, 384, 3072)}  # width, layers, hidden over tokens, over channels
@@ -37,16 +36,10 @@ def sincos_positions(h: int, w: int, width: int) -> np.ndarray:
     return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1).astype(np.float32)
 
 
-def _mean_tokens(x: jax.Array, dtype: Any) -> jax.Array:
-    """`tokens` → [b, d] in `dtype`, the mean over them."""
-    mean = jnp.mean(x, 2 if layout.on_mirrored() else 1).astype(dtype)
-    return mean.T if layout.on_mirrored() else mean
-
-
 class Attention(nn.Module):
-    """Multi-head self-attention over `tokens` (Vaswani et al. 2017, arXiv:1706.03762).
+    """Multi-head self-attention over tokens [b, n, d] (Vaswani et al. 2017, arXiv:1706.03762).
 
-    Its maps, f32[b, heads, n, n], are there under `mutable=["intermediates"]`, as `attention`.
+    Its maps, f32[b, heads, queries, keys], are there under `mutable=["intermediates"]`, as `attention`.
     """
 
     heads: int
@@ -54,24 +47,16 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        d = x.shape[features_axis()]
-        init = nn.initializers.xavier_uniform()
-        qkv = Dense(3 * d, self.dtype, init, name="qkv")(x)
-        if layout.on_mirrored():  # [3 * d, b, n]
-            q, k, v = qkv.reshape(3, self.heads, -1, *x.shape[1:])
-            y, maps = products.attention(q, k, v)
-            maps = maps.swapaxes(2, 3)
-        else:  # [b, n, 3 * d]
-            q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, self.heads, -1), 2, 0)  # [b, n, heads, d / heads]
-            scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=products.accumulator(self.dtype))
-            maps = jax.nn.softmax(scores * (d // self.heads) ** -0.5, -1)  # in float32 whatever the dtype
-            y = jnp.einsum("bhqk,bkhd->bqhd", maps.astype(self.dtype), v)
-        self.sow("intermediates", "attention", maps)
-        return Dense(d, self.dtype, init, name="proj")(y.reshape(x.shape))
+        d, init = x.shape[-1], nn.initializers.xavier_uniform()
+        qkv = Dense(3 * d, self.dtype, init, name="qkv")(x)  # [b, n, 3 * d]
+        y, maps = attention(qkv, self.heads, self.is_mutable_collection("intermediates"))
+        if maps is not None:
+            self.sow("intermediates", "attention", maps)
+        return Dense(d, self.dtype, init, name="proj")(y)
 
 
 class MLPBlock(nn.Module):
-    """Two dense layers with GELU between them, over the features of `tokens`."""
+    """Two dense layers with GELU between them, over the features of tokens [b, n, d]."""
 
     hidden: int
     dropout: float = 0.0
@@ -80,9 +65,9 @@ class MLPBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         init = nn.initializers.xavier_uniform()
-        y = gelu(Dense(self.hidden, self.dtype, init, name="fc1")(x), self.dtype)
+        y = gelu(Dense(self.hidden, self.dtype, init, name="fc1")(x))
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
-        return Dense(x.shape[features_axis()], self.dtype, init, name="fc2")(y)
+        return Dense(x.shape[-1], self.dtype, init, name="fc2")(y)
 
 
 class EncoderBlock(nn.Module):
@@ -95,14 +80,13 @@ class EncoderBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        axis, examples = features_axis(), features_axis() + 1
-        y = Attention(self.heads, self.dtype, name="attn")(layer_norm("norm1", x, axis))
+        y = Attention(self.heads, self.dtype, name="attn")(LayerNorm(dtype=self.dtype, name="norm1")(x))
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
-        x = x + widen(drop_path(self, y, self.drop_path, train, examples))
-        y = layer_norm("norm2", x, axis)
-        y = MLPBlock(4 * x.shape[axis], self.dropout, self.dtype, name="mlp")(y, train)
+        x = x + drop_path(self, y, self.drop_path, train)
+        y = LayerNorm(dtype=self.dtype, name="norm2")(x)
+        y = MLPBlock(4 * x.shape[-1], self.dropout, self.dtype, name="mlp")(y, train)
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
-        return x + widen(drop_path(self, y, self.drop_path, train, examples))
+        return x + drop_path(self, y, self.drop_path, train)
 
 
 class ViT(nn.Module):
@@ -141,13 +125,12 @@ class ViT(nn.Module):
         if self.positions == "learned":
             x = x + self.param("positions_embedding", _init, (1, x.shape[1], width)).astype(self.dtype)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        x = widen(tokens(x))  # what the blocks add to is in float32, whatever they compute in
         for i in range(layers):
             rate = self.drop_path * i / (layers - 1)
             x = EncoderBlock(heads, self.dropout, rate, self.dtype, name=f"block{i}")(x, train)
         if self.pool == "cls":
-            x = x[..., :1] if layout.on_mirrored() else x[:, :1]  # before it is normalized: nobody needs the others
-        return _mean_tokens(layer_norm("norm", x, features_axis()), self.dtype)
+            x = x[:, :1]  # before it is normalized: nobody needs the others
+        return mean_pool(LayerNorm(dtype=self.dtype, name="norm")(x))
 
 
 class MixerBlock(nn.Module):
@@ -160,14 +143,12 @@ class MixerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        axis, examples = features_axis(), features_axis() + 1
-        others = axis - 1  # the tokens': the last on CPU, in the middle elsewhere
-        y = layer_norm("norm1", x, axis).swapaxes(axis, others)
-        y = MLPBlock(self.tokens_hidden, 0.0, self.dtype, name="mlp_tokens")(y, train).swapaxes(axis, others)
-        x = x + widen(drop_path(self, y, self.drop_path, train, examples))
-        y = layer_norm("norm2", x, axis)
+        y = LayerNorm(dtype=self.dtype, name="norm1")(x).swapaxes(1, 2)  # [b, d, n]
+        y = MLPBlock(self.tokens_hidden, 0.0, self.dtype, name="mlp_tokens")(y, train).swapaxes(1, 2)
+        x = x + drop_path(self, y, self.drop_path, train)
+        y = LayerNorm(dtype=self.dtype, name="norm2")(x)
         y = MLPBlock(self.channels_hidden, 0.0, self.dtype, name="mlp_channels")(y, train)
-        return x + widen(drop_path(self, y, self.drop_path, train, examples))
+        return x + drop_path(self, y, self.drop_path, train)
 
 
 class Mixer(nn.Module):
@@ -184,8 +165,8 @@ class Mixer(nn.Module):
             raise UserError(unknown("mixer variant", self.variant, _MIXER))
         width, layers, tokens_hidden, channels_hidden = _MIXER[self.variant]
         x = _patches(x, self.patch, width, self.dtype, "mixer")
-        x = widen(tokens(x.reshape(x.shape[0], -1, width)))
+        x = x.reshape(x.shape[0], -1, width)
         for i in range(layers):
             rate = self.drop_path * i / (layers - 1)
             x = MixerBlock(tokens_hidden, channels_hidden, rate, self.dtype, name=f"block{i}")(x, train)
-        return _mean_tokens(layer_norm("norm", x, features_axis()), self.dtype)
+        return mean_pool(LayerNorm(dtype=self.dtype, name="norm")(x))

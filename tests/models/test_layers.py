@@ -9,11 +9,12 @@ import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from imgclf_jax.core import sharding
+from imgclf_jax.core import platform, sharding
 from imgclf_jax.models import layers
-from imgclf_jax.models.cpu import layout, pool, products
-from imgclf_jax.models.cpu.layout import mirror
-from imgclf_jax.models.layers import Conv, ConvPool, FlatDense, conv, pool_bias_relu
+from imgclf_jax.models.cpu import pool, products
+from imgclf_jax.models.cpu.layout import features_first, features_last
+from imgclf_jax.models.cpu.rewrite import rewrite
+from imgclf_jax.models.layers import Conv, ConvPool, FlatDense, conv
 
 SETTINGS = [  # kernel, strides, padding, dilation, groups
     (3, 1, "VALID", 1, 1),
@@ -26,6 +27,11 @@ SETTINGS = [  # kernel, strides, padding, dilation, groups
     (3, 1, "SAME", 2, 1),
     (3, 1, "SAME", 1, 2),
 ]
+
+
+def on_cpu(test):
+    """The test, traced in the CPU's form alone."""
+    return pytest.mark.usefixtures("form")(pytest.mark.parametrize("form", ["cpu"], indirect=True)(test))
 
 
 def normal(seed, *shape, dtype=np.float64):
@@ -55,28 +61,29 @@ def test_conv_is_flax_conv(kernel, strides, padding, dilation, groups):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), *results)
 
 
-@pytest.mark.usefixtures("float64")
-def test_conv_mirrored_is_its_definition():
+@pytest.mark.usefixtures("float64", "form")
+def test_conv_is_its_definition():
     """Against loops over output positions in NumPy."""
     x, kernel = normal(0, 2, 6, 7, 3), normal(1, 3, 2, 3, 5)
     expected = np.zeros((2, 2, 6, 5))
     for i in range(2):
         for j in range(6):
             expected[:, i, j] = np.einsum("bhwc,hwcf->bf", x[:, 2 * i : 2 * i + 3, j : j + 2], kernel)
-    out = conv(mirror(jnp.asarray(x)), jnp.asarray(kernel), (2, 1), "VALID", inside=True)
-    np.testing.assert_allclose(mirror(out), expected, rtol=0, atol=1e-13)
+    out = conv(jnp.asarray(x), jnp.asarray(kernel), (2, 1), "VALID")
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-13)
 
 
+@on_cpu
 @pytest.mark.parametrize(("kernel", "padding"), [(3, "SAME"), (2, "VALID"), (5, ((0, 2), (3, 1)))])
 @pytest.mark.parametrize(("c", "f"), [(4, 6), (40, 6), (6, 40)])
 def test_conv_in_bfloat16_has_the_results_and_gradients_of_float32(kernel, padding, c, f):
     """Of small integers, whose products are exact: few channels, where patches serve several outputs, and more."""
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.integers(-2, 3, (c, 7, 6, 4)), jnp.float32)
+    x = jnp.asarray(rng.integers(-2, 3, (4, 7, 6, c)), jnp.float32)
     weights = jnp.asarray(rng.integers(-2, 3, (kernel, kernel, c, f)), jnp.float32)
 
     def scalar(x, weights, dtype):
-        y = conv(x, weights, padding=padding, inside=True, dtype=dtype)
+        y = conv(x, weights, padding=padding, dtype=dtype)
         return jnp.sum(y * jnp.asarray(rng.integers(-2, 3, y.shape), y.dtype)), y
 
     results = []
@@ -91,13 +98,14 @@ def test_conv_in_bfloat16_has_the_results_and_gradients_of_float32(kernel, paddi
     np.testing.assert_allclose(low[0], high[0], rtol=2**-7, atol=0.5)
 
 
+@on_cpu
 def test_bfloat16_products_are_summed_in_float32():
     """With bfloat16 operands that are exact, sums of many terms are exact too: bfloat16 would keep 8 bits of them."""
-    x = jnp.asarray(np.random.default_rng(0).integers(-3, 9, (32, 9, 9, 4)), jnp.float32)  # [c, h, w, b]
+    x = jnp.asarray(np.random.default_rng(0).integers(-3, 9, (4, 9, 9, 32)), jnp.float32)
     kernel = jnp.asarray(np.random.default_rng(1).integers(-3, 4, (3, 3, 32, 8)), jnp.float32)
 
     def scalar(x, kernel, dtype):
-        y = conv(x, kernel, padding="VALID", inside=True, dtype=dtype)
+        y = conv(x, kernel, padding="VALID", dtype=dtype)
         return jnp.sum(y.astype(jnp.float32)), y
 
     run = jax.jit(jax.grad(scalar, argnums=1, has_aux=True), static_argnums=2)
@@ -109,9 +117,9 @@ def test_bfloat16_products_are_summed_in_float32():
 
 
 @pytest.mark.parametrize(("h", "w", "window"), [(8, 8, 2), (9, 7, 2), (13, 12, 3), (5, 4, 4), (3, 6, 1), (30, 25, 12)])
-def test_pool_bias_relu_is_flax_in_the_usual_order(h, w, window):
+def test_pool_bias_relu_on_cpu_is_flax_in_the_usual_order(h, w, window):
     """The same bits as convolution output + bias, ReLU, nn.max_pool; the gradient too, ties among its elements."""
-    x = np.random.default_rng(0).integers(-4, 5, (2, h, w, 3)).astype(np.float32)  # of few values: ties
+    x = jnp.asarray(np.random.default_rng(0).integers(-4, 5, (2, h, w, 3)), jnp.float32)  # of few values: ties
     bias = jnp.asarray([-4.5, 0.25, 1.5])
     weights = normal(1, 2, h // window, w // window, 3, dtype=np.float32)
 
@@ -119,7 +127,7 @@ def test_pool_bias_relu_is_flax_in_the_usual_order(h, w, window):
         return nn.max_pool(nn.relu(x + bias), (window, window), (window, window), "VALID")
 
     def ours(x, bias):
-        return pool_bias_relu(x, bias, window, jnp.float32)
+        return features_last(pool.pool_bias_relu(features_first(x), bias, window, jnp.float32))
 
     y, y_usual = jax.jit(ours)(x, bias), jax.jit(usual)(x, bias)
     np.testing.assert_array_equal(y, y_usual)
@@ -164,8 +172,8 @@ def test_conv_pool_is_convolution_bias_relu_and_pool_in_that_order(kernel, pool,
 
 
 @pytest.mark.parametrize("channels", [1, 3, 8])
-def test_mirrored_pooling_gives_the_gradient_to_the_first_of_equals(channels):
-    """On images and kernels of few values, so of many ties, the bits of `pool_bias_relu`'s gradient in float32."""
+def test_both_ways_of_convolution_and_pooling_on_cpu_give_the_gradient_to_the_first_of_equals(channels):
+    """On images and kernels of few values, so of many ties, the bits of Flax's gradient in float32."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.integers(-1, 2, (4, 9, 12, channels)), jnp.float32)
     kernel = jnp.asarray(rng.integers(-1, 2, (3, 3, channels, 5)), jnp.float32)
@@ -173,9 +181,13 @@ def test_mirrored_pooling_gives_the_gradient_to_the_first_of_equals(channels):
     pools = [pool.conv_pool_direct, pool.conv_pool]
 
     def usual(x, kernel, bias):
-        return pool_bias_relu(conv(x, kernel, padding="VALID"), bias, 2, jnp.float32)
+        y = nn.max_pool(conv(x, kernel, padding="VALID"), (2, 2), (2, 2))
+        return nn.relu(y + bias)
 
-    functions = [usual, *(lambda x, k, bias, f=f: mirror(f(mirror(x), k, bias, 2, jnp.float32)) for f in pools)]
+    functions = [
+        usual,
+        *(lambda x, k, bias, f=f: features_last(f(features_first(x), k, bias, 2, jnp.float32)) for f in pools),
+    ]
     expected, *others = (
         jax.jit(jax.grad(lambda *args, f=f: jnp.sum(f(*args) * weights), argnums=(0, 1, 2)))(x, kernel, bias)
         for f in functions
@@ -184,9 +196,9 @@ def test_mirrored_pooling_gives_the_gradient_to_the_first_of_equals(channels):
         jax.tree.map(np.testing.assert_array_equal, grads, expected)
 
 
-@pytest.mark.parametrize("function", ["conv_pool", "conv_pool_direct", "dense"])
+@pytest.mark.parametrize("function", ["conv_pool", "conv_pool_direct", "flat_dense"])
 @pytest.mark.parametrize("features", [2, 40])
-def test_mirrored_layers_in_bfloat16(function, features):
+def test_layers_on_cpu_in_bfloat16(function, features):
     """With values that bfloat16 holds, results and gradients are those of float32 up to what rounding results adds.
 
     Also that every product's shape runs: XLA 0.12 has no bfloat16 product with a transposed left side.
@@ -194,20 +206,20 @@ def test_mirrored_layers_in_bfloat16(function, features):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.integers(-2, 3, (3, 8, 6, 4)), jnp.float32)
     kernel = jnp.asarray(
-        rng.integers(-2, 3, (144, features) if function == "dense" else (3, 3, 3, features)), jnp.float32
+        rng.integers(-2, 3, (144, features) if function == "flat_dense" else (3, 3, 3, features)), jnp.float32
     )
     bias = jnp.zeros(features)
 
     def scalar(x, kernel, dtype):
-        if function == "dense":
-            y = products.dense(x, kernel, dtype)
+        if function == "flat_dense":
+            y = products.flat_dense(x, kernel, dtype)
         else:
             y = getattr(pool, function)(x, kernel, bias, 2, dtype)
         return jnp.sum(y.astype(jnp.float32)), y
 
     run = jax.jit(jax.grad(scalar, argnums=(0, 1), has_aux=True), static_argnums=2)
     low, high = run(x, kernel, jnp.bfloat16), run(x, kernel, jnp.float32)
-    assert low[1].dtype == (jnp.float32 if function == "dense" else jnp.bfloat16)
+    assert low[1].dtype == (jnp.float32 if function == "flat_dense" else jnp.bfloat16)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype(np.float32), b, rtol=2**-7, atol=0.5), low, high)
 
 
@@ -228,17 +240,17 @@ def test_flat_dense_is_flax_dense_on_the_flattened_image():
 
 
 def compiled_network(batch_size, mesh):
-    """Two blocks and their gradients, the batch split over `mesh`."""
+    """Two blocks and their gradients for CPU, the batch split over `mesh`."""
     network = nn.Sequential([ConvPool(8), ConvPool(16), FlatDense(10)])
     x = jnp.zeros((batch_size, 28, 28, 1))
     params = network.init(jax.random.key(0), x)
     whole, split = sharding.replicated(mesh), NamedSharding(mesh, PartitionSpec("data"))
-    grad = jax.grad(lambda params, x: jnp.mean(network.apply(params, x) ** 2))
+    grad = rewrite(jax.grad(lambda params, x: jnp.mean(network.apply(params, x) ** 2)))
+    grad = platform.traced_for("cpu", grad)
     return jax.jit(grad, in_shardings=(whole, split), out_shardings=whole).lower(params, x).compile()
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the mirrored form is CPU's")
-def test_mirrored_layers_need_no_convolution_and_no_exchange_of_images():
+def test_layers_on_cpu_need_no_convolution_and_no_exchange_of_images():
     """No convolution, which CPU runs slowly in loops; split over devices, only gradients are summed."""
     program = compiled_network(16, sharding.make_mesh()).as_text()
     assert "convolution(" not in program
@@ -246,11 +258,10 @@ def test_mirrored_layers_need_no_convolution_and_no_exchange_of_images():
     assert not any(f" {name}(" in program for name in ("all-gather", "all-to-all", "collective-permute"))
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the mirrored form is CPU's")
 def test_between_two_layers_nothing_is_transposed():
-    """The mirroring of one layer's end and the next one's beginning cancel in the compiled program."""
+    """The transposes of one layer's end and the next one's beginning cancel in the compiled program."""
     program = compiled_network(64, sharding.make_mesh(jax.devices()[:1])).as_text()
-    assert "f32[8,13,13,64]" in program  # the images between the blocks, mirrored
+    assert "f32[8,13,13,64]" in program  # the images between the blocks, features first
     assert "f32[64,13,13,8]" not in program
 
 
@@ -264,7 +275,7 @@ def test_max_pool_is_flax_max_pool(window, strides, padding):
         return nn.max_pool(x, (window, window), (strides, strides), [(padding, padding)] * 2)
 
     def ours(x):
-        return layout.inner(layers.max_pool(layout.inner(x), window, strides, padding))
+        return layers.max_pool(x, window, strides, padding)
 
     weights = jnp.asarray(normal(1, *usual(x).shape, dtype=np.float32))
     results = [jax.jit(jax.value_and_grad(lambda x, f=f: jnp.sum(f(x) * weights)))(x) for f in (usual, ours)]
@@ -275,7 +286,7 @@ def test_max_pool_is_flax_max_pool(window, strides, padding):
 @pytest.mark.usefixtures("form")
 def test_mean_pool_is_the_mean_over_pixels():
     x = jnp.asarray(normal(0, 2, 5, 4, 3, dtype=np.float32))
-    np.testing.assert_allclose(layers.mean_pool(layout.inner(x)), np.mean(x, (1, 2)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(layers.mean_pool(x), np.mean(x, (1, 2)), rtol=1e-5, atol=1e-6)
 
 
 def test_drop_path_drops_whole_examples():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from imgclf_jax.models.cpu import layout
+from imgclf_jax.core import platform
 from imgclf_jax.models.layers import Dense, gelu
 from imgclf_jax.models.norms import BatchNorm, LayerNorm
 from imgclf_jax.models.vit import EncoderBlock, MixerBlock
@@ -23,21 +23,19 @@ def normal(seed, *shape):
 def test_batch_norm_is_flax_batch_norm(use_scale):
     """The same parameters, statistics, results and gradients as nn.BatchNorm in float64, in training and evaluation."""
     x = jnp.asarray(normal(0, 6, 5, 4, 3)) * 3 + 1
-    ours = BatchNorm(0.9, 1e-3, use_scale=use_scale)
+    ours = BatchNorm(0.9, 1e-3, use_scale=use_scale, dtype=jnp.float64)
     theirs = nn.BatchNorm(
         momentum=0.9, epsilon=1e-3, use_scale=use_scale, param_dtype=jnp.float64, force_float32_reductions=False
     )
     shapes = jax.eval_shape(lambda: theirs.init(jax.random.key(0), x, use_running_average=False))
-    assert jax.tree.map(jnp.shape, ours.init(jax.random.key(0), layout.inner(x), True)) == jax.tree.map(
-        jnp.shape, shapes
-    )
+    assert jax.tree.map(jnp.shape, ours.init(jax.random.key(0), x, True)) == jax.tree.map(jnp.shape, shapes)
     variables = jax.tree.map(lambda s: jnp.asarray(np.abs(normal(1, *s.shape)) + 0.1), dict(shapes))
 
     def run(layer, params, x):
         state = {"params": params, "batch_stats": variables["batch_stats"]}
         if layer is ours:
-            y, new = layer.apply(state, layout.inner(x), True, mutable=["batch_stats"])
-            outputs = layout.inner(y), layout.inner(layer.apply(state, layout.inner(x), False))
+            y, new = layer.apply(state, x, True, mutable=["batch_stats"])
+            outputs = y, layer.apply(state, x, False)
         else:
             y, new = layer.apply(state, x, use_running_average=False, mutable=["batch_stats"])
             outputs = y, layer.apply(state, x, use_running_average=True)
@@ -54,52 +52,48 @@ def test_batch_norm_is_flax_batch_norm(use_scale):
 def test_dense_and_layer_norm_on_tokens_are_flaxs():
     """The same parameters, results and gradients as nn.Dense and nn.LayerNorm, in float64."""
     x = jnp.asarray(normal(0, 3, 5, 7)) * 2 + 1  # [b, n, d]
-    axis = layout.features_axis()
     pairs = [
         (Dense(4, jnp.float64), nn.Dense(4, dtype=jnp.float64)),
-        (LayerNorm(axis), nn.LayerNorm(1e-6, param_dtype=jnp.float64, force_float32_reductions=False)),
+        (LayerNorm(dtype=jnp.float64), nn.LayerNorm(1e-6, param_dtype=jnp.float64, force_float32_reductions=False)),
     ]
     for ours, theirs in pairs:
         shapes = jax.tree.map(jnp.shape, theirs.init(jax.random.key(0), x)["params"])
-        variables = ours.init(jax.random.key(0), layout.tokens(x))["params"]
+        variables = ours.init(jax.random.key(0), x)["params"]
         assert jax.tree.map(jnp.shape, variables) == shapes
         params = jax.tree.map(lambda p: jnp.asarray(normal(1, *p.shape)), variables)
 
-        def scalar(params, x, layer, own):
-            y = layer.apply({"params": params}, layout.tokens(x) if own else x)
-            y = jnp.moveaxis(y, axis, -1) if own else y
+        def scalar(params, x, layer):
+            y = layer.apply({"params": params}, x)
             return jnp.sum(jnp.sin(y)), y
 
-        run = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True), static_argnums=(2, 3))
-        results = run(params, x, ours, True), run(params, x, theirs, False)
+        run = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True), static_argnums=2)
+        results = run(params, x, ours), run(params, x, theirs)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), *results)
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("block", [EncoderBlock(2, dtype=jnp.float64), MixerBlock(6, 10, dtype=jnp.float64)])
-def test_blocks_are_the_same_in_both_forms(block, monkeypatch):
-    """Results, gradients and attention maps, in float64; the usual form is plain linen and einsum."""
+def test_blocks_are_the_same_in_both_forms(block):
+    """Results, gradients and attention maps, in float64; the form off CPU is plain linen and einsum."""
     x = jnp.asarray(normal(0, 3, 5, 8))  # [b, n, d]
-    results = []
-    for mirrored in (True, False):
-        monkeypatch.setattr(layout, "on_mirrored", lambda mirrored=mirrored: mirrored)
-        axis = layout.features_axis()
-        shapes = jax.eval_shape(lambda: block.init(jax.random.key(0), layout.tokens(x)))["params"]
-        params = jax.tree.map(lambda s: jnp.asarray(normal(1, *s.shape)), shapes)
+    params = jax.eval_shape(lambda: block.init(jax.random.key(0), x))["params"]
+    params = jax.tree.map(lambda s: jnp.asarray(normal(1, *s.shape)), params)
 
-        def scalar(params, x, axis=axis):
-            y, seen = block.apply({"params": params}, layout.tokens(x), mutable=["intermediates"])
-            y = jnp.moveaxis(y, axis, -1)
-            return jnp.sum(jnp.sin(y)), (y, seen)
+    def scalar(params, x):
+        y, seen = block.apply({"params": params}, x, mutable=["intermediates"])
+        return jnp.sum(jnp.sin(y)), (y, seen)
 
-        results.append(jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True))(params, x))
+    results = [
+        jax.jit(platform.traced_for(p, jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True)))(params, x)
+        for p in ("cpu", "gpu")
+    ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), *results)
 
 
 @pytest.mark.usefixtures("float64")
 def test_gelu_is_flaxs():
     x = jnp.linspace(-6.0, 6.0, 97)
-    for ours, theirs in ((gelu(x, x.dtype), nn.gelu(x, approximate=False)),
-                         (jax.grad(lambda x: gelu(x, x.dtype).sum())(x),
+    for ours, theirs in ((gelu(x), nn.gelu(x, approximate=False)),
+                         (jax.grad(lambda x: gelu(x).sum())(x),
                           jax.grad(lambda x: nn.gelu(x, approximate=False).sum())(x))):  # fmt: skip
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-15)

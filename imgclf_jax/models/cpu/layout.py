@@ -1,60 +1,47 @@
-"""How arrays lie in memory while layers compute on them, and what element-wise operations compute in.
+"""How arrays lie in memory where layers compute on CPU: features first and the batch last, [c, h, w, b] and [d, b, n].
 
-On CPU a model's images lie mirrored, [c, h, w, b], and tokens with their features first, [d, b, n]; layers are matrix
-products (`mirrored.py` says why). `inner` takes images there and back, `tokens` tokens there; between two layers the
-pair cancels, so the compiled program holds none. On GPU and TPU they lie as they come, [b, h, w, c] and [b, n, d].
+Only the layers' CPU form uses this. What they give and take is [b, h, w, c] or [b, n, d]; `transposes.py` cancels the
+transposes between two layers.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from imgclf_jax.core import platform
+
+# Axis i of the array in memory is this axis of [b, c], [b, n, d] and [b, h, w, c].
+_FEATURES_FIRST = {2: (1, 0), 3: (2, 0, 1), 4: (3, 1, 2, 0)}
 
 
-def on_mirrored() -> bool:
-    """Whether layers compute on images [c, h, w, b]: on CPU."""
-    return jax.default_backend() == "cpu"
+def on_cpu() -> bool:
+    """Whether what is traced is for CPU."""
+    return platform.current() == "cpu"
 
 
-def mirror(x: jax.Array) -> jax.Array:
-    """[b, h, w, c] to [c, h, w, b], and back."""
-    return jnp.swapaxes(x, 0, 3)
+def features_first(x: jax.Array) -> jax.Array:
+    """[b, h, w, c] → [c, h, w, b], [b, n, d] → [d, b, n], [b, c] → [c, b]."""
+    return x.transpose(_FEATURES_FIRST[x.ndim])
 
 
-def inner(x: jax.Array) -> jax.Array:
-    """Images [b, h, w, c] as layers compute on them, and back: mirrored on CPU, as they are elsewhere.
+def features_last(x: jax.Array) -> jax.Array:
+    """The inverse of `features_first`."""
+    order = _FEATURES_FIRST[x.ndim]
+    return x.transpose([order.index(axis) for axis in range(x.ndim)])
 
-    Height and width are the axes 1 and 2 of both, so that a network may stay in it from first layer to last.
+
+def contiguous(x: jax.Array) -> jax.Array:
+    """x itself, computed here and laid out in memory as its shape says.
+
+    Without it XLA leaves a transposed x where it lies and reads it across its rows, or computes x anew, as often as
+    needed, inside of what reads it. Outside of `jit` it has no say.
     """
-    return mirror(x) if on_mirrored() else x
+    if not isinstance(x, jax.core.Tracer):
+        return x
+    return lax.optimization_barrier(with_layout_constraint(x, Layout(tuple(range(x.ndim)))))
 
 
-def channel_axis() -> int:
-    """Which axis of `inner` images the channels are."""
-    return 0 if on_mirrored() else 3
-
-
-def widen(x: jax.Array) -> jax.Array:
-    """x in float32, or in float64 if it is: what element-wise operations compute in, whatever lies in memory."""
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-
-
-def tokens(x: jax.Array) -> jax.Array:
-    """Tokens [b, n, d] as layers compute on them: features first on CPU, [d, b, n], as they are elsewhere."""
-    return jnp.moveaxis(x, 2, 0) if on_mirrored() else x
-
-
-def features_axis() -> int:
-    """Which axis of `tokens` the features are, 0 or -1."""
-    return 0 if on_mirrored() else -1
-
-
-def spread(values: jax.Array, axis: int, x: jax.Array) -> jax.Array:
-    """[c] to [c, 1, 1, 1], or whichever axis of x the channels are."""
-    return values.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
-
-
-def sum_but(x: jax.Array, axis: int) -> jax.Array:
-    """Over all axes but this one → [c]; on CPU in two steps, the first of which runs along vectors."""
-    if axis == 0 and x.ndim > 2:
-        return jnp.sum(lax.optimization_barrier(jnp.sum(x, range(1, x.ndim - 1))), 1)
-    return jnp.sum(x, [i for i in range(x.ndim) if i != axis])
+def accumulator(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """What products of operands in `dtype` are summed in: float32, or float64 for float64."""
+    return jnp.dtype(dtype if dtype == jnp.float64 else jnp.float32)

@@ -1,0 +1,149 @@
+"""Operations that a transpose can be carried past, by their primitive's name.
+
+Each is a function (eqn, operands, bind) → results, or None where this one cannot; `bind(eqn, arrays, params)` applies
+the primitive.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from imgclf_jax.models.cpu.placed import Order, Placed, Spread, in_order, of_dtype, of_order, whole
+
+Bind = Callable[..., list[Any]]
+Move = Callable[[Any, list[Any], Bind], list[Any] | None]
+
+
+def _transpose(eqn: Any, args: list[Any], bind: Bind) -> list[Any]:
+    x, permutation = args[0], eqn.params["permutation"]
+    place = tuple(int(i) for i in np.argsort(permutation))
+    if isinstance(x, Spread):
+        return [Spread(x.array, tuple(place[a] for a in x.axes), tuple(x.shape[p] for p in permutation))]
+    if isinstance(x, Placed):
+        return [_like(x, x.array, tuple(place[axis] for axis in x.order))]
+    return [of_order(x, place)]
+
+
+def _like(x: Placed, array: Any, order: Order) -> Any:
+    """`array`, made of x's, in `order`: of x's dtype by the program."""
+    return Placed(array, order, x.dtype) if array.dtype != x.dtype else of_order(array, order)
+
+
+def _broadcast(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
+    if len(args) > 1:
+        return None
+    x, shape, axes = args[0], eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    if isinstance(x, Spread):
+        return [Spread(x.array, tuple(axes[i] for i in x.axes), shape)] if _same(x.shape, axes, shape) else None
+    if not isinstance(x, Placed):
+        return [Spread(jnp.asarray(x), tuple(axes), tuple(shape))]
+    if x.size != np.prod(shape):
+        return [Spread(x.narrow, tuple(axes[i] for i in x.order), tuple(shape))]
+    new = [i for i in range(len(shape)) if i not in axes]  # axes of size 1
+    order = (*new, *(axes[i] for i in x.order))
+    array = lax.broadcast_in_dim(x.moved, [shape[i] for i in order], range(len(new), len(shape)))
+    return [_like(x, array, order)]
+
+
+def _same(small: tuple[int, ...], axes: Order, shape: tuple[int, ...]) -> bool:
+    return all(n == shape[axis] for n, axis in zip(small, axes, strict=True))
+
+
+def _barrier(eqn: Any, args: list[Any], bind: Bind) -> list[Any]:
+    arrays = [x.narrow if isinstance(x, Placed) else x.whole if isinstance(x, Spread) else x for x in args]
+    out = bind(eqn, arrays)
+    return [_like(x, y, x.order) if isinstance(x, Placed) else y for x, y in zip(args, out, strict=True)]
+
+
+def _ranks(axes: list[int]) -> Order:
+    """The axes that are left, numbered anew."""
+    return tuple(sorted(axes).index(axis) for axis in axes)
+
+
+def _reduce(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
+    x, axes = args[0], eqn.params["axes"]
+    if not isinstance(x, Placed):
+        return None
+    places = tuple(i for i, axis in enumerate(x.order) if axis in axes)
+    order = _ranks([axis for axis in x.order if axis not in axes])
+    out = bind(eqn, [x.wide], {**eqn.params, "axes": places})
+    return [of_dtype(y, order, v.aval.dtype) for y, v in zip(out, eqn.outvars, strict=True)]
+
+
+def _by_axis(*names: str) -> Move:
+    """Operations whose named parameters hold a value for each axis (or None)."""
+
+    def move(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
+        x = args[0]
+        if not isinstance(x, Placed):
+            return None
+        moved = {n: tuple(eqn.params[n][axis] for axis in x.order) for n in names if eqn.params[n] is not None}
+        others = [jnp.asarray(whole(y), x.moved.dtype) for y in args[1:]]  # scalars
+        return [_like(x, bind(eqn, [x.moved, *others], {**eqn.params, **moved})[0], x.order)]
+
+    return move
+
+
+def _concatenate(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
+    x = max(args, key=lambda x: (isinstance(x, Placed), x.size))
+    if not isinstance(x, Placed):
+        return None
+    params = {**eqn.params, "dimension": x.order.index(eqn.params["dimension"])}
+    return [_like(x, bind(eqn, [in_order(y, x.order) for y in args], params)[0], x.order)]
+
+
+def _reverse(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
+    x = args[0]
+    if not isinstance(x, Placed):
+        return None
+    params = {**eqn.params, "dimensions": tuple(x.order.index(i) for i in eqn.params["dimensions"])}
+    return [_like(x, bind(eqn, [x.moved], params)[0], x.order)]
+
+
+def _squeeze(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
+    x, gone = args[0], eqn.params["dimensions"]
+    if not isinstance(x, Placed):
+        return None
+    params = {**eqn.params, "dimensions": tuple(i for i, axis in enumerate(x.order) if axis in gone)}
+    order = _ranks([axis for axis in x.order if axis not in gone])
+    return [of_dtype(bind(eqn, [x.moved], params)[0], order, x.dtype)]
+
+
+def _split(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
+    """A reshape that splits axes, each into some that follow each other; any other is not moved."""
+    x, new = args[0], list(eqn.params["new_sizes"])
+    if not isinstance(x, Placed) or eqn.params.get("dimensions") is not None:
+        return None
+    parts: list[list[int]] = []  # of each axis of x, the new ones
+    first = 0
+    for size in x.shape:
+        last, product = first, 1
+        while last < len(new) and (product < size or (size == 1 and last == first)):
+            product *= new[last]
+            last += 1
+        if product != size:
+            return None
+        parts.append(list(range(first, last)))
+        first = last
+    if first != len(new):
+        return None
+    order = tuple(axis for old in x.order for axis in parts[old])
+    return [_like(x, x.moved.reshape([new[axis] for axis in order]), order)]
+
+
+MOVES: dict[str, Move] = {
+    "transpose": _transpose,
+    "broadcast_in_dim": _broadcast,
+    "optimization_barrier": _barrier,
+    **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"), _reduce),
+    **dict.fromkeys(("argmax", "argmin"), _reduce),
+    "slice": _by_axis("start_indices", "limit_indices", "strides"),
+    "pad": _by_axis("padding_config"),
+    "concatenate": _concatenate,
+    "rev": _reverse,
+    "squeeze": _squeeze,
+    "reshape": _split,
+}

@@ -1,0 +1,50 @@
+"""Sums over all axes but that of the features, or over the features, and their transposes, on CPU."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from imgclf_jax.models.cpu.multilinear import multilinear
+
+
+def _broadcast(values: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    return lax.broadcast_in_dim(values, shape, (axis,))
+
+
+def _sum(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """In two steps where the features come first: the first of them runs along vectors."""
+    if axis == 0 and len(shape) > 2:
+        return jnp.sum(lax.optimization_barrier(jnp.sum(x, range(1, x.ndim - 1))), 1)
+    return jnp.sum(x, [i for i in range(x.ndim) if i != axis])
+
+
+_broadcast_along = multilinear(
+    "broadcast_along", _broadcast, lambda gradient, like, shape, axis: _sum(gradient, shape, axis)
+)
+_sum_but = multilinear("sum_but", _sum, lambda gradient, like, shape, axis: _broadcast(gradient, shape, axis))
+
+
+def broadcast_along(values: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """values [c] → `shape`, the c of them along `axis`; the gradient is `sum_but`."""
+    return _broadcast_along(values, shape=tuple(shape), axis=axis)
+
+
+def sum_but(x: jax.Array, axis: int) -> jax.Array:
+    """The sum over all axes but this one → [c]; the gradient is `broadcast_along`."""
+    return _sum_but(x, shape=x.shape, axis=axis)
+
+
+_outer = multilinear(
+    "outer",
+    lambda values, x: values.reshape(-1, *[1] * (x.ndim - 1)) * x,
+    lambda gradient, x, like: _sum(gradient * x, gradient.shape, 0),
+    # A product with a vector is faster than a sum over an axis that is not the last.
+    lambda values, gradient, like: jnp.expand_dims(
+        lax.dot_general(values, gradient, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST), 0
+    ),
+)
+
+
+def outer(values: jax.Array, x: jax.Array) -> jax.Array:
+    """values [d] times x [1, …] → [d, …]."""
+    return _outer(values, x)
