@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from imgclf_jax.core import platform
+
 
 def on_mirrored() -> bool:
     """Whether layers compute on images [c, h, w, b]: on CPU."""
-    return jax.default_backend() == "cpu"
+    return platform.current() == "cpu"
 
 
 def mirror(x: jax.Array) -> jax.Array:
