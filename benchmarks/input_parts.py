@@ -174,14 +174,14 @@ def _bare(workdir: Workdir, images: np.ndarray, labels: np.ndarray) -> Callable[
     """The compiled program of the run in `workdir`, on one chunk of its stream: seconds → images a second."""
     config = workdir.load_config()
     opened = own.open_images(config, images, labels)
-    experiment = own.assemble(config, opened)
-    chunk = jax.block_until_ready(next(own.open_chunks(experiment, opened)))
-    state, _ = own.start(experiment)
+    programs = own.assemble(config, opened)
+    chunk = jax.block_until_ready(next(own.open_chunks(programs, opened)))
+    state, _ = own.start(programs)
 
     def rate(seconds: float) -> float:
         nonlocal state
         time.sleep(0.3)
-        state, done, elapsed = own.run_calls(experiment, state, itertools.repeat(chunk), seconds)
+        state, done, elapsed = own.run_calls(programs, state, itertools.repeat(chunk), seconds)
         return done / elapsed
 
     rate(0)

@@ -16,10 +16,10 @@ from variants import Measure, Prepare
 
 from imgclf_jax import config as configs
 from imgclf_jax import step
-from imgclf_jax.augment import ops
-from imgclf_jax.core import sharding, tensorflow_import
+from imgclf_jax.core import platform, sharding, tensorflow_import
 from imgclf_jax.data import placement, sources, stream
-from imgclf_jax.experiment import Experiment
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 
 _STEPS = 1_000_000  # more than any measurement runs
@@ -41,8 +41,8 @@ def open_variant(network: Network, placement: str, precision: str) -> Prepare:
         config = configure(network, batch_size)
         config.precision, config.data.placement = precision, placement
         images = open_images(config, *examples)
-        experiment = assemble(config, images)
-        return _training(experiment, images) if mode == "train" else _inference(experiment, examples[0])
+        programs = assemble(config, images)
+        return _training(programs, images) if mode == "train" else _inference(programs, examples[0])
 
     return prepare
 
@@ -78,76 +78,76 @@ def open_images(config: ConfigDict, images: np.ndarray, labels: np.ndarray) -> s
     return opened
 
 
-def assemble(config: ConfigDict, images: stream.Images) -> Experiment:
-    """The experiment on all devices, as `train.main` makes it."""
+def assemble(config: ConfigDict, images: stream.Images) -> Programs:
+    """The programs on all devices, as `train.main` makes it."""
     configs.validate(config)
     data = DataInfo(len(images), images.shape, tuple(images.source.class_names), "benchmark")
-    return Experiment(config, data, sharding.make_mesh())
+    return Programs(Recipe(config, data))
 
 
-def start(experiment: Experiment) -> tuple[Any, Any]:
+def start(programs: Programs) -> tuple[Any, Any]:
     """(state, sums) of step 0."""
-    whole = sharding.replicated(experiment.mesh)
-    run = jax.jit(experiment.init, out_shardings=whole)(np.uint32(experiment.config.seed))
+    run = programs.init()
     return run["state"], run["sums"]
 
 
-def open_chunks(experiment: Experiment, images: stream.Images) -> Any:
+def open_chunks(programs: Programs, images: stream.Images) -> Any:
     """The stream of chunks, each of the most steps that one call takes."""
-    size, config = experiment.steps_per_call, experiment.config
+    size, config = programs.steps_per_call, programs.recipe.config
     ranges = [(first, first + size) for first in range(0, _STEPS - size, size)]
     return placement.train_chunks(
-        config.data.placement, images, experiment.mesh, config.seed, config.batch_size, ranges, size
+        config.data.placement, images, programs.mesh, config.seed, config.batch_size, ranges, size
     )
 
 
-def run_calls(experiment: Experiment, state: Any, chunks: Any, seconds: float) -> tuple[Any, int, float]:
+def run_calls(programs: Programs, state: Any, chunks: Any, seconds: float) -> tuple[Any, int, float]:
     """Trains on `chunks` for about so many seconds, as train.main's loop does: (state, images done, seconds taken)."""
-    size = experiment.steps_per_call
-    sums = experiment.put(step.zero_sums())
+    size = programs.steps_per_call
+    sums = programs.put(step.zero_sums())
     in_flight: collections.deque[Any] = collections.deque()
     calls, began = 0, time.perf_counter()
     while not calls or time.perf_counter() - began < seconds:
-        state, sums = experiment.train_chunk(state, sums, next(chunks), np.int32(size))
+        state, sums = programs.train(state, sums, next(chunks), np.int32(size))
         in_flight.append(sums["steps"])
         if len(in_flight) > 2:
             in_flight.popleft().block_until_ready()
         calls += 1
     jax.block_until_ready((state, sums))
-    return state, calls * size * experiment.config.batch_size, time.perf_counter() - began
+    return state, calls * size * programs.recipe.config.batch_size, time.perf_counter() - began
 
 
-def _training(experiment: Experiment, images: stream.Images) -> Measure:
-    state, _ = start(experiment)
-    chunks = open_chunks(experiment, images)
+def _training(programs: Programs, images: stream.Images) -> Measure:
+    state, _ = start(programs)
+    chunks = open_chunks(programs, images)
     for _ in range(2):  # compiles
-        state, *_ = run_calls(experiment, state, chunks, 0)
+        state, *_ = run_calls(programs, state, chunks, 0)
 
     def measure(seconds: float) -> tuple[float, float]:
         nonlocal state
-        if experiment.config.data.placement == "host":
+        if programs.recipe.config.data.placement == "host":
             for _ in range(_READ_AHEAD):  # what was read ahead while others were measured does not count
                 next(chunks)
-        state, done, elapsed = run_calls(experiment, state, chunks, seconds)
+        state, done, elapsed = run_calls(programs, state, chunks, seconds)
         return done, elapsed
 
     return measure
 
 
-def _inference(experiment: Experiment, images: np.ndarray) -> Measure:
-    mesh, batch_size = experiment.mesh, experiment.eval_batch_size
-    predict = step.make_predict_step(experiment.model, ops.build(experiment.config.augment, train=False))
+def _inference(programs: Programs, images: np.ndarray) -> Measure:
+    mesh, batch_size = programs.mesh, programs.eval_batch_size
+    predict = step.make_predict_step(programs.recipe.model, programs.recipe.augment(train=False))
     whole, split = sharding.replicated(mesh), sharding.sharded(mesh)
 
     @jax.jit
     def classes(params: Any, model_state: Any, batches: jax.Array) -> jax.Array:
         def one(images: jax.Array) -> jax.Array:
             images = jax.lax.with_sharding_constraint(images, split)
-            return jnp.argmax(predict(params, model_state, images), -1)
+            with platform.tracing_for(programs.platform):
+                return jnp.argmax(predict(params, model_state, images), -1)
 
         return jax.lax.with_sharding_constraint(jax.lax.map(one, batches), whole)  # [_BLOCK, b]
 
-    state, _ = start(experiment)
+    state, _ = start(programs)
     usable = len(images) // (_BLOCK * batch_size) * _BLOCK * batch_size
     if not usable:
         raise ValueError(f"{len(images)} images are fewer than {_BLOCK} batches of {batch_size}")

@@ -1,39 +1,51 @@
 """Which part of a config fails, where tracing the whole program does: the parts are traced one by one."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from imgclf_jax import step
-from imgclf_jax.augment import mixing, ops
 from imgclf_jax.core import rng, spec
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.optim import optimizers
+from imgclf_jax.recipe import Recipe
 
 
-def find(experiment: Any) -> None:
-    """Raises UserError that names the first key of an Experiment's config whose part cannot be traced, if one cannot.
+@contextlib.contextmanager
+def naming_the_key(recipe: Recipe) -> Iterator[None]:
+    """Where tracing inside fails, the parts are traced one by one, so that the error can name a config key."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception:  # JAX, Flax and Optax raise many types
+        find(recipe)
+        raise
+
+
+def find(recipe: Recipe) -> None:
+    """Raises UserError that names the first key of a config whose part cannot be traced, if one cannot.
 
     An error in the user's own code, which is named by an import path, is raised as it is.
     """
-    config, image_shape = experiment.config, experiment.data.image_shape
+    config, image_shape = recipe.config, recipe.data.image_shape
     images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), "uint8")
     labels = jax.ShapeDtypeStruct((config.batch_size,), "int32")
-    logits = jax.ShapeDtypeStruct((config.batch_size, len(experiment.data.class_names)), "float32")
+    logits = jax.ShapeDtypeStruct((config.batch_size, len(recipe.data.class_names)), "float32")
 
     def draw(images: jax.Array, ids: jax.Array) -> jax.Array:
-        known = (jnp.uint32(0), ids, ids) if experiment.with_ids else ()
-        return ops.build(config.augment, train=True)(rng.key(0, "augment"), images, *known)
+        known = (jnp.uint32(0), ids, ids) if recipe.with_ids else ()
+        return recipe.augment(train=True)(rng.key(0, "augment"), images, *known)
 
     def mix(images: jax.Array, ids: jax.Array) -> Any:
-        op = mixing.build(config.mix)
-        return op and op(rng.key(0, "mix"), draw(images, ids))
+        return recipe.mix and recipe.mix(rng.key(0, "mix"), draw(images, ids))
 
     def init_and_update() -> step.TrainState:
-        state = step.init_state(experiment.model, experiment.optimizer, image_shape, 0, experiment.average)
-        experiment.optimizer.update(state.params, state.opt_state, state.params)
+        state = step.init_state(recipe.model, recipe.optimizer, image_shape, 0, recipe.average)
+        recipe.optimizer.update(state.params, state.opt_state, state.params)
         return state
 
     def trace(key: str, function: Callable[..., Any], *args: Any) -> None:
@@ -48,9 +60,9 @@ def find(experiment: Any) -> None:
             raise UserError(f"{key}={config[key]!r} fails{where}: {reason(e)}") from e
 
     zeros = jnp.zeros((1, *image_shape), jnp.float32)
-    trace("schedule", lambda step: optimizers.promoting(experiment.schedule)(step), jax.ShapeDtypeStruct((), "int32"))
+    trace("schedule", lambda step: optimizers.promoting(recipe.schedule)(step), jax.ShapeDtypeStruct((), "int32"))
     trace("augment", draw, images, labels)
     trace("mix", mix, images, labels)
-    trace("model", lambda: experiment.model.init(rng.key(0, "init"), zeros, train=False))
-    trace("loss", lambda logits, labels: experiment.loss(logits, labels), logits, labels)
+    trace("model", lambda: recipe.model.init(rng.key(0, "init"), zeros, train=False))
+    trace("loss", lambda logits, labels: recipe.loss(logits, labels), logits, labels)
     trace("optimizer", init_and_update)

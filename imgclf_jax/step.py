@@ -11,7 +11,7 @@ from flax import struct
 
 from imgclf_jax import metrics
 from imgclf_jax.augment import mixing, tta
-from imgclf_jax.core import rng, tree
+from imgclf_jax.core import platform, rng, tree
 from imgclf_jax.losses import Loss
 from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.optim import weight_averages
@@ -162,7 +162,7 @@ def _accumulated(gradient: Callable[..., Any], parts: int) -> Callable[..., Any]
 
         # Part i is every example whose number is i modulo `parts`: a share of what each device holds.
         split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-        unroll = jax.default_backend() == "cpu"  # where XLA's own convolution is a hundred times slower in a loop
+        unroll = platform.current() == "cpu"  # there XLA's own convolution is a hundred times slower in a loop
         carry = (jax.tree.map(jnp.zeros_like, params), model_state)
         (total, model_state), (losses, logits) = jax.lax.scan(add, carry, (jnp.arange(parts), split), unroll=unroll)
         logits = logits.swapaxes(0, 1).reshape(-1, logits.shape[-1])  # [b, classes]

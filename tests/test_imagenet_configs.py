@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import sharding
-from imgclf_jax.experiment import Experiment
-from imgclf_jax.models.cpu import layout
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -21,11 +20,11 @@ EPOCH = {256: EXAMPLES / 256, 1024: EXAMPLES / 1024}
 STATED = {"imagenet_resnet50": (25_557_032, 4.09), "imagenet_vit_s16": (21_974_632, 4.6)}
 
 
-def experiment(name, batch_size=0):
+def recipe(name, batch_size=0):
     config = configs.load_file(str(CONFIGS / f"{name}.py"))
     config.batch_size = batch_size or config.batch_size
     classes = tuple(map(str, range(1000)))
-    return Experiment(config, DataInfo(EXAMPLES, (224, 224, 3), classes, "made up"), sharding.make_mesh())
+    return Recipe(config, DataInfo(EXAMPLES, (224, 224, 3), classes, "made up"))
 
 
 def multiply_adds(jaxpr):
@@ -45,9 +44,8 @@ def multiply_adds(jaxpr):
 
 
 @pytest.mark.parametrize("name", STATED)
-def test_parameters_and_products(name, monkeypatch):
-    monkeypatch.setattr(layout, "on_mirrored", lambda: False)
-    run = experiment(name)
+def test_parameters_and_products(name):
+    run = recipe(name)
     parameters, stated = STATED[name]
     assert sum(math.prod(shape) for shape in run.parameters.values()) == parameters
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
@@ -58,7 +56,7 @@ def test_parameters_and_products(name, monkeypatch):
 
 def test_the_schedule_of_resnet50():
     """A tenth of the rate at 30, 60 and 80 epochs, after five epochs of warmup."""
-    run, epoch = experiment("imagenet_resnet50"), EPOCH[256]
+    run, epoch = recipe("imagenet_resnet50"), EPOCH[256]
     assert run.total == math.ceil(90 * epoch)
     epochs = np.array([1, 2.5, 5.1, 29.9, 30.1, 59.9, 60.1, 79.9, 80.1, 90])
     expected = [0.02, 0.05, 0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4]
@@ -68,7 +66,7 @@ def test_the_schedule_of_resnet50():
 
 def test_the_schedule_of_vit_s16():
     """10,000 steps of warmup, then half a cosine to zero at the end of 90 epochs."""
-    run = experiment("imagenet_vit_s16")
+    run = recipe("imagenet_vit_s16")
     assert run.total == math.ceil(90 * EPOCH[1024]) == 112_603
     half = (10_000 + run.total) // 2
     rates = [float(run.schedule(step)) for step in (0, 4_999, 9_999, half, run.total)]
@@ -77,7 +75,7 @@ def test_the_schedule_of_vit_s16():
 
 def test_kernels_alone_decay():
     for name in STATED:
-        rules = experiment(name).rules
+        rules = recipe(name).rules
         free = {parameter for parameter in rules.decay if not parameter.endswith(("bias", "scale"))}
         assert not free
         assert all(rules.decay[parameter] == 0 for parameter in rules.decay)
@@ -88,4 +86,4 @@ def test_kernels_alone_decay():
 @pytest.mark.parametrize("name", STATED)
 def test_compiles_at_full_size(name):
     """The whole train step, for images of 224 by 224 and 1,000 classes, the batch split over eight devices."""
-    assert experiment(name, batch_size=64).train_chunk is not None
+    assert Programs(recipe(name, batch_size=64)).train is not None

@@ -68,13 +68,14 @@ def test_of_a_run(tmp_path, capsys):
             "--config.checkpoint.best=test/auc"]  # fmt: skip
     assert launch.main(argv) == 0
     workdir = Workdir(tmp_path)
-    experiment, state, _ = restore(workdir.load_config(), workdir, "latest")
+    programs, state, _ = restore(workdir.load_config(), workdir, "latest")
     source = sources.open_splits(workdir.load_config().data.source)["test"]
-    images = experiment.eval_images(source)
-    sums = evaluate(experiment, state, images)
+    images = programs.eval_images(source)
+    sums = evaluate(programs, state, images)
     examples = source.read(np.arange(101))
     np.testing.assert_array_equal(sums["labels"], examples["label"])
-    logits = experiment.model.apply({"params": state.params}, examples["image"].astype(np.float32) / np.float32(255))
+    pixels = examples["image"].astype(np.float32) / np.float32(255)
+    logits = programs.recipe.model.apply({"params": state.params}, pixels)
     np.testing.assert_allclose(sums["probabilities"], jax.nn.softmax(logits), rtol=1e-5, atol=1e-6)
     expected = area(sums["labels"] == 1, sums["probabilities"][:, 1])
     result = json.loads(workdir.result.read_text())["test"]

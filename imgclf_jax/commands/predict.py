@@ -14,7 +14,7 @@ from imgclf_jax.commands.evaluate import convert, restore
 from imgclf_jax.core import rng, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, sources
-from imgclf_jax.experiment import Experiment
+from imgclf_jax.programs import Programs
 from imgclf_jax.run import writers
 from imgclf_jax.run.workdir import Workdir
 
@@ -43,31 +43,31 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts) or path.name == "Thumbs.db"
 
 
-def predict(experiment: Experiment, state: Any, files: list[Path]) -> Iterator[tuple[Path, np.ndarray | UserError]]:
+def predict(programs: Programs, state: Any, files: list[Path]) -> Iterator[tuple[Path, np.ndarray | UserError]]:
     """(file, probabilities f32[classes]) for each file, or (file, error) for one that cannot be read."""
-    ops, _ = decode.build(experiment.preprocess_eval)
-    mesh = experiment.mesh
-    batch_size = sharding.round_up(min(experiment.config.batch_size, 128), mesh)
+    ops, _ = decode.build(programs.recipe.preprocess_eval)
+    mesh = programs.mesh
+    batch_size = sharding.round_up(min(programs.recipe.config.batch_size, 128), mesh)
 
     def load(index: int) -> np.ndarray | UserError:
         try:
-            seed = experiment.config.seed
+            seed = programs.recipe.config.seed
             image = ops(files[index].read_bytes(), lambda: rng.generator(seed, "preprocess", index))
         except (OSError, UserError) as e:
             return UserError(f"{files[index]}: {e}")
-        if image.shape != experiment.data.image_shape:
-            return UserError(f"{files[index]}: preprocess gives {image.shape}, not {experiment.data.image_shape}")
+        if image.shape != programs.recipe.data.image_shape:
+            return UserError(f"{files[index]}: preprocess gives {image.shape}, not {programs.recipe.data.image_shape}")
         return image
 
     for start in range(0, len(files), batch_size):
         some = range(start, min(start + batch_size, len(files)))
         loaded = [load(i) for i in some]
-        batch = np.zeros((batch_size, *experiment.data.image_shape), np.uint8)  # one shape, so one compilation
+        batch = np.zeros((batch_size, *programs.recipe.data.image_shape), np.uint8)  # one shape, so one compilation
         for row, image in enumerate(loaded):
             if isinstance(image, np.ndarray):
                 batch[row] = image
         images = sharding.put_batch({"image": batch}, mesh)["image"]
-        probabilities = np.asarray(jax.device_get(experiment.predict_step(*state.evaluated, images)))
+        probabilities = np.asarray(jax.device_get(programs.predict(*state.evaluated, images)))
         for row, (i, image) in enumerate(zip(some, loaded, strict=True)):
             yield files[i], image if isinstance(image, UserError) else probabilities[row]
 
@@ -83,14 +83,14 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str, p
         )
     files = find_files(paths)
     if workdir:
-        experiment, state, _ = restore(config, workdir, which)
+        programs, state, _ = restore(config, workdir, which)
     else:
         base = sources.open_splits(config.data.source, config.data.data_dir, config.data.manual_dir)
-        experiment, state = convert(config, base)
-    names = experiment.data.class_names
+        programs, state = convert(config, base)
+    names = programs.recipe.data.class_names
     records: list[dict[str, Any]] = []
     failed = 0
-    for file, result in predict(experiment, state, files):
+    for file, result in predict(programs, state, files):
         if isinstance(result, UserError):
             failed += 1
             print(f"error: {result}", file=sys.stderr)

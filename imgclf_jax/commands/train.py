@@ -20,7 +20,7 @@ from imgclf_jax.commands.evaluate import evaluate_all, open_evals
 from imgclf_jax.core import sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import placement, sources, stream
-from imgclf_jax.experiment import Experiment, describe
+from imgclf_jax.programs import Programs, of_images
 from imgclf_jax.run import provenance, writers
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
@@ -38,39 +38,37 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
     mend and for a loss that is not finite.
     """
     began = time.perf_counter()
-    mesh = sharding.make_mesh()
-    sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
+    sharding.check_batch_size(config.batch_size, sharding.make_mesh(), config.accumulate)
     workdir.open_for_training(config)
 
     # The data, and what the config describes.
     base = sources.open_splits(config.data.source, config.data.data_dir, config.data.manual_dir)
     train_source = sources.take_split(base, config.data.train)
     images = stream.Images(train_source, config.preprocess, config.seed, config.data.threads)
-    data = describe(images, config.loss)
-    experiment = Experiment(config, data, mesh)
-    evals = open_evals(experiment, base)
-    total = experiment.total
-    log_every, eval_every, checkpoint_every = map(experiment.period, configs.CADENCES)
-    tracing = _trace(experiment)
+    programs = of_images(config, images)
+    recipe, mesh = programs.recipe, programs.mesh
+    evals = open_evals(programs, base)
+    total = recipe.total
+    log_every, eval_every, checkpoint_every = map(recipe.period, configs.CADENCES)
+    tracing = _trace(programs)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
-    weights = pretrained.load(experiment) if config.init_from and not checkpoints.steps() else None
-    compiled = _compile_in_background(experiment, tracing)
-    workdir.record(config, data, weights.source if weights else None)
+    weights = pretrained.load(programs) if config.init_from and not checkpoints.steps() else None
+    compiled = _compile_in_background(programs, tracing)
+    workdir.record(config, recipe.data, weights.source if weights else None)
 
     # The state: the latest checkpoint's, or the first.
-    start, run = checkpoints.restore_latest(experiment.shape) or (0, None)
+    start, run = checkpoints.restore_latest(programs.shape) or (0, None)
     if run is None:
-        init = jax.jit(experiment.init, out_shardings=sharding.replicated(mesh))
-        run = init(np.uint32(config.seed), experiment.first_images(images), weights.taken if weights else None)
-        _log_parameters(run["state"].params, experiment.num_seeds)
-        if experiment.rules:
-            log.info("rules:\n%s", experiment.rules.table(experiment.parameters))
+        run = programs.init(None, programs.first_images(images), weights.taken if weights else None)
+        _log_parameters(run["state"].params, recipe.num_seeds)
+        if recipe.rules:
+            log.info("rules:\n%s", recipe.rules.table(recipe.parameters))
     else:
         log.info("resuming at step %d of %d", start, total)
     state, sums = run["state"], run["sums"]
     log.info(
         "%d examples of %s, %d classes, %d steps of %d on %d %s device%s", len(images), list(images.shape),
-        len(data.class_names), total, config.batch_size, mesh.size, jax.default_backend(), "s" * (mesh.size > 1),
+        len(recipe.data.class_names), total, config.batch_size, mesh.size, programs.platform, "s" * (mesh.size > 1),
     )  # fmt: skip
 
     if start == total and workdir.result.is_file():
@@ -91,10 +89,10 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
         stopped = stack.enter_context(_stop_signals())
         stack.callback(writer.close)
         stack.callback(progress.close)
-        size = experiment.steps_per_call
+        size = programs.steps_per_call
         ranges = _ranges(start, total, size, (log_every, eval_every, checkpoint_every), traced)
         chunks = placement.train_chunks(
-            config.data.placement, images, mesh, config.seed, config.batch_size, ranges, size, experiment.with_ids,
+            config.data.placement, images, mesh, config.seed, config.batch_size, ranges, size, recipe.with_ids,
             config.num_seeds,
         )  # fmt: skip
         for first, done in ranges:
@@ -110,7 +108,7 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
                          compiled.result(), time.perf_counter() - began)  # fmt: skip
                 throughput.restart()
 
-            state, sums = experiment.train_chunk(state, sums, chunk, np.int32(done - first))
+            state, sums = programs.train(state, sums, chunk, np.int32(done - first))
 
             in_flight.append(sums["steps"])
             if len(in_flight) > 2:  # the host runs ahead of the device, but not without end
@@ -132,7 +130,7 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
             host_sums = jax.device_get(sums)  # waits for the device
             checkpoints.poll()
             throughput.pause()
-            _check_finite(host_sums, experiment, images, workdir, checkpoints)
+            _check_finite(host_sums, programs, images, workdir, checkpoints)
             if log_due:
                 record = _train_record(host_sums) | throughput.lap()
                 writer.write(done, {f"train/{name}": value for name, value in record.items()})
@@ -140,10 +138,10 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
                 log.info("step %d: train %s", done, writers.format_metrics(brief))
                 pace = f"{record['images_per_second']:.0f} images/s, {record['input_wait']:.0%} waiting for input"
                 progress.update(done, pace)
-                sums = experiment.zero_sums()
+                sums = programs.zero_sums()
             scores: dict[str, float] = {}
             if eval_due:
-                results = evaluate_all(experiment, state, evals)
+                results = evaluate_all(programs, state, evals)
                 for name, values in results.items():
                     log.info("step %d: %s %s", done, name, writers.format_metrics(values))
                 scores = {f"{name}/{key}": v for name, values in results.items() for key, v in values.items()}
@@ -158,7 +156,7 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
             throughput.resume()
         checkpoints.close()
 
-    results = results or evaluate_all(experiment, state, evals)
+    results = results or evaluate_all(programs, state, evals)
     trained = throughput.steps * config.batch_size * config.num_seeds  # images
     result = {
         "step": total,
@@ -175,24 +173,24 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
     return 0
 
 
-def _trace(experiment: Experiment) -> float:
+def _trace(programs: Programs) -> float:
     """Traces both steps, where errors in the config show; gives the seconds."""
     began = time.perf_counter()
-    _ = experiment.lowered_train_chunk, experiment.views, experiment.whole_set_metrics
+    _ = programs.traced_train, programs.recipe.views, programs.recipe.whole_set_metrics
     return time.perf_counter() - began
 
 
-def _compile_in_background(experiment: Experiment, tracing: float) -> concurrent.futures.Future[float]:
+def _compile_in_background(programs: Programs, tracing: float) -> concurrent.futures.Future[float]:
     """Compiles both steps in a thread; gives the seconds, those of tracing with them."""
 
     def compile() -> float:
         began = time.perf_counter()
-        _ = experiment.train_chunk  # a cached property
+        _ = programs.train  # a cached property
         return tracing + time.perf_counter() - began
 
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
     future = pool.submit(compile)
-    pool.submit(lambda: experiment.eval_chunk)
+    pool.submit(lambda: programs.eval)
     pool.shutdown(wait=False)
     return future
 
@@ -223,11 +221,11 @@ def _train_record(sums: metrics.Sums) -> dict[str, float]:
 
 
 def _check_finite(
-    sums: metrics.Sums, experiment: Experiment, images: stream.Images, workdir: Workdir, checkpoints: Checkpoints
+    sums: metrics.Sums, programs: Programs, images: stream.Images, workdir: Workdir, checkpoints: Checkpoints
 ) -> None:
     """Raises UserError for a step whose loss, gradient or parameters were not finite; its examples are recorded."""
     by_seed = np.atleast_1d(sums["nonfinite_step"])
-    bad, config = int(by_seed.min()), experiment.config
+    bad, config = int(by_seed.min()), programs.recipe.config
     if bad == metrics.NO_STEP:
         return
     checkpoints.wait()

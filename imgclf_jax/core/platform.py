@@ -4,37 +4,34 @@ It comes from the devices of the mesh, and not from the machine that traces. So 
 traced, lowered, exported and compiled on any machine.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
+import jax
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
-_traced_for: ContextVar[str] = ContextVar("traced_for", default="")
+_traced_for = jax.make_user_context("")  # JAX's caches of what was traced know of it
 
 
 def current() -> str:
     """The platform that is traced for; "" outside of `tracing_for`, where layers take the form that runs everywhere."""
-    return _traced_for.get()
+    platform: str = _traced_for.value
+    return platform
 
 
-def of(mesh: Mesh) -> str:
-    """The platform of the devices of a mesh."""
-    platform = mesh.devices.flat[0].platform
-    return "gpu" if platform in ("cuda", "rocm") else platform
+def of(mesh: Mesh | AbstractMesh) -> str:
+    """The platform of the devices of a mesh, which may be described only (`AbstractMesh` with an `AbstractDevice`)."""
+    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
+    return "gpu" if device.platform in ("cuda", "rocm") else str(device.platform)
 
 
-@contextlib.contextmanager
-def tracing_for(platform: str) -> Iterator[None]:
+def tracing_for(platform: str) -> AbstractContextManager[None]:
     """What is traced inside is for `platform`."""
-    token = _traced_for.set(platform)
-    try:
-        yield
-    finally:
-        _traced_for.reset(token)
+    context: AbstractContextManager[None] = _traced_for(platform)
+    return context
 
 
 def traced_for(platform: str, function: Callable[..., Any]) -> Callable[..., Any]:

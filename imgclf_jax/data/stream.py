@@ -16,7 +16,8 @@ import numpy as np
 from imgclf_jax.core import rng, tensorflow_import
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, decoded
-from imgclf_jax.data.sources import Source
+from imgclf_jax.data.sources import Source, class_counts
+from imgclf_jax.run.provenance import DataInfo
 
 Batch = dict[str, np.ndarray]
 
@@ -97,6 +98,11 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def describe(self, count_classes: bool = False) -> DataInfo:
+        """What is recorded of these training images; with how many each class has, if that is asked for."""
+        names, counts = tuple(self.source.class_names), class_counts(self.source).tolist() if count_classes else ()
+        return DataInfo(len(self), self.shape, names, self.source.fingerprint(), tuple(counts))
 
     @property
     def in_memory(self) -> bool:

@@ -19,9 +19,10 @@ def attention(qkv: jax.Array, heads: int, with_maps: bool = False) -> tuple[jax.
     b, n, width = qkv.shape
     if on_cpu():
         split = features_first(qkv).reshape(3, heads, -1, b, n)
-        y, maps = attention_on_cpu(*split)
-        return features_last(y.reshape(width // 3, b, n)), maps.swapaxes(2, 3) if with_maps else None
+        y, by_keys = attention_on_cpu(*split)
+        return features_last(y.reshape(width // 3, b, n)), by_keys.swapaxes(2, 3) if with_maps else None
     q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, heads, -1), 2, 0)  # [b, n, heads, d / heads]
+    maps: jax.Array | None = None
     if with_maps or qkv.dtype == jnp.float64:  # of which JAX's own rounds the softmax to float32
         wide = accumulator(qkv.dtype)
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide)
@@ -29,8 +30,8 @@ def attention(qkv: jax.Array, heads: int, with_maps: bool = False) -> tuple[jax.
         y = jnp.einsum("bhqk,bkhd->bqhd", maps.astype(qkv.dtype), v)
     else:
         with jax.numpy_dtype_promotion("standard"):  # which its code needs, and ours does without
-            maps, y = None, jax.nn.dot_product_attention(q, k, v, implementation=_implementation(q))
-    return y.reshape(b, n, width // 3), maps
+            y = jax.nn.dot_product_attention(q, k, v, implementation=_implementation(q))
+    return y.reshape(b, n, width // 3), maps if with_maps else None
 
 
 def _implementation(q: jax.Array) -> Literal["xla", "cudnn"]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from imgclf_jax.core import sharding, tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.experiment import Experiment
+from imgclf_jax.programs import Programs
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.weights import files, torch_names
@@ -54,28 +54,28 @@ class Weights:
         return "; ".join(parts)
 
 
-def load(experiment: Experiment, whole: bool = False) -> Weights:
-    """The weights of `config.init_from` for the model of `experiment`; logs the report.
+def load(programs: Programs, whole: bool = False) -> Weights:
+    """The weights of `config.init_from` for the model of `programs`; logs the report.
 
     Position embeddings of another grid are resized; a head of another number of classes is left out, to begin anew.
     Raises UserError for a file or work directory that cannot be read, for any other difference unless
     `config.init_strict` is False, and, with `whole`, for a parameter that would stay random, the head's too.
     """
-    config = experiment.config
+    config = programs.recipe.config
     path = Path(config.init_from).expanduser()
-    state, replicas = experiment.shape["state"], experiment.num_seeds > 1
+    state, replicas = programs.shape["state"], programs.recipe.num_seeds > 1
     shapes = {"params": state.params, **state.model_state}
     own = dict(tree.named_leaves(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[replicas:], x.dtype), shapes)))
     if path.is_dir():
-        named, labels, source = _read_workdir(path, experiment)
+        named, labels, source = _read_workdir(path, programs)
     elif path.is_file():
-        named, labels, source = _read_file(path, experiment, own)
+        named, labels, source = _read_file(path, programs, own)
     else:
         raise UserError(
             f"init_from={config.init_from!r}: there is no such file or work directory (working directory: {Path.cwd()})"
         )
     weights = Weights({"path": config.init_from, **source})
-    _fit(weights, named, labels, own, _grid(experiment))
+    _fit(weights, named, labels, own, _grid(programs))
     what = f"init_from={config.init_from!r}"
     if not any(not name.startswith(_HEAD) for name in weights.taken):
         raise UserError(f"{what}: nothing in it fits model={config.model!r}: {'; '.join(weights.faults)}")
@@ -92,7 +92,7 @@ def load(experiment: Experiment, whole: bool = False) -> Weights:
 Named = tuple[dict[str, np.ndarray], dict[str, str], dict[str, Any]]  # by our names, their own names, the source
 
 
-def _read_workdir(path: Path, experiment: Experiment) -> Named:
+def _read_workdir(path: Path, programs: Programs) -> Named:
     """The best checkpoint of a run, or its latest where none is kept as the best; of several seeds the first one's."""
     workdir = Workdir(path)
     try:
@@ -107,7 +107,7 @@ def _read_workdir(path: Path, experiment: Experiment) -> Named:
         raise UserError(f"init_from={str(path)!r}: the run in it has no checkpoint yet")
     best = checkpoints.best_step()
     step = steps[-1] if best is None else best
-    state = checkpoints.restore_any(step, sharding.replicated(experiment.mesh))["state"]
+    state = checkpoints.restore_any(step, sharding.replicated(programs.mesh))["state"]
     # What evaluation uses: the averages, (params, model_state), where the run kept any.
     params, model_state = state.get("ema") or (state["params"], state.get("model_state"))
     variables = jax.device_get({"params": params, **(model_state or {})})
@@ -118,13 +118,13 @@ def _read_workdir(path: Path, experiment: Experiment) -> Named:
     return named, {name: name for name in named}, {"step": step, "sha256": tree.sha256(variables)}
 
 
-def _read_file(path: Path, experiment: Experiment, own: Mapping[str, Any]) -> Named:
+def _read_file(path: Path, programs: Programs, own: Mapping[str, Any]) -> Named:
     found = files.read(path)
     named, labels = {}, {}
     for label, array in found.items():
         if label.endswith("num_batches_tracked"):  # a count that no average with a momentum needs
             continue
-        name = torch_names.own_name(experiment.model.backbone, label, own)
+        name = torch_names.own_name(programs.recipe.model.backbone, label, own)
         if name is None or name in named:
             name = label  # which no parameter is called
         else:
@@ -163,10 +163,10 @@ def _fit(
     weights.missing += [name for name in own if name not in named and name not in head]
 
 
-def _grid(experiment: Experiment) -> tuple[int, int] | None:
+def _grid(programs: Programs) -> tuple[int, int] | None:
     """(rows, columns) of the patches of an image; None for a model that has no patches."""
-    patch = getattr(experiment.model.backbone, "patch", None)
-    h, w, _ = experiment.data.image_shape
+    patch = getattr(programs.recipe.model.backbone, "patch", None)
+    h, w, _ = programs.recipe.data.image_shape
     return (h // patch, w // patch) if isinstance(patch, int) else None
 
 

@@ -12,7 +12,8 @@ from imgclf_jax.augment.mixing import cutmix, mixup
 from imgclf_jax.config import default_config
 from imgclf_jax.core import rng, sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.experiment import Experiment
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 
 KEY = jax.random.key(5)
@@ -158,7 +159,7 @@ def test_wrong_specs_are_refused(text, message):
 
 def test_an_argument_that_fails_is_named_with_its_key():
     with pytest.raises(UserError, match=r"mix=\"mixup\('x'\)\" fails on images \[6, 6, 1\]"):
-        _ = experiment("mixup('x')").lowered_train_chunk
+        _ = programs("mixup('x')").traced_train
 
 
 @pytest.mark.parametrize("text", ["mixup(0.4)", "cutmix", "mixup|cutmix(probability=0.4)"])
@@ -172,23 +173,23 @@ def test_mixing_gives_the_same_bits_on_one_device_and_on_eight(text):
     assert results[0] == results[1]
 
 
-def experiment(mix, devices=None, **changes):
+def programs(mix, devices=None, **changes):
     config = default_config()
     config.update({"batch_size": 16, "model": "mlp(widths=(8,))", "mix": mix, "steps_per_call": 1, **changes})
-    return Experiment(config, DataInfo(64, (6, 6, 1), ("a", "b", "c"), ""), sharding.make_mesh(devices))
+    return Programs(Recipe(config, DataInfo(64, (6, 6, 1), ("a", "b", "c"), "")), sharding.make_mesh(devices))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_step_trains_on_mixed_images_and_counts_the_main_label(accumulate):
     """Its loss, gradient and correct count, computed by hand from the parts."""
-    e = experiment("mixup(1.0)", jax.devices()[:1], loss="softmax(label_smoothing=0.1)", optimizer="sgd")
-    run = e.init(jnp.uint32(3))
+    e = programs("mixup(1.0)", jax.devices()[:1], loss="softmax(label_smoothing=0.1)", optimizer="sgd")
+    run = e.init(3)
     state = run["state"]
     images = np.random.default_rng(0).integers(0, 256, (16, 6, 6, 1), np.uint8)
     labels = np.random.default_rng(1).integers(0, 3, 16).astype(np.int32)
     pure = step.make_train_step(
-        e.model, e.loss, e.optimizer, e.schedule, lambda key, x: x.astype(jnp.float32) / 255,
-        mix=mixing.build("mixup(1.0)"), accumulate=accumulate,
+        e.recipe.model, e.recipe.loss, e.recipe.optimizer, e.recipe.schedule,
+        lambda key, x: x.astype(jnp.float32) / 255, mix=mixing.build("mixup(1.0)"), accumulate=accumulate,
     )  # fmt: skip
     after, sums = pure(state, {"image": jnp.asarray(images), "label": jnp.asarray(labels)})
     mixed, weight = mixup(jax.random.split(rng.key(3, "mix", 0))[1], jnp.asarray(images / np.float32(255)), 1.0)
@@ -197,14 +198,14 @@ def test_the_step_trains_on_mixed_images_and_counts_the_main_label(accumulate):
     target = jnp.asarray(0.9 * target + 0.1 / 3, jnp.float32)
 
     def by_hand(params):
-        logits = e.model.apply({"params": params}, mixed, train=True, rngs={"dropout": rng.key(3, "dropout", 0)})
+        logits = e.recipe.model.apply({"params": params}, mixed, train=True, rngs={"dropout": rng.key(3, "dropout", 0)})
         return -jnp.mean(jnp.sum(target * jax.nn.log_softmax(logits), -1)), logits
 
     (loss, logits), grads = jax.value_and_grad(by_hand, has_aux=True)(state.params)
     np.testing.assert_allclose(sums["loss"] / 16, loss, rtol=1e-5)
     main = np.where(np.asarray(weight) >= 0.5, labels, before(labels))
     assert int(sums["correct"]) == int((np.argmax(np.asarray(logits), -1) == main).sum())
-    rate = float(e.schedule(0))
+    rate = float(e.recipe.schedule(0))
     jax.tree.map(
         lambda new, old, g: np.testing.assert_allclose(new, old - rate * g, rtol=1e-4, atol=1e-7),
         after.params, state.params, grads,
@@ -218,10 +219,10 @@ def test_the_config_key_reaches_the_compiled_step():
     labels = np.random.default_rng(1).integers(0, 3, (1, 16)).astype(np.int32)
     results = {}
     for mix, count in (("", 1), ("mixup|cutmix", 1), ("mixup|cutmix", 8)):
-        e = experiment(mix, jax.devices()[:count])
-        run = e.put(e.init(jnp.uint32(0)))
+        e = programs(mix, jax.devices()[:count])
+        run = e.put(e.init(0))
         chunk = sharding.put_batch({"image": images, "label": labels}, e.mesh, axis=1)
-        state, _ = e.train_chunk(run["state"], run["sums"], chunk, np.int32(1))
+        state, _ = e.train(run["state"], run["sums"], chunk, np.int32(1))
         results[mix, count] = np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(state.params))])
     assert np.abs(results["", 1] - results["mixup|cutmix", 1]).max() > 1e-4
     np.testing.assert_allclose(results["mixup|cutmix", 1], results["mixup|cutmix", 8], atol=1e-5)

@@ -12,7 +12,8 @@ from imgclf_jax.commands import train
 from imgclf_jax.config import default_config
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.experiment import Experiment
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
 
@@ -25,12 +26,12 @@ def trained():
     """A network whose logits tell every pixel, its parameters, and what it sees of IMAGES."""
     config = default_config()
     config.update({"model": "mlp(widths=(16,))", "augment": AUGMENT, "batch_size": 16})
-    e = Experiment(config, DataInfo(64, (7, 9, 3), ("a", "b", "c"), ""), sharding.make_mesh())
-    state = e.init(jnp.uint32(0))["state"]
+    e = Programs(Recipe(config, DataInfo(64, (7, 9, 3), ("a", "b", "c"), "")))
+    state = e.init(0)["state"]
     seen = (IMAGES / 255 - 0.4) / 0.3
 
     def logits(images):
-        return np.asarray(e.model.apply({"params": state.params}, jnp.asarray(images, jnp.float32), train=False))
+        return np.asarray(e.recipe.model.apply({"params": state.params}, jnp.asarray(images, jnp.float32), train=False))
 
     return e, state, seen, logits
 
@@ -67,14 +68,14 @@ def test_logits_are_those_averaged_by_hand(trained, text):
     assert len(views) == {"": 1, "flip": 2, "translate(2)": 3, "flip|translate(1)": 6}[text]
     assert sum(weight for weight, _ in views) == 1
     ops = augment.build(AUGMENT, train=False)
-    probabilities = step.make_predict_step(e.model, ops, views)(state.params, {}, jnp.asarray(IMAGES))
+    probabilities = step.make_predict_step(e.recipe.model, ops, views)(state.params, {}, jnp.asarray(IMAGES))
     softmax = np.exp(expected - expected.max(-1, keepdims=True))
     np.testing.assert_allclose(probabilities, softmax / softmax.sum(-1, keepdims=True), atol=1e-5)
 
     labels, mask = np.random.default_rng(1).integers(0, 3, 16), np.arange(16) < 13
     loss = losses.build("softmax")
     batch = {"image": jnp.asarray(IMAGES), "label": jnp.asarray(labels, jnp.int32), "mask": jnp.asarray(mask)}
-    sums = step.make_eval_step(e.model, loss, ops, views)(state.params, {}, batch)
+    sums = step.make_eval_step(e.recipe.model, loss, ops, views)(state.params, {}, batch)
     assert int(sums["correct"]) == int((expected.argmax(-1) == labels)[mask].sum())
     by_example = -np.log((softmax / softmax.sum(-1, keepdims=True))[np.arange(16), labels])
     np.testing.assert_allclose(sums["loss"], by_example[mask].sum(), rtol=1e-5)
@@ -83,9 +84,9 @@ def test_logits_are_those_averaged_by_hand(trained, text):
 def test_the_config_key_reaches_evaluation_and_prediction(trained):
     """On eight devices, the batch smaller by the number of views; an evaluation counts every example once."""
     plain, state, seen, logits = trained
-    config = plain.config.copy_and_resolve_references()
+    config = plain.recipe.config.copy_and_resolve_references()
     config.tta = "flip|translate(1)"
-    e = Experiment(config, plain.data, plain.mesh)
+    e = Programs(Recipe(config, plain.recipe.data), plain.mesh)
     assert (plain.eval_batch_size, e.eval_batch_size) == (16, 8)
     expected = by_hand("flip|translate(1)", seen, logits)
     labels = np.random.default_rng(1).integers(0, 3, 16).astype(np.int32)
@@ -95,14 +96,12 @@ def test_the_config_key_reaches_evaluation_and_prediction(trained):
         rows = slice(first, first + 8)
         chunk = {"image": IMAGES[None, rows], "label": labels[None, rows], "mask": np.ones((1, 8), bool)}
         chunk = {k: np.repeat(v, e.steps_per_call, 0) for k, v in chunk.items()}
-        sums = e.eval_chunk(state.params, {}, sharding.put_batch(chunk, e.mesh, axis=1), np.int32(1))
+        sums = e.eval(state.params, {}, sharding.put_batch(chunk, e.mesh, axis=1), np.int32(1))
         correct += metrics.summarize(jax.tree.map(lambda x: x[0], jax.device_get(sums)))["accuracy"] * 8
     assert correct == (expected.argmax(-1) == labels).sum()
     softmax = np.exp(expected - expected.max(-1, keepdims=True))
     placed = sharding.put_batch({"image": IMAGES}, e.mesh)["image"]
-    np.testing.assert_allclose(
-        e.predict_step(state.params, {}, placed), softmax / softmax.sum(-1, keepdims=True), atol=1e-5
-    )
+    np.testing.assert_allclose(e.predict(state.params, {}, placed), softmax / softmax.sum(-1, keepdims=True), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from imgclf_jax import metrics
 from imgclf_jax.commands.evaluate import evaluate, restore
 from imgclf_jax.core import sharding
 from imgclf_jax.data import sources
-from imgclf_jax.experiment import Experiment
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
@@ -38,14 +39,14 @@ def trained(tmp_path_factory) -> Workdir:
 @pytest.fixture(scope="module")
 def counted(trained) -> dict:
     """The sums over all test examples of the best checkpoint, by a plain loop in NumPy."""
-    experiment, state, _ = restore(trained.load_config(), trained, "best")
+    programs, state, _ = restore(trained.load_config(), trained, "best")
     source = sources.open_splits(trained.load_config().data.source)["test"]
     total = {"examples": 0, "correct": 0, "top5": 0, "loss": 0.0, "confusion": np.zeros((10, 10), int)}
     right = []
     for start in range(0, N, 1000):
         examples = source.read(np.arange(start, start + 1000))
         images, labels = examples["image"].astype(np.float32) / np.float32(255), examples["label"]
-        logits = np.asarray(experiment.model.apply({"params": state.params}, images, train=False), np.float64)
+        logits = np.asarray(programs.recipe.model.apply({"params": state.params}, images, train=False), np.float64)
         for row, label in zip(logits, labels, strict=True):
             prediction = int(np.argmax(row))
             total["examples"] += 1
@@ -71,16 +72,16 @@ def test_exact(trained, counted, batch_size, count):
     config = trained.load_config()
     with config.unlocked():
         config.batch_size = batch_size
-    experiment, _, step = restore(config, trained, "best")
-    experiment = Experiment(config, experiment.data, sharding.make_mesh(devices(count)))
+    programs, _, step = restore(config, trained, "best")
+    programs = Programs(Recipe(config, programs.recipe.data), sharding.make_mesh(devices(count)))
     checkpoints = Checkpoints(trained.checkpoints, read_only=True)
-    state = checkpoints.restore(step, experiment.shape)["state"]  # saved on eight devices
+    state = checkpoints.restore(step, programs.shape)["state"]  # saved on eight devices
     assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {count}
     # The last example, which padding repeats, is one that is classified correctly, so padding would show if counted.
     place = counted["one_right"] + 1
     source = sources.take_split(sources.open_splits(config.data.source), f"test[{place}:]+test[:{place}]")
-    images = experiment.eval_images(source)
-    sums = evaluate(experiment, state, images)
+    images = programs.eval_images(source)
+    sums = evaluate(programs, state, images)
     assert {k: int(sums[k]) for k in ("examples", "correct", "top5")} == {
         k: counted[k] for k in ("examples", "correct", "top5")
     }

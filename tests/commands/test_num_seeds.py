@@ -12,7 +12,8 @@ from imgclf_jax.commands.evaluate import evaluate, restore
 from imgclf_jax.commands.predict import predict
 from imgclf_jax.core import sharding
 from imgclf_jax.data import placement, sources, stream
-from imgclf_jax.experiment import Experiment
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import load_data_info
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.weights import pretrained
@@ -77,9 +78,9 @@ def test_results(runs):
     assert result["examples"] == 50
     probabilities = []
     for seed in (5, 6):
-        experiment, state, _ = state_of(runs[str(seed)])
-        images = experiment.eval_images(sources.open_splits(SOURCE)["test"])
-        sums = evaluate(experiment, state, images)
+        programs, state, _ = state_of(runs[str(seed)])
+        images = programs.eval_images(sources.open_splits(SOURCE)["test"])
+        sums = evaluate(programs, state, images)
         probabilities.append(sums["probabilities"])
     mean = np.mean(probabilities, 0, np.float64)
     labels = sums["labels"]
@@ -95,8 +96,8 @@ def test_prediction_is_the_ensembles(runs, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12), np.uint8)).save(file)
     found = {}
     for name, workdir in runs.items():
-        experiment, state, _ = state_of(workdir)
-        [(_, found[name])] = predict(experiment, state, [file])
+        programs, state, _ = state_of(workdir)
+        [(_, found[name])] = predict(programs, state, [file])
     expected = np.mean([found[str(s)] for s in (5, 6)], 0)
     np.testing.assert_allclose(found["together"], expected, rtol=1e-4, atol=1e-6)
 
@@ -107,8 +108,8 @@ def test_every_replica_begins_from_the_weights(runs, name):
     config = runs["5"].load_config()
     with config.unlocked():
         config.num_seeds, config.init_from = 3, str(runs[name].path)
-    experiment = Experiment(config, load_data_info(runs["5"].provenance), sharding.make_mesh())
-    state = experiment.init(np.uint32(0), weights=pretrained.load(experiment).taken)["state"]
+    programs = Programs(Recipe(config, load_data_info(runs["5"].provenance)))
+    state = programs.init(0, weights=pretrained.load(programs).taken)["state"]
     expected, _ = state_of(runs["5"])[1].evaluated
     for i in range(3):
         jax.tree.map(

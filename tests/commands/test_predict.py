@@ -76,10 +76,10 @@ def test_probabilities(digits, pngs, predict):
     """Those of the classifier applied to the same pixels."""
     _, out, _ = predict(digits, pngs, "--format=json", "--top_k=10")
     workdir = Workdir(digits)
-    experiment, state, _ = restore(workdir.load_config(), workdir, "latest")
+    programs, state, _ = restore(workdir.load_config(), workdir, "latest")
     pixels = np.stack([resize(image, 28) for image in examples()["image"]])  # [b, 28, 28, 1]
     images = pixels.astype(np.float32) / np.float32(255)
-    logits = np.asarray(experiment.model.apply({"params": state.params}, images, train=False), np.float64)
+    logits = np.asarray(programs.recipe.model.apply({"params": state.params}, images, train=False), np.float64)
     expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     for record, row in zip(json.loads(out), expected, strict=True):
         found = [(p["class"], p["probability"]) for p in record["predictions"]]

@@ -81,15 +81,15 @@ def test_a_run_records_the_counts_and_is_evaluated_without_its_training_data(tmp
     assert json.loads((tmp_path / "run" / "provenance.json").read_text())["data"]["class_counts"] == [40, 8, 16]
     workdir = Workdir(tmp_path / "run")
     (tmp_path / "data.npz").unlink()
-    experiment, state, _ = restore(workdir.load_config(), workdir, "latest")
+    programs, state, _ = restore(workdir.load_config(), workdir, "latest")
     images = data["x_test"][..., None].astype(np.float32) / 255
-    logits = experiment.model.apply({"params": state.params}, images, train=False)
+    logits = programs.recipe.model.apply({"params": state.params}, images, train=False)
     own = losses.softmax(logits, jnp.asarray(data["y_test"], jnp.int32))
     weights = 64 / (3 * np.array([40, 8, 16]))
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     expected = np.mean(np.asarray(own) * weights[data["y_test"]])
     np.testing.assert_allclose(result["test"]["loss"], expected, rtol=1e-5)
-    np.testing.assert_allclose(jnp.mean(experiment.loss(logits, jnp.asarray(data["y_test"]))), expected, rtol=1e-5)
+    np.testing.assert_allclose(jnp.mean(programs.recipe.loss(logits, jnp.asarray(data["y_test"]))), expected, rtol=1e-5)
 
 
 def test_a_class_without_examples_is_named(tmp_path, capsys):

@@ -15,7 +15,8 @@ from imgclf_jax.commands import train
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import placement, sources, stream
-from imgclf_jax.experiment import Experiment
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
 from imgclf_jax.run import provenance
 from imgclf_jax.run.workdir import Workdir
 
@@ -68,7 +69,7 @@ import sys
 for name in ("tensorflow", "tensorflow_datasets", "clu"):
     sys.modules[name] = None  # an import of it raises ImportError
 from pathlib import Path
-from imgclf_jax import train
+from imgclf_jax.commands import train
 from imgclf_jax.config import default_config
 from imgclf_jax.run.workdir import Workdir
 config = default_config()
@@ -153,7 +154,7 @@ def test_steps_per_call(fake_config, model, steps, expected):
     config.model, config.steps_per_call, config.total = model, steps, "1000 steps"
     config.log_every, config.eval_every, config.checkpoint_every = "200 steps", "", ""
     data = provenance.DataInfo(64, (12, 12, 1), ("a", "b"), "")
-    assert Experiment(config, data, sharding.make_mesh()).steps_per_call == expected
+    assert Programs(Recipe(config, data)).steps_per_call == expected
 
 
 def test_a_chunk_is_bounded_in_bytes_and_by_what_is_due(fake_config):
@@ -161,5 +162,5 @@ def test_a_chunk_is_bounded_in_bytes_and_by_what_is_due(fake_config):
     config.total = "1000 steps"
     config.batch_size, config.log_every, config.eval_every, config.checkpoint_every = 64, "9 steps", "", ""
     mesh = sharding.make_mesh()
-    assert Experiment(config, provenance.DataInfo(640, (12, 12, 1), ("a",), ""), mesh).steps_per_call == 9
-    assert Experiment(config, provenance.DataInfo(640, (128, 128, 3), ("a",), ""), mesh).steps_per_call == 2
+    assert Programs(Recipe(config, provenance.DataInfo(640, (12, 12, 1), ("a",), "")), mesh).steps_per_call == 9
+    assert Programs(Recipe(config, provenance.DataInfo(640, (128, 128, 3), ("a",), "")), mesh).steps_per_call == 2

@@ -217,7 +217,7 @@ def test_a_batch_is_the_same_however_it_is_reached(ops, monkeypatch):
         assert_same(stream.train_batches(images, 3, 12, start, 8, prefetch=prefetch), whole[start:])
     # Where TensorFlow is not installed, and where its import ends when some batches have been read.
     importing: Future = Future()
-    monkeypatch.setattr(stream.lazy, "tensorflow", lambda: importing)
+    monkeypatch.setattr(stream.tensorflow_import, "tensorflow", lambda: importing)
     batches = stream.train_batches(images, 3, 12, 2, 8)
     first = [next(batches) for _ in range(2)]
     importing.set_result(tensorflow)

@@ -12,11 +12,12 @@ from imgclf_jax import metrics
 from imgclf_jax.config import default_config
 from imgclf_jax.core import sharding, tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.experiment import Experiment
 from imgclf_jax.models import classifier
 from imgclf_jax.models.airbench import AirBench
 from imgclf_jax.models.backbones import BACKBONES
 from imgclf_jax.models.vit import ViT, sincos_positions
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 
 # Of the whole classifier. Sources: torchvision's and timm's tables; for CIFAR the papers' and the public checkpoints'.
@@ -76,12 +77,12 @@ def test_airbench_parameter_count():
     assert sum(x.size for x in jax.tree.leaves(shapes)) == whiten + groups + 256 * 10 + 10
 
 
-def experiment(spec, size, precision="bfloat16"):
+def programs(spec, size, precision="bfloat16"):
     config = default_config()
     config.model, config.precision, config.batch_size, config.total = spec, precision, 16, "4 steps"
     config.augment, config.schedule = "flip_lr|normalize(0.5, 0.25)", "constant(1e-3)"
     data = DataInfo(64, (size, size, 3), tuple("abcd"), "")
-    return Experiment(config, data, sharding.make_mesh())
+    return Programs(Recipe(config, data))
 
 
 @pytest.mark.usefixtures("form")
@@ -110,7 +111,7 @@ def test_gradients_are_as_precise_as_the_parameters(name):
 )
 def test_a_step_in_bfloat16_over_eight_devices(name):
     """Loss and gradients are finite, every parameter moves or has no gradient by design, statistics move too."""
-    exp = experiment(*SMALL[name])
+    exp = programs(*SMALL[name])
     assert exp.mesh.size == 8
     size, steps = SMALL[name][1], exp.steps_per_call
     rng = np.random.default_rng(0)
@@ -118,9 +119,9 @@ def test_a_step_in_bfloat16_over_eight_devices(name):
         "image": rng.integers(0, 256, (steps, 16, size, size, 3), np.uint8),
         "label": rng.integers(0, 4, (steps, 16), np.int32),
     }
-    run = jax.jit(exp.init)(np.uint32(0))
+    run = exp.init(0)
     before = jax.tree.map(np.asarray, (run["state"].params, run["state"].model_state))
-    state, sums = exp.train_chunk(
+    state, sums = exp.train(
         jax.device_put(run["state"], sharding.replicated(exp.mesh)), exp.put(run["sums"]),
         sharding.put_batch(chunk, exp.mesh, axis=1), np.int32(1),
     )  # fmt: skip
@@ -136,7 +137,7 @@ def test_a_step_in_bfloat16_over_eight_devices(name):
     batch = {**{k: v[0] for k, v in chunk.items()}, "mask": np.arange(16) < 13}
     padded = {k: np.stack([v] + [np.zeros_like(v)] * (steps - 1)) for k, v in batch.items()}
     padded = sharding.put_batch(padded, exp.mesh, axis=1)
-    sums = exp.eval_chunk(state.params, state.model_state, padded, np.int32(1))
+    sums = exp.eval(state.params, state.model_state, padded, np.int32(1))
     assert int(sums["examples"][0]) == 13
     assert np.isfinite(sums["loss"][0])
 

@@ -10,8 +10,9 @@ from flax import linen as nn
 from imgclf_jax.core import sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
-from imgclf_jax.experiment import Experiment
 from imgclf_jax.optim import optimizers
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
 from imgclf_jax.run import provenance
 from imgclf_jax.run.checkpoint import Checkpoints
 
@@ -187,27 +188,27 @@ def test_it_trains_and_resumes_bit_for_bit(text, fake_config, tmp_path):
     config.update_from_flattened_dict({"schedule": "constant(0.1)", "optimizer": text, "total": "40 steps",
                                        "log_every": "10 steps", "model": f"{__name__}:Net", **WAYS[text]})  # fmt: skip
     data = provenance.DataInfo(64, (12, 12, 1), tuple("0123"), "")
-    experiment = Experiment(config, data, sharding.make_mesh())
+    programs = Programs(Recipe(config, data))
     images = stream.Images(sources.open_splits(config.data.source)["train"], "decode(1)")
     batches = list(stream.train_batches(images, 0, config.batch_size, 0, 40))
 
     def go(run, first, last):
         """Trains on the steps; the sums are of these alone."""
-        state, sums = experiment.put(run["state"]), experiment.put(experiment.init(np.uint32(0))["sums"])
-        for start in range(first, last, experiment.steps_per_call):
-            some = batches[start : min(start + experiment.steps_per_call, last)]
-            chunk = {k: stream.pad_steps(np.stack([b[k] for b in some]), experiment.steps_per_call) for k in some[0]}
-            chunk = sharding.put_batch(chunk, experiment.mesh, axis=1)
-            state, sums = experiment.train_chunk(state, sums, chunk, np.int32(len(some)))
+        state, sums = programs.put(run["state"]), programs.put(programs.init(0)["sums"])
+        for start in range(first, last, programs.steps_per_call):
+            some = batches[start : min(start + programs.steps_per_call, last)]
+            chunk = {k: stream.pad_steps(np.stack([b[k] for b in some]), programs.steps_per_call) for k in some[0]}
+            chunk = sharding.put_batch(chunk, programs.mesh, axis=1)
+            state, sums = programs.train(state, sums, chunk, np.int32(len(some)))
         return {"state": state, "sums": sums}
 
-    begin = jax.device_get(jax.jit(experiment.init)(np.uint32(0)))
+    begin = jax.device_get(programs.init(0))
     early = jax.device_get(go(begin, 0, 10))
     half = jax.device_get(go(early, 10, 21))
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    checkpoints.save(21, experiment.put(half))
+    checkpoints.save(21, programs.put(half))
     checkpoints.wait()
-    found = checkpoints.restore(21, experiment.shape)
+    found = checkpoints.restore(21, programs.shape)
     checkpoints.close()
     jax.tree.map(np.testing.assert_array_equal, found, half)
     end, resumed = go(half, 21, 40), go(found, 21, 40)

@@ -15,8 +15,9 @@ from imgclf_jax import config as configs
 from imgclf_jax.core import sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
-from imgclf_jax.experiment import Experiment
 from imgclf_jax.optim import optimizers, rules
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
 from imgclf_jax.run import provenance
 
 NAMES = ["backbone/block0/kernel", "backbone/block0/bias", "backbone/block12/kernel", "head/kernel", "head/bias"]
@@ -137,35 +138,35 @@ class Blocks(nn.Module):
         return nn.LayerNorm(name="a_norm")(x)
 
 
-def experiment(config, **keys):
-    """The Experiment of Blocks on fake images, with these keys of the config."""
+def programs(config, **keys):
+    """The Programs of Blocks on fake images, with these keys of the config."""
     config.model = f"{__name__}:Blocks"
     for key, value in keys.items():
         config.update_from_flattened_dict({key.replace("__", "."): value})
     data = provenance.DataInfo(64, (12, 12, 1), tuple("abcd"), "")
-    return Experiment(config, data, sharding.make_mesh())
+    return Programs(Recipe(config, data))
 
 
 def trained(exp, steps=3):
     """(the state before, the state after some steps), on the host."""
-    images = stream.Images(sources.open_splits(exp.config.data.source)["train"], "decode(1)")
-    batch = next(iter(stream.train_batches(images, 0, exp.config.batch_size, 0, 1)))
+    images = stream.Images(sources.open_splits(exp.recipe.config.data.source)["train"], "decode(1)")
+    batch = next(iter(stream.train_batches(images, 0, exp.recipe.config.batch_size, 0, 1)))
     chunk = sharding.put_batch({k: np.stack([v] * exp.steps_per_call) for k, v in batch.items()}, exp.mesh, axis=1)
-    run = jax.jit(exp.init)(np.uint32(0))
+    run = exp.init(0)
     before = jax.device_get(run["state"])
-    state, _ = exp.train_chunk(exp.put(run["state"]), exp.put(run["sums"]), chunk, np.int32(steps))
+    state, _ = exp.train(exp.put(run["state"]), exp.put(run["sums"]), chunk, np.int32(steps))
     return before, jax.device_get(state)
 
 
 def test_the_order_of_use_is_that_of_the_model(fake_config):
-    exp = experiment(fake_config, rules__layer_decay=0.5)
-    first = list(dict.fromkeys("/".join(name.split("/")[:2]) for name in exp.parameters))
+    exp = programs(fake_config, rules__layer_decay=0.5)
+    first = list(dict.fromkeys("/".join(name.split("/")[:2]) for name in exp.recipe.parameters))
     assert first == ["backbone/stem", "backbone/bn1", "backbone/block10", "backbone/block9", "backbone/block2",
                      "backbone/a_norm", "head/kernel", "head/bias"]  # fmt: skip
-    factors = {name.split("/")[1]: factor for name, factor in exp.rules.lr.items()}
+    factors = {name.split("/")[1]: factor for name, factor in exp.recipe.rules.lr.items()}
     assert factors == {"stem": 0.0625, "bn1": 0.0625, "block10": 0.125, "block9": 0.25, "block2": 0.5, "a_norm": 1.0,
                        "kernel": 1.0, "bias": 1.0}  # fmt: skip
-    assert {name: shape for name, shape in exp.parameters.items() if "stem" in name or "head" in name} == {
+    assert {name: shape for name, shape in exp.recipe.parameters.items() if "stem" in name or "head" in name} == {
         "backbone/stem/kernel": (144, 8), "backbone/stem/bias": (8,), "head/kernel": (8, 4), "head/bias": (4,)
     }  # fmt: skip
 
@@ -177,7 +178,7 @@ def test_lr_multiplies_the_update(fake_config):
     """After one step of SGD from the same gradient, exactly: factors that are powers of two round nothing."""
     changed = []
     for text in ("", "backbone/block9/.*=0.25, head/.*=4, .*bias=0"):
-        exp = experiment(fake_config, optimizer="sgd", schedule="constant(0.125)", rules__lr=text)
+        exp = programs(fake_config, optimizer="sgd", schedule="constant(0.125)", rules__lr=text)
         before, after = trained(exp, steps=1)
         changed.append({k: (a, b) for (k, a), (_, b) in zip(*map(tree.named_leaves, (before.params, after.params)),
                                                             strict=True)})  # fmt: skip
@@ -192,16 +193,16 @@ def test_lr_multiplies_the_update(fake_config):
 def test_frozen_parameters_keep_every_bit(fake_config, steps):
     """Their values, and the batch statistics of the modules that are frozen whole; the rest moves."""
     frozen = "backbone/stem/.*, backbone/bn1/.*, backbone/block10/.*, backbone/block9/dense/.*"
-    exp = experiment(fake_config, optimizer="adamw(weight_decay=0.1)", clip=1.0, rules__freeze=frozen)
+    exp = programs(fake_config, optimizer="adamw(weight_decay=0.1)", clip=1.0, rules__freeze=frozen)
     before, after = trained(exp, steps)
     still = {name for (name, a), (_, b) in zip(*map(tree.named_leaves, (before.params, after.params)), strict=True)
              if np.array_equal(a, b)}  # fmt: skip
-    assert still == exp.rules.frozen
+    assert still == exp.recipe.rules.frozen
     stats = [dict(tree.named_leaves(state.model_state["batch_stats"])) for state in (before, after)]
     kept = {name for name in stats[0] if np.array_equal(stats[0][name], stats[1][name])}
     assert kept == {f"backbone/{p}/{s}" for p in ("bn1", "block10/bn") for s in ("mean", "var")}
     moments = [name for name, _ in tree.named_leaves(after.opt_state) if "/mu/" in name]
-    assert len(moments) == len(exp.parameters) - len(exp.rules.frozen)
+    assert len(moments) == len(exp.recipe.parameters) - len(exp.recipe.rules.frozen)
     assert not [name for name in moments if "stem" in name]
 
 
@@ -216,7 +217,7 @@ def test_no_update_changes_a_negative_zero():
 
 def test_the_gradient_that_is_logged_and_clipped_is_that_of_what_is_trained(fake_config):
     """By hand: the gradient of the head alone, over features computed as in evaluation."""
-    exp = experiment(fake_config, optimizer="sgd", schedule="constant(1.0)", clip=0.01, rules__freeze="backbone/.*")
+    exp = programs(fake_config, optimizer="sgd", schedule="constant(1.0)", clip=0.01, rules__freeze="backbone/.*")
     before, after = trained(exp, steps=1)
     images = stream.Images(sources.open_splits(fake_config.data.source)["train"], "decode(1)")
     batch = next(iter(stream.train_batches(images, 0, fake_config.batch_size, 0, 1)))
@@ -224,8 +225,8 @@ def test_the_gradient_that_is_logged_and_clipped_is_that_of_what_is_trained(fake
 
     def loss(head):
         variables = {"params": before.params | {"head": head}, **before.model_state}
-        logits = exp.model.apply(variables, x, train=False)
-        return jnp.mean(exp.loss(logits, batch["label"]))
+        logits = exp.recipe.model.apply(variables, x, train=False)
+        return jnp.mean(exp.recipe.loss(logits, batch["label"]))
 
     grads = jax.grad(loss)(before.params["head"])
     norm = float(optax.tree.norm(grads))

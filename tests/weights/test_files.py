@@ -57,7 +57,7 @@ def test_every_kind_of_tensor(name):
 
 
 def test_pytorch_is_not_imported():
-    code = f"import sys; from imgclf_jax import weight_files as w; from pathlib import Path; \
+    code = f"import sys; from imgclf_jax.weights import files as w; from pathlib import Path; \
         w.read(Path({str(FIXTURES / 'zip.pth')!r})); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=FIXTURES.parents[2])
 

@@ -13,7 +13,7 @@ import optax
 import pytest
 import torch_format
 from PIL import Image
-from test_foreign import MODELS
+from test_torch_names import MODELS
 from torch_fixtures import draw
 
 import launch
@@ -21,8 +21,9 @@ from imgclf_jax.config import default_config
 from imgclf_jax.core import sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data.sources import fake
-from imgclf_jax.experiment import Experiment
 from imgclf_jax.models import vit
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.weights import pretrained
@@ -46,25 +47,25 @@ def file(tmp_path) -> Path:
     return torch_format.save(tmp_path / "resnet8.pth", resnet8())
 
 
-def experiment(init_from: Path, model: str = "resnet_cifar(8)", shape: tuple = (32, 32, 3), classes: int = 10, **more):
+def programs(init_from: Path, model: str = "resnet_cifar(8)", shape: tuple = (32, 32, 3), classes: int = 10, **more):
     config = default_config()
     config.init_from, config.model = str(init_from), model
     config.update(more)
     names = tuple(str(i) for i in range(classes))
-    return Experiment(config, DataInfo(64, shape, names, ""), sharding.make_mesh())
+    return Programs(Recipe(config, DataInfo(64, shape, names, "")))
 
 
-def initial(weights: pretrained.Weights, of: Experiment) -> dict[str, np.ndarray]:
+def initial(weights: pretrained.Weights, of: Programs) -> dict[str, np.ndarray]:
     """The arrays that a run starts from, by name."""
-    state = jax.jit(of.init)(np.uint32(0), weights=weights.taken)["state"]
+    state = of.init(0, weights=weights.taken)["state"]
     return dict(tree.named_leaves({"params": state.params, **state.model_state}))
 
 
 def test_all_of_a_file(file, caplog):
     """Every array is taken as it is, but for its layout; the report and the record say so."""
     with caplog.at_level(logging.INFO, "imgclf_jax"):
-        weights = pretrained.load(experiment(file), whole=True)
-    start = initial(weights, experiment(file))
+        weights = pretrained.load(programs(file), whole=True)
+    start = initial(weights, programs(file))
     assert set(weights.taken) == set(start)
     kernel = start["params/backbone/layer2_0/conv1/kernel"]
     np.testing.assert_array_equal(kernel, RESNET20["layer2.0.conv1.weight"].transpose(2, 3, 1, 0))
@@ -78,18 +79,18 @@ def test_all_of_a_file(file, caplog):
 def test_a_head_of_another_size_begins_anew(file, caplog):
     """The random head is the one that a run without weights has."""
     with caplog.at_level(logging.INFO, "imgclf_jax"):
-        weights = pretrained.load(experiment(file, classes=7))
+        weights = pretrained.load(programs(file, classes=7))
     assert "a new head (10 classes in it, 7 here)" in caplog.text
-    start, fresh = (initial(w, experiment(file, classes=7)) for w in (weights, pretrained.Weights({})))
+    start, fresh = (initial(w, programs(file, classes=7)) for w in (weights, pretrained.Weights({})))
     same = {name for name in start if np.array_equal(start[name], fresh[name])}
     assert same == {"params/head/kernel", "params/head/bias"}
     with pytest.raises(UserError, match=r"no whole model, it lacks the head \(10 classes in it, 7 here\)"):
-        pretrained.load(experiment(file, classes=7), whole=True)
+        pretrained.load(programs(file, classes=7), whole=True)
 
 
 def test_a_file_without_a_head(tmp_path):
     arrays = {name: x for name, x in resnet8().items() if not name.startswith("linear")}
-    weights = pretrained.load(experiment(torch_format.save(tmp_path / "x.pth", arrays)))
+    weights = pretrained.load(programs(torch_format.save(tmp_path / "x.pth", arrays)))
     assert weights.head == "it holds none"
     assert not weights.faults
 
@@ -108,9 +109,9 @@ def test_any_other_difference_is_an_error_unless_allowed(tmp_path, caplog, chang
     change(arrays)
     file = torch_format.save(tmp_path / "x.pth", arrays)
     with pytest.raises(UserError, match=fragment) as e:
-        pretrained.load(experiment(file))
+        pretrained.load(programs(file))
     assert "init_strict=False" in str(e.value)
-    weights = pretrained.load(experiment(file, init_strict=False))
+    weights = pretrained.load(programs(file, init_strict=False))
     assert fragment.split(" (")[0].split(r" \(")[0].split(".*")[0].strip() in caplog.text
     assert len(weights.taken) >= len(resnet8()) - 1
 
@@ -119,12 +120,12 @@ def test_weights_of_another_model(file, tmp_path):
     """One sentence, strict or not, where nothing but the head could fit."""
     for more in ({}, {"init_strict": False}):
         with pytest.raises(UserError, match=r"nothing in it fits model='mlp\(widths=\(64,\)\)'") as e:
-            pretrained.load(experiment(file, "mlp(widths=(64,))", **more))
+            pretrained.load(programs(file, "mlp(widths=(64,))", **more))
         assert len(str(e.value)) < 900
     with pytest.raises(UserError, match="there is no such file or work directory"):
-        pretrained.load(experiment(tmp_path / "nope.pth"))
+        pretrained.load(programs(tmp_path / "nope.pth"))
     with pytest.raises(UserError, match="this directory holds no run"):
-        pretrained.load(experiment(tmp_path))
+        pretrained.load(programs(tmp_path))
 
 
 def test_positions_are_resized_as_timm_does(tmp_path, monkeypatch, caplog):
@@ -138,7 +139,7 @@ def test_positions_are_resized_as_timm_does(tmp_path, monkeypatch, caplog):
     for name, table in expected.items():
         h, w = map(int, name.split("x"))
         with caplog.at_level(logging.INFO, "imgclf_jax"):
-            weights = pretrained.load(experiment(file, "vit('Ti', patch=8)", (8 * h, 8 * w, 3), 5))
+            weights = pretrained.load(programs(file, "vit('Ti', patch=8)", (8 * h, 8 * w, 3), 5))
         assert f"positions resized (4x4 to {h}x{w})" in caplog.text
         got = weights.taken["params/backbone/positions_embedding"]
         np.testing.assert_allclose(got, np.tile(table, 16), rtol=0, atol=1e-5)
@@ -162,7 +163,7 @@ def test_a_pytorch_model_of_the_same_module_names(tmp_path, monkeypatch):
         arrays = {f"{name}.{leaf}": x for name, w in zip(names, (dense, head), strict=True)
                   for leaf, x in (("weight", w), ("bias", w[:, 0]))}  # fmt: skip
         file = torch_format.save(tmp_path / f"{model}.pth", arrays)
-        weights = pretrained.load(experiment(file, f"my_torch_nets:{model}", (2, 2, 3), 3), whole=True)
+        weights = pretrained.load(programs(file, f"my_torch_nets:{model}", (2, 2, 3), 3), whole=True)
         np.testing.assert_array_equal(weights.taken["params/backbone/fc1/kernel"], dense.T)
         np.testing.assert_array_equal(weights.taken["params/head/kernel"], head.T)
 
@@ -172,8 +173,8 @@ def mlp(tmp_path) -> Path:
     return torch_format.save(tmp_path / "mlp.pth", MLP)
 
 
-def experiment_of_mlp(init_from: Path) -> Experiment:
-    return experiment(init_from, "mlp(widths=(16,))", (12, 12, 1), augment="normalize")
+def programs_of_mlp(init_from: Path) -> Programs:
+    return programs(init_from, "mlp(widths=(16,))", (12, 12, 1), augment="normalize")
 
 
 def run(workdir: Path, *argv: str) -> int:
@@ -192,7 +193,7 @@ def test_training_starts_from_the_weights_and_resumes_without_them(tmp_path, mlp
     flags = (f"--config.init_from={mlp}", "--config.schedule=constant(0.0)")
     assert run(tmp_path / "run", *flags) == 0
     params = dict(tree.named_leaves(saved(tmp_path / "run", 2)))
-    taken = pretrained.load(experiment_of_mlp(mlp)).taken
+    taken = pretrained.load(programs_of_mlp(mlp)).taken
     assert set(params) == set(taken)
     assert all(np.array_equal(params[name], taken[name]) for name in params)
     provenance = json.loads((tmp_path / "run" / "provenance.json").read_text())
@@ -215,9 +216,9 @@ def remembering_sgd(learning_rate):
 
 def test_an_optimizer_that_keeps_parameters_gets_these(mlp):
     """The optimizer's state follows from the weights, not from the random ones."""
-    like = experiment_of_mlp(mlp)
-    like.config.optimizer = "test_pretrained:remembering_sgd"
-    state = jax.jit(like.init)(np.uint32(0), weights=pretrained.load(like).taken)["state"]
+    like = programs_of_mlp(mlp)
+    like.recipe.config.optimizer = "test_pretrained:remembering_sgd"
+    state = like.init(0, weights=pretrained.load(like).taken)["state"]
     kept = [x for x in jax.tree.leaves(state.opt_state) if x.shape == (144, 16)]
     np.testing.assert_array_equal(kept[0], MLP["dense0.weight"].T)
 
@@ -240,7 +241,7 @@ def test_a_work_directory(tmp_path, mlp, capsys):
     first = tmp_path / "first"
     flags = ("--config.checkpoint.best=test/accuracy", "--config.eval_every=1 steps")
     assert run(first, f"--config.init_from={mlp}", *flags, "--config.optimizer=sgd(momentum=0.9)") == 0
-    weights = pretrained.load(experiment_of_mlp(first), whole=True)
+    weights = pretrained.load(programs_of_mlp(first), whole=True)
     best = Checkpoints(first / "checkpoints", best="test/accuracy", read_only=True).best_step()
     variables = saved(first, best, "test/accuracy")
     expected = dict(tree.named_leaves(variables))
@@ -251,13 +252,13 @@ def test_a_work_directory(tmp_path, mlp, capsys):
                "--config.data.source=fake(32, (12, 12, 1), 5)") == 0  # fmt: skip
     assert "2 arrays taken; a new head (10 classes in it, 5 here)" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"2 arrays of the model not in it \(params/backbone/dense1/bias"):
-        pretrained.load(experiment(first, "mlp(widths=(16, 16))", (12, 12, 1)))
+        pretrained.load(programs(first, "mlp(widths=(16, 16))", (12, 12, 1)))
 
 
 def test_a_work_directory_of_a_network_with_running_means(tmp_path):
     """They are taken like the parameters; of a run that averages its weights the averages are taken."""
-    like = experiment(tmp_path)
-    init = jax.jit(lambda seed: like.model.init(jax.random.key(seed), np.zeros((1, 32, 32, 3), np.float32)))
+    like = programs(tmp_path)
+    init = jax.jit(lambda seed: like.recipe.model.init(jax.random.key(seed), np.zeros((1, 32, 32, 3), np.float32)))
     own, other = (dict(init(seed)) for seed in (3, 4))
     own["batch_stats"] = jax.tree.map(lambda x: x + 1, own["batch_stats"])
     params, stats = own["params"], {"batch_stats": own["batch_stats"]}

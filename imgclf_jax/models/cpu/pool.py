@@ -192,7 +192,9 @@ def _direct_kernel(
 ) -> jax.Array:
     (kh, kw, c, f), cells = like.shape, list(itertools.product(range(window), repeat=2))
     extent, strides = (kh + window - 1, kw + window - 1), (window, window)
-    patches = products.patches(x.astype(dtype), extent, strides, place.shape[1:3])  # [extent * c, ho, wo, b]
+    patches = products.patches(
+        x.astype(dtype), extent, strides, (place.shape[1], place.shape[2])
+    )  # [extent * c, ho, wo, b]
     by_cell = _by_cell(gradient, place, window, dtype)
     sums = products.kernel_gradient(by_cell, patches.transpose(1, 2, 3, 0), dtype).reshape(len(cells), f, *extent, c)
     d_kernel = sum(sums[k, :, i : i + kh, j : j + kw] for k, (i, j) in enumerate(cells))  # [f, kh, kw, c]

@@ -1,0 +1,249 @@
+"""What is compiled of a recipe: init, train, eval and predict, and how their arrays lie on the mesh.
+
+Every program is traced for the platform of the mesh (`core/platform.py`), so that a mesh of devices that are not here
+serves as well: such a program can be lowered or compiled, if not run.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from imgclf_jax import config as configs
+from imgclf_jax import diagnose, losses, metrics, step
+from imgclf_jax.core import platform, sharding
+from imgclf_jax.core.once import once
+from imgclf_jax.data import placement
+from imgclf_jax.data.stream import Images
+from imgclf_jax.models.cpu.rewrite import rewrite
+from imgclf_jax.models.frozen import Frozen
+from imgclf_jax.recipe import Recipe
+
+# Up to so many steps, or bytes of images, go to the device in one call.
+_MOST_STEPS, _CHUNK_BYTES = 32, 8 << 20
+_FIRST_IMAGES = 5000  # that airbench94 whitens by
+
+
+def of_images(config: ConfigDict, images: Images) -> "Programs":
+    """The programs of a config for these training images, on all devices."""
+    return Programs(Recipe(config, images.describe(losses.needs_class_counts(config.loss))))
+
+
+@dataclass(frozen=True, eq=False)
+class Programs:
+    """The compiled programs of a recipe on a mesh. Each is compiled once, when it is first asked for.
+
+    Tracing raises UserError, naming the key, for a part of the config that fails on such images.
+    """
+
+    recipe: Recipe
+    mesh: Mesh = field(default_factory=sharding.make_mesh)
+
+    @property
+    def platform(self) -> str:
+        """The platform of the mesh, which all programs are traced for."""
+        return platform.of(self.mesh)
+
+    @contextlib.contextmanager
+    def _tracing(self) -> Iterator[None]:
+        """Inside, what is traced is for the mesh's platform, and what fails is traced again to name the config key."""
+        with platform.tracing_for(self.platform), diagnose.naming_the_key(self.recipe):
+            yield
+
+    # What a run starts from.
+
+    def _init(
+        self, seed: jax.Array, images: jax.Array | None = None, weights: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        def init(seed: jax.Array) -> dict[str, Any]:
+            recipe, shape = self.recipe, self.recipe.data.image_shape
+            state = step.init_state(recipe.model, recipe.optimizer, shape, seed, recipe.average, images, weights)
+            return {"state": state, "sums": step.zero_sums()}
+
+        if self.recipe.num_seeds == 1:
+            return init(seed)
+        runs: dict[str, Any] = jax.vmap(init)(seed + jnp.arange(self.recipe.num_seeds, dtype=jnp.uint32))
+        return runs
+
+    def init(
+        self, seed: int | None = None, images: jax.Array | None = None, weights: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What a run starts from and a checkpoint holds: {"state": TrainState, "sums": of the metrics window}.
+
+        `seed` is the config's unless given. `images` are `first_images`; `weights`, by name, are taken instead of
+        random ones. Of several seeds, `seed` and those after it, all arrays are [num_seeds, …].
+        """
+        seed = self.recipe.config.seed if seed is None else seed
+        with self._tracing():
+            init = jax.jit(self._init, out_shardings=sharding.replicated(self.mesh))
+            run: dict[str, Any] = init(np.uint32(seed), images, weights)
+            return run
+
+    @once
+    def shape(self) -> dict[str, Any]:
+        """`init`'s result as shapes with shardings, without computing it."""
+        whole = sharding.replicated(self.mesh)
+        with self._tracing():
+            shapes = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), "uint32"))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
+
+    def zero_sums(self) -> metrics.Sums:
+        """The sums of no step, of every seed, on the devices."""
+        sums = step.zero_sums()
+        several = (self.recipe.num_seeds,) if self.recipe.num_seeds > 1 else ()
+        return self.put(jax.tree.map(lambda x: jnp.broadcast_to(x, several), sums))
+
+    def first_images(self, images: Images) -> jax.Array | None:
+        """The first 5,000 training images, as in evaluation, for a backbone that begins from images; or None."""
+        if not hasattr(self.recipe.model.backbone, "init_on_images"):
+            return None
+        ids = np.arange(min(_FIRST_IMAGES, len(images)))
+        first = images.read(ids, ids)["image"]
+        augment = self.recipe.augment(train=False)
+        with self._tracing():
+            return jax.jit(lambda images: augment(None, images))(first)
+
+    def put(self, tree: Any) -> Any:
+        """A pytree of small arrays, whole on every device."""
+        return jax.device_put(tree, sharding.replicated(self.mesh))
+
+    # Training.
+
+    @once
+    def _train_step(self) -> Any:
+        """The pure train step of all seeds: (state, batch) → (state, sums)."""
+        recipe, frozen = self.recipe, self.recipe.rules.frozen
+        pure = step.make_train_step(
+            Frozen(recipe.model, frozen, tuple(recipe.parameters)) if frozen else recipe.model,
+            recipe.loss, recipe.optimizer, recipe.schedule, recipe.augment(train=True), recipe.average,
+            recipe.mix, recipe.config.accumulate,
+        )  # fmt: skip
+        return self._in_its_form(step.several(pure, recipe.num_seeds))
+
+    def _in_its_form(self, pure: Callable[..., Any]) -> Callable[..., Any]:
+        """A pure function, differentiated by now, as the platform runs it fast."""
+        return rewrite(pure) if self.platform == "cpu" else pure
+
+    @once
+    def steps_per_call(self) -> int:
+        """How many steps one call of `train` runs at most."""
+        recipe, config = self.recipe, self.recipe.config
+        if config.steps_per_call:
+            return int(config.steps_per_call)
+        with self._tracing():
+            jaxpr = jax.make_jaxpr(self._init)(jax.ShapeDtypeStruct((), "uint32"))
+        if self.platform == "cpu" and "conv_general_dilated" in str(jaxpr):
+            return 1  # inside of a loop XLA:CPU runs its own convolution a hundred times slower
+        batch_bytes = config.batch_size * recipe.num_seeds * math.prod(recipe.data.image_shape)
+        gaps = [math.ceil(every) for key in configs.CADENCES if (every := recipe.period(key)) is not None]
+        return max(1, min(_MOST_STEPS, _CHUNK_BYTES // batch_bytes, recipe.total, *gaps))
+
+    @once
+    def traced_train(self) -> Any:
+        """`train` before it is lowered and compiled: it can be lowered for the mesh's platform on any machine."""
+        split, size, recipe = sharding.sharded(self.mesh), self.steps_per_call, self.recipe
+
+        def train(state: step.TrainState, sums: metrics.Sums, chunk: Any, steps: jax.Array) -> Any:
+            def body(i: jax.Array | int, carry: tuple[step.TrainState, metrics.Sums]) -> Any:
+                batch = jax.lax.with_sharding_constraint(placement.batch_at(chunk, i), split)
+                state, new = self._train_step(carry[0], batch)
+                return state, step.add_sums(carry[1], new)
+
+            # One program for chunks of all lengths, so that no result depends on where a chunk ends.
+            return jax.lax.fori_loop(0, steps, body, (state, sums)) if size > 1 else body(0, (state, sums))
+
+        chunk = placement.chunk_shape(
+            recipe.config.data.placement, recipe.data.train_examples, recipe.data.image_shape, self.mesh,
+            recipe.config.batch_size, size, recipe.with_ids, recipe.num_seeds,
+        )  # fmt: skip
+        whole = sharding.replicated(self.mesh)
+        steps = jax.ShapeDtypeStruct((), "int32", sharding=whole)
+        with self._tracing():
+            jitted = jax.jit(train, out_shardings=whole, donate_argnums=0)
+            return jitted.trace(self.shape["state"], self.shape["sums"], chunk, steps)
+
+    @once
+    def train(self) -> Any:
+        """Compiled (state, sums, chunk, steps) → (state, sums): trains on the chunk's first `steps` batches.
+
+        The sums of those steps are added; the state's buffers are donated. See `placement` for what a chunk is.
+        """
+        return self.traced_train.lower().compile()
+
+    # Evaluation and prediction.
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Examples in a batch of evaluation: padded up to a multiple of the devices, and masked.
+
+        No result depends on it. On CPU small batches, which stay in the caches, are faster.
+        """
+        batch_size = self.recipe.config.batch_size
+        most = 128 * self.mesh.size if self.platform == "cpu" else batch_size
+        return sharding.round_up(max(1, min(batch_size, most) // len(self.recipe.views)), self.mesh)
+
+    @once
+    def traced_eval(self) -> Any:
+        """`eval` before it is lowered and compiled."""
+        recipe, size = self.recipe, self.steps_per_call
+        pure = step.make_eval_step(
+            recipe.model, recipe.loss, recipe.augment(train=False), recipe.views, recipe.num_seeds,
+            bool(recipe.whole_set_metrics),
+        )  # fmt: skip
+        pure = self._in_its_form(pure)
+        whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
+
+        def eval(params: Any, model_state: Any, chunk: Any, steps: jax.Array) -> metrics.Sums:
+            def batch_sums(i: jax.Array | int) -> metrics.Sums:
+                batch = jax.lax.with_sharding_constraint(placement.batch_at(chunk, i), split)
+                return pure(params, model_state, batch)
+
+            def body(i: jax.Array, out: metrics.Sums) -> metrics.Sums:
+                return jax.tree.map(lambda all, new: all.at[i].set(new), out, batch_sums(i))
+
+            if size == 1:
+                return jax.tree.map(lambda x: x[None], batch_sums(0))
+            shapes = jax.eval_shape(batch_sums, 0)
+            zeros = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
+            return jax.lax.fori_loop(0, steps, body, zeros)
+
+        shapes = {"image": (recipe.data.image_shape, "uint8"), "label": ((), "int32"), "mask": ((), "bool")}
+        chunk = {
+            name: jax.ShapeDtypeStruct(
+                (size, self.eval_batch_size, *shape), dtype, sharding=sharding.sharded(self.mesh, axis=1)
+            )
+            for name, (shape, dtype) in shapes.items()
+        }
+        state, steps = self.shape["state"], jax.ShapeDtypeStruct((), "int32", sharding=whole)
+        with self._tracing():
+            return jax.jit(eval, out_shardings=whole).trace(state.params, state.model_state, chunk, steps)
+
+    @once
+    def eval(self) -> Any:
+        """Compiled (params, model_state, chunk, steps) → the sums of each of the chunk's first `steps` batches.
+
+        The chunk is {"image": uint8[k, b, h, w, c], "label": i32[k, b], "mask": bool[k, b]}, k being `steps_per_call`;
+        the sums (and scores, see `step`) are stacked [k, …], zeros after the first `steps`.
+        """
+        return self.traced_eval.lower().compile()
+
+    @once
+    def predict(self) -> Any:
+        """Jitted (params, model_state, images) → probabilities."""
+        recipe = self.recipe
+        pure = step.make_predict_step(recipe.model, recipe.augment(train=False), recipe.views, recipe.num_seeds)
+        whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
+        traced = platform.traced_for(self.platform, self._in_its_form(pure))
+        return jax.jit(traced, in_shardings=(whole, whole, split), out_shardings=whole)
+
+    def eval_images(self, source: Any) -> Images:
+        """A source seen through the host ops of evaluation."""
+        config = self.recipe.config
+        return Images(source, self.recipe.preprocess_eval, config.seed, config.data.threads)

@@ -1,0 +1,135 @@
+"""What a config says, put together: model, loss, optimizer, schedule, ops, and durations in steps.
+
+A description only: nothing here is compiled, and nothing depends on devices. `programs.py` compiles it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from imgclf_jax import config as configs
+from imgclf_jax import losses, metrics
+from imgclf_jax.augment import mixing, ops, tta
+from imgclf_jax.models import classifier
+from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
+from imgclf_jax.run.provenance import DataInfo
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The parts that training, evaluation and prediction share. All of them follow from the config and the data.
+
+    Building a part raises UserError for a spec that names nothing, or whose arguments do not fit.
+    """
+
+    config: ConfigDict
+    data: DataInfo
+
+    @cached_property
+    def total(self) -> int:
+        """How many steps the run has."""
+        return self.steps("total", self.config.total)
+
+    def steps(self, key: str, duration: str, total: int | None = None) -> int:
+        """A duration in whole steps; errors name `key`."""
+        return configs.steps(duration, key, self.data.train_examples, self.config.batch_size, total)
+
+    def period(self, key: str) -> Fraction | None:
+        """The period in steps that the cadence `key` gives; None for never."""
+        size = (self.data.train_examples, self.config.batch_size, self.total)
+        return configs.period(self.config[key], key, *size)
+
+    def _steps_for(self, key: str) -> Callable[[Any], int]:
+        return lambda duration: self.steps(key, str(duration), self.total)
+
+    @cached_property
+    def schedule(self) -> optax.Schedule:
+        """The learning rate as a function of the step."""
+        return schedules.build(self.config.schedule, self._steps_for("schedule"), self.total)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer, with its schedule, clipping and the rules by parameter."""
+        return optimizers.build(self.config.optimizer, self.schedule, self.config.clip, self.rules)
+
+    @cached_property
+    def average(self) -> weight_averages.Average:
+        """The average of the weights that evaluation uses."""
+        lookahead = optimizers.split_lookahead(self.config.optimizer)[1]
+        return weight_averages.build(self.config.ema, lookahead, self._steps_for("optimizer"), self.total)
+
+    @cached_property
+    def rules(self) -> rules.Rules:
+        """What the keys of `rules` say about the model's parameters."""
+        keys = self.config.rules
+        if not (keys.lr or keys.decay or keys.freeze or keys.layer_decay):
+            return rules.Rules()
+        return rules.build(keys.lr, keys.decay, keys.freeze, keys.layer_decay, list(self.parameters))
+
+    @cached_property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter by its path, in the order in which the model uses them."""
+        found = {}
+
+        def init() -> None:  # flax notes parameters in their order; a JAX transformation would return them sorted
+            images = jnp.zeros((1, *self.data.image_shape), jnp.float32)
+            variables = self.model.init(jax.random.key(0), images, train=False)  # any key: only shapes are kept
+            found.update({k: v.shape for k, v in traverse_util.flatten_dict(variables["params"], sep="/").items()})
+
+        jax.eval_shape(init)
+        return found
+
+    @cached_property
+    def model(self) -> classifier.Classifier:
+        """The backbone and its head."""
+        return classifier.build(self.config.model, len(self.data.class_names), self.config.precision)
+
+    @cached_property
+    def loss(self) -> losses.Loss:
+        """The loss of each example."""
+        return losses.build(self.config.loss, self.data.class_counts, self.data.class_names)
+
+    def augment(self, train: bool) -> Callable[..., jax.Array]:
+        """The device ops; without `train` those that draw at random are left out. See `ops.build`."""
+        return ops.build(self.config.augment, train)
+
+    @property
+    def with_ids(self) -> bool:
+        """Whether batches carry the ids and epochs of their examples, for a device op that wants them."""
+        return ops.wants_ids(self.config.augment)
+
+    @cached_property
+    def mix(self) -> mixing.Mix | None:
+        """The mixing op on batches; None for none."""
+        return mixing.build(self.config.mix)
+
+    @cached_property
+    def views(self) -> tta.Views:
+        """The views that evaluation and prediction average logits over. Raises UserError for too small images."""
+        views, images = tta.build(self.config.tta), jax.ShapeDtypeStruct((1, *self.data.image_shape), "float32")
+        for _, view in views:
+            jax.eval_shape(view, images)
+        return views
+
+    @cached_property
+    def whole_set_metrics(self) -> dict[str, Callable[..., float]]:
+        """Metrics of whole evaluation sets, by name: functions of labels and probabilities."""
+        return metrics.build_whole_set(self.config.metrics)
+
+    @property
+    def num_seeds(self) -> int:
+        """How many replicas are trained at once."""
+        return int(self.config.num_seeds)
+
+    @property
+    def preprocess_eval(self) -> str:
+        """The host ops of evaluation and prediction."""
+        return self.config.preprocess_eval or self.config.preprocess

@@ -1,0 +1,39 @@
+"""Programs: traced for the platform of the mesh, compiled once."""
+
+import jax
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from imgclf_jax.core import platform, sharding
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.provenance import DataInfo
+
+DATA = DataInfo(64, (12, 12, 1), tuple("abcd"), "made up")
+ELSEWHERE = {"gpu": ("NVIDIA H100", "cuda"), "tpu": ("TPU v5 lite", "tpu")}
+
+
+def described_mesh(kind, name):
+    """A mesh of eight devices that are not here."""
+    return AbstractMesh((8,), ("data",), (AxisType.Auto,), abstract_device=AbstractDevice(kind, 1, name))
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_programs_are_lowered_for_devices_that_are_not_here(name, place, fake_config):
+    """In the form of their platform, and by the mesh alone: nothing asks which machine traces."""
+    fake_config.model, fake_config.data.placement = "cnn(widths=(4,), hidden=8)", place
+    fake_config.batch_size, fake_config.accumulate = 32, 2
+    kind, lowered_for = ELSEWHERE[name]
+    mesh = described_mesh(kind, lowered_for)
+    assert platform.of(mesh) == name
+    programs = Programs(Recipe(fake_config, DATA), mesh)
+    for traced in (programs.traced_train, programs.traced_eval):
+        text = traced.lower(lowering_platforms=(lowered_for,)).as_text()
+        assert "stablehlo.convolution" in text
+        assert "mhlo.num_partitions = 8" in text
+    here = Programs(Recipe(fake_config, DATA), sharding.make_mesh())
+    assert platform.of(here.mesh) == jax.devices()[0].platform == "cpu"
+    for traced in (here.traced_train, here.traced_eval):
+        assert "stablehlo.convolution" not in traced.lower().as_text()
+    assert platform.current() == ""
