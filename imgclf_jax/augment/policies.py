@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from imgclf_jax.augment import geometry, photometric
+from imgclf_jax.core import kinds
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.platform import cpu_barrier
 
 # In the order of torchvision's policies.
 OPS = (
@@ -98,8 +100,8 @@ def _change_colors(images: jax.Array, op: jax.Array, strength: Strengths) -> jax
     for name, other in tables.items():
         table = jnp.where(is_op[name], other, table)
     # The barriers keep apart what a fused loop would compute anew for each pixel: a third of the time on CPU.
-    images = photometric.lookup(images, jax.lax.optimization_barrier(table)[:, :, 0])
-    grey, smooth = jax.lax.optimization_barrier((photometric.grey(images), photometric.smooth(images)))
+    images = photometric.lookup(images, cpu_barrier(table)[:, :, 0])
+    grey, smooth = cpu_barrier((photometric.grey(images), photometric.smooth(images)))
     degenerate = jnp.where(is_op["color"], grey, smooth)
     blended = photometric.blend(degenerate, images, strength.factor)
     return jnp.where(is_op["color"] | is_op["sharpness"], blended, images)
@@ -122,6 +124,7 @@ def _check_fill(name: str, images: jax.Array, fill: Fill) -> None:
         raise UserError(f"{name}(fill={fill}): allowed are whole numbers from 0 to 255, one or one a channel")
 
 
+@kinds.random
 def randaugment(
     key: jax.Array,
     images: jax.Array,
@@ -153,11 +156,12 @@ def randaugment(
         return jnp.clip(jnp.round(magnitude + noise), 0, BINS - 1).astype(jnp.int32)
 
     for i in range(num_ops):
-        images = jax.lax.optimization_barrier(images)
+        images = cpu_barrier(images)
         images = _draw_and_apply(jax.random.fold_in(key, i), images, ranges, draw, fill)
     return images
 
 
+@kinds.random
 def trivialaugment(key: jax.Array, images: jax.Array, fill: Fill = 0) -> jax.Array:
     """One op an image, its magnitude uniform over 0 to 30 (Müller and Hutter 2021, arXiv:2103.10158, "wide").
 
@@ -171,6 +175,7 @@ def trivialaugment(key: jax.Array, images: jax.Array, fill: Fill = 0) -> jax.Arr
     return _draw_and_apply(key, images, ranges, draw, fill)
 
 
+@kinds.random
 def color_jitter(
     key: jax.Array,
     images: jax.Array,
@@ -199,6 +204,6 @@ def color_jitter(
         if (low, high) != (middle, middle):
             drawn = jax.random.uniform(jax.random.fold_in(key, i), images.shape[:1], minval=low, maxval=high)
             if name == "hue":  # kept apart, since a fused loop would compute the colours anew for each use of them
-                images = jax.lax.optimization_barrier(images)
+                images = cpu_barrier(images)
             images = photometric.on_colors(op, images, drawn)
     return images

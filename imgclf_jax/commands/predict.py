@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax.commands.evaluate import convert, restore
-from imgclf_jax.core import rng, sharding
+from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, sources
 from imgclf_jax.experiment import Experiment
@@ -52,7 +52,7 @@ def predict(experiment: Experiment, state: Any, files: list[Path]) -> Iterator[t
     def load(index: int) -> np.ndarray | UserError:
         try:
             seed = experiment.config.seed
-            image = ops(files[index].read_bytes(), lambda: rng.generator(seed, "preprocess", index))
+            image = ops(files[index].read_bytes(), seed, index)
         except (OSError, UserError) as e:
             return UserError(f"{files[index]}: {e}")
         if image.shape != experiment.data.image_shape:

@@ -143,7 +143,7 @@ def test_the_empty_spec_mixes_nothing():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("mixpu", "unknown mix 'mixpu': did you mean 'mixup'"),
+        ("mixpu", "unknown mixing op 'mixpu': did you mean 'mixup'"),
         ("mixup(beta=1)", "unknown argument 'beta'"),
         ("mixup(probability=0.7)|cutmix(probability=0.7)", "all together at most 1"),
         ("cutmix(probability=-0.1)", "from 0 to 1"),

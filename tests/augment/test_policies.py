@@ -13,6 +13,7 @@ from scipy import stats
 from test_photometric import photos, picture
 
 from imgclf_jax.augment import geometry, ops, policies
+from imgclf_jax.core import platform as platforms
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 
@@ -225,6 +226,16 @@ def test_policies_give_the_same_bits_on_one_device_and_on_eight():
         placed = sharding.put_batch({"image": images}, mesh)["image"]
         results.append(np.asarray(jax.jit(apply, out_shardings=sharding.sharded(mesh))(KEY, placed)))
     assert results[0].tobytes() == results[1].tobytes()
+
+
+@pytest.mark.parametrize("text", ["randaugment", "trivialaugment", "color_jitter(hue=0.1)"])
+def test_barriers_are_for_the_cpu_alone(text):
+    images = jnp.zeros((2, 8, 8, 3), jnp.uint8)
+    found = {}
+    for platform in ("cpu", "gpu", "tpu"):
+        with platforms.tracing_for(platform):
+            found[platform] = "optimization_barrier" in str(jax.make_jaxpr(ops.build(text, train=True))(KEY, images))
+    assert found == {"cpu": True, "gpu": False, "tpu": False}
 
 
 @pytest.mark.parametrize(
