@@ -13,7 +13,8 @@ LAYERS = [
     "core.errors core.platform core.tensorflow_import run.cache",
     "config core.rng core.sharding core.spec core.tree run.provenance run.writers weights.files augment.geometry "
     "augment.photometric models.cpu.layout models.cpu.products",
-    "augment.big_vision core.kinds",
+    "core.kinds",
+    "augment.big_vision data.tf_image",
     "augment.policies augment.tta losses metrics models.cpu.pool models.frozen models.norms optim.rules "
     "optim.schedules optim.weight_averages run.checkpoint run.workdir data.decode data.decoded data.prepare "
     "data.splits",

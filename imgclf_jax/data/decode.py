@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from imgclf_jax.core import kinds, rng, spec
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import tf_image
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _FILTERS = {
@@ -72,13 +73,16 @@ def _to_picture(image: np.ndarray) -> Image.Image:
 def resize(image: np.ndarray, height: int, width: int = 0, method: str = "bilinear") -> np.ndarray:
     """Resizes to (height, width), or (height, height); the filter is widened when shrinking (antialiased).
 
-    `method` is nearest, bilinear, bicubic or lanczos, as Pillow defines them; in RGBA colours are weighted by alpha.
+    `method` is nearest, bilinear, bicubic or lanczos, as Pillow defines them, or area, as TensorFlow does. In RGBA
+    Pillow weights colours by alpha.
     """
-    if method not in _FILTERS:
-        raise UserError(f"resize(method={method!r}): allowed: {', '.join(_FILTERS)}")
+    if method not in (*_FILTERS, "area"):
+        raise UserError(f"resize(method={method!r}): allowed: {', '.join(_FILTERS)}, area")
     size = (height, width or height)
     if image.shape[:2] == size:
         return image
+    if method == "area":
+        return tf_image.area(image, *size)
     out = np.asarray(_to_picture(image).resize(size[::-1], _FILTERS[method]))
     return out[..., None] if out.ndim == 2 else out
 
@@ -136,6 +140,7 @@ HOST_OPS: dict[str, Callable] = {
     "resize_small": resize_small,
     "central_crop": central_crop,
     "random_resized_crop": random_resized_crop,
+    "inception_crop": tf_image.inception_crop,
 }
 
 HostOps = Callable[[bytes | np.ndarray, int, int], np.ndarray]

@@ -233,8 +233,8 @@ def test_resize_nearest_rgba_and_refusal():
     assert resize(image, 9, 14) is image
     image = np.tile(np.uint8([(255, 0, 0, 255), (0, 255, 0, 0)]), (4, 2, 1))  # opaque red, transparent green
     np.testing.assert_allclose(resize(image, 1)[0, 0], (255, 0, 0, 127.5), rtol=0, atol=1)  # only the red is seen
-    with pytest.raises(UserError, match=r"'area'.*bilinear"):
-        resize(image, 6, method="area")
+    with pytest.raises(UserError, match=r"'box'.*bilinear"):
+        resize(image, 6, method="box")
 
 
 @pytest.mark.parametrize(("h", "w"), [(30, 40), (40, 30), (33, 100), (7, 7), (1, 9)])

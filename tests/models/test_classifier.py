@@ -54,11 +54,12 @@ def test_the_representation_is_a_dense_layer_and_tanh(monkeypatch):
     """Over the features of the network without it, which has the other parameters."""
     monkeypatch.setitem(vit._VIT, "Ti", (48, 2, 3))
     with_it, without = (classifier.build(VIT.format(on), 3, "float32").backbone for on in (True, False))
-    params = with_it.init(jax.random.key(0), IMAGES)["params"]
+    params = jax.jit(with_it.init)(jax.random.key(0), IMAGES)["params"]
     layer = params["representation"]
     assert {k: v.shape for k, v in layer.items()} == {"kernel": (48, 48), "bias": (48,)}
     rest = {k: v for k, v in params.items() if k != "representation"}
-    assert jax.tree.map(jnp.shape, rest) == jax.tree.map(jnp.shape, without.init(jax.random.key(0), IMAGES)["params"])
-    features = np.asarray(without.apply({"params": rest}, IMAGES), np.float64)
+    shapes = jax.eval_shape(without.init, jax.random.key(0), IMAGES)["params"]
+    assert jax.tree.map(jnp.shape, rest) == jax.tree.map(jnp.shape, shapes)
+    features = np.asarray(jax.jit(without.apply)({"params": rest}, IMAGES), np.float64)
     expected = np.tanh(features @ np.asarray(layer["kernel"], np.float64) + np.asarray(layer["bias"], np.float64))
-    np.testing.assert_allclose(with_it.apply({"params": params}, IMAGES), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(with_it.apply)({"params": params}, IMAGES), expected, atol=1e-5)
