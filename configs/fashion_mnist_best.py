@@ -6,7 +6,8 @@ Test accuracy for seeds 0, 1 and 2: 0.9494, 0.9487, 0.9500 (mean 0.9494), in 24,
 Intel Xeon (Sapphire Rapids, AMX), 13 where nothing else ran. Without a network add `--config.data.manual_dir=FOLDER`,
 FOLDER holding the four original .gz files.
 
-The network, optimizer and schedule of airbench94 (`cifar10_airbench.py`), in batches of 512 for twelve epochs.
+The network and the optimizer of airbench94 (`cifar10_airbench.py`) and a schedule of the same shape, with a peak of 1.0
+and an end of 0.05, in batches of 512 for twelve epochs.
 """
 
 from imgclf_jax.config import ConfigDict, default_config

@@ -39,11 +39,14 @@ KEYS: dict[str, tuple[Any, str]] = {
     "augment": ("", "Device ops on the batch; those that draw at random are left out in evaluation. Scaled to [0, 1]."),
     "mix": (
         "",
-        "mixup(0.2)|cutmix(1.0): of each batch one, or with mixup(probability=0.5) on half of them; empty: none.",
+        "mixup(0.2)|cutmix(1.0): one of them for each batch; mixup(probability=0.5): on half of them; empty: none.",
     ),
     "num_seeds": (1, "Replicas trained at once, of seed, seed + 1, …: results with deviations, and the ensemble's."),
     "tta": ("", "Views whose logits evaluation averages: flip, translate(pad), 'flip|translate(1)'; empty: one view."),
-    "model": ("cnn", "The backbone, images to features: cnn, resnet(depth=50), vit, …, or an import path."),
+    "model": (
+        "cnn",
+        "The backbone: cnn, resnet(depth=50), …, or an import path; vit(head_init='zeros') is how its head begins.",
+    ),
     "init_from": ("", "Weights to start from: a work directory, a PyTorch file (.pth, .pt, .th) or a .safetensors."),
     "init_strict": (True, "Refuse `init_from` if more than the head differs from the model; False: take what fits."),
     "loss": ("softmax", "softmax, sigmoid (binary cross-entropies) or focal, or an import path."),

@@ -1,8 +1,8 @@
 """Affine maps of uint8 images with Pillow's arithmetic: nearest neighbour, coordinates in 16.16 fixed point.
 
-A map takes each output pixel to the place in the input that it is read from, as `Image.transform(AFFINE)` does:
-x_in = a x + b y + c, y_in = d x + e y + f, pixel centres at halves. `fixed_point` prepares one in NumPy, in float64, so
-that it is the same on every device.
+A map says for each output pixel where in the input it is read, as `Image.transform(AFFINE)` does: x_in = a x + b y + c,
+y_in = d x + e y + f, pixel centres at halves. `fixed_point` prepares a map by NumPy in float64, so that it is the same
+on every device.
 """
 
 import math
@@ -47,14 +47,19 @@ def fixed_point(matrix: Matrix) -> np.ndarray:
 
 def affine(images: jax.Array, matrix: jax.Array, fill: jax.Array) -> jax.Array:
     """Each image of [b, h, w, c] under its map, i32[b, 6] of `fixed_point`; `fill` [c] where it reads outside."""
-    b, h, w, c = images.shape
+    h, w = images.shape[1:3]
     y, x = jnp.arange(h, dtype=jnp.int32)[:, None], jnp.arange(w, dtype=jnp.int32)
 
-    def place(row: jax.Array) -> jax.Array:  # i32[b, 3] → i32[b, h, w]
+    def coordinate(row: jax.Array) -> jax.Array:  # i32[b, 3] → i32[b, h, w]
         return (row[:, 0, None, None] * x + row[:, 1, None, None] * y + row[:, 2, None, None]) >> 16
 
-    from_x, from_y = place(matrix[:, :3]), place(matrix[:, 3:])
-    inside = (from_x >= 0) & (from_x < w) & (from_y >= 0) & (from_y < h)
-    source = jnp.where(inside, from_y * w + from_x, 0).reshape(b, h * w)
+    return read(images, coordinate(matrix[:, 3:]), coordinate(matrix[:, :3]), fill)
+
+
+def read(images: jax.Array, y: jax.Array, x: jax.Array, fill: jax.Array) -> jax.Array:
+    """The pixels of each image [b, h, w, c] at rows y and columns x, i32[b, h, w]; `fill` [c] outside the image."""
+    b, h, w, c = images.shape
+    inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
+    source = jnp.where(inside, y * w + x, 0).reshape(b, h * w)
     pixels = jax.vmap(lambda image, at: image.at[at].get(mode="promise_in_bounds"))(images.reshape(b, h * w, c), source)
     return jnp.where(inside[..., None], pixels.reshape(images.shape), fill)

@@ -1,8 +1,9 @@
-"""Mixing: each image with another of its batch, and its loss with that of the other's label.
+"""Mixing: each image is mixed with another one of its batch, and so are the losses of their two labels.
 
-A mixing op takes `(key, images, …)` and gives (images, weight f32[b]): image i mixed with image i - 1, the first with
-the last, and the share of image i that is left. The order of a batch being random, that neighbour is a random example;
-and it lies on the same device, but for the first of each.
+A mixing op takes `(key, images, …)`, or `(images, …)` if it draws nothing (see `core.kinds`). It gives (images, weight
+f32[b]): image i is mixed with image i - 1, the first one with the last, and the weight is the share that image i keeps.
+The order of a batch is random, so that this neighbour is a random example. It lies on the same device, but for the
+first image of each device.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imgclf_jax.core import spec
+from imgclf_jax.core import kinds, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.losses import Loss
 
@@ -24,38 +25,51 @@ def partner(x: jax.Array) -> jax.Array:
     return jnp.roll(x, 1, axis=0)
 
 
-def _draw_weights(name: str, key: jax.Array, images: jax.Array, alpha: float) -> jax.Array:
+def _draw_weights(name: str, key: jax.Array, images: jax.Array, alpha: float, count: int) -> jax.Array:
+    """f32[count] ~ Beta(alpha, alpha)."""
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise UserError(f"{name} mixes float images, these are {images.dtype}")
     if alpha <= 0:
         raise UserError(f"{name}(alpha={alpha}): must be above 0")
     # The share of one gamma variate in the sum of two, as in jax.random.beta, which takes twice as long to compile.
-    logs = jax.random.loggamma(key, alpha, (2, images.shape[0]))
+    logs = jax.random.loggamma(key, alpha, (2, count))
     return jax.nn.sigmoid(logs[0] - logs[1])
 
 
-def mixup(key: jax.Array, images: jax.Array, alpha: float = 0.2, probability: float | None = None) -> Mixed:
+@kinds.random
+def mixup(
+    key: jax.Array,
+    images: jax.Array,
+    alpha: float = 0.2,
+    probability: float | None = None,
+    per_batch: bool = False,
+) -> Mixed:
     """weight * image + (1 - weight) * other, weight ~ Beta(alpha, alpha) (Zhang et al. 2017, arXiv:1710.09412).
 
-    A weight for each image, as in the paper's definition: the gradient varies less than with one a batch. `probability`
-    is that of the op in a batch, see `build`.
+    Each image has a weight of its own, as in the paper's definition: the gradient varies less than with one for the
+    batch. With `per_batch` one draw a serves the whole batch, and the weight is max(a, 1 - a), as in big_vision
+    (Beyer et al. 2022, arXiv:2205.01580). `probability` is how often a batch is mixed by this op: see `build`.
     """
     del probability
-    weight = _draw_weights("mixup", key, images, alpha)
+    weight = _draw_weights("mixup", key, images, alpha, 1 if per_batch else images.shape[0])
+    if per_batch:
+        weight = jnp.broadcast_to(jnp.maximum(weight, 1 - weight), images.shape[:1])
     own = weight.astype(images.dtype)[:, None, None, None]
     return own * images + (1 - own) * partner(images), weight
 
 
+@kinds.random
 def cutmix(key: jax.Array, images: jax.Array, alpha: float = 1.0, probability: float | None = None) -> Mixed:
-    """A box of the other image pasted in (Yun et al. 2019, arXiv:1905.04899).
+    """A box of the other image is pasted in (Yun et al. 2019, arXiv:1905.04899).
 
-    Its sides are the image's by sqrt(1 - weight), weight ~ Beta(alpha, alpha), its centre uniform over the image; it is
-    cut off at the border, and the weight is then the share of the area that is left. `probability` as for mixup.
+    The box's sides are sqrt(1 - weight) of the image's, weight ~ Beta(alpha, alpha). Its centre is uniform over the
+    image. The border cuts the box off, and the weight is then the share of the area that is left. `probability` as for
+    mixup.
     """
     del probability
     b, h, w, _ = images.shape
     key_weight, key_y, key_x = jax.random.split(key, 3)
-    side = jnp.sqrt(1 - _draw_weights("cutmix", key_weight, images, alpha))  # [b]
+    side = jnp.sqrt(1 - _draw_weights("cutmix", key_weight, images, alpha, b))  # [b]
 
     def interval(key: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:  # i32[b] each
         half = (size * side).astype(jnp.int32) // 2
@@ -75,14 +89,16 @@ def _each(x: jax.Array) -> jax.Array:
 
 MIXES: dict[str, Callable[..., Mixed]] = {"mixup": mixup, "cutmix": cutmix}
 
+_GIVEN = {kinds.PLAIN: ("images",), kinds.RANDOM: ("key", "images")}
+
 
 def build(text: str) -> Mix | None:
     """The function (key, images) → (images, weight) that a spec of mixing ops names; None for the empty text.
 
-    For each batch one of the ops is drawn. Those without a `probability` share equally what the others leave; if all
-    have one, the rest of the batches is left unmixed.
+    One of the ops is drawn for each batch. Ops without a `probability` have equal shares of what the others leave. If
+    all have one, the other batches stay unmixed. What an op draws does not depend on which other ops there are.
     """
-    ops = [spec.bind(call, MIXES, "mix", given=("key", "images")) for call in spec.parse(text)]
+    ops = [kinds.bind(call, MIXES, "mixing op", _GIVEN) for call in spec.parse(text)]
     if not ops:
         return None
     given = [op.keywords.get("probability") for op in ops]
@@ -91,7 +107,9 @@ def build(text: str) -> Mix | None:
         raise UserError(f"mix={text!r}: each probability is a number from 0 to 1, all together at most 1")
     rest = (1 - total) / max(1, given.count(None))
     limits = np.cumsum([rest if p is None else p for p in given], dtype=np.float32)
-    branches = [*ops] if None in given or total > 1 - 1e-6 else [*ops, _unmixed]
+    branches = [_with_key(op) for op in ops]
+    if None not in given and total < 1 - 1e-6:
+        branches.append(_unmixed)
 
     def mix(key: jax.Array, images: jax.Array) -> Mixed:
         key_choice, key_op = jax.random.split(key)
@@ -103,18 +121,22 @@ def build(text: str) -> Mix | None:
     return mix
 
 
+def _with_key(op: Callable[..., Mixed]) -> Mix:
+    return op if kinds.of(op) == kinds.RANDOM else lambda key, images: op(images)
+
+
 def _unmixed(key: jax.Array, images: jax.Array) -> Mixed:
     return images, jnp.ones(images.shape[0], jnp.float32)
 
 
 def mixed_loss(loss: Loss, logits: jax.Array, labels: jax.Array, others: jax.Array, weight: jax.Array) -> jax.Array:
-    """weight * loss(logits, own label) + (1 - weight) * loss(logits, the other's), f32[b].
+    """weight * loss(logits, own label) + (1 - weight) * loss(logits, the other's label), f32[b].
 
-    For a loss that is linear in the target, as cross-entropy is, the loss against the mixed target itself.
+    If a loss is linear in the target, as cross-entropy is, this equals the loss against the mixed target.
     """
     return weight * loss(logits, labels) + (1 - weight) * loss(logits, others)
 
 
 def main_labels(labels: jax.Array, weight: jax.Array) -> jax.Array:
-    """Of the own label and the other's, that of the greater weight: what training accuracy counts against."""
+    """The own label or the other's, whichever has the greater weight: training accuracy counts this one."""
     return jnp.where(weight >= 0.5, labels, partner(labels))

@@ -1,9 +1,8 @@
 """Device ops: batched JAX functions inside the jitted step, keyed by (seed, step).
 
-An op is a function whose first argument is the images [b, h, w, c]; one that draws at random takes a `key` before
-it, and is left out in evaluation. One that is to know which example it sees takes `(seed, images, ids, epochs)`: the
-run's seed u32[], and of each example its id and the epoch it is seen in, i32[b]; it is left out in evaluation too.
-Ops before `normalize` see uint8, ops after it float32.
+An op maps images [b, h, w, c] to images of the same shape. It declares by its kind (`core.kinds`) what it is given
+beside them: nothing, a key, or a key with the examples' ids and epochs. Evaluation applies the ops of the first kind
+alone. Ops before `normalize` see uint8, ops after it float32.
 """
 
 import functools
@@ -15,27 +14,29 @@ import jax
 import jax.numpy as jnp
 
 from imgclf_jax.augment import photometric, policies
-from imgclf_jax.core import rng, spec
+from imgclf_jax.core import kinds, rng, spec
 from imgclf_jax.core.errors import UserError
 
 
+@kinds.random
 def flip_lr(key: jax.Array, images: jax.Array) -> jax.Array:
     """Mirrors each image left to right with probability 1/2."""
     flip = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
     return jnp.where(flip, images[:, :, ::-1], images)
 
 
-def flip_alternating(seed: jax.Array, images: jax.Array, ids: jax.Array, epochs: jax.Array) -> jax.Array:
-    """Mirrors each example at random in epoch 0, and from then on in every other epoch.
+@kinds.by_example
+def flip_alternating(key: jax.Array, images: jax.Array, ids: jax.Array, epochs: jax.Array) -> jax.Array:
+    """Mirrors half of the examples, drawn at random, in even epochs, and the other half in odd ones.
 
-    Jordan 2024, arXiv:2404.00498, section 3.6: two epochs in a row show each example both ways round.
+    So two epochs in a row show each example both ways round (Jordan 2024, arXiv:2404.00498, section 3.6).
     """
-    key = rng.key(seed, "flip_alternating")
     first = jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i)))(ids)  # u32[b]
     flip = (first + epochs.astype(jnp.uint32)) % 2 == 1
     return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
 
+@kinds.random
 def pad_crop(key: jax.Array, images: jax.Array, pad: int = 4, mode: str = "constant") -> jax.Array:
     """Pads each side by `pad` pixels and crops back at a place uniform over all (2 * pad + 1)**2.
 
@@ -53,6 +54,7 @@ def pad_crop(key: jax.Array, images: jax.Array, pad: int = 4, mode: str = "const
     return jax.vmap(crop)(padded, corners)
 
 
+@kinds.random
 def cutout(key: jax.Array, images: jax.Array, size: int = 8, fill: float = 0.0) -> jax.Array:
     """Fills one square of `size` pixels, its centre uniform over the image, cut off at the border.
 
@@ -78,6 +80,7 @@ def normalize(
     return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
+@kinds.random
 def random_erasing(
     key: jax.Array,
     images: jax.Array,
@@ -176,29 +179,34 @@ DEVICE_OPS: dict[str, Callable] = {
 }
 
 
-def _bind(text: str) -> list[functools.partial]:
-    ops = []
-    for call in spec.parse(text):
-        by_example = spec.takes(spec.lookup(call, DEVICE_OPS, "device op"), "seed")
-        given = ("seed", "images", "ids", "epochs") if by_example else ("key", "images")
-        ops.append(spec.bind(call, DEVICE_OPS, "device op", given))
-    return ops
+_GIVEN = {
+    kinds.PLAIN: ("images",),
+    kinds.RANDOM: ("key", "images"),
+    kinds.BY_EXAMPLE: ("key", "images", "ids", "epochs"),
+}
+
+
+def _bind(text: str) -> list[functools.partial[Any]]:
+    return [kinds.bind(call, DEVICE_OPS, "device op", _GIVEN) for call in spec.parse(text)]
 
 
 def wants_ids(text: str) -> bool:
-    """Whether an op of the spec takes the ids and epochs of the examples, so that batches must carry them."""
-    return any(spec.takes(op, "seed") for op in _bind(text))
+    """Whether a spec has an op by example, so that batches must carry the ids and the epochs of their examples."""
+    return any(kinds.of(op) == kinds.BY_EXAMPLE for op in _bind(text))
 
 
 def build(text: str, train: bool) -> Callable[..., jax.Array]:
     """The function (key, images uint8[b, h, w, c]) → f32[b, h, w, c] that a spec of device ops names.
 
-    Where an op wants them (`wants_ids`), it takes `seed`, `ids` and `epochs` after the images. With `train` False the
-    ops that draw are left out and the key may be None. Each op draws from a key of its own, by its place in the spec.
-    Images that no op has made float are scaled to [0, 1]. Raises UserError, when called, where the images come out in
-    another shape.
+    For ops by example (`wants_ids`) it takes the run's `seed` u32[], and `ids` and `epochs` i32[b], after the images.
+    With `train` False the ops that draw are left out, and the key may be None.
+
+    What an op draws follows from its name and from how many ops of this name stand before it. So another op, wherever
+    it is added, changes none of its draws. Images that are uint8 at the end are scaled to [0, 1]. Raises UserError,
+    when called, if the ops change the shape of the images.
     """
-    ops = _bind(text)
+    calls, ops = spec.parse(text), _bind(text)
+    numbered = list(zip(ops, [call.name for call in calls], spec.occurrences(calls), strict=True))
 
     def apply(
         key: jax.Array | None,
@@ -208,15 +216,16 @@ def build(text: str, train: bool) -> Callable[..., jax.Array]:
         epochs: jax.Array | None = None,
     ) -> jax.Array:
         shape = images.shape
-        for i, op in enumerate(ops):
-            if spec.takes(op.func, "seed"):
-                if train:
-                    images = op(seed, images, ids, epochs)
-            elif not spec.takes(op.func, "key"):
+        for op, name, occurrence in numbered:
+            kind = kinds.of(op)
+            if kind == kinds.PLAIN:
                 images = op(images)
-            elif train:
+            elif train and kind == kinds.RANDOM:
                 assert key is not None
-                images = op(jax.random.fold_in(key, i), images)
+                images = op(rng.fold(key, name, occurrence), images)
+            elif train:
+                assert seed is not None
+                images = op(rng.key(seed, name, occurrence), images, ids, epochs)
         if images.shape != shape:
             raise UserError(
                 f"augment={text!r} turns images {list(shape[1:])} into {list(images.shape[1:])}; device ops keep the "

@@ -29,7 +29,7 @@ def on_colors(op: Callable[..., jax.Array], images: jax.Array, *args: Any) -> ja
     return jnp.concatenate([op(images[..., :3], *args), images[..., 3:]], -1)
 
 
-def _each(values: jax.Array, like: jax.Array) -> jax.Array:
+def broadcast_along_batch(values: jax.Array, like: jax.Array) -> jax.Array:
     """[b] → [b, 1, …] of the rank of `like`."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
@@ -55,12 +55,18 @@ def blend(degenerate: jax.Array, images: jax.Array, factor: jax.Array) -> jax.Ar
     0 gives the degenerate image, 1 the image, more than 1 more of what distinguishes them.
     """
     low = degenerate.astype(jnp.float32)
-    difference = images.astype(jnp.float32) - low
-    # Pillow rounds the product before it adds. A compiler may join both to one operation that rounds once; so the
-    # factor goes in two parts of 12 bits, whose products are exact, and their sum is the rounded product either way.
-    high = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(factor, jnp.int32) & -4096, jnp.float32)
-    product = _each(high, images) * difference + _each(factor - high, images) * difference
+    product = rounded_product(broadcast_along_batch(factor, images), images.astype(jnp.float32) - low)
     return jnp.clip(low + product, 0, 255).astype(jnp.uint8)
+
+
+def rounded_product(factor: jax.Array, whole: jax.Array) -> jax.Array:
+    """factor * whole in float32, rounded before anything is added; `whole` holds whole numbers below 2**12.
+
+    A compiler may join a product and a sum to one operation that rounds once. So the factor goes in two parts of 12
+    bits. Their products are exact, and the sum of these is the rounded product either way.
+    """
+    high = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(factor, jnp.int32) & -4096, jnp.float32)
+    return high * whole + (factor - high) * whole
 
 
 def brightness(images: jax.Array, factor: jax.Array) -> jax.Array:
@@ -78,15 +84,19 @@ def color(images: jax.Array, factor: jax.Array) -> jax.Array:
     return blend(grey(images), images, factor)
 
 
-def smooth(images: jax.Array) -> jax.Array:
-    """The mean over 3×3 pixels, the middle one counted five times, rounded; the border stays: `ImageFilter.SMOOTH`."""
+def smooth(images: jax.Array, cut: bool = False) -> jax.Array:
+    """The mean over 3×3 pixels, the middle one counted five times; the border stays: `ImageFilter.SMOOTH`.
+
+    It is rounded to the nearest level, or with `cut` to the one below.
+    """
     h, w = images.shape[1:3]
     if h < 3 or w < 3:
         return images
     x = images.astype(jnp.int32)
     rows = x[:, :-2] + x[:, 1:-1] + x[:, 2:]
     total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * x[:, 1:-1, 1:-1]
-    inner = ((total.astype(jnp.float32) + 6.5) / 13).astype(jnp.uint8)  # never within 1/26 of a whole number
+    # The quotient is never within 1/26 of a whole number, so that its rounding does not matter.
+    inner = ((total.astype(jnp.float32) + (0.5 if cut else 6.5)) / 13).astype(jnp.uint8)
     return images.at[:, 1:-1, 1:-1].set(inner)
 
 
@@ -103,12 +113,12 @@ def invert(images: jax.Array) -> jax.Array:
 def posterize(images: jax.Array, bits: jax.Array) -> jax.Array:
     """Keeps the highest `bits` i32[b], 1 to 8, of each value."""
     keep = (256 - (1 << (8 - bits))).astype(jnp.uint8)
-    return images & _each(keep, images)
+    return images & broadcast_along_batch(keep, images)
 
 
 def solarize(images: jax.Array, threshold: jax.Array) -> jax.Array:
     """Inverts values from `threshold` i32[b] on; 256 inverts none."""
-    return jnp.where(images.astype(jnp.int32) < _each(threshold, images), images, 255 - images)
+    return jnp.where(images.astype(jnp.int32) < broadcast_along_batch(threshold, images), images, 255 - images)
 
 
 def extremes(images: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -183,7 +193,7 @@ def hue(images: jax.Array, shift: jax.Array) -> jax.Array:
     span = high - low
     scale = jnp.where(span > 0, 1 / jnp.maximum(span, 1), 0)
     sixths = jnp.where(high == r, (g - b) * scale, jnp.where(high == g, 2 + (b - r) * scale, 4 + (r - g) * scale))
-    turned = sixths[..., None] + 6 * _each(shift, images)
+    turned = sixths[..., None] + 6 * broadcast_along_batch(shift, images)
     # Channel n of HSV → RGB: value - span * max(0, min(k, 4 - k, 1)), k = (n + sixths) mod 6, n = 5, 3, 1.
     k = turned + jnp.array([5.0, 3.0, 1.0], jnp.float32)
     k -= 6 * jnp.floor(k / 6)

@@ -1,7 +1,7 @@
 """Augmentation policies: each image gets an op and a magnitude of its own, drawn from a table.
 
-What an op does to an image is put as an affine map, a table of 256 levels a channel, and a blend with its grey or
-smoothed self, all but one of them without effect. So a batch takes one pass of each, whatever was drawn.
+Each op is one of three things: an affine map, a table of 256 levels for each channel, or a blend of the image with its
+grey or smooth self. A batch goes through one pass of each, and a pass leaves alone the images that drew another op.
 """
 
 import functools
@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imgclf_jax.augment import geometry, photometric
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.augment import big_vision, geometry, photometric
+from imgclf_jax.core import kinds
+from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.platform import cpu_barrier
 
 # In the order of torchvision's policies.
 OPS = (
@@ -30,7 +32,7 @@ Fill = float | tuple[float, ...]
 class Ranges:
     """The strength of each op at the greatest magnitude; at magnitude m it is m / 30 of that. Signs are drawn."""
 
-    shear: float  # pixels a pixel
+    shear: float  # pixels to the side for each pixel down
     translate_x: float  # pixels
     translate_y: float
     rotate: float  # degrees
@@ -41,7 +43,7 @@ class Ranges:
 
 @dataclass(frozen=True)
 class Strengths:
-    """What each op does at each magnitude, [op, sign, magnitude]; or what it does to each image, [b]."""
+    """What each op does at each magnitude, arrays [op, sign, magnitude]; or what an op does to each image, [b]."""
 
     matrix: jax.Array  # i32[…, 6], of `geometry.affine`
     factor: jax.Array  # f32[…], of the blends
@@ -76,10 +78,10 @@ def _map(op: str, part: float, ranges: Ranges, height: int, width: int) -> geome
     return geometry.IDENTITY
 
 
-def apply(images: jax.Array, op: jax.Array, strength: Strengths, fill: Fill = 0) -> jax.Array:
-    """Each image of uint8[b, h, w, c] changed by its own op, i32[b] into OPS, of its own strength."""
+def apply(images: jax.Array, op: jax.Array, strength: Strengths, fill: jax.Array) -> jax.Array:
+    """Each image of uint8[b, h, w, c] changed by its own op, i32[b] into OPS; `fill` uint8[c] is what moves in."""
     images = photometric.on_colors(_change_colors, images, op, strength)
-    return geometry.affine(images, strength.matrix, jnp.broadcast_to(jnp.asarray(fill, jnp.uint8), images.shape[-1:]))
+    return geometry.affine(images, strength.matrix, fill)
 
 
 def _change_colors(images: jax.Array, op: jax.Array, strength: Strengths) -> jax.Array:
@@ -97,16 +99,16 @@ def _change_colors(images: jax.Array, op: jax.Array, strength: Strengths) -> jax
     table = jnp.broadcast_to(levels, (b, 256, 1, c))
     for name, other in tables.items():
         table = jnp.where(is_op[name], other, table)
-    # The barriers keep apart what a fused loop would compute anew for each pixel: a third of the time on CPU.
-    images = photometric.lookup(images, jax.lax.optimization_barrier(table)[:, :, 0])
-    grey, smooth = jax.lax.optimization_barrier((photometric.grey(images), photometric.smooth(images)))
+    # On CPU the barriers keep a fused loop from computing table, grey and smooth image anew for each pixel.
+    images = photometric.lookup(images, cpu_barrier(table)[:, :, 0])
+    grey, smooth = cpu_barrier((photometric.grey(images), photometric.smooth(images)))
     degenerate = jnp.where(is_op["color"], grey, smooth)
     blended = photometric.blend(degenerate, images, strength.factor)
     return jnp.where(is_op["color"] | is_op["sharpness"], blended, images)
 
 
 def _draw_and_apply(
-    key: jax.Array, images: jax.Array, ranges: Ranges, magnitude: Callable[[jax.Array], jax.Array], fill: Fill
+    key: jax.Array, images: jax.Array, ranges: Ranges, magnitude: Callable[[jax.Array], jax.Array], fill: jax.Array
 ) -> jax.Array:
     b, h, w, _ = images.shape
     key_op, key_sign, key_magnitude = jax.random.split(key, 3)
@@ -116,35 +118,50 @@ def _draw_and_apply(
     return apply(images, op, Strengths(table.matrix[place], table.factor[place], table.level[place]), fill)
 
 
-def _check_fill(name: str, images: jax.Array, fill: Fill) -> None:
+def _check_fill(name: str, images: jax.Array, fill: Fill) -> jax.Array:
+    """uint8[c]."""
     values = fill if isinstance(fill, tuple) else (fill,)
     if len(values) not in (1, images.shape[-1]) or not all(v in range(256) for v in values):
         raise UserError(f"{name}(fill={fill}): allowed are whole numbers from 0 to 255, one or one a channel")
+    return jnp.broadcast_to(jnp.asarray(fill, jnp.uint8), images.shape[-1:])
 
 
+@kinds.random
 def randaugment(
     key: jax.Array,
     images: jax.Array,
     num_ops: int = 2,
     magnitude: int = 9,
     magnitude_std: float = 0.0,
-    fill: Fill = 0,
+    fill: Fill | None = None,
+    ops: str = "torchvision",
 ) -> jax.Array:
-    """`num_ops` ops an image, one after the other, each drawn from OPS (Cubuk et al. 2019, arXiv:1909.13719).
+    """`num_ops` ops an image, one after the other, each drawn from a set (Cubuk et al. 2019, arXiv:1909.13719).
 
-    `magnitude` is 0 to 30 and the ranges are torchvision's: at 30 shear 0.3, translation 150/331 of the side, 30
-    degrees, factors 1 ± 0.9, 4 bits, solarize from 0 on. `magnitude_std` adds a normal draw to the magnitude, rounded
-    and kept in 0 to 30. `fill`, 0 to 255, one or one a channel, is what moves in. Before `normalize`, on uint8.
+    `ops` names the set. "torchvision" has the 14 OPS and a `magnitude` of 0 to 30: at 30 shear 0.3, translation 150/331
+    of the side, 30 degrees, factors 1 ± 0.9, 4 bits, solarize from 0 on. `magnitude_std` adds a normal draw to the
+    magnitude, which is then rounded and kept in 0 to 30. "big_vision" has the 16 ops of that codebase, with invert,
+    cutout and solarize-add among them, and a magnitude of 0 to 10: see `augment.big_vision`.
+
+    `fill`, 0 to 255, one or one a channel, is what moves in: 0 by default, 128 for "big_vision". Before `normalize`, on
+    uint8.
     """
     photometric.check("randaugment", images)
-    _check_fill("randaugment", images, fill)
+    if ops not in ("torchvision", "big_vision"):
+        raise UserError(unknown("randaugment ops", ops, ("torchvision", "big_vision")))
+    standard, strongest = (0, BINS - 1) if ops == "torchvision" else (big_vision.FILL, big_vision.FULL)
+    fill_colors = _check_fill("randaugment", images, standard if fill is None else fill)
     if num_ops < 1:
         raise UserError(f"randaugment(num_ops={num_ops}): must be 1 or more")
-    if magnitude not in range(BINS) or magnitude_std < 0:
+    if magnitude not in range(strongest + 1) or magnitude_std < 0:
         raise UserError(
-            f"randaugment(magnitude={magnitude}, magnitude_std={magnitude_std}): the magnitude is a whole number from "
-            f"0 to {BINS - 1}, its deviation 0 or more"
+            f"randaugment(magnitude={magnitude}, magnitude_std={magnitude_std}, ops={ops!r}): the magnitude is a whole "
+            f"number from 0 to {strongest}, its deviation 0 or more"
         )
+    if ops == "big_vision":
+        if magnitude_std:
+            raise UserError("randaugment(ops='big_vision') has one magnitude for all draws: leave out magnitude_std")
+        return big_vision.randaugment(key, images, num_ops, magnitude, fill_colors)
     b, h, w, _ = images.shape
     ranges = Ranges(0.3, 150 / 331 * w, 150 / 331 * h, 30.0, 0.9, 4)
 
@@ -153,11 +170,12 @@ def randaugment(
         return jnp.clip(jnp.round(magnitude + noise), 0, BINS - 1).astype(jnp.int32)
 
     for i in range(num_ops):
-        images = jax.lax.optimization_barrier(images)
-        images = _draw_and_apply(jax.random.fold_in(key, i), images, ranges, draw, fill)
+        images = cpu_barrier(images)
+        images = _draw_and_apply(jax.random.fold_in(key, i), images, ranges, draw, fill_colors)
     return images
 
 
+@kinds.random
 def trivialaugment(key: jax.Array, images: jax.Array, fill: Fill = 0) -> jax.Array:
     """One op an image, its magnitude uniform over 0 to 30 (Müller and Hutter 2021, arXiv:2103.10158, "wide").
 
@@ -165,12 +183,13 @@ def trivialaugment(key: jax.Array, images: jax.Array, fill: Fill = 0) -> jax.Arr
     1 ± 0.99, 6 bits, solarize from 0 on. `fill`, 0 to 255, one or one a channel, is what moves in. Before `normalize`.
     """
     photometric.check("trivialaugment", images)
-    _check_fill("trivialaugment", images, fill)
+    fill_colors = _check_fill("trivialaugment", images, fill)
     ranges = Ranges(0.99, 32.0, 32.0, 135.0, 0.99, 6)
     draw = functools.partial(jax.random.randint, shape=images.shape[:1], minval=0, maxval=BINS)
-    return _draw_and_apply(key, images, ranges, draw, fill)
+    return _draw_and_apply(key, images, ranges, draw, fill_colors)
 
 
+@kinds.random
 def color_jitter(
     key: jax.Array,
     images: jax.Array,
@@ -183,7 +202,7 @@ def color_jitter(
 
     A factor is uniform in [max(0, 1 - x), 1 + x], or in the pair given, and drawn for each image; `hue` in [-x, x],
     at most half a turn either way. As Pillow computes them, but for the hue, which is not rounded to 8 bits on the way.
-    Grey images keep saturation and hue. Before `normalize`, on uint8.
+    Grey images keep their saturation and hue. Before `normalize`, on uint8.
     """
     photometric.check("color_jitter", images)
     given = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
@@ -198,7 +217,7 @@ def color_jitter(
             )
         if (low, high) != (middle, middle):
             drawn = jax.random.uniform(jax.random.fold_in(key, i), images.shape[:1], minval=low, maxval=high)
-            if name == "hue":  # kept apart, since a fused loop would compute the colours anew for each use of them
-                images = jax.lax.optimization_barrier(images)
+            if name == "hue":  # a fused loop would compute the colours anew for each use of them
+                images = cpu_barrier(images)
             images = photometric.on_colors(op, images, drawn)
     return images

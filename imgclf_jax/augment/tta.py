@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from imgclf_jax.core import spec
+from imgclf_jax.core import kinds, spec
 from imgclf_jax.core.errors import UserError
 
 Views = list[tuple[float, Callable[[jax.Array], jax.Array]]]
@@ -56,7 +56,7 @@ def build(text: str) -> Views:
     """
     views = NONE
     for call in reversed(spec.parse(text)):
-        op = spec.bind(call, VIEWS, "view")()
+        op = kinds.bind(call, VIEWS, "view", {kinds.PLAIN: ()})()
         views = [(a * b, _then(first, second)) for a, first in views for b, second in op]
     return views
 

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax.commands.evaluate import convert, restore
-from imgclf_jax.core import rng, sharding
+from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, sources
 from imgclf_jax.programs import Programs
@@ -52,7 +52,7 @@ def predict(programs: Programs, state: Any, files: list[Path]) -> Iterator[tuple
     def load(index: int) -> np.ndarray | UserError:
         try:
             seed = programs.recipe.config.seed
-            image = ops(files[index].read_bytes(), lambda: rng.generator(seed, "preprocess", index))
+            image = ops(files[index].read_bytes(), seed, index)
         except (OSError, UserError) as e:
             return UserError(f"{files[index]}: {e}")
         if image.shape != programs.recipe.data.image_shape:

@@ -19,7 +19,12 @@ def key(seed: jax.Array | int, name: str, step: jax.Array | int = 0) -> jax.Arra
 
     `seed` and `step` may be traced integers, so one compiled step serves every seed.
     """
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), name_hash(name)), step)
+    return fold(jax.random.key(seed), name, step)
+
+
+def fold(key: jax.Array, name: str, number: jax.Array | int = 0) -> jax.Array:
+    """The key of the stream `name` below another key: `fold_in(fold_in(key, name), number)`."""
+    return jax.random.fold_in(jax.random.fold_in(key, name_hash(name)), number)
 
 
 def generator(seed: int, name: str, position: int) -> np.random.Generator:

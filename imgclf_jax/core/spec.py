@@ -13,7 +13,7 @@ import io
 import itertools
 import re
 import tokenize
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,17 +136,21 @@ def lookup(call: Call, table: Table, kind: str) -> Callable[..., Any]:
 def bind(call: Call, table: Table, kind: str, given: tuple[str, ...] = ()) -> Any:
     """Looks up `call` and binds its arguments: `functools.partial(function, *args, **kwargs)`.
 
-    `given` names leading parameters (such as `key` and `image`) that the caller passes at each call; the spec's
-    positional arguments begin after them. Raises UserError where the arguments do not fit the signature.
+    `given` says what the caller passes first at each call, such as `key` and `images`. So many leading parameters of
+    the function, whatever their names, are no arguments of the spec. Raises UserError where the arguments do not fit
+    the signature.
     """
     function = lookup(call, table, kind)
-    try:
-        parameters = inspect.signature(function).parameters
-    except ValueError as e:  # some builtins have none
-        raise UserError(f"in {kind} {str(call)!r}: the arguments of {call.name} are not known: {e}") from e
-    leading = [name for name in list(parameters)[: len(given)] if name in given]
-    linen = ("parent", "name") if "parent" in parameters else ()  # fields that flax adds to every module
-    own = [p for name, p in parameters.items() if name not in leading and name not in linen]
+    found = parameters(function, call, kind)
+    named = [name for name, p in found.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(named) < len(given) and not any(p.kind is p.VAR_POSITIONAL for p in found.values()):
+        raise UserError(
+            f"{kind} {call.name!r} takes ({', '.join(found)}); it must take ({', '.join(given)}), and then its own "
+            "arguments"
+        )
+    leading = named[: len(given)]
+    linen = ("parent", "name") if "parent" in found else ()  # fields that flax adds to every module
+    own = [p for name, p in found.items() if name not in leading and name not in linen]
     for key in call.kwargs:
         if key not in {p.name for p in own} and not any(p.kind is p.VAR_KEYWORD for p in own):
             raise UserError(f"in {kind} {str(call)!r}: " + unknown("argument", key, [p.name for p in own]))
@@ -154,10 +158,23 @@ def bind(call: Call, table: Table, kind: str, given: tuple[str, ...] = ()) -> An
         inspect.signature(function).replace(parameters=own).bind(*call.args, **call.kwargs)
     except TypeError as e:
         raise UserError(f"in {kind} {str(call)!r}: {e}; its arguments: {', '.join(p.name for p in own)}") from e
-    named = dict(zip((p.name for p in own), call.args, strict=False)) if leading else {}
-    return functools.partial(function, *(() if leading else call.args), **named, **call.kwargs)
+    by_name = dict(zip((p.name for p in own), call.args, strict=False)) if leading else {}
+    return functools.partial(function, *(() if leading else call.args), **by_name, **call.kwargs)
+
+
+def parameters(function: Callable[..., Any], call: Call, kind: str) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the function that `call` names; UserError where Python does not know them."""
+    try:
+        return inspect.signature(function).parameters
+    except ValueError as e:  # some builtins have none
+        raise UserError(f"in {kind} {str(call)!r}: the arguments of {call.name} are not known: {e}") from e
+
+
+def occurrences(calls: Sequence[Call]) -> list[int]:
+    """For each call, how many calls of the same name stand before it: with the name, it keys what the call draws."""
+    return [[c.name for c in calls[:i]].count(call.name) for i, call in enumerate(calls)]
 
 
 def takes(function: Callable[..., Any], first: str) -> bool:
-    """Whether a function's first parameter has this name: how an op says that it wants a key or a generator."""
+    """Whether a function's first parameter has this name."""
     return next(iter(inspect.signature(function).parameters), None) == first

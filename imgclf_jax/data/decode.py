@@ -1,10 +1,10 @@
 """Host ops: encoded bytes to a fixed-shape uint8 image, one image at a time.
 
-An op is a function whose first argument is the image, uint8[h, w, c]; one that draws at random takes a NumPy
-generator `rng` before it. Pillow decodes and resizes: one implementation for training, evaluation and prediction.
+An op maps an image, uint8[h, w, c], to another one. An op that draws at random declares it (`core.kinds`), and takes a
+NumPy generator before the image. Pillow decodes and resizes: one implementation for training, evaluation and
+prediction.
 """
 
-import functools
 import io
 import math
 from collections.abc import Callable
@@ -12,8 +12,9 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageOps
 
-from imgclf_jax.core import spec
+from imgclf_jax.core import kinds, rng, spec
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import tf_image
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _FILTERS = {
@@ -72,13 +73,16 @@ def _to_picture(image: np.ndarray) -> Image.Image:
 def resize(image: np.ndarray, height: int, width: int = 0, method: str = "bilinear") -> np.ndarray:
     """Resizes to (height, width), or (height, height); the filter is widened when shrinking (antialiased).
 
-    `method` is nearest, bilinear, bicubic or lanczos, as Pillow defines them; in RGBA colours are weighted by alpha.
+    `method` is nearest, bilinear, bicubic or lanczos, as Pillow defines them, or area, as TensorFlow does. In RGBA
+    Pillow weights colours by alpha.
     """
-    if method not in _FILTERS:
-        raise UserError(f"resize(method={method!r}): allowed: {', '.join(_FILTERS)}")
+    if method not in (*_FILTERS, "area"):
+        raise UserError(f"resize(method={method!r}): allowed: {', '.join(_FILTERS)}, area")
     size = (height, width or height)
     if image.shape[:2] == size:
         return image
+    if method == "area":
+        return tf_image.area(image, *size)
     out = np.asarray(_to_picture(image).resize(size[::-1], _FILTERS[method]))
     return out[..., None] if out.ndim == 2 else out
 
@@ -100,6 +104,7 @@ def central_crop(image: np.ndarray, height: int, width: int = 0) -> np.ndarray:
     return image[top : top + height, left : left + width]
 
 
+@kinds.random
 def random_resized_crop(
     rng: np.random.Generator,
     image: np.ndarray,
@@ -135,26 +140,30 @@ HOST_OPS: dict[str, Callable] = {
     "resize_small": resize_small,
     "central_crop": central_crop,
     "random_resized_crop": random_resized_crop,
+    "inception_crop": tf_image.inception_crop,
 }
 
-HostOps = Callable[[bytes | np.ndarray, Callable[[], np.random.Generator]], np.ndarray]
+HostOps = Callable[[bytes | np.ndarray, int, int], np.ndarray]
+
+_GIVEN = {kinds.PLAIN: ("image",), kinds.RANDOM: ("rng", "image")}
 
 
 def build(text: str) -> tuple[HostOps, bool]:
-    """The function (image, make_rng) → uint8[h, w, c] that a spec of host ops names, and whether it draws at random.
+    """The function (image, seed, position) → uint8[h, w, c] that a spec of host ops names, and whether it draws.
 
-    `make_rng()` gives the example's generator; it is called once, and only where an op draws.
+    `position` is the example's global position in the stream. What an op draws follows from the seed, the position, its
+    name, and how many ops of this name stand before it. So another op, wherever it is added, changes none of its draws.
     """
     calls = spec.parse(text)
     if not calls or calls[0].name != "decode":
         raise UserError(f"preprocess={text!r}: the first op must be decode(channels)")
-    ops = [spec.bind(call, HOST_OPS, "host op", given=("rng", "image")) for call in calls]
-    draws = [spec.takes(op.func, "rng") for op in ops]
+    ops = [kinds.bind(call, HOST_OPS, "host op", _GIVEN) for call in calls]
+    streams = [f"preprocess/{call.name}/{i}" for call, i in zip(calls, spec.occurrences(calls), strict=True)]
+    draws = [kinds.of(op) == kinds.RANDOM for op in ops]
 
-    def apply(image: bytes | np.ndarray, make_rng: Callable[[], np.random.Generator]) -> np.ndarray:
-        rng = functools.cache(make_rng)
-        for op, random in zip(ops, draws, strict=True):
-            image = op(rng(), image) if random else op(image)
+    def apply(image: bytes | np.ndarray, seed: int, position: int) -> np.ndarray:
+        for op, random, stream in zip(ops, draws, streams, strict=True):
+            image = op(rng.generator(seed, stream, position), image) if random else op(image)
         return np.asarray(image)
 
     return apply, any(draws)

@@ -154,7 +154,7 @@ class Images:
 
     def _decode_one(self, image: Any, example: int, position: int, seed: int) -> np.ndarray:
         try:
-            return self._ops(image, lambda: rng.generator(seed, "preprocess", position))
+            return self._ops(image, seed, position)
         except UserError as e:
             name = getattr(self.source, "name", "example {}".format)
             raise UserError(f"{name(example)}: {e}") from e

@@ -1,5 +1,6 @@
 """A backbone and its head."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,11 +8,20 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from imgclf_jax.core import spec
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.models.backbones import BACKBONES
+
+# How the head's kernel [d, num_classes] may begin; its bias begins at zero.
+HEAD_INITS: dict[str, Callable[..., Any]] = {
+    "glorot_uniform": nn.initializers.glorot_uniform,
+    "normal": nn.initializers.normal,
+    "pytorch_linear": lambda: nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),  # ± 1 / sqrt(d)
+    "zeros": lambda: nn.initializers.zeros,
+}
 
 
 class Classifier(nn.Module):
-    """Images f32[b, h, w, c] to logits [b, num_classes]: the backbone's features [b, d] and one dense layer.
+    """Images f32[b, h, w, c] to logits [b, num_classes]: the backbone's features [b, d] and one dense layer, the head.
 
     The backbone computes in its own dtype; the head in `dtype`, float32 unless told otherwise.
     """
@@ -19,21 +29,29 @@ class Classifier(nn.Module):
     backbone: nn.Module
     num_classes: int
     dtype: Any = jnp.float32
+    head_init: Callable[..., Any] = nn.initializers.glorot_uniform()
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         features = self.backbone(images, train=train)  # [b, d]
-        init = nn.initializers.glorot_uniform()
-        return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=init, name="head")(features)
+        return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=self.head_init, name="head")(features)
 
 
 def build(text: str, num_classes: int, precision: str) -> Classifier:
     """The Classifier over the backbone that a spec such as `cnn(widths=(32, 64))` names.
 
-    A backbone with a `dtype` field gets `precision` ("float32" or "bfloat16"), unless the spec says its own.
+    A backbone with a `dtype` field gets `precision` ("float32" or "bfloat16"), unless the spec says its own. Every
+    spec may have the argument `head_init`, which is no argument of the backbone: the text of one of HEAD_INITS, such as
+    'zeros' or 'normal(0.01)'. Raises UserError for any other.
     """
-    make = spec.bind(spec.parse_one(text), BACKBONES, "model")
+    call = spec.parse_one(text)
+    head_init = call.kwargs.get("head_init", "glorot_uniform")
+    if not isinstance(head_init, str):
+        raise UserError(f"model={text!r}: head_init={head_init!r} is not a text, such as 'zeros' or 'normal(0.01)'")
+    make_init = spec.bind(spec.parse_one(head_init), HEAD_INITS, "head_init")
+    own = {name: value for name, value in call.kwargs.items() if name != "head_init"}
+    make = spec.bind(spec.Call(call.name, call.args, own), BACKBONES, "model")
     settings: dict[str, Any] = {}
     if "dtype" in getattr(make.func, "__dataclass_fields__", {}) and "dtype" not in make.keywords:
         settings["dtype"] = jnp.dtype(precision)
-    return Classifier(make(**settings), num_classes)
+    return Classifier(make(**settings), num_classes, head_init=make_init())

@@ -93,13 +93,15 @@ class ViT(nn.Module):
     """Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929), variant "Ti", "S" or "B": → [b, 192 | 384 | 768].
 
     `patch` is the patches' side; `positions` are "learned" or "sincos"; `pool` is "cls" (a class token's features) or
-    "mean" (of all tokens). The attention maps of block i are there under `mutable=["intermediates"]`.
+    "mean" (of all tokens). With `representation` a dense layer of the same width and tanh make the features, as in the
+    paper's pre-training. The attention maps of block i are there under `mutable=["intermediates"]`.
     """
 
     variant: str = "S"
     patch: int = 16
     positions: str = "learned"
     pool: str = "cls"
+    representation: bool = False
     dropout: float = 0.0
     drop_path: float = 0.0
     dtype: Any = jnp.float32
@@ -130,7 +132,8 @@ class ViT(nn.Module):
             x = EncoderBlock(heads, self.dropout, rate, self.dtype, name=f"block{i}")(x, train)
         if self.pool == "cls":
             x = x[:, :1]  # before it is normalized: nobody needs the others
-        return mean_pool(LayerNorm(dtype=self.dtype, name="norm")(x))
+        x = mean_pool(LayerNorm(dtype=self.dtype, name="norm")(x))
+        return jnp.tanh(Dense(width, self.dtype, name="representation")(x)) if self.representation else x
 
 
 class MixerBlock(nn.Module):

@@ -8,7 +8,7 @@ from scipy import stats
 from test_step import run
 
 from imgclf_jax.augment import ops
-from imgclf_jax.core import sharding
+from imgclf_jax.core import rng, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import placement, sources, stream
 
@@ -64,7 +64,8 @@ def test_placement_and_a_start_in_the_middle_change_nothing():
 def test_half_of_the_examples_begin_mirrored_whatever_the_seed():
     pixels = jnp.tile(jnp.asarray([0, 1], jnp.uint8)[None, None, :, None], (10_000, 1, 1, 1))
     ids, epochs = jnp.arange(10_000, dtype=jnp.int32), jnp.zeros(10_000, jnp.int32)
-    out = [np.asarray(ops.flip_alternating(jnp.uint32(seed), pixels, ids, epochs)) for seed in (1, 2)]
+    keys = [rng.key(jnp.uint32(seed), "flip_alternating") for seed in (1, 2)]
+    out = [np.asarray(ops.flip_alternating(key, pixels, ids, epochs)) for key in keys]
     first, other = (images[:, 0, 0, 0] for images in out)
     for flips in (first, other, first ^ other):
         assert stats.binomtest(int(flips.sum()), 10_000).pvalue > 1e-3
@@ -89,6 +90,18 @@ def test_batches_carry_ids_only_where_an_op_asks(tmp_path, fake_config):
     assert len(digests) == 1
     fake_config.augment = "normalize"
     assert run(fake_config, tmp_path / "plain")["params_sha256"] not in digests
+
+
+def test_the_draws_follow_from_the_name_and_the_occurrence():
+    """Another op changes none of them; two of the name draw differently, where one draw would mirror twice."""
+    pixels = jnp.asarray(np.random.default_rng(0).integers(0, 256, (64, 4, 4, 1), np.uint8))
+    known = jax.random.key(0), pixels, jnp.uint32(SEED), jnp.arange(64, dtype=jnp.int32), jnp.zeros(64, jnp.int32)
+    alone, after, twice = (
+        np.asarray(ops.build(text, train=True)(*known))
+        for text in ("flip_alternating", "pad_crop(0)|flip_alternating", "flip_alternating|flip_alternating")
+    )
+    np.testing.assert_array_equal(after, alone)
+    assert (twice != np.asarray(pixels) / np.float32(255)).any()
 
 
 def test_evaluation_leaves_it_out():

@@ -37,6 +37,23 @@ def test_mixup_is_the_papers_convex_combination():
     assert len(set(weight.tolist())) == 32
 
 
+@pytest.mark.parametrize("alpha", [0.2, 1.0])
+def test_one_weight_a_batch_is_the_greater_share_of_a_beta_variate(alpha):
+    images = noise(8, 3, 4, 1)
+    apply = jax.jit(jax.vmap(mixing.build(f"mixup({alpha}, per_batch=True)"), in_axes=(0, None)))
+    out, weight = map(np.asarray, apply(jax.random.split(KEY, 5_000), jnp.asarray(images)))
+    assert weight.shape == (5_000, 8)
+    assert (weight == weight[:, :1]).all()
+    share = weight[:, 0]
+    expected = share[:, None, None, None, None] * images + (1 - share[:, None, None, None, None]) * before(images)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+    edges = np.array([0.5, 0.6, 0.75, 0.9, 0.99, 1])
+    counts = np.histogram(share, edges)[0]
+    assert counts.sum() == 5_000
+    shares = 2 * np.diff(stats.beta(alpha, alpha).cdf(edges))
+    assert stats.chisquare(counts, 5_000 * shares).pvalue > 1e-3
+
+
 def weights(key, alpha, n):
     """Beta variates as shares of a gamma variate in the sum of two, in float64."""
     a, b = np.asarray(jax.random.loggamma(key, alpha, (2, n)), np.float64)
@@ -137,6 +154,17 @@ def test_one_op_is_drawn_for_each_batch(text, shares):
     np.testing.assert_array_equal(out[untouched], np.broadcast_to(images, out[untouched].shape))
 
 
+def test_another_op_changes_none_of_the_draws_of_an_op():
+    """Where the mixup is drawn, beside another op or alone, it is the same one."""
+    images = jnp.asarray(noise(8, 4, 4, 1))
+    keys = jax.random.split(KEY, 40)
+    alone, beside = (
+        np.asarray(jax.jit(jax.vmap(mixing.build(text), in_axes=(0, None)))(keys, images)[1])
+        for text in ("mixup(0.4)", "cutmix|mixup(0.4)")
+    )
+    assert 5 < (beside == alone).all(1).sum() < 35
+
+
 def test_the_empty_spec_mixes_nothing():
     assert mixing.build("") is None
 
@@ -144,7 +172,7 @@ def test_the_empty_spec_mixes_nothing():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("mixpu", "unknown mix 'mixpu': did you mean 'mixup'"),
+        ("mixpu", "unknown mixing op 'mixpu': did you mean 'mixup'"),
         ("mixup(beta=1)", "unknown argument 'beta'"),
         ("mixup(probability=0.7)|cutmix(probability=0.7)", "all together at most 1"),
         ("cutmix(probability=-0.1)", "from 0 to 1"),
@@ -162,7 +190,7 @@ def test_an_argument_that_fails_is_named_with_its_key():
         _ = programs("mixup('x')").traced_train
 
 
-@pytest.mark.parametrize("text", ["mixup(0.4)", "cutmix", "mixup|cutmix(probability=0.4)"])
+@pytest.mark.parametrize("text", ["mixup(0.4)", "mixup(per_batch=True)", "cutmix", "mixup|cutmix(probability=0.4)"])
 def test_mixing_gives_the_same_bits_on_one_device_and_on_eight(text):
     images, mix, results = noise(32, 8, 8, 3), mixing.build(text), []
     for devices in (jax.devices()[:1], jax.devices()):

@@ -11,7 +11,7 @@ from scipy import stats
 
 from imgclf_jax.augment import ops
 from imgclf_jax.augment.ops import cutout, flip_lr, normalize, pad_crop, random_erasing
-from imgclf_jax.core import sharding
+from imgclf_jax.core import rng, sharding
 from imgclf_jax.core.errors import UserError
 
 KEY = jax.random.key(3)
@@ -197,13 +197,22 @@ def test_normalize(mean, std):
     np.testing.assert_allclose(out, numpy_normalize(images, mean, std), rtol=0, atol=1e-6)
 
 
-def test_build_applies_the_ops_in_order_each_with_a_key_of_its_place():
+def test_build_applies_the_ops_in_order_each_with_a_key_of_its_name():
     images = noise(16, 10, 10, 3)
-    keys = [jax.random.fold_in(KEY, i) for i in range(4)]
-    expected = numpy_pad_crop(keys[1], numpy_flip(keys[0], images), 2, "reflect")
-    expected = numpy_cutout(keys[3], numpy_normalize(expected, (0.1, 0.2, 0.3), 0.5), 4, 0.25)
+    flip, crop, cut = (rng.fold(KEY, name, 0) for name in ("flip_lr", "pad_crop", "cutout"))
+    expected = numpy_pad_crop(crop, numpy_flip(flip, images), 2, "reflect")
+    expected = numpy_cutout(cut, numpy_normalize(expected, (0.1, 0.2, 0.3), 0.5), 4, 0.25)
     out = ops.build(ALL, train=True)(KEY, jnp.asarray(images))
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["flip_lr|{}", "flip_alternating|{}", "invert|invert|flip_lr|flip_lr|{}|flip_lr"])
+def test_another_op_changes_none_of_the_draws_of_an_op(text):
+    """The images are one column wide, so that mirroring them shows nothing."""
+    images = jnp.asarray(noise(64, 9, 1, 1))
+    known = jnp.uint32(1), jnp.arange(64, dtype=jnp.int32), jnp.zeros(64, jnp.int32)
+    alone, after = (ops.build(t.format("pad_crop(3)"), train=True)(KEY, images, *known) for t in ("{}", text))
+    np.testing.assert_array_equal(after, alone)
 
 
 def test_the_same_op_twice_draws_twice():
@@ -211,6 +220,8 @@ def test_the_same_op_twice_draws_twice():
     images = jnp.asarray(noise(64, 4, 4, 1))
     out = ops.build("flip_lr|flip_lr", train=True)(KEY, images)
     assert (np.asarray(out) != np.asarray(normalize(images))).any()
+    first, second = (np.asarray(ops.flip_lr(rng.fold(KEY, "flip_lr", i), images)) for i in range(2))
+    assert (first != second).any()
 
 
 def test_evaluation_leaves_out_the_ops_that_draw():

@@ -13,10 +13,12 @@ from scipy import stats
 from test_photometric import photos, picture
 
 from imgclf_jax.augment import geometry, ops, policies
+from imgclf_jax.core import platform as platforms
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 
 KEY = jax.random.key(11)
+BIG_VISION = "randaugment(1, 10, ops='big_vision')"
 
 
 def affine(image, matrix, fill=0):
@@ -67,6 +69,7 @@ def everything(ranges, image, fill=0):
     table = policies.strengths(ranges, *image.shape[:2])
     place = tuple(v.ravel() for v in np.meshgrid(np.arange(14), [0, 1], np.arange(31), indexing="ij"))
     mine = policies.Strengths(table.matrix[place], table.factor[place], table.level[place])
+    fill = jnp.broadcast_to(jnp.asarray(fill, jnp.uint8), image.shape[-1:])
     out = jax.jit(lambda x: policies.apply(x, jnp.asarray(place[0]), mine, fill))(np.stack([image] * 868))
     return [
         (policies.OPS[op], (1 - 2 * sign) * m, own) for op, sign, m, own in zip(*place, np.asarray(out), strict=True)
@@ -144,7 +147,9 @@ def test_randaugment_applies_ops_of_its_magnitude_one_after_the_other():
     keys = [jax.random.fold_in(KEY, i) for i in range(2)]
     step = jnp.asarray(np.stack([image] * 16))
     for key in keys:
-        step = policies._draw_and_apply(key, step, narrow(16, 16)[0], lambda k: jnp.full(16, 9), 0)
+        step = policies._draw_and_apply(
+            key, step, narrow(16, 16)[0], lambda k: jnp.full(16, 9), jnp.zeros(3, jnp.uint8)
+        )
     np.testing.assert_array_equal(twice, step)
 
 
@@ -161,7 +166,9 @@ def test_magnitude_std_spreads_the_magnitude():
     assert sum(seen.values()) > 800
 
 
-@pytest.mark.parametrize("text", ["randaugment(2, 30)", "trivialaugment", "color_jitter(0.4, 0.4, 0.4, 0.2)"])
+@pytest.mark.parametrize(
+    "text", ["randaugment(2, 30)", BIG_VISION, "trivialaugment", "color_jitter(0.4, 0.4, 0.4, 0.2)"]
+)
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_shape_and_dtype_stay_and_alpha_is_only_moved(text, channels):
     images = np.random.default_rng(0).integers(0, 256, (32, 12, 10, channels), np.uint8)
@@ -171,13 +178,13 @@ def test_shape_and_dtype_stay_and_alpha_is_only_moved(text, channels):
     assert out.dtype == np.uint8
     assert out.shape == images.shape
     assert (out[..., :3] != images[..., :3]).any()
-    assert set(np.unique(out[..., 3:])) <= {0, 201}
+    assert set(np.unique(out[..., 3:])) <= {128 if text == BIG_VISION else 0, 201}
 
 
 def test_grey_images_stay_grey():
     """Of three equal channels each op makes three equal ones, those of the image with one."""
     grey = np.random.default_rng(0).integers(0, 256, (64, 12, 12, 1), np.uint8)
-    for text in ("trivialaugment", "randaugment", "color_jitter(0.5, 0.5, 0.5, 0.5)"):
+    for text in ("trivialaugment", "randaugment", BIG_VISION, "color_jitter(0.5, 0.5, 0.5, 0.5)"):
         op = jax.jit(ops._bind(text)[0])
         out = np.asarray(op(KEY, jnp.asarray(grey)))
         np.testing.assert_array_equal(op(KEY, jnp.asarray(grey.repeat(3, -1))), out.repeat(3, -1))
@@ -218,7 +225,7 @@ def test_color_jitter_of_nothing_changes_nothing():
 
 def test_policies_give_the_same_bits_on_one_device_and_on_eight():
     images = photos(16).repeat(8, 0)[:40]
-    apply = ops.build("trivialaugment|randaugment(1, 15)|color_jitter(0.4, 0.4, 0.4, 0.1)", train=True)
+    apply = ops.build(f"trivialaugment|randaugment(1, 15)|{BIG_VISION}|color_jitter(0.4, 0.4, 0.4, 0.1)", train=True)
     results = []
     for devices in (jax.devices()[:1], jax.devices()):
         mesh = sharding.make_mesh(devices)
@@ -227,12 +234,25 @@ def test_policies_give_the_same_bits_on_one_device_and_on_eight():
     assert results[0].tobytes() == results[1].tobytes()
 
 
+@pytest.mark.parametrize("text", ["randaugment", BIG_VISION, "trivialaugment", "color_jitter(hue=0.1)"])
+def test_barriers_are_for_the_cpu_alone(text):
+    images = jnp.zeros((2, 8, 8, 3), jnp.uint8)
+    found = {}
+    for platform in ("cpu", "gpu", "tpu"):
+        with platforms.tracing_for(platform):
+            found[platform] = "optimization_barrier" in str(jax.make_jaxpr(ops.build(text, train=True))(KEY, images))
+    assert found == {"cpu": True, "gpu": False, "tpu": False}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("randaugment(0)", "num_ops=0.*1 or more"),
         ("randaugment(2, 31)", "magnitude=31.*0 to 30"),
         ("randaugment(2, 9, -1.0)", "magnitude_std=-1.0.*0 or more"),
+        ("randaugment(2, 11, ops='big_vision')", "magnitude=11.*0 to 10"),
+        ("randaugment(2, 5, 1.0, ops='big_vision')", "leave out magnitude_std"),
+        ("randaugment(ops='bigvision')", "unknown randaugment ops 'bigvision': did you mean 'big_vision'"),
         ("randaugment(fill=300)", "fill=300.*from 0 to 255"),
         ("trivialaugment(fill=(1, 2))", r"fill=\(1, 2\).*one a channel"),
         ("color_jitter(brightness=-1)", "brightness=-1"),

@@ -233,8 +233,8 @@ def test_resize_nearest_rgba_and_refusal():
     assert resize(image, 9, 14) is image
     image = np.tile(np.uint8([(255, 0, 0, 255), (0, 255, 0, 0)]), (4, 2, 1))  # opaque red, transparent green
     np.testing.assert_allclose(resize(image, 1)[0, 0], (255, 0, 0, 127.5), rtol=0, atol=1)  # only the red is seen
-    with pytest.raises(UserError, match=r"'area'.*bilinear"):
-        resize(image, 6, method="area")
+    with pytest.raises(UserError, match=r"'box'.*bilinear"):
+        resize(image, 6, method="box")
 
 
 @pytest.mark.parametrize(("h", "w"), [(30, 40), (40, 30), (33, 100), (7, 7), (1, 9)])
@@ -321,21 +321,16 @@ def test_random_resized_crop_is_a_function_of_the_position():
     assert (a != b).any()
 
 
-def test_build_applies_the_ops_in_order_and_asks_for_a_generator_where_one_draws():
-    file, asked = encode(noise(20, 30, 3), "PNG"), []
-
-    def make_rng():
-        asked.append(1)
-        return np.random.default_rng(7)
-
+def test_build_applies_the_ops_in_order_each_with_a_generator_of_its_name():
+    file = encode(noise(20, 30, 3), "PNG")
     plain, draws = ops.build("decode(3)|resize_small(10)|central_crop(8, 12)")
-    np.testing.assert_array_equal(plain(file, make_rng), resize_small(noise(20, 30, 3), 10)[1:9, 1:13])
-    assert (draws, asked) == (False, [])
+    np.testing.assert_array_equal(plain(file, 7, 3), resize_small(noise(20, 30, 3), 10)[1:9, 1:13])
+    assert not draws
     random, draws = ops.build("decode(3)|random_resized_crop(8)|random_resized_crop(6)")
-    generator = np.random.default_rng(7)
-    once = random_resized_crop(generator, noise(20, 30, 3), 8)
-    np.testing.assert_array_equal(random(file, make_rng), random_resized_crop(generator, once, 6))
-    assert (draws, asked) == (True, [1])
+    first, second = (rngs.generator(7, f"preprocess/random_resized_crop/{i}", 3) for i in range(2))
+    once = random_resized_crop(first, noise(20, 30, 3), 8)
+    np.testing.assert_array_equal(random(file, 7, 3), random_resized_crop(second, once, 6))
+    assert draws
 
 
 def test_build_refuses_a_wrong_spec():

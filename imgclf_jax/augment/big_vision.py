@@ -1,0 +1,150 @@
+"""RandAugment as google-research/big_vision has it: `randaug` of pp/autoaugment.py, with TensorFlow's arithmetic.
+
+The policies of torchvision (`augment.policies`) differ from it in the ops, in their strengths and in the rounding. A
+magnitude of 10 is full strength. What the definition does unlike Pillow, this does too:
+
+- `contrast` blends with the level h * w / 256, at most 255, and not with the mean level.
+- `solarize` has a threshold of uint8. At full strength it is 256, which TensorFlow turns into 0: all is inverted.
+- `posterize` keeps more bits at a greater magnitude.
+- `color`, `contrast`, `brightness` and `sharpness` draw no sign: at full strength their factor is always 1.9.
+
+Tests hold each op to the definition, to the bit, with two exceptions: where an exact level of the smooth image of
+`sharpness`, or of the grey image of `color`, is whole or nearly so, TensorFlow's float32 may come out a level lower.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imgclf_jax.augment import geometry, photometric
+from imgclf_jax.core.platform import cpu_barrier
+
+# In the order of the definition, which draws one of them for each image, all alike.
+OPS = (
+    "autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "color", "contrast", "brightness",
+    "sharpness", "shear_x", "shear_y", "translate_x", "translate_y", "cutout", "solarize_add",
+)  # fmt: skip
+FULL = 10  # the magnitude of full strength
+FILL = 128
+
+_DEGREES, _SHEAR, _TRANSLATION, _CUTOUT, _ADDITION = 30.0, 0.3, 100.0, 40, 110  # at full strength; lengths in pixels
+
+
+def randaugment(key: jax.Array, images: jax.Array, num_ops: int, magnitude: int, fill: jax.Array) -> jax.Array:
+    """`num_ops` ops an image, one after the other, on uint8[b, h, w, c]; `fill` uint8[c] is what moves in."""
+    b, h, w, _ = images.shape
+    for i in range(num_ops):
+        key_op, key_sign, key_y, key_x = jax.random.split(jax.random.fold_in(key, i), 4)
+        op = jax.random.randint(key_op, (b,), 0, len(OPS))
+        negative = jax.random.randint(key_sign, (b,), 0, 2)
+        centre = jax.random.randint(key_y, (b,), 0, h), jax.random.randint(key_x, (b,), 0, w)
+        images = apply(cpu_barrier(images), op, negative, centre, magnitude, fill)
+    return images
+
+
+def apply(
+    images: jax.Array,
+    op: jax.Array,
+    negative: jax.Array,
+    centre: tuple[jax.Array, jax.Array],
+    magnitude: int,
+    fill: jax.Array,
+) -> jax.Array:
+    """Each image of uint8[b, h, w, c] changed by its own op, i32[b] into OPS.
+
+    `negative`, i32[b], is 1 to turn, shear or move the other way; `centre`, (y, x) i32[b], is that of the cutout.
+    """
+    images = photometric.on_colors(_change_colors, images, op, magnitude)
+    h, w = images.shape[1:3]
+    images = _transform(images, jnp.asarray(_maps(magnitude, h, w))[op, negative], fill)
+
+    y, x = jnp.arange(h)[:, None, None], jnp.arange(w)[:, None]
+    side = int(magnitude / FULL * _CUTOUT)
+    inside = _is(op, "cutout", images)
+    for at, middle in ((y, centre[0]), (x, centre[1])):
+        middle = photometric.broadcast_along_batch(middle, images)
+        inside &= (at >= middle - side) & (at < middle + side)
+    return jnp.where(inside, fill, images)
+
+
+def _is(op: jax.Array, name: str, like: jax.Array) -> jax.Array:
+    return photometric.broadcast_along_batch(op == OPS.index(name), like)
+
+
+def _change_colors(images: jax.Array, op: jax.Array, magnitude: int) -> jax.Array:
+    b, h, w, c = images.shape
+    part = magnitude / FULL
+    levels = jnp.arange(256, dtype=jnp.uint8).reshape(1, 256, 1, 1)
+    factor = jnp.full(b, part * 1.8 + 0.1, jnp.float32)
+    tables = {
+        "autocontrast": _stretch(levels, *photometric.extremes(images)),
+        "equalize": photometric.equalization(images)[:, :, None],
+        "invert": 255 - levels,
+        "posterize": _posterize(levels, int(part * 4)),
+        "solarize": photometric.solarize(levels, jnp.full(1, int(part * 256) % 256)),
+        "contrast": photometric.blend(jnp.full_like(levels, min(h * w // 256, 255)), levels, factor[:1]),
+        "brightness": photometric.brightness(levels, factor[:1]),
+        "solarize_add": jnp.where(levels < 128, levels + jnp.uint8(int(part * _ADDITION)), levels),  # 127 + 110 < 256
+    }  # uint8[b or 1, 256, 1, 1 or c]
+    table = jnp.broadcast_to(levels, (b, 256, 1, c))
+    for name, other in tables.items():
+        table = jnp.where(_is(op, name, table), other, table)
+    # On CPU the barriers keep a fused loop from computing table, grey and smooth image anew for each pixel.
+    images = photometric.lookup(images, cpu_barrier(table)[:, :, 0])
+    grey, smooth = cpu_barrier((_grey(images), photometric.smooth(images, cut=True)))
+    is_color = _is(op, "color", images)
+    blended = photometric.blend(jnp.where(is_color, grey, smooth), images, factor)
+    return jnp.where(is_color | _is(op, "sharpness", images), blended, images)
+
+
+def _stretch(levels: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    """`photometric.stretch` with the definition's rounding: x * scale - low * scale, scale = 255 / (high - low)."""
+    x, low, high = (v.astype(jnp.float32) for v in (levels, low, high))
+    scale = 255 / jnp.maximum(high - low, 1)
+    stretched = photometric.rounded_product(scale, x) - photometric.rounded_product(scale, low)
+    return jnp.where(high > low, jnp.clip(stretched, 0, 255).astype(jnp.uint8), levels)
+
+
+def _posterize(levels: jax.Array, bits: int) -> jax.Array:
+    shift = min(8 - bits, 7)  # TensorFlow shifts a byte by 7 at most
+    return levels >> shift << shift
+
+
+def _grey(images: jax.Array) -> jax.Array:
+    """`tf.image.rgb_to_grayscale`, uint8[b, h, w, 1]: 0.2989 r + 0.587 g + 0.114 b, times 255.5 / 255, cut off."""
+    if images.shape[-1] == 1:
+        return images
+    r, g, b = (images[..., i : i + 1].astype(jnp.int32) for i in range(3))
+    return ((2989 * r + 5870 * g + 1140 * b) * 511 // 5_100_000).astype(jnp.uint8)
+
+
+def _maps(magnitude: int, height: int, width: int) -> np.ndarray:
+    """f32[op, 2, 6]: where each op, positive and negative, reads a pixel, as in `augment.geometry`."""
+    maps = np.tile(np.array(geometry.IDENTITY, np.float32), (len(OPS), 2, 1))
+    for negative in range(2):
+        part = np.float32((1 - 2 * negative) * magnitude / FULL)
+        sheared, moved = part * np.float32(_SHEAR), part * np.float32(_TRANSLATION)
+        for name, place, value in (("shear_x", 1, sheared), ("shear_y", 3, sheared), ("translate_x", 2, moved),
+                                   ("translate_y", 5, moved)):  # fmt: skip
+            maps[OPS.index(name), negative, place] = value
+        angle = np.float32(part * np.float32(_DEGREES)) * np.float32(math.pi / 180)
+        cos, sin, right, bottom = np.cos(angle), np.sin(angle), np.float32(width - 1), np.float32(height - 1)
+        x = (right - (cos * right - sin * bottom)) / 2
+        y = (bottom - (sin * right + cos * bottom)) / 2
+        maps[OPS.index("rotate"), negative] = cos, -sin, x, sin, cos, y
+    return maps
+
+
+def _transform(images: jax.Array, matrix: jax.Array, fill: jax.Array) -> jax.Array:
+    """TensorFlow's `ImageProjectiveTransformV3` by maps f32[b, 6]: coordinates in float32, halves away from zero."""
+    h, w = images.shape[1:3]
+    y, x = jnp.arange(h, dtype=jnp.float32)[:, None], jnp.arange(w, dtype=jnp.float32)
+
+    def coordinate(row: jax.Array) -> jax.Array:  # f32[b, 3] → i32[b, h, w]
+        a, b, c = (row[:, i, None, None] for i in range(3))
+        at = photometric.rounded_product(a, x) + photometric.rounded_product(b, y) + c
+        return jax.lax.round(at, jax.lax.RoundingMethod.AWAY_FROM_ZERO).astype(jnp.int32)
+
+    return geometry.read(images, coordinate(matrix[:, 3:]), coordinate(matrix[:, :3]), fill)

@@ -1,0 +1,84 @@
+"""Crops and sizes as TensorFlow's `tf.image` has them: the recipes of big_vision are defined by these.
+
+They give uint8, cut off and not rounded, as a cast in TensorFlow does.
+"""
+
+import math
+
+import numpy as np
+from PIL import Image
+
+from imgclf_jax.core import kinds
+
+_ATTEMPTS = 100
+
+
+@kinds.random
+def inception_crop(
+    rng: np.random.Generator,
+    image: np.ndarray,
+    height: int,
+    width: int = 0,
+    area: tuple[float, float] = (0.05, 1.0),
+    ratio: tuple[float, float] = (0.75, 1.33),
+) -> np.ndarray:
+    """A crop of random height and aspect ratio, resized to (height, width), or (height, height), by `bilinear`.
+
+    As TensorFlow's `sample_distorted_bounding_box`: the ratio w / h is uniform in `ratio`. The height is uniform
+    between those at which the crop has the least and the greatest `area` (a share of the image's), as far as it fits.
+    So small crops are more frequent than with `random_resized_crop`, whose area is uniform. If none of 100 draws fits,
+    the whole image is taken.
+    """
+    h, w = image.shape[:2]
+    for _ in range(_ATTEMPTS):
+        if box := _crop(rng, h, w, area, rng.uniform(*ratio)):
+            top, left, crop_h, crop_w = box
+            image = image[top : top + crop_h, left : left + crop_w]
+            break
+    return bilinear(image, height, width or height)
+
+
+def _crop(
+    rng: np.random.Generator, h: int, w: int, area: tuple[float, float], aspect: float
+) -> tuple[int, int, int, int] | None:
+    """(top, left, height, width) of one attempt, or None if it has another area or does not fit."""
+    least, most = (share * h * w for share in area)
+    highest = min(round(math.sqrt(most / aspect)), math.floor((w + 0.5 - 1e-7) / aspect), h)
+    lowest = min(round(math.sqrt(least / aspect)), highest)
+    crop_h = lowest + int(rng.integers(highest - lowest + 1))
+    # Rounding may have put the area outside of its bounds: one row more or less puts it back.
+    if crop_h * round(crop_h * aspect) < least:
+        crop_h += 1
+    if crop_h * round(crop_h * aspect) > most:
+        crop_h -= 1
+    crop_w = round(crop_h * aspect)
+    if not (least <= crop_h * crop_w <= most and 0 < crop_h <= h and 0 < crop_w <= w):
+        return None
+    # The last place is never drawn, there as here.
+    top, left = (int(rng.integers(max(1, whole - part))) for whole, part in ((h, crop_h), (w, crop_w)))
+    return top, left, crop_h, crop_w
+
+
+def bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """`tf.image.resize(method="bilinear", antialias=False)`: each pixel from the four around its place."""
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    box = (0, 0, picture.width, picture.height)
+    out = np.asarray(picture.transform((width, height), Image.Transform.EXTENT, box, Image.Resampling.BILINEAR))
+    return out[..., None] if out.ndim == 2 else out
+
+
+def area(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """`tf.image.resize(method="area")`: the mean over what a pixel covers, parts of pixels by their share."""
+    mean = _area(_area(image.astype(np.float64), height).swapaxes(0, 1), width).swapaxes(0, 1)
+    return (mean + 1e-6).astype(np.uint8)  # a whole mean stays whole, however it was rounded
+
+
+def _area(x: np.ndarray, size: int) -> np.ndarray:
+    """[n, …] → [size, …], by differences of the integral over the first axis."""
+    n = len(x)
+    edges = np.arange(size + 1) * (n / size)
+    whole = np.minimum(edges.astype(int), n - 1)
+    integral = np.concatenate([np.zeros_like(x[:1]), np.cumsum(x, 0)])
+    at_edges = integral[whole] + (edges - whole).reshape(-1, *[1] * (x.ndim - 1)) * x[whole]
+    out: np.ndarray = np.diff(at_edges, axis=0) * (size / n)
+    return out

@@ -1,0 +1,150 @@
+"""An op's kind is what it declares: whatever its parameters are called, and for every family of ops."""
+
+import functools
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imgclf_jax.augment import mixing, ops, tta
+from imgclf_jax.core import kinds, rng
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import decode
+
+KEY = jax.random.key(1)
+IMAGES = jnp.asarray(np.random.default_rng(0).integers(0, 100, (6, 4, 4, 1), np.uint8))
+OWN = """
+import jax
+from imgclf_jax.core import kinds
+
+@kinds.random
+def noise(k, x, most=9):
+    return x + jax.random.randint(k, x.shape, 0, most).astype(x.dtype)
+
+@kinds.random
+@jax.jit
+def compiled(k, x):
+    return x + jax.random.randint(k, x.shape, 0, 9).astype(x.dtype)
+
+@kinds.by_example
+def number(k, x, numbers, passes, times=1):
+    return x + (times * numbers + passes).astype(x.dtype)[:, None, None, None]
+
+@kinds.random
+def half(k, x, share=0.5):
+    import jax.numpy as jnp
+    return x * share, jnp.full(len(x), share)
+
+def whole(x):
+    import jax.numpy as jnp
+    return x, jnp.ones(len(x))
+
+@kinds.random
+def flicker(generator, picture, most=9):
+    return picture + generator.integers(1, most, picture.shape, "uint8")
+
+def darker(picture, by=2):
+    return picture // by
+
+def forgotten(key, images, amount=1):
+    return images
+
+def old(seed, images, ids, epochs):
+    return images
+
+def crop(rng, image):
+    return image
+
+@kinds.random
+def short(key):
+    return key
+
+@kinds.random
+def view(key):
+    return []
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own(tmp_path, monkeypatch):
+    (tmp_path / "own_ops.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("own_ops", None)
+
+
+def apply(text, train):
+    known = jnp.uint32(5), jnp.arange(6, dtype=jnp.int32), jnp.ones(6, jnp.int32)
+    return np.rint(np.asarray(ops.build(text, train)(KEY, IMAGES, *known)) * 255)
+
+
+def test_device_ops():
+    for name, arguments in (("noise", "(5)"), ("compiled", "")):
+        text = f"own_ops:{name}"
+        drawn = jax.random.randint(rng.fold(KEY, text, 0), IMAGES.shape, 0, 5 if arguments else 9)
+        np.testing.assert_array_equal(apply(text + arguments, train=True), np.asarray(IMAGES) + np.asarray(drawn))
+        np.testing.assert_array_equal(apply(text + arguments, train=False), IMAGES)
+    numbered = np.asarray(IMAGES) + (3 * np.arange(6) + 1)[:, None, None, None]
+    np.testing.assert_array_equal(apply("own_ops:number(3)", train=True), numbered)
+    np.testing.assert_array_equal(apply("own_ops:number(3)", train=False), IMAGES)
+    for train in (True, False):
+        np.testing.assert_array_equal(apply("own_ops:darker(by=3)", train), np.asarray(IMAGES) // 3)
+    assert [ops.wants_ids(f"own_ops:{n}") for n in ("noise", "number", "darker")] == [False, True, False]
+
+
+def test_mixing_ops():
+    images = IMAGES.astype(jnp.float32)
+    for text, share in (("own_ops:half(share=0.25)", 0.25), ("own_ops:whole", 1.0)):
+        out, weight = mixing.build(text)(KEY, images)
+        np.testing.assert_array_equal(out, images * share)
+        np.testing.assert_array_equal(weight, np.full(6, share))
+
+
+def test_host_ops():
+    image = np.asarray(IMAGES[0])
+    apply, draws = decode.build("decode(1)|own_ops:flicker(4)|own_ops:darker")
+    drawn = rng.generator(7, "preprocess/own_ops:flicker/0", 3).integers(1, 4, image.shape, np.uint8)
+    np.testing.assert_array_equal(apply(image, 7, 3), (image + drawn) // 2)
+    assert draws
+    assert not decode.build("decode(1)|own_ops:darker(by=4)")[1]
+
+
+def test_another_host_op_changes_none_of_the_draws_of_an_op():
+    image, crop = np.asarray(IMAGES[0]), "random_resized_crop(3)"
+    alone, _ = decode.build(f"decode(1)|{crop}")
+    after, _ = decode.build(f"decode(1)|own_ops:flicker(2)|{crop}")  # adds 1 everywhere
+    np.testing.assert_array_equal(after(image, 7, 3), alone(image + np.uint8(1), 7, 3))
+
+
+@pytest.mark.parametrize(
+    ("build", "text", "message"),
+    [
+        (ops.build, "own_ops:forgotten(2)", "device op 'own_ops:forgotten' takes 'key' first, but it does not declare"),
+        (ops.build, "own_ops:forgotten(2)", "'from imgclf_jax.core import kinds' and '@kinds.random' above"),
+        (ops.build, "own_ops:old", "'own_ops:old' takes 'seed' first.*'@kinds.by_example' above"),
+        (decode.build, "decode(1)|own_ops:crop", "host op 'own_ops:crop' takes 'rng' first.*'@kinds.random' above"),
+        (mixing.build, "own_ops:forgotten", "mixing op 'own_ops:forgotten' takes 'key' first.*'@kinds.random' above"),
+        (decode.build, "decode(1)|own_ops:number", "is declared @kinds.by_example; allowed for a host op"),
+        (mixing.build, "own_ops:number", "is declared @kinds.by_example; allowed for a mixing op: plain, random"),
+        (tta.build, "own_ops:view", "view 'own_ops:view' is declared @kinds.random; allowed for a view: plain"),
+        (ops.build, "own_ops:short", r"'own_ops:short' takes \(key\); it must take \(key, images\), and then its own"),
+        (ops.build, "own_ops:noise(k=1)", "unknown argument 'k': .*allowed: most"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_with_the_way_out(build, text, message):
+    with pytest.raises(UserError, match=re.compile(message, re.DOTALL)):
+        build(text, train=True) if build is ops.build else build(text)
+
+
+def test_a_kind_is_found_through_partials_and_wrappers():
+    @kinds.random
+    def op(key, images):
+        return images
+
+    wrapped = functools.wraps(op)(lambda *args: op(*args))
+    for other in (op, functools.partial(op), functools.partial(functools.partial(op)), jax.jit(op), wrapped):
+        assert kinds.of(other) == kinds.RANDOM
+    assert kinds.of(lambda images: images) == kinds.of(abs) == kinds.PLAIN

@@ -1,0 +1,98 @@
+"""Crops and sizes of `tf.image` against TensorFlow's own."""
+
+import jax
+import numpy as np
+import pytest
+import tensorflow as tf
+from scipy import stats
+from sklearn.datasets import load_sample_image
+
+from imgclf_jax.core import rng as rngs
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import decode, tf_image
+
+NOISE = np.random.default_rng(0).integers(0, 256, (137, 211, 3), np.uint8)
+
+
+def own_crops(n, h, w, **settings):
+    """(top, left, height, width) of each, read from an image that holds its rows and columns, not resized."""
+    boxes = []
+    for i in range(n):
+        generator = rngs.generator(3, "crop", i)
+        box = None
+        while box is None:
+            box = tf_image._crop(generator, h, w, settings["area"], generator.uniform(*settings["ratio"]))
+        boxes.append(box)
+    return np.array(boxes)
+
+
+def tensorflows_crops(n, h, w, area, ratio):
+    sample = tf.function(
+        lambda i: tf.image.stateless_sample_distorted_bounding_box(
+            (h, w, 3), tf.zeros((0, 0, 4)), tf.stack([i, 5]), area_range=area, aspect_ratio_range=ratio,
+            min_object_covered=0, use_image_if_no_bounding_boxes=True,
+        )[:2]
+    )  # fmt: skip
+    begin, size = tf.map_fn(sample, tf.range(n), fn_output_signature=(tf.int32, tf.int32))
+    return np.concatenate([begin[:, :2], size[:, :2]], 1)
+
+
+@pytest.mark.parametrize(
+    ("h", "w", "area", "ratio"),
+    [(375, 500, (0.05, 1.0), (0.75, 1.33)), (60, 41, (0.3, 0.5), (0.5, 2.0)), (9, 50, (0.05, 1.0), (0.75, 1.33))],
+)
+def test_crops_are_distributed_as_tensorflows(h, w, area, ratio):
+    """Height, width, place, area and ratio, by two-sample tests."""
+    n = 2_000
+    own, theirs = own_crops(n, h, w, area=area, ratio=ratio), tensorflows_crops(n, h, w, area, ratio)
+    for a, b in zip(own.T, theirs.T, strict=True):
+        assert stats.ks_2samp(a, b).pvalue > 1e-3
+    for combine in (np.multiply, np.divide):
+        assert stats.ks_2samp(combine(*own[:, :1:-1].T), combine(*theirs[:, :1:-1].T)).pvalue > 1e-3
+    assert (own[:, :2] >= 0).all()
+    assert (own[:, :2] + own[:, 2:] <= (h, w)).all()
+
+
+def test_a_crop_is_cut_out_and_resized():
+    for i in range(5):
+        generator, again = (rngs.generator(0, "crop", i) for _ in range(2))
+        out = tf_image.inception_crop(generator, NOISE, 30, 40)
+        top, left, h, w = tf_image._crop(again, 137, 211, (0.05, 1.0), again.uniform(0.75, 1.33))
+        np.testing.assert_array_equal(out, tf_image.bilinear(NOISE[top : top + h, left : left + w], 30, 40))
+    # An image so narrow that no draw fits is taken whole.
+    narrow = NOISE[:, :2]
+    out = tf_image.inception_crop(rngs.generator(0, "crop", 0), narrow, 8, area=(0.9, 1.0))
+    np.testing.assert_array_equal(out, tf_image.bilinear(narrow, 8, 8))
+
+
+@pytest.mark.parametrize("method", ["bilinear", "area"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sizes_are_tensorflows(method, channels):
+    """But for values so near to a whole number that float32 cannot tell."""
+    near = 0.01 if method == "area" else 2e-3
+    for image in (load_sample_image("china.jpg"), NOISE, NOISE[:40, :60]):
+        image = image[..., :channels]
+        for size in ((224, 224), (64, 80), (341, 256)):
+            theirs = tf.image.resize(image, size, method=method, antialias=False).numpy()
+            difference = getattr(tf_image, method)(image, *size).astype(int) - np.clip(theirs, 0, 255).astype(np.uint8)
+            assert set(np.unique(difference)) <= {-1, 0, 1}
+            assert np.abs(theirs - np.rint(theirs))[difference != 0].max(initial=0) < near
+
+
+def test_flat_images_stay_as_they_are():
+    for level in (0, 1, 77, 128, 254, 255):
+        image = np.full((37, 53, 3), level, np.uint8)
+        for resize in (tf_image.area, tf_image.bilinear):
+            np.testing.assert_array_equal(resize(image, 24, 31), level)
+
+
+def test_both_are_host_ops():
+    image, key = jax.tree.map(np.copy, NOISE), rngs.generator(7, "preprocess/inception_crop/0", 3)
+    apply, draws = decode.build("decode(3)|inception_crop(20)")
+    np.testing.assert_array_equal(apply(image, 7, 3), tf_image.inception_crop(key, image, 20))
+    assert draws
+    small, draws = decode.build("decode(3)|resize_small(50, method='area')|central_crop(40)")
+    np.testing.assert_array_equal(small(image, 7, 3), decode.central_crop(tf_image.area(image, 50, 77), 40))
+    assert not draws
+    with pytest.raises(UserError, match="allowed: nearest, bilinear, bicubic, lanczos, area"):
+        decode.resize(image, 8, method="cubic")
