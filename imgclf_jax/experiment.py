@@ -20,7 +20,7 @@ from imgclf_jax import diagnose, losses, metrics, step
 from imgclf_jax.augment import mixing, ops, tta
 from imgclf_jax.core import rng, sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import placement, sources
+from imgclf_jax.data import decode, placement, sources
 from imgclf_jax.data.stream import Images
 from imgclf_jax.models import classifier
 from imgclf_jax.models.frozen import Frozen
@@ -260,7 +260,7 @@ class Experiment:
         """Compiled (params, model_state, chunk, steps) → the sums of each of the chunk's first `steps` batches.
 
         The chunk is {"image": uint8[k, b, h, w, c], "label": i32[k, b], "mask": bool[k, b]}, k being `steps_per_call`;
-        the sums (and scores, see `step`) are stacked [k, …], zeros after the first `steps`.
+        the sums (and predictions, see `step`) are stacked [k, …], zeros after the first `steps`.
         """
         images = ops.build(self.config.augment, train=False)
         pure = step.make_eval_step(
@@ -268,12 +268,12 @@ class Experiment:
         )
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
 
-        def eval_chunk(params: Any, model_state: Any, chunk: Any, steps: jax.Array) -> metrics.Sums:
-            def batch_sums(i: jax.Array | int) -> metrics.Sums:
+        def eval_chunk(params: Any, model_state: Any, chunk: Any, steps: jax.Array) -> Any:
+            def batch_sums(i: jax.Array | int) -> Any:
                 batch = jax.lax.with_sharding_constraint(placement.batch_at(chunk, i), split)
                 return pure(params, model_state, batch)
 
-            def body(i: jax.Array, out: metrics.Sums) -> metrics.Sums:
+            def body(i: jax.Array, out: Any) -> Any:
                 return jax.tree.map(lambda all, new: all.at[i].set(new), out, batch_sums(i))
 
             if size == 1:
@@ -299,14 +299,14 @@ class Experiment:
     def predict_step(self) -> Any:
         """Jitted (params, model_state, images) → probabilities."""
         images = ops.build(self.config.augment, train=False)
-        pure = step.make_predict_step(self.model, images, self.views, self.num_seeds)
+        pure = step.make_predict_step(self.model, images, self.views, self.num_seeds, losses.link_of(self.config.loss))
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
         return jax.jit(pure, in_shardings=(whole, whole, split), out_shardings=whole)
 
     @property
     def preprocess_eval(self) -> str:
         """The host ops of evaluation and prediction."""
-        return self.config.preprocess_eval or self.config.preprocess
+        return decode.for_evaluation(self.config.preprocess_eval, self.config.preprocess)
 
     def eval_images(self, source: Any) -> Images:
         """A source seen through the host ops of evaluation."""
