@@ -15,7 +15,7 @@ from imgclf_jax.core import rng, tree
 from imgclf_jax.losses import SOFTMAX, Link, Loss, link_of
 from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.optim import weight_averages
-from imgclf_jax.optim.optimizers import promoting
+from imgclf_jax.optim.optimizers import promoting, seed_keys
 from imgclf_jax.optim.weight_averages import Average
 
 Batch = dict[str, jax.Array]
@@ -65,7 +65,7 @@ def init_state(
         step=jnp.int32(0),
         params=params,
         model_state=variables,
-        opt_state=optimizer.init(params),
+        opt_state=seed_keys(optimizer.init(params), seed),
         ema=average.init((params, variables)),
     )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
@@ -183,12 +184,17 @@ def _find_clash(saved: Any, like: Any) -> str:
     """The first array whose dtype or shape differs; "" if there is none, or if the metadata `saved` is missing."""
     if saved is None:
         return ""
-    has, wants = (
-        {name: f"{np.dtype(x.dtype)}{list(x.shape)}" for name, x in tree.named_leaves(t)} for t in (saved, like)
-    )
+    has, wants = ({name: _describe(x) for name, x in tree.named_leaves(t)} for t in (saved, like))
     names = sorted({**has, **wants}, key=lambda name: ("/opt_state/" in name, name))  # a parameter explains most
     clashes = (name for name in names if has.get(name) != wants.get(name))
     return next((f"{n} is {has.get(n, 'absent')} in it, {wants.get(n, 'absent')} by the config" for n in clashes), "")
+
+
+def _describe(array: Any) -> str:
+    """Its dtype and shape as they are saved: Orbax saves random keys as the words of their data."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.eval_shape(jax.random.key_data, array)
+    return f"{np.dtype(array.dtype)}{list(array.shape)}"
 
 
 def _measure(file: Path) -> list[int]:
