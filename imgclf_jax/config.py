@@ -35,7 +35,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     "data.placement": ("host", "'host' streams batches; 'device' keeps the whole uint8 set on the accelerator."),
     "data.threads": (0, "Threads that decode images; 0: one for each core. Batches do not depend on it."),
     "preprocess": ("decode(3)", "Host ops, bytes to a fixed-shape uint8 image, for training."),
-    "preprocess_eval": ("", "Host ops for evaluation and prediction; empty: as `preprocess`."),
+    "preprocess_eval": (
+        "",
+        "Host ops for evaluation and prediction, which draw nothing at random; empty: those of `preprocess`, where "
+        "resize_small and central_crop take the place of random_resized_crop.",
+    ),
     "augment": ("", "Device ops on the batch; those that draw at random are left out in evaluation. Scaled to [0, 1]."),
     "mix": (
         "",
@@ -49,7 +53,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     ),
     "init_from": ("", "Weights to start from: a work directory, a PyTorch file (.pth, .pt, .th) or a .safetensors."),
     "init_strict": (True, "Refuse `init_from` if more than the head differs from the model; False: take what fits."),
-    "loss": ("softmax", "softmax, sigmoid (binary cross-entropies) or focal, or an import path."),
+    "loss": (
+        "softmax",
+        "softmax, sigmoid (binary cross-entropies; probabilities of each class by itself), focal, or an import path.",
+    ),
     "optimizer": (
         "adam",
         "An optax optimizer, without its rate, after any transforms: 'add_decayed_weights(5e-4)|sgd'.",

@@ -1,9 +1,11 @@
-"""Metrics are sums and counts until the last moment, so that they add up over batches, devices and hosts."""
+"""Metrics are sums and counts until the end, so that they add up over batches, devices and hosts.
 
-import statistics
+Metrics of whole sets, such as AUC, are no sums. They are computed from all labels and probabilities of a set.
+"""
+
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,104 +15,170 @@ from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 
 Sums = dict[str, Any]
+Metric = Callable[[np.ndarray, np.ndarray], float]  # of labels i32[n] and probabilities f32[n, classes]
 
 NO_STEP = 2**31 - 1  # `nonfinite_step` when every step was finite
+CONFUSION_CLASSES = 1000  # with more classes no confusion matrix is counted: of 21,841 it would take 1.9 GB a batch
+
+
+class Predictions(NamedTuple):
+    """What a model says of each example, for metrics of whole sets."""
+
+    labels: Any  # i32[n]
+    probabilities: Any  # f32[n, classes]; of several seeds [seeds + 1, n, classes], the ensemble's last
+    mask: Any = None  # bool[n], False for padding; None if there is no padding
+
+
+def concatenate(batches: Sequence[Predictions]) -> Predictions:
+    """The predictions of all batches without the padding, on the host."""
+    return Predictions(
+        np.concatenate([batch.labels[batch.mask] for batch in batches]),
+        np.concatenate([batch.probabilities[..., batch.mask, :] for batch in batches], -2),
+    )
+
+
+def is_correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """bool[b]: whether the label has the greatest of the logits f32[b, classes]; the first class wins a tie.
+
+    Logits whose greatest is NaN or infinite give no probabilities. They predict no class, so they are never correct.
+    """
+    return (jnp.argmax(logits, -1) == labels) & _predicts(logits)
+
+
+def _predicts(logits: jax.Array) -> jax.Array:
+    return jnp.isfinite(jnp.max(logits, -1))  # the maximum is NaN if one of them is
 
 
 def classification_sums(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Array) -> Sums:
-    """Sums over the examples whose mask is 1; the padding's is 0.
+    """Sums over the examples whose mask is True; the mask of padding is False.
 
-    logits f32[b, classes], labels i32[b], losses f32[b], mask bool[b]. `top5` is there from six classes on;
-    `confusion` i32[classes, classes] counts (true label, prediction). Of classes that tie the
-    first ranks first, and a NaN ranks above all, so that a broken model scores nothing.
+    logits f32[b, classes], labels i32[b], losses f32[b], mask bool[b]. The sums are `examples`, `correct`, `loss` and
+
+    - `class_examples`, `class_predicted`, `class_correct` i32[classes]: how many examples have the label, how many are
+      predicted to have it, and of how many both is true;
+    - `confusion` i32[classes, classes], for up to CONFUSION_CLASSES classes: how many examples have the label of the
+      row and are predicted to have that of the column;
+    - `top5`, from six classes on: how many examples have their label among the five greatest logits. Of equal logits
+      the first ranks first.
+
+    An example whose logits predict no class (see `is_correct`) is wrong, and is in no column of `confusion`.
     """
     classes = logits.shape[-1]
-    prediction = jnp.argmax(logits, -1)
-    count = mask.astype(jnp.int32)
+    prediction, correct = jnp.argmax(logits, -1), is_correct(logits, labels)
+    predicted = _predicts(logits) & mask
+
+    def count(labels: jax.Array, which: jax.Array) -> jax.Array:  # i32[classes]
+        return jnp.sum((labels[:, None] == jnp.arange(classes)) & which[:, None], 0, dtype=jnp.int32)
+
     sums = {
-        "examples": jnp.sum(count),
-        "correct": jnp.sum(jnp.where(prediction == labels, count, 0)),
+        "examples": jnp.sum(mask, dtype=jnp.int32),
+        "correct": jnp.sum(correct & mask, dtype=jnp.int32),
         "loss": jnp.sum(jnp.where(mask, losses, 0.0)),
-        "confusion": jnp.zeros((classes, classes), jnp.int32).at[labels, prediction].add(count),
+        "class_examples": count(labels, mask),
+        "class_predicted": count(prediction, predicted),
+        "class_correct": count(labels, correct & mask),
     }
+    if classes <= CONFUSION_CLASSES:
+        confusion = jnp.zeros((classes, classes), jnp.int32)
+        sums["confusion"] = confusion.at[labels, prediction].add(predicted.astype(jnp.int32))
     if classes > 5:
         own = jnp.take_along_axis(logits, labels[:, None], -1)  # [b, 1]
         tied_before = (logits == own) & (jnp.arange(classes) < labels[:, None])
-        above = jnp.sum(~(logits <= own) | tied_before, -1)  # how many classes rank before the true one
-        sums["top5"] = jnp.sum(jnp.where(above < 5, count, 0))
+        above = jnp.sum((logits > own) | tied_before, -1)  # how many classes rank before the label
+        sums["top5"] = jnp.sum((above < 5) & predicted, dtype=jnp.int32)
     return sums
 
 
-def scores(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Sums:
-    """What metrics of whole sets are computed from: probabilities f32[b, classes], the labels, and which count."""
-    return {"probabilities": jax.nn.softmax(logits.astype(jnp.float32)), "labels": labels, "mask": mask}
+def summarize(
+    sums: Mapping[str, Any], predictions: Predictions | None = None, whole_set: Mapping[str, Metric] | None = None
+) -> dict[str, float]:
+    """What is reported: `examples`, and as fractions `accuracy`, `loss` and, if counted, `top5`.
 
-
-def summarize(sums: Mapping[str, Any], more: Mapping[str, Callable[..., float]] | None = None) -> dict[str, float]:
-    """Host sums to what is reported: examples, accuracy, loss and, where counted, top5 (all as fractions).
-
-    Beside them `more`, of labels and probabilities that lie in the sums. Of several seeds, whose sums are [seeds + 1],
-    each is the mean; with it go the standard deviation (`_std`, of a sample), and the ensemble's (`ensemble_`).
+    Beside them the metrics `whole_set`, by name, of the `predictions`. Sums of several seeds are [seeds + 1, …], the
+    ensemble's last. Then each metric is the mean over the seeds. Its sample standard deviation is called `NAME_std`,
+    and the ensemble's value `ensemble_NAME`.
     """
     if np.ndim(sums["examples"]):
         *each, together = [
-            summarize({name: value[i] for name, value in sums.items()}, more) for i in range(len(sums["examples"]))
+            summarize({name: value[i] for name, value in sums.items()}, _of_seed(predictions, i), whole_set)
+            for i in range(len(sums["examples"]))
         ]
         names = [name for name in together if name != "examples"]
         out = {"examples": together["examples"]}
         for name in names:
             values = [one[name] for one in each]
-            out |= {name: statistics.fmean(values), f"{name}_std": statistics.stdev(values)}
+            with np.errstate(invalid="ignore"):  # a seed's loss may be infinite
+                out |= {name: float(np.mean(values)), f"{name}_std": float(np.std(values, ddof=1))}
         return out | {f"ensemble_{name}": together[name] for name in names}
     n = int(sums["examples"])
     out = {"examples": n, "accuracy": int(sums["correct"]) / n, "loss": float(sums["loss"]) / n}
     if "top5" in sums:
         out["top5"] = int(sums["top5"]) / n
-    return out | {name: metric(sums["labels"], sums["probabilities"]) for name, metric in (more or {}).items()}
+    if predictions:
+        out |= {name: of(predictions.labels, predictions.probabilities) for name, of in (whole_set or {}).items()}
+    return out
+
+
+def _of_seed(predictions: Predictions | None, i: int) -> Predictions | None:
+    return predictions and predictions._replace(probabilities=predictions.probabilities[i])
 
 
 def auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Area under the ROC curve, of several classes the mean over them of each against the rest; NaN if one is absent.
+    """Area under the ROC curve; of more than two classes the mean over the classes of each against all others.
 
-    labels i32[n], probabilities f32[n, classes].
+    labels i32[n], probabilities f32[n, classes]. NaN if a class has no example, and if a probability is NaN.
     """
     from sklearn.metrics import roc_auc_score
 
     classes = probabilities.shape[1]
-    if len(np.unique(labels)) < classes:
+    if len(np.unique(labels)) < classes or np.isnan(probabilities).any():
         return float("nan")
-    return statistics.fmean(
-        roc_auc_score(labels == c, probabilities[:, c]) for c in range(1 if classes == 2 else 0, classes)
-    )
+    first = 1 if classes == 2 else 0
+    return float(np.mean([roc_auc_score(labels == c, probabilities[:, c]) for c in range(first, classes)]))
 
 
 def balanced_accuracy(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """The mean over the classes that there are of the share of each that is recognized."""
+    """The mean over the classes of the share of each class's examples that are recognized.
+
+    labels i32[n], probabilities f32[n, classes]. Classes without examples are left out; NaN predicts no class.
+    """
     from sklearn.metrics import balanced_accuracy_score
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")
-        return float(balanced_accuracy_score(labels, probabilities.argmax(1)))
+        return float(balanced_accuracy_score(labels, _predicted_classes(probabilities)))
 
 
 def f1(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """The mean over the classes of F1, the harmonic mean of precision and recall; of two classes the second's."""
+    """F1, the harmonic mean of precision and recall: of two classes the second's, of more the mean over the classes.
+
+    labels i32[n], probabilities f32[n, classes]. A class that is neither a label nor predicted is left out; NaN
+    predicts no class.
+    """
     from sklearn.metrics import f1_score
 
-    average = "binary" if probabilities.shape[1] == 2 else "macro"
-    return float(f1_score(labels, probabilities.argmax(1), average=average, zero_division=0))
+    found, classes = _predicted_classes(probabilities), probabilities.shape[1]
+    if classes == 2:
+        return float(f1_score(labels == 1, found == 1, zero_division=0))
+    known = np.union1d(labels, found[found < classes])
+    return float(f1_score(labels, found, labels=known, average="macro", zero_division=0))
 
 
-# Metrics of a whole set, from labels i32[n] and probabilities f32[n, classes].
-METRICS = {"auc": auc, "balanced_accuracy": balanced_accuracy, "f1": f1}
+def _predicted_classes(probabilities: np.ndarray) -> np.ndarray:
+    """int[n]: the class of the greatest probability; of a row with NaN a number that no class has."""
+    broken = np.isnan(probabilities).any(1)
+    return np.where(broken, probabilities.shape[1], probabilities.argmax(1))
 
 
-def build_whole_set(text: str) -> dict[str, Callable[[np.ndarray, np.ndarray], float]]:
-    """The metrics that a spec such as `auc|f1` names, by their names; the user's own by import path."""
-    found = {}
+METRICS: dict[str, Metric] = {"auc": auc, "balanced_accuracy": balanced_accuracy, "f1": f1}
+
+
+def build_whole_set(text: str) -> dict[str, Metric]:
+    """The metrics that a spec such as `auc|f1` names, by name; the user's own are named by import path."""
+    found: dict[str, Metric] = {}
     for call in spec.parse(text):
         name = call.name.rpartition(":")[2]
         if name in found:
-            raise UserError(f"metrics={text!r} names {name} twice")
+            raise UserError(f"metrics={text!r} names {name} twice; name each metric once")
         found[name] = spec.bind(call, METRICS, "metric", given=("labels", "probabilities"))
     return found

@@ -200,12 +200,12 @@ class Programs:
         pure = self._in_its_form(pure)
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
 
-        def eval(params: Any, model_state: Any, chunk: Any, steps: jax.Array) -> metrics.Sums:
-            def batch_sums(i: jax.Array | int) -> metrics.Sums:
+        def eval(params: Any, model_state: Any, chunk: Any, steps: jax.Array) -> Any:
+            def batch_sums(i: jax.Array | int) -> Any:
                 batch = jax.lax.with_sharding_constraint(placement.batch_at(chunk, i), split)
                 return pure(params, model_state, batch)
 
-            def body(i: jax.Array, out: metrics.Sums) -> metrics.Sums:
+            def body(i: jax.Array, out: Any) -> Any:
                 return jax.tree.map(lambda all, new: all.at[i].set(new), out, batch_sums(i))
 
             if size == 1:
@@ -230,7 +230,7 @@ class Programs:
         """Compiled (params, model_state, chunk, steps) → the sums of each of the chunk's first `steps` batches.
 
         The chunk is {"image": uint8[k, b, h, w, c], "label": i32[k, b], "mask": bool[k, b]}, k being `steps_per_call`;
-        the sums (and scores, see `step`) are stacked [k, …], zeros after the first `steps`.
+        the sums (and predictions, see `step`) are stacked [k, …], zeros after the first `steps`.
         """
         return self.traced_eval.lower().compile()
 
@@ -238,7 +238,13 @@ class Programs:
     def predict(self) -> Any:
         """Jitted (params, model_state, images) → probabilities."""
         recipe = self.recipe
-        pure = step.make_predict_step(recipe.model, recipe.augment(train=False), recipe.views, recipe.num_seeds)
+        pure = step.make_predict_step(
+            recipe.model,
+            recipe.augment(train=False),
+            recipe.views,
+            recipe.num_seeds,
+            losses.link_of(recipe.config.loss),
+        )
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
         traced = platform.traced_for(self.platform, self._in_its_form(pure))
         return jax.jit(traced, in_shardings=(whole, whole, split), out_shardings=whole)

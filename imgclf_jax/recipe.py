@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax import losses, metrics
 from imgclf_jax.augment import mixing, ops, tta
+from imgclf_jax.data import decode
 from imgclf_jax.models import classifier
 from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
 from imgclf_jax.run.provenance import DataInfo
@@ -132,4 +133,4 @@ class Recipe:
     @property
     def preprocess_eval(self) -> str:
         """The host ops of evaluation and prediction."""
-        return self.config.preprocess_eval or self.config.preprocess
+        return decode.for_evaluation(self.config.preprocess_eval, self.config.preprocess)

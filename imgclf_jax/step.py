@@ -12,10 +12,10 @@ from flax import struct
 from imgclf_jax import metrics
 from imgclf_jax.augment import mixing, tta
 from imgclf_jax.core import platform, rng, tree
-from imgclf_jax.losses import Loss
+from imgclf_jax.losses import SOFTMAX, Link, Loss, link_of
 from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.optim import weight_averages
-from imgclf_jax.optim.optimizers import promoting
+from imgclf_jax.optim.optimizers import promoting, seed_keys
 from imgclf_jax.optim.weight_averages import Average
 
 Batch = dict[str, jax.Array]
@@ -65,7 +65,7 @@ def init_state(
         step=jnp.int32(0),
         params=params,
         model_state=variables,
-        opt_state=optimizer.init(params),
+        opt_state=seed_keys(optimizer.init(params), seed),
         ema=average.init((params, variables)),
     )
 
@@ -135,7 +135,7 @@ def make_train_step(
         sums = {
             "steps": jnp.int32(1),
             "examples": jnp.int32(labels.size),
-            "correct": jnp.sum(jnp.argmax(logits, -1) == counted, dtype=jnp.int32),
+            "correct": jnp.sum(metrics.is_correct(logits, counted), dtype=jnp.int32),
             "loss": mean_loss * labels.size,
             "grad_norm": grad_norm,
             "param_norm": param_norm,
@@ -213,42 +213,52 @@ def make_eval_step(
     augment: Augment,
     views: tta.Views = tta.NONE,
     num_seeds: int = 1,
-    with_scores: bool = False,
-) -> Callable[[Any, Any, Batch], metrics.Sums]:
-    """`eval_step(params, model_state, batch) -> sums`; the batch has `mask` bool[b], False for padding.
+    with_predictions: bool = False,
+) -> Callable[[Any, Any, Batch], tuple[metrics.Sums, metrics.Predictions | None]]:
+    """`eval_step(params, model_state, batch) -> (sums, predictions)`; the batch's `mask` bool[b] is False for padding.
 
-    Of several seeds, [num_seeds, …] each, the sums are [num_seeds + 1, …]: those of each, and those of the ensemble,
-    whose probabilities are the mean of theirs. With `with_scores` they hold `metrics.scores`, too, which are no sums.
+    With several seeds, params and model_state are [num_seeds, …]. The sums are then [num_seeds + 1, …]: those of each
+    seed, and last those of the ensemble, whose probabilities are the mean of the seeds' probabilities. The predictions
+    are None unless `with_predictions`.
     """
-    logits_of = _make_logits(model, augment, views)
+    logits_of, link = _make_logits(model, augment, views), link_of(loss)
 
-    def sums_of(logits: jax.Array, batch: Batch) -> metrics.Sums:
+    def eval_step(params: Any, model_state: Any, batch: Batch) -> tuple[metrics.Sums, metrics.Predictions | None]:
         labels, mask = batch["label"], batch["mask"]
-        sums = metrics.classification_sums(logits, labels, loss(logits, labels), mask)
-        return {**sums, **(metrics.scores(logits, labels, mask) if with_scores else {})}
 
-    def eval_step(params: Any, model_state: Any, batch: Batch) -> metrics.Sums:
+        def sums_of(logits: jax.Array) -> metrics.Sums:
+            return metrics.classification_sums(logits, labels, loss(logits, labels), mask)
+
         if num_seeds == 1:
-            return sums_of(logits_of(params, model_state, batch["image"]), batch)
-        logits = jax.vmap(logits_of, (0, 0, None))(params, model_state, batch["image"])  # [num_seeds, b, classes]
-        together = jax.nn.logsumexp(jax.nn.log_softmax(logits), 0, keepdims=True) - jnp.log(jnp.float32(num_seeds))
-        sums: metrics.Sums = jax.vmap(sums_of, (0, None))(jnp.concatenate([logits, together]), batch)
-        return sums
+            logits = logits_of(params, model_state, batch["image"])  # [b, classes]
+            sums = sums_of(logits)
+        else:
+            each = jax.vmap(logits_of, (0, 0, None))(params, model_state, batch["image"])  # [num_seeds, b, classes]
+            logits = jnp.concatenate([each, link.ensemble(each)[None]])
+            sums = jax.vmap(sums_of)(logits)
+        if not with_predictions:
+            return sums, None
+        return sums, metrics.Predictions(labels, link.probabilities(logits.astype(jnp.float32)), mask)
 
     return eval_step
 
 
 def make_predict_step(
-    model: nn.Module, augment: Augment, views: tta.Views = tta.NONE, num_seeds: int = 1
+    model: nn.Module,
+    augment: Augment,
+    views: tta.Views = tta.NONE,
+    num_seeds: int = 1,
+    link: Link = SOFTMAX,
 ) -> Callable[[Any, Any, jax.Array], jax.Array]:
     """`predict_step(params, model_state, images uint8[b, h, w, c]) -> probabilities f32[b, classes]`.
 
-    Of several seeds the mean of their probabilities.
+    `link` is the loss's. With several seeds, params and model_state are [num_seeds, …], and the result is the mean of
+    the seeds' probabilities.
     """
     logits_of = _make_logits(model, augment, views)
 
     def probabilities(params: Any, model_state: Any, images: jax.Array) -> jax.Array:
-        return jax.nn.softmax(logits_of(params, model_state, images).astype(jnp.float32), -1)
+        return link.probabilities(logits_of(params, model_state, images).astype(jnp.float32))
 
     def predict_step(params: Any, model_state: Any, images: jax.Array) -> jax.Array:
         if num_seeds == 1:

@@ -3,12 +3,13 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import launch
 from imgclf_jax import metrics
-from imgclf_jax.commands.evaluate import evaluate, restore
+from imgclf_jax.commands.evaluate import evaluate, evaluate_all, restore
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.run.workdir import Workdir
@@ -71,16 +72,102 @@ def test_of_a_run(tmp_path, capsys):
     programs, state, _ = restore(workdir.load_config(), workdir, "latest")
     source = sources.open_splits(workdir.load_config().data.source)["test"]
     images = programs.eval_images(source)
-    sums = evaluate(programs, state, images)
+    _, predictions = evaluate(programs, state, images)
     examples = source.read(np.arange(101))
-    np.testing.assert_array_equal(sums["labels"], examples["label"])
+    np.testing.assert_array_equal(predictions.labels, examples["label"])
     pixels = examples["image"].astype(np.float32) / np.float32(255)
     logits = programs.recipe.model.apply({"params": state.params}, pixels)
-    np.testing.assert_allclose(sums["probabilities"], jax.nn.softmax(logits), rtol=1e-5, atol=1e-6)
-    expected = area(sums["labels"] == 1, sums["probabilities"][:, 1])
+    np.testing.assert_allclose(predictions.probabilities, jax.nn.softmax(logits), rtol=1e-5, atol=1e-6)
+    expected = area(predictions.labels == 1, predictions.probabilities[:, 1])
     result = json.loads(workdir.result.read_text())["test"]
     assert result["auc"] == pytest.approx(expected, abs=1e-12)
     assert {"balanced_accuracy", "f1"} < set(result)
-    capsys.readouterr()
+    broken = state.replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
+    found = evaluate_all(programs, broken, {"test": images})["test"]
+    assert (found["examples"], found["accuracy"], found["balanced_accuracy"], found["f1"]) == (101, 0, 0, 0)
+    assert np.isnan([found["loss"], found["auc"]]).all()
+    assert "the logits of 101 examples are NaN or infinite" in capsys.readouterr().err
     assert launch.main(["evaluate", f"--workdir={tmp_path}", "--checkpoint=latest", "--format=json"]) == 0
     assert json.loads(capsys.readouterr().out)["test"]["auc"] == result["auc"]
+
+
+def sums_of(logits, labels):
+    logits, labels = jnp.asarray(logits, jnp.float32), jnp.asarray(labels, jnp.int32)
+    args = (logits, labels, jnp.zeros(len(labels)), jnp.ones(len(labels), bool))
+    return jax.device_get(jax.jit(metrics.classification_sums)(*args))
+
+
+BROKEN = {
+    "all NaN": lambda row: row * np.nan,
+    "one NaN, which argmax takes": lambda row: np.where(np.arange(row.size) == 0, np.nan, row),
+    "one infinite": lambda row: np.where(np.arange(row.size) == 0, np.inf, row),
+    "all minus infinity": lambda row: np.full_like(row, -np.inf),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_model_scores_nothing(kind):
+    """Its examples are wrong and predicted to be of no class, that of the first class too; they are counted all the
+    same."""
+    logits = np.random.default_rng(0).normal(size=(14, 7)).astype(np.float32)
+    labels = np.arange(14) % 7
+    whole = sums_of(logits, labels)
+    bad = np.arange(14) < 7  # one of each class
+    sums = sums_of(np.stack([BROKEN[kind](row) if b else row for row, b in zip(logits, bad, strict=True)]), labels)
+    rest = sums_of(logits[~bad], labels[~bad])
+    assert (sums["examples"], rest["examples"]) == (14, 7)
+    for name in ("correct", "top5", "confusion", "class_correct", "class_predicted"):
+        np.testing.assert_array_equal(sums[name], rest[name])
+    np.testing.assert_array_equal(sums["class_examples"], whole["class_examples"])
+    assert not metrics.is_correct(jnp.asarray([BROKEN[kind](logits[0])]), jnp.asarray([0])).any()
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_whole_sets_with_nan(classes):
+    """AUC is NaN; where a class is predicted, a row with NaN predicts none. All NaN score nothing."""
+    labels, probabilities = random_set(classes)
+    probabilities[labels == 0] = np.nan
+    assert np.isnan(metrics.auc(labels, probabilities))
+    found = probabilities.argmax(1)
+    recall = [0.0, *(np.mean(found[labels == c] == c) for c in range(1, classes))]
+    assert metrics.balanced_accuracy(labels, probabilities) == pytest.approx(np.mean(recall), abs=1e-12)
+    known = labels != 0
+    scores = [0.0]
+    for c in range(1, classes):
+        right = np.sum((found == c) & (labels == c) & known)
+        scores.append(2 * right / (np.sum((found == c) & known) + np.sum(labels == c)))
+    assert metrics.f1(labels, probabilities) == pytest.approx(scores[1] if classes == 2 else np.mean(scores), abs=1e-12)
+    nothing = np.full_like(probabilities, np.nan)
+    assert np.isnan(metrics.auc(labels, nothing))
+    assert metrics.balanced_accuracy(labels, nothing) == metrics.f1(labels, nothing) == 0
+
+
+def test_of_several_seeds_one_may_be_broken():
+    """Its NaN makes the means NaN, and no error."""
+    each = [sums_of(np.eye(3) * scale, np.arange(3)) for scale in (1, np.nan, 1)]
+    sums = {name: np.stack([one[name] for one in each]) for name in each[0]}
+    sums["loss"] = np.array([0.3, np.nan, np.inf])
+    result = metrics.summarize(sums)
+    assert (result["accuracy"], result["ensemble_accuracy"]) == (0.5, 1)
+    assert np.isnan([result["loss"], result["loss_std"]]).all()
+    sums["loss"] = np.array([0.3, np.inf, 0.3])
+    assert metrics.summarize(sums)["loss"] == np.inf
+
+
+@pytest.mark.parametrize("classes", [metrics.CONFUSION_CLASSES, metrics.CONFUSION_CLASSES + 1])
+def test_the_confusion_matrix_has_a_limit(classes):
+    """Above it each class is counted all the same; up to it the counts are the matrix's margins and diagonal."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, classes, 64)
+    sums = sums_of(rng.normal(size=(64, classes)) + 4 * np.eye(classes)[labels], labels)
+    assert 0 < sums["correct"] < 64
+    np.testing.assert_array_equal(sums["class_examples"], np.bincount(labels, minlength=classes))
+    assert sums["class_predicted"].sum() == 64
+    assert sums["class_correct"].sum() == sums["correct"]
+    assert ("confusion" in sums) == (classes <= metrics.CONFUSION_CLASSES)
+    if "confusion" in sums:
+        np.testing.assert_array_equal(sums["class_examples"], sums["confusion"].sum(1))
+        np.testing.assert_array_equal(sums["class_predicted"], sums["confusion"].sum(0))
+        np.testing.assert_array_equal(sums["class_correct"], np.diag(sums["confusion"]))
+    else:
+        assert max(np.size(value) for value in sums.values()) == classes

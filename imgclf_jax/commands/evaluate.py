@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import metrics
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import sources, stream
+from imgclf_jax.data import decode, sources, stream
 from imgclf_jax.programs import Programs, of_images
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -25,56 +25,56 @@ from imgclf_jax.weights import pretrained
 log = logging.getLogger(__name__)
 
 
-def evaluate(programs: Programs, state: Any, images: stream.Images) -> dict[str, Any]:
-    """The sums over all of `images`, on the host: integers exact, the loss in float64.
+def evaluate(programs: Programs, state: Any, images: stream.Images) -> tuple[metrics.Sums, metrics.Predictions | None]:
+    """(sums, predictions) over all of `images`, on the host: integers exact, the loss in float64.
 
-    For the config's `metrics` also `labels` i32[n] and `probabilities` f32[n, classes]. Of several seeds all are
-    [seeds + 1, …].
+    The predictions are None unless the config's `metrics` need them. With several seeds, the sums are [seeds + 1, …].
     """
-    size, total, scores = programs.steps_per_call, dict[str, Any](), list[dict[str, np.ndarray]]()
+    size = programs.steps_per_call
+    sums: metrics.Sums = {}
+    predictions: list[metrics.Predictions] = []  # one a batch
+
+    def collect(result: tuple[metrics.Sums, metrics.Predictions | None]) -> None:
+        new, steps = jax.device_get(result)
+        for name, value in new.items():
+            exact = np.float64 if np.issubdtype(value.dtype, np.floating) else np.int64
+            sums[name] = sums.get(name, 0) + value.sum(0, dtype=exact)
+        if steps is not None:
+            predictions.extend(metrics.Predictions(*step) for step in zip(*steps, strict=True))
+
     pending: Any = None
     shard = (jax.process_index(), jax.process_count())
     batches = stream.eval_batches(images, programs.eval_batch_size, *shard)
     for some in itertools.batched(batches, size):
         chunk = {name: stream.pad_steps(np.stack([batch[name] for batch in some]), size) for name in some[0]}
         chunk = sharding.put_batch(chunk, programs.mesh, axis=1)
-        sums = programs.eval(*state.evaluated, chunk, np.int32(len(some)))
-        _add(total, scores, pending)  # fetched while the next chunk is computed
-        pending = sums
-    _add(total, scores, pending)
-    if scores:
-        total |= {name: np.concatenate([some[name] for some in scores], -2 if name == "probabilities" else -1)
-                  for name in scores[0]}  # fmt: skip
-    return total
+        result = programs.eval(*state.evaluated, chunk, np.int32(len(some)))
+        if pending is not None:
+            collect(pending)  # while the device computes the next chunk
+        pending = result
+    collect(pending)
+    if wrong := int(np.max(sums["examples"] - sums["class_predicted"].sum(-1))):
+        log.warning("the logits of %d examples are NaN or infinite; these examples count as wrong", wrong)
+    return sums, metrics.concatenate(predictions) if predictions else None
 
 
 def evaluate_all(programs: Programs, state: Any, evals: dict[str, stream.Images]) -> dict[str, dict[str, float]]:
     """The metrics of each evaluation set, by its name."""
     return {
-        name: metrics.summarize(evaluate(programs, state, images), programs.recipe.whole_set_metrics)
+        name: metrics.summarize(*evaluate(programs, state, images), programs.recipe.whole_set_metrics)
         for name, images in evals.items()
     }
 
 
-def _add(total: dict[str, Any], scores: list[dict[str, np.ndarray]], sums: dict[str, jax.Array] | None) -> None:
-    sums = dict(sums or {})
-    if "mask" in sums:  # of those of several seeds, the same for each
-        mask, labels, probabilities = (np.asarray(sums.pop(name)) for name in ("mask", "labels", "probabilities"))
-        for step in range(len(mask)):
-            real = mask[step].reshape(-1, mask.shape[-1])[0]
-            scores.append({"labels": labels[step][..., real], "probabilities": probabilities[step][..., real, :]})
-    for name, value in sums.items():
-        exact = np.asarray(value, np.float64 if np.issubdtype(value.dtype, np.floating) else np.int64)
-        total[name] = total.get(name, 0) + exact.sum(0)
-
-
 def open_evals(programs: Programs, base: dict[str, sources.Source]) -> dict[str, stream.Images]:
-    """The evaluation sets of `data.eval`, by name; an entry is a split of the source, or a source spec and a split.
+    """The evaluation sets of `data.eval`, by name: each is a split of the source, or a source spec, "/" and a split.
 
-    `{"test": "test", "other": "folder('x')/train"}`: the part after the last `/` is the split.
+    An example is `{"test": "test", "other": "folder('x')/train"}`. Raises UserError for a set with other classes or
+    other image shapes than the training set, and for host ops that draw at random.
     """
     out = {}
     config = programs.recipe.config
+    report_host_ops(programs)
     for name, text in config.data.eval.items():
         spec, slash, split = text.rpartition("/") if ")" in text else ("", "", text)
         own = sources.open_splits(spec, config.data.data_dir, config.data.manual_dir) if slash else base
@@ -90,15 +90,25 @@ def open_evals(programs: Programs, base: dict[str, sources.Source]) -> dict[str,
     return out
 
 
-def restore(config: ConfigDict, workdir: Workdir, which: str) -> tuple[Programs, Any, int]:
-    """(programs, train state, step) of a trained run; `which` is "best", "latest", a step, or "" for best or latest.
+def report_host_ops(programs: Programs) -> None:
+    """Logs the host ops of evaluation if they follow from `preprocess` and differ from it."""
+    config = programs.recipe.config
+    if not config.preprocess_eval and programs.recipe.preprocess_eval != config.preprocess:
+        log.info("preprocess=%r draws at random, and preprocess_eval is empty: evaluation and prediction use %r",
+                 config.preprocess, programs.recipe.preprocess_eval)  # fmt: skip
 
-    Raises UserError where there is no such checkpoint.
+
+def restore(config: ConfigDict, workdir: Workdir, which: str) -> tuple[Programs, Any, int]:
+    """(programs, train state, step) of a trained run; `which` is "best", "latest" or a step.
+
+    The empty text is the best checkpoint if there is one, and else the latest. Raises UserError if there is no such
+    checkpoint.
     """
     programs = Programs(Recipe(config, load_data_info(workdir.provenance)))
     if not workdir.checkpoints.is_dir():
         raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best, read_only=True)
+    metric = config.checkpoint.best
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, metric, read_only=True)
     steps = checkpoints.steps()
     best = checkpoints.best_step()
     names = {"latest": steps[-1] if steps else None, "best": best, "": best}
@@ -110,8 +120,9 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> tuple[Programs,
         step, run = found
     elif step not in steps:
         raise UserError(f"--checkpoint={which}: there are {steps} in {workdir.checkpoints}"
-                        + ("" if best is None else f", {best} is the best by {config.checkpoint.best}")
-                        + ("" if config.checkpoint.best else "; 'best' needs checkpoint.best to be set"))  # fmt: skip
+                        + (f", {best} is the best by {metric}" if best is not None
+                           else f", and none has a finite {metric}" if metric
+                           else "; 'best' needs checkpoint.best to be set"))  # fmt: skip
     else:
         run = checkpoints.restore(step, programs.shape)
     log.info("checkpoint of step %d from %s", step, workdir.checkpoints)
@@ -121,21 +132,24 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> tuple[Programs,
 def convert(config: ConfigDict, base: dict[str, sources.Source]) -> tuple[Programs, Any]:
     """(programs, train state at step 0) of the weights that `init_from` names, for the classes of the source `base`.
 
-    Raises UserError where they are no whole model.
+    Raises UserError if the weights lack a part of the model.
     """
     source = next(iter(base.values()))  # every split has the same classes and the same shape
     with contextlib.suppress(UserError):
         source = sources.take_split(base, config.data.train)
-    images = stream.Images(source, config.preprocess_eval or config.preprocess, config.seed, config.data.threads)
+    preprocess = decode.for_evaluation(config.preprocess_eval, config.preprocess)
+    images = stream.Images(source, preprocess, config.seed, config.data.threads)
     programs = of_images(config, images)
     weights = pretrained.load(programs, whole=True)
     return programs, programs.init(weights=weights.taken)["state"]
 
 
 def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str) -> int:
-    """The command `evaluate`: prints the metrics of each evaluation set, and the accuracy of each class.
+    """The command `evaluate`: prints the metrics of each evaluation set, and a table of its classes.
 
-    Of the run in `workdir` or, with None, of the weights that `init_from` names.
+    It evaluates the run in `workdir`. If that is None, it evaluates the weights that `init_from` names. The format
+    "json" prints one object: the `step`, and for each set its metrics and its `confusion`, [label][prediction]. Above
+    CONFUSION_CLASSES classes there is no `confusion`, but `class_examples`, `class_predicted` and `class_correct`.
     """
     restored = restore(config, workdir, which) if workdir else None
     base = sources.open_splits(config.data.source, config.data.data_dir, config.data.manual_dir)
@@ -143,41 +157,57 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str) -
     if workdir:
         _warn_of_changed_data(programs, workdir.load_config(), base)
     results: dict[str, Any] = {"step": step}
-    confusions = {}
+    classes = {}
     for name, images in open_evals(programs, base).items():
-        sums = evaluate(programs, state, images)
-        results[name] = metrics.summarize(sums, programs.recipe.whole_set_metrics)
-        confusions[name] = sums["confusion"] if programs.recipe.num_seeds == 1 else sums["confusion"][-1]
+        sums, predictions = evaluate(programs, state, images)
+        results[name] = metrics.summarize(sums, predictions, programs.recipe.whole_set_metrics)
+        classes[name] = _class_counts(sums, programs.recipe.num_seeds)
     if format == "json":
-        for name, confusion in confusions.items():
-            results[name]["confusion"] = confusion.tolist()
+        for name, counts in classes.items():
+            shown = ("confusion",) if "confusion" in counts else tuple(counts)
+            results[name] |= {key: counts[key].tolist() for key in shown}
         print(json.dumps(results, indent=2))
         return 0
-    for name, confusion in confusions.items():
+    for name, counts in classes.items():
         print(f"{name}: {format_metrics(results[name])}")
-        _print_classes(programs.recipe.data.class_names, confusion)
+        _print_classes(programs.recipe.data.class_names, counts)
     return 0
 
 
 def _warn_of_changed_data(programs: Programs, trained: ConfigDict, base: dict[str, sources.Source]) -> None:
-    """Warns where the source holds other examples by now: a slice of it may hold some that were trained on."""
+    """Warns if the source holds other examples than in training: a split of it may hold some that were trained on."""
     if programs.recipe.config.data.source != trained.data.source:
         return
-    with contextlib.suppress(UserError):  # the training split may be gone: the evaluation sets are what is asked for
+    with contextlib.suppress(UserError):  # the training split may be gone, and only the evaluation sets are needed
         if sources.take_split(base, trained.data.train).fingerprint() != programs.recipe.data.fingerprint:
             log.warning("the data have changed since training: examples trained on may now be in an evaluation set")
 
 
-def _print_classes(class_names: tuple[str, ...], confusion: np.ndarray) -> None:
-    """A table of each class: how many, how many of them right (recall), how many of those called it are (precision)."""
+def _class_counts(sums: metrics.Sums, num_seeds: int) -> dict[str, np.ndarray]:
+    """The counts of each class, and the confusion matrix if there is one; with several seeds those of the ensemble."""
+    counts = {name: value for name, value in sums.items() if name.startswith("class_") or name == "confusion"}
+    return counts if num_seeds == 1 else {name: value[-1] for name, value in counts.items()}
+
+
+def _print_classes(class_names: tuple[str, ...], counts: dict[str, np.ndarray]) -> None:
+    """A table with a row for each class.
+
+    Recall is the share of the class's examples that are predicted right, precision the share of the predictions of the
+    class that are right.
+    """
     from rich.table import Table
 
-    table = Table("class", "examples", "recall", "precision", "most often taken for")
+    confusion = counts.get("confusion")
+    table = Table("class", "examples", "recall", "precision", *([] if confusion is None else ["most often taken for"]))
     for i, name in enumerate(class_names):
-        right, row, column = confusion[i, i], confusion[i].sum(), confusion[:, i].sum()
-        wrong = confusion[i] * (np.arange(len(class_names)) != i)
-        mistaken = f"{class_names[int(wrong.argmax())]} ({wrong.max()})" if wrong.any() else ""
-        table.add_row(
-            name, str(row), f"{right / row:.4f}" if row else "", f"{right / column:.4f}" if column else "", mistaken
-        )
+        examples, predicted, right = (counts[f"class_{key}"][i] for key in ("examples", "predicted", "correct"))
+        row = [name, str(examples), f"{right / examples:.4f}" if examples else ""]
+        row.append(f"{right / predicted:.4f}" if predicted else "")
+        if confusion is not None:
+            wrong = confusion[i] * (np.arange(len(class_names)) != i)
+            row.append(f"{class_names[int(wrong.argmax())]} ({wrong.max()})" if wrong.any() else "")
+        table.add_row(*row)
     print_table(table)
+    if confusion is None:
+        print(f"The column 'most often taken for' is left out: it needs the confusion matrix, which is counted for up "
+              f"to {metrics.CONFUSION_CLASSES} classes only, and these are {len(class_names)}.")  # fmt: skip

@@ -1,4 +1,4 @@
-"""New images, classified by what was trained, with the class names and host ops that the work directory recorded."""
+"""Classifies new images with a trained run, by the class names and host ops that its work directory recorded."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax.commands.evaluate import convert, restore
+from imgclf_jax.commands.evaluate import convert, report_host_ops, restore
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, sources
@@ -20,7 +20,7 @@ from imgclf_jax.run.workdir import Workdir
 
 
 def find_files(paths: list[str]) -> list[Path]:
-    """The files named, and those under the directories named but for hidden ones; sorted within a directory.
+    """The files at `paths`: each file that is named, and the files inside each directory, sorted, without hidden ones.
 
     Raises UserError for a path that does not exist and for a directory without files.
     """
@@ -44,7 +44,8 @@ def _is_hidden(path: Path) -> bool:
 
 
 def predict(programs: Programs, state: Any, files: list[Path]) -> Iterator[tuple[Path, np.ndarray | UserError]]:
-    """(file, probabilities f32[classes]) for each file, or (file, error) for one that cannot be read."""
+    """(file, probabilities f32[classes]) for each file, or (file, error) for one that cannot be classified."""
+    report_host_ops(programs)
     ops, _ = decode.build(programs.recipe.preprocess_eval)
     mesh = programs.mesh
     batch_size = sharding.round_up(min(programs.recipe.config.batch_size, 128), mesh)
@@ -69,13 +70,20 @@ def predict(programs: Programs, state: Any, files: list[Path]) -> Iterator[tuple
         images = sharding.put_batch({"image": batch}, mesh)["image"]
         probabilities = np.asarray(jax.device_get(programs.predict(*state.evaluated, images)))
         for row, (i, image) in enumerate(zip(some, loaded, strict=True)):
-            yield files[i], image if isinstance(image, UserError) else probabilities[row]
+            if isinstance(image, UserError):
+                yield files[i], image
+            elif np.isnan(probabilities[row]).any():
+                what = "the model gives NaN for this image; its weights may hold NaN, so try another --checkpoint"
+                yield files[i], UserError(f"{files[i]}: {what}")
+            else:
+                yield files[i], probabilities[row]
 
 
 def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str, paths: list[str], top_k: int) -> int:
-    """The command `predict`: prints the `top_k` classes of each image; 1 where an image could not be read, else 0.
+    """The command `predict`: prints the `top_k` classes of each image; 1 if an image could not be classified, else 0.
 
-    By the run in `workdir` or, with None, by the weights that `init_from` names; then the classes are the source's.
+    It uses the run in `workdir`. If that is None, it uses the weights that `init_from` names and the classes of the
+    config's source. The loss says what probabilities are (see `losses.Link`): after `sigmoid` they do not add up to 1.
     """
     if not paths:
         raise UserError(
@@ -105,7 +113,7 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str, p
         _print_table([r for r in records if "predictions" in r])
     if failed:
         others = "; the others are above" if failed < len(files) else ""
-        print(f"error: {failed} of {len(files)} images could not be read{others}", file=sys.stderr)
+        print(f"error: {failed} of {len(files)} images could not be classified{others}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -167,3 +167,49 @@ def build(text: str) -> tuple[HostOps, bool]:
         return np.asarray(image)
 
     return apply, any(draws)
+
+
+def _resized_centre(
+    height: int,
+    width: int = 0,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    method: str = "bilinear",
+) -> list[spec.Call]:
+    """For random_resized_crop: the central 7/8 of the shorter side, as 224 of 256 pixels."""
+    del scale, ratio
+    size = round(max(height, width) * 8 / 7)
+    resized = spec.Call("resize_small", (size,), {} if method == "bilinear" else {"method": method})
+    return [resized, spec.Call("central_crop", (height, width) if width else (height,))]
+
+
+# Evaluation draws nothing: what it does in place of a host op that draws at random.
+_COUNTERPARTS: dict[str, Callable[..., list[spec.Call]]] = {"random_resized_crop": _resized_centre}
+
+
+def for_evaluation(preprocess_eval: str, preprocess: str) -> str:
+    """The host ops of evaluation: `preprocess_eval`, or `preprocess` if it is empty, as a spec that draws nothing.
+
+    An op of `preprocess` that draws at random is replaced by its counterpart, such as random_resized_crop(224) by
+    resize_small(256)|central_crop(224). Raises UserError where there is no counterpart, and for a `preprocess_eval`
+    that draws at random.
+    """
+    own = bool(preprocess_eval.strip())
+    text = preprocess_eval if own else preprocess
+    calls = spec.parse(text)
+    random = [call for call in calls if build(f"decode|{call}")[1]]
+    if not random:
+        return text
+    replaced: list[spec.Call] = []
+    for call in calls:
+        if call not in random:
+            replaced.append(call)
+            continue
+        op, counterpart = spec.bind(call, HOST_OPS, "host op", given=("rng", "image")), _COUNTERPARTS.get(call.name)
+        instead = counterpart(**op.keywords) if counterpart else []
+        if own or not instead:
+            key, words = ("preprocess_eval" if own else "preprocess"), "|".join(map(str, instead))
+            fix = f"write {words} instead" if instead else "set preprocess_eval to host ops that draw nothing"
+            raise UserError(f"{key}={text!r}: {call.name} draws at random, but evaluation must not; {fix}")
+        replaced += instead
+    return "|".join(map(str, replaced))

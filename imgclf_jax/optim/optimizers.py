@@ -14,14 +14,14 @@ from imgclf_jax.core import spec, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.optim.rules import Rules
 
-# These take no schedule, or want more than the gradient at each update.
+# These take no schedule, or need more than the gradient at each update.
 _UNFIT = ("lbfgs", "optimistic_adam", "rprop", "sm3")
 
-# Of optax.contrib those that want the gradient alone.
+# The optimizers of optax.contrib that need the gradient only.
 _CONTRIB = ("acprop", "ademamix", "adopt", "cocob", "dadapt_adamw", "dog", "dowg", "madgrad", "prodigy",
             "simplified_ademamix")  # fmt: skip
 
-# These estimate one step size from all parameters together, which a weight decay by parameter would take apart.
+# These estimate one step size from all parameters together. A weight decay for each parameter would need several.
 _ONE_STEP_SIZE = ("dadapt_adamw", "dog", "dowg", "prodigy")
 
 # What may stand before the optimizer.
@@ -29,17 +29,17 @@ _TRANSFORMS = ("adaptive_grad_clip", "add_decayed_weights", "centralize", "clip"
                "clip_by_global_norm", "normalize_by_update_norm", "zero_nans")  # fmt: skip
 TRANSFORMS = {name: getattr(optax, name) for name in _TRANSFORMS}
 
-_ALIKE = Rules()
+_NO_RULES = Rules()
 
-# What optax's functions call the weight decay.
+# The names that optax's functions have for the weight decay.
 _DECAYS = ("weight_decay", "weight_decay_rate", "adam_weight_decay")
 
 
 def _matrices(params: Any) -> Any:
-    """For Muon: which axes of a parameter are a matrix's rows and columns, None for those that Adam is for.
+    """For Muon: which axes of a parameter are the rows and columns of a matrix; None if Adam updates the parameter.
 
-    Kernels are matrices, those of convolutions flattened to [kh * kw * c, f]; the head's is left to Adam, as Muon's
-    author advises.
+    Kernels are matrices; those of convolutions are flattened to [kh * kw * c, f]. Adam updates the head's kernel, as
+    Muon's author advises.
     """
 
     def axes(name: str, x: Any) -> Any:
@@ -48,6 +48,13 @@ def _matrices(params: Any) -> Any:
         return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1)
 
     return tree.map_named(axes, params)
+
+
+def _noisy_sgd(
+    learning_rate: optax.Schedule, eta: float = 0.01, gamma: float = 0.55, key: int = 0
+) -> optax.GradientTransformation:
+    """optax's, which warns if it gets no key; `seed_keys` adds the run's seed to the key."""
+    return optax.noisy_sgd(learning_rate, eta, gamma, key)
 
 
 @functools.cache
@@ -60,22 +67,27 @@ def _optimizers() -> dict[str, object]:
             continue
         if spec.takes(function, "learning_rate") and name not in _UNFIT and not name.startswith(("_", "scale_by_")):
             out[name] = function
+    out["noisy_sgd"] = _noisy_sgd
     out["muon"] = functools.partial(optax.contrib.muon, muon_weight_dimension_numbers=_matrices)
     return out
 
 
 def split_lookahead(text: str) -> tuple[list[spec.Call], spec.Call | None]:
-    """The calls of an optimizer spec, and the `lookahead(…)` that may end it, which is no transform of the gradient."""
+    """The calls of an optimizer spec without the `lookahead(…)` that may end it, and this call or None.
+
+    `lookahead` averages weights and does not change the gradient: see `weight_averages`.
+    """
     calls = spec.parse(text)
     return (calls[:-1], calls[-1]) if calls and calls[-1].name == "lookahead" else (calls, None)
 
 
-def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _ALIKE) -> optax.GradientTransformation:
+def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _NO_RULES) -> optax.GradientTransformation:
     """The optimizer that a spec such as `add_decayed_weights(5e-4)|sgd(momentum=0.9)` names.
 
-    In this order: clipping to global norm `clip` (0 is none), the transforms before the optimizer, the optimizer, whose
-    learning rate is `schedule` and never the spec's, and the learning rates of `rules`. Frozen parameters have no part
-    in any of it, nor a state.
+    Its parts, in this order: clipping to the global norm `clip` (0: no clipping), the transforms before the optimizer,
+    the optimizer with the learning rate `schedule`, and the learning rates of `rules`. Frozen parameters get no update
+    and have no state. Its first state still needs `seed_keys`. Raises UserError for a spec that names no optimizer, has
+    arguments that do not fit, or has no weight decay that `rules.decay` could multiply.
     """
     calls, _ = split_lookahead(text)
     if not calls or [call.name for call in calls[:-1] if call.name in _optimizers()]:
@@ -84,14 +96,15 @@ def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _ALIK
     *before, last = calls
     makers: list[Any] = [(spec.bind(call, TRANSFORMS, "transform before the optimizer"), ()) for call in before]
     makers.append((spec.bind(last, _optimizers(), "optimizer", given=("learning_rate",)), (schedule,)))
-    if last.args and ":" not in last.name:  # adam(1e-3) would set b1
+    if last.args and ":" not in last.name:  # adam(1e-3) would set b1, not the learning rate
         raise UserError(
             f"optimizer={text!r}: name the arguments, as in {last.name}(...={last.args[0]!r}); "
             "the learning rate is the schedule's"
         )
     if rules.decay:
         if last.name in _ONE_STEP_SIZE:
-            raise UserError(f"rules.decay: {last.name} finds one step size for all parameters together; use adamw, say")
+            raise UserError(f"rules.decay: {last.name} finds one step size for all parameters together and cannot "
+                            "decay them by different factors; use another optimizer, such as adamw")  # fmt: skip
         if not any(_bound(make, args)[1] for make, args in makers):
             raise UserError(f"rules.decay: optimizer={text!r} has no weight decay to multiply; use one that has, such "
                             "as adamw(weight_decay=1e-2), or add_decayed_weights(5e-4)|sgd(momentum=0.9)")  # fmt: skip
@@ -107,18 +120,19 @@ def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _ALIK
 
 
 def _bound(make: functools.partial[Any], args: tuple[Any, ...]) -> tuple[inspect.BoundArguments, dict[str, float]]:
-    """The arguments that a transform will be made with, and those of them that are a weight decay other than zero."""
+    """All arguments of a transform, defaults included, and by name those that are a weight decay above zero."""
     bound = inspect.signature(make.func).bind(*make.args, *args, **make.keywords)
     bound.apply_defaults()
     return bound, {name: value for name in _DECAYS if (value := bound.arguments.get(name))}
 
 
 def _with_decay(make: functools.partial[Any], args: tuple[Any, ...], rules: Rules) -> optax.GradientTransformation:
-    """The transform, with each parameter's weight decay multiplied by what the rules say."""
+    """The transform, with the weight decay of each parameter multiplied by its factor in the rules."""
     bound, decays = _bound(make, args)
     if not (rules.decay and decays):
         return make(*args)
-    # One of them for each factor, each for its own parameters: optax's masks know no factors but 0 and 1.
+    # One transform for each factor, applied to the parameters with this factor. optax's masks have no other factors
+    # than 0 and 1.
     labels = {factor: f"decay{i}" for i, factor in enumerate(sorted({1.0, *rules.decay.values()}))}
     transforms = {}
     for factor, label in labels.items():
@@ -137,12 +151,25 @@ def _scale_by_name(rules: Rules) -> optax.GradientTransformation:
 
 
 def _keep() -> optax.GradientTransformation:
-    """Updates that change no bit: x + -0.0 is x, while -0.0 + 0.0 would be 0.0."""
+    """Updates that change no bit. They are -0.0, since x + -0.0 is x for each x, while -0.0 + 0.0 is 0.0."""
     return optax.stateless(lambda updates, params: jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates))
 
 
+def seed_keys(state: Any, seed: jax.Array | int) -> Any:
+    """An optimizer's first state, with the run's seed folded into each random key in it; seed is u32[].
+
+    So optax's noise (`noisy_sgd`, `add_noise`) differs between seeds, and is the same when a run is repeated.
+    """
+    leaves, structure = jax.tree.flatten(state)
+    places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)]
+    for number, i in enumerate(places):  # numbered, so that two transforms with one key draw different noise
+        fold = jax.vmap(jax.random.fold_in, (0, None))
+        leaves[i] = fold(fold(leaves[i].reshape(-1), number), seed).reshape(leaves[i].shape)
+    return jax.tree.unflatten(structure, leaves)
+
+
 def promoting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` under JAX's standard dtype promotion, which optax relies on (`b1 ** count`), even in strict mode."""
+    """`function` under JAX's standard dtype promotion, in strict mode too: optax relies on it (`b1 ** count`)."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:

@@ -72,8 +72,8 @@ class MetricsWriter:
             while cause.__cause__:  # CLU wraps what its thread raised
                 cause = cause.__cause__
             raise UserError(
-                f"the metrics in {self._directory} could not be written: {reason(cause)}; free some space or mend "
-                "the disk and run the same command again"
+                f"the metrics in {self._directory} could not be written: {reason(cause)}; free some space or repair "
+                "the disk, then run the same command again"
             ) from e
 
 

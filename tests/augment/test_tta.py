@@ -75,7 +75,7 @@ def test_logits_are_those_averaged_by_hand(trained, text):
     labels, mask = np.random.default_rng(1).integers(0, 3, 16), np.arange(16) < 13
     loss = losses.build("softmax")
     batch = {"image": jnp.asarray(IMAGES), "label": jnp.asarray(labels, jnp.int32), "mask": jnp.asarray(mask)}
-    sums = step.make_eval_step(e.recipe.model, loss, ops, views)(state.params, {}, batch)
+    sums, _ = step.make_eval_step(e.recipe.model, loss, ops, views)(state.params, {}, batch)
     assert int(sums["correct"]) == int((expected.argmax(-1) == labels)[mask].sum())
     by_example = -np.log((softmax / softmax.sum(-1, keepdims=True))[np.arange(16), labels])
     np.testing.assert_allclose(sums["loss"], by_example[mask].sum(), rtol=1e-5)
@@ -96,7 +96,7 @@ def test_the_config_key_reaches_evaluation_and_prediction(trained):
         rows = slice(first, first + 8)
         chunk = {"image": IMAGES[None, rows], "label": labels[None, rows], "mask": np.ones((1, 8), bool)}
         chunk = {k: np.repeat(v, e.steps_per_call, 0) for k, v in chunk.items()}
-        sums = e.eval(state.params, {}, sharding.put_batch(chunk, e.mesh, axis=1), np.int32(1))
+        sums, _ = e.eval(state.params, {}, sharding.put_batch(chunk, e.mesh, axis=1), np.int32(1))
         correct += metrics.summarize(jax.tree.map(lambda x: x[0], jax.device_get(sums)))["accuracy"] * 8
     assert correct == (expected.argmax(-1) == labels).sum()
     softmax = np.exp(expected - expected.max(-1, keepdims=True))

@@ -81,7 +81,8 @@ def test_exact(trained, counted, batch_size, count):
     place = counted["one_right"] + 1
     source = sources.take_split(sources.open_splits(config.data.source), f"test[{place}:]+test[:{place}]")
     images = programs.eval_images(source)
-    sums = evaluate(programs, state, images)
+    sums, predictions = evaluate(programs, state, images)
+    assert predictions is None  # no metric needs them
     assert {k: int(sums[k]) for k in ("examples", "correct", "top5")} == {
         k: counted[k] for k in ("examples", "correct", "top5")
     }
@@ -131,6 +132,25 @@ def test_table(trained, counted, command):
             f"{confusion[i, i] / column:.4f}" if column else "",
             f"{others.argmax()} ({others.max()})" if others.any() else "",
         ]
+
+
+def test_many_classes(trained, counted, command, monkeypatch):
+    """Without a confusion matrix one column is missing, which is said; the others are the same."""
+
+    def rows(out):
+        return [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line[0] == "│"]
+
+    whole = rows(command(trained.path))
+    monkeypatch.setattr(metrics, "CONFUSION_CLASSES", 9)
+    out = command(trained.path)
+    assert rows(out) == [row[:-1] for row in whole]
+    assert "'most often taken for' is left out" in out
+    assert "up to 9 classes only, and these are 10" in out
+    result = json.loads(command(trained.path, "--format=json"))["test"]
+    assert "confusion" not in result
+    assert result["class_examples"] == counted["confusion"].sum(1).tolist()
+    assert result["class_predicted"] == counted["confusion"].sum(0).tolist()
+    assert result["class_correct"] == np.diag(counted["confusion"]).tolist()
 
 
 def test_best_latest_and_a_step(trained, command):

@@ -80,10 +80,10 @@ def test_results(runs):
     for seed in (5, 6):
         programs, state, _ = state_of(runs[str(seed)])
         images = programs.eval_images(sources.open_splits(SOURCE)["test"])
-        sums = evaluate(programs, state, images)
-        probabilities.append(sums["probabilities"])
+        _, predictions = evaluate(programs, state, images)
+        probabilities.append(predictions.probabilities)
     mean = np.mean(probabilities, 0, np.float64)
-    labels = sums["labels"]
+    labels = predictions.labels
     assert result["ensemble_accuracy"] == np.mean(mean.argmax(1) == labels)
     assert result["ensemble_loss"] == pytest.approx(-np.mean(np.log(mean[np.arange(50), labels])), rel=1e-4)
     assert result["ensemble_loss"] < result["loss"]  # by Jensen's inequality

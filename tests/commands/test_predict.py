@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,6 +13,7 @@ import launch
 from imgclf_jax.commands.evaluate import restore
 from imgclf_jax.data import sources
 from imgclf_jax.data.decode import resize
+from imgclf_jax.models import classifier
 from imgclf_jax.run.workdir import Workdir
 
 ROOT = Path(__file__).parents[2]
@@ -128,11 +130,22 @@ def test_a_broken_image(digits, pngs, predict, tmp_path):
     assert len(errors) == 3
     assert f"{tmp_path}/b.png: the image does not decode" in errors[0]
     assert f"{tmp_path}/c.txt: the image is not in an image format" in errors[1]
-    assert errors[2] == "error: 2 of 4 images could not be read; the others are above"
+    assert errors[2] == "error: 2 of 4 images could not be classified; the others are above"
     assert "Traceback" not in err
     status, out, err = predict(digits, tmp_path / "c.txt")
     assert (status, out) == (1, "")
-    assert err.splitlines()[-1] == "error: 1 of 1 images could not be read"
+    assert err.splitlines()[-1] == "error: 1 of 1 images could not be classified"
+
+
+def test_a_broken_model(digits, pngs, predict, monkeypatch):
+    """NaN is no probability of any class: each image is an error."""
+    monkeypatch.setattr(
+        classifier.Classifier, "apply", lambda self, variables, x, train: jnp.full((len(x), 10), jnp.nan)
+    )
+    status, out, err = predict(digits, pngs / "000.png", pngs / "001.png", "--format=json")
+    assert status == 1
+    assert all("the model gives NaN for this image" in record["error"] for record in json.loads(out))
+    assert err.splitlines()[-1] == "error: 2 of 2 images could not be classified"
 
 
 def test_tables_and_top_k(digits, pngs, predict):

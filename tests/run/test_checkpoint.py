@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 import shutil
 import subprocess
@@ -216,6 +217,19 @@ def test_the_best_is_kept(tmp_path, best, expected):
     assert Checkpoints(tmp_path).best_step() is None
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("best", "values", "expected"), [
+    ("val/loss", (0.5, None, 0.9), 1), ("val/loss", (None, 0.5, 0.9), 2), ("val/loss", (0.9, 0.5, None), 2),
+    ("val/accuracy", (0.5, None, 0.2), 1), ("val/accuracy", (None, None, 0.2), 3), ("val/accuracy", (None, None), None),
+])  # fmt: skip
+def test_a_value_that_is_not_finite_is_the_worst(tmp_path, best, values, expected, bad):
+    """Wherever it comes: the best finite value is kept beside the latest checkpoint. Without one there is no best."""
+    scores = {step: {best: bad if value is None else value} for step, value in enumerate(values, 1)}
+    checkpoints = save(tmp_path, scores, keep=1, best=best)
+    assert checkpoints.best_step() == expected
+    assert set(checkpoints.steps()) >= {len(values), *filter(None, [expected])}
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of its own, and a function that gives it other options, such as another size."""
@@ -252,8 +266,8 @@ def test_a_full_disk(small_disk, tmp_path):
     workdir = place / "run"
     status, said = train(workdir)  # a checkpoint is 0.9 MB: one fits
     assert (status, len(said)) == (1, 1), said
-    mend = "free some space or mend the disk and run the same command again"
-    assert re.fullmatch(rf"error: (a checkpoint|the metrics) .*{workdir}.*: no space left on device; .*{mend}", said[0])
+    fix = "free some space or repair the disk, then run the same command again"
+    assert re.fullmatch(rf"error: (a checkpoint|the metrics) .*{workdir}.*: no space left on device; .*{fix}", said[0])
     before = Checkpoints(workdir / "checkpoints", read_only=True)
     assert before.steps() == [4]
     remount("size=20m")

@@ -1,0 +1,75 @@
+"""The host ops of evaluation draw nothing at random: they are replaced where `preprocess` does, or refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+import launch
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import decode
+
+SOURCE = "fake(64, (12, 12, 1), 4)"
+
+
+def noisy(rng, image):
+    """A user's host op that draws."""
+    return image + rng.integers(0, 2, image.shape, np.uint8)
+
+
+def darker(image, by=2):
+    """A user's host op that does not."""
+    return image // np.uint8(by)
+
+
+@pytest.mark.parametrize(("preprocess", "expected"), [
+    ("decode(3)|random_resized_crop(224)", "decode(3)|resize_small(256)|central_crop(224)"),
+    ("decode(3)|random_resized_crop(32, scale=(0.5, 1.0))", "decode(3)|resize_small(37)|central_crop(32)"),
+    ("decode(1)|random_resized_crop(height=8, width=12, method='bicubic')",
+     "decode(1)|resize_small(14, method='bicubic')|central_crop(8, 12)"),
+    (f"decode(3)|random_resized_crop(16)|{__name__}:darker(by=3)",
+     f"decode(3)|resize_small(18)|central_crop(16)|{__name__}:darker(by=3)"),
+    ("decode(3)|resize( 8,6 )", "decode(3)|resize( 8,6 )"),  # as it is written
+])  # fmt: skip
+def test_an_empty_key_follows_preprocess(preprocess, expected):
+    """With the same shape, for an image of any shape, and nothing drawn."""
+    assert decode.for_evaluation("", preprocess) == expected
+    assert decode.for_evaluation(expected, preprocess) == expected
+    ops, random = decode.build(expected)
+    assert not random
+    train, _ = decode.build(preprocess)
+    for shape in ((40, 30, 3), (9, 70, 3), (8, 6, 3)):
+        image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        assert ops(image, pytest.fail).shape == train(image, lambda: np.random.default_rng(1)).shape
+
+
+@pytest.mark.parametrize(("evaluation", "preprocess", "words"), [
+    ("decode(1)|random_resized_crop(8)", "decode(1)|resize(8)",
+     "preprocess_eval='decode(1)|random_resized_crop(8)': random_resized_crop draws at random, but "
+     "evaluation must not; write resize_small(9)|central_crop(8) instead"),
+    ("", f"decode(1)|{__name__}:noisy", f"preprocess='decode(1)|{__name__}:noisy': {__name__}:noisy draws at random, "
+     "but evaluation must not; set preprocess_eval to host ops that draw nothing"),
+    (f"decode(1)|{__name__}:noisy", "decode(1)", "set preprocess_eval to host ops that draw nothing"),
+])  # fmt: skip
+def test_what_cannot_be_replaced_is_refused(evaluation, preprocess, words):
+    with pytest.raises(UserError) as e:
+        decode.for_evaluation(evaluation, preprocess)
+    assert words in str(e.value)
+
+
+def test_evaluation_is_the_same_as_with_the_ops_written_out(tmp_path, capsys):
+    """Whatever the seed of the run, and it is said."""
+    argv = [f"--config.data.source={SOURCE}", "--config.preprocess=decode(1)|random_resized_crop(10)",
+            "--config.model=mlp(widths=(8,))", "--config.total=6 steps", "--config.batch_size=16"]  # fmt: skip
+    assert launch.main([*argv, f"--workdir={tmp_path}"]) == 0
+    said = "preprocess_eval is empty: evaluation and prediction use 'decode(1)|resize_small(11)|central_crop(10)'"
+    assert capsys.readouterr().err.count(said) == 1
+    results = [json.loads((tmp_path / "result.json").read_text())["test"]]
+    for more in ([], ["--config.seed=7"], ["--config.preprocess_eval=decode(1)|resize_small(11)|central_crop(10)"]):
+        assert launch.main(["evaluate", f"--workdir={tmp_path}", "--format=json", *more]) == 0
+        results.append(json.loads(capsys.readouterr().out)["test"])
+        del results[-1]["confusion"]
+    assert all(result == results[0] for result in results)
+    random = "--config.preprocess_eval=decode(1)|random_resized_crop(10)"
+    assert launch.main(["evaluate", f"--workdir={tmp_path}", random]) == 1
+    assert "random_resized_crop draws at random" in capsys.readouterr().err

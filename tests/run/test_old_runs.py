@@ -1,0 +1,66 @@
+"""Work directories that an older version wrote: they can be evaluated, used for prediction, and resumed.
+
+`fixtures/plain` and `fixtures/stacked` were written by version 0.1.0 at commit 3638aed, with 12 steps in all, and hold
+the checkpoint of step 6: one seed with an average of its weights, and two seeds with Lookahead's slow weights. Their
+`expected.json` holds what that version said of step 6, and what it logged in the steps after it. No op of these runs
+draws at random, so the numbers follow from the checkpoint alone.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tolerance import rounding
+
+import launch
+from imgclf_jax import config as configs
+from imgclf_jax.data import sources
+from imgclf_jax.run.writers import read_metrics
+
+FIXTURES = Path(__file__).parent / "fixtures"
+# The longest path through cnn(widths=(4,), hidden=8) on 12 x 12 images, there and back.
+DEPTH = 2 * (9 + 6 * 6 * 4 + 8 + 4 + 10)
+
+
+@pytest.fixture(scope="module", params=["plain", "stacked"])
+def old(request, tmp_path_factory):
+    """(a copy of the work directory, what is expected of it)."""
+    workdir = tmp_path_factory.mktemp("old") / request.param
+    shutil.copytree(FIXTURES / request.param, workdir)
+    return workdir, json.loads((workdir / "expected.json").read_text())
+
+
+def test_evaluated(old, capsys):
+    workdir, expected = old
+    assert launch.main(["evaluate", f"--workdir={workdir}", "--format=json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["step"] == 6
+    assert result["test"].pop("confusion") == expected["evaluated"].pop("confusion")
+    assert result["test"] == pytest.approx(expected["evaluated"], rel=rounding(DEPTH))
+
+
+def test_predicted(old, tmp_path, capsys):
+    workdir, expected = old
+    images = sources.open_splits("fake(64, (12, 12, 1), 4)")["test"].read(np.arange(3))["image"]
+    for i, image in enumerate(images):
+        Image.fromarray(image[..., 0]).save(tmp_path / f"{i}.png")
+    assert launch.main(["predict", f"--workdir={workdir}", "--format=json", "--top_k=4", str(tmp_path)]) == 0
+    found = [{p["class"]: p["probability"] for p in record["predictions"]}
+             for record in json.loads(capsys.readouterr().out)]  # fmt: skip
+    probabilities = [[one[c] for c in "0123"] for one in found]
+    np.testing.assert_allclose(probabilities, expected["probabilities"], rtol=0, atol=1e-6 + rounding(DEPTH))
+
+
+def test_resumed(old):
+    """With the recorded config. The first record after the checkpoint holds the sums of steps before it, too."""
+    workdir, expected = old
+    flat = configs.flatten(configs.from_json((workdir / "config.json").read_text(), ""))
+    flags = [f"--config.{key}={value}" for key, value in flat.items() if not isinstance(value, dict)]
+    assert launch.main([f"--workdir={workdir}", *flags]) == 0
+    records = [record for record in read_metrics(workdir / "metrics.jsonl") if record["step"] > 6]
+    assert len(records) == len(expected["records"])
+    for ours, theirs in zip(records, expected["records"], strict=True):
+        assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=rounding(6 * DEPTH))

@@ -1,0 +1,131 @@
+"""How a loss turns logits into probabilities: in metrics, in ensembles, in `predict`, against NumPy and SciPy."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from PIL import Image
+
+import launch
+from imgclf_jax import losses
+from imgclf_jax.commands.evaluate import restore
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import sources
+from imgclf_jax.run.workdir import Workdir
+
+SOURCE = "fake(60, (8, 8, 1), 3)"
+PROBABILITIES = {"softmax": functools.partial(scipy.special.softmax, axis=-1), "sigmoid": scipy.special.expit}
+
+
+def plain_loss(logits, labels):
+    """A user's loss that declares nothing."""
+    return losses.softmax(logits, labels)
+
+
+@losses.with_link(losses.SIGMOID)
+def declared_loss(logits, labels, scale=1.0):
+    """A user's loss over classes that do not exclude each other."""
+    return scale * losses.sigmoid(logits, labels)
+
+
+@pytest.mark.parametrize(("loss", "link"), [
+    ("softmax(label_smoothing=0.1)", losses.SOFTMAX), ("focal", losses.SOFTMAX), ("sigmoid(mean=True)", losses.SIGMOID),
+    (f"{__name__}:plain_loss", losses.SOFTMAX), (f"{__name__}:declared_loss(scale=2.0)", losses.SIGMOID),
+])  # fmt: skip
+def test_each_loss_has_a_link(loss, link):
+    """By its spec and with its arguments bound; a user's own declares it, or has the softmax."""
+    assert losses.link_of(loss) == link
+    assert losses.link_of(losses.build(loss)) == link
+
+
+def test_a_wrapped_loss_keeps_its_link():
+    assert losses.link_of(functools.partial(jax.jit(declared_loss), scale=2.0)) == losses.SIGMOID
+    with pytest.raises(UserError, match="unknown loss 'sigmoidd'"):
+        losses.link_of("sigmoidd")
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_an_ensemble_has_the_mean_probabilities(name, float64):
+    """Whose logits, given back to the link, are those; and as given to the loss, give the loss of that mean."""
+    logits = np.random.default_rng(0).normal(0, 4, (5, 20, 6))
+    link, probabilities = losses.link_of(name), PROBABILITIES[name](logits)
+    np.testing.assert_allclose(link.probabilities(jnp.asarray(logits)), probabilities, rtol=1e-12)
+    together = link.ensemble(jnp.asarray(logits))
+    mean = probabilities.mean(0)
+    np.testing.assert_allclose(link.probabilities(together), mean, rtol=1e-12)
+    labels = np.arange(20, dtype=np.int32) % 6
+    hot = np.eye(6)[labels]
+    expected = -np.log(mean[np.arange(20), labels]) if name == "softmax" else (
+        -(hot * np.log(mean) + (1 - hot) * np.log1p(-mean)).sum(-1))  # fmt: skip
+    np.testing.assert_allclose(losses.build(name)(together, jnp.asarray(labels)), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_an_ensemble_of_sure_models_is_finite(name):
+    """Where float32 rounds every probability to 0 or 1."""
+    logits = jnp.asarray([[[300.0, -300.0]], [[200.0, -200.0]]])
+    together = losses.link_of(name).ensemble(logits)
+    assert np.isfinite(together).all()
+    assert np.argmax(together) == 0
+    # The second class has exp(-600) and exp(-400) by the softmax, exp(-300) and exp(-200) by the sigmoid: the greater
+    # of both, halved, is the mean.
+    second = together[0, 1] - together[0, 0] if name == "softmax" else together[0, 1]
+    np.testing.assert_allclose(second, (-400 if name == "softmax" else -200) - np.log(2), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two seeds whose loss is `sigmoid`."""
+    folder = tmp_path_factory.mktemp("link")
+    argv = [f"--config.data.source={SOURCE}", "--config.preprocess=decode(1)", "--config.model=mlp(widths=(8,))",
+            "--config.total=8 steps", "--config.batch_size=16", "--config.loss=sigmoid", "--config.metrics=auc",
+            "--config.schedule=constant(3e-3)", "--config.num_seeds=2", "--config.tensorboard=False"]  # fmt: skip
+    assert launch.main([*argv, f"--workdir={folder}"]) == 0
+    return Workdir(folder)
+
+
+def by_hand(run, images):
+    """The mean over the seeds of the sigmoid of the logits, in float64; and each seed's."""
+    programs, state, _ = restore(run.load_config(), run, "latest")
+    pixels = images.astype(np.float32) / np.float32(255)
+    each = [programs.recipe.model.apply({"params": jax.tree.map(lambda x, i=i: x[i], state.params)}, pixels)
+            for i in range(2)]  # fmt: skip
+    probabilities = scipy.special.expit(np.asarray(each, np.float64))
+    return probabilities.mean(0), probabilities
+
+
+def test_evaluation_follows_the_loss(run):
+    """Loss, AUC and accuracy of the ensemble, and the mean of the seeds' losses."""
+    from sklearn.metrics import roc_auc_score
+
+    examples = sources.open_splits(SOURCE)["test"].read(np.arange(60))
+    labels, hot = examples["label"], np.eye(3)[examples["label"]]
+    mean, each = by_hand(run, examples["image"])
+
+    def loss(p):
+        return np.mean(-(hot * np.log(p) + (1 - hot) * np.log1p(-p)).sum(-1))
+
+    result = json.loads(run.result.read_text())["test"]
+    assert result["loss"] == pytest.approx(np.mean([loss(p) for p in each]), rel=1e-4)
+    assert result["ensemble_loss"] == pytest.approx(loss(mean), rel=1e-4)
+    assert result["ensemble_accuracy"] == np.mean(mean.argmax(-1) == labels)
+    areas = [roc_auc_score(labels == c, mean[:, c]) for c in range(3)]
+    assert result["ensemble_auc"] == pytest.approx(np.mean(areas), abs=2e-3)  # near ties may fall either way
+
+
+def test_prediction_follows_the_loss(run, tmp_path, capsys):
+    """The probabilities are the means of sigmoids: they do not add up to one."""
+    images = sources.open_splits(SOURCE)["test"].read(np.arange(4))["image"]
+    for i, image in enumerate(images):
+        Image.fromarray(image[..., 0]).save(tmp_path / f"{i}.png")
+    capsys.readouterr()
+    assert launch.main(["predict", f"--workdir={run.path}", "--format=json", str(tmp_path)]) == 0
+    records = json.loads(capsys.readouterr().out)
+    found = [{p["class"]: p["probability"] for p in record["predictions"]} for record in records]
+    mean, _ = by_hand(run, images)
+    np.testing.assert_allclose([[one[c] for c in "012"] for one in found], mean, rtol=1e-4, atol=1e-6)
+    assert all(abs(sum(one.values()) - 1) > 1e-3 for one in found)
