@@ -1,0 +1,175 @@
+"""Both forms of every backbone, CPU's and the accelerators': equal, open to edits, differentiable in both modes."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from imgclf_jax.core import platform, tree
+from imgclf_jax.models import classifier, convnext, resnet, vit
+from imgclf_jax.models.backbones import BACKBONES
+from imgclf_jax.models.cpu.rewrite import rewrite
+
+FORMS = ("cpu", "gpu")
+# Each with the module in its middle that the edits follow.
+SMALL = {
+    "cnn": ("cnn(widths=(4, 8), hidden=8)", 16, "block0"),
+    "mlp": ("mlp(widths=(16, 16), dropout=0.1)", 8, "dense0"),
+    "rnn": ("rnn(features=8, layers=2)", 8, "rnn0"),
+    "resnet": ("resnet(depth=18, zero_init=False)", 32, "layer2_0"),
+    "resnet_cifar": ("resnet_cifar(depth=8)", 16, "layer2_0"),
+    "wide_resnet": ("wide_resnet(depth=10, width=1, dropout=0.1)", 16, "layer2_0"),
+    "convnext": ("convnext('T', drop_path=0.1, layer_scale=0.1)", 32, "stage1_0"),
+    "vit": ("vit('Ti', patch=8, drop_path=0.1, dropout=0.1)", 16, "block0"),
+    "mixer": ("mixer('S', patch=8, drop_path=0.1)", 16, "block0"),
+    "airbench": ("airbench(widths=(8, 8, 40))", 32, "group1"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _shallow(monkeypatch):
+    """Every kind of layer of each family, in few blocks: they compile in seconds."""
+    monkeypatch.setitem(resnet._STAGES, 18, (1, 1, 1, 1))
+    monkeypatch.setitem(convnext._VARIANTS, "T", ((1, 1, 1, 1), (8, 16, 24, 32)))
+    monkeypatch.setitem(vit._VIT, "Ti", (32, 2, 2))
+    monkeypatch.setitem(vit._MIXER, "S", (16, 2, 8, 24))
+
+
+class Edits(nn.Module):
+    """What a stranger may do between two layers, by the axes that arrays have everywhere."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        kernel = (3,) * (x.ndim - 2)
+        settings = {"dtype": x.dtype, "param_dtype": x.dtype}
+        y = jnp.concatenate([nn.softmax(x), x * jnp.mean(x, -1, keepdims=True), jnp.max(x, -1, keepdims=True)], axis=-1)
+        y = nn.Conv(x.shape[-1], kernel, **settings)(y) if kernel else nn.Dense(x.shape[-1], **settings)(y)
+        y = nn.BatchNorm(use_running_average=not train, force_float32_reductions=False, **settings)(y)
+        y = nn.gelu(nn.GroupNorm(num_groups=2, force_float32_reductions=False, **settings)(y))
+        squeezed = jnp.mean(y, range(1, x.ndim - 1))  # squeeze and excitation
+        y = y * nn.sigmoid(nn.Dense(x.shape[-1], **settings)(squeezed)).reshape(-1, *[1] * len(kernel), x.shape[-1])
+        keep = jnp.asarray([1.25, 0, 1.25, 1.25], x.dtype).reshape(-1, *[1] * (x.ndim - 1))  # stochastic depth
+        return x + y * keep
+
+
+class Edited(nn.Module):
+    """A backbone with the edits behind the module of that name."""
+
+    backbone: nn.Module
+    place: str
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        edits = Edits(name="edits")
+
+        def after(call, args, kwargs, context):
+            out = call(*args, **kwargs)
+            here = context.method_name == "__call__" and context.module.path[-1:] == (self.place,)
+            return edits(out, train) if here else out
+
+        with nn.intercept_methods(after):
+            return self.backbone(x, train=train)
+
+
+def build(name, precision="float64", edited=False):
+    """(function of the parameters → logits of four images in training, parameters)."""
+    spec, size, place = SMALL[name]
+    model = classifier.build(spec, 4, precision)
+    if edited:
+        model = classifier.Classifier(Edited(model.backbone, place), 4)
+    dtype = jnp.float64 if precision == "float64" else jnp.float32
+    model = model.clone(dtype=dtype)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, size, size, 3)), dtype)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x))
+    rng = np.random.default_rng(1)
+    variables = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) / 3 + (len(s.shape) == 1), dtype), shapes)
+    others = {k: jax.tree.map(jnp.ones_like, v) for k, v in variables.items() if k != "params"}
+
+    def logits(params):
+        rngs = {"dropout": jax.random.key(0)}
+        return model.apply({"params": params, **others}, x, train=True, mutable=list(others), rngs=rngs)[0]
+
+    return logits, variables["params"]
+
+
+def in_form(form, function):
+    """`function` traced for a platform, and rewritten as programs for CPU are."""
+    return platform.traced_for(form, rewrite(function) if form == "cpu" else function)
+
+
+@pytest.mark.usefixtures("float64", "quick_compilation")
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+def test_ordinary_edits_in_the_middle_give_the_same_in_both_forms(name):
+    """Concatenation, softmax, means, stochastic depth, nn.Conv, BatchNorm, GroupNorm, squeeze and excitation."""
+    logits, params = build(name, edited=True)
+    run = jax.value_and_grad(lambda params: (jnp.sum(jnp.sin(y := logits(params))), y), has_aux=True)
+    cpu, gpu = (jax.jit(in_form(form, run))(params) for form in FORMS)
+    assert any("edits" in path for path, _ in tree.named_leaves(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), cpu, gpu)
+
+
+@pytest.mark.usefixtures("float64", "quick_compilation")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+def test_forward_mode_is_the_finite_difference(name, form):
+    """`jax.jvp`, `jax.linearize` and `jax.jvp` of `jax.grad`, in float64."""
+    logits, params = build(name)
+    rng = np.random.default_rng(2)
+    direction, other = (jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params) for _ in range(2))
+
+    def value(params):
+        return jnp.sum(jnp.sin(logits(params)))
+
+    def along(tangent, gradient):
+        return sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(tangent), jax.tree.leaves(gradient), strict=True))
+
+    def derivatives(params, direction, other):
+        first = jax.jvp(value, (params,), (direction,))[1]
+        linear = jax.linearize(value, params)[1](direction)
+        gradient, change = jax.jvp(jax.grad(value), (params,), (direction,))
+        return first, linear, along(direction, gradient), along(other, change)
+
+    def plain(params, other):
+        out, gradient = jax.value_and_grad(value)(params)
+        return out, along(other, gradient)
+
+    first, linear, reverse, second = jax.jit(in_form(form, derivatives))(params, direction, other)
+    step, run = 1e-6, jax.jit(in_form(form, plain))
+    above, below = (run(jax.tree.map(lambda p, d, s=s: p + s * d, params, direction), other) for s in (step, -step))
+    expected = [(a - b) / (2 * step) for a, b in zip(above, below, strict=True)]
+    np.testing.assert_allclose([first, linear, reverse], expected[0], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(second, expected[1], rtol=1e-4, atol=1e-5)
+
+
+def traced(name, form, precision):
+    """The gradient's program in a form, as JAX writes it."""
+    logits, params = build(name, precision)
+    return jax.jit(platform.traced_for(form, jax.grad(lambda params: jnp.sum(logits(params))))).trace(params)
+
+
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+def test_programs_for_accelerators_hold_nothing_of_the_cpu(name):
+    """No barrier and no primitive of its own; they can be lowered here. bfloat16 lies between the layers."""
+    program = traced(name, "gpu", "bfloat16")
+    text = str(program.jaxpr)
+    assert "optimization_barrier" not in text
+    assert "cpu_" not in text
+    assert "bf16[" in text
+    program.lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize("name", ["vit", "mixer", "cnn", "resnet_cifar"])
+def test_products_are_in_bfloat16_on_every_accelerator(name):
+    """Those of the head apart, none has a float32 operand, on GPU as on TPU."""
+
+    def float32_products(form, lowered_for):
+        text = traced(name, form, "bfloat16").lower(lowering_platforms=(lowered_for,)).as_text()
+        lines = re.findall(r"stablehlo\.(?:dot_general|convolution).*", text)
+        assert len(lines) > 5
+        return sum("f32>" in line.partition("->")[0] for line in lines)
+
+    gpu, tpu = float32_products("gpu", "cuda"), float32_products("tpu", "tpu")
+    assert gpu == tpu <= 2  # the head's
