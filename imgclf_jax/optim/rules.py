@@ -1,7 +1,7 @@
-"""Rules that treat some parameters otherwise than the rest: by patterns of their paths, and by their layer.
+"""Rules that treat some parameters differently from others, by patterns of their paths or by their layer.
 
 A rule is a regular expression that must match a parameter's whole path, such as `backbone/block0/kernel`, and a value.
-Of several rules the first that matches counts; every rule must count for some parameter.
+The first rule that matches a parameter applies to it. Each rule must apply to at least one parameter.
 """
 
 import re
@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 from imgclf_jax.core.errors import UserError
 
-# "a/.*=0.1, b/.*=1": a comma inside of braces, as in "block\d{1,2}/.*", belongs to a pattern.
+# A comma separates rules, as in "a/.*=0.1, b/.*=1". Inside of braces, as in "block\d{1,2}/.*", it is part of a pattern.
 _COMMA = re.compile(r",(?![^{},]*\})")
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How each parameter is trained, by its path; a path that is absent is trained as usual."""
+    """How each parameter is trained, by its path. Parameters whose path is absent have no rule."""
 
     lr: Mapping[str, float] = field(default_factory=dict)  # multiplies the update
     decay: Mapping[str, float] = field(default_factory=dict)  # multiplies the weight decay
@@ -36,9 +36,10 @@ class Rules:
 
 
 def build(lr: str, decay: str, freeze: str, layer_decay: float, names: Sequence[str]) -> Rules:
-    """The Rules that the keys of `rules` say of parameters of these paths, in the order in which the model uses them.
+    """The Rules that the keys of `rules` give for parameters with the paths `names`.
 
-    Raises UserError for text that is no rule, a rule that counts for no parameter, and where nothing is left to train.
+    The paths are in the order in which the model uses them, which `layer_decay` needs. Raises UserError for text that
+    is no rule, for a rule that applies to no parameter, and if no parameter is left to train.
     """
     rates = match(_numbers(lr, "rules.lr"), names, "rules.lr")
     if layer_decay:
@@ -52,7 +53,10 @@ def build(lr: str, decay: str, freeze: str, layer_decay: float, names: Sequence[
 
 
 def match[Value](rules: Sequence[tuple[str, Value]], names: Sequence[str], key: str) -> dict[str, Value]:
-    """The value of the first rule (pattern, value) that matches each name whole; names that none matches are absent."""
+    """For each name the value of the first rule (pattern, value) whose pattern matches the whole name.
+
+    Names that no pattern matches are absent. Raises UserError, which names the config key, for a rule without effect.
+    """
     out: dict[str, Value] = {}
     for pattern, value in rules:
         try:
@@ -67,7 +71,7 @@ def match[Value](rules: Sequence[tuple[str, Value]], names: Sequence[str], key: 
             some = f"; they are {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
             raise UserError(f"{key}: {pattern!r} matches no parameter{hint or some}")
         if not new:
-            raise UserError(f"{key}: {pattern!r} comes too late: rules before it match all that it does")
+            raise UserError(f"{key}: {pattern!r} has no effect: earlier rules match all its parameters; put it first")
         out |= dict.fromkeys(new, value)
     return out
 
@@ -94,9 +98,9 @@ def layers(names: Sequence[str]) -> dict[str, int]:
     """The depth of each parameter's layer, from 0, given all paths in the order in which the model uses them.
 
     As in BEiT (Bao et al. 2021, arXiv:2106.08254) and timm, a layer is a block: a numbered part of the backbone that
-    holds layers of its own, such as `block3` or `stage2_5`. What comes before the first block (patches, positions,
-    stem) is one layer, what comes between two belongs to the second, and what comes after the last one belongs to the
-    top layer, with the head. A backbone without blocks has a layer for each of its parts.
+    has layers inside, such as `block3` or `stage2_5`. All parts before the first block (patches, positions, stem) are
+    one layer. A part between two blocks belongs to the second. The parts after the last block belong to the top layer,
+    as the head does. In a backbone without blocks each part is a layer.
     """
     parts = {name: name.split("/")[1] for name in names if name.startswith("backbone/")}
     numbered = {part for name, part in parts.items() if re.search(r"\d", part) and name.count("/") > 2}

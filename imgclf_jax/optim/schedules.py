@@ -1,6 +1,7 @@
-"""Learning-rate schedules: the step, i32[], to the rate, f32[]; all begin with a warmup, if they are given one.
+"""Learning-rate schedules: functions from the step, i32[], to the learning rate, f32[].
 
-`warmup` and the boundaries of `step` are durations ('5%', '2 epochs', '500 steps').
+With a `warmup`, the rate first rises in a straight line. `warmup` and the boundaries of `step` are durations ('5%',
+'2 epochs', '500 steps').
 """
 
 from collections.abc import Callable
@@ -10,11 +11,11 @@ import optax
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 
-Steps = Callable[[str], int]  # a duration to whole steps
+Steps = Callable[[str], int]  # from a duration to whole steps
 
 
 def constant(steps: Steps, total: int, peak: float, warmup: str = "") -> optax.Schedule:
-    """`peak` throughout."""
+    """The rate is `peak` at each step."""
     return _warm_up(optax.constant_schedule(float(peak)), peak, steps(warmup), total)
 
 
@@ -76,7 +77,7 @@ def _warm_up(schedule: optax.Schedule, peak: float, warmup: int, total: int) -> 
     _check_warmup(warmup, total)
     if warmup == 0:
         return schedule
-    # The first step already moves: rate (1 / warmup) * peak at step 0, peak at step `warmup - 1` and after.
+    # The first rate is not zero: it is peak / warmup at step 0, and `peak` from step `warmup - 1` on.
     ramp = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
     return optax.join_schedules([ramp, schedule], [warmup])
 
@@ -94,6 +95,6 @@ SCHEDULES = {
 def build(text: str, steps: Steps, total: int) -> optax.Schedule:
     """The schedule that a spec such as `cosine(1e-3, warmup='5%')` names, over `total` steps.
 
-    `steps` turns a duration into whole steps and raises UserError for text that is none.
+    `steps` turns a duration into whole steps. It raises UserError for text that is no duration.
     """
     return spec.bind(spec.parse_one(text), SCHEDULES, "schedule", given=("steps", "total"))(steps, total)

@@ -1,6 +1,6 @@
-"""Averages of the weights over training, which evaluation and prediction use in their place.
+"""Averages of the weights over the steps of training. Evaluation and prediction use the average.
 
-What is averaged are all of a model's variables: parameters, and batch statistics with them.
+All variables of a model are averaged: its parameters and its batch statistics.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,8 @@ Variables = Any  # a pytree
 class Average(NamedTuple):
     """`init(variables) -> average`, and `update(average, variables, step) -> (variables, average)`.
 
-    `variables` are those after the update of `step` (i32[], from 0); what is trained on next may differ from them.
+    The `variables` given to `update` are those after the optimizer's update of `step`, i32[], which starts from 0. The
+    next step trains on the `variables` that it returns.
     """
 
     init: Callable[[Variables], Any]
@@ -47,10 +48,10 @@ def lookahead(
 ) -> Average:
     """Slow weights s, to which the weights v return every `k` steps: s ← s + alpha (v - s), v ← s.
 
-    Zhang et al. 2019 (arXiv:1907.08610), with the optimizer's state kept. With `power` above 0, 1 - (1 - alpha)
-    (steps done / total)**power takes the place of alpha: it begins as 1 and ends as `alpha`. The slow weights follow
-    the others until the first multiple of k after `start`, a duration. So the variant of airbench94, whose decay is
-    0.95 a step, is lookahead(5, 0.2262, power=3, start='3 epochs').
+    Zhang et al. 2019 (arXiv:1907.08610); the optimizer's state is kept when the weights return. If `power` is above 0,
+    1 - (1 - alpha) (steps done / total)**power replaces alpha: it begins at 1 and ends at `alpha`. Until the first
+    multiple of k after the duration `start`, the slow weights equal the others. airbench94, whose decay is 0.95 a step,
+    uses lookahead(5, 0.2262, power=3, start='3 epochs').
     """
     if type(k) is not int or k < 1 or not 0 < alpha <= 1 or power < 0:
         raise UserError(f"lookahead(k={k!r}, alpha={alpha}, power={power}): k must be a whole number from 1, "
@@ -68,9 +69,9 @@ def lookahead(
 
 
 def build(decay: float, call: spec.Call | None, steps: Callable[[str], int], total: int) -> Average:
-    """The average that the key `ema` and the `lookahead(…)` of an optimizer spec say; at most one of both.
+    """The average of the key `ema`, or of the `lookahead(…)` in an optimizer spec.
 
-    `steps` turns a duration into whole steps of the `total`.
+    `steps` turns a duration into whole steps of the `total`. Raises UserError if both are given.
     """
     if call is None:
         return ema(decay) if decay else NONE
@@ -84,7 +85,7 @@ def _copy(variables: Variables) -> Any:
 
 
 def _mix(old: Any, new: Any, share: jax.Array) -> Any:
-    """old + share * (new - old), so that equal values stay as they are; of integers the new."""
+    """old + share * (new - old), which leaves equal values unchanged; for integers the new value."""
 
     def mix(a: jax.Array, b: jax.Array) -> jax.Array:
         return a + share.astype(a.dtype) * (b - a) if jnp.issubdtype(a.dtype, jnp.inexact) else b

@@ -1,1 +1,1 @@
-"""What a run leaves behind: work directory, checkpoints, provenance, logs, caches."""
+"""What a run writes: work directory, checkpoints, provenance, logs, caches."""

@@ -1,4 +1,4 @@
-"""What a run was made from: versions, devices, git commit and data, written beside its checkpoints."""
+"""Provenance: the versions, devices, git commit and data of a run, written beside its checkpoints."""
 
 import importlib.metadata
 import json
@@ -20,17 +20,17 @@ _PACKAGES = ("imgclf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What must be known of the data to use a trained model without them."""
+    """The facts about the data that a trained model needs when the data are gone."""
 
     train_examples: int
     image_shape: tuple[int, int, int]  # (h, w, c), after the host ops
     class_names: tuple[str, ...]
     fingerprint: str
-    class_counts: tuple[int, ...] = ()  # training examples of each class, where the loss asks for them
+    class_counts: tuple[int, ...] = ()  # training examples of each class; empty unless the loss needs them
 
 
 def collect(data: DataInfo) -> dict[str, Any]:
-    """The record of this process, as JSON values."""
+    """The provenance of this process, as JSON values."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -50,7 +50,7 @@ def collect(data: DataInfo) -> dict[str, Any]:
 
 
 def _git() -> dict[str, Any]:
-    """The commit of this code and whether the working tree differs from it; empty outside a checkout."""
+    """The commit of this code, and whether the working tree differs from it; {} outside of a git checkout."""
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *args]
@@ -63,7 +63,7 @@ def _git() -> dict[str, Any]:
 
 
 def load_data_info(path: Path) -> DataInfo:
-    """The DataInfo in a `provenance.json`; UserError where it is missing or damaged."""
+    """The DataInfo in a `provenance.json`. Raises UserError if the file is missing or damaged."""
     try:
         data = json.loads(path.read_text())["data"]
         shape = tuple(data["image_shape"])
@@ -74,7 +74,7 @@ def load_data_info(path: Path) -> DataInfo:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader, or a crash, sees either the old or the new content and nothing between."""
+    """Writes a file in one piece: a reader sees the old content or the new one, after a crash too."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w") as file:
@@ -85,10 +85,10 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException as e:
         temporary.unlink(missing_ok=True)
         if isinstance(e, OSError):
-            e.filename = str(path)  # a full disk names no file
+            e.filename = str(path)  # the error of a full disk names no file
         raise
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically, indented, for people too."""
+    """Writes JSON by `write_atomically`, indented so that people can read it."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The work directory: what lies where, and whether a command may use it."""
+"""The work directory: the names of its files, and the checks before a command uses it."""
 
 import json
 import tempfile
@@ -36,15 +36,15 @@ class Workdir:
         return self.path / "result.json"
 
     def load_config(self) -> ConfigDict:
-        """The config the run was trained with; UserError where nothing was trained here."""
+        """The config that the run was trained with. Raises UserError if there is no run in this directory."""
         if not self.config.is_file():
             raise UserError(f"{self.path} holds no run (no config.json); train first, or pass the run's --workdir")
         return configs.from_json(self.config.read_text(), str(self.config))
 
     def open_for_training(self, config: ConfigDict) -> None:
-        """Makes the directory, checks that it can be written, and that a run that began here has the same config.
+        """Makes the directory. Raises UserError if it cannot be written or holds a run with another config.
 
-        Raises UserError, with the keys that differ, and leaves everything as it was.
+        The error names the keys that differ. The run in the directory is not changed.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -60,10 +60,10 @@ class Workdir:
             )
 
     def record(self, config: ConfigDict, data: DataInfo, init_from: dict[str, Any] | None = None) -> None:
-        """Writes config.json and provenance.json, the latter once: it tells of the process that began the run.
+        """Writes config.json and provenance.json, each once: they describe the process that began the run.
 
-        `init_from` tells of the weights that the run starts from, None where it goes on. Raises UserError where the run
-        began with other data or weights.
+        `init_from` describes the weights that a new run starts from. It is None for a run that starts from random
+        weights or resumes. Raises UserError if the run in the directory began with other data or weights.
         """
         if self.provenance.is_file():
             old = load_data_info(self.provenance)

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, and the terminal."""
+"""Writes the numbers of a run: to metrics.jsonl, to TensorBoard and to the terminal."""
 
 import concurrent.futures
 import contextlib
@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Appends records to `metrics.jsonl` and, where CLU is installed, to TensorBoard's event files in `tb/`.
+    """Appends records to `metrics.jsonl` and, if CLU is installed, to TensorBoard's event files in `tb/`.
 
-    A line a record: {"step": 100, "train/loss": …}. On resuming at `step`, records after it, and a line that a crash
-    cut short, are dropped: the run writes them again, the same.
+    A record is one line: {"step": 100, "train/loss": …}. A run that resumes at `step` first drops the records after
+    this step, and an incomplete last line after a crash. It then writes the same records again.
     """
 
     def __init__(self, workdir: Path, step: int = 0, tensorboard: bool = True):
@@ -42,7 +42,7 @@ class MetricsWriter:
             self._tensorboard = _TensorBoard(workdir / "tb") if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one record; it has reached the operating system when this returns."""
+        """Writes one record. The operating system has it when this returns, so a killed process does not lose it."""
         with self._writing():
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
@@ -50,14 +50,14 @@ class MetricsWriter:
                 self._tensorboard.write(step, dict(values))
 
     def sync(self) -> None:
-        """Returns when all records are on disk; called before each checkpoint, which must not be ahead of them."""
+        """Returns when all records are on disk. Called before a checkpoint is saved: its records must not be lost."""
         with self._writing():
             os.fsync(self._file.fileno())
             if self._tensorboard:
                 self._tensorboard.flush()
 
     def close(self) -> None:
-        """Closes the files; all has been synced, or an error that tells more is on its way."""
+        """Closes the files. Raises nothing: `write` and `sync` have raised what went wrong."""
         for file in (self._file, self._tensorboard):
             with contextlib.suppress(Exception):
                 if file:
@@ -78,7 +78,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; a line that a crash cut short is left out, a missing file is empty."""
+    """The records of a `metrics.jsonl`, without incomplete lines, which a crash may leave; [] if there is no file."""
     records = []
     if path.exists():
         for line in path.read_text().splitlines():
@@ -90,7 +90,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class _TensorBoard:
-    """TensorBoard's event files, written by a thread, which imports CLU and TensorFlow while training goes on."""
+    """TensorBoard's event files. A thread writes them, so that training does not wait for TensorFlow's import."""
 
     def __init__(self, directory: Path):
         self._writer: Any = None
@@ -110,11 +110,11 @@ class _TensorBoard:
         self._pending.append(self._pool.submit(lambda: self._writer and getattr(self._writer, method)(*args)))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Returns at once; what fails is raised by `flush`."""
+        """Returns at once. If it fails, `flush` raises the error."""
         self._submit("write_scalars", step, values)
 
     def flush(self) -> None:
-        """Returns when all is written."""
+        """Returns when everything is written."""
         self._submit("flush")
         pending, self._pending = self._pending, []
         for future in pending:
@@ -126,7 +126,7 @@ class _TensorBoard:
 
 
 class Throughput:
-    """Images a second, and the fraction of time spent waiting for input, over time that was training."""
+    """Images a second, and the share of the time spent waiting for input. Only the time of training counts."""
 
     def __init__(self, batch_size: int):
         self.batch_size = batch_size
@@ -135,7 +135,7 @@ class Throughput:
         self.resume()
 
     def resume(self) -> None:
-        """Starts the clock, after work that is not training, such as evaluation."""
+        """Starts the clock. Called after work that is not training, such as evaluation."""
         self._start = time.perf_counter()
 
     def pause(self) -> None:
@@ -143,17 +143,17 @@ class Throughput:
         self._active += time.perf_counter() - self._start
 
     def count_steps(self, steps: int, waited: float) -> None:
-        """Some steps more, for whose batches the device waited so many seconds."""
+        """Counts `steps` more steps, for whose batches the device waited `waited` seconds."""
         self._window_steps += steps
         self._waited += waited
 
     def restart(self) -> None:
-        """Forgets the time until now: the wait for what the first step needs."""
+        """Forgets the time before the first step, in which the program was compiled."""
         self._active, self._waited = 0.0, 0.0
         self.resume()
 
     def lap(self) -> dict[str, float]:
-        """{"images_per_second", "input_wait"} since the last lap; called while paused."""
+        """{"images_per_second", "input_wait"} since the last lap. Called while the clock is stopped."""
         seconds = max(self._active, 1e-9)
         out = {
             "images_per_second": round(self._window_steps * self.batch_size / seconds, 1),
@@ -166,12 +166,12 @@ class Throughput:
 
 @functools.cache
 def console() -> Console:
-    """The terminal's one console on standard error: the bar and the log lines must know of each other."""
+    """The console on standard error. There is one only, so that log lines do not break the progress bar."""
     return Console(stderr=True)
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere nothing, since the log lines tell."""
+    """A progress bar on a terminal. Elsewhere it shows nothing, since there are log lines."""
 
     def __init__(self, start: int, total: int):
         self._bar = None
@@ -188,19 +188,19 @@ class Progress:
             self._bar.start()
 
     def update(self, step: int, note: str | None = None) -> None:
-        """Moves the bar to `step`; `note` stands behind it until the next one."""
+        """Moves the bar to `step`. The text `note` stays behind the bar until the next one."""
         if self._bar:
             fields: dict[str, Any] = {} if note is None else {"note": note}
             self._bar.update(self._task, completed=step, **fields)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Stops updating the bar, which stays on the screen."""
         if self._bar:
             self._bar.stop()
 
 
 def setup_logging() -> None:
-    """Log lines `HH:MM:SS message` on standard error, above the progress bar where there is one."""
+    """Prints log lines `HH:MM:SS message` on standard error, above the progress bar if there is one."""
     if console().is_terminal:
         handler: logging.Handler = RichHandler(console=console(), show_path=False, show_level=False, highlighter=None)
         line = "%(message)s"
@@ -208,7 +208,7 @@ def setup_logging() -> None:
         handler, line = logging.StreamHandler(), "%(asctime)s %(message)s"
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format=line, datefmt="%H:%M:%S", force=True)
     logging.getLogger("imgclf_jax").setLevel(logging.INFO)
-    # Orbax raises what went wrong, and on the way there logs it a dozen times with tracebacks.
+    # Orbax logs an error a dozen times, with tracebacks, before it raises it.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _report_unraisable
@@ -218,13 +218,13 @@ _usual_hook = sys.unraisablehook
 
 
 def _report_unraisable(unraisable: Any) -> None:
-    """After a save that failed TensorStore still reports to an event loop that is closed; that is no second failure."""
+    """Hides one message: after a failed save, TensorStore still calls an event loop that is closed by then."""
     if str(unraisable.exc_value) != "Event loop is closed":
         _usual_hook(unraisable)
 
 
 def print_table(table: Table) -> None:
-    """A table on standard output; where that is no terminal, a row is a line, however long, for programs to read."""
+    """Prints a table on standard output. If this is no terminal, a row is one line of any length, for programs."""
     width = None if sys.stdout.isatty() else 1000
     Console(width=width, markup=False, emoji=False).print(table)  # a file may be called "a[b]:c:.png"
 

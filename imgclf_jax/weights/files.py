@@ -1,7 +1,7 @@
-"""Weights in files made elsewhere, safetensors and PyTorch's, read without PyTorch and without running what they hold.
+"""Reads weights from safetensors and PyTorch files, without PyTorch and without running code from the file.
 
-A PyTorch checkpoint is a pickle, a program of its own: it can call any function by name. Here a name outside of a short
-table, which holds what rebuilds tensors and plain containers, is refused before anything is called.
+A PyTorch checkpoint is a pickle, and a pickle is a program: it can call any function by name. Here it may call only the
+few functions that rebuild tensors and plain containers. Any other name is refused before anything is called.
 """
 
 import collections
@@ -18,7 +18,7 @@ import numpy as np
 
 from imgclf_jax.core.errors import UserError, reason
 
-_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of checkpoints before PyTorch 1.6
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first numbers of checkpoints before PyTorch 1.6
 _STORAGES = {
     "DoubleStorage": "<f8",
     "FloatStorage": "<f4",
@@ -45,7 +45,7 @@ _SAFETENSORS = {
 }
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "net")
-_PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and Lightning
+_PREFIXES = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile and Lightning put them before names
 
 
 class _Storage(NamedTuple):
@@ -55,17 +55,18 @@ class _Storage(NamedTuple):
 
 class _Tensor(NamedTuple):
     storage: _Storage
-    offset: int  # this and the strides in elements
+    offset: int  # the offset and the strides count elements
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """{name: array} of a safetensors file or of a PyTorch checkpoint of either format, told by its content.
+    """{name: array} of a safetensors file or of a PyTorch checkpoint, in its old or its new format.
 
-    The weights may lie in the file as they are or under `state_dict`, `model`, `model_state_dict` or `net`; a prefix
-    that all names share (`module.`, `_orig_mod.`, `model.`) is taken off. The arrays are read-only, of the dtype in the
-    file. Raises UserError for a file that is damaged, of another kind, or that asks for code.
+    The content decides which format it is. The weights may be the whole content or lie under `state_dict`, `model`,
+    `model_state_dict` or `net`. A prefix that all names share (`module.`, `_orig_mod.`, `model.`) is removed. The
+    arrays are read-only and have the dtype of the file. Raises UserError for a file that is damaged, of another kind,
+    or that would run code.
     """
     content = path.read_bytes()
     try:
@@ -79,16 +80,16 @@ def read(path: Path) -> dict[str, np.ndarray]:
             named = None
     except _Refused as e:
         raise UserError(
-            f"{path} {e}: weights are tensors alone, and nothing of it was run; save them by "
+            f"{path} {e}, which weights do not need; nothing of it was run; save the weights by "
             "torch.save(model.state_dict(), FILE) or as safetensors"
         ) from e
     except UserError:
         raise
     except Exception as e:  # damage can surface as nearly any error of pickle, zipfile, NumPy and safetensors
-        raise UserError(f"{path} is damaged or cut short ({reason(e)}); fetch it again") from e
+        raise UserError(f"{path} is damaged or cut short ({reason(e)}); download it again") from e
     if named is None:
         pointer = content.startswith(b"version https://git-lfs")
-        what = "is a Git LFS pointer in place of the file itself; run git lfs pull" if pointer else (
+        what = "is a Git LFS pointer and not the file itself; run git lfs pull" if pointer else (
             "is neither a PyTorch checkpoint (.pth, .pt, .th) nor a .safetensors file")  # fmt: skip
         raise UserError(f"{path} {what}")
     for prefix in _PREFIXES:
@@ -98,13 +99,13 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 
 class _Refused(Exception):
-    """What a file is or asks for that it may not."""
+    """A file is of a kind, or asks for a function, that is not allowed. The text says which."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Rebuilds plain containers, and tensors as `_Tensor`: a pickle calls what `find_class` gives it and nothing else.
+    """Rebuilds plain containers, and tensors as `_Tensor`. A pickle can call only what `find_class` returns.
 
-    What it gives is immutable or made anew for each file, so that no file can change what the next one gets.
+    These functions are immutable or made anew for each file, so that no file can change what the next file gets.
     """
 
     def __init__(self, file: io.BytesIO):
@@ -129,9 +130,9 @@ class _Unpickler(pickle.Unpickler):
         return self._names[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
-        kind, name, key, _, _, *view = pid  # the others: where it lay, and how many elements it has
+        kind, name, key, _, _, *view = pid  # the two left out are the device and the number of elements
         if kind != "storage" or name not in _STORAGES or view not in ([], [None]):
-            raise ValueError(f"{pid!r} is no storage")  # one that is part of another is found in the oldest files alone
+            raise ValueError(f"{pid!r} is no storage")  # only the oldest files have storages that are part of another
         self.dtypes[key] = np.dtype(_STORAGES[name])
         return _Storage(key, self.dtypes[key])
 
@@ -146,7 +147,7 @@ Storages = Callable[[str, np.dtype], np.ndarray]  # (key, dtype) → the element
 
 
 def _read_zip(content: bytes) -> tuple[Any, Storages]:
-    """PyTorch's format from 1.6 on: a zip archive of `data.pkl` and one file a storage, in a folder of any name."""
+    """PyTorch's format from 1.6 on: a zip archive with a folder that holds `data.pkl` and a file for each storage."""
     archive = zipfile.ZipFile(io.BytesIO(content))
     names = archive.namelist()
     pickles = [name for name in names if name.rpartition("/")[2] == "data.pkl"]
@@ -184,7 +185,7 @@ def _check_order(little: bool) -> None:
 
 
 def _take_weights(tree: Any, storage: Storages, path: Path) -> dict[str, np.ndarray]:
-    """The state dict among what a checkpoint holds."""
+    """{name: array} of the state dict in a checkpoint. Raises UserError if there is none."""
 
     def tensors(value: Any) -> dict[str, _Tensor]:
         items = value.items() if isinstance(value, Mapping) else ()
@@ -194,7 +195,7 @@ def _take_weights(tree: Any, storage: Storages, path: Path) -> dict[str, np.ndar
     found = next((some for some in inside if some), tensors(tree))
     if not found:
         holds = ", ".join(map(repr, list(tree)[:5])) if isinstance(tree, Mapping) else type(tree).__name__
-        raise UserError(f"{path} holds no weights by name (it has: {holds}); wanted is a state dict, as it is or under "
+        raise UserError(f"{path} holds no weights by name (it has: {holds}); expected a state dict, by itself or under "
                         + ", ".join(_CONTAINERS))  # fmt: skip
     kept: dict[_Storage, np.ndarray] = {}
     out = {}
@@ -206,7 +207,7 @@ def _take_weights(tree: Any, storage: Storages, path: Path) -> dict[str, np.ndar
 
 
 def _view(tensor: _Tensor, storage: np.ndarray) -> np.ndarray:
-    """The tensor as a read-only view of its storage, within which it must lie."""
+    """The tensor as a read-only view of its storage. Raises ValueError if it reaches beyond the storage."""
     numbers = (tensor.offset, *tensor.shape, *tensor.strides)
     if len(tensor.shape) != len(tensor.strides) or not all(isinstance(n, int) and n >= 0 for n in numbers):
         raise ValueError("a tensor of no valid shape")
@@ -223,7 +224,7 @@ def _read_safetensors(content: bytes) -> dict[str, np.ndarray]:
     import safetensors
 
     out = {}
-    for name, tensor in safetensors.deserialize(content):  # its NumPy interface knows no bfloat16
+    for name, tensor in safetensors.deserialize(content):  # its NumPy interface has no bfloat16
         if tensor["dtype"] not in _SAFETENSORS:
             raise ValueError(f"{name} is of the unknown type {tensor['dtype']}")
         array = np.frombuffer(tensor["data"], _SAFETENSORS[tensor["dtype"]]).reshape(tensor["shape"])

@@ -1,4 +1,4 @@
-"""Weights to start from, made elsewhere or by another run: what of them fits the model, and a report of the rest."""
+"""Loads weights to start from, from a file or another run: takes those that fit the model and reports the others."""
 
 import hashlib
 import json
@@ -26,19 +26,19 @@ _HEAD, _POSITIONS = "params/head/", "/positions_embedding"
 
 @dataclass
 class Weights:
-    """What `init_from` gives a model: arrays by the names that `step.init_state` takes, and a report on the others."""
+    """The weights of `init_from`: those taken, by the names that `step.init_state` uses, and a report of the others."""
 
-    source: dict[str, Any]  # for the record: the path, its SHA-256 and, of a work directory, the step
+    source: dict[str, Any]  # for provenance.json: the path, its SHA-256 and, if it is a work directory, the step
     taken: dict[str, np.ndarray] = field(default_factory=dict)
-    resized: list[str] = field(default_factory=list)  # position embeddings of another grid, among those taken
-    head: str = ""  # why the head is a new one; empty where it is taken
-    misfits: list[str] = field(default_factory=list)  # of another shape than the model's
-    unused: list[str] = field(default_factory=list)  # in the file, by its own names, and not in the model
-    missing: list[str] = field(default_factory=list)  # in the model and not in the file
+    resized: list[str] = field(default_factory=list)  # position embeddings taken from another grid
+    head: str = ""  # why the head starts from random weights; empty if it is taken
+    misfits: list[str] = field(default_factory=list)  # their shape is not the model's
+    unused: list[str] = field(default_factory=list)  # names in the file that the model does not have
+    missing: list[str] = field(default_factory=list)  # names in the model that the file does not have
 
     @property
     def faults(self) -> list[str]:
-        """What of it does not fit, in words; a new head and resized positions are no faults."""
+        """What does not fit, in words. A new head and resized positions are no faults."""
         kinds = (
             (self.misfits, "of another shape"),
             (self.missing, "of the model not in it"),
@@ -47,7 +47,7 @@ class Weights:
         return [f"{len(names)} arrays {text} ({_some(names)})" for names, text in kinds if names]
 
     def report(self) -> str:
-        """One sentence: what was taken and what became of the rest."""
+        """One sentence: how many arrays were taken, and what happened to the others."""
         parts = [f"{len(self.taken)} arrays taken", *self.faults]
         parts += [f"positions resized ({', '.join(self.resized)})"] if self.resized else []
         parts += [f"a new head ({self.head})"] if self.head else []
@@ -57,9 +57,9 @@ class Weights:
 def load(programs: Programs, whole: bool = False) -> Weights:
     """The weights of `config.init_from` for the model of `programs`; logs the report.
 
-    Position embeddings of another grid are resized; a head of another number of classes is left out, to begin anew.
-    Raises UserError for a file or work directory that cannot be read, for any other difference unless
-    `config.init_strict` is False, and, with `whole`, for a parameter that would stay random, the head's too.
+    Position embeddings of another grid are resized. A head with another number of classes is not taken. Raises
+    UserError for a file or work directory that cannot be read, and for any other difference unless
+    `config.init_strict` is False. With `whole`, it raises UserError if any parameter, in the head too, stays random.
     """
     config = programs.recipe.config
     path = Path(config.init_from).expanduser()
@@ -89,11 +89,12 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     return weights
 
 
-Named = tuple[dict[str, np.ndarray], dict[str, str], dict[str, Any]]  # by our names, their own names, the source
+# ({our name: array}, {our name: name in the file}, the `source` of Weights)
+Named = tuple[dict[str, np.ndarray], dict[str, str], dict[str, Any]]
 
 
 def _read_workdir(path: Path, programs: Programs) -> Named:
-    """The best checkpoint of a run, or its latest where none is kept as the best; of several seeds the first one's."""
+    """The weights of a run's best checkpoint, or of its latest if none is the best; with several seeds the first's."""
     workdir = Workdir(path)
     try:
         config = json.loads(workdir.config.read_text())
@@ -108,11 +109,11 @@ def _read_workdir(path: Path, programs: Programs) -> Named:
     best = checkpoints.best_step()
     step = steps[-1] if best is None else best
     state = checkpoints.restore_any(step, sharding.replicated(programs.mesh))["state"]
-    # What evaluation uses: the averages, (params, model_state), where the run kept any.
+    # As in evaluation: the averages (params, model_state), if the run has any.
     params, model_state = state.get("ema") or (state["params"], state.get("model_state"))
     variables = jax.device_get({"params": params, **(model_state or {})})
     if num_seeds > 1:
-        log.info("init_from=%r: of the %d seeds of the run in it, the first one's weights", str(path), num_seeds)
+        log.info("init_from=%r: the run in it has %d seeds; the weights of the first are taken", str(path), num_seeds)
         variables = jax.tree.map(lambda x: x[0], variables)
     named = dict(tree.named_leaves(variables))
     return named, {name: name for name in named}, {"step": step, "sha256": tree.sha256(variables)}
@@ -122,7 +123,7 @@ def _read_file(path: Path, programs: Programs, own: Mapping[str, Any]) -> Named:
     found = files.read(path)
     named, labels = {}, {}
     for label, array in found.items():
-        if label.endswith("num_batches_tracked"):  # a count that no average with a momentum needs
+        if label.endswith("num_batches_tracked"):  # a count that batch normalization with a momentum does not need
             continue
         name = torch_names.own_name(programs.recipe.model.backbone, label, own)
         if name is None or name in named:
@@ -138,7 +139,7 @@ def _fit(
     weights: Weights, named: Mapping[str, np.ndarray], labels: Mapping[str, str], own: Mapping[str, Any],
     grid: tuple[int, int] | None,
 ) -> None:  # fmt: skip
-    """Sorts `named` into `weights` by whether the model has such arrays, `own`, of such shapes."""
+    """Sorts the arrays `named` into the fields of `weights`, by comparing them with the model's, `own`."""
     head = [name for name in own if name.startswith(_HEAD)]
     if any(name not in named or named[name].shape != own[name].shape for name in head):
         theirs = [named[name].shape[-1] for name in head if name in named]
@@ -164,7 +165,7 @@ def _fit(
 
 
 def _grid(programs: Programs) -> tuple[int, int] | None:
-    """(rows, columns) of the patches of an image; None for a model that has no patches."""
+    """(rows, columns) of an image's patches; None for a model without patches."""
     patch = getattr(programs.recipe.model.backbone, "patch", None)
     h, w, _ = programs.recipe.data.image_shape
     return (h // patch, w // patch) if isinstance(patch, int) else None
@@ -175,8 +176,8 @@ def _resize_positions(
 ) -> tuple[np.ndarray, str] | None:
     """Position embeddings [1, tokens + n * n, d] for another grid, `shape` [1, tokens + rows * columns, d].
 
-    Bicubic with antialiasing, as timm resizes them (Keys's kernel with a = -0.5). A class token's, which comes first,
-    stays as it is. None where the widths differ or a token is lacking.
+    Bicubic with antialiasing, as in timm (Keys's kernel with a = -0.5). The embedding of a class token, which comes
+    first, is not changed. None if the widths differ or the file has no token that the model needs.
     """
     side = math.isqrt(array.shape[1]) if array.ndim == 3 else 0
     tokens, own_tokens = array.shape[1] - side**2, shape[1] - math.prod(grid)

@@ -1,7 +1,8 @@
-"""The names and layouts that PyTorch code gives the parameters of our backbones, and what they are here.
+"""Translates the parameter names and layouts of PyTorch models to those of our backbones.
 
-Each backbone has a table of (regular expression, replacement): the first whose expression matches a whole name, less
-its last part (`weight`, `running_mean`, …), tells the module of ours, its parts joined by dots.
+Each backbone has a table of (regular expression, replacement). The first expression that matches the module's whole
+name in PyTorch gives the name of our module, its parts joined by dots. The module's name is the parameter's name
+without its last part (`weight`, `running_mean`, …).
 """
 
 import re
@@ -31,8 +32,8 @@ _WIDE_RESNET: Table = [
     (r"block(\d)\.layer\.(\d+)\.(\w+)", r"backbone.layer\1_\2.\3"),
 ]
 
-# torchvision's, the authors' (facebookresearch/ConvNeXt) and timm's, in this order. torchvision numbers stages and what
-# lies between them in one list; timm keeps what lies before a stage within it.
+# torchvision's, the authors' (facebookresearch/ConvNeXt) and timm's, in this order. torchvision numbers the stages and
+# the layers between them in one list; in timm, the layers before a stage are part of it.
 _CONVNEXT: Table = [
     (r"features\.0\.0|downsample_layers\.0\.0|stem\.0", "backbone.stem_conv"),
     (r"features\.0\.1|downsample_layers\.0\.1|stem\.1", "backbone.stem_norm"),
@@ -58,7 +59,7 @@ _CONVNEXT: Table = [
     (r"classifier\.2|head\.fc", "head"),
 ]
 
-# torchvision's, whose published files number the layers of an MLP or name them, and timm's, which are ours.
+# torchvision's, whose published files either number or name the layers of an MLP, and timm's, whose names are ours.
 _VIT: Table = [
     (r"heads\.head", "head"),
     (r"conv_proj|patch_embed\.proj", "backbone.patch"),
@@ -86,10 +87,10 @@ _TABLES: dict[type, Table] = {
     ViT: _VIT,
     Mixer: _MIXER,
 }
-# What every table ends with: a name that is ours already.
+# Each table ends with this, for names that are ours already.
 _OWN: Table = [(r"head", "head"), (r"(.+)", r"backbone.\1"), (r"", "backbone")]
 
-# The last part of a name: what it may be here, and in which collection.
+# The last part of a name in PyTorch: the possible names here, with their collections.
 _LEAVES = {
     "weight": ("params/{}/kernel", "params/{}/scale"),
     "in_proj_weight": ("params/{}/kernel",),
@@ -106,10 +107,10 @@ _LEAVES = {
 
 
 def own_name(backbone: nn.Module, name: str, own: Collection[str]) -> str | None:
-    """The one among `own`, names such as "params/backbone/conv1/kernel", that PyTorch's `name` is; None without one.
+    """The name in `own`, such as "params/backbone/conv1/kernel", of the parameter that PyTorch calls `name`; or None.
 
-    A backbone that has no table here may bring its own, an attribute `torch_names`; without it, its modules must be
-    called as PyTorch's are.
+    A backbone without a table here may have one in its attribute `torch_names`. Without any table, its modules must
+    have the names that they have in PyTorch.
     """
     table = _TABLES.get(type(backbone), getattr(backbone, "torch_names", []))
     module, _, leaf = name.rpartition(".")
@@ -122,11 +123,11 @@ def own_name(backbone: nn.Module, name: str, own: Collection[str]) -> str | None
 
 
 def own_layout(array: np.ndarray, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """PyTorch's array in the layout of the parameter of ours called `name`, whose shape is `shape`.
+    """PyTorch's array in the layout of our parameter `name`, which has the shape `shape`.
 
-    Convolutions are [out, in, kh, kw] there and [kh, kw, in, out] here, dense layers [out, in] and [in, out]; queries,
-    keys and values are one dense layer in both. Axes of size one, such as a layer scale's [d, 1, 1], are dropped where
-    ours has none. The result may have another shape than ours, if the model is another.
+    Convolutions are [out, in, kh, kw] in PyTorch and [kh, kw, in, out] here, dense layers [out, in] and [in, out].
+    Queries, keys and values are one dense layer in both. Axes of size one, such as in a layer scale's [d, 1, 1], are
+    removed if ours has none. If the models differ, the result may have another shape than `shape`.
     """
     if name.endswith("/kernel"):
         return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T

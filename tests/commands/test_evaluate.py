@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tolerance import rounding
 
 import launch
 from imgclf_jax import metrics
@@ -19,6 +20,7 @@ from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 
 N = 10_000
+CLOSE = rounding(12 * 12 + 32 + 4 + 10)  # two dense layers and the cross-entropy
 FAKE = (f"--config.data.source=fake({N}, (12, 12, 1), 10)", "--config.data.train=train[:10%]",
         "--config.preprocess=decode(1)", "--config.augment=pad_crop(1)|normalize", "--config.model=mlp(widths=(32,))",
         "--config.batch_size=200", "--config.log_every=5 steps", "--config.eval_every=5 steps",
@@ -68,7 +70,7 @@ def devices(count: int) -> list[jax.Device]:
 @pytest.mark.parametrize("count", [1, 8])
 @pytest.mark.parametrize("batch_size", [7, 128, N])
 def test_exact(trained, counted, batch_size, count):
-    """Integers are identical and the loss equal to 1e-6, for a batch size that divides neither examples nor devices."""
+    """Integers are identical and the loss is equal up to rounding, for batch sizes that do not divide the examples."""
     config = trained.load_config()
     with config.unlocked():
         config.batch_size = batch_size
@@ -87,7 +89,7 @@ def test_exact(trained, counted, batch_size, count):
         k: counted[k] for k in ("examples", "correct", "top5")
     }
     np.testing.assert_array_equal(sums["confusion"], counted["confusion"])
-    assert float(sums["loss"]) == pytest.approx(counted["loss"], rel=1e-6)
+    assert float(sums["loss"]) == pytest.approx(counted["loss"], rel=CLOSE)
 
 
 @pytest.fixture
@@ -107,7 +109,7 @@ def test_json(trained, counted, command):
     result = json.loads(command(trained.path, "--format=json"))
     assert list(result) == ["step", "test"]
     assert result["test"].pop("confusion") == counted["confusion"].tolist()
-    assert result["test"] == pytest.approx(metrics.summarize(counted), rel=1e-6)
+    assert result["test"] == pytest.approx(metrics.summarize(counted), rel=CLOSE)
     assert result["test"]["accuracy"] == counted["correct"] / N
 
 
@@ -195,6 +197,6 @@ def test_on_other_devices(trained, tmp_path, monkeypatch, command):
             use(count)
             results.append(json.loads(command(workdir, "--format=json", "--checkpoint=latest"))["test"])
         losses = [result.pop("loss") for result in results]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+        assert losses[0] == pytest.approx(losses[1], rel=CLOSE)
         assert results[0] == results[1]
         assert results[0]["accuracy"] == json.loads((workdir / "result.json").read_text())["test"]["accuracy"]

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from tolerance import rounding
 
 import launch
 from imgclf_jax import config as configs
@@ -48,7 +49,7 @@ def test_the_first_rule_that_matches_a_whole_path_counts():
             r"rules\.lr: 'backbone' matches no parameter; .* whole path, such as 'backbone/block0",
         ),
         ({"lr": "stem/.*=0.1"}, r"rules\.lr: 'stem/\.\*' matches no parameter; they are backbone/block0/kernel, "),
-        ({"lr": "head/.*=1, head/bias=2"}, r"'head/bias' comes too late: rules before it match all that it does"),
+        ({"lr": "head/.*=1, head/bias=2"}, r"'head/bias' has no effect: earlier rules match all its parameters"),
         ({"lr": "head/.*"}, r"rules\.lr: 'head/\.\*' is not PATTERN=NUMBER"),
         ({"lr": "head/.*=big"}, r"'head/\.\*=big' is not PATTERN=NUMBER"),
         ({"decay": "head/.*=-1"}, r"rules\.decay: 'head/\.\*=-1' is not PATTERN=NUMBER, the number 0 or more"),
@@ -212,7 +213,7 @@ def test_no_update_changes_a_negative_zero():
     updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
     after = jax.jit(optax.apply_updates)(params, updates)
     assert np.array_equal(np.signbit(after["a"]), [True, False, False])
-    np.testing.assert_allclose(after["b"], 0.9)
+    np.testing.assert_allclose(after["b"], 0.9, rtol=rounding(3))
 
 
 def test_the_gradient_that_is_logged_and_clipped_is_that_of_what_is_trained(fake_config):
@@ -260,7 +261,9 @@ def test_decay_multiplies_the_weight_decay():
                 else:
                     m = 0.9 * m + g + decay * p
                     p = p - 0.01 * m
-            np.testing.assert_allclose(ours[name], p, rtol=1e-6, err_msg=f"{text} {name}")
+            # Adam divides by the root of 1 - b2**n, whose relative error is 1000 times the rounding of b2 = 0.999.
+            atol = 3 * rounding(2 * 12) + 0.01 * rounding(3) * 500
+            np.testing.assert_allclose(ours[name], p, rtol=0, atol=atol, err_msg=f"{text} {name}")
 
 
 @pytest.mark.parametrize(

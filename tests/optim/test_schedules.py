@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tolerance import rounding
 
 from imgclf_jax import config
 from imgclf_jax.core.errors import UserError
@@ -74,7 +75,7 @@ def test_a_schedule_is_its_definition_at_every_step(text):
     expected = np.where(warmup > N, expected[warmup] * (N + 1) / max(1, warmup), expected)
     out = rates(text)
     assert out.dtype == np.float32
-    np.testing.assert_allclose(out, expected, rtol=2e-6, atol=2e-7)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=0.3 * rounding(20))  # of terms up to the peak, 0.3
 
 
 @pytest.mark.parametrize(
@@ -194,13 +195,20 @@ def updated(text, clip=0.0):
     return params
 
 
+def bias_correction(text):
+    """The relative error of Adam's step: 1 - b2 has the rounding of b2, a number near 1; a square root halves it."""
+    if "adam" not in text:
+        return 0.0
+    return rounding(3) / (2 * (1 - (0.95 if "b2=0.95" in text else 0.999)))
+
+
 @pytest.mark.parametrize("text", BY_HAND)
 def test_an_optimizer_is_the_update_of_its_paper(text):
     """Two updates, at the two rates of a schedule, in strict dtype promotion."""
     out = updated(text)
     for name, p in PARAMS.items():
         expected = BY_HAND[text](p, [g[name] for g in GRADS], lambda n: 0.1 * (n + 1))
-        np.testing.assert_allclose(out[name], expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(out[name], expected, rtol=0, atol=3 * rounding(2 * 15) + 0.1 * bias_correction(text))
 
 
 def norm(grads):
@@ -214,7 +222,7 @@ def test_clip_bounds_the_norm_over_all_parameters_together(clip):
     out = updated("sgd", clip)
     for name, p in PARAMS.items():
         grads = [g[name] * min(1, clip / norm(g)) for g in GRADS]
-        np.testing.assert_allclose(out[name], sgd(p, grads, lambda n: 0.1 * (n + 1)), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(out[name], sgd(p, grads, lambda n: 0.1 * (n + 1)), rtol=0, atol=3 * rounding(20))
 
 
 def test_every_optimizer_that_is_offered_runs():
