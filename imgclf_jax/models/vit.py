@@ -56,7 +56,8 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         d = x.shape[features_axis()]
         init = nn.initializers.xavier_uniform()
-        qkv = Dense(3 * d, self.dtype, init, name="qkv")(x)
+        each = nn.initializers.variance_scaling(2.0, "fan_avg", "uniform")  # Glorot's for each of the three by itself
+        qkv = Dense(3 * d, self.dtype, each, name="qkv")(x)
         if layout.on_mirrored():  # [3 * d, b, n]
             q, k, v = qkv.reshape(3, self.heads, -1, *x.shape[1:])
             y, maps = products.attention(q, k, v)
