@@ -1,5 +1,6 @@
 """The recipes for ImageNet, which are not trained here: parameters, products, schedule, and compiled at full size."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import traverse_util
 
 from imgclf_jax import config as configs
@@ -118,6 +120,31 @@ def test_how_the_heads_begin():
     for name, width, deviation in (("imagenet_resnet50", 2048, 0.01), ("imagenet_vit_s16", 384, 0.0)):
         kernel = recipe(name).model.head_init(jax.random.key(0), (width, 1000))
         np.testing.assert_allclose(kernel.std(), deviation, rtol=0.01)
+
+
+def test_how_the_layers_of_vit_s16_begin(monkeypatch):
+    """The deviation of each kernel as in big_vision, where linen's attention draws query, key and value apart."""
+    monkeypatch.setitem(vit._VIT, "S", (384, 2, 6))
+    model = recipe("imagenet_vit_s16").model
+    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 32, 32, 3)), train=False)["params"])
+    params = init(jax.random.key(0))
+    attention = nn.MultiHeadDotProductAttention(6, kernel_init=nn.initializers.xavier_uniform())
+    theirs = jax.jit(attention.init)(jax.random.key(0), jnp.zeros((1, 4, 384)))["params"]
+    qkv = np.split(params["backbone"]["block1"]["attn"]["qkv"]["kernel"], 3, 1)
+    for own, name in zip(qkv, ("query", "key", "value"), strict=True):
+        np.testing.assert_allclose(own.std(), theirs[name]["kernel"].std(), rtol=0.01)
+        assert np.abs(own).max() < 1.00001 * (6 / (384 + 384)) ** 0.5
+    deviations = {
+        ("block0", "attn", "proj"): theirs["out"]["kernel"].std(),
+        ("block0", "mlp", "fc1"): (2 / (384 + 1536)) ** 0.5,
+        ("block1", "mlp", "fc2"): (2 / (384 + 1536)) ** 0.5,
+        ("patch",): (16 * 16 * 3) ** -0.5,
+        ("representation",): 384**-0.5,
+    }
+    for path, deviation in deviations.items():
+        layer = functools.reduce(lambda tree, name: tree[name], path, params["backbone"])
+        np.testing.assert_allclose(layer["kernel"].std(), deviation, rtol=0.01)
+        np.testing.assert_array_equal(layer["bias"], 0)
 
 
 def test_the_ops_of_the_recipes_give_images_of_their_size():

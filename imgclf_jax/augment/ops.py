@@ -38,9 +38,9 @@ def flip_alternating(key: jax.Array, images: jax.Array, ids: jax.Array, epochs: 
 
 @kinds.random
 def pad_crop(key: jax.Array, images: jax.Array, pad: int = 4, mode: str = "constant") -> jax.Array:
-    """Pads each side by `pad` pixels and crops back at a place uniform over all (2 * pad + 1)**2.
+    """Pads each side by `pad` pixels and crops to the old size, at a place uniform over all (2 * pad + 1)**2.
 
-    `mode` is that of `jnp.pad`: "constant" (zeros), "reflect" or "edge".
+    `mode` is as in `jnp.pad`: "constant" (zeros), "reflect" or "edge".
     """
     if mode not in ("constant", "reflect", "edge"):
         raise UserError(f"pad_crop(mode={mode!r}): allowed: constant, reflect, edge")
@@ -56,10 +56,10 @@ def pad_crop(key: jax.Array, images: jax.Array, pad: int = 4, mode: str = "const
 
 @kinds.random
 def cutout(key: jax.Array, images: jax.Array, size: int = 8, fill: float = 0.0) -> jax.Array:
-    """Fills one square of `size` pixels, its centre uniform over the image, cut off at the border.
+    """Fills one square of `size` by `size` pixels in each image (DeVries and Taylor 2017, arXiv:1708.04552).
 
-    DeVries and Taylor 2017, arXiv:1708.04552. `fill` is in the units of the images: put the op after `normalize` to
-    fill with the mean. The square covers rows centre - size // 2 to centre - size // 2 + size - 1.
+    Its centre is uniform over the image, and the border cuts it off. It covers rows centre - size // 2 to
+    centre - size // 2 + size - 1. `fill` is in the units of the images: after `normalize` 0 is the mean.
     """
     if images.dtype == jnp.uint8 and fill not in range(256):
         raise UserError(f"cutout(fill={fill}) of uint8 images: allowed are 0 to 255; or put it after normalize")
@@ -91,10 +91,10 @@ def random_erasing(
 ) -> jax.Array:
     """Fills a random box of some images (Zhong et al. 2017, arXiv:1708.04896).
 
-    Its area is uniform in `area`, of the image's, its height / width log-uniform in `aspect`; of ten draws the first
-    that is smaller than the image both ways is taken, as in timm. `fill` is a number in the units of the images,
-    "pixel" for noise in each pixel, or "color" for one random colour a box: uniform over 0 … 255 in uint8 images,
-    normal of standard deviation 1 in float ones. After `normalize` the fill 0 is the mean.
+    The box's area, as a share of the image's, is uniform in `area`, and its height / width is log-uniform in `aspect`.
+    As in timm, the first of ten draws that fits into the image is taken. `fill` is a number in the units of the images,
+    "pixel" (noise in each pixel), or "color" (one random colour a box). Random values are uniform over 0 … 255 in uint8
+    images, and normal of standard deviation 1 in float ones. After `normalize` the fill 0 is the mean.
     """
     _check_erasing(images, probability, area, aspect, fill)
     b, h, w, c = images.shape
@@ -119,7 +119,10 @@ def random_erasing(
 
 
 def _noise(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Uniform bytes, or normal floats on 2**16 levels: random words cut in pieces, for a third of the time or less."""
+    """Uniform bytes, or normal floats on 2**16 levels.
+
+    Random words are cut into pieces, which takes a third of the time of a word for each value, or less.
+    """
     width = 8 if dtype == jnp.uint8 else 16
     size, pieces = math.prod(shape[1:]), 32 // width
     words = jax.random.bits(key, (shape[0], -(-size // pieces), 1), jnp.uint32)

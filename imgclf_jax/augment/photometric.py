@@ -1,8 +1,8 @@
 """Changes of brightness and colour with Pillow's arithmetic, on a batch of uint8 images at once.
 
-Images are uint8[b, h, w, c], c being 1 or 3; a `factor` is f32[b], one an image. What looks at one pixel at a time
-takes any shape [b, …, c], so that `policies` can apply it to the 256 levels instead of the pixels. Tests hold each
-function to `PIL.ImageOps` and `PIL.ImageEnhance`.
+Images are uint8[b, h, w, c], c being 1 or 3; a `factor` is f32[b], one an image. A function of single pixels takes any
+shape [b, …, c], so that `policies` can apply it to the 256 levels instead of the pixels. Tests hold each function to
+`PIL.ImageOps` and `PIL.ImageEnhance`.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from imgclf_jax.core.errors import UserError
 
 
 def check(name: str, images: jax.Array) -> None:
-    """Raises UserError unless a device op of that name can treat such images by Pillow's arithmetic."""
+    """Raises UserError if the op of that name cannot take such images: not uint8, or another number of channels."""
     if images.dtype != jnp.uint8:
         raise UserError(f"{name} works on uint8 images, these are {images.dtype}; put it before normalize")
     if images.shape[-1] not in (1, 3, 4):
@@ -23,7 +23,7 @@ def check(name: str, images: jax.Array) -> None:
 
 
 def on_colors(op: Callable[..., jax.Array], images: jax.Array, *args: Any) -> jax.Array:
-    """`op(images, *args)`, alpha, the fourth channel, left as it is."""
+    """`op(images, *args)` on the colours. Alpha, the fourth channel, stays as it is."""
     if images.shape[-1] < 4:
         return op(images, *args)
     return jnp.concatenate([op(images[..., :3], *args), images[..., 3:]], -1)
@@ -52,7 +52,7 @@ def mean_grey(images: jax.Array) -> jax.Array:
 def blend(degenerate: jax.Array, images: jax.Array, factor: jax.Array) -> jax.Array:
     """degenerate + factor * (images - degenerate), cut to 0 … 255 and truncated: `Image.blend`.
 
-    0 gives the degenerate image, 1 the image, more than 1 more of what distinguishes them.
+    The factor 0 gives the degenerate image, 1 gives the image, and above 1 the difference grows.
     """
     low = degenerate.astype(jnp.float32)
     product = rounded_product(broadcast_along_batch(factor, images), images.astype(jnp.float32) - low)
@@ -129,7 +129,7 @@ def extremes(images: jax.Array) -> tuple[jax.Array, jax.Array]:
 def stretch(levels: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     """floor(255 (x - low) / (high - low)), and x where low = high; cut to 0 … 255."""
     x, low, high = (v.astype(jnp.float32) for v in (levels, low, high))
-    # The half makes a quotient that is whole safe from rounding, and carries none over the next whole number.
+    # The half keeps a whole quotient from being rounded down, and lifts no other one to the next whole number.
     stretched = jnp.clip((255 * (x - low) + 0.5) / jnp.maximum(high - low, 1), 0, 255).astype(jnp.uint8)
     return jnp.where(high > low, stretched, levels)
 
@@ -137,7 +137,7 @@ def stretch(levels: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
 def autocontrast(images: jax.Array) -> jax.Array:
     """Stretches each channel to 0 … 255.
 
-    Where the exact value is whole Pillow, which computes x * scale + offset in float64, may come out one level lower.
+    Pillow computes x * scale + offset in float64. Where the exact value is whole, it may come out one level lower.
     """
     return stretch(images, *extremes(images))
 
@@ -145,7 +145,7 @@ def autocontrast(images: jax.Array) -> jax.Array:
 def histogram(images: jax.Array) -> jax.Array:
     """How often each value occurs in each channel: i32[b, 256, c].
 
-    One image at a time as far as the compiler is concerned, so that images split over devices stay where they are.
+    `vmap` shows the compiler that images are independent: so those that are split over devices stay on their devices.
     """
     b, h, w, c = images.shape
     bins = images.astype(jnp.int32) * c + jnp.arange(c, dtype=jnp.int32)
@@ -157,7 +157,7 @@ def histogram(images: jax.Array) -> jax.Array:
 
 
 def equalization(images: jax.Array) -> jax.Array:
-    """The table uint8[b, 256, c] that makes each channel's histogram as flat as may be: `ImageOps.equalize`."""
+    """The table uint8[b, 256, c] that makes each channel's histogram as flat as possible: `ImageOps.equalize`."""
     counts = histogram(images)
     n = images.shape[1] * images.shape[2]
     below = jnp.cumsum(counts, 1) - counts
@@ -176,14 +176,14 @@ def lookup(images: jax.Array, table: jax.Array) -> jax.Array:
 
 
 def equalize(images: jax.Array) -> jax.Array:
-    """Makes the histogram of each channel as flat as may be."""
+    """Makes the histogram of each channel as flat as possible."""
     return lookup(images, equalization(images))
 
 
 def hue(images: jax.Array, shift: jax.Array) -> jax.Array:
-    """Turns the hue by `shift` f32[b], in turns, in HSV as `colorsys` has it; grey images stay as they are.
+    """Turns the hue by `shift` f32[b] (1 is a whole turn), in HSV as `colorsys` defines it; grey images stay.
 
-    In floating point, rounded once at the end; Pillow's own HSV has 8 bits and loses colours by a shift of 0.
+    In floating point, rounded once at the end. Pillow's own HSV has 8 bits, and changes colours even by a shift of 0.
     """
     if images.shape[-1] == 1:
         return images

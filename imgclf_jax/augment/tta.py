@@ -1,7 +1,7 @@
-"""Test-time augmentation: a model's logits averaged over several views of each image.
+"""Test-time augmentation: a model's logits are averaged over several views of each image.
 
-A view op gives [(weight, function)], the weights adding up to 1 and the functions mapping images [b, h, w, c] to images
-of that shape.
+A view op takes its own arguments alone, and gives [(weight, function)]. The weights add up to 1, and each function maps
+images [b, h, w, c] to images of the same shape.
 """
 
 from collections.abc import Callable
@@ -23,14 +23,14 @@ NONE: Views = [(1.0, _same)]
 
 
 def flip() -> Views:
-    """The image and its mirror image, a half each."""
+    """The image and its mirror image (1/2 each)."""
     return [(0.5, _same), (0.5, lambda images: images[:, :, ::-1])]
 
 
 def translate(pad: int = 1) -> Views:
-    """The image (1/2), and moved by `pad` pixels down and right, and up and left (1/4 each), mirrored at the border.
+    """The image (1/2), and the image moved by `pad` pixels down and right, and up and left (1/4 each).
 
-    As airbench94 does (Jordan 2024, arXiv:2404.00498, section 3.5).
+    What moves in is the image mirrored at its border. As in airbench94 (Jordan 2024, arXiv:2404.00498, section 3.5).
     """
     if not isinstance(pad, int) or pad < 1:
         raise UserError(f"translate(pad={pad!r}): must be a whole number from 1 on")
@@ -51,8 +51,8 @@ VIEWS: dict[str, Callable[..., Views]] = {"flip": flip, "translate": translate}
 def build(text: str) -> Views:
     """The views that a spec names; for the empty text the image alone.
 
-    Each op is applied to all views of the ops after it, the weights multiplied: `flip|translate(1)` is each of the
-    three translated views and its mirror image, the six views of airbench94.
+    Each op is applied to all views of the ops after it, and the weights are multiplied. So `flip|translate(1)` gives
+    each of the three translated views and its mirror image: the six views of airbench94.
     """
     views = NONE
     for call in reversed(spec.parse(text)):
@@ -66,11 +66,11 @@ def _then(first: Callable[..., jax.Array], second: Callable[..., jax.Array]) -> 
 
 
 def mean_logits(views: Views, logits: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:
-    """The weighted mean over the views of the logits, f32[b, classes]. All views go through the model in one batch."""
+    """The weighted mean of the views' logits, f32[b, classes]. All views go through the model in one batch."""
     if len(views) == 1:
         return logits(images)
     b = images.shape[0]
-    # The batch stays the outer axis, so that images split over devices stay where they are.
+    # The batch stays the outer axis: so images that are split over devices stay on their devices.
     stacked = jnp.stack([view(images) for _, view in views], 1)  # [b, views, h, w, c]
     out = logits(stacked.reshape(b * len(views), *images.shape[1:])).reshape(b, len(views), -1)
     return jnp.einsum("bvc,v->bc", out, jnp.asarray([weight for weight, _ in views], out.dtype), precision="highest")

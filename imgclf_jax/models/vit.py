@@ -48,7 +48,8 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         d, init = x.shape[-1], nn.initializers.xavier_uniform()
-        qkv = Dense(3 * d, self.dtype, init, name="qkv")(x)  # [b, n, 3 * d]
+        each = nn.initializers.variance_scaling(2.0, "fan_avg", "uniform")  # Glorot's for each of the three by itself
+        qkv = Dense(3 * d, self.dtype, each, name="qkv")(x)  # [b, n, 3 * d]
         y, maps = attention(qkv, self.heads, self.is_mutable_collection("intermediates"))
         if maps is not None:
             self.sow("intermediates", "attention", maps)

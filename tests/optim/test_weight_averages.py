@@ -155,15 +155,16 @@ def test_evaluation_and_prediction_use_the_average(tmp_path, flag):
     assert result["params_sha256"] == tree.sha256(jax.device_get(state.params)) != tree.sha256(state.ema[0])
     source = sources.open_splits(programs.recipe.config.data.source)["test"]
     examples = source.read(np.arange(64))
-    logits = experiment.model.apply({"params": state.ema[0]}, examples["image"].astype(np.float32) / 255, train=False)
-    loss = float(jnp.mean(experiment.loss(logits, examples["label"])))
+    images = examples["image"].astype(np.float32) / 255
+    logits = programs.recipe.model.apply({"params": state.ema[0]}, images, train=False)
+    loss = float(jnp.mean(programs.recipe.loss(logits, examples["label"])))
     close = rounding(12 * 12 + 16 + 4 + 4) * float(jnp.abs(logits).max())  # two dense layers and the softmax
     np.testing.assert_allclose(result["test"]["loss"], loss, rtol=0, atol=2 * close)  # its slope is 2 at most
-    again = evaluate_all(experiment, state, {"test": stream.Images(source, "decode(1)")})
+    again = evaluate_all(programs, state, {"test": stream.Images(source, "decode(1)")})
     assert again["test"] == result["test"]
     plain = evaluate_all(programs, state.replace(ema=None), {"test": stream.Images(source, "decode(1)")})
     assert plain["test"]["loss"] != result["test"]["loss"]
-    probabilities = experiment.predict_step(*state.evaluated, examples["image"])
+    probabilities = programs.predict(*state.evaluated, examples["image"])
     np.testing.assert_allclose(probabilities, jax.nn.softmax(logits), rtol=0, atol=close)
 
 
