@@ -45,7 +45,7 @@ class Edits(nn.Module):
     def __call__(self, x, train):
         kernel = (3,) * (x.ndim - 2)
         settings = {"dtype": x.dtype, "param_dtype": x.dtype}
-        y = jnp.concatenate([nn.softmax(x), x * jnp.mean(x, -1, keepdims=True), jnp.max(x, -1, keepdims=True)], axis=-1)
+        y = jnp.concatenate([nn.softmax(x), x * jnp.mean(x, -1, keepdims=True)], axis=-1)
         y = nn.Conv(x.shape[-1], kernel, **settings)(y) if kernel else nn.Dense(x.shape[-1], **settings)(y)
         y = nn.BatchNorm(use_running_average=not train, force_float32_reductions=False, **settings)(y)
         y = nn.gelu(nn.GroupNorm(num_groups=2, force_float32_reductions=False, **settings)(y))
@@ -158,7 +158,13 @@ def test_programs_for_accelerators_hold_nothing_of_the_cpu(name):
     assert "optimization_barrier" not in text
     assert "cpu_" not in text
     assert "bf16[" in text
-    program.lower(lowering_platforms=("cuda",))
+    lowered(program, "cuda")
+
+
+def lowered(program, platform):
+    """JAX's own lowering of products with a precision does not hold to strict promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return program.lower(lowering_platforms=(platform,))
 
 
 @pytest.mark.parametrize("name", ["vit", "mixer", "cnn", "resnet_cifar"])
@@ -166,7 +172,7 @@ def test_products_are_in_bfloat16_on_every_accelerator(name):
     """Those of the head apart, none has a float32 operand, on GPU as on TPU."""
 
     def float32_products(form, lowered_for):
-        text = traced(name, form, "bfloat16").lower(lowering_platforms=(lowered_for,)).as_text()
+        text = lowered(traced(name, form, "bfloat16"), lowered_for).as_text()
         lines = re.findall(r"stablehlo\.(?:dot_general|convolution).*", text)
         assert len(lines) > 5
         return sum("f32>" in line.partition("->")[0] for line in lines)

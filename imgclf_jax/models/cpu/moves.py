@@ -23,7 +23,7 @@ def _transpose(eqn: Any, args: list[Any], bind: Bind) -> list[Any]:
     if isinstance(x, Spread):
         return [Spread(x.array, tuple(place[a] for a in x.axes), tuple(x.shape[p] for p in permutation))]
     if isinstance(x, Placed):
-        return [_like(x, x.array, tuple(place[axis] for axis in x.order))]
+        return [x.turned(tuple(place[axis] for axis in x.order))]
     return [of_order(x, place)]
 
 

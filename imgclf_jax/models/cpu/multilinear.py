@@ -32,12 +32,22 @@ def multilinear(name: str, product: Function, *gradients: Function) -> Function:
 
     @functools.wraps(product)
     def function(*args: jax.Array, **static: Any) -> jax.Array:
-        z = jax.eval_shape(functools.partial(product, **static), *args)
-        avals = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (z, *args[: len(gradients)]))
-        out: jax.Array = primitives[0].bind(*args, avals=avals, static=tuple(sorted(static.items())))
+        known, shapes = tuple(sorted(static.items())), _shapes(args)
+        avals = (_shape(product, known, shapes), *shapes[: len(gradients)])
+        out: jax.Array = primitives[0].bind(*args, avals=avals, static=known)
         return out
 
     return function
+
+
+def _shapes(args: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args)
+
+
+@functools.lru_cache(4096)  # the layers of a network are alike, and each asks several times
+def _shape(function: Function, keywords: tuple[tuple[str, Any], ...], shapes: tuple[Any, ...]) -> jax.ShapeDtypeStruct:
+    out: jax.ShapeDtypeStruct = jax.eval_shape(functools.partial(function, **dict(keywords)), *shapes)
+    return out
 
 
 def _run(function: Function, role: int, *args: jax.Array, avals: Any, static: Any) -> jax.Array:
@@ -77,8 +87,7 @@ def _register(primitive: Primitive, run: Function) -> None:
     """Evaluation, shapes, compilation and vmap of a primitive: those of the JAX code that it stands for."""
 
     def shape(*args: Any, **params: Any) -> Any:
-        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args]
-        out = jax.eval_shape(functools.partial(run, **params), *shapes)
+        out = _shape(run, tuple(params.items()), _shapes(args))
         return jax.core.ShapedArray(out.shape, out.dtype)
 
     def batched(args: Any, axes: Any, **params: Any) -> Any:

@@ -19,8 +19,14 @@ class Placed:
 
     def __init__(self, array: Any, order: Order, dtype: Any = None):
         self.array, self.order, self.dtype = array, order, jnp.dtype(dtype or array.dtype)
-        self._narrow: Any = None
+        self._rounded: list[Any] = []  # `array` in `dtype`, once it was asked for
         self._whole: Any = None
+
+    def turned(self, order: Order) -> "Placed":
+        """The same array, whose axes are others by the program."""
+        other = Placed(self.array, order, self.dtype)
+        other._rounded = self._rounded
+        return other
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -38,9 +44,9 @@ class Placed:
     @property
     def narrow(self) -> Any:
         """`array` in `dtype`."""
-        if self._narrow is None:
-            self._narrow = self.array.astype(self.dtype)
-        return self._narrow
+        if not self._rounded:
+            self._rounded.append(self.array.astype(self.dtype))
+        return self._rounded[0]
 
     @property
     def wide(self) -> Any:
@@ -50,12 +56,12 @@ class Placed:
         """
         if self.dtype != jnp.bfloat16:
             return self.array
-        return (self.array if self._narrow is None else self._narrow).astype(jnp.float32)
+        return self.moved.astype(jnp.float32)
 
     @property
     def moved(self) -> Any:
         """`array` for operations that only move it: rounded where it is anyway."""
-        return self.array if self._narrow is None else self._narrow
+        return self._rounded[0] if self._rounded else self.array
 
     @property
     def whole(self) -> Any:
