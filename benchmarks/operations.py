@@ -46,7 +46,7 @@ def looped(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def operations(b: int, dtype: Any) -> list[Operation]:
-    """Those of the two blocks and of the first dense layer, on mirrored images [c, h, w, b]."""
+    """Those of the two blocks and of the first dense layer, on images whose channels come first, [c, h, w, b]."""
     keys = iter(jax.random.split(jax.random.key(0), 99))
 
     def normal(*shape: int, kind: Any = jnp.float32) -> jax.Array:
@@ -71,7 +71,7 @@ def operations(b: int, dtype: Any) -> list[Operation]:
         return pool.conv_pool(x, kernel, bias, 2, dtype)
 
     def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return products.dense(x, kernel, dtype)
+        return products.flat_dense(x, kernel, dtype)
 
     flops0, flops1, flops2 = conv_flops(26, 26, 3, 1, 32), conv_flops(10, 10, 3, 32, 64), dense_flops(1600, 64)
     images, x, features = normal(1, 28, 28, b), normal(32, 13, 13, b, kind=dtype), normal(64, 5, 5, b, kind=dtype)

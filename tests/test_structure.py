@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,15 @@ def test_configs_import_the_config_module_alone():
     assert len(files) >= 4
     for file in files:
         assert {name.rpartition(".")[0] for name in imports(file)} == {"imgclf_jax.config"}, file
+
+
+def test_model_files_say_nothing_of_how_arrays_lie_in_memory():
+    """A model is written in [b, h, w, c] and [b, n, d]; the layers know the rest."""
+    words = re.compile(r"layout|mirror|inner|features_first|features_last|channel_axis|on_cpu|platform|barrier")
+    for name in ("airbench", "backbones", "classifier", "convnext", "resnet", "vit"):
+        file = PACKAGE / "models" / f"{name}.py"
+        assert not words.findall(file.read_text()), file
+        assert not [used for used in own_imports(file) if used.startswith("models.cpu")], file
 
 
 def test_files_are_short_and_have_a_purpose():

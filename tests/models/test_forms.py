@@ -32,8 +32,8 @@ SMALL = {
 @pytest.fixture(autouse=True)
 def _shallow(monkeypatch):
     """Every kind of layer of each family, in few blocks: they compile in seconds."""
-    monkeypatch.setitem(resnet._STAGES, 18, (1, 1, 1, 1))
-    monkeypatch.setitem(convnext._VARIANTS, "T", ((1, 1, 1, 1), (8, 16, 24, 32)))
+    monkeypatch.setitem(resnet._STAGES, 18, (1, 1))
+    monkeypatch.setitem(convnext._VARIANTS, "T", ((1, 1), (8, 16)))
     monkeypatch.setitem(vit._VIT, "Ti", (32, 2, 2))
     monkeypatch.setitem(vit._MIXER, "S", (16, 2, 8, 24))
 

@@ -14,7 +14,7 @@ from imgclf_jax.models import layers
 from imgclf_jax.models.cpu import pool, products
 from imgclf_jax.models.cpu.layout import features_first, features_last
 from imgclf_jax.models.cpu.rewrite import rewrite
-from imgclf_jax.models.layers import Conv, ConvPool, FlatDense, conv
+from imgclf_jax.models.layers import Conv, ConvPool, Dense, FlatDense, conv
 
 SETTINGS = [  # kernel, strides, padding, dilation, groups
     (3, 1, "VALID", 1, 1),
@@ -299,3 +299,16 @@ def test_drop_path_drops_whole_examples():
     assert (rows == rows[:, :1]).all()
     assert abs(np.mean(rows[:, 0] > 0) - 0.75) < 5 * (0.25 * 0.75 / 4000) ** 0.5
     assert layers.drop_path(nn.Dense(1), out, 0.25, False) is out
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize(
+    "layer", [Conv(2, 1), ConvPool(2, 1, 1), Dense(2), FlatDense(2)], ids=["conv", "conv_pool", "dense", "flat_dense"]
+)
+def test_the_gradient_of_a_bias_is_not_rounded_to_bfloat16(layer):
+    """The sum of 1,001 ones, which bfloat16 rounds to 1,000."""
+    x = jnp.zeros((1001, 1, 1, 3), jnp.bfloat16)
+    layer = layer.clone(dtype=jnp.bfloat16)
+    params = layer.init(jax.random.key(0), x)["params"] | {"bias": jnp.ones(2)}
+    gradient = jax.jit(jax.grad(lambda params: jnp.sum(layer.apply({"params": params}, x).astype(jnp.float32))))(params)
+    np.testing.assert_array_equal(gradient["bias"], [1001, 1001])

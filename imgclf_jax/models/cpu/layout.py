@@ -1,6 +1,6 @@
 """How arrays lie in memory where layers compute on CPU: features first and the batch last, [c, h, w, b] and [d, b, n].
 
-Only the layers' CPU form uses this. What they give and take is [b, h, w, c] or [b, n, d]; `transposes.py` cancels the
+Only the layers' CPU form uses this. What they give and take is [b, h, w, c] or [b, n, d]; `rewrite.py` cancels the
 transposes between two layers.
 """
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from imgclf_jax.models.cpu.placed import Order, Placed, Spread, in_order, of_dtype, of_order, whole
+from imgclf_jax.models.cpu.placed import Order, Placed, Spread, arranged, of_dtype, of_order, whole
 
 Bind = Callable[..., list[Any]]
 Move = Callable[[Any, list[Any], Bind], list[Any] | None]
@@ -92,7 +92,7 @@ def _concatenate(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
     if not isinstance(x, Placed):
         return None
     params = {**eqn.params, "dimension": x.order.index(eqn.params["dimension"])}
-    return [_like(x, bind(eqn, [in_order(y, x.order) for y in args], params)[0], x.order)]
+    return [_like(x, bind(eqn, [arranged(y, x.order) for y in args], params)[0], x.order)]
 
 
 def _reverse(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:

@@ -121,7 +121,7 @@ def of_dtype(array: Any, order: Order, dtype: Any) -> Any:
     return Placed(array, order, dtype) if order else array.astype(dtype)
 
 
-def in_order(x: Any, order: Order) -> Any:
+def arranged(x: Any, order: Order) -> Any:
     """x for an element-wise operation in `order`; a scalar is of no order."""
     low = x.dtype == jnp.bfloat16 if hasattr(x, "dtype") else False
     if isinstance(x, Spread):

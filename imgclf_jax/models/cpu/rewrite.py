@@ -22,7 +22,7 @@ import numpy as np
 from jax.extend.core import Literal, jaxpr_as_fun
 
 from imgclf_jax.models.cpu.moves import MOVES
-from imgclf_jax.models.cpu.placed import Placed, Spread, in_order, of_dtype, of_order, whole
+from imgclf_jax.models.cpu.placed import Placed, Spread, arranged, of_dtype, of_order, whole
 
 _ELEMENTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp clz copy copy_p cos cosh digamma div
@@ -115,7 +115,7 @@ def _elementwise(eqn: Any, args: list[Any]) -> list[Any]:
     lying = [x for x in args if not isinstance(x, Spread)] or [args[0].whole]
     orders = [(np.size(x), x.order if isinstance(x, Placed) else tuple(range(np.ndim(x)))) for x in lying]
     _, order = max(orders, key=lambda pair: (pair[0], pair[1] != tuple(sorted(pair[1]))))
-    operands = [in_order(x, order) for x in args]
+    operands = [arranged(x, order) for x in args]
     params = eqn.params
     if "new_dtype" in params and params["new_dtype"] == jnp.bfloat16:  # of integers
         params = {**params, "new_dtype": np.dtype(np.float32)}
