@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
-from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
@@ -21,11 +20,15 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "imgclf_jax"
 html_theme_options = {"navigation_with_keys": True}
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_copy_source = False
+smartquotes = False  # quotation marks are code more often than not
 myst_heading_anchors = 3
 nitpicky = False  # types of JAX and Flax have pages of their own, which need a network
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
+add_module_names = False
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 default_role = "code"  # docstrings write `x` for code
@@ -35,15 +38,14 @@ class ConfigKeys(SphinxDirective):
     """A list of all config keys: each with its default and what it means."""
 
     def run(self) -> list[nodes.Node]:
-        lines = []
+        items = []
         for key, (default, meaning) in configs.KEYS.items():
-            lines += [f"`` {key} = {default!r} ``", "", f": {meaning}", ""]
-        text = "\n".join(line for line in lines)
-        text = text.replace("\n\n: ", "\n: ")
-        node = nodes.section()
-        node.document = self.state.document
-        self.state.nested_parse(StringList(text.splitlines(), "config.py"), self.content_offset, node)
-        return node.children
+            paragraph = nodes.paragraph()
+            for i, part in enumerate(meaning.split("`")):  # `x` is code
+                paragraph += nodes.literal(part, part) if i % 2 else nodes.Text(part)
+            term = nodes.literal("", f"{key} = {default!r}")
+            items.append(nodes.definition_list_item("", nodes.term("", "", term), nodes.definition("", paragraph)))
+        return [nodes.definition_list("", *items)]
 
 
 def _without_flax_fields(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
