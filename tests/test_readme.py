@@ -1,11 +1,12 @@
-"""What the README says is so."""
+"""What the README and the pages say is so; `test_docs.py` runs their commands."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import launch
+from test_structure import FILES, PACKAGES, TIERS
+
 from imgclf_jax.augment.mixing import MIXES
 from imgclf_jax.augment.ops import DEVICE_OPS
 from imgclf_jax.augment.tta import VIEWS
@@ -18,31 +19,46 @@ from imgclf_jax.optim.schedules import SCHEDULES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DOCS = {page.stem: page.read_text() for page in (ROOT / "docs").glob("*.md")}
 SHORT = ["--config.total=2 steps", "--config.schedule=constant(1e-3)", "--config.eval_every="]
 
 
-def test_the_readme_names_every_name():
-    """Each registered name stands in the table of specs."""
-    table = README[README.index("## Changing it") : README.index("Your own code")]
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 120
+
+
+def test_its_links_lead_somewhere():
+    """Those of the README and of the pages, to files of this repository."""
+    for folder, text in [(ROOT, README), *((ROOT / "docs", text) for text in DOCS.values())]:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+            assert (folder / link).is_file(), link
+
+
+def test_the_table_of_specs_names_every_name():
+    table = DOCS["using"][DOCS["using"].index("## Specs") : DOCS["using"].index("## Optimization")]
     for names in (DEVICE_OPS, HOST_OPS, SOURCES, LOSSES, BACKBONES, SCHEDULES, MIXES, VIEWS, METRICS):
         assert [name for name in names if not re.search(rf"`{name}\b|[|:] {name}\b", table)] == []
 
 
-def test_the_readme_tree_names_every_module():
-    tree = README[README.index("## Architecture") :]
+def test_the_tree_names_every_module():
+    tree = DOCS["architecture"][DOCS["architecture"].index("## The tree") : DOCS["architecture"].index("## Imports")]
     modules = [p.name for p in (ROOT / "imgclf_jax").rglob("*.py") if p.name != "__init__.py"]
     assert [name for name in modules if name not in tree] == []
 
 
-def test_a_backbone_of_ones_own(tmp_path, monkeypatch):
-    """The README's backbone, from a file in the working directory, trains and is evaluated."""
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    (tmp_path / "my_nets.py").write_text(code)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    workdir = [f"--workdir={tmp_path / 'run'}"]
-    assert launch.main(["train", *workdir, "--config.model=my_nets:Tiny(width=64)", *SHORT]) == 0
-    assert launch.main(["evaluate", *workdir, "--format=json"]) == 0
+def test_the_order_of_imports_is_that_of_the_code():
+    block = re.search(r"## Imports.*?```\n(.*?)```", DOCS["architecture"], re.DOTALL)
+    assert block
+    assert block[1].splitlines() == TIERS[::-1]
+
+
+def test_the_api_names_every_public_module():
+    """All but the CPU's form of layers, and what only other modules use."""
+    inner = ("models.cpu.", "augment.big_vision", "augment.geometry", "augment.photometric", "models.frozen",
+             "data.decoded", "data.prepare", "data.tf_image", "core.once", "core.tensorflow_import")  # fmt: skip
+    for name in FILES:
+        if name not in PACKAGES and name != "launch":
+            assert (f".. automodule:: imgclf_jax.{name}\n" in DOCS["api"]) != name.startswith(inner), name
 
 
 def test_device_placement_needs_neither_tensorflow_nor_clu(tmp_path):

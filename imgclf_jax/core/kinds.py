@@ -1,4 +1,4 @@
-"""The kind of an op: what it is given beside the images. A function declares its kind by a decorator:
+"""The kind of an op: what it is given beside the images. A function declares its kind by a decorator::
 
     from imgclf_jax.core import kinds
 
@@ -7,7 +7,7 @@
         ...
 
 An op without a decorator is plain: it takes the images alone, or one image on the host, and it draws nothing. Training
-and evaluation apply plain ops. Training alone applies the ops of the other two kinds.
+and evaluation apply plain ops. Training alone applies the ops of the other two kinds. ::
 
     kind          device op                      mixing op        host op        view op
     plain         (images, …)                    (images, …)      (image, …)     (…)

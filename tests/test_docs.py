@@ -1,0 +1,244 @@
+"""Every Python and Bash block of the README and of `docs/` runs, and the pages build without a warning.
+
+A Bash block runs in a folder with a few images, with small data and few steps. A command that takes long, or that would
+change the machine, is run in part: `COMMANDS` says what of it.
+"""
+
+import importlib.util
+import itertools
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import launch
+from imgclf_jax.core import spec
+
+ROOT = Path(__file__).parent.parent
+PAGES = {page.stem: page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+BUILD = ["sphinx-build", "-W", "-b", "html", "docs", "docs/_build"]
+TINY = {"total": "2 steps", "batch_size": "8", "schedule": "constant(1e-3)", "log_every": "", "eval_every": "",
+        "checkpoint_every": "", "tensorboard": "False"}  # fmt: skip
+SMALL = {"model": "mlp(widths=(4,))", "data.source": "fake(16, (28, 28, 1), 4)"}
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """(language, text) of each Python and Bash block."""
+    return re.findall(r"^```(python|bash)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of each line of the Bash blocks, `a && b` being two lines, without `uv run` and its groups."""
+    lines = [line for kind, text in blocks(page) if kind == "bash" for line in text.splitlines()]
+    return [words for line in lines for words in split(line)]
+
+
+def split(line: str) -> list[list[str]]:
+    words, found = shlex.split(line, comments=True), [[]]
+    for word in words:
+        if word == "&&":
+            found.append([])
+        else:
+            found[-1].append(word)
+    return [without_uv(words) for words in found if words]
+
+
+def without_uv(words: list[str]) -> list[str]:
+    if words[0] in ("uv", ".uv/bin/uv") and words[1] == "run":
+        words = words[2:]
+        while words[0] in ("--group", "--extra"):
+            assert words[1] in groups()
+            words = words[2:]
+    return words
+
+
+def groups() -> set[str]:
+    """The dependency groups, and the extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    return {*project["dependency-groups"], *project["project"]["optional-dependencies"]}
+
+
+def run_launch(words: list[str]) -> None:
+    """A command of launch.py in this process: training is of two steps, of a small network unless one is named."""
+    command = words.pop(0) if words and not words[0].startswith("-") else "train"
+    if command == "--help" or words == ["--help"]:
+        assert launch.main(["--help"]) == 0
+        return
+    config = next((b for a, b in itertools.pairwise(words) if a == "--config"), "configs/digits.py")
+    settings = dict(TINY) if command == "train" else {}
+    if ("--config" in words and any(word.startswith("--config.init_from=") for word in words)) or "transfer" in config:
+        settings |= {"model": "resnet_cifar(depth=8)", "batch_size": "8", "data.source": "fake(16, (32, 32, 3), 10)"}
+    elif command == "train" and config.startswith("configs/"):
+        settings |= SMALL
+    if ":PHOTOS" in config:
+        settings.pop("data.source", None)
+    if any(word.startswith("--profile") for word in words):
+        settings["total"] = "12 steps"
+    kept = []
+    for word in words:  # a data set that would be downloaded
+        if word.startswith("--config.data.source=tfds"):
+            spec.parse_one(word.partition("=")[2])
+        else:
+            kept.append(word)
+    small = [f"--config.{key}={value}" for key, value in settings.items()]
+    assert launch.main([command, *small, *kept]) == 0
+
+
+def run_python(words: list[str]) -> None:
+    if words[0] == "-c":
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
+        assert done.stdout == "1\n"  # as the page says
+    else:
+        assert words[:2] == ["tests/resume_check.py", "--kills"]
+        in_root(sys.executable, *words[:2], "1")
+
+
+def in_root(*words: str) -> None:
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run_benchmark(file: str) -> Callable[[list[str]], None]:
+    def run(words: list[str]) -> None:
+        pytest.importorskip("matplotlib", reason="it comes with the dependency group `peers`")
+        in_root(sys.executable, file, *words, "--help")
+
+    return run
+
+
+def run_hooks(words: list[str]) -> None:
+    """What the hooks of pre-commit run, the page of contributors has as commands too."""
+    assert words == ["pre-commit", "install"]
+    [repository] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    known = [words for line in PAGES["contributing"].read_text().splitlines() if line.startswith("uv run")
+             for words in split(line)]  # fmt: skip
+    for hook in repository["hooks"]:
+        assert any(without_uv(shlex.split(hook["entry"]))[:1] == words[:1] for words in known), hook
+
+
+def check_venv(words: list[str]) -> None:
+    """These make a virtual environment for uv and load it: CI does so, with this very line."""
+    assert words in (["-m", "venv", ".uv"], ["install", "--quiet", "uv"])
+
+
+def check_sync(words: list[str]) -> None:
+    assert words[0] == "sync"
+    assert set(words[1:]) - {"--group"} <= groups()
+
+
+# What a command that is not of launch.py is run as, and whether this takes long.
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], bool]] = {
+    "python": (run_python, False),
+    "python3": (check_venv, False),
+    ".uv/bin/pip": (check_venv, False),
+    ".uv/bin/uv": (check_sync, False),
+    "uvx": (run_hooks, False),
+    "bash": (lambda words: in_root("bash", "-n", *words), False),
+    "ruff": (lambda words: in_root("ruff", *words, *(["--check"] if words[0] == "format" else [])), True),
+    "sphinx-build": (lambda words: None, False),  # test_the_pages_build
+    "mypy": (lambda words: in_root("mypy"), True),
+    "pytest": (lambda words: in_root("pytest", *words, "-n", "0", "--collect-only"), True),
+    "tensorboard": (lambda words: in_root("tensorboard", "--version"), True),
+    **{f"benchmarks/{b}.py": (run_benchmark(f"benchmarks/{b}.py"), True)
+       for b in ("speed", "accuracy", "input", "operations")},
+}  # fmt: skip
+
+
+def takes_long(words: list[str]) -> bool:
+    return words[0] != "launch.py" and (COMMANDS[words[0]][1] or "resume_check.py" in " ".join(words))
+
+
+LONG = {"models", "using"}  # pages of many commands
+SLOW = sorted({shlex.join(words) for page in PAGES.values() for words in commands(page) if takes_long(words)})
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """What the pages speak of: images, arrays, weights; the working directory."""
+    rng = np.random.default_rng(0)
+    for place in ("PHOTOS", "DIR/train", "DIR/test"):
+        for name in ("cat", "dog"):
+            (tmp_path / place / name).mkdir(parents=True)
+            for i in range(10):
+                picture = Image.fromarray(rng.integers(256, size=(40, 44, 3), dtype=np.uint8))
+                picture.save(tmp_path / place / name / f"{i}.png")
+    (tmp_path / "more").mkdir()
+    for name in ("new.jpg", "more/other.jpg"):
+        picture.resize((32, 32)).save(tmp_path / name)
+    arrays = {"x": rng.integers(256, size=(16, 28, 28), dtype=np.uint8), "y": np.arange(16) % 4}
+    np.savez(tmp_path / "mnist.npz", **{f"{a}_{split}": x for split in ("train", "test") for a, x in arrays.items()})
+    for name in ("configs", "launch.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:  # the files of one page are not those of another
+        if name.startswith("my_"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def weights(folder, monkeypatch):
+    """ResNet-8's weights under the name of the file that the pages speak of."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "weights"))
+    import torch_format
+    from test_torch_names import MODELS
+    from torch_fixtures import draw
+
+    shapes = MODELS["akamaster resnet20"]["shapes"]
+    own = {name: shape for name, shape in shapes.items() if not name.startswith("layer") or name.split(".")[1] == "0"}
+    torch_format.save(folder / "resnet20-12fca82f.th", {name: draw(name, tuple(shape)) for name, shape in own.items()})
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name, page in PAGES.items() if blocks(page)
+])  # fmt: skip
+def test_the_blocks_of_a_page_run(name, folder, weights, quick_compilation, capsys):
+    for language, text in blocks(PAGES[name]):
+        if language == "python":
+            file = re.match(r"# (\w+\.py)\n", text)
+            if file:
+                (folder / file[1]).write_text(text)
+            else:
+                exec(compile(text, str(PAGES[name]), "exec"), {})
+            continue
+        for words in [words for line in text.splitlines() for words in split(line)]:
+            if words[0] == "launch.py":
+                run_launch(words[1:])
+            elif not takes_long(words):
+                COMMANDS[words[0]][0](words[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", SLOW)
+def test_a_long_command_runs(command):
+    name, *words = shlex.split(command)
+    COMMANDS[name][0](words)
+
+
+def test_the_pages_build(tmp_path):
+    """With the command that they say, warnings being errors."""
+    if not importlib.util.find_spec("sphinx"):
+        pytest.skip("Sphinx comes with the dependency group `docs`")
+    in_root(sys.executable, "-m", "sphinx", *BUILD[1:-1], str(tmp_path))
+    assert (tmp_path / "index.html").is_file()
+
+
+def test_the_pages_say_how_they_are_built():
+    for page in ("README", "contributing"):
+        assert BUILD in commands(PAGES[page])
+
+
+def test_every_page_is_in_the_table_of_contents():
+    index = (ROOT / "docs" / "index.md").read_text()
+    found = {line for block in re.findall(r"```{toctree}\n(.*?)```", index, re.DOTALL) for line in block.splitlines()}
+    assert {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"} <= found
