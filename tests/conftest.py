@@ -22,6 +22,16 @@ settings.register_profile("default", deadline=None, derandomize=True, max_exampl
 settings.load_profile("default")
 
 
+# Files whose tests take long are begun first, so that no process is left with one at the end.
+_LONG = """test_resume test_checkpoint test_config test_pretrained test_forms test_backbones test_docs test_num_seeds
+           test_launch test_parity test_optimizers test_digests test_train""".split()  # noqa: SIM905
+
+
+def pytest_collection_modifyitems(items):
+    """xdist gives files out in this order."""
+    items.sort(key=lambda item: _LONG.index(item.path.stem) if item.path.stem in _LONG else len(_LONG))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_once(tmp_path_factory):
     """What several tests compile, in this process or in those they start, is compiled once."""
@@ -84,3 +94,14 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """Networks with every kind of layer of their family, in few blocks: they compile in seconds."""
+    from imgclf_jax.models import convnext, resnet, vit
+
+    monkeypatch.setitem(resnet._STAGES, 18, (1, 1))
+    monkeypatch.setitem(convnext._VARIANTS, "T", ((1, 1), (8, 16)))
+    monkeypatch.setitem(vit._VIT, "Ti", (32, 2, 2))
+    monkeypatch.setitem(vit._MIXER, "S", (16, 2, 8, 24))

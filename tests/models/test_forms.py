@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from imgclf_jax.core import platform, tree
-from imgclf_jax.models import classifier, convnext, resnet, vit
+from imgclf_jax.models import classifier
 from imgclf_jax.models.backbones import BACKBONES
 from imgclf_jax.models.cpu.rewrite import rewrite
 
@@ -29,13 +29,7 @@ SMALL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _shallow(monkeypatch):
-    """Every kind of layer of each family, in few blocks: they compile in seconds."""
-    monkeypatch.setitem(resnet._STAGES, 18, (1, 1))
-    monkeypatch.setitem(convnext._VARIANTS, "T", ((1, 1), (8, 16)))
-    monkeypatch.setitem(vit._VIT, "Ti", (32, 2, 2))
-    monkeypatch.setitem(vit._MIXER, "S", (16, 2, 8, 24))
+pytestmark = pytest.mark.usefixtures("shallow")
 
 
 class Edits(nn.Module):

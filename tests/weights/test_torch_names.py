@@ -51,13 +51,14 @@ def check(name: str) -> None:
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.usefixtures("_small_variants")
+@pytest.mark.usefixtures("_small_variants", "form", "quick_compilation")
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("full")])
 def test_logits_are_pytorchs(name):
     check(name)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("full")])
 def test_logits_of_the_published_networks_are_pytorchs(name):
     check(name)
