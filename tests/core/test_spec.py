@@ -8,13 +8,11 @@ import math
 import sys
 
 import pytest
-import tensorflow_datasets as tfds
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import splits
 
 IDENTIFIERS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True).filter(lambda s: not keyword.iskeyword(s))
 NAMES = st.one_of(
@@ -264,87 +262,3 @@ def test_only_finite_numbers_are_literals(value):
 
 
 # --- splits, against TFDS's own reading of the same text ---
-
-
-class Info:
-    """As much of `tfds.core.SplitInfo` as its reading of a split asks for."""
-
-    def __init__(self, n):
-        self.num_examples = n
-
-
-def by_tfds(text, sizes):
-    absolute = tfds.core.splits.AbstractSplit.from_spec(text).to_absolute({k: Info(n) for k, n in sizes.items()})
-    return [(a.splitname, a.from_ or 0, sizes[a.splitname] if a.to is None else a.to) for a in absolute]
-
-
-NUMBERS = st.one_of(st.integers(-130, 130).map(str), st.integers(-3000, 3000).map(str), st.just("-0"))
-PERCENTS = st.one_of(st.integers(-100, 100).map("{}%".format), st.integers(-1000, 1000).map(lambda i: f"{i / 10}%"))
-SLICES = st.one_of(*(st.tuples(b | st.just(""), b | st.just("")).filter(any).map("[{0[0]}:{0[1]}]".format)
-                     for b in (NUMBERS, PERCENTS)))  # fmt: skip
-PIECES = st.tuples(st.sampled_from(["train", "test", "val-2"]), SLICES | st.just("")).map("".join)
-
-
-def rounds_to_nothing(text, sizes):
-    """Whether a negative percentage rounds to no example: TFDS then takes it for the start of the split."""
-    for piece in text.split("+"):
-        name, _, bounds = piece.strip().rstrip("]").partition("[")
-        for b in bounds.split(":"):
-            if b.endswith("%") and float(b[:-1]) < 0 and round(float(b[:-1]) * sizes[name] / 100) == 0:
-                return True
-    return False
-
-
-@settings(max_examples=400)
-@given(st.lists(PIECES, min_size=1, max_size=3).map(" + ".join), st.integers(1, 130), st.integers(1, 3000))
-def test_splits_resolve_as_tfds_resolves_them(text, small, large):
-    sizes = {"train": large, "test": small, "val-2": 7}
-    assume(not rounds_to_nothing(text, sizes))
-    try:
-        expected = by_tfds(text, sizes)
-    except ValueError:
-        expected = None  # outside of the split, which TFDS refuses
-    if expected is None or any(start >= stop for _, start, stop in expected):
-        with pytest.raises(UserError, match=r"reaches outside|holds no example"):
-            splits.resolve(text, sizes)
-    else:
-        assert [(p.name, p.start, p.stop) for p in splits.resolve(text, sizes)] == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("train", [("train", 0, 1000)]),
-        ("train[:]", [("train", 0, 1000)]),
-        (" train [ 1% : -5% ] ", [("train", 10, 950)]),
-        ("train[999:]+test[-2:]+train[:1]", [("train", 999, 1000), ("test", 3, 5), ("train", 0, 1)]),
-        ("test[:50%]", [("test", 0, 2)]),  # 2.5 to the even neighbour, as TFDS and Python round
-        ("test[:30%]", [("test", 0, 2)]),
-        ("test[:-1%]", [("test", 0, 5)]),  # rounds to no example from the end
-        ("test[-0:]", [("test", 0, 5)]),
-        ("train[:12.5%]", [("train", 0, 125)]),
-    ],
-)
-def test_split_examples(text, parts):
-    found = splits.resolve(text, {"train": 1000, "test": 5})
-    assert [(p.name, p.start, p.stop) for p in found] == parts
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "does not parse"), ("train[", "does not parse"), ("train[5]", "does not parse"), ("+", "does not parse"),
-        ("train[1:2:3]", "does not parse"), ("train[a:]", "does not parse"), ("train[:2.5]", "does not parse"),
-        ("train+", "does not parse"), ("train[:1shard]", "does not parse"), ("train train", "does not parse"),
-        ("trian", "unknown split 'trian': did you mean 'train'? allowed: empty, test, train"),
-        ("train[10:10]", "'train[10:10]' holds no example; 'train' has 1000"),
-        ("train[20:10]", "holds no example"), ("train[-0%:0%]", "holds no example"), ("empty", "holds no example"),
-        ("test[-1%:]", "holds no example"),
-        ("train[:1001]", "'train[:1001]' reaches outside of the 1000 examples"), ("train[:101%]", "reaches outside"),
-        ("train[-1001:]", "reaches outside"), ("train[10:50%]", "mixes a number with a percentage"),
-    ],
-)  # fmt: skip
-def test_split_mistakes_are_told(text, message):
-    with pytest.raises(UserError) as e:
-        splits.resolve(text, {"train": 1000, "test": 5, "empty": 0})
-    assert message in str(e.value)

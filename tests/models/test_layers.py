@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.models import layers
 from imgclf_jax.models.cpu import pool, products
-from imgclf_jax.models.cpu.layout import features_first, features_last
 from imgclf_jax.models.cpu.rewrite import rewrite
 from imgclf_jax.models.layers import Conv, ConvPool, Dense, FlatDense, conv
 
@@ -116,86 +115,6 @@ def test_bfloat16_products_are_summed_in_float32():
     np.testing.assert_array_equal(low, high)
 
 
-@pytest.mark.parametrize(("h", "w", "window"), [(8, 8, 2), (9, 7, 2), (13, 12, 3), (5, 4, 4), (3, 6, 1), (30, 25, 12)])
-def test_pool_bias_relu_on_cpu_is_flax_in_the_usual_order(h, w, window):
-    """The same bits as convolution output + bias, ReLU, nn.max_pool; the gradient too, ties among its elements."""
-    x = jnp.asarray(np.random.default_rng(0).integers(-4, 5, (2, h, w, 3)), jnp.float32)  # of few values: ties
-    bias = jnp.asarray([-4.5, 0.25, 1.5])
-    weights = normal(1, 2, h // window, w // window, 3, dtype=np.float32)
-
-    def usual(x, bias):
-        return nn.max_pool(nn.relu(x + bias), (window, window), (window, window), "VALID")
-
-    def ours(x, bias):
-        return features_last(pool.pool_bias_relu(features_first(x), bias, window, jnp.float32))
-
-    y, y_usual = jax.jit(ours)(x, bias), jax.jit(usual)(x, bias)
-    np.testing.assert_array_equal(y, y_usual)
-    assert 0 < np.mean(np.asarray(y) == 0) < 1
-    grads, expected = (
-        jax.jit(jax.grad(lambda x, bias, f=f: jnp.sum(f(x, bias) * weights), argnums=(0, 1)))(x, bias)
-        for f in (ours, usual)
-    )
-    # ReLU first makes all that is below zero equal, which changes where the gradient of a zero would go: nowhere.
-    np.testing.assert_array_equal(grads[0], expected[0])
-    np.testing.assert_allclose(grads[1], expected[1], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.usefixtures("float64", "form")
-@pytest.mark.parametrize(
-    ("kernel", "pool", "channels"), [(3, 2, 1), (3, 2, 3), (3, 2, 8), (5, 3, 1), (5, 3, 4), (2, 1, 2)]
-)
-def test_conv_pool_is_convolution_bias_relu_and_pool_in_that_order(kernel, pool, channels):
-    """In float64 the same numbers and gradients, the images' too, as Flax's layers in the usual order."""
-    x = jnp.asarray(normal(0, 2, 15, 14, channels))
-    layer = ConvPool(6, kernel, pool, dtype=jnp.float64)
-    flax_conv = nn.Conv(6, (kernel, kernel), padding="VALID", dtype=jnp.float64)
-    params = layer.init(jax.random.key(0), x)["params"]
-    params = {
-        "kernel": jnp.asarray(normal(1, *params["kernel"].shape)),
-        "bias": jnp.linspace(-3, 0.3, 6) * kernel * channels**0.5,
-    }
-
-    def usual(params, x):
-        return nn.max_pool(nn.relu(flax_conv.apply({"params": params}, x)), (pool, pool), (pool, pool), "VALID")
-
-    def scalar(function, params, x):
-        y = function(params, x)
-        return jnp.sum(jnp.sin(y)), y
-
-    results = [
-        jax.jit(jax.value_and_grad(functools.partial(scalar, function), argnums=(0, 1), has_aux=True))(params, x)
-        for function in (lambda params, x: layer.apply({"params": params}, x), usual)
-    ]
-    assert 0.05 < np.mean(np.asarray(results[1][0][1]) == 0) < 0.9
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), *results)
-
-
-@pytest.mark.parametrize("channels", [1, 3, 8])
-def test_both_ways_of_convolution_and_pooling_on_cpu_give_the_gradient_to_the_first_of_equals(channels):
-    """On images and kernels of few values, so of many ties, the bits of Flax's gradient in float32."""
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.integers(-1, 2, (4, 9, 12, channels)), jnp.float32)
-    kernel = jnp.asarray(rng.integers(-1, 2, (3, 3, channels, 5)), jnp.float32)
-    bias, weights = jnp.asarray([-1.0, 0, 1, 2, -3]), jnp.asarray(rng.integers(-3, 4, (4, 3, 5, 5)), jnp.float32)
-    pools = [pool.conv_pool_direct, pool.conv_pool]
-
-    def usual(x, kernel, bias):
-        y = nn.max_pool(conv(x, kernel, padding="VALID"), (2, 2), (2, 2))
-        return nn.relu(y + bias)
-
-    functions = [
-        usual,
-        *(lambda x, k, bias, f=f: features_last(f(features_first(x), k, bias, 2, jnp.float32)) for f in pools),
-    ]
-    expected, *others = (
-        jax.jit(jax.grad(lambda *args, f=f: jnp.sum(f(*args) * weights), argnums=(0, 1, 2)))(x, kernel, bias)
-        for f in functions
-    )
-    for grads in others:
-        jax.tree.map(np.testing.assert_array_equal, grads, expected)
-
-
 @pytest.mark.parametrize("function", ["conv_pool", "conv_pool_direct", "flat_dense"])
 @pytest.mark.parametrize("features", [2, 40])
 def test_layers_on_cpu_in_bfloat16(function, features):
@@ -263,30 +182,6 @@ def test_between_two_layers_nothing_is_transposed():
     program = compiled_network(64, sharding.make_mesh(jax.devices()[:1])).as_text()
     assert "f32[8,13,13,64]" in program  # the images between the blocks, features first
     assert "f32[64,13,13,8]" not in program
-
-
-@pytest.mark.usefixtures("form")
-@pytest.mark.parametrize(("window", "strides", "padding"), [(2, 2, 0), (3, 3, 0), (3, 2, 1), (2, 1, 0)])
-def test_max_pool_is_flax_max_pool(window, strides, padding):
-    """Values and gradients, the latter to the first of equals."""
-    x = jnp.asarray(np.random.default_rng(0).integers(-3, 3, (2, 9, 8, 5)), jnp.float32)
-
-    def usual(x):
-        return nn.max_pool(x, (window, window), (strides, strides), [(padding, padding)] * 2)
-
-    def ours(x):
-        return layers.max_pool(x, window, strides, padding)
-
-    weights = jnp.asarray(normal(1, *usual(x).shape, dtype=np.float32))
-    results = [jax.jit(jax.value_and_grad(lambda x, f=f: jnp.sum(f(x) * weights)))(x) for f in (usual, ours)]
-    np.testing.assert_array_equal(jax.jit(ours)(x), usual(x))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
-
-
-@pytest.mark.usefixtures("form")
-def test_mean_pool_is_the_mean_over_pixels():
-    x = jnp.asarray(normal(0, 2, 5, 4, 3, dtype=np.float32))
-    np.testing.assert_allclose(layers.mean_pool(x), np.mean(x, (1, 2)), rtol=1e-5, atol=1e-6)
 
 
 def test_drop_path_drops_whole_examples():

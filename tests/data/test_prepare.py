@@ -1,0 +1,175 @@
+"""TFDS data sets: prepared as ArrayRecord, from original files, and what goes wrong."""
+
+import gzip
+import os
+import socket
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from test_sources import everything
+
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import decode, prepare, sources
+
+
+class TinyPictures(tfds.core.GeneratorBasedBuilder):
+    """27 small pictures that need no download."""
+
+    VERSION = tfds.core.Version("1.2.0")
+
+    LABEL = tfds.features.ClassLabel(names=["cat", "dog", "emu"])
+    FEATURES = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(5, 4, 3)), "label": LABEL})
+
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=self.FEATURES)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(0, 20), "test": self._generate_examples(20, 27)}
+
+    def _generate_examples(self, start, stop):
+        for i in range(start, stop):
+            # The last one has no label, as in a test set whose labels are secret.
+            yield i, {"image": picture(i), "label": -1 if i == 26 else i % 3}
+
+
+class TinyPairs(TinyPictures):
+    """No single image and label."""
+
+    FEATURES = tfds.features.FeaturesDict({"a": tfds.features.Image(), "b": tfds.features.Image()})
+
+
+class TinyAges(TinyPictures):
+    """A label that is no class."""
+
+    FEATURES = tfds.features.FeaturesDict({"image": tfds.features.Image(), "label": tfds.features.Scalar(np.int32)})
+
+
+def picture(i):
+    return np.random.default_rng(i).integers(0, 256, (5, 4, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    data_dir = str(tmp_path_factory.mktemp("tfds"))
+    return sources.open_splits("tfds('tiny_pictures')", data_dir=data_dir), data_dir
+
+
+def test_tfds_examples_are_read_in_any_order_still_encoded(tiny):
+    base, data_dir = tiny
+    assert {name: len(s) for name, s in base.items()} == {"train": 20, "test": 7}
+    assert list(Path(data_dir).rglob("*train.array_record*"))
+    assert base["train"].class_names == ("cat", "dog", "emu")
+    which = {picture(i).tobytes(): i for i in range(27)}  # TFDS shuffles when it prepares
+    ids = np.array([13, 0, 19, 13, 5])
+    whole, some = everything(base["train"]), base["train"].read(ids)
+    assert some["image"] == [whole["image"][i] for i in ids]
+    assert all(image.startswith(b"\x89PNG") for image in whole["image"])
+    examples = [which[decode.decode(image).tobytes()] for image in whole["image"]]
+    assert sorted(examples) == list(range(20))
+    np.testing.assert_array_equal(whole["label"], np.array(examples) % 3)
+    np.testing.assert_array_equal(some["label"], whole["label"][ids])
+
+
+def test_tfds_is_prepared_once_and_has_a_fingerprint(tiny):
+    base, data_dir = tiny
+    before = {p: p.stat().st_mtime_ns for p in Path(data_dir).rglob("*")}
+    again = sources.open_splits(f"tfds('tiny_pictures:1.2.0', data_dir={data_dir!r})")
+    assert {p: p.stat().st_mtime_ns for p in Path(data_dir).rglob("*")} == before
+    assert again["train"].fingerprint() == base["train"].fingerprint() != base["test"].fingerprint()
+
+
+def test_an_example_without_a_label_is_named(tiny):
+    with pytest.raises(UserError, match=r"example \d of 'tiny_pictures/1.2.0 test .* has no label; use another split"):
+        everything(tiny[0]["test"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tiny_picture", "unknown TFDS data set 'tiny_picture': did you mean 'tiny_pictures'"),
+        ("fashion_mnits", "did you mean 'fashion_mnist'"),
+        ("tiny_pictures:9.9.9", "cannot be loaded at version 9.9.9"),
+        ("a b", "TFDS data set 'a b'"),
+        ("tiny_pairs", "holds ['a', 'b']; image classification needs image and label"),
+        ("tiny_ages", "expected a ClassLabel"),
+    ],
+)
+def test_tfds_names_that_cannot_be_used(tmp_path, name, message):
+    with pytest.raises(UserError) as e:
+        sources.open_splits(f"tfds({name!r})", data_dir=str(tmp_path))
+    assert message in str(e.value)
+
+
+def test_data_prepared_in_another_format_is_told_with_the_mend(tmp_path):
+    tfds.builder("tiny_pictures", data_dir=tmp_path, file_format="tfrecord").download_and_prepare()
+    with pytest.raises(UserError, match=r"TFRECORD.*; pass another --config.data.data_dir"):
+        sources.open_splits("tfds('tiny_pictures')", data_dir=str(tmp_path))
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def fail(*args, **kwargs):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    [monkeypatch.delenv(name) for name in list(os.environ) if name.lower().endswith("_proxy")]
+
+
+FILES = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+
+
+def test_without_a_network_the_files_and_manual_dir_are_named(tmp_path, no_network):
+    (tmp_path / FILES[0]).write_bytes(b"")
+    for manual_dir, missing in (("", FILES), (str(tmp_path), FILES[1:])):
+        with pytest.raises(UserError) as e:
+            sources.open_splits("tfds('fashion_mnist')", data_dir=str(tmp_path / "data"), manual_dir=manual_dir)
+        assert "no network for TFDS data set 'fashion_mnist'" in str(e.value)
+        assert "put them in one directory and pass it as --config.data.manual_dir: http" in str(e.value)
+        assert [f for f in FILES if f"/{f}" in str(e.value)] == missing
+
+
+def test_files_are_looked_for_by_the_name_that_tfds_wants_them_under(tmp_path, no_network):
+    urls = ["http://host/get?id=1", "http://host/b.zip"]
+    infos = dict(zip(urls, (SimpleNamespace(filename="a.zip"), SimpleNamespace(filename="b.zip")), strict=True))
+    builder = SimpleNamespace(name="x", url_infos=infos, builder_configs={})
+    (tmp_path / "b.zip").write_bytes(b"")
+    with pytest.raises(UserError, match=r"manual_dir: http://host/get\?id=1 \(as a\.zip\)$"):
+        prepare._check_files(builder, str(tmp_path))
+    # With several configs the files of all are recorded, and one config may well need no more than those there.
+    prepare._check_files(SimpleNamespace(**vars(builder) | {"builder_configs": {"p": 0, "q": 0}}), str(tmp_path))
+    (tmp_path / "a.zip").write_bytes(b"")
+    prepare._check_files(builder, str(tmp_path))
+
+
+def test_a_missing_manual_dir_is_named(tmp_path, no_network):
+    with pytest.raises(UserError, match=r"data\.manual_dir: there is no directory 'no/where'"):
+        sources.open_splits("tfds('fashion_mnist')", data_dir=str(tmp_path), manual_dir="no/where")
+
+
+def test_a_damaged_file_in_manual_dir_is_named(tmp_path, no_network):
+    for file in FILES:
+        (tmp_path / file).write_bytes(gzip.compress(b"not the original"))
+    with pytest.raises(UserError, match=r"could not prepare 'fashion_mnist' .*-ubyte\.gz.* has wrong checksum"):
+        sources.open_splits("tfds('fashion_mnist')", data_dir=str(tmp_path / "data"), manual_dir=str(tmp_path))
+
+
+ORIGINAL = os.environ.get("IMGCLF_FASHION_MNIST_DIR", "")
+
+
+@pytest.mark.skipif(not ORIGINAL, reason="IMGCLF_FASHION_MNIST_DIR does not name the folder of the original files")
+def test_fashion_mnist_from_the_original_files_pixel_by_pixel(tmp_path, no_network):
+    base = sources.open_splits("tfds('fashion_mnist')", data_dir=str(tmp_path), manual_dir=ORIGINAL)
+    assert {name: len(s) for name, s in base.items()} == {"train": 60_000, "test": 10_000}
+    assert base["train"].class_names[:2] == ("T-shirt/top", "Trouser")
+    for split, part in (("train", "train"), ("test", "t10k")):
+        images, labels = (zlib.decompress(Path(ORIGINAL, f"{part}-{kind}-ubyte.gz").read_bytes(), 31)
+                          for kind in ("images-idx3", "labels-idx1"))  # fmt: skip
+        images = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 784)
+        expected = sorted((x.tobytes(), y) for x, y in zip(images, labels[8:], strict=True))
+        examples = everything(base[split])
+        pixels = [decode.decode(image, 1).tobytes() for image in examples["image"]]
+        assert sorted(zip(pixels, examples["label"].tolist(), strict=True)) == expected

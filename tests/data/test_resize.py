@@ -1,0 +1,160 @@
+"""Host ops that change the size, against Pillow and the definitions."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from test_decode import encode, noise, worst
+
+from imgclf_jax.core import rng as rngs
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import decode as ops
+from imgclf_jax.data.decode import central_crop, random_resized_crop, resize, resize_small
+
+KERNELS = {  # method → (half its width, the kernel)
+    "bilinear": (1, lambda x: 1 - x),
+    "bicubic": (2, lambda x: np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2)),
+    "lanczos": (3, lambda x: np.sinc(x) * np.sinc(x / 3)),
+}
+
+
+def filtered(image, size, method, axis):
+    """Each output pixel is the mean of the input, weighted by the kernel about its centre, widened when shrinking."""
+    (support, kernel), n = KERNELS[method], image.shape[axis]
+    centres = (np.arange(size) + 0.5) * n / size
+    x = np.abs(np.arange(n) + 0.5 - centres[:, None]) / max(1, n / size)  # [size, n]
+    weights = np.where(x < support, kernel(x), 0)
+    weights /= weights.sum(1, keepdims=True)
+    return np.moveaxis(np.tensordot(weights, image, (1, axis)), 0, axis)
+
+
+@pytest.mark.parametrize("sizes", [((17, 23), (8, 9)), ((9, 11), (20, 31)), ((30, 7), (7, 30)), ((1, 9), (3, 4))])
+@pytest.mark.parametrize("method", KERNELS)
+def test_resize_is_the_antialiased_filter(method, sizes):
+    """Against the definition, and TensorFlow, up to rounding; filters that overshoot get greys that they can't clip."""
+    old, new = sizes
+    for channels in (1, 3):
+        image = noise(*old, channels) if method == "bilinear" else noise(*old, channels, high=96) + np.uint8(80)
+        out = resize(image, *new, method)
+        expected = filtered(filtered(image.astype(np.float64), new[1], method, 1), new[0], method, 0)
+        assert worst(out, expected) <= (1 if method == "bilinear" else 1.5)
+        if method == "bilinear":
+            assert worst(out, tf.image.resize(image, new, antialias=True).numpy()) <= 1
+
+
+def test_resize_nearest_rgba_and_refusal():
+    image = noise(9, 14, 3)
+    rows, columns = (np.floor((np.arange(6) + 0.5) * n / 6).astype(int) for n in (9, 14))
+    np.testing.assert_array_equal(resize(image, 6, method="nearest"), image[rows][:, columns])
+    assert resize(image, 9, 14) is image
+    image = np.tile(np.uint8([(255, 0, 0, 255), (0, 255, 0, 0)]), (4, 2, 1))  # opaque red, transparent green
+    np.testing.assert_allclose(resize(image, 1)[0, 0], (255, 0, 0, 127.5), rtol=0, atol=1)  # only the red is seen
+    with pytest.raises(UserError, match=r"'box'.*bilinear"):
+        resize(image, 6, method="box")
+
+
+@pytest.mark.parametrize(("h", "w"), [(30, 40), (40, 30), (33, 100), (7, 7), (1, 9)])
+@pytest.mark.parametrize("size", [5, 15, 20])
+def test_resize_small(h, w, size):
+    """The shorter side is `size`, the longer one nearest to the same aspect ratio; the pixels are resize's."""
+    image = noise(h, w, 3)
+    out = resize_small(image, size)
+    assert min(out.shape[:2]) == size
+    assert abs(max(out.shape[:2]) - size * max(h, w) / min(h, w)) <= 0.5
+    assert (out.shape[0] <= out.shape[1]) == (h <= w)
+    np.testing.assert_array_equal(out, resize(image, *out.shape[:2]))
+
+
+def test_central_crop():
+    image = noise(8, 9, 3)
+    np.testing.assert_array_equal(central_crop(image, 4, 5), image[2:6, 2:7])
+    np.testing.assert_array_equal(central_crop(image, 5), image[1:6, 2:7])  # of the odd margin 3, 1 is above
+    np.testing.assert_array_equal(central_crop(image, 8, 9), image)
+    for height, width in ((9, 4), (4, 10)):
+        with pytest.raises(UserError, match=rf"central_crop\({height}, {width}\) of an image of 8 by 9"):
+            central_crop(image, height, width)
+
+
+def measured_crop(seed, h, w, **options):
+    """Where the crop was: (top, left, height, width), read off an image whose pixels tell their place."""
+    y, x = np.mgrid[:h, :w].astype(np.uint8)
+    out = random_resized_crop(np.random.default_rng(seed), np.dstack([y, x, y]), 256, method="nearest", **options)
+    (top, left), (bottom, right) = out[0, 0, :2].astype(int), out[-1, -1, :2].astype(int)
+    return int(top), int(left), int(bottom - top + 1), int(right - left + 1)
+
+
+@pytest.mark.parametrize("method", ["bilinear", "bicubic"])
+def test_random_resized_crop_is_pillows_crop_and_resize(method):
+    """The pixels of the crop that the generator's draws mean: area, log ratio, top, left, in that order."""
+    image, h, w = noise(40, 60, 3), 40, 60
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        while True:
+            area = generator.uniform(0.08, 1.0) * h * w
+            aspect = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))
+            crop_h, crop_w = int(np.rint(np.sqrt(area / aspect))), int(np.rint(np.sqrt(area * aspect)))
+            if crop_h <= h and crop_w <= w:
+                break
+        top, left = generator.integers(0, h - crop_h + 1), generator.integers(0, w - crop_w + 1)
+        picture = Image.fromarray(image).crop((left, top, left + crop_w, top + crop_h))
+        expected = np.asarray(picture.resize((24, 16), Image.Resampling[method.upper()]))
+        got = random_resized_crop(np.random.default_rng(seed), image, 16, 24, method=method)
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_random_resized_crop_has_the_distribution_that_it_says():
+    """Area uniform in `scale`, ratio log-uniform in `ratio`, place uniform: ranges, means and quartiles."""
+    n, side = 1000, 200
+    crops = [measured_crop(seed, side, side, scale=(0.2, 0.6), ratio=(3 / 4, 4 / 3)) for seed in range(n)]
+    top, left, h, w = np.array(crops, float).T
+    uniforms = {  # each is uniform in [0, 1], up to the rounding of the sides to whole pixels
+        "area": (h * w / side**2 - 0.2) / 0.4,
+        "ratio": (np.log(w / h) / np.log(4 / 3) + 1) / 2,
+        "top": (top + 0.5) / (side - h + 1),
+        "left": (left + 0.5) / (side - w + 1),
+    }
+    for name, u in uniforms.items():
+        assert -0.03 < u.min() <= u.max() < 1.03, name
+        assert abs(u.mean() - 0.5) < 5 * np.sqrt(1 / 12 / n), name
+        assert abs((u < 0.25).mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / n), name
+
+
+def test_random_resized_crop_falls_back_to_the_largest_central_crop():
+    """Twice the image's area fits nowhere."""
+    for h, w, ratio, crop in (
+        (10, 100, (3 / 4, 4 / 3), (0, 43, 10, 13)),  # too wide: 10 * 4 / 3 columns, in the middle
+        (100, 10, (3 / 4, 4 / 3), (43, 0, 13, 10)),
+        (50, 60, (3 / 4, 4 / 3), (0, 0, 50, 60)),  # within `ratio`: the whole image
+        (1, 10, (0.1, 0.3), (0, 4, 1, 1)),  # never less than a pixel
+    ):
+        assert measured_crop(0, h, w, scale=(2.0, 2.0), ratio=ratio) == crop
+
+
+def test_random_resized_crop_is_a_function_of_the_position():
+    image = noise(32, 32, 3)
+    a, again, b = (random_resized_crop(rngs.generator(1, "crop", p), image, 16) for p in (5, 5, 6))
+    np.testing.assert_array_equal(a, again)
+    assert (a != b).any()
+
+
+def test_build_applies_the_ops_in_order_each_with_a_generator_of_its_name():
+    file = encode(noise(20, 30, 3), "PNG")
+    plain, draws = ops.build("decode(3)|resize_small(10)|central_crop(8, 12)")
+    np.testing.assert_array_equal(plain(file, 7, 3), resize_small(noise(20, 30, 3), 10)[1:9, 1:13])
+    assert not draws
+    random, draws = ops.build("decode(3)|random_resized_crop(8)|random_resized_crop(6)")
+    first, second = (rngs.generator(7, f"preprocess/random_resized_crop/{i}", 3) for i in range(2))
+    once = random_resized_crop(first, noise(20, 30, 3), 8)
+    np.testing.assert_array_equal(random(file, 7, 3), random_resized_crop(second, once, 6))
+    assert draws
+
+
+def test_build_refuses_a_wrong_spec():
+    for text, message in (
+        ("", "first op must be decode"),
+        ("decode(3)|resiz(8)", "unknown host op 'resiz': did you mean 'resize'"),
+        ("decode(3)|resize(8, mthod='nearest')", "unknown argument 'mthod': did you mean 'method'"),
+        ("decode(3)|resize", "height"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ops.build(text)
