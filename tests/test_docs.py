@@ -118,10 +118,9 @@ def run_hooks(words: list[str]) -> None:
     """What the hooks of pre-commit run, the page of contributors has as commands too."""
     assert words == ["pre-commit", "install"]
     [repository] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    known = [words for line in PAGES["contributing"].read_text().splitlines() if line.startswith("uv run")
-             for words in split(line)]  # fmt: skip
+    tools = {command[0] for command in commands(PAGES["contributing"])}
     for hook in repository["hooks"]:
-        assert any(without_uv(shlex.split(hook["entry"]))[:1] == words[:1] for words in known), hook
+        assert without_uv(shlex.split(hook["entry"]))[0] in tools, hook
 
 
 def check_venv(words: list[str]) -> None:
