@@ -45,8 +45,8 @@ def _open(count: int) -> stream.Images:
 def _own_chunks(images: stream.Images, seed: int) -> Any:
     """An epoch of the stream."""
     total = len(images) // _BATCH
-    ranges = [(first, min(first + _SIZE, total)) for first in range(0, total, _SIZE)]
-    return zip(ranges, stream.train_chunks(images, seed, _BATCH, ranges, _SIZE), strict=True)
+    ranges = (range(first, min(first + _SIZE, total)) for first in range(0, total, _SIZE))
+    return stream.train_chunks(images, stream.StreamSpec(seed, _BATCH), ranges, _SIZE)
 
 
 def _classic(count: int, change: Callable[..., Any], parallel: int | None) -> tf.data.Dataset:
@@ -102,9 +102,9 @@ def augment_rounds(rounds: int, count: int) -> list[dict[str, float]]:
 
     def own_epoch(seed: int) -> None:
         with jax.default_device(cpu):
-            for (first, stop), chunk in _own_chunks(images, seed):
-                for i in range(stop - first):
-                    augmented(0, np.int32(first + i), chunk["image"][i]).block_until_ready()
+            for steps, chunk in _own_chunks(images, seed):
+                for i, step in enumerate(steps):
+                    augmented(0, np.int32(step), chunk["image"][i]).block_until_ready()
 
     classic = _classic(count, _augmented, tf.data.AUTOTUNE)
 

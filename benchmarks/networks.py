@@ -23,7 +23,7 @@ class Network:
     model: str
     layer_flops: tuple[int, ...]  # of one image's forward pass, first layer first; a multiply-add is two
     torch: Callable[[], Any]  # images f32[b, c, h, w] → logits
-    steps_per_call: int = 10  # of this project's training
+    steps_per_call: int = 10  # of this project's training; 0: as many as a run chooses
     keras: Callable[[], Any] | None = None  # images f32[b, h, w, c] → logits, not compiled
     linen: Callable[[], Any] | None = None  # images f32[b, h, w, c] → logits
 
@@ -201,7 +201,7 @@ NETWORKS = {
         keras=_cnn_keras,
         torch=_cnn_torch,
         linen=_cnn_linen,
-        steps_per_call=100,  # a step takes milliseconds
+        steps_per_call=0,  # a step takes milliseconds
     ),
     # He et al. 2015, section 4.2: 269,722 parameters
     "resnet20": Network((32, 32, 3), 10, "resnet_cifar(depth=20)", _resnet20_flops(), _resnet20_torch),

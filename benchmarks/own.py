@@ -17,7 +17,7 @@ from variants import Measure, Prepare
 from imgclf_jax import config as configs
 from imgclf_jax import step
 from imgclf_jax.core import platform, sharding, tensorflow_import
-from imgclf_jax.data import placement, sources, stream
+from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
@@ -57,7 +57,8 @@ def configure(network: Network, batch_size: int) -> ConfigDict:
     config.model = network.model
     config.optimizer = "adam(eps=1e-7)"
     config.schedule = "constant(1e-3)"
-    config.log_every, config.eval_every, config.checkpoint_every = f"{network.steps_per_call} steps", "", ""
+    config.log_every, config.eval_every, config.checkpoint_every = "", "", ""
+    config.steps_per_call = network.steps_per_call
     return config
 
 
@@ -86,33 +87,31 @@ def assemble(config: ConfigDict, images: stream.Images) -> Programs:
 
 
 def start(programs: Programs) -> tuple[Any, Any]:
-    """(state, sums) of step 0."""
+    """(state, window) of step 0."""
     run = programs.init()
     return run["state"], run["sums"]
 
 
 def open_chunks(programs: Programs, images: stream.Images) -> Any:
     """The stream of chunks, each of the most steps that one call takes."""
-    size, config = programs.steps_per_call, programs.recipe.config
-    ranges = [(first, first + size) for first in range(0, _STEPS - size, size)]
-    return placement.train_chunks(
-        config.data.placement, images, programs.mesh, config.seed, config.batch_size, ranges, size
-    )
+    size = programs.steps_per_call
+    ranges = (range(first, first + size) for first in itertools.count(0, size))
+    return (chunk for _, chunk in programs.chunks(images, ranges))
 
 
 def run_calls(programs: Programs, state: Any, chunks: Any, seconds: float) -> tuple[Any, int, float]:
     """Trains on `chunks` for about so many seconds, as train.main's loop does: (state, images done, seconds taken)."""
     size = programs.steps_per_call
-    sums = programs.put(step.zero_sums())
+    window = programs.zero_window()
     in_flight: collections.deque[Any] = collections.deque()
     calls, began = 0, time.perf_counter()
     while not calls or time.perf_counter() - began < seconds:
-        state, sums = programs.train(state, sums, next(chunks), np.int32(size))
-        in_flight.append(sums["steps"])
+        state, window = programs.train(state, window, next(chunks), np.int32(size))
+        in_flight.append(window["steps"])
         if len(in_flight) > 2:
             in_flight.popleft().block_until_ready()
         calls += 1
-    jax.block_until_ready((state, sums))
+    jax.block_until_ready((state, window))
     return state, calls * size * programs.recipe.config.batch_size, time.perf_counter() - began
 
 

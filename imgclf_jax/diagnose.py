@@ -1,17 +1,23 @@
-"""Which part of a config fails, where tracing the whole program does: the parts are traced one by one."""
+"""What a failure comes from: the key of the config that cannot be traced, the examples of a step that is not finite."""
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
 
-from imgclf_jax import step
+from imgclf_jax import metrics, step
 from imgclf_jax.core import rng, spec
 from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.data import stream
 from imgclf_jax.optim import optimizers
 from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.checkpoint import Checkpoints
+from imgclf_jax.run.provenance import write_json
 
 
 @contextlib.contextmanager
@@ -66,3 +72,30 @@ def find(recipe: Recipe) -> None:
     trace("model", lambda: recipe.model.init(rng.key(0, "init"), zeros, train=False))
     trace("loss", lambda logits, labels: recipe.loss(logits, labels), logits, labels)
     trace("optimizer", init_and_update)
+
+
+def check_finite(
+    window: step.Window, config: ConfigDict, images: stream.Images, checkpoints: Checkpoints, folder: Path
+) -> None:
+    """Raises UserError for a step whose loss, gradient or parameters were not finite.
+
+    `window`, on the host, holds that step. Its examples are written to `folder`/nonfinite.json.
+    """
+    by_seed = np.atleast_1d(window["nonfinite_step"])
+    bad = int(by_seed.min())
+    if bad == metrics.NO_STEP:
+        return
+    checkpoints.wait()
+    seed = config.seed + int(by_seed.argmin())
+    ids = stream.example_ids(seed, bad, config.batch_size, len(images)).tolist()
+    file = folder / "nonfinite.json"
+    name = getattr(images.source, "name", None)
+    write_json(
+        file, {"step": bad, "seed": seed, "example_ids": ids, "examples": [name(i) for i in ids] if name else None}
+    )
+    good = checkpoints.steps()
+    kept = f"the last good checkpoint, of step {good[-1]}, is kept" if good else "no checkpoint had been saved yet"
+    raise UserError(
+        f"the loss, gradient or parameters are not finite at step {bad}, on the example ids {str(ids[:8])[:-1]}, …] "
+        f"(all in {file}); {kept}; look at those examples, or lower the learning rate, or set clip=1.0"
+    )

@@ -5,28 +5,31 @@ serves as well: such a program can be lowered or compiled, if not run.
 """
 
 import contextlib
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from imgclf_jax import config as configs
-from imgclf_jax import diagnose, losses, metrics, step
+from imgclf_jax import diagnose, losses, step
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.once import once
 from imgclf_jax.data import placement
-from imgclf_jax.data.stream import Images
+from imgclf_jax.data.stream import Images, StreamSpec
 from imgclf_jax.models.cpu.rewrite import rewrite
 from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.recipe import Recipe
 
-# Up to so many steps, or bytes of images, go to the device in one call.
+log = logging.getLogger(__name__)
+
+# Up to so many steps, or bytes of images, go to the devices as one chunk, unless `steps_per_call` says otherwise.
 _MOST_STEPS, _CHUNK_BYTES = 32, 8 << 20
 _FIRST_IMAGES = 5000  # that airbench94 whitens by
 
@@ -65,7 +68,7 @@ class Programs:
         def init(seed: jax.Array) -> dict[str, Any]:
             recipe, shape = self.recipe, self.recipe.data.image_shape
             state = step.init_state(recipe.model, recipe.optimizer, shape, seed, recipe.average, images, weights)
-            return {"state": state, "sums": step.zero_sums()}
+            return {"state": state, "sums": step.zero_window()}
 
         if self.recipe.num_seeds == 1:
             return init(seed)
@@ -75,7 +78,7 @@ class Programs:
     def init(
         self, seed: int | None = None, images: jax.Array | None = None, weights: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """What a run starts from and a checkpoint holds: {"state": TrainState, "sums": of the metrics window}.
+        """What a run starts from and a checkpoint holds: {"state": TrainState, "sums": the `step.Window`}.
 
         `seed` is the config's unless given. `images` are `first_images`; `weights`, by name, are taken instead of
         random ones. Of several seeds, `seed` and those after it, all arrays are [num_seeds, …].
@@ -94,11 +97,10 @@ class Programs:
             shapes = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), "uint32"))
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
 
-    def zero_sums(self) -> metrics.Sums:
-        """The sums of no step, of every seed, on the devices."""
-        sums = step.zero_sums()
+    def zero_window(self) -> step.Window:
+        """The window of no step, of every seed, on the devices."""
         several = (self.recipe.num_seeds,) if self.recipe.num_seeds > 1 else ()
-        return self.put(jax.tree.map(lambda x: jnp.broadcast_to(x, several), sums))
+        return self.put(jax.tree.map(lambda x: jnp.broadcast_to(x, several), step.zero_window()))
 
     def first_images(self, images: Images) -> jax.Array | None:
         """The first 5,000 training images, as in evaluation, for a backbone that begins from images; or None."""
@@ -116,16 +118,50 @@ class Programs:
 
     # Training.
 
+    @property
+    def stream(self) -> StreamSpec:
+        """Which batches the run trains on."""
+        recipe = self.recipe
+        return StreamSpec(recipe.config.seed, recipe.config.batch_size, recipe.num_seeds, recipe.with_ids)
+
+    def chunks(self, images: Images, ranges: Iterable[range]) -> Iterator[tuple[range, Any]]:
+        """Each range of steps, of at most `steps_per_call`, with its chunk on the devices."""
+        place = self.recipe.config.data.placement
+        return placement.train_chunks(place, images, self.stream, ranges, self.steps_per_call, self.mesh)
+
+    def _chunk_shape(self, size: int) -> Any:
+        config, data = self.recipe.config, self.recipe.data
+        return placement.chunk_shape(
+            config.data.placement, data.train_examples, data.image_shape, self.stream, size, self.mesh
+        )
+
     @once
     def _train_step(self) -> Any:
-        """The pure train step of all seeds: (state, batch) → (state, sums)."""
+        """The traced train step of all seeds, whose `jaxpr` is of (state, batch) → (state, window)."""
         recipe, frozen = self.recipe, self.recipe.rules.frozen
         pure = step.make_train_step(
             Frozen(recipe.model, frozen, tuple(recipe.parameters)) if frozen else recipe.model,
             recipe.loss, recipe.optimizer, recipe.schedule, recipe.augment(train=True), recipe.average,
             recipe.mix, recipe.config.accumulate,
         )  # fmt: skip
-        return self._in_its_form(step.several(pure, recipe.num_seeds))
+        with self._tracing():
+            batch = jax.eval_shape(lambda chunk: placement.batch_at(chunk, 0), self._chunk_shape(1))
+            return jax.jit(self._in_its_form(step.several(pure, recipe.num_seeds))).trace(self.shape["state"], batch)
+
+    @once
+    def _in_loop(self) -> bool:
+        """Whether a call of `train` is a loop over steps; else it is one step.
+
+        It follows from the train step and its batch alone. So all calls of a run are of one program, whatever is asked
+        for with `steps_per_call`, and wherever something is due.
+        """
+        if 2 * self._batch_bytes > _CHUNK_BYTES:
+            return False
+        return not platform.slow_in_loops(self._train_step.jaxpr, self.platform)
+
+    @property
+    def _batch_bytes(self) -> int:
+        return self.stream.rows * math.prod(self.recipe.data.image_shape)
 
     def _in_its_form(self, pure: Callable[..., Any]) -> Callable[..., Any]:
         """A pure function, differentiated by now, as the platform runs it fast."""
@@ -133,47 +169,50 @@ class Programs:
 
     @once
     def steps_per_call(self) -> int:
-        """How many steps one call of `train` runs at most."""
-        recipe, config = self.recipe, self.recipe.config
-        if config.steps_per_call:
-            return int(config.steps_per_call)
-        with self._tracing():
-            jaxpr = jax.make_jaxpr(self._init)(jax.ShapeDtypeStruct((), "uint32"))
-        if self.platform == "cpu" and "conv_general_dilated" in str(jaxpr):
-            return 1  # inside of a loop XLA:CPU runs its own convolution a hundred times slower
-        batch_bytes = config.batch_size * recipe.num_seeds * math.prod(recipe.data.image_shape)
-        gaps = [math.ceil(every) for key in configs.CADENCES if (every := recipe.period(key)) is not None]
-        return max(1, min(_MOST_STEPS, _CHUNK_BYTES // batch_bytes, recipe.total, *gaps))
+        """How many steps one call of `train` runs at most. No result depends on it."""
+        asked = int(self.recipe.config.steps_per_call)
+        if not self._in_loop:
+            if asked > 1:
+                log.warning(
+                    "steps_per_call=%d: a call runs one step, since %s", asked,
+                    "a batch is large" if 2 * self._batch_bytes > _CHUNK_BYTES
+                    else "XLA's own convolution is slow inside of a loop on CPU"
+                )  # fmt: skip
+            return 1
+        return asked or max(1, min(_MOST_STEPS, _CHUNK_BYTES // self._batch_bytes, self.recipe.total))
 
     @once
     def traced_train(self) -> Any:
         """`train` before it is lowered and compiled: it can be lowered for the mesh's platform on any machine."""
-        split, size, recipe = sharding.sharded(self.mesh), self.steps_per_call, self.recipe
+        split, whole = sharding.sharded(self.mesh), sharding.replicated(self.mesh)
+        train_step = jax.extend.core.jaxpr_as_fun(self._train_step.jaxpr)  # traced above, and not once more
 
-        def train(state: step.TrainState, sums: metrics.Sums, chunk: Any, steps: jax.Array) -> Any:
-            def body(i: jax.Array | int, carry: tuple[step.TrainState, metrics.Sums]) -> Any:
-                batch = jax.lax.with_sharding_constraint(placement.batch_at(chunk, i), split)
-                state, new = self._train_step(carry[0], batch)
-                return state, step.add_sums(carry[1], new)
+        def one_step(i: jax.Array | int, chunk: Any, state: step.TrainState, window: step.Window) -> Any:
+            batch = jax.lax.with_sharding_constraint(placement.batch_at(chunk, i), split)
+            # The step is compiled apart from the reading of its batch, in which programs differ. The step's number is
+            # there since XLA moves a barrier out of the loop if what it holds is the same in each step: that of a
+            # chunk of one step is.
+            batch, _ = jax.lax.optimization_barrier((batch, state.step))
+            leaves = train_step(*jax.tree.leaves((state, batch)))
+            state, new = jax.tree.unflatten(self._train_step.out_tree, leaves)
+            return state, step.join_windows(window, new)
 
-            # One program for chunks of all lengths, so that no result depends on where a chunk ends.
-            return jax.lax.fori_loop(0, steps, body, (state, sums)) if size > 1 else body(0, (state, sums))
+        def train(state: step.TrainState, window: step.Window, chunk: Any, steps: jax.Array) -> Any:
+            if not self._in_loop:
+                return one_step(0, chunk, state, window)
+            return jax.lax.fori_loop(0, steps, lambda i, carry: one_step(i, chunk, *carry), (state, window))
 
-        chunk = placement.chunk_shape(
-            recipe.config.data.placement, recipe.data.train_examples, recipe.data.image_shape, self.mesh,
-            recipe.config.batch_size, size, recipe.with_ids, recipe.num_seeds,
-        )  # fmt: skip
-        whole = sharding.replicated(self.mesh)
         steps = jax.ShapeDtypeStruct((), "int32", sharding=whole)
         with self._tracing():
             jitted = jax.jit(train, out_shardings=whole, donate_argnums=0)
-            return jitted.trace(self.shape["state"], self.shape["sums"], chunk, steps)
+            return jitted.trace(self.shape["state"], self.shape["sums"], self._chunk_shape(self.steps_per_call), steps)
 
     @once
     def train(self) -> Any:
-        """Compiled (state, sums, chunk, steps) → (state, sums): trains on the chunk's first `steps` batches.
+        """Compiled (state, window, chunk, steps) → (state, window): trains on the chunk's first `steps` batches.
 
-        The sums of those steps are added; the state's buffers are donated. See `placement` for what a chunk is.
+        The window of those steps is joined to the one given; the state's buffers are donated. See `placement` for what
+        a chunk is.
         """
         return self.traced_train.lower().compile()
 
@@ -203,22 +242,22 @@ class Programs:
         def eval(params: Any, model_state: Any, chunk: Any, steps: jax.Array) -> Any:
             def batch_sums(i: jax.Array | int) -> Any:
                 batch = jax.lax.with_sharding_constraint(placement.batch_at(chunk, i), split)
-                return pure(params, model_state, batch)
+                return pure(params, model_state, jax.lax.optimization_barrier((batch, i))[0])
 
             def body(i: jax.Array, out: Any) -> Any:
                 return jax.tree.map(lambda all, new: all.at[i].set(new), out, batch_sums(i))
 
-            if size == 1:
+            if not self._in_loop:
                 return jax.tree.map(lambda x: x[None], batch_sums(0))
             shapes = jax.eval_shape(batch_sums, 0)
             zeros = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
             return jax.lax.fori_loop(0, steps, body, zeros)
 
+        rows = (size, self.eval_batch_size)
         shapes = {"image": (recipe.data.image_shape, "uint8"), "label": ((), "int32"), "mask": ((), "bool")}
+        by_example = sharding.sharded(self.mesh, axis=1)
         chunk = {
-            name: jax.ShapeDtypeStruct(
-                (size, self.eval_batch_size, *shape), dtype, sharding=sharding.sharded(self.mesh, axis=1)
-            )
+            name: jax.ShapeDtypeStruct((*rows, *shape), dtype, sharding=by_example)
             for name, (shape, dtype) in shapes.items()
         }
         state, steps = self.shape["state"], jax.ShapeDtypeStruct((), "int32", sharding=whole)

@@ -20,6 +20,7 @@ from imgclf_jax.optim.weight_averages import Average
 
 Batch = dict[str, jax.Array]
 Augment = Callable[..., jax.Array]  # (key, images uint8[b, h, w, c]) → f32[b, h, w, c]
+Window = dict[str, jax.Array]  # sums over the steps since the last log, and the first of them that was not finite
 
 
 class TrainState(struct.PyTreeNode):
@@ -83,8 +84,8 @@ def make_train_step(
     average: Average = weight_averages.NONE,
     mix: mixing.Mix | None = None,
     accumulate: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, metrics.Sums]]:
-    """`train_step(state, batch) -> (state, sums)`, where batch is {"image": uint8[b, h, w, c], "label": i32[b]}.
+) -> Callable[[TrainState, Batch], tuple[TrainState, Window]]:
+    """`train_step(state, batch) -> (state, window)`, where batch is {"image": uint8[b, h, w, c], "label": i32[b]}.
 
     Where `augment` wants them, the batch has `id` and `epoch` i32[b] as well. With `mix` the loss is that of mixed
     images, and `correct` counts the labels of the greater weight.
@@ -92,12 +93,12 @@ def make_train_step(
     With `accumulate` the gradient is the mean over that many parts of the batch, computed one after the other. It is
     that of the whole batch, but for layers with batch statistics, which see a part at a time, and for dropout's draws.
 
-    The sums are of this one step: `loss`, `correct` and `examples` over the batch, `grad_norm` (before clipping),
-    `param_norm` (after the update), `learning_rate` and `steps`; `nonfinite_step` is the step's number if the loss or
-    a norm is not finite.
+    The window is of this one step. Its sums are `loss`, `correct` and `examples` over the batch, `grad_norm` (before
+    clipping), `param_norm` (after the update), `learning_rate` and `steps`. Its `nonfinite_step` is the step's number
+    if the loss or a norm is not finite, else `metrics.NO_STEP`.
     """
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, metrics.Sums]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Window]:
         known = (state.seed, batch["id"], batch["epoch"]) if "id" in batch else ()
         images = augment(rng.key(state.seed, "augment", state.step), batch["image"], *known)  # [b, h, w, c] f32
         labels = counted = batch["label"]  # [b]
@@ -132,7 +133,7 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         param_norm = optax.tree.norm(params)
         finite = jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
-        sums = {
+        window = {
             "steps": jnp.int32(1),
             "examples": jnp.int32(labels.size),
             "correct": jnp.sum(metrics.is_correct(logits, counted), dtype=jnp.int32),
@@ -143,7 +144,7 @@ def make_train_step(
             "nonfinite_step": jnp.where(finite, jnp.int32(metrics.NO_STEP), state.step),
         }
         state = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, ema=ema)
-        return state, sums
+        return state, window
 
     return train_step
 
@@ -171,15 +172,15 @@ def _accumulated(gradient: Callable[..., Any], parts: int) -> Callable[..., Any]
     return mean_gradient
 
 
-def zero_sums() -> metrics.Sums:
-    """The sums of no step."""
+def zero_window() -> Window:
+    """The window of no step."""
     counts = {name: jnp.int32(0) for name in ("steps", "examples", "correct")}
     values = {name: jnp.float32(0) for name in ("loss", "grad_norm", "param_norm", "learning_rate")}
     return {**counts, **values, "nonfinite_step": jnp.int32(metrics.NO_STEP)}
 
 
-def add_sums(a: metrics.Sums, b: metrics.Sums) -> metrics.Sums:
-    """The sums of both; of `nonfinite_step` the earlier."""
+def join_windows(a: Window, b: Window) -> Window:
+    """The sums of both windows, and the earlier of their steps that were not finite."""
     return {k: jnp.minimum(a[k], b[k]) if k == "nonfinite_step" else a[k] + b[k] for k in a}
 
 
@@ -199,9 +200,9 @@ def several(train_step: Callable[..., Any], num_seeds: int) -> Callable[..., Any
     if num_seeds == 1:
         return train_step
 
-    def step(states: TrainState, batch: Batch) -> tuple[TrainState, metrics.Sums]:
+    def step(states: TrainState, batch: Batch) -> tuple[TrainState, Window]:
         own = jax.tree.map(lambda x: x.reshape(-1, num_seeds, *x.shape[1:]), batch)
-        result: tuple[TrainState, metrics.Sums] = jax.vmap(train_step, (0, 1))(states, own)
+        result: tuple[TrainState, Window] = jax.vmap(train_step, (0, 1))(states, own)
         return result
 
     return step

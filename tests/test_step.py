@@ -1,45 +1,131 @@
-"""The loop on fake data: it learns, it repeats bit for bit, it resumes bit for bit."""
+"""The train step on eight devices and in parts: gradients and batch statistics are those of the whole batch."""
 
-import json
+import functools
+import re
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
+from flax import linen as nn
 
-from imgclf_jax.commands import train
-from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.run.writers import read_metrics
+from imgclf_jax import config as configs
+from imgclf_jax import losses, step
+from imgclf_jax.core import platform, sharding
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.models.classifier import Classifier
 
-
-def run(config, path):
-    assert train.main(config, Workdir(path)) == 0
-    return json.loads((path / "result.json").read_text())
-
-
-def test_two_runs_give_the_same_bits(fake_config, tmp_path):
-    a, b = run(fake_config, tmp_path / "a"), run(fake_config, tmp_path / "b")
-    assert a["params_sha256"] == b["params_sha256"]
+BATCH, SHAPE = 64, (8, 8, 1)
 
 
-def test_placement_and_threads_change_no_bit(fake_config, tmp_path):
-    """Where images wait and how many threads decode them is no part of the result."""
-    host = run(fake_config, tmp_path / "host")
-    fake_config.data.placement, fake_config.data.threads = "device", 3
-    assert run(fake_config, tmp_path / "device")["params_sha256"] == host["params_sha256"]
+class Net(nn.Module):
+    """Convolutions, and batch normalization if it is asked for."""
+
+    norm: bool = False
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for i in range(2):
+            x = nn.Conv(6, (3, 3), name=f"conv{i}")(x)
+            if self.norm:
+                x = nn.BatchNorm(not train, momentum=0.8, name=f"bn{i}")(x)
+            x = nn.gelu(x)
+        return jnp.mean(x, (1, 2))
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_it_learns(fake_config, tmp_path, precision):
-    with fake_config.unlocked():
-        fake_config.total = "80 steps"
-        fake_config.schedule = "constant(1e-2)"
-        fake_config.precision = precision
-    assert run(fake_config, tmp_path)["test"]["accuracy"] > 0.9
-    losses = [r["train/loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r]
-    assert losses[-1] < losses[0]
+def batch():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (BATCH, *SHAPE), np.uint8)
+    images[: BATCH // 2] //= 4  # so that the devices' own means differ from that of all
+    return {"image": images, "label": rng.integers(0, 5, BATCH, np.int32)}
 
 
-def test_profile_traces_the_steps_that_there_are(fake_config, tmp_path):
-    """A trace for Perfetto appears; steps that the run does not have are no error."""
-    assert train.main(fake_config, Workdir(tmp_path / "a"), profile=(2, 4)) == 0
-    assert list((tmp_path / "a" / "profile").rglob("perfetto_trace.json.gz"))
-    assert train.main(fake_config, Workdir(tmp_path / "b"), profile=(100, 110)) == 0
-    assert not (tmp_path / "b" / "profile").exists()
+def make(net, accumulate=1):
+    """(initial state, train step) with plain SGD of rate 1, whose update is the gradient."""
+    model, optimizer = Classifier(net, 5), optax.sgd(1.0)
+    scale = lambda key, images: images.astype(jnp.float32) / 255  # noqa: E731
+    train_step = step.make_train_step(
+        model, losses.softmax, optimizer, optax.constant_schedule(1.0), scale, accumulate=accumulate
+    )
+    return step.init_state(model, optimizer, SHAPE, 0), train_step
+
+
+def run(net, devices, accumulate=1):
+    """(state before, state after, sums, compiled program) on so many devices."""
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    state, train_step = make(net, accumulate)
+    whole = sharding.replicated(mesh)
+    jitted = jax.jit(train_step, in_shardings=(whole, sharding.sharded(mesh)), out_shardings=whole)
+    state = jax.device_put(state, whole)
+    compiled = jitted.lower(state, sharding.put_batch(batch(), mesh)).compile()
+    after, sums = compiled(state, sharding.put_batch(batch(), mesh))
+    return jax.device_get(state), jax.device_get(after), jax.device_get(sums), compiled.as_text()
+
+
+def assert_close(a, b, atol):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=atol), a, b)
+
+
+def test_batch_statistics_are_those_of_all_devices_together():
+    """Gradients, statistics and loss on eight devices are those on one; and the statistics are NumPy's."""
+    before, one, sums_one, _ = run(Net(norm=True), 1)
+    _, eight, sums_eight, _ = run(Net(norm=True), 8)
+    assert_close(eight.params, one.params, 2e-6)
+    assert_close(eight.model_state, one.model_state, 1e-6)
+    np.testing.assert_allclose(sums_eight["loss"], sums_one["loss"], rtol=1e-6)
+    x = batch()["image"].astype(np.float32) / 255
+    conv = nn.Conv(6, (3, 3)).apply({"params": before.params["backbone"]["conv0"]}, x)
+    conv = np.asarray(conv, np.float64)
+    stats = eight.model_state["batch_stats"]["backbone"]["bn0"]
+    np.testing.assert_allclose(stats["mean"], 0.2 * conv.mean((0, 1, 2)), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(stats["var"], 0.8 + 0.2 * conv.var((0, 1, 2)), rtol=0, atol=1e-6)
+    own = [half.mean((0, 1, 2)) for half in np.split(conv, 2)]
+    assert np.abs(own[0] - own[1]).max() > 0.05  # statistics of a device's own examples would be others
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize(("accumulate", "traced_for"), [(2, "cpu"), (4, "cpu"), (8, "cpu"), (4, "gpu")])
+def test_accumulated_gradients_are_those_of_the_whole_batch(devices, accumulate, traced_for):
+    """And so are loss and accuracy; every part lies on all devices, so that no image moves between them.
+
+    For CPU the parts are computed one by one, for other platforms in a loop.
+    """
+    before, whole, sums, _ = run(Net(), devices)
+    with platform.tracing_for(traced_for):
+        _, parts, sums_parts, program = run(Net(), devices, accumulate)
+    assert_close(parts.params, whole.params, 1e-6)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before.params, whole.params)
+    assert min(jax.tree.leaves(moved)) > 1e-4
+    assert sums_parts["correct"] == sums["correct"]
+    assert sums_parts["examples"] == BATCH
+    np.testing.assert_allclose(sums_parts["loss"], sums["loss"], rtol=1e-6)
+    np.testing.assert_allclose(sums_parts["grad_norm"], sums["grad_norm"], rtol=1e-6)
+    assert not re.search(r"all-to-all|collective-permute|all-gather", program)
+    assert ("all-reduce" in program) == (devices > 1)
+    assert (" while(" in program) == (traced_for != "cpu")
+
+
+def test_accumulated_batch_statistics_see_one_part_after_the_other():
+    """Each part moves the running means: m ← 0.8 m + 0.2 mean(part), part i being every example i modulo 4."""
+    before, after, _, _ = run(Net(norm=True), 8, accumulate=4)
+    x = batch()["image"].astype(np.float32) / 255
+    conv = np.asarray(nn.Conv(6, (3, 3)).apply({"params": before.params["backbone"]["conv0"]}, x), np.float64)
+    mean, var = 0.0, 1.0
+    for i in range(4):
+        mean = 0.8 * mean + 0.2 * conv[i::4].mean((0, 1, 2))
+        var = 0.8 * var + 0.2 * conv[i::4].var((0, 1, 2))
+    stats = after.model_state["batch_stats"]["backbone"]["bn0"]
+    np.testing.assert_allclose(stats["mean"], mean, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(stats["var"], var, rtol=0, atol=1e-6)
+
+
+def test_a_batch_must_divide_into_parts_for_all_devices():
+    mesh = sharding.make_mesh()
+    sharding.check_batch_size(64, mesh, 4)
+    with pytest.raises(UserError, match=r"=72 is not divisible by 32, the parts .* the nearest that are: 64 and 96"):
+        sharding.check_batch_size(72, mesh, 4)
+    config = configs.default_config()
+    config.accumulate = 0
+    with pytest.raises(UserError, match="accumulate=0: must be 1 or more"):
+        configs.validate(config)

@@ -21,6 +21,7 @@ TIERS = [
     "commands",
     "launch",
 ]
+MOST_IMPORTS = 12
 TIER = {room: number for number, rooms in enumerate(TIERS) for room in rooms.split()}
 PACKAGES = {"", "augment", "commands", "core", "data", "models", "models.cpu", "optim", "run", "weights"}
 
@@ -28,7 +29,7 @@ PACKAGES = {"", "augment", "commands", "core", "data", "models", "models.cpu", "
 HEAVY = {
     "tensorflow": {"core.tensorflow_import"},
     "tensorflow_datasets": {"data.prepare"},
-    "clu": {"commands.train", "run.writers"},
+    "clu": {"commands.train_setup", "run.writers"},
     "sklearn": {"data.sources", "metrics"},
     "orbax": {"run.checkpoint"},
 }
@@ -92,6 +93,7 @@ def test_imports_run_downward_only(name):
         return
     wrong = {u for u in used if u in PACKAGES or tier(u) > tier(name)}
     assert not wrong, f"{name} imports {wrong}, which are not below it"
+    assert len(used) <= MOST_IMPORTS, f"{name} imports {len(used)} modules of the package: {sorted(used)}"
 
 
 def test_no_imports_run_in_a_circle():
@@ -144,3 +146,8 @@ def test_public_functions_of_the_package_are_documented():
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{name}.{node.name}"
+
+
+def test_the_training_loop_fits_on_a_screen():
+    [loop] = [n for n in ast.parse(FILES["commands.train"].read_text()).body if getattr(n, "name", "") == "train"]
+    assert loop.end_lineno - loop.lineno < 60

@@ -48,3 +48,23 @@ def traced_for(platform: str, function: Callable[..., Any]) -> Callable[..., Any
 def cpu_barrier(x: Any) -> Any:
     """The pytree x. On CPU it is computed by itself, and not fused into what reads it; elsewhere XLA decides."""
     return lax.optimization_barrier(x) if current() == "cpu" else x
+
+
+def slow_in_loops(jaxpr: Any, platform: str) -> bool:
+    """Whether a program holds an operation that is slow inside of a loop on this platform.
+
+    On CPU that is XLA's own convolution: with its gradients it takes up to a hundred times as long there.
+    """
+    return platform == "cpu" and _holds(jaxpr, "conv_general_dilated")
+
+
+def _holds(jaxpr: Any, primitive: str) -> bool:
+    """Whether a jaxpr, or one inside of it, such as the body of a loop, holds this primitive."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # of a closed one
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == primitive:
+            return True
+        values = [v for value in equation.params.values() for v in (value if isinstance(value, tuple) else (value,))]
+        if any(_holds(v, primitive) for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")):
+            return True
+    return False

@@ -1,11 +1,12 @@
 """Chunks of batches on the device, streamed from the host or gathered from the whole set kept on the accelerator.
 
-A chunk is what one call of the compiled program trains on: {"image": uint8[k, b, h, w, c], "label": i32[k, b]}, or
-{"id": i32[k, b], "table": {"image": uint8[n, h, w, c], "label": i32[n]}}, for k steps. With `with_ids` both have the
-examples' `id` and `epoch` i32[k, b], and so have the batches. Of several seeds b is that of all together, see `stream`.
+A chunk is what one call of a compiled program works on: the batches of k steps, {"image": uint8[k, b, h, w, c],
+"label": i32[k, b]}, or {"id": i32[k, b], "table": {"image": uint8[n, h, w, c], "label": i32[n]}}. Where the stream is
+`with_ids` both have the examples' `id` and `epoch` i32[k, b], and so have the batches. Of several seeds b is that of
+all together, see `stream`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -16,30 +17,21 @@ from jax.sharding import Mesh
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import stream
-
-Ranges = Sequence[tuple[int, int]]  # (start, stop) steps
+from imgclf_jax.data.stream import StreamSpec
 
 
 def chunk_shape(
-    placement: str,
-    examples: int,
-    image_shape: tuple[int, ...],
-    mesh: Mesh,
-    batch_size: int,
-    size: int,
-    with_ids: bool = False,
-    num_seeds: int = 1,
+    placement: str, examples: int, image_shape: tuple[int, ...], spec: StreamSpec, size: int, mesh: Mesh
 ) -> Any:
     """The shapes, dtypes and shardings of the chunks that `train_chunks` gives for images uint8[examples, h, w, c]."""
-    batch_size *= num_seeds
     split, whole = sharding.sharded(mesh, axis=1), sharding.replicated(mesh)
-    rows, where = ((examples,), whole) if placement == "device" else ((size, batch_size), split)
+    rows, where = ((examples,), whole) if placement == "device" else ((size, spec.rows), split)
     images = {
         "image": jax.ShapeDtypeStruct((*rows, *image_shape), np.uint8, sharding=where),
         "label": jax.ShapeDtypeStruct(rows, np.int32, sharding=where),
     }
-    each = jax.ShapeDtypeStruct((size, batch_size), np.int32, sharding=split)
-    known = {"id": each, "epoch": each} if with_ids else {}
+    each = jax.ShapeDtypeStruct((size, spec.rows), np.int32, sharding=split)
+    known = {"id": each, "epoch": each} if spec.with_ids else {}
     return {**images, **known} if placement == "host" else {"id": each, **known, "table": images}
 
 
@@ -54,34 +46,26 @@ def batch_at(chunk: Any, step: jax.Array | int) -> dict[str, jax.Array]:
     return {**gathered, **batch}
 
 
+def train_chunks(
+    placement: str, images: stream.Images, spec: StreamSpec, ranges: Iterable[range], size: int, mesh: Mesh
+) -> Iterator[tuple[range, Any]]:
+    """Each range of steps with its chunk under `placement`, "host" or "device", padded to `size` steps."""
+    chunks = {"host": _host_chunks, "device": _device_chunks}[placement]
+    return chunks(images, spec, ranges, size, mesh)
+
+
 def _host_chunks(
-    images: stream.Images,
-    mesh: Mesh,
-    seed: int,
-    batch_size: int,
-    ranges: Ranges,
-    size: int,
-    with_ids: bool,
-    num_seeds: int,
-) -> Iterator[Any]:
+    images: stream.Images, spec: StreamSpec, ranges: Iterable[range], size: int, mesh: Mesh
+) -> Iterator[tuple[range, Any]]:
     """Streamed chunks; the copy of each to the device begins while the one before it runs."""
     shard = (jax.process_index(), jax.process_count())
-    for chunk in stream.train_chunks(
-        images, seed, batch_size, ranges, size, *shard, with_ids=with_ids, num_seeds=num_seeds
-    ):
-        yield sharding.put_batch(chunk, mesh, axis=1)
+    for steps, chunk in stream.train_chunks(images, spec, ranges, size, shard):
+        yield steps, sharding.put_batch(chunk, mesh, axis=1)
 
 
 def _device_chunks(
-    images: stream.Images,
-    mesh: Mesh,
-    seed: int,
-    batch_size: int,
-    ranges: Ranges,
-    size: int,
-    with_ids: bool,
-    num_seeds: int,
-) -> Iterator[Any]:
+    images: stream.Images, spec: StreamSpec, ranges: Iterable[range], size: int, mesh: Mesh
+) -> Iterator[tuple[range, Any]]:
     """The same batches, bit for bit, gathered on the device; only ids travel. Needs no TensorFlow."""
     if images.random:
         raise UserError(
@@ -90,27 +74,11 @@ def _device_chunks(
         )
     everything = np.arange(len(images), dtype=np.int64)
     table = jax.device_put(images.read(everything, everything), sharding.replicated(mesh))
-    steps = sharding.sharded(mesh, axis=1)
-    for start, stop in ranges:
-        positions = np.arange(start * batch_size, stop * batch_size, dtype=np.int64)
-        own = {"id": [stream.position_ids(seed + i, positions, len(images)) for i in range(num_seeds)]}
-        if with_ids:
-            own["epoch"] = [positions // len(images)] * num_seeds
-        rows = {k: stream.side_by_side(v, batch_size, size).astype(np.int32) for k, v in own.items()}
-        yield {**jax.device_put(rows, steps), "table": table}
-
-
-def train_chunks(
-    placement: str,
-    images: stream.Images,
-    mesh: Mesh,
-    seed: int,
-    batch_size: int,
-    ranges: Ranges,
-    size: int,
-    with_ids: bool = False,
-    num_seeds: int = 1,
-) -> Iterator[Any]:
-    """A chunk for each range of steps under `placement`, "host" or "device", padded to `size` steps."""
-    chunks = {"host": _host_chunks, "device": _device_chunks}[placement]
-    return chunks(images, mesh, seed, batch_size, ranges, size, with_ids, num_seeds)
+    split, seeds = sharding.sharded(mesh, axis=1), range(spec.seed, spec.seed + spec.num_seeds)
+    for steps in ranges:
+        positions = np.arange(steps.start * spec.batch_size, steps.stop * spec.batch_size, dtype=np.int64)
+        own = {"id": [stream.position_ids(seed, positions, len(images)) for seed in seeds]}
+        if spec.with_ids:
+            own["epoch"] = [positions // len(images)] * spec.num_seeds
+        rows = {k: stream.side_by_side(v, spec.batch_size, size).astype(np.int32) for k, v in own.items()}
+        yield steps, {**jax.device_put(rows, split), "table": table}

@@ -8,18 +8,18 @@ import concurrent.futures
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from imgclf_jax.core import rng, tensorflow_import
+from imgclf_jax.core import rng
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, decoded
+from imgclf_jax.data.read_ahead import Batch, read_ahead
 from imgclf_jax.data.sources import Source, class_counts
 from imgclf_jax.run.provenance import DataInfo
-
-Batch = dict[str, np.ndarray]
 
 _ROUNDS = 6
 _CACHE_BYTES = 1 << 30  # Decoded sets up to this size are decoded once and held in memory.
@@ -137,8 +137,8 @@ class Images:
         def decode_some(places: np.ndarray) -> list[np.ndarray]:
             return [self._decode_one(encoded[i], int(ids[i]), int(positions[i]), seed) for i in places]
 
-        chunks = np.array_split(np.arange(len(ids)), min(self._threads, len(ids)))
-        images = [image for chunk in self._pool.map(decode_some, chunks) for image in chunk]
+        shares = np.array_split(np.arange(len(ids)), min(self._threads, len(ids)))
+        images = [image for share in self._pool.map(decode_some, shares) for image in share]
         if wrong := [image for image in images if image.dtype != np.uint8 or image.ndim != 3]:
             raise UserError(
                 f"preprocess={self.preprocess!r} gives {wrong[0].dtype}{list(wrong[0].shape)}; host ops give uint8 "
@@ -164,49 +164,59 @@ class Images:
             raise UserError(f"preprocess={self.preprocess!r} fails: {e}") from e
 
 
+@dataclass(frozen=True)
+class StreamSpec:
+    """Which batches a run trains on. Of several seeds, from `seed` on, a batch holds the examples of all."""
+
+    seed: int
+    batch_size: int  # of one seed, over all hosts
+    num_seeds: int = 1
+    with_ids: bool = False  # whether batches hold the `id` and the `epoch` of each example too, i32
+
+    @property
+    def rows(self) -> int:
+        """Examples in a batch, of all seeds."""
+        return self.batch_size * self.num_seeds
+
+
 def train_batches(
     images: Images, seed: int, batch_size: int, start: int, stop: int, host: int = 0, hosts: int = 1, prefetch: int = 4
 ) -> Iterator[Batch]:
     """The batches of steps start to stop (exclusive); each host gets its slice of each global batch."""
-    ranges = [(step, step + 1) for step in range(start, stop)]
-    for chunk in train_chunks(images, seed, batch_size, ranges, 1, host, hosts, prefetch):
+    single = (range(step, step + 1) for step in range(start, stop))
+    for _, chunk in train_chunks(images, StreamSpec(seed, batch_size), single, 1, (host, hosts), prefetch):
         yield {name: values[0] for name, values in chunk.items()}
 
 
 def train_chunks(
     images: Images,
-    seed: int,
-    batch_size: int,
-    ranges: Sequence[tuple[int, int]],
+    spec: StreamSpec,
+    ranges: Iterable[range],
     size: int,
-    host: int = 0,
-    hosts: int = 1,
+    shard: tuple[int, int] = (0, 1),
     prefetch: int = 2,
-    with_ids: bool = False,
-    num_seeds: int = 1,
-) -> Iterator[Batch]:
-    """For each (start, stop) the batches of those steps, each [size, b, …], of which the first stop - start count.
+) -> Iterator[tuple[range, Batch]]:
+    """Each range of steps with its chunk: the batches of those steps, each [size, b, …]; zeros follow the last step.
 
-    What a batch holds depends on its step alone, not on the range that it is read in. With `with_ids` it has the `id`
-    and the `epoch` of each example too, i32. Of several seeds, from `seed` on, it has the batches side by side, [size,
+    `shard` is (host, hosts): each host gets its slice of each global batch. What a batch holds depends on its step
+    alone, not on the range that it is read in. Of several seeds it has their batches side by side, [size,
     b * num_seeds, …]: the first example of each, then the second.
     """
-    rows = np.arange(batch_size, dtype=np.int64)[_rows(batch_size, host, hosts)]
+    rows = np.arange(spec.batch_size, dtype=np.int64)[_rows(spec.batch_size, *shard)]
 
-    def read(place: int) -> Batch:
-        start, stop = ranges[place]
-        positions = (np.arange(start, stop, dtype=np.int64)[:, None] * batch_size + rows).ravel()
+    def read(steps: range) -> Batch:
+        positions = (np.asarray(steps, np.int64)[:, None] * spec.batch_size + rows).ravel()
         batches = []
-        for replica in range(seed, seed + num_seeds):
-            ids = position_ids(replica, positions, len(images))
-            batch = images.read(ids, positions, replica)
-            if with_ids:
+        for seed in range(spec.seed, spec.seed + spec.num_seeds):
+            ids = position_ids(seed, positions, len(images))
+            batch = images.read(ids, positions, seed)
+            if spec.with_ids:
                 batch |= {"id": ids.astype(np.int32), "epoch": (positions // len(images)).astype(np.int32)}
             batches.append(batch)
         return {name: side_by_side([batch[name] for batch in batches], rows.size, size) for name in batches[0]}
 
-    names = ("image", "label", "id", "epoch") if with_ids else ("image", "label")
-    return _carry(read, names, 0, len(ranges), 0 if images.in_memory else prefetch)
+    names = ("image", "label", "id", "epoch") if spec.with_ids else ("image", "label")
+    return read_ahead(read, ranges, names, 0 if images.in_memory else prefetch)
 
 
 def side_by_side(replicas: Sequence[np.ndarray], batch_size: int, size: int) -> np.ndarray:
@@ -224,16 +234,17 @@ def pad_steps(values: np.ndarray, size: int) -> np.ndarray:
 
 def eval_batches(images: Images, batch_size: int, host: int = 0, hosts: int = 1, prefetch: int = 4) -> Iterator[Batch]:
     """Every example once, in order; the last batch is padded, and `mask` bool[b] is False for the padding."""
-    places = np.arange(batch_size, dtype=np.int64)[_rows(batch_size, host, hosts)]
+    rows = _rows(batch_size, host, hosts)
 
-    def read(step: int) -> Batch:
-        ids = places + step * batch_size
+    def read(places: range) -> Batch:
+        ids = np.asarray(places[rows], np.int64)
         mask = ids < len(images)
         ids = np.minimum(ids, len(images) - 1)
         return {**images.read(ids, ids), "mask": mask}
 
-    steps = -(-len(images) // batch_size)
-    return _carry(read, ("image", "label", "mask"), 0, steps, 0 if images.in_memory else prefetch)
+    ranges = (range(first, first + batch_size) for first in range(0, len(images), batch_size))
+    names = ("image", "label", "mask")
+    return (batch for _, batch in read_ahead(read, ranges, names, 0 if images.in_memory else prefetch))
 
 
 def _rows(batch_size: int, host: int, hosts: int) -> slice:
@@ -241,52 +252,3 @@ def _rows(batch_size: int, host: int, hosts: int) -> slice:
         raise UserError(f"batch_size={batch_size} is not divisible by the {hosts} hosts")
     rows = batch_size // hosts
     return slice(host * rows, (host + 1) * rows)
-
-
-_TYPES = {"image": np.uint8, "label": np.int32, "mask": np.bool_, "id": np.int32, "epoch": np.int32}
-
-
-def _carry(
-    read: Callable[[int], Batch], names: tuple[str, ...], start: int, stop: int, prefetch: int
-) -> Iterator[Batch]:
-    """`read(step)` for each step, `prefetch` of them ahead in the background by tf.data.
-
-    While TensorFlow is being imported, where it is not installed, and with nothing to prefetch, each is read when it is
-    asked for: the same.
-    """
-    if not prefetch:
-        yield from map(read, range(start, stop))
-        return
-    loading = tensorflow_import.tensorflow()
-    while start < stop and (not loading.done() or loading.result() is None):
-        yield read(start)
-        start += 1
-    if start == stop:
-        return
-    tf = loading.result()
-
-    types = [_TYPES[name] for name in names]
-    failures: list[BaseException] = []
-
-    @tf.autograph.experimental.do_not_convert
-    def read_one(step: Any) -> Any:
-        return tf.numpy_function(read_arrays, [step], types)
-
-    def read_arrays(step: np.int64) -> list[np.ndarray]:
-        try:
-            batch = read(int(step))
-        except Exception as e:
-            failures.append(e)  # tf.data would turn it into a string
-            raise
-        return [batch[name] for name in names]
-
-    steps = tf.data.Dataset.range(start, stop)
-    batches = steps.map(read_one, num_parallel_calls=2, deterministic=True).prefetch(prefetch)
-    options = tf.data.Options()
-    # Nothing here is left to tune, and the tuner's thread can hold up the end of the iterator for a minute.
-    options.autotune.enabled = False
-    try:
-        for arrays in batches.with_options(options).as_numpy_iterator():
-            yield dict(zip(names, arrays, strict=True))
-    except tf.errors.OpError as e:
-        raise (failures[0] if failures else e) from None

@@ -7,12 +7,10 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich import progress
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
@@ -72,8 +70,8 @@ class MetricsWriter:
             while cause.__cause__:  # CLU wraps what its thread raised
                 cause = cause.__cause__
             raise UserError(
-                f"the metrics in {self._directory} could not be written: {reason(cause)}; free some space or repair "
-                "the disk, then run the same command again"
+                f"the metrics in {self._directory} could not be written: {reason(cause)}; free some space or "
+                "repair the disk, and run the same command again"
             ) from e
 
 
@@ -125,78 +123,10 @@ class _TensorBoard:
         self._pool.shutdown()
 
 
-class Throughput:
-    """Images a second, and the share of the time spent waiting for input. Only the time of training counts."""
-
-    def __init__(self, batch_size: int):
-        self.batch_size = batch_size
-        self.seconds, self.steps = 0.0, 0  # of the whole process
-        self._active, self._window_steps, self._waited = 0.0, 0, 0.0
-        self.resume()
-
-    def resume(self) -> None:
-        """Starts the clock. Called after work that is not training, such as evaluation."""
-        self._start = time.perf_counter()
-
-    def pause(self) -> None:
-        """Stops the clock."""
-        self._active += time.perf_counter() - self._start
-
-    def count_steps(self, steps: int, waited: float) -> None:
-        """Counts `steps` more steps, for whose batches the device waited `waited` seconds."""
-        self._window_steps += steps
-        self._waited += waited
-
-    def restart(self) -> None:
-        """Forgets the time before the first step, in which the program was compiled."""
-        self._active, self._waited = 0.0, 0.0
-        self.resume()
-
-    def lap(self) -> dict[str, float]:
-        """{"images_per_second", "input_wait"} since the last lap. Called while the clock is stopped."""
-        seconds = max(self._active, 1e-9)
-        out = {
-            "images_per_second": round(self._window_steps * self.batch_size / seconds, 1),
-            "input_wait": round(self._waited / seconds, 4),
-        }
-        self.seconds, self.steps = self.seconds + self._active, self.steps + self._window_steps
-        self._active, self._window_steps, self._waited = 0.0, 0, 0.0
-        return out
-
-
 @functools.cache
 def console() -> Console:
     """The console on standard error. There is one only, so that log lines do not break the progress bar."""
     return Console(stderr=True)
-
-
-class Progress:
-    """A progress bar on a terminal. Elsewhere it shows nothing, since there are log lines."""
-
-    def __init__(self, start: int, total: int):
-        self._bar = None
-        if console().is_terminal:
-            self._bar = progress.Progress(
-                progress.BarColumn(),
-                progress.TextColumn("step {task.completed}/{task.total}"),
-                progress.TextColumn("left"),
-                progress.TimeRemainingColumn(),
-                progress.TextColumn("{task.fields[note]}"),
-                console=console(),
-            )
-            self._task = self._bar.add_task("train", total=total, completed=start, note="compiling")
-            self._bar.start()
-
-    def update(self, step: int, note: str | None = None) -> None:
-        """Moves the bar to `step`. The text `note` stays behind the bar until the next one."""
-        if self._bar:
-            fields: dict[str, Any] = {} if note is None else {"note": note}
-            self._bar.update(self._task, completed=step, **fields)
-
-    def close(self) -> None:
-        """Stops updating the bar, which stays on the screen."""
-        if self._bar:
-            self._bar.stop()
 
 
 def setup_logging() -> None:

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from digests import digest
 from scipy import stats
-from test_step import run
 
 from imgclf_jax.augment import ops
 from imgclf_jax.core import rng, sharding
@@ -23,20 +23,20 @@ def orientations(place, batch_size, start, stop, size=3):
     """[(epoch, id, flipped)] of each position from step start to stop, told by the pixels."""
     opened, mesh = images(), sharding.make_mesh(jax.devices()[:1])
     everything = opened.read(np.arange(40), np.arange(40))["image"]
-    ranges = [(first, min(first + size, stop)) for first in range(start, stop, size)]
-    chunks = placement.train_chunks(place, opened, mesh, SEED, batch_size, ranges, size, with_ids=True)
+    ranges = [range(first, min(first + size, stop)) for first in range(start, stop, size)]
+    spec = stream.StreamSpec(SEED, batch_size, with_ids=True)
     apply = jax.jit(ops.build(TEXT, train=True))
     seen = []
-    for (first, last), chunk in zip(ranges, chunks, strict=True):
-        for i in range(last - first):
+    for steps, chunk in placement.train_chunks(place, opened, spec, ranges, size, mesh):
+        for i, step in enumerate(steps):
             batch = placement.batch_at(chunk, i)
             out = np.asarray(apply(None, batch["image"], jnp.uint32(SEED), batch["id"], batch["epoch"])) * 255
-            ids = stream.example_ids(SEED, first + i, batch_size, 40)
+            ids = stream.example_ids(SEED, step, batch_size, 40)
             np.testing.assert_array_equal(batch["id"], ids)
             for place_, (own, id_) in enumerate(zip(np.round(out), ids, strict=True)):
                 same, mirrored = (own == everything[id_]).all(), (own == everything[id_][:, ::-1]).all()
                 assert same != mirrored
-                seen.append((((first + i) * batch_size + place_) // 40, int(id_), bool(mirrored)))
+                seen.append(((step * batch_size + place_) // 40, int(id_), bool(mirrored)))
     return seen
 
 
@@ -76,20 +76,21 @@ def test_batches_carry_ids_only_where_an_op_asks(tmp_path, fake_config):
     assert [ops.wants_ids(t) for t in ("", "flip_lr|normalize", TEXT)] == [False, False, True]
     mesh = sharding.make_mesh()
     for place in ("host", "device"):
-        plain = next(placement.train_chunks(place, images(), mesh, SEED, 8, [(0, 2)], 2))
+        plain, with_ids = stream.StreamSpec(SEED, 8), stream.StreamSpec(SEED, 8, with_ids=True)
+        _, plain = next(placement.train_chunks(place, images(), plain, [range(2)], 2, mesh))
         assert set(plain) == ({"image", "label"} if place == "host" else {"id", "table"})
-        asked = next(placement.train_chunks(place, images(), mesh, SEED, 8, [(0, 2)], 2, with_ids=True))
-        shapes = placement.chunk_shape(place, 40, (6, 8, 1), mesh, 8, 2, with_ids=True)
+        _, asked = next(placement.train_chunks(place, images(), with_ids, [range(2)], 2, mesh))
+        shapes = placement.chunk_shape(place, 40, (6, 8, 1), with_ids, 2, mesh)
         assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), asked) == jax.tree.map(
             lambda x: (x.shape, x.dtype, x.sharding), shapes
         )
-    digests = set()
+    found = set()
     for i, (place, size) in enumerate((("host", 1), ("device", 4))):
         fake_config.augment, fake_config.data.placement, fake_config.steps_per_call = TEXT, place, size
-        digests.add(run(fake_config, tmp_path / str(i))["params_sha256"])
-    assert len(digests) == 1
+        found.add(digest(tmp_path / str(i), fake_config))
+    assert len(found) == 1
     fake_config.augment = "normalize"
-    assert run(fake_config, tmp_path / "plain")["params_sha256"] not in digests
+    assert digest(tmp_path / "plain", fake_config) not in found
 
 
 def test_the_draws_follow_from_the_name_and_the_occurrence():

@@ -30,11 +30,12 @@ RANDOM = "--config.preprocess=decode(1)|random_resized_crop(10)"
 def test_the_stream_holds_the_batches_of_each_seed(where):
     """On the host with random host ops, whose draws are those of the seed."""
     preprocess = "decode(1)|random_resized_crop(10)" if where == "host" else "decode(1)"
-    mesh, ranges = sharding.make_mesh(), [(0, 3), (3, 5)]
+    mesh, ranges = sharding.make_mesh(), [range(3), range(3, 5)]
 
     def chunks(seed, num_seeds):
         images = stream.Images(sources.open_splits(SOURCE)["train"], preprocess, seed)
-        return list(placement.train_chunks(where, images, mesh, seed, 16, ranges, 3, True, num_seeds))
+        spec = stream.StreamSpec(seed, 16, num_seeds, with_ids=True)
+        return [chunk for _, chunk in placement.train_chunks(where, images, spec, ranges, 3, mesh)]
 
     together = chunks(7, 3)
     for i in range(3):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import sources, stream
+from imgclf_jax.data import read_ahead, sources, stream
 
 SEEDS = st.integers(0, 2**32 - 1)
 SIZES = st.integers(1, 2000)
@@ -217,7 +217,7 @@ def test_a_batch_is_the_same_however_it_is_reached(ops, monkeypatch):
         assert_same(stream.train_batches(images, 3, 12, start, 8, prefetch=prefetch), whole[start:])
     # Where TensorFlow is not installed, and where its import ends when some batches have been read.
     importing: Future = Future()
-    monkeypatch.setattr(stream.tensorflow_import, "tensorflow", lambda: importing)
+    monkeypatch.setattr(read_ahead.tensorflow_import, "tensorflow", lambda: importing)
     batches = stream.train_batches(images, 3, 12, 2, 8)
     first = [next(batches) for _ in range(2)]
     importing.set_result(tensorflow)

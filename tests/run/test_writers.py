@@ -15,7 +15,7 @@ from rich.table import Table
 
 from imgclf_jax.commands import train
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.run import provenance, writers
+from imgclf_jax.run import monitor, provenance, writers
 from imgclf_jax.run.workdir import Workdir
 
 ROOT = Path(__file__).parents[2]
@@ -93,8 +93,8 @@ def test_tensorboard_holds_the_same(finished):
 def test_throughput(monkeypatch):
     """Images a second and the share of waiting, over the time between `resume` and `pause` alone."""
     now = 100.0
-    monkeypatch.setattr(writers.time, "perf_counter", lambda: now)
-    throughput = writers.Throughput(32)
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: now)
+    throughput = monitor.Throughput(32)
     now += 2.0
     for _ in range(10):
         throughput.count_steps(1, waited=0.05)
@@ -137,8 +137,9 @@ def test_no_progress_elsewhere(fake_config, monkeypatch):
     """Piped output holds log lines and no control characters."""
     stream = io.StringIO()
     monkeypatch.setattr(writers, "console", lambda: Console(file=stream))
-    progress = writers.Progress(0, 10)
-    progress.update(5, "note")
+    progress = monitor.Progress(0, 10)
+    progress.update(5)
+    progress.note("note")
     progress.close()
     assert stream.getvalue() == ""
 

@@ -1,0 +1,113 @@
+"""What a training run works with, put together: its data, its programs, and the state that it starts from."""
+
+import concurrent.futures
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from imgclf_jax import config as configs
+from imgclf_jax import programs
+from imgclf_jax.commands.evaluate import open_evals
+from imgclf_jax.core import sharding
+from imgclf_jax.data import sources, stream
+from imgclf_jax.programs import Programs
+from imgclf_jax.run.cadences import Cadences
+from imgclf_jax.run.checkpoint import Checkpoints
+from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.weights import pretrained
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that may begin or go on at step `start`."""
+
+    config: ConfigDict
+    workdir: Workdir
+    images: stream.Images  # to train on
+    evals: dict[str, stream.Images]
+    programs: Programs
+    compiled: concurrent.futures.Future[float]  # the seconds that tracing and compiling `programs.train` took
+    checkpoints: Checkpoints
+    cadences: Cadences
+    start: int
+    state: Any  # a TrainState, and
+    window: Any  # a step.Window, at step `start`
+
+
+def set_up(config: ConfigDict, workdir: Workdir) -> Run:
+    """The run of `config` in `workdir`, from its latest checkpoint or from the start.
+
+    Raises UserError for a mistake of the user, before anything is trained.
+    """
+    sharding.check_batch_size(config.batch_size, sharding.make_mesh(), config.accumulate)
+    workdir.open_for_training(config)
+
+    base = sources.open_splits(config.data.source, config.data.data_dir, config.data.manual_dir)
+    train_source = sources.take_split(base, config.data.train)
+    images = stream.Images(train_source, config.preprocess, config.seed, config.data.threads)
+    compiling = programs.of_images(config, images)
+    recipe = compiling.recipe
+    evals = open_evals(compiling, base)
+    cadences = Cadences(recipe.total, *map(recipe.period, configs.CADENCES))
+
+    tracing = _trace(compiling)
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
+    weights = pretrained.load(compiling) if config.init_from and not checkpoints.steps() else None
+    compiled = _compile_in_background(compiling, tracing)
+    workdir.record(config, recipe.data, weights.source if weights else None)
+
+    start, run = checkpoints.restore_latest(compiling.shape) or (0, None)
+    if run is None:
+        run = compiling.init(images=compiling.first_images(images), weights=weights.taken if weights else None)
+        _log_parameters(run["state"].params, recipe.num_seeds)
+        if recipe.rules:
+            log.info("rules:\n%s", recipe.rules.table(recipe.parameters))
+    else:
+        log.info("resuming at step %d of %d", start, recipe.total)
+    log.info(
+        "%d examples of %s, %d classes, %d steps of %d on %d %s device%s", len(images), list(images.shape),
+        len(recipe.data.class_names), recipe.total, config.batch_size, compiling.mesh.size, compiling.platform,
+        "s" * (compiling.mesh.size > 1),
+    )  # fmt: skip
+    state, window = run["state"], run["sums"]
+    return Run(config, workdir, images, evals, compiling, compiled, checkpoints, cadences, start, state, window)
+
+
+def _trace(compiling: Programs) -> float:
+    """Traces the train step, where errors in the config show; gives the seconds."""
+    began = time.perf_counter()
+    _ = compiling.traced_train, compiling.recipe.views, compiling.recipe.whole_set_metrics
+    return time.perf_counter() - began
+
+
+def _compile_in_background(compiling: Programs, tracing: float) -> concurrent.futures.Future[float]:
+    """Compiles training and evaluation in a thread; gives the seconds of the former, those of tracing with them."""
+
+    def compile() -> float:
+        began = time.perf_counter()
+        _ = compiling.train
+        return tracing + time.perf_counter() - began
+
+    pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
+    future = pool.submit(compile)
+    pool.submit(lambda: compiling.eval)
+    pool.shutdown(wait=False)
+    return future
+
+
+def _log_parameters(params: Any, num_seeds: int) -> None:
+    if num_seeds > 1:
+        log.info("%d replicas of these:", num_seeds)
+        params = jax.tree.map(lambda x: x[0], params)
+    try:
+        from clu import parameter_overview
+    except ImportError:
+        log.info("%d parameters", sum(x.size for x in jax.tree.leaves(params)))
+    else:
+        log.info("parameters:\n%s", parameter_overview.get_parameter_overview(params, include_stats=False))

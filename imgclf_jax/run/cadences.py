@@ -1,0 +1,49 @@
+"""How often a run logs, evaluates and saves, and the ranges of steps between."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+from imgclf_jax import config as configs
+
+
+class Due(NamedTuple):
+    """What is to be done after a step."""
+
+    log: bool
+    eval: bool
+    checkpoint: bool
+
+
+@dataclass(frozen=True)
+class Cadences:
+    """The periods, in steps, of what a run does beside training; None for at the end only. See `config.period`."""
+
+    total: int  # steps of the run, after the last of which everything is due
+    log: Fraction | None
+    eval: Fraction | None
+    checkpoint: Fraction | None
+
+    def due(self, step: int) -> Due:
+        """What is to be done when `step` steps are done."""
+        return Due(*(step == self.total or configs.is_due(step, every) for every in self._periods))
+
+    def ranges(self, start: int, size: int, edges: Iterable[int] = ()) -> Iterator[range]:
+        """The steps from `start` to the end of the run in ranges of at most `size`, one after the other.
+
+        A range ends where something is due, and at each of the `edges`. They are made one by one as they are asked
+        for, since a run may have billions of steps.
+        """
+        edges = sorted(edges)
+        while start < self.total:
+            due = min(configs.next_due(start, every, self.total) for every in self._periods)
+            due = min([due, *(edge for edge in edges if edge > start)])
+            ranges = -(-(due - start) // size)
+            stop = start - (start - due) // ranges  # ranges of equal length, give or take a step: little padding
+            yield range(start, stop)
+            start = stop
+
+    @property
+    def _periods(self) -> tuple[Fraction | None, ...]:
+        return (self.log, self.eval, self.checkpoint)

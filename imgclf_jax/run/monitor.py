@@ -1,0 +1,169 @@
+"""What is watched while a run trains: its pace, its progress, and a trace of some of its steps."""
+
+import collections
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+from rich import progress
+
+from imgclf_jax.run import writers
+
+log = logging.getLogger(__name__)
+
+_MOST_IN_FLIGHT = 2  # calls that the host may be ahead of the device
+
+
+class Monitor:
+    """Watches the loop of one process; a context, whose end leaves the progress bar as it stands.
+
+    `profile` names the steps, from its first to its second (exclusive), that are traced into `folder`/profile.
+    """
+
+    def __init__(self, start: int, total: int, images_a_step: int, profile: tuple[int, int] | None, folder: Path):
+        self.throughput = Throughput(images_a_step)
+        self.edges: tuple[int, ...] = ()  # the steps that the trace begins and ends at, where a call must end
+        self._folder = folder / "profile"
+        self._in_flight: collections.deque[Any] = collections.deque()
+        self._progress = Progress(start, total)
+        if profile:
+            first, stop = max(profile[0], start), min(profile[1], total)
+            if first < stop:
+                self.edges = (first, stop)
+            else:
+                log.warning("--profile=%d:%d lies outside of the steps %d to %d: nothing is traced", *profile, start,
+                            total)  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.close()
+
+    def watch(self, chunks: Iterable[tuple[range, Any]]) -> Iterator[tuple[range, Any]]:
+        """The chunks as they come; the time that the device waits for them is counted, but for the first one."""
+        chunks = iter(chunks)
+        first = True
+        while True:
+            before = time.perf_counter()
+            item = next(chunks, None)
+            if item is None:
+                return
+            if first:
+                self.throughput.restart()
+            idle = not self._in_flight or self._in_flight[-1].is_ready()  # else the device had work all the while
+            waited = time.perf_counter() - before if idle and not first else 0.0
+            self.throughput.count_steps(len(item[0]), waited)
+            if self.edges and item[0].start == self.edges[0]:
+                self._wait()
+                jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
+            yield item
+            first = False
+
+    def called(self, steps: range, result: jax.Array) -> None:
+        """After each call of the program, which was for these steps: waits where the host is too far ahead.
+
+        `result` is an array that the call gives and that nothing donates.
+        """
+        self._in_flight.append(result)
+        if len(self._in_flight) > _MOST_IN_FLIGHT:
+            self._in_flight.popleft().block_until_ready()
+        self._progress.update(steps.stop)
+        if self.edges and steps.stop == self.edges[1]:
+            self._wait()
+            jax.profiler.stop_trace()
+            log.info("steps %d to %d traced into %s", *self.edges, self._folder)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside is no training: its time does not count."""
+        self.throughput.pause()
+        yield
+        self.throughput.resume()
+
+    def lap(self) -> dict[str, float]:
+        """{"images_per_second", "input_wait"} since the last lap; called while paused."""
+        pace = self.throughput.lap()
+        self._progress.note(f"{pace['images_per_second']:.0f} images/s, {pace['input_wait']:.0%} waiting for input")
+        return pace
+
+    def _wait(self) -> None:
+        """Returns when the device has done all calls."""
+        if self._in_flight:
+            self._in_flight[-1].block_until_ready()
+
+
+class Throughput:
+    """Images a second, and the fraction of time spent waiting for input, over time that was training."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+        self.seconds, self.steps = 0.0, 0  # of the whole process
+        self._active, self._window_steps, self._waited = 0.0, 0, 0.0
+        self.resume()
+
+    def resume(self) -> None:
+        """Starts the clock, after work that is not training, such as evaluation."""
+        self._start = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stops the clock."""
+        self._active += time.perf_counter() - self._start
+
+    def count_steps(self, steps: int, waited: float) -> None:
+        """Some steps more, for whose batches the device waited so many seconds."""
+        self._window_steps += steps
+        self._waited += waited
+
+    def restart(self) -> None:
+        """Forgets the time until now: the wait for what the first step needs."""
+        self._active, self._waited = 0.0, 0.0
+        self.resume()
+
+    def lap(self) -> dict[str, float]:
+        """{"images_per_second", "input_wait"} since the last lap; called while paused."""
+        seconds = max(self._active, 1e-9)
+        out = {
+            "images_per_second": round(self._window_steps * self.batch_size / seconds, 1),
+            "input_wait": round(self._waited / seconds, 4),
+        }
+        self.seconds, self.steps = self.seconds + self._active, self.steps + self._window_steps
+        self._active, self._window_steps, self._waited = 0.0, 0, 0.0
+        return out
+
+
+class Progress:
+    """A progress bar on a terminal; elsewhere nothing, since the log lines say it all."""
+
+    def __init__(self, start: int, total: int):
+        self._bar = None
+        if writers.console().is_terminal:
+            self._bar = progress.Progress(
+                progress.BarColumn(),
+                progress.TextColumn("step {task.completed}/{task.total}"),
+                progress.TextColumn("left"),
+                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[note]}"),
+                console=writers.console(),
+            )
+            self._task = self._bar.add_task("train", total=total, completed=start, note="compiling")
+            self._bar.start()
+
+    def update(self, step: int) -> None:
+        """Moves the bar to `step`."""
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def note(self, text: str) -> None:
+        """Shows `text` behind the bar until the next one."""
+        if self._bar:
+            self._bar.update(self._task, note=text)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar:
+            self._bar.stop()

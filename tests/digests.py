@@ -1,0 +1,134 @@
+"""Trains the same run in many ways and prints a table of the digests of its parameters, which must all be equal.
+
+    uv run python tests/digests.py
+    uv run python tests/digests.py --networks cnn vit --precisions float32 --more num_seeds=2
+
+The ways: how often something is logged and evaluated; the steps in a call of the compiled program; where the images
+wait; and a resume from the middle under another of these. Exit status 1 if any digest differs.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import logging
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from imgclf_jax.commands import train
+from imgclf_jax.config import default_config
+from imgclf_jax.run.workdir import Workdir
+
+STEPS, SAVED = 11, 4  # of the whole run; at which a run is resumed
+PIXELS = {"airbench": 16}  # else 12
+NETWORKS = {
+    "cnn": "cnn(widths=(8, 16), hidden=16)",
+    "resnet_cifar": "resnet_cifar(8)",
+    "airbench": "airbench(widths=(8, 16, 16))",
+    "vit": "vit('Ti', patch=6)",
+    "linen": "digests:Linen",  # whose convolution is XLA's own, so that on CPU a call is one step
+}
+
+
+class Linen(nn.Module):
+    """Flax's own convolution and batch normalization."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.BatchNorm(not train, momentum=0.9)(nn.Conv(8, (3, 3))(x)))
+        return x.mean((1, 2))
+
+
+class Way(NamedTuple):
+    """How a run is trained: what must have no part in its result."""
+
+    log_every: str
+    steps_per_call: int = 0
+    placement: str = "host"
+
+
+EVAL_EVERY = {"1 steps": "4 steps", "5 steps": "7 steps", "": ""}  # by `log_every`
+WAYS = [Way(*values) for values in itertools.product(EVAL_EVERY, (0, 1, 3), ("host", "device"))]
+RESUMED = [(Way("1 steps", 1), Way("1 steps", 3, "device")), (Way("", 0, "device"), Way("", 1))]
+
+
+def config_of(network: str, precision: str, way: Way, **more: Any) -> ConfigDict:
+    """The config of a run of a few steps on small random images."""
+    config = default_config()
+    config.data.source, config.preprocess = "fake(96, (16, 16, 1), 4)", f"decode(1)|resize({PIXELS.get(network, 12)})"
+    config.augment, config.schedule, config.batch_size = "normalize(0.3, 0.7)", "cosine(1e-2)", 16
+    config.total, config.precision, config.tensorboard = f"{STEPS} steps", precision, False
+    config.model, config.checkpoint.keep, config.checkpoint_every = NETWORKS[network], STEPS, f"{SAVED} steps"
+    config.log_every, config.eval_every = way.log_every, EVAL_EVERY[way.log_every]
+    config.steps_per_call, config.data.placement = way.steps_per_call, way.placement
+    config.update(more)
+    return config
+
+
+def digest(folder: Path, config: ConfigDict) -> str:
+    """Trains, or resumes, the run in `folder`; the digest of its parameters."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert train.main(config, Workdir(folder)) == 0
+    return json.loads((folder / "result.json").read_text())["params_sha256"]
+
+
+def copy_until(source: Path, target: Path, step: int) -> None:
+    """Copies a finished run as it was at `step`."""
+    shutil.copytree(source, target)
+    (target / "result.json").unlink()
+    for checkpoint in (target / "checkpoints").iterdir():
+        if int(checkpoint.name) > step:
+            shutil.rmtree(checkpoint)
+
+
+def train_in_ways(
+    folder: Path, network: str, precision: str, ways: Iterable[Way], resumed: Iterable[tuple[Way, Way]], **more: Any
+) -> list[tuple[str, str]]:
+    """(what was done, digest) for each of the `ways`, and for each of them `resumed` in another."""
+    rows, folders = [], {}
+    for number, way in enumerate(ways):
+        folders[way] = folder / str(number)
+        rows.append((str(way), digest(folders[way], config_of(network, precision, way, **more))))
+    for before, after in resumed:
+        copied = folder / f"resumed{len(rows)}"
+        copy_until(folders[before], copied, SAVED)
+        what = f"{before}, from step {SAVED} on {after}"
+        rows.append((what, digest(copied, config_of(network, precision, after, **more))))
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--precisions", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--more", nargs="*", default=[], help="keys of the config, such as num_seeds=2")
+    args = parser.parse_args()
+    more = {key: int(value) if value.isdigit() else value for key, value in (word.split("=", 1) for word in args.more)}
+    logging.disable(logging.CRITICAL)
+    different = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for network, precision in itertools.product(args.networks, args.precisions):
+            began = time.perf_counter()
+            place = Path(folder) / f"{network}_{precision}"
+            rows = train_in_ways(place, network, precision, WAYS, RESUMED, **more)
+            equal = len({found for _, found in rows}) == 1
+            different += not equal
+            seconds = time.perf_counter() - began
+            print(f"{network}, {precision}: {'all equal' if equal else 'DIFFERENT'} ({seconds:.0f} s)")
+            for what, found in rows:
+                print(f"    {found[:16]}  {what}", flush=True)
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.modules["digests"] = sys.modules["__main__"]  # for the spec of `Linen`
+    sys.exit(main())

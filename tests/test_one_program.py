@@ -1,0 +1,166 @@
+"""A run's bits follow from its config and seed: not from cadences, chunks, placement, or where it was resumed."""
+
+import json
+import logging
+import re
+
+import digests
+import jax
+import jax.numpy as jnp
+import pytest
+from digests import Way
+from flax import linen as nn
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from imgclf_jax.commands import train
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.provenance import DataInfo
+from imgclf_jax.run.workdir import Workdir
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_network_with_batch_statistics(precision, tmp_path):
+    """A small one; a call of one step was once compiled as another program, which gave it other bits."""
+    ways = [Way("1 steps", 1), Way("5 steps", 3), Way("", 0, "device")]
+    model, resumed = "airbench(widths=(4,))", [(ways[0], Way("1 steps", 3))]
+    found = digests.train_in_ways(tmp_path, "airbench", precision, ways, resumed, model=model)
+    assert len({digest for _, digest in found}) == 1, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("network", digests.NETWORKS)
+def test_every_way_to_train(network, precision, tmp_path):
+    found = digests.train_in_ways(tmp_path, network, precision, digests.WAYS, digests.RESUMED)
+    assert len({digest for _, digest in found}) == 1, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{"num_seeds": 2}, {"accumulate": 2, "mix": "mixup(0.2)"}])
+def test_every_way_to_train_with(more, tmp_path):
+    found = digests.train_in_ways(tmp_path, "resnet_cifar", "float32", digests.WAYS, digests.RESUMED, **more)
+    assert len({digest for _, digest in found}) == 1, found
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_training_does_not_depend_on_the_steps_in_a_call(place, fake_config, tmp_path):
+    """One step a call or many, ending wherever something is due: the same parameters, metrics and evaluations."""
+    config = fake_config
+    config.model = "cnn(widths=(4,), hidden=8)"
+    config.total, config.augment, config.log_every, config.eval_every = (
+        "23 steps",
+        "flip_lr|normalize",
+        "5 steps",
+        "7 steps",
+    )
+    config.data.placement, config.checkpoint_every = place, "11 steps"
+    results = []
+    for size in (1, 2, 4, 32):
+        config.steps_per_call = size
+        assert train.main(config, Workdir(tmp_path / str(size))) == 0
+        result = json.loads((tmp_path / str(size) / "result.json").read_text())
+        lines = (tmp_path / str(size) / "metrics.jsonl").read_text().splitlines()
+        records = [
+            {k: v for k, v in json.loads(line).items() if k not in ("train/images_per_second", "train/input_wait")}
+            for line in lines
+        ]
+        results.append((result["params_sha256"], result["test"], records))
+    assert all(result == results[0] for result in results[1:])
+    assert [r["step"] for r in results[0][2] if "train/loss" in r] == [5, 10, 15, 20, 23]
+
+
+DATA = DataInfo(64, (12, 12, 1), ("a", "b"), "")
+
+
+class Plain(nn.Module):
+    """A user's own network, with Flax's convolution."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return jnp.mean(nn.Conv(4, (3, 3))(x), (1, 2))
+
+
+class InTraining(nn.Module):
+    """One that convolves in training alone."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return jnp.mean(blur(x) if train else x, (1, 2))
+
+
+def blur(images):
+    """A device op that convolves, inside of a loop of its own."""
+    kernel = jnp.ones((3, 3, 1, 1), jnp.float32) / 9
+    return jax.lax.fori_loop(0, 2, lambda _, x: jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")), images.astype(jnp.float32))  # fmt: skip
+
+
+def convolving_loss(logits, labels):
+    return jnp.sum(blur(logits[:, :, None, None]), (1, 2, 3)) * labels.astype(logits.dtype)
+
+
+def of(config, mesh=None, **keys):
+    """The programs of a run of a thousand steps with these keys of the config."""
+    config.update({"total": "1000 steps", "log_every": "9 steps", "eval_every": "", "checkpoint_every": "", **keys})
+    recipe = Recipe(config, DATA)
+    return Programs(recipe, mesh) if mesh else Programs(recipe)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"model": "cnn(widths=(4,))"}, 32),
+        ({"model": "cnn(widths=(4,))", "steps_per_call": 7}, 7),
+        ({"model": "mlp", "steps_per_call": 40}, 40),
+        ({"model": f"{__name__}:Plain"}, 1),
+        ({"model": f"{__name__}:InTraining"}, 1),
+        ({"model": "mlp", "augment": f"{__name__}:blur"}, 1),
+        ({"model": "mlp", "loss": f"{__name__}:convolving_loss"}, 1),
+    ],
+)
+def test_steps_in_a_call(fake_config, keys, expected):
+    """Many, whatever the cadences; one where XLA's own convolution, wherever it stands, is slow in a loop on CPU."""
+    assert of(fake_config, **keys).steps_per_call == expected
+
+
+def test_one_step_a_call_is_said_once(fake_config, caplog):
+    with caplog.at_level(logging.INFO, "imgclf_jax"):
+        programs = of(fake_config, model=f"{__name__}:Plain", steps_per_call=3)
+        assert programs.steps_per_call == programs.steps_per_call == 1
+        _ = programs.traced_train
+        assert of(fake_config, model="mlp", steps_per_call=3).steps_per_call == 3
+    [said] = caplog.messages
+    assert re.fullmatch(r"steps_per_call=3: a call runs one step, .* convolution is slow inside of a loop on CPU", said)
+
+
+def test_elsewhere_convolutions_are_fast_in_loops(fake_config):
+    device = AbstractDevice("NVIDIA H100", 1, "cuda")
+    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)
+    assert of(fake_config, mesh, model=f"{__name__}:Plain").steps_per_call == 32
+
+
+def test_a_chunk_is_bounded_in_bytes(fake_config):
+    """So long as two steps fit; large batches are trained on one a call, which is no loop then."""
+    for side, expected in ((64, 32), (128, 8), (224, 2), (256, 2), (300, 1)):
+        recipe = Recipe(fake_config, DataInfo(64, (side, side, 4), ("a", "b"), ""))
+        assert Programs(recipe).steps_per_call == min(expected, recipe.total)
+
+
+class Counting(nn.Module):
+    """Counts how often it is traced for training."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        traced.append(train)
+        return x.reshape(x.shape[0], -1)
+
+
+traced = []
+
+
+def test_the_train_step_is_traced_once(fake_config):
+    """Though its operations are looked at before the program is made of it."""
+    traced.clear()
+    _ = of(fake_config, model=f"{__name__}:Counting").traced_train
+    assert traced.count(True) == 1
