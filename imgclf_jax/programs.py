@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import diagnose, losses, step
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.once import once
-from imgclf_jax.data import placement
+from imgclf_jax.data import decode, placement
 from imgclf_jax.data.stream import Images, StreamSpec
 from imgclf_jax.models.cpu.rewrite import rewrite
 from imgclf_jax.models.frozen import Frozen
@@ -37,6 +37,11 @@ _FIRST_IMAGES = 5000  # that airbench94 whitens by
 def of_images(config: ConfigDict, images: Images) -> "Programs":
     """The programs of a config for these training images, on all devices."""
     return Programs(Recipe(config, images.describe(losses.needs_class_counts(config.loss))))
+
+
+def evaluation_ops(config: ConfigDict) -> str:
+    """The host ops of evaluation and prediction, see `decode.for_evaluation`."""
+    return decode.for_evaluation(config.preprocess_eval, config.preprocess)
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,7 +293,12 @@ class Programs:
         traced = platform.traced_for(self.platform, self._in_its_form(pure))
         return jax.jit(traced, in_shardings=(whole, whole, split), out_shardings=whole)
 
+    @property
+    def preprocess_eval(self) -> str:
+        """The host ops of evaluation and prediction, which draw nothing."""
+        return evaluation_ops(self.recipe.config)
+
     def eval_images(self, source: Any) -> Images:
         """A source seen through the host ops of evaluation."""
         config = self.recipe.config
-        return Images(source, self.recipe.preprocess_eval, config.seed, config.data.threads)
+        return Images(source, self.preprocess_eval, config.seed, config.data.threads)

@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax import losses, metrics
 from imgclf_jax.augment import mixing, ops, tta
-from imgclf_jax.data import decode
 from imgclf_jax.models import classifier
 from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
 from imgclf_jax.run.provenance import DataInfo
@@ -129,8 +128,3 @@ class Recipe:
     def num_seeds(self) -> int:
         """How many replicas are trained at once."""
         return int(self.config.num_seeds)
-
-    @property
-    def preprocess_eval(self) -> str:
-        """The host ops of evaluation and prediction."""
-        return decode.for_evaluation(self.config.preprocess_eval, self.config.preprocess)

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from imgclf_jax import metrics
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import decode, sources, stream
-from imgclf_jax.programs import Programs, of_images
+from imgclf_jax.data import sources, stream
+from imgclf_jax.programs import Programs, evaluation_ops, of_images
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.provenance import load_data_info
@@ -84,7 +84,7 @@ def open_evals(programs: Programs, base: dict[str, sources.Source]) -> dict[str,
                             f"the model {list(programs.recipe.data.class_names)[:5]}…")  # fmt: skip
         out[name] = programs.eval_images(source)
         if out[name].shape != programs.recipe.data.image_shape:
-            raise UserError(f"data.eval.{name}: preprocess_eval={programs.recipe.preprocess_eval!r} gives images of "
+            raise UserError(f"data.eval.{name}: preprocess_eval={programs.preprocess_eval!r} gives images of "
                             f"{out[name].shape}, training ones are {programs.recipe.data.image_shape}; add "
                             "resize(height, width), or resize_small and central_crop, to both")  # fmt: skip
     return out
@@ -93,9 +93,9 @@ def open_evals(programs: Programs, base: dict[str, sources.Source]) -> dict[str,
 def report_host_ops(programs: Programs) -> None:
     """Logs the host ops of evaluation if they follow from `preprocess` and differ from it."""
     config = programs.recipe.config
-    if not config.preprocess_eval and programs.recipe.preprocess_eval != config.preprocess:
+    if not config.preprocess_eval and programs.preprocess_eval != config.preprocess:
         log.info("preprocess=%r draws at random, and preprocess_eval is empty: evaluation and prediction use %r",
-                 config.preprocess, programs.recipe.preprocess_eval)  # fmt: skip
+                 config.preprocess, programs.preprocess_eval)  # fmt: skip
 
 
 def restore(config: ConfigDict, workdir: Workdir, which: str) -> tuple[Programs, Any, int]:
@@ -137,7 +137,7 @@ def convert(config: ConfigDict, base: dict[str, sources.Source]) -> tuple[Progra
     source = next(iter(base.values()))  # every split has the same classes and the same shape
     with contextlib.suppress(UserError):
         source = sources.take_split(base, config.data.train)
-    preprocess = decode.for_evaluation(config.preprocess_eval, config.preprocess)
+    preprocess = evaluation_ops(config)
     images = stream.Images(source, preprocess, config.seed, config.data.threads)
     programs = of_images(config, images)
     weights = pretrained.load(programs, whole=True)

@@ -46,7 +46,7 @@ def _is_hidden(path: Path) -> bool:
 def predict(programs: Programs, state: Any, files: list[Path]) -> Iterator[tuple[Path, np.ndarray | UserError]]:
     """(file, probabilities f32[classes]) for each file, or (file, error) for one that cannot be classified."""
     report_host_ops(programs)
-    ops, _ = decode.build(programs.recipe.preprocess_eval)
+    ops, _ = decode.build(programs.preprocess_eval)
     mesh = programs.mesh
     batch_size = sharding.round_up(min(programs.recipe.config.batch_size, 128), mesh)
 
