@@ -283,12 +283,9 @@ class Programs:
         """Jitted (params, model_state, images) → probabilities."""
         recipe = self.recipe
         pure = step.make_predict_step(
-            recipe.model,
-            recipe.augment(train=False),
-            recipe.views,
-            recipe.num_seeds,
+            recipe.model, recipe.augment(train=False), recipe.views, recipe.num_seeds,
             losses.link_of(recipe.config.loss),
-        )
+        )  # fmt: skip
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
         traced = platform.traced_for(self.platform, self._in_its_form(pure))
         return jax.jit(traced, in_shardings=(whole, whole, split), out_shardings=whole)
@@ -300,5 +297,4 @@ class Programs:
 
     def eval_images(self, source: Any) -> Images:
         """A source seen through the host ops of evaluation."""
-        config = self.recipe.config
-        return Images(source, self.preprocess_eval, config.seed, config.data.threads)
+        return Images(source, self.preprocess_eval, self.recipe.config.seed, self.recipe.config.data.threads)
