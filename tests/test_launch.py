@@ -37,6 +37,7 @@ def run(cache: str, workdir: Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_second_run_compiles_nothing(tmp_path):
     """The compilation cache is on by default, hits for every program of the second run, and changes no bit."""
     first, second = (run(str(tmp_path / "cache"), tmp_path / name) for name in ("a", "b"))

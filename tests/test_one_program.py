@@ -19,7 +19,7 @@ from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_network_with_batch_statistics(precision, tmp_path):
     """A small one; a call of one step was once compiled as another program, which gave it other bits."""
     ways = [Way("1 steps", 1), Way("5 steps", 3), Way("", 0, "device")]
@@ -43,7 +43,7 @@ def test_every_way_to_train_with(more, tmp_path):
     assert len({digest for _, digest in found}) == 1, found
 
 
-@pytest.mark.parametrize("place", ["host", "device"])
+@pytest.mark.parametrize("place", [pytest.param("host", marks=pytest.mark.slow), "device"])
 def test_training_does_not_depend_on_the_steps_in_a_call(place, fake_config, tmp_path):
     """One step a call or many, ending wherever something is due: the same parameters, metrics and evaluations."""
     config = fake_config

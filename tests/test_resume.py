@@ -42,6 +42,7 @@ def test_killed_at_random_moments(whole, tmp_path):
     assert resume_check.outcome(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
 def test_stopped_by_sigterm_and_a_truncated_checkpoint(whole, tmp_path):
     """SIGTERM saves and exits 75; the damaged checkpoint is reported and the one before it used."""
     rng = random.Random(1)

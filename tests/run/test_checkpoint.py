@@ -260,6 +260,7 @@ def train(workdir: Path) -> tuple[int, list[str]]:
     return process.returncode, [line for line in lines if not re.match(r"\d\d:\d\d:\d\d|[+|]|Total", line)]
 
 
+@pytest.mark.slow
 def test_a_full_disk(small_disk, tmp_path):
     """One sentence; the last good checkpoint is whole; with more space the run ends as if nothing had happened."""
     place, remount = small_disk
