@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
         sys.stdout.flush()
         return status
     except UsageError as e:
-        print(f"error: {e}\nlaunch.py --help tells the usage", file=sys.stderr)
+        print(f"error: {e}\nsee launch.py --help", file=sys.stderr)
         return 2
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -81,9 +81,8 @@ def main(argv: list[str]) -> int:
     except OSError as e:
         if e.strerror is None:
             raise
-        print(
-            f"error: {e.filename or 'a file'}: {e.strerror}; mend that and run the same command again", file=sys.stderr
-        )
+        what = f"{e.filename or 'a file'}: {e.strerror}"
+        print(f"error: {what}; fix the cause and run the same command again", file=sys.stderr)
         return 1
 
 

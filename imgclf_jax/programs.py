@@ -89,10 +89,10 @@ class Programs:
         random ones. Of several seeds, `seed` and those after it, all arrays are [num_seeds, …].
         """
         seed = self.recipe.config.seed if seed is None else seed
+        init = jax.jit(self._init, out_shardings=sharding.replicated(self.mesh))
         with self._tracing():
-            init = jax.jit(self._init, out_shardings=sharding.replicated(self.mesh))
             run: dict[str, Any] = init(np.uint32(seed), images, weights)
-            return run
+        return run
 
     @once
     def shape(self) -> dict[str, Any]:
@@ -112,8 +112,7 @@ class Programs:
         if not hasattr(self.recipe.model.backbone, "init_on_images"):
             return None
         ids = np.arange(min(_FIRST_IMAGES, len(images)))
-        first = images.read(ids, ids)["image"]
-        augment = self.recipe.augment(train=False)
+        first, augment = images.read(ids, ids)["image"], self.recipe.augment(train=False)
         with self._tracing():
             return jax.jit(lambda images: augment(None, images))(first)
 
@@ -143,13 +142,14 @@ class Programs:
     @once
     def _train_step(self) -> Any:
         """The traced train step of all seeds, whose `jaxpr` is of (state, batch) → (state, window)."""
-        recipe, frozen = self.recipe, self.recipe.rules.frozen
-        pure = step.make_train_step(
-            Frozen(recipe.model, frozen, tuple(recipe.parameters)) if frozen else recipe.model,
-            recipe.loss, recipe.optimizer, recipe.schedule, recipe.augment(train=True), recipe.average,
-            recipe.mix, recipe.config.accumulate,
-        )  # fmt: skip
+        recipe = self.recipe
         with self._tracing():
+            frozen = recipe.rules.frozen
+            pure = step.make_train_step(
+                Frozen(recipe.model, frozen, tuple(recipe.parameters)) if frozen else recipe.model,
+                recipe.loss, recipe.optimizer, recipe.schedule, recipe.augment(train=True), recipe.average,
+                recipe.mix, recipe.config.accumulate,
+            )  # fmt: skip
             batch = jax.eval_shape(lambda chunk: placement.batch_at(chunk, 0), self._chunk_shape(1))
             return jax.jit(self._in_its_form(step.several(pure, recipe.num_seeds))).trace(self.shape["state"], batch)
 

@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
@@ -116,6 +117,7 @@ def main() -> int:
     logging.disable(logging.CRITICAL)
     different = 0
     with tempfile.TemporaryDirectory() as folder:
+        jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")  # most ways share their programs
         for network, precision in itertools.product(args.networks, args.precisions):
             began = time.perf_counter()
             place = Path(folder) / f"{network}_{precision}"

@@ -42,7 +42,7 @@ def mistake(capsys):
         out, err = capsys.readouterr()
         said = [line for line in err.splitlines() if not re.search(log, line)]
         assert out == ""
-        assert said[1:] == (["launch.py --help tells the usage"] if status == 2 else [])
+        assert said[1:] == (["see launch.py --help"] if status == 2 else [])
         assert said[0].startswith("error: ")
         return said[0].removeprefix("error: ")
 

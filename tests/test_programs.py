@@ -5,6 +5,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from imgclf_jax.core import platform, sharding
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
@@ -37,3 +38,11 @@ def test_programs_are_lowered_for_devices_that_are_not_here(name, place, fake_co
     for traced in (here.traced_train, here.traced_eval):
         assert "stablehlo.convolution" not in traced.lower().as_text()
     assert platform.current() == ""
+
+
+@pytest.mark.parametrize("rules", [{}, {"lr": "head/.*=2"}, {"freeze": "backbone/.*"}])
+def test_a_part_that_cannot_be_traced_is_named_with_its_key(rules, fake_config):
+    fake_config.model = "mlp(widths=('wide',))"
+    fake_config.rules.update(rules)
+    with pytest.raises(UserError, match=r"^model=\"mlp\(widths=\('wide',\)\)\" fails on images \[12, 12, 1\]: "):
+        _ = Programs(Recipe(fake_config, DATA)).traced_train
