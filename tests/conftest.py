@@ -88,10 +88,10 @@ def form(request):
         yield request.param
 
 
-@pytest.fixture
-def quick_compilation():
-    """Compiles in half of the time, for tests of whether something runs and not of its numbers."""
-    jax.config.update("jax_disable_most_optimizations", True)
+@pytest.fixture(autouse=True)
+def _quick_compilation(request):
+    """Compiles in three quarters of the time, but for tests marked `optimized`; processes that tests start are not."""
+    jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimized") is None)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

@@ -114,7 +114,6 @@ SHAPES = {"digits": (8, 8, 1), "fashion_mnist": (28, 28, 1), "mnist": (28, 28, 1
 CLASSES = {"medical": 2}
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     "file",
     [pytest.param(f, marks=pytest.mark.slow) if f.stem.startswith("imagenet") else f for f in FILES],

@@ -201,7 +201,7 @@ def weights(folder, monkeypatch):
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name, page in PAGES.items() if blocks(page)
 ])  # fmt: skip
-def test_the_blocks_of_a_page_run(name, folder, weights, quick_compilation, capsys):
+def test_the_blocks_of_a_page_run(name, folder, weights, capsys):
     for language, text in blocks(PAGES[name]):
         if language == "python":
             file = re.match(r"# (\w+\.py)\n", text)

@@ -18,6 +18,8 @@ from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_network_with_batch_statistics(precision, tmp_path):

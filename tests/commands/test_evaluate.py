@@ -19,6 +19,8 @@ from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 
+pytestmark = pytest.mark.optimized
+
 N = 10_000
 CLOSE = rounding(12 * 12 + 32 + 4 + 10)  # two dense layers and the cross-entropy
 FAKE = (f"--config.data.source=fake({N}, (12, 12, 1), 10)", "--config.data.train=train[:10%]",

@@ -13,6 +13,8 @@ from imgclf_jax.run import writers
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 
+pytestmark = pytest.mark.optimized
+
 
 def run(config, path):
     assert train.main(config, Workdir(path)) == 0

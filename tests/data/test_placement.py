@@ -11,6 +11,8 @@ from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import placement, sources, stream
 
+pytestmark = pytest.mark.optimized
+
 
 def fake():
     return sources.fake(40, (9, 8, 1), 5)["train"]

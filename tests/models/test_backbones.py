@@ -104,7 +104,7 @@ def test_gradients_are_as_precise_as_the_parameters(name):
     assert {path: g.dtype for path, g in tree.named_leaves(gradients) if g.dtype != jnp.float32} == {}
 
 
-@pytest.mark.usefixtures("quick_compilation", "shallow")
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("name", sorted(BACKBONES))
 def test_a_step_in_bfloat16_over_eight_devices(name):
     """Loss and gradients are finite, every parameter moves or has no gradient by design, statistics move too."""
@@ -140,7 +140,7 @@ def test_a_step_in_bfloat16_over_eight_devices(name):
 
 
 @pytest.mark.parametrize("name", ["wide_resnet", "mixer", "airbench", "resnet", "convnext", "vit"])
-@pytest.mark.usefixtures("quick_compilation", "shallow")
+@pytest.mark.usefixtures("shallow")
 def test_train_and_evaluation_differ_where_they_should(name):
     """Evaluation is the same every time; training draws anew for another key, or normalizes by the batch."""
     spec, size = SMALL[name]
@@ -191,7 +191,7 @@ def test_sincos_positions_are_their_definition():
             np.testing.assert_allclose(table[y * 5 + x], expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.usefixtures("quick_compilation", "form")
+@pytest.mark.usefixtures("form")
 def test_attention_maps_can_be_seen(monkeypatch):
     """f32[b, heads, tokens, tokens] of every block, each row a distribution."""
     monkeypatch.setitem(vit._VIT, "Ti", (48, 3, 3))

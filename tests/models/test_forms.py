@@ -94,7 +94,7 @@ def in_form(form, function):
     return platform.traced_for(form, rewrite(function) if form == "cpu" else function)
 
 
-@pytest.mark.usefixtures("float64", "quick_compilation")
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", sorted(BACKBONES))
 def test_ordinary_edits_in_the_middle_give_the_same_in_both_forms(name):
     """Concatenation, softmax, means, stochastic depth, nn.Conv, BatchNorm, GroupNorm, squeeze and excitation."""
@@ -105,7 +105,7 @@ def test_ordinary_edits_in_the_middle_give_the_same_in_both_forms(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), cpu, gpu)
 
 
-@pytest.mark.usefixtures("float64", "quick_compilation")
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", sorted(BACKBONES))
 def test_forward_mode_is_the_finite_difference(name, form):

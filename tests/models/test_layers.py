@@ -15,6 +15,8 @@ from imgclf_jax.models.cpu import pool, products
 from imgclf_jax.models.cpu.rewrite import rewrite
 from imgclf_jax.models.layers import Conv, ConvPool, Dense, FlatDense, conv
 
+pytestmark = pytest.mark.optimized
+
 SETTINGS = [  # kernel, strides, padding, dilation, groups
     (3, 1, "VALID", 1, 1),
     (3, 1, "SAME", 1, 1),

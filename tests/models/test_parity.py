@@ -135,7 +135,7 @@ def assert_close(ours, theirs, atol):
         np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.usefixtures("form", "quick_compilation")
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize(("spec", "form"), [("cnn", "cpu"), *((spec, "gpu") for spec in CASES)], indirect=["form"])
 def test_logits_gradients_and_adam_agree_with_keras(spec, float64):
     """Logits and all gradients to 1e-10; after 20 of our training steps with Adam all parameters to 1e-8."""

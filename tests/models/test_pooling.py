@@ -14,6 +14,8 @@ from imgclf_jax.models.cpu import pool
 from imgclf_jax.models.cpu.layout import features_first, features_last
 from imgclf_jax.models.layers import ConvPool, conv
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.mark.parametrize(("h", "w", "window"), [(8, 8, 2), (9, 7, 2), (13, 12, 3), (5, 4, 4), (3, 6, 1), (30, 25, 12)])
 def test_pool_bias_relu_on_cpu_is_flax_in_the_usual_order(h, w, window):

@@ -51,7 +51,7 @@ def check(name: str) -> None:
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.usefixtures("_small_variants", "form", "quick_compilation")
+@pytest.mark.usefixtures("_small_variants", "form")
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("full")])
 def test_logits_are_pytorchs(name):
     check(name)
