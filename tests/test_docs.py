@@ -155,7 +155,7 @@ def takes_long(words: list[str]) -> bool:
     return words[0] != "launch.py" and (COMMANDS[words[0]][1] or "resume_check.py" in " ".join(words))
 
 
-LONG = {"extending", "models", "using"}  # pages of many commands
+LONG = {"data", "extending", "models", "using"}  # pages of many commands
 SLOW = sorted({shlex.join(words) for page in PAGES.values() for words in commands(page) if takes_long(words)})
 
 

@@ -61,6 +61,7 @@ def weights(key, alpha, n):
     return 1 / (1 + np.exp(b - a))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
 def test_weights_are_beta(alpha):
     """Of mixup; cutmix draws its sides by the same weights, which its box is held to below."""
