@@ -129,7 +129,8 @@ def conv_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, window: int, dty
     In `dtype`. Only the outputs that fill windows are computed; the gradient of a maximum goes to the first of equals.
     """
     high, wide = (-((n - k + 1) % window) for n, k in zip(x.shape[1:3], kernel.shape[:2], strict=True))
-    return pool_bias_relu(products.conv(x, kernel, (1, 1), ((0, high), (0, wide)), dtype), bias, window, dtype)
+    y = products.conv(x, kernel, (1, 1), ((0, high), (0, wide)), dtype, one_output=True)
+    return pool_bias_relu(y, bias, window, dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))

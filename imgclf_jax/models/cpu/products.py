@@ -160,15 +160,18 @@ def outputs(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], block: tu
     return contiguous(y[:, :ho, :wo])  # or all that reads it puts the blocks in their places anew
 
 
-def _conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads, dtype: Any) -> jax.Array:
-    return outputs(pad(x, pads, dtype), kernel.astype(dtype), strides, _block(kernel, strides))
+Block = tuple[int, int]
+
+
+def _conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads, block: Block, dtype: Any) -> jax.Array:
+    return outputs(pad(x, pads, dtype), kernel.astype(dtype), strides, block)
 
 
 def _conv_images(
-    gradient: jax.Array, kernel: jax.Array, like: Any, strides: tuple[int, int], pads: Pads, dtype: Any
+    gradient: jax.Array, kernel: jax.Array, like: Any, strides: tuple[int, int], pads: Pads, block: Block, dtype: Any
 ) -> jax.Array:
     """The gradient of x, from that of the outputs [f, ho, wo, b]."""
-    (kh, kw, c, f), block, (top, bottom), (left, right) = kernel.shape, _block(kernel, strides), *pads
+    (kh, kw, c, f), (top, bottom), (left, right) = kernel.shape, *pads
     if block == (1, 1):
         size = (like.shape[1] + top + bottom, like.shape[2] + left + right)
         weights = kernel.astype(dtype).reshape(kh * kw * c, f)
@@ -183,10 +186,10 @@ def _conv_images(
 
 
 def _conv_kernel(
-    x: jax.Array, gradient: jax.Array, like: Any, strides: tuple[int, int], pads: Pads, dtype: Any
+    x: jax.Array, gradient: jax.Array, like: Any, strides: tuple[int, int], pads: Pads, block: Block, dtype: Any
 ) -> jax.Array:
     """The gradient of the kernel, from that of the outputs [f, ho, wo, b]."""
-    padded, block = pad(x, pads, dtype), _block(like, strides)
+    padded = pad(x, pads, dtype)
     if block != (1, 1):
         return _block_kernel_gradient(padded, like, block, gradient.astype(dtype))
     patches = _block_patches(padded, like, strides, (1, 1))  # the forward pass's, computed once
@@ -196,12 +199,16 @@ def _conv_kernel(
 _conv_product = multilinear("conv", _conv, _conv_images, _conv_kernel)
 
 
-def conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads, dtype: Any) -> jax.Array:
+def conv(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads, dtype: Any, one_output: bool = False
+) -> jax.Array:
     """The convolution [c, h, w, b] and [kh, kw, c, f] → [f, ho, wo, b] in float32 (float64 for float64).
 
-    `pads` are the zeros before and behind, down and across; a negative number cuts off.
+    `pads` are the zeros before and behind, down and across; a negative number cuts off. With `one_output` a patch
+    serves one output, however few the channels: that is faster where a max-pool follows.
     """
-    return _conv_product(x, kernel, strides=strides, pads=pads, dtype=jnp.dtype(dtype))
+    block = (1, 1) if one_output else _block(kernel, strides)
+    return _conv_product(x, kernel, strides=strides, pads=pads, block=block, dtype=jnp.dtype(dtype))
 
 
 def _block_kernel_gradient(x: jax.Array, kernel: jax.Array, block: tuple[int, int], gradient: jax.Array) -> jax.Array:
