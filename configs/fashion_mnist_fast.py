@@ -5,7 +5,7 @@
     seed           0       1       2       3       4     mean
     test accuracy  0.9044  0.9053  0.9025  0.9061  0.9029  0.9042
 
-on two cores of an AMD EPYC (AVX-512). On two cores of an Intel Xeon (Sapphire Rapids), with the version before this one,
+on two cores of an AMD EPYC (AVX-512). On two cores of an Intel Xeon (Sapphire Rapids), with the version before this,
 6.8 to 7.7 s from the start of the process to its end, where the Keras example takes 72 to 97; the first run, which
 compiles and decodes, 23 s. `benchmarks/accuracy.py` makes these numbers again. Without a network add
 `--config.data.manual_dir=FOLDER`, FOLDER holding the four original .gz files.
