@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend, and how a wrong name is answered."""
+"""Errors that the user can fix, and the sentence for a wrong name."""
 
 import difflib
 from collections.abc import Iterable

@@ -1,6 +1,6 @@
 """Decoded sets kept in the user's cache folder, so that the next run need not read and decode its images again.
 
-Only of sources that say `immutable`: those whose fingerprint tells of any change of their examples.
+Only of sources that say `immutable`: those whose fingerprint changes if any of their examples does.
 """
 
 import contextlib

@@ -110,7 +110,7 @@ def _scan(root: Path, class_names: tuple[str, ...]) -> FolderSource:
                     try:
                         size = file.stat().st_size
                     except OSError as e:  # a link to nowhere, say
-                        raise UserError(f"folder: {file}: {e.strerror}; mend, move or remove it") from e
+                        raise UserError(f"folder: {file}: {e.strerror}; repair, move or remove it") from e
                     relative = file.relative_to(root).as_posix()
                     found.append((relative, class_names.index(class_folder.name), size))
         if len(found) == before:
@@ -144,7 +144,7 @@ def _check(source: FolderSource) -> None:
         errors = [e for e in pool.map(error, to_check) if e]
     if errors:
         more = f" and {len(errors) - 3} more" if len(errors) > 3 else ""
-        raise UserError(f"folder: not a readable image: {'; '.join(errors[:3])}{more}; mend, move or remove it")
+        raise UserError(f"folder: not a readable image: {'; '.join(errors[:3])}{more}; repair, move or remove it")
     if to_check:
         try:
             record.parent.mkdir(parents=True, exist_ok=True)

@@ -93,8 +93,8 @@ def prepare_tfds(name: str, data_dir: str, manual_dir: str) -> tuple[Any, dict[s
         message = unknown("TFDS data set", name.partition(":")[0].partition("/")[0], known)
         raise UserError(message.split("allowed:")[0] + "see tensorflow.org/datasets/catalog") from e
     except (AssertionError, ValueError, ImportError) as e:
-        mend = "; pass another --config.data.data_dir" if "File format is already set" in str(e) else ""
-        raise UserError(f"TFDS data set {name!r}: {str(e).splitlines()[0]}{mend}") from e
+        hint = "; pass another --config.data.data_dir" if "File format is already set" in str(e) else ""
+        raise UserError(f"TFDS data set {name!r}: {str(e).splitlines()[0]}{hint}") from e
     features = builder.info.features
     if not {"image", "label"} <= set(features):
         raise UserError(f"TFDS data set {name!r} holds {sorted(features)}; image classification needs image and label")

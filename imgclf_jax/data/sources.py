@@ -61,7 +61,7 @@ class ArraySource:
 
 @dataclass(frozen=True)
 class FakeSource:
-    """Noise, a hash of (example, place) a pixel, and a bright band whose place tells the class: nothing is stored."""
+    """Made-up images. A pixel is a hash of its example and place; a bright band lies higher or lower by the class."""
 
     n: int
     shape: tuple[int, ...]
@@ -93,7 +93,7 @@ class TfdsSource:
     examples: int
     class_names: tuple[str, ...]
     identity: str
-    immutable: ClassVar[bool] = True  # the identity tells of another version, and of other bytes by their number
+    immutable: ClassVar[bool] = True  # the identity changes with the version and the number of bytes
 
     def __len__(self) -> int:
         return self.examples
@@ -231,7 +231,7 @@ SOURCES = {"digits": digits, "tfds": tfds, "folder": folder, "arrays": arrays, "
 
 
 def open_splits(text: str, data_dir: str = "", manual_dir: str = "") -> dict[str, Source]:
-    """The base splits of the source that a spec names; raises UserError with the mend for data that is not there."""
+    """The base splits of the source that a spec names; raises UserError if the data are not there."""
     call = spec.parse_one(text)
     make = spec.bind(call, SOURCES, "source")
     if make.func is tfds:
@@ -240,7 +240,7 @@ def open_splits(text: str, data_dir: str = "", manual_dir: str = "") -> dict[str
         return make()
     except (TypeError, AttributeError) as e:
         if ":" in call.name:
-            raise  # the user's own source: the traceback tells more
+            raise  # the user's own source: the traceback shows where
         raise UserError(f"data.source={text!r} fails: {e}; are its arguments of the right type?") from e
 
 

@@ -160,7 +160,7 @@ class Images:
             raise UserError(f"{name(example)}: {e}") from e
         except (TypeError, ValueError) as e:
             if ":" in self.preprocess:
-                raise  # the user's own op: the traceback tells more
+                raise  # the user's own op: the traceback shows where
             raise UserError(f"preprocess={self.preprocess!r} fails: {e}") from e
 
 

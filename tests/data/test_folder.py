@@ -191,7 +191,7 @@ def test_what_is_no_whole_image_is_named(flat, kind):
     with pytest.raises(UserError) as e:
         folder(str(flat))
     assert str(bad) in str(e.value)
-    assert "mend, move or remove it" in str(e.value)
+    assert "repair, move or remove it" in str(e.value)
 
 
 def test_many_broken_files_are_counted(flat):
