@@ -34,7 +34,7 @@ PIXELS = {"airbench": 16}  # else 12
 NETWORKS = {
     "cnn": "cnn(widths=(8, 16), hidden=16)",
     "resnet_cifar": "resnet_cifar(8)",
-    "airbench": "airbench(widths=(8, 16, 16))",
+    "airbench": "airbench(widths=(8, 16))",
     "vit": "vit('Ti', patch=6)",
     "linen": "digests:Linen",  # whose convolution is XLA's own, so that on CPU a call is one step
 }
