@@ -97,3 +97,20 @@ def test_gelu_is_flaxs():
                          (jax.grad(lambda x: gelu(x).sum())(x),
                           jax.grad(lambda x: nn.gelu(x, approximate=False).sum())(x))):  # fmt: skip
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-15)
+
+
+@pytest.mark.usefixtures("float64", "form")
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (3, 2, 4, 5, 7)])
+def test_layers_over_the_features_take_arrays_of_any_rank(shape):
+    """Of one example, of vectors, and of volumes."""
+    x = jnp.asarray(normal(0, *shape))
+    rows = x.reshape(-1, 7)
+    layers = [(Dense(4, jnp.float64), x, rows), (LayerNorm(dtype=jnp.float64), x, rows)]
+    if x.ndim > 1:
+        layers.append((BatchNorm(dtype=jnp.float64), x, rows))
+    for layer, whole, flat in layers:
+        args = (True,) if isinstance(layer, BatchNorm) else ()
+        variables = layer.init(jax.random.key(0), whole, *args)
+        y, by_row = (layer.apply(variables, z, *args, mutable=["batch_stats"])[0] for z in (whole, flat))
+        assert y.shape[:-1] == shape[:-1]
+        np.testing.assert_allclose(y.reshape(by_row.shape), by_row, rtol=1e-12, atol=1e-12)

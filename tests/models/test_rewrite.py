@@ -118,3 +118,14 @@ def test_names_of_modules_stay_in_the_program():
             return jax.nn.relu(OPS["layer"](x))
 
     assert "block7" in jax.jit(rewrite(function)).lower(jnp.ones(SHAPE)).as_text(debug_info=True)
+
+
+def test_random_keys_are_turned_as_arrays_are():
+    """Their dtype is no NumPy's: they are neither rounded nor computed on."""
+
+    def draw(seed):
+        keys = jax.random.split(jax.random.key(seed), 6).reshape(2, 3).T
+        keys = jnp.broadcast_to(keys[None], (2, 3, 2))
+        return jax.vmap(jax.random.normal)(keys.ravel())
+
+    np.testing.assert_array_equal(jax.jit(rewrite(draw))(np.uint32(3)), draw(np.uint32(3)))

@@ -11,23 +11,25 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from imgclf_jax.core import platform
 
-# Axis i of the array in memory is this axis of [b, c], [b, n, d] and [b, h, w, c].
-_FEATURES_FIRST = {2: (1, 0), 3: (2, 0, 1), 4: (3, 1, 2, 0)}
-
 
 def on_cpu() -> bool:
     """Whether what is traced is for CPU."""
     return platform.current() == "cpu"
 
 
+def _features_first(ndim: int) -> list[int]:
+    """Which axis of the array each axis in memory is."""
+    return [3, 1, 2, 0] if ndim == 4 else [ndim - 1, *range(ndim - 1)]
+
+
 def features_first(x: jax.Array) -> jax.Array:
-    """[b, h, w, c] → [c, h, w, b], [b, n, d] → [d, b, n], [b, c] → [c, b]."""
-    return x.transpose(_FEATURES_FIRST[x.ndim])
+    """[b, h, w, c] → [c, h, w, b]. Of any other rank the last axis comes first, as in [b, n, d] → [d, b, n]."""
+    return x.transpose(_features_first(x.ndim))
 
 
 def features_last(x: jax.Array) -> jax.Array:
     """The inverse of `features_first`."""
-    order = _FEATURES_FIRST[x.ndim]
+    order = _features_first(x.ndim)
     return x.transpose([order.index(axis) for axis in range(x.ndim)])
 
 

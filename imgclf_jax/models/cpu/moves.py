@@ -17,6 +17,15 @@ Bind = Callable[..., list[Any]]
 Move = Callable[[Any, list[Any], Bind], list[Any] | None]
 
 
+def _of_placed(move: Move) -> Move:
+    """`move` for a first operand that is placed; of any other nothing needs to be carried."""
+
+    def guarded(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
+        return move(eqn, args, bind) if isinstance(args[0], Placed) else None
+
+    return guarded
+
+
 def _transpose(eqn: Any, args: list[Any], bind: Bind) -> list[Any]:
     x, permutation = args[0], eqn.params["permutation"]
     place = tuple(int(i) for i in np.argsort(permutation))
@@ -25,11 +34,6 @@ def _transpose(eqn: Any, args: list[Any], bind: Bind) -> list[Any]:
     if isinstance(x, Placed):
         return [x.turned(tuple(place[axis] for axis in x.order))]
     return [of_order(x, place)]
-
-
-def _like(x: Placed, array: Any, order: Order) -> Any:
-    """`array`, made of x's, in `order`: of x's dtype by the program."""
-    return Placed(array, order, x.dtype) if array.dtype != x.dtype else of_order(array, order)
 
 
 def _broadcast(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
@@ -45,7 +49,7 @@ def _broadcast(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
     new = [i for i in range(len(shape)) if i not in axes]  # axes of size 1
     order = (*new, *(axes[i] for i in x.order))
     array = lax.broadcast_in_dim(x.moved, [shape[i] for i in order], range(len(new), len(shape)))
-    return [_like(x, array, order)]
+    return [of_dtype(array, order, x.dtype)]
 
 
 def _same(small: tuple[int, ...], axes: Order, shape: tuple[int, ...]) -> bool:
@@ -55,18 +59,17 @@ def _same(small: tuple[int, ...], axes: Order, shape: tuple[int, ...]) -> bool:
 def _barrier(eqn: Any, args: list[Any], bind: Bind) -> list[Any]:
     arrays = [x.narrow if isinstance(x, Placed) else x.whole if isinstance(x, Spread) else x for x in args]
     out = bind(eqn, arrays)
-    return [_like(x, y, x.order) if isinstance(x, Placed) else y for x, y in zip(args, out, strict=True)]
+    return [of_order(y, x.order) if isinstance(x, Placed) else y for x, y in zip(args, out, strict=True)]
 
 
 def _ranks(axes: list[int]) -> Order:
-    """The axes that are left, numbered anew."""
+    """The places of the axes that are left, once the others are gone."""
     return tuple(sorted(axes).index(axis) for axis in axes)
 
 
+@_of_placed
 def _reduce(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
     x, axes = args[0], eqn.params["axes"]
-    if not isinstance(x, Placed):
-        return None
     places = tuple(i for i, axis in enumerate(x.order) if axis in axes)
     order = _ranks([axis for axis in x.order if axis not in axes])
     out = bind(eqn, [x.wide], {**eqn.params, "axes": places})
@@ -76,13 +79,12 @@ def _reduce(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
 def _by_axis(*names: str) -> Move:
     """Operations whose named parameters hold a value for each axis (or None)."""
 
+    @_of_placed
     def move(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
         x = args[0]
-        if not isinstance(x, Placed):
-            return None
         moved = {n: tuple(eqn.params[n][axis] for axis in x.order) for n in names if eqn.params[n] is not None}
         others = [jnp.asarray(whole(y), x.moved.dtype) for y in args[1:]]  # scalars
-        return [_like(x, bind(eqn, [x.moved, *others], {**eqn.params, **moved})[0], x.order)]
+        return [of_dtype(bind(eqn, [x.moved, *others], {**eqn.params, **moved})[0], x.order, x.dtype)]
 
     return move
 
@@ -92,30 +94,29 @@ def _concatenate(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
     if not isinstance(x, Placed):
         return None
     params = {**eqn.params, "dimension": x.order.index(eqn.params["dimension"])}
-    return [_like(x, bind(eqn, [arranged(y, x.order) for y in args], params)[0], x.order)]
+    return [of_dtype(bind(eqn, [arranged(y, x.order) for y in args], params)[0], x.order, x.dtype)]
 
 
+@_of_placed
 def _reverse(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
     x = args[0]
-    if not isinstance(x, Placed):
-        return None
     params = {**eqn.params, "dimensions": tuple(x.order.index(i) for i in eqn.params["dimensions"])}
-    return [_like(x, bind(eqn, [x.moved], params)[0], x.order)]
+    return [of_dtype(bind(eqn, [x.moved], params)[0], x.order, x.dtype)]
 
 
+@_of_placed
 def _squeeze(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
     x, gone = args[0], eqn.params["dimensions"]
-    if not isinstance(x, Placed):
-        return None
     params = {**eqn.params, "dimensions": tuple(i for i, axis in enumerate(x.order) if axis in gone)}
     order = _ranks([axis for axis in x.order if axis not in gone])
     return [of_dtype(bind(eqn, [x.moved], params)[0], order, x.dtype)]
 
 
+@_of_placed
 def _split(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
     """A reshape that splits axes, each into some that follow each other; any other is not moved."""
     x, new = args[0], list(eqn.params["new_sizes"])
-    if not isinstance(x, Placed) or eqn.params.get("dimensions") is not None:
+    if eqn.params.get("dimensions") is not None:
         return None
     parts: list[list[int]] = []  # of each axis of x, the new ones
     first = 0
@@ -131,7 +132,7 @@ def _split(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
     if first != len(new):
         return None
     order = tuple(axis for old in x.order for axis in parts[old])
-    return [_like(x, x.moved.reshape([new[axis] for axis in order]), order)]
+    return [of_dtype(x.moved.reshape([new[axis] for axis in order]), order, x.dtype)]
 
 
 MOVES: dict[str, Move] = {

@@ -11,6 +11,11 @@ from jax import lax
 Order = tuple[int, ...]
 
 
+def is_low(x: Any) -> bool:
+    """Whether x is of bfloat16, which CPUs compute element-wise operations of in float32."""
+    return getattr(x, "dtype", None) == jnp.bfloat16
+
+
 class Placed:
     """An array that lies in another order than its program says: axis i of `array` is its own axis `order[i]`.
 
@@ -18,7 +23,7 @@ class Placed:
     """
 
     def __init__(self, array: Any, order: Order, dtype: Any = None):
-        self.array, self.order, self.dtype = array, order, jnp.dtype(dtype or array.dtype)
+        self.array, self.order, self.dtype = array, order, array.dtype if dtype is None else dtype
         self._rounded: list[Any] = []  # `array` in `dtype`, once it was asked for
         self._whole: Any = None
 
@@ -45,7 +50,7 @@ class Placed:
     def narrow(self) -> Any:
         """`array` in `dtype`."""
         if not self._rounded:
-            self._rounded.append(self.array.astype(self.dtype))
+            self._rounded.append(self.array.astype(self.dtype) if self.array.dtype != self.dtype else self.array)
         return self._rounded[0]
 
     @property
@@ -54,9 +59,7 @@ class Placed:
 
         Once it was written out in bfloat16, that is what is read, so that the float32 array need not be kept.
         """
-        if self.dtype != jnp.bfloat16:
-            return self.array
-        return self.moved.astype(jnp.float32)
+        return self.moved.astype(jnp.float32) if is_low(self) else self.array
 
     @property
     def moved(self) -> Any:
@@ -94,7 +97,7 @@ class Spread:
     def turned(self, order: Order, dtype: Any = None) -> Any:
         """The broadcast array with its axes in `order`."""
         places = [order.index(axis) for axis in self.axes]
-        array = self.array.astype(dtype or self.array.dtype)
+        array = self.array if dtype is None else self.array.astype(dtype)
         array = array.transpose(np.argsort(places)) if array.ndim > 1 else array
         return lax.broadcast_in_dim(array, [self.shape[axis] for axis in order], sorted(places))
 
@@ -123,13 +126,12 @@ def of_dtype(array: Any, order: Order, dtype: Any) -> Any:
 
 def arranged(x: Any, order: Order) -> Any:
     """x for an element-wise operation in `order`; a scalar is of no order."""
-    low = x.dtype == jnp.bfloat16 if hasattr(x, "dtype") else False
     if isinstance(x, Spread):
-        return x.turned(order, jnp.float32 if low else None)
+        return x.turned(order, jnp.float32 if is_low(x) else None)
     if isinstance(x, Placed) and x.order == order:
         return x.wide
     if np.ndim(x) == 0:
-        return jnp.asarray(x, jnp.float32) if low else x
+        return jnp.asarray(x, jnp.float32) if is_low(x) else x
     array = x.wide.transpose(np.argsort(x.order)) if isinstance(x, Placed) else x
-    array = array.astype(jnp.float32) if low else array
+    array = array.astype(jnp.float32) if is_low(array) else array
     return array if order == tuple(range(len(order))) else array.transpose(order)

@@ -3,12 +3,12 @@
 A model's arrays are [b, h, w, c] and [b, n, d]; on CPU a layer computes on [c, h, w, b] and [d, b, n], since there a
 matrix product is near the machine's peak (`products.py` says why). So each layer transposes what it is given and what
 it gives. `rewrite` carries a transpose past the element-wise operations, sums and slices that follow it, until it meets
-the one that undoes it. It carries the rounding to bfloat16 past element-wise operations as well, which CPUs compute in
-float32: an array is rounded where a product reads it, and no product is computed in another precision for it.
+the one that undoes it. It carries roundings to bfloat16 past element-wise operations as well, since CPUs compute these
+in float32. A product still reads bfloat16: there the array is rounded.
 
-An operation that is not known here gets its operands as the program says. So no result depends on this, but for the
-order in which sums are rounded and for the roundings that are left out. It is applied after differentiation, to a
-function such as a train step.
+An operation that is not known here gets its operands as the program says. So results change in two ways only: sums may
+be rounded in another order, and some roundings are left out. `rewrite` is applied after differentiation, to a function
+such as a train step.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import numpy as np
 from jax.extend.core import Literal, jaxpr_as_fun
 
 from imgclf_jax.models.cpu.moves import MOVES
-from imgclf_jax.models.cpu.placed import Placed, Spread, arranged, of_dtype, of_order, whole
+from imgclf_jax.models.cpu.placed import Placed, Spread, arranged, is_low, of_dtype, of_order, whole
 
 _ELEMENTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp clz copy copy_p cos cosh digamma div
@@ -94,23 +94,19 @@ def _body(param: Any) -> Any:
     return jax.make_jaxpr(rewrite(jaxpr_as_fun(param)))(*shapes)
 
 
-def _is_low(x: Any) -> bool:
-    return getattr(x, "dtype", None) == jnp.bfloat16
-
-
 def _converted(eqn: Any, x: Any) -> Any:
     new = eqn.params["new_dtype"]
     if new == jnp.bfloat16 and x.dtype == jnp.float32 and np.ndim(x):
         array, order = (x.array, x.order) if isinstance(x, Placed) else (whole(x), tuple(range(x.ndim)))
-        return Placed(array, order, new)
-    if _is_low(x) and new == jnp.float32 and isinstance(x, Placed):
+        return of_dtype(array, order, new)
+    if is_low(x) and new == jnp.float32 and isinstance(x, Placed):
         return of_order(x.wide, x.order)
     return _elementwise(eqn, [x])[0]
 
 
 def _elementwise(eqn: Any, args: list[Any]) -> list[Any]:
     """In the order of the greatest operand, one that is turned before one that is not; of bfloat16 in float32."""
-    if not any(isinstance(x, Placed) or _is_low(x) for x in args):
+    if not any(isinstance(x, Placed) or is_low(x) for x in args):
         return _bind(eqn, [whole(x) for x in args])
     lying = [x for x in args if not isinstance(x, Spread)] or [args[0].whole]
     orders = [(np.size(x), x.order if isinstance(x, Placed) else tuple(range(np.ndim(x)))) for x in lying]
