@@ -160,13 +160,12 @@ class Programs:
         It follows from the train step and its batch alone. So all calls of a run are of one program, whatever is asked
         for with `steps_per_call`, and wherever something is due.
         """
-        if 2 * self._batch_bytes > _CHUNK_BYTES:
-            return False
-        return not platform.slow_in_loops(self._train_step.jaxpr, self.platform)
+        return self._steps_in_chunk > 1 and not platform.slow_in_loops(self._train_step.jaxpr, self.platform)
 
     @property
-    def _batch_bytes(self) -> int:
-        return self.stream.rows * math.prod(self.recipe.data.image_shape)
+    def _steps_in_chunk(self) -> int:
+        """How many batches a chunk holds at most; one if they are large."""
+        return _CHUNK_BYTES // (self.stream.rows * math.prod(self.recipe.data.image_shape)) or 1
 
     def _in_its_form(self, pure: Callable[..., Any]) -> Callable[..., Any]:
         """A pure function, differentiated by now, as the platform runs it fast."""
@@ -180,11 +179,11 @@ class Programs:
             if asked > 1:
                 log.warning(
                     "steps_per_call=%d: a call runs one step, since %s", asked,
-                    "a batch is large" if 2 * self._batch_bytes > _CHUNK_BYTES
+                    "a batch is large" if self._steps_in_chunk == 1
                     else "XLA's own convolution is slow inside of a loop on CPU"
                 )  # fmt: skip
             return 1
-        return asked or max(1, min(_MOST_STEPS, _CHUNK_BYTES // self._batch_bytes, self.recipe.total))
+        return asked or max(1, min(_MOST_STEPS, self._steps_in_chunk, self.recipe.total))
 
     @once
     def traced_train(self) -> Any:
@@ -247,7 +246,8 @@ class Programs:
         def eval(params: Any, model_state: Any, chunk: Any, steps: jax.Array) -> Any:
             def batch_sums(i: jax.Array | int) -> Any:
                 batch = jax.lax.with_sharding_constraint(placement.batch_at(chunk, i), split)
-                return pure(params, model_state, jax.lax.optimization_barrier((batch, i))[0])
+                batch, _ = jax.lax.optimization_barrier((batch, i))  # apart from its reading, as in training
+                return pure(params, model_state, batch)
 
             def body(i: jax.Array, out: Any) -> Any:
                 return jax.tree.map(lambda all, new: all.at[i].set(new), out, batch_sums(i))

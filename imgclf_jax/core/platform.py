@@ -13,7 +13,7 @@ import jax
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
-_traced_for = jax.make_user_context("")  # JAX's caches of what was traced know of it
+_traced_for = jax.make_user_context("")  # a part of the key of JAX's caches of what was traced
 
 
 def current() -> str:

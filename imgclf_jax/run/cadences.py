@@ -39,8 +39,8 @@ class Cadences:
         while start < self.total:
             due = min(configs.next_due(start, every, self.total) for every in self._periods)
             due = min([due, *(edge for edge in edges if edge > start)])
-            ranges = -(-(due - start) // size)
-            stop = start - (start - due) // ranges  # ranges of equal length, give or take a step: little padding
+            count = -(-(due - start) // size)  # ranges until then, whose lengths differ by a step at most
+            stop = start - (start - due) // count
             yield range(start, stop)
             start = stop
 

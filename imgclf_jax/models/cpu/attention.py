@@ -50,7 +50,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _softmax(x: jax.Array, kept: Any) -> jax.Array:
-    """Over the keys, so that its sums run along vectors; what is kept of it for the gradient is in the dtype `kept`."""
+    """Over the keys, so that its sums run along vectors. For the gradient it is rounded to the dtype `kept`."""
     return jax.nn.softmax(x, 2)
 
 

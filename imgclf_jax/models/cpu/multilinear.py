@@ -19,10 +19,10 @@ Function = Callable[..., jax.Array]
 def multilinear(name: str, product: Function, *gradients: Function) -> Function:
     """The function (*operands, *residuals, **static) → z, differentiable any number of times in both modes.
 
-    `product` computes it. Gradient number i takes the gradient of z in place of operand i, and gives that of operand i;
-    its keyword `like` says in which shape and dtype (what it gives may be wider, and is rounded after it). There is one
-    for each operand: so many operands are differentiated. `residuals` are arrays that are not, such as some of
-    integers. `static` are hashable keywords.
+    `product` computes it. There is one gradient for each operand. It is called as `product` is, but with the gradient
+    of z in place of its operand, and with the operand's shape and dtype as the keyword `like`; it gives the operand's
+    gradient. That may be of a wider dtype, and is rounded then. `residuals` are arrays that are not differentiated,
+    such as integers. `static` are hashable keywords.
     """
     functions, primitives = (product, *gradients), [Primitive(f"cpu_{name}_{i}") for i in range(len(gradients) + 1)]
     for role, primitive in enumerate(primitives):
@@ -32,9 +32,8 @@ def multilinear(name: str, product: Function, *gradients: Function) -> Function:
 
     @functools.wraps(product)
     def function(*args: jax.Array, **static: Any) -> jax.Array:
-        known, shapes = tuple(sorted(static.items())), _shapes(args)
-        avals = (_shape(product, known, shapes), *shapes[: len(gradients)])
-        out: jax.Array = primitives[0].bind(*args, avals=avals, static=known)
+        likes = _shapes(args[: len(gradients)])
+        out: jax.Array = primitives[0].bind(*args, likes=likes, static=tuple(sorted(static.items())))
         return out
 
     return function
@@ -45,14 +44,14 @@ def _shapes(args: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 
 @functools.lru_cache(4096)  # the layers of a network are alike, and each asks several times
-def _shape(function: Function, keywords: tuple[tuple[str, Any], ...], shapes: tuple[Any, ...]) -> jax.ShapeDtypeStruct:
-    out: jax.ShapeDtypeStruct = jax.eval_shape(functools.partial(function, **dict(keywords)), *shapes)
-    return out
+def _shape(run: Function, params: tuple[tuple[str, Any], ...], shapes: tuple[Any, ...]) -> jax.core.ShapedArray:
+    out = jax.eval_shape(functools.partial(run, **dict(params)), *shapes)
+    return jax.core.ShapedArray(out.shape, out.dtype)
 
 
-def _run(function: Function, role: int, *args: jax.Array, avals: Any, static: Any) -> jax.Array:
-    """Role 0 is the product, role i the gradient of operand i - 1."""
-    like = {"like": avals[role]} if role else {}
+def _run(function: Function, role: int, *args: jax.Array, likes: Any, static: Any) -> jax.Array:
+    """Role 0 is the product, role i the gradient of operand i - 1, of which `likes` are the shapes and dtypes."""
+    like = {"like": likes[role - 1]} if role else {}
     return function(*args, **like, **dict(static))
 
 
@@ -87,8 +86,7 @@ def _register(primitive: Primitive, run: Function) -> None:
     """Evaluation, shapes, compilation and vmap of a primitive: those of the JAX code that it stands for."""
 
     def shape(*args: Any, **params: Any) -> Any:
-        out = _shape(run, tuple(params.items()), _shapes(args))
-        return jax.core.ShapedArray(out.shape, out.dtype)
+        return _shape(run, tuple(params.items()), _shapes(args))
 
     def batched(args: Any, axes: Any, **params: Any) -> Any:
         return jax.vmap(functools.partial(run, **params), axes)(*args), 0

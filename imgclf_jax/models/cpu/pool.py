@@ -48,7 +48,11 @@ def unpooled(place: jax.Array, gradient: jax.Array, window: int, first: int = 1)
 def _at_places(x: jax.Array, place: jax.Array, window: int, turn: bool) -> jax.Array:
     """What x [c, h, w, b] holds at the place of each maximum; zero where the place is -1."""
     del turn
-    cells = window_cells(x, window)
+    return _chosen(window_cells(x, window), place)
+
+
+def _chosen(cells: list[jax.Array], place: jax.Array) -> jax.Array:
+    """Of the cells that one whose number stands in `place`; zero where that is -1."""
     return functools.reduce(jnp.add, [jnp.where(place == k, cell, 0) for k, cell in enumerate(cells)])
 
 
@@ -170,8 +174,7 @@ def _direct_cells(x: jax.Array, kernel: jax.Array, window: int, dtype: Any) -> l
 
 def _direct_at_places(x: jax.Array, kernel: jax.Array, place: jax.Array, window: int, dtype: Any) -> jax.Array:
     """The convolution at the place of each maximum, zero where there is none."""
-    cells = _direct_cells(x, kernel, window, accumulator(dtype))
-    return functools.reduce(jnp.add, [jnp.where(place == k, cell, 0) for k, cell in enumerate(cells)])
+    return _chosen(_direct_cells(x, kernel, window, accumulator(dtype)), place)
 
 
 # The gradients are products over what a whole window sees: in that larger patch each output has a kernel's place.
@@ -193,9 +196,8 @@ def _direct_kernel(
 ) -> jax.Array:
     (kh, kw, c, f), cells = like.shape, list(itertools.product(range(window), repeat=2))
     extent, strides = (kh + window - 1, kw + window - 1), (window, window)
-    patches = products.patches(
-        x.astype(dtype), extent, strides, (place.shape[1], place.shape[2])
-    )  # [extent * c, ho, wo, b]
+    size = place.shape[1], place.shape[2]
+    patches = products.patches(x.astype(dtype), extent, strides, size)  # [extent * c, ho, wo, b]
     by_cell = _by_cell(gradient, place, window, dtype)
     sums = products.kernel_gradient(by_cell, patches.transpose(1, 2, 3, 0), dtype).reshape(len(cells), f, *extent, c)
     d_kernel = sum(sums[k, :, i : i + kh, j : j + kw] for k, (i, j) in enumerate(cells))  # [f, kh, kw, c]
