@@ -3,12 +3,20 @@
 Usage: launch.py [COMMAND] [--config=FILE.py[:ARG]] [--workdir=DIR] [--config.KEY=VALUE …] [FILE|DIR …]
 """
 
+import sys
+
+if __name__ == "__main__":
+    # What is installed comes first: a file of the user's that is called jax.py is not JAX.
+    sys.path.append(sys.path.pop(0))
+    from imgclf_jax.core import signals
+
+    signals.install()
+
 import contextlib
 import ctypes
 import os
 import platform
 import re
-import sys
 import zlib
 from pathlib import Path
 
@@ -16,6 +24,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from imgclf_jax import config as configs
+from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.run import cache
 
@@ -26,7 +35,7 @@ COMMANDS = {
     "config": "print every key's value and documentation",
 }
 
-FLAGS = ("workdir", "checkpoint", "format", "top_k", "profile")
+FLAGS = ("workdir", "checkpoint", "format", "top_k", "profile", "extend", "trust")
 
 HELP = f"""usage: launch.py [COMMAND] [flags] [FILE|DIR ...]
 
@@ -41,10 +50,12 @@ flags:
   --checkpoint=WHICH          evaluate, predict: best, latest or a step (default: best if one is kept, else latest)
   --format=table|json         evaluate, predict: how to print (default: table)
   --top_k=K                   predict: how many classes to show (default: 3)
+  --extend                    train: go on with a run up to a larger --config.total, if its schedule allows it
+  --trust                     evaluate, predict: let the run's config import the modules that it names
   --profile=FIRST:LAST        train: trace these steps, for TensorBoard or Perfetto, into WORKDIR/profile
 
 exit status: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal with a checkpoint saved: run the same again,
-             130 interrupted and nothing saved
+             130 (SIGINT), 143 (SIGTERM), 129 (SIGHUP) stopped by a signal with nothing to save
 
 examples:
   launch.py                                                      train on scikit-learn's digits
@@ -72,9 +83,6 @@ def main(argv: list[str]) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # outside the loop, in which the first one saves a checkpoint
-        print("interrupted; run the same command again", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # who read the output, such as `head`, wants no more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at exit
         return 1
@@ -98,6 +106,8 @@ def _run(argv: list[str]) -> int:
         flags.DEFINE_enum("format", "table", ["table", "json"], "", flag_values=values)
         flags.DEFINE_integer("top_k", 3, "", lower_bound=1, flag_values=values)
         flags.DEFINE_string("profile", "", "", flag_values=values)
+        flags.DEFINE_bool("extend", False, "", flag_values=values)
+        flags.DEFINE_bool("trust", False, "", flag_values=values)
         values.set_gnu_getopt(True)  # flags may stand after files
         rest = values(["launch.py", *argv], known_only=True)[1:]
     except flags.Error as e:
@@ -165,14 +175,17 @@ def _dispatch(
     if command == "train" and place:
         from imgclf_jax.commands import train
 
-        return train.main(config, place, _steps(values.profile))
-    if command == "evaluate":
-        from imgclf_jax.commands import evaluate
+        return train.main(config, place, _steps(values.profile), values.extend)
+    with contextlib.ExitStack() as stack:
+        if place and not values.trust:
+            stack.enter_context(spec.no_imports(f"the run in {place.path}"))
+        if command == "evaluate":
+            from imgclf_jax.commands import evaluate
 
-        return evaluate.main(config, place, values.checkpoint, values.format)
-    from imgclf_jax.commands import predict
+            return evaluate.main(config, place, values.checkpoint, values.format)
+        from imgclf_jax.commands import predict
 
-    return predict.main(config, place, values.checkpoint, values.format, files, values.top_k)
+        return predict.main(config, place, values.checkpoint, values.format, files, values.top_k)
 
 
 def _set_environment(deterministic: bool) -> None:
@@ -220,8 +233,8 @@ def _take_config(argv: list[str]) -> tuple[str, list[str]]:
             rest.append(word)
     if not path:
         raise UsageError("--config wants a file, such as --config=configs/digits.py")
-    # A user's own modules are found beside the config and in the working directory.
-    sys.path[:0] = [str(Path(path.partition(":")[0]).resolve().parent), str(Path.cwd())]
+    # A user's own modules are found beside the config and in the working directory, behind those that are installed.
+    sys.path += [str(Path(path.partition(":")[0]).resolve().parent), str(Path.cwd())]
     return path, rest
 
 

@@ -250,14 +250,14 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
-def from_json(text: str, where: str) -> ConfigDict:
+def from_json(text: str | bytes, where: str) -> ConfigDict:
     """The config that `to_json` wrote; other keys than KEYS, and other types than theirs, are refused.
 
     Keys that are newer than the file get their defaults, under which a run does what it did before there was the key.
     """
     try:
         config = ConfigDict(json.loads(text))
-    except (ValueError, TypeError, AttributeError) as e:
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{where} is damaged ({e}); restore it from a backup, or train into a new --workdir") from e
     flat = flatten(config)
     if flat and flat.keys() <= KEYS.keys() and (newer := [key for key in KEYS if key not in flat]):

@@ -85,13 +85,98 @@ def test_nothing_to_evaluate(mistake, whole, tmp_path):
     assert snapshot(workdir) == before
 
 
-@pytest.mark.parametrize("file", ["config.json", "provenance.json"])
-def test_a_damaged_record(mistake, whole, tmp_path, file):
+@pytest.fixture
+def copy(whole, tmp_path) -> tuple[Path, list[str]]:
+    """A copy of a run that is done, and the arguments that it was trained with."""
     workdir, argv = whole
     shutil.copytree(workdir, tmp_path / "run")
-    (tmp_path / "run" / file).write_text("{")
-    for command in (["evaluate"], ["train", *argv]):
-        assert has(mistake(*command, f"--workdir={tmp_path / 'run'}"), f"{tmp_path}/run/{file}", "damaged", "--workdir")
+    return tmp_path / "run", [f"--workdir={tmp_path / 'run'}", *argv]
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00", b"[]", b"7", b'{"data": 3}', b"[" * 100_000])
+@pytest.mark.parametrize("file", ["config.json", "provenance.json"])
+def test_a_damaged_record(mistake, copy, file, content):
+    workdir, argv = copy
+    (workdir / file).write_bytes(content)
+    for command in (["evaluate", f"--workdir={workdir}"], ["train", *argv]):
+        assert has(mistake(*command), f"{workdir}/{file}")
+
+
+def test_a_provenance_that_is_missing_is_written_anew(mistake, copy, capsys):
+    """The sentence says how, and that is true: the run, which is done, can be evaluated again."""
+    workdir, argv = copy
+    (workdir / "provenance.json").unlink()
+    sentence = mistake("evaluate", f"--workdir={workdir}")
+    assert has(sentence, f"{workdir}/provenance.json is missing", "run train with the config and work directory")
+    assert launch.main(["train", *argv]) == 0
+    assert launch.main(["evaluate", f"--workdir={workdir}"]) == 0
+
+
+def test_a_result_cut_short_is_written_again(copy):
+    workdir, argv = copy
+    before = json.loads((workdir / "result.json").read_text())
+    (workdir / "result.json").write_text("{")
+    assert launch.main(["train", *argv]) == 0
+    after = json.loads((workdir / "result.json").read_text())
+    assert {k: v for k, v in before.items() if k in ("step", "params_sha256", "test")} == {
+        k: v for k, v in after.items() if k in ("step", "params_sha256", "test")
+    }
+
+
+def test_metrics_that_are_missing(copy, capsys):
+    """Of a run that is done they are not made up; of one that goes on it is said what is lost."""
+    workdir, argv = copy
+    (workdir / "metrics.jsonl").unlink()
+    assert launch.main(["train", *argv]) == 0
+    assert not (workdir / "metrics.jsonl").exists()
+    (workdir / "result.json").unlink()
+    assert launch.main(["train", *argv]) == 0
+    assert "metrics.jsonl is missing: it will hold no record of the steps before" in capsys.readouterr().err
+
+
+def test_a_config_that_is_missing(copy, capsys):
+    workdir, argv = copy
+    (workdir / "config.json").unlink()
+    assert launch.main(["train", *argv]) == 0
+    assert "config.json is missing: the config that is given now is taken" in capsys.readouterr().err
+
+
+def test_a_start_that_fails_leaves_no_folder(mistake, tmp_path):
+    assert has(mistake(f"--workdir={tmp_path}/a/b", *FAKE, "--config.model=cnnn"), "unknown model 'cnnn'")
+    sentence = mistake(f"--workdir={tmp_path}/a/b", *FAKE, "--config.init_from=nowhere", log=r"^\d\d:\d\d:\d\d")
+    assert has(sentence, "there is no such file or work directory")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_extended_is_the_longer_run(mistake, tmp_path):
+    """Bit for bit; it is asked for, and recorded."""
+    short, long = (["train", f"--workdir={tmp_path / name}", *FAKE] for name in ("short", "long"))
+    assert launch.main(short) == 0
+    longer = "--config.total=20 steps"
+    assert has(mistake(*short, longer), "another config (total: ", "add --extend to train this run up to the new total")
+    assert launch.main([*short, longer, "--extend"]) == 0
+    assert launch.main([*long, longer]) == 0
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("short", "long")]
+    assert results[0]["params_sha256"] == results[1]["params_sha256"]
+    (entry,) = json.loads((tmp_path / "short" / "provenance.json").read_text())["extended"]
+    assert (entry["step"], entry["to"]) == (12, "20 steps")
+    sentence = mistake(*short, "--extend", log=r"^\d\d:\d\d:\d\d")
+    assert has(sentence, "but the run in", "has done 20", "extend it to more")
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("schedule=cosine(1e-3)", "schedule='cosine(1e-3)' follows total: at step"),
+     ("schedule=constant(1e-3, warmup='50%')", "follows total: at step"),
+     ("optimizer=sgd|lookahead(2, power=3)", "optimizer='sgd|lookahead(2, power=3)' follows total: at step")],
+)  # fmt: skip
+def test_a_schedule_that_ends_cannot_be_extended(mistake, tmp_path, override, key):
+    argv = [f"--workdir={tmp_path}/run", *FAKE, f"--config.{override}"]
+    assert launch.main(argv) == 0
+    before = snapshot(tmp_path / "run")
+    sentence = mistake(*argv, "--config.total=50 steps", "--extend", log=r"^\d\d:\d\d:\d\d")
+    assert has(sentence, key, f"--workdir NEW --config.init_from={tmp_path}/run")
+    assert snapshot(tmp_path / "run") == before
 
 
 def test_a_loss_that_is_not_finite(mistake, tmp_path, capsys):
@@ -107,17 +192,6 @@ def test_a_loss_that_is_not_finite(mistake, tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["step"] == 4
     assert np.isfinite(result["test"]["loss"])
-
-
-def test_interrupted_before_the_loop(monkeypatch, capsys):
-    """Ctrl-C during imports or while data are read leaves no traceback."""
-
-    def interrupt(path):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("imgclf_jax.config.load_file", interrupt)
-    assert launch.main([]) == 130
-    assert capsys.readouterr().err == "interrupted; run the same command again\n"
 
 
 def test_output_that_nobody_reads():

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,24 +12,24 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import metrics
-from imgclf_jax.core import sharding
+from imgclf_jax.commands.trained import convert, report_host_ops, restore
+from imgclf_jax.core import sharding, signals
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
-from imgclf_jax.programs import Programs, evaluation_ops, of_images
-from imgclf_jax.recipe import Recipe
-from imgclf_jax.run.checkpoint import Checkpoints
-from imgclf_jax.run.provenance import load_data_info
+from imgclf_jax.programs import Programs
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import format_metrics, print_table
-from imgclf_jax.weights import pretrained
 
 log = logging.getLogger(__name__)
 
 
-def evaluate(programs: Programs, state: Any, images: stream.Images) -> tuple[metrics.Sums, metrics.Predictions | None]:
+def evaluate(
+    programs: Programs, state: Any, images: stream.Images, stop: Callable[[], str] = str
+) -> tuple[metrics.Sums, metrics.Predictions | None]:
     """(sums, predictions) over all of `images`, on the host: integers exact, the loss in float64.
 
     The predictions are None unless the config's `metrics` need them. With several seeds, the sums are [seeds + 1, …].
+    Raises signals.Stopped once `stop` gives the name of a signal.
     """
     size = programs.steps_per_call
     sums: metrics.Sums = {}
@@ -46,6 +47,7 @@ def evaluate(programs: Programs, state: Any, images: stream.Images) -> tuple[met
     shard = (jax.process_index(), jax.process_count())
     batches = stream.eval_batches(images, programs.eval_batch_size, *shard)
     for some in itertools.batched(batches, size):
+        signals.check(stop)
         chunk = {name: stream.pad_steps(np.stack([batch[name] for batch in some]), size) for name in some[0]}
         chunk = sharding.put_batch(chunk, programs.mesh, axis=1)
         result = programs.eval(*state.evaluated, chunk, np.int32(len(some)))
@@ -58,10 +60,12 @@ def evaluate(programs: Programs, state: Any, images: stream.Images) -> tuple[met
     return sums, metrics.concatenate(predictions) if predictions else None
 
 
-def evaluate_all(programs: Programs, state: Any, evals: dict[str, stream.Images]) -> dict[str, dict[str, float]]:
-    """The metrics of each evaluation set, by its name."""
+def evaluate_all(
+    programs: Programs, state: Any, evals: dict[str, stream.Images], stop: Callable[[], str] = str
+) -> dict[str, dict[str, float]]:
+    """The metrics of each evaluation set, by its name. Raises signals.Stopped as `evaluate` does."""
     return {
-        name: metrics.summarize(*evaluate(programs, state, images), programs.recipe.whole_set_metrics)
+        name: metrics.summarize(*evaluate(programs, state, images, stop), programs.recipe.whole_set_metrics)
         for name, images in evals.items()
     }
 
@@ -88,60 +92,6 @@ def open_evals(programs: Programs, base: dict[str, sources.Source]) -> dict[str,
                             f"{out[name].shape}, training ones are {programs.recipe.data.image_shape}; add "
                             "resize(height, width), or resize_small and central_crop, to both")  # fmt: skip
     return out
-
-
-def report_host_ops(programs: Programs) -> None:
-    """Logs the host ops of evaluation if they follow from `preprocess` and differ from it."""
-    config = programs.recipe.config
-    if not config.preprocess_eval and programs.preprocess_eval != config.preprocess:
-        log.info("preprocess=%r draws at random, and preprocess_eval is empty: evaluation and prediction use %r",
-                 config.preprocess, programs.preprocess_eval)  # fmt: skip
-
-
-def restore(config: ConfigDict, workdir: Workdir, which: str) -> tuple[Programs, Any, int]:
-    """(programs, train state, step) of a trained run; `which` is "best", "latest" or a step.
-
-    The empty text is the best checkpoint if there is one, and else the latest. Raises UserError if there is no such
-    checkpoint.
-    """
-    programs = Programs(Recipe(config, load_data_info(workdir.provenance)))
-    if not workdir.checkpoints.is_dir():
-        raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
-    metric = config.checkpoint.best
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, metric, read_only=True)
-    steps = checkpoints.steps()
-    best = checkpoints.best_step()
-    names = {"latest": steps[-1] if steps else None, "best": best, "": best}
-    step = names.get(which, int(which) if which.isdigit() else None)
-    if which == "" and step is None:
-        found = checkpoints.restore_latest(programs.shape)
-        if found is None:
-            raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
-        step, run = found
-    elif step not in steps:
-        raise UserError(f"--checkpoint={which}: there are {steps} in {workdir.checkpoints}"
-                        + (f", {best} is the best by {metric}" if best is not None
-                           else f", and none has a finite {metric}" if metric
-                           else "; 'best' needs checkpoint.best to be set"))  # fmt: skip
-    else:
-        run = checkpoints.restore(step, programs.shape)
-    log.info("checkpoint of step %d from %s", step, workdir.checkpoints)
-    return programs, run["state"], step
-
-
-def convert(config: ConfigDict, base: dict[str, sources.Source]) -> tuple[Programs, Any]:
-    """(programs, train state at step 0) of the weights that `init_from` names, for the classes of the source `base`.
-
-    Raises UserError if the weights lack a part of the model.
-    """
-    source = next(iter(base.values()))  # every split has the same classes and the same shape
-    with contextlib.suppress(UserError):
-        source = sources.take_split(base, config.data.train)
-    preprocess = evaluation_ops(config)
-    images = stream.Images(source, preprocess, config.seed, config.data.threads)
-    programs = of_images(config, images)
-    weights = pretrained.load(programs, whole=True)
-    return programs, programs.init(weights=weights.taken)["state"]
 
 
 def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str) -> int:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax.commands.evaluate import convert, report_host_ops, restore
+from imgclf_jax.commands.trained import convert, report_host_ops, restore
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, sources

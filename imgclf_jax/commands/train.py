@@ -1,6 +1,5 @@
 """The command `train`. `train` below is the algorithm; what it calls is pure, but for what it writes and saves."""
 
-import concurrent.futures
 import contextlib
 import logging
 import time
@@ -27,42 +26,56 @@ STOPPED = 75  # EX_TEMPFAIL: stopped by a signal with a checkpoint saved; run th
 Results = dict[str, dict[str, float]]  # the metrics of each evaluation set
 
 
-def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None = None) -> int:
+def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None = None, extend: bool = False) -> int:
     """Trains, or resumes, the run in `workdir`; 0 when it is done, 75 when it was stopped by a signal.
 
-    `profile` traces the steps from its first to its second (exclusive). Raises UserError for what the user can fix, and
-    for a loss that is not finite.
+    `profile` traces the steps from its first to its second (exclusive). With `extend`, a run that was planned with
+    another `total` goes on to the one of `config`. Raises UserError for what the user can fix, and for a loss that is
+    not finite.
     """
     began = time.perf_counter()
-    run = set_up(config, workdir)
-    total = run.cadences.total
-    if run.start == total and workdir.result.is_file():
-        log.info("this run is done; its result is in %s", workdir.result)
+    with workdir.held():
+        run = set_up(config, workdir, extend)
+        total = run.cadences.total
+        if run.start == total and workdir.is_done(total):
+            log.info("this run is done; its result is in %s", workdir.result)
+            return 0
+        monitor = Monitor(run.start, total, config.batch_size * config.num_seeds, profile, workdir.path)
+        writer = MetricsWriter(workdir.path, run.start, config.tensorboard)
+        try:
+            with monitor, contextlib.closing(writer), signals.noted(run.checkpoints.unsaved) as stop:
+                ended = train(run, monitor, writer, stop, began)
+        except signals.Stopped as e:
+            log.warning("%s: stopped before the first step, nothing is lost; run the same command again", e)
+            return 128 + signals.number(str(e))
+        if ended is None:
+            return STOPPED
+        state, results = ended
+        _report(run, state, results or evaluate_all(run.programs, state, run.evals), monitor, began)
         return 0
-    monitor = Monitor(run.start, total, config.batch_size * config.num_seeds, profile, workdir.path)
-    writer = MetricsWriter(workdir.path, run.start, config.tensorboard)
-    with monitor, contextlib.closing(writer), signals.noted() as stop:
-        ended = train(run, monitor, writer, stop, began)
-    if ended is None:
-        return STOPPED
-    state, results = ended
-    _report(run, state, results or evaluate_all(run.programs, state, run.evals), monitor, began)
-    return 0
 
 
 def train(
-    run: Run, monitor: Monitor, writer: MetricsWriter, stop: Callable[[], str | None], began: float
+    run: Run, monitor: Monitor, writer: MetricsWriter, stop: Callable[[], str], began: float
 ) -> tuple[Any, Results] | None:
     """The training loop: (the last state, the last evaluation's results), or None where a signal stopped it."""
     config, programs, cadences, checkpoints = run.config, run.programs, run.cadences, run.checkpoints
-    state, window, results = run.state, run.window, Results()
+    state, window = run.state, run.window
+    results: Results | None = None
+    if run.start and cadences.due(run.start).eval and not writer.evaluated:  # a signal had cut this evaluation short
+        results = _evaluate(run, state, run.start, writer, stop)
+        if results is None:
+            return None
+        if config.checkpoint.best:
+            checkpoints.save(run.start, {"state": state, "sums": window}, _scores(results), again=True)
+
     ranges = cadences.ranges(run.start, programs.steps_per_call, monitor.edges)
-    chunks = _when_compiled(programs.chunks(run.images, ranges), run.compiled, began)
+    chunks = _when_compiled(programs.chunks(run.images, ranges), run, stop, began)
     for steps, chunk in monitor.watch(chunks):
         state, window = programs.train(state, window, chunk, np.int32(len(steps)))
         monitor.called(steps, window["steps"])
         step, due = steps.stop, cadences.due(steps.stop)
-        signal = stop()  # asked once: a signal from here on waits for the next call, and for its checkpoint
+        signal = stop()  # asked once: a signal from here on waits for the next call, or cuts the evaluation short
         if not (any(due) or signal):
             continue
 
@@ -75,32 +88,47 @@ def train(
                 writer.write(step, {f"train/{name}": value for name, value in record.items()})
                 log.info("step %d: train %s", step, _brief(record))
                 window = programs.zero_window()
-            scores: dict[str, float] = {}
             if due.eval:
-                results = evaluate_all(programs, state, run.evals)
-                for name, values in results.items():
-                    log.info("step %d: %s %s", step, name, format_metrics(values))
-                scores = {f"{name}/{key}": v for name, values in results.items() for key, v in values.items()}
-                writer.write(step, scores)
+                results = _evaluate(run, state, step, writer, stop)
+                signal = signal or (stop() if results is None else "")
             if due.checkpoint or signal or (due.eval and config.checkpoint.best):
                 writer.sync()  # so that no checkpoint on disk is ahead of its metrics
+                scores = _scores(results) if due.eval and results else {}
                 checkpoints.save(step, {"state": state, "sums": window}, scores)
-            if signal and step < cadences.total:
+            if signal and (step < cadences.total or results is None):
                 checkpoints.close()
                 log.warning("%s: stopped at step %d, checkpoint saved; run the same command to go on", signal, step)
                 return None
     checkpoints.close()
-    return state, results
+    return state, results or {}
+
+
+def _evaluate(run: Run, state: Any, step: int, writer: MetricsWriter, stop: Callable[[], str]) -> Results | None:
+    """Evaluates, and logs and writes what it gives; None if a signal cut it short: then the next process does it."""
+    try:
+        signals.wait_for(run.eval_compiled, stop)
+        results = evaluate_all(run.programs, state, run.evals, stop)
+    except signals.Stopped:
+        return None
+    for name, values in results.items():
+        log.info("step %d: %s %s", step, name, format_metrics(values))
+    writer.write(step, _scores(results))
+    return results
+
+
+def _scores(results: Results) -> dict[str, float]:
+    return {f"{name}/{key}": value for name, values in results.items() for key, value in values.items()}
 
 
 def _when_compiled(
-    chunks: Iterable[tuple[range, Any]], compiled: concurrent.futures.Future[float], began: float
+    chunks: Iterable[tuple[range, Any]], run: Run, stop: Callable[[], str], began: float
 ) -> Iterator[tuple[range, Any]]:
-    """The chunks, the first of them once the program is compiled."""
+    """The chunks, the first of them once the program is compiled. Raises signals.Stopped if a signal comes before."""
     for number, one in enumerate(chunks):
         if number == 0:
-            log.info("compiled in %.2f s, beside other work; the first step begins %.2f s after the command",
-                     compiled.result(), time.perf_counter() - began)  # fmt: skip
+            seconds = signals.wait_for(run.compiled, stop)
+            log.info("compiled in %.2f s, beside other work; the first step begins %.2f s after the command", seconds,
+                     time.perf_counter() - began)  # fmt: skip
         yield one
 
 

@@ -11,10 +11,12 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax import programs
+from imgclf_jax.commands import extension
 from imgclf_jax.commands.evaluate import open_evals
 from imgclf_jax.core import sharding
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.cadences import Cadences
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
@@ -33,6 +35,7 @@ class Run:
     evals: dict[str, stream.Images]
     programs: Programs
     compiled: concurrent.futures.Future[float]  # the seconds that tracing and compiling `programs.train` took
+    eval_compiled: concurrent.futures.Future[Any]
     checkpoints: Checkpoints
     cadences: Cadences
     start: int
@@ -40,13 +43,14 @@ class Run:
     window: Any  # a step.Window, at step `start`
 
 
-def set_up(config: ConfigDict, workdir: Workdir) -> Run:
+def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     """The run of `config` in `workdir`, from its latest checkpoint or from the start.
 
-    Raises UserError for a mistake of the user, before anything is trained.
+    With `extend`, the run in `workdir` may have another `total`. Raises UserError for a mistake of the user, before
+    anything is trained.
     """
     sharding.check_batch_size(config.batch_size, sharding.make_mesh(), config.accumulate)
-    workdir.open_for_training(config)
+    before = workdir.check_config(config, may_differ=("total",) if extend else ())
 
     base = sources.open_splits(config.data.source, config.data.data_dir, config.data.manual_dir)
     train_source = sources.take_split(base, config.data.train)
@@ -57,11 +61,11 @@ def set_up(config: ConfigDict, workdir: Workdir) -> Run:
     cadences = Cadences(recipe.total, *map(recipe.period, configs.CADENCES))
 
     tracing = _trace(compiling)
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
-    weights = pretrained.load(compiling) if config.init_from and not checkpoints.steps() else None
-    compiled = _compile_in_background(compiling, tracing)
+    weights = pretrained.load(compiling) if config.init_from and not workdir.has_checkpoints() else None
+    compiled, eval_compiled = _compile_in_background(compiling, tracing)
     workdir.record(config, recipe.data, weights.source if weights else None)
 
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
     start, run = checkpoints.restore_latest(compiling.shape) or (0, None)
     if run is None:
         run = compiling.init(images=compiling.first_images(images), weights=weights.taken if weights else None)
@@ -70,13 +74,17 @@ def set_up(config: ConfigDict, workdir: Workdir) -> Run:
             log.info("rules:\n%s", recipe.rules.table(recipe.parameters))
     else:
         log.info("resuming at step %d of %d", start, recipe.total)
+    if before:
+        extension.check(Recipe(before, recipe.data), recipe, start, workdir.path)
+        workdir.extend(config, start)
     log.info(
         "%d examples of %s, %d classes, %d steps of %d on %d %s device%s", len(images), list(images.shape),
         len(recipe.data.class_names), recipe.total, config.batch_size, compiling.mesh.size, compiling.platform,
         "s" * (compiling.mesh.size > 1),
     )  # fmt: skip
     state, window = run["state"], run["sums"]
-    return Run(config, workdir, images, evals, compiling, compiled, checkpoints, cadences, start, state, window)
+    return Run(config, workdir, images, evals, compiling, compiled, eval_compiled, checkpoints, cadences, start, state,
+               window)  # fmt: skip
 
 
 def _trace(compiling: Programs) -> float:
@@ -86,8 +94,10 @@ def _trace(compiling: Programs) -> float:
     return time.perf_counter() - began
 
 
-def _compile_in_background(compiling: Programs, tracing: float) -> concurrent.futures.Future[float]:
-    """Compiles training and evaluation in a thread; gives the seconds of the former, those of tracing with them."""
+def _compile_in_background(
+    compiling: Programs, tracing: float
+) -> tuple[concurrent.futures.Future[float], concurrent.futures.Future[Any]]:
+    """Compiles training and evaluation in a thread; the former gives its seconds, those of tracing with them."""
 
     def compile() -> float:
         began = time.perf_counter()
@@ -95,10 +105,9 @@ def _compile_in_background(compiling: Programs, tracing: float) -> concurrent.fu
         return tracing + time.perf_counter() - began
 
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
-    future = pool.submit(compile)
-    pool.submit(lambda: compiling.eval)
+    futures = pool.submit(compile), pool.submit(lambda: compiling.eval)
     pool.shutdown(wait=False)
-    return future
+    return futures
 
 
 def _log_parameters(params: Any, num_seeds: int) -> None:

@@ -1,30 +1,176 @@
-"""Signals that ask a process to stop, noted instead of obeyed."""
+"""Signals that ask a process to stop: SIGINT (Ctrl-C), SIGTERM, and SIGHUP (the terminal was closed).
 
+Outside of `noted` there is nothing to save: the process ends at once, with one line and the status 128 + the signal's
+number. Inside of it a request is noted, and the loop saves and stops. A thread of its own acts on signals, since Python
+runs a handler only between two steps of the main thread, which may be compiling for minutes.
+"""
+
+import concurrent.futures
 import contextlib
+import logging
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
+
+log = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+SAME = 2.0  # seconds in which signals are one request: `uv run` passes on what the terminal sends to the whole group
+
+before_exit: list[Callable[[], None]] = []  # called in any thread before a signal ends the process
+
+
+class Stopped(Exception):
+    """Work that can be done again was left unfinished because of a signal, whose name is the argument."""
+
+
+def number(name: str) -> int:
+    """The number of a signal by its name."""
+    return signal.Signals[name].value
+
+
+def wait_for[T](future: concurrent.futures.Future[T], stop: Callable[[], str]) -> T:
+    """The future's result. Raises Stopped if `stop` gives the name of a signal before."""
+    while not concurrent.futures.wait([future], timeout=0.1).done:
+        check(stop)
+    return future.result()
+
+
+def check(stop: Callable[[], str]) -> None:
+    """Raises Stopped if `stop` gives the name of a signal."""
+    if name := stop():
+        raise Stopped(name)
+
+
+class _Requests:
+    """What has been asked since `noted` began. `losing` says what an end at once loses; None outside of `noted`."""
+
+    def __init__(self, losing: Callable[[], str] | None = None):
+        self.losing = losing
+        self.first = ""
+        self._count, self._began = 0, -SAME
+
+    def note(self, number: int) -> None:
+        """From the next step on, the loop knows."""
+        if self.losing is not None and not self.first:
+            self.first = signal.Signals(number).name
+
+    def receive(self, number: int) -> None:
+        """One signal: the first request is noted, the second one warned of, the third one obeyed."""
+        name, now = signal.Signals(number).name, time.monotonic()
+        if name == "SIGHUP":
+            _leave_terminal()
+        if self.losing is None:
+            _end(number, f"{name}: stopped; run the same command again")
+        if now - self._began < SAME:
+            return
+        self._count, self._began = self._count + 1, now
+        self.note(number)
+        if self._count == 1:
+            log.warning("%s: stopping after this step, and saving a checkpoint", name)
+        elif self._count == 2:
+            log.warning("%s again: a checkpoint is being saved; a third ends at once and loses %s", name, self.losing())
+        else:
+            _end(number, f"{name} again: stopped at once; lost: {self.losing()}")
+
+
+_now = _Requests()
+_pipe: int | None = None  # where signals are written for the thread; None unless the handlers are installed
+_terminals: list[int] = []  # of standard input, output and error, those that were a terminal
+
+
+def install() -> threading.Thread:
+    """Installs the handlers, for the whole process. A signal that the process was started to ignore stays ignored.
+
+    Gives the thread that acts on signals. It ends when the pipe is closed.
+    """
+    global _pipe
+    read, _pipe = os.pipe()
+    os.set_blocking(_pipe, False)
+    _terminals[:] = [number for number in (0, 1, 2) if os.isatty(number)]
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under `nohup`
+            signal.signal(number, _pass_on)
+    signal.set_wakeup_fd(_pipe, warn_on_full_buffer=False)  # Python's own handler in C writes to it, at once
+    thread = threading.Thread(target=_watch, args=(read,), name="signals", daemon=True)
+    thread.start()
+    return thread
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[Callable[[], str | None]]:
-    """While inside, SIGTERM and SIGINT are noted instead of obeyed; gives a function that returns the first one's name.
+def noted(losing: Callable[[], str]) -> Iterator[Callable[[], str]]:
+    """While inside, a request to stop is noted; gives a function that returns the first one's name, "" while none came.
 
-    That is None while none has come. A second signal acts as it would outside, at once.
+    Signals within SAME seconds are one request. The second request logs what a third one would lose, in the words of
+    `losing`; the third one ends the process. Without `install` the handlers are installed while inside, and in another
+    thread than the main one nothing is.
     """
-    received: list[str] = []
+    global _now, _pipe
+    own = _pipe is None and threading.current_thread() is threading.main_thread()
     before: dict[int, Any] = {}
-
-    def note(number: int, frame: Any) -> None:
-        received.append(signal.Signals(number).name)
-        signal.signal(number, before[number])
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, note)
+    if own:
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        thread = install()
+    _now = requests = _Requests(losing)
     try:
-        yield lambda: received[0] if received else None
+        yield lambda: requests.first
     finally:
-        for caught, handler in before.items():
-            signal.signal(caught, handler)
+        if own and _pipe is not None:
+            signal.set_wakeup_fd(-1)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            os.close(_pipe)
+            _pipe = None
+            thread.join()
+        _now = _Requests()
+
+
+def _pass_on(number: int, frame: Any) -> None:
+    """In the main thread, when it comes to it."""
+    if _pipe is not None:
+        _now.note(number)
+        if signal.set_wakeup_fd(_pipe, warn_on_full_buffer=False) != _pipe:  # an event loop had taken it
+            os.write(_pipe, bytes([number]))
+
+
+def _watch(read: int) -> None:
+    while data := os.read(read, 1):
+        if data[0] in _SIGNALS:
+            _now.receive(data[0])
+    os.close(read)
+
+
+def _leave_terminal() -> None:
+    """Output to a terminal that is gone would fail."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in _terminals:
+        os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
+def _end(number: int, line: str) -> NoReturn:
+    for function in before_exit:
+        with contextlib.suppress(Exception):
+            function()
+    shown = "\x1b[?25h" if sys.stderr and sys.stderr.isatty() else ""  # a progress bar hides the cursor
+    with contextlib.suppress(OSError):
+        os.write(2, f"{shown}{line}\n".encode())
+    os._exit(128 + number)
+
+
+def _forget() -> None:
+    """A process that this one forks, for a library's workers, has signals of its own."""
+    global _pipe
+    if _pipe is not None:
+        signal.set_wakeup_fd(-1)
+        _pipe = None
+        for number in _SIGNALS:
+            if signal.getsignal(number) is _pass_on:
+                signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -6,6 +6,7 @@ literals, read by `ast.literal_eval` and never evaluated. A user's own code is n
 """
 
 import ast
+import contextlib
 import functools
 import importlib
 import inspect
@@ -13,7 +14,7 @@ import io
 import itertools
 import re
 import tokenize
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,6 +117,23 @@ def _literal(node: ast.expr, text: str) -> Any:
     )
 
 
+_refused_for = ""  # whose specs may not import; of the whole process, since threads build parts too
+
+
+@contextlib.contextmanager
+def no_imports(whose: str) -> Iterator[None]:
+    """While inside, a spec that names an import path is refused: a work directory that someone else made runs no code.
+
+    `whose` says in the error where the spec comes from.
+    """
+    global _refused_for
+    before, _refused_for = _refused_for, whose
+    try:
+        yield
+    finally:
+        _refused_for = before
+
+
 def lookup(call: Call, table: Table, kind: str) -> Callable[..., Any]:
     """The function or class that `call` names, from `table` or by import path; UserError if there is none."""
     if ":" not in call.name:
@@ -123,6 +141,9 @@ def lookup(call: Call, table: Table, kind: str) -> Callable[..., Any]:
             raise UserError(unknown(kind, call.name, table) + ", or an import path module:name")
         return table[call.name]
     module_name, _, attribute = call.name.partition(":")
+    if _refused_for:
+        raise UserError(f"{_refused_for} names {kind} {call.name!r}, which would import the module {module_name!r} and "
+                        "run its code; if you trust both, add --trust")  # fmt: skip
     try:
         module = importlib.import_module(module_name)
     except ImportError as e:

@@ -1,16 +1,17 @@
-"""Checkpoints. Orbax saves them asynchronously and renames them atomically; this module adds checksums.
+"""Checkpoints. Orbax saves them asynchronously and renames them atomically; this module verifies them.
 
 A checkpoint holds the train state and the training sums since the last log line. So a resumed run logs the same numbers
 as a run that was never interrupted.
 """
 
-import functools
-import json
+import concurrent.futures
+import glob
 import logging
 import math
 import shutil
-import zlib
-from collections.abc import Mapping
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,16 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.run import manifest
 
 log = logging.getLogger(__name__)
 
-_MANIFEST = "manifest.json"  # {file: [bytes, CRC-32]}; without it nobody would notice a flipped bit in an array
 _WORST = -math.inf
+_REPLACED = "replaced-"  # the first checkpoint of a step that is saved again, while the second one is written
+
+
+class Gone(UserError):
+    """A checkpoint was removed while it was read, by the run that it belongs to."""
 
 
 class Checkpoints:
@@ -40,6 +46,9 @@ class Checkpoints:
         self.best = best
         self._read_only = read_only
         self._sign = -1.0 if best.endswith("loss") else 1.0
+        if not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._put_back()
         policy: list[Any] = [policies.LatestN(keep)]
         if best:
             keep_best = policies.BestN(get_metric_fn=self._value, n=1, keep_checkpoints_without_metrics=False)
@@ -51,7 +60,20 @@ class Checkpoints:
             read_only=read_only,
         )
         handler = ocp.StandardCheckpointHandler()  # named, so that metadata can be read too
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
+        self._manager = ocp.CheckpointManager(self._for_orbax(), options=options, item_handlers=handler)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: concurrent.futures.Future[None] | None = None
+        self.latest = max(self.steps(), default=0)  # the step of the latest one that is on disk and verified
+
+    def _for_orbax(self) -> Path:
+        """The directory, by a name that Orbax can use: it takes a path for a pattern, in which brackets mean more."""
+        if glob.escape(str(self.directory)) == str(self.directory):
+            return self.directory
+        alias = tempfile.mkdtemp(prefix="imgclf_jax")
+        weakref.finalize(self, shutil.rmtree, alias, ignore_errors=True)
+        link = Path(alias, "checkpoints")
+        link.symlink_to(self.directory, target_is_directory=True)
+        return link
 
     def _value(self, metrics: Mapping[str, float]) -> float:
         """A number that is greater for a better checkpoint. It is never NaN, so that numbers can be sorted by it."""
@@ -70,30 +92,60 @@ class Checkpoints:
         value, step = max(values, default=(_WORST, None))
         return None if value == _WORST else step
 
-    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
+    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None, again: bool = False) -> None:
         """Starts to save `state`, a pytree of arrays, as the checkpoint of `step`; returns before it is on disk.
 
         The caller may donate the state's buffers at once. Raises UserError if this save, or the one before it, cannot
-        be written. A step that has a checkpoint is not saved again.
+        be written. A step that has a checkpoint is not saved again, unless `again`: then the new one takes its place.
         """
-        if step in self._manager.all_steps():
-            return
         self.wait()  # for the save before this one
-        self._attempt(self._manager.save, step, args=ocp.args.StandardSave(state), metrics=dict(metrics or {}))
+        if step in self._manager.all_steps():
+            if not again:
+                return
+            (self.directory / str(step)).rename(self.directory / f"{_REPLACED}{step}")
+            self._manager.reload()
+        self._attempt(lambda: self._manager.save(step, args=ocp.args.StandardSave(state), metrics=dict(metrics or {})))
+        self._saving = self._thread.submit(self._finish, step, jax.eval_shape(lambda: state))
+
+    def _finish(self, step: int, like: Any) -> None:
+        """In the thread: waits until a checkpoint is on disk, verifies that all of the state is in it, and seals it."""
+        self._manager.wait_until_finished()
+        saved = self._manager.item_metadata(step)
+        if clash := "it has no metadata" if saved is None else _find_clash(saved, like):
+            raise OSError(f"what was saved cannot be read back: {clash}")
+        manifest.write(self.directory / str(step))
+        shutil.rmtree(self.directory / f"{_REPLACED}{step}", ignore_errors=True)
+        self.latest = step
+
+    def _put_back(self) -> None:
+        """Where a process was killed while it saved a step again, the first checkpoint of the step is still there."""
+        for old in self.directory.glob(f"{_REPLACED}*"):
+            place = self.directory / old.name.removeprefix(_REPLACED)
+            if manifest.find_fault(place):
+                shutil.rmtree(place, ignore_errors=True)
+                old.rename(place)
+            else:
+                shutil.rmtree(old, ignore_errors=True)
 
     def wait(self) -> None:
-        """Returns when every save is on disk. Raises UserError if one failed."""
-        self._attempt(self._manager.wait_until_finished)
-        self._attempt(self._write_manifests)
+        """Returns when every save is on disk and verified. Raises UserError if one failed."""
+        saving, self._saving = self._saving, None
+        if saving:
+            self._attempt(saving.result)
 
     def poll(self) -> None:
-        """Finishes a save whose arrays are on disk. Does not wait for one that is still being written."""
-        if not self._manager.is_saving_in_progress():
+        """Raises UserError if the last save has failed. Does not wait for one that is still being written."""
+        if self._saving and self._saving.done():
             self.wait()
+
+    def unsaved(self) -> str:
+        """What an end at once would lose, in words."""
+        return f"the steps since the checkpoint of step {self.latest}" if self.latest else "all steps"
 
     def close(self) -> None:
         """Waits for every save and closes Orbax's manager."""
         self.wait()
+        self._thread.shutdown()
         self._manager.close()
 
     def restore(self, step: int, like: Any) -> Any:
@@ -103,8 +155,11 @@ class Checkpoints:
         damaged checkpoint, and for a checkpoint of another model.
         """
         folder = self.directory / str(step)
-        if fault := _find_fault(folder):
-            raise UserError(f"checkpoint {folder} is damaged: {fault}")
+        fault = manifest.find_fault(folder)
+        if fault == manifest.ABSENT:
+            log.warning("checkpoint %s cannot be verified: %s; it is used as it is", folder, fault)
+        elif fault:
+            raise self._gone(folder) or UserError(f"checkpoint {folder} is damaged: {fault}")
         try:
             if clash := _find_clash(self._manager.item_metadata(step), like):
                 raise UserError(f"checkpoint {folder} is of another model or optimizer: {clash}")
@@ -112,7 +167,12 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as e:  # Orbax and TensorStore raise many types, for damage and for other shapes alike
-            raise UserError(f"checkpoint {folder} cannot be read: {reason(e)}") from e
+            raise self._gone(folder) or UserError(f"checkpoint {folder} cannot be read: {reason(e)}") from e
+
+    def _gone(self, folder: Path) -> Gone | None:
+        if self._read_only and not folder.is_dir():
+            return Gone(f"checkpoint {folder} was removed while it was read, since its run goes on; run this again")
+        return None
 
     def restore_any(self, step: int, sharding: jax.sharding.Sharding) -> Any:
         """What was saved at `step`, of any model: nested dicts of arrays with this sharding."""
@@ -127,37 +187,33 @@ class Checkpoints:
     def restore_latest(self, like: Any) -> tuple[int, Any] | None:
         """(step, state) of the latest checkpoint that can be read; None if there is no checkpoint at all.
 
-        A damaged checkpoint is reported and, unless this object is read-only, moved to `damaged/` beside the
-        checkpoints. Raises UserError if there are checkpoints and none can be read: most likely they are of another
-        model.
+        One that is damaged, or that cannot be verified while an older one can, is reported and, unless this object is
+        read-only, moved to `damaged/` beside the checkpoints. Raises UserError if there are checkpoints and none can be
+        read: most likely they are of another model.
         """
         steps = self.steps()
-        errors = []
-        for step in reversed(steps):
+        absent = [step for step in steps if manifest.find_fault(self.directory / str(step), quick=True)]
+        errors: dict[int, UserError] = {}
+        for step in sorted(steps, key=lambda step: (step not in absent, step), reverse=True):
             try:
                 state = self.restore(step, like)
+            except Gone:
+                raise
             except UserError as e:
-                errors.append((step, e))
+                errors[step] = e
                 continue
-            for bad_step, error in errors:
-                self._set_aside(bad_step, error, step)
+            for later in (s for s in steps if s > step):
+                folder = self.directory / str(later)
+                self._set_aside(
+                    later, errors.get(later) or f"checkpoint {folder} cannot be verified: {manifest.ABSENT}", step
+                )
             return step, state
         if errors:
             fix = "" if self._read_only else "; remove or rename that directory to train from the start"
-            raise UserError(f"no checkpoint of {steps} in {self.directory} can be read: {errors[0][1]}{fix}")
+            raise UserError(f"no checkpoint of {steps} in {self.directory} can be read: {errors[steps[-1]]}{fix}")
         return None
 
-    def _write_manifests(self) -> None:
-        """Writes the manifest of each new checkpoint: size and checksum of every file."""
-        for folder in [self.directory / str(step) for step in self._manager.all_steps()]:
-            if not self._read_only and not (folder / _MANIFEST).exists():
-                temporary = folder / f"{_MANIFEST}.tmp"
-                temporary.unlink(missing_ok=True)  # an earlier process may have been killed while it wrote this file
-                files = {str(f.relative_to(folder)): _measure(f) for f in sorted(folder.rglob("*")) if f.is_file()}
-                temporary.write_text(json.dumps(files))
-                temporary.rename(folder / _MANIFEST)
-
-    def _set_aside(self, step: int, error: UserError, used: int) -> None:
+    def _set_aside(self, step: int, error: UserError | str, used: int) -> None:
         if self._read_only:
             log.warning("%s; the checkpoint of step %d is used", error, used)
             return
@@ -168,12 +224,11 @@ class Checkpoints:
         self._manager.reload()
         log.warning("%s; it was moved to %s and the checkpoint of step %d is used", error, target, used)
 
-    def _attempt(self, function: Any, *args: Any, **kwargs: Any) -> None:
+    def _attempt(self, function: Callable[[], Any]) -> None:
         try:
-            functools.partial(function, *args, **kwargs)()
+            function()
         except Exception as e:  # a full or failing disk surfaces as OSError, ValueError or a TensorStore status
-            good = [s for s in self._manager.all_steps() if (self.directory / str(s)).is_dir()]
-            kept = f"the last good one is of step {max(good)}" if good else "there is none before it"
+            kept = f"the last good one is of step {self.latest}" if self.latest else "there is none before it"
             raise UserError(
                 f"a checkpoint could not be saved in {self.directory}: {reason(e)}; {kept}; free some space or repair "
                 "the disk, then run the same command again"
@@ -195,26 +250,3 @@ def _describe(array: Any) -> str:
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.eval_shape(jax.random.key_data, array)
     return f"{np.dtype(array.dtype)}{list(array.shape)}"
-
-
-def _measure(file: Path) -> list[int]:
-    content = file.read_bytes()
-    return [len(content), zlib.crc32(content)]
-
-
-def _find_fault(folder: Path) -> str:
-    """What is wrong with a checkpoint's files; "" if nothing is, or if there is no manifest to compare them with."""
-    try:
-        files = json.loads((folder / _MANIFEST).read_text())
-    except FileNotFoundError:
-        return ""
-    except ValueError:
-        return f"{_MANIFEST} is not JSON"
-    for name, expected in files.items():
-        if not (folder / name).is_file():
-            return f"the file {name} is missing"
-        found = _measure(folder / name)
-        if found != expected:
-            what = f"has {found[0]} bytes, not {expected[0]}" if found[0] != expected[0] else "has changed"
-            return f"the file {name} {what}"
-    return ""

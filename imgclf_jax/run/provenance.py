@@ -65,23 +65,38 @@ def _git() -> dict[str, Any]:
 def load_data_info(path: Path) -> DataInfo:
     """The DataInfo in a `provenance.json`. Raises UserError if the file is missing or damaged."""
     try:
-        data = json.loads(path.read_text())["data"]
-        shape = tuple(data["image_shape"])
-        names, counts = tuple(data["class_names"]), tuple(data.get("class_counts", ()))
-        return DataInfo(data["train_examples"], shape, names, data["fingerprint"], counts)
-    except (OSError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{path} is missing or damaged ({type(e).__name__}); train into a new --workdir") from e
+        data = read_json(path)["data"]
+        h, w, c = map(int, data["image_shape"])
+        names, counts = tuple(map(str, data["class_names"])), tuple(map(int, data.get("class_counts", ())))
+        return DataInfo(int(data["train_examples"]), (h, w, c), names, str(data["fingerprint"]), counts)
+    except (UserError, KeyError, TypeError, ValueError, AttributeError) as e:
+        what = "is damaged; remove it" if path.is_file() else "is missing"
+        raise UserError(f"{path} {what}, and run train with the config and work directory of this run again: it is "
+                        "written anew, from the data") from e  # fmt: skip
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises UserError if there is no such file, or something else in it."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is damaged: it is not JSON") from e
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file in one piece: a reader sees the old content or the new one, after a crash too."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)  # the new name too is on the disk itself
+        os.close(directory)
     except BaseException as e:
         temporary.unlink(missing_ok=True)
         if isinstance(e, OSError):

@@ -1,7 +1,9 @@
 """The work directory: the names of its files, and the checks before a command uses it."""
 
-import json
-import tempfile
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,10 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.run.provenance import DataInfo, collect, load_data_info, write_atomically, write_json
+from imgclf_jax.run import lock
+from imgclf_jax.run.provenance import DataInfo, collect, load_data_info, read_json, write_atomically, write_json
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,29 +40,71 @@ class Workdir:
     def result(self) -> Path:
         return self.path / "result.json"
 
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
     def load_config(self) -> ConfigDict:
         """The config that the run was trained with. Raises UserError if there is no run in this directory."""
         if not self.config.is_file():
             raise UserError(f"{self.path} holds no run (no config.json); train first, or pass the run's --workdir")
-        return configs.from_json(self.config.read_text(), str(self.config))
+        return configs.from_json(self.config.read_bytes(), str(self.config))
 
-    def open_for_training(self, config: ConfigDict) -> None:
-        """Makes the directory. Raises UserError if it cannot be written or holds a run with another config.
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the directory if it is missing, and holds its lock while inside: one run trains in it at a time.
 
-        The error names the keys that differ. The run in the directory is not changed.
+        A directory that was made and in which nothing is left is removed at the end. Raises UserError if another run
+        holds the lock or the directory cannot be written.
         """
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(lock.held(self.path / "lock"))
+            except OSError as e:
+                reason = "it is a file" if self.path.is_file() else e.strerror
+                raise UserError(
+                    f"work directory {self.path} cannot be written: {reason}; pass another --workdir"
+                ) from e
+            yield
+
+    def has_checkpoints(self) -> bool:
+        """Whether any checkpoint is in the directory, readable or not."""
+        return self.checkpoints.is_dir() and any(folder.name.isdigit() for folder in self.checkpoints.iterdir())
+
+    def check_config(self, config: ConfigDict, may_differ: Sequence[str] = ()) -> ConfigDict | None:
+        """Raises UserError, with the keys that differ, if the directory holds a run with another config.
+
+        Gives the config of that run if it differs in the keys `may_differ` alone, and None if it does not differ.
+        """
+        if not self.config.is_file():
+            if self.has_checkpoints():
+                log.warning("%s is missing: the config that is given now is taken for that of the run", self.config)
+            return None
+        old = self.load_config()
+        lines = configs.difference(old, config)
+        if all(line.partition(":")[0] in may_differ for line in lines):
+            return old if lines else None
+        hint = ""
+        if [line.partition(":")[0] for line in lines] == ["total"]:
+            hint = " add --extend to train this run up to the new total, if its schedule allows it,"
+        raise UserError(f"{self.path} holds a run with another config ({'; '.join(lines)}); use the old values,{hint} "
+                        "or pass another --workdir")  # fmt: skip
+
+    def extend(self, config: ConfigDict, start: int) -> None:
+        """Records that the run goes on, from step `start`, to another `total`: from here on `config` is its config."""
+        old, whole = self.load_config(), read_json(self.provenance)
+        entry = {"step": start, "from": old.total, "to": config.total, "command": sys.argv}
+        write_json(self.provenance, whole | {"extended": [*whole.get("extended", []), entry]})
+        write_atomically(self.config, configs.to_json(config))
+        log.warning("the run is extended from total=%r to %r: config.json says so from now on, and steps %d and later "
+                    "are those of the longer run", old.total, config.total, start)  # fmt: skip
+
+    def is_done(self, total: int) -> bool:
+        """Whether the run has ended: a result of step `total` is written, whole."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
-        except OSError as e:
-            reason = "it is a file" if self.path.is_file() else e.strerror
-            raise UserError(f"work directory {self.path} cannot be written: {reason}; pass another --workdir") from e
-        if self.config.is_file() and (lines := configs.difference(self.load_config(), config)):
-            raise UserError(
-                f"{self.path} holds a run with another config ({'; '.join(lines)}); use the old values, "
-                "or pass another --workdir"
-            )
+            return bool(read_json(self.result)["step"] == total)
+        except (UserError, KeyError, TypeError):
+            return False
 
     def record(self, config: ConfigDict, data: DataInfo, init_from: dict[str, Any] | None = None) -> None:
         """Writes config.json and provenance.json, each once: they describe the process that began the run.
@@ -71,7 +118,7 @@ class Workdir:
                 names = [k for k in vars(data) if getattr(old, k) != getattr(data, k)]
                 raise UserError(f"the data of the run in {self.path} have changed (another {', '.join(names)}); "
                                 "restore them, or pass another --workdir")  # fmt: skip
-            if init_from and json.loads(self.provenance.read_text()).get("init_from") != init_from:
+            if init_from and read_json(self.provenance).get("init_from") != init_from:
                 raise UserError(f"the weights in {init_from['path']} have changed since the run in {self.path} began; "
                                 "restore them, or pass another --workdir")  # fmt: skip
         else:

@@ -31,7 +31,11 @@ class MetricsWriter:
     def __init__(self, workdir: Path, step: int = 0, tensorboard: bool = True):
         self._directory = workdir
         path = workdir / "metrics.jsonl"
+        if step and not path.exists():
+            log.warning("%s is missing: it will hold no record of the steps before %d", path, step)
         kept = [r for r in read_metrics(path) if r["step"] <= step]
+        # Whether the evaluation of this step is among them. The records of training have a pace.
+        self.evaluated = any(r["step"] == step and "train/images_per_second" not in r for r in kept)
         temporary = path.with_suffix(".tmp")
         with self._writing():
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))

@@ -10,7 +10,8 @@ from tolerance import rounding
 
 import launch
 from imgclf_jax import metrics
-from imgclf_jax.commands.evaluate import evaluate, restore
+from imgclf_jax.commands.evaluate import evaluate
+from imgclf_jax.commands.trained import restore
 from imgclf_jax.core import sharding
 from imgclf_jax.data import sources
 from imgclf_jax.programs import Programs

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import launch
-from imgclf_jax.commands.evaluate import evaluate, restore
+from imgclf_jax.commands.evaluate import evaluate
 from imgclf_jax.commands.predict import predict
+from imgclf_jax.commands.trained import restore
 from imgclf_jax.core import sharding
 from imgclf_jax.data import placement, sources, stream
 from imgclf_jax.programs import Programs

@@ -9,7 +9,7 @@ import pytest
 
 import launch
 from imgclf_jax import losses
-from imgclf_jax.commands.evaluate import restore
+from imgclf_jax.commands.trained import restore
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.run.workdir import Workdir

@@ -136,23 +136,6 @@ def test_all_damaged(saved, tmp_path):
     assert Checkpoints(tmp_path / "new").restore_latest(like()) is None
 
 
-def test_a_killed_save(saved, tmp_path):
-    """Its temporary folder is no checkpoint and is cleaned up; one without a manifest is used, and gets one."""
-    directory = tmp_path / "checkpoints"
-    shutil.copytree(saved, directory)
-    shutil.copytree(saved / "20", directory / "30.orbax-checkpoint-tmp")
-    (directory / "20" / "manifest.json").rename(directory / "20" / "manifest.json.tmp")  # killed before the renaming
-    checkpoints = Checkpoints(directory)
-    assert checkpoints.steps() == [10, 20]
-    step, state = checkpoints.restore_latest(like())
-    assert (step, tree.sha256(state)) == (20, tree.sha256(make_state(20)))
-    checkpoints.close()
-    assert names(directory) == ["10", "20"]
-    assert Checkpoints(directory).restore_latest(like())[0] == 20
-    manifest = json.loads((directory / "20" / "manifest.json").read_text())
-    assert manifest == json.loads((saved / "20" / "manifest.json").read_text())
-
-
 def test_every_kind_of_leaf_on_other_devices(saved):
     """Bits, dtypes and shapes are those saved, on eight devices and on one."""
     one = sharding.make_mesh(jax.devices()[:1])

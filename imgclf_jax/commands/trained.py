@@ -1,0 +1,79 @@
+"""A trained model, from a run or from weights, as `evaluate` and `predict` use it."""
+
+import contextlib
+import logging
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import sources, stream
+from imgclf_jax.programs import Programs, evaluation_ops, of_images
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.checkpoint import Checkpoints, Gone
+from imgclf_jax.run.provenance import load_data_info
+from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.weights import pretrained
+
+log = logging.getLogger(__name__)
+
+
+def report_host_ops(programs: Programs) -> None:
+    """Logs the host ops of evaluation if they follow from `preprocess` and differ from it."""
+    config = programs.recipe.config
+    if not config.preprocess_eval and programs.preprocess_eval != config.preprocess:
+        log.info("preprocess=%r draws at random, and preprocess_eval is empty: evaluation and prediction use %r",
+                 config.preprocess, programs.preprocess_eval)  # fmt: skip
+
+
+def restore(config: ConfigDict, workdir: Workdir, which: str) -> tuple[Programs, Any, int]:
+    """(programs, train state, step) of a trained run; `which` is "best", "latest" or a step.
+
+    The empty text is the best checkpoint if there is one, and else the latest. Raises UserError if there is no such
+    checkpoint.
+    """
+    programs = Programs(Recipe(config, load_data_info(workdir.provenance)))
+    if not workdir.checkpoints.is_dir():
+        raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
+    for _ in range(20):
+        with contextlib.suppress(Gone):  # the run that goes on in this directory saves and removes checkpoints
+            return programs, *_choose(config, workdir, which, programs)
+    raise UserError(f"{workdir.checkpoints}: each checkpoint was removed while it was read; wait until the run ends")
+
+
+def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs) -> tuple[Any, int]:
+    metric = config.checkpoint.best
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, metric, read_only=True)
+    steps = checkpoints.steps()
+    best = checkpoints.best_step()
+    names = {"latest": steps[-1] if steps else None, "best": best, "": best}
+    step = names.get(which, int(which) if which.isdigit() else None)
+    if which == "" and step is None:
+        found = checkpoints.restore_latest(programs.shape)
+        if found is None:
+            raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
+        step, run = found
+    elif step not in steps:
+        raise UserError(f"--checkpoint={which}: there are {steps} in {workdir.checkpoints}"
+                        + (f", {best} is the best by {metric}" if best is not None
+                           else f", and none has a finite {metric}" if metric
+                           else "; 'best' needs checkpoint.best to be set"))  # fmt: skip
+    else:
+        run = checkpoints.restore(step, programs.shape)
+    log.info("checkpoint of step %d from %s", step, workdir.checkpoints)
+    return run["state"], step
+
+
+def convert(config: ConfigDict, base: dict[str, sources.Source]) -> tuple[Programs, Any]:
+    """(programs, train state at step 0) of the weights that `init_from` names, for the classes of the source `base`.
+
+    Raises UserError if the weights lack a part of the model.
+    """
+    source = next(iter(base.values()))  # every split has the same classes and the same shape
+    with contextlib.suppress(UserError):
+        source = sources.take_split(base, config.data.train)
+    preprocess = evaluation_ops(config)
+    images = stream.Images(source, preprocess, config.seed, config.data.threads)
+    programs = of_images(config, images)
+    weights = pretrained.load(programs, whole=True)
+    return programs, programs.init(weights=weights.taken)["state"]

@@ -1,0 +1,81 @@
+"""One writer a work directory."""
+
+import contextlib
+import datetime
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from imgclf_jax.core import signals
+from imgclf_jax.core.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def held(file: Path) -> Iterator[None]:
+    """Holds the lock `file` while inside, and removes it at the end. The file says who holds it.
+
+    The lock is the operating system's (`flock`), which gives it up when the process ends, however it ends. Folders that
+    are missing are made, and removed again if nothing else is in them at the end. Raises UserError, with the host, the
+    process and the time since when, if another process holds the lock. Where the file system has no such locks, a
+    warning is logged.
+    """
+    missing = [folder for folder in file.parents if not folder.exists()]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle = _take(file)
+
+    def release() -> None:
+        file.unlink(missing_ok=True)  # before it is given up, or the next holder's would be removed
+        os.close(handle)
+        with contextlib.suppress(OSError):  # not empty
+            for folder in missing:
+                folder.rmdir()
+
+    signals.before_exit.append(release)
+    try:
+        yield
+    finally:
+        signals.before_exit.remove(release)
+        release()
+
+
+def _take(file: Path) -> int:
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if fcntl is None:
+                raise OSError("this operating system has no flock")
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            with os.fdopen(handle, encoding="utf-8", errors="replace") as holder:
+                who = holder.read()
+            raise UserError(f"{file.parent} is in use by another training run ({_describe(who)}); wait until it ends, "
+                            "stop it, or pass another --workdir") from e  # fmt: skip
+        except OSError as e:  # some network file systems
+            log.warning("%s cannot be locked (%s): start no second run in it while this one goes on", file.parent, e)
+            return handle
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), file.stat()):
+                break
+        os.close(handle)  # its holder removed it as it was taken
+    os.ftruncate(handle, 0)
+    now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    os.write(handle, json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now}).encode())
+    return handle
+
+
+def _describe(text: str) -> str:
+    try:
+        who = json.loads(text)
+        return f"host {who['host']}, process {who['process']}, since {who['since']}"
+    except (ValueError, TypeError, KeyError):  # not yet written
+        return "which began just now"

@@ -1,0 +1,59 @@
+"""The manifest of a checkpoint: the size and the CRC-32 of each file, so that a flipped bit in an array is noticed."""
+
+import json
+import os
+import zlib
+from pathlib import Path
+
+from imgclf_jax.run.provenance import write_atomically
+
+NAME = "manifest.json"  # {file: [bytes, CRC-32]}
+ABSENT = f"it has no {NAME}, as where a process was killed while it saved"
+_PIECE = 1 << 20  # bytes that are read at once
+
+
+def write(folder: Path) -> None:
+    """Writes the manifest of what lies in `folder`, once all of it, and then the manifest, is on the disk itself."""
+    files = {str(f.relative_to(folder)): _measure(f, sync=True) for f in sorted(folder.rglob("*")) if f.is_file()}
+    write_atomically(folder / NAME, json.dumps(files))
+
+
+def find_fault(folder: Path, quick: bool = False) -> str:
+    """What is wrong with the files in `folder`; "" if nothing is, ABSENT if there is no manifest to compare them with.
+
+    With `quick` it looks for the manifest only.
+    """
+    try:
+        if quick:
+            return "" if (folder / NAME).exists() else ABSENT
+        files = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ABSENT
+    except (ValueError, RecursionError):
+        return f"{NAME} is not JSON"
+    if not isinstance(files, dict) or not files or not all(map(_is_entry, files.values())):
+        return f"{NAME} holds something else than the size and checksum of each file"
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"the file {name} is missing"
+        size = file.stat().st_size
+        if size != expected[0]:
+            return f"the file {name} has {size} bytes, not {expected[0]}"
+        if _measure(file) != expected:
+            return f"the file {name} has changed"
+    return ""
+
+
+def _is_entry(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value)
+
+
+def _measure(file: Path, sync: bool = False) -> list[int]:
+    size, crc = 0, 0
+    with file.open("rb") as stream:
+        while piece := stream.read(_PIECE):
+            size, crc = size + len(piece), zlib.crc32(piece, crc)
+        if sync:
+            os.fsync(stream.fileno())
+    return [size, crc]

@@ -1,0 +1,69 @@
+"""One training run a work directory."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.run import lock
+from imgclf_jax.run.workdir import Workdir
+
+HOLD = """
+import pathlib, sys
+from imgclf_jax.run import lock
+with lock.held(pathlib.Path(sys.argv[1])):
+    print(1, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_other_is_told_who_holds_it(tmp_path):
+    """Host, process and since when; after the holder was killed, the lock is free."""
+    file = tmp_path / "run" / "lock"
+    command = [sys.executable, "-c", HOLD, str(file)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"1\n"
+        who = f"host {socket.gethostname()}, process {holder.pid}, since 20"
+        with pytest.raises(UserError, match=re.escape(f"{tmp_path}/run is in use by another training run ({who}")):
+            Workdir(tmp_path / "run").held().__enter__()
+        holder.kill()
+    assert file.exists()
+    with lock.held(file):
+        assert json.loads(file.read_text())["process"] == os.getpid()
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_folder_in_which_nothing_was_written_is_removed(tmp_path):
+    with lock.held(tmp_path / "a" / "b" / "lock"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_in_one_process(tmp_path):
+    with lock.held(tmp_path / "lock"):
+        with pytest.raises(UserError, match="in use"), lock.held(tmp_path / "lock"):
+            pass
+        (tmp_path / "lock").write_text("{")
+        with pytest.raises(UserError, match="which began just now"), lock.held(tmp_path / "lock"):
+            pass
+    assert not (tmp_path / "lock").exists()
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    def unsupported(*args):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+    with lock.held(tmp_path / "lock"):
+        assert "cannot be locked" in caplog.text
+
+
+def test_a_folder_with_files_stays(tmp_path):
+    with lock.held(tmp_path / "a" / "b" / "lock"):
+        (tmp_path / "a" / "mine").touch()
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["mine"]

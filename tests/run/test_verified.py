@@ -1,0 +1,80 @@
+"""Checkpoints that can be verified go before those that cannot; a save ends once what it wrote is read back."""
+
+import shutil
+
+import pytest
+from test_checkpoint import like, make_state, names, save, saved  # noqa: F401  a fixture
+
+from imgclf_jax.core import tree
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.run.checkpoint import Checkpoints, Gone
+
+
+def test_a_killed_save(saved, tmp_path, caplog):
+    """Its temporary folder is no checkpoint and is cleaned up; one without a manifest gives way to one that has it."""
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    shutil.copytree(saved / "20", directory / "30.orbax-checkpoint-tmp")
+    (directory / "20" / "manifest.json").unlink()  # killed before it was written
+    checkpoints = Checkpoints(directory)
+    assert checkpoints.steps() == [10, 20]
+    step, state = checkpoints.restore_latest(like())
+    assert (step, tree.sha256(state)) == (10, tree.sha256(make_state(10)))
+    assert f"checkpoint {directory}/20 cannot be verified" in caplog.text
+    assert (names(directory), names(directory.parent / "damaged")) == (["10"], ["20"])
+
+
+def test_without_any_manifest(saved, tmp_path, caplog):
+    """The latest is used, and it is said that nobody can tell whether it is whole."""
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    for step in ("10", "20"):
+        (directory / step / "manifest.json").unlink()
+    assert Checkpoints(directory).restore_latest(like())[0] == 20
+    assert f"checkpoint {directory}/20 cannot be verified: it has no manifest.json" in caplog.text
+    assert names(directory) == ["10", "20"]
+
+
+@pytest.mark.parametrize("name", ["lr=[0.1]", "a*b?", "[!x]"])
+def test_names_that_orbax_would_take_for_patterns(tmp_path, name):
+    checkpoints = save(tmp_path / name / "checkpoints", {10: {}, 20: {}})
+    assert checkpoints.restore_latest(like())[0] == 20
+    assert Checkpoints(tmp_path / name / "checkpoints", read_only=True).restore_latest(like())[0] == 20
+    assert names(tmp_path / name / "checkpoints") == ["10", "20"]
+
+
+def test_what_cannot_be_read_back_is_no_checkpoint(tmp_path, monkeypatch):
+    """As where a library wrote to another place than it reads from."""
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoints._manager, "item_metadata", lambda step: {"params": {}})
+    checkpoints.save(5, make_state(5))
+    with pytest.raises(UserError, match=r"what was saved cannot be read back: .* is absent in it"):
+        checkpoints.wait()
+    assert not (tmp_path / "5" / "manifest.json").exists()
+
+
+def test_a_reader_beside_the_run(saved, tmp_path):
+    """A checkpoint that the run removes while it is read is no damaged one."""
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(saved, directory)
+    reader = Checkpoints(directory, read_only=True)
+    shutil.rmtree(directory / "20")
+    assert reader.restore_latest(like())[0] == 10
+    shutil.rmtree(directory / "10")
+    with pytest.raises(Gone, match="was removed while it was read, since its run goes on"):
+        reader.restore_latest(like())
+
+
+def test_saved_again(tmp_path):
+    """With the scores of an evaluation that had been cut short; killed meanwhile, the first one is put back."""
+    checkpoints = Checkpoints(tmp_path, best="test/accuracy")
+    checkpoints.save(5, make_state(5))
+    checkpoints.save(5, make_state(5), {"test/accuracy": 0.5}, again=True)
+    checkpoints.close()
+    assert names(tmp_path) == ["5"]
+    assert Checkpoints(tmp_path, best="test/accuracy").best_step() == 5
+    (tmp_path / "5").rename(tmp_path / "replaced-5")
+    (tmp_path / "5").mkdir()
+    again = Checkpoints(tmp_path, best="test/accuracy")
+    assert names(tmp_path) == ["5"]
+    assert tree.sha256(again.restore(5, like())) == tree.sha256(make_state(5))

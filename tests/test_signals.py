@@ -1,0 +1,136 @@
+"""Signals that ask a process to stop: each one, at each moment, to the process, to its group, and twice."""
+
+import itertools
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Asks itself to stop at a moment of its life, as another process would, and goes on.
+PROGRAM = """
+import builtins, functools, os, runpy, sys, time
+moment, how, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
+launch = sys.argv[4]
+
+def ask():
+    os.killpg(0, number) if how == "group" else os.kill(os.getpid(), number)
+    if how == "twice":
+        os.kill(os.getpid(), number)
+
+def ask_first(owner, name, after=False):
+    original = getattr(owner, name)
+    @functools.wraps(original)
+    def asking(*args, **kwargs):
+        setattr(owner, name, original)
+        if after:
+            result = original(*args, **kwargs)
+        ask()
+        if moment == "compile":
+            time.sleep(60)  # in which the process has long ended
+        return result if after else original(*args, **kwargs)
+    setattr(owner, name, asking)
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "jax":
+            sys.meta_path.remove(self)
+            ask()
+
+if moment == "imports":
+    sys.meta_path.insert(0, Finder())
+else:
+    sys.path.insert(0, os.path.dirname(launch))
+    import launch as module
+    module._set_environment(True)
+    from imgclf_jax.commands import evaluate, train, train_setup
+    from imgclf_jax.run import checkpoint, writers
+    owner, name, after = {
+        "data": (train_setup.sources, "open_splits", False),
+        "compile": (train_setup, "_trace", False),
+        "log": (writers.MetricsWriter, "write", True),
+        "evaluation": (evaluate, "evaluate", False),
+        "save": (checkpoint.Checkpoints, "save", True),
+    }[moment]
+    ask_first(owner, name, after)
+sys.argv = [launch, *sys.argv[5:]]
+runpy.run_path(launch, run_name="__main__")
+"""
+
+RUN = ("--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=normalize",
+       "--config.model=mlp(widths=(16,))", "--config.schedule=constant(1e-3)", "--config.batch_size=16",
+       "--config.total=12 steps", "--config.log_every=5 steps", "--config.eval_every=6 steps",
+       "--config.checkpoint_every=4 steps", "--config.checkpoint.best=test/accuracy", "--config.tensorboard=False",
+       "--config.data.placement=device")  # fmt: skip
+BEFORE, AFTER = ("imports", "data", "compile"), ("log", "evaluation", "save")
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+MATRIX = list(itertools.product((*BEFORE, *AFTER), SIGNALS, ("process", "group", "twice")))
+# Each moment, each signal and each way once or more.
+SOME = (("imports", "SIGINT", "twice"), ("compile", "SIGTERM", "process"), ("data", "SIGHUP", "process"),
+        ("log", "SIGINT", "group"), ("evaluation", "SIGTERM", "twice"), ("save", "SIGHUP", "process"))  # fmt: skip
+
+
+def start(moment: str, name: str, how: str, workdir: Path) -> subprocess.CompletedProcess:
+    number = str(signal.Signals[name].value)
+    command = [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        moment,
+        how,
+        number,
+        str(ROOT / "launch.py"),
+        f"--workdir={workdir}",
+        *RUN,
+    ]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, start_new_session=True, timeout=120, check=False
+    )
+
+
+def finish(workdir: Path) -> tuple[str, list[dict]]:
+    """Runs to the end; the digest, and the records without timings."""
+    command = [sys.executable, str(ROOT / "launch.py"), f"--workdir={workdir}", *RUN]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    timings = ("train/images_per_second", "train/input_wait")
+    digest = json.loads((workdir / "result.json").read_text())["params_sha256"]
+    return digest, [{k: v for k, v in record.items() if k not in timings} for record in records]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[str, list[dict]]:
+    return finish(tmp_path_factory.mktemp("whole") / "run")
+
+
+def check(moment: str, name: str, how: str, workdir: Path) -> None:
+    done = start(moment, name, how, workdir)
+    assert "Traceback" not in done.stderr
+    if moment in BEFORE:
+        assert done.returncode == 128 + signal.Signals[name], done.stderr
+        assert done.stderr.splitlines()[-1] == f"{name}: stopped; run the same command again"
+        assert not workdir.exists()
+    else:
+        assert done.returncode == 75, done.stderr
+        assert f"{name}: stopping after this step" in done.stderr
+        assert f"{name}: stopped at step" in done.stderr
+        assert not (workdir / "lock").exists()
+
+
+@pytest.mark.parametrize(("moment", "name", "how"), SOME)
+def test_it_stops_at_once_or_saves(moment, name, how, tmp_path, request):
+    check(moment, name, how, tmp_path / "run")
+    if moment == "evaluation":  # the next process makes up for it
+        assert finish(tmp_path / "run") == request.getfixturevalue("whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("moment", "name", "how"), [case for case in MATRIX if case not in SOME])
+def test_it_stops_at_any_moment_and_goes_on_as_if_it_had_not(moment, name, how, tmp_path, whole):
+    check(moment, name, how, tmp_path / "run")
+    assert finish(tmp_path / "run") == whole
