@@ -113,8 +113,9 @@ def load_file(path_and_arg: str) -> ConfigDict:
     """The config that `get_config` of a file gives; `path.py:arg` passes `arg` to it."""
     path, _, arg = path_and_arg.partition(":")
     if not Path(path).is_file():
-        near = difflib.get_close_matches(Path(path).name, [p.name for p in Path(path).parent.glob("*.py")], n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        names = [p.stem for p in Path(path).parent.glob("*.py")]
+        near = [n for n in names if Path(path).stem in n] or difflib.get_close_matches(Path(path).stem, names, 3, 0.75)
+        hint = f"; did you mean {' or '.join(f'{n}.py' for n in sorted(near)[:3])}?" if near else ""
         raise UserError(f"no config file {path!r}{hint}")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if module_spec is None or module_spec.loader is None:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax import losses, metrics
 from imgclf_jax.augment import mixing, ops, tta
+from imgclf_jax.core import spec
 from imgclf_jax.models import classifier
 from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
 from imgclf_jax.run.provenance import DataInfo
@@ -128,3 +129,15 @@ class Recipe:
     def num_seeds(self) -> int:
         """How many replicas are trained at once."""
         return int(self.config.num_seeds)
+
+
+def check_names(config: ConfigDict) -> None:
+    """Raises UserError for a spec that names nothing, before data are opened, which may take minutes."""
+    classifier.build(config.model, 2, config.precision)
+    for text, table, kind in ((config.loss, losses.LOSSES, "loss"), (config.schedule, schedules.SCHEDULES, "schedule")):
+        spec.lookup(spec.parse_one(text), table, kind)
+    optimizers.build(config.optimizer, optax.constant_schedule(0.0), config.clip)
+    ops.build(config.augment, train=True)
+    mixing.build(config.mix)
+    tta.build(config.tta)
+    metrics.build_whole_set(config.metrics)

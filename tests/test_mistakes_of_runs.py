@@ -148,6 +148,13 @@ def test_a_start_that_fails_leaves_no_folder(mistake, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("override", ["model=cnnn", "loss=none", "schedule=none(1)", "optimizer=none", "augment=none",
+                                      "mix=none", "tta=none", "metrics=none"])  # fmt: skip
+def test_a_wrong_name_is_told_before_data_are_opened(mistake, tmp_path, monkeypatch, override):
+    monkeypatch.setattr("imgclf_jax.commands.train_setup.sources.open_splits", None)
+    assert has(mistake(f"--workdir={tmp_path}/run", *FAKE, f"--config.{override}"), "unknown ", "allowed: ")
+
+
 def test_a_run_that_is_extended_is_the_longer_run(mistake, tmp_path):
     """Bit for bit; it is asked for, and recorded."""
     short, long = (["train", f"--workdir={tmp_path / name}", *FAKE] for name in ("short", "long"))

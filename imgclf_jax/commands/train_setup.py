@@ -16,7 +16,7 @@ from imgclf_jax.commands.evaluate import open_evals
 from imgclf_jax.core import sharding
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
+from imgclf_jax.recipe import Recipe, check_names
 from imgclf_jax.run.cadences import Cadences
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
@@ -50,6 +50,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     anything is trained.
     """
     sharding.check_batch_size(config.batch_size, sharding.make_mesh(), config.accumulate)
+    check_names(config)
     before = workdir.check_config(config, may_differ=("total",) if extend else ())
 
     base = sources.open_splits(config.data.source, config.data.data_dir, config.data.manual_dir)
