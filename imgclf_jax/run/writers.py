@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from imgclf_jax.core import tensorflow_import
+from imgclf_jax.core import named_warnings, tensorflow_import
 from imgclf_jax.core.errors import UserError, reason
 
 log = logging.getLogger(__name__)
@@ -142,6 +142,7 @@ def setup_logging() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _report_unraisable
+    named_warnings.to_log()
 
 
 _usual_hook = sys.unraisablehook
