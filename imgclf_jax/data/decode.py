@@ -18,8 +18,8 @@ from imgclf_jax.core import kinds, rng, spec
 from imgclf_jax.core.errors import UserError, reason, unknown
 from imgclf_jax.data import tf_image
 
-# Formats that every machine reads alike, in C libraries that are tested against damaged files. Of the forty others that
-# Pillow knows, EPS runs Ghostscript.
+# The formats of photographs and data sets. Of the forty others that Pillow knows some are tried on any bytes, and
+# EPS runs Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF")
 _MOST_PIXELS = 2**26  # 8192 by 8192. Pillow itself warns of 89 million, and refuses twice as many.
 _MOST_BYTES = 8 * _MOST_PIXELS  # so much have four channels of 16 bits without compression

@@ -76,13 +76,17 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, without incomplete lines, which a crash may leave; [] if there is no file."""
+    """The records of a `metrics.jsonl`, without damaged lines, which a crash may leave; [] if there is no file."""
     records = []
-    if path.exists():
-        for line in path.read_text().splitlines():
+    if path.is_file():
+        for line in path.read_text(errors="replace").splitlines():
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                records.append(record)
+            else:
                 log.warning("%s: a line cut short was left out", path)
     return records
 
