@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError, reason, unknown
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ def validate(config: ConfigDict) -> None:
         raise UserError(unknown("metric in checkpoint.best", config.checkpoint.best, known))
 
 
-_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kM]?)\s*(epochs?|steps?|examples?|%)\s*")
+_DURATION = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?(?:e\d{1,2})?)\s*([kM]?)\s*(epochs?|steps?|examples?|%)\s*")
 
 
 def period(text: str, key: str, examples: int, batch_size: int, total: int | None = None) -> Fraction | None:
@@ -259,7 +259,9 @@ def from_json(text: str | bytes, where: str) -> ConfigDict:
     try:
         config = ConfigDict(json.loads(text))
     except (ValueError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{where} is damaged ({e}); restore it from a backup, or train into a new --workdir") from e
+        raise UserError(
+            f"{where} is damaged ({reason(e)}); restore it from a backup, or train into a new --workdir"
+        ) from e
     flat = flatten(config)
     if flat and flat.keys() <= KEYS.keys() and (newer := [key for key in KEYS if key not in flat]):
         log.warning("%s was written before there were %s: their defaults are used", where, ", ".join(newer))

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax.commands.trained import convert, report_host_ops, restore
-from imgclf_jax.core import sharding
+from imgclf_jax.core import named_warnings, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, sources
 from imgclf_jax.programs import Programs
@@ -34,6 +34,8 @@ def find_files(paths: list[str]) -> list[Path]:
             files += inside
         elif path.is_file():
             files.append(path)
+        elif path.exists():
+            raise UserError(f"predict: {text!r} is neither a regular file nor a directory")
         else:
             raise UserError(f"predict: there is no file or directory {text!r} (working directory: {Path.cwd()})")
     return files
@@ -53,7 +55,8 @@ def predict(programs: Programs, state: Any, files: list[Path]) -> Iterator[tuple
     def load(index: int) -> np.ndarray | UserError:
         try:
             seed = programs.recipe.config.seed
-            image = ops(files[index].read_bytes(), seed, index)
+            with named_warnings.about(lambda: str(files[index])):
+                image = ops(decode.read_file(files[index]), seed, index)
         except (OSError, UserError) as e:
             return UserError(f"{files[index]}: {e}")
         if image.shape != programs.recipe.data.image_shape:

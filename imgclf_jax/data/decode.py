@@ -8,14 +8,21 @@ prediction.
 import io
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from imgclf_jax.core import kinds, rng, spec
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UserError, reason, unknown
 from imgclf_jax.data import tf_image
 
+# The formats of photographs and data sets. Of the forty others that Pillow knows some are tried on any bytes, and
+# EPS runs Ghostscript.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF")
+_MOST_PIXELS = 2**26  # 8192 by 8192. Pillow itself warns of 89 million, and refuses twice as many.
+_MOST_BYTES = 8 * _MOST_PIXELS  # so much have four channels of 16 bits without compression
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -25,11 +32,13 @@ _FILTERS = {
 }
 
 
-def decode(image: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
-    """Bytes in any format that Pillow reads, or uint8[h, w, c], to uint8[h, w, channels]; channels is 1, 3 or 4.
+def decode(image: bytes | np.ndarray, channels: int = 3, formats: tuple[str, ...] = FORMATS) -> np.ndarray:
+    """Bytes in one of the formats, or uint8[h, w, c], to uint8[h, w, channels]; channels is 1, 3 or 4.
 
-    The EXIF orientation is applied, the first frame of an animation taken, alpha dropped unless channels is 4, the
-    high byte of 16-bit grey kept. Colour to grey is ITU-R 601 luma. Raises UserError for bytes that do not decode.
+    `formats` are Pillow's names; a format that is not among them is not tried, since some run other programs. The EXIF
+    orientation is applied, the first frame of an animation taken, alpha dropped unless channels is 4, the high byte of
+    16-bit grey kept. Colour to grey is ITU-R 601 luma. Raises UserError for bytes that do not decode, and for an image
+    of more than 2**26 pixels.
     """
     if channels not in _MODES:
         raise UserError(f"decode(channels={channels}): allowed: 1, 3, 4")
@@ -42,16 +51,10 @@ def decode(image: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
             return image
         picture = _to_picture(image)
     else:
-        try:
-            picture = Image.open(io.BytesIO(image))
-            picture = ImageOps.exif_transpose(picture)
-            picture.load()
-        except Exception as e:  # of damaged bytes Pillow's plugins raise errors of many types
-            reason = "is not in an image format" if "cannot identify" in str(e) else f"does not decode: {e}"
-            raise UserError(f"the image {reason}") from e
+        picture = _open(image, formats)
     if picture.mode.startswith("I"):  # 16 bits a pixel, which convert("L") would clip instead of scale
-        deep = np.asarray(picture).astype(np.int64)
-        if deep.min() < 0 or deep.max() > 65535:
+        deep = np.asarray(picture)
+        if deep.dtype.itemsize > 2 and (deep.min() < 0 or deep.max() > 65535):
             raise UserError("the image has more than 16 bits a channel; save it with 8 or 16")
         picture = Image.fromarray((deep >> 8).astype(np.uint8))
     elif picture.mode == "F":
@@ -64,6 +67,43 @@ def decode(image: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
         picture = picture.convert(_MODES[channels])
     out = np.asarray(picture)
     return out[..., None] if out.ndim == 2 else out
+
+
+def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+    if formats != FORMATS:
+        formats = _known(formats)
+    try:
+        picture: Image.Image = Image.open(io.BytesIO(data), formats=formats)
+        if picture.width * picture.height > _MOST_PIXELS:
+            raise Image.DecompressionBombError
+        ImageOps.exif_transpose(picture, in_place=True)
+        picture.load()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise UserError(f"the image has more than {_MOST_PIXELS:,} pixels; make it smaller") from e
+    except Exception as e:  # of damaged bytes Pillow's plugins raise errors of many types
+        if "cannot identify" in str(e):
+            raise UserError(f"the image is not in an image format that is read here ({', '.join(formats)})") from e
+        raise UserError(f"the image does not decode: {reason(e)}") from e
+    return picture
+
+
+def _known(formats: Any) -> tuple[str, ...]:
+    """The names of formats in capitals; UserError if Pillow does not know one."""
+    Image.init()
+    if not isinstance(formats, (tuple, list)) or not formats or not all(isinstance(name, str) for name in formats):
+        raise UserError(f"decode(formats={formats!r}): formats is a tuple of names, such as ('JPEG', 'PNG')")
+    names = tuple(name.upper() for name in formats)
+    for name in names:
+        if name not in Image.OPEN:
+            raise UserError(unknown("image format", name, Image.OPEN))
+    return names
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of an image file. Raises OSError, and UserError for a file that is longer than any image."""
+    if (length := path.stat().st_size) > _MOST_BYTES:
+        raise UserError(f"the file has {length:,} bytes, and an image at most {_MOST_BYTES:,}")
+    return path.read_bytes()
 
 
 def _to_picture(image: np.ndarray) -> Image.Image:

@@ -6,11 +6,9 @@ source spec names a function that gives `{base split name: source}`; TFDS's spli
 
 import functools
 import hashlib
-import zipfile
-import zlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -18,6 +16,7 @@ import numpy as np
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import splits
+from imgclf_jax.data.arrays import MOST_CLASSES, ArraySource, arrays
 from imgclf_jax.data.folder import folder
 
 Examples = dict[str, Any]  # {"image": uint8[n, h, w, c] or a list of bytes or arrays, "label": i32[n]}
@@ -36,27 +35,6 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """A hex digest that changes when the examples or their order do."""
-
-
-@dataclass(frozen=True)
-class ArraySource:
-    """Examples in memory: images uint8[n, h, w, c], labels i32[n]."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, ids: np.ndarray) -> Examples:
-        return {"image": self.images[ids], "label": self.labels[ids]}
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(str((self.images.shape, self.class_names)).encode())
-        digest.update(np.ascontiguousarray(self.images).tobytes())
-        digest.update(np.ascontiguousarray(self.labels).tobytes())
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -177,38 +155,23 @@ def digits() -> dict[str, Source]:
     }
 
 
-def arrays(path: str) -> dict[str, Source]:
-    """An .npz file with `x_NAME` uint8[n, h, w(, c)] and `y_NAME` int[n] for each split, as Keras's mnist.npz has.
-
-    `class_names`, where the file holds it, names the classes; otherwise they are numbered.
-    """
-    try:
-        with Path(path).expanduser().open("rb") as file, np.load(file) as content:
-            data = dict(content)
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-        raise UserError(f"arrays: cannot read {path!r} as an .npz file: {e}") from e
-    names = [key[2:] for key in data if key.startswith("x_") and f"y_{key[2:]}" in data]
-    if not names:
-        raise UserError(f"arrays: {path} holds {sorted(data)}; expected x_NAME and y_NAME, such as x_train and y_train")
-    for name in names:
-        x, y = data[f"x_{name}"], data[f"y_{name}"]
-        if x.dtype != np.uint8 or x.ndim not in (3, 4) or len(x) != y.size or not y.size or y.dtype.kind not in "iu":
-            raise UserError(f"arrays: in {path}, x_{name} is {x.dtype}{list(x.shape)} for {y.size} labels, {y.dtype}; "
-                            "expected uint8[n, h, w] or uint8[n, h, w, c] and n whole numbers")  # fmt: skip
-    classes = 1 + max(int(data[f"y_{name}"].max()) for name in names)
-    class_names = tuple(str(c) for c in data.get("class_names", np.arange(classes)))
-    out: dict[str, Source] = {}
-    for name in names:
-        x, y = data[f"x_{name}"], data[f"y_{name}"].reshape(-1)
-        x = x[..., None] if x.ndim == 3 else x
-        if y.min() < 0 or y.max() >= len(class_names):
-            raise UserError(f"arrays: in {path}, y_{name} lies outside the {len(class_names)} classes")
-        out[name] = ArraySource(x, y.astype(np.int32), class_names)
-    return out
-
-
 def fake(n: int = 1024, shape: tuple[int, int, int] = (28, 28, 1), classes: int = 10) -> dict[str, Source]:
-    """Made-up examples for tests and timings: `train` and `test`, n of each."""
+    """Made-up examples for tests and timings: `train` and `test`, n of each.
+
+    Raises UserError for numbers that no examples can have, or of which an image would be larger than 16 MiB.
+    """
+
+    def whole(value: Any, most: int) -> bool:
+        return type(value) is int and 1 <= value <= most
+
+    if not whole(n, 2**48):
+        raise UserError(f"fake(n={n!r}): n is a whole number from 1 to 2**48")
+    sized = isinstance(shape, (tuple, list)) and len(shape) == 3 and all(whole(size, 2**24) for size in shape)
+    if not sized or shape[2] > 4 or math.prod(shape) > 2**24:
+        raise UserError(f"fake(shape={shape!r}): shape is (height, width, channels), such as (28, 28, 1), with 1 to 4 "
+                        "channels and at most 2**24 numbers in all")  # fmt: skip
+    if not whole(classes, MOST_CLASSES):
+        raise UserError(f"fake(classes={classes!r}): classes is a whole number from 1 to {MOST_CLASSES:,}")
     names = tuple(str(c) for c in range(classes))
     return {"train": FakeSource(n, tuple(shape), names, 0), "test": FakeSource(n, tuple(shape), names, n)}
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from imgclf_jax.core.errors import UserError, unknown
 
-_BOUND = r"\s*(-?\d+|-?\d+(?:\.\d+)?%)?\s*"
+_BOUND = r"\s*(-?\d{1,18}|-?\d{1,18}(?:\.\d{1,18})?%)?\s*"
 _PART = re.compile(rf"\s*([\w.-]+)\s*(?:\[{_BOUND}:{_BOUND}\])?\s*")
 
 

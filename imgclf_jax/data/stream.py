@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from imgclf_jax.core import rng
+from imgclf_jax.core import named_warnings, rng
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, decoded
 from imgclf_jax.data.read_ahead import Batch, read_ahead
@@ -153,10 +153,11 @@ class Images:
         return np.stack(images), labels
 
     def _decode_one(self, image: Any, example: int, position: int, seed: int) -> np.ndarray:
+        name = getattr(self.source, "name", "example {}".format)
         try:
-            return self._ops(image, seed, position)
+            with named_warnings.about(lambda: name(example)):
+                return self._ops(image, seed, position)
         except UserError as e:
-            name = getattr(self.source, "name", "example {}".format)
             raise UserError(f"{name(example)}: {e}") from e
         except (TypeError, ValueError) as e:
             if ":" in self.preprocess:

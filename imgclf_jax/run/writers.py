@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from imgclf_jax.core import tensorflow_import
+from imgclf_jax.core import named_warnings, tensorflow_import
 from imgclf_jax.core.errors import UserError, reason
 
 log = logging.getLogger(__name__)
@@ -80,13 +80,17 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, without incomplete lines, which a crash may leave; [] if there is no file."""
+    """The records of a `metrics.jsonl`, without damaged lines, which a crash may leave; [] if there is no file."""
     records = []
-    if path.exists():
-        for line in path.read_text().splitlines():
+    if path.is_file():
+        for line in path.read_text(errors="replace").splitlines():
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                records.append(record)
+            else:
                 log.warning("%s: a line cut short was left out", path)
     return records
 
@@ -146,6 +150,7 @@ def setup_logging() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _report_unraisable
+    named_warnings.to_log()
 
 
 _usual_hook = sys.unraisablehook

@@ -1,36 +1,29 @@
 """Reads weights from safetensors and PyTorch files, without PyTorch and without running code from the file.
 
-A PyTorch checkpoint is a pickle, and a pickle is a program: it can call any function by name. Here it may call only the
-few functions that rebuild tensors and plain containers. Any other name is refused before anything is called.
+A file may come from anywhere. Its first bytes say its kind, then its index is read, whose length is bounded, and then
+the arrays that are wanted. So what it takes in memory follows from what is wanted, whatever the file claims.
 """
 
-import collections
+import functools
 import io
+import json
 import math
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from imgclf_jax.core import archive
 from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.weights import unpickle
+from imgclf_jax.weights.unpickle import Refused, Storage, Tensor
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first numbers of checkpoints before PyTorch 1.6
-_STORAGES = {
-    "DoubleStorage": "<f8",
-    "FloatStorage": "<f4",
-    "HalfStorage": "<f2",
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": "<i8",
-    "IntStorage": "<i4",
-    "ShortStorage": "<i2",
-    "CharStorage": "i1",
-    "ByteStorage": "u1",
-    "BoolStorage": "?",
-}
 _SAFETENSORS = {
     "F64": "<f8",
     "F32": "<f4",
@@ -43,140 +36,139 @@ _SAFETENSORS = {
     "U8": "u1",
     "BOOL": "?",
 }
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_MOST_HEADER = 16 << 20  # bytes; 10,000 tensors have 1 MB
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "net")
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile and Lightning put them before names
 
 
-class _Storage(NamedTuple):
-    key: str
-    dtype: np.dtype
+class _Entry(NamedTuple):
+    """An array of the file, not read yet."""
 
-
-class _Tensor(NamedTuple):
-    storage: _Storage
-    offset: int  # the offset and the strides count elements
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    read: Callable[[], np.ndarray]
 
 
-def read(path: Path) -> dict[str, np.ndarray]:
+def _everything(name: str, shape: tuple[int, ...]) -> bool:
+    return True
+
+
+def read(path: Path, wanted: Callable[[str, tuple[int, ...]], bool] = _everything) -> dict[str, np.ndarray]:
     """{name: array} of a safetensors file or of a PyTorch checkpoint, in its old or its new format.
 
     The content decides which format it is. The weights may be the whole content or lie under `state_dict`, `model`,
     `model_state_dict` or `net`. A prefix that all names share (`module.`, `_orig_mod.`, `model.`) is removed. The
-    arrays are read-only and have the dtype of the file. Raises UserError for a file that is damaged, of another kind,
-    or that would run code.
+    arrays are read-only and have the dtype of the file. An array of whose name and shape `wanted` says False is not
+    read: in its place stand zeros of its shape, which take no memory. Raises UserError for a file that is damaged, of
+    another kind, or that would run code.
     """
-    content = path.read_bytes()
+    if not path.is_file():
+        raise UserError(f"{path} is no regular file")
     try:
-        if content.startswith(b"PK\3\4"):
-            named = _take_weights(*_read_zip(content), path)
-        elif content.startswith(pickle.dumps(_MAGIC, 2)):
-            named = _take_weights(*_read_legacy(content), path)
-        elif path.suffix == ".safetensors":
-            named = _read_safetensors(content)
-        else:
-            named = None
-    except _Refused as e:
+        with _entries(path) as entries:
+            for prefix in _PREFIXES:
+                if entries and all(name.startswith(prefix) for name in entries):
+                    entries = {name.removeprefix(prefix): entry for name, entry in entries.items()}
+            if not all(name.isprintable() for name in entries):
+                raise ValueError("a name that cannot be printed")
+            return {
+                name: entry.read() if wanted(name, entry.shape) else np.broadcast_to(np.zeros((), "u1"), entry.shape)
+                for name, entry in entries.items()
+            }
+    except Refused as e:
         raise UserError(
             f"{path} {e}, which weights do not need; nothing of it was run; save the weights by "
             "torch.save(model.state_dict(), FILE) or as safetensors"
         ) from e
     except UserError:
         raise
-    except Exception as e:  # damage can surface as nearly any error of pickle, zipfile, NumPy and safetensors
+    except Exception as e:  # damage can surface as nearly any error of pickle, zipfile, json and NumPy
         raise UserError(f"{path} is damaged or cut short ({reason(e)}); download it again") from e
-    if named is None:
-        pointer = content.startswith(b"version https://git-lfs")
-        what = "is a Git LFS pointer and not the file itself; run git lfs pull" if pointer else (
-            "is neither a PyTorch checkpoint (.pth, .pt, .th) nor a .safetensors file")  # fmt: skip
-        raise UserError(f"{path} {what}")
-    for prefix in _PREFIXES:
-        if named and all(name.startswith(prefix) for name in named):
-            named = {name.removeprefix(prefix): array for name, array in named.items()}
-    return named
 
 
-class _Refused(Exception):
-    """A file is of a kind, or asks for a function, that is not allowed. The text says which."""
+@contextmanager
+def _entries(path: Path) -> Iterator[dict[str, _Entry]]:
+    """The arrays of a file of any kind; they can be read while it is open."""
+    with path.open("rb") as file:
+        start = file.read(64)
+        file.seek(0)
+        if start.startswith(b"PK\3\4"):
+            with archive.opened(path) as content:
+                yield _find_weights(*_read_zip(content), path)
+        elif start.startswith(pickle.dumps(_MAGIC, 2)):
+            yield _find_weights(*_read_legacy(file), path)
+        elif path.suffix == ".safetensors":
+            yield _read_safetensors(file, path.stat().st_size)
+        else:
+            pointer = start.startswith(b"version https://git-lfs")
+            what = "is a Git LFS pointer and not the file itself; run git lfs pull" if pointer else (
+                "is neither a PyTorch checkpoint (.pth, .pt, .th) nor a .safetensors file")  # fmt: skip
+            raise UserError(f"{path} {what}")
 
 
-class _Unpickler(pickle.Unpickler):
-    """Rebuilds plain containers, and tensors as `_Tensor`. A pickle can call only what `find_class` returns.
+_Storages = Callable[[Storage], np.ndarray]  # the elements of a storage, [n]
 
-    These functions are immutable or made anew for each file, so that no file can change what the next file gets.
+
+def _read_zip(content: zipfile.ZipFile) -> tuple[Any, _Storages]:
+    """PyTorch's format from 1.6 on: a zip archive with a folder that holds `data.pkl` and a file for each storage.
+
+    Nothing in it is compressed, so that no array is longer than the file.
     """
-
-    def __init__(self, file: io.BytesIO):
-        super().__init__(file)
-        names: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch", "Size"): tuple,
-            ("torch", "device"): lambda *place: place,
-            ("torch._utils", "_rebuild_tensor"): lambda *tensor: _tensor(*tensor),
-            ("torch._utils", "_rebuild_tensor_v2"): lambda *tensor: _tensor(*tensor[:4]),
-            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-        }
-        names |= {("torch", name): name for name in (*_STORAGES, *_DTYPES)}
-        for module in ("builtins", "__builtin__"):
-            names |= {(module, kind.__name__): kind for kind in (dict, list, tuple, set)}
-        self._names = names
-        self.dtypes: dict[str, np.dtype] = {}  # of the storages, by key
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._names:
-            raise _Refused(f"asks for {module}.{name}")
-        return self._names[module, name]
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, name, key, _, _, *view = pid  # the two left out are the device and the number of elements
-        if kind != "storage" or name not in _STORAGES or view not in ([], [None]):
-            raise ValueError(f"{pid!r} is no storage")  # only the oldest files have storages that are part of another
-        self.dtypes[key] = np.dtype(_STORAGES[name])
-        return _Storage(key, self.dtypes[key])
-
-
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> _Tensor:
-    if not isinstance(storage, _Storage):
-        raise ValueError("a tensor without a storage")
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
-
-
-Storages = Callable[[str, np.dtype], np.ndarray]  # (key, dtype) → the elements of a storage, [n]
-
-
-def _read_zip(content: bytes) -> tuple[Any, Storages]:
-    """PyTorch's format from 1.6 on: a zip archive with a folder that holds `data.pkl` and a file for each storage."""
-    archive = zipfile.ZipFile(io.BytesIO(content))
-    names = archive.namelist()
+    names = content.namelist()
     pickles = [name for name in names if name.rpartition("/")[2] == "data.pkl"]
     if len(pickles) != 1 or any("/code/" in name for name in names):
-        raise _Refused("is a TorchScript program" if pickles else "is a zip archive of something else")
+        raise Refused("is a TorchScript program" if pickles else "is a zip archive of something else")
     folder = pickles[0].removesuffix("data.pkl")
-    _check_order(f"{folder}byteorder" not in names or archive.read(f"{folder}byteorder") == b"little")
 
-    def storage(key: str, dtype: np.dtype) -> np.ndarray:
-        return np.frombuffer(archive.read(f"{folder}data/{key}"), dtype)
+    def member(name: str) -> np.ndarray:
+        info = content.getinfo(folder + name)
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("a compressed archive, which PyTorch does not write")
+        return archive.read(content, info)
 
-    return _Unpickler(io.BytesIO(archive.read(pickles[0]))).load(), storage
+    if (order := f"{folder}byteorder") in names:
+        _check_order(content.getinfo(order).file_size == 6 and member("byteorder").tobytes() == b"little")
+    _check_pickle(content.getinfo(pickles[0]).file_size)
+    tree, _ = unpickle.load(unpickle.Stream(member("data.pkl")))
+    return tree, lambda storage: member(f"data/{storage.key}").view(storage.dtype)
 
 
-def _read_legacy(content: bytes) -> tuple[Any, Storages]:
+def _read_legacy(file: BinaryIO) -> tuple[Any, _Storages]:
     """The older format: five pickles (magic number, version, machine, content, storage keys), then the storages."""
-    file = io.BytesIO(content)
-    magic, protocol, machine = (_Unpickler(file).load() for _ in range(3))
-    if (magic, protocol) != (_MAGIC, _PROTOCOL):
-        raise ValueError(f"version {protocol}")
-    _check_order(machine["little_endian"])
-    unpickler = _Unpickler(file)
-    tree, keys = unpickler.load(), _Unpickler(file).load()
+    stream = unpickle.Stream(file.read(unpickle.MOST_BYTES))
+    whole = file.seek(0, io.SEEK_END)
+    try:
+        magic, protocol, machine = (unpickle.load(stream)[0] for _ in range(3))
+        if (magic, protocol) != (_MAGIC, _PROTOCOL):
+            raise ValueError("a version that is not known")
+        _check_order(machine["little_endian"])
+        tree, dtypes = unpickle.load(stream)
+        keys, _ = unpickle.load(stream)
+        if not all(isinstance(key, str) for key in keys):
+            raise ValueError("an array without a name")
+    except (EOFError, pickle.UnpicklingError):
+        if stream.tell() == unpickle.MOST_BYTES:
+            _check_pickle(whole)
+        raise
     places = {}
+    file.seek(stream.tell())
     for key in keys:
-        length = int.from_bytes(file.read(8), "little")
-        places[key] = length, file.tell()
-        file.seek(length * unpickler.dtypes[key].itemsize, io.SEEK_CUR)
-    return tree, lambda key, dtype: np.frombuffer(content, dtype, *places[key])
+        length = int.from_bytes(file.read(8), "little") * dtypes[key].itemsize
+        places[key] = file.tell(), length
+        if file.tell() + length > whole:
+            raise ValueError(f"the array {key!r} is longer than the file"[:100])
+        file.seek(length, io.SEEK_CUR)
+
+    def storage(storage: Storage) -> np.ndarray:
+        start, length = places[storage.key]
+        file.seek(start)
+        return np.frombuffer(file.read(length), storage.dtype)
+
+    return tree, storage
+
+
+def _check_pickle(length: int) -> None:
+    if length > unpickle.MOST_BYTES:
+        raise Refused(f"holds more than {unpickle.MOST_BYTES >> 20} MiB beside its arrays")
 
 
 def _check_order(little: bool) -> None:
@@ -184,50 +176,69 @@ def _check_order(little: bool) -> None:
         raise ValueError("its numbers are big-endian")
 
 
-def _take_weights(tree: Any, storage: Storages, path: Path) -> dict[str, np.ndarray]:
-    """{name: array} of the state dict in a checkpoint. Raises UserError if there is none."""
+def _find_weights(tree: Any, storages: _Storages, path: Path) -> dict[str, _Entry]:
+    """The state dict in a checkpoint. Raises UserError if there is none."""
 
-    def tensors(value: Any) -> dict[str, _Tensor]:
+    def tensors(value: Any) -> dict[str, Tensor]:
         items = value.items() if isinstance(value, Mapping) else ()
-        return {str(name): tensor for name, tensor in items if isinstance(tensor, _Tensor)}
+        return {str(name): tensor for name, tensor in items if isinstance(tensor, Tensor)}
 
     inside = [tensors(tree.get(name)) for name in _CONTAINERS] if isinstance(tree, Mapping) else []
     found = next((some for some in inside if some), tensors(tree))
     if not found:
-        holds = ", ".join(map(repr, list(tree)[:5])) if isinstance(tree, Mapping) else type(tree).__name__
-        raise UserError(f"{path} holds no weights by name (it has: {holds}); expected a state dict, by itself or under "
-                        + ", ".join(_CONTAINERS))  # fmt: skip
-    kept: dict[_Storage, np.ndarray] = {}
-    out = {}
-    for name, tensor in found.items():
+        names = [ascii(name)[:50] for name in list(tree)[:5]] if isinstance(tree, Mapping) else [type(tree).__name__]
+        raise UserError(f"{path} holds no weights by name (it has: {', '.join(names)}); expected a state dict, by "
+                        "itself or under " + ", ".join(_CONTAINERS))  # fmt: skip
+    kept: dict[Storage, np.ndarray] = {}
+
+    def read(tensor: Tensor) -> np.ndarray:
         if tensor.storage not in kept:
-            kept[tensor.storage] = storage(*tensor.storage)
-        out[name] = _view(tensor, kept[tensor.storage])
-    return out
+            kept[tensor.storage] = storages(tensor.storage)
+        view = _view(tensor, kept[tensor.storage])
+        view.flags.writeable = False
+        return view
+
+    return {name: _Entry(tensor.shape, functools.partial(read, tensor)) for name, tensor in found.items()}
 
 
-def _view(tensor: _Tensor, storage: np.ndarray) -> np.ndarray:
-    """The tensor as a read-only view of its storage. Raises ValueError if it reaches beyond the storage."""
-    numbers = (tensor.offset, *tensor.shape, *tensor.strides)
-    if len(tensor.shape) != len(tensor.strides) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise ValueError("a tensor of no valid shape")
+def _view(tensor: Tensor, storage: np.ndarray) -> np.ndarray:
+    """The tensor as a view of its storage. Raises ValueError if it reaches beyond the storage."""
     last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
     if math.prod(tensor.shape) == 0:
         return storage[:0].reshape(tensor.shape)
     if last >= storage.size:
         raise ValueError("a tensor reaches beyond its storage")
     strides = [stride * storage.itemsize for stride in tensor.strides]
-    return np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.shape, strides, writeable=False)
+    return np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.shape, strides)
 
 
-def _read_safetensors(content: bytes) -> dict[str, np.ndarray]:
-    import safetensors
+def _read_safetensors(file: BinaryIO, length: int) -> dict[str, _Entry]:
+    """The format of https://github.com/huggingface/safetensors: the header's length, the header in JSON, the arrays.
 
-    out = {}
-    for name, tensor in safetensors.deserialize(content):  # its NumPy interface has no bfloat16
+    The library of that name reads a whole file into memory, twice, and its NumPy interface has no bfloat16.
+    """
+    size = int.from_bytes(file.read(8), "little")
+    if size > min(_MOST_HEADER, length - 8):
+        raise ValueError(f"its header claims {size} bytes")
+    header = json.loads(file.read(size))
+
+    def read(start: int, length: int, dtype: np.dtype, shape: list[int]) -> np.ndarray:
+        file.seek(8 + size + start)
+        return np.frombuffer(file.read(length), dtype).reshape(shape)
+
+    out, end = {}, 0
+    tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+        shape, (start, stop) = tensor["shape"], tensor["data_offsets"]
         if tensor["dtype"] not in _SAFETENSORS:
-            raise ValueError(f"{name} is of the unknown type {tensor['dtype']}")
-        array = np.frombuffer(tensor["data"], _SAFETENSORS[tensor["dtype"]]).reshape(tensor["shape"])
-        array.flags.writeable = False
-        out[name] = array
+            raise ValueError(f"the unknown type {tensor['dtype']!a}")
+        dtype = np.dtype(_SAFETENSORS[tensor["dtype"]])
+        if len(shape) > 32 or not all(type(n) is int and 0 <= n < 2**60 for n in (start, stop, *shape)):
+            raise ValueError("an array of no valid shape")
+        if start != end or stop - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError("an array does not have its number of bytes")
+        end = stop
+        out[name] = _Entry(tuple(shape), functools.partial(read, start, stop - start, dtype, shape))
+    if end != length - 8 - size:
+        raise ValueError("its arrays do not fill it")
     return out

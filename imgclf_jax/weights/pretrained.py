@@ -22,6 +22,7 @@ from imgclf_jax.weights import files, torch_names
 log = logging.getLogger(__name__)
 
 _HEAD, _POSITIONS = "params/head/", "/positions_embedding"
+_MOST_POSITIONS = 2**16 + 2  # of a grid that is resized: 256 by 256, and tokens
 
 
 @dataclass
@@ -71,9 +72,9 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     elif path.is_file():
         named, labels, source = _read_file(path, programs, own)
     else:
-        raise UserError(
-            f"init_from={config.init_from!r}: there is no such file or work directory (working directory: {Path.cwd()})"
-        )
+        what = "this is neither a regular file nor a work directory" if path.exists() else (
+            f"there is no such file or work directory (working directory: {Path.cwd()})")  # fmt: skip
+        raise UserError(f"init_from={config.init_from!r}: {what}")
     weights = Weights({"path": config.init_from, **source})
     _fit(weights, named, labels, own, _grid(programs))
     what = f"init_from={config.init_from!r}"
@@ -120,14 +121,24 @@ def _read_workdir(path: Path, programs: Programs) -> Named:
 
 
 def _read_file(path: Path, programs: Programs, own: Mapping[str, Any]) -> Named:
-    found = files.read(path)
+    backbone = programs.recipe.model.backbone
+
+    def wanted(label: str, shape: tuple[int, ...]) -> bool:
+        """Whether an array may be taken. Of the others only the shape is needed, which may be of any size."""
+        name = torch_names.own_name(backbone, label, own)
+        if name is None:
+            return False
+        grid = name.endswith(_POSITIONS) and len(shape) == 3 and shape[1] <= _MOST_POSITIONS
+        return math.prod(shape) == math.prod(own[name].shape) or (grid and shape[::2] == own[name].shape[::2])
+
+    found = files.read(path, wanted)
     named, labels = {}, {}
     for label, array in found.items():
         if label.endswith("num_batches_tracked"):  # a count that batch normalization with a momentum does not need
             continue
-        name = torch_names.own_name(programs.recipe.model.backbone, label, own)
+        name = torch_names.own_name(backbone, label, own)
         if name is None or name in named:
-            name = label  # which no parameter is called
+            name = f"unused/{label}"  # which no parameter is called
         else:
             array = torch_names.own_layout(array, name, own[name].shape)
         named[name], labels[name] = array, label
@@ -179,9 +190,9 @@ def _resize_positions(
     Bicubic with antialiasing, as in timm (Keys's kernel with a = -0.5). The embedding of a class token, which comes
     first, is not changed. None if the widths differ or the file has no token that the model needs.
     """
-    side = math.isqrt(array.shape[1]) if array.ndim == 3 else 0
+    side = math.isqrt(array.shape[1]) if array.ndim == 3 and array.shape[1] <= _MOST_POSITIONS else 0
     tokens, own_tokens = array.shape[1] - side**2, shape[1] - math.prod(grid)
-    if not side or array.shape[2] != shape[2] or own_tokens not in (0, tokens):
+    if not side or array.shape[::2] != shape[::2] or own_tokens not in (0, tokens):
         return None
     d = shape[2]
     table = np.array(array, np.float32)

@@ -38,79 +38,6 @@ def test_digits_are_scikit_learns_scaled_to_a_byte_and_split_by_class():
     assert [s.fingerprint() for s in sources.open_splits("digits").values()] == [s.fingerprint() for s in base.values()]
 
 
-# --- arrays ---
-
-X = np.random.default_rng(0).integers(0, 256, (6, 4, 5), np.uint8)
-Y = np.array([0, 2, 1, 2, 0, 1])
-
-
-def npz(path, **data):
-    np.savez(path / "data.npz", **data)
-    return f"arrays({str(path / 'data.npz')!r})"
-
-
-@pytest.mark.parametrize("column", [False, True])  # Keras's cifar10 has labels [n, 1]
-@pytest.mark.parametrize("channels", [None, 1, 3])
-def test_arrays_are_read_from_npz(tmp_path, channels, column):
-    x = X if channels is None else np.repeat(X[..., None], channels, -1)
-    y = (Y[:, None] if column else Y).astype(np.uint8)
-    base = sources.open_splits(npz(tmp_path, x_train=x, y_train=y, x_extra=x[:2], y_extra=y[:2], other=np.zeros(3)))
-    assert {name: len(s) for name, s in base.items()} == {"train": 6, "extra": 2}
-    examples = base["train"].read(np.array([4, 1, 4]))
-    np.testing.assert_array_equal(examples["image"], (x if channels else x[..., None])[[4, 1, 4]])
-    assert (examples["label"].tolist(), examples["label"].dtype) == ([0, 2, 0], np.int32)
-    assert base["extra"].class_names == ("0", "1", "2")  # those of all splits
-
-
-def test_arrays_take_class_names_and_the_home_directory(tmp_path, monkeypatch):
-    npz(tmp_path, x_train=X, y_train=Y, class_names=np.array(["cat", "dog", "emu", "fox"]))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert open_one("arrays('~/data.npz')").class_names == ("cat", "dog", "emu", "fox")
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({"images": X, "labels": Y}, "expected x_NAME and y_NAME, such as x_train and y_train"),
-        ({"x_train": X}, "holds ['x_train']; expected x_NAME and y_NAME"),
-        ({"x_train": X / 255, "y_train": Y}, "x_train is float64[6, 4, 5] for 6 labels"),
-        ({"x_train": X[0], "y_train": Y}, "x_train is uint8[4, 5] for 6 labels"),
-        ({"x_train": np.uint8(3), "y_train": Y}, "x_train is uint8[] for 6 labels"),
-        ({"x_train": X, "y_train": Y[:5]}, "x_train is uint8[6, 4, 5] for 5 labels"),
-        ({"x_train": X[:0], "y_train": Y[:0]}, "x_train is uint8[0, 4, 5] for 0 labels"),
-        ({"x_train": X, "y_train": Y / 2}, "for 6 labels, float64; expected"),
-        ({"x_train": X, "y_train": np.array(list("abcabc"))}, "for 6 labels, <U1; expected"),
-        ({"x_train": X, "y_train": Y - 1}, "y_train lies outside the 2 classes"),
-        ({"x_train": X, "y_train": Y, "class_names": ["a", "b"]}, "y_train lies outside the 2 classes"),
-        ({"x_train": X, "y_train": Y, "x_test": X, "y_test": Y.astype(float)}, "x_test is uint8[6, 4, 5] for 6 labels"),
-    ],
-)
-def test_arrays_of_another_kind_are_refused(tmp_path, data, message):
-    with pytest.raises(UserError) as e:
-        sources.open_splits(npz(tmp_path, **data))
-    assert message in str(e.value)
-    assert str(tmp_path / "data.npz") in str(e.value)
-
-
-@pytest.mark.parametrize("kind", ["missing", "directory", "empty", "text", "npy", "cut short", "damaged"])
-def test_what_is_no_npz_file_is_named(tmp_path, kind):
-    file = tmp_path / "data.npz"
-    np.savez_compressed(file, x_train=X, y_train=Y)
-    whole = file.read_bytes()
-    file.unlink()
-    if kind == "directory":
-        file.mkdir()
-    elif kind == "npy":
-        with file.open("wb") as stream:
-            np.save(stream, X)
-    elif kind != "missing":
-        start = whole.index(b"x_train.npy") + 40
-        damaged = whole[:start] + bytes(40) + whole[start + 40 :]
-        file.write_bytes({"empty": b"", "text": b"hello", "cut short": whole[:-50], "damaged": damaged}[kind])
-    with pytest.raises(UserError, match=r"cannot read '.*data\.npz' as an \.npz file"):
-        sources.open_splits(f"arrays({str(file)!r})")
-
-
 # --- fake ---
 
 
@@ -140,6 +67,20 @@ def test_fake_pixels_are_uniform_noise_and_a_bright_band_that_tells_the_class():
         assert stats.chisquare(np.bincount(pairs, minlength=256)).pvalue > 1e-4
 
 
+@pytest.mark.parametrize("arguments", [
+    "0", "-1", "2.0", "True", "2**49", "'8'", "None", "n=9999999999999999999999",
+    "shape=(8, 8)", "shape=(0, 8, 1)", "shape=(8, -8, 1)", "shape=(8, 8, 5)", "shape=(8, 8.0, 1)", "shape=8",
+    "shape='888'", "shape=(100000, 100000, 3)", "shape={}", "shape=(8, (8,), 1)",
+    "classes=0", "classes=-3", "classes=1000001", "classes=2.5", "classes='10'", "classes=[]",
+])  # fmt: skip
+def test_fake_examples_of_no_number_or_size_are_refused(arguments):
+    with pytest.raises(UserError) as e:
+        sources.open_splits(f"fake({arguments.replace('2**49', str(2**49))})")
+    assert str(e.value).startswith("fake(")
+    assert "such as (28, 28, 1)" in str(e.value) or "a whole number from 1 to" in str(e.value)
+    assert "\n" not in str(e.value)
+
+
 # --- SplitSource ---
 
 
@@ -167,7 +108,8 @@ def test_fingerprints_differ_by_examples_and_order():
     base = sources.open_splits("fake(50, (3, 3, 1), 5)")
     texts = ["train", "test", "train[:49]", "train[1:]", "train[:25]+train[25:]", "train[25:]+train[:25]", "train+test"]
     assert len({sources.take_split(base, text).fingerprint() for text in texts}) == len(texts)
-    x, y, names = X[..., None], Y.astype(np.int32), ("a", "b", "c")
+    x = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 1), np.uint8)
+    y, names = np.array([0, 2, 1, 2, 0, 1], np.int32), ("a", "b", "c")
     one_bit = x.copy()
     one_bit[5, 3, 4, 0] ^= 1
     variants = [(x, y, names), (one_bit, y, names), (x, y[::-1], names), (x[::-1], y, names)]

@@ -46,8 +46,6 @@ EXPECTED = {
 @pytest.mark.parametrize("name", ["zip.pth", "legacy.pth", "all.safetensors"])
 def test_every_kind_of_tensor(name):
     """Types, strides, shared storages and offsets, in each format, out of a container and without its prefix."""
-    if name.endswith(".safetensors"):
-        pytest.importorskip("safetensors")
     found = files.read(FIXTURES / name)
     assert set(found) == set(EXPECTED)
     for key, array in found.items():
@@ -142,8 +140,6 @@ def test_a_tensor_lies_within_its_storage(tmp_path):
 @pytest.mark.parametrize("name", ["zip.pth", "legacy.pth", "all.safetensors"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
 def test_a_file_cut_short(tmp_path, name, share):
-    if name.endswith(".safetensors"):
-        pytest.importorskip("safetensors")
     content = (FIXTURES / name).read_bytes()
     path = tmp_path / name
     path.write_bytes(content[: int(len(content) * share)])

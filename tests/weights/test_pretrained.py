@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -153,3 +154,25 @@ def test_a_pytorch_model_of_the_same_module_names(tmp_path, monkeypatch):
         weights = pretrained.load(programs(file, f"my_torch_nets:{model}", (2, 2, 3), 3), whole=True)
         np.testing.assert_array_equal(weights.taken["params/backbone/fc1/kernel"], dense.T)
         np.testing.assert_array_equal(weights.taken["params/head/kernel"], head.T)
+
+
+def test_an_array_of_which_the_file_holds_next_to_nothing(tmp_path, monkeypatch):
+    """A table of positions for a picture as large as a town, in 64 bytes, is not made to be resized."""
+    monkeypatch.setitem(vit._VIT, "Ti", (48, 2, 3))
+    for shape in ((1, 400_000_001, 48), (2**20, 17, 48), (1, 17, 2**40)):
+        table = torch_format.tensor("0", 16, 0, shape, (0, 0, 0))
+        bias = torch_format.tensor("0", 16, 0, (48,), (0,))
+        items = {"pos_embed": table, "norm.bias": bias, "params/backbone/norm/scale": bias}
+        file = torch_format.write(tmp_path / "vit.pth", items, {"0": bytes(64)})
+        model = programs(file, "vit('Ti', patch=8)", (32, 32, 3), 5, init_strict=False)
+        weights = pretrained.load(model)
+        assert set(weights.taken) == {"params/backbone/norm/bias"}  # a name like ours is none of PyTorch's
+        assert weights.unused == ["params/backbone/norm/scale"]
+        assert weights.misfits == [f"pos_embed: {list(shape)} in it, [1, 17, 48] here"]
+
+
+def test_what_is_neither_a_file_nor_a_directory(tmp_path):
+    os.mkfifo(tmp_path / "x.pth")
+    for path in (tmp_path / "x.pth", Path("/dev/zero")):
+        with pytest.raises(UserError, match="this is neither a regular file nor a work directory"):
+            pretrained.load(programs(path))

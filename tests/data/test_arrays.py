@@ -1,0 +1,222 @@
+"""Arrays in .npz files: read as they are; what a file claims is believed only as far as it can hold it."""
+
+import io
+import os
+import zipfile
+
+import numpy as np
+import pytest
+
+from imgclf_jax.core import memory
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import sources
+
+
+def open_one(text, split="train"):
+    return sources.take_split(sources.open_splits(text), split)
+
+
+X = np.random.default_rng(0).integers(0, 256, (6, 4, 5), np.uint8)
+Y = np.array([0, 2, 1, 2, 0, 1])
+
+
+def npz(path, **data):
+    np.savez(path / "data.npz", **data)
+    return f"arrays({str(path / 'data.npz')!r})"
+
+
+@pytest.mark.parametrize("column", [False, True])  # Keras's cifar10 has labels [n, 1]
+@pytest.mark.parametrize("channels", [None, 1, 3])
+def test_arrays_are_read_from_npz(tmp_path, channels, column):
+    x = X if channels is None else np.repeat(X[..., None], channels, -1)
+    y = (Y[:, None] if column else Y).astype(np.uint8)
+    base = sources.open_splits(npz(tmp_path, x_train=x, y_train=y, x_extra=x[:2], y_extra=y[:2], other=np.zeros(3)))
+    assert {name: len(s) for name, s in base.items()} == {"train": 6, "extra": 2}
+    examples = base["train"].read(np.array([4, 1, 4]))
+    np.testing.assert_array_equal(examples["image"], (x if channels else x[..., None])[[4, 1, 4]])
+    assert (examples["label"].tolist(), examples["label"].dtype) == ([0, 2, 0], np.int32)
+    assert base["extra"].class_names == ("0", "1", "2")  # those of all splits
+
+
+def test_arrays_take_class_names_and_the_home_directory(tmp_path, monkeypatch):
+    npz(tmp_path, x_train=X, y_train=Y, class_names=np.array(["cat", "dog", "emu", "fox"]))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_one("arrays('~/data.npz')").class_names == ("cat", "dog", "emu", "fox")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"pictures": X, "labels": Y}, "expected x_NAME and y_NAME, such as x_train and y_train"),
+        ({"x_train": X}, "holds ['x_train']; expected x_NAME and y_NAME"),
+        ({"x_train": X / 255, "y_train": Y}, "x_train is float64[6, 4, 5] for 6 labels"),
+        ({"x_train": X[0], "y_train": Y}, "x_train is uint8[4, 5] for 6 labels"),
+        ({"x_train": np.uint8(3), "y_train": Y}, "x_train is uint8[] for 6 labels"),
+        ({"x_train": X, "y_train": Y[:5]}, "x_train is uint8[6, 4, 5] for 5 labels"),
+        ({"x_train": X[:0], "y_train": Y[:0]}, "x_train is uint8[0, 4, 5] for 0 labels"),
+        ({"x_train": X, "y_train": Y / 2}, "for 6 labels, float64; expected"),
+        ({"x_train": X, "y_train": np.array(list("abcabc"))}, "for 6 labels, <U1; expected"),
+        ({"x_train": X, "y_train": Y - 1}, "y_train lies outside the 2 classes"),
+        ({"x_train": X, "y_train": Y, "class_names": ["a", "b"]}, "y_train lies outside the 2 classes"),
+        ({"x_train": X, "y_train": Y, "x_test": X, "y_test": Y.astype(float)}, "x_test is uint8[6, 4, 5] for 6 labels"),
+    ],
+)
+def test_arrays_of_another_kind_are_refused(tmp_path, data, message):
+    with pytest.raises(UserError) as e:
+        sources.open_splits(npz(tmp_path, **data))
+    assert message in str(e.value)
+    assert str(tmp_path / "data.npz") in str(e.value)
+
+
+@pytest.mark.parametrize("kind", ["missing", "directory", "empty", "text", "npy", "cut short", "damaged"])
+def test_what_is_no_npz_file_is_named(tmp_path, kind):
+    file = tmp_path / "data.npz"
+    np.savez_compressed(file, x_train=X, y_train=Y)
+    whole = file.read_bytes()
+    file.unlink()
+    if kind == "directory":
+        file.mkdir()
+    elif kind == "npy":
+        with file.open("wb") as stream:
+            np.save(stream, X)
+    elif kind != "missing":
+        start = whole.index(b"x_train.npy") + 40
+        damaged = whole[:start] + bytes(40) + whole[start + 40 :]
+        file.write_bytes({"empty": b"", "text": b"hello", "cut short": whole[:-50], "damaged": damaged}[kind])
+    with pytest.raises(UserError, match=r"cannot read '.*data\.npz' as an \.npz file"):
+        sources.open_splits(f"arrays({str(file)!r})")
+
+
+@pytest.mark.parametrize(
+    ("layout", "splits"),
+    [
+        ("x_{0} y_{0}", ("train", "test")),  # Keras
+        ("{0}_images {0}_labels", ("train", "val", "test")),  # MedMNIST
+        ("images labels", ("train",)),
+    ],
+)
+def test_names_that_others_use(tmp_path, layout, splits):
+    data = {}
+    for i, split in enumerate(splits):
+        images, labels = layout.format(split).split()
+        data |= {images: X[i:], labels: Y[i:, None]}
+    base = sources.open_splits(npz(tmp_path, **data, other=np.array([{}], dtype=object)))  # `other` is not read
+    assert tuple(base) == tuple(sorted(splits))
+    for i, split in enumerate(splits):
+        examples = base[split].read(np.arange(len(base[split])))
+        np.testing.assert_array_equal(examples["image"], X[i:, ..., None])
+        np.testing.assert_array_equal(examples["label"], Y[i:])
+
+
+def test_all_splits_have_images_of_one_shape(tmp_path):
+    for other in (X[:, 1:], X[:, :, 1:], np.repeat(X[..., None], 3, -1)):
+        with pytest.raises(UserError, match=r"x_test are \[.*\] and those of x_train are \[4, 5, 1\]; all splits must"):
+            sources.open_splits(npz(tmp_path, x_train=X, y_train=Y, x_test=other, y_test=Y))
+    sources.open_splits(npz(tmp_path, x_train=X, y_train=Y, x_test=X[..., None], y_test=Y))
+
+
+def test_labels_name_no_more_classes_than_there_can_be(tmp_path):
+    """A label that a mistake made large takes no memory for the names of classes that nobody has."""
+    for wrong in (2_000_000_000, 2**62, 1_000_000, 1000):
+        with pytest.raises(UserError, match=f"the greatest of 6 labels is {wrong}; number the classes 0, 1, 2"):
+            sources.open_splits(npz(tmp_path, x_train=X, y_train=np.where(Y == 2, wrong, Y)))
+    with pytest.raises(UserError, match=f"the greatest of 6 labels is {2**64 - 1}"):
+        sources.open_splits(npz(tmp_path, x_train=X, y_train=np.uint64(2**64 - 1) - Y.astype(np.uint64)))
+    with pytest.raises(UserError, match="y_train lies outside the 3 classes"):
+        sources.open_splits(npz(tmp_path, x_train=X, y_train=np.where(Y == 2, 2**62, Y), class_names=["a", "b", "c"]))
+    assert len(open_one(npz(tmp_path, x_train=X, y_train=Y * 499)).class_names) == 999  # a few of ImageNet's, say
+    assert open_one(npz(tmp_path, x_train=X, y_train=Y.astype(np.uint64))).labels.tolist() == Y.tolist()
+
+
+def test_class_names_are_text(tmp_path):
+    for names in (np.array([b"cat", b"dog", "Öl".encode()]), np.array(["cat", "dog", "Öl"])):
+        assert open_one(npz(tmp_path, x_train=X, y_train=Y, class_names=names)).class_names == ("cat", "dog", "Öl")
+    assert open_one(npz(tmp_path, x_train=X, y_train=Y, class_names=[7, 8, 9])).class_names == ("7", "8", "9")
+    for names, message in [
+        (np.array(["a", "b", None], dtype=object), r"class_names is object\[3\]; expected text"),
+        (np.array([1.5, 2.5, 3.5]), r"float64\[3\]; expected text"),
+        (np.array([["a", "b", "c"]]), r"<U1\[1, 3\]; expected text"),
+        (np.zeros(1_000_001, "u1"), r"uint8\[1000001\]; expected text, one for each class, at most 1,000,000"),
+        (np.array([b"a", b"b", b"\xff"]), "class_names is not text"),
+        (np.array([0, 0, 0x110000], "<u4").view("<U1"), "class_names is not text"),
+        (np.array(["a", "b", "\ud800"]), "class_names is not text"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            sources.open_splits(npz(tmp_path, x_train=X, y_train=Y, class_names=names))
+
+
+def header(shape, descr="|u1", **more):
+    """The start of an .npy file that claims an array of this shape."""
+    text = repr({"descr": descr, "fortran_order": False, "shape": shape, **more}).encode() + b"\n"
+    return b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text
+
+
+def raw(folder, members, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(folder / "data.npz", "w", compression) as content:
+        for name, data in members.items():
+            content.writestr(f"{name}.npy", data)
+    return f"arrays({str(folder / 'data.npz')!r})"
+
+
+@pytest.mark.parametrize("start", [
+    header((10**13,)), header((2**63, 2**63, 2**63)), header((6, 4, -5)), header((2**62, 4, 5)),
+    header((6, 4, 5), more=1), header((6.0, 4, 5)), header("645"), header((6, 4, 5), "x"), header((6, 4, 5), "O"),
+    header((6, 4, 5), [("a", "u1", (10**6, 10**6))]), header((6, 4, 5), "V9999999999"), header(()),
+    b"\x93NUMPY\1\0\xff\xff", b"\x93NUMPY\2\0\xff\xff\xff\x7f", b"\x93NUMPY\3\0\x01\0", b"\x93NUMPY\1", b"",
+    b"\x93NUMPY\1\0\x40\1" + b"(" * 320, b"\x93NUMPY\1\0\x40\1" + b"{'" * 160,
+])  # fmt: skip
+def test_a_header_that_claims_what_the_file_does_not_hold(tmp_path, start):
+    labels = io.BytesIO()
+    np.save(labels, Y)
+    text = raw(tmp_path, {"x_train": start + bytes(120), "y_train": labels.getvalue()})
+    with pytest.raises(UserError, match=r"cannot read '.*' as an \.npz file|x_train is .*; expected uint8") as e:
+        sources.open_splits(text)
+    assert len(str(e.value)) < 500
+    assert "\n" not in str(e.value)
+
+
+def test_what_unpacks_to_more_than_the_file_may_hold_is_refused(tmp_path, monkeypatch):
+    """A bomb: 2 GB of zeros in 2 MB. Here its limit is lower, and the bomb smaller."""
+    monkeypatch.setattr("imgclf_jax.data.arrays._UNPACKED", 1 << 20)
+    zeros = np.zeros((2000, 32, 32), np.uint8)
+    np.savez_compressed(tmp_path / "data.npz", x_train=zeros, y_train=np.zeros(2000, int))
+    with pytest.raises(UserError, match=r"from .* kB to 2\.06 MB; above 1\.05 MB at most 100 times .*np.savez"):
+        sources.open_splits(f"arrays({str(tmp_path / 'data.npz')!r})")
+    assert len(open_one(npz(tmp_path, x_train=zeros, y_train=np.zeros(2000, int)))) == 2000  # as it says
+    few = np.random.default_rng(0).integers(0, 2, zeros.shape, np.uint8)
+    np.savez_compressed(tmp_path / "data.npz", x_train=few, y_train=np.zeros(2000, int))
+    assert len(open_one(f"arrays({str(tmp_path / 'data.npz')!r})")) == 2000
+
+
+def test_what_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
+    assert memory.physical() is None or memory.physical() > 1 << 30
+    monkeypatch.setattr(memory, "physical", lambda: 400)
+    with pytest.raises(UserError, match=r"data.npz takes 4\d\d bytes of memory, and this machine has 400 bytes"):
+        sources.open_splits(npz(tmp_path, x_train=X, y_train=Y))
+
+
+def test_a_zip_that_lies_of_its_sizes_is_refused(tmp_path):
+    path = tmp_path / "data.npz"
+    for method, fragment in ((zipfile.ZIP_BZIP2, "in an unusual way"), (zipfile.ZIP_LZMA, "in an unusual way")):
+        raw(tmp_path, {"x_train": bytes(1000), "y_train": bytes(10)}, method)
+        with pytest.raises(UserError, match=fragment):
+            sources.open_splits(f"arrays({str(path)!r})")
+    npz(tmp_path, x_train=X, y_train=Y)
+    whole = path.read_bytes()
+    entry = whole.index(b"PK\1\2")
+    for place in (20, 24):  # the packed and the unpacked size in the directory
+        path.write_bytes(whole[: entry + place] + b"\xf0\xff\xff\x7f" + whole[entry + place + 4 :])
+        with pytest.raises(UserError, match="longer than the archive can hold"):
+            sources.open_splits(f"arrays({str(path)!r})")
+    end = whole.index(b"PK\5\6")
+    path.write_bytes(bytes(20 << 20) + whole[: end + 12] + (17 << 20).to_bytes(4, "little") + whole[end + 16 :])
+    with pytest.raises(UserError, match="the directory of the archive is too long"):
+        sources.open_splits(f"arrays({str(path)!r})")
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path):
+    """Opening a named pipe waits for a writer, for ever."""
+    os.mkfifo(tmp_path / "data.npz")
+    for path in (tmp_path / "data.npz", "/dev/zero"):
+        with pytest.raises(UserError, match="it is no regular file"):
+            sources.open_splits(f"arrays({str(path)!r})")

@@ -1,0 +1,118 @@
+"""Which formats are decoded, and how large an image may be: no other program is run, no machine filled."""
+
+import io
+import logging
+import struct
+import subprocess
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import EpsImagePlugin, Image, features
+from test_decode import encode, noise, png
+
+from imgclf_jax.core import named_warnings
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import decode, sources, stream
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n"
+
+
+def test_no_other_program_is_run(monkeypatch):
+    """Pillow would give an EPS file, whatever its name is, to Ghostscript."""
+
+    def run(*arguments, **options):
+        raise AssertionError("a program was called")
+
+    monkeypatch.setattr(subprocess, "check_call", run)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")
+    with pytest.raises(AssertionError, match="a program was called"):
+        Image.open(io.BytesIO(EPS)).load()
+    for formats in (decode.FORMATS, ("JPEG", "TGA")):
+        with pytest.raises(UserError, match=r"not in an image format that is read here \(JPEG, "):
+            decode.decode(EPS, 3, formats)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "MPO"])
+def test_formats_that_are_decoded(form):
+    if form == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    assert decode.decode(encode(noise(12, 9, 3), form)).shape == (12, 9, 3)
+
+
+def test_another_format_is_named_in_the_config():
+    pixels = noise(12, 9, 3)
+    ops, _ = decode.build("decode(3, formats=('jpeg', 'TGA'))|resize(6)")
+    assert ops(encode(pixels, "TGA"), 0, 0).shape == (6, 6, 3)
+    with pytest.raises(UserError, match="not in an image format that is read here"):
+        decode.decode(encode(pixels, "PCX"))
+    np.testing.assert_array_equal(decode.decode(encode(pixels, "PCX"), formats=("PCX",)), pixels)
+    with pytest.raises(UserError, match=r"unknown image format 'JPG': did you mean .*'JPEG"):
+        decode.decode(EPS, formats=("JPG",))
+    for formats in ("JPEG", (), (3,), None, 3):
+        with pytest.raises(UserError, match="formats is a tuple of names"):
+            decode.decode(EPS, formats=formats)
+
+
+def bomb(h, w):
+    """A PNG of zeros that says it has h by w pixels, of 1 bit each."""
+    out = b"\x89PNG\r\n\x1a\n"
+    for name, body in [
+        (b"IHDR", struct.pack(">IIBBBBB", w, h, 1, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"")),
+        (b"IEND", b""),
+    ]:
+        out += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    return out
+
+
+@pytest.mark.parametrize("filters", ["error", "ignore", "default"])
+@pytest.mark.parametrize("size", [(8193, 8192), (1, 2**26 + 1), (9500, 9500), (2**14, 2**14), (2**31 - 1, 2**31 - 1)])
+def test_an_image_of_too_many_pixels(size, filters):
+    """Below Pillow's own limits, between them and above, whatever is done with its warnings: one sentence."""
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter(filters)
+        with pytest.raises(UserError, match=r"^the image has more than 67,108,864 pixels; make it smaller$"):
+            decode.decode(bomb(*size))
+
+
+def test_16_bits_of_a_signed_kind():
+    for value, mode in ((40_000, "I;16"), (40_000, "I")):
+        assert np.unique(decode.decode(encode(Image.new(mode, (4, 4), value), "TIFF"), 1)).tolist() == [40_000 >> 8]
+    for value in (-1, 65_536):
+        with pytest.raises(UserError, match="more than 16 bits"):
+            decode.decode(encode(Image.new("I", (4, 4), value), "TIFF"))
+
+
+def test_a_file_longer_than_any_image(tmp_path):
+    with (tmp_path / "x.png").open("wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(UserError, match="the file has 1,073,741,824 bytes, and an image at most 536,870,912"):
+        decode.read_file(tmp_path / "x.png")
+
+
+def test_a_warning_names_the_image(caplog):
+    """Of an image with a broken description that decodes all the same."""
+    broken = b"MM\0*\0\0\0\x08\0\x05" + struct.pack(">HHIHH", 0x112, 3, 1, 1, 0)
+    good, warned = png(noise(4, 4, 1), 8, 0), png(noise(4, 4, 1), 8, 0, [(b"eXIf", broken)])
+
+    class Source:
+        class_names = ("a",)
+
+        def __len__(self):
+            return 3
+
+        def read(self, ids):
+            return {"image": [(good, warned, warned)[i] for i in ids], "label": np.zeros(len(ids), np.int32)}
+
+        def name(self, i):
+            return f"cat/{i}.png"
+
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("default")
+        named_warnings.to_log()
+        images = stream.Images(sources.SplitSource(((Source(), 0, 3),)), "decode(1)")
+        images.read(np.arange(3), np.arange(3))
+    assert {message.split(": ")[0] for message in caplog.messages} == {"cat/1.png", "cat/2.png"}
+    assert "EXIF" in caplog.text

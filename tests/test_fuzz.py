@@ -1,0 +1,150 @@
+"""Texts that others may have written: whatever they hold, there is a result or one sentence, and never a traceback."""
+
+import json
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from imgclf_jax import config
+from imgclf_jax.core import spec
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import splits
+from imgclf_jax.run import writers
+
+WHOLE = json.loads(config.to_json(config.default_config()))
+NAMES = st.one_of(st.text(max_size=4), st.sampled_from(
+    ["data", "eval", "data.source", "seed", "get", "items", "keys", "lock", "is_locked", "_fields", "__class__", "$ref"]
+))  # fmt: skip
+NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([2**63, -(2**64), 10**400, -0.0]))
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=6)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(NAMES, inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+def paths(node, path=()):
+    yield path
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from paths(value, (*path, key))
+
+
+def changed(path, value):
+    """The whole config with another value at a path, which may be new."""
+    if not path:
+        return value
+    tree = json.loads(json.dumps(WHOLE))
+    node = tree
+    for key in path[:-1]:
+        node = node[key]
+    if isinstance(node, dict):
+        node[path[-1]] = value
+    return tree
+
+
+def one_sentence(error):
+    text = str(error.value if isinstance(error, pytest.ExceptionInfo) else error)
+    assert text
+    assert "\n" not in text
+    return text
+
+
+PLACES = st.one_of(st.sampled_from(list(paths(WHOLE))), st.tuples(NAMES), st.tuples(st.just("data"), NAMES))
+DURATIONS = st.from_regex(r"\A[0-9.e]{1,12} ?[kM]? ?(epochs?|steps|examples|%)\Z")
+
+
+@settings(max_examples=150)
+@given(PLACES, st.one_of(JSON, DURATIONS), st.integers(0, 40))
+@example(("total",), "1e999999999 epochs", 0)
+@example(("log_every",), "9" * 5000 + " steps", 0)
+@example(("checkpoint_every",), "1." + "9" * 5000 + "%", 0)
+def test_a_config_file_of_a_run(path, value, cut):
+    text = json.dumps(changed(path, value))
+    for some in (text, text[: len(text) - cut] + "}" * (cut % 3)):
+        try:
+            found = config.from_json(some, "config.json")
+            config.validate(found)
+        except UserError as e:
+            one_sentence(e)
+        else:
+            assert config.from_json(config.to_json(found), "config.json") == found
+
+
+@pytest.mark.parametrize("text", [
+    "[" * 100_000, '{"a":' * 100_000, "9" * 5000, '{"seed": ' + "9" * 5000 + "}", '{"\\ud800": "\\ud800"}', "\ufeff{}",
+    "\0",
+    json.dumps(WHOLE)[:-1] + ', "x": ' + '{"a":' * 900 + "1" + "}" * 901,
+])  # fmt: skip
+def test_a_config_file_that_is_deep_or_long(text):
+    with pytest.raises(UserError) as e:
+        config.from_json(text, "config.json")
+    assert one_sentence(e).startswith("config.json")
+
+
+RECORDS = st.one_of(
+    st.dictionaries(st.sampled_from(["step", "train/loss", "x"]), JSON).map(json.dumps),
+    JSON.map(json.dumps),
+    st.text(max_size=8),
+    st.sampled_from(["[" * 100_000, "9" * 5000, '{"step": ' + "9" * 5000 + "}", '{"step": true}', '{"step": 1']),
+)
+
+
+@given(st.lists(RECORDS, max_size=5), st.binary(max_size=3), st.integers(-1, 99))
+def test_metrics(tmp_path_factory, lines, end, step):
+    """A run that resumes keeps the good records of its metrics and drops the rest, whatever stands there."""
+    folder = tmp_path_factory.mktemp("run")
+    file = folder / "metrics.jsonl"
+    good = [{"step": 3, "train/loss": 0.5}, {"step": 10**30}]
+    text = "\n".join([json.dumps(good[0]), *lines, json.dumps(good[1])]) + "\n"
+    file.write_bytes(text.encode(errors="surrogatepass") + end)
+    records = writers.read_metrics(file)
+    assert [records[0], *(r for r in records if r == good[1])] == good
+    assert all(type(record["step"]) is int for record in records)
+    writers.MetricsWriter(folder, step, tensorboard=False).close()
+    kept = writers.read_metrics(file)
+    assert repr(kept) == repr([record for record in records if record["step"] <= step])
+
+
+GOOD = [
+    "cnn",
+    "vit('S', patch=16)",
+    "pad_crop(4)|cutout(size=8, fill=-0.5)",
+    "f({'|': (1, [2])}, x='a|b')",
+    "a.b:C(d=None)",
+]
+PIECES = st.sampled_from(
+    ["(", ")", "[", "]", "{", "}", "|", ",", "=", ":", "'", '"', "\\", "#", "\n", "\0", "*", "**", "-", "~", ".", "e9",
+     "9" * 5000, "0x", "1_0", "lambda:", "f''", "not ", "\x0c", "\ud800", "é", "(" * 300, "-" * 3000,
+     "[1]" * 200, "x" * 10_000]
+)  # fmt: skip
+
+
+@settings(max_examples=150)
+@given(
+    st.sampled_from(GOOD), st.lists(st.tuples(st.integers(0, 40), st.integers(0, 3), PIECES), min_size=1, max_size=3)
+)
+def test_a_spec_with_something_put_into_it(text, changes):
+    for place, dropped, piece in changes:
+        text = text[:place] + piece + text[place + dropped :]
+    try:
+        calls = spec.parse(text)
+    except UserError as e:
+        one_sentence(e)
+    else:
+        assert spec.parse("|".join(map(str, calls))) == calls
+
+
+@given(st.lists(st.one_of(st.sampled_from(
+    ["train", "test", "[", "]", ":", "+", "-", "%", "1", "99", "0.5", " ", "\u0661", "9" * 5000, "." + "9" * 5000, "\n"]
+), st.text(max_size=2)), max_size=8).map("".join))  # fmt: skip
+@example("train[:" + "9" * 5000 + "]")
+@example("train[:0." + "9" * 5000 + "%]")
+def test_a_split(text):
+    try:
+        parts = splits.resolve(text, {"train": 100, "test": 7})
+    except UserError as e:
+        one_sentence(e)
+    else:
+        assert all(0 <= part.start < part.stop <= {"train": 100, "test": 7}[part.name] for part in parts)

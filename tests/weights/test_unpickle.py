@@ -1,0 +1,124 @@
+"""Pickles written to fill the memory or to run for ever are refused at once; plain data come out as they are."""
+
+import collections
+import pickle
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch_format
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imgclf_jax.weights import unpickle
+
+KEYS = st.one_of(
+    st.text(max_size=4), st.integers(-(2**59), 2**59), st.booleans(), st.none(), st.floats(), st.binary(max_size=4)
+)
+LEAVES = st.one_of(KEYS, st.integers(), st.just(()))
+PLAIN = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.lists(inner, max_size=4).map(tuple),
+        st.dictionaries(st.one_of(KEYS, st.tuples(KEYS, KEYS)), inner, max_size=4),
+        st.dictionaries(KEYS, inner, max_size=4).map(collections.OrderedDict),
+        st.frozensets(KEYS, max_size=4),
+        st.sets(KEYS, max_size=4),
+    ),
+    max_leaves=12,
+)
+
+
+def load(content):
+    return unpickle.load(unpickle.Stream(content))[0]
+
+
+@given(PLAIN, st.sampled_from([4, 5]))  # earlier ones write bytes and sets as calls
+def test_plain_data_come_out_as_python_reads_them(value, protocol):
+    """And what stands in two places is one object."""
+    content = pickle.dumps([value, value], protocol)
+    got, again = load(content)
+    assert got == value
+    assert type(got) is type(value)
+    if isinstance(value, (list, dict)):
+        assert got is again
+
+
+def call(name, arguments):
+    module, _, function = name.rpartition(".")
+    return f"c{module}\n{function}\n".encode() + arguments + b"R"
+
+
+TUPLES = b")" + b"q\0" + b"h\0\x86q\0" * 60  # a tuple of a tuple twice, 60 deep: 2**60 leaves in 240 bytes
+MANY = b"](" + b"N" * 200_000 + b"e" + b"q\1"  # a list of 200,000 at place 1 of the memo
+PAIRS = b"}(" + b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(50_000)) + b"uq\1"
+ROW = b"(" + b"N" * 200_000 + b"tq\1"  # a tuple of 200,000
+STORAGE = b"(" + torch_format.text("storage") + b"ctorch\nFloatStorage\n" + torch_format.text("0") + b"NNtQq\2"
+BOMBS = {
+    "a memo of 2**31 places": (b"Nr\xff\xff\xff\x7f.", None),
+    "a number of 2**31 bytes": (b"\x8b\xff\xff\xff\x7f1.", "EOFError"),
+    "a text of 2**62 bytes": (b"\x8d" + struct.pack("<Q", 2**62) + b"x.", "EOFError"),
+    "an array of 2**40 bytes": (b"\x96" + struct.pack("<Q", 2**40) + b"x.", "unknown instruction"),
+    "a frame of 2**62 bytes": (b"\x80\4\x95" + struct.pack("<Q", 2**62) + b"N.", "EOFError"),
+    "a key of 2**60 leaves": (b"}" + TUPLES + b"Ns.", "no plain value"),
+    "keys of 2**60 leaves": (b"}(" + TUPLES + b"Nu.", "no plain value"),
+    "a dict of 2**60 leaves": (b"(" + TUPLES + b"Nd.", "no plain value"),
+    "a set of 2**60 leaves": (b"\x8f(" + TUPLES + b"\x90.", "no plain value"),
+    "a frozen set of 2**60 leaves": (b"(" + TUPLES + b"\x91.", "no plain value"),
+    "a call for a set of 2**60 leaves": (b"]" + TUPLES + b"aq\1" + call("builtins.set", b"h\1\x85"), "no plain value"),
+    "a call for a dict of 2**60 leaves": (
+        b"]]" + TUPLES + b"aNaaq\1" + call("collections.OrderedDict", b"h\1\x85") + b".", "no plain value"
+    ),
+    "a storage of 2**60 leaves": (TUPLES + b"Q.", "a storage of another form"),
+    "a storage's name of 2**60 leaves": (b"(" + torch_format.text("storage") + TUPLES + b"h\0NNtQ.", "another form"),
+    "keys with one hash": (b"}\x8a\x08" + struct.pack("<q", 2**61 - 1) + b"Ns.", "no plain value"),
+    "lists of lists": (MANY + call("builtins.list", b"h\1\x85") * 20_000 + b".", "again and again"),
+    "tuples of lists": (MANY + call("torch.Size", b"h\1\x85") * 20_000 + b".", "again and again"),
+    "dicts of dicts": (PAIRS + call("builtins.dict", b"h\1\x85") * 20_000 + b".", "again and again"),
+    "lists of a text": (torch_format.text("x" * 9999) + b"q\1" + call("builtins.list", b"h\1\x85"), "another form"),
+    "places of a device": (ROW + call("torch.device", b"h\1") * 20_000 + b".", "a call of another form"),
+    "a call without a function": (b")N)R.", "a call of another form"),
+    "attributes of many dicts": (PAIRS + (call("collections.OrderedDict", b")") + b"h\1b") * 1000 + b".", None),
+    "a tensor of many axes": (
+        STORAGE + MANY + call("torch._utils._rebuild_tensor", b"(h\2K\0h\1h\1t") + b".", "no valid shape"
+    ),
+    "a tensor of great sizes": (
+        STORAGE + call("torch._utils._rebuild_tensor", b"(h\2K\0" + torch_format.integers([2**60]) * 2 + b"t"),
+        "valid shape",
+    ),
+    "a list within itself": (b"]q\0h\0ah\0h\0a.", None),
+    "lists 100,000 deep": (b"]" * 100_000 + b"a" * 99_999 + b".", None),
+    "an instance": (b"(ibuiltins\nlist\n.", "unknown instruction"),
+    "an object": (b"cbuiltins\nlist\n)\x81.", "unknown instruction"),
+    "an extension": (b"\x82\1.", "unknown instruction"),
+    "no end": (b"N", "EOFError"),
+    "a name cut short": (b"ctorch\nFloat", "EOFError"),
+    "nothing to take": (b"a.", "IndexError"),
+    "nothing at this place": (b"h\7.", "Memo value"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_pickle_takes_neither_memory_nor_time(name):
+    content, fragment = BOMBS[name]
+    tracemalloc.start()
+    try:
+        if fragment is None:
+            load(content)
+        else:
+            with pytest.raises(Exception) as e:  # files.read gives one sentence for all of them
+                load(content)
+            assert fragment in f"{type(e.value).__name__}: {e.value}"
+            assert len(str(e.value)) < 200
+        assert tracemalloc.get_traced_memory()[1] < 200 * len(content) + 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_tensors_are_descriptions():
+    content = b"\x80\2" + torch_format.tensor("7", 12, 2, (2, 3), (1, 2)) + b"."
+    tensor, dtypes = unpickle.load(unpickle.Stream(content))
+    assert tensor == unpickle.Tensor(unpickle.Storage("7", np.dtype("<f4")), 2, (2, 3), (1, 2))
+    assert dtypes == {"7": np.dtype("<f4")}
