@@ -35,7 +35,7 @@ HEAVY = {
 }
 INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "sklearn"}
 # What prints help and configs, and so must not import JAX: these and all that they import.
-LIGHT = {"launch", "run.cache", "config", "core.errors", "core.signals", "core.spec"}
+LIGHT = {"launch", "run.cache", "config", "core.errors", "core.signals", "core.spec", "core.split_folders"}
 
 
 def module_files():
