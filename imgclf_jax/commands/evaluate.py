@@ -145,10 +145,9 @@ def _print_classes(class_names: tuple[str, ...], counts: dict[str, np.ndarray]) 
     Recall is the share of the class's examples that are predicted right, precision the share of the predictions of the
     class that are right.
     """
-    from rich.table import Table
-
     confusion = counts.get("confusion")
-    table = Table("class", "examples", "recall", "precision", *([] if confusion is None else ["most often taken for"]))
+    columns = ["class", "examples", "recall", "precision", *([] if confusion is None else ["most often taken for"])]
+    rows = []
     for i, name in enumerate(class_names):
         examples, predicted, right = (counts[f"class_{key}"][i] for key in ("examples", "predicted", "correct"))
         row = [name, str(examples), f"{right / examples:.4f}" if examples else ""]
@@ -156,8 +155,8 @@ def _print_classes(class_names: tuple[str, ...], counts: dict[str, np.ndarray]) 
         if confusion is not None:
             wrong = confusion[i] * (np.arange(len(class_names)) != i)
             row.append(f"{class_names[int(wrong.argmax())]} ({wrong.max()})" if wrong.any() else "")
-        table.add_row(*row)
-    print_table(table)
+        rows.append(row)
+    print_table(columns, rows)
     if confusion is None:
         print(f"The column 'most often taken for' is left out: it needs the confusion matrix, which is counted for up "
               f"to {metrics.CONFUSION_CLASSES} classes only, and these are {len(class_names)}.")  # fmt: skip

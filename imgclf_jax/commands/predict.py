@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from imgclf_jax.commands.trained import convert, report_host_ops, restore
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.text import printable, utf8
 from imgclf_jax.data import decode, image_check, image_files, sources
 from imgclf_jax.programs import Programs
 from imgclf_jax.run import writers
@@ -112,12 +113,12 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str, p
                 skipped[str(file)] = str(result).removeprefix(f"{file}: ")
             else:
                 failed += 1
-                print(f"error: {result}", file=sys.stderr)
-            records.append({"file": str(file), "error": str(result)})
+                print(f"error: {printable(str(result))}", file=sys.stderr)
+            records.append({"file": utf8(str(file)), "error": str(result)})
         else:
             best = np.argsort(-result, kind="stable")[: max(1, top_k)]
             top = [{"class": names[c], "probability": round(float(result[c]), 6)} for c in best]
-            records.append({"file": str(file), "predictions": top})
+            records.append({"file": utf8(str(file)), "predictions": top})
     if format == "json":
         print(json.dumps(records, indent=2))
     else:
@@ -133,13 +134,8 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str, p
 
 
 def _print_table(records: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-
     if not records:
         return
-    table = Table("file")
-    for rank in range(len(records[0]["predictions"])):
-        table.add_column(f"top {rank + 1}")
-    for record in records:
-        table.add_row(record["file"], *(f"{p['class']} {p['probability']:.4f}" for p in record["predictions"]))
-    writers.print_table(table)
+    ranks = [f"top {rank + 1}" for rank in range(len(records[0]["predictions"]))]
+    rows = [[r["file"], *(f"{p['class']} {p['probability']:.4f}" for p in r["predictions"])] for r in records]
+    writers.print_table(["file", *ranks], rows)

@@ -14,7 +14,7 @@ import numpy as np
 
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.split_folders import class_folders, split_folders
-from imgclf_jax.core.text import printable
+from imgclf_jax.core.text import printable, utf8
 from imgclf_jax.data import image_check, image_files
 from imgclf_jax.data.image_files import Found
 
@@ -44,7 +44,7 @@ class FolderSource:
 
     def fingerprint(self) -> str:
         """Over names, sizes and classes; contents are not read."""
-        whole = json.dumps([self.files, self.sizes, self.class_names])
+        whole = json.dumps([[utf8(file) for file in self.files], self.sizes, self.class_names])
         return hashlib.sha256(whole.encode()).hexdigest()
 
 
@@ -67,7 +67,7 @@ def folder(path: str, train_per_class: int = 0, draw: int = 0, *, unreadable: st
         raise UserError(f"folder: there is no directory {str(root)!r} (working directory: {Path.cwd()})")
     split_roots = {name: root / name for name in split_folders(root)} or {"train": root}
     # The classes of every split are those of the union, so that labels agree between splits.
-    class_names = tuple(sorted({d.name for split in split_roots.values() for d in class_folders(split)}))
+    class_names = tuple(sorted({utf8(d.name) for split in split_roots.values() for d in class_folders(split)}))
     if len(class_names) < 2:
         raise UserError(f"folder: {root} holds {len(class_names)} class folders; expected at least two, one a class")
     scans = {name: _scan(split_root, class_names) for name, split_root in split_roots.items()}
@@ -103,7 +103,7 @@ def _without(source: FolderSource, bad: dict[str, str]) -> FolderSource:
     if gone := sorted({file.partition("/")[0] for file in bad} - classes):
         raise UserError(f"folder: the class folder {source.root / gone[0]} holds no readable image; add some or "
                         "remove it")  # fmt: skip
-    return replace(kept, left_out=tuple(str(source.root / file) for file in sorted(bad)))
+    return replace(kept, left_out=tuple(utf8(str(source.root / file)) for file in sorted(bad)))
 
 
 def _part(source: FolderSource, which: np.ndarray) -> FolderSource:
@@ -146,7 +146,7 @@ def _scan(root: Path, class_names: tuple[str, ...]) -> tuple[FolderSource, Found
         whole.strays += found.strays
     files = tuple(sorted(whole.images, key=lambda file: hashlib.sha256(os.fsencode(file)).digest()))
     number = {name: label for label, name in enumerate(class_names)}
-    labels = np.array([number[file.partition("/")[0]] for file in files], np.int32)
+    labels = np.array([number[utf8(file.partition("/")[0])] for file in files], np.int32)
     return FolderSource(root, files, labels, tuple(whole.images[file][0] for file in files), class_names), whole
 
 

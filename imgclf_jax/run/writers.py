@@ -2,12 +2,13 @@
 
 import concurrent.futures
 import contextlib
+import copy
 import functools
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from imgclf_jax.core import tensorflow_import
 from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.core.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +40,9 @@ class MetricsWriter:
         self.evaluated = any(r["step"] == step and "train/images_per_second" not in r for r in kept)
         temporary = path.with_suffix(".tmp")
         with self._writing():
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
             os.replace(temporary, path)
-            self._file = path.open("a")
+            self._file = path.open("a", encoding="utf-8")
             self._tensorboard = _TensorBoard(workdir / "tb") if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -83,7 +85,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, without incomplete lines, which a crash may leave; [] if there is no file."""
     records = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:
@@ -140,12 +142,21 @@ def setup_logging() -> None:
         line = "%(message)s"
     else:
         handler, line = logging.StreamHandler(), "%(asctime)s %(message)s"
+    handler.addFilter(_printable)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format=line, datefmt="%H:%M:%S", force=True)
     logging.getLogger("imgclf_jax").setLevel(logging.INFO)
     # Orbax logs an error a dozen times, with tracebacks, before it raises it.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _report_unraisable
+
+
+def _printable(record: logging.LogRecord) -> logging.LogRecord:
+    """The record with names escaped. Only where the message itself begins a new line, as for a table, lines stay."""
+    out, text = copy.copy(record), record.getMessage()
+    lines = text.split("\n") if "\n" in str(record.msg) else [text]
+    out.msg, out.args = "\n".join(map(printable, lines)), None
+    return out
 
 
 _usual_hook = sys.unraisablehook
@@ -157,8 +168,15 @@ def _report_unraisable(unraisable: Any) -> None:
         _usual_hook(unraisable)
 
 
-def print_table(table: Table) -> None:
-    """Prints a table on standard output. If this is no terminal, a row is one line of any length, for programs."""
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table on standard output. If this is no terminal, a row is one line of any length, for programs.
+
+    Characters that are not printable, or that the output's encoding does not have, are escaped.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(printable(cell).encode(encoding, "backslashreplace").decode(encoding) for cell in row))
     width = None if sys.stdout.isatty() else 1000
     Console(width=width, markup=False, emoji=False).print(table)  # a file may be called "a[b]:c:.png"
 

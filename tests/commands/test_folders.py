@@ -1,6 +1,7 @@
 """A folder of photographs through the commands: its splits, its unreadable files, what is said of both."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 import launch
 from imgclf_jax import config as configs
+from imgclf_jax.core.text import printable
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "folder.py"
@@ -98,3 +100,43 @@ def test_unreadable_files_are_left_out_by_every_command(tmp_path, capsys):
     # One that is named is asked for, and its error counts.
     assert launch.main(["predict", f"--workdir={tmp_path / 'run'}", str(root), str(bad[0])]) == 1
     assert f"error: {bad[0]}: the image does not decode" in capsys.readouterr().err
+
+
+NASTY = ["é漢", "a\x1b[31mb", "n\nl", os.fsdecode(b"\xff")]
+
+
+def test_names_that_hold_anything(tmp_path, capsys):
+    """Tables and errors show one line a name, without control characters; JSON has each name exactly."""
+    for name in NASTY:
+        (tmp_path / "p" / name).mkdir(parents=True)
+        for file in NASTY:
+            Image.new("RGB", (8, 8)).save(tmp_path / "p" / name / f"{file}.png")
+    run = f"--workdir={tmp_path / 'run'}"
+    whole = ("--config.data.train=train", "--config.data.eval.test=train")
+    assert launch.main([f"--config={CONFIG}:{tmp_path / 'p'}", run, *TINY, *whole]) == 0
+    names = sorted(NASTY)
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["data"]["class_names"] == names
+
+    def rows():
+        out, err = capsys.readouterr()
+        assert all(line.isprintable() for line in (out + err).splitlines())
+        return [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line[0] == "│"]
+
+    capsys.readouterr()
+    assert launch.main(["evaluate", run]) == 0
+    assert [row[0] for row in rows()] == [printable(name) for name in names]
+    assert launch.main(["predict", run, str(tmp_path / "p")]) == 0
+    files = [str(tmp_path / "p" / name / f"{file}.png") for name in names for file in sorted(NASTY)]
+    found = rows()
+    assert [row[0] for row in found] == [printable(file) for file in files]
+    assert {row[1].rpartition(" ")[0] for row in found} <= set(map(printable, names))
+    assert launch.main(["predict", run, str(tmp_path / "p"), "--format=json"]) == 0
+    assert [record["file"] for record in json.loads(capsys.readouterr().out)] == files
+    for file in files:
+        Path(file).write_bytes(b"")
+    assert launch.main(["predict", run, str(tmp_path / "p")]) == 1
+    _, err = capsys.readouterr()
+    assert all(line.isprintable() for line in err.splitlines())
+    assert err.count("error: ") == len(files) + 1
+    assert launch.main([f"--config={CONFIG}:{tmp_path / 'p'}", f"--workdir={tmp_path / 'other'}", *TINY]) == 1
+    assert capsys.readouterr().err.count("\n") == 1

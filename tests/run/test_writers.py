@@ -3,6 +3,7 @@
 import importlib.metadata
 import io
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -11,10 +12,10 @@ from pathlib import Path
 import jax
 import pytest
 from rich.console import Console
-from rich.table import Table
 
 from imgclf_jax.commands import train
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.text import printable
 from imgclf_jax.run import monitor, provenance, writers
 from imgclf_jax.run.workdir import Workdir
 
@@ -146,13 +147,39 @@ def test_no_progress_elsewhere(fake_config, monkeypatch):
 
 def test_tables_show_names_as_they_are(capsys):
     """A row is one line, however long, where no terminal reads; brackets and colons are no markup."""
-    table = Table("file")
     names = ["a[red]b[/red]:smile:.png", "x" * 500]
-    for name in names:
-        table.add_row(name)
-    writers.print_table(table)
+    writers.print_table(["file"], [[name] for name in names])
     lines = capsys.readouterr().out.splitlines()
     assert all(sum(name in line for line in lines) == 1 for name in names)
+
+
+def test_tables_and_log_lines_escape_what_is_not_printable(monkeypatch, capsys):
+    """A name is no line break and no command to the terminal; what the encoding lacks is escaped too."""
+    names = ["a\nb", "\x1b[31m", "\udcff", "é漢"]
+    writers.print_table(["file"], [[name] for name in names])
+    out = capsys.readouterr().out
+    assert [line.strip("│ ") for line in out.splitlines() if "│" in line] == [r"a\nb", r"\x1b[31m", r"\udcff", "é漢"]
+
+    page = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", page)
+    writers.print_table(["file"], [[name] for name in names])
+    page.flush()
+    lines = page.buffer.getvalue().decode("ascii").splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert r"\xe9\u6f22" in lines[-2]
+    monkeypatch.undo()
+
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    writers.setup_logging()
+    log = logging.getLogger("imgclf_jax.test")
+    for name in names:
+        log.info("%s: %d files, %r", name, 3, [name])
+    log.info("a table:\n%s", "x | y\n1 | \x1b[0m")
+    root.handlers[:], root.level = before
+    err = capsys.readouterr().err.splitlines()
+    assert [line[9:] for line in err[:4]] == [f"{printable(name)}: 3 files, {[name]!r}" for name in names]
+    assert [line[9:] for line in err[4:5]] + err[5:] == ["a table:", "x | y", r"1 | \x1b[0m"]
 
 
 def test_result(finished, capsys):
