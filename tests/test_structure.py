@@ -29,11 +29,12 @@ PACKAGES = {"", "augment", "commands", "core", "data", "models", "models.cpu", "
 HEAVY = {
     "tensorflow": {"core.tensorflow_import"},
     "tensorflow_datasets": {"data.prepare"},
-    "clu": {"commands.train_setup", "run.writers"},
+    "clu": {"commands.train_setup"},
+    "tensorboard": {"run.event_file"},
     "sklearn": {"data.sources", "metrics"},
     "orbax": {"run.checkpoint"},
 }
-INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "sklearn"}
+INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "tensorboard", "sklearn"}
 # What prints help and configs, and so must not import JAX: these and all that they import.
 LIGHT = {"launch", "run.cache", "config", "core.errors", "core.signals", "core.spec", "core.split_folders", "core.text"}
 

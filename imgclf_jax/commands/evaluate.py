@@ -98,8 +98,9 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str) -
     """The command `evaluate`: prints the metrics of each evaluation set, and a table of its classes.
 
     It evaluates the run in `workdir`. If that is None, it evaluates the weights that `init_from` names. The format
-    "json" prints one object: the `step`, and for each set its metrics and its `confusion`, [label][prediction]. Above
-    CONFUSION_CLASSES classes there is no `confusion`, but `class_examples`, `class_predicted` and `class_correct`.
+    "json" prints one object: the `step`, and for each set its metrics, its `class_names` and, in their order, its
+    `confusion`, [label][prediction]. Above CONFUSION_CLASSES classes there is no `confusion`, but `class_examples`,
+    `class_predicted` and `class_correct`.
     """
     restored = restore(config, workdir, which) if workdir else None
     base = sources.open_data(config.data)
@@ -115,6 +116,7 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str) -
     if format == "json":
         for name, counts in classes.items():
             shown = ("confusion",) if "confusion" in counts else tuple(counts)
+            results[name] |= {"class_names": list(programs.recipe.data.class_names)}
             results[name] |= {key: counts[key].tolist() for key in shown}
         print(json.dumps(results, indent=2))
         return 0

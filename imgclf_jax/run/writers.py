@@ -1,6 +1,5 @@
 """Writes the numbers of a run: to metrics.jsonl, to TensorBoard and to the terminal."""
 
-import concurrent.futures
 import contextlib
 import copy
 import functools
@@ -16,15 +15,15 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from imgclf_jax.core import tensorflow_import
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.text import printable
+from imgclf_jax.run.event_file import EventFile
 
 log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Appends records to `metrics.jsonl` and, if CLU is installed, to TensorBoard's event files in `tb/`.
+    """Appends records to `metrics.jsonl` and, if TensorBoard is installed, to its event files in `tb/`.
 
     A record is one line: {"step": 100, "train/loss": …}. A run that resumes at `step` first drops the records after
     this step, and an incomplete last line after a crash. It then writes the same records again.
@@ -43,7 +42,7 @@ class MetricsWriter:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
             os.replace(temporary, path)
             self._file = path.open("a", encoding="utf-8")
-            self._tensorboard = _TensorBoard(workdir / "tb") if tensorboard else None
+            self._tensorboard = _open_event_file(workdir / "tb", step) if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one record. The operating system has it when this returns, so a killed process does not lose it."""
@@ -51,14 +50,12 @@ class MetricsWriter:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
             if self._tensorboard:
-                self._tensorboard.write(step, dict(values))
+                self._tensorboard.write(step, values)
 
     def sync(self) -> None:
         """Returns when all records are on disk. Called before a checkpoint is saved: its records must not be lost."""
         with self._writing():
             os.fsync(self._file.fileno())
-            if self._tensorboard:
-                self._tensorboard.flush()
 
     def close(self) -> None:
         """Closes the files. Raises nothing: `write` and `sync` have raised what went wrong."""
@@ -71,12 +68,9 @@ class MetricsWriter:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except Exception as e:  # OSError, or one of many types from TensorBoard's writer
-            cause: BaseException = e
-            while cause.__cause__:  # CLU wraps what its thread raised
-                cause = cause.__cause__
+        except OSError as e:
             raise UserError(
-                f"the metrics in {self._directory} could not be written: {reason(cause)}; free some space or "
+                f"the metrics in {self._directory} could not be written: {reason(e)}; free some space or "
                 "repair the disk, and run the same command again"
             ) from e
 
@@ -93,40 +87,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-class _TensorBoard:
-    """TensorBoard's event files. A thread writes them, so that training does not wait for TensorFlow's import."""
-
-    def __init__(self, directory: Path):
-        self._writer: Any = None
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
-        self._pending = [self._pool.submit(self._open, str(directory))]
-
-    def _open(self, directory: str) -> None:
-        tensorflow_import.tensorflow().result()
-        try:
-            from clu import metric_writers
-        except ImportError:
-            log.info("CLU or TensorFlow is not installed: no TensorBoard files, metrics.jsonl alone")
-        else:
-            self._writer = metric_writers.SummaryWriter(directory)
-
-    def _submit(self, method: str, *args: Any) -> None:
-        self._pending.append(self._pool.submit(lambda: self._writer and getattr(self._writer, method)(*args)))
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Returns at once. If it fails, `flush` raises the error."""
-        self._submit("write_scalars", step, values)
-
-    def flush(self) -> None:
-        """Returns when everything is written."""
-        self._submit("flush")
-        pending, self._pending = self._pending, []
-        for future in pending:
-            future.result()
-
-    def close(self) -> None:
-        self._submit("close")
-        self._pool.shutdown()
+def _open_event_file(directory: Path, step: int) -> EventFile | None:
+    try:
+        return EventFile(directory, step)
+    except ImportError:
+        log.info("TensorBoard is not installed: its files are not written, metrics.jsonl alone")
+        return None
 
 
 @functools.cache

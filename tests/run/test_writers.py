@@ -73,22 +73,43 @@ def test_a_place_that_cannot_be_written(tmp_path):
         writer.close()  # without a second error
 
 
+def scalars(directory: Path) -> dict[tuple[int, str], float]:
+    """What TensorBoard's own reader finds, by step and tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    return {(e.step, tag): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
+
+
 def test_tensorboard_holds_the_same(finished):
     """Its own reader finds each value of metrics.jsonl at its step."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.util.tensor_util import make_ndarray
-
-    events = EventAccumulator(str(finished / "tb"))
-    events.Reload()
-    found = {
-        (e.step, tag): float(make_ndarray(e.tensor_proto))
-        for tag in events.Tags()["tensors"]
-        for e in events.Tensors(tag)
-    }
     records = writers.read_metrics(finished / "metrics.jsonl")
     expected = {(r["step"], tag): value for r in records for tag, value in r.items() if tag != "step"}
     assert {"train/loss", "train/images_per_second", "test/accuracy"} <= {tag for _, tag in expected}
-    assert found == pytest.approx(expected, rel=1e-6)
+    assert scalars(finished / "tb") == pytest.approx(expected, rel=1e-6)
+
+
+def test_tensorboard_after_resuming(tmp_path):
+    """The values that a resumed run drops, TensorBoard drops too, and none is there twice."""
+    for start, value in ((0, 0.5), (10, 0.25)):
+        writer = writers.MetricsWriter(tmp_path, start)
+        for step in range(start + 5, 21, 5):
+            writer.write(step, {"a": value})
+        writer.close()
+    assert scalars(tmp_path / "tb") == {(5, "a"): 0.5, (10, "a"): 0.5, (15, "a"): 0.25, (20, "a"): 0.25}
+    records = writers.read_metrics(tmp_path / "metrics.jsonl")
+    assert {(r["step"], "a"): r["a"] for r in records} == scalars(tmp_path / "tb")
+
+
+def test_without_tensorboard(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
+    caplog.set_level("INFO")
+    writer = writers.MetricsWriter(tmp_path)
+    writer.write(1, {"a": 0.5})
+    writer.close()
+    assert caplog.messages == ["TensorBoard is not installed: its files are not written, metrics.jsonl alone"]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_throughput(monkeypatch):
