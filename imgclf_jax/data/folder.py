@@ -1,5 +1,6 @@
 """The user's own images: one sub-folder a class, or `train/`, `test/`, … of those."""
 
+import concurrent.futures
 import hashlib
 import json
 import logging
@@ -17,8 +18,11 @@ from imgclf_jax.core.split_folders import class_folders, split_folders
 from imgclf_jax.core.text import printable, utf8
 from imgclf_jax.data import image_check, image_files
 from imgclf_jax.data.image_files import Found
+from imgclf_jax.run import writers
 
 log = logging.getLogger(__name__)
+
+_LISTING = 16  # folders listed at once: a file system in a network takes long for each file, but takes many at a time
 
 
 @dataclass(frozen=True)
@@ -137,8 +141,10 @@ def _few(splits: dict[str, FolderSource], train_per_class: int, draw: int) -> di
 def _scan(root: Path, class_names: tuple[str, ...]) -> tuple[FolderSource, Found]:
     """The images of a split's folder, before any is opened, and all that was found beside them."""
     whole = Found()
-    for class_folder in class_folders(root):
-        found = image_files.find(class_folder)
+    folders = class_folders(root)
+    with writers.busy(f"listing {root}"), concurrent.futures.ThreadPoolExecutor(_LISTING) as pool:
+        results = list(pool.map(image_files.find, folders))
+    for class_folder, found in zip(folders, results, strict=True):
         if not found.images and not found.lost:
             raise UserError(f"folder: the class folder {class_folder} holds no images; add some or remove it")
         whole.images |= {f"{class_folder.name}/{name}": stamp for name, stamp in found.images.items()}

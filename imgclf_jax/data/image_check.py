@@ -6,13 +6,12 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import PIL
 from PIL import Image
-from rich import progress
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
@@ -41,9 +40,10 @@ def unreadable(root: Path, stamps: Mapping[str, Stamp], whole: bool = False) -> 
     reasons = {name: entry[3] for name, entry in current.items() if entry[3]}
     pool = concurrent.futures.ThreadPoolExecutor()
     batches = itertools.batched(todo, 64)  # a million tasks would take more memory than their results
-    results = pool.map(lambda names: [_check(root / name, depth) for name in names], batches)
+    parts = pool.map(lambda names: [_check(root / name, depth) for name in names], batches)
+    results = writers.track(itertools.chain.from_iterable(parts), len(todo), f"checking {root.name}")
     try:
-        for name, (remember, reason) in zip(todo, _shown(results, len(todo), root), strict=True):
+        for name, (remember, reason) in zip(todo, results, strict=True):
             current.pop(name, None)
             if remember:
                 current[name] = [*stamps[name], depth, reason]
@@ -105,16 +105,6 @@ def _looks_whole(file: Path) -> bool:
         if kind == "WEBP":  # RIFF: it begins with the number of bytes that follow
             return stream.seek(0, io.SEEK_END) >= int.from_bytes(start[4:8], "little") + 8
     return kind in _ENDS and _ENDS[kind] in end and mode not in ("I", "F")
-
-
-def _shown(results: Iterable[list[tuple[bool, str]]], total: int, root: Path) -> Iterable[tuple[bool, str]]:
-    """The results one by one, with a progress bar on a terminal."""
-    console = writers.console()
-    label = f"checking {printable(root.name)}".replace("[", r"\[")
-    off = total == 0 or not console.is_terminal
-    return progress.track(
-        itertools.chain.from_iterable(results), label, total, console=console, transient=True, disable=off
-    )
 
 
 def _load(record: Path) -> dict[str, list[Any]]:

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import progress
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 from imgclf_jax.core.errors import UserError, reason
@@ -99,6 +101,18 @@ def _open_event_file(directory: Path, step: int) -> EventFile | None:
 def console() -> Console:
     """The console on standard error. There is one only, so that log lines do not break the progress bar."""
     return Console(stderr=True)
+
+
+def busy(what: str) -> contextlib.AbstractContextManager[Any]:
+    """Shows what is being done, on a terminal; elsewhere nothing."""
+    return console().status(escape(printable(what))) if console().is_terminal else contextlib.nullcontext()
+
+
+def track[T](items: Iterable[T], total: int, what: str) -> Iterable[T]:
+    """The items, with a progress bar on a terminal; elsewhere without one."""
+    if not total or not console().is_terminal:
+        return items
+    return progress.track(items, escape(printable(what)), total, console=console(), transient=True)
 
 
 def setup_logging() -> None:

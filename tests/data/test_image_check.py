@@ -1,6 +1,5 @@
 """Unreadable images: all found at the start, listed in one file, left out where that is asked for."""
 
-import itertools
 import re
 from pathlib import Path
 
@@ -158,7 +157,7 @@ def test_an_op_that_fails_on_a_good_file_is_not_the_file_s_fault(flat):
 def test_what_was_checked_before_an_interruption_is_remembered(flat, big, monkeypatch):
     stamps = image_files.find(flat).images
     with monkeypatch.context() as patch:
-        patch.setattr(image_check, "_shown", lambda results, *_: stop_after(4, itertools.chain(*results)))
+        patch.setattr(image_check.writers, "track", lambda results, *_: stop_after(4, results))
         with pytest.raises(KeyboardInterrupt):
             image_check.unreadable(flat, stamps, whole=True)
     big.clear()

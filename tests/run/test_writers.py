@@ -155,6 +155,18 @@ def test_progress_on_a_terminal(fake_config, tmp_path, monkeypatch, capsys):
     assert max(map(len, lines)) <= 80
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_work_before_training_is_shown_on_a_terminal_alone(monkeypatch, terminal):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=80, color_system=None)
+    monkeypatch.setattr(writers, "console", lambda: console)
+    with writers.busy("listing a[red]\nb"):
+        pass
+    assert list(writers.track(iter("abc"), 3, "checking [x]")) == ["a", "b", "c"]
+    assert ("listing a[red]\\nb" in screen.getvalue()) == ("checking [x]" in screen.getvalue()) == terminal
+    assert bool(screen.getvalue()) == terminal
+
+
 def test_no_progress_elsewhere(fake_config, monkeypatch):
     """Piped output holds log lines and no control characters."""
     stream = io.StringIO()
