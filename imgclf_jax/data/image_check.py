@@ -18,6 +18,7 @@ from imgclf_jax.core.text import printable
 from imgclf_jax.data.decode import decode
 from imgclf_jax.data.image_files import Stamp
 from imgclf_jax.run import cache, writers
+from imgclf_jax.run.provenance import write_atomically
 
 _SMALL = 256 << 20  # Folders of fewer bytes than this, some seconds' work, are decoded whole in any case.
 _BEGUN, _WHOLE = 1, 2  # how far a file was checked: its header and its end, or all its pixels
@@ -39,7 +40,7 @@ def unreadable(root: Path, stamps: Mapping[str, Stamp], whole: bool = False) -> 
     todo = [name for name in stamps if name not in current or not (current[name][2] >= depth or current[name][3])]
     reasons = {name: entry[3] for name, entry in current.items() if entry[3]}
     pool = concurrent.futures.ThreadPoolExecutor()
-    batches = itertools.batched(todo, 64)  # a million tasks would take more memory than their results
+    batches = itertools.batched(todo, 16)  # a million tasks would take more memory than their results
     parts = pool.map(lambda names: [_check(root / name, depth) for name in names], batches)
     results = writers.track(itertools.chain.from_iterable(parts), len(todo), f"checking {root.name}")
     try:
@@ -121,6 +122,6 @@ def _load(record: Path) -> dict[str, list[Any]]:
 def _save(record: Path, files: dict[str, list[Any]]) -> None:
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps({"pillow": PIL.__version__, "files": files}), encoding="utf-8")
+        write_atomically(record, json.dumps({"pillow": PIL.__version__, "files": files}))
     except OSError:
         pass  # Only a memory of what was checked: without it the next start checks again.
