@@ -21,6 +21,7 @@ from imgclf_jax.run import cache, writers
 from imgclf_jax.run.provenance import write_atomically
 
 _SMALL = 256 << 20  # Folders of fewer bytes than this, some seconds' work, are decoded whole in any case.
+_FORM = 1  # to be raised when `decode` refuses other files than before
 _BEGUN, _WHOLE = 1, 2  # how far a file was checked: its header and its end, or all its pixels
 # How the file of a format ends, if it is not cut short. Other formats are decoded.
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
@@ -34,7 +35,7 @@ def unreadable(root: Path, stamps: Mapping[str, Stamp], whole: bool = False) -> 
     remembered by size and time of change, in the user's cache folder.
     """
     depth = _WHOLE if whole or sum(size for size, _ in stamps.values()) < _SMALL else _BEGUN
-    record = cache.folder("checked") / (f"{identity(root)}.json")
+    record = cache.folder("checked") / f"{identity(root)}.json"
     known = _load(record)  # name → [size, time, depth, reason]
     current = {n: entry for n, s in stamps.items() if (entry := known.get(n)) and tuple(entry[:2]) == s}
     todo = [name for name in stamps if name not in current or not (current[name][2] >= depth or current[name][3])]
@@ -109,10 +110,10 @@ def _looks_whole(file: Path) -> bool:
 
 
 def _load(record: Path) -> dict[str, list[Any]]:
-    """What `_save` wrote with this version of Pillow; nothing if it is damaged."""
+    """What `_save` wrote with this decoder; nothing if it is damaged."""
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
-        if content["pillow"] != PIL.__version__:
+        if content["decoder"] != [PIL.__version__, _FORM]:
             return {}
         return {name: entry for name, entry in content["files"].items() if len(entry) == 4}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -122,6 +123,6 @@ def _load(record: Path) -> dict[str, list[Any]]:
 def _save(record: Path, files: dict[str, list[Any]]) -> None:
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(record, json.dumps({"pillow": PIL.__version__, "files": files}))
+        write_atomically(record, json.dumps({"decoder": [PIL.__version__, _FORM], "files": files}))
     except OSError:
         pass  # Only a memory of what was checked: without it the next start checks again.
