@@ -15,7 +15,9 @@ def get_config(path: str = "images") -> ConfigDict:
     config.total = "30 epochs"
     config.batch_size = 32
     config.data.source = f"folder({path!r})"
-    splits = {role: name for name, role in split_folders(path).items()}
+    splits: dict[str, str] = {}
+    for name, role in split_folders(path).items():
+        splits.setdefault(role, name)
     train = splits.pop("train", "train")
     config.data.train = train if splits else f"{train}[:90%]"
     evals = splits or {"test": f"{train}[90%:]"}  # `val` first

@@ -16,7 +16,7 @@ from PIL import Image
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.data.decode import decode
-from imgclf_jax.data.image_files import Stamp
+from imgclf_jax.data.image_files import Stamp, advice
 from imgclf_jax.run import cache, writers
 from imgclf_jax.run.provenance import write_atomically
 
@@ -88,7 +88,7 @@ def _check(file: Path, depth: int) -> tuple[bool, str]:
     except OSError as e:  # permissions, or a disk that fails: what may be otherwise at the next start
         return False, e.strerror or str(e)
     except UserError as e:
-        return True, str(e)
+        return True, advice(file.name) or str(e)
     return True, ""
 
 

@@ -38,6 +38,7 @@ def photos(root: Path, *places: str, count: int = 6) -> Path:
         (["train", "val", "test"], "train", {"val": "val", "test": "test"}),
         (["train", "valid", "test"], "train", {"val": "valid", "test": "test"}),
         (["train", "validation"], "train", {"val": "validation"}),
+        (["train", "validation", "val"], "train", {"val": "val"}),
         (["train", "test"], "train", {"test": "test"}),
         (["Training", "Testing"], "Training", {"test": "Testing"}),
     ],
