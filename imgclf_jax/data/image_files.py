@@ -8,7 +8,7 @@ from pathlib import Path
 
 from imgclf_jax.core.errors import UserError
 
-# Formats of pixels. Some of them Pillow does not read: such a file is a photograph too, and to be named as unreadable.
+# Formats of pixels: those that Pillow reads, and others, whose files are photographs too and so are named as unreadable.
 _FORMATS = """apng avif avifs bmp bw cur dcx dds dib gif icb icns ico j2c j2k jfif jp2 jpc jpe jpeg jpf jpg jpx mpo msp
     pbm pcx pfm pgm png pnm ppm psd qoi ras rgb rgba sgi tga tif tiff vda vst webp xbm xpm"""
 _NOT_READ = "arw cr2 cr3 dng heic heif jxl nef orf raf rw2"
