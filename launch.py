@@ -26,6 +26,7 @@ from ml_collections import ConfigDict, config_flags
 from imgclf_jax import config as configs
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.text import prepare_streams, printable
 from imgclf_jax.run import cache
 
 COMMANDS = {
@@ -70,18 +71,16 @@ class UsageError(Exception):
 
 def main(argv: list[str]) -> int:
     """Runs the command line `argv`, without the program's name; returns the exit status."""
-    if any(a in ("--help", "-help", "-h", "--helpfull", "--helpshort") for a in argv):
-        print(HELP, end="")
-        return 0
+    prepare_streams()
     try:
         status = _run(argv)
         sys.stdout.flush()
         return status
     except UsageError as e:
-        print(f"error: {e}\nsee launch.py --help", file=sys.stderr)
+        print(f"error: {printable(str(e))}\nsee launch.py --help", file=sys.stderr)
         return 2
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {printable(str(e))}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # who read the output, such as `head`, wants no more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at exit
@@ -89,12 +88,15 @@ def main(argv: list[str]) -> int:
     except OSError as e:
         if e.strerror is None:
             raise
-        what = f"{e.filename or 'a file'}: {e.strerror}"
-        print(f"error: {what}; fix the cause and run the same command again", file=sys.stderr)
+        what = f"{e.filename or 'a file or the output'}: {e.strerror}"
+        print(f"error: {printable(what)}; fix the cause and run the same command again", file=sys.stderr)
         return 1
 
 
 def _run(argv: list[str]) -> int:
+    if any(a in ("--help", "-help", "-h", "--helpfull", "--helpshort") for a in argv):
+        print(HELP, end="")
+        return 0
     config_path, argv = _take_config(argv)
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     if command not in COMMANDS:
@@ -198,7 +200,7 @@ def _set_environment(deterministic: bool) -> None:
     os.environ["XLA_FLAGS"] = " ".join([*own.split(), *added])
     # Programs compiled once are kept, by kind of processor since a home folder may be shared by several.
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = [platform.processor()]
     kind = "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

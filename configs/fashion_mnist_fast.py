@@ -29,7 +29,6 @@ def get_config() -> ConfigDict:
     config.model = "cnn(widths=(16, 32), hidden=128)"
     config.optimizer = "adam(b2=0.95)"
     config.schedule = "one_cycle(1e-2, warmup='10%')"
-    config.tensorboard = False  # TensorFlow, which writes its files, takes seconds to import
     config.log_every = "200 steps"
     config.eval_every = ""
     config.checkpoint_every = ""

@@ -2,11 +2,12 @@
 
     uv run launch.py --config configs/folder.py:PATH --workdir runs/mine
 
-PATH holds `cat/1.jpg`, `dog/2.png`, …; a tenth of the images, chosen by a hash of their names, is held out. Where
-PATH has `train/` and `test/`, add `--config.data.train=train --config.data.eval.test=test`.
+PATH holds `cat/1.jpg`, `dog/2.png`, …; a tenth of the images, chosen by a hash of their names, is held out as `test`.
+Where PATH holds `train/` and `val/` or `test/` (or both), these are used as they are: the best checkpoint is that by
+`val` where there is one, and by `test` else.
 """
 
-from imgclf_jax.config import ConfigDict, default_config
+from imgclf_jax.config import ConfigDict, default_config, split_folders
 
 
 def get_config(path: str = "images") -> ConfigDict:
@@ -14,8 +15,13 @@ def get_config(path: str = "images") -> ConfigDict:
     config.total = "30 epochs"
     config.batch_size = 32
     config.data.source = f"folder({path!r})"
-    config.data.train = "train[:90%]"
-    config.data.eval = {"test": "train[90%:]"}
+    splits: dict[str, str] = {}
+    for name, role in split_folders(path).items():
+        splits.setdefault(role, name)
+    train = splits.pop("train", "train")
+    config.data.train = train if splits else f"{train}[:90%]"
+    evals = splits or {"test": f"{train}[90%:]"}  # `val` first
+    config.data.eval = evals
     config.preprocess = "decode(3)|random_resized_crop(64, scale=(0.6, 1.0))"
     config.preprocess_eval = "decode(3)|resize_small(72)|central_crop(64)"
     config.augment = "flip_lr|normalize(mean=0.5, std=0.25)"
@@ -25,5 +31,5 @@ def get_config(path: str = "images") -> ConfigDict:
     config.log_every = "1 epochs"
     config.eval_every = "5 epochs"
     config.checkpoint_every = "5 epochs"
-    config.checkpoint.best = "test/accuracy"
+    config.checkpoint.best = f"{next(iter(evals))}/accuracy"
     return config

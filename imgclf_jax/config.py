@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from imgclf_jax.core.errors import UserError, reason, unknown
+from imgclf_jax.core.split_folders import split_folders as split_folders
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     "data.source": ("digits", "digits, tfds('name'), folder('path'), arrays('file.npz') or fake(n, shape, classes)."),
     "data.train": ("train", "The split to train on, in TFDS syntax: 'train[:90%]', 'train[1000:]+extra'."),
     "data.eval": ({"test": "test"}, 'Evaluation sets: a name and a split for each; of another source "fake()/test".'),
+    "data.unreadable": (
+        "error",
+        "Image files of a folder that cannot be read: 'error' stops and lists them all, 'skip' trains without them.",
+    ),
     "data.data_dir": ("", "Where TFDS keeps prepared data, a bucket too; empty: ~/tensorflow_datasets."),
     "data.manual_dir": ("", "Original files already downloaded, for machines without a network (TFDS)."),
     "data.placement": ("host", "'host' streams batches; 'device' keeps the whole uint8 set on the accelerator."),
@@ -181,7 +186,11 @@ def validate(config: ConfigDict) -> None:
     ):
         if flatten(config)[key] < least:
             raise UserError(f"{key}={flatten(config)[key]}: must be {least} or more")
-    for key, allowed in (("precision", ("float32", "bfloat16")), ("data.placement", ("host", "device"))):
+    for key, allowed in (
+        ("precision", ("float32", "bfloat16")),
+        ("data.placement", ("host", "device")),
+        ("data.unreadable", ("error", "skip")),
+    ):
         if (value := flatten(config)[key]) not in allowed:
             raise UserError(unknown(key, value, allowed))
     if not 0 <= config.ema < 1:

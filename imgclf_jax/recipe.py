@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax import losses, metrics
 from imgclf_jax.augment import mixing, ops, tta
-from imgclf_jax.core import spec
 from imgclf_jax.models import classifier
 from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
 from imgclf_jax.run.provenance import DataInfo
@@ -134,8 +133,8 @@ class Recipe:
 def check_names(config: ConfigDict) -> None:
     """Raises UserError for a spec that names nothing, before data are opened, which may take minutes."""
     classifier.build(config.model, 2, config.precision)
-    for text, table, kind in ((config.loss, losses.LOSSES, "loss"), (config.schedule, schedules.SCHEDULES, "schedule")):
-        spec.lookup(spec.parse_one(text), table, kind)
+    losses.link_of(config.loss)
+    schedules.check_name(config.schedule)
     optimizers.build(config.optimizer, optax.constant_schedule(0.0), config.clip)
     ops.build(config.augment, train=True)
     mixing.build(config.mix)

@@ -29,13 +29,14 @@ PACKAGES = {"", "augment", "commands", "core", "data", "models", "models.cpu", "
 HEAVY = {
     "tensorflow": {"core.tensorflow_import"},
     "tensorflow_datasets": {"data.prepare"},
-    "clu": {"commands.train_setup", "run.writers"},
+    "clu": {"commands.train_setup"},
+    "tensorboard": {"run.event_file"},
     "sklearn": {"data.sources", "metrics"},
     "orbax": {"run.checkpoint"},
 }
-INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "sklearn"}
+INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "tensorboard", "sklearn"}
 # What prints help and configs, and so must not import JAX: these and all that they import.
-LIGHT = {"launch", "run.cache", "config", "core.errors", "core.signals", "core.spec"}
+LIGHT = {"launch", "run.cache", "config", "core.errors", "core.signals", "core.spec", "core.split_folders", "core.text"}
 
 
 def module_files():
@@ -128,6 +129,17 @@ def test_model_files_say_nothing_of_how_arrays_lie_in_memory():
         file = PACKAGE / "models" / f"{name}.py"
         assert not words.findall(file.read_text()), file
         assert not [used for used in own_imports(file) if used.startswith("models.cpu")], file
+
+
+def test_text_is_read_and_written_as_utf_8():
+    """Whatever the locale: each call that opens a file as text says its encoding."""
+    others = {"os.open", "Image.open", "self.open", "content.open", "archive.open"}  # the last two are zip files
+    for name, file in FILES.items():
+        for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
+            function = ast.unparse(call.func)
+            if re.search(r"(^|\.)(open|read_text|write_text)$", function) and function not in others:
+                binary = any(re.fullmatch(r"'[rwx]b'", ast.unparse(value)) for value in call.args)
+                assert binary or "encoding" in {k.arg for k in call.keywords}, f"{name}, line {call.lineno}"
 
 
 def test_files_are_short_and_have_a_purpose():

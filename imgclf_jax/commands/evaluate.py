@@ -81,7 +81,7 @@ def open_evals(programs: Programs, base: dict[str, sources.Source]) -> dict[str,
     report_host_ops(programs)
     for name, text in config.data.eval.items():
         spec, slash, split = text.rpartition("/") if ")" in text else ("", "", text)
-        own = sources.open_splits(spec, config.data.data_dir, config.data.manual_dir) if slash else base
+        own = sources.open_data(config.data, spec) if slash else base
         source = sources.take_split(own, split)
         if tuple(source.class_names) != programs.recipe.data.class_names:
             raise UserError(f"data.eval.{name}={text!r} has the classes {list(source.class_names)[:5]}…, "
@@ -98,11 +98,12 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str) -
     """The command `evaluate`: prints the metrics of each evaluation set, and a table of its classes.
 
     It evaluates the run in `workdir`. If that is None, it evaluates the weights that `init_from` names. The format
-    "json" prints one object: the `step`, and for each set its metrics and its `confusion`, [label][prediction]. Above
-    CONFUSION_CLASSES classes there is no `confusion`, but `class_examples`, `class_predicted` and `class_correct`.
+    "json" prints one object: the `step`, and for each set its metrics, its `class_names` and, in their order, its
+    `confusion`, [label][prediction]. Above CONFUSION_CLASSES classes there is no `confusion`, but `class_examples`,
+    `class_predicted` and `class_correct`.
     """
     restored = restore(config, workdir, which) if workdir else None
-    base = sources.open_splits(config.data.source, config.data.data_dir, config.data.manual_dir)
+    base = sources.open_data(config.data)
     programs, state, step = restored or (*convert(config, base), 0)
     if workdir:
         _warn_of_changed_data(programs, workdir.load_config(), base)
@@ -115,6 +116,7 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str) -
     if format == "json":
         for name, counts in classes.items():
             shown = ("confusion",) if "confusion" in counts else tuple(counts)
+            results[name] |= {"class_names": list(programs.recipe.data.class_names)}
             results[name] |= {key: counts[key].tolist() for key in shown}
         print(json.dumps(results, indent=2))
         return 0
@@ -145,10 +147,9 @@ def _print_classes(class_names: tuple[str, ...], counts: dict[str, np.ndarray]) 
     Recall is the share of the class's examples that are predicted right, precision the share of the predictions of the
     class that are right.
     """
-    from rich.table import Table
-
     confusion = counts.get("confusion")
-    table = Table("class", "examples", "recall", "precision", *([] if confusion is None else ["most often taken for"]))
+    columns = ["class", "examples", "recall", "precision", *([] if confusion is None else ["most often taken for"])]
+    rows = []
     for i, name in enumerate(class_names):
         examples, predicted, right = (counts[f"class_{key}"][i] for key in ("examples", "predicted", "correct"))
         row = [name, str(examples), f"{right / examples:.4f}" if examples else ""]
@@ -156,8 +157,8 @@ def _print_classes(class_names: tuple[str, ...], counts: dict[str, np.ndarray]) 
         if confusion is not None:
             wrong = confusion[i] * (np.arange(len(class_names)) != i)
             row.append(f"{class_names[int(wrong.argmax())]} ({wrong.max()})" if wrong.any() else "")
-        table.add_row(*row)
-    print_table(table)
+        rows.append(row)
+    print_table(columns, rows)
     if confusion is None:
         print(f"The column 'most often taken for' is left out: it needs the confusion matrix, which is counted for up "
               f"to {metrics.CONFUSION_CLASSES} classes only, and these are {len(class_names)}.")  # fmt: skip

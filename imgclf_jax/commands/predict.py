@@ -1,6 +1,7 @@
 """Classifies new images with a trained run, by the class names and host ops that its work directory recorded."""
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,36 +14,39 @@ from ml_collections import ConfigDict
 from imgclf_jax.commands.trained import convert, report_host_ops, restore
 from imgclf_jax.core import named_warnings, sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import decode, sources
+from imgclf_jax.core.text import printable, utf8
+from imgclf_jax.data import decode, image_check, image_files, sources
 from imgclf_jax.programs import Programs
 from imgclf_jax.run import writers
 from imgclf_jax.run.workdir import Workdir
 
+log = logging.getLogger(__name__)
+
 
 def find_files(paths: list[str]) -> list[Path]:
-    """The files at `paths`: each file that is named, and the files inside each directory, sorted, without hidden ones.
+    """The files at `paths`: each file that is named, and the images inside each directory, in the order of their names.
 
-    Raises UserError for a path that does not exist and for a directory without files.
+    What is an image says `image_files`, as for training; how many other files there are is logged. Raises UserError for
+    a path that does not exist or is no regular file, and for a directory without images.
     """
     files: list[Path] = []
     for text in paths:
         path = Path(text)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
+            found = image_files.find(path)
+            if counted := image_files.counted(found.strays):
+                log.info("%s: not used: %s", path, counted)
+            inside = sorted([*found.images, *found.lost], key=lambda name: name.split("/"))
             if not inside:
-                raise UserError(f"predict: the directory {text!r} holds no files")
-            files += inside
+                raise UserError(f"predict: the directory {text!r} holds no images")
+            files += [path / name for name in inside]
         elif path.is_file():
             files.append(path)
         elif path.exists():
-            raise UserError(f"predict: {text!r} is neither a regular file nor a directory")
+            raise UserError(f"predict: {text!r} is a pipe, socket or device; name image files or directories")
         else:
             raise UserError(f"predict: there is no file or directory {text!r} (working directory: {Path.cwd()})")
     return files
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts) or path.name == "Thumbs.db"
 
 
 def predict(programs: Programs, state: Any, files: list[Path]) -> Iterator[tuple[Path, np.ndarray | UserError]]:
@@ -85,6 +89,8 @@ def predict(programs: Programs, state: Any, files: list[Path]) -> Iterator[tuple
 def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str, paths: list[str], top_k: int) -> int:
     """The command `predict`: prints the `top_k` classes of each image; 1 if an image could not be classified, else 0.
 
+    With `data.unreadable` "skip", unreadable files of directories do not count: one line says how many there are.
+
     It uses the run in `workdir`. If that is None, it uses the weights that `init_from` names and the classes of the
     config's source. The loss says what probabilities are (see `losses.Link`): after `sigmoid` they do not add up to 1.
     """
@@ -96,24 +102,32 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str, p
     if workdir:
         programs, state, _ = restore(config, workdir, which)
     else:
-        base = sources.open_splits(config.data.source, config.data.data_dir, config.data.manual_dir)
+        base = sources.open_data(config.data)
         programs, state = convert(config, base)
     names = programs.recipe.data.class_names
     records: list[dict[str, Any]] = []
-    failed = 0
+    failed, skipped = 0, {}
+    may_skip = set(files) - set(map(Path, paths)) if config.data.unreadable == "skip" else set()
     for file, result in predict(programs, state, files):
         if isinstance(result, UserError):
-            failed += 1
-            print(f"error: {result}", file=sys.stderr)
-            records.append({"file": str(file), "error": str(result)})
+            if file in may_skip and not image_check.readable(file):
+                skipped[str(file)] = str(result).removeprefix(f"{file}: ")
+            else:
+                failed += 1
+                print(f"error: {printable(str(result))}", file=sys.stderr)
+            records.append({"file": utf8(str(file)), "error": str(result)})
         else:
             best = np.argsort(-result, kind="stable")[: max(1, top_k)]
             top = [{"class": names[c], "probability": round(float(result[c]), 6)} for c in best]
-            records.append({"file": str(file), "predictions": top})
+            records.append({"file": utf8(str(file)), "predictions": top})
     if format == "json":
         print(json.dumps(records, indent=2))
     else:
         _print_table([r for r in records if "predictions" in r])
+    if skipped:
+        listed = image_check.write_list("predict", skipped)
+        log.warning("%d unreadable files are left out; all are listed in %s", len(skipped), listed or "no file, since "
+                    "the cache folder cannot be written")  # fmt: skip
     if failed:
         others = "; the others are above" if failed < len(files) else ""
         print(f"error: {failed} of {len(files)} images could not be classified{others}", file=sys.stderr)
@@ -121,13 +135,8 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str, p
 
 
 def _print_table(records: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-
     if not records:
         return
-    table = Table("file")
-    for rank in range(len(records[0]["predictions"])):
-        table.add_column(f"top {rank + 1}")
-    for record in records:
-        table.add_row(record["file"], *(f"{p['class']} {p['probability']:.4f}" for p in record["predictions"]))
-    writers.print_table(table)
+    ranks = [f"top {rank + 1}" for rank in range(len(records[0]["predictions"]))]
+    rows = [[r["file"], *(f"{p['class']} {p['probability']:.4f}" for p in r["predictions"])] for r in records]
+    writers.print_table(["file", *ranks], rows)

@@ -53,7 +53,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     check_names(config)
     before = workdir.check_config(config, may_differ=("total",) if extend else ())
 
-    base = sources.open_splits(config.data.source, config.data.data_dir, config.data.manual_dir)
+    base = sources.open_data(config.data)
     train_source = sources.take_split(base, config.data.train)
     images = stream.Images(train_source, config.preprocess, config.seed, config.data.threads)
     compiling = programs.of_images(config, images)
@@ -64,7 +64,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     tracing = _trace(compiling)
     weights = pretrained.load(compiling) if config.init_from and not workdir.has_checkpoints() else None
     compiled, eval_compiled = _compile_in_background(compiling, tracing)
-    workdir.record(config, recipe.data, weights.source if weights else None)
+    workdir.record(config, recipe.data, weights.source if weights else None, sources.left_out(base))
 
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
     start, run = checkpoints.restore_latest(compiling.shape) or (0, None)
@@ -78,6 +78,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     if before:
         extension.check(Recipe(before, recipe.data), recipe, start, workdir.path)
         workdir.extend(config, start)
+    log.info("%s", sources.describe_use(base, config.data))
     log.info(
         "%d examples of %s, %d classes, %d steps of %d on %d %s device%s", len(images), list(images.shape),
         len(recipe.data.class_names), recipe.total, config.batch_size, compiling.mesh.size, compiling.platform,

@@ -3,18 +3,26 @@
 import concurrent.futures
 import hashlib
 import json
+import logging
 import os
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from imgclf_jax.core.errors import UserError
-from imgclf_jax.data.decode import decode
-from imgclf_jax.run import cache
+from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.split_folders import class_folders, split_folders
+from imgclf_jax.core.text import printable, utf8
+from imgclf_jax.data import image_check, image_files
+from imgclf_jax.data.image_files import Found
+from imgclf_jax.run import writers
 
-SPLIT_NAMES = ("train", "test", "val", "validation")
+log = logging.getLogger(__name__)
+
+_LISTING = 16  # folders listed at once: a file system in a network takes long for each file, but takes many at a time
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class FolderSource:
     labels: np.ndarray  # i32[n]
     sizes: tuple[int, ...]  # bytes
     class_names: tuple[str, ...]
+    left_out: tuple[str, ...] = ()  # the unreadable files, with their folders; sorted
 
     def __len__(self) -> int:
         return len(self.files)
@@ -39,33 +48,73 @@ class FolderSource:
 
     def fingerprint(self) -> str:
         """Over names, sizes and classes; contents are not read."""
-        whole = json.dumps([self.files, self.sizes, self.class_names])
+        whole = json.dumps([[utf8(file) for file in self.files], self.sizes, self.class_names])
         return hashlib.sha256(whole.encode()).hexdigest()
 
 
-def folder(path: str, train_per_class: int = 0, draw: int = 0) -> dict[str, FolderSource]:
+def folder(path: str, train_per_class: int = 0, draw: int = 0, *, unreadable: str = "error") -> dict[str, FolderSource]:
     """Images under `path`: `path/CLASS/…` is the split `train`; `path/train/CLASS/…` and `path/test/CLASS/…` are two.
 
-    With `train_per_class`, so many images of each class of the former are `train`, and all others `test`; which ones
-    follows from their names and the number `draw`, for splits of their own for several runs.
+    Split folders are called as `core.split_folders` says. With `train_per_class`, so many images of each class of a
+    folder without splits are `train`, and all others `test`; which ones follows from their names and the number `draw`,
+    for splits of their own for several runs.
 
-    Every file is decoded once, in parallel, so that a broken one is named here and not in mid-training; which files
-    were good is remembered, by size and time of change, in the user's cache folder. Hidden files are passed over.
+    Files that cannot be read are found at the start, see `image_check`, and all listed in one file. With `unreadable`
+    "skip" they are left out, and what the source holds follows from the files that are left. What is no image, see
+    `image_files`, and what lies outside of the class folders is counted in the log.
     Raises UserError naming the folder or file at fault.
     """
+    if unreadable not in ("error", "skip"):
+        raise UserError(unknown("value of unreadable", unreadable, ("error", "skip")))
     root = Path(path).expanduser()
     if not root.is_dir():
         raise UserError(f"folder: there is no directory {str(root)!r} (working directory: {Path.cwd()})")
-    inner = _subfolders(root)
-    split_roots = {d.name: d for d in inner if d.name in SPLIT_NAMES and _subfolders(d)} or {"train": root}
+    split_roots = {name: root / name for name in split_folders(root)} or {"train": root}
     # The classes of every split are those of the union, so that labels agree between splits.
-    class_names = tuple(sorted({d.name for split in split_roots.values() for d in _subfolders(split)}))
+    class_names = tuple(sorted({utf8(d.name) for split in split_roots.values() for d in class_folders(split)}))
     if len(class_names) < 2:
         raise UserError(f"folder: {root} holds {len(class_names)} class folders; expected at least two, one a class")
-    out = {name: _scan(split_root, class_names) for name, split_root in split_roots.items()}
-    for source in out.values():
-        _check(source)
+    scans = {name: _scan(split_root, class_names) for name, split_root in split_roots.items()}
+    sources, found = zip(*scans.values(), strict=True)
+    _log_passed_over(root, sources, sum((f.strays for f in found), Counter()))
+    out = _readable(root, scans, unreadable)
     return _few(out, train_per_class, draw) if train_per_class else out
+
+
+def _readable(root: Path, scans: dict[str, tuple[FolderSource, Found]], unreadable: str) -> dict[str, FolderSource]:
+    """The sources without unreadable files; UserError names these unless `unreadable` is "skip"."""
+    bad = {}
+    for name, (source, found) in scans.items():
+        bad[name] = found.lost | image_check.unreadable(source.root, found.images, whole=unreadable == "skip")
+    reasons = {str(scans[name][0].root / file): reason for name in bad for file, reason in bad[name].items()}
+    if not reasons:
+        return {name: source for name, (source, _) in scans.items()}
+    file = image_check.write_list(f"{printable(root.resolve().name)}-{image_check.identity(root)[:8]}", reasons)
+    listed = f"all are listed in {file}" if file else "their list could not be written to the cache folder"
+    if unreadable == "error":
+        shown = "; ".join(f"{file} ({reason})" for file, reason in sorted(reasons.items())[:3])
+        more = f" and {len(reasons) - 3} more; {listed}" if len(reasons) > 3 else ""
+        raise UserError(f"folder: not a readable image: {shown}{more}; repair, move or remove it, or leave out all "
+                        "such files by --config.data.unreadable=skip")  # fmt: skip
+    log.warning("%s: %d unreadable files are left out; %s", root, len(reasons), listed)
+    return {name: _without(source, bad[name]) for name, (source, _) in scans.items()}
+
+
+def _without(source: FolderSource, bad: dict[str, str]) -> FolderSource:
+    """The source without these files. Raises UserError where nothing is left of a class folder."""
+    kept = _part(source, np.array([file not in bad for file in source.files], bool))
+    classes = {file.partition("/")[0] for file in kept.files}
+    if gone := sorted({file.partition("/")[0] for file in bad} - classes):
+        raise UserError(f"folder: the class folder {source.root / gone[0]} holds no readable image; add some or "
+                        "remove it")  # fmt: skip
+    return replace(kept, left_out=tuple(utf8(str(source.root / file)) for file in sorted(bad)))
+
+
+def _part(source: FolderSource, which: np.ndarray) -> FolderSource:
+    """The examples where bool[n] is true."""
+    places = np.flatnonzero(which)
+    files, sizes = tuple(source.files[i] for i in places), tuple(source.sizes[i] for i in places)
+    return replace(source, files=files, labels=source.labels[places], sizes=sizes)
 
 
 def _few(splits: dict[str, FolderSource], train_per_class: int, draw: int) -> dict[str, FolderSource]:
@@ -86,68 +135,36 @@ def _few(splits: dict[str, FolderSource], train_per_class: int, draw: int) -> di
         keys = [hashlib.sha256(os.fsencode(f"{draw}/{source.files[i]}")).digest() for i in places]
         chosen[places[sorted(range(len(places)), key=keys.__getitem__)[:train_per_class]]] = True
 
-    def part(which: np.ndarray) -> FolderSource:
-        places = np.flatnonzero(which)
-        files, sizes = tuple(source.files[i] for i in places), tuple(source.sizes[i] for i in places)
-        return FolderSource(source.root, files, source.labels[places], sizes, source.class_names)
-
-    return {"train": part(chosen), "test": part(~chosen)}
+    return {"train": _part(source, chosen), "test": _part(source, ~chosen)}
 
 
-def _subfolders(path: Path) -> list[Path]:
-    return sorted(d for d in path.iterdir() if d.is_dir() and not d.name.startswith("."))
-
-
-def _scan(root: Path, class_names: tuple[str, ...]) -> FolderSource:
-    found: list[tuple[str, int, int]] = []
-    for class_folder in _subfolders(root):
-        before = len(found)
-        for directory, subdirectories, names in os.walk(class_folder):
-            subdirectories[:] = [d for d in subdirectories if not d.startswith(".")]
-            for name in names:
-                file = Path(directory, name)
-                if not name.startswith(".") and name != "Thumbs.db":
-                    try:
-                        size = file.stat().st_size
-                    except OSError as e:  # a link to nowhere, say
-                        raise UserError(f"folder: {file}: {e.strerror}; repair, move or remove it") from e
-                    relative = file.relative_to(root).as_posix()
-                    found.append((relative, class_names.index(class_folder.name), size))
-        if len(found) == before:
+def _scan(root: Path, class_names: tuple[str, ...]) -> tuple[FolderSource, Found]:
+    """The images of a split's folder, before any is opened, and all that was found beside them."""
+    whole = Found()
+    folders = class_folders(root)
+    with writers.busy(f"listing {root}"), concurrent.futures.ThreadPoolExecutor(_LISTING) as pool:
+        results = list(pool.map(image_files.find, folders))
+    for class_folder, found in zip(folders, results, strict=True):
+        if not found.images and not found.lost:
             raise UserError(f"folder: the class folder {class_folder} holds no images; add some or remove it")
-    found.sort(key=lambda f: hashlib.sha256(os.fsencode(f[0])).digest())
-    files, labels, sizes = zip(*found, strict=True)
-    return FolderSource(root, files, np.array(labels, np.int32), sizes, class_names)
+        whole.images |= {f"{class_folder.name}/{name}": stamp for name, stamp in found.images.items()}
+        whole.lost |= {f"{class_folder.name}/{name}": reason for name, reason in found.lost.items()}
+        whole.strays += found.strays
+    files = tuple(sorted(whole.images, key=lambda file: hashlib.sha256(os.fsencode(file)).digest()))
+    number = {name: label for label, name in enumerate(class_names)}
+    labels = np.array([number[utf8(file.partition("/")[0])] for file in files], np.int32)
+    return FolderSource(root, files, labels, tuple(whole.images[file][0] for file in files), class_names), whole
 
 
-def _check(source: FolderSource) -> None:
-    """Decodes each file that is not known to be good; UserError names the broken ones."""
-    record = cache.folder("checked") / (hashlib.sha256(str(source.root.resolve()).encode()).hexdigest()[:32] + ".json")
-    try:
-        good = dict(json.loads(record.read_text()))
-    except (OSError, ValueError, TypeError):
-        good = {}
-    stamps = {}
-    for name in source.files:
-        stat = (source.root / name).stat()
-        stamps[name] = [stat.st_size, stat.st_mtime_ns]
-    to_check = [name for name in source.files if good.get(name) != stamps[name]]
-
-    def error(name: str) -> str | None:
-        try:
-            decode((source.root / name).read_bytes())
-        except (OSError, UserError) as e:
-            return f"{source.root / name} ({e})"
-        return None
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        errors = [e for e in pool.map(error, to_check) if e]
-    if errors:
-        more = f" and {len(errors) - 3} more" if len(errors) > 3 else ""
-        raise UserError(f"folder: not a readable image: {'; '.join(errors[:3])}{more}; repair, move or remove it")
-    if to_check:
-        try:
-            record.parent.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(stamps))
-        except OSError:
-            pass  # Only a memory of what was checked: without it the next start checks again.
+def _log_passed_over(root: Path, splits: Iterable[FolderSource], strays: Counter[str]) -> None:
+    """Says in one line what lies in the folder and is not used."""
+    places = list(dict.fromkeys([root, *(source.root for source in splits)]))
+    used = {*places, *(class_folder for source in splits for class_folder in class_folders(source.root))}
+    loose = image_files.beside(places)
+    parts = [f"the folder {folder.name}" for folder in class_folders(root) if folder not in used]
+    if images := len(loose.images) + len(loose.lost):
+        parts.append(f"{images} image{'s' * (images > 1)} outside of the class folders")
+    if counted := image_files.counted(strays + loose.strays):
+        parts.append(counted)
+    if parts:
+        log.info("%s: not used: %s", root, ", ".join(parts))

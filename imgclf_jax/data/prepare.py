@@ -48,7 +48,7 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> Prepared:
     identity = repr((name, str(Path(data_dir).expanduser()), importlib.metadata.version("tensorflow-datasets")))
     record = cache.folder("tfds") / (hashlib.sha256(identity.encode()).hexdigest()[:32] + ".json")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads(record.read_text())
+        found = json.loads(record.read_text(encoding="utf-8"))
         if found["info"] == _digest(Path(found["directory"])):
             splits = {split: (int(n), str(text)) for split, (n, text) in found["splits"].items()}
             return Prepared(tuple(found["class_names"]), splits, open_now)

@@ -1,7 +1,10 @@
 """Splits in TFDS's syntax, `train[:90%]+extra[100:200]`, for every source."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 from imgclf_jax.core.errors import UserError, unknown
 
@@ -18,7 +21,7 @@ class Part:
     stop: int
 
 
-def resolve(text: str, sizes: dict[str, int]) -> list[Part]:
+def resolve(text: str, sizes: Mapping[str, int]) -> list[Part]:
     """The parts of a split, given the size of each base split.
 
     A percentage is rounded to the nearest example and a negative bound counts from the end, as TFDS does. Raises
@@ -40,6 +43,35 @@ def resolve(text: str, sizes: dict[str, int]) -> list[Part]:
             raise UserError(f"split {piece.strip()!r} holds no example; {name!r} has {n}")
         parts.append(part)
     return parts
+
+
+def describe(train: str, evals: Mapping[str, str], sizes: Mapping[str, int]) -> str:
+    """A line that says which split serves what, and what of the base splits, given their sizes, serves nothing.
+
+    `evals` are the evaluation sets by name; one of another source, `folder('x')/test`, is named without its size.
+    """
+    texts = [train, *(text for text in evals.values() if ")" not in text)]
+    parts = {text: resolve(text, sizes) for text in texts}
+
+    def words(text: str) -> str:
+        return f"{text} ({sum(p.stop - p.start for p in parts[text])})" if text in parts else text
+
+    said = [f"trained on: {words(train)}"]
+    if evals:
+        said.append("evaluated: " + ", ".join(f"{name} = {words(text)}" for name, text in evals.items()))
+    unused = {name: n - _covered([p for some in parts.values() for p in some if p.name == name], n)
+              for name, n in sizes.items()}  # fmt: skip
+    if left := [f"{count} of the {sizes[name]} examples of {name}" for name, count in unused.items() if count]:
+        said.append("not used: " + ", ".join(left))
+    return "; ".join(said)
+
+
+def _covered(parts: list[Part], size: int) -> int:
+    """How many of a base split's examples are in at least one of the parts."""
+    used = np.zeros(size, bool)
+    for part in parts:
+        used[part.start : part.stop] = True
+    return int(used.sum())
 
 
 def _bound(text: str | None, n: int, default: int, piece: str) -> int:

@@ -10,17 +10,19 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from imgclf_jax.core import named_warnings, rng
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import decode, decoded
+from imgclf_jax.data import decode, decoded, image_check
 from imgclf_jax.data.read_ahead import Batch, read_ahead
 from imgclf_jax.data.sources import Source, class_counts
 from imgclf_jax.run.provenance import DataInfo
 
+_SKIP = "; repair or remove the file, or leave out all such files by --config.data.unreadable=skip in a new --workdir"
 _ROUNDS = 6
 _CACHE_BYTES = 1 << 30  # Decoded sets up to this size are decoded once and held in memory.
 
@@ -158,7 +160,8 @@ class Images:
             with named_warnings.about(lambda: name(example)):
                 return self._ops(image, seed, position)
         except UserError as e:
-            raise UserError(f"{name(example)}: {e}") from e
+            hint = _SKIP if os.path.isfile(name(example)) and not image_check.readable(Path(name(example))) else ""
+            raise UserError(f"{name(example)}: {e}{hint}") from e
         except (TypeError, ValueError) as e:
             if ":" in self.preprocess:
                 raise  # the user's own op: the traceback shows where

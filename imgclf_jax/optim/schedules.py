@@ -98,3 +98,8 @@ def build(text: str, steps: Steps, total: int) -> optax.Schedule:
     `steps` turns a duration into whole steps. It raises UserError for text that is no duration.
     """
     return spec.bind(spec.parse_one(text), SCHEDULES, "schedule", given=("steps", "total"))(steps, total)
+
+
+def check_name(text: str) -> None:
+    """Raises UserError unless the spec names a schedule. Its arguments are checked where the steps are known."""
+    spec.lookup(spec.parse_one(text), SCHEDULES, "schedule")

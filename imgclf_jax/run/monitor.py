@@ -60,7 +60,11 @@ class Monitor:
             self.throughput.count_steps(len(item[0]), waited)
             if self.edges and item[0].start == self.edges[0]:
                 self._wait()
-                jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
+                options = jax.profiler.ProfileOptions()
+                options.python_tracer_level = (
+                    0  # a call of a Python function an event: near the start they are millions
+                )
+                jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True, profiler_options=options)
             yield item
             first = False
 

@@ -54,7 +54,9 @@ def _git() -> dict[str, Any]:
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return (
+            subprocess.run(command, capture_output=True, check=True, timeout=10).stdout.decode(errors="replace").strip()
+        )
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}

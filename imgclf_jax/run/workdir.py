@@ -106,11 +106,14 @@ class Workdir:
         except (UserError, KeyError, TypeError):
             return False
 
-    def record(self, config: ConfigDict, data: DataInfo, init_from: dict[str, Any] | None = None) -> None:
+    def record(
+        self, config: ConfigDict, data: DataInfo, init_from: dict[str, Any] | None = None, left_out: Sequence[str] = ()
+    ) -> None:
         """Writes config.json and provenance.json, each once: they describe the process that began the run.
 
         `init_from` describes the weights that a new run starts from. It is None for a run that starts from random
-        weights or resumes. Raises UserError if the run in the directory began with other data or weights.
+        weights or resumes. `left_out` are the unreadable files that the data are without. Raises UserError if the run
+        in the directory began with other data or weights.
         """
         if self.provenance.is_file():
             old = load_data_info(self.provenance)
@@ -122,6 +125,11 @@ class Workdir:
                 raise UserError(f"the weights in {init_from['path']} have changed since the run in {self.path} began; "
                                 "restore them, or pass another --workdir")  # fmt: skip
         else:
-            write_json(self.provenance, collect(data) | ({"init_from": init_from} if init_from else {}))
+            write_json(
+                self.provenance,
+                collect(data)
+                | ({"init_from": init_from} if init_from else {})
+                | ({"unreadable": {"count": len(left_out), "files": list(left_out)}} if left_out else {}),
+            )
         if not self.config.is_file():
             write_atomically(self.config, configs.to_json(config))

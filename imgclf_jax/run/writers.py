@@ -1,28 +1,33 @@
 """Writes the numbers of a run: to metrics.jsonl, to TensorBoard and to the terminal."""
 
-import concurrent.futures
 import contextlib
+import copy
 import functools
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import progress
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
-from imgclf_jax.core import named_warnings, tensorflow_import
+from imgclf_jax.core import named_warnings
 from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.core.text import printable
+from imgclf_jax.run.event_file import EventFile
+from imgclf_jax.run.provenance import write_atomically
 
 log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Appends records to `metrics.jsonl` and, if CLU is installed, to TensorBoard's event files in `tb/`.
+    """Appends records to `metrics.jsonl` and, if TensorBoard is installed, to its event files in `tb/`.
 
     A record is one line: {"step": 100, "train/loss": …}. A run that resumes at `step` first drops the records after
     this step, and an incomplete last line after a crash. It then writes the same records again.
@@ -36,12 +41,10 @@ class MetricsWriter:
         kept = [r for r in read_metrics(path) if r["step"] <= step]
         # Whether the evaluation of this step is among them. The records of training have a pace.
         self.evaluated = any(r["step"] == step and "train/images_per_second" not in r for r in kept)
-        temporary = path.with_suffix(".tmp")
         with self._writing():
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-            os.replace(temporary, path)
-            self._file = path.open("a")
-            self._tensorboard = _TensorBoard(workdir / "tb") if tensorboard else None
+            write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept))
+            self._file = path.open("a", encoding="utf-8")
+            self._tensorboard = _open_event_file(workdir / "tb", step) if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one record. The operating system has it when this returns, so a killed process does not lose it."""
@@ -49,14 +52,12 @@ class MetricsWriter:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
             if self._tensorboard:
-                self._tensorboard.write(step, dict(values))
+                self._tensorboard.write(step, values)
 
     def sync(self) -> None:
         """Returns when all records are on disk. Called before a checkpoint is saved: its records must not be lost."""
         with self._writing():
             os.fsync(self._file.fileno())
-            if self._tensorboard:
-                self._tensorboard.flush()
 
     def close(self) -> None:
         """Closes the files. Raises nothing: `write` and `sync` have raised what went wrong."""
@@ -69,12 +70,9 @@ class MetricsWriter:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except Exception as e:  # OSError, or one of many types from TensorBoard's writer
-            cause: BaseException = e
-            while cause.__cause__:  # CLU wraps what its thread raised
-                cause = cause.__cause__
+        except OSError as e:
             raise UserError(
-                f"the metrics in {self._directory} could not be written: {reason(cause)}; free some space or "
+                f"the metrics in {self._directory} could not be written: {reason(e)}; free some space or "
                 "repair the disk, and run the same command again"
             ) from e
 
@@ -83,7 +81,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, without damaged lines, which a crash may leave; [] if there is no file."""
     records = []
     if path.is_file():
-        for line in path.read_text(errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
@@ -95,46 +93,30 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-class _TensorBoard:
-    """TensorBoard's event files. A thread writes them, so that training does not wait for TensorFlow's import."""
-
-    def __init__(self, directory: Path):
-        self._writer: Any = None
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
-        self._pending = [self._pool.submit(self._open, str(directory))]
-
-    def _open(self, directory: str) -> None:
-        tensorflow_import.tensorflow().result()
-        try:
-            from clu import metric_writers
-        except ImportError:
-            log.info("CLU or TensorFlow is not installed: no TensorBoard files, metrics.jsonl alone")
-        else:
-            self._writer = metric_writers.SummaryWriter(directory)
-
-    def _submit(self, method: str, *args: Any) -> None:
-        self._pending.append(self._pool.submit(lambda: self._writer and getattr(self._writer, method)(*args)))
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Returns at once. If it fails, `flush` raises the error."""
-        self._submit("write_scalars", step, values)
-
-    def flush(self) -> None:
-        """Returns when everything is written."""
-        self._submit("flush")
-        pending, self._pending = self._pending, []
-        for future in pending:
-            future.result()
-
-    def close(self) -> None:
-        self._submit("close")
-        self._pool.shutdown()
+def _open_event_file(directory: Path, step: int) -> EventFile | None:
+    try:
+        return EventFile(directory, step)
+    except ImportError:
+        log.info("TensorBoard is not installed: its files are not written, metrics.jsonl alone")
+        return None
 
 
 @functools.cache
 def console() -> Console:
     """The console on standard error. There is one only, so that log lines do not break the progress bar."""
     return Console(stderr=True)
+
+
+def busy(what: str) -> contextlib.AbstractContextManager[Any]:
+    """Shows what is being done, on a terminal; elsewhere nothing."""
+    return console().status(escape(printable(what))) if console().is_terminal else contextlib.nullcontext()
+
+
+def track[T](items: Iterable[T], total: int, what: str) -> Iterable[T]:
+    """The items, with a progress bar on a terminal; elsewhere without one."""
+    if not total or not console().is_terminal:
+        return items
+    return progress.track(items, escape(printable(what)), total, console=console(), transient=True)
 
 
 def setup_logging() -> None:
@@ -144,6 +126,7 @@ def setup_logging() -> None:
         line = "%(message)s"
     else:
         handler, line = logging.StreamHandler(), "%(asctime)s %(message)s"
+    handler.addFilter(_printable)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format=line, datefmt="%H:%M:%S", force=True)
     logging.getLogger("imgclf_jax").setLevel(logging.INFO)
     # Orbax logs an error a dozen times, with tracebacks, before it raises it.
@@ -151,6 +134,14 @@ def setup_logging() -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _report_unraisable
     named_warnings.to_log()
+
+
+def _printable(record: logging.LogRecord) -> logging.LogRecord:
+    """The record with names escaped. Only where the message itself begins a new line, as for a table, lines stay."""
+    out, text = copy.copy(record), record.getMessage()
+    lines = text.split("\n") if "\n" in str(record.msg) else [text]
+    out.msg, out.args = "\n".join(map(printable, lines)), None
+    return out
 
 
 _usual_hook = sys.unraisablehook
@@ -162,8 +153,15 @@ def _report_unraisable(unraisable: Any) -> None:
         _usual_hook(unraisable)
 
 
-def print_table(table: Table) -> None:
-    """Prints a table on standard output. If this is no terminal, a row is one line of any length, for programs."""
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table on standard output. If this is no terminal, a row is one line of any length, for programs.
+
+    Characters that are not printable, or that the output's encoding does not have, are escaped.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(printable(cell).encode(encoding, "backslashreplace").decode(encoding) for cell in row))
     width = None if sys.stdout.isatty() else 1000
     Console(width=width, markup=False, emoji=False).print(table)  # a file may be called "a[b]:c:.png"
 

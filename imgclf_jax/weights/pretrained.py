@@ -98,7 +98,7 @@ def _read_workdir(path: Path, programs: Programs) -> Named:
     """The weights of a run's best checkpoint, or of its latest if none is the best; with several seeds the first's."""
     workdir = Workdir(path)
     try:
-        config = json.loads(workdir.config.read_text())
+        config = json.loads(workdir.config.read_text(encoding="utf-8"))
         metric, num_seeds = config["checkpoint"]["best"], config.get("num_seeds", 1)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"init_from={str(path)!r}: this directory holds no run (no readable config.json)") from e

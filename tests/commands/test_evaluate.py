@@ -112,6 +112,7 @@ def test_json(trained, counted, command):
     result = json.loads(command(trained.path, "--format=json"))
     assert list(result) == ["step", "test"]
     assert result["test"].pop("confusion") == counted["confusion"].tolist()
+    assert result["test"].pop("class_names") == [str(c) for c in range(10)]
     assert result["test"] == pytest.approx(metrics.summarize(counted), rel=CLOSE)
     assert result["test"]["accuracy"] == counted["correct"] / N
 
@@ -153,6 +154,7 @@ def test_many_classes(trained, counted, command, monkeypatch):
     assert "up to 9 classes only, and these are 10" in out
     result = json.loads(command(trained.path, "--format=json"))["test"]
     assert "confusion" not in result
+    assert result["class_names"] == [str(c) for c in range(10)]
     assert result["class_examples"] == counted["confusion"].sum(1).tolist()
     assert result["class_predicted"] == counted["confusion"].sum(0).tolist()
     assert result["class_correct"] == np.diag(counted["confusion"]).tolist()

@@ -122,7 +122,7 @@ def test_image_formats(digits, pngs, predict, tmp_path):
 def test_a_broken_image(digits, pngs, predict, tmp_path):
     """It is named on stderr, the others are classified all the same, and the exit status is 1."""
     content = (pngs / "000.png").read_bytes()
-    for name, some in [("a.png", content), ("b.png", content[:60]), ("c.txt", b"hello"), ("d.png", content)]:
+    for name, some in [("a.png", content), ("b.png", content[:60]), ("c.jpg", b"hello"), ("d.png", content)]:
         (tmp_path / name).write_bytes(some)
     status, out, err = predict(digits, tmp_path, "--format=json")
     assert status == 1
@@ -132,10 +132,10 @@ def test_a_broken_image(digits, pngs, predict, tmp_path):
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3
     assert f"{tmp_path}/b.png: the image does not decode" in errors[0]
-    assert f"{tmp_path}/c.txt: the image is not in an image format" in errors[1]
+    assert f"{tmp_path}/c.jpg: the image is not in an image format" in errors[1]
     assert errors[2] == "error: 2 of 4 images could not be classified; the others are above"
     assert "Traceback" not in err
-    status, out, err = predict(digits, tmp_path / "c.txt")
+    status, out, err = predict(digits, tmp_path / "c.jpg")
     assert (status, out) == (1, "")
     assert err.splitlines()[-1] == "error: 1 of 1 images could not be classified"
 

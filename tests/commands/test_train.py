@@ -1,5 +1,6 @@
 """The loop on fake data: it learns, it repeats bit for bit, it resumes bit for bit."""
 
+import gzip
 import json
 import os
 import signal
@@ -47,7 +48,10 @@ def test_it_learns(fake_config, tmp_path, precision):
 def test_profile_traces_the_steps_that_there_are(fake_config, tmp_path):
     """A trace for Perfetto appears; steps that the run does not have are no error."""
     assert train.main(fake_config, Workdir(tmp_path / "a"), profile=(2, 4)) == 0
-    assert list((tmp_path / "a" / "profile").rglob("perfetto_trace.json.gz"))
+    [file] = (tmp_path / "a" / "profile").rglob("perfetto_trace.json.gz")
+    names = [event.get("name", "") for event in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]]
+    assert any("ThunkExecutor" in name for name in names)
+    assert not [name for name in names if name.startswith("$")]  # Python's calls, such as "$threading.py:1 run"
     assert train.main(fake_config, Workdir(tmp_path / "b"), profile=(100, 110)) == 0
     assert not (tmp_path / "b" / "profile").exists()
 

@@ -116,12 +116,12 @@ def test_the_order_depends_on_the_names_alone_and_any_slice_holds_all_classes(tm
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
     names = tuple("abc")
-    order = folder_module._scan(tmp_path, names).files
+    order = folder_module._scan(tmp_path, names)[0].files
     copy = tmp_path.parent / "elsewhere"
     for file in sorted(order):  # made in another order, in another place
         (copy / file).parent.mkdir(parents=True, exist_ok=True)
         (copy / file).write_bytes(b"longer")
-    source = folder_module._scan(copy, names)
+    source = folder_module._scan(copy, names)[0]
     assert source.files == order
     # Of 30 examples drawn at random each class has 10 ± 2.4.
     for start in range(0, 300, 30):
@@ -180,7 +180,7 @@ def test_two_classes_at_least(tmp_path):
 
 @pytest.mark.parametrize("kind", ["text", "empty", "truncated jpeg", "truncated png", "missing"])
 def test_what_is_no_whole_image_is_named(flat, kind):
-    bad = flat / "dog" / {"text": "notes.txt", "truncated jpeg": "half.jpg"}.get(kind, "bad.png")
+    bad = flat / "dog" / {"text": "notes.jpg", "truncated jpeg": "half.jpg"}.get(kind, "bad.png")
     if kind == "missing":
         bad.symlink_to(flat / "nowhere.png")
     elif "truncated" in kind:

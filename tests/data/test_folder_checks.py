@@ -9,8 +9,7 @@ import pytest
 from test_folder import flat, write  # noqa: F401  a fixture
 
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import folder as folder_module
-from imgclf_jax.data import sources, stream
+from imgclf_jax.data import image_check, sources, stream
 from imgclf_jax.data.folder import folder
 
 
@@ -23,8 +22,8 @@ def decoded(monkeypatch):
         calls.append(len(data))
         return original(data, *args)
 
-    original = folder_module.decode
-    monkeypatch.setattr(folder_module, "decode", counting)
+    original = image_check.decode
+    monkeypatch.setattr(image_check, "decode", counting)
     return calls
 
 

@@ -97,3 +97,19 @@ def test_split_mistakes_are_told(text, message):
     with pytest.raises(UserError) as e:
         splits.resolve(text, {"train": 1000, "test": 5, "empty": 0})
     assert message in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("train", "evals", "said"),
+    [
+        ("train", {"test": "test"}, "trained on: train (80); evaluated: test = test (20)"),
+        ("train[:90%]", {"test": "train[90%:]"}, "trained on: train[:90%] (72); evaluated: test = train[90%:] (8); "
+         "not used: 20 of the 20 examples of test"),
+        ("train[:10]+train[5:20]", {}, "trained on: train[:10]+train[5:20] (25); "
+         "not used: 60 of the 80 examples of train, 20 of the 20 examples of test"),
+        ("train+test", {"other": "folder('x')/test"}, "trained on: train+test (100); "
+         "evaluated: other = folder('x')/test"),
+    ],
+)  # fmt: skip
+def test_what_serves_what(train, evals, said):
+    assert splits.describe(train, evals, {"train": 80, "test": 20}) == said

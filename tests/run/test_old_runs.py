@@ -38,6 +38,7 @@ def test_evaluated(old, capsys):
     assert launch.main(["evaluate", f"--workdir={workdir}", "--format=json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["step"] == 6
+    assert result["test"].pop("class_names") == list("0123")
     assert result["test"].pop("confusion") == expected["evaluated"].pop("confusion")
     assert result["test"] == pytest.approx(expected["evaluated"], rel=rounding(DEPTH))
 

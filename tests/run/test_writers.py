@@ -3,6 +3,7 @@
 import importlib.metadata
 import io
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -11,10 +12,10 @@ from pathlib import Path
 import jax
 import pytest
 from rich.console import Console
-from rich.table import Table
 
 from imgclf_jax.commands import train
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.text import printable
 from imgclf_jax.run import monitor, provenance, writers
 from imgclf_jax.run.workdir import Workdir
 
@@ -45,7 +46,7 @@ def test_resuming_drops_what_comes_after(tmp_path, caplog):
     file = tmp_path / "metrics.jsonl"
     kept = ['{"step": 5, "a": 0.1}', '{"step": 10, "a": 0.2}', '{"step": 10, "b": 3}']
     file.write_text("\n".join([*kept, '{"step": 15, "a": 0.3}', '{"step": 20, "a"']))
-    (tmp_path / "metrics.tmp").write_text("junk")
+    (tmp_path / ".metrics.jsonl.tmp").write_text("junk")
     writer = writers.MetricsWriter(tmp_path, 10)
     writer.write(15, {"a": 0.25})
     writer.close()
@@ -72,22 +73,43 @@ def test_a_place_that_cannot_be_written(tmp_path):
         writer.close()  # without a second error
 
 
+def scalars(directory: Path) -> dict[tuple[int, str], float]:
+    """What TensorBoard's own reader finds, by step and tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    return {(e.step, tag): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
+
+
 def test_tensorboard_holds_the_same(finished):
     """Its own reader finds each value of metrics.jsonl at its step."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.util.tensor_util import make_ndarray
-
-    events = EventAccumulator(str(finished / "tb"))
-    events.Reload()
-    found = {
-        (e.step, tag): float(make_ndarray(e.tensor_proto))
-        for tag in events.Tags()["tensors"]
-        for e in events.Tensors(tag)
-    }
     records = writers.read_metrics(finished / "metrics.jsonl")
     expected = {(r["step"], tag): value for r in records for tag, value in r.items() if tag != "step"}
     assert {"train/loss", "train/images_per_second", "test/accuracy"} <= {tag for _, tag in expected}
-    assert found == pytest.approx(expected, rel=1e-6)
+    assert scalars(finished / "tb") == pytest.approx(expected, rel=1e-6)
+
+
+def test_tensorboard_after_resuming(tmp_path):
+    """The values that a resumed run drops, TensorBoard drops too, and none is there twice."""
+    for start, value in ((0, 0.5), (10, 0.25)):
+        writer = writers.MetricsWriter(tmp_path, start)
+        for step in range(start + 5, 21, 5):
+            writer.write(step, {"a": value})
+        writer.close()
+    assert scalars(tmp_path / "tb") == {(5, "a"): 0.5, (10, "a"): 0.5, (15, "a"): 0.25, (20, "a"): 0.25}
+    records = writers.read_metrics(tmp_path / "metrics.jsonl")
+    assert {(r["step"], "a"): r["a"] for r in records} == scalars(tmp_path / "tb")
+
+
+def test_without_tensorboard(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
+    caplog.set_level("INFO")
+    writer = writers.MetricsWriter(tmp_path)
+    writer.write(1, {"a": 0.5})
+    writer.close()
+    assert caplog.messages == ["TensorBoard is not installed: its files are not written, metrics.jsonl alone"]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_throughput(monkeypatch):
@@ -133,6 +155,18 @@ def test_progress_on_a_terminal(fake_config, tmp_path, monkeypatch, capsys):
     assert max(map(len, lines)) <= 80
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_work_before_training_is_shown_on_a_terminal_alone(monkeypatch, terminal):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=80, color_system=None)
+    monkeypatch.setattr(writers, "console", lambda: console)
+    with writers.busy("listing a[red]\nb"):
+        pass
+    assert list(writers.track(iter("abc"), 3, "checking [x]")) == ["a", "b", "c"]
+    assert ("listing a[red]\\nb" in screen.getvalue()) == ("checking [x]" in screen.getvalue()) == terminal
+    assert bool(screen.getvalue()) == terminal
+
+
 def test_no_progress_elsewhere(fake_config, monkeypatch):
     """Piped output holds log lines and no control characters."""
     stream = io.StringIO()
@@ -146,13 +180,39 @@ def test_no_progress_elsewhere(fake_config, monkeypatch):
 
 def test_tables_show_names_as_they_are(capsys):
     """A row is one line, however long, where no terminal reads; brackets and colons are no markup."""
-    table = Table("file")
     names = ["a[red]b[/red]:smile:.png", "x" * 500]
-    for name in names:
-        table.add_row(name)
-    writers.print_table(table)
+    writers.print_table(["file"], [[name] for name in names])
     lines = capsys.readouterr().out.splitlines()
     assert all(sum(name in line for line in lines) == 1 for name in names)
+
+
+def test_tables_and_log_lines_escape_what_is_not_printable(monkeypatch, capsys):
+    """A name is no line break and no command to the terminal; what the encoding lacks is escaped too."""
+    names = ["a\nb", "\x1b[31m", "\udcff", "é漢"]
+    writers.print_table(["file"], [[name] for name in names])
+    out = capsys.readouterr().out
+    assert [line.strip("│ ") for line in out.splitlines() if "│" in line] == [r"a\nb", r"\x1b[31m", r"\udcff", "é漢"]
+
+    page = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", page)
+    writers.print_table(["file"], [[name] for name in names])
+    page.flush()
+    lines = page.buffer.getvalue().decode("ascii").splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert r"\xe9\u6f22" in lines[-2]
+    monkeypatch.undo()
+
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    writers.setup_logging()
+    log = logging.getLogger("imgclf_jax.test")
+    for name in names:
+        log.info("%s: %d files, %r", name, 3, [name])
+    log.info("a table:\n%s", "x | y\n1 | \x1b[0m")
+    root.handlers[:], root.level = before
+    err = capsys.readouterr().err.splitlines()
+    assert [line[9:] for line in err[:4]] == [f"{printable(name)}: 3 files, {[name]!r}" for name in names]
+    assert [line[9:] for line in err[4:5]] + err[5:] == ["a table:", "x | y", r"1 | \x1b[0m"]
 
 
 def test_result(finished, capsys):

@@ -1,0 +1,143 @@
+"""A folder of photographs through the commands: its splits, its unreadable files, what is said of both."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import launch
+from imgclf_jax import config as configs
+from imgclf_jax.core.text import printable
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "folder.py"
+TINY = ("--config.model=mlp(widths=(4,))", "--config.preprocess=decode(3)|resize(8)", "--config.preprocess_eval=",
+        "--config.batch_size=8", "--config.total=2 steps", "--config.tensorboard=False",
+        "--config.schedule=constant(1e-3)")  # fmt: skip
+
+
+def photos(root: Path, *places: str, count: int = 6) -> Path:
+    """`count` pictures of noise in each class of each place."""
+    rng = np.random.default_rng(0)
+    for place in places or (".",):
+        for name in ("cat", "dog"):
+            (root / place / name).mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8)).save(root / place / name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("places", "train", "evals"),
+    [
+        ([], "train[:90%]", {"test": "train[90%:]"}),
+        (["train"], "train[:90%]", {"test": "train[90%:]"}),
+        (["train", "val", "test"], "train", {"val": "val", "test": "test"}),
+        (["train", "valid", "test"], "train", {"val": "valid", "test": "test"}),
+        (["train", "validation"], "train", {"val": "validation"}),
+        (["train", "validation", "val"], "train", {"val": "val"}),
+        (["train", "test"], "train", {"test": "test"}),
+        (["Training", "Testing"], "Training", {"test": "Testing"}),
+    ],
+)
+def test_the_config_follows_the_splits_that_there_are(tmp_path, places, train, evals):
+    """The best checkpoint is that by the first evaluation set: `val`, where there is one."""
+    photos(tmp_path, *places, count=1)
+    config = configs.load_file(f"{CONFIG}:{tmp_path}")
+    assert (config.data.train, config.data.eval.to_dict()) == (train, evals)
+    assert config.checkpoint.best == f"{next(iter(evals))}/accuracy"
+
+
+def test_no_folder_gives_the_config_of_one_without_splits(tmp_path):
+    assert configs.load_file(f"{CONFIG}:{tmp_path / 'none'}").data.train == "train[:90%]"
+
+
+def test_what_is_used_for_what_and_what_is_not_used(tmp_path, capsys):
+    """Each in a line of the log: splits with their sizes, folders, images and other files that serve nothing."""
+    photos(tmp_path / "p", "train", "valid", "test", "extra")
+    Image.new("RGB", (8, 8)).save(tmp_path / "p" / "loose.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "p" / "train" / "loose.png")
+    (tmp_path / "p" / "README.md").write_text("")
+    (tmp_path / "p" / "train" / "cat" / "notes.txt").write_text("")
+    assert launch.main([f"--config={CONFIG}:{tmp_path / 'p'}", f"--workdir={tmp_path / 'run'}", *TINY]) == 0
+    err = capsys.readouterr().err
+    assert "trained on: train (12); evaluated: test = test (12), val = valid (12)\n" in err
+    assert (
+        f"{tmp_path / 'p'}: not used: the folder extra, 2 images outside of the class folders, "
+        "2 files that are no images (1 .md, 1 .txt)"
+    ) in err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["val"]["examples"] == result["test"]["examples"] == 12
+
+
+def test_unreadable_files_are_left_out_by_every_command(tmp_path, capsys):
+    root = photos(tmp_path / "p")
+    bad = [root / "cat" / "0.png", root / "dog" / "5.png"]
+    for file in bad:
+        file.write_bytes(file.read_bytes()[:100])
+    argv = [f"--workdir={tmp_path / 'run'}", f"--config={CONFIG}:{root}", *TINY, "--config.data.train=train",
+            "--config.data.eval.test=train"]  # fmt: skip
+    assert launch.main(argv) == 1
+    assert all(str(file) in capsys.readouterr().err for file in bad[:1])
+    assert launch.main([*argv, "--config.data.unreadable=skip"]) == 0
+    record = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert record["unreadable"] == {"count": 2, "files": [str(file) for file in bad]}
+    assert record["data"]["train_examples"] == 10
+    assert capsys.readouterr().err.count("2 unreadable files are left out; all are listed in ") == 1
+
+    assert launch.main(["evaluate", f"--workdir={tmp_path / 'run'}", "--format=json"]) == 0
+    assert json.loads(capsys.readouterr().out)["test"]["examples"] == 10
+
+    assert launch.main(["predict", f"--workdir={tmp_path / 'run'}", "--format=json", str(root)]) == 0
+    out, err = capsys.readouterr()
+    records = {r["file"]: r for r in json.loads(out)}
+    assert len(records) == 12
+    assert [file for file, r in records.items() if "error" in r] == [str(file) for file in bad]
+    assert "error" not in err
+    assert err.count("2 unreadable files are left out; all are listed in ") == 1
+    # One that is named is asked for, and its error counts.
+    assert launch.main(["predict", f"--workdir={tmp_path / 'run'}", str(root), str(bad[0])]) == 1
+    assert f"error: {bad[0]}: the image does not decode" in capsys.readouterr().err
+
+
+NASTY = ["é漢", "a\x1b[31mb", "n\nl", os.fsdecode(b"\xff")]
+
+
+def test_names_that_hold_anything(tmp_path, capsys):
+    """Tables and errors show one line a name, without control characters; JSON has each name exactly."""
+    for name in NASTY:
+        (tmp_path / "p" / name).mkdir(parents=True)
+        for file in NASTY:
+            Image.new("RGB", (8, 8)).save(tmp_path / "p" / name / f"{file}.png")
+    run = f"--workdir={tmp_path / 'run'}"
+    whole = ("--config.data.train=train", "--config.data.eval.test=train")
+    assert launch.main([f"--config={CONFIG}:{tmp_path / 'p'}", run, *TINY, *whole]) == 0
+    names = sorted(NASTY)
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["data"]["class_names"] == names
+
+    def rows():
+        out, err = capsys.readouterr()
+        assert all(line.isprintable() for line in (out + err).splitlines())
+        return [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line[0] == "│"]
+
+    capsys.readouterr()
+    assert launch.main(["evaluate", run]) == 0
+    assert [row[0] for row in rows()] == [printable(name) for name in names]
+    assert launch.main(["predict", run, str(tmp_path / "p")]) == 0
+    files = [str(tmp_path / "p" / name / f"{file}.png") for name in names for file in sorted(NASTY)]
+    found = rows()
+    assert [row[0] for row in found] == [printable(file) for file in files]
+    assert {row[1].rpartition(" ")[0] for row in found} <= set(map(printable, names))
+    assert launch.main(["predict", run, str(tmp_path / "p"), "--format=json"]) == 0
+    assert [record["file"] for record in json.loads(capsys.readouterr().out)] == files
+    for file in files:
+        Path(file).write_bytes(b"")
+    assert launch.main(["predict", run, str(tmp_path / "p")]) == 1
+    _, err = capsys.readouterr()
+    assert all(line.isprintable() for line in err.splitlines())
+    assert err.count("error: ") == len(files) + 1
+    assert launch.main([f"--config={CONFIG}:{tmp_path / 'p'}", f"--workdir={tmp_path / 'other'}", *TINY]) == 1
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,91 @@
+"""Names that hold more than letters."""
+
+import os
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from imgclf_jax.core.text import printable
+
+ROOT = Path(__file__).parents[2]
+# What Python makes of the C locale by itself is UTF-8, unless it is told not to.
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("é漢 a[b]\\c.png", "é漢 a[b]\\c.png"),
+        ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
+        ("a\nb\tc\r", r"a\nb\tc\r"),
+        ("\u202egnp.exe", r"\u202egnp.exe"),  # turns the direction of writing
+        ("\udcff.png", r"\udcff.png"),  # a byte that is no UTF-8
+        ("\x9b31m", r"\x9b31m"),  # one character that begins an escape sequence
+    ],
+)
+def test_escapes(name, shown):
+    assert printable(name) == shown
+
+
+@given(st.text(st.characters()))
+def test_what_is_shown_is_printable_and_encodes(name):
+    shown = printable(name)
+    assert shown.isprintable()
+    shown.encode("utf-8")
+    assert not any(unicodedata.category(c).startswith("C") for c in shown)
+    if name.isprintable():
+        assert shown == name
+
+
+def shell(command, **environment):
+    """(status, standard output, standard error) of a command line."""
+    environment = {**os.environ, "PYTHON": sys.executable, **environment}
+    done = subprocess.run(command, shell=True, capture_output=True, env=environment, cwd=ROOT)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("$PYTHON launch.py config >&-", 0),
+        ("$PYTHON launch.py config >&- 2>&- <&-", 0),
+        ("$PYTHON launch.py trian 2>&-", 2),
+    ],
+)
+def test_closed_streams(command, status):
+    assert shell(command) == (status, b"", b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+@pytest.mark.parametrize("command", ["--help", "config"])
+def test_output_that_cannot_be_written(command):
+    status, _, err = shell(f"$PYTHON launch.py {command} >/dev/full")
+    assert (status, err.count(b"\n")) == (1, 1)
+    assert err.startswith(b"error: a file or the output: No space left on device")
+
+
+def test_output_in_ascii_has_escapes():
+    status, out, err = shell("$PYTHON launch.py config --config.data.source='é漢'", **ASCII)
+    assert (status, err) == (0, b"")
+    out.decode("ascii")
+    status, out, err = shell("$PYTHON launch.py train 'é漢.jpg'", **(ASCII | {"PYTHONIOENCODING": "ascii"}))
+    assert (status, out) == (2, b"")
+    assert b"error: train takes no files" in err
+
+
+def test_a_folder_is_the_same_in_every_locale(tmp_path):
+    for name in ("é漢", os.fsdecode(b"\xff")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (2, 2)).save(tmp_path / name / "ü.png")
+    code = ("import sys; from imgclf_jax.data.folder import folder; s = folder(sys.argv[1])['train'];"
+            "print(ascii(s.class_names), s.fingerprint(), s.labels)")  # fmt: skip
+    usual, ascii_only = (shell(f'$PYTHON -c "{code}" {tmp_path}', **e) for e in ({}, ASCII))
+    assert usual[0] == 0, usual[2]
+    assert usual == ascii_only
+    assert usual[1].startswith(rb"('\xe9\u6f22', '\udcff')")

@@ -1,0 +1,195 @@
+"""Unreadable images: all found at the start, listed in one file, left out where that is asked for."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_folder import flat, write  # noqa: F401  a fixture
+
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import image_check, image_files, sources, stream
+from imgclf_jax.data.folder import folder
+
+
+def shorten(file, by=0.5):
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * by)])
+
+
+@pytest.fixture
+def broken(flat):
+    """`flat` with seven broken files, which are returned too."""
+    bad = []
+    for i in range(6):
+        file = flat / ("cat", "dog")[i % 2] / f"bad{5 - i}.jpg"
+        write(file, i, (40, 40))
+        shorten(file)
+        bad.append(file)
+    (flat / "emu" / "gone.png").symlink_to(flat / "nowhere")
+    return sorted([*bad, flat / "emu" / "gone.png"])
+
+
+def listed(text):
+    return Path(re.search(r"all are listed in (\S+\.txt)", text)[1])
+
+
+def test_all_are_listed_in_a_file_that_the_error_names(flat, broken):
+    with pytest.raises(UserError, match=r"and 4 more; all are listed in .*data\.unreadable=skip") as e:
+        folder(str(flat))
+    lines = [line.split("\t") for line in listed(str(e.value)).read_text(encoding="utf-8").splitlines()]
+    assert [name for name, _ in lines] == [str(file) for file in broken]
+    assert lines[0][1].startswith("the image does not decode: ")
+    assert lines[-1][1] == "No such file or directory"
+    assert all(str(file) in str(e.value) for file in broken[:3])
+
+
+def test_those_of_all_splits_are_listed_at_once(tmp_path):
+    for i in range(4):
+        write(tmp_path / "all" / ("train", "test")[i % 2] / "ab"[i // 2] / "good.png", i)
+        bad = tmp_path / "all" / ("train", "test")[i % 2] / "ab"[i // 2] / "bad.png"
+        bad.write_bytes(b"")
+    with pytest.raises(UserError) as e:
+        folder(str(tmp_path / "all"))
+    assert len(listed(str(e.value)).read_text().splitlines()) == 4
+    splits = folder(str(tmp_path / "all"), unreadable="skip")
+    assert {name: len(source) for name, source in splits.items()} == {"train": 2, "test": 2}
+    assert [len(source.left_out) for source in splits.values()] == [2, 2]
+
+
+def test_skipping_gives_the_source_of_the_files_that_are_left(flat, broken, caplog):
+    source = folder(str(flat), unreadable="skip")["train"]
+    [message] = caplog.messages
+    assert message.startswith(f"{flat}: 7 unreadable files are left out; all are listed in ")
+    assert len(listed(message).read_text().splitlines()) == 7
+    assert source.left_out == tuple(map(str, broken))
+    few = folder(str(flat), 1, unreadable="skip")
+    assert sources.left_out(few) == [str(file) for file in broken]
+    for file in broken:
+        file.unlink()
+    without = folder(str(flat))["train"]
+    assert (source.files, source.sizes) == (without.files, without.sizes)
+    assert source.fingerprint() == without.fingerprint()
+    np.testing.assert_array_equal(source.labels, without.labels)
+
+
+def test_a_class_of_which_nothing_is_left(flat):
+    for file in (flat / "dog").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match=r"class folder .*dog holds no readable image; add some or remove it"):
+        folder(str(flat), unreadable="skip")
+
+
+def test_other_words_than_skip(flat):
+    with pytest.raises(UserError, match=r"unknown value of unreadable 'drop'.*allowed: error, skip"):
+        folder(str(flat), unreadable="drop")
+
+
+def test_a_list_that_cannot_be_written_is_said(flat, broken, monkeypatch, tmp_path):
+    (tmp_path / "cache").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="4 more; their list could not be written"):
+        folder(str(flat))
+
+
+# --- big folders: headers and ends, until pixels are wanted ---
+
+
+@pytest.fixture
+def big(monkeypatch):
+    monkeypatch.setattr(image_check, "_SMALL", 0)
+    decoded = []
+    original = image_check.decode
+    monkeypatch.setattr(image_check, "decode", lambda data: decoded.append(len(data)) or original(data))
+    return decoded
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "gif", "webp"])
+def test_of_a_big_folder_headers_and_ends_are_read(tmp_path, big, kind):
+    for i in range(8):
+        write(tmp_path / "cat" / f"{i}.{kind}", i, (50, 60))
+    stamps = image_files.find(tmp_path).images
+    assert image_check.unreadable(tmp_path, stamps) == {}
+    assert big == []
+    shorten(tmp_path / f"cat/3.{kind}")
+    shorten(tmp_path / f"cat/5.{kind}", 0.95)
+    (tmp_path / f"cat/6.{kind}").write_bytes(b"<html>")
+    stamps = image_files.find(tmp_path).images
+    for _ in range(2):  # the second time from memory
+        assert list(image_check.unreadable(tmp_path, stamps)) == [f"cat/{i}.{kind}" for i in (3, 5, 6)]
+    assert len(big) == 3  # only what looks wrong is decoded
+    assert list(image_check.unreadable(tmp_path, stamps, whole=True)) == [f"cat/{i}.{kind}" for i in (3, 5, 6)]
+    assert len(big) == 3 + 5  # and now the others
+    image_check.unreadable(tmp_path, stamps)
+    assert len(big) == 3 + 5
+
+
+def test_other_formats_and_modes_are_decoded(tmp_path, big):
+    write(tmp_path / "a.ppm")
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "b.tiff")
+    reasons = image_check.unreadable(tmp_path, image_files.find(tmp_path).images)
+    assert list(reasons) == ["b.tiff"]
+    assert "floating-point" in reasons["b.tiff"]
+    assert len(big) == 2
+
+
+def test_damage_in_the_middle_is_named_in_training_and_left_out_by_skip(flat, big):
+    file = flat / "cat" / "0.png"
+    write(file, 0, (8, 6))
+    content = bytearray(file.read_bytes())
+    content[60:70] = bytes(10)
+    file.write_bytes(content)
+    source = folder(str(flat))["train"]
+    with pytest.raises(UserError) as e:
+        list(stream.eval_batches(stream.Images(sources.take_split({"train": source}, "train[:]"), "decode(3)"), 4))
+    assert str(e.value).startswith(f"{file}: the image does not decode")
+    assert str(e.value).endswith("leave out all such files by --config.data.unreadable=skip in a new --workdir")
+    assert folder(str(flat), unreadable="skip")["train"].left_out == (str(file),)
+
+
+def test_an_op_that_fails_on_a_good_file_is_not_the_file_s_fault(flat):
+    images = folder(str(flat))["train"]
+    with pytest.raises(UserError) as e:
+        stream.Images(images, "decode(3)|central_crop(99)")
+    assert "skip" not in str(e.value)
+
+
+def test_what_was_checked_before_an_interruption_is_remembered(flat, big, monkeypatch):
+    stamps = image_files.find(flat).images
+    with monkeypatch.context() as patch:
+        patch.setattr(image_check.writers, "track", lambda results, *_: stop_after(4, results))
+        with pytest.raises(KeyboardInterrupt):
+            image_check.unreadable(flat, stamps, whole=True)
+    big.clear()
+    image_check.unreadable(flat, stamps, whole=True)
+    assert len(big) == 8
+
+
+def stop_after(count, results):
+    for _, result in zip(range(count), results, strict=False):
+        yield result
+    raise KeyboardInterrupt
+
+
+def test_another_version_of_pillow_checks_again(flat, big, monkeypatch):
+    stamps = image_files.find(flat).images
+    image_check.unreadable(flat, stamps, whole=True)
+    monkeypatch.setattr(image_check.PIL, "__version__", "0")
+    image_check.unreadable(flat, stamps, whole=True)
+    assert len(big) == 24
+
+
+def test_a_file_that_may_not_be_read_is_tried_again(flat, monkeypatch):
+    """Permissions change without changing the file's time."""
+    stamps = image_files.find(flat).images
+    read = Path.read_bytes
+
+    def refused(self):
+        if self.name == "3.png":
+            raise PermissionError(13, "Permission denied", str(self))
+        return read(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refused)
+        assert image_check.unreadable(flat, stamps) == {"cat/3.png": "Permission denied"}
+    assert image_check.unreadable(flat, stamps) == {}

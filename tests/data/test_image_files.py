@@ -1,0 +1,130 @@
+"""Which files are images, and what else may lie in a folder."""
+
+import os
+import socket
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from test_folder import flat, write  # noqa: F401  a fixture
+
+from imgclf_jax.commands.predict import find_files
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import image_files
+from imgclf_jax.data.folder import folder
+
+STRAYS = ("README", "README.md", "notes.txt", "Thumbs.db", "desktop.ini", ".DS_Store", "._1.png", "labels.csv",
+          "clip.mp4")  # fmt: skip
+
+
+def add_special_files(directory):
+    """A pipe, a socket and a link to a device, which would wait for ever or give bytes without end; all called .png."""
+    os.mkfifo(directory / "pipe.png")
+    with tempfile.TemporaryDirectory(dir="/tmp") as short, socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"{short}/s")  # the path of a socket has about 100 characters at most
+        os.rename(f"{short}/s", directory / "socket.png")
+    (directory / "device.png").symlink_to("/dev/zero")
+
+
+def test_strays_are_counted_and_no_image(flat):
+    write(flat / "cat" / "real.png")
+    for name in STRAYS:
+        (flat / "cat" / name).write_bytes(b"no image")
+    found = image_files.find(flat / "cat")
+    assert sorted(found.images) == sorted([*(f"{i}.png" for i in range(0, 12, 3)), "real.png"])
+    assert found.images["real.png"] == ((flat / "cat/real.png").stat().st_size,
+                                        (flat / "cat/real.png").stat().st_mtime_ns)  # fmt: skip
+    expected = {"README": 1, ".md": 1, ".txt": 1, ".db": 1, ".ini": 1, "hidden": 2, ".csv": 1, ".mp4": 1}
+    assert found.strays == expected
+    assert image_files.counted(found.strays) == (
+        "9 files that are no images (2 hidden, 1 .csv, 1 .db, 1 .ini, 1 .md, …)"
+    )
+    assert image_files.counted(Counter()) == ""
+
+
+def test_special_files_are_counted_and_not_opened(flat, caplog):
+    add_special_files(flat / "cat")
+    (flat / "cat" / "linked.png").symlink_to(flat / "dog" / "1.png")  # a link to a regular file is one
+    caplog.set_level("INFO")
+    source = folder(str(flat))["train"]
+    assert len(source) == 13
+    assert "cat/linked.png" in source.files
+    assert caplog.messages == [f"{flat}: not used: 3 files that are no images (3 pipe, socket or device)"]
+
+
+def test_training_and_prediction_agree(flat, caplog):
+    add_special_files(flat / "cat")
+    for place in STRAYS:
+        (flat / "dog" / place).write_bytes(b"no image")
+    write(flat / "emu" / "deep" / "x.png")
+    caplog.set_level("INFO")
+    source = folder(str(flat))["train"]
+    files = find_files([str(flat)])
+    assert sorted(files) == sorted(flat / file for file in source.files)
+    first, second = caplog.messages
+    assert first == second
+    assert "12 files that are no images" in first
+
+
+@pytest.mark.parametrize("suffix", ["", ".dat"])
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "tiff", "bmp", "ppm"])
+def test_an_image_without_an_image_s_suffix_is_one(flat, kind, suffix):
+    write(flat / "cat" / f"x.{kind}")
+    (flat / "cat" / f"x.{kind}").rename(flat / "cat" / f"x{suffix}")
+    assert f"cat/x{suffix}" in folder(str(flat))["train"].files
+
+
+def test_capitals_and_formats_that_are_not_read(flat):
+    """A photograph in a format that Pillow does not know is named, and not passed over."""
+    write(flat / "cat" / "x.png")
+    (flat / "cat" / "x.png").rename(flat / "cat" / "X.PNG")
+    assert "cat/X.PNG" in folder(str(flat))["train"].files
+    (flat / "cat" / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 40)
+    with pytest.raises(UserError, match=r"cat/IMG_1\.HEIC \(HEIC is not read here; convert it to JPEG or PNG\)"):
+        folder(str(flat))
+
+
+def test_links_to_folders_are_followed_but_not_in_a_circle(flat, tmp_path):
+    write(tmp_path / "other" / "a.png")
+    (tmp_path / "other" / "back").symlink_to(flat / "cat")
+    (flat / "cat" / "more").symlink_to(tmp_path / "other")
+    (flat / "cat" / "self").symlink_to(flat / "cat")
+    found = image_files.find(flat / "cat").images
+    assert sorted(found) == ["0.png", "3.png", "6.png", "9.png", "more/a.png"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(flat, monkeypatch):
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).rstrip("/").endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    (flat / "cat" / "deep").mkdir()
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match=r"cat/deep/ cannot be read: Permission denied; make it readable"):
+        folder(str(flat))
+
+
+def test_what_predict_is_told_to_read(flat, tmp_path):
+    add_special_files(flat)
+    for name in ("pipe.png", "socket.png"):
+        with pytest.raises(UserError, match=f"{name}' is a pipe, socket or device; name image files"):
+            find_files([str(flat / name)])
+    (flat / "notes.txt").write_text("named, so it is tried")
+    assert find_files([str(flat / "notes.txt")]) == [flat / "notes.txt"]
+    with pytest.raises(UserError, match="there is no file or directory"):
+        find_files([str(flat / "nothing")])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("")
+    with pytest.raises(UserError, match="holds no images"):
+        find_files([str(tmp_path / "empty")])
+
+
+def test_the_order_is_that_of_names_folder_by_folder(tmp_path):
+    for name in ("b/1.png", "b.png", "b-/2.png", "a/z.png", "a.png"):
+        write(tmp_path / name)
+    found = find_files([str(tmp_path)])
+    assert found == sorted(p for p in Path(tmp_path).rglob("*.png"))
