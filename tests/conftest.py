@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, strict dtype promotion: sharding and dtypes are exercised by every test."""
 
+import gc
 import logging
 import os
 import sys
@@ -30,6 +31,14 @@ _LONG = """test_resume test_checkpoint test_config test_pretrained test_forms te
 def pytest_collection_modifyitems(items):
     """xdist gives files out in this order."""
     items.sort(key=lambda item: _LONG.index(item.path.stem) if item.path.stem in _LONG else len(_LONG))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    """What has been imported stays. To look through it for garbage again and again takes a twentieth of all time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000)
 
 
 @pytest.fixture(scope="session", autouse=True)
