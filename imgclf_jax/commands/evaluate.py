@@ -81,7 +81,7 @@ def open_evals(programs: Programs, base: dict[str, sources.Source]) -> dict[str,
     report_host_ops(programs)
     for name, text in config.data.eval.items():
         spec, slash, split = text.rpartition("/") if ")" in text else ("", "", text)
-        own = sources.open_data(config.data, spec) if slash else base
+        own = sources.open_data(config, spec) if slash else base
         source = sources.take_split(own, split)
         if tuple(source.class_names) != programs.recipe.data.class_names:
             raise UserError(f"data.eval.{name}={text!r} has the classes {list(source.class_names)[:5]}…, "
@@ -103,7 +103,7 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str) -
     `class_predicted` and `class_correct`.
     """
     restored = restore(config, workdir, which) if workdir else None
-    base = sources.open_data(config.data)
+    base = sources.open_data(config)
     programs, state, step = restored or (*convert(config, base), 0)
     if workdir:
         _warn_of_changed_data(programs, workdir.load_config(), base)

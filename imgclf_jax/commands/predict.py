@@ -102,15 +102,16 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str, p
     if workdir:
         programs, state, _ = restore(config, workdir, which)
     else:
-        base = sources.open_data(config.data)
+        base = sources.open_data(config)
         programs, state = convert(config, base)
     names = programs.recipe.data.class_names
     records: list[dict[str, Any]] = []
     failed, skipped = 0, {}
+    formats = decode.formats_of(programs.preprocess_eval)
     may_skip = set(files) - set(map(Path, paths)) if config.data.unreadable == "skip" else set()
     for file, result in predict(programs, state, files):
         if isinstance(result, UserError):
-            if file in may_skip and not image_check.readable(file):
+            if file in may_skip and not image_check.readable(file, formats):
                 skipped[str(file)] = str(result).removeprefix(f"{file}: ")
             else:
                 failed += 1

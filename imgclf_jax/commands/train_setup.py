@@ -53,7 +53,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     check_names(config)
     before = workdir.check_config(config, may_differ=("total",) if extend else ())
 
-    base = sources.open_data(config.data)
+    base = sources.open_data(config)
     train_source = sources.take_split(base, config.data.train)
     images = stream.Images(train_source, config.preprocess, config.seed, config.data.threads)
     compiling = programs.of_images(config, images)

@@ -21,8 +21,8 @@ from imgclf_jax.data import tf_image
 # The formats of photographs and data sets. Of the forty others that Pillow knows some are tried on any bytes, and
 # EPS runs Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF")
-_MOST_PIXELS = 2**26  # 8192 by 8192. Pillow itself warns of 89 million, and refuses twice as many.
-_MOST_BYTES = 8 * _MOST_PIXELS  # so much have four channels of 16 bits without compression
+MOST_PIXELS = 2**26  # 8192 by 8192. Pillow itself warns of 89 million, and refuses twice as many.
+_MOST_BYTES = 8 * MOST_PIXELS  # so much have four channels of 16 bits without compression
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -74,17 +74,25 @@ def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
         formats = _known(formats)
     try:
         picture: Image.Image = Image.open(io.BytesIO(data), formats=formats)
-        if picture.width * picture.height > _MOST_PIXELS:
+        if picture.width * picture.height > MOST_PIXELS:
             raise Image.DecompressionBombError
         ImageOps.exif_transpose(picture, in_place=True)
         picture.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise UserError(f"the image has more than {_MOST_PIXELS:,} pixels; make it smaller") from e
+        raise UserError(f"the image has more than {MOST_PIXELS:,} pixels; make it smaller") from e
     except Exception as e:  # of damaged bytes Pillow's plugins raise errors of many types
         if "cannot identify" in str(e):
             raise UserError(f"the image is not in an image format that is read here ({', '.join(formats)})") from e
         raise UserError(f"the image does not decode: {reason(e)}") from e
     return picture
+
+
+def formats_of(preprocess: str) -> tuple[str, ...]:
+    """The formats that a spec of host ops reads: those of its first op, which is `decode`."""
+    calls = spec.parse(preprocess)
+    if not calls or calls[0].name != "decode":
+        return FORMATS
+    return _known(kinds.bind(calls[0], HOST_OPS, "host op", _GIVEN).keywords.get("formats", FORMATS))
 
 
 def _known(formats: Any) -> tuple[str, ...]:

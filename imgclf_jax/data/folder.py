@@ -17,6 +17,7 @@ from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.split_folders import class_folders, split_folders
 from imgclf_jax.core.text import printable, utf8
 from imgclf_jax.data import image_check, image_files
+from imgclf_jax.data.decode import FORMATS
 from imgclf_jax.data.image_files import Found
 from imgclf_jax.run import writers
 
@@ -52,7 +53,14 @@ class FolderSource:
         return hashlib.sha256(whole.encode()).hexdigest()
 
 
-def folder(path: str, train_per_class: int = 0, draw: int = 0, *, unreadable: str = "error") -> dict[str, FolderSource]:
+def folder(
+    path: str,
+    train_per_class: int = 0,
+    draw: int = 0,
+    *,
+    unreadable: str = "error",
+    formats: tuple[str, ...] = FORMATS,
+) -> dict[str, FolderSource]:
     """Images under `path`: `path/CLASS/…` is the split `train`; `path/train/CLASS/…` and `path/test/CLASS/…` are two.
 
     Split folders are called as `core.split_folders` says. With `train_per_class`, so many images of each class of a
@@ -77,15 +85,17 @@ def folder(path: str, train_per_class: int = 0, draw: int = 0, *, unreadable: st
     scans = {name: _scan(split_root, class_names) for name, split_root in split_roots.items()}
     sources, found = zip(*scans.values(), strict=True)
     _log_passed_over(root, sources, sum((f.strays for f in found), Counter()))
-    out = _readable(root, scans, unreadable)
+    out = _readable(root, scans, unreadable, formats)
     return _few(out, train_per_class, draw) if train_per_class else out
 
 
-def _readable(root: Path, scans: dict[str, tuple[FolderSource, Found]], unreadable: str) -> dict[str, FolderSource]:
+def _readable(
+    root: Path, scans: dict[str, tuple[FolderSource, Found]], unreadable: str, formats: tuple[str, ...]
+) -> dict[str, FolderSource]:
     """The sources without unreadable files; UserError names these unless `unreadable` is "skip"."""
     bad = {}
     for name, (source, found) in scans.items():
-        bad[name] = found.lost | image_check.unreadable(source.root, found.images, whole=unreadable == "skip")
+        bad[name] = found.lost | image_check.unreadable(source.root, found.images, unreadable == "skip", formats)
     reasons = {str(scans[name][0].root / file): reason for name in bad for file, reason in bad[name].items()}
     if not reasons:
         return {name: source for name, (source, _) in scans.items()}

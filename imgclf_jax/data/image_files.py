@@ -8,11 +8,11 @@ from pathlib import Path
 
 from imgclf_jax.core.errors import UserError
 
-# Formats of pixels: those that Pillow reads, and others, whose files are photographs too and so are unreadable.
+# Formats of pixels. `decode` does not read them all: such a file is a photograph too, and is named as unreadable.
 _FORMATS = """apng avif avifs bmp bw cur dcx dds dib gif icb icns ico j2c j2k jfif jp2 jpc jpe jpeg jpf jpg jpx mpo msp
-    pbm pcx pfm pgm png pnm ppm psd qoi ras rgb rgba sgi tga tif tiff vda vst webp xbm xpm"""
-_NOT_READ = "arw cr2 cr3 dng heic heif jxl nef orf raf rw2"
-_SUFFIXES = frozenset("." + name for name in f"{_FORMATS} {_NOT_READ}".split())
+    pbm pcx pfm pgm png pnm ppm psd qoi ras rgb rgba sgi tga tif tiff vda vst webp xbm xpm
+    arw cr2 cr3 dng heic heif jxl nef orf raf rw2"""
+_SUFFIXES = frozenset("." + name for name in _FORMATS.split())
 _SIGNATURES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF.{4}WEBP|II\*\0|MM\0\*|BM.{4}\0{4}|P[1-6]\s+(#[^\n]*\s+)*\d+\s"
     rb"|.{4}ftyp(avif|avis|heic|heix|mif1|msf1)|\0\0\0\x0cjP  ",
@@ -95,12 +95,6 @@ def _begins_as_image(path: str) -> bool:
             return bool(_SIGNATURES.match(file.read(256)))
     except OSError:
         return False  # without an image's suffix either, so it is a stray
-
-
-def advice(name: str) -> str:
-    """What to do with a file that cannot be read because of its format; "" if that is not the reason."""
-    suffix = os.path.splitext(name)[1].lower().removeprefix(".")
-    return f"{suffix.upper()} is not read here; convert it to JPEG or PNG" if suffix in _NOT_READ.split() else ""
 
 
 def counted(strays: Counter[str]) -> str:

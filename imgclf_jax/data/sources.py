@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import splits
+from imgclf_jax.data import decode, splits
 from imgclf_jax.data.arrays import MOST_CLASSES, ArraySource, arrays
 from imgclf_jax.data.folder import folder
 
@@ -194,14 +194,20 @@ def tfds(name: str, data_dir: str = "", manual_dir: str = "") -> dict[str, Sourc
 SOURCES = {"digits": digits, "tfds": tfds, "folder": folder, "arrays": arrays, "fake": fake}
 
 
-def open_splits(text: str, data_dir: str = "", manual_dir: str = "", unreadable: str = "error") -> dict[str, Source]:
+def open_splits(
+    text: str,
+    data_dir: str = "",
+    manual_dir: str = "",
+    unreadable: str = "error",
+    formats: tuple[str, ...] = decode.FORMATS,
+) -> dict[str, Source]:
     """The base splits of the source that a spec names; raises UserError if the data are not there."""
     call = spec.parse_one(text)
     make = spec.bind(call, SOURCES, "source")
     if make.func is tfds:
         make = functools.partial(make, **{"data_dir": data_dir, "manual_dir": manual_dir} | make.keywords)
     elif make.func is folder:
-        make = functools.partial(make, **{"unreadable": unreadable} | make.keywords)
+        make = functools.partial(make, **{"unreadable": unreadable, "formats": formats} | make.keywords)
     try:
         return make()
     except (TypeError, AttributeError) as e:
@@ -210,19 +216,21 @@ def open_splits(text: str, data_dir: str = "", manual_dir: str = "", unreadable:
         raise UserError(f"data.source={text!r} fails: {e}; are its arguments of the right type?") from e
 
 
-def open_data(data: ConfigDict, text: str = "") -> dict[str, Source]:
-    """`open_splits` of `data.source`, or of another source spec, as the config's other keys under `data` say."""
-    return open_splits(text or data.source, data.data_dir, data.manual_dir, data.unreadable)
+def open_data(config: ConfigDict, text: str = "") -> dict[str, Source]:
+    """`open_splits` of `data.source`, or of another source spec, as the config's other keys say."""
+    data, ops = config.data, (config.preprocess, config.preprocess_eval)
+    formats = tuple(dict.fromkeys(name for text in ops if text.strip() for name in decode.formats_of(text)))
+    return open_splits(text or data.source, data.data_dir, data.manual_dir, data.unreadable, formats)
+
+
+def describe_use(base: dict[str, Source], data: ConfigDict) -> str:
+    """A line that says which split serves what, and what of these base splits serves nothing."""
+    return splits.describe(data.train, data.eval, {name: len(source) for name, source in base.items()})
 
 
 def left_out(base: dict[str, Source]) -> list[str]:
     """The files of these base splits that are left out since they cannot be read; sorted."""
     return sorted({file for source in base.values() for file in getattr(source, "left_out", ())})
-
-
-def describe_use(base: dict[str, Source], data: ConfigDict) -> str:
-    """Which split serves what by the keys of `data`, and which ones nothing uses."""
-    return splits.describe(data.train, data.eval, {name: len(source) for name, source in base.items()})
 
 
 def take_split(base: dict[str, Source], text: str) -> Source:

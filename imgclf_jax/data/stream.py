@@ -160,7 +160,8 @@ class Images:
             with named_warnings.about(lambda: name(example)):
                 return self._ops(image, seed, position)
         except UserError as e:
-            hint = _SKIP if os.path.isfile(name(example)) and not image_check.readable(Path(name(example))) else ""
+            file, formats = Path(name(example)), decode.formats_of(self.preprocess)
+            hint = _SKIP if file.is_file() and not image_check.readable(file, formats) else ""
             raise UserError(f"{name(example)}: {e}{hint}") from e
         except (TypeError, ValueError) as e:
             if ":" in self.preprocess:

@@ -18,9 +18,9 @@ def decoded(monkeypatch):
     """How many files were decoded by the check since this was last cleared."""
     calls = []
 
-    def counting(data, *args):
+    def counting(data, **how):
         calls.append(len(data))
-        return original(data, *args)
+        return original(data, **how)
 
     original = image_check.decode
     monkeypatch.setattr(image_check, "decode", counting)

@@ -1,5 +1,6 @@
 """Unreadable images: all found at the start, listed in one file, left out where that is asked for."""
 
+import concurrent.futures
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 from test_folder import flat, write  # noqa: F401  a fixture
 
+from imgclf_jax.config import default_config
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import image_check, image_files, sources, stream
 from imgclf_jax.data.folder import folder
@@ -100,7 +102,7 @@ def big(monkeypatch):
     monkeypatch.setattr(image_check, "_SMALL", 0)
     decoded = []
     original = image_check.decode
-    monkeypatch.setattr(image_check, "decode", lambda data: decoded.append(len(data)) or original(data))
+    monkeypatch.setattr(image_check, "decode", lambda data, **how: decoded.append(len(data)) or original(data, **how))
     return decoded
 
 
@@ -154,15 +156,26 @@ def test_an_op_that_fails_on_a_good_file_is_not_the_file_s_fault(flat):
     assert "skip" not in str(e.value)
 
 
-def test_what_was_checked_before_an_interruption_is_remembered(flat, big, monkeypatch):
+@pytest.mark.parametrize("saving", ["at the end", "on the way"])
+def test_what_was_checked_before_an_interruption_is_remembered(flat, big, monkeypatch, saving):
+    """A signal or SIGKILL leaves no time for the end: then what was saved on the way counts."""
     stamps = image_files.find(flat).images
     with monkeypatch.context() as patch:
         patch.setattr(image_check.writers, "track", lambda results, *_: stop_after(4, results))
+        if saving == "on the way":
+            patch.setattr(image_check, "_SAVE_SECONDS", -1.0)
+            patch.setattr(image_check.concurrent.futures, "ThreadPoolExecutor", Unending)
         with pytest.raises(KeyboardInterrupt):
             image_check.unreadable(flat, stamps, whole=True)
     big.clear()
     image_check.unreadable(flat, stamps, whole=True)
-    assert len(big) == 8
+    assert len(big) == (8 if saving == "at the end" else 9)  # that of the fourth came after the last saving
+
+
+class Unending(concurrent.futures.ThreadPoolExecutor):
+    def shutdown(self, **how):
+        super().shutdown(**how)
+        raise KeyboardInterrupt  # before the saving at the end
 
 
 def stop_after(count, results):
@@ -193,3 +206,17 @@ def test_a_file_that_may_not_be_read_is_tried_again(flat, monkeypatch):
         patch.setattr(Path, "read_bytes", refused)
         assert image_check.unreadable(flat, stamps) == {"cat/3.png": "Permission denied"}
     assert image_check.unreadable(flat, stamps) == {}
+
+
+def test_formats_that_the_host_ops_name(flat):
+    """A folder in a format that `decode` reads on request alone is good if it is requested, and checked anew if not."""
+    Image.fromarray(np.zeros((8, 6, 3), np.uint8)).save(flat / "cat" / "x.tga")
+    config = default_config()
+    config.data.source = f"folder({str(flat)!r})"
+    config.preprocess = "decode(3, formats=('PNG', 'tga'))"
+    assert "cat/x.tga" in sources.open_data(config)["train"].files
+    config.preprocess = "decode(3)"
+    with pytest.raises(UserError, match=r"cat/x\.tga .*not in an image format that is read here \(JPEG, "):
+        sources.open_data(config)
+    config.preprocess_eval = "decode(3, formats=('TGA',))"
+    assert "cat/x.tga" in sources.open_data(config)["train"].files

@@ -81,7 +81,9 @@ def test_capitals_and_formats_that_are_not_read(flat):
     (flat / "cat" / "x.png").rename(flat / "cat" / "X.PNG")
     assert "cat/X.PNG" in folder(str(flat))["train"].files
     (flat / "cat" / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 40)
-    with pytest.raises(UserError, match=r"cat/IMG_1\.HEIC \(HEIC is not read here; convert it to JPEG or PNG\)"):
+    with pytest.raises(
+        UserError, match=r"cat/IMG_1\.HEIC \(the image is not in an image format that is read here \(JPEG, "
+    ):
         folder(str(flat))
 
 
