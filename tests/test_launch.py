@@ -57,7 +57,7 @@ def test_without_a_place_for_the_cache_it_trains_all_the_same(tmp_path):
     ("override", "message"),
     [
         ("data.source=folder(3)", "data.source='folder(3)' fails: "),
-        ("data.source=fake(8, 3)", "data.source='fake(8, 3)' fails: "),
+        ("data.source=fake(8, 3)", "fake(shape=3): shape is (height, width, channels)"),
         ("preprocess=decode(1)|resize('x')", "preprocess=\"decode(1)|resize('x')\" fails: "),
     ],
 )
