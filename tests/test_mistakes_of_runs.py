@@ -46,6 +46,7 @@ def test_places_that_cannot_be_written(mistake, tmp_path):
         sentence = mistake(f"--workdir={tmp_path / place}", *FAKE)
         assert has(sentence, f"work directory {tmp_path / place} cannot be written", reason, "another --workdir")
     assert (tmp_path / "file").read_text() == "mine"
+    assert has(mistake(f"--workdir={tmp_path}/\udcff", *FAKE), "is not UTF-8, which checkpoints need")
 
 
 def test_no_network(mistake, tmp_path, monkeypatch):

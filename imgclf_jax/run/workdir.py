@@ -57,6 +57,11 @@ class Workdir:
         A directory that was made and in which nothing is left is removed at the end. Raises UserError if another run
         holds the lock or the directory cannot be written.
         """
+        try:
+            str(self.path.resolve()).encode()
+        except UnicodeEncodeError as e:
+            raise UserError(f"the name of the work directory {str(self.path)!r} is not UTF-8, which checkpoints need; "
+                            "pass another --workdir") from e  # fmt: skip
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(lock.held(self.path / "lock"))
