@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import resume_check
+import stress
 
 from imgclf_jax.commands import train
 from imgclf_jax.run import writers
@@ -70,6 +71,12 @@ def test_a_signal_at_any_moment_of_the_loop_is_saved(fake_config, tmp_path, monk
     workdir = Workdir(tmp_path / "run")
     assert train.main(fake_config, workdir) == 75
     assert Checkpoints(workdir.checkpoints, read_only=True).steps()[-1] == {"log": 6, "checkpoint": 5}[moment]
+
+
+@pytest.mark.slow
+def test_disturbed_by_a_plan(tmp_path):
+    """Kills, signals, a full disk, flipped bytes, a second run, readers, other clocks, for two minutes."""
+    assert stress.disturb(120, 7, tmp_path) == 0
 
 
 @pytest.mark.slow
