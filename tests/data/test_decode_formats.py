@@ -16,6 +16,8 @@ from imgclf_jax.core import named_warnings
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, sources, stream
 
+pytestmark = pytest.mark.usefixtures("a_gigabyte")
+
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n"
 
 
