@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import sys
+from pathlib import Path
 
 # The tests start a dozen processes: each would spend seconds compiling its imports where caches are switched off.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -15,6 +16,7 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 import jax
 import pytest
 import tensorflow  # noqa: F401  whole, before tests of what waits for its import in a thread import more of it
+from fuzzing import MOST
 from hypothesis import settings
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -114,3 +116,18 @@ def shallow(monkeypatch):
     monkeypatch.setitem(convnext._VARIANTS, "T", ((1, 1), (8, 16)))
     monkeypatch.setitem(vit._VIT, "Ti", (32, 2, 2))
     monkeypatch.setitem(vit._MIXER, "S", (16, 2, 8, 24))
+
+
+@pytest.fixture(scope="module")
+def a_gigabyte():
+    """Only so much more memory than now may be taken, also by C code; on other systems than Linux any."""
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MOST, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)

@@ -153,7 +153,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], bool]] = {
 
 
 def takes_long(words: list[str]) -> bool:
-    return words[0] != "launch.py" and (COMMANDS[words[0]][1] or words[1:2] and words[1].startswith("tests/"))
+    return words[0] != "launch.py" and (COMMANDS[words[0]][1] or (words[1:2] and words[1].startswith("tests/")))
 
 
 LONG = {"data", "extending", "models", "using"}  # pages of many commands

@@ -104,6 +104,8 @@ def _known(formats: Any) -> tuple[str, ...]:
     for name in names:
         if name not in Image.OPEN:
             raise UserError(unknown("image format", name, Image.OPEN))
+        if name == "EPS":  # the config of another's work directory may name formats, but must run nothing
+            raise UserError("decode: an EPS image is a program that Ghostscript runs; convert it to PNG yourself")
     return names
 
 

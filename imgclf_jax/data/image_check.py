@@ -14,6 +14,7 @@ from typing import Any
 import PIL
 from PIL import Image
 
+from imgclf_jax.core import named_warnings
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.data.decode import FORMATS, MOST_PIXELS, decode, read_file
@@ -92,7 +93,8 @@ def _check(file: Path, depth: int, formats: tuple[str, ...]) -> tuple[bool, str]
     """Whether to remember it, and why the file is unreadable, "" if it is not."""
     try:
         if depth == _WHOLE or not _looks_whole(file, formats):
-            decode(read_file(file), formats=formats)
+            with named_warnings.about(lambda: str(file)):
+                decode(read_file(file), formats=formats)
     except OSError as e:  # permissions, or a disk that fails: what may be otherwise at the next start
         return False, e.strerror or str(e)
     except UserError as e:

@@ -11,6 +11,8 @@ from imgclf_jax.core import memory
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 
+pytestmark = pytest.mark.usefixtures("a_gigabyte")
+
 
 def open_one(text, split="train"):
     return sources.take_split(sources.open_splits(text), split)

@@ -16,6 +16,8 @@ from imgclf_jax.core import named_warnings
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, sources, stream
 
+pytestmark = pytest.mark.usefixtures("a_gigabyte")
+
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n"
 
 
@@ -32,6 +34,8 @@ def test_no_other_program_is_run(monkeypatch):
     for formats in (decode.FORMATS, ("JPEG", "TGA")):
         with pytest.raises(UserError, match=r"not in an image format that is read here \(JPEG, "):
             decode.decode(EPS, 3, formats)
+    with pytest.raises(UserError, match="an EPS image is a program that Ghostscript runs"):
+        decode.decode(EPS, 3, ("JPEG", "eps"))
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "MPO"])

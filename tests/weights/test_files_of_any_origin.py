@@ -12,6 +12,8 @@ from test_files import BASE, FIXTURES, MAGIC, checkpoint
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.weights import files, unpickle
 
+pytestmark = pytest.mark.usefixtures("a_gigabyte")
+
 
 def refused(path, fragment):
     with pytest.raises(UserError) as e:

@@ -1,0 +1,92 @@
+"""Images, good ones with changes at every level: decoded, or one sentence, and never a gigabyte."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from fuzzing import BYTES, SIZES, answered, with_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, features
+
+from imgclf_jax.data.decode import decode
+
+# Pillow's warnings must not be errors here: what comes after them is of interest too.
+pytestmark = [pytest.mark.usefixtures("a_gigabyte"), pytest.mark.filterwarnings("ignore::UserWarning:PIL")]
+
+
+def encode(form, mode="RGB", **options):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+FORMS = [("PNG", "RGB", {}), ("PNG", "P", {}), ("PNG", "I;16", {}), ("JPEG", "RGB", {}),
+         ("JPEG", "RGB", {"progressive": True}), ("GIF", "P", {}), ("BMP", "RGB", {}), ("BMP", "P", {}),
+         ("WEBP", "RGB", {}), ("PPM", "RGB", {}), ("PPM", "L", {}),
+         ("TIFF", "RGB", {}), ("TIFF", "L", {"compression": "tiff_lzw"}), ("TIFF", "RGB", {"compression": "jpeg"}),
+         ("TIFF", "1", {"compression": "group4"}), ("MPO", "RGB", {})]  # fmt: skip
+FORMS += [("AVIF", "RGB", {})] if features.check("avif") else []
+IMAGES = [encode(form, mode, **options) for form, mode, options in FORMS]
+
+
+def check_image(content, channels):
+    out = answered(decode, content, channels)
+    assert out is None or (out.dtype, out.ndim, out.shape[2]) == (np.uint8, 3, channels)
+
+
+CHANNELS = st.sampled_from([1, 3, 4])
+
+
+@settings(max_examples=400)
+@given(st.sampled_from(IMAGES), BYTES, st.integers(0, 40), CHANNELS)
+def test_images_with_changed_bytes(whole, changes, cut, channels):
+    check_image(with_bytes(whole, [(place % 600, value) for place, value in changes], cut), channels)
+
+
+@settings(max_examples=150)
+@given(
+    st.integers(0, 2**32 - 1) | SIZES,
+    SIZES,
+    st.sampled_from([1, 2, 4, 8, 16, 3]),
+    st.integers(0, 7),
+    st.integers(0, 2),
+    st.sampled_from([b"eXIf", b"zTXt", b"iCCP", b"PLTE", b"tRNS", b"acTL", b"fdAT"]),
+    st.binary(max_size=20),
+    CHANNELS,
+)
+def test_png_by_its_parts(width, height, depth, colour, interlaced, name, body, channels):
+    header = struct.pack(">IIBBBBB", width % 2**32, height % 2**32, depth, colour, 0, 0, interlaced)
+    bomb = zlib.compress(bytes(100_000))
+    chunks = [(b"IHDR", header), (name, body), (name, b"x\0\0" + bomb), (b"IDAT", bomb), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(b)) + n + b + struct.pack(">I", zlib.crc32(n + b)) for n, b in chunks]
+    check_image(b"\x89PNG\r\n\x1a\n" + b"".join(parts), channels)
+
+
+TAGS = st.sampled_from(
+    [256, 257, 258, 259, 262, 266, 270, 273, 274, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 338, 339]
+)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(TAGS, st.integers(0, 13), SIZES, SIZES | st.integers(0, 65535)), max_size=4), CHANNELS)
+def test_tiff_by_its_tags(entries, channels):
+    """The entries of a good file, with some replaced or added: of any kind, number and value."""
+    tags = {256: (3, 1, 4), 257: (3, 1, 4), 258: (3, 1, 8), 259: (3, 1, 1), 262: (3, 1, 1), 273: (4, 1, 200),
+            277: (3, 1, 1), 278: (3, 1, 4), 279: (4, 1, 16)}  # fmt: skip
+    tags |= {tag: (kind, count % 2**32, value % 2**32) for tag, kind, count, value in entries}
+    body = b"".join(struct.pack("<HHII", tag, *tags[tag]) for tag in sorted(tags))
+    check_image((b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + body).ljust(200, b"\0") + bytes(400), channels)
+
+
+@given(SIZES, SIZES, st.sampled_from([1, 4, 8, 16, 24, 32, 5]), st.integers(0, 4), SIZES, CHANNELS)
+def test_bmp_gif_and_ppm_by_their_sizes(width, height, bits, compression, colours, channels):
+    sizes = struct.pack("<IIHHIIIIII", width % 2**32, height % 2**32, 1, bits, compression, 0, 0, 0, colours % 2**32, 0)
+    check_image(b"BM" + struct.pack("<IHHI", 200, 0, 0, 54) + struct.pack("<I", 40) + sizes + bytes(200), channels)
+    gif = encode("GIF", "P")
+    check_image(gif[:6] + struct.pack("<HH", width % 65536, height % 65536) + gif[10:], channels)
+    for kind in (b"P5", b"P2", b"P6", b"P4", b"Pf"):
+        check_image(kind + b" %d %d %d\n" % (width, height, colours) + bytes(100), channels)
