@@ -6,6 +6,7 @@ as a run that was never interrupted.
 
 import concurrent.futures
 import glob
+import json
 import logging
 import math
 import shutil
@@ -35,6 +36,19 @@ class Gone(UserError):
     """A checkpoint was removed while it was read, by the run that it belongs to."""
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's own reads the metrics of all checkpoints when it is made, and fails if those of one are damaged."""
+
+    def metrics(self, step: int) -> dict[str, float] | None:
+        """The metrics of a checkpoint; None if it was saved without, or if they are damaged."""
+        try:
+            found = json.loads((Path(self.directory) / str(step) / "metrics" / "metrics").read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return None
+        numbers = isinstance(found, dict) and all(isinstance(value, int | float) for value in found.values())
+        return found if numbers else None
+
+
 class Checkpoints:
     """The checkpoints in `directory`: the latest `keep`, and the best one by the metric `best` ("" for none).
 
@@ -60,7 +74,7 @@ class Checkpoints:
             read_only=read_only,
         )
         handler = ocp.StandardCheckpointHandler()  # named, so that metadata can be read too
-        self._manager = ocp.CheckpointManager(self._for_orbax(), options=options, item_handlers=handler)
+        self._manager = _Manager(self._for_orbax(), options=options, item_handlers=handler)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: concurrent.futures.Future[None] | None = None
         self.latest = max(self.steps(), default=0)  # the step of the latest one that is on disk and verified

@@ -65,6 +65,22 @@ def test_a_reader_beside_the_run(saved, tmp_path):
         reader.restore_latest(like())
 
 
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b'{"test/accuracy": "x"}', b"\xff", b"{", b"[" * 100_000])
+def test_damaged_metrics(tmp_path, caplog, content):
+    """Such a checkpoint is damaged and never the best. They stop neither a run nor a reader."""
+    directory = tmp_path / "checkpoints"
+    scores = {step: {"test/accuracy": value} for step, value in ((10, 0.5), (20, 0.7), (30, 0.9))}
+    save(directory, scores, best="test/accuracy", keep=2)
+    (directory / "30" / "metrics" / "metrics").write_bytes(content)
+    assert Checkpoints(directory, best="test/accuracy", read_only=True).best_step() == 20
+    checkpoints = Checkpoints(directory, best="test/accuracy")
+    assert (checkpoints.best_step(), checkpoints.restore_latest(like())[0]) == (20, 20)
+    assert f"checkpoint {directory}/30 is damaged: the file metrics/metrics " in caplog.text
+    checkpoints.save(30, make_state(30), {"test/accuracy": 0.9})
+    checkpoints.close()
+    assert Checkpoints(directory, best="test/accuracy").best_step() == 30
+
+
 def test_saved_again(tmp_path):
     """With the scores of an evaluation that had been cut short; killed meanwhile, the first one is put back."""
     checkpoints = Checkpoints(tmp_path, best="test/accuracy")
