@@ -32,16 +32,21 @@ _FILTERS = {
 }
 
 
-def decode(image: bytes | np.ndarray, channels: int = 3, formats: tuple[str, ...] = FORMATS) -> np.ndarray:
+def decode(
+    image: bytes | np.ndarray, channels: int = 3, formats: tuple[str, ...] = FORMATS, draft: int = 0
+) -> np.ndarray:
     """Bytes in one of the formats, or uint8[h, w, c], to uint8[h, w, channels]; channels is 1, 3 or 4.
 
     `formats` are Pillow's names; a format that is not among them is not tried, since some run other programs. The EXIF
     orientation is applied, the first frame of an animation taken, alpha dropped unless channels is 4, the high byte of
-    16-bit grey kept. Colour to grey is ITU-R 601 luma. Raises UserError for bytes that do not decode, and for an image
-    of more than 2**26 pixels.
+    16-bit grey kept. Colour to grey is ITU-R 601 luma. With `draft`, a JPEG image is decoded at 1/2, 1/4 or 1/8 of its
+    size, the smallest whose sides have so many pixels or more. That is faster, and gives other pixels. Raises UserError
+    for bytes that do not decode, and for an image of more than 2**26 pixels.
     """
     if channels not in _MODES:
         raise UserError(f"decode(channels={channels}): allowed: 1, 3, 4")
+    if type(draft) is not int or draft < 0:
+        raise UserError(f"decode(draft={draft!r}): a number of pixels, or 0 for the whole size")
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or not 1 <= image.shape[-1] <= 4:
             raise UserError(
@@ -51,7 +56,7 @@ def decode(image: bytes | np.ndarray, channels: int = 3, formats: tuple[str, ...
             return image
         picture = _to_picture(image)
     else:
-        picture = _open(image, formats)
+        picture = _open(image, formats, draft)
     if picture.mode.startswith("I"):  # 16 bits a pixel, which convert("L") would clip instead of scale
         deep = np.asarray(picture)
         if deep.dtype.itemsize > 2 and (deep.min() < 0 or deep.max() > 65535):
@@ -69,13 +74,15 @@ def decode(image: bytes | np.ndarray, channels: int = 3, formats: tuple[str, ...
     return out[..., None] if out.ndim == 2 else out
 
 
-def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+def _open(data: bytes, formats: tuple[str, ...], draft: int) -> Image.Image:
     if formats != FORMATS:
         formats = _known(formats)
     try:
         picture: Image.Image = Image.open(io.BytesIO(data), formats=formats)
         if picture.width * picture.height > MOST_PIXELS:
             raise Image.DecompressionBombError
+        if draft:
+            picture.draft(None, (draft, draft))  # of other formats than JPEG it leaves the size
         ImageOps.exif_transpose(picture, in_place=True)
         picture.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:

@@ -10,7 +10,7 @@ import tensorflow as tf
 from PIL import Image, features
 
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data.decode import decode
+from imgclf_jax.data.decode import decode, resize
 
 
 def noise(*shape, high=256, dtype=np.uint8):
@@ -191,3 +191,23 @@ def test_decode_of_arrays():
     for image in (np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 1), np.uint16), noise(4, 4, 5), noise(4, 4)):
         with pytest.raises(UserError, match=r"expected uint8\[h, w, c\]"):
             decode(image, 3)
+
+
+DRAFTS = {100: (125, 100), 101: (250, 200), 200: (250, 200), 201: (500, 400), 401: (1000, 800), 900: (1000, 800)}
+
+
+@pytest.mark.parametrize(("draft", "expected"), DRAFTS.items())
+def test_draft_is_the_smallest_part_of_a_jpeg_that_is_large_enough(draft, expected):
+    """An image without fine detail is about the same as when it is decoded whole and resized."""
+    ramp = np.linspace(0, 255, 800)[None, :, None] * np.linspace(0, 1, 1000)[:, None, None] * np.ones(3)
+    data = encode(ramp.astype(np.uint8), "JPEG", quality=95)
+    image = decode(data, draft=draft)
+    assert image.shape == (*expected, 3)
+    assert np.abs(image.astype(int) - resize(decode(data), *expected)).max() <= 4
+
+
+def test_draft_is_for_jpeg_alone():
+    image = noise(400, 300, 3)
+    np.testing.assert_array_equal(decode(encode(image, "PNG"), draft=20), image)
+    with pytest.raises(UserError, match=r"decode\(draft=-1\): a number of pixels"):
+        decode(encode(image, "PNG"), draft=-1)
