@@ -45,6 +45,16 @@ def test_a_run_that_names_code(mistake, trained, tmp_path, command, key):
     assert not (tmp_path / "harm").exists()
 
 
+def test_a_run_that_names_a_program_of_tfds(mistake, trained, tmp_path):
+    """Those of a namespace are fetched from other people's repositories."""
+    shutil.copytree(trained, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["data"]["source"] = "tfds('someone:digits')"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    sentence = mistake("evaluate", f"--workdir={tmp_path}/run", log=r"^\d\d:\d\d:\d\d")
+    assert has(sentence, "names data set 'someone:digits'", "fetch a program and run it", "add --trust")
+
+
 def test_trusted(trained, tmp_path, monkeypatch, capsys):
     """With --trust it is imported, from the folder of the config or the current one."""
     shutil.copytree(trained, tmp_path / "run")

@@ -134,6 +134,12 @@ def no_imports(whose: str) -> Iterator[None]:
         _refused_for = before
 
 
+def check_trusted(what: str) -> None:
+    """Raises UserError inside of `no_imports`. `what` says what a spec names, and what that would run."""
+    if _refused_for:
+        raise UserError(f"{_refused_for} names {what}; if you trust both, add --trust")
+
+
 def lookup(call: Call, table: Table, kind: str) -> Callable[..., Any]:
     """The function or class that `call` names, from `table` or by import path; UserError if there is none."""
     if ":" not in call.name:
@@ -141,9 +147,7 @@ def lookup(call: Call, table: Table, kind: str) -> Callable[..., Any]:
             raise UserError(unknown(kind, call.name, table) + ", or an import path module:name")
         return table[call.name]
     module_name, _, attribute = call.name.partition(":")
-    if _refused_for:
-        raise UserError(f"{_refused_for} names {kind} {call.name!r}, which would import the module {module_name!r} and "
-                        "run its code; if you trust both, add --trust")  # fmt: skip
+    check_trusted(f"{kind} {call.name!r}, which would import the module {module_name!r} and run its code")
     try:
         module = importlib.import_module(module_name)
     except ImportError as e:

@@ -7,6 +7,7 @@ source spec names a function that gives `{base split name: source}`; TFDS's spli
 import functools
 import hashlib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -182,6 +183,8 @@ def tfds(name: str, data_dir: str = "", manual_dir: str = "") -> dict[str, Sourc
 
     `manual_dir` holds the original files, for machines without a network.
     """
+    if re.match(r"[\w-]+:(?!\d)", name):  # and not a version, as in imagenet2012:5.1.0
+        spec.check_trusted(f"data set {name!r}, for which TFDS would fetch a program and run it")
     from imgclf_jax.data.prepare import open_tfds
 
     prepared = open_tfds(name, data_dir, manual_dir)
