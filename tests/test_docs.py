@@ -242,3 +242,15 @@ def test_every_page_is_in_the_table_of_contents():
     index = (ROOT / "docs" / "index.md").read_text()
     found = {line for block in re.findall(r"```{toctree}\n(.*?)```", index, re.DOTALL) for line in block.splitlines()}
     assert {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"} <= found
+
+
+def test_the_tests_that_reliability_names_are_there():
+    """Each `file.py::test` of its tables, and each `::test` of the file named before it."""
+    named, file = 0, ROOT
+    for part in re.findall(r"`([\w/]*test_\w+\.py(?:::\w+)?|::\w+)`", PAGES["reliability"].read_text()):
+        path, _, test = part.partition("::")
+        file = ROOT / "tests" / path if path else file
+        assert file.is_file(), part
+        assert not test or re.search(rf"^def {test}\(", file.read_text(), re.MULTILINE), part
+        named += 1
+    assert named > 60
