@@ -3,18 +3,19 @@
 Usage: launch.py [COMMAND] [--config=FILE.py[:ARG]] [--workdir=DIR] [--config.KEY=VALUE …] [FILE|DIR …]
 """
 
+import os
 import sys
 
 if __name__ == "__main__":
-    # What is installed comes first: a file of the user's that is called jax.py is not JAX.
-    sys.path.append(sys.path.pop(0))
+    # What is installed comes first: a file beside this one that is called jax.py is not JAX.
+    _here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [folder for folder in sys.path if folder != _here] + [_here]
     from imgclf_jax.core import signals
 
     signals.install()
 
 import contextlib
 import ctypes
-import os
 import platform
 import re
 import zlib

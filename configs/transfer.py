@@ -17,8 +17,8 @@ weights of ResNet-20 for CIFAR-10 (`cifar10_resnet20.py`), five epochs, accuracy
     from scratch      0.760 ± 0.022, at the rate 0.05; in version 0.1.0 0.754, and at 0.02, 0.1, 0.2 and 0.5: 0.742,
                       0.744, 0.701, 0.577
 
-Means and standard deviations of three seeds, `--config.num_seeds=3`, on two cores of an AMD EPYC. They take two minutes,
-with the network kept one, on two cores of an Intel Xeon (Sapphire Rapids).
+Means and standard deviations of three seeds, `--config.num_seeds=3`, on two cores of an AMD EPYC. On two cores of an
+Intel Xeon (Sapphire Rapids) they take two minutes, with the network kept one.
 
 Model, size of the images, means and deviations are those of the weights: here ResNet-20 for CIFAR-10.
 """
