@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError, reason
@@ -30,6 +31,11 @@ log = logging.getLogger(__name__)
 
 _WORST = -math.inf
 _REPLACED = "replaced-"  # the first checkpoint of a step that is saved again, while the second one is written
+
+
+# At each save Orbax asks TensorStore for its metrics, to log how well arrays are compressed. TensorStore 0.1.86 never frees
+# what it gives then: some 20 kB a save.
+tensorstore_utils.get_tensorstore_raw_bytes = lambda *_: 0
 
 
 class Gone(UserError):
@@ -77,6 +83,7 @@ class Checkpoints:
         self._manager = _Manager(self._for_orbax(), options=options, item_handlers=handler)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: concurrent.futures.Future[None] | None = None
+        self._read_back = False  # whether a checkpoint of this process could be
         self.latest = max(self.steps(), default=0)  # the step of the latest one that is on disk and verified
 
     def _for_orbax(self) -> Path:
@@ -124,10 +131,15 @@ class Checkpoints:
     def _finish(self, step: int, like: Any) -> None:
         """In the thread: waits until a checkpoint is on disk, verifies that all of the state is in it, and seals it."""
         self._manager.wait_until_finished()
-        saved = self._manager.item_metadata(step)
-        if clash := "it has no metadata" if saved is None else _find_clash(saved, like):
-            raise OSError(f"what was saved cannot be read back: {clash}")
-        manifest.write(self.directory / str(step))
+        folder = self.directory / str(step)
+        if lost := sorted({name for name, _ in tree.named_leaves(like)} - _list(folder)):
+            raise OSError(f"what was saved cannot be read back: {lost[0]} is not listed in it")
+        if not self._read_back:  # Of the first one each array is opened. TensorStore loses some memory by that.
+            saved = self._manager.item_metadata(step)
+            if clash := "it has no metadata" if saved is None else _find_clash(saved, like):
+                raise OSError(f"what was saved cannot be read back: {clash}")
+            self._read_back = True
+        manifest.write(folder)
         shutil.rmtree(self.directory / f"{_REPLACED}{step}", ignore_errors=True)
         self.latest = step
 
@@ -247,6 +259,12 @@ class Checkpoints:
                 f"a checkpoint could not be saved in {self.directory}: {reason(e)}; {kept}; free some space or repair "
                 "the disk, then run the same command again"
             ) from e
+
+
+def _list(folder: Path) -> set[str]:
+    """The names of the arrays in a checkpoint, by Orbax's own list of them."""
+    entries = json.loads((folder / "default" / "_METADATA").read_bytes())["tree_metadata"].values()
+    return {"/".join(str(key["key"]) for key in entry["key_metadata"]) for entry in entries}
 
 
 def _find_clash(saved: Any, like: Any) -> str:

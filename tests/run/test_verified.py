@@ -1,5 +1,6 @@
 """Checkpoints that can be verified go before those that cannot; a save ends once what it wrote is read back."""
 
+import gc
 import shutil
 
 import pytest
@@ -79,6 +80,22 @@ def test_damaged_metrics(tmp_path, caplog, content):
     checkpoints.save(30, make_state(30), {"test/accuracy": 0.9})
     checkpoints.close()
     assert Checkpoints(directory, best="test/accuracy").best_step() == 30
+
+
+def test_saving_leaves_nothing_in_memory(tmp_path):
+    """A run of days saves thousands of checkpoints. Python's own objects are counted: lists that TensorStore loses."""
+    checkpoints, state = Checkpoints(tmp_path), make_state(1)
+
+    def count(first: int) -> int:
+        for step in range(first, first + 10):
+            checkpoints.save(step, state)
+        checkpoints.wait()
+        gc.collect()
+        return len(gc.get_objects())
+
+    count(0)
+    before = count(10)
+    assert count(20) - before < 100
 
 
 def test_saved_again(tmp_path):
