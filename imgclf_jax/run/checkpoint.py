@@ -33,8 +33,8 @@ _WORST = -math.inf
 _REPLACED = "replaced-"  # the first checkpoint of a step that is saved again, while the second one is written
 
 
-# At each save Orbax asks TensorStore for its metrics, to log how well arrays are compressed. TensorStore 0.1.86 never frees
-# what it gives then: some 20 kB a save.
+# At each save Orbax asks TensorStore for its metrics, to log how well arrays are compressed. TensorStore 0.1.86 never
+# frees what it gives then: some 20 kB a save.
 tensorstore_utils.get_tensorstore_raw_bytes = lambda *_: 0
 
 
