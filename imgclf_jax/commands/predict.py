@@ -127,7 +127,7 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str, p
         _print_table([r for r in records if "predictions" in r])
     if skipped:
         listed = image_check.write_list("predict", skipped)
-        log.warning("%d unreadable files are left out; all are listed in %s", len(skipped), listed or "no file, since "
+        log.warning("unreadable files left out: %d; all are listed in %s", len(skipped), listed or "no file, since "
                     "the cache folder cannot be written")  # fmt: skip
     if failed:
         others = "; the others are above" if failed < len(files) else ""

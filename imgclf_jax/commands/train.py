@@ -14,6 +14,7 @@ from imgclf_jax import diagnose
 from imgclf_jax.commands.evaluate import evaluate_all
 from imgclf_jax.commands.train_setup import Run, set_up
 from imgclf_jax.core import signals, tree
+from imgclf_jax.core.text import printable
 from imgclf_jax.run import provenance
 from imgclf_jax.run.monitor import Monitor
 from imgclf_jax.run.workdir import Workdir
@@ -160,4 +161,5 @@ def _report(run: Run, state: Any, results: Results, monitor: Monitor, began: flo
     provenance.write_json(run.workdir.result, result)
     for name, values in results.items():
         print(f"{name}: {format_metrics(values)}")
-    print(f"trained {total} steps ({result['epochs']:g} epochs) in {result['seconds']} s; see {run.workdir.path}")
+    print(f"trained {total} steps ({result['epochs']:g} epochs) in {result['seconds']} s; see "
+          f"{printable(str(run.workdir.path))}")  # fmt: skip

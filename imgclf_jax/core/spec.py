@@ -59,6 +59,8 @@ def parse_one(text: str) -> Call:
 
 def _split(text: str) -> list[str]:
     """Splits at each `|` outside of brackets and strings; Python's tokenizer knows which those are."""
+    if any("\ud800" <= c <= "\udfff" for c in text):  # Python's stand-ins for bytes that are no text
+        raise UserError(f"in spec {text!r}: it is not UTF-8")
     if "\0" in text:  # which can upset the tokenizer
         raise UserError(f"in spec {text!r}: a null character is not allowed")
     # Inside added brackets a newline is white space; the column offset is one on the first line.

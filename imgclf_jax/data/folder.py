@@ -106,7 +106,7 @@ def _readable(
         more = f" and {len(reasons) - 3} more; {listed}" if len(reasons) > 3 else ""
         raise UserError(f"folder: not a readable image: {shown}{more}; repair, move or remove it, or leave out all "
                         "such files by --config.data.unreadable=skip")  # fmt: skip
-    log.warning("%s: %d unreadable files are left out; %s", root, len(reasons), listed)
+    log.warning("%s: unreadable files left out: %d; %s", root, len(reasons), listed)
     return {name: _without(source, bad[name]) for name, (source, _) in scans.items()}
 
 

@@ -262,3 +262,9 @@ def test_only_finite_numbers_are_literals(value):
 
 
 # --- splits, against TFDS's own reading of the same text ---
+
+
+def test_bytes_that_are_no_text():
+    """As Python gives them from a command line."""
+    with pytest.raises(UserError, match=r"^in spec \"folder\('\\udcff'\)\": it is not UTF-8$"):
+        spec.parse("folder('\udcff')")

@@ -62,7 +62,7 @@ def test_those_of_all_splits_are_listed_at_once(tmp_path):
 def test_skipping_gives_the_source_of_the_files_that_are_left(flat, broken, caplog):
     source = folder(str(flat), unreadable="skip")["train"]
     [message] = caplog.messages
-    assert message.startswith(f"{flat}: 7 unreadable files are left out; all are listed in ")
+    assert message.startswith(f"{flat}: unreadable files left out: 7; all are listed in ")
     assert len(listed(message).read_text().splitlines()) == 7
     assert source.left_out == tuple(map(str, broken))
     few = folder(str(flat), 1, unreadable="skip")
