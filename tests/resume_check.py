@@ -23,12 +23,18 @@ DIGITS = ("--config.total=800 steps", "--config.checkpoint_every=25 steps", "--c
           "--config.eval_every=90 steps", "--config.checkpoint.best=test/accuracy")  # fmt: skip
 
 
+def obey_signals() -> None:
+    """Called in a process before its program begins: a shell lets what it starts in the background ignore SIGINT."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(workdir: Path, overrides: tuple[str, ...]) -> subprocess.Popen:
     """A training process in `workdir`; what it says goes to `workdir`.log."""
     workdir.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{workdir}.log", "a") as log:
         command = [sys.executable, str(ROOT / "launch.py"), "train", f"--workdir={workdir}", *overrides]
-        return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+        return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, preexec_fn=obey_signals)
 
 
 def finish(workdir: Path, overrides: tuple[str, ...]) -> None:

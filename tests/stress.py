@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from resume_check import ROOT, outcome
+from resume_check import ROOT, obey_signals, outcome
 
 RUN = ("--config.total=900 steps", "--config.checkpoint_every=25 steps", "--config.log_every=10 steps",
        "--config.eval_every=90 steps", "--config.checkpoint.best=test/accuracy")  # fmt: skip
@@ -64,7 +64,8 @@ class Round:
             self.count["clock moved"] += 1
             start += ["-c", SHIFTED.format(root=str(ROOT)), str(self.rng.uniform(-1e8, 1e8))]
         with (log or self.log).open("a") as file:
-            return subprocess.Popen([*start, *words], stdout=file, stderr=file, cwd=ROOT, start_new_session=True)
+            return subprocess.Popen([*start, *words], stdout=file, stderr=file, cwd=ROOT, start_new_session=True,
+                                    preexec_fn=obey_signals)  # fmt: skip
 
     def sleep(self, process: subprocess.Popen, longest: float) -> None:
         """Until a random moment: in start-up, or some time after a record was written."""

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from resume_check import obey_signals
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,9 +88,8 @@ def start(moment: str, name: str, how: str, workdir: Path) -> subprocess.Complet
         f"--workdir={workdir}",
         *RUN,
     ]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, start_new_session=True, timeout=120, check=False
-    )
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, start_new_session=True, timeout=120,
+                          preexec_fn=obey_signals, check=False)  # fmt: skip
 
 
 def finish(workdir: Path) -> tuple[str, list[dict]]:

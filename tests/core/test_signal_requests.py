@@ -10,6 +10,15 @@ import pytest
 from imgclf_jax.core import signals
 
 
+@pytest.fixture(autouse=True)
+def _obeyed():
+    """As in a process that was started to ignore no signal; some shells let what is in the background ignore SIGINT."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in signals._SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def ended(monkeypatch) -> list[tuple[int, str]]:
     """(number, line) for each end of the process that was asked for, and a clock that stands still."""
