@@ -47,12 +47,16 @@ def check(stop: Callable[[], str]) -> None:
 
 
 class _Requests:
-    """What has been asked since `noted` began. `losing` says what an end at once loses; None outside of `noted`."""
+    """What has been asked since `noted` began. `losing` says what an end at once loses; None outside of `noted`.
 
-    def __init__(self, losing: Callable[[], str] | None = None):
+    `began` is the time of the latest request before, of which some more signals may come.
+    """
+
+    def __init__(self, losing: Callable[[], str] | None = None, began: float = -SAME):
         self.losing = losing
         self.first = ""
-        self._count, self._began = 0, -SAME
+        self.began = began
+        self._count = 0
 
     def note(self, number: int) -> None:
         """From the next step on, the loop knows."""
@@ -64,11 +68,11 @@ class _Requests:
         name, now = signal.Signals(number).name, time.monotonic()
         if name == "SIGHUP":
             _leave_terminal()
+        if now - self.began < SAME:
+            return
         if self.losing is None:
             _end(number, f"{name}: stopped; run the same command again")
-        if now - self._began < SAME:
-            return
-        self._count, self._began = self._count + 1, now
+        self._count, self.began = self._count + 1, now
         self.note(number)
         if self._count == 1:
             log.warning("%s: stopping after this step, and saving a checkpoint", name)
@@ -126,7 +130,7 @@ def noted(losing: Callable[[], str]) -> Iterator[Callable[[], str]]:
             os.close(_pipe)
             _pipe = None
             thread.join()
-        _now = _Requests()
+        _now = _Requests(began=requests.began)
 
 
 def _pass_on(number: int, frame: Any) -> None:

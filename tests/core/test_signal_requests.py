@@ -61,6 +61,18 @@ def test_without_anything_to_save_it_ends(ended):
     assert ended == [(15, "SIGTERM: stopped; run the same command again")]
 
 
+def test_the_second_signal_may_come_when_all_is_saved(ended):
+    """It asks for what has been done, and the status stays that of a run that saved a checkpoint."""
+    with signals.noted(str):
+        signals._now.receive(signal.SIGINT)
+    signals._now.receive(signal.SIGINT)
+    assert ended == []
+    signals._now.began -= signals.SAME
+    with pytest.raises(SystemExit):
+        signals._now.receive(signal.SIGINT)
+    signals._now.began = -signals.SAME
+
+
 def test_handlers_are_there_inside_alone():
     before = [signal.getsignal(number) for number in signals._SIGNALS]
     with signals.noted(str) as stop:
