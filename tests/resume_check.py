@@ -24,9 +24,10 @@ DIGITS = ("--config.total=800 steps", "--config.checkpoint_every=25 steps", "--c
 
 
 def obey_signals() -> None:
-    """Called in a process before its program begins: a shell lets what it starts in the background ignore SIGINT."""
+    """Has signals end this process and those that it starts: a shell lets what is in the background ignore SIGINT."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def start(workdir: Path, overrides: tuple[str, ...]) -> subprocess.Popen:
@@ -34,7 +35,7 @@ def start(workdir: Path, overrides: tuple[str, ...]) -> subprocess.Popen:
     workdir.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{workdir}.log", "a") as log:
         command = [sys.executable, str(ROOT / "launch.py"), "train", f"--workdir={workdir}", *overrides]
-        return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, preexec_fn=obey_signals)
+        return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
 
 
 def finish(workdir: Path, overrides: tuple[str, ...]) -> None:
@@ -101,6 +102,7 @@ def main() -> int:
     parser.add_argument("--workdir", type=Path, default=Path(tempfile.mkdtemp(prefix="resume_check")))
     parser.add_argument("overrides", nargs="*", help="of the config, such as --config.data.placement=device")
     args = parser.parse_args()
+    obey_signals()
     rng = random.Random(args.seed)
     overrides = (*DIGITS, *args.overrides)
 

@@ -64,8 +64,7 @@ class Round:
             self.count["clock moved"] += 1
             start += ["-c", SHIFTED.format(root=str(ROOT)), str(self.rng.uniform(-1e8, 1e8))]
         with (log or self.log).open("a") as file:
-            return subprocess.Popen([*start, *words], stdout=file, stderr=file, cwd=ROOT, start_new_session=True,
-                                    preexec_fn=obey_signals)  # fmt: skip
+            return subprocess.Popen([*start, *words], stdout=file, stderr=file, cwd=ROOT, start_new_session=True)
 
     def sleep(self, process: subprocess.Popen, longest: float) -> None:
         """Until a random moment: in start-up, or some time after a record was written."""
@@ -282,6 +281,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the plan")
     parser.add_argument("--memory", action="store_true", help="watch one long run instead")
     args = parser.parse_args()
+    obey_signals()
     folder = Path(tempfile.mkdtemp(prefix="stress"))
     print(f"in {folder}", flush=True)
     return watch_memory(args.seconds, folder) if args.memory else min(1, disturb(args.seconds, args.seed, folder))

@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from resume_check import obey_signals
 
 ROOT = Path(__file__).parent.parent
 
 # Asks itself to stop at a moment of its life, as another process would, and goes on.
 PROGRAM = """
-import builtins, functools, os, runpy, sys, time
+import functools, os, runpy, signal, sys, time
+for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # which some shells let be ignored in the background
+    signal.signal(name, signal.SIG_DFL)
 moment, how, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
 launch = sys.argv[4]
 
@@ -88,8 +89,9 @@ def start(moment: str, name: str, how: str, workdir: Path) -> subprocess.Complet
         f"--workdir={workdir}",
         *RUN,
     ]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, start_new_session=True, timeout=120,
-                          preexec_fn=obey_signals, check=False)  # fmt: skip
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, start_new_session=True, timeout=120, check=False
+    )
 
 
 def finish(workdir: Path) -> tuple[str, list[dict]]:
