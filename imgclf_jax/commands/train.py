@@ -50,6 +50,8 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
             log.warning("%s: stopped before the first step, nothing is lost; run the same command again", e)
             return 128 + signals.number(str(e))
         if ended is None:
+            log.warning("%s: stopped at step %d, checkpoint saved; run the same command to go on", stop(),
+                        run.checkpoints.latest)  # fmt: skip
             return STOPPED
         state, results = ended
         _report(run, state, results or evaluate_all(run.programs, state, run.evals), monitor, began)
@@ -68,6 +70,7 @@ def train(
         if results is None:
             return None
         if config.checkpoint.best:
+            writer.sync()
             checkpoints.save(run.start, {"state": state, "sums": window}, _scores(results), again=True)
 
     ranges = cadences.ranges(run.start, programs.steps_per_call, monitor.edges)
@@ -98,7 +101,6 @@ def train(
                 checkpoints.save(step, {"state": state, "sums": window}, scores)
             if signal and (step < cadences.total or results is None):
                 checkpoints.close()
-                log.warning("%s: stopped at step %d, checkpoint saved; run the same command to go on", signal, step)
                 return None
     checkpoints.close()
     return state, results or {}

@@ -4,8 +4,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from imgclf_jax.core.errors import UserError, unknown
 
 _BOUND = r"\s*(-?\d{1,18}|-?\d{1,18}(?:\.\d{1,18})?%)?\s*"
@@ -59,19 +57,20 @@ def describe(train: str, evals: Mapping[str, str], sizes: Mapping[str, int]) -> 
     said = [f"trained on: {words(train)}"]
     if evals:
         said.append("evaluated: " + ", ".join(f"{name} = {words(text)}" for name, text in evals.items()))
-    unused = {name: n - _covered([p for some in parts.values() for p in some if p.name == name], n)
-              for name, n in sizes.items()}  # fmt: skip
+    used = [part for some in parts.values() for part in some]
+    unused = {name: n - _covered([part for part in used if part.name == name]) for name, n in sizes.items()}
     if left := [f"{count} of the {sizes[name]} examples of {name}" for name, count in unused.items() if count]:
         said.append("not used: " + ", ".join(left))
     return "; ".join(said)
 
 
-def _covered(parts: list[Part], size: int) -> int:
-    """How many of a base split's examples are in at least one of the parts."""
-    used = np.zeros(size, bool)
-    for part in parts:
-        used[part.start : part.stop] = True
-    return int(used.sum())
+def _covered(parts: list[Part]) -> int:
+    """How many examples of a base split are in at least one of its parts."""
+    count = end = 0
+    for part in sorted(parts, key=lambda part: part.start):
+        count += max(0, part.stop - max(part.start, end))
+        end = max(end, part.stop)
+    return count
 
 
 def _bound(text: str | None, n: int, default: int, piece: str) -> int:

@@ -218,9 +218,9 @@ class Checkpoints:
         read: most likely they are of another model.
         """
         steps = self.steps()
-        absent = [step for step in steps if manifest.find_fault(self.directory / str(step), quick=True)]
+        sealed = [step for step in steps if manifest.is_in(self.directory / str(step))]
         errors: dict[int, UserError] = {}
-        for step in sorted(steps, key=lambda step: (step not in absent, step), reverse=True):
+        for step in sorted(steps, key=lambda step: (step in sealed, step), reverse=True):
             try:
                 state = self.restore(step, like)
             except Gone:

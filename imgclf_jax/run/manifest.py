@@ -18,14 +18,14 @@ def write(folder: Path) -> None:
     write_atomically(folder / NAME, json.dumps(files))
 
 
-def find_fault(folder: Path, quick: bool = False) -> str:
-    """What is wrong with the files in `folder`; "" if nothing is, ABSENT if there is no manifest to compare them with.
+def is_in(folder: Path) -> bool:
+    """Whether there is a manifest in `folder`, so that its files can be verified."""
+    return (folder / NAME).exists()
 
-    With `quick` it looks for the manifest only.
-    """
+
+def find_fault(folder: Path) -> str:
+    """What is wrong with the files in `folder`: "" if nothing is, ABSENT if there is no manifest to compare with."""
     try:
-        if quick:
-            return "" if (folder / NAME).exists() else ABSENT
         files = json.loads((folder / NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return ABSENT

@@ -113,3 +113,10 @@ def test_split_mistakes_are_told(text, message):
 )  # fmt: skip
 def test_what_serves_what(train, evals, said):
     assert splits.describe(train, evals, {"train": 80, "test": 20}) == said
+
+
+def test_describing_takes_no_memory_for_examples():
+    """Overlapping and repeated parts count once, of any number of examples."""
+    n = 2**48
+    said = splits.describe(f"train[:{n // 2}]", {"a": f"train[{n // 4}:{n // 2 + 5}]+train[:3]"}, {"train": n})
+    assert said.endswith(f"not used: {n - n // 2 - 5} of the {n} examples of train")
