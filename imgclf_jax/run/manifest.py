@@ -8,7 +8,7 @@ from pathlib import Path
 from imgclf_jax.run.provenance import write_atomically
 
 NAME = "manifest.json"  # {file: [bytes, CRC-32]}
-ABSENT = f"it has no {NAME}, as where a process was killed while it saved"
+ABSENT = f"it has no {NAME}; perhaps a process was killed while it saved"
 _PIECE = 1 << 20  # bytes that are read at once
 
 
