@@ -32,7 +32,7 @@ HEAVY = {
     "clu": {"commands.train_setup"},
     "tensorboard": {"run.event_file"},
     "sklearn": {"data.sources", "metrics"},
-    "orbax": {"run.checkpoint"},
+    "orbax": {"run.checkpoint", "run.tensorstore_leaks"},
 }
 INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "tensorboard", "sklearn"}
 # What prints help and configs, and so must not import JAX: these and all that they import.

@@ -21,21 +21,22 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
-from orbax.checkpoint._src.serialization import tensorstore_utils
+from orbax.checkpoint._src.metadata import array_metadata_store
 
 from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError, reason
-from imgclf_jax.run import manifest
+from imgclf_jax.run import manifest, tensorstore_leaks
 
 log = logging.getLogger(__name__)
 
 _WORST = -math.inf
 _REPLACED = "replaced-"  # the first checkpoint of a step that is saved again, while the second one is written
 
-
-# At each save Orbax asks TensorStore for its metrics, to log how well arrays are compressed. TensorStore 0.1.86 never
-# frees what it gives then: some 20 kB a save.
-tensorstore_utils.get_tensorstore_raw_bytes = lambda *_: 0
+tensorstore_leaks.stop()
+# An array that all devices have whole is written by one of them. Orbax would have each write a slice, and compile a
+# program of its own for each slice of each shape.
+_handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False, array_metadata_store=array_metadata_store.Store())
+ocp.type_handlers.register_type_handler(jax.Array, _handler, override=True)
 
 
 class Gone(UserError):

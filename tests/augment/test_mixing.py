@@ -217,10 +217,10 @@ def test_the_step_trains_on_mixed_images_and_counts_the_main_label(accumulate):
     state = run["state"]
     images = np.random.default_rng(0).integers(0, 256, (16, 6, 6, 1), np.uint8)
     labels = np.random.default_rng(1).integers(0, 3, 16).astype(np.int32)
-    pure = step.make_train_step(
+    pure = jax.jit(step.make_train_step(
         e.recipe.model, e.recipe.loss, e.recipe.optimizer, e.recipe.schedule,
         lambda key, x: x.astype(jnp.float32) / 255, mix=mixing.build("mixup(1.0)"), accumulate=accumulate,
-    )  # fmt: skip
+    ))  # fmt: skip
     after, sums = pure(state, {"image": jnp.asarray(images), "label": jnp.asarray(labels)})
     mixed, weight = mixup(jax.random.split(rng.key(3, "mix", 0))[1], jnp.asarray(images / np.float32(255)), 1.0)
     own = np.asarray(weight)[:, None]
@@ -231,7 +231,7 @@ def test_the_step_trains_on_mixed_images_and_counts_the_main_label(accumulate):
         logits = e.recipe.model.apply({"params": params}, mixed, train=True, rngs={"dropout": rng.key(3, "dropout", 0)})
         return -jnp.mean(jnp.sum(target * jax.nn.log_softmax(logits), -1)), logits
 
-    (loss, logits), grads = jax.value_and_grad(by_hand, has_aux=True)(state.params)
+    (loss, logits), grads = jax.jit(jax.value_and_grad(by_hand, has_aux=True))(state.params)
     np.testing.assert_allclose(sums["loss"] / 16, loss, rtol=1e-5)
     main = np.where(np.asarray(weight) >= 0.5, labels, before(labels))
     assert int(sums["correct"]) == int((np.argmax(np.asarray(logits), -1) == main).sum())

@@ -39,7 +39,16 @@ def normal(seed, *shape, dtype=np.float64):
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
-@pytest.mark.usefixtures("float64", "form")
+def shapes(layer, *args):
+    """Of the variables that a layer begins with."""
+    return jax.eval_shape(lambda: layer.init(jax.random.key(0), *args))
+
+
+def drawn(shapes):
+    return jax.tree.map(lambda s: jnp.asarray(normal(1, *s.shape)), shapes)
+
+
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("kernel", "strides", "padding", "dilation", "groups"), SETTINGS)
 def test_conv_is_flax_conv(kernel, strides, padding, dilation, groups):
     """The same parameters, results and gradients as nn.Conv, in float64."""
@@ -47,19 +56,22 @@ def test_conv_is_flax_conv(kernel, strides, padding, dilation, groups):
     ours = Conv(6, kernel, strides, padding, **settings, dtype=jnp.float64)
     size = (kernel, kernel) if isinstance(kernel, int) else kernel
     theirs = nn.Conv(6, size, strides, padding, **settings, dtype=jnp.float64)
-    params = ours.init(jax.random.key(0), x)["params"]
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, theirs.init(jax.random.key(0), x)["params"])
-    params = jax.tree.map(lambda p: jnp.asarray(normal(1, *p.shape)), params)
+    params = shapes(theirs, x)["params"]
+    assert jax.tree.map(jnp.shape, shapes(ours, x)["params"]) == jax.tree.map(jnp.shape, params)
+    params = drawn(params)
 
     def scalar(layer, params, x):
         y = layer.apply({"params": params}, x)
         return jnp.sum(jnp.sin(y)), y
 
-    results = [
-        jax.jit(jax.value_and_grad(functools.partial(scalar, layer), argnums=(0, 1), has_aux=True))(params, x)
-        for layer in (ours, theirs)
-    ]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), *results)
+    expected, *results = (
+        jax.jit(platform.traced_for(form, jax.value_and_grad(functools.partial(scalar, layer), (0, 1), True)))(
+            params, x
+        )
+        for layer, form in ((theirs, ""), (ours, "cpu"), (ours, "gpu"))
+    )
+    for result in results:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), result, expected)
 
 
 @pytest.mark.usefixtures("float64", "form")
@@ -148,7 +160,7 @@ def test_layers_on_cpu_in_bfloat16(function, features):
 def test_flat_dense_is_flax_dense_on_the_flattened_image():
     x = jnp.asarray(normal(0, 3, 4, 5, 2))
     ours, theirs = FlatDense(7, dtype=jnp.float64), nn.Dense(7, dtype=jnp.float64)
-    params = jax.tree.map(lambda p: jnp.asarray(normal(1, *p.shape)), ours.init(jax.random.key(0), x)["params"])
+    params = drawn(shapes(ours, x)["params"])
     functions = [
         lambda params, x: ours.apply({"params": params}, x),
         lambda params, x: theirs.apply({"params": params}, x.reshape(3, -1)),
@@ -164,7 +176,7 @@ def compiled_network(batch_size, mesh):
     """Two blocks and their gradients for CPU, the batch split over `mesh`."""
     network = nn.Sequential([ConvPool(8), ConvPool(16), FlatDense(10)])
     x = jnp.zeros((batch_size, 28, 28, 1))
-    params = network.init(jax.random.key(0), x)
+    params = shapes(network, x)
     whole, split = sharding.replicated(mesh), NamedSharding(mesh, PartitionSpec("data"))
     grad = rewrite(jax.grad(lambda params, x: jnp.mean(network.apply(params, x) ** 2)))
     grad = platform.traced_for("cpu", grad)
@@ -206,6 +218,6 @@ def test_the_gradient_of_a_bias_is_not_rounded_to_bfloat16(layer):
     """The sum of 1,001 ones, which bfloat16 rounds to 1,000."""
     x = jnp.zeros((1001, 1, 1, 3), jnp.bfloat16)
     layer = layer.clone(dtype=jnp.bfloat16)
-    params = layer.init(jax.random.key(0), x)["params"] | {"bias": jnp.ones(2)}
+    params = jax.tree.map(lambda s: jnp.ones(s.shape), shapes(layer, x)["params"])
     gradient = jax.jit(jax.grad(lambda params: jnp.sum(layer.apply({"params": params}, x).astype(jnp.float32))))(params)
     np.testing.assert_array_equal(gradient["bias"], [1001, 1001])

@@ -28,7 +28,8 @@ def test_batch_norm_is_flax_batch_norm(use_scale):
         momentum=0.9, epsilon=1e-3, use_scale=use_scale, param_dtype=jnp.float64, force_float32_reductions=False
     )
     shapes = jax.eval_shape(lambda: theirs.init(jax.random.key(0), x, use_running_average=False))
-    assert jax.tree.map(jnp.shape, ours.init(jax.random.key(0), x, True)) == jax.tree.map(jnp.shape, shapes)
+    own = jax.eval_shape(lambda: ours.init(jax.random.key(0), x, True))
+    assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, shapes)
     variables = jax.tree.map(lambda s: jnp.asarray(np.abs(normal(1, *s.shape)) + 0.1), dict(shapes))
 
     def run(layer, params, x):
@@ -57,9 +58,8 @@ def test_dense_and_layer_norm_on_tokens_are_flaxs():
         (LayerNorm(dtype=jnp.float64), nn.LayerNorm(1e-6, param_dtype=jnp.float64, force_float32_reductions=False)),
     ]
     for ours, theirs in pairs:
-        shapes = jax.tree.map(jnp.shape, theirs.init(jax.random.key(0), x)["params"])
-        variables = ours.init(jax.random.key(0), x)["params"]
-        assert jax.tree.map(jnp.shape, variables) == shapes
+        variables, own = (jax.eval_shape(lambda f=f: f.init(jax.random.key(0), x))["params"] for f in (theirs, ours))
+        assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, variables)
         params = jax.tree.map(lambda p: jnp.asarray(normal(1, *p.shape)), variables)
 
         def scalar(params, x, layer):
@@ -110,7 +110,9 @@ def test_layers_over_the_features_take_arrays_of_any_rank(shape):
         layers.append((BatchNorm(dtype=jnp.float64), x, rows))
     for layer, whole, flat in layers:
         args = (True,) if isinstance(layer, BatchNorm) else ()
-        variables = layer.init(jax.random.key(0), whole, *args)
-        y, by_row = (layer.apply(variables, z, *args, mutable=["batch_stats"])[0] for z in (whole, flat))
+        variables = jax.eval_shape(lambda: layer.init(jax.random.key(0), whole, *args))  # noqa: B023
+        variables = jax.tree.map(lambda s: jnp.asarray(normal(1, *s.shape)), variables)
+        apply = jax.jit(lambda z: layer.apply(variables, z, *args, mutable=["batch_stats"])[0])  # noqa: B023
+        y, by_row = apply(whole), apply(flat)
         assert y.shape[:-1] == shape[:-1]
         np.testing.assert_allclose(y.reshape(by_row.shape), by_row, rtol=1e-12, atol=1e-12)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from test_layers import normal, on_cpu
+from test_layers import normal, on_cpu, shapes
 
+from imgclf_jax.core import platform
 from imgclf_jax.models import layers
 from imgclf_jax.models.cpu import pool
 from imgclf_jax.models.cpu.layout import features_first, features_last
@@ -42,7 +43,7 @@ def test_pool_bias_relu_on_cpu_is_flax_in_the_usual_order(h, w, window):
     np.testing.assert_allclose(grads[1], expected[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("float64", "form")
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     ("kernel", "pool", "channels"), [(3, 2, 1), (3, 2, 3), (3, 2, 8), (5, 3, 1), (5, 3, 4), (2, 1, 2)]
 )
@@ -51,9 +52,8 @@ def test_conv_pool_is_convolution_bias_relu_and_pool_in_that_order(kernel, pool,
     x = jnp.asarray(normal(0, 2, 15, 14, channels))
     layer = ConvPool(6, kernel, pool, dtype=jnp.float64)
     flax_conv = nn.Conv(6, (kernel, kernel), padding="VALID", dtype=jnp.float64)
-    params = layer.init(jax.random.key(0), x)["params"]
     params = {
-        "kernel": jnp.asarray(normal(1, *params["kernel"].shape)),
+        "kernel": jnp.asarray(normal(1, *shapes(layer, x)["params"]["kernel"].shape)),
         "bias": jnp.linspace(-3, 0.3, 6) * kernel * channels**0.5,
     }
 
@@ -64,12 +64,16 @@ def test_conv_pool_is_convolution_bias_relu_and_pool_in_that_order(kernel, pool,
         y = function(params, x)
         return jnp.sum(jnp.sin(y)), y
 
-    results = [
-        jax.jit(jax.value_and_grad(functools.partial(scalar, function), argnums=(0, 1), has_aux=True))(params, x)
-        for function in (lambda params, x: layer.apply({"params": params}, x), usual)
-    ]
-    assert 0.05 < np.mean(np.asarray(results[1][0][1]) == 0) < 0.9
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), *results)
+    def ours(params, x):
+        return layer.apply({"params": params}, x)
+
+    expected, *results = (
+        jax.jit(platform.traced_for(form, jax.value_and_grad(functools.partial(scalar, f), (0, 1), True)))(params, x)
+        for f, form in ((usual, ""), (ours, "cpu"), (ours, "gpu"))
+    )
+    assert 0.05 < np.mean(np.asarray(expected[0][1]) == 0) < 0.9
+    for result in results:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), result, expected)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 8])
