@@ -34,10 +34,12 @@ COMMANDS = {
     "train": "train, or resume, the run in the work directory (the default command)",
     "evaluate": "the metrics of a trained run on each of its evaluation sets",
     "predict": "classify new images, FILE or DIR …, with a trained run",
+    "dryrun": "compile the run for --chips, which need not be here: memory, time, what bounds it",
     "config": "print every key's value and documentation",
 }
 
-FLAGS = ("workdir", "checkpoint", "format", "top_k", "profile", "extend", "trust")
+FLAGS = ("workdir", "checkpoint", "format", "top_k", "profile", "extend", "trust", "chips", "shape", "classes",
+         "examples")  # fmt: skip
 
 HELP = f"""usage: launch.py [COMMAND] [flags] [FILE|DIR ...]
 
@@ -50,10 +52,13 @@ flags:
   --workdir=DIR               where the run lives (default: runs/<config name>)
   --config.init_from=PATH     evaluate, predict: with these weights and --config, instead of with a run
   --checkpoint=WHICH          evaluate, predict: best, latest or a step (default: best if one is kept, else latest)
-  --format=table|json         evaluate, predict: how to print (default: table)
+  --format=table|json         evaluate, predict, dryrun: how to print (default: table)
   --top_k=K                   predict: how many classes to show (default: 3)
   --extend                    train: go on with a run up to a larger --config.total, if its schedule allows it
   --trust                     evaluate, predict: let the run's config import the modules that it names
+  --chips=KIND:SHAPE          dryrun: v5e:4x4, v6e:8x8, v5p:4x4x4, h100:8, a100:8x8 (hosts x GPUs) or cpu:8
+  --shape=H,W,C --classes=N --examples=N
+                              dryrun: what the training images are, where the data are not here
   --profile=FIRST:LAST        train: trace these steps, for TensorBoard or Perfetto, into WORKDIR/profile
 
 exit status: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal with a checkpoint saved: run the same again,
@@ -111,6 +116,10 @@ def _run(argv: list[str]) -> int:
         flags.DEFINE_string("profile", "", "", flag_values=values)
         flags.DEFINE_bool("extend", False, "", flag_values=values)
         flags.DEFINE_bool("trust", False, "", flag_values=values)
+        flags.DEFINE_string("chips", "", "", flag_values=values)
+        flags.DEFINE_list("shape", None, "", flag_values=values)
+        flags.DEFINE_integer("classes", None, "", lower_bound=2, flag_values=values)
+        flags.DEFINE_integer("examples", None, "", lower_bound=1, flag_values=values)
         values.set_gnu_getopt(True)  # flags may stand after files
         rest = values(["launch.py", *argv], known_only=True)[1:]
     except flags.Error as e:
@@ -170,6 +179,8 @@ def _dispatch(
 
     # From here on JAX is wanted.
     _set_environment(config.deterministic)
+    if command == "dryrun":
+        return _dryrun(config, workdir or Path("runs"), values)
     from imgclf_jax.run import writers
     from imgclf_jax.run.workdir import Workdir
 
@@ -189,6 +200,25 @@ def _dispatch(
         from imgclf_jax.commands import predict
 
         return predict.main(config, place, values.checkpoint, values.format, files, values.top_k)
+
+
+def _dryrun(config: ConfigDict, folder: Path, values: flags.FlagValues) -> int:
+    from imgclf_jax.chips import topology
+
+    if not values.chips:
+        raise UsageError(f"dryrun wants --chips, the chips to compile for; {topology.ALLOWED}")
+    shape = values.shape
+    if shape is not None and not (len(shape) == 3 and all(re.fullmatch(r"[1-9]\d*", n) for n in shape)):
+        raise UsageError(f"--shape={','.join(shape)}: wants height, width and channels, such as 224,224,3")
+    chips = topology.parse(values.chips)
+    topology.prepare(chips)
+    from imgclf_jax.commands import dryrun
+    from imgclf_jax.data.described import Given
+    from imgclf_jax.run import writers
+
+    writers.setup_logging()
+    given = Given(shape and tuple(map(int, shape)), values.classes, values.examples)
+    return dryrun.main(config, chips, given, values.format, folder)
 
 
 def _set_environment(deterministic: bool) -> None:

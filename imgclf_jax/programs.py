@@ -39,11 +39,6 @@ def of_images(config: ConfigDict, images: Images) -> "Programs":
     return Programs(Recipe(config, images.describe(losses.needs_class_counts(config.loss))))
 
 
-def evaluation_ops(config: ConfigDict) -> str:
-    """The host ops of evaluation and prediction, see `decode.for_evaluation`."""
-    return decode.for_evaluation(config.preprocess_eval, config.preprocess)
-
-
 @dataclass(frozen=True, eq=False)
 class Programs:
     """The compiled programs of a recipe on a mesh. Each is compiled once, when it is first asked for.
@@ -60,7 +55,7 @@ class Programs:
         return platform.of(self.mesh)
 
     @contextlib.contextmanager
-    def _tracing(self) -> Iterator[None]:
+    def tracing(self) -> Iterator[None]:
         """Inside, what is traced is for the mesh's platform, and what fails is traced again to name the config key."""
         with platform.tracing_for(self.platform), diagnose.naming_the_key(self.recipe):
             yield
@@ -89,16 +84,28 @@ class Programs:
         random ones. Of several seeds, `seed` and those after it, all arrays are [num_seeds, …].
         """
         seed = self.recipe.config.seed if seed is None else seed
-        init = jax.jit(self._init, out_shardings=sharding.replicated(self.mesh))
-        with self._tracing():
-            run: dict[str, Any] = init(np.uint32(seed), images, weights)
+        with self.tracing():
+            run: dict[str, Any] = self._jitted_init(np.uint32(seed), images, weights)
         return run
+
+    @once
+    def _jitted_init(self) -> Any:
+        return jax.jit(self._init, out_shardings=sharding.replicated(self.mesh))
+
+    @once
+    def traced_init(self) -> Any:
+        """`init` before it is lowered and compiled, without weights from elsewhere."""
+        wants, data = hasattr(self.recipe.model.backbone, "init_on_images"), self.recipe.data
+        images = (min(_FIRST_IMAGES, data.train_examples), *data.image_shape)
+        seed = jax.ShapeDtypeStruct((), "uint32", sharding=sharding.replicated(self.mesh))
+        with self.tracing():
+            return self._jitted_init.trace(seed, jax.ShapeDtypeStruct(images, "float32") if wants else None, None)
 
     @once
     def shape(self) -> dict[str, Any]:
         """`init`'s result as shapes with shardings, without computing it."""
         whole = sharding.replicated(self.mesh)
-        with self._tracing():
+        with self.tracing():
             shapes = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), "uint32"))
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
 
@@ -113,7 +120,7 @@ class Programs:
             return None
         ids = np.arange(min(_FIRST_IMAGES, len(images)))
         first, augment = images.read(ids, ids)["image"], self.recipe.augment(train=False)
-        with self._tracing():
+        with self.tracing():
             return jax.jit(lambda images: augment(None, images))(first)
 
     def put(self, tree: Any) -> Any:
@@ -133,24 +140,23 @@ class Programs:
         place = self.recipe.config.data.placement
         return placement.train_chunks(place, images, self.stream, ranges, self.steps_per_call, self.mesh)
 
-    def _chunk_shape(self, size: int) -> Any:
-        config, data = self.recipe.config, self.recipe.data
-        return placement.chunk_shape(
-            config.data.placement, data.train_examples, data.image_shape, self.stream, size, self.mesh
-        )
+    def chunk_shape(self, size: int) -> Any:
+        """The shapes, dtypes and shardings of a chunk of `size` steps."""
+        place, data = self.recipe.config.data.placement, self.recipe.data
+        return placement.chunk_shape(place, data.train_examples, data.image_shape, self.stream, size, self.mesh)
 
     @once
-    def _train_step(self) -> Any:
+    def train_step(self) -> Any:
         """The traced train step of all seeds, whose `jaxpr` is of (state, batch) → (state, window)."""
         recipe = self.recipe
-        with self._tracing():
+        with self.tracing():
             frozen = recipe.rules.frozen
             pure = step.make_train_step(
                 Frozen(recipe.model, frozen, tuple(recipe.parameters)) if frozen else recipe.model,
                 recipe.loss, recipe.optimizer, recipe.schedule, recipe.augment(train=True), recipe.average,
                 recipe.mix, recipe.config.accumulate,
             )  # fmt: skip
-            batch = jax.eval_shape(lambda chunk: placement.batch_at(chunk, 0), self._chunk_shape(1))
+            batch = jax.eval_shape(lambda chunk: placement.batch_at(chunk, 0), self.chunk_shape(1))
             return jax.jit(self._in_its_form(step.several(pure, recipe.num_seeds))).trace(self.shape["state"], batch)
 
     @once
@@ -160,7 +166,7 @@ class Programs:
         It follows from the train step and its batch alone. So all calls of a run are of one program, whatever is asked
         for with `steps_per_call`, and wherever something is due.
         """
-        return self._steps_in_chunk > 1 and not platform.slow_in_loops(self._train_step.jaxpr, self.platform)
+        return self._steps_in_chunk > 1 and not platform.slow_in_loops(self.train_step.jaxpr, self.platform)
 
     @property
     def _steps_in_chunk(self) -> int:
@@ -189,7 +195,7 @@ class Programs:
     def traced_train(self) -> Any:
         """`train` before it is lowered and compiled: it can be lowered for the mesh's platform on any machine."""
         split, whole = sharding.sharded(self.mesh), sharding.replicated(self.mesh)
-        train_step = jax.extend.core.jaxpr_as_fun(self._train_step.jaxpr)  # traced above, and not once more
+        train_step = jax.extend.core.jaxpr_as_fun(self.train_step.jaxpr)  # traced above, not once more
 
         def one_step(i: jax.Array | int, chunk: Any, state: step.TrainState, window: step.Window) -> Any:
             batch = jax.lax.with_sharding_constraint(placement.batch_at(chunk, i), split)
@@ -198,7 +204,7 @@ class Programs:
             # chunk of one step is.
             batch, _ = jax.lax.optimization_barrier((batch, state.step))
             leaves = train_step(*jax.tree.leaves((state, batch)))
-            state, new = jax.tree.unflatten(self._train_step.out_tree, leaves)
+            state, new = jax.tree.unflatten(self.train_step.out_tree, leaves)
             return state, step.join_windows(window, new)
 
         def train(state: step.TrainState, window: step.Window, chunk: Any, steps: jax.Array) -> Any:
@@ -207,9 +213,9 @@ class Programs:
             return jax.lax.fori_loop(0, steps, lambda i, carry: one_step(i, chunk, *carry), (state, window))
 
         steps = jax.ShapeDtypeStruct((), "int32", sharding=whole)
-        with self._tracing():
+        with self.tracing():
             jitted = jax.jit(train, out_shardings=whole, donate_argnums=0)
-            return jitted.trace(self.shape["state"], self.shape["sums"], self._chunk_shape(self.steps_per_call), steps)
+            return jitted.trace(self.shape["state"], self.shape["sums"], self.chunk_shape(self.steps_per_call), steps)
 
     @once
     def train(self) -> Any:
@@ -258,15 +264,9 @@ class Programs:
             zeros = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
             return jax.lax.fori_loop(0, steps, body, zeros)
 
-        rows = (size, self.eval_batch_size)
-        shapes = {"image": (recipe.data.image_shape, "uint8"), "label": ((), "int32"), "mask": ((), "bool")}
-        by_example = sharding.sharded(self.mesh, axis=1)
-        chunk = {
-            name: jax.ShapeDtypeStruct((*rows, *shape), dtype, sharding=by_example)
-            for name, (shape, dtype) in shapes.items()
-        }
+        chunk = placement.eval_chunk_shape(recipe.data.image_shape, self.eval_batch_size, size, self.mesh)
         state, steps = self.shape["state"], jax.ShapeDtypeStruct((), "int32", sharding=whole)
-        with self._tracing():
+        with self.tracing():
             return jax.jit(eval, out_shardings=whole).trace(state.params, state.model_state, chunk, steps)
 
     @once
@@ -293,7 +293,7 @@ class Programs:
     @property
     def preprocess_eval(self) -> str:
         """The host ops of evaluation and prediction, which draw nothing."""
-        return evaluation_ops(self.recipe.config)
+        return decode.for_evaluation(self.recipe.config.preprocess_eval, self.recipe.config.preprocess)
 
     def eval_images(self, source: Any) -> Images:
         """A source seen through the host ops of evaluation."""

@@ -7,8 +7,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import sources, stream
-from imgclf_jax.programs import Programs, evaluation_ops, of_images
+from imgclf_jax.data import decode, sources, stream
+from imgclf_jax.programs import Programs, of_images
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints, Gone
 from imgclf_jax.run.provenance import load_data_info
@@ -72,7 +72,7 @@ def convert(config: ConfigDict, base: dict[str, sources.Source]) -> tuple[Progra
     source = next(iter(base.values()))  # every split has the same classes and the same shape
     with contextlib.suppress(UserError):
         source = sources.take_split(base, config.data.train)
-    preprocess = evaluation_ops(config)
+    preprocess = decode.for_evaluation(config.preprocess_eval, config.preprocess)
     images = stream.Images(source, preprocess, config.seed, config.data.threads)
     programs = of_images(config, images)
     weights = pretrained.load(programs, whole=True)

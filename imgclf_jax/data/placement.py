@@ -35,6 +35,16 @@ def chunk_shape(
     return {**images, **known} if placement == "host" else {"id": each, **known, "table": images}
 
 
+def eval_chunk_shape(image_shape: tuple[int, ...], batch_size: int, size: int, mesh: Mesh) -> Any:
+    """The same for evaluation: {"image": uint8[k, b, h, w, c], "label": i32[k, b], "mask": bool[k, b]}."""
+    shapes = {"image": (image_shape, "uint8"), "label": ((), "int32"), "mask": ((), "bool")}
+    split = sharding.sharded(mesh, axis=1)
+    return {
+        name: jax.ShapeDtypeStruct((size, batch_size, *shape), dtype, sharding=split)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
 def batch_at(chunk: Any, step: jax.Array | int) -> dict[str, jax.Array]:
     """The batch of the chunk's step number `step`, 0 being its first: {"image": uint8[b, h, w, c], "label": i32[b]}."""
     own = {name: values for name, values in chunk.items() if name != "table"}

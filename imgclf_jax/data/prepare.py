@@ -74,18 +74,48 @@ def _digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
+def metadata(name: str, data_dir: str) -> tuple[dict[str, int], int, tuple[int | None, ...]]:
+    """({split: examples}, classes, image shape) of a TFDS data set, without preparing or downloading it.
+
+    The first is empty, and sizes in the last are None, where only the data tell them. Raises as `prepare_tfds` does.
+    """
+    builder = _builder(name, data_dir)
+    splits = builder.info.splits if builder.data_path.exists() else {}
+    features = builder.info.features
+    return {k: v.num_examples for k, v in splits.items()}, features["label"].num_classes, features["image"].shape
+
+
 def prepare_tfds(name: str, data_dir: str, manual_dir: str) -> tuple[Any, dict[str, Any]]:
     """(builder, {split: data source whose images stay encoded}) of a TFDS data set, downloaded at first use.
 
     Raises UserError for an unknown name, a data set that does not hold an image and a label, an unreachable
     network (naming the files to bring into `manual_dir`) and a `data_dir` that cannot be written.
     """
-    tensorflow_import.tensorflow().result()
+    builder = _builder(name, data_dir)
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import download as downloads
 
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
+    if not builder.data_path.exists():
+        _check_files(builder, manual_dir)
+    config = tfds.download.DownloadConfig(manual_dir=manual_dir or None)
+    try:
+        builder.download_and_prepare(download_config=config)
+    except (OSError, downloads.download_manager.NonMatchingChecksumError, downloads.util.DownloadError) as e:
+        where = f"data_dir {data_dir or '~/tensorflow_datasets'}, manual_dir {manual_dir or 'not set'}"
+        raise UserError(f"TFDS could not prepare {name!r} ({where}): {str(e).splitlines()[0]}") from e
+    except AssertionError as e:  # a data set that can only be had by hand
+        raise UserError(f"TFDS data set {name!r}: {' '.join(str(e).split())}; set --config.data.manual_dir") from e
+    sources = builder.as_data_source(decoders={"image": tfds.decode.SkipDecoding()})
+    return builder, sources
+
+
+def _builder(name: str, data_dir: str) -> Any:
+    """TFDS's builder of a data set that holds an image and a label."""
+    tensorflow_import.tensorflow().result()
+    import tensorflow_datasets as tfds
+
     try:
         builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError as e:
@@ -100,18 +130,7 @@ def prepare_tfds(name: str, data_dir: str, manual_dir: str) -> tuple[Any, dict[s
         raise UserError(f"TFDS data set {name!r} holds {sorted(features)}; image classification needs image and label")
     if not isinstance(features["label"], tfds.features.ClassLabel):
         raise UserError(f"TFDS data set {name!r}: its label is {features['label']!r}, expected a ClassLabel")
-    if not builder.data_path.exists():
-        _check_files(builder, manual_dir)
-    config = tfds.download.DownloadConfig(manual_dir=manual_dir or None)
-    try:
-        builder.download_and_prepare(download_config=config)
-    except (OSError, downloads.download_manager.NonMatchingChecksumError, downloads.util.DownloadError) as e:
-        where = f"data_dir {data_dir or '~/tensorflow_datasets'}, manual_dir {manual_dir or 'not set'}"
-        raise UserError(f"TFDS could not prepare {name!r} ({where}): {str(e).splitlines()[0]}") from e
-    except AssertionError as e:  # a data set that can only be had by hand
-        raise UserError(f"TFDS data set {name!r}: {' '.join(str(e).split())}; set --config.data.manual_dir") from e
-    sources = builder.as_data_source(decoders={"image": tfds.decode.SkipDecoding()})
-    return builder, sources
+    return builder
 
 
 def _check_files(builder: Any, manual_dir: str) -> None:

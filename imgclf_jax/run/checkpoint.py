@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint._src.metadata import array_metadata_store
+from orbax.checkpoint._src.serialization import type_handler_registry
 
 from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError, reason
@@ -36,7 +37,7 @@ tensorstore_leaks.stop()
 # An array that all devices have whole is written by one of them. Orbax would have each write a slice, and compile a
 # program of its own for each slice of each shape.
 _handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False, array_metadata_store=array_metadata_store.Store())
-ocp.type_handlers.register_type_handler(jax.Array, _handler, override=True)
+type_handler_registry.GLOBAL_TYPE_HANDLER_REGISTRY.add(jax.Array, _handler, override=True, ignore_warnings=True)
 
 
 class Gone(UserError):

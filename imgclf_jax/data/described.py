@@ -1,0 +1,61 @@
+"""The facts of a data set, from its metadata or from flags, for a run that is only planned."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from imgclf_jax.core import spec
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import decode, prepare, sources, splits
+from imgclf_jax.data.stream import Images
+from imgclf_jax.run.provenance import DataInfo
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the person says of the data; None where the data's own metadata are to say it."""
+
+    shape: tuple[int, int, int] | None = None  # (h, w, c), after the host ops
+    classes: int | None = None
+    examples: int | None = None
+
+
+def describe(config: ConfigDict, given: Given, count_classes: bool = False) -> DataInfo:
+    """The DataInfo of the training images. No image is read if all is given, nor of a TFDS data set.
+
+    Raises UserError, naming the flags, if the data are not there and too little is given.
+    """
+    shape, classes, examples = given.shape, given.classes, given.examples
+    counts: tuple[int, ...] = ()
+    if None in (shape, classes, examples):
+        try:
+            call = spec.parse_one(config.data.source)
+            if call.name == "tfds":
+                own = _of_tfds(config, *call.args, **call.kwargs)
+            else:
+                train = sources.take_split(sources.open_data(config), config.data.train)
+                info = Images(train, config.preprocess).describe(count_classes)
+                own, counts = (info.image_shape, len(info.class_names), info.train_examples), info.class_counts
+        except UserError as e:
+            raise UserError(f"{e}; or say what they are: --shape=224,224,3 --classes=1000 --examples=1281167") from e
+        shape = shape or own[0]
+        classes, examples = classes or own[1], examples or own[2]
+    if shape is None or not classes or not examples:
+        raise UserError("dryrun: the data are not prepared, so their number is not known; pass --examples=N")
+    names = tuple(str(i) for i in range(classes))
+    if count_classes and len(counts) != classes:
+        counts = (max(1, examples // classes),) * classes
+    return DataInfo(examples, shape, names, "", counts)
+
+
+def _of_tfds(
+    config: ConfigDict, name: str, data_dir: str = "", manual_dir: str = ""
+) -> tuple[tuple[int, int, int], int, int | None]:
+    """(image shape after the host ops, classes, training examples if the data set is prepared)."""
+    del manual_dir
+    sizes, classes, shape = prepare.metadata(name, data_dir or config.data.data_dir)
+    height, width, channels = (known or usual for known, usual in zip(shape, (375, 500, 3), strict=True))
+    image = decode.build(config.preprocess)[0](np.zeros((height, width, channels), np.uint8), 0, 0)
+    parts = splits.resolve(config.data.train, sizes) if sizes else []
+    return image.shape, classes, sum(part.stop - part.start for part in parts) or None
