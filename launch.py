@@ -25,7 +25,6 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.text import prepare_streams, printable
 from imgclf_jax.run import cache
@@ -192,7 +191,7 @@ def _dispatch(
         return train.main(config, place, _steps(values.profile), values.extend)
     with contextlib.ExitStack() as stack:
         if place and not values.trust:
-            stack.enter_context(spec.no_imports(f"the run in {place.path}"))
+            stack.enter_context(place.without_code())
         if command == "evaluate":
             from imgclf_jax.commands import evaluate
 
@@ -213,11 +212,10 @@ def _dryrun(config: ConfigDict, folder: Path, values: flags.FlagValues) -> int:
     chips = topology.parse(values.chips)
     topology.prepare(chips)
     from imgclf_jax.commands import dryrun
-    from imgclf_jax.data.described import Given
     from imgclf_jax.run import writers
 
     writers.setup_logging()
-    given = Given(shape and tuple(map(int, shape)), values.classes, values.examples)
+    given = {"shape": shape and tuple(map(int, shape)), "classes": values.classes, "examples": values.examples}
     return dryrun.main(config, chips, given, values.format, folder)
 
 

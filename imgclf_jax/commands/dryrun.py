@@ -27,12 +27,15 @@ _PARTS = ("parameters", "optimizer", "averages", "batch")
 _FULL = re.compile(r"RESOURCE_EXHAUSTED|CompileTimeHbmOom|out of memory", re.IGNORECASE)
 
 
-def main(config: ConfigDict, chips: topology.Chips, given: described.Given, form: str, folder: Path) -> int:
-    """Prints the report, as a table or as JSON by `form`, and writes it to `folder`. 1 if the run does not fit."""
+def main(config: ConfigDict, chips: topology.Chips, given: dict[str, Any], form: str, folder: Path) -> int:
+    """Prints the report, as a table or as JSON by `form`, and writes it to `folder`. 1 if the run does not fit.
+
+    `given` is what the person says of the data, see `described.Given`. `topology.prepare` came before JAX was imported.
+    """
     mesh = sharding.make_mesh(topology.devices(chips))
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
     check_names(config)
-    data = described.describe(config, given, losses.needs_class_counts(config.loss))
+    data = described.describe(config, described.Given(**given), losses.needs_class_counts(config.loss))
     found = report(Programs(Recipe(config, data), mesh), chips)
     path = folder / f"dryrun-{str(chips).replace(':', '-')}.json"
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
+from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import lock
 from imgclf_jax.run.provenance import DataInfo, collect, load_data_info, read_json, write_atomically, write_json
@@ -49,6 +50,10 @@ class Workdir:
         if not self.config.is_file():
             raise UserError(f"{self.path} holds no run (no config.json); train first, or pass the run's --workdir")
         return configs.from_json(self.config.read_bytes(), str(self.config))
+
+    def without_code(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, what the run names is not imported: it may be anybody's. See `spec.no_imports`."""
+        return spec.no_imports(f"the run in {self.path}")
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

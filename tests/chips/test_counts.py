@@ -1,0 +1,89 @@
+"""Counts of operations, bytes and collectives, against figures worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from imgclf_jax.chips import counts
+from imgclf_jax.core import platform, sharding
+from imgclf_jax.models import classifier
+
+
+def flops(function, *shapes):
+    return counts.product_flops(jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(s, "float32") for s in shapes)))
+
+
+def test_products_and_convolutions():
+    """A multiply-add is two operations."""
+    assert flops(lambda a, b: a @ b, (3, 5), (5, 7)) == 2 * 3 * 5 * 7
+    assert flops(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (4, 3, 5), (4, 5, 7)) == 2 * 4 * 3 * 5 * 7
+
+    def conv(groups, strides, x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(
+            x, kernel, (strides, strides), "SAME", dimension_numbers=numbers, feature_group_count=groups
+        )
+
+    assert flops(lambda x, k: conv(1, 1, x, k), (2, 8, 8, 4), (3, 3, 4, 6)) == 2 * (2 * 8 * 8 * 6) * (3 * 3 * 4)
+    assert flops(lambda x, k: conv(4, 2, x, k), (2, 8, 8, 4), (3, 3, 1, 4)) == 2 * (2 * 4 * 4 * 4) * (3 * 3)
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+def test_a_gradient_of_a_convolution_costs_twice_the_convolution(strides):
+    """That of the images, dilated where there are strides, and that of the kernel; padding aside."""
+
+    def conv(x, kernel):
+        return lax.conv_general_dilated(
+            x, kernel, (strides,) * 2, [(0, 0)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def gradients(x, kernel):
+        return jax.grad(lambda x, k: jnp.sum(conv(x, k) ** 2), argnums=(0, 1))(x, kernel)
+
+    shapes = (2, 16, 16, 4), (2, 2, 4, 6)
+    forward, whole = flops(conv, *shapes), flops(gradients, *shapes)
+    assert 3 * forward <= whole < 3.3 * forward
+
+
+def test_loops_and_branches():
+    """A loop of known length counts as often as it runs, one of unknown length once, of branches the dearest."""
+    a = (4, 4)
+    assert flops(lambda x: lax.scan(lambda c, _: (c @ c, None), x, None, length=5)[0], a) == 5 * 128
+    assert flops(lambda x: lax.while_loop(lambda c: c[0, 0] > 0, lambda c: c @ c, x), a) == 128
+    assert flops(lambda x: lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x, x), a) == 128
+
+
+@pytest.mark.parametrize(
+    ("spec", "size", "multiply_adds"),
+    # ResNet-50: torchvision's table, 4.09 G. ViT-S/16 and B/16: DeiT's (arXiv:2012.12877), 4.6 and 17.6 G.
+    [("resnet(depth=50)", 224, 4.09e9), ("vit('S', patch=16)", 224, 4.6e9), ("vit('B', patch=16)", 224, 17.6e9)],
+)
+def test_published_operations(spec, size, multiply_adds):
+    model = classifier.build(spec, 1000, "bfloat16")
+    x = jnp.zeros((1, size, size, 3))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), x))
+    with platform.tracing_for("tpu"):
+        jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x))(variables, x)
+    assert counts.product_flops(jaxpr) / 2 == pytest.approx(multiply_adds, rel=0.01)
+
+
+def test_traffic_and_collectives_of_a_compiled_program():
+    """Of eight devices: each reads its rows and the weights, and the gradient is summed over all."""
+    mesh = sharding.make_mesh()
+    rows = jax.ShapeDtypeStruct((64, 32), "float32", sharding=sharding.sharded(mesh))
+    weights = jax.ShapeDtypeStruct((32, 16), "float32", sharding=sharding.replicated(mesh))
+    gradient = jax.grad(lambda w, x: jnp.sum(jnp.sin(x @ w)))
+    compiled = jax.jit(gradient, out_shardings=sharding.replicated(mesh)).lower(weights, rows).compile()
+    found = counts.of_program(compiled)
+    assert found.collectives == {"all-reduce": (1, 32 * 16 * 4)}
+    least = 4 * (8 * 32 + 32 * 16 + 32 * 16)  # the rows, the weights, the gradient
+    assert least <= found.bytes < 6 * least
+
+
+def test_bytes_a_device():
+    mesh = sharding.make_mesh()
+    whole = jax.ShapeDtypeStruct((16, 3), "float32", sharding=sharding.replicated(mesh))
+    split = jax.ShapeDtypeStruct((16, 3), "bfloat16", sharding=sharding.sharded(mesh))
+    assert counts.bytes_a_device({"a": whole, "b": split, "c": np.zeros(5, np.int8)}) == 16 * 3 * 4 + 2 * 3 * 2 + 5

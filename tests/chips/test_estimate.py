@@ -1,0 +1,70 @@
+"""The least time of a step, by hand; the chips and their arrangements."""
+
+import dataclasses
+
+import pytest
+
+from imgclf_jax.chips import estimate, table, topology
+from imgclf_jax.core.errors import UserError
+
+
+def test_a_step_takes_as_long_as_its_scarcest_resource():
+    chip = table.CHIPS["v5e"]
+    found = estimate.bound(chip, 8, "bfloat16", 197e9, 819e6 * 3, {"all-reduce": (5, 200_000_000)})
+    assert found.compute == pytest.approx(1e-3)
+    assert found.memory == pytest.approx(3e-3)
+    assert found.network == pytest.approx(2 * 7 / 8 * 1e-3)  # each byte goes round the ring twice
+    assert (found.seconds, found.by) == (pytest.approx(3e-3), "memory")
+    assert estimate.bound(chip, 8, "float32", 197e9, 0, {}).compute == pytest.approx(6e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "seconds"),
+    [
+        ("all-reduce", 80e6, 2 * 80e6 * 7 / 8 / 450e9 + 2 * 10e6 * 3 / 4 / 50e9),
+        ("all-gather", 80e6, 80e6 * 7 / 8 / 450e9 + 10e6 * 3 / 4 / 50e9),
+        ("reduce-scatter", 80e6 / 32, 80e6 * 7 / 8 / 450e9 + 10e6 * 3 / 4 / 50e9),
+    ],
+)
+def test_between_hosts_a_collective_is_done_by_parts(kind, size, seconds):
+    """Of four hosts with eight GPUs each: inside over NVLink, then each GPU an eighth over the network."""
+    found = estimate.bound(table.CHIPS["h100"], 32, "bfloat16", 0, 0, {kind: (1, int(size))})
+    assert found.network == pytest.approx(seconds)
+
+
+def test_one_chip_needs_no_network():
+    assert estimate.bound(table.CHIPS["v5e"], 1, "bfloat16", 1, 1, {"all-reduce": (1, 100)}).network == 0
+
+
+def test_of_this_machine_figures_are_measured():
+    chip = estimate.chip_of(topology.parse("cpu:2"))
+    assert 1e8 < chip.flops < 1e15
+    assert 1e8 < chip.bandwidth < 1e13
+    assert chip.source == "measured on this machine"
+
+
+@pytest.mark.parametrize(("text", "count", "platform"), [("v5e:4x4", 16, "tpu"), ("v5p:2x2x4", 16, "tpu"),
+                                                         ("v6e:2x4", 8, "tpu"), ("h100:8", 8, "gpu"),
+                                                         ("a100:8x8", 64, "gpu"), ("cpu:3", 3, "cpu")])  # fmt: skip
+def test_arrangements(text, count, platform):
+    chips = topology.parse(text)
+    assert (str(chips), chips.count, chips.platform) == (text, count, platform)
+
+
+@pytest.mark.parametrize("text", ["", "v5e", "v5e:8", "v5e:0x4", "v5p:4x4", "h100:2x2x2", "cpu:2x2", "v9:4", "h100:-1"])
+def test_other_arrangements_are_refused(text):
+    with pytest.raises(UserError, match=r"allowed: v5e:4x4, .* cpu:8"):
+        topology.parse(text)
+
+
+def test_a_compiler_that_is_missing_is_named_with_its_command(monkeypatch):
+    monkeypatch.setattr(topology, "_installed", lambda module: False)
+    with pytest.raises(UserError, match=r"not installed; run it as: uv run --isolated --extra tpu launch.py dryrun"):
+        topology.prepare(topology.parse("v5e:2x4"))
+
+
+def test_every_figure_has_a_source():
+    for chip in table.CHIPS.values():
+        values = dataclasses.asdict(chip)
+        assert chip.source
+        assert all(v > 0 for k, v in values.items() if k not in ("platform", "source", "network"))

@@ -1,0 +1,116 @@
+"""`dryrun`, end to end, on virtual CPU devices; other chips need their compilers (marked `chips`)."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from imgclf_jax.chips import table, topology
+from imgclf_jax.commands import dryrun
+from imgclf_jax.config import default_config
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import described
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.provenance import DataInfo
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("--config.model=mlp(widths=(16,))", "--config.batch_size=32", "--config.total=20 steps")
+
+
+def run(*arguments, status=0):
+    command = [sys.executable, str(ROOT / "launch.py"), "dryrun", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def test_on_virtual_devices(tmp_path):
+    """Without a run and without reading an image; what is printed is what is written."""
+    data = ("--shape=8,8,3", "--classes=5", "--examples=1000", "--config.schedule=constant(1e-3)")
+    done = run("--chips=cpu:4", f"--workdir={tmp_path}", "--format=json", *data, *SMALL)
+    found = json.loads(done.stdout)
+    assert found == json.loads((tmp_path / "dryrun-cpu-4.json").read_text())
+    parameters = (8 * 8 * 3 * 16 + 16) + (16 * 5 + 5)
+    assert found["memory"]["parameters"] == 4 * parameters
+    assert found["memory"]["optimizer"] == 4 * (2 * parameters + 2)  # Adam's moments and counts
+    assert found["flops"] == 2 * 8 * (2 * 192 * 16 + 3 * 16 * 5)  # 8 images a device; the first layer's input: none
+    assert found["collectives"]["all-reduce"]["bytes"] >= 4 * parameters
+    assert found["steps"] == 20
+    assert found["fits"]
+    assert {"init", "train", "eval", "augment"} == set(found["compile_seconds"])
+    assert found["seconds"]["step"] == max(found["seconds"][k] for k in ("compute", "memory", "network"))
+
+
+def test_mistakes(tmp_path):
+    for flags, message in (
+        ((), "dryrun wants --chips"),
+        (("--chips=cpu:8", "--shape=8,8"), "--shape=8,8: wants height, width and channels"),
+        (("--chips=tpu:8",), "--chips=tpu:8: allowed: v5e:4x4"),
+    ):
+        done = run(f"--workdir={tmp_path}", *flags, status=1 if "tpu:8" in str(flags) else 2)
+        assert done.stderr.startswith(f"error: {message}"), done.stderr
+
+
+@pytest.fixture
+def programs(fake_config):
+    data = DataInfo(640, (12, 12, 1), ("a", "b", "c"), "")
+    fake_config.model, fake_config.batch_size = "cnn(widths=(4, 8), hidden=8)", 64
+    return Programs(Recipe(fake_config, data))
+
+
+def test_what_does_not_fit(programs, monkeypatch):
+    """On a chip that is a little too small, and on one that does not even hold the state: what would make it fit."""
+    chips, chip = topology.parse("cpu:8"), table.CHIPS["v5e"]
+    whole = dryrun.report(programs, chips)["memory"]
+    for memory, advice in (
+        (whole["peak"] - 1, "accumulate=2: the same batch, in parts"),
+        (whole["optimizer"], "parameters, optimizer and averages alone take"),
+    ):
+        monkeypatch.setattr(dryrun.estimate, "chip_of", lambda chips, m=memory: dataclasses.replace(chip, memory=m))
+        found = dryrun.report(programs, chips)
+        assert not found["fits"]
+        assert found["advice"][0].startswith(advice)
+
+
+def test_what_the_compiler_refuses(programs, monkeypatch):
+    """A compiler that stops for lack of memory is quoted."""
+
+    class Full:
+        def lower(self):
+            raise RuntimeError("RESOURCE_EXHAUSTED: CompileTimeHbmOom\nUsed 21.3G of 15.75G hbm. Exceeded by 5.5G.")
+
+    monkeypatch.setattr(Programs, "traced_train", Full())
+    found = dryrun.report(programs, topology.parse("cpu:8"))
+    assert (found["fits"], found["program"]) == (False, "train")
+    assert found["compiler"] == "Used 21.3G of 15.75G hbm. Exceeded by 5.5G."
+    assert "accumulate=2: the same batch, in parts" in found["advice"]
+
+
+def test_data_that_are_not_here():
+    """TFDS knows classes and shape without the data; how many there are has to be said."""
+    config = default_config()
+    config.data.source, config.preprocess = "tfds('imagenet2012')", "decode(3)|random_resized_crop(224)"
+    with pytest.raises(UserError, match="--examples"):
+        described.describe(config, described.Given())
+    info = described.describe(config, described.Given(examples=1_281_167))
+    assert (info.train_examples, info.image_shape, len(info.class_names)) == (1_281_167, (224, 224, 3), 1000)
+    config.data.source = "folder('/nowhere')"
+    with pytest.raises(UserError, match=r"--shape=224,224,3 --classes=1000 --examples=1281167"):
+        described.describe(config, described.Given(classes=3))
+
+
+@pytest.mark.chips
+@pytest.mark.parametrize("chips", ["v5e:2x4", "h100:8"])
+def test_for_chips_that_are_not_here(chips, tmp_path):
+    """The default recipe, by the real compilers."""
+    module = topology._COMPILERS[topology.parse(chips).platform][0]
+    if not topology._installed(module):
+        pytest.skip(f"{module}, the compiler for {chips}, is not installed")
+    found = json.loads(run(f"--chips={chips}", f"--workdir={tmp_path}", "--format=json").stdout)
+    assert found["fits"]
+    assert found["collectives"]["all-reduce"]["bytes"] >= found["memory"]["parameters"]
+    assert found["bound_by"] == "memory"
