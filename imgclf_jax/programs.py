@@ -4,128 +4,43 @@ Every program is traced for the platform of the mesh (`core/platform.py`), so th
 serves as well: such a program can be lowered or compiled, if not run.
 """
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.extend.core
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from imgclf_jax import diagnose, losses, step
+from imgclf_jax import losses, step
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.once import once
 from imgclf_jax.data import decode, placement
 from imgclf_jax.data.stream import Images, StreamSpec
 from imgclf_jax.models.cpu.rewrite import rewrite
 from imgclf_jax.models.frozen import Frozen
+from imgclf_jax.on_mesh import OnMesh
 from imgclf_jax.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
 # Up to so many steps, or bytes of images, go to the devices as one chunk, unless `steps_per_call` says otherwise.
 _MOST_STEPS, _CHUNK_BYTES = 32, 8 << 20
-_FIRST_IMAGES = 5000  # that airbench94 whitens by
 
 
-def of_images(config: ConfigDict, images: Images) -> "Programs":
-    """The programs of a config for these training images, on all devices."""
-    return Programs(Recipe(config, images.describe(losses.needs_class_counts(config.loss))))
+def of_images(config: ConfigDict, images: Images, mesh: Mesh | None = None) -> "Programs":
+    """The programs of a config for these training images, on all devices, or on a mesh of one's own."""
+    recipe = Recipe(config, images.describe(losses.needs_class_counts(config.loss)))
+    return Programs(recipe, mesh or sharding.make_mesh(text=config.mesh))
 
 
 @dataclass(frozen=True, eq=False)
-class Programs:
-    """The compiled programs of a recipe on a mesh. Each is compiled once, when it is first asked for.
-
-    Tracing raises UserError, naming the key, for a part of the config that fails on such images.
-    """
-
-    recipe: Recipe
-    mesh: Mesh = field(default_factory=sharding.make_mesh)
-
-    @property
-    def platform(self) -> str:
-        """The platform of the mesh, which all programs are traced for."""
-        return platform.of(self.mesh)
-
-    @contextlib.contextmanager
-    def tracing(self) -> Iterator[None]:
-        """Inside, what is traced is for the mesh's platform, and what fails is traced again to name the config key."""
-        with platform.tracing_for(self.platform), diagnose.naming_the_key(self.recipe):
-            yield
-
-    # What a run starts from.
-
-    def _init(
-        self, seed: jax.Array, images: jax.Array | None = None, weights: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
-        def init(seed: jax.Array) -> dict[str, Any]:
-            recipe, shape = self.recipe, self.recipe.data.image_shape
-            state = step.init_state(recipe.model, recipe.optimizer, shape, seed, recipe.average, images, weights)
-            return {"state": state, "sums": step.zero_window()}
-
-        if self.recipe.num_seeds == 1:
-            return init(seed)
-        runs: dict[str, Any] = jax.vmap(init)(seed + jnp.arange(self.recipe.num_seeds, dtype=jnp.uint32))
-        return runs
-
-    def init(
-        self, seed: int | None = None, images: jax.Array | None = None, weights: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """What a run starts from and a checkpoint holds: {"state": TrainState, "sums": the `step.Window`}.
-
-        `seed` is the config's unless given. `images` are `first_images`; `weights`, by name, are taken instead of
-        random ones. Of several seeds, `seed` and those after it, all arrays are [num_seeds, …].
-        """
-        seed = self.recipe.config.seed if seed is None else seed
-        with self.tracing():
-            run: dict[str, Any] = self._jitted_init(np.uint32(seed), images, weights)
-        return run
-
-    @once
-    def _jitted_init(self) -> Any:
-        return jax.jit(self._init, out_shardings=sharding.replicated(self.mesh))
-
-    @once
-    def traced_init(self) -> Any:
-        """`init` before it is lowered and compiled, without weights from elsewhere."""
-        wants, data = hasattr(self.recipe.model.backbone, "init_on_images"), self.recipe.data
-        images = (min(_FIRST_IMAGES, data.train_examples), *data.image_shape)
-        seed = jax.ShapeDtypeStruct((), "uint32", sharding=sharding.replicated(self.mesh))
-        with self.tracing():
-            return self._jitted_init.trace(seed, jax.ShapeDtypeStruct(images, "float32") if wants else None, None)
-
-    @once
-    def shape(self) -> dict[str, Any]:
-        """`init`'s result as shapes with shardings, without computing it."""
-        whole = sharding.replicated(self.mesh)
-        with self.tracing():
-            shapes = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), "uint32"))
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
-
-    def zero_window(self) -> step.Window:
-        """The window of no step, of every seed, on the devices."""
-        several = (self.recipe.num_seeds,) if self.recipe.num_seeds > 1 else ()
-        return self.put(jax.tree.map(lambda x: jnp.broadcast_to(x, several), step.zero_window()))
-
-    def first_images(self, images: Images) -> jax.Array | None:
-        """The first 5,000 training images, as in evaluation, for a backbone that begins from images; or None."""
-        if not hasattr(self.recipe.model.backbone, "init_on_images"):
-            return None
-        ids = np.arange(min(_FIRST_IMAGES, len(images)))
-        first, augment = images.read(ids, ids)["image"], self.recipe.augment(train=False)
-        with self.tracing():
-            return jax.jit(lambda images: augment(None, images))(first)
-
-    def put(self, tree: Any) -> Any:
-        """A pytree of small arrays, whole on every device."""
-        return jax.device_put(tree, sharding.replicated(self.mesh))
+class Programs(OnMesh):
+    """The compiled programs of a recipe on a mesh. Each is compiled once, when it is first asked for."""
 
     # Training.
 
@@ -154,7 +69,7 @@ class Programs:
             pure = step.make_train_step(
                 Frozen(recipe.model, frozen, tuple(recipe.parameters)) if frozen else recipe.model,
                 recipe.loss, recipe.optimizer, recipe.schedule, recipe.augment(train=True), recipe.average,
-                recipe.mix, recipe.config.accumulate,
+                recipe.mix, recipe.config.accumulate, self.layout,
             )  # fmt: skip
             batch = jax.eval_shape(lambda chunk: placement.batch_at(chunk, 0), self.chunk_shape(1))
             return jax.jit(self._in_its_form(step.several(pure, recipe.num_seeds))).trace(self.shape["state"], batch)
@@ -195,6 +110,7 @@ class Programs:
     def traced_train(self) -> Any:
         """`train` before it is lowered and compiled: it can be lowered for the mesh's platform on any machine."""
         split, whole = sharding.sharded(self.mesh), sharding.replicated(self.mesh)
+        lies = jax.tree.map(lambda x: x.sharding, (self.shape["state"], self.shape["sums"]))
         train_step = jax.extend.core.jaxpr_as_fun(self.train_step.jaxpr)  # traced above, not once more
 
         def one_step(i: jax.Array | int, chunk: Any, state: step.TrainState, window: step.Window) -> Any:
@@ -214,7 +130,7 @@ class Programs:
 
         steps = jax.ShapeDtypeStruct((), "int32", sharding=whole)
         with self.tracing():
-            jitted = jax.jit(train, out_shardings=whole, donate_argnums=0)
+            jitted = jax.jit(train, out_shardings=lies, donate_argnums=0)
             return jitted.trace(self.shape["state"], self.shape["sums"], self.chunk_shape(self.steps_per_call), steps)
 
     @once
@@ -246,14 +162,14 @@ class Programs:
             recipe.model, recipe.loss, recipe.augment(train=False), recipe.views, recipe.num_seeds,
             bool(recipe.whole_set_metrics),
         )  # fmt: skip
-        pure = self._in_its_form(pure)
+        pure, in_whole = self._in_its_form(pure), self.layout.whole
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
 
         def eval(params: Any, model_state: Any, chunk: Any, steps: jax.Array) -> Any:
             def batch_sums(i: jax.Array | int) -> Any:
                 batch = jax.lax.with_sharding_constraint(placement.batch_at(chunk, i), split)
                 batch, _ = jax.lax.optimization_barrier((batch, i))  # apart from its reading, as in training
-                return pure(params, model_state, batch)
+                return pure(in_whole(params), model_state, batch)
 
             def body(i: jax.Array, out: Any) -> Any:
                 return jax.tree.map(lambda all, new: all.at[i].set(new), out, batch_sums(i))

@@ -20,6 +20,7 @@ import yaml
 from PIL import Image
 
 import launch
+from imgclf_jax.chips import topology
 from imgclf_jax.core import spec
 
 ROOT = Path(__file__).parent.parent
@@ -54,9 +55,9 @@ def split(line: str) -> list[list[str]]:
 def without_uv(words: list[str]) -> list[str]:
     if words[0] in ("uv", ".uv/bin/uv") and words[1] == "run":
         words = words[2:]
-        while words[0] in ("--group", "--extra"):
-            assert words[1] in groups()
-            words = words[2:]
+        while words[0] in ("--group", "--extra", "--isolated"):
+            assert words[0] == "--isolated" or words[1] in groups()
+            words = words[1 if words[0] == "--isolated" else 2 :]
     return words
 
 
@@ -71,6 +72,9 @@ def run_launch(words: list[str]) -> None:
     command = words.pop(0) if words and not words[0].startswith("-") else "train"
     if command == "--help" or words == ["--help"]:
         assert launch.main(["--help"]) == 0
+        return
+    if command == "dryrun":
+        run_dryrun(words)
         return
     config = next((b for a, b in itertools.pairwise(words) if a == "--config"), "configs/digits.py")
     settings = dict(TINY) if command == "train" else {}
@@ -90,6 +94,14 @@ def run_launch(words: list[str]) -> None:
             kept.append(word)
     small = [f"--config.{key}={value}" for key, value in settings.items()]
     assert launch.main([command, *small, *kept]) == 0
+
+
+def run_dryrun(words: list[str]) -> None:
+    """In a process of its own, whose platform it sets, for virtual devices: the compilers for chips are not here."""
+    [chips] = [word.removeprefix("--chips=") for word in words if word.startswith("--chips=")]
+    topology.parse(chips)
+    if chips.startswith("cpu"):
+        in_root(sys.executable, "launch.py", "dryrun", "--config.model=mlp", *words)
 
 
 def run_python(words: list[str]) -> None:

@@ -13,10 +13,10 @@ PACKAGE = ROOT / "imgclf_jax"
 # The rooms and modules of the package in tiers, lowest first. A module imports from its own tier and from those below.
 TIERS = [
     "core",
-    "chips config losses metrics models optim",
+    "chips config config_keys losses metrics models optim",
     "augment run",
     "data step",
-    "diagnose programs recipe",
+    "diagnose on_mesh programs recipe",
     "weights",
     "commands",
     "launch",
@@ -36,7 +36,17 @@ HEAVY = {
 }
 INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "tensorboard", "sklearn"}
 # What prints help and configs, and so must not import JAX: these and all that they import.
-LIGHT = {"launch", "run.cache", "config", "core.errors", "core.signals", "core.spec", "core.split_folders", "core.text"}
+LIGHT = {
+    "launch",
+    "run.cache",
+    "config",
+    "config_keys",
+    "core.errors",
+    "core.signals",
+    "core.spec",
+    "core.split_folders",
+    "core.text",
+}
 
 
 def module_files():

@@ -32,7 +32,7 @@ def main(config: ConfigDict, chips: topology.Chips, given: dict[str, Any], form:
 
     `given` is what the person says of the data, see `described.Given`. `topology.prepare` came before JAX was imported.
     """
-    mesh = sharding.make_mesh(topology.devices(chips))
+    mesh = sharding.make_mesh(topology.devices(chips), config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
     check_names(config)
     data = described.describe(config, described.Given(**given), losses.needs_class_counts(config.loss))
@@ -101,7 +101,8 @@ def report(programs: Programs, chips: topology.Chips) -> dict[str, Any]:
 def _for_tpu(programs: Programs) -> Programs:
     """The same programs in the form whose products are plain ones."""
     device = AbstractDevice("", num_cores=None, platform="tpu")
-    mesh = AbstractMesh((programs.mesh.size,), ("data",), (AxisType.Auto,), abstract_device=device)
+    sizes, names = programs.mesh.axis_sizes, programs.mesh.axis_names
+    mesh = AbstractMesh(sizes, names, (AxisType.Auto,) * len(names), abstract_device=device)
     return Programs(programs.recipe, cast(Mesh, mesh))
 
 

@@ -49,7 +49,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     With `extend`, the run in `workdir` may have another `total`. Raises UserError for a mistake of the user, before
     anything is trained.
     """
-    sharding.check_batch_size(config.batch_size, sharding.make_mesh(), config.accumulate)
+    sharding.check_batch_size(config.batch_size, sharding.make_mesh(text=config.mesh), config.accumulate)
     check_names(config)
     before = workdir.check_config(config, may_differ=("total",) if extend else ())
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, sources, stream
 from imgclf_jax.programs import Programs, of_images
@@ -74,6 +75,6 @@ def convert(config: ConfigDict, base: dict[str, sources.Source]) -> tuple[Progra
         source = sources.take_split(base, config.data.train)
     preprocess = decode.for_evaluation(config.preprocess_eval, config.preprocess)
     images = stream.Images(source, preprocess, config.seed, config.data.threads)
-    programs = of_images(config, images)
+    programs = of_images(config, images, sharding.make_mesh())
     weights = pretrained.load(programs, whole=True)
     return programs, programs.init(weights=weights.taken)["state"]

@@ -1,27 +1,52 @@
-"""One program over all devices: a mesh, and how arrays lie on it. A single device is the mesh of size one."""
+"""One program over all devices: a mesh, and how arrays lie on it. A single device is the mesh of size one.
 
+The images of a batch are split over all axes of the mesh. The state is whole on every device, but for what is split
+over the axis `fsdp`, see `optim/partition.py`.
+"""
+
+import math
+import re
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UserError, unknown
+
+AXES = ("data", "fsdp")
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """A one-axis mesh, `data`, over all devices of all hosts (or over those given)."""
-    return Mesh(np.array(devices or jax.devices()), ("data",))
+def make_mesh(devices: list[jax.Device] | None = None, text: str = "data=-1") -> Mesh:
+    """The mesh that a text such as 'data=-1, fsdp=4' names, over all devices of all hosts (or over those given).
+
+    A size of -1 is what the other axes leave. Raises UserError for another text, and if the devices do not suffice.
+    """
+    devices = devices or jax.devices()
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = (piece.strip() for piece in part.partition("="))
+        if name not in AXES:
+            raise UserError(unknown("axis of mesh", name, AXES))
+        if not re.fullmatch(r"-1|[1-9]\d*", size) or name in sizes or (size == "-1" and -1 in sizes.values()):
+            raise UserError(f"mesh={text!r}: each axis once, with its size, one of them -1: 'data=-1, fsdp=4'")
+        sizes[name] = int(size)
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
+        raise UserError(f"mesh={text!r}: there are {len(devices)} devices, which {fixed} does not divide into it")
+    shape = [len(devices) // fixed if size < 0 else size for size in sizes.values()]
+    return Mesh(np.array(devices).reshape(shape), tuple(sizes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same whole array on every device: parameters and optimizer state."""
+    """The same whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def sharded(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """One axis split over the devices: that of the examples in a batch."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+    names = mesh.axis_names
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, names if len(names) > 1 else names[0]))
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:

@@ -46,7 +46,7 @@ def build(lr: str, decay: str, freeze: str, layer_decay: float, names: Sequence[
         depths = layers(names)
         top = max(depths.values())
         rates = {name: rates.get(name, 1.0) * layer_decay ** (top - depths[name]) for name in names}
-    frozen = match([(pattern, True) for pattern in _split(freeze)], names, "rules.freeze")
+    frozen = match([(pattern, True) for pattern in split(freeze)], names, "rules.freeze")
     if len(frozen) == len(names):
         raise UserError(f"rules.freeze={freeze!r} matches every parameter: nothing is left to train")
     return Rules(rates, match(_numbers(decay, "rules.decay"), names, "rules.decay"), frozenset(frozen))
@@ -76,13 +76,14 @@ def match[Value](rules: Sequence[tuple[str, Value]], names: Sequence[str], key: 
     return out
 
 
-def _split(text: str) -> list[str]:
+def split(text: str) -> list[str]:
+    """The rules of a text, which commas separate."""
     return [part.strip() for part in _COMMA.split(text) if part.strip()]
 
 
 def _numbers(text: str, key: str) -> list[tuple[str, float]]:
     rules = []
-    for part in _split(text):
+    for part in split(text):
         pattern, _, number = (piece.strip() for piece in part.rpartition("="))
         try:
             value = float(number)

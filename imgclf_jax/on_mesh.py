@@ -1,0 +1,134 @@
+"""A recipe on a mesh: what a run starts from, and how its state lies on the devices.
+
+Everything is traced for the platform of the mesh (`core/platform.py`), so that a mesh of devices that are not here
+serves as well.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from imgclf_jax import diagnose, step
+from imgclf_jax.core import platform, sharding
+from imgclf_jax.core.once import once
+from imgclf_jax.data.stream import Images
+from imgclf_jax.optim import partition
+from imgclf_jax.recipe import Recipe
+
+_FIRST_IMAGES = 5000  # that airbench94 whitens by
+
+
+@dataclass(frozen=True, eq=False)
+class OnMesh:
+    """A recipe and the mesh that it is run on.
+
+    Tracing raises UserError, naming the key, for a part of the config that fails on such images.
+    """
+
+    recipe: Recipe
+    mesh: Mesh = field(default_factory=sharding.make_mesh)
+
+    @property
+    def platform(self) -> str:
+        """The platform of the mesh, which all programs are traced for."""
+        return platform.of(self.mesh)
+
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Inside, what is traced is for the mesh's platform, and what fails is traced again to name the config key."""
+        with platform.tracing_for(self.platform), diagnose.naming_the_key(self.recipe):
+            yield
+
+    def _init(
+        self, seed: jax.Array, images: jax.Array | None = None, weights: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        def init(seed: jax.Array) -> dict[str, Any]:
+            recipe, shape = self.recipe, self.recipe.data.image_shape
+            state = step.init_state(recipe.model, recipe.optimizer, shape, seed, recipe.average, images, weights)
+            return {"state": state, "sums": step.zero_window()}
+
+        if self.recipe.num_seeds == 1:
+            return init(seed)
+        runs: dict[str, Any] = jax.vmap(init)(seed + jnp.arange(self.recipe.num_seeds, dtype=jnp.uint32))
+        return runs
+
+    def init(
+        self, seed: int | None = None, images: jax.Array | None = None, weights: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What a run starts from and a checkpoint holds: {"state": TrainState, "sums": the `step.Window`}.
+
+        `seed` is the config's unless given. `images` are `first_images`; `weights`, by name, are taken instead of
+        random ones. Of several seeds, `seed` and those after it, all arrays are [num_seeds, …].
+        """
+        seed = self.recipe.config.seed if seed is None else seed
+        with self.tracing():
+            run: dict[str, Any] = self._jitted_init(np.uint32(seed), images, weights)
+        return run
+
+    @once
+    def _jitted_init(self) -> Any:
+        shardings = jax.tree.map(lambda x: x.sharding, self.shape)
+        return jax.jit(self._init, out_shardings=shardings)
+
+    @once
+    def traced_init(self) -> Any:
+        """`init` before it is lowered and compiled, without weights from elsewhere."""
+        wants, data = hasattr(self.recipe.model.backbone, "init_on_images"), self.recipe.data
+        images = (min(_FIRST_IMAGES, data.train_examples), *data.image_shape)
+        seed = jax.ShapeDtypeStruct((), "uint32", sharding=sharding.replicated(self.mesh))
+        with self.tracing():
+            return self._jitted_init.trace(seed, jax.ShapeDtypeStruct(images, "float32") if wants else None, None)
+
+    @once
+    def shape(self) -> dict[str, Any]:
+        """`init`'s result as shapes with shardings, without computing it."""
+        with self.tracing():
+            shapes = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), "uint32"))
+        leading = int(self.recipe.num_seeds > 1)
+        lies = partition.of_state(shapes, self._axes, self.mesh, self.recipe.config.shard, leading)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, lies)
+
+    @once
+    def _axes(self) -> dict[str, int | None]:
+        """The axis of each parameter that is split over the mesh's `fsdp`; none without it."""
+        config, parts = self.recipe.config, self.mesh.shape.get("fsdp", 1)
+        partition.check_what(config.shard)
+        return partition.build(config.rules.shard, self.recipe.parameters, parts) if parts > 1 else {}
+
+    @property
+    def layout(self) -> step.Layout:
+        """How parameters and gradients lie inside of a program: whole where they are used, else split."""
+        if not any(axis is not None for axis in self._axes.values()):
+            return step.WHOLE
+
+        def whole(tree: Any) -> Any:
+            return partition.constrain(tree, sharding.replicated(self.mesh))
+
+        def split(grads: Any) -> Any:
+            return partition.constrain(grads, partition.of_state(grads, self._axes, self.mesh))
+
+        return step.Layout(whole, split)
+
+    def zero_window(self) -> step.Window:
+        """The window of no step, of every seed, on the devices."""
+        several = (self.recipe.num_seeds,) if self.recipe.num_seeds > 1 else ()
+        return self.put(jax.tree.map(lambda x: jnp.broadcast_to(x, several), step.zero_window()))
+
+    def first_images(self, images: Images) -> jax.Array | None:
+        """The first 5,000 training images, as in evaluation, for a backbone that begins from images; or None."""
+        if not hasattr(self.recipe.model.backbone, "init_on_images"):
+            return None
+        ids = np.arange(min(_FIRST_IMAGES, len(images)))
+        first, augment = images.read(ids, ids)["image"], self.recipe.augment(train=False)
+        with self.tracing():
+            return jax.jit(lambda images: augment(None, images))(first)
+
+    def put(self, tree: Any) -> Any:
+        """A pytree of small arrays, whole on every device."""
+        return jax.device_put(tree, sharding.replicated(self.mesh))

@@ -1,0 +1,165 @@
+"""`mesh` and `shard`: a run whose state lies in parts on the devices is the run whose state is whole on each."""
+
+import jax
+import numpy as np
+import pytest
+
+import launch
+from imgclf_jax.chips import counts
+from imgclf_jax.core import sharding, tree
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.checkpoint import Checkpoints
+from imgclf_jax.run.provenance import DataInfo
+
+DATA = DataInfo(640, (8, 8, 3), tuple("abcd"), "")
+
+
+def programs(config, mesh="data=-1", devices=None, **keys):
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict({"mesh": mesh, **keys})
+    return Programs(Recipe(config, DATA), sharding.make_mesh(devices, mesh))
+
+
+@pytest.fixture
+def config(fake_config):
+    fake_config.model, fake_config.batch_size, fake_config.total = "mlp(widths=(256, 128))", 32, "100 steps"
+    fake_config.augment, fake_config.preprocess = "flip_lr|normalize(0.5, 0.25)", "decode(3)"
+    fake_config.schedule = "constant(1e-3)"
+    return fake_config
+
+
+def train(of, steps, run=None):
+    """The run after so many steps, and the mean loss of each; the batches are the same for all."""
+    rng, size = np.random.default_rng(0), of.steps_per_call
+    run = of.init(0) if run is None else run
+    state, losses = run["state"], []
+    for first in range(0, steps, size):
+        count = min(size, steps - first)
+        images = rng.integers(0, 256, (100, of.stream.rows, *DATA.image_shape), np.uint8)[:size]
+        labels = rng.integers(0, 4, (100, of.stream.rows), np.int32)[:size]
+        chunk = sharding.put_batch({"image": images, "label": labels}, of.mesh, axis=1)
+        state, window = of.train(state, of.zero_window(), chunk, np.int32(count))
+        losses.append(np.asarray(window["loss"]) / np.asarray(window["examples"]))
+    return state, losses
+
+
+# What a state consists of besides: averages of both kinds, several seeds, parts of the batch, batch statistics.
+WAYS = {
+    "adam": {},
+    "parts": {"accumulate": 2},
+    "average": {"ema": 0.9, "optimizer": "lamb"},
+    "lookahead": {"optimizer": "sgd(momentum=0.9)|lookahead(3, 0.5)"},
+    "seeds": {"num_seeds": 2},
+    "muon": {"optimizer": "muon"},
+    "statistics": {"accumulate": 2, "model": "resnet_cifar(8)", "optimizer": "sgd(momentum=0.9)"},
+}
+QUICK = [("adam", "all"), ("parts", "optimizer")]
+SLOW = [(way, shard) for way in WAYS for shard in ("all", "optimizer") if (way, shard) not in QUICK]
+
+
+@pytest.mark.parametrize(("way", "shard"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
+def test_the_losses_are_those_of_data_parallel(config, way, shard):
+    """Over 100 steps, to 1e-5; the parameters and the averages too, as far as rounding has not grown by then."""
+    whole = programs(config, steps_per_call=10, **WAYS[way])
+    split = programs(config, "data=2, fsdp=4", steps_per_call=10, shard=shard, **WAYS[way])
+    (a, losses), (b, others) = train(whole, 100), train(split, 100)
+    np.testing.assert_allclose(losses, others, rtol=1e-5)
+    assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(b.opt_state))
+    parts = [not x.sharding.is_fully_replicated for x in jax.tree.leaves(b.params)]
+    assert any(parts) == (shard == "all")
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), a.evaluated, b.evaluated)
+
+
+@pytest.mark.parametrize(("shard", "most"), [("all", 0.3), ("optimizer", 0.51)])
+def test_memory_of_each_device(config, shard, most):
+    """Over four devices: of parameters and Adam's state at most 0.3 of the whole, by the compiler too."""
+    devices = jax.devices()[:4]
+    whole, split = programs(config, devices=devices), programs(config, "fsdp=-1", devices=devices, shard=shard)
+
+    def held(of):
+        state = of.shape["state"]
+        return counts.bytes_a_device((state.params, state.opt_state))
+
+    assert held(split) <= most * held(whole)
+    arguments = [of.train.memory_analysis().argument_size_in_bytes for of in (whole, split)]
+    chunk = counts.bytes_a_device(whole.chunk_shape(whole.steps_per_call))
+    assert arguments[1] - chunk <= (most + 0.02) * (arguments[0] - chunk)
+
+
+def test_what_is_exchanged(config):
+    """Parameters are gathered; with all whole only gradients are summed."""
+    whole, split = programs(config), programs(config, "data=2, fsdp=4")
+    assert set(counts.of_program(whole.train).collectives) == {"all-reduce"}
+    assert "all-gather" in counts.of_program(split.train).collectives
+
+
+def test_rules_choose_the_axis(config):
+    of = programs(config, "fsdp=-1", **{"rules.shard": "backbone/dense0/kernel=0, head/.*=none, .*/bias=0"})
+    specs = {name: tuple(x.sharding.spec) for name, x in tree.named_leaves(of.shape["state"])}
+    assert specs["params/backbone/dense0/kernel"] == ("fsdp",)
+    assert specs["params/backbone/dense1/kernel"] == ("fsdp",)  # the largest of (256, 128)
+    assert specs["params/backbone/dense0/bias"] == ("fsdp",)
+    assert specs["params/head/kernel"] == ()
+    moments = [spec for name, spec in specs.items() if name.endswith("mu/backbone/dense0/kernel")]
+    assert moments == [("fsdp",)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"rules.shard": "head/kernel=1"}, r"axis 1 of head/kernel, \[128, 4\], does not divide into 8 parts"),
+        ({"rules.shard": "head/kernel=x"}, "is not PATTERN=AXIS or PATTERN=none"),
+        ({"rules.shard": "nothing=0"}, "rules.shard: 'nothing' matches no parameter"),
+        ({"shard": "params"}, "unknown shard 'params'.*allowed: all, optimizer"),
+    ],
+)
+def test_mistakes(config, keys, message):
+    with pytest.raises(UserError, match=message):
+        _ = programs(config, "fsdp=-1", **keys).shape
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data=3", "there are 8 devices"),
+        ("data=2", "there are 8 devices"),
+        ("model=2", "unknown axis of mesh 'model'"),
+        ("data=-1, fsdp=-1", "each axis once"),
+        ("data=0", "each axis once"),
+        ("data", "each axis once"),
+    ],
+)
+def test_meshes_that_cannot_be(text, message):
+    with pytest.raises(UserError, match=message):
+        sharding.make_mesh(text=text)
+
+
+def test_a_checkpoint_goes_from_one_arrangement_to_another(config, tmp_path):
+    """To the bit, there and back."""
+    whole, split = programs(config), programs(config, "data=2, fsdp=4")
+    state, _ = train(split, 3)
+    checkpoints = Checkpoints(tmp_path / "a")
+    checkpoints.save(3, {"state": state, "sums": split.zero_window()})
+    checkpoints.wait()
+    there = checkpoints.restore(3, whole.shape)
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(there["state"]))
+    checkpoints.save(4, there)
+    checkpoints.wait()
+    back = checkpoints.restore(4, split.shape)
+    assert tree.sha256(jax.device_get(back["state"])) == tree.sha256(jax.device_get(state))
+    assert jax.tree.map(lambda x: x.sharding.spec, back["state"]) == jax.tree.map(lambda x: x.sharding.spec, state)
+
+
+def test_a_run_trains_resumes_and_predicts(tmp_path, capsys):
+    """On another arrangement than it began with; evaluation and prediction need none."""
+    arguments = [f"--workdir={tmp_path / 'run'}", "--config.data.source=fake(64, (8, 8, 3), 4)",
+                 "--config.model=mlp(widths=(256,))", "--config.schedule=constant(1e-3)", "--config.batch_size=16",
+                 "--config.eval_every=", "--config.augment="]  # fmt: skip
+    assert launch.main([*arguments, "--config.total=4 steps", "--config.mesh=data=2, fsdp=4"]) == 0
+    assert launch.main([*arguments, "--config.total=8 steps", "--config.mesh=fsdp=-1", "--extend"]) == 0
+    assert launch.main(["evaluate", f"--workdir={tmp_path / 'run'}"]) == 0
+    assert "examples" in capsys.readouterr().out
+    fine = [*arguments[1:], "--config.mesh=data=-1", f"--config.init_from={tmp_path / 'run'}"]
+    assert launch.main([f"--workdir={tmp_path / 'next'}", *fine, "--config.total=2 steps"]) == 0
