@@ -7,6 +7,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     "total": ("20 epochs", "How long to train: 'N epochs', 'N steps' or 'N examples' (5k, 1M)."),
     "batch_size": (128, "Examples a step, over all devices and hosts; divisible by the number of devices."),
     "precision": ("float32", "What layers compute in: 'float32' or 'bfloat16'. Parameters and logits stay float32."),
+    "matmul_precision": (
+        "float32",
+        "Bits of products of float32 operands on TPU and GPU: 'float32', 'tensorfloat32' or 'bfloat16'.",
+    ),
     "deterministic": (True, "Ask XLA for deterministic GPU kernels, so that a repeated run gives the same bits."),
     "steps_per_call": (0, "Steps in a call of the compiled program, at most; 0: chosen by size. Changes no result."),
     "mesh": (

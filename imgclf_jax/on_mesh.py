@@ -16,11 +16,13 @@ from jax.sharding import Mesh
 
 from imgclf_jax import diagnose, step
 from imgclf_jax.core import platform, sharding
+from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.once import once
 from imgclf_jax.data.stream import Images
 from imgclf_jax.optim import partition
 from imgclf_jax.recipe import Recipe
 
+_PRODUCTS = ("float32", "tensorfloat32", "bfloat16")
 _FIRST_IMAGES = 5000  # that airbench94 whitens by
 
 
@@ -42,8 +44,15 @@ class OnMesh:
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
         """Inside, what is traced is for the mesh's platform, and what fails is traced again to name the config key."""
-        with platform.tracing_for(self.platform), diagnose.naming_the_key(self.recipe):
+        with platform.tracing_for(self.platform), diagnose.naming_the_key(self.recipe), self._products():
             yield
+
+    def _products(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside, products of float32 operands have the bits that the config says; CPU has no others than float32."""
+        asked = self.recipe.config.matmul_precision
+        if asked not in _PRODUCTS:
+            raise UserError(unknown("matmul_precision", asked, _PRODUCTS))
+        return contextlib.nullcontext() if self.platform == "cpu" else jax.default_matmul_precision(asked)
 
     def _init(
         self, seed: jax.Array, images: jax.Array | None = None, weights: Mapping[str, Any] | None = None

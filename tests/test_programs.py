@@ -1,5 +1,7 @@
 """Programs: traced for the platform of the mesh, compiled once."""
 
+import re
+
 import jax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
@@ -48,3 +50,37 @@ def test_a_part_that_cannot_be_traced_is_named_with_its_key(rules, fake_config):
     fake_config.rules.update(rules)
     with pytest.raises(UserError, match=r"^model=\"mlp\(widths=\('wide',\)\)\" fails on images \[12, 12, 1\]: "):
         _ = Programs(Recipe(fake_config, DATA)).traced_train
+
+
+@pytest.mark.parametrize(("asked", "attribute"), [("float32", "HIGHEST"), ("tensorfloat32", "HIGH"), ("bfloat16", "")])
+def test_matmul_precision_have_the_bits_that_the_config_says(asked, attribute, fake_config):
+    """On accelerators, whose default is fewer, in training, evaluation and prediction; CPU has float32 alone."""
+    fake_config.matmul_precision = asked
+    programs = Programs(Recipe(fake_config, DATA), described_mesh(*ELSEWHERE["tpu"]))
+    state, images = programs.shape["state"], jax.ShapeDtypeStruct((8, *DATA.image_shape), "uint8")
+    with jax.numpy_dtype_promotion("standard"):
+        predict = programs.predict.trace(state.params, state.model_state, images)
+        texts = [
+            traced.lower(lowering_platforms=("tpu",)).as_text()
+            for traced in (programs.traced_train, programs.traced_eval, predict)
+        ]
+    for text in texts:
+        found = re.findall(r"stablehlo.dot_general.*?precision = \[(\w+), (\w+)\]", text)
+        assert set(found) == ({(attribute, attribute)} if attribute else {("DEFAULT", "DEFAULT")} & set(found))
+        assert "stablehlo.dot_general" in text
+    here = Programs(Recipe(fake_config, DATA), sharding.make_mesh())
+    assert "HIGH" not in here.traced_train.lower().as_text()
+
+
+def test_unknown_bits_are_refused(fake_config):
+    fake_config.matmul_precision = "float16"
+    with pytest.raises(UserError, match=r"unknown matmul_precision 'float16'.*tensorfloat32"):
+        _ = Programs(Recipe(fake_config, DATA), described_mesh(*ELSEWHERE["tpu"])).shape
+
+
+def test_a_chunk_is_as_large_as_the_devices_memory_allows(fake_config):
+    """Of the images of a large batch some steps go to accelerators at once, where on CPU it is one."""
+    fake_config.batch_size, data = 1024, DataInfo(10_000, (224, 224, 3), ("a", "b"), "")
+    elsewhere = Programs(Recipe(fake_config, data), described_mesh(*ELSEWHERE["tpu"]))
+    assert elsewhere.steps_per_call == (8 * 128 << 20) // (1024 * 224 * 224 * 3) == 6
+    assert Programs(Recipe(fake_config, data), sharding.make_mesh()).steps_per_call == 1
