@@ -9,6 +9,8 @@ from typing import Any
 
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
+_MADE_UP = "/imgclf_jax-made-up-folder"
+
 
 def stop() -> None:
     """A save no longer loses memory: it was some 20 kB, and 270 bytes more for each array."""
@@ -18,11 +20,24 @@ def stop() -> None:
 
 
 def _once_a_folder(build: Any) -> Any:
-    """`build` gives where an array is written. It asks TensorStore for its part of that, the same for each array."""
+    """`build` gives where an array is written. It asks TensorStore for a part of that, which is the same in any folder.
+
+    So it is asked for a made-up folder once, whose name is then replaced; folders in buckets are asked for each time.
+    """
     kept = functools.lru_cache(8)(build)
 
+    @functools.wraps(build)
     def place(directory: Any, name: str | None = None, **settings: Any) -> dict[str, Any]:
-        spec: dict[str, Any] = copy.deepcopy(kept(directory, **settings))
+        if str(directory).startswith("/"):
+            spec: dict[str, Any] = _in_folder(kept(_MADE_UP, **settings), str(directory).rstrip("/"))
+        else:
+            spec = copy.deepcopy(kept(directory, **settings))
         return spec if name is None else {**spec, "path": name}
 
     return place
+
+
+def _in_folder(spec: Any, folder: str) -> Any:
+    if isinstance(spec, dict):
+        return {key: _in_folder(value, folder) for key, value in spec.items()}
+    return spec.replace(_MADE_UP, folder) if isinstance(spec, str) else spec

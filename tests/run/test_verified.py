@@ -6,6 +6,7 @@ import sys
 
 import jax.numpy as jnp
 import pytest
+from orbax.checkpoint._src.serialization import tensorstore_utils
 from test_checkpoint import like, make_state, names, save, saved  # noqa: F401  a fixture
 
 from imgclf_jax.core import tree
@@ -99,6 +100,14 @@ def test_saving_leaves_nothing_in_memory(tmp_path):
     count(0)
     before = count(saves)
     assert count(2 * saves) - before < arrays * saves / 2
+
+
+@pytest.mark.parametrize("folder", ["/a/b c/x[1]", "/tmp/é漢/", "/x"])
+@pytest.mark.parametrize("name", [None, "params.head"])
+@pytest.mark.parametrize("settings", [{}, {"process_spec": "ocdbt.process_0"}])
+def test_arrays_are_written_where_orbax_would(folder, name, settings):
+    ours = tensorstore_utils._build_ocdbt_kvstore_tspec
+    assert ours(folder, name, **settings) == ours.__wrapped__(folder, name, **settings)
 
 
 def test_saved_again(tmp_path):
