@@ -7,9 +7,9 @@ and add `warmup='5 epochs'` to the schedule. Nesterov momentum, weight decay on 
 each block starting at zero, the head's weights drawn with a deviation of 0.01. Evaluation is of the central 224 of 256
 pixels. 25,557,032 parameters, 4.1 G multiply-adds an image.
 
-What differs, by `docs/recipes.md`: batch norm sees the whole batch (there the 32 images of a GPU), products are in
-bfloat16, a warmup begins near 0 (there at 0.1), crops and sizes are torchvision's. The paper's figure is the median of
-the last five epochs.
+What differs, by `docs/recipes.md`: products are in bfloat16, a warmup begins near 0 (there at 0.1), crops and sizes are
+torchvision's. Batch norm sees 32 images at a time, as there each GPU does, on any number of devices. The paper's figure
+is the median of the last five epochs.
 
 Not trained here: tests hold its parameters, multiply-adds and schedule, and slow ones compile it at full size and train
 two steps on made-up images. TFDS prepares `imagenet2012` from the archives that one downloads by hand,
@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     config.preprocess_eval = "decode(3)|resize_small(256)|central_crop(224)"
     config.augment = "flip_lr|normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))"
     config.model = "resnet(depth=50, head_init='normal(0.01)')"
+    config.batch_norm = "groups(32)"
     config.optimizer = "add_decayed_weights(1e-4)|sgd(momentum=0.9, nesterov=True)"
     config.rules.decay = "backbone/.*(bias|scale)=0"  # all of batch norm; the head's bias decays
     config.schedule = "step(0.1, at=('30 epochs', '60 epochs', '80 epochs'))"

@@ -49,6 +49,10 @@ KEYS: dict[str, tuple[Any, str]] = {
         "cnn",
         "The backbone: cnn, resnet(depth=50), …, or an import path; vit(head_init='zeros') is how its head begins.",
     ),
+    "batch_norm": (
+        "global",
+        "Which images batch norm takes its statistics of in training: all, 'per_device', or 'groups(32)', of 32 each.",
+    ),
     "init_from": ("", "Weights to start from: a work directory, a PyTorch file (.pth, .pt, .th) or a .safetensors."),
     "init_strict": (True, "Refuse `init_from` if more than the head differs from the model; False: take what fits."),
     "loss": (

@@ -19,6 +19,7 @@ from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.once import once
 from imgclf_jax.data.stream import Images
+from imgclf_jax.models import norms
 from imgclf_jax.optim import partition
 from imgclf_jax.recipe import Recipe
 
@@ -46,6 +47,12 @@ class OnMesh:
         """Inside, what is traced is for the mesh's platform, and what fails is traced again to name the config key."""
         with platform.tracing_for(self.platform), diagnose.naming_the_key(self.recipe), self._products():
             yield
+
+    def statistics(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, batch norm takes its statistics in training of the images that the config says."""
+        config = self.recipe.config
+        groups = norms.groups(config.batch_norm, config.batch_size // config.accumulate, self.mesh.size)
+        return norms.statistics_over(groups)
 
     def _products(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, products of float32 operands have the bits that the config says; CPU has no others than float32."""

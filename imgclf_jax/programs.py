@@ -65,7 +65,7 @@ class Programs(OnMesh):
     def train_step(self) -> Any:
         """The traced train step of all seeds, whose `jaxpr` is of (state, batch) → (state, window)."""
         recipe = self.recipe
-        with self.tracing():
+        with self.tracing(), self.statistics():
             frozen = recipe.rules.frozen
             pure = step.make_train_step(
                 Frozen(recipe.model, frozen, tuple(recipe.parameters)) if frozen else recipe.model,

@@ -163,3 +163,12 @@ def test_a_run_trains_resumes_and_predicts(tmp_path, capsys):
     assert "examples" in capsys.readouterr().out
     fine = [*arguments[1:], "--config.mesh=data=-1", f"--config.init_from={tmp_path / 'run'}"]
     assert launch.main([f"--workdir={tmp_path / 'next'}", *fine, "--config.total=2 steps"]) == 0
+
+
+def test_batch_norm_by_groups_exchanges_no_statistics(config):
+    """Nothing but gradients, running averages and the sums of metrics is summed over devices."""
+    keys = {"model": "resnet_cifar(8)", "batch_size": 32}
+    counted = {}
+    for text in ("global", "per_device", "groups(4)"):
+        counted[text] = counts.of_program(programs(config, batch_norm=text, **keys).train).collectives["all-reduce"][0]
+    assert counted["per_device"] == counted["groups(4)"] < counted["global"] / 3

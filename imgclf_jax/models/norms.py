@@ -5,7 +5,9 @@ arrays whose features come first (`cpu/`).
 """
 
 import functools
+import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -14,15 +16,40 @@ from flax import linen as nn
 from jax import lax
 
 from imgclf_jax.core import platform
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.models.cpu import sums
 from imgclf_jax.models.cpu.layout import features_first, features_last, on_cpu
 from imgclf_jax.models.layers import widen
+
+_groups = jax.make_user_context(1)
+
+
+def statistics_over(groups: int) -> AbstractContextManager[None]:
+    """Where a step is traced inside, `BatchNorm` takes its statistics of each of so many groups of the batch."""
+    context: AbstractContextManager[None] = _groups(groups)
+    return context
+
+
+def groups(text: str, images: int, devices: int) -> int:
+    """How many groups the key `batch_norm` makes of so many images that are normalized at once.
+
+    Raises UserError for another text than 'global', 'per_device' and 'groups(N)', and if N does not divide them.
+    """
+    if text in ("global", "per_device"):
+        return 1 if text == "global" else devices
+    size = re.fullmatch(r"groups\(([1-9]\d*)\)", text.replace(" ", ""))
+    if not size:
+        raise UserError(f"batch_norm={text!r}: allowed are 'global', 'per_device' and 'groups(32)', of 32 images each")
+    if images % int(size[1]):
+        raise UserError(f"batch_norm={text!r}: {images} images do not divide into groups of {size[1]}")
+    return images // int(size[1])
 
 
 class BatchNorm(nn.Module):
     """`nn.BatchNorm` over the last axis: the same parameters, statistics and results.
 
-    Ioffe and Szegedy 2015 (arXiv:1502.03167), over all images of the batch, on however many devices they lie.
+    Ioffe and Szegedy 2015 (arXiv:1502.03167), over all images of the batch, on however many devices they lie; or over
+    groups of it, see `statistics_over`: then the running statistics follow the mean of the groups'.
     `momentum` is the weight of the old running mean and variance, the collection `batch_stats`.
     """
 
@@ -45,8 +72,13 @@ class BatchNorm(nn.Module):
             mean, var = (v.value for v in running)
             factor = lax.rsqrt(var + self.epsilon) * scale
             return (x * factor.astype(x.dtype) + (bias - mean * factor).astype(x.dtype)).astype(self.dtype)
-        normalize = functools.partial(_batch_norm, self.epsilon)
-        y, mean, var = _features_first(normalize, x, scale.astype(x.dtype), bias.astype(x.dtype))
+        normalize = functools.partial(_features_first, functools.partial(_batch_norm, self.epsilon))
+        if (parts := _groups.value) == 1 or len(x) == 1:  # one example, to begin with
+            y, mean, var = normalize(x, scale.astype(x.dtype), bias.astype(x.dtype))
+        else:
+            by_group = x.reshape(parts, -1, *x.shape[1:])
+            y, *of_groups = jax.vmap(normalize, (0, None, None))(by_group, scale.astype(x.dtype), bias.astype(x.dtype))
+            y, (mean, var) = y.reshape(x.shape), (jnp.mean(values, 0) for values in of_groups)
         if not self.is_initializing():
             for old, new in zip(running, (mean, var), strict=True):
                 old.value = self.momentum * old.value + (1 - self.momentum) * new.astype(old.value.dtype)

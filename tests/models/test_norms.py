@@ -9,6 +9,8 @@ import pytest
 from flax import linen as nn
 
 from imgclf_jax.core import platform
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.models import norms
 from imgclf_jax.models.layers import Dense, gelu
 from imgclf_jax.models.norms import BatchNorm, LayerNorm
 from imgclf_jax.models.vit import EncoderBlock, MixerBlock
@@ -116,3 +118,40 @@ def test_layers_over_the_features_take_arrays_of_any_rank(shape):
         y, by_row = apply(whole), apply(flat)
         assert y.shape[:-1] == shape[:-1]
         np.testing.assert_allclose(y.reshape(by_row.shape), by_row, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("float64", "form")
+def test_batch_norm_over_groups_is_that_of_each_group():
+    """Results and gradients; the running statistics follow the mean of the groups'. Evaluation knows no groups."""
+    x = jnp.asarray(normal(0, 12, 5, 4, 3)) * 3 + 1
+    layer = BatchNorm(0.9, 1e-3, dtype=jnp.float64)
+    shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, True))
+    variables = jax.tree.map(lambda s: jnp.asarray(np.abs(normal(1, *s.shape)) + 0.1), shapes)
+
+    def run(params, x):
+        y, new = layer.apply(variables | {"params": params}, x, True, mutable=["batch_stats"])
+        return jnp.sum(jnp.sin(y)), (y, new["batch_stats"])
+
+    gradient = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))
+    with norms.statistics_over(3):
+        (value, (y, running)), (of_params, of_x) = gradient(variables["params"], x)
+        evaluated = layer.apply(variables, x, False)
+    each = [gradient(variables["params"], part) for part in np.split(np.asarray(x), 3)]
+    np.testing.assert_allclose(value, sum(out[0] for out, _ in each), rtol=1e-12)
+    np.testing.assert_allclose(y, np.concatenate([out[1][0] for out, _ in each]), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(of_x, np.concatenate([grads[1] for _, grads in each]), rtol=1e-8, atol=1e-12)
+    mean = lambda *values: sum(values) / 3  # noqa: E731
+    jax.tree.map(lambda a, *b: np.testing.assert_allclose(a, mean(*b), rtol=1e-12), running,
+                 *[out[1][1] for out, _ in each])  # fmt: skip
+    jax.tree.map(lambda a, *b: np.testing.assert_allclose(a, sum(b), rtol=1e-8), of_params,
+                 *[grads[0] for _, grads in each])  # fmt: skip
+    np.testing.assert_array_equal(evaluated, layer.apply(variables, x, False))
+
+
+def test_groups():
+    assert norms.groups("global", 256, 8) == 1
+    assert norms.groups("per_device", 256, 8) == 8
+    assert norms.groups("groups(32)", 256, 2) == 8
+    for text, message in (("groups(33)", "256 images do not divide into groups of 33"), ("local", "allowed are")):
+        with pytest.raises(UserError, match=message):
+            norms.groups(text, 256, 8)
