@@ -53,8 +53,8 @@ def dry_run(recipe: str, chips: str, count: int, out: Path, keys: dict[str, str]
 
 def table(rows: list[tuple[str, int, dict[str, Any]]]) -> str:
     """The rows as Markdown."""
-    heads = ("", "chips", "batch", "memory of a chip", "compute, memory, network, ms", "bound by", "images/s", "the run",
-             "chip-hours")  # fmt: skip
+    heads = ("", "chips", "batch", "memory of a chip", "compute, memory, network, ms", "bound by", "images/s",
+             "the run", "chip-hours")  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for recipe, count, found in rows:
         batch = f"{found['batch_size']}" + (f" in {found['accumulate']} parts" if found["accumulate"] > 1 else "")
