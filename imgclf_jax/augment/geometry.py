@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imgclf_jax.augment import tpu_affine
+from imgclf_jax.core import platform
+
 Matrix = tuple[float, float, float, float, float, float]  # a, b, c, d, e, f
 
 IDENTITY: Matrix = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
@@ -45,19 +48,37 @@ def fixed_point(matrix: Matrix) -> np.ndarray:
     return np.floor(centred * 65536 + 0.5).astype(np.int32)
 
 
-def affine(images: jax.Array, matrix: jax.Array, fill: jax.Array) -> jax.Array:
-    """Each image of [b, h, w, c] under its map, i32[b, 6] of `fixed_point`; `fill` [c] where it reads outside."""
+def affine(images: jax.Array, matrix: jax.Array, fill: jax.Array, limits: tpu_affine.Limits | None = None) -> jax.Array:
+    """Each image of [b, h, w, c] under its map, i32[b, 6] of `fixed_point`; `fill` [c] where it reads outside.
+
+    `limits` are those of `read`.
+    """
     h, w = images.shape[1:3]
     y, x = jnp.arange(h, dtype=jnp.int32)[:, None], jnp.arange(w, dtype=jnp.int32)
 
     def coordinate(row: jax.Array) -> jax.Array:  # i32[b, 3] → i32[b, h, w]
         return (row[:, 0, None, None] * x + row[:, 1, None, None] * y + row[:, 2, None, None]) >> 16
 
-    return read(images, coordinate(matrix[:, 3:]), coordinate(matrix[:, :3]), fill)
+    # To cut off is to round what is half a pixel less.
+    about = matrix.astype(jnp.float32) / 65536 - jnp.array([0, 0, 0.5, 0, 0, 0.5], jnp.float32)
+    return read(images, coordinate(matrix[:, 3:]), coordinate(matrix[:, :3]), fill, about, limits)
 
 
-def read(images: jax.Array, y: jax.Array, x: jax.Array, fill: jax.Array) -> jax.Array:
-    """The pixels of each image [b, h, w, c] at rows y and columns x, i32[b, h, w]; `fill` [c] outside the image."""
+def read(
+    images: jax.Array,
+    y: jax.Array,
+    x: jax.Array,
+    fill: jax.Array,
+    matrix: jax.Array,
+    limits: tpu_affine.Limits | None = None,
+) -> jax.Array:
+    """The pixels of each image [b, h, w, c] at rows y and columns x, i32[b, h, w]; `fill` [c] outside the image.
+
+    `matrix` f32[b, 6] and `limits` describe the maps for TPU, which takes another way to the same pixels if these are
+    given: see `tpu_affine`.
+    """
+    if platform.current() == "tpu" and limits is not None:
+        return tpu_affine.read(images, y, x, fill, matrix, limits)
     b, h, w, c = images.shape
     inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
     source = jnp.where(inside, y * w + x, 0).reshape(b, h * w)

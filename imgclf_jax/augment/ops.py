@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from imgclf_jax.augment import photometric, policies
-from imgclf_jax.core import kinds, rng, spec
+from imgclf_jax.augment import photometric, policies, tpu_slides
+from imgclf_jax.core import kinds, platform, rng, spec
 from imgclf_jax.core.errors import UserError
 
 
@@ -47,6 +47,8 @@ def pad_crop(key: jax.Array, images: jax.Array, pad: int = 4, mode: str = "const
     b, h, w, c = images.shape
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode=mode)
     corners = jax.random.randint(key, (b, 2), 0, 2 * pad + 1)  # [b, (top, left)]
+    if platform.current() == "tpu":
+        return tpu_slides.crop(padded, corners, h, w)
 
     def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (h, w, c))

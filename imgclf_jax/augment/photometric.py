@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from imgclf_jax.augment import tpu_photometric
+from imgclf_jax.core import platform
 from imgclf_jax.core.errors import UserError
 
 
@@ -92,9 +94,12 @@ def smooth(images: jax.Array, cut: bool = False) -> jax.Array:
     h, w = images.shape[1:3]
     if h < 3 or w < 3:
         return images
-    x = images.astype(jnp.int32)
-    rows = x[:, :-2] + x[:, 1:-1] + x[:, 2:]
-    total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * x[:, 1:-1, 1:-1]
+    if platform.current() == "tpu":
+        total = tpu_photometric.weighted_sum(images)
+    else:
+        x = images.astype(jnp.int32)
+        rows = x[:, :-2] + x[:, 1:-1] + x[:, 2:]
+        total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * x[:, 1:-1, 1:-1]
     # The quotient is never within 1/26 of a whole number, so that its rounding does not matter.
     inner = ((total.astype(jnp.float32) + (0.5 if cut else 6.5)) / 13).astype(jnp.uint8)
     return images.at[:, 1:-1, 1:-1].set(inner)
@@ -147,6 +152,8 @@ def histogram(images: jax.Array) -> jax.Array:
 
     `vmap` shows the compiler that images are independent: so those that are split over devices stay on their devices.
     """
+    if platform.current() == "tpu":
+        return tpu_photometric.histogram(images)
     b, h, w, c = images.shape
     bins = images.astype(jnp.int32) * c + jnp.arange(c, dtype=jnp.int32)
 
@@ -170,6 +177,8 @@ def equalization(images: jax.Array) -> jax.Array:
 
 def lookup(images: jax.Array, table: jax.Array) -> jax.Array:
     """Each value replaced by its entry in its image's and channel's table, uint8[b, 256, c]."""
+    if platform.current() == "tpu":
+        return tpu_photometric.lookup(images, table)
     b, h, w, c = images.shape
     values = images.reshape(b, h * w, c).astype(jnp.int32)
     return jnp.take_along_axis(table, values, 1, mode="promise_in_bounds").reshape(images.shape)

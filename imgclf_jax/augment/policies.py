@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imgclf_jax.augment import big_vision, geometry, photometric
+from imgclf_jax.augment import big_vision, geometry, photometric, tpu_affine
 from imgclf_jax.core import kinds
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.platform import cpu_barrier
@@ -39,6 +39,11 @@ class Ranges:
     enhance: float  # brightness, color, contrast and sharpness: the factor's distance from 1
     posterize: float  # bits taken away
     # solarize: inverted are the values from 256 (1 - m / 30) on
+
+    @property
+    def limits(self) -> tpu_affine.Limits:
+        """The most that an affine map does."""
+        return tpu_affine.Limits(self.shear, self.translate_x, self.translate_y, self.rotate)
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,15 @@ def _map(op: str, part: float, ranges: Ranges, height: int, width: int) -> geome
     return geometry.IDENTITY
 
 
-def apply(images: jax.Array, op: jax.Array, strength: Strengths, fill: jax.Array) -> jax.Array:
-    """Each image of uint8[b, h, w, c] changed by its own op, i32[b] into OPS; `fill` uint8[c] is what moves in."""
+def apply(
+    images: jax.Array, op: jax.Array, strength: Strengths, fill: jax.Array, limits: tpu_affine.Limits | None = None
+) -> jax.Array:
+    """Each image of uint8[b, h, w, c] changed by its own op, i32[b] into OPS; `fill` uint8[c] is what moves in.
+
+    `limits` are of the matrices of `strength`, for TPU.
+    """
     images = photometric.on_colors(_change_colors, images, op, strength)
-    return geometry.affine(images, strength.matrix, fill)
+    return geometry.affine(images, strength.matrix, fill, limits)
 
 
 def _change_colors(images: jax.Array, op: jax.Array, strength: Strengths) -> jax.Array:
@@ -115,7 +125,8 @@ def _draw_and_apply(
     op = jax.random.randint(key_op, (b,), 0, len(OPS))
     place = op, jax.random.randint(key_sign, (b,), 0, 2), magnitude(key_magnitude)
     table = strengths(ranges, h, w)
-    return apply(images, op, Strengths(table.matrix[place], table.factor[place], table.level[place]), fill)
+    strength = Strengths(table.matrix[place], table.factor[place], table.level[place])
+    return apply(images, op, strength, fill, ranges.limits)
 
 
 def _check_fill(name: str, images: jax.Array, fill: Fill) -> jax.Array:

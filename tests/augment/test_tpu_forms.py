@@ -1,0 +1,177 @@
+"""What device ops do on TPU, without gathers and scatters, is to the bit what they do elsewhere.
+
+Both forms run on CPU. The quick tests hold every op at its strongest; the slow ones all kinds of images and magnitudes.
+"""
+
+import math
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend import core as jaxpr_core
+from test_photometric import photos, unusual
+
+from imgclf_jax.augment import big_vision, geometry, ops, photometric, policies, tpu_affine, tpu_slides
+from imgclf_jax.core import platform
+
+KEY = jax.random.key(8)
+SETS = {"colour": photos(32), "oblong": photos(45)[:, 4:24], "tall": photos(41)[:, :, 3:26], "grey": unusual(19, 1),
+        "tiny": unusual(3, 3)}  # fmt: skip
+NARROW, WIDE = ((0.3, 12.0, 9.0, 30.0, 0.9, 4), (0.99, 32.0, 32.0, 135.0, 0.99, 6))  # of randaugment, trivialaugment
+
+
+def in_both_forms(function, *args):
+    """The results as traced for no platform and for TPU."""
+    return [np.asarray(jax.jit(platform.traced_for(name, function))(*args)) for name in ("", "tpu")]
+
+
+def assert_equal(function, *args):
+    usual, on_tpu = in_both_forms(lambda *args: function(*args), *args)
+    assert on_tpu.dtype == usual.dtype
+    np.testing.assert_array_equal(on_tpu, usual)
+
+
+def pairs(values, quick):
+    """All pairs of a set of images and one of `values`; those but the quick ones are slow tests."""
+    return [pytest.param(*pair, marks=[] if pair in quick else pytest.mark.slow) for pair in product(SETS, values)]
+
+
+@pytest.mark.parametrize(("kind", "magnitude"), pairs([0, 5, 10], [("oblong", 10), ("grey", 5)]))
+def test_every_op_of_big_vision(kind, magnitude):
+    """Both signs, each image with a cutout of its own."""
+    images = SETS[kind]
+    n, (_, h, w, c) = 2 * len(big_vision.OPS), images.shape
+    op, negative = (jnp.asarray(v) for v in np.divmod(np.arange(n), 2))
+    rng = np.random.default_rng(0)
+    centre = tuple(jnp.asarray(rng.integers(0, side, n)) for side in (h, w))
+    fill = jnp.full(c, 128, jnp.uint8)
+    assert_equal(
+        lambda x: big_vision.apply(x, op, negative, centre, magnitude, fill), images[np.arange(n) % len(images)]
+    )
+
+
+@pytest.mark.parametrize(("kind", "ranges"), pairs([NARROW, WIDE], [("oblong", WIDE), ("grey", NARROW)]))
+def test_every_op_of_torchvision(kind, ranges):
+    """Both signs, at magnitudes 0, 5, 15 and 30."""
+    images = SETS[kind]
+    ranges, (_, h, w, c) = policies.Ranges(*ranges), images.shape
+    place = tuple(v.ravel() for v in np.meshgrid(np.arange(len(policies.OPS)), [0, 1], [0, 5, 15, 30]))
+    table, op = policies.strengths(ranges, h, w), jnp.asarray(place[0])
+    drawn = policies.Strengths(table.matrix[place], table.factor[place], table.level[place])
+    fill = jnp.arange(7, 7 + c, dtype=jnp.uint8)
+    assert_equal(lambda x: policies.apply(x, op, drawn, fill, ranges.limits), images[np.arange(len(op)) % len(images)])
+
+
+LARGER = [pytest.param(*size, marks=pytest.mark.slow) for size in ((97, 131), (140, 60), (500, 600))]
+
+
+@pytest.mark.parametrize("most", [1, 30, 37, 45, 90, 135])
+@pytest.mark.parametrize(("h", "w"), [(64, 64), *LARGER])
+def test_rotations_by_any_angle(most, h, w):
+    """A pixel off its place by more than the form allows for would come out wrong."""
+    degrees = np.linspace(-most, most, 31)
+    matrix = jnp.asarray(np.stack([geometry.fixed_point(geometry.rotate(float(d), h, w)) for d in degrees]))
+    images = np.random.default_rng(0).integers(0, 256, (len(degrees), h, w, 3), np.uint8)
+    limits, fill = tpu_affine.Limits(0, 0, 0, most), jnp.zeros(3, jnp.uint8)
+    usual, on_tpu = in_both_forms(lambda x: geometry.affine(x, matrix, fill, limits), images)
+    np.testing.assert_array_equal(on_tpu, usual)
+    assert (usual != 0).any((1, 2, 3)).all()
+
+
+def test_maps_without_limits_are_read_as_elsewhere():
+    matrix = jnp.tile(jnp.asarray(geometry.fixed_point(geometry.shear_x(3.0))), (5, 1))
+    assert_equal(lambda x: geometry.affine(x, matrix, jnp.zeros(3, jnp.uint8)), SETS["colour"])
+
+
+@pytest.mark.parametrize("kind", ["oblong", "grey", "tiny"])
+def test_tables_histograms_and_smoothing(kind):
+    images = SETS[kind]
+    b, _, _, c = images.shape
+    table = np.random.default_rng(0).integers(0, 256, (b, 256, c), np.uint8)
+    assert_equal(photometric.lookup, images, table)
+    assert_equal(photometric.histogram, images)
+    assert_equal(photometric.equalize, images)
+    assert_equal(photometric.smooth, images)
+
+
+@pytest.mark.parametrize("width", [255, 256, 300])
+def test_histograms_of_one_level_overflow_nowhere(width):
+    """Four counts share a word where no row holds more than 255 pixels, two where it does."""
+    images = np.zeros((2, 3, width, 1), np.uint8)
+    images[1] = 255
+    with platform.tracing_for("tpu"):
+        counts = np.asarray(photometric.histogram(jnp.asarray(images)))
+    assert np.argwhere(counts).tolist() == [[0, 0, 0], [1, 255, 0]]
+    assert set(counts[counts > 0]) == {3 * width}
+
+
+@pytest.mark.parametrize("most", [0, 1, 3, 4, 15, 16, 100])
+def test_slides_against_numpy(most):
+    lines = np.random.default_rng(0).normal(size=(4, 6, 50)).astype(np.float32)
+    amount = np.random.default_rng(1).integers(0, most + 1, (4, 6, 1), np.int32)
+    amount[0, :2, 0] = 0, most
+    out = tpu_slides.slide(jnp.asarray(lines), jnp.asarray(amount), most, 2, -7, 40)
+    expected = np.zeros((4, 6, 47), np.float32)
+    for place in np.ndindex(*expected.shape):
+        source = place[2] - 7 + amount[place[0], place[1], 0]
+        if 0 <= source < 50:
+            expected[place] = lines[place[0], place[1], source]
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("kind", ["oblong", "grey"])
+@pytest.mark.parametrize("text", ["pad_crop(0)", "pad_crop(4)", "pad_crop(2, 'reflect')", "normalize|pad_crop(3)"])
+def test_crops(kind, text):
+    assert_equal(lambda x: ops.build(text, train=True)(KEY, x), SETS[kind])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["randaugment(2, 10, ops='big_vision')", "randaugment(2, 30)", "trivialaugment"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_whole_policies(text, channels):
+    images = np.random.default_rng(channels).integers(0, 256, (64, 26, 31, channels), np.uint8)
+    assert_equal(lambda x: ops._bind(text)[0](KEY, x), images)
+
+
+def places_read(jaxpr):
+    """[(gather or scatter, how many computed places it reads or writes)] of a jaxpr and those inside of it."""
+    found = []
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name = equation.primitive.name
+        if name.startswith(("gather", "scatter")):
+            found.append((name, math.prod(equation.invars[1].aval.shape[:-1])))
+        elif name == "dynamic_slice":
+            found.append((name, 1))
+        values = [v for value in equation.params.values() for v in (value if isinstance(value, tuple) else (value,))]
+        for inner in values:
+            if isinstance(inner, (jaxpr_core.Jaxpr, jaxpr_core.ClosedJaxpr)):
+                found += places_read(inner)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "small"),
+    [
+        # What each image drew in a table of ops; the count of its greatest level in each channel; the smooth inside.
+        ("randaugment(1, 10, ops='big_vision')", {"its map": 16, "greatest level": 16 * 3, "smooth": 1}),
+        ("randaugment(1, 10)", {"its map, factor and level": 16, "greatest level": 16 * 3, "smooth": 1}),
+        ("trivialaugment", {"its map, factor and level": 16, "greatest level": 16 * 3, "smooth": 1}),
+        ("equalize", {"greatest level": 16 * 3}),
+        ("pad_crop(4)", {}),
+        ("pad_crop(4, 'reflect')", {}),
+        ("random_erasing", {"the draw that fits": 16}),
+        ("flip_lr|cutout(8)|color_jitter(0.4, 0.4, 0.4, 0.2)|normalize", {"smooth": 1}),
+    ],
+)
+def test_no_pixel_is_gathered_or_scattered(text, small):
+    """A gather or scatter that is left is of one place an image or channel, or of the whole batch; it is named here."""
+    images = jnp.zeros((16, 32, 32, 3), jnp.uint8)
+    found = {}
+    for name in ("", "tpu"):
+        with platform.tracing_for(name):
+            found[name] = {n for _, n in places_read(jax.make_jaxpr(ops.build(text, train=True))(KEY, images))}
+    assert found["tpu"] <= set(small.values())
+    if "augment" in text or "equalize" in text:  # elsewhere each pixel
+        assert max(found[""]) >= 16 * 32 * 32
