@@ -4,14 +4,15 @@
     uv run --isolated --extra cuda-compiler benchmarks/twins.py --chips=h100:1 [--deterministic]
 
 A training step in bfloat16 (softmax cross-entropy, SGD with momentum, images f32) is compiled for chips that need not
-be here. The table has, of each: the traffic to and from a chip's memory and the temporaries, as the compiler
-counts them; the products of float32 operands in the program that it is given; the instructions that deterministic
-kernels may expand; the collectives' bytes by dtype; and the seconds that compilation took. `ratio` is ours to linen's.
-Writes twins-CHIPS.json.
+be here. The table has, of each: the traffic to and from a chip's memory and the temporaries, as the compiler counts
+them; the products of float32 operands in the program that it is given; the instructions that deterministic kernels may
+expand; how many elements are summed over the chips, by dtype; and the seconds that compilation took. `ratio` is ours to
+linen's. Writes twins-CHIPS.json.
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -26,6 +27,8 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 from imgclf_jax.chips import topology
 
 _WIDE = re.compile(r"stablehlo\.(?:dot_general|convolution)\b.* : \(([^)]*)\) ->")
+_SUMMED = re.compile(r" = (.*?) all-reduce(?:-start)?\(")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _COSTLY = re.compile(r" (sort|scatter|select-and-scatter|while)\(")
 
 
@@ -79,7 +82,7 @@ def measure(name: str, kind: str, devices: list[Any], batch_size: int) -> dict[s
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
         "float32_products": float32_products(lowered.as_text()),
         "costly": dict(Counter(_COSTLY.findall(text))),
-        "collectives": found.collectives,
+        "summed_over_chips": summed(text),
         "compile_seconds": seconds,
     }
 
@@ -87,6 +90,17 @@ def measure(name: str, kind: str, devices: list[Any], batch_size: int) -> dict[s
 def float32_products(text: str) -> int:
     """Products and convolutions with an operand of float32 in a lowered program."""
     return sum("f32>" in operands for operands in _WIDE.findall(text))
+
+
+def summed(text: str) -> dict[str, int]:
+    """How many elements the all-reduces of a compiled program sum over the chips, by dtype."""
+    total: Counter[str] = Counter()
+    for result in _SUMMED.findall(text):
+        arrays = _ARRAY.findall(result)
+        # What begins an asynchronous one may give its operands too, before its results.
+        for dtype, shape in arrays[len(arrays) // 2 :] if result.startswith("((") else arrays:
+            total[dtype] += math.prod(int(n) for n in shape.split(",") if n)
+    return dict(total)
 
 
 def lower(name: str, kind: str, devices: list[Any], batch_size: int) -> Any:
@@ -136,12 +150,12 @@ def lower(name: str, kind: str, devices: list[Any], batch_size: int) -> Any:
 
 def _print(name: str, row: dict[str, Any]) -> None:
     ours, linen = row["ours"], row["linen"]
-    print(f"{name:12}{'ours':>14}{'linen':>14}{'ratio':>8}")
+    print(f"{name:12}{'ours':>16}{'linen':>14}{'ratio':>8}")
     for key in ("bytes", "temporaries", "float32_products", "compile_seconds"):
         ratio = ours[key] / linen[key] if linen[key] else float("nan")
-        print(f"  {key:16}{ours[key]:8.4g}{linen[key]:14.4g}{ratio:8.3f}")
-    for key in ("costly", "collectives"):
-        print(f"  {key:16}{ours[key]}  |  {linen[key]}", flush=True)
+        print(f"  {key:18}{ours[key]:8.4g}{linen[key]:14.4g}{ratio:8.3f}")
+    for key in ("costly", "summed_over_chips"):
+        print(f"  {key:18}{ours[key]}  |  {linen[key]}", flush=True)
 
 
 if __name__ == "__main__":

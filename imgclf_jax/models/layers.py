@@ -5,7 +5,8 @@ Arrays are [b, h, w, c] or [b, n, d] everywhere. On CPU layers are matrix produc
 layers take XLA's own form, which runs everywhere.
 
 `dtype` is what products are computed in and what a layer gives. Sums over many elements, such as a mean or a bias's
-gradient, are in float32 at least.
+gradient, are in float32 at least, within a device and over all of them. But off CPU a kernel's gradient leaves its
+product in `dtype`, as it does in linen, and the devices' parts of it are summed in `dtype` too.
 """
 
 import functools
