@@ -1,5 +1,6 @@
 """The benchmarks: the networks of all frameworks are the same one, and ratios are formed as they say."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -49,6 +50,21 @@ def test_pytorch_builds_the_same_backbones(name, count):
     assert sorted(x.size for x in ours) == sorted(x.numel() for x in theirs)
 
 
+@pytest.mark.parametrize("name", ["vit", "mixer", "resnet50", "convnext", "resnet20", "cnn"])
+def test_twins_are_the_same_networks(name):
+    """As many parameters and running statistics in linen's, size by size."""
+    import twins
+    from peers.linen_twins import TWINS
+
+    images = jnp.zeros((2, *TWINS[name][1]))
+    with jax.numpy_dtype_promotion("standard"):  # which linen's layers need
+        ours, linen = (
+            jax.eval_shape(functools.partial(twins.model(name, kind).init, train=False), jax.random.key(0), images)
+            for kind in ("ours", "linen")
+        )
+    assert sorted(x.size for x in jax.tree.leaves(ours)) == sorted(x.size for x in jax.tree.leaves(linen))
+
+
 def test_ratios_are_of_the_same_round():
     """The machine's drift cancels: each round's rates are divided by that round's, and the median is of the ratios."""
     import report
@@ -79,7 +95,7 @@ def test_ratios_are_of_the_same_round():
     assert rows["torch eager bfloat16"]["own_to_it"] == {"median": 2, "min": 1.5, "max": 5}
 
 
-@pytest.mark.parametrize("script", ["speed.py", "input.py", "accuracy.py", "operations.py"])
+@pytest.mark.parametrize("script", ["speed.py", "input.py", "accuracy.py", "operations.py", "twins.py"])
 def test_help_says_what_is_measured(script):
     done = subprocess.run([sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -256,3 +256,15 @@ def test_sums_add_up_over_batches():
     assert report["accuracy"] == np.mean(logits[:50].argmax(1) == labels[:50])
     assert report["top5"] == np.mean([y in np.argsort(-x)[:5] for x, y in zip(logits[:50], labels[:50], strict=True)])
     np.testing.assert_allclose(report["loss"], np.mean(np.asarray(loss)[:50]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("text", sorted(losses.LOSSES))
+def test_no_gradient_of_a_loss_is_a_scatter(text):
+    """Which kernels that give the same bits each time would have to sort for; the gradient of an index is one."""
+    logits, labels = map(jnp.asarray, draw(8, 3))
+
+    def program(loss):
+        return jax.jit(jax.grad(lambda logits: jnp.sum(loss(logits, labels)))).lower(logits).as_text()
+
+    assert "scatter" not in program(losses.build(text))
+    assert "scatter" in program(lambda logits, labels: logits[jnp.arange(8), labels])

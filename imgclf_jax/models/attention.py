@@ -1,6 +1,6 @@
 """Attention over tokens, in the form that is fast on the platform."""
 
-from typing import Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +23,46 @@ def attention(qkv: jax.Array, heads: int, with_maps: bool = False) -> tuple[jax.
         return features_last(y.reshape(width // 3, b, n)), by_keys.swapaxes(2, 3) if with_maps else None
     q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, heads, -1), 2, 0)  # [b, n, heads, d / heads]
     maps: jax.Array | None = None
-    if with_maps or qkv.dtype == jnp.float64:  # of which JAX's own rounds the softmax to float32
-        wide = accumulator(qkv.dtype)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide)
-        maps = jax.nn.softmax(scores * jnp.asarray(q.shape[-1] ** -0.5, wide), -1)
+    if with_maps:
+        maps = _maps(q, k)
         y = jnp.einsum("bhqk,bkhd->bqhd", maps.astype(qkv.dtype), v)
-    else:
+    elif _by_cudnn(q):
         with jax.numpy_dtype_promotion("standard"):  # which its code needs, and ours does without
-            y = jax.nn.dot_product_attention(q, k, v, implementation=_implementation(q))
+            y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    else:
+        y = _attend(q, k, v)
     return y.reshape(b, n, width // 3), maps if with_maps else None
 
 
-def _implementation(q: jax.Array) -> Literal["xla", "cudnn"]:
-    """cuDNN's fused attention where it can be: on a GPU from Ampere on, in 16 bits, for heads up to 128 wide.
+def _maps(q: jax.Array, k: jax.Array) -> jax.Array:
+    """f32[b, heads, queries, keys], or f64: the softmax of the scores of q and k [b, n, heads, d]."""
+    wide = accumulator(q.dtype)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide)
+    return jax.nn.softmax(scores * jnp.asarray(q.shape[-1] ** -0.5, wide), -1)
+
+
+@jax.custom_jvp
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention [b, n, heads, d] in XLA's own operations."""
+    return jnp.einsum("bhqk,bkhd->bqhd", _maps(q, k).astype(v.dtype), v)
+
+
+@_attend.defjvp
+def _attend_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """All that is kept for its transpose are q, k, v and the maps, in their dtype, and all its products are in it."""
+    q, k, v = primals
+    d_q, d_k, d_v = tangents
+    maps = _maps(q, k).astype(v.dtype)
+    d_scores = jnp.einsum("bqhd,bkhd->bhqk", d_q, k) + jnp.einsum("bqhd,bkhd->bhqk", q, d_k)
+    wide, d_scores = maps.astype(accumulator(q.dtype)), d_scores.astype(accumulator(q.dtype))
+    d_scores = d_scores * jnp.asarray(q.shape[-1] ** -0.5, d_scores.dtype)
+    d_maps = (wide * (d_scores - jnp.sum(wide * d_scores, -1, keepdims=True))).astype(v.dtype)
+    y = jnp.einsum("bhqk,bkhd->bqhd", maps, v)
+    return y, jnp.einsum("bhqk,bkhd->bqhd", d_maps, v) + jnp.einsum("bhqk,bkhd->bqhd", maps, d_v)
+
+
+def _by_cudnn(q: jax.Array) -> bool:
+    """Whether cuDNN's fused attention can be used: on a GPU from Ampere on, in 16 bits, for heads up to 128 wide.
 
     JAX asks the GPU itself what it can do, so a program for a GPU that is not here gets XLA's form.
     """
@@ -45,7 +72,6 @@ def _implementation(q: jax.Array) -> Literal["xla", "cudnn"]:
         or q.shape[-1] % 8
         or q.shape[-1] > 128
     ):
-        return "xla"
+        return False
     devices = [d for d in jax.devices() if d.platform == "gpu"]
-    capable = devices and all(float(getattr(d, "compute_capability", "0")) >= 8 for d in devices)
-    return "cudnn" if capable else "xla"
+    return bool(devices) and all(float(getattr(d, "compute_capability", "0")) >= 8 for d in devices)

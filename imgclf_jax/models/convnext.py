@@ -9,6 +9,7 @@ from flax import linen as nn
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.models.layers import Conv, Dense, drop_path, gelu, mean_pool
 from imgclf_jax.models.norms import LayerNorm
+from imgclf_jax.models.remat import remat
 
 _VARIANTS = {
     "T": ((3, 3, 9, 3), (96, 192, 384, 768)),
@@ -46,6 +47,7 @@ class ConvNeXt(nn.Module):
     variant: str = "T"
     drop_path: float = 0.0
     layer_scale: float = 1e-6
+    remat: str = ""
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -55,6 +57,7 @@ class ConvNeXt(nn.Module):
         depths, dims = _VARIANTS[self.variant]
         settings: dict[str, Any] = {"dtype": self.dtype, "kernel_init": _init}
         rates = iter(self.drop_path * i / (sum(depths) - 1) for i in range(sum(depths)))
+        block = remat(ConvNeXtBlock, self.remat)
         for i, (depth, d) in enumerate(zip(depths, dims, strict=True)):
             if i:
                 x = LayerNorm(dtype=self.dtype, name=f"downsample{i}_norm")(x)
@@ -63,6 +66,5 @@ class ConvNeXt(nn.Module):
             if not i:
                 x = LayerNorm(dtype=self.dtype, name="stem_norm")(x)  # [b, h/4, w/4, d]
             for j in range(depth):
-                block = ConvNeXtBlock(next(rates), self.layer_scale, self.dtype, name=f"stage{i}_{j}")
-                x = block(x, train)
+                x = block(next(rates), self.layer_scale, self.dtype, name=f"stage{i}_{j}")(x, train)
         return LayerNorm(dtype=self.dtype, name="norm")(mean_pool(x))

@@ -5,7 +5,8 @@ Arrays are [b, h, w, c] or [b, n, d] everywhere. On CPU layers are matrix produc
 layers take XLA's own form, which runs everywhere.
 
 `dtype` is what products are computed in and what a layer gives. Sums over many elements, such as a mean or a bias's
-gradient, are in float32 at least.
+gradient, are in float32 at least, within a device and over all of them. But off CPU a kernel's gradient leaves its
+product in `dtype`, as it does in linen, and the devices' parts of it are summed in `dtype` too.
 """
 
 import functools
@@ -166,20 +167,47 @@ class Dense(nn.Module):
 def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.Array:
     """The greatest value under each window of [b, h, w, c]; of equals the first gets the gradient.
 
-    On CPU as maxima of strided slices: there the gradient of XLA's own is ten times slower.
+    On CPU as maxima of strided slices: there the gradient of XLA's own is ten times slower. On GPU too, since that is a
+    scatter there, which takes sorting to give the same bits each time.
     """
+    if platform.current() == "gpu":
+        return _max_pool(window, strides, padding, x)
     if not on_cpu():
         return nn.max_pool(x, (window, window), (strides, strides), [(padding, padding)] * 2)
     if strides == window and not padding:
         return features_last(pool.max_pool(features_first(x), window))
-    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=-jnp.inf)
+    return functools.reduce(_maximum, _seen(x, window, strides, padding, -jnp.inf))
+
+
+def _seen(x: jax.Array, window: int, strides: int, padding: int, fill: float) -> list[jax.Array]:
+    """What each place of the window sees of x [b, h, w, c], as strided slices [b, ho, wo, c]."""
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=fill)
     ho, wo = ((n - window) // strides + 1 for n in x.shape[1:3])
 
-    def seen(i: int, j: int) -> jax.Array:
+    def at(i: int, j: int) -> jax.Array:
         rows, columns = (slice(k, k + (n - 1) * strides + 1, strides) for k, n in ((i, ho), (j, wo)))
         return x[:, rows, columns]
 
-    return functools.reduce(_maximum, [seen(i, j) for i in range(window) for j in range(window)])
+    return [at(i, j) for i in range(window) for j in range(window)]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _max_pool(window: int, strides: int, padding: int, x: jax.Array) -> jax.Array:
+    return nn.max_pool(x, (window, window), (strides, strides), [(padding, padding)] * 2)
+
+
+@_max_pool.defjvp
+def _max_pool_jvp(window: int, strides: int, padding: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """The derivative is that of the first greatest value; its transpose adds one array for each place of the window."""
+    (x,), (d_x,) = primals, tangents
+    y = _max_pool(window, strides, padding, x)
+    seen = _seen(x, window, strides, padding, -jnp.inf)
+    first = jnp.full(y.shape, len(seen), jnp.uint8)  # the place of that value
+    for i in reversed(range(len(seen))):
+        first = jnp.where(seen[i] == y, jnp.uint8(i), first)
+    zero = jnp.zeros((), y.dtype)
+    d_seen = _seen(d_x, window, strides, padding, 0)
+    return y, functools.reduce(jnp.add, [jnp.where(first == i, d, zero) for i, d in enumerate(d_seen)])
 
 
 @jax.custom_jvp

@@ -11,6 +11,7 @@ from flax import linen as nn
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.models.layers import Conv, max_pool, mean_pool
 from imgclf_jax.models.norms import BatchNorm
+from imgclf_jax.models.remat import remat
 
 _STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -91,13 +92,14 @@ class ResNet(nn.Module):
     depth: int = 50
     zero_init: bool = True
     momentum: float = 0.9
+    remat: str = ""
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         if self.depth not in _STAGES:
             raise UserError(unknown("resnet depth", str(self.depth), map(str, _STAGES)))
-        block = BasicBlock if self.depth < 50 else Bottleneck
+        block = remat(BasicBlock if self.depth < 50 else Bottleneck, self.remat)
         x = _conv(64, 7, 2, self.dtype, "conv1")(x)  # h/2, w/2, 64 channels
         x = max_pool(nn.relu(_norm(self.momentum, self.dtype, "bn1")(x, train)), 3, 2, 1)  # h/4, w/4
         scale = float(not self.zero_init)

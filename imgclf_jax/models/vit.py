@@ -11,6 +11,7 @@ from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.models.attention import attention
 from imgclf_jax.models.layers import Conv, Dense, drop_path, gelu, mean_pool
 from imgclf_jax.models.norms import LayerNorm
+from imgclf_jax.models.remat import remat
 
 _VIT = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12)}  # width, layers, heads
 _MIXER = {"S": (512, 8, 256, 2048), "B": (768, 12, 384, 3072)}  # width, layers, hidden over tokens, over channels
@@ -105,6 +106,7 @@ class ViT(nn.Module):
     representation: bool = False
     dropout: float = 0.0
     drop_path: float = 0.0
+    remat: str = ""
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -128,9 +130,10 @@ class ViT(nn.Module):
         if self.positions == "learned":
             x = x + self.param("positions_embedding", _init, (1, x.shape[1], width)).astype(self.dtype)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        block = remat(EncoderBlock, self.remat)
         for i in range(layers):
             rate = self.drop_path * i / (layers - 1)
-            x = EncoderBlock(heads, self.dropout, rate, self.dtype, name=f"block{i}")(x, train)
+            x = block(heads, self.dropout, rate, self.dtype, name=f"block{i}")(x, train)
         if self.pool == "cls":
             x = x[:, :1]  # before it is normalized: nobody needs the others
         x = mean_pool(LayerNorm(dtype=self.dtype, name="norm")(x))
@@ -161,6 +164,7 @@ class Mixer(nn.Module):
     variant: str = "S"
     patch: int = 16
     drop_path: float = 0.0
+    remat: str = ""
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -170,7 +174,8 @@ class Mixer(nn.Module):
         width, layers, tokens_hidden, channels_hidden = _MIXER[self.variant]
         x = _patches(x, self.patch, width, self.dtype, "mixer")
         x = x.reshape(x.shape[0], -1, width)
+        block = remat(MixerBlock, self.remat)
         for i in range(layers):
             rate = self.drop_path * i / (layers - 1)
-            x = MixerBlock(tokens_hidden, channels_hidden, rate, self.dtype, name=f"block{i}")(x, train)
+            x = block(tokens_hidden, channels_hidden, rate, self.dtype, name=f"block{i}")(x, train)
         return mean_pool(LayerNorm(dtype=self.dtype, name="norm")(x))

@@ -132,3 +132,24 @@ def test_a_convolution_before_a_pool_has_patches_for_one_output():
     before_pool = functools.partial(pool.conv_pool, bias=jnp.zeros(8), window=2, dtype=x.dtype)
     assert "('block', (1, 1))" in str(jax.make_jaxpr(before_pool)(features_first(x), kernel))
     assert "('block', (2, 2))" in str(jax.make_jaxpr(conv)(x, kernel))
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "strides", "padding"), [(9, 3, 2, 1), (8, 3, 2, 1), (8, 2, 2, 0), (7, 2, 2, 0)]
+)
+def test_max_pool_on_gpu_scatters_nothing(size, window, strides, padding):
+    """Flax's values and its gradient, that of the first of equals, and a program without a scatter."""
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, size, size, 3)), jnp.float32)  # of few values: ties
+    pads = [(padding, padding)] * 2
+
+    def usual(x):
+        return nn.max_pool(x, (window, window), (strides, strides), pads)
+
+    weights = normal(1, *usual(x).shape, dtype=np.float32)
+    ours = functools.partial(layers.max_pool, window=window, strides=strides, padding=padding)
+    gradients = [jax.grad(lambda x, f=f: jnp.sum(f(x) * weights)) for f in (ours, usual)]
+    ours_traced = platform.traced_for("gpu", gradients[0])
+    np.testing.assert_array_equal(platform.traced_for("gpu", ours)(x), usual(x))
+    np.testing.assert_allclose(ours_traced(x), gradients[1](x), rtol=1e-6, atol=1e-6)
+    programs = [jax.jit(f).lower(x).as_text() for f in (ours_traced, gradients[1])]
+    assert ["scatter" in text for text in programs] == [False, True]

@@ -1,0 +1,46 @@
+"""What the compilers for accelerators make of this project's networks: at most what they make of linen's."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from imgclf_jax.chips import topology
+from imgclf_jax.core.errors import UserError
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "twins.py"
+
+
+@pytest.mark.chips
+@pytest.mark.parametrize("name", ["vit", "resnet50"])
+@pytest.mark.parametrize("chips", ["v5e:1x1", "h100:1"])
+def test_no_more_traffic_and_memory_than_in_plain_linen(chips, name, tmp_path, monkeypatch):
+    """Of a training step of 128 images in bfloat16; two per cent are left to the compilers' choices."""
+    row = figures(chips, name, tmp_path, monkeypatch)
+    for key in ("bytes", "temporaries", "float32_products"):
+        assert row["ours"][key] <= 1.02 * row["linen"][key], key
+
+
+@pytest.mark.chips
+def test_what_is_summed_over_gpus_in_which_dtype(tmp_path, monkeypatch):
+    """Kernels of the backbone in bfloat16, as in linen; the head and each bias in float32."""
+    row = figures("h100:2", "cnn", tmp_path, monkeypatch)["ours"]["summed_over_chips"]
+    kernels = 9 * 32 + 9 * 32 * 64 + 1600 * 64
+    assert row == {"bf16": kernels, "f32": 121_930 - kernels + 1}  # and the loss
+
+
+def figures(chips, name, tmp_path, monkeypatch):
+    """What the benchmark finds for one network; the test is skipped where the chips' compiler is missing."""
+    for key in ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_ENABLE_COMPILATION_CACHE"):
+        monkeypatch.setenv(key, "")  # which `prepare` sets, and which are as they were after the test
+    try:
+        topology.prepare(topology.parse(chips))
+    except UserError as e:
+        pytest.skip(str(e))
+    command = [sys.executable, SCRIPT, f"--chips={chips}", f"--model={name}", f"--out={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    [file] = tmp_path.glob("*.json")
+    return json.loads(file.read_text(encoding="utf-8"))["rows"][name]

@@ -1,0 +1,55 @@
+"""Rematerialisation by name: the same parameters, results and gradients, for more operations and less memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_forms import FORMS, SMALL, build, in_form
+
+from imgclf_jax.chips.counts import product_flops
+from imgclf_jax.core import platform
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.models import classifier
+
+NAMES = ["convnext", "mixer", "resnet", "vit"]
+
+pytestmark = pytest.mark.usefixtures("shallow")
+
+
+def twice(name, monkeypatch, precision):
+    """(logits, parameters) without and with it."""
+    plain = build(name, precision)
+    text, *more = SMALL[name]
+    monkeypatch.setitem(SMALL, name, (text.replace(")", ", remat='block')"), *more))
+    return plain, build(name, precision)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gradients_are_the_same(name, monkeypatch):
+    """In both forms, dropout and stochastic depth too; parameters have the same names."""
+    (plain, params), (again, same) = twice(name, monkeypatch, "float64")
+    assert jax.tree.structure(params) == jax.tree.structure(same)
+    for form in FORMS:
+        expected, ours = (
+            jax.jit(in_form(form, jax.value_and_grad(lambda p, f=f: jnp.sum(jnp.sin(f(p))))))(params)
+            for f in (plain, again)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), ours, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_products_are_computed_again(name, monkeypatch):
+    """At most once: those of a gradient are a third more, and fewer where a block's last product is not asked for."""
+    (plain, params), (again, _) = twice(name, monkeypatch, "float32")
+    before, after = (
+        product_flops(jax.make_jaxpr(platform.traced_for("gpu", jax.grad(lambda p, f=f: jnp.sum(f(p)))))(params))
+        for f in (plain, again)
+    )
+    assert 1.1 < after / before < 4 / 3 + 0.02
+
+
+def test_other_names_are_refused():
+    model = classifier.build("vit('Ti', patch=8, remat='blocks')", 4, "float32")
+    with pytest.raises(UserError, match=r"remat='blocks': allowed are '' \(keep all\) and 'block'"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
