@@ -45,7 +45,8 @@ class BatchNorm(nn.Module):
             mean, var = (v.value for v in running)
             factor = lax.rsqrt(var + self.epsilon) * scale
             return (x * factor.astype(x.dtype) + (bias - mean * factor).astype(x.dtype)).astype(self.dtype)
-        normalize = functools.partial(_batch_norm, self.epsilon)
+        # Off CPU the derivative is XLA's to arrange: the rule below costs it a pass over the images.
+        normalize = functools.partial(_batch_norm if on_cpu() else _batch_norm.fun, self.epsilon)
         y, mean, var = _features_first(normalize, x, scale.astype(x.dtype), bias.astype(x.dtype))
         if not self.is_initializing():
             for old, new in zip(running, (mean, var), strict=True):
