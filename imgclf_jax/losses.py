@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from imgclf_jax.core import spec
+from imgclf_jax.core import platform, spec
 from imgclf_jax.core.errors import UserError
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
@@ -86,7 +86,11 @@ def softmax(
     """
     _check_smoothing("softmax", label_smoothing)
     if label_smoothing == 0.0 and labels.ndim == 1:
-        losses = jax.nn.logsumexp(logits, -1) - _of_label(logits, labels)
+        if platform.current() == "cpu":
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        else:  # whose gradient is no scatter: deterministic kernels of GPUs sort for one
+            chosen = jnp.arange(logits.shape[-1]) == labels[:, None]
+            losses = jax.nn.logsumexp(logits, -1) - jnp.sum(jnp.where(chosen, logits, jnp.zeros((), logits.dtype)), -1)
     else:
         targets = _smoothed(_targets(logits, labels), label_smoothing)
         losses = optax.softmax_cross_entropy(logits, targets)
@@ -139,12 +143,6 @@ def _check_smoothing(name: str, value: float) -> None:
 def _targets(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """f32[b, classes]: the labels as distributions."""
     return jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype) if labels.ndim == 1 else labels
-
-
-def _of_label(values: jax.Array, labels: jax.Array) -> jax.Array:
-    """Each row's value at its label, [b, classes] → [b]. Its gradient is no scatter, which is slow where it repeats."""
-    chosen = jnp.arange(values.shape[-1]) == labels[:, None]
-    return jnp.sum(jnp.where(chosen, values, jnp.zeros((), values.dtype)), -1)
 
 
 def _smoothed(targets: jax.Array, smoothing: float) -> jax.Array:
