@@ -89,7 +89,7 @@ def softmax(
         if platform.current() == "cpu":
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         else:  # whose gradient is no scatter: deterministic kernels of GPUs sort for one
-            chosen = jnp.arange(logits.shape[-1]) == labels[:, None]
+            chosen = jnp.arange(logits.shape[-1], dtype=labels.dtype) == labels[:, None]
             losses = jax.nn.logsumexp(logits, -1) - jnp.sum(jnp.where(chosen, logits, jnp.zeros((), logits.dtype)), -1)
     else:
         targets = _smoothed(_targets(logits, labels), label_smoothing)

@@ -55,7 +55,7 @@ WAYS = {
     "muon": {"optimizer": "muon"},
     "statistics": {"accumulate": 2, "model": "resnet_cifar(8)", "optimizer": "sgd(momentum=0.9)"},
 }
-QUICK = [("adam", "all"), ("parts", "optimizer")]
+QUICK = [("adam", "all")]
 SLOW = [(way, shard) for way in WAYS for shard in ("all", "optimizer") if (way, shard) not in QUICK]
 
 

@@ -192,7 +192,7 @@ def test_on_other_devices(trained, tmp_path, monkeypatch, command):
     make_mesh = sharding.make_mesh
 
     def use(count: int) -> None:
-        monkeypatch.setattr(sharding, "make_mesh", lambda: make_mesh(devices(count)))
+        monkeypatch.setattr(sharding, "make_mesh", lambda **_: make_mesh(devices(count)))
 
     use(1)
     assert launch.main([f"--workdir={tmp_path}", *FAKE, "--config.total=5 steps"]) == 0

@@ -25,7 +25,8 @@ def twice(name, monkeypatch, precision):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", ["vit", *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n != "vit")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_the_gradients_are_the_same(name, monkeypatch):
     """In both forms, dropout and stochastic depth too; parameters have the same names."""
     (plain, params), (again, same) = twice(name, monkeypatch, "float64")
