@@ -124,10 +124,10 @@ class OnMesh:
             return step.WHOLE
 
         def whole(tree: Any) -> Any:
-            return partition.constrain(tree, sharding.replicated(self.mesh))
+            return jax.lax.with_sharding_constraint(tree, sharding.replicated(self.mesh))
 
         def split(grads: Any) -> Any:
-            return partition.constrain(grads, partition.of_state(grads, self._axes, self.mesh))
+            return jax.lax.with_sharding_constraint(grads, partition.of_state(grads, self._axes, self.mesh))
 
         return step.Layout(whole, split)
 

@@ -29,7 +29,7 @@ from imgclf_jax.recipe import Recipe
 log = logging.getLogger(__name__)
 
 # Up to so many steps, or bytes of images, go to the devices as one chunk, unless `steps_per_call` says otherwise. On
-# CPU a chunk stays in the caches; elsewhere each device takes some 100 MB of its own, and copies overlap the steps.
+# CPU a chunk stays in the caches; elsewhere each device takes 128 MB at a time, and copies overlap the steps.
 _MOST_STEPS, _BYTES_ON_CPU, _BYTES_A_DEVICE = 32, 8 << 20, 128 << 20
 
 

@@ -9,10 +9,12 @@ from typing import Any
 import jax
 from jax._src.lib import xla_client
 
+from imgclf_jax.core import platform
+
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4,
           "f64": 8, "s64": 8, "u64": 8}  # fmt: skip
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_CALL = re.compile(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_CALL = re.compile(rf" ({'|'.join(_COLLECTIVES)})(?:-start)?\(")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
@@ -41,15 +43,10 @@ def product_flops(jaxpr: Any) -> float:
             products = 5 if "bwd" in name else 2
             total += products * 2 * b * heads * queries * keys * width
         else:
-            inner = [product_flops(sub) for sub in _inner(params)]
+            inner = [product_flops(jaxpr) for jaxpr in platform.inner_jaxprs(equation)]
             times = params.get("length", 1) if name == "scan" else 1
             total += (max(inner, default=0) if name == "cond" else sum(inner)) * times
     return total
-
-
-def _inner(params: dict[str, Any]) -> list[Any]:
-    values = [v for value in params.values() for v in (value if isinstance(value, tuple | list) else (value,))]
-    return [v for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def of_program(compiled: Any) -> Counts:
         if match := _CALL.search(line):
             head = line[: match.start()].partition(" = ")[2]
             arrays = [_size(*array) for array in _ARRAY.findall(head)]
-            # The start of an asynchronous one gives its operands too: half of what it gives, but for a gather.
+            # The start of an asynchronous all-reduce gives its operands beside its results: half of it counts.
             size = sum(arrays) // 2 if "-start(" in line and match[1] == "all-reduce" and "((" in head else sum(arrays)
             found[match[1]][0] += 1
             found[match[1]][1] += size

@@ -13,7 +13,7 @@ from imgclf_jax.core import memory
 
 
 def chip_of(chips: Chips) -> Chip:
-    """The published figures of a chip; of a CPU core of this machine those that are measured now."""
+    """The published figures of a chip; those of `cpu` are of this machine, and measured now."""
     return CHIPS[chips.kind] if chips.kind != "cpu" else _this_cpu(chips.count)
 
 

@@ -134,13 +134,13 @@ def _compile(traced: Any) -> Any:
 
 
 def _advice(result: dict[str, Any], chips: int) -> list[str]:
-    """What would make it fit, in words; figures are estimates, by temporaries in proportion to a part of the batch."""
+    """What would make it fit, in words. Estimated: temporaries are taken to shrink in proportion to the images."""
     memory, accumulate, batch_size = result["memory"], result["accumulate"], result["batch_size"]
     state = memory["parameters"] + memory["optimizer"] + memory["averages"]
     free = memory["capacity"] - state - memory["batch"]
-    if free <= 0:
-        return [f"parameters, optimizer and averages alone take {size(state)} of each chip: a smaller model, or an "
-                "optimizer with less state, such as adamw(mu_dtype='bfloat16')"]  # fmt: skip
+    if state >= memory["capacity"]:
+        return [f"parameters, optimizer and averages alone take {size(state)} of each chip: mesh='fsdp=-1' (in parts), "
+                "a smaller model, or an optimizer with less state, such as adamw(mu_dtype='bfloat16')"]  # fmt: skip
     a_device = batch_size // chips
     if "temporaries" in memory:
         parts = next((k for k in range(2, a_device + 1)

@@ -64,7 +64,13 @@ def _holds(jaxpr: Any, primitive: str) -> bool:
     for equation in jaxpr.eqns:
         if equation.primitive.name == primitive:
             return True
-        values = [v for value in equation.params.values() for v in (value if isinstance(value, tuple) else (value,))]
-        if any(_holds(v, primitive) for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")):
+        if any(_holds(inner, primitive) for inner in inner_jaxprs(equation)):
             return True
     return False
+
+
+def inner_jaxprs(equation: Any) -> list[Any]:
+    """The jaxprs inside of an equation of a jaxpr, closed ones among them: a loop's body, the branches of a choice."""
+    parameters = equation.params.values()
+    values = [v for value in parameters for v in (value if isinstance(value, tuple | list) else (value,))]
+    return [v for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")]

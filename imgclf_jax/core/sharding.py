@@ -33,7 +33,10 @@ def make_mesh(devices: list[jax.Device] | None = None, text: str = "data=-1") ->
         sizes[name] = int(size)
     fixed = math.prod(size for size in sizes.values() if size > 0)
     if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
-        raise UserError(f"mesh={text!r}: there are {len(devices)} devices, which {fixed} does not divide into it")
+        raise UserError(
+            f"mesh={text!r}: there are {len(devices)} devices, and the sizes multiply to {fixed}; together they must "
+            "be all devices, with a size of -1 for what the others leave"
+        )
     shape = [len(devices) // fixed if size < 0 else size for size in sizes.values()]
     return Mesh(np.array(devices).reshape(shape), tuple(sizes))
 

@@ -75,7 +75,7 @@ class BatchNorm(nn.Module):
         # Off CPU the derivative is XLA's to arrange: the rule below costs it a pass over the images.
         one_group = functools.partial(_batch_norm_by_rule if on_cpu() else _batch_norm, self.epsilon)
         normalize = functools.partial(_features_first, one_group)
-        if (parts := _groups.value) == 1 or len(x) == 1:  # one example, to begin with
+        if (parts := _groups.value) == 1 or len(x) == 1:  # a model begins on one example
             y, mean, var = normalize(x, scale.astype(x.dtype), bias.astype(x.dtype))
         else:
             by_group = x.reshape(parts, -1, *x.shape[1:])

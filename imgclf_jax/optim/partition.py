@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imgclf_jax.core import tree
@@ -71,8 +70,3 @@ def of_state(state: Any, axes: Mapping[str, int | None], mesh: Mesh, what: str =
         return NamedSharding(mesh, PartitionSpec(*[None] * (axis + leading), "fsdp"))
 
     return tree.map_named(of, state)
-
-
-def constrain(x: Any, shardings: Any) -> Any:
-    """The pytree x, inside of a program, as `shardings` say that it lies."""
-    return jax.lax.with_sharding_constraint(x, shardings)
