@@ -15,10 +15,8 @@ if __name__ == "__main__":
     signals.install()
 
 import contextlib
-import ctypes
-import platform
 import re
-import zlib
+import traceback
 from pathlib import Path
 
 from absl import flags
@@ -27,7 +25,7 @@ from ml_collections import ConfigDict, config_flags
 from imgclf_jax import config as configs
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.text import prepare_streams, printable
-from imgclf_jax.run import cache
+from imgclf_jax.run import environment
 
 COMMANDS = {
     "train": "train, or resume, the run in the work directory (the default command)",
@@ -38,7 +36,7 @@ COMMANDS = {
 }
 
 FLAGS = ("workdir", "checkpoint", "format", "top_k", "profile", "extend", "trust", "chips", "shape", "classes",
-         "examples")  # fmt: skip
+         "examples", "grace", "coordinator", "num_processes", "process_id", "local_devices", "heartbeat")  # fmt: skip
 
 HELP = f"""usage: launch.py [COMMAND] [flags] [FILE|DIR ...]
 
@@ -58,6 +56,12 @@ flags:
   --chips=KIND:SHAPE          dryrun: v5e:4x4, v6e:8x8, v5p:4x4x4, h100:8, a100:8x8 (hosts x GPUs) or cpu:8
   --shape=H,W,C --classes=N --examples=N
                               dryrun: what the training images are, where the data are not here
+  --grace=SECONDS             train: the longest that a stop by signal may take, saving included (default: any time)
+  --coordinator=HOST:PORT --num_processes=N --process_id=I
+                              train, evaluate, predict: this is process I of N; HOST is that of process 0. Slurm, Open
+                              MPI and Cloud TPU tell it themselves. --num_processes=1: alone, in a cluster too
+  --local_devices=all|0,1     which devices of this host the process takes
+  --heartbeat=SECONDS         a process that is silent for so long is taken for dead (default: 100)
   --profile=FIRST:LAST        train: trace these steps, for TensorBoard or Perfetto, into WORKDIR/profile
 
 exit status: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal with a checkpoint saved: run the same again,
@@ -119,6 +123,12 @@ def _run(argv: list[str]) -> int:
         flags.DEFINE_list("shape", None, "", flag_values=values)
         flags.DEFINE_integer("classes", None, "", lower_bound=2, flag_values=values)
         flags.DEFINE_integer("examples", None, "", lower_bound=1, flag_values=values)
+        flags.DEFINE_float("grace", 0.0, "", lower_bound=0.0, flag_values=values)
+        flags.DEFINE_string("coordinator", "", "", flag_values=values)
+        flags.DEFINE_integer("num_processes", None, "", lower_bound=1, flag_values=values)
+        flags.DEFINE_integer("process_id", None, "", lower_bound=0, flag_values=values)
+        flags.DEFINE_string("local_devices", "", "", flag_values=values)
+        flags.DEFINE_integer("heartbeat", 100, "", lower_bound=1, flag_values=values)
         values.set_gnu_getopt(True)  # flags may stand after files
         rest = values(["launch.py", *argv], known_only=True)[1:]
     except flags.Error as e:
@@ -177,19 +187,18 @@ def _dispatch(
         return 0
 
     # From here on JAX is wanted.
-    _set_environment(config.deterministic)
+    environment.prepare(config.deterministic)
     if command == "dryrun":
         return _dryrun(config, workdir or Path("runs"), values)
-    from imgclf_jax.run import writers
     from imgclf_jax.run.workdir import Workdir
 
-    writers.setup_logging()
     place = Workdir(workdir) if workdir else None
-    if command == "train" and place:
-        from imgclf_jax.commands import train
-
-        return train.main(config, place, _steps(values.profile), values.extend)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_joined(values))
+        if command == "train" and place:
+            from imgclf_jax.commands import train
+
+            return train.main(config, place, _steps(values.profile), values.extend, values.grace)
         if place and not values.trust:
             stack.enter_context(place.without_code())
         if command == "evaluate":
@@ -199,6 +208,23 @@ def _dispatch(
         from imgclf_jax.commands import predict
 
         return predict.main(config, place, values.checkpoint, values.format, files, values.top_k)
+
+
+def _joined(values: flags.FlagValues) -> contextlib.AbstractContextManager[None]:
+    """Inside, this process is one of those of the run, if there are several."""
+    number, process = values.num_processes, values.process_id
+    if number != 1 and any((values.coordinator, number, process is not None)):
+        if not (values.coordinator and number and process is not None):
+            raise UsageError("--coordinator, --num_processes and --process_id are given together, to every process")
+        if process >= number:
+            raise UsageError(f"--process_id={process}: the processes are numbered 0 to {number - 1}")
+        if not re.fullmatch(r".+:\d+", values.coordinator):
+            raise UsageError(f"--coordinator={values.coordinator}: wants HOST:PORT, such as node1:12345")
+    if not re.fullmatch(r"(all|\d+(,\d+)*)?", values.local_devices):
+        raise UsageError(f"--local_devices={values.local_devices}: wants 'all', or numbers such as 0,1")
+    from imgclf_jax.commands import together
+
+    return together.joined(values.coordinator, number, process, values.local_devices, values.heartbeat)
 
 
 def _dryrun(config: ConfigDict, folder: Path, values: flags.FlagValues) -> int:
@@ -212,40 +238,9 @@ def _dryrun(config: ConfigDict, folder: Path, values: flags.FlagValues) -> int:
     chips = topology.parse(values.chips)
     topology.prepare(chips)
     from imgclf_jax.commands import dryrun
-    from imgclf_jax.run import writers
 
-    writers.setup_logging()
     given = {"shape": shape and tuple(map(int, shape)), "classes": values.classes, "examples": values.examples}
     return dryrun.main(config, chips, given, values.format, folder)
-
-
-def _set_environment(deterministic: bool) -> None:
-    """What JAX and TensorFlow read when they are imported; what the user has set stands."""
-    flags = {"xla_cpu_prefer_vector_width": "512"}  # of those that the processor has; XLA's own choice is half of it
-    if deterministic:
-        flags["xla_gpu_deterministic_ops"] = "true"
-    own = os.environ.get("XLA_FLAGS", "")
-    added = [f"--{name}={value}" for name, value in flags.items() if name not in own]
-    os.environ["XLA_FLAGS"] = " ".join([*own.split(), *added])
-    # Programs compiled once are kept, by kind of processor since a home folder may be shared by several.
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = [platform.processor()]
-    kind = "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-    compiled = cache.folder(f"compiled-{zlib.crc32(kind.encode()):08x}")
-    with contextlib.suppress(OSError):  # without a place to keep them they are compiled anew
-        compiled.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    # Memory that a program frees is kept for its next call: to give back and fault in some ten megabytes at every call
-    # takes about as long as the step itself on CPU.
-    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
-        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # TensorFlow carries batches and computes nothing
 
 
 def _take_config(argv: list[str]) -> tuple[str, list[str]]:
@@ -280,4 +275,11 @@ def _steps(text: str) -> tuple[int, int] | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        _status = main(sys.argv[1:])
+    except Exception:  # which no person has caused
+        traceback.print_exc()
+        _status = 1
+    if "imgclf_jax.core.processes" in sys.modules:
+        sys.modules["imgclf_jax.core.processes"].end(_status)
+    sys.exit(_status)

@@ -68,9 +68,9 @@ def main(argv: list[str]) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    import launch
+    from imgclf_jax.run import environment
 
-    launch._set_environment(True)  # before JAX and TensorFlow are imported
+    environment.prepare(True)  # before JAX and TensorFlow are imported
     import input_parts
 
     measure = {

@@ -17,9 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import launch
+from imgclf_jax.run import environment
 
-launch._set_environment(True)
+environment.prepare(True)
 
 import jax
 import jax.numpy as jnp

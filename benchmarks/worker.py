@@ -31,9 +31,9 @@ def main(name: str, network_name: str, count: int) -> None:
     try:
         if variant.own:
             sys.path.insert(0, str(Path(__file__).parents[1]))
-            import launch
+            from imgclf_jax.run import environment
 
-            launch._set_environment(True)  # before JAX is imported
+            environment.prepare(True)  # before JAX is imported
         module = importlib.import_module(variant.module)
         prepare = module.open_variant(network, **variant.options)
         answer({"versions": versions(variant.packages), "device": module.device(), "rss_mb": peak_rss()})

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import metrics, step
-from imgclf_jax.core import rng, spec
+from imgclf_jax.core import processes, rng, spec
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.data import stream
 from imgclf_jax.optim import optimizers
@@ -90,9 +90,9 @@ def check_finite(
     ids = stream.example_ids(seed, bad, config.batch_size, len(images)).tolist()
     file = folder / "nonfinite.json"
     name = getattr(images.source, "name", None)
-    write_json(
-        file, {"step": bad, "seed": seed, "example_ids": ids, "examples": [name(i) for i in ids] if name else None}
-    )
+    names = [name(i) for i in ids] if name else None
+    found = {"step": bad, "seed": seed, "example_ids": ids, "examples": names}
+    processes.first("writing nonfinite.json", lambda: write_json(file, found))
     good = checkpoints.steps()
     kept = f"the last good checkpoint, of step {good[-1]}, is kept" if good else "no checkpoint had been saved yet"
     raise UserError(

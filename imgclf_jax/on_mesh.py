@@ -75,7 +75,7 @@ class OnMesh:
         return runs
 
     def init(
-        self, seed: int | None = None, images: jax.Array | None = None, weights: Mapping[str, Any] | None = None
+        self, seed: int | None = None, images: np.ndarray | None = None, weights: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         """What a run starts from and a checkpoint holds: {"state": TrainState, "sums": the `step.Window`}.
 
@@ -136,15 +136,15 @@ class OnMesh:
         several = (self.recipe.num_seeds,) if self.recipe.num_seeds > 1 else ()
         return self.put(jax.tree.map(lambda x: jnp.broadcast_to(x, several), step.zero_window()))
 
-    def first_images(self, images: Images) -> jax.Array | None:
+    def first_images(self, images: Images) -> np.ndarray | None:
         """The first 5,000 training images, as in evaluation, for a backbone that begins from images; or None."""
         if not hasattr(self.recipe.model.backbone, "init_on_images"):
             return None
         ids = np.arange(min(_FIRST_IMAGES, len(images)))
         first, augment = images.read(ids, ids)["image"], self.recipe.augment(train=False)
         with self.tracing():
-            return jax.jit(lambda images: augment(None, images))(first)
+            return np.asarray(jax.jit(lambda images: augment(None, images))(first))
 
     def put(self, tree: Any) -> Any:
         """A pytree of small arrays, whole on every device."""
-        return jax.device_put(tree, sharding.replicated(self.mesh))
+        return sharding.put_whole(tree, self.mesh)

@@ -24,13 +24,19 @@ from imgclf_jax.data.stream import Images, StreamSpec
 from imgclf_jax.models.cpu.rewrite import rewrite
 from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.on_mesh import OnMesh
-from imgclf_jax.recipe import Recipe
+from imgclf_jax.recipe import Recipe, check_names
 
 log = logging.getLogger(__name__)
 
 # Up to so many steps, or bytes of images, go to the devices as one chunk, unless `steps_per_call` says otherwise. On
 # CPU a chunk stays in the caches; elsewhere each device takes 128 MB at a time, and copies overlap the steps.
 _MOST_STEPS, _BYTES_ON_CPU, _BYTES_A_DEVICE = 32, 8 << 20, 128 << 20
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for what can be told to be wrong before the data are opened."""
+    sharding.check_batch_size(config.batch_size, sharding.make_mesh(text=config.mesh), config.accumulate)
+    check_names(config)
 
 
 def of_images(config: ConfigDict, images: Images, mesh: Mesh | None = None) -> "Programs":

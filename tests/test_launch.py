@@ -16,7 +16,8 @@ PROGRAM = """
 import collections, json, sys
 import launch
 events = collections.Counter()
-launch._set_environment(True)
+from imgclf_jax.run import environment
+environment.prepare(True)
 import jax
 jax.monitoring.register_event_listener(lambda event, **_: events.update([event.rpartition('/')[2]]))
 status = launch.main(sys.argv[1:])

@@ -47,8 +47,8 @@ if moment == "imports":
     sys.meta_path.insert(0, Finder())
 else:
     sys.path.insert(0, os.path.dirname(launch))
-    import launch as module
-    module._set_environment(True)
+    from imgclf_jax.run import environment
+    environment.prepare(True)
     from imgclf_jax.commands import evaluate, train, train_setup
     from imgclf_jax.run import checkpoint, writers
     owner, name, after = {

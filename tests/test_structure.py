@@ -39,6 +39,7 @@ INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "tensorboar
 LIGHT = {
     "launch",
     "run.cache",
+    "run.environment",
     "config",
     "config_keys",
     "core.errors",

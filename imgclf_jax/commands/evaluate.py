@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import metrics
 from imgclf_jax.commands.trained import convert, report_host_ops, restore
-from imgclf_jax.core import sharding, signals
+from imgclf_jax.core import processes, sharding, signals
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
@@ -44,8 +44,8 @@ def evaluate(
             predictions.extend(metrics.Predictions(*step) for step in zip(*steps, strict=True))
 
     pending: Any = None
-    shard = (jax.process_index(), jax.process_count())
-    batches = stream.eval_batches(images, programs.eval_batch_size, *shard)
+    rows = sharding.rows_here(programs.eval_batch_size, programs.mesh)
+    batches = stream.eval_batches(images, programs.eval_batch_size, rows)
     for some in itertools.batched(batches, size):
         signals.check(stop)
         chunk = {name: stream.pad_steps(np.stack([batch[name] for batch in some]), size) for name in some[0]}
@@ -103,7 +103,7 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str) -
     `class_predicted` and `class_correct`.
     """
     restored = restore(config, workdir, which) if workdir else None
-    base = sources.open_data(config)
+    base = processes.once_a_host("opening the data", lambda: sources.open_data(config))
     programs, state, step = restored or (*convert(config, base), 0)
     if workdir:
         _warn_of_changed_data(programs, workdir.load_config(), base)
@@ -113,6 +113,8 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str) -
         sums, predictions = evaluate(programs, state, images)
         results[name] = metrics.summarize(sums, predictions, programs.recipe.whole_set_metrics)
         classes[name] = _class_counts(sums, programs.recipe.num_seeds)
+    if processes.index():
+        return 0
     if format == "json":
         for name, counts in classes.items():
             shown = ("confusion",) if "confusion" in counts else tuple(counts)

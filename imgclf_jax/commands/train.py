@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -13,12 +13,13 @@ from ml_collections import ConfigDict
 from imgclf_jax import diagnose
 from imgclf_jax.commands.evaluate import evaluate_all
 from imgclf_jax.commands.train_setup import Run, set_up
-from imgclf_jax.core import signals, tree
+from imgclf_jax.core import processes, signals, tree
+from imgclf_jax.core.stopping import Stopping, stopping
 from imgclf_jax.core.text import printable
-from imgclf_jax.run import provenance
+from imgclf_jax.run import provenance, writers
 from imgclf_jax.run.monitor import Monitor
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.run.writers import MetricsWriter, format_metrics
+from imgclf_jax.run.writers import Writer, format_metrics
 
 log = logging.getLogger(__name__)
 
@@ -27,24 +28,28 @@ STOPPED = 75  # EX_TEMPFAIL: stopped by a signal with a checkpoint saved; run th
 Results = dict[str, dict[str, float]]  # the metrics of each evaluation set
 
 
-def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None = None, extend: bool = False) -> int:
+def main(
+    config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None = None, extend: bool = False,
+    grace: float = 0.0,
+) -> int:  # fmt: skip
     """Trains, or resumes, the run in `workdir`; 0 when it is done, 75 when it was stopped by a signal.
 
     `profile` traces the steps from its first to its second (exclusive). With `extend`, a run that was planned with
-    another `total` goes on to the one of `config`. Raises UserError for what the user can fix, and for a loss that is
-    not finite.
+    another `total` goes on to the one of `config`. A stop by signal takes at most `grace` seconds, unless 0. Raises
+    UserError for what the user can fix, and for a loss that is not finite.
     """
     began = time.perf_counter()
-    with workdir.held():
+    with contextlib.ExitStack() as held:
+        processes.first("holding the work directory", lambda: held.enter_context(workdir.held()))
         run = set_up(config, workdir, extend)
         total = run.cadences.total
-        if run.start == total and workdir.is_done(total):
+        if run.start == total and processes.first("reading the result", lambda: workdir.is_done(total)):
             log.info("this run is done; its result is in %s", workdir.result)
             return 0
         monitor = Monitor(run.start, total, config.batch_size * config.num_seeds, profile, workdir.path)
-        writer = MetricsWriter(workdir.path, run.start, config.tensorboard)
+        writer = writers.open_writer(workdir.path, run.start, config.tensorboard)
         try:
-            with monitor, contextlib.closing(writer), signals.noted(run.checkpoints.unsaved) as stop:
+            with monitor, contextlib.closing(writer), stopping(run.checkpoints.unsaved, grace) as stop:
                 ended = train(run, monitor, writer, stop, began)
         except signals.Stopped as e:
             log.warning("%s: stopped before the first step, nothing is lost; run the same command again", e)
@@ -58,9 +63,7 @@ def main(config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None =
         return 0
 
 
-def train(
-    run: Run, monitor: Monitor, writer: MetricsWriter, stop: Callable[[], str], began: float
-) -> tuple[Any, Results] | None:
+def train(run: Run, monitor: Monitor, writer: Writer, stop: Stopping, began: float) -> tuple[Any, Results] | None:
     """The training loop: (the last state, the last evaluation's results), or None where a signal stopped it."""
     config, programs, cadences, checkpoints = run.config, run.programs, run.cadences, run.checkpoints
     state, window = run.state, run.window
@@ -106,10 +109,10 @@ def train(
     return state, results or {}
 
 
-def _evaluate(run: Run, state: Any, step: int, writer: MetricsWriter, stop: Callable[[], str]) -> Results | None:
+def _evaluate(run: Run, state: Any, step: int, writer: Writer, stop: Stopping) -> Results | None:
     """Evaluates, and logs and writes what it gives; None if a signal cut it short: then the next process does it."""
     try:
-        signals.wait_for(run.eval_compiled, stop)
+        signals.wait_for(run.eval_compiled, stop.waiting)
         results = evaluate_all(run.programs, state, run.evals, stop)
     except signals.Stopped:
         return None
@@ -124,12 +127,12 @@ def _scores(results: Results) -> dict[str, float]:
 
 
 def _when_compiled(
-    chunks: Iterable[tuple[range, Any]], run: Run, stop: Callable[[], str], began: float
+    chunks: Iterable[tuple[range, Any]], run: Run, stop: Stopping, began: float
 ) -> Iterator[tuple[range, Any]]:
     """The chunks, the first of them once the program is compiled. Raises signals.Stopped if a signal comes before."""
     for number, one in enumerate(chunks):
         if number == 0:
-            seconds = signals.wait_for(run.compiled, stop)
+            seconds = signals.wait_for(run.compiled, stop.waiting)
             log.info("compiled in %.2f s, beside other work; the first step begins %.2f s after the command", seconds,
                      time.perf_counter() - began)  # fmt: skip
         yield one
@@ -157,9 +160,11 @@ def _report(run: Run, state: Any, results: Results, monitor: Monitor, began: flo
         "epochs": round(total * run.config.batch_size / len(run.images), 4),
         "seconds": round(time.perf_counter() - began, 2),  # of this process, from the start of `main`
         "images_per_second": round(pace.steps * pace.batch_size / max(pace.seconds, 1e-9), 1),
-        "params_sha256": tree.sha256(jax.device_get(state.params)),
+        "params_sha256": tree.sha256(state.params),
         **results,
     }
+    if processes.index():
+        return
     provenance.write_json(run.workdir.result, result)
     for name, values in results.items():
         print(f"{name}: {format_metrics(values)}")

@@ -13,10 +13,10 @@ from imgclf_jax import config as configs
 from imgclf_jax import programs
 from imgclf_jax.commands import extension
 from imgclf_jax.commands.evaluate import open_evals
-from imgclf_jax.core import sharding
+from imgclf_jax.core import processes
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe, check_names
+from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.cadences import Cadences
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
@@ -49,11 +49,11 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     With `extend`, the run in `workdir` may have another `total`. Raises UserError for a mistake of the user, before
     anything is trained.
     """
-    sharding.check_batch_size(config.batch_size, sharding.make_mesh(text=config.mesh), config.accumulate)
-    check_names(config)
-    before = workdir.check_config(config, may_differ=("total",) if extend else ())
+    programs.check(config)
+    may_differ = ("total",) if extend else ()
+    before = processes.first("reading config.json", lambda: workdir.check_config(config, may_differ))
 
-    base = sources.open_data(config)
+    base = processes.once_a_host("opening the data", lambda: sources.open_data(config))
     train_source = sources.take_split(base, config.data.train)
     images = stream.Images(train_source, config.preprocess, config.seed, config.data.threads)
     compiling = programs.of_images(config, images)
@@ -62,9 +62,11 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     cadences = Cadences(recipe.total, *map(recipe.period, configs.CADENCES))
 
     tracing = _trace(compiling)
-    weights = pretrained.load(compiling) if config.init_from and not workdir.has_checkpoints() else None
+    fresh = not processes.first("looking for checkpoints", workdir.has_checkpoints)
+    weights = pretrained.load(compiling) if config.init_from and fresh else None
     compiled, eval_compiled = _compile_in_background(compiling, tracing)
-    workdir.record(config, recipe.data, weights.source if weights else None, sources.left_out(base))
+    source, left_out = weights.source if weights else None, sources.left_out(base)
+    processes.first("writing config.json", lambda: workdir.record(config, recipe.data, source, left_out))
 
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
     start, run = checkpoints.restore_latest(compiling.shape) or (0, None)
@@ -76,13 +78,14 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     else:
         log.info("resuming at step %d of %d", start, recipe.total)
     if before:
-        extension.check(Recipe(before, recipe.data), recipe, start, workdir.path)
-        workdir.extend(config, start)
+        old = configs.from_json(before, str(workdir.config))
+        extension.check(Recipe(old, recipe.data), recipe, start, workdir.path)
+        processes.first("writing config.json", lambda: workdir.extend(config, start))
     log.info("%s", sources.describe_use(base, config.data))
     log.info(
-        "%d examples of %s, %d classes, %d steps of %d on %d %s device%s", len(images), list(images.shape),
+        "%d examples of %s, %d classes, %d steps of %d on %d %s device%s%s", len(images), list(images.shape),
         len(recipe.data.class_names), recipe.total, config.batch_size, compiling.mesh.size, compiling.platform,
-        "s" * (compiling.mesh.size > 1),
+        "s" * (compiling.mesh.size > 1), f" of {processes.count()} processes" if processes.count() > 1 else "",
     )  # fmt: skip
     state, window = run["state"], run["sums"]
     return Run(config, workdir, images, evals, compiling, compiled, eval_compiled, checkpoints, cadences, start, state,
@@ -113,9 +116,10 @@ def _compile_in_background(
 
 
 def _log_parameters(params: Any, num_seeds: int) -> None:
+    own = 1 if num_seeds > 1 else 0  # axes that are not of one replica
     if num_seeds > 1:
         log.info("%d replicas of these:", num_seeds)
-        params = jax.tree.map(lambda x: x[0], params)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[own:], x.dtype), params)
     try:
         from clu import parameter_overview
     except ImportError:

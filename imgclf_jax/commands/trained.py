@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from imgclf_jax.core import sharding
+from imgclf_jax.core import processes, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, sources, stream
 from imgclf_jax.programs import Programs, of_images
@@ -45,16 +45,15 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> tuple[Programs,
 def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs) -> tuple[Any, int]:
     metric = config.checkpoint.best
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, metric, read_only=True)
-    steps = checkpoints.steps()
-    best = checkpoints.best_step()
+    steps, best = processes.first("choosing a checkpoint", lambda: [checkpoints.steps(), checkpoints.best_step()])
     names = {"latest": steps[-1] if steps else None, "best": best, "": best}
     step = names.get(which, int(which) if which.isdigit() else None)
-    if which == "" and step is None:
+    if step is None and which == "":
         found = checkpoints.restore_latest(programs.shape)
         if found is None:
             raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
         step, run = found
-    elif step not in steps:
+    elif step is None or step not in steps:
         raise UserError(f"--checkpoint={which}: there are {steps} in {workdir.checkpoints}"
                         + (f", {best} is the best by {metric}" if best is not None
                            else f", and none has a finite {metric}" if metric

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imgclf_jax.core.errors import UserError, unknown
@@ -69,7 +70,40 @@ def round_up(batch_size: int, mesh: Mesh) -> int:
     return -(-batch_size // mesh.size) * mesh.size
 
 
+def rows_here(size: int, mesh: Mesh) -> np.ndarray:
+    """The places int64[b], ascending, of those of `size` examples that this process' devices get of a batch.
+
+    By the order of the devices in the mesh, which need not be that of the processes. Raises UserError unless every
+    device gets the same number.
+    """
+    if size % mesh.size:
+        raise UserError(f"a batch of {size} is not divisible by the {mesh.size} devices")
+    lies = sharded(mesh).addressable_devices_indices_map((size,)).values()
+    edges = {index[0].indices(size)[:2] for index in lies if index}
+    return np.concatenate([np.arange(*own, dtype=np.int64) for own in sorted(edges)])
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, axis: int = 0) -> dict[str, Any]:
-    """This host's examples to global arrays, split over the devices along `axis`; the copy is asynchronous."""
+    """The rows of this process to global arrays, split over the devices along `axis`; the copy is asynchronous."""
     sharding = sharded(mesh, axis)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def put_whole(tree: Any, mesh: Mesh) -> Any:
+    """A pytree of arrays that each process has, to arrays that are whole on every device."""
+    whole = replicated(mesh)
+
+    def put(x: Any) -> jax.Array:
+        if whole.is_fully_addressable:
+            return jax.device_put(x, whole)
+        host = np.asarray(x)  # `device_put` would have the processes compare all of it
+        return jax.make_array_from_callback(host.shape, whole, lambda index: host[index])
+
+    return jax.tree.map(put, tree)
+
+
+def fetch(x: Any) -> np.ndarray:
+    """A global array to NumPy, whole in every process. All processes call this."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 SAME = 2.0  # seconds in which signals are one request: `uv run` passes on what the terminal sends to the whole group
 
-before_exit: list[Callable[[], None]] = []  # called in any thread before a signal ends the process
+# Called in any thread before a signal ends the process, with its status and what it says.
+before_exit: list[Callable[[int, str], None]] = []
 
 
 class Stopped(Exception):
@@ -52,11 +53,12 @@ class _Requests:
     `began` is the time of the latest request before, of which some more signals may come.
     """
 
-    def __init__(self, losing: Callable[[], str] | None = None, began: float = -SAME):
+    def __init__(self, losing: Callable[[], str] | None = None, began: float = -SAME, grace: float = 0.0):
         self.losing = losing
         self.first = ""
         self.began = began
         self._count = 0
+        self._grace, self._timer = grace, threading.Timer(grace, lambda: None)
 
     def note(self, number: int) -> None:
         """From the next step on, the loop knows."""
@@ -76,10 +78,24 @@ class _Requests:
         self.note(number)
         if self._count == 1:
             log.warning("%s: stopping after this step, and saving a checkpoint", name)
+            self._end_in_time(number, name)
         elif self._count == 2:
             log.warning("%s again: a checkpoint is being saved; a third ends at once and loses %s", name, self.losing())
         else:
             _end(number, f"{name} again: stopped at once; lost: {self.losing()}")
+
+    def _end_in_time(self, number: int, name: str) -> None:
+        """Ends the process when `grace` seconds have passed: who sent the signal may kill it soon after."""
+        losing = self.losing
+        if self._grace and losing:
+            text = f"{name}: not saved in {self._grace:g} s, the --grace; stopped at once; lost: "
+            self._timer = threading.Timer(self._grace, lambda: _end(number, text + losing()))
+            self._timer.daemon = True
+            self._timer.start()
+
+    def cancel(self) -> None:
+        """Work has stopped in time."""
+        self._timer.cancel()
 
 
 _now = _Requests()
@@ -106,12 +122,12 @@ def install() -> threading.Thread:
 
 
 @contextlib.contextmanager
-def noted(losing: Callable[[], str]) -> Iterator[Callable[[], str]]:
+def noted(losing: Callable[[], str], grace: float = 0.0) -> Iterator[Callable[[], str]]:
     """While inside, a request to stop is noted; gives a function that returns the first one's name, "" while none came.
 
     Signals within SAME seconds are one request. The second request logs what a third one would lose, in the words of
-    `losing`; the third one ends the process. Without `install` the handlers are installed while inside, and in another
-    thread than the main one nothing is.
+    `losing`. The third one ends the process, and so do `grace` seconds after the first, unless 0. Without `install` the
+    handlers are installed while inside, and in another thread than the main one nothing is.
     """
     global _now, _pipe
     own = _pipe is None and threading.current_thread() is threading.main_thread()
@@ -119,10 +135,11 @@ def noted(losing: Callable[[], str]) -> Iterator[Callable[[], str]]:
     if own:
         before = {number: signal.getsignal(number) for number in _SIGNALS}
         thread = install()
-    _now = requests = _Requests(losing)
+    _now = requests = _Requests(losing, grace=grace)
     try:
         yield lambda: requests.first
     finally:
+        requests.cancel()
         if own and _pipe is not None:
             signal.set_wakeup_fd(-1)
             for number, handler in before.items():
@@ -157,13 +174,18 @@ def _leave_terminal() -> None:
 
 
 def _end(number: int, line: str) -> NoReturn:
+    leave(128 + number, line)
+
+
+def leave(status: int, line: str) -> NoReturn:
+    """Ends the process at once, in any thread, with a line on standard error."""
     for function in before_exit:
         with contextlib.suppress(Exception):
-            function()
+            function(status, line)
     shown = "\x1b[?25h" if sys.stderr and sys.stderr.isatty() else ""  # a progress bar hides the cursor
     with contextlib.suppress(OSError):
         os.write(2, f"{shown}{line}\n".encode())
-    os._exit(128 + number)
+    os._exit(status)
 
 
 def _forget() -> None:

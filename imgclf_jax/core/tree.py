@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from imgclf_jax.core import sharding
+
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     """`(path, leaf)` for every leaf, the path's parts joined by `/`, sorted by path."""
@@ -29,10 +31,13 @@ def replace(tree: Any, named: Mapping[str, Any]) -> Any:
 
 
 def sha256(tree: Any) -> str:
-    """A digest over the sorted paths, dtypes, shapes and bytes of all leaves: equal if and only if all bits are."""
+    """A digest over the sorted paths, dtypes, shapes and bytes of all leaves: equal if and only if all bits are.
+
+    Of global arrays, parts of which other processes have, all processes call this.
+    """
     digest = hashlib.sha256()
     for path, leaf in named_leaves(tree):
-        array = np.asarray(leaf)
+        array = sharding.fetch(leaf)
         # NumPy's own types by their code, such as "<f4"; the others, such as bfloat16, have a name alone.
         dtype = array.dtype.name if array.dtype.kind == "V" else array.dtype.str
         digest.update(f"{path}\0{dtype}\0{array.shape}\0".encode())

@@ -68,8 +68,8 @@ def _host_chunks(
     images: stream.Images, spec: StreamSpec, ranges: Iterable[range], size: int, mesh: Mesh
 ) -> Iterator[tuple[range, Any]]:
     """Streamed chunks; the copy of each to the device begins while the one before it runs."""
-    shard = (jax.process_index(), jax.process_count())
-    for steps, chunk in stream.train_chunks(images, spec, ranges, size, shard):
+    rows = sharding.rows_here(spec.batch_size, mesh)
+    for steps, chunk in stream.train_chunks(images, spec, ranges, size, rows):
         yield steps, sharding.put_batch(chunk, mesh, axis=1)
 
 
@@ -83,12 +83,12 @@ def _device_chunks(
             "use data.placement='host', or move the randomness to augment"
         )
     everything = np.arange(len(images), dtype=np.int64)
-    table = jax.device_put(images.read(everything, everything), sharding.replicated(mesh))
-    split, seeds = sharding.sharded(mesh, axis=1), range(spec.seed, spec.seed + spec.num_seeds)
+    table = sharding.put_whole(images.read(everything, everything), mesh)
+    rows, seeds = sharding.rows_here(spec.batch_size, mesh), range(spec.seed, spec.seed + spec.num_seeds)
     for steps in ranges:
-        positions = np.arange(steps.start * spec.batch_size, steps.stop * spec.batch_size, dtype=np.int64)
+        positions = stream.positions(steps, spec.batch_size, rows)
         own = {"id": [stream.position_ids(seed, positions, len(images)) for seed in seeds]}
         if spec.with_ids:
             own["epoch"] = [positions // len(images)] * spec.num_seeds
-        rows = {k: stream.side_by_side(v, spec.batch_size, size).astype(np.int32) for k, v in own.items()}
-        yield steps, {**jax.device_put(rows, split), "table": table}
+        chunk = {k: stream.side_by_side(v, rows.size, size).astype(np.int32) for k, v in own.items()}
+        yield steps, {**sharding.put_batch(chunk, mesh, axis=1), "table": table}

@@ -185,11 +185,11 @@ class StreamSpec:
 
 
 def train_batches(
-    images: Images, seed: int, batch_size: int, start: int, stop: int, host: int = 0, hosts: int = 1, prefetch: int = 4
+    images: Images, seed: int, batch_size: int, start: int, stop: int, rows: np.ndarray | None = None, prefetch: int = 4
 ) -> Iterator[Batch]:
-    """The batches of steps start to stop (exclusive); each host gets its slice of each global batch."""
+    """The batches of steps start to stop (exclusive): all examples of each, or those at the places `rows`."""
     single = (range(step, step + 1) for step in range(start, stop))
-    for _, chunk in train_chunks(images, StreamSpec(seed, batch_size), single, 1, (host, hosts), prefetch):
+    for _, chunk in train_chunks(images, StreamSpec(seed, batch_size), single, 1, rows, prefetch):
         yield {name: values[0] for name, values in chunk.items()}
 
 
@@ -198,30 +198,35 @@ def train_chunks(
     spec: StreamSpec,
     ranges: Iterable[range],
     size: int,
-    shard: tuple[int, int] = (0, 1),
+    rows: np.ndarray | None = None,
     prefetch: int = 2,
 ) -> Iterator[tuple[range, Batch]]:
     """Each range of steps with its chunk: the batches of those steps, each [size, b, …]; zeros follow the last step.
 
-    `shard` is (host, hosts): each host gets its slice of each global batch. What a batch holds depends on its step
-    alone, not on the range that it is read in. Of several seeds it has their batches side by side, [size,
-    b * num_seeds, …]: the first example of each, then the second.
+    A process reads only what its devices get: the examples at the places `rows`, int64[b], of each batch; all if None.
+    What a batch holds depends on its step alone, not on the range that it is read in. Of several seeds it has their
+    batches side by side, [size, b * num_seeds, …]: the first example of each, then the second.
     """
-    rows = np.arange(spec.batch_size, dtype=np.int64)[_rows(spec.batch_size, *shard)]
+    rows = np.arange(spec.batch_size, dtype=np.int64) if rows is None else rows
 
     def read(steps: range) -> Batch:
-        positions = (np.asarray(steps, np.int64)[:, None] * spec.batch_size + rows).ravel()
+        at = positions(steps, spec.batch_size, rows)
         batches = []
         for seed in range(spec.seed, spec.seed + spec.num_seeds):
-            ids = position_ids(seed, positions, len(images))
-            batch = images.read(ids, positions, seed)
+            ids = position_ids(seed, at, len(images))
+            batch = images.read(ids, at, seed)
             if spec.with_ids:
-                batch |= {"id": ids.astype(np.int32), "epoch": (positions // len(images)).astype(np.int32)}
+                batch |= {"id": ids.astype(np.int32), "epoch": (at // len(images)).astype(np.int32)}
             batches.append(batch)
         return {name: side_by_side([batch[name] for batch in batches], rows.size, size) for name in batches[0]}
 
     names = ("image", "label", "id", "epoch") if spec.with_ids else ("image", "label")
     return read_ahead(read, ranges, names, 0 if images.in_memory else prefetch)
+
+
+def positions(steps: range, batch_size: int, rows: np.ndarray) -> np.ndarray:
+    """The global stream positions int64[len(steps) * b] of the examples at the places `rows`, [b], of these steps."""
+    return (np.asarray(steps, np.int64)[:, None] * batch_size + rows).ravel()
 
 
 def side_by_side(replicas: Sequence[np.ndarray], batch_size: int, size: int) -> np.ndarray:
@@ -237,12 +242,15 @@ def pad_steps(values: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([values, np.zeros((size - len(values), *values.shape[1:]), values.dtype)])
 
 
-def eval_batches(images: Images, batch_size: int, host: int = 0, hosts: int = 1, prefetch: int = 4) -> Iterator[Batch]:
-    """Every example once, in order; the last batch is padded, and `mask` bool[b] is False for the padding."""
-    rows = _rows(batch_size, host, hosts)
+def eval_batches(images: Images, batch_size: int, rows: np.ndarray | None = None, prefetch: int = 4) -> Iterator[Batch]:
+    """Every example once, in order; the last batch is padded, and `mask` bool[b] is False for the padding.
+
+    Of each batch all examples, or those at the places `rows`, int64[b].
+    """
+    rows = np.arange(batch_size, dtype=np.int64) if rows is None else rows
 
     def read(places: range) -> Batch:
-        ids = np.asarray(places[rows], np.int64)
+        ids = places.start + rows
         mask = ids < len(images)
         ids = np.minimum(ids, len(images) - 1)
         return {**images.read(ids, ids), "mask": mask}
@@ -250,10 +258,3 @@ def eval_batches(images: Images, batch_size: int, host: int = 0, hosts: int = 1,
     ranges = (range(first, first + batch_size) for first in range(0, len(images), batch_size))
     names = ("image", "label", "mask")
     return (batch for _, batch in read_ahead(read, ranges, names, 0 if images.in_memory else prefetch))
-
-
-def _rows(batch_size: int, host: int, hosts: int) -> slice:
-    if batch_size % hosts:
-        raise UserError(f"batch_size={batch_size} is not divisible by the {hosts} hosts")
-    rows = batch_size // hosts
-    return slice(host * rows, (host + 1) * rows)

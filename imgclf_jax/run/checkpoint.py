@@ -5,6 +5,7 @@ as a run that was never interrupted.
 """
 
 import concurrent.futures
+import contextlib
 import glob
 import json
 import logging
@@ -17,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint._src.metadata import array_metadata_store
 from orbax.checkpoint._src.serialization import type_handler_registry
 
-from imgclf_jax.core import tree
+from imgclf_jax.core import processes, tree
 from imgclf_jax.core.errors import UserError, reason
-from imgclf_jax.run import manifest, tensorstore_leaks
+from imgclf_jax.run import arrays, manifest, tensorstore_leaks
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +68,7 @@ class Checkpoints:
         self._read_only = read_only
         self._sign = -1.0 if best.endswith("loss") else 1.0
         if not read_only:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._put_back()
+            processes.first("making the folder of checkpoints", self._prepare)
         policy: list[Any] = [policies.LatestN(keep)]
         if best:
             keep_best = policies.BestN(get_metric_fn=self._value, n=1, keep_checkpoints_without_metrics=False)
@@ -88,14 +86,21 @@ class Checkpoints:
         self._read_back = False  # whether a checkpoint of this process could be
         self.latest = max(self.steps(), default=0)  # the step of the latest one that is on disk and verified
 
+    def _prepare(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._put_back()
+
     def _for_orbax(self) -> Path:
         """The directory, by a name that Orbax can use: it takes a path for a pattern, in which brackets mean more."""
         if glob.escape(str(self.directory)) == str(self.directory):
             return self.directory
-        alias = tempfile.mkdtemp(prefix="imgclf_jax")
+        # The same name in all processes, since Orbax has them wait for each other by it.
+        alias = processes.first("naming the folder of checkpoints", lambda: tempfile.mkdtemp(prefix="imgclf_jax"))
         weakref.finalize(self, shutil.rmtree, alias, ignore_errors=True)
         link = Path(alias, "checkpoints")
-        link.symlink_to(self.directory, target_is_directory=True)
+        link.parent.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # another process of this host has made it
+            link.symlink_to(self.directory, target_is_directory=True)
         return link
 
     def _value(self, metrics: Mapping[str, float]) -> float:
@@ -125,25 +130,32 @@ class Checkpoints:
         if step in self._manager.all_steps():
             if not again:
                 return
-            (self.directory / str(step)).rename(self.directory / f"{_REPLACED}{step}")
+            processes.first("moving a checkpoint", lambda: self._replace(step))
             self._manager.reload()
         self._attempt(lambda: self._manager.save(step, args=ocp.args.StandardSave(state), metrics=dict(metrics or {})))
         self._saving = self._thread.submit(self._finish, step, jax.eval_shape(lambda: state))
 
+    def _replace(self, step: int) -> None:
+        (self.directory / str(step)).rename(self.directory / f"{_REPLACED}{step}")
+
     def _finish(self, step: int, like: Any) -> None:
         """In the thread: waits until a checkpoint is on disk, verifies that all of the state is in it, and seals it."""
         self._manager.wait_until_finished()
+        if not processes.index():
+            self._verify(step, like)
+        self.latest = step
+
+    def _verify(self, step: int, like: Any) -> None:
         folder = self.directory / str(step)
-        if lost := sorted({name for name, _ in tree.named_leaves(like)} - _list(folder)):
+        if lost := sorted({name for name, _ in tree.named_leaves(like)} - arrays.names(folder)):
             raise OSError(f"what was saved cannot be read back: {lost[0]} is not listed in it")
         if not self._read_back:  # Of the first one each array is opened. TensorStore loses some memory by that.
             saved = self._manager.item_metadata(step)
-            if clash := "it has no metadata" if saved is None else _find_clash(saved, like):
+            if clash := "it has no metadata" if saved is None else arrays.find_clash(saved, like):
                 raise OSError(f"what was saved cannot be read back: {clash}")
             self._read_back = True
         manifest.write(folder)
         shutil.rmtree(self.directory / f"{_REPLACED}{step}", ignore_errors=True)
-        self.latest = step
 
     def _put_back(self) -> None:
         """Where a process was killed while it saved a step again, the first checkpoint of the step is still there."""
@@ -183,19 +195,28 @@ class Checkpoints:
         damaged checkpoint, and for a checkpoint of another model.
         """
         folder = self.directory / str(step)
+        if error := processes.first("verifying a checkpoint", lambda: self._find_error(step, like)):
+            raise self._gone(folder) or UserError(error)
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(like))
+        except Exception as e:  # Orbax and TensorStore raise many types, for damage and for other shapes alike
+            if processes.count() > 1:
+                raise  # the others may have read it, so that all must end
+            raise self._gone(folder) or UserError(f"checkpoint {folder} cannot be read: {reason(e)}") from e
+
+    def _find_error(self, step: int, like: Any) -> str:
+        """Why the checkpoint of `step` cannot be used, in a sentence; "" if it can."""
+        folder = self.directory / str(step)
         fault = manifest.find_fault(folder)
         if fault == manifest.ABSENT:
             log.warning("checkpoint %s cannot be verified: %s; it is used as it is", folder, fault)
         elif fault:
-            raise self._gone(folder) or UserError(f"checkpoint {folder} is damaged: {fault}")
+            return f"checkpoint {folder} is damaged: {fault}"
         try:
-            if clash := _find_clash(self._manager.item_metadata(step), like):
-                raise UserError(f"checkpoint {folder} is of another model or optimizer: {clash}")
-            return self._manager.restore(step, args=ocp.args.StandardRestore(like))
-        except UserError:
-            raise
-        except Exception as e:  # Orbax and TensorStore raise many types, for damage and for other shapes alike
-            raise self._gone(folder) or UserError(f"checkpoint {folder} cannot be read: {reason(e)}") from e
+            clash = arrays.find_clash(self._manager.item_metadata(step), like)
+        except Exception as e:  # of many types too
+            return f"checkpoint {folder} cannot be read: {reason(e)}"
+        return f"checkpoint {folder} is of another model or optimizer: {clash}" if clash else ""
 
     def _gone(self, folder: Path) -> Gone | None:
         if self._read_only and not folder.is_dir():
@@ -219,8 +240,7 @@ class Checkpoints:
         read-only, moved to `damaged/` beside the checkpoints. Raises UserError if there are checkpoints and none can be
         read: most likely they are of another model.
         """
-        steps = self.steps()
-        sealed = [step for step in steps if manifest.is_in(self.directory / str(step))]
+        steps, sealed = processes.first("looking for checkpoints", self._found)
         errors: dict[int, UserError] = {}
         for step in sorted(steps, key=lambda step: (step in sealed, step), reverse=True):
             try:
@@ -241,14 +261,23 @@ class Checkpoints:
             raise UserError(f"no checkpoint of {steps} in {self.directory} can be read: {errors[steps[-1]]}{fix}")
         return None
 
+    def _found(self) -> tuple[list[int], list[int]]:
+        """The steps that have a checkpoint, and those whose checkpoint can be verified."""
+        steps = self.steps()
+        return steps, [step for step in steps if manifest.is_in(self.directory / str(step))]
+
     def _set_aside(self, step: int, error: UserError | str, used: int) -> None:
         if self._read_only:
             log.warning("%s; the checkpoint of step %d is used", error, used)
             return
         target = self.directory.parent / "damaged" / str(step)
-        shutil.rmtree(target, ignore_errors=True)
-        target.parent.mkdir(exist_ok=True)
-        (self.directory / str(step)).rename(target)
+
+        def move() -> None:
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(target)
+
+        processes.first("setting a checkpoint aside", move)
         self._manager.reload()
         log.warning("%s; it was moved to %s and the checkpoint of step %d is used", error, target, used)
 
@@ -261,26 +290,3 @@ class Checkpoints:
                 f"a checkpoint could not be saved in {self.directory}: {reason(e)}; {kept}; free some space or repair "
                 "the disk, then run the same command again"
             ) from e
-
-
-def _list(folder: Path) -> set[str]:
-    """The names of the arrays in a checkpoint, by Orbax's own list of them."""
-    entries = json.loads((folder / "default" / "_METADATA").read_bytes())["tree_metadata"].values()
-    return {"/".join(str(key["key"]) for key in entry["key_metadata"]) for entry in entries}
-
-
-def _find_clash(saved: Any, like: Any) -> str:
-    """The first array whose dtype or shape differs; "" if there is none, or if the metadata `saved` is missing."""
-    if saved is None:
-        return ""
-    has, wants = ({name: _describe(x) for name, x in tree.named_leaves(t)} for t in (saved, like))
-    names = sorted({**has, **wants}, key=lambda name: ("/opt_state/" in name, name))  # a parameter explains most
-    clashes = (name for name in names if has.get(name) != wants.get(name))
-    return next((f"{n} is {has.get(n, 'absent')} in it, {wants.get(n, 'absent')} by the config" for n in clashes), "")
-
-
-def _describe(array: Any) -> str:
-    """Its dtype and shape as they are saved: Orbax saves random keys as the words of their data."""
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        array = jax.eval_shape(jax.random.key_data, array)
-    return f"{np.dtype(array.dtype)}{list(array.shape)}"

@@ -33,7 +33,7 @@ def held(file: Path) -> Iterator[None]:
     file.parent.mkdir(parents=True, exist_ok=True)
     handle = _take(file)
 
-    def release() -> None:
+    def release(*_: object) -> None:
         file.unlink(missing_ok=True)  # before it is given up, or the next holder's would be removed
         os.close(handle)
         with contextlib.suppress(OSError):  # not empty

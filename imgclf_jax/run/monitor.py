@@ -11,6 +11,7 @@ from typing import Any, Self
 import jax
 from rich import progress
 
+from imgclf_jax.core import processes
 from imgclf_jax.run import writers
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Monitor:
             idle = not self._in_flight or self._in_flight[-1].is_ready()  # else the device had work all the while
             waited = time.perf_counter() - before if idle and not first else 0.0
             self.throughput.count_steps(len(item[0]), waited)
-            if self.edges and item[0].start == self.edges[0]:
+            if self.edges and item[0].start == self.edges[0] and not processes.index():
                 self._wait()
                 options = jax.profiler.ProfileOptions()
                 options.python_tracer_level = (
@@ -77,7 +78,7 @@ class Monitor:
         if len(self._in_flight) > _MOST_IN_FLIGHT:
             self._in_flight.popleft().block_until_ready()
         self._progress.update(steps.stop)
-        if self.edges and steps.stop == self.edges[1]:
+        if self.edges and steps.stop == self.edges[1] and not processes.index():
             self._wait()
             jax.profiler.stop_trace()
             log.info("steps %d to %d traced into %s", *self.edges, self._folder)
@@ -145,7 +146,7 @@ class Progress:
 
     def __init__(self, start: int, total: int):
         self._bar = None
-        if writers.console().is_terminal:
+        if writers.shows_progress():
             self._bar = progress.Progress(
                 progress.BarColumn(),
                 progress.TextColumn("step {task.completed}/{task.total}"),

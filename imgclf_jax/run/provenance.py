@@ -43,7 +43,7 @@ def collect(data: DataInfo) -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": versions,
         "devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
-        "hosts": jax.process_count(),
+        "processes": jax.process_count(),
         "git": _git(),
         "data": asdict(data),
     }

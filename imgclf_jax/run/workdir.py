@@ -81,19 +81,19 @@ class Workdir:
         """Whether any checkpoint is in the directory, readable or not."""
         return self.checkpoints.is_dir() and any(folder.name.isdigit() for folder in self.checkpoints.iterdir())
 
-    def check_config(self, config: ConfigDict, may_differ: Sequence[str] = ()) -> ConfigDict | None:
+    def check_config(self, config: ConfigDict, may_differ: Sequence[str] = ()) -> str:
         """Raises UserError, with the keys that differ, if the directory holds a run with another config.
 
-        Gives the config of that run if it differs in the keys `may_differ` alone, and None if it does not differ.
+        Gives the config of that run, as JSON, if it differs in the keys `may_differ` alone, and "" if it does not.
         """
         if not self.config.is_file():
             if self.has_checkpoints():
                 log.warning("%s is missing: the config that is given now is taken for that of the run", self.config)
-            return None
+            return ""
         old = self.load_config()
         lines = configs.difference(old, config)
         if all(line.partition(":")[0] in may_differ for line in lines):
-            return old if lines else None
+            return configs.to_json(old) if lines else ""
         hint = ""
         if [line.partition(":")[0] for line in lines] == ["total"]:
             hint = " add --extend to train this run up to the new total, if its schedule allows it,"

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich import progress
 from rich.console import Console
@@ -17,7 +17,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from imgclf_jax.core import named_warnings
+from imgclf_jax.core import named_warnings, processes
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.text import printable
 from imgclf_jax.run.event_file import EventFile
@@ -77,6 +77,40 @@ class MetricsWriter:
             ) from e
 
 
+class Writer(Protocol):
+    """What takes the records of a run: `MetricsWriter`, or in processes other than the first, nothing."""
+
+    evaluated: bool
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NoWriter:
+    """What process 0 writes, the others do not."""
+
+    evaluated = False
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes nothing."""
+
+    def sync(self) -> None:
+        """Returns at once."""
+
+    def close(self) -> None:
+        """Closes nothing."""
+
+
+def open_writer(workdir: Path, step: int, tensorboard: bool) -> Writer:
+    """The writer of this process; whether it is `evaluated` process 0 says to all."""
+    writer: Writer = NoWriter() if processes.index() else MetricsWriter(workdir, step, tensorboard)
+    writer.evaluated = processes.first("reading metrics.jsonl", lambda: writer.evaluated)
+    return writer
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, without damaged lines, which a crash may leave; [] if there is no file."""
     records = []
@@ -107,28 +141,40 @@ def console() -> Console:
     return Console(stderr=True)
 
 
+def shows_progress() -> bool:
+    """Whether there is a terminal to show it on, which the first of several processes alone does."""
+    return console().is_terminal and not processes.index()
+
+
 def busy(what: str) -> contextlib.AbstractContextManager[Any]:
     """Shows what is being done, on a terminal; elsewhere nothing."""
-    return console().status(escape(printable(what))) if console().is_terminal else contextlib.nullcontext()
+    return console().status(escape(printable(what))) if shows_progress() else contextlib.nullcontext()
 
 
 def track[T](items: Iterable[T], total: int, what: str) -> Iterable[T]:
     """The items, with a progress bar on a terminal; elsewhere without one."""
-    if not total or not console().is_terminal:
+    if not total or not shows_progress():
         return items
     return progress.track(items, escape(printable(what)), total, console=console(), transient=True)
 
 
 def setup_logging() -> None:
-    """Prints log lines `HH:MM:SS message` on standard error, above the progress bar if there is one."""
-    if console().is_terminal:
-        handler: logging.Handler = RichHandler(console=console(), show_path=False, show_level=False, highlighter=None)
+    """Prints log lines `HH:MM:SS message` on standard error, above the progress bar if there is one.
+
+    Of several processes the first one does; the others print warnings alone, with their number.
+    """
+    process = processes.index()
+    if process:
+        handler: logging.Handler = logging.StreamHandler()
+        line = f"%(asctime)s [process {process}] %(message)s"
+    elif console().is_terminal:
+        handler = RichHandler(console=console(), show_path=False, show_level=False, highlighter=None)
         line = "%(message)s"
     else:
         handler, line = logging.StreamHandler(), "%(asctime)s %(message)s"
     handler.addFilter(_printable)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format=line, datefmt="%H:%M:%S", force=True)
-    logging.getLogger("imgclf_jax").setLevel(logging.INFO)
+    logging.getLogger("imgclf_jax").setLevel(logging.WARNING if process else logging.INFO)
     # Orbax logs an error a dozen times, with tracebacks, before it raises it.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)

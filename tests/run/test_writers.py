@@ -235,7 +235,7 @@ def test_provenance(finished):
     assert record["versions"]["jax"] == importlib.metadata.version("jax")
     assert {"imgclf_jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"} <= set(record["versions"])
     assert record["devices"] == [f"{d.platform}: {d.device_kind}" for d in jax.devices()]
-    assert (record["hosts"], record["command"]) == (1, sys.argv)
+    assert (record["processes"], record["command"]) == (1, sys.argv)
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
     assert record["git"].get("commit", "") == commit.stdout.strip()
     data = provenance.load_data_info(finished / "provenance.json")

@@ -1,0 +1,97 @@
+"""Where a run stops that was asked to: at the same place in all of its processes."""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from imgclf_jax.core import processes, signals
+from imgclf_jax.core.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Stopping:
+    """Called at points that all processes pass in the same order: the name of a signal if all stop here, else "".
+
+    `asked` gives the name of the signal that this process got, "" if none. Of several processes any may get one, at any
+    time, and none knows how far the others are. So each says how many points it has passed, and passes no other one
+    until it knows that of all. They stop where the one that is farthest is.
+    """
+
+    def __init__(self, asked: Callable[[], str], wait: float = processes.WAIT):
+        self._asked, self._wait = asked, wait
+        self._lock = threading.Lock()
+        self._passed = 0  # points
+        self._name = ""  # of the signal, from when `_passed` was said on
+        self._last: int | None = None  # the point where all stop, once it is known
+
+    def __call__(self) -> str:
+        """At a point."""
+        if processes.count() == 1:
+            return self._asked()
+        with self._lock:
+            if not self._heard():
+                self._passed += 1
+                return ""
+        if self._agreed():
+            return self._name
+        self._passed += 1
+        return ""
+
+    def waiting(self) -> str:
+        """Between two points, while this process waits for something of its own: asked as often as one likes."""
+        if processes.count() == 1:
+            return self._asked()
+        with self._lock:
+            heard = self._heard()
+        return self._name if heard and self._agreed() else ""
+
+    def hear(self, name: str, process: int) -> None:
+        """Another process got a signal."""
+        with self._lock:
+            if not self._name:
+                log.warning("%s at process %d: stopping, and saving a checkpoint", name, process)
+                self._say(name)
+
+    def _heard(self) -> bool:
+        """Whether any process got a signal; what this one got, the others are told."""
+        if not self._name and (name := self._asked()):
+            self._say(name)
+            processes.tell("stop", name)
+        return bool(self._name)
+
+    def _say(self, name: str) -> None:
+        self._name = name
+        processes.put(f"passed/{processes.index()}", self._passed)
+
+    def _agreed(self) -> bool:
+        """Whether all stop where this process is."""
+        if self._last is None:
+            end = time.monotonic() + self._wait
+            said: dict[str, int] = {}
+            while len(said) < processes.count():
+                if time.monotonic() > end:
+                    missing = sorted(set(map(str, range(processes.count()))) - set(said), key=int)
+                    raise UserError(f"process {', '.join(missing)} does not say how far it is, {self._wait:g} s after "
+                                    f"{self._name}; the last checkpoint stands")  # fmt: skip
+                said = processes.all_put("passed")
+                time.sleep(0.01)
+            self._last = max(said.values())
+        return self._passed == self._last
+
+
+@contextlib.contextmanager
+def stopping(losing: Callable[[], str], grace: float = 0.0) -> Iterator[Stopping]:
+    """Inside, signals are noted, see `signals.noted`; gives a function that tells where to stop."""
+    with signals.noted(losing, grace) as asked:
+        stop = Stopping(asked)
+        processes.listeners.append(stop.hear)
+        for name, process in list(processes.stops):  # that came before
+            stop.hear(name, process)
+        try:
+            yield stop
+            processes.barrier("the end of training")  # until then others may ask how far this one is
+        finally:
+            processes.listeners.remove(stop.hear)
