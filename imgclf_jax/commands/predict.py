@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax.commands.trained import convert, report_host_ops, restore
-from imgclf_jax.core import named_warnings, sharding
+from imgclf_jax.core import named_warnings, processes, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable, utf8
 from imgclf_jax.data import decode, image_check, image_files, sources
@@ -67,18 +67,22 @@ def predict(programs: Programs, state: Any, files: list[Path]) -> Iterator[tuple
             return UserError(f"{files[index]}: preprocess gives {image.shape}, not {programs.recipe.data.image_shape}")
         return image
 
+    rows = sharding.rows_here(batch_size, mesh)  # what this process reads of each batch
     for start in range(0, len(files), batch_size):
-        some = range(start, min(start + batch_size, len(files)))
-        loaded = [load(i) for i in some]
-        batch = np.zeros((batch_size, *programs.recipe.data.image_shape), np.uint8)  # one shape, so one compilation
-        for row, image in enumerate(loaded):
+        batch = np.zeros((rows.size, *programs.recipe.data.image_shape), np.uint8)  # one shape, so one compilation
+        here: dict[int, str] = {}
+        for place, i in enumerate(start + rows[start + rows < len(files)]):
+            image = load(i)
             if isinstance(image, np.ndarray):
-                batch[row] = image
+                batch[place] = image
+            else:
+                here[int(i)] = str(image)
         images = sharding.put_batch({"image": batch}, mesh)["image"]
         probabilities = np.asarray(jax.device_get(programs.predict(*state.evaluated, images)))
-        for row, (i, image) in enumerate(zip(some, loaded, strict=True)):
-            if isinstance(image, UserError):
-                yield files[i], image
+        errors = {int(i): text for some in processes.gather("reading images", here) for i, text in some.items()}
+        for row, i in enumerate(range(start, min(start + batch_size, len(files)))):
+            if i in errors:
+                yield files[i], UserError(errors[i])
             elif np.isnan(probabilities[row]).any():
                 what = "the model gives NaN for this image; its weights may hold NaN, so try another --checkpoint"
                 yield files[i], UserError(f"{files[i]}: {what}")
@@ -102,7 +106,7 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str, p
     if workdir:
         programs, state, _ = restore(config, workdir, which)
     else:
-        base = sources.open_data(config)
+        base = processes.once_a_host("opening the data", lambda: sources.open_data(config))
         programs, state = convert(config, base)
     names = programs.recipe.data.class_names
     records: list[dict[str, Any]] = []
@@ -115,12 +119,15 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str, p
                 skipped[str(file)] = str(result).removeprefix(f"{file}: ")
             else:
                 failed += 1
-                print(f"error: {printable(str(result))}", file=sys.stderr)
+                if not processes.index():
+                    print(f"error: {printable(str(result))}", file=sys.stderr)
             records.append({"file": utf8(str(file)), "error": str(result)})
         else:
             best = np.argsort(-result, kind="stable")[: max(1, top_k)]
             top = [{"class": names[c], "probability": round(float(result[c]), 6)} for c in best]
             records.append({"file": utf8(str(file)), "predictions": top})
+    if processes.index():
+        return 1 if failed else 0
     if format == "json":
         print(json.dumps(records, indent=2))
     else:

@@ -108,7 +108,7 @@ def _end_with_status_1() -> None:
     """Where JAX finds that another process is dead, it ends this one by `abort`; then the status is 1."""
 
     def end(_: int) -> None:
-        os.write(2, f"{_name(_index)}: another process of this run has died or cannot be reached, so this one ends; "
+        os.write(2, f"{_name(index())}: another process of this run has died or cannot be reached, so this one ends; "
                     "run the same command again in all\n".encode())  # fmt: skip
         os._exit(1)
 
@@ -145,8 +145,8 @@ def first(what: str, function: Callable[[], Any], wait: float = WAIT) -> Any:
     """
     if _count == 1:
         return function()
-    key = f"imgclf_jax/first/{next(_numbers)}"
-    if _index:
+    key = f"imgclf_jax/first/{_number()}"
+    if index():
         return json.loads(_get(key, what, 0, wait))
     value = json.dumps(function())
     _client().key_value_set(key, value)
@@ -157,8 +157,8 @@ def gather(what: str, value: Any, wait: float = WAIT) -> list[Any]:
     """The values, JSON ones, of all processes, by their numbers."""
     if _count == 1:
         return [value]
-    key = f"imgclf_jax/gather/{next(_numbers)}"
-    _client().key_value_set(f"{key}/{_index}", json.dumps(value))
+    key = f"imgclf_jax/gather/{_number()}"
+    _client().key_value_set(f"{key}/{index()}", json.dumps(value))
     return [json.loads(_get(f"{key}/{process}", what, process, wait)) for process in range(_count)]
 
 
@@ -172,13 +172,18 @@ def once_a_host(what: str, function: Callable[[], Any]) -> Any:
 
     So what it prepares on a disk is prepared by one process, be it the disk of one host or of all.
     """
-    place = 0 if _index == 0 else 1 if _hosts and _hosts.index(_hosts[_index]) == _index else 2
+    place = 0 if index() == 0 else 1 if _hosts and _hosts.index(_hosts[index()]) == index() else 2
     result = None
     for turn in range(3 if _count > 1 else 1):
         if place == turn:
             result = function()
         barrier(what, PREPARING)
     return result
+
+
+def _number() -> int:
+    """Of this call: the same in all processes, since they make the same calls."""
+    return next(_numbers)
 
 
 def _client() -> Any:
@@ -212,7 +217,7 @@ def all_put(folder: str) -> dict[str, Any]:
 
 def tell(kind: str, text: str, status: int = 0) -> None:
     """Tells all other processes that this one got a signal ("stop") or ends now ("end")."""
-    event = json.dumps({"kind": kind, "process": _index, "text": text, "status": status})
+    event = json.dumps({"kind": kind, "process": index(), "text": text, "status": status})
     for number in itertools.count():
         try:
             _client().key_value_set(f"imgclf_jax/event/{number}", event)
@@ -229,13 +234,15 @@ def _watch(client: Any) -> None:
             event = json.loads(client.blocking_key_value_get(f"imgclf_jax/event/{number}", int(PREPARING * 1000)))
         except Exception:  # the service has ended
             return
-        if event["process"] == _index:
+        if event["process"] == index():
             continue
         if event["kind"] == "end":
             signals.before_exit.remove(_tell_of_signal)
             if event["text"] == _failure:  # which process 0 says for all
                 os._exit(event["status"])
-            line = f"{_name(_index)} ends, since {_name(event['process'])} does: {event['text']}"
+            if not index():
+                time.sleep(1.0)  # the service ends with this process, and the others have something to say
+            line = f"{_name(index())} ends, since {_name(event['process'])} does: {event['text']}"
             signals.leave(event["status"], line)
         stops.append((event["text"], event["process"]))
         for listener in listeners:
@@ -258,10 +265,10 @@ def ending_together() -> Iterator[None]:
     except BaseException as e:
         if _count > 1:
             _failure = f"error: {e}" if isinstance(e, UserError | OSError) else f"{type(e).__name__}: {reason(e)}"
+            if index():  # of an error that all meet, process 0 alone tells the person, and ends the others
+                time.sleep(1.0)
             with contextlib.suppress(Exception):
                 tell("end", _failure, 1)
-            if _index:  # of an error that all meet, process 0 alone tells the person
-                time.sleep(1.0)
         raise
 
 
@@ -274,7 +281,7 @@ def end(status: int) -> NoReturn:
             if _watcher:
                 _watcher.join(10.0)
         else:
-            time.sleep(0.0 if _index else 1.0)  # until all have heard of it: the service ends with process 0
+            time.sleep(0.0 if index() else 1.0)  # until all have heard of it: the service ends with process 0
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status or 1)

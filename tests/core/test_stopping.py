@@ -1,0 +1,159 @@
+"""Where processes stop: threads play their parts, over a store that answers as JAX's coordination service does."""
+
+import threading
+import time
+
+import pytest
+
+from imgclf_jax.core import processes
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.stopping import Stopping
+
+HERE = threading.local()
+
+
+class Store:
+    """The keys and values of a run; each waits for what another sets."""
+
+    def __init__(self):
+        self.values, self.changed = {}, threading.Condition()
+
+    def key_value_set(self, key, value):
+        with self.changed:
+            if key in self.values:
+                raise RuntimeError(f"ALREADY_EXISTS: {key}")
+            self.values[key] = value
+            self.changed.notify_all()
+
+    def blocking_key_value_get(self, key, milliseconds):
+        with self.changed:
+            if not self.changed.wait_for(lambda: key in self.values, milliseconds / 1000):
+                raise RuntimeError(f"DEADLINE_EXCEEDED: {key}")
+            return self.values[key]
+
+    def key_value_dir_get(self, folder):
+        with self.changed:
+            return [(key, value) for key, value in self.values.items() if key.startswith(folder + "/")]
+
+
+@pytest.fixture
+def three(monkeypatch):
+    """Three processes, each in a thread; gives a function that runs one function in all and gives what they return."""
+    store, numbers = Store(), {number: iter(range(100)) for number in range(3)}
+    monkeypatch.setattr(processes, "_count", 3)
+    monkeypatch.setattr(processes, "_client", lambda: store)
+    monkeypatch.setattr(processes, "_hosts", ["host a", "host b", "host b"])
+    monkeypatch.setattr(processes, "index", lambda: HERE.number)
+    monkeypatch.setattr(processes, "_number", lambda: next(numbers[HERE.number]))
+
+    def run(function, numbers=range(3)):
+        results = {}
+
+        def play(number):
+            HERE.number = number
+            try:
+                results[number] = function(number)
+            except Exception as e:
+                results[number] = e
+
+        threads = [threading.Thread(target=play, args=(number,)) for number in numbers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    run.store = store
+    return run
+
+
+def test_process_0_decides_for_all(three):
+    asked = []
+
+    def decide():
+        asked.append(HERE.number)
+        return {"steps": [1, 2]}
+
+    assert three(lambda _: processes.first("this", decide)) == {key: {"steps": [1, 2]} for key in range(3)}
+    assert asked == [0]
+
+
+def test_values_are_gathered_by_the_number_of_the_process(three):
+    assert three(lambda number: processes.gather("it", number * 10)) == {key: [0, 10, 20] for key in range(3)}
+
+
+def test_who_is_missing_is_named(three):
+    results = three(lambda _: processes.barrier("saving", 0.2), numbers=(0, 2))
+    for number in (0, 2):
+        assert isinstance(results[number], UserError)
+        assert "process 1 (host b) has not come to the same place (saving) in 0.2 s" in str(results[number])
+
+
+def test_data_are_prepared_once_a_host(three):
+    """By process 0 first, by the first one of the other host next, and then looked at by the others."""
+    began, lock = [], threading.Lock()
+
+    def prepare():
+        with lock:
+            began.append(HERE.number)
+        time.sleep(0.05)
+        return sorted(began)
+
+    results = three(lambda _: processes.once_a_host("data", prepare))
+    assert began == [0, 1, 2]
+    assert results == {0: [0], 1: [0, 1], 2: [0, 1, 2]}
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+@pytest.mark.parametrize("signalled", [[0], [2], [1, 2]])
+def test_all_stop_after_the_same_number_of_points(three, signalled, late):
+    """However far each is when the signal comes, and whoever gets it."""
+    stops = {}
+    created = threading.Barrier(3)
+
+    def loop(number):
+        asked = {"name": ""}
+        stop = stops[number] = Stopping(lambda: asked["name"], wait=10)
+        created.wait()
+        for passed in range(1000):
+            if number in signalled and passed == 20:
+                asked["name"] = "SIGTERM"
+            time.sleep(0.003 if number == late else 0.001)
+            if number not in signalled and three.store.key_value_dir_get("imgclf_jax/event") and passed % 3 == 0:
+                stop.hear("SIGTERM", signalled[0])
+            if name := stop():
+                assert stop() == name, "once stopped, it stays so"
+                return name, passed
+        return "", passed
+
+    results = three(loop)
+    assert set(results.values()) == {("SIGTERM", results[0][1])}
+    assert results[0][1] >= 20
+
+
+def test_one_that_waits_stops_only_if_no_other_is_farther(three):
+    """A process that still compiles when the others have begun must take part in what they have begun."""
+    stops = {}
+    created = threading.Barrier(3)
+
+    def play(number):
+        stop = stops[number] = Stopping(lambda: "SIGTERM" if number == 0 else "", wait=10)
+        if number == 1:
+            assert stop() == ""  # it has passed one point
+        created.wait()
+        if number:
+            stop.hear("SIGTERM", 0)
+            return stop() if number == 1 else [stop.waiting(), stop(), stop()]
+        return [stop.waiting(), stop(), stop()]
+
+    results = three(play)
+    assert results == {0: ["", "", "SIGTERM"], 1: "SIGTERM", 2: ["", "", "SIGTERM"]}
+
+
+def test_one_process_alone_asks_nobody():
+    names = iter(["", "SIGINT"])
+    stop = Stopping(lambda: next(names))
+    assert [stop(), stop.waiting()] == ["", "SIGINT"]
+    assert processes.first("x", lambda: (1, 2)) == (1, 2)
+    assert processes.gather("x", 3) == [3]
+    assert processes.once_a_host("x", lambda: 4) == 4

@@ -1,0 +1,111 @@
+"""Several processes train one run; `-m slow` for what takes minutes, `processes_check.py` for hours of it."""
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import processes_check as check
+import pytest
+
+import launch
+
+SHORT = (*check.SMALL, "--config.model=mlp(widths=(16,))", "--config.log_every=1 steps", "--config.eval_every=20 steps",
+         "--config.total=300 steps", "--config.checkpoint_every=50 steps")  # fmt: skip
+ARRAYS = """
+import json, sys
+import jax, numpy as np
+from jax.sharding import Mesh
+from imgclf_jax.core import processes, sharding, tree
+from imgclf_jax.optim import partition
+process, port = int(sys.argv[1]), sys.argv[2]
+processes.start(f"localhost:{port}", 2, process, heartbeat=10)
+mesh = Mesh(np.array(jax.devices())[[2, 1, 0, 3]], ("data",))  # not in the order of the processes
+rows = sharding.rows_here(8, mesh)
+whole = np.arange(16, dtype=np.int32).reshape(1, 8, 2)
+put = sharding.put_batch({"x": whole[:, rows]}, mesh, axis=1)["x"]
+same = all(np.array_equal(shard.data, whole[shard.index]) for shard in put.addressable_shards)
+copied = sharding.put_whole({"x": whole}, mesh)["x"]
+print(json.dumps({
+    "rows": rows.tolist(), "same": same, "fetched": bool((sharding.fetch(put) == whole).all()),
+    "copied": bool((np.asarray(copied) == whole).all()) and copied.is_fully_replicated,
+    "digest": tree.sha256({"x": put}) == tree.sha256({"x": whole}),
+    "hosts": processes.count(),
+}))
+processes.end(0)
+"""
+
+
+def test_each_process_gets_the_rows_of_its_devices(tmp_path):
+    """By their order in the mesh; and what lies on both is fetched whole."""
+    with check.socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {**check.os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
+    started = [
+        subprocess.Popen([sys.executable, "-c", ARRAYS, str(number), str(port)], cwd=check.ROOT, env=environment,
+                         stdout=subprocess.PIPE, text=True)
+        for number in range(2)
+    ]  # fmt: skip
+    found = [json.loads(process.communicate(timeout=120)[0]) for process in started]
+    assert [f.pop("rows") for f in found] == [[2, 3, 4, 5], [0, 1, 6, 7]]
+    assert found == [{"same": True, "fetched": True, "copied": True, "digest": True, "hosts": 2}] * 2
+
+
+def test_a_signal_to_one_stops_both_and_one_process_goes_on(tmp_path):
+    workdir = tmp_path / "run"
+    started = check.start(workdir, 2, 2, SHORT)
+    metrics = workdir / "metrics.jsonl"
+    while started[0].poll() is None and not (metrics.exists() and len(check.records(workdir, "train/loss")) > 5):
+        time.sleep(0.05)
+    started[1].send_signal(signal.SIGTERM)
+    assert check.end(started) == [75, 75]
+    stopped = [int(re.search(r"stopped at step (\d+), checkpoint saved", log)[1]) for log in logs(workdir)]
+    assert stopped[0] == stopped[1] == max(int(f.name) for f in (workdir / "checkpoints").iterdir())
+    assert re.search(r"^\S+ \[process 1\] SIGTERM: stopping after this step", logs(workdir)[1], re.MULTILINE)
+    assert "train loss" not in logs(workdir)[1]  # process 0 alone says how it goes
+
+    for folder in (workdir, tmp_path / "alone"):  # in this process, on its devices
+        assert launch.main([f"--workdir={folder}", *SHORT]) == 0
+    losses, expected = (check.records(w, "train/loss") for w in (workdir, tmp_path / "alone"))
+    assert losses.keys() == expected.keys() == set(range(1, 301))
+    np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
+    assert check.records(workdir, "test/examples") == check.records(tmp_path / "alone", "test/examples")
+    assert len(json.loads((workdir / "provenance.json").read_text())["devices"]) == 4  # of those that began it
+
+
+def test_an_error_of_one_ends_both(tmp_path):
+    """Also while the other waits for it; and each says why."""
+    workdir = tmp_path / "run"
+    assert check.end(check.start(workdir, 2, 1, SHORT, last=("--config.model=cnnn",))) == [1, 1]
+    both = logs(workdir)
+    assert "error: unknown model 'cnnn': did you mean 'cnn' or" in both[1]
+    assert "process 0" in both[0]
+    assert "ends, since process 1" in both[0]
+    assert "unknown model 'cnnn'" in both[0]
+    assert not (workdir / "lock").exists()
+
+
+def logs(workdir: Path) -> list[str]:
+    return [Path(f"{workdir}.log.{number}").read_text() for number in range(2)]
+
+
+@pytest.mark.slow
+def test_the_same_losses_on_any_number_of_devices_and_processes(tmp_path):
+    assert check.compare(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_from_four_processes_to_one_and_back(tmp_path):
+    assert check.elastic(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_signals_and_kills_at_random_moments(tmp_path, number):
+    assert check.disturb_often(tmp_path, number, 5, random.Random(1)) == []
