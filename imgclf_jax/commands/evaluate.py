@@ -103,7 +103,7 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str) -
     `class_predicted` and `class_correct`.
     """
     restored = restore(config, workdir, which) if workdir else None
-    base = processes.once_a_host("opening the data", lambda: sources.open_data(config))
+    base = sources.open_data(config)
     programs, state, step = restored or (*convert(config, base), 0)
     if workdir:
         _warn_of_changed_data(programs, workdir.load_config(), base)

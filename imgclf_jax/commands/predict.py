@@ -106,7 +106,7 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str, p
     if workdir:
         programs, state, _ = restore(config, workdir, which)
     else:
-        base = processes.once_a_host("opening the data", lambda: sources.open_data(config))
+        base = sources.open_data(config)
         programs, state = convert(config, base)
     names = programs.recipe.data.class_names
     records: list[dict[str, Any]] = []

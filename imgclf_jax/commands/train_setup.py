@@ -53,7 +53,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     may_differ = ("total",) if extend else ()
     before = processes.first("reading config.json", lambda: workdir.check_config(config, may_differ))
 
-    base = processes.once_a_host("opening the data", lambda: sources.open_data(config))
+    base = sources.open_data(config)
     train_source = sources.take_split(base, config.data.train)
     images = stream.Images(train_source, config.preprocess, config.seed, config.data.threads)
     compiling = programs.of_images(config, images)

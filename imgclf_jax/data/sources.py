@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax.core import spec
+from imgclf_jax.core import processes, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, splits
 from imgclf_jax.data.arrays import MOST_CLASSES, ArraySource, arrays
@@ -220,10 +220,15 @@ def open_splits(
 
 
 def open_data(config: ConfigDict, text: str = "") -> dict[str, Source]:
-    """`open_splits` of `data.source`, or of another source spec, as the config's other keys say."""
+    """`open_splits` of `data.source`, or of another source spec, as the config's other keys say.
+
+    Of several processes one a host does it first: what it prepares, downloads or scans, the others find.
+    """
     data, ops = config.data, (config.preprocess, config.preprocess_eval)
     formats = tuple(dict.fromkeys(name for text in ops if text.strip() for name in decode.formats_of(text)))
-    return open_splits(text or data.source, data.data_dir, data.manual_dir, data.unreadable, formats)
+    where = text or data.source, data.data_dir, data.manual_dir, data.unreadable
+    opened: dict[str, Source] = processes.once_a_host("opening the data", lambda: open_splits(*where, formats))
+    return opened
 
 
 def describe_use(base: dict[str, Source], data: ConfigDict) -> str:
