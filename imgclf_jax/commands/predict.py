@@ -15,7 +15,7 @@ from imgclf_jax.commands.trained import convert, report_host_ops, restore
 from imgclf_jax.core import named_warnings, processes, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable, utf8
-from imgclf_jax.data import decode, image_check, image_files, sources
+from imgclf_jax.data import decode, image_check, image_files
 from imgclf_jax.programs import Programs
 from imgclf_jax.run import writers
 from imgclf_jax.run.workdir import Workdir
@@ -106,8 +106,7 @@ def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str, p
     if workdir:
         programs, state, _ = restore(config, workdir, which)
     else:
-        base = sources.open_data(config)
-        programs, state = convert(config, base)
+        programs, state = convert(config)
     names = programs.recipe.data.class_names
     records: list[dict[str, Any]] = []
     failed, skipped = 0, {}

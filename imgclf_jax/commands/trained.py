@@ -64,11 +64,14 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
     return run["state"], step
 
 
-def convert(config: ConfigDict, base: dict[str, sources.Source]) -> tuple[Programs, Any]:
+def convert(config: ConfigDict, base: dict[str, sources.Source] | None = None) -> tuple[Programs, Any]:
     """(programs, train state at step 0) of the weights that `init_from` names, for the classes of the source `base`.
+
+    That is the config's, unless it has been opened before.
 
     Raises UserError if the weights lack a part of the model.
     """
+    base = base or sources.open_data(config)
     source = next(iter(base.values()))  # every split has the same classes and the same shape
     with contextlib.suppress(UserError):
         source = sources.take_split(base, config.data.train)
