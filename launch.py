@@ -133,15 +133,15 @@ def _run(argv: list[str]) -> int:
         rest = values(["launch.py", *argv], known_only=True)[1:]
     except flags.Error as e:
         raise UsageError(str(e)) from e
-    workdir = Path(values.workdir or Path("runs") / Path(config_path.partition(":")[0]).stem)
+    workdir = values.workdir or str(Path("runs", Path(config_path.partition(":")[0]).stem))
     config = configs.load_file(config_path)
     elsewhere = any(re.match(r"--?config\.init_from(=|$)", word) for word in rest)  # evaluate weights, not a run
     if command in ("evaluate", "predict"):
         from imgclf_jax.run.workdir import Workdir
 
         if not elsewhere:
-            config = Workdir(workdir).load_config()  # a trained model keeps the config that it was trained with
-        elif values.checkpoint or (values.workdir and Workdir(workdir).config.is_file()):
+            config = Workdir.named(workdir).load_config()  # a trained model keeps the config that it was trained with
+        elif values.checkpoint or (values.workdir and Workdir.named(workdir).config.is_file()):
             flag = "checkpoint" if values.checkpoint else "workdir"
             raise UsageError(f"{command}: --{flag} names a run's, --config.init_from weights without one; drop either")
     files = _override(config, rest)
@@ -177,9 +177,7 @@ def _override(config: ConfigDict, words: list[str]) -> list[str]:
         raise UsageError(f"{given}: wants a value of type {type(old).__name__}, such as {old!r}") from e
 
 
-def _dispatch(
-    command: str, config: ConfigDict, workdir: Path | None, values: flags.FlagValues, files: list[str]
-) -> int:
+def _dispatch(command: str, config: ConfigDict, workdir: str | None, values: flags.FlagValues, files: list[str]) -> int:
     if command == "config":
         values_now = configs.flatten(config)
         for key, (_, documentation) in configs.KEYS.items():
@@ -189,10 +187,10 @@ def _dispatch(
     # From here on JAX is wanted.
     environment.prepare(config.deterministic)
     if command == "dryrun":
-        return _dryrun(config, workdir or Path("runs"), values)
+        return _dryrun(config, Path(workdir or "runs"), values)
     from imgclf_jax.run.workdir import Workdir
 
-    place = Workdir(workdir) if workdir else None
+    place = Workdir.named(workdir) if workdir else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(_joined(values))
         if command == "train" and place:

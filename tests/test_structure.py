@@ -43,6 +43,7 @@ LIGHT = {
     "config",
     "config_keys",
     "core.errors",
+    "core.places",
     "core.signals",
     "core.spec",
     "core.split_folders",

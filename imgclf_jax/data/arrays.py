@@ -6,6 +6,8 @@ A file may come from anywhere. So its sizes are read, and checked against the fi
 import hashlib
 import io
 import math
+import os
+import shutil
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from imgclf_jax.core import archive, memory
+from imgclf_jax.core import archive, memory, places
 from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.run import cache
 
 MOST_CLASSES = 1_000_000
 _FREELY_NUMBERED = 1000  # So many classes need no names and no example each.
@@ -62,14 +65,15 @@ class _Member:
 def arrays(path: str) -> dict[str, ArraySource]:
     """An .npz file with images uint8[n, h, w(, c)] and labels int[n] or int[n, 1] for each split.
 
-    They are called `x_NAME` and `y_NAME`, as in Keras's mnist.npz, or `NAME_images` and `NAME_labels`, as MedMNIST has
-    them; `images` and `labels` are the split `train`. `class_names`, where the file holds it, names the classes, at
-    most 1,000,000; otherwise they are numbered. Raises UserError for a file that is damaged, of another kind, too large
-    for the machine, or that unpacks to more than 1 GiB and more than 100 times its length.
+    They are called `x_NAME` and `y_NAME`, as in Keras's mnist.npz, or `NAME_images` and `NAME_labels`, as MedMNIST
+    has them; `images` and `labels` are the split `train`. `class_names`, where the file holds it, names the
+    classes, at most 1,000,000; otherwise they are numbered. A file in a bucket is copied to this disk first. Raises
+    UserError for a file that is damaged, of another kind, too large for the machine, or that unpacks to more than 1
+    GiB and more than 100 times its length.
     """
-    file = Path(path)
+    file = places.place(path)
     try:
-        file = file.expanduser()
+        file = _copied(file) if places.in_bucket(file) else file.expanduser()
         if not file.is_file():
             raise OSError("it is no regular file" if file.exists() else f"there is no such file (in {Path.cwd()})")
         with archive.opened(file) as content:
@@ -78,6 +82,20 @@ def arrays(path: str) -> dict[str, ArraySource]:
         raise
     except Exception as e:  # damage can surface as nearly any error of zipfile, zlib and NumPy
         raise UserError(f"arrays: cannot read {path!r} as an .npz file: {reason(e)}") from e
+
+
+def _copied(file: Path) -> Path:
+    """The copy, in the user's cache folder, of a file in a bucket; made if there is none of its size and time."""
+    stat: Any = file.stat()  # epath's own, whose length is in bytes
+    identity = hashlib.sha256(repr((str(file), stat.length, stat.mtime)).encode()).hexdigest()[:32]
+    copy = cache.folder("buckets") / f"{identity}.npz"
+    if not copy.is_file():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        temporary = copy.with_name(f"{copy.name}.{os.getpid()}.tmp")
+        with file.open("rb") as source, temporary.open("wb") as target:
+            shutil.copyfileobj(source, target, 16 << 20)
+        temporary.replace(copy)
+    return copy
 
 
 def _read(content: zipfile.ZipFile, path: str, length: int) -> dict[str, ArraySource]:

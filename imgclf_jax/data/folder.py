@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.split_folders import class_folders, split_folders
 from imgclf_jax.core.text import printable, utf8
@@ -74,7 +75,10 @@ def folder(
     """
     if unreadable not in ("error", "skip"):
         raise UserError(unknown("value of unreadable", unreadable, ("error", "skip")))
-    root = Path(path).expanduser()
+    root = places.place(path).expanduser()
+    if places.in_bucket(root):
+        raise UserError(f"folder: {path!r} is in a bucket, where many small files are slow to read; mount it as a "
+                        "folder (gcsfuse, mountpoint-s3), or use arrays(…) or a TFDS data set there")  # fmt: skip
     if not root.is_dir():
         raise UserError(f"folder: there is no directory {str(root)!r} (working directory: {Path.cwd()})")
     split_roots = {name: root / name for name in split_folders(root)} or {"train": root}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from imgclf_jax.core import tensorflow_import
+from imgclf_jax.core import places, tensorflow_import
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.run import cache
 from imgclf_jax.run.provenance import write_json
@@ -45,11 +45,11 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> Prepared:
     def open_now() -> dict[str, Any]:
         return prepare_tfds(name, data_dir, manual_dir)[1]
 
-    identity = repr((name, str(Path(data_dir).expanduser()), importlib.metadata.version("tensorflow-datasets")))
+    identity = repr((name, str(places.place(data_dir).expanduser()), importlib.metadata.version("tensorflow-datasets")))
     record = cache.folder("tfds") / (hashlib.sha256(identity.encode()).hexdigest()[:32] + ".json")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads(record.read_text(encoding="utf-8"))
-        if found["info"] == _digest(Path(found["directory"])):
+        if found["info"] == _digest(places.place(found["directory"])):
             splits = {split: (int(n), str(text)) for split, (n, text) in found["splits"].items()}
             return Prepared(tuple(found["class_names"]), splits, open_now)
 
@@ -62,7 +62,7 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> Prepared:
     with contextlib.suppress(OSError):
         found = {"directory": str(builder.data_path), "class_names": class_names, "splits": splits}
         record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, found | {"info": _digest(Path(found["directory"]))})
+        write_json(record, found | {"info": _digest(places.place(found["directory"]))})
     return Prepared(class_names, splits, lambda: data_sources)
 
 
@@ -70,7 +70,7 @@ def _digest(directory: Path) -> str:
     """Of what TFDS says of the data set that it prepared in `directory`, and of which files there are."""
     digest = hashlib.sha256((directory / "dataset_info.json").read_bytes())
     for file in sorted(directory.iterdir()):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        digest.update(f"{file.name} {places.size(file)}".encode())
     return digest.hexdigest()
 
 

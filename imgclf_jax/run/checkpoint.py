@@ -23,7 +23,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint._src.metadata import array_metadata_store
 from orbax.checkpoint._src.serialization import type_handler_registry
 
-from imgclf_jax.core import processes, tree
+from imgclf_jax.core import places, processes, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.run import arrays, manifest, tensorstore_leaks
 
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 _WORST = -math.inf
 _REPLACED = "replaced-"  # the first checkpoint of a step that is saved again, while the second one is written
+
+_COMMIT_FILE = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
 
 tensorstore_leaks.stop()
 # An array that all devices have whole is written by one of them. Orbax would have each write a slice, and compile a
@@ -49,7 +51,7 @@ class _Manager(ocp.CheckpointManager):
     def metrics(self, step: int) -> dict[str, float] | None:
         """The metrics of a checkpoint; None if it was saved without, or if they are damaged."""
         try:
-            found = json.loads((Path(self.directory) / str(step) / "metrics" / "metrics").read_bytes())
+            found = json.loads((self.directory / str(step) / "metrics" / "metrics").read_bytes())
         except (OSError, ValueError, RecursionError):
             return None
         numbers = isinstance(found, dict) and all(isinstance(value, int | float) for value in found.values())
@@ -63,7 +65,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int = 2, best: str = "", read_only: bool = False):
-        self.directory = directory.resolve()
+        self.directory = directory if places.in_bucket(directory) else directory.resolve()
         self.best = best
         self._read_only = read_only
         self._sign = -1.0 if best.endswith("loss") else 1.0
@@ -78,6 +80,8 @@ class Checkpoints:
             best_fn=self._value if best else None,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
+            # A folder in a bucket cannot be renamed in one piece: there a file says that it is whole.
+            atomicity_options=_COMMIT_FILE if places.in_bucket(self.directory) else None,
         )
         handler = ocp.StandardCheckpointHandler()  # named, so that metadata can be read too
         self._manager = _Manager(self._for_orbax(), options=options, item_handlers=handler)
@@ -94,6 +98,9 @@ class Checkpoints:
         """The directory, by a name that Orbax can use: it takes a path for a pattern, in which brackets mean more."""
         if glob.escape(str(self.directory)) == str(self.directory):
             return self.directory
+        if places.in_bucket(self.directory):
+            raise UserError(f"{self.directory}: in a bucket, the name of a work directory may not hold *, ? or [; pass "
+                            "another --workdir")  # fmt: skip
         # The same name in all processes, since Orbax has them wait for each other by it.
         alias = processes.first("naming the folder of checkpoints", lambda: tempfile.mkdtemp(prefix="imgclf_jax"))
         weakref.finalize(self, shutil.rmtree, alias, ignore_errors=True)
@@ -136,7 +143,7 @@ class Checkpoints:
         self._saving = self._thread.submit(self._finish, step, jax.eval_shape(lambda: state))
 
     def _replace(self, step: int) -> None:
-        (self.directory / str(step)).rename(self.directory / f"{_REPLACED}{step}")
+        places.move(self.directory / str(step), self.directory / f"{_REPLACED}{step}")
 
     def _finish(self, step: int, like: Any) -> None:
         """In the thread: waits until a checkpoint is on disk, verifies that all of the state is in it, and seals it."""
@@ -155,17 +162,17 @@ class Checkpoints:
                 raise OSError(f"what was saved cannot be read back: {clash}")
             self._read_back = True
         manifest.write(folder)
-        shutil.rmtree(self.directory / f"{_REPLACED}{step}", ignore_errors=True)
+        places.remove(self.directory / f"{_REPLACED}{step}")
 
     def _put_back(self) -> None:
         """Where a process was killed while it saved a step again, the first checkpoint of the step is still there."""
         for old in self.directory.glob(f"{_REPLACED}*"):
             place = self.directory / old.name.removeprefix(_REPLACED)
             if manifest.find_fault(place):
-                shutil.rmtree(place, ignore_errors=True)
-                old.rename(place)
+                places.remove(place)
+                places.move(old, place)
             else:
-                shutil.rmtree(old, ignore_errors=True)
+                places.remove(old)
 
     def wait(self) -> None:
         """Returns when every save is on disk and verified. Raises UserError if one failed."""
@@ -273,9 +280,9 @@ class Checkpoints:
         target = self.directory.parent / "damaged" / str(step)
 
         def move() -> None:
-            shutil.rmtree(target, ignore_errors=True)
+            places.remove(target)
             target.parent.mkdir(exist_ok=True)
-            (self.directory / str(step)).rename(target)
+            places.move(self.directory / str(step), target)
 
         processes.first("setting a checkpoint aside", move)
         self._manager.reload()

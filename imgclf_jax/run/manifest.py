@@ -5,6 +5,7 @@ import os
 import zlib
 from pathlib import Path
 
+from imgclf_jax.core import places
 from imgclf_jax.run.provenance import write_atomically
 
 NAME = "manifest.json"  # {file: [bytes, CRC-32]}
@@ -13,8 +14,12 @@ _PIECE = 1 << 20  # bytes that are read at once
 
 
 def write(folder: Path) -> None:
-    """Writes the manifest of what lies in `folder`, once all of it, and then the manifest, is on the disk itself."""
-    files = {str(f.relative_to(folder)): _measure(f, sync=True) for f in sorted(folder.rglob("*")) if f.is_file()}
+    """Writes the manifest of what lies in `folder`, once all of it, and then the manifest, is on the disk itself.
+
+    Of a bucket it has sizes alone (the checksum is -1): to read all would take as long as to write it, and the bucket
+    keeps checksums of its own.
+    """
+    files = {name: _measure(file, sync=True) for name, file in sorted(places.files(folder))}
     write_atomically(folder / NAME, json.dumps(files))
 
 
@@ -26,7 +31,7 @@ def is_in(folder: Path) -> bool:
 def find_fault(folder: Path) -> str:
     """What is wrong with the files in `folder`: "" if nothing is, ABSENT if there is no manifest to compare with."""
     try:
-        files = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        files = json.loads((folder / NAME).read_bytes())
     except FileNotFoundError:
         return ABSENT
     except (ValueError, RecursionError):
@@ -37,7 +42,7 @@ def find_fault(folder: Path) -> str:
         file = folder / name
         if not file.is_file():
             return f"the file {name} is missing"
-        size = file.stat().st_size
+        size = places.size(file)
         if size != expected[0]:
             return f"the file {name} has {size} bytes, not {expected[0]}"
         if _measure(file) != expected:
@@ -50,6 +55,8 @@ def _is_entry(value: object) -> bool:
 
 
 def _measure(file: Path, sync: bool = False) -> list[int]:
+    if places.in_bucket(file):
+        return [places.size(file), -1]
     size, crc = 0, 0
     with file.open("rb") as stream:
         while piece := stream.read(_PIECE):

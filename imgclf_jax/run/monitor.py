@@ -11,7 +11,8 @@ from typing import Any, Self
 import jax
 from rich import progress
 
-from imgclf_jax.core import processes
+from imgclf_jax.core import places, processes
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import writers
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ class Monitor:
         self._folder = folder / "profile"
         self._in_flight: collections.deque[Any] = collections.deque()
         self._progress = Progress(start, total)
+        if profile and places.in_bucket(folder):
+            raise UserError(f"--profile writes to a disk, and {folder} is in a bucket; pass a --workdir on a disk")
         if profile:
             first, stop = max(profile[0], start), min(profile[1], total)
             if first < stop:

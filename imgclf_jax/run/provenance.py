@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
 
 _PACKAGES = ("imgclf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "tensorflow",
@@ -89,6 +90,9 @@ def read_json(path: Path) -> Any:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file in one piece: a reader sees the old content or the new one, after a crash too."""
+    if places.in_bucket(path):
+        path.write_bytes(text.encode())
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:

@@ -9,6 +9,8 @@ from typing import Any
 
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
+from imgclf_jax.core import places
+
 _MADE_UP = "/imgclf_jax-made-up-folder"
 
 
@@ -28,13 +30,24 @@ def _once_a_folder(build: Any) -> Any:
 
     @functools.wraps(build)
     def place(directory: Any, name: str | None = None, **settings: Any) -> dict[str, Any]:
-        if str(directory).startswith("/"):
-            spec: dict[str, Any] = _in_folder(kept(_MADE_UP, **settings), str(directory).rstrip("/"))
+        where = str(directory).rstrip("/")
+        if where.startswith("s3://"):  # which Orbax does not know, and TensorStore does
+            spec: dict[str, Any] = _in_s3(kept(_MADE_UP, **settings), where)
+        elif where.startswith("/"):
+            spec = _in_folder(kept(_MADE_UP, **settings), where)
         else:
             spec = copy.deepcopy(kept(directory, **settings))
         return spec if name is None else {**spec, "path": name}
 
     return place
+
+
+def _in_s3(spec: Any, folder: str) -> Any:
+    if not isinstance(spec, dict):
+        return spec
+    if spec.get("driver") == "file":
+        return places.store(spec["path"].replace(_MADE_UP, folder).rstrip("/"))
+    return {key: _in_s3(value, folder) for key, value in spec.items()}
 
 
 def _in_folder(spec: Any, folder: str) -> Any:

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import spec
+from imgclf_jax.core import places, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import lock
 from imgclf_jax.run.provenance import DataInfo, collect, load_data_info, read_json, write_atomically, write_json
@@ -24,6 +24,11 @@ class Workdir:
     """The files of one run under `path`."""
 
     path: Path
+
+    @classmethod
+    def named(cls, text: str) -> Self:
+        """The work directory that a person names, see `places.place`."""
+        return cls(places.place(text))
 
     @property
     def config(self) -> Path:
@@ -60,8 +65,13 @@ class Workdir:
         """Makes the directory if it is missing, and holds its lock while inside: one run trains in it at a time.
 
         A directory that was made and in which nothing is left is removed at the end. Raises UserError if another run
-        holds the lock or the directory cannot be written.
+        holds the lock or the directory cannot be written. A bucket has no locks: a warning says so.
         """
+        if places.in_bucket(self.path):
+            log.warning("%s is in a bucket, which cannot be locked: start no second run in it while this one goes on",
+                        self.path)  # fmt: skip
+            yield
+            return
         try:
             str(self.path.resolve()).encode()
         except UnicodeEncodeError as e:

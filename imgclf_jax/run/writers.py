@@ -3,13 +3,14 @@
 import contextlib
 import copy
 import functools
+import io
 import json
 import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from rich import progress
 from rich.console import Console
@@ -17,7 +18,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from imgclf_jax.core import named_warnings, processes
+from imgclf_jax.core import named_warnings, places, processes
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.text import printable
 from imgclf_jax.run.event_file import EventFile
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 
 class MetricsWriter:
     """Appends records to `metrics.jsonl` and, if TensorBoard is installed, to its event files in `tb/`.
+
+    In a bucket they are written at each `sync`, and at the end. A run that is killed resumes from its last checkpoint,
+    before which there was one.
 
     A record is one line: {"step": 100, "train/loss": …}. A run that resumes at `step` first drops the records after
     this step, and an incomplete last line after a crash. It then writes the same records again.
@@ -43,7 +47,7 @@ class MetricsWriter:
         self.evaluated = any(r["step"] == step and "train/images_per_second" not in r for r in kept)
         with self._writing():
             write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept))
-            self._file = path.open("a", encoding="utf-8")
+            self._file: IO[str] = _Whole(path) if places.in_bucket(path) else path.open("a", encoding="utf-8")
             self._tensorboard = _open_event_file(workdir / "tb", step) if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -57,7 +61,12 @@ class MetricsWriter:
     def sync(self) -> None:
         """Returns when all records are on disk. Called before a checkpoint is saved: its records must not be lost."""
         with self._writing():
-            os.fsync(self._file.fileno())
+            if isinstance(self._file, _Whole):
+                self._file.write_all()
+            else:
+                os.fsync(self._file.fileno())
+            if self._tensorboard:
+                self._tensorboard.sync()
 
     def close(self) -> None:
         """Closes the files. Raises nothing: `write` and `sync` have raised what went wrong."""
@@ -75,6 +84,22 @@ class MetricsWriter:
                 f"the metrics in {self._directory} could not be written: {reason(e)}; free some space or "
                 "repair the disk, and run the same command again"
             ) from e
+
+
+class _Whole(io.StringIO):
+    """A text file in a bucket, of which objects are written whole."""
+
+    def __init__(self, path: Path):
+        super().__init__(path.read_bytes().decode())
+        self.seek(0, io.SEEK_END)
+        self._path = path
+
+    def write_all(self) -> None:
+        self._path.write_bytes(self.getvalue().encode())
+
+    def close(self) -> None:
+        self.write_all()
+        super().close()
 
 
 class Writer(Protocol):
@@ -115,7 +140,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, without damaged lines, which a crash may leave; [] if there is no file."""
     records = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_bytes().decode("utf-8", "replace").splitlines():
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from imgclf_jax.core import sharding, tree
+from imgclf_jax.core import places, sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -63,7 +63,7 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     `config.init_strict` is False. With `whole`, it raises UserError if any parameter, in the head too, stays random.
     """
     config = programs.recipe.config
-    path = Path(config.init_from).expanduser()
+    path = places.place(config.init_from).expanduser()
     state, replicas = programs.shape["state"], programs.recipe.num_seeds > 1
     shapes = {"params": state.params, **state.model_state}
     own = dict(tree.named_leaves(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[replicas:], x.dtype), shapes)))
@@ -98,7 +98,7 @@ def _read_workdir(path: Path, programs: Programs) -> Named:
     """The weights of a run's best checkpoint, or of its latest if none is the best; with several seeds the first's."""
     workdir = Workdir(path)
     try:
-        config = json.loads(workdir.config.read_text(encoding="utf-8"))
+        config = json.loads(workdir.config.read_bytes())
         metric, num_seeds = config["checkpoint"]["best"], config.get("num_seeds", 1)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"init_from={str(path)!r}: this directory holds no run (no readable config.json)") from e

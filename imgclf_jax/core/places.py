@@ -1,0 +1,97 @@
+"""Where files lie: on a disk, or in a bucket, `gs://…` or `s3://…`, by one kind of path.
+
+A path in a bucket is an `etils.epath.Path`, which has the methods of `pathlib.Path`. Buckets have no locks and no files
+that grow: an object is written whole, and then it is there for all at once.
+"""
+
+import functools
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+from urllib.parse import unquote
+
+from imgclf_jax.core.errors import UserError
+
+_DRIVERS = {"gs": "gcsfs", "s3": "s3fs"}
+
+
+def place(text: str) -> Path:
+    """The path that a text names: a file, `file:///…` (a path on this host), `gs://BUCKET/…` or `s3://BUCKET/…`.
+
+    Raises UserError for another kind of address, and for a bucket whose driver is not installed.
+    """
+    scheme, sign, rest = text.partition("://")
+    if not sign or not scheme.isalnum():
+        return Path(text)
+    if scheme == "file" and rest.startswith("/"):
+        return Path(unquote(rest))
+    if scheme not in _DRIVERS or not rest.strip("/"):
+        raise UserError(f"{text!r} is no place for files; allowed: a path, file:///PATH, gs://BUCKET/PATH or "
+                        "s3://BUCKET/PATH")  # fmt: skip
+    if not importlib.util.find_spec(_DRIVERS[scheme]):
+        raise UserError(f"{text!r}: {_DRIVERS[scheme]} is not installed, which reads and writes such buckets; install "
+                        "it by `uv sync --extra buckets`")  # fmt: skip
+    return cast(Path, _by_fsspec()(text))
+
+
+@functools.cache
+def _by_fsspec() -> type:
+    from etils import epath
+    from etils.epath import gpath
+
+    # Else epath takes TensorFlow's file systems where that is installed, which have no S3 and raise other errors.
+    gpath._is_tf_installed = lambda: False
+    return epath.Path
+
+
+def in_bucket(path: Path) -> bool:
+    """Whether a path leads into a bucket."""
+    return str(path).startswith(tuple(f"{scheme}://" for scheme in _DRIVERS))
+
+
+def files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Each file in a folder and the folders in it: its name relative to the folder, and its path; in no order."""
+    todo = [("", folder)]
+    while todo:
+        prefix, directory = todo.pop()
+        for entry in directory.iterdir():
+            name = prefix + entry.name
+            if entry.is_dir():
+                todo.append((f"{name}/", entry))
+            else:
+                yield name, entry
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder and all in it, if it is there."""
+    if in_bucket(folder):
+        if folder.exists():
+            folder.rmtree()  # type: ignore[attr-defined]
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def size(file: Path) -> int:
+    """The bytes of a file."""
+    stat = file.stat()
+    return int(stat.length if in_bucket(file) else stat.st_size)  # type: ignore[attr-defined]
+
+
+def move(folder: Path, target: Path) -> None:
+    """Moves a folder to a name that is free. In a bucket each file is copied, so that it is not done in one piece."""
+    if not in_bucket(folder):
+        folder.rename(target)
+        return
+    for name, file in list(files(folder)):
+        file.copy(target / name)  # type: ignore[attr-defined]
+    remove(folder)
+
+
+def store(path: Path | str) -> dict[str, str]:
+    """What TensorStore is to be told of a path in an S3 bucket; where the server is, `AWS_ENDPOINT_URL` may say."""
+    bucket, _, name = str(path).removeprefix("s3://").partition("/")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return {"driver": "s3", "bucket": bucket, "path": f"{name}/", **({"endpoint": endpoint} if endpoint else {})}

@@ -1,0 +1,142 @@
+"""Work directories in buckets: on a server that answers as S3 does."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import launch
+from imgclf_jax.core import places
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import sources
+from imgclf_jax.run.checkpoint import Checkpoints
+from imgclf_jax.run.writers import read_metrics
+
+RUN = ("--config.data.source=fake(64, (8, 8, 1), 4)", "--config.preprocess=decode(1)", "--config.batch_size=16",
+       "--config.model=mlp(widths=(16,))", "--config.total=12 steps", "--config.log_every=2 steps",
+       "--config.eval_every=6 steps", "--config.checkpoint_every=4 steps",
+       "--config.data.eval.test=test[:10]")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """The address of an empty bucket."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed: uv sync --extra buckets")
+    server = pytest.importorskip("moto.server", reason="moto is not installed: uv sync --group dev")
+    import boto3
+
+    running = server.ThreadedMotoServer(port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_REGION"):
+            patch.setenv(name, "us-east-1")  # the server takes anything for a key
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        boto3.client("s3").create_bucket(Bucket="runs")
+        yield "s3://runs"
+    running.stop()
+
+
+def test_a_path_in_a_bucket_is_as_one_on_a_disk(bucket):
+    folder = places.place(f"{bucket}/a")
+    (folder / "b" / "c.txt").write_bytes("é".encode())
+    assert places.in_bucket(folder)
+    assert not places.in_bucket(Path("gs"))
+    assert {name: path.read_bytes() for name, path in places.files(folder)} == {"b/c.txt": "é".encode()}
+    places.move(folder / "b", folder / "d")
+    assert [name for name, _ in places.files(folder)] == ["d/c.txt"]
+    places.remove(folder / "d")
+    places.remove(folder / "d")
+    assert not (folder / "d").exists()
+
+
+def test_a_file_address_is_a_path():
+    assert places.place("file:///a/b%20c") == Path("/a/b c")
+    assert places.place("a:b/c") == Path("a:b/c")
+
+
+@pytest.mark.parametrize("text", ["s4://bucket/x", "s3://", "file://host/x", "http://host/x"])
+def test_other_addresses_are_refused(text):
+    with pytest.raises(
+        UserError, match=r"is no place for files; allowed: a path, file:///PATH, gs://BUCKET/PATH or s3"
+    ):
+        places.place(text)
+
+
+def test_a_driver_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(places.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"gcsfs is not installed.*uv sync --extra buckets"):
+        places.place("gs://bucket/x")
+
+
+def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, tmp_path, capsys, caplog):
+    """Trained in two parts, evaluated, and taken as weights."""
+    place = f"{bucket}/lr 0.1"
+    assert launch.main([f"--workdir={tmp_path / 'disk'}", *RUN]) == 0
+    assert launch.main([f"--workdir={place}", *RUN]) == 0
+    assert "is in a bucket, which cannot be locked" in capsys.readouterr().err + caplog.text
+    disk, ours = tmp_path / "disk", places.place(place)
+
+    def digest(folder):
+        return json.loads((folder / "result.json").read_bytes())["params_sha256"]
+
+    timings = ("train/images_per_second", "train/input_wait")
+    records = [
+        [{k: v for k, v in record.items() if k not in timings} for record in read_metrics(folder / "metrics.jsonl")]
+        for folder in (disk, ours)
+    ]
+    assert records[0] == records[1]
+    assert digest(ours) == digest(disk)
+    # A file is lost, the results too: it goes on from the checkpoint before, to the same end.
+    lost = next(path for name, path in places.files(ours / "checkpoints" / "12") if "/d/" in name)
+    lost.unlink()
+    (ours / "result.json").unlink()
+    assert launch.main([f"--workdir={place}", *RUN]) == 0
+    assert "is missing; it was moved to" in capsys.readouterr().err + caplog.text
+    assert digest(ours) == digest(disk)
+    assert len(list((ours / "tb").iterdir())) == 2
+
+    capsys.readouterr()
+    assert launch.main(["evaluate", f"--workdir={place}", "--format=json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 12
+    assert launch.main([f"--workdir={tmp_path / 'next'}", *RUN, f"--config.init_from={place}"]) == 0
+
+
+def test_data_in_a_bucket(bucket, tmp_path):
+    """An .npz file is copied once, and again when it has changed; a folder of images is refused, with what helps."""
+    for classes in (4, 5):
+        images = np.random.default_rng(0).integers(0, 256, (10 * classes, 8, 8, 1), np.uint8)
+        np.savez(tmp_path / "a.npz", x_train=images, y_train=np.arange(10 * classes) % classes)
+        places.place(f"{bucket}/a.npz").write_bytes((tmp_path / "a.npz").read_bytes())
+        for _ in range(2):
+            source = sources.open_splits(f"arrays('{bucket}/a.npz')")["train"]
+            assert len(source.class_names) == classes
+            np.testing.assert_array_equal(source.images, images)
+    with pytest.raises(UserError, match=r"mount it as a folder \(gcsfuse, mountpoint-s3\)"):
+        sources.open_splits(f"folder('{bucket}/photos')")
+    with pytest.raises(UserError, match=r"cannot read 's3://runs/b.npz' as an .npz file"):
+        sources.open_splits(f"arrays('{bucket}/b.npz')")
+
+
+def test_a_step_is_saved_again(bucket):
+    like = {"x": jax.ShapeDtypeStruct((3,), np.int32, sharding=sharding())}
+    checkpoints = Checkpoints(places.place(f"{bucket}/again"), keep=2)
+    for step, value in ((1, 1), (2, 2), (3, 3), (3, 4)):
+        checkpoints.save(step, {"x": np.full(3, value, np.int32)}, again=True)
+    checkpoints.wait()
+    step, state = checkpoints.restore_latest(like)
+    assert (step, state["x"].tolist(), checkpoints.steps()) == (3, [4, 4, 4], [2, 3])
+    checkpoints.close()
+
+
+def sharding():
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def test_what_a_bucket_cannot_do_is_said(bucket, capsys):
+    assert launch.main([f"--workdir={bucket}/lr=[0.1]", *RUN]) == 1
+    assert "the name of a work directory may not hold *, ? or [" in capsys.readouterr().err
+    assert launch.main([f"--workdir={bucket}/traced", *RUN, "--profile=2:4"]) == 1
+    assert "--profile writes to a disk, and s3://runs/traced is in a bucket" in capsys.readouterr().err
