@@ -95,6 +95,10 @@ def whole(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
         (["--top_k=0"], ["--top_k=0", "positive"]),
         (["--format=xml"], ["--format=xml", "table|json"]),
         (["--profile=3"], ["--profile=3", "FIRST:LAST", "10:20"]),
+        (["--num_processes=2"], ["--coordinator, --num_processes and --process_id are given together"]),
+        (["--coordinator=a:1", "--num_processes=2", "--process_id=2"], ["--process_id=2", "numbered 0 to 1"]),
+        (["--coordinator=a", "--num_processes=2", "--process_id=0"], ["--coordinator=a", "HOST:PORT", "node1:12345"]),
+        (["--local_devices=x"], ["--local_devices=x", "'all', or numbers such as 0,1"]),
     ],
 )
 def test_wrong_usage(mistake, tmp_path, monkeypatch, argv, fragments):

@@ -1,0 +1,58 @@
+"""Which processes a cluster has started, as its environment tells."""
+
+import pytest
+
+from imgclf_jax.core import processes
+
+CLUSTERS = (*processes._COUNTS, *processes._SIGNS)
+
+
+@pytest.fixture(autouse=True)
+def _no_cluster(monkeypatch):
+    for name in (*CLUSTERS, "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "several"),
+    [("", "", False), ("SLURM_NTASKS", "4", True), ("SLURM_NTASKS", "1", False), ("OMPI_COMM_WORLD_SIZE", "2", True),
+     ("JOB_COMPLETION_INDEX", "0", True), ("TPU_WORKER_ID", "1", True)],
+)  # fmt: skip
+def test_a_cluster_is_asked_if_there_is_one(monkeypatch, name, value, several):
+    asked = []
+
+    def initialize(*args, **kwargs):
+        asked.append(args)
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(processes, "_end_with_status_1", lambda: None)
+    if name:
+        monkeypatch.setenv(name, value)
+    processes.start()
+    assert bool(asked) == several
+    assert (processes.count(), processes.index()) == (1, 0)
+    asked.clear()
+    processes.start(number=1)  # alone, whatever the cluster says
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("tasks", "alone"), [("1", True), ("1(x4)", True), ("2", False), ("2(x3)", False), ("", False)]
+)
+def test_the_only_process_of_a_host_takes_all_its_devices(monkeypatch, tasks, alone):
+    """JAX would give it one under Slurm and Open MPI."""
+    if tasks:
+        monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", tasks)
+    assert processes._alone_on_host() == alone
+
+
+def test_processes_that_cannot_join_are_told_how(monkeypatch):
+    def initialize(*args, **kwargs):
+        raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
+
+    monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(processes, "_end_with_status_1", lambda: None)
+    with pytest.raises(processes.UserError, match=r"cannot join \(DEADLINE.*within 7 s.*a free port of the host of"):
+        processes.start("a:1", 2, 0, patience=7)
