@@ -113,6 +113,7 @@ def _evaluate(run: Run, state: Any, step: int, writer: Writer, stop: Stopping) -
     """Evaluates, and logs and writes what it gives; None if a signal cut it short: then the next process does it."""
     try:
         signals.wait_for(run.eval_compiled, stop.waiting)
+        stop.wait_for_all("compiled-eval")
         results = evaluate_all(run.programs, state, run.evals, stop)
     except signals.Stopped:
         return None
@@ -133,6 +134,8 @@ def _when_compiled(
     for number, one in enumerate(chunks):
         if number == 0:
             seconds = signals.wait_for(run.compiled, stop.waiting)
+            stop.wait_for_all("compiled")  # collectives wait for half a minute only, on CPU
+            signals.check(stop)  # a point before the first step too: another process may be in it
             log.info("compiled in %.2f s, beside other work; the first step begins %.2f s after the command", seconds,
                      time.perf_counter() - began)  # fmt: skip
         yield one

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
 from imgclf_jax.core import processes, signals
 from imgclf_jax.core.errors import UserError
@@ -26,6 +26,7 @@ class Stopping:
         self._passed = 0  # points
         self._name = ""  # of the signal, from when `_passed` was said on
         self._last: int | None = None  # the point where all stop, once it is known
+        self._met: set[str] = set()  # where all have waited for each other
 
     def __call__(self) -> str:
         """At a point."""
@@ -47,6 +48,22 @@ class Stopping:
         with self._lock:
             heard = self._heard()
         return self._name if heard and self._agreed() else ""
+
+    def wait_for_all(self, what: str) -> None:
+        """Returns when all processes are here, from the second time on at once.
+
+        Raises signals.Stopped where all stop before, and UserError, naming who is missing, after a day.
+        """
+        if processes.count() == 1 or what in self._met:
+            return
+        self._met.add(what)
+        processes.put(f"{what}/{processes.index()}", True)
+        end = time.monotonic() + processes.PREPARING
+        while len(here := processes.all_put(what)) < processes.count():
+            signals.check(self.waiting)
+            if time.monotonic() > end:
+                raise UserError(f"process {_missing(here)} is not {what} after a day; look into its log")
+            time.sleep(0.05)
 
     def hear(self, name: str, process: int) -> None:
         """Another process got a signal."""
@@ -73,13 +90,16 @@ class Stopping:
             said: dict[str, int] = {}
             while len(said) < processes.count():
                 if time.monotonic() > end:
-                    missing = sorted(set(map(str, range(processes.count()))) - set(said), key=int)
-                    raise UserError(f"process {', '.join(missing)} does not say how far it is, {self._wait:g} s after "
+                    raise UserError(f"process {_missing(said)} does not say how far it is, {self._wait:g} s after "
                                     f"{self._name}; the last checkpoint stands")  # fmt: skip
                 said = processes.all_put("passed")
                 time.sleep(0.01)
             self._last = max(said.values())
         return self._passed == self._last
+
+
+def _missing(here: Container[str]) -> str:
+    return ", ".join(number for number in map(str, range(processes.count())) if number not in here)
 
 
 @contextlib.contextmanager

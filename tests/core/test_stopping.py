@@ -7,6 +7,7 @@ import pytest
 
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.signals import Stopped
 from imgclf_jax.core.stopping import Stopping
 
 HERE = threading.local()
@@ -148,6 +149,41 @@ def test_one_that_waits_stops_only_if_no_other_is_farther(three):
 
     results = three(play)
     assert results == {0: ["", "", "SIGTERM"], 1: "SIGTERM", 2: ["", "", "SIGTERM"]}
+
+
+@pytest.mark.parametrize("signalled", [None, 1, 2])
+def test_none_begins_before_all_are_ready(three, signalled):
+    """Where one gets a signal before, all stop, those that wait for it too."""
+    begun, ready = [], []
+    created = threading.Barrier(3)
+
+    def play(number):
+        stop = Stopping(lambda: "SIGTERM" if number == signalled else "", wait=10)
+        created.wait()
+        time.sleep(0.1 * number)
+        if signalled is not None and number != signalled:
+            threading.Timer(0.3, hear, (number, stop, signalled)).start()
+        if number == 2 and signalled is not None:
+            while not (name := stop.waiting()):
+                time.sleep(0.01)
+            return name
+        ready.append(number)
+        try:
+            stop.wait_for_all("compiled")
+        except Stopped as e:
+            return str(e)
+        begun.append(len(ready))
+        return stop()
+
+    expected = "" if signalled is None else "SIGTERM"
+    assert three(play) == dict.fromkeys(range(3), expected)
+    assert begun == ([3, 3, 3] if signalled is None else [])
+
+
+def hear(number, stop, signalled):
+    """In the thread that listens for what the others tell."""
+    HERE.number = number
+    stop.hear("SIGTERM", signalled)
 
 
 def test_one_process_alone_asks_nobody():
