@@ -27,15 +27,15 @@ from pathlib import Path
 import numpy as np
 from resume_check import ROOT, obey_signals, outcome
 
-LONGEST = 240  # seconds that a process may take to end
+LONGEST = 600  # seconds that a process may take to end
 SMALL = ("--config.data.source=fake(96, (8, 8, 3), 4)", "--config.preprocess=decode(3)", "--config.batch_size=32",
          "--config.tensorboard=False", "--config.data.eval.test=test[:37]")  # fmt: skip
 STATISTICS = (*SMALL, "--config.model=smooth_net:Smooth()", "--config.accumulate=2",
               "--config.optimizer=sgd(momentum=0.9)", "--config.schedule=constant(0.05)",
               "--config.total=100 steps", "--config.log_every=1 steps", "--config.eval_every=50 steps",
               "--config.checkpoint_every=")  # fmt: skip
-LONG = (*SMALL, "--config.model=mlp(widths=(32,))", "--config.total=9000 steps", "--config.log_every=10 steps",
-        "--config.checkpoint_every=25 steps", "--config.eval_every=90 steps",
+LONG = (*SMALL, "--config.model=mlp(widths=(32,))", "--config.total=5000 steps", "--config.log_every=10 steps",
+        "--config.checkpoint_every=50 steps", "--config.eval_every=190 steps",
         "--config.checkpoint.best=test/accuracy")  # fmt: skip
 
 
@@ -144,12 +144,12 @@ def elastic(folder: Path) -> list[str]:
     """What is wrong with a run of which four processes do the first third, one the second, and four the last."""
     whole, workdir = folder / "two", folder / "elastic"
     run(whole, 2, 2, LONG)
-    for processes, devices, steps in ((4, 2, 1000), (1, 1, 2000), (4, 2, 9000)):
+    for processes, devices, steps in ((4, 2, 1000), (1, 1, 2000), (4, 2, 5000)):
         started = start(workdir, processes, devices, LONG)
         metrics = workdir / "metrics.jsonl"
-        while steps < 9000 and not (metrics.exists() and max(records(workdir, "train/loss"), default=0) >= steps):
+        while steps < 5000 and not (metrics.exists() and max(records(workdir, "train/loss"), default=0) >= steps):
             time.sleep(0.05)
-        if steps < 9000:
+        if steps < 5000:
             started[-1].send_signal(signal.SIGTERM)
         print(f"{processes} processes: {end(started)}", flush=True)
     a, b = records(whole, "train/loss"), records(workdir, "train/loss")

@@ -1,0 +1,153 @@
+"""Scores of a model's predictions on a whole set, and the intervals that other sets of this size would give.
+
+Every score is a function of weights of the examples, so that a bootstrap is a product with a matrix of weights.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import numpy as np
+from scipy import sparse
+
+_BINS = 15  # of calibration, as in Guo et al. 2017
+_AT_ONCE = 1 << 24  # weights that are held at once
+_MOST_AUC = 2_000_000_000  # so many weights are looked at for intervals of AUC: about ten seconds
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scores:
+    """The scores of probabilities f64[n, classes] for labels int[n], each 0 to classes - 1.
+
+    Rows that hold NaN predict no class. They are wrong; loss, Brier score, calibration and AUC are NaN with them.
+    """
+
+    labels: np.ndarray
+    probabilities: np.ndarray
+
+    @functools.cached_property
+    def predicted(self) -> np.ndarray:
+        """int[n]: the class of the greatest probability, the first of equal ones; -1 for a row with NaN."""
+        broken = np.isnan(self.probabilities).any(1)
+        return np.where(broken, -1, np.where(broken[:, None], 0, self.probabilities).argmax(1))
+
+    def of(self, weights: np.ndarray, auc: bool = True) -> dict[str, np.ndarray]:
+        """{name: f64[r]} for weights f64[r, n] of the examples, such as how often each is in a sample.
+
+        - `accuracy`; `top5`, from six classes on
+        - `macro_precision`, `macro_recall`, `macro_f1`: means over the classes that are a label or are predicted;
+          0 for a class without predictions or labels, as scikit-learn has it
+        - `auc`: of each class against all others, the mean over those that are the label of some examples and not of
+          all; of two classes the second's
+        - `brier`: the mean squared distance of the probabilities to those of the label (Brier 1950), from 0 to 2; of
+          two classes half of it
+        - `calibration_error`: of 15 bins by confidence, the mean distance between confidence and accuracy, weighted by
+          examples (Naeini et al. 2015, Guo et al. 2017, arXiv:1706.04599). A bin holds its upper edge, so that a
+          confidence of 1 belongs to the last one.
+        """
+        total = weights.sum(1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = {name: weights @ values / total for name, values in self._of_each.items()}
+            scores = means | self._by_class(weights) | {"calibration_error": self._calibration(weights) / total}
+            return scores | ({"auc": self._auc(weights)} if auc else {})
+
+    @functools.cached_property
+    def _of_each(self) -> dict[str, np.ndarray]:
+        """Scores that are means over the examples: f64[n]."""
+        classes = self.probabilities.shape[1]
+        own = np.take_along_axis(self.probabilities, self.labels[:, None], 1)  # [n, 1]
+        squares = (self.probabilities**2).sum(1) - 2 * own[:, 0] + 1
+        out = {"accuracy": (self.predicted == self.labels).astype(float),
+               "brier": squares / 2 if classes == 2 else squares}  # fmt: skip
+        if classes > 5:
+            tied_before = (self.probabilities == own) & (np.arange(classes) < self.labels[:, None])
+            above = ((self.probabilities > own) | tied_before).sum(1)
+            out["top5"] = ((above < 5) & (self.predicted >= 0)).astype(float)
+        return out
+
+    def _by_class(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        labelled = weights @ self._columns(self.labels)  # [r, classes]
+        predicted = weights @ self._columns(self.predicted)
+        right = weights @ self._columns(np.where(self.predicted == self.labels, self.labels, -1))
+        known = (labelled > 0) | (predicted > 0)
+
+        def mean(values: np.ndarray) -> np.ndarray:
+            return np.where(known, np.nan_to_num(values, nan=0.0), 0.0).sum(1) / known.sum(1)
+
+        return {
+            "macro_precision": mean(right / predicted),
+            "macro_recall": mean(right / labelled),
+            "macro_f1": mean(2 * right / (labelled + predicted)),
+        }
+
+    def _columns(self, numbers: np.ndarray) -> sparse.csr_array:
+        """[n, classes]: 1 where the example has this number; a row of zeros for -1."""
+        n, classes = self.probabilities.shape
+        here = np.flatnonzero(numbers >= 0)
+        return sparse.csr_array((np.ones(len(here)), (here, numbers[here])), shape=(n, classes))
+
+    @property
+    def bins(self) -> np.ndarray:
+        """int[n]: the bin of calibration that the example's confidence lies in."""
+        return np.clip(np.ceil(self.probabilities.max(1) * _BINS).astype(int) - 1, 0, _BINS - 1)
+
+    def _calibration(self, weights: np.ndarray) -> np.ndarray:
+        confidence = self.probabilities.max(1)
+        if np.isnan(confidence).any():
+            return np.full(len(weights), np.nan)
+        each = sparse.csr_array((confidence - self._of_each["accuracy"], (np.arange(len(self.labels)), self.bins)))
+        return np.abs(weights @ each).sum(1)
+
+    def _auc(self, weights: np.ndarray) -> np.ndarray:
+        """By the share of pairs of an example of the class and one of another that are in order; ties count half."""
+        classes = self.probabilities.shape[1]
+        if np.isnan(self.probabilities).any():
+            return np.full(len(weights), np.nan)
+        areas = []
+        for c in [1] if classes == 2 else range(classes):
+            order = np.argsort(self.probabilities[:, c], kind="stable")
+            values = self.probabilities[order, c]
+            first = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])  # of each run of equal values
+            own = self.labels[order] == c
+            if own.all() or not own.any():
+                continue
+            positive = np.add.reduceat(np.where(own, weights[:, order], 0.0), first, 1)
+            negative = np.add.reduceat(np.where(own, 0.0, weights[:, order]), first, 1)
+            below = np.cumsum(negative, 1) - negative / 2
+            areas.append((positive * below).sum(1) / (positive.sum(1) * negative.sum(1)))
+        if not areas:
+            return np.full(len(weights), np.nan)
+        stacked = np.stack(areas)  # NaN where a class has no example in a sample
+        return np.where(np.isnan(stacked), 0.0, stacked).sum(0) / (~np.isnan(stacked)).sum(0)
+
+
+def score(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
+    """The scores, see `Scores.of`, of all examples alike. labels int[n], probabilities [n, classes]."""
+    scores = Scores(labels, np.asarray(probabilities, np.float64))
+    return {name: float(value[0]) for name, value in scores.of(np.ones((1, len(labels)))).items()}
+
+
+def intervals(
+    labels: np.ndarray, probabilities: np.ndarray, samples: int = 1000, seed: int = 0, level: float = 0.95
+) -> dict[str, tuple[float, float]]:
+    """{name: (low, high)} of each score, by the bootstrap (Efron 1979): percentiles over samples with replacement.
+
+    labels int[n], probabilities [n, classes]. They say what other test sets of this size would give for this model;
+    what other seeds of training would give they do not say. AUC is left out where it would take minutes.
+    """
+    scores = Scores(labels, np.asarray(probabilities, np.float64))
+    n, classes = probabilities.shape
+    auc = samples * n * classes <= _MOST_AUC
+    found: list[Mapping[str, np.ndarray]] = []
+    generator = np.random.default_rng(seed)
+    while samples > 0:
+        some = min(samples, max(1, _AT_ONCE // n))
+        weights = generator.multinomial(n, np.full(n, 1 / n), some).astype(np.float64)
+        found.append(scores.of(weights, auc))
+        samples -= some
+    edges = [50 * (1 - level), 50 * (1 + level)]
+    out = {}
+    for name in found[0]:
+        low, high = np.percentile(np.concatenate([one[name] for one in found]), edges)
+        out[name] = (float(low), float(high))
+    return out
