@@ -35,8 +35,9 @@ COMMANDS = {
     "config": "print every key's value and documentation",
 }
 
-FLAGS = ("workdir", "checkpoint", "format", "top_k", "profile", "extend", "trust", "chips", "shape", "classes",
-         "examples", "grace", "coordinator", "num_processes", "process_id", "local_devices", "heartbeat")  # fmt: skip
+FLAGS = ("workdir", "checkpoint", "format", "top_k", "profile", "extend", "trust", "predictions", "chips", "shape",
+         "classes", "examples", "grace", "coordinator", "num_processes", "process_id", "local_devices",
+         "heartbeat")  # fmt: skip
 
 HELP = f"""usage: launch.py [COMMAND] [flags] [FILE|DIR ...]
 
@@ -50,6 +51,7 @@ flags:
   --config.init_from=PATH     evaluate, predict: with these weights and --config, instead of with a run
   --checkpoint=WHICH          evaluate, predict: best, latest or a step (default: best if one is kept, else latest)
   --format=table|json         evaluate, predict, dryrun: how to print (default: table)
+  --predictions=FILE          evaluate: write those of each example, as .csv, .jsonl or .parquet by the name
   --top_k=K                   predict: how many classes to show (default: 3)
   --extend                    train: go on with a run up to a larger --config.total, if its schedule allows it
   --trust                     evaluate, predict: let the run's config import the modules that it names
@@ -119,6 +121,7 @@ def _run(argv: list[str]) -> int:
         flags.DEFINE_string("profile", "", "", flag_values=values)
         flags.DEFINE_bool("extend", False, "", flag_values=values)
         flags.DEFINE_bool("trust", False, "", flag_values=values)
+        flags.DEFINE_string("predictions", "", "", flag_values=values)
         flags.DEFINE_string("chips", "", "", flag_values=values)
         flags.DEFINE_list("shape", None, "", flag_values=values)
         flags.DEFINE_integer("classes", None, "", lower_bound=2, flag_values=values)
@@ -202,7 +205,7 @@ def _dispatch(command: str, config: ConfigDict, workdir: str | None, values: fla
         if command == "evaluate":
             from imgclf_jax.commands import evaluate
 
-            return evaluate.main(config, place, values.checkpoint, values.format)
+            return evaluate.main(config, place, values.checkpoint, values.format, values.predictions, values.top_k)
         from imgclf_jax.commands import predict
 
         return predict.main(config, place, values.checkpoint, values.format, files, values.top_k)

@@ -47,7 +47,12 @@ def of_images(config: ConfigDict, images: Images, mesh: Mesh | None = None) -> "
 
 @dataclass(frozen=True, eq=False)
 class Programs(OnMesh):
-    """The compiled programs of a recipe on a mesh. Each is compiled once, when it is first asked for."""
+    """The compiled programs of a recipe on a mesh. Each is compiled once, when it is first asked for.
+
+    With `predicting`, evaluation gives the probabilities of each example, whatever the recipe's metrics need.
+    """
+
+    predicting: bool = False
 
     # Training.
 
@@ -168,7 +173,7 @@ class Programs(OnMesh):
         recipe, size = self.recipe, self.steps_per_call
         pure = step.make_eval_step(
             recipe.model, recipe.loss, recipe.augment(train=False), recipe.views, recipe.num_seeds,
-            bool(recipe.whole_set_metrics),
+            self.predicting or bool(recipe.whole_set_metrics),
         )  # fmt: skip
         pure, in_whole = self._in_its_form(pure), self.layout.whole
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)

@@ -9,7 +9,7 @@ import pytest
 
 import launch
 from imgclf_jax import metrics
-from imgclf_jax.commands.evaluate import evaluate, evaluate_all
+from imgclf_jax.commands.evaluation import evaluate, evaluate_all
 from imgclf_jax.commands.trained import restore
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources

@@ -49,13 +49,13 @@ else:
     sys.path.insert(0, os.path.dirname(launch))
     from imgclf_jax.run import environment
     environment.prepare(True)
-    from imgclf_jax.commands import evaluate, train, train_setup
+    from imgclf_jax.commands import evaluation, train, train_setup
     from imgclf_jax.run import checkpoint, writers
     owner, name, after = {
         "data": (train_setup.sources, "open_splits", False),
         "compile": (train_setup, "_trace", False),
         "log": (writers.MetricsWriter, "write", True),
-        "evaluation": (evaluate, "evaluate", False),
+        "evaluation": (evaluation, "evaluate", False),
         "save": (checkpoint.Checkpoints, "save", True),
     }[moment]
     ask_first(owner, name, after)

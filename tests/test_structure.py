@@ -13,7 +13,7 @@ PACKAGE = ROOT / "imgclf_jax"
 # The rooms and modules of the package in tiers, lowest first. A module imports from its own tier and from those below.
 TIERS = [
     "core",
-    "chips config config_keys losses metrics models optim",
+    "analysis chips config config_keys losses metrics models optim",
     "augment run",
     "data step",
     "diagnose on_mesh programs recipe",
@@ -23,7 +23,20 @@ TIERS = [
 ]
 MOST_IMPORTS = 12
 TIER = {room: number for number, rooms in enumerate(TIERS) for room in rooms.split()}
-PACKAGES = {"", "augment", "chips", "commands", "core", "data", "models", "models.cpu", "optim", "run", "weights"}
+PACKAGES = {
+    "",
+    "analysis",
+    "augment",
+    "chips",
+    "commands",
+    "core",
+    "data",
+    "models",
+    "models.cpu",
+    "optim",
+    "run",
+    "weights",
+}
 
 # Who may import what is slow to import or not installed everywhere, at the top or inside a function.
 HEAVY = {

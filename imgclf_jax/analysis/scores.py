@@ -43,7 +43,7 @@ class Scores:
           two classes half of it
         - `calibration_error`: of 15 bins by confidence, the mean distance between confidence and accuracy, weighted by
           examples (Naeini et al. 2015, Guo et al. 2017, arXiv:1706.04599). A bin holds its upper edge, so that a
-          confidence of 1 belongs to the last one.
+          confidence of 1 belongs to the last one. Few examples make it too large, in samples of a bootstrap once more.
         """
         total = weights.sum(1)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -104,17 +104,20 @@ class Scores:
         if np.isnan(self.probabilities).any():
             return np.full(len(weights), np.nan)
         areas = []
+        by_example = np.ascontiguousarray(weights.T)  # [n, r]
         for c in [1] if classes == 2 else range(classes):
             order = np.argsort(self.probabilities[:, c], kind="stable")
-            values = self.probabilities[order, c]
-            first = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])  # of each run of equal values
-            own = self.labels[order] == c
-            if own.all() or not own.any():
+            values, own = self.probabilities[order, c], np.flatnonzero(self.labels[order] == c)
+            if not 0 < len(own) < len(order):
                 continue
-            positive = np.add.reduceat(np.where(own, weights[:, order], 0.0), first, 1)
-            negative = np.add.reduceat(np.where(own, 0.0, weights[:, order]), first, 1)
-            below = np.cumsum(negative, 1) - negative / 2
-            areas.append((positive * below).sum(1) / (positive.sum(1) * negative.sum(1)))
+            # The weight of what is below each example of the class, and half of what is equal: of the class itself
+            # too, which in all is half of its square.
+            below = np.concatenate([np.zeros((1, len(weights))), np.cumsum(by_example[order], 0)])  # [n + 1, r]
+            first, after = (np.searchsorted(values, values[own], side) for side in ("left", "right"))
+            positive = by_example[order[own]]
+            pairs = np.einsum("nr,nr->r", positive, below[first] + below[after]) / 2
+            whole = positive.sum(0)
+            areas.append((pairs - whole**2 / 2) / (whole * (below[-1] - whole)))
         if not areas:
             return np.full(len(weights), np.nan)
         stacked = np.stack(areas)  # NaN where a class has no example in a sample

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import diagnose
-from imgclf_jax.commands.evaluate import evaluate_all
+from imgclf_jax.commands.evaluation import evaluate_all
 from imgclf_jax.commands.train_setup import Run, set_up
 from imgclf_jax.core import processes, signals, tree
 from imgclf_jax.core.stopping import Stopping, stopping

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax import programs
 from imgclf_jax.commands import extension
-from imgclf_jax.commands.evaluate import open_evals
+from imgclf_jax.commands.evaluation import open_evals
 from imgclf_jax.core import processes
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs

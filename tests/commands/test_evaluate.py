@@ -10,7 +10,8 @@ from tolerance import rounding
 
 import launch
 from imgclf_jax import metrics
-from imgclf_jax.commands.evaluate import evaluate
+from imgclf_jax.analysis import scores
+from imgclf_jax.commands.evaluation import evaluate
 from imgclf_jax.commands.trained import restore
 from imgclf_jax.core import sharding
 from imgclf_jax.data import sources
@@ -113,6 +114,9 @@ def test_json(trained, counted, command):
     assert list(result) == ["step", "test"]
     assert result["test"].pop("confusion") == counted["confusion"].tolist()
     assert result["test"].pop("class_names") == [str(c) for c in range(10)]
+    found = result["test"].pop("scores")
+    assert found["accuracy"]["value"] == pytest.approx(counted["correct"] / N)
+    assert found["accuracy"]["low"] < counted["correct"] / N < found["accuracy"]["high"]
     assert result["test"] == pytest.approx(metrics.summarize(counted), rel=CLOSE)
     assert result["test"]["accuracy"] == counted["correct"] / N
 
@@ -120,6 +124,8 @@ def test_json(trained, counted, command):
 def test_table(trained, counted, command):
     """A line for the set and a row a class: how many, recall, precision, what it is most often taken for."""
     first, *lines = command(trained.path).splitlines()
+    start = next(i for i, line in enumerate(lines) if "│ class " in line.replace("┃", "│"))
+    lines = lines[start:]  # behind the table of scores
     expected = metrics.summarize(counted)
     assert first == (
         f"test: examples {N}  accuracy {expected['accuracy']:.4g}  loss {expected['loss']:.4g}  "
@@ -144,6 +150,7 @@ def test_many_classes(trained, counted, command, monkeypatch):
     """Without a confusion matrix one column is missing, which is said; the others are the same."""
 
     def rows(out):
+        out = out[out.index("┃ class ") :]
         return [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line[0] == "│"]
 
     whole = rows(command(trained.path))
@@ -205,3 +212,26 @@ def test_on_other_devices(trained, tmp_path, monkeypatch, command):
         assert losses[0] == pytest.approx(losses[1], rel=CLOSE)
         assert results[0] == results[1]
         assert results[0]["accuracy"] == json.loads((workdir / "result.json").read_text())["test"]["accuracy"]
+
+
+def test_scores_and_predictions(trained, tmp_path, capsys):
+    """Scores are those of the predictions that are written; the accuracy is the one that is counted."""
+    file = tmp_path / "all.jsonl"
+    flags = [f"--workdir={trained.path}", "--config.data.eval.test=test[:500]"]
+    assert launch.main(["evaluate", *flags, "--format=json", f"--predictions={file}", "--top_k=10"]) == 0
+    found = json.loads(capsys.readouterr().out)["test"]
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [row["example"] for row in rows] == [f"example {i}" for i in range(500)]
+    assert np.mean([row["correct"] for row in rows]) == found["accuracy"] == found["scores"]["accuracy"]["value"]
+    labels = np.array([int(row["label"]) for row in rows])
+    probabilities = np.zeros((500, 10))
+    for row, of_row in zip(rows, probabilities, strict=True):
+        for rank in range(1, 11):
+            of_row[int(row[f"class_{rank}"])] = row[f"probability_{rank}"]
+    for name, value in scores.score(labels, probabilities).items():
+        assert found["scores"][name]["value"] == pytest.approx(value, abs=1e-12)
+        assert found["scores"][name]["low"] <= value <= found["scores"][name]["high"] or name == "calibration_error"
+
+    assert launch.main(["evaluate", *flags]) == 0
+    assert f"macro_f1 │ {found['scores']['macro_f1']['value']:.4f}" in " ".join(capsys.readouterr().out.split())
+    assert launch.main(["evaluate", *flags, "--predictions=x.txt"]) == 1

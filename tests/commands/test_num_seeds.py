@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import launch
-from imgclf_jax.commands.evaluate import evaluate
+from imgclf_jax.commands.evaluation import evaluate
 from imgclf_jax.commands.predict import predict
 from imgclf_jax.commands.trained import restore
 from imgclf_jax.core import sharding

@@ -10,7 +10,7 @@ import pytest
 from tolerance import rounding
 
 import launch
-from imgclf_jax.commands.evaluate import evaluate_all
+from imgclf_jax.commands.evaluation import evaluate_all
 from imgclf_jax.commands.trained import restore
 from imgclf_jax.core import spec, tree
 from imgclf_jax.core.errors import UserError

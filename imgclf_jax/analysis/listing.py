@@ -1,0 +1,58 @@
+"""A file of predictions: a row an example, for other programs."""
+
+import csv
+import importlib.util
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imgclf_jax.core.errors import UserError
+
+_KINDS = (".csv", ".jsonl", ".parquet")
+
+
+def check(path: Path) -> None:
+    """Raises UserError for a file of another kind than .csv, .jsonl or .parquet, before any work is done."""
+    if path.suffix not in _KINDS:
+        raise UserError(f"--predictions={path}: the name must end in {', '.join(_KINDS[:-1])} or {_KINDS[-1]}")
+    if path.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
+        raise UserError(f"--predictions={path}: pyarrow is not installed, which writes Parquet; name a .csv or .jsonl")
+
+
+def rows(
+    name: str, examples: Sequence[str], labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], top: int
+) -> Iterable[dict[str, Any]]:
+    """Each example of the set `name`: its number or file, its label, and the `top` classes with their probabilities.
+
+    labels i32[n], probabilities f32[n, classes]. Of equal probabilities the first class ranks first.
+    """
+    best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
+    for example, label, ranked, own in zip(examples, labels, best, probabilities, strict=True):
+        row = {"set": name, "example": example, "label": classes[label], "correct": bool(ranked[0] == label)}
+        for rank, c in enumerate(ranked, 1):
+            row |= {f"class_{rank}": classes[c], f"probability_{rank}": float(own[c])}
+        yield row
+
+
+def write(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows with the same keys, in one piece, as CSV, JSON lines or Parquet by the file's suffix."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        parquet.write_table(pa.Table.from_pylist(list(table)), temporary)
+    else:
+        text = io.StringIO(newline="")
+        if path.suffix == ".csv":
+            writer = csv.DictWriter(text, list(table[0]) if table else [], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table)
+        else:
+            text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
+        temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
+    temporary.replace(path)

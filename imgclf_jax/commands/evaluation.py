@@ -1,0 +1,89 @@
+"""Exact evaluation: every example counts once, on any number of devices and for any batch size."""
+
+import itertools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from imgclf_jax import metrics
+from imgclf_jax.commands.trained import report_host_ops
+from imgclf_jax.core import sharding, signals
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import sources, stream
+from imgclf_jax.programs import Programs
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(
+    programs: Programs, state: Any, images: stream.Images, stop: Callable[[], str] = str
+) -> tuple[metrics.Sums, metrics.Predictions | None]:
+    """(sums, predictions) over all of `images`, on the host: integers exact, the loss in float64.
+
+    The predictions are None unless the config's `metrics` need them. With several seeds, the sums are [seeds + 1, …].
+    Raises signals.Stopped once `stop` gives the name of a signal.
+    """
+    size = programs.steps_per_call
+    sums: metrics.Sums = {}
+    predictions: list[metrics.Predictions] = []  # one a batch
+
+    def collect(result: tuple[metrics.Sums, metrics.Predictions | None]) -> None:
+        new, steps = jax.device_get(result)
+        for name, value in new.items():
+            exact = np.float64 if np.issubdtype(value.dtype, np.floating) else np.int64
+            sums[name] = sums.get(name, 0) + value.sum(0, dtype=exact)
+        if steps is not None:
+            predictions.extend(metrics.Predictions(*step) for step in zip(*steps, strict=True))
+
+    pending: Any = None
+    rows = sharding.rows_here(programs.eval_batch_size, programs.mesh)
+    batches = stream.eval_batches(images, programs.eval_batch_size, rows)
+    for some in itertools.batched(batches, size):
+        signals.check(stop)
+        chunk = {name: stream.pad_steps(np.stack([batch[name] for batch in some]), size) for name in some[0]}
+        chunk = sharding.put_batch(chunk, programs.mesh, axis=1)
+        result = programs.eval(*state.evaluated, chunk, np.int32(len(some)))
+        if pending is not None:
+            collect(pending)  # while the device computes the next chunk
+        pending = result
+    collect(pending)
+    if wrong := int(np.max(sums["examples"] - sums["class_predicted"].sum(-1))):
+        log.warning("the logits of %d examples are NaN or infinite; these examples count as wrong", wrong)
+    return sums, metrics.concatenate(predictions) if predictions else None
+
+
+def evaluate_all(
+    programs: Programs, state: Any, evals: dict[str, stream.Images], stop: Callable[[], str] = str
+) -> dict[str, dict[str, float]]:
+    """The metrics of each evaluation set, by its name. Raises signals.Stopped as `evaluate` does."""
+    return {
+        name: metrics.summarize(*evaluate(programs, state, images, stop), programs.recipe.whole_set_metrics)
+        for name, images in evals.items()
+    }
+
+
+def open_evals(programs: Programs, base: dict[str, sources.Source]) -> dict[str, stream.Images]:
+    """The evaluation sets of `data.eval`, by name: each is a split of the source, or a source spec, "/" and a split.
+
+    An example is `{"test": "test", "other": "folder('x')/train"}`. Raises UserError for a set with other classes or
+    other image shapes than the training set, and for host ops that draw at random.
+    """
+    out = {}
+    config = programs.recipe.config
+    report_host_ops(programs)
+    for name, text in config.data.eval.items():
+        spec, slash, split = text.rpartition("/") if ")" in text else ("", "", text)
+        own = sources.open_data(config, spec) if slash else base
+        source = sources.take_split(own, split)
+        if tuple(source.class_names) != programs.recipe.data.class_names:
+            raise UserError(f"data.eval.{name}={text!r} has the classes {list(source.class_names)[:5]}…, "
+                            f"the model {list(programs.recipe.data.class_names)[:5]}…")  # fmt: skip
+        out[name] = programs.eval_images(source)
+        if out[name].shape != programs.recipe.data.image_shape:
+            raise UserError(f"data.eval.{name}: preprocess_eval={programs.preprocess_eval!r} gives images of "
+                            f"{out[name].shape}, training ones are {programs.recipe.data.image_shape}; add "
+                            "resize(height, width), or resize_small and central_crop, to both")  # fmt: skip
+    return out
