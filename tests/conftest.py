@@ -21,6 +21,7 @@ from hypothesis import settings
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_traceback_in_locations_limit", 0)  # no test reads which line of Python an operation is from
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("default")
 
@@ -105,6 +106,18 @@ def _quick_compilation(request):
     jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimized") is None)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Meshes of one device, where sharding is not what the tests are about: programs compile in less time."""
+    from imgclf_jax.core import sharding
+
+    make = sharding.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda devices=None, *args, **kwargs: make(
+            devices or jax.devices()[:1], *args, **kwargs))  # fmt: skip
+        yield
 
 
 @pytest.fixture

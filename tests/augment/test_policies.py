@@ -73,7 +73,12 @@ def everything(ranges, image, fill=0):
     table = policies.strengths(ranges, *image.shape[:2])
     place = tuple(v.ravel() for v in np.meshgrid(np.arange(14), [0, 1], np.arange(31), indexing="ij"))
     fill = np.broadcast_to(np.asarray(fill, np.uint8), image.shape[-1:])
-    out = APPLY(np.stack([image] * 868), place[0], fill, *(np.asarray(v)[place] for v in (table.matrix, table.factor, table.level)))
+    out = APPLY(
+        np.stack([image] * 868),
+        place[0],
+        fill,
+        *(np.asarray(v)[place] for v in (table.matrix, table.factor, table.level)),
+    )
     return [
         (policies.OPS[op], (1 - 2 * sign) * m, own) for op, sign, m, own in zip(*place, np.asarray(out), strict=True)
     ]
