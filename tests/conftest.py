@@ -27,8 +27,10 @@ settings.load_profile("default")
 
 
 # Files whose tests take long are begun first, so that no process is left with one at the end.
-_LONG = """test_resume test_checkpoint test_config test_pretrained test_forms test_backbones test_docs test_num_seeds
-           test_launch test_parity test_optimizers test_digests test_train""".split()  # noqa: SIM905
+_LONG = """test_forms test_backbones test_config test_resume test_policies test_one_program test_mixing test_evaluate
+           test_pooling test_layers test_mesh test_num_seeds test_tpu_forms test_optimizers test_signals test_docs
+           test_predict test_parity test_train test_mistakes_of_runs test_checkpoint test_pretrained test_launch
+           test_digests""".split()  # noqa: SIM905
 
 
 def pytest_collection_modifyitems(items):
