@@ -21,13 +21,16 @@ from hypothesis import settings
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_traceback_in_locations_limit", 0)  # no test reads which line of Python an operation is from
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("default")
 
 
 # Files whose tests take long are begun first, so that no process is left with one at the end.
-_LONG = """test_resume test_checkpoint test_config test_pretrained test_forms test_backbones test_docs test_num_seeds
-           test_launch test_parity test_optimizers test_digests test_train""".split()  # noqa: SIM905
+_LONG = """test_forms test_backbones test_config test_resume test_policies test_one_program test_mixing test_evaluate
+           test_pooling test_layers test_mesh test_num_seeds test_tpu_forms test_optimizers test_signals test_docs
+           test_predict test_parity test_train test_mistakes_of_runs test_checkpoint test_pretrained test_launch
+           test_digests""".split()  # noqa: SIM905
 
 
 def pytest_collection_modifyitems(items):
@@ -105,6 +108,18 @@ def _quick_compilation(request):
     jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimized") is None)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Meshes of one device, where sharding is not what the tests are about: programs compile in less time."""
+    from imgclf_jax.core import sharding
+
+    make = sharding.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda devices=None, *args, **kwargs: make(
+            devices or jax.devices()[:1], *args, **kwargs))  # fmt: skip
+        yield
 
 
 @pytest.fixture

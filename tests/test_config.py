@@ -119,6 +119,7 @@ CLASSES = {"medical": 2}
     [pytest.param(f, marks=pytest.mark.slow) if f.stem.startswith("imagenet") else f for f in FILES],
     ids=lambda file: file.stem,
 )
+@pytest.mark.usefixtures("one_device")
 def test_every_config_file_trains(file, tmp_path):
     """Two steps on made-up data of the same shape, evaluation and all."""
     config = configs.load_file(str(file))

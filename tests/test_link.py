@@ -92,8 +92,9 @@ def by_hand(run, images):
     """The mean over the seeds of the sigmoid of the logits, in float64; and each seed's."""
     programs, state, _ = restore(run.load_config(), run, "latest")
     pixels = images.astype(np.float32) / np.float32(255)
-    each = [programs.recipe.model.apply({"params": jax.tree.map(lambda x, i=i: x[i], state.params)}, pixels)
-            for i in range(2)]  # fmt: skip
+    params = jax.device_get(state.params)
+    apply = jax.jit(programs.recipe.model.apply)
+    each = [apply({"params": jax.tree.map(lambda x, i=i: x[i], params)}, pixels) for i in range(2)]
     probabilities = scipy.special.expit(np.asarray(each, np.float64))
     return probabilities.mean(0), probabilities
 

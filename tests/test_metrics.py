@@ -77,7 +77,7 @@ def test_of_a_run(tmp_path, capsys):
     examples = source.read(np.arange(101))
     np.testing.assert_array_equal(predictions.labels, examples["label"])
     pixels = examples["image"].astype(np.float32) / np.float32(255)
-    logits = programs.recipe.model.apply({"params": state.params}, pixels)
+    logits = jax.jit(programs.recipe.model.apply)({"params": state.params}, pixels)
     np.testing.assert_allclose(predictions.probabilities, jax.nn.softmax(logits), rtol=1e-5, atol=1e-6)
     expected = area(predictions.labels == 1, predictions.probabilities[:, 1])
     result = json.loads(workdir.result.read_text())["test"]

@@ -15,6 +15,8 @@ import launch
 from imgclf_jax.data import stream
 from imgclf_jax.run.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def test_changed_data(mistake, whole, capsys):
     """Training stops; evaluation goes on and says so."""

@@ -58,7 +58,7 @@ def test_training_does_not_depend_on_the_steps_in_a_call(place, fake_config, tmp
     )
     config.data.placement, config.checkpoint_every = place, "11 steps"
     results = []
-    for size in (1, 2, 4, 32):
+    for size in (1, 3, 32):
         config.steps_per_call = size
         assert train.main(config, Workdir(tmp_path / str(size))) == 0
         result = json.loads((tmp_path / str(size) / "result.json").read_text())

@@ -53,14 +53,16 @@ def make(net, accumulate=1):
     return step.init_state(model, optimizer, SHAPE, 0), train_step
 
 
-def run(net, devices, accumulate=1):
+@functools.cache
+def run(net, devices, accumulate=1, traced_for=""):
     """(state before, state after, sums, compiled program) on so many devices."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
     state, train_step = make(net, accumulate)
     whole = sharding.replicated(mesh)
     jitted = jax.jit(train_step, in_shardings=(whole, sharding.sharded(mesh)), out_shardings=whole)
     state = jax.device_put(state, whole)
-    compiled = jitted.lower(state, sharding.put_batch(batch(), mesh)).compile()
+    lower = jitted.lower if not traced_for else platform.traced_for(traced_for, jitted.lower)
+    compiled = lower(state, sharding.put_batch(batch(), mesh)).compile()
     after, sums = compiled(state, sharding.put_batch(batch(), mesh))
     return jax.device_get(state), jax.device_get(after), jax.device_get(sums), compiled.as_text()
 
@@ -94,8 +96,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(devices, accumulate,
     For CPU the parts are computed one by one, for other platforms in a loop.
     """
     before, whole, sums, _ = run(Net(), devices)
-    with platform.tracing_for(traced_for):
-        _, parts, sums_parts, program = run(Net(), devices, accumulate)
+    _, parts, sums_parts, program = run(Net(), devices, accumulate, traced_for)
     assert_close(parts.params, whole.params, 1e-6)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before.params, whole.params)
     assert min(jax.tree.leaves(moved)) > 1e-4

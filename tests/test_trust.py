@@ -11,6 +11,8 @@ from test_mistakes import FAKE, _process_as_it_was, has, mistake  # noqa: F401  
 
 import launch
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 ROOT = Path(__file__).parent.parent
 
 

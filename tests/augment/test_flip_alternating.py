@@ -13,6 +13,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import placement, sources, stream
 
 SEED, TEXT = 7, "flip_alternating|normalize"
+APPLY = jax.jit(ops.build(TEXT, train=True))
 
 
 def images():
@@ -25,12 +26,11 @@ def orientations(place, batch_size, start, stop, size=3):
     everything = opened.read(np.arange(40), np.arange(40))["image"]
     ranges = [range(first, min(first + size, stop)) for first in range(start, stop, size)]
     spec = stream.StreamSpec(SEED, batch_size, with_ids=True)
-    apply = jax.jit(ops.build(TEXT, train=True))
     seen = []
     for steps, chunk in placement.train_chunks(place, opened, spec, ranges, size, mesh):
         for i, step in enumerate(steps):
             batch = placement.batch_at(chunk, i)
-            out = np.asarray(apply(None, batch["image"], jnp.uint32(SEED), batch["id"], batch["epoch"])) * 255
+            out = np.asarray(APPLY(None, batch["image"], jnp.uint32(SEED), batch["id"], batch["epoch"])) * 255
             ids = stream.example_ids(SEED, step, batch_size, 40)
             np.testing.assert_array_equal(batch["id"], ids)
             for place_, (own, id_) in enumerate(zip(np.round(out), ids, strict=True)):
@@ -98,7 +98,7 @@ def test_the_draws_follow_from_the_name_and_the_occurrence():
     pixels = jnp.asarray(np.random.default_rng(0).integers(0, 256, (64, 4, 4, 1), np.uint8))
     known = jax.random.key(0), pixels, jnp.uint32(SEED), jnp.arange(64, dtype=jnp.int32), jnp.zeros(64, jnp.int32)
     alone, after, twice = (
-        np.asarray(ops.build(text, train=True)(*known))
+        np.asarray(jax.jit(ops.build(text, train=True))(*known))
         for text in ("flip_alternating", "pad_crop(0)|flip_alternating", "flip_alternating|flip_alternating")
     )
     np.testing.assert_array_equal(after, alone)

@@ -31,7 +31,7 @@ def before(x):
 
 def test_mixup_is_the_papers_convex_combination():
     images = noise(32, 5, 6, 3)
-    out, weight = map(np.asarray, mixup(KEY, jnp.asarray(images), 0.4))
+    out, weight = map(np.asarray, jax.jit(mixup, static_argnums=2)(KEY, images, 0.4))
     other = before(images)
     for own, a, b, lam in zip(out, images, other, weight, strict=True):
         np.testing.assert_allclose(own, lam * a + (1 - lam) * b, atol=1e-6)
@@ -80,7 +80,7 @@ def test_cutmix_is_the_papers_box(h, w):
     """From the same draws: centre, sides, the border, and the weight as the share that is left."""
     n = 200
     images = noise(n, h, w, 2)
-    out, weight = map(np.asarray, cutmix(KEY, jnp.asarray(images), 1.0))
+    out, weight = map(np.asarray, jax.jit(cutmix, static_argnums=2)(KEY, images, 1.0))
     key_weight, key_y, key_x = jax.random.split(KEY, 3)
     lam = weights(key_weight, 1.0, n)
     centre_y = np.asarray(jax.random.randint(key_y, (n,), 0, h))
@@ -101,10 +101,10 @@ def test_cutmix_is_the_papers_box(h, w):
 def test_cutmix_covers_the_image_evenly_but_for_the_border():
     """How often each pixel is pasted, against the same procedure in NumPy with draws of its own."""
     n, size = 40_000, 9
-    images = jnp.broadcast_to(jnp.arange(2.0)[:, None, None, None], (2, size, size, 1))
-    images = jnp.tile(images, (n // 2, 1, 1, 1))
-    out, _ = cutmix(KEY, images, 1.0)
-    share = np.asarray(out != images).mean((0, 3))
+    images = np.broadcast_to(np.arange(2, dtype=np.float32)[:, None, None, None], (2, size, size, 1))
+    images = np.tile(images, (n // 2, 1, 1, 1))
+    out, _ = jax.jit(cutmix, static_argnums=2)(KEY, images, 1.0)
+    share = np.asarray(np.asarray(out) != images).mean((0, 3))
     draws = np.random.default_rng(1)
     expected = np.zeros((size, size))
     for lam, y, x in zip(draws.beta(1, 1, n), *draws.integers(0, size, (2, n)), strict=True):
@@ -119,7 +119,7 @@ def test_the_loss_is_that_of_the_mixed_target():
     logits, labels = rng_.normal(size=(16, 5)).astype(np.float32), rng_.integers(0, 5, 16)
     weight = rng_.random(16).astype(np.float32)
     loss = losses.build("softmax(label_smoothing=0.1)")
-    own = mixing.mixed_loss(loss, *map(jnp.asarray, (logits, labels, before(labels), weight)))
+    own = jax.jit(lambda *args: mixing.mixed_loss(loss, *args))(logits, labels, before(labels), weight)
     target = weight[:, None] * np.eye(5)[labels] + (1 - weight[:, None]) * np.eye(5)[before(labels)]
     target = 0.9 * target + 0.1 / 5
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -142,7 +142,7 @@ def test_the_loss_is_that_of_the_mixed_target():
 def test_one_op_is_drawn_for_each_batch(text, shares):
     """Told apart by the pixels: mixup makes new values, cutmix none."""
     mix = jax.jit(jax.vmap(mixing.build(text), in_axes=(0, None)))
-    images = jnp.tile(jnp.arange(2.0)[:, None, None, None], (4, 6, 6, 1))
+    images = np.tile(np.arange(2, dtype=np.float32)[:, None, None, None], (4, 6, 6, 1))
     n = 2_000
     out, weight = map(np.asarray, mix(jax.random.split(KEY, n), images))
     mixed = ((out > 0) & (out < 1)).any((1, 2, 3, 4))
@@ -222,7 +222,8 @@ def test_the_step_trains_on_mixed_images_and_counts_the_main_label(accumulate):
         lambda key, x: x.astype(jnp.float32) / 255, mix=mixing.build("mixup(1.0)"), accumulate=accumulate,
     ))  # fmt: skip
     after, sums = pure(state, {"image": jnp.asarray(images), "label": jnp.asarray(labels)})
-    mixed, weight = mixup(jax.random.split(rng.key(3, "mix", 0))[1], jnp.asarray(images / np.float32(255)), 1.0)
+    key = jax.random.split(rng.key(3, "mix", 0))[1]
+    mixed, weight = jax.jit(mixup, static_argnums=2)(key, images / np.float32(255), 1.0)
     own = np.asarray(weight)[:, None]
     target = own * np.eye(3)[labels] + (1 - own) * np.eye(3)[before(labels)]
     target = jnp.asarray(0.9 * target + 0.1 / 3, jnp.float32)

@@ -64,13 +64,21 @@ def narrow(h, w):
 IMAGES = {"colour": photos(32), "oblong": photos(40)[:, 3:26], "grey": photos(24)[..., 1:2]}
 
 
+APPLY = jax.jit(lambda x, op, fill, *drawn: policies.apply(x, op, policies.Strengths(*drawn), fill))
+AFFINE = jax.jit(geometry.affine)
+
+
 def everything(ranges, image, fill=0):
     """[(op, signed magnitude, image)] of all ops, signs and magnitudes."""
     table = policies.strengths(ranges, *image.shape[:2])
     place = tuple(v.ravel() for v in np.meshgrid(np.arange(14), [0, 1], np.arange(31), indexing="ij"))
-    mine = policies.Strengths(table.matrix[place], table.factor[place], table.level[place])
-    fill = jnp.broadcast_to(jnp.asarray(fill, jnp.uint8), image.shape[-1:])
-    out = jax.jit(lambda x: policies.apply(x, jnp.asarray(place[0]), mine, fill))(np.stack([image] * 868))
+    fill = np.broadcast_to(np.asarray(fill, np.uint8), image.shape[-1:])
+    out = APPLY(
+        np.stack([image] * 868),
+        place[0],
+        fill,
+        *(np.asarray(v)[place] for v in (table.matrix, table.factor, table.level)),
+    )
     return [
         (policies.OPS[op], (1 - 2 * sign) * m, own) for op, sign, m, own in zip(*place, np.asarray(out), strict=True)
     ]
@@ -98,9 +106,7 @@ def test_rotation_and_its_fixed_point_are_pillows(degrees):
     for images in IMAGES.values():
         _, h, w, c = images.shape
         matrix = geometry.fixed_point(geometry.rotate(degrees, h, w))
-        out = geometry.affine(
-            jnp.asarray(images), jnp.tile(jnp.asarray(matrix), (len(images), 1)), jnp.full(c, 9, jnp.uint8)
-        )
+        out = AFFINE(images, np.tile(matrix, (len(images), 1)), np.full(c, 9, np.uint8))
         fill = (9,) * c if c > 1 else 9
         expected = np.stack([np.asarray(picture(i).rotate(degrees, fillcolor=fill)) for i in images])
         # Pillow turns by whole quarters without its fixed point; on an oblong image that lies half a pixel off.
@@ -110,7 +116,7 @@ def test_rotation_and_its_fixed_point_are_pillows(degrees):
 
 def drawn(apply, n, images):
     """How often each (op, sign, magnitude) was drawn, told by which images came out: those that differ alone."""
-    out = np.asarray(jax.jit(apply)(KEY, jnp.asarray(np.broadcast_to(images, (n, *images.shape)))))
+    out = np.asarray(jax.jit(apply)(KEY, np.broadcast_to(images, (n, *images.shape))))
     return Counter(image.tobytes() for image in out)
 
 
@@ -143,13 +149,12 @@ def test_randaugment_applies_ops_of_its_magnitude_one_after_the_other():
     missing = n - sum(known.values())
     observed = [v + (missing if v == 0 else 0) for v in known.values()]
     assert stats.chisquare(observed, [n * outcomes[k] / 28 for k in known]).pvalue > 1e-3
-    twice = policies.randaugment(KEY, jnp.asarray(np.stack([image] * 16)), 2, 9)
-    keys = [jax.random.fold_in(KEY, i) for i in range(2)]
-    step = jnp.asarray(np.stack([image] * 16))
-    for key in keys:
-        step = policies._draw_and_apply(
-            key, step, narrow(16, 16)[0], lambda k: jnp.full(16, 9), jnp.zeros(3, jnp.uint8)
-        )
+    step = np.stack([image] * 16)
+    twice = jax.jit(lambda x: policies.randaugment(KEY, x, 2, 9))(step)
+    once = jax.jit(lambda key, x: policies._draw_and_apply(
+        key, x, narrow(16, 16)[0], lambda k: jnp.full(16, 9), jnp.zeros(3, jnp.uint8)))  # fmt: skip
+    for i in range(2):
+        step = once(jax.random.fold_in(KEY, i), step)
     np.testing.assert_array_equal(twice, step)
 
 
@@ -219,7 +224,8 @@ def test_color_jitter_of_nothing_changes_nothing():
     images = jnp.asarray(photos(8))
     np.testing.assert_array_equal(policies.color_jitter(KEY, images), images)
     factors = jax.random.uniform(jax.random.fold_in(KEY, 0), (10_000,), minval=0.0, maxval=1.8)
-    out = policies.color_jitter(KEY, jnp.full((10_000, 1, 1, 1), 100, jnp.uint8), brightness=(0.0, 1.8))
+    brighter = jax.jit(lambda x: policies.color_jitter(KEY, x, brightness=(0.0, 1.8)))
+    out = np.asarray(brighter(np.full((10_000, 1, 1, 1), 100, np.uint8)))
     np.testing.assert_array_equal(out[:, 0, 0, 0], np.trunc(np.float32(100) * np.asarray(factors)))
 
 

@@ -1,7 +1,6 @@
 """Views against doing it by hand; the weights; evaluation and prediction through the config key."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -30,8 +29,10 @@ def trained():
     state = e.init(0)["state"]
     seen = (IMAGES / 255 - 0.4) / 0.3
 
+    apply = jax.jit(lambda images: e.recipe.model.apply({"params": state.params}, images, train=False))
+
     def logits(images):
-        return np.asarray(e.recipe.model.apply({"params": state.params}, jnp.asarray(images, jnp.float32), train=False))
+        return np.asarray(apply(np.asarray(images, np.float32)))
 
     return e, state, seen, logits
 
@@ -68,14 +69,14 @@ def test_logits_are_those_averaged_by_hand(trained, text):
     assert len(views) == {"": 1, "flip": 2, "translate(2)": 3, "flip|translate(1)": 6}[text]
     assert sum(weight for weight, _ in views) == 1
     ops = augment.build(AUGMENT, train=False)
-    probabilities = step.make_predict_step(e.recipe.model, ops, views)(state.params, {}, jnp.asarray(IMAGES))
+    probabilities = jax.jit(step.make_predict_step(e.recipe.model, ops, views))(state.params, {}, IMAGES)
     softmax = np.exp(expected - expected.max(-1, keepdims=True))
     np.testing.assert_allclose(probabilities, softmax / softmax.sum(-1, keepdims=True), atol=1e-5)
 
     labels, mask = np.random.default_rng(1).integers(0, 3, 16), np.arange(16) < 13
     loss = losses.build("softmax")
-    batch = {"image": jnp.asarray(IMAGES), "label": jnp.asarray(labels, jnp.int32), "mask": jnp.asarray(mask)}
-    sums, _ = step.make_eval_step(e.recipe.model, loss, ops, views)(state.params, {}, batch)
+    batch = {"image": IMAGES, "label": labels.astype(np.int32), "mask": mask}
+    sums, _ = jax.jit(step.make_eval_step(e.recipe.model, loss, ops, views))(state.params, {}, batch)
     assert int(sums["correct"]) == int((expected.argmax(-1) == labels)[mask].sum())
     by_example = -np.log((softmax / softmax.sum(-1, keepdims=True))[np.arange(16), labels])
     np.testing.assert_allclose(sums["loss"], by_example[mask].sum(), rtol=1e-5)

@@ -12,6 +12,8 @@ import launch
 from imgclf_jax import config as configs
 from imgclf_jax.core.text import printable
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "folder.py"
 TINY = ("--config.model=mlp(widths=(4,))", "--config.preprocess=decode(3)|resize(8)", "--config.preprocess_eval=",

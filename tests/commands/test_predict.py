@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_probabilities(digits, pngs, predict):
     programs, state, _ = restore(workdir.load_config(), workdir, "latest")
     pixels = np.stack([resize(image, 28) for image in examples()["image"]])  # [b, 28, 28, 1]
     images = pixels.astype(np.float32) / np.float32(255)
-    logits = np.asarray(programs.recipe.model.apply({"params": state.params}, images, train=False), np.float64)
+    logits = np.asarray(jax.jit(programs.recipe.model.apply)({"params": state.params}, images), np.float64)
     expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     depth = 3 * 3 + 3 * 3 * 32 + 5 * 5 * 64 + 64 + 4 + 10  # two convolutions, two dense layers, the softmax
     most = 0.5e-6 + rounding(depth) * np.abs(logits).max() / 2  # six digits; and the slope of a softmax is 1/2 at most

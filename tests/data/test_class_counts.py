@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def test_a_run_records_the_counts_and_is_evaluated_without_its_training_data(tmp
     (tmp_path / "data.npz").unlink()
     programs, state, _ = restore(workdir.load_config(), workdir, "latest")
     images = data["x_test"][..., None].astype(np.float32) / 255
-    logits = programs.recipe.model.apply({"params": state.params}, images, train=False)
+    logits = jax.jit(programs.recipe.model.apply)({"params": state.params}, images)
     own = losses.softmax(logits, jnp.asarray(data["y_test"], jnp.int32))
     weights = 64 / (3 * np.array([40, 8, 16]))
     result = json.loads((tmp_path / "run" / "result.json").read_text())

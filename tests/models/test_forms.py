@@ -74,13 +74,13 @@ def build(name, precision="float64", edited=False):
     model = classifier.build(spec, 4, precision)
     if edited:
         model = classifier.Classifier(Edited(model.backbone, place), 4)
-    dtype = jnp.float64 if precision == "float64" else jnp.float32
+    dtype = np.float64 if precision == "float64" else np.float32
     model = model.clone(dtype=dtype)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, size, size, 3)), dtype)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x))
+    x = np.random.default_rng(0).normal(size=(4, size, size, 3)).astype(dtype)
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), x)
     rng = np.random.default_rng(1)
-    variables = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) / 3 + (len(s.shape) == 1), dtype), shapes)
-    others = {k: jax.tree.map(jnp.ones_like, v) for k, v in variables.items() if k != "params"}
+    variables = jax.tree.map(lambda s: (rng.normal(size=s.shape) / 3 + (len(s.shape) == 1)).astype(dtype), shapes)
+    others = {k: jax.tree.map(np.ones_like, v) for k, v in variables.items() if k != "params"}
 
     def logits(params):
         rngs = {"dropout": jax.random.key(0)}
@@ -111,7 +111,7 @@ def test_forward_mode_is_the_finite_difference(name):
     """`jax.jvp` and `jax.jvp` of `jax.grad` of both forms; differences of one, in float64. `linearize` is traced."""
     logits, params = build(name)
     rng = np.random.default_rng(2)
-    direction, other = (jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params) for _ in range(2))
+    direction, other = (jax.tree.map(lambda p: rng.normal(size=p.shape), params) for _ in range(2))
 
     def value(params):
         return jnp.sum(jnp.sin(logits(params)))
@@ -120,19 +120,17 @@ def test_forward_mode_is_the_finite_difference(name):
         return sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(tangent), jax.tree.leaves(gradient), strict=True))
 
     def derivatives(params, direction, other):
-        first = jax.jvp(value, (params,), (direction,))[1]
+        """The value and the gradient along `other`; then the derivatives of both along `direction`."""
+        out, first = jax.jvp(value, (params,), (direction,))
         gradient, change = jax.jvp(jax.grad(value), (params,), (direction,))
-        return first, along(direction, gradient), along(other, change)
+        return (out, along(other, gradient)), (first, along(direction, gradient), along(other, change))
 
-    def plain(params, other):
-        out, gradient = jax.value_and_grad(value)(params)
-        return out, along(other, gradient)
-
-    step, run = 1e-6, jax.jit(in_form("gpu", plain))
-    above, below = (run(jax.tree.map(lambda p, d, s=s: p + s * d, params, direction), other) for s in (step, -step))
+    runs = {form: jax.jit(in_form(form, derivatives)) for form in FORMS}
+    step, moved = 1e-6, lambda s: jax.tree.map(lambda p, d: p + s * d, params, direction)
+    above, below = (runs["gpu"](moved(s), direction, other)[0] for s in (step, -step))
     expected = [(a - b) / (2 * step) for a, b in zip(above, below, strict=True)]
     for form in FORMS:
-        first, reverse, second = jax.jit(in_form(form, derivatives))(params, direction, other)
+        first, reverse, second = runs[form](params, direction, other)[1]
         np.testing.assert_allclose([first, reverse], expected[0], rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(second, expected[1], rtol=1e-4, atol=1e-5)
         jax.eval_shape(in_form(form, lambda params, d: jax.linearize(value, params)[1](d)), params, direction)

@@ -45,7 +45,7 @@ def shapes(layer, *args):
 
 
 def drawn(shapes):
-    return jax.tree.map(lambda s: jnp.asarray(normal(1, *s.shape)), shapes)
+    return jax.tree.map(lambda s: normal(1, *s.shape), shapes)
 
 
 @pytest.mark.usefixtures("float64")

@@ -142,7 +142,7 @@ def test_logits_gradients_and_adam_agree_with_keras(spec, float64):
     shape, rng = CASES[spec], np.random.default_rng(0)
     theirs = KerasRun(spec, shape, rng)
     model = classifier.build(spec, CLASSES, "float64").clone(dtype=jnp.float64)
-    params = jax.tree.map(jnp.asarray, theirs.params())
+    params = jax.tree.map(np.asarray, theirs.params())
     own = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *shape)))["params"]
     assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, params)
     images = rng.integers(0, 256, (STEPS, BATCH, *shape), np.uint8)
@@ -156,7 +156,7 @@ def test_logits_gradients_and_adam_agree_with_keras(spec, float64):
     keras_logits, keras_grads = theirs.backward(images[0] / 255, labels[0])
     assert np.ptp(keras_logits) > 0.1
     assert_close(logits, keras_logits.numpy(), 1e-10)
-    assert min(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(grads)) > 1e-4
+    assert min(np.max(np.abs(g)) for g in jax.tree.leaves(grads)) > 1e-4
     assert_close(grads, to_params(spec, [g.numpy() for g in keras_grads]), 1e-10)
 
     # Keras adds epsilon to sqrt(v) before the correction of its bias, optax after it: dividing epsilon by the
@@ -167,11 +167,11 @@ def test_logits_gradients_and_adam_agree_with_keras(spec, float64):
     scale = lambda key, images: images / jnp.float64(255)  # noqa: E731
     # Strict promotion refuses to compare float64 logits with float32, the least precision of a loss.
     train_step = jax.jit(promoting(step.make_train_step(model, losses.softmax, optimizer, schedule, scale)))
-    state = step.TrainState(jnp.uint32(0), jnp.int32(0), params, {}, optimizer.init(params))
+    state = step.TrainState(jnp.uint32(0), jnp.int32(0), params, {}, jax.jit(promoting(optimizer.init))(params))
     for x, y in zip(images, labels, strict=True):
         state, _ = train_step(state, {"image": jnp.asarray(x, jnp.float64), "label": jnp.asarray(y)})
         theirs.train_step(x / 255, y)
-    moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), state.params, params)
+    moved = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), state.params, params)
     assert min(jax.tree.leaves(moved)) > 1e-3
     assert_close(state.params, theirs.params(), 1e-8)
     final = [np.asarray(w) for w in theirs.model.get_weights()]

@@ -31,13 +31,13 @@ def test_pool_bias_relu_on_cpu_is_flax_in_the_usual_order(h, w, window):
     def ours(x, bias):
         return features_last(pool.pool_bias_relu(features_first(x), bias, window, jnp.float32))
 
-    y, y_usual = jax.jit(ours)(x, bias), jax.jit(usual)(x, bias)
+    def both(function, x, bias):
+        gradient = jax.grad(lambda *args: jnp.sum(function(*args) * weights), argnums=(0, 1))
+        return function(x, bias), gradient(x, bias)
+
+    (y, grads), (y_usual, expected) = (jax.jit(functools.partial(both, f))(x, bias) for f in (ours, usual))
     np.testing.assert_array_equal(y, y_usual)
     assert 0 < np.mean(np.asarray(y) == 0) < 1
-    grads, expected = (
-        jax.jit(jax.grad(lambda x, bias, f=f: jnp.sum(f(x, bias) * weights), argnums=(0, 1)))(x, bias)
-        for f in (ours, usual)
-    )
     # ReLU first makes all that is below zero equal, which changes where the gradient of a zero would go: nowhere.
     np.testing.assert_array_equal(grads[0], expected[0])
     np.testing.assert_allclose(grads[1], expected[1], rtol=1e-5, atol=1e-5)
@@ -114,9 +114,12 @@ def test_max_pool_is_flax_max_pool(window, strides, padding):
         return layers.max_pool(x, window, strides, padding)
 
     weights = jnp.asarray(normal(1, *usual(x).shape, dtype=np.float32))
-    results = [jax.jit(jax.value_and_grad(lambda x, f=f: jnp.sum(f(x) * weights)))(x) for f in (usual, ours)]
-    np.testing.assert_array_equal(jax.jit(ours)(x), usual(x))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
+    (of_usual, y_usual), (of_ours, y) = (
+        jax.jit(lambda x, f=f: (jax.value_and_grad(lambda x: jnp.sum(f(x) * weights))(x), f(x)))(x)
+        for f in (usual, ours)
+    )
+    np.testing.assert_array_equal(y, y_usual)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), of_ours, of_usual)
 
 
 @pytest.mark.usefixtures("form")
@@ -147,9 +150,9 @@ def test_max_pool_on_gpu_scatters_nothing(size, window, strides, padding):
 
     weights = normal(1, *usual(x).shape, dtype=np.float32)
     ours = functools.partial(layers.max_pool, window=window, strides=strides, padding=padding)
-    gradients = [jax.grad(lambda x, f=f: jnp.sum(f(x) * weights)) for f in (ours, usual)]
-    ours_traced = platform.traced_for("gpu", gradients[0])
-    np.testing.assert_array_equal(platform.traced_for("gpu", ours)(x), usual(x))
-    np.testing.assert_allclose(ours_traced(x), gradients[1](x), rtol=1e-6, atol=1e-6)
-    programs = [jax.jit(f).lower(x).as_text() for f in (ours_traced, gradients[1])]
-    assert ["scatter" in text for text in programs] == [False, True]
+    run = [jax.value_and_grad(lambda x, f=f: (jnp.sum((y := f(x)) * weights), y), has_aux=True) for f in (ours, usual)]
+    programs = [jax.jit(f).lower(x) for f in (platform.traced_for("gpu", run[0]), run[1])]
+    ((_, y), gradient), ((_, y_usual), expected) = (program.compile()(x) for program in programs)
+    np.testing.assert_array_equal(y, y_usual)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-6)
+    assert ["scatter" in program.as_text() for program in programs] == [False, True]

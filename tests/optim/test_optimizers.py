@@ -24,11 +24,11 @@ def by_optax(text, params, grads):
     """The parameters after the gradients, in float32, under jit."""
     optimizer = optimizers.build(text, optax.constant_schedule(RATE), 0.0)
     update = jax.jit(optimizer.update)
-    ours = jax.tree.map(jnp.float32, params)
-    state = optimizer.init(ours)
+    ours = jax.tree.map(np.float32, params)
+    state, apply = jax.jit(optimizer.init)(ours), jax.jit(optax.apply_updates)
     for g in grads:
-        updates, state = update(jax.tree.map(jnp.float32, g), state, ours)
-        ours = optax.apply_updates(ours, updates)
+        updates, state = update(jax.tree.map(np.float32, g), state, ours)
+        ours = apply(ours, updates)
     return dict(tree.named_leaves(ours))
 
 

@@ -157,7 +157,7 @@ def test_evaluation_and_prediction_use_the_average(tmp_path, flag):
     source = sources.open_splits(programs.recipe.config.data.source)["test"]
     examples = source.read(np.arange(64))
     images = examples["image"].astype(np.float32) / 255
-    logits = programs.recipe.model.apply({"params": state.ema[0]}, images, train=False)
+    logits = jax.jit(programs.recipe.model.apply)({"params": state.ema[0]}, images)
     loss = float(jnp.mean(programs.recipe.loss(logits, examples["label"])))
     close = rounding(12 * 12 + 16 + 4 + 4) * float(jnp.abs(logits).max())  # two dense layers and the softmax
     np.testing.assert_allclose(result["test"]["loss"], loss, rtol=0, atol=2 * close)  # its slope is 2 at most
