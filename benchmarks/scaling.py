@@ -33,7 +33,7 @@ RECIPES: dict[str, tuple[str, dict[str, str], dict[int, int]]] = {
 def dry_run(recipe: str, chips: str, count: int, out: Path, keys: dict[str, str]) -> dict[str, Any]:
     """The dry run's findings; with parts of the batch one after the other where it does not fit otherwise."""
     config, own, batches = RECIPES[recipe]
-    folder = out / f"{recipe.replace('/', '-')}-{'-'.join(f'{k}={v}' for k, v in keys.items())}"
+    folder = out / "-".join([recipe.replace("/", "-"), *(f"{k}={v}" for k, v in keys.items())])
     file = folder / f"dryrun-{chips.replace(':', '-')}.json"
     if not file.is_file():
         settings = {"batch_size": str(batches[count]), **own, **keys}

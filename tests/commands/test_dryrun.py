@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from compilers import skip_without
 
 from imgclf_jax.chips import table, topology
 from imgclf_jax.commands import dryrun
@@ -133,10 +134,8 @@ def test_data_that_are_not_here():
 @pytest.mark.parametrize("chips", ["v5e:2x4", "h100:8"])
 def test_for_chips_that_are_not_here(chips, tmp_path):
     """The default recipe, by the real compilers."""
-    module = topology._COMPILERS[topology.parse(chips).platform][0]
-    if not topology._installed(module):
-        pytest.skip(f"{module}, the compiler for {chips}, is not installed")
+    skip_without(chips)
     found = json.loads(run(f"--chips={chips}", f"--workdir={tmp_path}", "--format=json").stdout)
     assert found["fits"]
     assert found["collectives"]["all-reduce"]["bytes"] >= found["memory"]["parameters"]
-    assert found["bound_by"] == "memory"
+    assert found["bound_by"] in ("memory", "network")  # its products are the least of it

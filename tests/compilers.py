@@ -11,7 +11,7 @@ import pytest
 
 from imgclf_jax.chips import topology
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def skip_without(chips: str) -> None:
