@@ -1,21 +1,13 @@
 """What a program does, counted: operations in a jaxpr; traffic, collectives and memory in what is compiled."""
 
 import math
-import re
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax._src.lib import xla_client
 
+from imgclf_jax.chips import traffic
 from imgclf_jax.core import platform
-
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4,
-          "f64": 8, "s64": 8, "u64": 8}  # fmt: skip
-_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_CALL = re.compile(rf" ({'|'.join(_COLLECTIVES)})(?:-start)?\(")
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
 def product_flops(jaxpr: Any) -> float:
@@ -53,29 +45,14 @@ def product_flops(jaxpr: Any) -> float:
 class Counts:
     """Of one step on one device."""
 
-    bytes: float  # read from and written to the device's memory, as XLA counts them after fusion
+    bytes: float  # read from and written to the device's memory, after fusion
     collectives: dict[str, tuple[int, int]]  # kind → (how many, bytes of their results)
 
 
 def of_program(compiled: Any) -> Counts:
-    """The counts of a compiled program. A loop over steps counts once."""
-    modules = compiled.runtime_executable().hlo_modules()
-    client = jax.devices("cpu")[0].client
-    traffic = sum(xla_client._xla.hlo_module_cost_analysis(client, m)["bytes accessed"] for m in modules)
-    found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for line in compiled.as_text().splitlines():
-        if match := _CALL.search(line):
-            head = line[: match.start()].partition(" = ")[2]
-            arrays = [_size(*array) for array in _ARRAY.findall(head)]
-            # The start of an asynchronous all-reduce gives its operands beside its results: half of it counts.
-            size = sum(arrays) // 2 if "-start(" in line and match[1] == "all-reduce" and "((" in head else sum(arrays)
-            found[match[1]][0] += 1
-            found[match[1]][1] += size
-    return Counts(float(traffic), {kind: (n, size) for kind, (n, size) in found.items()})
-
-
-def _size(dtype: str, shape: str) -> int:
-    return _BYTES.get(dtype, 0) * math.prod(int(n) for n in shape.split(",") if n)
+    """The counts of a compiled program, see `traffic`. A loop over steps counts once, one over parts whole."""
+    module = traffic.Module(compiled.as_text())
+    return Counts(float(module.traffic()), module.collectives())
 
 
 def bytes_a_device(tree: Any) -> int:

@@ -24,7 +24,8 @@ def _this_cpu(devices: int) -> Chip:
     flops = 2 * n**3 / min(_seconds(lambda: a @ a) for _ in range(5))
     x, y = np.ones(32 << 20, np.uint8), np.empty(32 << 20, np.uint8)
     bandwidth = 2 * x.size / min(_seconds(lambda: np.copyto(y, x)) for _ in range(5))  # read and written
-    share = (flops / devices, flops / devices, (memory.physical() or 0) / devices, bandwidth / devices)
+    each = flops / devices
+    share = (each, each, each, (memory.physical() or 0) / devices, bandwidth / devices)
     return Chip("cpu", *share, links=bandwidth / devices, network=0, a_host=devices, source="measured on this machine")
 
 
@@ -53,11 +54,21 @@ class Bound:
         return max(("compute", "memory", "network"), key=lambda name: float(getattr(self, name)))
 
 
+def peak(chip: Chip, precision: str, matmul_precision: str) -> float:
+    """Operations a second of a run's products, by the config's keys of these names.
+
+    `precision` "bfloat16" is of bfloat16 operands. With "float32" it is `matmul_precision` that says what becomes of
+    them: as JAX has it, "bfloat16" is one product of bfloat16 on a TPU, and TensorFloat-32 on a GPU.
+    """
+    if precision == "bfloat16" or (matmul_precision == "bfloat16" and chip.platform == "tpu"):
+        return chip.flops
+    return chip.flops_float32 if matmul_precision == "float32" else chip.flops_tensorfloat32
+
+
 def bound(
-    chip: Chip, chips: int, precision: str, flops: float, traffic: float, collectives: dict[str, tuple[int, int]]
+    chip: Chip, chips: int, peak: float, flops: float, traffic: float, collectives: dict[str, tuple[int, int]]
 ) -> Bound:
-    """Of one step: `flops` and bytes of `traffic` on a device, and its collectives, kind → (how many, bytes)."""
-    peak = chip.flops if precision == "bfloat16" else chip.flops_float32
+    """Of one step: `flops` at `peak` and bytes of `traffic` on a device; its collectives, kind → (how many, bytes)."""
     network = sum(_collective_seconds(chip, chips, kind, size) for kind, (_, size) in collectives.items())
     return Bound(flops / peak, traffic / chip.bandwidth, network)
 

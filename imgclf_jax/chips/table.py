@@ -11,7 +11,8 @@ class Chip:
 
     platform: str  # of JAX: "tpu", "gpu" or "cpu"
     flops: float  # of bfloat16 products, dense, summed in float32
-    flops_float32: float  # of products with `precision='float32'`
+    flops_tensorfloat32: float  # of products of float32 operands with `matmul_precision='tensorfloat32'`
+    flops_float32: float  # with `matmul_precision='float32'`
     memory: float  # bytes
     bandwidth: float  # bytes of the chip's own memory
     links: float  # bytes to chips of the same slice (ICI) or host (NVLink)
@@ -20,14 +21,15 @@ class Chip:
     source: str
 
 
-# A float32 product on a TPU is six of bfloat16 at JAX's precision "highest".
+# A TPU makes a product of float32 operands of three of bfloat16 at JAX's precision "high", of six at "highest". A GPU's
+# figures are those of tensor cores, and of its float32 units; dense, where a data sheet doubles them for sparsity.
 CHIPS = {
-    "v5e": Chip("tpu", 197e12, 197e12 / 6, 16 << 30, 819e9, 200e9, 0, 8, _CLOUD + "v5e"),
-    "v5p": Chip("tpu", 459e12, 459e12 / 6, 95 << 30, 2765e9, 600e9, 0, 4, _CLOUD + "v5p"),
-    "v6e": Chip("tpu", 918e12, 918e12 / 6, 32 << 30, 1600e9, 400e9, 0, 8, _CLOUD + "v6e"),
-    "h100": Chip("gpu", 989.4e12, 66.9e12, 84_942_979_072, 3352e9, 450e9, 50e9, 8,
+    "v5e": Chip("tpu", 197e12, 197e12 / 3, 197e12 / 6, 16 << 30, 819e9, 200e9, 0, 8, _CLOUD + "v5e"),
+    "v5p": Chip("tpu", 459e12, 459e12 / 3, 459e12 / 6, 95 << 30, 2765e9, 600e9, 0, 4, _CLOUD + "v5p"),
+    "v6e": Chip("tpu", 918e12, 918e12 / 3, 918e12 / 6, 32 << 30, 1600e9, 400e9, 0, 8, _CLOUD + "v6e"),
+    "h100": Chip("gpu", 989.4e12, 494.7e12, 66.9e12, 84_942_979_072, 3352e9, 450e9, 50e9, 8,
                  "NVIDIA H100 (SXM5, 80 GB) and DGX H100 datasheets; memory as the driver reports it"),
-    "a100": Chip("gpu", 312e12, 19.5e12, 85_100_068_864, 2039e9, 300e9, 25e9, 8,
+    "a100": Chip("gpu", 312e12, 156e12, 19.5e12, 85_100_068_864, 2039e9, 300e9, 25e9, 8,
                  "NVIDIA A100 (SXM4, 80 GB) and DGX A100 datasheets; memory as the driver reports it"),
 }  # fmt: skip
 

@@ -75,7 +75,12 @@ def report(programs: Programs, chips: topology.Chips) -> dict[str, Any]:
         result["compile_seconds"][name] = round(time.perf_counter() - began, 1)
         log.info("%s compiled in %.1f s", name, result["compile_seconds"][name])
         if isinstance(compiled[name], str):
-            return result | {"fits": False, "program": name, "compiler": compiled[name], "advice": _advice(result, n)}
+            return result | {
+                "fits": False,
+                "program": name,
+                "compiler": compiled[name],
+                "advice": _advice(result, programs),
+            }
     memory, code = result["memory"], compiled["train"].memory_analysis()
     memory["temporaries"] = code.temp_size_in_bytes
     memory["program"] = code.generated_code_size_in_bytes
@@ -83,10 +88,11 @@ def report(programs: Programs, chips: topology.Chips) -> dict[str, Any]:
                       + code.temp_size_in_bytes + code.generated_code_size_in_bytes)  # fmt: skip
     result["fits"] = memory["peak"] <= memory["capacity"]
     if not result["fits"]:
-        result["advice"] = _advice(result, n)
+        result["advice"] = _advice(result, programs)
 
     of_step, of_augment = counts.of_program(compiled["train"]), counts.of_program(compiled["augment"])
-    bound = estimate.bound(chip, n, config.precision, flops, of_step.bytes, of_step.collectives)
+    peak = estimate.peak(chip, config.precision, config.matmul_precision)
+    bound = estimate.bound(chip, n, peak, flops, of_step.bytes, of_step.collectives)
     seconds = bound.seconds * recipe.total
     return result | {
         "bytes": of_step.bytes,
@@ -135,24 +141,34 @@ def _compile(traced: Any) -> Any:
         return (lines or str(e).splitlines())[0][:300]
 
 
-def _advice(result: dict[str, Any], chips: int) -> list[str]:
+def _advice(result: dict[str, Any], programs: Programs) -> list[str]:
     """What would make it fit, in words. Estimated: temporaries are taken to shrink in proportion to the images."""
     memory, accumulate, batch_size = result["memory"], result["accumulate"], result["batch_size"]
+    chips, backbone = programs.mesh.size, programs.recipe.model.backbone
     state = memory["parameters"] + memory["optimizer"] + memory["averages"]
     free = memory["capacity"] - state - memory["batch"]
+    whole = programs.mesh.shape.get("fsdp", 1) == 1
+    # As few groups as leave half of a chip to the temporaries; all chips where none does.
+    parts = [k for k in range(2, chips + 1) if chips % k == 0 and (k == chips or state / k <= memory["capacity"] / 2)]
+    split = f"mesh='data=-1, fsdp={parts[0]}'" if parts and whole else ""
     if state >= memory["capacity"]:
-        return [f"parameters, optimizer and averages alone take {size(state)} of each chip: mesh='fsdp=-1' (in parts), "
-                "a smaller model, or an optimizer with less state, such as adamw(mu_dtype='bfloat16')"]  # fmt: skip
+        less = ["a smaller model", "or an optimizer with less state, such as adamw(mu_dtype='bfloat16')"]
+        return [f"parameters, optimizer and averages alone take {size(state)} of each chip: "
+                + ", ".join([f"{split} (in parts)", *less] if split else less)]  # fmt: skip
     a_device = batch_size // chips
     if "temporaries" in memory:
-        parts = next((k for k in range(2, a_device + 1)
-                      if a_device % (k * accumulate) == 0 and memory["temporaries"] / k <= free), 0)  # fmt: skip
+        parts = [k for k in range(2, a_device + 1)
+                 if a_device % (k * accumulate) == 0 and memory["temporaries"] / k <= free]  # fmt: skip
     else:  # the compiler stopped: nobody knows by how much
-        parts = next((k for k in (2, 4, 8, 16) if a_device % (k * accumulate) == 0), 0)
+        parts = [k for k in (2, 4, 8, 16) if a_device % (k * accumulate) == 0]
     advice = []
     if parts:
-        advice.append(f"accumulate={parts * accumulate}: the same batch, in parts")
-        advice.append(f"batch_size={batch_size // parts}, or {parts} times the chips")
+        advice.append(f"accumulate={parts[0] * accumulate}: the same batch, in parts")
+        advice.append(f"batch_size={batch_size // parts[0]}, or {parts[0]} times the chips")
+    if getattr(backbone, "remat", None) == "":
+        advice.append("the model with remat='block': the inside of each block is computed again, and not kept")
+    if state > memory["capacity"] / 10 and split:
+        advice.append(f"{split}: parameters, optimizer and averages in parts")
     if result["precision"] == "float32":
         advice.append("precision='bfloat16': about half of the temporaries")
     return advice or ["a smaller batch or image, or more chips"]

@@ -10,12 +10,23 @@ from imgclf_jax.core.errors import UserError
 
 def test_a_step_takes_as_long_as_its_scarcest_resource():
     chip = table.CHIPS["v5e"]
-    found = estimate.bound(chip, 8, "bfloat16", 197e9, 819e6 * 3, {"all-reduce": (5, 200_000_000)})
+    found = estimate.bound(chip, 8, chip.flops, 197e9, 819e6 * 3, {"all-reduce": (5, 200_000_000)})
     assert found.compute == pytest.approx(1e-3)
     assert found.memory == pytest.approx(3e-3)
     assert found.network == pytest.approx(2 * 7 / 8 * 1e-3)  # each byte goes round the ring twice
     assert (found.seconds, found.by) == (pytest.approx(3e-3), "memory")
-    assert estimate.bound(chip, 8, "float32", 197e9, 0, {}).compute == pytest.approx(6e-3)
+    assert estimate.bound(chip, 8, chip.flops / 6, 197e9, 0, {}).compute == pytest.approx(6e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops"),  # of matmul_precision float32, tensorfloat32 and bfloat16
+    [("v5e", (197 / 6, 197 / 3, 197)), ("h100", (66.9, 494.7, 494.7)), ("a100", (19.5, 156, 156))],
+)
+def test_the_peak_of_float32_programs_follows_the_precision_of_products(kind, teraflops):
+    chip = table.CHIPS[kind]
+    found = [estimate.peak(chip, "float32", products) for products in ("float32", "tensorfloat32", "bfloat16")]
+    assert found == pytest.approx([1e12 * t for t in teraflops])
+    assert {estimate.peak(chip, "bfloat16", products) for products in ("float32", "bfloat16")} == {chip.flops}
 
 
 @pytest.mark.parametrize(
@@ -28,12 +39,12 @@ def test_a_step_takes_as_long_as_its_scarcest_resource():
 )
 def test_between_hosts_a_collective_is_done_by_parts(kind, size, seconds):
     """Of four hosts with eight GPUs each: inside over NVLink, then each GPU an eighth over the network."""
-    found = estimate.bound(table.CHIPS["h100"], 32, "bfloat16", 0, 0, {kind: (1, int(size))})
+    found = estimate.bound(table.CHIPS["h100"], 32, 1.0, 0, 0, {kind: (1, int(size))})
     assert found.network == pytest.approx(seconds)
 
 
 def test_one_chip_needs_no_network():
-    assert estimate.bound(table.CHIPS["v5e"], 1, "bfloat16", 1, 1, {"all-reduce": (1, 100)}).network == 0
+    assert estimate.bound(table.CHIPS["v5e"], 1, 1.0, 1, 1, {"all-reduce": (1, 100)}).network == 0
 
 
 def test_of_this_machine_figures_are_measured():

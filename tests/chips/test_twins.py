@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from imgclf_jax.chips import topology
-from imgclf_jax.core.errors import UserError
+from compilers import skip_without
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "twins.py"
 
@@ -16,29 +14,24 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "twins.py"
 @pytest.mark.chips
 @pytest.mark.parametrize("name", ["vit", "resnet50"])
 @pytest.mark.parametrize("chips", ["v5e:1x1", "h100:1"])
-def test_no_more_traffic_and_memory_than_in_plain_linen(chips, name, tmp_path, monkeypatch):
+def test_no_more_traffic_and_memory_than_in_plain_linen(chips, name, tmp_path):
     """Of a training step of 128 images in bfloat16; two per cent are left to the compilers' choices."""
-    row = figures(chips, name, tmp_path, monkeypatch)
+    row = figures(chips, name, tmp_path)
     for key in ("bytes", "temporaries", "float32_products"):
         assert row["ours"][key] <= 1.02 * row["linen"][key], key
 
 
 @pytest.mark.chips
-def test_what_is_summed_over_gpus_in_which_dtype(tmp_path, monkeypatch):
+def test_what_is_summed_over_gpus_in_which_dtype(tmp_path):
     """Kernels of the backbone in bfloat16, as in linen; the head and each bias in float32."""
-    row = figures("h100:2", "cnn", tmp_path, monkeypatch)["ours"]["summed_over_chips"]
+    row = figures("h100:2", "cnn", tmp_path)["ours"]["summed_over_chips"]
     kernels = 9 * 32 + 9 * 32 * 64 + 1600 * 64
     assert row == {"bf16": kernels, "f32": 121_930 - kernels + 1}  # and the loss
 
 
-def figures(chips, name, tmp_path, monkeypatch):
+def figures(chips, name, tmp_path):
     """What the benchmark finds for one network; the test is skipped where the chips' compiler is missing."""
-    for key in ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_ENABLE_COMPILATION_CACHE"):
-        monkeypatch.setenv(key, "")  # which `prepare` sets, and which are as they were after the test
-    try:
-        topology.prepare(topology.parse(chips))
-    except UserError as e:
-        pytest.skip(str(e))
+    skip_without(chips)
     command = [sys.executable, SCRIPT, f"--chips={chips}", f"--model={name}", f"--out={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from compilers import skip_without
 
 from imgclf_jax.chips import table, topology
 from imgclf_jax.commands import dryrun
@@ -74,6 +75,34 @@ def test_what_does_not_fit(programs, monkeypatch):
         memory = found["memory"]["peak"] - 1
 
 
+@pytest.mark.parametrize(
+    ("model", "memory", "advice", "not_advised"),
+    [
+        (
+            "vit('Ti', patch=6)",
+            70_000,
+            ["take 120 kB of each chip: mesh='data=-1, fsdp=4' (in parts)"],
+            "remat",
+        ),
+        ("vit('Ti', patch=6)", 1_000_000, ["remat='block'", "mesh='data=-1, fsdp=2'"], None),
+        ("vit('Ti', patch=6)", 10_000_000, ["remat='block'"], "mesh="),
+        ("vit('Ti', patch=6, remat='block')", 10_000_000, [], "remat"),
+        ("mlp(widths=(16,))", 10_000_000, ["a smaller batch or image, or more chips"], "remat"),
+    ],
+)
+def test_advice(fake_config, model, memory, advice, not_advised):
+    """Blocks computed again, for models that can; the state in parts, where it is much of a chip's memory."""
+    fake_config.model, fake_config.batch_size, fake_config.precision = model, 8, "bfloat16"
+    programs = Programs(Recipe(fake_config, DataInfo(640, (12, 12, 1), ("a", "b", "c"), "")))
+    result = {"accumulate": 1, "batch_size": 8, "precision": "bfloat16",
+              "memory": {"capacity": memory, "parameters": 40_000, "optimizer": 80_000, "averages": 0, "batch": 0,
+                         "temporaries": 20_000_000}}  # fmt: skip
+    found = dryrun._advice(result, programs)
+    for text in advice:
+        assert any(text in line for line in found), found
+    assert not not_advised or not_advised not in str(found), found
+
+
 def test_what_the_compiler_refuses(programs, monkeypatch):
     """A compiler that stops for lack of memory is quoted."""
 
@@ -105,10 +134,8 @@ def test_data_that_are_not_here():
 @pytest.mark.parametrize("chips", ["v5e:2x4", "h100:8"])
 def test_for_chips_that_are_not_here(chips, tmp_path):
     """The default recipe, by the real compilers."""
-    module = topology._COMPILERS[topology.parse(chips).platform][0]
-    if not topology._installed(module):
-        pytest.skip(f"{module}, the compiler for {chips}, is not installed")
+    skip_without(chips)
     found = json.loads(run(f"--chips={chips}", f"--workdir={tmp_path}", "--format=json").stdout)
     assert found["fits"]
     assert found["collectives"]["all-reduce"]["bytes"] >= found["memory"]["parameters"]
-    assert found["bound_by"] == "memory"
+    assert found["bound_by"] in ("memory", "network")  # its products are the least of it

@@ -1,0 +1,67 @@
+"""Which dtypes the products and the sums of a bfloat16 training step have, on GPU and TPU, of each backbone."""
+
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from imgclf_jax.core import platform
+from imgclf_jax.models import classifier
+from imgclf_jax.models.backbones import BACKBONES
+
+SPECS = {
+    "cnn": "cnn(widths=(4, 8), hidden=8)",
+    "mlp": "mlp(widths=(16,))",
+    "vit": "vit('Ti', patch=8)",
+    "mixer": "mixer('S', patch=8)",
+}  # fmt: skip; the others by their names
+# (lhs, rhs, result). The units for bfloat16 sum in float32; "bfloat16" as a result says that the sum is rounded once.
+ROUNDED, WHOLE = ("bfloat16", "bfloat16", "bfloat16"), ("bfloat16", "bfloat16", "float32")
+HEAD = {("float32", "float32", "float32"): 3}  # logits, and two gradients
+# The products of queries and keys in a ViT's twelve blocks: softmax takes their sums as they are.
+NOT_ROUNDED = {"vit": {WHOLE: 12}}
+# Gradients of small arrays that are summed in bfloat16: the scales of convnext's 18 blocks, each in two steps; a ViT's
+# class token and positions; a bias of linen's cell in an rnn.
+SUMMED_IN_BFLOAT16 = {"convnext": 36, "vit": 2, "rnn": 1}
+
+
+@pytest.mark.parametrize("form", ["tpu", "gpu"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_products_of_bfloat16_operands(name, form):
+    """All of the backbone; the head in float32. Sums of many terms in float32, but for the exceptions above."""
+    with platform.tracing_for(form):
+        step = gradient(classifier.build(SPECS.get(name, name), 10, "bfloat16"))
+    products, sums = Counter(), Counter()
+    for equation in equations(step):
+        dtypes = tuple(str(v.aval.dtype) for v in (*equation.invars[:2], *equation.outvars[:1]))
+        if equation.primitive.name in ("dot_general", "conv_general_dilated", "dot_product_attention_fwd"):
+            products[dtypes] += 1
+        elif equation.primitive.name in ("reduce_sum", "reduce_window_sum", "cumsum"):
+            sums[dtypes[0]] += 1
+    exceptions = HEAD | NOT_ROUNDED.get(name, {})
+    assert {dtypes: n for dtypes, n in products.items() if dtypes != ROUNDED} == exceptions
+    assert products[ROUNDED] > 0
+    assert sums["bfloat16"] == SUMMED_IN_BFLOAT16.get(name, 0)
+
+
+def gradient(model):
+    """The jaxpr of the gradient of a loss, in training."""
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    others = {k: v for k, v in variables.items() if k != "params"}
+
+    def loss(params, others, images):
+        keys = {"dropout": jax.random.key(0)}
+        logits, _ = model.apply({"params": params, **others}, images, train=True, mutable=list(others), rngs=keys)
+        return jnp.mean(logits**2)
+
+    return jax.make_jaxpr(jax.grad(loss))(variables["params"], others, images)
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr, and of those inside of it."""
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield equation
+        for inner in platform.inner_jaxprs(equation):
+            yield from equations(inner)

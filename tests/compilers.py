@@ -1,0 +1,35 @@
+"""What a program prints that compiles for chips that are not here, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imgclf_jax.chips import topology
+
+ROOT = Path(__file__).parents[1]
+
+
+def skip_without(chips: str) -> None:
+    """Skips the test where the compiler for these chips is not installed."""
+    platform = topology.parse(chips).platform
+    if platform in topology._COMPILERS:
+        module, command = topology._COMPILERS[platform]
+        if not topology._installed(module):
+            pytest.skip(f"needs {module}: {command.replace('launch.py dryrun …', 'pytest -m chips')}")
+
+
+def printed(program: str, chips: str, *arguments: str) -> Any:
+    """The last line that `program` prints, as JSON. It gets the chips' name and the arguments, and the repository."""
+    skip_without(chips)
+    variables = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")}
+    ran = subprocess.run(
+        [sys.executable, "-c", program, chips, *arguments], env={**variables, "PYTHONPATH": str(ROOT)}, cwd=ROOT,
+        capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return json.loads(ran.stdout.splitlines()[-1])
