@@ -266,3 +266,22 @@ def test_the_tests_that_reliability_names_are_there():
         assert not test or re.search(rf"^def {test}\(", file.read_text(), re.MULTILINE), part
         named += 1
     assert named > 60
+
+
+def test_the_commands_for_clusters_are_valid(monkeypatch, capsys):
+    """Each launch.py of the page is parsed, with its config: in the shell's blocks, and in the manifest's list."""
+    monkeypatch.chdir(ROOT)
+    page = PAGES["clusters"].read_text()
+    text = page.replace("\\\n", " ").replace("$OMPI_COMM_WORLD_SIZE", "2").replace("$OMPI_COMM_WORLD_RANK", "0")
+    found = [shlex.split(line.rstrip("'")) for line in re.findall(r"launch\.py (train .*)", text)]
+    manifest = list(yaml.safe_load_all(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[0]))[1]
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    command = job["template"]["spec"]["containers"][0]["command"]
+    assert f"--num_processes={job['parallelism']}" in command
+    assert job["parallelism"] == job["completions"]
+    found.append([word.replace("$(JOB_COMPLETION_INDEX)", "0") for word in command[command.index("launch.py") + 1 :]])
+    assert len(found) == 7
+    for words in found:
+        assert launch.main(["config", *words[1:]]) == 0, words
+    script = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)[0]
+    assert subprocess.run(["bash", "-n", "-c", script], check=False).returncode == 0

@@ -43,18 +43,46 @@ processes.end(0)
 
 def test_each_process_gets_the_rows_of_its_devices(tmp_path):
     """By their order in the mesh; and what lies on both is fetched whole."""
+    started = start_two(ARRAYS)
+    found = [json.loads(process.communicate(timeout=120)[0]) for process in started]
+    assert [f.pop("rows") for f in found] == [[2, 3, 4, 5], [0, 1, 6, 7]]
+    assert found == [{"same": True, "fetched": True, "copied": True, "digest": True, "hosts": 2}] * 2
+
+
+ENDING = """
+import atexit, sys, time
+from imgclf_jax.core import processes, signals
+signals.install()
+process, port = int(sys.argv[1]), sys.argv[2]
+processes.start(f"localhost:{port}", 2, process, heartbeat=10)
+if process:
+    atexit.register(lambda: (print("leaving", flush=True), sys.stdin.read(), time.sleep(1.0)))
+processes.end(75)
+"""
+
+
+def test_a_signal_to_a_process_that_is_leaving_changes_nothing():
+    """Slurm sends SIGTERM to all tasks when the first has ended with a status that is not 0."""
+    first, second = start_two(ENDING)
+    with first, second:
+        assert second.stdout.readline() == "leaving\n"
+        assert first.wait(120) == 75
+        second.send_signal(signal.SIGTERM)
+        second.stdin.close()
+        assert second.wait(120) == 75
+
+
+def start_two(program: str) -> list[subprocess.Popen]:
+    """Two processes of a Python program, which gets the number of its process and a port."""
     with check.socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = {**check.os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
-    started = [
-        subprocess.Popen([sys.executable, "-c", ARRAYS, str(number), str(port)], cwd=check.ROOT, env=environment,
-                         stdout=subprocess.PIPE, text=True)
+    return [
+        subprocess.Popen([sys.executable, "-c", program, str(number), str(port)], cwd=check.ROOT, env=environment,
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for number in range(2)
     ]  # fmt: skip
-    found = [json.loads(process.communicate(timeout=120)[0]) for process in started]
-    assert [f.pop("rows") for f in found] == [[2, 3, 4, 5], [0, 1, 6, 7]]
-    assert found == [{"same": True, "fetched": True, "copied": True, "digest": True, "hosts": 2}] * 2
 
 
 def test_a_signal_to_one_stops_both_and_one_process_goes_on(tmp_path):

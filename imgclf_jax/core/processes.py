@@ -29,8 +29,9 @@ log = logging.getLogger(__name__)
 
 WAIT = 600.0  # seconds that processes wait for each other
 PREPARING = 86400.0  # the same where a process may download a data set
-# What clusters set for a process that is one of several. On Cloud TPU it is the machine that JAX asks.
-_COUNTS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+# What clusters set for a process that is one of several. On Cloud TPU it is the machine that JAX asks. JAX itself reads
+# SLURM_NTASKS, which a shell in an allocation has too: there a process would wait for others that nobody starts.
+_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 _SIGNS = ("JOB_COMPLETION_INDEX", "TPU_WORKER_ID", "MEGASCALE_COORDINATOR_ADDRESS", "JAX_COORDINATOR_ADDRESS")
 
 _count, _index = 1, 0
@@ -277,6 +278,8 @@ def end(status: int) -> NoReturn:
     if _count > 1:
         if not _failure:
             barrier("end")
+            for number in signals.SIGNALS:  # whoever started the processes may send one to all when the first ends
+                signal.signal(number, signal.SIG_IGN)
             jax.distributed.shutdown()
             if _watcher:
                 _watcher.join(10.0)

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 log = logging.getLogger(__name__)
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 SAME = 2.0  # seconds in which signals are one request: `uv run` passes on what the terminal sends to the whole group
 
 # Called in any thread before a signal ends the process, with its status and what it says.
@@ -112,7 +112,7 @@ def install() -> threading.Thread:
     read, _pipe = os.pipe()
     os.set_blocking(_pipe, False)
     _terminals[:] = [number for number in (0, 1, 2) if os.isatty(number)]
-    for number in _SIGNALS:
+    for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under `nohup`
             signal.signal(number, _pass_on)
     signal.set_wakeup_fd(_pipe, warn_on_full_buffer=False)  # Python's own handler in C writes to it, at once
@@ -133,7 +133,7 @@ def noted(losing: Callable[[], str], grace: float = 0.0) -> Iterator[Callable[[]
     own = _pipe is None and threading.current_thread() is threading.main_thread()
     before: dict[int, Any] = {}
     if own:
-        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
         thread = install()
     _now = requests = _Requests(losing, grace=grace)
     try:
@@ -160,7 +160,7 @@ def _pass_on(number: int, frame: Any) -> None:
 
 def _watch(read: int) -> None:
     while data := os.read(read, 1):
-        if data[0] in _SIGNALS:
+        if data[0] in SIGNALS:
             _now.receive(data[0])
     os.close(read)
 
@@ -194,7 +194,7 @@ def _forget() -> None:
     if _pipe is not None:
         signal.set_wakeup_fd(-1)
         _pipe = None
-        for number in _SIGNALS:
+        for number in SIGNALS:
             if signal.getsignal(number) is _pass_on:
                 signal.signal(number, signal.SIG_DFL)
 
