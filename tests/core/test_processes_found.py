@@ -16,7 +16,9 @@ def _no_cluster(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "value", "several"),
-    [("", "", False), ("SLURM_STEP_NUM_TASKS", "4", True), ("SLURM_STEP_NUM_TASKS", "1", False), ("SLURM_NTASKS", "4", False), ("OMPI_COMM_WORLD_SIZE", "2", True),
+    [("", "", False), ("SLURM_STEP_NUM_TASKS", "4", True),
+     ("SLURM_STEP_NUM_TASKS", "1", False),
+     ("SLURM_NTASKS", "4", False), ("OMPI_COMM_WORLD_SIZE", "2", True),
      ("JOB_COMPLETION_INDEX", "0", True), ("TPU_WORKER_ID", "1", True)],
 )  # fmt: skip
 def test_a_cluster_is_asked_if_there_is_one(monkeypatch, name, value, several):

@@ -13,7 +13,7 @@ from imgclf_jax.core import signals
 @pytest.fixture(autouse=True)
 def _obeyed():
     """As in a process that was started to ignore no signal; some shells let what is in the background ignore SIGINT."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in signals._SIGNALS}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in signals.SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -74,12 +74,12 @@ def test_the_second_signal_may_come_when_all_is_saved(ended):
 
 
 def test_handlers_are_there_inside_alone():
-    before = [signal.getsignal(number) for number in signals._SIGNALS]
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
     with signals.noted(str) as stop:
         assert stop() == ""
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop() == "SIGHUP"
-    assert [signal.getsignal(number) for number in signals._SIGNALS] == before
+    assert [signal.getsignal(number) for number in signals.SIGNALS] == before
     with signals.noted(str) as stop:
         assert stop() == ""
 
