@@ -127,7 +127,8 @@ def test_names_that_hold_anything(tmp_path, capsys):
 
     capsys.readouterr()
     assert launch.main(["evaluate", run]) == 0
-    assert [row[0] for row in rows()] == [printable(name) for name in names]
+    classes = [row for row in rows() if len(row) == 5]  # of the second table; the first one is of scores
+    assert [row[0] for row in classes] == [printable(name) for name in names]
     assert launch.main(["predict", run, str(tmp_path / "p")]) == 0
     files = [str(tmp_path / "p" / name / f"{file}.png") for name in names for file in sorted(NASTY)]
     found = rows()

@@ -72,7 +72,9 @@ def test_evaluation_is_the_same_as_with_the_ops_written_out(tmp_path, capsys):
         assert launch.main(["evaluate", f"--workdir={tmp_path}", "--format=json", *more]) == 0
         results.append(json.loads(capsys.readouterr().out)["test"])
         del results[-1]["confusion"], results[-1]["class_names"]
+    scores = [result.pop("scores") for result in results[1:]]
     assert all(result == results[0] for result in results)
+    assert all(score == scores[0] for score in scores)
     random = "--config.preprocess_eval=decode(1)|random_resized_crop(10)"
     assert launch.main(["evaluate", f"--workdir={tmp_path}", random]) == 1
     assert "random_resized_crop draws at random" in capsys.readouterr().err

@@ -40,6 +40,9 @@ def test_evaluated(old, capsys):
     assert result["step"] == 6
     assert result["test"].pop("class_names") == list("0123")
     assert result["test"].pop("confusion") == expected["evaluated"].pop("confusion")
+    scores = result["test"].pop("scores")
+    accuracy = expected["evaluated"].get("ensemble_accuracy", expected["evaluated"]["accuracy"])
+    assert scores["accuracy"]["value"] == pytest.approx(accuracy)
     assert result["test"] == pytest.approx(expected["evaluated"], rel=rounding(DEPTH))
 
 
