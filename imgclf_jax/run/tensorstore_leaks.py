@@ -18,6 +18,7 @@ def stop() -> None:
     """A save no longer loses memory: it was some 20 kB, and 270 bytes more for each array."""
     # TensorStore's metrics, which Orbax logs to say how well arrays are compressed.
     tensorstore_utils.get_tensorstore_raw_bytes = lambda *_: 0
+    tensorstore_utils._build_non_ocdbt_kvstore_tspec = _also_s3(tensorstore_utils._build_non_ocdbt_kvstore_tspec)
     tensorstore_utils._build_ocdbt_kvstore_tspec = _once_a_folder(tensorstore_utils._build_ocdbt_kvstore_tspec)
 
 
@@ -38,6 +39,19 @@ def _once_a_folder(build: Any) -> Any:
         else:
             spec = copy.deepcopy(kept(directory, **settings))
         return spec if name is None else {**spec, "path": name}
+
+    return place
+
+
+def _also_s3(build: Any) -> Any:
+    """`build` gives where a file is written. One in an S3 bucket it would write into a folder `s3:` of this disk."""
+
+    @functools.wraps(build)
+    def place(directory: Any, name: str | None = None) -> dict[str, Any]:
+        if not str(directory).startswith("s3://"):
+            return dict(build(directory, name))
+        spec = places.store(str(directory).rstrip("/"))
+        return {**spec, "path": spec["path"] + name} if name else spec
 
     return place
 

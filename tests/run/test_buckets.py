@@ -120,7 +120,9 @@ def test_data_in_a_bucket(bucket, tmp_path):
         sources.open_splits(f"arrays('{bucket}/b.npz')")
 
 
-def test_a_step_is_saved_again(bucket):
+def test_a_step_is_saved_again(bucket, tmp_path, monkeypatch):
+    """And nothing of it is written to this disk."""
+    monkeypatch.chdir(tmp_path)
     like = {"x": jax.ShapeDtypeStruct((3,), np.int32, sharding=sharding())}
     checkpoints = Checkpoints(places.place(f"{bucket}/again"), keep=2)
     for step, value in ((1, 1), (2, 2), (3, 3), (3, 4)):
@@ -129,6 +131,7 @@ def test_a_step_is_saved_again(bucket):
     step, state = checkpoints.restore_latest(like)
     assert (step, state["x"].tolist(), checkpoints.steps()) == (3, [4, 4, 4], [2, 3])
     checkpoints.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def sharding():
