@@ -19,7 +19,7 @@ _MOST_AUC = 2_000_000_000  # so many weights are looked at for intervals of AUC:
 class Scores:
     """The scores of probabilities f64[n, classes] for labels int[n], each 0 to classes - 1.
 
-    Rows that hold NaN predict no class. They are wrong; loss, Brier score, calibration and AUC are NaN with them.
+    Rows that hold NaN predict no class. They are wrong, and Brier score, calibration and AUC are NaN with them.
     """
 
     labels: np.ndarray
@@ -29,7 +29,7 @@ class Scores:
     def predicted(self) -> np.ndarray:
         """int[n]: the class of the greatest probability, the first of equal ones; -1 for a row with NaN."""
         broken = np.isnan(self.probabilities).any(1)
-        return np.where(broken, -1, np.where(broken[:, None], 0, self.probabilities).argmax(1))
+        return np.where(broken, -1, self.probabilities.argmax(1))
 
     def of(self, weights: np.ndarray, auc: bool = True) -> dict[str, np.ndarray]:
         """{name: f64[r]} for weights f64[r, n] of the examples, such as how often each is in a sample.

@@ -67,8 +67,8 @@ def start(
     global _count, _index, _watcher, _hosts
     if number == 1 or not (coordinator or number or _in_cluster()):
         return
-    ids = [] if devices == "all" or (not devices and _alone_on_host()) else [int(i) for i in devices.split(",") if i]
-    known = ids if devices or ids or _alone_on_host() else None
+    whole = devices == "all" or (not devices and _alone_on_host())
+    known = [] if whole else [int(i) for i in devices.split(",")] if devices else None  # [] for all; None: JAX decides
     # JAX's own handler of SIGTERM would replace that of `signals`, and it knows of steps alone.
     jax.config.update("jax_enable_preemption_service", False)
     _end_with_status_1()
@@ -173,7 +173,7 @@ def once_a_host(what: str, function: Callable[[], Any]) -> Any:
 
     So what it prepares on a disk is prepared by one process, be it the disk of one host or of all.
     """
-    place = 0 if index() == 0 else 1 if _hosts and _hosts.index(_hosts[index()]) == index() else 2
+    place = 0 if index() == 0 else 1 if _hosts.index(_hosts[index()]) == index() else 2
     result = None
     for turn in range(3 if _count > 1 else 1):
         if place == turn:

@@ -137,13 +137,11 @@ class Checkpoints:
         if step in self._manager.all_steps():
             if not again:
                 return
-            processes.first("moving a checkpoint", lambda: self._replace(step))
+            folder, aside = self.directory / str(step), self.directory / f"{_REPLACED}{step}"
+            processes.first("moving a checkpoint", lambda: places.move(folder, aside))
             self._manager.reload()
         self._attempt(lambda: self._manager.save(step, args=ocp.args.StandardSave(state), metrics=dict(metrics or {})))
         self._saving = self._thread.submit(self._finish, step, jax.eval_shape(lambda: state))
-
-    def _replace(self, step: int) -> None:
-        places.move(self.directory / str(step), self.directory / f"{_REPLACED}{step}")
 
     def _finish(self, step: int, like: Any) -> None:
         """In the thread: waits until a checkpoint is on disk, verifies that all of the state is in it, and seals it."""

@@ -1,6 +1,7 @@
 """What TensorStore 0.1.86 gives as JSON is never freed, and Orbax asks for some of it at every save.
 
-Both functions of Orbax are replaced by ones that ask less: `stop` is called once, when `checkpoint` is imported.
+Two functions of Orbax are replaced by ones that ask less. They and a third one also learn of S3, which Orbax does not
+know and TensorStore does. `stop` is called once, when `checkpoint` is imported.
 """
 
 import copy
@@ -25,17 +26,16 @@ def stop() -> None:
 def _once_a_folder(build: Any) -> Any:
     """`build` gives where an array is written. It asks TensorStore for a part of that, which is the same in any folder.
 
-    So it is asked for a made-up folder once, whose name is then replaced; folders in buckets are asked for each time.
+    So it is asked for a made-up folder once, whose name is then replaced; folders at gs:// are asked for each time.
     """
     kept = functools.lru_cache(8)(build)
 
     @functools.wraps(build)
     def place(directory: Any, name: str | None = None, **settings: Any) -> dict[str, Any]:
         where = str(directory).rstrip("/")
-        if where.startswith("s3://"):  # which Orbax does not know, and TensorStore does
-            spec: dict[str, Any] = _in_s3(kept(_MADE_UP, **settings), where)
-        elif where.startswith("/"):
-            spec = _in_folder(kept(_MADE_UP, **settings), where)
+        if where.startswith(("/", "s3://")):
+            spec: dict[str, Any] = _in_folder(kept(_MADE_UP, **settings), where)
+            spec = _in_s3(spec) if where.startswith("s3://") else spec
         else:
             spec = copy.deepcopy(kept(directory, **settings))
         return spec if name is None else {**spec, "path": name}
@@ -56,12 +56,13 @@ def _also_s3(build: Any) -> Any:
     return place
 
 
-def _in_s3(spec: Any, folder: str) -> Any:
+def _in_s3(spec: Any) -> Any:
+    """The same place in a bucket, where `spec` has a file."""
     if not isinstance(spec, dict):
         return spec
     if spec.get("driver") == "file":
-        return places.store(spec["path"].replace(_MADE_UP, folder).rstrip("/"))
-    return {key: _in_s3(value, folder) for key, value in spec.items()}
+        return places.store(spec["path"].rstrip("/"))
+    return {key: _in_s3(value) for key, value in spec.items()}
 
 
 def _in_folder(spec: Any, folder: str) -> Any:

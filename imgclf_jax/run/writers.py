@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from rich import progress
 from rich.console import Console
@@ -30,11 +30,11 @@ log = logging.getLogger(__name__)
 class MetricsWriter:
     """Appends records to `metrics.jsonl` and, if TensorBoard is installed, to its event files in `tb/`.
 
-    In a bucket they are written at each `sync`, and at the end. A run that is killed resumes from its last checkpoint,
-    before which there was one.
-
     A record is one line: {"step": 100, "train/loss": …}. A run that resumes at `step` first drops the records after
     this step, and an incomplete last line after a crash. It then writes the same records again.
+
+    Into a bucket records are written by `sync`, which comes before each checkpoint, and at the end. Those that a killed
+    process had not written yet are of steps that are done again.
     """
 
     def __init__(self, workdir: Path, step: int = 0, tensorboard: bool = True):
@@ -102,20 +102,8 @@ class _Whole(io.StringIO):
         super().close()
 
 
-class Writer(Protocol):
-    """What takes the records of a run: `MetricsWriter`, or in processes other than the first, nothing."""
-
-    evaluated: bool
-
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def sync(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class NoWriter:
-    """What process 0 writes, the others do not."""
+    """The writer of the other processes: process 0 writes for all."""
 
     evaluated = False
 
@@ -129,8 +117,11 @@ class NoWriter:
         """Closes nothing."""
 
 
+Writer = MetricsWriter | NoWriter
+
+
 def open_writer(workdir: Path, step: int, tensorboard: bool) -> Writer:
-    """The writer of this process; whether it is `evaluated` process 0 says to all."""
+    """The writer of this process. All have process 0's `evaluated`."""
     writer: Writer = NoWriter() if processes.index() else MetricsWriter(workdir, step, tensorboard)
     writer.evaluated = processes.first("reading metrics.jsonl", lambda: writer.evaluated)
     return writer
