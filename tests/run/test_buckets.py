@@ -71,8 +71,9 @@ def test_a_driver_that_is_missing_is_named(monkeypatch):
         places.place("gs://bucket/x")
 
 
-def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, tmp_path, capsys, caplog):
-    """Trained in two parts, evaluated, and taken as weights."""
+def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, tmp_path, capsys, caplog, monkeypatch):
+    """Trained in two parts, evaluated, and taken as weights. Nothing of it is written to this disk."""
+    monkeypatch.chdir(tmp_path)
     place = f"{bucket}/lr 0.1"
     assert launch.main([f"--workdir={tmp_path / 'disk'}", *RUN]) == 0
     assert launch.main([f"--workdir={place}", *RUN]) == 0
@@ -102,6 +103,7 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, tmp_path, capsys, caplog):
     assert launch.main(["evaluate", f"--workdir={place}", "--format=json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 12
     assert launch.main([f"--workdir={tmp_path / 'next'}", *RUN, f"--config.init_from={place}"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "next"]
 
 
 def test_data_in_a_bucket(bucket, tmp_path):
