@@ -15,7 +15,7 @@ from networks import Network
 from variants import Measure, Prepare
 
 from imgclf_jax import config as configs
-from imgclf_jax import step
+from imgclf_jax import inference
 from imgclf_jax.core import platform, sharding, tensorflow_import
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
@@ -134,7 +134,7 @@ def _training(programs: Programs, images: stream.Images) -> Measure:
 
 def _inference(programs: Programs, images: np.ndarray) -> Measure:
     mesh, batch_size = programs.mesh, programs.eval_batch_size
-    predict = step.make_predict_step(programs.recipe.model, programs.recipe.augment(train=False))
+    predict = inference.make_predict_step(programs.recipe.model, programs.recipe.augment(train=False))
     whole, split = sharding.replicated(mesh), sharding.sharded(mesh)
 
     @jax.jit

@@ -42,6 +42,10 @@ class OnMesh:
         """The platform of the mesh, which all programs are traced for."""
         return platform.of(self.mesh)
 
+    def slow_in_loops(self, jaxpr: Any) -> bool:
+        """Whether the platform of the mesh runs this program slower inside of a loop."""
+        return platform.slow_in_loops(jaxpr, self.platform)
+
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
         """Inside, what is traced is for the mesh's platform, and what fails is traced again to name the config key."""

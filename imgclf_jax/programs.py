@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from imgclf_jax import losses, step
-from imgclf_jax.core import platform, sharding
+from imgclf_jax import inference, losses, step
+from imgclf_jax.core import sharding
 from imgclf_jax.core.once import once
 from imgclf_jax.data import decode, placement
-from imgclf_jax.data.stream import Images, StreamSpec
+from imgclf_jax.data.stream import Images, StreamSpec, as_evaluated
 from imgclf_jax.models.cpu.rewrite import rewrite
 from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.on_mesh import OnMesh
@@ -93,7 +93,7 @@ class Programs(OnMesh):
         It follows from the train step and its batch alone. So all calls of a run are of one program, whatever is asked
         for with `steps_per_call`, and wherever something is due.
         """
-        return self._steps_in_chunk > 1 and not platform.slow_in_loops(self.train_step.jaxpr, self.platform)
+        return self._steps_in_chunk > 1 and not self.slow_in_loops(self.train_step.jaxpr)
 
     @property
     def _steps_in_chunk(self) -> int:
@@ -209,20 +209,39 @@ class Programs(OnMesh):
 
     @once
     def predict(self) -> Any:
-        """Jitted (params, model_state, images) → probabilities."""
+        """Jitted (params, model_state, images) → probabilities f32[b, classes]. See `inference` for all three."""
+        recipe, link = self.recipe, losses.link_of(self.recipe.config.loss)
+        return self._jitted(inference.make_predict_step(
+            recipe.model, recipe.augment(train=False), recipe.views, recipe.num_seeds, link))  # fmt: skip
+
+    @once
+    def logits(self) -> Any:
+        """Jitted (params, model_state, images) → logits f32[b, classes], or [seeds, b, classes]."""
         recipe = self.recipe
-        pure = step.make_predict_step(
-            recipe.model, recipe.augment(train=False), recipe.views, recipe.num_seeds,
-            losses.link_of(recipe.config.loss),
-        )  # fmt: skip
+        return self._jitted(inference.make_logits_step(
+            recipe.model, recipe.augment(train=False), recipe.views, recipe.num_seeds))  # fmt: skip
+
+    @once
+    def features(self) -> Any:
+        """Jitted (params, model_state, images) → features f32[b, d], or [seeds, b, d]."""
+        recipe = self.recipe
+        return self._jitted(inference.make_features_step(recipe.model, recipe.augment(train=False), recipe.num_seeds))
+
+    def _jitted(self, pure: inference.Inference) -> Any:
+        """The function of (params, model_state, images), compiled when it is first called."""
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
         pure = self._in_its_form(pure)
 
-        def predict(*args: Any) -> Any:
+        def infer(*args: Any) -> Any:
             with self.tracing():
                 return pure(*args)
 
-        return jax.jit(predict, in_shardings=(whole, whole, split), out_shardings=whole)
+        return jax.jit(infer, in_shardings=(whole, whole, split), out_shardings=whole)
+
+    @once
+    def host_ops(self) -> decode.HostOps:
+        """The host ops of evaluation as one function, see `decode.build`."""
+        return decode.build(self.preprocess_eval)[0]
 
     @property
     def preprocess_eval(self) -> str:
@@ -231,4 +250,4 @@ class Programs(OnMesh):
 
     def eval_images(self, source: Any) -> Images:
         """A source seen through the host ops of evaluation."""
-        return Images(source, self.preprocess_eval, self.recipe.config.seed, self.recipe.config.data.threads)
+        return as_evaluated(source, self.recipe.config)

@@ -12,7 +12,7 @@ from flax import struct
 from imgclf_jax import metrics
 from imgclf_jax.augment import mixing, tta
 from imgclf_jax.core import platform, rng, tree
-from imgclf_jax.losses import SOFTMAX, Link, Loss, link_of
+from imgclf_jax.losses import Loss, link_of
 from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.optim import weight_averages
 from imgclf_jax.optim.optimizers import promoting, seed_keys
@@ -200,7 +200,9 @@ def join_windows(a: Window, b: Window) -> Window:
     return {k: jnp.minimum(a[k], b[k]) if k == "nonfinite_step" else a[k] + b[k] for k in a}
 
 
-def _make_logits(model: nn.Module, augment: Augment, views: tta.Views) -> Callable[[Any, Any, jax.Array], jax.Array]:
+def make_logits(model: nn.Module, augment: Augment, views: tta.Views) -> Callable[[Any, Any, jax.Array], jax.Array]:
+    """`logits(params, model_state, images uint8[b, h, w, c]) -> [b, classes]`, the mean over the views."""
+
     def logits(params: Any, model_state: Any, images: jax.Array) -> jax.Array:  # uint8[b, h, w, c] → f32[b, classes]
         def of_view(images: jax.Array) -> jax.Array:
             out: Any = model.apply({"params": params, **model_state}, images, train=False)
@@ -238,7 +240,7 @@ def make_eval_step(
     seed, and last those of the ensemble, whose probabilities are the mean of the seeds' probabilities. The predictions
     are None unless `with_predictions`.
     """
-    logits_of, link = _make_logits(model, augment, views), link_of(loss)
+    logits_of, link = make_logits(model, augment, views), link_of(loss)
 
     def eval_step(params: Any, model_state: Any, batch: Batch) -> tuple[metrics.Sums, metrics.Predictions | None]:
         labels, mask = batch["label"], batch["mask"]
@@ -258,28 +260,3 @@ def make_eval_step(
         return sums, metrics.Predictions(labels, link.probabilities(logits.astype(jnp.float32)), mask)
 
     return eval_step
-
-
-def make_predict_step(
-    model: nn.Module,
-    augment: Augment,
-    views: tta.Views = tta.NONE,
-    num_seeds: int = 1,
-    link: Link = SOFTMAX,
-) -> Callable[[Any, Any, jax.Array], jax.Array]:
-    """`predict_step(params, model_state, images uint8[b, h, w, c]) -> probabilities f32[b, classes]`.
-
-    `link` is the loss's. With several seeds, params and model_state are [num_seeds, …], and the result is the mean of
-    the seeds' probabilities.
-    """
-    logits_of = _make_logits(model, augment, views)
-
-    def probabilities(params: Any, model_state: Any, images: jax.Array) -> jax.Array:
-        return link.probabilities(logits_of(params, model_state, images).astype(jnp.float32))
-
-    def predict_step(params: Any, model_state: Any, images: jax.Array) -> jax.Array:
-        if num_seeds == 1:
-            return probabilities(params, model_state, images)
-        return jnp.mean(jax.vmap(probabilities, (0, 0, None))(params, model_state, images), 0)
-
-    return predict_step

@@ -12,9 +12,9 @@ from PIL import Image
 
 import launch
 from imgclf_jax import losses
-from imgclf_jax.commands.trained import restore
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
+from imgclf_jax.loading import restore
 from imgclf_jax.run.workdir import Workdir
 
 SOURCE = "fake(60, (8, 8, 1), 3)"

@@ -10,9 +10,9 @@ import pytest
 import launch
 from imgclf_jax import metrics
 from imgclf_jax.commands.evaluation import evaluate, evaluate_all
-from imgclf_jax.commands.trained import restore
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
+from imgclf_jax.loading import restore
 from imgclf_jax.run.workdir import Workdir
 
 

@@ -15,9 +15,10 @@ TIERS = [
     "core",
     "analysis chips config config_keys losses metrics models optim",
     "augment run",
-    "data step",
-    "diagnose on_mesh programs recipe",
+    "data inference step",
+    "diagnose on_mesh programs recipe trained",
     "weights",
+    "loading",
     "commands",
     "launch",
 ]
@@ -51,6 +52,7 @@ INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "tensorboar
 # What prints help and configs, and so must not import JAX: these and all that they import.
 LIGHT = {
     "launch",
+    "commands.table",
     "run.cache",
     "run.environment",
     "config",

@@ -19,7 +19,7 @@ from imgclf_jax.core.memory import size
 from imgclf_jax.data import described
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe, check_names
-from imgclf_jax.run import writers
+from imgclf_jax.run import terminal
 from imgclf_jax.run.provenance import write_json
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def main(config: ConfigDict, chips: topology.Chips, given: dict[str, Any], form:
 
     `given` is what the person says of the data, see `described.Given`. `topology.prepare` came before JAX was imported.
     """
-    writers.setup_logging()
+    terminal.setup_logging()
     mesh = sharding.make_mesh(topology.devices(chips), config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
     check_names(config)

@@ -13,47 +13,51 @@ from ml_collections import ConfigDict
 from imgclf_jax import metrics
 from imgclf_jax.analysis import listing, scores
 from imgclf_jax.commands.evaluation import evaluate, open_evals
-from imgclf_jax.commands.trained import convert, restore
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
+from imgclf_jax.loading import convert, restore
 from imgclf_jax.programs import Programs
+from imgclf_jax.run.terminal import print_table
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.run.writers import format_metrics, print_table
+from imgclf_jax.run.writers import format_metrics
 
 log = logging.getLogger(__name__)
 
 
 def main(
-    config: ConfigDict, workdir: Workdir | None, which: str, format: str, listing_file: str = "", top_k: int = 3
+    config: ConfigDict, workdir: Workdir | None, checkpoint: str, format: str, predictions: str = "", top_k: int = 3
 ) -> int:
     """The command `evaluate`: prints the metrics of each evaluation set, its scores, and a table of its classes.
 
     It evaluates the run in `workdir`. If that is None, it evaluates the weights that `init_from` names. The format
     "json" prints one object: the `step`, and for each set its metrics, its `scores` with 95 % intervals, its
     `class_names` and, in their order, its `confusion`, [label][prediction]. Above CONFUSION_CLASSES classes there are
-    no `scores` and no `confusion`, but `class_examples`, `class_predicted` and `class_correct`. To `listing_file`, if
-    it is named, the predictions of each example are written, its `top_k` classes. Scores and predictions of several
+    no `scores` and no `confusion`, but `class_examples`, `class_predicted` and `class_correct`. If the file
+    `predictions` is named, the `top_k` classes of each example are written to it. Scores and predictions of several
     seeds are those of their ensemble.
     """
+    listing_file = Path(predictions) if predictions else None
     if listing_file:
-        listing.check(Path(listing_file))
-    restored = restore(config, workdir, which) if workdir else None
+        listing.check(listing_file)
+    restored = restore(config, workdir, checkpoint) if workdir else None
     base = sources.open_data(config)
-    programs, state, step = restored or (*convert(config, base), 0)
+    programs, state, step = restored or convert(config, base)
     names = programs.recipe.data.class_names
-    programs = dataclasses.replace(programs, predicting=len(names) <= metrics.CONFUSION_CLASSES or bool(listing_file))
+    programs = dataclasses.replace(
+        programs, predicting=len(names) <= metrics.CONFUSION_CLASSES or listing_file is not None
+    )
     if workdir:
         _warn_of_changed_data(programs, workdir.load_config(), base)
     results: dict[str, Any] = {"step": step}
     classes: dict[str, dict[str, np.ndarray]] = {}
     rows: list[dict[str, Any]] = []
     for name, images in open_evals(programs, base).items():
-        sums, predictions = evaluate(programs, state, images)
-        results[name] = metrics.summarize(sums, predictions, programs.recipe.whole_set_metrics)
+        sums, found = evaluate(programs, state, images)
+        results[name] = metrics.summarize(sums, found, programs.recipe.whole_set_metrics)
         classes[name] = _class_counts(sums, programs.recipe.num_seeds)
-        if predictions and not processes.index():
-            labels, probabilities = predictions.labels, predictions.probabilities
+        if found and not processes.index():
+            labels, probabilities = found.labels, found.probabilities
             probabilities = probabilities[-1] if programs.recipe.num_seeds > 1 else probabilities
             if len(names) <= metrics.CONFUSION_CLASSES:
                 results[name]["scores"] = _scores(labels, probabilities)
@@ -64,7 +68,7 @@ def main(
     if processes.index():
         return 0
     if listing_file:
-        listing.write(Path(listing_file), rows)
+        listing.write(listing_file, rows)
         log.info("predictions of %d examples written to %s", len(rows), listing_file)
     if format == "json":
         for name, counts in classes.items():

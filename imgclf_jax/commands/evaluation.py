@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 from imgclf_jax import metrics
-from imgclf_jax.commands.trained import report_host_ops
 from imgclf_jax.core import sharding, signals
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
+from imgclf_jax.trained import report_host_ops
 
 log = logging.getLogger(__name__)
 

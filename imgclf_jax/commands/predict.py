@@ -1,149 +1,134 @@
 """Classifies new images with a trained run, by the class names and host ops that its work directory recorded."""
 
+import csv
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax.commands.trained import convert, report_host_ops, restore
-from imgclf_jax.core import named_warnings, processes, sharding
+from imgclf_jax.commands import inputs
+from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable, utf8
-from imgclf_jax.data import decode, image_check, image_files
-from imgclf_jax.programs import Programs
-from imgclf_jax.run import writers
+from imgclf_jax.data import decode, image_check
+from imgclf_jax.loading import convert, restore
+from imgclf_jax.run import terminal
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.trained import Trained, report_host_ops
 
 log = logging.getLogger(__name__)
 
+Record = dict[str, Any]  # {"file", "predictions": [{"class", "probability"}]}, or {"file", "error"}
 
-def find_files(paths: list[str]) -> list[Path]:
-    """The files at `paths`: each file that is named, and the images inside each directory, in the order of their names.
-
-    What is an image says `image_files`, as for training; how many other files there are is logged. Raises UserError for
-    a path that does not exist or is no regular file, and for a directory without images.
-    """
-    files: list[Path] = []
-    for text in paths:
-        path = Path(text)
-        if path.is_dir():
-            found = image_files.find(path)
-            if counted := image_files.counted(found.strays):
-                log.info("%s: not used: %s", path, counted)
-            inside = sorted([*found.images, *found.lost], key=lambda name: name.split("/"))
-            if not inside:
-                raise UserError(f"predict: the directory {text!r} holds no images")
-            files += [path / name for name in inside]
-        elif path.is_file():
-            files.append(path)
-        elif path.exists():
-            raise UserError(f"predict: {text!r} is a pipe, socket or device; name image files or directories")
-        else:
-            raise UserError(f"predict: there is no file or directory {text!r} (working directory: {Path.cwd()})")
-    return files
+_FIRST_ROWS = 1000  # of a table, whose columns are as wide as these need
 
 
-def predict(programs: Programs, state: Any, files: list[Path]) -> Iterator[tuple[Path, np.ndarray | UserError]]:
-    """(file, probabilities f32[classes]) for each file, or (file, error) for one that cannot be classified."""
-    report_host_ops(programs)
-    ops, _ = decode.build(programs.preprocess_eval)
-    mesh = programs.mesh
-    batch_size = sharding.round_up(min(programs.recipe.config.batch_size, 128), mesh)
-
-    def load(index: int) -> np.ndarray | UserError:
-        try:
-            seed = programs.recipe.config.seed
-            with named_warnings.about(lambda: str(files[index])):
-                image = ops(decode.read_file(files[index]), seed, index)
-        except (OSError, UserError) as e:
-            return UserError(f"{files[index]}: {e}")
-        if image.shape != programs.recipe.data.image_shape:
-            return UserError(f"{files[index]}: preprocess gives {image.shape}, not {programs.recipe.data.image_shape}")
-        return image
-
-    rows = sharding.rows_here(batch_size, mesh)  # what this process reads of each batch
-    for start in range(0, len(files), batch_size):
-        batch = np.zeros((rows.size, *programs.recipe.data.image_shape), np.uint8)  # one shape, so one compilation
-        here: dict[int, str] = {}
-        for place, i in enumerate(start + rows[start + rows < len(files)]):
-            image = load(i)
-            if isinstance(image, np.ndarray):
-                batch[place] = image
-            else:
-                here[int(i)] = str(image)
-        images = sharding.put_batch({"image": batch}, mesh)["image"]
-        probabilities = np.asarray(jax.device_get(programs.predict(*state.evaluated, images)))
-        errors = {int(i): text for some in processes.gather("reading images", here) for i, text in some.items()}
-        for row, i in enumerate(range(start, min(start + batch_size, len(files)))):
-            if i in errors:
-                yield files[i], UserError(errors[i])
-            elif np.isnan(probabilities[row]).any():
-                what = "the model gives NaN for this image; its weights may hold NaN, so try another --checkpoint"
-                yield files[i], UserError(f"{files[i]}: {what}")
-            else:
-                yield files[i], probabilities[row]
-
-
-def main(config: ConfigDict, workdir: Workdir | None, which: str, format: str, paths: list[str], top_k: int) -> int:
+def main(
+    config: ConfigDict, workdir: Workdir | None, paths: list[str], checkpoint: str, format: str, top_k: int
+) -> int:
     """The command `predict`: prints the `top_k` classes of each image; 1 if an image could not be classified, else 0.
 
-    With `data.unreadable` "skip", unreadable files of directories do not count: one line says how many there are.
+    The formats are "table", "json" (a list), "jsonl" (an object a line) and "csv". Results are printed in the order of
+    the images, as they are computed. With `data.unreadable` "skip", unreadable files of directories do not count: one
+    line says how many there are.
 
     It uses the run in `workdir`. If that is None, it uses the weights that `init_from` names and the classes of the
     config's source. The loss says what probabilities are (see `losses.Link`): after `sigmoid` they do not add up to 1.
     """
-    if not paths:
-        raise UserError(
-            "predict: name at least one image file or directory: launch.py predict FILE|DIR … --workdir DIR"
-        )
-    files = find_files(paths)
-    if workdir:
-        programs, state, _ = restore(config, workdir, which)
-    else:
-        programs, state = convert(config)
-    names = programs.recipe.data.class_names
-    records: list[dict[str, Any]] = []
-    failed, skipped = 0, {}
-    formats = decode.formats_of(programs.preprocess_eval)
-    may_skip = set(files) - set(map(Path, paths)) if config.data.unreadable == "skip" else set()
-    for file, result in predict(programs, state, files):
-        if isinstance(result, UserError):
-            if file in may_skip and not image_check.readable(file, formats):
-                skipped[str(file)] = str(result).removeprefix(f"{file}: ")
+    images = inputs.find("predict", paths)
+    model = restore(config, workdir, checkpoint) if workdir else convert(config)
+    report_host_ops(model.programs)
+    top_k = min(top_k, len(model.class_names))
+    counts = {"all": 0, "failed": 0}
+    skipped: dict[str, str] = {}
+
+    def records() -> Iterator[Record]:
+        formats = decode.formats_of(model.programs.preprocess_eval)
+        for (file, found), result in terminal.count(predict(model, images), "images"):
+            counts["all"] += 1
+            if not isinstance(result, UserError):
+                yield {"file": utf8(file), "predictions": best(result, model.class_names, top_k)}
+                continue
+            if found and config.data.unreadable == "skip" and not image_check.readable(Path(file), formats):
+                skipped[file] = str(result).removeprefix(f"{file}: ")
             else:
-                failed += 1
+                counts["failed"] += 1
                 if not processes.index():
                     print(f"error: {printable(str(result))}", file=sys.stderr)
-            records.append({"file": utf8(str(file)), "error": str(result)})
-        else:
-            best = np.argsort(-result, kind="stable")[: max(1, top_k)]
-            top = [{"class": names[c], "probability": round(float(result[c]), 6)} for c in best]
-            records.append({"file": utf8(str(file)), "predictions": top})
+            yield {"file": utf8(file), "error": str(result)}
+
     if processes.index():
-        return 1 if failed else 0
-    if format == "json":
-        print(json.dumps(records, indent=2))
+        deque(records(), maxlen=0)
     else:
-        _print_table([r for r in records if "predictions" in r])
-    if skipped:
-        listed = image_check.write_list("predict", skipped)
-        log.warning("unreadable files left out: %d; all are listed in %s", len(skipped), listed or "no file, since "
-                    "the cache folder cannot be written")  # fmt: skip
-    if failed:
-        others = "; the others are above" if failed < len(files) else ""
-        print(f"error: {failed} of {len(files)} images could not be classified{others}", file=sys.stderr)
-    return 1 if failed else 0
+        PRINT[format](records(), top_k)
+        if skipped:
+            listed = image_check.write_list("predict", skipped)
+            log.warning("unreadable files left out: %d; all are listed in %s", len(skipped), listed or "no file, since "
+                        "the cache folder cannot be written")  # fmt: skip
+        if counts["failed"]:
+            others = "; the others are above" if counts["failed"] < counts["all"] else ""
+            print(f"error: {counts['failed']} of {counts['all']} images could not be classified{others}",
+                  file=sys.stderr)  # fmt: skip
+    return 1 if counts["failed"] else 0
 
 
-def _print_table(records: list[dict[str, Any]]) -> None:
-    if not records:
-        return
-    ranks = [f"top {rank + 1}" for rank in range(len(records[0]["predictions"]))]
-    rows = [[r["file"], *(f"{p['class']} {p['probability']:.4f}" for p in r["predictions"])] for r in records]
-    writers.print_table(["file", *ranks], rows)
+def predict(model: Trained, images: Iterable[inputs.Input]) -> Iterator[tuple[inputs.Input, np.ndarray | UserError]]:
+    """(image, probabilities f32[classes]) for each, or (image, error) for one that cannot be classified."""
+    waiting: deque[inputs.Input] = deque()
+
+    def paths() -> Iterator[str]:
+        for image in images:
+            waiting.append(image)
+            yield image.path
+
+    return ((waiting.popleft(), result) for result in model.stream("predict", paths()))
+
+
+def best(probabilities: np.ndarray, names: tuple[str, ...], top_k: int) -> list[dict[str, Any]]:
+    """The `top_k` classes of one image, the likeliest first; of equal ones the first class."""
+    order = np.argsort(-probabilities, kind="stable")[:top_k]
+    return [{"class": names[c], "probability": round(float(probabilities[c]), 6)} for c in order]
+
+
+def _print_table(records: Iterator[Record], top_k: int) -> None:
+    rows = ([r["file"], *(f"{p['class']} {p['probability']:.4f}" for p in r["predictions"])]
+            for r in records if "predictions" in r)  # fmt: skip
+    terminal.print_long_table(["file", *(f"top {rank + 1}" for rank in range(top_k))], rows, _FIRST_ROWS)
+
+
+def _print_json(records: Iterator[Record], top_k: int) -> None:
+    between = "["
+    for record in records:
+        print(between + "\n  " + json.dumps(record, indent=2).replace("\n", "\n  "), end="")
+        between = ","
+    print("[]" if between == "[" else "\n]")
+
+
+def _print_lines(records: Iterator[Record], top_k: int) -> None:
+    for record in records:
+        print(json.dumps(record))
+
+
+def _print_csv(records: Iterator[Record], top_k: int) -> None:
+    """With names as they are for a program, and escaped for a terminal."""
+    shown: Callable[[str], str] = printable if sys.stdout.isatty() else str
+    ranks = range(1, top_k + 1)
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["file", "error", *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability"))])
+    for record in records:
+        found = [value for p in record.get("predictions", []) for value in (shown(p["class"]), p["probability"])]
+        writer.writerow([shown(record["file"]), shown(record.get("error", "")), *(found or [""] * 2 * top_k)])
+
+
+PRINT: dict[str, Callable[[Iterator[Record], int], None]] = {
+    "table": _print_table,
+    "json": _print_json,
+    "jsonl": _print_lines,
+    "csv": _print_csv,
+}

@@ -33,9 +33,9 @@ _FILTERS = {
 
 
 def decode(
-    image: bytes | np.ndarray, channels: int = 3, formats: tuple[str, ...] = FORMATS, draft: int = 0
+    image: bytes | np.ndarray | Image.Image, channels: int = 3, formats: tuple[str, ...] = FORMATS, draft: int = 0
 ) -> np.ndarray:
-    """Bytes in one of the formats, or uint8[h, w, c], to uint8[h, w, channels]; channels is 1, 3 or 4.
+    """Bytes in one of the formats, uint8[h, w, c] or Pillow's image to uint8[h, w, channels]; channels is 1, 3 or 4.
 
     `formats` are Pillow's names; a format that is not among them is not tried, since some run other programs. The EXIF
     orientation is applied, the first frame of an animation taken, alpha dropped unless channels is 4, the high byte of
@@ -55,6 +55,8 @@ def decode(
         if image.shape[-1] == channels:
             return image
         picture = _to_picture(image)
+    elif isinstance(image, Image.Image):
+        picture = ImageOps.exif_transpose(image)
     else:
         picture = _open(image, formats, draft)
     if picture.mode.startswith("I"):  # 16 bits a pixel, which convert("L") would clip instead of scale

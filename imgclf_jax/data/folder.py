@@ -20,7 +20,7 @@ from imgclf_jax.core.text import printable, utf8
 from imgclf_jax.data import image_check, image_files
 from imgclf_jax.data.decode import FORMATS
 from imgclf_jax.data.image_files import Found
-from imgclf_jax.run import writers
+from imgclf_jax.run import terminal
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def _scan(root: Path, class_names: tuple[str, ...]) -> tuple[FolderSource, Found
     """The images of a split's folder, before any is opened, and all that was found beside them."""
     whole = Found()
     folders = class_folders(root)
-    with writers.busy(f"listing {root}"), concurrent.futures.ThreadPoolExecutor(_LISTING) as pool:
+    with terminal.busy(f"listing {root}"), concurrent.futures.ThreadPoolExecutor(_LISTING) as pool:
         results = list(pool.map(image_files.find, folders))
     for class_folder, found in zip(folders, results, strict=True):
         if not found.images and not found.lost:

@@ -19,7 +19,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.data.decode import FORMATS, MOST_PIXELS, decode, read_file
 from imgclf_jax.data.image_files import Stamp
-from imgclf_jax.run import cache, writers
+from imgclf_jax.run import cache, terminal
 from imgclf_jax.run.provenance import write_atomically
 
 _SMALL = 256 << 20  # Folders of fewer bytes than this, some seconds' work, are decoded whole in any case.
@@ -48,7 +48,7 @@ def unreadable(
     pool = concurrent.futures.ThreadPoolExecutor()
     batches = itertools.batched(todo, 16)  # a million tasks would take more memory than their results
     parts = pool.map(lambda names: [_check(root / name, depth, formats) for name in names], batches)
-    results = writers.track(itertools.chain.from_iterable(parts), len(todo), f"checking {root.name}")
+    results = terminal.track(itertools.chain.from_iterable(parts), len(todo), f"checking {root.name}")
     saved = time.monotonic()
     try:
         for name, (remember, reason) in zip(todo, results, strict=True):

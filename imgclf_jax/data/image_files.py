@@ -3,6 +3,7 @@
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,30 +33,51 @@ class Found:
 
 
 def find(folder: Path | str) -> Found:
-    """The image files in `folder` and in the folders in it, and how many others there are.
-
-    An image is a regular file, or a link to one, with the suffix of an image format or with content that begins as
-    one does. Hidden files and folders are none. Links to folders are followed, but not in a circle. Raises UserError
-    for a folder that cannot be read.
-    """
+    """The image files in `folder` and in the folders in it, and how many others there are. See `walk`."""
     found = Found()
-    todo: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]  # (prefix, the folders that it lies in)
-    while todo:
-        prefix, above = todo.pop()
+    for name, stamp in walk(folder, found.strays):
+        if isinstance(stamp, str):
+            found.lost[name] = stamp
+        else:
+            found.images[name] = stamp
+    return found
+
+
+def walk(folder: Path | str, strays: Counter[str]) -> Iterator[tuple[str, Stamp | str]]:
+    """The images in `folder` and in the folders in it, one by one: (name, stamp, or why it cannot be read).
+
+    They come in the order of their names, folder by folder, each folder listed when it is reached. Files that are no
+    images are counted in `strays`. An image is a regular file, or a link to one, with the suffix of an image format or
+    with content that begins as one does. Hidden files and folders are none. Links to folders are followed, but not in a
+    circle. Raises UserError for a folder that cannot be read.
+    """
+
+    def entries(prefix: str, above: frozenset[tuple[int, int]]) -> _Level:
         directory = os.path.join(folder, prefix)
         try:
             stat = os.stat(directory)
-            entries = [] if (stat.st_dev, stat.st_ino) in above else list(os.scandir(directory))
+            own = (stat.st_dev, stat.st_ino)
+            inside = [] if own in above else sorted(os.scandir(directory), key=lambda entry: entry.name)
         except OSError as e:
             raise UserError(f"the folder {directory} cannot be read: {e.strerror}; make it readable or move it") from e
-        for entry in entries:
-            if entry.name.startswith("."):
-                found.strays["hidden"] += 1
-            elif entry.is_dir():
-                todo.append((f"{prefix}{entry.name}/", above | {(stat.st_dev, stat.st_ino)}))
-            else:
-                _sort(entry, prefix + entry.name, found)
-    return found
+        return prefix, iter(inside), above | {own}
+
+    levels = [entries("", frozenset())]
+    while levels:
+        prefix, inside, above = levels[-1]
+        entry = next(inside, None)
+        if entry is None:
+            levels.pop()
+        elif entry.name.startswith("."):
+            strays["hidden"] += 1
+        elif entry.is_dir():
+            levels.append(entries(f"{prefix}{entry.name}/", above))
+        elif (stamp := _stamp(entry, strays)) is not None:
+            yield prefix + entry.name, stamp
+
+
+# The start of names in a folder, its entries, and the folders that it lies in, itself included.
+_Level = tuple[str, Iterator[os.DirEntry[str]], frozenset[tuple[int, int]]]
 
 
 def beside(folders: list[Path]) -> Found:
@@ -66,27 +88,31 @@ def beside(folders: list[Path]) -> Found:
             if entry.name.startswith("."):
                 found.strays["hidden"] += 1
             elif not entry.is_dir():
-                _sort(entry, os.path.join(folder, entry.name), found)
+                name, stamp = os.path.join(folder, entry.name), _stamp(entry, found.strays)
+                if isinstance(stamp, str):
+                    found.lost[name] = stamp
+                elif stamp:
+                    found.images[name] = stamp
     return found
 
 
-def _sort(entry: os.DirEntry, name: str, found: Found) -> None:
-    """Puts a file where it belongs in `found`."""
-    suffix = os.path.splitext(name)[1].lower()
+def _stamp(entry: os.DirEntry[str], strays: Counter[str]) -> Stamp | str | None:
+    """The stamp of an image, or why it cannot be read; None for a file that is none, which is counted."""
+    suffix = os.path.splitext(entry.name)[1].lower()
     try:
         stat = entry.stat()
     except OSError as e:
         if suffix in _SUFFIXES:
-            found.lost[name] = e.strerror or str(e)
-        else:
-            found.strays["link to nowhere"] += 1
-        return
+            return e.strerror or str(e)
+        strays["link to nowhere"] += 1
+        return None
     if not entry.is_file():
-        found.strays["pipe, socket or device"] += 1
+        strays["pipe, socket or device"] += 1
     elif suffix in _SUFFIXES or _begins_as_image(entry.path):
-        found.images[name] = (stat.st_size, stat.st_mtime_ns)
+        return stat.st_size, stat.st_mtime_ns
     else:
-        found.strays[suffix or entry.name] += 1
+        strays[suffix or entry.name] += 1
+    return None
 
 
 def _begins_as_image(path: str) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from imgclf_jax.core import named_warnings, rng
 from imgclf_jax.core.errors import UserError
@@ -167,6 +168,12 @@ class Images:
             if ":" in self.preprocess:
                 raise  # the user's own op: the traceback shows where
             raise UserError(f"preprocess={self.preprocess!r} fails: {e}") from e
+
+
+def as_evaluated(source: Source, config: ConfigDict) -> Images:
+    """A source seen through the host ops of evaluation."""
+    preprocess = decode.for_evaluation(config.preprocess_eval, config.preprocess)
+    return Images(source, preprocess, config.seed, config.data.threads)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rich import progress
 
 from imgclf_jax.core import places, processes
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.run import writers
+from imgclf_jax.run import terminal
 
 log = logging.getLogger(__name__)
 
@@ -149,14 +149,14 @@ class Progress:
 
     def __init__(self, start: int, total: int):
         self._bar = None
-        if writers.shows_progress():
+        if terminal.shows_progress():
             self._bar = progress.Progress(
                 progress.BarColumn(),
                 progress.TextColumn("step {task.completed}/{task.total}"),
                 progress.TextColumn("left"),
                 progress.TimeRemainingColumn(),
                 progress.TextColumn("{task.fields[note]}"),
-                console=writers.console(),
+                console=terminal.console(),
             )
             self._task = self._bar.add_task("train", total=total, completed=start, note="compiling")
             self._bar.start()

@@ -1,26 +1,16 @@
 """Writes the numbers of a run: to metrics.jsonl, to TensorBoard and to the terminal."""
 
 import contextlib
-import copy
-import functools
 import io
 import json
 import logging
 import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from rich import progress
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.markup import escape
-from rich.table import Table
-
-from imgclf_jax.core import named_warnings, places, processes
+from imgclf_jax.core import places, processes
 from imgclf_jax.core.errors import UserError, reason
-from imgclf_jax.core.text import printable
 from imgclf_jax.run.event_file import EventFile
 from imgclf_jax.run.provenance import write_atomically
 
@@ -149,83 +139,6 @@ def _open_event_file(directory: Path, step: int) -> EventFile | None:
     except ImportError:
         log.info("TensorBoard is not installed: its files are not written, metrics.jsonl alone")
         return None
-
-
-@functools.cache
-def console() -> Console:
-    """The console on standard error. There is one only, so that log lines do not break the progress bar."""
-    return Console(stderr=True)
-
-
-def shows_progress() -> bool:
-    """Whether there is a terminal to show it on, which the first of several processes alone does."""
-    return console().is_terminal and not processes.index()
-
-
-def busy(what: str) -> contextlib.AbstractContextManager[Any]:
-    """Shows what is being done, on a terminal; elsewhere nothing."""
-    return console().status(escape(printable(what))) if shows_progress() else contextlib.nullcontext()
-
-
-def track[T](items: Iterable[T], total: int, what: str) -> Iterable[T]:
-    """The items, with a progress bar on a terminal; elsewhere without one."""
-    if not total or not shows_progress():
-        return items
-    return progress.track(items, escape(printable(what)), total, console=console(), transient=True)
-
-
-def setup_logging() -> None:
-    """Prints log lines `HH:MM:SS message` on standard error, above the progress bar if there is one.
-
-    Of several processes the first one does; the others print warnings alone, with their number.
-    """
-    process = processes.index()
-    if process:
-        handler: logging.Handler = logging.StreamHandler()
-        line = f"%(asctime)s [process {process}] %(message)s"
-    elif console().is_terminal:
-        handler = RichHandler(console=console(), show_path=False, show_level=False, highlighter=None)
-        line = "%(message)s"
-    else:
-        handler, line = logging.StreamHandler(), "%(asctime)s %(message)s"
-    handler.addFilter(_printable)
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], format=line, datefmt="%H:%M:%S", force=True)
-    logging.getLogger("imgclf_jax").setLevel(logging.WARNING if process else logging.INFO)
-    # Orbax logs an error a dozen times, with tracebacks, before it raises it.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    sys.unraisablehook = _report_unraisable
-    named_warnings.to_log()
-
-
-def _printable(record: logging.LogRecord) -> logging.LogRecord:
-    """The record with names escaped. Only where the message itself begins a new line, as for a table, lines stay."""
-    out, text = copy.copy(record), record.getMessage()
-    lines = text.split("\n") if "\n" in str(record.msg) else [text]
-    out.msg, out.args = "\n".join(map(printable, lines)), None
-    return out
-
-
-_usual_hook = sys.unraisablehook
-
-
-def _report_unraisable(unraisable: Any) -> None:
-    """Hides one message: after a failed save, TensorStore still calls an event loop that is closed by then."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        _usual_hook(unraisable)
-
-
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table on standard output. If this is no terminal, a row is one line of any length, for programs.
-
-    Characters that are not printable, or that the output's encoding does not have, are escaped.
-    """
-    encoding = sys.stdout.encoding or "utf-8"
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(printable(cell).encode(encoding, "backslashreplace").decode(encoding) for cell in row))
-    width = None if sys.stdout.isatty() else 1000
-    Console(width=width, markup=False, emoji=False).print(table)  # a file may be called "a[b]:c:.png"
 
 
 def format_metrics(values: Mapping[str, float]) -> str:

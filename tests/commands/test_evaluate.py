@@ -12,9 +12,9 @@ import launch
 from imgclf_jax import metrics
 from imgclf_jax.analysis import scores
 from imgclf_jax.commands.evaluation import evaluate
-from imgclf_jax.commands.trained import restore
 from imgclf_jax.core import sharding
 from imgclf_jax.data import sources
+from imgclf_jax.loading import restore
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints

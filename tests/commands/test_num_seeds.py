@@ -10,9 +10,9 @@ import pytest
 import launch
 from imgclf_jax.commands.evaluation import evaluate
 from imgclf_jax.commands.predict import predict
-from imgclf_jax.commands.trained import restore
 from imgclf_jax.core import sharding
 from imgclf_jax.data import placement, sources, stream
+from imgclf_jax.loading import restore
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import load_data_info

@@ -12,9 +12,9 @@ from PIL import Image
 from tolerance import rounding
 
 import launch
-from imgclf_jax.commands.trained import restore
 from imgclf_jax.data import sources
 from imgclf_jax.data.decode import resize
+from imgclf_jax.loading import restore
 from imgclf_jax.models import classifier
 from imgclf_jax.run.workdir import Workdir
 

@@ -10,8 +10,8 @@ import optax
 import pytest
 
 import launch
-from imgclf_jax.commands.trained import restore
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.loading import restore
 from imgclf_jax.optim import optimizers
 from imgclf_jax.run.workdir import Workdir
 

@@ -11,10 +11,10 @@ from tolerance import rounding
 
 import launch
 from imgclf_jax.commands.evaluation import evaluate_all
-from imgclf_jax.commands.trained import restore
 from imgclf_jax.core import spec, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
+from imgclf_jax.loading import restore
 from imgclf_jax.optim import optimizers, weight_averages
 from imgclf_jax.run.workdir import Workdir
 

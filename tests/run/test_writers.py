@@ -16,7 +16,7 @@ from rich.console import Console
 from imgclf_jax.commands import train
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
-from imgclf_jax.run import monitor, provenance, writers
+from imgclf_jax.run import monitor, provenance, terminal, writers
 from imgclf_jax.run.workdir import Workdir
 
 ROOT = Path(__file__).parents[2]
@@ -139,8 +139,8 @@ def test_throughput(monkeypatch):
 def test_progress_on_a_terminal(fake_config, tmp_path, monkeypatch, capsys):
     """Step, time left, images a second and the share of waiting, on a terminal of the usual 80 columns."""
     screen = io.StringIO()
-    terminal = Console(file=screen, force_terminal=True, width=80, color_system=None)
-    monkeypatch.setattr(writers, "console", lambda: terminal)
+    console = Console(file=screen, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(terminal, "console", lambda: console)
     with fake_config.unlocked():
         fake_config.total = "120 steps"
         fake_config.log_every = "30 steps"
@@ -155,22 +155,22 @@ def test_progress_on_a_terminal(fake_config, tmp_path, monkeypatch, capsys):
     assert max(map(len, lines)) <= 80
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_work_before_training_is_shown_on_a_terminal_alone(monkeypatch, terminal):
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_work_before_training_is_shown_on_a_terminal_alone(monkeypatch, is_terminal):
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=terminal, width=80, color_system=None)
-    monkeypatch.setattr(writers, "console", lambda: console)
-    with writers.busy("listing a[red]\nb"):
+    console = Console(file=screen, force_terminal=is_terminal, width=80, color_system=None)
+    monkeypatch.setattr(terminal, "console", lambda: console)
+    with terminal.busy("listing a[red]\nb"):
         pass
-    assert list(writers.track(iter("abc"), 3, "checking [x]")) == ["a", "b", "c"]
-    assert ("listing a[red]\\nb" in screen.getvalue()) == ("checking [x]" in screen.getvalue()) == terminal
-    assert bool(screen.getvalue()) == terminal
+    assert list(terminal.track(iter("abc"), 3, "checking [x]")) == ["a", "b", "c"]
+    assert ("listing a[red]\\nb" in screen.getvalue()) == ("checking [x]" in screen.getvalue()) == is_terminal
+    assert bool(screen.getvalue()) == is_terminal
 
 
 def test_no_progress_elsewhere(fake_config, monkeypatch):
     """Piped output holds log lines and no control characters."""
     stream = io.StringIO()
-    monkeypatch.setattr(writers, "console", lambda: Console(file=stream))
+    monkeypatch.setattr(terminal, "console", lambda: Console(file=stream))
     progress = monitor.Progress(0, 10)
     progress.update(5)
     progress.note("note")
@@ -181,7 +181,7 @@ def test_no_progress_elsewhere(fake_config, monkeypatch):
 def test_tables_show_names_as_they_are(capsys):
     """A row is one line, however long, where no terminal reads; brackets and colons are no markup."""
     names = ["a[red]b[/red]:smile:.png", "x" * 500]
-    writers.print_table(["file"], [[name] for name in names])
+    terminal.print_table(["file"], [[name] for name in names])
     lines = capsys.readouterr().out.splitlines()
     assert all(sum(name in line for line in lines) == 1 for name in names)
 
@@ -189,13 +189,13 @@ def test_tables_show_names_as_they_are(capsys):
 def test_tables_and_log_lines_escape_what_is_not_printable(monkeypatch, capsys):
     """A name is no line break and no command to the terminal; what the encoding lacks is escaped too."""
     names = ["a\nb", "\x1b[31m", "\udcff", "é漢"]
-    writers.print_table(["file"], [[name] for name in names])
+    terminal.print_table(["file"], [[name] for name in names])
     out = capsys.readouterr().out
     assert [line.strip("│ ") for line in out.splitlines() if "│" in line] == [r"a\nb", r"\x1b[31m", r"\udcff", "é漢"]
 
     page = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", page)
-    writers.print_table(["file"], [[name] for name in names])
+    terminal.print_table(["file"], [[name] for name in names])
     page.flush()
     lines = page.buffer.getvalue().decode("ascii").splitlines()
     assert len({len(line) for line in lines}) == 1
@@ -204,7 +204,7 @@ def test_tables_and_log_lines_escape_what_is_not_printable(monkeypatch, capsys):
 
     root = logging.getLogger()
     before = root.handlers[:], root.level
-    writers.setup_logging()
+    terminal.setup_logging()
     log = logging.getLogger("imgclf_jax.test")
     for name in names:
         log.info("%s: %d files, %r", name, 3, [name])

@@ -1,34 +1,43 @@
-"""A trained model, from a run or from weights, as `evaluate` and `predict` use it."""
+"""A trained model, from a run or from weights."""
 
 import contextlib
 import logging
+import os
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from imgclf_jax.core import processes, sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import decode, sources, stream
+from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs, of_images
-from imgclf_jax.recipe import Recipe
+from imgclf_jax.recipe import Recipe, check_names
 from imgclf_jax.run.checkpoint import Checkpoints, Gone
 from imgclf_jax.run.provenance import load_data_info
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.trained import Trained
 from imgclf_jax.weights import pretrained
 
 log = logging.getLogger(__name__)
 
 
-def report_host_ops(programs: Programs) -> None:
-    """Logs the host ops of evaluation if they follow from `preprocess` and differ from it."""
-    config = programs.recipe.config
-    if not config.preprocess_eval and programs.preprocess_eval != config.preprocess:
-        log.info("preprocess=%r draws at random, and preprocess_eval is empty: evaluation and prediction use %r",
-                 config.preprocess, programs.preprocess_eval)  # fmt: skip
+def load(workdir: str | os.PathLike[str], checkpoint: str = "", trust: bool = False) -> Trained:
+    """The trained model of the run in a work directory; `checkpoint` is "best", "latest" or a step, see `restore`.
+
+    Nothing that the run names is imported, unless `trust` says so. Raises UserError if there is no run or no such
+    checkpoint, or if the run's config names code of its own.
+    """
+    place = Workdir.named(os.fspath(workdir))
+    with contextlib.nullcontext() if trust else place.without_code():
+        config = place.load_config()
+        check_names(config)
+        model = restore(config, place, checkpoint)
+        _ = model.programs.host_ops  # all that may import is put together in here
+        return model
 
 
-def restore(config: ConfigDict, workdir: Workdir, which: str) -> tuple[Programs, Any, int]:
-    """(programs, train state, step) of a trained run; `which` is "best", "latest" or a step.
+def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
+    """The trained model of a run; `which` is "best", "latest" or a step.
 
     The empty text is the best checkpoint if there is one, and else the latest. Raises UserError if there is no such
     checkpoint.
@@ -38,7 +47,7 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> tuple[Programs,
         raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
     for _ in range(20):
         with contextlib.suppress(Gone):  # the run that goes on in this directory saves and removes checkpoints
-            return programs, *_choose(config, workdir, which, programs)
+            return Trained(programs, *_choose(config, workdir, which, programs))
     raise UserError(f"{workdir.checkpoints}: each checkpoint was removed while it was read; wait until the run ends")
 
 
@@ -64,8 +73,8 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
     return run["state"], step
 
 
-def convert(config: ConfigDict, base: dict[str, sources.Source] | None = None) -> tuple[Programs, Any]:
-    """(programs, train state at step 0) of the weights that `init_from` names, for the classes of the source `base`.
+def convert(config: ConfigDict, base: dict[str, sources.Source] | None = None) -> Trained:
+    """The model of the weights that `init_from` names, at step 0, for the classes of the source `base`.
 
     That is the config's, unless it has been opened before.
 
@@ -75,8 +84,6 @@ def convert(config: ConfigDict, base: dict[str, sources.Source] | None = None) -
     source = next(iter(base.values()))  # every split has the same classes and the same shape
     with contextlib.suppress(UserError):
         source = sources.take_split(base, config.data.train)
-    preprocess = decode.for_evaluation(config.preprocess_eval, config.preprocess)
-    images = stream.Images(source, preprocess, config.seed, config.data.threads)
-    programs = of_images(config, images, sharding.make_mesh())
+    programs = of_images(config, stream.as_evaluated(source, config), sharding.make_mesh())
     weights = pretrained.load(programs, whole=True)
-    return programs, programs.init(weights=weights.taken)["state"]
+    return Trained(programs, programs.init(weights=weights.taken)["state"], 0)

@@ -1,0 +1,179 @@
+"""A trained model as a library: images of any kind to probabilities, logits and features."""
+
+import concurrent.futures
+import contextlib
+import itertools
+import logging
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from imgclf_jax.core import named_warnings, processes, sharding
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import decode
+from imgclf_jax.programs import Programs
+
+log = logging.getLogger(__name__)
+
+# A file, its bytes, uint8[h, w, c] or [h, w], or Pillow's image.
+Picture = str | os.PathLike[str] | bytes | np.ndarray | Image.Image
+Outputs = Literal["predict", "logits", "features"]
+
+_BATCH = 128
+_AHEAD = 4  # batches that are decoded before the device has asked for them
+_TASK = 16  # images that a thread decodes at a time
+
+
+def report_host_ops(programs: Programs) -> None:
+    """Logs the host ops of evaluation if they follow from `preprocess` and differ from it."""
+    config = programs.recipe.config
+    if not config.preprocess_eval and programs.preprocess_eval != config.preprocess:
+        log.info("preprocess=%r draws at random, and preprocess_eval is empty: evaluation and prediction use %r",
+                 config.preprocess, programs.preprocess_eval)  # fmt: skip
+
+
+class Trained(NamedTuple):
+    """A trained model: its programs, its state, and the step of its checkpoint.
+
+    Images are of any size: the host ops of evaluation, which the run recorded, bring them to the model's. Methods raise
+    UserError, naming the image, for one that does not decode.
+    """
+
+    programs: Programs
+    state: Any
+    step: int
+
+    @property
+    def config(self) -> ConfigDict:
+        """The config that it was trained with."""
+        return self.programs.recipe.config
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of the probabilities."""
+        return self.programs.recipe.data.class_names
+
+    def prepare(self, image: Picture, place: int = 0) -> np.ndarray:
+        """One image to uint8[h, w, c] as the model takes it. `place` is its number, for host ops of one's own.
+
+        Raises UserError, without the image's name, if it does not decode or has another shape afterwards.
+        """
+        if isinstance(image, str | os.PathLike):
+            try:
+                image = decode.read_file(Path(image))
+            except OSError as e:
+                raise UserError(e.strerror or str(e)) from e
+        elif isinstance(image, np.ndarray) and image.ndim == 2:
+            image = image[..., None]
+        wanted = self.programs.recipe.data.image_shape
+        out = self.programs.host_ops(image, self.config.seed, place)
+        if out.shape != wanted:
+            raise UserError(f"preprocess gives {out.shape}, not {wanted}")
+        return out
+
+    def predict(self, images: Iterable[Picture] | Picture) -> np.ndarray:
+        """The probabilities f32[n, classes] of n images. Those of several seeds are of their ensemble."""
+        return self._all("predict", images, 0)
+
+    def logits(self, images: Iterable[Picture] | Picture) -> np.ndarray:
+        """The logits f32[n, classes]; of several seeds [seeds, n, classes]."""
+        return self._all("logits", images, -2)
+
+    def features(self, images: Iterable[Picture] | Picture) -> np.ndarray:
+        """What the head is given, f32[n, d]; of several seeds [seeds, n, d]."""
+        return self._all("features", images, -2)
+
+    def _all(self, what: Outputs, images: Iterable[Picture] | Picture, axis: int) -> np.ndarray:
+        if isinstance(images, str | os.PathLike | bytes | Image.Image):
+            images = [images]
+        elif isinstance(images, np.ndarray) and images.ndim in (2, 3):
+            images = images[None]
+        rows = []
+        for row in self.stream(what, images):
+            if isinstance(row, UserError):
+                raise row
+            rows.append(row)
+        if not rows:
+            raise UserError("there are no images")
+        return np.stack(rows, axis)
+
+    def stream(self, what: Outputs, images: Iterable[Picture]) -> Iterator[np.ndarray | UserError]:
+        """What the model computes of each image, in their order, or the error of one that cannot be used.
+
+        Threads decode ahead of the device, and only a few batches are held, so that images may be endless. In several
+        processes each decodes the images that its devices get; all of them give all results.
+        """
+        program, mesh, data = getattr(self.programs, what), self.programs.mesh, self.programs.recipe.data
+        size = sharding.round_up(min(self.config.batch_size, _BATCH), mesh)
+        rows = sharding.rows_here(size, mesh)
+
+        def begin(pool: concurrent.futures.Executor, start: int, some: tuple[Picture, ...]) -> list[Any]:
+            mine = [(start + int(row), some[row]) for row in rows if row < len(some)]
+            return [pool.submit(self._prepare_some, task) for task in itertools.batched(mine, _TASK)]
+
+        def compute(some: tuple[Picture, ...], tasks: list[Any]) -> tuple[Any, dict[int, str]]:
+            batch = np.zeros((rows.size, *data.image_shape), np.uint8)  # one shape, so one compilation
+            here: dict[int, str] = {}
+            for place, image in enumerate(itertools.chain.from_iterable(task.result() for task in tasks)):
+                if isinstance(image, UserError):
+                    here[int(rows[place])] = str(image)
+                else:
+                    batch[place] = image
+            out = program(*self.state.evaluated, sharding.put_batch({"image": batch}, mesh)["image"])
+            errors = [own.items() for own in processes.gather("reading images", here)]
+            return out, {int(row): text for row, text in itertools.chain.from_iterable(errors)}
+
+        def results(some: tuple[Picture, ...], out: Any, errors: dict[int, str]) -> Iterator[np.ndarray | UserError]:
+            values = np.asarray(jax.device_get(out))
+            for row, image in enumerate(some):
+                value = values[..., row, :]
+                if row in errors:
+                    yield UserError(errors[row])
+                elif np.isnan(value).any():
+                    yield UserError(f"{_name(image, row)}: the model gives NaN for this image; its weights may hold "
+                                    "NaN, so try another --checkpoint")  # fmt: skip
+                else:
+                    yield value
+
+        with contextlib.ExitStack() as stack:
+            pool = concurrent.futures.ThreadPoolExecutor(self.config.data.threads or os.cpu_count())
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            ahead: deque[tuple[tuple[Picture, ...], list[Any]]] = deque()
+            pending: tuple[Any, ...] | None = None
+            start, batches = 0, itertools.batched(images, size)
+            while True:
+                while len(ahead) < _AHEAD and (some := next(batches, ())):
+                    ahead.append((some, begin(pool, start, some)))
+                    start += len(some)
+                if not ahead:
+                    break
+                some, tasks = ahead.popleft()
+                computed = (some, *compute(some, tasks))
+                if pending:
+                    yield from results(*pending)  # while the device computes the next batch
+                pending = computed
+            if pending:
+                yield from results(*pending)
+
+    def _prepare_some(self, images: Iterable[tuple[int, Picture]]) -> list[np.ndarray | UserError]:
+        out: list[np.ndarray | UserError] = []
+        for place, image in images:
+            name = _name(image, place)
+            try:
+                with named_warnings.about(name.__str__):
+                    out.append(self.prepare(image, place))
+            except UserError as e:
+                out.append(UserError(f"{name}: {e}"))
+        return out
+
+
+def _name(image: Picture, place: int) -> str:
+    """What messages call an image: its file, or its number among the images."""
+    return str(image) if isinstance(image, str | os.PathLike) else f"image {place}"
