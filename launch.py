@@ -87,6 +87,11 @@ def _run(argv: list[str]) -> int:
         if word.startswith("-") and flag and flag != "config" and not flag.startswith("config."):
             raise _unknown_flag(flag, name)
     given = {flag: values[flag].value for flag in command.flags}
+    if command.of == "nothing":
+        files = _without_flags(name, rest)
+        environment.prepare(deterministic=False)
+        status: int = importlib.import_module(f"imgclf_jax.commands.{name}").main(files, **given)
+        return status
     workdir = given.pop("workdir", "") or str(Path("runs", Path(config_path.partition(":")[0]).stem))
     config = configs.load_file(config_path)
     from_weights = False
@@ -106,6 +111,16 @@ def _run(argv: list[str]) -> int:
         raise UsageError(f"{name} takes no files, found {files[0]!r}; did you forget '--'?")
     configs.validate(config)
     return _dispatch(name, config, None if from_weights else workdir, given, files)
+
+
+def _without_flags(command: str, words: list[str]) -> list[str]:
+    """The words, of a command that takes files and no config."""
+    if not words:
+        raise UsageError(f"{command} wants {COMMANDS[command].files}")
+    for word in itertools.takewhile(lambda word: word != "--", words):
+        if word.lstrip("-").startswith("config") and word.startswith("-"):
+            raise UsageError(f"{command} takes no config, found {word!r}")
+    return [word for word in words if word != "--"]
 
 
 def _unknown_flag(flag: str, command: str) -> UsageError:

@@ -19,7 +19,8 @@ from imgclf_jax.optim.schedules import SCHEDULES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-DOCS = {page.stem: page.read_text() for page in (ROOT / "docs").glob("*.md")}
+PAGES = {page.stem: page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts}
+DOCS = {name: page.read_text() for name, page in PAGES.items()}
 SHORT = ["--config.total=2 steps", "--config.schedule=constant(1e-3)", "--config.eval_every="]
 
 
@@ -29,7 +30,7 @@ def test_the_readme_is_short():
 
 def test_its_links_lead_somewhere():
     """Those of the README and of the pages, to files of this repository."""
-    for folder, text in [(ROOT, README), *((ROOT / "docs", text) for text in DOCS.values())]:
+    for folder, text in [(ROOT, README), *((PAGES[name].parent, text) for name, text in DOCS.items())]:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
             assert (folder / link).is_file(), link
 

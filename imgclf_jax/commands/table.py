@@ -68,11 +68,12 @@ class Command:
 
     `of` says what its config is: that of the file `--config`; that of the run in `--workdir`; or either, the file's
     where `--config.init_from` names weights. `main` is given the config, the work directory (None for weights), the
-    files if it takes some, and its other flags by their names.
+    files if it takes some, and its other flags by their names. A command of "nothing" has neither config nor work
+    directory, and its `main` is given files and flags alone.
     """
 
     summary: str
-    of: Literal["config", "run", "run or weights"]
+    of: Literal["config", "run", "run or weights", "nothing"]
     flags: tuple[str, ...] = ()
     files: str = ""  # what stands for its files in help texts; it takes none if this is empty
     more: str = ""  # a paragraph for its help
@@ -124,7 +125,7 @@ COMMANDS: Mapping[str, Command] = {
     "config": Command("print every key's value and documentation", "config"),
 }  # fmt: skip
 
-_COMMON = {
+_CONFIG = {
     "--config=FILE.py[:ARG]": "the config file (default: configs/digits.py); ARG is passed to its get_config",
     "--config.KEY=VALUE": "override a key; `launch.py config` lists them all",
 }
@@ -144,7 +145,7 @@ def overview() -> str:
         *_columns({name: command.summary for name, command in COMMANDS.items()}),
         "",
         "flags of all:",
-        *_columns({**_COMMON, "--workdir=DIR": FLAGS["workdir"].text}),
+        *_columns({**_CONFIG, "--workdir=DIR": FLAGS["workdir"].text}),
         "",
         _STATUS,
         "",
@@ -160,7 +161,7 @@ def help_of(name: str) -> str:
     """The help of the command `name`: its usage, its flags and examples."""
     command = COMMANDS[name]
     usage = f"usage: launch.py {name}{f' {command.files} ...' if command.files else ''} [flags]"
-    shown = dict(_COMMON) | (_WEIGHTS if command.of == "run or weights" else {})
+    shown = {} if command.of == "nothing" else dict(_CONFIG) | (_WEIGHTS if command.of == "run or weights" else {})
     if command.of == "run":
         del shown["--config=FILE.py[:ARG]"]
     for flag in command.flags:

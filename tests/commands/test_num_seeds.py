@@ -9,7 +9,6 @@ import pytest
 
 import launch
 from imgclf_jax.commands.evaluation import evaluate
-from imgclf_jax.commands.predict import predict
 from imgclf_jax.core import sharding
 from imgclf_jax.data import placement, sources, stream
 from imgclf_jax.loading import restore
@@ -98,8 +97,7 @@ def test_prediction_is_the_ensembles(runs, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12), np.uint8)).save(file)
     found = {}
     for name, workdir in runs.items():
-        programs, state, _ = state_of(workdir)
-        [(_, found[name])] = predict(programs, state, [file])
+        [found[name]] = state_of(workdir).predict(file)
     expected = np.mean([found[str(s)] for s in (5, 6)], 0)
     np.testing.assert_allclose(found["together"], expected, rtol=1e-4, atol=1e-6)
 
