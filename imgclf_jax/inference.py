@@ -1,7 +1,7 @@
 """What a trained model computes of images: probabilities, logits and features. Pure functions, as in `step.py`."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ from flax import linen as nn
 from imgclf_jax import step
 from imgclf_jax.augment import tta
 from imgclf_jax.losses import SOFTMAX, Link
+
+Outputs = Literal["predict", "logits", "features"]
 
 # (params, model_state, images uint8[b, h, w, c]) → f32[b, …]
 Inference = Callable[[Any, Any, jax.Array], jax.Array]

@@ -207,30 +207,34 @@ class Programs(OnMesh):
         """
         return self.traced_eval.lower().compile()
 
+    def pure(self, what: inference.Outputs) -> inference.Inference:
+        """The pure function (params, model_state, images) → probabilities, logits or features: see `inference`."""
+        recipe, augment = self.recipe, self.recipe.augment(train=False)
+        if what == "features":
+            return inference.make_features_step(recipe.model, augment, recipe.num_seeds)
+        if what == "logits":
+            return inference.make_logits_step(recipe.model, augment, recipe.views, recipe.num_seeds)
+        link = losses.link_of(recipe.config.loss)
+        return inference.make_predict_step(recipe.model, augment, recipe.views, recipe.num_seeds, link)
+
     @once
     def predict(self) -> Any:
-        """Jitted (params, model_state, images) → probabilities f32[b, classes]. See `inference` for all three."""
-        recipe, link = self.recipe, losses.link_of(self.recipe.config.loss)
-        return self._jitted(inference.make_predict_step(
-            recipe.model, recipe.augment(train=False), recipe.views, recipe.num_seeds, link))  # fmt: skip
+        """Jitted (params, model_state, images) → probabilities f32[b, classes]."""
+        return self._jitted("predict")
 
     @once
     def logits(self) -> Any:
         """Jitted (params, model_state, images) → logits f32[b, classes], or [seeds, b, classes]."""
-        recipe = self.recipe
-        return self._jitted(inference.make_logits_step(
-            recipe.model, recipe.augment(train=False), recipe.views, recipe.num_seeds))  # fmt: skip
+        return self._jitted("logits")
 
     @once
     def features(self) -> Any:
         """Jitted (params, model_state, images) → features f32[b, d], or [seeds, b, d]."""
-        recipe = self.recipe
-        return self._jitted(inference.make_features_step(recipe.model, recipe.augment(train=False), recipe.num_seeds))
+        return self._jitted("features")
 
-    def _jitted(self, pure: inference.Inference) -> Any:
-        """The function of (params, model_state, images), compiled when it is first called."""
+    def _jitted(self, what: inference.Outputs) -> Any:
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
-        pure = self._in_its_form(pure)
+        pure = self._in_its_form(self.pure(what))
 
         def infer(*args: Any) -> Any:
             with self.tracing():

@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,13 +18,13 @@ from PIL import Image
 from imgclf_jax.core import named_warnings, processes, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode
+from imgclf_jax.inference import Outputs
 from imgclf_jax.programs import Programs
 
 log = logging.getLogger(__name__)
 
 # A file, its bytes, uint8[h, w, c] or [h, w], or Pillow's image.
 Picture = str | os.PathLike[str] | bytes | np.ndarray | Image.Image
-Outputs = Literal["predict", "logits", "features"]
 
 _BATCH = 128
 _AHEAD = 4  # batches that are decoded before the device has asked for them

@@ -18,7 +18,7 @@ TIERS = [
     "data inference step",
     "diagnose on_mesh programs recipe trained",
     "weights",
-    "loading",
+    "exports loading",
     "commands",
     "launch",
 ]
@@ -32,6 +32,7 @@ PACKAGES = {
     "commands",
     "core",
     "data",
+    "exports",
     "models",
     "models.cpu",
     "optim",

@@ -56,6 +56,9 @@ FLAGS: Mapping[str, Flag] = {
     "local_devices": Flag("which devices of this host the process takes", "all|0,1"),
     "heartbeat": Flag("a process that is silent for so long is taken for dead (default: 100)", "SECONDS", 100,
                       least=1),
+    "gives": Flag("what the function of the file gives (default: probabilities)", "probabilities|logits|features",
+                  "probabilities", choices=("probabilities", "logits", "features")),
+    "names": Flag("whose names PyTorch's weights get: torchvision, timm, own, … (default: the usual ones)", "WHOSE"),
     "profile": Flag("trace these steps, for TensorBoard or Perfetto, into WORKDIR/profile", "FIRST:LAST"),
 }  # fmt: skip
 
@@ -116,6 +119,14 @@ COMMANDS: Mapping[str, Command] = {
         examples=("new.jpg --workdir runs/a", "photos --workdir runs/a --format csv > classes.csv",
                   "- --workdir runs/a < files.txt"),
         formats=("table", "json", "jsonl", "csv"),
+    ),
+    "export": Command(
+        "write a trained model to a file that other programs run", "run or weights",
+        ("workdir", "checkpoint", "gives", "names", "trust"), "FILE",
+        more="The suffix says the kind. .stablehlo: the whole function with its class names, for JAX alone, on CPU, "
+             "GPU and TPU. .onnx: the same for ONNX's runtimes. .safetensors: the weights by the names of a PyTorch "
+             "model.",
+        examples=("digits.stablehlo --workdir runs/digits", "resnet.safetensors --workdir runs/a --names=torchvision"),
     ),
     "dryrun": Command(
         "compile the run for chips that need not be here: memory, time, what bounds it", "config",

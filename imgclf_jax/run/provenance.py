@@ -88,15 +88,16 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged: it is not JSON") from e
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file in one piece: a reader sees the old content or the new one, after a crash too."""
+    content = content.encode() if isinstance(content, str) else content
     if places.in_bucket(path):
-        path.write_bytes(text.encode())
+        path.write_bytes(content)
         return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
