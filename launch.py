@@ -90,6 +90,9 @@ def _run(argv: list[str]) -> int:
     if command.of == "nothing":
         files = _without_flags(name, rest)
         environment.prepare(deterministic=False)
+        from imgclf_jax.run import terminal
+
+        terminal.setup_logging()
         status: int = importlib.import_module(f"imgclf_jax.commands.{name}").main(files, **given)
         return status
     workdir = given.pop("workdir", "") or str(Path("runs", Path(config_path.partition(":")[0]).stem))
@@ -171,12 +174,15 @@ def _dispatch(name: str, config: ConfigDict, workdir: str | None, given: dict[st
     environment.prepare(config.deterministic)
     if name == "dryrun":
         return _dryrun(config, Path(workdir or "runs"), **given)
+    from imgclf_jax.run import terminal
     from imgclf_jax.run.workdir import Workdir
 
     place = Workdir.named(workdir) if workdir else None
     with contextlib.ExitStack() as stack:
         if command.in_processes:
             stack.enter_context(_joined(*(given.pop(flag) for flag in table.PROCESSES)))
+        else:
+            terminal.setup_logging()
         if "trust" in given and not given.pop("trust") and place:
             stack.enter_context(place.without_code())
         run = importlib.import_module(f"imgclf_jax.commands.{name}").main

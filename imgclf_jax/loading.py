@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -49,6 +50,22 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
         with contextlib.suppress(Gone):  # the run that goes on in this directory saves and removes checkpoints
             return Trained(programs, *_choose(config, workdir, which, programs))
     raise UserError(f"{workdir.checkpoints}: each checkpoint was removed while it was read; wait until the run ends")
+
+
+def restore_each(config: ConfigDict, workdir: Workdir, which: str) -> Iterator[Trained]:
+    """The trained model at several steps, one after the other; `which` is "all", or steps such as "100,200".
+
+    Raises UserError, before the first one, if there is none of these steps.
+    """
+    programs = Programs(Recipe(config, load_data_info(workdir.provenance)))
+    kept = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best, read_only=True)
+    there = processes.first("listing checkpoints", kept.steps) if workdir.checkpoints.is_dir() else []
+    asked = [str(step) for step in there] if which == "all" else which.split(",")
+    if not there or not set(asked) <= {str(step) for step in there}:
+        raise UserError(
+            f"--checkpoints={which}: there are {there} in {workdir.checkpoints}; pass all, or some of these"
+        )
+    return (Trained(programs, kept.restore(int(step), programs.shape)["state"], int(step)) for step in asked)
 
 
 def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs) -> tuple[Any, int]:

@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import metrics
 from imgclf_jax.analysis import listing, scores
-from imgclf_jax.commands.evaluation import evaluate, open_evals
+from imgclf_jax.commands.evaluation import evaluate, evaluate_all, open_evals
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
-from imgclf_jax.loading import convert, restore
+from imgclf_jax.loading import convert, restore, restore_each
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.terminal import print_table
 from imgclf_jax.run.workdir import Workdir
@@ -26,7 +26,13 @@ log = logging.getLogger(__name__)
 
 
 def main(
-    config: ConfigDict, workdir: Workdir | None, checkpoint: str, format: str, predictions: str = "", top_k: int = 3
+    config: ConfigDict,
+    workdir: Workdir | None,
+    checkpoint: str,
+    format: str,
+    predictions: str = "",
+    top_k: int = 3,
+    checkpoints: str = "",
 ) -> int:
     """The command `evaluate`: prints the metrics of each evaluation set, its scores, and a table of its classes.
 
@@ -35,8 +41,14 @@ def main(
     `class_names` and, in their order, its `confusion`, [label][prediction]. Above CONFUSION_CLASSES classes there are
     no `scores` and no `confusion`, but `class_examples`, `class_predicted` and `class_correct`. If the file
     `predictions` is named, the `top_k` classes of each example are written to it. Scores and predictions of several
-    seeds are those of their ensemble.
+    seeds are those of their ensemble. With `checkpoints`, "all" or steps such as "100,200", it prints the metrics at
+    each of them instead.
     """
+    if checkpoints:
+        if not workdir or checkpoint or predictions:
+            raise UserError("--checkpoints is for several checkpoints of a run: drop --checkpoint, --predictions and "
+                            "--config.init_from")  # fmt: skip
+        return _over_steps(config, workdir, checkpoints, format)
     listing_file = Path(predictions) if predictions else None
     if listing_file:
         listing.check(listing_file)
@@ -82,6 +94,27 @@ def main(
         print(f"{name}: {format_metrics(results[name])}")
         _print_scores(found)
         _print_classes(names, counts)
+    return 0
+
+
+def _over_steps(config: ConfigDict, workdir: Workdir, which: str, format: str) -> int:
+    """Prints the metrics of each evaluation set at each checkpoint: a row a step, or a JSON list."""
+    models = restore_each(config, workdir, which)
+    base = sources.open_data(config)
+    records: list[dict[str, Any]] = []
+    evals: dict[str, Any] = {}
+    for programs, state, step in models:
+        evals = evals or open_evals(programs, base)
+        records.append({"step": step, **evaluate_all(programs, state, evals)})
+        log.info("step %d is evaluated", step)
+    if processes.index():
+        return 0
+    if format == "json":
+        print(json.dumps(records, indent=2))
+        return 0
+    columns = [(name, key) for name in evals for key in records[0][name] if key != "examples"]
+    rows = [[str(r["step"]), *(f"{r[name][key]:.4f}" for name, key in columns)] for r in records]
+    print_table(["step", *(f"{name}/{key}" for name, key in columns)], rows)
     return 0
 
 
