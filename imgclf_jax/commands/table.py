@@ -60,6 +60,9 @@ FLAGS: Mapping[str, Flag] = {
     "gives": Flag("what the function of the file gives (default: probabilities)", "probabilities|logits|features",
                   "probabilities", choices=("probabilities", "logits", "features")),
     "names": Flag("whose names PyTorch's weights get: torchvision, timm, own, … (default: the usual ones)", "WHOSE"),
+    "host": Flag("the address to listen on (default: 127.0.0.1, this machine alone; 0.0.0.0: all)", "ADDRESS",
+                 "127.0.0.1"),
+    "port": Flag("the port to listen on (default: 8000; 0: a free one)", "N", 8000, least=0),
     "profile": Flag("trace these steps, for TensorBoard or Perfetto, into WORKDIR/profile", "FIRST:LAST"),
 }  # fmt: skip
 
@@ -128,6 +131,13 @@ COMMANDS: Mapping[str, Command] = {
              "GPU and TPU. .onnx: the same for ONNX's runtimes. .safetensors: the weights by the names of a PyTorch "
              "model.",
         examples=("digits.stablehlo --workdir runs/digits", "resnet.safetensors --workdir runs/a --names=torchvision"),
+    ),
+    "serve": Command(
+        "a web page, and an interface for programs, that classify images with a trained run", "run or weights",
+        ("workdir", "checkpoint", "host", "port", "trust"),
+        more="The page takes images that are dropped, pasted, drawn or photographed. Programs send an image to "
+             "POST /predict; /openapi.json describes it.",
+        examples=("--workdir runs/a", "--workdir runs/a --host 0.0.0.0 --port 80"),
     ),
     "dryrun": Command(
         "compile the run for chips that need not be here: memory, time, what bounds it", "config",

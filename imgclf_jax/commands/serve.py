@@ -1,0 +1,80 @@
+"""The command `serve`: a page and an interface for programs that classify images with a trained model."""
+
+import contextlib
+import importlib.util
+import ipaddress
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.loading import convert, restore
+from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.trained import report_host_ops
+
+log = logging.getLogger(__name__)
+
+_WANTS = ("starlette", "uvicorn", "prometheus_client")
+
+
+def main(config: ConfigDict, workdir: Workdir | None, checkpoint: str, host: str, port: int) -> int:
+    """The command `serve`: answers requests on `host` and `port` until SIGINT or SIGTERM; port 0 takes a free one.
+
+    Requests that are being answered at a signal are answered. It serves the run in `workdir` or, if that is None, the
+    weights that `init_from` names. Raises UserError if a package is missing or the port is taken.
+    """
+    if missing := [name for name in _WANTS if not importlib.util.find_spec(name)]:
+        raise UserError(
+            f"serve: {', '.join(missing)} not installed; run it as `uv run --extra serve launch.py serve …`"
+        )
+    import uvicorn
+
+    from imgclf_jax.serving import app
+
+    model = restore(config, workdir, checkpoint) if workdir else convert(config)
+    report_host_ops(model.programs)
+    local = _is_loopback(host)
+    application = app.build(model, hosts=("localhost", "127.0.0.1", "[::1]", host) if local else ("*",))
+    settings = uvicorn.Config(
+        application, host, port, log_level="warning", access_log=False, timeout_keep_alive=10, server_header=False,
+        timeout_graceful_shutdown=30, h11_max_incomplete_event_size=32_768,
+    )  # fmt: skip
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family, backlog=settings.backlog)
+    except (OSError, OverflowError) as e:
+        raise UserError(f"serve: {host}:{port} cannot be used ({reason(e)}); pass another --port or --host") from e
+    where = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+    print(f"serving step {model.step} of {config.model} at {where}; Ctrl-C ends it", flush=True)
+    if not local:
+        log.warning("whoever reaches %s may use it: there are no passwords", where)
+    with listening:
+        _server(uvicorn.Server, settings).run(sockets=[listening])
+    return 0
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _server[T](base: type[T], settings: object) -> T:
+    class Server(base):  # type: ignore[misc, valid-type]
+        """Ends without raising the signal once more: a server that is told to end has done its work."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            before = {s: signal.signal(s, self.handle_exit) for s in (signal.SIGINT, signal.SIGTERM)}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    made: T = Server(settings)
+    return made

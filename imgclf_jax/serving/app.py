@@ -1,0 +1,195 @@
+"""The web application: a page for people, `POST /predict` for programs, and routes for those who run it."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.text import utf8
+from imgclf_jax.serving import openapi
+from imgclf_jax.serving.batcher import Batcher, Busy
+from imgclf_jax.trained import Trained
+
+log = logging.getLogger(__name__)
+
+# The page asks this server alone, and no other page may show it inside of itself.
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may take, and how many there may be."""
+
+    body_bytes: int = 20_000_000
+    body_seconds: float = 15.0  # in which a client must have sent it
+    answer_seconds: float = 30.0
+    decoding: int = 2  # images that are decoded at once: one may have 67 million pixels
+    requests: int = 256  # that are answered at once
+
+
+class Refused(Exception):
+    """A request that is not answered: the HTTP status and one sentence."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status, self.message = status, message
+
+
+class _Numbers:
+    """What `/metrics` shows, in Prometheus' format."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        make = functools.partial(Counter, registry=self.registry)
+        self.requests = make("imgclf_requests", "Requests to /predict by HTTP status", ["status"])
+        histogram = functools.partial(Histogram, registry=self.registry)
+        self.seconds = histogram("imgclf_seconds", "Seconds from a request's first byte to its answer")
+        self.batches = histogram("imgclf_batch_images", "Images in a batch", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
+
+
+def build(model: Trained, limits: Limits = Limits(), hosts: tuple[str, ...] = ("*",)) -> Starlette:
+    """The application; it answers requests for these host names alone. Compiles the model's programs."""
+    numbers = _Numbers()
+    batcher = Batcher(model, most_waiting=2 * limits.requests, seen=numbers.batches.observe)
+    decoding = concurrent.futures.ThreadPoolExecutor(limits.decoding, thread_name_prefix="decode")
+    answering = asyncio.Semaphore(limits.requests)
+
+    async def classify(request: Request) -> dict[str, Any]:
+        top_k = _top_k(request, len(model.class_names))
+        body = await _body(request, limits)
+        begun = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(limits.answer_seconds):
+                image = await loop.run_in_executor(decoding, model.prepare, body)
+                probabilities = await batcher.predict(image)
+        except UserError as e:
+            raise Refused(422, str(e)) from e
+        except Busy:
+            raise Refused(503, "too many requests wait; try again in a second") from None
+        except TimeoutError:
+            raise Refused(503, f"no answer within {limits.answer_seconds:g} s; try again later") from None
+        best = np.argsort(-probabilities, kind="stable")[:top_k]
+        found = [{"class": utf8(model.class_names[c]), "probability": round(float(probabilities[c]), 6)} for c in best]
+        return {"predictions": found, "milliseconds": round(1000 * (time.perf_counter() - begun), 3)}
+
+    async def predict(request: Request) -> Response:
+        begun = time.perf_counter()
+        if answering.locked():
+            response: Response = _refusal(Refused(503, "too many requests at once; try again in a second"))
+        else:
+            async with answering:
+                try:
+                    response = JSONResponse(await classify(request), headers=_HEADERS)
+                except Refused as refused:
+                    response = _refusal(refused)
+                except ClientDisconnect:
+                    response = _refusal(Refused(499, "the client has gone"))
+        numbers.requests.labels(str(response.status_code)).inc()
+        numbers.seconds.observe(time.perf_counter() - begun)
+        return response
+
+    async def health(request: Request) -> Response:
+        config = model.config
+        return JSONResponse({"status": "ok", "model": config.model, "step": model.step, "waiting": batcher.waiting,
+                             "classes": [utf8(name) for name in model.class_names]}, headers=_HEADERS)  # fmt: skip
+
+    async def metrics(request: Request) -> Response:
+        return Response(generate_latest(numbers.registry), headers=_HEADERS, media_type="text/plain; version=0.0.4")
+
+    async def interface(request: Request) -> Response:
+        return JSONResponse(openapi.describe(model.class_names, limits.body_bytes), headers=_HEADERS)
+
+    @contextlib.asynccontextmanager
+    async def running(app: Starlette) -> AsyncIterator[None]:
+        task = asyncio.create_task(batcher.run())
+        yield
+        task.cancel()
+        decoding.shutdown(wait=False, cancel_futures=True)
+
+    async def failed(request: Request, error: Exception) -> Response:
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return _refusal(Refused(500, "the server failed; its log says why"))
+
+    return Starlette(
+        routes=[
+            Route("/", _file("page.html", "text/html")),
+            Route("/page.css", _file("page.css", "text/css")),
+            Route("/page.js", _file("page.js", "text/javascript")),
+            Route("/predict", predict, methods=["POST"]),
+            Route("/health", health),
+            Route("/metrics", metrics),
+            Route("/openapi.json", interface),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)],
+        exception_handlers={Exception: failed},
+        lifespan=running,
+    )
+
+
+async def _body(request: Request, limits: Limits) -> bytes:
+    """The request's body; Refused as soon as it is too long or too slow."""
+    too_long = Refused(413, f"the body is longer than {limits.body_bytes:,} bytes; send a smaller image")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limits.body_bytes:
+        raise too_long
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for part in request.stream():
+                size += len(part)
+                if size > limits.body_bytes:
+                    raise too_long
+                parts.append(part)
+    except TimeoutError:
+        raise Refused(408, f"the body did not come within {limits.body_seconds:g} s") from None
+    if not size:
+        raise Refused(400, "the body is empty; it is to be the bytes of an image file")
+    return b"".join(parts)
+
+
+def _top_k(request: Request, classes: int) -> int:
+    text = request.query_params.get("top_k", "5")
+    if not text.isdecimal() or not int(text) >= 1:
+        raise Refused(400, f"top_k={text[:20]}: wants a whole number from 1 on")
+    return min(int(text), classes)
+
+
+def _refusal(refused: Refused) -> Response:
+    headers = dict(_HEADERS)
+    if refused.status in (408, 413):
+        headers["Connection"] = "close"  # the rest of the body is not read
+    if refused.status == 503:
+        headers["Retry-After"] = "1"
+    return JSONResponse({"error": refused.message}, refused.status, headers)
+
+
+def _file(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
+    content = resources.files("imgclf_jax.serving").joinpath(name).read_bytes()
+
+    async def send(request: Request) -> Response:
+        return Response(content, headers=_HEADERS, media_type=kind)
+
+    return send

@@ -1,0 +1,167 @@
+"""The web application: what a client may do to it, over real connections."""
+
+import concurrent.futures
+import io
+import json
+import socket
+import struct
+import threading
+import time
+import zlib
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+
+import imgclf_jax
+import launch
+from imgclf_jax.serving import app
+
+FLAGS = ["--config.total=20 steps", "--config.model=mlp(widths=(8,))", "--config.schedule=constant(1e-2)",
+         "--config.eval_every="]  # fmt: skip
+LIMITS = app.Limits(body_bytes=100_000, body_seconds=0.5)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("digits") / "run"
+    assert launch.main([*FLAGS, f"--workdir={workdir}"]) == 0
+    return imgclf_jax.load(workdir)
+
+
+@pytest.fixture(scope="module")
+def port(model):
+    """The port of a server in a thread of this process."""
+    application = app.build(model, LIMITS, ("localhost", "127.0.0.1"))
+    config = uvicorn.Config(application, "127.0.0.1", 0, log_level="error")
+    sockets = [config.bind_socket()]
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield sockets[0].getsockname()[1]
+    server.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def client(port):
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+        yield client
+
+
+def png(seed):
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(256, size=(9, 9), dtype=np.uint8)).save(content, "PNG")
+    return content.getvalue()
+
+
+def test_an_answer_is_what_the_model_predicts(client, model):
+    answer = client.post("/predict", params={"top_k": 3}, content=png(0))
+    assert answer.status_code == 200
+    [expected] = model.predict(png(0))
+    order = np.argsort(-expected, kind="stable")[:3]
+    found = answer.json()["predictions"]
+    assert [p["class"] for p in found] == [str(c) for c in order]
+    assert [p["probability"] for p in found] == pytest.approx(expected[order].tolist(), abs=1e-5)
+    assert answer.json()["milliseconds"] > 0
+
+
+def test_many_at_once_are_answered_in_batches(client, model):
+    """Each with its own image's classes, though the device computes several in one call."""
+
+    def number_of_batches():
+        text = client.get("/metrics").text
+        return {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line[0] != "#"}
+
+    images = [png(seed) for seed in range(100)]
+    expected = model.predict(images)
+    before = number_of_batches()
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda image: client.post("/predict", content=image), images))
+    assert {answer.status_code for answer in answers} == {200}
+    for answer, row in zip(answers, expected, strict=True):
+        assert answer.json()["predictions"][0]["probability"] == pytest.approx(row.max(), abs=1e-5)
+    after = number_of_batches()
+    assert after["imgclf_batch_images_sum"] - before["imgclf_batch_images_sum"] == 100
+    assert after["imgclf_batch_images_count"] - before["imgclf_batch_images_count"] < 100
+    assert after['imgclf_requests_total{status="200"}'] - before['imgclf_requests_total{status="200"}'] == 100
+
+
+def bomb():
+    """A PNG of 30,000 by 30,000 pixels in a few kilobytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 30_000, 30_000, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(10_000_000), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("path", "body", "status", "words"), [
+    ("/predict", b"garbage", 422, "not in an image format"),
+    ("/predict", png(0)[:50], 422, "does not decode"),
+    ("/predict", bomb(), 422, "more than 67,108,864 pixels"),
+    ("/predict", b"", 400, "the body is empty"),
+    ("/predict", bytes(100_001), 413, "longer than 100,000 bytes"),
+    ("/predict?top_k=0", png(0), 400, "top_k=0"),
+    ("/predict?top_k=x", png(0), 400, "top_k=x"),
+    ("/../../etc/passwd", b"x", 404, ""),
+    ("/predict/%2e%2e/%2e%2e/etc/passwd", b"x", 404, ""),
+], ids=["garbage", "cut", "bomb", "empty", "long", "none", "word", "traversal", "coded"])  # fmt: skip
+def test_a_wrong_request_is_refused_with_a_sentence(client, path, body, status, words):
+    answer = client.post(path, content=body)
+    assert (answer.status_code, words in answer.text) == (status, True)
+    if status != 404:
+        assert list(answer.json()) == ["error"]
+    assert client.post("/predict", content=png(0)).status_code == 200
+
+
+def test_a_body_of_unknown_length_is_cut_off(client):
+    answer = client.post("/predict", content=(bytes(10_000) for _ in range(100)))
+    assert (answer.status_code, answer.headers["connection"]) == (413, "close")
+
+
+def test_a_slow_client_and_one_that_goes(port, client):
+    """The former is told so; neither holds up the others."""
+    with socket.create_connection(("127.0.0.1", port)) as slow, socket.create_connection(("127.0.0.1", port)) as gone:
+        for connection in (slow, gone):
+            connection.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nabc")
+        gone.close()
+        assert client.post("/predict", content=png(1)).status_code == 200
+        slow.settimeout(10)
+        assert slow.recv(100).startswith(b"HTTP/1.1 408")
+    assert client.get("/health").json()["waiting"] == 0
+
+
+def test_other_hosts_names_are_refused(client):
+    """A page of the web that calls itself this machine, by its name server, is not answered."""
+    assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
+    assert client.get("/", headers={"Host": "localhost:1"}).status_code == 200
+
+
+def test_the_page_asks_nobody_else(client):
+    for path, kind in (("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "text/javascript")):
+        answer = client.get(path)
+        assert answer.headers["content-type"].startswith(kind)
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert "http" not in answer.text
+
+
+def test_the_interface_is_described(client, model):
+    found = client.get("/openapi.json").json()
+    assert found["openapi"] == "3.1.0"
+    assert set(found["paths"]) == {"/predict", "/health", "/metrics"}
+    for path, methods in found["paths"].items():
+        for method in methods:
+            assert client.request(method, path).status_code in (200, 400)
+    answers = found["paths"]["/predict"]["post"]["responses"]
+    schema = answers["200"]["content"]["application/json"]["schema"]
+    assert set(schema["required"]) == set(client.post("/predict", content=png(0)).json())
+    assert {"400", "408", "413", "422", "503"} < set(answers)
+    assert json.dumps(list(model.class_names)) in json.dumps(found)

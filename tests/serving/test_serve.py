@@ -1,0 +1,51 @@
+"""The command `serve` as a process: it starts, answers many clients, and ends cleanly."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from test_app import FLAGS, png
+
+import launch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("digits") / "run"
+    assert launch.main([*FLAGS, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_says_where_it_is_and_ends_at_a_signal(run, number):
+    command = [sys.executable, "launch.py", "serve", f"--workdir={run}", "--port=0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        line = process.stdout.readline()
+        where = re.fullmatch(
+            r"serving step 20 of mlp\(widths=\(8,\)\) at (http://127\.0\.0\.1:\d+); Ctrl-C ends it\n", line
+        )
+        assert where, line
+        assert httpx.post(f"{where[1]}/predict", content=png(0)).status_code == 200
+        begun = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(20) == 0
+        assert time.monotonic() - begun < 10
+
+
+def test_mistakes(run, capsys):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert launch.main(["serve", f"--workdir={run}", f"--port={port}"]) == 1
+    assert f"serve: 127.0.0.1:{port} cannot be used" in capsys.readouterr().err
+    assert launch.main(["serve", f"--workdir={run}", "--port=99999"]) == 1
+    assert "pass another --port" in capsys.readouterr().err
