@@ -30,10 +30,13 @@ def prepare(deterministic: bool) -> None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     # Memory that a program frees is kept for its next call: to give back and fault in some ten megabytes at every call
-    # takes about as long as the step itself on CPU.
+    # takes about as long as the step itself on CPU. Each of the allocator's arenas keeps its own, and by default there
+    # are up to eight for each processor: as threads meet in them by chance, a run would hold more from hour to hour.
     with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
-        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt, trim_threshold, mmap_threshold, arena_max = ctypes.CDLL(None).mallopt, -1, -3, -8
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 2**30)
+        if "MALLOC_ARENA_MAX" not in os.environ and "arena_max" not in os.environ.get("GLIBC_TUNABLES", ""):
+            mallopt(arena_max, max(2, len(os.sched_getaffinity(0))))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # TensorFlow carries batches and computes nothing
