@@ -18,7 +18,7 @@ TIERS = [
     "data inference step",
     "diagnose on_mesh programs recipe trained",
     "weights",
-    "exports loading",
+    "exports loading serving",
     "commands",
     "launch",
 ]
@@ -37,6 +37,7 @@ PACKAGES = {
     "models.cpu",
     "optim",
     "run",
+    "serving",
     "weights",
 }
 

@@ -30,6 +30,8 @@ def main(config: ConfigDict, workdir: Workdir | None, checkpoint: str, host: str
         raise UserError(
             f"serve: {', '.join(missing)} not installed; run it as `uv run --extra serve launch.py serve …`"
         )
+    if port > 65535:
+        raise UserError(f"serve: --port={port}: ports are 0 to 65535")
     import uvicorn
 
     from imgclf_jax.serving import app
@@ -45,7 +47,7 @@ def main(config: ConfigDict, workdir: Workdir | None, checkpoint: str, host: str
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=settings.backlog)
-    except (OSError, OverflowError) as e:
+    except OSError as e:
         raise UserError(f"serve: {host}:{port} cannot be used ({reason(e)}); pass another --port or --host") from e
     where = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     print(f"serving step {model.step} of {config.model} at {where}; Ctrl-C ends it", flush=True)

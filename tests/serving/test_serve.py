@@ -2,6 +2,7 @@
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,11 +42,9 @@ def test_it_says_where_it_is_and_ends_at_a_signal(run, number):
 
 
 def test_mistakes(run, capsys):
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert launch.main(["serve", f"--workdir={run}", f"--port={port}"]) == 1
     assert f"serve: 127.0.0.1:{port} cannot be used" in capsys.readouterr().err
     assert launch.main(["serve", f"--workdir={run}", "--port=99999"]) == 1
-    assert "pass another --port" in capsys.readouterr().err
+    assert "--port=99999: ports are 0 to 65535" in capsys.readouterr().err

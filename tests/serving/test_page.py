@@ -1,0 +1,105 @@
+"""The page in a browser: an image is chosen, dropped, pasted and drawn; nothing is asked of other servers."""
+
+import base64
+import importlib.util
+import shutil
+
+import pytest
+from test_app import model, png, port  # noqa: F401  fixtures
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not BROWSER, reason="needs Chromium, such as Debian's package `chromium`"),
+    pytest.mark.skipif(not importlib.util.find_spec("playwright"), reason="Playwright comes with the group `browser`"),
+]
+WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[(size, scheme) for size in WIDTHS for scheme in ("light", "dark")], ids="-".join)
+def page(request, browser, port, tmp_path):  # noqa: F811
+    """The open page. At the end there has been no console message, no error, and no request to another server."""
+    size, scheme = request.param
+    width, height = WIDTHS[size]
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    page = context.new_page()
+    said, asked = [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"http://127.0.0.1:{port}/")
+    yield page
+    page.screenshot(path=tmp_path / f"{size}-{scheme}.png", full_page=True)
+    context.close()
+    assert [text for text in said if "status of 422" not in text] == []  # which the browser says of a refused image
+    assert [url for url in asked if not url.startswith((f"http://127.0.0.1:{port}/", "blob:", "data:"))] == []
+
+
+def answered(page):
+    """Waits for an answer; the class that the page shows first, and what it says."""
+    page.get_by_role("status").filter(has_text=" ms in the server").wait_for()
+    said = page.text_content("#status")
+    page.evaluate("document.getElementById('status').textContent = ''")
+    return page.text_content("#classes tbody th"), said
+
+
+def test_it_classifies_what_it_is_given(page, tmp_path):
+    """By each way the same image has the same class; a drawing has one too; what is no image is refused."""
+    (tmp_path / "a.png").write_bytes(png(0))
+    page.set_input_files("#file", tmp_path / "a.png")
+    first, said = answered(page)
+    assert said.startswith(f"{first}, in ")
+    assert page.locator("#classes tbody tr").count() == 5
+    for event, carrier in (("drop", "dataTransfer"), ("paste", "clipboardData")):
+        page.evaluate(
+            """([event, carrier, content]) => {
+                const bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0));
+                const data = new DataTransfer();
+                data.items.add(new File([bytes], "a.png", { type: "image/png" }));
+                const options = { [carrier]: data, bubbles: true, cancelable: true };
+                const made = event === "drop" ? new DragEvent(event, options) : new ClipboardEvent(event, options);
+                document.getElementById("drop").dispatchEvent(made);
+            }""",
+            [event, carrier, base64.b64encode(png(0)).decode()],
+        )
+        assert answered(page)[0] == first
+    box = page.locator("#canvas").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 30)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] - 30, steps=5)
+    page.mouse.up()
+    drawn = page.evaluate("canvas.getContext('2d').getImageData(canvas.width / 2, canvas.height / 2, 1, 1).data[0]")
+    assert drawn == 255
+    page.click("#classify")
+    assert answered(page)[0]
+    (tmp_path / "b.png").write_bytes(b"no image")
+    with page.expect_response("**/predict") as response:
+        page.set_input_files("#file", tmp_path / "b.png")
+    assert response.value.status == 422
+    page.get_by_role("status").filter(has_text="not in an image format").wait_for()
+
+
+def test_it_can_be_read_by_everyone(page, tmp_path):
+    """No fault of accessibility by axe-core, before and after an answer; no scrolling sideways."""
+    from axe_core_python.sync_playwright import Axe
+
+    def faults():
+        found = Axe().run(page)["violations"]
+        return [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in found]
+
+    assert faults() == []
+    (tmp_path / "a.png").write_bytes(png(0))
+    page.set_input_files("#file", tmp_path / "a.png")
+    answered(page)
+    assert faults() == []
+    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
