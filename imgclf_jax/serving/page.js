@@ -18,6 +18,7 @@ async function classify(image) {
   if (number !== newest) return;
   const took = performance.now() - begun;
   show(image, error ? [] : answer.predictions);
+  by("status").scrollIntoView({ block: "nearest" }); // on a phone it is below the image that was given
   by("status").className = error ? "error" : "";
   by("status").textContent = error ||
     `${answer.predictions[0].class}, in ${took.toFixed(0)} ms (${answer.milliseconds.toFixed(1)} ms in the server)`;
