@@ -8,7 +8,7 @@ from html import escape
 COLORS = 10  # classes c0 to c9, whose colors the page's style sheet says
 
 _WIDTH, _HEIGHT = 420, 280
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 16, 40
 _LOG_FROM = 20  # a logarithmic axis where the greatest value is so many times the least
 
 
@@ -77,6 +77,8 @@ def chart(title: str, description: str, x_name: str, lines: Sequence[Line]) -> s
     parts += [_label(across(x), bottom + 17, _short(x)) for x in ticks(across.low, across.high)]
     parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/>')
     parts.append(_label((_LEFT + right) / 2, _HEIGHT - 6, x_name))
+    if log:
+        parts.append(_label(right, _TOP - 4, "logarithmic", "end"))
     for line in lines:
         parts += _line(line, across, up)
     return (f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}. {escape(description)}">'

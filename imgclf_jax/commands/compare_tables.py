@@ -17,6 +17,17 @@ def spread_text(value: Spread) -> str:
     return f"{value.mean:.4f}" + ("" if math.isnan(value.std) else f" ± {value.std:.4f}")
 
 
+def numbers(values: Sequence[int]) -> str:
+    """Ascending numbers in short: `0, 1, 2`, and from four in a row on `0 to 9, 20`."""
+    rows: list[list[int]] = []
+    for value in values:
+        if rows and value == rows[-1][-1] + 1:
+            rows[-1].append(value)
+        else:
+            rows.append([value])
+    return ", ".join(f"{row[0]} to {row[-1]}" if len(row) > 3 else ", ".join(map(str, row)) for row in rows)
+
+
 def _columns(groups: Sequence[Group]) -> list[str]:
     """The metrics of the table: those that any group has."""
     names = dict.fromkeys(name for one in groups for name in one.metrics())
@@ -31,7 +42,7 @@ def results(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
         if one.done:
             values = one.metrics()
             cells = [spread_text(values[name]) if name in values else "" for name in metrics]
-            rows.append([*map(shown, one.settings.values()), ", ".join(map(str, one.seeds)), *cells])
+            rows.append([*map(shown, one.settings.values()), numbers(one.seeds), *cells])
     return [*keys, "seed", *metrics], rows
 
 
