@@ -203,7 +203,11 @@ def _sweep(config_file: str, config: ConfigDict, workdir: str, words: list[str],
         return own
 
     command = [sys.executable, str(Path(__file__).resolve()), "train", f"--config={config_file}", *words]
-    return sweep.main(config, workdir, sweep.Launch(config_file, command, words, before, configured), **given)
+    try:
+        return sweep.main(config, workdir, sweep.Launch(config_file, command, words, before, configured), **given)
+    finally:
+        os.environ.pop("JAX_PLATFORMS")
+        os.environ.update({name: value for name, value in before.items() if name == "JAX_PLATFORMS"})
 
 
 def _joined(

@@ -62,7 +62,7 @@ def _kept(run: Record) -> dict[str, Known] | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             facts = json.loads(str(file["facts"]))
             if facts != _facts(run):
                 return None  # of a shorter run, or of other evaluation sets
