@@ -162,6 +162,8 @@ def test_print(run, monkeypatch):
     (["--sweep=seed=0; x"], "no run was started: --config.seed=x: wants a value of type int, such as 0"),
     (["--sweep=seed=0,1"], "values of --sweep are separated by ';'"),
     (["--sweep=schedule=constant(1e-3); constnt(1)"], "no run was started: unknown schedule 'constnt'"),
+    (["--sweep=schedule=constant(1e-3); constant(x=1)"], "no run was started: in schedule 'constant(x=1)': unknown "
+     "argument 'x'"),
     (["--sweep=batch_size=[8, 0]"], "no run was started: batch_size=0: must be 1 or more"),
     (["--sweep=seed=0..1", "--config.seed=3"], "seed is set by --config.seed and swept too; leave out one of them"),
     (["--sweep=clip=0.5", "--config.seed=3", "--config.seed=4"], "--config.seed is given 2 times; several values are "
