@@ -6,6 +6,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy import special
 
+_AT_ONCE = 1 << 22  # counts of drawn examples that are held at once
+
 Method = Literal["mid-p", "exact", "chi-square"]
 
 
@@ -86,7 +88,8 @@ def difference(
     # Examples on which all seeds behave alike are drawn together, which changes no probability.
     kinds, counts = np.unique(np.concatenate([first, second]), axis=1, return_counts=True)
     gain = kinds[:split].mean(0) - kinds[split:].mean(0)  # [kinds]
-    drawn = generator.multinomial(n, counts / n, samples) @ gain / n  # [samples]
+    parts = [min(_AT_ONCE // len(gain) + 1, samples - first) for first in range(0, samples, _AT_ONCE // len(gain) + 1)]
+    drawn = np.concatenate([generator.multinomial(n, counts / n, some) @ gain / n for some in parts])  # [samples]
     drawn += _seed_part(first, samples, generator) - _seed_part(second, samples, generator)
     low, high = np.percentile(drawn, [50 * (1 - level), 50 * (1 + level)])
     return Difference(float(first.mean() - second.mean()), float(low), float(high))
