@@ -30,19 +30,24 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 caption { text-align: left; color: var(--faint); padding-bottom: .3rem; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--rule); white-space: nowrap;
   font-weight: normal; }
+tbody th { white-space: normal; min-width: 8.5rem; max-width: 20rem; overflow-wrap: anywhere; }
 thead th { font-weight: 600; border-bottom: 2px solid var(--rule); }
 tr.best { background: var(--best); }
 .charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 figure { margin: 0; } svg { width: 100%; height: auto; display: block; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--faint); }
 .grid { stroke: var(--rule); } .axis { stroke: var(--faint); } .line { fill: none; stroke-width: 2; }
-.dashed { stroke-dasharray: 5 4; } .band { opacity: .15; stroke: none; }
+.band { opacity: .15; stroke: none; }
 .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .92rem; }
 .legend svg { display: inline-block; width: 1.6rem; height: .7rem; margin-right: .4rem; }
 details dt { font-weight: 600; } details dd { margin: 0 0 .3rem 1rem; overflow-wrap: anywhere; }
-""" + "".join(
-    f".line.c{i} {{ stroke: var(--c{i}); }} .band.c{i}, .dot.c{i} {{ fill: var(--c{i}); }}\n" for i in range(COLORS)
-)
+"""
+_STYLE += "".join(
+    f".line.c{i} {{ stroke: var(--c{i});{' stroke-dasharray: 10 3 2 3;' if i > 4 else ''} }} "
+    f".band.c{i}, .dot.c{i} {{ fill: var(--c{i}); }}\n"
+    for i in range(COLORS)
+)  # colors alone do not tell ten lines apart
+_STYLE += ".line.dashed { stroke-dasharray: 3 3; }\n"
 
 
 def page(groups: Sequence[Group], comparisons: Sequence[Comparison], metric: str, damaged: Sequence[str]) -> str:
@@ -117,7 +122,7 @@ def _curves(groups: Sequence[Group]) -> str:
     more = f" The first {COLORS} of {len(groups)} are drawn." if len(groups) > COLORS else ""
     note = f"Lines are means over the runs, bands go from the least run to the greatest.{more}"
     if any(one.unfinished and not one.done for one in drawn):
-        note += " Dashed lines are of runs that are not done."
+        note += " Dotted lines are of runs that are not done."
     return (f'<h2>Learning curves</h2><ul class="legend">{legend}</ul><p class="note">{_text(note)}</p>'
             f'<div class="charts">{"".join(figures)}</div>')  # fmt: skip
 

@@ -24,6 +24,7 @@ import json, os, pathlib, signal, sys, time
 words = dict(word.lstrip("-").split("=", 1) for word in sys.argv[1:] if "=" in word)
 place, behave = pathlib.Path(words["workdir"]), json.loads(os.environ.get("BEHAVE", "{}")).get(words["config.seed"], "")
 place.mkdir(exist_ok=True)
+(place / "platforms").write_text(str(os.environ.get("JAX_PLATFORMS")))
 with (place.parent / "order").open("a") as file:
     print("begin", words["config.seed"], file=file)
 if behave == "fail":
@@ -70,11 +71,14 @@ def run(tmp_path, monkeypatch, capfd):
     return call
 
 
-def test_runs_that_are_done_are_skipped(run):
+def test_runs_that_are_done_are_skipped(run, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
     status, lines = run("--sweep=seed=0..1")
     last = f"2 of 2 runs are done; see {run.folder}"
     assert (status, lines) == (0, [*(f"seed={i} done N s test/accuracy 0.5000 ± 0.2500" for i in (0, 1)), last])
     assert (run.folder / "order").read_text().split() == ["begin", "0", "end", "0", "begin", "1", "end", "1"]
+    assert (run.folder / "seed=0" / "platforms").read_text() == "tpu,cpu"  # the sweep itself takes no accelerator
+    assert os.environ["JAX_PLATFORMS"] == "tpu,cpu"
     status, lines = run("--sweep=seed=0..2")  # one more
     assert status == 0
     assert [line.split(" test")[0] for line in lines[:3]] == [
