@@ -113,6 +113,8 @@ def _run(argv: list[str]) -> int:
     if files and not command.files:
         raise UsageError(f"{name} takes no files, found {files[0]!r}; did you forget '--'?")
     configs.validate(config)
+    if name == "sweep":
+        return _sweep(config_path, config, workdir, [word for word in rest if word != "--"], given)
     return _dispatch(name, config, None if from_weights else workdir, given, files)
 
 
@@ -188,6 +190,30 @@ def _dispatch(name: str, config: ConfigDict, workdir: str | None, given: dict[st
         run = importlib.import_module(f"imgclf_jax.commands.{name}").main
         status: int = run(config, place, *([files] if command.files else []), **given)
         return status
+
+
+def _sweep(config_file: str, config: ConfigDict, workdir: str, words: list[str], given: dict[str, Any]) -> int:
+    """The command `sweep`, each run of which is a process of its own: accelerators are left to these."""
+    before = dict(os.environ)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    environment.prepare(deterministic=False)
+    from imgclf_jax.commands import sweep
+
+    def configured(settings: dict[str, str]) -> ConfigDict:
+        own = config.copy_and_resolve_references()
+        try:
+            _override(own, [f"--config.{key}={text}" for key, text in settings.items()], "sweep")
+        except UsageError as e:
+            raise UserError(str(e)) from e
+        configs.validate(own)
+        return own
+
+    command = [sys.executable, str(Path(__file__).resolve()), "train", f"--config={config_file}", *words]
+    try:
+        return sweep.main(config, workdir, sweep.Launch(config_file, command, words, before, configured), **given)
+    finally:
+        os.environ.pop("JAX_PLATFORMS")
+        os.environ.update({name: value for name, value in before.items() if name == "JAX_PLATFORMS"})
 
 
 def _joined(

@@ -50,21 +50,51 @@ def load_file(path_and_arg: str) -> ConfigDict:
         near = [n for n in names if Path(path).stem in n] or difflib.get_close_matches(Path(path).stem, names, 3, 0.75)
         hint = f"; did you mean {' or '.join(f'{n}.py' for n in sorted(near)[:3])}?" if near else ""
         raise UserError(f"no config file {path!r}{hint}")
+    config = _call(path, "get_config", arg)
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"config file {path}: get_config gives {config!r}; it must return a config (default_config())")
+    check_keys(config, path)
+    return config.lock()
+
+
+def load_sweep(path_and_arg: str) -> list[dict[str, Any]] | None:
+    """The runs that `get_sweep` of a config file plans, by the keys that each sets; None if it has no such function.
+
+    `path.py:arg` passes `arg` to it. Raises UserError if it gives anything else than a list of such dicts, or none.
+    """
+    path, _, arg = path_and_arg.partition(":")
+    runs = _call(path, "get_sweep", arg)
+    if runs is _ABSENT:
+        return None
+    try:
+        plan = [dict(run) for run in runs]
+        if plan and all(isinstance(key, str) for run in plan for key in run):
+            return plan
+    except (TypeError, ValueError):
+        pass
+    raise UserError(f"config file {path}: get_sweep gives {runs!r}; it must return a list of dicts, such as "
+                    "[{'seed': 0}, {'seed': 1}]")  # fmt: skip
+
+
+_ABSENT = object()
+
+
+def _call(path: str, function: str, arg: str) -> Any:
+    """What a function of a Python file gives; _ABSENT if the file has no such function, unless it is get_config."""
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"config file {path!r} is not a Python file (.py)")
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-        config = module.get_config(arg) if arg else module.get_config()
+        if function != "get_config" and not hasattr(module, function):
+            return _ABSENT
+        called = getattr(module, function)
+        return called(arg) if arg else called()
     except Exception as e:  # whatever the user's own code raises
         if match := re.search(r'Key "(\w+)" does not exist', str(e)):  # ConfigDict's own text runs over many lines
             raise UserError(f"config file {path}: " + unknown("config key", match[1], KEYS)) from e
         raise UserError(f"config file {path}: {type(e).__name__}: {next(iter(str(e).splitlines()), '')}") from e
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"config file {path}: get_config gives {config!r}; it must return a config (default_config())")
-    check_keys(config, path)
-    return config.lock()
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

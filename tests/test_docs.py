@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from first_of_a_sweep import first_run
 from PIL import Image
 
 import launch
@@ -75,6 +76,9 @@ def run_launch(words: list[str]) -> None:
         return
     if command == "dryrun":
         run_dryrun(words)
+        return
+    if command == "sweep":
+        run_launch(first_run(words))
         return
     config = next((b for a, b in itertools.pairwise(words) if a == "--config"), "configs/digits.py")
     settings = dict(TINY) if command == "train" else {}

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import launch
+from imgclf_jax.commands.table import COMMANDS
 from imgclf_jax.data.sources import fake
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +81,7 @@ def whole(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     ("argv", "fragments"),
     [
         (["trian"], ["unknown command 'trian'", "did you mean 'train'?", "evaluate, predict"]),
-        (["photo.jpg"], ["unknown command 'photo.jpg'", "allowed: config, dryrun, evaluate, predict, train"]),
+        (["photo.jpg"], ["unknown command 'photo.jpg'", f"allowed: {', '.join(sorted(COMMANDS))}"]),
         (["train", "photo.jpg"], ["train takes no files", "'photo.jpg'"]),
         (["--wrkdir", "x"], ["unknown flag 'wrkdir'", "did you mean 'workdir'?"]),
         (["--config.bath_size=3"], ["unknown config key 'bath_size'", "did you mean 'batch_size' or", "allowed: "]),
@@ -94,7 +95,7 @@ def whole(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
         (["config", "--config.data.eval.x"], ["Missing value for flag --config.data.eval.x"]),
         (["predict", "--top_k=0"], ["--top_k=0", "positive"]),
         (["evaluate", "--format=xml"], ["--format=xml", "table|json"]),
-        (["--format=json"], ["train does not take --format", "these commands do: evaluate, predict, dryrun"]),
+        (["--format=json"], ["train does not take --format", "these commands do: evaluate, predict"]),
         (["predict", "--top_q=1", "a.png"], ["unknown flag 'top_q'", "did you mean 'top_k'?"]),
         (["--profile=3"], ["--profile=3", "FIRST:LAST", "10:20"]),
         (["--num_processes=2"], ["--coordinator, --num_processes and --process_id are given together"]),

@@ -19,11 +19,14 @@ class Flag:
     default: Any = ""
     least: Any = None  # the smallest number that is allowed
     choices: tuple[str, ...] = ()
+    many: bool = False  # may be given several times: a list
 
     def define(self, name: str, values: flags.FlagValues) -> None:
         """Adds the flag to `values`: a switch, one of the choices, or what its default's type is."""
         if not self.value:
             flags.DEFINE_bool(name, False, "", flag_values=values)
+        elif self.many:
+            flags.DEFINE_multi_string(name, [], "", flag_values=values)
         elif self.choices:
             flags.DEFINE_enum(name, self.default, list(self.choices), "", flag_values=values)
         elif isinstance(self.default, float):
@@ -63,6 +66,13 @@ FLAGS: Mapping[str, Flag] = {
     "host": Flag("the address to listen on (default: 127.0.0.1, this machine alone; 0.0.0.0: all)", "ADDRESS",
                  "127.0.0.1"),
     "port": Flag("the port to listen on (default: 8000; 0: a free one)", "N", 8000, least=0),
+    "sweep": Flag("values of a key, between semicolons; 'KEY=0..4' for whole numbers, \"KEY=['a', 'b']\" for any "
+                  "texts; again for more keys", "'KEY=VALUE; VALUE'", many=True),
+    "jobs": Flag("how many runs go on at once (default: 1); they share the cores, and the accelerators' memory", "N", 1,
+                 least=1),
+    "print": Flag("print the command of each run and start none"),
+    "html": Flag("write a page with the tables and the learning curves, in one file that needs no network", "FILE"),
+    "test": Flag("evaluate each run that is done, and keep what it predicts in its directory, for paired tests"),
     "profile": Flag("trace these steps, for TensorBoard or Perfetto, into WORKDIR/profile", "FIRST:LAST"),
 }  # fmt: skip
 
@@ -138,6 +148,25 @@ COMMANDS: Mapping[str, Command] = {
         more="The page takes images that are dropped, pasted, drawn or photographed. Programs send an image to "
              "POST /predict; /openapi.json describes it.",
         examples=("--workdir runs/a", "--workdir runs/a --host 0.0.0.0 --port 80"),
+    ),
+    "sweep": Command(
+        "train a run for each combination of several keys' values, one after the other or some at once", "config",
+        ("workdir", "sweep", "jobs", "print"),
+        more="A run is a plain `train` in WORKDIR/KEY=VALUE,…, and its output goes to WORKDIR/KEY=VALUE,….log. The "
+             "same command again goes on: runs that are done are skipped, others resume. A function get_sweep() in the "
+             "config file may give any list of runs, as dicts of keys and values. On an accelerator more than one job "
+             "at once must fit into its memory.",
+        examples=("--workdir runs/rates --sweep 'schedule=constant(1e-3); constant(3e-3)' --sweep seed=0..2",
+                  "--workdir runs/rates --sweep seed=0..2 --print > commands.txt"),
+    ),
+    "compare": Command(
+        "the results of runs beside the keys that differ, over seeds, with paired tests and learning curves", "nothing",
+        ("format", "html", "test", "trust"), "DIR",
+        more="Each directory below DIR that holds a run counts. Runs that differ in their seed alone are one row. Runs "
+             "whose predictions are known are tested in pairs: --test makes them known, and so does a file "
+             "predictions.csv in a run's directory, as `evaluate --predictions` writes it.",
+        examples=("runs/rates", "runs/rates --test --html rates.html", "runs/a runs/b --format csv > both.csv"),
+        formats=("table", "csv", "json"),
     ),
     "dryrun": Command(
         "compile the run for chips that need not be here: memory, time, what bounds it", "config",

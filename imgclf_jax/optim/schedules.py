@@ -101,5 +101,5 @@ def build(text: str, steps: Steps, total: int) -> optax.Schedule:
 
 
 def check_name(text: str) -> None:
-    """Raises UserError unless the spec names a schedule. Its arguments are checked where the steps are known."""
-    spec.lookup(spec.parse_one(text), SCHEDULES, "schedule")
+    """Raises UserError unless the spec names a schedule and its arguments. Values are checked where steps are known."""
+    spec.bind(spec.parse_one(text), SCHEDULES, "schedule", given=("steps", "total"))

@@ -48,6 +48,25 @@ def held(file: Path) -> Iterator[None]:
         release()
 
 
+def is_held(file: Path) -> bool:
+    """Whether a process holds the lock `file` now; False where that cannot be told."""
+    if fcntl is None:
+        return False
+    try:
+        handle = os.open(file, os.O_RDWR)
+    except OSError:  # there is none
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)  # which gives it up
+    return False
+
+
 def _take(file: Path) -> int:
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)

@@ -1,9 +1,8 @@
 """What programs may ask of the server, as an OpenAPI document."""
 
+import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
-
-from imgclf_jax import __version__
 
 _ERRORS = {
     "400": "the request is wrong: an empty body, or a wrong top_k",
@@ -35,7 +34,7 @@ def describe(class_names: Sequence[str], body_bytes: int) -> dict[str, Any]:
     }
     return {
         "openapi": "3.1.0",
-        "info": {"title": "imgclf_jax serve", "version": __version__},
+        "info": {"title": "imgclf_jax serve", "version": importlib.metadata.version("imgclf_jax")},
         "paths": {
             "/predict": {
                 "post": {

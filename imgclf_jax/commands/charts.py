@@ -1,0 +1,117 @@
+"""Line charts as inline SVG, for pages that need no network and no script."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from html import escape
+
+COLORS = 10  # classes c0 to c9, whose colors the page's style sheet says
+
+_WIDTH, _HEIGHT = 420, 280
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 16, 40
+_LOG_FROM = 20  # a logarithmic axis where the greatest value is so many times the least
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of a chart: its name, its color's number, and its points in the order of x."""
+
+    name: str
+    color: int
+    points: Sequence[tuple[float, float]]
+    band: Sequence[tuple[float, float, float]] = ()  # (x, low, high), drawn behind it
+    dashed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axis:
+    low: float
+    high: float
+    first: float  # where `low` is drawn
+    last: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        a, b, v = (math.log10(x) for x in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        return self.first + (self.last - self.first) * (v - a) / ((b - a) or 1.0)
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers from `low` to `high`: steps of 1, 2 or 5 times a power of ten."""
+    rough = (high - low) / count or 1.0
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten, from `low` to `high`; powers of ten alone where there are many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if len(powers) <= 3 else (1,)
+    return [f * 10.0**p for p in powers for f in factors if low * 0.999 <= f * 10.0**p <= high * 1.001]
+
+
+def chart(title: str, description: str, x_name: str, lines: Sequence[Line]) -> str:
+    """A chart as an `svg` element, whose text says what it shows. Values that are not finite are gaps.
+
+    The y axis is logarithmic if all values are above 0 and the greatest is far above the least.
+    """
+    values = [y for line in lines for _, y in line.points if math.isfinite(y)]
+    values += [y for line in lines for _, *ends in line.band for y in ends if math.isfinite(y)]
+    steps = [x for line in lines for x, _ in line.points]
+    if not values or not steps:
+        return ""
+    low, high = min(values), max(values)
+    log = low > 0 and high / low >= _LOG_FROM
+    if not log:
+        margin = (high - low) * 0.04 or abs(high) * 0.1 or 1.0
+        low, high = low - margin, high + margin
+    across = _Axis(min(0.0, *steps), max(steps), _LEFT, _WIDTH - _RIGHT)
+    up = _Axis(low, high, _HEIGHT - _BOTTOM, _TOP, log)
+    parts = [f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"]
+    bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
+    for y in log_ticks(low, high) if log else ticks(low, high):
+        label = _label(_LEFT - 6, up(y) + 4, f"{y:g}", "end")
+        parts += [f'<path class="grid" d="M{_LEFT} {up(y):.1f}H{right}"/>', label]
+    parts += [_label(across(x), bottom + 17, _short(x)) for x in ticks(across.low, across.high)]
+    parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/>')
+    parts.append(_label((_LEFT + right) / 2, _HEIGHT - 6, x_name))
+    if log:
+        parts.append(_label(right, _TOP - 4, "logarithmic", "end"))
+    for line in lines:
+        parts += _line(line, across, up)
+    return (f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}. {escape(description)}">'
+            + "".join(parts) + "</svg>")  # fmt: skip
+
+
+def _label(x: float, y: float, text: str, anchor: str = "middle") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _line(line: Line, across: _Axis, up: _Axis) -> list[str]:
+    color, out = f"c{line.color % COLORS}", []
+    band = [(across(x), up(low), up(high)) for x, low, high in line.band if math.isfinite(low) and math.isfinite(high)]
+    if band:
+        edge = [f"{x:.1f} {high:.1f}" for x, _, high in band] + [f"{x:.1f} {low:.1f}" for x, low, _ in reversed(band)]
+        out.append(f'<path class="band {color}" d="M{"L".join(edge)}Z"/>')
+    shape, pen = "", "M"
+    for x, y in line.points:
+        if math.isfinite(y):
+            shape, pen = f"{shape}{pen}{across(x):.1f} {up(y):.1f}", "L"
+        else:
+            pen = "M"
+    dashes = " dashed" if line.dashed else ""
+    out.append(f'<path class="line {color}{dashes}" d="{shape}"><title>{escape(line.name)}</title></path>')
+    if len(line.points) == 1:
+        x, y = line.points[0]
+        out.append(f'<circle class="dot {color}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="3"/>')
+    return out
+
+
+def _short(x: float) -> str:
+    """20000 as 20k."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if abs(x) >= 10 * size or (abs(x) >= size and x % size == 0):
+            return f"{x / size:g}{letter}"
+    return f"{x:g}"

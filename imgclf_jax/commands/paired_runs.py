@@ -1,0 +1,61 @@
+"""Groups of runs beside the best one: tests and intervals from what both predict of the same examples."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from imgclf_jax.analysis import paired
+from imgclf_jax.commands.comparison import Group
+from imgclf_jax.commands.known_predictions import Known
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A group beside the best one, on one evaluation set."""
+
+    group: Group
+    set: str
+    examples: int
+    difference: paired.Difference  # of the accuracies: this group's less the best one's
+    p: dict[int, float]  # of McNemar's test with mid-p, for each seed that both have
+    adjusted: dict[int, float]  # the same by Holm, over all tests that are made
+
+
+def compare(groups: Sequence[Group], known: Mapping[str, Mapping[str, Known]]) -> list[Comparison]:
+    """Each group beside the best one, on each evaluation set of which all their runs' predictions are known."""
+    found: list[Comparison] = []
+    first = [(name, rows) for name in _sets(groups) if (rows := _right(groups[0], name, known))]
+    for name, (best, best_seeds) in first:
+        for one in groups[1:]:
+            if not (rows := _right(one, name, known)):
+                continue
+            own, seeds = rows
+            if not own.pairs_with(best):
+                log.warning("%s: the predictions of %s are of other examples than those of the best", name, one.label)
+                continue
+            p = {}
+            for seed in (seed for seed in seeds if seed in best_seeds):
+                a, b = own.right[seeds.index(seed)], best.right[best_seeds.index(seed)]
+                p[seed] = paired.mcnemar(int((a & ~b).sum()), int((b & ~a).sum()))
+            difference = paired.difference(own.right, best.right)
+            found.append(Comparison(one, name, own.right.shape[1], difference, p, {}))
+    adjusted = iter(paired.holm([value for one in found for value in one.p.values()]))
+    return [dataclasses.replace(one, adjusted={seed: next(adjusted) for seed in one.p}) for one in found]
+
+
+def _sets(groups: Sequence[Group]) -> list[str]:
+    return list(groups[0].done[0].config.data.eval) if groups[0].done else []
+
+
+def _right(one: Group, name: str, known: Mapping[str, Mapping[str, Known]]) -> tuple[Known, list[int]] | None:
+    """What the seeds of a group have right, and which seeds these are; None if that of a run is not known."""
+    found = [(run, known[run.name].get(name)) for run in one.done]
+    whole = [own for _, own in found if own is not None]
+    if not whole or len(whole) < len(found) or not all(own.pairs_with(whole[0]) for own in whole):
+        return None
+    seeds = [seed for run, _ in found for seed in run.seeds]
+    return dataclasses.replace(whole[0], right=np.concatenate([own.right for own in whole])), seeds
