@@ -92,7 +92,7 @@ def programs(spec, size, precision="bfloat16"):
     return Programs(Recipe(config, data))
 
 
-@pytest.mark.usefixtures("form")
+@pytest.mark.usefixtures("form", "shallow")
 @pytest.mark.parametrize("name", sorted(BACKBONES))
 def test_gradients_are_as_precise_as_the_parameters(name):
     """In float32, while layers compute in bfloat16; in both forms."""
