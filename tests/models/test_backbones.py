@@ -52,7 +52,7 @@ SMALL = {  # each at a size that compiles in seconds; all of them have every kin
     "resnet": ("resnet(depth=18, zero_init=False)", 32),
     "resnet_cifar": ("resnet_cifar(depth=8)", 16),
     "wide_resnet": ("wide_resnet(depth=10, width=1, dropout=0.1)", 16),
-    "convnext": ("convnext('T', drop_path=0.1)", 32),
+    "convnext": ("convnext('T', drop_path=0.1, layer_scale=0.1)", 32),
     "vit": ("vit('Ti', patch=8, drop_path=0.1, dropout=0.1)", 16),
     "mixer": ("mixer('S', patch=8, drop_path=0.1)", 16),
     "airbench": ("airbench(widths=(32, 32, 32))", 32),
