@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -42,11 +43,18 @@ def whole(tmp_path_factory, one_device) -> tuple[str, list[dict]]:
 
 
 @pytest.mark.optimized
-def test_killed_at_a_random_moment(whole, tmp_path):
+def test_killed_at_a_random_moment(whole, tmp_path, capsys):
     """Random crops, flips, mixing and dropout included; log, evaluation and checkpoint steps do not fall together."""
-    assert resume_check.interrupt(tmp_path / "run", SHORT, signal.SIGKILL, random.Random(0)) == -signal.SIGKILL
-    assert not (tmp_path / "run" / "result.json").exists()
-    assert finish(tmp_path / "run") == whole
+    workdir = tmp_path / "run"
+    process, saved = resume_check.start(workdir, SHORT), workdir / "checkpoints"
+    while process.poll() is None and not (saved.exists() and any(f.name.isdigit() for f in saved.iterdir())):
+        time.sleep(0.01)
+    time.sleep(random.Random(0).uniform(0.0, 0.1))
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    capsys.readouterr()
+    assert finish(workdir) == whole
+    assert "resuming at step" in capsys.readouterr().err
 
 
 @pytest.mark.slow
