@@ -48,8 +48,13 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_once(tmp_path_factory):
-    """What several tests compile, in this process or in those they start, is compiled once."""
-    folder = str(tmp_path_factory.getbasetemp() / "compiled")
+    """What several tests compile, in one of the processes or in those they start, is compiled once.
+
+    In a folder of this run, unless the user names one, which serves the next run too.
+    """
+    base = tmp_path_factory.getbasetemp()  # with xdist each process has its own, in a folder of them all
+    of_this_run = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(of_this_run)
     os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = folder, "0.1"
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -49,11 +49,6 @@ def test_the_second_run_compiles_nothing(tmp_path):
     assert digests[0] == digests[1]
 
 
-def test_without_a_place_for_the_cache_it_trains_all_the_same(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert run(str(tmp_path / "file"), tmp_path / "run")["status"] == 0
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [

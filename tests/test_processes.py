@@ -85,6 +85,7 @@ def start_two(program: str) -> list[subprocess.Popen]:
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_signal_to_one_stops_both_and_one_process_goes_on(tmp_path):
     workdir = tmp_path / "run"
     started = check.start(workdir, 2, 2, SHORT)
@@ -98,7 +99,7 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on(tmp_path):
     assert re.search(r"^\S+ \[process 1\] SIGTERM: stopping after this step", logs(workdir)[1], re.MULTILINE)
     assert "train loss" not in logs(workdir)[1]  # process 0 alone says how it goes
 
-    for folder in (workdir, tmp_path / "alone"):  # in this process, on its devices
+    for folder in (workdir, tmp_path / "alone"):  # in this process, on one device
         assert launch.main([f"--workdir={folder}", *SHORT]) == 0
     losses, expected = (check.records(w, "train/loss") for w in (workdir, tmp_path / "alone"))
     assert losses.keys() == expected.keys() == set(range(1, 301))

@@ -1,5 +1,6 @@
 """What the README and the pages say is so; `test_docs.py` runs their commands."""
 
+import os
 import re
 import subprocess
 import sys
@@ -63,15 +64,25 @@ def test_the_api_names_every_public_module():
             assert (f".. automodule:: imgclf_jax.{name}\n" in DOCS["api"]) != name.startswith(inner), name
 
 
-def test_device_placement_needs_neither_tensorflow_nor_clu(tmp_path):
-    """A whole run, with evaluation and checkpoints, where these packages are not installed."""
+def test_device_placement_needs_neither_tensorflow_nor_clu_nor_a_cache(tmp_path):
+    """A whole run, with evaluation and checkpoints, where these packages are not installed.
+
+    There is no place for the compilation cache either: a file is where its folder should be. Nothing warns.
+    """
+    (tmp_path / "file").write_text("")
+    hidden = {"JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"}
+    environment = {k: v for k, v in os.environ.items() if k not in hidden}
+    environment["XDG_CACHE_HOME"] = str(tmp_path / "file")
+    names = ("tensorflow", "tensorflow_datasets", "clu", "tensorboard")
     arguments = ["train", f"--workdir={tmp_path / 'run'}", "--config.data.placement=device",
                  "--config.model=mlp(widths=(16,))", *SHORT]  # fmt: skip
     code = (
         "import sys\n"
-        "for name in ('tensorflow', 'tensorflow_datasets', 'clu', 'tensorboard'): sys.modules[name] = None\n"
-        f"import launch; sys.exit(launch.main({arguments}))"
+        f"for name in {names}: sys.modules[name] = None\n"
+        f"import launch; status = launch.main({arguments})\n"
+        f"assert not any(sys.modules[name] for name in {names}); sys.exit(status)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "test: examples 360" in done.stdout

@@ -3,12 +3,14 @@
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import resume_check
 import stress
 
+import launch
 from imgclf_jax.commands import train
 from imgclf_jax.run import writers
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -29,15 +31,35 @@ SHORT = (
 )
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> tuple[str, list[dict]]:
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    resume_check.finish(workdir, SHORT)
+def finish(workdir: Path) -> tuple[str, list[dict]]:
+    """The outcome of the run when this process has trained it to its end."""
+    assert launch.main([f"--workdir={workdir}", *SHORT]) == 0
     return resume_check.outcome(workdir)
 
 
-def test_killed_at_random_moments(whole, tmp_path):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, one_device) -> tuple[str, list[dict]]:
+    return finish(tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.mark.optimized
+def test_killed_at_a_random_moment(whole, tmp_path, capsys):
     """Random crops, flips, mixing and dropout included; log, evaluation and checkpoint steps do not fall together."""
+    workdir = tmp_path / "run"
+    process, saved = resume_check.start(workdir, SHORT), workdir / "checkpoints"
+    while process.poll() is None and not (saved.exists() and any(f.name.isdigit() for f in saved.iterdir())):
+        time.sleep(0.01)
+    time.sleep(random.Random(0).uniform(0.0, 0.1))
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    capsys.readouterr()
+    assert finish(workdir) == whole
+    assert "resuming at step" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(whole, tmp_path):
+    """All of it in processes of their own."""
     rng = random.Random(0)
     resume_check.kill_repeatedly(tmp_path / "run", SHORT, 3, rng)
     assert resume_check.outcome(tmp_path / "run") == whole

@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import launch
+
+# This process trains on as those do that it starts.
+pytestmark = [pytest.mark.optimized, pytest.mark.usefixtures("one_device")]
+
 ROOT = Path(__file__).parent.parent
 
 # Asks itself to stop at a moment of its life, as another process would, and goes on.
@@ -95,10 +100,8 @@ def start(moment: str, name: str, how: str, workdir: Path) -> subprocess.Complet
 
 
 def finish(workdir: Path) -> tuple[str, list[dict]]:
-    """Runs to the end; the digest, and the records without timings."""
-    command = [sys.executable, str(ROOT / "launch.py"), f"--workdir={workdir}", *RUN]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    """Runs to the end in this process; the digest, and the records without timings."""
+    assert launch.main([f"--workdir={workdir}", *RUN]) == 0
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     timings = ("train/images_per_second", "train/input_wait")
     digest = json.loads((workdir / "result.json").read_text())["params_sha256"]
@@ -106,7 +109,7 @@ def finish(workdir: Path) -> tuple[str, list[dict]]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> tuple[str, list[dict]]:
+def whole(tmp_path_factory, one_device) -> tuple[str, list[dict]]:
     return finish(tmp_path_factory.mktemp("whole") / "run")
 
 

@@ -88,8 +88,10 @@ def test_batch_statistics_are_those_of_all_devices_together():
     assert np.abs(own[0] - own[1]).max() > 0.05  # statistics of a device's own examples would be others
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize(("accumulate", "traced_for"), [(2, "cpu"), (4, "cpu"), (8, "cpu"), (4, "gpu")])
+@pytest.mark.parametrize(
+    ("devices", "accumulate", "traced_for"),  # with eight parts on eight devices each holds one example of a part
+    [(1, 2, "cpu"), (1, 4, "cpu"), (8, 4, "cpu"), (8, 8, "cpu"), (1, 4, "gpu"), (8, 4, "gpu")],
+)
 def test_accumulated_gradients_are_those_of_the_whole_batch(devices, accumulate, traced_for):
     """And so are loss and accuracy; every part lies on all devices, so that no image moves between them.
 

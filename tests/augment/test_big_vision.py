@@ -160,7 +160,8 @@ def test_ops_signs_and_cutouts_are_drawn_alike():
             if name != "cutout":
                 expected[definition(name, image, 3, sign if name in MOVES else 1).tobytes()] += n / 32
     keys = [own.astype(np.uint8).tobytes() for own in out]
-    seen = [keys.count(key) for key in expected]
+    counts = Counter(keys)
+    seen = [counts[key] for key in expected]
     cutouts = out[[key not in expected for key in keys]]
     assert stats.chisquare([*seen, len(cutouts)], [*expected.values(), n / 16]).pvalue > 1e-3
     covered = [sum(at - side <= y < at + side for at in range(32)) / 32 for y in range(32)]

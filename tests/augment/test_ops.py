@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -92,8 +93,7 @@ def test_pad_crop_is_uniform_over_all_places():
     assert stats.chisquare(out.sum(0, dtype=int).reshape(-1)).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 6, 40])
-@pytest.mark.parametrize("fill", [0.0, 7.0])
+@pytest.mark.parametrize(("size", "fill"), [(1, 0.0), (2, 7.0), (3, 0.0), (6, 7.0), (40, 0.0), (40, 7.0)])
 def test_cutout_fills_a_square_cut_off_at_the_border(size, fill):
     """In uint8 and in float32; 40 pixels cover every image wherever the centre is."""
     images = noise(32, 9, 12, 3) | 8  # which neither fill is
@@ -142,9 +142,10 @@ def numpy_erasing(key, images, probability, area, aspect):
     return erased
 
 
-@pytest.mark.parametrize(("h", "w"), [(32, 32), (12, 20)])
-@pytest.mark.parametrize("fill", [0, 7.0, "pixel", "color"])
-@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize(
+    ("h", "w", "fill", "dtype"),  # the size decides where the boxes lie, the other two what is in them
+    [(32, 32, 0, np.uint8), *((12, 20, *what) for what in product((0, 7.0, "pixel", "color"), (np.uint8, np.float32)))],
+)
 def test_random_erasing_fills_the_papers_box(h, w, fill, dtype):
     images = np.full((200, h, w, 3), 9, dtype)
     args = (0.7, (0.05, 0.9), (0.3, 3.3))

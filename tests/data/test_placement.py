@@ -1,8 +1,5 @@
 """Chunks on the device are the stream's batches, and training on them does not depend on their size."""
 
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
@@ -57,26 +54,3 @@ def test_device_placement_refuses_random_host_ops():
         UserError, match=r"draws at random; use data.placement='host', or move the randomness to augment"
     ):
         next(placement.train_chunks("device", images, stream.StreamSpec(0, 8), [range(1)], 1, sharding.make_mesh()))
-
-
-WITHOUT_TENSORFLOW = """
-import sys
-for name in ("tensorflow", "tensorflow_datasets", "clu"):
-    sys.modules[name] = None  # an import of it raises ImportError
-from pathlib import Path
-from imgclf_jax.commands import train
-from imgclf_jax.config import default_config
-from imgclf_jax.run.workdir import Workdir
-config = default_config()
-config.total, config.batch_size, config.data.placement = "2 steps", 8, "device"
-config.data.source, config.preprocess, config.model = "fake(20, (8, 8, 1), 4)", "decode(1)", "mlp(widths=(4,))"
-status = train.main(config, Workdir(Path(sys.argv[1])))
-assert not any(sys.modules[n] for n in ("tensorflow", "tensorflow_datasets", "clu"))
-sys.exit(status)
-"""
-
-
-def test_a_run_with_device_placement_needs_no_tensorflow(tmp_path):
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TENSORFLOW, tmp_path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert '"examples": 20' in (tmp_path / "result.json").read_text()

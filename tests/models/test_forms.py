@@ -96,44 +96,40 @@ def in_form(form, function):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", sorted(BACKBONES))
-def test_ordinary_edits_in_the_middle_give_the_same_in_both_forms(name):
-    """Concatenation, softmax, means, stochastic depth, nn.Conv, BatchNorm, GroupNorm, squeeze and excitation."""
+def test_both_forms_are_equal_and_differentiable_with_ordinary_edits_in_the_middle(name):
+    """Logits, gradients, `jax.jvp` of both; each form against the other and against differences, in float64.
+
+    The edits: concatenation, softmax, means, stochastic depth, nn.Conv, BatchNorm, GroupNorm, squeeze and excitation.
+    """
     logits, params = build(name, edited=True)
-    run = jax.value_and_grad(lambda params: (jnp.sum(jnp.sin(y := logits(params))), y), has_aux=True)
-    cpu, gpu = (jax.jit(in_form(form, run))(params) for form in FORMS)
     assert any("edits" in path for path, _ in tree.named_leaves(params))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), cpu, gpu)
-
-
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", sorted(BACKBONES))
-def test_forward_mode_is_the_finite_difference(name):
-    """`jax.jvp` and `jax.jvp` of `jax.grad` of both forms; differences of one, in float64. `linearize` is traced."""
-    logits, params = build(name)
     rng = np.random.default_rng(2)
     direction, other = (jax.tree.map(lambda p: rng.normal(size=p.shape), params) for _ in range(2))
 
     def value(params):
-        return jnp.sum(jnp.sin(logits(params)))
+        return jnp.sum(jnp.sin(y := logits(params))), y
 
     def along(tangent, gradient):
         return sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(tangent), jax.tree.leaves(gradient), strict=True))
 
     def derivatives(params, direction, other):
-        """The value and the gradient along `other`; then the derivatives of both along `direction`."""
-        out, first = jax.jvp(value, (params,), (direction,))
-        gradient, change = jax.jvp(jax.grad(value), (params,), (direction,))
-        return (out, along(other, gradient)), (first, along(direction, gradient), along(other, change))
+        """(Logits, gradient), the value and the gradient along `other`, the derivatives of both along `direction`."""
+        run = jax.value_and_grad(value, has_aux=True)
+        ((out, y), gradient), ((first, _), change) = jax.jvp(run, (params,), (direction,))
+        return (y, gradient), (out, along(other, gradient)), (first, along(direction, gradient), along(other, change))
 
     runs = {form: jax.jit(in_form(form, derivatives)) for form in FORMS}
     step, moved = 1e-6, lambda s: jax.tree.map(lambda p, d: p + s * d, params, direction)
-    above, below = (runs["gpu"](moved(s), direction, other)[0] for s in (step, -step))
+    above, below = (runs["gpu"](moved(s), direction, other)[1] for s in (step, -step))
     expected = [(a - b) / (2 * step) for a, b in zip(above, below, strict=True)]
+    found = {form: runs[form](params, direction, other) for form in FORMS}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), *(found[f][0] for f in FORMS))
     for form in FORMS:
-        first, reverse, second = runs[form](params, direction, other)[1]
+        first, reverse, second = found[form][2]
         np.testing.assert_allclose([first, reverse], expected[0], rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(second, expected[1], rtol=1e-4, atol=1e-5)
-        jax.eval_shape(in_form(form, lambda params, d: jax.linearize(value, params)[1](d)), params, direction)
+    linear = in_form("cpu", lambda params, d: jax.linearize(value, params, has_aux=True)[1](d))  # traced
+    jax.eval_shape(linear, params, direction)
 
 
 def traced(name, form, precision):

@@ -87,8 +87,13 @@ def test_conv_is_its_definition():
 
 
 @on_cpu
-@pytest.mark.parametrize(("kernel", "padding"), [(3, "SAME"), (2, "VALID"), (5, ((0, 2), (3, 1)))])
-@pytest.mark.parametrize(("c", "f"), [(4, 6), (40, 6), (6, 40)])
+@pytest.mark.parametrize(
+    ("kernel", "padding", "c", "f"),
+    [
+        *((*of, 4, 6) for of in ((3, "SAME"), (2, "VALID"), (5, ((0, 2), (3, 1))))),
+        *((3, "SAME", 40, 6), (2, "VALID", 6, 40), (5, ((0, 2), (3, 1)), 40, 6)),
+    ],
+)
 def test_conv_in_bfloat16_has_the_results_and_gradients_of_float32(kernel, padding, c, f):
     """Of small integers, whose products are exact: few channels, where patches serve several outputs, and more."""
     rng = np.random.default_rng(0)
