@@ -56,6 +56,18 @@ FLAGS: Mapping[str, Flag] = {
     "local_devices": Flag("which devices of this host the process takes", "all|0,1"),
     "heartbeat": Flag("a process that is silent for so long is taken for dead (default: 100)", "SECONDS", 100,
                       least=1),
+    "output": Flag("where to write: a file, or a folder where there are several", "PATH"),
+    "split": Flag("a split of the data, such as train, 'test[:100]' or \"folder('new')/train\" (default: the run's "
+                  "evaluation sets)", "SPLIT"),
+    "method": Flag("how to explain (default: auto, which suits the network)", "METHOD", "auto",
+                   choices=("auto", "gradcam", "rollout", "occlusion")),
+    "class": Flag("the class to explain (default: the predicted one)", "NAME"),
+    "layer": Flag("the layer whose feature maps Grad-CAM takes (default: the last one that has any)", "NAME"),
+    "window": Flag("the side of the square that covers a part, in pixels (default: a seventh of the image)", "N", 0,
+                   least=0),
+    "k": Flag("how many neighbours, one number or several (default: 1,5,20,100)", "K,...", "1,5,20,100"),
+    "draws": Flag("how many times the few images of a class are drawn (default: 5)", "N", 5, least=2),
+    "plot": Flag("draw the accuracies, as .png; this needs matplotlib: uv run --extra report", "FILE"),
     "profile": Flag("trace these steps, for TensorBoard or Perfetto, into WORKDIR/profile", "FIRST:LAST"),
 }  # fmt: skip
 
@@ -116,6 +128,30 @@ COMMANDS: Mapping[str, Command] = {
         examples=("new.jpg --workdir runs/a", "photos --workdir runs/a --format csv > classes.csv",
                   "- --workdir runs/a < files.txt"),
         formats=("table", "json", "jsonl", "csv"),
+    ),
+    "features": Command(
+        "write what the network makes of images: a vector each, with names and labels", "run or weights",
+        ("workdir", "checkpoint", "output", "split", "trust"), "[FILE|DIR|GLOB|-]",
+        more="Without images on the command line they are those of --split. The name of --output ends in .npz or "
+             ".parquet.",
+        examples=("--workdir runs/a --output test.npz", "--workdir runs/a --split train --output train.parquet",
+                  "photos --workdir runs/a --output photos.npz"),
+    ),
+    "probe": Command(
+        "how good the features are: nearest neighbours, a linear probe, few images a class", "run or weights",
+        ("workdir", "checkpoint", "format", "k", "draws", "plot", "trust"),
+        more="All learn from the features of the training set and are scored on each evaluation set.",
+        examples=("--workdir runs/a", "--workdir runs/a --plot curve.png",
+                  "--config configs/a.py --config.init_from=weights.safetensors"),
+    ),
+    "explain": Command(
+        "draw where in images a trained run finds their class", "run or weights",
+        ("workdir", "checkpoint", "format", "method", "class", "layer", "window", "output", "trust"),
+        "FILE|DIR|GLOB|-",
+        more="gradcam is for networks with feature maps, rollout for those with attention over patches, occlusion for "
+             "any. The pictures go to the folder --output (default: explained).",
+        examples=("new.jpg --workdir runs/a", "photos --workdir runs/a --method occlusion --output heat",
+                  "new.jpg --workdir runs/a --class dog"),
     ),
     "dryrun": Command(
         "compile the run for chips that need not be here: memory, time, what bounds it", "config",
