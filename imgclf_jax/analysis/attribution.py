@@ -1,7 +1,7 @@
 """Where in an image a network finds its class: Grad-CAM, attention rollout, occlusion. Pure functions.
 
-Each gives a map of one number a place, the greater the more it matters. No model is changed for it: what its layers give
-is seen from outside, by Flax's interceptors, so a network of one's own is explained as ours are.
+Each gives a map of one number a place, the greater the more it matters. No model is changed for it: what its layers
+give is seen from outside, by Flax's interceptors, so a network of one's own is explained as ours are.
 """
 
 import itertools
@@ -127,7 +127,7 @@ def make_gradcam(model: nn.Module, augment: Callable[..., jax.Array], layer: Lay
                 return y if delta is None else y + delta.astype(y.dtype)
 
             with nn.intercept_methods(_on_outputs(move)):
-                logits = model.apply(variables, images, train=False)
+                logits: Any = model.apply(variables, images, train=False)
             return widen(jnp.take_along_axis(logits, labels[:, None], 1)).sum(), widen(found[0])
 
         maps = jax.eval_shape(logit, None)[1]

@@ -121,7 +121,7 @@ def _fitting(numbers: int) -> Iterator[None]:
 
 
 def draw_few(labels: np.ndarray, shots: int, draw: int, seed: int = 0) -> np.ndarray:
-    """The places of `shots` examples of each class, drawn without replacement; sorted. Another `draw` is another one."""
+    """The places of `shots` examples of each class, drawn without replacement; sorted. Each `draw` is another."""
     rng = np.random.default_rng([seed, shots, draw])
     chosen = [rng.choice(np.flatnonzero(labels == c), shots, replace=False) for c in np.unique(labels)]
     return np.sort(np.concatenate(chosen))

@@ -90,7 +90,7 @@ def main(
 def build(
     model: Trained, method: str = "auto", layer: str = "", window: int = 0, for_class: bool = False
 ) -> tuple[str, Callable[[np.ndarray, int], np.ndarray]]:
-    """(the method, a function of uint8[h, w, c] as the model takes it and a class's number that gives the map [h', w']).
+    """(the method, a function of uint8[h, w, c] as the model takes it and of a class that gives the map [h', w']).
 
     `method` is "gradcam", "rollout", "occlusion", or "auto": the one that suits the network, or, with `for_class`, the
     one of them that tells classes apart. `layer` is for Grad-CAM, `window` for occlusion.
@@ -130,7 +130,7 @@ def build(
 
 
 def _probabilities(model: Trained, size: int, images: np.ndarray) -> np.ndarray:
-    """f32[b, classes] of up to `size` images uint8[b, h, w, c], as `predict` has them; one shape, so one compilation."""
+    """f32[b, classes] of up to `size` images uint8[b, h, w, c], as `predict` has them. All calls are of one shape."""
     mesh = model.programs.mesh
     batch = np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), np.uint8)])
     out = model.programs.predict(*model.state.evaluated, sharding.put_batch({"image": batch}, mesh)["image"])

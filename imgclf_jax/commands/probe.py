@@ -140,11 +140,11 @@ def _check_plot(file: Path) -> None:
 
 def _check_memory(model: Trained, examples: int) -> None:
     """Raises UserError if the features of so many examples cannot be held: classifiers need them all, as f64 too."""
-    one = model.programs.features.eval_shape(
-        *model.state.evaluated, np.zeros((1, *model.programs.recipe.data.image_shape), np.uint8)
-    )
-    memory.require(3 * 4 * examples * one.size, f"the features of {examples} images and what learns from them: a part "
-                   "of the images will do, such as --config.data.train='train[:10%]'; all")  # fmt: skip
+    size, shape = model.programs.eval_batch_size, model.programs.recipe.data.image_shape
+    batch = model.programs.features.eval_shape(*model.state.evaluated, np.zeros((size, *shape), np.uint8))
+    needed = 3 * 4 * examples * batch.size // size
+    memory.require(needed, f"to learn from the features of {examples} images (--config.data.train='train[:10%]' takes "
+                   "a part of them)")  # fmt: skip
 
 
 def _print(records: list[Record]) -> None:

@@ -88,7 +88,7 @@ def gradcam(model, variables, x, labels, name="", num_seeds=1):
 
 
 def by_hand(variables, x, labels):
-    """The maps of OneConv before its ReLU: y_c = mean ReLU(A_k) · head, so dy / dA_k = head_kc / places where A_k > 0."""
+    """The maps of OneConv before its ReLU: y_c = mean ReLU(A_k) · head, so dy / dA_k = head_kc / places for A_k > 0."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"])
     kernel, bias, head = *(params["backbone"]["conv"][n] for n in ("kernel", "bias")), params["head"]["kernel"]
     pixels = x / 128 - 1  # [b, 8, 8, 1]
@@ -161,7 +161,7 @@ def test_what_a_network_shows(backbone, method, layer, shallow):
         with pytest.raises(UserError, match="this network has none; --method=occlusion"):
             attribution.choose_layer(seen)
     if method != "rollout":
-        with pytest.raises(UserError, match="no attention maps|this network has none"):
+        with pytest.raises(UserError, match=r"no attention maps|this network has none"):
             attribution.make_rollout(model, scaled, seen)
 
 
