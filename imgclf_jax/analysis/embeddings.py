@@ -65,7 +65,7 @@ def _npz(path: Path, class_names: Sequence[str]) -> Iterator[Add]:
 
         def add(of: str, called: Sequence[str], own: np.ndarray, features: np.ndarray) -> None:
             if not files:
-                files.extend(stack.enter_context(path.with_name(f"seed{i}").open("w+b")) for i in range(len(features)))
+                files.extend(stack.enter_context((path.parent / f"seed{i}").open("xb")) for i in range(len(features)))
                 width.append(features.shape[-1])
             for file, rows in zip(files, features, strict=True):
                 file.write(np.ascontiguousarray(rows, "<f4").data)
@@ -81,8 +81,9 @@ def _npz(path: Path, class_names: Sequence[str]) -> Iterator[Add]:
             shape = (n, width[0]) if len(files) == 1 else (len(files), n, width[0])
             with _member(archive, "features", "<f4", shape) as member:
                 for file in files:
-                    file.seek(0)
-                    shutil.copyfileobj(file, member, _AT_ONCE)
+                    file.close()
+                    with Path(file.name).open("rb") as written:
+                        shutil.copyfileobj(written, member, _AT_ONCE)
             with _member(archive, "labels", "<i4", (n,)) as member:
                 for part in labels:
                     member.write(part.tobytes())

@@ -14,7 +14,7 @@ TEMPERATURE = 0.07  # of the neighbours' votes
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # C of logistic regression: the inverse of the penalty
 _FOLDS = 5
 _MOST_TO_CHOOSE = 10_000  # examples on which C is chosen
-_AT_ONCE = 1 << 25  # similarities that are held at once
+_AT_ONCE = 1 << 23  # similarities that are held at once
 _ITERATIONS = 1000
 _FOR_THREADS = 1_000_000  # numbers
 
@@ -52,10 +52,11 @@ def _greatest(values: np.ndarray, k: int) -> np.ndarray:
     """The places of the k greatest values of each row, the greatest first, of equal ones the first."""
     if k < values.shape[1]:
         least = -np.partition(-values, k - 1, axis=1)[:, k - 1 : k]  # the k-th greatest
-        # All that is above it, and of those equal to it the first ones.
-        equal = values == least
-        room = k - (values > least).sum(1, keepdims=True)
-        kept = (values > least) | (equal & (np.cumsum(equal, 1) <= room))
+        kept = values >= least
+        tied = np.flatnonzero(kept.sum(1) > k)  # rows with more of those equal to it than there is room for
+        above = values[tied] > least[tied]
+        equal = values[tied] == least[tied]
+        kept[tied] = above | (equal & (np.cumsum(equal, 1) <= k - above.sum(1, keepdims=True)))
         places = np.nonzero(kept)[1].reshape(len(values), k)
     else:
         places = np.broadcast_to(np.arange(k), values.shape)
