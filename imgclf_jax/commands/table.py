@@ -59,7 +59,7 @@ FLAGS: Mapping[str, Flag] = {
     "output": Flag("where to write: a file, or a folder where there are several", "PATH"),
     "split": Flag("a split of the data, such as train, 'test[:100]' or \"folder('new')/train\" (default: the run's "
                   "evaluation sets)", "SPLIT"),
-    "method": Flag("how to explain (default: auto, which suits the network)", "METHOD", "auto",
+    "method": Flag("how to explain (default: auto, which suits the network)", "auto|gradcam|rollout|occlusion", "auto",
                    choices=("auto", "gradcam", "rollout", "occlusion")),
     "class": Flag("the class to explain (default: the predicted one)", "NAME"),
     "layer": Flag("the layer whose feature maps Grad-CAM takes (default: the last one that has any)", "NAME"),
