@@ -27,7 +27,8 @@ from ml_collections import ConfigDict, config_flags
 
 from imgclf_jax import config as configs
 from imgclf_jax.commands import table
-from imgclf_jax.commands.table import COMMANDS, FLAGS
+from imgclf_jax.commands.flags import FLAGS, PROCESSES
+from imgclf_jax.commands.table import COMMANDS
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.text import prepare_streams, printable
 from imgclf_jax.run import environment
@@ -182,7 +183,7 @@ def _dispatch(name: str, config: ConfigDict, workdir: str | None, given: dict[st
     place = Workdir.named(workdir) if workdir else None
     with contextlib.ExitStack() as stack:
         if command.in_processes:
-            stack.enter_context(_joined(*(given.pop(flag) for flag in table.PROCESSES)))
+            stack.enter_context(_joined(*(given.pop(flag) for flag in PROCESSES)))
         else:
             terminal.setup_logging()
         if "trust" in given and not given.pop("trust") and place:

@@ -90,10 +90,10 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
     return run["state"], step
 
 
-def convert(config: ConfigDict, base: dict[str, sources.Source] | None = None) -> Trained:
+def convert(config: ConfigDict, base: dict[str, sources.Source] | None = None, whole: bool = True) -> Trained:
     """The model of the weights that `init_from` names, at step 0, for the classes of the source `base`.
 
-    That is the config's, unless it has been opened before.
+    That is the config's, unless it has been opened before. If it need not be `whole`, its head may be random.
 
     Raises UserError if the weights lack a part of the model.
     """
@@ -102,5 +102,5 @@ def convert(config: ConfigDict, base: dict[str, sources.Source] | None = None) -
     with contextlib.suppress(UserError):
         source = sources.take_split(base, config.data.train)
     programs = of_images(config, stream.as_evaluated(source, config), sharding.make_mesh())
-    weights = pretrained.load(programs, whole=True)
+    weights = pretrained.load(programs, whole)
     return Trained(programs, programs.init(weights=weights.taken)["state"], 0)

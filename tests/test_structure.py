@@ -47,13 +47,16 @@ HEAVY = {
     "tensorflow_datasets": {"data.prepare"},
     "clu": {"commands.train_setup"},
     "tensorboard": {"run.event_file"},
-    "sklearn": {"data.sources", "metrics"},
+    "sklearn": {"analysis.probing", "data.sources", "metrics"},
+    "matplotlib": {"analysis.accuracy_plot"},
+    "pyarrow": {"analysis.embeddings", "analysis.listing"},
     "orbax": {"run.checkpoint", "run.tensorstore_leaks"},
 }
-INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "tensorboard", "sklearn"}
+INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "tensorboard", "sklearn", "matplotlib", "pyarrow"}
 # What prints help and configs, and so must not import JAX: these and all that they import.
 LIGHT = {
     "launch",
+    "commands.flags",
     "commands.table",
     "run.cache",
     "run.environment",

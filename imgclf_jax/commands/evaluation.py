@@ -71,19 +71,23 @@ def open_evals(programs: Programs, base: dict[str, sources.Source]) -> dict[str,
     An example is `{"test": "test", "other": "folder('x')/train"}`. Raises UserError for a set with other classes or
     other image shapes than the training set, and for host ops that draw at random.
     """
-    out = {}
-    config = programs.recipe.config
     report_host_ops(programs)
-    for name, text in config.data.eval.items():
-        spec, slash, split = text.rpartition("/") if ")" in text else ("", "", text)
-        own = sources.open_data(config, spec) if slash else base
-        source = sources.take_split(own, split)
-        if tuple(source.class_names) != programs.recipe.data.class_names:
-            raise UserError(f"data.eval.{name}={text!r} has the classes {list(source.class_names)[:5]}…, "
-                            f"the model {list(programs.recipe.data.class_names)[:5]}…")  # fmt: skip
-        out[name] = programs.eval_images(source)
-        if out[name].shape != programs.recipe.data.image_shape:
-            raise UserError(f"data.eval.{name}: preprocess_eval={programs.preprocess_eval!r} gives images of "
-                            f"{out[name].shape}, training ones are {programs.recipe.data.image_shape}; add "
-                            "resize(height, width), or resize_small and central_crop, to both")  # fmt: skip
-    return out
+    evals = programs.recipe.config.data.eval.items()
+    return {name: open_set(programs, base, text, f"data.eval.{name}") for name, text in evals}
+
+
+def open_set(programs: Programs, base: dict[str, sources.Source], text: str, key: str) -> stream.Images:
+    """One such set, `text` as in `data.eval`. Errors name `key`."""
+    config = programs.recipe.config
+    spec, slash, split = text.rpartition("/") if ")" in text else ("", "", text)
+    own = sources.open_data(config, spec) if slash else base
+    source = sources.take_split(own, split)
+    if tuple(source.class_names) != programs.recipe.data.class_names:
+        raise UserError(f"{key}={text!r} has the classes {list(source.class_names)[:5]}…, "
+                        f"the model {list(programs.recipe.data.class_names)[:5]}…")  # fmt: skip
+    images = programs.eval_images(source)
+    if images.shape != programs.recipe.data.image_shape:
+        raise UserError(f"{key}: preprocess_eval={programs.preprocess_eval!r} gives images of "
+                        f"{images.shape}, training ones are {programs.recipe.data.image_shape}; add "
+                        "resize(height, width), or resize_small and central_crop, to both")  # fmt: skip
+    return images

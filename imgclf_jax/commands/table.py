@@ -3,80 +3,11 @@
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from absl import flags
+from imgclf_jax.commands.flags import FLAGS, PROCESSES, Flag
 
 WIDTH = 120
-
-
-@dataclass(frozen=True)
-class Flag:
-    """A flag of commands. `value` stands for its value in help texts; it is empty for a switch."""
-
-    text: str
-    value: str = ""
-    default: Any = ""
-    least: Any = None  # the smallest number that is allowed
-    choices: tuple[str, ...] = ()
-    many: bool = False  # may be given several times: a list
-
-    def define(self, name: str, values: flags.FlagValues) -> None:
-        """Adds the flag to `values`: a switch, one of the choices, or what its default's type is."""
-        if not self.value:
-            flags.DEFINE_bool(name, False, "", flag_values=values)
-        elif self.many:
-            flags.DEFINE_multi_string(name, [], "", flag_values=values)
-        elif self.choices:
-            flags.DEFINE_enum(name, self.default, list(self.choices), "", flag_values=values)
-        elif isinstance(self.default, float):
-            flags.DEFINE_float(name, self.default, "", lower_bound=self.least, flag_values=values)
-        elif self.default is None or isinstance(self.default, int):
-            flags.DEFINE_integer(name, self.default, "", lower_bound=self.least, flag_values=values)
-        else:
-            flags.DEFINE_string(name, self.default, "", flag_values=values)
-
-
-# A flag means the same to every command that takes it. What differs in name differs in meaning.
-FLAGS: Mapping[str, Flag] = {
-    "workdir": Flag("where the run lives (default: runs/<config name>)", "DIR"),
-    "checkpoint": Flag("best, latest or a step (default: best if one is kept, else latest)", "WHICH"),
-    "checkpoints": Flag("the metrics at several checkpoints: all, or steps", "all|100,200"),
-    "format": Flag("how to print", "FORMAT"),  # see `Command.flag`
-    "predictions": Flag("write those of each example, as .csv, .jsonl or .parquet by the name", "FILE"),
-    "top_k": Flag("how many classes to show or write (default: 3)", "K", 3, least=1),
-    "extend": Flag("go on with a run up to a larger --config.total, if its schedule allows it"),
-    "trust": Flag("let the run's config import the modules that it names"),
-    "chips": Flag("v5e:4x4, v6e:8x8, v5p:4x4x4, h100:8, a100:8x8 (hosts x GPUs) or cpu:8", "KIND:SHAPE"),
-    "shape": Flag("what the training images are, where the data are not here", "H,W,C"),
-    "classes": Flag("how many classes there are, where the data are not here", "N", None, least=2),
-    "examples": Flag("how many training images there are, where the data are not here", "N", None, least=1),
-    "grace": Flag("the longest that a stop by signal may take, saving included (default: any time)", "SECONDS", 0.0,
-                  least=0.0),
-    "coordinator": Flag("this is one of several processes; HOST is that of process 0. Slurm, Open MPI and Cloud TPU "
-                        "tell these three flags themselves", "HOST:PORT"),
-    "num_processes": Flag("how many processes there are; 1 is alone, in a cluster too", "N", None, least=1),
-    "process_id": Flag("which of them this one is, from 0", "I", None, least=0),
-    "local_devices": Flag("which devices of this host the process takes", "all|0,1"),
-    "heartbeat": Flag("a process that is silent for so long is taken for dead (default: 100)", "SECONDS", 100,
-                      least=1),
-    "gives": Flag("what the function of the file gives (default: probabilities)", "probabilities|logits|features",
-                  "probabilities", choices=("probabilities", "logits", "features")),
-    "names": Flag("whose names PyTorch's weights get: torchvision, timm, own, … (default: the usual ones)", "WHOSE"),
-    "host": Flag("the address to listen on (default: 127.0.0.1, this machine alone; 0.0.0.0: all)", "ADDRESS",
-                 "127.0.0.1"),
-    "port": Flag("the port to listen on (default: 8000; 0: a free one)", "N", 8000, least=0),
-    "sweep": Flag("values of a key, between semicolons; 'KEY=0..4' for whole numbers, \"KEY=['a', 'b']\" for any "
-                  "texts; again for more keys", "'KEY=VALUE; VALUE'", many=True),
-    "jobs": Flag("how many runs go on at once (default: 1); they share the cores, and the accelerators' memory", "N", 1,
-                 least=1),
-    "print": Flag("print the command of each run and start none"),
-    "html": Flag("write a page with the tables and the learning curves, in one file that needs no network", "FILE"),
-    "test": Flag("evaluate each run that is done, and keep what it predicts in its directory, for paired tests"),
-    "profile": Flag("trace these steps, for TensorBoard or Perfetto, into WORKDIR/profile", "FIRST:LAST"),
-}  # fmt: skip
-
-PROCESSES = ("coordinator", "num_processes", "process_id", "local_devices", "heartbeat")
 
 
 @dataclass(frozen=True)
@@ -167,6 +98,30 @@ COMMANDS: Mapping[str, Command] = {
              "predictions.csv in a run's directory, as `evaluate --predictions` writes it.",
         examples=("runs/rates", "runs/rates --test --html rates.html", "runs/a runs/b --format csv > both.csv"),
         formats=("table", "csv", "json"),
+    ),
+    "features": Command(
+        "write what the network makes of images: a vector each, with names and labels", "run or weights",
+        ("workdir", "checkpoint", "output", "split", "trust"), "[FILE|DIR|GLOB|-]",
+        more="Without images on the command line they are those of --split. The name of --output ends in .npz or "
+             ".parquet.",
+        examples=("--workdir runs/a --output test.npz", "--workdir runs/a --split train --output train.parquet",
+                  "photos --workdir runs/a --output photos.npz"),
+    ),
+    "probe": Command(
+        "how good the features are: nearest neighbours, a linear probe, few images a class", "run or weights",
+        ("workdir", "checkpoint", "format", "k", "draws", "plot", "trust"),
+        more="All learn from the features of the training set and are scored on each evaluation set.",
+        examples=("--workdir runs/a", "--workdir runs/a --plot curve.png",
+                  "--config configs/a.py --config.init_from=weights.safetensors"),
+    ),
+    "explain": Command(
+        "draw where in images a trained run finds their class", "run or weights",
+        ("workdir", "checkpoint", "format", "method", "class", "layer", "window", "output", "trust"),
+        "FILE|DIR|GLOB|-",
+        more="gradcam is for networks with feature maps, rollout for those with attention over patches, occlusion for "
+             "any. The pictures go to the folder --output (default: explained).",
+        examples=("new.jpg --workdir runs/a", "photos --workdir runs/a --method occlusion --output heat",
+                  "new.jpg --workdir runs/a --class dog"),
     ),
     "dryrun": Command(
         "compile the run for chips that need not be here: memory, time, what bounds it", "config",
