@@ -90,27 +90,48 @@ def _run(argv: list[str]) -> int:
     if command.of == "nothing":
         files = _without_flags(name, rest)
         environment.prepare(deterministic=False)
-        status: int = importlib.import_module(f"imgclf_jax.commands.{name}").main(files, **given)
+        status: int = _module(name).main(files, **given)
         return status
-    workdir = given.pop("workdir", "") or str(Path("runs", Path(config_path.partition(":")[0]).stem))
+    workdir: Any = given.pop("workdir", "") or str(Path("runs", Path(config_path.partition(":")[0]).stem))
     config = configs.load_file(config_path)
-    from_weights = False
-    if command.of != "config":
+    without_run = command.of == "run or config" and not values.workdir
+    if command.of == "record":
+        workdir, config = _record(name, rest)
+    elif command.of != "config" and not without_run:
         from imgclf_jax.run.workdir import Workdir
 
-        from_weights = command.of == "run or weights" and any(
+        without_run = command.of == "run or weights" and any(
             re.match(r"--?config\.init_from(=|$)", word) for word in rest
         )
-        if not from_weights:
+        if not without_run:
             config = Workdir.named(workdir).load_config()  # a trained model keeps the config that it was trained with
         elif given["checkpoint"] or (values.workdir and Workdir.named(workdir).config.is_file()):
             flag = "checkpoint" if given["checkpoint"] else "workdir"
             raise UsageError(f"{name}: --{flag} names a run's, --config.init_from weights without one; drop either")
     files = _override(config, rest, name)
-    if files and not command.files:
+    if files and (not command.files or command.of == "record"):
+        if command.of == "record":
+            raise UsageError(f"{name} takes one {command.files}, found {files[0]!r} too")
         raise UsageError(f"{name} takes no files, found {files[0]!r}; did you forget '--'?")
     configs.validate(config)
-    return _dispatch(name, config, None if from_weights else workdir, given, files)
+    return _dispatch(name, config, None if without_run else workdir, given, files)
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"imgclf_jax.commands.{command.replace('-', '_')}")
+
+
+def _record(command: str, words: list[str]) -> tuple[Any, ConfigDict]:
+    """The record that the first of the words names which is no flag, and its config; takes this word from them."""
+    named = next((word for word in words if not word.startswith("-")), "")
+    if not named:
+        raise UsageError(f"{command} wants {COMMANDS[command].files}")
+    words.remove(named)
+    environment.prepare(deterministic=False)
+    from imgclf_jax.run.record import Record
+
+    record = Record.named(named)
+    return record, record.config
 
 
 def _without_flags(command: str, words: list[str]) -> list[str]:
@@ -157,7 +178,8 @@ def _override(config: ConfigDict, words: list[str], command: str) -> list[str]:
         raise UsageError(f"{given}: wants a value of type {type(old).__name__}, such as {old!r}") from e
 
 
-def _dispatch(name: str, config: ConfigDict, workdir: str | None, given: dict[str, Any], files: list[str]) -> int:
+def _dispatch(name: str, config: ConfigDict, workdir: Any, given: dict[str, Any], files: list[str]) -> int:
+    """Runs a command. `workdir` is the name of a work directory, a Record, or None."""
     command = COMMANDS[name]
     if name == "config":
         values_now = configs.flatten(config)
@@ -173,14 +195,14 @@ def _dispatch(name: str, config: ConfigDict, workdir: str | None, given: dict[st
         return _dryrun(config, Path(workdir or "runs"), **given)
     from imgclf_jax.run.workdir import Workdir
 
-    place = Workdir.named(workdir) if workdir else None
+    place = Workdir.named(workdir) if isinstance(workdir, str) else workdir
     with contextlib.ExitStack() as stack:
         if command.in_processes:
             stack.enter_context(_joined(*(given.pop(flag) for flag in table.PROCESSES)))
         if "trust" in given and not given.pop("trust") and place:
             stack.enter_context(place.without_code())
-        run = importlib.import_module(f"imgclf_jax.commands.{name}").main
-        status: int = run(config, place, *([files] if command.files else []), **given)
+        takes_files = command.files and command.of != "record"
+        status: int = _module(name).main(config, place, *([files] if takes_files else []), **given)
         return status
 
 

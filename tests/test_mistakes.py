@@ -80,7 +80,10 @@ def whole(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     ("argv", "fragments"),
     [
         (["trian"], ["unknown command 'trian'", "did you mean 'train'?", "evaluate, predict"]),
-        (["photo.jpg"], ["unknown command 'photo.jpg'", "allowed: config, dryrun, evaluate, predict, train"]),
+        (
+            ["photo.jpg"],
+            ["unknown command 'photo.jpg'", "allowed: config, dryrun, evaluate, predict, reproduce, show-batch, train"],
+        ),
         (["train", "photo.jpg"], ["train takes no files", "'photo.jpg'"]),
         (["--wrkdir", "x"], ["unknown flag 'wrkdir'", "did you mean 'workdir'?"]),
         (["--config.bath_size=3"], ["unknown config key 'bath_size'", "did you mean 'batch_size' or", "allowed: "]),

@@ -56,6 +56,15 @@ FLAGS: Mapping[str, Flag] = {
     "local_devices": Flag("which devices of this host the process takes", "all|0,1"),
     "heartbeat": Flag("a process that is silent for so long is taken for dead (default: 100)", "SECONDS", 100,
                       least=1),
+    "output": Flag("where to write what the command makes", "PATH"),
+    "steps": Flag("how many steps to train (default: all that are recorded)", "N", None, least=1),
+    "tolerance": Flag("the largest relative difference of a metric that counts as the same (default: 0, every bit)",
+                      "X", 0.0, least=0.0),
+    "bundle": Flag("train nothing, and write the run's record into this zip file, which reproduce takes elsewhere",
+                   "FILE"),
+    "step": Flag("which step, 0 being the first (default: 0)", "K", 0, least=0),
+    "raw": Flag("before the device ops and mixing, as host ops give the images"),
+    "count": Flag("how many examples to show, from the first one of the batch on (default: 128)", "N", 128, least=1),
     "profile": Flag("trace these steps, for TensorBoard or Perfetto, into WORKDIR/profile", "FIRST:LAST"),
 }  # fmt: skip
 
@@ -73,7 +82,7 @@ class Command:
     """
 
     summary: str
-    of: Literal["config", "run", "run or weights", "nothing"]
+    of: Literal["config", "run", "run or weights", "run or config", "record", "nothing"]
     flags: tuple[str, ...] = ()
     files: str = ""  # what stands for its files in help texts; it takes none if this is empty
     more: str = ""  # a paragraph for its help
@@ -116,6 +125,21 @@ COMMANDS: Mapping[str, Command] = {
         examples=("new.jpg --workdir runs/a", "photos --workdir runs/a --format csv > classes.csv",
                   "- --workdir runs/a < files.txt"),
         formats=("table", "json", "jsonl", "csv"),
+    ),
+    "reproduce": Command(
+        "train a run again from its record, and compare every digest and metric with it", "record",
+        ("output", "steps", "tolerance", "format", "bundle", "trust", *PROCESSES), "WORKDIR|BUNDLE",
+        more="It names the first recorded step and parameter that differ, and what differs in config, data, code, "
+             "versions and devices. --output is the directory to train in (default: a temporary one, which is removed "
+             "if nothing differs). The status is 0 if the runs are the same, and 1 if they are not.",
+        examples=("runs/a", "runs/a --steps=100", "runs/a --bundle=a.zip", "a.zip --config.data.data_dir=/data"),
+    ),
+    "show-batch": Command(
+        "a picture of the batch that a step trains on, with labels and ids", "run or config",
+        ("workdir", "step", "raw", "count", "output", "format", "trust"),
+        more="The pixels are those that the step is given, after host ops, device ops and mixing. Nothing is trained. "
+             "--output is a .png (default: batch-K.png in the work directory of --workdir, else here).",
+        examples=("--step=0 --config configs/digits.py", "--workdir runs/a --step=100"),
     ),
     "dryrun": Command(
         "compile the run for chips that need not be here: memory, time, what bounds it", "config",
@@ -160,9 +184,10 @@ def overview() -> str:
 def help_of(name: str) -> str:
     """The help of the command `name`: its usage, its flags and examples."""
     command = COMMANDS[name]
-    usage = f"usage: launch.py {name}{f' {command.files} ...' if command.files else ''} [flags]"
+    more_files = " ..." if command.files and command.of != "record" else ""
+    usage = f"usage: launch.py {name}{f' {command.files}' if command.files else ''}{more_files} [flags]"
     shown = {} if command.of == "nothing" else dict(_CONFIG) | (_WEIGHTS if command.of == "run or weights" else {})
-    if command.of == "run":
+    if command.of in ("run", "record"):
         del shown["--config=FILE.py[:ARG]"]
     for flag in command.flags:
         about = command.flag(flag)
