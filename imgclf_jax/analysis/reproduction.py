@@ -40,6 +40,8 @@ class Parameters(NamedTuple):
     step: int
     names: tuple[str, ...]
     of: int  # how many parameters there are
+    recorded: str  # the digest of the first of them, or of all together
+    here: str
     equal_until: int | None  # the last step before, whose parameters are equal
 
 
@@ -91,7 +93,10 @@ def compare(
         a, b = (line.get("params") for line in (old[steps[wrong]], new[steps[wrong]]))
         a, b = (each if isinstance(each, dict) else {} for each in (a, b))
         names = sorted(name for name in {**a, **b} if a.get(name) != b.get(name)) if a and b else []
-        parameters = Parameters(steps[wrong], tuple(names), len({**a, **b}), steps[wrong - 1] if wrong else None)
+        pair = (a, b) if names else (old[steps[wrong]], new[steps[wrong]])
+        shown = (str(each.get(names[0] if names else "params_sha256", "absent"))[:8] for each in pair)
+        before = steps[wrong - 1] if wrong else None
+        parameters = Parameters(steps[wrong], tuple(names), len({**a, **b}), *shown, before)
     return Comparison(steps, tuple(_values(_by_step(metrics), _by_step(here[1]))), parameters)
 
 

@@ -129,28 +129,28 @@ def _print(
 ) -> None:
     largest = compared.largest
     sentence = _SENTENCES[word].format(tolerance=tolerance, most=ROUNDING, first=compared.first_step)
-    print(f"{sentence}{f' (largest relative difference {largest.relative:.2g})' if largest else ''}.")
+    by_most = f" (largest relative difference of a metric: {largest.relative:.2g})" if largest else ""
+    print(f"{sentence}{by_most}.")
     digests, values, metric_steps = len(compared.digest_steps), len(compared.values), compared.metric_steps
     print(f"Compared up to step {end}: all parameters at {digests} steps, and {values} values of metrics at "
           f"{metric_steps} steps.")  # fmt: skip
     if not record.digests:
         print("The run was made before digests were recorded: that of result.json and the metrics are compared alone.")
-    if word == "same":
-        return
     rows = []
     if of := compared.parameters:
         until = "" if of.equal_until is None else f"; equal at step {of.equal_until}"
         what = f"{of.names[0]}, and {len(of.names) - 1} more of {of.of}" if of.names else "not known which"
-        rows.append(["parameters", str(of.step), what + until, "", ""])
+        rows.append(["parameters", str(of.step), what + until, of.recorded, of.here])
     for name, value in (("first metric", compared.first_value), ("metric that differs most", largest)):
         if value:
             rows.append([name, str(value.step), value.name, f"{value.recorded:.9g}", f"{value.here:.9g}"])
-    print_table(["what differs", "step", "name", "recorded", "here"], rows)
+    if rows:
+        print_table(["what differs", "step", "name", "recorded", "here"], rows)
     if found:
-        print_table(["why it may", "", "recorded", "here"], [list(one) for one in found[:_SHOWN]])
+        print_table(["what else differs", "", "recorded", "here"], [list(one) for one in found[:_SHOWN]])
         if len(found) > _SHOWN:
             print(f"and {len(found) - _SHOWN} more, which --format=json lists")
-    else:
+    elif rows:
         print("Nothing else that is recorded differs. Code of your own, files of installed packages, and kernels that "
               "are not deterministic are not recorded.")  # fmt: skip
 

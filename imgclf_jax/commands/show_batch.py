@@ -107,11 +107,11 @@ def describe(batch: Shown, class_names: tuple[str, ...], count: int) -> list[dic
 
 
 def _label_lines(example: dict[str, Any]) -> list[str]:
-    """`cat`, or `0.70 cat` and `+ 0.30 dog`; a share that is 0 to two digits is left out."""
+    """`cat`, or `0.70  cat` and `+ 0.30  dog`; a share that is 0 to two digits is left out."""
     shares = {name: share for name, share in example["label"].items() if share >= 0.005}
     if len(shares) == 1:
         return [*map(printable, shares)]
-    return [f"{'+ ' * bool(i)}{share:.2f} {printable(name)}" for i, (name, share) in enumerate(shares.items())]
+    return [f"{'+ ' * bool(i)}{share:.2f}  {printable(name)}" for i, (name, share) in enumerate(shares.items())]
 
 
 def visible(images: np.ndarray, augment: str) -> tuple[np.ndarray, str]:

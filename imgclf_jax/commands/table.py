@@ -91,6 +91,8 @@ class Command:
 
     def flag(self, name: str) -> Flag:
         """What a flag is to this command."""
+        if name == "workdir" and self.of == "run or config":
+            return Flag("where the run lives (default: none, and --config says what to do)", "DIR")
         if name != "format":
             return FLAGS[name]
         text = f"how to print (default: {self.formats[0]})"

@@ -30,7 +30,9 @@ def test_the_first_step_and_parameter_that_differ():
     new = [OLD[0], OLD[1], line(4, "z", x="3", y="9"), line(9, "y", x="9", y="9")]
     found = compare((OLD, METRICS, {}), (new, [{"step": 9, "train/loss": 0.2, "test/examples": 360}]))
     assert found.parameters
-    assert found.parameters._asdict() == {"step": 4, "names": ("y",), "of": 2, "equal_until": 1}
+    assert found.parameters._asdict() == {
+        "step": 4, "names": ("y",), "of": 2, "recorded": "3", "here": "9", "equal_until": 1
+    }  # fmt: skip
     assert (found.first_step, found.first_value) == (4, Value(9, "train/loss", 0.25, 0.2))
     assert found.first_value.relative == pytest.approx(0.2)
     assert verdict(found, []) == "different"
@@ -44,13 +46,16 @@ def test_a_metric_that_differs_first():
 
 def test_a_parameter_that_one_run_lacks_differs():
     new = [line(0, "z", x="1", w="1")]
-    assert compare((OLD, [], {}), (new, [])).parameters.names == ("w", "y")
+    found = compare((OLD, [], {}), (new, [])).parameters
+    assert (found.names, found.recorded, found.here) == (("w", "y"), "absent", "1")
 
 
 def test_a_run_without_digests_has_that_of_its_result():
     found = compare(([], METRICS, {"step": 9, "params_sha256": "other"}), (OLD, METRICS))
     assert found.parameters
-    assert found.parameters._asdict() == {"step": 9, "names": (), "of": 2, "equal_until": None}
+    assert found.parameters._asdict() == {
+        "step": 9, "names": (), "of": 2, "recorded": "other", "here": "d", "equal_until": None
+    }  # fmt: skip
     assert compare(([], METRICS, {"step": 9, "params_sha256": "d"}), (OLD, METRICS)).first_step is None
 
 

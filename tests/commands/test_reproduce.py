@@ -136,7 +136,7 @@ def test_other_versions_and_rounding(reproduce, copy):
     assert first.startswith(
         "The same up to rounding: only versions, devices or flags differ, and no metric by more than"
     )
-    assert first.endswith("(largest relative difference 1e-06).")
+    assert first.endswith("(largest relative difference of a metric: 1e-06).")
     assert any("version" in line and "optax" in line and "0.1 " in line for line in rest)
     assert reproduce(copy, "--tolerance=1e-5")[0] == 0
 
