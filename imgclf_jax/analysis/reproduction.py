@@ -75,11 +75,14 @@ class Comparison:
 
 
 def compare(
-    recorded: tuple[Sequence[Json], Sequence[Json], Json], here: tuple[Sequence[Json], Sequence[Json]]
+    recorded: tuple[Sequence[Json], Sequence[Json], Json],
+    here: tuple[Sequence[Json], Sequence[Json]],
+    extended: Sequence[int] = (),
 ) -> Comparison:
     """Compares (digests, metrics, result) of a run with (digests, metrics) of the one that was trained again.
 
-    Only steps and metrics that both have are compared. Times and speeds are not.
+    Only steps and metrics that both have are compared. Times and speeds are not. `extended` are the steps that the run
+    had ended at before it went on: it logged there too, so that its next means are over fewer steps.
     """
     digests, metrics, result = recorded
     old = {line["step"]: line for line in digests}
@@ -94,10 +97,14 @@ def compare(
         a, b = (each if isinstance(each, dict) else {} for each in (a, b))
         names = sorted(name for name in {**a, **b} if a.get(name) != b.get(name)) if a and b else []
         pair = (a, b) if names else (old[steps[wrong]], new[steps[wrong]])
-        shown = (str(each.get(names[0] if names else "params_sha256", "absent"))[:8] for each in pair)
+        was, now = (str(each.get(names[0] if names else "params_sha256", "absent"))[:8] for each in pair)
         before = steps[wrong - 1] if wrong else None
-        parameters = Parameters(steps[wrong], tuple(names), len({**a, **b}), *shown, before)
-    return Comparison(steps, tuple(_values(_by_step(metrics), _by_step(here[1]))), parameters)
+        parameters = Parameters(steps[wrong], tuple(names), len({**a, **b}), was, now, before)
+    logged, once = ({r["step"] for r in records if "train/loss" in r} for records in (metrics, here[1]))
+    short = {min((s for s in logged if s > step), default=-1) for step in extended if step not in once}
+    values = _values(_by_step(metrics), _by_step(here[1]))
+    compared = (value for value in values if not (value.step in short and value.name.startswith("train/")))
+    return Comparison(steps, tuple(compared), parameters)
 
 
 def _by_step(records: Iterable[Json]) -> dict[int, dict[str, float]]:
@@ -154,9 +161,8 @@ def differences(old: Json, new: Json) -> list[Difference]:
     add("device", "processor", old.get("processor"), new.get("processor"))
     add("device", "processes", old.get("processes"), new.get("processes"))
     add("device", "system", old.get("platform"), new.get("platform"))
-    add("flags", "XLA_FLAGS", *(_flags(p.get("xla_flags")) for p in (old, new)))
-    if "jax_options" in old and "jax_options" in new:
-        a, b = (_dict(p["jax_options"]) for p in (old, new))
+    if isinstance(old.get("xla_flags"), str) and isinstance(new.get("xla_flags"), str):
+        a, b = (_flags(p["xla_flags"]) | _dict(p.get("jax_options")) for p in (old, new))
         for name in sorted({**a, **b}):
             add("flags", name, a.get(name, "not set"), b.get(name, "not set"))
     return found
@@ -176,8 +182,10 @@ def _devices(value: Any) -> str | None:
     return ", ".join(f"{value.count(name)} x {name}" for name in dict.fromkeys(map(str, value)))
 
 
-def _flags(value: Any) -> str | None:
-    return " ".join(sorted(value.split())) if isinstance(value, str) else None
+def _flags(value: str) -> dict[str, str]:
+    """The flags in XLA_FLAGS, by name; a flag without a value is a switch."""
+    parts = (flag.partition("=") for flag in value.split())
+    return {name: text if sign else "set" for name, sign, text in parts}
 
 
 def _short(value: Any) -> str:

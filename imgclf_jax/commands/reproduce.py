@@ -58,7 +58,8 @@ def main(
     if status not in (0, train.STOPPED) or max((line["step"] for line in here.digests), default=-1) < end:
         log.warning("stopped before step %d, nothing is compared; go on by --output=%s", end, folder)
         return status or 1
-    compared = compare((record.digests, record.metrics, record.result), (here.digests, here.metrics))
+    extended = [one["step"] for one in record.provenance.get("extended", [])]
+    compared = compare((record.digests, record.metrics, record.result), (here.digests, here.metrics), extended)
     if not (compared.digest_steps or compared.values):
         raise UserError(f"nothing that {record.path} has recorded up to step {end} can be compared; pass more --steps")
     word = verdict(compared, found, tolerance)

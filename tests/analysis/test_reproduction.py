@@ -59,6 +59,16 @@ def test_a_run_without_digests_has_that_of_its_result():
     assert compare(([], METRICS, {"step": 9, "params_sha256": "d"}), (OLD, METRICS)).first_step is None
 
 
+def test_an_extended_run_has_a_shorter_window_once():
+    """It had ended at step 6 and logged there; so what it logs next, at 9, are means over other steps."""
+    old = [{"step": 6, "train/loss": 1.0}, {"step": 9, "train/loss": 2.0}, {"step": 9, "test/loss": 3.0},
+           {"step": 12, "train/loss": 4.0}]  # fmt: skip
+    new = [{"step": 9, "train/loss": 1.5, "test/loss": 3.0}, {"step": 12, "train/loss": 4.0}]
+    assert compare(([], old, {}), ([], new), [6]).values == (Value(9, "test/loss", 3, 3), Value(12, "train/loss", 4, 4))
+    assert compare(([], old, {}), ([], new)).first_step == 9
+    assert compare(([], old, {}), ([], [{"step": 6, "train/loss": 1.0}, *new]), [6]).first_step == 9
+
+
 def test_relative_differences():
     nan = math.nan
     for a, b, expected in ((1.0, 1.0, 0), (nan, nan, 0), (nan, 1.0, math.inf), (1.0, math.inf, math.inf), (0, 0, 0),
@@ -126,7 +136,7 @@ WHOLE = {
         ({"processor": "Xeon", "python": "3.12"},
          [("version", "Python", "3.13.5", "3.12"), ("device", "processor", "EPYC", "Xeon")]),
         ({"jax_options": {"JAX_B": "2"}}, [("flags", "JAX_A", "1", "not set"), ("flags", "JAX_B", "not set", "2")]),
-        ({"xla_flags": "--a=2"}, [("flags", "XLA_FLAGS", "--a=1 --b=2", "--a=2")]),
+        ({"xla_flags": "--a=3 --b=2 --c"}, [("flags", "--a", "1", "3"), ("flags", "--c", "not set", "set")]),
     ],
 )  # fmt: skip
 def test_what_differs_beside(change, expected):
