@@ -97,7 +97,10 @@ def whole(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
         (["config", "--config.data.eval.x"], ["Missing value for flag --config.data.eval.x"]),
         (["predict", "--top_k=0"], ["--top_k=0", "positive"]),
         (["evaluate", "--format=xml"], ["--format=xml", "table|json"]),
-        (["--format=json"], ["train does not take --format", "these commands do: evaluate, predict, dryrun"]),
+        (
+            ["--format=json"],
+            ["train does not take --format", "these commands do: evaluate, predict, reproduce, show-batch, dryrun"],
+        ),
         (["predict", "--top_q=1", "a.png"], ["unknown flag 'top_q'", "did you mean 'top_k'?"]),
         (["--profile=3"], ["--profile=3", "FIRST:LAST", "10:20"]),
         (["--num_processes=2"], ["--coordinator, --num_processes and --process_id are given together"]),

@@ -1,5 +1,6 @@
 """A run that was killed ends, bit for bit, like one that was left alone. `resume_check.py` is the long version."""
 
+import json
 import os
 import random
 import signal
@@ -30,17 +31,27 @@ SHORT = (
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> tuple[str, list[dict]]:
+def undisturbed(tmp_path_factory) -> Path:
+    """The work directory of a run that was left alone."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     resume_check.finish(workdir, SHORT)
-    return resume_check.outcome(workdir)
+    return workdir
 
 
-def test_killed_at_random_moments(whole, tmp_path):
+@pytest.fixture(scope="module")
+def whole(undisturbed) -> tuple[str, list[dict]]:
+    return resume_check.outcome(undisturbed)
+
+
+def test_killed_at_random_moments(whole, undisturbed, tmp_path):
     """Random crops, flips, mixing and dropout included; log, evaluation and checkpoint steps do not fall together."""
     rng = random.Random(0)
     resume_check.kill_repeatedly(tmp_path / "run", SHORT, 3, rng)
     assert resume_check.outcome(tmp_path / "run") == whole
+    digests = [(folder / "digests.jsonl").read_text().splitlines() for folder in (tmp_path / "run", undisturbed)]
+    assert digests[0] == digests[1]
+    steps = [json.loads(line)["step"] for line in digests[0]]
+    assert steps == sorted({0, *(1 << n for n in range(9)), *range(15, 500, 15), 500})
 
 
 @pytest.mark.slow

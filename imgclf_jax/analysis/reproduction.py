@@ -155,8 +155,10 @@ def differences(old: Json, new: Json) -> list[Difference]:
     key = "packages" if old.get("packages") and new.get("packages") else "versions"
     a, b = (_dict(p.get(key)) for p in (old, new))
     if a and b:
-        for name in sorted({**a, **b}, key=lambda name: (name not in _COMPUTE, name)):
+        shown = (a.keys() & b.keys()) | set(_COMPUTE) & {**a, **b}.keys()
+        for name in sorted(shown, key=lambda name: (name not in _COMPUTE, name)):
             add("version", name, a.get(name, "absent"), b.get(name, "absent"))
+        add("version", "packages in one only", *(_names(p.keys() - shown) for p in (a, b)))
     add("device", "devices", *(_devices(p.get("devices")) for p in (old, new)))
     add("device", "processor", old.get("processor"), new.get("processor"))
     add("device", "processes", old.get("processes"), new.get("processes"))
@@ -170,6 +172,12 @@ def differences(old: Json, new: Json) -> list[Difference]:
 
 def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _names(packages: Iterable[str]) -> str:
+    """How many, and the first of them."""
+    names = sorted(packages)
+    return f"{len(names)}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}" if names else "none"
 
 
 def _commit(git: Json) -> str | None:

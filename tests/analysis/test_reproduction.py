@@ -129,8 +129,11 @@ WHOLE = {
         ({"git": {"commit": "2" * 40}}, []),  # the files are the same
         ({"code": None, "git": {"commit": "2" * 40, "changed": True}},
          [("code", "git commit", "1" * 12, "2" * 12 + ", changed")]),
-        ({"packages": {"jax": "0.11", "b": "1"}},
-         [("version", "jax", "0.12", "0.11"), ("version", "b", "absent", "1"), ("version", "zlib-ng", "1", "absent")]),
+        ({"packages": {"jax": "0.11", "zlib-ng": "2"}},
+         [("version", "jax", "0.12", "0.11"), ("version", "zlib-ng", "1", "2")]),
+        ({"packages": {"jaxlib": "1", "a": "1", "b": "1", "c": "1", "d": "1", "e": "1"}},
+         [("version", "jax", "0.12", "absent"), ("version", "jaxlib", "absent", "1"),
+          ("version", "packages in one only", "1: zlib-ng", "5: a, b, c, d, …")]),
         ({"packages": None, "versions": {"jax": "0.11"}}, [("version", "jax", "0.12", "0.11")]),
         ({"devices": ["gpu: H100"]}, [("device", "devices", "2 x cpu: cpu", "1 x gpu: H100")]),
         ({"processor": "Xeon", "python": "3.12"},
