@@ -127,7 +127,7 @@ def _values(old: Mapping[int, Mapping[str, float]], new: Mapping[int, Mapping[st
 class Difference(NamedTuple):
     """Something that two runs do not share, which may explain why their numbers differ."""
 
-    kind: str  # config, data, weights, code; or version, device, flags, by which only rounding should differ
+    kind: str  # config, data, weights, code; or version, device, flags, by which only rounding should differ; or place
     what: str
     recorded: str
     here: str
@@ -212,7 +212,7 @@ def verdict(compared: Comparison, found: Sequence[Difference], tolerance: float 
     largest = compared.largest.relative if compared.largest else 0.0
     if tolerance and compared.values and largest <= tolerance:
         return "tolerated"
-    kinds = {difference.kind for difference in found}
+    kinds = {difference.kind for difference in found} - {"place"}  # the data, which are compared, lie elsewhere
     if kinds and kinds <= {"version", "device", "flags"} and compared.values and largest <= ROUNDING:
         return "rounding"
     return "different"

@@ -41,7 +41,7 @@ def main(
         return _pack(record, bundle)
     end = _end(record, steps)
     folder = places.place(processes.first("naming the output", lambda: _folder(record, output)))
-    found = [Difference("config", *line) for line in _changed(record.config, config)]
+    found = _changed(record.config, config)
     config.tensorboard = False
 
     def adjusted(run: train.Run) -> train.Run:
@@ -51,8 +51,13 @@ def main(
             log.warning("%s differs: %s was %s, here it is %s", one.kind, *one[1:])
         return dataclasses.replace(run, cadences=dataclasses.replace(run.cadences, end=end))
 
-    with contextlib.redirect_stdout(sys.stderr):
-        status = train.main(config, Workdir(folder), adjusted=adjusted)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            status = train.main(config, Workdir(folder), adjusted=adjusted)
+    except UserError:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if nothing had been written
+        raise
     processes.barrier("comparing")  # by then the first one has written all
     here = Record.named(str(folder))
     if status not in (0, train.STOPPED) or max((line["step"] for line in here.digests), default=-1) < end:
@@ -110,11 +115,14 @@ def _folder(record: Record, output: str) -> str:
     return output
 
 
-def _changed(old: ConfigDict, new: ConfigDict) -> list[tuple[str, str, str]]:
-    """(key, recorded value, value here) of each key that was given another value and decides what is computed."""
+def _changed(old: ConfigDict, new: ConfigDict) -> list[Difference]:
+    """Each key that was given another value and decides what is computed.
+
+    The data may lie elsewhere, under another `data.source`: whether they are the same their fingerprint says.
+    """
     a, b = configs.flatten(old), configs.flatten(new)
-    return [(key, repr(a[key]), repr(b[key])) for key in configs.KEYS
-            if key not in configs.LOCATION_KEYS and a[key] != b[key]]  # fmt: skip
+    keys = [key for key in configs.KEYS if key not in configs.LOCATION_KEYS and a[key] != b[key]]
+    return [Difference("place" if key == "data.source" else "config", key, repr(a[key]), repr(b[key])) for key in keys]
 
 
 _SENTENCES = {

@@ -87,6 +87,8 @@ def version(kind: str = "version") -> Difference:
         (0.5, [version("data")], 0, "same"),  # what else differs does not matter
         (0.5001, [version()], 0, "rounding"),
         (0.5001, [version("device"), version("flags")], 0, "rounding"),
+        (0.5001, [version(), version("place")], 0, "rounding"),
+        (0.5001, [version("place")], 0, "different"),
         (0.5001, [version(), version("code")], 0, "different"),
         (0.5001, [version(), version("config")], 0, "different"),
         (0.5001, [], 0, "different"),

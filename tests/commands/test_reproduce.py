@@ -1,7 +1,9 @@
 """`launch.py reproduce`: it passes on the same run, and names what differs of another one."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import optax
 import pytest
 
 import launch
+from imgclf_jax.run import writers
 
 pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.optimized]
 
@@ -119,7 +122,7 @@ def test_an_image_that_changed(reproduce, trained, tmp_path):
     assert (status, found["verdict"]) == (1, "different")
     assert found["first_step"] in (1, 2, 4)
     assert [(one["kind"], one["what"]) for one in found["differences"]] == [
-        ("config", "data.source"),
+        ("place", "data.source"),
         ("data", "fingerprint"),
     ]
 
@@ -139,6 +142,30 @@ def test_other_versions_and_rounding(reproduce, copy):
     assert first.endswith("(largest relative difference of a metric: 1e-06).")
     assert any("version" in line and "optax" in line and "0.1 " in line for line in rest)
     assert reproduce(copy, "--tolerance=1e-5")[0] == 0
+
+
+def test_the_same_data_elsewhere(reproduce, trained, tmp_path):
+    """That is no other config: the fingerprint is the same."""
+    shutil.copy(trained.parent / "data.npz", tmp_path / "data.npz")
+    status, found = reproduce(trained, f"--config.data.source=arrays('{tmp_path}/data.npz')", "--steps=1")
+    assert (status, found["verdict"], [one["kind"] for one in found["differences"]]) == (0, "same", ["place"])
+
+
+def test_a_signal(reproduce, trained, tmp_path, monkeypatch, capsys):
+    """It is saved and goes on with the same command; until then nothing is compared."""
+    write = writers.MetricsWriter.write
+
+    def and_a_signal(*args):
+        write(*args)
+        monkeypatch.setattr(writers.MetricsWriter, "write", write)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(writers.MetricsWriter, "write", and_a_signal)
+    assert launch.main(["reproduce", str(trained), f"--output={tmp_path}/again"]) == 75
+    said = f"stopped before step {STEPS}, nothing is compared; go on by --output={tmp_path}/again"
+    assert capsys.readouterr().err.rstrip().endswith(said)
+    status, found = reproduce(trained, f"--output={tmp_path}/again")
+    assert (status, found["verdict"], found["compared"]["digests"]) == (0, "same", [0, 1, 2, 4, 8, 10])
 
 
 def test_a_run_from_before_there_were_digests(reproduce, copy):
@@ -162,7 +189,7 @@ def test_a_bundle(reproduce, trained, tmp_path, capsys):
     assert "is a bundle already" in capsys.readouterr().err
 
 
-def test_a_run_that_names_code(copy, tmp_path, capsys):
+def test_a_run_that_names_code(reproduce, copy, tmp_path, capsys):
     """It is not imported, from a work directory or a bundle."""
     edit(copy / "config.json", lambda config: config.update(model=f"os:system('touch {tmp_path}/harm')"))
     assert launch.main(["reproduce", str(copy), f"--bundle={tmp_path}/a.zip"]) == 0
@@ -172,6 +199,7 @@ def test_a_run_that_names_code(copy, tmp_path, capsys):
         assert f"the run in {name} names" in error
         assert "add --trust" in error
     assert not (tmp_path / "harm").exists()
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 @pytest.mark.parametrize(
