@@ -16,26 +16,20 @@ if __name__ == "__main__":
 
 import contextlib
 import importlib
-import itertools
 import re
 import traceback
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.commands import table
-from imgclf_jax.commands.flags import FLAGS, PROCESSES
+from imgclf_jax.commands import table, words
 from imgclf_jax.commands.table import COMMANDS
+from imgclf_jax.commands.words import UsageError
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.text import prepare_streams, printable
 from imgclf_jax.run import environment
-
-
-class UsageError(Exception):
-    """A wrong flag: exit status 2."""
 
 
 def main(argv: list[str]) -> int:
@@ -70,100 +64,54 @@ def _run(argv: list[str]) -> int:
     if asks_help:
         print(table.overview(), end="")
         return 0
-    config_path, argv = _take_config(argv)
+    config_path, argv = words.take_config(argv, Path(__file__).parent / "configs" / "digits.py")
     name = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     if name not in COMMANDS:
         raise UsageError(unknown("command", name, COMMANDS))
     command = COMMANDS[name]
-    try:
-        values = flags.FlagValues()
-        for flag in command.flags:
-            command.flag(flag).define(flag, values)
-        values.set_gnu_getopt(True)  # flags may stand after files
-        rest = values(["launch.py", *argv], known_only=True)[1:]
-    except flags.Error as e:
-        raise UsageError(str(e)) from e
-    for word in itertools.takewhile(lambda word: word != "--", rest):
-        flag = word.lstrip("-").partition("=")[0]
-        if word.startswith("-") and flag and flag != "config" and not flag.startswith("config."):
-            raise _unknown_flag(flag, name)
+    values, rest = words.take_flags(name, argv)
     given = {flag: values[flag].value for flag in command.flags}
     if command.of == "nothing":
-        files = _without_flags(name, rest)
+        files = words.files_alone(name, rest)
         environment.prepare(deterministic=False)
-        from imgclf_jax.run import terminal
+        from imgclf_jax.commands import together
 
-        terminal.setup_logging()
-        status: int = importlib.import_module(f"imgclf_jax.commands.{name}").main(files, **given)
+        with together.alone():
+            status: int = _module(name).main(files, **given)
         return status
-    workdir = given.pop("workdir", "") or str(Path("runs", Path(config_path.partition(":")[0]).stem))
+    workdir: Any = given.pop("workdir", "") or str(Path("runs", Path(config_path.partition(":")[0]).stem))
     config = configs.load_file(config_path)
-    from_weights = False
-    if command.of != "config":
+    without_run = command.of == "run or config" and not values.workdir
+    if command.of == "record":
+        workdir, config = words.take_record(name, rest)
+    elif command.of != "config" and not without_run:
         from imgclf_jax.run.workdir import Workdir
 
-        from_weights = command.of == "run or weights" and any(
+        without_run = command.of == "run or weights" and any(
             re.match(r"--?config\.init_from(=|$)", word) for word in rest
         )
-        if not from_weights:
+        if not without_run:
             config = Workdir.named(workdir).load_config()  # a trained model keeps the config that it was trained with
         elif given["checkpoint"] or (values.workdir and Workdir.named(workdir).config.is_file()):
             flag = "checkpoint" if given["checkpoint"] else "workdir"
             raise UsageError(f"{name}: --{flag} names a run's, --config.init_from weights without one; drop either")
-    files = _override(config, rest, name)
-    if files and not command.files:
+    files = words.override(config, rest, name)
+    if files and (not command.files or command.of == "record"):
+        if command.of == "record":
+            raise UsageError(f"{name} takes one {command.files}, found {files[0]!r} too")
         raise UsageError(f"{name} takes no files, found {files[0]!r}; did you forget '--'?")
     configs.validate(config)
     if name == "sweep":
         return _sweep(config_path, config, workdir, [word for word in rest if word != "--"], given)
-    return _dispatch(name, config, None if from_weights else workdir, given, files)
+    return _dispatch(name, config, None if without_run else workdir, given, files)
 
 
-def _without_flags(command: str, words: list[str]) -> list[str]:
-    """The words, of a command that takes files and no config."""
-    if not words:
-        raise UsageError(f"{command} wants {COMMANDS[command].files}")
-    for word in itertools.takewhile(lambda word: word != "--", words):
-        if word.lstrip("-").startswith("config") and word.startswith("-"):
-            raise UsageError(f"{command} takes no config, found {word!r}")
-    return [word for word in words if word != "--"]
+def _module(command: str) -> Any:
+    return importlib.import_module(f"imgclf_jax.commands.{command.replace('-', '_')}")
 
 
-def _unknown_flag(flag: str, command: str) -> UsageError:
-    if flag in FLAGS:
-        return UsageError(
-            f"{command} does not take --{flag}; these commands do: {', '.join(table.commands_with(flag))}"
-        )
-    return UsageError(unknown("flag", flag, ("config", *COMMANDS[command].flags)))
-
-
-def _override(config: ConfigDict, words: list[str], command: str) -> list[str]:
-    """Applies each --config.KEY=VALUE in `words` to `config`; returns the words that are no flags."""
-    for word in words:
-        key = word.lstrip("-").partition("=")[0].removeprefix("config.")
-        if word.startswith(("--config.", "-config.")) and key not in configs.flatten(config):
-            name = key.removeprefix("data.eval.")
-            if name in ("", key) or "." in name:
-                raise UsageError(unknown("config key", key, configs.KEYS))
-            with config.unlocked():  # one more evaluation set
-                config.data.eval[name] = ""
-    values = flags.FlagValues()
-    values.set_gnu_getopt(True)
-    try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["launch.py", *words])
-        return values(["launch.py", *words])[1:]
-    except flags.UnrecognizedFlagError as e:
-        raise _unknown_flag(e.flagname, command) from e
-    except flags.Error as e:
-        match = re.match(r"flag --config\.([\w.]+)=", str(e))
-        if not match:
-            raise UsageError(str(e)) from e
-        old = configs.flatten(config)[match[1]]
-        given = next((w for w in words if w.lstrip("-").startswith(f"config.{match[1]}=")), f"--config.{match[1]}")
-        raise UsageError(f"{given}: wants a value of type {type(old).__name__}, such as {old!r}") from e
-
-
-def _dispatch(name: str, config: ConfigDict, workdir: str | None, given: dict[str, Any], files: list[str]) -> int:
+def _dispatch(name: str, config: ConfigDict, workdir: Any, given: dict[str, Any], files: list[str]) -> int:
+    """Runs a command. `workdir` is the name of a work directory, a Record, or None."""
     command = COMMANDS[name]
     if name == "config":
         values_now = configs.flatten(config)
@@ -177,23 +125,21 @@ def _dispatch(name: str, config: ConfigDict, workdir: str | None, given: dict[st
     environment.prepare(config.deterministic)
     if name == "dryrun":
         return _dryrun(config, Path(workdir or "runs"), **given)
-    from imgclf_jax.run import terminal
+    from imgclf_jax.commands import together
     from imgclf_jax.run.workdir import Workdir
 
-    place = Workdir.named(workdir) if workdir else None
+    place = Workdir.named(workdir) if isinstance(workdir, str) else workdir
     with contextlib.ExitStack() as stack:
-        if command.in_processes:
-            stack.enter_context(_joined(*(given.pop(flag) for flag in PROCESSES)))
-        else:
-            terminal.setup_logging()
+        of_processes = [given.pop(flag) for flag in table.PROCESSES] if command.in_processes else None
+        stack.enter_context(_joined(*of_processes) if of_processes else together.alone())
         if "trust" in given and not given.pop("trust") and place:
             stack.enter_context(place.without_code())
-        run = importlib.import_module(f"imgclf_jax.commands.{name}").main
-        status: int = run(config, place, *([files] if command.files else []), **given)
+        takes_files = command.files and command.of != "record"
+        status: int = _module(name).main(config, place, *([files] if takes_files else []), **given)
         return status
 
 
-def _sweep(config_file: str, config: ConfigDict, workdir: str, words: list[str], given: dict[str, Any]) -> int:
+def _sweep(config_file: str, config: ConfigDict, workdir: str, rest: list[str], given: dict[str, Any]) -> int:
     """The command `sweep`, each run of which is a process of its own: accelerators are left to these."""
     before = dict(os.environ)
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -203,15 +149,15 @@ def _sweep(config_file: str, config: ConfigDict, workdir: str, words: list[str],
     def configured(settings: dict[str, str]) -> ConfigDict:
         own = config.copy_and_resolve_references()
         try:
-            _override(own, [f"--config.{key}={text}" for key, text in settings.items()], "sweep")
+            words.override(own, [f"--config.{key}={text}" for key, text in settings.items()], "sweep")
         except UsageError as e:
             raise UserError(str(e)) from e
         configs.validate(own)
         return own
 
-    command = [sys.executable, str(Path(__file__).resolve()), "train", f"--config={config_file}", *words]
+    command = [sys.executable, str(Path(__file__).resolve()), "train", f"--config={config_file}", *rest]
     try:
-        return sweep.main(config, workdir, sweep.Launch(config_file, command, words, before, configured), **given)
+        return sweep.main(config, workdir, sweep.Launch(config_file, command, rest, before, configured), **given)
     finally:
         os.environ.pop("JAX_PLATFORMS")
         os.environ.update({name: value for name, value in before.items() if name == "JAX_PLATFORMS"})
@@ -251,27 +197,6 @@ def _dryrun(
 
     given = {"shape": sides and tuple(map(int, sides)), "classes": classes, "examples": examples}
     return dryrun.main(config, parsed, given, format, folder)
-
-
-def _take_config(argv: list[str]) -> tuple[str, list[str]]:
-    """The value of --config, and the command line without it."""
-    path = str(Path(__file__).parent / "configs" / "digits.py")
-    rest = []
-    words = iter(argv)
-    for word in words:
-        if word in ("--config", "-config"):
-            path = next(words, "")
-        elif word.startswith(("--config=", "-config=")):
-            path = word.partition("=")[2]
-        elif word == "--":
-            rest += [word, *words]
-        else:
-            rest.append(word)
-    if not path:
-        raise UsageError("--config wants a file, such as --config=configs/digits.py")
-    # A user's own modules are found beside the config and in the working directory, behind those that are installed.
-    sys.path += [str(Path(path.partition(":")[0]).resolve().parent), str(Path.cwd())]
-    return path, rest
 
 
 def _steps(text: str) -> tuple[int, int] | None:

@@ -85,6 +85,25 @@ def _at_least_float32(logits: jax.Array) -> jax.Array:
     return logits if logits.dtype == jnp.float64 else logits.astype(jnp.float32)
 
 
+def make_inputs(augment: Augment, mix: mixing.Mix | None = None) -> Callable[[jax.Array, jax.Array, Batch], Batch]:
+    """`inputs(seed u32[], step i32[], batch)`: what a step gives the model and the loss, see `make_train_step`.
+
+    That is {"image": f32[b, h, w, c], "label": i32[b]}. With `mix` image i has the share `weight` f32[b] of its own
+    label, and the rest of `other` i32[b].
+    """
+
+    def inputs(seed: jax.Array, step: jax.Array, batch: Batch) -> Batch:
+        known = (seed, batch["id"], batch["epoch"]) if "id" in batch else ()
+        images = augment(rng.key(seed, "augment", step), batch["image"], *known)  # [b, h, w, c] f32
+        labels = batch["label"]  # [b]
+        if mix is None:
+            return {"image": images, "label": labels}
+        images, weight = mix(rng.key(seed, "mix", step), images)
+        return {"image": images, "label": labels, "other": mixing.partner(labels), "weight": weight}
+
+    return inputs
+
+
 def make_train_step(
     model: nn.Module | Frozen,
     loss: Loss,
@@ -109,16 +128,13 @@ def make_train_step(
     clipping), `param_norm` (after the update), `learning_rate` and `steps`. Its `nonfinite_step` is the step's number
     if the loss or a norm is not finite, else `metrics.NO_STEP`.
     """
+    inputs = make_inputs(augment, mix)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Window]:
-        known = (state.seed, batch["id"], batch["epoch"]) if "id" in batch else ()
-        images = augment(rng.key(state.seed, "augment", state.step), batch["image"], *known)  # [b, h, w, c] f32
-        labels = counted = batch["label"]  # [b]
-        whole = {"image": images, "label": labels}
+        whole = inputs(state.seed, state.step, batch)
+        labels = counted = whole["label"]  # [b]
         if mix is not None:
-            images, weight = mix(rng.key(state.seed, "mix", state.step), images)
-            whole = {"image": images, "label": labels, "other": mixing.partner(labels), "weight": weight}
-            counted = mixing.main_labels(labels, weight)
+            counted = mixing.main_labels(labels, whole["weight"])
 
         def loss_fn(params: Any, model_state: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Any]]:
             logits, model_state = model.apply(

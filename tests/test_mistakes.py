@@ -80,7 +80,7 @@ def whole(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
 @pytest.mark.parametrize(
     ("argv", "fragments"),
     [
-        (["trian"], ["unknown command 'trian'", "did you mean 'train'?", "evaluate, predict"]),
+        (["trian"], ["unknown command 'trian'", "did you mean 'train'?", "dryrun, evaluate"]),
         (["photo.jpg"], ["unknown command 'photo.jpg'", f"allowed: {', '.join(sorted(COMMANDS))}"]),
         (["train", "photo.jpg"], ["train takes no files", "'photo.jpg'"]),
         (["--wrkdir", "x"], ["unknown flag 'wrkdir'", "did you mean 'workdir'?"]),

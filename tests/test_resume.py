@@ -1,5 +1,6 @@
 """A run that was killed ends, bit for bit, like one that was left alone. `resume_check.py` is the long version."""
 
+import json
 import os
 import random
 import signal
@@ -38,12 +39,20 @@ def finish(workdir: Path) -> tuple[str, list[dict]]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, one_device) -> tuple[str, list[dict]]:
-    return finish(tmp_path_factory.mktemp("whole") / "run")
+def undisturbed(tmp_path_factory, one_device) -> Path:
+    """The work directory of a run that was left alone."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    finish(workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def whole(undisturbed) -> tuple[str, list[dict]]:
+    return resume_check.outcome(undisturbed)
 
 
 @pytest.mark.optimized
-def test_killed_at_a_random_moment(whole, tmp_path, capsys):
+def test_killed_at_a_random_moment(whole, undisturbed, tmp_path, capsys):
     """Random crops, flips, mixing and dropout included; log, evaluation and checkpoint steps do not fall together."""
     workdir = tmp_path / "run"
     process, saved = resume_check.start(workdir, SHORT), workdir / "checkpoints"
@@ -55,14 +64,24 @@ def test_killed_at_a_random_moment(whole, tmp_path, capsys):
     capsys.readouterr()
     assert finish(workdir) == whole
     assert "resuming at step" in capsys.readouterr().err
+    assert_same_digests(workdir, undisturbed)
+
+
+def assert_same_digests(workdir: Path, undisturbed: Path) -> None:
+    """Line by line, at the powers of two, the checkpoints and the end."""
+    digests = [(folder / "digests.jsonl").read_text().splitlines() for folder in (workdir, undisturbed)]
+    assert digests[0] == digests[1]
+    steps = [json.loads(line)["step"] for line in digests[0]]
+    assert steps == sorted({0, *(1 << n for n in range(9)), *range(15, 500, 15), 500})
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(whole, tmp_path):
+def test_killed_at_random_moments(whole, undisturbed, tmp_path):
     """All of it in processes of their own."""
     rng = random.Random(0)
     resume_check.kill_repeatedly(tmp_path / "run", SHORT, 3, rng)
     assert resume_check.outcome(tmp_path / "run") == whole
+    assert_same_digests(tmp_path / "run", undisturbed)
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ HEAVY = {
     "tensorboard": {"run.event_file"},
     "sklearn": {"analysis.probing", "data.sources", "metrics"},
     "matplotlib": {"analysis.accuracy_plot"},
-    "pyarrow": {"analysis.embeddings", "analysis.listing"},
+    "pyarrow": {"analysis.embeddings", "analysis.listing", "commands.known_predictions"},
     "orbax": {"run.checkpoint", "run.tensorstore_leaks"},
 }
 INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "tensorboard", "sklearn", "matplotlib", "pyarrow"}
@@ -58,6 +58,7 @@ LIGHT = {
     "launch",
     "commands.flags",
     "commands.table",
+    "commands.words",
     "run.cache",
     "run.environment",
     "config",

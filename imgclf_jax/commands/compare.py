@@ -27,7 +27,6 @@ def main(files: Sequence[str], format: str, html: str, test: bool, trust: bool) 
     directory. `html` names a file for a page. Raises UserError if there is no run, and for a page that cannot be
     written.
     """
-    terminal.setup_logging()
     runs, damaged = records.find(files)
     for text in damaged:
         log.error("left out: %s", text)

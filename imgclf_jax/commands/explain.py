@@ -44,7 +44,6 @@ def main(
     `predict`. A map of several seeds is the mean of the seeds' maps. Raises UserError for a class or a layer that is
     not there, and for a method that does not suit the network or what is asked of it.
     """
-    terminal.setup_logging()
     images = inputs.find("explain", paths)
     wanted = others["class"]
     model = restore(config, workdir, checkpoint) if workdir else convert(config)

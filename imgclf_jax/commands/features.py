@@ -36,7 +36,6 @@ def main(
     are what the head is given, of the run in `workdir` or, if that is None, of the weights that `init_from` names,
     which may be without a head. See `embeddings.writing` for the file.
     """
-    terminal.setup_logging()
     if not output:
         raise UserError("features: name the file to write: --output FILE.npz or FILE.parquet")
     if paths and split:

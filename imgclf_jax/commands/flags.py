@@ -82,6 +82,14 @@ FLAGS: Mapping[str, Flag] = {
     "k": Flag("how many neighbours, one number or several (default: 1,5,20,100)", "K,...", "1,5,20,100"),
     "draws": Flag("how many times the few images of a class are drawn (default: 5)", "N", 5, least=2),
     "plot": Flag("draw the accuracies, as .png; this needs matplotlib: uv run --extra plot", "FILE"),
+    "steps": Flag("how many steps to train (default: all that are recorded)", "N", None, least=1),
+    "tolerance": Flag("the largest relative difference of a metric that counts as the same (default: 0, every bit)",
+                      "X", 0.0, least=0.0),
+    "bundle": Flag("train nothing, and write the run's record into this zip file, which reproduce takes elsewhere",
+                   "FILE"),
+    "step": Flag("which step, 0 being the first (default: 0)", "K", 0, least=0),
+    "raw": Flag("before the device ops and mixing, as host ops give the images"),
+    "count": Flag("how many examples to show, from the first one of the batch on (default: 128)", "N", 128, least=1),
     "profile": Flag("trace these steps, for TensorBoard or Perfetto, into WORKDIR/profile", "FIRST:LAST"),
 }  # fmt: skip
 

@@ -39,7 +39,6 @@ def main(
     images a class, `draws` times. The features are of the run in `workdir` or, if that is None, of the weights that
     `init_from` names, which may be without a head. `plot` is a file to draw to.
     """
-    terminal.setup_logging()
     ks = _numbers(k)
     if plot:
         _check_plot(Path(plot))

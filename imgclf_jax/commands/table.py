@@ -21,7 +21,7 @@ class Command:
     """
 
     summary: str
-    of: Literal["config", "run", "run or weights", "nothing"]
+    of: Literal["config", "run", "run or weights", "run or config", "record", "nothing"]
     flags: tuple[str, ...] = ()
     files: str = ""  # what stands for its files in help texts; it takes none if this is empty
     more: str = ""  # a paragraph for its help
@@ -30,6 +30,8 @@ class Command:
 
     def flag(self, name: str) -> Flag:
         """What a flag is to this command."""
+        if name == "workdir" and self.of == "run or config":
+            return Flag("where the run lives (default: none, and --config says what to do)", "DIR")
         if name != "format":
             return FLAGS[name]
         text = f"how to print (default: {self.formats[0]})"
@@ -123,6 +125,21 @@ COMMANDS: Mapping[str, Command] = {
         examples=("new.jpg --workdir runs/a", "photos --workdir runs/a --method occlusion --output heat",
                   "new.jpg --workdir runs/a --class dog"),
     ),
+    "reproduce": Command(
+        "train a run again from its record, and compare every digest and metric with it", "record",
+        ("output", "steps", "tolerance", "format", "bundle", "trust", *PROCESSES), "WORKDIR|BUNDLE",
+        more="It names the first recorded step and parameter that differ, and what differs in config, data, code, "
+             "versions and devices. --output is the directory to train in (default: a temporary one, which is removed "
+             "if nothing differs). The status is 0 if the runs are the same, and 1 if they are not.",
+        examples=("runs/a", "runs/a --steps=100", "runs/a --bundle=a.zip", "a.zip --config.data.data_dir=/data"),
+    ),
+    "show-batch": Command(
+        "a picture of the batch that a step trains on, with labels and ids", "run or config",
+        ("workdir", "step", "raw", "count", "output", "format", "trust"),
+        more="The pixels are those that the step is given, after host ops, device ops and mixing. Nothing is trained. "
+             "--output is a .png (default: batch-K.png in the work directory of --workdir, else here).",
+        examples=("--step=0 --config configs/digits.py", "--workdir runs/a --step=100"),
+    ),
     "dryrun": Command(
         "compile the run for chips that need not be here: memory, time, what bounds it", "config",
         ("workdir", "chips", "shape", "classes", "examples", "format"),
@@ -166,9 +183,10 @@ def overview() -> str:
 def help_of(name: str) -> str:
     """The help of the command `name`: its usage, its flags and examples."""
     command = COMMANDS[name]
-    usage = f"usage: launch.py {name}{f' {command.files} ...' if command.files else ''} [flags]"
+    more_files = " ..." if command.files and command.of != "record" else ""
+    usage = f"usage: launch.py {name}{f' {command.files}' if command.files else ''}{more_files} [flags]"
     shown = {} if command.of == "nothing" else dict(_CONFIG) | (_WEIGHTS if command.of == "run or weights" else {})
-    if command.of == "run":
+    if command.of in ("run", "record"):
         del shown["--config=FILE.py[:ARG]"]
     for flag in command.flags:
         about = command.flag(flag)

@@ -14,3 +14,10 @@ def joined(coordinator: str, number: int | None, process: int | None, devices: s
     terminal.setup_logging()
     with processes.ending_together():
         yield
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Begins to log, in a process that is on its own."""
+    terminal.setup_logging()
+    yield

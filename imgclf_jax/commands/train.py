@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -13,10 +13,11 @@ from ml_collections import ConfigDict
 from imgclf_jax import diagnose
 from imgclf_jax.commands.evaluation import evaluate_all
 from imgclf_jax.commands.train_setup import Run, set_up
-from imgclf_jax.core import processes, signals, tree
+from imgclf_jax.core import processes, signals
 from imgclf_jax.core.stopping import Stopping, stopping
 from imgclf_jax.core.text import printable
 from imgclf_jax.run import provenance, writers
+from imgclf_jax.run.digests import Digests
 from imgclf_jax.run.monitor import Monitor
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import Writer, format_metrics
@@ -30,41 +31,49 @@ Results = dict[str, dict[str, float]]  # the metrics of each evaluation set
 
 def main(
     config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None = None, extend: bool = False,
-    grace: float = 0.0,
+    grace: float = 0.0, adjusted: Callable[[Run], Run] = lambda run: run,
 ) -> int:  # fmt: skip
     """Trains, or resumes, the run in `workdir`; 0 when it is done, 75 when it was stopped by a signal.
 
     `profile` traces the steps from its first to its second (exclusive). With `extend`, a run that was planned with
-    another `total` goes on to the one of `config`. A stop by signal takes at most `grace` seconds, unless 0. Raises
-    UserError for what the user can fix, and for a loss that is not finite.
+    another `total` goes on to the one of `config`. A stop by signal takes at most `grace` seconds, unless 0.
+    `adjusted` is called with the run once it is set up, and gives the run that is trained. Where that ends before its
+    total, 75 is given, and the last steps are in no checkpoint. Raises UserError for what the user can fix, and for a
+    loss that is not finite.
     """
     began = time.perf_counter()
     with contextlib.ExitStack() as held:
         processes.first("holding the work directory", lambda: held.enter_context(workdir.held()))
-        run = set_up(config, workdir, extend)
+        run = adjusted(set_up(config, workdir, extend))
         total = run.cadences.total
         if run.start == total and processes.first("reading the result", lambda: workdir.is_done(total)):
             log.info("this run is done; its result is in %s", workdir.result)
             return 0
         monitor = Monitor(run.start, total, config.batch_size * config.num_seeds, profile, workdir.path)
         writer = writers.open_writer(workdir.path, run.start, config.tensorboard)
+        digests = held.enter_context(contextlib.closing(Digests(workdir.path, run.start, run.cadences.last)))
+        digests.record(run.start, run.state.params)
         try:
             with monitor, contextlib.closing(writer), stopping(run.checkpoints.unsaved, grace) as stop:
-                ended = train(run, monitor, writer, stop, began)
+                ended = train(run, monitor, writer, digests, stop, began)
         except signals.Stopped as e:
             log.warning("%s: stopped before the first step, nothing is lost; run the same command again", e)
             return 128 + signals.number(str(e))
+        if ended is None and not stop():
+            return STOPPED  # at the end that was asked for
         if ended is None:
             log.warning("%s: stopped at step %d, checkpoint saved; run the same command to go on", stop(),
                         run.checkpoints.latest)  # fmt: skip
             return STOPPED
         state, results = ended
-        _report(run, state, results or evaluate_all(run.programs, state, run.evals), monitor, began)
+        _report(run, digests, results or evaluate_all(run.programs, state, run.evals), monitor, began)
         return 0
 
 
-def train(run: Run, monitor: Monitor, writer: Writer, stop: Stopping, began: float) -> tuple[Any, Results] | None:
-    """The training loop: (the last state, the last evaluation's results), or None where a signal stopped it."""
+def train(
+    run: Run, monitor: Monitor, writer: Writer, digests: Digests, stop: Stopping, began: float
+) -> tuple[Any, Results] | None:
+    """The training loop: (the last state, the last evaluation's results), or None where it ended before its total."""
     config, programs, cadences, checkpoints = run.config, run.programs, run.cadences, run.checkpoints
     state, window = run.state, run.window
     results: Results | None = None
@@ -76,13 +85,15 @@ def train(run: Run, monitor: Monitor, writer: Writer, stop: Stopping, began: flo
             writer.sync()
             checkpoints.save(run.start, {"state": state, "sums": window}, _scores(results), again=True)
 
-    ranges = cadences.ranges(run.start, programs.steps_per_call, monitor.edges)
+    ranges = cadences.ranges(run.start, programs.steps_per_call, (*monitor.edges, *digests.edges))
     chunks = _when_compiled(programs.chunks(run.images, ranges), run, stop, began)
     for steps, chunk in monitor.watch(chunks):
         state, window = programs.train(state, window, chunk, np.int32(len(steps)))
         monitor.called(steps, window["steps"])
         step, due = steps.stop, cadences.due(steps.stop)
         signal = stop()  # asked once: a signal from here on waits for the next call, or cuts the evaluation short
+        if step in digests.edges:
+            digests.record(step, state.params)
         if not (any(due) or signal):
             continue
 
@@ -100,13 +111,14 @@ def train(run: Run, monitor: Monitor, writer: Writer, stop: Stopping, began: flo
                 signal = signal or (stop() if results is None else "")
             if due.checkpoint or signal or (due.eval and config.checkpoint.best):
                 writer.sync()  # so that no checkpoint on disk is ahead of its metrics
+                digests.record(step, state.params)
                 scores = _scores(results) if due.eval and results else {}
                 checkpoints.save(step, {"state": state, "sums": window}, scores)
             if signal and (step < cadences.total or results is None):
                 checkpoints.close()
                 return None
     checkpoints.close()
-    return state, results or {}
+    return (state, results or {}) if cadences.last == cadences.total else None
 
 
 def _evaluate(run: Run, state: Any, step: int, writer: Writer, stop: Stopping) -> Results | None:
@@ -155,7 +167,7 @@ def _brief(record: dict[str, float]) -> str:
     return format_metrics({name: record[name] for name in ("loss", "accuracy", "images_per_second", "input_wait")})
 
 
-def _report(run: Run, state: Any, results: Results, monitor: Monitor, began: float) -> None:
+def _report(run: Run, digests: Digests, results: Results, monitor: Monitor, began: float) -> None:
     """Writes and prints what the run came to."""
     total, pace = run.cadences.total, monitor.throughput
     result = {
@@ -163,7 +175,7 @@ def _report(run: Run, state: Any, results: Results, monitor: Monitor, began: flo
         "epochs": round(total * run.config.batch_size / len(run.images), 4),
         "seconds": round(time.perf_counter() - began, 2),  # of this process, from the start of `main`
         "images_per_second": round(pace.steps * pace.batch_size / max(pace.seconds, 1e-9), 1),
-        "params_sha256": tree.sha256(state.params),
+        "params_sha256": digests.sha256(),
         **results,
     }
     if processes.index():

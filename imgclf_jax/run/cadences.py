@@ -1,7 +1,7 @@
 """How often a run logs, evaluates and saves, and the ranges of steps between."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -24,25 +24,31 @@ class Cadences:
     log: Fraction | None
     eval: Fraction | None
     checkpoint: Fraction | None
+    end: int | None = field(default=None, kw_only=True)  # training ends after so many steps; None: after `total`
 
     def due(self, step: int) -> Due:
         """What is to be done when `step` steps are done."""
         return Due(*(step == self.total or configs.is_due(step, every) for every in self._periods))
 
     def ranges(self, start: int, size: int, edges: Iterable[int] = ()) -> Iterator[range]:
-        """The steps from `start` to the end of the run in ranges of at most `size`, one after the other.
+        """The steps from `start` to the end in ranges of at most `size`, one after the other.
 
         A range ends where something is due, and at each of the `edges`. They are made one by one as they are asked
         for, since a run may have billions of steps.
         """
-        edges = sorted(edges)
-        while start < self.total:
-            due = min(configs.next_due(start, every, self.total) for every in self._periods)
+        edges, end = sorted(edges), self.last
+        while start < end:
+            due = min(end, *(configs.next_due(start, every, self.total) for every in self._periods))
             due = min([due, *(edge for edge in edges if edge > start)])
             count = -(-(due - start) // size)  # ranges until then, whose lengths differ by a step at most
             stop = start - (start - due) // count
             yield range(start, stop)
             start = stop
+
+    @property
+    def last(self) -> int:
+        """The number of steps that are trained."""
+        return self.total if self.end is None else min(self.end, self.total)
 
     @property
     def _periods(self) -> tuple[Fraction | None, ...]:

@@ -1,9 +1,12 @@
 """Provenance: the versions, devices, git commit and data of a run, written beside its checkpoints."""
 
+import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -17,6 +20,8 @@ from imgclf_jax.core.errors import UserError
 
 _PACKAGES = ("imgclf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "tensorflow",
              "tensorflow-cpu", "tensorflow-datasets", "scikit-learn")  # fmt: skip
+
+_OPTIONS = "JAX_(?!COMPILATION_CACHE|PERSISTENT_CACHE)"  # what the environment tells JAX, but for where it caches
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,46 @@ def collect(data: DataInfo) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,
+        "packages": _installed(),
+        "code": _code(),
+        "processor": _processor(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "jax_options": {name: value for name, value in sorted(os.environ.items()) if re.match(_OPTIONS, name)},
         "devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
         "processes": jax.process_count(),
         "git": _git(),
         "data": asdict(data),
     }
+
+
+def _installed() -> dict[str, str]:
+    """The version of each installed package, by the names of their folders: to read their metadata takes longer."""
+    found: dict[str, str] = {}
+    for place in sys.path:
+        with contextlib.suppress(OSError):
+            for name in os.listdir(place or "."):
+                package, _, version = name.removesuffix(".dist-info").rpartition("-")
+                if name.endswith(".dist-info") and package:
+                    found.setdefault(package.replace("_", "-").lower(), version)  # the first on Python's path counts
+    return dict(sorted(found.items()))
+
+
+def _code() -> str:
+    """A digest over the files of this package, whatever git says of them."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(package).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def _processor() -> str:
+    """The processor's name: CPUs of different kinds round differently."""
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        if match := re.search(r"^model name\s*: (.+)$", text, re.MULTILINE):
+            return match[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def _git() -> dict[str, Any]:

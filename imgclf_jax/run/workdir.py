@@ -50,6 +50,10 @@ class Workdir:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def digests(self) -> Path:
+        return self.path / "digests.jsonl"
+
     def load_config(self) -> ConfigDict:
         """The config that the run was trained with. Raises UserError if there is no run in this directory."""
         if not self.config.is_file():

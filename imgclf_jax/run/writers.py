@@ -5,7 +5,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,25 +36,20 @@ class MetricsWriter:
         # Whether the evaluation of this step is among them. The records of training have a pace.
         self.evaluated = any(r["step"] == step and "train/images_per_second" not in r for r in kept)
         with self._writing():
-            write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept))
-            self._file: IO[str] = _Whole(path) if places.in_bucket(path) else path.open("a", encoding="utf-8")
+            self._file = open_records(path, kept)
             self._tensorboard = _open_event_file(workdir / "tb", step) if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one record. The operating system has it when this returns, so a killed process does not lose it."""
         with self._writing():
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
+            write_record(self._file, {"step": step, **values})
             if self._tensorboard:
                 self._tensorboard.write(step, values)
 
     def sync(self) -> None:
         """Returns when all records are on disk. Called before a checkpoint is saved: its records must not be lost."""
         with self._writing():
-            if isinstance(self._file, _Whole):
-                self._file.write_all()
-            else:
-                os.fsync(self._file.fileno())
+            sync_records(self._file)
             if self._tensorboard:
                 self._tensorboard.sync()
 
@@ -92,6 +87,26 @@ class _Whole(io.StringIO):
         super().close()
 
 
+def open_records(path: Path, kept: Iterable[Mapping[str, Any]]) -> IO[str]:
+    """A file with a JSON object a line, open to append more of them: it begins anew with those that are `kept`."""
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return _Whole(path) if places.in_bucket(path) else path.open("a", encoding="utf-8")
+
+
+def write_record(file: IO[str], record: Mapping[str, Any]) -> None:
+    """Appends a record. The operating system has it when this returns; of a bucket see `sync_records`."""
+    file.write(json.dumps(record) + "\n")
+    file.flush()
+
+
+def sync_records(file: IO[str]) -> None:
+    """Returns when all that was written to a file of `open_records` is on the disk or in the bucket."""
+    if isinstance(file, _Whole):
+        file.write_all()
+    else:
+        os.fsync(file.fileno())
+
+
 class NoWriter:
     """The writer of the other processes: process 0 writes for all."""
 
@@ -119,17 +134,21 @@ def open_writer(workdir: Path, step: int, tensorboard: bool) -> Writer:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, without damaged lines, which a crash may leave; [] if there is no file."""
+    return parse_records(path.read_bytes(), str(path)) if path.is_file() else []
+
+
+def parse_records(content: bytes, where: str) -> list[dict[str, Any]]:
+    """The records, each with its `step`, in the content of the file `where`; damaged lines are left out."""
     records = []
-    if path.is_file():
-        for line in path.read_bytes().decode("utf-8", "replace").splitlines():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            if isinstance(record, dict) and type(record.get("step")) is int:
-                records.append(record)
-            else:
-                log.warning("%s: a line cut short was left out", path)
+    for line in content.decode("utf-8", "replace").splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append(record)
+        else:
+            log.warning("%s: a line cut short was left out", where)
     return records
 
 

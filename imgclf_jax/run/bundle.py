@@ -1,0 +1,58 @@
+"""A bundle: one zip file with what a run has recorded, from which another person can train it again.
+
+It holds no data and no checkpoints. The same contents give the same bytes: members are stored, in one order, with one
+time. A bundle may come from anybody: of what it holds only known names are read, and no more than so many bytes.
+"""
+
+import io
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from imgclf_jax.core import archive, places
+from imgclf_jax.core.errors import UserError, reason
+
+NAMES = ("config.json", "provenance.json", "digests.jsonl", "metrics.jsonl", "result.json", "requirements.txt")
+_MOST = 128 << 20  # bytes of a member
+_TIME = (1980, 1, 1, 0, 0, 0)  # the first that a zip file can hold
+
+
+def write(file: Path, contents: Mapping[str, bytes]) -> None:
+    """Writes the members `contents`, whose names are among NAMES, in one piece."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as packed:
+        for name in NAMES:
+            if name in contents:
+                member = zipfile.ZipInfo(name, _TIME)
+                member.create_system, member.external_attr = 3, 0o644 << 16  # alike on all systems
+                packed.writestr(member, contents[name])
+    if places.in_bucket(file):
+        file.write_bytes(buffer.getvalue())
+        return
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        temporary.write_bytes(buffer.getvalue())
+        os.replace(temporary, file)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"the bundle {file} cannot be written: {reason(e)}; name another file by --bundle") from e
+
+
+def read(file: Path) -> dict[str, bytes]:
+    """The members of a bundle, by name. Raises UserError for a file that is none, is damaged, or holds other members.
+
+    Nothing is written to the disk, and nothing in it is run.
+    """
+    try:
+        with archive.opened(file) as packed:
+            members = packed.infolist()
+            names = [member.filename for member in members]
+            if not set(names) <= set(NAMES) or len(names) > len(set(names)) or "config.json" not in names:
+                raise zipfile.BadZipFile(f"it holds {str(names[:8])[:200]}, and a bundle holds {', '.join(NAMES)}")
+            if large := [member.filename for member in members if member.file_size > _MOST]:
+                raise zipfile.BadZipFile(f"its {large[0]} is longer than {_MOST >> 20} MB")
+            return {member.filename: archive.read(packed, member).tobytes() for member in members}
+    except Exception as e:  # damage raises errors of many types
+        raise UserError(f"{file} is no bundle that can be read: {reason(e)}; make one by `reproduce WORKDIR "
+                        "--bundle=FILE`") from e  # fmt: skip

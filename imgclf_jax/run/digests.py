@@ -1,0 +1,90 @@
+"""digests.jsonl: what the parameters were at some steps of a run, so that another run can be compared with it.
+
+A line is {"step": 11, "params_sha256": "…", "params": {"backbone/…/kernel": "0f3a91c2", …}}. The first digest is that
+of `result.json`; those of the single parameters, CRC-32, tell which of them differ. Lines stay when checkpoints go.
+"""
+
+import concurrent.futures
+import contextlib
+import logging
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+import numpy as np
+
+from imgclf_jax.core import processes, sharding, tree
+from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.run import writers
+
+log = logging.getLogger(__name__)
+
+
+class Digests:
+    """Writes the file in `folder` for a run that begins or goes on at step `start` and ends at step `last`.
+
+    Lines of `start` and later are dropped, and written again. The training thread copies the parameters to the host;
+    they are hashed and written in another thread. All processes call the methods, and process 0 writes.
+    """
+
+    def __init__(self, folder: Path, start: int, last: int):
+        # The first step that differs is then known up to a factor of two, however rare checkpoints are.
+        self.edges = (*(1 << n for n in range(last.bit_length())), last)
+        self._path = folder / "digests.jsonl"
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="digests")
+        self._writing: concurrent.futures.Future[str] | None = None
+        self._step = -1  # of the last line
+        self._file: IO[str] | None = None
+        if not processes.index():
+            lines = writers.read_metrics(self._path)
+            self._before = next((line.get("params_sha256") for line in lines if line["step"] == start), None)
+            with self._named_errors():
+                self._file = writers.open_records(self._path, (line for line in lines if line["step"] < start))
+
+    def record(self, step: int, params: Any) -> None:
+        """Writes the line of a step, once. The caller may donate the parameters' buffers at once.
+
+        Raises UserError if the line before it could not be written.
+        """
+        if step == self._step:
+            return
+        self.sha256()  # waits, so that one copy is held at most
+        self._step = step
+        for leaf in jax.tree.leaves(params):
+            if isinstance(leaf, jax.Array) and leaf.is_fully_addressable and not processes.index():
+                leaf.copy_to_host_async()
+        fetched = [(name, sharding.fetch(leaf)) for name, leaf in tree.named_leaves(params)]
+        if self._file:
+            # On CPU what is fetched is a view of a buffer that the next step writes to.
+            named = [(name, array if array.flags.owndata else array.copy()) for name, array in fetched]
+            self._writing = self._thread.submit(self._write, step, named, self._file)
+
+    def _write(self, step: int, named: list[tuple[str, np.ndarray]], file: IO[str]) -> str:
+        whole, each = tree.digests(named)
+        writers.write_record(file, {"step": step, "params_sha256": whole, "params": each})
+        writers.sync_records(file)
+        if self._before not in (None, whole):
+            log.warning("the parameters of step %d are not those that %s had of it: the run goes on from others", step,
+                        self._path)  # fmt: skip
+        self._before = None
+        return whole
+
+    def sha256(self) -> str:
+        """The digest of the last line, once it is written; "" in other processes than the first."""
+        with self._named_errors():
+            return self._writing.result() if self._writing else ""
+
+    def close(self) -> None:
+        """Closes the file. Raises nothing: `record` and `sha256` have raised what went wrong."""
+        self._thread.shutdown()
+        with contextlib.suppress(Exception):
+            if self._file:
+                self._file.close()
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Any:
+        try:
+            yield
+        except OSError as e:
+            raise UserError(f"{self._path} could not be written: {reason(e)}; free some space or repair the disk, and "
+                            "run the same command again") from e  # fmt: skip

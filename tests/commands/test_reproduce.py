@@ -1,0 +1,219 @@
+"""`launch.py reproduce`: it passes on the same run, and names what differs of another one."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import optax
+import pytest
+
+import launch
+from imgclf_jax.run import writers
+
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.optimized]
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The work directory of a short run on arrays of 24 images; the file is beside it."""
+    folder = tmp_path_factory.mktemp("trained")
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(256, size=(24, 6, 6), dtype=np.uint8), np.arange(24) % 3
+    np.savez(folder / "data.npz", x_train=images, y_train=labels, x_test=images[:6], y_test=labels[:6])
+    keys = {"data.source": f"arrays('{folder}/data.npz')", "preprocess": "decode(1)", "model": "mlp(widths=(4,))",
+            "batch_size": 8, "total": f"{STEPS} steps", "schedule": "cosine(1e-2)", "optimizer": "sgd(momentum=0.9)",
+            "log_every": "5 steps", "eval_every": "", "checkpoint_every": "", "tensorboard": False}  # fmt: skip
+    assert launch.main([f"--workdir={folder}/run", *(f"--config.{key}={value}" for key, value in keys.items())]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def copy(trained, tmp_path) -> Path:
+    """A copy of the run that may be changed."""
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def reproduce(capsys, monkeypatch, tmp_path):
+    """Runs `reproduce` and gives (exit status, what it prints as JSON, or as it is)."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+
+    def run(*argv, format: str = "json"):
+        capsys.readouterr()
+        status = launch.main(["reproduce", *map(str, argv), f"--format={format}"])
+        out = capsys.readouterr().out
+        return status, json.loads(out) if format == "json" else out
+
+    return run
+
+
+def edit(file: Path, change) -> None:
+    """Changes what a JSON file holds by a function."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def test_the_same_run_passes(reproduce, trained, tmp_path):
+    """All digests and metrics; the temporary directory is removed."""
+    status, found = reproduce(trained)
+    assert (status, found["verdict"], found["first_step"]) == (0, "same", None)
+    assert found["compared"] == {"digests": [0, 1, 2, 4, 8, 10], "metrics": 2 * 5 + 3}
+    assert (found["step"], found["differences"], found["output"]) == (STEPS, [], None)
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_some_steps(reproduce, trained, tmp_path):
+    """The first ones, by the schedule of all; into a directory of one's own, which is kept."""
+    status, out = reproduce(trained, "--steps=6", f"--output={tmp_path}/again", format="table")
+    assert status == 0
+    assert out.splitlines() == [
+        "The same, bit for bit.",
+        "Compared up to step 6: all parameters at 4 steps, and 5 values of metrics at 1 steps.",
+        f"the run that was trained to compare is in {tmp_path}/again",
+    ]
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["total"] == f"{STEPS} steps"
+    assert not (tmp_path / "again" / "result.json").exists()
+
+
+def test_a_library_that_was_edited(reproduce, trained, monkeypatch):
+    """A default of Optax's: the first step and parameter are named, and that nothing recorded explains it."""
+    defaults = list(optax.sgd.__defaults__)
+    assert defaults[1] is False  # `nesterov`
+    defaults[1] = True
+    monkeypatch.setattr(optax.sgd, "__defaults__", tuple(defaults))
+    status, found = reproduce(trained)
+    assert (status, found["verdict"], found["first_step"]) == (1, "different", 1)
+    assert found["parameters"]["names"][0] == "backbone/dense0/bias"
+    assert (found["parameters"]["step"], found["parameters"]["equal_until"], found["parameters"]["of"]) == (1, 0, 4)
+    assert found["first_metric"]["step"] == 5
+    assert found["differences"] == []
+    assert Path(found["output"], "metrics.jsonl").is_file()
+
+
+def test_another_momentum_and_a_tolerance(reproduce, trained, tmp_path):
+    """Momentum has no part in the first step: the second is the first that differs. A tolerance may allow for it."""
+    words = (trained, "--config.optimizer=sgd(momentum=0.91)", f"--output={tmp_path}/again")
+    status, found = reproduce(*words)
+    assert (status, found["first_step"], found["parameters"]["equal_until"]) == (1, 2, 1)
+    assert [list(one.values()) for one in found["differences"]] == [
+        ["config", "optimizer", "'sgd(momentum=0.9)'", "'sgd(momentum=0.91)'"]
+    ]
+    most = found["largest_metric"]["relative"]
+    assert 0 < most < 0.1
+    allowed = reproduce(*words, f"--tolerance={most * 1.01}")  # the run in the directory is done
+    assert (allowed[0], allowed[1]["verdict"], allowed[1]["differences"]) == (0, "tolerated", found["differences"])
+    assert reproduce(*words, f"--tolerance={most * 0.99}")[0] == 1
+
+
+def test_an_image_that_changed(reproduce, trained, tmp_path):
+    """One pixel of one image: the data are named."""
+    arrays = dict(np.load(trained.parent / "data.npz"))
+    arrays["x_train"][7, 0, 0] ^= 255
+    np.savez(tmp_path / "data.npz", **arrays)
+    status, found = reproduce(trained, f"--config.data.source=arrays('{tmp_path}/data.npz')", "--steps=4")
+    assert (status, found["verdict"]) == (1, "different")
+    assert found["first_step"] in (1, 2, 4)
+    assert [(one["kind"], one["what"]) for one in found["differences"]] == [
+        ("place", "data.source"),
+        ("data", "fingerprint"),
+    ]
+
+
+def test_other_versions_and_rounding(reproduce, copy):
+    """A run of another version whose numbers differ by rounding: that is said, and the version."""
+    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    lines[0]["train/loss"] *= 1 + 1e-6
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    edit(copy / "provenance.json", lambda p: p["packages"].update(optax="0.1"))
+    status, out = reproduce(copy, format="table")
+    assert status == 1
+    first, *rest = out.splitlines()
+    assert first.startswith(
+        "The same up to rounding: only versions, devices or flags differ, and no metric by more than"
+    )
+    assert first.endswith("(largest relative difference of a metric: 1e-06).")
+    assert any("version" in line and "optax" in line and "0.1 " in line for line in rest)
+    assert reproduce(copy, "--tolerance=1e-5")[0] == 0
+
+
+def test_the_same_data_elsewhere(reproduce, trained, tmp_path):
+    """That is no other config: the fingerprint is the same."""
+    shutil.copy(trained.parent / "data.npz", tmp_path / "data.npz")
+    status, found = reproduce(trained, f"--config.data.source=arrays('{tmp_path}/data.npz')", "--steps=1")
+    assert (status, found["verdict"], [one["kind"] for one in found["differences"]]) == (0, "same", ["place"])
+
+
+def test_a_signal(reproduce, trained, tmp_path, monkeypatch, capsys):
+    """It is saved and goes on with the same command; until then nothing is compared."""
+    write = writers.MetricsWriter.write
+
+    def and_a_signal(*args):
+        write(*args)
+        monkeypatch.setattr(writers.MetricsWriter, "write", write)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(writers.MetricsWriter, "write", and_a_signal)
+    assert launch.main(["reproduce", str(trained), f"--output={tmp_path}/again"]) == 75
+    said = f"stopped before step {STEPS}, nothing is compared; go on by --output={tmp_path}/again"
+    assert capsys.readouterr().err.rstrip().endswith(said)
+    status, found = reproduce(trained, f"--output={tmp_path}/again")
+    assert (status, found["verdict"], found["compared"]["digests"]) == (0, "same", [0, 1, 2, 4, 8, 10])
+
+
+def test_a_run_from_before_there_were_digests(reproduce, copy):
+    """That of result.json and the metrics are compared, and this is said."""
+    (copy / "digests.jsonl").unlink()
+    edit(copy / "provenance.json", lambda p: [p.pop(k) for k in ("packages", "code", "processor", "xla_flags")])
+    status, out = reproduce(copy, format="table")
+    assert status == 0
+    assert "all parameters at 1 steps" in out
+    assert "The run was made before digests were recorded" in out
+
+
+def test_a_bundle(reproduce, trained, tmp_path, capsys):
+    """It takes the place of the work directory. The same run gives the same bytes."""
+    for name in ("a.zip", "b.zip"):
+        assert launch.main(["reproduce", str(trained), f"--bundle={tmp_path}/{name}"]) == 0
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    status, found = reproduce(tmp_path / "a.zip")
+    assert (status, found["verdict"], len(found["compared"]["digests"])) == (0, "same", 6)
+    assert launch.main(["reproduce", f"{tmp_path}/a.zip", f"--bundle={tmp_path}/c.zip"]) == 1
+    assert "is a bundle already" in capsys.readouterr().err
+
+
+def test_a_run_that_names_code(reproduce, copy, tmp_path, capsys):
+    """It is not imported, from a work directory or a bundle."""
+    edit(copy / "config.json", lambda config: config.update(model=f"os:system('touch {tmp_path}/harm')"))
+    assert launch.main(["reproduce", str(copy), f"--bundle={tmp_path}/a.zip"]) == 0
+    for name in (copy, tmp_path / "a.zip"):
+        assert launch.main(["reproduce", str(name)]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"the run in {name} names" in error
+        assert "add --trust" in error
+    assert not (tmp_path / "harm").exists()
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        ([], 2, "reproduce wants WORKDIR|BUNDLE"),
+        (["{run}", "more"], 2, "reproduce takes one WORKDIR|BUNDLE, found 'more' too"),
+        (["{run}", "--steps=0"], 2, "--steps"),
+        (["{run}", "--steps=11"], 1, "--steps=11: the run in {run} has recorded 10 steps"),
+        (["{run}", "--output={run}"], 1, "--output={run} is the run itself"),
+        (["missing"], 1, "missing holds no run"),
+        (["{run}/config.json"], 1, "config.json is no bundle that can be read"),
+    ],
+)
+def test_mistakes(trained, capsys, words, status, says):
+    assert launch.main(["reproduce", *(word.format(run=trained) for word in words)]) == status
+    assert says.format(run=trained) in capsys.readouterr().err

@@ -1,0 +1,108 @@
+"""digests.jsonl: what it says of parameters, at which steps, and what it holds after a stop."""
+
+import hashlib
+import json
+import os
+import signal
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imgclf_jax.commands import train
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.run import writers
+from imgclf_jax.run.digests import Digests
+from imgclf_jax.run.workdir import Workdir
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+def lines(folder: Path) -> dict[int, dict]:
+    """The lines of the file by their steps, of which each has one."""
+    found = [json.loads(line) for line in (folder / "digests.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in found] == sorted({line["step"] for line in found})
+    return {line["step"]: line for line in found}
+
+
+def params() -> dict:
+    return {"b": jnp.arange(6, dtype=jnp.float32).reshape(2, 3), "a": {"c": jnp.ones(4, jnp.bfloat16)}}
+
+
+def test_a_line(tmp_path):
+    """By the definition: paths in order, types, shapes and bytes; the buffers may be given away at once."""
+    digests, tree = Digests(tmp_path, 0, 5), params()
+    digests.record(3, tree)
+    jax.jit(lambda t: jax.tree.map(lambda x: x * 0, t), donate_argnums=0)(tree)
+    b = np.arange(6, dtype="<f4").reshape(2, 3)
+    parts = [("a/c", b"a/c\0bfloat16\0(4,)\0" + b"\x80\x3f" * 4), ("b", b"b\0<f4\0(2, 3)\0" + b.tobytes())]
+    assert digests.sha256() == hashlib.sha256(b"".join(part for _, part in parts)).hexdigest()
+    digests.close()
+    each = {name: f"{zlib.crc32(part):08x}" for name, part in parts}
+    assert lines(tmp_path) == {3: {"step": 3, "params_sha256": digests.sha256(), "params": each}}
+
+
+@pytest.mark.parametrize(("last", "edges"), [(1, {1}), (12, {1, 2, 4, 8, 12}), (16, {1, 2, 4, 8, 16})])
+def test_the_steps_that_are_recorded(tmp_path, last, edges):
+    """The powers of two and the last one: so the first step that differs is known up to a factor of two."""
+    digests = Digests(tmp_path, 0, last)
+    digests.close()
+    assert set(digests.edges) == edges
+
+
+def test_resuming_drops_what_comes_after(tmp_path, caplog):
+    """The line of the step itself is written again: what goes on is what was restored, and another tree is told of."""
+    digests = Digests(tmp_path, 0, 9)
+    for step in (0, 4, 8):
+        digests.record(step, params())
+        digests.record(step, {"other": jnp.zeros(1)})  # each step has one line
+    digests.close()
+    with (tmp_path / "digests.jsonl").open("a") as file:
+        file.write('{"step": 9, "par')
+    again = Digests(tmp_path, 4, 9)
+    again.record(4, params())
+    again.close()
+    assert set(lines(tmp_path)) == {0, 4}
+    assert [r.message for r in caplog.records] == [f"{tmp_path}/digests.jsonl: a line cut short was left out"]
+    another = Digests(tmp_path, 4, 9)
+    another.record(4, {"b": jnp.zeros(2)})
+    another.close()
+    assert "the parameters of step 4 are not those" in caplog.records[-1].message
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+def test_a_full_disk_is_told_of_at_the_next_line(tmp_path):
+    digests = Digests(tmp_path, 0, 9)
+    digests._file.close()
+    with Path("/dev/full").open("w") as digests._file:
+        digests.record(1, params())
+        with pytest.raises(UserError, match=r"digests.jsonl could not be written: no space left on device; free some"):
+            digests.record(2, params())
+        digests.close()
+
+
+def test_a_run_that_was_stopped_has_the_lines_of_one_that_was_not(fake_config, tmp_path, monkeypatch):
+    """Here of two seeds. At checkpoints, at powers of two and at the end, whose digest is that of the result."""
+    fake_config.num_seeds, fake_config.checkpoint.keep = 2, 1
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert train.main(fake_config, Workdir(whole)) == 0
+    assert set(lines(whole)) == {0, 1, 2, 4, 8, 12}
+    assert lines(whole)[12]["params_sha256"] == json.loads((whole / "result.json").read_text())["params_sha256"]
+    assert len({line["params_sha256"] for line in lines(whole).values()}) == 6
+    original = writers.MetricsWriter.write
+
+    def and_a_signal(*args):
+        original(*args)
+        monkeypatch.setattr(writers.MetricsWriter, "write", original)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(writers.MetricsWriter, "write", and_a_signal)
+    assert train.main(fake_config, Workdir(stopped)) == 75
+    assert set(lines(stopped)) == {0, 1, 2, 4, 6}  # 6 is where it stopped
+    assert train.main(fake_config, Workdir(stopped)) == 0
+    found = lines(stopped)
+    del found[6]
+    assert found == lines(whole)
