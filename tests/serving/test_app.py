@@ -35,7 +35,7 @@ def model(tmp_path_factory):
 def port(model):
     """The port of a server in a thread of this process."""
     application = app.build(model, LIMITS, ("localhost", "127.0.0.1"))
-    config = uvicorn.Config(application, "127.0.0.1", 0, log_level="error")
+    config = uvicorn.Config(application, "127.0.0.1", 0, log_config=None, log_level="error")
     sockets = [config.bind_socket()]
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
