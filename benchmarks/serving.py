@@ -13,7 +13,9 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -59,6 +61,15 @@ async def load(port: int, messages: list[bytes], clients: int, seconds: float) -
             "p99_ms": round(1000 * float(np.percentile(times, 99)), 2)}  # fmt: skip
 
 
+def measured(server: psutil.Process, work: Coroutine[Any, Any, dict[str, float]]) -> dict[str, float]:
+    """What `work` gives, and the milliseconds of processors that the server took for an answer."""
+    before = server.cpu_times()
+    result = asyncio.run(work)
+    after = server.cpu_times()
+    seconds = after.user + after.system - before.user - before.system
+    return result | {"cpu_ms": round(1000 * seconds / result["answers"], 3)}
+
+
 def main() -> None:
     """Prints a line for each turn, the ratio, and the server's memory before and after."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -76,7 +87,7 @@ def main() -> None:
         asyncio.run(load(port, messages, asked.clients, 2.0))
         before = process.memory_info().rss
         for _ in range(asked.turns):
-            alone, together = (asyncio.run(load(port, messages, n, asked.seconds)) for n in (1, asked.clients))
+            alone, together = (measured(process, load(port, messages, n, asked.seconds)) for n in (1, asked.clients))
             ratios.append(together["a_second"] / alone["a_second"])
             print(json.dumps(alone), json.dumps(together), f"ratio {ratios[-1]:.2f}", sep="\n", flush=True)
         after = process.memory_info().rss

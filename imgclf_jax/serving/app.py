@@ -1,7 +1,6 @@
 """The web application: a page for people, `POST /predict` for programs, and routes for those who run it."""
 
 import asyncio
-import concurrent.futures
 import contextlib
 import functools
 import logging
@@ -45,7 +44,6 @@ class Limits:
     body_bytes: int = 20_000_000
     body_seconds: float = 15.0  # in which a client must have sent it
     answer_seconds: float = 30.0
-    decoding: int = 2  # images that are decoded at once: one may have 67 million pixels
     requests: int = 256  # that are answered at once
 
 
@@ -73,18 +71,15 @@ def build(model: Trained, limits: Limits = Limits(), hosts: tuple[str, ...] = ("
     """The application; it answers requests for these host names alone. Compiles the model's programs."""
     numbers = _Numbers()
     batcher = Batcher(model, most_waiting=2 * limits.requests, seen=numbers.batches.observe)
-    decoding = concurrent.futures.ThreadPoolExecutor(limits.decoding, thread_name_prefix="decode")
     answering = asyncio.Semaphore(limits.requests)
 
     async def classify(request: Request) -> dict[str, Any]:
         top_k = _top_k(request, len(model.class_names))
         body = await _body(request, limits)
         begun = time.perf_counter()
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(limits.answer_seconds):
-                image = await loop.run_in_executor(decoding, model.prepare, body)
-                probabilities = await batcher.predict(image)
+                probabilities = await batcher.predict(body)
         except UserError as e:
             raise Refused(422, str(e)) from e
         except Busy:
@@ -127,7 +122,6 @@ def build(model: Trained, limits: Limits = Limits(), hosts: tuple[str, ...] = ("
         task = asyncio.create_task(batcher.run())
         yield
         task.cancel()
-        decoding.shutdown(wait=False, cancel_futures=True)
 
     async def failed(request: Request, error: Exception) -> Response:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.trained import Trained
+from imgclf_jax.trained import Picture, Trained
+
+_AT_ONCE = 2  # batches; one of them is decoded, and one is on the device
 
 
 class Busy(Exception):
@@ -17,10 +20,11 @@ class Busy(Exception):
 
 
 class Batcher:
-    """Classifies images that come one by one. While the device has a batch, those that come make the next one.
+    """Classifies images that come one by one. While batches are computed, those that come make the next one.
 
-    So nothing waits for a batch to fill, and under load batches fill by themselves. A batch has one of a few sizes,
-    each of which is compiled when the batcher is made, and is padded to it. Used from one event loop.
+    So nothing waits for a batch to fill, and under load batches fill by themselves. Two are in work at once: while the
+    device has one, the images of the other are decoded. A batch has one of a few sizes, each of which is compiled when
+    the batcher is made, and is padded to it. Used from one event loop.
     """
 
     def __init__(self, model: Trained, largest: int = 64, most_waiting: int = 512, seen: Callable[[int], Any] = int):
@@ -28,8 +32,9 @@ class Batcher:
         self._model, self._seen, self._most_waiting = model, seen, most_waiting
         mesh = model.programs.mesh
         self._sizes = sorted({sharding.round_up(size, mesh) for size in (1, 8, largest)})
-        self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = asyncio.Queue()
-        self._device = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._waiting: asyncio.Queue[tuple[Picture, asyncio.Future[np.ndarray]]] = asyncio.Queue()
+        self._workers = concurrent.futures.ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="batch")
+        self._device = threading.Lock()
         for size in self._sizes:
             self._compute([np.zeros(model.programs.recipe.data.image_shape, np.uint8)] * size)
 
@@ -38,47 +43,66 @@ class Batcher:
         """How many images wait for a batch."""
         return self._waiting.qsize()
 
-    async def predict(self, image: np.ndarray) -> np.ndarray:
-        """The probabilities f32[classes] of an image uint8[h, w, c], as the model takes it.
+    async def predict(self, image: Picture) -> np.ndarray:
+        """The probabilities f32[classes] of an image, such as the bytes of a file.
 
-        Raises Busy if too many images wait, and UserError if the model gives NaN.
+        Raises Busy if too many images wait, and UserError if it does not decode or the model gives NaN.
         """
         if self.waiting >= self._most_waiting:
             raise Busy
         result: asyncio.Future[np.ndarray] = asyncio.get_running_loop().create_future()
         self._waiting.put_nowait((image, result))
-        probabilities = await result
-        if np.isnan(probabilities).any():
-            raise UserError(
-                "the model gives NaN for this image; its weights may hold NaN, so serve another --checkpoint"
-            )
-        return probabilities
+        return await result
 
     async def run(self) -> None:
         """Takes what waits, batch by batch, until it is cancelled."""
-        loop = asyncio.get_running_loop()
+        free, tasks = asyncio.Semaphore(_AT_ONCE), set[asyncio.Task[None]]()
         while True:
             some = [await self._waiting.get()]
+            await free.acquire()
             while len(some) < self._sizes[-1] and not self._waiting.empty():
                 some.append(self._waiting.get_nowait())
-            some = [(image, result) for image, result in some if not result.done()]  # its client may have gone
-            if not some:
+            task = asyncio.create_task(self._answer(some))
+            tasks.add(task)  # the loop itself holds no task
+            task.add_done_callback(tasks.discard)
+            task.add_done_callback(lambda _: free.release())
+
+    async def _answer(self, some: list[tuple[Picture, asyncio.Future[np.ndarray]]]) -> None:
+        some = [(image, result) for image, result in some if not result.done()]  # its client may have gone
+        images, loop = [image for image, _ in some], asyncio.get_running_loop()
+        found: list[np.ndarray | Exception]
+        try:
+            found = await loop.run_in_executor(self._workers, self._classify, images)
+        except Exception as e:
+            found = [e] * len(some)
+        for (_, result), one in zip(some, found, strict=True):
+            if result.done():
                 continue
-            self._seen(len(some))
+            if isinstance(one, Exception):
+                result.set_exception(one)
+            else:
+                result.set_result(one)
+
+    def _classify(self, images: list[Picture]) -> list[np.ndarray | Exception]:
+        """The probabilities of each image, or why it has none."""
+        prepared: list[np.ndarray | Exception] = []
+        for image in images:
             try:
-                found = await loop.run_in_executor(self._device, self._compute, [image for image, _ in some])
-            except Exception as e:
-                for _, result in some:
-                    if not result.done():
-                        result.set_exception(e)
-                continue
-            for (_, result), probabilities in zip(some, found, strict=True):
-                if not result.done():
-                    result.set_result(probabilities)
+                prepared.append(self._model.prepare(image))
+            except UserError as e:
+                prepared.append(e)
+        whole = [image for image in prepared if isinstance(image, np.ndarray)]
+        if whole:
+            self._seen(len(whole))
+        rows = iter(self._compute(whole) if whole else ())
+        out = [image if isinstance(image, Exception) else next(rows) for image in prepared]
+        nan = UserError("the model gives NaN for this image; its weights may hold NaN, so serve another --checkpoint")
+        return [nan if isinstance(row, np.ndarray) and np.isnan(row).any() else row for row in out]
 
     def _compute(self, images: list[np.ndarray]) -> np.ndarray:
         size = next(size for size in self._sizes if size >= len(images))
         batch = np.zeros((size, *images[0].shape), np.uint8)
         batch[: len(images)] = images
-        placed = sharding.put_batch({"image": batch}, self._model.programs.mesh)["image"]
-        return np.asarray(self._model.programs.predict(*self._model.state.evaluated, placed))[: len(images)]
+        with self._device:
+            placed = sharding.put_batch({"image": batch}, self._model.programs.mesh)["image"]
+            return np.asarray(self._model.programs.predict(*self._model.state.evaluated, placed))[: len(images)]
