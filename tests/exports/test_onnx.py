@@ -24,6 +24,7 @@ def made(spec, tta=""):
     size, channels = SPECS[spec]
     config = default_config()
     config.model, config.augment, config.tta = spec, "normalize(0.5, 0.25)", tta
+    config.preprocess = f"decode({channels})"
     recipe = Recipe(config, DataInfo(64, (size, size, channels), tuple("abcde"), "-"))
     programs = Programs(recipe)
     images = np.random.default_rng(1).integers(256, size=(8, size, size, channels), dtype=np.uint8)

@@ -79,7 +79,7 @@ def test_logits_and_features_of_each_seed(run, gives):
     assert described["output"]["shape"] == [2, "b", {"logits": 10, "features": 8}[gives]]
 
 
-SPECS = {"cnn(widths=(4, 8), dense=8)": (28, 1), "rnn": (12, 1), "resnet(18)": (32, 3), "resnet_cifar(8)": (16, 3),
+SPECS = {"cnn(widths=(4, 8), hidden=8)": (28, 1), "rnn": (12, 1), "resnet(18)": (32, 3), "resnet_cifar(8)": (16, 3),
          "wide_resnet(10, 1)": (16, 3), "convnext('T')": (32, 3), "vit('Ti', patch=8)": (16, 3),
          "mixer('S', patch=8)": (16, 3), "airbench": (32, 3)}  # fmt: skip
 
@@ -91,6 +91,7 @@ def test_every_backbone(spec):
     size, channels = SPECS[spec]
     config = default_config()
     config.model, config.augment, config.tta = spec, "normalize(0.5, 0.25)", "flip"
+    config.preprocess = f"decode({channels})"
     recipe = Recipe(config, DataInfo(64, (size, size, channels), tuple("abcde"), "-"))
     programs = Programs(recipe)
     images = np.random.default_rng(0).integers(256, size=(8, size, size, channels), dtype=np.uint8)
