@@ -71,7 +71,7 @@ FLAGS: Mapping[str, Flag] = {
     "jobs": Flag("how many runs go on at once (default: 1); they share the cores, and the accelerators' memory", "N", 1,
                  least=1),
     "print": Flag("print the command of each run and start none"),
-    "html": Flag("write a page with the tables and the learning curves, in one file that needs no network", "FILE"),
+    "html": Flag("where to write the page, one file that needs no network and no script", "FILE"),
     "test": Flag("evaluate each run that is done, and keep what it predicts in its directory, for paired tests"),
     "profile": Flag("trace these steps, for TensorBoard or Perfetto, into WORKDIR/profile", "FIRST:LAST"),
 }  # fmt: skip
@@ -133,6 +133,13 @@ COMMANDS: Mapping[str, Command] = {
         examples=("new.jpg --workdir runs/a", "photos --workdir runs/a --format csv > classes.csv",
                   "- --workdir runs/a < files.txt"),
         formats=("table", "json", "jsonl", "csv"),
+    ),
+    "report": Command(
+        "a page on a trained run: learning curves, scores, confusions, the worst mistakes, what made it", "run",
+        ("workdir", "checkpoint", "html", "trust"),
+        more="It is written to WORKDIR/report.html, or to the file --html. More evaluation sets can be named by "
+             "--config.data.eval.NAME=SPLIT. Where the data are gone, what needs them is left out.",
+        examples=("--workdir runs/a", "--workdir runs/a --checkpoint=best --html a.html"),
     ),
     "export": Command(
         "write a trained model to a file that other programs run", "run or weights",
