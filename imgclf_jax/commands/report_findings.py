@@ -82,14 +82,16 @@ def find(model: Trained, recorded: ConfigDict) -> Findings:
 
     Where the data are gone, the findings say so. Raises Untrusted for data that would run code.
     """
-    programs, missing = model.programs, list[str]()
+    programs = model.programs
     try:
         base = sources.open_data(model.config)
     except Untrusted:
         raise
     except (UserError, OSError) as e:
-        missing.append(f"The data cannot be opened, so all that needs them is left out: {e}")
-        return Findings(model.step, missing=tuple(missing))
+        sentence = f"The data cannot be opened, so all that needs them is left out: {e}"
+        log.warning("%s", sentence)
+        return Findings(model.step, missing=(sentence,))
+    missing = []
     if changed(programs, recorded, base):
         missing.append("The data have changed since training: examples trained on may now be in an evaluation set.")
     sets: tuple[Evaluated, ...] = ()

@@ -1,7 +1,7 @@
 """The parts of a report on one evaluation set, and on augmentation."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -21,18 +21,26 @@ _LONG = 3  # letters of a class's name that stand upright above a column
 
 def of_set(one: Evaluated, names: Sequence[str], num_seeds: int) -> str:
     """All that was found on an evaluation set. With several seeds it says what is of the ensemble."""
-    values = {key: value for key, value in one.metrics.items() if key != "examples"}
-    parts = [paragraph(f"{one.metrics['examples']} examples: " + format_metrics(values).replace("  ", ", "))]
-    if num_seeds > 1:
-        parts.append(paragraph(f"The values in this line are means over {num_seeds} seeds, with their sample standard "
-                               "deviations, and those of the ensemble, whose probabilities are the mean of the seeds'. "
-                               "All below is the ensemble's.", note=True))  # fmt: skip
+    parts = [_metrics(one.name, one.metrics, num_seeds)]
     if not one.scores:
         parts.append(paragraph(f"Scores, calibration and mistakes are left out: there are {len(names):,} classes, and "
                                "the probabilities of so many may not fit into memory.", note=True))  # fmt: skip
     tables = _classes(one, names), _confusion(one, names)
     parts += [_side(_scores(one), _calibration(one)), *([_side(*tables)] if len(names) <= _NARROW else tables)]
     return "".join((*parts, _mistakes(one, names)))
+
+
+def _metrics(name: str, metrics: Mapping[str, float], num_seeds: int) -> str:
+    """In a line; of several seeds a table of means, deviations and the ensemble's, with what these are."""
+    examples = f"{metrics['examples']} examples"
+    if num_seeds == 1:
+        values = {key: value for key, value in metrics.items() if key != "examples"}
+        return paragraph(f"{examples}: " + format_metrics(values).replace("  ", ", "))
+    kinds = [key.removeprefix("ensemble_") for key in metrics if key.startswith("ensemble_")]
+    rows = [[kind, *(f"{metrics[key]:.4f}" for key in (kind, f"{kind}_std", f"ensemble_{kind}"))] for kind in kinds]
+    said = (f"Means over {num_seeds} seeds with their sample standard deviation, and the ensemble, whose probabilities "
+            f"are the mean of the seeds'. All below is the ensemble's. There are {examples}.")  # fmt: skip
+    return paragraph(said) + table(f"Metrics on {name}", ["metric", "mean", "deviation", "ensemble"], rows)
 
 
 def _side(*blocks: str) -> str:
@@ -101,15 +109,15 @@ def _matrix(caption: str, confusion: np.ndarray, names: Sequence[str]) -> str:
         total, cells = confusion[i].sum(), []
         for j, count in enumerate(confusion[i].tolist()):
             if count:
-                share = math.sqrt(count / total)  # so that one mistake of a hundred is seen
+                share = 0.2 + 0.8 * math.sqrt(count / total)  # so that one mistake of a hundred is seen
                 kind = "right" if i == j else "wrong"
                 cells.append(f'<td class="{kind}" style="--share: {share:.2f}">{count}</td>')
             else:
                 cells.append('<td class="zero">0</td>')
         lines.append(f'<tr><th scope="row">{text(name)}</th>{"".join(cells)}</tr>')
-    shown = (f'<table class="confusion"><caption>{text(caption)}: a row is a class, a column what it is taken for'
-             f"</caption><thead><tr><td></td>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>")  # fmt: skip
-    return region(caption, shown)
+    shown = (f'<table class="confusion"><caption>{text(caption)}</caption>'
+             f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>")  # fmt: skip
+    return paragraph("A row is a class, a column what its examples are taken for.", note=True) + region(caption, shown)
 
 
 def _mistakes(one: Evaluated, names: Sequence[str]) -> str:
@@ -136,7 +144,8 @@ def of_augmentation(found: Augmented, ops: str, mix: str) -> str:
     """A row for each of some training images: as it is, and several draws."""
     said = f"Training images as they are, and as the run's own keys draw them: {ops}."
     if found.whole_batch:
-        said += " The first draw is what the run trains on at step 0; the others have the keys of later steps."
+        said += " The first draw is what the run, or its first seed, trains on at step 0; the others have the keys of "
+        said += "later steps."
     else:
         said += " They are drawn in a smaller batch than the run's, so that they fit into memory: the draws may differ."
     if found.stretched:
