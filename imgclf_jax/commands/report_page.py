@@ -98,6 +98,7 @@ def _configuration(run: Record) -> str:
     others = [key for key in KEYS if key not in own]
     rows = [[key, repr(values[key]), repr(KEYS[key][0])] for key in own]
     shown = table("Keys that differ from their defaults", ["key", "value", "default"], rows) if rows else ""
+    shown = f'<div class="keys">{shown}</div>'
     rest = "".join(f"<dt>{text(key)}</dt><dd>{text(repr(values[key]))}</dd>" for key in others)
     return shown + html.details(f"The other {len(others)} keys, at their defaults", f"<dl>{rest}</dl>")
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -114,7 +115,7 @@ def _matrix(caption: str, confusion: np.ndarray, names: Sequence[str]) -> str:
                 cells.append(f'<td class="{kind}" style="--share: {share:.2f}">{count}</td>')
             else:
                 cells.append('<td class="zero">0</td>')
-        lines.append(f'<tr><th scope="row">{text(name)}</th>{"".join(cells)}</tr>')
+        lines.append(f'<tr><th scope="row"><span>{text(name)}</span></th>{"".join(cells)}</tr>')
     shown = (f'<table class="confusion"><caption>{text(caption)}</caption>'
              f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>")  # fmt: skip
     return paragraph("A row is a class, a column what its examples are taken for.", note=True) + region(caption, shown)
@@ -159,7 +160,9 @@ def of_augmentation(found: Augmented, ops: str, mix: str) -> str:
     for name, image, draws in zip(found.names, found.images, found.draws, strict=True):
         cells = [pictures.tag(image, f"{name} as it is")]
         cells += [pictures.tag(own, f"{name} at step {step}") for own, step in zip(draws, found.steps, strict=True)]
-        lines.append(f'<tr><th scope="row">{text(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
+        lines.append(
+            f'<tr><th scope="row">{text(Path(name).name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        )
     shown = (f'<table class="draws"><caption>{caption}</caption><thead><tr>{head}</tr></thead>'
              f"<tbody>{''.join(lines)}</tbody></table>")  # fmt: skip
     return paragraph(said) + region(caption, shown)
