@@ -1,8 +1,6 @@
 """The page of a trained run holds what `evaluate` finds, and is one safe, well-formed file that refers to nothing."""
 
-import base64
 import csv
-import io
 import itertools
 import json
 import re
@@ -22,8 +20,8 @@ from imgclf_jax.commands import report_findings
 from imgclf_jax.core import rng
 from imgclf_jax.data import sources, stream
 from imgclf_jax.loading import load
-from imgclf_jax.pages import pictures
-from imgclf_jax.pages.reliability import short
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -231,6 +229,24 @@ def test_draws_are_those_of_training(trained, page):
     assert [row[0] for row in rows[1:]] == [Path(source.name(i)).name for i in ids]
 
 
+def test_draws_by_example_follow_the_epochs(trained, monkeypatch):
+    """An image is mirrored in every other epoch; a batch that is too large is drawn in a smaller one."""
+    programs = load(trained).programs
+    config = programs.recipe.config.copy_and_resolve_references()
+    config.preprocess, config.augment = "decode(3)|resize(8)", "flip_alternating|normalize"
+    programs = Programs(Recipe(config, programs.recipe.data), programs.mesh)
+    monkeypatch.setattr(report_findings, "_MOST_BYTES", 1)
+    found = report_findings.draw(programs, sources.take_split(sources.open_data(config), config.data.train))
+    assert not found.whole_batch
+    first, second, third, fourth = found.draws.swapaxes(0, 1)
+    np.testing.assert_array_equal(first, third)
+    np.testing.assert_array_equal(second, fourth)
+    np.testing.assert_array_equal(first[:, :, ::-1], second)
+    plain = [np.allclose(np.float32(image) / np.float32(255), own, atol=1e-6)
+             for image, own in zip(found.images, first, strict=True)]  # fmt: skip
+    assert 0 < sum(plain) < len(plain)  # some are mirrored in the first epoch
+
+
 def test_a_run_without_augmentation_has_no_draws():
     assert not ops.draws("invert|normalize")
     assert ops.draws("normalize|flip_alternating")
@@ -252,33 +268,8 @@ def test_values_of_any_range_are_stretched():
     assert stretched
 
 
-@pytest.mark.parametrize(
-    ("shape", "mode", "size"),
-    [
-        ((8, 6, 1), "L", (6, 8)),
-        ((200, 400, 3), "RGB", (128, 64)),
-        ((128, 5, 4), "RGB", (5, 128)),
-        ((3, 3, 2), "L", (3, 3)),
-    ],
-)
-def test_pictures(shape, mode, size):
-    image = np.random.default_rng(0).uniform(size=shape).astype(np.float32)
-    tag = pictures.tag(image, "<a>")
-    picture = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,(.*?)\"", tag)[1])))
-    assert (picture.mode, picture.size) == (mode, size)
-    assert 'alt="&lt;a&gt;"' in tag
-    assert ('class="small"' in tag) == (max(shape[:2]) < 128)
-    if max(shape) < 100:
-        assert np.abs(np.asarray(picture) - image[..., 0] * 255).max() <= 0.51
-
-
 def test_confusions_by_how_frequent_they_are():
     confusion = np.random.default_rng(0).integers(9, size=(6, 6))
     pairs = [(i, j, int(confusion[i, j])) for i in range(6) for j in range(6) if i != j and confusion[i, j]]
     assert by_class.most_confused(confusion, 7) == sorted(pairs, key=lambda one: (-one[2], one[:2]))[:7]
     assert by_class.most_confused(np.eye(3, dtype=int), 7) == []
-
-
-def test_counts_in_short():
-    assert [short(n) for n in (0, 999, 1000, 1249, 9960, 45_600, 999_600, 1_200_000)] == [
-        "0", "999", "1.0k", "1.2k", "10k", "46k", "1000k", "1.2M"]  # fmt: skip
