@@ -18,7 +18,7 @@ TIERS = [
     "data inference step",
     "diagnose on_mesh programs recipe trained",
     "weights",
-    "exports loading serving",
+    "exports loading pages serving",
     "commands",
     "launch",
 ]
@@ -36,6 +36,7 @@ PACKAGES = {
     "models",
     "models.cpu",
     "optim",
+    "pages",
     "run",
     "serving",
     "weights",

@@ -6,6 +6,7 @@ Every score is a function of weights of the examples, so that a bootstrap is a p
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -168,3 +169,38 @@ def intervals(
         low, high = np.percentile(np.concatenate([one[name] for one in found]), edges)
         out[name] = (float(low), float(high))
     return out
+
+
+def with_intervals(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, dict[str, float]]:
+    """{score: {"value", and, where it is known, the ends "low" and "high" of its 95 % interval}}.
+
+    labels int[n], probabilities [n, classes].
+    """
+    ends = intervals(labels, probabilities)
+    return {
+        name: {"value": value} | (dict(zip(("low", "high"), ends[name], strict=True)) if name in ends else {})
+        for name, value in score(labels, probabilities).items()
+    }
+
+
+class Reliability(NamedTuple):
+    """Of each bin of confidence, [15]: how many examples are in it, and their means, which are NaN of an empty bin."""
+
+    examples: np.ndarray  # int64
+    confidence: np.ndarray  # f64: the mean probability of what is predicted
+    accuracy: np.ndarray  # f64
+
+
+def reliability(labels: np.ndarray, probabilities: np.ndarray) -> Reliability:
+    """The reliability diagram (DeGroot and Fienberg 1983, Guo et al. 2017), without rows that hold NaN.
+
+    labels int[n], probabilities [n, classes]. The bins are those of the calibration error, see `Scores.of`.
+    """
+    whole = ~np.isnan(probabilities).any(1)
+    scores = Scores(labels[whole], np.asarray(probabilities[whole], np.float64))
+    count, confidence, right = (
+        np.bincount(scores.bins, weights, _BINS)
+        for weights in (None, scores.probabilities.max(1), (scores.predicted == scores.labels).astype(float))
+    )
+    with np.errstate(invalid="ignore"):
+        return Reliability(count, confidence / count, right / count)

@@ -200,6 +200,11 @@ def wants_ids(text: str) -> bool:
     return any(kinds.of(op) == kinds.BY_EXAMPLE for op in _bind(text))
 
 
+def draws(text: str) -> bool:
+    """Whether a spec has an op that draws at random."""
+    return any(kinds.of(op) != kinds.PLAIN for op in _bind(text))
+
+
 def build(text: str, train: bool) -> Callable[..., jax.Array]:
     """The function (key, images uint8[b, h, w, c]) → f32[b, h, w, c] that a spec of device ops names.
 

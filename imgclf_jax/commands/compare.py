@@ -14,8 +14,8 @@ from imgclf_jax.commands.comparison import Group, common, group, main_metric, sh
 from imgclf_jax.commands.paired_runs import Comparison, compare
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
+from imgclf_jax.pages.html import write
 from imgclf_jax.run import records, terminal
-from imgclf_jax.run.provenance import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +42,9 @@ def main(files: Sequence[str], format: str, html: str, test: bool, trust: bool) 
     else:
         _print_tables(groups, comparisons)
     if html:
-        _write_page(Path(html), compare_page.page(groups, comparisons, main_metric(groups), damaged))
+        write(Path(html), compare_page.page(groups, comparisons, main_metric(groups), damaged))
         log.info("written: %s", html)
     return 1 if damaged else 0
-
-
-def _write_page(path: Path, text: str) -> None:
-    try:
-        write_atomically(path, text)
-    except OSError as e:
-        raise UserError(f"--html={path} cannot be written: {e.strerror}; name another file") from e
 
 
 def _print_tables(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> None:

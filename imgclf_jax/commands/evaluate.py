@@ -1,6 +1,5 @@
 """The command `evaluate`: the metrics and scores of a trained model, on each of its evaluation sets."""
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -11,13 +10,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import metrics
-from imgclf_jax.analysis import listing, scores
-from imgclf_jax.commands.evaluation import evaluate, evaluate_all, open_evals
+from imgclf_jax.analysis import by_class, listing, scores
+from imgclf_jax.commands.evaluation import changed, evaluate, evaluate_all, open_evals
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.loading import convert, restore, restore_each
-from imgclf_jax.programs import Programs
 from imgclf_jax.run.terminal import print_table
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import format_metrics
@@ -59,20 +57,20 @@ def main(
     programs = dataclasses.replace(
         programs, predicting=len(names) <= metrics.CONFUSION_CLASSES or listing_file is not None
     )
-    if workdir:
-        _warn_of_changed_data(programs, workdir.load_config(), base)
+    if workdir and changed(programs, workdir.load_config(), base):
+        log.warning("the data have changed since training: examples trained on may now be in an evaluation set")
     results: dict[str, Any] = {"step": step}
     classes: dict[str, dict[str, np.ndarray]] = {}
     rows: list[dict[str, Any]] = []
     for name, images in open_evals(programs, base).items():
         sums, found = evaluate(programs, state, images)
         results[name] = metrics.summarize(sums, found, programs.recipe.whole_set_metrics)
-        classes[name] = _class_counts(sums, programs.recipe.num_seeds)
+        classes[name] = by_class.counts(sums, programs.recipe.num_seeds)
         if found and not processes.index():
             labels, probabilities = found.labels, found.probabilities
             probabilities = probabilities[-1] if programs.recipe.num_seeds > 1 else probabilities
             if len(names) <= metrics.CONFUSION_CLASSES:
-                results[name]["scores"] = _scores(labels, probabilities)
+                results[name]["scores"] = scores.with_intervals(labels, probabilities)
             if listing_file:
                 called = getattr(images.source, "name", str)
                 examples = [called(i) for i in range(len(labels))]
@@ -118,15 +116,6 @@ def _over_steps(config: ConfigDict, workdir: Workdir, which: str, format: str) -
     return 0
 
 
-def _scores(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, dict[str, float]]:
-    """{score: {"value", and, where it is known, the ends "low" and "high" of its 95 % interval}}."""
-    ends = scores.intervals(labels, probabilities)
-    return {
-        name: {"value": value} | (dict(zip(("low", "high"), ends[name], strict=True)) if name in ends else {})
-        for name, value in scores.score(labels, probabilities).items()
-    }
-
-
 def _print_scores(found: dict[str, dict[str, float]]) -> None:
     """A table: each score and its 95 % interval, what other test sets of this size would give."""
     if found:
@@ -135,39 +124,9 @@ def _print_scores(found: dict[str, dict[str, float]]) -> None:
         print_table(["score", "value", "95 % interval"], rows)
 
 
-def _warn_of_changed_data(programs: Programs, trained: ConfigDict, base: dict[str, sources.Source]) -> None:
-    """Warns if the source holds other examples than in training: a split of it may hold some that were trained on."""
-    if programs.recipe.config.data.source != trained.data.source:
-        return
-    with contextlib.suppress(UserError):  # the training split may be gone, and only the evaluation sets are needed
-        if sources.take_split(base, trained.data.train).fingerprint() != programs.recipe.data.fingerprint:
-            log.warning("the data have changed since training: examples trained on may now be in an evaluation set")
-
-
-def _class_counts(sums: metrics.Sums, num_seeds: int) -> dict[str, np.ndarray]:
-    """The counts of each class, and the confusion matrix if there is one; with several seeds those of the ensemble."""
-    counts = {name: value for name, value in sums.items() if name.startswith("class_") or name == "confusion"}
-    return counts if num_seeds == 1 else {name: value[-1] for name, value in counts.items()}
-
-
 def _print_classes(class_names: tuple[str, ...], counts: dict[str, np.ndarray]) -> None:
-    """A table with a row for each class.
-
-    Recall is the share of the class's examples that are predicted right, precision the share of the predictions of the
-    class that are right.
-    """
-    confusion = counts.get("confusion")
-    columns = ["class", "examples", "recall", "precision", *([] if confusion is None else ["most often taken for"])]
-    rows = []
-    for i, name in enumerate(class_names):
-        examples, predicted, right = (counts[f"class_{key}"][i] for key in ("examples", "predicted", "correct"))
-        row = [name, str(examples), f"{right / examples:.4f}" if examples else ""]
-        row.append(f"{right / predicted:.4f}" if predicted else "")
-        if confusion is not None:
-            wrong = confusion[i] * (np.arange(len(class_names)) != i)
-            row.append(f"{class_names[int(wrong.argmax())]} ({wrong.max()})" if wrong.any() else "")
-        rows.append(row)
-    print_table(columns, rows)
-    if confusion is None:
+    """A table with a row for each class, see `by_class.table`."""
+    print_table(*by_class.table(class_names, counts))
+    if "confusion" not in counts:
         print(f"The column 'most often taken for' is left out: it needs the confusion matrix, which is counted for up "
               f"to {metrics.CONFUSION_CLASSES} classes only, and these are {len(class_names)}.")  # fmt: skip

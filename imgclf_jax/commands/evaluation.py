@@ -1,5 +1,6 @@
 """Exact evaluation: every example counts once, on any number of devices and for any batch size."""
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from imgclf_jax import metrics
 from imgclf_jax.core import sharding, signals
@@ -91,3 +93,11 @@ def open_set(programs: Programs, base: dict[str, sources.Source], text: str, key
                         f"{images.shape}, training ones are {programs.recipe.data.image_shape}; add "
                         "resize(height, width), or resize_small and central_crop, to both")  # fmt: skip
     return images
+
+
+def changed(programs: Programs, trained: ConfigDict, base: dict[str, sources.Source]) -> bool:
+    """Whether the source holds other examples than in training: a split of it may hold some that were trained on."""
+    if programs.recipe.config.data.source == trained.data.source:
+        with contextlib.suppress(UserError):  # the training split may be gone, and only the evaluation sets are needed
+            return sources.take_split(base, trained.data.train).fingerprint() != programs.recipe.data.fingerprint
+    return False

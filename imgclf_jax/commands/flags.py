@@ -68,7 +68,7 @@ FLAGS: Mapping[str, Flag] = {
     "jobs": Flag("how many runs go on at once (default: 1); they share the cores, and the accelerators' memory", "N", 1,
                  least=1),
     "print": Flag("print the command of each run and start none"),
-    "html": Flag("write a page with the tables and the learning curves, in one file that needs no network", "FILE"),
+    "html": Flag("where to write the page, one file that needs no network and no script", "FILE"),
     "test": Flag("evaluate each run that is done, and keep what it predicts in its directory, for paired tests"),
     "output": Flag("where to write: a file, or a folder where there are several", "PATH"),
     "split": Flag("a split of the data, such as train, 'test[:100]' or \"folder('new')/train\" (default: the run's "

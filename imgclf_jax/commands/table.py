@@ -67,6 +67,13 @@ COMMANDS: Mapping[str, Command] = {
                   "- --workdir runs/a < files.txt"),
         formats=("table", "json", "jsonl", "csv"),
     ),
+    "report": Command(
+        "a page on a trained run: learning curves, scores, confusions, the worst mistakes, what made it", "run",
+        ("workdir", "checkpoint", "html", "trust"),
+        more="It is written to WORKDIR/report.html, or to the file --html. More evaluation sets can be named by "
+             "--config.data.eval.NAME=SPLIT. Where the data are gone, what needs them is left out.",
+        examples=("--workdir runs/a", "--workdir runs/a --checkpoint=best --html a.html"),
+    ),
     "export": Command(
         "write a trained model to a file that other programs run", "run or weights",
         ("workdir", "checkpoint", "gives", "names", "trust"), "FILE",

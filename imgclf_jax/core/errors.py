@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class Untrusted(UserError):
+    """A work directory names code, which is not run unless the person says so."""
+
+
 def unknown(kind: str, name: str, allowed: Iterable[str]) -> str:
     """A sentence for a name that is not among `allowed`, the nearest ones first."""
     allowed = sorted(allowed)

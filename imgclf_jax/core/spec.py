@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import Untrusted, UserError, unknown
 
 _CALL = re.compile(r"\s*([A-Za-z_][\w.]*(?::[A-Za-z_]\w*)?)\s*(\(.*\))?\s*", re.DOTALL)
 
@@ -139,7 +139,7 @@ def no_imports(whose: str) -> Iterator[None]:
 def check_trusted(what: str) -> None:
     """Raises UserError inside of `no_imports`. `what` says what a spec names, and what that would run."""
     if _refused_for:
-        raise UserError(f"{_refused_for} names {what}; if you trust both, add --trust")
+        raise Untrusted(f"{_refused_for} names {what}; if you trust both, add --trust")
 
 
 def lookup(call: Call, table: Table, kind: str) -> Callable[..., Any]:

@@ -16,8 +16,9 @@ import pytest
 import launch
 from imgclf_jax import config as configs
 from imgclf_jax.analysis import listing, paired
-from imgclf_jax.commands import charts, compare_tables, comparison
+from imgclf_jax.commands import compare_tables, comparison
 from imgclf_jax.config import default_config
+from imgclf_jax.pages import charts
 from imgclf_jax.run import records
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 COLORS = 10  # classes c0 to c9, whose colors the page's style sheet says
+_POINTS = 300  # of a line, at most
 
 _WIDTH, _HEIGHT = 420, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 16, 40
@@ -34,6 +35,13 @@ class _Axis:
     def __call__(self, value: float) -> float:
         a, b, v = (math.log10(x) for x in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
         return self.first + (self.last - self.first) * (v - a) / ((b - a) or 1.0)
+
+
+def thinned(steps: Sequence[int]) -> list[int]:
+    """At most 300 of these steps, from the first to the last."""
+    if len(steps) <= _POINTS:
+        return list(steps)
+    return [steps[round(i * (len(steps) - 1) / (_POINTS - 1))] for i in range(_POINTS)]
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

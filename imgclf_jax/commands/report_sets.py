@@ -1,0 +1,168 @@
+"""The parts of a report on one evaluation set, and on augmentation."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from imgclf_jax.analysis import by_class
+from imgclf_jax.commands.report_findings import Augmented, Evaluated, Mistake
+from imgclf_jax.pages import html, pictures
+from imgclf_jax.pages.html import paragraph, region, table, text
+from imgclf_jax.pages.reliability import diagram
+from imgclf_jax.run.writers import format_metrics
+
+_FULL = 30  # classes whose confusion matrix is shown whole
+_NARROW = 12  # classes whose table and matrix have room side by side
+_PAIRS = 30  # confusions in a list
+_ROWS = 100  # classes in a table
+_LONG = 3  # letters of a class's name that stand upright above a column
+
+
+def of_set(one: Evaluated, names: Sequence[str], num_seeds: int) -> str:
+    """All that was found on an evaluation set. With several seeds it says what is of the ensemble."""
+    parts = [_metrics(one.name, one.metrics, num_seeds)]
+    if not one.scores:
+        parts.append(paragraph(f"Scores, calibration and mistakes are left out: there are {len(names):,} classes, and "
+                               "the probabilities of so many may not fit into memory.", note=True))  # fmt: skip
+    tables = _classes(one, names), _confusion(one, names)
+    parts += [_side(_scores(one), _calibration(one)), *([_side(*tables)] if len(names) <= _NARROW else tables)]
+    return "".join((*parts, _mistakes(one, names)))
+
+
+def _metrics(name: str, metrics: Mapping[str, float], num_seeds: int) -> str:
+    """In a line; of several seeds a table of means, deviations and the ensemble's, with what these are."""
+    examples = f"{metrics['examples']} examples"
+    if num_seeds == 1:
+        values = {key: value for key, value in metrics.items() if key != "examples"}
+        return paragraph(f"{examples}: " + format_metrics(values).replace("  ", ", "))
+    kinds = [key.removeprefix("ensemble_") for key in metrics if key.startswith("ensemble_")]
+    rows = [[kind, *(f"{metrics[key]:.4f}" for key in (kind, f"{kind}_std", f"ensemble_{kind}"))] for kind in kinds]
+    said = (f"Means over {num_seeds} seeds with their sample standard deviation, and the ensemble, whose probabilities "
+            f"are the mean of the seeds'. All below is the ensemble's. There are {examples}.")  # fmt: skip
+    return paragraph(said) + table(f"Metrics on {name}", ["metric", "mean", "deviation", "ensemble"], rows)
+
+
+def _side(*blocks: str) -> str:
+    """Blocks side by side where there is room."""
+    blocks = tuple(f"<div>{block}</div>" for block in blocks if block)
+    return f'<div class="side">{"".join(blocks)}</div>' if blocks else ""
+
+
+def _scores(one: Evaluated) -> str:
+    if not one.scores:
+        return ""
+    rows = [[name, f"{of['value']:.4f}", f"{of['low']:.4f} to {of['high']:.4f}" if "low" in of else ""]
+            for name, of in one.scores.items()]  # fmt: skip
+    note = ("The interval holds 95 of 100 such values if other test sets of this size were drawn (a bootstrap over the "
+            "examples). Another seed of training may differ by more.")  # fmt: skip
+    return ("<h3>Scores</h3>" + table(f"Scores on {one.name}", ["score", "value", "95 % interval"], rows)
+            + paragraph(note, note=True))  # fmt: skip
+
+
+def _calibration(one: Evaluated) -> str:
+    if one.reliability is None or not one.reliability.examples.sum():
+        return ""
+    found, bins = one.reliability, len(one.reliability.examples)
+    rows = [[f"{i / bins:.3f} to {(i + 1) / bins:.3f}", str(int(n)), *(f"{v:.4f}" if n else "" for v in means)]
+            for i, (n, *means) in enumerate(zip(*found, strict=True))]  # fmt: skip
+    columns = ["confidence", "examples", "mean confidence", "accuracy"]
+    svg = diagram(f"Reliability on {one.name}", *(values.tolist() for values in found))
+    note = (f"Bars are the accuracy in {bins} bins of confidence, dots their mean confidence. Where dots lie below the "
+            "dashed line, the model is surer than it is right.")  # fmt: skip
+    return (f"<h3>Calibration</h3><figure>{svg}</figure>" + paragraph(note, note=True)
+            + html.details("The bins as a table", table(f"Calibration on {one.name}", columns, rows)))  # fmt: skip
+
+
+def _classes(one: Evaluated, names: Sequence[str]) -> str:
+    columns, rows = by_class.table(names, one.counts)
+    caption = f"Recall and precision of each class on {one.name}"
+    if len(rows) > _ROWS:
+        examples, right = (one.counts[f"class_{key}"] for key in ("examples", "correct"))
+        recall = np.where(examples > 0, right / np.maximum(examples, 1), np.inf)
+        rows = [rows[i] for i in np.argsort(recall, kind="stable")[:_ROWS]]
+        caption += f": the {_ROWS} of {len(names):,} with the lowest recall"
+    return "<h3>Classes</h3>" + table(caption, columns, rows)
+
+
+def _confusion(one: Evaluated, names: Sequence[str]) -> str:
+    confusion = one.counts.get("confusion")
+    if confusion is None:
+        return ""
+    if len(names) <= _FULL:
+        return "<h3>Confusion matrix</h3>" + _matrix(f"Confusion matrix on {one.name}", confusion, names)
+    pairs = by_class.most_confused(confusion, _PAIRS)
+    if not pairs:
+        return ""
+    rows = [[names[label], names[predicted], str(count), f"{count / confusion[label].sum():.4f}"]
+            for label, predicted, count in pairs]  # fmt: skip
+    columns = ["class", "taken for", "examples", "share of the class"]
+    return "<h3>Most frequent confusions</h3>" + table(f"The classes most often confused on {one.name}", columns, rows)
+
+
+def _matrix(caption: str, confusion: np.ndarray, names: Sequence[str]) -> str:
+    """A row a label, a column a prediction. The shade is by the share of the label's examples."""
+    long = ' class="long"' if any(len(name) > _LONG for name in names) else ""
+    head = "".join(f'<th scope="col"><span{long}>{text(name)}</span></th>' for name in names)
+    lines = []
+    for i, name in enumerate(names):
+        total, cells = confusion[i].sum(), []
+        for j, count in enumerate(confusion[i].tolist()):
+            if count:
+                share = 0.2 + 0.8 * math.sqrt(count / total)  # so that one mistake of a hundred is seen
+                kind = "right" if i == j else "wrong"
+                cells.append(f'<td class="{kind}" style="--share: {share:.2f}">{count}</td>')
+            else:
+                cells.append('<td class="zero">0</td>')
+        lines.append(f'<tr><th scope="row"><span>{text(name)}</span></th>{"".join(cells)}</tr>')
+    shown = (f'<table class="confusion"><caption>{text(caption)}</caption>'
+             f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>")  # fmt: skip
+    return paragraph("A row is a class, a column what its examples are taken for.", note=True) + region(caption, shown)
+
+
+def _mistakes(one: Evaluated, names: Sequence[str]) -> str:
+    if not one.scores:
+        return ""
+    if not one.mistakes:
+        return "<h3>Mistakes</h3>" + paragraph("There are none.")
+    count = f"The {len(one.mistakes)} most confident of {one.wrong}" if one.wrong > len(one.mistakes) else (
+        f"All {one.wrong}, the most confident first" if one.wrong > 1 else "The only one")  # fmt: skip
+    said = f"{count}, as the model is given them. In brackets is the probability of a class."
+    items = "".join(f"<li>{_mistake(mistake, names)}</li>" for mistake in one.mistakes)
+    return f'<h3>The most confident mistakes</h3>{paragraph(said, note=True)}<ul class="pictures">{items}</ul>'
+
+
+def _mistake(mistake: Mistake, names: Sequence[str]) -> str:
+    label, predicted = names[mistake.label], names[mistake.predicted]
+    picture = pictures.tag(mistake.image, f"{mistake.example}: of class {label}, taken for {predicted}")
+    return (f"<figure>{picture}<figcaption><strong>{text(label)}</strong> ({mistake.of_label:.3f}), taken for "
+            f"<strong>{text(predicted)}</strong> ({mistake.probability:.3f})<br>{text(mistake.example)}"
+            "</figcaption></figure>")  # fmt: skip
+
+
+def of_augmentation(found: Augmented, ops: str, mix: str) -> str:
+    """A row for each of some training images: as it is, and several draws."""
+    said = f"Training images as they are, and as the run's own keys draw them: {ops}."
+    if found.whole_batch:
+        said += " The first draw is what the run, or its first seed, trains on at step 0; the others have the keys of "
+        said += "later steps."
+    else:
+        said += " They are drawn in a smaller batch than the run's, so that they fit into memory: the draws may differ."
+    if found.stretched:
+        said += " They are stretched from their least to their greatest value, since an op gives any range."
+    if mix:
+        said += f" In training {mix} then mixes pairs of images, which is not shown."
+    caption = "What augmentation does"
+    columns = ["example", "as it is", *(f"step {step}" for step in found.steps)]
+    head = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)
+    lines = []
+    for name, image, draws in zip(found.names, found.images, found.draws, strict=True):
+        cells = [pictures.tag(image, f"{name} as it is")]
+        cells += [pictures.tag(own, f"{name} at step {step}") for own, step in zip(draws, found.steps, strict=True)]
+        lines.append(
+            f'<tr><th scope="row">{text(Path(name).name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        )
+    shown = (f'<table class="draws"><caption>{caption}</caption><thead><tr>{head}</tr></thead>'
+             f"<tbody>{''.join(lines)}</tbody></table>")  # fmt: skip
+    return paragraph(said) + region(caption, shown)

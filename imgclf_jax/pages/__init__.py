@@ -1,0 +1,1 @@
+"""Pages in one HTML file each, which need no network and no script."""

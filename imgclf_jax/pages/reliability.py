@@ -1,0 +1,70 @@
+"""A reliability diagram as inline SVG: accuracy by confidence, above how many examples each bin has."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+_WIDTH, _LEFT, _RIGHT, _TOP = 420, 54, 12, 8
+_UPPER, _GAP, _LOWER, _BOTTOM = 220, 26, 60, 40
+
+
+def diagram(title: str, examples: Sequence[int], confidence: Sequence[float], accuracy: Sequence[float]) -> str:
+    """An `svg` element; each sequence has a value for each of the bins, which are of equal width from 0 to 1.
+
+    A bar is a bin's accuracy, a dot its mean confidence and accuracy. Below are the bins' numbers of examples.
+    """
+    title = escape(title)
+    bins, base = len(examples), _TOP + _UPPER
+    foot, most = base + _GAP + _LOWER, max(*examples, 1)
+    across = (_WIDTH - _LEFT - _RIGHT) / bins
+
+    def x(value: float) -> float:
+        return _LEFT + value * across * bins
+
+    said = (
+        "Each bar is the accuracy of the examples whose confidence lies in its bin; on the dashed line both are equal."
+    )
+    parts = [f"<title>{title}</title><desc>{said} A table below has the values.</desc>"]
+    for value in (0.0, 0.25, 0.5, 0.75, 1.0):
+        y = base - value * _UPPER
+        parts += [
+            f'<path class="grid" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>',
+            _label(_LEFT - 6, y + 4, f"{value:g}", "end"),
+        ]
+        parts.append(_label(x(value), foot + 17, f"{value:g}"))
+    for i, (count, mean, right) in enumerate(zip(examples, confidence, accuracy, strict=True)):
+        if not count:
+            continue
+        at, width = x(i / bins) + 1, across - 2
+        parts.append(_bar("c0", at, width, base, right * _UPPER, f"{right:.3f} of {count} right"))
+        parts.append(_bar("c8", at, width, foot, count / most * _LOWER, f"{count} examples"))
+        parts.append(_label(at + width / 2, foot - count / most * _LOWER - 4, short(count), small=True))
+        parts.append(f'<circle class="dot c1" cx="{x(mean):.1f}" cy="{base - right * _UPPER:.1f}" r="3.5"/>')
+    parts.append(f'<path class="ideal" d="M{x(0):.1f} {base}L{x(1):.1f} {_TOP}"/>')
+    parts += [f'<path class="axis" d="M{_LEFT} {y}H{_WIDTH - _RIGHT}"/>' for y in (base, foot)]
+    parts.append(_label((_LEFT + _WIDTH - _RIGHT) / 2, foot + _BOTTOM - 6, "confidence"))
+    parts += [_turned(base - _UPPER / 2, "accuracy"), _turned(foot - _LOWER / 2, "examples")]
+    return (f'<svg viewBox="0 0 {_WIDTH} {foot + _BOTTOM}" role="img" aria-label="{title}. {said}">'
+            + "".join(parts) + "</svg>")  # fmt: skip
+
+
+def _bar(color: str, x: float, width: float, base: float, height: float, title: str) -> str:
+    return (f'<rect class="dot {color}" x="{x:.1f}" y="{base - height:.1f}" width="{width:.1f}" height="{height:.1f}" '
+            f'opacity=".55"><title>{title}</title></rect>')  # fmt: skip
+
+
+def _label(x: float, y: float, text: str, anchor: str = "middle", small: bool = False) -> str:
+    return f'<text{' class="small"' if small else ""} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
+
+
+def _turned(y: float, text: str) -> str:
+    return f'<text transform="translate(14 {y:.1f}) rotate(-90)" text-anchor="middle">{text}</text>'
+
+
+def short(count: int) -> str:
+    """At most four characters and a point: 999, 1.2k, 45k, 1.2M."""
+    if count < 1000:
+        return str(count)
+    power = min(int(math.log10(count) // 3), 3)
+    value = count / 1000**power
+    return f"{value:.1f}{'kMG'[power - 1]}" if value < 9.95 else f"{value:.0f}{'kMG'[power - 1]}"
