@@ -18,6 +18,7 @@ from imgclf_jax.core import rng
 
 
 def unit(images: jax.Array) -> jax.Array:
+    """uint8 levels as f32 from 0 to 1."""
     return images.astype(jnp.float32) / 255
 
 
@@ -32,25 +33,29 @@ def _rounded(values: jax.Array) -> jax.Array:
 
 
 def number(constant: float, h: int, w: int, all: tuple[Any, ...]) -> Tables:
+    """A constant that is one number, as `c`."""
     return {"c": np.float32(constant)}
 
 
 def shot_draw(key: jax.Array, image: jax.Array, tables: Tables) -> jax.Array:
+    """How many photons each value counts, i32[h, w, c]: Poisson's law with `c` of them for white."""
     return jax.random.poisson(key, unit(image) * tables["c"])
 
 
 def impulse_draw(key: jax.Array, image: jax.Array, tables: Tables) -> tuple[jax.Array, jax.Array]:
+    """Which values are hit, and which of these become white: two of f32[h, w, c] from 0 to 1."""
     return jax.random.uniform(rng.fold(key, "hit"), image.shape), jax.random.uniform(rng.fold(key, "salt"), image.shape)
 
 
 def impulse(images: jax.Array, tables: Tables, draws: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The share `c` of the values becomes white or black."""
     hit, salt = draws
     return jnp.where(hit <= tables["c"], jnp.where(salt <= 0.5, jnp.uint8(255), jnp.uint8(0)), images)
 
 
 def defocus_tables(constant: Any, h: int, w: int, all: tuple[Any, ...]) -> Tables:
+    """The `kernel`, cut to what is not zero at any severity."""
     kernels = [fields.disk_kernel(*each) for each in all]
-    # Cut to what is not zero at any severity.
     reach = max(int(np.abs(np.argwhere(k > 1e-12) - k.shape[0] // 2).max()) for k in kernels)
     kernel = kernels[all.index(constant)]
     kernel = np.pad(kernel, max(0, reach - kernel.shape[0] // 2))
@@ -60,6 +65,7 @@ def defocus_tables(constant: Any, h: int, w: int, all: tuple[Any, ...]) -> Table
 
 
 def glass_tables(constant: Any, h: int, w: int, all: tuple[Any, ...]) -> Tables:
+    """The blur of `rows` and of `columns`, the `reach` of a move, and which rounds are run."""
     sigma, reach, rounds = constant
     rows, columns = (fields.gaussian_matrix(n, sigma, "nearest", 4) for n in (h, w))
     order = np.arange(max(each[2] for each in all))
@@ -73,6 +79,7 @@ def glass_draw(key: jax.Array, image: jax.Array, tables: Tables) -> jax.Array:
 
 
 def glass(images: jax.Array, tables: Tables, moves: jax.Array) -> jax.Array:
+    """Blurred, then each pixel moved from nearby in each round, then blurred again."""
     b, h, w, c = images.shape
 
     def blurred(values: jax.Array) -> jax.Array:
@@ -86,24 +93,29 @@ def glass(images: jax.Array, tables: Tables, moves: jax.Array) -> jax.Array:
 
 
 def motion_tables(constant: Any, h: int, w: int, all: tuple[Any, ...]) -> Tables:
+    """The weights of `fields.motion_blurred`."""
     return fields.motion_tables(constant[0], constant[1], 2 * max(each[0] for each in all) + 1)
 
 
 def motion(images: jax.Array, tables: Tables, degrees: jax.Array) -> jax.Array:
+    """Averaged along a line at an angle, and rounded as ImageMagick does."""
     return _rounded(fields.motion_blurred(images.astype(jnp.float32), tables, degrees)).astype(jnp.uint8)
 
 
 def zoom_tables(constant: Any, h: int, w: int, all: tuple[Any, ...]) -> Tables:
+    """Where the enlargements read; a constant is where the factors begin, end and how far apart they are."""
     return fields.zoom_tables(np.arange(*constant), h, w, max(len(np.arange(*each)) for each in all))
 
 
 def zoom(images: jax.Array, tables: Tables, draws: Any) -> jax.Array:
+    """The mean of the image and its enlargements."""
     images, count = unit(images), tables["count"]
     total = jax.lax.fori_loop(0, count, lambda i, out: out + fields.enlarged(images, tables, i), images)
     return cut(total / (count + 1).astype(jnp.float32))
 
 
 def snow_tables(constant: Any, h: int, w: int, all: tuple[Any, ...]) -> Tables:
+    """The numbers by name, where the enlarged flakes are read, and the weights of their `motion`."""
     mean, deviation, zoom, least, radius, sigma, kept = constant
     names = {"mean": mean, "deviation": deviation, "least": least, "kept": kept}
     return {
@@ -114,31 +126,37 @@ def snow_tables(constant: Any, h: int, w: int, all: tuple[Any, ...]) -> Tables:
 
 
 def snow_draw(key: jax.Array, image: jax.Array, tables: Tables) -> tuple[jax.Array, jax.Array]:
+    """The flakes f32[h, w] before they grow, and the angle that they fall at."""
     angle = jax.random.uniform(rng.fold(key, "angle"), minval=-135, maxval=-45)
     return jax.random.normal(rng.fold(key, "flakes"), image.shape[:2]), angle
 
 
 def snow(images: jax.Array, tables: Tables, draws: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """The image made whiter, under flakes that fall and the same flakes turned by half a turn."""
     flakes, degrees = draws
     layer = fields.enlarged(tables["mean"] + tables["deviation"] * flakes[..., None], tables, 0)  # [b, h, w, 1]
     layer = cut(jnp.where(layer < tables["least"], 0.0, layer)).astype(jnp.float32)
     layer = _rounded(fields.motion_blurred(layer, tables["motion"], degrees)) / 255
     images, kept = unit(images), tables["kept"]
-    luma = images @ jnp.array([[0.299], [0.587], [0.114]], jnp.float32) if images.shape[-1] == 3 else images
+    weights = jnp.array([0.299, 0.587, 0.114], jnp.float32)
+    luma = (images * weights).sum(-1, keepdims=True) if images.shape[-1] == 3 else images
     images = kept * images + (1 - kept) * jnp.maximum(images, luma * 1.5 + 0.5)
     return cut(images + layer + layer[:, ::-1, ::-1])
 
 
 def fog_tables(constant: Any, h: int, w: int, all: tuple[Any, ...]) -> Tables:
+    """How much fog there is, and how fast its details become weaker."""
     return {"amount": np.float32(constant[0]), "decay": np.float32(constant[1])}
 
 
 def fog_draw(key: jax.Array, image: jax.Array, tables: Tables) -> jax.Array:
+    """What `fields.plasma` is made of, f32[n, n], n being the least power of two that covers the image."""
     side = 1 << (max(image.shape[:2]) - 1).bit_length()
     return jax.random.uniform(key, (side, side), minval=-1, maxval=1)
 
 
 def fog(images: jax.Array, tables: Tables, draws: jax.Array) -> jax.Array:
+    """Plasma laid over the image, in the range that the image had."""
     h, w = images.shape[1:3]
     amount, images = tables["amount"], unit(images)
     most = images.max((1, 2, 3), keepdims=True)
@@ -155,12 +173,14 @@ def brightness(images: jax.Array, tables: Tables, draws: Any) -> jax.Array:
 
 
 def contrast(images: jax.Array, tables: Tables, draws: Any) -> jax.Array:
+    """The difference from each channel's mean, times `c`."""
     images = unit(images)
     mean = images.mean((1, 2), keepdims=True)
     return cut((images - mean) * tables["c"] + mean)
 
 
 def elastic_tables(constant: Any, h: int, w: int, all: tuple[Any, ...]) -> Tables:
+    """The blur of `rows` and of `columns`, the `strength` of each pixel's way, and the points' `affine` reach."""
     side = min(h, w)
     strength, sigma, affine = (side * share for share in constant)
     rows, columns = (fields.gaussian_matrix(n, sigma, "reflect", 3) for n in (h, w))
@@ -174,6 +194,7 @@ def elastic_draw(key: jax.Array, image: jax.Array, tables: Tables) -> tuple[jax.
 
 
 def elastic(images: jax.Array, tables: Tables, draws: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """An affine map that moves three points, then each pixel its own way, smooth over the image."""
     points, ways = draws
     h, w = images.shape[1:3]
     # The points at the centre plus s (1, 1), s (1, -1) and s (-1, -1) move. That is an affine map about the centre.
@@ -210,6 +231,7 @@ def pixelate_tables(constant: float, h: int, w: int, all: tuple[Any, ...]) -> Ta
 
 
 def pixelate(images: jax.Array, tables: Tables, draws: Any) -> jax.Array:
+    """Fewer pixels by Pillow's BOX, and back to as many as before."""
     exact = jax.lax.Precision.HIGHEST
     wide = jnp.einsum("nw,bhwc->bhnc", tables["columns"], images.astype(jnp.float32), precision=exact)
     # Pillow rounds after the width. Halves, which float32 may miss by a little, go up.
@@ -219,4 +241,5 @@ def pixelate(images: jax.Array, tables: Tables, draws: Any) -> jax.Array:
 
 
 def jpeg_tables(constant: int, h: int, w: int, all: tuple[Any, ...]) -> Tables:
+    """The tables of quantization at a quality."""
     return {"quantization": quantization_tables(constant)}

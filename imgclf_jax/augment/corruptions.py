@@ -83,7 +83,7 @@ def corrupt(name: str, images: jax.Array, severity: int, places: jax.Array, seed
 
     Raises UserError as `tables_of` does.
     """
-    tables = tables_of(name, severity, images.shape[1:])
+    tables = jax.tree.map(jnp.asarray, tables_of(name, severity, images.shape[1:]))
     return with_tables(name, images, tables, key_of(name, severity, seed), places)
 
 

@@ -1,6 +1,5 @@
 """The command `evaluate`: the metrics and scores of a trained model, on each of its evaluation sets."""
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -12,12 +11,12 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import metrics
 from imgclf_jax.analysis import listing, scores
-from imgclf_jax.commands.evaluation import evaluate, evaluate_all, open_evals
+from imgclf_jax.commands import corrupted
+from imgclf_jax.commands.evaluation import evaluate, evaluate_all, open_evals, warn_of_changed_data
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.loading import convert, restore, restore_each
-from imgclf_jax.programs import Programs
 from imgclf_jax.run.terminal import print_table
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import format_metrics
@@ -33,6 +32,7 @@ def main(
     predictions: str = "",
     top_k: int = 3,
     checkpoints: str = "",
+    corruptions: str = "",
 ) -> int:
     """The command `evaluate`: prints the metrics of each evaluation set, its scores, and a table of its classes.
 
@@ -42,8 +42,12 @@ def main(
     no `scores` and no `confusion`, but `class_examples`, `class_predicted` and `class_correct`. If the file
     `predictions` is named, the `top_k` classes of each example are written to it. Scores and predictions of several
     seeds are those of their ensemble. With `checkpoints`, "all" or steps such as "100,200", it prints the metrics at
-    each of them instead.
+    each of them instead; with `corruptions`, "all" or names, the accuracy on corrupted images: see `corrupted`.
     """
+    if corruptions:
+        if checkpoints or predictions:
+            raise UserError("--corruptions prints accuracies alone: drop --checkpoints and --predictions")
+        return corrupted.report(config, workdir, checkpoint, corruptions, format)
     if checkpoints:
         if not workdir or checkpoint or predictions:
             raise UserError("--checkpoints is for several checkpoints of a run: drop --checkpoint, --predictions and "
@@ -60,7 +64,7 @@ def main(
         programs, predicting=len(names) <= metrics.CONFUSION_CLASSES or listing_file is not None
     )
     if workdir:
-        _warn_of_changed_data(programs, workdir.load_config(), base)
+        warn_of_changed_data(programs, workdir.load_config(), base)
     results: dict[str, Any] = {"step": step}
     classes: dict[str, dict[str, np.ndarray]] = {}
     rows: list[dict[str, Any]] = []
@@ -133,15 +137,6 @@ def _print_scores(found: dict[str, dict[str, float]]) -> None:
         rows = [[name, f"{of['value']:.4f}", f"{of['low']:.4f} to {of['high']:.4f}" if "low" in of else ""]
                 for name, of in found.items()]  # fmt: skip
         print_table(["score", "value", "95 % interval"], rows)
-
-
-def _warn_of_changed_data(programs: Programs, trained: ConfigDict, base: dict[str, sources.Source]) -> None:
-    """Warns if the source holds other examples than in training: a split of it may hold some that were trained on."""
-    if programs.recipe.config.data.source != trained.data.source:
-        return
-    with contextlib.suppress(UserError):  # the training split may be gone, and only the evaluation sets are needed
-        if sources.take_split(base, trained.data.train).fingerprint() != programs.recipe.data.fingerprint:
-            log.warning("the data have changed since training: examples trained on may now be in an evaluation set")
 
 
 def _class_counts(sums: metrics.Sums, num_seeds: int) -> dict[str, np.ndarray]:

@@ -1,12 +1,14 @@
 """Exact evaluation: every example counts once, on any number of devices and for any batch size."""
 
+import contextlib
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from imgclf_jax import metrics
 from imgclf_jax.core import sharding, signals
@@ -26,26 +28,18 @@ def evaluate(
     The predictions are None unless the config's `metrics` need them. With several seeds, the sums are [seeds + 1, …].
     Raises signals.Stopped once `stop` gives the name of a signal.
     """
-    size = programs.steps_per_call
     sums: metrics.Sums = {}
     predictions: list[metrics.Predictions] = []  # one a batch
 
     def collect(result: tuple[metrics.Sums, metrics.Predictions | None]) -> None:
         new, steps = jax.device_get(result)
-        for name, value in new.items():
-            exact = np.float64 if np.issubdtype(value.dtype, np.floating) else np.int64
-            sums[name] = sums.get(name, 0) + value.sum(0, dtype=exact)
+        add(sums, new)
         if steps is not None:
             predictions.extend(metrics.Predictions(*step) for step in zip(*steps, strict=True))
 
     pending: Any = None
-    rows = sharding.rows_here(programs.eval_batch_size, programs.mesh)
-    batches = stream.eval_batches(images, programs.eval_batch_size, rows)
-    for some in itertools.batched(batches, size):
-        signals.check(stop)
-        chunk = {name: stream.pad_steps(np.stack([batch[name] for batch in some]), size) for name in some[0]}
-        chunk = sharding.put_batch(chunk, programs.mesh, axis=1)
-        result = programs.eval(*state.evaluated, chunk, np.int32(len(some)))
+    for chunk, steps in chunks(programs, images, stop):
+        result = programs.eval(*state.evaluated, chunk, np.int32(steps))
         if pending is not None:
             collect(pending)  # while the device computes the next chunk
         pending = result
@@ -53,6 +47,27 @@ def evaluate(
     if wrong := int(np.max(sums["examples"] - sums["class_predicted"].sum(-1))):
         log.warning("the logits of %d examples are NaN or infinite; these examples count as wrong", wrong)
     return sums, metrics.concatenate(predictions) if predictions else None
+
+
+def chunks(
+    programs: Programs, images: stream.Images, stop: Callable[[], str] = str
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """What `programs.eval` is given to evaluate all of `images`: each chunk, on the devices, and its number of batches.
+
+    Raises signals.Stopped as `evaluate` does.
+    """
+    size, rows = programs.steps_per_call, sharding.rows_here(programs.eval_batch_size, programs.mesh)
+    for some in itertools.batched(stream.eval_batches(images, programs.eval_batch_size, rows), size):
+        signals.check(stop)
+        chunk = {name: stream.pad_steps(np.stack([batch[name] for batch in some]), size) for name in some[0]}
+        yield sharding.put_batch(chunk, programs.mesh, axis=1), len(some)
+
+
+def add(sums: metrics.Sums, new: metrics.Sums) -> None:
+    """Adds the sums of each batch, [k, …] on the host, to `sums`: integers exactly, the loss in float64."""
+    for name, value in new.items():
+        exact = np.float64 if np.issubdtype(value.dtype, np.floating) else np.int64
+        sums[name] = sums.get(name, 0) + value.sum(0, dtype=exact)
 
 
 def evaluate_all(
@@ -87,3 +102,12 @@ def open_evals(programs: Programs, base: dict[str, sources.Source]) -> dict[str,
                             f"{out[name].shape}, training ones are {programs.recipe.data.image_shape}; add "
                             "resize(height, width), or resize_small and central_crop, to both")  # fmt: skip
     return out
+
+
+def warn_of_changed_data(programs: Programs, trained: ConfigDict, base: dict[str, sources.Source]) -> None:
+    """Warns if the source holds other examples than in training: a split of it may hold some that were trained on."""
+    if programs.recipe.config.data.source != trained.data.source:
+        return
+    with contextlib.suppress(UserError):  # the training split may be gone, and only the evaluation sets are needed
+        if sources.take_split(base, trained.data.train).fingerprint() != programs.recipe.data.fingerprint:
+            log.warning("the data have changed since training: examples trained on may now be in an evaluation set")

@@ -42,6 +42,7 @@ FLAGS: Mapping[str, Flag] = {
     "workdir": Flag("where the run lives (default: runs/<config name>)", "DIR"),
     "checkpoint": Flag("best, latest or a step (default: best if one is kept, else latest)", "WHICH"),
     "checkpoints": Flag("the metrics at several checkpoints: all, or steps", "all|100,200"),
+    "corruptions": Flag("the accuracy on corrupted images, at five severities: all, or names", "all|fog,snow"),
     "format": Flag("how to print", "FORMAT"),  # see `Command.flag`
     "predictions": Flag("write those of each example, as .csv, .jsonl or .parquet by the name", "FILE"),
     "top_k": Flag("how many classes to show or write (default: 3)", "K", 3, least=1),
@@ -119,10 +120,11 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "evaluate": Command(
         "the metrics and scores of a trained run on each of its evaluation sets", "run or weights",
-        ("workdir", "checkpoint", "checkpoints", "format", "predictions", "top_k", "trust", *PROCESSES),
+        ("workdir", "checkpoint", "checkpoints", "corruptions", "format", "predictions", "top_k", "trust", *PROCESSES),
         more="Any split, folder or .npz file can be an evaluation set: --config.data.eval.NAME=SPLIT, or "
              "--config.data.eval.NAME=SOURCE/SPLIT.",
         examples=("--workdir runs/a", "--workdir runs/a --predictions all.csv", "--workdir runs/a --checkpoints=all",
+                  "--workdir runs/a --corruptions=all",
                   "--workdir runs/a --config.data.eval.new=\"folder('new')/train\""),
     ),
     "predict": Command(
