@@ -7,7 +7,7 @@ import colorsys
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
+from scipy import ndimage, stats
 
 
 def truncated(values: np.ndarray) -> np.ndarray:
@@ -17,6 +17,10 @@ def truncated(values: np.ndarray) -> np.ndarray:
 
 def gaussian_noise(x, c, noise):
     return truncated(x + c * noise)
+
+
+def shot_noise(x, c, draws):
+    return truncated(stats.poisson.ppf(draws.astype(float), x * c).clip(0) / c)
 
 
 def impulse_noise(x, c, draws):
@@ -166,6 +170,7 @@ def pixelate(x, c, _):
 # The constants of ImageNet-C and of CIFAR-10-C, severity 1 to 5.
 DEFINITIONS = {
     gaussian_noise: ([0.08, 0.12, 0.18, 0.26, 0.38], [0.04, 0.06, 0.08, 0.09, 0.10]),
+    shot_noise: ([60, 25, 12, 5, 3], [500, 250, 100, 75, 50]),
     impulse_noise: ([0.03, 0.06, 0.09, 0.17, 0.27], [0.01, 0.02, 0.03, 0.05, 0.07]),
     defocus_blur: ([(3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)],
                    [(0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)]),

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import stats
 
 from imgclf_jax.augment import fields
 from imgclf_jax.augment.fields import Tables
@@ -37,9 +38,26 @@ def number(constant: float, h: int, w: int, all: tuple[Any, ...]) -> Tables:
     return {"c": np.float32(constant)}
 
 
-def shot_draw(key: jax.Array, image: jax.Array, tables: Tables) -> jax.Array:
-    """How many photons each value counts, i32[h, w, c]: Poisson's law with `c` of them for white."""
-    return jax.random.poisson(key, unit(image) * tables["c"])
+def shot_tables(constant: float, h: int, w: int, all: tuple[Any, ...]) -> Tables:
+    """`below` f32[256, n]: for each level, the chance of at most 0, 1, … photons, `c` being the mean for white.
+
+    n + 1 is a power of two, 8 standard deviations above the greatest mean or more.
+    """
+    most = max(all)
+    n = (1 << int(most + 8 * most**0.5).bit_length()) - 1
+    below = stats.poisson.cdf(np.arange(n), np.arange(256)[:, None] / 255 * constant)
+    return {"c": np.float32(constant), "below": below.astype(np.float32)}
+
+
+def shot(images: jax.Array, tables: Tables, draws: jax.Array) -> jax.Array:
+    """Each value as a count of photons: Poisson's law, by its quantile at a draw from 0 to 1 (a binary search)."""
+    n = tables["below"].shape[1]
+    first = images.astype(jnp.int32) * n
+    count = jnp.zeros(images.shape, jnp.int32)
+    for step in ((n + 1) >> k for k in range(1, n.bit_length() + 1)):
+        smaller = tables["below"].reshape(-1)[first + count + step - 1] < draws
+        count = jnp.where(smaller, count + step, count)
+    return cut(count.astype(jnp.float32) / tables["c"])
 
 
 def impulse_draw(key: jax.Array, image: jax.Array, tables: Tables) -> tuple[jax.Array, jax.Array]:

@@ -95,8 +95,8 @@ CORRUPTIONS: dict[str, Corruption] = {
         lambda key, image, tables: jax.random.normal(key, image.shape),
     ),
     "shot_noise": Corruption(
-        ((60, 25, 12, 5, 3), (500, 250, 100, 75, 50)), ops.number,
-        lambda images, tables, counts: ops.cut(counts.astype(jnp.float32) / tables["c"]), ops.shot_draw,
+        ((60, 25, 12, 5, 3), (500, 250, 100, 75, 50)), ops.shot_tables, ops.shot,
+        lambda key, image, tables: jax.random.uniform(key, image.shape),
     ),
     "impulse_noise": Corruption(
         ((0.03, 0.06, 0.09, 0.17, 0.27), (0.01, 0.02, 0.03, 0.05, 0.07)), ops.number, ops.impulse, ops.impulse_draw,
