@@ -7,7 +7,7 @@ from imgclf_jax.analysis.paired import Spread
 from imgclf_jax.commands.comparison import Group, shown
 from imgclf_jax.commands.paired_runs import Comparison
 from imgclf_jax.run.records import Record
-from imgclf_jax.run.writers import format_metrics
+from imgclf_jax.run.terminal import format_metrics
 
 _SELDOM = ("top5", "ensemble_")  # metrics that the table leaves out; CSV and JSON have all
 

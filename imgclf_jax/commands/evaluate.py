@@ -11,14 +11,14 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import metrics
 from imgclf_jax.analysis import by_class, listing, scores
-from imgclf_jax.commands.evaluation import changed, evaluate, evaluate_all, open_evals
+from imgclf_jax.commands import corrupted
+from imgclf_jax.commands.evaluation import evaluate, evaluate_all, open_evals, warn_of_changed_data
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.loading import convert, restore, restore_each
-from imgclf_jax.run.terminal import print_table
+from imgclf_jax.run.terminal import format_metrics, print_table
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.run.writers import format_metrics
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ def main(
     predictions: str = "",
     top_k: int = 3,
     checkpoints: str = "",
+    corruptions: str = "",
 ) -> int:
     """The command `evaluate`: prints the metrics of each evaluation set, its scores, and a table of its classes.
 
@@ -40,8 +41,12 @@ def main(
     no `scores` and no `confusion`, but `class_examples`, `class_predicted` and `class_correct`. If the file
     `predictions` is named, the `top_k` classes of each example are written to it. Scores and predictions of several
     seeds are those of their ensemble. With `checkpoints`, "all" or steps such as "100,200", it prints the metrics at
-    each of them instead.
+    each of them instead; with `corruptions`, "all" or names, the accuracy on corrupted images: see `corrupted`.
     """
+    if corruptions:
+        if checkpoints or predictions:
+            raise UserError("--corruptions prints accuracies alone: drop --checkpoints and --predictions")
+        return corrupted.report(config, workdir, checkpoint, corruptions, format)
     if checkpoints:
         if not workdir or checkpoint or predictions:
             raise UserError("--checkpoints is for several checkpoints of a run: drop --checkpoint, --predictions and "
@@ -57,8 +62,8 @@ def main(
     programs = dataclasses.replace(
         programs, predicting=len(names) <= metrics.CONFUSION_CLASSES or listing_file is not None
     )
-    if workdir and changed(programs, workdir.load_config(), base):
-        log.warning("the data have changed since training: examples trained on may now be in an evaluation set")
+    if workdir:
+        warn_of_changed_data(programs, workdir.load_config(), base)
     results: dict[str, Any] = {"step": step}
     classes: dict[str, dict[str, np.ndarray]] = {}
     rows: list[dict[str, Any]] = []

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -28,26 +28,18 @@ def evaluate(
     The predictions are None unless the config's `metrics` need them. With several seeds, the sums are [seeds + 1, …].
     Raises signals.Stopped once `stop` gives the name of a signal.
     """
-    size = programs.steps_per_call
     sums: metrics.Sums = {}
     predictions: list[metrics.Predictions] = []  # one a batch
 
     def collect(result: tuple[metrics.Sums, metrics.Predictions | None]) -> None:
         new, steps = jax.device_get(result)
-        for name, value in new.items():
-            exact = np.float64 if np.issubdtype(value.dtype, np.floating) else np.int64
-            sums[name] = sums.get(name, 0) + value.sum(0, dtype=exact)
+        add(sums, new)
         if steps is not None:
             predictions.extend(metrics.Predictions(*step) for step in zip(*steps, strict=True))
 
     pending: Any = None
-    rows = sharding.rows_here(programs.eval_batch_size, programs.mesh)
-    batches = stream.eval_batches(images, programs.eval_batch_size, rows)
-    for some in itertools.batched(batches, size):
-        signals.check(stop)
-        chunk = {name: stream.pad_steps(np.stack([batch[name] for batch in some]), size) for name in some[0]}
-        chunk = sharding.put_batch(chunk, programs.mesh, axis=1)
-        result = programs.eval(*state.evaluated, chunk, np.int32(len(some)))
+    for chunk, steps in chunks(programs, images, stop):
+        result = programs.eval(*state.evaluated, chunk, np.int32(steps))
         if pending is not None:
             collect(pending)  # while the device computes the next chunk
         pending = result
@@ -55,6 +47,27 @@ def evaluate(
     if wrong := int(np.max(sums["examples"] - sums["class_predicted"].sum(-1))):
         log.warning("the logits of %d examples are NaN or infinite; these examples count as wrong", wrong)
     return sums, metrics.concatenate(predictions) if predictions else None
+
+
+def chunks(
+    programs: Programs, images: stream.Images, stop: Callable[[], str] = str
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """What `programs.eval` is given to evaluate all of `images`: each chunk, on the devices, and its number of batches.
+
+    Raises signals.Stopped as `evaluate` does.
+    """
+    size, rows = programs.steps_per_call, sharding.rows_here(programs.eval_batch_size, programs.mesh)
+    for some in itertools.batched(stream.eval_batches(images, programs.eval_batch_size, rows), size):
+        signals.check(stop)
+        chunk = {name: stream.pad_steps(np.stack([batch[name] for batch in some]), size) for name in some[0]}
+        yield sharding.put_batch(chunk, programs.mesh, axis=1), len(some)
+
+
+def add(sums: metrics.Sums, new: metrics.Sums) -> None:
+    """Adds the sums of each batch, [k, …] on the host, to `sums`: integers exactly, the loss in float64."""
+    for name, value in new.items():
+        exact = np.float64 if np.issubdtype(value.dtype, np.floating) else np.int64
+        sums[name] = sums.get(name, 0) + value.sum(0, dtype=exact)
 
 
 def evaluate_all(
@@ -101,3 +114,9 @@ def changed(programs: Programs, trained: ConfigDict, base: dict[str, sources.Sou
         with contextlib.suppress(UserError):  # the training split may be gone, and only the evaluation sets are needed
             return sources.take_split(base, trained.data.train).fingerprint() != programs.recipe.data.fingerprint
     return False
+
+
+def warn_of_changed_data(programs: Programs, trained: ConfigDict, base: dict[str, sources.Source]) -> None:
+    """Warns if the data have changed since training, see `changed`."""
+    if changed(programs, trained, base):
+        log.warning("the data have changed since training: examples trained on may now be in an evaluation set")

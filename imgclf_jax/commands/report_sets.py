@@ -11,7 +11,7 @@ from imgclf_jax.commands.report_findings import Augmented, Evaluated, Mistake
 from imgclf_jax.pages import html, pictures
 from imgclf_jax.pages.html import paragraph, region, table, text
 from imgclf_jax.pages.reliability import diagram
-from imgclf_jax.run.writers import format_metrics
+from imgclf_jax.run.terminal import format_metrics
 
 _FULL = 30  # classes whose confusion matrix is shown whole
 _NARROW = 12  # classes whose table and matrix have room side by side

@@ -16,11 +16,12 @@ from imgclf_jax.commands.train_setup import Run, set_up
 from imgclf_jax.core import processes, signals
 from imgclf_jax.core.stopping import Stopping, stopping
 from imgclf_jax.core.text import printable
-from imgclf_jax.run import provenance, writers
+from imgclf_jax.run import writers
 from imgclf_jax.run.digests import Digests
 from imgclf_jax.run.monitor import Monitor
+from imgclf_jax.run.terminal import format_metrics
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.run.writers import Writer, format_metrics
+from imgclf_jax.run.writers import Writer
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ def _report(run: Run, digests: Digests, results: Results, monitor: Monitor, bega
     }
     if processes.index():
         return
-    provenance.write_json(run.workdir.result, result)
+    run.workdir.write_result(result)
     for name, values in results.items():
         print(f"{name}: {format_metrics(values)}")
     print(f"trained {total} steps ({result['epochs']:g} epochs) in {result['seconds']} s; see "

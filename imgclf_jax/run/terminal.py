@@ -7,7 +7,7 @@ import itertools
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import progress
@@ -136,3 +136,8 @@ def _stdout() -> Console:
 def _cell(text: str) -> str:
     encoding = sys.stdout.encoding or "utf-8"
     return printable(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def format_metrics(values: Mapping[str, float]) -> str:
+    """`loss 0.1234  accuracy 0.9876`, for people."""
+    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())

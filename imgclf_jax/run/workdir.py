@@ -123,6 +123,10 @@ class Workdir:
         log.warning("the run is extended from total=%r to %r: config.json says so from now on, and steps %d and later "
                     "are those of the longer run", old.total, config.total, start)  # fmt: skip
 
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Writes result.json: the run has ended."""
+        write_json(self.result, result)
+
     def is_done(self, total: int) -> bool:
         """Whether the run has ended: a result of step `total` is written, whole."""
         try:

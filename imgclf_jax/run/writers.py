@@ -158,8 +158,3 @@ def _open_event_file(directory: Path, step: int) -> EventFile | None:
     except ImportError:
         log.info("TensorBoard is not installed: its files are not written, metrics.jsonl alone")
         return None
-
-
-def format_metrics(values: Mapping[str, float]) -> str:
-    """`loss 0.1234  accuracy 0.9876`, for people."""
-    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
