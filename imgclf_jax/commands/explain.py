@@ -26,7 +26,7 @@ from imgclf_jax.trained import Trained, report_host_ops
 Record = dict[str, Any]
 
 _FIRST_ROWS = 1000  # of a table, whose columns are as wide as these need
-_TITLES = {
+TITLES = {
     "gradcam": "Grad-CAM: what speaks for the class",
     "rollout": "attention rollout: what is looked at, for any class",
     "occlusion": "occlusion: how far the probability falls",
@@ -67,7 +67,7 @@ def main(
             name, probability = model.class_names[label], float(result[label])
             pixels = model.prepare(file)
             values = explain(pixels, label)
-            title = [f"{utf8(Path(file).name)}: {name}, probability {probability:.4f}", _TITLES[method]]
+            title = [f"{utf8(Path(file).name)}: {name}, probability {probability:.4f}", TITLES[method]]
             picture = heatmap.draw(pixels, values, method == "occlusion", [printable(line) for line in title])
             target = _target(folder, file, method, wanted, taken)
             _save(picture, target)

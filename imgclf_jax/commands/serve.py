@@ -2,18 +2,22 @@
 
 import contextlib
 import importlib.util
+import io
 import ipaddress
 import logging
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
+from imgclf_jax.analysis import heatmap
+from imgclf_jax.commands.explain import TITLES, build
 from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.core.text import printable
 from imgclf_jax.loading import convert, restore
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.trained import report_host_ops
+from imgclf_jax.trained import Trained, report_host_ops
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +43,8 @@ def main(config: ConfigDict, workdir: Workdir | None, checkpoint: str, host: str
     model = restore(config, workdir, checkpoint) if workdir else convert(config)
     report_host_ops(model.programs)
     local = _is_loopback(host)
-    application = app.build(model, hosts=("localhost", "127.0.0.1", "[::1]", host) if local else ("*",))
+    hosts = ("localhost", "127.0.0.1", "[::1]", host) if local else ("*",)
+    application = app.build(model, hosts=hosts, explain=explainer(model))
     settings = uvicorn.Config(
         application, host, port, log_config=None, log_level="warning", access_log=False, timeout_keep_alive=10,
         server_header=False, timeout_graceful_shutdown=30, h11_max_incomplete_event_size=32_768,
@@ -56,6 +61,23 @@ def main(config: ConfigDict, workdir: Workdir | None, checkpoint: str, host: str
     with listening:
         _server(uvicorn.Server, settings).run(sockets=[listening])
     return 0
+
+
+def explainer(model: Trained) -> Callable[[bytes], bytes]:
+    """The function of an image's file that gives a PNG of where its likeliest class is found, by the usual method."""
+    method, explain = build(model)
+
+    def draw(content: bytes) -> bytes:
+        pixels = model.prepare(content)
+        [probabilities] = model.predict(content)
+        label = int(probabilities.argmax())
+        title = [f"{model.class_names[label]}, probability {probabilities[label]:.4f}", TITLES[method]]
+        picture = heatmap.draw(pixels, explain(pixels, label), method == "occlusion", list(map(printable, title)))
+        out = io.BytesIO()
+        picture.save(out, "PNG")
+        return out.getvalue()
+
+    return draw
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,6 +1,7 @@
 """The web application: a page for people, `POST /predict` for programs, and routes for those who run it."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import functools
 import logging
@@ -61,17 +62,26 @@ class _Numbers:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         make = functools.partial(Counter, registry=self.registry)
-        self.requests = make("imgclf_requests", "Requests to /predict by HTTP status", ["status"])
+        self.requests = make("imgclf_requests", "Requests with an image by HTTP status", ["route", "status"])
         histogram = functools.partial(Histogram, registry=self.registry)
         self.seconds = histogram("imgclf_seconds", "Seconds from a request's first byte to its answer")
         self.batches = histogram("imgclf_batch_images", "Images in a batch", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
 
 
-def build(model: Trained, limits: Limits = Limits(), hosts: tuple[str, ...] = ("*",)) -> Starlette:
-    """The application; it answers requests for these host names alone. Compiles the model's programs."""
+Explain = Callable[[bytes], bytes]  # an image's file → a PNG of where its class is found
+
+
+def build(
+    model: Trained, limits: Limits = Limits(), hosts: tuple[str, ...] = ("*",), explain: Explain | None = None
+) -> Starlette:
+    """The application; it answers requests for these host names alone. Compiles the model's programs.
+
+    With `explain`, which may raise UserError, there is the route /explain.
+    """
     numbers = _Numbers()
     batcher = Batcher(model, most_waiting=2 * limits.requests, seen=numbers.batches.observe)
     answering = asyncio.Semaphore(limits.requests)
+    explaining = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="explain")
 
     async def classify(request: Request) -> dict[str, Any]:
         top_k = _top_k(request, len(model.class_names))
@@ -90,32 +100,56 @@ def build(model: Trained, limits: Limits = Limits(), hosts: tuple[str, ...] = ("
         found = [{"class": utf8(model.class_names[c]), "probability": round(float(probabilities[c]), 6)} for c in best]
         return {"predictions": found, "milliseconds": round(1000 * (time.perf_counter() - begun), 3)}
 
+    async def picture(request: Request) -> Response:
+        assert explain
+        body = await _body(request, limits)
+        try:
+            async with asyncio.timeout(limits.answer_seconds):
+                made = await asyncio.get_running_loop().run_in_executor(explaining, explain, body)
+        except UserError as e:
+            raise Refused(422, str(e)) from e
+        except TimeoutError:
+            raise Refused(503, f"no picture within {limits.answer_seconds:g} s; try again later") from None
+        return Response(made, headers=_HEADERS, media_type="image/png")
+
     async def predict(request: Request) -> Response:
+        return await answer(request, lambda: as_json(request))
+
+    async def explained(request: Request) -> Response:
+        return await answer(request, lambda: picture(request))
+
+    async def as_json(request: Request) -> Response:
+        return JSONResponse(await classify(request), headers=_HEADERS)
+
+    async def answer(request: Request, make: Callable[[], Awaitable[Response]]) -> Response:
         begun = time.perf_counter()
         if answering.locked():
             response: Response = _refusal(Refused(503, "too many requests at once; try again in a second"))
         else:
             async with answering:
                 try:
-                    response = JSONResponse(await classify(request), headers=_HEADERS)
+                    response = await make()
                 except Refused as refused:
                     response = _refusal(refused)
                 except ClientDisconnect:
                     response = _refusal(Refused(499, "the client has gone"))
-        numbers.requests.labels(str(response.status_code)).inc()
+        numbers.requests.labels(request.url.path, str(response.status_code)).inc()
         numbers.seconds.observe(time.perf_counter() - begun)
         return response
 
     async def health(request: Request) -> Response:
         config = model.config
         return JSONResponse({"status": "ok", "model": config.model, "step": model.step, "waiting": batcher.waiting,
+                             "explains": explain is not None,
                              "classes": [utf8(name) for name in model.class_names]}, headers=_HEADERS)  # fmt: skip
 
     async def metrics(request: Request) -> Response:
         return Response(generate_latest(numbers.registry), headers=_HEADERS, media_type="text/plain; version=0.0.4")
 
     async def interface(request: Request) -> Response:
-        return JSONResponse(openapi.describe(model.class_names, limits.body_bytes), headers=_HEADERS)
+        return JSONResponse(
+            openapi.describe(model.class_names, limits.body_bytes, explain is not None), headers=_HEADERS
+        )
 
     @contextlib.asynccontextmanager
     async def running(app: Starlette) -> AsyncIterator[None]:
@@ -133,6 +167,7 @@ def build(model: Trained, limits: Limits = Limits(), hosts: tuple[str, ...] = ("
             Route("/page.css", _file("page.css", "text/css")),
             Route("/page.js", _file("page.js", "text/javascript")),
             Route("/predict", predict, methods=["POST"]),
+            *([Route("/explain", explained, methods=["POST"])] if explain else []),
             Route("/health", health),
             Route("/metrics", metrics),
             Route("/openapi.json", interface),

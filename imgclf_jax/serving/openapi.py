@@ -13,8 +13,13 @@ _ERRORS = {
 }
 
 
-def describe(class_names: Sequence[str], body_bytes: int) -> dict[str, Any]:
+def describe(class_names: Sequence[str], body_bytes: int, explains: bool) -> dict[str, Any]:
     """OpenAPI 3.1 of the routes for programs; bodies hold at most `body_bytes` bytes."""
+    body = {
+        "required": True,
+        "description": f"the bytes of an image file, at most {body_bytes:,}",
+        "content": {"image/*": {}, "application/octet-stream": {}},
+    }
     error = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
     prediction = {
         "type": "object",
@@ -32,6 +37,13 @@ def describe(class_names: Sequence[str], body_bytes: int) -> dict[str, Any]:
             "milliseconds": {"type": "number", "description": "from the whole body to the answer"},
         },
     }
+    refusals = {status: {"description": text, "content": {"application/json": {"schema": error}}}
+                for status, text in _ERRORS.items()}  # fmt: skip
+    picture = {"post": {
+        "summary": "Draws where in the image the likeliest class is found",
+        "requestBody": body,
+        "responses": {"200": {"description": "a picture", "content": {"image/png": {}}}, **refusals},
+    }}  # fmt: skip
     return {
         "openapi": "3.1.0",
         "info": {"title": "imgclf_jax serve", "version": importlib.metadata.version("imgclf_jax")},
@@ -43,18 +55,14 @@ def describe(class_names: Sequence[str], body_bytes: int) -> dict[str, Any]:
                         "name": "top_k", "in": "query", "description": "how many classes",
                         "schema": {"type": "integer", "minimum": 1, "default": 5},
                     }],
-                    "requestBody": {
-                        "required": True,
-                        "description": f"the bytes of an image file, at most {body_bytes:,}",
-                        "content": {"image/*": {}, "application/octet-stream": {}},
-                    },
+                    "requestBody": body,
                     "responses": {
                         "200": {"description": "its classes", "content": {"application/json": {"schema": answer}}},
-                        **{status: {"description": text, "content": {"application/json": {"schema": error}}}
-                           for status, text in _ERRORS.items()},
+                        **refusals,
                     },
                 }
             },
+            **({"/explain": picture} if explains else {}),
             "/health": {"get": {"summary": "Whether the server answers, and with which model",
                                 "responses": {"200": {"description": "it does"}}}},
             "/metrics": {"get": {"summary": "Counts and times, in Prometheus' format",

@@ -1,6 +1,7 @@
 "use strict";
 const by = (id) => document.getElementById(id);
 let newest = 0; // of several images in a row only the last one's answer is shown
+let shown = null, explains = false;
 
 async function classify(image) {
   const number = ++newest;
@@ -29,6 +30,9 @@ function show(image, predictions) {
   URL.revokeObjectURL(preview.src);
   preview.src = URL.createObjectURL(image);
   preview.hidden = false;
+  shown = image;
+  by("explanation").hidden = true;
+  by("explain").hidden = !(explains && predictions.length);
   by("classes").hidden = !predictions.length;
   by("classes").tBodies[0].replaceChildren(...predictions.map((p) => {
     const row = document.createElement("tr");
@@ -47,6 +51,25 @@ function show(image, predictions) {
     return row;
   }));
 }
+
+by("explain").addEventListener("click", async () => {
+  const number = newest, explanation = by("explanation");
+  by("explain").disabled = true;
+  try {
+    const response = await fetch("explain", { method: "POST", body: shown });
+    if (response.ok && number === newest) {
+      URL.revokeObjectURL(explanation.src);
+      explanation.src = URL.createObjectURL(await response.blob());
+      explanation.hidden = false;
+      by("explain").hidden = true;
+    } else if (!response.ok) {
+      by("status").className = "error";
+      by("status").textContent = (await response.json()).error;
+    }
+  } finally {
+    by("explain").disabled = false;
+  }
+});
 
 const firstImage = (files) => Array.from(files).find((file) => file.type.startsWith("image/")) || files[0];
 
@@ -99,6 +122,7 @@ clear();
 
 by("command").textContent = `curl --data-binary @image.jpg '${location.origin}/predict?top_k=3'`;
 fetch("health").then((response) => response.json()).then((found) => {
+  explains = found.explains;
   by("model").textContent = `${found.model}, step ${found.step}, ${found.classes.length} classes: ` +
     found.classes.slice(0, 12).join(", ") + (found.classes.length > 12 ? ", …" : "");
 });

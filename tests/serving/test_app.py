@@ -17,6 +17,7 @@ from PIL import Image
 
 import imgclf_jax
 import launch
+from imgclf_jax.commands import serve
 from imgclf_jax.serving import app
 
 FLAGS = ["--config.total=20 steps", "--config.model=mlp(widths=(8,))", "--config.schedule=constant(1e-2)",
@@ -34,7 +35,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def port(model):
     """The port of a server in a thread of this process."""
-    application = app.build(model, LIMITS, ("localhost", "127.0.0.1"))
+    application = app.build(model, LIMITS, ("localhost", "127.0.0.1"), serve.explainer(model))
     config = uvicorn.Config(application, "127.0.0.1", 0, log_config=None, log_level="error")
     sockets = [config.bind_socket()]
     server = uvicorn.Server(config)
@@ -71,6 +72,17 @@ def test_an_answer_is_what_the_model_predicts(client, model):
     assert answer.json()["milliseconds"] > 0
 
 
+def test_an_explanation_is_a_picture(client):
+    """Of the image and of where its class is found; of what is no image there is none."""
+    answer = client.post("/explain", content=png(0))
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
+    picture = Image.open(io.BytesIO(answer.content))
+    assert picture.width > 2 * 28
+    assert np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0).shape[0] > 20
+    assert client.post("/explain", content=b"garbage").status_code == 422
+    assert client.get("/health").json()["explains"] is True
+
+
 def test_many_at_once_are_answered_in_batches(client, model):
     """Each with its own image's classes, though the device computes several in one call."""
 
@@ -89,7 +101,11 @@ def test_many_at_once_are_answered_in_batches(client, model):
     after = number_of_batches()
     assert after["imgclf_batch_images_sum"] - before["imgclf_batch_images_sum"] == 100
     assert after["imgclf_batch_images_count"] - before["imgclf_batch_images_count"] < 100
-    assert after['imgclf_requests_total{status="200"}'] - before['imgclf_requests_total{status="200"}'] == 100
+    assert (
+        after['imgclf_requests_total{route="/predict",status="200"}']
+        - before['imgclf_requests_total{route="/predict",status="200"}']
+        == 100
+    )
 
 
 def bomb():
@@ -156,7 +172,7 @@ def test_the_page_asks_nobody_else(client):
 def test_the_interface_is_described(client, model):
     found = client.get("/openapi.json").json()
     assert found["openapi"] == "3.1.0"
-    assert set(found["paths"]) == {"/predict", "/health", "/metrics"}
+    assert set(found["paths"]) == {"/predict", "/explain", "/health", "/metrics"}
     for path, methods in found["paths"].items():
         for method in methods:
             assert client.request(method, path).status_code in (200, 400)

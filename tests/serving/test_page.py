@@ -60,6 +60,9 @@ def test_it_classifies_what_it_is_given(page, tmp_path):
     first, said = answered(page)
     assert said.startswith(f"{first}, in ")
     assert page.locator("#classes tbody tr").count() == 5
+    page.click("#explain")
+    page.locator("#explanation").wait_for()
+    assert page.evaluate("document.getElementById('explanation').decode().then(() => true)")
     for event, carrier in (("drop", "dataTransfer"), ("paste", "clipboardData")):
         page.evaluate(
             """([event, carrier, content]) => {
@@ -73,6 +76,7 @@ def test_it_classifies_what_it_is_given(page, tmp_path):
             [event, carrier, base64.b64encode(png(0)).decode()],
         )
         assert answered(page)[0] == first
+    page.locator("#canvas").scroll_into_view_if_needed()
     box = page.locator("#canvas").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 30)
     page.mouse.down()
