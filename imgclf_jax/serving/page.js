@@ -29,7 +29,7 @@ function show(image, predictions) {
   const preview = by("preview");
   URL.revokeObjectURL(preview.src);
   preview.src = URL.createObjectURL(image);
-  preview.hidden = false;
+  preview.hidden = !predictions.length;
   shown = image;
   by("explanation").hidden = true;
   by("explain").hidden = !(explains && predictions.length);
