@@ -1,29 +1,11 @@
 """The page of a run in a browser: by the rules of accessibility, on a desktop and a phone, light and dark."""
 
-import importlib.util
-import shutil
-
+import chromium
 import pytest
+from chromium import WIDTHS, browser  # noqa: F401  the latter is a fixture
 from test_report import text, trained  # noqa: F401  fixtures
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.usefixtures("one_device"),
-    pytest.mark.skipif(not BROWSER, reason="needs Chromium, such as Debian's package `chromium`"),
-    pytest.mark.skipif(not importlib.util.find_spec("playwright"), reason="Playwright comes with the group `browser`"),
-]
-WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+pytestmark = [*chromium.NEEDED, pytest.mark.usefixtures("one_device")]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -9,13 +9,18 @@ from pathlib import Path
 import pytest
 from test_folder import flat, write  # noqa: F401  a fixture
 
-from imgclf_jax.commands.predict import find_files
+from imgclf_jax.commands import inputs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import image_files
 from imgclf_jax.data.folder import folder
 
 STRAYS = ("README", "README.md", "notes.txt", "Thumbs.db", "desktop.ini", ".DS_Store", "._1.png", "labels.csv",
           "clip.mp4")  # fmt: skip
+
+
+def find_files(words: list[str]) -> list[Path]:
+    """The images that `predict` takes from these words."""
+    return [Path(image.path) for image in inputs.find("predict", words)]
 
 
 def add_special_files(directory):

@@ -1,29 +1,13 @@
 """The page in a browser: an image is chosen, dropped, pasted and drawn; nothing is asked of other servers."""
 
 import base64
-import importlib.util
-import shutil
 
+import chromium
 import pytest
+from chromium import WIDTHS, browser  # noqa: F401  the latter is a fixture
 from test_app import model, png, port  # noqa: F401  fixtures
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not BROWSER, reason="needs Chromium, such as Debian's package `chromium`"),
-    pytest.mark.skipif(not importlib.util.find_spec("playwright"), reason="Playwright comes with the group `browser`"),
-]
-WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+pytestmark = chromium.NEEDED
 
 
 @pytest.fixture(params=[(size, scheme) for size in WIDTHS for scheme in ("light", "dark")], ids="-".join)
