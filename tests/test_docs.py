@@ -241,8 +241,9 @@ def test_a_long_command_runs(command):
     COMMANDS[name][0](words)
 
 
+@pytest.mark.slow
 def test_the_pages_build(tmp_path):
-    """With the command that they say, warnings being errors."""
+    """With the command that they say, warnings being errors. CI runs this command by itself."""
     if not importlib.util.find_spec("sphinx"):
         pytest.skip("Sphinx comes with the dependency group `docs`")
     in_root(sys.executable, "-m", "sphinx", *BUILD[1:-1], str(tmp_path))

@@ -71,23 +71,29 @@ def test_fixed_positions_are_written_and_odd_layers_are_refused():
     assert torch_state.naming(classifier.build("mlp", 5, "float32").backbone) == "own"
 
 
+FLAGS = ["--config.total=2 steps", "--config.preprocess=decode(3)", "--config.data.source=fake(64, (12, 12, 3), 4)",
+         "--config.schedule=constant(1e-2)", "--config.eval_every=", "--config.batch_size=16"]  # fmt: skip
+
+
 def test_a_file_is_read_back_as_weights(tmp_path, capsys):
-    """By `init_from`, and with several seeds a file each."""
-    flags = ["--config.total=2 steps", "--config.model=resnet_cifar(8)", "--config.preprocess=decode(3)",
-             "--config.data.source=fake(64, (12, 12, 3), 4)", "--config.schedule=constant(1e-2)",
-             "--config.eval_every=", "--config.batch_size=16"]  # fmt: skip
-    for seeds in ("1", "2"):
-        run = tmp_path / seeds
-        assert launch.main([*flags, f"--workdir={run}", f"--config.num_seeds={seeds}", "--config.seed=5"]) == 0
-        assert launch.main(["export", str(tmp_path / f"{seeds}.safetensors"), f"--workdir={run}"]) == 0
+    """By `init_from`: the run and the file have the same metrics."""
+    run, file, flags = tmp_path / "run", tmp_path / "a.safetensors", [*FLAGS, "--config.model=resnet_cifar(8)"]
+    assert launch.main([*flags, f"--workdir={run}"]) == 0
+    assert launch.main(["export", str(file), f"--workdir={run}"]) == 0
     assert "by the names of akamaster" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
-        "1.safetensors", "2.seed5.safetensors", "2.seed6.safetensors"]  # fmt: skip
-    model = imgclf_jax.load(tmp_path / "1")
-    read = files.read(tmp_path / "1.safetensors", lambda label, shape: True)
-    kernel = np.asarray(model.state.params["head"]["kernel"])
-    np.testing.assert_array_equal(read["linear.weight"], kernel.T)
-    assert launch.main(["evaluate", f"--config.init_from={tmp_path / '1.safetensors'}", *flags, "--format=json"]) == 0
+    kernel = np.asarray(imgclf_jax.load(run).state.params["head"]["kernel"])
+    np.testing.assert_array_equal(files.read(file, lambda label, shape: True)["linear.weight"], kernel.T)
+    assert launch.main(["evaluate", f"--config.init_from={file}", *flags, "--format=json"]) == 0
     from_file = json.loads(capsys.readouterr().out)
-    assert launch.main(["evaluate", f"--workdir={tmp_path / '1'}", "--format=json"]) == 0
+    assert launch.main(["evaluate", f"--workdir={run}", "--format=json"]) == 0
     assert from_file["test"] == json.loads(capsys.readouterr().out)["test"]
+
+
+def test_several_seeds_are_a_file_each(tmp_path):
+    run, flags = tmp_path / "run", [*FLAGS, "--config.model=mlp(widths=(4,))", "--config.num_seeds=2"]
+    assert launch.main([*flags, f"--workdir={run}", "--config.seed=5"]) == 0
+    assert launch.main(["export", str(tmp_path / "a.safetensors"), f"--workdir={run}"]) == 0
+    kernels = np.asarray(imgclf_jax.load(run).state.params["head"]["kernel"])
+    for seed, kernel in zip((5, 6), kernels, strict=True):
+        read = files.read(tmp_path / f"a.seed{seed}.safetensors", lambda label, shape: True)
+        np.testing.assert_array_equal(read["head.weight"], kernel.T)
