@@ -37,6 +37,11 @@ def load(workdir: str | os.PathLike[str], checkpoint: str = "", trust: bool = Fa
         return model
 
 
+def of(config: ConfigDict, workdir: Workdir | None, which: str) -> Trained:
+    """The trained model of a run or, without a work directory, of the weights that `init_from` names."""
+    return restore(config, workdir, which) if workdir else convert(config)
+
+
 def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
     """The trained model of a run; `which` is "best", "latest" or a step.
 

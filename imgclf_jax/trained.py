@@ -82,6 +82,14 @@ class Trained(NamedTuple):
         """The probabilities f32[n, classes] of n images. Those of several seeds are of their ensemble."""
         return self._all("predict", images, 0)
 
+    def best(self, probabilities: np.ndarray, top_k: int) -> list[dict[str, Any]]:
+        """The `top_k` classes of one image, from its probabilities f32[classes]: [{"class", "probability"}].
+
+        The likeliest comes first; of equal ones the first class.
+        """
+        order = np.argsort(-probabilities, kind="stable")[:top_k]
+        return [{"class": self.class_names[c], "probability": round(float(probabilities[c]), 6)} for c in order]
+
     def logits(self, images: Iterable[Picture] | Picture) -> np.ndarray:
         """The logits f32[n, classes]; of several seeds [seeds, n, classes]."""
         return self._all("logits", images, -2)

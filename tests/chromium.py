@@ -1,5 +1,6 @@
 """The system's Chromium, driven by Playwright, for tests of pages."""
 
+import contextlib
 import importlib.util
 import shutil
 
@@ -22,3 +23,18 @@ def browser():
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@contextlib.contextmanager
+def opened(browser, size, scheme, url):
+    """(the page at `url`, what the browser says, what it asks for): on a "desktop" or a "phone", "light" or "dark"."""
+    width, height = WIDTHS[size]
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    page, said, asked = context.new_page(), [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: said.append(dialog.message))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(url)
+    yield page, said, asked
+    context.close()

@@ -1,10 +1,10 @@
 """Draws where in an image a trained model finds its class."""
 
 import functools
+import io
 import json
 import re
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from imgclf_jax import loading
 from imgclf_jax.analysis import attribution, heatmap
 from imgclf_jax.commands import inputs
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.text import printable, utf8
-from imgclf_jax.loading import convert, restore
 from imgclf_jax.run import terminal
+from imgclf_jax.run.provenance import write_atomically
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.trained import Trained, report_host_ops
 
@@ -46,7 +47,7 @@ def main(
     """
     images = inputs.find("explain", paths)
     wanted = others["class"]
-    model = restore(config, workdir, checkpoint) if workdir else convert(config)
+    model = loading.of(config, workdir, checkpoint)
     report_host_ops(model.programs)
     if wanted and wanted not in model.class_names:
         raise UserError(unknown("class", wanted, model.class_names))
@@ -57,7 +58,7 @@ def main(
 
     def records() -> Iterator[Record]:
         taken: set[Path] = set()
-        for file, result in terminal.count(_predicted(model, images), "images"):
+        for (file, _), result in terminal.count(inputs.computed(model, "predict", images), "images"):
             counts["all"] += 1
             if isinstance(result, UserError):
                 counts["failed"] += 1
@@ -70,7 +71,9 @@ def main(
             title = [f"{utf8(Path(file).name)}: {name}, probability {probability:.4f}", TITLES[method]]
             picture = heatmap.draw(pixels, values, method == "occlusion", [printable(line) for line in title])
             target = _target(folder, file, method, wanted, taken)
-            _save(picture, target)
+            content = io.BytesIO()
+            picture.save(content, "PNG")
+            write_atomically(target, content.getvalue())
             yield {"file": utf8(file), "class": name, "probability": round(probability, 6), "method": method,
                    "greatest": float(values.max()), "picture": str(target)}  # fmt: skip
 
@@ -136,18 +139,6 @@ def _probabilities(model: Trained, size: int, images: np.ndarray) -> np.ndarray:
     return np.asarray(jax.device_get(out))[: len(images)]
 
 
-def _predicted(model: Trained, images: Iterator[inputs.Input]) -> Iterator[tuple[str, np.ndarray | UserError]]:
-    """(file, its probabilities or the error), in the order of the images."""
-    waiting: deque[str] = deque()
-
-    def paths() -> Iterator[str]:
-        for image in images:
-            waiting.append(image.path)
-            yield image.path
-
-    return ((waiting.popleft(), result) for result in model.stream("predict", paths()))
-
-
 def _target(folder: Path, file: str, method: str, wanted: str, taken: set[Path]) -> Path:
     """The picture of an image: `STEM.METHOD.png`, with a number where another image of this call has that name."""
     stem = Path(utf8(file)).stem + (f".{wanted}" if wanted else "")
@@ -158,9 +149,3 @@ def _target(folder: Path, file: str, method: str, wanted: str, taken: set[Path])
             break
     taken.add(target)
     return target
-
-
-def _save(picture: Any, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
-    picture.save(temporary, "PNG")
-    temporary.replace(target)

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from imgclf_jax import loading
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.exports import onnx, stablehlo, torch_state
 from imgclf_jax.inference import Outputs
-from imgclf_jax.loading import convert, restore
 from imgclf_jax.run.provenance import write_atomically
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.trained import Trained
@@ -39,7 +39,7 @@ def main(config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoi
             raise UserError(f"export: there is no folder {path.parent}; make it first")
     if any(path.suffix == ".onnx" for path in paths):
         onnx.check()
-    model = restore(config, workdir, checkpoint) if workdir else convert(config)
+    model = loading.of(config, workdir, checkpoint)
     for path in paths:
         for line in KINDS[path.suffix](model, path, gives, names):
             print(line)

@@ -4,7 +4,6 @@ import itertools
 import logging
 import os
 import sys
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,18 +76,11 @@ def _add_files(
     model: Trained, words: list[str], images: Iterator[inputs.Input], add: embeddings.Add
 ) -> tuple[int, int]:
     """(how many are written, how many failed); each failure is printed."""
-    waiting: deque[inputs.Input] = deque()
     failed = written = 0
-
-    def paths() -> Iterator[str]:
-        for image in images:
-            waiting.append(image)
-            yield image.path
 
     def good() -> Iterator[tuple[inputs.Input, np.ndarray]]:
         nonlocal failed
-        for result in terminal.count(model.stream("features", paths()), "images"):
-            image = waiting.popleft()
+        for image, result in terminal.count(inputs.computed(model, "features", images), "images"):
             if isinstance(result, UserError):
                 failed += 1
                 print(f"error: {printable(str(result))}", file=sys.stderr)

@@ -4,13 +4,17 @@ import glob
 import logging
 import os
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import image_files
+from imgclf_jax.inference import Outputs
+from imgclf_jax.trained import Trained
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +41,18 @@ def find(command: str, words: list[str]) -> Iterator[Input]:
         if word != "-":
             _check(command, word)
     return (one for word in words for one in (_from_input() if word == "-" else _named(word)))
+
+
+def computed(model: Trained, what: Outputs, images: Iterable[Input]) -> Iterator[tuple[Input, np.ndarray | UserError]]:
+    """Each image with what the model computes of it, see `Trained.stream`, or with the error if it cannot be used."""
+    waiting: deque[Input] = deque()
+
+    def paths() -> Iterator[str]:
+        for image in images:
+            waiting.append(image)
+            yield image.path
+
+    return ((waiting.popleft(), result) for result in model.stream(what, paths()))
 
 
 def _check(command: str, word: str) -> None:

@@ -5,22 +5,21 @@ import json
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
+from imgclf_jax import loading
 from imgclf_jax.commands import inputs
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable, utf8
 from imgclf_jax.data import decode, image_check
-from imgclf_jax.loading import convert, restore
 from imgclf_jax.run import terminal
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.trained import Trained, report_host_ops
+from imgclf_jax.trained import report_host_ops
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ def main(
     config's source. The loss says what probabilities are (see `losses.Link`): after `sigmoid` they do not add up to 1.
     """
     images = inputs.find("predict", paths)
-    model = restore(config, workdir, checkpoint) if workdir else convert(config)
+    model = loading.of(config, workdir, checkpoint)
     report_host_ops(model.programs)
     top_k = min(top_k, len(model.class_names))
     counts = {"all": 0, "failed": 0}
@@ -50,10 +49,10 @@ def main(
 
     def records() -> Iterator[Record]:
         formats = decode.formats_of(model.programs.preprocess_eval)
-        for (file, found), result in terminal.count(predict(model, images), "images"):
+        for (file, found), result in terminal.count(inputs.computed(model, "predict", images), "images"):
             counts["all"] += 1
             if not isinstance(result, UserError):
-                yield {"file": utf8(file), "predictions": best(result, model.class_names, top_k)}
+                yield {"file": utf8(file), "predictions": model.best(result, top_k)}
                 continue
             if found and config.data.unreadable == "skip" and not image_check.readable(Path(file), formats):
                 skipped[file] = str(result).removeprefix(f"{file}: ")
@@ -76,24 +75,6 @@ def main(
             print(f"error: {counts['failed']} of {counts['all']} images could not be classified{others}",
                   file=sys.stderr)  # fmt: skip
     return 1 if counts["failed"] else 0
-
-
-def predict(model: Trained, images: Iterable[inputs.Input]) -> Iterator[tuple[inputs.Input, np.ndarray | UserError]]:
-    """(image, probabilities f32[classes]) for each, or (image, error) for one that cannot be classified."""
-    waiting: deque[inputs.Input] = deque()
-
-    def paths() -> Iterator[str]:
-        for image in images:
-            waiting.append(image)
-            yield image.path
-
-    return ((waiting.popleft(), result) for result in model.stream("predict", paths()))
-
-
-def best(probabilities: np.ndarray, names: tuple[str, ...], top_k: int) -> list[dict[str, Any]]:
-    """The `top_k` classes of one image, the likeliest first; of equal ones the first class."""
-    order = np.argsort(-probabilities, kind="stable")[:top_k]
-    return [{"class": names[c], "probability": round(float(probabilities[c]), 6)} for c in order]
 
 
 def _print_table(records: Iterator[Record], top_k: int) -> None:

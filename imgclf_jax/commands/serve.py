@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
+from imgclf_jax import loading
 from imgclf_jax.analysis import heatmap
 from imgclf_jax.commands.explain import TITLES, build
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.text import printable
-from imgclf_jax.loading import convert, restore
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.trained import Trained, report_host_ops
 
@@ -40,7 +40,7 @@ def main(config: ConfigDict, workdir: Workdir | None, checkpoint: str, host: str
 
     from imgclf_jax.serving import app
 
-    model = restore(config, workdir, checkpoint) if workdir else convert(config)
+    model = loading.of(config, workdir, checkpoint)
     report_host_ops(model.programs)
     local = _is_loopback(host)
     hosts = ("localhost", "127.0.0.1", "[::1]", host) if local else ("*",)

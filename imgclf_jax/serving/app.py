@@ -9,9 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
 
-import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -83,7 +81,7 @@ def build(
     answering = asyncio.Semaphore(limits.requests)
     explaining = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="explain")
 
-    async def classify(request: Request) -> dict[str, Any]:
+    async def classify(request: Request) -> Response:
         top_k = _top_k(request, len(model.class_names))
         body = await _body(request, limits)
         begun = time.perf_counter()
@@ -96,9 +94,11 @@ def build(
             raise Refused(503, "too many requests wait; try again in a second") from None
         except TimeoutError:
             raise Refused(503, f"no answer within {limits.answer_seconds:g} s; try again later") from None
-        best = np.argsort(-probabilities, kind="stable")[:top_k]
-        found = [{"class": utf8(model.class_names[c]), "probability": round(float(probabilities[c]), 6)} for c in best]
-        return {"predictions": found, "milliseconds": round(1000 * (time.perf_counter() - begun), 3)}
+        found = {
+            "predictions": [one | {"class": utf8(one["class"])} for one in model.best(probabilities, top_k)],
+            "milliseconds": round(1000 * (time.perf_counter() - begun), 3),
+        }
+        return JSONResponse(found, headers=_HEADERS)
 
     async def picture(request: Request) -> Response:
         assert explain
@@ -113,13 +113,10 @@ def build(
         return Response(made, headers=_HEADERS, media_type="image/png")
 
     async def predict(request: Request) -> Response:
-        return await answer(request, lambda: as_json(request))
+        return await answer(request, lambda: classify(request))
 
     async def explained(request: Request) -> Response:
         return await answer(request, lambda: picture(request))
-
-    async def as_json(request: Request) -> Response:
-        return JSONResponse(await classify(request), headers=_HEADERS)
 
     async def answer(request: Request, make: Callable[[], Awaitable[Response]]) -> Response:
         begun = time.perf_counter()

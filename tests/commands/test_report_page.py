@@ -14,26 +14,19 @@ def test_it_can_be_read_by_everyone(browser, trained, text, tmp_path, size, sche
     """No fault by axe-core, with all details open; no scrolling sideways, message or request; pictures are shown."""
     from axe_core_python.sync_playwright import Axe
 
-    width, height = WIDTHS[size]
-    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-    page = context.new_page()
-    said, asked = [], []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("dialog", lambda dialog: said.append(dialog.message))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto((trained / "report.html").as_uri())
-    page.evaluate("document.querySelectorAll('details').forEach((own) => (own.open = true))")
-    found = Axe().run(page)["violations"]
-    assert [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in found] == []
-    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-    sizes = page.evaluate("[...document.images].map((own) => [own.naturalWidth, own.clientWidth, own.clientHeight])")
-    assert len(sizes) > 40
-    assert all(natural and 40 < shown <= 128 and shown == high for natural, shown, high in sizes)
-    page.screenshot(path=tmp_path / f"{size}-{scheme}.png", full_page=True)
-    for _ in range(8):  # six links, then the first region that scrolls
-        page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.tabIndex") == 0
-    context.close()
+    with chromium.opened(browser, size, scheme, (trained / "report.html").as_uri()) as (page, said, asked):
+        page.evaluate("document.querySelectorAll('details').forEach((own) => (own.open = true))")
+        found = Axe().run(page)["violations"]
+        assert [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in found] == []
+        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        sizes = page.evaluate(
+            "[...document.images].map((own) => [own.naturalWidth, own.clientWidth, own.clientHeight])"
+        )
+        assert len(sizes) > 40
+        assert all(natural and 40 < shown <= 128 and shown == high for natural, shown, high in sizes)
+        page.screenshot(path=tmp_path / f"{size}-{scheme}.png", full_page=True)
+        for _ in range(8):  # six links, then the first region that scrolls
+            page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.tabIndex") == 0
     assert said == []
     assert [url for url in asked if not url.startswith("data:")] == [(trained / "report.html").as_uri()]

@@ -14,17 +14,9 @@ pytestmark = chromium.NEEDED
 def page(request, browser, port, tmp_path):  # noqa: F811
     """The open page. At the end there has been no console message, no error, and no request to another server."""
     size, scheme = request.param
-    width, height = WIDTHS[size]
-    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-    page = context.new_page()
-    said, asked = [], []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(f"http://127.0.0.1:{port}/")
-    yield page
-    page.screenshot(path=tmp_path / f"{size}-{scheme}.png", full_page=True)
-    context.close()
+    with chromium.opened(browser, size, scheme, f"http://127.0.0.1:{port}/") as (page, said, asked):
+        yield page
+        page.screenshot(path=tmp_path / f"{size}-{scheme}.png", full_page=True)
     assert [text for text in said if "status of 422" not in text] == []  # which the browser says of a refused image
     assert [url for url in asked if not url.startswith((f"http://127.0.0.1:{port}/", "blob:", "data:"))] == []
 
