@@ -107,12 +107,24 @@ def form(request):
         yield request.param
 
 
+def _optimize(fully: bool):
+    """How this process, and those that it starts, compile."""
+    jax.config.update("jax_disable_most_optimizations", not fully)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(not fully).lower()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fixtures_are_compiled_as_their_tests(request):
+    """Also what fixtures of a module compile, so that its tests find the same programs compiled."""
+    _optimize(request.node.get_closest_marker("optimized") is not None)
+
+
 @pytest.fixture(autouse=True)
-def _quick_compilation(request):
-    """Compiles in three quarters of the time, but for tests marked `optimized`; processes that tests start are not."""
-    jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimized") is None)
+def _quick_compilation(request, _fixtures_are_compiled_as_their_tests):
+    """Compiles in three quarters of the time, but for tests marked `optimized`."""
+    _optimize(request.node.get_closest_marker("optimized") is not None)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    _optimize(request.node.parent.get_closest_marker("optimized") is not None)
 
 
 @pytest.fixture(scope="module")

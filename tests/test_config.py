@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import thorough
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
@@ -17,6 +18,9 @@ from imgclf_jax.run.writers import read_metrics
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))
+LARGE = [f for f in FILES if f.stem.startswith("imagenet")]
+FEW = [ROOT / "configs" / f"{name}.py" for name in
+       ("digits", "fashion_mnist", "fashion_mnist_fast", "cifar10_resnet20", "cifar10_airbench")]  # fmt: skip
 
 
 # --- keys ---
@@ -116,7 +120,11 @@ CLASSES = {"medical": 2}
 
 @pytest.mark.parametrize(
     "file",
-    [pytest.param(f, marks=pytest.mark.slow) if f.stem.startswith("imagenet") else f for f in FILES],
+    [
+        *FEW,
+        *thorough(*(f for f in FILES if f not in FEW and f not in LARGE)),
+        *(pytest.param(f, marks=pytest.mark.slow) for f in LARGE),
+    ],
     ids=lambda file: file.stem,
 )
 @pytest.mark.usefixtures("one_device")

@@ -173,6 +173,7 @@ def takes_long(words: list[str]) -> bool:
 
 
 LONG = {"data", "extending", "models", "using"}  # pages of many commands
+WHOLE = {"README", "compare", "evaluate", "report", "reproduce", "reproducing", "scaling", "show-batch", "sweep"}
 SLOW = sorted({shlex.join(words) for page in PAGES.values() for words in commands(page) if takes_long(words)})
 
 
@@ -216,7 +217,8 @@ def weights(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name, page in PAGES.items() if blocks(page)
+    pytest.param(name, marks=pytest.mark.slow if name in LONG else pytest.mark.thorough if name in WHOLE else ())
+    for name, page in PAGES.items() if blocks(page)
 ])  # fmt: skip
 def test_the_blocks_of_a_page_run(name, folder, weights, capsys):
     for language, text in blocks(PAGES[name]):

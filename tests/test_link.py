@@ -99,6 +99,7 @@ def by_hand(run, images):
     return probabilities.mean(0), probabilities
 
 
+@pytest.mark.thorough
 def test_evaluation_follows_the_loss(run):
     """Loss, AUC and accuracy of the ensemble, and the mean of the seeds' losses."""
     from sklearn.metrics import roc_auc_score

@@ -152,6 +152,7 @@ def test_a_checkpoint_goes_from_one_arrangement_to_another(config, tmp_path):
     assert jax.tree.map(lambda x: x.sharding.spec, back["state"]) == jax.tree.map(lambda x: x.sharding.spec, state)
 
 
+@pytest.mark.thorough
 def test_a_run_trains_resumes_and_predicts(tmp_path, capsys):
     """On another arrangement than it began with; evaluation and prediction need none."""
     arguments = [f"--workdir={tmp_path / 'run'}", "--config.data.source=fake(64, (8, 8, 3), 4)",
@@ -165,6 +166,7 @@ def test_a_run_trains_resumes_and_predicts(tmp_path, capsys):
     assert launch.main([f"--workdir={tmp_path / 'next'}", *fine, "--config.total=2 steps"]) == 0
 
 
+@pytest.mark.thorough
 def test_batch_norm_by_groups_exchanges_no_statistics(config):
     """Nothing but gradients, running averages and the sums of metrics is summed over devices."""
     keys = {"model": "resnet_cifar(8)", "batch_size": 32}

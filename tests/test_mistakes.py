@@ -228,6 +228,7 @@ def test_folders_of_images(mistake, photos, tmp_path):
     assert has(sentence, "preprocess='decode(3)' gives images of different shapes", "add resize(height, width)")
 
 
+@pytest.mark.thorough
 def test_another_config(mistake, whole, capsys):
     """The keys that differ are shown, old and new; those that only say where data lie may differ."""
     workdir, argv = whole

@@ -4,9 +4,12 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebooks" / "library.ipynb"
 
 
+@pytest.mark.thorough
 def test_the_cells_run_in_order(capsys):
     """The losses of its own loop, which depend on the processor, to two digits."""
     variables: dict = {}

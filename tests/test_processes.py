@@ -85,6 +85,7 @@ def start_two(program: str) -> list[subprocess.Popen]:
     ]  # fmt: skip
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("one_device")
 def test_a_signal_to_one_stops_both_and_one_process_goes_on(tmp_path):
     workdir = tmp_path / "run"

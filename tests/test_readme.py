@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from test_structure import FILES, PACKAGES, TIERS
 
 from imgclf_jax.augment.mixing import MIXES
@@ -64,6 +65,7 @@ def test_the_api_names_every_public_module():
             assert (f".. automodule:: imgclf_jax.{name}\n" in DOCS["api"]) != name.startswith(inner), name
 
 
+@pytest.mark.thorough
 def test_device_placement_needs_neither_tensorflow_nor_clu_nor_a_cache(tmp_path):
     """A whole run, with evaluation and checkpoints, where these packages are not installed.
 

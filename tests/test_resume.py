@@ -51,6 +51,7 @@ def whole(undisturbed) -> tuple[str, list[dict]]:
     return resume_check.outcome(undisturbed)
 
 
+@pytest.mark.thorough
 @pytest.mark.optimized
 def test_killed_at_a_random_moment(whole, undisturbed, tmp_path, capsys):
     """Random crops, flips, mixing and dropout included; log, evaluation and checkpoint steps do not fall together."""

@@ -107,6 +107,7 @@ def test_a_stream_may_be_endless_and_keeps_its_order(model, pixels):
     assert len(taken) <= 3 * COUNT + 6 * 128
 
 
+@pytest.mark.thorough
 def test_several_seeds(tmp_path, pixels):
     """Probabilities are the mean of the seeds'; logits and features are those of each."""
     assert launch.main([*FLAGS, f"--workdir={tmp_path / 'run'}", "--config.num_seeds=2"]) == 0

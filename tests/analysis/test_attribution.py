@@ -201,6 +201,7 @@ def test_rollout_is_its_definition(form):
     np.testing.assert_allclose(np.asarray(maps).sum((1, 2)), 1, rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_rollout_of_a_vit_begins_at_the_class_token(shallow, monkeypatch):
     """From the maps that it shows, in the order of its blocks, of which there are more than ten."""
     from imgclf_jax.models import vit

@@ -149,6 +149,7 @@ def test_the_grey_image_is_that_of_tensorflow():
     assert wrong.mean() < 1e-4
 
 
+@pytest.mark.thorough
 def test_ops_signs_and_cutouts_are_drawn_alike():
     """Each op in 1 of 16, each sign in half of these: told by which images come out. The cutout's centre is uniform."""
     image, n, side = photos(32)[0], 12_000, 12  # at magnitude 3

@@ -71,6 +71,7 @@ def test_half_of_the_examples_begin_mirrored_whatever_the_seed():
         assert stats.binomtest(int(flips.sum()), 10_000).pvalue > 1e-3
 
 
+@pytest.mark.thorough
 def test_batches_carry_ids_only_where_an_op_asks(tmp_path, fake_config):
     """And a run with such an op trains to the same bits on either placement, one step a call or many."""
     assert [ops.wants_ids(t) for t in ("", "flip_lr|normalize", TEXT)] == [False, False, True]

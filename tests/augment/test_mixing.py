@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import thorough
 from scipy import stats
 from tolerance import rounding
 
@@ -64,7 +65,7 @@ def weights(key, alpha, n):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
+@pytest.mark.parametrize("alpha", [1.0, *thorough(0.2, 3.0)])
 def test_weights_are_beta(alpha):
     """Of mixup; cutmix draws its sides by the same weights, which its box is held to below."""
     _, weight = jax.jit(mixup, static_argnums=2)(KEY, jnp.zeros((20_000, 1, 1, 1)), alpha)
@@ -77,7 +78,7 @@ def test_weights_are_beta(alpha):
     np.testing.assert_allclose(weight, weights(KEY, alpha, 20_000), rtol=0, atol=rounding(8))
 
 
-@pytest.mark.parametrize(("h", "w"), [(8, 8), (9, 13), (1, 4)])
+@pytest.mark.parametrize(("h", "w"), [(9, 13), *thorough((8, 8), (1, 4))])
 def test_cutmix_is_the_papers_box(h, w):
     """From the same draws: centre, sides, the border, and the weight as the share that is left."""
     n = 200
@@ -100,6 +101,7 @@ def test_cutmix_is_the_papers_box(h, w):
     assert stats.chisquare(np.bincount(centre_x, minlength=w)).pvalue > 1e-3
 
 
+@pytest.mark.thorough
 def test_cutmix_covers_the_image_evenly_but_for_the_border():
     """How often each pixel is pasted, against the same procedure in NumPy with draws of its own."""
     n, size = 40_000, 9
@@ -134,11 +136,13 @@ def test_the_loss_is_that_of_the_mixed_target():
     ("text", "shares"),
     [
         ("mixup(0.2)", (1.0, 0.0)),
-        ("mixup(0.2)|cutmix", (0.5, 0.5)),
-        ("mixup(0.2, 0.3)|cutmix", (0.3, 0.7)),
         ("mixup(0.2, probability=0.1)|cutmix(probability=0.4)", (0.1, 0.4)),
-        ("cutmix(probability=0.25)", (0.0, 0.25)),
-        ("cutmix(probability=0)|mixup(probability=1)", (1.0, 0.0)),
+        *thorough(
+            ("mixup(0.2)|cutmix", (0.5, 0.5)),
+            ("mixup(0.2, 0.3)|cutmix", (0.3, 0.7)),
+            ("cutmix(probability=0.25)", (0.0, 0.25)),
+            ("cutmix(probability=0)|mixup(probability=1)", (1.0, 0.0)),
+        ),
     ],
 )
 def test_one_op_is_drawn_for_each_batch(text, shares):
@@ -194,6 +198,7 @@ def test_an_argument_that_fails_is_named_with_its_key():
         _ = programs("mixup('x')").traced_train
 
 
+@pytest.mark.thorough
 def test_mixing_gives_the_same_bits_on_one_device_and_on_eight():
     """Each op, and none, being drawn by one key or another."""
     text = "mixup(0.4, probability=0.25)|mixup(per_batch=True, probability=0.25)|cutmix(probability=0.25)"
@@ -251,6 +256,7 @@ def test_the_step_trains_on_mixed_images_and_counts_the_main_label(accumulate):
     assert int(sums["nonfinite_step"]) == metrics.NO_STEP
 
 
+@pytest.mark.thorough
 def test_the_config_key_reaches_the_compiled_step():
     """A step with mixing ends elsewhere than one without, and the same on one device and on eight up to rounding."""
     images = np.random.default_rng(0).integers(0, 256, (1, 16, 6, 6, 1), np.uint8)

@@ -5,6 +5,7 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import pytest
+from cases import thorough
 
 from imgclf_jax.core import platform
 from imgclf_jax.models import classifier
@@ -26,7 +27,7 @@ NOT_ROUNDED = {"vit": {WHOLE: 12}}
 SUMMED_IN_BFLOAT16 = {"convnext": 36, "vit": 2, "rnn": 1}
 
 
-@pytest.mark.parametrize("form", ["tpu", "gpu"])
+@pytest.mark.parametrize("form", ["tpu", *thorough("gpu")])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_products_of_bfloat16_operands(name, form):
     """All of the backbone; the head in float32. Sums of many terms in float32, but for the exceptions above."""

@@ -24,6 +24,7 @@ def evaluated(capsys, *words):
     return launch.main(["evaluate", *words]), capsys.readouterr()
 
 
+@pytest.mark.thorough
 def test_each_has_the_metrics_of_its_time(run, capsys):
     status, (out, _) = evaluated(capsys, f"--workdir={run}", "--checkpoints=all", "--format=json")
     assert status == 0

@@ -46,6 +46,7 @@ def printed(run) -> dict:
     return json.loads("\n".join(lines))
 
 
+@pytest.mark.thorough
 def test_accuracies(run, printed):
     """Those of the library's predictions, the ensemble's, for images that were corrupted one set at a time."""
     config = run.load_config()

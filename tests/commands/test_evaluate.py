@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from cases import thorough
 from tolerance import rounding
 
 import launch
@@ -71,8 +72,7 @@ def devices(count: int) -> list[jax.Device]:
     return jax.devices()[:count]
 
 
-@pytest.mark.parametrize("count", [1, 8])
-@pytest.mark.parametrize("batch_size", [7, 128, N])
+@pytest.mark.parametrize(("batch_size", "count"), [(7, 8), (128, 1), *thorough((7, 1), (128, 8), (N, 1), (N, 8))])
 def test_exact(trained, counted, batch_size, count):
     """Integers are identical and the loss is equal up to rounding, for batch sizes that do not divide the examples."""
     config = trained.load_config()
@@ -194,6 +194,7 @@ def test_one_more_set(trained, command):
     assert np.sum(result["some"]["confusion"]) == 200
 
 
+@pytest.mark.thorough
 def test_on_other_devices(trained, tmp_path, monkeypatch, command):
     """A run on eight devices is evaluated on one, and a run on one on eight, with the same numbers."""
     make_mesh = sharding.make_mesh

@@ -85,6 +85,7 @@ def test_features_of_files(run, photos, tmp_path, capsys):
     np.testing.assert_allclose(found["features"][order], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_features_of_several_seeds(seeds, photos, tmp_path):
     assert launch.main(["features", "photos", f"--workdir={seeds}", "--output=a.npz"]) == 0
     assert launch.main(["features", "--split=test[:9]", f"--workdir={seeds}", "--output=b.npz"]) == 0

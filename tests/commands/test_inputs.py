@@ -79,6 +79,7 @@ def output(capsys, run, *words):
     return status, capsys.readouterr()
 
 
+@pytest.mark.thorough
 def test_names_from_standard_input(run, photos, capsys, monkeypatch):
     """A line each; one that is not there is an error of its own, and the others are classified."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("a.png\n\nnothing.png\nb/2.jpg\n"))

@@ -34,6 +34,7 @@ def tested(folder):
     return {run.workdir.path.name: run for run in records.find([str(folder)])[0]}
 
 
+@pytest.mark.thorough
 def test_they_are_those_of_the_result(tested):
     """The share of right ones, exactly, of each seed; the set's examples in their order."""
     one, two = (known(tested[name])["test"] for name in "ab")

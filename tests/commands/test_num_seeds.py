@@ -60,6 +60,7 @@ def state_of(workdir):
     return restore(workdir.load_config(), workdir, "latest")
 
 
+@pytest.mark.thorough
 def test_each_replica_is_its_run(runs):
     _, together, _ = state_of(runs["together"])
     for i in range(2):

@@ -60,6 +60,7 @@ def classes(out: str) -> dict[str, str]:
     return {Path(r["file"]).name: r["predictions"][0]["class"] for r in json.loads(out) if "predictions" in r}
 
 
+@pytest.mark.thorough
 def test_agrees_with_evaluation(digits, pngs, predict, capsys):
     """The same predicted classes as `evaluate` on these images, counted by (true, predicted)."""
     status, out, _ = predict(digits, pngs, "--format=json")

@@ -114,6 +114,7 @@ def predictions(trained, tmp_path_factory) -> list[dict[str, str]]:
         return list(csv.DictReader(opened))
 
 
+@pytest.mark.thorough
 def test_its_numbers_are_those_of_evaluate(trained, page, capsys):
     capsys.readouterr()
     assert launch.main(["evaluate", f"--workdir={trained}", "--format=json"]) == 0

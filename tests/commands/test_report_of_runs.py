@@ -27,6 +27,7 @@ def change(file: Path, **values) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
+@pytest.mark.thorough
 def test_several_seeds_and_many_classes(tmp_path, capsys):
     """Scores, confusions and mistakes are the ensemble's, which is said; 40 classes have a list of confusions."""
     workdir = tmp_path / "run"

@@ -60,6 +60,7 @@ def test_what_cannot_be_replaced_is_refused(evaluation, preprocess, words):
     assert words in str(e.value)
 
 
+@pytest.mark.thorough
 def test_evaluation_is_the_same_as_with_the_ops_written_out(tmp_path, capsys):
     """Whatever the seed of the run, and it is said."""
     argv = [f"--config.data.source={SOURCE}", "--config.preprocess=decode(1)|random_resized_crop(10)",

@@ -42,6 +42,7 @@ def run(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.thorough
 def test_the_printed_lines_load_it_without_this_package(run, tmp_path, capsys):
     """Probabilities of the ensemble of two seeds, for another number of images than any that was traced."""
     file = tmp_path / "digits.stablehlo"

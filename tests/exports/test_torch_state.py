@@ -75,6 +75,7 @@ FLAGS = ["--config.total=2 steps", "--config.preprocess=decode(3)", "--config.da
          "--config.schedule=constant(1e-2)", "--config.eval_every=", "--config.batch_size=16"]  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_a_file_is_read_back_as_weights(tmp_path, capsys):
     """By `init_from`: the run and the file have the same metrics."""
     run, file, flags = tmp_path / "run", tmp_path / "a.safetensors", [*FLAGS, "--config.model=resnet_cifar(8)"]
@@ -89,6 +90,7 @@ def test_a_file_is_read_back_as_weights(tmp_path, capsys):
     assert from_file["test"] == json.loads(capsys.readouterr().out)["test"]
 
 
+@pytest.mark.thorough
 def test_several_seeds_are_a_file_each(tmp_path):
     run, flags = tmp_path / "run", [*FLAGS, "--config.model=mlp(widths=(4,))", "--config.num_seeds=2"]
     assert launch.main([*flags, f"--workdir={run}", "--config.seed=5"]) == 0

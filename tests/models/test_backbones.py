@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import thorough
 
 from imgclf_jax import metrics
 from imgclf_jax.config import default_config
@@ -57,6 +58,9 @@ SMALL = {  # each at a size that compiles in seconds; all of them have every kin
     "mixer": ("mixer('S', patch=8, drop_path=0.1)", 16),
     "airbench": ("airbench(widths=(32, 32, 32))", 32),
 }
+
+
+FEW = ["cnn", "mlp", "resnet_cifar", "rnn"]  # which compile in little time
 
 
 def variables_shape(spec, size, classes, channels=3):
@@ -113,7 +117,7 @@ def test_gradients_are_as_precise_as_the_parameters(name):
 
 
 @pytest.mark.usefixtures("shallow")
-@pytest.mark.parametrize("name", sorted(BACKBONES))
+@pytest.mark.parametrize("name", [*FEW, *thorough(*sorted({*BACKBONES} - {*FEW}))])
 def test_a_step_in_bfloat16_over_eight_devices(name):
     """Loss and gradients are finite, every parameter moves or has no gradient by design, statistics move too."""
     exp = programs(*SMALL[name])

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import thorough
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -18,15 +19,12 @@ from imgclf_jax.models.layers import Conv, ConvPool, Dense, FlatDense, conv
 pytestmark = pytest.mark.optimized
 
 SETTINGS = [  # kernel, strides, padding, dilation, groups
-    (3, 1, "VALID", 1, 1),
     (3, 1, "SAME", 1, 1),
-    ((3, 2), (2, 1), "SAME", 1, 1),
     ((2, 5), (1, 3), "VALID", 1, 1),
     (4, 3, ((0, 2), (3, 1)), 1, 1),
-    (1, 2, "SAME", 1, 1),
-    (3, 2, 1, 1, 1),
     (3, 1, "SAME", 2, 1),
     (3, 1, "SAME", 1, 2),
+    *thorough((3, 1, "VALID", 1, 1), ((3, 2), (2, 1), "SAME", 1, 1), (1, 2, "SAME", 1, 1), (3, 2, 1, 1, 1)),
 ]
 
 
@@ -90,8 +88,8 @@ def test_conv_is_its_definition():
 @pytest.mark.parametrize(
     ("kernel", "padding", "c", "f"),
     [
-        *((*of, 4, 6) for of in ((3, "SAME"), (2, "VALID"), (5, ((0, 2), (3, 1))))),
-        *((3, "SAME", 40, 6), (2, "VALID", 6, 40), (5, ((0, 2), (3, 1)), 40, 6)),
+        *((3, "SAME", 4, 6), (2, "VALID", 6, 40), (5, ((0, 2), (3, 1)), 40, 6)),
+        *thorough((3, "SAME", 40, 6), (2, "VALID", 4, 6), (5, ((0, 2), (3, 1)), 4, 6)),
     ],
 )
 def test_conv_in_bfloat16_has_the_results_and_gradients_of_float32(kernel, padding, c, f):
@@ -134,8 +132,14 @@ def test_bfloat16_products_are_summed_in_float32():
     np.testing.assert_array_equal(low, high)
 
 
-@pytest.mark.parametrize("function", ["conv_pool", "conv_pool_direct", "flat_dense"])
-@pytest.mark.parametrize("features", [2, 40])
+@pytest.mark.parametrize(
+    ("features", "function"),
+    [
+        (2, "conv_pool"),
+        (40, "flat_dense"),
+        *thorough((40, "conv_pool"), (2, "conv_pool_direct"), (40, "conv_pool_direct"), (2, "flat_dense")),
+    ],
+)
 def test_layers_on_cpu_in_bfloat16(function, features):
     """With values that bfloat16 holds, results and gradients are those of float32 up to what rounding results adds.
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import thorough
 from flax import linen as nn
 from test_layers import normal, on_cpu, shapes
 
@@ -18,7 +19,9 @@ from imgclf_jax.models.layers import ConvPool, conv
 pytestmark = pytest.mark.optimized
 
 
-@pytest.mark.parametrize(("h", "w", "window"), [(8, 8, 2), (9, 7, 2), (13, 12, 3), (5, 4, 4), (3, 6, 1), (30, 25, 12)])
+@pytest.mark.parametrize(
+    ("h", "w", "window"), [(9, 7, 2), (13, 12, 3), *thorough((8, 8, 2), (5, 4, 4), (3, 6, 1), (30, 25, 12))]
+)
 def test_pool_bias_relu_on_cpu_is_flax_in_the_usual_order(h, w, window):
     """The same bits as convolution output + bias, ReLU, nn.max_pool; the gradient too, ties among its elements."""
     x = jnp.asarray(np.random.default_rng(0).integers(-4, 5, (2, h, w, 3)), jnp.float32)  # of few values: ties
@@ -45,7 +48,7 @@ def test_pool_bias_relu_on_cpu_is_flax_in_the_usual_order(h, w, window):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
-    ("kernel", "pool", "channels"), [(3, 2, 1), (3, 2, 3), (3, 2, 8), (5, 3, 1), (5, 3, 4), (2, 1, 2)]
+    ("kernel", "pool", "channels"), [(3, 2, 3), (2, 1, 2), *thorough((3, 2, 1), (3, 2, 8), (5, 3, 1), (5, 3, 4))]
 )
 def test_conv_pool_is_convolution_bias_relu_and_pool_in_that_order(kernel, pool, channels):
     """In float64 the same numbers and gradients, the images' too, as Flax's layers in the usual order."""
@@ -76,7 +79,7 @@ def test_conv_pool_is_convolution_bias_relu_and_pool_in_that_order(kernel, pool,
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), result, expected)
 
 
-@pytest.mark.parametrize("channels", [1, 3, 8])
+@pytest.mark.parametrize("channels", [3, *thorough(1, 8)])
 def test_both_ways_of_convolution_and_pooling_on_cpu_give_the_gradient_to_the_first_of_equals(channels):
     """On images and kernels of few values, so of many ties, the bits of Flax's gradient in float32."""
     rng = np.random.default_rng(0)

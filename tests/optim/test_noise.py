@@ -47,6 +47,7 @@ def test_two_noises_differ():
         moves("noisy_sgd(seed=1)", 5)
 
 
+@pytest.mark.thorough
 def test_a_run_resumes(tmp_path):
     """Two seeds at once: each with its own noise; resumed in the middle, the same bits."""
     argv = [f"--workdir={tmp_path}", "--config.data.source=fake(64, (8, 8, 1), 4)", "--config.preprocess=decode(1)",

@@ -279,6 +279,7 @@ def test_decay_rules_need_a_weight_decay(text, message):
         optimizers.build(text, optax.constant_schedule(0.1), 0.0, rules.Rules(decay={"a": 0.0}))
 
 
+@pytest.mark.thorough
 def test_rules_from_the_command_line(tmp_path, capsys):
     """They pass through flags and config.json, are logged once, and a frozen backbone keeps its digest."""
     flags = ["--config.total=2 steps", "--config.schedule=constant(1e-3)", "--config.optimizer=adamw",

@@ -225,6 +225,7 @@ def test_clip_bounds_the_norm_over_all_parameters_together(clip):
         np.testing.assert_allclose(out[name], sgd(p, grads, lambda n: 0.1 * (n + 1)), rtol=0, atol=3 * rounding(20))
 
 
+@pytest.mark.thorough
 def test_every_optimizer_that_is_offered_runs():
     """Each name that an error lists as allowed, with its defaults, moves the parameters at all."""
     with pytest.raises(UserError, match="allowed: ") as error:

@@ -71,6 +71,7 @@ def test_a_driver_that_is_missing_is_named(monkeypatch):
         places.place("gs://bucket/x")
 
 
+@pytest.mark.thorough
 def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, tmp_path, capsys, caplog, monkeypatch):
     """Trained in two parts, evaluated, and taken as weights. Nothing of it is written to this disk."""
     monkeypatch.chdir(tmp_path)

@@ -84,6 +84,7 @@ def test_a_full_disk_is_told_of_at_the_next_line(tmp_path):
         digests.close()
 
 
+@pytest.mark.thorough
 def test_a_run_that_was_stopped_has_the_lines_of_one_that_was_not(fake_config, tmp_path, monkeypatch):
     """Here of two seeds. At checkpoints, at powers of two and at the end, whose digest is that of the result."""
     fake_config.num_seeds, fake_config.checkpoint.keep = 2, 1

@@ -85,6 +85,7 @@ def test_damaged_metrics(tmp_path, caplog, content):
     assert Checkpoints(directory, best="test/accuracy").best_step() == 30
 
 
+@pytest.mark.thorough
 def test_saving_leaves_nothing_in_memory(tmp_path):
     """A run of days saves thousands of checkpoints. Counted is all of Python's memory: TensorStore loses some of it."""
     checkpoints, arrays, saves = Checkpoints(tmp_path), 40, 10
