@@ -90,6 +90,7 @@ def test_which_parameters_decay():
         assert len(decaying) - len(decaying_bias) == sum(parameter.endswith("kernel") for parameter in run.parameters)
 
 
+@pytest.mark.thorough
 def test_the_optimizer_of_vit_s16_is_big_visions(monkeypatch):
     """Its chain, from optax.py of that codebase: clip, Adam, the rate, a decay of 1e-4 that it does not multiply."""
     monkeypatch.setitem(vit._VIT, "S", (24, 2, 3))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow as tf
+from cases import thorough
 from scipy import stats
 from test_photometric import photos, unusual
 
@@ -105,7 +106,7 @@ def projected(image, matrix):
     return np.where(out[..., 3:] == 0, np.uint8(GREY), out[..., :3])
 
 
-@pytest.mark.parametrize("magnitude", [0, 1, 4, 5, 9, 10])
+@pytest.mark.parametrize("magnitude", [4, 10, *thorough(0, 1, 5, 9)])
 @pytest.mark.parametrize("kind", IMAGES)
 def test_every_op_is_the_definition(kind, magnitude):
     """To the bit; all ops, both signs, each image with a cutout of its own."""

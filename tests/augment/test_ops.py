@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import thorough
 from scipy import stats
 from tolerance import rounding
 
@@ -93,7 +94,7 @@ def test_pad_crop_is_uniform_over_all_places():
     assert stats.chisquare(out.sum(0, dtype=int).reshape(-1)).pvalue > 1e-3
 
 
-@pytest.mark.parametrize(("size", "fill"), [(1, 0.0), (2, 7.0), (3, 0.0), (6, 7.0), (40, 0.0), (40, 7.0)])
+@pytest.mark.parametrize(("size", "fill"), [(3, 0.0), (6, 7.0), (40, 7.0), *thorough((1, 0.0), (2, 7.0), (40, 0.0))])
 def test_cutout_fills_a_square_cut_off_at_the_border(size, fill):
     """In uint8 and in float32; 40 pixels cover every image wherever the centre is."""
     images = noise(32, 9, 12, 3) | 8  # which neither fill is
@@ -144,7 +145,16 @@ def numpy_erasing(key, images, probability, area, aspect):
 
 @pytest.mark.parametrize(
     ("h", "w", "fill", "dtype"),  # the size decides where the boxes lie, the other two what is in them
-    [(32, 32, 0, np.uint8), *((12, 20, *what) for what in product((0, 7.0, "pixel", "color"), (np.uint8, np.float32)))],
+    [
+        (32, 32, 0, np.uint8),
+        (12, 20, "pixel", np.float32),
+        (12, 20, "color", np.uint8),
+        *thorough(
+            (12, 20, "pixel", np.uint8),
+            (12, 20, "color", np.float32),
+            *((12, 20, *what) for what in product((0, 7.0), (np.uint8, np.float32))),
+        ),
+    ],
 )
 def test_random_erasing_fills_the_papers_box(h, w, fill, dtype):
     images = np.full((200, h, w, 3), 9, dtype)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import thorough
 from jax.extend import core as jaxpr_core
 from test_photometric import photos, unusual
 
@@ -33,12 +34,13 @@ def assert_equal(function, *args):
     np.testing.assert_array_equal(on_tpu, usual)
 
 
-def pairs(values, quick):
-    """All pairs of a set of images and one of `values`; those but the quick ones are slow tests."""
-    return [pytest.param(*pair, marks=[] if pair in quick else pytest.mark.slow) for pair in product(SETS, values)]
+def pairs(values, quick, more):
+    """All pairs of a set of images and one of `values`: quick ones, `more`, which are thorough, and others, slow."""
+    slow = [pytest.param(*pair, marks=pytest.mark.slow) for pair in product(SETS, values) if pair not in quick + more]
+    return [*quick, *thorough(*more), *slow]
 
 
-@pytest.mark.parametrize(("kind", "magnitude"), pairs([0, 5, 10], [("oblong", 10), ("grey", 5)]))
+@pytest.mark.parametrize(("kind", "magnitude"), pairs([0, 5, 10], [("oblong", 10)], [("grey", 5)]))
 def test_every_op_of_big_vision(kind, magnitude):
     """Both signs, each image with a cutout of its own."""
     images = SETS[kind]
@@ -52,7 +54,7 @@ def test_every_op_of_big_vision(kind, magnitude):
     )
 
 
-@pytest.mark.parametrize(("kind", "ranges"), pairs([NARROW, WIDE], [("oblong", WIDE), ("grey", NARROW)]))
+@pytest.mark.parametrize(("kind", "ranges"), pairs([NARROW, WIDE], [("oblong", WIDE)], [("grey", NARROW)]))
 def test_every_op_of_torchvision(kind, ranges):
     """Both signs, at magnitudes 0, 5, 15 and 30."""
     images = SETS[kind]
@@ -67,7 +69,7 @@ def test_every_op_of_torchvision(kind, ranges):
 LARGER = [pytest.param(*size, marks=pytest.mark.slow) for size in ((97, 131), (140, 60), (500, 600))]
 
 
-@pytest.mark.parametrize("most", [1, 30, 37, 45, 90, 135])
+@pytest.mark.parametrize("most", [30, 135, *thorough(1, 37, 45, 90)])
 @pytest.mark.parametrize(("h", "w"), [(64, 64), *LARGER])
 def test_rotations_by_any_angle(most, h, w):
     """A pixel off its place by more than the form allows for would come out wrong."""
@@ -85,7 +87,7 @@ def test_maps_without_limits_are_read_as_elsewhere():
     assert_equal(lambda x: geometry.affine(x, matrix, jnp.zeros(3, jnp.uint8)), SETS["colour"])
 
 
-@pytest.mark.parametrize("kind", ["oblong", "grey", "tiny"])
+@pytest.mark.parametrize("kind", ["oblong", *thorough("grey", "tiny")])
 def test_tables_histograms_and_smoothing(kind):
     images = SETS[kind]
     b, _, _, c = images.shape
@@ -121,8 +123,10 @@ def test_slides_against_numpy(most):
     np.testing.assert_array_equal(out, expected)
 
 
-@pytest.mark.parametrize("kind", ["oblong", "grey"])
-@pytest.mark.parametrize("text", ["pad_crop(0)", "pad_crop(4)", "pad_crop(2, 'reflect')", "normalize|pad_crop(3)"])
+@pytest.mark.parametrize("kind", ["oblong", *thorough("grey")])
+@pytest.mark.parametrize(
+    "text", ["pad_crop(4)", "normalize|pad_crop(3)", *thorough("pad_crop(0)", "pad_crop(2, 'reflect')")]
+)
 def test_crops(kind, text):
     assert_equal(lambda x: ops.build(text, train=True)(KEY, x), SETS[kind])
 

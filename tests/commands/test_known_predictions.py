@@ -10,8 +10,6 @@ from imgclf_jax.commands import known_predictions
 from imgclf_jax.commands.known_predictions import known
 from imgclf_jax.run import records
 
-pytestmark = pytest.mark.optimized
-
 RUN = ("--config.data.source=fake(80, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=normalize",
        "--config.model=mlp(widths=(8,))", "--config.batch_size=16", "--config.total=8 steps",
        "--config.schedule=constant(1e-2)", "--config.eval_every=", "--config.checkpoint_every=4 steps",

@@ -98,6 +98,7 @@ def programs(spec, size, precision="bfloat16"):
 
 
 @pytest.mark.usefixtures("form", "shallow")
+@pytest.mark.parametrize("form", ["cpu", *thorough("gpu")], indirect=True)
 @pytest.mark.parametrize("name", sorted(BACKBONES))
 def test_gradients_are_as_precise_as_the_parameters(name):
     """In float32, while layers compute in bfloat16; in both forms."""
@@ -151,7 +152,7 @@ def test_a_step_in_bfloat16_over_eight_devices(name):
     assert np.isfinite(sums["loss"][0])
 
 
-@pytest.mark.parametrize("name", ["wide_resnet", "mixer", "airbench", "resnet", "convnext", "vit"])
+@pytest.mark.parametrize("name", ["wide_resnet", "vit", *thorough("airbench", "convnext", "mixer", "resnet")])
 @pytest.mark.usefixtures("shallow")
 def test_train_and_evaluation_differ_where_they_should(name):
     """Evaluation is the same every time; training draws anew for another key, or normalizes by the batch."""

@@ -50,7 +50,7 @@ def network(names):
     return lambda x: functools.reduce(lambda x, name: OPS[name](x), names, x)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.lists(st.sampled_from(sorted(OPS)), min_size=1, max_size=6), st.integers(0, 2**31))
 @pytest.mark.usefixtures("float64")
 def test_any_sequence_of_operations_and_its_gradient_are_unchanged(names, seed):
@@ -62,7 +62,7 @@ def test_any_sequence_of_operations_and_its_gradient_are_unchanged(names, seed):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), ours, as_written)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.lists(st.sampled_from(sorted(set(OPS) - {"order", "where", "gelu"})), min_size=1, max_size=6))
 def test_in_bfloat16_roundings_are_left_out_and_dtypes_stay(names):
     """The result is as near to float64's as that of the program as written, up to what one rounding adds."""
