@@ -36,6 +36,7 @@ def test_every_framework_builds_the_same_network():
     assert network.training_flops == 3 * 2 * multiply_adds - 2 * 26 * 26 * 32 * 9
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "count"), [("resnet20", 269_722), ("vit_ti4", 5_362_762)])
 def test_pytorch_builds_the_same_backbones(name, count):
     """As many parameters, shape by shape, as this project's."""

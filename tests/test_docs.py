@@ -173,7 +173,7 @@ def takes_long(words: list[str]) -> bool:
 
 
 LONG = {"data", "extending", "models", "using"}  # pages of many commands
-WHOLE = {"README", "compare", "evaluate", "report", "reproduce", "reproducing", "scaling", "show-batch", "sweep"}
+QUICK = {"config", "contributing", "library", "predict", "reliability", "speed"}
 SLOW = sorted({shlex.join(words) for page in PAGES.values() for words in commands(page) if takes_long(words)})
 
 
@@ -217,7 +217,7 @@ def weights(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.slow if name in LONG else pytest.mark.thorough if name in WHOLE else ())
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow if name in LONG else pytest.mark.thorough)
     for name, page in PAGES.items() if blocks(page)
 ])  # fmt: skip
 def test_the_blocks_of_a_page_run(name, folder, weights, capsys):

@@ -123,6 +123,7 @@ def test_how_the_heads_begin():
         np.testing.assert_allclose(kernel.std(), deviation, rtol=0.01)
 
 
+@pytest.mark.thorough
 def test_how_the_layers_of_vit_s16_begin(monkeypatch):
     """The deviation of each kernel as in big_vision, where linen's attention draws query, key and value apart."""
     monkeypatch.setitem(vit._VIT, "S", (384, 2, 6))

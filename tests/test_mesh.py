@@ -72,6 +72,7 @@ def test_the_losses_are_those_of_data_parallel(config, way, shard):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), a.evaluated, b.evaluated)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("shard", "most"), [("all", 0.3), ("optimizer", 0.51)])
 def test_memory_of_each_device(config, shard, most):
     """Over four devices: of parameters and Adam's state at most 0.3 of the whole, by the compiler too."""
@@ -88,6 +89,7 @@ def test_memory_of_each_device(config, shard, most):
     assert arguments[1] - chunk <= (most + 0.02) * (arguments[0] - chunk)
 
 
+@pytest.mark.thorough
 def test_what_is_exchanged(config):
     """Parameters are gathered; with all whole only gradients are summed."""
     whole, split = programs(config), programs(config, "data=2, fsdp=4")

@@ -62,6 +62,7 @@ def test_bad_specs(text):
         metrics.build_whole_set(text)
 
 
+@pytest.mark.thorough
 def test_of_a_run(tmp_path, capsys):
     """In result.json and from `evaluate`, over 101 examples in batches of 16; the best checkpoint by AUC is kept."""
     argv = [f"--workdir={tmp_path}", "--config.data.source=fake(101, (8, 8, 1), 2)", "--config.preprocess=decode(1)",

@@ -107,6 +107,7 @@ def test_a_damaged_record(mistake, copy, file, content):
         assert has(mistake(*command), f"{workdir}/{file}")
 
 
+@pytest.mark.thorough
 def test_a_provenance_that_is_missing_is_written_anew(mistake, copy, capsys):
     """The sentence says how, and that is true: the run, which is done, can be evaluated again."""
     workdir, argv = copy
@@ -176,6 +177,7 @@ def test_a_run_that_is_extended_is_the_longer_run(mistake, tmp_path):
     assert has(sentence, "but the run in", "has done 20", "extend it to more")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("override", "key"),
     [("schedule=cosine(1e-3)", "schedule='cosine(1e-3)' follows total: at step"),

@@ -91,7 +91,7 @@ def test_batch_statistics_are_those_of_all_devices_together():
 
 @pytest.mark.parametrize(
     ("devices", "accumulate", "traced_for"),  # with eight parts on eight devices each holds one example of a part
-    [(1, 4, "cpu"), (8, 4, "cpu"), *thorough((1, 2, "cpu"), (8, 8, "cpu"), (1, 4, "gpu"), (8, 4, "gpu"))],
+    [(8, 4, "cpu"), *thorough((1, 4, "cpu"), (1, 2, "cpu"), (8, 8, "cpu"), (1, 4, "gpu"), (8, 4, "gpu"))],
 )
 def test_accumulated_gradients_are_those_of_the_whole_batch(devices, accumulate, traced_for):
     """And so are loss and accuracy; every part lies on all devices, so that no image moves between them.

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import thorough
 from flax import linen as nn
 
 from imgclf_jax.analysis import attribution
@@ -101,6 +102,7 @@ def by_hand(variables, x, labels):
     return np.maximum((weights[:, None, None] * maps).sum(-1), 0)
 
 
+@pytest.mark.parametrize("form", ["cpu", *thorough("gpu")], indirect=True)
 def test_gradcam_is_its_definition(form):
     """On a network whose map can be computed by hand, in both forms of the layers, for other classes too."""
     model, variables = made(OneConv())
@@ -184,6 +186,7 @@ def attention_of(variables, name, tokens):
     return maps, y @ params["proj"]["kernel"] + params["proj"]["bias"]
 
 
+@pytest.mark.parametrize("form", ["cpu", *thorough("gpu")], indirect=True)
 def test_rollout_is_its_definition(form):
     """A user's own network without a class token: the product of (mean over heads + identity) / 2, from its weights."""
     model, variables = made(Tokens())

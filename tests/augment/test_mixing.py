@@ -64,6 +64,7 @@ def weights(key, alpha, n):
     return 1 / (1 + np.exp(b - a))
 
 
+@pytest.mark.thorough
 @pytest.mark.optimized
 @pytest.mark.parametrize("alpha", [1.0, *thorough(0.2, 3.0)])
 def test_weights_are_beta(alpha):
@@ -162,6 +163,7 @@ def test_one_op_is_drawn_for_each_batch(text, shares):
     np.testing.assert_array_equal(out[untouched], np.broadcast_to(images, out[untouched].shape))
 
 
+@pytest.mark.thorough
 def test_another_op_changes_none_of_the_draws_of_an_op():
     """Where the mixup is drawn, beside another op or alone, it is the same one."""
     images = jnp.asarray(noise(8, 4, 4, 1))

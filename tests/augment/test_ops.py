@@ -145,17 +145,9 @@ def numpy_erasing(key, images, probability, area, aspect):
 
 @pytest.mark.parametrize(
     ("h", "w", "fill", "dtype"),  # the size decides where the boxes lie, the other two what is in them
-    [
-        (32, 32, 0, np.uint8),
-        (12, 20, "pixel", np.float32),
-        (12, 20, "color", np.uint8),
-        *thorough(
-            (12, 20, "pixel", np.uint8),
-            (12, 20, "color", np.float32),
-            *((12, 20, *what) for what in product((0, 7.0), (np.uint8, np.float32))),
-        ),
-    ],
-)
+    [(32, 32, 0, np.uint8), (12, 20, "pixel", np.float32), (12, 20, "color", np.uint8),
+     *thorough(*((12, 20, *what) for what in product((0, 7.0, "pixel", "color"), (np.uint8, np.float32))))],
+)  # fmt: skip
 def test_random_erasing_fills_the_papers_box(h, w, fill, dtype):
     images = np.full((200, h, w, 3), 9, dtype)
     args = (0.7, (0.05, 0.9), (0.3, 3.3))
@@ -259,6 +251,7 @@ def test_images_that_no_op_has_made_float_are_scaled(text, train):
     assert float(out.max()) == 1.0
 
 
+@pytest.mark.thorough
 def test_the_ops_give_the_same_bits_on_one_device_and_on_eight():
     """Jitted, the batch split over the devices; and what is not jitted is the same up to rounding."""
     images, apply = noise(32, 10, 10, 3), ops.build(ALL, train=True)

@@ -54,6 +54,7 @@ def test_every_op_of_big_vision(kind, magnitude):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("kind", "ranges"), pairs([NARROW, WIDE], [("oblong", WIDE)], [("grey", NARROW)]))
 def test_every_op_of_torchvision(kind, ranges):
     """Both signs, at magnitudes 0, 5, 15 and 30."""

@@ -74,6 +74,7 @@ def test_accuracies(run, printed):
     assert printed["left_out"] == []
 
 
+@pytest.mark.thorough
 def test_other_batches_and_devices(run, printed):
     """One device, and a batch size that does not divide the examples."""
     config = run.load_config()

@@ -63,6 +63,7 @@ def programs(fake_config):
     return Programs(Recipe(fake_config, data))
 
 
+@pytest.mark.thorough
 def test_what_does_not_fit(programs, monkeypatch):
     """On a chip that does not even hold the state, and on one that is a little too small: what would make it fit."""
     chips, memory = topology.parse("cpu:8"), 1_000

@@ -132,6 +132,7 @@ def test_probe(run, tmp_path, capsys, monkeypatch):
     assert few[0]["deviation"] == pytest.approx(np.std(few[0]["accuracies"], ddof=1))
 
 
+@pytest.mark.thorough
 def test_probe_of_weights_for_other_classes_and_of_several_seeds(run, seeds, capsys, monkeypatch, tmp_path):
     """Weights need no head; each seed of a run counts. Few images a class leave out what needs more."""
     monkeypatch.setattr(probe.probing, "STRENGTHS", (1.0,))

@@ -75,6 +75,7 @@ def test_what_is_used_for_what_and_what_is_not_used(tmp_path, capsys):
     assert result["val"]["examples"] == result["test"]["examples"] == 12
 
 
+@pytest.mark.thorough
 def test_unreadable_files_are_left_out_by_every_command(tmp_path, capsys):
     root = photos(tmp_path / "p")
     bad = [root / "cat" / "0.png", root / "dog" / "5.png"]

@@ -10,6 +10,7 @@ from imgclf_jax.commands import known_predictions
 from imgclf_jax.commands.known_predictions import known
 from imgclf_jax.run import records
 
+pytestmark = pytest.mark.thorough
 RUN = ("--config.data.source=fake(80, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=normalize",
        "--config.model=mlp(widths=(8,))", "--config.batch_size=16", "--config.total=8 steps",
        "--config.schedule=constant(1e-2)", "--config.eval_every=", "--config.checkpoint_every=4 steps",
@@ -32,7 +33,6 @@ def tested(folder):
     return {run.workdir.path.name: run for run in records.find([str(folder)])[0]}
 
 
-@pytest.mark.thorough
 def test_they_are_those_of_the_result(tested):
     """The share of right ones, exactly, of each seed; the set's examples in their order."""
     one, two = (known(tested[name])["test"] for name in "ab")

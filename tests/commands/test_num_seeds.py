@@ -20,7 +20,7 @@ from imgclf_jax.weights import pretrained
 
 SOURCE = "fake(50, (12, 12, 1), 4)"
 RUN = (f"--config.data.source={SOURCE}", "--config.augment=flip_alternating|pad_crop(1)|normalize",
-       "--config.model=cnn(widths=(4,), hidden=8)", "--config.total=9 steps", "--config.batch_size=16",
+       "--config.model=mlp(widths=(8,))", "--config.total=9 steps", "--config.batch_size=16",
        "--config.optimizer=sgd(momentum=0.9)|lookahead(2, 0.5)", "--config.schedule=cosine(0.1)",
        "--config.seed=5", "--config.mix=mixup(0.2)", "--config.metrics=auc")  # fmt: skip
 RANDOM = "--config.preprocess=decode(1)|random_resized_crop(10)"
@@ -45,15 +45,18 @@ def test_the_stream_holds_the_batches_of_each_seed(where):
     assert not np.array_equal(together[0]["id"][:, 0::3], together[0]["id"][:, 1::3])
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def train(folder, *more_of_all):
     """Two seeds at once, and each by itself, on eight devices."""
-    folder = tmp_path_factory.mktemp("seeds")
     settings = {"together": ("--config.num_seeds=2",), **{str(s): (f"--config.seed={s}",) for s in (5, 6)}}
     for name, more in settings.items():
         evaluation = "--config.preprocess_eval=decode(1)|resize(10)"
-        assert launch.main([f"--workdir={folder / name}", *RUN, RANDOM, evaluation, *more]) == 0
+        assert launch.main([f"--workdir={folder / name}", *RUN, RANDOM, evaluation, *more, *more_of_all]) == 0
     return {name: Workdir(folder / name) for name in settings}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("seeds"))
 
 
 def state_of(workdir):
@@ -61,7 +64,8 @@ def state_of(workdir):
 
 
 @pytest.mark.thorough
-def test_each_replica_is_its_run(runs):
+def test_each_replica_is_its_run(tmp_path):
+    runs = train(tmp_path, "--config.model=cnn(widths=(4,), hidden=8)")
     _, together, _ = state_of(runs["together"])
     for i in range(2):
         _, alone, _ = state_of(runs[str(5 + i)])

@@ -193,6 +193,7 @@ def test_more_images_than_a_batch(digits, pngs, predict):
     assert records[:COUNT] == records[COUNT:]
 
 
+@pytest.mark.thorough
 def test_the_work_directory_is_enough(predict, tmp_path, monkeypatch):
     """Neither data, nor config file, nor the directory's name is needed: class names and host ops were recorded."""
     rng = np.random.default_rng(0)

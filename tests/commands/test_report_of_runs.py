@@ -53,6 +53,7 @@ def test_several_seeds_and_many_classes(tmp_path, capsys):
     assert page.tables.keys().isdisjoint({"What augmentation does"})  # nothing draws
 
 
+@pytest.mark.thorough
 def test_where_the_data_are_gone(copy, text, capsys):
     """What needs no data stays as it is; one sentence says what is left out."""
     config = json.loads((copy / "config.json").read_text())

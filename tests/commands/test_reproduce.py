@@ -83,6 +83,7 @@ def test_some_steps(reproduce, trained, tmp_path):
     assert not (tmp_path / "again" / "result.json").exists()
 
 
+@pytest.mark.thorough
 def test_a_library_that_was_edited(reproduce, trained, monkeypatch):
     """A default of Optax's: the first step and parameter are named, and that nothing recorded explains it."""
     defaults = list(optax.sgd.__defaults__)
@@ -98,6 +99,7 @@ def test_a_library_that_was_edited(reproduce, trained, monkeypatch):
     assert Path(found["output"], "metrics.jsonl").is_file()
 
 
+@pytest.mark.thorough
 def test_another_momentum_and_a_tolerance(reproduce, trained, tmp_path):
     """Momentum has no part in the first step: the second is the first that differs. A tolerance may allow for it."""
     words = (trained, "--config.optimizer=sgd(momentum=0.91)", f"--output={tmp_path}/again")

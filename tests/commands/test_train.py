@@ -46,6 +46,7 @@ def test_it_learns(fake_config, tmp_path, precision):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.thorough
 def test_profile_traces_the_steps_that_there_are(fake_config, tmp_path):
     """A trace for Perfetto appears; steps that the run does not have are no error."""
     assert train.main(fake_config, Workdir(tmp_path / "a"), profile=(2, 4)) == 0

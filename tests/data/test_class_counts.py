@@ -93,6 +93,7 @@ def test_a_run_records_the_counts_and_is_evaluated_without_its_training_data(tmp
     np.testing.assert_allclose(jnp.mean(programs.recipe.loss(logits, jnp.asarray(data["y_test"]))), expected, rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_class_without_examples_is_named(tmp_path, capsys):
     for split, message in (("train[:2]", "no example of 2, 3 is trained on"), ("train", "")):
         flags = ["--config.data.source=fake(64, (6, 6, 1), 4)", f"--config.data.train={split}", *FLAGS]

@@ -184,7 +184,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("text", [*list(WAYS)[5:7], *thorough(*list(WAYS)[:5], *list(WAYS)[7:])])
+@pytest.mark.parametrize("text", [*list(WAYS)[5:6], *thorough(*list(WAYS)[:5], *list(WAYS)[6:])])
 def test_it_trains_and_resumes_bit_for_bit(text, fake_config, tmp_path):
     """In the compiled step on eight devices: the loss falls, and the state saved half-way leads to the same end."""
     config = fake_config

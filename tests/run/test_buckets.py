@@ -123,6 +123,7 @@ def test_data_in_a_bucket(bucket, tmp_path):
         sources.open_splits(f"arrays('{bucket}/b.npz')")
 
 
+@pytest.mark.thorough
 def test_a_step_is_saved_again(bucket, tmp_path, monkeypatch):
     """And nothing of it is written to this disk."""
     monkeypatch.chdir(tmp_path)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import thorough
 from PIL import Image
 from tolerance import rounding
 
@@ -25,7 +26,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 DEPTH = 2 * (9 + 6 * 6 * 4 + 8 + 4 + 10)
 
 
-@pytest.fixture(scope="module", params=["plain", "stacked"])
+@pytest.fixture(scope="module", params=["stacked", *thorough("plain")])
 def old(request, tmp_path_factory):
     """(a copy of the work directory, what is expected of it)."""
     workdir = tmp_path_factory.mktemp("old") / request.param

@@ -87,6 +87,7 @@ def test_an_optimizer_that_keeps_parameters_gets_these(mlp):
     np.testing.assert_array_equal(kept[0], MLP["dense0.weight"].T)
 
 
+@pytest.mark.thorough
 def test_weights_that_changed_before_the_first_checkpoint(tmp_path, mlp, capsys):
     """A run that died before its first checkpoint starts again from the same weights or not at all."""
     flags = (f"--config.init_from={mlp}",)
@@ -119,6 +120,7 @@ def test_a_work_directory(tmp_path, mlp, capsys):
         pretrained.load(programs(first, "mlp(widths=(16, 16))", (12, 12, 1)))
 
 
+@pytest.mark.thorough
 def test_a_work_directory_of_a_network_with_running_means(tmp_path):
     """They are taken like the parameters; of a run that averages its weights the averages are taken."""
     like = programs(tmp_path)

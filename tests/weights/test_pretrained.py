@@ -64,6 +64,7 @@ def test_all_of_a_file(file, caplog):
     assert caplog.messages == [f"init_from={str(file)!r}: {len(start)} arrays taken"]
 
 
+@pytest.mark.thorough
 def test_a_head_of_another_size_begins_anew(file, caplog):
     """The random head is the one that a run without weights has."""
     with caplog.at_level(logging.INFO, "imgclf_jax"):
