@@ -173,7 +173,7 @@ def takes_long(words: list[str]) -> bool:
 
 
 LONG = {"data", "extending", "models", "using"}  # pages of many commands
-QUICK = {"config", "contributing", "library", "predict", "reliability", "speed"}
+QUICK = {"config", "contributing", "reliability", "speed"}
 SLOW = sorted({shlex.join(words) for page in PAGES.values() for words in commands(page) if takes_long(words)})
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -58,10 +57,6 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def launch_process(*argv: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "launch.py", *argv], capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     """A finished run on arrays in a file: its work directory, and the flags it was made with."""
@@ -72,8 +67,7 @@ def whole(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
         arrays |= {f"x_{name}": examples["image"], f"y_{name}": examples["label"]}
     np.savez(folder / "data.npz", **arrays)
     argv = (*FAKE, f"--config.data.source=arrays({str(folder / 'data.npz')!r})")
-    process = launch_process("train", f"--workdir={folder / 'run'}", *argv)
-    assert process.returncode == 0, process.stderr
+    assert launch.main(["train", f"--workdir={folder / 'run'}", *argv]) == 0
     return folder / "run", argv
 
 

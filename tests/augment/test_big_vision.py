@@ -171,6 +171,7 @@ def test_ops_signs_and_cutouts_are_drawn_alike():
     assert np.abs(share - np.outer(covered, covered))[(image != GREY).any(-1)].max() < 5 * np.sqrt(0.25 / len(cutouts))
 
 
+@pytest.mark.thorough
 def test_each_op_of_several_has_draws_of_its_own():
     """The second op is another one on most images, with another key."""
     images = jnp.asarray(np.stack([photos(16)[1]] * 64))

@@ -136,6 +136,7 @@ def test_trivialaugment_draws_every_op_sign_and_magnitude_alike():
     assert stats.chisquare(observed, expected).pvalue > 1e-3
 
 
+@pytest.mark.thorough
 def test_randaugment_applies_ops_of_its_magnitude_one_after_the_other():
     """One op: the 24 outcomes of a magnitude, alike. Two: what one op makes of what one op made."""
     image = photos(16)[1]

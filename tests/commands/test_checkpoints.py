@@ -36,6 +36,7 @@ def test_each_has_the_metrics_of_its_time(run, capsys):
     assert len({metrics["loss"] for metrics in found.values()}) == 3
 
 
+@pytest.mark.thorough
 def test_some_of_them_as_a_table(run, capsys):
     _, (out, _) = evaluated(capsys, f"--workdir={run}", "--checkpoints=12,4")
     rows = [[cell.strip() for cell in line.strip("│┃").split("│" if "│" in line else "┃")]

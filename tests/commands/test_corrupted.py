@@ -90,6 +90,7 @@ def test_other_batches_and_devices(run, printed):
     assert [found["shot_noise", s] for s in range(1, 6)] == printed["test"]["corruptions"]["shot_noise"]["severities"]
 
 
+@pytest.mark.thorough
 def test_table(run, printed, capsys):
     """A row a corruption, and the means."""
     assert launch.main(["evaluate", f"--workdir={run.path}", "--corruptions=contrast"]) == 0

@@ -111,6 +111,7 @@ def probed(flags, capsys):
     return out, {(r["method"], r.get("k", r.get("shots"))): r for r in out["results"]}
 
 
+@pytest.mark.thorough
 def test_probe(run, tmp_path, capsys, monkeypatch):
     """Its own head as `evaluate` has it, neighbours as scikit-learn has them, from the features that are written."""
     monkeypatch.setattr(probe.probing, "STRENGTHS", (0.01, 1.0))
@@ -195,6 +196,7 @@ def test_explain(run, photos, capsys):
     assert len({r["picture"] for r in records}) == len(records) == 6
 
 
+@pytest.mark.thorough
 def test_explain_another_class_and_by_occlusion(run, seeds, photos, capsys):
     """Of several seeds the fall of their mean probability. Two images of one name have two pictures."""
     for folder in ("x", "y"):

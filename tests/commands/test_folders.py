@@ -57,6 +57,7 @@ def test_no_folder_gives_the_config_of_one_without_splits(tmp_path):
     assert configs.load_file(f"{CONFIG}:{tmp_path / 'none'}").data.train == "train[:90%]"
 
 
+@pytest.mark.thorough
 def test_what_is_used_for_what_and_what_is_not_used(tmp_path, capsys):
     """Each in a line of the log: splits with their sizes, folders, images and other files that serve nothing."""
     photos(tmp_path / "p", "train", "valid", "test", "extra")

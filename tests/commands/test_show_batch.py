@@ -114,6 +114,7 @@ def test_the_picture_has_the_pixels():
     assert wide.size == (224 + 12, round(10 * 224 / 500) + 15 + 12)
 
 
+@pytest.mark.thorough
 def test_of_a_config_and_of_a_run(tmp_path, monkeypatch, capsys):
     """Without a run nothing is read but the data; of a run its own config counts."""
     monkeypatch.chdir(tmp_path)

@@ -79,6 +79,7 @@ def test_output_in_ascii_has_escapes():
     assert b"error: train takes no files" in err
 
 
+@pytest.mark.thorough
 def test_a_folder_is_the_same_in_every_locale(tmp_path):
     for name in ("é漢", os.fsdecode(b"\xff")):
         (tmp_path / name).mkdir()

@@ -103,6 +103,7 @@ def test_a_class_without_examples_is_named(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_counts_are_not_taken_unasked(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "class_counts", lambda source: 1 / 0)
     assert launch.main([f"--workdir={tmp_path}", "--config.data.source=fake(64, (6, 6, 1), 4)", *FLAGS]) == 0

@@ -48,6 +48,7 @@ def test_every_backbone(spec):
     assert session.get_modelmeta().custom_metadata_map["class_names"].split("\n") == list("abcde")
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(INSTALLED, reason="it is installed")
 def test_what_is_missing_is_said_before_anything_is_computed(tmp_path, capsys):
     flags = ["--config.total=2 steps", "--config.model=mlp(widths=(4,))", "--config.schedule=constant(1e-2)"]

@@ -83,6 +83,7 @@ def scalars(directory: Path) -> dict[tuple[int, str], float]:
     return {(e.step, tag): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
 
 
+@pytest.mark.thorough
 def test_tensorboard_holds_the_same(finished):
     """Its own reader finds each value of metrics.jsonl at its step."""
     records = writers.read_metrics(finished / "metrics.jsonl")

@@ -171,6 +171,7 @@ def test_evaluate_and_predict_without_a_run(tmp_path, mlp, printed, monkeypatch)
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.thorough
 def test_a_run_or_weights(tmp_path, mlp, capsys):
     """Both at once is a wrong usage, and weights that lack something are no model to evaluate."""
     assert run(tmp_path / "run") == 0
