@@ -155,13 +155,20 @@ def _when_compiled(
 
 
 def _means(window: dict[str, np.ndarray]) -> dict[str, float]:
-    """What is logged of a window of steps: means over its examples or steps, of all seeds together."""
+    """What is logged of a window of steps: means over its examples or steps, of all seeds together.
+
+    Of several seeds also the sample standard deviation over them of loss and accuracy, as `metrics.summarize` has it.
+    """
     total = {name: np.sum(value).item() for name, value in window.items()}
-    return {
+    means = {
         "loss": total["loss"] / total["examples"],
         "accuracy": total["correct"] / total["examples"],
         **{name: total[name] / total["steps"] for name in ("grad_norm", "param_norm", "learning_rate")},
     }
+    if window["examples"].size > 1:
+        for name, summed in (("loss", "loss"), ("accuracy", "correct")):
+            means[f"{name}_std"] = np.std(window[summed] / window["examples"], ddof=1).item()
+    return means
 
 
 def _brief(record: dict[str, float]) -> str:

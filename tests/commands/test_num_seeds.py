@@ -16,6 +16,7 @@ from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import load_data_info
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.weights import pretrained
 
 SOURCE = "fake(50, (12, 12, 1), 4)"
@@ -93,6 +94,17 @@ def test_results(runs):
     assert result["ensemble_accuracy"] == np.mean(mean.argmax(1) == labels)
     assert result["ensemble_loss"] == pytest.approx(-np.mean(np.log(mean[np.arange(50), labels])), rel=1e-4)
     assert result["ensemble_loss"] < result["loss"]  # by Jensen's inequality
+
+
+def test_training_is_logged_as_the_mean_and_deviation_of_the_seeds(runs):
+    records = {name: [r for r in read_metrics(run.metrics) if "train/loss" in r] for name, run in runs.items()}
+    assert records["together"]
+    for together, *alone in zip(records["together"], records["5"], records["6"], strict=True):
+        for name in ("train/loss", "train/accuracy"):
+            values = [one[name] for one in alone]
+            assert together[name] == pytest.approx(statistics.fmean(values), rel=1e-4)
+            assert together[f"{name}_std"] == pytest.approx(statistics.stdev(values), rel=1e-3, abs=1e-6)
+            assert f"{name}_std" not in alone[0]
 
 
 def test_prediction_is_the_ensembles(runs, tmp_path):
