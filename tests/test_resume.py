@@ -17,6 +17,7 @@ from imgclf_jax.run import writers
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 
+pytestmark = pytest.mark.optimized
 SHORT = (
     "--config.data.source=fake(256, (12, 12, 1), 4)",
     "--config.preprocess=decode(1)|random_resized_crop(10)",
@@ -52,7 +53,6 @@ def whole(undisturbed) -> tuple[str, list[dict]]:
 
 
 @pytest.mark.thorough
-@pytest.mark.optimized
 def test_killed_at_a_random_moment(whole, undisturbed, tmp_path, capsys):
     """Random crops, flips, mixing and dropout included; log, evaluation and checkpoint steps do not fall together."""
     workdir = tmp_path / "run"
