@@ -215,24 +215,31 @@ def test_explain_another_class_and_by_occlusion(run, seeds, photos, capsys):
     assert explained(["photos/x", f"--workdir={seeds}", "--output=all"], capsys)[1][0]["method"] == "gradcam"
 
 
-@pytest.mark.parametrize("method", ["gradcam", "occlusion"])
-def test_maps_of_many_images_are_those_of_each(seeds, method):
-    """More than are computed at once, each for a class of its own; of several seeds the mean of each seed's maps."""
-    model = imgclf_jax.load(seeds)
-    read = sources.digits()["test"].read(np.arange(9))
-    some, labels = np.stack([model.prepare(image) for image in read["image"]]), np.arange(9) % 10
-    _, explain = explanations.build(model, method, window=4 if method == "occlusion" else 0)
+def nine():
+    """Images that are more than are explained at once, as the models take them, and a class for each."""
+    return sources.digits()["test"].read(np.arange(9))["image"], np.arange(9)
+
+
+def test_maps_of_many_images_are_those_of_each(run):
+    some, labels = nine()
+    _, explain = explanations.build(imgclf_jax.load(run))
     together = explain(some, labels)
     assert len(together) == 9
     for i in (0, 7, 8):
         np.testing.assert_allclose(together[i], explain(some[i : i + 1], labels[i : i + 1])[0], atol=1e-5)
-    if method == "gradcam":
-        classifier, augment = model.programs.recipe.model, model.programs.recipe.augment(train=False)
-        one = [jax.tree.map(lambda x, i=i: x[i], model.state.evaluated) for i in range(model.config.num_seeds)]
-        seen = attribution.look(classifier, {"params": one[0][0]}, (8, 8, 1))
-        pure = attribution.make_gradcam(classifier, augment, attribution.choose_layer(seen))
-        each = [pure(*own, some[:2], labels[:2].astype(np.int32)) for own in one]
-        np.testing.assert_allclose(together[:2], np.mean(each, 0), atol=1e-5)
+
+
+@pytest.mark.thorough
+def test_maps_of_several_seeds_are_the_mean_of_theirs(seeds):
+    model = imgclf_jax.load(seeds)
+    some, labels = nine()
+    together = explanations.build(model)[1](some, labels)
+    classifier, augment = model.programs.recipe.model, model.programs.recipe.augment(train=False)
+    one = [jax.tree.map(lambda x, i=i: x[i], model.state.evaluated) for i in range(model.config.num_seeds)]
+    seen = attribution.look(classifier, {"params": one[0][0]}, (8, 8, 1))
+    pure = attribution.make_gradcam(classifier, augment, attribution.choose_layer(seen))
+    each = [pure(*own, some[:2], labels[:2].astype(np.int32)) for own in one]
+    np.testing.assert_allclose(together[:2], np.mean(each, 0), atol=1e-5)
 
 
 @pytest.mark.parametrize(("flags", "message"), [
