@@ -176,32 +176,43 @@ def rollout(maps: Sequence[jax.Array]) -> jax.Array:
 
 
 def occlusion(
-    predict: Callable[[np.ndarray], np.ndarray], image: np.ndarray, label: int, window: int = 0, size: int = 128
-) -> np.ndarray:
-    """Occlusion (Zeiler and Fergus 2014, arXiv:1311.2901): by how much the probability falls, f64[h, w].
+    predict: Callable[[np.ndarray], np.ndarray], images: np.ndarray, labels: np.ndarray, window: int = 0,
+    size: int = 128,
+) -> np.ndarray:  # fmt: skip
+    """Occlusion (Zeiler and Fergus 2014, arXiv:1311.2901): by how much the probability of a label falls, f64[n, h, w].
 
-    `predict` gives the probabilities f32[b, classes] of images uint8[b, h, w, c]; it is called with up to `size` images
-    at a time. A square of `window` pixels (default: a seventh of the image's shorter side) in the image's mean colour
-    covers one part after the other, half a window further each time. A pixel's value is the mean fall over the squares
-    that cover it, below 0 where the probability rises.
+    `images` are uint8[n, h, w, c], `labels` int[n]. `predict` gives the probabilities f32[b, classes] of images
+    uint8[b, h, w, c]; it is called with up to `size` images at a time, which may be parts of several. A square of
+    `window` pixels (default: a seventh of the image's shorter side) in the image's mean colour covers one part after
+    the other, half a window further each time. A pixel's value is the mean fall over the squares that cover it, below 0
+    where the probability rises.
     """
-    window = window or max(2, round(min(image.shape[:2]) / 7))
-    if not 1 <= window <= min(image.shape[:2]):
-        raise UserError(f"--window={window}: the image is {image.shape[0]} by {image.shape[1]} pixels for the network; "
-                        f"give 1 to {min(image.shape[:2])}")  # fmt: skip
-    h, w = image.shape[:2]
-    whole = float(predict(image[None])[0, label])
-    colour = np.round(image.mean((0, 1))).astype(np.uint8)
-    fall, covered = np.zeros((h, w)), np.zeros((h, w))
-    for corners in itertools.batched(itertools.product(_starts(h, window), _starts(w, window)), size):
-        images = np.repeat(image[None], len(corners), 0)
-        for one, (i, j) in zip(images, corners, strict=True):
-            one[i : i + window, j : j + window] = colour
-        probabilities = predict(images)[:, label]
-        for value, (i, j) in zip(probabilities, corners, strict=True):
-            fall[i : i + window, j : j + window] += whole - float(value)
-            covered[i : i + window, j : j + window] += 1
-    return fall / covered
+    n, h, w = images.shape[:3]
+    window = window or max(2, round(min(h, w) / 7))
+    if not 1 <= window <= min(h, w):
+        raise UserError(f"--window={window}: the image is {h} by {w} pixels for the network; give 1 to {min(h, w)}")
+    corners = list(itertools.product(_starts(h, window), _starts(w, window)))
+
+    def seen() -> Iterator[tuple[np.ndarray, int]]:
+        """Each image as it is, then with each part covered, and its label."""
+        for image, label in zip(images, labels.tolist(), strict=True):
+            yield image, label
+            colour = np.round(image.mean((0, 1))).astype(np.uint8)
+            for i, j in corners:
+                covered = image.copy()
+                covered[i : i + window, j : j + window] = colour
+                yield covered, label
+
+    found: list[float] = []
+    for some in itertools.batched(seen(), size):
+        probabilities = predict(np.stack([image for image, _ in some]))
+        found += probabilities[np.arange(len(some)), [label for _, label in some]].tolist()
+    of_each = np.array(found).reshape(n, 1 + len(corners))
+    fall, count = np.zeros((n, h, w)), np.zeros((h, w))
+    for value, (i, j) in zip((of_each[:, :1] - of_each[:, 1:]).T, corners, strict=True):
+        fall[:, i : i + window, j : j + window] += value[:, None, None]
+        count[i : i + window, j : j + window] += 1
+    return fall / count
 
 
 def _starts(length: int, window: int) -> list[int]:

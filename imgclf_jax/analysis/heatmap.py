@@ -16,6 +16,11 @@ COLOURS = np.array([
 
 _SIDE = 256  # an image's shorter side in the picture, at least
 _MARGIN, _BAR, _TEXT = 12, 16, 15
+_PLACES = (
+    ("upper left", "top", "upper right"),
+    ("left side", "middle", "right side"),
+    ("lower left", "bottom", "lower right"),
+)
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
 
 
@@ -36,14 +41,26 @@ def scaled(values: np.ndarray, signed: bool) -> np.ndarray:
 
 
 def over(image: np.ndarray, heat: np.ndarray, share: float = 0.55) -> np.ndarray:
-    """The colours of a heat map [h', w'] in [0, 1], laid over uint8[h, w, 3] in grey: uint8[h, w, 3].
+    """The colours of a heat map [h', w'] in [0, 1], laid over uint8[h, w, 1 to 4] in grey: uint8[h, w, 3].
 
     The map is enlarged bilinearly; it has `share` of each pixel.
     """
     h, w = image.shape[:2]
     large = Image.fromarray(heat.astype(np.float32)).resize((w, h), Image.Resampling.BILINEAR)
-    grey = np.asarray(Image.fromarray(image).convert("L"), np.float64)[..., None]
+    grey = np.asarray(Image.fromarray(_rgb(image)).convert("L"), np.float64)[..., None]
     return np.rint((1 - share) * grey + share * colours(np.asarray(large))).astype(np.uint8)
+
+
+def place(values: np.ndarray, signed: bool) -> str:
+    """Where the map is greatest, in words such as "the upper left": which third of its height and of its width.
+
+    Empty if nothing stands out: see `scaled`. Of several equal places it is their mean.
+    """
+    if not scaled(values, signed).any():
+        return ""
+    middle = (np.argwhere(values == values.max()).mean(0) + 0.5) / values.shape
+    row, column = (min(int(3 * at), 2) for at in middle)
+    return f"the {_PLACES[row][column]}"
 
 
 def draw(image: np.ndarray, values: np.ndarray, signed: bool, title: Sequence[str]) -> Image.Image:

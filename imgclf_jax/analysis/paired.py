@@ -6,8 +6,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy import special
 
-_AT_ONCE = 1 << 22  # counts of drawn examples that are held at once
-
 Method = Literal["mid-p", "exact", "chi-square"]
 
 
@@ -72,50 +70,46 @@ class Difference(NamedTuple):
     high: float
 
 
-def difference(
-    first: np.ndarray, second: np.ndarray, samples: int = 10_000, seed: int = 0, level: float = 0.95
-) -> Difference:
-    """The mean accuracy of the first model's seeds less that of the second's, with an interval by the bootstrap.
+def difference(first: np.ndarray, second: np.ndarray, level: float = 0.95) -> Difference:
+    """The mean accuracy of the first model's seeds less that of the second's, with an interval for other draws.
 
-    first bool[s, n], second bool[t, n]: which of the same n examples each seed has right. Examples are drawn with
-    replacement, the same for both models. Seeds are drawn too, for each model by itself. Seeds differ by chance on so
-    many examples as well, which the draw of examples holds already: so their deviations are first reduced to what is
-    beyond (components of variance of a crossed design), and widened by sqrt(s / (s - 1)), since the mean of few seeds
-    hides a part of them. A model of one seed has no such part: its interval says nothing of other seeds.
+    first bool[s, n], second bool[t, n]: which of the same n examples each seed has right. The interval is for other
+    examples and other seeds of training, those of each model by itself. Its variance has a part of each:
+
+    - of a model's seeds, the variance between their accuracies divided by their number, as Welch (1947) has it. That
+      variance also holds how far seeds differ since each is right on other examples, s or t times.
+    - of the examples, the variance of their mean gain, divided by n, less what the first part holds of it (components
+      of variance of a crossed design); 0 if that is below 0.
+
+    With few seeds the first part is itself uncertain: the interval is Student's, with the degrees of freedom of
+    Satterthwaite (1946), s - 1 and t - 1 for the seeds and n - 1 for the examples. So it is wide where two seeds alone
+    say how much seeds differ. A model of one seed has no part of the first kind: its interval says nothing of other
+    seeds. Of one example there is no interval, -1 to 1.
     """
-    generator = np.random.default_rng(seed)
-    n, split = first.shape[1], len(first)
-    # Examples on which all seeds behave alike are drawn together, which changes no probability.
-    kinds, counts = np.unique(np.concatenate([first, second]), axis=1, return_counts=True)
-    gain = kinds[:split].mean(0) - kinds[split:].mean(0)  # [kinds]
-    parts = [min(_AT_ONCE // len(gain) + 1, samples - first) for first in range(0, samples, _AT_ONCE // len(gain) + 1)]
-    drawn = np.concatenate([generator.multinomial(n, counts / n, some) @ gain / n for some in parts])  # [samples]
-    drawn += _seed_part(first, samples, generator) - _seed_part(second, samples, generator)
-    low, high = np.percentile(drawn, [50 * (1 - level), 50 * (1 + level)])
-    return Difference(float(first.mean() - second.mean()), float(low), float(high))
+    n = first.shape[1]
+    value = float(first.mean() - second.mean())
+    if n == 1:
+        return Difference(value, -1.0, 1.0)
+    parts, shared = [], 0.0
+    for right in (first, second):
+        if (seeds := len(right)) > 1:
+            parts.append((float(right.mean(1).var(ddof=1)) / seeds, seeds - 1))
+            shared += _noise(right) / seeds
+    of_examples = float((first.mean(0) - second.mean(0)).var(ddof=1)) / n
+    parts.append((max(0.0, of_examples - shared), n - 1))
+    total = sum(variance for variance, _ in parts)
+    if total == 0:
+        return Difference(value, value, value)
+    freedom = total**2 / sum(variance**2 / own for variance, own in parts)
+    half = float(special.stdtrit(freedom, (1 + level) / 2)) * total**0.5
+    return Difference(value, max(-1.0, value - half), min(1.0, value + half))
 
 
-def _seed_part(right: np.ndarray, samples: int, generator: np.random.Generator) -> np.ndarray:
-    """f64[samples]: how far the mean accuracy of drawn seeds lies from that of all, without the examples' chance."""
-    seeds = len(right)
-    if seeds == 1:
-        return np.zeros(samples)
-    deviations = right.mean(1) - right.mean()
-    own = seed_share(right) * seeds / (seeds - 1)
-    drawn = generator.multinomial(seeds, np.full(seeds, 1 / seeds), samples) @ deviations / seeds
-    return np.sqrt(own) * drawn
+def _noise(right: np.ndarray) -> float:
+    """The variance of a seed's accuracy that is explained by the draw of examples on which seeds differ.
 
-
-def seed_share(right: np.ndarray) -> float:
-    """Which share of the variance between the seeds' accuracies is not explained by the draw of examples, 0 to 1.
-
-    right bool[s, n], s > 1. The mean squares of a crossed design without repetitions: of the seeds, and of what is left
-    when seeds and examples are taken out.
+    right bool[s, n], s and n > 1: the mean square of what is left when seeds and examples are taken out, over n.
     """
     seeds, n = right.shape
-    between = right.mean(1).var(ddof=1)
-    if between == 0:
-        return 0.0
     left = right - right.mean(0) - right.mean(1, keepdims=True) + right.mean()
-    noise = (left**2).sum() / ((seeds - 1) * max(n - 1, 1)) / n
-    return float(max(0.0, 1 - noise / between))
+    return float((left**2).sum()) / ((seeds - 1) * (n - 1)) / n

@@ -3,34 +3,36 @@
 The definitions and constants are those of the authors' public programs that made ImageNet-C and CIFAR-10-C. Images
 whose shorter side is below 85 get the constants of CIFAR-10-C, published for 32 pixels; others get those of ImageNet-C,
 published for 224. 85 is the geometric mean of both. Lengths are in pixels, as published, but for `elastic_transform`,
-whose lengths are shares of the side. `frost` is left out: it lays photographs over the image, which are not ours to
-give.
+whose lengths are shares of the side. `frost` lays photographs over the image, which are not ours to give: whoever has
+them reads them by `frost.read`.
 
 A corruption takes uint8[b, h, w, c] and gives the same, c being 1 or 3. What it draws for an example follows from a
 seed, the corruption, the severity and the example's place in its set alone. Grey images are treated as RGB images of
 equal channels, but noise is drawn once.
 
 Where the published programs call libraries, these are held to: OpenCV's borders, SciPy's interpolation, scikit-image's
-noise and Gaussian filter, ImageMagick's motion blur, Pillow's resizing and JPEG. Known differences: OpenCV rounds the
-places of the affine map in `elastic_transform` to 1/32 pixel, which is not done here. `glass_blur` was meant to swap
-pixels. The published program copies them, since in NumPy both sides of its swap are views; that is done here.
+noise and Gaussian filter, ImageMagick's motion blur, Pillow's resizing and JPEG. Known differences: OpenCV 4 rounds the
+places of the affine map in `elastic_transform` to 1/32 pixel, which neither OpenCV 5 nor this does. Recent builds of
+ImageMagick without HDRI cut the levels of `motion_blur` and `snow` off; those of the time rounded them, as is done
+here. `glass_blur` was meant to swap pixels. The published program copies them, since in NumPy both sides of its swap
+are views; that is done here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from imgclf_jax.augment import corruption_ops as ops
-from imgclf_jax.augment import fields
+from imgclf_jax.augment import fields, frost
 from imgclf_jax.augment.fields import Tables
 from imgclf_jax.augment.jpeg import jpeg
 from imgclf_jax.core import rng
 from imgclf_jax.core.errors import UserError, unknown
 
 SEVERITIES = (1, 2, 3, 4, 5)
-LEFT_OUT = ("frost",)
 _BORDER = 85  # of the shorter side, in pixels: constants of CIFAR-10-C below, of ImageNet-C from here on
 
 
@@ -48,10 +50,13 @@ class Corruption(NamedTuple):
     draw: Callable[[jax.Array, jax.Array, Tables], Any] = lambda key, image, tables: ()
 
 
-def tables_of(name: str, severity: int, shape: tuple[int, ...]) -> Tables:
+def tables_of(
+    name: str, severity: int, shape: tuple[int, ...], photographs: Sequence[np.ndarray] = ()
+) -> Tables:  # fmt: skip
     """The tables of a corruption at a severity, for images of the shape (h, w, c): NumPy arrays.
 
-    Raises UserError for an unknown name or severity, and for images that are neither grey nor RGB.
+    `photographs` are those of `frost.read`, for `frost` alone. Raises UserError for an unknown name or severity, for
+    images that are neither grey nor RGB, and for `frost` without photographs.
     """
     if name not in CORRUPTIONS:
         raise UserError(unknown("corruption", name, CORRUPTIONS))
@@ -61,8 +66,15 @@ def tables_of(name: str, severity: int, shape: tuple[int, ...]) -> Tables:
     if c not in (1, 3):
         raise UserError(f"corruptions are defined for grey and RGB images, these have {c} channels")
     corruption = CORRUPTIONS[name]
-    constants = corruption.constants[min(h, w) < _BORDER]
-    return corruption.tables(constants[severity - 1], h, w, constants)
+    small = min(h, w) < _BORDER
+    constants = corruption.constants[small]
+    tables = corruption.tables(constants[severity - 1], h, w, constants)
+    if name == "frost":
+        if not photographs:
+            raise UserError(f"frost lays photographs over the image: give those of `frost.read`; they are in "
+                            f"{frost.SOURCE}")  # fmt: skip
+        tables |= frost.fitted(photographs, (h, w, c), small)
+    return tables
 
 
 def key_of(name: str, severity: int, seed: int) -> jax.Array:
@@ -78,12 +90,15 @@ def with_tables(name: str, images: jax.Array, tables: Tables, key: jax.Array, pl
     return corruption.apply(images, tables, draws)
 
 
-def corrupt(name: str, images: jax.Array, severity: int, places: jax.Array, seed: int = 0) -> jax.Array:
+def corrupt(
+    name: str, images: jax.Array, severity: int, places: jax.Array, seed: int = 0,
+    photographs: Sequence[np.ndarray] = (),
+) -> jax.Array:  # fmt: skip
     """The corruption `name` of images uint8[b, h, w, c] at a severity of 1 to 5, which are at `places` i32[b] of a set.
 
-    Raises UserError as `tables_of` does.
+    `photographs` are for `frost`. Raises UserError as `tables_of` does.
     """
-    tables = jax.tree.map(jnp.asarray, tables_of(name, severity, images.shape[1:]))
+    tables = jax.tree.map(jnp.asarray, tables_of(name, severity, images.shape[1:], photographs))
     return with_tables(name, images, tables, key_of(name, severity, seed), places)
 
 
@@ -127,6 +142,11 @@ CORRUPTIONS: dict[str, Corruption] = {
          ((0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9), (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
           (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85), (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8))),
         ops.snow_tables, ops.snow, ops.snow_draw,
+    ),
+    "frost": Corruption(  # shares of the image and of the photograph; `tables_of` adds these
+        (((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)),
+         ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45))),
+        frost.shares, frost.frost, frost.draw,
     ),
     "fog": Corruption(  # amount, decay
         (((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)), ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75))),

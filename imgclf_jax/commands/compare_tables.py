@@ -90,10 +90,10 @@ def notes(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> list[st
         sizes = ", ".join(f"{n} of {name}" for name, n in dict.fromkeys((c.set, c.examples) for c in comparisons))
         notes.append(
             f"The difference is that of the mean accuracy to the best, {groups[0].label}, on the same examples "
-            f"({sizes}). Its interval is by the bootstrap over examples and, where there are several, seeds. McNemar's "
-            "test compares runs of the same seed; of several the least and the greatest p are shown. By Holm, p is "
-            f"adjusted for the {number} tests that are made. That the best was chosen by these very examples is not "
-            "accounted for."
+            f"({sizes}). Its interval is Student's, for other examples and, where there are several, other seeds. "
+            "McNemar's test compares runs of the same seed; of several the least and the greatest p are shown. By "
+            f"Holm, p is adjusted for the {number} tests that are made. That the best was chosen by these very "
+            "examples is not accounted for."
         )
     elif len([one for one in groups if one.done]) > 1:
         notes.append("There are no paired tests: what the runs predict of each example is not known; add --test.")

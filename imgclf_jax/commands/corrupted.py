@@ -1,7 +1,7 @@
 """`evaluate --corruptions`: the accuracy of a trained model on corrupted images, by corruption and severity."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from imgclf_jax import metrics
 from imgclf_jax.augment import corruptions
 from imgclf_jax.commands import evaluation
+from imgclf_jax.commands.chosen_corruptions import WITHOUT_FROST, parse
 from imgclf_jax.core import processes, sharding
-from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.data import sources, stream
 from imgclf_jax.loading import convert, restore
 from imgclf_jax.programs import Programs
@@ -26,15 +26,18 @@ Key = tuple[str, int]  # a corruption and its severity
 _SEED = 0  # so that the corrupted images of a set are the same for every run
 
 
-def report(config: ConfigDict, workdir: Workdir | None, checkpoint: str, corrupted: str, format: str) -> int:
+def report(
+    config: ConfigDict, workdir: Workdir | None, checkpoint: str, corrupted: str, folder: str, format: str
+) -> int:  # fmt: skip
     """Prints a table for each evaluation set: a row a corruption, its accuracy at each severity, and the means.
 
-    `corrupted` is "all" or names between commas. Of several seeds it is their ensemble's accuracy. The format "json"
-    prints one object: the `step`, and for each set `examples`, `clean`, `corruptions` with `severities` and `mean` of
-    each, and `mean_corruption_accuracy`; at last what is `left_out` of the fifteen. Raises UserError for an unknown
-    name and for images that are neither grey nor RGB.
+    `corrupted` is "all" or names between commas, `folder` that of the photographs for `frost`, or "". Of several seeds
+    it is their ensemble's accuracy. The format "json" prints one object: the `step`, and for each set `examples`,
+    `clean`, `corruptions` with `severities` and `mean` of each, and `mean_corruption_accuracy`; at last what is
+    `left_out` of the fifteen. Raises UserError for an unknown name, for images that are neither grey nor RGB, and for
+    photographs that are missing.
     """
-    names = parse(corrupted)
+    names, photographs = parse(corrupted, folder)
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = sources.open_data(config)
     programs, state, step = restored or convert(config, base)
@@ -42,10 +45,11 @@ def report(config: ConfigDict, workdir: Workdir | None, checkpoint: str, corrupt
         evaluation.warn_of_changed_data(programs, workdir.load_config(), base)
     results: dict[str, Any] = {"step": step}
     for name, images in evaluation.open_evals(programs, base).items():
-        results[name] = _summary(accuracies(programs, state, images, names, f"corrupting {name}"), names, len(images))
+        found = accuracies(programs, state, images, names, f"corrupting {name}", photographs)
+        results[name] = _summary(found, names, len(images))
     if processes.index():
         return 0
-    left_out = list(corruptions.LEFT_OUT) if corrupted == "all" else []
+    left_out = ["frost"] if corrupted == "all" and not folder else []
     if format == "json":
         print(json.dumps(results | {"left_out": left_out}, indent=2))
         return 0
@@ -53,41 +57,25 @@ def report(config: ConfigDict, workdir: Workdir | None, checkpoint: str, corrupt
     for name, found in results.items():
         _print(name, found, programs.recipe.num_seeds)
     if left_out:
-        print("frost, the fifteenth, is left out: it lays photographs over the image, which cannot be given here.")
+        print(WITHOUT_FROST)
     return 0
 
 
-def parse(text: str) -> list[str]:
-    """The corruptions that "all", or names between commas, stand for. Raises UserError for another name."""
-    if text == "all":
-        return list(corruptions.CORRUPTIONS)
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names:
-        raise UserError("--corruptions wants all, or names between commas, such as fog,contrast")
-    for name in names:
-        if name in corruptions.LEFT_OUT:
-            raise UserError(f"--corruptions: {name} lays photographs over the image, which cannot be given here; leave "
-                            f"it out, allowed: all, {', '.join(corruptions.CORRUPTIONS)}")  # fmt: skip
-        if name not in corruptions.CORRUPTIONS:
-            raise UserError(f"--corruptions: {unknown('corruption', name, ['all', *corruptions.CORRUPTIONS])}")
-    return names
-
-
 def accuracies(
-    programs: Programs, state: Any, images: stream.Images, names: list[str], what: str = "corrupting"
-) -> dict[Key, float]:
+    programs: Programs, state: Any, images: stream.Images, names: list[str], what: str = "corrupting",
+    photographs: Sequence[np.ndarray] = (),
+) -> dict[Key, float]:  # fmt: skip
     """The accuracy over all of `images`, by (corruption, severity), and that of `CLEAN` images.
 
     Images are read once. Each corruption is compiled once for all severities, apart from the model. `what` stands
-    beside the progress on a terminal.
+    beside the progress on a terminal. `photographs` are for `frost`.
     """
     mesh, size = programs.mesh, programs.steps_per_call
     kinds = [(name, severity) for name in names for severity in corruptions.SEVERITIES]
     tables = {
-        kind: sharding.put_whole(
-            (corruptions.tables_of(*kind, images.shape), np.asarray(jax.random.key_data(_key(kind)))), mesh
-        )
+        kind: sharding.put_whole((of, np.asarray(jax.random.key_data(_key(kind)))), mesh)
         for kind in kinds
+        for of in [corruptions.tables_of(*kind, images.shape, photographs)]
     }
     change = {name: _corrupting(programs, name) for name in names}
     together = jax.jit(lambda *batches: jnp.stack(batches), out_shardings=sharding.sharded(mesh, axis=1))

@@ -32,6 +32,7 @@ def main(
     top_k: int = 3,
     checkpoints: str = "",
     corruptions: str = "",
+    frost: str = "",
 ) -> int:
     """The command `evaluate`: prints the metrics of each evaluation set, its scores, and a table of its classes.
 
@@ -41,12 +42,15 @@ def main(
     no `scores` and no `confusion`, but `class_examples`, `class_predicted` and `class_correct`. If the file
     `predictions` is named, the `top_k` classes of each example are written to it. Scores and predictions of several
     seeds are those of their ensemble. With `checkpoints`, "all" or steps such as "100,200", it prints the metrics at
-    each of them instead; with `corruptions`, "all" or names, the accuracy on corrupted images: see `corrupted`.
+    each of them instead; with `corruptions`, "all" or names, the accuracy on corrupted images: see `corrupted`. `frost`
+    is the folder of photographs for one of these.
     """
     if corruptions:
         if checkpoints or predictions:
             raise UserError("--corruptions prints accuracies alone: drop --checkpoints and --predictions")
-        return corrupted.report(config, workdir, checkpoint, corruptions, format)
+        return corrupted.report(config, workdir, checkpoint, corruptions, frost, format)
+    if frost:
+        raise UserError("--frost is for --corruptions: add --corruptions=all or --corruptions=frost, or drop --frost")
     if checkpoints:
         if not workdir or checkpoint or predictions:
             raise UserError("--checkpoints is for several checkpoints of a run: drop --checkpoint, --predictions and "

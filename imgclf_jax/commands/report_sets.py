@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from imgclf_jax.analysis import by_class
-from imgclf_jax.commands.report_findings import Augmented, Evaluated, Mistake
+from imgclf_jax.analysis import by_class, heatmap
+from imgclf_jax.commands.report_augmentation import Augmented
+from imgclf_jax.commands.report_findings import Evaluated
+from imgclf_jax.commands.report_mistakes import Mistake
 from imgclf_jax.pages import html, pictures
 from imgclf_jax.pages.html import paragraph, region, table, text
 from imgclf_jax.pages.reliability import diagram
@@ -28,7 +30,7 @@ def of_set(one: Evaluated, names: Sequence[str], num_seeds: int) -> str:
                                "the probabilities of so many may not fit into memory.", note=True))  # fmt: skip
     tables = _classes(one, names), _confusion(one, names)
     parts += [_side(_scores(one), _calibration(one)), *([_side(*tables)] if len(names) <= _NARROW else tables)]
-    return "".join((*parts, _mistakes(one, names)))
+    return "".join((*parts, _mistakes(one, names, num_seeds)))
 
 
 def _metrics(name: str, metrics: Mapping[str, float], num_seeds: int) -> str:
@@ -121,24 +123,47 @@ def _matrix(caption: str, confusion: np.ndarray, names: Sequence[str]) -> str:
     return paragraph("A row is a class, a column what its examples are taken for.", note=True) + region(caption, shown)
 
 
-def _mistakes(one: Evaluated, names: Sequence[str]) -> str:
+def _mistakes(one: Evaluated, names: Sequence[str], num_seeds: int) -> str:
     if not one.scores:
         return ""
     if not one.mistakes:
         return "<h3>Mistakes</h3>" + paragraph("There are none.")
     count = f"The {len(one.mistakes)} most confident of {one.wrong}" if one.wrong > len(one.mistakes) else (
         f"All {one.wrong}, the most confident first" if one.wrong > 1 else "The only one")  # fmt: skip
-    said = f"{count}, as the model is given them. In brackets is the probability of a class."
-    items = "".join(f"<li>{_mistake(mistake, names)}</li>" for mistake in one.mistakes)
-    return f'<h3>The most confident mistakes</h3>{paragraph(said, note=True)}<ul class="pictures">{items}</ul>'
+    said = f"{count}, as the model is given them. In brackets is the probability of a class. "
+    said += f"On the right is the same picture in grey, and over it {_METHODS[one.method]}. "
+    if num_seeds > 1:
+        of = "the ensemble's probability" if one.method == "occlusion" else f"the mean of the maps of {num_seeds} seeds"
+        said += f"It is {of}. "
+    said += "Each picture has a scale of its own:"
+    scale = '<p class="note scale">least <span aria-hidden="true"></span> most</p>'
+    items = "".join(f"<li>{_mistake(mistake, names, one.method)}</li>" for mistake in one.mistakes)
+    return ("<h3>The most confident mistakes</h3>" + paragraph(said, note=True) + scale
+            + f'<ul class="pictures pairs">{items}</ul>')  # fmt: skip
 
 
-def _mistake(mistake: Mistake, names: Sequence[str]) -> str:
+_METHODS = {
+    "gradcam": "what speaks for the class that it is taken for (Grad-CAM)",
+    "rollout": "what the network looks at, which is the same for every class (attention rollout)",
+    "occlusion": "how far the probability of the class that it is taken for falls when a square covers the place "
+                 "(occlusion)",
+}  # fmt: skip
+_SHORT = {"gradcam": "Grad-CAM", "rollout": "attention rollout", "occlusion": "occlusion"}
+_COLORS = 64  # of a heat map's picture
+
+
+def _mistake(mistake: Mistake, names: Sequence[str], method: str) -> str:
     label, predicted = names[mistake.label], names[mistake.predicted]
     picture = pictures.tag(mistake.image, f"{mistake.example}: of class {label}, taken for {predicted}")
-    return (f"<figure>{picture}<figcaption><strong>{text(label)}</strong> ({mistake.of_label:.3f}), taken for "
+    signed = method == "occlusion"
+    laid = heatmap.over(pictures.levels(mistake.image), heatmap.scaled(mistake.heat, signed))
+    place = heatmap.place(mistake.heat, signed)
+    how = _SHORT[method] + ("" if method == "rollout" else f" for {predicted}")
+    alt = f"{mistake.example}, {how}: " + (f"most at {place}" if place else "nothing stands out")
+    return (f'<figure><div class="pair">{picture}{pictures.tag(laid, alt, _COLORS)}</div>'
+            f"<figcaption><strong>{text(label)}</strong> ({mistake.of_label:.3f}), taken for "
             f"<strong>{text(predicted)}</strong> ({mistake.probability:.3f})<br>{text(mistake.example)}"
-            "</figcaption></figure>")  # fmt: skip
+            f"<br>Right: {text(how)}{'' if place else ', where nothing stands out'}</figcaption></figure>")  # fmt: skip
 
 
 def of_augmentation(found: Augmented, ops: str, mix: str) -> str:

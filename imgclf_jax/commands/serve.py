@@ -9,11 +9,12 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import loading
 from imgclf_jax.analysis import heatmap
-from imgclf_jax.commands.explain import TITLES, build
+from imgclf_jax.commands.explanations import TITLES, build
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.text import printable
 from imgclf_jax.run.workdir import Workdir
@@ -72,7 +73,8 @@ def explainer(model: Trained) -> Callable[[bytes], bytes]:
         [probabilities] = model.predict(content)
         label = int(probabilities.argmax())
         title = [f"{model.class_names[label]}, probability {probabilities[label]:.4f}", TITLES[method]]
-        picture = heatmap.draw(pixels, explain(pixels, label), method == "occlusion", list(map(printable, title)))
+        [values] = explain(pixels[None], np.array([label]))
+        picture = heatmap.draw(pixels, values, method == "occlusion", list(map(printable, title)))
         out = io.BytesIO()
         picture.save(out, "PNG")
         return out.getvalue()

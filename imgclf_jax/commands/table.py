@@ -52,7 +52,8 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "evaluate": Command(
         "the metrics and scores of a trained run on each of its evaluation sets", "run or weights",
-        ("workdir", "checkpoint", "checkpoints", "corruptions", "format", "predictions", "top_k", "trust", *PROCESSES),
+        ("workdir", "checkpoint", "checkpoints", "corruptions", "frost", "format", "predictions", "top_k", "trust",
+         *PROCESSES),
         more="Any split, folder or .npz file can be an evaluation set: --config.data.eval.NAME=SPLIT, or "
              "--config.data.eval.NAME=SOURCE/SPLIT.",
         examples=("--workdir runs/a", "--workdir runs/a --predictions all.csv", "--workdir runs/a --checkpoints=all",

@@ -223,8 +223,8 @@ def test_rollout_of_a_vit_begins_at_the_class_token(shallow, monkeypatch):
 
 @pytest.mark.parametrize(("shape", "window"), [((6, 9, 3), 0), ((7, 7, 1), 3), ((5, 5, 1), 1), ((4, 6, 2), 4)])
 def test_occlusion_is_a_loop_over_squares(shape, window):
-    """For each pixel the mean fall over all squares that hold it."""
-    image = images(1, shape)[0]
+    """For each pixel the mean fall over all squares that hold it, of two images at once for two labels."""
+    pair = images(2, shape)
     weights = np.random.default_rng(1).normal(size=(np.prod(shape), 3))
 
     def predict(batch):
@@ -232,22 +232,23 @@ def test_occlusion_is_a_loop_over_squares(shape, window):
         scores = np.exp(batch.reshape(len(batch), -1) / 255 @ weights)
         return scores / scores.sum(-1, keepdims=True)
 
-    found = attribution.occlusion(predict, image, 2, window, size=5)
+    found = attribution.occlusion(predict, pair, np.array([2, 0]), window, size=5)
     side = window or 2  # more than a seventh of six pixels, which is one
-    falls = [[[] for _ in range(shape[1])] for _ in range(shape[0])]
     step = max(1, side // 2)
     tops, lefts = ([*range(0, n - side, step), n - side] for n in shape[:2])
-    for top in tops:
-        for left in lefts:
-            covered = image.copy()
-            covered[top : top + side, left : left + side] = np.round(image.mean((0, 1)))
-            fall = predict(image[None])[0, 2] - predict(covered[None])[0, 2]
-            for i in range(top, top + side):
-                for j in range(left, left + side):
-                    falls[i][j].append(fall)
-    np.testing.assert_allclose(found, [[np.mean(of) for of in row] for row in falls], rtol=1e-9, atol=1e-12)
+    for image, label, own in zip(pair, (2, 0), found, strict=True):
+        falls = [[[] for _ in range(shape[1])] for _ in range(shape[0])]
+        for top in tops:
+            for left in lefts:
+                covered = image.copy()
+                covered[top : top + side, left : left + side] = np.round(image.mean((0, 1)))
+                fall = predict(image[None])[0, label] - predict(covered[None])[0, label]
+                for i in range(top, top + side):
+                    for j in range(left, left + side):
+                        falls[i][j].append(fall)
+        np.testing.assert_allclose(own, [[np.mean(of) for of in row] for row in falls], rtol=1e-9, atol=1e-12)
 
 
 def test_a_square_larger_than_the_image():
     with pytest.raises(UserError, match="--window=9: the image is 8 by 8 pixels for the network; give 1 to 8"):
-        attribution.occlusion(lambda batch: np.ones((len(batch), 2)), images(1)[0], 0, 9)
+        attribution.occlusion(lambda batch: np.ones((len(batch), 2)), images(1), np.zeros(1, int), 9)

@@ -33,6 +33,26 @@ def test_scale():
         assert heatmap.scaled(values, signed).tolist() == [[0, 0], [0, 0]]
 
 
+@pytest.mark.parametrize(("at", "shape", "words"), [
+    ((0, 0), (3, 3), "the upper left"), ((0, 8), (9, 9), "the upper right"), ((1, 4), (9, 9), "the top"),
+    ((3, 0), (7, 7), "the left side"), ((6, 6), (14, 14), "the middle"), ((1, 6), (2, 8), "the lower right"),
+])  # fmt: skip
+def test_place_in_words(at, shape, words):
+    values = np.full(shape, -1.0)
+    values[at] = 2.0
+    assert heatmap.place(values, signed=False) == heatmap.place(values, signed=True) == words
+
+
+def test_place_of_equal_values():
+    """It is in their middle; nothing stands out where all are equal, or, of a signed map, where none is above 0."""
+    values = np.zeros((6, 6))
+    values[2:4] = 1
+    assert heatmap.place(values, signed=False) == "the middle"
+    assert heatmap.place(np.ones((6, 6)), signed=False) == ""
+    assert heatmap.place(-values, signed=True) == ""
+    assert heatmap.place(-values, signed=False) != ""
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_the_image_is_beside_the_map_over_it(channels):
     """Pixels of the enlarged image are its own; the hot corner of the map is yellow, the others are violet."""

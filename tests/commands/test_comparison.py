@@ -178,7 +178,9 @@ def test_table(tmp_path, compared, capsys):
     assert [row[:2] for row in rows] == [["sgd", "0, 1"], ["adam", "0, 1"], ["rmsprop", "0, 1"], ["adam", "test"],
                                          [str(tmp_path / "going"), "5 of 10"]]  # fmt: skip
     assert re.fullmatch(r"0\.\d{4} ± 0\.\d{4}", rows[0][2])
-    assert re.fullmatch(r"-0\.\d{4} to -0\.\d{4}", rows[3][3])
+    first, second = (np.stack([compared[name, seed] for seed in (0, 1)]) for name in ("adam", "sgd"))
+    value, low, high = paired.difference(first, second)
+    assert rows[3][2:4] == [f"{value:+.4f}", f"{low:+.4f} to {high:+.4f}"]
     assert "top5" not in out
 
 

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import launch
-from imgclf_jax.augment import corruptions
+from imgclf_jax.augment import corruptions, frost
 from imgclf_jax.commands import corrupted
 from imgclf_jax.commands.evaluation import open_evals
 from imgclf_jax.core import sharding
@@ -46,9 +47,8 @@ def printed(run) -> dict:
     return json.loads("\n".join(lines))
 
 
-@pytest.mark.thorough
-def test_accuracies(run, printed):
-    """Those of the library's predictions, the ensemble's, for images that were corrupted one set at a time."""
+def by_hand(run, names, photographs=()):
+    """(the accuracy on clean images, {name: accuracies}) of the library's predictions, one corrupted set at a time."""
     config = run.load_config()
     programs, state, step = restore(config, run, "")
     trained = Trained(programs, state, step)
@@ -56,15 +56,23 @@ def test_accuracies(run, printed):
     places = np.arange(len(images))
     batch = images.read(places, places)
     wanted = {}
-    for name in NAMES:
+    for name in names:
         run_op = jax.jit(corruptions.with_tables, static_argnums=0)
         for severity in corruptions.SEVERITIES:
-            tables, key = corruptions.tables_of(name, severity, images.shape), corruptions.key_of(name, severity, 0)
+            tables = corruptions.tables_of(name, severity, images.shape, photographs)
+            key = corruptions.key_of(name, severity, 0)
             changed = np.asarray(run_op(name, batch["image"], tables, key, jnp.asarray(places, jnp.int32)))
             wanted.setdefault(name, []).append(np.mean(trained.predict(changed).argmax(-1) == batch["label"]))
+    return np.mean(trained.predict(batch["image"]).argmax(-1) == batch["label"]), wanted
+
+
+@pytest.mark.thorough
+def test_accuracies(run, printed):
+    """Those of the library's predictions, the ensemble's, for images that were corrupted one set at a time."""
+    clean, wanted = by_hand(run, NAMES)
     found = printed["test"]
-    assert found["examples"] == len(images)
-    assert found["clean"] == pytest.approx(np.mean(trained.predict(batch["image"]).argmax(-1) == batch["label"]))
+    assert found["examples"] == 180
+    assert found["clean"] == pytest.approx(clean)
     assert found["clean"] > 0.5
     for name in NAMES:
         assert found["corruptions"][name]["severities"] == pytest.approx(wanted[name])
@@ -72,6 +80,23 @@ def test_accuracies(run, printed):
     assert found["mean_corruption_accuracy"] == pytest.approx(np.mean(list(wanted.values())))
     assert wanted["contrast"][4] < wanted["contrast"][0]
     assert printed["left_out"] == []
+
+
+@pytest.mark.thorough
+def test_frost(run, tmp_path, capsys):
+    """With the folder of its photographs, which the digits can hardly be seen through."""
+    random = np.random.default_rng(0)
+    for name in frost.FILES:
+        Image.fromarray(random.integers(256, size=(60, 70, 3), dtype=np.uint8)).save(tmp_path / name)
+    names, photographs = corrupted.parse("all", str(tmp_path))
+    assert names == list(corruptions.CORRUPTIONS)
+    words = ["--corruptions=frost", f"--frost={tmp_path}", "--format=json"]
+    assert launch.main(["evaluate", f"--workdir={run.path}", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    wanted = by_hand(run, ["frost"], photographs)[1]["frost"]
+    assert found["test"]["corruptions"]["frost"]["severities"] == pytest.approx(wanted)
+    assert found["test"]["clean"] > wanted[4]
+    assert found["left_out"] == []
 
 
 @pytest.mark.thorough
@@ -108,7 +133,10 @@ def test_table(run, printed, capsys):
     ("words", "message"),
     [
         (["--corruptions=fogg"], "--corruptions: unknown corruption 'fogg': did you mean 'fog'"),
-        (["--corruptions=fog,frost"], "--corruptions: frost lays photographs over the image"),
+        (["--corruptions=fog,frost"], "give their folder, --frost=DIR, or leave it out. They are in the folder"),
+        (["--corruptions=fog", "--frost=."], "--frost gives photographs that --corruptions does not ask for"),
+        (["--corruptions=all", "--frost=nowhere"], "--frost=nowhere: frost1.png, frost2.png, frost3.png, frost4.jpg"),
+        (["--frost=."], "--frost is for --corruptions: add --corruptions=all"),
         (["--corruptions=,"], "--corruptions wants all, or names between commas"),
         (["--corruptions=all", "--checkpoints=all"], "drop --checkpoints and --predictions"),
         (["--corruptions=all", "--predictions=a.csv"], "drop --checkpoints and --predictions"),
@@ -120,7 +148,7 @@ def test_mistakes(run, capsys, words, message):
 
 
 def test_all_are_all():
-    assert corrupted.parse("all") == list(corruptions.CORRUPTIONS)
-    assert corrupted.parse("fog, snow,fog") == ["fog", "snow"]
+    assert corrupted.parse("all", "") == ([name for name in corruptions.CORRUPTIONS if name != "frost"], ())
+    assert corrupted.parse("fog, snow,fog", "") == (["fog", "snow"], ())
     with pytest.raises(UserError, match="allowed: all, brightness"):
-        corrupted.parse("noise")
+        corrupted.parse("noise", "")

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 import imgclf_jax
 import launch
 from imgclf_jax.analysis import attribution, heatmap
-from imgclf_jax.commands import probe
+from imgclf_jax.commands import explanations, probe
 from imgclf_jax.data import sources
 
 FLAGS = ["--config.total=60 steps", "--config.model=cnn(widths=(4,), hidden=8)", "--config.schedule=constant(1e-2)",
@@ -208,10 +209,37 @@ def test_explain_another_class_and_by_occlusion(run, seeds, photos, capsys):
     assert [r["picture"] for r in records] == ["explained/a.4.occlusion.png", "explained/a.4-2.occlusion.png"]
     model = imgclf_jax.load(seeds)
     image = model.prepare("photos/x/a.png")
-    found = attribution.occlusion(model.predict, image, 4, 3)
+    [found] = attribution.occlusion(model.predict, image[None], np.array([4]), 3)
     assert records[0]["greatest"] == pytest.approx(found.max(), abs=1e-5)
     assert records[0]["probability"] == pytest.approx(model.predict(image)[0, 4], abs=1e-6)
     assert explained(["photos/x", f"--workdir={seeds}", "--output=all"], capsys)[1][0]["method"] == "gradcam"
+
+
+def nine():
+    """Images that are more than are explained at once, as the models take them, and a class for each."""
+    return sources.digits()["test"].read(np.arange(9))["image"], np.arange(9)
+
+
+def test_maps_of_many_images_are_those_of_each(run):
+    some, labels = nine()
+    _, explain = explanations.build(imgclf_jax.load(run))
+    together = explain(some, labels)
+    assert len(together) == 9
+    for i in (0, 7, 8):
+        np.testing.assert_allclose(together[i], explain(some[i : i + 1], labels[i : i + 1])[0], atol=1e-5)
+
+
+@pytest.mark.thorough
+def test_maps_of_several_seeds_are_the_mean_of_theirs(seeds):
+    model = imgclf_jax.load(seeds)
+    some, labels = nine()
+    together = explanations.build(model)[1](some, labels)
+    classifier, augment = model.programs.recipe.model, model.programs.recipe.augment(train=False)
+    one = [jax.tree.map(lambda x, i=i: x[i], model.state.evaluated) for i in range(model.config.num_seeds)]
+    seen = attribution.look(classifier, {"params": one[0][0]}, (8, 8, 1))
+    pure = attribution.make_gradcam(classifier, augment, attribution.choose_layer(seen))
+    each = [pure(*own, some[:2], labels[:2].astype(np.int32)) for own in one]
+    np.testing.assert_allclose(together[:2], np.mean(each, 0), atol=1e-5)
 
 
 @pytest.mark.parametrize(("flags", "message"), [

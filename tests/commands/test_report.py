@@ -16,7 +16,7 @@ import launch
 from imgclf_jax.analysis import by_class, scores
 from imgclf_jax.augment import ops
 from imgclf_jax.augment.shown import as_pixels
-from imgclf_jax.commands import report_findings
+from imgclf_jax.commands import report_augmentation, report_findings
 from imgclf_jax.core import rng
 from imgclf_jax.data import sources, stream
 from imgclf_jax.loading import load
@@ -142,7 +142,8 @@ def test_mistakes_are_the_most_confident_ones(page, predictions):
     for item, row in zip(shown, wrong, strict=False):
         place = next(k for k in (1, 2, 3) if row[f"class_{k}"] == row["label"])
         assert item == (f"{row['label']} ({float(row[f'probability_{place}']):.3f}), taken for {row['class_1']} "
-                        f"({float(row['probability_1']):.3f}){row['example']}")  # fmt: skip
+                        f"({float(row['probability_1']):.3f}){row['example']}"
+                        f"Right: occlusion for {row['class_1']}")  # fmt: skip
 
 
 def test_the_reliability_diagram_has_the_bins_of_a_loop(page, predictions):
@@ -214,7 +215,7 @@ def test_draws_are_those_of_training(trained, page):
     programs = load(trained).programs
     config = programs.recipe.config
     source = sources.take_split(sources.open_data(config), config.data.train)
-    found = report_findings.draw(programs, source)
+    found = report_augmentation.draw(programs, source)
     images = stream.Images(source, config.preprocess, config.seed)
     augment = jax.jit(ops.build(AUGMENT, train=True))
     for k, step in enumerate(found.steps):
@@ -236,8 +237,8 @@ def test_draws_by_example_follow_the_epochs(trained, monkeypatch):
     config = programs.recipe.config.copy_and_resolve_references()
     config.preprocess, config.augment = "decode(3)|resize(8)", "flip_alternating|normalize"
     programs = Programs(Recipe(config, programs.recipe.data), programs.mesh)
-    monkeypatch.setattr(report_findings, "_MOST_BYTES", 1)
-    found = report_findings.draw(programs, sources.take_split(sources.open_data(config), config.data.train))
+    monkeypatch.setattr(report_augmentation, "_MOST_BYTES", 1)
+    found = report_augmentation.draw(programs, sources.take_split(sources.open_data(config), config.data.train))
     assert not found.whole_batch
     first, second, third, fourth = found.draws.swapaxes(0, 1)
     np.testing.assert_array_equal(first, third)

@@ -1,15 +1,22 @@
 """Reports of several seeds, of many classes, of old and unfinished runs, and where the data are gone."""
 
+import base64
+import io
 import json
 import re
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from test_report import Page, reported, text, trained  # noqa: F401  fixtures
+from PIL import Image
+from test_report import NAMES, Page, reported, text, trained  # noqa: F401  fixtures
 
 import launch
+from imgclf_jax.analysis import attribution, heatmap
+from imgclf_jax.commands import report_findings
+from imgclf_jax.loading import load
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -42,6 +49,7 @@ def test_several_seeds_and_many_classes(tmp_path, capsys):
     ]
     assert page.tables["Scores on test"][1][1] == f"{found['ensemble_accuracy']:.4f}"
     assert "All below is the ensemble's" in page.text
+    assert "when a square covers the place (occlusion). It is the ensemble's probability." in page.text
     assert f"{round(96 * found['ensemble_accuracy'])} are classified right" in page.text
     wrong = np.array(found["confusion"]) * ~np.eye(40, dtype=bool)
     [rows] = [rows for caption, rows in page.tables.items() if "most often confused" in caption]
@@ -51,6 +59,31 @@ def test_several_seeds_and_many_classes(tmp_path, capsys):
     assert "test, ensemble" in page.text
     assert [own["class"] for tag, own in page.tags if "band" in own.get("class", "")] == ["band c1"] * 3
     assert page.tables.keys().isdisjoint({"What augmentation does"})  # nothing draws
+
+
+def test_mistakes_are_explained(trained, text):
+    """Beside each is its own image in grey, below the map that `explain` would draw of it for the wrong class."""
+    model = load(trained)
+    page, (params, rest) = Page(text), model.state.evaluated
+    recipe, variables = model.programs.recipe, {"params": params, **rest}
+
+    def predict(images):
+        given = recipe.augment(train=False)(None, images)
+        return np.asarray(jax.nn.softmax(recipe.model.apply(variables, given, train=False)))
+
+    [found] = report_findings.find(model, model.config).sets
+    shown = [own for tag, own in page.tags if tag == "img" and "occlusion for " in own["alt"]]
+    assert "the same picture in grey, and over it how far the probability of the class" in page.text
+    assert len(found.mistakes) == len(shown) > 1
+    for mistake, own in zip(found.mistakes, shown, strict=True):
+        picture = Image.open(io.BytesIO(base64.b64decode(own["src"].partition(",")[2])))
+        pixels, label = model.prepare(mistake.example), np.array([mistake.predicted])
+        [heat] = attribution.occlusion(predict, pixels[None], label)
+        np.testing.assert_allclose(mistake.heat, heat, atol=1e-6)
+        wanted = heatmap.over(pixels, heatmap.scaled(heat, signed=True))
+        assert np.abs(np.asarray(picture.convert("RGB"), int) - wanted).max() < 20
+        named, place = NAMES[mistake.predicted], heatmap.place(heat, signed=True)
+        assert own["alt"] == f"{mistake.example}, occlusion for {named}: most at {place}"
 
 
 @pytest.mark.thorough
