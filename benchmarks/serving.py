@@ -2,7 +2,10 @@
 
     uv run --extra serve benchmarks/serving.py --workdir runs/digits
 
-It starts the server on a run's work directory, sends random images of the run's size as PNG, and counts answers.
+It starts the server on a run's work directory, sends random images of the run's size as PNG, and counts answers. With
+--wrk the program wrk (github.com/wg/wrk) sends them: where server and clients share the cores, it leaves more of them
+to the server. On Linux the milliseconds of processors for an answer are told apart: "loop" is HTTP, "workers" decode
+images and call JAX, "xla" is the rest, which is the network.
 """
 
 import argparse
@@ -12,8 +15,10 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Coroutine
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +66,59 @@ async def load(port: int, messages: list[bytes], clients: int, seconds: float) -
             "p99_ms": round(1000 * float(np.percentile(times, 99)), 2)}  # fmt: skip
 
 
-def measured(server: psutil.Process, work: Coroutine[Any, Any, dict[str, float]]) -> dict[str, float]:
+# What wrk runs: bodies from files, and results as one line of JSON.
+SCRIPT = """
+local bodies, n = {}, 0
+for i = 0, COUNT - 1 do local f = io.open("FOLDER/" .. i, "rb"); bodies[i] = f:read("*a"); f:close() end
+request = function()
+  n = n + 1
+  return wrk.format("POST", "/predict", {["Host"] = "localhost"}, bodies[n % COUNT])
+end
+done = function(s, latency, _)
+  local e = s.errors
+  print(string.format('{"answers": %d, "failed": %d, "a_second": %.1f, "median_ms": %.2f, "p99_ms": %.2f}', s.requests,
+    e.connect + e.read + e.write + e.status + e.timeout, 1e6 * s.requests / s.duration,
+    latency:percentile(50) / 1000, latency:percentile(99) / 1000))
+end
+"""
+
+
+def wrk_load(port: int, messages: list[bytes], clients: int, seconds: float) -> dict[str, float]:
+    """As `load`, by wrk. A request that takes more than two seconds counts as failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        for i, message in enumerate(messages):
+            Path(folder, str(i)).write_bytes(message.partition(b"\r\n\r\n")[2])
+        script = Path(folder, "script.lua")
+        script.write_text(SCRIPT.replace("COUNT", str(len(messages))).replace("FOLDER", folder))
+        words = ["wrk", "-t1", f"-c{clients}", f"-d{seconds:g}s", "-s", str(script), f"http://127.0.0.1:{port}"]
+        out = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    [line] = [line for line in out.splitlines() if line.startswith("{")]
+    return {"clients": clients, **json.loads(line)}
+
+
+def processor_seconds(server: psutil.Process) -> Counter[str]:
+    """The seconds of processors that the server has taken, in all and of each kind of its threads."""
+    times, parts = server.cpu_times(), Counter[str]()
+    parts["all"] = times.user + times.system
+    for thread in server.threads():
+        name = Path(f"/proc/{server.pid}/task/{thread.id}/comm")
+        if thread.id == server.pid:
+            kind = "loop"
+        elif not name.exists():
+            continue
+        else:
+            kind = "workers" if name.read_text().startswith("python") else "xla"
+        parts[kind] += thread.user_time + thread.system_time
+    return parts
+
+
+def measured(server: psutil.Process, work: Callable[[], dict[str, float]]) -> dict[str, Any]:
     """What `work` gives, and the milliseconds of processors that the server took for an answer."""
-    before = server.cpu_times()
-    result = asyncio.run(work)
-    after = server.cpu_times()
-    seconds = after.user + after.system - before.user - before.system
-    return result | {"cpu_ms": round(1000 * seconds / result["answers"], 3)}
+    before = processor_seconds(server)
+    result = work()
+    took = {kind: seconds - before[kind] for kind, seconds in processor_seconds(server).items()}
+    took_ms = {kind: round(1000 * seconds / result["answers"], 3) for kind, seconds in took.items()}
+    return result | {"cpu_ms": took_ms, "memory_mb": round(server.memory_info().rss / 1e6, 1)}
 
 
 def main() -> None:
@@ -77,6 +128,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each turn")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--wrk", action="store_true", help="have wrk send the requests")
     asked = parser.parse_args()
     shape = json.loads((Path(asked.workdir) / "provenance.json").read_text())["data"]["image_shape"]
     command = [sys.executable, str(ROOT / "launch.py"), "serve", f"--workdir={asked.workdir}", "--port=0"]
@@ -84,10 +136,16 @@ def main() -> None:
         assert server.stdout
         port = int(re.search(r":(\d+); Ctrl-C", server.stdout.readline())[1])  # type: ignore[index]
         process, messages, ratios = psutil.Process(server.pid), requests(shape), []
-        asyncio.run(load(port, messages, asked.clients, 2.0))
+
+        def sent(clients: int, seconds: float) -> dict[str, float]:
+            if asked.wrk:
+                return wrk_load(port, messages, clients, seconds)
+            return asyncio.run(load(port, messages, clients, seconds))
+
+        sent(asked.clients, 2.0)
         before = process.memory_info().rss
         for _ in range(asked.turns):
-            alone, together = (measured(process, load(port, messages, n, asked.seconds)) for n in (1, asked.clients))
+            alone, together = (measured(process, lambda n=n: sent(n, asked.seconds)) for n in (1, asked.clients))
             ratios.append(together["a_second"] / alone["a_second"])
             print(json.dumps(alone), json.dumps(together), f"ratio {ratios[-1]:.2f}", sep="\n", flush=True)
         after = process.memory_info().rss

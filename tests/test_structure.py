@@ -44,7 +44,7 @@ PACKAGES = {
 
 # Who may import what is slow to import or not installed everywhere, at the top or inside a function.
 HEAVY = {
-    "tensorflow": {"core.tensorflow_import"},
+    "tensorflow": {"core.tensorflow_import", "exports.saved_model"},
     "tensorflow_datasets": {"data.prepare"},
     "clu": {"commands.train_setup"},
     "tensorboard": {"run.event_file"},

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import loading
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.exports import onnx, stablehlo, torch_state
+from imgclf_jax.exports import onnx, saved_model, stablehlo, torch_state
 from imgclf_jax.inference import Outputs
 from imgclf_jax.run.provenance import write_atomically
 from imgclf_jax.run.workdir import Workdir
@@ -39,6 +39,9 @@ def main(config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoi
             raise UserError(f"export: there is no folder {path.parent}; make it first")
     if any(path.suffix == ".onnx" for path in paths):
         onnx.check()
+    for path in paths:
+        if path.suffix == ".savedmodel":
+            saved_model.check(path)
     model = loading.of(config, workdir, checkpoint)
     for path in paths:
         for line in KINDS[path.suffix](model, path, gives, names):
@@ -55,6 +58,17 @@ def _stablehlo(model: Trained, path: Path, gives: str, names: str) -> list[str]:
         f"Any JAX from {jax.__version__} to those of {described['loads_until']} loads it; export it again after that.",
         "",
         stablehlo.LOADER.format(name=path, gives=gives, takes=f"uint8[b, {h}, {w}, {c}], any b"),
+    ]
+
+
+def _saved_model(model: Trained, path: Path, gives: str, names: str) -> list[str]:
+    described, difference = saved_model.write(model, _OUTPUTS[gives], path, datetime.date.today())
+    h, w, c = described["images"]["shape"][1:]
+    return [
+        f"{path}: {_size(path)}, {gives} of uint8 images [b, {h}, {w}, {c}], for {', '.join(described['platforms'])}",
+        f"TensorFlow gives the same on five random images, up to {difference:.1e}.",
+        "",
+        saved_model.LOADER.format(name=path, gives=gives, takes=f"uint8[b, {h}, {w}, {c}], any b"),
     ]
 
 
@@ -89,9 +103,12 @@ def _safetensors(model: Trained, path: Path, gives: str, names: str) -> list[str
 
 
 def _size(path: Path) -> str:
-    return f"{path.stat().st_size / 1e6:.1f} MB"
+    files = path.rglob("*") if path.is_dir() else [path]
+    return f"{sum(file.stat().st_size for file in files if file.is_file()) / 1e6:.1f} MB"
 
 
 Writer = Callable[[Trained, Path, str, str], list[str]]
 
-KINDS: dict[str, Writer] = {".stablehlo": _stablehlo, ".onnx": _onnx, ".safetensors": _safetensors}
+KINDS: dict[str, Writer] = {
+    ".stablehlo": _stablehlo, ".savedmodel": _saved_model, ".onnx": _onnx, ".safetensors": _safetensors,
+}  # fmt: skip

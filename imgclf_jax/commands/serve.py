@@ -48,7 +48,7 @@ def main(config: ConfigDict, workdir: Workdir | None, checkpoint: str, host: str
     application = app.build(model, hosts=hosts, explain=explainer(model))
     settings = uvicorn.Config(
         application, host, port, log_config=None, log_level="warning", access_log=False, timeout_keep_alive=10,
-        server_header=False, timeout_graceful_shutdown=30, h11_max_incomplete_event_size=32_768,
+        server_header=False, proxy_headers=False, timeout_graceful_shutdown=30, h11_max_incomplete_event_size=32_768,
     )  # fmt: skip
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -80,9 +80,10 @@ COMMANDS: Mapping[str, Command] = {
         "write a trained model to a file that other programs run", "run or weights",
         ("workdir", "checkpoint", "gives", "names", "trust"), "FILE",
         more="The suffix says the kind. .stablehlo: the whole function with its class names, for JAX alone, on CPU, "
-             "GPU and TPU. .onnx: the same for ONNX's runtimes. .safetensors: the weights by the names of a PyTorch "
-             "model.",
-        examples=("digits.stablehlo --workdir runs/digits", "resnet.safetensors --workdir runs/a --names=torchvision"),
+             "GPU and TPU. .savedmodel: the same for TensorFlow alone, a folder. .onnx: the same for ONNX's runtimes. "
+             ".safetensors: the weights by the names of a PyTorch model.",
+        examples=("digits.stablehlo --workdir runs/digits", "digits.savedmodel --workdir runs/digits",
+                  "resnet.safetensors --workdir runs/a --names=torchvision"),
     ),
     "serve": Command(
         "a web page, and an interface for programs, that classify images with a trained run", "run or weights",

@@ -8,13 +8,14 @@ import datetime
 import io
 import json
 import zipfile
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax import export
 
-from imgclf_jax.core import platform
+from imgclf_jax.core import platform, tree
 from imgclf_jax.inference import Outputs
 from imgclf_jax.trained import Trained
 
@@ -37,18 +38,42 @@ def program(model: Trained, what: Outputs) -> export.Exported:
 
     It is in XLA's own form, which runs everywhere, and for one device, since a mesh would be a part of the file.
     """
-    programs = model.programs
-    pure = programs.pure(what)
-    params, model_state = jax.tree.map(np.asarray, jax.device_get(model.state.evaluated))
-    (b,) = export.symbolic_shape("b")
+    pure = model.programs.pure(what)
+    params, model_state = _on_host(model)
 
     def function(images: jax.Array) -> jax.Array:
         return pure(params, model_state, images)
 
-    images = jax.ShapeDtypeStruct((b, *programs.recipe.data.image_shape), np.uint8)
+    return _lowered(function, model)
+
+
+def program_of_weights(model: Trained, what: Outputs) -> tuple[export.Exported, dict[str, np.ndarray]]:
+    """As `program`, but the function takes the weights, in this order, before the images; and these by their names."""
+    pure = model.programs.pure(what)
+    params, model_state = _on_host(model)
+    variables = {"params": params, **model_state}
+    weights = dict(tree.named_leaves(variables))
+
+    def function(*args: jax.Array) -> jax.Array:
+        *arrays, images = args
+        own = tree.replace(variables, dict(zip(weights, arrays, strict=True)))
+        return pure(own.pop("params"), own, images)
+
+    return _lowered(function, model, *weights.values()), weights
+
+
+def _on_host(model: Trained) -> Any:
+    return jax.tree.map(np.asarray, jax.device_get(model.state.evaluated))
+
+
+def _lowered(function: Callable[..., jax.Array], model: Trained, *weights: np.ndarray) -> export.Exported:
+    """A function of (*weights, images) for any number of images."""
+    (b,) = export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((b, *model.programs.recipe.data.image_shape), np.uint8)
+    given = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in weights]
     # The bits of products are those of the config wherever the file is run; on CPU all are float32 in any case.
     with platform.tracing_for(""), jax.default_matmul_precision(model.config.matmul_precision):
-        return export.export(jax.jit(function), platforms=PLATFORMS)(images)
+        return export.export(jax.jit(function), platforms=PLATFORMS)(*given, images)
 
 
 def metadata(model: Trained, what: Outputs, exported: export.Exported, today: datetime.date) -> dict[str, Any]:

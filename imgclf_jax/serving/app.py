@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -34,6 +35,8 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in _HEADERS.items()]
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,10 @@ def build(
             raise Refused(503, "too many requests wait; try again in a second") from None
         except TimeoutError:
             raise Refused(503, f"no answer within {limits.answer_seconds:g} s; try again later") from None
-        found = {
+        return _Answer({
             "predictions": [one | {"class": utf8(one["class"])} for one in model.best(probabilities, top_k)],
             "milliseconds": round(1000 * (time.perf_counter() - begun), 3),
-        }
-        return JSONResponse(found, headers=_HEADERS)
+        })  # fmt: skip
 
     async def picture(request: Request) -> Response:
         assert explain
@@ -113,12 +115,12 @@ def build(
         return Response(made, headers=_HEADERS, media_type="image/png")
 
     async def predict(request: Request) -> Response:
-        return await answer(request, lambda: classify(request))
+        return await answer("/predict", lambda: classify(request))
 
     async def explained(request: Request) -> Response:
-        return await answer(request, lambda: picture(request))
+        return await answer("/explain", lambda: picture(request))
 
-    async def answer(request: Request, make: Callable[[], Awaitable[Response]]) -> Response:
+    async def answer(route: str, make: Callable[[], Awaitable[Response]]) -> Response:
         begun = time.perf_counter()
         if answering.locked():
             response: Response = _refusal(Refused(503, "too many requests at once; try again in a second"))
@@ -130,7 +132,7 @@ def build(
                     response = _refusal(refused)
                 except ClientDisconnect:
                     response = _refusal(Refused(499, "the client has gone"))
-        numbers.requests.labels(request.url.path, str(response.status_code)).inc()
+        numbers.requests.labels(route, str(response.status_code)).inc()
         numbers.seconds.observe(time.perf_counter() - begun)
         return response
 
@@ -159,11 +161,11 @@ def build(
         return _refusal(Refused(500, "the server failed; its log says why"))
 
     return Starlette(
-        routes=[
+        routes=[  # that of programs first: the others are tried before it otherwise, for each request
+            Route("/predict", predict, methods=["POST"]),
             Route("/", _file("page.html", "text/html")),
             Route("/page.css", _file("page.css", "text/css")),
             Route("/page.js", _file("page.js", "text/javascript")),
-            Route("/predict", predict, methods=["POST"]),
             *([Route("/explain", explained, methods=["POST"])] if explain else []),
             Route("/health", health),
             Route("/metrics", metrics),
@@ -173,6 +175,16 @@ def build(
         exception_handlers={Exception: failed},
         lifespan=running,
     )
+
+
+class _Answer(Response):
+    """A JSON value, by an encoder and with headers that are made once: requests to `/predict` may be many."""
+
+    def __init__(self, value: object) -> None:
+        self.status_code, self.background = 200, None
+        self.body = _JSON.encode(value).encode()
+        length = (b"content-length", str(len(self.body)).encode())
+        self.raw_headers = [length, (b"content-type", b"application/json"), *_RAW_HEADERS]
 
 
 async def _body(request: Request, limits: Limits) -> bytes:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import uvicorn
 from PIL import Image
+from starlette.responses import JSONResponse
 
 import imgclf_jax
 import launch
@@ -181,3 +182,13 @@ def test_the_interface_is_described(client, model):
     assert set(schema["required"]) == set(client.post("/predict", content=png(0)).json())
     assert {"400", "408", "413", "422", "503"} < set(answers)
     assert json.dumps(list(model.class_names)) in json.dumps(found)
+
+
+def test_an_answer_is_as_starlette_makes_it():
+    """Body and headers, those of security included, which are put together once for all answers."""
+    value = {"predictions": [{"class": "Käse 猫", "probability": 0.25}], "milliseconds": 1.5}
+    own, theirs = app._Answer(value), JSONResponse(value, headers=app._HEADERS)
+    assert own.body == theirs.body
+    assert sorted(own.raw_headers) == sorted(theirs.raw_headers)
+    assert own.status_code == theirs.status_code
+    assert own.headers["x-content-type-options"] == "nosniff"

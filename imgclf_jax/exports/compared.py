@@ -1,0 +1,31 @@
+"""Whether what another program makes of a file is what the model gives."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.inference import Outputs
+from imgclf_jax.trained import Trained
+
+_IMAGES = 5
+_CLOSE = 1e-4  # how far the outputs may be from ours, of outputs about 1
+
+
+def difference(run: Callable[[np.ndarray], np.ndarray], model: Trained, what: Outputs, program: str) -> float:
+    """How far the outputs of `run`, a function of images uint8[b, h, w, c], are from the model's on random images.
+
+    Raises UserError, which names the `program` that runs it, if that is more than the roundings of float32.
+    """
+    mesh = model.programs.mesh
+    shape = (_IMAGES, *model.programs.recipe.data.image_shape)
+    images = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+    padded = np.zeros((-(-_IMAGES // mesh.size) * mesh.size, *shape[1:]), np.uint8)
+    padded[:_IMAGES] = images
+    ours = np.asarray(jax.device_get(getattr(model.programs, what)(*model.state.evaluated, padded)))
+    found = float(np.abs(run(images) - ours[..., :_IMAGES, :]).max())
+    if not found <= _CLOSE * max(1.0, float(np.abs(ours).max())):
+        raise UserError(f"export: {program}'s outputs differ from the model's by up to {found:.2g}, so no file "
+                        f"is written; model={model.config.model!r} is translated wrongly")  # fmt: skip
+    return found
