@@ -6,8 +6,8 @@
 A training step in bfloat16 (softmax cross-entropy, SGD with momentum, images f32) is compiled for chips that need not
 be here. The table has, of each: the traffic to and from a chip's memory and the temporaries, as the compiler counts
 them; the products of float32 operands in the program that it is given; the instructions that deterministic kernels may
-expand; how many elements are summed over the chips, by dtype; and the seconds that compilation took. `ratio` is ours to
-linen's. Writes twins-CHIPS.json.
+expand; how many elements are summed over the chips, by dtype; and the CPU seconds that compilation took. `ratio` is
+ours to linen's. Writes twins-CHIPS.json.
 """
 
 import argparse
@@ -73,9 +73,9 @@ def measure(name: str, kind: str, devices: list[Any], batch_size: int) -> dict[s
     from imgclf_jax.chips import counts
 
     lowered = lower(name, kind, devices, batch_size)
-    began = time.perf_counter()
+    began = time.process_time()
     compiled = lowered.compile()
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     found, text = counts.of_program(compiled), compiled.as_text()
     return {
         "bytes": found.bytes,

@@ -154,6 +154,23 @@ class CNN(nn.Module):
         return nn.relu(nn.Dense(64, **_BF16)(x.reshape(x.shape[0], -1)))
 
 
+class AirBench(nn.Module):
+    """Jordan 2024; the whitening layer is like any other here."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+        conv, gelu = partial(nn.Conv, kernel_size=(3, 3), use_bias=False, **_BF16), partial(nn.gelu, approximate=False)
+        settings: dict[str, Any] = {"momentum": 0.6, "epsilon": 1e-12, "use_scale": False, **_BF16}
+        norm = partial(nn.BatchNorm, use_running_average=not train, **settings)
+        x = gelu(nn.Conv(24, (2, 2), padding="VALID", **_BF16)(x))
+        for features in (64, 256, 256):
+            x = nn.max_pool(conv(features)(x), (2, 2), strides=(2, 2))
+            x = gelu(norm()(x))
+            x = gelu(norm()(conv(features)(x)))
+        x = nn.max_pool(x, (3, 3), strides=(3, 3))
+        return x.reshape(x.shape[0], -1) / 9
+
+
 class Classifier(nn.Module):
     """A backbone and a dense layer in float32."""
 
@@ -173,4 +190,5 @@ TWINS: dict[str, tuple[str, tuple[int, int, int], int, Callable[[], nn.Module]]]
     "convnext": ("convnext('T')", (224, 224, 3), 1000, ConvNeXt),
     "resnet20": ("resnet_cifar(depth=20)", (32, 32, 3), 10, partial(ResNet, (3, 3, 3), 16, False)),
     "cnn": ("cnn()", (28, 28, 1), 10, CNN),
+    "airbench": ("airbench", (32, 32, 3), 10, AirBench),
 }

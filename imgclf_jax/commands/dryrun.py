@@ -147,10 +147,11 @@ def _advice(result: dict[str, Any], programs: Programs) -> list[str]:
     chips, backbone = programs.mesh.size, programs.recipe.model.backbone
     state = memory["parameters"] + memory["optimizer"] + memory["averages"]
     free = memory["capacity"] - state - memory["batch"]
-    whole = programs.mesh.shape.get("fsdp", 1) == 1
-    # As few groups as leave half of a chip to the temporaries; all chips where none does.
-    parts = [k for k in range(2, chips + 1) if chips % k == 0 and (k == chips or state / k <= memory["capacity"] / 2)]
-    split = f"mesh='data=-1, fsdp={parts[0]}'" if parts and whole else ""
+    now = programs.mesh.shape.get("fsdp", 1)
+    # As few parts as leave half of a chip to the temporaries, more than now; one a chip where that is not enough.
+    parts = [k for k in range(now + 1, chips + 1)
+             if chips % k == 0 and (k == chips or state * now / k <= memory["capacity"] / 2)]  # fmt: skip
+    split = f"mesh='data=-1, fsdp={parts[0]}'" if parts else ""
     if state >= memory["capacity"]:
         less = ["a smaller model", "or an optimizer with less state, such as adamw(mu_dtype='bfloat16')"]
         return [f"parameters, optimizer and averages alone take {size(state)} of each chip: "

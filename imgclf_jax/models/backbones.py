@@ -10,6 +10,7 @@ from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.models.airbench import AirBench
 from imgclf_jax.models.convnext import ConvNeXt
 from imgclf_jax.models.layers import ConvPool, Dense, FlatDense
+from imgclf_jax.models.recurrent import GRUCell, LSTMCell
 from imgclf_jax.models.resnet import ResNet, ResNetCIFAR, WideResNet
 from imgclf_jax.models.vit import Mixer, ViT
 
@@ -70,7 +71,7 @@ class RNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        cells = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell}
+        cells = {"lstm": LSTMCell, "gru": GRUCell}
         if self.cell not in cells:
             raise UserError(unknown("rnn cell", self.cell, cells))
 

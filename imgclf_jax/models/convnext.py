@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from imgclf_jax.core.errors import UserError, unknown
-from imgclf_jax.models.layers import Conv, Dense, drop_path, gelu, mean_pool
+from imgclf_jax.models.layers import Conv, Dense, drop_path, gelu, mean_pool, spread
 from imgclf_jax.models.norms import LayerNorm
 from imgclf_jax.models.remat import remat
 
@@ -34,8 +34,8 @@ class ConvNeXtBlock(nn.Module):
         y = LayerNorm(dtype=self.dtype, name="norm")(y)
         y = gelu(Dense(4 * d, **settings, name="pwconv1")(y))
         y = Dense(d, **settings, name="pwconv2")(y)
-        y = y * self.param("gamma", nn.initializers.constant(self.layer_scale), (d,)).astype(self.dtype)
-        return x + drop_path(self, y, self.drop_path, train)
+        gamma = self.param("gamma", nn.initializers.constant(self.layer_scale), (d,))
+        return x + drop_path(self, y * spread(gamma, y), self.drop_path, train)
 
 
 class ConvNeXt(nn.Module):

@@ -75,6 +75,22 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     return x + bias.astype(x.dtype)
 
 
+def spread(parameter: jax.Array, x: jax.Array) -> jax.Array:
+    """The parameter in the dtype of x and broadcast to its shape. Its gradient is summed in float32, its own dtype."""
+    return _spread(x.shape, x.dtype, parameter)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _spread(shape: tuple[int, ...], dtype: Any, parameter: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(parameter.astype(dtype), shape)
+
+
+@_spread.defjvp
+def _spread_jvp(shape: tuple[int, ...], dtype: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    # The other way round, so that the transpose casts before it sums.
+    return _spread(shape, dtype, *primals), jnp.broadcast_to(tangents[0], shape).astype(dtype)
+
+
 class Conv(nn.Module):
     """`nn.Conv` for images [b, h, w, c]: the same parameters (`kernel` HWIO, `bias`) and the same results."""
 

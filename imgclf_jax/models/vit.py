@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.models.attention import attention
-from imgclf_jax.models.layers import Conv, Dense, drop_path, gelu, mean_pool
+from imgclf_jax.models.layers import Conv, Dense, drop_path, gelu, mean_pool, spread
 from imgclf_jax.models.norms import LayerNorm
 from imgclf_jax.models.remat import remat
 
@@ -125,10 +125,10 @@ class ViT(nn.Module):
         if self.positions == "sincos":
             x = x + jnp.asarray(sincos_positions(h, w, width), self.dtype)
         if self.pool == "cls":
-            token = self.param("cls", nn.initializers.zeros, (1, 1, width)).astype(self.dtype)
-            x = jnp.concatenate([jnp.broadcast_to(token, (b, 1, width)), x], 1)
+            token = self.param("cls", nn.initializers.zeros, (1, 1, width))
+            x = jnp.concatenate([spread(token, x[:, :1]), x], 1)
         if self.positions == "learned":
-            x = x + self.param("positions_embedding", _init, (1, x.shape[1], width)).astype(self.dtype)
+            x = x + spread(self.param("positions_embedding", _init, (1, x.shape[1], width)), x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         block = remat(EncoderBlock, self.remat)
         for i in range(layers):

@@ -12,6 +12,7 @@ from compilers import skip_without
 from imgclf_jax.chips import table, topology
 from imgclf_jax.commands import dryrun
 from imgclf_jax.config import default_config
+from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import described
 from imgclf_jax.programs import Programs
@@ -93,15 +94,33 @@ def test_what_does_not_fit(programs, monkeypatch):
 )
 def test_advice(fake_config, model, memory, advice, not_advised):
     """Blocks computed again, for models that can; the state in parts, where it is much of a chip's memory."""
-    fake_config.model, fake_config.batch_size, fake_config.precision = model, 8, "bfloat16"
-    programs = Programs(Recipe(fake_config, DataInfo(640, (12, 12, 1), ("a", "b", "c"), "")))
-    result = {"accumulate": 1, "batch_size": 8, "precision": "bfloat16",
-              "memory": {"capacity": memory, "parameters": 40_000, "optimizer": 80_000, "averages": 0, "batch": 0,
-                         "temporaries": 20_000_000}}  # fmt: skip
-    found = dryrun._advice(result, programs)
+    found = advised(fake_config, model, memory)
     for text in advice:
         assert any(text in line for line in found), found
     assert not not_advised or not_advised not in str(found), found
+
+
+@pytest.mark.parametrize(
+    ("mesh", "memory", "parts"),
+    # What each chip holds is 120 kB with the mesh that the run has.
+    [("data=4, fsdp=2", 130_000, 4), ("data=4, fsdp=2", 70_000, 8), ("data=4, fsdp=2", 20_000, 8),
+     ("data=1, fsdp=8", 130_000, None), ("data=1, fsdp=8", 70_000, None)],
+)  # fmt: skip
+def test_a_run_in_parts_is_advised_more_of_them(fake_config, mesh, memory, parts):
+    """As few as leave half of a chip to the rest; none where each chip has a part of its own."""
+    found = str(advised(fake_config, "mlp(widths=(16,))", memory, mesh))
+    assert f"mesh='data=-1, fsdp={parts}'" in found if parts else "mesh=" not in found, found
+
+
+def advised(config, model, memory, mesh="data=-1"):
+    """The advice for a run of eight devices, each of which holds 120 kB of a state and has so many bytes of memory."""
+    config.model, config.batch_size, config.precision = model, 8, "bfloat16"
+    data = DataInfo(640, (12, 12, 1), ("a", "b", "c"), "")
+    programs = Programs(Recipe(config, data), sharding.make_mesh(text=mesh))
+    result = {"accumulate": 1, "batch_size": 8, "precision": "bfloat16",
+              "memory": {"capacity": memory, "parameters": 40_000, "optimizer": 80_000, "averages": 0, "batch": 0,
+                         "temporaries": 20_000_000}}  # fmt: skip
+    return dryrun._advice(result, programs)
 
 
 def test_what_the_compiler_refuses(programs, monkeypatch):
