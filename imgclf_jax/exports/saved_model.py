@@ -1,4 +1,4 @@
-"""A trained model as a TensorFlow SavedModel: a folder that TensorFlow runs by itself, and TensorFlow Serving too.
+"""A trained model as a TensorFlow SavedModel: a folder that TensorFlow runs by itself.
 
 Its function is StableHLO in TensorFlow's operation XlaCallModule, as `jax2tf` writes it. But `jax2tf` writes a version
 of StableHLO that only TensorFlows of the same weeks read: jax 0.12 writes 1.18, and TensorFlow 2.21, which knows 1.13,
@@ -29,7 +29,7 @@ from imgclf_jax.inference import Outputs
 from imgclf_jax.trained import Trained
 
 # How XlaCallModule calls the module. Version 10 differs in how arrays are split over devices, of which there is one
-# here, and TensorFlows before 2.20 do not know it.
+# here, and TensorFlow 2.19 does not know it.
 _CALLING = 9
 
 LOADER = """\
