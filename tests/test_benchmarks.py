@@ -51,6 +51,7 @@ def test_pytorch_builds_the_same_backbones(name, count):
     assert sorted(x.size for x in ours) == sorted(x.numel() for x in theirs)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["vit", "mixer", "resnet50", "convnext", "resnet20", "cnn", "airbench"])
 def test_twins_are_the_same_networks(name):
     """As many parameters and running statistics in linen's, size by size."""

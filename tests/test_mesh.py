@@ -59,6 +59,7 @@ QUICK = [("adam", "all")]
 SLOW = [(way, shard) for way in WAYS for shard in ("all", "optimizer") if (way, shard) not in QUICK]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("way", "shard"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
 def test_the_losses_are_those_of_data_parallel(config, way, shard):
     """Over 100 steps, to 1e-5; the parameters and the averages too, as far as rounding has not grown by then."""

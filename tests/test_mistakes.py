@@ -195,6 +195,7 @@ def photos(tmp_path) -> Path:
     return tmp_path / "photos"
 
 
+@pytest.mark.thorough
 def test_folders_of_images(mistake, photos, tmp_path):
     """An empty class, a text file, a truncated JPEG, sizes that differ: the folder or file is named."""
     run = tmp_path / "run"

@@ -109,6 +109,7 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on(tmp_path):
     assert len(json.loads((workdir / "provenance.json").read_text())["devices"]) == 4  # of those that began it
 
 
+@pytest.mark.thorough
 def test_an_error_of_one_ends_both(tmp_path):
     """Also while the other waits for it; and each says why."""
     workdir = tmp_path / "run"

@@ -112,6 +112,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(devices, accumulate,
     assert (" while(" in program) == (traced_for != "cpu")
 
 
+@pytest.mark.thorough
 def test_accumulated_batch_statistics_see_one_part_after_the_other():
     """Each part moves the running means: m ← 0.8 m + 0.2 mean(part), part i being every example i modulo 4."""
     before, after, _, _ = run(Net(norm=True), 8, accumulate=4)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import thorough
 from test_mistakes import FAKE, _process_as_it_was, has, mistake  # noqa: F401  fixtures
 
 import launch
@@ -25,7 +26,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("key", ["model", "preprocess", "preprocess_eval", "augment", "mix", "loss", "optimizer",
                                  "schedule", "metrics", "tta", "data.source", "data.eval.test"])  # fmt: skip
-@pytest.mark.parametrize("command", ["evaluate", "predict"])
+@pytest.mark.parametrize("command", ["evaluate", *thorough("predict")])
 def test_a_run_that_names_code(mistake, trained, tmp_path, command, key):
     """Whatever the key: nothing is imported. What would be is named."""
     shutil.copytree(trained, tmp_path / "run")

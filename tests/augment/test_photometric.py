@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import thorough
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from sklearn.datasets import load_digits, load_sample_image
 
@@ -79,7 +80,7 @@ def test_enhancements_are_pillows(images, name):
 
 
 @pytest.mark.parametrize("name", ENHANCE)
-@pytest.mark.parametrize("kind", ["noise", "grey"])
+@pytest.mark.parametrize("kind", ["noise", *thorough("grey")])
 def test_enhancements_that_are_not_compiled_are_pillows(kind, name):
     """Also to the bit: a compiler may round otherwise than single operations do."""
     images = SETS[kind]()
@@ -178,7 +179,7 @@ def test_hue_turns_as_colorsys_does(shift):
 
 
 @pytest.mark.parametrize("name", ["invert", "autocontrast", "equalize"])
-@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("channels", [4, *thorough(1, 3)])
 def test_ops_without_a_draw_hold_in_evaluation_and_leave_alpha(name, channels):
     images = np.random.default_rng(0).integers(0, 200, (4, 8, 8, channels), np.uint8)
     expected = by_pillow(getattr(ImageOps, name), images[..., :3])

@@ -30,6 +30,7 @@ def run(*arguments, status=0):
     return done
 
 
+@pytest.mark.thorough
 def test_on_virtual_devices(tmp_path):
     """Without a run and without reading an image; what is printed is what is written."""
     data = ("--shape=8,8,3", "--classes=5", "--examples=1000", "--config.schedule=constant(1e-3)")

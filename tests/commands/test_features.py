@@ -51,6 +51,7 @@ def load(file):
         return dict(arrays)
 
 
+@pytest.mark.thorough
 def test_features_of_the_evaluation_sets_and_of_a_split(run, tmp_path):
     """Those that the library gives of the same images, in their order, with their labels."""
     test = sources.digits()["test"]

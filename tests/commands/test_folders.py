@@ -110,6 +110,7 @@ def test_unreadable_files_are_left_out_by_every_command(tmp_path, capsys):
 NASTY = ["é漢", "a\x1b[31mb", "n\nl", os.fsdecode(b"\xff")]
 
 
+@pytest.mark.thorough
 def test_names_that_hold_anything(tmp_path, capsys):
     """Tables and errors show one line a name, without control characters; JSON has each name exactly."""
     for name in NASTY:

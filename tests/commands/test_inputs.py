@@ -91,6 +91,7 @@ def test_names_from_standard_input(run, photos, capsys, monkeypatch):
     assert "error: nothing.png: No such file or directory" in err
 
 
+@pytest.mark.thorough
 def test_every_format_says_the_same(run, photos, capsys):
     """json, jsonl, csv and the table: files in one order, the same classes and probabilities."""
     words = [".", "--top_k=2"]

@@ -23,7 +23,7 @@ from imgclf_jax.loading import load
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.thorough]
 
 NAMES = ("<script>alert(1)<", "a & 'b'", 'dog" onload="x')  # as folders may be called
 VOID = {"meta", "img", "br"}
@@ -114,7 +114,6 @@ def predictions(trained, tmp_path_factory) -> list[dict[str, str]]:
         return list(csv.DictReader(opened))
 
 
-@pytest.mark.thorough
 def test_its_numbers_are_those_of_evaluate(trained, page, capsys):
     capsys.readouterr()
     assert launch.main(["evaluate", f"--workdir={trained}", "--format=json"]) == 0

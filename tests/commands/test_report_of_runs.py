@@ -61,6 +61,7 @@ def test_several_seeds_and_many_classes(tmp_path, capsys):
     assert page.tables.keys().isdisjoint({"What augmentation does"})  # nothing draws
 
 
+@pytest.mark.thorough
 def test_mistakes_are_explained(trained, text):
     """Beside each is its own image in grey, below the map that `explain` would draw of it for the wrong class."""
     model = load(trained)

@@ -129,6 +129,7 @@ def test_an_image_that_changed(reproduce, trained, tmp_path):
     ]
 
 
+@pytest.mark.thorough
 def test_other_versions_and_rounding(reproduce, copy):
     """A run of another version whose numbers differ by rounding: that is said, and the version."""
     lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
@@ -153,6 +154,7 @@ def test_the_same_data_elsewhere(reproduce, trained, tmp_path):
     assert (status, found["verdict"], [one["kind"] for one in found["differences"]]) == (0, "same", ["place"])
 
 
+@pytest.mark.thorough
 def test_a_signal(reproduce, trained, tmp_path, monkeypatch, capsys):
     """It is saved and goes on with the same command; until then nothing is compared."""
     write = writers.MetricsWriter.write

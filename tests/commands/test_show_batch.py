@@ -50,6 +50,7 @@ class Spy:
         return jnp.zeros((images.shape[0], 4)) + variables["params"]["w"], {"seen": images}
 
 
+@pytest.mark.thorough
 def test_the_batch_is_what_the_step_gives_the_model():
     """The whole train step, with a model that keeps its images."""
     config = config_of()

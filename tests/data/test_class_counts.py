@@ -70,6 +70,7 @@ FLAGS = ["--config.preprocess=decode(1)", "--config.augment=", "--config.model=m
          "--config.schedule=constant(1e-3)"]  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_a_run_records_the_counts_and_is_evaluated_without_its_training_data(tmp_path):
     """The balanced loss of the test split, of a run whose training split is gone."""
     rng = np.random.default_rng(0)

@@ -35,6 +35,7 @@ print(classes)
 """
 
 
+@pytest.mark.thorough
 def test_the_printed_lines_load_it_without_this_package_and_jax(run, tmp_path, capsys, monkeypatch):  # noqa: F811
     """Probabilities of the ensemble of two seeds, and the logits of each, for one image and for five."""
     monkeypatch.chdir(tmp_path)

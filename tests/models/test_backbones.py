@@ -60,9 +60,6 @@ SMALL = {  # each at a size that compiles in seconds; all of them have every kin
 }
 
 
-FEW = ["rnn"]  # the others are in the recipes, too, which `test_config.py` trains
-
-
 def variables_shape(spec, size, classes, channels=3):
     model = classifier.build(spec, classes, "float32")
     return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, size, size, channels))))
@@ -75,7 +72,7 @@ def random_variables(model, x):
     return jax.tree.map(lambda s: np.float32(rng.uniform(-0.3, 0.3, s.shape) + (len(s.shape) == 1)), shapes)
 
 
-@pytest.mark.parametrize(("spec", "size", "classes", "count"), COUNTS)
+@pytest.mark.parametrize(("spec", "size", "classes", "count"), [*COUNTS[::3], *thorough(*COUNTS[1::3], *COUNTS[2::3])])
 def test_published_parameter_counts(spec, size, classes, count):
     assert sum(x.size for x in jax.tree.leaves(variables_shape(spec, size, classes)["params"])) == count
 
@@ -99,7 +96,7 @@ def programs(spec, size, precision="bfloat16"):
 
 @pytest.mark.usefixtures("form", "shallow")
 @pytest.mark.parametrize("form", ["cpu", *thorough("gpu")], indirect=True)
-@pytest.mark.parametrize("name", sorted(BACKBONES))
+@pytest.mark.parametrize("name", ["cnn", "resnet", "vit", *thorough(*sorted({*BACKBONES} - {"cnn", "resnet", "vit"}))])
 def test_gradients_are_as_precise_as_the_parameters(name):
     """In float32, while layers compute in bfloat16; in both forms."""
     spec, size = SMALL[name]
@@ -118,7 +115,7 @@ def test_gradients_are_as_precise_as_the_parameters(name):
 
 
 @pytest.mark.usefixtures("shallow")
-@pytest.mark.parametrize("name", [*FEW, *thorough(*sorted({*BACKBONES} - {*FEW}))])
+@pytest.mark.parametrize("name", thorough(*sorted(BACKBONES)))
 def test_a_step_in_bfloat16_over_eight_devices(name):
     """Loss and gradients are finite, every parameter moves or has no gradient by design, statistics move too."""
     exp = programs(*SMALL[name])

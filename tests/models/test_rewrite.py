@@ -62,6 +62,7 @@ def test_any_sequence_of_operations_and_its_gradient_are_unchanged(names, seed):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), ours, as_written)
 
 
+@pytest.mark.thorough
 @settings(max_examples=8)
 @given(st.lists(st.sampled_from(sorted(set(OPS) - {"order", "where", "gelu"})), min_size=1, max_size=6))
 def test_in_bfloat16_roundings_are_left_out_and_dtypes_stay(names):

@@ -176,6 +176,7 @@ def test_the_order_of_use_is_that_of_the_model(fake_config):
 # --- what a run does with them ---
 
 
+@pytest.mark.thorough
 def test_lr_multiplies_the_update(fake_config):
     """After one step of SGD from the same gradient, exactly: factors that are powers of two round nothing."""
     changed = []

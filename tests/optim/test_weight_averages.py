@@ -147,6 +147,7 @@ FLAGS = ["--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=d
          "--config.checkpoint.best=test/loss"]  # fmt: skip
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "flag", ["--config.ema=0.9", *thorough("--config.optimizer=sgd(momentum=0.9)|lookahead(5, 0.5)")]
 )

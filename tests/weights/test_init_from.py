@@ -52,6 +52,7 @@ def saved(workdir: Path, step: int, best: str = "") -> dict:
     return {"params": state["params"], **(state.get("model_state") or {})}
 
 
+@pytest.mark.thorough
 def test_training_starts_from_the_weights_and_resumes_without_them(tmp_path, mlp, capsys):
     """At a rate of zero they are what is saved; the record names the file, which a resumed run needs no more."""
     flags = (f"--config.init_from={mlp}", "--config.schedule=constant(0.0)")

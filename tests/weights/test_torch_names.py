@@ -16,6 +16,8 @@ from imgclf_jax.weights import torch_names
 
 MODELS = json.loads((Path(__file__).parent / "fixtures" / "torch_models.json").read_text())
 
+SMALL = [name for name in MODELS if not name.startswith("full")]
+
 
 @pytest.fixture
 def _small_variants(monkeypatch):
@@ -54,7 +56,7 @@ def check(name: str) -> None:
 
 @pytest.mark.usefixtures("_small_variants", "form")
 @pytest.mark.parametrize("form", ["cpu", *thorough("gpu")], indirect=True)
-@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("full")])
+@pytest.mark.parametrize("name", [*SMALL[::2], *thorough(*SMALL[1::2])])
 def test_logits_are_pytorchs(name):
     check(name)
 
