@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))
 LARGE = [f for f in FILES if f.stem.startswith("imagenet")]
 FEW = [ROOT / "configs" / f"{name}.py" for name in
-       ("digits", "fashion_mnist", "fashion_mnist_fast")]  # fmt: skip
+       ("digits", "fashion_mnist")]  # fmt: skip
 
 
 # --- keys ---

@@ -50,7 +50,7 @@ def test_every_way_to_train_with(more, tmp_path):
 def test_training_does_not_depend_on_the_steps_in_a_call(place, fake_config, tmp_path):
     """One step a call or many, ending wherever something is due: the same parameters, metrics and evaluations."""
     config = fake_config
-    config.model = "cnn(widths=(4,), hidden=8)"
+    config.model = "mlp(widths=(8,))"
     config.total, config.augment, config.log_every, config.eval_every = (
         "23 steps",
         "flip_lr|normalize",

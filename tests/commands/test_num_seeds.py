@@ -20,10 +20,10 @@ from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.weights import pretrained
 
 SOURCE = "fake(50, (12, 12, 1), 4)"
-RUN = (f"--config.data.source={SOURCE}", "--config.augment=flip_alternating|pad_crop(1)|normalize",
-       "--config.model=mlp(widths=(8,))", "--config.total=9 steps", "--config.batch_size=16",
-       "--config.optimizer=sgd(momentum=0.9)|lookahead(2, 0.5)", "--config.schedule=cosine(0.1)",
-       "--config.seed=5", "--config.mix=mixup(0.2)", "--config.metrics=auc")  # fmt: skip
+RUN = (f"--config.data.source={SOURCE}", "--config.model=mlp(widths=(8,))", "--config.total=9 steps",
+       "--config.batch_size=16",
+       "--config.optimizer=sgd(momentum=0.9)", "--config.schedule=cosine(0.1)", "--config.augment=flip_lr|normalize",
+       "--config.seed=5", "--config.metrics=auc")  # fmt: skip
 RANDOM = "--config.preprocess=decode(1)|random_resized_crop(10)"
 
 
@@ -66,7 +66,9 @@ def state_of(workdir):
 
 @pytest.mark.thorough
 def test_each_replica_is_its_run(tmp_path):
-    runs = train(tmp_path, "--config.model=cnn(widths=(4,), hidden=8)")
+    runs = train(tmp_path, "--config.model=cnn(widths=(4,), hidden=8)", "--config.mix=mixup(0.2)",
+                 "--config.augment=flip_alternating|pad_crop(1)|normalize",
+                 "--config.optimizer=sgd(momentum=0.9)|lookahead(2, 0.5)")  # fmt: skip
     _, together, _ = state_of(runs["together"])
     for i in range(2):
         _, alone, _ = state_of(runs[str(5 + i)])

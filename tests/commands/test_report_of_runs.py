@@ -18,7 +18,7 @@ from imgclf_jax.analysis import attribution, heatmap
 from imgclf_jax.commands import report_findings
 from imgclf_jax.loading import load
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.thorough]
 
 SEEDS = ("--config.data.source=fake(96, (6, 6, 1), 40)", "--config.preprocess=decode(1)", "--config.augment=",
          "--config.model=mlp(widths=(4,))", "--config.total=3 steps", "--config.batch_size=16", "--config.num_seeds=2",
@@ -34,7 +34,6 @@ def change(file: Path, **values) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-@pytest.mark.thorough
 def test_several_seeds_and_many_classes(tmp_path, capsys):
     """Scores, confusions and mistakes are the ensemble's, which is said; 40 classes have a list of confusions."""
     workdir = tmp_path / "run"
@@ -61,7 +60,6 @@ def test_several_seeds_and_many_classes(tmp_path, capsys):
     assert page.tables.keys().isdisjoint({"What augmentation does"})  # nothing draws
 
 
-@pytest.mark.thorough
 def test_mistakes_are_explained(trained, text):
     """Beside each is its own image in grey, below the map that `explain` would draw of it for the wrong class."""
     model = load(trained)
@@ -87,7 +85,6 @@ def test_mistakes_are_explained(trained, text):
         assert own["alt"] == f"{mistake.example}, occlusion for {named}: most at {place}"
 
 
-@pytest.mark.thorough
 def test_where_the_data_are_gone(copy, text, capsys):
     """What needs no data stays as it is; one sentence says what is left out."""
     config = json.loads((copy / "config.json").read_text())

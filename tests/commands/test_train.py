@@ -35,6 +35,7 @@ def test_placement_and_threads_change_no_bit(fake_config, tmp_path):
     assert run(fake_config, tmp_path / "device")["params_sha256"] == host["params_sha256"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("precision", ["bfloat16", *thorough("float32")])
 def test_it_learns(fake_config, tmp_path, precision):
     with fake_config.unlocked():

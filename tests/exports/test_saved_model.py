@@ -67,6 +67,7 @@ def test_the_printed_lines_load_it_without_this_package_and_jax(run, tmp_path, c
            "logits5.npy", "probabilities1.npy", "probabilities5.npy"])  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_weights_are_variables(run, tmp_path):  # noqa: F811
     """So no model is too large: a graph, which holds the rest, ends at 2 GB. They are as they were, by their names."""
     import tensorflow as tf

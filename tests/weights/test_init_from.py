@@ -102,6 +102,7 @@ def test_weights_that_changed_before_the_first_checkpoint(tmp_path, mlp, capsys)
     assert "have changed since the run" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_a_work_directory(tmp_path, mlp, capsys):
     """The best checkpoint's weights, whatever optimizer made them; the head begins anew for other classes."""
     first = tmp_path / "first"
