@@ -27,7 +27,7 @@ def digits(tmp_path_factory) -> Path:
     """The work directory of the default config, trained briefly."""
     workdir = tmp_path_factory.mktemp("digits") / "run"
     assert (
-        launch.main(["--config.total=2 epochs", "--config.model=cnn(widths=(8,), hidden=32)", f"--workdir={workdir}"])
+        launch.main(["--config.total=6 epochs", "--config.model=cnn(widths=(8,), hidden=32)", f"--workdir={workdir}"])
         == 0
     )
     return workdir
