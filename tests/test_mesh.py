@@ -139,6 +139,7 @@ def test_meshes_that_cannot_be(text, message):
         sharding.make_mesh(text=text)
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_goes_from_one_arrangement_to_another(config, tmp_path):
     """To the bit, there and back."""
     whole, split = programs(config), programs(config, "data=2, fsdp=4")

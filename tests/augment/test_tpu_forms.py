@@ -40,6 +40,7 @@ def pairs(values, quick, more):
     return [*quick, *thorough(*more), *slow]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("kind", "magnitude"), pairs([0, 5, 10], [("oblong", 10)], [("grey", 5)]))
 def test_every_op_of_big_vision(kind, magnitude):
     """Both signs, each image with a cutout of its own."""

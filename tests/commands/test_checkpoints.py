@@ -45,6 +45,7 @@ def test_some_of_them_as_a_table(run, capsys):
     assert [row[0] for row in rows[1:]] == ["12", "4"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("words", "message"), [
     (["--checkpoints=4,5"], "--checkpoints=4,5: there are [4, 8, 12]"),
     (["--checkpoints=all", "--checkpoint=4"], "drop --checkpoint"),

@@ -129,6 +129,7 @@ def test_table(run, printed, capsys):
     assert "frost" not in out
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -108,7 +108,8 @@ def assert_equal(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), found, expected)
 
 
-OTHERS = sorted({*BACKBONES} - {"mlp"})  # which take long to compile when they are differentiated in both modes
+QUICK = ["cnn", "mlp", "rnn"]  # the others take ten seconds to compile when they are differentiated in both modes
+OTHERS = sorted({*BACKBONES} - {*QUICK})
 
 
 @pytest.mark.usefixtures("float64")
@@ -122,7 +123,7 @@ def test_both_forms_are_equal_with_ordinary_edits_in_the_middle(name):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", ["mlp", *thorough(*OTHERS)])
+@pytest.mark.parametrize("name", [*QUICK, *thorough(*OTHERS)])
 def test_both_forms_are_equal_and_differentiable_with_ordinary_edits_in_the_middle(name):
     """Logits, gradients, `jax.jvp` of both; each form against the other and against differences, in float64.
 

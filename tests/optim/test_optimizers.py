@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import thorough
 from flax import linen as nn
 from tolerance import rounding
 
@@ -184,7 +183,8 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("text", [*list(WAYS)[5:6], *thorough(*list(WAYS)[:5], *list(WAYS)[6:])])
+@pytest.mark.thorough
+@pytest.mark.parametrize("text", WAYS)
 def test_it_trains_and_resumes_bit_for_bit(text, fake_config, tmp_path):
     """In the compiled step on eight devices: the loss falls, and the state saved half-way leads to the same end."""
     config = fake_config

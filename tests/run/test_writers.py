@@ -138,6 +138,7 @@ def test_throughput(monkeypatch):
     assert (throughput.seconds, throughput.steps) == (6.0, 12)
 
 
+@pytest.mark.thorough
 def test_progress_on_a_terminal(fake_config, tmp_path, monkeypatch, capsys):
     """Step, time left, images a second and the share of waiting, on a terminal of the usual 80 columns."""
     screen = io.StringIO()
