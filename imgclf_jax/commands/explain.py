@@ -1,6 +1,5 @@
 """Draws where in an image a trained model finds its class."""
 
-import io
 import json
 import re
 import sys
@@ -8,13 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import loading
-from imgclf_jax.analysis import heatmap
 from imgclf_jax.commands import inputs
-from imgclf_jax.commands.explanations import TITLES, build
+from imgclf_jax.commands.explanations import build, drawn
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.text import printable, utf8
 from imgclf_jax.run import terminal
@@ -59,14 +56,10 @@ def main(
                 continue
             label = model.class_names.index(wanted) if wanted else int(result.argmax())
             name, probability = model.class_names[label], float(result[label])
-            pixels = model.prepare(file)
-            [values] = explain(pixels[None], np.array([label]))
-            title = [f"{utf8(Path(file).name)}: {name}, probability {probability:.4f}", TITLES[method]]
-            picture = heatmap.draw(pixels, values, method == "occlusion", [printable(line) for line in title])
+            says = f"{utf8(Path(file).name)}: {name}, probability {probability:.4f}"
+            picture, values = drawn(method, explain, model.prepare(file), label, says)
             target = _target(folder, file, method, wanted, taken)
-            content = io.BytesIO()
-            picture.save(content, "PNG")
-            write_atomically(target, content.getvalue())
+            write_atomically(target, picture)
             yield {"file": utf8(file), "class": name, "probability": round(probability, 6), "method": method,
                    "greatest": float(values.max()), "picture": str(target)}  # fmt: skip
 

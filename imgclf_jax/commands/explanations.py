@@ -1,18 +1,20 @@
 """Explanations of what a trained model says of images: the method that suits its network, many images at a time."""
 
 import functools
+import io
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from imgclf_jax.analysis import attribution
+from imgclf_jax.analysis import attribution, heatmap
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.text import printable
 from imgclf_jax.trained import Trained
 
-TITLES = {
+_TITLES = {
     "gradcam": "Grad-CAM: what speaks for the class",
     "rollout": "attention rollout: what is looked at, for any class",
     "occlusion": "occlusion: how far the probability falls",
@@ -74,6 +76,18 @@ def build(
         return np.concatenate(maps)[: len(images)]
 
     return method, explain
+
+
+def drawn(method: str, explain: Explain, pixels: np.ndarray, label: int, says: str) -> tuple[bytes, np.ndarray]:
+    """(a PNG of the image beside its map over it, below the line `says` and the method's; the map [h', w']).
+
+    `pixels` are uint8[h, w, c] as the model takes them, `label` is the class; the other two are those of `build`.
+    """
+    [values] = explain(pixels[None], np.array([label]))
+    title = [printable(says), _TITLES[method]]
+    content = io.BytesIO()
+    heatmap.draw(pixels, values, method == "occlusion", title).save(content, "PNG")
+    return content.getvalue(), values
 
 
 def _probabilities(model: Trained, size: int, images: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ import datetime
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -52,23 +53,27 @@ def main(config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoi
 def _stablehlo(model: Trained, path: Path, gives: str, names: str) -> list[str]:
     content, described = stablehlo.archive(model, _OUTPUTS[gives], datetime.date.today())
     write_atomically(path, content)
-    h, w, c = described["images"]["shape"][1:]
-    return [
-        f"{path}: {_size(path)}, {gives} of uint8 images [b, {h}, {w}, {c}], for {', '.join(described['platforms'])}",
-        f"Any JAX from {jax.__version__} to those of {described['loads_until']} loads it; export it again after that.",
-        "",
-        stablehlo.LOADER.format(name=path, gives=gives, takes=f"uint8[b, {h}, {w}, {c}], any b"),
-    ]
+    said = (
+        f"Any JAX from {jax.__version__} to those of {described['loads_until']} loads it; export it again after that."
+    )
+    return _with_loader(path, described, said, stablehlo.LOADER)
 
 
 def _saved_model(model: Trained, path: Path, gives: str, names: str) -> list[str]:
     described, difference = saved_model.write(model, _OUTPUTS[gives], path, datetime.date.today())
+    said = f"TensorFlow gives the same on five random images, up to {difference:.1e}."
+    return _with_loader(path, described, said, saved_model.LOADER)
+
+
+def _with_loader(path: Path, described: dict[str, Any], said: str, loader: str) -> list[str]:
+    """What is in the file, by its metadata; what else is said of it; the lines that load it."""
     h, w, c = described["images"]["shape"][1:]
+    gives = described["gives"]
     return [
         f"{path}: {_size(path)}, {gives} of uint8 images [b, {h}, {w}, {c}], for {', '.join(described['platforms'])}",
-        f"TensorFlow gives the same on five random images, up to {difference:.1e}.",
+        said,
         "",
-        saved_model.LOADER.format(name=path, gives=gives, takes=f"uint8[b, {h}, {w}, {c}], any b"),
+        loader.format(name=path, gives=gives, takes=f"uint8[b, {h}, {w}, {c}], any b"),
     ]
 
 

@@ -2,21 +2,17 @@
 
 import contextlib
 import importlib.util
-import io
 import ipaddress
 import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import loading
-from imgclf_jax.analysis import heatmap
-from imgclf_jax.commands.explanations import TITLES, build
+from imgclf_jax.commands.explanations import build, drawn
 from imgclf_jax.core.errors import UserError, reason
-from imgclf_jax.core.text import printable
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.trained import Trained, report_host_ops
 
@@ -72,12 +68,8 @@ def explainer(model: Trained) -> Callable[[bytes], bytes]:
         pixels = model.prepare(content)
         [probabilities] = model.predict(content)
         label = int(probabilities.argmax())
-        title = [f"{model.class_names[label]}, probability {probabilities[label]:.4f}", TITLES[method]]
-        [values] = explain(pixels[None], np.array([label]))
-        picture = heatmap.draw(pixels, values, method == "occlusion", list(map(printable, title)))
-        out = io.BytesIO()
-        picture.save(out, "PNG")
-        return out.getvalue()
+        says = f"{model.class_names[label]}, probability {probabilities[label]:.4f}"
+        return drawn(method, explain, pixels, label, says)[0]
 
     return draw
 

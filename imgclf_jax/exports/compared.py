@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.inference import Outputs
 from imgclf_jax.trained import Trained
@@ -21,7 +22,7 @@ def difference(run: Callable[[np.ndarray], np.ndarray], model: Trained, what: Ou
     mesh = model.programs.mesh
     shape = (_IMAGES, *model.programs.recipe.data.image_shape)
     images = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
-    padded = np.zeros((-(-_IMAGES // mesh.size) * mesh.size, *shape[1:]), np.uint8)
+    padded = np.zeros((sharding.round_up(_IMAGES, mesh), *shape[1:]), np.uint8)
     padded[:_IMAGES] = images
     ours = np.asarray(jax.device_get(getattr(model.programs, what)(*model.state.evaluated, padded)))
     found = float(np.abs(run(images) - ours[..., :_IMAGES, :]).max())

@@ -187,7 +187,6 @@ def attention_of(variables, name, tokens):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("form", ["cpu", *thorough("gpu")], indirect=True)
 def test_rollout_is_its_definition(form):
     """A user's own network without a class token: the product of (mean over heads + identity) / 2, from its weights."""
     model, variables = made(Tokens())

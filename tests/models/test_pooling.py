@@ -80,7 +80,7 @@ def test_conv_pool_is_convolution_bias_relu_and_pool_in_that_order(kernel, pool,
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("channels", [3, *thorough(1, 8)])
+@pytest.mark.parametrize("channels", [1, 3, 8])
 def test_both_ways_of_convolution_and_pooling_on_cpu_give_the_gradient_to_the_first_of_equals(channels):
     """On images and kernels of few values, so of many ties, the bits of Flax's gradient in float32."""
     rng = np.random.default_rng(0)
