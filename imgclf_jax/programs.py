@@ -72,6 +72,9 @@ class Programs(OnMesh):
         place, data = self.recipe.config.data.placement, self.recipe.data
         return placement.chunk_shape(place, data.train_examples, data.image_shape, self.stream, size, self.mesh)
 
+    def _batch_at(self, chunk: Any, i: jax.Array | int) -> dict[str, jax.Array]:
+        return placement.batch_at(chunk, i, self.recipe.data.image_shape)
+
     @once
     def train_step(self) -> Any:
         """The traced train step of all seeds, whose `jaxpr` is of (state, batch) → (state, window)."""
@@ -83,7 +86,7 @@ class Programs(OnMesh):
                 recipe.loss, recipe.optimizer, recipe.schedule, recipe.augment(train=True), recipe.average,
                 recipe.mix, recipe.config.accumulate, self.layout,
             )  # fmt: skip
-            batch = jax.eval_shape(lambda chunk: placement.batch_at(chunk, 0), self.chunk_shape(1))
+            batch = jax.eval_shape(lambda chunk: self._batch_at(chunk, 0), self.chunk_shape(1))
             return jax.jit(self._in_its_form(step.several(pure, recipe.num_seeds))).trace(self.shape["state"], batch)
 
     @once
@@ -127,7 +130,7 @@ class Programs(OnMesh):
         train_step = jax.extend.core.jaxpr_as_fun(self.train_step.jaxpr)  # traced above, not once more
 
         def one_step(i: jax.Array | int, chunk: Any, state: step.TrainState, window: step.Window) -> Any:
-            batch = jax.lax.with_sharding_constraint(placement.batch_at(chunk, i), split)
+            batch = jax.lax.with_sharding_constraint(self._batch_at(chunk, i), split)
             # The step is compiled apart from the reading of its batch, in which programs differ. The step's number is
             # there since XLA moves a barrier out of the loop if what it holds is the same in each step: that of a
             # chunk of one step is.
@@ -180,7 +183,7 @@ class Programs(OnMesh):
 
         def eval(params: Any, model_state: Any, chunk: Any, steps: jax.Array) -> Any:
             def batch_sums(i: jax.Array | int) -> Any:
-                batch = jax.lax.with_sharding_constraint(placement.batch_at(chunk, i), split)
+                batch = jax.lax.with_sharding_constraint(self._batch_at(chunk, i), split)
                 batch, _ = jax.lax.optimization_barrier((batch, i))  # apart from its reading, as in training
                 return pure(in_whole(params), model_state, batch)
 

@@ -4,8 +4,12 @@ A chunk is what one call of a compiled program works on: the batches of k steps,
 "label": i32[k, b]}, or {"id": i32[k, b], "table": {"image": uint8[n, h, w, c], "label": i32[n]}}. Where the stream is
 `with_ids` both have the examples' `id` and `epoch` i32[k, b], and so have the batches. Of several seeds b is that of
 all together, see `stream`.
+
+On TPU the table has an image's bytes in whole blocks, uint8[n, 8 m, 128]. Of uint8[n, h, w, c] XLA makes a copy in
+another layout whenever a program is called: four times as large for images of 32 x 32 x 3, where 128 places hold the 32.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,10 +18,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from imgclf_jax.core import sharding
+from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import stream
 from imgclf_jax.data.stream import StreamSpec
+
+_BLOCK = (8, 128)  # of bytes: the least tile of uint8 on TPU
 
 
 def chunk_shape(
@@ -26,8 +32,9 @@ def chunk_shape(
     """The shapes, dtypes and shardings of the chunks that `train_chunks` gives for images uint8[examples, h, w, c]."""
     split, whole = sharding.sharded(mesh, axis=1), sharding.replicated(mesh)
     rows, where = ((examples,), whole) if placement == "device" else ((size, spec.rows), split)
+    image = _in_table(image_shape, mesh) if placement == "device" else image_shape
     images = {
-        "image": jax.ShapeDtypeStruct((*rows, *image_shape), np.uint8, sharding=where),
+        "image": jax.ShapeDtypeStruct((*rows, *image), np.uint8, sharding=where),
         "label": jax.ShapeDtypeStruct(rows, np.int32, sharding=where),
     }
     each = jax.ShapeDtypeStruct((size, spec.rows), np.int32, sharding=split)
@@ -45,7 +52,23 @@ def eval_chunk_shape(image_shape: tuple[int, ...], batch_size: int, size: int, m
     }
 
 
-def batch_at(chunk: Any, step: jax.Array | int) -> dict[str, jax.Array]:
+def _in_table(image_shape: tuple[int, ...], mesh: Mesh) -> tuple[int, ...]:
+    """The shape of an image in a table on these devices."""
+    if platform.of(mesh) != "tpu":
+        return image_shape
+    rows, columns = _BLOCK
+    return (rows * -(-math.prod(image_shape) // math.prod(_BLOCK)), columns)
+
+
+def _as_in_table(images: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """Images uint8[n, h, w, c] as a table on these devices has them: the last block of each is filled with zeros."""
+    if (shape := _in_table(images.shape[1:], mesh)) == images.shape[1:]:
+        return images
+    flat = images.reshape(len(images), -1)
+    return np.pad(flat, ((0, 0), (0, math.prod(shape) - flat.shape[1]))).reshape(-1, *shape)
+
+
+def batch_at(chunk: Any, step: jax.Array | int, image_shape: tuple[int, ...]) -> dict[str, jax.Array]:
     """The batch of the chunk's step number `step`, 0 being its first: {"image": uint8[b, h, w, c], "label": i32[b]}."""
     own = {name: values for name, values in chunk.items() if name != "table"}
     batch = {name: lax.dynamic_index_in_dim(values, step, keepdims=False) for name, values in own.items()}
@@ -53,6 +76,9 @@ def batch_at(chunk: Any, step: jax.Array | int) -> dict[str, jax.Array]:
         return batch
     ids = batch["id"] if "epoch" in batch else batch.pop("id")
     gathered = {name: values.at[ids].get(mode="promise_in_bounds") for name, values in chunk["table"].items()}
+    if gathered["image"].shape[1:] != image_shape:
+        flat = gathered["image"].reshape(ids.size, -1)
+        gathered["image"] = flat[:, : math.prod(image_shape)].reshape(ids.size, *image_shape)
     return {**gathered, **batch}
 
 
@@ -83,7 +109,8 @@ def _device_chunks(
             "use data.placement='host', or move the randomness to augment"
         )
     everything = np.arange(len(images), dtype=np.int64)
-    table = sharding.put_whole(images.read(everything, everything), mesh)
+    read = images.read(everything, everything)
+    table = sharding.put_whole(read | {"image": _as_in_table(read["image"], mesh)}, mesh)
     rows, seeds = sharding.rows_here(spec.batch_size, mesh), range(spec.seed, spec.seed + spec.num_seeds)
     for steps in ranges:
         positions = stream.positions(steps, spec.batch_size, rows)

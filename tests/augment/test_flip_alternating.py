@@ -29,7 +29,7 @@ def orientations(place, batch_size, start, stop, size=3):
     seen = []
     for steps, chunk in placement.train_chunks(place, opened, spec, ranges, size, mesh):
         for i, step in enumerate(steps):
-            batch = placement.batch_at(chunk, i)
+            batch = placement.batch_at(chunk, i, (6, 8, 1))
             out = np.asarray(APPLY(None, batch["image"], jnp.uint32(SEED), batch["id"], batch["epoch"])) * 255
             ids = stream.example_ids(SEED, step, batch_size, 40)
             np.testing.assert_array_equal(batch["id"], ids)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from imgclf_jax.core import sharding
+from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import placement, sources, stream
 
@@ -28,12 +28,15 @@ def chunks(place, images, mesh, size=4):
     return placement.train_chunks(place, images, SPEC, RANGES, size, mesh)
 
 
-@pytest.mark.parametrize("place", ["host", "device"])
-def test_chunks_hold_the_batches_of_their_steps(place):
+@pytest.mark.parametrize(
+    ("place", "devices"), [("host", "cpu"), ("host", "tpu"), ("device", "cpu"), ("device", "gpu"), ("device", "tpu")]
+)
+def test_chunks_hold_the_batches_of_their_steps(monkeypatch, place, devices):
     """On either placement, whatever the range a step is read in, and split over the devices along the batch."""
+    monkeypatch.setattr(platform, "of", lambda mesh: devices)
     mesh, images = sharding.make_mesh(), stream.Images(fake(), "decode(1)|resize(7)", 5)
     expected = list(stream.train_batches(images, 5, 24, 3, 11))
-    at = jax.jit(placement.batch_at)
+    at = jax.jit(lambda chunk, i: placement.batch_at(chunk, i, images.shape))
     found = []
     for expected_steps, (steps, chunk) in zip(RANGES, chunks(place, images, mesh), strict=True):
         assert steps == expected_steps
@@ -45,6 +48,8 @@ def test_chunks_hold_the_batches_of_their_steps(place):
             lambda x: (x.shape, x.dtype, x.sharding), shapes
         )
     _, split = next(chunks(place, images, mesh))
+    if place == "device":
+        assert split["table"]["image"].shape == (40, 8, 128) if devices == "tpu" else (40, *images.shape)
     assert len(split["id" if place == "device" else "image"].addressable_shards) == 8
 
 
