@@ -6,7 +6,7 @@ A chunk is what one call of a compiled program works on: the batches of k steps,
 all together, see `stream`.
 
 On TPU the table has an image's bytes in whole blocks, uint8[n, 8 m, 128]. Of uint8[n, h, w, c] XLA makes a copy in
-another layout whenever a program is called: four times as large for images of 32 x 32 x 3, where 128 places hold the 32.
+another layout at each call of a program: four times as large for images of 32 x 32 x 3, whose rows are padded to 128.
 """
 
 import math

@@ -2,17 +2,20 @@
 
 import asyncio
 import concurrent.futures
+import itertools
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.trained import Picture, Trained
+from imgclf_jax.trained import Trained
 
 _AT_ONCE = 2  # batches; one of them is decoded, and one is on the device
+_BYTES_A_THREAD = 100_000  # of files, a few milliseconds' work, that one thread decodes at least
 
 
 class Busy(Exception):
@@ -23,8 +26,8 @@ class Batcher:
     """Classifies images that come one by one. While batches are computed, those that come make the next one.
 
     So nothing waits for a batch to fill, and under load batches fill by themselves. Two are in work at once: while the
-    device has one, the images of the other are decoded. A batch has one of a few sizes, each of which is compiled when
-    the batcher is made, and is padded to it. Used from one event loop.
+    device has one, the images of the other are decoded, by several threads if the files are large. A batch has one of a
+    few sizes, each of which is compiled when the batcher is made, and is padded to it. Used from one event loop.
     """
 
     def __init__(self, model: Trained, largest: int = 64, most_waiting: int = 512, seen: Callable[[int], Any] = int):
@@ -32,8 +35,9 @@ class Batcher:
         self._model, self._seen, self._most_waiting = model, seen, most_waiting
         mesh = model.programs.mesh
         self._sizes = sorted({sharding.round_up(size, mesh) for size in (1, 8, largest)})
-        self._waiting: asyncio.Queue[tuple[Picture, asyncio.Future[np.ndarray]]] = asyncio.Queue()
+        self._waiting: asyncio.Queue[tuple[bytes, asyncio.Future[np.ndarray]]] = asyncio.Queue()
         self._workers = concurrent.futures.ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="batch")
+        self._decoders = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="decode")
         self._device = threading.Lock()
         for size in self._sizes:
             self._compute([np.zeros(model.programs.recipe.data.image_shape, np.uint8)] * size)
@@ -43,8 +47,8 @@ class Batcher:
         """How many images wait for a batch."""
         return self._waiting.qsize()
 
-    async def predict(self, image: Picture) -> np.ndarray:
-        """The probabilities f32[classes] of an image, such as the bytes of a file.
+    async def predict(self, image: bytes) -> np.ndarray:
+        """The probabilities f32[classes] of the image in a file of these bytes.
 
         Raises Busy if too many images wait, and UserError if it does not decode or the model gives NaN.
         """
@@ -67,7 +71,7 @@ class Batcher:
             task.add_done_callback(tasks.discard)
             task.add_done_callback(lambda _: free.release())
 
-    async def _answer(self, some: list[tuple[Picture, asyncio.Future[np.ndarray]]]) -> None:
+    async def _answer(self, some: list[tuple[bytes, asyncio.Future[np.ndarray]]]) -> None:
         some = [(image, result) for image, result in some if not result.done()]  # its client may have gone
         images, loop = [image for image, _ in some], asyncio.get_running_loop()
         found: list[np.ndarray | Exception]
@@ -83,14 +87,9 @@ class Batcher:
             else:
                 result.set_result(one)
 
-    def _classify(self, images: list[Picture]) -> list[np.ndarray | Exception]:
+    def _classify(self, images: list[bytes]) -> list[np.ndarray | Exception]:
         """The probabilities of each image, or why it has none."""
-        prepared: list[np.ndarray | Exception] = []
-        for image in images:
-            try:
-                prepared.append(self._model.prepare(image))
-            except UserError as e:
-                prepared.append(e)
+        prepared = self._prepare_all(images)
         whole = [image for image in prepared if isinstance(image, np.ndarray)]
         if whole:
             self._seen(len(whole))
@@ -98,6 +97,23 @@ class Batcher:
         out = [image if isinstance(image, Exception) else next(rows) for image in prepared]
         nan = UserError("the model gives NaN for this image; its weights may hold NaN, so serve another --checkpoint")
         return [nan if isinstance(row, np.ndarray) and np.isnan(row).any() else row for row in out]
+
+    def _prepare_all(self, images: list[bytes]) -> list[np.ndarray | Exception]:
+        """Each image as the model takes it, or why it does not decode."""
+        threads = min(os.cpu_count() or 1, len(images), 1 + sum(map(len, images)) // _BYTES_A_THREAD)
+        if threads == 1:
+            return self._prepare(images)
+        shares = itertools.batched(images, -(-len(images) // threads))
+        return [*itertools.chain.from_iterable(self._decoders.map(self._prepare, shares))]
+
+    def _prepare(self, images: Iterable[bytes]) -> list[np.ndarray | Exception]:
+        prepared: list[np.ndarray | Exception] = []
+        for image in images:
+            try:
+                prepared.append(self._model.prepare(image))
+            except UserError as e:
+                prepared.append(e)
+        return prepared
 
     def _compute(self, images: list[np.ndarray]) -> np.ndarray:
         size = next(size for size in self._sizes if size >= len(images))
