@@ -51,9 +51,19 @@ def main(
             log.warning("%s differs: %s was %s, here it is %s", one.kind, *one[1:])
         return dataclasses.replace(run, cadences=dataclasses.replace(run.cadences, end=end))
 
+    recorded, told = {line["step"]: line.get("params_sha256") for line in record.digests}, False
+
+    def noted(step: int, digest: str) -> None:
+        """Says at the first step whose parameters differ that they do: hours may follow it."""
+        nonlocal told
+        if not told and recorded.get(step) not in (None, digest):
+            told = True
+            log.warning("the parameters of step %d differ from the recorded ones; to see which without the steps that "
+                        "follow, end this by Ctrl-C and pass --steps=%d", step, max(step, 1))  # fmt: skip
+
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            status = train.main(config, Workdir(folder), adjusted=adjusted)
+            status = train.main(config, Workdir(folder), adjusted=adjusted, noted=noted)
     except UserError:
         with contextlib.suppress(OSError):
             folder.rmdir()  # if nothing had been written

@@ -33,14 +33,15 @@ Results = dict[str, dict[str, float]]  # the metrics of each evaluation set
 def main(
     config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None = None, extend: bool = False,
     grace: float = 0.0, adjusted: Callable[[Run], Run] = lambda run: run,
+    noted: Callable[[int, str], None] = lambda *_: None,
 ) -> int:  # fmt: skip
     """Trains, or resumes, the run in `workdir`; 0 when it is done, 75 when it was stopped by a signal.
 
     `profile` traces the steps from its first to its second (exclusive). With `extend`, a run that was planned with
     another `total` goes on to the one of `config`. A stop by signal takes at most `grace` seconds, unless 0.
     `adjusted` is called with the run once it is set up, and gives the run that is trained. Where that ends before its
-    total, 75 is given, and the last steps are in no checkpoint. Raises UserError for what the user can fix, and for a
-    loss that is not finite.
+    total, 75 is given, and the last steps are in no checkpoint. `noted` is called with each step whose parameters are
+    recorded, and their digest. Raises UserError for what the user can fix, and for a loss that is not finite.
     """
     began = time.perf_counter()
     with contextlib.ExitStack() as held:
@@ -52,7 +53,7 @@ def main(
             return 0
         monitor = Monitor(run.start, total, config.batch_size * config.num_seeds, profile, workdir.path)
         writer = writers.open_writer(workdir.path, run.start, config.tensorboard)
-        digests = held.enter_context(contextlib.closing(Digests(workdir.path, run.start, run.cadences.last)))
+        digests = held.enter_context(contextlib.closing(Digests(workdir.path, run.start, run.cadences.last, noted)))
         digests.record(run.start, run.state.params)
         try:
             with monitor, contextlib.closing(writer), stopping(run.checkpoints.unsaved, grace) as stop:

@@ -7,6 +7,7 @@ of `result.json`; those of the single parameters, CRC-32, tell which of them dif
 import concurrent.futures
 import contextlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,13 +25,14 @@ class Digests:
     """Writes the file in `folder` for a run that begins or goes on at step `start` and ends at step `last`.
 
     Lines of `start` and later are dropped, and written again. The training thread copies the parameters to the host;
-    they are hashed and written in another thread. All processes call the methods, and process 0 writes.
+    they are hashed and written in another thread. All processes call the methods, and process 0 writes. After a line is
+    written, `noted` is called in that thread with its step and the SHA-256 of all parameters.
     """
 
-    def __init__(self, folder: Path, start: int, last: int):
+    def __init__(self, folder: Path, start: int, last: int, noted: Callable[[int, str], None] = lambda *_: None):
         # The first step that differs is then known up to a factor of two, however rare checkpoints are.
         self.edges = (*(1 << n for n in range(last.bit_length())), last)
-        self._path = folder / "digests.jsonl"
+        self._path, self._noted = folder / "digests.jsonl", noted
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="digests")
         self._writing: concurrent.futures.Future[str] | None = None
         self._step = -1  # of the last line
@@ -67,6 +69,7 @@ class Digests:
             log.warning("the parameters of step %d are not those that %s had of it: the run goes on from others", step,
                         self._path)  # fmt: skip
         self._before = None
+        self._noted(step, whole)
         return whole
 
     def sha256(self) -> str:

@@ -115,8 +115,8 @@ def test_another_momentum_and_a_tolerance(reproduce, trained, tmp_path):
     assert reproduce(*words, f"--tolerance={most * 0.99}")[0] == 1
 
 
-def test_an_image_that_changed(reproduce, trained, tmp_path):
-    """One pixel of one image: the data are named."""
+def test_an_image_that_changed(reproduce, trained, tmp_path, caplog):
+    """One pixel of one image: the data are named. That steps differ is said once, and at the first one."""
     arrays = dict(np.load(trained.parent / "data.npz"))
     arrays["x_train"][7, 0, 0] ^= 255
     np.savez(tmp_path / "data.npz", **arrays)
@@ -127,6 +127,9 @@ def test_an_image_that_changed(reproduce, trained, tmp_path):
         ("place", "data.source"),
         ("data", "fingerprint"),
     ]
+    told = [text for text in caplog.messages if "differ from the recorded ones" in text]
+    assert told == [f"the parameters of step {found['first_step']} differ from the recorded ones; to see which without "
+                    f"the steps that follow, end this by Ctrl-C and pass --steps={found['first_step']}"]  # fmt: skip
 
 
 @pytest.mark.thorough
