@@ -41,14 +41,14 @@ def copy(trained, tmp_path) -> Path:
 
 @pytest.fixture
 def reproduce(capsys, monkeypatch, tmp_path):
-    """Runs `reproduce` and gives (exit status, what it prints as JSON, or as it is)."""
+    """Runs `reproduce` and gives (exit status, what it prints as JSON, or as it is); its `log` is what was logged."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
 
     def run(*argv, format: str = "json"):
         capsys.readouterr()
         status = launch.main(["reproduce", *map(str, argv), f"--format={format}"])
-        out = capsys.readouterr().out
+        out, run.log = capsys.readouterr()
         return status, json.loads(out) if format == "json" else out
 
     return run
@@ -115,7 +115,7 @@ def test_another_momentum_and_a_tolerance(reproduce, trained, tmp_path):
     assert reproduce(*words, f"--tolerance={most * 0.99}")[0] == 1
 
 
-def test_an_image_that_changed(reproduce, trained, tmp_path, caplog):
+def test_an_image_that_changed(reproduce, trained, tmp_path):
     """One pixel of one image: the data are named. That steps differ is said once, and at the first one."""
     arrays = dict(np.load(trained.parent / "data.npz"))
     arrays["x_train"][7, 0, 0] ^= 255
@@ -127,7 +127,7 @@ def test_an_image_that_changed(reproduce, trained, tmp_path, caplog):
         ("place", "data.source"),
         ("data", "fingerprint"),
     ]
-    told = [text for text in caplog.messages if "differ from the recorded ones" in text]
+    told = [line.split(" ", 1)[1] for line in reproduce.log.splitlines() if "from the recorded ones" in line]
     assert told == [f"the parameters of step {found['first_step']} differ from the recorded ones; to see which without "
                     f"the steps that follow, end this by Ctrl-C and pass --steps={found['first_step']}"]  # fmt: skip
 
