@@ -12,12 +12,15 @@ from imgclf_jax.trained import Trained
 
 _IMAGES = 5
 _CLOSE = 1e-4  # how far the outputs may be from ours, of outputs about 1
+_LEAST = 1e-30  # probabilities below are not told apart
 
 
 def difference(run: Callable[[np.ndarray], np.ndarray], model: Trained, what: Outputs, program: str) -> float:
     """How far the outputs of `run`, a function of images uint8[b, h, w, c], are from the model's on random images.
 
-    Raises UserError, which names the `program` that runs it, if that is more than the roundings of float32.
+    Raises UserError, which names the `program` that runs it, if that is more than the roundings of float32. Of
+    probabilities the logarithms are judged: of a network that is sure of each of these images, another one that is sure
+    of the same classes has the same probabilities but for 1e-9.
     """
     mesh = model.programs.mesh
     shape = (_IMAGES, *model.programs.recipe.data.image_shape)
@@ -25,8 +28,15 @@ def difference(run: Callable[[np.ndarray], np.ndarray], model: Trained, what: Ou
     padded = np.zeros((sharding.round_up(_IMAGES, mesh), *shape[1:]), np.uint8)
     padded[:_IMAGES] = images
     ours = np.asarray(jax.device_get(getattr(model.programs, what)(*model.state.evaluated, padded)))
-    found = float(np.abs(run(images) - ours[..., :_IMAGES, :]).max())
-    if not found <= _CLOSE * max(1.0, float(np.abs(ours).max())):
-        raise UserError(f"export: {program}'s outputs differ from the model's by up to {found:.2g}, so no file "
+    ours, theirs = ours[..., :_IMAGES, :], run(images)
+    judged, a, b = ("outputs", theirs, ours)
+    if what == "predict":
+        judged, a, b = ("log probabilities", *(np.log(np.maximum(x, _LEAST)) for x in (theirs, ours)))
+    if not (apart := _furthest(a, b)) <= _CLOSE * max(1.0, float(np.abs(b).max())):
+        raise UserError(f"export: {program}'s {judged} differ from the model's by up to {apart:.2g}, so no file "
                         f"is written; model={model.config.model!r} is translated wrongly")  # fmt: skip
-    return found
+    return _furthest(theirs, ours)
+
+
+def _furthest(theirs: np.ndarray, ours: np.ndarray) -> float:
+    return float(np.abs(theirs - ours).max())
