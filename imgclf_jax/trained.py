@@ -70,6 +70,8 @@ class Trained(NamedTuple):
                 image = decode.read_file(Path(image))
             except OSError as e:
                 raise UserError(e.strerror or str(e)) from e
+            except ValueError as e:  # of a name with a NUL
+                raise UserError(str(e)) from e
         elif isinstance(image, np.ndarray) and image.ndim == 2:
             image = image[..., None]
         wanted = self.programs.recipe.data.image_shape

@@ -33,14 +33,15 @@ def find(command: str, words: list[str]) -> Iterator[Input]:
     (see `image_files.walk`), in the order of their names; how many other files there are is logged. A pattern is one of
     Python's `glob`, with `**` for folders of any depth. On standard input each line is the name of a file.
 
-    Raises UserError at once for a word that names nothing, or no regular file, and for a directory without images.
+    Raises UserError at once for a word that names nothing, or no regular file, and for a directory without images; and
+    while they are used, if what stands on standard input is no text.
     """
     if not words:
         raise UserError(f"{command}: name at least one image: launch.py {command} FILE|DIR|GLOB|- … --workdir DIR")
     for word in words:
         if word != "-":
             _check(command, word)
-    return (one for word in words for one in (_from_input() if word == "-" else _named(word)))
+    return (one for word in words for one in (_from_input(command) if word == "-" else _named(word)))
 
 
 def computed(model: Trained, what: Outputs, images: Iterable[Input]) -> Iterator[tuple[Input, np.ndarray | UserError]]:
@@ -86,6 +87,10 @@ def _inside(folder: str) -> Iterator[Input]:
         log.info("%s: not used: %s", folder, counted)
 
 
-def _from_input() -> Iterator[Input]:
-    names = (line.rstrip("\r\n") for line in sys.stdin)
-    return (Input(name) for name in names if name)
+def _from_input(command: str) -> Iterator[Input]:
+    for line in sys.stdin:
+        if "\0" in line:
+            raise UserError(f"{command}: - reads names of files from standard input, one a line, and found other bytes "
+                            f"there; name the image itself: launch.py {command} FILE")  # fmt: skip
+        if name := line.rstrip("\r\n"):
+            yield Input(name)

@@ -77,6 +77,7 @@ def setup_logging() -> None:
     # Orbax logs an error a dozen times, with tracebacks, before it raises it.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of shapes, which have no type
     sys.unraisablehook = _report_unraisable
     named_warnings.to_log()
 

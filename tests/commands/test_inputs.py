@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import imgclf_jax
 import launch
 from imgclf_jax.commands import inputs
 from imgclf_jax.core.errors import UserError
@@ -115,6 +116,22 @@ def test_every_format_says_the_same(run, photos, capsys):
     lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if "│" in line]
     assert lines == [[r["file"], *(f"{p['class']} {p['probability']:.4f}" for p in r["predictions"])]
                      for r in records if "predictions" in r]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"])
+def test_an_image_on_standard_input_is_no_list_of_names(monkeypatch, kind):
+    """That is one sentence, which says what to write."""
+    content = io.BytesIO()
+    Image.new("RGB", (9, 9), (200, 10, 90)).save(content, kind)
+    text = io.TextIOWrapper(io.BytesIO(content.getvalue()), "utf-8", "surrogateescape")
+    monkeypatch.setattr(sys, "stdin", text)
+    with pytest.raises(UserError, match=r"- reads names of files .*: launch.py explain FILE$"):
+        list(inputs.find("explain", ["-"]))
+
+
+def test_a_name_that_no_file_can_have(run):
+    with pytest.raises(UserError, match="image 0: embedded null|a.*b.png: .*null"):
+        imgclf_jax.load(run).predict("a\0b.png")
 
 
 def test_no_image_is_an_empty_list(run, photos, capsys, monkeypatch):
