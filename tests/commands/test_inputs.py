@@ -130,7 +130,7 @@ def test_an_image_on_standard_input_is_no_list_of_names(monkeypatch, kind):
 
 
 def test_a_name_that_no_file_can_have(run):
-    with pytest.raises(UserError, match="image 0: embedded null|a.*b.png: .*null"):
+    with pytest.raises(UserError, match=r"^a.*b\.png: .*null"):
         imgclf_jax.load(run).predict("a\0b.png")
 
 
