@@ -10,6 +10,7 @@ _POINTS = 300  # of a line, at most
 
 _WIDTH, _HEIGHT = 420, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 16, 40
+_ROUNDING = 1e-5  # of a value: what differs by less is drawn as if it were equal, and the ticks' labels differ
 _LOG_FROM = 20  # a logarithmic axis where the greatest value is so many times the least
 
 
@@ -63,7 +64,8 @@ def log_ticks(low: float, high: float) -> list[float]:
 def chart(title: str, description: str, x_name: str, lines: Sequence[Line]) -> str:
     """A chart as an `svg` element, whose text says what it shows. Values that are not finite are gaps.
 
-    The y axis is logarithmic if all values are above 0 and the greatest is far above the least.
+    The y axis is logarithmic if all values are above 0 and the greatest is far above the least. Values that differ by
+    float32's roundings alone, as the means of a constant do, make a level line.
     """
     values = [y for line in lines for _, y in line.points if math.isfinite(y)]
     values += [y for line in lines for _, *ends in line.band for y in ends if math.isfinite(y)]
@@ -73,7 +75,8 @@ def chart(title: str, description: str, x_name: str, lines: Sequence[Line]) -> s
     low, high = min(values), max(values)
     log = low > 0 and high / low >= _LOG_FROM
     if not log:
-        margin = (high - low) * 0.04 or abs(high) * 0.1 or 1.0
+        greatest = max(abs(low), abs(high))
+        margin = (high - low) * 0.04 if high - low > _ROUNDING * greatest else greatest * 0.1 or 1.0
         low, high = low - margin, high + margin
     across = _Axis(min(0.0, *steps), max(steps), _LEFT, _WIDTH - _RIGHT)
     up = _Axis(low, high, _HEIGHT - _BOTTOM, _TOP, log)

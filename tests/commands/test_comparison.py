@@ -269,6 +269,8 @@ def test_a_chart_has_its_points():
     assert starts == 1
     (first, second, third), _ = heights([1.0, 10.0, 100.0])
     assert first - second == pytest.approx(second - third, abs=0.11)
+    found, _ = heights([1e-3, 1e-3 * (1 + 5e-8), 1e-3])
+    assert max(found) - min(found) < 0.2  # the rounding of a constant learning rate
     found, starts = heights([1.0, math.nan, 3.0])
     assert (len(found), starts) == (2, 2)
     assert charts.chart("t", "d", "x", [charts.Line("n", 0, [(0, math.nan)])]) == ""
