@@ -55,8 +55,14 @@ class OnMesh:
     def statistics(self) -> contextlib.AbstractContextManager[None]:
         """Inside, batch norm takes its statistics in training of the images that the config says."""
         config = self.recipe.config
-        groups = norms.groups(config.batch_norm, config.batch_size // config.accumulate, self.mesh.size)
+        devices = self.mesh.size // self.groups_of_seeds
+        groups = norms.groups(config.batch_norm, config.batch_size // config.accumulate, devices)
         return norms.statistics_over(groups)
+
+    @once
+    def groups_of_seeds(self) -> int:
+        """In how many groups of devices the seeds lie: one, unless the mesh has an axis `seeds`."""
+        return sharding.groups_of_seeds(self.recipe.num_seeds, self.mesh)
 
     def _products(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, products of float32 operands have the bits that the config says; CPU has no others than float32."""
@@ -111,7 +117,8 @@ class OnMesh:
         with self.tracing():
             shapes = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), "uint32"))
         leading = int(self.recipe.num_seeds > 1)
-        lies = partition.of_state(shapes, self._axes, self.mesh, self.recipe.config.shard, leading)
+        state = partition.of_state(shapes["state"], self._axes, self.mesh, self.recipe.config.shard, leading)
+        lies = {"state": state, "sums": jax.tree.map(lambda _: sharding.replicated(self.mesh), shapes["sums"])}
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, lies)
 
     @once

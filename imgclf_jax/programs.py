@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.extend.core
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from imgclf_jax import inference, losses, step
@@ -35,7 +35,9 @@ _MOST_STEPS, _BYTES_ON_CPU, _BYTES_A_DEVICE = 32, 8 << 20, 128 << 20
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for what can be told to be wrong before the data are opened."""
-    sharding.check_batch_size(config.batch_size, sharding.make_mesh(text=config.mesh), config.accumulate)
+    mesh = sharding.make_mesh(text=config.mesh)
+    sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
+    sharding.groups_of_seeds(config.num_seeds, mesh)
     check_names(config)
 
 
@@ -87,7 +89,36 @@ class Programs(OnMesh):
                 recipe.mix, recipe.config.accumulate, self.layout,
             )  # fmt: skip
             batch = jax.eval_shape(lambda chunk: self._batch_at(chunk, 0), self.chunk_shape(1))
-            return jax.jit(self._in_its_form(step.several(pure, recipe.num_seeds))).trace(self.shape["state"], batch)
+            return jax.jit(self._of_all_seeds(pure)).trace(self.shape["state"], batch)
+
+    def _of_all_seeds(self, pure: Callable[..., Any]) -> Callable[..., Any]:
+        """A train step as that of all seeds, in the platform's form: see `step.several`.
+
+        With a mesh that has an axis `seeds`, each group of devices has a program of its own seeds: of a single one the
+        program is that of a single run, with none of the grouped convolutions that XLA makes of several.
+        """
+        seeds, groups = self.recipe.num_seeds, self.groups_of_seeds
+        of_these = self._in_its_form(step.several(pure, seeds // groups))
+        if groups == 1:
+            return of_these
+
+        def own(states: step.TrainState, batch: step.Batch) -> Any:  # [seeds here, …], [b, seeds here, …]
+            if seeds > groups:
+                return of_these(states, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch))
+            one = of_these(jax.tree.map(lambda x: x.squeeze(0), states), jax.tree.map(lambda x: x.squeeze(1), batch))
+            return jax.tree.map(lambda x: x[None], one)
+
+        by_group, of_batch = PartitionSpec("seeds"), PartitionSpec(None, "seeds")
+        grouped = jax.shard_map(own, mesh=self.mesh, in_specs=(by_group, of_batch), out_specs=by_group,
+                                axis_names={"seeds"}, check_vma=False)  # fmt: skip
+
+        lies = NamedSharding(self.mesh, PartitionSpec("data" if "data" in self.mesh.shape else None, "seeds"))
+
+        def all_seeds(states: step.TrainState, batch: step.Batch) -> Any:
+            batch = jax.tree.map(lambda x: x.reshape(-1, seeds, *x.shape[1:]), batch)
+            return grouped(states, jax.lax.with_sharding_constraint(batch, lies))
+
+        return all_seeds
 
     @once
     def _in_loop(self) -> bool:
@@ -178,14 +209,17 @@ class Programs(OnMesh):
             recipe.model, recipe.loss, recipe.augment(train=False), recipe.views, recipe.num_seeds,
             self.predicting or bool(recipe.whole_set_metrics),
         )  # fmt: skip
-        pure, in_whole = self._in_its_form(pure), self.layout.whole
+        pure = self._in_its_form(pure)
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
+
+        def in_whole(tree: Any) -> Any:
+            return jax.lax.with_sharding_constraint(tree, whole) if self.mesh.axis_names != ("data",) else tree
 
         def eval(params: Any, model_state: Any, chunk: Any, steps: jax.Array) -> Any:
             def batch_sums(i: jax.Array | int) -> Any:
                 batch = jax.lax.with_sharding_constraint(self._batch_at(chunk, i), split)
                 batch, _ = jax.lax.optimization_barrier((batch, i))  # apart from its reading, as in training
-                return pure(in_whole(params), model_state, batch)
+                return pure(in_whole(params), in_whole(model_state), batch)
 
             def body(i: jax.Array, out: Any) -> Any:
                 return jax.tree.map(lambda all, new: all.at[i].set(new), out, batch_sums(i))

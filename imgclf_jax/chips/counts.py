@@ -37,6 +37,9 @@ def product_flops(jaxpr: Any) -> float:
         else:
             inner = [product_flops(jaxpr) for jaxpr in platform.inner_jaxprs(equation)]
             times = params.get("length", 1) if name == "scan" else 1
+            if name == "shard_map":  # the body is that of one device, or of one group of them
+                split = {axis for spec in params["in_specs"] for axis in jax.tree.leaves(tuple(spec))}
+                times = math.prod(params["mesh"].shape[axis] for axis in split)
             total += (max(inner, default=0) if name == "cond" else sum(inner)) * times
     return total
 

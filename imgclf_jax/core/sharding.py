@@ -1,7 +1,7 @@
 """One program over all devices: a mesh, and how arrays lie on it. A single device is the mesh of size one.
 
 The images of a batch are split over all axes of the mesh. The state is whole on every device, but for what is split
-over the axis `fsdp`, see `optim/partition.py`.
+over the axis `fsdp`, see `optim/partition.py`, and for the states of other seeds where there is an axis `seeds`.
 """
 
 import math
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imgclf_jax.core.errors import UserError, unknown
 
-AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "seeds")
 
 
 def make_mesh(devices: list[jax.Device] | None = None, text: str = "data=-1") -> Mesh:
@@ -39,7 +39,17 @@ def make_mesh(devices: list[jax.Device] | None = None, text: str = "data=-1") ->
             "be all devices, with a size of -1 for what the others leave"
         )
     shape = [len(devices) // fixed if size < 0 else size for size in sizes.values()]
+    if len({"seeds", "fsdp"} & sizes.keys()) == 2:
+        raise UserError(f"mesh={text!r}: seeds and fsdp do not go together: a seed's state is whole on its devices")
     return Mesh(np.array(devices).reshape(shape), tuple(sizes))
+
+
+def groups_of_seeds(num_seeds: int, mesh: Mesh) -> int:
+    """In how many groups of devices the seeds lie, each with as many of them. Raises UserError if they do not divide."""
+    groups: int = mesh.shape.get("seeds", 1)
+    if num_seeds % groups:
+        raise UserError(f"num_seeds={num_seeds} does not divide into the {groups} parts of the mesh's axis seeds")
+    return groups
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -49,7 +59,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def sharded(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """One axis split over the devices: that of the examples in a batch."""
-    names = mesh.axis_names
+    # The devices that share seeds hold neighbours: of these each sends the others those of their seeds, and no more.
+    names = tuple(sorted(mesh.axis_names, key="seeds".__eq__))
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, names if len(names) > 1 else names[0]))
 
 

@@ -57,16 +57,18 @@ def of_state(state: Any, axes: Mapping[str, int | None], mesh: Mesh, what: str =
     """The sharding of each array of a pytree that holds parameters, or arrays of their shapes, such as moments.
 
     An array belongs to the parameter whose path its own ends with. With `what` "optimizer" only arrays below
-    `opt_state` are split (ZeRO's first stage). `leading` axes, such as that of the seeds, come before the parameter's.
+    `opt_state` are split (ZeRO's first stage). `leading` axes come before the parameter's: that of the seeds, which is
+    split over the mesh's axis `seeds` if it has one.
     """
+    first = ("seeds",) if leading and "seeds" in mesh.shape else (None,) * leading
 
     def of(name: str, x: Any) -> NamedSharding:
         belongs = [path for path in axes if name == path or name.endswith("/" + path)]
         axis = axes[max(belongs, key=len)] if belongs else None
         if axis is None or axis + leading >= len(x.shape) or x.shape[axis + leading] % mesh.shape["fsdp"]:
-            return NamedSharding(mesh, PartitionSpec())
+            return NamedSharding(mesh, PartitionSpec(*first))
         if what == "optimizer" and "opt_state" not in name.split("/"):
-            return NamedSharding(mesh, PartitionSpec())
-        return NamedSharding(mesh, PartitionSpec(*[None] * (axis + leading), "fsdp"))
+            return NamedSharding(mesh, PartitionSpec(*first))
+        return NamedSharding(mesh, PartitionSpec(*first, *[None] * axis, "fsdp"))
 
     return tree.map_named(of, state)

@@ -1,0 +1,146 @@
+"""The mesh's axis `seeds`: groups of devices that train other seeds are the run that trains all seeds on each."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_mesh import DATA, config, programs, train  # noqa: F401  `config` is a fixture
+
+import launch
+from imgclf_jax.chips import counts
+from imgclf_jax.core import platform, sharding, tree
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.run.checkpoint import Checkpoints
+
+MESHES = ["seeds=4, data=-1", "data=4, seeds=2"]  # of four seeds: one in each group, and two
+WAYS = {
+    "adam": {},
+    "average": {"ema": 0.9, "optimizer": "lamb"},
+    "statistics": {"accumulate": 2, "model": "smooth_net:Smooth", "optimizer": "sgd(momentum=0.9)"},
+}
+
+
+def batch(of):
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (of.eval_batch_size, *DATA.image_shape), np.uint8)
+    labels = rng.integers(0, 4, of.eval_batch_size, np.int32)
+    return {"image": images, "label": labels, "mask": np.arange(of.eval_batch_size) % 3 > 0}
+
+
+@pytest.mark.parametrize(
+    ("way", "mesh"),
+    [
+        ("adam", MESHES[0]),
+        *(pytest.param(way, mesh, marks=pytest.mark.thorough) for way in WAYS for mesh in MESHES),
+    ],
+)
+def test_training_and_evaluation_are_those_of_all_seeds_on_each_device(config, way, mesh):  # noqa: F811
+    """The losses of each seed over 20 steps, to 1e-5, and the parameters, as far as rounding has not grown by then."""
+    keys = {"num_seeds": 4, "steps_per_call": 4} | WAYS[way]
+    whole, split = programs(config, **keys), programs(config, mesh, **keys)
+    (a, losses), (b, others) = train(whole, 20), train(split, 20)
+    assert np.shape(losses) == (5, 4)
+    assert len(np.unique(losses[0])) == 4  # each seed has losses of its own
+    np.testing.assert_allclose(losses, others, rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), a.evaluated, b.evaluated)
+    steps = split.steps_per_call
+    chunk = {k: np.broadcast_to(v, (steps, *v.shape)) for k, v in batch(split).items()}
+    sums = [
+        jax.device_get(of.eval(*state.evaluated, sharding.put_batch(chunk, of.mesh, axis=1), np.int32(1))[0])
+        for of, state in ((whole, b_on(whole, b)), (split, b))
+    ]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), *sums)
+
+
+def b_on(of, state):
+    """The state where the programs of another mesh want it."""
+    return jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s.sharding), state, of.shape["state"])
+
+
+def test_what_a_device_holds_and_sends(config):  # noqa: F811
+    """The state of its seeds, which it exchanges with nobody: only images go to the devices of their seeds."""
+    keys = {"num_seeds": 8, "steps_per_call": 4}
+    whole, split = programs(config, **keys), programs(config, "seeds=8", **keys)
+    held = [counts.bytes_a_device(of.shape["state"]) for of in (whole, split)]
+    assert held[1] * 8 == held[0]
+    sent = counts.of_program(split.train).collectives
+    assert "all-reduce" not in sent
+    images = split.stream.rows * np.prod(DATA.image_shape)
+    assert sum(size for _, size in sent.values()) < 1.2 * images
+
+
+@pytest.mark.parametrize("devices", ["gpu", "tpu"])
+def test_a_seed_of_its_own_devices_has_the_convolutions_of_a_single_run(config, monkeypatch, devices):  # noqa: F811
+    """Of several seeds in one program XLA makes grouped ones, which accelerators compute slowly."""
+    operations = []
+    monkeypatch.setattr(platform, "of", lambda mesh: devices)
+
+    def groups(mesh):
+        of = programs(config, mesh, model="resnet_cifar(8)", num_seeds=8)
+        operations.append(counts.product_flops(of.train_step.jaxpr))
+        found, todo = [], [of.train_step.jaxpr]
+        while todo:
+            jaxpr = todo.pop()
+            for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+                todo += platform.inner_jaxprs(equation)
+                if equation.primitive.name == "conv_general_dilated":
+                    found.append(equation.params["feature_group_count"] * equation.params["batch_group_count"])
+        return found
+
+    assert max(groups("data=-1")) == 8
+    assert set(groups("seeds=8")) == {1}
+    assert operations[0] == pytest.approx(operations[1], rel=1e-3)
+
+
+@pytest.mark.thorough
+def test_a_checkpoint_goes_from_one_arrangement_to_another(config, tmp_path):  # noqa: F811
+    """To the bit, there and back."""
+    whole, split = programs(config, num_seeds=2), programs(config, "seeds=2, data=-1", num_seeds=2)
+    state, _ = train(split, 3)
+    checkpoints = Checkpoints(tmp_path / "a")
+    checkpoints.save(3, {"state": state, "sums": split.zero_window()})
+    checkpoints.wait()
+    there = checkpoints.restore(3, whole.shape)
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(there["state"]))
+    checkpoints.save(4, there)
+    checkpoints.wait()
+    back = checkpoints.restore(4, split.shape)
+    assert tree.sha256(jax.device_get(back["state"])) == tree.sha256(jax.device_get(state))
+    assert jax.tree.map(lambda x: x.sharding.spec, back["state"]) == jax.tree.map(lambda x: x.sharding.spec, state)
+
+
+@pytest.mark.thorough
+def test_a_run_trains_resumes_and_predicts(tmp_path):
+    """On another arrangement than it began with: its results are those of a run that had only one, to rounding."""
+    arguments = ["--config.data.source=fake(64, (8, 8, 3), 4)", "--config.model=mlp(widths=(32,))",
+                 "--config.schedule=constant(1e-3)", "--config.batch_size=16", "--config.augment=flip_alternating|normalize",
+                 "--config.num_seeds=4"]  # fmt: skip
+
+    def run(name, mesh, steps, *flags):
+        words = [f"--workdir={tmp_path / name}", f"--config.mesh={mesh}", f"--config.total={steps} steps"]
+        assert launch.main([*arguments, *words, *flags]) == 0
+        return json.loads((tmp_path / name / "result.json").read_text())
+
+    run("a", "seeds=4, data=2", 4)
+    found = run("a", "seeds=2, data=4", 8, "--extend")
+    expected = run("b", "data=-1", 8)
+    for name, value in expected["test"].items():
+        assert found["test"][name] == pytest.approx(value, rel=1e-4), name
+    assert launch.main(["evaluate", f"--workdir={tmp_path / 'a'}"]) == 0
+    next_run = [f"--config.init_from={tmp_path / 'a'}", "--config.mesh=seeds=4, data=-1", "--config.total=2 steps"]
+    assert launch.main([*arguments, f"--workdir={tmp_path / 'c'}", *next_run]) == 0
+
+
+@pytest.mark.parametrize(
+    ("mesh", "seeds", "message"),
+    [
+        ("seeds=4, data=-1", 3, "num_seeds=3 does not divide into the 4 parts of the mesh's axis seeds"),
+        ("seeds=8", 1, "num_seeds=1 does not divide into the 8 parts"),
+        ("seeds=2, fsdp=-1", 2, "seeds and fsdp do not go together"),
+    ],
+)
+def test_mistakes(capsys, tmp_path, mesh, seeds, message):
+    flags = [f"--config.mesh={mesh}", f"--config.num_seeds={seeds}", "--config.batch_size=16"]
+    assert launch.main([f"--workdir={tmp_path / 'run'}", *flags]) == 1
+    assert message in capsys.readouterr().err
