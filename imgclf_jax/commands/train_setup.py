@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import logging
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,10 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
         len(recipe.data.class_names), recipe.total, config.batch_size, compiling.mesh.size, compiling.platform,
         "s" * (compiling.mesh.size > 1), f" of {processes.count()} processes" if processes.count() > 1 else "",
     )  # fmt: skip
+    groups = math.gcd(recipe.num_seeds, compiling.mesh.size)
+    if groups > 1 and set(compiling.mesh.axis_names) == {"data"}:
+        log.info("each device trains all %d seeds; with --config.mesh='seeds=%d, data=-1' it trains %d, and is faster",
+                 recipe.num_seeds, groups, recipe.num_seeds // groups)  # fmt: skip
     state, window = run["state"], run["sums"]
     return Run(config, workdir, images, evals, compiling, compiled, eval_compiled, checkpoints, cadences, start, state,
                window)  # fmt: skip
