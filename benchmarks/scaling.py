@@ -46,10 +46,11 @@ def dry_run(recipe: str, chips: str, count: int, out: Path, keys: dict[str, str]
         if done.returncode not in (0, 1) or not file.is_file():
             raise SystemExit(f"the dry run of {recipe} on {chips} failed")
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if found["fits"] or keys:
+    if found["fits"]:
         return found
     parts = next((a.split(":")[0].partition("=")[2] for a in found["advice"] if a.startswith("accumulate=")), "")
-    return dry_run(recipe, chips, count, out, {"accumulate": parts}) if parts else found
+    more = {"accumulate": parts} if parts else keys
+    return found if more == keys else dry_run(recipe, chips, count, out, more)
 
 
 def table(rows: list[tuple[str, int, dict[str, Any]]]) -> str:

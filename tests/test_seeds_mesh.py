@@ -10,7 +10,6 @@ from test_mesh import DATA, config, programs, train  # noqa: F401  `config` is a
 import launch
 from imgclf_jax.chips import counts
 from imgclf_jax.core import platform, sharding, tree
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.run.checkpoint import Checkpoints
 
 MESHES = ["seeds=4, data=-1", "data=4, seeds=2"]  # of four seeds: one in each group, and two
@@ -114,8 +113,8 @@ def test_a_checkpoint_goes_from_one_arrangement_to_another(config, tmp_path):  #
 def test_a_run_trains_resumes_and_predicts(tmp_path):
     """On another arrangement than it began with: its results are those of a run that had only one, to rounding."""
     arguments = ["--config.data.source=fake(64, (8, 8, 3), 4)", "--config.model=mlp(widths=(32,))",
-                 "--config.schedule=constant(1e-3)", "--config.batch_size=16", "--config.augment=flip_alternating|normalize",
-                 "--config.num_seeds=4"]  # fmt: skip
+                 "--config.schedule=constant(1e-3)", "--config.augment=flip_alternating|normalize",
+                 "--config.batch_size=16", "--config.num_seeds=4"]  # fmt: skip
 
     def run(name, mesh, steps, *flags):
         words = [f"--workdir={tmp_path / name}", f"--config.mesh={mesh}", f"--config.total={steps} steps"]

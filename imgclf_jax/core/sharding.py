@@ -45,7 +45,7 @@ def make_mesh(devices: list[jax.Device] | None = None, text: str = "data=-1") ->
 
 
 def groups_of_seeds(num_seeds: int, mesh: Mesh) -> int:
-    """In how many groups of devices the seeds lie, each with as many of them. Raises UserError if they do not divide."""
+    """In how many groups of devices the seeds lie, each with as many. Raises UserError if they do not divide."""
     groups: int = mesh.shape.get("seeds", 1)
     if num_seeds % groups:
         raise UserError(f"num_seeds={num_seeds} does not divide into the {groups} parts of the mesh's axis seeds")
