@@ -130,6 +130,8 @@ def _batch_norm(
     mean = _mean_but(x, axis)
     var = jnp.maximum(_mean_but(lax.square(x), axis) - lax.square(mean), 0)
     factor = lax.rsqrt(var + epsilon) * scale
+    if platform.current() == "tpu":  # there the derivative then reads less of memory, on GPU more
+        return (x - _along(mean, axis, x)) * _along(factor, axis, x) + _along(bias, axis, x), mean, var
     return x * _along(factor, axis, x) + _along(bias - mean * factor, axis, x), mean, var
 
 

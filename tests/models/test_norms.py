@@ -21,6 +21,7 @@ def normal(seed, *shape):
 
 
 @pytest.mark.usefixtures("float64", "form")
+@pytest.mark.parametrize("form", ["cpu", "gpu", "tpu"], indirect=True)
 @pytest.mark.parametrize("use_scale", [True, False])
 def test_batch_norm_is_flax_batch_norm(use_scale):
     """The same parameters, statistics, results and gradients as nn.BatchNorm in float64, in training and evaluation."""
