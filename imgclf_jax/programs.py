@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.extend.core
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from imgclf_jax import inference, losses, step
@@ -89,36 +89,9 @@ class Programs(OnMesh):
                 recipe.mix, recipe.config.accumulate, self.layout,
             )  # fmt: skip
             batch = jax.eval_shape(lambda chunk: self._batch_at(chunk, 0), self.chunk_shape(1))
-            return jax.jit(self._of_all_seeds(pure)).trace(self.shape["state"], batch)
-
-    def _of_all_seeds(self, pure: Callable[..., Any]) -> Callable[..., Any]:
-        """A train step as that of all seeds, in the platform's form: see `step.several`.
-
-        With a mesh that has an axis `seeds`, each group of devices has a program of its own seeds: of a single one the
-        program is that of a single run, with none of the grouped convolutions that XLA makes of several.
-        """
-        seeds, groups = self.recipe.num_seeds, self.groups_of_seeds
-        of_these = self._in_its_form(step.several(pure, seeds // groups))
-        if groups == 1:
-            return of_these
-
-        def own(states: step.TrainState, batch: step.Batch) -> Any:  # [seeds here, …], [b, seeds here, …]
-            if seeds > groups:
-                return of_these(states, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch))
-            one = of_these(jax.tree.map(lambda x: x.squeeze(0), states), jax.tree.map(lambda x: x.squeeze(1), batch))
-            return jax.tree.map(lambda x: x[None], one)
-
-        by_group, of_batch = PartitionSpec("seeds"), PartitionSpec(None, "seeds")
-        grouped = jax.shard_map(own, mesh=self.mesh, in_specs=(by_group, of_batch), out_specs=by_group,
-                                axis_names={"seeds"}, check_vma=False)  # fmt: skip
-
-        lies = NamedSharding(self.mesh, PartitionSpec("data" if "data" in self.mesh.shape else None, "seeds"))
-
-        def all_seeds(states: step.TrainState, batch: step.Batch) -> Any:
-            batch = jax.tree.map(lambda x: x.reshape(-1, seeds, *x.shape[1:]), batch)
-            return grouped(states, jax.lax.with_sharding_constraint(batch, lies))
-
-        return all_seeds
+            here = self._in_its_form(step.several(pure, recipe.num_seeds // self.groups_of_seeds))
+            train_step = sharding.over_seeds(here, recipe.num_seeds, self.mesh)
+            return jax.jit(train_step).trace(self.shape["state"], batch)
 
     @once
     def _in_loop(self) -> bool:

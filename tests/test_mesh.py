@@ -140,9 +140,10 @@ def test_meshes_that_cannot_be(text, message):
 
 
 @pytest.mark.thorough
-def test_a_checkpoint_goes_from_one_arrangement_to_another(config, tmp_path):
+@pytest.mark.parametrize(("mesh", "seeds"), [("data=2, fsdp=4", 1), ("seeds=2, data=-1", 2)])
+def test_a_checkpoint_goes_from_one_arrangement_to_another(config, tmp_path, mesh, seeds):
     """To the bit, there and back."""
-    whole, split = programs(config), programs(config, "data=2, fsdp=4")
+    whole, split = programs(config, num_seeds=seeds), programs(config, mesh, num_seeds=seeds)
     state, _ = train(split, 3)
     checkpoints = Checkpoints(tmp_path / "a")
     checkpoints.save(3, {"state": state, "sums": split.zero_window()})

@@ -9,8 +9,7 @@ from test_mesh import DATA, config, programs, train  # noqa: F401  `config` is a
 
 import launch
 from imgclf_jax.chips import counts
-from imgclf_jax.core import platform, sharding, tree
-from imgclf_jax.run.checkpoint import Checkpoints
+from imgclf_jax.core import platform, sharding
 
 MESHES = ["seeds=4, data=-1", "data=4, seeds=2"]  # of four seeds: one in each group, and two
 WAYS = {
@@ -90,23 +89,6 @@ def test_a_seed_of_its_own_devices_has_the_convolutions_of_a_single_run(config, 
     assert max(groups("data=-1")) == 8
     assert set(groups("seeds=8")) == {1}
     assert operations[0] == pytest.approx(operations[1], rel=1e-3)
-
-
-@pytest.mark.thorough
-def test_a_checkpoint_goes_from_one_arrangement_to_another(config, tmp_path):  # noqa: F811
-    """To the bit, there and back."""
-    whole, split = programs(config, num_seeds=2), programs(config, "seeds=2, data=-1", num_seeds=2)
-    state, _ = train(split, 3)
-    checkpoints = Checkpoints(tmp_path / "a")
-    checkpoints.save(3, {"state": state, "sums": split.zero_window()})
-    checkpoints.wait()
-    there = checkpoints.restore(3, whole.shape)
-    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(there["state"]))
-    checkpoints.save(4, there)
-    checkpoints.wait()
-    back = checkpoints.restore(4, split.shape)
-    assert tree.sha256(jax.device_get(back["state"])) == tree.sha256(jax.device_get(state))
-    assert jax.tree.map(lambda x: x.sharding.spec, back["state"]) == jax.tree.map(lambda x: x.sharding.spec, state)
 
 
 @pytest.mark.thorough

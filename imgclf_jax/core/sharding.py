@@ -6,6 +6,7 @@ over the axis `fsdp`, see `optim/partition.py`, and for the states of other seed
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,6 +51,34 @@ def groups_of_seeds(num_seeds: int, mesh: Mesh) -> int:
     if num_seeds % groups:
         raise UserError(f"num_seeds={num_seeds} does not divide into the {groups} parts of the mesh's axis seeds")
     return groups
+
+
+def over_seeds(here: Callable[..., Any], num_seeds: int, mesh: Mesh) -> Callable[..., Any]:
+    """A train step of all seeds, from `here`, that of as many as each group of devices has: both as `step.several`'s.
+
+    Where a group has a single seed `here` is that of a single run. So its convolutions are not those in groups that
+    XLA makes of several seeds' in one program.
+    """
+    groups = groups_of_seeds(num_seeds, mesh)
+    if groups == 1:
+        return here
+
+    def own(states: Any, batch: Any) -> Any:  # [seeds here, …], [b, seeds here, …]
+        if num_seeds > groups:
+            return here(states, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch))
+        one = here(jax.tree.map(lambda x: x.squeeze(0), states), jax.tree.map(lambda x: x.squeeze(1), batch))
+        return jax.tree.map(lambda x: x[None], one)
+
+    by_group, of_batch = PartitionSpec("seeds"), PartitionSpec(None, "seeds")
+    grouped = jax.shard_map(own, mesh=mesh, in_specs=(by_group, of_batch), out_specs=by_group, axis_names={"seeds"},
+                            check_vma=False)  # fmt: skip
+    lies = NamedSharding(mesh, PartitionSpec("data" if "data" in mesh.shape else None, "seeds"))
+
+    def of_all(states: Any, batch: Any) -> Any:
+        batch = jax.tree.map(lambda x: x.reshape(-1, num_seeds, *x.shape[1:]), batch)
+        return grouped(states, jax.lax.with_sharding_constraint(batch, lies))
+
+    return of_all
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
