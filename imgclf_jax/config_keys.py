@@ -15,7 +15,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "steps_per_call": (0, "Steps in a call of the compiled program, at most; 0: chosen by size. Changes no result."),
     "mesh": (
         "data=-1",
-        "The devices' arrangement: 'data=-1, fsdp=4' splits the state in four, 'seeds=4' num_seeds; -1: what is left.",
+        "The devices' arrangement: 'data=-1, fsdp=4' parts the state, 'seeds=4, data=-1' the seeds; -1: what is left.",
     ),
     "shard": (
         "all",

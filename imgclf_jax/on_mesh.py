@@ -134,13 +134,16 @@ class OnMesh:
         if not any(axis is not None for axis in self._axes.values()):
             return step.WHOLE
 
-        def whole(tree: Any) -> Any:
-            return jax.lax.with_sharding_constraint(tree, sharding.replicated(self.mesh))
-
         def split(grads: Any) -> Any:
             return jax.lax.with_sharding_constraint(grads, partition.of_state(grads, self._axes, self.mesh))
 
-        return step.Layout(whole, split)
+        return step.Layout(self.in_whole, split)
+
+    def in_whole(self, tree: Any) -> Any:
+        """Inside of a program: a pytree of which each device then has all, whatever part of it the mesh gives it."""
+        if self.mesh.axis_names == ("data",):
+            return tree
+        return jax.lax.with_sharding_constraint(tree, sharding.replicated(self.mesh))
 
     def zero_window(self) -> step.Window:
         """The window of no step, of every seed, on the devices."""

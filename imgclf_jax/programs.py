@@ -185,14 +185,11 @@ class Programs(OnMesh):
         pure = self._in_its_form(pure)
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
 
-        def in_whole(tree: Any) -> Any:
-            return jax.lax.with_sharding_constraint(tree, whole) if self.mesh.axis_names != ("data",) else tree
-
         def eval(params: Any, model_state: Any, chunk: Any, steps: jax.Array) -> Any:
             def batch_sums(i: jax.Array | int) -> Any:
                 batch = jax.lax.with_sharding_constraint(self._batch_at(chunk, i), split)
                 batch, _ = jax.lax.optimization_barrier((batch, i))  # apart from its reading, as in training
-                return pure(in_whole(params), in_whole(model_state), batch)
+                return pure(self.in_whole(params), self.in_whole(model_state), batch)
 
             def body(i: jax.Array, out: Any) -> Any:
                 return jax.tree.map(lambda all, new: all.at[i].set(new), out, batch_sums(i))

@@ -1,10 +1,12 @@
 """The mesh's axis `seeds`: groups of devices that train other seeds are the run that trains all seeds on each."""
 
+import itertools
 import json
 
 import jax
 import numpy as np
 import pytest
+from cases import thorough
 from test_mesh import DATA, config, programs, train  # noqa: F401  `config` is a fixture
 
 import launch
@@ -12,6 +14,7 @@ from imgclf_jax.chips import counts
 from imgclf_jax.core import platform, sharding
 
 MESHES = ["seeds=4, data=-1", "data=4, seeds=2"]  # of four seeds: one in each group, and two
+QUICK = ("adam", MESHES[0])
 WAYS = {
     "adam": {},
     "average": {"ema": 0.9, "optimizer": "lamb"},
@@ -27,11 +30,7 @@ def batch(of):
 
 
 @pytest.mark.parametrize(
-    ("way", "mesh"),
-    [
-        ("adam", MESHES[0]),
-        *(pytest.param(way, mesh, marks=pytest.mark.thorough) for way in WAYS for mesh in MESHES),
-    ],
+    ("way", "mesh"), [QUICK, *thorough(*(case for case in itertools.product(WAYS, MESHES) if case != QUICK))]
 )
 def test_training_and_evaluation_are_those_of_all_seeds_on_each_device(config, way, mesh):  # noqa: F811
     """The losses of each seed over 20 steps, to 1e-5, and the parameters, as far as rounding has not grown by then."""
@@ -70,7 +69,7 @@ def test_what_a_device_holds_and_sends(config):  # noqa: F811
 
 @pytest.mark.parametrize("devices", ["gpu", "tpu"])
 def test_a_seed_of_its_own_devices_has_the_convolutions_of_a_single_run(config, monkeypatch, devices):  # noqa: F811
-    """Of several seeds in one program XLA makes grouped ones, which accelerators compute slowly."""
+    """Several seeds in one program have convolutions in groups. Both have the same operations."""
     operations = []
     monkeypatch.setattr(platform, "of", lambda mesh: devices)
 

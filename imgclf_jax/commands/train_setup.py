@@ -90,7 +90,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     )  # fmt: skip
     groups = math.gcd(recipe.num_seeds, compiling.mesh.size)
     if groups > 1 and set(compiling.mesh.axis_names) == {"data"}:
-        log.info("each device trains all %d seeds; with --config.mesh='seeds=%d, data=-1' it trains %d, and is faster",
+        log.info("each device trains all %d seeds; with --config.mesh='seeds=%d, data=-1' it trains %d",
                  recipe.num_seeds, groups, recipe.num_seeds // groups)  # fmt: skip
     state, window = run["state"], run["sums"]
     return Run(config, workdir, images, evals, compiling, compiled, eval_compiled, checkpoints, cadences, start, state,

@@ -54,10 +54,10 @@ def groups_of_seeds(num_seeds: int, mesh: Mesh) -> int:
 
 
 def over_seeds(here: Callable[..., Any], num_seeds: int, mesh: Mesh) -> Callable[..., Any]:
-    """A train step of all seeds, from `here`, that of as many as each group of devices has: both as `step.several`'s.
+    """The train step of all seeds, as `step.several` gives it, of which each group of devices computes its own seeds.
 
-    Where a group has a single seed `here` is that of a single run. So its convolutions are not those in groups that
-    XLA makes of several seeds' in one program.
+    `here` is `step.several`'s of as many seeds as a group has. Where that is one it is the train step of a single run,
+    without the convolutions in groups that several seeds in one program become.
     """
     groups = groups_of_seeds(num_seeds, mesh)
     if groups == 1:
@@ -88,7 +88,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def sharded(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """One axis split over the devices: that of the examples in a batch."""
-    # The devices that share seeds hold neighbours: of these each sends the others those of their seeds, and no more.
+    # Seeds last: a batch has the seeds' examples side by side, so that the groups that share them out are neighbours.
     names = tuple(sorted(mesh.axis_names, key="seeds".__eq__))
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, names if len(names) > 1 else names[0]))
 

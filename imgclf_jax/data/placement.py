@@ -69,7 +69,10 @@ def _as_in_table(images: np.ndarray, mesh: Mesh) -> np.ndarray:
 
 
 def batch_at(chunk: Any, step: jax.Array | int, image_shape: tuple[int, ...]) -> dict[str, jax.Array]:
-    """The batch of the chunk's step number `step`, 0 being its first: {"image": uint8[b, h, w, c], "label": i32[b]}."""
+    """The batch of the chunk's step number `step`, 0 being its first: {"image": uint8[b, h, w, c], "label": i32[b]}.
+
+    `image_shape` is (h, w, c), which a table in blocks does not tell.
+    """
     own = {name: values for name, values in chunk.items() if name != "table"}
     batch = {name: lax.dynamic_index_in_dim(values, step, keepdims=False) for name, values in own.items()}
     if "table" not in chunk:
