@@ -165,8 +165,9 @@ def validate(config: ConfigDict) -> None:
     more = [text.partition("(")[0].rpartition(":")[2].strip() for text in config.metrics.split("|")]
     kinds = ("accuracy", "loss", "top5", *filter(None, more))
     known = [f"{name}/{kind}" for name in config.data.eval for kind in kinds]
-    if config.checkpoint.best and config.checkpoint.best not in known:
-        raise UserError(unknown("metric in checkpoint.best", config.checkpoint.best, known))
+    best = re.sub("^(min|max):", "", config.checkpoint.best)
+    if config.checkpoint.best and best not in known:
+        raise UserError(unknown("metric in checkpoint.best", best, known))
 
 
 _DURATION = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?(?:e\d{1,2})?)\s*([kM]?)\s*(epochs?|steps?|examples?|%)\s*")

@@ -87,7 +87,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     "eval_every": ("1 epochs", "How often all of `data.eval` is evaluated; empty: at the end only."),
     "checkpoint_every": ("1 epochs", "How often a checkpoint is saved; empty: at the end only."),
     "checkpoint.keep": (2, "How many of the latest checkpoints are kept."),
-    "checkpoint.best": ("", "A metric, such as 'val/accuracy' (or 'val/loss'), whose best checkpoint is kept as well."),
+    "checkpoint.best": (
+        "",
+        "A metric whose best checkpoint is kept too: 'val/accuracy', 'val/loss'; your own as 'min:val/my_error'.",
+    ),
 }
 
 # Keys that say where and how and not what is computed: a run may be resumed with other values of these.

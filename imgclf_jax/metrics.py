@@ -3,9 +3,10 @@
 Metrics of whole sets, such as AUC, are no sums. They are computed from all labels and probabilities of a set.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -172,13 +173,44 @@ def _predicted_classes(probabilities: np.ndarray) -> np.ndarray:
 
 METRICS: dict[str, Metric] = {"auc": auc, "balanced_accuracy": balanced_accuracy, "f1": f1}
 
+# Which value of each metric is best. Of a user's own metric `checkpoint.best` says it: "min:…" or "max:…".
+BEST: dict[str, Literal["min", "max"]] = {
+    "accuracy": "max", "loss": "min", "top5": "max", "auc": "max", "balanced_accuracy": "max", "f1": "max",
+}  # fmt: skip
+
+_NOT_OWN = re.compile(r"examples|accuracy|loss|top5|ensemble_.*|.*_std")  # what results hold besides these metrics
+
 
 def build_whole_set(text: str) -> dict[str, Metric]:
-    """The metrics that a spec such as `auc|f1` names, by name; the user's own are named by import path."""
+    """The metrics that a spec such as `auc|f1` names, by name; the user's own are named by import path.
+
+    Raises UserError for an unknown name, for one that is there twice, and for one that results use for something else.
+    """
     found: dict[str, Metric] = {}
     for call in spec.parse(text):
         name = call.name.rpartition(":")[2]
         if name in found:
             raise UserError(f"metrics={text!r} names {name} twice; name each metric once")
+        if ":" in call.name and _NOT_OWN.fullmatch(name):
+            raise UserError(f"metrics={text!r}: results use the name {name} for something else; rename your function")
         found[name] = spec.bind(call, METRICS, "metric", given=("labels", "probabilities"))
     return found
+
+
+def parse_best(text: str, classes: int = 6) -> tuple[str, float]:
+    """The metric that `checkpoint.best` names, and a sign: 1.0 if its greatest value is best, -1.0 if its smallest is.
+
+    "min:test/my_error" gives ("test/my_error", -1.0). Raises UserError for a metric of unknown direction, and for one
+    that so few classes have not.
+    """
+    match = re.fullmatch(r"(?:(min|max):)?(.*)", text, re.DOTALL)
+    assert match
+    name = match[2]
+    if name.endswith("/top5") and classes <= 5:
+        raise UserError(f"checkpoint.best={text!r}: top5 is counted from six classes on, and the data have {classes}; "
+                        "name another metric")  # fmt: skip
+    direction = match[1] or BEST.get(name.rpartition("/")[2])
+    if direction is None:
+        raise UserError(f"checkpoint.best={text!r}: write 'min:{name}' if the smallest value of your metric is best, "
+                        f"or 'max:{name}' if the greatest is")  # fmt: skip
+    return name, 1.0 if direction == "max" else -1.0

@@ -124,6 +124,11 @@ class Recipe:
         """Metrics of whole evaluation sets, by name: functions of labels and probabilities."""
         return metrics.build_whole_set(self.config.metrics)
 
+    def check_best(self) -> None:
+        """Raises UserError if `checkpoint.best` names a metric that these classes have not."""
+        if self.config.checkpoint.best:
+            metrics.parse_best(self.config.checkpoint.best, len(self.data.class_names))
+
     @property
     def num_seeds(self) -> int:
         """How many replicas are trained at once."""
@@ -140,3 +145,5 @@ def check_names(config: ConfigDict) -> None:
     mixing.build(config.mix)
     tta.build(config.tta)
     metrics.build_whole_set(config.metrics)
+    if config.checkpoint.best:
+        metrics.parse_best(config.checkpoint.best)

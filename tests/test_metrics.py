@@ -1,6 +1,8 @@
 """Metrics of whole sets, against their definitions, and through evaluation's padded batches."""
 
 import json
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +62,40 @@ def test_an_absent_class():
 def test_bad_specs(text):
     with pytest.raises(UserError, match="auc"):
         metrics.build_whole_set(text)
+
+
+@pytest.mark.parametrize("name", ["loss", "accuracy", "examples", "top5", "f1_std", "ensemble_f1"])
+def test_an_own_metric_takes_no_name_that_results_use(name, monkeypatch):
+    """It replaced the loss in result.json, and `f1_std` was read as a standard deviation."""
+    monkeypatch.setitem(sys.modules, "own", types.SimpleNamespace(**{name: lambda labels, probabilities: 0.0}))
+    with pytest.raises(UserError, match=f"results use the name {name} for something else"):
+        metrics.build_whole_set(f"own:{name}")
+
+
+def test_every_metric_says_which_value_is_best():
+    """Only the loss is best when low; an own metric is asked for its direction, and none is guessed."""
+    assert set(metrics.BEST) == {"accuracy", "loss", "top5", *metrics.METRICS}
+    assert [name for name, which in metrics.BEST.items() if which == "min"] == ["loss"]
+    assert metrics.parse_best("val/loss") == ("val/loss", -1.0)
+    assert metrics.parse_best("val/auc") == ("val/auc", 1.0)
+    assert metrics.parse_best("min:val/error") == ("val/error", -1.0)
+    for name in ("error", "brier_loss", "calibration_error"):
+        with pytest.raises(UserError, match=f"write 'min:val/{name}' if the smallest .* 'max:val/{name}'"):
+            metrics.parse_best(f"val/{name}")
+
+
+def test_a_run_asks_for_the_direction_before_data_are_opened(tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_error.py").write_text("def error(labels, probabilities):\n    return 0.5\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("imgclf_jax.commands.train_setup.sources.open_splits", None)
+    argv = ["--config.metrics=own_error:error", f"--workdir={tmp_path}/run"]
+    assert launch.main([*argv, "--config.checkpoint.best=test/error"]) == 1
+    assert capsys.readouterr().err == (
+        "error: checkpoint.best='test/error': write 'min:test/error' if the smallest value of your metric is best, or "
+        "'max:test/error' if the greatest is\n"
+    )
+    assert launch.main([*argv, "--config.checkpoint.best=min:test/eror"]) == 1
+    assert "did you mean 'test/error'" in capsys.readouterr().err
 
 
 @pytest.mark.thorough

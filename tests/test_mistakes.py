@@ -136,6 +136,8 @@ def test_no_config_file(mistake):
         ("total=5", ["total='5' is not a duration", "'5 epochs'"]),
         ("precision=half", ["unknown precision 'half'", "bfloat16, float32"]),
         ("checkpoint.best=accuracy", ["unknown metric", "'accuracy'", "test/accuracy"]),
+        ("checkpoint.best=test/top5", ["top5 is counted from six classes on", "the data have 4"]),
+        ("checkpoint.best=min:", ["unknown metric", "allowed: test/accuracy"]),
         ("batch_size=12", ["batch_size=12 is not divisible by the 8 devices", "8 and 16"]),
         ("model=cnnn", ["unknown model 'cnnn'", "did you mean 'cnn'", "import path"]),
         ("model=cnn(width=3)", ["'cnn(width=3)'", "unknown argument 'width'", "did you mean 'widths'?"]),

@@ -21,6 +21,7 @@ from imgclf_jax.commands.sweep_plan import Run, Settings
 from imgclf_jax.core import places, signals
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
+from imgclf_jax.metrics import parse_best
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run import lock, terminal
 from imgclf_jax.run.provenance import load_data_info, read_json
@@ -251,7 +252,8 @@ def _why(status: int, file: Path) -> str:
 
 def _main_metric(config: ConfigDict, place: Workdir) -> str:
     """The metric that checkpoints are chosen by, or else the accuracy on the first evaluation set."""
-    name = config.checkpoint.best or f"{next(iter(config.data.eval), '')}/accuracy"
+    best = config.checkpoint.best
+    name = parse_best(best)[0] if best else f"{next(iter(config.data.eval), '')}/accuracy"
     group, _, kind = name.partition("/")
     try:
         found = read_json(place.result)[group]

@@ -59,6 +59,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     images = stream.Images(train_source, config.preprocess, config.seed, config.data.threads)
     compiling = programs.of_images(config, images)
     recipe = compiling.recipe
+    recipe.check_best()
     evals = open_evals(compiling, base)
     cadences = Cadences(recipe.total, *map(recipe.period, configs.CADENCES))
 

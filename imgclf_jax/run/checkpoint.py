@@ -23,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint._src.metadata import array_metadata_store
 from orbax.checkpoint._src.serialization import type_handler_registry
 
+from imgclf_jax import metrics
 from imgclf_jax.core import places, processes, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.run import arrays, manifest, tensorstore_leaks
@@ -61,14 +62,13 @@ class _Manager(ocp.CheckpointManager):
 class Checkpoints:
     """The checkpoints in `directory`: the latest `keep`, and the best one by the metric `best` ("" for none).
 
-    A loss is best when it is low, every other metric when it is high. A value that is not finite is the worst.
+    `metrics.parse_best` says which value is best. A value that is not finite is the worst.
     """
 
     def __init__(self, directory: Path, keep: int = 2, best: str = "", read_only: bool = False):
         self.directory = directory if places.in_bucket(directory) else directory.resolve()
-        self.best = best
+        self.best, self._sign = metrics.parse_best(best) if best else ("", 1.0)
         self._read_only = read_only
-        self._sign = -1.0 if best.endswith("loss") else 1.0
         if not read_only:
             processes.first("making the folder of checkpoints", self._prepare)
         policy: list[Any] = [policies.LatestN(keep)]
@@ -110,9 +110,9 @@ class Checkpoints:
             link.symlink_to(self.directory, target_is_directory=True)
         return link
 
-    def _value(self, metrics: Mapping[str, float]) -> float:
+    def _value(self, scores: Mapping[str, float]) -> float:
         """A number that is greater for a better checkpoint. It is never NaN, so that numbers can be sorted by it."""
-        value = metrics.get(self.best, math.nan)
+        value = scores.get(self.best, math.nan)
         return self._sign * value if math.isfinite(value) else _WORST
 
     def steps(self) -> list[int]:
