@@ -163,7 +163,7 @@ def validate(config: ConfigDict) -> None:
     if config.seed + config.num_seeds > 2**32:
         raise UserError(f"seed={config.seed} and num_seeds={config.num_seeds} go beyond the seeds, 0 to 2**32 - 1")
     more = [text.partition("(")[0].rpartition(":")[2].strip() for text in config.metrics.split("|")]
-    kinds = ("accuracy", "loss", "top5", *filter(None, more))
+    kinds = ("accuracy", "loss", "nll", "top5", *filter(None, more))
     known = [f"{name}/{kind}" for name in config.data.eval for kind in kinds]
     best = re.sub("^(min|max):", "", config.checkpoint.best)
     if config.checkpoint.best and best not in known:

@@ -81,7 +81,7 @@ KEYS: dict[str, tuple[Any, str]] = {
         "The axis along which a parameter is split over fsdp: 'head/kernel=0, .*bias=none'; else the largest.",
     ),
     "rules.layer_decay": (0.0, "The learning rate of each layer as a fraction of that of the layer above; 0: off."),
-    "metrics": ("", "Metrics of evaluation beside accuracy, loss and top5: auc, balanced_accuracy, f1, 'auc|f1'."),
+    "metrics": ("", "Metrics of evaluation beside accuracy, loss, nll and top5: auc, balanced_accuracy, f1, 'auc|f1'."),
     "tensorboard": (True, "Write TensorBoard's files beside metrics.jsonl."),
     "log_every": ("50 steps", "How often training metrics are written; empty: never."),
     "eval_every": ("1 epochs", "How often all of `data.eval` is evaluated; empty: at the end only."),
@@ -89,7 +89,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "checkpoint.keep": (2, "How many of the latest checkpoints are kept."),
     "checkpoint.best": (
         "",
-        "A metric whose best checkpoint is kept too: 'val/accuracy', 'val/loss'; your own as 'min:val/my_error'.",
+        "A metric whose best checkpoint is kept too: 'val/accuracy', 'val/nll'; your own as 'min:val/my_error'.",
     ),
 }
 

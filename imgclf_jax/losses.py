@@ -32,11 +32,13 @@ class Link(NamedTuple):
     """How logits and probabilities belong together, as the link function does in a generalized linear model.
 
     `probabilities(logits f32[..., classes])` is f32[..., classes]. `ensemble(logits f32[n, ..., classes])` is f32[...,
-    classes]: the logits whose probabilities are the mean of the probabilities of the n models.
+    classes]: the logits whose probabilities are the mean of the probabilities of the n models. `nll(logits f32[b,
+    classes], labels i32[b])` is f32[b]: the negative log-likelihood of the labels under the probabilities, in nats.
     """
 
     probabilities: Callable[[jax.Array], jax.Array]
     ensemble: Callable[[jax.Array], jax.Array]
+    nll: Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def _softmax_ensemble(logits: jax.Array) -> jax.Array:
@@ -48,8 +50,24 @@ def _sigmoid_ensemble(logits: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(jax.nn.log_sigmoid(logits), 0) - jax.nn.logsumexp(jax.nn.log_sigmoid(-logits), 0)
 
 
-SOFTMAX = Link(jax.nn.softmax, _softmax_ensemble)  # the classes exclude each other: probabilities add up to 1
-SIGMOID = Link(jax.nn.sigmoid, _sigmoid_ensemble)  # each class by itself is true or not
+def _is_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """bool[b, classes]: the labels i32[b] as one-hot rows."""
+    return labels[:, None] == jnp.arange(logits.shape[-1], dtype=labels.dtype)
+
+
+def _softmax_nll(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    own = jnp.sum(jnp.where(_is_label(logits, labels), logits, jnp.zeros((), logits.dtype)), -1)
+    return jax.nn.logsumexp(logits, -1) - own
+
+
+def _sigmoid_nll(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return jnp.sum(jax.nn.softplus(jnp.where(_is_label(logits, labels), -logits, logits)), -1)
+
+
+# The classes exclude each other: probabilities add up to 1.
+SOFTMAX = Link(jax.nn.softmax, _softmax_ensemble, _softmax_nll)
+# Each class is true or false by itself: the likelihood is the product over the classes.
+SIGMOID = Link(jax.nn.sigmoid, _sigmoid_ensemble, _sigmoid_nll)
 
 
 def with_link[F: Callable[..., jax.Array]](link: Link) -> Callable[[F], F]:
@@ -89,8 +107,7 @@ def softmax(
         if platform.current() == "cpu":
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         else:  # whose gradient is no scatter: deterministic kernels of GPUs sort for one
-            chosen = jnp.arange(logits.shape[-1], dtype=labels.dtype) == labels[:, None]
-            losses = jax.nn.logsumexp(logits, -1) - jnp.sum(jnp.where(chosen, logits, jnp.zeros((), logits.dtype)), -1)
+            losses = _softmax_nll(logits, labels)
     else:
         targets = _smoothed(_targets(logits, labels), label_smoothing)
         losses = optax.softmax_cross_entropy(logits, targets)

@@ -50,10 +50,11 @@ def _predicts(logits: jax.Array) -> jax.Array:
     return jnp.isfinite(jnp.max(logits, -1))  # the maximum is NaN if one of them is
 
 
-def classification_sums(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Array) -> Sums:
+def classification_sums(logits: jax.Array, labels: jax.Array, values: Mapping[str, jax.Array], mask: jax.Array) -> Sums:
     """Sums over the examples whose mask is True; the mask of padding is False.
 
-    logits f32[b, classes], labels i32[b], losses f32[b], mask bool[b]. The sums are `examples`, `correct`, `loss` and
+    logits f32[b, classes], labels i32[b], mask bool[b]; `values` f32[b] by name are those of which the mean is
+    reported, `loss` and `nll`. The sums are these, `examples`, `correct` and
 
     - `class_examples`, `class_predicted`, `class_correct` i32[classes]: how many examples have the label, how many are
       predicted to have it, and of how many both is true;
@@ -74,7 +75,7 @@ def classification_sums(logits: jax.Array, labels: jax.Array, losses: jax.Array,
     sums = {
         "examples": jnp.sum(mask, dtype=jnp.int32),
         "correct": jnp.sum(correct & mask, dtype=jnp.int32),
-        "loss": jnp.sum(jnp.where(mask, losses, 0.0)),
+        **{name: jnp.sum(jnp.where(mask, value, 0.0)) for name, value in values.items()},
         "class_examples": count(labels, mask),
         "class_predicted": count(prediction, predicted),
         "class_correct": count(labels, correct & mask),
@@ -93,7 +94,7 @@ def classification_sums(logits: jax.Array, labels: jax.Array, losses: jax.Array,
 def summarize(
     sums: Mapping[str, Any], predictions: Predictions | None = None, whole_set: Mapping[str, Metric] | None = None
 ) -> dict[str, float]:
-    """What is reported: `examples`, and as fractions `accuracy`, `loss` and, if counted, `top5`.
+    """What is reported: `examples`, and as means over them `accuracy`, `loss`, `nll` and, if counted, `top5`.
 
     Beside them the metrics `whole_set`, by name, of the `predictions`. Sums of several seeds are [seeds + 1, …], the
     ensemble's last. Then each metric is the mean over the seeds. Its sample standard deviation is called `NAME_std`,
@@ -112,7 +113,8 @@ def summarize(
                 out |= {name: float(np.mean(values)), f"{name}_std": float(np.std(values, ddof=1))}
         return out | {f"ensemble_{name}": together[name] for name in names}
     n = int(sums["examples"])
-    out = {"examples": n, "accuracy": int(sums["correct"]) / n, "loss": float(sums["loss"]) / n}
+    out = {"examples": n, "accuracy": int(sums["correct"]) / n}
+    out |= {name: float(sums[name]) / n for name in ("loss", "nll") if name in sums}
     if "top5" in sums:
         out["top5"] = int(sums["top5"]) / n
     if predictions:
@@ -173,12 +175,14 @@ def _predicted_classes(probabilities: np.ndarray) -> np.ndarray:
 
 METRICS: dict[str, Metric] = {"auc": auc, "balanced_accuracy": balanced_accuracy, "f1": f1}
 
-# Which value of each metric is best. Of a user's own metric `checkpoint.best` says it: "min:…" or "max:…".
+# Every metric that results hold, and which of its values is best. For a user's own metric `checkpoint.best` says it:
+# "min:…" or "max:…".
 BEST: dict[str, Literal["min", "max"]] = {
-    "accuracy": "max", "loss": "min", "top5": "max", "auc": "max", "balanced_accuracy": "max", "f1": "max",
+    "accuracy": "max", "loss": "min", "nll": "min", "top5": "max",
+    "auc": "max", "balanced_accuracy": "max", "f1": "max",
 }  # fmt: skip
 
-_NOT_OWN = re.compile(r"examples|accuracy|loss|top5|ensemble_.*|.*_std")  # what results hold besides these metrics
+_NOT_OWN = re.compile(r"examples|accuracy|loss|nll|top5|ensemble_.*|.*_std")  # what results hold besides these metrics
 
 
 def build_whole_set(text: str) -> dict[str, Metric]:

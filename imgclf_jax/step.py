@@ -262,7 +262,8 @@ def make_eval_step(
         labels, mask = batch["label"], batch["mask"]
 
         def sums_of(logits: jax.Array) -> metrics.Sums:
-            return metrics.classification_sums(logits, labels, loss(logits, labels), mask)
+            values = {"loss": loss(logits, labels), "nll": link.nll(logits, labels)}
+            return metrics.classification_sums(logits, labels, values, mask)
 
         if num_seeds == 1:
             logits = logits_of(params, model_state, batch["image"])  # [b, classes]

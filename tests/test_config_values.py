@@ -42,7 +42,7 @@ from imgclf_jax.core.errors import UserError
             "unknown metric in checkpoint.best 'val/accuracy': did you mean 'test/acc",
         ),
         ({"checkpoint.best": "test/acuracy"}, "did you mean 'test/accuracy'"),
-        ({"checkpoint.best": "test"}, "allowed: test/accuracy, test/loss, test/top5"),
+        ({"checkpoint.best": "test"}, "allowed: test/accuracy, test/loss, test/nll, test/top5"),
     ],
 )
 def test_values_that_no_run_could_use(changes, message):

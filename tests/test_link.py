@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from flax import linen as nn
 from PIL import Image
 
 import launch
-from imgclf_jax import losses
+from imgclf_jax import losses, metrics, step
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.loading import restore
@@ -77,6 +78,55 @@ def test_an_ensemble_of_sure_models_is_finite(name):
     np.testing.assert_allclose(second, (-400 if name == "softmax" else -200) - np.log(2), rtol=1e-5)
 
 
+class Given(nn.Module):
+    """A model whose logits are its images, [b, 1, 1, classes], times a parameter."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return x[:, 0, 0] * self.param("times", nn.initializers.ones, ())
+
+
+@pytest.mark.parametrize("loss", [
+    "softmax", "softmax(label_smoothing=0.2)", "softmax(class_weights=(5.0, 0.1, 1.0, 0.0))", "focal(gamma=2, alpha=4)",
+    "sigmoid(mean=True)", "sigmoid(label_smoothing=0.3, class_weights=(5.0, 0.1, 1.0, 0.0))",
+    f"{__name__}:plain_loss", f"{__name__}:declared_loss(scale=2.0)",
+])  # fmt: skip
+def test_nll_is_that_of_the_probabilities_whatever_the_loss(loss):
+    """Of each of two seeds, of the ensemble, and without padding: in float64, from the probabilities themselves."""
+    rng = np.random.default_rng(3)
+    logits, labels = rng.normal(0, 3, (12, 4)).astype(np.float32), np.arange(12, dtype=np.int32) % 4
+    times, mask = np.float32([1, 0.3]), np.arange(12) < 9
+    evaluate = step.make_eval_step(Given(), losses.build(loss), lambda key, images: images, num_seeds=2)
+    batch = {"image": logits[:, None, None], "label": labels, "mask": mask}
+    found = metrics.summarize(jax.device_get(jax.jit(evaluate)({"times": times}, {}, batch)[0]))
+
+    name = "sigmoid" if losses.link_of(loss) == losses.SIGMOID else "softmax"
+    each = PROBABILITIES[name](times[:, None, None] * logits[mask].astype(np.float64))
+    hot = np.eye(4)[labels[mask]]
+
+    def nll(p):
+        rest = (1 - hot) * np.log1p(-p) if name == "sigmoid" else 0
+        return -(hot * np.log(p) + rest).sum(-1).mean()
+
+    expected = [nll(p) for p in each]
+    assert found["nll"] == pytest.approx(np.mean(expected), rel=1e-6)
+    assert found["nll_std"] == pytest.approx(np.std(expected, ddof=1), rel=1e-5)
+    assert found["ensemble_nll"] == pytest.approx(nll(each.mean(0)), rel=1e-6)
+    plain = loss == "softmax" or loss.endswith("plain_loss")
+    assert (found["loss"] == pytest.approx(found["nll"])) == plain
+
+
+def test_runs_with_other_losses_can_be_compared_by_nll():
+    """A sure and right model has next to none, where label smoothing makes the loss a large number."""
+    logits, labels = 30 * jnp.eye(4) - 15, jnp.arange(4)
+    for loss in ("softmax(label_smoothing=0.2)", "sigmoid(label_smoothing=0.2)"):
+        assert jnp.mean(losses.build(loss)(logits, labels)) > 2
+        assert jnp.mean(losses.link_of(loss).nll(logits, labels)) < 1e-4
+    far = jnp.asarray([[-jnp.inf, 0.0, 1.0, -1e4]])
+    assert np.isfinite(losses.SOFTMAX.nll(far, jnp.asarray([1]))).all()
+    assert np.isfinite(losses.SIGMOID.nll(far, jnp.asarray([1]))).all()
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of two seeds whose loss is `sigmoid`."""
@@ -114,6 +164,8 @@ def test_evaluation_follows_the_loss(run):
     result = json.loads(run.result.read_text())["test"]
     assert result["loss"] == pytest.approx(np.mean([loss(p) for p in each]), rel=1e-4)
     assert result["ensemble_loss"] == pytest.approx(loss(mean), rel=1e-4)
+    assert result["nll"] == result["loss"]  # `sigmoid` without arguments is the likelihood itself
+    assert result["ensemble_nll"] == result["ensemble_loss"]
     assert result["ensemble_accuracy"] == np.mean(mean.argmax(-1) == labels)
     areas = [roc_auc_score(labels == c, mean[:, c]) for c in range(3)]
     assert result["ensemble_auc"] == pytest.approx(np.mean(areas), abs=2e-3)  # near ties may fall either way

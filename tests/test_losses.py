@@ -189,7 +189,7 @@ def test_build_refuses_a_wrong_spec():
 
 def sums_of(logits, labels, mask):
     rows = np.arange(len(labels), dtype=np.float32)
-    args = (jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(rows), jnp.asarray(mask))
+    args = (jnp.asarray(logits), jnp.asarray(labels), {"loss": jnp.asarray(rows)}, jnp.asarray(mask))
     return jax.device_get(jax.jit(metrics.classification_sums)(*args))
 
 
@@ -214,7 +214,8 @@ def test_classification_sums_agree_with_scikit_learn(classes):
 
 
 def test_a_masked_loss_of_nan_does_not_count():
-    args = (jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32), jnp.asarray([2.0, jnp.nan]), jnp.asarray([True, False]))
+    values, mask = {"loss": jnp.asarray([2.0, jnp.nan])}, jnp.asarray([True, False])
+    args = (jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32), values, mask)
     assert float(metrics.classification_sums(*args)["loss"]) == 2.0
 
 
@@ -249,10 +250,9 @@ def test_sums_add_up_over_batches():
     mask = np.arange(64) < 50
     whole = sums_of(logits, labels, mask)
     loss = losses.softmax(jnp.asarray(logits), jnp.asarray(labels))
-    parts = [
-        jax.device_get(metrics.classification_sums(*(jnp.asarray(a[half]) for a in (logits, labels, loss, mask))))
-        for half in (slice(0, 32), slice(32, 64))
-    ]
+    args = (jnp.asarray(logits), jnp.asarray(labels), {"loss": loss}, jnp.asarray(mask))
+    parts = [jax.device_get(metrics.classification_sums(*jax.tree.map(lambda a, half=half: a[half], args)))
+             for half in (slice(0, 32), slice(32, 64))]  # fmt: skip
     total = {k: parts[0][k] + parts[1][k] for k in parts[0]}
     for name in ("examples", "correct", "confusion", "top5"):
         np.testing.assert_array_equal(total[name], whole[name])

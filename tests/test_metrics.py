@@ -64,7 +64,7 @@ def test_bad_specs(text):
         metrics.build_whole_set(text)
 
 
-@pytest.mark.parametrize("name", ["loss", "accuracy", "examples", "top5", "f1_std", "ensemble_f1"])
+@pytest.mark.parametrize("name", ["loss", "nll", "accuracy", "examples", "top5", "f1_std", "ensemble_f1"])
 def test_an_own_metric_takes_no_name_that_results_use(name, monkeypatch):
     """It replaced the loss in result.json, and `f1_std` was read as a standard deviation."""
     monkeypatch.setitem(sys.modules, "own", types.SimpleNamespace(**{name: lambda labels, probabilities: 0.0}))
@@ -73,9 +73,9 @@ def test_an_own_metric_takes_no_name_that_results_use(name, monkeypatch):
 
 
 def test_every_metric_says_which_value_is_best():
-    """Only the loss is best when low; an own metric is asked for its direction, and none is guessed."""
-    assert set(metrics.BEST) == {"accuracy", "loss", "top5", *metrics.METRICS}
-    assert [name for name, which in metrics.BEST.items() if which == "min"] == ["loss"]
+    """Only loss and NLL are best when low; an own metric is asked for its direction, and none is guessed."""
+    assert set(metrics.BEST) == {"accuracy", "loss", "nll", "top5", *metrics.METRICS}
+    assert [name for name, which in metrics.BEST.items() if which == "min"] == ["loss", "nll"]
     assert metrics.parse_best("val/loss") == ("val/loss", -1.0)
     assert metrics.parse_best("val/auc") == ("val/auc", 1.0)
     assert metrics.parse_best("min:val/error") == ("val/error", -1.0)
@@ -131,7 +131,7 @@ def test_of_a_run(tmp_path, capsys):
 
 def sums_of(logits, labels):
     logits, labels = jnp.asarray(logits, jnp.float32), jnp.asarray(labels, jnp.int32)
-    args = (logits, labels, jnp.zeros(len(labels)), jnp.ones(len(labels), bool))
+    args = (logits, labels, {"loss": jnp.zeros(len(labels))}, jnp.ones(len(labels), bool))
     return jax.device_get(jax.jit(metrics.classification_sums)(*args))
 
 

@@ -76,7 +76,7 @@ def unfinished(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
 
 def _latest(run: Record) -> dict[str, float]:
     wanted = ("train/loss", "train/accuracy", *(f"{name}/{kind}" for name in run.config.data.eval
-                                                for kind in ("accuracy", "loss")))  # fmt: skip
+                                                for kind in ("accuracy", "loss", "nll")))  # fmt: skip
     return {name: value for name, value in run.latest().items() if name in wanted}
 
 

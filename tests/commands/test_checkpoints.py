@@ -41,7 +41,7 @@ def test_some_of_them_as_a_table(run, capsys):
     _, (out, _) = evaluated(capsys, f"--workdir={run}", "--checkpoints=12,4")
     rows = [[cell.strip() for cell in line.strip("│┃").split("│" if "│" in line else "┃")]
             for line in out.splitlines() if "│" in line or "┃" in line]  # fmt: skip
-    assert rows[0] == ["step", "test/accuracy", "test/loss"]
+    assert rows[0] == ["step", "test/accuracy", "test/loss", "test/nll"]
     assert [row[0] for row in rows[1:]] == ["12", "4"]
 
 

@@ -48,7 +48,7 @@ def counted(trained) -> dict:
     """The sums over all test examples of the best checkpoint, by a plain loop in NumPy."""
     programs, state, _ = restore(trained.load_config(), trained, "best")
     source = sources.open_splits(trained.load_config().data.source)["test"]
-    total = {"examples": 0, "correct": 0, "top5": 0, "loss": 0.0, "confusion": np.zeros((10, 10), int)}
+    total = {"examples": 0, "correct": 0, "top5": 0, "loss": 0.0, "nll": 0.0, "confusion": np.zeros((10, 10), int)}
     right = []
     for start in range(0, N, 500):
         examples = source.read(np.arange(start, start + 500))
@@ -62,6 +62,7 @@ def counted(trained) -> dict:
             total["top5"] += int(label) in np.argsort(-row)[:5]
             total["loss"] += np.log(np.exp(row - row.max()).sum()) + row.max() - row[label]
             total["confusion"][label, prediction] += 1
+    total["nll"] = total["loss"]  # the loss is the plain cross-entropy
     total["one_right"] = int(np.flatnonzero(right)[0])
     assert 0.2 < total["correct"] / N < 0.95  # so that being equal says something
     assert total["correct"] < total["top5"] < N
@@ -94,6 +95,7 @@ def test_exact(trained, counted, batch_size, count):
     }
     np.testing.assert_array_equal(sums["confusion"], counted["confusion"])
     assert float(sums["loss"]) == pytest.approx(counted["loss"], rel=CLOSE)
+    assert float(sums["nll"]) == pytest.approx(counted["nll"], rel=CLOSE)
 
 
 @pytest.fixture
@@ -130,6 +132,7 @@ def test_table(trained, counted, command):
     expected = metrics.summarize(counted)
     assert first == (
         f"test: examples {N}  accuracy {expected['accuracy']:.4g}  loss {expected['loss']:.4g}  "
+        f"nll {expected['nll']:.4g}  "
         f"top5 {expected['top5']:.4g}"
     )
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
@@ -211,8 +214,9 @@ def test_on_other_devices(trained, tmp_path, monkeypatch, command):
         for count in (1, 8):
             use(count)
             results.append(json.loads(command(workdir, "--format=json", "--checkpoint=latest"))["test"])
-        losses = [result.pop("loss") for result in results]
-        assert losses[0] == pytest.approx(losses[1], rel=CLOSE)
+        for name in ("loss", "nll"):
+            values = [result.pop(name) for result in results]
+            assert values[0] == pytest.approx(values[1], rel=CLOSE)
         assert results[0] == results[1]
         assert results[0]["accuracy"] == json.loads((workdir / "result.json").read_text())["test"]["accuracy"]
 

@@ -80,7 +80,7 @@ def test_results(runs):
     """Means and deviations of the single runs' results, and the ensemble's from probabilities averaged here."""
     result = json.loads(runs["together"].result.read_text())["test"]
     alone = [json.loads(runs[str(s)].result.read_text())["test"] for s in (5, 6)]
-    for name in ("accuracy", "loss", "auc"):
+    for name in ("accuracy", "loss", "nll", "auc"):
         values = [one[name] for one in alone]
         assert result[name] == pytest.approx(statistics.fmean(values), rel=1e-4)
         assert result[f"{name}_std"] == pytest.approx(statistics.stdev(values), rel=1e-3, abs=1e-6)

@@ -125,7 +125,9 @@ def test_its_numbers_are_those_of_evaluate(trained, page, capsys):
         ["", *NAMES], *([name, *map(str, row)] for name, row in zip(NAMES, found["confusion"], strict=True))
     ]  # fmt: skip
     assert 0 < found["accuracy"] < 1
-    assert f"42 examples: accuracy {found['accuracy']:.4g}, loss {found['loss']:.4g}" in page.text
+    assert (
+        f"42 examples: accuracy {found['accuracy']:.4g}, loss {found['loss']:.4g}, nll {found['nll']:.4g}" in page.text
+    )
     assert f"run: test accuracy {found['accuracy']:.4f} " in page.text
     diagonal, total = np.diag(found["confusion"]), np.sum(found["confusion"], 1)
     assert [row[2] for row in page.tables["Recall and precision of each class on test"][1:]] == [
@@ -199,7 +201,7 @@ def test_it_can_be_read_aloud(page):
 
 def test_curves_and_origin(trained, page):
     charts = [item for item in page.items if "taken for" not in item]
-    assert charts == ["loss", "accuracy", "learning rate", "gradient norm", "parameter norm",
+    assert charts == ["loss", "accuracy", "nll", "learning rate", "gradient norm", "parameter norm",
                       "training images a second", "waiting for input, % of the time"]  # fmt: skip
     result = json.loads((trained / "result.json").read_text())
     provenance = json.loads((trained / "provenance.json").read_text())

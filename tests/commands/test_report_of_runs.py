@@ -44,7 +44,7 @@ def test_several_seeds_and_many_classes(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)["test"]
     assert page.tables["Metrics on test"][1:] == [
         [name, *(f"{found[key]:.4f}" for key in (name, f"{name}_std", f"ensemble_{name}"))]
-        for name in ("accuracy", "loss", "top5")
+        for name in ("accuracy", "loss", "nll", "top5")
     ]
     assert page.tables["Scores on test"][1][1] == f"{found['ensemble_accuracy']:.4f}"
     assert "All below is the ensemble's" in page.text
@@ -57,7 +57,9 @@ def test_several_seeds_and_many_classes(tmp_path, capsys):
     assert "Confusion matrix on test" not in page.tables
     assert "test, ensemble" in page.text
     bands = [own["class"] for tag, own in page.tags if "band" in own.get("class", "")]
-    assert bands == ["band c0", "band c1"] * 2 + ["band c1"]  # loss and accuracy of training and test, top-5 of test
+    assert (
+        bands == ["band c0", "band c1"] * 2 + ["band c1"] * 2
+    )  # loss and accuracy of training and test, NLL and top-5 of test
     assert page.tables.keys().isdisjoint({"What augmentation does"})  # nothing draws
 
 

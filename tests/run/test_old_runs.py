@@ -44,6 +44,10 @@ def test_evaluated(old, capsys):
     scores = result["test"].pop("scores")
     accuracy = expected["evaluated"].get("ensemble_accuracy", expected["evaluated"]["accuracy"])
     assert scores["accuracy"]["value"] == pytest.approx(accuracy)
+    new = {name: result["test"].pop(name) for name in list(result["test"]) if "nll" in name}
+    assert new == pytest.approx(
+        {name: result["test"][name.replace("nll", "loss")] for name in new}, rel=rounding(DEPTH)
+    )
     assert result["test"] == pytest.approx(expected["evaluated"], rel=rounding(DEPTH))
 
 

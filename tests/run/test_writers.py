@@ -226,7 +226,7 @@ def test_result(finished, capsys):
     assert result["seconds"] > 0
     assert result["images_per_second"] > 0
     assert re.fullmatch("[0-9a-f]{64}", result["params_sha256"])
-    assert list(result["test"]) == ["examples", "accuracy", "loss"]  # four classes: no top5
+    assert list(result["test"]) == ["examples", "accuracy", "loss", "nll"]  # four classes: no top5
     assert result["test"]["examples"] == 64
     records = writers.read_metrics(finished / "metrics.jsonl")
     assert {f"test/{k}": v for k, v in result["test"].items()}.items() <= records[-1].items()
