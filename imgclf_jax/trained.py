@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from imgclf_jax.core import named_warnings, processes, sharding
+from imgclf_jax.core import named_warnings, processes, sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode
 from imgclf_jax.inference import Outputs
@@ -54,6 +54,11 @@ class Trained(NamedTuple):
     def config(self) -> ConfigDict:
         """The config that it was trained with."""
         return self.programs.recipe.config
+
+    @property
+    def params_sha256(self) -> str:
+        """The digest of the parameters, as result.json and digests.jsonl have it. All processes call this."""
+        return tree.sha256(self.state.params)
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """A file of predictions: a row an example, for other programs."""
 
 import csv
+import hashlib
 import importlib.util
 import io
 import json
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from imgclf_jax import config as configs
 from imgclf_jax.core.errors import UserError
 
 _KINDS = (".csv", ".jsonl", ".parquet")
@@ -23,19 +26,34 @@ def check(path: Path) -> None:
         raise UserError(f"--predictions={path}: pyarrow is not installed, which writes Parquet; name a .csv or .jsonl")
 
 
+def origin(config: ConfigDict, step: int, params_sha256: str, name: str, fingerprint: str) -> str:
+    """16 hex digits that identify what predictions follow from: a model, its config, and the data of the set `name`.
+
+    Predictions are a run's if theirs is that of its config, of the step and digest in its result, and of the set's
+    fingerprint that it has recorded. Keys that say where and how often do not count, nor how the data are named.
+    """
+    flat = configs.flatten(config)
+    apart = {"data.eval", "data.source", "data.train", "checkpoint.keep", "checkpoint.best", *configs.LOCATION_KEYS,
+             *configs.CADENCES}  # fmt: skip
+    facts = [step, params_sha256, name, fingerprint, {k: v for k, v in flat.items() if k not in apart}]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def rows(
-    name: str, examples: Sequence[str], labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], top: int
-) -> Iterable[dict[str, Any]]:
+    name: str, examples: Sequence[str], labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], top: int,
+    step: int = 0, origin: str = "",
+) -> Iterable[dict[str, Any]]:  # fmt: skip
     """Each example of the set `name`: its number or file, its label, and the `top` classes with their probabilities.
 
-    labels i32[n], probabilities f32[n, classes]. Of equal probabilities the first class ranks first.
+    labels i32[n], probabilities f32[n, classes]. Of equal probabilities the first class ranks first. Each row ends with
+    the `step` of the checkpoint and the `origin` of the predictions, see above.
     """
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
     for example, label, ranked, own in zip(examples, labels, best, probabilities, strict=True):
         row = {"set": name, "example": example, "label": classes[label], "correct": bool(ranked[0] == label)}
         for rank, c in enumerate(ranked, 1):
             row |= {f"class_{rank}": classes[c], f"probability_{rank}": float(own[c])}
-        yield row
+        yield row | {"step": step, "origin": origin}
 
 
 def write(path: Path, table: Sequence[Mapping[str, Any]]) -> None:

@@ -144,6 +144,9 @@ def differences(old: Json, new: Json) -> list[Difference]:
     a, b = (_dict(p.get("data")) for p in (old, new))
     for key in ("fingerprint", "train_examples", "image_shape", "class_names", "class_counts"):
         add("data", key, a.get(key), b.get(key))
+    a, b = (_dict(p.get("evals")) for p in (old, new))
+    for name in sorted(a.keys() | b.keys()):
+        add("data", f"fingerprint of the set {name}", a.get(name), b.get(name))
     if old and new:
         add("data", "unreadable files left out", *(_dict(p.get("unreadable")).get("files", []) for p in (old, new)))
         add("weights", "init_from", *(_dict(p.get("init_from")).get("sha256", "none") for p in (old, new)))

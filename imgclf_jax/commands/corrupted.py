@@ -41,10 +41,11 @@ def report(
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = sources.open_data(config)
     programs, state, step = restored or convert(config, base)
+    evals = evaluation.open_evals(programs, base)
     if workdir:
-        evaluation.warn_of_changed_data(programs, workdir.load_config(), base)
+        evaluation.warn_of_changed_data(programs, workdir, base, evals)
     results: dict[str, Any] = {"step": step}
-    for name, images in evaluation.open_evals(programs, base).items():
+    for name, images in evals.items():
         found = accuracies(programs, state, images, names, f"corrupting {name}", photographs)
         results[name] = _summary(found, names, len(images))
     if processes.index():

@@ -61,17 +61,19 @@ def main(
         listing.check(listing_file)
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = sources.open_data(config)
-    programs, state, step = restored or convert(config, base)
+    programs, state, step = model = restored or convert(config, base)
     names = programs.recipe.data.class_names
     programs = dataclasses.replace(
         programs, predicting=len(names) <= metrics.CONFUSION_CLASSES or listing_file is not None
     )
+    evals = open_evals(programs, base)
     if workdir:
-        warn_of_changed_data(programs, workdir.load_config(), base)
+        warn_of_changed_data(programs, workdir, base, evals)
+    digest = model.params_sha256 if listing_file else ""
     results: dict[str, Any] = {"step": step}
     classes: dict[str, dict[str, np.ndarray]] = {}
     rows: list[dict[str, Any]] = []
-    for name, images in open_evals(programs, base).items():
+    for name, images in evals.items():
         sums, found = evaluate(programs, state, images)
         results[name] = metrics.summarize(sums, found, programs.recipe.whole_set_metrics)
         classes[name] = by_class.counts(sums, programs.recipe.num_seeds)
@@ -83,7 +85,9 @@ def main(
             if listing_file:
                 called = getattr(images.source, "name", str)
                 examples = [called(i) for i in range(len(labels))]
-                rows += listing.rows(name, examples, labels, probabilities, names, min(top_k, len(names)))
+                origin = listing.origin(config, step, digest, name, images.source.fingerprint())
+                top = min(top_k, len(names))
+                rows += listing.rows(name, examples, labels, probabilities, names, top, step, origin)
     if processes.index():
         return 0
     if listing_file:

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,8 @@ from imgclf_jax.core import sharding, signals
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
+from imgclf_jax.run.provenance import load_evals
+from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.trained import report_host_ops
 
 log = logging.getLogger(__name__)
@@ -116,7 +118,23 @@ def changed(programs: Programs, trained: ConfigDict, base: dict[str, sources.Sou
     return False
 
 
-def warn_of_changed_data(programs: Programs, trained: ConfigDict, base: dict[str, sources.Source]) -> None:
-    """Warns if the data have changed since training, see `changed`."""
+def warn_of_changed_data(
+    programs: Programs, workdir: Workdir, base: dict[str, sources.Source], evals: Mapping[str, stream.Images]
+) -> None:
+    """Warns if the data have changed since training, see `changed`, or those of an evaluation set that the run had."""
+    trained = workdir.load_config()
     if changed(programs, trained, base):
         log.warning("the data have changed since training: examples trained on may now be in an evaluation set")
+    for name in changed_sets(programs, trained, load_evals(workdir.provenance), evals):
+        log.warning("the evaluation set %s has changed since training: its metrics are not those that the run recorded",
+                    name)  # fmt: skip
+
+
+def changed_sets(
+    programs: Programs, trained: ConfigDict, recorded: Mapping[str, str], evals: Mapping[str, stream.Images]
+) -> list[str]:
+    """The names of the sets that a config names as the run's does, and that hold other examples than it recorded."""
+    now = programs.recipe.config.data
+    named_alike = [name for name in evals if name in recorded and (now.source, now.eval[name]) == (
+        trained.data.source, trained.data.eval.get(name))]  # fmt: skip
+    return [name for name in named_alike if evals[name].source.fingerprint() != recorded[name]]

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from imgclf_jax.commands.evaluation import evaluate, open_evals
+from imgclf_jax.analysis import listing
+from imgclf_jax.commands.evaluation import changed, changed_sets, evaluate, open_evals
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.data import sources
 from imgclf_jax.loading import restore
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run.records import Record
+from imgclf_jax.trained import Trained
 
 log = logging.getLogger(__name__)
 
@@ -40,44 +42,51 @@ class Known:
 
 
 def known(run: Record) -> dict[str, Known]:
-    """The predictions in the run's directory, by evaluation set; {} if there are none, or not of its result."""
+    """The predictions in the run's directory, by evaluation set; {} if there are none, or not of its result.
+
+    They are used only where their origin is the run's (see `listing.origin`): its result's step and parameters, its
+    config, and the data that it has recorded.
+    """
     if run.result is None:
         return {}
-    found = _kept(run)
-    for name in LISTINGS if found is None else ():
+    origins = _origins(run)
+    found = _kept(run, origins)
+    for name in LISTINGS if not found else ():
         path = run.workdir.path / name
         if path.is_file():
             if run.config.num_seeds > 1:
                 log.warning("%s holds the ensemble's predictions, not those of each seed: --test makes these", path)
                 return {}
             try:
-                return _listed(_rows(path))
+                if listed := _listed(_rows(path), origins):
+                    return listed
+                log.warning("%s is left out: it is not of the checkpoint, config and data of the run's result; --test "
+                            "evaluates the run", path)  # fmt: skip
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
                 log.warning("%s is left out: it is no file of `evaluate --predictions` (%s)", path, reason(e))
-    return found or {}
+    return found
 
 
-def _kept(run: Record) -> dict[str, Known] | None:
+def _origins(run: Record) -> dict[str, str]:
+    """The origin of the predictions that belong to the run's result, by set; without the sets not recorded."""
+    result = run.result or {}
+    return {name: listing.origin(run.config, result["step"], str(result.get("params_sha256")), name, run.evals[name])
+            for name in run.config.data.eval if name in run.evals}  # fmt: skip
+
+
+def _kept(run: Record, origins: Mapping[str, str]) -> dict[str, Known]:
     path = run.workdir.path / FILE
     if not path.is_file():
-        return None
+        return {}
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            facts = json.loads(str(file["facts"]))
-            if facts != _facts(run):
-                return None  # of a shorter run, or of other evaluation sets
+            facts = json.loads(str(file["facts"])).get("origins", {})
             return {name: Known(tuple(file[f"{i}/examples"].tolist()), tuple(file[f"{i}/labels"].tolist()),
-                                file[f"{i}/right"].astype(bool)) for i, name in enumerate(facts["sets"])}  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+                                file[f"{i}/right"].astype(bool))
+                    for i, name in enumerate(facts) if facts[name] == origins.get(name)}  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as e:
         log.warning("%s is damaged (%s): it is left out; --test writes it anew", path, reason(e))
-        return None
-
-
-def _facts(run: Record) -> dict[str, Any]:
-    """What predictions depend on, but for the run's directory."""
-    result = run.result or {}
-    return {"step": result.get("step"), "params_sha256": result.get("params_sha256"),
-            "sets": dict(run.config.data.eval)}  # fmt: skip
+        return {}
 
 
 def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
@@ -92,10 +101,12 @@ def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
         return list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file]
 
 
-def _listed(rows: Iterable[Mapping[str, Any]]) -> dict[str, Known]:
+def _listed(rows: Iterable[Mapping[str, Any]], origins: Mapping[str, str]) -> dict[str, Known]:
     by_set: dict[str, list[tuple[str, str, bool]]] = {}
     for row in rows:
         right = {"true": True, "false": False}[str(row["correct"]).lower()]
+        if str(row.get("origin")) != origins.get(str(row["set"])):
+            continue
         by_set.setdefault(str(row["set"]), []).append((str(row["example"]), str(row["label"]), right))
     found = {}
     for name, some in by_set.items():
@@ -105,17 +116,24 @@ def _listed(rows: Iterable[Mapping[str, Any]]) -> dict[str, Known]:
 
 
 def make(run: Record, trust: bool) -> dict[str, Known]:
-    """Evaluates a run that is done, and keeps what it predicts in its directory. Raises UserError if it cannot.
+    """Evaluates a run that is done, and keeps what it predicts in its directory.
 
     Its latest checkpoint is evaluated, which its result is of. Nothing that the run names is imported, unless `trust`.
+    Raises UserError if it cannot be evaluated, and if its checkpoint or its data are not those of its result.
     """
     with contextlib.nullcontext() if trust else run.workdir.without_code():
         check_names(run.config)
-        programs, state, _ = restore(run.config, run.workdir, "latest")
-        programs = dataclasses.replace(programs, predicting=True)
+        model = restore(run.config, run.workdir, "latest")
+        _check_checkpoint(run, model)
+        programs, state = dataclasses.replace(model.programs, predicting=True), model.state
         base = sources.open_data(run.config)
+        evals = open_evals(programs, base)
+        if others := changed_sets(programs, run.config, run.evals, evals):
+            raise UserError(f"its evaluation set {others[0]} has changed since training; restore the data")
+        if changed(programs, run.config, base):
+            raise UserError("its data have changed since training; restore them")
         found = {}
-        for name, images in open_evals(programs, base).items():
+        for name, images in evals.items():
             _, predictions = evaluate(programs, state, images)
             assert predictions is not None
             probabilities = predictions.probabilities
@@ -129,15 +147,25 @@ def make(run: Record, trust: bool) -> dict[str, Known]:
                 chosen == predictions.labels,
             )
     try:
-        _keep(run, found)
+        if set(found) <= set(run.evals):  # else nothing would tell later whether the data are still the same
+            _keep(run, found)
     except OSError as e:
         log.warning("the predictions of %s cannot be kept: %s", run.name, e.strerror or e)
     return found
 
 
+def _check_checkpoint(run: Record, model: Trained) -> None:
+    """Raises UserError unless the model is that of the run's result."""
+    result = run.result or {}
+    if model.step != result["step"]:
+        raise UserError(f"its latest checkpoint is of step {model.step}, and its result of step {result['step']}")
+    if result.get("params_sha256") not in (None, model.params_sha256):
+        raise UserError("the parameters in its latest checkpoint are not those of its result")
+
+
 def _keep(run: Record, found: Mapping[str, Known]) -> None:
-    arrays: dict[str, np.ndarray] = {"facts": np.array(json.dumps(_facts(run)))}
-    for i, own in enumerate(found.values()):
+    arrays: dict[str, np.ndarray] = {"facts": np.array(json.dumps({"origins": _origins(run)}))}
+    for i, own in enumerate(found[name] for name in _origins(run)):
         arrays |= {
             f"{i}/examples": np.array(own.examples),
             f"{i}/labels": np.array(own.labels),

@@ -30,7 +30,7 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
     if checkpoint or workdir.has_checkpoints():
         model = restore(config, workdir, checkpoint)
         names = model.class_names
-        findings = find(model, run.config)
+        findings = find(model, run.config, run.evals)
     else:
         findings = Findings(missing=("There is no checkpoint yet, so all that needs a trained model is left out.",))
         log.warning("%s", findings.missing[0])

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+from collections.abc import Mapping
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -11,11 +12,12 @@ from imgclf_jax import metrics
 from imgclf_jax.analysis import by_class
 from imgclf_jax.analysis.scores import Reliability, reliability, with_intervals
 from imgclf_jax.commands import explanations, report_augmentation, report_mistakes
-from imgclf_jax.commands.evaluation import changed, evaluate, open_evals
+from imgclf_jax.commands.evaluation import changed, changed_sets, evaluate, open_evals
 from imgclf_jax.commands.report_augmentation import Augmented
 from imgclf_jax.commands.report_mistakes import Mistake
 from imgclf_jax.core.errors import Untrusted, UserError
 from imgclf_jax.data import sources
+from imgclf_jax.data.stream import Images
 from imgclf_jax.trained import Trained
 
 log = logging.getLogger(__name__)
@@ -47,10 +49,11 @@ class Findings:
     missing: tuple[str, ...] = ()
 
 
-def find(model: Trained, recorded: ConfigDict) -> Findings:
+def find(model: Trained, recorded: ConfigDict, fingerprints: Mapping[str, str] | None = None) -> Findings:
     """Evaluates a model on all of its sets. `recorded` is the config of its run, which the model's may go beyond.
 
-    Where the data are gone, the findings say so. Raises Untrusted for data that would run code.
+    `fingerprints` are those of the evaluation sets that the run has recorded, by name. Where the data are gone, the
+    findings say so. Raises Untrusted for data that would run code.
     """
     programs = model.programs
     try:
@@ -66,7 +69,10 @@ def find(model: Trained, recorded: ConfigDict) -> Findings:
         missing.append("The data have changed since training: examples trained on may now be in an evaluation set.")
     sets: tuple[Evaluated, ...] = ()
     try:
-        sets = _evaluate(model, base)
+        evals = open_evals(programs, base)
+        missing += [f"The evaluation set {name} has changed since training: its metrics are not those of the curves."
+                    for name in changed_sets(programs, recorded, fingerprints or {}, evals)]  # fmt: skip
+        sets = _evaluate(model, evals)
     except Untrusted:
         raise
     except (UserError, OSError) as e:
@@ -83,10 +89,9 @@ def find(model: Trained, recorded: ConfigDict) -> Findings:
     return Findings(model.step, sets, augmented, tuple(missing))
 
 
-def _evaluate(model: Trained, base: dict[str, sources.Source]) -> tuple[Evaluated, ...]:
+def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Evaluated, ...]:
     known = len(model.class_names) <= metrics.CONFUSION_CLASSES  # else the probabilities may not fit into memory
     programs = dataclasses.replace(model.programs, predicting=known)
-    evals = open_evals(programs, base)
     explainer = functools.cache(lambda: explanations.build(model))  # for all sets, if there is a mistake
     found = []
     for name, images in evals.items():

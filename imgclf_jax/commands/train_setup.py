@@ -68,7 +68,8 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     weights = pretrained.load(compiling) if config.init_from and fresh else None
     compiled, eval_compiled = _compile_in_background(compiling, tracing)
     source, left_out = weights.source if weights else None, sources.left_out(base)
-    processes.first("writing config.json", lambda: workdir.record(config, recipe.data, source, left_out))
+    fingerprints = {name: images.source.fingerprint() for name, images in evals.items()}
+    processes.first("writing config.json", lambda: workdir.record(config, recipe.data, source, left_out, fingerprints))
 
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
     start, run = checkpoints.restore_latest(compiling.shape) or (0, None)

@@ -118,6 +118,12 @@ def load_data_info(path: Path) -> DataInfo:
                         "written anew, from the data") from e  # fmt: skip
 
 
+def load_evals(path: Path) -> dict[str, str]:
+    """The fingerprint of each evaluation set in a `provenance.json`, by name; {} in one that was written without."""
+    found = read_json(path).get("evals") if path.is_file() else None
+    return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises UserError if there is no such file, or something else in it."""
     try:

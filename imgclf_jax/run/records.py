@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.places import place
-from imgclf_jax.run.provenance import load_data_info, read_json
+from imgclf_jax.run.provenance import load_data_info, load_evals, read_json
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 
@@ -29,6 +29,7 @@ class Record:
     result: dict[str, Any] | None  # what `result.json` holds; None if the run is not done
     metrics: list[dict[str, Any]]  # the records of `metrics.jsonl`
     total: int | None  # the steps that the run is to have, if that is known
+    evals: dict[str, str] = dataclasses.field(default_factory=dict)  # fingerprints of the evaluation sets, if recorded
 
     @property
     def name(self) -> str:
@@ -69,7 +70,7 @@ def read(workdir: Workdir) -> Record:
             raise UserError(f"{workdir.result} is damaged: it holds no result")
         if total is not None and result["step"] != total:
             result = None  # of a shorter run, which has been extended since
-    return Record(workdir, config, result, read_metrics(workdir.metrics), total)
+    return Record(workdir, config, result, read_metrics(workdir.metrics), total, load_evals(workdir.provenance))
 
 
 def find(folders: Iterable[str]) -> tuple[list[Record], list[str]]:

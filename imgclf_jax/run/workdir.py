@@ -3,9 +3,10 @@
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 from ml_collections import ConfigDict
@@ -14,7 +15,15 @@ from imgclf_jax import config as configs
 from imgclf_jax.core import places, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import lock
-from imgclf_jax.run.provenance import DataInfo, collect, load_data_info, read_json, write_atomically, write_json
+from imgclf_jax.run.provenance import (
+    DataInfo,
+    collect,
+    load_data_info,
+    load_evals,
+    read_json,
+    write_atomically,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
 
@@ -135,13 +144,14 @@ class Workdir:
             return False
 
     def record(
-        self, config: ConfigDict, data: DataInfo, init_from: dict[str, Any] | None = None, left_out: Sequence[str] = ()
-    ) -> None:
+        self, config: ConfigDict, data: DataInfo, init_from: dict[str, Any] | None = None, left_out: Sequence[str] = (),
+        evals: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         """Writes config.json and provenance.json, each once: they describe the process that began the run.
 
         `init_from` describes the weights that a new run starts from. It is None for a run that starts from random
-        weights or resumes. `left_out` are the unreadable files that the data are without. Raises UserError if the run
-        in the directory began with other data or weights.
+        weights or resumes. `left_out` are the unreadable files that the data are without. `evals` are the fingerprints
+        of the evaluation sets by name. Raises UserError if the run in the directory began with other data or weights.
         """
         if self.provenance.is_file():
             old = load_data_info(self.provenance)
@@ -149,6 +159,10 @@ class Workdir:
                 names = [k for k in vars(data) if getattr(old, k) != getattr(data, k)]
                 raise UserError(f"the data of the run in {self.path} have changed (another {', '.join(names)}); "
                                 "restore them, or pass another --workdir")  # fmt: skip
+            before = load_evals(self.provenance)
+            if names := [name for name in evals if before.get(name, evals[name]) != evals[name]]:
+                raise UserError(f"the evaluation set {names[0]} of the run in {self.path} has changed (another "
+                                "fingerprint); restore its data, or pass another --workdir")  # fmt: skip
             if init_from and read_json(self.provenance).get("init_from") != init_from:
                 raise UserError(f"the weights in {init_from['path']} have changed since the run in {self.path} began; "
                                 "restore them, or pass another --workdir")  # fmt: skip
@@ -156,6 +170,7 @@ class Workdir:
             write_json(
                 self.provenance,
                 collect(data)
+                | {"evals": dict(evals)}
                 | ({"init_from": init_from} if init_from else {})
                 | ({"unreadable": {"count": len(left_out), "files": list(left_out)}} if left_out else {}),
             )

@@ -20,6 +20,7 @@ from imgclf_jax.commands import compare_tables, comparison
 from imgclf_jax.config import default_config
 from imgclf_jax.pages import charts
 from imgclf_jax.run import records
+from imgclf_jax.run.workdir import Workdir
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def write(tmp_path):
             parent[key.split("__")[-1]] = value
         (place / "config.json").write_text(configs.to_json(config))
         data = {"train_examples": 64, "image_shape": [12, 12, 1], "class_names": ["a", "b"], "fingerprint": "x"}
-        (place / "provenance.json").write_text(json.dumps({"data": data}))
+        (place / "provenance.json").write_text(json.dumps({"data": data, "evals": {"test": "y"}}))
         found = metrics or {"accuracy": accuracy, "loss": 1 - accuracy, "top5": 1.0}
         if done:
             (place / "result.json").write_text(json.dumps({"step": steps, "test": {"examples": 8, **found}}))
@@ -122,11 +123,13 @@ def test_numbers_in_short(values, text):
 
 
 def predictions(place, right, suffix="csv", labels=None):
-    """A file as `evaluate --predictions` writes it."""
+    """A file as `evaluate --predictions` writes it of the run's last step."""
+    run = records.read(Workdir(place))
+    origin = listing.origin(run.config, 10, str(run.result.get("params_sha256")), "test", run.evals["test"])
     labels = np.arange(len(right)) % 2 if labels is None else labels
     probabilities = np.where((labels == 1) == right, 0.9, 0.1)
     rows = listing.rows("test", [f"{i}.png" for i in range(len(right))], labels,
-                        np.stack([1 - probabilities, probabilities], 1), ["no", "yes"], 1)  # fmt: skip
+                        np.stack([1 - probabilities, probabilities], 1), ["no", "yes"], 1, 10, origin)  # fmt: skip
     listing.write(place / f"predictions.{suffix}", list(rows))
 
 

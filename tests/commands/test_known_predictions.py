@@ -9,8 +9,8 @@ import launch
 from imgclf_jax.commands import known_predictions
 from imgclf_jax.commands.known_predictions import known
 from imgclf_jax.run import records
+from imgclf_jax.run.workdir import Workdir
 
-pytestmark = pytest.mark.thorough
 RUN = ("--config.data.source=fake(80, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=normalize",
        "--config.model=mlp(widths=(8,))", "--config.batch_size=16", "--config.total=8 steps",
        "--config.schedule=constant(1e-2)", "--config.eval_every=", "--config.checkpoint_every=4 steps",
@@ -33,6 +33,7 @@ def tested(folder):
     return {run.workdir.path.name: run for run in records.find([str(folder)])[0]}
 
 
+@pytest.mark.thorough
 def test_they_are_those_of_the_result(tested):
     """The share of right ones, exactly, of each seed; the set's examples in their order."""
     one, two = (known(tested[name])["test"] for name in "ab")
@@ -46,6 +47,7 @@ def test_they_are_those_of_the_result(tested):
     assert two.right.mean(1).std(ddof=1) == pytest.approx(tested["b"].result["test"]["accuracy_std"])
 
 
+@pytest.mark.thorough
 def test_they_are_those_of_evaluate(tested, tmp_path, capsys):
     """Its file serves as well."""
     run = tested["a"]
@@ -63,6 +65,7 @@ def test_they_are_those_of_evaluate(tested, tmp_path, capsys):
     np.testing.assert_array_equal(listed.right, whole.right)
 
 
+@pytest.mark.thorough
 def test_the_ensembles_file_serves_no_seeds(tested, tmp_path, caplog):
     run = tested["b"]
     kept, file = run.workdir.path / known_predictions.FILE, run.workdir.path / "predictions.jsonl"
@@ -74,6 +77,7 @@ def test_the_ensembles_file_serves_no_seeds(tested, tmp_path, caplog):
     file.unlink()
 
 
+@pytest.mark.thorough
 def test_they_are_made_once(tested, folder, monkeypatch, capsys):
     """Unless the run has been extended since, or has other evaluation sets."""
     made = []
@@ -89,6 +93,7 @@ def test_they_are_made_once(tested, folder, monkeypatch, capsys):
     assert made == [tested["a"].name]
 
 
+@pytest.mark.thorough
 def test_a_run_that_names_code_is_left_out(tested, folder, tmp_path, capsys):
     """Unless it is trusted; the others are compared."""
     run = tested["a"]
@@ -102,3 +107,47 @@ def test_a_run_that_names_code_is_left_out(tested, folder, tmp_path, capsys):
     (tmp_path / "kept").rename(kept)
     assert "is left out of the tests: the run in" in err
     assert "if you trust both, add --trust" in err
+
+
+@pytest.fixture
+def arrays_run(tmp_path, one_device):
+    """A run on arrays in a file, with the checkpoints of steps 4 and 8; and the arguments of its training."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(256, size=(48, 6, 6), dtype=np.uint8), np.arange(48) % 3
+    np.savez(tmp_path / "data.npz", x_train=images, y_train=labels, x_test=images[:24], y_test=labels[:24])
+    argv = [f"--workdir={tmp_path / 'run'}", *RUN[1:], f"--config.data.source=arrays('{tmp_path}/data.npz')"]
+    assert launch.main(argv) == 0
+    return tmp_path / "run", argv
+
+
+def only(folder):
+    return known(records.read(Workdir(folder)))
+
+
+def test_predictions_of_another_checkpoint_config_or_data_are_not_used(arrays_run, capsys):
+    """Those of an earlier step, with other views, or of other labels, made a better run the worse one (p = 0.0001)."""
+    folder, argv = arrays_run
+    file, data = folder / "predictions.csv", folder.parent / "data.npz"
+    evaluate = ["evaluate", f"--workdir={folder}", f"--predictions={file}"]
+    assert launch.main([*evaluate, "--checkpoint=8"]) == 0
+    right = only(folder)["test"].right
+    assert right.mean() == json.loads((folder / "result.json").read_text())["test"]["accuracy"]
+    for words in (["--checkpoint=4"], ["--checkpoint=8", "--config.tta=translate(2)"]):
+        assert launch.main([*evaluate, *words]) == 0
+        assert only(folder) == {}
+        assert "predictions.csv is left out: it is not of the checkpoint, config and data" in capsys.readouterr().err
+
+    before = data.read_bytes()
+    arrays = dict(np.load(data))
+    np.savez(data, **arrays | {"y_test": (arrays["y_test"] + 1) % 3})
+    assert launch.main([*evaluate, "--checkpoint=8"]) == 0
+    assert "the evaluation set test has changed since training" in capsys.readouterr().err
+    assert only(folder) == {}
+    assert launch.main(["compare", str(folder), "--test"]) == 0
+    assert "is left out of the tests: its evaluation set test has changed since training" in capsys.readouterr().err
+    assert not (folder / known_predictions.FILE).exists()
+    assert launch.main(argv) == 1
+    assert "the evaluation set test of the run in" in capsys.readouterr().err
+    data.write_bytes(before)
+    assert launch.main(["compare", str(folder), "--test"]) == 0
+    np.testing.assert_array_equal(only(folder)["test"].right, right)
