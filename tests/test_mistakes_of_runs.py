@@ -128,6 +128,16 @@ def test_a_result_cut_short_is_written_again(copy):
     }
 
 
+def test_a_result_goes_when_its_run_is_trained_again(copy, monkeypatch, capsys):
+    """`compare` would have shown it as that of the run that now goes on."""
+    workdir, argv = copy
+    shutil.rmtree(workdir / "checkpoints")
+    monkeypatch.setattr("imgclf_jax.commands.train.train", lambda *args: None)
+    assert launch.main(["train", *argv]) == 75
+    assert "trained again from step 0" in capsys.readouterr().err
+    assert not (workdir / "result.json").exists()
+
+
 def test_metrics_that_are_missing(copy, capsys):
     """Of a run that is done they are not made up; of one that goes on it is said what is lost."""
     workdir, argv = copy

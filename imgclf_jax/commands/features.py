@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.analysis import embeddings
 from imgclf_jax.commands import feature_sets, inputs
-from imgclf_jax.commands.evaluation import open_evals, open_set
+from imgclf_jax.commands.evaluation import open_evals, open_set, warn_of_changed_data
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable, utf8
 from imgclf_jax.data import sources
@@ -50,19 +50,23 @@ def main(
             report_host_ops(model.programs)
             written, failed = _add_files(model, paths, images, add)
         else:
-            written, failed = _add_sets(model, base, split, add), 0
+            written, failed = _add_sets(model, workdir, base, split, add), 0
     print(f"{file}: features of {written} images")
     if failed:
         print(f"error: {failed} of {written + failed} images are left out", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _add_sets(model: Trained, base: dict[str, sources.Source], split: str, add: embeddings.Add) -> int:
+def _add_sets(
+    model: Trained, workdir: Workdir | None, base: dict[str, sources.Source], split: str, add: embeddings.Add
+) -> int:
     if split:
         report_host_ops(model.programs)
         sets = {split: open_set(model.programs, base, split, "--split")}
     else:
         sets = open_evals(model.programs, base)
+    if workdir:
+        warn_of_changed_data(model.programs, workdir, base, {} if split else sets)
     for name, images in sets.items():
         called, done = getattr(images.source, "name", str), 0
         batches = -(-len(images) // model.programs.eval_batch_size)

@@ -51,6 +51,7 @@ def main(
         if run.start == total and processes.first("reading the result", lambda: workdir.is_done(total)):
             log.info("this run is done; its result is in %s", workdir.result)
             return 0
+        processes.first("looking at the result", lambda: workdir.drop_later_result(run.start))
         monitor = Monitor(run.start, total, config.batch_size * config.num_seeds, profile, workdir.path)
         writer = writers.open_writer(workdir.path, run.start, config.tensorboard)
         digests = held.enter_context(contextlib.closing(Digests(workdir.path, run.start, run.cadences.last, noted)))

@@ -136,6 +136,16 @@ class Workdir:
         """Writes result.json: the run has ended."""
         write_json(self.result, result)
 
+    def drop_later_result(self, start: int) -> None:
+        """Removes result.json if it is of a later step than `start`, from which the run is trained again."""
+        try:
+            later = self.result.is_file() and read_json(self.result)["step"] > start
+        except (UserError, KeyError, TypeError):
+            later = False  # damaged; it is written anew at the end
+        if later:
+            log.warning("the run is trained again from step %d: %s, of a later step, was removed", start, self.result)
+            self.result.unlink()
+
     def is_done(self, total: int) -> bool:
         """Whether the run has ended: a result of step `total` is written, whole."""
         try:

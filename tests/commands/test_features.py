@@ -1,6 +1,7 @@
 """`launch.py features`, `probe` and `explain`: what they write and print of a trained run, and of weights."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -67,6 +68,14 @@ def test_features_of_the_evaluation_sets_and_of_a_split(run, tmp_path):
     flags = ["features", f"--workdir={run}", f"--output={tmp_path / 'b.npz'}", "--split=test[5:9]"]
     assert launch.main(flags) == 0
     np.testing.assert_array_equal(load(tmp_path / "b.npz")["features"], found["features"][5:9])
+
+
+def test_an_evaluation_set_that_has_changed_is_named(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    provenance = json.loads((copy / "provenance.json").read_text())
+    (copy / "provenance.json").write_text(json.dumps(provenance | {"evals": {"test": "another"}}))
+    assert launch.main(["features", f"--workdir={copy}", f"--output={tmp_path}/test.npz"]) == 0
+    assert "the evaluation set test has changed since training" in capsys.readouterr().err
 
 
 def test_features_of_files(run, photos, tmp_path, capsys):
