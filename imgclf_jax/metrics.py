@@ -4,7 +4,6 @@ Metrics of whole sets, such as AUC, are no sums. They are computed from all labe
 """
 
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -12,42 +11,60 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imgclf_jax.analysis.scores import Given, Scores, label_ranks, predicted_classes
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.losses import Link
 
 Sums = dict[str, Any]
-Metric = Callable[[np.ndarray, np.ndarray], float]  # of labels i32[n] and probabilities f32[n, classes]
-
 NO_STEP = 2**31 - 1  # `nonfinite_step` when every step was finite
 CONFUSION_CLASSES = 1000  # with more classes no confusion matrix is counted: of 21,841 it would take 1.9 GB a batch
 
 
 class Predictions(NamedTuple):
-    """What a model says of each example, for metrics of whole sets."""
+    """What a model says of each example, for metrics of whole sets.
+
+    Of several seeds all but the labels and the mask are [seeds + 1, n, …], the ensemble's last.
+    """
 
     labels: Any  # i32[n]
-    probabilities: Any  # f32[n, classes]; of several seeds [seeds + 1, n, classes], the ensemble's last
+    probabilities: Any  # f32[n, classes]
+    predicted: Any  # i32[n], of the logits: float32 rounds probabilities of large logits to equal ones
+    ranks: Any  # i32[n], of the label among the logits; see `scores.label_ranks`
     mask: Any = None  # bool[n], False for padding; None if there is no padding
+
+    def of_seed(self, i: int) -> "Predictions":
+        """Those of one of several seeds; -1 is their ensemble."""
+        return self._replace(probabilities=self.probabilities[i], predicted=self.predicted[i], ranks=self.ranks[i])
+
+    @property
+    def given(self) -> tuple[Any, Any]:
+        """What `scores.Scores` takes as given."""
+        return self.predicted, self.ranks
+
+
+def predict(logits: jax.Array, labels: jax.Array, link: Link, mask: jax.Array) -> Predictions:
+    """The predictions that logits f32[..., b, classes] make of examples with the labels i32[b]."""
+    probabilities = link.probabilities(logits.astype(jnp.float32))
+    return Predictions(labels, probabilities, predicted_classes(logits), label_ranks(logits, labels), mask)
 
 
 def concatenate(batches: Sequence[Predictions]) -> Predictions:
     """The predictions of all batches without the padding, on the host."""
+    whole = [
+        (batch.labels[batch.mask], batch.probabilities[..., batch.mask, :], batch.predicted[..., batch.mask],
+         batch.ranks[..., batch.mask])
+        for batch in batches
+    ]  # fmt: skip
+    axes = (-1, -2, -1, -1)
     return Predictions(
-        np.concatenate([batch.labels[batch.mask] for batch in batches]),
-        np.concatenate([batch.probabilities[..., batch.mask, :] for batch in batches], -2),
+        *(np.concatenate(parts, axis) for parts, axis in zip(zip(*whole, strict=True), axes, strict=True))
     )
 
 
 def is_correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """bool[b]: whether the label has the greatest of the logits f32[b, classes]; the first class wins a tie.
-
-    Logits whose greatest is NaN or infinite give no probabilities. They predict no class, so they are never correct.
-    """
-    return (jnp.argmax(logits, -1) == labels) & _predicts(logits)
-
-
-def _predicts(logits: jax.Array) -> jax.Array:
-    return jnp.isfinite(jnp.max(logits, -1))  # the maximum is NaN if one of them is
+    """bool[b]: whether the labels i32[b] are the predicted classes of the logits f32[b, classes]."""
+    return predicted_classes(logits) == labels
 
 
 def classification_sums(logits: jax.Array, labels: jax.Array, values: Mapping[str, jax.Array], mask: jax.Array) -> Sums:
@@ -63,36 +80,38 @@ def classification_sums(logits: jax.Array, labels: jax.Array, values: Mapping[st
     - `top5`, from six classes on: how many examples have their label among the five greatest logits. Of equal logits
       the first ranks first.
 
-    An example whose logits predict no class (see `is_correct`) is wrong, and is in no column of `confusion`.
+    An example whose logits predict no class (see `predicted_classes`) is wrong, and is in no column of `confusion`.
     """
-    classes = logits.shape[-1]
-    prediction, correct = jnp.argmax(logits, -1), is_correct(logits, labels)
-    predicted = _predicts(logits) & mask
+    classes, predicted = logits.shape[-1], predicted_classes(logits)
+    correct = predicted == labels
 
-    def count(labels: jax.Array, which: jax.Array) -> jax.Array:  # i32[classes]
-        return jnp.sum((labels[:, None] == jnp.arange(classes)) & which[:, None], 0, dtype=jnp.int32)
+    def count(numbers: jax.Array, which: jax.Array) -> jax.Array:  # i32[classes]
+        return jnp.sum((numbers[:, None] == jnp.arange(classes)) & which[:, None], 0, dtype=jnp.int32)
 
     sums = {
         "examples": jnp.sum(mask, dtype=jnp.int32),
         "correct": jnp.sum(correct & mask, dtype=jnp.int32),
         **{name: jnp.sum(jnp.where(mask, value, 0.0)) for name, value in values.items()},
         "class_examples": count(labels, mask),
-        "class_predicted": count(prediction, predicted),
+        "class_predicted": count(predicted, mask),
         "class_correct": count(labels, correct & mask),
     }
     if classes <= CONFUSION_CLASSES:
         confusion = jnp.zeros((classes, classes), jnp.int32)
-        sums["confusion"] = confusion.at[labels, prediction].add(predicted.astype(jnp.int32))
+        counted = (mask & (predicted >= 0)).astype(jnp.int32)
+        sums["confusion"] = confusion.at[labels, predicted].add(counted)
     if classes > 5:
-        own = jnp.take_along_axis(logits, labels[:, None], -1)  # [b, 1]
-        tied_before = (logits == own) & (jnp.arange(classes) < labels[:, None])
-        above = jnp.sum((logits > own) | tied_before, -1)  # how many classes rank before the label
-        sums["top5"] = jnp.sum((above < 5) & predicted, dtype=jnp.int32)
+        sums["top5"] = jnp.sum((label_ranks(logits, labels) < 5) & mask, dtype=jnp.int32)
     return sums
 
 
+OfPredictions = Callable[[Predictions], float]
+
+
 def summarize(
-    sums: Mapping[str, Any], predictions: Predictions | None = None, whole_set: Mapping[str, Metric] | None = None
+    sums: Mapping[str, Any],
+    predictions: Predictions | None = None,
+    whole_set: Mapping[str, OfPredictions] | None = None,
 ) -> dict[str, float]:
     """What is reported: `examples`, and as means over them `accuracy`, `loss`, `nll` and, if counted, `top5`.
 
@@ -102,7 +121,9 @@ def summarize(
     """
     if np.ndim(sums["examples"]):
         *each, together = [
-            summarize({name: value[i] for name, value in sums.items()}, _of_seed(predictions, i), whole_set)
+            summarize(
+                {name: value[i] for name, value in sums.items()}, predictions and predictions.of_seed(i), whole_set
+            )
             for i in range(len(sums["examples"]))
         ]
         names = [name for name in together if name != "examples"]
@@ -118,62 +139,39 @@ def summarize(
     if "top5" in sums:
         out["top5"] = int(sums["top5"]) / n
     if predictions:
-        out |= {name: of(predictions.labels, predictions.probabilities) for name, of in (whole_set or {}).items()}
+        out |= {name: metric(predictions) for name, metric in (whole_set or {}).items()}
     return out
 
 
-def _of_seed(predictions: Predictions | None, i: int) -> Predictions | None:
-    return predictions and predictions._replace(probabilities=predictions.probabilities[i])
-
-
-def auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
+def auc(labels: np.ndarray, probabilities: np.ndarray, given: Given = None) -> float:
     """Area under the ROC curve; of more than two classes the mean over the classes of each against all others.
 
-    labels i32[n], probabilities f32[n, classes]. NaN if a class has no example, and if a probability is NaN.
+    labels i32[n], probabilities f32[n, classes]. Classes that no example has, or every example, are left out of the
+    mean, see `Scores.auc`. NaN if a probability is NaN.
     """
-    from sklearn.metrics import roc_auc_score
-
-    classes = probabilities.shape[1]
-    if len(np.unique(labels)) < classes or np.isnan(probabilities).any():
-        return float("nan")
-    first = 1 if classes == 2 else 0
-    return float(np.mean([roc_auc_score(labels == c, probabilities[:, c]) for c in range(first, classes)]))
+    return float(Scores(labels, probabilities, given).auc(np.ones((1, len(labels))))[0])
 
 
-def balanced_accuracy(labels: np.ndarray, probabilities: np.ndarray) -> float:
+def balanced_accuracy(labels: np.ndarray, probabilities: np.ndarray, given: Given = None) -> float:
     """The mean over the classes of the share of each class's examples that are recognized.
 
-    labels i32[n], probabilities f32[n, classes]. Classes without examples are left out; NaN predicts no class.
+    labels i32[n], probabilities f32[n, classes]. Classes without examples are left out.
     """
-    from sklearn.metrics import balanced_accuracy_score
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")
-        return float(balanced_accuracy_score(labels, _predicted_classes(probabilities)))
+    counts = Scores(labels, probabilities, given).by_class(np.ones((1, len(labels))))
+    return float(counts.mean(counts.right, counts.labelled, counts.labelled > 0)[0])
 
 
-def f1(labels: np.ndarray, probabilities: np.ndarray) -> float:
+def f1(labels: np.ndarray, probabilities: np.ndarray, given: Given = None) -> float:
     """F1, the harmonic mean of precision and recall: of two classes the second's, of more the mean over the classes.
 
-    labels i32[n], probabilities f32[n, classes]. A class that is neither a label nor predicted is left out; NaN
-    predicts no class.
+    labels i32[n], probabilities f32[n, classes]. A class that is neither a label nor predicted is left out of the mean.
     """
-    from sklearn.metrics import f1_score
-
-    found, classes = _predicted_classes(probabilities), probabilities.shape[1]
-    if classes == 2:
-        return float(f1_score(labels == 1, found == 1, zero_division=0))
-    known = np.union1d(labels, found[found < classes])
-    return float(f1_score(labels, found, labels=known, average="macro", zero_division=0))
+    counts = Scores(labels, probabilities, given).by_class(np.ones((1, len(labels))))
+    among = counts.found if probabilities.shape[1] > 2 else np.array([[False, True]])
+    return float(counts.mean(2 * counts.right, counts.labelled + counts.predicted, among)[0])
 
 
-def _predicted_classes(probabilities: np.ndarray) -> np.ndarray:
-    """int[n]: the class of the greatest probability; of a row with NaN a number that no class has."""
-    broken = np.isnan(probabilities).any(1)
-    return np.where(broken, probabilities.shape[1], probabilities.argmax(1))
-
-
-METRICS: dict[str, Metric] = {"auc": auc, "balanced_accuracy": balanced_accuracy, "f1": f1}
+METRICS: dict[str, Callable[..., float]] = {"auc": auc, "balanced_accuracy": balanced_accuracy, "f1": f1}
 
 # Every metric that results hold, and which of its values is best. For a user's own metric `checkpoint.best` says it:
 # "min:…" or "max:…".
@@ -185,20 +183,33 @@ BEST: dict[str, Literal["min", "max"]] = {
 _NOT_OWN = re.compile(r"examples|accuracy|loss|nll|top5|ensemble_.*|.*_std")  # what results hold besides these metrics
 
 
-def build_whole_set(text: str) -> dict[str, Metric]:
+def build_whole_set(text: str) -> dict[str, OfPredictions]:
     """The metrics that a spec such as `auc|f1` names, by name; the user's own are named by import path.
+
+    A user's own is a function of labels i32[n] and probabilities f32[n, classes].
 
     Raises UserError for an unknown name, for one that is there twice, and for one that results use for something else.
     """
-    found: dict[str, Metric] = {}
+    found: dict[str, OfPredictions] = {}
     for call in spec.parse(text):
         name = call.name.rpartition(":")[2]
         if name in found:
             raise UserError(f"metrics={text!r} names {name} twice; name each metric once")
         if ":" in call.name and _NOT_OWN.fullmatch(name):
             raise UserError(f"metrics={text!r}: results use the name {name} for something else; rename your function")
-        found[name] = spec.bind(call, METRICS, "metric", given=("labels", "probabilities"))
+        if ":" in call.name:
+            found[name] = _of_probabilities(spec.bind(call, METRICS, "metric", given=("labels", "probabilities")))
+        else:
+            found[name] = _of_given(spec.bind(call, METRICS, "metric", given=("labels", "probabilities", "given")))
     return found
+
+
+def _of_probabilities(metric: Callable[..., float]) -> OfPredictions:
+    return lambda predictions: metric(predictions.labels, predictions.probabilities)
+
+
+def _of_given(metric: Callable[..., float]) -> OfPredictions:
+    return lambda predictions: metric(predictions.labels, predictions.probabilities, predictions.given)
 
 
 def parse_best(text: str, classes: int = 6) -> tuple[str, float]:

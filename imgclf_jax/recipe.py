@@ -120,8 +120,8 @@ class Recipe:
         return views
 
     @cached_property
-    def whole_set_metrics(self) -> dict[str, Callable[..., float]]:
-        """Metrics of whole evaluation sets, by name: functions of labels and probabilities."""
+    def whole_set_metrics(self) -> dict[str, metrics.OfPredictions]:
+        """Metrics of whole evaluation sets, by name."""
         return metrics.build_whole_set(self.config.metrics)
 
     def check_best(self) -> None:

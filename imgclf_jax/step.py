@@ -274,6 +274,6 @@ def make_eval_step(
             sums = jax.vmap(sums_of)(logits)
         if not with_predictions:
             return sums, None
-        return sums, metrics.Predictions(labels, link.probabilities(logits.astype(jnp.float32)), mask)
+        return sums, metrics.predict(logits, labels, link, mask)
 
     return eval_step

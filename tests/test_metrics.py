@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
 import launch
-from imgclf_jax import metrics
+from imgclf_jax import losses, metrics
+from imgclf_jax.analysis import listing, scores
 from imgclf_jax.commands.evaluation import evaluate, evaluate_all
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
@@ -52,10 +54,50 @@ def test_definitions(classes):
 
 
 def test_an_absent_class():
+    """No area is known of it: AUC is the mean over the others, here and among the scores of `evaluate`."""
     labels, probabilities = random_set(3)
-    there = labels != 1
-    assert np.isnan(metrics.auc(labels[there], probabilities[there]))
-    assert 0 < metrics.balanced_accuracy(labels[there], probabilities[there]) < 1
+    labels, probabilities = labels[labels != 1], probabilities[labels != 1]
+    areas = [roc_auc_score(labels == c, probabilities[:, c]) for c in (0, 2)]
+    assert metrics.auc(labels, probabilities) == pytest.approx(np.mean(areas), abs=1e-12)
+    assert metrics.auc(labels, probabilities) == scores.score(labels, probabilities)["auc"]
+    assert 0 < metrics.balanced_accuracy(labels, probabilities) < 1
+    assert np.isnan(metrics.auc(labels[labels == 2], probabilities[labels == 2]))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_scikit_learn_agrees_where_it_defines_them(classes):
+    """Its own averages, in its own words."""
+    labels, probabilities = random_set(classes)
+    given = probabilities[:, 1] if classes == 2 else probabilities
+    area = roc_auc_score(labels, given, multi_class="ovr", average="macro")
+    assert metrics.auc(labels, probabilities) == pytest.approx(area, abs=1e-12)
+    found = probabilities.argmax(1)
+    recall = balanced_accuracy_score(labels, found)
+    assert metrics.balanced_accuracy(labels, probabilities) == pytest.approx(recall, abs=1e-12)
+    harmonic = f1_score(labels, found, average="binary" if classes == 2 else "macro")
+    assert metrics.f1(labels, probabilities) == pytest.approx(harmonic, abs=1e-12)
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_scores_are_of_the_predictions_that_are_counted(seeds):
+    """Of logits, whose order float32 probabilities may lose: the sigmoid of 20 and of 30 is 1, and so is their rank."""
+    logits = np.float32([[20, 30, 40, 50, 60, 70, 80]] * 7)
+    logits[6] = np.nan
+    labels, mask = jnp.arange(7), jnp.arange(7) != 2
+    both = logits if seeds == 1 else np.stack([logits, -logits, logits])
+    sums = jax.vmap(metrics.classification_sums, (0, None, None, None))(jnp.asarray(both), labels, {}, mask) if (
+        seeds > 1) else metrics.classification_sums(jnp.asarray(both), labels, {}, mask)  # fmt: skip
+    batch = metrics.predict(jnp.asarray(both), labels, losses.SIGMOID, mask)
+    predictions = metrics.concatenate([metrics.Predictions(*map(np.asarray, batch))])
+    whole_set = metrics.build_whole_set("balanced_accuracy|f1")
+    counted = metrics.summarize(jax.device_get(sums), predictions, whole_set)
+    own = predictions.of_seed(-1) if seeds > 1 else predictions
+    found = scores.score(own.labels, own.probabilities, own.given)
+    ensemble = "ensemble_" if seeds > 1 else ""
+    assert found["accuracy"] == counted[f"{ensemble}accuracy"] == counted[f"{ensemble}balanced_accuracy"] == 0
+    assert found["top5"] == counted[f"{ensemble}top5"] == 3 / 6  # labels 3, 4 and 5 of the six that are counted
+    rows = listing.rows("test", "abdefg", own.labels, own.probabilities, "0123456", 1, own.given)
+    assert [(row["class_1"], row["correct"]) for row in rows] == [*[("6", False)] * 5, ("0", False)]
 
 
 @pytest.mark.parametrize("text", ["aucc", "auc(3)", "auc|auc"])

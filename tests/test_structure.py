@@ -48,7 +48,7 @@ HEAVY = {
     "tensorflow_datasets": {"data.prepare"},
     "clu": {"commands.train_setup"},
     "tensorboard": {"run.event_file"},
-    "sklearn": {"analysis.probing", "data.sources", "metrics"},
+    "sklearn": {"analysis.probing", "data.sources"},
     "matplotlib": {"analysis.accuracy_plot"},
     "pyarrow": {"analysis.embeddings", "analysis.listing", "commands.known_predictions"},
     "orbax": {"run.checkpoint", "run.tensorstore_leaks"},

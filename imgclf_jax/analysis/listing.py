@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
+from imgclf_jax.analysis.scores import Given, Scores
 from imgclf_jax.core.errors import UserError
 
 _KINDS = (".csv", ".jsonl", ".parquet")
@@ -41,16 +42,21 @@ def origin(config: ConfigDict, step: int, params_sha256: str, name: str, fingerp
 
 def rows(
     name: str, examples: Sequence[str], labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], top: int,
-    step: int = 0, origin: str = "",
+    step: int = 0, origin: str = "", given: Given = None,
 ) -> Iterable[dict[str, Any]]:  # fmt: skip
     """Each example of the set `name`: its number or file, its label, and the `top` classes with their probabilities.
 
-    labels i32[n], probabilities f32[n, classes]. Of equal probabilities the first class ranks first. Each row ends with
-    the `step` of the checkpoint and the `origin` of the predictions, see above.
+    labels i32[n], probabilities f32[n, classes]; `given` as in `scores.Scores`. The predicted class comes first. Of
+    other classes with equal probabilities the first ranks first. An example without a prediction is not correct. Each
+    row ends with the `step` of the checkpoint and the `origin` of the predictions, see above.
     """
-    best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
-    for example, label, ranked, own in zip(examples, labels, best, probabilities, strict=True):
-        row = {"set": name, "example": example, "label": classes[label], "correct": bool(ranked[0] == label)}
+    scores, order = Scores(labels, probabilities, given), np.array(probabilities)
+    predicts = np.flatnonzero(scores.predicted >= 0)
+    order[predicts, scores.predicted[predicts]] = np.inf
+    best = np.argsort(-order, axis=1, kind="stable")[:, :top]
+    columns = (examples, labels, scores.ranks == 0, best, probabilities)
+    for example, label, correct, ranked, own in zip(*columns, strict=True):
+        row = {"set": name, "example": example, "label": classes[label], "correct": bool(correct)}
         for rank, c in enumerate(ranked, 1):
             row |= {f"class_{rank}": classes[c], f"probability_{rank}": float(own[c])}
         yield row | {"step": step, "origin": origin}

@@ -6,7 +6,7 @@ Every score is a function of weights of the examples, so that a bootstrap is a p
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -16,21 +16,74 @@ _AT_ONCE = 1 << 24  # weights that are held at once
 _MOST_AUC = 2_000_000_000  # so many weights are looked at for intervals of AUC: about ten seconds
 
 
+def predicted_classes(values: Any) -> Any:
+    """int[..., n]: the class of the greatest of logits or probabilities [..., n, classes], of NumPy or of JAX.
+
+    The first class wins a tie. It is -1 where the greatest value is NaN or infinite: there is no prediction.
+    """
+    xp = values.__array_namespace__()
+    return xp.where(xp.isfinite(xp.max(values, axis=-1)), xp.argmax(values, axis=-1), -1)
+
+
+def label_ranks(values: Any, labels: Any) -> Any:
+    """int[..., n]: how many classes rank before the label in logits or probabilities [..., n, classes].
+
+    labels int[n]. Of equal values the first class ranks first, so that 0 is a correct prediction. Where there is no
+    prediction, see `predicted_classes`, it is the number of classes.
+    """
+    xp, classes = values.__array_namespace__(), values.shape[-1]
+    is_label = xp.arange(classes) == labels[:, None]  # [n, classes]
+    own = xp.max(xp.where(is_label, values, -xp.inf), axis=-1, keepdims=True)
+    before = (values > own) | ((values == own) & (xp.arange(classes) < labels[:, None]))
+    return xp.where(xp.isfinite(xp.max(values, axis=-1)), xp.sum(before, axis=-1), classes)
+
+
+Given = tuple[np.ndarray, np.ndarray] | None  # what is predicted by logits: see `Scores`
+
+
+class ByClass(NamedTuple):
+    """How much weight of the examples has each class as its label, as its prediction, and as both: f64[r, classes]."""
+
+    labelled: np.ndarray
+    predicted: np.ndarray
+    right: np.ndarray
+
+    def mean(self, numerator: np.ndarray, denominator: np.ndarray, among: np.ndarray) -> np.ndarray:
+        """f64[r]: the mean of the quotient over the classes `among` bool[r, classes]; 0 where the denominator is."""
+        quotient = np.divide(numerator, denominator, out=np.zeros_like(denominator), where=denominator > 0)
+        return np.where(among, quotient, 0.0).sum(1) / among.sum(1)
+
+    @property
+    def found(self) -> np.ndarray:
+        """bool[r, classes]: whether a class is a label or a prediction at all."""
+        return (self.labelled > 0) | (self.predicted > 0)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores:
-    """The scores of probabilities f64[n, classes] for labels int[n], each 0 to classes - 1.
+    """The scores of probabilities [n, classes] for labels int[n], each 0 to classes - 1.
 
-    Rows that hold NaN predict no class. They are wrong, and Brier score, calibration and AUC are NaN with them.
+    `given` are `predicted_classes` and `label_ranks` of the logits, int[n] each, where logits are known: probabilities
+    may be equal where logits are not. Examples without a prediction are wrong, and Brier score, calibration and AUC are
+    NaN with them.
     """
 
     labels: np.ndarray
     probabilities: np.ndarray
+    given: Given = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "probabilities", np.asarray(self.probabilities, np.float64))
 
     @functools.cached_property
     def predicted(self) -> np.ndarray:
-        """int[n]: the class of the greatest probability, the first of equal ones; -1 for a row with NaN."""
-        broken = np.isnan(self.probabilities).any(1)
-        return np.where(broken, -1, self.probabilities.argmax(1))
+        """int[n]: the predicted class of each example, -1 for none."""
+        return self.given[0] if self.given else predicted_classes(self.probabilities)
+
+    @functools.cached_property
+    def ranks(self) -> np.ndarray:
+        """int[n]: how many classes rank before the label."""
+        return self.given[1] if self.given else label_ranks(self.probabilities, self.labels)
 
     def of(self, weights: np.ndarray, auc: bool = True) -> dict[str, np.ndarray]:
         """{name: f64[r]} for weights f64[r, n] of the examples, such as how often each is in a sample.
@@ -49,8 +102,8 @@ class Scores:
         total = weights.sum(1)
         with np.errstate(invalid="ignore", divide="ignore"):
             means = {name: weights @ values / total for name, values in self._of_each.items()}
-            scores = means | self._by_class(weights) | {"calibration_error": self._calibration(weights) / total}
-            return scores | ({"auc": self._auc(weights)} if auc else {})
+            scores = means | self._macro(weights) | {"calibration_error": self._calibration(weights) / total}
+            return scores | ({"auc": self.auc(weights)} if auc else {})
 
     @functools.cached_property
     def _of_each(self) -> dict[str, np.ndarray]:
@@ -58,28 +111,20 @@ class Scores:
         classes = self.probabilities.shape[1]
         own = np.take_along_axis(self.probabilities, self.labels[:, None], 1)  # [n, 1]
         squares = (self.probabilities**2).sum(1) - 2 * own[:, 0] + 1
-        out = {"accuracy": (self.predicted == self.labels).astype(float),
-               "brier": squares / 2 if classes == 2 else squares}  # fmt: skip
-        if classes > 5:
-            tied_before = (self.probabilities == own) & (np.arange(classes) < self.labels[:, None])
-            above = ((self.probabilities > own) | tied_before).sum(1)
-            out["top5"] = ((above < 5) & (self.predicted >= 0)).astype(float)
-        return out
+        out = {"accuracy": (self.ranks == 0).astype(float), "brier": squares / 2 if classes == 2 else squares}
+        return out | ({"top5": (self.ranks < 5).astype(float)} if classes > 5 else {})
 
-    def _by_class(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        labelled = weights @ self._columns(self.labels)  # [r, classes]
-        predicted = weights @ self._columns(self.predicted)
-        right = weights @ self._columns(np.where(self.predicted == self.labels, self.labels, -1))
-        known = (labelled > 0) | (predicted > 0)
+    def by_class(self, weights: np.ndarray) -> ByClass:
+        """The counts that precision, recall and F1 come from, for weights f64[r, n] of the examples."""
+        right = np.where(self.ranks == 0, self.labels, -1)
+        return ByClass(*(weights @ self._columns(numbers) for numbers in (self.labels, self.predicted, right)))
 
-        def mean(values: np.ndarray) -> np.ndarray:
-            return np.where(known, np.nan_to_num(values, nan=0.0), 0.0).sum(1) / known.sum(1)
-
-        return {
-            "macro_precision": mean(right / predicted),
-            "macro_recall": mean(right / labelled),
-            "macro_f1": mean(2 * right / (labelled + predicted)),
-        }
+    def _macro(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        by_class = self.by_class(weights)
+        labelled, predicted, right = by_class
+        denominators = {"precision": (right, predicted), "recall": (right, labelled),
+                        "f1": (2 * right, labelled + predicted)}  # fmt: skip
+        return {f"macro_{name}": by_class.mean(*pair, by_class.found) for name, pair in denominators.items()}
 
     def _columns(self, numbers: np.ndarray) -> sparse.csr_array:
         """[n, classes]: 1 where the example has this number; a row of zeros for -1."""
@@ -99,8 +144,12 @@ class Scores:
         each = sparse.csr_array((confidence - self._of_each["accuracy"], (np.arange(len(self.labels)), self.bins)))
         return np.abs(weights @ each).sum(1)
 
-    def _auc(self, weights: np.ndarray) -> np.ndarray:
-        """By the share of pairs of an example of the class and one of another that are in order; ties count half."""
+    def auc(self, weights: np.ndarray) -> np.ndarray:
+        """f64[r]: by the share of pairs of an example of the class and one of another that are in order.
+
+        Ties count half. Left out of the mean are classes that no example has as its label, or every example. NaN if no
+        class is left, and if a probability is NaN.
+        """
         classes = self.probabilities.shape[1]
         if np.isnan(self.probabilities).any():
             return np.full(len(weights), np.nan)
@@ -139,21 +188,22 @@ def _area(sums: np.ndarray, positive: np.ndarray) -> np.ndarray:
     return (pairs - whole**2 / 2) / (whole * (up_to[-1] - whole))
 
 
-def score(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
-    """The scores, see `Scores.of`, of all examples alike. labels int[n], probabilities [n, classes]."""
-    scores = Scores(labels, np.asarray(probabilities, np.float64))
+def score(labels: np.ndarray, probabilities: np.ndarray, given: Given = None) -> dict[str, float]:
+    """The scores, see `Scores`, of all examples alike."""
+    scores = Scores(labels, probabilities, given)
     return {name: float(value[0]) for name, value in scores.of(np.ones((1, len(labels)))).items()}
 
 
 def intervals(
-    labels: np.ndarray, probabilities: np.ndarray, samples: int = 1000, seed: int = 0, level: float = 0.95
-) -> dict[str, tuple[float, float]]:
+    labels: np.ndarray, probabilities: np.ndarray, samples: int = 1000, seed: int = 0, level: float = 0.95,
+    given: Given = None,
+) -> dict[str, tuple[float, float]]:  # fmt: skip
     """{name: (low, high)} of each score, by the bootstrap (Efron 1979): percentiles over samples with replacement.
 
     labels int[n], probabilities [n, classes]. They say what other test sets of this size would give for this model;
     what other seeds of training would give they do not say. AUC is left out where it would take minutes.
     """
-    scores = Scores(labels, np.asarray(probabilities, np.float64))
+    scores = Scores(labels, probabilities, given)
     n, classes = probabilities.shape
     auc = samples * n * classes <= _MOST_AUC
     found: list[Mapping[str, np.ndarray]] = []
@@ -171,15 +221,15 @@ def intervals(
     return out
 
 
-def with_intervals(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, dict[str, float]]:
+def with_intervals(labels: np.ndarray, probabilities: np.ndarray, given: Given = None) -> dict[str, dict[str, float]]:
     """{score: {"value", and, where it is known, the ends "low" and "high" of its 95 % interval}}.
 
     labels int[n], probabilities [n, classes].
     """
-    ends = intervals(labels, probabilities)
+    ends = intervals(labels, probabilities, given=given)
     return {
         name: {"value": value} | (dict(zip(("low", "high"), ends[name], strict=True)) if name in ends else {})
-        for name, value in score(labels, probabilities).items()
+        for name, value in score(labels, probabilities, given).items()
     }
 
 
@@ -191,16 +241,17 @@ class Reliability(NamedTuple):
     accuracy: np.ndarray  # f64
 
 
-def reliability(labels: np.ndarray, probabilities: np.ndarray) -> Reliability:
+def reliability(labels: np.ndarray, probabilities: np.ndarray, given: Given = None) -> Reliability:
     """The reliability diagram (DeGroot and Fienberg 1983, Guo et al. 2017), without rows that hold NaN.
 
     labels int[n], probabilities [n, classes]. The bins are those of the calibration error, see `Scores.of`.
     """
     whole = ~np.isnan(probabilities).any(1)
-    scores = Scores(labels[whole], np.asarray(probabilities[whole], np.float64))
+    given = given and (given[0][whole], given[1][whole])
+    scores = Scores(labels[whole], probabilities[whole], given)
     count, confidence, right = (
         np.bincount(scores.bins, weights, _BINS)
-        for weights in (None, scores.probabilities.max(1), (scores.predicted == scores.labels).astype(float))
+        for weights in (None, scores.probabilities.max(1), (scores.ranks == 0).astype(float))
     )
     with np.errstate(invalid="ignore"):
         return Reliability(count, confidence / count, right / count)

@@ -78,16 +78,16 @@ def main(
         results[name] = metrics.summarize(sums, found, programs.recipe.whole_set_metrics)
         classes[name] = by_class.counts(sums, programs.recipe.num_seeds)
         if found and not processes.index():
+            found = found.of_seed(-1) if programs.recipe.num_seeds > 1 else found
             labels, probabilities = found.labels, found.probabilities
-            probabilities = probabilities[-1] if programs.recipe.num_seeds > 1 else probabilities
             if len(names) <= metrics.CONFUSION_CLASSES:
-                results[name]["scores"] = scores.with_intervals(labels, probabilities)
+                results[name]["scores"] = scores.with_intervals(labels, probabilities, found.given)
             if listing_file:
                 called = getattr(images.source, "name", str)
                 examples = [called(i) for i in range(len(labels))]
                 origin = listing.origin(config, step, digest, name, images.source.fingerprint())
                 top = min(top_k, len(names))
-                rows += listing.rows(name, examples, labels, probabilities, names, top, step, origin)
+                rows += listing.rows(name, examples, labels, probabilities, names, top, step, origin, found.given)
     if processes.index():
         return 0
     if listing_file:

@@ -136,15 +136,13 @@ def make(run: Record, trust: bool) -> dict[str, Known]:
         for name, images in evals.items():
             _, predictions = evaluate(programs, state, images)
             assert predictions is not None
-            probabilities = predictions.probabilities
-            each = probabilities[:-1] if run.config.num_seeds > 1 else probabilities[None]  # the last: the ensemble's
-            chosen = np.where(np.isnan(each).any(-1), -1, each.argmax(-1))  # [seeds, n]
+            right = np.atleast_2d(predictions.ranks == 0)  # [seeds, n], of several seeds also the ensemble's
             called = getattr(images.source, "name", str)
             names = programs.recipe.data.class_names
             found[name] = Known(
                 tuple(called(i) for i in range(len(predictions.labels))),
                 tuple(names[label] for label in predictions.labels),
-                chosen == predictions.labels,
+                right[: run.config.num_seeds],
             )
     try:
         if set(found) <= set(run.evals):  # else nothing would tell later whether the data are still the same

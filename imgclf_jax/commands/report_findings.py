@@ -103,18 +103,17 @@ def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Evaluated, .
             by_class.counts(sums, programs.recipe.num_seeds), {},
         )  # fmt: skip
         if known and predictions:
-            labels, probabilities = predictions.labels, predictions.probabilities
-            probabilities = probabilities[-1] if several else probabilities
-            places = report_mistakes.wrong_ones(labels, probabilities)
+            own = predictions.of_seed(-1) if several else predictions
+            places = report_mistakes.wrong_ones(own)
+            given = own.labels, own.probabilities, own.given
             one = dataclasses.replace(
-                one, scores=with_intervals(labels, probabilities),
-                reliability=reliability(labels, probabilities), wrong=len(places),
+                one, scores=with_intervals(*given), reliability=reliability(*given), wrong=len(places),
             )  # fmt: skip
             if places.size:
                 method, explain = explainer()
                 places = places[: max(1, MISTAKES // len(evals))]
                 log.info("explaining %d mistakes by %s", len(places), method)
-                mistakes = report_mistakes.look_at(programs, images, labels, probabilities, places, explain)
+                mistakes = report_mistakes.look_at(programs, images, own, places, explain)
                 one = dataclasses.replace(one, mistakes=mistakes, method=method)
         found.append(one)
     return tuple(found)

@@ -8,6 +8,7 @@ import numpy as np
 from imgclf_jax.augment.shown import as_pixels
 from imgclf_jax.commands.explanations import Explain
 from imgclf_jax.data.stream import Images
+from imgclf_jax.metrics import Predictions
 from imgclf_jax.programs import Programs
 
 
@@ -24,20 +25,19 @@ class Mistake:
     heat: np.ndarray  # [h', w'], where in it the class that is predicted is found
 
 
-def wrong_ones(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+def wrong_ones(found: Predictions) -> np.ndarray:
     """int[m]: the examples that are taken for another class, by the probability of that class, the greatest first.
 
-    labels int[n], probabilities [n, classes]. Of equal ones the first example comes first; those with NaN are left out.
+    Of equal ones the first example comes first. Those without a prediction are left out.
     """
-    wrong = np.flatnonzero((probabilities.argmax(1) != labels) & ~np.isnan(probabilities).any(1))
-    return wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")]
+    wrong = np.flatnonzero((found.ranks > 0) & (found.predicted >= 0))
+    return wrong[np.argsort(-found.probabilities[wrong].max(1), kind="stable")]
 
 
 def look_at(
-    programs: Programs, images: Images, labels: np.ndarray, probabilities: np.ndarray, places: np.ndarray,
-    explain: Explain,
-) -> tuple[Mistake, ...]:  # fmt: skip
-    """The examples at `places` int[m] of a set, whose `labels` int[n] and `probabilities` [n, classes] are given.
+    programs: Programs, images: Images, found: Predictions, places: np.ndarray, explain: Explain
+) -> tuple[Mistake, ...]:
+    """The examples at `places` int[m] of a set, of which all predictions are given.
 
     `explain` gives the maps of all of them in one call, for the classes that are predicted.
     """
@@ -47,10 +47,12 @@ def look_at(
     with programs.tracing():
         given = np.asarray(jax.jit(lambda x: augment(None, x))(read))
     pixels, _ = as_pixels(given, programs.recipe.config.augment)
-    heats = explain(read, probabilities[places].argmax(1))
+    heats = explain(read, found.predicted[places])
     called = getattr(images.source, "name", "example {}".format)
     return tuple(
-        Mistake(called(int(place)), int(labels[place]), int(own.argmax()), float(own.max()),
-                float(own[labels[place]]), image, heat)
-        for place, own, image, heat in zip(places, probabilities[places], pixels, heats, strict=True)
+        Mistake(called(int(place)), int(label), int(predicted), float(own[predicted]), float(own[label]), image, heat)
+        for place, label, predicted, own, image, heat in zip(
+            places, found.labels[places], found.predicted[places], found.probabilities[places], pixels, heats,
+            strict=True,
+        )
     )  # fmt: skip
