@@ -96,7 +96,7 @@ def test_scores_are_of_the_predictions_that_are_counted(seeds):
     ensemble = "ensemble_" if seeds > 1 else ""
     assert found["accuracy"] == counted[f"{ensemble}accuracy"] == counted[f"{ensemble}balanced_accuracy"] == 0
     assert found["top5"] == counted[f"{ensemble}top5"] == 3 / 6  # labels 3, 4 and 5 of the six that are counted
-    rows = listing.rows("test", "abdefg", own.labels, own.probabilities, "0123456", 1, own.given)
+    rows = listing.rows("test", "abdefg", own.labels, own.probabilities, "0123456", 1, given=own.given)
     assert [(row["class_1"], row["correct"]) for row in rows] == [*[("6", False)] * 5, ("0", False)]
 
 
