@@ -4,8 +4,11 @@ import contextlib
 import importlib.util
 import ipaddress
 import logging
+import os
 import signal
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
@@ -18,14 +21,15 @@ from imgclf_jax.trained import Trained, report_host_ops
 
 log = logging.getLogger(__name__)
 
+_LAST_SECONDS = 4.0  # for threads that still work, once the server has ended
 _WANTS = ("starlette", "uvicorn", "prometheus_client")
 
 
 def main(config: ConfigDict, workdir: Workdir | None, checkpoint: str, host: str, port: int) -> int:
     """The command `serve`: answers requests on `host` and `port` until SIGINT or SIGTERM; port 0 takes a free one.
 
-    Requests that are being answered at a signal are answered. It serves the run in `workdir` or, if that is None, the
-    weights that `init_from` names. Raises UserError if a package is missing or the port is taken.
+    Requests that are being answered at a signal are answered within some seconds. It serves the run in `workdir` or, if
+    that is None, the weights that `init_from` names. Raises UserError if a package is missing or the port is taken.
     """
     if missing := [name for name in _WANTS if not importlib.util.find_spec(name)]:
         raise UserError(
@@ -36,16 +40,14 @@ def main(config: ConfigDict, workdir: Workdir | None, checkpoint: str, host: str
     import uvicorn
 
     from imgclf_jax.serving import app
+    from imgclf_jax.serving.connections import server_settings
 
     model = loading.of(config, workdir, checkpoint)
     report_host_ops(model.programs)
     local = _is_loopback(host)
     hosts = ("localhost", "127.0.0.1", "[::1]", host) if local else ("*",)
     application = app.build(model, hosts=hosts, explain=explainer(model))
-    settings = uvicorn.Config(
-        application, host, port, log_config=None, log_level="warning", access_log=False, timeout_keep_alive=10,
-        server_header=False, proxy_headers=False, timeout_graceful_shutdown=30, h11_max_incomplete_event_size=32_768,
-    )  # fmt: skip
+    settings = server_settings(application, host, port)
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=settings.backlog)
@@ -55,9 +57,17 @@ def main(config: ConfigDict, workdir: Workdir | None, checkpoint: str, host: str
     print(f"serving step {model.step} of {config.model} at {where}; Ctrl-C ends it", flush=True)
     if not local:
         log.warning("whoever reaches %s may use it: there are no passwords", where)
+    threading.Thread(target=_end_with_the_main_thread, name="end", daemon=True).start()
     with listening:
         _server(uvicorn.Server, settings).run(sockets=[listening])
     return 0
+
+
+def _end_with_the_main_thread() -> None:
+    """Python waits at its end for all threads. One may be decoding an image that takes minutes."""
+    threading.main_thread().join()
+    time.sleep(_LAST_SECONDS)
+    os._exit(0)
 
 
 def explainer(model: Trained) -> Callable[[bytes], bytes]:

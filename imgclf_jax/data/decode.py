@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from imgclf_jax.core import kinds, rng, spec
 from imgclf_jax.core.errors import UserError, reason, unknown
-from imgclf_jax.data import tf_image
+from imgclf_jax.data import decode_cost, tf_image
 
 # The formats of photographs and data sets. Of the forty others that Pillow knows some are tried on any bytes, and
 # EPS runs Ghostscript.
@@ -41,7 +41,8 @@ def decode(
     orientation is applied, the first frame of an animation taken, alpha dropped unless channels is 4, the high byte of
     16-bit grey kept. Colour to grey is ITU-R 601 luma. With `draft`, a JPEG image is decoded at 1/2, 1/4 or 1/8 of its
     size: the smallest of these whose sides have at least `draft` pixels. That is faster, and gives other pixels. Raises
-    UserError for bytes that do not decode, and for an image of more than 2**26 pixels.
+    UserError for bytes that do not decode, and for an image of more than 2**26 pixels, or one that is made to take
+    minutes (see `decode_cost`).
     """
     if channels not in _MODES:
         raise UserError(f"decode(channels={channels}): allowed: 1, 3, 4")
@@ -79,16 +80,20 @@ def decode(
 def _open(data: bytes, formats: tuple[str, ...], draft: int) -> Image.Image:
     if formats != FORMATS:
         formats = _known(formats)
+    decode_cost.check_bytes(data)
     try:
         picture: Image.Image = Image.open(io.BytesIO(data), formats=formats)
         if picture.width * picture.height > MOST_PIXELS:
             raise Image.DecompressionBombError
+        decode_cost.check(data, picture)
         if draft:
             picture.draft(None, (draft, draft))  # of other formats than JPEG it leaves the size
         ImageOps.exif_transpose(picture, in_place=True)
         picture.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise UserError(f"the image has more than {MOST_PIXELS:,} pixels; make it smaller") from e
+    except UserError:
+        raise
     except Exception as e:  # of damaged bytes Pillow's plugins raise errors of many types
         if "cannot identify" in str(e):
             raise UserError(f"the image is not in an image format that is read here ({', '.join(formats)})") from e

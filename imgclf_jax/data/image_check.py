@@ -24,7 +24,7 @@ from imgclf_jax.run.provenance import write_atomically
 
 _SMALL = 256 << 20  # Folders of fewer bytes than this, some seconds' work, are decoded whole in any case.
 _SAVE_SECONDS = 60.0  # a process that is killed loses so much of its check
-_FORM = 1  # to be raised when `decode` refuses other files than before
+_FORM = 2  # to be raised when `decode` refuses other files than before
 _BEGUN, _WHOLE = 1, 2  # how far a file was checked: its header and its end, or all its pixels
 # How the file of a format ends, if it is not cut short. Other formats are decoded.
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}

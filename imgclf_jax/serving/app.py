@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from importlib import resources
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import utf8
@@ -47,6 +50,7 @@ class Limits:
     body_seconds: float = 15.0  # in which a client must have sent it
     answer_seconds: float = 30.0
     requests: int = 256  # that are answered at once
+    all_bodies_bytes: int = 128_000_000  # of the requests that are answered at once
 
 
 class Refused(Exception):
@@ -83,20 +87,21 @@ def build(
     batcher = Batcher(model, most_waiting=2 * limits.requests, seen=numbers.batches.observe)
     answering = asyncio.Semaphore(limits.requests)
     explaining = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="explain")
+    bodies = _Bodies(limits)
 
     async def classify(request: Request) -> Response:
         top_k = _top_k(request, len(model.class_names))
-        body = await _body(request, limits)
-        begun = time.perf_counter()
-        try:
-            async with asyncio.timeout(limits.answer_seconds):
-                probabilities = await batcher.predict(body)
-        except UserError as e:
-            raise Refused(422, str(e)) from e
-        except Busy:
-            raise Refused(503, "too many requests wait; try again in a second") from None
-        except TimeoutError:
-            raise Refused(503, f"no answer within {limits.answer_seconds:g} s; try again later") from None
+        async with bodies.read(request) as body:
+            begun = time.perf_counter()
+            try:
+                async with asyncio.timeout(limits.answer_seconds):
+                    probabilities = await batcher.predict(body)
+            except UserError as e:
+                raise Refused(422, str(e)) from e
+            except Busy:
+                raise Refused(503, "too many requests wait; try again in a second") from None
+            except TimeoutError:
+                raise Refused(503, f"no answer within {limits.answer_seconds:g} s; try again later") from None
         return _Answer({
             "predictions": [one | {"class": utf8(one["class"])} for one in model.best(probabilities, top_k)],
             "milliseconds": round(1000 * (time.perf_counter() - begun), 3),
@@ -104,14 +109,14 @@ def build(
 
     async def picture(request: Request) -> Response:
         assert explain
-        body = await _body(request, limits)
-        try:
-            async with asyncio.timeout(limits.answer_seconds):
-                made = await asyncio.get_running_loop().run_in_executor(explaining, explain, body)
-        except UserError as e:
-            raise Refused(422, str(e)) from e
-        except TimeoutError:
-            raise Refused(503, f"no picture within {limits.answer_seconds:g} s; try again later") from None
+        async with bodies.read(request) as body:
+            try:
+                async with asyncio.timeout(limits.answer_seconds):
+                    made = await asyncio.get_running_loop().run_in_executor(explaining, explain, body)
+            except UserError as e:
+                raise Refused(422, str(e)) from e
+            except TimeoutError:
+                raise Refused(503, f"no picture within {limits.answer_seconds:g} s; try again later") from None
         return Response(made, headers=_HEADERS, media_type="image/png")
 
     async def predict(request: Request) -> Response:
@@ -171,7 +176,10 @@ def build(
             Route("/metrics", metrics),
             Route("/openapi.json", interface),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)],
+        middleware=[
+            Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False),
+            Middleware(_OwnPagesOnly),
+        ],
         exception_handlers={Exception: failed},
         lifespan=running,
     )
@@ -187,37 +195,70 @@ class _Answer(Response):
         self.raw_headers = [length, (b"content-type", b"application/json"), *_RAW_HEADERS]
 
 
-async def _body(request: Request, limits: Limits) -> bytes:
-    """The request's body; Refused as soon as it is too long or too slow."""
-    too_long = Refused(413, f"the body is longer than {limits.body_bytes:,} bytes; send a smaller image")
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > limits.body_bytes:
-        raise too_long
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout(limits.body_seconds):
-            async for part in request.stream():
-                size += len(part)
-                if size > limits.body_bytes:
-                    raise too_long
-                parts.append(part)
-    except TimeoutError:
-        raise Refused(408, f"the body did not come within {limits.body_seconds:g} s") from None
-    if not size:
-        raise Refused(400, "the body is empty; it is to be the bytes of an image file")
-    return b"".join(parts)
+class _OwnPagesOnly:
+    """Refuses what a page of another site sends: browsers name the page's site in `Origin`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            host = headers.get("host", "").lower()
+            if any(origin.lower().partition("://")[2] != host for origin in headers.getlist("origin")):
+                refused = Refused(403, "a page of another site sent this request; only this server's own page may")
+                await _refusal(refused)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class _Bodies:
+    """Reads the bodies of requests, which together take a bounded number of bytes."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits, self._held = limits, 0
+
+    @contextlib.asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """The request's body. Raises Refused as soon as it is too long or too slow, or all together take too much."""
+        limits, size = self._limits, 0
+        too_long = Refused(413, f"the body is longer than {limits.body_bytes:,} bytes; send a smaller image")
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and (len(length) > 18 or int(length) > limits.body_bytes):
+            raise too_long
+        parts = []
+        try:
+            try:
+                async with asyncio.timeout(limits.body_seconds):
+                    async for part in request.stream():
+                        size += len(part)
+                        self._held += len(part)
+                        if size > limits.body_bytes:
+                            raise too_long
+                        if self._held > limits.all_bodies_bytes:
+                            raise Refused(503, "too many large images at once; try again in a second")
+                        parts.append(part)
+            except TimeoutError:
+                raise Refused(408, f"the body did not come within {limits.body_seconds:g} s") from None
+            if not size:
+                raise Refused(400, "the body is empty; it is to be the bytes of an image file")
+            body = b"".join(parts)
+            del parts
+            yield body
+        finally:
+            self._held -= size
 
 
 def _top_k(request: Request, classes: int) -> int:
     text = request.query_params.get("top_k", "5")
-    if not text.isdecimal() or not int(text) >= 1:
-        raise Refused(400, f"top_k={text[:20]}: wants a whole number from 1 on")
+    if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
+        raise Refused(400, f"top_k={text[:20]}: wants a whole number from 1 to 999999999")
     return min(int(text), classes)
 
 
 def _refusal(refused: Refused) -> Response:
     headers = dict(_HEADERS)
-    if refused.status in (408, 413):
+    if refused.status in (403, 408, 413):
         headers["Connection"] = "close"  # the rest of the body is not read
     if refused.status == 503:
         headers["Retry-After"] = "1"

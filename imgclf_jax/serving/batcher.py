@@ -2,20 +2,29 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 import numpy as np
 
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import decode_cost
+from imgclf_jax.data.decode_cost import Costly
 from imgclf_jax.trained import Trained
 
 _AT_ONCE = 2  # batches; one of them is decoded, and one is on the device
 _BYTES_A_THREAD = 100_000  # of files, a few milliseconds' work, that one thread decodes at least
+# What an image may cost, in pixels times scans and in bytes of its file: a batch decodes images of some 10 ms each.
+# Larger ones, and those that are made to be slow, keep no batch waiting. The largest take a gigabyte: one at a time.
+_IN_A_BATCH = 2**20, 256_000
+_APART = 2**23, 4_000_000
+
+Image = bytes | np.ndarray  # the bytes of a file, or what has been prepared
 
 
 class Busy(Exception):
@@ -27,7 +36,8 @@ class Batcher:
 
     So nothing waits for a batch to fill, and under load batches fill by themselves. Two are in work at once: while the
     device has one, the images of the other are decoded, by several threads if the files are large. A batch has one of a
-    few sizes, each of which is compiled when the batcher is made, and is padded to it. Used from one event loop.
+    few sizes, each of which is compiled when the batcher is made, and is padded to it. Large images are decoded apart,
+    before they join a batch, so that small ones do not wait for them. Used from one event loop.
     """
 
     def __init__(self, model: Trained, largest: int = 64, most_waiting: int = 512, seen: Callable[[int], Any] = int):
@@ -35,9 +45,12 @@ class Batcher:
         self._model, self._seen, self._most_waiting = model, seen, most_waiting
         mesh = model.programs.mesh
         self._sizes = sorted({sharding.round_up(size, mesh) for size in (1, 8, largest)})
-        self._waiting: asyncio.Queue[tuple[bytes, asyncio.Future[np.ndarray]]] = asyncio.Queue()
+        self._waiting: asyncio.Queue[tuple[Image, asyncio.Future[np.ndarray]]] = asyncio.Queue()
         self._workers = concurrent.futures.ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="batch")
         self._decoders = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="decode")
+        self._apart = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="decode-large")
+        self._alone = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="decode-largest")
+        self._tasks: set[asyncio.Task[None]] = set()  # the event loop itself holds no task
         self._device = threading.Lock()
         for size in self._sizes:
             self._compute([np.zeros(model.programs.recipe.data.image_shape, np.uint8)] * size)
@@ -60,18 +73,21 @@ class Batcher:
 
     async def run(self) -> None:
         """Takes what waits, batch by batch, until it is cancelled."""
-        free, tasks = asyncio.Semaphore(_AT_ONCE), set[asyncio.Task[None]]()
+        free = asyncio.Semaphore(_AT_ONCE)
         while True:
             some = [await self._waiting.get()]
             await free.acquire()
             while len(some) < self._sizes[-1] and not self._waiting.empty():
                 some.append(self._waiting.get_nowait())
-            task = asyncio.create_task(self._answer(some))
-            tasks.add(task)  # the loop itself holds no task
-            task.add_done_callback(tasks.discard)
-            task.add_done_callback(lambda _: free.release())
+            self._start(self._answer(some)).add_done_callback(lambda _: free.release())
 
-    async def _answer(self, some: list[tuple[bytes, asyncio.Future[np.ndarray]]]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _answer(self, some: list[tuple[Image, asyncio.Future[np.ndarray]]]) -> None:
         some = [(image, result) for image, result in some if not result.done()]  # its client may have gone
         images, loop = [image for image, _ in some], asyncio.get_running_loop()
         found: list[np.ndarray | Exception]
@@ -79,15 +95,39 @@ class Batcher:
             found = await loop.run_in_executor(self._workers, self._classify, images)
         except Exception as e:
             found = [e] * len(some)
-        for (_, result), one in zip(some, found, strict=True):
+        for (image, result), one in zip(some, found, strict=True):
             if result.done():
                 continue
-            if isinstance(one, Exception):
+            if isinstance(one, Costly) and isinstance(image, bytes):
+                self._start(self._decode_apart(image, result))
+            elif isinstance(one, Exception):
                 result.set_exception(one)
             else:
                 result.set_result(one)
 
-    def _classify(self, images: list[bytes]) -> list[np.ndarray | Exception]:
+    async def _decode_apart(self, image: bytes, result: asyncio.Future[np.ndarray]) -> None:
+        """Prepares an image that is too costly for a batch, and puts it into the next one."""
+        loop = asyncio.get_running_loop()
+
+        def prepare(limit: tuple[int, int] | None) -> np.ndarray | None:
+            if result.done():  # its client has waited too long
+                return None
+            with decode_cost.at_most(*limit) if limit else contextlib.nullcontext():
+                return self._model.prepare(image)
+
+        try:
+            try:
+                prepared = await loop.run_in_executor(self._apart, prepare, _APART)
+            except Costly:
+                prepared = await loop.run_in_executor(self._alone, prepare, None)
+        except Exception as e:
+            if not result.done():
+                result.set_exception(e)
+        else:
+            if prepared is not None:
+                self._waiting.put_nowait((prepared, result))
+
+    def _classify(self, images: list[Image]) -> list[np.ndarray | Exception]:
         """The probabilities of each image, or why it has none."""
         prepared = self._prepare_all(images)
         whole = [image for image in prepared if isinstance(image, np.ndarray)]
@@ -98,21 +138,24 @@ class Batcher:
         nan = UserError("the model gives NaN for this image; its weights may hold NaN, so serve another --checkpoint")
         return [nan if isinstance(row, np.ndarray) and np.isnan(row).any() else row for row in out]
 
-    def _prepare_all(self, images: list[bytes]) -> list[np.ndarray | Exception]:
+    def _prepare_all(self, images: list[Image]) -> list[np.ndarray | Exception]:
         """Each image as the model takes it, or why it does not decode."""
-        threads = min(os.cpu_count() or 1, len(images), 1 + sum(map(len, images)) // _BYTES_A_THREAD)
+        threads = min(
+            os.cpu_count() or 1, len(images), 1 + sum(len(i) for i in images if isinstance(i, bytes)) // _BYTES_A_THREAD
+        )
         if threads == 1:
             return self._prepare(images)
         shares = itertools.batched(images, -(-len(images) // threads))
         return [*itertools.chain.from_iterable(self._decoders.map(self._prepare, shares))]
 
-    def _prepare(self, images: Iterable[bytes]) -> list[np.ndarray | Exception]:
+    def _prepare(self, images: Iterable[Image]) -> list[np.ndarray | Exception]:
         prepared: list[np.ndarray | Exception] = []
-        for image in images:
-            try:
-                prepared.append(self._model.prepare(image))
-            except UserError as e:
-                prepared.append(e)
+        with decode_cost.at_most(*_IN_A_BATCH):
+            for image in images:
+                try:
+                    prepared.append(image if isinstance(image, np.ndarray) else self._model.prepare(image))
+                except UserError as e:
+                    prepared.append(e)
         return prepared
 
     def _compute(self, images: list[np.ndarray]) -> np.ndarray:

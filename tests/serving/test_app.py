@@ -1,5 +1,6 @@
 """The web application: what a client may do to it, over real connections."""
 
+import asyncio
 import concurrent.futures
 import io
 import json
@@ -7,6 +8,7 @@ import socket
 import struct
 import threading
 import time
+import typing
 import zlib
 
 import httpx
@@ -19,7 +21,7 @@ from starlette.responses import JSONResponse
 import imgclf_jax
 import launch
 from imgclf_jax.commands import serve
-from imgclf_jax.serving import app
+from imgclf_jax.serving import app, connections
 
 FLAGS = ["--config.total=20 steps", "--config.model=mlp(widths=(8,))", "--config.schedule=constant(1e-2)",
          "--config.eval_every="]  # fmt: skip
@@ -37,7 +39,7 @@ def model(tmp_path_factory):
 def port(model):
     """The port of a server in a thread of this process."""
     application = app.build(model, LIMITS, ("localhost", "127.0.0.1"), serve.explainer(model))
-    config = uvicorn.Config(application, "127.0.0.1", 0, log_config=None, log_level="error")
+    config = connections.server_settings(application, "127.0.0.1", 0)
     sockets = [config.bind_socket()]
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
@@ -120,6 +122,12 @@ def bomb():
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
+def many_scans():
+    content = io.BytesIO()
+    Image.new("L", (8, 8)).save(content, "JPEG", progressive=True)
+    return content.getvalue()[:-2] + b"\xff\xda\0\x02" * 495 + b"\xff\xd9"
+
+
 @pytest.mark.parametrize(("path", "body", "status", "words"), [
     ("/predict", b"garbage", 422, "not in an image format"),
     ("/predict", png(0)[:50], 422, "does not decode"),
@@ -128,9 +136,14 @@ def bomb():
     ("/predict", bytes(100_001), 413, "longer than 100,000 bytes"),
     ("/predict?top_k=0", png(0), 400, "top_k=0"),
     ("/predict?top_k=x", png(0), 400, "top_k=x"),
+    ("/predict?top_k=" + "9" * 15_000, png(0), 400, "top_k=9999"),
+    ("/predict?top_k=-1", png(0), 400, "top_k=-1"),
+    ("/predict?top_k=\u0663", png(0), 400, "top_k="),
+    ("/predict", many_scans(), 422, "the JPEG image has 501 scans"),
     ("/../../etc/passwd", b"x", 404, ""),
     ("/predict/%2e%2e/%2e%2e/etc/passwd", b"x", 404, ""),
-], ids=["garbage", "cut", "bomb", "empty", "long", "none", "word", "traversal", "coded"])  # fmt: skip
+], ids=["garbage", "cut", "bomb", "empty", "long", "none", "word", "digits", "below zero", "Arabic", "scans",
+        "traversal", "coded"])  # fmt: skip
 def test_a_wrong_request_is_refused_with_a_sentence(client, path, body, status, words):
     answer = client.post(path, content=body)
     assert (answer.status_code, words in answer.text) == (status, True)
@@ -160,6 +173,41 @@ def test_other_hosts_names_are_refused(client):
     """A page of the web that calls itself this machine, by its name server, is not answered."""
     assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
     assert client.get("/", headers={"Host": "localhost:1"}).status_code == 200
+
+
+@pytest.mark.parametrize(("origin", "status"), [
+    ("http://localhost:1", 200), ("https://LOCALHOST:1", 200), ("http://localhost:2", 403), ("http://localhost", 403),
+    ("http://evil.example", 403), ("null", 403), ("", 403), ("localhost:1", 403),
+])  # fmt: skip
+def test_another_sites_page_is_refused(client, origin, status):
+    """A browser says whose page sends a request, and sends an image without asking this server first."""
+    headers = {"Host": "localhost:1", "Origin": origin}
+    answer = client.post("/predict", content=png(0), headers=headers)
+    assert answer.status_code == status
+    assert ("a page of another site" in answer.text) == (status == 403)
+    assert client.get("/health", headers=headers).status_code == status
+
+
+def test_bodies_take_bounded_memory():
+    """Of all requests together, however many there are; what ends gives its share back."""
+
+    class Sent:
+        headers: typing.ClassVar = {}
+
+        async def stream(self):
+            for _ in range(3):
+                yield bytes(10)
+
+    async def read():
+        bodies = app._Bodies(app.Limits(body_bytes=100, all_bodies_bytes=70))
+        for _ in range(3):
+            async with bodies.read(Sent()) as one, bodies.read(Sent()) as two:
+                assert one == two == bytes(30)
+                with pytest.raises(app.Refused) as refused:
+                    await bodies.read(Sent()).__aenter__()
+                assert refused.value.status == 503
+
+    asyncio.run(read())
 
 
 def test_the_page_asks_nobody_else(client):

@@ -1,5 +1,6 @@
 """Batches of images that come one by one."""
 
+import asyncio
 import os
 import threading
 
@@ -7,6 +8,7 @@ import numpy as np
 from test_app import model, png  # noqa: F401  the former is a fixture
 
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import decode_cost
 from imgclf_jax.serving import batcher
 
 
@@ -38,3 +40,41 @@ def test_large_files_are_decoded_by_several_threads(model, monkeypatch):  # noqa
         assert isinstance(a, UserError) == isinstance(b, UserError) == (i == 4)
         if i != 4:
             np.testing.assert_array_equal(a, b)
+
+
+def test_small_images_do_not_wait_for_large_ones(model, monkeypatch):  # noqa: F811
+    """More of them than there are threads; each is decoded once it is let, and none whose client has gone."""
+    prepare, go, begun = type(model).prepare, threading.Event(), []
+
+    def slow(self, image, place=0):
+        if image.startswith(b"large"):
+            decode_cost.check_bytes(image + bytes(10_000_000))
+            begun.append(image)
+            assert go.wait(20)
+            image = png(int(image[5:]))
+        return prepare(self, image, place)
+
+    monkeypatch.setattr(type(model), "prepare", slow)
+    made = batcher.Batcher(model)
+
+    async def clients():
+        running = asyncio.create_task(made.run())
+        large = [asyncio.create_task(made.predict(b"large%d" % n)) for n in range(6)]
+        async with asyncio.timeout(20):
+            small = await asyncio.gather(*(made.predict(png(n)) for n in range(10)))
+        while not begun:
+            await asyncio.sleep(0.01)
+        gone = next(n for n in range(6) if b"large%d" % n not in begun)
+        large.pop(gone).cancel()
+        await asyncio.sleep(0.05)
+        assert len(begun) == 1
+        go.set()
+        async with asyncio.timeout(20):
+            rows = await asyncio.gather(*large)
+        running.cancel()
+        assert b"large%d" % gone not in begun
+        return small, rows, [n for n in range(6) if n != gone]
+
+    small, rows, answered = asyncio.run(clients())
+    np.testing.assert_allclose(small, model.predict([png(n) for n in range(10)]), atol=1e-5)
+    np.testing.assert_allclose(rows, model.predict([png(n) for n in answered]), atol=1e-5)

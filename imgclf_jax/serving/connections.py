@@ -1,0 +1,160 @@
+"""Limits on connections: how long a request's headers may be, how long a client may take, how many it may open."""
+
+import asyncio
+import ipaddress
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+_TOLD = 64  # connections above the limit, which are told that there are too many
+_GRACE_SECONDS = 4  # in which requests are answered after a signal
+_LINGER_SECONDS = 1.0  # closing at once would reset a connection that still sends, and its client would see no answer
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """Limits on one connection, and on the number of open connections."""
+
+    headers_bytes: int = 32_768  # refused from here on; half of it always passes
+    headers_seconds: float = 10.0  # from the connection, or from the last answer, until the headers are complete
+    request_seconds: float = 60.0  # from complete headers until the client has taken the answer
+    connections: int = 512
+    of_a_client: int = 256  # by its IPv4 address or its IPv6 /64 network
+
+
+def server_settings(
+    application: ASGIApp, host: str, port: int, limits: ConnectionLimits = ConnectionLimits(), parser: Any = None
+) -> uvicorn.Config:
+    """The settings of a server with these limits. `parser` is uvicorn's HTTP protocol; None is its own choice."""
+    return uvicorn.Config(
+        application, host, port, http=guarded(parser or AutoHTTPProtocol, limits), ws="none", log_config=None,
+        log_level="critical",  # or clients could fill the log; the application logs its own failures
+        access_log=False, timeout_keep_alive=10, timeout_graceful_shutdown=_GRACE_SECONDS, server_header=False,
+        proxy_headers=False, h11_max_incomplete_event_size=limits.headers_bytes // 2,
+    )  # fmt: skip
+
+
+def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
+    """A subclass of uvicorn's HTTP protocol, with either parser, that enforces the limits. Each class counts its own.
+
+    h11 bounds what it buffers by `h11_max_incomplete_event_size`, but httptools buffers a header until it ends. So this
+    class counts the bytes since the parser last made progress, by the parser's callbacks.
+    """
+    clients: Counter[str] = Counter()
+
+    class Guarded(base):
+        app: Any  # uvicorn's: what it calls for each request
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._unparsed = 0  # bytes since the headers, a part of the body or the whole message were complete
+            self._answering = self._refused = False
+            app = self.app
+
+            async def timed(scope: Any, receive: Any, send: Any) -> None:
+                self._unparsed, self._answering = 0, True
+                self._allow(limits.request_seconds)
+                try:
+                    await app(scope, receive, send)
+                finally:
+                    self._unparsed, self._answering = 0, False
+                    self._allow(limits.headers_seconds)
+
+            self.app = timed
+
+        def connection_made(self, transport: Any) -> None:
+            self._clock, self._wire = asyncio.get_running_loop(), transport
+            self._client = _client(transport)
+            clients[self._client] += 1
+            super().connection_made(transport)
+            self._allow(limits.headers_seconds)
+            self._timer = self._clock.call_later(limits.headers_seconds, self._expire)
+            if clients.total() > limits.connections + _TOLD:
+                transport.abort()
+            elif clients.total() > limits.connections or clients[self._client] > limits.of_a_client:
+                self._refuse(503, "too many connections; close some, or try again in a second")
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._timer.cancel()
+            clients[self._client] -= 1
+            if not clients[self._client]:
+                del clients[self._client]
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            most = limits.headers_bytes // 2
+            for start in range(0, len(data), most):  # whole, so that a long header cannot come with its end
+                if self._refused or self._wire.is_closing():
+                    return
+                part = data if len(data) <= most else data[start : start + most]
+                self._unparsed += len(part)
+                super().data_received(part)
+                if self._unparsed > most and not hasattr(self, "conn"):  # which is h11's
+                    self._refuse(431, f"the request's headers are longer than {most:,} bytes")
+
+        # The callbacks of httptools' parser.
+        def on_headers_complete(self) -> None:
+            self._unparsed = 0
+            super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            self._unparsed = 0
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._unparsed = 0
+            super().on_message_complete()
+
+        def send_400_response(self, msg: str) -> None:
+            """Answers a request that does not parse; h11's error tells that its headers are too long."""
+            status = getattr(sys.exception(), "error_status_hint", 400)
+            self._refuse(status, "the request's headers are too long" if status == 431 else "this is no HTTP request")
+
+        def _refuse(self, status: int, message: str) -> None:
+            if self._refused or self._wire.is_closing():
+                return
+            if self._answering:  # another request: its answer comes first, and this one has no place behind it
+                self._wire.abort()
+                return
+            self._refused = True
+            if self._wire.is_reading():
+                self._wire.pause_reading()
+            body = json.dumps({"error": message}).encode()
+            head = (f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
+                    f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n")  # fmt: skip
+            self._wire.write(head.encode() + body)
+            self._allow(_LINGER_SECONDS)
+            self._timer.cancel()
+            self._timer = self._clock.call_later(_LINGER_SECONDS, self._expire)
+
+        def _allow(self, seconds: float) -> None:
+            self._until = asyncio.get_running_loop().time() + seconds
+
+        def _expire(self) -> None:
+            """Ends the connection if its time is over; else looks again when it will be."""
+            left = self._until - self._clock.time()
+            if left > 0:
+                self._timer = self._clock.call_later(left, self._expire)
+            elif self._unparsed and not (self._refused or self._answering or self._wire.is_closing()):
+                self._refuse(408, f"the request's headers did not come within {limits.headers_seconds:g} s")
+            else:
+                self._wire.abort()  # `close` would wait until the client has taken what was sent
+
+    return Guarded
+
+
+def _client(transport: Any) -> str:
+    """The address that the connection is from; of IPv6 its network of 64 bits, all of which one client may have."""
+    peer = transport.get_extra_info("peername")
+    try:
+        address = ipaddress.ip_address(peer[0])
+    except (TypeError, IndexError, ValueError):
+        return str(peer)
+    return str(ipaddress.ip_network((int(address) >> 64 << 64, 64))) if address.version == 6 else str(address)

@@ -1,0 +1,79 @@
+"""Small files that would take minutes to decode are refused before that, and usual ones are not."""
+
+import io
+import struct
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_decode import encode, noise
+
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import decode, decode_cost
+
+
+def jpeg(scans, size):
+    """A progressive JPEG image of so many scans; those that are added hold nothing, and go through all pixels."""
+    content = io.BytesIO()
+    Image.new("L", (size, size)).save(content, "JPEG", progressive=True)
+    data = content.getvalue()
+    own = data.count(b"\xff\xda")
+    begin = data.rindex(b"\xff\xda")
+    last = data[begin:-2]
+    return data[:-2] + last * (scans - own) + data[-2:]
+
+
+def png(chunk, times):
+    name, content = chunk
+    whole = struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    data = encode(noise(8, 8, 3), "PNG")
+    place = data.index(b"IDAT") - 4
+    return data[:place] + whole * times + data[place:]
+
+
+@pytest.mark.parametrize(("data", "words"), [
+    (jpeg(501, 8), "the JPEG image has 501 scans, and one of 64 pixels may have 500"),
+    (jpeg(300, 2000), "has 300 scans, and one of 4,000,000 pixels may have 268"),
+    (png((b"iCCP", b"a\0\0" + zlib.compress(bytes(1_000_000), 9)), 3000), "more than 16 colour profiles"),
+    (b"P3\n8 8 255\n" + b"#\n" * 2_000_000 + b"1 " * 192, "more than 1,000 comments"),
+    (b"P2\n5000 5000 255\n" + b"1 " * 25_000_000, "25,000,000 numbers in a form that is slow to read"),
+    (b"P6\n3000 2000 100\n" + bytes(18_000_000), "18,000,000 numbers in a form that is slow to read"),
+], ids=["scans", "large scans", "profiles", "comments", "plain", "other range"])  # fmt: skip
+def test_a_file_that_takes_minutes(data, words):
+    begun = time.process_time()
+    with pytest.raises(UserError, match=words):
+        decode.decode(data)
+    assert time.process_time() - begun < 2
+
+
+def test_usual_files_are_decoded():
+    """Random bytes hold the marker of a scan now and then; photographs have 10 scans, and PNG images a profile."""
+    image = noise(2000, 2000, 3)
+    for data in (encode(image, "PNG", compress_level=1), encode(image, "BMP"), encode(image, "PPM")):
+        assert data.count(b"\xff\xda") > 20
+        np.testing.assert_array_equal(decode.decode(data), image)
+    for kind in ({"progressive": True}, {"quality": 95}):
+        assert decode.decode(encode(image, "JPEG", **kind)).shape == image.shape
+    assert decode.decode(jpeg(500, 8), 1).shape == (8, 8, 1)
+    assert decode.decode(png((b"iCCP", b"a\0\0" + zlib.compress(b"profile")), 1)).shape == (8, 8, 3)
+    assert decode.decode(b"P2\n# one\n2 1 255\n1 2").shape == (1, 2, 3)
+
+
+def test_a_limit_is_of_one_thread_and_ends():
+    """By the pixels times the scans, and by the bytes before anything is read of them."""
+    small, large, many, long = (encode(noise(s, s, 3), "PNG") for s in (10, 11, 8, 30))
+    many = jpeg(20, 8)
+    with decode_cost.at_most(100, 2000):
+        decode.decode(small)
+        for data in (large, many, long):
+            with pytest.raises(decode_cost.Costly):
+                decode.decode(data)
+        other = threading.Thread(target=lambda: found.append(decode.decode(large).shape))
+        found = []
+        other.start()
+        other.join()
+        assert found == [(11, 11, 3)]
+    assert decode.decode(large).shape == (11, 11, 3)
