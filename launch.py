@@ -71,9 +71,9 @@ def _run(argv: list[str]) -> int:
     command = COMMANDS[name]
     values, rest = words.take_flags(name, argv)
     given = {flag: values[flag].value for flag in command.flags}
+    environment.prepare()  # a config or work directory that is read below may import JAX
     if command.of == "nothing":
         files = words.files_alone(name, rest)
-        environment.prepare(deterministic=False)
         from imgclf_jax.commands import together
 
         with together.alone():
@@ -131,7 +131,9 @@ def _dispatch(name: str, config: ConfigDict, workdir: Any, given: dict[str, Any]
     place = Workdir.named(workdir) if isinstance(workdir, str) else workdir
     with contextlib.ExitStack() as stack:
         of_processes = [given.pop(flag) for flag in table.PROCESSES] if command.in_processes else None
-        stack.enter_context(_joined(*of_processes) if of_processes else together.alone())
+        keys = {key: value for key, value in configs.flatten(config).items() if key not in configs.OF_THE_HOST}
+        alike = {"command": name, **keys, **{f"--{flag}": value for flag, value in given.items()}, "files": files}
+        stack.enter_context(_joined(alike, *of_processes) if of_processes else together.alone())
         if "trust" in given and not given.pop("trust") and place:
             stack.enter_context(place.without_code())
         takes_files = command.files and command.of != "record"
@@ -143,7 +145,6 @@ def _sweep(config_file: str, config: ConfigDict, workdir: str, rest: list[str], 
     """The command `sweep`, each run of which is a process of its own: accelerators are left to these."""
     before = dict(os.environ)
     os.environ["JAX_PLATFORMS"] = "cpu"
-    environment.prepare(deterministic=False)
     from imgclf_jax.commands import sweep
 
     def configured(settings: dict[str, str]) -> ConfigDict:
@@ -164,7 +165,7 @@ def _sweep(config_file: str, config: ConfigDict, workdir: str, rest: list[str], 
 
 
 def _joined(
-    coordinator: str, number: int | None, process: int | None, local_devices: str, heartbeat: int
+    alike: dict[str, Any], coordinator: str, number: int | None, process: int | None, local_devices: str, heartbeat: int
 ) -> contextlib.AbstractContextManager[None]:
     """Inside, this process is one of those of the run, if there are several."""
     if number != 1 and any((coordinator, number, process is not None)):
@@ -178,7 +179,7 @@ def _joined(
         raise UsageError(f"--local_devices={local_devices}: wants 'all', or numbers such as 0,1")
     from imgclf_jax.commands import together
 
-    return together.joined(coordinator, number, process, local_devices, heartbeat)
+    return together.joined(alike, coordinator, number, process, local_devices, heartbeat)
 
 
 def _dryrun(

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from imgclf_jax.config_keys import CADENCES as CADENCES
 from imgclf_jax.config_keys import KEYS as KEYS
 from imgclf_jax.config_keys import LOCATION_KEYS as LOCATION_KEYS
+from imgclf_jax.config_keys import OF_THE_HOST as OF_THE_HOST
 from imgclf_jax.core.errors import UserError, reason, unknown
 from imgclf_jax.core.split_folders import split_folders as split_folders
 

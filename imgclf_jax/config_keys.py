@@ -98,5 +98,8 @@ KEYS: dict[str, tuple[Any, str]] = {
 LOCATION_KEYS = ("data.data_dir", "data.manual_dir", "data.placement", "data.threads", "steps_per_call", "tensorboard",
                  "mesh", "shard", "rules.shard")  # fmt: skip
 
+# Keys that may differ between the hosts of one run: the data are compared by their fingerprint.
+OF_THE_HOST = ("data.data_dir", "data.manual_dir", "data.threads")
+
 # Keys that say how often something happens.
 CADENCES = ("log_every", "eval_every", "checkpoint_every")

@@ -13,8 +13,8 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs, of_images
 from imgclf_jax.recipe import Recipe, check_names
+from imgclf_jax.run import provenance
 from imgclf_jax.run.checkpoint import Checkpoints, Gone
-from imgclf_jax.run.provenance import load_data_info
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.trained import Trained
 from imgclf_jax.weights import pretrained
@@ -48,12 +48,14 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
     The empty text is the best checkpoint if there is one, and else the latest. Raises UserError if there is no such
     checkpoint.
     """
-    programs = Programs(Recipe(config, load_data_info(workdir.provenance)))
+    programs = Programs(Recipe(config, provenance.load_data_info(workdir.provenance)))
     if not workdir.checkpoints.is_dir():
         raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
     for _ in range(20):
         with contextlib.suppress(Gone):  # the run that goes on in this directory saves and removes checkpoints
-            return Trained(programs, *_choose(config, workdir, which, programs))
+            state, step = _choose(config, workdir, which, programs)
+            processes.agree("comparing modules", provenance.of_modules, in_both=True)  # more are imported by now
+            return Trained(programs, state, step)
     raise UserError(f"{workdir.checkpoints}: each checkpoint was removed while it was read; wait until the run ends")
 
 
@@ -62,7 +64,7 @@ def restore_each(config: ConfigDict, workdir: Workdir, which: str) -> Iterator[T
 
     Raises UserError, before the first one, if there is none of these steps.
     """
-    programs = Programs(Recipe(config, load_data_info(workdir.provenance)))
+    programs = Programs(Recipe(config, provenance.load_data_info(workdir.provenance)))
     kept = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best, read_only=True)
     there = processes.first("listing checkpoints", kept.steps) if workdir.checkpoints.is_dir() else []
     asked = [str(step) for step in there] if which == "all" else which.split(",")

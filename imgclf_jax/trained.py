@@ -142,8 +142,10 @@ class Trained(NamedTuple):
                 else:
                     batch[place] = image
             out = program(*self.state.evaluated, sharding.put_batch({"image": batch}, mesh)["image"])
-            errors = [own.items() for own in processes.gather("reading images", here)]
-            return out, {int(row): text for row, text in itertools.chain.from_iterable(errors)}
+            told = processes.gather("reading images", [[_name(image, row) for row, image in enumerate(some)], here])
+            if any(names != told[0][0] for names, _ in told):
+                raise UserError("the processes found different images: all must be given the same, on a shared disk")
+            return out, {int(row): text for _, errors in told for row, text in errors.items()}
 
         def results(some: tuple[Picture, ...], out: Any, errors: dict[int, str]) -> Iterator[np.ndarray | UserError]:
             values = np.asarray(jax.device_get(out))

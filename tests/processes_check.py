@@ -23,9 +23,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NoReturn
 
+import jax
 import numpy as np
 from resume_check import ROOT, obey_signals, outcome
+
+from imgclf_jax.core.errors import UserError
 
 LONGEST = 600  # seconds that a process may take to end
 SMALL = ("--config.data.source=fake(96, (8, 8, 3), 4)", "--config.preprocess=decode(3)", "--config.batch_size=32",
@@ -53,15 +57,23 @@ def start(
     started = []
     for number in range(processes):
         words = [sys.executable, str(ROOT / "launch.py"), "train", f"--workdir={workdir}", *overrides]
-        words += last if number == processes - 1 else ()
         if processes > 1:
             words += [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={number}",
                       "--heartbeat=10"]  # fmt: skip
+        words += last if number == processes - 1 else ()
         with open(f"{workdir}.log.{number}", "a") as log:
             environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu",
                            "PYTHONPATH": str(Path(__file__).parent)}  # fmt: skip
             started.append(subprocess.Popen(words, stdout=log, stderr=log, cwd=ROOT, env=environment))
     return started
+
+
+def fails_in_process_1() -> NoReturn:
+    """A model of which one process alone raises an error."""
+    if jax.process_index():
+        raise UserError("this host lacks a file")
+    time.sleep(LONGEST)
+    raise AssertionError("the other process has ended this one")
 
 
 def end(started: list[subprocess.Popen]) -> list[int]:

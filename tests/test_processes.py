@@ -72,7 +72,59 @@ def test_a_signal_to_a_process_that_is_leaving_changes_nothing():
         assert second.wait(120) == 75
 
 
-def start_two(program: str) -> list[subprocess.Popen]:
+DIFFERING = """
+import sys
+from imgclf_jax.commands import together
+process, port = int(sys.argv[1]), sys.argv[2]
+given = {"seed": 1 + process, "model": "cnn"}
+try:
+    with together.joined(given, f"localhost:{port}", 2, process, "", 10):
+        print("begins")
+except ValueError as e:
+    print(e, file=sys.stderr)
+    together.processes.end(1)
+"""
+
+
+def test_what_differs_between_processes_ends_them_at_the_start():
+    started = start_two(DIFFERING, stderr=subprocess.PIPE)
+    ends = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [1, 1]
+    for out, err in ends:
+        assert not out
+        assert re.search(
+            r"process 1 \(host .*\) has seed=2, process 0 \(host .*\) has seed=1; start all processes", err
+        )
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("last", "sentence"),
+    [
+        (("--config.schedule=constant(0.1)",), "process 1 .* has schedule=constant.0.1., process 0 .* has schedule="),
+        (
+            ("--workdir=OTHER",),
+            "process 1 does not see what process 0 writes to the work directory: .*OTHER is another",
+        ),
+        (("--num_processes=3",), "process 1 .* was given --num_processes=3, process 0 .* --num_processes=2"),
+        (("--process_id=0",), "two processes were given --process_id=0: on host"),
+    ],
+)
+def test_processes_that_were_given_something_else(tmp_path, last, sentence):
+    """Both say so and end before they train."""
+    workdir = tmp_path / "run"
+    last, sentence = (
+        [flag.replace("OTHER", str(tmp_path / "other")) for flag in last],
+        sentence.replace("OTHER", "other"),
+    )
+    began = time.monotonic()
+    assert check.end(check.start(workdir, 2, 1, SHORT, last=tuple(last))) == [1, 1]
+    assert time.monotonic() - began < 60
+    assert all(re.search(sentence, log) and "Traceback" not in log for log in logs(workdir))
+    assert not workdir.exists() or not any(workdir.iterdir())
+
+
+def start_two(program: str, **streams: int) -> list[subprocess.Popen]:
     """Two processes of a Python program, which gets the number of its process and a port."""
     with check.socket.socket() as free:
         free.bind(("localhost", 0))
@@ -80,7 +132,7 @@ def start_two(program: str) -> list[subprocess.Popen]:
     environment = {**check.os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
     return [
         subprocess.Popen([sys.executable, "-c", program, str(number), str(port)], cwd=check.ROOT, env=environment,
-                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **streams)
         for number in range(2)
     ]  # fmt: skip
 
@@ -113,12 +165,13 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on(tmp_path):
 def test_an_error_of_one_ends_both(tmp_path):
     """Also while the other waits for it; and each says why."""
     workdir = tmp_path / "run"
-    assert check.end(check.start(workdir, 2, 1, SHORT, last=("--config.model=cnnn",))) == [1, 1]
+    fails = (*SHORT, "--config.model=processes_check:fails_in_process_1()")
+    assert check.end(check.start(workdir, 2, 1, fails)) == [1, 1]
     both = logs(workdir)
-    assert "error: unknown model 'cnnn': did you mean 'cnn' or" in both[1]
+    assert "error: this host lacks a file" in both[1]
     assert "process 0" in both[0]
     assert "ends, since process 1" in both[0]
-    assert "unknown model 'cnnn'" in both[0]
+    assert "this host lacks a file" in both[0]
     assert not (workdir / "lock").exists()
 
 

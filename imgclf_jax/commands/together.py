@@ -2,17 +2,27 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from imgclf_jax.core import processes
-from imgclf_jax.run import terminal
+from imgclf_jax.run import provenance, terminal
 
 
 @contextlib.contextmanager
-def joined(coordinator: str, number: int | None, process: int | None, devices: str, heartbeat: int) -> Iterator[None]:
-    """Joins the others, see `processes.start`, and begins to log; what ends one process inside ends all."""
+def joined(
+    given: dict[str, Any], coordinator: str, number: int | None, process: int | None, devices: str, heartbeat: int
+) -> Iterator[None]:
+    """Joins the others, see `processes.start`, and begins to log; what ends one process inside ends all.
+
+    Raises UserError in all of them unless what they were `given`, their code, versions and devices are the same.
+    """
     processes.start(coordinator, number, process, devices, heartbeat)
     terminal.setup_logging()
     with processes.ending_together():
+        processes.agree("comparing commands", lambda: given | provenance.of_process(), processes.QUICK)
+        processes.agree("comparing modules", provenance.of_modules, in_both=True)
+        processes.agree("comparing devices", lambda: provenance.of_devices(counted=not devices),
+                        fix="--local_devices says which devices each process takes", in_both=True)  # fmt: skip
         yield
 
 

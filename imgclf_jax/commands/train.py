@@ -46,6 +46,7 @@ def main(
     began = time.perf_counter()
     with contextlib.ExitStack() as held:
         processes.first("holding the work directory", lambda: held.enter_context(workdir.held()))
+        workdir.check_shared()
         run = adjusted(set_up(config, workdir, extend))
         total = run.cadences.total
         if run.start == total and processes.first("reading the result", lambda: workdir.is_done(total)):

@@ -13,7 +13,6 @@ from imgclf_jax import config as configs
 from imgclf_jax.commands.flags import FLAGS
 from imgclf_jax.commands.table import COMMANDS, commands_with
 from imgclf_jax.core.errors import unknown
-from imgclf_jax.run import environment
 
 
 class UsageError(Exception):
@@ -112,7 +111,6 @@ def take_record(command: str, rest: list[str]) -> tuple[Any, ConfigDict]:
     if not named:
         raise UsageError(f"{command} wants {COMMANDS[command].files}")
     rest.remove(named)
-    environment.prepare(deterministic=False)
     from imgclf_jax.run.record import Record
 
     record = Record.named(named)

@@ -6,7 +6,6 @@ nothing here waits for anybody.
 
 import contextlib
 import ctypes
-import importlib.util
 import itertools
 import json
 import logging
@@ -22,18 +21,16 @@ from typing import Any, NoReturn
 import jax
 from jax._src import distributed  # of which Orbax too takes the client: JAX shows it nowhere else
 
-from imgclf_jax.core import signals
+from imgclf_jax.core import clusters, rendezvous, signals
 from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.core.text import keep_output
 
 log = logging.getLogger(__name__)
 
 WAIT = 600.0  # seconds that processes wait for each other
+QUICK = 20.0  # the same where nothing takes long
 PREPARING = 86400.0  # the same where a process may download a data set
-# What clusters set for a process that is one of several. On Cloud TPU it is the machine that JAX asks. JAX itself reads
-# SLURM_NTASKS, which a shell in an allocation has too: there a process would wait for others that nobody starts.
-_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-_SIGNS = ("JOB_COMPLETION_INDEX", "TPU_WORKER_ID", "MEGASCALE_COORDINATOR_ADDRESS", "JAX_COORDINATOR_ADDRESS")
-
+ALIKE = "start all processes with the same command, code, versions and environment"
 _count, _index = 1, 0
 _hosts: list[str] = []  # of each process
 _numbers = itertools.count()  # the calls that all processes make in the same order
@@ -65,13 +62,16 @@ def start(
     join within `patience` seconds. Raises UserError if they cannot.
     """
     global _count, _index, _watcher, _hosts
-    if number == 1 or not (coordinator or number or _in_cluster()):
+    if number == 1 or not (coordinator or number or clusters.has_started_several()):
         return
-    whole = devices == "all" or (not devices and _alone_on_host())
+    whole = devices == "all" or (not devices and clusters.started_one_here())
     known = [] if whole else [int(i) for i in devices.split(",")] if devices else None  # [] for all; None: JAX decides
     # JAX's own handler of SIGTERM would replace that of `signals`, and it knows of steps alone.
     jax.config.update("jax_enable_preemption_service", False)
     _end_with_status_1()
+    if coordinator and number and process is not None:
+        rendezvous.meet(coordinator, number, process, patience)
+        patience = min(patience, 60)  # all are here
     try:
         jax.distributed.initialize(
             coordinator or None, number, process, known, initialization_timeout=patience,
@@ -90,19 +90,8 @@ def start(
     signals.before_exit.append(_tell_of_signal)
     _watcher = threading.Thread(target=_watch, args=(state.client,), name="processes", daemon=True)
     _watcher.start()
-    _keep_output()
-    _hosts = [f"host {name}" for name in gather("join", socket.gethostname())]
-
-
-def _in_cluster() -> bool:
-    several = any(os.environ.get(name, "1") != "1" for name in _COUNTS)
-    return several or any(name in os.environ for name in _SIGNS) or bool(importlib.util.find_spec("libtpu"))
-
-
-def _alone_on_host() -> bool:
-    """Whether the cluster started one process here. JAX would give it one device, and the others would idle."""
-    here = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", ""))
-    return here.partition("(")[0] == "1" and "," not in here
+    keep_output()
+    _hosts = [f"host {name}" for name in gather("join", socket.gethostname(), QUICK)]
 
 
 def _end_with_status_1() -> None:
@@ -123,14 +112,6 @@ def _end_with_status_1() -> None:
 _handler: Any = None  # kept, since C has a pointer to it
 
 
-def _keep_output() -> None:
-    """Standard output is for results: what libraries in C++ print there, as Gloo does, goes to standard error."""
-    sys.stdout.flush()
-    own = os.dup(sys.stdout.fileno())
-    os.dup2(2, sys.stdout.fileno())
-    sys.stdout = open(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
-
-
 def _name(process: int) -> str:
     return f"process {process}" + (f" ({_hosts[process]})" if process < len(_hosts) else "")
 
@@ -146,21 +127,41 @@ def first(what: str, function: Callable[[], Any], wait: float = WAIT) -> Any:
     """
     if _count == 1:
         return function()
-    key = f"imgclf_jax/first/{_number()}"
-    if index():
-        return json.loads(_get(key, what, 0, wait))
-    value = json.dumps(function())
-    _client().key_value_set(key, value)
-    return json.loads(value)
+    call = _number()
+    return _get(call, what, 0, wait) if index() else _set(call, what, function())
 
 
 def gather(what: str, value: Any, wait: float = WAIT) -> list[Any]:
     """The values, JSON ones, of all processes, by their numbers."""
     if _count == 1:
         return [value]
-    key = f"imgclf_jax/gather/{_number()}"
-    _client().key_value_set(f"{key}/{index()}", json.dumps(value))
-    return [json.loads(_get(f"{key}/{process}", what, process, wait)) for process in range(_count)]
+    call = _number()
+    _set(call, what, value)
+    return [_get(call, what, process, wait) for process in range(_count)]
+
+
+def refuse(what: str, fault: str, fix: str = ALIKE, wait: float = WAIT) -> None:
+    """Raises UserError in all processes alike if any of them has a `fault`, a sentence; "" is none."""
+    if faults := [one for one in gather(what, fault, wait) if one]:
+        raise UserError(f"{faults[0]}{f' (as {len(faults) - 1} more)' * (len(faults) > 1)}; {fix}")
+
+
+def agree(
+    what: str, facts: Callable[[], dict[str, Any]], wait: float = WAIT, fix: str = ALIKE, in_both: bool = False
+) -> None:
+    """Raises UserError in all processes alike, naming process and fact, unless all have the same JSON values as facts.
+
+    With `in_both`, what is a fact in one process alone does not count. Without others the facts are not asked for.
+    """
+    if _count == 1:
+        return
+    own = json.loads(json.dumps(facts(), default=str))
+    theirs = first(what, lambda: own, wait)
+    names = [name for name in {**theirs, **own} if theirs.get(name) != own.get(name)]
+    names = [name for name in names if not in_both or (name in theirs and name in own)]
+    more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+    a, b = (", ".join(f"{name}={str(of.get(name))[:100]}" for name in names[:3]) for of in (own, theirs))
+    refuse(what, f"{_name(index())} has {a}{more}, {_name(0)} has {b}" if names else "", fix, wait)
 
 
 def barrier(what: str, wait: float = WAIT) -> None:
@@ -191,15 +192,25 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-def _get(key: str, what: str, process: int, wait: float) -> str:
+def _set(call: int, what: str, value: Any) -> Any:
+    said = json.dumps([what, value])
+    _client().key_value_set(f"imgclf_jax/call/{call}/{index()}", said)
+    return json.loads(said)[1]
+
+
+def _get(call: int, what: str, process: int, wait: float) -> Any:
     try:
-        text: str = _client().blocking_key_value_get(key, int(wait * 1000))
+        said = _client().blocking_key_value_get(f"imgclf_jax/call/{call}/{process}", int(wait * 1000))
     except Exception as e:
         if "DEADLINE_EXCEEDED" not in str(e):
             raise
         raise UserError(f"{_name(process)} has not come to the same place ({what}) in {wait:g} s; look into its log, "
                         "end all processes, and run the same command again") from e  # fmt: skip
-    return text
+    there, value = json.loads(said)
+    if there != what:
+        raise UserError(f"{_name(process)} does something else ({there}) than {_name(index())} ({what}), so they were "
+                        f"not given the same; {ALIKE}")  # fmt: skip
+    return value
 
 
 def put(name: str, value: Any) -> None:
@@ -239,8 +250,6 @@ def _watch(client: Any) -> None:
             continue
         if event["kind"] == "end":
             signals.before_exit.remove(_tell_of_signal)
-            if event["text"] == _failure:  # which process 0 says for all
-                os._exit(event["status"])
             if not index():
                 time.sleep(1.0)  # the service ends with this process, and the others have something to say
             line = f"{_name(index())} ends, since {_name(event['process'])} does: {event['text']}"

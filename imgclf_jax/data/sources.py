@@ -228,6 +228,9 @@ def open_data(config: ConfigDict, text: str = "") -> dict[str, Source]:
     formats = tuple(dict.fromkeys(name for text in ops if text.strip() for name in decode.formats_of(text)))
     where = text or data.source, data.data_dir, data.manual_dir, data.unreadable
     opened: dict[str, Source] = processes.once_a_host("opening the data", lambda: open_splits(*where, formats))
+    processes.agree("comparing data", lambda: {f"the data of split {name}": source.fingerprint()[:12]
+                                               for name, source in opened.items()},
+                    fix="all processes must read the same data: see data.source and data.data_dir")  # fmt: skip
     return opened
 
 

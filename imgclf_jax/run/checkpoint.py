@@ -202,6 +202,8 @@ class Checkpoints:
         folder = self.directory / str(step)
         if error := processes.first("verifying a checkpoint", lambda: self._find_error(step, like)):
             raise self._gone(folder) or UserError(error)
+        processes.agree("comparing checkpoints", lambda: {f"checkpoint {folder}": manifest.digest(folder)},
+                        fix="all processes must read one work directory, on a shared disk")  # fmt: skip
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(like))
         except Exception as e:  # Orbax and TensorStore raise many types, for damage and for other shapes alike

@@ -10,8 +10,11 @@ from pathlib import Path
 from imgclf_jax.run import cache
 
 
-def prepare(deterministic: bool) -> None:
-    """What JAX and TensorFlow read when they are imported; what the user has set stands. Called before."""
+def prepare(deterministic: bool = False) -> None:
+    """Sets what JAX and TensorFlow read when they are imported. What the user has set stands.
+
+    XLA reads its flags later, when JAX is first asked for devices: until then `deterministic` may be asked for.
+    """
     flags = {"xla_cpu_prefer_vector_width": "512"}  # of those that the processor has; XLA's own choice is half of it
     if deterministic:
         flags["xla_gpu_deterministic_ops"] = "true"

@@ -48,6 +48,14 @@ def held(file: Path) -> Iterator[None]:
         release()
 
 
+def holder(file: Path) -> str:
+    """Who holds the lock `file`, as the file says it; "" if it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
 def is_held(file: Path) -> bool:
     """Whether a process holds the lock `file` now; False where that cannot be told."""
     if fcntl is None:
@@ -81,7 +89,7 @@ def _take(file: Path) -> int:
                             "stop it, or pass another --workdir") from e  # fmt: skip
         except OSError as e:  # some network file systems
             log.warning("%s cannot be locked (%s): start no second run in it while this one goes on", file.parent, e)
-            return handle
+            break
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), file.stat()):
                 break

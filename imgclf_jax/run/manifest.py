@@ -1,5 +1,6 @@
 """The manifest of a checkpoint: the size and the CRC-32 of each file, so that a flipped bit in an array is noticed."""
 
+import hashlib
 import json
 import os
 import zlib
@@ -26,6 +27,14 @@ def write(folder: Path) -> None:
 def is_in(folder: Path) -> bool:
     """Whether there is a manifest in `folder`, so that its files can be verified."""
     return (folder / NAME).exists()
+
+
+def digest(folder: Path) -> str:
+    """A digest of the manifest in `folder`, and by that of what lies there; "no manifest" without one."""
+    try:
+        return hashlib.sha256((folder / NAME).read_bytes()).hexdigest()[:12]
+    except OSError:
+        return "no manifest"
 
 
 def find_fault(folder: Path) -> str:

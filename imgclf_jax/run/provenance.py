@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+import sysconfig
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from typing import Any
 import jax
 
 from imgclf_jax.core import places
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UserError, reason
 
 _PACKAGES = ("imgclf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "tensorflow",
              "tensorflow-cpu", "tensorflow-datasets", "scikit-learn")  # fmt: skip
 
+# What may differ between processes, or does not change a result, of JAX's options.
+_OF_ONE_PROCESS = "cache|device|debug|log|dump|traceback|profil|timeout|address|mtls|pprint"
+_OF_COMPILERS = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 _OPTIONS = "JAX_(?!COMPILATION_CACHE|PERSISTENT_CACHE)"  # what the environment tells JAX, but for where it caches
 
 
@@ -37,17 +41,11 @@ class DataInfo:
 
 def collect(data: DataInfo) -> dict[str, Any]:
     """The provenance of this process, as JSON values."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": versions,
+        "versions": _versions(),
         "packages": _installed(),
         "code": _code(),
         "processor": _processor(),
@@ -58,6 +56,48 @@ def collect(data: DataInfo) -> dict[str, Any]:
         "git": _git(),
         "data": asdict(data),
     }
+
+
+def of_process() -> dict[str, Any]:
+    """What the processes of one run must have in common, as JSON values: versions, code, and options of JAX and XLA."""
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_dump")]
+    return {
+        "python": platform.python_version().rpartition(".")[0],
+        **_versions(),
+        "the code of imgclf_jax": _code()[:12],
+        "XLA_FLAGS": " ".join(sorted(flags)),
+        **{name: os.environ.get(name, "") for name in _OF_COMPILERS},
+        **{name: str(value) for name, value in jax.config.values.items() if not re.search(_OF_ONE_PROCESS, name)},
+    }
+
+
+def of_devices(counted: bool) -> dict[str, Any]:
+    """The kind of this process' devices and, if they are to be `counted`, their number. Starts JAX's backend."""
+    try:
+        here = jax.local_devices()
+    except RuntimeError as e:  # as where the hosts have devices of different kinds, and wait for each other
+        raise UserError(f"JAX cannot use the devices of all processes: {reason(e)}") from e
+    kinds = sorted({f"{d.platform}: {d.device_kind}" for d in here})
+    return {"devices of kind": ", ".join(kinds), **({"number of local devices": len(here)} if counted else {})}
+
+
+def of_modules() -> dict[str, str]:
+    """A digest of each imported module that is neither installed nor part of this package: the user's own."""
+    installed = (*sysconfig.get_paths().values(), str(Path(__file__).parents[1]))
+    digests = {}
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if isinstance(file, str) and os.path.isfile(file) and not file.startswith(installed):
+            digests[f"module {name}"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
+    return digests
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def _installed() -> dict[str, str]:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Self
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import places, spec
+from imgclf_jax.core import places, processes, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import lock
 from imgclf_jax.run.provenance import (
@@ -26,6 +27,8 @@ from imgclf_jax.run.provenance import (
 )
 
 log = logging.getLogger(__name__)
+
+_SEEN = 10.0  # seconds in which all hosts see a new file on a shared disk
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,24 @@ class Workdir:
                     f"work directory {self.path} cannot be written: {reason}; pass another --workdir"
                 ) from e
             yield
+
+    def check_shared(self) -> None:
+        """Raises UserError in all processes unless each sees, in its own work directory, the lock that process 0 holds.
+
+        The same path may be another disk on another host. Of a bucket the name alone is compared.
+        """
+        bucket, file = places.in_bucket(self.path), self.path / "lock"
+
+        def seen() -> str:
+            return str(self.path) if bucket else lock.holder(file)
+
+        what, end = "comparing work directories", time.monotonic() + _SEEN
+        there = processes.first(what, seen)
+        while not (same := seen() == there) and not bucket and time.monotonic() < end:
+            time.sleep(0.1)
+        processes.refuse(what, "" if same else f"process {processes.index()} does not see what process 0 writes to the "
+                         f"work directory: {self.path} is another directory, or on a disk that the hosts do not share",
+                         "give all processes one --workdir on a shared disk")  # fmt: skip
 
     def has_checkpoints(self) -> bool:
         """Whether any checkpoint is in the directory, readable or not."""

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from imgclf_jax.core import places, sharding, tree
+from imgclf_jax.core import places, processes, sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -75,6 +75,7 @@ def load(programs: Programs, whole: bool = False) -> Weights:
         what = "this is neither a regular file nor a work directory" if path.exists() else (
             f"there is no such file or work directory (working directory: {Path.cwd()})")  # fmt: skip
         raise UserError(f"init_from={config.init_from!r}: {what}")
+    processes.agree("comparing weights", lambda: source, fix=f"init_from={config.init_from!r} must be one file for all")
     weights = Weights({"path": config.init_from, **source})
     _fit(weights, named, labels, own, _grid(programs))
     what = f"init_from={config.init_from!r}"

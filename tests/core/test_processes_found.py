@@ -2,16 +2,16 @@
 
 import pytest
 
-from imgclf_jax.core import processes
+from imgclf_jax.core import clusters, processes
 
-CLUSTERS = (*processes._COUNTS, *processes._SIGNS, "SLURM_NTASKS")
+CLUSTERS = (*clusters._COUNTS, *clusters._SIGNS, "SLURM_NTASKS")
 
 
 @pytest.fixture(autouse=True)
 def _no_cluster(monkeypatch):
     for name in (*CLUSTERS, "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(clusters.importlib.util, "find_spec", lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_the_only_process_of_a_host_takes_all_its_devices(monkeypatch, tasks, al
     """JAX would give it one under Slurm and Open MPI."""
     if tasks:
         monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", tasks)
-    assert processes._alone_on_host() == alone
+    assert clusters.started_one_here() == alone
 
 
 def test_processes_that_cannot_join_are_told_how(monkeypatch):
@@ -56,5 +56,6 @@ def test_processes_that_cannot_join_are_told_how(monkeypatch):
 
     monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
     monkeypatch.setattr(processes, "_end_with_status_1", lambda: None)
+    monkeypatch.setattr(processes.rendezvous, "meet", lambda *_: None)
     with pytest.raises(processes.UserError, match=r"cannot join \(DEADLINE.*within 7 s.*a free port of the host of"):
         processes.start("a:1", 2, 0, patience=7)

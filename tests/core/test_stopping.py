@@ -1,14 +1,19 @@
 """Where processes stop: threads play their parts, over a store that answers as JAX's coordination service does."""
 
+import re
 import threading
 import time
 
 import pytest
 
-from imgclf_jax.core import processes
+from imgclf_jax.config import default_config
+from imgclf_jax.core import clusters, processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.signals import Stopped
 from imgclf_jax.core.stopping import Stopping
+from imgclf_jax.data import sources
+from imgclf_jax.run import workdir
+from imgclf_jax.run.workdir import Workdir
 
 HERE = threading.local()
 
@@ -186,6 +191,52 @@ def hear(number, stop, signalled):
     stop.hear("SIGTERM", signalled)
 
 
+def test_what_differs_is_named_with_its_process(three):
+    """Alike in all; of a long list the first."""
+    facts = [{"seed": 1, "model": "cnn", "total": "2 epochs"}] * 2 + [{"seed": 2, "model": "cnn", "new": None}]
+    told = three(lambda number: processes.agree("comparing", lambda: facts[number]))
+    assert {str(error) for error in told.values()} == {
+        "process 2 (host b) has seed=2, total=None, process 0 (host a) has seed=1, total=2 epochs; " + processes.ALIKE
+    }
+    one = [{"seed": 1}, {"seed": 1}, {"other": 2}]
+    assert three(lambda number: processes.agree("again", lambda: one[number], in_both=True)) == dict.fromkeys(range(3))
+    assert three(lambda number: processes.agree("again", lambda: {"x": (1, 2.5)})) == dict.fromkeys(range(3))
+
+
+def test_data_that_differ_are_named(three):
+    """As where a folder of the same path has other files on another host."""
+
+    def open_data(number):
+        config = default_config()
+        config.data.source = f"fake({64 + number // 2})"
+        return len(sources.open_data(config)["train"])
+
+    told = {str(error) for error in three(open_data).values()}
+    assert len(told) == 1
+    assert re.match(
+        r"process 2 \(host b\) has the data of split train=\w+, .* all processes must read the same data", *told
+    )
+
+
+def test_work_directories_that_differ_are_told(three, tmp_path, monkeypatch):
+    """By what process 0 writes, since one path may be two disks."""
+    monkeypatch.setattr(workdir, "_SEEN", 0.2)
+    place = Workdir(tmp_path / "a")
+    with place.held():
+        assert three(lambda _: place.check_shared()) == dict.fromkeys(range(3))
+        told = three(lambda number: (place if number < 2 else Workdir(tmp_path / "b")).check_shared())
+    assert {str(error)[:77] for error in told.values()} == {
+        "process 2 does not see what process 0 writes to the work directory: " + str(tmp_path)[:9]
+    }
+
+
+def test_who_does_something_else_is_named(three):
+    """As where one process has found another list of images, and is done before the others."""
+    told = three(lambda number: processes.gather("images" if number else "end", number, 1.0))
+    assert "process 1 (host b) does something else (images) than process 0 (host a) (end)" in str(told[0])
+    assert "process 0 (host a) does something else (end) than process 2 (host b) (images)" in str(told[2])
+
+
 def test_one_process_alone_asks_nobody():
     names = iter(["", "SIGINT"])
     stop = Stopping(lambda: next(names))
@@ -193,6 +244,7 @@ def test_one_process_alone_asks_nobody():
     assert processes.first("x", lambda: (1, 2)) == (1, 2)
     assert processes.gather("x", 3) == [3]
     assert processes.once_a_host("x", lambda: 4) == 4
+    processes.agree("x", lambda: 1 / 0)
 
 
 @pytest.mark.parametrize(("environment", "together"), [
@@ -204,12 +256,12 @@ def test_one_process_alone_asks_nobody():
     ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
 ])  # fmt: skip
 def test_who_started_the_process_says_whether_there_are_others(monkeypatch, environment, together):
-    monkeypatch.setattr(processes.os, "environ", environment)
-    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
-    assert processes._in_cluster() == together
+    monkeypatch.setattr(clusters.os, "environ", environment)
+    monkeypatch.setattr(clusters.importlib.util, "find_spec", lambda name: None)
+    assert clusters.has_started_several() == together
 
 
 @pytest.mark.parametrize(("tasks", "alone"), [("1", True), ("1(x2)", True), ("2", False), ("1,2", False), ("", False)])
 def test_a_process_alone_on_its_host_is_known(monkeypatch, tasks, alone):
-    monkeypatch.setattr(processes.os, "environ", {"SLURM_STEP_TASKS_PER_NODE": tasks})
-    assert processes._alone_on_host() == alone
+    monkeypatch.setattr(clusters.os, "environ", {"SLURM_STEP_TASKS_PER_NODE": tasks})
+    assert clusters.started_one_here() == alone

@@ -61,6 +61,9 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(lock.fcntl, "flock", unsupported)
     with lock.held(tmp_path / "lock"):
         assert "cannot be locked" in caplog.text
+        assert f'"process": {os.getpid()}' in lock.holder(
+            tmp_path / "lock"
+        )  # which other processes of the run look for
 
 
 def test_a_folder_with_files_stays(tmp_path):

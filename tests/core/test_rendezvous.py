@@ -1,0 +1,132 @@
+"""Where processes meet: threads play their parts, over real sockets."""
+
+import socket
+import threading
+import time
+
+import pytest
+
+from imgclf_jax.core import rendezvous
+from imgclf_jax.core.errors import UserError
+
+
+@pytest.fixture
+def port(monkeypatch):
+    """A free port; what takes seconds takes tenths."""
+    monkeypatch.setattr(rendezvous, "_PATIENT", 1.0)
+    monkeypatch.setattr(rendezvous, "_BUSY", 0.3)
+    monkeypatch.setattr(rendezvous, "_READ", 0.3)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def meet(port, *processes, hosts=("localhost",), patience=10.0):
+    """What each process is told, "" if it may go on; a process is its number and how many it was told there are."""
+    told = {}
+
+    def play(place, process, number):
+        try:
+            rendezvous.meet(f"{hosts[place % len(hosts)]}:{port}", number, process, patience)
+            told[place] = ""
+        except UserError as e:
+            told[place] = str(e)
+
+    threads = [threading.Thread(target=play, args=(place, *one)) for place, one in enumerate(processes)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join(20)
+    return [told[place] for place in range(len(processes))]
+
+
+def test_all_come_by_any_name_of_the_host(port):
+    names = ["localhost", "127.0.0.1", *(["[::1]"] if socket.has_dualstack_ipv6() else []), socket.gethostname()]
+    assert meet(port, *((i, len(names)) for i in range(len(names))), hosts=names) == [""] * len(names)
+
+
+def test_the_order_does_not_matter(port):
+    assert meet(port, (2, 3), (1, 3), (0, 3)) == [""] * 3
+
+
+@pytest.mark.parametrize(
+    ("processes", "sentence"),
+    [
+        (
+            [(0, 2), (1, 3)],
+            "process 1 (host HOST) was given --num_processes=3, process 0 (host HOST) --num_processes=2",
+        ),
+        ([(0, 3), (1, 3), (1, 3)], "two processes were given --process_id=1: on host HOST and on host HOST; number"),
+        ([(0, 2), (0, 2)], "two processes were given --process_id=0: on host HOST and on host HOST; number them"),
+    ],
+)
+def test_a_wrong_number_is_told_to_all(port, processes, sentence):
+    told = meet(port, *processes)
+    assert len(set(told)) == 1
+    assert told[0].startswith(sentence.replace("HOST", socket.gethostname()))
+
+
+def test_who_does_not_come_is_named_to_all(port):
+    told = meet(port, (0, 4), (2, 4), patience=1.0)
+    assert len(set(told)) == 1
+    assert told[0].startswith(f"process 1, 3 has not come to port {port} of host {socket.gethostname()} in 1 s")
+    assert meet(port, (1, 2), patience=0.5)[0].startswith(f"process 0 has not come to localhost:{port} in 0.5 s")
+
+
+def test_who_ends_while_others_wait_is_named(port):
+    def end_soon():
+        time.sleep(0.3)
+        with socket.create_connection(("localhost", port)) as connection:
+            connection.sendall(b'{"process": 1, "number": 3, "host": "there"}\n')
+            connection.recv(100)
+
+    thread = threading.Thread(target=end_soon)
+    thread.start()
+    assert meet(port, (0, 3))[0].startswith("process 1 (host there) has ended before all came")
+    thread.join()
+
+
+@pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_a_port_of_another_program(port, says):
+    """The coordinator says so, and others cannot be sure, but end too."""
+    silent = []
+    with socket.create_server(("", port)) as other:
+
+        def answer():
+            while True:
+                try:
+                    connection = other.accept()[0]
+                except OSError:
+                    return
+                connection.sendall(says)
+                if says:
+                    connection.close()
+                else:
+                    silent.append(connection)
+
+        threading.Thread(target=answer, daemon=True).start()
+        told = meet(port, (0, 2), (1, 2))
+        other.shutdown(socket.SHUT_RDWR)
+    for connection in silent:
+        connection.close()
+    assert f"port {port} of host {socket.gethostname()} cannot be used (Address already in use); pass a free" in told[0]
+    assert f"what answers at localhost:{port} is not process 0 of a run that starts" in told[1]
+
+
+def test_a_health_check_is_no_process(port):
+    """It connects and says nothing, or something else."""
+
+    def probe():
+        for says in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"process": "x"}\n'):
+            with socket.create_connection(("localhost", port), timeout=5) as connection:
+                connection.sendall(says)
+
+    result = []
+    first = threading.Thread(target=lambda: result.extend(meet(port, (0, 2))))
+    first.start()
+    time.sleep(0.3)
+    probe()
+    assert meet(port, (1, 2)) == [""]
+    first.join()
+    assert result == [""]
