@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import sparse
+from scipy import sparse, special
 
 _BINS = 15  # of calibration, as in Guo et al. 2017
 _AT_ONCE = 1 << 24  # weights that are held at once
@@ -97,7 +97,7 @@ class Scores:
           two classes half of it
         - `calibration_error`: of 15 bins by confidence, the mean distance between confidence and accuracy, weighted by
           examples (Naeini et al. 2015, Guo et al. 2017, arXiv:1706.04599). A bin holds its upper edge, so that a
-          confidence of 1 belongs to the last one. Few examples make it too large, in samples of a bootstrap once more.
+          confidence of 1 belongs to the last one. Few examples make it too large: see `calibration_interval`.
         """
         total = weights.sum(1)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -198,34 +198,77 @@ def intervals(
     labels: np.ndarray, probabilities: np.ndarray, samples: int = 1000, seed: int = 0, level: float = 0.95,
     given: Given = None,
 ) -> dict[str, tuple[float, float]]:  # fmt: skip
-    """{name: (low, high)} of each score, by the bootstrap (Efron 1979): percentiles over samples with replacement.
+    """{name: (low, high)}: confidence intervals of the scores over test sets of this size, for this model.
 
-    labels int[n], probabilities [n, classes]. They say what other test sets of this size would give for this model;
-    what other seeds of training would give they do not say. AUC is left out where it would take minutes.
+    labels int[n], probabilities [n, classes]. Each interval holds the score itself. They say nothing of other seeds of
+    training. Accuracy and top-5 accuracy have Wilson's interval, the calibration error has `calibration_interval`, and
+    the others have the percentile bootstrap (Efron 1979) over `samples` of the examples. One example has no such
+    sample. A score that is NaN has no interval, and AUC has none where it would take minutes.
     """
     scores = Scores(labels, probabilities, given)
     n, classes = probabilities.shape
     auc = samples * n * classes <= _MOST_AUC
     found: list[Mapping[str, np.ndarray]] = []
     generator = np.random.default_rng(seed)
-    while samples > 0:
+    while n > 1 and samples > 0:
         some = min(samples, max(1, _AT_ONCE // n))
         weights = generator.multinomial(n, np.full(n, 1 / n), some).astype(np.float64)
         found.append(scores.of(weights, auc))
         samples -= some
-    edges = [50 * (1 - level), 50 * (1 + level)]
-    out = {}
-    for name in found[0]:
-        low, high = np.percentile(np.concatenate([one[name] for one in found]), edges)
-        out[name] = (float(low), float(high))
+    out: dict[str, tuple[float, float]] = {}
+    for name, (value,) in scores.of(np.ones((1, n)), auc).items():
+        if np.isnan(value):
+            continue
+        if name in ("accuracy", "top5"):
+            low, high = wilson_interval(round(value * n), n, level)
+        elif name == "calibration_error":
+            low, high = calibration_interval(scores, level)
+        elif not found:
+            continue
+        else:  # in a sample without a class AUC may be NaN
+            each = np.concatenate([one[name] for one in found])
+            low, high = map(float, np.nanpercentile(each, [50 * (1 - level), 50 * (1 + level)]))
+        out[name] = (float(min(low, value)), float(max(high, value)))
     return out
 
 
-def with_intervals(labels: np.ndarray, probabilities: np.ndarray, given: Given = None) -> dict[str, dict[str, float]]:
-    """{score: {"value", and, where it is known, the ends "low" and "high" of its 95 % interval}}.
+def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """The score interval of a proportion (Wilson 1927), which has a width where all or none of n are successes."""
+    z2 = float(special.ndtri((1 + level) / 2)) ** 2
+    share, centre = successes / n, successes / n + z2 / (2 * n)
+    half = (z2 * (share * (1 - share) / n + z2 / (4 * n * n))) ** 0.5
+    return (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
 
-    labels int[n], probabilities [n, classes].
+
+def calibration_interval(scores: Scores, level: float = 0.95) -> tuple[float, float]:
+    """Which calibration errors of the model would give the one that is found, by a test for each.
+
+    Few examples make the calibration error too large: it sums the absolute gaps of bins, noise included. A bootstrap
+    adds the noise once more, so its percentiles may all lie above the truth. Instead true gaps c |d| of the bins, d the
+    gaps that are found and c from 0, each with its normal noise, are those of which the error found is not extreme. The
+    variance of a bin's noise has its accuracy drawn towards its mean confidence by one example.
     """
+    n, bins, confidence = len(scores.labels), scores.bins, scores.probabilities.max(1)
+    right = (scores.ranks == 0).astype(np.float64)
+
+    sums = functools.partial(np.bincount, bins, minlength=_BINS)  # over the examples of each bin
+    count, gaps = sums(), sums(confidence - right) / n
+    accuracy = (sums(right) + sums(confidence) / np.maximum(count, 1)) / (count + 1)
+    squares = sums((confidence - accuracy[bins]) ** 2) + count * accuracy * (1 - accuracy)
+    deviation = np.sqrt(np.maximum(squares / n - gaps**2, 0) / n)
+    error = np.abs(gaps).sum()
+    if not error:
+        return 0.0, 0.0
+    truths = np.linspace(0, error + 5 * np.sqrt((deviation**2).sum()), 61)
+    noise = deviation * np.random.default_rng(0).normal(size=(1000, _BINS))
+    below = [(np.abs(truth / error * np.abs(gaps) + noise).sum(1) < error).mean() for truth in truths]
+    falling = np.minimum.accumulate(below)  # the greater the truth, the seldomer is less than `error` found
+    low, high = np.interp([(1 + level) / 2, (1 - level) / 2], falling[::-1], truths[::-1])
+    return float(low), min(1.0, float(high))
+
+
+def with_intervals(labels: np.ndarray, probabilities: np.ndarray, given: Given = None) -> dict[str, dict[str, float]]:
+    """{score: {"value", and, where it is known, the ends "low" and "high" of its 95 % interval}}."""
     ends = intervals(labels, probabilities, given=given)
     return {
         name: {"value": value} | (dict(zip(("low", "high"), ends[name], strict=True)) if name in ends else {})

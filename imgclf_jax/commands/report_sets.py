@@ -57,8 +57,8 @@ def _scores(one: Evaluated) -> str:
         return ""
     rows = [[name, f"{of['value']:.4f}", f"{of['low']:.4f} to {of['high']:.4f}" if "low" in of else ""]
             for name, of in one.scores.items()]  # fmt: skip
-    note = ("The interval holds 95 of 100 such values if other test sets of this size were drawn (a bootstrap over the "
-            "examples). Another seed of training may differ by more.")  # fmt: skip
+    note = ("The interval is the 95 % confidence interval for test sets of this size. Another seed of training may "
+            "differ by more.")  # fmt: skip
     return ("<h3>Scores</h3>" + table(f"Scores on {one.name}", ["score", "value", "95 % interval"], rows)
             + paragraph(note, note=True))  # fmt: skip
 

@@ -2,6 +2,9 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest
 from sklearn import metrics as sk
 
 from imgclf_jax.analysis import scores
@@ -21,13 +24,13 @@ def example(n, classes, seed=0, sharpness=1.0):
 def by_sklearn(labels, probabilities, weights=None):
     classes = probabilities.shape[1]
     predicted = probabilities.argmax(1)
-    given = {"sample_weight": weights}
-    macro = {"average": "macro", "zero_division": 0, **given}
+    own = {"sample_weight": weights}
+    macro = {"average": "macro", "zero_division": 0, **own}
     first = 1 if classes == 2 else 0
-    areas = [sk.roc_auc_score(labels == c, probabilities[:, c], **given) for c in range(first, classes)]
+    areas = [sk.roc_auc_score(labels == c, probabilities[:, c], **own) for c in range(first, classes)]
     squares = ((probabilities - np.eye(classes)[labels]) ** 2).sum(1) / (2 if classes == 2 else 1)
     out = {
-        "accuracy": sk.accuracy_score(labels, predicted, **given),
+        "accuracy": sk.accuracy_score(labels, predicted, **own),
         "macro_precision": sk.precision_score(labels, predicted, **macro),
         "macro_recall": sk.recall_score(labels, predicted, **macro),
         "macro_f1": sk.f1_score(labels, predicted, **macro),
@@ -118,8 +121,77 @@ def test_intervals_are_those_of_the_slow_way():
     for row in weights:
         places = np.repeat(np.arange(80), row)
         slow.append(by_sklearn(labels[places], probabilities[places]))
-    for name in slow[0]:
+    for name in slow[0].keys() - {"accuracy", "calibration_error"}:
         assert found[name] == pytest.approx(np.percentile([one[name] for one in slow], [2.5, 97.5]), abs=1e-12), name
+    right = int(sum(probabilities.argmax(1) == labels))
+    assert found["accuracy"] == pytest.approx(binomtest(right, 80).proportion_ci(method="wilson"), abs=1e-12)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 1), (1, 1), (0, 50), (50, 50), (355, 360)])
+def test_intervals_of_proportions_are_scipys(right, n):
+    """They have a width where all examples are right, or none, or there is one alone."""
+    labels, probabilities = np.zeros(n, int), np.full((n, 6), 0.1) + np.eye(6)[(np.arange(n) >= right) * 5] * 0.4
+    for name, count in (("accuracy", right), ("top5", n)):
+        low, high = scores.intervals(labels, probabilities)[name]
+        assert (low, high) == pytest.approx(binomtest(count, n).proportion_ci(method="wilson"), abs=1e-12)
+        assert low <= count / n <= high
+        assert high - low > 0.005
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_every_interval_holds_its_value(data):
+    """Of few examples too, with classes that are absent, equal probabilities, and models that are sure."""
+    n, classes = data.draw(st.integers(1, 12)), data.draw(st.integers(2, 7))
+    row = st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0, 30.0]), min_size=classes, max_size=classes)
+    probabilities = np.exp(data.draw(st.lists(row, min_size=n, max_size=n)))
+    probabilities /= probabilities.sum(1, keepdims=True)
+    labels = np.array(data.draw(st.lists(st.integers(0, classes - 1), min_size=n, max_size=n)))
+    found = scores.intervals(labels, probabilities, samples=50)
+    for name, value in scores.score(labels, probabilities).items():
+        if name in found:
+            assert found[name][0] <= value <= found[name][1], name
+            assert found[name][1] <= 2 if name == "brier" else found[name][1] <= 1 + 1e-9, name
+        else:
+            assert np.isnan(value) or n == 1, name
+
+
+def with_known_calibration(n, temperature, seed):
+    """A set whose labels are drawn from probabilities that the model has sharpened or flattened."""
+    rng = np.random.default_rng([n, seed])
+    logits = 3 * rng.normal(size=(n, 3))
+    truth, model = (np.exp(logits / t) / np.exp(logits / t).sum(1, keepdims=True) for t in (1.0, temperature))
+    return (truth.cumsum(1) < rng.random((n, 1))).sum(1).clip(0, 2), model, truth
+
+
+def calibration_coverage(n, temperature, sets):
+    """(share of the intervals that hold the true calibration error, that error): by the probabilities themselves."""
+    _, model, truth = with_known_calibration(400_000, temperature, 0)
+    confidence, bins = model.max(1), scores.Scores(np.zeros(400_000, int), model).bins
+    gaps = np.bincount(bins, confidence - truth[np.arange(400_000), model.argmax(1)])
+    error = np.abs(gaps).sum() / 400_000
+    held = 0
+    for seed in range(sets):
+        labels, model, _ = with_known_calibration(n, temperature, seed + 1)
+        own = scores.Scores(labels, model)
+        low, high = scores.calibration_interval(own)
+        value = scores.score(labels, model)["calibration_error"]
+        held += min(low, value) <= error <= max(high, value)
+    return held / sets, error
+
+
+def test_the_interval_of_the_calibration_error_holds_the_true_one():
+    """A calibrated model has none, and few examples always find some; the bootstrap's percentiles held 0 in no set."""
+    held, error = calibration_coverage(200, 1.0, 60)
+    assert error < 0.002
+    assert held > 0.88
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("temperature", [1.0, 1.2, 0.7, 0.4])
+@pytest.mark.parametrize("n", [50, 200, 1000])
+def test_it_holds_the_true_one_of_any_model(n, temperature):
+    assert 0.9 < calibration_coverage(n, temperature, 200)[0] <= 1
 
 
 def test_intervals_hold_the_truth_in_about_95_of_100_sets():
