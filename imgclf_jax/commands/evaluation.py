@@ -115,7 +115,8 @@ def changed(programs: Programs, trained: ConfigDict, base: dict[str, sources.Sou
     """Whether the source holds other examples than in training: a split of it may hold some that were trained on."""
     if programs.recipe.config.data.source == trained.data.source:
         with contextlib.suppress(UserError):  # the training split may be gone, and only the evaluation sets are needed
-            return sources.take_split(base, trained.data.train).fingerprint() != programs.recipe.data.fingerprint
+            train, recorded = sources.take_split(base, trained.data.train), programs.recipe.data.fingerprint
+            return recorded not in (train.fingerprint(), sources.listing_fingerprint(train))
     return False
 
 

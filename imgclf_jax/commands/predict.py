@@ -16,7 +16,7 @@ from imgclf_jax.commands import inputs
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable, utf8
-from imgclf_jax.data import decode, image_check
+from imgclf_jax.data import image_check
 from imgclf_jax.run import terminal
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.trained import report_host_ops
@@ -48,13 +48,13 @@ def main(
     skipped: dict[str, str] = {}
 
     def records() -> Iterator[Record]:
-        formats = decode.formats_of(model.programs.preprocess_eval)
         for (file, found), result in terminal.count(inputs.computed(model, "predict", images), "images"):
             counts["all"] += 1
             if not isinstance(result, UserError):
                 yield {"file": utf8(file), "predictions": model.best(result, top_k)}
                 continue
-            if found and config.data.unreadable == "skip" and not image_check.readable(Path(file), formats):
+            passed_over = found and config.data.unreadable == "skip"
+            if passed_over and not image_check.readable(Path(file), model.programs.preprocess_eval):
                 skipped[file] = str(result).removeprefix(f"{file}: ")
             else:
                 counts["failed"] += 1

@@ -4,6 +4,8 @@ import os
 
 from imgclf_jax.core.errors import UserError
 
+MOST_FOR_AN_OP = 1 << 29  # bytes that one host op may take for one image; several are decoded at once
+
 
 def physical() -> int | None:
     """Bytes of memory that the machine has; None where the system does not say."""
@@ -17,6 +19,13 @@ def require(nbytes: int, what: str) -> None:
     """Raises UserError if `what` takes more bytes than the machine has."""
     if (most := physical()) is not None and nbytes > most:
         raise UserError(f"{what} takes {size(nbytes)} of memory, and this machine has {size(most)}")
+
+
+def require_for_op(op: str, old: tuple[int, int], new: tuple[int, int], nbytes: int) -> None:
+    """Raises UserError if a host op that brings an image from size `old` to `new`, (h, w), takes too many bytes."""
+    if nbytes > MOST_FOR_AN_OP:
+        raise UserError(f"{op} from {old[0]:,} by {old[1]:,} to {new[0]:,} by {new[1]:,} pixels takes {size(nbytes)} "
+                        f"of memory, and a host op at most {size(MOST_FOR_AN_OP)}; crop the image first")  # fmt: skip
 
 
 def size(nbytes: int) -> str:

@@ -2,11 +2,10 @@
 
 An op maps an image, uint8[h, w, c], to another one. An op that draws at random declares it (`core.kinds`), and takes a
 NumPy generator before the image. Pillow decodes and resizes: one implementation for training, evaluation and
-prediction.
+prediction. The ops that change an image's size are in `resizing` and `tf_image`.
 """
 
 import io
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,17 @@ from PIL import Image, ImageOps
 
 from imgclf_jax.core import kinds, rng, spec
 from imgclf_jax.core.errors import UserError, reason, unknown
-from imgclf_jax.data import decode_cost, tf_image
+from imgclf_jax.data import decode_cost, resizing, tf_image
+from imgclf_jax.data.resizing import central_crop, random_resized_crop, resize, resize_small
 
 # The formats of photographs and data sets. Of the forty others that Pillow knows some are tried on any bytes, and
 # EPS runs Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF")
 MOST_PIXELS = 2**26  # 8192 by 8192. Pillow itself warns of 89 million, and refuses twice as many.
+MOST_SIDE = 2**20  # 16 times JPEG's. Pillow holds a pointer for each row.
 _MOST_BYTES = 8 * MOST_PIXELS  # so much have four channels of 16 bits without compression
+_TOO_MANY = f"the image has more than {MOST_PIXELS:,} pixels; make it smaller"
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 
 
 def decode(
@@ -41,8 +37,8 @@ def decode(
     orientation is applied, the first frame of an animation taken, alpha dropped unless channels is 4, the high byte of
     16-bit grey kept. Colour to grey is ITU-R 601 luma. With `draft`, a JPEG image is decoded at 1/2, 1/4 or 1/8 of its
     size: the smallest of these whose sides have at least `draft` pixels. That is faster, and gives other pixels. Raises
-    UserError for bytes that do not decode, and for an image of more than 2**26 pixels, or one that is made to take
-    minutes (see `decode_cost`).
+    UserError for bytes that do not decode, and for an image of more than 2**26 pixels, 2**20 in a row or column, or one
+    that is made to take minutes (see `decode_cost`).
     """
     if channels not in _MODES:
         raise UserError(f"decode(channels={channels}): allowed: 1, 3, 4")
@@ -55,7 +51,7 @@ def decode(
             )
         if image.shape[-1] == channels:
             return image
-        picture = _to_picture(image)
+        picture = resizing.to_picture(image)
     elif isinstance(image, Image.Image):
         picture = ImageOps.exif_transpose(image)
     else:
@@ -83,15 +79,14 @@ def _open(data: bytes, formats: tuple[str, ...], draft: int) -> Image.Image:
     decode_cost.check_bytes(data)
     try:
         picture: Image.Image = Image.open(io.BytesIO(data), formats=formats)
-        if picture.width * picture.height > MOST_PIXELS:
-            raise Image.DecompressionBombError
+        check_size(picture)
         decode_cost.check(data, picture)
         if draft:
             picture.draft(None, (draft, draft))  # of other formats than JPEG it leaves the size
         ImageOps.exif_transpose(picture, in_place=True)
         picture.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise UserError(f"the image has more than {MOST_PIXELS:,} pixels; make it smaller") from e
+        raise UserError(_TOO_MANY) from e
     except UserError:
         raise
     except Exception as e:  # of damaged bytes Pillow's plugins raise errors of many types
@@ -99,6 +94,15 @@ def _open(data: bytes, formats: tuple[str, ...], draft: int) -> Image.Image:
             raise UserError(f"the image is not in an image format that is read here ({', '.join(formats)})") from e
         raise UserError(f"the image does not decode: {reason(e)}") from e
     return picture
+
+
+def check_size(picture: Image.Image) -> None:
+    """Raises UserError for an image, of which the header alone has been read, that is larger than is decoded here."""
+    if picture.width * picture.height > MOST_PIXELS:
+        raise UserError(_TOO_MANY)
+    if max(picture.size) > MOST_SIDE:
+        raise UserError(f"the image has {picture.height:,} by {picture.width:,} pixels, and a side at most "
+                        f"{MOST_SIDE:,}; crop it")  # fmt: skip
 
 
 def formats_of(preprocess: str) -> tuple[str, ...]:
@@ -130,74 +134,6 @@ def read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _to_picture(image: np.ndarray) -> Image.Image:
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-
-
-def resize(image: np.ndarray, height: int, width: int = 0, method: str = "bilinear") -> np.ndarray:
-    """Resizes to (height, width), or (height, height); the filter is widened when shrinking (antialiased).
-
-    `method` is nearest, bilinear, bicubic or lanczos, as Pillow defines them, or area, as TensorFlow does. In RGBA
-    Pillow weights colours by alpha.
-    """
-    if method not in (*_FILTERS, "area"):
-        raise UserError(f"resize(method={method!r}): allowed: {', '.join(_FILTERS)}, area")
-    size = (height, width or height)
-    if image.shape[:2] == size:
-        return image
-    if method == "area":
-        return tf_image.area(image, *size)
-    out = np.asarray(_to_picture(image).resize(size[::-1], _FILTERS[method]))
-    return out[..., None] if out.ndim == 2 else out
-
-
-def resize_small(image: np.ndarray, size: int, method: str = "bilinear") -> np.ndarray:
-    """Resizes so that the shorter side is `size`, keeping the aspect ratio (the longer side rounded)."""
-    h, w = image.shape[:2]
-    scale = size / min(h, w)
-    return resize(image, max(size, round(h * scale)), max(size, round(w * scale)), method)
-
-
-def central_crop(image: np.ndarray, height: int, width: int = 0) -> np.ndarray:
-    """The central (height, width), or (height, height); of an odd margin the smaller half is above and left."""
-    h, w = image.shape[:2]
-    width = width or height
-    if height > h or width > w:
-        raise UserError(f"central_crop({height}, {width}) of an image of {h} by {w}; resize it first")
-    top, left = (h - height) // 2, (w - width) // 2
-    return image[top : top + height, left : left + width]
-
-
-@kinds.random
-def random_resized_crop(
-    rng: np.random.Generator,
-    image: np.ndarray,
-    height: int,
-    width: int = 0,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    method: str = "bilinear",
-) -> np.ndarray:
-    """A crop of random area and aspect ratio, resized to (height, width) (Szegedy et al. 2014, arXiv:1409.4842).
-
-    The area is uniform in `scale` (of the image's), the ratio w / h log-uniform in `ratio`; after ten draws that do
-    not fit, the largest central crop within `ratio`.
-    """
-    h, w = image.shape[:2]
-    for _ in range(10):
-        area = h * w * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        crop_h, crop_w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
-        if 0 < crop_h <= h and 0 < crop_w <= w:
-            top, left = rng.integers(0, h - crop_h + 1), rng.integers(0, w - crop_w + 1)
-            break
-    else:
-        crop_w = max(1, round(h * ratio[1])) if w / h > ratio[1] else w
-        crop_h = max(1, round(w / ratio[0])) if w / h < ratio[0] else h
-        top, left = (h - crop_h) // 2, (w - crop_w) // 2
-    return resize(image[top : top + crop_h, left : left + crop_w], height, width or height, method)
-
-
 HOST_OPS: dict[str, Callable] = {
     "decode": decode,
     "resize": resize,
@@ -226,11 +162,44 @@ def build(text: str) -> tuple[HostOps, bool]:
     draws = [kinds.of(op) == kinds.RANDOM for op in ops]
 
     def apply(image: bytes | np.ndarray, seed: int, position: int) -> np.ndarray:
-        for op, random, stream in zip(ops, draws, streams, strict=True):
-            image = op(rng.generator(seed, stream, position), image) if random else op(image)
+        try:
+            for call, op, random, stream in zip(calls, ops, draws, streams, strict=True):  # noqa: B007  named below
+                image = op(rng.generator(seed, stream, position), image) if random else op(image)
+        except MemoryError as e:
+            raise UserError(f"{call.name} takes more memory than there is") from e
         return np.asarray(image)
 
     return apply, any(draws)
+
+
+def size_check(preprocess: str) -> Callable[[int, int], None]:
+    """A function (height, width) that raises UserError if a host op would refuse a decoded image for its size.
+
+    It ends at the first op that `resizing.SIZES` does not know, such as a user's own.
+    """
+    known = []
+    for call in spec.parse(preprocess)[1:]:
+        if call.name not in resizing.SIZES:
+            break
+        known.append((resizing.SIZES[call.name], kinds.bind(call, HOST_OPS, "host op", _GIVEN).keywords))
+
+    def check(height: int, width: int) -> None:
+        size = height, width
+        for size_of, arguments in known:
+            try:
+                size = size_of(size, **arguments)
+            except UserError:
+                raise
+            except (TypeError, ValueError, ArithmeticError):
+                return  # a mistake in the spec, which the first image shows
+
+    return check
+
+
+def decoder(preprocess: str) -> Callable[[bytes], np.ndarray]:
+    """The first host op of a spec, `decode`, with its arguments."""
+    op = kinds.bind(spec.parse(preprocess)[0], HOST_OPS, "host op", _GIVEN)
+    return lambda data: np.asarray(op(data))
 
 
 def _resized_centre(

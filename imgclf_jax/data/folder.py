@@ -37,6 +37,7 @@ class FolderSource:
     sizes: tuple[int, ...]  # bytes
     class_names: tuple[str, ...]
     left_out: tuple[str, ...] = ()  # the unreadable files, with their folders; sorted
+    digests: tuple[str, ...] = ()  # of each file's contents, see `image_check`
 
     def __len__(self) -> int:
         return len(self.files)
@@ -49,8 +50,15 @@ class FolderSource:
         return str(self.root / self.files[i])
 
     def fingerprint(self) -> str:
-        """Over names, sizes and classes; contents are not read."""
-        whole = json.dumps([[utf8(file) for file in self.files], self.sizes, self.class_names])
+        """Over names, classes and contents, see `image_check.check`."""
+        return self._over(self.sizes, self.class_names, self.digests)
+
+    def listing_fingerprint(self) -> str:
+        """Over names, sizes and classes alone: what older versions recorded."""
+        return self._over(self.sizes, self.class_names)
+
+    def _over(self, *parts: Any) -> str:
+        whole = json.dumps([[utf8(file) for file in self.files], *parts])
         return hashlib.sha256(whole.encode()).hexdigest()
 
 
@@ -61,6 +69,7 @@ def folder(
     *,
     unreadable: str = "error",
     formats: tuple[str, ...] = FORMATS,
+    host_ops: tuple[str, ...] = (),
 ) -> dict[str, FolderSource]:
     """Images under `path`: `path/CLASS/…` is the split `train`; `path/train/CLASS/…` and `path/test/CLASS/…` are two.
 
@@ -68,7 +77,8 @@ def folder(
     folder without splits are `train`, and all others `test`; which ones follows from their names and the number `draw`,
     for splits of their own for several runs.
 
-    Files that cannot be read are found at the start, see `image_check`, and all listed in one file. With `unreadable`
+    Files that cannot be read, or that one of the specs `host_ops` refuses for their size, are found at the start, see
+    `image_check`, and all listed in one file. With `unreadable`
     "skip" they are left out, and what the source holds follows from the files that are left. What is no image, see
     `image_files`, and what lies outside of the class folders is counted in the log.
     Raises UserError naming the folder or file at fault.
@@ -89,20 +99,26 @@ def folder(
     scans = {name: _scan(split_root, class_names) for name, split_root in split_roots.items()}
     sources, found = zip(*scans.values(), strict=True)
     _log_passed_over(root, sources, sum((f.strays for f in found), Counter()))
-    out = _readable(root, scans, unreadable, formats)
+    out = _readable(root, scans, unreadable, formats, host_ops)
     return _few(out, train_per_class, draw) if train_per_class else out
 
 
 def _readable(
-    root: Path, scans: dict[str, tuple[FolderSource, Found]], unreadable: str, formats: tuple[str, ...]
+    root: Path,
+    scans: dict[str, tuple[FolderSource, Found]],
+    unreadable: str,
+    formats: tuple[str, ...],
+    host_ops: tuple[str, ...],
 ) -> dict[str, FolderSource]:
     """The sources without unreadable files; UserError names these unless `unreadable` is "skip"."""
-    bad = {}
+    bad, sources = {}, {}
     for name, (source, found) in scans.items():
-        bad[name] = found.lost | image_check.unreadable(source.root, found.images, unreadable == "skip", formats)
+        checked = image_check.check(source.root, found.images, unreadable == "skip", formats, host_ops)
+        bad[name] = found.lost | checked.unreadable
+        sources[name] = replace(source, digests=tuple(checked.digests.get(file, "") for file in source.files))
     reasons = {str(scans[name][0].root / file): reason for name in bad for file, reason in bad[name].items()}
     if not reasons:
-        return {name: source for name, (source, _) in scans.items()}
+        return sources
     file = image_check.write_list(f"{printable(root.resolve().name)}-{image_check.identity(root)[:8]}", reasons)
     listed = f"all are listed in {file}" if file else "their list could not be written to the cache folder"
     if unreadable == "error":
@@ -111,7 +127,7 @@ def _readable(
         raise UserError(f"folder: not a readable image: {shown}{more}; repair, move or remove it, or leave out all "
                         "such files by --config.data.unreadable=skip")  # fmt: skip
     log.warning("%s: unreadable files left out: %d; %s", root, len(reasons), listed)
-    return {name: _without(source, bad[name]) for name, (source, _) in scans.items()}
+    return {name: _without(source, bad[name]) for name, source in sources.items()}
 
 
 def _without(source: FolderSource, bad: dict[str, str]) -> FolderSource:
@@ -127,8 +143,12 @@ def _without(source: FolderSource, bad: dict[str, str]) -> FolderSource:
 def _part(source: FolderSource, which: np.ndarray) -> FolderSource:
     """The examples where bool[n] is true."""
     places = np.flatnonzero(which)
-    files, sizes = tuple(source.files[i] for i in places), tuple(source.sizes[i] for i in places)
-    return replace(source, files=files, labels=source.labels[places], sizes=sizes)
+
+    def of[T](values: tuple[T, ...]) -> tuple[T, ...]:
+        return tuple(values[i] for i in places)
+
+    return replace(source, files=of(source.files), labels=source.labels[places], sizes=of(source.sizes),
+                   digests=of(source.digests))  # fmt: skip
 
 
 def _few(splits: dict[str, FolderSource], train_per_class: int, draw: int) -> dict[str, FolderSource]:

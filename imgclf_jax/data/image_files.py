@@ -20,7 +20,9 @@ _SIGNATURES = re.compile(
     re.DOTALL,
 )
 
-Stamp = tuple[int, int]  # a file's size in bytes, and the time of its last change in nanoseconds
+# A file's size in bytes, and when its contents and when anything of it last changed, in nanoseconds. The second time
+# tells a file that was replaced by one whose first time was set back, as `cp -p` does.
+Stamp = tuple[int, int, int]
 
 
 @dataclass
@@ -109,7 +111,7 @@ def _stamp(entry: os.DirEntry[str], strays: Counter[str]) -> Stamp | str | None:
     if not entry.is_file():
         strays["pipe, socket or device"] += 1
     elif suffix in _SUFFIXES or _begins_as_image(entry.path):
-        return stat.st_size, stat.st_mtime_ns
+        return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
     else:
         strays[suffix or entry.name] += 1
     return None

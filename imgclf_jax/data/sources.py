@@ -4,6 +4,7 @@ A source is any object with `len(source)`, `source.read(ids)`, `source.class_nam
 source spec names a function that gives `{base split name: source}`; TFDS's split syntax then works on all of them.
 """
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -137,8 +138,22 @@ class SplitSource:
         return getattr(source, "name", "example {}".format)(int(i - self.starts[p] + start))
 
     def fingerprint(self) -> str:
-        whole = [(source.fingerprint(), start, stop) for source, start, stop in self.parts]
+        return self._over(lambda source: source.fingerprint())
+
+    def listing_fingerprint(self) -> str:
+        """That of older versions; "" if it is not another one."""
+        older = self._over(lambda source: listing_fingerprint(source) or source.fingerprint())
+        return older if older != self.fingerprint() else ""
+
+    def _over(self, fingerprint: Callable[[Source], str]) -> str:
+        whole = [(fingerprint(source), start, stop) for source, start, stop in self.parts]
         return hashlib.sha256(repr(whole).encode()).hexdigest()
+
+
+def listing_fingerprint(source: Source) -> str:
+    """The fingerprint without contents that older versions recorded of such a source; "" if there was none such."""
+    older = getattr(source, "listing_fingerprint", None)
+    return older() if older else ""
 
 
 def digits() -> dict[str, Source]:
@@ -203,6 +218,7 @@ def open_splits(
     manual_dir: str = "",
     unreadable: str = "error",
     formats: tuple[str, ...] = decode.FORMATS,
+    host_ops: tuple[str, ...] = (),
 ) -> dict[str, Source]:
     """The base splits of the source that a spec names; raises UserError if the data are not there."""
     call = spec.parse_one(text)
@@ -210,7 +226,8 @@ def open_splits(
     if make.func is tfds:
         make = functools.partial(make, **{"data_dir": data_dir, "manual_dir": manual_dir} | make.keywords)
     elif make.func is folder:
-        make = functools.partial(make, **{"unreadable": unreadable, "formats": formats} | make.keywords)
+        given = {"unreadable": unreadable, "formats": formats, "host_ops": host_ops}
+        make = functools.partial(make, **given | make.keywords)
     try:
         return make()
     except (TypeError, AttributeError) as e:
@@ -224,10 +241,13 @@ def open_data(config: ConfigDict, text: str = "") -> dict[str, Source]:
 
     Of several processes one a host does it first: what it prepares, downloads or scans, the others find.
     """
-    data, ops = config.data, (config.preprocess, config.preprocess_eval)
-    formats = tuple(dict.fromkeys(name for text in ops if text.strip() for name in decode.formats_of(text)))
-    where = text or data.source, data.data_dir, data.manual_dir, data.unreadable
-    opened: dict[str, Source] = processes.once_a_host("opening the data", lambda: open_splits(*where, formats))
+    data, ops = config.data, [config.preprocess, config.preprocess_eval or config.preprocess]
+    with contextlib.suppress(UserError):  # ops that evaluation refuses
+        ops[1] = decode.for_evaluation(config.preprocess_eval, config.preprocess)
+    ops = [text for text in dict.fromkeys(ops) if text.strip()]
+    formats = tuple(dict.fromkeys(name for text in ops for name in decode.formats_of(text)))
+    where = text or data.source, data.data_dir, data.manual_dir, data.unreadable, formats, tuple(ops)
+    opened: dict[str, Source] = processes.once_a_host("opening the data", lambda: open_splits(*where))
     processes.agree("comparing data", lambda: {f"the data of split {name}": source.fingerprint()[:12]
                                                for name, source in opened.items()},
                     fix="all processes must read the same data: see data.source and data.data_dir")  # fmt: skip

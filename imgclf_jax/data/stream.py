@@ -20,7 +20,7 @@ from imgclf_jax.core import named_warnings, rng
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, decoded, image_check
 from imgclf_jax.data.read_ahead import Batch, read_ahead
-from imgclf_jax.data.sources import Source, class_counts
+from imgclf_jax.data.sources import Source, class_counts, listing_fingerprint
 from imgclf_jax.run.provenance import DataInfo
 
 _SKIP = "; repair or remove the file, or leave out all such files by --config.data.unreadable=skip in a new --workdir"
@@ -105,7 +105,8 @@ class Images:
     def describe(self, count_classes: bool = False) -> DataInfo:
         """What is recorded of these training images; with how many each class has, if that is asked for."""
         names, counts = tuple(self.source.class_names), class_counts(self.source).tolist() if count_classes else ()
-        return DataInfo(len(self), self.shape, names, self.source.fingerprint(), tuple(counts))
+        older = listing_fingerprint(self.source)
+        return DataInfo(len(self), self.shape, names, self.source.fingerprint(), tuple(counts), older)
 
     @property
     def in_memory(self) -> bool:
@@ -161,8 +162,8 @@ class Images:
             with named_warnings.about(lambda: name(example)):
                 return self._ops(image, seed, position)
         except UserError as e:
-            file, formats = Path(name(example)), decode.formats_of(self.preprocess)
-            hint = _SKIP if file.is_file() and not image_check.readable(file, formats) else ""
+            file = Path(name(example))
+            hint = _SKIP if file.is_file() and not image_check.readable(file, self.preprocess) else ""
             raise UserError(f"{name(example)}: {e}{hint}") from e
         except (TypeError, ValueError) as e:
             if ":" in self.preprocess:

@@ -8,9 +8,10 @@ import math
 import numpy as np
 from PIL import Image
 
-from imgclf_jax.core import kinds
+from imgclf_jax.core import kinds, memory
 
 _ATTEMPTS = 100
+_BLOCK = 1 << 20  # values, as float64, of which `area` takes the mean at a time
 
 
 @kinds.random
@@ -61,6 +62,7 @@ def _crop(
 
 def bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """`tf.image.resize(method="bilinear", antialias=False)`: each pixel from the four around its place."""
+    memory.require_for_op("resize", image.shape[:2], (height, width), 8 * height * width)
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     box = (0, 0, picture.width, picture.height)
     out = np.asarray(picture.transform((width, height), Image.Transform.EXTENT, box, Image.Resampling.BILINEAR))
@@ -69,8 +71,16 @@ def bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def area(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """`tf.image.resize(method="area")`: the mean over what a pixel covers, parts of pixels by their share."""
-    mean = _area(_area(image.astype(np.float64), height).swapaxes(0, 1), width).swapaxes(0, 1)
-    return (mean + 1e-6).astype(np.uint8)  # a whole mean stays whole, however it was rounded
+    h, w, c = image.shape
+    columns, rows = (max(1, _BLOCK // (max(side) * c)) for side in ((h, height), (w, width)))
+    tall = np.empty((height, w, c))
+    for left in range(0, w, columns):
+        tall[:, left : left + columns] = _area(image[:, left : left + columns].astype(np.float64), height)
+    out = np.empty((height, width, c), np.uint8)
+    for top in range(0, height, rows):
+        mean = _area(tall[top : top + rows].swapaxes(0, 1), width).swapaxes(0, 1)
+        out[top : top + rows] = mean + 1e-6  # a whole mean stays whole, however it was rounded
+    return out
 
 
 def _area(x: np.ndarray, size: int) -> np.ndarray:

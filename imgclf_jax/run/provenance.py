@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import sysconfig
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,11 @@ class DataInfo:
     class_names: tuple[str, ...]
     fingerprint: str
     class_counts: tuple[int, ...] = ()  # training examples of each class; empty unless the loss needs them
+    listing_fingerprint: str = field(default="", compare=False)  # without contents, as older versions recorded it
+
+    def told_by(self, recorded: str) -> bool:
+        """Whether a recorded fingerprint is that of these data, as far as an older version's can tell."""
+        return recorded == self.fingerprint or (bool(recorded) and recorded == self.listing_fingerprint)
 
 
 def collect(data: DataInfo) -> dict[str, Any]:
@@ -151,7 +156,8 @@ def load_data_info(path: Path) -> DataInfo:
         data = read_json(path)["data"]
         h, w, c = map(int, data["image_shape"])
         names, counts = tuple(map(str, data["class_names"])), tuple(map(int, data.get("class_counts", ())))
-        return DataInfo(int(data["train_examples"]), (h, w, c), names, str(data["fingerprint"]), counts)
+        prints = str(data["fingerprint"]), counts, str(data.get("listing_fingerprint", ""))
+        return DataInfo(int(data["train_examples"]), (h, w, c), names, *prints)
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as e:
         what = "is damaged; remove it" if path.is_file() else "is missing"
         raise UserError(f"{path} {what}, and run train with the config and work directory of this run again: it is "

@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
@@ -186,8 +186,11 @@ class Workdir:
         """
         if self.provenance.is_file():
             old = load_data_info(self.provenance)
-            if old != data:
-                names = [k for k in vars(data) if getattr(old, k) != getattr(data, k)]
+            if old != data and data.told_by(old.fingerprint) and replace(old, fingerprint=data.fingerprint) == data:
+                log.warning("an older version began the run in %s and recorded names and sizes of its images alone: "
+                            "whether the contents have changed since is not known", self.path)  # fmt: skip
+            elif old != data:
+                names = [f.name for f in fields(data) if f.compare and getattr(old, f.name) != getattr(data, f.name)]
                 raise UserError(f"the data of the run in {self.path} have changed (another {', '.join(names)}); "
                                 "restore them, or pass another --workdir")  # fmt: skip
             before = load_evals(self.provenance)

@@ -81,6 +81,64 @@ def test_an_image_of_too_many_pixels(size, filters):
             decode.decode(bomb(*size))
 
 
+@pytest.mark.parametrize("size", [(60_000_000, 1), (1, 60_000_000)])
+def test_an_image_of_too_long_a_side(size):
+    """Pillow would hold a pointer for each row, and tabulate weights for each pixel of a side."""
+    words = f"the image has {size[0]:,} by {size[1]:,} pixels, and a side at most 1,048,576; crop it"
+    with pytest.raises(UserError, match=f"^{words}$"):
+        decode.decode(bomb(*size))
+
+
+@pytest.mark.parametrize(("size", "ops", "words"), [
+    ((1, 1_000_000), "resize_small(72)|central_crop(64)", "1 by 1,000,000 to 72 by 72,000,000 pixels takes 45.2 GB"),
+    ((1_000_000, 1), "resize_small(72, like='torchvision')|central_crop(64)", "to 72,000,000 by 72 pixels"),
+    ((1, 1_000_000), "resize_small(256, method='area')", "to 256 by 256,000,000 pixels"),
+    ((1_000_000, 1), "resize(4000, method='lanczos')", "1,000,000 by 1 to 4,000 by 4,000 pixels takes 16.2 GB"),
+    ((8, 8), "resize(100_000)", "to 100,000 by 100,000 pixels takes 80 GB"),
+    ((8, 8), "inception_crop(100_000)", "to 100,000 by 100,000 pixels takes 80 GB"),
+    ((8, 8), "random_resized_crop(100_000)", "to 100,000 by 100,000 pixels takes 80 GB"),
+])  # fmt: skip
+def test_an_op_that_would_take_too_much_memory(size, ops, words):
+    """A file of 2 kB can fill any machine: it is refused before memory is taken."""
+    apply, _ = decode.build(f"decode(1)|{ops}")
+    with pytest.raises(
+        UserError, match=rf"^resize from .*{words}.*, and a host op at most 537 MB; crop the image first$"
+    ):
+        apply(encode(np.zeros((*size, 1), np.uint8), "PNG"), 0, 0)
+
+
+def test_sizes_are_refused_by_the_header_alone():
+    """As the ops themselves refuse them; what a user's own op makes of a size is not known."""
+    check = decode.size_check("decode(3)|random_resized_crop(64)|resize_small(72)|central_crop(64)")
+    check(1, 1_000_000)
+    check = decode.size_check("decode(3)|resize_small(72)|central_crop(64)|resize_small(9999999)")
+    with pytest.raises(UserError, match="from 64 by 64 to 9,999,999 by 9,999,999 pixels"):
+        check(480, 640)
+    with pytest.raises(UserError, match="from 1 by 1,000,000 to 72 by 72,000,000 pixels"):
+        check(1, 1_000_000)
+    decode.size_check(f"decode(3)|{__name__}:noise|resize(100_000)")(480, 640)
+    decode.size_check("decode(3)|resize('a')")(480, 640)
+
+
+def test_the_mean_over_areas_takes_memory_for_a_part_at_a_time():
+    """A photograph of 17 million pixels, which as float64 is 400 MB, and more than once."""
+    image = np.zeros((4096, 4096, 3), np.uint8)
+    image[:, 2048:] = 200
+    out = decode.resize(image, 16, method="area")
+    np.testing.assert_array_equal(out, np.repeat([0, 200], 8)[None, :, None] + np.zeros((16, 1, 3), np.uint8))
+
+
+def test_want_of_memory_is_a_sentence():
+    apply, _ = decode.build(f"decode(3)|{__name__}:greedy")
+    with pytest.raises(UserError, match=f"^{__name__}:greedy takes more memory than there is$"):
+        apply(noise(4, 4, 3), 0, 0)
+
+
+def greedy(image):
+    """A host op that fills any machine."""
+    raise MemoryError
+
+
 def test_16_bits_of_a_signed_kind():
     for value, mode in ((40_000, "I;16"), (40_000, "I")):
         assert np.unique(decode.decode(encode(Image.new(mode, (4, 4), value), "TIFF"), 1)).tolist() == [40_000 >> 8]

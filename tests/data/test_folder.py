@@ -9,6 +9,7 @@ from PIL import Image
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import folder as folder_module
+from imgclf_jax.data import image_check
 from imgclf_jax.data.folder import folder
 
 
@@ -146,6 +147,45 @@ def test_fingerprint_tells_names_sizes_and_classes(flat):
     (flat / "emu").rename(flat / "gnu")
     prints.add(folder(str(flat))["train"].fingerprint())
     assert len(prints) == 4
+
+
+@pytest.mark.parametrize("parts", ["all bytes", "both ends"])
+@pytest.mark.parametrize("set_back", [False, True])
+def test_fingerprint_tells_contents(flat, monkeypatch, parts, set_back):
+    """Images replaced by others of the same names and sizes, with or without the times of those before them."""
+    monkeypatch.setattr(image_check, "_HASHED_WHOLE", 0 if parts == "both ends" else 2**40)
+    for file in flat.rglob("*.png"):
+        file.with_suffix(".bmp").write_bytes(b"")
+        Image.open(file).save(file.with_suffix(".bmp"))
+    before = {split: source.fingerprint() for split, source in folder(str(flat), 2).items()}
+    assert {split: source.fingerprint() for split, source in folder(str(flat), 2).items()} == before
+    for name in ("cat", "dog"):
+        file = flat / name / {"cat": "0.bmp", "dog": "1.bmp"}[name]
+        stat, content = file.stat(), bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        if set_back:
+            os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert file.stat().st_size == stat.st_size
+    after = {split: source.fingerprint() for split, source in folder(str(flat), 2).items()}
+    holds = {split: {"cat/0.bmp", "dog/1.bmp"} & set(source.files) for split, source in folder(str(flat), 2).items()}
+    assert {split: after[split] != before[split] for split in after} == {split: bool(f) for split, f in holds.items()}
+    assert any(holds.values())
+
+
+def test_of_a_huge_folder_the_first_and_last_4_kib_count(flat, monkeypatch):
+    monkeypatch.setattr(image_check, "_HASHED_WHOLE", 0)
+    file = flat / "cat" / "0.bmp"
+    Image.fromarray(np.zeros((100, 100, 3), np.uint8)).save(file)
+    content = file.read_bytes()
+
+    def with_byte(place):
+        file.write_bytes(content[:place] + b"\1" + content[place + 1 :])
+        return folder(str(flat))["train"].fingerprint()
+
+    places = [4000, 4095, 4096, 10_000, len(content) - 4097, len(content) - 4096, len(content) - 1]
+    prints = [with_byte(place) for place in places]
+    assert [prints.count(one) for one in prints] == [1, 1, 3, 3, 3, 1, 1]
 
 
 # --- mistakes ---

@@ -32,6 +32,10 @@ def broken(flat):
     return sorted([*bad, flat / "emu" / "gone.png"])
 
 
+def unreadable(*arguments, **how):
+    return image_check.check(*arguments, **how).unreadable
+
+
 def listed(text):
     return Path(re.search(r"all are listed in (\S+\.txt)", text)[1])
 
@@ -111,25 +115,25 @@ def test_of_a_big_folder_headers_and_ends_are_read(tmp_path, big, kind):
     for i in range(8):
         write(tmp_path / "cat" / f"{i}.{kind}", i, (50, 60))
     stamps = image_files.find(tmp_path).images
-    assert image_check.unreadable(tmp_path, stamps) == {}
+    assert unreadable(tmp_path, stamps) == {}
     assert big == []
     shorten(tmp_path / f"cat/3.{kind}")
     shorten(tmp_path / f"cat/5.{kind}", 0.95)
     (tmp_path / f"cat/6.{kind}").write_bytes(b"<html>")
     stamps = image_files.find(tmp_path).images
     for _ in range(2):  # the second time from memory
-        assert list(image_check.unreadable(tmp_path, stamps)) == [f"cat/{i}.{kind}" for i in (3, 5, 6)]
+        assert list(unreadable(tmp_path, stamps)) == [f"cat/{i}.{kind}" for i in (3, 5, 6)]
     assert len(big) == 3  # only what looks wrong is decoded
-    assert list(image_check.unreadable(tmp_path, stamps, whole=True)) == [f"cat/{i}.{kind}" for i in (3, 5, 6)]
+    assert list(unreadable(tmp_path, stamps, whole=True)) == [f"cat/{i}.{kind}" for i in (3, 5, 6)]
     assert len(big) == 3 + 5  # and now the others
-    image_check.unreadable(tmp_path, stamps)
+    unreadable(tmp_path, stamps)
     assert len(big) == 3 + 5
 
 
 def test_other_formats_and_modes_are_decoded(tmp_path, big):
     write(tmp_path / "a.ppm")
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "b.tiff")
-    reasons = image_check.unreadable(tmp_path, image_files.find(tmp_path).images)
+    reasons = unreadable(tmp_path, image_files.find(tmp_path).images)
     assert list(reasons) == ["b.tiff"]
     assert "floating-point" in reasons["b.tiff"]
     assert len(big) == 2
@@ -166,9 +170,9 @@ def test_what_was_checked_before_an_interruption_is_remembered(flat, big, monkey
             patch.setattr(image_check, "_SAVE_SECONDS", -1.0)
             patch.setattr(image_check.concurrent.futures, "ThreadPoolExecutor", Unending)
         with pytest.raises(KeyboardInterrupt):
-            image_check.unreadable(flat, stamps, whole=True)
+            unreadable(flat, stamps, whole=True)
     big.clear()
-    image_check.unreadable(flat, stamps, whole=True)
+    unreadable(flat, stamps, whole=True)
     assert len(big) == (8 if saving == "at the end" else 9)  # that of the fourth came after the last saving
 
 
@@ -186,9 +190,9 @@ def stop_after(count, results):
 
 def test_another_version_of_pillow_checks_again(flat, big, monkeypatch):
     stamps = image_files.find(flat).images
-    image_check.unreadable(flat, stamps, whole=True)
+    unreadable(flat, stamps, whole=True)
     monkeypatch.setattr(image_check.PIL, "__version__", "0")
-    image_check.unreadable(flat, stamps, whole=True)
+    unreadable(flat, stamps, whole=True)
     assert len(big) == 24
 
 
@@ -204,8 +208,31 @@ def test_a_file_that_may_not_be_read_is_tried_again(flat, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", refused)
-        assert image_check.unreadable(flat, stamps) == {"cat/3.png": "Permission denied"}
-    assert image_check.unreadable(flat, stamps) == {}
+        assert unreadable(flat, stamps) == {"cat/3.png": "Permission denied"}
+    assert unreadable(flat, stamps) == {}
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_an_image_that_the_host_ops_refuse_for_its_size_is_named_at_the_start(flat, request, many):
+    """Also in a folder of which headers alone are read; and whatever was remembered with other ops."""
+    decoded = request.getfixturevalue("big") if many else []
+    Image.fromarray(np.zeros((1, 1_000_000), np.uint8)).save(flat / "cat" / "long.png")
+    config = default_config()
+    config.data.source = f"folder({str(flat)!r})"
+    config.preprocess = "decode(3)|random_resized_crop(4)"
+    config.preprocess_eval = "decode(3)|resize(8)"
+    assert "cat/long.png" in sources.open_data(config)["train"].files
+    config.preprocess_eval = ""  # resize_small(5)|central_crop(4)
+    assert "cat/long.png" in sources.open_data(config)["train"].files
+    config.preprocess_eval = "decode(3)|resize_small(72)|central_crop(64)"
+    with pytest.raises(
+        UserError, match=r"cat/long\.png \(resize from 1 by 1,000,000 to .*\); repair, move or remove it"
+    ):
+        sources.open_data(config)
+    assert not many or not decoded
+    config.data.unreadable = "skip"
+    source = sources.open_data(config)["train"]
+    assert (len(source), source.left_out) == (12, (str(flat / "cat" / "long.png"),))
 
 
 def test_formats_that_the_host_ops_name(flat):

@@ -38,8 +38,8 @@ def test_strays_are_counted_and_no_image(flat):
         (flat / "cat" / name).write_bytes(b"no image")
     found = image_files.find(flat / "cat")
     assert sorted(found.images) == sorted([*(f"{i}.png" for i in range(0, 12, 3)), "real.png"])
-    assert found.images["real.png"] == ((flat / "cat/real.png").stat().st_size,
-                                        (flat / "cat/real.png").stat().st_mtime_ns)  # fmt: skip
+    stat = (flat / "cat/real.png").stat()
+    assert found.images["real.png"] == (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     expected = {"README": 1, ".md": 1, ".txt": 1, ".db": 1, ".ini": 1, "hidden": 2, ".csv": 1, ".mp4": 1}
     assert found.strays == expected
     assert image_files.counted(found.strays) == (

@@ -6,9 +6,12 @@ the checkpoint of step 6: one seed with an average of its weights, and two seeds
 draws at random, so the numbers follow from the checkpoint alone.
 """
 
+import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +21,12 @@ from tolerance import rounding
 
 import launch
 from imgclf_jax import config as configs
+from imgclf_jax.analysis.reproduction import differences
+from imgclf_jax.commands import evaluation
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
+from imgclf_jax.data.stream import Images
+from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -73,3 +81,45 @@ def test_resumed(old):
     assert len(records) == len(expected["records"])
     for ours, theirs in zip(records, expected["records"], strict=True):
         assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=rounding(6 * DEPTH))
+
+
+def test_a_fingerprint_without_contents(tmp_path, caplog):
+    """A run on a folder, begun when names and sizes alone were recorded: resumed with a warning, not refused."""
+    for name in ("cat/1.bmp", "dog/2.bmp", "dog/3.bmp"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "images" / name)
+    config = configs.default_config()
+    config.data.source, config.preprocess = f"folder({str(tmp_path / 'images')!r})", "decode(3)"
+    config.data.train = "train[:2]"
+
+    def data():
+        base = sources.open_data(config)
+        return base, Images(sources.take_split(base, config.data.train), "decode(3)").describe()
+
+    base, now = data()
+    source = base["train"]
+    whole = hashlib.sha256(json.dumps([source.files, source.sizes, source.class_names]).encode()).hexdigest()
+    recorded = hashlib.sha256(repr([(whole, 0, 2)]).encode()).hexdigest()  # as version 0.1.0 did
+    old = replace(now, fingerprint=recorded, listing_fingerprint="")
+    older, newer = (Workdir(tmp_path / name) for name in ("older", "newer"))
+    for place, info in ((older, old), (newer, now)):
+        place.path.mkdir()
+        place.record(config, info)
+    assert caplog.messages == []
+    older.record(config, now)
+    [message] = caplog.messages
+    assert message.startswith(f"an older version began the run in {older.path} and recorded names and sizes")
+    programs = SimpleNamespace(recipe=SimpleNamespace(config=config, data=old))
+    assert not evaluation.changed(programs, config, base)
+    provenances = [json.loads(place.provenance.read_text()) for place in (older, newer)]
+    assert not [one for one in differences(*provenances) if one.kind == "data"]
+
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(tmp_path / "images" / source.files[0])  # of the same size
+    assert (tmp_path / "images" / source.files[0]).stat().st_size == source.sizes[0]
+    newer.record(config, now)
+    with pytest.raises(UserError, match=r"have changed \(another fingerprint\)"):
+        newer.record(config, data()[1])
+    (tmp_path / "images" / source.files[0]).rename(tmp_path / "images" / f"{source.files[0]}.bmp")
+    with pytest.raises(UserError, match=r"have changed \(another fingerprint\)"):
+        older.record(config, data()[1])
+    assert evaluation.changed(programs, config, data()[0])
