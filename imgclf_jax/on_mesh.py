@@ -5,7 +5,8 @@ serves as well.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from imgclf_jax import diagnose, step
-from imgclf_jax.core import platform, sharding
+from imgclf_jax.core import fsdp, platform, sharding
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.once import once
 from imgclf_jax.data.stream import Images
@@ -128,19 +129,37 @@ class OnMesh:
         partition.check_what(config.shard)
         return partition.build(config.rules.shard, self.recipe.parameters, parts) if parts > 1 else {}
 
+    def gather_at_use(self, function: Callable[..., Any], of_seeds: bool = False) -> Callable[..., Any]:
+        """`function(params, model_state, batch)`, which gathers each sharded parameter where it uses it: see `fsdp`.
+
+        With `of_seeds` the parameters are those of all seeds.
+        """
+        if not self._is_sharded:
+            return lambda params, model_state, *args: function(
+                self._replicated(params), self._replicated(model_state), *args
+            )
+        leading, what = int(of_seeds and self.recipe.num_seeds > 1), self.recipe.config.shard
+        return fsdp.gather_at_use(function, lambda x: partition.of_state(x, self._axes, self.mesh, what, leading))
+
+    def shard_gradient(self, gradient: step.Gradient) -> step.Gradient:
+        """The gradient function of a microbatch, which gathers parameters and reduce-scatters their gradients."""
+        if not self._is_sharded:
+            return gradient
+        shardings = functools.partial(partition.of_state, axes=self._axes, mesh=self.mesh)
+        if self.recipe.config.shard == "all":
+            return fsdp.gather_at_use(gradient, shardings, returns_gradients=True)
+
+        def scattered(params: Any, *args: Any) -> tuple[Any, Any]:
+            out, grads = gradient(params, *args)
+            return out, jax.lax.with_sharding_constraint(grads, shardings(grads))
+
+        return scattered
+
     @property
-    def layout(self) -> step.Layout:
-        """How parameters and gradients lie inside of a program: whole where they are used, else split."""
-        if not any(axis is not None for axis in self._axes.values()):
-            return step.WHOLE
+    def _is_sharded(self) -> bool:
+        return any(axis is not None for axis in self._axes.values())
 
-        def split(grads: Any) -> Any:
-            return jax.lax.with_sharding_constraint(grads, partition.of_state(grads, self._axes, self.mesh))
-
-        return step.Layout(self.in_whole, split)
-
-    def in_whole(self, tree: Any) -> Any:
-        """Inside of a program: a pytree of which each device then has all, whatever part of it the mesh gives it."""
+    def _replicated(self, tree: Any) -> Any:
         if self.mesh.axis_names == ("data",):
             return tree
         return jax.lax.with_sharding_constraint(tree, sharding.replicated(self.mesh))

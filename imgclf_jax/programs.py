@@ -86,7 +86,7 @@ class Programs(OnMesh):
             pure = step.make_train_step(
                 Frozen(recipe.model, frozen, tuple(recipe.parameters)) if frozen else recipe.model,
                 recipe.loss, recipe.optimizer, recipe.schedule, recipe.augment(train=True), recipe.average,
-                recipe.mix, recipe.config.accumulate, self.layout,
+                recipe.mix, recipe.config.accumulate, self.shard_gradient,
             )  # fmt: skip
             batch = jax.eval_shape(lambda chunk: self._batch_at(chunk, 0), self.chunk_shape(1))
             here = self._in_its_form(step.several(pure, recipe.num_seeds // self.groups_of_seeds))
@@ -182,14 +182,14 @@ class Programs(OnMesh):
             recipe.model, recipe.loss, recipe.augment(train=False), recipe.views, recipe.num_seeds,
             self.predicting or bool(recipe.whole_set_metrics),
         )  # fmt: skip
-        pure = self._in_its_form(pure)
+        pure = self._in_its_form(self.gather_at_use(pure, of_seeds=True))
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
 
         def eval(params: Any, model_state: Any, chunk: Any, steps: jax.Array) -> Any:
             def batch_sums(i: jax.Array | int) -> Any:
                 batch = jax.lax.with_sharding_constraint(self._batch_at(chunk, i), split)
                 batch, _ = jax.lax.optimization_barrier((batch, i))  # apart from its reading, as in training
-                return pure(self.in_whole(params), self.in_whole(model_state), batch)
+                return pure(params, model_state, batch)
 
             def body(i: jax.Array, out: Any) -> Any:
                 return jax.tree.map(lambda all, new: all.at[i].set(new), out, batch_sums(i))
@@ -240,14 +240,16 @@ class Programs(OnMesh):
         return self._jitted("features")
 
     def _jitted(self, what: inference.Outputs) -> Any:
-        whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
-        pure = self._in_its_form(self.pure(what))
+        pure = self._in_its_form(self.gather_at_use(self.pure(what), of_seeds=True))
 
         def infer(*args: Any) -> Any:
             with self.tracing():
                 return pure(*args)
 
-        return jax.jit(infer, in_shardings=(whole, whole, split), out_shardings=whole)
+        state = self.shape["state"]
+        lies = jax.tree.map(lambda x: x.sharding, (state.params, state.model_state))
+        whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
+        return jax.jit(infer, in_shardings=(*lies, split), out_shardings=whole)
 
     @once
     def host_ops(self) -> decode.HostOps:

@@ -1,7 +1,7 @@
 """The train state and the two pure functions that training and evaluation consist of."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +20,8 @@ from imgclf_jax.optim.weight_averages import Average
 
 Batch = dict[str, jax.Array]
 Augment = Callable[..., jax.Array]  # (key, images uint8[b, h, w, c]) → f32[b, h, w, c]
+Gradient = Callable[..., Any]  # (params, model_state, batch, key) → ((loss, (model_state, logits)), grads)
 Window = dict[str, jax.Array]  # sums over the steps since the last log, and the first of them that was not finite
-
-
-class Layout(NamedTuple):
-    """How parameters lie where they are used, and how their gradients do; each a function of the pytree."""
-
-    whole: Callable[[Any], Any]
-    split: Callable[[Any], Any]
-
-
-WHOLE = Layout(lambda params: params, lambda grads: grads)  # everything on every device
 
 
 class TrainState(struct.PyTreeNode):
@@ -113,7 +104,7 @@ def make_train_step(
     average: Average = weight_averages.NONE,
     mix: mixing.Mix | None = None,
     accumulate: int = 1,
-    layout: Layout = WHOLE,
+    over_devices: Callable[[Gradient], Gradient] = lambda gradient: gradient,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Window]]:
     """`train_step(state, batch) -> (state, window)`, where batch is {"image": uint8[b, h, w, c], "label": i32[b]}.
 
@@ -122,7 +113,7 @@ def make_train_step(
 
     With `accumulate` the gradient is the mean over that many parts of the batch, computed one after the other. It is
     that of the whole batch, but for layers with batch statistics, which see a part at a time, and for dropout's draws.
-    `layout` says how parameters and gradients lie on the devices.
+    `over_devices` is applied to the gradient function of a microbatch: sharded parameters are gathered in it.
 
     The window is of this one step. Its sums are `loss`, `correct` and `examples` over the batch, `grad_norm` (before
     clipping), `param_norm` (after the update), `learning_rate` and `steps`. Its `nonfinite_step` is the step's number
@@ -151,11 +142,7 @@ def make_train_step(
                 losses = mixing.mixed_loss(loss, logits, part["label"], part["other"], part["weight"])
             return jnp.mean(losses), (dict(model_state), logits)
 
-        def gradient_of_part(params: Any, *args: Any) -> tuple[Any, Any]:
-            out, grads = jax.value_and_grad(loss_fn, has_aux=True)(layout.whole(params), *args)
-            return out, layout.split(grads)
-
-        gradient = _accumulated(gradient_of_part, accumulate)
+        gradient = _accumulated(over_devices(jax.value_and_grad(loss_fn, has_aux=True)), accumulate)
         key = rng.key(state.seed, "dropout", state.step)
         (mean_loss, (model_state, logits)), grads = gradient(state.params, state.model_state, whole, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

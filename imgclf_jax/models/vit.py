@@ -13,7 +13,7 @@ from imgclf_jax.models.layers import Conv, Dense, drop_path, gelu, mean_pool, sp
 from imgclf_jax.models.norms import LayerNorm
 from imgclf_jax.models.remat import remat
 
-_VIT = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12)}  # width, layers, heads
+_VIT = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # width, layers, heads
 _MIXER = {"S": (512, 8, 256, 2048), "B": (768, 12, 384, 3072)}  # width, layers, hidden over tokens, over channels
 _init = nn.initializers.truncated_normal(0.02)
 
@@ -92,11 +92,12 @@ class EncoderBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929), variant "Ti", "S" or "B": → [b, 192 | 384 | 768].
+    """Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929): → [b, 192 | 384 | 768 | 1024].
 
-    `patch` is the patches' side; `positions` are "learned" or "sincos"; `pool` is "cls" (a class token's features) or
-    "mean" (of all tokens). With `representation` a dense layer of the same width and tanh make the features, as in the
-    paper's pre-training. The attention maps of block i are there under `mutable=["intermediates"]`.
+    These are the widths of the variants "Ti", "S", "B" and "L". `patch` is the patches' side; `positions` are "learned"
+    or "sincos"; `pool` is "cls" (a class token's features) or "mean" (of all tokens). With `representation` a dense
+    layer of the same width and tanh make the features, as in the paper's pre-training. The attention maps of block i
+    are there under `mutable=["intermediates"]`.
     """
 
     variant: str = "S"

@@ -1,0 +1,198 @@
+"""Fully sharded data parallelism: a sharded parameter is all-gathered where it is used, and nowhere else.
+
+ZeRO's third stage (Rajbhandari et al. 2019, arXiv:1910.02054). A function of parameters is traced, after
+differentiation if it is a gradient, and evaluated again with three changes:
+
+- Each use of a sharded parameter all-gathers it anew, so no gathered array is kept from the forward pass for the
+  backward pass. What is computed from parameters alone, such as a cast or a transpose, is repeated with it; a cast to
+  fewer bytes comes before the gather.
+- An `optimization_barrier` keeps a gather behind the activations that the use before it reads. So at most two gathered
+  arrays are alive, and one of them travels while the other is used.
+- The same barrier keeps it behind the reduce-scatter of gradients that were complete by then. Without it XLA combines
+  the reductions of all gradients into one, and holds all of them until the last is complete.
+
+Only sums over devices may be rounded in another order.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.extend.core import Literal
+from jax.sharding import NamedSharding, PartitionSpec
+
+from imgclf_jax.core.platform import inner_jaxprs
+
+Shardings = Callable[[Any], Any]  # of a pytree of arrays, a pytree of NamedSharding
+
+# Calls whose body is evaluated in place; the derivatives that they carry have been used by now.
+_INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
+            "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}  # fmt: skip
+_EXPENSIVE = frozenset({"dot_general", "conv_general_dilated", "sort", "fft", "cholesky", "qr", "svd", "eigh",
+                        "triangular_solve", "householder_product", "lu"})  # fmt: skip
+
+
+def gather_at_use(
+    function: Callable[..., Any], shardings: Shardings, returns_gradients: bool = False
+) -> Callable[..., Any]:
+    """`function(params, model_state, batch, *rest)`, with every sharded parameter all-gathered at each of its uses.
+
+    `shardings(params)` is a pytree of NamedSharding like `params`; replicated parameters stay as they are. With
+    `returns_gradients` the function returns (…, gradients), a pytree like `params`, which get the same shardings. Pure;
+    call it after differentiation.
+    """
+
+    @functools.wraps(function)
+    def gathered(params: Any, *args: Any) -> Any:
+        closed, shape = jax.make_jaxpr(function, return_shape=True)(params, *args)
+        places = [None if s.is_fully_replicated else s for s in jax.tree.leaves(shardings(params))]
+        first = len(closed.jaxpr.outvars) - len(places)
+        wanted = {first + i: s for i, s in enumerate(places) if s is not None} if returns_gradients else {}
+
+        def evaluate(evaluation: "_Evaluation", params: Any, *args: Any) -> list[Any]:
+            operands = evaluation.parameters(jax.tree.leaves(params), places)
+            for number, arg in enumerate(args):
+                operands += [_Known(x, of_batch=number == 1) for x in jax.tree.leaves(arg)]
+            return [evaluation.force(x) for x in evaluation.run(closed, operands, wanted)]
+
+        order: list[frozenset[int]] = []  # the parameters of each use, found by a first evaluation of shapes alone
+        jax.eval_shape(functools.partial(evaluate, _Evaluation(order, dry=True)), params, *args)
+        return jax.tree.unflatten(jax.tree.structure(shape), evaluate(_Evaluation(order), params, *args))
+
+    return gathered
+
+
+class _Known:
+    """An array of the program; `of_batch` if it depends on the batch. What a barrier is put behind is replaced."""
+
+    def __init__(self, array: Any, of_batch: bool = False):
+        self.array, self.of_batch = array, of_batch
+
+
+class _Deferred:
+    """An array that follows from the parameters `needs` and from nothing of the batch, computed anew at each use.
+
+    `compute(gathered)` gives it; `gathered` holds what this use has computed, the parameters' shards among them.
+    """
+
+    def __init__(self, needs: frozenset[int], compute: Callable[[dict[Any, Any]], Any]):
+        self.needs, self.compute = needs, compute
+
+
+class _Parameter(_Deferred):
+    """A parameter, which lies on the devices as `sharding` says, or its cast to `dtype`."""
+
+    def __init__(self, number: int, sharding: NamedSharding, dtype: Any):
+        super().__init__(frozenset({number}), self.gather)
+        self.number, self.sharding, self.dtype = number, sharding, dtype
+
+    def gather(self, gathered: dict[Any, Any]) -> Any:
+        key = (self.number, self.dtype)
+        if key not in gathered:
+            shard = lax.with_sharding_constraint(gathered[self.number].astype(self.dtype), self.sharding)
+            gathered[key] = lax.with_sharding_constraint(shard, NamedSharding(self.sharding.mesh, PartitionSpec()))
+        return gathered[key]
+
+
+class _Evaluation:
+    """One evaluation of a jaxpr, and of those inside of it, in their order."""
+
+    def __init__(self, order: list[frozenset[int]], dry: bool = False):
+        self.order, self.dry = order, dry
+        self.uses = 0  # so far
+        self.shards: list[Any] = []
+        self.behind: dict[int, Any] = {}  # the shards of the next use, behind the activations of the last
+        self.complete: tuple[list[_Known], list[_Known]] = [], []  # gradients since the use before the last, the last
+
+    def parameters(self, shards: Sequence[Any], places: Sequence[NamedSharding | None]) -> list[Any]:
+        """The parameters as values of the program."""
+        self.shards = list(shards)
+        return [_Known(x) if place is None else _Parameter(i, place, x.dtype)
+                for i, (x, place) in enumerate(zip(shards, places, strict=True))]  # fmt: skip
+
+    def run(self, closed: Any, operands: Sequence[Any], wanted: dict[int, NamedSharding]) -> list[Any]:
+        """The results of a closed jaxpr. Those that are `wanted`, by position, are gradients with their shardings."""
+        jaxpr = closed.jaxpr
+        values: dict[Any, Any] = dict(zip(jaxpr.constvars, map(_Known, closed.consts), strict=True))
+        values.update(zip(jaxpr.invars, operands, strict=True))
+        gradients = {v: s for i, s in wanted.items() if not isinstance(v := jaxpr.outvars[i], Literal)}
+
+        def read(atom: Any) -> Any:
+            return _Known(atom.val) if isinstance(atom, Literal) else values[atom]
+
+        for equation in jaxpr.eqns:
+            with equation.ctx.manager, jax.named_scope(str(equation.source_info.name_stack)):
+                found = self.apply(equation, [read(atom) for atom in equation.invars], gradients)
+                values.update(zip(equation.outvars, found, strict=True))
+                for variable in gradients.keys() & set(equation.outvars):
+                    value = values[variable]
+                    if isinstance(value, _Known) and not any(value in some for some in self.complete):
+                        value.array = lax.with_sharding_constraint(value.array, gradients[variable])
+                        self.complete[1].append(value)
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def apply(self, equation: Any, operands: list[Any], gradients: dict[Any, NamedSharding]) -> list[Any]:
+        """The results of one equation."""
+        primitive = equation.primitive
+        if primitive.name in _INLINED:
+            wanted = {i: gradients[v] for i, v in enumerate(equation.outvars) if v in gradients}
+            return self.run(equation.params[_INLINED[primitive.name]], operands, wanted)
+        needs = frozenset().union(*(x.needs for x in operands if isinstance(x, _Deferred)))
+        known = [x for x in operands if isinstance(x, _Known)]
+        of_batch = any(x.of_batch for x in known)
+        if needs and not of_batch and _is_cheap(equation):
+            return _deferred(equation, operands, needs)
+        gathered = self.use(needs, [x for x in known if x.of_batch and np.ndim(x.array)]) if needs else {}
+        arrays = [x.array if isinstance(x, _Known) else x.compute(gathered) for x in operands]
+        return [_Known(x, of_batch) for x in _bind(equation, arrays)]
+
+    def use(self, needs: frozenset[int], activations: Sequence[_Known] = ()) -> dict[Any, Any]:
+        """The shards of the parameters that a use needs. Those of the next are put behind the activations of this."""
+        if self.dry:
+            self.order.append(needs)
+        shards: dict[Any, Any] = {i: lax.optimization_barrier(self.shards[i]) for i in needs - self.behind.keys()}
+        shards |= {i: self.behind[i] for i in needs & self.behind.keys()}
+        self.uses += 1
+        self.behind = {}
+        if activations and self.uses < len(self.order):
+            held = [max(activations, key=lambda x: np.size(x.array)), *self.complete[0]]
+            following = {i: self.shards[i] for i in self.order[self.uses]}
+            self.behind, arrays = lax.optimization_barrier((following, [x.array for x in held]))
+            for x, array in zip(held, arrays, strict=True):  # what nobody reads again would be left out of a barrier
+                x.array = array
+            self.complete = self.complete[1], []
+        return shards
+
+    def force(self, x: Any) -> Any:
+        """The array of a result of the program."""
+        return x.array if isinstance(x, _Known) else x.compute(self.use(x.needs))
+
+
+def _bind(equation: Any, arrays: Sequence[Any]) -> list[Any]:
+    out = equation.primitive.bind(*arrays, **equation.params)
+    return list(out) if equation.primitive.multiple_results else [out]
+
+
+def _deferred(equation: Any, operands: Sequence[Any], needs: frozenset[int]) -> list[Any]:
+    """The results of an equation of deferred operands, deferred."""
+    if equation.primitive.name == "convert_element_type" and type(operands[0]) is _Parameter:
+        x, dtype = operands[0], equation.outvars[0].aval.dtype
+        if dtype.itemsize < x.dtype.itemsize:
+            return [_Parameter(x.number, x.sharding, dtype)]
+    key = object()
+
+    def compute(index: int, gathered: dict[Any, Any]) -> Any:
+        if key not in gathered:
+            arrays = [x.array if isinstance(x, _Known) else x.compute(gathered) for x in operands]
+            gathered[key] = _bind(equation, arrays)
+        return gathered[key][index]
+
+    return [_Deferred(needs, functools.partial(compute, i)) for i in range(len(equation.outvars))]
+
+
+def _is_cheap(equation: Any) -> bool:
+    """Whether an equation is repeated rather than its result kept: it moves or maps elements, and does nothing else."""
+    return equation.primitive.name not in _EXPENSIVE and not equation.effects and not inner_jaxprs(equation)
