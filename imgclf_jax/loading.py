@@ -48,7 +48,7 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
     The empty text is the best checkpoint if there is one, and else the latest. Raises UserError if there is no such
     checkpoint.
     """
-    programs = Programs(Recipe(config, provenance.load_data_info(workdir.provenance)))
+    programs = _programs(config, workdir)
     if not workdir.checkpoints.is_dir():
         raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
     for _ in range(20):
@@ -64,7 +64,7 @@ def restore_each(config: ConfigDict, workdir: Workdir, which: str) -> Iterator[T
 
     Raises UserError, before the first one, if there is none of these steps.
     """
-    programs = Programs(Recipe(config, provenance.load_data_info(workdir.provenance)))
+    programs = _programs(config, workdir)
     kept = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best, read_only=True)
     there = processes.first("listing checkpoints", kept.steps) if workdir.checkpoints.is_dir() else []
     asked = [str(step) for step in there] if which == "all" else which.split(",")
@@ -72,7 +72,15 @@ def restore_each(config: ConfigDict, workdir: Workdir, which: str) -> Iterator[T
         raise UserError(
             f"--checkpoints={which}: there are {there} in {workdir.checkpoints}; pass all, or some of these"
         )
-    return (Trained(programs, kept.restore(int(step), programs.shape)["state"], int(step)) for step in asked)
+    return (
+        Trained(programs, kept.restore(int(step), programs.shape, optimizer=False)["state"], int(step))
+        for step in asked
+    )
+
+
+def _programs(config: ConfigDict, workdir: Workdir) -> Programs:
+    recipe = Recipe(config, provenance.load_data_info(workdir.provenance))
+    return Programs(recipe, sharding.make_inference_mesh(config.mesh))
 
 
 def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs) -> tuple[Any, int]:
@@ -82,7 +90,7 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
     names = {"latest": steps[-1] if steps else None, "best": best, "": best}
     step = names.get(which, int(which) if which.isdigit() else None)
     if step is None and which == "":
-        found = checkpoints.restore_latest(programs.shape)
+        found = checkpoints.restore_latest(programs.shape, optimizer=False)
         if found is None:
             raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
         step, run = found
@@ -92,7 +100,7 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
                            else f", and none has a finite {metric}" if metric
                            else "; 'best' needs checkpoint.best to be set"))  # fmt: skip
     else:
-        run = checkpoints.restore(step, programs.shape)
+        run = checkpoints.restore(step, programs.shape, optimizer=False)
     log.info("checkpoint of step %d from %s", step, workdir.checkpoints)
     return run["state"], step
 
@@ -108,6 +116,7 @@ def convert(config: ConfigDict, base: dict[str, sources.Source] | None = None, w
     source = next(iter(base.values()))  # every split has the same classes and the same shape
     with contextlib.suppress(UserError):
         source = sources.take_split(base, config.data.train)
-    programs = of_images(config, stream.as_evaluated(source, config), sharding.make_mesh())
+    mesh = sharding.make_inference_mesh(config.mesh)
+    programs = of_images(config, stream.as_evaluated(source, config), mesh)
     weights = pretrained.load(programs, whole)
     return Trained(programs, programs.init(weights=weights.taken)["state"], 0)

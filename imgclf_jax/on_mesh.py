@@ -95,8 +95,15 @@ class OnMesh:
         """
         seed = self.recipe.config.seed if seed is None else seed
         with self.tracing():
-            run: dict[str, Any] = self._jitted_init(np.uint32(seed), images, weights)
+            run: dict[str, Any] = self._jitted_init(np.uint32(seed), images, self._sharded(weights))
         return run
+
+    def _sharded(self, weights: Mapping[str, Any] | None) -> dict[str, jax.Array] | None:
+        """Weights by name, on the devices as the parameters of a seed lie there: no device has all of them."""
+        if weights is None:
+            return None
+        lies = partition.of_state(dict(weights), self._axes, self.mesh, self.recipe.config.shard)
+        return {name: sharding.put(x, lies[name]) for name, x in weights.items()}
 
     @once
     def _jitted_init(self) -> Any:

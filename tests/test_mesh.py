@@ -3,11 +3,13 @@
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import launch
 from imgclf_jax.chips import counts
 from imgclf_jax.core import sharding, tree
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.loading import load
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -90,6 +92,20 @@ def test_memory_of_each_device(config, shard, most):
     assert arguments[1] - chunk <= (most + 0.02) * (arguments[0] - chunk)
 
 
+def test_inference_on_a_sharded_model(config):
+    """Probabilities, features and evaluation, and weights from elsewhere, without a device that holds all of it."""
+    whole, split = programs(config), programs(config, "data=2, fsdp=4")
+    images = np.random.default_rng(0).integers(0, 256, (8, *DATA.image_shape), np.uint8)
+    weights = {"params/backbone/dense0/kernel": np.ones((192, 256), np.float32)}
+    a, b = (of.init(0, weights=weights)["state"] for of in (whole, split))
+    assert not b.params["backbone"]["dense0"]["kernel"].sharding.is_fully_replicated
+    for what in ("predict", "features"):
+        expected, ours = (getattr(of, what)(*state.evaluated, images) for of, state in ((whole, a), (split, b)))
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+    assert "all-gather" in counts.of_program(split.eval).collectives
+    assert set(counts.of_program(whole.eval).collectives) <= {"all-reduce"}
+
+
 @pytest.mark.thorough
 def test_what_is_exchanged(config):
     """Parameters are gathered; with all whole only gradients are summed."""
@@ -159,13 +175,25 @@ def test_a_checkpoint_goes_from_one_arrangement_to_another(config, tmp_path, mes
 
 @pytest.mark.thorough
 def test_a_run_trains_resumes_and_predicts(tmp_path, capsys):
-    """On another arrangement than it began with; evaluation and prediction need none."""
+    """On another mesh than it began with. Afterwards parameters stay sharded, and no command loads the optimizer."""
     arguments = [f"--workdir={tmp_path / 'run'}", "--config.data.source=fake(64, (8, 8, 3), 4)",
                  "--config.model=mlp(widths=(256,))", "--config.schedule=constant(1e-3)", "--config.batch_size=16",
                  "--config.eval_every=", "--config.augment="]  # fmt: skip
     assert launch.main([*arguments, "--config.total=4 steps", "--config.mesh=data=2, fsdp=4"]) == 0
     assert launch.main([*arguments, "--config.total=8 steps", "--config.mesh=fsdp=-1", "--extend"]) == 0
-    assert launch.main(["evaluate", f"--workdir={tmp_path / 'run'}"]) == 0
+    run = tmp_path / "run"
+    model = load(run)
+    kernel = model.state.params["backbone"]["dense0"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 8
+    assert model.state.opt_state is None
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    capsys.readouterr()
+    for command in (["evaluate"], ["evaluate", "--checkpoints=all"], ["predict", str(tmp_path / "a.png")],
+                    ["features", f"--output={tmp_path / 'f.npz'}"], ["probe"], ["report"],
+                    ["explain", str(tmp_path / "a.png"), f"--output={tmp_path / 'x'}"],
+                    ["export", str(tmp_path / "a.stablehlo"), str(tmp_path / "a.savedmodel")]):  # fmt: skip
+        assert launch.main([*command, f"--workdir={run}"]) == 0, command
+    assert launch.main(["compare", str(run), "--test"]) == 0
     assert "examples" in capsys.readouterr().out
     fine = [*arguments[1:], "--config.mesh=data=-1", f"--config.init_from={tmp_path / 'run'}"]
     assert launch.main([f"--workdir={tmp_path / 'next'}", *fine, "--config.total=2 steps"]) == 0

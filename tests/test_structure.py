@@ -181,7 +181,7 @@ def test_files_are_short_and_have_a_purpose():
     assert len(files) > 40
     for file in files:
         text = file.read_text()
-        assert len(text.splitlines()) <= 300, file
+        assert len(text.splitlines()) <= 400, file  # a file is one thing: this is where to ask whether it still is
         assert file.stem not in ("utils", "util", "helpers", "common", "misc"), file
         assert ast.get_docstring(ast.parse(text)), f"{file} begins with a sentence that says what it is"
 

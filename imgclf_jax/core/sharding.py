@@ -4,6 +4,7 @@ The images of a batch are split over all axes of the mesh. The state is whole on
 over the axis `fsdp`, see `optim/partition.py`, and for the states of other seeds where there is an axis `seeds`.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Callable
@@ -43,6 +44,18 @@ def make_mesh(devices: list[jax.Device] | None = None, text: str = "data=-1") ->
     if len({"seeds", "fsdp"} & sizes.keys()) == 2:
         raise UserError(f"mesh={text!r}: seeds and fsdp do not go together: a seed's state is whole on its devices")
     return Mesh(np.array(devices).reshape(shape), tuple(sizes))
+
+
+def make_inference_mesh(text: str) -> Mesh:
+    """The mesh, over all devices here, for what was trained on the mesh `text`: sharded parameters stay sharded.
+
+    It is the same mesh where there are as many devices. The seeds of a mesh with an axis `seeds` are on all devices.
+    """
+    if "fsdp" not in text:
+        return make_mesh()
+    with contextlib.suppress(UserError):
+        return make_mesh(text=text)
+    return make_mesh(text="fsdp=-1")
 
 
 def groups_of_seeds(num_seeds: int, mesh: Mesh) -> int:
@@ -131,15 +144,15 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, axis: int = 0) -> dict[s
 
 def put_whole(tree: Any, mesh: Mesh) -> Any:
     """A pytree of arrays that each process has, to arrays that are whole on every device."""
-    whole = replicated(mesh)
+    return jax.tree.map(lambda x: put(x, replicated(mesh)), tree)
 
-    def put(x: Any) -> jax.Array:
-        if whole.is_fully_addressable:
-            return jax.device_put(x, whole)
-        host = np.asarray(x)  # `device_put` would have the processes compare all of it
-        return jax.make_array_from_callback(host.shape, whole, lambda index: host[index])
 
-    return jax.tree.map(put, tree)
+def put(x: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that each process has, to a global array with this sharding."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    host = np.asarray(x)  # `device_put` would have the processes compare all of it
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def fetch(x: Any) -> np.ndarray:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint._src.metadata import array_metadata_store
@@ -193,11 +194,12 @@ class Checkpoints:
         self._thread.shutdown()
         self._manager.close()
 
-    def restore(self, step: int, like: Any) -> Any:
+    def restore(self, step: int, like: Any, optimizer: bool = True) -> Any:
         """The state saved at `step`; `like` is a pytree of `jax.ShapeDtypeStruct` with shardings.
 
-        The shardings may be over another number of devices than the state was saved from. Raises UserError for a
-        damaged checkpoint, and for a checkpoint of another model.
+        The shardings may be over another number of devices than the state was saved from. Without `optimizer` its
+        state is not read, and None in the result. Raises UserError for a damaged checkpoint, and for a checkpoint of
+        another model.
         """
         folder = self.directory / str(step)
         if error := processes.first("verifying a checkpoint", lambda: self._find_error(step, like)):
@@ -205,6 +207,8 @@ class Checkpoints:
         processes.agree("comparing checkpoints", lambda: {f"checkpoint {folder}": manifest.digest(folder)},
                         fix="all processes must read one work directory, on a shared disk")  # fmt: skip
         try:
+            if not optimizer:
+                return _restore_without_optimizer(folder / "default", like)
             return self._manager.restore(step, args=ocp.args.StandardRestore(like))
         except Exception as e:  # Orbax and TensorStore raise many types, for damage and for other shapes alike
             if processes.count() > 1:
@@ -230,28 +234,28 @@ class Checkpoints:
             return Gone(f"checkpoint {folder} was removed while it was read, since its run goes on; run this again")
         return None
 
-    def restore_any(self, step: int, sharding: jax.sharding.Sharding) -> Any:
-        """What was saved at `step`, of any model: nested dicts of arrays with this sharding."""
+    def restore_any(self, step: int) -> Any:
+        """What was saved at `step`, of any model: nested dicts of NumPy arrays, without the optimizer's state."""
         folder = self.directory / str(step)
         try:
             saved = self._manager.item_metadata(step)
-            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), saved)
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
         except Exception as e:  # of many types, as in `restore`
             raise UserError(f"checkpoint {folder} cannot be read: {reason(e)}") from e
-        return self.restore(step, like)
+        return self.restore(step, like, optimizer=False)
 
-    def restore_latest(self, like: Any) -> tuple[int, Any] | None:
+    def restore_latest(self, like: Any, optimizer: bool = True) -> tuple[int, Any] | None:
         """(step, state) of the latest checkpoint that can be read; None if there is no checkpoint at all.
 
-        One that is damaged, or that cannot be verified while an older one can, is reported and, unless this object is
-        read-only, moved to `damaged/` beside the checkpoints. Raises UserError if there are checkpoints and none can be
-        read: most likely they are of another model.
+        The state is that of `restore`. One that is damaged, or that cannot be verified while an older one can, is
+        reported and, unless this object is read-only, moved to `damaged/` beside the checkpoints. Raises UserError if
+        there are checkpoints and none can be read: most likely they are of another model.
         """
         steps, sealed = processes.first("looking for checkpoints", self._found)
         errors: dict[int, UserError] = {}
         for step in sorted(steps, key=lambda step: (step in sealed, step), reverse=True):
             try:
-                state = self.restore(step, like)
+                state = self.restore(step, like, optimizer)
             except Gone:
                 raise
             except UserError as e:
@@ -297,3 +301,24 @@ class Checkpoints:
                 f"a checkpoint could not be saved in {self.directory}: {reason(e)}; {kept}; free some space or repair "
                 "the disk, then run the same command again"
             ) from e
+
+
+def _restore_without_optimizer(folder: Path, like: Any) -> Any:
+    """What was saved in `folder`, but for the optimizer's state; NumPy arrays where `like` gives no sharding."""
+
+    def replaced(tree: Any, opt_state: Any) -> Any:
+        state = tree["state"]  # a TrainState, or a dict of its fields
+        replace = getattr(state, "replace", lambda **new: {**state, **new})
+        return {**tree, "state": replace(opt_state=opt_state)}
+
+    def how(x: Any) -> Any:
+        if x is ocp.PLACEHOLDER or x.sharding is None:
+            return ocp.RestoreArgs(restore_type=np.ndarray)
+        return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
+
+    own = like["state"]
+    opt_state = own["opt_state"] if isinstance(own, dict) else own.opt_state
+    wanted = replaced(like, jax.tree.map(lambda _: ocp.PLACEHOLDER, opt_state))
+    arguments = ocp.args.PyTreeRestore(wanted, restore_args=jax.tree.map(how, wanted))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return replaced(reader.restore(folder, args=arguments), None)

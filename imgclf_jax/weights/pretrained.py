@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from imgclf_jax.core import places, processes, sharding, tree
+from imgclf_jax.core import places, processes, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -110,7 +110,7 @@ def _read_workdir(path: Path, programs: Programs) -> Named:
         raise UserError(f"init_from={str(path)!r}: the run in it has no checkpoint yet")
     best = checkpoints.best_step()
     step = steps[-1] if best is None else best
-    state = checkpoints.restore_any(step, sharding.replicated(programs.mesh))["state"]
+    state = checkpoints.restore_any(step)["state"]
     # As in evaluation: the averages (params, model_state), if the run has any.
     params, model_state = state.get("ema") or (state["params"], state.get("model_state"))
     variables = jax.device_get({"params": params, **(model_state or {})})

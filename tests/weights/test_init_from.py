@@ -15,7 +15,7 @@ from test_pretrained import programs
 from torch_fixtures import draw
 
 import launch
-from imgclf_jax.core import sharding, tree
+from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data.sources import fake
 from imgclf_jax.programs import Programs
@@ -48,7 +48,7 @@ def run(workdir: Path, *argv: str) -> int:
 def saved(workdir: Path, step: int, best: str = "") -> dict:
     """The variables of a checkpoint."""
     checkpoints = Checkpoints(workdir / "checkpoints", best=best, read_only=True)
-    state = checkpoints.restore_any(step, sharding.replicated(sharding.make_mesh()))["state"]
+    state = checkpoints.restore_any(step)["state"]
     return {"params": state["params"], **(state.get("model_state") or {})}
 
 
