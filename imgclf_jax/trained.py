@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from imgclf_jax.core import named_warnings, processes, sharding, tree
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.data import decode
 from imgclf_jax.inference import Outputs
 from imgclf_jax.programs import Programs
@@ -80,7 +80,14 @@ class Trained(NamedTuple):
         elif isinstance(image, np.ndarray) and image.ndim == 2:
             image = image[..., None]
         wanted = self.programs.recipe.data.image_shape
-        out = self.programs.host_ops(image, self.config.seed, place)
+        try:
+            out = self.programs.host_ops(image, self.config.seed, place)
+        except UserError:
+            raise
+        except Exception as e:  # of the user's own ops, or of Pillow
+            raise UserError(
+                f"preprocess={self.programs.preprocess_eval!r} fails: {type(e).__name__}: {reason(e)}"
+            ) from e
         if out.shape != wanted:
             raise UserError(f"preprocess gives {out.shape}, not {wanted}")
         return out
@@ -123,7 +130,8 @@ class Trained(NamedTuple):
         """What the model computes of each image, in their order, or the error of one that cannot be used.
 
         Threads decode ahead of the device, and only a few batches are held, so that images may be endless. In several
-        processes each decodes the images that its devices get; all of them give all results.
+        processes each decodes the images that its devices get; all of them give all results. An error of `images`
+        itself, or of the device, is raised after the results of all images before it.
         """
         program, mesh, data = getattr(self.programs, what), self.programs.mesh, self.programs.recipe.data
         size = sharding.round_up(min(self.config.batch_size, _BATCH), mesh)
@@ -153,9 +161,8 @@ class Trained(NamedTuple):
                 value = values[..., row, :]
                 if row in errors:
                     yield UserError(errors[row])
-                elif np.isnan(value).any():
-                    yield UserError(f"{_name(image, row)}: the model gives NaN for this image; its weights may hold "
-                                    "NaN, so try another --checkpoint")  # fmt: skip
+                elif wrong := not_finite(value, what):
+                    yield UserError(f"{_name(image, row)}: {wrong}, so try another --checkpoint")
                 else:
                     yield value
 
@@ -164,7 +171,15 @@ class Trained(NamedTuple):
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
             ahead: deque[tuple[tuple[Picture, ...], list[Any]]] = deque()
             pending: tuple[Any, ...] | None = None
-            start, batches = 0, itertools.batched(images, size)
+            failure: list[Exception] = []
+
+            def given() -> Iterator[Picture]:
+                try:
+                    yield from images
+                except Exception as e:  # as of a folder that cannot be read; `batched` would drop what came before it
+                    failure.append(e)
+
+            start, batches = 0, itertools.batched(given(), size)
             while True:
                 while len(ahead) < _AHEAD and (some := next(batches, ())):
                     ahead.append((some, begin(pool, start, some)))
@@ -172,12 +187,20 @@ class Trained(NamedTuple):
                 if not ahead:
                     break
                 some, tasks = ahead.popleft()
-                computed = (some, *compute(some, tasks))
+                computed: tuple[Any, ...] | None = None
+                try:
+                    computed = (some, *compute(some, tasks))
+                except Exception as e:
+                    failure.insert(0, e)
                 if pending:
                     yield from results(*pending)  # while the device computes the next batch
                 pending = computed
+                if not computed:
+                    break
             if pending:
                 yield from results(*pending)
+            if failure:
+                raise failure[0]
 
     def _prepare_some(self, images: Iterable[tuple[int, Picture]]) -> list[np.ndarray | UserError]:
         out: list[np.ndarray | UserError] = []
@@ -189,6 +212,13 @@ class Trained(NamedTuple):
             except UserError as e:
                 out.append(UserError(f"{name}: {e}"))
         return out
+
+
+def not_finite(values: np.ndarray, what: Outputs) -> str:
+    """What is wrong with an image's outputs, "" if nothing is. Logits alone may be infinite, of classes ruled out."""
+    kinds = {"NaN": np.isnan(values).any(), "infinite values": what != "logits" and np.isinf(values).any()}
+    given = " and ".join(kind for kind, there in kinds.items() if there)
+    return f"the model gives {given} for this image; its weights may hold NaN" if given else ""
 
 
 def _name(image: Picture, place: int) -> str:

@@ -10,8 +10,10 @@ from PIL import Image
 
 import imgclf_jax
 import launch
+from imgclf_jax.commands import inputs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
+from imgclf_jax.trained import not_finite
 
 FLAGS = ["--config.total=30 steps", "--config.model=mlp(widths=(16, 8))", "--config.schedule=constant(1e-2)",
          "--config.eval_every="]  # fmt: skip
@@ -105,6 +107,44 @@ def test_a_stream_may_be_endless_and_keeps_its_order(model, pixels):
     expected = model.logits(pixels)
     np.testing.assert_array_equal(first, np.concatenate([expected] * 3))
     assert len(taken) <= 3 * COUNT + 6 * 128
+
+
+def test_an_error_of_the_images_or_the_device_comes_after_what_was_before_it(model, pixels):
+    expected = model.logits(pixels)
+
+    def images():
+        yield from pixels
+        raise UserError("the folder cannot be read")
+
+    class Programs:
+        """Those of the model, until the device fails."""
+
+        calls = 0
+
+        def __getattr__(self, name):
+            return getattr(model.programs, name)
+
+        def logits(self, *arguments):
+            self.calls += 1
+            if self.calls == 2:
+                raise RuntimeError("out of memory")
+            return model.programs.logits(*arguments)
+
+    broken = model._replace(programs=Programs())
+    for stream, count, kind in [(model.stream("logits", images()), COUNT, UserError),
+                                (broken.stream("logits", pixels), 64, RuntimeError)]:  # fmt: skip
+        errors: list[Exception] = []
+        rows = list(inputs.until_error(stream, errors))
+        assert [type(error) for error in errors] == [kind]
+        np.testing.assert_array_equal(np.stack(rows), expected[:count])
+
+
+def test_outputs_that_are_not_finite():
+    nan, infinite = np.array([1.0, np.nan]), np.array([1.0, -np.inf])
+    assert "gives NaN for this image" in not_finite(nan, "logits")
+    assert "gives infinite values for this image" in not_finite(infinite, "features")
+    assert "gives NaN and infinite values" in not_finite(np.concatenate([nan, infinite]), "predict")
+    assert not_finite(infinite, "logits") == not_finite(np.ones(3), "predict") == ""
 
 
 @pytest.mark.thorough

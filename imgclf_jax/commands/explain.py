@@ -45,6 +45,7 @@ def main(
     folder = Path(output or "explained")
     folder.mkdir(parents=True, exist_ok=True)
     counts = {"all": 0, "failed": 0}
+    errors: list[Exception] = []  # what ended the images before their end
 
     def records() -> Iterator[Record]:
         taken: set[Path] = set()
@@ -64,14 +65,16 @@ def main(
                    "greatest": float(values.max()), "picture": str(target)}  # fmt: skip
 
     if format == "json":
-        print(json.dumps(list(records()), indent=2))
+        print(json.dumps(list(inputs.until_error(records(), errors)), indent=2))
     else:
         rows = ([r["file"], r["class"], f"{r['probability']:.4f}", r["method"], f"{r['greatest']:.3g}", r["picture"]]
-                for r in records())  # fmt: skip
+                for r in inputs.until_error(records(), errors))  # fmt: skip
         columns = ["file", "class", "probability", "method", "greatest value", "picture"]
         terminal.print_long_table(columns, rows, _FIRST_ROWS)
     if counts["failed"]:
         print(f"error: {counts['failed']} of {counts['all']} images could not be explained", file=sys.stderr)
+    if errors:
+        raise errors[0]
     return 1 if counts["failed"] else 0
 
 

@@ -45,15 +45,20 @@ def main(
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = {} if restored and paths else sources.open_data(config)
     model = restored or convert(config, base, whole=False)
+    errors: list[Exception] = []  # what ended the images before their end
     with embeddings.writing(file, model.class_names) as add:
         if paths:
             report_host_ops(model.programs)
-            written, failed = _add_files(model, paths, images, add)
+            written, failed = _add_files(model, paths, inputs.until_error(images, errors), add)
+            if errors and not written:
+                raise errors[0]
         else:
             written, failed = _add_sets(model, workdir, base, split, add), 0
     print(f"{file}: features of {written} images")
     if failed:
         print(f"error: {failed} of {written + failed} images are left out", file=sys.stderr)
+    if errors:
+        raise errors[0]
     return 1 if failed else 0
 
 

@@ -56,6 +56,14 @@ def computed(model: Trained, what: Outputs, images: Iterable[Input]) -> Iterator
     return ((waiting.popleft(), result) for result in model.stream(what, paths()))
 
 
+def until_error[T](items: Iterable[T], errors: list[Exception]) -> Iterator[T]:
+    """The items; an error ends them and is put into `errors`, so that what came before can be written first."""
+    try:
+        yield from items
+    except Exception as e:
+        errors.append(e)
+
+
 def _check(command: str, word: str) -> None:
     path = Path(word)
     if path.is_dir():

@@ -46,6 +46,7 @@ def main(
     top_k = min(top_k, len(model.class_names))
     counts = {"all": 0, "failed": 0}
     skipped: dict[str, str] = {}
+    errors: list[Exception] = []  # what ended the images before their end, as a folder that cannot be read
 
     def records() -> Iterator[Record]:
         for (file, found), result in terminal.count(inputs.computed(model, "predict", images), "images"):
@@ -63,9 +64,9 @@ def main(
             yield {"file": utf8(file), "error": str(result)}
 
     if processes.index():
-        deque(records(), maxlen=0)
+        deque(inputs.until_error(records(), errors), maxlen=0)
     else:
-        PRINT[format](records(), top_k)
+        PRINT[format](inputs.until_error(records(), errors), top_k)
         if skipped:
             listed = image_check.write_list("predict", skipped)
             log.warning("unreadable files left out: %d; all are listed in %s", len(skipped), listed or "no file, since "
@@ -74,6 +75,8 @@ def main(
             others = "; the others are above" if counts["failed"] < counts["all"] else ""
             print(f"error: {counts['failed']} of {counts['all']} images could not be classified{others}",
                   file=sys.stderr)  # fmt: skip
+    if errors:
+        raise errors[0]
     return 1 if counts["failed"] else 0
 
 

@@ -15,7 +15,7 @@ from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode_cost
 from imgclf_jax.data.decode_cost import Costly
-from imgclf_jax.trained import Trained
+from imgclf_jax.trained import Trained, not_finite
 
 _AT_ONCE = 2  # batches; one of them is decoded, and one is on the device
 _BYTES_A_THREAD = 100_000  # of files, a few milliseconds' work, that one thread decodes at least
@@ -135,8 +135,9 @@ class Batcher:
             self._seen(len(whole))
         rows = iter(self._compute(whole) if whole else ())
         out = [image if isinstance(image, Exception) else next(rows) for image in prepared]
-        nan = UserError("the model gives NaN for this image; its weights may hold NaN, so serve another --checkpoint")
-        return [nan if isinstance(row, np.ndarray) and np.isnan(row).any() else row for row in out]
+        wrong = [not_finite(row, "predict") if isinstance(row, np.ndarray) else "" for row in out]
+        return [UserError(f"{why}, so serve another --checkpoint") if why else row
+                for why, row in zip(wrong, out, strict=True)]  # fmt: skip
 
     def _prepare_all(self, images: list[Image]) -> list[np.ndarray | Exception]:
         """Each image as the model takes it, or why it does not decode."""

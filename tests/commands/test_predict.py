@@ -1,7 +1,9 @@
 """`launch.py predict`: what a trained model says of image files is what evaluation says of the same images."""
 
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -12,7 +14,7 @@ from PIL import Image
 from tolerance import rounding
 
 import launch
-from imgclf_jax.data import sources
+from imgclf_jax.data import decode, sources
 from imgclf_jax.data.decode import resize
 from imgclf_jax.loading import restore
 from imgclf_jax.models import classifier
@@ -154,6 +156,49 @@ def test_a_broken_model(digits, pngs, predict, monkeypatch):
     assert status == 1
     assert all("the model gives NaN for this image" in record["error"] for record in json.loads(out))
     assert err.splitlines()[-1] == "error: 2 of 2 images could not be classified"
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "json"])
+def test_what_fails_of_one_image_costs_no_other_its_row(digits, pngs, predict, monkeypatch, tmp_path, form):
+    """Pixels without end, a host op that breaks, outputs that overflow: a sentence each, and a row for all others."""
+    good, bright = np.asarray(Image.open(pngs / "000.png")), np.full((8, 8), 255, np.uint8)
+    Image.fromarray(good).save(tmp_path / "a.png")
+    Image.new("1", (1_100_000, 1)).save(tmp_path / "b.png")
+    Image.fromarray(bright[:3]).save(tmp_path / "c.png")
+    Image.fromarray(bright).save(tmp_path / "d.png")
+    Image.fromarray(good).save(tmp_path / "e.png")
+
+    def breaking(image, height):
+        if len(image) == 3:
+            raise OverflowError("signed integer is greater than maximum")
+        return resize(image, height)
+
+    def overflowing(self, variables, x, train):
+        return jnp.where(x.min((1, 2, 3)) == 1, jnp.inf, 0.0)[:, None] * jnp.ones(10)
+
+    monkeypatch.setitem(decode.HOST_OPS, "resize", breaking)
+    monkeypatch.setattr(classifier.Classifier, "apply", overflowing)
+    status, out, err = predict(digits, tmp_path, f"--format={form}")
+    assert status == 1
+    for name, ok in {"a": True, "b": False, "c": False, "d": False, "e": True}.items():
+        assert (f"{tmp_path}/{name}.png" in out) == (ok or form != "table")
+        assert (f"error: {tmp_path}/{name}.png: " in err) == (not ok)
+    assert "b.png: the image has 1 by 1,100,000 pixels, and a side at most 1,048,576; crop it" in err
+    assert "c.png: preprocess='decode(1)|resize(28)' fails: OverflowError: signed integer is greater" in err
+    assert "d.png: the model gives NaN for this image" in err
+    assert err.splitlines()[-1] == "error: 3 of 5 images could not be classified; the others are above"
+
+
+@pytest.mark.parametrize("form", ["table", "json"])
+def test_rows_before_names_that_cannot_be_read(digits, pngs, predict, monkeypatch, form):
+    """Standard input that turns into bytes of another kind: what was named before is classified."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{pngs / '000.png'}\n{pngs / '001.png'}\n\0"))
+    status, out, err = predict(digits, "-", f"--format={form}")
+    assert status == 1
+    assert "000.png" in out
+    assert "001.png" in out
+    assert form != "json" or len(classes(out)) == 2
+    assert err.splitlines()[-1].startswith("error: predict: - reads names of files from standard input")
 
 
 def test_tables_and_top_k(digits, pngs, predict):
