@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import launch
+from imgclf_jax.commands import table
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,6 +49,62 @@ def test_the_second_run_compiles_nothing(tmp_path):
     assert second["cache_hits"] > 0
     digests = [json.loads((tmp_path / name / "result.json").read_text())["params_sha256"] for name in ("a", "b")]
     assert digests[0] == digests[1]
+
+
+FIRST_IMPORT = """
+import json, os, sys
+import launch
+
+class Reached(BaseException):
+    pass
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "jax":
+            raise Reached
+
+sys.meta_path.insert(0, Finder())
+found = {}
+for words in json.load(sys.stdin):
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    try:
+        launch.main(words)
+    except Reached:
+        found[words[0]] = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+print(json.dumps(found))
+"""
+
+
+def test_the_compilation_cache_is_on_before_any_command_imports_jax(tmp_path):
+    """JAX reads where it is when it is imported, be it by a command or by what reads its work directory."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "config.py").write_text("import jax\n")
+    commands = [name for name in table.COMMANDS if name not in ("config", "sweep")]
+    files = {"compare": ["a"], "reproduce": [str(tmp_path / "run")]}
+    chips = {"dryrun": ["--chips=cpu:1"]}
+    calls = [[name, *files.get(name, []), *chips.get(name, []), *([] if name in files else
+              [f"--workdir={tmp_path / 'run'}"])] for name in commands]  # fmt: skip
+    calls.append(["config", f"--config={tmp_path / 'config.py'}"])
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", FIRST_IMPORT], cwd=ROOT, env=environment, input=json.dumps(calls),
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() == {*commands, "config"}
+    assert {name for name, folder in found.items() if not folder.startswith(str(tmp_path))} == set()
+
+
+@pytest.mark.thorough
+def test_a_second_evaluation_finds_what_the_first_compiled(tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        environment.pop(name, None)
+    run(str(tmp_path), tmp_path / "run")
+    command = [sys.executable, "launch.py", "evaluate", f"--workdir={tmp_path / 'run'}", "--top_k=1",
+               f"--predictions={tmp_path / 'a.csv'}"]  # fmt: skip
+    for word in ("cache miss", "cache hit"):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        assert re.search(rf"(?i){word} for '?jit_eval", done.stderr), done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
