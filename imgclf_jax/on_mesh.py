@@ -43,6 +43,12 @@ class OnMesh:
         """The platform of the mesh, which all programs are traced for."""
         return platform.of(self.mesh)
 
+    @property
+    def compiler_options(self) -> dict[str, bool] | None:
+        """Options of every program: deterministic kernels on GPU, even where XLA_FLAGS was read long before."""
+        wanted = self.recipe.config.deterministic and self.platform == "gpu"
+        return {"xla_gpu_deterministic_ops": True} if wanted else None
+
     def slow_in_loops(self, jaxpr: Any) -> bool:
         """Whether the platform of the mesh runs this program slower inside of a loop."""
         return platform.slow_in_loops(jaxpr, self.platform)
@@ -108,7 +114,7 @@ class OnMesh:
     @once
     def _jitted_init(self) -> Any:
         shardings = jax.tree.map(lambda x: x.sharding, self.shape)
-        return jax.jit(self._init, out_shardings=shardings)
+        return jax.jit(self._init, out_shardings=shardings, compiler_options=self.compiler_options)
 
     @once
     def traced_init(self) -> Any:

@@ -150,7 +150,7 @@ class Programs(OnMesh):
 
         steps = jax.ShapeDtypeStruct((), "int32", sharding=whole)
         with self.tracing():
-            jitted = jax.jit(train, out_shardings=lies, donate_argnums=0)
+            jitted = jax.jit(train, out_shardings=lies, donate_argnums=0, compiler_options=self.compiler_options)
             return jitted.trace(self.shape["state"], self.shape["sums"], self.chunk_shape(self.steps_per_call), steps)
 
     @once
@@ -203,7 +203,8 @@ class Programs(OnMesh):
         chunk = placement.eval_chunk_shape(recipe.data.image_shape, self.eval_batch_size, size, self.mesh)
         state, steps = self.shape["state"], jax.ShapeDtypeStruct((), "int32", sharding=whole)
         with self.tracing():
-            return jax.jit(eval, out_shardings=whole).trace(state.params, state.model_state, chunk, steps)
+            jitted = jax.jit(eval, out_shardings=whole, compiler_options=self.compiler_options)
+            return jitted.trace(state.params, state.model_state, chunk, steps)
 
     @once
     def eval(self) -> Any:
@@ -249,7 +250,7 @@ class Programs(OnMesh):
         state = self.shape["state"]
         lies = jax.tree.map(lambda x: x.sharding, (state.params, state.model_state))
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
-        return jax.jit(infer, in_shardings=(*lies, split), out_shardings=whole)
+        return jax.jit(infer, in_shardings=(*lies, split), out_shardings=whole, compiler_options=self.compiler_options)
 
     @once
     def host_ops(self) -> decode.HostOps:

@@ -25,14 +25,21 @@ from imgclf_jax.core import processes, sharding, tree
 from imgclf_jax.optim import partition
 process, port = int(sys.argv[1]), sys.argv[2]
 processes.start(f"localhost:{port}", 2, process, heartbeat=10)
-mesh = Mesh(np.array(jax.devices())[[2, 1, 0, 3]], ("data",))  # not in the order of the processes
-rows = sharding.rows_here(8, mesh)
-whole = np.arange(16, dtype=np.int32).reshape(1, 8, 2)
-put = sharding.put_batch({"x": whole[:, rows]}, mesh, axis=1)["x"]
-same = all(np.array_equal(shard.data, whole[shard.index]) for shard in put.addressable_shards)
+whole, devices = np.arange(16, dtype=np.int32).reshape(1, 8, 2), np.array(jax.devices())
+
+def placed(mesh):
+    rows = sharding.rows_here(8, mesh)
+    return rows, sharding.put_batch({"x": whole[:, rows]}, mesh, axis=1)["x"]
+
+other, crossed = placed(Mesh(devices[[[0, 2], [1, 3]]], ("data", "fsdp")))
+mesh = Mesh(devices[[2, 1, 0, 3]], ("data",))  # not in the order of the processes
+rows, put = placed(mesh)
+same = all(np.array_equal(shard.data, whole[shard.index])
+           for shard in (*put.addressable_shards, *crossed.addressable_shards))
 copied = sharding.put_whole({"x": whole}, mesh)["x"]
 print(json.dumps({
-    "rows": rows.tolist(), "same": same, "fetched": bool((sharding.fetch(put) == whole).all()),
+    "rows": rows.tolist(), "other": other.tolist(), "same": same,
+    "fetched": bool((sharding.fetch(put) == whole).all() and (sharding.fetch(crossed) == whole).all()),
     "copied": bool((np.asarray(copied) == whole).all()) and copied.is_fully_replicated,
     "digest": tree.sha256({"x": put}) == tree.sha256({"x": whole}),
     "hosts": processes.count(),
@@ -46,6 +53,7 @@ def test_each_process_gets_the_rows_of_its_devices(tmp_path):
     started = start_two(ARRAYS)
     found = [json.loads(process.communicate(timeout=120)[0]) for process in started]
     assert [f.pop("rows") for f in found] == [[2, 3, 4, 5], [0, 1, 6, 7]]
+    assert [f.pop("other") for f in found] == [[0, 1, 4, 5], [2, 3, 6, 7]]
     assert found == [{"same": True, "fetched": True, "copied": True, "digest": True, "hosts": 2}] * 2
 
 

@@ -72,6 +72,34 @@ def test_matmul_precision_have_the_bits_that_the_config_says(asked, attribute, f
     assert "HIGH" not in here.traced_train.lower().as_text()
 
 
+@pytest.mark.parametrize(("kind", "asked"), [("gpu", True), ("gpu", False), ("tpu", True)])
+def test_gpus_are_asked_for_deterministic_kernels(kind, asked, fake_config):
+    """By the program and not only by XLA_FLAGS, which who imports this package may have set too late."""
+    fake_config.deterministic = asked
+    programs = Programs(Recipe(fake_config, DATA), described_mesh(*ELSEWHERE[kind]))
+    expected = {"xla_gpu_deterministic_ops": True} if asked and kind == "gpu" else None
+    assert programs.compiler_options == expected
+
+
+def test_the_options_reach_the_compiler_of_every_program(fake_config, monkeypatch):
+    """XLA knows this one on CPU too, and refuses others."""
+    fake_config.model = "mlp(widths=(2,))"
+
+    def compiled(options):
+        monkeypatch.setattr(Programs, "compiler_options", options)
+        programs = Programs(Recipe(fake_config, DATA), sharding.make_mesh(jax.devices()[:1]))
+        state = programs.shape["state"]
+        images = jax.ShapeDtypeStruct((8, *DATA.image_shape), "uint8")
+        yield from (lambda: programs.train, lambda: programs.eval, lambda: programs.traced_init.lower().compile())
+        yield lambda: programs.predict.lower(state.params, state.model_state, images).compile()
+
+    for compile in compiled({"xla_gpu_deterministic_ops": True}):
+        compile()
+    for compile in compiled({"xla_gpu_deterministic": True}):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_deterministic"):
+            compile()
+
+
 def test_unknown_bits_are_refused(fake_config):
     fake_config.matmul_precision = "float16"
     with pytest.raises(UserError, match=r"unknown matmul_precision 'float16'.*tensorfloat32"):

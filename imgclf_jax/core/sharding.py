@@ -5,6 +5,7 @@ over the axis `fsdp`, see `optim/partition.py`, and for the states of other seed
 """
 
 import contextlib
+import logging
 import math
 import re
 from collections.abc import Callable
@@ -12,10 +13,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError, reason, unknown
+
+log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "seeds")
 
@@ -43,7 +46,24 @@ def make_mesh(devices: list[jax.Device] | None = None, text: str = "data=-1") ->
     shape = [len(devices) // fixed if size < 0 else size for size in sizes.values()]
     if len({"seeds", "fsdp"} & sizes.keys()) == 2:
         raise UserError(f"mesh={text!r}: seeds and fsdp do not go together: a seed's state is whole on its devices")
-    return Mesh(np.array(devices).reshape(shape), tuple(sizes))
+    return Mesh(_arranged(devices, shape), tuple(sizes))
+
+
+def _arranged(devices: list[jax.Device], shape: list[int]) -> np.ndarray:
+    """The devices in the order that suits their network, as `jax.make_mesh` has it: a ring, or the axes of a torus.
+
+    The first axis is split over several TPU slices, or hosts with GPUs, if it can be. A part of a pod for which JAX
+    knows no order stays in that of `devices`.
+    """
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    try:
+        if slices > 1:
+            inside, across = [shape[0] // slices, *shape[1:]], [slices, *[1] * (len(shape) - 1)]
+            return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError) as e:
+        log.info("the devices are in their own order, since JAX has no other for a mesh of %s: %s", shape, reason(e))
+        return np.array(devices).reshape(shape)
 
 
 def make_inference_mesh(text: str) -> Mesh:
