@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,42 @@ from imgclf_jax.core import spec, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.optim.rules import Rules
 
-# These take no schedule, or need more than the gradient at each update.
-_UNFIT = ("lbfgs", "optimistic_adam", "rprop", "sm3")
+# What of optax cannot run here, and why. `own` is another optimizer's name, which may do instead.
+_NO_SCHEDULE = "it takes no schedule of the learning rate"
+_NEEDS_LOSS = "it needs the value of the loss at each update, which the train step does not give to optimizers"
+_BY_EXAMPLE = "it needs the gradient of each example, and the train step computes that of their mean"
+_SCHEDULE_FREE = ("it trains the parameters y, while those to evaluate, x, are in its state, where neither evaluation "
+                  "nor prediction looks; ema=0.999 averages weights here")  # fmt: skip
+_SAM = ("its steps alternate between the weights and perturbed ones, and evaluation or the end of the run may fall on "
+        "the perturbed ones")  # fmt: skip
+_LOOKAHEAD = "it wants two sets of parameters; end the optimizer's spec with |lookahead(k, alpha) instead"
+UNFIT = {
+    "differentially_private_aggregate": _BY_EXAMPLE,
+    "dpsgd": _BY_EXAMPLE,
+    "lbfgs": "its line search computes the loss several times an update, for which the train step gives it no function",
+    "lookahead": _LOOKAHEAD,
+    "mechanize": "it takes an optimizer and not the learning rate; a function of your own can put both together",
+    "momo": _NEEDS_LOSS,
+    "momo_adam": _NEEDS_LOSS,
+    "optimistic_adam": _NO_SCHEDULE + "; optimistic_adam_v2 does",
+    "polyak_sgd": _NEEDS_LOSS,
+    "reduce_on_plateau": _NEEDS_LOSS,
+    "rprop": _NO_SCHEDULE,
+    "sam": _SAM,
+    "schedule_free": _SCHEDULE_FREE,
+    "schedule_free_adamw": _SCHEDULE_FREE,
+    "schedule_free_sgd": _SCHEDULE_FREE,
+    "sm3": _NO_SCHEDULE,
+    "sophia": "it needs the loss as a function for its Hessian, which the train step does not give to optimizers",
+}
+
+# What it is known by inside of other transformations: its state. (Of those that fail without a value, see `_checked`.)
+_UNFIT_STATES = {
+    optax.LookaheadState: _LOOKAHEAD,
+    optax.contrib.DifferentiallyPrivateAggregateState: _BY_EXAMPLE,
+    optax.contrib.SAMState: _SAM,
+    optax.contrib.ScheduleFreeState: _SCHEDULE_FREE,
+}
 
 # The optimizers of optax.contrib that need the gradient only.
 _CONTRIB = ("acprop", "ademamix", "adopt", "cocob", "dadapt_adamw", "dog", "dowg", "madgrad", "prodigy",
@@ -65,7 +100,7 @@ def _optimizers() -> dict[str, object]:
         function = getattr(optax, name)
         if not callable(function) or isinstance(function, type):
             continue
-        if spec.takes(function, "learning_rate") and name not in _UNFIT and not name.startswith(("_", "scale_by_")):
+        if spec.takes(function, "learning_rate") and name not in UNFIT and not name.startswith(("_", "scale_by_")):
             out[name] = function
     out["noisy_sgd"] = _noisy_sgd
     out["muon"] = functools.partial(optax.contrib.muon, muon_weight_dimension_numbers=_matrices)
@@ -94,6 +129,9 @@ def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _NO_R
         raise UserError(f"optimizer={text!r}: expected exactly one optimizer; before it may stand "
                         f"{', '.join(TRANSFORMS)}, after it lookahead")  # fmt: skip
     *before, last = calls
+    module, _, name = last.name.rpartition(":")
+    if name in UNFIT and (not module or module.split(".")[0] == "optax"):
+        raise UserError(f"optimizer={text!r}: {name} cannot be used, since {UNFIT[name]}")
     makers: list[Any] = [(spec.bind(call, TRANSFORMS, "transform before the optimizer"), ()) for call in before]
     makers.append((spec.bind(last, _optimizers(), "optimizer", given=("learning_rate",)), (schedule,)))
     if last.args and ":" not in last.name:  # adam(1e-3) would set b1, not the learning rate
@@ -110,13 +148,43 @@ def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _NO_R
                             "as adamw(weight_decay=1e-2), or add_decayed_weights(5e-4)|sgd(momentum=0.9)")  # fmt: skip
     parts = [optax.clip_by_global_norm(clip)] if clip else []
     parts += [_with_decay(make, args, rules) for make, args in makers]
+    if not isinstance(parts[-1], optax.GradientTransformation):
+        kind = "a function, such as a schedule is" if callable(parts[-1]) else f"a {type(parts[-1]).__name__}"
+        raise UserError(f"optimizer={text!r}: {last.name} gives {kind}, and not an optax.GradientTransformation; the "
+                        "learning rate has a key of its own, schedule")  # fmt: skip
     if rules.lr:
         parts.append(_scale_by_name(rules))
     optimizer = parts[0] if len(parts) == 1 else optax.chain(*parts)
     if rules.frozen:
         labels = functools.partial(tree.map_named, lambda name, _: "frozen" if name in rules.frozen else "trained")
         optimizer = optax.partition({"trained": optimizer, "frozen": _keep()}, labels)
-    return optax.GradientTransformationExtraArgs(optimizer.init, promoting(optimizer.update))
+    return _checked(text, optimizer)
+
+
+def _checked(text: str, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer, under standard dtype promotion, with a UserError for what cannot run right, however wrapped."""
+
+    def init(params: Any) -> Any:
+        state = optimizer.init(params)
+        for part in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, tuple(_UNFIT_STATES))):
+            if reason := _UNFIT_STATES.get(type(part)):
+                raise UserError(f"optimizer={text!r}: a transformation with the state {type(part).__name__} cannot be "
+                                f"used, since {reason}")  # fmt: skip
+        return state
+
+    @promoting
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        try:
+            return optimizer.update(updates, state, params, **extra)
+        except (TypeError, ValueError) as e:
+            # optax's own words, of Python's and of its Hutchinson estimator's.
+            wanted = re.search(r"missing \d+ required keyword-only arguments?: (.+)|(obj_fn) must be provided", str(e))
+            if not wanted:
+                raise
+            raise UserError(f"optimizer={text!r}: a transformation needs {wanted[1] or wanted[2]} at each update, "
+                            "which the train step does not give to optimizers")  from e  # fmt: skip
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _bound(make: functools.partial[Any], args: tuple[Any, ...]) -> tuple[inspect.BoundArguments, dict[str, float]]:

@@ -97,7 +97,13 @@ def build(text: str, steps: Steps, total: int) -> optax.Schedule:
 
     `steps` turns a duration into whole steps. It raises UserError for text that is no duration.
     """
-    return spec.bind(spec.parse_one(text), SCHEDULES, "schedule", given=("steps", "total"))(steps, total)
+    schedule = spec.bind(spec.parse_one(text), SCHEDULES, "schedule", given=("steps", "total"))(steps, total)
+    if not callable(schedule):
+        kind = "an optimizer, which has a key of its own" if isinstance(schedule, optax.GradientTransformation) else (
+            f"a {type(schedule).__name__}")  # fmt: skip
+        raise UserError(f"schedule={text!r} gives {kind}; it must give a function from the step to the learning rate")
+    built: optax.Schedule = schedule
+    return built
 
 
 def check_name(text: str) -> None:
