@@ -64,6 +64,7 @@ def _run(argv: list[str]) -> int:
     if asks_help:
         print(table.overview(), end="")
         return 0
+    said = list(argv)
     config_path, argv = words.take_config(argv, Path(__file__).parent / "configs" / "digits.py")
     name = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     if name not in COMMANDS:
@@ -103,15 +104,17 @@ def _run(argv: list[str]) -> int:
     configs.validate(config)
     if name == "sweep":
         return _sweep(config_path, config, workdir, [word for word in rest if word != "--"], given)
-    return _dispatch(name, config, None if without_run else workdir, given, files)
+    return _dispatch(name, config, None if without_run else workdir, given, files, said)
 
 
 def _module(command: str) -> Any:
     return importlib.import_module(f"imgclf_jax.commands.{command.replace('-', '_')}")
 
 
-def _dispatch(name: str, config: ConfigDict, workdir: Any, given: dict[str, Any], files: list[str]) -> int:
-    """Runs a command. `workdir` is the name of a work directory, a Record, or None."""
+def _dispatch(
+    name: str, config: ConfigDict, workdir: Any, given: dict[str, Any], files: list[str], said: list[str]
+) -> int:
+    """Runs a command. `workdir` is the name of a work directory, a Record, or None; `said` are all words."""
     command = COMMANDS[name]
     if name == "config":
         values_now = configs.flatten(config)
@@ -135,7 +138,7 @@ def _dispatch(name: str, config: ConfigDict, workdir: Any, given: dict[str, Any]
         alike = {"command": name, **keys, **{f"--{flag}": value for flag, value in given.items()}, "files": files}
         stack.enter_context(_joined(alike, *of_processes) if of_processes else together.alone())
         if "trust" in given and not given.pop("trust") and place:
-            stack.enter_context(place.without_code())
+            stack.enter_context(place.untrusted(said))
         takes_files = command.files and command.of != "record"
         status: int = _module(name).main(config, place, *([files] if takes_files else []), **given)
         return status

@@ -24,6 +24,8 @@ from imgclf_jax.core.split_folders import split_folders as split_folders
 
 log = logging.getLogger(__name__)
 
+_MOST_BYTES = 1 << 20  # of a config as JSON, in which the longest values are specs
+
 
 def default_config() -> ConfigDict:
     """All keys at their defaults, types locked, unknown keys refused."""
@@ -225,6 +227,8 @@ def from_json(text: str | bytes, where: str) -> ConfigDict:
 
     Keys that are newer than the file get their defaults, under which a run does what it did before there was the key.
     """
+    if len(text) > _MOST_BYTES:
+        raise UserError(f"{where} has {len(text):,} bytes, and a config at most {_MOST_BYTES:,}")
     try:
         config = ConfigDict(json.loads(text))
     except (ValueError, TypeError, AttributeError, RecursionError) as e:

@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 def load(workdir: str | os.PathLike[str], checkpoint: str = "", trust: bool = False) -> Trained:
     """The trained model of the run in a work directory; `checkpoint` is "best", "latest" or a step, see `restore`.
 
-    Nothing that the run names is imported, unless `trust` says so. Raises UserError if there is no run or no such
-    checkpoint, or if the run's config names code of its own.
+    Nothing that the run names is imported or fetched, unless `trust` says so. Raises UserError if there is no run or
+    no such checkpoint, or if the run's config names code of its own.
     """
     place = Workdir.named(os.fspath(workdir))
-    with contextlib.nullcontext() if trust else place.without_code():
+    with contextlib.nullcontext() if trust else place.untrusted([os.fspath(workdir)]):
         config = place.load_config()
         check_names(config)
         model = restore(config, place, checkpoint)

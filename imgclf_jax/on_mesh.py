@@ -6,6 +6,7 @@ serves as well.
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,15 +17,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from imgclf_jax import diagnose, step
-from imgclf_jax.core import fsdp, platform, sharding
+from imgclf_jax.core import fsdp, platform, sharding, spec
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.once import once
 from imgclf_jax.data.stream import Images
-from imgclf_jax.models import norms
+from imgclf_jax.models import classifier, norms
 from imgclf_jax.optim import partition
 from imgclf_jax.recipe import Recipe
 
 _PRODUCTS = ("float32", "tensorfloat32", "bfloat16")
+_MOST_BYTES_OF_A_BATCH = 2**32  # where the config is of unknown origin
 _FIRST_IMAGES = 5000  # that airbench94 whitens by
 
 
@@ -128,8 +130,11 @@ class OnMesh:
     @once
     def shape(self) -> dict[str, Any]:
         """`init`'s result as shapes with shardings, without computing it."""
-        with self.tracing():
+        with self.tracing(), classifier.bounded():
             shapes = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), "uint32"))
+        classifier.check_parameters(x.shape for x in jax.tree.leaves(shapes["state"].params))
+        images = self.recipe.config.batch_size * math.prod(self.recipe.data.image_shape)
+        spec.check_bound(images, _MOST_BYTES_OF_A_BATCH, "bytes of images in a batch")
         leading = int(self.recipe.num_seeds > 1)
         state = partition.of_state(shapes["state"], self._axes, self.mesh, self.recipe.config.shard, leading)
         lies = {"state": state, "sums": jax.tree.map(lambda _: sharding.replicated(self.mesh), shapes["sums"])}

@@ -84,7 +84,8 @@ class Recipe:
             variables = self.model.init(jax.random.key(0), images, train=False)  # any key: only shapes are kept
             found.update({k: v.shape for k, v in traverse_util.flatten_dict(variables["params"], sep="/").items()})
 
-        jax.eval_shape(init)
+        with classifier.bounded():
+            jax.eval_shape(init)
         return found
 
     @cached_property

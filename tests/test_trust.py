@@ -11,6 +11,11 @@ from cases import thorough
 from test_mistakes import FAKE, _process_as_it_was, has, mistake  # noqa: F401  fixtures
 
 import launch
+from imgclf_jax.core import places, spec
+from imgclf_jax.core.errors import Untrusted
+from imgclf_jax.models import classifier
+from imgclf_jax.run import bundle
+from imgclf_jax.run.record import Record
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -56,6 +61,111 @@ def test_a_run_that_names_a_program_of_tfds(mistake, trained, tmp_path):
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     sentence = mistake("evaluate", f"--workdir={tmp_path}/run", log=r"^\d\d:\d\d:\d\d")
     assert has(sentence, "names data set 'someone:digits'", "fetch a program and run it", "add --trust")
+
+
+_watched: list[str] | None = None
+
+
+def _watch(event, arguments):
+    if _watched is not None and event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
+        _watched.append(f"{event} {arguments}")
+        raise AssertionError(_watched[-1])
+
+
+@pytest.fixture
+def offline():
+    """Any attempt of Python to reach the network fails, and fails the test, whoever catches its error."""
+    global _watched
+    sys.addaudithook(_watch)  # which stays
+    _watched = []
+    yield
+    seen, _watched = _watched, None
+    assert seen == []
+
+
+def changed(run, target, changes):
+    """A copy of a run whose config has other values, by dotted keys."""
+    shutil.copytree(run, target)
+    config = json.loads((target / "config.json").read_text())
+    for key, value in changes.items():
+        *parents, leaf = key.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"init_from": "gs://evil/weights.pth"}, "'gs://evil/weights.pth', which is on the network"),
+    ({"init_from": "s3://evil/run"}, "'s3://evil/run', which is on the network"),
+    ({"data.source": "arrays('s3://evil/x.npz')"}, "'s3://evil/x.npz', which is on the network"),
+    ({"data.source": "folder('gs://evil/x')"}, "'gs://evil/x', which is on the network"),
+    ({"data.eval.test": "arrays('s3://evil/x.npz')/test"}, "'s3://evil/x.npz', which is on the network"),
+    ({"data.source": "tfds('mnist')", "data.data_dir": "gs://evil/x"}, "'gs://evil/x', which is on the network"),
+    ({"data.source": "tfds('mnist', data_dir='s3://evil/x')"}, "'s3://evil/x', which is on the network"),
+    ({"data.source": "tfds('mnist', data_dir='HERE')"}, "TFDS data set 'mnist', which is not prepared on this machine"),
+    ({"data.source": "tfds('mnist', data_dir='HERE', manual_dir='HERE')"}, "data set 'mnist', which is not prepared"),
+])  # fmt: skip
+@pytest.mark.parametrize("command", ["reproduce", "bundle", "evaluate", *thorough("show-batch", "probe", "report")])
+def test_a_run_that_names_a_place_on_the_network(mistake, trained, tmp_path, command, changes, named):
+    """Of a work directory or a bundle: nothing is looked up, and nothing is fetched."""
+    if command != "reproduce" and "init_from" in changes and command != "bundle":
+        pytest.skip("a trained model starts from its checkpoint")
+    here = {key: value.replace("HERE", str(tmp_path)) for key, value in changes.items()}
+    run = changed(trained, tmp_path / "run", here)
+    argv = [command, f"--workdir={run}"]
+    if command in ("reproduce", "bundle"):
+        argv = ["reproduce", f"--output={tmp_path}/again", run]
+    if command == "bundle":
+        Record.named(str(run)).pack(tmp_path / "b.zip")
+        argv[-1] = tmp_path / "b.zip"
+    sentence = mistake(*argv, log=r"^\d\d:\d\d:\d\d")
+    assert has(sentence, f"the run in {argv[-1] if 'zip' in str(argv[-1]) else run} names", named, "add --trust")
+
+
+def test_what_the_person_names_is_read():
+    """An address on the command line, and what lies below it; no other one that begins alike."""
+    words = [
+        "--config.data.source=arrays('s3://mine/a.npz')",
+        "--workdir=s3://mine/runs/",
+        "--x=\"tfds('mnist:3.0.1')\"",
+    ]
+    with spec.untrusted("the run", words):
+        for text in ("s3://mine/a.npz", "s3://mine/runs", "s3://mine/runs/1/checkpoints"):
+            assert str(places.place(text)) == text
+        for text in ("s3://mine", "s3://mine/a.npz2", "s3://mine/runs2/1", "s3://other/runs"):
+            with pytest.raises(Untrusted, match="which is on the network"):
+                places.place(text)
+        spec.check_download("mnist", "it")
+        with pytest.raises(Untrusted, match="the run names it; if you trust both"):
+            spec.check_download("cifar10", "it")
+    assert str(places.place("s3://other/runs")) == "s3://other/runs"
+
+
+@pytest.mark.parametrize(("model", "says"), [
+    ("mlp(widths=(1000000, 100000))", "parameters, and at most 1,073,741,824"),
+    ("resnet_cifar(depth=6000002)", "calls of modules in its model, and at most 40"),
+    ("mlp(widths=(1,))", "has 14,400,000,000 bytes of images in a batch, and at most 4,294,967,296"),
+    (f"mlp(widths={(1,) * 50_000})", "characters in one key, and at most 10,000"),
+])  # fmt: skip
+def test_a_bundle_of_a_model_that_is_too_large(mistake, trained, tmp_path, monkeypatch, model, says):
+    monkeypatch.setattr(classifier, "_MOST_CALLS", 40)
+    run = changed(trained, tmp_path / "run", {"model": model, "batch_size": 100_000_000})
+    Record.named(str(run)).pack(tmp_path / "b.zip")
+    for argv in (["reproduce", f"--output={tmp_path}/again", tmp_path / "b.zip"], ["evaluate", f"--workdir={run}"]):
+        sentence = mistake(*argv, log=r"^\d\d:\d\d:\d\d")
+        assert has(sentence, says, "if you trust it, add --trust")
+
+
+def test_a_bundle_of_too_many_lines(mistake, trained, tmp_path):
+    files = dict(Record.named(str(trained)).files)
+    files["metrics.jsonl"] += b"\n" * 120_000_000
+    bundle.write(tmp_path / "b.zip", files)
+    sentence = mistake("reproduce", tmp_path / "b.zip", log=r"^\d\d:\d\d:\d\d")
+    assert has(sentence, "lines in metrics.jsonl of", "and at most 1,000,000", "add --trust")
 
 
 def test_trusted(trained, tmp_path, monkeypatch, capsys):

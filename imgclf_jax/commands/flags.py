@@ -45,7 +45,7 @@ FLAGS: Mapping[str, Flag] = {
     "predictions": Flag("write those of each example, as .csv, .jsonl or .parquet by the name", "FILE"),
     "top_k": Flag("how many classes to show or write (default: 3)", "K", 3, least=1),
     "extend": Flag("go on with a run up to a larger --config.total, if its schedule allows it"),
-    "trust": Flag("let the run's config import the modules that it names"),
+    "trust": Flag("let the run's config import the modules and read over the network what it names"),
     "chips": Flag("v5e:4x4, v6e:8x8, v5p:4x4x4, h100:8, a100:8x8 (hosts x GPUs) or cpu:8", "KIND:SHAPE"),
     "shape": Flag("what the training images are, where the data are not here", "H,W,C"),
     "classes": Flag("how many classes there are, where the data are not here", "N", None, least=2),

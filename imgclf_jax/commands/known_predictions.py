@@ -121,7 +121,7 @@ def make(run: Record, trust: bool) -> dict[str, Known]:
     Its latest checkpoint is evaluated, which its result is of. Nothing that the run names is imported, unless `trust`.
     Raises UserError if it cannot be evaluated, and if its checkpoint or its data are not those of its result.
     """
-    with contextlib.nullcontext() if trust else run.workdir.without_code():
+    with contextlib.nullcontext() if trust else run.workdir.untrusted():
         check_names(run.config)
         model = restore(run.config, run.workdir, "latest")
         _check_checkpoint(run, model)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import cast
 from urllib.parse import unquote
 
+from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 
 _DRIVERS = {"gs": "gcsfs", "s3": "s3fs"}
@@ -21,7 +22,8 @@ _DRIVERS = {"gs": "gcsfs", "s3": "s3fs"}
 def place(text: str) -> Path:
     """The path that a text names: a file, `file:///…` (a path on this host), `gs://BUCKET/…` or `s3://BUCKET/…`.
 
-    Raises UserError for another kind of address, and for a bucket whose driver is not installed.
+    Raises UserError for another kind of address, for a bucket whose driver is not installed, and for one that a config
+    of unknown origin names (see `spec.untrusted`).
     """
     scheme, sign, rest = text.partition("://")
     if not sign or not scheme.isalnum():
@@ -31,6 +33,7 @@ def place(text: str) -> Path:
     if scheme not in _DRIVERS or not rest.strip("/"):
         raise UserError(f"{text!r} is no place for files; allowed: a path, file:///PATH, gs://BUCKET/PATH or "
                         "s3://BUCKET/PATH")  # fmt: skip
+    spec.check_network(text)
     if not importlib.util.find_spec(_DRIVERS[scheme]):
         raise UserError(f"{text!r}: {_DRIVERS[scheme]} is not installed, which reads and writes such buckets; install "
                         "it by `uv sync --extra buckets`")  # fmt: skip

@@ -45,6 +45,7 @@ def parse(text: str) -> list[Call]:
 
     Raises UserError for text outside the grammar and for an argument that is not a Python literal.
     """
+    check_bound(len(text), _MOST_CHARACTERS, "characters in one key")
     text = text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads its source
     return [_parse_call(part, text) for part in _split(text)] if text.strip() else []
 
@@ -119,27 +120,51 @@ def _literal(node: ast.expr, text: str) -> Any:
     )
 
 
-_refused_for = ""  # whose specs may not import; of the whole process, since threads build parts too
+_MOST_CHARACTERS = 10_000  # of a spec of unknown origin
+
+# Whose specs may not import, and the words of the command line; of the whole process, since threads build parts too.
+_refused_for = ""
+_said: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
-def no_imports(whose: str) -> Iterator[None]:
-    """While inside, a spec that names an import path is refused: a work directory that someone else made runs no code.
+def untrusted(whose: str, said: Sequence[str] = ()) -> Iterator[None]:
+    """While inside, specs and places are of unknown origin: they import nothing, and nothing is read over the network.
 
-    `whose` says in the error where the spec comes from.
+    `whose` says in the error where they come from. Places that the person names, in the words `said`, may be read.
     """
-    global _refused_for
-    before, _refused_for = _refused_for, whose
+    global _refused_for, _said
+    before, _refused_for, _said = (_refused_for, _said), whose, tuple(said)
     try:
         yield
     finally:
-        _refused_for = before
+        _refused_for, _said = before
 
 
 def check_trusted(what: str) -> None:
-    """Raises UserError inside of `no_imports`. `what` says what a spec names, and what that would run."""
+    """Raises UserError inside of `untrusted`. `what` says what a spec names, and what that would run."""
     if _refused_for:
         raise Untrusted(f"{_refused_for} names {what}; if you trust both, add --trust")
+
+
+def check_bound(number: int, most: int, what: str) -> None:
+    """Raises UserError inside of `untrusted` if `number` is above `most`. `what` says of what there are so many."""
+    if _refused_for and number > most:
+        raise Untrusted(f"{_refused_for} has {number:,} {what}, and at most {most:,} are taken from an unknown origin; "
+                        "if you trust it, add --trust")  # fmt: skip
+
+
+def check_network(text: str) -> None:
+    """Raises UserError inside of `untrusted` for an address on the network that is not in one the person names."""
+    named = [address.rstrip("/") for word in _said for address in re.findall(r"\w+://[^\s'\",)]+", word)]
+    if not any(text.rstrip("/") == address or text.startswith(f"{address}/") for address in named):
+        check_trusted(f"{text!r}, which is on the network")
+
+
+def check_download(name: str, what: str) -> None:
+    """Raises UserError inside of `untrusted` for what would be downloaded, unless the person names it in quotes."""
+    if not any(quoted in word for word in _said for quoted in (f"'{name}", f'"{name}')):
+        check_trusted(what)
 
 
 def lookup(call: Call, table: Table, kind: str) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from imgclf_jax.core import places, tensorflow_import
+from imgclf_jax.core import places, spec, tensorflow_import
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.run import cache
 from imgclf_jax.run.provenance import write_json
@@ -113,13 +113,14 @@ def prepare_tfds(name: str, data_dir: str, manual_dir: str) -> tuple[Any, dict[s
 
 def _builder(name: str, data_dir: str) -> Any:
     """TFDS's builder of a data set that holds an image and a label."""
+    places.place(data_dir)  # TFDS itself reads other addresses too
     tensorflow_import.tensorflow().result()
     import tensorflow_datasets as tfds
 
     try:
         builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError as e:
-        known = [n for n in tfds.list_builders() if ":" not in n]
+        known = tfds.list_builders(with_community_datasets=False)
         message = unknown("TFDS data set", name.partition(":")[0].partition("/")[0], known)
         raise UserError(message.split("allowed:")[0] + "see tensorflow.org/datasets/catalog") from e
     except (AssertionError, ValueError, ImportError) as e:
@@ -140,6 +141,9 @@ def _check_files(builder: Any, manual_dir: str) -> None:
     # {address: name in manual_dir}; empty for a data set that TFDS has recorded no files of
     files = {url: info.filename or url.rpartition("/")[2] for url, info in (builder.url_infos or {}).items()}
     missing = [url for url, name in files.items() if not (manual_dir and Path(manual_dir, name).exists())]
+    if missing or not files:
+        what = f"TFDS data set {builder.name!r}, which is not prepared on this machine and would be downloaded"
+        spec.check_download(builder.name, what)
     if len(builder.builder_configs) > 1 and len(missing) < len(files):
         return  # the files of all configs are recorded together, and which are of this one is not known
     proxied = any(os.environ.get(v) for v in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy"))

@@ -198,7 +198,7 @@ def tfds(name: str, data_dir: str = "", manual_dir: str = "") -> dict[str, Sourc
 
     `manual_dir` holds the original files, for machines without a network.
     """
-    if re.match(r"[\w-]+:(?!\d)", name):  # and not a version, as in imagenet2012:5.1.0
+    if re.search(r":(?!\d)", name):  # and not a version, as in imagenet2012:5.1.0
         spec.check_trusted(f"data set {name!r}, for which TFDS would fetch a program and run it")
     from imgclf_jax.data.prepare import open_tfds
 

@@ -14,7 +14,7 @@ from imgclf_jax.core import archive, places
 from imgclf_jax.core.errors import UserError, reason
 
 NAMES = ("config.json", "provenance.json", "digests.jsonl", "metrics.jsonl", "result.json", "requirements.txt")
-_MOST = 128 << 20  # bytes of a member
+_MOST = dict.fromkeys(NAMES, 32 << 20) | {"digests.jsonl": 128 << 20, "metrics.jsonl": 128 << 20}  # bytes of a member
 _TIME = (1980, 1, 1, 0, 0, 0)  # the first that a zip file can hold
 
 
@@ -50,8 +50,10 @@ def read(file: Path) -> dict[str, bytes]:
             names = [member.filename for member in members]
             if not set(names) <= set(NAMES) or len(names) > len(set(names)) or "config.json" not in names:
                 raise zipfile.BadZipFile(f"it holds {str(names[:8])[:200]}, and a bundle holds {', '.join(NAMES)}")
-            if large := [member.filename for member in members if member.file_size > _MOST]:
-                raise zipfile.BadZipFile(f"its {large[0]} is longer than {_MOST >> 20} MB")
+            for member in members:
+                if member.file_size > (most := _MOST[member.filename]):
+                    raise zipfile.BadZipFile(f"its {member.filename} is longer than {most >> 20} MB; if you trust it, "
+                                             "unpack it into a folder and name that")  # fmt: skip
             return {member.filename: archive.read(packed, member).tobytes() for member in members}
     except Exception as e:  # damage raises errors of many types
         raise UserError(f"{file} is no bundle that can be read: {reason(e)}; make one by `reproduce WORKDIR "

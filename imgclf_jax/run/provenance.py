@@ -170,9 +170,14 @@ def load_evals(path: Path) -> dict[str, str]:
     return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
 
 
+MOST_BYTES_OF_JSON = 32 << 20  # read at once, it takes some forty times as much memory
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises UserError if there is no such file, or something else in it."""
     try:
+        if places.size(path) > MOST_BYTES_OF_JSON:
+            raise UserError(f"{path} is longer than {MOST_BYTES_OF_JSON >> 20} MB, and no file that a run writes")
         return json.loads(path.read_bytes())
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}") from e

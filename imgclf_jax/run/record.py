@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +13,8 @@ from imgclf_jax import config as configs
 from imgclf_jax.core import places, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import bundle, writers
+
+_MOST_BYTES = 512 << 20  # of a file, which is read at once
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,19 @@ class Record:
         path = places.place(text)
         if path.is_file():
             return cls(path, bundle.read(path), True)
-        files = {name: (path / name).read_bytes() for name in bundle.NAMES if (path / name).is_file()}
+        files = {}
+        for name in bundle.NAMES:
+            if (path / name).is_file():
+                if places.size(path / name) > _MOST_BYTES:
+                    raise UserError(f"{path / name} is longer than {_MOST_BYTES >> 20} MB; shorten or remove it")
+                files[name] = (path / name).read_bytes()
         if "config.json" not in files:
             raise UserError(f"{path} holds no run (no config.json); name the work directory of a run, or a bundle")
         return cls(path, files, False)
 
-    def without_code(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, what the run names is not imported: it may be anybody's. See `spec.no_imports`."""
-        return spec.no_imports(f"the run in {self.path}")
+    def untrusted(self, said: Sequence[str] = ()) -> contextlib.AbstractContextManager[None]:
+        """Inside, what the run names is not imported and not fetched: it may be anybody's. See `spec.untrusted`."""
+        return spec.untrusted(f"the run in {self.path}", said)
 
     @property
     def config(self) -> ConfigDict:

@@ -72,9 +72,9 @@ class Workdir:
             raise UserError(f"{self.path} holds no run (no config.json); train first, or pass the run's --workdir")
         return configs.from_json(self.config.read_bytes(), str(self.config))
 
-    def without_code(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, what the run names is not imported: it may be anybody's. See `spec.no_imports`."""
-        return spec.no_imports(f"the run in {self.path}")
+    def untrusted(self, said: Sequence[str] = ()) -> contextlib.AbstractContextManager[None]:
+        """Inside, what the run names is not imported and not fetched: it may be anybody's. See `spec.untrusted`."""
+        return spec.untrusted(f"the run in {self.path}", said)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

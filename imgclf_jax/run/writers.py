@@ -9,12 +9,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from imgclf_jax.core import places, processes
+from imgclf_jax.core import places, processes, spec
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.run.event_file import EventFile
 from imgclf_jax.run.provenance import write_atomically
 
 log = logging.getLogger(__name__)
+
+_MOST_LINES = 1_000_000  # of a file of unknown origin
+_MOST_BYTES_OF_A_LINE = 16 << 20
 
 
 class MetricsWriter:
@@ -139,16 +142,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def parse_records(content: bytes, where: str) -> list[dict[str, Any]]:
     """The records, each with its `step`, in the content of the file `where`; damaged lines are left out."""
-    records = []
-    for line in content.decode("utf-8", "replace").splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
+    spec.check_bound(content.count(b"\n"), _MOST_LINES, f"lines in {where}")
+    records, damaged = [], 0
+    for line in io.BytesIO(content):
+        record = None
+        if len(line) <= _MOST_BYTES_OF_A_LINE and not line.isspace():
+            with contextlib.suppress(ValueError, RecursionError):
+                record = json.loads(line.decode("utf-8", "replace"))
         if isinstance(record, dict) and type(record.get("step")) is int:
             records.append(record)
         else:
-            log.warning("%s: a line cut short was left out", where)
+            damaged += 1
+    if damaged:
+        what = "a line cut short was" if damaged == 1 else f"{damaged:,} damaged lines were"
+        log.warning("%s: %s left out", where, what)
     return records
 
 

@@ -261,3 +261,10 @@ def test_files_are_whole_or_absent(tmp_path):
         provenance.write_atomically(file, "half\ud800")
     assert json.loads(file.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_damaged_lines_are_counted(tmp_path, caplog):
+    """In one line of the log, however many they are."""
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + b"\n" * 1_000_000 + b'x\r\n{"step": 2}\r\n')
+    assert [record["step"] for record in writers.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [r.message for r in caplog.records] == [f"{tmp_path}/metrics.jsonl: 1,000,001 damaged lines were left out"]
