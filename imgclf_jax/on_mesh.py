@@ -6,7 +6,6 @@ serves as well.
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from imgclf_jax import diagnose, step
-from imgclf_jax.core import fsdp, platform, sharding, spec
+from imgclf_jax.core import fsdp, platform, sharding
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.once import once
 from imgclf_jax.data.stream import Images
@@ -26,7 +25,6 @@ from imgclf_jax.optim import partition
 from imgclf_jax.recipe import Recipe
 
 _PRODUCTS = ("float32", "tensorfloat32", "bfloat16")
-_MOST_BYTES_OF_A_BATCH = 2**32  # where the config is of unknown origin
 _FIRST_IMAGES = 5000  # that airbench94 whitens by
 
 
@@ -132,9 +130,8 @@ class OnMesh:
         """`init`'s result as shapes with shardings, without computing it."""
         with self.tracing(), classifier.bounded():
             shapes = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), "uint32"))
-        classifier.check_parameters(x.shape for x in jax.tree.leaves(shapes["state"].params))
-        images = self.recipe.config.batch_size * math.prod(self.recipe.data.image_shape)
-        spec.check_bound(images, _MOST_BYTES_OF_A_BATCH, "bytes of images in a batch")
+        batch = self.recipe.config.batch_size, *self.recipe.data.image_shape
+        classifier.check_size([x.shape for x in jax.tree.leaves(shapes["state"].params)], batch)
         leading = int(self.recipe.num_seeds > 1)
         state = partition.of_state(shapes["state"], self._axes, self.mesh, self.recipe.config.shard, leading)
         lies = {"state": state, "sums": jax.tree.map(lambda _: sharding.replicated(self.mesh), shapes["sums"])}

@@ -16,6 +16,7 @@ from imgclf_jax.models.backbones import BACKBONES
 # Of a model of unknown origin. ResNet-1202 calls 3,000 modules; 4,000 are traced in some ten seconds.
 _MOST_CALLS = 4_000
 _MOST_PARAMETERS = 2**30
+_MOST_BYTES_OF_A_BATCH = 2**32
 
 # How the head's kernel [d, num_classes] may begin; its bias begins at zero.
 HEAD_INITS: dict[str, Callable[..., Any]] = {
@@ -78,6 +79,7 @@ def bounded() -> Iterator[None]:
         yield
 
 
-def check_parameters(shapes: Iterable[tuple[int, ...]]) -> None:
-    """Raises UserError for the parameters of a model, of these shapes, if they are too many."""
-    spec.check_bound(sum(map(math.prod, shapes)), _MOST_PARAMETERS, "parameters")
+def check_size(parameters: Iterable[tuple[int, ...]], batch: tuple[int, ...]) -> None:
+    """Raises UserError for parameters of these shapes, or a batch of images uint8[b, h, w, c], that are too large."""
+    spec.check_bound(sum(map(math.prod, parameters)), _MOST_PARAMETERS, "parameters")
+    spec.check_bound(math.prod(batch), _MOST_BYTES_OF_A_BATCH, "bytes of images in a batch")
