@@ -51,7 +51,7 @@ def lookahead(
     Zhang et al. 2019 (arXiv:1907.08610); the optimizer's state is kept when the weights return. If `power` is above 0,
     1 - (1 - alpha) (steps done / total)**power replaces alpha: it begins at 1 and ends at `alpha`. Until the first
     multiple of k after the duration `start`, the slow weights equal the others. airbench94, whose decay is 0.95 a step,
-    uses lookahead(5, 0.2262, power=3, start='3 epochs').
+    averages from the first step on: lookahead(5, 0.226219, power=3), since 1 - 0.95**5 = 0.226219.
     """
     if type(k) is not int or k < 1 or not 0 < alpha <= 1 or power < 0:
         raise UserError(f"lookahead(k={k!r}, alpha={alpha}, power={power}): k must be a whole number from 1, "

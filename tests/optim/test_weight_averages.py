@@ -103,6 +103,25 @@ def test_lookahead_is_the_papers_algorithm(k, alpha):
 
 
 def test_lookahead_with_a_schedule_is_airbench94s():
+    """As `legacy/airbench94.py` has it, lines 262-272, 392-393 and 428-436: from the first step on, and at the end the
+    average."""
+    ours = train(build("sgd|lookahead(5, 0.226219, power=3)"))
+    params = START.astype(np.float64)
+    average = (params, params.sum())
+    for n, grads in enumerate(GRADS, 1):
+        params = params - 0.1 * grads
+        total = params.sum()
+        for decay in [0.95**5 * (n / STEPS) ** 3] * (n % 5 == 0) + [1.0] * (n == STEPS):
+            average = tuple(a + (1 - decay) * (x - a) for a, x in zip(average, (params, total), strict=True))
+            params, total = average
+        own, (averaged, state), own_state = ours[n - 1]
+        np.testing.assert_allclose(averaged if n == STEPS else own, params, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(averaged, average[0], rtol=0, atol=1e-5)
+        np.testing.assert_allclose((state if n == STEPS else own_state)["mean"], total, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(state["mean"], average[1], rtol=0, atol=1e-5)
+
+
+def test_lookahead_that_starts_later():
     """Every 5 steps after step 12 an average with decay 0.95**5 (n / total)**3 is copied back, with the statistics."""
     ours = train(build(f"sgd|lookahead(5, {1 - 0.95**5}, power=3, start='12 steps')"))
     params, average = START.astype(np.float64), None
