@@ -27,7 +27,7 @@ from imgclf_jax import config as configs
 from imgclf_jax.commands import table, words
 from imgclf_jax.commands.table import COMMANDS
 from imgclf_jax.commands.words import UsageError
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError, reason, unknown
 from imgclf_jax.core.text import prepare_streams, printable
 from imgclf_jax.run import environment
 
@@ -49,11 +49,21 @@ def main(argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at exit
         return 1
     except OSError as e:
-        if e.strerror is None:
-            raise
-        what = f"{e.filename or 'a file or the output'}: {e.strerror}"
+        what = f"{e.filename or _unnamed(e)}: {e.strerror or reason(e)}"
         print(f"error: {printable(what)}; fix the cause and run the same command again", file=sys.stderr)
         return 1
+
+
+def _unnamed(error: OSError) -> str:
+    """What an error is about that names no file: standard output, if a line break there gives the same error."""
+    try:
+        os.write(sys.stdout.fileno(), b"\n")
+    except OSError as e:
+        if e.errno == error.errno:
+            return "standard output"
+    except ValueError:  # a stream without a number
+        pass
+    return "a file or the output"
 
 
 def _run(argv: list[str]) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from imgclf_jax.core import places
+
 _K = 20  # of several numbers of neighbours the nearest to this is drawn, and not what is best on the test set
 
 
@@ -40,6 +42,5 @@ def draw(path: Path, records: Sequence[Mapping[str, Any]], title: str) -> None:
         panel.set(title=name, xlabel="images a class", ylabel="accuracy")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8, loc="lower right")
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with places.replacing(path) as temporary:
+        figure.savefig(temporary, format="png")

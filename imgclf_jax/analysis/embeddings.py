@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
 
 # Adds images to the file: (their set, names, labels i32[b], features f32[seeds, b, d]); a label of -1 is unknown.
@@ -45,13 +46,16 @@ def writing(path: Path, class_names: Sequence[str]) -> Iterator[Add]:
     UserError if nothing is added.
     """
     writer = _npz if path.suffix == ".npz" else _parquet
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    with (
+        places.replacing(path) as whole,
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder,
+    ):
         temporary = Path(folder) / path.name
         with writer(temporary, class_names) as add:
             yield add
         if not temporary.is_file():
             raise UserError(f"{path} is not written: there is no image whose features are known")
-        temporary.replace(path)
+        temporary.replace(whole)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax.analysis.scores import Given, Scores
+from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
 
 _KINDS = (".csv", ".jsonl", ".parquet")
@@ -64,12 +65,12 @@ def rows(
 
 def write(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
     """Writes rows with the same keys, in one piece, as CSV, JSON lines or Parquet by the file's suffix."""
-    temporary = path.with_name(f".{path.name}.tmp")
     if path.suffix == ".parquet":
         import pyarrow as pa
         from pyarrow import parquet
 
-        parquet.write_table(pa.Table.from_pylist(list(table)), temporary)
+        with places.replacing(path) as temporary:
+            parquet.write_table(pa.Table.from_pylist(list(table)), temporary)
     else:
         text = io.StringIO(newline="")
         if path.suffix == ".csv":
@@ -78,5 +79,5 @@ def write(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
             writer.writerows(table)
         else:
             text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
-        temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
-    temporary.replace(path)
+        with places.replacing(path) as temporary:
+            temporary.write_text(text.getvalue(), encoding="utf-8", newline="")

@@ -15,6 +15,7 @@ import numpy as np
 
 from imgclf_jax.analysis import listing
 from imgclf_jax.commands.evaluation import changed, changed_sets, evaluate, open_evals
+from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.data import sources
 from imgclf_jax.loading import restore
@@ -170,10 +171,8 @@ def _keep(run: Record, found: Mapping[str, Known]) -> None:
             f"{i}/right": own.right,
         }
     path = run.workdir.path / FILE
-    temporary = path.with_name(f".{FILE}.tmp")
-    with temporary.open("wb") as file:
+    with places.replacing(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
-    temporary.replace(path)
 
 
 def of_all(runs: Iterable[Record], test: bool, trust: bool) -> dict[str, dict[str, Known]]:

@@ -55,7 +55,8 @@ def main(
     content = io.BytesIO()
     picture.save(content, "PNG")
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(content.getvalue())
+    with places.replacing(file) as temporary:
+        temporary.write_bytes(content.getvalue())
     if format == "json":
         print(json.dumps({"step": step, "seed": config.seed, "file": str(file), "pixels": how, "examples": examples},
                          indent=2))  # fmt: skip

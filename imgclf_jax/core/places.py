@@ -4,17 +4,19 @@ A path in a bucket is an `etils.epath.Path`, which has the methods of `pathlib.P
 that grow: an object is written whole, and then it is there for all at once.
 """
 
+import contextlib
 import functools
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 from urllib.parse import unquote
 
 from imgclf_jax.core import spec
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UserError, reason
 
 _DRIVERS = {"gs": "gcsfs", "s3": "s3fs"}
 
@@ -66,6 +68,36 @@ def files(folder: Path) -> Iterator[tuple[str, Path]]:
                 todo.append((f"{name}/", entry))
             else:
                 yield name, entry
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Inside, a temporary file beside `path` to write to; at the end it becomes `path`, in one piece.
+
+    A reader sees the old content or the new one, after a crash too. After an error `path` is as it was and the
+    temporary file is removed. The OSError of a full disk names `path`, where the system or a library names none.
+    """
+    if in_bucket(path):
+        with tempfile.TemporaryDirectory() as directory:
+            yield (local := Path(directory) / path.name)
+            path.write_bytes(local.read_bytes())
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        parent = os.open(path.parent, os.O_RDONLY)
+        os.fsync(parent)  # the new name too is on the disk itself
+        os.close(parent)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(e, OSError) and (e.filename is None or temporary.name[:-3] in str(e.filename)):
+            why = os.strerror(e.errno) if e.errno else reason(e)
+            raise OSError(e.errno, why, str(path)) from e
+        raise
 
 
 def remove(folder: Path) -> None:

@@ -6,7 +6,6 @@ A file may come from anywhere. So its sizes are read, and checked against the fi
 import hashlib
 import io
 import math
-import os
 import shutil
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -91,10 +90,8 @@ def _copied(file: Path) -> Path:
     copy = cache.folder("buckets") / f"{identity}.npz"
     if not copy.is_file():
         copy.parent.mkdir(parents=True, exist_ok=True)
-        temporary = copy.with_name(f"{copy.name}.{os.getpid()}.tmp")
-        with file.open("rb") as source, temporary.open("wb") as target:
+        with file.open("rb") as source, places.replacing(copy) as temporary, temporary.open("wb") as target:
             shutil.copyfileobj(source, target, 16 << 20)
-        temporary.replace(copy)
     return copy
 
 

@@ -5,7 +5,6 @@ time. A bundle may come from anybody: of what it holds only known names are read
 """
 
 import io
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,15 +26,10 @@ def write(file: Path, contents: Mapping[str, bytes]) -> None:
                 member = zipfile.ZipInfo(name, _TIME)
                 member.create_system, member.external_attr = 3, 0o644 << 16  # alike on all systems
                 packed.writestr(member, contents[name])
-    if places.in_bucket(file):
-        file.write_bytes(buffer.getvalue())
-        return
-    temporary = file.with_name(f".{file.name}.tmp")
     try:
-        temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, file)
+        with places.replacing(file) as temporary:
+            temporary.write_bytes(buffer.getvalue())
     except OSError as e:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"the bundle {file} cannot be written: {reason(e)}; name another file by --bundle") from e
 
 

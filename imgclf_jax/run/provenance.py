@@ -188,24 +188,8 @@ def read_json(path: Path) -> Any:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file in one piece: a reader sees the old content or the new one, after a crash too."""
     content = content.encode() if isinstance(content, str) else content
-    if places.in_bucket(path):
-        path.write_bytes(content)
-        return
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)  # the new name too is on the disk itself
-        os.close(directory)
-    except BaseException as e:
-        temporary.unlink(missing_ok=True)
-        if isinstance(e, OSError):
-            e.filename = str(path)  # the error of a full disk names no file
-        raise
+    with places.replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,0 +1,90 @@
+"""Files are written whole or not at all, and a disk that is full is a sentence that names the file."""
+
+import contextlib
+import resource
+import sys
+
+import numpy as np
+import pytest
+
+from imgclf_jax.analysis import accuracy_plot, embeddings, listing
+from imgclf_jax.core import places
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.run import bundle, provenance
+
+NOISE = np.random.default_rng(0)
+
+
+@contextlib.contextmanager
+def full_disk(nbytes=4096):
+    """The system refuses to make any file longer: also what C++ libraries write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def rows():
+    return [{"set": "test", "example": NOISE.bytes(40).hex()} for _ in range(2000)]
+
+
+def features(path):
+    with embeddings.writing(path, ["a", "b"]) as add:
+        add("test", [str(i) for i in range(5000)], np.zeros(5000, np.int32), NOISE.random((1, 5000, 8), np.float32))
+
+
+def plot(path):
+    pytest.importorskip("matplotlib")
+    few = {"set": "a", "method": "few images", "shots": 1, "mean": 0.5, "deviation": 0.1}
+    accuracy_plot.draw(path, [few, {"set": "a", "method": "nearest neighbours", "k": 20, "mean": 0.5}], "title")
+
+
+WRITERS = {
+    "atomically.bin": lambda path: provenance.write_atomically(path, bytes(100_000)),
+    "predictions.csv": lambda path: listing.write(path, rows()),
+    "predictions.jsonl": lambda path: listing.write(path, rows()),
+    "predictions.parquet": lambda path: listing.write(path, rows()),
+    "features.npz": features,
+    "features.parquet": features,
+    "plot.png": plot,
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_names_the_file_and_leaves_no_other(name, tmp_path):
+    path = tmp_path / name
+    path.write_text("old")
+    with full_disk(), pytest.raises(OSError, match=r"large|space") as e:
+        WRITERS[name](path)
+    assert e.value.filename == str(path)
+    assert e.value.strerror
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert path.read_text() == "old"
+    WRITERS[name](path)
+    assert path.stat().st_size > 4096
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_a_bundle_on_a_full_disk(tmp_path):
+    contents = {name: bytes(20_000) for name in bundle.NAMES}
+    with full_disk(), pytest.raises(UserError, match=r"the bundle .*run\.zip cannot be written: .*arge"):
+        bundle.write(tmp_path / "run.zip", contents)
+    assert list(tmp_path.iterdir()) == []
+    bundle.write(tmp_path / "run.zip", contents)
+    assert bundle.read(tmp_path / "run.zip") == contents
+
+
+def test_errors_of_other_files_keep_their_names(tmp_path):
+    def write():
+        with places.replacing(tmp_path / "out") as temporary:
+            temporary.write_text("new")
+            (tmp_path / "gone").read_text()
+
+    with pytest.raises(FileNotFoundError) as e:
+        write()
+    assert str(e.value.filename) == str(tmp_path / "gone")
+    assert list(tmp_path.iterdir()) == []
