@@ -117,7 +117,8 @@ def test_a_provenance_that_is_missing_is_written_anew(mistake, copy, capsys):
     assert launch.main(["evaluate", f"--workdir={workdir}"]) == 0
 
 
-def test_a_result_cut_short_is_written_again(copy):
+def test_a_result_cut_short_is_written_again(copy, capsys):
+    """By a process that trains no step: it has no speed of training, and says so."""
     workdir, argv = copy
     before = json.loads((workdir / "result.json").read_text())
     (workdir / "result.json").write_text("{")
@@ -126,6 +127,8 @@ def test_a_result_cut_short_is_written_again(copy):
     assert {k: v for k, v in before.items() if k in ("step", "params_sha256", "test")} == {
         k: v for k, v in after.items() if k in ("step", "params_sha256", "test")
     }
+    assert (after["epochs"], after["images_per_second"]) == (before["epochs"], None)
+    assert f"trained the last 0 of {after['step']} steps" in capsys.readouterr().out
 
 
 def test_a_result_goes_when_its_run_is_trained_again(copy, monkeypatch, capsys):

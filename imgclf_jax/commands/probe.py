@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax.analysis import accuracy_plot, probing
+from imgclf_jax.analysis.scores import predicted_classes
 from imgclf_jax.commands import feature_sets
 from imgclf_jax.commands.evaluation import open_evals, warn_of_changed_data
 from imgclf_jax.core import memory
@@ -107,7 +108,7 @@ def probe(
 
         if head:
             own = test.astype(np.float64) @ head[0] + head[1]
-            yield {"set": name, "method": "own head", "accuracies": [right(own.argmax(1))]}
+            yield {"set": name, "method": "own head", "accuracies": [right(predicted_classes(own))]}
         for k, predicted in probing.nearest_neighbours(train, labels, test, ks, classes).items():
             yield {"set": name, "method": "nearest neighbours", "k": k, "accuracies": [right(predicted)]}
         yield {"set": name, "method": "linear probe", "C": strength, "accuracies": [right(linear.predict(test))]}

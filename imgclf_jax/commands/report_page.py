@@ -107,7 +107,8 @@ def _provenance(run: Record, provenance: Mapping[str, Any], findings: Findings) 
     git, data, result = provenance.get("git") or {}, provenance.get("data") or {}, run.result or {}
     devices = Counter(provenance.get("devices") or ())
     facts = {
-        "trained": ", ".join(f"{result[key]} {unit}" for key, unit in _LENGTHS.items() if key in result),
+        "trained": ", ".join(f"{result[key]} {unit}" for key, unit in _LENGTHS.items()
+                             if result.get(key) is not None),
         "digest of the parameters": result.get("params_sha256"),
         "checkpoint of this page": findings.step is not None and f"step {findings.step}",
         "commit": git.get("commit") and git["commit"] + (", with changes that were not committed"
@@ -133,7 +134,12 @@ def _provenance(run: Record, provenance: Mapping[str, Any], findings: Findings) 
     return f'<dl class="facts">{rows}</dl>{note}'
 
 
-_LENGTHS = {"step": "steps", "epochs": "epochs", "seconds": "seconds", "images_per_second": "images/s"}
+_LENGTHS = {
+    "step": "steps",
+    "epochs": "epochs",
+    "seconds": "seconds",
+    "images_per_second": "images/s",
+}  # the last two are of the process that ended the run
 
 
 def _again(run: Record, provenance: Mapping[str, Any], findings: Findings) -> str:

@@ -185,7 +185,7 @@ def _report(run: Run, digests: Digests, results: Results, monitor: Monitor, bega
         "step": total,
         "epochs": round(total * run.config.batch_size / len(run.images), 4),
         "seconds": round(time.perf_counter() - began, 2),  # of this process, from the start of `main`
-        "images_per_second": round(pace.steps * pace.batch_size / max(pace.seconds, 1e-9), 1),
+        "images_per_second": round(pace.steps * pace.batch_size / pace.seconds, 1) if pace.steps else None,
         "params_sha256": digests.sha256(),
         **results,
     }
@@ -194,5 +194,6 @@ def _report(run: Run, digests: Digests, results: Results, monitor: Monitor, bega
     run.workdir.write_result(result)
     for name, values in results.items():
         print(f"{name}: {format_metrics(values)}")
-    print(f"trained {total} steps ({result['epochs']:g} epochs) in {result['seconds']} s; see "
+    trained = f"the last {total - run.start} of {total}" if run.start else str(total)
+    print(f"trained {trained} steps ({result['epochs']:g} epochs) in {result['seconds']} s; see "
           f"{printable(str(run.workdir.path))}")  # fmt: skip
