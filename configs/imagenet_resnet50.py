@@ -8,8 +8,8 @@ each block starting at zero, the head's weights drawn with a deviation of 0.01. 
 pixels. 25,557,032 parameters, 4.1 G multiply-adds an image.
 
 What differs, by `docs/recipes.md`: products are in bfloat16, a warmup begins near 0 (there at 0.1), crops and sizes are
-torchvision's. Batch norm sees 32 images at a time, as there each GPU does, on any number of devices. The paper's figure
-is the median of the last five epochs.
+torchvision's, to the pixel in evaluation. Batch norm sees 32 images at a time, as there each GPU does, on any number of
+devices. The paper's figure is the median of the last five epochs.
 
 Not trained here: tests hold its parameters, multiply-adds and schedule, and slow ones compile it at full size and train
 two steps on made-up images. TFDS prepares `imagenet2012` from the archives that one downloads by hand,
@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.data.source = "tfds('imagenet2012')"
     config.data.eval.test = "validation"
     config.preprocess = "decode(3)|random_resized_crop(224)"
-    config.preprocess_eval = "decode(3)|resize_small(256)|central_crop(224)"
+    config.preprocess_eval = "decode(3)|resize_small(256, like='torchvision')|central_crop(224, like='torchvision')"
     config.augment = "flip_lr|normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))"
     config.model = "resnet(depth=50, head_init='normal(0.01)')"
     config.batch_norm = "groups(32)"

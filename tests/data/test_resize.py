@@ -75,6 +75,31 @@ def test_central_crop():
             central_crop(image, height, width)
 
 
+# (height, width, both after torchvision 0.28's Resize(256), top and left of CenterCrop(224)), as it gave them.
+TORCHVISION = [
+    (326, 569, 256, 446, 16, 111), (894, 424, 539, 256, 158, 16), (71, 295, 256, 1063, 16, 420),
+    (444, 832, 256, 479, 16, 128), (900, 730, 315, 256, 46, 16), (777, 363, 547, 256, 162, 16),
+    (488, 123, 1015, 256, 396, 16), (594, 328, 463, 256, 120, 16), (255, 410, 256, 411, 16, 94),
+    (500, 375, 341, 256, 58, 16), (256, 256, 256, 256, 16, 16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("h", "w", "new_h", "new_w", "top", "left"), TORCHVISION)
+def test_sizes_and_places_of_torchvision(h, w, new_h, new_w, top, left):
+    """Whose pixels then are Pillow's, as here."""
+    image = noise(h, w, 3)
+    small = resize_small(image, 256, like="torchvision")
+    np.testing.assert_array_equal(small, resize(image, new_h, new_w))
+    crop = central_crop(small, 224, like="torchvision")
+    np.testing.assert_array_equal(crop, small[top : top + 224, left : left + 224])
+
+
+def test_other_words_than_torchvision():
+    for op in (resize_small, central_crop):
+        with pytest.raises(UserError, match=r"unknown value of like 'torch'.*allowed: tensorflow, torchvision"):
+            op(noise(8, 8, 3), 4, like="torch")
+
+
 def measured_crop(seed, h, w, **options):
     """Where the crop was: (top, left, height, width), read off an image whose pixels tell their place."""
     y, x = np.mgrid[:h, :w].astype(np.uint8)
