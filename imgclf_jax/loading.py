@@ -72,14 +72,17 @@ def restore_each(config: ConfigDict, workdir: Workdir, which: str) -> Iterator[T
         raise UserError(
             f"--checkpoints={which}: there are {there} in {workdir.checkpoints}; pass all, or some of these"
         )
-    return (
-        Trained(programs, kept.restore(int(step), programs.shape, optimizer=False)["state"], int(step))
-        for step in asked
-    )
+
+    def load(step: int) -> Trained:
+        model = Trained(programs, kept.restore(step, programs.shape, optimizer=False)["state"], step)
+        workdir.check_parameters(step, model.state.params)
+        return model
+
+    return (load(int(step)) for step in asked)
 
 
 def _programs(config: ConfigDict, workdir: Workdir) -> Programs:
-    recipe = Recipe(config, provenance.load_data_info(workdir.provenance))
+    recipe = Recipe(config, workdir.load_data_info())
     return Programs(recipe, sharding.make_inference_mesh(config.mesh))
 
 
@@ -101,6 +104,7 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
                            else "; 'best' needs checkpoint.best to be set"))  # fmt: skip
     else:
         run = checkpoints.restore(step, programs.shape, optimizer=False)
+    workdir.check_parameters(step, run["state"].params)
     log.info("checkpoint of step %d from %s", step, workdir.checkpoints)
     return run["state"], step
 

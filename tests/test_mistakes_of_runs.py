@@ -131,6 +131,17 @@ def test_a_result_cut_short_is_written_again(copy, capsys):
     assert f"trained the last 0 of {after['step']} steps" in capsys.readouterr().out
 
 
+def test_a_result_that_is_written_later_has_the_metrics_that_were_recorded(copy):
+    """An evaluation on other devices would differ by rounding, and the record would contradict itself."""
+    workdir, argv = copy
+    (workdir / "result.json").unlink()
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    records[-1]["test/loss"] *= 1 + 1e-6
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert launch.main(["train", *argv]) == 0
+    assert json.loads((workdir / "result.json").read_text())["test"]["loss"] == records[-1]["test/loss"]
+
+
 def test_a_result_goes_when_its_run_is_trained_again(copy, monkeypatch, capsys):
     """`compare` would have shown it as that of the run that now goes on."""
     workdir, argv = copy

@@ -52,6 +52,7 @@ class Comparison:
     digest_steps: tuple[int, ...]  # whose parameters were compared
     values: tuple[Value, ...]  # all metrics that were compared, by step
     parameters: Parameters | None
+    missing: tuple[tuple[int, str], ...] = ()  # (step, metric): recorded of a step that was trained again, and not here
 
     @property
     def first_value(self) -> Value | None:
@@ -66,7 +67,8 @@ class Comparison:
     @property
     def first_step(self) -> int | None:
         """The first recorded step at which something differs; None if all is equal."""
-        return min((found.step for found in (self.parameters, self.first_value) if found), default=None)
+        steps = [found.step for found in (self.parameters, self.first_value) if found]
+        return min([*steps, *(step for step, _ in self.missing[:1])], default=None)
 
     @property
     def metric_steps(self) -> int:
@@ -81,8 +83,9 @@ def compare(
 ) -> Comparison:
     """Compares (digests, metrics, result) of a run with (digests, metrics) of the one that was trained again.
 
-    Only steps and metrics that both have are compared. Times and speeds are not. `extended` are the steps that the run
-    had ended at before it went on: it logged there too, so that its next means are over fewer steps.
+    Digests and metrics of steps that both have are compared. Times and speeds are not. A metric that was recorded of a
+    step up to the last one here, and that is not here, is `missing`. `extended` are the steps that the run had ended at
+    before it went on: it logged there too, so that its next means are over fewer steps.
     """
     digests, metrics, result = recorded
     old = {line["step"]: line for line in digests}
@@ -102,9 +105,21 @@ def compare(
         parameters = Parameters(steps[wrong], tuple(names), len({**a, **b}), was, now, before)
     logged, once = ({r["step"] for r in records if "train/loss" in r} for records in (metrics, here[1]))
     short = {min((s for s in logged if s > step), default=-1) for step in extended if step not in once}
-    values = _values(_by_step(metrics), _by_step(here[1]))
+    recorded_values, values_here = _by_step([_flat(result), *metrics]), _by_step(here[1])
+    last, excused = max(new, default=-1), {*extended, *short}
+    missing = ((step, name) for step in sorted(recorded_values) if step <= last and step not in excused
+               for name in recorded_values[step] if name not in values_here.get(step, {}))  # fmt: skip
+    values = _values(recorded_values, values_here)
     compared = (value for value in values if not (value.step in short and value.name.startswith("train/")))
-    return Comparison(steps, tuple(compared), parameters)
+    return Comparison(steps, tuple(compared), parameters, tuple(missing))
+
+
+def _flat(result: Json) -> Json:
+    """The metrics in a result as a record of metrics.jsonl has them."""
+    groups = {name: group for name, group in result.items() if isinstance(group, dict)}
+    step = result.get("step")
+    named = {f"{name}/{key}": value for name, group in groups.items() for key, value in group.items()}
+    return {"step": step if isinstance(step, int) else -1, **named}
 
 
 def _by_step(records: Iterable[Json]) -> dict[int, dict[str, float]]:
@@ -215,6 +230,8 @@ def verdict(compared: Comparison, found: Sequence[Difference], tolerance: float 
     if compared.first_step is None:
         return "same"
     largest = compared.largest.relative if compared.largest else 0.0
+    if compared.missing:
+        return "different"
     if tolerance and compared.values and largest <= tolerance:
         return "tolerated"
     kinds = {difference.kind for difference in found} - {"place"}  # the data, which are compared, lie elsewhere

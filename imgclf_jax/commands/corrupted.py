@@ -43,7 +43,7 @@ def report(
     programs, state, step = restored or convert(config, base)
     evals = evaluation.open_evals(programs, base)
     if workdir:
-        evaluation.warn_of_changed_data(programs, workdir, base, evals)
+        evaluation.compare_with_record(programs, workdir, base, evals)
     results: dict[str, Any] = {"step": step}
     for name, images in evals.items():
         found = accuracies(programs, state, images, names, f"corrupting {name}", photographs)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import metrics
 from imgclf_jax.analysis import by_class, listing, scores
 from imgclf_jax.commands import corrupted
-from imgclf_jax.commands.evaluation import evaluate, evaluate_all, open_evals, warn_of_changed_data
+from imgclf_jax.commands.evaluation import compare_with_record, evaluate, evaluate_all, open_evals
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
@@ -68,7 +68,7 @@ def main(
     )
     evals = open_evals(programs, base)
     if workdir:
-        warn_of_changed_data(programs, workdir, base, evals)
+        compare_with_record(programs, workdir, base, evals)
     digest = model.params_sha256 if listing_file else ""
     results: dict[str, Any] = {"step": step}
     classes: dict[str, dict[str, np.ndarray]] = {}
@@ -115,7 +115,9 @@ def _over_steps(config: ConfigDict, workdir: Workdir, which: str, format: str) -
     records: list[dict[str, Any]] = []
     evals: dict[str, Any] = {}
     for programs, state, step in models:
-        evals = evals or open_evals(programs, base)
+        if not evals:
+            evals = open_evals(programs, base)
+            compare_with_record(programs, workdir, base, evals)
         records.append({"step": step, **evaluate_all(programs, state, evals)})
         log.info("step %d is evaluated", step)
     if processes.index():

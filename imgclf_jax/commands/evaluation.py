@@ -16,6 +16,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.provenance import load_evals, of_modules
+from imgclf_jax.run.record import read_contradictions
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.trained import report_host_ops
 
@@ -120,10 +121,12 @@ def changed(programs: Programs, trained: ConfigDict, base: dict[str, sources.Sou
     return False
 
 
-def warn_of_changed_data(
+def compare_with_record(
     programs: Programs, workdir: Workdir, base: dict[str, sources.Source], evals: Mapping[str, stream.Images]
 ) -> None:
-    """Warns if the data have changed since training, see `changed`, or those of an evaluation set that the run had."""
+    """Warns where the run's record contradicts itself, and where the data are not those that it has recorded."""
+    for sentence in read_contradictions(workdir.path):
+        log.warning("the record of the run contradicts itself: %s", sentence)
     trained = workdir.load_config()
     if changed(programs, trained, base):
         log.warning("the data have changed since training: examples trained on may now be in an evaluation set")

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.analysis import embeddings
 from imgclf_jax.commands import feature_sets, inputs
-from imgclf_jax.commands.evaluation import open_evals, open_set, warn_of_changed_data
+from imgclf_jax.commands.evaluation import compare_with_record, open_evals, open_set
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable, utf8
 from imgclf_jax.data import sources
@@ -71,7 +71,7 @@ def _add_sets(
     else:
         sets = open_evals(model.programs, base)
     if workdir:
-        warn_of_changed_data(model.programs, workdir, base, {} if split else sets)
+        compare_with_record(model.programs, workdir, base, {} if split else sets)
     for name, images in sets.items():
         called, done = getattr(images.source, "name", str), 0
         batches = -(-len(images) // model.programs.eval_batch_size)

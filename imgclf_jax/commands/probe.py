@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from imgclf_jax.analysis import accuracy_plot, probing
 from imgclf_jax.analysis.scores import predicted_classes
 from imgclf_jax.commands import feature_sets
-from imgclf_jax.commands.evaluation import open_evals, warn_of_changed_data
+from imgclf_jax.commands.evaluation import compare_with_record, open_evals
 from imgclf_jax.core import memory
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
@@ -48,7 +48,7 @@ def main(
     model = restored or convert(config, base, whole=False)
     sets = open_evals(model.programs, base)
     if workdir:
-        warn_of_changed_data(model.programs, workdir, base, sets)
+        compare_with_record(model.programs, workdir, base, sets)
     training = model.programs.eval_images(sources.take_split(base, model.config.data.train))
     _check_memory(model, len(training) + sum(map(len, sets.values())))
     with terminal.busy("computing features"):

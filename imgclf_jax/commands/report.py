@@ -1,5 +1,6 @@
 """The command `report`: a trained run as one HTML page, which needs no network and no script."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -34,6 +35,10 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
     else:
         findings = Findings(missing=("There is no checkpoint yet, so all that needs a trained model is left out.",))
         log.warning("%s", findings.missing[0])
+    if run.contradictions:
+        sentence = f"What the run has recorded contradicts itself: {'; '.join(run.contradictions)}."
+        findings = dataclasses.replace(findings, missing=(sentence, *findings.missing))
+        log.warning("%s", sentence)
     provenance = read_json(workdir.provenance) if workdir.provenance.is_file() else {}
     if not isinstance(provenance, dict):
         raise UserError(f"{workdir.provenance} is damaged: it holds no object")

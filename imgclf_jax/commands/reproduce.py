@@ -42,6 +42,9 @@ def main(
     end = _end(record, steps)
     folder = places.place(processes.first("naming the output", lambda: _folder(record, output)))
     found = _changed(record.config, config)
+    wrong = record.contradictions
+    for sentence in wrong:
+        log.warning("the record contradicts itself: %s", sentence)
     config.tensorboard = False
 
     def adjusted(run: train.Run) -> train.Run:
@@ -77,12 +80,15 @@ def main(
     compared = compare((record.digests, record.metrics, record.result), (here.digests, here.metrics), extended)
     if not (compared.digest_steps or compared.values):
         raise UserError(f"nothing that {record.path} has recorded up to step {end} can be compared; pass more --steps")
-    word = verdict(compared, found, tolerance)
+    word = "contradictory" if wrong else verdict(compared, found, tolerance)
     kept = bool(output) or word != "same"
     if processes.index() == 0:
         if format == "json":
-            print(json.dumps(_as_json(word, end, compared, found, str(folder) if kept else None), indent=2))
+            as_json = _as_json(word, end, compared, found, str(folder) if kept else None)
+            print(json.dumps(as_json | {"contradictions": wrong}, indent=2))
         else:
+            for sentence in wrong:
+                print(f"{sentence[0].upper()}{sentence[1:]}.")
             _print(word, end, compared, found, record, tolerance)
             if kept:
                 print(f"the run that was trained to compare is in {printable(str(folder))}")
@@ -140,6 +146,7 @@ _SENTENCES = {
     "tolerated": "The same within --tolerance={tolerance:g}, though not bit for bit",
     "rounding": "The same up to rounding: only versions, devices or flags differ, and no metric by more than {most:g}",
     "different": "Different from step {first} on",
+    "contradictory": "The record contradicts itself, so no run can be the same",
 }
 
 
@@ -155,6 +162,9 @@ def _print(
           f"{metric_steps} steps.")  # fmt: skip
     if not record.digests:
         print("The run was made before digests were recorded: that of result.json and the metrics are compared alone.")
+    if compared.missing:
+        step, name = compared.missing[0]
+        print(f"{len(compared.missing)} recorded values were not found again, the first is {name} at step {step}.")
     rows = []
     if of := compared.parameters:
         until = "" if of.equal_until is None else f"; equal at step {of.equal_until}"
@@ -184,6 +194,7 @@ def _as_json(word: str, end: int, compared: Comparison, found: list[Difference],
         "step": end,
         "compared": {"digests": list(compared.digest_steps), "metrics": len(compared.values)},
         "first_step": compared.first_step,
+        "missing": [{"step": step, "name": name} for step, name in compared.missing],
         "parameters": compared.parameters and compared.parameters._asdict(),
         "first_metric": value(compared.first_value),
         "largest_metric": value(compared.largest),

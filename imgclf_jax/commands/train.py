@@ -48,6 +48,8 @@ def main(
         processes.first("holding the work directory", lambda: held.enter_context(workdir.held()))
         workdir.check_shared()
         run = adjusted(set_up(config, workdir, extend))
+        if run.start:
+            workdir.check_parameters(run.start, run.state.params)
         total = run.cadences.total
         if run.start == total and processes.first("reading the result", lambda: workdir.is_done(total)):
             log.info("this run is done; its result is in %s", workdir.result)
@@ -70,7 +72,9 @@ def main(
                         run.checkpoints.latest)  # fmt: skip
             return STOPPED
         state, results = ended
-        _report(run, digests, results or evaluate_all(run.programs, state, run.evals), monitor, began)
+        results = results or processes.first("reading metrics.jsonl", lambda: _recorded(run))
+        results = evaluate_all(run.programs, state, run.evals) if results is None else results
+        _report(run, digests, results, monitor, began)
         return 0
 
 
@@ -141,6 +145,16 @@ def _evaluate(run: Run, state: Any, step: int, writer: Writer, stop: Stopping) -
 
 def _scores(results: Results) -> dict[str, float]:
     return {f"{name}/{key}": value for name, values in results.items() for key, value in values.items()}
+
+
+def _recorded(run: Run) -> Results | None:
+    """The results that another process has written to metrics.jsonl at the end of the run; None if it has not."""
+    values: dict[str, float] = {}
+    for record in writers.read_metrics(run.workdir.metrics):
+        values |= record if record["step"] == run.cadences.total else {}
+    found = {name: {key.removeprefix(f"{name}/"): value for key, value in values.items() if key.startswith(f"{name}/")}
+             for name in run.evals}  # fmt: skip
+    return found if all("accuracy" in own for own in found.values()) else None
 
 
 def _when_compiled(

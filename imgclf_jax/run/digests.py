@@ -17,8 +17,32 @@ import numpy as np
 from imgclf_jax.core import processes, sharding, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.run import writers
+from imgclf_jax.run.provenance import read_json
 
 log = logging.getLogger(__name__)
+
+
+def check(workdir: Path, checkpoint: Path, step: int, params: Any) -> None:
+    """Raises UserError if the run in `workdir` has recorded other parameters of `step` than these of a checkpoint.
+
+    digests.jsonl says so and, for a step that it has no line of, result.json. All processes call this.
+    """
+    recorded = processes.first("reading digests.jsonl", lambda: _recorded(workdir, step))
+    if recorded and tree.sha256(params) != recorded[1]:
+        where = workdir / recorded[0]
+        raise UserError(f"checkpoint {checkpoint} holds other parameters than {where} has of step {step}: one of them "
+                        "is of another run; restore it, or remove the checkpoint to use the one before")  # fmt: skip
+
+
+def _recorded(workdir: Path, step: int) -> tuple[str, str] | None:
+    """The file that says what the parameters of a step were, and their SHA-256; None if none does."""
+    lines = writers.read_metrics(workdir / "digests.jsonl")
+    found = [("digests.jsonl", line.get("params_sha256")) for line in lines if line["step"] == step]
+    with contextlib.suppress(UserError):  # a result that is damaged says nothing
+        result = read_json(workdir / "result.json")
+        if isinstance(result, dict) and result.get("step") == step:
+            found.append(("result.json", result.get("params_sha256")))
+    return next(((name, digest) for name, digest in found if isinstance(digest, str)), None)
 
 
 class Digests:

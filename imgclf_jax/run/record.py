@@ -10,11 +10,57 @@ from typing import Any, Self
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
+from imgclf_jax.analysis.reproduction import TIMES
 from imgclf_jax.core import places, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import bundle, writers
 
 _MOST_BYTES = 512 << 20  # of a file, which is read at once
+
+
+def contradictions(
+    result: Mapping[str, Any], digests: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Where what a run has recorded cannot all be true, in sentences: result.json, digests.jsonl and metrics.jsonl."""
+    found: list[str] = []
+    whole: dict[int, Any] = {}
+    for line in digests:
+        step, digest = line["step"], line.get("params_sha256")
+        if whole.setdefault(step, digest) != digest:
+            found += [f"digests.jsonl has two digests of step {step}"]
+    values: dict[int, dict[str, Any]] = {}
+    for record in metrics:
+        step, known = record["step"], values.setdefault(record["step"], {})
+        for name, value in record.items():
+            if name not in TIMES and _differ(known.setdefault(name, value), value):
+                found += [f"metrics.jsonl has two values of {name} at step {step}, {known[name]} and {value}"]
+    step = result.get("step")
+    if step is None:
+        return found
+    if whole and step not in whole:
+        found.append(f"result.json is of step {step}, which digests.jsonl does not have")
+    elif _differ(whole.get(step, result.get("params_sha256")), result.get("params_sha256")):
+        found.append(f"result.json has other parameters of step {step} than digests.jsonl")
+    for name, group in result.items():
+        for key, value in group.items() if isinstance(group, dict) else ():
+            logged = values.get(step, {}).get(f"{name}/{key}", value)
+            if _differ(logged, value):
+                found.append(f"result.json says {name}/{key} {value}, metrics.jsonl {logged} at step {step}")
+    return found
+
+
+def read_contradictions(workdir: Path) -> list[str]:
+    """The contradictions in what the run in a work directory has recorded. A damaged result says nothing."""
+    try:
+        result = json.loads((workdir / "result.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        result = None
+    files = (writers.read_metrics(workdir / name) for name in ("digests.jsonl", "metrics.jsonl"))
+    return contradictions(result if isinstance(result, dict) else {}, *files)
+
+
+def _differ(a: Any, b: Any) -> bool:
+    return bool(a != b and not (a != a and b != b))  # NaN is NaN
 
 
 @dataclass(frozen=True)
@@ -78,6 +124,11 @@ class Record:
         if not isinstance(value, dict):
             raise UserError(f"{name} of {self.path} is damaged: it is no JSON object")
         return value
+
+    @property
+    def contradictions(self) -> list[str]:
+        """Where its files contradict each other, see `contradictions`."""
+        return contradictions(self.result, self.digests, self.metrics)
 
     def pack(self, file: Path) -> None:
         """Writes the bundle of a work directory. Raises UserError if it cannot be written."""

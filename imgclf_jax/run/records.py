@@ -12,6 +12,7 @@ from imgclf_jax import config as configs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.places import place
 from imgclf_jax.run.provenance import load_data_info, load_evals, read_json
+from imgclf_jax.run.record import contradictions
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 
@@ -29,6 +30,7 @@ class Record:
     result: dict[str, Any] | None  # what `result.json` holds; None if the run is not done
     metrics: list[dict[str, Any]]  # the records of `metrics.jsonl`
     total: int | None  # the steps that the run is to have, if that is known
+    contradictions: tuple[str, ...] = ()  # in what it has recorded, see `record.contradictions`
     evals: dict[str, str] = dataclasses.field(default_factory=dict)  # fingerprints of the evaluation sets, if recorded
 
     @property
@@ -65,12 +67,13 @@ def read(workdir: Workdir) -> Record:
     config = workdir.load_config()
     result = read_json(workdir.result) if workdir.result.is_file() else None
     total = total_steps(workdir, config) if workdir.provenance.is_file() else None
-    if result is not None:
-        if not isinstance(result, dict) or type(result.get("step")) is not int:
-            raise UserError(f"{workdir.result} is damaged: it holds no result")
-        if total is not None and result["step"] != total:
-            result = None  # of a shorter run, which has been extended since
-    return Record(workdir, config, result, read_metrics(workdir.metrics), total, load_evals(workdir.provenance))
+    if result is not None and not (isinstance(result, dict) and type(result.get("step")) is int):
+        raise UserError(f"{workdir.result} is damaged: it holds no result")
+    metrics = read_metrics(workdir.metrics)
+    wrong = contradictions(result or {}, read_metrics(workdir.digests), metrics)
+    if result is not None and total is not None and result["step"] != total:
+        result = None  # of a shorter run, which has been extended since
+    return Record(workdir, config, result, metrics, total, tuple(wrong), load_evals(workdir.provenance))
 
 
 def find(folders: Iterable[str]) -> tuple[list[Record], list[str]]:
@@ -87,7 +90,10 @@ def find(folders: Iterable[str]) -> tuple[list[Record], list[str]]:
             raise UserError(f"{text} is no directory; name those of runs, or one that they lie in")
         for path in _runs_below(folder, seen):
             try:
-                runs.append(read(Workdir(path)))
+                run = read(Workdir(path))
+                if run.contradictions:
+                    raise UserError(f"{path} contradicts itself: {'; '.join(run.contradictions[:3])}")
+                runs.append(run)
             except UserError as e:
                 damaged.append(str(e))
     return runs, damaged

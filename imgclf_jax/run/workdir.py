@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax.core import places, processes, spec
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.run import lock
+from imgclf_jax.run import digests, lock
 from imgclf_jax.run.provenance import (
     DataInfo,
     collect,
@@ -71,6 +71,17 @@ class Workdir:
         if not self.config.is_file():
             raise UserError(f"{self.path} holds no run (no config.json); train first, or pass the run's --workdir")
         return configs.from_json(self.config.read_bytes(), str(self.config))
+
+    def load_data_info(self) -> DataInfo:
+        """What provenance.json says of the training data. Raises UserError if it is missing or damaged."""
+        return load_data_info(self.provenance)
+
+    def check_parameters(self, step: int, params: Any) -> None:
+        """Raises UserError unless those of a checkpoint are the parameters that the run has recorded of its step.
+
+        All processes call this.
+        """
+        digests.check(self.path, self.checkpoints / str(step), step, params)
 
     def untrusted(self, said: Sequence[str] = ()) -> contextlib.AbstractContextManager[None]:
         """Inside, what the run names is not imported and not fetched: it may be anybody's. See `spec.untrusted`."""

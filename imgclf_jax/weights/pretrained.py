@@ -111,6 +111,7 @@ def _read_workdir(path: Path, programs: Programs) -> Named:
     best = checkpoints.best_step()
     step = steps[-1] if best is None else best
     state = checkpoints.restore_any(step)["state"]
+    workdir.check_parameters(step, state["params"])
     # As in evaluation: the averages (params, model_state), if the run has any.
     params, model_state = state.get("ema") or (state["params"], state.get("model_state"))
     variables = jax.device_get({"params": params, **(model_state or {})})

@@ -39,6 +39,7 @@ def write(tmp_path):
         data = {"train_examples": 64, "image_shape": [12, 12, 1], "class_names": ["a", "b"], "fingerprint": "x"}
         (place / "provenance.json").write_text(json.dumps({"data": data, "evals": {"test": "y"}}))
         found = metrics or {"accuracy": accuracy, "loss": 1 - accuracy, "top5": 1.0}
+        accuracy = found["accuracy"]
         if done:
             (place / "result.json").write_text(json.dumps({"step": steps, "test": {"examples": 8, **found}}))
         lines = [

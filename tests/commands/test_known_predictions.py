@@ -78,7 +78,7 @@ def test_the_ensembles_file_serves_no_seeds(tested, tmp_path, caplog):
 
 
 @pytest.mark.thorough
-def test_they_are_made_once(tested, folder, monkeypatch, capsys):
+def test_they_are_made_once(tested, folder, tmp_path, monkeypatch, capsys):
     """Unless the run has been extended since, or has other evaluation sets."""
     made = []
     monkeypatch.setattr(known_predictions, "make", lambda run, trust: made.append(run.name) or {})
@@ -88,8 +88,10 @@ def test_they_are_made_once(tested, folder, monkeypatch, capsys):
     file = tested["a"].workdir.result
     before = file.read_text()
     file.write_text(json.dumps(json.loads(before) | {"params_sha256": "another"}))
+    tested["a"].workdir.digests.rename(tmp_path / "digests")
     assert launch.main(["compare", str(folder), "--test"]) == 0
     file.write_text(before)
+    (tmp_path / "digests").rename(tested["a"].workdir.digests)
     assert made == [tested["a"].name]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import optax
 import pytest
+from cases import thorough
 
 import launch
 from imgclf_jax.run import writers
@@ -65,7 +66,7 @@ def test_the_same_run_passes(reproduce, trained, tmp_path):
     """All digests and metrics; the temporary directory is removed."""
     status, found = reproduce(trained)
     assert (status, found["verdict"], found["first_step"]) == (0, "same", None)
-    assert found["compared"] == {"digests": [0, 1, 2, 4, 8, 10], "metrics": 2 * 5 + 3}
+    assert found["compared"] == {"digests": [0, 1, 2, 4, 8, 10], "metrics": 2 * 5 + 4}
     assert (found["step"], found["differences"], found["output"]) == (STEPS, [], None)
     assert list((tmp_path / "tmp").iterdir()) == []
 
@@ -207,6 +208,76 @@ def test_a_run_that_names_code(reproduce, copy, tmp_path, capsys):
         assert "add --trust" in error
     assert not (tmp_path / "harm").exists()
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def append(file: Path, text: str) -> None:
+    file.write_text(file.read_text() + text)
+
+
+RECORDS = {
+    "the result's accuracy": (
+        lambda run: edit(run / "result.json", lambda r: r["test"].update(accuracy=0.99)),
+        "result.json says test/accuracy 0.99, metrics.jsonl 0.3333333333333333 at step 10",
+    ),
+    "the result's digest": (
+        lambda run: edit(run / "result.json", lambda r: r.update(params_sha256="0" * 64)),
+        "result.json has other parameters of step 10 than digests.jsonl",
+    ),
+    "the result's step": (
+        lambda run: edit(run / "result.json", lambda r: r.update(step=9)),
+        "result.json is of step 9, which digests.jsonl does not have",
+    ),
+    "another value of a metric": (
+        lambda run: append(run / "metrics.jsonl", '{"step": 10, "test/accuracy": 0.99}\n'),
+        "metrics.jsonl has two values of test/accuracy at step 10",
+    ),
+}
+
+
+@pytest.mark.parametrize("changed", [*list(RECORDS)[:1], *thorough(*list(RECORDS)[1:])])
+def test_a_record_that_contradicts_itself(reproduce, copy, tmp_path, capsys, changed):
+    """`reproduce` said of each "The same, bit for bit"; `compare` showed the accuracy."""
+    change, sentence = RECORDS[changed]
+    change(copy)
+    status, found = reproduce(copy, "--steps=1")
+    assert (status, found["verdict"]) == (1, "contradictory")
+    assert sentence in found["contradictions"][0]
+    assert launch.main(["compare", str(copy.parent)]) == 1
+    assert f"{copy} contradicts itself: {sentence}" in capsys.readouterr().err
+    assert launch.main(["report", f"--workdir={copy}"]) == 0
+    assert sentence in (copy / "report.html").read_text()
+    assert launch.main(["evaluate", f"--workdir={copy}"]) == 0
+    assert f"the record of the run contradicts itself: {sentence}" in capsys.readouterr().err
+
+
+def test_what_was_recorded_and_is_not_found_again(reproduce, copy):
+    """A metric of a step at which a run of this config logs none."""
+    append(copy / "metrics.jsonl", '{"step": 3, "test/accuracy": 0.99}\n')
+    status, found = reproduce(copy, "--steps=4")
+    assert (status, found["verdict"], found["first_step"]) == (1, "different", 3)
+    assert found["missing"] == [{"step": 3, "name": "test/accuracy"}]
+
+
+def test_the_checkpoint_of_another_run(copy, tmp_path, capsys):
+    """In the place of this run's: its accuracy was printed with status 0, though digests.jsonl has the step."""
+    keys = json.loads((copy / "config.json").read_text())
+    argv = [f"--workdir={tmp_path}/other", "--config.seed=1", f"--config.data.source={keys['data']['source']}",
+            *(f"--config.{key}={keys[key]}" for key in ("preprocess", "model", "batch_size", "total"))]  # fmt: skip
+    assert launch.main([*argv, "--config.optimizer=sgd(momentum=0.9)"]) == 0
+    shutil.rmtree(copy / "checkpoints" / "10")
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "10", copy / "checkpoints" / "10")
+    capsys.readouterr()
+    for words in (["evaluate"], ["evaluate", "--checkpoints=all"], ["evaluate", "--checkpoint=10"], ["report"]):
+        assert launch.main([*words, f"--workdir={copy}"]) == 1
+        sentence = (
+            f"error: checkpoint {copy}/checkpoints/10 holds other parameters than {copy}/digests.jsonl has of step 10"
+        )
+        assert sentence in capsys.readouterr().err.splitlines()[-1]
+    assert launch.main([f"--workdir={tmp_path}/new", *argv[1:], f"--config.init_from={copy}"]) == 1
+    assert "holds other parameters" in capsys.readouterr().err
+    (copy / "digests.jsonl").unlink()
+    assert launch.main(["evaluate", f"--workdir={copy}"]) == 1
+    assert f"than {copy}/result.json has of step 10" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
