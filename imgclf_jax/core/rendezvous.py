@@ -61,6 +61,7 @@ def _receive(where: tuple[str, int], number: int, process: int, patience: float)
             elif missing and time.monotonic() > late:
                 late = end
                 log.warning("waiting for process %s at port %d of host %s", missing, port, socket.gethostname())
+        server.close()
         for stream, _ in callers.values():
             _say(stream, fault)
     if fault:
@@ -132,6 +133,7 @@ def _report(where: tuple[str, int], number: int, process: int, patience: float) 
             answered, stream = _call(where, number, process, stack, _PATIENT)
             if stream:
                 _heed(stream, name)
+                _await_service(where)
                 return
         strange = (strange or called) if answered else strange
         if strange and time.monotonic() > strange + _PATIENT:
@@ -162,6 +164,15 @@ def _call(
             connection.settimeout(_LONGEST)
             return True, stream
     return answered, None
+
+
+def _await_service(where: tuple[str, int]) -> None:
+    """Waits a little until JAX's service listens in place of `meet`: its client, if refused, waits a second."""
+    end = time.monotonic() + 2.0
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError), socket.create_connection(where, timeout=_READ):
+            return
+        time.sleep(0.01)
 
 
 def _heed(stream: Any, name: str) -> None:

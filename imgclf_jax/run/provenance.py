@@ -23,7 +23,7 @@ _PACKAGES = ("imgclf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
              "tensorflow-cpu", "tensorflow-datasets", "scikit-learn")  # fmt: skip
 
 # What may differ between processes, or does not change a result, of JAX's options.
-_OF_ONE_PROCESS = "cache|device|debug|log|dump|traceback|profil|timeout|address|mtls|pprint"
+_OF_ONE_PROCESS = "cache|device|debug|_log_|logging|dump|traceback|profil|timeout|address|mtls|pprint"
 _OF_COMPILERS = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 _OPTIONS = "JAX_(?!COMPILATION_CACHE|PERSISTENT_CACHE)"  # what the environment tells JAX, but for where it caches
 
@@ -88,11 +88,13 @@ def of_devices(counted: bool) -> dict[str, Any]:
 
 def of_modules() -> dict[str, str]:
     """A digest of each imported module that is neither installed nor part of this package: the user's own."""
-    installed = (*sysconfig.get_paths().values(), str(Path(__file__).parents[1]))
+    paths = sysconfig.get_paths()
+    installed = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    elsewhere = tuple(os.path.join(folder, "") for folder in (*installed, Path(__file__).parents[1]))
     digests = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if isinstance(file, str) and os.path.isfile(file) and not file.startswith(installed):
+        if isinstance(file, str) and os.path.isfile(file) and not file.startswith(elsewhere):
             digests[f"module {name}"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
     return digests
 

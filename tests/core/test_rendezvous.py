@@ -16,6 +16,7 @@ def port(monkeypatch):
     monkeypatch.setattr(rendezvous, "_PATIENT", 1.0)
     monkeypatch.setattr(rendezvous, "_BUSY", 0.3)
     monkeypatch.setattr(rendezvous, "_READ", 0.3)
+    monkeypatch.setattr(rendezvous, "_await_service", lambda where: None)  # JAX's, which is not started here
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]

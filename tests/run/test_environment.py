@@ -1,11 +1,15 @@
-"""What a process sets of itself before JAX is imported."""
+"""What a process sets of itself before JAX is imported, and what it tells the other processes of itself."""
 
+import importlib
 import os
 import platform
+import re
 import subprocess
 import sys
 
 import pytest
+
+from imgclf_jax.run import provenance
 
 # More threads than arenas, all alive, each with memory of its own.
 MANY_THREADS = """
@@ -43,3 +47,38 @@ def test_no_more_arenas_than_processors(tmp_path):
         return out.stderr.count("Arena ")
 
     assert 1 < arenas("prepared") <= processors < arenas("left alone")
+
+
+def test_what_processes_must_have_in_common(monkeypatch):
+    """Not where they cache and dump, or which devices they take, but all that may change a result."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_b=1 --xla_dump_to=/tmp/process-0 --xla_a=2")
+    found = provenance.of_process()
+    assert found["XLA_FLAGS"] == "--xla_a=2 --xla_b=1"
+    assert {
+        "python",
+        "jax",
+        "jaxlib",
+        "numpy",
+        "flax",
+        "the code of imgclf_jax",
+        "NVIDIA_TF32_OVERRIDE",
+    } <= found.keys()
+    assert {"jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable",
+            "jax_numpy_dtype_promotion", "jax_use_hlo_logistic_lowering"} <= found.keys()  # fmt: skip
+    assert not {"jax_compilation_cache_dir", "jax_cuda_visible_devices", "jax_num_cpu_devices"} & found.keys()
+
+
+def test_modules_of_the_user_are_known_by_what_they_hold(tmp_path, monkeypatch):
+    """Those that the config has imported, directly or through others; no installed one, and none of this package."""
+    monkeypatch.syspath_prepend(tmp_path)
+    digests = []
+    for width in (8, 9):
+        (tmp_path / "own_layers.py").write_text(f"WIDTH = {width}\n")
+        (tmp_path / "own_net.py").write_text("import own_layers\n")
+        importlib.import_module("own_net")
+        digests.append(provenance.of_modules())
+        for name in ("own_net", "own_layers"):
+            sys.modules.pop(name)
+    assert digests[0]["module own_net"] == digests[1]["module own_net"]
+    assert digests[0]["module own_layers"] != digests[1]["module own_layers"]
+    assert not {name for name in digests[0] if re.match(r"module (json|numpy|jax|imgclf_jax)\b", name)}
