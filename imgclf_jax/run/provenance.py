@@ -90,7 +90,7 @@ def of_modules() -> dict[str, str]:
     """A digest of each imported module that is neither installed nor part of this package: the user's own."""
     paths = sysconfig.get_paths()
     installed = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    elsewhere = tuple(os.path.join(folder, "") for folder in (*installed, Path(__file__).parents[1]))
+    elsewhere = tuple(f"{folder}{os.sep}" for folder in (*installed, Path(__file__).parents[1]))
     digests = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
