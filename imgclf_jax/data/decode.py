@@ -6,6 +6,7 @@ prediction. The ops that change an image's size are in `resizing` and `tf_image`
 """
 
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF")
 MOST_PIXELS = 2**26  # 8192 by 8192. Pillow itself warns of 89 million, and refuses twice as many.
 MOST_SIDE = 2**20  # 16 times JPEG's. Pillow holds a pointer for each row.
 _MOST_BYTES = 8 * MOST_PIXELS  # so much have four channels of 16 bits without compression
+_TILE = (322, 323)  # TIFF's tags of a tile's width and height
+_MOST_IN_A_TILE = 2**24  # pixels; usual tiles have 2**16
 _TOO_MANY = f"the image has more than {MOST_PIXELS:,} pixels; make it smaller"
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -103,6 +106,11 @@ def check_size(picture: Image.Image) -> None:
     if max(picture.size) > MOST_SIDE:
         raise UserError(f"the image has {picture.height:,} by {picture.width:,} pixels, and a side at most "
                         f"{MOST_SIDE:,}; crop it")  # fmt: skip
+    tags = getattr(picture, "tag_v2", {}) if picture.format == "TIFF" else {}
+    tile = [size for tag in _TILE if isinstance(size := tags.get(tag), int)]
+    if math.prod(tile) > _MOST_IN_A_TILE:  # libtiff takes memory for a whole one, however small the image
+        raise UserError(f"the image has tiles of {' by '.join(f'{size:,}' for size in tile)} pixels; save it again "
+                        "without tiles")  # fmt: skip
 
 
 def formats_of(preprocess: str) -> tuple[str, ...]:

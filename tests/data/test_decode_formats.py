@@ -89,6 +89,15 @@ def test_an_image_of_too_long_a_side(size):
         decode.decode(bomb(*size))
 
 
+def test_a_tiff_image_whose_tiles_fill_the_memory():
+    """libtiff would take 2 GB for a tile of 65,536 by 30,000 pixels of an image of 16 by 16."""
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 284: 1, 322: 65_536, 323: 30_000, 324: 100, 325: 50}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    content = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(400)
+    with pytest.raises(UserError, match=r"^the image has tiles of 65,536 by 30,000 pixels; save it again without"):
+        decode.decode(content)
+
+
 @pytest.mark.parametrize(("size", "ops", "words"), [
     ((1, 1_000_000), "resize_small(72)|central_crop(64)", "1 by 1,000,000 to 72 by 72,000,000 pixels takes 45.2 GB"),
     ((1_000_000, 1), "resize_small(72, like='torchvision')|central_crop(64)", "to 72,000,000 by 72 pixels"),
