@@ -1,6 +1,6 @@
 """Decoded sets kept in the user's cache folder, so that the next run need not read and decode its images again.
 
-Only of sources that say `immutable`: those whose fingerprint changes if any of their examples does.
+Only of sources that say `immutable`: those whose fingerprint, or `stamp`, changes if any of their examples does.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ def _kept(source: Any, preprocess: str) -> bool:
 
 
 def _file(source: Any, preprocess: str) -> Path:
-    identity = repr((source.fingerprint(), preprocess, PIL.__version__, _FORM))
+    identity = repr((source.fingerprint(), getattr(source, "stamp", ""), preprocess, PIL.__version__, _FORM))
     return cache.folder("decoded") / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
 
 

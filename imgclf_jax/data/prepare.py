@@ -27,6 +27,7 @@ class Prepared:
     class_names: tuple[str, ...]
     splits: dict[str, tuple[int, str]]  # name → (examples, identity)
     open: Callable[[], dict[str, Any]]  # {split: data source whose images stay encoded}
+    stamp: str = ""  # changes with the files, also where TFDS says the same of others
 
     @functools.cached_property
     def _data_sources(self) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> Prepared:
         found = json.loads(record.read_text(encoding="utf-8"))
         if found["info"] == _digest(places.place(found["directory"])):
             splits = {split: (int(n), str(text)) for split, (n, text) in found["splits"].items()}
-            return Prepared(tuple(found["class_names"]), splits, open_now)
+            return Prepared(tuple(found["class_names"]), splits, open_now, found["info"])
 
     builder, data_sources = prepare_tfds(name, data_dir, manual_dir)
     splits = {}
@@ -59,18 +60,21 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> Prepared:
         info = builder.info.splits[split]
         splits[split] = (info.num_examples, f"{builder.info.full_name} {split} {info.num_examples} {info.num_bytes}")
     class_names = tuple(builder.info.features["label"].names)
+    stamp = ""
     with contextlib.suppress(OSError):
         found = {"directory": str(builder.data_path), "class_names": class_names, "splits": splits}
+        stamp = _digest(places.place(found["directory"]))
         record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, found | {"info": _digest(places.place(found["directory"]))})
-    return Prepared(class_names, splits, lambda: data_sources)
+        write_json(record, found | {"info": stamp})
+    return Prepared(class_names, splits, lambda: data_sources, stamp)
 
 
 def _digest(directory: Path) -> str:
-    """Of what TFDS says of the data set that it prepared in `directory`, and of which files there are."""
+    """Of what TFDS says of the data set that it prepared in `directory`, and of its files' names, sizes and times."""
     digest = hashlib.sha256((directory / "dataset_info.json").read_bytes())
     for file in sorted(directory.iterdir()):
-        digest.update(f"{file.name} {places.size(file)}".encode())
+        stat: Any = file.stat()
+        digest.update(f"{file.name} {places.size(file)} {getattr(stat, 'st_mtime_ns', None) or stat.mtime}".encode())
     return digest.hexdigest()
 
 

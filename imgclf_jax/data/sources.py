@@ -74,7 +74,8 @@ class TfdsSource:
     examples: int
     class_names: tuple[str, ...]
     identity: str
-    immutable: ClassVar[bool] = True  # the identity changes with the version and the number of bytes
+    stamp: str = ""  # of the prepared files
+    immutable: ClassVar[bool] = True  # the identity changes with the version and the number of bytes, the stamp always
 
     def __len__(self) -> int:
         return self.examples
@@ -103,6 +104,10 @@ class SplitSource:
     @property
     def immutable(self) -> bool:
         return all(getattr(source, "immutable", False) for source, _, _ in self.parts)
+
+    @property
+    def stamp(self) -> str:
+        return " ".join(getattr(source, "stamp", "") for source, _, _ in self.parts)
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
@@ -204,7 +209,9 @@ def tfds(name: str, data_dir: str = "", manual_dir: str = "") -> dict[str, Sourc
 
     prepared = open_tfds(name, data_dir, manual_dir)
     return {
-        split: TfdsSource(functools.partial(prepared.data_source, split), examples, prepared.class_names, identity)
+        split: TfdsSource(
+            functools.partial(prepared.data_source, split), examples, prepared.class_names, identity, prepared.stamp
+        )
         for split, (examples, identity) in prepared.splits.items()
     }
 

@@ -20,6 +20,7 @@ class Encoded:
     n: int = 12
     immutable: bool = True
     identity: str = "a"
+    stamp: str = ""
     ids: list = field(default_factory=list)
     class_names = ("x", "y", "z")
 
@@ -68,6 +69,7 @@ def test_an_immutable_source_is_decoded_once():
     [
         (Encoded(immutable=False), OPS),  # it may have changed
         (Encoded(identity="b"), OPS),  # other examples
+        (Encoded(stamp="b"), OPS),  # other files, of which TFDS says the same
         (Encoded(), "decode(1)|resize(8)"),  # other ops
         (Encoded(), f"decode(1)|{__name__}:own_op"),  # whose code may have changed
         (Encoded(), "decode(1)|random_resized_crop(4)"),  # no two reads alike
@@ -127,6 +129,7 @@ def test_a_split_is_immutable_if_all_its_parts_are():
     base = {"a": Encoded(), "b": Encoded(immutable=False)}
     assert sources.take_split(base, "a[:5]+a[7:]").immutable
     assert not sources.take_split(base, "a[:5]+b").immutable
+    assert sources.take_split({"a": Encoded(stamp="x")}, "a[:5]").stamp == "x"
 
 
 @pytest.fixture
@@ -164,7 +167,7 @@ def test_what_tfds_said_is_remembered(tfds):
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("change", ["info", "size", "gone", "record"])
+@pytest.mark.parametrize("change", ["info", "size", "contents", "gone", "record"])
 def test_tfds_is_asked_again_where_something_changed(tfds, change):
     directory, calls = tfds
     sources.open_splits("tfds('pictures')")
@@ -173,6 +176,8 @@ def test_tfds_is_asked_again_where_something_changed(tfds, change):
         (directory / "dataset_info.json").write_text('{"version": "1.0.1"}')
     elif change == "size":
         (directory / "train.array_record").write_bytes(b"123")
+    elif change == "contents":
+        (directory / "train.array_record").write_bytes(b"54321")
     elif change == "gone":
         (directory / "train.array_record").unlink()
     else:
