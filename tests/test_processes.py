@@ -80,6 +80,41 @@ def test_a_signal_to_a_process_that_is_leaving_changes_nothing():
         assert second.wait(120) == 75
 
 
+WAITING = """
+import sys, time
+from imgclf_jax.core import processes, signals
+signals.install()
+process, port, phase = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+print("here", flush=True)
+if process and phase == "meet":
+    time.sleep(60)
+processes.start(f"localhost:{port}", 2, process, heartbeat=10)
+with processes.ending_together():
+    print("joined", flush=True)
+    if process:
+        time.sleep(60)
+    processes.gather("comparing", 1)
+"""
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("phase", "statuses"), [("meet", [143, None]), ("compare", [143, 143])])
+def test_a_signal_ends_a_process_that_waits_for_the_others(phase, statuses):
+    """At once, and with it those that have joined."""
+    started = start_two(WAITING, phase)
+    for process in started:
+        for _ in range(1 if phase == "meet" else 2):
+            process.stdout.readline()
+    time.sleep(2.0)
+    started[0].send_signal(signal.SIGTERM)
+    for process, status in zip(started, statuses, strict=True):
+        if status is None:
+            process.kill()
+        else:
+            assert process.wait(10) == status
+        process.communicate()
+
+
 DIFFERING = """
 import sys
 from imgclf_jax.commands import together
@@ -132,15 +167,15 @@ def test_processes_that_were_given_something_else(tmp_path, last, sentence):
     assert not workdir.exists() or not any(workdir.iterdir())
 
 
-def start_two(program: str, **streams: int) -> list[subprocess.Popen]:
-    """Two processes of a Python program, which gets the number of its process and a port."""
+def start_two(program: str, *words: str, **streams: int) -> list[subprocess.Popen]:
+    """Two processes of a Python program, which gets the number of its process, a port, and what is given."""
     with check.socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = {**check.os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
     return [
-        subprocess.Popen([sys.executable, "-c", program, str(number), str(port)], cwd=check.ROOT, env=environment,
-                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **streams)
+        subprocess.Popen([sys.executable, "-c", program, str(number), str(port), *words], cwd=check.ROOT,
+                         env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **streams)
         for number in range(2)
     ]  # fmt: skip
 
