@@ -11,7 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from imgclf_jax.models.cpu.placed import Order, Placed, Spread, arranged, of_dtype, of_order, whole
+from imgclf_jax.models.cpu.placed import (
+    LEFT_OUT,
+    Order,
+    Placed,
+    Spread,
+    arranged,
+    natural,
+    of_dtype,
+    of_order,
+    rounding_of,
+)
 
 Bind = Callable[..., list[Any]]
 Move = Callable[[Any, list[Any], Bind], list[Any] | None]
@@ -30,7 +40,7 @@ def _transpose(eqn: Any, args: list[Any], bind: Bind) -> list[Any]:
     x, permutation = args[0], eqn.params["permutation"]
     place = tuple(int(i) for i in np.argsort(permutation))
     if isinstance(x, Spread):
-        return [Spread(x.array, tuple(place[a] for a in x.axes), tuple(x.shape[p] for p in permutation))]
+        return [Spread(x.value, tuple(place[a] for a in x.axes), tuple(x.shape[p] for p in permutation))]
     if isinstance(x, Placed):
         return [x.turned(tuple(place[axis] for axis in x.order))]
     return [of_order(x, place)]
@@ -41,15 +51,15 @@ def _broadcast(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
         return None
     x, shape, axes = args[0], eqn.params["shape"], eqn.params["broadcast_dimensions"]
     if isinstance(x, Spread):
-        return [Spread(x.array, tuple(axes[i] for i in x.axes), shape)] if _same(x.shape, axes, shape) else None
+        return [Spread(x.value, tuple(axes[i] for i in x.axes), shape)] if _same(x.shape, axes, shape) else None
     if not isinstance(x, Placed):
-        return [Spread(jnp.asarray(x), tuple(axes), tuple(shape))]
+        return [Spread(Placed(jnp.asarray(x), natural(np.ndim(x))), tuple(axes), tuple(shape))]
     if x.size != np.prod(shape):
-        return [Spread(x.narrow, tuple(axes[i] for i in x.order), tuple(shape))]
+        return [Spread(x, tuple(axes[i] for i in x.order), tuple(shape))]
     new = [i for i in range(len(shape)) if i not in axes]  # axes of size 1
     order = (*new, *(axes[i] for i in x.order))
     array = lax.broadcast_in_dim(x.moved, [shape[i] for i in order], range(len(new), len(shape)))
-    return [of_dtype(array, order, x.dtype)]
+    return [of_dtype(array, order, x.dtype, x.rounding)]
 
 
 def _same(small: tuple[int, ...], axes: Order, shape: tuple[int, ...]) -> bool:
@@ -72,8 +82,9 @@ def _reduce(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
     x, axes = args[0], eqn.params["axes"]
     places = tuple(i for i, axis in enumerate(x.order) if axis in axes)
     order = _ranks([axis for axis in x.order if axis not in axes])
-    out = bind(eqn, [x.wide], {**eqn.params, "axes": places})
-    return [of_dtype(y, order, v.aval.dtype) for y, v in zip(out, eqn.outvars, strict=True)]
+    copied = x.rounding if eqn.primitive.name in ("reduce_max", "reduce_min") else LEFT_OUT
+    out = bind(eqn, [arranged(x, x.order, copied)], {**eqn.params, "axes": places})
+    return [of_dtype(y, order, v.aval.dtype, copied) for y, v in zip(out, eqn.outvars, strict=True)]
 
 
 def _by_axis(*names: str) -> Move:
@@ -83,8 +94,10 @@ def _by_axis(*names: str) -> Move:
     def move(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
         x = args[0]
         moved = {n: tuple(eqn.params[n][axis] for axis in x.order) for n in names if eqn.params[n] is not None}
-        others = [jnp.asarray(whole(y), x.moved.dtype) for y in args[1:]]  # scalars
-        return [of_dtype(bind(eqn, [x.moved, *others], {**eqn.params, **moved})[0], x.order, x.dtype)]
+        copied = rounding_of(args)
+        array = x.moved if copied else x.wide
+        others = [jnp.asarray(arranged(y, (), copied), array.dtype) for y in args[1:]]  # scalars
+        return [of_dtype(bind(eqn, [array, *others], {**eqn.params, **moved})[0], x.order, x.dtype, copied)]
 
     return move
 
@@ -94,14 +107,16 @@ def _concatenate(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
     if not isinstance(x, Placed):
         return None
     params = {**eqn.params, "dimension": x.order.index(eqn.params["dimension"])}
-    return [of_dtype(bind(eqn, [arranged(y, x.order) for y in args], params)[0], x.order, x.dtype)]
+    copied = rounding_of(args)
+    arrays = [arranged(y, x.order, copied) for y in args]
+    return [of_dtype(bind(eqn, arrays, params)[0], x.order, x.dtype, copied)]
 
 
 @_of_placed
 def _reverse(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
     x = args[0]
     params = {**eqn.params, "dimensions": tuple(x.order.index(i) for i in eqn.params["dimensions"])}
-    return [of_dtype(bind(eqn, [x.moved], params)[0], x.order, x.dtype)]
+    return [of_dtype(bind(eqn, [x.moved], params)[0], x.order, x.dtype, x.rounding)]
 
 
 @_of_placed
@@ -109,7 +124,7 @@ def _squeeze(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
     x, gone = args[0], eqn.params["dimensions"]
     params = {**eqn.params, "dimensions": tuple(i for i, axis in enumerate(x.order) if axis in gone)}
     order = _ranks([axis for axis in x.order if axis not in gone])
-    return [of_dtype(bind(eqn, [x.moved], params)[0], order, x.dtype)]
+    return [of_dtype(bind(eqn, [x.moved], params)[0], order, x.dtype, x.rounding)]
 
 
 @_of_placed
@@ -132,7 +147,7 @@ def _split(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
     if first != len(new):
         return None
     order = tuple(axis for old in x.order for axis in parts[old])
-    return [of_dtype(x.moved.reshape([new[axis] for axis in order]), order, x.dtype)]
+    return [of_dtype(x.moved.reshape([new[axis] for axis in order]), order, x.dtype, x.rounding)]
 
 
 MOVES: dict[str, Move] = {
