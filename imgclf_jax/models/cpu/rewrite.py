@@ -34,7 +34,7 @@ from imgclf_jax.models.cpu.placed import (
     rounding_of,
     whole,
 )
-from imgclf_jax.models.cpu.rounding import COPIES, EXACT, INLINED, ROUNDED, Needs, needs
+from imgclf_jax.models.cpu.rounding import COPIES, EXACT, FREE, INLINED, ROUNDED, Needs, needs, reads_sign
 
 _ELEMENTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp clz copy copy_p cos cosh digamma div
@@ -76,7 +76,7 @@ def _evaluate(closed: Any, args: Sequence[Any], read: Needs) -> list[Any]:
             found = _apply(eqn, [value(atom) for atom in eqn.invars], read.calls.get(number))
         for variable, x in zip(eqn.outvars, found, strict=True):
             values[variable] = x
-            if isinstance(x, Placed) and read.of.get(variable):
+            if isinstance(x, Placed) and read.of.get(variable, FREE) & ROUNDED:
                 x.round()
     return [value(atom) for atom in jaxpr.outvars]
 
@@ -133,7 +133,7 @@ def _elementwise(eqn: Any, args: list[Any]) -> list[Any]:
     lying = [x for x in args if np.ndim(x) == ndim and not isinstance(x, Spread)]
     orders = [(np.size(x), x.order if isinstance(x, Placed) else natural(ndim)) for x in lying] or [(0, natural(ndim))]
     _, order = max(orders, key=lambda pair: (pair[0], pair[1] != tuple(sorted(pair[1]))))
-    copied = rounding_of(args) if eqn.primitive.name in COPIES else LEFT_OUT
+    copied = rounding_of(args) if eqn.primitive.name in COPIES or reads_sign(eqn) else LEFT_OUT
     operands = [arranged(x, order, copied) for x in args]
     params = eqn.params
     if "new_dtype" in params and params["new_dtype"] == jnp.bfloat16:  # of integers

@@ -9,13 +9,16 @@ Matmuls read rounded values, and so does all that leaves the program. Whatever i
 them, up to the last matmul, sum or float32 arithmetic, no rounding is left out.
 """
 
+import functools
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-FREE, ROUNDED, EXACT = range(3)  # what is needed of a value; EXACT is rounded, and computed of exact values
+# What is needed of a value, bits: that it is rounded, and that it is computed of exact values.
+FREE, ROUNDED, OF_EXACT, EXACT = range(4)
 
 # Calls whose body becomes part of the program; the derivatives that they carry have been used by now.
 INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
@@ -31,6 +34,8 @@ _CONTINUOUS = frozenset(
     """add add_any asinh atan cbrt cos cosh div erf erfc exp exp2 expm1 integer_pow log logistic mul rsqrt sin sinh sqrt
     square sub tan tanh""".split()  # noqa: SIM905
 )
+_COMPARISONS = frozenset("eq ge gt le lt ne".split())  # noqa: SIM905
+_FLOATS = frozenset([jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)])
 _SUMS = frozenset(["reduce_sum", "reduce_prod"])  # continuous, and rounded in an order of their own
 _MATMULS = frozenset(["conv_general_dilated", "dot_general"])  # and those of `multilinear.py`; of arrays in bfloat16
 
@@ -48,19 +53,20 @@ def needs(jaxpr: Any, results: list[int]) -> Needs:
     found = Needs({}, {})
 
     def add(atom: Any, need: int) -> None:
-        if not isinstance(atom, Literal) and need > found.of.get(atom, FREE):
-            found.of[atom] = need
+        if need and not isinstance(atom, Literal):
+            found.of[atom] = found.of.get(atom, FREE) | need
 
     for atom, need in zip(jaxpr.outvars, results, strict=True):
         add(atom, need)
     for number, eqn in reversed([*enumerate(jaxpr.eqns)]):
         of_results = [found.of.get(v, FREE) for v in eqn.outvars]
+        of_any = functools.reduce(operator.or_, of_results, FREE)
         if eqn.primitive.name in INLINED:
             body = eqn.params[INLINED[eqn.primitive.name]].jaxpr
             found.calls[number] = inner = needs(body, of_results)
             of_operands = [inner.of.get(v, FREE) for v in body.invars]
         else:
-            of_operands = [_reads(eqn, v, max(of_results, default=FREE)) for v in eqn.invars]
+            of_operands = [_reads(eqn, v, of_any) for v in eqn.invars]
         for atom, need in zip(eqn.invars, of_operands, strict=True):
             add(atom, need)
     return found
@@ -71,17 +77,22 @@ def _reads(eqn: Any, operand: Any, result: int) -> int:
     name, low = eqn.primitive.name, operand.aval.dtype == jnp.bfloat16
     if name in COPIES:
         return result
-    if name == "convert_element_type" and {operand.aval.dtype, eqn.params["new_dtype"]} <= {*_FLOATS}:
+    if name == "convert_element_type" and {operand.aval.dtype, eqn.params["new_dtype"]} <= _FLOATS:
         return result
     if name in _CONTINUOUS:
-        return result if result == EXACT and low else FREE
+        return EXACT if result & OF_EXACT and low else FREE
     if name in _SUMS:
         return FREE
     if name == "optimization_barrier" or (name == "sort" and len(eqn.outvars) == 1):  # copies, of arrays in bfloat16
-        return max(result, ROUNDED)
+        return result | ROUNDED if low else result
     if name.startswith("cpu_") or name in _MATMULS:
         return ROUNDED if low else FREE
+    if reads_sign(eqn):
+        return OF_EXACT
     return EXACT
 
 
-_FLOATS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
+def reads_sign(eqn: Any) -> bool:
+    """Whether an operation reads signs alone, as the gradient of ReLU does: rounding changes none."""
+    is_zero = [isinstance(v, Literal) and v.val == 0 for v in eqn.invars]
+    return eqn.primitive.name == "sign" or (eqn.primitive.name in _COMPARISONS and any(is_zero))
