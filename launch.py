@@ -85,9 +85,9 @@ def _run(argv: list[str]) -> int:
     environment.prepare()  # a config or work directory that is read below may import JAX
     if command.of == "nothing":
         files = words.files_alone(name, rest)
-        from imgclf_jax.commands import together
-
-        with together.alone():
+        of_processes: list[Any] = [given.pop(flag) for flag in table.PROCESSES]
+        alike = {"command": name, **{f"--{flag}": value for flag, value in given.items()}, "files": files}
+        with _joined(alike, *of_processes):
             status: int = _module(name).main(files, **given)
         return status
     workdir: Any = given.pop("workdir", "") or str(Path("runs", Path(config_path.partition(":")[0]).stem))

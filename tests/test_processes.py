@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import processes_check as check
 import pytest
+from PIL import Image
 
 import launch
 
@@ -178,6 +179,49 @@ def start_two(program: str, *words: str, **streams: int) -> list[subprocess.Pope
                          env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **streams)
         for number in range(2)
     ]  # fmt: skip
+
+
+TOOLS = """
+import sys
+import launch
+from imgclf_jax.core import processes
+process, port, run, out = int(sys.argv[1]), *sys.argv[2:]
+processes.start(f"localhost:{port}", 2, process, heartbeat=30)
+flags = [f"--workdir={run}"]
+for words in (
+    ["train", *flags, "--config.data.source=fake(96, (8, 8, 3), 4)", "--config.preprocess=decode(3)",
+     "--config.augment=", "--config.batch_size=32", "--config.model=cnn(widths=(8,), hidden=256)",
+     "--config.schedule=constant(1e-3)", "--config.total=4 steps", "--config.mesh=fsdp=-1"],
+    ["evaluate", *flags, f"--predictions={out}/all.csv"], ["predict", f"{out}/a.png", "--format=csv", *flags],
+    ["features", *flags, f"--output={out}/f.npz"], ["probe", *flags], ["report", *flags, f"--html={out}/r.html"],
+    ["explain", f"{out}/a.png", *flags, f"--output={out}/x"],
+    ["export", f"{out}/m.stablehlo", f"{out}/m.savedmodel", *flags],
+    ["compare", run, "--test", "--format=csv"],
+):
+    assert launch.main(words) == 0, words
+processes.end(0)
+"""
+
+
+@pytest.mark.thorough
+def test_every_command_runs_in_the_processes_of_its_run(tmp_path, capfd):
+    """On a sharded model: what is written is what one process writes, and process 0 alone prints."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    out.mkdir()
+    Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(out / "a.png")
+    started = start_two(TOOLS, str(run), str(out))
+    printed = [process.communicate(timeout=400)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert printed[1] == ""
+    assert "features of" in printed[0]
+    assert "linear probe" in printed[0]
+    assert {file.name for file in out.iterdir()} == {
+        "a.png", "all.csv", "f.npz", "r.html", "x", "m.stablehlo", "m.savedmodel"
+    }  # fmt: skip
+    assert launch.main(["features", f"--workdir={run}", f"--output={tmp_path / 'alone.npz'}"]) == 0
+    with np.load(out / "f.npz") as both, np.load(tmp_path / "alone.npz") as alone:
+        np.testing.assert_allclose(both["features"], alone["features"], rtol=1e-4, atol=1e-5)
+        assert np.array_equal(both["labels"], alone["labels"])
 
 
 @pytest.mark.thorough

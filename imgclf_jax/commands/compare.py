@@ -12,6 +12,7 @@ from typing import Any
 from imgclf_jax.commands import compare_page, compare_tables, known_predictions
 from imgclf_jax.commands.comparison import Group, common, group, main_metric, shown
 from imgclf_jax.commands.paired_runs import Comparison, compare
+from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.pages.html import write
@@ -35,6 +36,8 @@ def main(files: Sequence[str], format: str, html: str, test: bool, trust: bool) 
     groups = group(runs)
     known = known_predictions.of_all(runs, test, trust)
     comparisons = compare(groups, known)
+    if processes.index():
+        return 1 if damaged else 0
     if format == "json":
         print(json.dumps(_as_json(groups, comparisons, damaged), indent=2))
     elif format == "csv":

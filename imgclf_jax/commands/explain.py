@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import loading
 from imgclf_jax.commands import inputs
 from imgclf_jax.commands.explanations import build, drawn
+from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.text import printable, utf8
 from imgclf_jax.run import terminal
@@ -53,17 +55,22 @@ def main(
             counts["all"] += 1
             if isinstance(result, UserError):
                 counts["failed"] += 1
-                print(f"error: {printable(str(result))}", file=sys.stderr)
+                if not processes.index():
+                    print(f"error: {printable(str(result))}", file=sys.stderr)
                 continue
             label = model.class_names.index(wanted) if wanted else int(result.argmax())
             name, probability = model.class_names[label], float(result[label])
             says = f"{utf8(Path(file).name)}: {name}, probability {probability:.4f}"
             picture, values = drawn(method, explain, model.prepare(file), label, says)
             target = _target(folder, file, method, wanted, taken)
-            write_atomically(target, picture)
+            if not processes.index():
+                write_atomically(target, picture)
             yield {"file": utf8(file), "class": name, "probability": round(probability, 6), "method": method,
                    "greatest": float(values.max()), "picture": str(target)}  # fmt: skip
 
+    if processes.index():
+        deque(records(), maxlen=0)
+        return 1 if counts["failed"] else 0
     if format == "json":
         print(json.dumps(list(inputs.until_error(records(), errors)), indent=2))
     else:

@@ -56,13 +56,14 @@ def build(
         probabilities = functools.partial(_probabilities, model, size)
         return method, lambda images, labels: attribution.occlusion(probabilities, images, labels, window, size)
     augment, seeds = recipe.augment(train=False), recipe.num_seeds
-    pure = (
+    pure = programs.gather_at_use(
         attribution.make_gradcam(classifier, augment, attribution.choose_layer(seen, layer), seeds)
         if method == "gradcam"
-        else attribution.make_rollout(classifier, augment, seen, seeds)
+        else attribution.make_rollout(classifier, augment, seen, seeds),
+        of_seeds=True,
     )
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(programs.mesh))
     def traced(*args: Any) -> jax.Array:
         with programs.tracing():
             return pure(*args)
@@ -94,5 +95,6 @@ def _probabilities(model: Trained, size: int, images: np.ndarray) -> np.ndarray:
     """f32[b, classes] of up to `size` images uint8[b, h, w, c], as `predict` has them. All calls are of one shape."""
     mesh = model.programs.mesh
     batch = np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), np.uint8)])
-    out = model.programs.predict(*model.state.evaluated, sharding.put_batch({"image": batch}, mesh)["image"])
+    here = batch[sharding.rows_here(size, mesh)]
+    out = model.programs.predict(*model.state.evaluated, sharding.put_batch({"image": here}, mesh)["image"])
     return np.asarray(jax.device_get(out))[: len(images)]

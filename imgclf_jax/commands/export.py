@@ -1,7 +1,9 @@
 """The command `export`: a trained model as a file that other programs run."""
 
+import contextlib
 import datetime
 import logging
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import loading
+from imgclf_jax.core import processes, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.exports import onnx, saved_model, stablehlo, torch_state
 from imgclf_jax.inference import Outputs
@@ -44,9 +47,14 @@ def main(config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoi
         if path.suffix == ".savedmodel":
             saved_model.check(path)
     model = loading.of(config, workdir, checkpoint)
-    for path in paths:
-        for line in KINDS[path.suffix](model, path, gives, names):
-            print(line)
+    with contextlib.ExitStack() as stack:
+        if processes.index():  # all compute what the file is compared with, process 0 keeps the file
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            paths = [folder / path.name for path in paths]
+        for path in paths:
+            for line in KINDS[path.suffix](model, path, gives, names):
+                if not processes.index():
+                    print(line)
     return 0
 
 
@@ -93,7 +101,7 @@ def _safetensors(model: Trained, path: Path, gives: str, names: str) -> list[str
     recipe = model.programs.recipe
     backbone = recipe.model.backbone
     names = torch_state.naming(backbone, names)
-    params, model_state = jax.device_get(model.state.evaluated)
+    params, model_state = jax.tree.map(sharding.fetch, model.state.evaluated)
     variables = {"params": params, **(model_state or {})}
     metadata = {"format": "pt", "model": recipe.config.model, "names": names, "augment": recipe.config.augment,
                 "host_ops": model.programs.preprocess_eval}  # fmt: skip

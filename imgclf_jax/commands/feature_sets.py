@@ -18,6 +18,7 @@ def of_set(model: Trained, images: stream.Images) -> Iterator[tuple[np.ndarray, 
     """
     programs, done = model.programs, 0
     size = programs.eval_batch_size
+    rows = sharding.rows_here(size, programs.mesh)
 
     def finish(out: jax.Array, batch: stream.Batch) -> tuple[np.ndarray, np.ndarray]:
         nonlocal done
@@ -32,7 +33,7 @@ def of_set(model: Trained, images: stream.Images) -> Iterator[tuple[np.ndarray, 
 
     pending: tuple[jax.Array, stream.Batch] | None = None
     for batch in stream.eval_batches(images, size):
-        placed = sharding.put_batch({"image": batch["image"]}, programs.mesh)["image"]
+        placed = sharding.put_batch({"image": batch["image"][rows]}, programs.mesh)["image"]
         out = programs.features(*model.state.evaluated, placed)
         if pending:
             yield finish(*pending)  # while the device computes the next batch

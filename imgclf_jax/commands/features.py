@@ -1,10 +1,11 @@
 """Writes what a trained model makes of images: a vector each, with names and labels."""
 
+import contextlib
 import itertools
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,12 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.analysis import embeddings
 from imgclf_jax.commands import feature_sets, inputs
+<<<<<<< HEAD
 from imgclf_jax.commands.evaluation import compare_with_record, open_evals, open_set
+=======
+from imgclf_jax.commands.evaluation import open_evals, open_set, warn_of_changed_data
+from imgclf_jax.core import processes
+>>>>>>> 4a6232c (features, probe, explain, report, export and compare run in several processes, as their run does)
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable, utf8
 from imgclf_jax.data import sources
@@ -46,7 +52,8 @@ def main(
     base = {} if restored and paths else sources.open_data(config)
     model = restored or convert(config, base, whole=False)
     errors: list[Exception] = []  # what ended the images before their end
-    with embeddings.writing(file, model.class_names) as add:
+    with contextlib.ExitStack() as stack:
+        add = _drop if processes.index() else stack.enter_context(embeddings.writing(file, model.class_names))
         if paths:
             report_host_ops(model.programs)
             written, failed = _add_files(model, paths, inputs.until_error(images, errors), add)
@@ -54,12 +61,18 @@ def main(
                 raise errors[0]
         else:
             written, failed = _add_sets(model, workdir, base, split, add), 0
+    if processes.index():
+        return 1 if failed else 0
     print(f"{file}: features of {written} images")
     if failed:
         print(f"error: {failed} of {written + failed} images are left out", file=sys.stderr)
     if errors:
         raise errors[0]
     return 1 if failed else 0
+
+
+def _drop(of: str, called: Sequence[str], own: np.ndarray, features: np.ndarray) -> None:
+    """Adds nothing: process 0 alone writes the file."""
 
 
 def _add_sets(
@@ -92,7 +105,8 @@ def _add_files(
         for image, result in terminal.count(inputs.computed(model, "features", images), "images"):
             if isinstance(result, UserError):
                 failed += 1
-                print(f"error: {printable(str(result))}", file=sys.stderr)
+                if not processes.index():
+                    print(f"error: {printable(str(result))}", file=sys.stderr)
             else:
                 yield image, np.atleast_2d(result)  # [seeds, d]
 

@@ -15,7 +15,11 @@ import numpy as np
 
 from imgclf_jax.analysis import listing
 from imgclf_jax.commands.evaluation import changed, changed_sets, evaluate, open_evals
+<<<<<<< HEAD
 from imgclf_jax.core import places
+=======
+from imgclf_jax.core import processes
+>>>>>>> 4a6232c (features, probe, explain, report, export and compare run in several processes, as their run does)
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.data import sources
 from imgclf_jax.loading import restore
@@ -146,7 +150,8 @@ def make(run: Record, trust: bool) -> dict[str, Known]:
                 right[: run.config.num_seeds],
             )
     try:
-        if set(found) <= set(run.evals):  # else nothing would tell later whether the data are still the same
+        # Of a set without a recorded fingerprint nothing would tell later whether the data are still the same.
+        if set(found) <= set(run.evals) and not processes.index():
             _keep(run, found)
     except OSError as e:
         log.warning("the predictions of %s cannot be kept: %s", run.name, e.strerror or e)

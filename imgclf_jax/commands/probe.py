@@ -14,8 +14,13 @@ from ml_collections import ConfigDict
 from imgclf_jax.analysis import accuracy_plot, probing
 from imgclf_jax.analysis.scores import predicted_classes
 from imgclf_jax.commands import feature_sets
+<<<<<<< HEAD
 from imgclf_jax.commands.evaluation import compare_with_record, open_evals
 from imgclf_jax.core import memory
+=======
+from imgclf_jax.commands.evaluation import open_evals, warn_of_changed_data
+from imgclf_jax.core import memory, processes, sharding
+>>>>>>> 4a6232c (features, probe, explain, report, export and compare run in several processes, as their run does)
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.loading import convert, restore
@@ -54,12 +59,15 @@ def main(
     with terminal.busy("computing features"):
         train, labels = feature_sets.whole_set(model, training)
         tests = {name: feature_sets.whole_set(model, images) for name, images in sets.items()}
+    heads = [_head(model, seed) if restored else None for seed in range(len(train))]
+    if processes.index():
+        processes.barrier("probing", processes.PREPARING)
+        return 0
     records = []
     for seed, features in enumerate(train):
         with terminal.busy(f"probing{f' seed {seed}' if len(train) > 1 else ''}"):
             own = {name: (x[seed], y) for name, (x, y) in tests.items()}
-            head = _head(model, seed) if restored else None
-            records.append(list(probe(features, labels, own, ks, draws, len(model.class_names), head)))
+            records.append(list(probe(features, labels, own, ks, draws, len(model.class_names), heads[seed])))
     joined = [{**of[0], "accuracies": [a for one in of for a in one["accuracies"]]}
               | ({"C": [one["C"] for one in of]} if "C" in of[0] else {})
               for of in zip(*records, strict=True)]  # fmt: skip
@@ -74,6 +82,7 @@ def main(
         print(json.dumps(found, indent=2))
     else:
         _print(joined)
+    processes.barrier("probing", processes.PREPARING)
     return 0
 
 
@@ -119,7 +128,7 @@ def probe(
 
 def _head(model: Trained, seed: int) -> tuple[np.ndarray, np.ndarray]:
     params = model.state.evaluated[0]["head"]
-    kernel, bias = (np.asarray(params[name], np.float64) for name in ("kernel", "bias"))
+    kernel, bias = (sharding.fetch(params[name]).astype(np.float64) for name in ("kernel", "bias"))
     return (kernel[seed], bias[seed]) if model.programs.recipe.num_seeds > 1 else (kernel, bias)
 
 

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.commands import report_page
 from imgclf_jax.commands.report_findings import Findings, find
+from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.loading import restore
 from imgclf_jax.pages.html import write
@@ -43,6 +44,7 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
     if not isinstance(provenance, dict):
         raise UserError(f"{workdir.provenance} is damaged: it holds no object")
     path = Path(html) if html else workdir.path / "report.html"
-    write(path, report_page.page(run, provenance, findings, names))
-    print(f"written: {path}")
+    if not processes.index():
+        write(path, report_page.page(run, provenance, findings, names))
+        print(f"written: {path}")
     return 0

@@ -71,14 +71,14 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "report": Command(
         "a page on a trained run: learning curves, scores, confusions, the worst mistakes, what made it", "run",
-        ("workdir", "checkpoint", "html", "trust"),
+        ("workdir", "checkpoint", "html", "trust", *PROCESSES),
         more="It is written to WORKDIR/report.html, or to the file --html. More evaluation sets can be named by "
              "--config.data.eval.NAME=SPLIT. Where the data are gone, what needs them is left out.",
         examples=("--workdir runs/a", "--workdir runs/a --checkpoint=best --html a.html"),
     ),
     "export": Command(
         "write a trained model to a file that other programs run", "run or weights",
-        ("workdir", "checkpoint", "gives", "names", "trust"), "FILE",
+        ("workdir", "checkpoint", "gives", "names", "trust", *PROCESSES), "FILE",
         more="The suffix says the kind. .stablehlo: the whole function with its class names, for JAX alone, on CPU, "
              "GPU and TPU. .savedmodel: the same for TensorFlow alone, a folder. .onnx: the same for ONNX's runtimes. "
              ".safetensors: the weights by the names of a PyTorch model.",
@@ -104,7 +104,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "compare": Command(
         "the results of runs beside the keys that differ, over seeds, with paired tests and learning curves", "nothing",
-        ("format", "html", "test", "trust"), "DIR",
+        ("format", "html", "test", "trust", *PROCESSES), "DIR",
         more="Each directory below DIR that holds a run counts. Runs that differ in their seed alone are one row. Runs "
              "whose predictions are known are tested in pairs: --test makes them known, and so does a file "
              "predictions.csv in a run's directory, as `evaluate --predictions` writes it.",
@@ -113,7 +113,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "features": Command(
         "write what the network makes of images: a vector each, with names and labels", "run or weights",
-        ("workdir", "checkpoint", "output", "split", "trust"), "[FILE|DIR|GLOB|-]",
+        ("workdir", "checkpoint", "output", "split", "trust", *PROCESSES), "[FILE|DIR|GLOB|-]",
         more="Without images on the command line they are those of --split. The name of --output ends in .npz or "
              ".parquet.",
         examples=("--workdir runs/a --output test.npz", "--workdir runs/a --split train --output train.parquet",
@@ -121,14 +121,14 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "probe": Command(
         "how good the features are: nearest neighbours, a linear probe, few images a class", "run or weights",
-        ("workdir", "checkpoint", "format", "k", "draws", "plot", "trust"),
+        ("workdir", "checkpoint", "format", "k", "draws", "plot", "trust", *PROCESSES),
         more="All learn from the features of the training set and are scored on each evaluation set.",
         examples=("--workdir runs/a", "--workdir runs/a --plot curve.png",
                   "--config configs/a.py --config.init_from=weights.safetensors"),
     ),
     "explain": Command(
         "draw where in images a trained run finds their class", "run or weights",
-        ("workdir", "checkpoint", "format", "method", "class", "layer", "window", "output", "trust"),
+        ("workdir", "checkpoint", "format", "method", "class", "layer", "window", "output", "trust", *PROCESSES),
         "FILE|DIR|GLOB|-",
         more="gradcam is for networks with feature maps, rollout for those with attention over patches, occlusion for "
              "any. The pictures go to the folder --output (default: explained).",

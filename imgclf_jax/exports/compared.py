@@ -27,7 +27,8 @@ def difference(run: Callable[[np.ndarray], np.ndarray], model: Trained, what: Ou
     images = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
     padded = np.zeros((sharding.round_up(_IMAGES, mesh), *shape[1:]), np.uint8)
     padded[:_IMAGES] = images
-    ours = np.asarray(jax.device_get(getattr(model.programs, what)(*model.state.evaluated, padded)))
+    batch = sharding.put_batch({"image": padded[sharding.rows_here(len(padded), mesh)]}, mesh)["image"]
+    ours = np.asarray(jax.device_get(getattr(model.programs, what)(*model.state.evaluated, batch)))
     ours, theirs = ours[..., :_IMAGES, :], run(images)
     judged, a, b = ("outputs", theirs, ours)
     if what == "predict":

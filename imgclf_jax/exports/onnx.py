@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax import export
 from jax._src.interpreters import partial_eval  # of which `dce_jaxpr` has no public name
 
-from imgclf_jax.core import platform
+from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.exports import compared
 from imgclf_jax.inference import Outputs
@@ -44,7 +44,7 @@ def archive(model: Trained, what: Outputs) -> tuple[bytes, float]:
     import jax2onnx
 
     programs = model.programs
-    params, model_state = jax.tree.map(np.asarray, jax.device_get(model.state.evaluated))
+    params, model_state = jax.tree.map(sharding.fetch, model.state.evaluated)
     pure = programs.pure(what)
     (b,) = export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((b, *programs.recipe.data.image_shape), np.uint8)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax import export
 
-from imgclf_jax.core import platform, tree
+from imgclf_jax.core import platform, sharding, tree
 from imgclf_jax.inference import Outputs
 from imgclf_jax.trained import Trained
 
@@ -63,7 +63,7 @@ def program_of_weights(model: Trained, what: Outputs) -> tuple[export.Exported, 
 
 
 def _on_host(model: Trained) -> Any:
-    return jax.tree.map(np.asarray, jax.device_get(model.state.evaluated))
+    return jax.tree.map(sharding.fetch, model.state.evaluated)
 
 
 def _lowered(function: Callable[..., jax.Array], model: Trained, *weights: np.ndarray) -> export.Exported:
