@@ -37,11 +37,13 @@ print(json.dumps([*found, sizes]))
 @pytest.mark.chips
 @pytest.mark.parametrize("chips", ["v5e:2x2", "h100:4"])
 def test_a_quarter_of_parameters_and_optimizer_on_each_of_four(chips):
-    """Beside it a chip holds two blocks and a quarter of the gradients; 20 MB are activations, and what is padded.
+    """Beside it a chip holds two blocks, its shard of the gradients and, on a GPU, of what the optimizer writes.
 
-    Small arrays are whole on each chip.
+    Small arrays are replicated; 20 MB are activations and padding. Gathered as a whole, temporaries were 480 MB on TPU
+    and 560 MB on GPU, of eight chips.
     """
     (whole, _), (shard, temporaries), (parameters, block) = printed(PROGRAM, chips)
     assert whole >= 3 * parameters  # and two moments
     assert whole / 4 <= shard <= 0.27 * whole
-    assert temporaries <= parameters / 4 + 2 * block + 20e6
+    shards = 1 if chips.startswith("v5e") else 3
+    assert temporaries <= shards * parameters / 4 + 2 * block + 20e6
