@@ -13,12 +13,8 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.analysis import embeddings
 from imgclf_jax.commands import feature_sets, inputs
-<<<<<<< HEAD
 from imgclf_jax.commands.evaluation import compare_with_record, open_evals, open_set
-=======
-from imgclf_jax.commands.evaluation import open_evals, open_set, warn_of_changed_data
 from imgclf_jax.core import processes
->>>>>>> 4a6232c (features, probe, explain, report, export and compare run in several processes, as their run does)
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable, utf8
 from imgclf_jax.data import sources

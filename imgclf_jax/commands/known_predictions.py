@@ -15,11 +15,7 @@ import numpy as np
 
 from imgclf_jax.analysis import listing
 from imgclf_jax.commands.evaluation import changed, changed_sets, evaluate, open_evals
-<<<<<<< HEAD
-from imgclf_jax.core import places
-=======
-from imgclf_jax.core import processes
->>>>>>> 4a6232c (features, probe, explain, report, export and compare run in several processes, as their run does)
+from imgclf_jax.core import places, processes
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.data import sources
 from imgclf_jax.loading import restore

@@ -14,13 +14,8 @@ from ml_collections import ConfigDict
 from imgclf_jax.analysis import accuracy_plot, probing
 from imgclf_jax.analysis.scores import predicted_classes
 from imgclf_jax.commands import feature_sets
-<<<<<<< HEAD
 from imgclf_jax.commands.evaluation import compare_with_record, open_evals
-from imgclf_jax.core import memory
-=======
-from imgclf_jax.commands.evaluation import open_evals, warn_of_changed_data
 from imgclf_jax.core import memory, processes, sharding
->>>>>>> 4a6232c (features, probe, explain, report, export and compare run in several processes, as their run does)
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.loading import convert, restore
