@@ -48,8 +48,8 @@ def resize(image: np.ndarray, height: int, width: int = 0, method: str = "biline
     return out[..., None] if out.ndim == 2 else out
 
 
-def resized(old: Size, height: int, width: int = 0, method: str = "bilinear") -> Size:
-    """The size that `resize` gives. Raises UserError where it takes too much memory."""
+def resized(old: Size, height: int, width: int = 0, method: str = "bilinear", op: str = "resize") -> Size:
+    """The size that `resize` gives. Raises UserError, which names `op`, where it takes too much memory."""
     h, w = old
     new = (height, width or height)
     if old == new:
@@ -60,7 +60,7 @@ def resized(old: Size, height: int, width: int = 0, method: str = "bilinear") ->
     else:
         # Pillow holds 4 bytes a pixel, may resize the width first, and tabulates float64 weights.
         nbytes += 4 * h * new[1] + 8 * _REACH * (max(h, new[0]) + max(w, new[1]))
-    memory.require_for_op("resize", old, new, nbytes)
+    memory.require_for_op(op, old, new, nbytes)
     return new
 
 
@@ -81,7 +81,7 @@ def resized_small(old: Size, size: int, method: str = "bilinear", like: str = "t
     else:
         scale = size / min(h, w)
         new = max(size, round(h * scale)), max(size, round(w * scale))
-    return resized(old, *new, method)
+    return resized(old, *new, method, "resize_small")
 
 
 def central_crop(image: np.ndarray, height: int, width: int = 0, like: str = "tensorflow") -> np.ndarray:

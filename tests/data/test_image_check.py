@@ -226,7 +226,7 @@ def test_an_image_that_the_host_ops_refuse_for_its_size_is_named_at_the_start(fl
     assert "cat/long.png" in sources.open_data(config)["train"].files
     config.preprocess_eval = "decode(3)|resize_small(72)|central_crop(64)"
     with pytest.raises(
-        UserError, match=r"cat/long\.png \(resize from 1 by 1,000,000 to .*\); repair, move or remove it"
+        UserError, match=r"cat/long\.png \(resize_small from 1 by 1,000,000 to .*\); repair, move or remove it"
     ):
         sources.open_data(config)
     assert not many or not decoded
