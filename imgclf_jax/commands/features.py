@@ -58,7 +58,7 @@ def main(
         else:
             written, failed = _add_sets(model, workdir, base, split, add), 0
     if processes.index():
-        return 1 if failed else 0
+        return 1 if failed or errors else 0
     print(f"{file}: features of {written} images")
     if failed:
         print(f"error: {failed} of {written + failed} images are left out", file=sys.stderr)
