@@ -56,6 +56,9 @@ def _is_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _softmax_nll(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    if platform.current() == "cpu":
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    # Elsewhere without an index, whose gradient is a scatter: deterministic kernels of GPUs sort for one.
     own = jnp.sum(jnp.where(_is_label(logits, labels), logits, jnp.zeros((), logits.dtype)), -1)
     return jax.nn.logsumexp(logits, -1) - own
 
@@ -104,10 +107,7 @@ def softmax(
     """
     _check_smoothing("softmax", label_smoothing)
     if label_smoothing == 0.0 and labels.ndim == 1:
-        if platform.current() == "cpu":
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        else:  # whose gradient is no scatter: deterministic kernels of GPUs sort for one
-            losses = _softmax_nll(logits, labels)
+        losses = _softmax_nll(logits, labels)
     else:
         targets = _smoothed(_targets(logits, labels), label_smoothing)
         losses = optax.softmax_cross_entropy(logits, targets)
