@@ -19,6 +19,7 @@ from imgclf_jax.config_keys import CADENCES as CADENCES
 from imgclf_jax.config_keys import KEYS as KEYS
 from imgclf_jax.config_keys import LOCATION_KEYS as LOCATION_KEYS
 from imgclf_jax.config_keys import OF_THE_HOST as OF_THE_HOST
+from imgclf_jax.config_keys import RESERVED as RESERVED
 from imgclf_jax.core.errors import UserError, reason, unknown
 from imgclf_jax.core.split_folders import split_folders as split_folders
 
@@ -165,12 +166,25 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"total={config.total!r}: must be a duration above zero, such as '5 epochs'")
     if config.seed + config.num_seeds > 2**32:
         raise UserError(f"seed={config.seed} and num_seeds={config.num_seeds} go beyond the seeds, 0 to 2**32 - 1")
+    for name in config.data.eval:
+        check_set_name(name)
     more = [text.partition("(")[0].rpartition(":")[2].strip() for text in config.metrics.split("|")]
     kinds = ("accuracy", "loss", "nll", "top5", *filter(None, more))
     known = [f"{name}/{kind}" for name in config.data.eval for kind in kinds]
     best = re.sub("^(min|max):", "", config.checkpoint.best)
     if config.checkpoint.best and best not in known:
         raise UserError(unknown("metric in checkpoint.best", best, known))
+
+
+def check_set_name(name: str) -> None:
+    """Raises UserError for a name that no evaluation set may have: it stands in metrics.jsonl and in result.json."""
+    if name in RESERVED:
+        why = f"results have something else called {name!r}"
+    elif not re.fullmatch(r"[\w-]+", name):
+        why = "allowed are letters, digits, _ and -"
+    else:
+        return
+    raise UserError(f"data.eval has a set called {name!r}: {why}; give it another name, such as 'val'")
 
 
 _DURATION = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?(?:e\d{1,2})?)\s*([kM]?)\s*(epochs?|steps?|examples?|%)\s*")

@@ -103,3 +103,8 @@ OF_THE_HOST = ("data.data_dir", "data.manual_dir", "data.threads")
 
 # Keys that say how often something happens.
 CADENCES = ("log_every", "eval_every", "checkpoint_every")
+
+# What no evaluation set may be called: metrics.jsonl, result.json and `evaluate` have these names beside those of sets.
+RESERVED = frozenset(
+    {"train", "step", "epochs", "seconds", "images_per_second", "params_sha256", "num_seeds", "left_out"}
+)

@@ -42,6 +42,16 @@ from imgclf_jax.core.errors import UserError
             "unknown metric in checkpoint.best 'val/accuracy': did you mean 'test/acc",
         ),
         ({"checkpoint.best": "test/acuracy"}, "did you mean 'test/accuracy'"),
+        (
+            {"data.eval": {"train": "test"}},
+            "data.eval has a set called 'train': results have something else called 'train'",
+        ),
+        (
+            {"data.eval": {"step": "test"}},
+            "results have something else called 'step'; give it another name, such as 'val'",
+        ),
+        ({"data.eval": {"a/b": "test"}}, "data.eval has a set called 'a/b': allowed are letters, digits, _ and -"),
+        ({"data.eval": {"": "test"}}, "data.eval has a set called ''"),
         ({"checkpoint.best": "test"}, "allowed: test/accuracy, test/loss, test/nll, test/top5"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 from test_mistakes import FAKE, ROOT, _process_as_it_was, has, mistake, snapshot, whole  # noqa: F401  fixtures
 
 import launch
+from imgclf_jax.config import RESERVED
 from imgclf_jax.data import stream
 from imgclf_jax.run.checkpoint import Checkpoints
 
@@ -150,6 +151,19 @@ def test_a_result_goes_when_its_run_is_trained_again(copy, monkeypatch, capsys):
     assert launch.main(["train", *argv]) == 75
     assert "trained again from step 0" in capsys.readouterr().err
     assert not (workdir / "result.json").exists()
+
+
+@pytest.mark.parametrize("name", sorted(RESERVED | {"a/b", ""}))
+def test_a_set_that_results_have_no_room_for(mistake, whole, tmp_path, monkeypatch, name):
+    """`step` replaced the step in result.json, `train` wrote train/accuracy twice, `a/b` was a traceback."""
+    monkeypatch.setattr("imgclf_jax.data.sources.open_data", None)
+    for command in (["train", f"--workdir={tmp_path}/run", *FAKE], ["evaluate", f"--workdir={whole[0]}"]):
+        assert has(mistake(*command, f"--config.data.eval.{name}=test"), f"data.eval has a set called {name!r}")
+
+
+def test_names_at_the_top_of_a_result_are_reserved(whole):
+    result = json.loads((whole[0] / "result.json").read_text())
+    assert {name for name, value in result.items() if not isinstance(value, dict)} <= RESERVED
 
 
 def test_metrics_that_are_missing(copy, capsys):

@@ -1,6 +1,7 @@
 """The words of a command line: its config, its keys, its flags and its files. Imports neither JAX nor TensorFlow."""
 
 import itertools
+import keyword
 import re
 import sys
 from pathlib import Path
@@ -61,8 +62,12 @@ def override(config: ConfigDict, words: list[str], command: str) -> list[str]:
         key = word.lstrip("-").partition("=")[0].removeprefix("config.")
         if word.startswith(("--config.", "-config.")) and key not in configs.flatten(config):
             name = key.removeprefix("data.eval.")
-            if name in ("", key) or "." in name:
+            if name == key or "." in name:
                 raise UsageError(unknown("config key", key, configs.KEYS))
+            configs.check_set_name(name)
+            if not name.isidentifier() or keyword.iskeyword(name):
+                raise UsageError(f"--config.data.eval.{name}: on the command line the name of a set has letters, digits"
+                                 " and _, and begins with a letter; name it in the config file")  # fmt: skip
             with config.unlocked():  # one more evaluation set
                 config.data.eval[name] = ""
     values = flags.FlagValues()
