@@ -7,8 +7,7 @@ import logging
 import os
 import signal
 import socket
-import threading
-import time
+import sys
 from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
@@ -57,17 +56,12 @@ def main(config: ConfigDict, workdir: Workdir | None, checkpoint: str, host: str
     print(f"serving step {model.step} of {config.model} at {where}; Ctrl-C ends it", flush=True)
     if not local:
         log.warning("whoever reaches %s may use it: there are no passwords", where)
-    threading.Thread(target=_end_with_the_main_thread, name="end", daemon=True).start()
     with listening:
         _server(uvicorn.Server, settings).run(sockets=[listening])
+    if not application.state.idle(_LAST_SECONDS):
+        sys.stdout.flush()
+        os._exit(0)  # Python would wait for threads, and one may be decoding an image that takes minutes
     return 0
-
-
-def _end_with_the_main_thread() -> None:
-    """Python waits at its end for all threads. One may be decoding an image that takes minutes."""
-    threading.main_thread().join()
-    time.sleep(_LAST_SECONDS)
-    os._exit(0)
 
 
 def explainer(model: Trained) -> Callable[[bytes], bytes]:

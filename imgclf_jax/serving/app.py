@@ -1,7 +1,6 @@
 """The web application: a page for people, `POST /predict` for programs, and routes for those who run it."""
 
 import asyncio
-import concurrent.futures
 import contextlib
 import functools
 import json
@@ -81,12 +80,12 @@ def build(
 ) -> Starlette:
     """The application; it answers requests for these host names alone. Compiles the model's programs.
 
-    With `explain`, which may raise UserError, there is the route /explain.
+    With `explain`, which may raise UserError, there is the route /explain. After it has ended, `state.idle(seconds)` of
+    the application waits for threads that still work, and says whether all are idle.
     """
     numbers = _Numbers()
     batcher = Batcher(model, most_waiting=2 * limits.requests, seen=numbers.batches.observe)
     answering = asyncio.Semaphore(limits.requests)
-    explaining = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="explain")
     bodies = _Bodies(limits)
 
     async def classify(request: Request) -> Response:
@@ -112,7 +111,7 @@ def build(
         async with bodies.read(request) as body:
             try:
                 async with asyncio.timeout(limits.answer_seconds):
-                    made = await asyncio.get_running_loop().run_in_executor(explaining, explain, body)
+                    made = await asyncio.get_running_loop().run_in_executor(batcher.alone, explain, body)
             except UserError as e:
                 raise Refused(422, str(e)) from e
             except TimeoutError:
@@ -137,6 +136,8 @@ def build(
                     response = _refusal(refused)
                 except ClientDisconnect:
                     response = _refusal(Refused(499, "the client has gone"))
+                except asyncio.CancelledError:  # by the server, when the time to answer after a signal is over
+                    response = _refusal(Refused(503, "the server ends"))
         numbers.requests.labels(route, str(response.status_code)).inc()
         numbers.seconds.observe(time.perf_counter() - begun)
         return response
@@ -160,6 +161,7 @@ def build(
         task = asyncio.create_task(batcher.run())
         yield
         task.cancel()
+        app.state.idle = batcher.close
 
     async def failed(request: Request, error: Exception) -> Response:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
@@ -46,14 +47,26 @@ class Batcher:
         mesh = model.programs.mesh
         self._sizes = sorted({sharding.round_up(size, mesh) for size in (1, 8, largest)})
         self._waiting: asyncio.Queue[tuple[Image, asyncio.Future[np.ndarray]]] = asyncio.Queue()
-        self._workers = concurrent.futures.ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="batch")
-        self._decoders = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="decode")
-        self._apart = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="decode-large")
-        self._alone = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="decode-largest")
+        self._name = f"batcher-{id(self):x}"  # what the names of its threads begin with
+        self._workers = concurrent.futures.ThreadPoolExecutor(_AT_ONCE, thread_name_prefix=f"{self._name}-batch")
+        self._decoders = concurrent.futures.ThreadPoolExecutor(thread_name_prefix=f"{self._name}-decode")
+        self._apart = concurrent.futures.ThreadPoolExecutor(thread_name_prefix=f"{self._name}-large")
+        # For one image at a time, which may take a gigabyte.
+        self.alone = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"{self._name}-largest")
         self._tasks: set[asyncio.Task[None]] = set()  # the event loop itself holds no task
         self._device = threading.Lock()
         for size in self._sizes:
             self._compute([np.zeros(model.programs.recipe.data.image_shape, np.uint8)] * size)
+
+    def close(self, seconds: float) -> bool:
+        """Starts no more work, and waits so long for what has begun; whether it is done."""
+        until = time.monotonic() + seconds
+        for pool in (self._workers, self._decoders, self._apart, self.alone):
+            pool.shutdown(wait=False, cancel_futures=True)
+        threads = [t for t in threading.enumerate() if t.name.startswith(self._name)]
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in threads)
 
     @property
     def waiting(self) -> int:
@@ -107,19 +120,23 @@ class Batcher:
 
     async def _decode_apart(self, image: bytes, result: asyncio.Future[np.ndarray]) -> None:
         """Prepares an image that is too costly for a batch, and puts it into the next one."""
-        loop = asyncio.get_running_loop()
+        loop, kept = asyncio.get_running_loop(), [image]
+        del image
+        result.add_done_callback(
+            lambda _: kept.clear()
+        )  # its client has waited too long; the pool's queue has it still
 
-        def prepare(limit: tuple[int, int] | None) -> np.ndarray | None:
-            if result.done():  # its client has waited too long
-                return None
-            with decode_cost.at_most(*limit) if limit else contextlib.nullcontext():
-                return self._model.prepare(image)
+        def prepare(images: list[bytes], limit: tuple[int, int] | None) -> np.ndarray | None:
+            for image in images:
+                with decode_cost.at_most(*limit) if limit else contextlib.nullcontext():
+                    return self._model.prepare(image)
+            return None
 
         try:
             try:
-                prepared = await loop.run_in_executor(self._apart, prepare, _APART)
+                prepared = await loop.run_in_executor(self._apart, prepare, kept, _APART)
             except Costly:
-                prepared = await loop.run_in_executor(self._alone, prepare, None)
+                prepared = await loop.run_in_executor(self.alone, prepare, kept, None)
         except Exception as e:
             if not result.done():
                 result.set_exception(e)

@@ -61,8 +61,16 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
             async def timed(scope: Any, receive: Any, send: Any) -> None:
                 self._unparsed, self._answering = 0, True
                 self._allow(limits.request_seconds)
+
+                async def send_if_open(message: Any) -> None:
+                    try:
+                        await send(message)
+                    except RuntimeError:  # uvloop's, for a connection that was aborted
+                        if not self._wire.is_closing():
+                            raise
+
                 try:
-                    await app(scope, receive, send)
+                    await app(scope, receive, send_if_open)
                 finally:
                     self._unparsed, self._answering = 0, False
                     self._allow(limits.headers_seconds)

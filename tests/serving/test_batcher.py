@@ -78,3 +78,12 @@ def test_small_images_do_not_wait_for_large_ones(model, monkeypatch):  # noqa: F
     small, rows, answered = asyncio.run(clients())
     np.testing.assert_allclose(small, model.predict([png(n) for n in range(10)]), atol=1e-5)
     np.testing.assert_allclose(rows, model.predict([png(n) for n in answered]), atol=1e-5)
+
+
+def test_closing_does_not_wait_for_a_thread_for_ever(model):  # noqa: F811
+    made, go, other = batcher.Batcher(model), threading.Event(), batcher.Batcher(model)
+    assert other.close(20)
+    made.alone.submit(go.wait)
+    assert not made.close(0.1)
+    go.set()
+    assert made.close(20)

@@ -48,16 +48,3 @@ def test_mistakes(run, capsys):
     assert f"serve: 127.0.0.1:{port} cannot be used" in capsys.readouterr().err
     assert launch.main(["serve", f"--workdir={run}", "--port=99999"]) == 1
     assert "--port=99999: ports are 0 to 65535" in capsys.readouterr().err
-
-
-@pytest.mark.thorough
-def test_a_thread_that_goes_on_does_not_keep_the_process():
-    """Python would wait for it."""
-    lines = """
-import threading, time
-from imgclf_jax.commands import serve
-serve._LAST_SECONDS = 0.5
-threading.Thread(target=serve._end_with_the_main_thread, daemon=True).start()
-threading.Thread(target=time.sleep, args=(100,)).start()
-"""
-    assert subprocess.run([sys.executable, "-c", lines], cwd=ROOT, check=False, timeout=60).returncode == 0
