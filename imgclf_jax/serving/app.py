@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import utf8
 from imgclf_jax.serving import openapi
-from imgclf_jax.serving.batcher import Batcher, Busy
+from imgclf_jax.serving.batcher import Batcher, Busy, without_traceback
 from imgclf_jax.trained import Trained
 
 log = logging.getLogger(__name__)
@@ -111,11 +111,12 @@ def build(
         async with bodies.read(request) as body:
             try:
                 async with asyncio.timeout(limits.answer_seconds):
-                    made = await asyncio.get_running_loop().run_in_executor(batcher.alone, explain, body)
-            except UserError as e:
-                raise Refused(422, str(e)) from e
+                    loop = asyncio.get_running_loop()
+                    made = await loop.run_in_executor(batcher.alone, without_traceback, explain, body)
             except TimeoutError:
                 raise Refused(503, f"no picture within {limits.answer_seconds:g} s; try again later") from None
+        if isinstance(made, UserError):
+            raise Refused(422, str(made))
         return Response(made, headers=_HEADERS, media_type="image/png")
 
     async def predict(request: Request) -> Response:

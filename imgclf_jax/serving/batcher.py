@@ -28,6 +28,17 @@ _APART = 2**23, 4_000_000
 Image = bytes | np.ndarray  # the bytes of a file, or what has been prepared
 
 
+def without_traceback[T](make: Callable[[bytes], T], image: bytes) -> T | UserError:
+    """What `make` gives, or its error, without the traceback: its frames hold an image of hundreds of megabytes.
+
+    In a future they would until Python looks for garbage, which it does not do for want of memory.
+    """
+    try:
+        return make(image)
+    except UserError as e:
+        return type(e)(str(e))
+
+
 class Busy(Exception):
     """So many images wait already that one more would not be answered in time."""
 
@@ -122,27 +133,24 @@ class Batcher:
         """Prepares an image that is too costly for a batch, and puts it into the next one."""
         loop, kept = asyncio.get_running_loop(), [image]
         del image
-        result.add_done_callback(
-            lambda _: kept.clear()
-        )  # its client has waited too long; the pool's queue has it still
+        result.add_done_callback(lambda _: kept.clear())  # the client has gone; the pool's queue has it still
 
-        def prepare(images: list[bytes], limit: tuple[int, int] | None) -> np.ndarray | None:
-            for image in images:
+        def prepare(limit: tuple[int, int] | None) -> np.ndarray | Exception | None:
+            for image in kept:
                 with decode_cost.at_most(*limit) if limit else contextlib.nullcontext():
-                    return self._model.prepare(image)
+                    return without_traceback(self._model.prepare, image)
             return None
 
         try:
-            try:
-                prepared = await loop.run_in_executor(self._apart, prepare, kept, _APART)
-            except Costly:
-                prepared = await loop.run_in_executor(self.alone, prepare, kept, None)
+            prepared = await loop.run_in_executor(self._apart, prepare, _APART)
+            if isinstance(prepared, Costly):
+                prepared = await loop.run_in_executor(self.alone, prepare, None)
         except Exception as e:
-            if not result.done():
-                result.set_exception(e)
-        else:
-            if prepared is not None:
-                self._waiting.put_nowait((prepared, result))
+            prepared = e
+        if isinstance(prepared, np.ndarray):
+            self._waiting.put_nowait((prepared, result))
+        elif isinstance(prepared, Exception) and not result.done():
+            result.set_exception(prepared)
 
     def _classify(self, images: list[Image]) -> list[np.ndarray | Exception]:
         """The probabilities of each image, or why it has none."""
@@ -167,14 +175,11 @@ class Batcher:
         return [*itertools.chain.from_iterable(self._decoders.map(self._prepare, shares))]
 
     def _prepare(self, images: Iterable[Image]) -> list[np.ndarray | Exception]:
-        prepared: list[np.ndarray | Exception] = []
         with decode_cost.at_most(*_IN_A_BATCH):
-            for image in images:
-                try:
-                    prepared.append(image if isinstance(image, np.ndarray) else self._model.prepare(image))
-                except UserError as e:
-                    prepared.append(e)
-        return prepared
+            return [
+                image if isinstance(image, np.ndarray) else without_traceback(self._model.prepare, image)
+                for image in images
+            ]
 
     def _compute(self, images: list[np.ndarray]) -> np.ndarray:
         size = next(size for size in self._sizes if size >= len(images))

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 _TOLD = 64  # connections above the limit, which are told that there are too many
+_PIPELINED = 100  # requests of a connection that wait
 _GRACE_SECONDS = 4  # in which requests are answered after a signal
 _LINGER_SECONDS = 1.0  # closing at once would reset a connection that still sends, and its client would see no answer
 
@@ -56,6 +57,7 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
             super().__init__(*args, **kwargs)
             self._unparsed = 0  # bytes since the headers, a part of the body or the whole message were complete
             self._answering = self._refused = False
+            self._begun = 0  # requests that are not answered; httptools parses all that have come
             app = self.app
 
             async def timed(scope: Any, receive: Any, send: Any) -> None:
@@ -72,6 +74,7 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
                 try:
                     await app(scope, receive, send_if_open)
                 finally:
+                    self._begun = max(0, self._begun - 1)
                     self._unparsed, self._answering = 0, False
                     self._allow(limits.headers_seconds)
 
@@ -110,6 +113,9 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
         # The callbacks of httptools' parser.
         def on_headers_complete(self) -> None:
             self._unparsed = 0
+            self._begun += 1
+            if self._begun > _PIPELINED:
+                self._wire.abort()
             super().on_headers_complete()
 
         def on_body(self, body: bytes) -> None:

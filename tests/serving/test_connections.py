@@ -169,6 +169,18 @@ def test_a_client_that_takes_no_answer(port):
         assert len(answer(client)) < 30_000_000
 
 
+def test_many_requests_at_once(port):
+    """On one connection: some are answered in order, and thousands end it."""
+    with connect(port) as client:
+        client.sendall((GET + b"\r\n") * 20 + GET + b"Connection: close\r\n\r\n")
+        assert answer(client).count(b"HTTP/1.1 200") == 21
+    with connect(port) as client:
+        with contextlib.suppress(OSError):
+            for _ in range(20):
+                client.sendall((GET + b"\r\n") * 500)
+        answer(client)  # it ends
+
+
 def test_many_connections(port):
     """So many of one client and no more: another is told so, and one that ends makes room."""
     with contextlib.ExitStack() as stack:
