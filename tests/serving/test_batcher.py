@@ -91,6 +91,6 @@ def test_closing_does_not_wait_for_a_thread_for_ever(model):  # noqa: F811
 
 def test_an_error_does_not_keep_its_image(model):  # noqa: F811
     """Nor what decoding it took, which its traceback would; a thousand of them would fill the memory."""
-    [error] = batcher.Batcher(model)._classify([png(0)[:-20]])
+    [error] = batcher.Batcher(model)._classify([png(0)[:50]])
     assert "does not decode" in str(error)
     assert (error.__traceback__, error.__context__, error.__cause__) == (None, None, None)
