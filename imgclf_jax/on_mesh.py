@@ -59,12 +59,16 @@ class OnMesh:
         with platform.tracing_for(self.platform), diagnose.naming_the_key(self.recipe), self._products():
             yield
 
-    def statistics(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, batch norm takes its statistics in training of the images that the config says."""
+    @property
+    def groups_of_statistics(self) -> int:
+        """In how many groups of the images that are normalized at once batch norm takes its statistics, in training."""
         config = self.recipe.config
         devices = self.mesh.size // self.groups_of_seeds
-        groups = norms.groups(config.batch_norm, config.batch_size // config.accumulate, devices)
-        return norms.statistics_over(groups)
+        return norms.groups(config.batch_norm, config.batch_size // config.accumulate, devices)
+
+    def statistics(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, batch norm takes its statistics in training of the images that the config says."""
+        return norms.statistics_over(self.groups_of_statistics)
 
     @once
     def groups_of_seeds(self) -> int:

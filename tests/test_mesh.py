@@ -1,5 +1,9 @@
 """`mesh` and `shard`: a run whose state lies in parts on the devices is the run whose state is whole on each."""
 
+import dataclasses
+import json
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -7,13 +11,18 @@ from PIL import Image
 
 import launch
 from imgclf_jax.chips import counts
+from imgclf_jax.commands import train as train_command
+from imgclf_jax.commands.train_setup import Run
+from imgclf_jax.config import default_config
 from imgclf_jax.core import sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.loading import load
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
-from imgclf_jax.run.provenance import DataInfo
+from imgclf_jax.run.provenance import DataInfo, pin_groups
+from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.run.writers import read_metrics
 
 DATA = DataInfo(640, (8, 8, 3), tuple("abcd"), "")
 
@@ -208,3 +217,43 @@ def test_batch_norm_by_groups_exchanges_no_statistics(config):
         for text in ("global", "groups(4)")
     )
     assert groups < whole / 3
+
+
+def test_batch_norm_of_each_device_keeps_its_groups_on_other_devices(tmp_path, monkeypatch):
+    """A run of four devices that goes on on two is still that of four: it became another recipe without a word."""
+    make_mesh = sharding.make_mesh
+
+    def train_on(count: int, name: str, end: int = 8) -> float:
+        monkeypatch.setattr(sharding, "make_mesh", lambda *_, **__: make_mesh(jax.devices()[:count]))
+        config = default_config()
+        config.update_from_flattened_dict({
+            "data.source": "fake(64, (12, 12, 1), 4)", "preprocess": "decode(1)",
+            "model": "smooth_net:Smooth(widths=(4,))", "batch_norm": "per_device", "batch_size": 16,
+            "total": "8 steps", "schedule": "constant(1e-2)",
+            "log_every": "", "eval_every": "", "checkpoint_every": "4 steps", "tensorboard": False})  # fmt: skip
+
+        def until(run: Run) -> Run:
+            return dataclasses.replace(run, cadences=dataclasses.replace(run.cadences, end=end))
+
+        train_command.main(config, Workdir(tmp_path / name), adjusted=until)
+        lines = read_metrics(tmp_path / name / "metrics.jsonl")
+        return lines[-1]["test/loss"] if lines else math.nan
+
+    four, two = train_on(4, "four"), train_on(2, "two")
+    assert abs(four - two) > 1e-3  # so that being equal says something
+    train_on(4, "moved", end=4)
+    assert train_on(2, "moved") == pytest.approx(four, rel=1e-5)
+    config = json.loads((tmp_path / "moved" / "config.json").read_text())
+    provenance = json.loads((tmp_path / "moved" / "provenance.json").read_text())
+    assert (config["batch_norm"], provenance["batch_norm_groups"]) == ("per_device", 4)
+
+
+@pytest.mark.parametrize(("mesh", "recorded", "expected"), [
+    ("data=-1", {"batch_norm_groups": 4, "devices": ["cpu"] * 8}, "groups(4)"),
+    ("data=-1", {"devices": ["cpu"] * 8}, "groups(2)"), ("seeds=2, data=-1", {"devices": ["cpu"] * 8}, "groups(4)"),
+    ("seeds=-1, data=2", {"devices": ["cpu"] * 8}, "groups(8)"), ("data=-1", {}, "per_device")])  # fmt: skip
+def test_the_groups_that_a_run_began_with(mesh, recorded, expected):
+    """As it has recorded them; of an older run one for each of its devices, of each part of the axis seeds."""
+    config = default_config()
+    config.batch_norm, config.batch_size = "per_device", 16
+    assert pin_groups(config, mesh, recorded).batch_norm == expected

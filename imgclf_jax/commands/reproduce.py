@@ -19,6 +19,7 @@ from imgclf_jax.commands import train
 from imgclf_jax.core import places, processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
+from imgclf_jax.run.provenance import pin_groups
 from imgclf_jax.run.record import Record
 from imgclf_jax.run.terminal import print_table
 from imgclf_jax.run.workdir import Workdir
@@ -42,6 +43,7 @@ def main(
     end = _end(record, steps)
     folder = places.place(processes.first("naming the output", lambda: _folder(record, output)))
     found = _changed(record.config, config)
+    config = pin_groups(config, record.config.mesh, record.provenance)
     wrong = record.contradictions
     for sentence in wrong:
         log.warning("the record contradicts itself: %s", sentence)

@@ -57,7 +57,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     base = sources.open_data(config)
     train_source = sources.take_split(base, config.data.train)
     images = stream.Images(train_source, config.preprocess, config.seed, config.data.threads)
-    compiling = programs.of_images(config, images)
+    compiling = programs.of_images(_pinned(config, workdir), images)
     recipe = compiling.recipe
     recipe.check_best()
     evals = open_evals(compiling, base)
@@ -69,7 +69,10 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     compiled, eval_compiled = _compile_in_background(compiling, tracing)
     source, left_out = weights.source if weights else None, sources.left_out(base)
     fingerprints = {name: images.source.fingerprint() for name, images in evals.items()}
-    processes.first("writing config.json", lambda: workdir.record(config, recipe.data, source, left_out, fingerprints))
+    groups = compiling.groups_of_statistics if config.batch_norm == "per_device" else 0
+    processes.first(
+        "writing config.json", lambda: workdir.record(config, recipe.data, source, left_out, fingerprints, groups)
+    )
 
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
     start, run = checkpoints.restore_latest(compiling.shape) or (0, None)
@@ -90,13 +93,23 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
         len(recipe.data.class_names), recipe.total, config.batch_size, compiling.mesh.size, compiling.platform,
         "s" * (compiling.mesh.size > 1), f" of {processes.count()} processes" if processes.count() > 1 else "",
     )  # fmt: skip
-    groups = math.gcd(recipe.num_seeds, compiling.mesh.size)
-    if groups > 1 and set(compiling.mesh.axis_names) == {"data"}:
+    parts = math.gcd(recipe.num_seeds, compiling.mesh.size)
+    if parts > 1 and set(compiling.mesh.axis_names) == {"data"}:
         log.info("each device trains all %d seeds; with --config.mesh='seeds=%d, data=-1' it trains %d",
-                 recipe.num_seeds, groups, recipe.num_seeds // groups)  # fmt: skip
+                 recipe.num_seeds, parts, recipe.num_seeds // parts)  # fmt: skip
     state, window = run["state"], run["sums"]
     return Run(config, workdir, images, evals, compiling, compiled, eval_compiled, checkpoints, cadences, start, state,
                window)  # fmt: skip
+
+
+def _pinned(config: ConfigDict, workdir: Workdir) -> ConfigDict:
+    """The config that is compiled: that of a run which began on other devices has its groups of batch norm."""
+    text = processes.first("reading provenance.json", lambda: workdir.pin_groups(config).batch_norm)
+    if text != config.batch_norm:
+        log.info("batch_norm=%r is %s, as on the devices that the run began on", config.batch_norm, text)
+        config = config.copy_and_resolve_references()
+        config.batch_norm = text
+    return config
 
 
 def _trace(compiling: Programs) -> float:

@@ -4,17 +4,20 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError, reason
@@ -164,6 +167,29 @@ def load_data_info(path: Path) -> DataInfo:
         what = "is damaged; remove it" if path.is_file() else "is missing"
         raise UserError(f"{path} {what}, and run train with the config and work directory of this run again: it is "
                         "written anew, from the data") from e  # fmt: skip
+
+
+def pin_groups(config: ConfigDict, mesh: str, recorded: Mapping[str, Any]) -> ConfigDict:
+    """The config that a run goes on with on any devices: 'per_device' is as many groups as the run began with.
+
+    `mesh` is that of the config with which it began, and `recorded` its provenance. A run from before groups were
+    recorded had one for each of its devices, of each part of the mesh's axis seeds.
+    """
+    if config.batch_norm != "per_device":
+        return config
+    groups = recorded.get("batch_norm_groups")
+    if not isinstance(groups, int):
+        devices = recorded.get("devices")
+        count = len(devices) if isinstance(devices, list) else 0
+        sizes = {name: int(size) for name, size in re.findall(r"(\w+)\s*=\s*(-?\d+)", mesh)}
+        own = sizes.pop("seeds", 1)
+        groups = count // own if own > 0 else math.prod(sizes.values())
+    images = config.batch_size // config.accumulate
+    if groups < 1 or images % groups:
+        return config
+    pinned = config.copy_and_resolve_references()
+    pinned.batch_norm = f"groups({images // groups})"
+    return pinned
 
 
 def load_evals(path: Path) -> dict[str, str]:

@@ -21,6 +21,7 @@ from imgclf_jax.run.provenance import (
     collect,
     load_data_info,
     load_evals,
+    pin_groups,
     read_json,
     write_atomically,
     write_json,
@@ -168,6 +169,14 @@ class Workdir:
         """Writes result.json: the run has ended."""
         write_json(self.result, result)
 
+    def pin_groups(self, config: ConfigDict) -> ConfigDict:
+        """The config that the run goes on with: the groups of batch norm's statistics are those that it began with."""
+        if not self.provenance.is_file():
+            return config
+        recorded = read_json(self.provenance)
+        mesh = self.load_config().mesh if self.config.is_file() else config.mesh
+        return pin_groups(config, mesh, recorded if isinstance(recorded, dict) else {})
+
     def drop_later_result(self, start: int) -> None:
         """Removes result.json if it is of a later step than `start`, from which the run is trained again."""
         try:
@@ -187,13 +196,14 @@ class Workdir:
 
     def record(
         self, config: ConfigDict, data: DataInfo, init_from: dict[str, Any] | None = None, left_out: Sequence[str] = (),
-        evals: Mapping[str, str] = MappingProxyType({}),
+        evals: Mapping[str, str] = MappingProxyType({}), groups: int = 0,
     ) -> None:  # fmt: skip
         """Writes config.json and provenance.json, each once: they describe the process that began the run.
 
         `init_from` describes the weights that a new run starts from. It is None for a run that starts from random
         weights or resumes. `left_out` are the unreadable files that the data are without. `evals` are the fingerprints
-        of the evaluation sets by name. Raises UserError if the run in the directory began with other data or weights.
+        of the evaluation sets by name, `groups` those of batch norm's statistics with 'per_device'. Raises UserError if
+        the run in the directory began with other data or weights.
         """
         if self.provenance.is_file():
             old = load_data_info(self.provenance)
@@ -216,6 +226,7 @@ class Workdir:
                 self.provenance,
                 collect(data)
                 | {"evals": dict(evals)}
+                | ({"batch_norm_groups": groups} if groups else {})
                 | ({"init_from": init_from} if init_from else {})
                 | ({"unreadable": {"count": len(left_out), "files": list(left_out)}} if left_out else {}),
             )
