@@ -45,7 +45,7 @@ def compare(operation):
 @jax.custom_vjp
 def straight_through(x):
     """Rounds; the gradient passes as if it did not."""
-    return jnp.round(x * 3) / 4
+    return jnp.round(x * 35) / 48
 
 
 straight_through.defvjp(lambda x: (straight_through(x), None), lambda _, g: (g,))
@@ -102,13 +102,13 @@ EXACT = {
     "least": lambda x, y: jnp.where(x == jnp.min(x, (0, 2), keepdims=True), y, 0),
     "difference": lambda x, y: jnp.where(x * 1.1 - greatest(x * 1.1) >= 0, x, y),
     "is zero": lambda x, y: jnp.where((x - greatest(x)).astype(bool), x, y),
-    "floor": lambda x, y: jnp.floor(x * 3) / 4,
-    "ceil": lambda x, y: jnp.ceil(x * 3) / 4,
-    "round": lambda x, y: jnp.round(x * 3) / 4,
-    "sign": lambda x, y: jnp.sign(x - y) * y,
+    "floor": lambda x, y: jnp.floor(x * 35) / 48,
+    "ceil": lambda x, y: jnp.ceil(x * 35) / 48,
+    "round": lambda x, y: jnp.round(x * 35) / 48,
+    "sign": lambda x, y: jnp.sign(x * 1.1 - y * 1.1) * y,
     "rem": lambda x, y: lax.stop_gradient(lax.rem(x * 1.1, jnp.full_like(x, 0.7))) + y,
     "nextafter": lambda x, y: jnp.where(lax.nextafter(x * 1.1, y * 1.1) > y * 1.1, x, y),
-    "is_finite": lambda x, y: jnp.where(jnp.isfinite(1 / (x - greatest(x))), x, y),
+    "is_finite": lambda x, y: jnp.where(jnp.isfinite(1 / (x * 1.1 - greatest(x * 1.1))), x, y),
     "reduce_precision": lambda x, y: lax.reduce_precision(x * 1.1, 8, 3),
     "bits": lambda x, y: jnp.where(
         lax.bitcast_convert_type(x * 1.1, f"uint{8 * x.dtype.itemsize}") >> (8 * x.dtype.itemsize - 16) & 1, x, y),
@@ -121,7 +121,7 @@ EXACT = {
     "argmin": lambda x, y: jax.nn.one_hot(jnp.argmin(x * 1.1, 0), N, dtype=x.dtype, axis=0) * y,
     "sort": lambda x, y: features_last(jnp.sort(features_first(x * 1.1), 0)),
     "ranks": lambda x, y: jnp.take_along_axis(y, jnp.argsort(x * 1.1, 1), 1),
-    "top_k": lambda x, y: jnp.where(x >= lax.top_k(x, 2)[0][..., 1:], y, 0),
+    "top_k": lambda x, y: from_int(lax.top_k(x * 1.1, N)[1], x) + y,
     "cummax": lambda x, y: jnp.where(lax.cummax(x * 1.1, 1) == x * 1.1, x, y),
     "upcast": lambda x, y: jnp.where((z := (x * 1.1).astype(jnp.float32)) == greatest(z), y, 0),
     "index": lambda x, y: from_int(jnp.argmax((x * 1.1).astype(jnp.float32), 0), x)[None] + y * 0,
