@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from imgclf_jax.config_keys import CADENCES as CADENCES
+from imgclf_jax.config_keys import FREE_KEYS as FREE_KEYS
 from imgclf_jax.config_keys import KEYS as KEYS
 from imgclf_jax.config_keys import LOCATION_KEYS as LOCATION_KEYS
 from imgclf_jax.config_keys import OF_THE_HOST as OF_THE_HOST
@@ -258,8 +260,8 @@ def from_json(text: str | bytes, where: str) -> ConfigDict:
     return config.lock()
 
 
-def difference(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """A line for each key whose value differs, other than LOCATION_KEYS."""
+def difference(old: ConfigDict, new: ConfigDict, without: Sequence[str] = ()) -> list[str]:
+    """A line for each key whose value differs, other than LOCATION_KEYS and the keys `without`."""
     a, b = flatten(old), flatten(new)
-    keys = [k for k in KEYS if k not in LOCATION_KEYS and a[k] != b[k]]
+    keys = [k for k in KEYS if k not in LOCATION_KEYS and k not in without and a[k] != b[k]]
     return [f"{key}: {a[key]!r} → {b[key]!r}" for key in keys]

@@ -98,11 +98,14 @@ KEYS: dict[str, tuple[Any, str]] = {
 LOCATION_KEYS = ("data.data_dir", "data.manual_dir", "data.placement", "data.threads", "steps_per_call", "tensorboard",
                  "mesh", "shard", "rules.shard")  # fmt: skip
 
-# Keys that may differ between the hosts of one run: the data are compared by their fingerprint.
-OF_THE_HOST = ("data.data_dir", "data.manual_dir", "data.threads")
-
 # Keys that say how often something happens.
 CADENCES = ("log_every", "eval_every", "checkpoint_every")
+
+# Keys that no bit of the parameters follows from: a resumed run may have other values, which its record then says.
+FREE_KEYS = (*CADENCES, "checkpoint.keep", "checkpoint.best", "metrics")
+
+# Keys that may differ between the hosts of one run: the data are compared by their fingerprint.
+OF_THE_HOST = ("data.data_dir", "data.manual_dir", "data.threads")
 
 # What no evaluation set may be called: metrics.jsonl, result.json and `evaluate` have these names beside those of sets.
 RESERVED = frozenset(

@@ -34,6 +34,7 @@ def test_every_key_is_documented_typed_and_there():
         assert len(text.split()) >= 4, key
         assert re.fullmatch(r"[a-z_]+(\.[a-z_]+)?", key)
     assert set(configs.LOCATION_KEYS) < set(KEYS)
+    assert set(configs.FREE_KEYS) < set(KEYS) - set(configs.LOCATION_KEYS)
     configs.check_keys(default_config(), "here")
     configs.validate(default_config())
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from dataclasses import replace
 
 import digests
 import jax
@@ -13,11 +14,14 @@ from digests import Way
 from flax import linen as nn
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+import launch
+from imgclf_jax import config as configs
 from imgclf_jax.commands import train
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.run.writers import read_metrics
 
 pytestmark = pytest.mark.optimized
 
@@ -167,3 +171,27 @@ def test_the_train_step_is_traced_once(fake_config):
     traced.clear()
     _ = of(fake_config, model=f"{__name__}:Counting").traced_train
     assert traced.count(True) == 1
+
+
+def test_keys_that_may_differ_on_resume_change_no_bit(fake_config, tmp_path):
+    """All of FREE_KEYS at once: the digest of a run that never had them; the record says it, and reproduces."""
+    whole, moved = Workdir(tmp_path / "whole"), Workdir(tmp_path / "moved")
+    assert train.main(fake_config, whole) == 0
+    train.main(fake_config, moved, adjusted=lambda run: replace(run, cadences=replace(run.cadences, end=4)))
+    other = fake_config.copy_and_resolve_references()
+    new = {"log_every": "3 steps", "eval_every": "5 steps", "checkpoint_every": "7 steps", "checkpoint.keep": 1,
+           "checkpoint.best": "test/auc", "metrics": "auc"}  # fmt: skip
+    assert set(new) == set(configs.FREE_KEYS)
+    other.update_from_flattened_dict(new)
+    assert train.main(other, moved) == 0
+    found = {json.loads(place.result.read_text())["params_sha256"] for place in (whole, moved)}
+    assert len(found) == 1
+    assert configs.flatten(moved.load_config()).items() >= new.items()
+    (entry,) = json.loads(moved.provenance.read_text())["changed"]
+    assert (entry["step"], entry["keys"]["checkpoint.keep"]) == (4, [2, 1])
+    steps = [record["step"] for record in read_metrics(moved.metrics) if "test/accuracy" in record]
+    assert steps == [5, 10, 12]
+    assert launch.main(["reproduce", str(moved.path), f"--output={tmp_path}/again"]) == 0
+    before = moved.config.read_bytes()
+    assert train.main(fake_config, moved) == 0  # the run is done
+    assert moved.config.read_bytes() == before

@@ -35,8 +35,7 @@ def origin(config: ConfigDict, step: int, params_sha256: str, name: str, fingerp
     fingerprint that it has recorded. Keys that say where and how often do not count, nor how the data are named.
     """
     flat = configs.flatten(config)
-    apart = {"data.eval", "data.source", "data.train", "checkpoint.keep", "checkpoint.best", *configs.LOCATION_KEYS,
-             *configs.CADENCES}  # fmt: skip
+    apart = {"data.eval", "data.source", "data.train", *configs.LOCATION_KEYS, *configs.FREE_KEYS}
     facts = [step, params_sha256, name, fingerprint, {k: v for k, v in flat.items() if k not in apart}]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -80,12 +80,14 @@ def compare(
     recorded: tuple[Sequence[Json], Sequence[Json], Json],
     here: tuple[Sequence[Json], Sequence[Json]],
     extended: Sequence[int] = (),
+    other_cadences: bool = False,
 ) -> Comparison:
     """Compares (digests, metrics, result) of a run with (digests, metrics) of the one that was trained again.
 
     Digests and metrics of steps that both have are compared. Times and speeds are not. A metric that was recorded of a
     step up to the last one here, and that is not here, is `missing`. `extended` are the steps that the run had ended at
-    before it went on: it logged there too, so that its next means are over fewer steps.
+    before it went on: it logged there too, so that its next means are over fewer steps. With `other_cadences` the run
+    logged at other steps for a while: then nothing is missing, and means over other steps are not compared.
     """
     digests, metrics, result = recorded
     old = {line["step"]: line for line in digests}
@@ -105,13 +107,20 @@ def compare(
         parameters = Parameters(steps[wrong], tuple(names), len({**a, **b}), was, now, before)
     logged, once = ({r["step"] for r in records if "train/loss" in r} for records in (metrics, here[1]))
     short = {min((s for s in logged if s > step), default=-1) for step in extended if step not in once}
+    if other_cadences:
+        short = {s for s in logged & once if _before(s, logged) != _before(s, once)}
     recorded_values, values_here = _by_step([_flat(result), *metrics]), _by_step(here[1])
     last, excused = max(new, default=-1), {*extended, *short}
-    missing = ((step, name) for step in sorted(recorded_values) if step <= last and step not in excused
+    asked = () if other_cadences else sorted(recorded_values)
+    missing = ((step, name) for step in asked if step <= last and step not in excused
                for name in recorded_values[step] if name not in values_here.get(step, {}))  # fmt: skip
     values = _values(recorded_values, values_here)
     compared = (value for value in values if not (value.step in short and value.name.startswith("train/")))
     return Comparison(steps, tuple(compared), parameters, tuple(missing))
+
+
+def _before(step: int, logged: set[int]) -> int:
+    return max((s for s in logged if s < step), default=0)
 
 
 def _flat(result: Json) -> Json:

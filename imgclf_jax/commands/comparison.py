@@ -12,7 +12,12 @@ from imgclf_jax.analysis.paired import Spread, spread
 from imgclf_jax.run.records import Record
 
 DIRECTORY = "directory"  # what tells groups apart that have the same config
-_BY_ITSELF = ("seed", "num_seeds", *configs.LOCATION_KEYS)  # keys whose value puts no run into another group
+_BY_ITSELF = (
+    "seed",
+    "num_seeds",
+    *configs.LOCATION_KEYS,
+    *configs.FREE_KEYS,
+)  # keys whose value puts no run into another group
 
 
 @dataclasses.dataclass(frozen=True)

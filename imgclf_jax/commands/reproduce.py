@@ -79,7 +79,9 @@ def main(
         log.warning("stopped before step %d, nothing is compared; go on by --output=%s", end, folder)
         return status or 1
     extended = [one["step"] for one in record.provenance.get("extended", [])]
-    compared = compare((record.digests, record.metrics, record.result), (here.digests, here.metrics), extended)
+    changed = any(one["step"] for one in record.provenance.get("changed", []))
+    recorded_files = (record.digests, record.metrics, record.result)
+    compared = compare(recorded_files, (here.digests, here.metrics), extended, changed)
     if not (compared.digest_steps or compared.values):
         raise UserError(f"nothing that {record.path} has recorded up to step {end} can be compared; pass more --steps")
     word = "contradictory" if wrong else verdict(compared, found, tolerance)

@@ -170,7 +170,7 @@ class _Sweep:
         """Whether the run has ended with this config, as its files say."""
         place = self._place(run)
         try:
-            if configs.difference(place.load_config(), run.config):
+            if configs.difference(place.load_config(), run.config, configs.FREE_KEYS):
                 return False
             examples = load_data_info(place.provenance).train_examples
             return place.is_done(configs.steps(run.config.total, "total", examples, run.config.batch_size))

@@ -85,8 +85,10 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
         log.info("resuming at step %d of %d", start, recipe.total)
     if before:
         old = configs.from_json(before, str(workdir.config))
-        extension.check(Recipe(old, recipe.data), recipe, start, workdir.path)
-        processes.first("writing config.json", lambda: workdir.extend(config, start))
+        if old.total != config.total:
+            extension.check(Recipe(old, recipe.data), recipe, start, workdir.path)
+        if start < recipe.total:  # else the run is done, by the config that it has recorded
+            processes.first("writing config.json", lambda: workdir.go_on(config, start))
     log.info("%s", sources.describe_use(base, config.data))
     log.info(
         "%d examples of %s, %d classes, %d steps of %d on %d %s device%s%s", len(images), list(images.shape),

@@ -140,30 +140,39 @@ class Workdir:
     def check_config(self, config: ConfigDict, may_differ: Sequence[str] = ()) -> str:
         """Raises UserError, with the keys that differ, if the directory holds a run with another config.
 
-        Gives the config of that run, as JSON, if it differs in the keys `may_differ` alone, and "" if it does not.
+        Gives the config of that run, as JSON, if it differs in the keys `may_differ` and FREE_KEYS alone, and "" if it
+        does not.
         """
         if not self.config.is_file():
             if self.has_checkpoints():
                 log.warning("%s is missing: the config that is given now is taken for that of the run", self.config)
             return ""
         old = self.load_config()
-        lines = configs.difference(old, config)
-        if all(line.partition(":")[0] in may_differ for line in lines):
-            return configs.to_json(old) if lines else ""
+        lines = configs.difference(old, config, (*may_differ, *configs.FREE_KEYS))
+        if not lines:
+            return configs.to_json(old) if configs.difference(old, config) else ""
         hint = ""
         if [line.partition(":")[0] for line in lines] == ["total"]:
             hint = " add --extend to train this run up to the new total, if its schedule allows it,"
         raise UserError(f"{self.path} holds a run with another config ({'; '.join(lines)}); use the old values,{hint} "
                         "or pass another --workdir")  # fmt: skip
 
-    def extend(self, config: ConfigDict, start: int) -> None:
-        """Records that the run goes on, from step `start`, to another `total`: from here on `config` is its config."""
+    def go_on(self, config: ConfigDict, start: int) -> None:
+        """Records that from step `start` on `config` is the run's: it has another `total`, or others of FREE_KEYS."""
         old, whole = self.load_config(), read_json(self.provenance)
-        entry = {"step": start, "from": old.total, "to": config.total, "command": sys.argv}
-        write_json(self.provenance, whole | {"extended": [*whole.get("extended", []), entry]})
+        if old.total != config.total:
+            entry: dict[str, Any] = {"step": start, "from": old.total, "to": config.total, "command": sys.argv}
+            whole["extended"] = [*whole.get("extended", []), entry]
+            log.warning("the run is extended from total=%r to %r: config.json says so from now on, and steps %d and "
+                        "later are those of the longer run", old.total, config.total, start)  # fmt: skip
+        a, b = configs.flatten(old), configs.flatten(config)
+        if keys := {key: [a[key], b[key]] for key in configs.FREE_KEYS if a[key] != b[key]}:
+            entry = {"step": start, "keys": keys, "command": sys.argv}
+            whole["changed"] = [*whole.get("changed", []), entry]
+            log.info("from step %d on the run has other keys, which change no bit: %s; config.json says so from now on",
+                     start, ", ".join(f"{key}={new!r}" for key, (_, new) in keys.items()))  # fmt: skip
+        write_json(self.provenance, whole)
         write_atomically(self.config, configs.to_json(config))
-        log.warning("the run is extended from total=%r to %r: config.json says so from now on, and steps %d and later "
-                    "are those of the longer run", old.total, config.total, start)  # fmt: skip
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Writes result.json: the run has ended."""
