@@ -241,12 +241,13 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float,
 
 
 def calibration_interval(scores: Scores, level: float = 0.95) -> tuple[float, float]:
-    """Which calibration errors of the model would give the one that is found, by a test for each.
+    """The confidence interval of the calibration error, by test inversion.
 
-    Few examples make the calibration error too large: it sums the absolute gaps of bins, noise included. A bootstrap
-    adds the noise once more, so its percentiles may all lie above the truth. Instead true gaps c |d| of the bins, d the
-    gaps that are found and c from 0, each with its normal noise, are those of which the error found is not extreme. The
-    variance of a bin's noise has its accuracy drawn towards its mean confidence by one example.
+    On few examples the calibration error is biased upwards: it sums the absolute gaps of the bins, noise included. A
+    bootstrap adds that noise a second time, so all of its percentiles may lie above the true error. This interval holds
+    each true error, the observed gaps times a factor from 0 on, under which the observed error is not extreme once the
+    bins have their normal noise. To estimate the variance of that noise, a bin's accuracy is shrunk towards its mean
+    confidence by one example.
     """
     n, bins, confidence = len(scores.labels), scores.bins, scores.probabilities.max(1)
     right = (scores.ranks == 0).astype(np.float64)
