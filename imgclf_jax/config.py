@@ -148,7 +148,7 @@ def validate(config: ConfigDict) -> None:
         ("num_seeds", 1),
         ("clip", 0),
     ):
-        if flatten(config)[key] < least:
+        if not flatten(config)[key] >= least:  # nor is NaN
             raise UserError(f"{key}={flatten(config)[key]}: must be {least} or more")
     for key, allowed in (
         ("precision", ("float32", "bfloat16")),
@@ -166,6 +166,9 @@ def validate(config: ConfigDict) -> None:
     steps = period(config.total, "total", 1000, 10)
     if steps is None or steps <= 0:
         raise UserError(f"total={config.total!r}: must be a duration above zero, such as '5 epochs'")
+    if config.batch_size * config.num_seeds >= 2**31:
+        raise UserError(f"batch_size={config.batch_size} with num_seeds={config.num_seeds}: a step has fewer than 2**31"
+                        " images")  # fmt: skip
     if config.seed + config.num_seeds > 2**32:
         raise UserError(f"seed={config.seed} and num_seeds={config.num_seeds} go beyond the seeds, 0 to 2**32 - 1")
     for name in config.data.eval:
@@ -220,7 +223,10 @@ def period(text: str, key: str, examples: int, batch_size: int, total: int | Non
 def steps(text: str, key: str, examples: int, batch_size: int, total: int | None = None) -> int:
     """`period`, rounded up to whole steps; 0 for the empty text."""
     fraction = period(text, key, examples, batch_size, total)
-    return math.ceil(fraction) if fraction is not None else 0
+    count = math.ceil(fraction) if fraction is not None else 0
+    if key == "total" and count >= 2**31:  # the number of a step is an int32
+        raise UserError(f"{key}={text!r} is {count:,} steps; a run has fewer than 2**31")
+    return count
 
 
 def is_due(step: int, every: Fraction | None) -> bool:

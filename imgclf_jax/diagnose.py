@@ -1,6 +1,7 @@
 """What a failure comes from: the key of the config that cannot be traced, the examples of a step that is not finite."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import metrics, step
-from imgclf_jax.core import processes, rng, spec
+from imgclf_jax.core import memory, processes, rng, spec
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.data import stream
 from imgclf_jax.optim import optimizers
@@ -99,3 +100,23 @@ def check_finite(
         f"the loss, gradient or parameters are not finite at step {bad}, on the example ids {str(ids[:8])[:-1]}, …] "
         f"(all in {file}); {kept}; look at those examples, or lower the learning rate, or set clip=1.0"
     )
+
+
+def check_size(recipe: Recipe, state: Any, in_memory: bool) -> None:
+    """Raises UserError for a parameter without elements and, with `in_memory`, for what the machine cannot hold.
+
+    `state` are the shapes of the train state; its arrays and a batch are then in the machine's own memory.
+    """
+    config = recipe.config
+    for path, x in jax.tree_util.tree_leaves_with_path(state.params):
+        if 0 in x.shape:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(f"model={config.model!r}: the parameter {name} {list(x.shape)} has no elements; every width"
+                            " must be 1 or more")  # fmt: skip
+    if in_memory:
+        nbytes = sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(state))
+        memory.require(nbytes, f"the train state of model={config.model!r} with num_seeds={config.num_seeds}")
+        images = config.batch_size * config.num_seeds * math.prod(recipe.data.image_shape)
+        memory.require(5 * images, f"a batch of batch_size={config.batch_size}")  # as uint8 and as float32
+        calls = min(config.steps_per_call, recipe.total)
+        memory.require(calls * images, f"what a call is given with steps_per_call={config.steps_per_call}")

@@ -91,7 +91,7 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, metric, read_only=True)
     steps, best = processes.first("choosing a checkpoint", lambda: [checkpoints.steps(), checkpoints.best_step()])
     names = {"latest": steps[-1] if steps else None, "best": best, "": best}
-    step = names.get(which, int(which) if which.isdigit() else None)
+    step = names.get(which, int(which) if which.isdecimal() else None)
     if step is None and which == "":
         found = checkpoints.restore_latest(programs.shape, optimizer=False)
         if found is None:
@@ -103,7 +103,15 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
                            else f", and none has a finite {metric}" if metric
                            else "; 'best' needs checkpoint.best to be set"))  # fmt: skip
     else:
-        run = checkpoints.restore(step, programs.shape, optimizer=False)
+        try:
+            run = checkpoints.restore(step, programs.shape, optimizer=False)
+        except Gone:
+            raise
+        except UserError as e:
+            intact = processes.first("looking for another checkpoint", lambda: checkpoints.intact(step))
+            if not intact:
+                raise
+            raise UserError(f"{e}; --checkpoint={intact} names one that is whole") from e
     workdir.check_parameters(step, run["state"].params)
     log.info("checkpoint of step %d from %s", step, workdir.checkpoints)
     return run["state"], step

@@ -141,6 +141,10 @@ class OnMesh:
         lies = {"state": state, "sums": jax.tree.map(lambda _: sharding.replicated(self.mesh), shapes["sums"])}
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, lies)
 
+    def check_size(self) -> None:
+        """Raises UserError for what no run could hold, see `diagnose.check_size`."""
+        diagnose.check_size(self.recipe, self.shape["state"], self.platform == "cpu")
+
     @once
     def _axes(self) -> dict[str, int | None]:
         """The axis of each parameter that is split over the mesh's `fsdp`; none without it."""

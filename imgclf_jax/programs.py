@@ -124,7 +124,7 @@ class Programs(OnMesh):
                     else "XLA's own convolution is slow inside of a loop on CPU"
                 )  # fmt: skip
             return 1
-        return asked or max(1, min(_MOST_STEPS, self._steps_in_chunk, self.recipe.total))
+        return min(asked, self.recipe.total) or max(1, min(_MOST_STEPS, self._steps_in_chunk, self.recipe.total))
 
     @once
     def traced_train(self) -> Any:

@@ -118,6 +118,19 @@ def test_a_provenance_that_is_missing_is_written_anew(mistake, copy, capsys):
     assert launch.main(["evaluate", f"--workdir={workdir}"]) == 0
 
 
+@pytest.mark.parametrize("which", ["latest", "12"])
+def test_a_damaged_checkpoint_that_is_named(mistake, copy, which):
+    """The sentence names one that is whole, and the flag for it; there may be none."""
+    workdir, _ = copy
+    for step, more in ((12, "; --checkpoint=8 names one that is whole"), (8, " has changed")):
+        file = max((workdir / "checkpoints" / str(step)).rglob("*"), key=lambda f: f.is_file() and f.stat().st_size)
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+        sentence = mistake("evaluate", f"--workdir={workdir}", f"--checkpoint={which}")
+        assert has(sentence, f"checkpoint {workdir}/checkpoints/12 is damaged")
+        assert sentence.endswith(more)
+    assert has(mistake("evaluate", f"--workdir={workdir}", "--checkpoint=²"), "--checkpoint=²: there are [8, 12]")
+
+
 def test_a_result_cut_short_is_written_again(copy, capsys):
     """By a process that trains no step: it has no speed of training, and says so."""
     workdir, argv = copy

@@ -277,6 +277,11 @@ class Checkpoints:
         steps = self.steps()
         return steps, [step for step in steps if manifest.is_in(self.directory / str(step))]
 
+    def intact(self, instead_of: int) -> int | None:
+        """The latest step with a checkpoint whose files are as they were written, but for that of one step."""
+        steps = (step for step in reversed(self.steps()) if step != instead_of)
+        return next((step for step in steps if not manifest.find_fault(self.directory / str(step))), None)
+
     def _set_aside(self, step: int, error: UserError | str, used: int) -> None:
         if self._read_only:
             log.warning("%s; the checkpoint of step %d is used", error, used)
