@@ -3,6 +3,7 @@
 Usage: launch.py [COMMAND] [--config=FILE.py[:ARG]] [--workdir=DIR] [--config.KEY=VALUE …] [FILE|DIR …]
 """
 
+import importlib.util
 import os
 import sys
 
@@ -10,6 +11,14 @@ if __name__ == "__main__":
     # What is installed comes first: a file beside this one that is called jax.py is not JAX.
     _here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [folder for folder in sys.path if folder != _here] + [_here]
+    # But the package is the one beside this file, whatever clone the environment or PYTHONPATH names.
+    _package = os.path.join(_here, "imgclf_jax", "__init__.py")
+    _spec = importlib.util.spec_from_file_location(
+        "imgclf_jax", _package, submodule_search_locations=[os.path.dirname(_package)]
+    )
+    if os.path.isfile(_package) and _spec and _spec.loader:
+        sys.modules["imgclf_jax"] = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules["imgclf_jax"])
     from imgclf_jax.core import signals
 
     signals.install()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,3 +120,24 @@ def test_an_argument_of_the_wrong_type(tmp_path, capsys, override, message):
     """One sentence that names the key, for the built-in sources and host ops too."""
     assert launch.main([f"--workdir={tmp_path / 'run'}", f"--config.{override}"]) == 1
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("named", ["the environment's", "PYTHONPATH's"])
+def test_the_package_beside_launch_py_is_the_one_that_runs(tmp_path, named):
+    """A clone that was run in another clone's environment ran the other's package, with PYTHONPATH too."""
+    other, mark = tmp_path / "other", "Where the other clone keeps prepared data"
+    other.mkdir()
+    shutil.copy(ROOT / "launch.py", other)
+    for folder in ("imgclf_jax", "configs"):
+        shutil.copytree(ROOT / folder, other / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    keys = other / "imgclf_jax" / "config_keys.py"
+    keys.write_text(keys.read_text().replace("Where TFDS keeps prepared data", mark))
+    environment = os.environ | {"PYTHONPATH": str(other if named == "PYTHONPATH's" else "")}
+    for clone in (other, ROOT):
+        command = [sys.executable, str(clone / "launch.py"), "config"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        assert (mark in done.stdout) == (clone == other)
+    shutil.rmtree(other / "imgclf_jax")  # without one beside it, the installed package runs
+    command = [sys.executable, str(other / "launch.py"), "config"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("seed = 0")
