@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import thorough
 
 import launch
 from imgclf_jax.commands import table
@@ -122,7 +123,7 @@ def test_an_argument_of_the_wrong_type(tmp_path, capsys, override, message):
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
-@pytest.mark.parametrize("named", ["the environment's", "PYTHONPATH's"])
+@pytest.mark.parametrize("named", ["the environment's", *thorough("PYTHONPATH's")])
 def test_the_package_beside_launch_py_is_the_one_that_runs(tmp_path, named):
     """A clone that was run in another clone's environment ran the other's package, with PYTHONPATH too."""
     other, mark = tmp_path / "other", "Where the other clone keeps prepared data"

@@ -219,6 +219,7 @@ def test_batch_norm_by_groups_exchanges_no_statistics(config):
     assert groups < whole / 3
 
 
+@pytest.mark.thorough
 def test_batch_norm_of_each_device_keeps_its_groups_on_other_devices(tmp_path, monkeypatch):
     """A run of four devices that goes on on two is still that of four: it became another recipe without a word."""
     make_mesh = sharding.make_mesh
