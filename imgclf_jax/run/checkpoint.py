@@ -311,19 +311,15 @@ class Checkpoints:
 def _restore_without_optimizer(folder: Path, like: Any) -> Any:
     """What was saved in `folder`, but for the optimizer's state; NumPy arrays where `like` gives no sharding."""
 
-    def replaced(tree: Any, opt_state: Any) -> Any:
-        state = tree["state"]  # a TrainState, or a dict of its fields
-        replace = getattr(state, "replace", lambda **new: {**state, **new})
-        return {**tree, "state": replace(opt_state=opt_state)}
-
     def how(x: Any) -> Any:
         if x is ocp.PLACEHOLDER or x.sharding is None:
             return ocp.RestoreArgs(restore_type=np.ndarray)
         return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
 
-    own = like["state"]
-    opt_state = own["opt_state"] if isinstance(own, dict) else own.opt_state
-    wanted = replaced(like, jax.tree.map(lambda _: ocp.PLACEHOLDER, opt_state))
+    wanted = tree.map_named(lambda name, x: ocp.PLACEHOLDER if name.startswith("state/opt_state/") else x, like)
     arguments = ocp.args.PyTreeRestore(wanted, restore_args=jax.tree.map(how, wanted))
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return replaced(reader.restore(folder, args=arguments), None)
+        found = reader.restore(folder, args=arguments)
+    state = found["state"]  # a TrainState, or a dict of its fields
+    state = {**state, "opt_state": None} if isinstance(state, dict) else state.replace(opt_state=None)
+    return {**found, "state": state}
