@@ -53,7 +53,7 @@ def build(
             raise UserError(f"--{flag} is for --method={wants}, and this is {method}; drop one of the two")
     if method == "occlusion":
         size = sharding.round_up(min(model.config.batch_size, 128), programs.mesh)
-        probabilities = functools.partial(_probabilities, model, size)
+        probabilities = functools.partial(predict, model, size=size)
         return method, lambda images, labels: attribution.occlusion(probabilities, images, labels, window, size)
     augment, seeds = recipe.augment(train=False), recipe.num_seeds
     pure = programs.gather_at_use(
@@ -91,9 +91,13 @@ def drawn(method: str, explain: Explain, pixels: np.ndarray, label: int, says: s
     return content.getvalue(), values
 
 
-def _probabilities(model: Trained, size: int, images: np.ndarray) -> np.ndarray:
-    """f32[b, classes] of up to `size` images uint8[b, h, w, c], as `predict` has them. All calls are of one shape."""
+def predict(model: Trained, images: np.ndarray, size: int = 1) -> np.ndarray:
+    """The probabilities f32[b, classes] of b images uint8[b, h, w, c] as `Trained.prepare` gives them.
+
+    `size` bounds b, and is the size of the batch: calls with one `size` compile one program.
+    """
     mesh = model.programs.mesh
+    size = sharding.round_up(size, mesh)
     batch = np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), np.uint8)])
     here = batch[sharding.rows_here(size, mesh)]
     out = model.programs.predict(*model.state.evaluated, sharding.put_batch({"image": here}, mesh)["image"])

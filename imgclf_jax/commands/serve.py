@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from ml_collections import ConfigDict
 
 from imgclf_jax import loading
-from imgclf_jax.commands.explanations import build, drawn
+from imgclf_jax.commands.explanations import build, drawn, predict
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.trained import Trained, report_host_ops
+from imgclf_jax.trained import Trained, not_finite, report_host_ops
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,9 @@ def explainer(model: Trained) -> Callable[[bytes], bytes]:
 
     def draw(content: bytes) -> bytes:
         pixels = model.prepare(content)
-        [probabilities] = model.predict(content)
+        [probabilities] = predict(model, pixels[None])
+        if wrong := not_finite(probabilities, "predict"):
+            raise UserError(f"{wrong}, so serve another --checkpoint")
         label = int(probabilities.argmax())
         says = f"{model.class_names[label]}, probability {probabilities[label]:.4f}"
         return drawn(method, explain, pixels, label, says)[0]

@@ -58,7 +58,14 @@ def decode(
     elif isinstance(image, Image.Image):
         picture = ImageOps.exif_transpose(image)
     else:
-        picture = _open(image, formats, draft)
+        picture = _open(image, formats)
+        with decode_cost.turn(picture):
+            return _converted(_loaded(picture, draft), channels)
+    return _converted(picture, channels)
+
+
+def _converted(picture: Image.Image, channels: int) -> np.ndarray:
+    """Pillow's image to uint8[h, w, channels]."""
     if picture.mode.startswith("I"):  # 16 bits a pixel, which convert("L") would clip instead of scale
         deep = np.asarray(picture)
         if deep.dtype.itemsize > 2 and (deep.min() < 0 or deep.max() > 65535):
@@ -76,7 +83,8 @@ def decode(
     return out[..., None] if out.ndim == 2 else out
 
 
-def _open(data: bytes, formats: tuple[str, ...], draft: int) -> Image.Image:
+def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+    """Pillow's image, of which the header alone has been read, if it may be decoded."""
     if formats != FORMATS:
         formats = _known(formats)
     decode_cost.check_bytes(data)
@@ -84,10 +92,6 @@ def _open(data: bytes, formats: tuple[str, ...], draft: int) -> Image.Image:
         picture: Image.Image = Image.open(io.BytesIO(data), formats=formats)
         check_size(picture)
         decode_cost.check(data, picture)
-        if draft:
-            picture.draft(None, (draft, draft))  # of other formats than JPEG it leaves the size
-        ImageOps.exif_transpose(picture, in_place=True)
-        picture.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise UserError(_TOO_MANY) from e
     except UserError:
@@ -95,14 +99,33 @@ def _open(data: bytes, formats: tuple[str, ...], draft: int) -> Image.Image:
     except Exception as e:  # of damaged bytes Pillow's plugins raise errors of many types
         if "cannot identify" in str(e):
             raise UserError(f"the image is not in an image format that is read here ({', '.join(formats)})") from e
-        raise UserError(f"the image does not decode: {reason(e)}") from e
+        raise _undecodable(e) from e
     return picture
+
+
+def _loaded(picture: Image.Image, draft: int) -> Image.Image:
+    try:
+        if draft:
+            picture.draft(None, (draft, draft))  # of other formats than JPEG it leaves the size
+        ImageOps.exif_transpose(picture, in_place=True)
+        picture.load()
+    except UserError:
+        raise
+    except Exception as e:
+        raise _undecodable(e) from e
+    return picture
+
+
+def _undecodable(error: Exception) -> UserError:
+    return UserError(f"the image does not decode: {reason(error)}")
 
 
 def check_size(picture: Image.Image) -> None:
     """Raises UserError for an image, of which the header alone has been read, that is larger than is decoded here."""
     if picture.width * picture.height > MOST_PIXELS:
         raise UserError(_TOO_MANY)
+    if picture.width * picture.height > (most := decode_cost.most_pixels(picture.format, MOST_PIXELS)):
+        raise UserError(f"the {picture.format} image has more than {most:,} pixels; make it smaller, or save it as JPEG")
     if max(picture.size) > MOST_SIDE:
         raise UserError(f"the image has {picture.height:,} by {picture.width:,} pixels, and a side at most "
                         f"{MOST_SIDE:,}; crop it")  # fmt: skip

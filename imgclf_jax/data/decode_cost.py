@@ -1,4 +1,4 @@
-"""What decoding an image costs, from its bytes and header: small files can be made that take minutes."""
+"""What decoding an image costs, from its bytes and header: small files can take minutes, or a gigabyte each."""
 
 import contextlib
 import threading
@@ -16,12 +16,22 @@ _MOST_IN_PYTHON = 2**24  # numbers of a PPM image that Pillow decodes in Python,
 _MOST_PROFILES = 16  # of a PNG image, which has one; each may unpack to a megabyte
 _MOST_COMMENTS = 1000  # of a PPM image; Pillow moves all that follows for each of them
 
+# Pixels of a WebP or AVIF image: the decoders and Pillow hold up to five copies with four channels.
+MOST_COPIED = 2**25
+_COPIED = ("WEBP", "AVIF")
+# Threads decode images of up to 2**23 pixels as they come. Of larger ones they decode at most 2**26 pixels at once, or
+# a thread for each processor could take a gigabyte. WebP and AVIF count twice.
+_LARGE = 2**23
+_AT_ONCE = 2**26
+
 
 class Costly(UserError):
     """An image that costs more than the limit of `at_most`."""
 
 
 _limit = threading.local()
+_ended = threading.Condition()
+_large = 0  # pixels of large images that are being decoded; guarded by `_ended`
 
 
 @contextlib.contextmanager
@@ -36,6 +46,31 @@ def at_most(work: int, length: int) -> Iterator[None]:
         yield
     finally:
         _limit.now = before
+
+
+@contextlib.contextmanager
+def turn(picture: Image.Image) -> Iterator[None]:
+    """Waits, for a large image, until others that are being decoded leave it room. Their memory adds up no further."""
+    global _large
+    pixels = picture.width * picture.height * (2 if picture.format in _COPIED else 1)
+    if pixels <= _LARGE:
+        yield
+        return
+    pixels = min(pixels, _AT_ONCE)
+    with _ended:
+        _ended.wait_for(lambda: _large + pixels <= _AT_ONCE)
+        _large += pixels
+    try:
+        yield
+    finally:
+        with _ended:
+            _large -= pixels
+            _ended.notify_all()
+
+
+def most_pixels(kind: str | None, usual: int) -> int:
+    """The most pixels that an image of a format may have, where those of most formats may have `usual`."""
+    return min(usual, MOST_COPIED) if kind in _COPIED else usual
 
 
 def check_bytes(data: bytes) -> None:

@@ -15,8 +15,6 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 _TOLD = 64  # connections above the limit, which are told that there are too many
 _PIPELINED = 100  # requests of a connection that wait
-_GRACE_SECONDS = 4  # in which requests are answered after a signal
-_LINGER_SECONDS = 1.0  # closing at once would reset a connection that still sends, and its client would see no answer
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,10 @@ class ConnectionLimits:
     request_seconds: float = 60.0  # from complete headers until the client has taken the answer
     connections: int = 512
     of_a_client: int = 256  # by its IPv4 address or its IPv6 /64 network
+    grace_seconds: float = 4.0  # for the requests that are being answered when the server is told to end
+    # From a refusal to the connection's end: closed at once, it would reset, and a client that still sends would not
+    # see the answer.
+    linger_seconds: float = 1.0
 
 
 def server_settings(
@@ -37,7 +39,7 @@ def server_settings(
     return uvicorn.Config(
         application, host, port, http=guarded(parser or AutoHTTPProtocol, limits), ws="none", log_config=None,
         log_level="critical",  # or clients could fill the log; the application logs its own failures
-        access_log=False, timeout_keep_alive=10, timeout_graceful_shutdown=_GRACE_SECONDS, server_header=False,
+        access_log=False, timeout_keep_alive=10, timeout_graceful_shutdown=limits.grace_seconds, server_header=False,
         proxy_headers=False, h11_max_incomplete_event_size=limits.headers_bytes // 2,
     )  # fmt: skip
 
@@ -144,9 +146,9 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
             head = (f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
                     f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n")  # fmt: skip
             self._wire.write(head.encode() + body)
-            self._allow(_LINGER_SECONDS)
+            self._allow(limits.linger_seconds)
             self._timer.cancel()
-            self._timer = self._clock.call_later(_LINGER_SECONDS, self._expire)
+            self._timer = self._clock.call_later(limits.linger_seconds, self._expire)
 
         def _allow(self, seconds: float) -> None:
             self._until = asyncio.get_running_loop().time() + seconds

@@ -1,5 +1,6 @@
 """Small files that would take minutes to decode are refused before that, and usual ones are not."""
 
+import concurrent.futures
 import io
 import struct
 import threading
@@ -77,3 +78,33 @@ def test_a_limit_is_of_one_thread_and_ends():
         other.join()
         assert found == [(11, 11, 3)]
     assert decode.decode(large).shape == (11, 11, 3)
+
+
+@pytest.mark.parametrize(("form", "most"), [("PNG", 2), ("WEBP", 1), ("JPEG", 2)])
+def test_large_images_are_decoded_one_after_the_other(monkeypatch, form, most):
+    """By any threads: so their memory does not add up. Small images do not wait for them."""
+    monkeypatch.setattr(decode_cost, "_LARGE", 100)
+    monkeypatch.setattr(decode_cost, "_AT_ONCE", 2 * 900)
+    loaded, lock, together = decode.ImageOps.exif_transpose, threading.Lock(), []
+    now = {"large": 0}
+
+    def slow(picture, in_place):
+        large = picture.width == 30
+        with lock:
+            now["large"] += large
+            together.append(now["large"])
+        time.sleep(0.02 * large)
+        with lock:
+            now["large"] -= large
+        return loaded(picture, in_place=in_place)
+
+    monkeypatch.setattr(decode.ImageOps, "exif_transpose", slow)
+    large, small = encode(noise(30, 30, 3), form), encode(noise(7, 7, 3), form)
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        shapes = {image.shape for image in pool.map(decode.decode, [large] * 6)}
+    assert (shapes, max(together)) == ({(30, 30, 3)}, most)
+    with decode_cost.turn(Image.new("RGB", (60, 60))):  # as large as can be, by one alone
+        assert decode.decode(small).shape == (7, 7, 3)
+    with pytest.raises(UserError):
+        decode.decode(large[: len(large) // 2])
+    assert not decode_cost._large  # an image that does not decode leaves its room

@@ -81,6 +81,20 @@ def test_an_image_of_too_many_pixels(size, filters):
             decode.decode(bomb(*size))
 
 
+def webp(w, h):
+    """The header of a lossless WebP image of this size, and next to nothing else."""
+    content = b"\x2f" + struct.pack("<I", w - 1 | h - 1 << 14) + bytes(9)
+    return b"RIFF" + struct.pack("<I", 12 + len(content)) + b"WEBPVP8L" + struct.pack("<I", len(content)) + content
+
+
+def test_a_webp_image_takes_twice_the_memory(monkeypatch):
+    """Pillow and libwebp hold five copies of all pixels with four channels: of 2**26 they would take 1.3 GB."""
+    with pytest.raises(UserError, match=r"^the WEBP image has more than 33,554,432 pixels; make it smaller, or save"):
+        decode.decode(webp(4097, 8192))
+    with pytest.raises(UserError, match="does not decode"):  # its pixels are not there
+        decode.decode(webp(4096, 8192))
+
+
 @pytest.mark.parametrize("size", [(60_000_000, 1), (1, 60_000_000)])
 def test_an_image_of_too_long_a_side(size):
     """Pillow would hold a pointer for each row, and tabulate weights for each pixel of a side."""

@@ -86,6 +86,14 @@ def test_an_explanation_is_a_picture(client):
     assert client.get("/health").json()["explains"] is True
 
 
+def test_an_explanation_decodes_its_image_once(client, monkeypatch):
+    """One of 67 million pixels takes seconds, and memory for each time."""
+    opened = []
+    monkeypatch.setattr(Image, "open", lambda file, *a, open=Image.open, **k: opened.append(1) or open(file, *a, **k))
+    assert client.post("/explain", content=png(0)).status_code == 200
+    assert len(opened) == 1
+
+
 def test_many_at_once_are_answered_in_batches(client, model):
     """Each with its own image's classes, though the device computes several in one call."""
 

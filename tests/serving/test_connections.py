@@ -17,7 +17,9 @@ from imgclf_jax.serving import connections
 from imgclf_jax.serving.connections import ConnectionLimits, server_settings
 
 PARSERS = {"httptools": "httptools_impl:HttpToolsProtocol", "h11": "h11_impl:H11Protocol"}
-LIMITS = ConnectionLimits(headers_seconds=0.4, request_seconds=1.0, connections=6, of_a_client=4)
+LIMITS = ConnectionLimits(
+    headers_seconds=0.3, request_seconds=0.5, connections=6, of_a_client=4, grace_seconds=0.3, linger_seconds=0.1
+)
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
 
 
