@@ -1,5 +1,7 @@
 """How much memory the machine has, so that what cannot fit is refused before it is read."""
 
+import contextlib
+import ctypes
 import os
 
 from imgclf_jax.core.errors import UserError
@@ -13,6 +15,12 @@ def physical() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # not on Windows
         return None
+
+
+def give_back() -> None:
+    """Gives memory that is free in this process back to the system; the allocator keeps it, see `run.environment`."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def require(nbytes: int, what: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from PIL import Image
 
+from imgclf_jax.core import memory
 from imgclf_jax.core.errors import UserError
 
 # Progressive JPEG images have about 10 scans, and libjpeg-turbo advises to refuse more than 500. Each of them goes
@@ -60,6 +61,7 @@ def turn(picture: Image.Image) -> Iterator[None]:
     with _ended:
         _ended.wait_for(lambda: _large + pixels <= _AT_ONCE)
         _large += pixels
+    memory.give_back()  # what the images before it have left; pieces of it would not be used again
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ from imgclf_jax.core import named_warnings
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.data import decode as decode_ops
+from imgclf_jax.data import decode_cost
 from imgclf_jax.data.decode import FORMATS, decode, read_file
 from imgclf_jax.data.image_files import Stamp
 from imgclf_jax.run import cache, terminal
@@ -27,7 +28,7 @@ _SMALL = 256 << 20  # Folders of fewer bytes than this, some seconds' work, are 
 _HASHED_WHOLE = 16 << 30  # Of folders of more bytes only the ends of files are hashed, not to read them all at a start.
 _END = 4096  # bytes
 _SAVE_SECONDS = 60.0  # a process that is killed loses so much of its check
-_FORM = 3  # to be raised when `decode` refuses other files than before, or what is remembered changes
+_FORM = 4  # to be raised when `decode` refuses other files than before, or what is remembered changes
 _BEGUN, _WHOLE = 1, 2  # how far a file was checked: its header and its end, or all its pixels
 # How the file of a format ends, if it is not cut short. Other formats are decoded.
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
@@ -161,7 +162,7 @@ class _Entry(NamedTuple):
 def _check(file: Path, stamp: Stamp, depth: int, digest: Digest, formats: tuple[str, ...]) -> _Entry:
     try:
         with file.open("rb") as stream:
-            size = _size_if_whole(stream, formats) if depth == _BEGUN else None
+            size = _size_if_whole(stream, formats, digest is _digest) if depth == _BEGUN else None
             if not size:
                 stream.seek(0)
                 with named_warnings.about(lambda: str(file)):
@@ -186,8 +187,11 @@ def _digest_of_ends(stream: io.BufferedReader) -> str:
     return digest.hexdigest()[:32]
 
 
-def _size_if_whole(stream: io.BufferedReader, formats: tuple[str, ...]) -> tuple[int, int] | None:
-    """Height and width by the header; None if it is not one that can be decoded, or the end is not there."""
+def _size_if_whole(stream: io.BufferedReader, formats: tuple[str, ...], reads: bool) -> tuple[int, int] | None:
+    """Height and width by the header; None if it is not one that can be decoded, or the end is not there.
+
+    With `reads`, where all bytes are read anyway, the scans of a JPEG image are counted too.
+    """
     start, length = stream.read(12), os.fstat(stream.fileno()).st_size
     stream.seek(-min(64, length), io.SEEK_END)
     end = stream.read()
@@ -196,6 +200,9 @@ def _size_if_whole(stream: io.BufferedReader, formats: tuple[str, ...]) -> tuple
         with Image.open(stream, formats=formats) as picture:
             decode_ops.check_size(picture)
             kind, mode, size = picture.format or "", picture.mode, (picture.height, picture.width)
+            if reads and kind in ("JPEG", "MPO"):
+                stream.seek(0)
+                decode_cost.check(stream.read(), picture)
     except Exception:  # of damaged bytes Pillow's plugins raise errors of many types
         return None
     if kind == "WEBP":  # RIFF: it begins with the number of bytes that follow

@@ -130,6 +130,17 @@ def test_of_a_big_folder_headers_and_ends_are_read(tmp_path, big, kind):
     assert len(big) == 3 + 5
 
 
+def test_of_a_big_folder_scans_are_counted(tmp_path, big):
+    """A JPEG image of 501 scans is named at the start, and not by the step that decodes it."""
+    for i in range(3):
+        write(tmp_path / f"cat/{i}.jpg", i, (50, 60))
+    data = (tmp_path / "cat/1.jpg").read_bytes()
+    (tmp_path / "cat/1.jpg").write_bytes(data[:-2] + b"\xff\xda" * 500 + data[-2:])
+    [(name, reason)] = unreadable(tmp_path, image_files.find(tmp_path).images).items()
+    assert (name, reason.partition(",")[0]) == ("cat/1.jpg", "the JPEG image has 501 scans")
+    assert len(big) == 1
+
+
 def test_other_formats_and_modes_are_decoded(tmp_path, big):
     write(tmp_path / "a.ppm")
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "b.tiff")
