@@ -40,8 +40,8 @@ def decode(
     orientation is applied, the first frame of an animation taken, alpha dropped unless channels is 4, the high byte of
     16-bit grey kept. Colour to grey is ITU-R 601 luma. With `draft`, a JPEG image is decoded at 1/2, 1/4 or 1/8 of its
     size: the smallest of these whose sides have at least `draft` pixels. That is faster, and gives other pixels. Raises
-    UserError for bytes that do not decode, and for an image of more than 2**26 pixels (2**25 in WebP and AVIF), 2**20 in
-    a row or column, or one that is made to take minutes (see `decode_cost`).
+    UserError for bytes that do not decode, and for an image of more than 2**26 pixels (2**25 in WebP and AVIF), 2**20
+    in a row or column, or one that is made to take minutes (see `decode_cost`).
     """
     if channels not in _MODES:
         raise UserError(f"decode(channels={channels}): allowed: 1, 3, 4")
