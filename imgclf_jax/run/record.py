@@ -37,6 +37,8 @@ def contradictions(
     step = result.get("step")
     if step is None:
         return found
+    if type(step) is not int:
+        return [*found, f"result.json is of step {step!r:.80}, which is no number of steps"]
     if whole and step not in whole:
         found.append(f"result.json is of step {step}, which digests.jsonl does not have")
     elif _differ(whole.get(step, result.get("params_sha256")), result.get("params_sha256")):

@@ -39,8 +39,8 @@ def server_settings(
     return uvicorn.Config(
         application, host, port, http=guarded(parser or AutoHTTPProtocol, limits), ws="none", log_config=None,
         log_level="critical",  # or clients could fill the log; the application logs its own failures
-        access_log=False, timeout_keep_alive=10, timeout_graceful_shutdown=limits.grace_seconds,  # type: ignore[arg-type]  (a float is well)
-        server_header=False,
+        access_log=False, timeout_keep_alive=10, server_header=False,
+        timeout_graceful_shutdown=limits.grace_seconds,  # type: ignore[arg-type]
         proxy_headers=False, h11_max_incomplete_event_size=limits.headers_bytes // 2,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ import pytest
 from cases import thorough
 
 import launch
-from imgclf_jax.run import writers
+from imgclf_jax.run import record, writers
 
 pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.optimized]
 
@@ -227,11 +227,21 @@ RECORDS = {
         lambda run: edit(run / "result.json", lambda r: r.update(step=9)),
         "result.json is of step 9, which digests.jsonl does not have",
     ),
+    "a step that is no number": (
+        lambda run: edit(run / "result.json", lambda r: r.update(step={})),
+        "result.json is of step {}, which is no number of steps",
+    ),
     "another value of a metric": (
         lambda run: append(run / "metrics.jsonl", '{"step": 10, "test/accuracy": 0.99}\n'),
         "metrics.jsonl has two values of test/accuracy at step 10",
     ),
 }
+
+
+@pytest.mark.parametrize("step", [{}, [68], "68", 68.5, True])
+def test_a_step_that_is_no_number(step):
+    [found] = record.contradictions({"step": step}, [{"step": 68, "params_sha256": "0"}], [])
+    assert found == f"result.json is of step {step!r}, which is no number of steps"
 
 
 @pytest.mark.parametrize("changed", [*list(RECORDS)[:1], *thorough(*list(RECORDS)[1:])])
