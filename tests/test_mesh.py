@@ -112,7 +112,6 @@ def test_inference_on_a_sharded_model(config):
         expected, ours = (getattr(of, what)(*state.evaluated, images) for of, state in ((whole, a), (split, b)))
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
     assert "all-gather" in counts.of_program(split.eval).collectives
-    assert set(counts.of_program(whole.eval).collectives) <= {"all-reduce"}
 
 
 @pytest.mark.thorough

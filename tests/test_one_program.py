@@ -173,6 +173,7 @@ def test_the_train_step_is_traced_once(fake_config):
     assert traced.count(True) == 1
 
 
+@pytest.mark.thorough
 def test_keys_that_may_differ_on_resume_change_no_bit(fake_config, tmp_path):
     """All of FREE_KEYS at once: the digest of a run that never had them; the record says it, and reproduces."""
     whole, moved = Workdir(tmp_path / "whole"), Workdir(tmp_path / "moved")
