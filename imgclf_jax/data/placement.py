@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from imgclf_jax.core import platform, sharding
+from imgclf_jax.core import memory, platform, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import stream
 from imgclf_jax.data.stream import StreamSpec
@@ -29,7 +29,13 @@ _BLOCK = (8, 128)  # of bytes: the least tile of uint8 on TPU
 def chunk_shape(
     placement: str, examples: int, image_shape: tuple[int, ...], spec: StreamSpec, size: int, mesh: Mesh
 ) -> Any:
-    """The shapes, dtypes and shardings of the chunks that `train_chunks` gives for images uint8[examples, h, w, c]."""
+    """The shapes, dtypes and shardings of the chunks that `train_chunks` gives for images uint8[examples, h, w, c].
+
+    Raises UserError for more examples than placement "device" can number in 32 bits.
+    """
+    if placement == "device" and examples > np.iinfo(np.int32).max:
+        raise UserError(f"data.placement='device' numbers examples in 32 bits, and there are {examples:,}; use "
+                        "data.placement='host'")  # fmt: skip
     split, whole = sharding.sharded(mesh, axis=1), sharding.replicated(mesh)
     rows, where = ((examples,), whole) if placement == "device" else ((size, spec.rows), split)
     image = _in_table(image_shape, mesh) if placement == "device" else image_shape
@@ -111,6 +117,7 @@ def _device_chunks(
             f"data.placement='device' keeps decoded images, but preprocess={images.preprocess!r} draws at random; "
             "use data.placement='host', or move the randomness to augment"
         )
+    memory.require(len(images) * math.prod(images.shape), f"data.placement='device': {len(images):,} decoded images")
     everything = np.arange(len(images), dtype=np.int64)
     read = images.read(everything, everything)
     table = sharding.put_whole(read | {"image": _as_in_table(read["image"], mesh)}, mesh)
