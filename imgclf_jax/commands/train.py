@@ -19,6 +19,7 @@ from imgclf_jax.core.text import printable
 from imgclf_jax.run import writers
 from imgclf_jax.run.digests import Digests
 from imgclf_jax.run.monitor import Monitor
+from imgclf_jax.run.record import read_contradictions
 from imgclf_jax.run.terminal import format_metrics
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import Writer
@@ -53,6 +54,8 @@ def main(
         total = run.cadences.total
         if run.start == total and processes.first("reading the result", lambda: workdir.is_done(total)):
             log.info("this run is done; its result is in %s", workdir.result)
+            for sentence in processes.first("reading the record", lambda: read_contradictions(workdir.path)):
+                log.warning("the record of the run contradicts itself: %s", sentence)
             return 0
         processes.first("looking at the result", lambda: workdir.drop_later_result(run.start))
         monitor = Monitor(run.start, total, config.batch_size * config.num_seeds, profile, workdir.path)

@@ -238,6 +238,20 @@ RECORDS = {
 }
 
 
+def test_a_run_that_is_done_and_contradicts_itself(copy, capsys):
+    """`train` once more says so, beside where its result is."""
+    edit(copy / "result.json", lambda result: result["test"].update(accuracy=0.99))
+    config = json.loads((copy / "config.json").read_text())
+    names = ("preprocess", "model", "batch_size", "total", "schedule", "optimizer", "log_every", "eval_every",
+             "checkpoint_every", "tensorboard")  # fmt: skip
+    keys = [f"--config.data.source={config['data']['source']}", *(f"--config.{name}={config[name]}" for name in names)]
+    capsys.readouterr()
+    assert launch.main(["train", *keys, f"--workdir={copy}"]) == 0
+    said = capsys.readouterr().err
+    assert "this run is done" in said
+    assert "the record of the run contradicts itself: result.json says test/accuracy 0.99, metrics.jsonl" in said
+
+
 @pytest.mark.parametrize("step", [{}, [68], "68", 68.5, True])
 def test_a_step_that_is_no_number(step):
     [found] = record.contradictions({"step": step}, [{"step": 68, "params_sha256": "0"}], [])
