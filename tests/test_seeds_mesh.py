@@ -11,7 +11,7 @@ from test_mesh import DATA, config, programs, train  # noqa: F401  `config` is a
 
 import launch
 from imgclf_jax.chips import counts
-from imgclf_jax.core import platform, sharding
+from imgclf_jax.core import jaxprs, platform, sharding
 
 MESHES = ["seeds=4, data=-1", "data=4, seeds=2"]  # of four seeds: one in each group, and two
 QUICK = ("adam", MESHES[0])
@@ -80,7 +80,7 @@ def test_a_seed_of_its_own_devices_has_the_convolutions_of_a_single_run(config, 
         while todo:
             jaxpr = todo.pop()
             for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-                todo += platform.inner_jaxprs(equation)
+                todo += jaxprs.inner(equation)
                 if equation.primitive.name == "conv_general_dilated":
                     found.append(equation.params["feature_group_count"] * equation.params["batch_group_count"])
         return found

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from imgclf_jax.chips import traffic
-from imgclf_jax.core import platform
+from imgclf_jax.core import jaxprs
 
 
 def product_flops(jaxpr: Any) -> float:
@@ -35,7 +35,7 @@ def product_flops(jaxpr: Any) -> float:
             products = 5 if "bwd" in name else 2
             total += products * 2 * b * heads * queries * keys * width
         else:
-            inner = [product_flops(jaxpr) for jaxpr in platform.inner_jaxprs(equation)]
+            inner = [product_flops(jaxpr) for jaxpr in jaxprs.inner(equation)]
             times = params.get("length", 1) if name == "scan" else 1
             if name == "shard_map":  # the body is that of one device, or of one group of them
                 split = {axis for spec in params["in_specs"] for axis in jax.tree.leaves(tuple(spec))}

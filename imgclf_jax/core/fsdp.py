@@ -24,13 +24,10 @@ from jax import lax
 from jax.extend.core import Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
-from imgclf_jax.core.platform import inner_jaxprs
+from imgclf_jax.core.jaxprs import INLINED, bind, inner
 
 Shardings = Callable[[Any], Any]  # of a pytree of arrays, a pytree of NamedSharding
 
-# Calls whose body is evaluated in place; the derivatives that they carry have been used by now.
-_INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
-            "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}  # fmt: skip
 _EXPENSIVE = frozenset({"dot_general", "conv_general_dilated", "sort", "fft", "cholesky", "qr", "svd", "eigh",
                         "triangular_solve", "householder_product", "lu"})  # fmt: skip
 
@@ -137,9 +134,9 @@ class _Evaluation:
     def apply(self, equation: Any, operands: list[Any], gradients: dict[Any, NamedSharding]) -> list[Any]:
         """The results of one equation."""
         primitive = equation.primitive
-        if primitive.name in _INLINED:
+        if primitive.name in INLINED:
             wanted = {i: gradients[v] for i, v in enumerate(equation.outvars) if v in gradients}
-            return self.run(equation.params[_INLINED[primitive.name]], operands, wanted)
+            return self.run(equation.params[INLINED[primitive.name]], operands, wanted)
         needs = frozenset().union(*(x.needs for x in operands if isinstance(x, _Deferred)))
         known = [x for x in operands if isinstance(x, _Known)]
         of_batch = any(x.of_batch for x in known)
@@ -147,7 +144,7 @@ class _Evaluation:
             return _deferred(equation, operands, needs)
         gathered = self.use(needs, [x for x in known if x.of_batch and np.ndim(x.array)]) if needs else {}
         arrays = [x.array if isinstance(x, _Known) else x.compute(gathered) for x in operands]
-        return [_Known(x, of_batch) for x in _bind(equation, arrays)]
+        return [_Known(x, of_batch) for x in bind(equation, arrays)]
 
     def use(self, needs: frozenset[int], activations: Sequence[_Known] = ()) -> dict[Any, Any]:
         """The shards of the parameters that a use needs. Those of the next are put behind the activations of this."""
@@ -171,11 +168,6 @@ class _Evaluation:
         return x.array if isinstance(x, _Known) else x.compute(self.use(x.needs))
 
 
-def _bind(equation: Any, arrays: Sequence[Any]) -> list[Any]:
-    out = equation.primitive.bind(*arrays, **equation.params)
-    return list(out) if equation.primitive.multiple_results else [out]
-
-
 def _deferred(equation: Any, operands: Sequence[Any], needs: frozenset[int]) -> list[Any]:
     """The results of an equation of deferred operands, deferred."""
     if equation.primitive.name == "convert_element_type" and type(operands[0]) is _Parameter:
@@ -187,7 +179,7 @@ def _deferred(equation: Any, operands: Sequence[Any], needs: frozenset[int]) -> 
     def compute(index: int, gathered: dict[Any, Any]) -> Any:
         if key not in gathered:
             arrays = [x.array if isinstance(x, _Known) else x.compute(gathered) for x in operands]
-            gathered[key] = _bind(equation, arrays)
+            gathered[key] = bind(equation, arrays)
         return gathered[key][index]
 
     return [_Deferred(needs, functools.partial(compute, i)) for i in range(len(equation.outvars))]
@@ -195,4 +187,4 @@ def _deferred(equation: Any, operands: Sequence[Any], needs: frozenset[int]) -> 
 
 def _is_cheap(equation: Any) -> bool:
     """Whether an equation is repeated rather than its result kept: it moves or maps elements, and does nothing else."""
-    return equation.primitive.name not in _EXPENSIVE and not equation.effects and not inner_jaxprs(equation)
+    return equation.primitive.name not in _EXPENSIVE and not equation.effects and not inner(equation)

@@ -13,6 +13,8 @@ import jax
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
+from imgclf_jax.core import jaxprs
+
 _traced_for = jax.make_user_context("")  # a part of the key of JAX's caches of what was traced
 
 
@@ -55,22 +57,4 @@ def slow_in_loops(jaxpr: Any, platform: str) -> bool:
 
     On CPU that is XLA's own convolution: with its gradients it takes up to a hundred times as long there.
     """
-    return platform == "cpu" and _holds(jaxpr, "conv_general_dilated")
-
-
-def _holds(jaxpr: Any, primitive: str) -> bool:
-    """Whether a jaxpr, or one inside of it, such as the body of a loop, holds this primitive."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # of a closed one
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == primitive:
-            return True
-        if any(_holds(inner, primitive) for inner in inner_jaxprs(equation)):
-            return True
-    return False
-
-
-def inner_jaxprs(equation: Any) -> list[Any]:
-    """The jaxprs inside of an equation of a jaxpr, closed ones among them: a loop's body, the branches of a choice."""
-    parameters = equation.params.values()
-    values = [v for value in parameters for v in (value if isinstance(value, tuple | list) else (value,))]
-    return [v for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
+    return platform == "cpu" and jaxprs.holds(jaxpr, "conv_general_dilated")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from cases import thorough
 
-from imgclf_jax.core import platform
+from imgclf_jax.core import jaxprs, platform
 from imgclf_jax.models import classifier
 from imgclf_jax.models.backbones import BACKBONES
 
@@ -81,5 +81,5 @@ def equations(jaxpr):
     """All equations of a jaxpr, and of those inside of it."""
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         yield equation
-        for inner in platform.inner_jaxprs(equation):
+        for inner in jaxprs.inner(equation):
             yield from equations(inner)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rounding_programs import EXACT, LOOSE, SHAPE
 
 from imgclf_jax import programs
-from imgclf_jax.core import platform, sharding
+from imgclf_jax.core import jaxprs, sharding
 from imgclf_jax.models.cpu.moves import MOVES
 from imgclf_jax.models.cpu.rewrite import _ELEMENTWISE, rewrite
 from imgclf_jax.recipe import Recipe
@@ -167,7 +167,7 @@ def test_every_primitive_that_is_rewritten_tells_the_same(dtype):
 def primitives(jaxpr):
     """The names of all that a jaxpr and those inside of it hold."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    inner = [primitives(j) for eqn in jaxpr.eqns for j in platform.inner_jaxprs(eqn)]
+    inner = [primitives(j) for eqn in jaxpr.eqns for j in jaxprs.inner(eqn)]
     return {eqn.primitive.name for eqn in jaxpr.eqns}.union(*inner)
 
 

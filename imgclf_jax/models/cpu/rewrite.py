@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, jaxpr_as_fun
 
+from imgclf_jax.core.jaxprs import INLINED, bind
 from imgclf_jax.models.cpu.moves import MOVES
 from imgclf_jax.models.cpu.placed import (
     LEFT_OUT,
@@ -34,7 +35,7 @@ from imgclf_jax.models.cpu.placed import (
     rounding_of,
     whole,
 )
-from imgclf_jax.models.cpu.rounding import COPIES, EXACT, FREE, INLINED, ROUNDED, Needs, needs, reads_sign
+from imgclf_jax.models.cpu.rounding import COPIES, EXACT, FREE, ROUNDED, Needs, needs, reads_sign
 
 _ELEMENTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp clz copy copy_p cos cosh digamma div
@@ -86,23 +87,18 @@ def _apply(eqn: Any, args: list[Any], read: Needs | None) -> list[Any]:
     if read is not None:
         return _evaluate(eqn.params[INLINED[name]], args, read)
     if name in _BODIES:
-        return _bind(eqn, [whole(x) for x in args], {k: _body(v) for k, v in eqn.params.items()})
+        return bind(eqn, [whole(x) for x in args], {k: _body(v) for k, v in eqn.params.items()})
     if name == "convert_element_type":
         return [_converted(eqn, args[0])]
     if name in _ELEMENTWISE:
         return _elementwise(eqn, args)
-    moved = MOVES[name](eqn, args, _bind) if name in MOVES else None
+    moved = MOVES[name](eqn, args, bind) if name in MOVES else None
     if moved is not None:
         return moved
     if rounding_of(args):
-        return _bind(eqn, [whole(x) for x in args])
-    out = _bind(eqn, [arranged(x, natural(np.ndim(x))) for x in args])
+        return bind(eqn, [whole(x) for x in args])
+    out = bind(eqn, [arranged(x, natural(np.ndim(x))) for x in args])
     return [of_dtype(y, natural(y.ndim), v.aval.dtype) for y, v in zip(out, eqn.outvars, strict=True)]
-
-
-def _bind(eqn: Any, args: Sequence[Any], params: Any = None) -> list[Any]:
-    out = eqn.primitive.bind(*args, **(eqn.params if params is None else params))
-    return list(out) if eqn.primitive.multiple_results else [out]
 
 
 def _body(param: Any) -> Any:
@@ -128,7 +124,7 @@ def _converted(eqn: Any, x: Any) -> Any:
 def _elementwise(eqn: Any, args: list[Any]) -> list[Any]:
     """In the order of the greatest operand, one that is turned before one that is not; of bfloat16 in float32."""
     if not any(isinstance(x, Placed) or is_low(x) for x in args):
-        return _bind(eqn, [whole(x) for x in args])
+        return bind(eqn, [whole(x) for x in args])
     ndim = max(np.ndim(x) for x in args)
     lying = [x for x in args if np.ndim(x) == ndim and not isinstance(x, Spread)]
     orders = [(np.size(x), x.order if isinstance(x, Placed) else natural(ndim)) for x in lying] or [(0, natural(ndim))]
@@ -138,5 +134,5 @@ def _elementwise(eqn: Any, args: list[Any]) -> list[Any]:
     params = eqn.params
     if "new_dtype" in params and params["new_dtype"] == jnp.bfloat16:  # of integers
         params = {**params, "new_dtype": np.dtype(np.float32)}
-    out = _bind(eqn, operands, params)
+    out = bind(eqn, operands, params)
     return [of_dtype(y, order, v.aval.dtype, copied) for y, v in zip(out, eqn.outvars, strict=True)]

@@ -17,12 +17,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from imgclf_jax.core.jaxprs import INLINED
+
 # What is needed of a value, bits: that it is rounded, and that it is computed of exact values.
 FREE, ROUNDED, OF_EXACT, EXACT = range(4)
-
-# Calls whose body becomes part of the program; the derivatives that they carry have been used by now.
-INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
-           "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}  # fmt: skip
 
 # What gives elements of its operands, or their negatives: to round before it is to round after it.
 COPIES = frozenset(
