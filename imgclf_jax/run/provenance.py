@@ -198,6 +198,20 @@ def load_evals(path: Path) -> dict[str, str]:
     return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
 
 
+def config_digest(content: str | bytes) -> str:
+    """The SHA-256 of what config.json says, however it is laid out. provenance.json keeps it as `config_sha256`."""
+    return hashlib.sha256(json.dumps(json.loads(content), sort_keys=True).encode()).hexdigest()
+
+
+def find_edit(content: bytes, provenance: Any) -> str:
+    """That config.json, `content`, is not the one that the run wrote, as a sentence; "" if it is, or nothing tells."""
+    recorded = provenance.get("config_sha256") if isinstance(provenance, dict) else None
+    with contextlib.suppress(ValueError, RecursionError):  # of what is no JSON, which its reader says
+        if recorded is not None and config_digest(content) != recorded:
+            return "config.json has been changed since the run wrote it"
+    return ""
+
+
 MOST_BYTES_OF_JSON = 32 << 20  # read at once, it takes some forty times as much memory
 
 

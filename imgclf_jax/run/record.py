@@ -14,6 +14,7 @@ from imgclf_jax.analysis.reproduction import TIMES
 from imgclf_jax.core import places, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import bundle, writers
+from imgclf_jax.run.provenance import find_edit
 
 _MOST_BYTES = 512 << 20  # of a file, which is read at once
 
@@ -130,7 +131,8 @@ class Record:
     @property
     def contradictions(self) -> list[str]:
         """Where its files contradict each other, see `contradictions`."""
-        return contradictions(self.result, self.digests, self.metrics)
+        wrong = find_edit(self.files["config.json"], self.provenance)
+        return [wrong] * bool(wrong) + contradictions(self.result, self.digests, self.metrics)
 
     def pack(self, file: Path) -> None:
         """Writes the bundle of a work directory. Raises UserError if it cannot be written."""

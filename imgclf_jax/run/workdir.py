@@ -1,6 +1,7 @@
 """The work directory: the names of its files, and the checks before a command uses it."""
 
 import contextlib
+import functools
 import logging
 import sys
 import time
@@ -19,6 +20,8 @@ from imgclf_jax.run import digests, lock
 from imgclf_jax.run.provenance import (
     DataInfo,
     collect,
+    config_digest,
+    find_edit,
     load_data_info,
     load_evals,
     pin_groups,
@@ -71,7 +74,10 @@ class Workdir:
         """The config that the run was trained with. Raises UserError if there is no run in this directory."""
         if not self.config.is_file():
             raise UserError(f"{self.path} holds no run (no config.json); train first, or pass the run's --workdir")
-        return configs.from_json(self.config.read_bytes(), str(self.config))
+        content = self.config.read_bytes()
+        if self.provenance.is_file() and (wrong := find_edit(content, read_json(self.provenance))):
+            _warn_once(f"{self.path}: {wrong}: what it says need not be what the run was trained with")
+        return configs.from_json(content, str(self.config))
 
     def load_data_info(self) -> DataInfo:
         """What provenance.json says of the training data. Raises UserError if it is missing or damaged."""
@@ -171,8 +177,9 @@ class Workdir:
             whole["changed"] = [*whole.get("changed", []), entry]
             log.info("from step %d on the run has other keys, which change no bit: %s; config.json says so from now on",
                      start, ", ".join(f"{key}={new!r}" for key, (_, new) in keys.items()))  # fmt: skip
-        write_json(self.provenance, whole)
-        write_atomically(self.config, configs.to_json(config))
+        content = configs.to_json(config)
+        write_json(self.provenance, whole | {"config_sha256": config_digest(content)})
+        write_atomically(self.config, content)
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Writes result.json: the run has ended."""
@@ -234,10 +241,15 @@ class Workdir:
             write_json(
                 self.provenance,
                 collect(data)
-                | {"evals": dict(evals)}
+                | {"config_sha256": config_digest(configs.to_json(config)), "evals": dict(evals)}
                 | ({"batch_norm_groups": groups} if groups else {})
                 | ({"init_from": init_from} if init_from else {})
                 | ({"unreadable": {"count": len(left_out), "files": list(left_out)}} if left_out else {}),
             )
         if not self.config.is_file():
             write_atomically(self.config, configs.to_json(config))
+
+
+@functools.cache
+def _warn_once(sentence: str) -> None:
+    log.warning("%s", sentence)

@@ -10,9 +10,10 @@ import numpy as np
 import optax
 import pytest
 from cases import thorough
+from PIL import Image
 
 import launch
-from imgclf_jax.run import record, writers
+from imgclf_jax.run import record, workdir, writers
 
 pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.optimized]
 
@@ -272,6 +273,24 @@ def test_a_record_that_contradicts_itself(reproduce, copy, tmp_path, capsys, cha
     assert sentence in (copy / "report.html").read_text()
     assert launch.main(["evaluate", f"--workdir={copy}"]) == 0
     assert f"the record of the run contradicts itself: {sentence}" in capsys.readouterr().err
+
+
+def test_a_config_that_was_changed_by_hand(reproduce, copy, tmp_path, capsys):
+    """Predictions were those of another preprocessing, with status 0 and no word. Another layout of it is the same."""
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config, sort_keys=True))
+    assert reproduce(copy, "--steps=1")[0] == 0
+    (copy / "config.json").write_text(json.dumps({**config, "tta": "flip"}))
+    Image.fromarray(np.zeros((6, 6), np.uint8)).save(tmp_path / "a.png")
+    for words in (["evaluate"], ["predict", str(tmp_path / "a.png")]):
+        workdir._warn_once.cache_clear()
+        capsys.readouterr()
+        launch.main([*words, f"--workdir={copy}"])
+        assert "config.json has been changed since the run wrote it" in capsys.readouterr().err
+    assert launch.main(["compare", str(copy.parent)]) == 1
+    assert "config.json has been changed" in capsys.readouterr().err
+    status, found = reproduce(copy, "--steps=1")
+    assert (status, found["verdict"]) == (1, "contradictory")
 
 
 def test_what_was_recorded_and_is_not_found_again(reproduce, copy):
