@@ -173,7 +173,7 @@ class OnMesh:
             return fsdp.gather_at_use(gradient, shardings, returns_gradients=True)
 
         def scattered(params: Any, *args: Any) -> tuple[Any, Any]:
-            out, grads = gradient(params, *args)
+            out, grads = gradient(self._replicated(params), *args)  # or XLA would shard the layers as the gradients
             return out, jax.lax.with_sharding_constraint(grads, shardings(grads))
 
         return scattered
