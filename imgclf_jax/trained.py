@@ -133,6 +133,7 @@ class Trained(NamedTuple):
         processes each decodes the images that its devices get; all of them give all results. An error of `images`
         itself, or of the device, is raised after the results of all images before it.
         """
+        _ = self.programs.host_ops  # what is wrong with these is of no image
         program, mesh, data = getattr(self.programs, what), self.programs.mesh, self.programs.recipe.data
         size = sharding.round_up(min(self.config.batch_size, _BATCH), mesh)
         rows = sharding.rows_here(size, mesh)

@@ -114,6 +114,8 @@ def test_a_run_that_names_a_place_on_the_network(mistake, trained, tmp_path, com
     """Of a work directory or a bundle: nothing is looked up, and nothing is fetched."""
     if command != "reproduce" and "init_from" in changes and command != "bundle":
         pytest.skip("a trained model starts from its checkpoint")
+    if command == "show-batch" and "data.eval.test" in changes:
+        pytest.skip("it opens no evaluation set")
     here = {key: value.replace("HERE", str(tmp_path)) for key, value in changes.items()}
     run = changed(trained, tmp_path / "run", here)
     argv = [command, f"--workdir={run}"]

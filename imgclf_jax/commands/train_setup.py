@@ -60,8 +60,8 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     compiling = programs.of_images(_pinned(config, workdir), images)
     recipe = compiling.recipe
     recipe.check_best()
-    compiling.check_size()
     evals = open_evals(compiling, base)
+    compiling.check_size()
     cadences = Cadences(recipe.total, *map(recipe.period, configs.CADENCES))
 
     tracing = _trace(compiling)

@@ -228,10 +228,6 @@ RECORDS = {
         lambda run: edit(run / "result.json", lambda r: r.update(step=9)),
         "result.json is of step 9, which digests.jsonl does not have",
     ),
-    "a step that is no number": (
-        lambda run: edit(run / "result.json", lambda r: r.update(step={})),
-        "result.json is of step {}, which is no number of steps",
-    ),
     "another value of a metric": (
         lambda run: append(run / "metrics.jsonl", '{"step": 10, "test/accuracy": 0.99}\n'),
         "metrics.jsonl has two values of test/accuracy at step 10",

@@ -13,6 +13,7 @@ import launch
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.loading import restore
 from imgclf_jax.optim import optimizers
+from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 
 PARAMS = {"a": jnp.zeros((200, 50)), "b": jnp.zeros(1000)}
@@ -57,7 +58,8 @@ def test_a_run_resumes(tmp_path):
     assert launch.main(argv) == 0
     workdir = Workdir(tmp_path)
     expected = json.loads(workdir.result.read_text())
-    _, state, _ = restore(workdir.load_config(), workdir, "3")
+    programs = restore(workdir.load_config(), workdir, "3").programs
+    state = Checkpoints(workdir.checkpoints, read_only=True).restore(3, programs.shape)["state"]
     keys = [x for x in jax.tree.leaves(state.opt_state) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
     assert [key.shape for key in keys] == [(2,)]
     assert len(np.unique(jax.random.key_data(keys[0]), axis=0)) == 2
