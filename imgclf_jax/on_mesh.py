@@ -109,11 +109,11 @@ class OnMesh:
         return run
 
     def _sharded(self, weights: Mapping[str, Any] | None) -> dict[str, jax.Array] | None:
-        """Weights by name, on the devices as the parameters of a seed lie there: no device has all of them."""
+        """Weights by name, sharded like the parameters of one seed, so that no device holds all of them."""
         if weights is None:
             return None
-        lies = partition.of_state(dict(weights), self._axes, self.mesh, self.recipe.config.shard)
-        return {name: sharding.put(x, lies[name]) for name, x in weights.items()}
+        shardings = partition.of_state(dict(weights), self._axes, self.mesh, self.recipe.config.shard)
+        return {name: sharding.put(x, shardings[name]) for name, x in weights.items()}
 
     @once
     def _jitted_init(self) -> Any:

@@ -248,9 +248,11 @@ class Programs(OnMesh):
                 return pure(*args)
 
         state = self.shape["state"]
-        lies = jax.tree.map(lambda x: x.sharding, (state.params, state.model_state))
+        shardings = jax.tree.map(lambda x: x.sharding, (state.params, state.model_state))
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
-        return jax.jit(infer, in_shardings=(*lies, split), out_shardings=whole, compiler_options=self.compiler_options)
+        return jax.jit(
+            infer, in_shardings=(*shardings, split), out_shardings=whole, compiler_options=self.compiler_options
+        )
 
     @once
     def host_ops(self) -> decode.HostOps:

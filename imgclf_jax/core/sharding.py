@@ -67,9 +67,9 @@ def _arranged(devices: list[jax.Device], shape: list[int]) -> np.ndarray:
 
 
 def make_inference_mesh(text: str) -> Mesh:
-    """The mesh, over all devices here, for what was trained on the mesh `text`: sharded parameters stay sharded.
+    """The mesh over all devices here for a model trained on the mesh `text`: sharded parameters stay sharded.
 
-    It is the same mesh where there are as many devices. The seeds of a mesh with an axis `seeds` are on all devices.
+    With as many devices as in training it is the same mesh, but for an axis `seeds`: each device then runs all seeds.
     """
     if "fsdp" not in text:
         return make_mesh()
