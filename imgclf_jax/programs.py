@@ -72,7 +72,9 @@ class Programs(OnMesh):
     def chunk_shape(self, size: int) -> Any:
         """The shapes, dtypes and shardings of a chunk of `size` steps."""
         place, data = self.recipe.config.data.placement, self.recipe.data
-        return placement.chunk_shape(place, data.train_examples, data.image_shape, self.stream, size, self.mesh)
+        return placement.chunk_shape(
+            place, data.train_examples, data.image_shape, self.stream, size, self.mesh, len(data.target_names)
+        )
 
     def _batch_at(self, chunk: Any, i: jax.Array | int) -> dict[str, jax.Array]:
         return placement.batch_at(chunk, i, self.recipe.data.image_shape)
@@ -200,7 +202,8 @@ class Programs(OnMesh):
             zeros = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
             return jax.lax.fori_loop(0, steps, body, zeros)
 
-        chunk = placement.eval_chunk_shape(recipe.data.image_shape, self.eval_batch_size, size, self.mesh)
+        targets = len(recipe.data.target_names)
+        chunk = placement.eval_chunk_shape(recipe.data.image_shape, self.eval_batch_size, size, self.mesh, targets)
         state, steps = self.shape["state"], jax.ShapeDtypeStruct((), "int32", sharding=whole)
         with self.tracing():
             jitted = jax.jit(eval, out_shardings=whole, compiler_options=self.compiler_options)

@@ -104,6 +104,10 @@ def open_set(programs: Programs, base: dict[str, sources.Source], text: str, key
     if tuple(source.class_names) != programs.recipe.data.class_names:
         raise UserError(f"{key}={text!r} has the classes {list(source.class_names)[:5]}…, "
                         f"the model {list(programs.recipe.data.class_names)[:5]}…")  # fmt: skip
+    if sources.target_names(source) != programs.recipe.data.target_names:
+        has = ("labels", "targets")
+        kinds = [has[bool(names)] for names in (sources.target_names(source), programs.recipe.data.target_names)]
+        raise UserError(f"{key}={text!r} has {kinds[0]}, and the training examples have {kinds[1]}")
     images = programs.eval_images(source)
     if images.shape != programs.recipe.data.image_shape:
         raise UserError(f"{key}: preprocess_eval={programs.preprocess_eval!r} gives images of "

@@ -8,7 +8,7 @@ import io
 import math
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,24 +28,33 @@ _UNPACKED, _RATIO = 1 << 30, 100
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Examples in memory: images uint8[n, h, w, c], labels i32[n]."""
+    """Examples in memory: images uint8[n, h, w, c] with labels i32[n], or with targets f32[n, k] and no labels."""
 
     images: np.ndarray
-    labels: np.ndarray
+    labels: np.ndarray | None
     class_names: tuple[str, ...]
+    targets: np.ndarray | None = None  # their names are the class names
 
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """The names of the k targets; () with labels."""
+        return () if self.targets is None else self.class_names
+
     def read(self, ids: np.ndarray) -> dict[str, Any]:
         """The examples with these ids, in their order."""
-        return {"image": self.images[ids], "label": self.labels[ids]}
+        given = {"label": self.labels, "target": self.targets}
+        return {"image": self.images[ids], **{name: y[ids] for name, y in given.items() if y is not None}}
 
     def fingerprint(self) -> str:
-        """Over all images, labels and class names."""
-        digest = hashlib.sha256(str((self.images.shape, self.class_names)).encode())
-        digest.update(np.ascontiguousarray(self.images).data)
-        digest.update(np.ascontiguousarray(self.labels).data)
+        """Over all images, labels or targets, and their names."""
+        kind = () if self.targets is None else ("targets",)
+        digest = hashlib.sha256(str((self.images.shape, self.class_names, *kind)).encode())
+        for array in (self.images, self.labels, self.targets):
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
 
@@ -66,7 +75,8 @@ def arrays(path: str) -> dict[str, ArraySource]:
 
     They are called `x_NAME` and `y_NAME`, as in Keras's mnist.npz, or `NAME_images` and `NAME_labels`, as MedMNIST
     has them; `images` and `labels` are the split `train`. `class_names`, where the file holds it, names the
-    classes, at most 1,000,000; otherwise they are numbered. A file in a bucket is copied to this disk first. Raises
+    classes, at most 1,000,000; otherwise they are numbered. `NAME_targets` (`targets`), numbers [n] or [n, k], replace
+    labels, and `target_names` names the k targets. A file in a bucket is copied to this disk first. Raises
     UserError for a file that is damaged, of another kind, too large for the machine, or that unpacks to more than 1
     GiB and more than 100 times its length.
     """
@@ -98,10 +108,12 @@ def _copied(file: Path) -> Path:
 def _read(content: zipfile.ZipFile, path: str, length: int) -> dict[str, ArraySource]:
     infos = {info.filename.removesuffix(".npy"): info for info in content.infolist()}
     splits = _splits(infos, path)
-    keys = [key for pair in splits.values() for key in pair] + [key for key in ("class_names",) if key in infos]
+    with_targets = _has_targets(splits, path)
+    names_key = "target_names" if with_targets else "class_names"
+    keys = [key for pair in splits.values() for key in pair] + [key for key in (names_key,) if key in infos]
     members = {key: _member(content, infos[key]) for key in keys}
-    for images, labels in splits.values():
-        _check(members, images, labels, path)
+    for images, y in splits.values():
+        (_check_targets if with_targets else _check)(members, images, y, path)
     shapes = {(*members[images].shape[1:], 1)[:3]: images for images, _ in splits.values()}
     if len(shapes) > 1:
         (a, first), (b, second) = list(shapes.items())[:2]
@@ -113,20 +125,54 @@ def _read(content: zipfile.ZipFile, path: str, length: int) -> dict[str, ArraySo
                         f"{memory.size(_UNPACKED)} at most {_RATIO} times are allowed, so save it without compression, "
                         "by np.savez")  # fmt: skip
     memory.require(total, f"arrays: {path}")
-    ys = {split: _array(content, members[labels]).reshape(-1) for split, (_, labels) in splits.items()}
-    class_names = _class_names(content, members.get("class_names"), ys.values(), path)
+    ys = {split: _array(content, members[key]) for split, (_, key) in splits.items()}
+    if with_targets:
+        targets = {split: _as_targets(y, f"arrays: in {path}, {splits[split][1]}") for split, y in ys.items()}
+        names = _target_names(content, members.get("target_names"), targets, path)
+    else:
+        ys = {split: y.reshape(-1) for split, y in ys.items()}
+        names = _class_names(content, members.get("class_names"), ys.values(), path)
     out = {}
-    for split, (images, labels) in splits.items():
+    for split, (images, key) in splits.items():
         y = ys[split]
-        if int(y.min()) < 0 or int(y.max()) >= len(class_names):
-            raise UserError(f"arrays: in {path}, {labels} lies outside the {len(class_names)} classes")
+        if not with_targets and (int(y.min()) < 0 or int(y.max()) >= len(names)):
+            raise UserError(f"arrays: in {path}, {key} lies outside the {len(names)} classes")
         x = _array(content, members[images])
-        out[split] = ArraySource(x[..., None] if x.ndim == 3 else x, y.astype(np.int32), class_names)
+        x = x[..., None] if x.ndim == 3 else x
+        out[split] = ArraySource(x, None, names, targets[split]) if with_targets else ArraySource(
+            x, y.astype(np.int32), names)  # fmt: skip
     return out
 
 
+def _has_targets(splits: Mapping[str, tuple[str, str]], path: str) -> bool:
+    """Whether the splits have targets and not labels. Raises UserError if only some of them do."""
+    kinds = {key.endswith("targets"): key for _, key in splits.values()}
+    if len(kinds) > 1:
+        raise UserError(f"arrays: {path} holds {kinds[False]} and {kinds[True]}; give every split labels, or every "
+                        "split targets")  # fmt: skip
+    return True in kinds
+
+
+def _as_targets(values: np.ndarray, where: str) -> np.ndarray:
+    """Numbers [n] or [n, k] as f32[n, k]. Raises UserError naming the first that is not finite in float32."""
+    with np.errstate(over="ignore"):
+        targets = values.reshape(len(values), -1).astype(np.float32)
+    check_finite(targets, lambda i: f"{where}, example {i}")
+    return targets
+
+
+def check_finite(targets: np.ndarray, name: Callable[[int], str]) -> None:
+    """Raises UserError for the first of the targets f32[n, k] that is NaN or infinite, naming its row by `name`."""
+    wrong = np.argwhere(~np.isfinite(targets))
+    if wrong.size:
+        i, column = map(int, wrong[0])
+        more = f" (and {len(wrong) - 1:,} more)" * (len(wrong) > 1)
+        raise UserError(f"{name(i)}: target {column} is {targets[i, column]}{more}; targets must be finite float32 "
+                        "numbers")  # fmt: skip
+
+
 def _splits(keys: Iterable[str], path: str) -> dict[str, tuple[str, str]]:
-    """{split: (key of its images, key of its labels)} among the keys of a file."""
+    """{split: (key of its images, key of its labels or targets)} among the keys of a file."""
     keys = sorted(keys)
     pairs = [(key[2:], key, f"y_{key[2:]}") for key in keys if key.startswith("x_")]
     stems = [key.removesuffix("_images") for key in keys if key.endswith("_images")]
@@ -134,15 +180,19 @@ def _splits(keys: Iterable[str], path: str) -> dict[str, tuple[str, str]]:
     pairs += [("train", "images", "labels")] if "images" in keys else []
     out: dict[str, tuple[str, str]] = {}
     for split, images, labels in pairs:
-        if not split or labels not in keys:
+        targets = "targets" if images == "images" else f"{split}_targets"
+        given = [key for key in (labels, targets) if key in keys]
+        if not split or not given:
             continue
+        if len(given) > 1:
+            raise UserError(f"arrays: {path} holds both {labels} and {targets}; remove one")
         if split in out:
             raise UserError(f"arrays: {path} holds both {out[split][0]} and {images}, two splits {split!r}; remove one")
-        out[split] = images, labels
+        out[split] = images, given[0]
     if not out:
         holds = f"{keys[:10]}{'' if len(keys) <= 10 else ' and more'}"
         raise UserError(f"arrays: {path} holds {holds}; expected x_NAME and y_NAME, such as x_train and y_train, or "
-                        "NAME_images and NAME_labels, or images and labels")  # fmt: skip
+                        "NAME_images and NAME_labels, or images and labels; or NAME_targets for labels")  # fmt: skip
     return out
 
 
@@ -169,11 +219,23 @@ def _array(content: zipfile.ZipFile, member: _Member) -> np.ndarray:
     return array
 
 
+def _are_images(x: _Member) -> bool:
+    sized = len(x.shape) in (3, 4) and min(x.shape) > 0 and (len(x.shape) == 3 or x.shape[3] <= 4)
+    return sized and x.dtype == np.uint8
+
+
+def _check_targets(members: Mapping[str, _Member], images: str, targets: str, path: str) -> None:
+    x, y = members[images], members[targets]
+    shaped = _are_images(x) and len(y.shape) in (1, 2) and y.shape[0] == x.shape[0] and min(y.shape) > 0
+    if not shaped or y.dtype.kind not in "fiub":
+        raise UserError(f"arrays: in {path}, {images} is {x} and {targets} is {y}; expected uint8[n, h, w] or uint8[n, "
+                        "h, w, c] with c from 1 to 4, and real numbers [n] or [n, k]")  # fmt: skip
+
+
 def _check(members: Mapping[str, _Member], images: str, labels: str, path: str) -> None:
     x, y = members[images], members[labels]
-    n, *size = x.shape or (0,)
-    sized = len(size) in (2, 3) and min(x.shape) > 0 and (len(size) == 2 or size[2] <= 4)
-    if x.dtype != np.uint8 or not sized or y.shape not in ((n,), (n, 1)) or y.dtype.kind not in "iu":
+    n = x.shape[0] if x.shape else 0
+    if not _are_images(x) or y.shape not in ((n,), (n, 1)) or y.dtype.kind not in "iu":
         raise UserError(f"arrays: in {path}, {images} is {x} for {math.prod(y.shape)} labels, {y.dtype}; expected "
                         "uint8[n, h, w] or uint8[n, h, w, c] with at least one pixel and c from 1 to 4, and n whole "
                         "numbers")  # fmt: skip
@@ -189,13 +251,33 @@ def _class_names(
             raise UserError(f"arrays: in {path}, the greatest of {examples} labels is {classes - 1}; number the "
                             "classes 0, 1, 2, …, or name all of them in class_names")  # fmt: skip
         return tuple(map(str, range(classes)))
+    return _text(content, member, path, "class_names", "class")
+
+
+def _target_names(
+    content: zipfile.ZipFile, member: _Member | None, targets: Mapping[str, np.ndarray], path: str
+) -> tuple[str, ...]:
+    counts = {split: y.shape[1] for split, y in targets.items()}
+    if len(set(counts.values())) > 1:
+        raise UserError(f"arrays: in {path}, the splits have different numbers of targets: {counts}")
+    k = next(iter(counts.values()))
+    if member is None:
+        return ("target",) if k == 1 else tuple(map(str, range(k)))
+    names = _text(content, member, path, "target_names", "target")
+    if len(names) != k or len(set(names)) != k:
+        raise UserError(f"arrays: in {path}, target_names holds {len(names)} names, {len(set(names))} of them "
+                        f"distinct, for {k} target{'s' * (k > 1)}; give each its own")  # fmt: skip
+    return names
+
+
+def _text(content: zipfile.ZipFile, member: _Member, path: str, key: str, what: str) -> tuple[str, ...]:
     if member.dtype.kind not in "USiu" or len(member.shape) != 1 or member.shape[0] > MOST_CLASSES:
-        raise UserError(f"arrays: in {path}, class_names is {member}; expected text, one for each class, at most "
+        raise UserError(f"arrays: in {path}, {key} is {member}; expected text, one for each {what}, at most "
                         f"{MOST_CLASSES:,}: np.array(names, dtype=str)")  # fmt: skip
     try:
         array = _array(content, member)
         names = [name.decode() if isinstance(name, bytes) else str(name) for name in array.tolist()]
         "".join(names).encode()  # no text with half a surrogate pair can be printed
     except (ValueError, SystemError) as e:  # CPython's for a number that is no character
-        raise UserError(f"arrays: in {path}, class_names is not text: {reason(e)}") from e
+        raise UserError(f"arrays: in {path}, {key} is not text: {reason(e)}") from e
     return tuple(names)

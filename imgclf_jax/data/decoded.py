@@ -29,21 +29,24 @@ def _file(source: Any, preprocess: str) -> Path:
     return cache.folder("decoded") / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
 
 
-def load(source: Any, preprocess: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """(images uint8[n, h, w, c], labels i32[n]) that `save` kept; None where there are none, or damaged ones."""
+def load(source: Any, preprocess: str, y_name: str = "label") -> tuple[np.ndarray, np.ndarray] | None:
+    """(images uint8[n, h, w, c], y) that `save` kept; None where there are none, or damaged ones.
+
+    y is labels i32[n] for `y_name` "label", targets f32[n, k] for "target".
+    """
     if not _kept(source, preprocess):
         return None
     file = _file(source, preprocess)
     try:
         with file.open("rb") as stream, np.load(stream) as content:  # checks a CRC
-            images, labels = content["images"], content["labels"]
+            images, y = content["images"], content[f"{y_name}s"]
         os.utime(file)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    return (images, labels) if len(images) == len(labels) == len(source) else None
+    return (images, y) if len(images) == len(y) == len(source) else None
 
 
-def save(source: Any, preprocess: str, images: np.ndarray, labels: np.ndarray) -> None:
+def save(source: Any, preprocess: str, images: np.ndarray, y_name: str, y: np.ndarray) -> None:
     """Keeps a decoded set, if its source is immutable and the disk has the space."""
     if not _kept(source, preprocess):
         return
@@ -52,7 +55,7 @@ def save(source: Any, preprocess: str, images: np.ndarray, labels: np.ndarray) -
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as directory:
             temporary = Path(directory) / file.name
-            np.savez(temporary, images=images, labels=labels)
+            np.savez(temporary, **{"images": images, f"{y_name}s": y})
             os.replace(temporary, file)
         files = sorted(file.parent.glob("*.npz"), key=lambda f: f.stat().st_mtime)
         excess = sum(f.stat().st_size for f in files) - _KEEP_BYTES

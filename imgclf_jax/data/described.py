@@ -28,6 +28,7 @@ def describe(config: ConfigDict, given: Given, count_classes: bool = False) -> D
     """
     shape, classes, examples = given.shape, given.classes, given.examples
     counts: tuple[int, ...] = ()
+    has_targets = False
     if None in (shape, classes, examples):
         try:
             call = spec.parse_one(config.data.source)
@@ -37,6 +38,7 @@ def describe(config: ConfigDict, given: Given, count_classes: bool = False) -> D
                 train = sources.take_split(sources.open_data(config), config.data.train)
                 info = Images(train, config.preprocess).describe(count_classes)
                 own, counts = (info.image_shape, len(info.class_names), info.train_examples), info.class_counts
+                has_targets = bool(info.target_names)
         except UserError as e:
             raise UserError(f"{e}; or say what they are: --shape=224,224,3 --classes=1000 --examples=1281167") from e
         shape = shape or own[0]
@@ -46,7 +48,7 @@ def describe(config: ConfigDict, given: Given, count_classes: bool = False) -> D
     names = tuple(str(i) for i in range(classes))
     if count_classes and len(counts) != classes:
         counts = (max(1, examples // classes),) * classes
-    return DataInfo(examples, shape, names, "", counts)
+    return DataInfo(examples, shape, names, "", counts, target_names=names if has_targets else ())
 
 
 def _of_tfds(

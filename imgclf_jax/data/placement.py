@@ -1,12 +1,13 @@
 """Chunks of batches on the device, streamed from the host or gathered from the whole set kept on the accelerator.
 
 A chunk is what one call of a compiled program works on: the batches of k steps, {"image": uint8[k, b, h, w, c],
-"label": i32[k, b]}, or {"id": i32[k, b], "table": {"image": uint8[n, h, w, c], "label": i32[n]}}. Where the stream is
-`with_ids` both have the examples' `id` and `epoch` i32[k, b], and so have the batches. Of several seeds b is that of
-all together, see `stream`.
+"label": i32[k, b]}, or {"id": i32[k, b], "table": {"image": uint8[n, h, w, c], "label": i32[n]}}. Of a source with
+targets it holds "target" f32[…, targets] in place of "label". Where the stream is `with_ids` both have the examples'
+`id` and `epoch` i32[k, b], and so have the batches. Of several seeds b is that of all together, see `stream`.
 
 On TPU the table has an image's bytes in whole blocks, uint8[n, 8 m, 128]. Of uint8[n, h, w, c] XLA makes a copy in
 another layout at each call of a program: four times as large for images of 32 x 32 x 3, whose rows are padded to 128.
+For the same reason targets are a table "target_columns" f32[k, n] there.
 """
 
 import math
@@ -27,10 +28,12 @@ _BLOCK = (8, 128)  # of bytes: the least tile of uint8 on TPU
 
 
 def chunk_shape(
-    placement: str, examples: int, image_shape: tuple[int, ...], spec: StreamSpec, size: int, mesh: Mesh
-) -> Any:
+    placement: str, examples: int, image_shape: tuple[int, ...], spec: StreamSpec, size: int, mesh: Mesh,
+    targets: int = 0,
+) -> Any:  # fmt: skip
     """The shapes, dtypes and shardings of the chunks that `train_chunks` gives for images uint8[examples, h, w, c].
 
+    `targets` is the number of targets of an example, 0 with labels.
     Raises UserError for more examples than placement "device" can number in 32 bits.
     """
     if placement == "device" and examples > np.iinfo(np.int32).max:
@@ -39,23 +42,36 @@ def chunk_shape(
     split, whole = sharding.sharded(mesh, axis=1), sharding.replicated(mesh)
     rows, where = ((examples,), whole) if placement == "device" else ((size, spec.rows), split)
     image = _in_table(image_shape, mesh) if placement == "device" else image_shape
-    images = {
-        "image": jax.ShapeDtypeStruct((*rows, *image), np.uint8, sharding=where),
-        "label": jax.ShapeDtypeStruct(rows, np.int32, sharding=where),
-    }
+    images = {"image": jax.ShapeDtypeStruct((*rows, *image), np.uint8, sharding=where)}
+    if placement == "device" and _in_columns(targets, mesh):
+        images["target_columns"] = jax.ShapeDtypeStruct((targets, *rows), np.float32, sharding=where)
+    else:
+        name, (shape, dtype) = _y_of(targets)
+        images[name] = jax.ShapeDtypeStruct((*rows, *shape), dtype, sharding=where)
     each = jax.ShapeDtypeStruct((size, spec.rows), np.int32, sharding=split)
     known = {"id": each, "epoch": each} if spec.with_ids else {}
     return {**images, **known} if placement == "host" else {"id": each, **known, "table": images}
 
 
-def eval_chunk_shape(image_shape: tuple[int, ...], batch_size: int, size: int, mesh: Mesh) -> Any:
+def eval_chunk_shape(image_shape: tuple[int, ...], batch_size: int, size: int, mesh: Mesh, targets: int = 0) -> Any:
     """The same for evaluation: {"image": uint8[k, b, h, w, c], "label": i32[k, b], "mask": bool[k, b]}."""
-    shapes = {"image": (image_shape, "uint8"), "label": ((), "int32"), "mask": ((), "bool")}
+    name, y = _y_of(targets)
+    shapes = {"image": (image_shape, "uint8"), name: y, "mask": ((), "bool")}
     split = sharding.sharded(mesh, axis=1)
     return {
         name: jax.ShapeDtypeStruct((size, batch_size, *shape), dtype, sharding=split)
         for name, (shape, dtype) in shapes.items()
     }
+
+
+def _y_of(targets: int) -> tuple[str, tuple[tuple[int, ...], str]]:
+    """The name of an example's label or targets in a batch, its shape and its dtype."""
+    return ("target", ((targets,), "float32")) if targets else ("label", ((), "int32"))
+
+
+def _in_columns(targets: int, mesh: Mesh) -> bool:
+    """Whether the table of targets is transposed: in rows, TPU would pad each example's to 128 numbers."""
+    return bool(targets) and platform.of(mesh) == "tpu"
 
 
 def _in_table(image_shape: tuple[int, ...], mesh: Mesh) -> tuple[int, ...]:
@@ -66,12 +82,15 @@ def _in_table(image_shape: tuple[int, ...], mesh: Mesh) -> tuple[int, ...]:
     return (rows * -(-math.prod(image_shape) // math.prod(_BLOCK)), columns)
 
 
-def _as_in_table(images: np.ndarray, mesh: Mesh) -> np.ndarray:
-    """Images uint8[n, h, w, c] as a table on these devices has them: the last block of each is filled with zeros."""
-    if (shape := _in_table(images.shape[1:], mesh)) == images.shape[1:]:
-        return images
-    flat = images.reshape(len(images), -1)
-    return np.pad(flat, ((0, 0), (0, math.prod(shape) - flat.shape[1]))).reshape(-1, *shape)
+def _as_table(examples: stream.Batch, mesh: Mesh) -> stream.Batch:
+    """Examples as a table on these devices has them: the last block of each image is filled with zeros."""
+    images, table = examples["image"], dict(examples)
+    if "target" in table and _in_columns(table["target"].shape[1], mesh):
+        table["target_columns"] = np.ascontiguousarray(table.pop("target").T)
+    if (shape := _in_table(images.shape[1:], mesh)) != images.shape[1:]:
+        flat = images.reshape(len(images), -1)
+        table["image"] = np.pad(flat, ((0, 0), (0, math.prod(shape) - flat.shape[1]))).reshape(-1, *shape)
+    return table
 
 
 def batch_at(chunk: Any, step: jax.Array | int, image_shape: tuple[int, ...]) -> dict[str, jax.Array]:
@@ -84,7 +103,11 @@ def batch_at(chunk: Any, step: jax.Array | int, image_shape: tuple[int, ...]) ->
     if "table" not in chunk:
         return batch
     ids = batch["id"] if "epoch" in batch else batch.pop("id")
-    gathered = {name: values.at[ids].get(mode="promise_in_bounds") for name, values in chunk["table"].items()}
+    table = dict(chunk["table"])
+    columns = table.pop("target_columns", None)
+    gathered = {name: values.at[ids].get(mode="promise_in_bounds") for name, values in table.items()}
+    if columns is not None:
+        gathered["target"] = columns.at[:, ids].get(mode="promise_in_bounds").T
     if gathered["image"].shape[1:] != image_shape:
         flat = gathered["image"].reshape(ids.size, -1)
         gathered["image"] = flat[:, : math.prod(image_shape)].reshape(ids.size, *image_shape)
@@ -117,10 +140,10 @@ def _device_chunks(
             f"data.placement='device' keeps decoded images, but preprocess={images.preprocess!r} draws at random; "
             "use data.placement='host', or move the randomness to augment"
         )
-    memory.require(len(images) * math.prod(images.shape), f"data.placement='device': {len(images):,} decoded images")
+    nbytes = len(images) * (math.prod(images.shape) + 4 * len(images.target_names))
+    memory.require(nbytes, f"data.placement='device': {len(images):,} decoded images")
     everything = np.arange(len(images), dtype=np.int64)
-    read = images.read(everything, everything)
-    table = sharding.put_whole(read | {"image": _as_in_table(read["image"], mesh)}, mesh)
+    table = sharding.put_whole(_as_table(images.read(everything, everything), mesh), mesh)
     rows, seeds = sharding.rows_here(spec.batch_size, mesh), range(spec.seed, spec.seed + spec.num_seeds)
     for steps in ranges:
         positions = stream.positions(steps, spec.batch_size, rows)

@@ -10,7 +10,14 @@ from imgclf_jax.core import tensorflow_import
 
 Batch = dict[str, np.ndarray]
 
-_TYPES = {"image": np.uint8, "label": np.int32, "mask": np.bool_, "id": np.int32, "epoch": np.int32}
+_TYPES = {
+    "image": np.uint8,
+    "label": np.int32,
+    "target": np.float32,
+    "mask": np.bool_,
+    "id": np.int32,
+    "epoch": np.int32,
+}
 
 
 def read_ahead(

@@ -22,11 +22,15 @@ from imgclf_jax.data import decode, splits
 from imgclf_jax.data.arrays import MOST_CLASSES, ArraySource, arrays
 from imgclf_jax.data.folder import folder
 
-Examples = dict[str, Any]  # {"image": uint8[n, h, w, c] or a list of bytes or arrays, "label": i32[n]}
+# {"image": uint8[n, h, w, c] or a list of bytes or arrays, "label": i32[n]}, or "target": f32[n, k] in place of "label"
+Examples = dict[str, Any]
 
 
 class Source(Protocol):
-    """What the stream asks of a source."""
+    """What the stream asks of a source.
+
+    One with targets has `target_names` too, k of them, which are also its class names; see `target_names`.
+    """
 
     @property
     def class_names(self) -> tuple[str, ...]: ...
@@ -117,6 +121,16 @@ class SplitSource:
     def class_names(self) -> tuple[str, ...]:
         return self.parts[0][0].class_names
 
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        return target_names(self.parts[0][0])
+
+    @property
+    def targets(self) -> np.ndarray | None:
+        own = [getattr(source, "targets", None) for source, _, _ in self.parts]
+        parts = [y[start:stop] for y, (_, start, stop) in zip(own, self.parts, strict=True) if y is not None]
+        return np.concatenate(parts) if parts and len(parts) == len(own) else None
+
     def __len__(self) -> int:
         return int(self.starts[-1])
 
@@ -126,15 +140,16 @@ class SplitSource:
             return source.read(ids + start)
         which = np.searchsorted(self.starts, ids, side="right") - 1
         images: list[Any] = [None] * len(ids)
-        labels = np.zeros(len(ids), np.int32)
+        name, k = ("target", (len(self.target_names),)) if self.target_names else ("label", ())
+        y = np.zeros((len(ids), *k), np.float32 if k else np.int32)
         for p, (source, start, _) in enumerate(self.parts):
             places = np.flatnonzero(which == p)
             if places.size:
                 examples = source.read(ids[places] - self.starts[p] + start)
-                labels[places] = examples["label"]
+                y[places] = check_y(source, examples)[name]
                 for place, image in zip(places, examples["image"], strict=True):
                     images[place] = image
-        return {"image": images, "label": labels}
+        return {"image": images, name: y}
 
     def name(self, i: int) -> str:
         """What an example is called in error messages: its file, where there is one."""
@@ -159,6 +174,29 @@ def listing_fingerprint(source: Source) -> str:
     """The fingerprint without contents that older versions recorded of such a source; "" if there was none such."""
     older = getattr(source, "listing_fingerprint", None)
     return older() if older else ""
+
+
+def target_names(source: Source) -> tuple[str, ...]:
+    """The names of the k targets that a source reads, f32[n, k]; () of a source with labels."""
+    return tuple(getattr(source, "target_names", ()))
+
+
+def check_y(source: Source, examples: Examples) -> Examples:
+    """The examples that a source read. Raises UserError unless they have labels, or the targets that it names."""
+    names, given = target_names(source), [name for name in ("label", "target") if name in examples]
+    what = type(source).__name__
+    if len(given) != 1:
+        raise UserError(f"{what}.read gives {' and '.join(given) or 'neither label nor target'}; a source gives either "
+                        "'label' i32[n] or 'target' f32[n, k]")  # fmt: skip
+    if given == ["label"] and names:
+        raise UserError(f"{what} has target_names, and its read gives 'label'; it must give 'target' f32[n, k]")
+    if given == ["target"] and (not names or tuple(source.class_names) != names):
+        raise UserError(f"{what}.read gives 'target', so {what} needs target_names, a name for each of the k targets, "
+                        "and class_names equal to them")  # fmt: skip
+    if names and np.shape(examples["target"]) != (len(examples["image"]), len(names)):
+        raise UserError(f"{what}.read gives 'target' {list(np.shape(examples['target']))} for "
+                        f"{len(examples['image'])} images and {len(names)} target_names")  # fmt: skip
+    return examples
 
 
 def digits() -> dict[str, Source]:
@@ -276,11 +314,19 @@ def take_split(base: dict[str, Source], text: str) -> Source:
     parts = splits.resolve(text, {name: len(source) for name, source in base.items()})
     if len(parts) == 1 and (parts[0].start, parts[0].stop) == (0, len(base[parts[0].name])):
         return base[parts[0].name]
+    if len({target_names(base[part.name]) for part in parts}) > 1:
+        raise UserError(f"split {text!r} joins splits with different targets, or labels with targets")
     return SplitSource(tuple((base[p.name], p.start, p.stop) for p in parts))
 
 
 def class_counts(source: Source) -> np.ndarray:
-    """How many examples each class has, int64[classes]: from the source's `labels`, else by reading all of it once."""
+    """How many examples each class has, int64[classes]: from the source's `labels`, else by reading all of it once.
+
+    Raises UserError for a source with targets, which belongs to no class.
+    """
+    if target_names(source):
+        raise UserError("the loss weights classes by their number of examples, and data.source gives targets, not "
+                        "labels; use another loss")  # fmt: skip
     parts = source.parts if isinstance(source, SplitSource) else ((source, 0, len(source)),)
     counts = np.zeros(len(source.class_names), np.int64)
     for part, start, stop in parts:

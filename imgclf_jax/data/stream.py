@@ -19,8 +19,9 @@ from ml_collections import ConfigDict
 from imgclf_jax.core import named_warnings, rng
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, decoded, image_check
+from imgclf_jax.data.arrays import check_finite
 from imgclf_jax.data.read_ahead import Batch, read_ahead
-from imgclf_jax.data.sources import Source, class_counts, listing_fingerprint
+from imgclf_jax.data.sources import Source, check_y, class_counts, listing_fingerprint, target_names
 from imgclf_jax.run.provenance import DataInfo
 
 _SKIP = "; repair or remove the file, or leave out all such files by --config.data.unreadable=skip in a new --workdir"
@@ -87,16 +88,20 @@ class Images:
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
         self._cache: np.ndarray | None = None
         self._lock = threading.Lock()
-        if not self.random and (kept := decoded.load(source, preprocess)):
-            self._cache, self._labels = kept
+        self.target_names = target_names(source)
+        self.y_name = "target" if self.target_names else "label"  # the batches' other array
+        if self.target_names and (known := getattr(source, "targets", None)) is not None:
+            check_finite(known, self._name)
+        if not self.random and (kept := decoded.load(source, preprocess, self.y_name)):
+            self._cache, self._y = kept
             self.shape: tuple[int, int, int] = self._cache.shape[1:]
             self._cached, self._whole = np.ones(len(source), bool), True
             return
-        first, _ = self._decode(np.zeros(1, np.int64), np.zeros(1, np.int64), seed)
+        first, y = self._decode(np.zeros(1, np.int64), np.zeros(1, np.int64), seed)
         self.shape = first.shape[1:]
         if not self.random and len(source) * first.nbytes <= _CACHE_BYTES:
             self._cache = np.empty((len(source), *self.shape), np.uint8)
-            self._labels = np.empty(len(source), np.int32)
+            self._y = np.empty((len(source), *y.shape[1:]), y.dtype)
             self._cached, self._whole = np.zeros(len(source), bool), False
 
     def __len__(self) -> int:
@@ -106,7 +111,8 @@ class Images:
         """What is recorded of these training images; with how many each class has, if that is asked for."""
         names, counts = tuple(self.source.class_names), class_counts(self.source).tolist() if count_classes else ()
         older = listing_fingerprint(self.source)
-        return DataInfo(len(self), self.shape, names, self.source.fingerprint(), tuple(counts), older)
+        fingerprint = self.source.fingerprint()
+        return DataInfo(len(self), self.shape, names, fingerprint, tuple(counts), older, self.target_names)
 
     @property
     def in_memory(self) -> bool:
@@ -114,29 +120,32 @@ class Images:
         return self._cache is not None and self._whole
 
     def read(self, ids: np.ndarray, positions: np.ndarray, seed: int | None = None) -> Batch:
-        """{"image": uint8[b, h, w, c], "label": i32[b]} for ids int64[b].
+        """{"image": uint8[b, h, w, c], "label": i32[b]} for ids int64[b], or "target" f32[b, k] in place of "label".
 
         Stream positions int64[b] and the seed, this object's unless given, key random ops.
         Raises UserError, naming the example, where one does not decode or comes out in another shape.
         """
         if self._cache is None:
-            images, labels = self._decode(ids, positions, self.seed if seed is None else seed)
-            return {"image": images, "label": labels}
+            images, y = self._decode(ids, positions, self.seed if seed is None else seed)
+            return {"image": images, self.y_name: y}
         if not self._whole:
             missing = np.unique(ids[~self._cached[ids]])
             if missing.size:
                 # Two threads may fill the same places at once; they write the same values.
-                self._cache[missing], self._labels[missing] = self._decode(missing, missing, self.seed)
+                self._cache[missing], self._y[missing] = self._decode(missing, missing, self.seed)
                 self._cached[missing] = True
             with self._lock:
                 if not self._whole and self._cached.all():
                     self._whole = True
-                    decoded.save(self.source, self.preprocess, self._cache, self._labels)
-        return {"image": self._cache.take(ids, 0), "label": self._labels[ids]}  # twice as fast as indexing
+                    decoded.save(self.source, self.preprocess, self._cache, self.y_name, self._y)
+        return {"image": self._cache.take(ids, 0), self.y_name: self._y[ids]}  # twice as fast as indexing
 
     def _decode(self, ids: np.ndarray, positions: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        examples = self.source.read(ids)
-        encoded, labels = examples["image"], np.asarray(examples["label"], np.int32)
+        examples = check_y(self.source, self.source.read(ids))
+        encoded = examples["image"]
+        y = np.asarray(examples[self.y_name], np.float32 if self.target_names else np.int32)  # [b, k] or [b]
+        if self.target_names:
+            check_finite(y, lambda i: self._name(int(ids[i])))
 
         def decode_some(places: np.ndarray) -> list[np.ndarray]:
             return [self._decode_one(encoded[i], int(ids[i]), int(positions[i]), seed) for i in places]
@@ -154,10 +163,14 @@ class Images:
                 f"preprocess={self.preprocess!r} gives images of different shapes, such as {shapes[0]} and "
                 f"{shapes[1]}; add resize(height, width), or resize_small and central_crop"
             )
-        return np.stack(images), labels
+        return np.stack(images), y
+
+    def _name(self, example: int) -> str:
+        name: str = getattr(self.source, "name", "example {}".format)(example)
+        return name
 
     def _decode_one(self, image: Any, example: int, position: int, seed: int) -> np.ndarray:
-        name = getattr(self.source, "name", "example {}".format)
+        name = self._name
         try:
             with named_warnings.about(lambda: name(example)):
                 return self._ops(image, seed, position)
@@ -228,7 +241,7 @@ def train_chunks(
             batches.append(batch)
         return {name: side_by_side([batch[name] for batch in batches], rows.size, size) for name in batches[0]}
 
-    names = ("image", "label", "id", "epoch") if spec.with_ids else ("image", "label")
+    names = ("image", images.y_name, *(("id", "epoch") if spec.with_ids else ()))
     return read_ahead(read, ranges, names, 0 if images.in_memory else prefetch)
 
 
@@ -264,5 +277,5 @@ def eval_batches(images: Images, batch_size: int, rows: np.ndarray | None = None
         return {**images.read(ids, ids), "mask": mask}
 
     ranges = (range(first, first + batch_size) for first in range(0, len(images), batch_size))
-    names = ("image", "label", "mask")
+    names = ("image", images.y_name, "mask")
     return (batch for _, batch in read_ahead(read, ranges, names, 0 if images.in_memory else prefetch))

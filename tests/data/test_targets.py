@@ -1,0 +1,243 @@
+"""Targets f32[n, k] in place of labels: read from files and the user's own sources, and carried by every batch."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from imgclf_jax.core import platform, sharding
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import described, placement, sources, stream
+from imgclf_jax.run import provenance
+
+N, K = 40, 3
+X = np.random.default_rng(0).integers(0, 256, (N, 5, 4, 1), np.uint8)
+T = np.random.default_rng(1).normal(size=(N, K)).astype(np.float32)
+NAMES = ("height", "width", "age")
+
+
+def npz(path, **data):
+    np.savez(path / "data.npz", **data)
+    return f"arrays({str(path / 'data.npz')!r})"
+
+
+class Regression:
+    """A user's own source with targets, whose images are decoded anew each time."""
+
+    def __init__(self, n=N, targets=T, names=NAMES):
+        self.n, self.values, self.target_names, self.class_names = n, targets, names, names
+
+    def __len__(self):
+        return self.n
+
+    def read(self, ids):
+        return {"image": X[ids], "target": self.values[ids]}
+
+    def fingerprint(self):
+        return "own"
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "shape"),
+    [
+        ("x_{0} {0}_targets", "f8", (K,)),
+        ("{0}_images {0}_targets", "f4", (K,)),
+        ("{0}_images {0}_targets", "f4", ()),
+        ("{0}_images {0}_targets", "u1", (14,)),  # multi-label
+    ],
+)
+def test_arrays_read_targets(tmp_path, layout, dtype, shape):
+    y = (np.random.default_rng(2).normal(size=(N, *shape)) * 5).astype(dtype)
+    data = {key: value for split in ("train", "test") for key, value in zip(layout.format(split).split(), (X, y),
+                                                                            strict=True)}  # fmt: skip
+    base = sources.open_splits(npz(tmp_path, **data))
+    for split in ("train", "test"):
+        examples = base[split].read(np.array([3, 1, 3]))
+        assert examples.keys() == {"image", "target"}
+        assert examples["target"].dtype == np.float32
+        np.testing.assert_array_equal(examples["target"], y.reshape(N, -1)[[3, 1, 3]].astype(np.float32))
+        names = tuple(map(str, range(*shape))) if shape else ("target",)
+        assert sources.target_names(base[split]) == base[split].class_names == names
+
+
+def test_target_names_and_fingerprints(tmp_path):
+    source = sources.open_splits(npz(tmp_path, images=X, targets=T, target_names=NAMES))["train"]
+    assert source.target_names == NAMES
+    changed = T.copy()
+    changed[7, 2] += 1
+    others = [npz(tmp_path, images=X, targets=changed, target_names=NAMES), npz(tmp_path, images=X, targets=T)]
+    prints = [source.fingerprint(), *(sources.open_splits(text)["train"].fingerprint() for text in others[:1])]
+    assert len(set(prints)) == 2
+
+
+def bad(value, i=7):
+    y = T.astype(np.float64)
+    y[i, 1] = value
+    return y
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            {"x_train": X, "y_train": T[:, 0] > 0, "train_targets": T},
+            "holds both y_train and train_targets; remove one",
+        ),
+        (
+            {"x_train": X, "train_targets": T, "x_test": X, "y_test": np.arange(N)},
+            "holds y_test and train_targets; give every split labels, or every split targets",
+        ),
+        ({"x_train": X, "train_targets": bad(np.nan)}, "train_targets, example 7: target 1 is nan; targets must be"),
+        ({"x_train": X, "train_targets": bad(np.inf)}, "train_targets, example 7: target 1 is inf; targets must be"),
+        ({"x_train": X, "train_targets": bad(1e39)}, "train_targets, example 7: target 1 is inf; targets must be"),
+        ({"x_train": X, "train_targets": T[:5]}, "x_train is uint8[40, 5, 4, 1] and train_targets is float32[5, 3]"),
+        ({"x_train": X, "train_targets": T.astype(complex)}, "train_targets is complex128[40, 3]; expected"),
+        ({"x_train": X, "train_targets": T[:, :0]}, "train_targets is float32[40, 0]; expected"),
+        ({"x_train": X, "train_targets": T, "target_names": ["a", "b"]}, "target_names holds 2 names, 2 of them"),
+        ({"x_train": X, "train_targets": T, "target_names": list("aab")}, "target_names holds 3 names, 2 of them"),
+        ({"x_train": X, "train_targets": T, "x_test": X, "test_targets": T[:, :2]}, "different numbers of targets"),
+    ],
+)
+def test_targets_in_arrays_are_checked(tmp_path, data, message):
+    with pytest.raises(UserError) as e:
+        sources.open_splits(npz(tmp_path, **data))
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("split", ["train", "train[:30%]", "train[30:]+extra[5:20]"])
+def test_splits_read_targets(split):
+    extra = Regression(targets=-T)
+    source = sources.take_split({"train": Regression(), "extra": extra}, split)
+    expected = {"train": T, "train[:30%]": T[:12]}.get(split, np.concatenate([T[30:], -T[5:20]]))
+    order = np.random.default_rng(0).permutation(len(source))
+    examples = source.read(order)
+    np.testing.assert_array_equal(examples["target"], expected[order])
+    assert "label" not in examples
+    assert sources.target_names(source) == NAMES
+
+
+def test_splits_of_different_kinds_are_not_joined():
+    base = {"train": Regression(), "extra": sources.fake(8, (5, 4, 1))["train"]}
+    with pytest.raises(UserError, match=r"split 'train\+extra' joins splits with different targets, or labels with"):
+        sources.take_split(base, "train+extra")
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize(("place", "devices"), [("host", "cpu"), ("device", "cpu"), ("device", "tpu")])
+def test_batches_hold_the_targets_of_their_examples(monkeypatch, place, devices, cached):
+    """On either placement, for several seeds side by side, and as the program's shapes say."""
+    if not cached:
+        monkeypatch.setattr(stream, "_CACHE_BYTES", 0)
+    monkeypatch.setattr(platform, "of", lambda mesh: devices)
+    mesh, images = sharding.make_mesh(), stream.Images(Regression(), "decode(1)", 5)
+    spec = stream.StreamSpec(5, 16, num_seeds=2)
+    [(_, chunk)] = placement.train_chunks(place, images, spec, [range(2, 5)], 4, mesh)
+    shapes = placement.chunk_shape(place, N, images.shape, spec, 4, mesh, K)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), chunk) == jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.sharding), shapes
+    )
+    for i, step in enumerate(range(2, 5)):
+        batch = jax.jit(lambda chunk, i=i: placement.batch_at(chunk, i, images.shape))(chunk)
+        assert batch.keys() == {"image", "target"}
+        for seed in (5, 6):
+            ids = stream.example_ids(seed, step, 16, N)
+            np.testing.assert_array_equal(batch["target"][seed - 5 :: 2], T[ids])
+            np.testing.assert_array_equal(batch["image"][seed - 5 :: 2], X[ids])
+
+
+def test_evaluation_sees_every_target_once():
+    batches = list(stream.eval_batches(stream.Images(Regression(), "decode(1)"), 16))
+    masks = np.concatenate([batch["mask"] for batch in batches])
+    np.testing.assert_array_equal(np.concatenate([batch["target"] for batch in batches])[masks], T)
+    shapes = placement.eval_chunk_shape((5, 4, 1), 16, 1, sharding.make_mesh(), K)
+    assert {k: (v.shape[1:], v.dtype) for k, v in shapes.items()} == {k: (v.shape, v.dtype) for k, v in
+                                                                     batches[0].items()}  # fmt: skip
+
+
+class Immutable(Regression):
+    """One whose decoded set is kept for the next run."""
+
+    immutable = True
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def read(self, ids):
+        self.reads += 1
+        return super().read(ids)
+
+
+def test_a_decoded_set_is_kept_with_its_targets():
+    everything = np.arange(N)
+    stream.Images(Immutable(), "decode(1)").read(everything, everything)
+    again = Immutable()
+    np.testing.assert_array_equal(stream.Images(again, "decode(1)").read(everything, everything)["target"], T)
+    assert again.reads == 0
+
+
+class Own(Regression):
+    """A source whose read gives what a test says."""
+
+    def __init__(self, gives, **attributes):
+        super().__init__()
+        self.gives = gives
+        vars(self).update(attributes)
+
+    def read(self, ids):
+        return {name: values[ids] for name, values in self.gives.items()}
+
+
+LABELS = np.arange(N, dtype=np.int32) % 3
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (Own({"image": X, "label": LABELS, "target": T}), "Own.read gives label and target; a source gives either"),
+        (Own({"image": X}), "Own.read gives neither label nor target; a source gives either 'label'"),
+        (Own({"image": X, "label": LABELS}), "Own has target_names, and its read gives 'label'"),
+        (Own({"image": X, "target": T}, target_names=()), "Own.read gives 'target', so Own needs target_names"),
+        (Own({"image": X, "target": T}, class_names=("a", "b", "c")), "class_names equal to them"),
+        (Own({"image": X, "target": T[:, :2]}), "gives 'target' [1, 2] for 1 images and 3 target_names"),
+        (Own({"image": X, "target": bad(np.nan, 0)}), "example 0: target 1 is nan; targets must be finite"),
+        (Regression(targets=bad(np.nan, 0)), "example 0: target 1 is nan"),
+        (Own({"image": X, "target": T}, targets=bad(np.nan, 33)), "example 33: target 1 is nan"),
+        (Own({"image": X, "target": T}, targets=bad(np.nan, 33), name="cats/{}.jpg".format), "cats/33.jpg: target 1"),
+    ],
+)
+def test_what_a_source_must_give_is_said_at_the_start(source, message):
+    with pytest.raises(UserError) as e:
+        stream.Images(source, "decode(1)")
+    assert message in str(e.value)
+
+
+def test_a_target_that_is_read_later_is_named_too():
+    images = stream.Images(Regression(targets=bad(np.inf, 33)), "decode(1)")
+    with pytest.raises(UserError, match=r"^example 33: target 1 is inf"):
+        images.read(np.arange(N), np.arange(N))
+
+
+def test_the_record_says_what_the_targets_are(tmp_path):
+    info = stream.Images(Regression(), "decode(1)").describe()
+    assert info.target_names == info.class_names == NAMES
+    (tmp_path / "provenance.json").write_text(json.dumps({"data": dataclasses.asdict(info)}))
+    assert provenance.load_data_info(tmp_path / "provenance.json") == info
+    older = dataclasses.asdict(stream.Images(sources.fake(8)["train"], "decode(1)").describe())
+    del older["target_names"]
+    (tmp_path / "provenance.json").write_text(json.dumps({"data": older}))
+    assert provenance.load_data_info(tmp_path / "provenance.json").target_names == ()
+
+
+def test_class_counts_have_no_meaning_with_targets():
+    with pytest.raises(UserError, match=r"weights classes by their number of examples, and data.source gives targets"):
+        stream.Images(Regression(), "decode(1)").describe(count_classes=True)
+
+
+def test_a_planned_run_knows_of_targets(fake_config, tmp_path):
+    fake_config.data.source = npz(tmp_path, images=X, targets=T, target_names=NAMES)
+    info = described.describe(fake_config, described.Given())
+    assert (info.train_examples, len(info.target_names), info.class_names) == (N, K, info.target_names)
