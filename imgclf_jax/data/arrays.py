@@ -112,8 +112,8 @@ def _read(content: zipfile.ZipFile, path: str, length: int) -> dict[str, ArraySo
     names_key = "target_names" if with_targets else "class_names"
     keys = [key for pair in splits.values() for key in pair] + [key for key in (names_key,) if key in infos]
     members = {key: _member(content, infos[key]) for key in keys}
-    for images, y in splits.values():
-        (_check_targets if with_targets else _check)(members, images, y, path)
+    for pair in splits.values():
+        (_check_targets if with_targets else _check)(members, *pair, path)
     shapes = {(*members[images].shape[1:], 1)[:3]: images for images, _ in splits.values()}
     if len(shapes) > 1:
         (a, first), (b, second) = list(shapes.items())[:2]
@@ -127,8 +127,8 @@ def _read(content: zipfile.ZipFile, path: str, length: int) -> dict[str, ArraySo
     memory.require(total, f"arrays: {path}")
     ys = {split: _array(content, members[key]) for split, (_, key) in splits.items()}
     if with_targets:
-        targets = {split: _as_targets(y, f"arrays: in {path}, {splits[split][1]}") for split, y in ys.items()}
-        names = _target_names(content, members.get("target_names"), targets, path)
+        ys = {split: _as_targets(y, f"arrays: in {path}, {splits[split][1]}") for split, y in ys.items()}
+        names = _target_names(content, members.get("target_names"), ys, path)
     else:
         ys = {split: y.reshape(-1) for split, y in ys.items()}
         names = _class_names(content, members.get("class_names"), ys.values(), path)
@@ -138,9 +138,8 @@ def _read(content: zipfile.ZipFile, path: str, length: int) -> dict[str, ArraySo
         if not with_targets and (int(y.min()) < 0 or int(y.max()) >= len(names)):
             raise UserError(f"arrays: in {path}, {key} lies outside the {len(names)} classes")
         x = _array(content, members[images])
-        x = x[..., None] if x.ndim == 3 else x
-        out[split] = ArraySource(x, None, names, targets[split]) if with_targets else ArraySource(
-            x, y.astype(np.int32), names)  # fmt: skip
+        labels, targets = (None, y) if with_targets else (y.astype(np.int32), None)
+        out[split] = ArraySource(x[..., None] if x.ndim == 3 else x, labels, names, targets)
     return out
 
 

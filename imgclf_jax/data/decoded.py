@@ -55,7 +55,8 @@ def save(source: Any, preprocess: str, images: np.ndarray, y_name: str, y: np.nd
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as directory:
             temporary = Path(directory) / file.name
-            np.savez(temporary, **{"images": images, f"{y_name}s": y})
+            arrays: dict[str, Any] = {"images": images, f"{y_name}s": y}
+            np.savez(temporary, **arrays)
             os.replace(temporary, file)
         files = sorted(file.parent.glob("*.npz"), key=lambda f: f.stat().st_mtime)
         excess = sum(f.stat().st_size for f in files) - _KEEP_BYTES
