@@ -182,7 +182,7 @@ class Programs(OnMesh):
         recipe, size = self.recipe, self.steps_per_call
         pure = step.make_eval_step(
             recipe.model, recipe.loss, recipe.augment(train=False), recipe.views, recipe.num_seeds,
-            self.predicting or bool(recipe.whole_set_metrics),
+            self.predicting or bool(recipe.whole_set_metrics), recipe.task,
         )  # fmt: skip
         pure = self._in_its_form(self.gather_at_use(pure, of_seeds=True))
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)

@@ -98,6 +98,11 @@ class Recipe:
         """The loss of each example."""
         return losses.build(self.config.loss, self.data.class_counts, self.data.class_names)
 
+    @cached_property
+    def task(self) -> losses.Task:
+        """What a run predicts: its loss and its data say it. Raises UserError where the two do not fit."""
+        return losses.task_of(self.config.loss, bool(self.data.target_names))
+
     def augment(self, train: bool) -> Callable[..., jax.Array]:
         """The device ops; without `train` those that draw at random are left out. See `ops.build`."""
         return ops.build(self.config.augment, train)
@@ -110,7 +115,7 @@ class Recipe:
     @cached_property
     def mix(self) -> mixing.Mix | None:
         """The mixing op on batches; None for none."""
-        return mixing.build(self.config.mix)
+        return mixing.build(self.config.mix, self.task)
 
     @cached_property
     def views(self) -> tta.Views:
@@ -123,12 +128,13 @@ class Recipe:
     @cached_property
     def whole_set_metrics(self) -> dict[str, metrics.OfPredictions]:
         """Metrics of whole evaluation sets, by name."""
-        return metrics.build_whole_set(self.config.metrics)
+        return metrics.build_whole_set(self.config.metrics, self.task, self.data.class_names)
 
     def check_best(self) -> None:
         """Raises UserError if `checkpoint.best` names a metric that these classes have not."""
         if self.config.checkpoint.best:
-            metrics.parse_best(self.config.checkpoint.best, len(self.data.class_names))
+            own = self.whole_set_metrics
+            metrics.parse_best(self.config.checkpoint.best, len(self.data.class_names), self.task, own)
 
     @property
     def num_seeds(self) -> int:
@@ -145,6 +151,6 @@ def check_names(config: ConfigDict) -> None:
     ops.build(config.augment, train=True)
     mixing.build(config.mix)
     tta.build(config.tta)
-    metrics.build_whole_set(config.metrics)
+    metrics.check_names(config.metrics, losses.tasks_of(config.loss))
     if config.checkpoint.best:
         metrics.parse_best(config.checkpoint.best)

@@ -12,7 +12,7 @@ from flax import struct
 from imgclf_jax import metrics
 from imgclf_jax.augment import mixing, tta
 from imgclf_jax.core import platform, rng, tree
-from imgclf_jax.losses import Loss, link_of
+from imgclf_jax.losses import Loss, Task, link_of
 from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.optim import weight_averages
 from imgclf_jax.optim.optimizers import promoting, seed_keys
@@ -236,7 +236,8 @@ def make_eval_step(
     views: tta.Views = tta.NONE,
     num_seeds: int = 1,
     with_predictions: bool = False,
-) -> Callable[[Any, Any, Batch], tuple[metrics.Sums, metrics.Predictions | None]]:
+    task: Task = Task.CLASSES,
+) -> Callable[[Any, Any, Batch], tuple[metrics.Sums, metrics.AnyPredictions | None]]:
     """`eval_step(params, model_state, batch) -> (sums, predictions)`; the batch's `mask` bool[b] is False for padding.
 
     With several seeds, params and model_state are [num_seeds, …]. The sums are then [num_seeds + 1, …]: those of each
@@ -245,12 +246,11 @@ def make_eval_step(
     """
     logits_of, link = make_logits(model, augment, views), link_of(loss)
 
-    def eval_step(params: Any, model_state: Any, batch: Batch) -> tuple[metrics.Sums, metrics.Predictions | None]:
-        labels, mask = batch["label"], batch["mask"]
+    def eval_step(params: Any, model_state: Any, batch: Batch) -> tuple[metrics.Sums, metrics.AnyPredictions | None]:
+        wanted, mask = batch["label" if task is Task.CLASSES else "target"], batch["mask"]
 
         def sums_of(logits: jax.Array) -> metrics.Sums:
-            values = {"loss": loss(logits, labels), "nll": link.nll(logits, labels)}
-            return metrics.classification_sums(logits, labels, values, mask)
+            return metrics.task_sums(logits, wanted, loss(logits, wanted), link, mask, task)
 
         if num_seeds == 1:
             logits = logits_of(params, model_state, batch["image"])  # [b, classes]
@@ -261,6 +261,6 @@ def make_eval_step(
             sums = jax.vmap(sums_of)(logits)
         if not with_predictions:
             return sums, None
-        return sums, metrics.predict(logits, labels, link, mask)
+        return sums, metrics.predict(logits, wanted, link, mask, task)
 
     return eval_step

@@ -267,9 +267,131 @@ def test_sums_add_up_over_batches():
 def test_no_gradient_of_a_loss_is_a_scatter(text):
     """Which kernels that give the same bits each time would have to sort for; the gradient of an index is one."""
     logits, labels = map(jnp.asarray, draw(8, 3))
+    wanted = [labels] * (losses.Task.CLASSES in losses.tasks_of(text)) + [jax.nn.softmax(-logits)]
 
-    def program(loss):
+    def program(loss, labels):
         return jax.jit(jax.grad(lambda logits: jnp.sum(loss(logits, labels)))).lower(logits).as_text()
 
-    assert "scatter" not in program(losses.build(text))
-    assert "scatter" in program(lambda logits, labels: logits[jnp.arange(8), labels])
+    assert not [one for one in wanted if "scatter" in program(losses.build(text), one)]
+    assert "scatter" in program(lambda logits, labels: logits[jnp.arange(8), labels], labels)
+
+
+# Targets, f32[b, k].
+
+
+def targets_of(b, k, seed=1):
+    return np.random.default_rng(seed).random((b, k)).astype(np.float32)
+
+
+def test_sigmoid_of_several_labels_is_the_sum_of_binary_cross_entropies():
+    logits, _ = draw(32, 6)
+    targets = (targets_of(32, 6) > 0.6).astype(np.float32)
+    p = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    each = [[sklearn.metrics.log_loss([int(t)], [[1 - q, q]], labels=[0, 1]) for t, q in zip(*row, strict=True)]
+            for row in zip(targets, p, strict=True)]  # fmt: skip
+    atol = 6 * rounding(16) * np.abs(logits).max()
+    np.testing.assert_allclose(built("sigmoid")(logits, targets), np.sum(each, 1), rtol=0, atol=atol)
+    np.testing.assert_allclose(losses.SIGMOID.nll(logits, targets), np.sum(each, 1), rtol=0, atol=atol)
+
+
+def test_positive_weights_are_pos_weight_of_pytorch():
+    torch = pytest.importorskip("torch")
+    logits, _ = draw(32, 4)
+    targets, weights = targets_of(32, 4), (1.0, 0.0, 3.5, 0.25)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        torch.tensor(logits), torch.tensor(targets), pos_weight=torch.tensor(weights), reduction="none"
+    )
+    out = built(f"sigmoid(positive_weights={weights})")(logits, targets)
+    np.testing.assert_allclose(out, expected.sum(1).numpy(), rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match=r"positive_weights=\(1, 2\): allowed are 4 numbers from 0, one a class"):
+        losses.build("sigmoid(positive_weights=(1, 2))")(logits, targets)
+
+
+def test_focal_of_a_distribution_without_focus_is_its_cross_entropy():
+    logits, _ = draw(16, 5)
+    targets = targets_of(16, 5)
+    targets /= targets.sum(1, keepdims=True)
+    log_p = np.log(np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum(1, keepdims=True))
+    expected = -(targets * log_p).sum(1)
+    for loss in (built("focal(gamma=0)"), built("softmax"), losses.SOFTMAX.nll):
+        np.testing.assert_allclose(loss(logits, targets), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["mse", "mae", "huber", "huber(delta=0.25)"])
+def test_losses_of_numbers_are_scikit_learns_or_their_definition(text):
+    values, targets = targets_of(64, 3, 0), targets_of(64, 3)
+    error = np.abs(values.astype(np.float64) - targets)
+    delta = 0.25 if "0.25" in text else 1.0
+    expected = {"ms": error**2, "ma": error, "hu": np.where(error <= delta, error**2 / 2, delta * (error - delta / 2))}
+    np.testing.assert_allclose(built(text)(values, targets), expected[text[:2]].mean(1), rtol=1e-5)
+    if text == "mse":
+        mean = sklearn.metrics.mean_squared_error(targets, values)
+        assert np.mean(built(text)(values, targets)) == pytest.approx(mean, rel=1e-6)
+
+
+def test_the_task_follows_from_the_loss_and_the_data():
+    Task = losses.Task
+    assert [losses.task_of(name, False) for name in ("softmax", "sigmoid", "focal")] == [Task.CLASSES] * 3
+    assert [losses.task_of(f"{name}()", True) for name in ("softmax", "focal")] == [Task.SOFT] * 2
+    assert losses.task_of("sigmoid(mean=True)", True) is Task.MULTILABEL
+    assert {losses.task_of(name, True) for name in ("mse", "mae", "huber")} == {Task.REGRESSION}
+    assert losses.link_of("mse") is losses.IDENTITY
+
+
+def test_a_loss_of_ones_own_declares_its_task():
+    Task = losses.Task
+
+    @losses.with_tasks(Task.REGRESSION)
+    def cubic(values, targets):
+        return jnp.mean(jnp.abs(values - targets) ** 3, -1)
+
+    @losses.with_link(losses.SIGMOID)
+    def asymmetric(logits, targets):
+        return jnp.sum(logits * targets, -1)
+
+    def plain(logits, labels):
+        return logits[:, 0]
+
+    assert losses.tasks_of(cubic) == (Task.REGRESSION,)
+    assert losses.link_of(cubic) is losses.IDENTITY
+    assert losses.tasks_of(asymmetric) == (Task.CLASSES, Task.MULTILABEL)
+    assert losses.tasks_of(plain) == (Task.CLASSES, Task.SOFT)
+    assert losses.link_of(losses.with_tasks(Task.MULTILABEL)(plain)) is losses.SIGMOID
+    with pytest.raises(UserError, match="loss='plain' trains on targets, and these data have class labels"):
+        losses.task_of(plain, False)
+    with pytest.raises(ValueError, match="one task with targets"):
+        losses.with_tasks(Task.SOFT, Task.REGRESSION)
+
+
+@pytest.mark.parametrize(
+    ("text", "has_targets", "said"),
+    [
+        ("mse", False, "loss='mse' trains on numbers, and these data have class labels: use 'softmax' or 'sigmoid'"),
+        ("softmax(class_weights='balanced')", True, "'balanced' counts labels, and these data have targets"),
+        ("sigmoid(class_weights=(1, 2))", True, "for several labels use positive_weights, one number a class"),
+    ],
+)
+def test_a_loss_that_does_not_fit_the_data_is_told(text, has_targets, said):
+    with pytest.raises(UserError, match="loss=") as e:
+        losses.task_of(text, has_targets)
+    assert said in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "row", "said"),
+    [
+        ("softmax", [1, 1, 0], "the target of example 1 adds up to 2 and not to 1; for columns that are 0 or 1 each by"
+                               " itself use 'sigmoid'"),
+        ("softmax", [0, 0, 0], "adds up to 0 and not to 1; for columns that are 0 or 1"),
+        ("focal", [0.5, 0.4, 0], "adds up to 0.9 and not to 1; divide each row by its sum"),
+        ("softmax", [2, -1, 0], "example 1 has the target [2, -1, 0], outside of [0, 1]"),
+        ("sigmoid", [0, 37.5, 0], "example 1 has the target [0, 37.5, 0], outside of [0, 1]; for numbers use 'mse'"),
+        ("mse", [0, np.nan, 1], "example 1 has the target [0, nan, 1]; targets are finite numbers"),
+    ],
+)  # fmt: skip
+def test_targets_that_do_not_fit_the_task_are_told(text, row, said):
+    targets = np.array([[0, 1, 0], row], np.float32)
+    with pytest.raises(UserError) as e:
+        losses.check_targets(text, losses.task_of(text, True), targets)
+    assert said in str(e.value)
+    losses.check_targets(text, losses.task_of(text, True), targets[:1])

@@ -1,4 +1,4 @@
-"""Mixing: each image is mixed with another one of its batch, and so are the losses of their two labels.
+"""Mixing: each image is mixed with another one of its batch, and so are their targets, or the losses of their labels.
 
 A mixing op takes `(key, images, …)`, or `(images, …)` if it draws nothing (see `core.kinds`). It gives (images, weight
 f32[b]): image i is mixed with image i - 1, the first one with the last, and the weight is the share that image i keeps.
@@ -6,7 +6,7 @@ The order of a batch is random, so that this neighbour is a random example. It l
 first image of each device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 
 from imgclf_jax.core import kinds, spec
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.losses import Loss
+from imgclf_jax.losses import Loss, Task
 
 Mixed = tuple[jax.Array, jax.Array]  # images [b, h, w, c], weight f32[b] of their own labels
 Mix = Callable[[jax.Array, jax.Array], Mixed]  # (key, images)
@@ -92,12 +92,16 @@ MIXES: dict[str, Callable[..., Mixed]] = {"mixup": mixup, "cutmix": cutmix}
 _GIVEN = {kinds.PLAIN: ("images",), kinds.RANDOM: ("key", "images")}
 
 
-def build(text: str) -> Mix | None:
+def build(text: str, task: Task = Task.CLASSES) -> Mix | None:
     """The function (key, images) → (images, weight) that a spec of mixing ops names; None for the empty text.
 
     One of the ops is drawn for each batch. Ops without a `probability` have equal shares of what the others leave. If
     all have one, the other batches stay unmixed. What an op draws does not depend on which other ops there are.
+    Raises UserError for `cutmix` in a regression.
     """
+    if task is Task.REGRESSION and any(call.name == "cutmix" for call in spec.parse(text)):
+        raise UserError(f"mix={text!r}: cutmix has no target in a regression, where a box of an image has no number of "
+                        "its own; use mixup, or no mixing")  # fmt: skip
     ops = [kinds.bind(call, MIXES, "mixing op", _GIVEN) for call in spec.parse(text)]
     if not ops:
         return None
@@ -135,6 +139,24 @@ def mixed_loss(loss: Loss, logits: jax.Array, labels: jax.Array, others: jax.Arr
     If a loss is linear in the target, as cross-entropy is, this equals the loss against the mixed target.
     """
     return weight * loss(logits, labels) + (1 - weight) * loss(logits, others)
+
+
+def batch_loss(loss: Loss, logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The loss f32[b] of logits for a batch with "target" f32[b, k], or "label" i32[b].
+
+    If the images of a batch with labels are mixed, it has "other" and "weight" too; targets are mixed already.
+    """
+    if "target" in batch:
+        return loss(logits, batch["target"])
+    if "other" in batch:
+        return mixed_loss(loss, logits, batch["label"], batch["other"], batch["weight"])
+    return loss(logits, batch["label"])
+
+
+def mixed_targets(targets: jax.Array, weight: jax.Array) -> jax.Array:
+    """f32[b, k]: weight * target + (1 - weight) * the other's target."""
+    own = weight[:, None]
+    return own * targets + (1 - own) * partner(targets)
 
 
 def main_labels(labels: jax.Array, weight: jax.Array) -> jax.Array:

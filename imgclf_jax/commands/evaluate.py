@@ -77,7 +77,7 @@ def main(
         sums, found = evaluate(programs, state, images)
         results[name] = metrics.summarize(sums, found, programs.recipe.whole_set_metrics)
         classes[name] = by_class.counts(sums, programs.recipe.num_seeds)
-        if found and not processes.index():
+        if isinstance(found, metrics.Predictions) and not processes.index():
             found = found.of_seed(-1) if programs.recipe.num_seeds > 1 else found
             labels, probabilities = found.labels, found.probabilities
             if len(names) <= metrics.CONFUSION_CLASSES:

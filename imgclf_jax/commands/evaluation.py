@@ -25,20 +25,20 @@ log = logging.getLogger(__name__)
 
 def evaluate(
     programs: Programs, state: Any, images: stream.Images, stop: Callable[[], str] = str
-) -> tuple[metrics.Sums, metrics.Predictions | None]:
+) -> tuple[metrics.Sums, metrics.AnyPredictions | None]:
     """(sums, predictions) over all of `images`, on the host: integers exact, the loss in float64.
 
     The predictions are None unless the config's `metrics` need them. With several seeds, the sums are [seeds + 1, …].
     Raises signals.Stopped once `stop` gives the name of a signal.
     """
     sums: metrics.Sums = {}
-    predictions: list[metrics.Predictions] = []  # one a batch
+    predictions: list[metrics.AnyPredictions] = []  # one a batch
 
-    def collect(result: tuple[metrics.Sums, metrics.Predictions | None]) -> None:
+    def collect(result: tuple[metrics.Sums, metrics.AnyPredictions | None]) -> None:
         new, steps = jax.device_get(result)
         add(sums, new)
         if steps is not None:
-            predictions.extend(metrics.Predictions(*step) for step in zip(*steps, strict=True))
+            predictions.extend(type(steps)(*step) for step in zip(*steps, strict=True))
 
     pending: Any = None
     for chunk, steps in chunks(programs, images, stop):
@@ -47,7 +47,10 @@ def evaluate(
             collect(pending)  # while the device computes the next chunk
         pending = result
     collect(pending)
-    if wrong := int(np.max(sums["examples"] - sums["class_predicted"].sum(-1))):
+    if "nonfinite" in sums:
+        if wrong := int(np.max(sums["nonfinite"])):
+            log.warning("the outputs of %d examples are NaN or infinite", wrong)
+    elif wrong := int(np.max(sums["examples"] - sums["class_predicted"].sum(-1))):
         log.warning("the logits of %d examples are NaN or infinite; these examples count as wrong", wrong)
     return sums, metrics.concatenate(predictions) if predictions else None
 

@@ -19,6 +19,7 @@ from imgclf_jax.core import places, processes
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.data import sources
 from imgclf_jax.loading import restore
+from imgclf_jax.metrics import Predictions
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run.records import Record
 from imgclf_jax.trained import Trained
@@ -136,7 +137,7 @@ def make(run: Record, trust: bool) -> dict[str, Known]:
         found = {}
         for name, images in evals.items():
             _, predictions = evaluate(programs, state, images)
-            assert predictions is not None
+            assert isinstance(predictions, Predictions)
             right = np.atleast_2d(predictions.ranks == 0)  # [seeds, n], of several seeds also the ensemble's
             called = getattr(images.source, "name", str)
             names = programs.recipe.data.class_names

@@ -102,7 +102,7 @@ def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Evaluated, .
             name, metrics.summarize(sums, predictions, programs.recipe.whole_set_metrics),
             by_class.counts(sums, programs.recipe.num_seeds), {},
         )  # fmt: skip
-        if known and predictions:
+        if known and isinstance(predictions, metrics.Predictions):
             own = predictions.of_seed(-1) if several else predictions
             places = report_mistakes.wrong_ones(own)
             given = own.labels, own.probabilities, own.given
