@@ -5,16 +5,20 @@ import ipaddress
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 _TOLD = 64  # connections above the limit, which are told that there are too many
 _PIPELINED = 100  # requests of a connection that wait
+# The parsers call back for each chunk of a body. Beyond so many, chunks must hold so many bytes on average.
+_CHUNKS, _BYTES_A_CHUNK = 1000, 64
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,9 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
             self._unparsed = 0  # bytes since the headers, a part of the body or the whole message were complete
             self._answering = self._refused = False
             self._begun = 0  # requests that are not answered; httptools parses all that have come
+            self._lacking = 0  # bytes that the chunks of a body are short of _BYTES_A_CHUNK
+            if conn := getattr(self, "conn", None):  # h11's, which gives events in place of callbacks
+                conn.next_event = self._counting(conn.next_event)
             app = self.app
 
             async def timed(scope: Any, receive: Any, send: Any) -> None:
@@ -113,9 +120,26 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
                 if self._unparsed > most and not hasattr(self, "conn"):  # which is h11's
                     self._refuse(431, f"the request's headers are longer than {most:,} bytes")
 
+        def _count_chunk(self, length: int) -> None:
+            """Ends the connection of a client that sends tiny chunks: while they are parsed all others wait."""
+            self._lacking = max(0, self._lacking + _BYTES_A_CHUNK - length)
+            if self._lacking > _CHUNKS * _BYTES_A_CHUNK:
+                self._wire.abort()
+
+        def _counting(self, next_event: Callable[[], Any]) -> Callable[[], Any]:
+            def counted() -> Any:
+                event = next_event()
+                if isinstance(event, h11.Request):
+                    self._lacking = 0
+                elif isinstance(event, h11.Data):
+                    self._count_chunk(len(event.data))
+                return event
+
+            return counted
+
         # The callbacks of httptools' parser.
         def on_headers_complete(self) -> None:
-            self._unparsed = 0
+            self._unparsed = self._lacking = 0
             self._begun += 1
             if self._begun > _PIPELINED:
                 self._wire.abort()
@@ -123,6 +147,7 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
 
         def on_body(self, body: bytes) -> None:
             self._unparsed = 0
+            self._count_chunk(len(body))
             super().on_body(body)
 
         def on_message_complete(self) -> None:

@@ -106,6 +106,27 @@ def test_endless_headers(port, start, part):
     assert status(port, GET + b"Connection: close\r\nX: " + b"a" * 16_000 + b"\r\n\r\n") == 200
 
 
+CHUNKED = b"POST / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def test_a_body_of_tiny_chunks(port):
+    """Chunks of one byte kept the event loop busy: every other client waited for two seconds."""
+    got = b""
+    with connect(port) as client, contextlib.suppress(OSError):
+        client.sendall(CHUNKED)
+        client.sendall(b"1\r\na\r\n" * 20_000 + b"0\r\n\r\n")
+        got = answer(client)
+    assert got == b""
+
+
+@pytest.mark.parametrize(("chunks", "length"), [(900, 1), (3_000, 64)])
+def test_a_body_of_small_chunks(port, chunks, length):
+    body = (b"%x\r\n" % length + b"a" * length + b"\r\n") * chunks
+    with connect(port) as client:
+        client.sendall(CHUNKED + body + b"0\r\n\r\n")
+        assert answer(client).endswith(b"\r\n\r\n%d" % (chunks * length))
+
+
 def test_long_headers_that_come_whole(port):
     assert status(port, GET + b"X: " + b"a" * 40_000 + b"\r\n\r\n") == 431
 
