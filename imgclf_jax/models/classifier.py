@@ -1,6 +1,8 @@
 """A backbone and its head."""
 
 import contextlib
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -49,7 +51,7 @@ def build(text: str, num_classes: int, precision: str) -> Classifier:
 
     A backbone with a `dtype` field gets `precision` ("float32" or "bfloat16"), unless the spec says its own. Every
     spec may have the argument `head_init`, which is no argument of the backbone: the text of one of HEAD_INITS, such as
-    'zeros' or 'normal(0.01)'. Raises UserError for any other.
+    'zeros' or 'normal(0.01)'. Raises UserError for any other, and for a width or another size below 1.
     """
     call = spec.parse_one(text)
     head_init = call.kwargs.get("head_init", "glorot_uniform")
@@ -58,10 +60,22 @@ def build(text: str, num_classes: int, precision: str) -> Classifier:
     make_init = spec.bind(spec.parse_one(head_init), HEAD_INITS, "head_init")
     own = {name: value for name, value in call.kwargs.items() if name != "head_init"}
     make = spec.bind(spec.Call(call.name, call.args, own), BACKBONES, "model")
+    if call.name in BACKBONES:
+        _check_sizes(text, make)
     settings: dict[str, Any] = {}
     if "dtype" in getattr(make.func, "__dataclass_fields__", {}) and "dtype" not in make.keywords:
         settings["dtype"] = jnp.dtype(precision)
     return Classifier(make(**settings), num_classes, head_init=make_init())
+
+
+def _check_sizes(text: str, make: functools.partial[Any]) -> None:
+    """Raises UserError unless the integers that a built-in backbone is given, as widths or a patch, are 1 or more."""
+    given = inspect.signature(make.func).bind(*make.args, **make.keywords).arguments
+    for name, value in given.items():
+        if make.func.__dataclass_fields__[name].type not in (int, tuple[int, ...]):  # type: ignore[attr-defined]
+            continue
+        if any(isinstance(size, int) and size < 1 for size in (value if isinstance(value, tuple | list) else [value])):
+            raise UserError(f"model={text!r}: {name}={value!r} must be 1 or more")
 
 
 @contextlib.contextmanager
