@@ -21,7 +21,10 @@ KEYS: dict[str, tuple[Any, str]] = {
         "all",
         "What is split over the mesh's fsdp: 'all' (parameters, optimizer, averages) or the state of the 'optimizer'.",
     ),
-    "data.source": ("digits", "digits, tfds('name'), folder('path'), arrays('file.npz') or fake(n, shape, classes)."),
+    "data.source": (
+        "digits",
+        "digits, tfds('name'), folder('path'), table('labels.csv'), arrays('file.npz') or fake(n, shape, classes).",
+    ),
     "data.train": ("train", "The split to train on, in TFDS syntax: 'train[:90%]', 'train[1000:]+extra'."),
     "data.eval": ({"test": "test"}, 'Evaluation sets: a name and a split for each; of another source "fake()/test".'),
     "data.unreadable": (

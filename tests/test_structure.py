@@ -50,7 +50,7 @@ HEAVY = {
     "tensorboard": {"run.event_file"},
     "sklearn": {"analysis.probing", "data.sources"},
     "matplotlib": {"analysis.accuracy_plot"},
-    "pyarrow": {"analysis.embeddings", "analysis.listing", "commands.known_predictions"},
+    "pyarrow": {"analysis.embeddings", "analysis.listing", "commands.known_predictions", "data.table"},
     "orbax": {"run.checkpoint", "run.tensorstore_leaks"},
 }
 INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "tensorboard", "sklearn", "matplotlib", "pyarrow"}

@@ -21,6 +21,12 @@ def split_folders(path: str | Path) -> dict[str, str]:
     return dict(sorted(found.items(), key=lambda item: ("train", "val", "test").index(item[1])))
 
 
+def split_order(name: str) -> tuple[int, str]:
+    """The key that sorts splits by their roles: train, val, test, then others by name."""
+    roles = ("train", "val", "test")
+    return roles.index(_ROLES[name.lower()]) if name.lower() in _ROLES else len(roles), name
+
+
 def class_folders(path: Path) -> list[Path]:
     """The folders in `path` that are not hidden, by name; none where `path` is no directory. Raises OSError."""
     if not path.is_dir():

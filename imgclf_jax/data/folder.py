@@ -2,64 +2,26 @@
 
 import concurrent.futures
 import hashlib
-import json
 import logging
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.split_folders import class_folders, split_folders
-from imgclf_jax.core.text import printable, utf8
+from imgclf_jax.core.text import utf8
 from imgclf_jax.data import image_check, image_files
 from imgclf_jax.data.decode import FORMATS
+from imgclf_jax.data.file_source import LISTING, FileSource, name_unreadable
 from imgclf_jax.data.image_files import Found
 from imgclf_jax.run import terminal
 
 log = logging.getLogger(__name__)
-
-_LISTING = 16  # folders listed at once: a file system in a network takes long for each file, but takes many at a time
-
-
-@dataclass(frozen=True)
-class FolderSource:
-    """Image files, read as bytes. Their order is that of a hash of their names, so any slice holds all classes."""
-
-    root: Path
-    files: tuple[str, ...]  # relative to root
-    labels: np.ndarray  # i32[n]
-    sizes: tuple[int, ...]  # bytes
-    class_names: tuple[str, ...]
-    left_out: tuple[str, ...] = ()  # the unreadable files, with their folders; sorted
-    digests: tuple[str, ...] = ()  # of each file's contents, see `image_check`
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def read(self, ids: np.ndarray) -> dict[str, Any]:
-        return {"image": [(self.root / self.files[i]).read_bytes() for i in ids], "label": self.labels[ids]}
-
-    def name(self, i: int) -> str:
-        """The file of an example, for error messages."""
-        return str(self.root / self.files[i])
-
-    def fingerprint(self) -> str:
-        """Over names, classes and contents, see `image_check.check`."""
-        return self._over(self.sizes, self.class_names, self.digests)
-
-    def listing_fingerprint(self) -> str:
-        """Over names, sizes and classes alone: what older versions recorded."""
-        return self._over(self.sizes, self.class_names)
-
-    def _over(self, *parts: Any) -> str:
-        whole = json.dumps([[utf8(file) for file in self.files], *parts])
-        return hashlib.sha256(whole.encode()).hexdigest()
 
 
 def folder(
@@ -70,7 +32,7 @@ def folder(
     unreadable: str = "error",
     formats: tuple[str, ...] = FORMATS,
     host_ops: tuple[str, ...] = (),
-) -> dict[str, FolderSource]:
+) -> dict[str, FileSource]:
     """Images under `path`: `path/CLASS/…` is the split `train`; `path/train/CLASS/…` and `path/test/CLASS/…` are two.
 
     Split folders are called as `core.split_folders` says. With `train_per_class`, so many images of each class of a
@@ -105,11 +67,11 @@ def folder(
 
 def _readable(
     root: Path,
-    scans: dict[str, tuple[FolderSource, Found]],
+    scans: dict[str, tuple[FileSource, Found]],
     unreadable: str,
     formats: tuple[str, ...],
     host_ops: tuple[str, ...],
-) -> dict[str, FolderSource]:
+) -> dict[str, FileSource]:
     """The sources without unreadable files; UserError names these unless `unreadable` is "skip"."""
     bad, sources = {}, {}
     for name, (source, found) in scans.items():
@@ -119,45 +81,28 @@ def _readable(
     reasons = {str(scans[name][0].root / file): reason for name in bad for file, reason in bad[name].items()}
     if not reasons:
         return sources
-    file = image_check.write_list(f"{printable(root.resolve().name)}-{image_check.identity(root)[:8]}", reasons)
-    listed = f"all are listed in {file}" if file else "their list could not be written to the cache folder"
-    if unreadable == "error":
-        shown = "; ".join(f"{file} ({reason})" for file, reason in sorted(reasons.items())[:3])
-        more = f" and {len(reasons) - 3} more; {listed}" if len(reasons) > 3 else ""
-        raise UserError(f"folder: not a readable image: {shown}{more}; repair, move or remove it, or leave out all "
-                        "such files by --config.data.unreadable=skip")  # fmt: skip
-    log.warning("%s: unreadable files left out: %d; %s", root, len(reasons), listed)
+    name_unreadable("folder", root, reasons, unreadable)
     return {name: _without(source, bad[name]) for name, source in sources.items()}
 
 
-def _without(source: FolderSource, bad: dict[str, str]) -> FolderSource:
+def _without(source: FileSource, bad: dict[str, str]) -> FileSource:
     """The source without these files. Raises UserError where nothing is left of a class folder."""
-    kept = _part(source, np.array([file not in bad for file in source.files], bool))
+    kept = source.without(bad)
     classes = {file.partition("/")[0] for file in kept.files}
     if gone := sorted({file.partition("/")[0] for file in bad} - classes):
         raise UserError(f"folder: the class folder {source.root / gone[0]} holds no readable image; add some or "
                         "remove it")  # fmt: skip
-    return replace(kept, left_out=tuple(utf8(str(source.root / file)) for file in sorted(bad)))
+    return kept
 
 
-def _part(source: FolderSource, which: np.ndarray) -> FolderSource:
-    """The examples where bool[n] is true."""
-    places = np.flatnonzero(which)
-
-    def of[T](values: tuple[T, ...]) -> tuple[T, ...]:
-        return tuple(values[i] for i in places)
-
-    return replace(source, files=of(source.files), labels=source.labels[places], sizes=of(source.sizes),
-                   digests=of(source.digests))  # fmt: skip
-
-
-def _few(splits: dict[str, FolderSource], train_per_class: int, draw: int) -> dict[str, FolderSource]:
+def _few(splits: dict[str, FileSource], train_per_class: int, draw: int) -> dict[str, FileSource]:
     """The split `train` of one without a test split, cut into `train` and `test`."""
     source = splits["train"] if splits.keys() == {"train"} else None
     if source is None or train_per_class < 0:
         raise UserError(
             f"folder(train_per_class={train_per_class}) is a number above zero, for a folder without train/ and test/"
         )
+    assert source.labels is not None
     chosen = np.zeros(len(source), bool)
     for label, name in enumerate(source.class_names):
         places = np.flatnonzero(source.labels == label)
@@ -169,14 +114,14 @@ def _few(splits: dict[str, FolderSource], train_per_class: int, draw: int) -> di
         keys = [hashlib.sha256(os.fsencode(f"{draw}/{source.files[i]}")).digest() for i in places]
         chosen[places[sorted(range(len(places)), key=keys.__getitem__)[:train_per_class]]] = True
 
-    return {"train": _part(source, chosen), "test": _part(source, ~chosen)}
+    return {"train": source.select(np.flatnonzero(chosen)), "test": source.select(np.flatnonzero(~chosen))}
 
 
-def _scan(root: Path, class_names: tuple[str, ...]) -> tuple[FolderSource, Found]:
+def _scan(root: Path, class_names: tuple[str, ...]) -> tuple[FileSource, Found]:
     """The images of a split's folder, before any is opened, and all that was found beside them."""
     whole = Found()
     folders = class_folders(root)
-    with terminal.busy(f"listing {root}"), concurrent.futures.ThreadPoolExecutor(_LISTING) as pool:
+    with terminal.busy(f"listing {root}"), concurrent.futures.ThreadPoolExecutor(LISTING) as pool:
         results = list(pool.map(image_files.find, folders))
     for class_folder, found in zip(folders, results, strict=True):
         if not found.images and not found.lost:
@@ -187,10 +132,10 @@ def _scan(root: Path, class_names: tuple[str, ...]) -> tuple[FolderSource, Found
     files = tuple(sorted(whole.images, key=lambda file: hashlib.sha256(os.fsencode(file)).digest()))
     number = {name: label for label, name in enumerate(class_names)}
     labels = np.array([number[utf8(file.partition("/")[0])] for file in files], np.int32)
-    return FolderSource(root, files, labels, tuple(whole.images[file][0] for file in files), class_names), whole
+    return FileSource(root, files, labels, tuple(whole.images[file][0] for file in files), class_names), whole
 
 
-def _log_passed_over(root: Path, splits: Iterable[FolderSource], strays: Counter[str]) -> None:
+def _log_passed_over(root: Path, splits: Iterable[FileSource], strays: Counter[str]) -> None:
     """Says in one line what lies in the folder and is not used."""
     places = list(dict.fromkeys([root, *(source.root for source in splits)]))
     used = {*places, *(class_folder for source in splits for class_folder in class_folders(source.root))}

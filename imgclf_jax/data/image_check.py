@@ -49,6 +49,7 @@ def check(
     whole: bool = False,
     formats: tuple[str, ...] = FORMATS,
     host_ops: tuple[str, ...] = (),
+    key: Path | None = None,
 ) -> Checked:
     """Which files in `root` are not readable images in one of the formats, and a digest of each of the others.
 
@@ -56,19 +57,19 @@ def check(
     and it is decoded if one of them looks wrong: some damage in the middle then shows in training. An image is
     unreadable too if one of the specs `host_ops` refuses it for its size. Digests are SHA-256, over all bytes; if the
     files together have more than 16 GiB, over the size, the first and the last 4 KiB of each. What was found is
-    remembered by size and times of change, in the user's cache folder.
+    remembered by size and times of change, in the user's cache folder: for `root`, or for the table `key` of the files.
     """
     total = sum(size for size, *_ in stamps.values())
     depth = _WHOLE if whole or total < _SMALL else _BEGUN
     digest = _digest if total <= _HASHED_WHOLE else _digest_of_ends
-    record = cache.folder("checked") / f"{identity(root)}.json"
+    record = cache.folder("checked") / f"{identity(key or root)}.json"
     known = _load(record, formats)
     current = {n: entry for n, s in stamps.items() if (entry := known.get(n)) and entry.stamp == s}
     todo = [name for name in stamps if name not in current or not current[name].covers(depth, digest.__name__)]
     pool = concurrent.futures.ThreadPoolExecutor()
     batches = itertools.batched(todo, 16)  # a million tasks would take more memory than their results
     parts = pool.map(lambda names: [_check(root / n, stamps[n], depth, digest, formats) for n in names], batches)
-    results = terminal.track(itertools.chain.from_iterable(parts), len(todo), f"checking {root.name}")
+    results = terminal.track(itertools.chain.from_iterable(parts), len(todo), f"checking {(key or root).name}")
     passing: dict[str, _Entry] = {}
     saved = time.monotonic()
     try:

@@ -21,6 +21,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, splits
 from imgclf_jax.data.arrays import MOST_CLASSES, ArraySource, arrays
 from imgclf_jax.data.folder import folder
+from imgclf_jax.data.table import table
 
 # {"image": uint8[n, h, w, c] or a list of bytes or arrays, "label": i32[n]}, or "target": f32[n, k] in place of "label"
 Examples = dict[str, Any]
@@ -254,7 +255,7 @@ def tfds(name: str, data_dir: str = "", manual_dir: str = "") -> dict[str, Sourc
     }
 
 
-SOURCES = {"digits": digits, "tfds": tfds, "folder": folder, "arrays": arrays, "fake": fake}
+SOURCES = {"digits": digits, "tfds": tfds, "folder": folder, "table": table, "arrays": arrays, "fake": fake}
 
 
 def open_splits(
@@ -270,7 +271,7 @@ def open_splits(
     make = spec.bind(call, SOURCES, "source")
     if make.func is tfds:
         make = functools.partial(make, **{"data_dir": data_dir, "manual_dir": manual_dir} | make.keywords)
-    elif make.func is folder:
+    elif make.func in (folder, table):
         given = {"unreadable": unreadable, "formats": formats, "host_ops": host_ops}
         make = functools.partial(make, **given | make.keywords)
     try:

@@ -1,0 +1,106 @@
+"""Image files as a source: what `folder` and `table` share."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.text import printable, utf8
+from imgclf_jax.data import image_check
+
+log = logging.getLogger(__name__)
+
+LISTING = 16  # files or folders asked for at once: a network file system is slow for each, but serves many at a time
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Image files, read as bytes, with labels or targets.
+
+    They come in the order of a hash of their names, so any slice holds all classes.
+    """
+
+    root: Path
+    files: tuple[str, ...]  # relative to root
+    labels: np.ndarray | None  # i32[n]
+    sizes: tuple[int, ...]  # bytes
+    class_names: tuple[str, ...]
+    left_out: tuple[str, ...] = ()  # the unreadable files, with their folders; sorted
+    digests: tuple[str, ...] = ()  # of each file's contents, see `image_check`
+    targets: np.ndarray | None = None  # f32[n, k], in place of labels; their names are the class names
+    table: str = ""  # SHA-256 of the table that lists the files
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # of the table, n values each
+    weight: str = ""  # the column with the weights
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """The names of the targets; () with labels."""
+        return () if self.targets is None else self.class_names
+
+    def read(self, ids: np.ndarray) -> dict[str, Any]:
+        given = {"label": self.labels, "target": self.targets}
+        y = {name: values[ids] for name, values in given.items() if values is not None}
+        return {"image": [(self.root / self.files[i]).read_bytes() for i in ids], **y}
+
+    def name(self, i: int) -> str:
+        """The file of an example, for error messages."""
+        return str(self.root / self.files[i])
+
+    def fingerprint(self) -> str:
+        """Over names, classes and contents, see `image_check.check`; of a table also over its bytes and the labels."""
+        if not self.table:
+            return self._over(self.sizes, self.class_names, self.digests)
+        y = self.labels if self.targets is None else self.targets
+        of_y = hashlib.sha256(np.ascontiguousarray(y).data).hexdigest()
+        return self._over(self.table, self.class_names, self.digests, self.target_names, of_y)
+
+    def listing_fingerprint(self) -> str:
+        """Over names, sizes and classes alone: what older versions recorded. They had no tables."""
+        return "" if self.table else self._over(self.sizes, self.class_names)
+
+    def _over(self, *parts: Any) -> str:
+        whole = json.dumps([[utf8(file) for file in self.files], *parts])
+        return hashlib.sha256(whole.encode()).hexdigest()
+
+    def select(self, places: np.ndarray) -> "FileSource":
+        """The source of the examples at these places, int64[m], in this order."""
+
+        def of(values: Sequence[Any]) -> tuple[Any, ...]:
+            return tuple(values[i] for i in places)
+
+        return replace(
+            self, files=of(self.files), sizes=of(self.sizes), digests=of(self.digests),
+            labels=None if self.labels is None else self.labels[places],
+            targets=None if self.targets is None else self.targets[places],
+            columns={name: of(values) for name, values in self.columns.items()},
+        )  # fmt: skip
+
+    def without(self, bad: Mapping[str, str]) -> "FileSource":
+        """The source without these files, which it names as left out."""
+        kept = self.select(np.array([i for i, file in enumerate(self.files) if file not in bad], np.int64))
+        own = sorted(bad.keys() & set(self.files)) if self.table else sorted(bad)
+        return replace(kept, left_out=tuple(utf8(str(self.root / file)) for file in own))
+
+
+def name_unreadable(kind: str, place: Path, reasons: Mapping[str, str], unreadable: str) -> None:
+    """Raises UserError naming the files in {path: reason}, or warns of them if `unreadable` is "skip".
+
+    All are written to a list in the cache folder. `kind` is the source's name in a config, `place` what it reads.
+    """
+    file = image_check.write_list(f"{printable(place.resolve().name)}-{image_check.identity(place)[:8]}", reasons)
+    listed = f"all are listed in {file}" if file else "their list could not be written to the cache folder"
+    if unreadable == "error":
+        shown = "; ".join(f"{file} ({reason})" for file, reason in sorted(reasons.items())[:3])
+        more = f" and {len(reasons) - 3} more; {listed}" if len(reasons) > 3 else ""
+        raise UserError(f"{kind}: not a readable image: {shown}{more}; repair, move or remove it, or leave out all "
+                        "such files by --config.data.unreadable=skip")  # fmt: skip
+    log.warning("%s: unreadable files left out: %d; %s", place, len(reasons), listed)

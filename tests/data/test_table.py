@@ -1,0 +1,266 @@
+"""Images that a CSV or Parquet table lists: what is read, and what is refused in a sentence."""
+
+import csv
+import logging
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import image_check, sources, stream
+from imgclf_jax.data.table import table
+
+ROWS = [
+    {"path": f"{'ab'[i % 2]}/{i}.png", "label": ("cat", "dog", "emu")[i % 3], "age": str(i / 4), "tall": str(i % 2),
+     "split": "train" if i < 9 else "test", "weight": str(1 + i)}
+    for i in range(12)
+]  # fmt: skip
+
+
+def write_csv(file, rows=ROWS, delimiter=","):
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(file)
+
+
+def without(*columns, rows=ROWS):
+    return [{k: v for k, v in row.items() if k not in columns} for row in rows]
+
+
+@pytest.fixture
+def images(tmp_path):
+    for i, row in enumerate(ROWS):
+        file = tmp_path / row["path"]
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((4, 5, 3), i, np.uint8)).save(file, "BMP")  # of one size, whatever the pixels
+    return tmp_path
+
+
+def seen(source, name="label"):
+    """{number of the image: what the source says of it}."""
+    got = stream.Images(source, "decode(3)").read(np.arange(len(source)), np.arange(len(source)))
+    return {int(image[0, 0, 0]): y.tolist() for image, y in zip(got["image"], got[name], strict=True)}
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
+def test_a_table_of_labels_and_splits(images, kind):
+    file = images / f"labels.{kind}"
+    if kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
+    else:
+        write_csv(file, delimiter="\t" if kind == "tsv" else ",")
+    base = sources.open_splits(f"table({str(file)!r})")
+    assert list(base) == ["train", "test"]
+    assert base["train"].class_names == base["test"].class_names == ("cat", "dog", "emu")
+    assert seen(base["train"]) == {i: i % 3 for i in range(9)}
+    assert seen(base["test"]) == {i: i % 3 for i in range(9, 12)}
+
+
+def test_targets_are_columns_of_numbers(images):
+    base = table(write_csv(images / "t.csv"), targets=("age", "tall"))
+    assert base["train"].target_names == base["train"].class_names == ("age", "tall")
+    assert seen(base["train"], "target") == {i: [i / 4, i % 2] for i in range(9)}
+    assert table(write_csv(images / "t.csv"), targets="age")["test"].target_names == ("age",)
+
+
+def test_what_is_asked_for_goes_before_what_is_found(images, tmp_path_factory):
+    """Other columns, another root, the classes in an order of one's own, and no splits."""
+    rows = [{"file": "none", "image": row["path"], "label": "x", "kind": row["label"], "split": "x"} for row in ROWS]
+    file = write_csv(tmp_path_factory.mktemp("elsewhere") / "t.csv", rows)
+    order = ("emu", "fox", "dog", "cat")
+    base = table(file, "kind", split=None, file="image", root=str(images), classes=order)
+    assert seen(base["train"]) == {i: order.index(ROWS[i]["label"]) for i in range(12)}
+    assert base["train"].class_names == order
+
+
+def test_whole_numbers_are_classes_in_their_order(images):
+    rows = [row | {"label": str(i)} for i, row in enumerate(ROWS)]
+    base = table(write_csv(images / "t.csv", rows), split=None)
+    assert base["train"].class_names == tuple(map(str, range(12)))
+    assert seen(base["train"]) == {i: i for i in range(12)}
+
+
+def test_names_of_columns_in_any_capitals_a_byte_order_mark_and_quotes(images):
+    text = "\ufeffFile_Name , LABEL\r\n" + "".join(f'"{r["path"]}" ,"{r["label"]}"\r\n\r\n' for r in ROWS[:3])
+    (images / "t.csv").write_text(text.replace('" ,', '",'), encoding="utf-8")
+    assert seen(table(str(images / "t.csv"))["train"]) == {0: 0, 1: 1, 2: 2}
+
+
+def test_an_absolute_path_is_read_where_it_was_written(images, tmp_path_factory):
+    rows = [row | {"path": str(images / row["path"])} for row in ROWS]
+    assert len(table(write_csv(tmp_path_factory.mktemp("elsewhere") / "t.csv", rows))["train"]) == 9
+
+
+def test_the_order_is_that_of_a_folder(images):
+    """By a hash of the names, so that a slice of a table that is sorted by class holds all classes."""
+    rows = sorted(without("split"), key=lambda row: row["label"])
+    a = table(write_csv(images / "a.csv", rows))["train"].files
+    assert a == table(write_csv(images / "b.csv", rows[::-1]))["train"].files
+    assert list(a) != [row["path"] for row in rows]
+
+
+def prints(images, rows=ROWS, **options):
+    return {name: source.fingerprint() for name, source in table(write_csv(images / "t.csv", rows), **options).items()}
+
+
+def test_the_fingerprint_covers_the_table_and_the_files(images):
+    first = prints(images)
+    assert prints(images) == first
+    assert prints(images, classes=("dog", "cat", "emu")) != first
+    assert prints(images, targets=("age",))["train"] != prints(images, targets=("tall",))["train"]
+    assert prints(images, [*ROWS[:-1], ROWS[-1] | {"weight": "7"}])["train"] != first["train"]
+    file, before = images / ROWS[0]["path"], (images / ROWS[0]["path"]).stat()
+    other = images / "other.png"
+    Image.fromarray(np.full((4, 5, 3), 9, np.uint8)).save(other, "BMP")
+    assert other.stat().st_size == before.st_size
+    other.replace(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    changed = prints(images)
+    assert changed["train"] != first["train"]
+    assert changed["test"] == first["test"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (without("path"), {}, "has the columns 'label', 'age', 'tall', 'split', 'weight'; name the one with the file "
+         "by file='…'"),
+        (without("label"), {}, "name the one with the label by label='…' or those with targets by targets=('…',)"),
+        ([row | {"File": "x"} for row in ROWS], {}, "the columns 'path' and 'File' may each hold the file; choose one "
+         "by file='path'"),
+        (ROWS, {"label": "lable"}, "unknown column 'lable': did you mean 'label'"),
+        (ROWS, {"targets": ("agee",)}, "unknown column 'agee': did you mean 'age'"),
+        (ROWS, {"targets": ("age", "age")}, "names a column twice"),
+        (ROWS, {"targets": ("age",), "label": "label"}, "label and targets are both given"),
+        (ROWS, {"targets": ("label",)}, "line 2: the column 'label' holds 'cat', not a number"),
+        ([ROWS[0], ROWS[1] | {"age": ""}], {"targets": ("age",)}, "line 3: the column 'age' holds nothing, not a num"),
+        ([ROWS[0], ROWS[1] | {"age": "nan"}], {"targets": ("tall", "age")}, "line 3: target 1 is nan; targets must"),
+        ([ROWS[0], ROWS[1] | {"age": "1e39"}], {"targets": ("age",)}, "line 3: target 0 is inf; targets must"),
+        ([ROWS[0], ROWS[1] | {"label": " "}], {}, "line 3: the column 'label' is empty; it must hold the label"),
+        ([ROWS[0], ROWS[1] | {"split": ""}], {}, "line 3: the column 'split' is empty; it must hold the split, or"),
+        ([ROWS[0], ROWS[1] | {"split": "a/b"}], {}, "line 3: the split 'a/b': allowed are letters"),
+        ([ROWS[0], ROWS[1] | {"path": ""}], {}, "line 3: the column 'path' is empty; it must hold the file"),
+        ([ROWS[0], ROWS[1] | {"path": "../b/1.png"}], {}, "line 3: '../b/1.png' leads out of the root"),
+        ([ROWS[0], ROWS[1] | {"path": "b/../../x"}], {}, "line 3: 'b/../../x' leads out of the root"),
+        ([ROWS[0], ROWS[1] | {"path": "gs://b/1.png"}], {}, "line 3: 'gs://b/1.png' is no file on this machine"),
+        (ROWS[:1], {}, "has 1 classes"),
+        (ROWS, {"classes": ("cat", "dog")}, "line 4: the label 'emu' is not among classes=('cat', 'dog')"),
+        (ROWS, {"classes": ("cat", "dog", "emu", "cat")}, "has 3 classes, 4 with repetitions"),
+        (ROWS, {"root": "nowhere"}, "root='nowhere' is no directory"),
+        (ROWS, {"root": "/"}, "none of the 12 files that"),
+        ([row | {"path": f"x{row['path']}"} for row in ROWS], {}, "such as 'xa/0.png'; name the folder that they are"),
+    ],
+)  # fmt: skip
+def test_what_a_table_lacks_is_said_in_one_sentence(images, rows, options, message):
+    with pytest.raises(UserError) as e:
+        table(write_csv(images / "t.csv", rows), **options)
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", b"", "has no rows"),
+        ("t.csv", b"path,label\n", "has no rows"),
+        ("t.csv", b"path,label\na/0.png,cat,1\n", r"line 2 has 3 fields, and the header 2; they are separated by ','"),
+        ("t.csv", b"path;label\na/0.png;cat\n", r"has the columns 'path;label'; name the one"),
+        ("t.csv", b"path,path,label\na,b,c\n", r"has two columns of one name"),
+        ("t.csv", b"path,label\n\xff,cat\n", r"cannot read .* as text in UTF-8"),
+        ("t.csv", b'path,label\n"a,cat\n', r"cannot read .* as text in UTF-8"),
+        ("t.csv", b"path,label\n" + b"a" * 200_000 + b",cat\n", r"cannot read .* field larger than"),
+        ("t.xlsx", b"", r"must be a \.csv, \.tsv or \.parquet file"),
+        ("t.parquet", b"PAR1", r"cannot read .* as Parquet"),
+        ("t.parquet", b"path,label\n", r"cannot read .* as Parquet"),
+    ],
+)
+def test_what_is_no_table_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as e:
+        table(str(tmp_path / name))
+    assert len(str(e.value)) < 600
+    assert "\n" not in str(e.value)
+
+
+def test_no_file_a_bucket_and_no_pyarrow(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="there is no file"):
+        table(str(tmp_path / "t.csv"))
+    with pytest.raises(UserError, match="is in a bucket"):
+        table("s3://bucket/t.csv")
+    (tmp_path / "t.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pyarrow reads Parquet and is not installed; install it by `uv sync --extra"):
+        table(str(tmp_path / "t.parquet"))
+
+
+def test_broken_and_missing_files_are_listed_at_the_start(images):
+    broken = [images / row["path"] for row in ROWS[:4]]
+    broken[0].write_bytes(b"text")
+    broken[1].unlink()
+    broken[2].write_bytes(broken[2].read_bytes()[:50])
+    broken[3].unlink()
+    broken[3].mkdir()
+    file = write_csv(images / "t.csv")
+    with pytest.raises(
+        UserError, match=r"table: not a readable image: .* and 1 more; all are listed in (.*); rep"
+    ) as e:
+        table(file)
+    listed = Path(str(e.value).partition("listed in ")[2].partition(";")[0]).read_text()
+    assert [line.split("\t")[0] for line in listed.splitlines()] == sorted(map(str, broken))
+    assert "No such file or directory" in listed
+    kept = table(file, unreadable="skip")
+    assert seen(kept["train"]) == {i: i % 3 for i in range(4, 9)}
+    assert sources.left_out(kept) == sorted(map(str, broken))
+    with pytest.raises(UserError, match=r"not a readable image"):
+        table(file, host_ops=("decode(3)",))
+
+
+def test_skipping_leaves_no_class_and_no_split_without_images(images):
+    for row in ROWS[9:11]:
+        (images / row["path"]).unlink()
+    file = write_csv(images / "t.csv")
+    with pytest.raises(UserError, match="the class 'cat' has no readable image in the split 'test'"):
+        table(file, unreadable="skip")
+    assert len(table(file, unreadable="skip", classes=("cat", "dog", "emu"))["test"]) == 1
+    (images / ROWS[11]["path"]).unlink()
+    with pytest.raises(UserError, match=r"the split 'test' of .* has no readable image"):
+        table(file, unreadable="skip", targets="age")
+
+
+def test_a_second_open_decodes_nothing(images, monkeypatch):
+    """Whatever other table, or folder, of the same files was opened in between."""
+    one, other = write_csv(images / "t.csv"), write_csv(images / "u.csv", ROWS[:6])
+    table(one)
+    table(other)
+    sources.open_splits(f"folder({str(images)!r})")
+    monkeypatch.setattr(image_check, "decode", lambda *_, **__: pytest.fail("decoded again"))
+    assert len(table(one)["train"]) == 9
+
+
+def test_a_file_of_two_splits_is_warned_of(images, caplog):
+    rows = [*ROWS, ROWS[0] | {"split": "test"}, ROWS[1] | {"path": str(images / "b/../b/1.png"), "split": "val"}]
+    with caplog.at_level(logging.WARNING):
+        base = table(write_csv(images / "t.csv", [*rows, rows[0]]))
+    assert {name: len(source) for name, source in base.items()} == {"train": 10, "val": 1, "test": 4}
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 3
+    assert "split train has 10 rows of 9 different files" in warnings[0]
+    assert "splits train and val share 1 of their files" in warnings[1]
+    assert "splits train and test share 1 of their files" in warnings[2]
+
+
+def test_the_log_says_which_columns_are_used(images, caplog):
+    with caplog.at_level(logging.INFO):
+        table(write_csv(images / "t.csv"))
+    assert (
+        "9 in train, 3 in test; columns used: file 'path', label 'label', split 'split', weight 'weight'" in caplog.text
+    )
