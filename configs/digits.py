@@ -1,4 +1,4 @@
-"""The default: scikit-learn's 1,797 handwritten digits, 8×8 pixels resized to 28×28, with the tutorial's CNN.
+"""The default: scikit-learn's 1,797 handwritten digits, 8×8 pixels resized to 28×28, with the Keras example's CNN.
 
     uv run launch.py --config configs/digits.py --config.seed=0
 

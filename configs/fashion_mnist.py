@@ -1,4 +1,6 @@
-"""Fashion-MNIST with the Keras example's network and hyper-parameters: Adam 1e-3, batch 32, 5 epochs.
+"""Fashion-MNIST with the network and hyper-parameters of a Keras example: Adam 1e-3, batch 32, 5 epochs.
+
+The example is `benchmarks/peers/keras_example.py`; `docs/recipes.md` compares both.
 
     uv run launch.py train --config configs/fashion_mnist.py --workdir DIR --config.seed=0
 

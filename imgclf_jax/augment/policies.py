@@ -150,9 +150,10 @@ def randaugment(
     """`num_ops` ops an image, one after the other, each drawn from a set (Cubuk et al. 2019, arXiv:1909.13719).
 
     `ops` names the set. "torchvision" has the 14 OPS and a `magnitude` of 0 to 30: at 30 shear 0.3, translation 150/331
-    of the side, 30 degrees, factors 1 ± 0.9, 4 bits, solarize from 0 on. `magnitude_std` adds a normal draw to the
-    magnitude, which is then rounded and kept in 0 to 30. "big_vision" has the 16 ops of that codebase, with invert,
-    cutout and solarize-add among them, and a magnitude of 0 to 10: see `augment.big_vision`.
+    of the side, 30 degrees, factors 1 ± 0.9, 4 bits, solarize from 0 on. Solarize's threshold is 256 (1 - m / 30) as in
+    TensorFlow's RandAugment; torchvision's is 255 (1 - m / 30). `magnitude_std` adds a normal draw to the magnitude,
+    which is then rounded and kept in 0 to 30. "big_vision" has the 16 ops of that codebase, with invert, cutout and
+    solarize-add among them, and a magnitude of 0 to 10: see `augment.big_vision`.
 
     `fill`, 0 to 255, one or one a channel, is what moves in: 0 by default, 128 for "big_vision". Before `normalize`, on
     uint8.
@@ -190,8 +191,10 @@ def randaugment(
 def trivialaugment(key: jax.Array, images: jax.Array, fill: Fill = 0) -> jax.Array:
     """One op an image, its magnitude uniform over 0 to 30 (Müller and Hutter 2021, arXiv:2103.10158, "wide").
 
-    The ranges are the paper's and torchvision's: at 30 shear 0.99, translation 32 pixels, 135 degrees, factors
-    1 ± 0.99, 6 bits, solarize from 0 on. `fill`, 0 to 255, one or one a channel, is what moves in. Before `normalize`.
+    The ranges are torchvision's: at 30 shear 0.99, translation 32 pixels, 135 degrees, factors 1 ± 0.99, 6 bits,
+    solarize from 0 on. Solarize's threshold is the authors' 256 (1 - m / 30), not torchvision's 255 (1 - m / 30). The
+    authors' program draws factors evenly from 0.01 to 2 and truncates degrees to whole numbers, which neither
+    torchvision nor this does. `fill`, 0 to 255, one or one a channel, is what moves in. Before `normalize`.
     """
     photometric.check("trivialaugment", images)
     fill_colors = _check_fill("trivialaugment", images, fill)

@@ -18,7 +18,7 @@ _dense_init = nn.initializers.glorot_uniform()
 
 
 class CNN(nn.Module):
-    """The tutorial's network up to its last layer: (convolution, ReLU, max-pool) for each width, then a dense layer.
+    """The Keras example's network without its head: convolution, ReLU and max-pool for each width, then a dense layer.
 
     On [b, 28, 28, 1] with the defaults: 26×26×32 → 13×13×32 → 11×11×64 → 5×5×64 → 1600 → 64.
     """

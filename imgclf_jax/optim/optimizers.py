@@ -74,7 +74,7 @@ def _matrices(params: Any) -> Any:
     """For Muon: which axes of a parameter are the rows and columns of a matrix; None if Adam updates the parameter.
 
     Kernels are matrices; those of convolutions are flattened to [kh * kw * c, f]. Adam updates the head's kernel, as
-    Muon's author advises.
+    Muon's author advises. He gives a network's first convolution to Adam too, which is Muon's here.
     """
 
     def axes(name: str, x: Any) -> Any:

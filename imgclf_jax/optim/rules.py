@@ -98,10 +98,11 @@ def _numbers(text: str, key: str) -> list[tuple[str, float]]:
 def layers(names: Sequence[str]) -> dict[str, int]:
     """The depth of each parameter's layer, from 0, given all paths in the order in which the model uses them.
 
-    As in BEiT (Bao et al. 2021, arXiv:2106.08254) and timm, a layer is a block: a numbered part of the backbone that
-    has layers inside, such as `block3` or `stage2_5`. All parts before the first block (patches, positions, stem) are
-    one layer. A part between two blocks belongs to the second. The parts after the last block belong to the top layer,
-    as the head does. In a backbone without blocks each part is a layer.
+    As in BEiT (Bao et al. 2021, arXiv:2106.08254), a layer is a block: a numbered part of the backbone that has layers
+    inside, such as `block3` or `stage2_5`. All parts before the first block (patches, positions, stem) are one layer. A
+    part between two blocks belongs to the second. The parts after the last block belong to the top layer, as the head
+    does. In a backbone without blocks each part is a layer. timm has the same layers for its ResNets and ConvNeXts; in
+    its ViTs and Mixers the last norm belongs to the last block.
     """
     parts = {name: name.split("/")[1] for name in names if name.startswith("backbone/")}
     numbered = {part for name, part in parts.items() if re.search(r"\d", part) and name.count("/") > 2}

@@ -32,7 +32,11 @@ def linear(steps: Steps, total: int, peak: float, warmup: str = "", end: float =
 def one_cycle(
     steps: Steps, total: int, peak: float, warmup: str = "30%", start: float = 0.04, end: float = 1e-4
 ) -> optax.Schedule:
-    """Cosine up from `start * peak` over `warmup`, then cosine down to `end * peak` (Smith 2018, arXiv:1708.07120)."""
+    """Cosine up from `start * peak` over `warmup`, then cosine down to `end * peak`.
+
+    The one-cycle policy of Smith and Topin 2017 (arXiv:1708.07120), whose lines are straight, in fastai's form. By
+    default PyTorch's `OneCycleLR` starts at 0.04 too, reaches its peak a step earlier, and ends at 4e-6 of it.
+    """
     up = steps(warmup)
     _check_warmup(up, total)
     rise, fall = _half_cosine(start * peak, peak, up), _half_cosine(peak, end * peak, total - up)

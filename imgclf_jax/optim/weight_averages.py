@@ -32,7 +32,8 @@ NONE = Average(lambda variables: None, lambda average, variables, step: (variabl
 def ema(decay: float) -> Average:
     """The exponential moving average: a ← d a + (1 - d) v, where d is min(decay, (1 + step) / (10 + step)).
 
-    The smaller d of the first steps, as in TensorFlow's ExponentialMovingAverage, forgets the initial weights.
+    The smaller d of the first steps, as in TensorFlow's ExponentialMovingAverage with `num_updates=step`, forgets the
+    initial weights.
     """
 
     def update(average: Any, variables: Variables, step: jax.Array) -> tuple[Variables, Any]:

@@ -297,3 +297,20 @@ def test_magnitudes_grow():
     assert (posterize[0], posterize[30]) == (8, 2)
     assert (np.diff(posterize) <= 0).all()
     assert (solarize[0], solarize[30]) == (256, 0)
+
+
+def test_tables_are_torchvisions_but_for_solarize():
+    """At 224 pixels, as torchvision 0.29's `_augmentation_space(31, …)` gives them for both policies."""
+    rand, trivial = policies.strengths(narrow(224, 224)[0], 224, 224), policies.strengths(wide(224, 224)[0], 224, 224)
+    moved = [0, 3, 6, 10, 13, 16, 20, 23, 27, 30, 33, 37, 40, 43, 47, 50, 54, 57, 60, 64, 67, 71, 74, 77, 81, 84, 87,
+             91, 94, 98, 101]  # fmt: skip
+    x = policies.OPS.index("translate_x")
+    origin = np.asarray(rand.matrix)[x, 0, :, 2] - np.asarray(rand.matrix)[x, 0, 0, 2]
+    np.testing.assert_array_equal(origin / 65536, moved)
+    bits = policies.OPS.index("posterize")
+    np.testing.assert_array_equal(rand.level[bits, 0], 8 - np.repeat(np.arange(5), (4, 8, 7, 8, 4)))
+    np.testing.assert_array_equal(trivial.level[bits, 0], 8 - np.repeat(np.arange(7), (3, 5, 5, 5, 5, 5, 3)))
+    theirs = [255, 247, 238, 230, 221, 213, 204, 196, 187, 179, 170, 162, 153, 145, 136, 128, 119, 111, 102, 94, 85, 77,
+              68, 60, 51, 43, 34, 26, 17, 9, 0]  # fmt: skip
+    more = np.asarray(rand.level)[policies.OPS.index("solarize"), 0] - theirs
+    assert (more.min(), more.max(), np.count_nonzero(more)) == (0, 1, 22)

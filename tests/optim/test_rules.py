@@ -1,6 +1,7 @@
 """Rules by parameter: which one counts, what a layer is, and what a run does with them."""
 
 import json
+import math
 import re
 
 import jax
@@ -115,6 +116,24 @@ def test_layer_decay_is_a_power_of_the_distance_from_the_top():
     np.testing.assert_allclose([out[name] for name in names], expected, rtol=1e-12)
     both = built("head/.*=10", layer_decay=0.5, names=names).lr  # they multiply
     assert (both["head/kernel"], both["backbone/block11/mlp/fc1/kernel"]) == (10.0, 0.5)
+
+
+# Arrays of parameters in each layer, from the stem up, counted with timm 1.0.31's `group_parameters`. The last norm of
+# its ViT (2 arrays) belongs to the last block; BEiT's belongs to the layer of the head.
+ARRAYS_OF_LAYERS = {
+    "resnet(18)": [3, 6, 6, 9, 6, 9, 6, 9, 6, 2],
+    "convnext('T')": [4, 9, 9, 9, 13, 9, 9, 13, *[9] * 8, 13, 9, 9, 4],
+    "vit('Ti')": [4, *[12] * 11, 14 - 2, 2 + 2],
+}
+
+
+@pytest.mark.parametrize("spec", ["resnet(18)", *thorough("convnext('T')", "vit('Ti')")])
+def test_layers_are_those_of_timm_and_beit(spec, fake_config):
+    fake_config.model, fake_config.rules.layer_decay = spec, 0.5
+    info = provenance.DataInfo(64, (64, 64, 3), ("a", "b"), "")
+    run = Recipe(fake_config, info)
+    from_top = [round(-math.log2(run.rules.lr.get(name, 1.0))) for name in run.parameters]
+    assert np.bincount(from_top)[::-1].tolist() == ARRAYS_OF_LAYERS[spec]
 
 
 class Block(nn.Module):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorflow as tf
 from tolerance import rounding
 
 import launch
@@ -62,6 +63,22 @@ def test_ema_is_its_definition(decay):
         np.testing.assert_allclose(averaged, average, rtol=0, atol=1e-5)
         np.testing.assert_allclose(state["mean"], total, rtol=0, atol=1e-5)
         assert state["count"] == t + 1  # of integers the last
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.999])
+def test_ema_is_tensorflows(decay):
+    """TensorFlow's own ExponentialMovingAverage, which counts the steps from 0 as this does: the same bits."""
+    variable, count = tf.Variable(START), tf.Variable(0)
+    theirs = tf.train.ExponentialMovingAverage(decay, num_updates=count)
+    theirs.apply([variable])
+    ours = weight_averages.ema(decay)
+    averaged = ours.init(jnp.asarray(START))
+    for t, weights in enumerate(GRADS[:20]):
+        variable.assign(weights)
+        count.assign(t)
+        theirs.apply([variable])
+        _, averaged = ours.update(averaged, jnp.asarray(weights), jnp.int32(t))
+        np.testing.assert_array_equal(averaged, theirs.average(variable))
 
 
 def test_ema_of_what_does_not_change_is_itself():
