@@ -42,6 +42,7 @@ def find(recipe: Recipe) -> None:
     images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), "uint8")
     labels = jax.ShapeDtypeStruct((config.batch_size,), "int32")
     logits = jax.ShapeDtypeStruct((config.batch_size, len(recipe.data.class_names)), "float32")
+    wanted = logits if recipe.data.target_names else labels
 
     def draw(images: jax.Array, ids: jax.Array) -> jax.Array:
         known = (jnp.uint32(0), ids, ids) if recipe.with_ids else ()
@@ -71,7 +72,7 @@ def find(recipe: Recipe) -> None:
     trace("augment", draw, images, labels)
     trace("mix", mix, images, labels)
     trace("model", lambda: recipe.model.init(rng.key(0, "init"), zeros, train=False))
-    trace("loss", lambda logits, labels: recipe.loss(logits, labels), logits, labels)
+    trace("loss", lambda logits, labels: recipe.loss(logits, labels), logits, wanted)
     trace("optimizer", init_and_update)
 
 

@@ -269,6 +269,8 @@ OF_TASK = {
     Task.REGRESSION: ("r2", "mae", "rmse"),
 }
 
+_OF_ALL = {task: ("loss",) if task is Task.REGRESSION else ("loss", "nll") for task in Task}
+
 # Every metric that results hold, and which of its values is best. For a user's own metric `checkpoint.best` says it:
 # "min:…" or "max:…".
 BEST: dict[str, Literal["min", "max"]] = {
@@ -362,7 +364,7 @@ def parse_best(text: str, classes: int = 6, task: Task | None = None, own: Colle
     assert match
     name = match[2]
     kind = name.partition("/")[2]
-    if task and kind.partition("[")[0] not in (known := ("loss", "nll", *OF_TASK[task], *filter(None, own))):
+    if task and kind.partition("[")[0] not in (known := (*_OF_ALL[task], *OF_TASK[task], *filter(None, own))):
         raise UserError(f"checkpoint.best={text!r}: a run with {_TASK_NAMES[task]} has no {kind}; it has "
                         f"{', '.join(dict.fromkeys(known))}")  # fmt: skip
     if name.endswith("/top5") and classes <= 5:

@@ -88,7 +88,7 @@ class Programs(OnMesh):
             pure = step.make_train_step(
                 Frozen(recipe.model, frozen, tuple(recipe.parameters)) if frozen else recipe.model,
                 recipe.loss, recipe.optimizer, recipe.schedule, recipe.augment(train=True), recipe.average,
-                recipe.mix, recipe.config.accumulate, self.shard_gradient,
+                recipe.mix, recipe.config.accumulate, self.shard_gradient, recipe.task,
             )  # fmt: skip
             batch = jax.eval_shape(lambda chunk: self._batch_at(chunk, 0), self.chunk_shape(1))
             here = self._in_its_form(step.several(pure, recipe.num_seeds // self.groups_of_seeds))

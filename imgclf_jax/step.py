@@ -12,7 +12,7 @@ from flax import struct
 from imgclf_jax import metrics
 from imgclf_jax.augment import mixing, tta
 from imgclf_jax.core import platform, rng, tree
-from imgclf_jax.losses import Loss, Task, link_of
+from imgclf_jax.losses import Link, Loss, Task, link_of
 from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.optim import weight_averages
 from imgclf_jax.optim.optimizers import promoting, seed_keys
@@ -80,17 +80,16 @@ def make_inputs(augment: Augment, mix: mixing.Mix | None = None) -> Callable[[ja
     """`inputs(seed u32[], step i32[], batch)`: what a step gives the model and the loss, see `make_train_step`.
 
     That is {"image": f32[b, h, w, c], "label": i32[b]}. With `mix` image i has the share `weight` f32[b] of its own
-    label, and the rest of `other` i32[b].
+    label, and the rest of `other` i32[b]. In place of labels it may be "target" f32[b, k], mixed.
     """
 
     def inputs(seed: jax.Array, step: jax.Array, batch: Batch) -> Batch:
         known = (seed, batch["id"], batch["epoch"]) if "id" in batch else ()
         images = augment(rng.key(seed, "augment", step), batch["image"], *known)  # [b, h, w, c] f32
-        labels = batch["label"]  # [b]
+        wanted = {name: batch[name] for name in ("label", "target") if name in batch}
         if mix is None:
-            return {"image": images, "label": labels}
-        images, weight = mix(rng.key(seed, "mix", step), images)
-        return {"image": images, "label": labels, "other": mixing.partner(labels), "weight": weight}
+            return {"image": images, **wanted}
+        return mixing.mixed_batch(wanted, *mix(rng.key(seed, "mix", step), images))
 
     return inputs
 
@@ -105,8 +104,12 @@ def make_train_step(
     mix: mixing.Mix | None = None,
     accumulate: int = 1,
     over_devices: Callable[[Gradient], Gradient] = lambda gradient: gradient,
+    task: Task = Task.CLASSES,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Window]]:
     """`train_step(state, batch) -> (state, window)`, where batch is {"image": uint8[b, h, w, c], "label": i32[b]}.
+
+    For another `task` than CLASSES it has "target" f32[b, k] in place of labels. `correct` is by `metrics.correct`, and
+    0 in a regression.
 
     Where `augment` wants them, the batch has `id` and `epoch` i32[b] as well. With `mix` the loss is that of mixed
     images, and `correct` counts the labels of the greater weight.
@@ -123,9 +126,6 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Window]:
         whole = inputs(state.seed, state.step, batch)
-        labels = counted = whole["label"]  # [b]
-        if mix is not None:
-            counted = mixing.main_labels(labels, whole["weight"])
 
         def loss_fn(params: Any, model_state: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Any]]:
             logits, model_state = model.apply(
@@ -136,10 +136,7 @@ def make_train_step(
                 rngs={"dropout": key},
             )
             logits = _at_least_float32(logits)  # [b / accumulate, classes]
-            if mix is None:
-                losses = loss(logits, part["label"])  # [b / accumulate]
-            else:
-                losses = mixing.mixed_loss(loss, logits, part["label"], part["other"], part["weight"])
+            losses = mixing.batch_loss(loss, logits, part)  # [b / accumulate]
             return jnp.mean(losses), (dict(model_state), logits)
 
         gradient = _accumulated(over_devices(jax.value_and_grad(loss_fn, has_aux=True)), accumulate)
@@ -154,9 +151,9 @@ def make_train_step(
         finite = jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
         window = {
             "steps": jnp.int32(1),
-            "examples": jnp.int32(labels.size),
-            "correct": jnp.sum(metrics.is_correct(logits, counted), dtype=jnp.int32),
-            "loss": mean_loss * labels.size,
+            "examples": jnp.int32(len(logits)),
+            "correct": _count_correct(logits, whole, link_of(loss), task),
+            "loss": mean_loss * len(logits),
             "grad_norm": grad_norm,
             "param_norm": param_norm,
             "learning_rate": jnp.asarray(promoting(schedule)(state.step), jnp.float32),
@@ -166,6 +163,15 @@ def make_train_step(
         return state, window
 
     return train_step
+
+
+def _count_correct(logits: jax.Array, batch: Batch, link: Link, task: Task) -> jax.Array:
+    """i32[]: how many examples are predicted right; of mixed images by their dominant label or mixed target."""
+    wanted = batch["label"] if task is Task.CLASSES else batch["target"]
+    if "weight" in batch:
+        wanted = mixing.main_labels(wanted, batch["weight"])
+    right = metrics.correct(logits, wanted, link, task)
+    return jnp.int32(0) if right is None else jnp.sum(right, dtype=jnp.int32)
 
 
 def _accumulated(gradient: Callable[..., Any], parts: int) -> Callable[..., Any]:

@@ -153,6 +153,13 @@ def batch_loss(loss: Loss, logits: jax.Array, batch: Mapping[str, jax.Array]) ->
     return loss(logits, batch["label"])
 
 
+def mixed_batch(batch: Mapping[str, jax.Array], images: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
+    """The batch with mixed `images` and what the loss wants: the mixed "target", or "label", "other" and "weight"."""
+    if "target" in batch:
+        return {**batch, "image": images, "target": mixed_targets(batch["target"], weight)}
+    return {**batch, "image": images, "other": partner(batch["label"]), "weight": weight}
+
+
 def mixed_targets(targets: jax.Array, weight: jax.Array) -> jax.Array:
     """f32[b, k]: weight * target + (1 - weight) * the other's target."""
     own = weight[:, None]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax import metrics
+from imgclf_jax import losses, metrics
 from imgclf_jax.core import processes, sharding, signals
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
@@ -21,6 +21,8 @@ from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.trained import report_host_ops
 
 log = logging.getLogger(__name__)
+
+_FIRST_TARGETS = 64  # that are looked at of a source that reads them with its images
 
 
 def evaluate(
@@ -116,7 +118,22 @@ def open_set(programs: Programs, base: dict[str, sources.Source], text: str, key
         raise UserError(f"{key}: preprocess_eval={programs.preprocess_eval!r} gives images of "
                         f"{images.shape}, training ones are {programs.recipe.data.image_shape}; add "
                         "resize(height, width), or resize_small and central_crop, to both")  # fmt: skip
+    check_targets(programs, images)
     return images
+
+
+def check_targets(programs: Programs, images: stream.Images) -> None:
+    """Raises UserError for targets that the loss of the run cannot have, see `losses.check_targets`.
+
+    Of a source that does not hold all of its targets the first ones are looked at.
+    """
+    if programs.recipe.task is losses.Task.CLASSES:
+        return
+    targets = getattr(images.source, "targets", None)
+    if targets is None:
+        first = np.arange(min(_FIRST_TARGETS, len(images)))
+        targets = images.read(first, first)["target"]
+    losses.check_targets(programs.recipe.config.loss, programs.recipe.task, targets)
 
 
 def changed(programs: Programs, trained: ConfigDict, base: dict[str, sources.Source]) -> bool:

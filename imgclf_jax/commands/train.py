@@ -16,6 +16,7 @@ from imgclf_jax.commands.train_setup import Run, set_up
 from imgclf_jax.core import processes, signals
 from imgclf_jax.core.stopping import Stopping, stopping
 from imgclf_jax.core.text import printable
+from imgclf_jax.losses import Task
 from imgclf_jax.run import writers
 from imgclf_jax.run.digests import Digests
 from imgclf_jax.run.monitor import Monitor
@@ -113,7 +114,7 @@ def train(
             checkpoints.poll()
             diagnose.check_finite(done, config, run.images, checkpoints, run.workdir.path)
             if due.log:
-                record = _means(done) | monitor.lap()
+                record = _means(done, programs.recipe.task) | monitor.lap()
                 writer.write(step, {f"train/{name}": value for name, value in record.items()})
                 log.info("step %d: train %s", step, _brief(record))
                 window = programs.zero_window()
@@ -157,7 +158,7 @@ def _recorded(run: Run) -> Results | None:
         values |= record if record["step"] == run.cadences.total else {}
     found = {name: {key.removeprefix(f"{name}/"): value for key, value in values.items() if key.startswith(f"{name}/")}
              for name in run.evals}  # fmt: skip
-    return found if all("accuracy" in own for own in found.values()) else None
+    return found if all("loss" in own for own in found.values()) else None
 
 
 def _when_compiled(
@@ -174,25 +175,29 @@ def _when_compiled(
         yield one
 
 
-def _means(window: dict[str, np.ndarray]) -> dict[str, float]:
+def _means(window: dict[str, np.ndarray], task: Task) -> dict[str, float]:
     """What is logged of a window of steps: means over its examples or steps, of all seeds together.
 
     Of several seeds also the sample standard deviation over them of loss and accuracy, as `metrics.summarize` has it.
+    Of several labels accuracy is that of all labels of an example, `exact_match`; a regression has none.
     """
     total = {name: np.sum(value).item() for name, value in window.items()}
+    of_examples = {"loss": "loss"}
+    if task is not Task.REGRESSION:
+        of_examples["exact_match" if task is Task.MULTILABEL else "accuracy"] = "correct"
     means = {
-        "loss": total["loss"] / total["examples"],
-        "accuracy": total["correct"] / total["examples"],
+        **{name: total[summed] / total["examples"] for name, summed in of_examples.items()},
         **{name: total[name] / total["steps"] for name in ("grad_norm", "param_norm", "learning_rate")},
     }
     if window["examples"].size > 1:
-        for name, summed in (("loss", "loss"), ("accuracy", "correct")):
+        for name, summed in of_examples.items():
             means[f"{name}_std"] = np.std(window[summed] / window["examples"], ddof=1).item()
     return means
 
 
 def _brief(record: dict[str, float]) -> str:
-    return format_metrics({name: record[name] for name in ("loss", "accuracy", "images_per_second", "input_wait")})
+    names = ("loss", "accuracy", "exact_match", "images_per_second", "input_wait")
+    return format_metrics({name: record[name] for name in names if name in record})
 
 
 def _report(run: Run, digests: Digests, results: Results, monitor: Monitor, began: float) -> None:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax import programs
 from imgclf_jax.commands import extension
-from imgclf_jax.commands.evaluation import open_evals
+from imgclf_jax.commands.evaluation import check_targets, open_evals
 from imgclf_jax.core import processes
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
@@ -59,6 +59,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     images = stream.Images(train_source, config.preprocess, config.seed, config.data.threads)
     compiling = programs.of_images(_pinned(config, workdir), images)
     recipe = compiling.recipe
+    check_targets(compiling, images)
     recipe.check_best()
     evals = open_evals(compiling, base)
     compiling.check_size()
@@ -91,9 +92,10 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
         if start < recipe.total:  # else the run is done, by the config that it has recorded
             processes.first("writing config.json", lambda: workdir.go_on(config, start))
     log.info("%s", sources.describe_use(base, config.data))
+    of = "targets" if recipe.data.target_names else "classes"
     log.info(
-        "%d examples of %s, %d classes, %d steps of %d on %d %s device%s%s", len(images), list(images.shape),
-        len(recipe.data.class_names), recipe.total, config.batch_size, compiling.mesh.size, compiling.platform,
+        "%d examples of %s, %d %s, %d steps of %d on %d %s device%s%s", len(images), list(images.shape),
+        len(recipe.data.class_names), of, recipe.total, config.batch_size, compiling.mesh.size, compiling.platform,
         "s" * (compiling.mesh.size > 1), f" of {processes.count()} processes" if processes.count() > 1 else "",
     )  # fmt: skip
     parts = math.gcd(recipe.num_seeds, compiling.mesh.size)

@@ -16,6 +16,7 @@ from imgclf_jax.augment.mixing import cutmix, mixup
 from imgclf_jax.config import default_config
 from imgclf_jax.core import rng, sharding
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
@@ -272,3 +273,32 @@ def test_the_config_key_reaches_the_compiled_step():
         results[mix, count] = np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(state.params))])
     assert np.abs(results["", 1] - results["mixup|cutmix", 1]).max() > 1e-4
     np.testing.assert_allclose(results["mixup|cutmix", 1], results["mixup|cutmix", 8], atol=1e-5)
+
+
+def test_targets_are_mixed_as_their_images_are():
+    """A target that is linear in the image stays so: here the mean of all pixels."""
+    key = jax.random.key(3)
+    images = jax.random.uniform(key, (6, 4, 4, 1))
+    batch = {"image": images, "target": jnp.mean(images, (1, 2, 3))[:, None]}
+    mixed = mixing.mixed_batch(batch, *mixing.build("mixup(1.0)", Task.REGRESSION)(key, images))
+    assert set(mixed) == {"image", "target"}
+    np.testing.assert_allclose(mixed["target"][:, 0], jnp.mean(mixed["image"], (1, 2, 3)), rtol=1e-5)
+    assert np.abs(np.asarray(mixed["target"] - batch["target"])).max() > 0.01
+
+
+def test_mixed_distributions_are_distributions_and_their_loss_is_linear():
+    key = jax.random.key(0)
+    targets = jax.nn.softmax(jax.random.normal(key, (8, 5)))
+    _, weight = mixing.cutmix(key, jax.random.uniform(key, (8, 6, 6, 1)))
+    mixed = mixing.mixed_targets(targets, weight)
+    np.testing.assert_allclose(jnp.sum(mixed, -1), 1, rtol=1e-6)
+    logits = jax.random.normal(jax.random.key(1), (8, 5))
+    apart = mixing.mixed_loss(losses.softmax, logits, targets, mixing.partner(targets), weight)
+    np.testing.assert_allclose(losses.softmax(logits, mixed), apart, rtol=1e-5)
+
+
+def test_a_box_of_an_image_has_no_number():
+    for text in ("cutmix", "mixup|cutmix(1.0)"):
+        with pytest.raises(UserError, match=r"cutmix has no target in a regression.*use mixup, or no mixing"):
+            mixing.build(text, Task.REGRESSION)
+    assert mixing.build("cutmix", Task.MULTILABEL)
