@@ -164,7 +164,9 @@ def test_several_seeds_report_means_and_their_ensemble(tmp_path, name):
     targets, together = outputs_of(workdir)
     model = restore(workdir.load_config(), workdir, "latest")
     images = model.programs.eval_images(sources.open_data(workdir.load_config())["test"])
-    logits = np.asarray(model.programs.logits(*model.state.evaluated, images.read(everything, everything)["image"]))
+    everything = np.arange(len(images))
+    read = images.read(everything, everything)
+    logits = np.asarray(model.programs.logits(*model.state.evaluated, read["image"]))
     each = np.asarray(losses.link_of(LOSS[name]).probabilities(logits), np.float64)
     np.testing.assert_allclose(each.mean(0), together, rtol=1e-5, atol=1e-6)
     result = json.loads(workdir.result.read_text())["test"]
