@@ -86,7 +86,7 @@ def make_inputs(augment: Augment, mix: mixing.Mix | None = None) -> Callable[[ja
     def inputs(seed: jax.Array, step: jax.Array, batch: Batch) -> Batch:
         known = (seed, batch["id"], batch["epoch"]) if "id" in batch else ()
         images = augment(rng.key(seed, "augment", step), batch["image"], *known)  # [b, h, w, c] f32
-        wanted = {name: batch[name] for name in ("label", "target") if name in batch}
+        wanted: Batch = {name: values for name, values in batch.items() if name in ("label", "target")}
         if mix is None:
             return {"image": images, **wanted}
         return mixing.mixed_batch(wanted, *mix(rng.key(seed, "mix", step), images))
