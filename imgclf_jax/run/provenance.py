@@ -27,6 +27,8 @@ _PACKAGES = ("imgclf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 
 # What may differ between processes, or does not change a result, of JAX's options.
 _OF_ONE_PROCESS = "cache|device|debug|_log_|logging|dump|traceback|profil|timeout|address|mtls|pprint"
+# What class names, losses and statistics follow from.
+_FACTS = ("data", "evals", "batch_norm_groups", "init_from", "unreadable")
 _OF_COMPILERS = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 _OPTIONS = "JAX_(?!COMPILATION_CACHE|PERSISTENT_CACHE)"  # what the environment tells JAX, but for where it caches
 
@@ -205,12 +207,23 @@ def config_digest(content: str | bytes) -> str:
     return hashlib.sha256(json.dumps(json.loads(content), sort_keys=True).encode()).hexdigest()
 
 
+def facts_digest(provenance: Mapping[str, Any]) -> str:
+    """The SHA-256 of what provenance.json says of the data and weights, which it keeps as `facts_sha256`."""
+    facts = {name: provenance.get(name) for name in _FACTS}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def find_edit(content: bytes, provenance: Any) -> str:
-    """That config.json, `content`, is not the one that the run wrote, as a sentence; "" if it is, or nothing tells."""
-    recorded = provenance.get("config_sha256") if isinstance(provenance, dict) else None
+    """That config.json, `content`, or provenance.json is not what the run wrote, as a sentence.
+
+    It is "" if both are, and for a run of a version that kept no digest of them.
+    """
+    recorded = provenance if isinstance(provenance, dict) else {}
     with contextlib.suppress(ValueError, RecursionError):  # of what is no JSON, which its reader says
-        if recorded is not None and config_digest(content) != recorded:
+        if config_digest(content) != recorded.get("config_sha256", config_digest(content)):
             return "config.json has been changed since the run wrote it"
+        if facts_digest(recorded) != recorded.get("facts_sha256", facts_digest(recorded)):
+            return "provenance.json has been changed since the run wrote it"
     return ""
 
 

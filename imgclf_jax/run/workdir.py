@@ -21,6 +21,7 @@ from imgclf_jax.run.provenance import (
     DataInfo,
     collect,
     config_digest,
+    facts_digest,
     find_edit,
     load_data_info,
     load_evals,
@@ -238,14 +239,14 @@ class Workdir:
                 raise UserError(f"the weights in {init_from['path']} have changed since the run in {self.path} began; "
                                 "restore them, or pass another --workdir")  # fmt: skip
         else:
-            write_json(
-                self.provenance,
+            whole = (
                 collect(data)
                 | {"config_sha256": config_digest(configs.to_json(config)), "evals": dict(evals)}
                 | ({"batch_norm_groups": groups} if groups else {})
                 | ({"init_from": init_from} if init_from else {})
-                | ({"unreadable": {"count": len(left_out), "files": list(left_out)}} if left_out else {}),
+                | ({"unreadable": {"count": len(left_out), "files": list(left_out)}} if left_out else {})
             )
+            write_json(self.provenance, whole | {"facts_sha256": facts_digest(whole)})
         if not self.config.is_file():
             write_atomically(self.config, configs.to_json(config))
 

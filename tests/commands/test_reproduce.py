@@ -289,6 +289,21 @@ def test_a_config_that_was_changed_by_hand(reproduce, copy, tmp_path, capsys):
     assert (status, found["verdict"]) == (1, "contradictory")
 
 
+@pytest.mark.parametrize("change", [lambda p: p["data"]["class_names"].reverse(), lambda p: p["evals"].update(test="")])
+def test_a_provenance_that_was_changed_by_hand(reproduce, copy, tmp_path, capsys, change):
+    """Two class names changed places: `predict` called each image by the other's, with status 0 and no word."""
+    edit(copy / "provenance.json", change)
+    Image.fromarray(np.zeros((6, 6), np.uint8)).save(tmp_path / "a.png")
+    workdir._warn_once.cache_clear()
+    capsys.readouterr()
+    launch.main(["predict", str(tmp_path / "a.png"), f"--workdir={copy}"])
+    assert "provenance.json has been changed since the run wrote it" in capsys.readouterr().err
+    assert launch.main(["compare", str(copy.parent)]) == 1
+    assert "provenance.json has been changed" in capsys.readouterr().err
+    status, found = reproduce(copy, "--steps=1")
+    assert (status, found["verdict"]) == (1, "contradictory")
+
+
 def test_what_was_recorded_and_is_not_found_again(reproduce, copy):
     """A metric of a step at which a run of this config logs none."""
     append(copy / "metrics.jsonl", '{"step": 3, "test/accuracy": 0.99}\n')
