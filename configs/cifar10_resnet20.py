@@ -6,8 +6,8 @@ Stochastic gradients with momentum 0.9 and weight decay 1e-4, batches of 128, a 
 48,000 of 64,000 steps; crops from images padded by 4, and flips.
 
 What differs, by `docs/recipes.md`: means and deviations are ImageNet's, as for the public PyTorch weights of these
-networks, and not the mean of each pixel; all 50,000 training images are trained on. The weights of
-akamaster/pytorch_resnet_cifar10 (stated accuracy 91.73 %) are evaluated by
+networks, and not the mean of each pixel; batch norm sees 128 images at a time, where each of two GPUs saw 64. The
+weights of akamaster/pytorch_resnet_cifar10 (stated accuracy 91.73 %) are evaluated by
 
     uv run launch.py evaluate --config configs/cifar10_resnet20.py --config.init_from=resnet20-12fca82f.th
 
