@@ -62,7 +62,7 @@ def find(recipe: Recipe) -> None:
         except UserError:
             raise
         except Exception as e:
-            if any(":" in call.name for call in spec.parse(config[key])):
+            if spec.names_code(config[key]):
                 raise  # the user's own code: the traceback shows where
             where = f" on images {list(image_shape)}" if key in ("augment", "mix", "model") else ""
             raise UserError(f"{key}={config[key]!r} fails{where}: {reason(e)}") from e

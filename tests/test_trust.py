@@ -53,6 +53,16 @@ def test_a_run_that_names_code(mistake, trained, tmp_path, command, key):
     assert not (tmp_path / "harm").exists()
 
 
+@pytest.mark.parametrize("model", ["mlp(activation=CALL)", "resnet(block='bottleneck(norm=\\'os:system\\')')"])
+def test_a_run_that_names_code_inside_of_its_model(mistake, trained, tmp_path, model):
+    """A block, a normalization or an activation, however deep."""
+    call = repr(f"os:system('touch {tmp_path}/harm')")
+    run = changed(trained, tmp_path / "run", {"model": model.replace("CALL", call)})
+    sentence = mistake("evaluate", f"--workdir={run}", log=r"^\d\d:\d\d:\d\d")
+    assert has(sentence, f"the run in {run} names", "'os:system'", "import the module 'os'", "add --trust")
+    assert not (tmp_path / "harm").exists()
+
+
 def test_a_run_that_names_a_program_of_tfds(mistake, trained, tmp_path):
     """Those of a namespace are fetched from other people's repositories."""
     shutil.copytree(trained, tmp_path / "run")
@@ -170,12 +180,15 @@ def test_a_bundle_of_too_many_lines(mistake, trained, tmp_path):
     assert has(sentence, "lines in metrics.jsonl of", "and at most 1,000,000", "add --trust")
 
 
-def test_trusted(trained, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("model", ["my_trusted_nets:Net(widths=(512,))",
+                                   "mlp(widths=(512,), activation='my_trusted_nets:relu')"])  # fmt: skip
+def test_trusted(trained, tmp_path, monkeypatch, capsys, model):
     """With --trust it is imported, from the folder of the config or the current one."""
     shutil.copytree(trained, tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    (tmp_path / "my_trusted_nets.py").write_text("from imgclf_jax.models.backbones import MLP as Net\n")
-    config["model"] = "my_trusted_nets:Net(widths=(512,))"
+    code = "from jax.nn import relu\n\nfrom imgclf_jax.models.backbones import MLP as Net\n"
+    (tmp_path / "my_trusted_nets.py").write_text(code)
+    config["model"] = model
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     monkeypatch.chdir(tmp_path)
     assert launch.main(["evaluate", f"--workdir={tmp_path}/run", "--trust"]) == 0

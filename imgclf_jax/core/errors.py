@@ -18,7 +18,7 @@ class Untrusted(UserError):
 def unknown(kind: str, name: str, allowed: Iterable[str]) -> str:
     """A sentence for a name that is not among `allowed`, the nearest ones first."""
     allowed = sorted(allowed)
-    near = difflib.get_close_matches(name, allowed, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), allowed, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
     return f"unknown {kind} {name!r}: {hint}allowed: {', '.join(allowed)}"
 

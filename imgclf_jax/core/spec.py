@@ -14,7 +14,7 @@ import io
 import itertools
 import re
 import tokenize
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,12 +185,14 @@ def lookup(call: Call, table: Table, kind: str) -> Callable[..., Any]:
     return getattr(module, attribute)
 
 
-def bind(call: Call, table: Table, kind: str, given: tuple[str, ...] = ()) -> Any:
+def bind(
+    call: Call, table: Table, kind: str, given: tuple[str, ...] = (), by_name: Collection[str] = ()
+) -> functools.partial[Any]:
     """Looks up `call` and binds its arguments: `functools.partial(function, *args, **kwargs)`.
 
     `given` says what the caller passes first at each call, such as `key` and `images`. So many leading parameters of
-    the function, whatever their names, are no arguments of the spec. Raises UserError where the arguments do not fit
-    the signature.
+    the function, whatever their names, are no arguments of the spec. Parameters in `by_name` are passed by the caller
+    unless the spec sets them, which it does by name. Raises UserError where the arguments do not fit the signature.
     """
     function = lookup(call, table, kind)
     found = parameters(function, call, kind)
@@ -203,6 +205,8 @@ def bind(call: Call, table: Table, kind: str, given: tuple[str, ...] = ()) -> An
     leading = named[: len(given)]
     linen = ("parent", "name") if "parent" in found else ()  # fields that flax adds to every module
     own = [p for name, p in found.items() if name not in leading and name not in linen]
+    own = [p.replace(kind=p.KEYWORD_ONLY, default=None) if p.name in by_name else p for p in own]
+    own.sort(key=lambda p: p.kind)
     for key in call.kwargs:
         if key not in {p.name for p in own} and not any(p.kind is p.VAR_KEYWORD for p in own):
             raise UserError(f"in {kind} {str(call)!r}: " + unknown("argument", key, [p.name for p in own]))
@@ -210,8 +214,9 @@ def bind(call: Call, table: Table, kind: str, given: tuple[str, ...] = ()) -> An
         inspect.signature(function).replace(parameters=own).bind(*call.args, **call.kwargs)
     except TypeError as e:
         raise UserError(f"in {kind} {str(call)!r}: {e}; its arguments: {', '.join(p.name for p in own)}") from e
-    by_name = dict(zip((p.name for p in own), call.args, strict=False)) if leading else {}
-    return functools.partial(function, *(() if leading else call.args), **by_name, **call.kwargs)
+    if leading or by_name:
+        return functools.partial(function, **dict(zip((p.name for p in own), call.args, strict=False)), **call.kwargs)
+    return functools.partial(function, *call.args, **call.kwargs)
 
 
 def parameters(function: Callable[..., Any], call: Call, kind: str) -> Mapping[str, inspect.Parameter]:
@@ -220,6 +225,14 @@ def parameters(function: Callable[..., Any], call: Call, kind: str) -> Mapping[s
         return inspect.signature(function).parameters
     except ValueError as e:  # some builtins have none
         raise UserError(f"in {kind} {str(call)!r}: the arguments of {call.name} are not known: {e}") from e
+
+
+def names_code(text: str) -> bool:
+    """Whether a spec, or one that is an argument of it, names code by an import path."""
+    calls = parse(text)
+    values = [value for call in calls for value in (*call.args, *call.kwargs.values()) if isinstance(value, str)]
+    nested = [value for value in values if _CALL.fullmatch(value) and ":" in value]
+    return any(":" in call.name for call in calls) or any(map(names_code, nested))
 
 
 def occurrences(calls: Sequence[Call]) -> list[int]:

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.models import parts
 from imgclf_jax.models.convnext import ConvNeXt
 from imgclf_jax.models.resnet import ResNet, ResNetCIFAR, WideResNet
 from imgclf_jax.models.vit import Mixer, ViT, sincos_positions
@@ -86,9 +87,11 @@ _LEAVES_TORCHVISION = {
 def naming(backbone: nn.Module, names: str = "") -> str:
     """Whose names a backbone's weights get: `names` itself, or its usual ones if that is empty.
 
-    "own" are ours, joined by dots. Raises UserError for names that the backbone's weights cannot have.
+    "own" are ours, joined by dots; a backbone whose block, norm or activation was swapped has no others. Raises
+    UserError for names that the backbone's weights cannot have.
     """
-    known = ["own"] if type(backbone) not in _TABLES else [*_TABLES[type(backbone)], "own"]
+    table = {} if parts.are_swapped(backbone) else _TABLES.get(type(backbone), {})
+    known = [*table, "own"]
     if names and names not in known:
         raise UserError(unknown(f"names of a {type(backbone).__name__}", names, known))
     return names or known[0]

@@ -1,14 +1,17 @@
 """The network of airbench94, the CIFAR-10 speed record of its time: Jordan 2024 (arXiv:2404.00498)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from imgclf_jax.models import parts
 from imgclf_jax.models.layers import Conv, gelu, max_pool
 from imgclf_jax.models.norms import BatchNorm
 
+_IN_GROUP = {"norm": parts.NORM, "activation": parts.ACTIVATION}
 _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default
 
 
@@ -24,15 +27,24 @@ class ConvGroup(nn.Module):
 
     features: int
     dtype: Any = jnp.float32
+    norm: Any = BatchNorm
+    activation: Callable[[jax.Array], jax.Array] = gelu
+    swappable = _IN_GROUP
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         settings: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "kernel_init": _dirac}
-        norm: dict[str, Any] = {"momentum": 0.6, "epsilon": 1e-12, "use_scale": False, "dtype": self.dtype}
+        norm = parts.norms(self.norm, dtype=self.dtype)
         x = max_pool(Conv(self.features, 3, **settings, name="conv1")(x), 2, 2)
-        x = gelu(BatchNorm(**norm, name="norm1")(x, train))
+        x = self.activation(norm("norm1")(x, train))
         x = Conv(self.features, 3, **settings, name="conv2")(x)
-        return gelu(BatchNorm(**norm, name="norm2")(x, train))
+        return self.activation(norm("norm2")(x, train))
+
+
+_IN_AIRBENCH = {
+    "block": parts.Part({"conv_group": ConvGroup}, ("features", "norm", "activation", "dtype"), ("features",)),
+    **_IN_GROUP,
+}
 
 
 class AirBench(nn.Module):
@@ -44,14 +56,20 @@ class AirBench(nn.Module):
     widths: tuple[int, ...] = (64, 256, 256)
     scale: float = 1 / 9
     dtype: Any = jnp.float32
+    block: Any = ConvGroup
+    norm: Any = BatchNorm
+    activation: Callable[[jax.Array], jax.Array] = gelu
+    swappable = _IN_AIRBENCH
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         settings: dict[str, Any] = {"dtype": self.dtype, "kernel_init": _uniform}
+        norm = parts.norms(self.norm, momentum=0.6, epsilon=1e-12, use_scale=False, dtype=self.dtype)
         whiten = Conv(8 * x.shape[-1], 2, padding="VALID", **settings, name="whiten")
-        x = gelu(whiten(x))
+        x = self.activation(whiten(x))
+        given: dict[str, Any] = {"norm": norm, "activation": self.activation, "dtype": self.dtype}
         for i, width in enumerate(self.widths):
-            x = ConvGroup(width, self.dtype, name=f"group{i + 1}")(x, train)
+            x = parts.make(self.block, f"group{i + 1}", features=width, **given)(x, train)
         x = max_pool(x, 3, 3)
         return x.reshape(x.shape[0], -1) * jnp.asarray(self.scale, self.dtype)
 

@@ -1,5 +1,6 @@
 """The small backbones, and the table of all: each maps images [b, h, w, c] to features [b, d]."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -10,10 +11,12 @@ from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.models.airbench import AirBench
 from imgclf_jax.models.convnext import ConvNeXt
 from imgclf_jax.models.layers import ConvPool, Dense, FlatDense
+from imgclf_jax.models.parts import ACTIVATION
 from imgclf_jax.models.recurrent import GRUCell, LSTMCell
 from imgclf_jax.models.resnet import ResNet, ResNetCIFAR, WideResNet
 from imgclf_jax.models.vit import Mixer, ViT
 
+_ACTIVATION = {"activation": ACTIVATION}
 _dense_init = nn.initializers.glorot_uniform()
 
 
@@ -42,17 +45,19 @@ class CNN(nn.Module):
 
 
 class MLP(nn.Module):
-    """Dense layers with ReLU and dropout over the flattened image."""
+    """Dense layers, each with its activation (ReLU) and dropout, over the flattened image."""
 
     widths: tuple[int, ...] = (512, 512)
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    swappable = _ACTIVATION
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         x = x.reshape(x.shape[0], -1)  # [b, h * w * c]
         for i, width in enumerate(self.widths):
-            x = nn.relu(Dense(width, dtype=self.dtype, kernel_init=_dense_init, name=f"dense{i}")(x))
+            x = self.activation(Dense(width, dtype=self.dtype, kernel_init=_dense_init, name=f"dense{i}")(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return x
 

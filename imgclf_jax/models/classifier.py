@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.models import parts
 from imgclf_jax.models.backbones import BACKBONES
 
 # Of a model of unknown origin. ResNet-1202 calls 3,000 modules; 4,000 are traced in some ten seconds.
@@ -59,7 +60,7 @@ def build(text: str, num_classes: int, precision: str) -> Classifier:
         raise UserError(f"model={text!r}: head_init={head_init!r} is not a text, such as 'zeros' or 'normal(0.01)'")
     make_init = spec.bind(spec.parse_one(head_init), HEAD_INITS, "head_init")
     own = {name: value for name, value in call.kwargs.items() if name != "head_init"}
-    make = spec.bind(spec.Call(call.name, call.args, own), BACKBONES, "model")
+    make = parts.bind(spec.Call(call.name, call.args, own), parts.Part(BACKBONES), "model")
     if call.name in BACKBONES:
         _check_sizes(text, make)
     settings: dict[str, Any] = {}

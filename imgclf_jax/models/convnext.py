@@ -1,5 +1,6 @@
 """ConvNeXt: Liu et al. 2022 (arXiv:2201.03545)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.models import parts
 from imgclf_jax.models.layers import Conv, Dense, drop_path, gelu, mean_pool, spread
 from imgclf_jax.models.norms import LayerNorm
 from imgclf_jax.models.remat import remat
@@ -16,6 +18,7 @@ _VARIANTS = {
     "S": ((3, 3, 27, 3), (96, 192, 384, 768)),
     "B": ((3, 3, 27, 3), (128, 256, 512, 1024)),
 }
+_IN_BLOCK = {"norm": parts.NORM, "activation": parts.ACTIVATION}
 _init = nn.initializers.truncated_normal(0.02)
 
 
@@ -25,17 +28,26 @@ class ConvNeXtBlock(nn.Module):
     drop_path: float = 0.0
     layer_scale: float = 1e-6
     dtype: Any = jnp.float32
+    norm: Any = LayerNorm
+    activation: Callable[[jax.Array], jax.Array] = gelu
+    swappable = _IN_BLOCK
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         d = x.shape[-1]
         settings: dict[str, Any] = {"dtype": self.dtype, "kernel_init": _init}
         y = Conv(d, 7, padding=3, feature_group_count=d, **settings, name="dwconv")(x)
-        y = LayerNorm(dtype=self.dtype, name="norm")(y)
-        y = gelu(Dense(4 * d, **settings, name="pwconv1")(y))
+        y = parts.norms(self.norm, dtype=self.dtype)("norm")(y, train)
+        y = self.activation(Dense(4 * d, **settings, name="pwconv1")(y))
         y = Dense(d, **settings, name="pwconv2")(y)
         gamma = self.param("gamma", nn.initializers.constant(self.layer_scale), (d,))
         return x + drop_path(self, y * spread(gamma, y), self.drop_path, train)
+
+
+_IN_CONVNEXT = {
+    "block": parts.Part({"convnext_block": ConvNeXtBlock}, ("norm", "activation", "dtype", "drop_path", "layer_scale")),
+    **_IN_BLOCK,
+}
 
 
 class ConvNeXt(nn.Module):
@@ -49,6 +61,10 @@ class ConvNeXt(nn.Module):
     layer_scale: float = 1e-6
     remat: str = ""
     dtype: Any = jnp.float32
+    block: Any = ConvNeXtBlock
+    norm: Any = LayerNorm
+    activation: Callable[[jax.Array], jax.Array] = gelu
+    swappable = _IN_CONVNEXT
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -57,14 +73,20 @@ class ConvNeXt(nn.Module):
         depths, dims = _VARIANTS[self.variant]
         settings: dict[str, Any] = {"dtype": self.dtype, "kernel_init": _init}
         rates = iter(self.drop_path * i / (sum(depths) - 1) for i in range(sum(depths)))
-        block = remat(ConvNeXtBlock, self.remat)
+        block, norm = remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)
+        given: dict[str, Any] = {
+            "norm": norm,
+            "activation": self.activation,
+            "dtype": self.dtype,
+            "layer_scale": self.layer_scale,
+        }
         for i, (depth, d) in enumerate(zip(depths, dims, strict=True)):
             if i:
-                x = LayerNorm(dtype=self.dtype, name=f"downsample{i}_norm")(x)
+                x = norm(f"downsample{i}_norm")(x, train)
             size = 2 if i else 4
             x = Conv(d, size, size, "VALID", **settings, name=f"downsample{i}_conv" if i else "stem_conv")(x)
             if not i:
-                x = LayerNorm(dtype=self.dtype, name="stem_norm")(x)  # [b, h/4, w/4, d]
+                x = norm("stem_norm")(x, train)  # [b, h/4, w/4, d]
             for j in range(depth):
-                x = block(next(rates), self.layer_scale, self.dtype, name=f"stage{i}_{j}")(x, train)
-        return LayerNorm(dtype=self.dtype, name="norm")(mean_pool(x))
+                x = parts.make(block, f"stage{i}_{j}", drop_path=next(rates), **given)(x, train)
+        return norm("norm")(mean_pool(x), train)

@@ -92,14 +92,43 @@ class LayerNorm(nn.Module):
 
     epsilon: float = 1e-6
     dtype: Any = jnp.float32
+    scale_init: Callable[..., Any] = nn.initializers.ones
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        scale = self.param("scale", self.scale_init, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         x = widen(x)
         normalize = functools.partial(_layer_norm, self.epsilon)
         return _features_first(normalize, x, scale.astype(x.dtype), bias.astype(x.dtype))[0].astype(self.dtype)
+
+
+class GroupNorm(nn.Module):
+    """`nn.GroupNorm` over all axes but the first (Wu and He 2018, arXiv:1803.08494): the same parameters and results.
+
+    Each example is normalized over its pixels or tokens and over c / num_groups neighbouring channels.
+    """
+
+    num_groups: int = 32
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+    scale_init: Callable[..., Any] = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = x.shape[-1]
+        if self.num_groups < 1 or c % self.num_groups:
+            raise UserError(f"group_norm(num_groups={self.num_groups}): a layer's {c} channels do not divide into "
+                            "so many groups; choose a number that divides every layer's channels")  # fmt: skip
+        scale = self.param("scale", self.scale_init, (c,))
+        bias = self.param("bias", nn.initializers.zeros, (c,))
+        x = widen(x)
+        grouped = x.reshape(*x.shape[:-1], self.num_groups, -1)  # [b, …, groups, c / groups]
+        axes = (*range(1, grouped.ndim - 2), grouped.ndim - 1)
+        mean = jnp.mean(grouped, axes, keepdims=True)
+        var = jnp.maximum(jnp.mean(lax.square(grouped), axes, keepdims=True) - lax.square(mean), 0)
+        normal = ((grouped - mean) * lax.rsqrt(var + self.epsilon)).reshape(x.shape)
+        return (normal * scale.astype(x.dtype) + bias.astype(x.dtype)).astype(self.dtype)
 
 
 def _features_first(normalize: Callable[..., Any], x: jax.Array, *args: jax.Array) -> Any:

@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.models import parts
 from imgclf_jax.models.layers import Conv, max_pool, mean_pool
 from imgclf_jax.models.norms import BatchNorm
 from imgclf_jax.models.remat import remat
+
+_IN_BLOCK = {"norm": parts.NORM, "activation": parts.ACTIVATION}
 
 _STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -23,18 +26,24 @@ def _conv(features: int, kernel: int, strides: int, dtype: Any, name: str) -> Co
     return Conv(features, kernel, strides, pad, use_bias=False, dtype=dtype, kernel_init=init, name=name)
 
 
-def _norm(momentum: float, dtype: Any, name: str, scale: float = 1.0) -> BatchNorm:
-    return BatchNorm(momentum, dtype=dtype, scale_init=nn.initializers.constant(scale), name=name)
-
-
 def _stages(
     block: Callable[..., nn.Module], features: int, depths: Sequence[int], x: jax.Array, train: bool
 ) -> jax.Array:
     """Stage i has `depths[i]` blocks of features * 2**i; all but the first begin with a stride of 2."""
     for i, blocks in enumerate(depths):
         for j in range(blocks):
-            x = block(features * 2**i, 2 if i and not j else 1, name=f"layer{i + 1}_{j}")(x, train)
+            x = block(features=features * 2**i, strides=2 if i and not j else 1, name=f"layer{i + 1}_{j}")(x, train)
     return x
+
+
+def _blocks_per_stage(model: str, depth: Any, beside: int, usual: str) -> int:
+    """n of a network of depth 6n + `beside`. Raises UserError if there is none."""
+    n, rest = divmod(depth - beside, 6) if isinstance(depth, int) else (0, 0)
+    if n < 1 or rest:
+        near = "" if n < 1 else f"; the nearest are {6 * n + beside} and {6 * n + 6 + beside}"
+        raise UserError(f"{model}(depth={depth!r}): the depth must be 6n + {beside} with n of 1 or more, "
+                        f"such as {usual}{near}")  # fmt: skip
+    return n
 
 
 class BasicBlock(nn.Module):
@@ -44,13 +53,17 @@ class BasicBlock(nn.Module):
     strides: int = 1
     shortcut: str = "conv"
     last_scale: float = 0.0
-    momentum: float = 0.9
+    norm: Any = BatchNorm
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
     dtype: Any = jnp.float32
+    swappable = _IN_BLOCK
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv, norm = partial(_conv, dtype=self.dtype), partial(_norm, self.momentum, self.dtype)
-        y = nn.relu(norm("bn1")(conv(self.features, 3, self.strides, name="conv1")(x), train))
+        if self.shortcut not in ("conv", "pad"):
+            raise UserError(f"shortcut={self.shortcut!r} of a basic_block: allowed are 'conv' and 'pad'")
+        conv, norm = partial(_conv, dtype=self.dtype), parts.norms(self.norm, dtype=self.dtype)
+        y = self.activation(norm("bn1")(conv(self.features, 3, self.strides, name="conv1")(x), train))
         y = norm("bn2", self.last_scale)(conv(self.features, 3, 1, name="conv2")(y), train)
         if self.shortcut == "pad":
             new = self.features - x.shape[-1]
@@ -58,7 +71,7 @@ class BasicBlock(nn.Module):
             x = jnp.pad(x[:, :: self.strides, :: self.strides], widths)
         elif x.shape != y.shape:
             x = norm("downsample_bn")(conv(self.features, 1, self.strides, name="downsample_conv")(x), train)
-        return nn.relu(x + y)
+        return self.activation(x + y)
 
 
 class Bottleneck(nn.Module):
@@ -67,19 +80,31 @@ class Bottleneck(nn.Module):
     features: int
     strides: int = 1
     last_scale: float = 0.0
-    momentum: float = 0.9
+    norm: Any = BatchNorm
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
     dtype: Any = jnp.float32
+    swappable = _IN_BLOCK
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv, norm = partial(_conv, dtype=self.dtype), partial(_norm, self.momentum, self.dtype)
-        y = nn.relu(norm("bn1")(conv(self.features, 1, 1, name="conv1")(x), train))
-        y = nn.relu(norm("bn2")(conv(self.features, 3, self.strides, name="conv2")(y), train))
+        conv, norm = partial(_conv, dtype=self.dtype), parts.norms(self.norm, dtype=self.dtype)
+        y = self.activation(norm("bn1")(conv(self.features, 1, 1, name="conv1")(x), train))
+        y = self.activation(norm("bn2")(conv(self.features, 3, self.strides, name="conv2")(y), train))
         y = norm("bn3", self.last_scale)(conv(4 * self.features, 1, 1, name="conv3")(y), train)
         if x.shape != y.shape:
             shortcut = conv(4 * self.features, 1, self.strides, name="downsample_conv")
             x = norm("downsample_bn")(shortcut(x), train)
-        return nn.relu(x + y)
+        return self.activation(x + y)
+
+
+_IN_RESNET = {
+    "block": parts.Part(
+        {"basic_block": BasicBlock, "bottleneck": Bottleneck},
+        given=("features", "strides", "norm", "activation", "dtype", "last_scale", "shortcut"),
+        required=("features", "strides"),
+    ),
+    **_IN_BLOCK,
+}
 
 
 class ResNet(nn.Module):
@@ -94,17 +119,23 @@ class ResNet(nn.Module):
     momentum: float = 0.9
     remat: str = ""
     dtype: Any = jnp.float32
+    block: Any = None  # by the depth: BasicBlock below 50, else Bottleneck
+    norm: Any = BatchNorm
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    swappable = _IN_RESNET
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        if self.depth not in _STAGES:
-            raise UserError(unknown("resnet depth", str(self.depth), map(str, _STAGES)))
-        block = remat(BasicBlock if self.depth < 50 else Bottleneck, self.remat)
+        if self.depth not in list(_STAGES):
+            raise UserError(f"resnet(depth={self.depth!r}): the depth must be one of {', '.join(map(str, _STAGES))}")
+        norm = parts.norms(self.norm, momentum=self.momentum, dtype=self.dtype)
         x = _conv(64, 7, 2, self.dtype, "conv1")(x)  # h/2, w/2, 64 channels
-        x = max_pool(nn.relu(_norm(self.momentum, self.dtype, "bn1")(x, train)), 3, 2, 1)  # h/4, w/4
-        scale = float(not self.zero_init)
-        settings: dict[str, Any] = {"last_scale": scale, "momentum": self.momentum, "dtype": self.dtype}
-        return mean_pool(_stages(partial(block, **settings), 64, _STAGES[self.depth], x, train))
+        x = max_pool(self.activation(norm("bn1")(x, train)), 3, 2, 1)  # h/4, w/4
+        block = partial(
+            parts.make, remat(self.block or (BasicBlock if self.depth < 50 else Bottleneck), self.remat),
+            norm=norm, activation=self.activation, dtype=self.dtype, last_scale=float(not self.zero_init),
+        )  # fmt: skip
+        return mean_pool(_stages(block, 64, _STAGES[self.depth], x, train))
 
 
 class ResNetCIFAR(nn.Module):
@@ -117,15 +148,21 @@ class ResNetCIFAR(nn.Module):
     depth: int = 20
     momentum: float = 0.9
     dtype: Any = jnp.float32
+    block: Any = BasicBlock
+    norm: Any = BatchNorm
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    swappable = _IN_RESNET
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        if self.depth < 8 or (self.depth - 2) % 6:
-            raise UserError(f"resnet_cifar(depth={self.depth}): allowed are 6n + 2, such as 20, 32, 44, 56, 110")
-        x = _conv(16, 3, 1, self.dtype, "conv1")(x)
-        x = nn.relu(_norm(self.momentum, self.dtype, "bn1")(x, train))
-        block = partial(BasicBlock, shortcut="pad", last_scale=1.0, momentum=self.momentum, dtype=self.dtype)
-        return mean_pool(_stages(block, 16, [(self.depth - 2) // 6] * 3, x, train))
+        n = _blocks_per_stage("resnet_cifar", self.depth, 2, "20, 32, 44, 56 and 110")
+        norm = parts.norms(self.norm, momentum=self.momentum, dtype=self.dtype)
+        x = self.activation(norm("bn1")(_conv(16, 3, 1, self.dtype, "conv1")(x), train))
+        block = partial(
+            parts.make, self.block, norm=norm, activation=self.activation, dtype=self.dtype, shortcut="pad",
+            last_scale=1.0,
+        )  # fmt: skip
+        return mean_pool(_stages(block, 16, [n] * 3, x, train))
 
 
 class WideBlock(nn.Module):
@@ -134,18 +171,30 @@ class WideBlock(nn.Module):
     features: int
     strides: int = 1
     dropout: float = 0.0
-    momentum: float = 0.9
+    norm: Any = BatchNorm
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
     dtype: Any = jnp.float32
+    swappable = _IN_BLOCK
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv, norm = partial(_conv, dtype=self.dtype), partial(_norm, self.momentum, self.dtype)
-        y = nn.relu(norm("bn1")(x, train))
+        conv, norm = partial(_conv, dtype=self.dtype), parts.norms(self.norm, dtype=self.dtype)
+        y = self.activation(norm("bn1")(x, train))
         if x.shape[-1] != self.features:
             x = conv(self.features, 1, self.strides, name="shortcut")(y)
-        y = nn.relu(norm("bn2")(conv(self.features, 3, self.strides, name="conv1")(y), train))
+        y = self.activation(norm("bn2")(conv(self.features, 3, self.strides, name="conv1")(y), train))
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
         return x + conv(self.features, 3, 1, name="conv2")(y)
+
+
+_IN_WIDE_RESNET = {
+    "block": parts.Part(
+        {"wide_block": WideBlock},
+        given=("features", "strides", "norm", "activation", "dtype", "dropout"),
+        required=("features", "strides"),
+    ),
+    **_IN_BLOCK,
+}
 
 
 class WideResNet(nn.Module):
@@ -156,12 +205,18 @@ class WideResNet(nn.Module):
     dropout: float = 0.0
     momentum: float = 0.9
     dtype: Any = jnp.float32
+    block: Any = WideBlock
+    norm: Any = BatchNorm
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    swappable = _IN_WIDE_RESNET
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        if self.depth < 10 or (self.depth - 4) % 6:
-            raise UserError(f"wide_resnet(depth={self.depth}): allowed are 6n + 4, such as 16, 22, 28, 40")
+        n = _blocks_per_stage("wide_resnet", self.depth, 4, "16, 22, 28 and 40")
+        norm = parts.norms(self.norm, momentum=self.momentum, dtype=self.dtype)
         x = _conv(16, 3, 1, self.dtype, "conv1")(x)
-        block = partial(WideBlock, dropout=self.dropout, momentum=self.momentum, dtype=self.dtype)
-        x = _stages(block, 16 * self.width, [(self.depth - 4) // 6] * 3, x, train)
-        return mean_pool(nn.relu(_norm(self.momentum, self.dtype, "bn1")(x, train)))
+        block = partial(
+            parts.make, self.block, norm=norm, activation=self.activation, dtype=self.dtype, dropout=self.dropout
+        )
+        x = _stages(block, 16 * self.width, [n] * 3, x, train)
+        return mean_pool(self.activation(norm("bn1")(x, train)))

@@ -1,5 +1,7 @@
 """Models over patches: the Vision Transformer and the MLP-Mixer."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,6 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.models import parts
 from imgclf_jax.models.attention import attention
 from imgclf_jax.models.layers import Conv, Dense, drop_path, gelu, mean_pool, spread
 from imgclf_jax.models.norms import LayerNorm
@@ -15,6 +18,7 @@ from imgclf_jax.models.remat import remat
 
 _VIT = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # width, layers, heads
 _MIXER = {"S": (512, 8, 256, 2048), "B": (768, 12, 384, 3072)}  # width, layers, hidden over tokens, over channels
+_ACTIVATION = {"activation": parts.ACTIVATION}
 _init = nn.initializers.truncated_normal(0.02)
 
 
@@ -63,13 +67,24 @@ class MLPBlock(nn.Module):
     hidden: int
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    activation: Callable[[jax.Array], jax.Array] = gelu
+    swappable = _ACTIVATION
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         init = nn.initializers.xavier_uniform()
-        y = gelu(Dense(self.hidden, self.dtype, init, name="fc1")(x))
+        y = self.activation(Dense(self.hidden, self.dtype, init, name="fc1")(x))
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
         return Dense(x.shape[-1], self.dtype, init, name="fc2")(y)
+
+
+_MLP = parts.Part({"mlp_block": MLPBlock}, ("hidden", "dropout", "activation", "dtype"))
+_IN_ENCODER = {
+    "attention": parts.Part({"attention": Attention}, ("heads", "dropout", "activation", "dtype")),
+    "mlp": _MLP,
+    "norm": parts.NORM,
+    **_ACTIVATION,
+}
 
 
 class EncoderBlock(nn.Module):
@@ -79,16 +94,33 @@ class EncoderBlock(nn.Module):
     dropout: float = 0.0
     drop_path: float = 0.0
     dtype: Any = jnp.float32
+    attention: Any = Attention
+    mlp: Any = MLPBlock
+    norm: Any = LayerNorm
+    activation: Callable[[jax.Array], jax.Array] = gelu
+    swappable = _IN_ENCODER
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        y = Attention(self.heads, self.dtype, name="attn")(LayerNorm(dtype=self.dtype, name="norm1")(x))
+        norm = parts.norms(self.norm, dtype=self.dtype)
+        given: dict[str, Any] = {"dropout": self.dropout, "dtype": self.dtype, "activation": self.activation}
+        attention = parts.make(self.attention, "attn", heads=self.heads, **given)
+        y = parts.call(attention, norm("norm1")(x, train), train)
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
         x = x + drop_path(self, y, self.drop_path, train)
-        y = LayerNorm(dtype=self.dtype, name="norm2")(x)
-        y = MLPBlock(4 * x.shape[-1], self.dropout, self.dtype, name="mlp")(y, train)
+        mlp = parts.make(self.mlp, "mlp", hidden=4 * x.shape[-1], **given)
+        y = parts.call(mlp, norm("norm2")(x, train), train)
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
         return x + drop_path(self, y, self.drop_path, train)
+
+
+_IN_VIT = {
+    "block": parts.Part(
+        {"encoder_block": EncoderBlock},
+        ("heads", "dropout", "drop_path", "attention", "mlp", "norm", "activation", "dtype"),
+    ),
+    **_IN_ENCODER,
+}
 
 
 class ViT(nn.Module):
@@ -109,6 +141,12 @@ class ViT(nn.Module):
     drop_path: float = 0.0
     remat: str = ""
     dtype: Any = jnp.float32
+    block: Any = EncoderBlock
+    attention: Any = Attention
+    mlp: Any = MLPBlock
+    norm: Any = LayerNorm
+    activation: Callable[[jax.Array], jax.Array] = gelu
+    swappable = _IN_VIT
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -131,14 +169,21 @@ class ViT(nn.Module):
         if self.positions == "learned":
             x = x + spread(self.param("positions_embedding", _init, (1, x.shape[1], width)), x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        block = remat(EncoderBlock, self.remat)
+        block, norm = remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)
+        given: dict[str, Any] = {
+            "heads": heads, "dropout": self.dropout, "dtype": self.dtype, "attention": self.attention, "mlp": self.mlp,
+            "norm": norm, "activation": self.activation,
+        }  # fmt: skip
         for i in range(layers):
             rate = self.drop_path * i / (layers - 1)
-            x = block(heads, self.dropout, rate, self.dtype, name=f"block{i}")(x, train)
+            x = parts.make(block, f"block{i}", drop_path=rate, **given)(x, train)
         if self.pool == "cls":
             x = x[:, :1]  # before it is normalized: nobody needs the others
-        x = mean_pool(LayerNorm(dtype=self.dtype, name="norm")(x))
+        x = mean_pool(norm("norm")(x, train))
         return jnp.tanh(Dense(width, self.dtype, name="representation")(x)) if self.representation else x
+
+
+_IN_MIXER_BLOCK = {"mlp": _MLP, "norm": parts.NORM, **_ACTIVATION}
 
 
 class MixerBlock(nn.Module):
@@ -148,15 +193,29 @@ class MixerBlock(nn.Module):
     channels_hidden: int
     drop_path: float = 0.0
     dtype: Any = jnp.float32
+    mlp: Any = MLPBlock
+    norm: Any = LayerNorm
+    activation: Callable[[jax.Array], jax.Array] = gelu
+    swappable = _IN_MIXER_BLOCK
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        y = LayerNorm(dtype=self.dtype, name="norm1")(x).swapaxes(1, 2)  # [b, d, n]
-        y = MLPBlock(self.tokens_hidden, 0.0, self.dtype, name="mlp_tokens")(y, train).swapaxes(1, 2)
+        norm = parts.norms(self.norm, dtype=self.dtype)
+        mlp = partial(parts.make, self.mlp, activation=self.activation, dtype=self.dtype)
+        y = norm("norm1")(x, train).swapaxes(1, 2)  # [b, d, n]
+        y = parts.call(mlp("mlp_tokens", hidden=self.tokens_hidden), y, train).swapaxes(1, 2)
         x = x + drop_path(self, y, self.drop_path, train)
-        y = LayerNorm(dtype=self.dtype, name="norm2")(x)
-        y = MLPBlock(self.channels_hidden, 0.0, self.dtype, name="mlp_channels")(y, train)
+        y = parts.call(mlp("mlp_channels", hidden=self.channels_hidden), norm("norm2")(x, train), train)
         return x + drop_path(self, y, self.drop_path, train)
+
+
+_IN_MIXER = {
+    "block": parts.Part(
+        {"mixer_block": MixerBlock},
+        ("tokens_hidden", "channels_hidden", "drop_path", "mlp", "norm", "activation", "dtype"),
+    ),
+    **_IN_MIXER_BLOCK,
+}
 
 
 class Mixer(nn.Module):
@@ -167,6 +226,11 @@ class Mixer(nn.Module):
     drop_path: float = 0.0
     remat: str = ""
     dtype: Any = jnp.float32
+    block: Any = MixerBlock
+    mlp: Any = MLPBlock
+    norm: Any = LayerNorm
+    activation: Callable[[jax.Array], jax.Array] = gelu
+    swappable = _IN_MIXER
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -175,8 +239,12 @@ class Mixer(nn.Module):
         width, layers, tokens_hidden, channels_hidden = _MIXER[self.variant]
         x = _patches(x, self.patch, width, self.dtype, "mixer")
         x = x.reshape(x.shape[0], -1, width)
-        block = remat(MixerBlock, self.remat)
+        block, norm = remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)
+        given: dict[str, Any] = {
+            "tokens_hidden": tokens_hidden, "channels_hidden": channels_hidden, "dtype": self.dtype, "mlp": self.mlp,
+            "norm": norm, "activation": self.activation,
+        }  # fmt: skip
         for i in range(layers):
             rate = self.drop_path * i / (layers - 1)
-            x = block(tokens_hidden, channels_hidden, rate, self.dtype, name=f"block{i}")(x, train)
-        return mean_pool(LayerNorm(dtype=self.dtype, name="norm")(x))
+            x = parts.make(block, f"block{i}", drop_path=rate, **given)(x, train)
+        return mean_pool(norm("norm")(x, train))

@@ -268,3 +268,32 @@ def test_bytes_that_are_no_text():
     """As Python gives them from a command line."""
     with pytest.raises(UserError, match=r"^in spec \"folder\('\\udcff'\)\": it is not UTF-8$"):
         spec.parse("folder('\udcff')")
+
+
+@pytest.mark.parametrize(("text", "names"), [
+    ("mlp(widths=(4,))", False),
+    ("my_nets:Net", True),
+    ("flip_lr|my_ops:noise", True),
+    ("resnet(block='my_nets:Block(ratio=2)')", True),
+    ("resnet(block='bottleneck(norm=\\'my_nets:Norm\\')')", True),
+    ("folder('gs://bucket/photos')", False),
+    ("resnet(block='basic_block(')", False),
+])  # fmt: skip
+def test_whether_a_spec_names_code(text, names):
+    assert spec.names_code(text) == names
+
+
+def test_what_the_caller_passes_by_name_is_optional():
+    """It is set by name in the spec or not at all; positional arguments are the function's other ones."""
+
+    def block(features, strides, ratio=4, *, dtype=None):
+        return features, strides, ratio, dtype
+
+    def bind(text):
+        return spec.bind(spec.parse_one(text), {"block": block}, "block", by_name=("features", "strides", "dtype"))
+
+    assert bind("block(8)")(features=1, strides=2) == (1, 2, 8, None)
+    assert bind("block(dtype='x', strides=3)")(features=1) == (1, 3, 4, "x")
+    for text, says in (("block(8, 9)", "too many positional"), ("block(rate=1)", "did you mean 'ratio'")):
+        with pytest.raises(UserError, match=says):
+            bind(text)

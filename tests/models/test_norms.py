@@ -11,8 +11,9 @@ from flax import linen as nn
 from imgclf_jax.core import platform
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.models import norms
+from imgclf_jax.models.cpu.rewrite import rewrite
 from imgclf_jax.models.layers import Dense, gelu
-from imgclf_jax.models.norms import BatchNorm, LayerNorm
+from imgclf_jax.models.norms import BatchNorm, GroupNorm, LayerNorm
 from imgclf_jax.models.vit import EncoderBlock, MixerBlock
 
 
@@ -72,6 +73,27 @@ def test_dense_and_layer_norm_on_tokens_are_flaxs():
         run = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True), static_argnums=2)
         results = run(params, x, ours), run(params, x, theirs)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), *results)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("shape", [(3, 4, 2, 6), (3, 5, 6), (3, 6)])
+def test_group_norm_is_flaxs(shape):
+    """The same parameters, results and gradients as nn.GroupNorm, in float64; the form for CPU as for the others."""
+    x = jnp.asarray(normal(0, *shape)) * 2 + 1
+    ours = GroupNorm(2, 1e-3, dtype=jnp.float64)
+    theirs = nn.GroupNorm(2, epsilon=1e-3, param_dtype=jnp.float64, force_float32_reductions=False)
+    params = {"scale": jnp.asarray(normal(1, 6)), "bias": jnp.asarray(normal(2, 6))}
+    shapes = [jax.tree.map(jnp.shape, jax.eval_shape(f.init, jax.random.key(0), x)) for f in (ours, theirs)]
+    assert shapes[0] == shapes[1] == {"params": jax.tree.map(jnp.shape, params)}
+
+    def scalar(params, x, layer):
+        y = layer.apply({"params": params}, x)
+        return jnp.sum(jnp.sin(y)), y
+
+    run = jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True)
+    expected = jax.jit(lambda p, x: run(p, x, theirs))(params, x)
+    for found in (jax.jit(lambda p, x: run(p, x, ours)), jax.jit(rewrite(lambda p, x: run(p, x, ours)))):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), found(params, x), expected)
 
 
 @pytest.mark.usefixtures("float64")

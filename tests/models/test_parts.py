@@ -1,0 +1,256 @@
+"""Blocks, normalizations and activations of the shipped backbones, swapped by name or by import path."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import thorough
+from flax import linen as nn
+from test_forms import assert_equal, in_form, value_of
+
+from imgclf_jax import diagnose
+from imgclf_jax.config import default_config
+from imgclf_jax.core import tree
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.exports import torch_state
+from imgclf_jax.models import classifier
+from imgclf_jax.models.resnet import BasicBlock, ResNetCIFAR
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.provenance import DataInfo
+
+
+class SEBlock(nn.Module):
+    """A stranger's block: ordinary linen, and squeeze and excitation (Hu et al. 2017)."""
+
+    features: int
+    strides: int = 1
+    norm: Any = nn.BatchNorm
+    activation: Any = nn.relu
+    dtype: Any = jnp.float32
+    ratio: int = 4
+
+    @nn.compact
+    def __call__(self, x, train):
+        settings = {"dtype": self.dtype, "param_dtype": self.dtype}
+        y = nn.Conv(self.features, (3, 3), self.strides, use_bias=False, **settings, name="conv")(x)
+        y = self.activation(self.norm("bn")(y, train))
+        squeezed = nn.relu(nn.Dense(self.features // self.ratio, **settings, name="squeeze")(y.mean((1, 2))))
+        y = y * nn.sigmoid(nn.Dense(self.features, **settings, name="excite")(squeezed))[:, None, None]
+        return y + nn.Conv(self.features, (1, 1), self.strides, **settings, name="shortcut")(x)
+
+
+class TokenMean(nn.Module):
+    """In the place of attention: each token gets the mean of all. Called without `train`."""
+
+    scale: float = 1.0
+
+    def __call__(self, x):
+        return self.scale * jnp.broadcast_to(jnp.mean(x, 1, keepdims=True), x.shape)
+
+
+class Broken(nn.Module):
+    """A block with a mistake inside."""
+
+    features: int
+    strides: int = 1
+
+    @nn.compact
+    def __call__(self, x, train):
+        return x.no_such_attribute
+
+
+class WithoutStrides(nn.Module):
+    """A block that a residual network cannot use."""
+
+    features: int
+
+
+def a_function(features, strides):
+    """No class of modules."""
+
+
+SWAPPED = {
+    "resnet_cifar": ("resnet_cifar(depth=8, block='test_parts:SEBlock(ratio=2)', norm='group_norm(num_groups=4)', "
+                     "activation='jax.nn:silu')", 8),
+    "resnet": ("resnet(depth=18, block='test_parts:SEBlock', norm='flax.linen:BatchNorm(momentum=0.5)')", 32),
+    "wide_resnet": ("wide_resnet(depth=10, width=1, block='test_parts:SEBlock', norm='layer_norm')", 8),
+    "airbench": ("airbench(widths=(8, 8, 40), norm='group_norm(num_groups=8)', activation='silu')", 32),
+    "convnext": ("convnext('T', norm='batch_norm', activation='leaky_relu(negative_slope=0.1)')", 32),
+    "vit": ("vit('Ti', patch=8, attention='test_parts:TokenMean(scale=0.5)', norm='group_norm(num_groups=4)')", 16),
+    "mixer": ("mixer('S', patch=8, norm='flax.linen:RMSNorm', activation='tanh')", 16),
+}  # fmt: skip
+# The defaults by their names.
+NAMED = [
+    ("resnet(depth=18)", "block='basic_block', norm='batch_norm', activation='relu'", 32),
+    ("resnet_cifar(depth=8)", "block='basic_block', norm='batch_norm', activation='relu'", 8),
+    ("wide_resnet(depth=10, width=1)", "block='wide_block', norm='batch_norm', activation='relu'", 8),
+    ("airbench(widths=(8, 8, 40))", "block='conv_group', norm='batch_norm', activation='gelu'", 32),
+    ("convnext('T')", "block='convnext_block', norm='layer_norm', activation='gelu'", 32),
+    ("vit('Ti', patch=8)", "block='encoder_block', attention='attention', mlp='mlp_block', norm='layer_norm'", 16),
+    ("mixer('S', patch=8)", "block='mixer_block', mlp='mlp_block', norm='layer_norm', activation='gelu'", 16),
+    ("mlp(widths=(8,))", "activation='relu'", 8),
+]
+
+DEEP = ("resnet(depth=50)", "block='bottleneck', norm='batch_norm(momentum=0.9)'", 32)
+
+
+def build(spec, size, dtype=np.float32):
+    """(model, images, variables), all random; scales and variances lie about one."""
+    model = classifier.build(spec, 4, np.dtype(dtype).name).clone(dtype=dtype)
+    x = np.random.default_rng(0).normal(size=(4, size, size, 3)).astype(dtype)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x))
+    rng = np.random.default_rng(1)
+    return model, x, jax.tree.map(lambda s: (rng.normal(size=s.shape) / 3 + (len(s.shape) == 1)).astype(dtype), shapes)
+
+
+def trained(model, variables, x):
+    """Logits and the other collections after a training pass."""
+    others = [name for name in variables if name != "params"]
+    return model.apply(variables, x, train=True, mutable=others, rngs={"dropout": jax.random.key(0)})
+
+
+@pytest.mark.usefixtures("float64", "shallow")
+@pytest.mark.parametrize("name", ["resnet_cifar", *thorough(*sorted({*SWAPPED} - {"resnet_cifar"}))])
+def test_swapped_parts_are_the_same_in_every_form(name):
+    """Logits, statistics and gradients, in float64, of a stranger's block between layers that each platform has."""
+    model, x, variables = build(*SWAPPED[name], np.float64)
+    others = {k: jax.tree.map(np.ones_like, v) for k, v in variables.items() if k != "params"}
+
+    def logits(params):
+        return trained(model, {"params": params, **others}, x)[0]
+
+    run = jax.value_and_grad(value_of(logits), has_aux=True)
+    cpu, gpu, tpu = (jax.jit(in_form(form, run))(variables["params"]) for form in ("cpu", "gpu", "tpu"))
+    assert_equal(cpu, gpu)
+    assert_equal(tpu, gpu)
+
+
+@pytest.mark.usefixtures("shallow")
+@pytest.mark.parametrize(("spec", "names", "size"), [*NAMED, *thorough(DEEP)])
+def test_the_defaults_have_names(spec, names, size):
+    """The program and the weights' names are the same, so the published weights still fit."""
+
+    def program(text):
+        model, x, variables = build(text, size)
+        return str(jax.make_jaxpr(lambda v: trained(model, v, x))(variables)), jax.tree.map(jnp.shape, variables)
+
+    assert program(spec) == program(f"{spec[:-1]}, {names})")
+
+
+@pytest.mark.usefixtures("shallow")
+def test_what_a_part_is_given():
+    """The widths and strides of its place, the precision, the network's normalization; what the spec sets stays."""
+    spec = "resnet_cifar(depth=8, block='test_parts:SEBlock(2)', norm='flax.linen:BatchNorm(epsilon=0.1)')"
+    model = classifier.build(spec, 4, "bfloat16")
+    seen = {}
+
+    def note(call, args, kwargs, context):
+        seen[context.module.path] = context.module
+        return call(*args, **kwargs)
+
+    x = jnp.zeros((2, 8, 8, 3))
+    with nn.intercept_methods(note), jax.numpy_dtype_promotion("standard"):  # which linen's layers need
+        jax.eval_shape(lambda: trained(model, model.init(jax.random.key(0), x), x))
+    block, norm = seen["backbone", "layer2_0"], seen["backbone", "layer2_0", "bn"]
+    assert (block.features, block.strides, block.ratio, block.dtype) == (32, 2, 2, jnp.bfloat16)
+    assert (type(norm), norm.epsilon, norm.momentum, norm.dtype) == (nn.BatchNorm, 0.1, 0.9, jnp.bfloat16)
+
+
+def test_linens_batch_norm_knows_of_training():
+    """It follows the batch in training, and uses the running statistics in evaluation."""
+    ours, theirs = (build(f"resnet_cifar(depth=8, norm='{n}')", 8) for n in ("batch_norm", "flax.linen:BatchNorm"))
+    (model, x, variables), (other, _, same) = ours, theirs
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, same)
+
+    @jax.jit
+    def run(variables):
+        return [(trained(m, variables, x), m.apply(variables, x)) for m in (model, other)]
+
+    (a, b) = run({**variables, "batch_stats": jax.tree.map(np.ones_like, variables["batch_stats"])})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), a, b)
+
+
+@pytest.mark.usefixtures("shallow")
+def test_remat_of_a_strangers_block():
+    spec = "resnet(depth=18, block='test_parts:SEBlock', remat='block')"
+    model, x, variables = build(spec, 32)
+    plain = build(spec.replace(", remat='block'", ""), 32)
+    assert jax.tree.structure(variables) == jax.tree.structure(plain[2])
+    program = str(jax.make_jaxpr(jax.grad(lambda v: jnp.sum(trained(model, v, x)[0])))(variables))
+    assert program.count("prevent_cse") == 2  # a block each
+
+
+def test_in_python_a_class_is_a_part():
+    backbone = ResNetCIFAR(8, block=SEBlock, norm=functools.partial(nn.GroupNorm, num_groups=4), activation=nn.silu)
+    shapes = jax.eval_shape(lambda: backbone.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3))))
+    names = {name for name, _ in tree.named_leaves(shapes)}
+    assert "params/layer3_0/excite/kernel" in names
+    assert "batch_stats" not in shapes
+
+
+@pytest.mark.parametrize(("spec", "says"), [
+    ("resnet_cifar(block='no_such_file:SEBlock')", "cannot import 'no_such_file' for block 'no_such_file:SEBlock'"),
+    ("resnet_cifar(block='test_parts:SE')", "unknown name in module test_parts 'SE': "),
+    ("resnet_cifar(block='basic')", "unknown block 'basic': did you mean 'basic_block'? allowed: basic_block, bottle"),
+    ("resnet_cifar(block='test_parts:SEBlock(rate=2)')", "unknown argument 'rate': did you mean 'ratio'"),
+    ("resnet_cifar(block='test_parts:a_function')", "block 'test_parts:a_function' is not a subclass of flax.linen."),
+    ("resnet_cifar(block='test_parts:WithoutStrides')", "block 'test_parts:WithoutStrides' has no field 'strides'"),
+    ("resnet_cifar(block=20)", "block=20 is not a spec; quote it, such as block='basic_block'"),
+    ("resnet_cifar(norm='basic_block')", "unknown norm 'basic_block': allowed: batch_norm, group_norm,"),
+    ("resnet_cifar(norm='group_norm(groups=8)')", "unknown argument 'groups': did you mean 'num_groups'"),
+    ("resnet_cifar(norm='batch_norm|relu')", "expected exactly one name(...), found 2"),
+    ("resnet_cifar(activation='flax.linen:PReLU')", "activation 'flax.linen:PReLU' is a class; activation must be a f"),
+    ("vit('Ti', block='encoder_block(attention=\"none\")')", "unknown attention 'none': allowed: attention, or an i"),
+    ("mlp(activation='rellu')", "unknown activation 'rellu': did you mean 'relu'"),
+])  # fmt: skip
+def test_a_part_that_does_not_fit(spec, says):
+    """One sentence, which begins with the key."""
+    with pytest.raises(UserError) as error:
+        classifier.build(spec, 4, "float32")
+    assert str(error.value).startswith("model=")
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(("spec", "says"), [
+    ("resnet_cifar(depth=8, norm='group_norm')", "group_norm(num_groups=32): a layer's 16 channels do not divide"),
+    ("resnet_cifar(depth=8, block='basic_block(shortcut=\"none\")')", "shortcut='none' of a basic_block: allowed are"),
+    ("resnet_cifar(depth=21)", "the depth must be 6n + 2 with n of 1 or more, such as 20, 32, 44, 56 and 110; the "
+                               "nearest are 20 and 26"),
+    ("resnet_cifar(depth=2)", "resnet_cifar(depth=2): the depth must be 6n + 2 with n of 1 or more"),
+    ("resnet_cifar(depth='20')", "resnet_cifar(depth='20'): the depth must be 6n + 2"),
+    ("resnet_cifar(depth=20.0)", "resnet_cifar(depth=20.0): the depth must be 6n + 2"),
+    ("wide_resnet(depth=27)", "the depth must be 6n + 4 with n of 1 or more, such as 16, 22, 28 and 40; the nearest "
+                              "are 22 and 28"),
+    ("resnet(depth='50')", "resnet(depth='50'): the depth must be one of 18, 34, 50, 101, 152"),
+    ("vit(16)", "unknown vit variant 16: allowed: B, L, S, Ti"),
+])  # fmt: skip
+def test_values_that_a_network_cannot_have(spec, says):
+    model = classifier.build(spec, 4, "float32")
+    with pytest.raises(UserError) as error:
+        jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+    assert says in str(error.value)
+
+
+def test_weights_of_swapped_parts_have_no_published_names():
+    """PyTorch's model would take them, and compute something else."""
+    assert torch_state.naming(ResNetCIFAR(8)) == "akamaster"
+    assert torch_state.naming(classifier.build("resnet_cifar(8, block='basic_block')", 4, "float32").backbone) == (
+        "akamaster"
+    )
+    for backbone in (ResNetCIFAR(8, activation=nn.gelu), ResNetCIFAR(8, block=SEBlock)):
+        assert torch_state.naming(backbone) == "own"
+        with pytest.raises(UserError, match="unknown names of a ResNetCIFAR 'akamaster'"):
+            torch_state.naming(backbone, "akamaster")
+    assert ResNetCIFAR().block is BasicBlock
+
+
+def test_a_mistake_in_a_strangers_block_is_shown_where_it_is():
+    """Its traceback, and no sentence that blames the key."""
+    config = default_config()
+    config.model = "resnet_cifar(depth=8, block='test_parts:Broken')"
+    recipe = Recipe(config, DataInfo(64, (8, 8, 1), ("a", "b"), ""))
+    with pytest.raises(AttributeError, match="no_such_attribute"), diagnose.naming_the_key(recipe):
+        jax.eval_shape(lambda: recipe.model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))
