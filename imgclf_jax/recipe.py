@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import traverse_util
 from ml_collections import ConfigDict
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax import losses, metrics
 from imgclf_jax.augment import mixing, ops, tta
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.models import classifier
 from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
 from imgclf_jax.run.provenance import DataInfo
@@ -154,3 +156,27 @@ def check_names(config: ConfigDict) -> None:
     metrics.check_names(config.metrics, losses.tasks_of(config.loss))
     if config.checkpoint.best:
         metrics.parse_best(config.checkpoint.best)
+
+
+def for_arrays(config: ConfigDict, images: np.ndarray, labels: np.ndarray) -> Recipe:
+    """The recipe of a config for arrays in memory, for a loop of your own; the keys of `data` are not used.
+
+    `images` are uint8[n, h, w, c], `labels` i32[n] (the classes are 0 to the greatest label) or targets f32[n, k].
+    Raises UserError for arrays of other dtypes or shapes.
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise UserError(f"images are {images.dtype}{list(images.shape)}; they must be uint8[n, h, w, c]")
+    targets = labels.ndim == 2 and np.issubdtype(labels.dtype, np.floating)
+    if len(labels) != len(images) or not (targets or (labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer))):
+        raise UserError(f"labels are {labels.dtype}{list(labels.shape)} for {len(images)} images; they must be "
+                        "integers [n], or floating-point targets [n, k]")  # fmt: skip
+    if not len(images):
+        raise UserError("there are no images")
+    if not targets and labels.min() < 0:
+        raise UserError(f"labels are {labels.min()} to {labels.max()}; classes are numbered from 0")
+    n, h, w, c = images.shape
+    counts = () if targets else tuple(map(int, np.bincount(labels)))
+    names = tuple(map(str, range(labels.shape[1] if targets else len(counts))))
+    data = DataInfo(n, (h, w, c), names, "", counts)
+    return Recipe(config, data)

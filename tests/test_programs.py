@@ -1,14 +1,18 @@
 """Programs: traced for the platform of the mesh, compiled once."""
 
+import dataclasses
 import re
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from imgclf_jax import recipe, step
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.programs import Programs
+from imgclf_jax.data import sources, stream
+from imgclf_jax.programs import Programs, of_images
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 
@@ -112,3 +116,41 @@ def test_a_chunk_is_as_large_as_the_devices_memory_allows(fake_config):
     elsewhere = Programs(Recipe(fake_config, data), described_mesh(*ELSEWHERE["tpu"]))
     assert elsewhere.steps_per_call == (8 * 128 << 20) // (1024 * 224 * 224 * 3) == 6
     assert Programs(Recipe(fake_config, data), sharding.make_mesh()).steps_per_call == 1
+
+
+def test_a_loop_of_your_own_is_the_runs(fake_config):
+    """The parts for arrays, under plain `jax.jit` with the run's batches, end on the parameters of its programs."""
+    fake_config.augment, fake_config.optimizer = "flip_lr|normalize(0.5, 0.25)", "adamw(weight_decay=0.1)"
+    split = sources.take_split(sources.open_data(fake_config), fake_config.data.train)
+    images = stream.Images(split, fake_config.preprocess, fake_config.seed)
+    programs = of_images(fake_config, images)
+    state, window = programs.init()["state"], programs.zero_window()
+    for steps, chunk in programs.chunks(images, [range(3)]):
+        state, window = programs.train(state, window, chunk, np.int32(len(steps)))
+
+    everything = split.read(np.arange(len(split)))
+    parts = recipe.for_arrays(fake_config, np.stack(everything["image"]), everything["label"])
+    own = step.init_state(parts.model, parts.optimizer, parts.data.image_shape, fake_config.seed)
+    augment = parts.augment(train=True)
+    train_step = jax.jit(step.make_train_step(parts.model, parts.loss, parts.optimizer, parts.schedule, augment))
+    for batch in stream.train_batches(images, fake_config.seed, fake_config.batch_size, 0, 3):
+        own, metrics = train_step(own, batch)
+    assert int(own.step) == int(state.step) == 3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), own.params, state.params)
+    assert parts.data == dataclasses.replace(programs.recipe.data, class_names=tuple("0123"), fingerprint="",
+                                             class_counts=parts.data.class_counts)  # fmt: skip
+    assert int(metrics["examples"]) == 16
+
+
+@pytest.mark.parametrize(("images", "labels", "says"), [
+    (np.zeros((4, 8, 8), np.uint8), np.zeros(4, np.int32), "images are uint8[4, 8, 8]; they must be uint8[n, h, w, c]"),
+    (np.zeros((4, 8, 8, 1)), np.zeros(4, np.int32), "images are float64[4, 8, 8, 1]"),
+    (np.zeros((4, 8, 8, 1), np.uint8), np.zeros(3, np.int32), "labels are int32[3] for 4 images"),
+    (np.zeros((4, 8, 8, 1), np.uint8), np.zeros(4), "labels are float64[4] for 4 images; they must be integers [n]"),
+    (np.zeros((4, 8, 8, 1), np.uint8), np.array([0, 1, 2, -1]), "labels are -1 to 2; classes are numbered from 0"),
+    (np.zeros((0, 8, 8, 1), np.uint8), np.zeros(0, np.int32), "there are no images"),
+])  # fmt: skip
+def test_arrays_that_are_no_data(images, labels, says, fake_config):
+    with pytest.raises(UserError) as error:
+        recipe.for_arrays(fake_config, images, labels)
+    assert says in str(error.value)
