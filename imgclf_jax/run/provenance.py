@@ -202,29 +202,34 @@ def load_evals(path: Path) -> dict[str, str]:
     return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
 
 
-def config_digest(content: str | bytes) -> str:
-    """The SHA-256 of what config.json says, however it is laid out. provenance.json keeps it as `config_sha256`."""
+def json_digest(content: str | bytes) -> str:
+    """The SHA-256 of what a JSON file says, however it is laid out.
+
+    provenance.json keeps that of config.json as `config_sha256`, and at the end that of result.json as `result_sha256`.
+    """
     return hashlib.sha256(json.dumps(json.loads(content), sort_keys=True).encode()).hexdigest()
 
 
 def facts_digest(provenance: Mapping[str, Any]) -> str:
     """The SHA-256 of what provenance.json says of the data and weights, which it keeps as `facts_sha256`."""
-    facts = {name: provenance.get(name) for name in _FACTS}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return json_digest(json.dumps({name: provenance.get(name) for name in _FACTS}))
 
 
-def find_edit(content: bytes, provenance: Any) -> str:
-    """That config.json, `content`, or provenance.json is not what the run wrote, as a sentence.
+def find_edits(files: Mapping[str, bytes], provenance: Any) -> list[str]:
+    """Which of config.json, provenance.json and result.json is not what the run wrote, as sentences.
 
-    It is "" if both are, and for a run of a version that kept no digest of them.
+    `files` are the contents of the first and the last, as far as they are there. A run of a version that kept no digest
+    of a file says nothing of it.
     """
     recorded = provenance if isinstance(provenance, dict) else {}
-    with contextlib.suppress(ValueError, RecursionError):  # of what is no JSON, which its reader says
-        if config_digest(content) != recorded.get("config_sha256", config_digest(content)):
-            return "config.json has been changed since the run wrote it"
-        if facts_digest(recorded) != recorded.get("facts_sha256", facts_digest(recorded)):
-            return "provenance.json has been changed since the run wrote it"
-    return ""
+    found = []
+    for name, key in (("config.json", "config_sha256"), ("result.json", "result_sha256")):
+        with contextlib.suppress(ValueError, RecursionError):  # of what is no JSON, which its reader says
+            if name in files and key in recorded and json_digest(files[name]) != recorded[key]:
+                found.append(name)
+    if "facts_sha256" in recorded and facts_digest(recorded) != recorded["facts_sha256"]:
+        found.append("provenance.json")
+    return [f"{name} has been changed since the run wrote it" for name in found]
 
 
 MOST_BYTES_OF_JSON = 32 << 20  # read at once, it takes some forty times as much memory

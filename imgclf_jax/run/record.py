@@ -14,7 +14,7 @@ from imgclf_jax.analysis.reproduction import TIMES
 from imgclf_jax.core import places, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import bundle, writers
-from imgclf_jax.run.provenance import find_edit
+from imgclf_jax.run.provenance import find_edits
 
 _MOST_BYTES = 512 << 20  # of a file, which is read at once
 
@@ -54,12 +54,15 @@ def contradictions(
 
 def read_contradictions(workdir: Path) -> list[str]:
     """The contradictions in what the run in a work directory has recorded. A damaged result says nothing."""
-    try:
-        result = json.loads((workdir / "result.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        result = None
+    result, provenance, content = None, None, b""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = (workdir / "result.json").read_bytes()
+        result = json.loads(content)
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        provenance = json.loads((workdir / "provenance.json").read_bytes())
     files = (writers.read_metrics(workdir / name) for name in ("digests.jsonl", "metrics.jsonl"))
-    return contradictions(result if isinstance(result, dict) else {}, *files)
+    found = contradictions(result if isinstance(result, dict) else {}, *files)
+    return found + find_edits({"result.json": content} if content else {}, provenance)
 
 
 def _differ(a: Any, b: Any) -> bool:
@@ -131,8 +134,7 @@ class Record:
     @property
     def contradictions(self) -> list[str]:
         """Where its files contradict each other, see `contradictions`."""
-        wrong = find_edit(self.files["config.json"], self.provenance)
-        return [wrong] * bool(wrong) + contradictions(self.result, self.digests, self.metrics)
+        return contradictions(self.result, self.digests, self.metrics) + find_edits(self.files, self.provenance)
 
     def pack(self, file: Path) -> None:
         """Writes the bundle of a work directory. Raises UserError if it cannot be written."""

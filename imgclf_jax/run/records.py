@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.places import place
-from imgclf_jax.run.provenance import find_edit, load_data_info, load_evals, read_json
+from imgclf_jax.run.provenance import find_edits, load_data_info, load_evals, read_json
 from imgclf_jax.run.record import contradictions
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
@@ -71,8 +71,9 @@ def read(workdir: Workdir) -> Record:
         raise UserError(f"{workdir.result} is damaged: it holds no result")
     metrics = read_metrics(workdir.metrics)
     wrong = contradictions(result or {}, read_metrics(workdir.digests), metrics)
-    if workdir.provenance.is_file() and (one := find_edit(workdir.config.read_bytes(), read_json(workdir.provenance))):
-        wrong.append(one)
+    if workdir.provenance.is_file():
+        files = {file.name: file.read_bytes() for file in (workdir.config, workdir.result) if file.is_file()}
+        wrong += find_edits(files, read_json(workdir.provenance))
     if result is not None and total is not None and result["step"] != total:
         result = None  # of a shorter run, which has been extended since
     return Record(workdir, config, result, metrics, total, tuple(wrong), load_evals(workdir.provenance))

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import logging
 import sys
 import time
@@ -20,9 +21,9 @@ from imgclf_jax.run import digests, lock
 from imgclf_jax.run.provenance import (
     DataInfo,
     collect,
-    config_digest,
     facts_digest,
-    find_edit,
+    find_edits,
+    json_digest,
     load_data_info,
     load_evals,
     pin_groups,
@@ -76,7 +77,8 @@ class Workdir:
         if not self.config.is_file():
             raise UserError(f"{self.path} holds no run (no config.json); train first, or pass the run's --workdir")
         content = self.config.read_bytes()
-        if self.provenance.is_file() and (wrong := find_edit(content, read_json(self.provenance))):
+        provenance = read_json(self.provenance) if self.provenance.is_file() else {}
+        for wrong in find_edits({"config.json": content}, provenance):
             _warn_once(f"{self.path}: {wrong}: what it says need not be what the run was trained with")
         return configs.from_json(content, str(self.config))
 
@@ -179,12 +181,14 @@ class Workdir:
             log.info("from step %d on the run has other keys, which change no bit: %s; config.json says so from now on",
                      start, ", ".join(f"{key}={new!r}" for key, (_, new) in keys.items()))  # fmt: skip
         content = configs.to_json(config)
-        write_json(self.provenance, whole | {"config_sha256": config_digest(content)})
+        write_json(self.provenance, whole | {"config_sha256": json_digest(content)})
         write_atomically(self.config, content)
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Writes result.json: the run has ended."""
-        write_json(self.result, result)
+        """Writes result.json, and its digest into provenance.json: the run has ended."""
+        content = json.dumps(result, indent=2) + "\n"
+        write_json(self.provenance, read_json(self.provenance) | {"result_sha256": json_digest(content)})
+        write_atomically(self.result, content)
 
     def pin_groups(self, config: ConfigDict) -> ConfigDict:
         """The config that the run goes on with: the groups of batch norm's statistics are those that it began with."""
@@ -241,7 +245,7 @@ class Workdir:
         else:
             whole = (
                 collect(data)
-                | {"config_sha256": config_digest(configs.to_json(config)), "evals": dict(evals)}
+                | {"config_sha256": json_digest(configs.to_json(config)), "evals": dict(evals)}
                 | ({"batch_norm_groups": groups} if groups else {})
                 | ({"init_from": init_from} if init_from else {})
                 | ({"unreadable": {"count": len(left_out), "files": list(left_out)}} if left_out else {})

@@ -9,7 +9,7 @@ import launch
 from imgclf_jax.commands import known_predictions
 from imgclf_jax.commands.known_predictions import known
 from imgclf_jax.run import records
-from imgclf_jax.run.provenance import config_digest, write_json
+from imgclf_jax.run.provenance import json_digest, write_json
 from imgclf_jax.run.workdir import Workdir
 
 RUN = ("--config.data.source=fake(80, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=normalize",
@@ -104,7 +104,7 @@ def test_a_run_that_names_code_is_left_out(tested, folder, tmp_path, capsys):
     before, recorded = run.workdir.config.read_text(), run.workdir.provenance.read_text()
     names_code = before.replace("mlp(widths=(8,))", "my_nets:Tiny")
     run.workdir.config.write_text(names_code)
-    write_json(run.workdir.provenance, json.loads(recorded) | {"config_sha256": config_digest(names_code)})
+    write_json(run.workdir.provenance, json.loads(recorded) | {"config_sha256": json_digest(names_code)})
     kept.rename(tmp_path / "kept")
     assert launch.main(["compare", str(folder), "--test"]) == 0
     err = capsys.readouterr().err

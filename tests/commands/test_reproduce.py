@@ -304,6 +304,19 @@ def test_a_provenance_that_was_changed_by_hand(reproduce, copy, tmp_path, capsys
     assert (status, found["verdict"]) == (1, "contradictory")
 
 
+def test_a_duration_that_was_changed_by_hand(reproduce, copy, capsys):
+    """Nothing else records how long a run took: the page had the edited number, with status 0 and no word."""
+    edit(copy / "result.json", lambda result: result.update(epochs=99.0))
+    for words in (["report", f"--workdir={copy}"], ["evaluate", f"--workdir={copy}"]):
+        capsys.readouterr()
+        assert launch.main(words) == 0
+        assert "result.json has been changed since the run wrote it" in capsys.readouterr().err
+    assert "result.json has been changed since the run wrote it" in (copy / "report.html").read_text()
+    assert launch.main(["compare", str(copy.parent)]) == 1
+    status, found = reproduce(copy, "--steps=1")
+    assert (status, found["verdict"]) == (1, "contradictory")
+
+
 def test_what_was_recorded_and_is_not_found_again(reproduce, copy):
     """A metric of a step at which a run of this config logs none."""
     append(copy / "metrics.jsonl", '{"step": 3, "test/accuracy": 0.99}\n')
