@@ -311,11 +311,12 @@ def build_whole_set(text: str, task: Task = Task.CLASSES, outputs: Sequence[str]
         if ":" in call.name:
             found[name] = _of_probabilities(spec.bind(call, BY_TASK[task], "metric", given=given[:2]))
         else:
-            found[name] = _of_given(spec.bind(call, BY_TASK[task], f"metric of {_TASK_NAMES[task]}", given=given))
+            found[name] = _of_given(spec.bind(call, BY_TASK[task], f"metric of {TASK_NAMES[task]}", given=given))
     return found
 
 
-_TASK_NAMES = {Task.CLASSES: "classes", Task.SOFT: "classes", Task.MULTILABEL: "several labels",
+# What a run with a task has, in messages.
+TASK_NAMES = {Task.CLASSES: "classes", Task.SOFT: "classes", Task.MULTILABEL: "several labels",
                Task.REGRESSION: "a regression"}  # fmt: skip
 
 
@@ -365,7 +366,7 @@ def parse_best(text: str, classes: int = 6, task: Task | None = None, own: Colle
     name = match[2]
     kind = name.partition("/")[2]
     if task and kind.partition("[")[0] not in (known := (*_OF_ALL[task], *OF_TASK[task], *filter(None, own))):
-        raise UserError(f"checkpoint.best={text!r}: a run with {_TASK_NAMES[task]} has no {kind}; it has "
+        raise UserError(f"checkpoint.best={text!r}: a run with {TASK_NAMES[task]} has no {kind}; it has "
                         f"{', '.join(dict.fromkeys(known))}")  # fmt: skip
     if name.endswith("/top5") and classes <= 5:
         raise UserError(f"checkpoint.best={text!r}: top5 is counted from six classes on, and the data have {classes}; "

@@ -19,6 +19,7 @@ from imgclf_jax.core import named_warnings, processes, sharding, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.data import decode
 from imgclf_jax.inference import Outputs
+from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,11 @@ class Trained(NamedTuple):
         """The names of the classes, in the order of the probabilities."""
         return self.programs.recipe.data.class_names
 
+    @property
+    def task(self) -> Task:
+        """What it predicts: one class, several labels, or numbers."""
+        return self.programs.recipe.task
+
     def prepare(self, image: Picture, place: int = 0) -> np.ndarray:
         """One image to uint8[h, w, c] as the model takes it. `place` is its number, for host ops of one's own.
 
@@ -93,7 +99,10 @@ class Trained(NamedTuple):
         return out
 
     def predict(self, images: Iterable[Picture] | Picture) -> np.ndarray:
-        """The probabilities f32[n, classes] of n images. Those of several seeds are of their ensemble."""
+        """The probabilities f32[n, classes] of n images, or a regression's values f32[n, targets].
+
+        Those of several seeds are of their ensemble.
+        """
         return self._all("predict", images, 0)
 
     def best(self, probabilities: np.ndarray, top_k: int) -> list[dict[str, Any]]:
@@ -103,6 +112,38 @@ class Trained(NamedTuple):
         """
         order = np.argsort(-probabilities, kind="stable")[:top_k]
         return [{"class": self.class_names[c], "probability": round(float(probabilities[c]), 6)} for c in order]
+
+    def describe(self, outputs: np.ndarray, top_k: int = 3, threshold: float | np.ndarray = 0.5) -> dict[str, Any]:
+        """What one image's outputs f32[k] say, by the task.
+
+        {"predictions": [{"class", "probability"}]}, the likeliest first: the `top_k` classes, or, of several labels,
+        all whose probability is at least the `threshold`, one number or one for each class. {"values": {target:
+        number}} of a regression.
+        """
+        if self.task is Task.REGRESSION:  # float32 has seven digits
+            return {"values": {name: float(f"{x:.7g}") for name, x in zip(self.class_names, outputs, strict=True)}}
+        if self.task is not Task.MULTILABEL:
+            return {"predictions": self.best(outputs, top_k)}
+        above = outputs >= np.asarray(threshold, outputs.dtype)
+        ranked = np.where(above, outputs, -np.inf)
+        return {"predictions": self.best(ranked, int(above.sum()))}
+
+    def thresholds(self, text: str) -> np.ndarray:
+        """f64[] or f64[classes] from "0.5" or a number for each class between commas; "" is 0.5.
+
+        Raises UserError for what is neither, and for a model that has no use for it.
+        """
+        if text and self.task is not Task.MULTILABEL:
+            raise UserError(f"--threshold={text}: it is for several labels, and this model predicts "
+                            f"{'numbers' if self.task is Task.REGRESSION else 'one class'}; drop it")  # fmt: skip
+        try:
+            found = np.array([float(part) for part in (text or "0.5").split(",")])
+        except ValueError:
+            found = np.array([np.nan])
+        if len(found) not in (1, len(self.class_names)) or not ((found >= 0) & (found <= 1)).all():
+            raise UserError(f"--threshold={text}: wants a number from 0 to 1, or {len(self.class_names)} of them "
+                            "between commas, one a class")  # fmt: skip
+        return found[0] if len(found) == 1 else found
 
     def logits(self, images: Iterable[Picture] | Picture) -> np.ndarray:
         """The logits f32[n, classes]; of several seeds [seeds, n, classes]."""

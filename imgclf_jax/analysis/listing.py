@@ -62,6 +62,24 @@ def rows(
         yield row | {"step": step, "origin": origin}
 
 
+def target_rows(
+    name: str, examples: Sequence[str], targets: np.ndarray, outputs: np.ndarray, names: Sequence[str],
+    exact: np.ndarray | None = None, step: int = 0, origin: str = "",
+) -> Iterable[dict[str, Any]]:  # fmt: skip
+    """Each example of the set `name`, with `target[NAME]` and `probability[NAME]` of each class.
+
+    targets, outputs f32[n, k]. In a regression, where `exact` is None, it is `value[NAME]`; else `correct` says whether
+    all labels of an example are predicted, bool[n] `exact`. Rows end as those of `rows`.
+    """
+    what = "value" if exact is None else "probability"
+    for i, example in enumerate(examples):
+        row: dict[str, Any] = {"set": name, "example": example}
+        row |= {} if exact is None else {"correct": bool(exact[i])}
+        row |= {f"target[{of}]": float(x) for of, x in zip(names, targets[i], strict=True)}
+        row |= {f"{what}[{of}]": float(x) for of, x in zip(names, outputs[i], strict=True)}
+        yield row | {"step": step, "origin": origin}
+
+
 def write(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
     """Writes rows with the same keys, in one piece, as CSV, JSON lines or Parquet by the file's suffix."""
     if path.suffix == ".parquet":

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -153,6 +153,32 @@ class MultilabelScores:
             f1 = 2 * right[ends] / (ends + 1 + right[-1])
             out[c] = values[ends[np.argmax(f1)]]
         return out
+
+
+def by_class(scores: MultilabelScores, names: Sequence[str]) -> list[dict[str, Any]]:
+    """A dict for each class: its examples, average precision, the decisions at the threshold, the best threshold.
+
+    What is not known, such as the recall of a class that no example has, is None.
+    """
+    one = np.ones((1, len(scores.targets)))
+    counts = scores.counts(one)
+    columns = {
+        "average_precision": scores.average_precision(one)[0], "precision": counts.precision[0],
+        "recall": counts.recall[0], "f1": counts.f1[0], "best_threshold": scores.best_thresholds(),
+    }  # fmt: skip
+    return [
+        {"class": name, "examples": int(scores.true[:, i].sum())}
+        | {key: None if np.isnan(values[i]) else float(values[i]) for key, values in columns.items()}
+        for i, name in enumerate(names)
+    ]
+
+
+def table(scores: MultilabelScores, names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """The columns, and a row for each class: see `by_class`."""
+    columns = ["class", "examples", "average precision", "precision", "recall", "F1", "best threshold"]
+    rows = [["" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+             for value in one.values()] for one in by_class(scores, names)]  # fmt: skip
+    return columns, rows
 
 
 def auc(targets: np.ndarray, probabilities: np.ndarray, ranking: np.ndarray | None = None) -> float:

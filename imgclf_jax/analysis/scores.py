@@ -5,7 +5,7 @@ Every score is a function of weights of the examples, so that a bootstrap is a p
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -208,13 +208,7 @@ def intervals(
     scores = Scores(labels, probabilities, given)
     n, classes = probabilities.shape
     auc = samples * n * classes <= _MOST_AUC
-    found: list[Mapping[str, np.ndarray]] = []
-    generator = np.random.default_rng(seed)
-    while n > 1 and samples > 0:
-        some = min(samples, max(1, _AT_ONCE // n))
-        weights = generator.multinomial(n, np.full(n, 1 / n), some).astype(np.float64)
-        found.append(scores.of(weights, auc))
-        samples -= some
+    found = bootstrap(functools.partial(scores.of, auc=auc), n, samples, seed)
     out: dict[str, tuple[float, float]] = {}
     for name, (value,) in scores.of(np.ones((1, n)), auc).items():
         if np.isnan(value):
@@ -226,9 +220,48 @@ def intervals(
         elif not found:
             continue
         else:  # in a sample without a class AUC may be NaN
-            each = np.concatenate([one[name] for one in found])
-            low, high = map(float, np.nanpercentile(each, [50 * (1 - level), 50 * (1 + level)]))
+            low, high = map(float, np.nanpercentile(found[name], [50 * (1 - level), 50 * (1 + level)]))
         out[name] = (float(min(low, value)), float(max(high, value)))
+    return out
+
+
+def bootstrap(
+    of: Callable[[np.ndarray], Mapping[str, np.ndarray]], n: int, samples: int = 1000, seed: int = 0,
+    at_once: int = _AT_ONCE,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """{name: f64[samples]}: the scores `of(weights f64[r, n])` of samples of n examples, drawn with replacement.
+
+    {} of one example. At most `at_once` weights are held.
+    """
+    found: list[Mapping[str, np.ndarray]] = []
+    generator = np.random.default_rng(seed)
+    while n > 1 and samples > 0:
+        some = min(samples, max(1, at_once // n))
+        found.append(of(generator.multinomial(n, np.full(n, 1 / n), some).astype(np.float64)))
+        samples -= some
+    return {name: np.concatenate([one[name] for one in found]) for name in (found[0] if found else ())}
+
+
+def with_bootstrap(
+    of: Callable[[np.ndarray], Mapping[str, np.ndarray]], n: int, costs: int, level: float = 0.95
+) -> dict[str, dict[str, float]]:
+    """{score: {"value", and, where it is known, the ends "low" and "high" of its 95 % interval}}, by percentiles.
+
+    `of` as for `bootstrap`; `exact_match` has Wilson's interval. `costs` is how many numbers a sample's scores look
+    at: where that would take minutes there are no intervals.
+    """
+    found = bootstrap(of, n, at_once=_AT_ONCE // 8) if costs * 1000 <= _MOST_AUC else {}
+    out = {}
+    for name, values in of(np.ones((1, n))).items():
+        value = float(values[0])
+        out[name] = {"value": value}
+        if np.isnan(value) or not found:
+            continue
+        if name == "exact_match":
+            low, high = wilson_interval(round(value * n), n, level)
+        else:
+            low, high = map(float, np.nanpercentile(found[name], [50 * (1 - level), 50 * (1 + level)]))
+        out[name] |= {"low": min(low, value), "high": max(high, value)}
     return out
 
 

@@ -15,8 +15,10 @@ from imgclf_jax.augment import corruptions
 from imgclf_jax.commands import evaluation
 from imgclf_jax.commands.chosen_corruptions import WITHOUT_FROST, parse
 from imgclf_jax.core import processes, sharding
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
 from imgclf_jax.loading import convert, restore
+from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.terminal import print_table, track
 from imgclf_jax.run.workdir import Workdir
@@ -44,6 +46,9 @@ def report(
     evals = evaluation.open_evals(programs, base)
     if workdir:
         evaluation.compare_with_record(programs, workdir, base, evals)
+    if programs.recipe.task in (Task.MULTILABEL, Task.REGRESSION):
+        raise UserError(f"--corruptions measures accuracy, and a run with {metrics.TASK_NAMES[programs.recipe.task]} "
+                        "has none; evaluate it without")  # fmt: skip
     results: dict[str, Any] = {"step": step}
     for name, images in evals.items():
         found = accuracies(programs, state, images, names, f"corrupting {name}", photographs)

@@ -10,13 +10,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import metrics
-from imgclf_jax.analysis import by_class, listing, scores
+from imgclf_jax.analysis import by_class, listing, multilabel, scores
+from imgclf_jax.analysis.multilabel import MultilabelScores
+from imgclf_jax.analysis.regression import RegressionScores
 from imgclf_jax.commands import corrupted
 from imgclf_jax.commands.evaluation import compare_with_record, evaluate, evaluate_all, open_evals
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.loading import convert, restore, restore_each
+from imgclf_jax.losses import Task
 from imgclf_jax.run.terminal import format_metrics, print_table
 from imgclf_jax.run.workdir import Workdir
 
@@ -41,9 +44,10 @@ def main(
     `class_names` and, in their order, its `confusion`, [label][prediction]. Above CONFUSION_CLASSES classes there are
     no `scores` and no `confusion`, but `class_examples`, `class_predicted` and `class_correct`. If the file
     `predictions` is named, the `top_k` classes of each example are written to it. Scores and predictions of several
-    seeds are those of their ensemble. With `checkpoints`, "all" or steps such as "100,200", it prints the metrics at
-    each of them instead; with `corruptions`, "all" or names, the accuracy on corrupted images: see `corrupted`. `frost`
-    is the folder of photographs for one of these.
+    seeds are those of their ensemble. Of several labels there are `classes` in place of a `confusion`, see
+    `multilabel.by_class`; of a regression `target_names`. With `checkpoints`, "all" or steps such as "100,200", it
+    prints the metrics at each of them instead; with `corruptions`, "all" or names, the accuracy on corrupted images:
+    see `corrupted`. `frost` is the folder of photographs for one of these.
     """
     if corruptions:
         if checkpoints or predictions:
@@ -72,22 +76,32 @@ def main(
     digest = model.params_sha256 if listing_file else ""
     results: dict[str, Any] = {"step": step}
     classes: dict[str, dict[str, np.ndarray]] = {}
+    of_targets: dict[str, MultilabelScores | RegressionScores] = {}
     rows: list[dict[str, Any]] = []
     for name, images in evals.items():
         sums, found = evaluate(programs, state, images)
         results[name] = metrics.summarize(sums, found, programs.recipe.whole_set_metrics)
-        classes[name] = by_class.counts(sums, programs.recipe.num_seeds)
-        if isinstance(found, metrics.Predictions) and not processes.index():
-            found = found.of_seed(-1) if programs.recipe.num_seeds > 1 else found
-            labels, probabilities = found.labels, found.probabilities
-            if len(names) <= metrics.CONFUSION_CLASSES:
-                results[name]["scores"] = scores.with_intervals(labels, probabilities, found.given)
-            if listing_file:
-                called = getattr(images.source, "name", str)
-                examples = [called(i) for i in range(len(labels))]
-                origin = listing.origin(config, step, digest, name, images.source.fingerprint())
-                top = min(top_k, len(names))
-                rows += listing.rows(name, examples, labels, probabilities, names, top, step, origin, found.given)
+        if "class_examples" in sums:
+            classes[name] = by_class.counts(sums, programs.recipe.num_seeds)
+        if found is None or processes.index():
+            continue
+        found = found.of_seed(-1) if programs.recipe.num_seeds > 1 else found
+        called, origin = getattr(images.source, "name", str), ""
+        examples = [called(i) for i in range(len(images))] if listing_file else []
+        if listing_file:
+            origin = listing.origin(config, step, digest, name, images.source.fingerprint())
+        if isinstance(found, metrics.TargetPredictions):
+            of_targets[name] = one = metrics.target_scores(programs.recipe.task, found, names)
+            results[name]["scores"] = scores.with_bootstrap(one.of, len(images), found.targets.size)
+            exact = one.exact if isinstance(one, MultilabelScores) else None
+            rows += listing.target_rows(name, examples, found.targets, found.outputs, names, exact, step, origin)
+            continue
+        labels, probabilities = found.labels, found.probabilities
+        if len(names) <= metrics.CONFUSION_CLASSES:
+            results[name]["scores"] = scores.with_intervals(labels, probabilities, found.given)
+        if listing_file:
+            top = min(top_k, len(names))
+            rows += listing.rows(name, examples, labels, probabilities, names, top, step, origin, found.given)
     if processes.index():
         return 0
     if listing_file:
@@ -98,14 +112,31 @@ def main(
             shown = ("confusion",) if "confusion" in counts else tuple(counts)
             results[name] |= {"class_names": list(names)}
             results[name] |= {key: counts[key].tolist() for key in shown}
+        for name, one in of_targets.items():
+            if isinstance(one, MultilabelScores):
+                results[name] |= {"class_names": list(names), "classes": multilabel.by_class(one, names)}
+            else:
+                results[name] |= {"target_names": list(names)}
         print(json.dumps(results, indent=2))
         return 0
-    for name, counts in classes.items():
-        found = results[name].pop("scores", {})
-        print(f"{name}: {format_metrics(results[name])}")
-        _print_scores(found)
-        _print_classes(names, counts)
+    for name in evals:
+        found_scores = results[name].pop("scores", {})
+        line = {key: value for key, value in results[name].items() if "[" not in key}  # those are in the table below
+        print(f"{name}: {format_metrics(line)}")
+        _print_scores(found_scores)
+        if name in classes:
+            _print_classes(names, classes[name])
+            if programs.recipe.task is Task.SOFT:
+                print(_DOMINANT)
+        elif isinstance(one := of_targets[name], MultilabelScores):
+            print_table(*multilabel.table(one, names))
+            print(_THRESHOLDS)
     return 0
+
+
+_THRESHOLDS = ("Precision, recall and F1 are at a threshold of 0.5. The best threshold has the greatest F1 on these "
+               "very examples: choose it on a validation set.")  # fmt: skip
+_DOMINANT = "Labels are the classes of the greatest share in each target; loss, nll and kl alone know the shares."
 
 
 def _over_steps(config: ConfigDict, workdir: Workdir, which: str, format: str) -> int:

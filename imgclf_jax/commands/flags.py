@@ -44,6 +44,8 @@ FLAGS: Mapping[str, Flag] = {
     "format": Flag("how to print", "FORMAT"),  # see `Command.flag`
     "predictions": Flag("write those of each example, as .csv, .jsonl or .parquet by the name", "FILE"),
     "top_k": Flag("how many classes to show or write (default: 3)", "K", 3, least=1),
+    "threshold": Flag("of several labels, the probability from which a class is predicted (default: 0.5); with commas "
+                      "one for each class", "P"),
     "extend": Flag("go on with a run up to a larger --config.total, if its schedule allows it"),
     "trust": Flag("let the run's config import the modules and read over the network what it names"),
     "chips": Flag("v5e:4x4, v6e:8x8, v5p:4x4x4, h100:8, a100:8x8 (hosts x GPUs) or cpu:8", "KIND:SHAPE"),

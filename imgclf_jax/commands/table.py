@@ -61,8 +61,8 @@ COMMANDS: Mapping[str, Command] = {
                   "--workdir runs/a --config.data.eval.new=\"folder('new')/train\""),
     ),
     "predict": Command(
-        "classify new images with a trained run", "run or weights",
-        ("workdir", "checkpoint", "format", "top_k", "trust", *PROCESSES), "FILE|DIR|GLOB|-",
+        "classify new images with a trained run, or predict their numbers", "run or weights",
+        ("workdir", "checkpoint", "format", "top_k", "threshold", "trust", *PROCESSES), "FILE|DIR|GLOB|-",
         more="A GLOB such as 'photos/**/*.jpg' stands in quotes. With - the names of files are read from standard "
              "input, a line each. Results are printed in this order, while others are computed.",
         examples=("new.jpg --workdir runs/a", "photos --workdir runs/a --format csv > classes.csv",

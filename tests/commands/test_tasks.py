@@ -1,15 +1,19 @@
 """Several labels an example, numbers and distributions, through every tool: made of scikit-learn's digits."""
 
+import csv
 import json
 
 import numpy as np
 import pytest
 import sklearn.metrics
 from cases import thorough
+from PIL import Image
 from sklearn.datasets import load_digits
 
 import launch
 from imgclf_jax import losses, metrics
+from imgclf_jax.analysis import scores
+from imgclf_jax.analysis.regression import RegressionScores
 from imgclf_jax.commands.evaluation import evaluate
 from imgclf_jax.data import sources
 from imgclf_jax.loading import restore
@@ -175,3 +179,111 @@ def test_several_seeds_report_means_and_their_ensemble(tmp_path, name):
         assert result[f"ensemble_{key}"] == pytest.approx(value, rel=1e-4)
         assert result[key] == pytest.approx(np.mean([one[key] for one in seeds]), rel=1e-4)
         assert result[f"{key}_std"] == pytest.approx(np.std([one[key] for one in seeds], ddof=1), rel=1e-2, abs=1e-6)
+
+
+def printed(capsys, *argv):
+    """What a command prints on standard output; it must succeed."""
+    capsys.readouterr()
+    assert launch.main([str(word) for word in argv]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys, *argv):
+    """The one sentence by which a command ends with status 1."""
+    capsys.readouterr()
+    assert launch.main([str(word) for word in argv]) == 1
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    return line
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """pictures(name): the paths of the first three test images, as .png."""
+    folder = tmp_path_factory.mktemp("pictures")
+
+    def of(name, runs):
+        images = np.load(runs(name).path.parent / f"{name}.npz")["test_images"][:3]
+        paths = [folder / f"{name}{i}.png" for i in range(3)]
+        for path, image in zip(paths, images, strict=True):
+            Image.fromarray(image).save(path)
+        return paths
+
+    return of
+
+
+def test_evaluate_of_several_labels(runs, capsys, tmp_path):
+    targets, outputs = outputs_of(runs("pairs"))
+    file = tmp_path / "all.csv"
+    argv = ["evaluate", f"--workdir={runs('pairs').path}", "--checkpoint=latest"]
+    found = json.loads(printed(capsys, *argv, "--format=json", f"--predictions={file}"))["test"]
+    each = sklearn.metrics.average_precision_score(targets, outputs, average=None)
+    assert [one["average_precision"] for one in found["classes"]] == pytest.approx(each.tolist(), abs=1e-6)
+    assert [one["class"] for one in found["classes"]] == found["class_names"] == [f"a {i}" for i in range(10)]
+    assert [one["examples"] for one in found["classes"]] == targets.sum(0).tolist()
+    for name in ("mean_average_precision", "micro_f1", "macro_f1", "exact_match"):
+        own = found["scores"][name]
+        assert own["value"] == found[name]
+        assert own["low"] < own["value"] < own["high"]
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    np.testing.assert_allclose([float(r["probability[a 3]"]) for r in rows], outputs[:, 3], rtol=1e-5)
+    assert [float(r["target[a 3]"]) for r in rows] == targets[:, 3].tolist()
+    assert np.mean([r["correct"] == "True" for r in rows]) == found["exact_match"]
+    shown = printed(capsys, *argv)
+    assert f"mean_average_precision {found['mean_average_precision']:.4g}" in shown
+    assert "best threshold" in shown
+    assert "accuracy" not in shown
+
+
+def test_evaluate_of_numbers(runs, capsys, tmp_path):
+    targets, outputs = outputs_of(runs("ink"))
+    file = tmp_path / "all.jsonl"
+    argv = ["evaluate", f"--workdir={runs('ink').path}", "--checkpoint=latest"]
+    found = json.loads(printed(capsys, *argv, "--format=json", f"--predictions={file}"))["test"]
+    assert found["target_names"] == ["ink", "top half, %"]
+    assert found["scores"]["mae[ink]"]["low"] < found["mae[ink]"] < found["scores"]["mae[ink]"]["high"]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    np.testing.assert_allclose([r["value[ink]"] for r in rows], outputs[:, 0], rtol=1e-5)
+    np.testing.assert_allclose([r["target[top half, %]"] for r in rows], targets[:, 1], rtol=1e-6)
+    shown = printed(capsys, *argv)
+    assert "accuracy" not in shown
+    assert "rmse[top half, %]" in shown
+    said = refused(capsys, *argv, "--corruptions=fog")
+    assert "--corruptions measures accuracy, and a run with a regression has none" in said
+
+
+def test_the_interval_of_a_mean_error_is_that_of_its_standard_error(runs):
+    """Of a mean the percentile bootstrap is close to 1.96 standard errors to each side."""
+    targets, outputs = outputs_of(runs("ink"))
+    one = RegressionScores(targets, outputs)
+    found = scores.with_bootstrap(one.of, len(targets), targets.size)["mae"]
+    error = np.abs(targets - outputs).mean(1)
+    half = 1.96 * error.std() / len(error) ** 0.5
+    assert (found["high"] - found["low"]) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_predict_of_several_labels_prints_all_from_the_threshold_on(runs, pictures, capsys):
+    paths, (_, outputs) = pictures("pairs", runs), outputs_of(runs("pairs"))
+    argv = ["predict", *paths, f"--workdir={runs('pairs').path}", "--checkpoint=latest"]
+    found = [json.loads(line) for line in printed(capsys, *argv, "--format=jsonl", "--threshold=0.2").splitlines()]
+    for record, own in zip(found, outputs, strict=False):
+        order = [c for c in np.argsort(-own) if own[c] >= 0.2]
+        assert [p["class"] for p in record["predictions"]] == [f"a {c}" for c in order]
+        assert [p["probability"] for p in record["predictions"]] == pytest.approx(own[order].tolist(), abs=1e-5)
+    each = ",".join(["1", "0.999"] + ["0"] * 8)
+    [row, *_] = csv.DictReader(printed(capsys, *argv, "--format=csv", f"--threshold={each}").splitlines())
+    assert set(row["labels"].split("|")) == {f"a {c}" for c in range(2, 10)}
+    assert float(row["probability[a 0]"]) == pytest.approx(outputs[0, 0], abs=1e-5)
+    assert "labels" in printed(capsys, *argv)
+    assert "wants a number from 0 to 1, or 10 of them" in refused(capsys, *argv, "--threshold=0.5,0.5")
+
+
+def test_predict_of_numbers_prints_values_by_name(runs, pictures, capsys):
+    paths, (_, outputs) = pictures("ink", runs), outputs_of(runs("ink"))
+    argv = ["predict", *paths, f"--workdir={runs('ink').path}", "--checkpoint=latest"]
+    found = json.loads(printed(capsys, *argv, "--format=json"))
+    assert [list(one["values"]) for one in found] == [["ink", "top half, %"]] * 3
+    np.testing.assert_allclose([list(one["values"].values()) for one in found], outputs[:3], rtol=1e-5)
+    [row, *_] = csv.DictReader(printed(capsys, *argv, "--format=csv").splitlines())
+    assert float(row["value[ink]"]) == pytest.approx(outputs[0, 0], rel=1e-5)
+    assert "top half, %" in printed(capsys, *argv)
+    assert "it is for several labels, and this model predicts numbers" in refused(capsys, *argv, "--threshold=0.5")
