@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from imgclf_jax import metrics
 from imgclf_jax.analysis import by_class, listing, multilabel, scores
 from imgclf_jax.analysis.multilabel import MultilabelScores
-from imgclf_jax.analysis.regression import RegressionScores
 from imgclf_jax.commands import corrupted
 from imgclf_jax.commands.evaluation import compare_with_record, evaluate, evaluate_all, open_evals
 from imgclf_jax.core import processes
@@ -76,7 +75,7 @@ def main(
     digest = model.params_sha256 if listing_file else ""
     results: dict[str, Any] = {"step": step}
     classes: dict[str, dict[str, np.ndarray]] = {}
-    of_targets: dict[str, MultilabelScores | RegressionScores] = {}
+    of_targets: dict[str, Any] = {}  # MultilabelScores or RegressionScores
     rows: list[dict[str, Any]] = []
     for name, images in evals.items():
         sums, found = evaluate(programs, state, images)
