@@ -34,12 +34,13 @@ def check(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path, class_names: Sequence[str]) -> Iterator[Add]:
+def writing(path: Path, class_names: Sequence[str], with_targets: bool = False) -> Iterator[Add]:
     """Inside, images are added; at the end the file is there, in one piece. After an error it is as it was.
 
     An .npz has `features` f32[n, d] (of several seeds [seeds, n, d]), `labels` i32[n], `names`, `sets` and
     `class_names`. A .parquet has the columns `set`, `name`, `label`, `class` and `features`, of several seeds
-    `features_0`, `features_1`, …, and `class_names` as JSON in its metadata.
+    `features_0`, `features_1`, …, and `class_names` as JSON in its metadata. `with_targets` there are `targets` f32[n,
+    k] and `target_names` in place of labels and classes, in a .parquet a column `target[NAME]` each; NaN is not known.
 
     Memory does not grow with the features, but by the name and the label of each image. An .npz says at its start how
     many rows there are, so its features first lie in a folder beside it, which takes the same room once more. Raises
@@ -51,7 +52,7 @@ def writing(path: Path, class_names: Sequence[str]) -> Iterator[Add]:
         tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder,
     ):
         temporary = Path(folder) / path.name
-        with writer(temporary, class_names) as add:
+        with writer(temporary, class_names, with_targets) as add:
             yield add
         if not temporary.is_file():
             raise UserError(f"{path} is not written: there is no image whose features are known")
@@ -59,7 +60,7 @@ def writing(path: Path, class_names: Sequence[str]) -> Iterator[Add]:
 
 
 @contextlib.contextmanager
-def _npz(path: Path, class_names: Sequence[str]) -> Iterator[Add]:
+def _npz(path: Path, class_names: Sequence[str], with_targets: bool) -> Iterator[Add]:
     names: list[str] = []
     sets: list[tuple[str, int]] = []
     labels: list[np.ndarray] = []
@@ -75,7 +76,7 @@ def _npz(path: Path, class_names: Sequence[str]) -> Iterator[Add]:
                 file.write(np.ascontiguousarray(rows, "<f4").data)
             names.extend(map(_text, called))
             sets.append((of, len(called)))
-            labels.append(np.asarray(own, "<i4"))
+            labels.append(np.asarray(own, "<f4" if with_targets else "<i4"))
 
         yield add
         if not files:
@@ -88,7 +89,9 @@ def _npz(path: Path, class_names: Sequence[str]) -> Iterator[Add]:
                     file.close()
                     with Path(file.name).open("rb") as written:
                         shutil.copyfileobj(written, member, _AT_ONCE)
-            with _member(archive, "labels", "<i4", (n,)) as member:
+            of_labels = ("labels", "<i4", (n,))
+            of_targets = ("targets", "<f4", (n, len(class_names)))
+            with _member(archive, *(of_targets if with_targets else of_labels)) as member:
                 for part in labels:
                     member.write(part.tobytes())
             _write_text(archive, "names", names)
@@ -96,7 +99,9 @@ def _npz(path: Path, class_names: Sequence[str]) -> Iterator[Add]:
             with _member(archive, "sets", f"<U{longest or 1}", (n,)) as member:
                 for of, count in sets:
                     member.write(np.full(count, of, f"<U{longest or 1}").tobytes())
-            _write_text(archive, "class_names", [_text(name) for name in class_names])
+            _write_text(
+                archive, "target_names" if with_targets else "class_names", [_text(name) for name in class_names]
+            )
 
 
 @contextlib.contextmanager
@@ -118,7 +123,7 @@ def _write_text(archive: zipfile.ZipFile, name: str, texts: Sequence[str]) -> No
 
 
 @contextlib.contextmanager
-def _parquet(path: Path, class_names: Sequence[str]) -> Iterator[Add]:
+def _parquet(path: Path, class_names: Sequence[str], with_targets: bool) -> Iterator[Add]:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -131,9 +136,13 @@ def _parquet(path: Path, class_names: Sequence[str]) -> Iterator[Add]:
             columns = {
                 "set": pa.array([of] * len(called), pa.string()),
                 "name": pa.array(list(map(_text, called)), pa.string()),
-                "label": pa.array(np.asarray(own, np.int32)),
-                "class": pa.array([classes[label] for label in own], pa.string()),
             }
+            if with_targets:
+                for of_target, values in zip(class_names, np.asarray(own, np.float32).T, strict=True):
+                    columns[f"target[{_text(of_target)}]"] = pa.array(np.ascontiguousarray(values))
+            else:
+                columns["label"] = pa.array(np.asarray(own, np.int32))
+                columns["class"] = pa.array([classes[label] for label in own], pa.string())
             for seed, rows in enumerate(features):
                 flat = pa.array(np.ascontiguousarray(rows, np.float32).ravel())
                 name = "features" if len(features) == 1 else f"features_{seed}"
@@ -144,7 +153,9 @@ def _parquet(path: Path, class_names: Sequence[str]) -> Iterator[Add]:
 
         def flush() -> None:
             table = pa.concat_tables(waiting)
-            table = table.replace_schema_metadata({"class_names": json.dumps(list(class_names))})
+            table = table.replace_schema_metadata(
+                {"target_names" if with_targets else "class_names": json.dumps(list(class_names))}
+            )
             if not writer:
                 writer.append(stack.enter_context(parquet.ParquetWriter(path, table.schema)))
             writer[0].write_table(table)

@@ -138,6 +138,14 @@ class MultilabelScores:
             out[:, c] = _quotient((gained * precision).sum(1), right[:, -1])
         return out
 
+    def reliability(self, c: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of class c, by ten bins of its probability: examples, mean probability, share with the class; each [10]."""
+        values = self.probabilities[:, c].astype(np.float64)
+        whole = ~np.isnan(values)
+        bins = np.clip(np.ceil(values[whole] * 10).astype(int) - 1, 0, 9)
+        count, mean, true = (np.bincount(bins, weights, 10) for weights in (None, values[whole], self.true[whole, c]))
+        return count, _quotient(mean, count), _quotient(true, count)
+
     def best_thresholds(self) -> np.ndarray:
         """f64[classes]: the probability from which each class has its greatest F1 on these examples; NaN without one.
 

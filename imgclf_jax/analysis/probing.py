@@ -3,13 +3,18 @@
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from imgclf_jax.analysis.multilabel import MultilabelScores
+from imgclf_jax.analysis.regression import RegressionScores
+from imgclf_jax.losses import IDENTITY, SIGMOID, Task, link_of
+
 log = logging.getLogger(__name__)
 
+SCORES = {Task.MULTILABEL: "mean_average_precision", Task.REGRESSION: "r2"}  # of tasks without accuracy
 TEMPERATURE = 0.07  # of the neighbours' votes
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of logistic regression: the inverse of the penalty
 _FOLDS = 5
@@ -99,6 +104,62 @@ def linear_probe(train: np.ndarray, labels: np.ndarray, strength: float) -> Any:
             "the linear probe with C = %g stopped before its optimum, after %d iterations", strength, _ITERATIONS
         )
     return model
+
+
+def one_vs_rest(train: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """`decision(f32[m, d]) -> f64[m, classes]`: logistic regression of each class by itself, C from `choose_strength`.
+
+    targets f32[n, classes], true from 0.5 on. A class that all training examples have, or none, has one constant.
+    """
+    models = []
+    for true in (targets >= 0.5).T:
+        known = 0 < true.sum() < len(true)
+        models.append(linear_probe(train, true, choose_strength(train, true)) if known else None)
+    return lambda test: np.stack(
+        [np.zeros(len(test)) if model is None else model.decision_function(test) for model in models], 1
+    )
+
+
+def ridge(train: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """`values(f32[m, d]) -> f64[m, k]`: ridge regression on standardized features.
+
+    The penalty of each target is the best in leave-one-out cross validation on the training set.
+    """
+    from sklearn.linear_model import RidgeCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-3, 5, 9), alpha_per_target=targets.shape[1] > 1))
+    model.fit(train.astype(np.float64), targets.astype(np.float64))
+    return lambda test: model.predict(test.astype(np.float64)).reshape(len(test), -1)
+
+
+def ranks_by_logits(task: Task, loss: str) -> bool:
+    """Whether the head's logits give the task's score: of a link of one's own they may not."""
+    return task not in SCORES or link_of(loss) in (SIGMOID, IDENTITY)
+
+
+def probe_targets(
+    train: np.ndarray, targets: np.ndarray, tests: dict[str, tuple[np.ndarray, np.ndarray]], task: Task,
+    head: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The records of `probe` for targets f32[n, k], scored by mean average precision, or by R² in a regression.
+
+    A linear probe is logistic regression of each class by itself, or ridge regression.
+    """
+    several = task is Task.MULTILABEL
+    predict = one_vs_rest(train, targets) if several else ridge(train, targets)
+
+    def score(found: np.ndarray, truth: np.ndarray) -> float:
+        scores = MultilabelScores(truth, found) if several else RegressionScores(truth, found)
+        return float(scores.of(np.ones((1, len(truth))))[SCORES[task]][0])
+
+    for name, (test, truth) in tests.items():
+        if head:
+            own = test.astype(np.float64) @ head[0] + head[1]
+            yield {"set": name, "method": "own head", "accuracies": [score(own, truth)]}
+        kind = "logistic regression" if several else "ridge regression"
+        yield {"set": name, "method": kind, "accuracies": [score(predict(test), truth)]}
 
 
 def _classifier(strength: float) -> Any:

@@ -50,7 +50,10 @@ def _curves(groups: Sequence[Group]) -> str:
     """A chart for each metric, with a line for each of the first groups."""
     drawn = groups[:COLORS]
     sets = dict.fromkeys(name for one in drawn for run in (*one.done, *one.unfinished) for name in run.config.data.eval)
-    names = [*(f"{name}/{kind}" for name in sets for kind in ("accuracy", "nll", "loss")), "train/loss"]
+    names = [
+        *(f"{name}/{kind}" for name in sets for kind in ("accuracy", "mean_average_precision", "r2", "nll", "loss")),
+        "train/loss",
+    ]
     figures = []
     for name in names:
         lines = [line for i, one in enumerate(drawn) if (line := _line(one, name, i))]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from imgclf_jax.analysis.paired import Spread
-from imgclf_jax.commands.comparison import Group, shown
+from imgclf_jax.commands.comparison import MAIN_METRICS, Group, shown
 from imgclf_jax.commands.paired_runs import Comparison
 from imgclf_jax.run.records import Record
 from imgclf_jax.run.terminal import format_metrics
@@ -57,6 +57,12 @@ def tests(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]
     return [*(comparisons[0].group.settings if comparisons else []), *columns], rows
 
 
+def _score(groups: Sequence[Group]) -> str:
+    """What the examples that are right are counted by."""
+    several = any(name.endswith("/exact_match") for name in groups[0].metrics())
+    return "share of examples with all labels right (exact match)" if several else "accuracy"
+
+
 def _range(values: Mapping[int, float]) -> str:
     """The least and the greatest p of the seeds."""
     ends = list(dict.fromkeys(_p(value) for value in (min(values.values()), max(values.values())))) if values else []
@@ -76,7 +82,7 @@ def unfinished(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
 
 def _latest(run: Record) -> dict[str, float]:
     wanted = ("train/loss", "train/accuracy", *(f"{name}/{kind}" for name in run.config.data.eval
-                                                for kind in ("accuracy", "loss", "nll")))  # fmt: skip
+                                                for kind in (*MAIN_METRICS, "loss", "nll")))  # fmt: skip
     return {name: value for name, value in run.latest().items() if name in wanted}
 
 
@@ -89,12 +95,14 @@ def notes(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> list[st
         number = sum(len(one.p) for one in comparisons)
         sizes = ", ".join(f"{n} of {name}" for name, n in dict.fromkeys((c.set, c.examples) for c in comparisons))
         notes.append(
-            f"The difference is that of the mean accuracy to the best, {groups[0].label}, on the same examples "
+            f"The difference is that of the mean {_score(groups)} to the best, {groups[0].label}, on the same examples "
             f"({sizes}). Its interval is Student's, for other examples and, where there are several, other seeds. "
             "McNemar's test compares runs of the same seed; of several the least and the greatest p are shown. By "
             f"Holm, p is adjusted for the {number} tests that are made. That the best was chosen by these very "
             "examples is not accounted for."
         )
+    elif any(name.endswith("/r2") for one in groups for name in one.metrics()):
+        notes.append("There are no paired tests: a regression has no right and wrong to count.")
     elif len([one for one in groups if one.done]) > 1:
         notes.append("There are no paired tests: what the runs predict of each example is not known; add --test.")
     return notes

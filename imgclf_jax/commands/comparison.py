@@ -11,6 +11,7 @@ from imgclf_jax import config as configs
 from imgclf_jax.analysis.paired import Spread, spread
 from imgclf_jax.run.records import Record
 
+MAIN_METRICS = ("accuracy", "mean_average_precision", "r2")  # of the tasks; of all the greatest value is the best
 DIRECTORY = "directory"  # what tells groups apart that have the same config
 _BY_ITSELF = (
     "seed",
@@ -67,11 +68,14 @@ def shown(value: Any) -> str:
 
 
 def main_metric(groups: Iterable[Group]) -> str:
-    """The accuracy on the first evaluation set of the first run."""
+    """The accuracy on the first evaluation set of the first run; for want of it, what the task is ranked by."""
+    groups = list(groups)
+    found = {name for one in groups for name in one.metrics()}
     for group in groups:
         for run in (*group.done, *group.unfinished):
             for name in run.config.data.eval:
-                return f"{name}/accuracy"
+                kinds = [kind for kind in MAIN_METRICS if f"{name}/{kind}" in found]
+                return f"{name}/{kinds[0] if kinds else MAIN_METRICS[0]}"
     return "test/accuracy"
 
 

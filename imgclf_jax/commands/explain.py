@@ -16,6 +16,7 @@ from imgclf_jax.commands.explanations import build, drawn
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.text import printable, utf8
+from imgclf_jax.losses import Task
 from imgclf_jax.run import terminal
 from imgclf_jax.run.provenance import write_atomically
 from imgclf_jax.run.workdir import Workdir
@@ -41,8 +42,14 @@ def main(
     wanted = others["class"]
     model = loading.of(config, workdir, checkpoint)
     report_host_ops(model.programs)
+    numbers = model.task is Task.REGRESSION
     if wanted and wanted not in model.class_names:
-        raise UserError(unknown("class", wanted, model.class_names))
+        raise UserError(unknown("target" if numbers else "class", wanted, model.class_names))
+    if numbers and not wanted:
+        if len(model.class_names) > 1:
+            raise UserError(f"explain: this model predicts {len(model.class_names)} numbers; name the one to explain: "
+                            f"--class={model.class_names[0]!r}")  # fmt: skip
+        wanted = model.class_names[0]
     method, explain = build(model, method, layer, window, bool(wanted))
     folder = Path(output or "explained")
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,12 +67,14 @@ def main(
                 continue
             label = model.class_names.index(wanted) if wanted else int(result.argmax())
             name, probability = model.class_names[label], float(result[label])
-            says = f"{utf8(Path(file).name)}: {name}, probability {probability:.4f}"
-            picture, values = drawn(method, explain, model.prepare(file), label, says)
+            says = f"{utf8(Path(file).name)}: {name}, {'value' if numbers else 'probability'} {probability:.4f}"
+            picture, values = drawn(method, explain, model.prepare(file), label, says, numbers)
             target = _target(folder, file, method, wanted, taken)
             if not processes.index():
                 write_atomically(target, picture)
-            yield {"file": utf8(file), "class": name, "probability": round(probability, 6), "method": method,
+            what = {"target": name, "value": float(f"{probability:.7g}")} if numbers else {
+                "class": name, "probability": round(probability, 6)}  # fmt: skip
+            yield {"file": utf8(file), **what, "method": method,
                    "greatest": float(values.max()), "picture": str(target)}  # fmt: skip
 
     if processes.index():
@@ -74,9 +83,10 @@ def main(
     if format == "json":
         print(json.dumps(list(inputs.until_error(records(), errors)), indent=2))
     else:
-        rows = ([r["file"], r["class"], f"{r['probability']:.4f}", r["method"], f"{r['greatest']:.3g}", r["picture"]]
+        names = ("target", "value") if numbers else ("class", "probability")
+        rows = ([r["file"], r[names[0]], f"{r[names[1]]:.4f}", r["method"], f"{r['greatest']:.3g}", r["picture"]]
                 for r in inputs.until_error(records(), errors))  # fmt: skip
-        columns = ["file", "class", "probability", "method", "greatest value", "picture"]
+        columns = ["file", *names, "method", "greatest value", "picture"]
         terminal.print_long_table(columns, rows, _FIRST_ROWS)
     if counts["failed"]:
         print(f"error: {counts['failed']} of {counts['all']} images could not be explained", file=sys.stderr)

@@ -79,13 +79,19 @@ def build(
     return method, explain
 
 
-def drawn(method: str, explain: Explain, pixels: np.ndarray, label: int, says: str) -> tuple[bytes, np.ndarray]:
+def drawn(
+    method: str, explain: Explain, pixels: np.ndarray, label: int, says: str, numbers: bool = False
+) -> tuple[bytes, np.ndarray]:
     """(a PNG of the image beside its map over it, below the line `says` and the method's; the map [h', w']).
 
-    `pixels` are uint8[h, w, c] as the model takes them, `label` is the class; the other two are those of `build`.
+    `pixels` are uint8[h, w, c] as the model takes them, `label` is the class, or the target of a
+    model of `numbers`; the other two are those of `build`.
     """
     [values] = explain(pixels[None], np.array([label]))
-    title = [printable(says), _TITLES[method]]
+    words = _TITLES[method]
+    if numbers:
+        words = words.replace("probability", "value").replace("for the class", "for a greater value")
+    title = [printable(says), words]
     content = io.BytesIO()
     heatmap.draw(pixels, values, method == "occlusion", title).save(content, "PNG")
     return content.getvalue(), values

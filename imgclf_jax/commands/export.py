@@ -110,7 +110,9 @@ def _safetensors(model: Trained, path: Path, gives: str, names: str) -> list[str
         own = variables if recipe.num_seeds == 1 else jax.tree.map(lambda x, seed=seed: np.asarray(x)[seed], variables)
         place = path if recipe.num_seeds == 1 else path.with_suffix(f".seed{recipe.config.seed + seed}{path.suffix}")
         state = torch_state.state_dict(backbone, own, names, recipe.data.image_shape)
-        write_atomically(place, save(state, metadata | {"class_names": "\n".join(model.class_names)}))
+        write_atomically(
+            place, save(state, metadata | {"task": model.task.value, "class_names": "\n".join(model.class_names)})
+        )
         lines.append(f"{place}: {_size(place)}, {len(state)} arrays by the names of {names}")
     return lines
 

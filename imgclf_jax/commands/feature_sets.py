@@ -12,7 +12,7 @@ from imgclf_jax.trained import Trained
 
 
 def of_set(model: Trained, images: stream.Images) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(features f32[seeds, b, d], labels i32[b]) of each batch, in the order of the examples, each of them once.
+    """(features f32[seeds, b, d], labels i32[b] or targets f32[b, k]) of each batch, each example once and in order.
 
     Raises UserError, naming the example, for features that are not finite.
     """
@@ -29,7 +29,7 @@ def of_set(model: Trained, images: stream.Images) -> Iterator[tuple[np.ndarray, 
             raise UserError(f"{name}: its features are NaN or infinite; the weights may hold NaN, so try another "
                             "--checkpoint")  # fmt: skip
         done += features.shape[1]
-        return features, batch["label"][batch["mask"]]
+        return features, batch[images.y_name][batch["mask"]]
 
     pending: tuple[jax.Array, stream.Batch] | None = None
     for batch in stream.eval_batches(images, size):
@@ -43,6 +43,6 @@ def of_set(model: Trained, images: stream.Images) -> Iterator[tuple[np.ndarray, 
 
 
 def whole_set(model: Trained, images: stream.Images) -> tuple[np.ndarray, np.ndarray]:
-    """(features f32[seeds, n, d], labels i32[n]) of a whole set, in memory."""
+    """(features f32[seeds, n, d], labels i32[n] or targets f32[n, k]) of a whole set, in memory."""
     parts = list(of_set(model, images))
     return np.concatenate([features for features, _ in parts], 1), np.concatenate([labels for _, labels in parts])

@@ -49,7 +49,13 @@ def main(
     model = restored or convert(config, base, whole=False)
     errors: list[Exception] = []  # what ended the images before their end
     with contextlib.ExitStack() as stack:
-        add = _drop if processes.index() else stack.enter_context(embeddings.writing(file, model.class_names))
+        add = (
+            _drop
+            if processes.index()
+            else stack.enter_context(
+                embeddings.writing(file, model.class_names, bool(model.programs.recipe.data.target_names))
+            )
+        )
         if paths:
             report_host_ops(model.programs)
             written, failed = _add_files(model, paths, inputs.until_error(images, errors), add)
@@ -108,7 +114,10 @@ def _add_files(
 
     folders = [os.path.join(word, "") for word in words if os.path.isdir(word)]
     for some in itertools.batched(good(), _ROWS):
-        labels = np.array([label_of(image, folders, model.class_names) for image, _ in some], np.int32)
+        if targets := model.programs.recipe.data.target_names:  # which no folder's name says
+            labels = np.full((len(some), len(targets)), np.nan, np.float32)
+        else:
+            labels = np.array([label_of(image, folders, model.class_names) for image, _ in some], np.int32)
         add("", [utf8(image.path) for image, _ in some], labels, np.stack([row for _, row in some], 1))
         written += len(some)
     return written, failed

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from imgclf_jax.analysis import listing
+from imgclf_jax.analysis.multilabel import MultilabelScores
 from imgclf_jax.commands.evaluation import changed, changed_sets, evaluate, open_evals
 from imgclf_jax.core import places, processes
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.data import sources
 from imgclf_jax.loading import restore
+from imgclf_jax.losses import Task
 from imgclf_jax.metrics import Predictions
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run.records import Record
@@ -109,12 +111,23 @@ def _listed(rows: Iterable[Mapping[str, Any]], origins: Mapping[str, str]) -> di
         right = {"true": True, "false": False}[str(row["correct"]).lower()]
         if str(row.get("origin")) != origins.get(str(row["set"])):
             continue
-        by_set.setdefault(str(row["set"]), []).append((str(row["example"]), str(row["label"]), right))
+        by_set.setdefault(str(row["set"]), []).append((str(row["example"]), _label(row), right))
     found = {}
     for name, some in by_set.items():
         examples, labels = tuple(row[0] for row in some), tuple(row[1] for row in some)
         found[name] = Known(examples, labels, np.array([[row[2] for row in some]]))
     return found
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    """The class of an example, or its targets."""
+    if "label" in row:
+        return str(row["label"])
+    return _labels([float(value) for name, value in row.items() if name.startswith("target[")])
+
+
+def _labels(target: Iterable[float]) -> str:
+    return " ".join(f"{x:g}" for x in target)
 
 
 def make(run: Record, trust: bool) -> dict[str, Known]:
@@ -128,6 +141,8 @@ def make(run: Record, trust: bool) -> dict[str, Known]:
         model = restore(run.config, run.workdir, "latest")
         _check_checkpoint(run, model)
         programs, state = dataclasses.replace(model.programs, predicting=True), model.state
+        if model.task is Task.REGRESSION:
+            raise UserError("a regression has no right and wrong, which paired tests count")
         base = sources.open_data(run.config)
         evals = open_evals(programs, base)
         if others := changed_sets(programs, run.config, run.evals, evals):
@@ -137,15 +152,17 @@ def make(run: Record, trust: bool) -> dict[str, Known]:
         found = {}
         for name, images in evals.items():
             _, predictions = evaluate(programs, state, images)
-            assert isinstance(predictions, Predictions)
-            right = np.atleast_2d(predictions.ranks == 0)  # [seeds, n], of several seeds also the ensemble's
-            called = getattr(images.source, "name", str)
-            names = programs.recipe.data.class_names
-            found[name] = Known(
-                tuple(called(i) for i in range(len(predictions.labels))),
-                tuple(names[label] for label in predictions.labels),
-                right[: run.config.num_seeds],
-            )
+            called, names = getattr(images.source, "name", str), programs.recipe.data.class_names
+            if isinstance(predictions, Predictions):
+                right = np.atleast_2d(predictions.ranks == 0)  # [seeds, n], of several seeds also the ensemble's
+                labels = tuple(names[label] for label in predictions.labels)
+            else:
+                assert predictions is not None
+                each = predictions.outputs.reshape(-1, *predictions.targets.shape)
+                right = np.stack([MultilabelScores(predictions.targets, own).exact for own in each])
+                labels = tuple(map(_labels, predictions.targets))
+            examples = tuple(called(i) for i in range(len(labels)))
+            found[name] = Known(examples, labels, right[: run.config.num_seeds])
     try:
         # Of a set without a recorded fingerprint nothing would tell later whether the data are still the same.
         if set(found) <= set(run.evals) and not processes.index():

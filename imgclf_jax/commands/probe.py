@@ -46,6 +46,9 @@ def main(
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = sources.open_data(config)
     model = restored or convert(config, base, whole=False)
+    if plot and model.task in probing.SCORES:
+        raise UserError(f"--plot={plot}: it draws accuracy by images a class, which this run does not "
+                        "have; drop it")  # fmt: skip
     sets = open_evals(model.programs, base)
     if workdir:
         compare_with_record(model.programs, workdir, base, sets)
@@ -54,7 +57,10 @@ def main(
     with terminal.busy("computing features"):
         train, labels = feature_sets.whole_set(model, training)
         tests = {name: feature_sets.whole_set(model, images) for name, images in sets.items()}
-    heads = [_head(model, seed) if restored else None for seed in range(len(train))]
+    if labels.ndim == 2 and model.task not in probing.SCORES:  # the dominant labels
+        labels, tests = labels.argmax(1), {name: (x, y.argmax(1)) for name, (x, y) in tests.items()}
+    known = restored and probing.ranks_by_logits(model.task, config.loss)
+    heads = [_head(model, seed) if known else None for seed in range(len(train))]
     if processes.index():
         processes.barrier("probing", processes.PREPARING)
         return 0
@@ -62,6 +68,9 @@ def main(
     for seed, features in enumerate(train):
         with terminal.busy(f"probing{f' seed {seed}' if len(train) > 1 else ''}"):
             own = {name: (x[seed], y) for name, (x, y) in tests.items()}
+            if model.task in probing.SCORES:
+                records.append(list(probing.probe_targets(features, labels, own, model.task, heads[seed])))
+                continue
             records.append(list(probe(features, labels, own, ks, draws, len(model.class_names), heads[seed])))
     joined = [{**of[0], "accuracies": [a for one in of for a in one["accuracies"]]}
               | ({"C": [one["C"] for one in of]} if "C" in of[0] else {})
@@ -73,10 +82,13 @@ def main(
         accuracy_plot.draw(Path(plot), joined, f"{model.config.model}, {len(labels)} training images")
         log.info("drawn: %s", plot)
     if format == "json":
+        if model.task in probing.SCORES:  # what is no accuracy is not called one
+            joined = [{("scores" if key == "accuracies" else key): value for key, value in one.items()}
+                      | {"score": probing.SCORES[model.task]} for one in joined]  # fmt: skip
         found = {"step": model.step, "train_examples": len(labels), "features": train.shape[-1], "results": joined}
         print(json.dumps(found, indent=2))
     else:
-        _print(joined)
+        _print(joined, probing.SCORES.get(model.task, "accuracy"))
     processes.barrier("probing", processes.PREPARING)
     return 0
 
@@ -153,13 +165,15 @@ def _check_memory(model: Trained, examples: int) -> None:
                    "a part of them)")  # fmt: skip
 
 
-def _print(records: list[Record]) -> None:
+def _print(records: list[Record], score: str) -> None:
     rows = []
     for record in records:
         name = {"nearest neighbours": lambda r: f"nearest neighbours, k = {r['k']}",
                 "linear probe": lambda r: f"linear probe, C = {', '.join(f'{c:g}' for c in r['C'])}",
                 "few images": lambda r: f"linear probe on {r['shots']} a class",
+                "logistic regression": lambda r: "logistic regression of each class",
+                "ridge regression": lambda r: "ridge regression",
                 "own head": lambda r: "the network's own head"}[record["method"]](record)  # fmt: skip
         spread = "" if record["deviation"] is None else f" ± {record['deviation']:.4f}"
         rows.append([record["set"], name, f"{record['mean']:.4f}{spread}"])
-    terminal.print_table(["set", "what classifies", "accuracy"], rows)
+    terminal.print_table(["set", "what classifies" if score == "accuracy" else "what predicts", score], rows)

@@ -10,7 +10,9 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import metrics
 from imgclf_jax.analysis import by_class
-from imgclf_jax.analysis.scores import Reliability, reliability, with_intervals
+from imgclf_jax.analysis.multilabel import MultilabelScores
+from imgclf_jax.analysis.regression import RegressionScores
+from imgclf_jax.analysis.scores import Reliability, reliability, with_bootstrap, with_intervals
 from imgclf_jax.commands import explanations, report_augmentation, report_mistakes
 from imgclf_jax.commands.evaluation import changed, changed_sets, evaluate, open_evals
 from imgclf_jax.commands.report_augmentation import Augmented
@@ -37,6 +39,7 @@ class Evaluated:
     mistakes: tuple[Mistake, ...] = ()  # the most confident ones first
     wrong: int = 0  # how many there are
     method: str = ""  # by which the mistakes are explained: see `explanations`
+    of_targets: MultilabelScores | RegressionScores | None = None  # of several labels, and of numbers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,5 +118,10 @@ def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Evaluated, .
                 log.info("explaining %d mistakes by %s", len(places), method)
                 mistakes = report_mistakes.look_at(programs, images, own, places, explain)
                 one = dataclasses.replace(one, mistakes=mistakes, method=method)
+        elif isinstance(predictions, metrics.TargetPredictions):
+            own_targets = predictions.of_seed(-1) if several else predictions
+            of = metrics.target_scores(model.task, own_targets, model.class_names)
+            intervals = with_bootstrap(of.of, len(images), own_targets.targets.size)
+            one = dataclasses.replace(one, scores=intervals, of_targets=of)
         found.append(one)
     return tuple(found)

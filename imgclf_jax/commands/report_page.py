@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from imgclf_jax.commands import report_curves, report_sets
+from imgclf_jax.commands.comparison import MAIN_METRICS
 from imgclf_jax.commands.report_findings import Evaluated, Findings
 from imgclf_jax.config import KEYS, flatten
 from imgclf_jax.pages import html
@@ -60,9 +61,10 @@ def _results(run: Record, findings: Findings) -> dict[str, Mapping[str, Any]]:
 
 def _headline(run: Record, findings: Findings) -> str:
     for name, values in _results(run, findings).items():
-        if "accuracy" in values:
-            spread = f" ± {values['accuracy_std']:.4f}" if math.isfinite(values.get("accuracy_std", math.nan)) else ""
-            return f"{name} accuracy {values['accuracy']:.4f}{spread}"
+        if kind := next((kind for kind in MAIN_METRICS if kind in values), ""):
+            deviation = values.get(f"{kind}_std", math.nan)
+            spread = f" ± {deviation:.4f}" if math.isfinite(deviation) else ""
+            return f"{name} {kind.replace('_', ' ')} {values[kind]:.4f}{spread}"
     return f"{run.step} steps"
 
 
@@ -83,6 +85,12 @@ def _summary(run: Record, findings: Findings) -> str:
 
 
 def _of_set(one: Evaluated) -> str:
+    if one.of_targets is not None:
+        kind = next(kind for kind in MAIN_METRICS if kind in one.metrics)
+        found = one.scores.get(kind, {})
+        said = f"On {one.metrics['examples']} examples of {one.name}, {kind.replace('_', ' ')} is {found['value']:.4f}"
+        said += f" (95 % interval {found['low']:.4f} to {found['high']:.4f})" if "low" in found else ""
+        return said + (" by the ensemble." if f"ensemble_{kind}" in one.metrics else ".")
     right = int(one.counts["class_correct"].sum())
     said = f"Of {one.metrics['examples']} examples of {one.name}, {right} are classified right"
     found = one.scores.get("accuracy", {})

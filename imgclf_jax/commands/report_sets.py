@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from imgclf_jax.analysis import by_class, heatmap
+from imgclf_jax.analysis import by_class, heatmap, multilabel
+from imgclf_jax.analysis.multilabel import MultilabelScores
+from imgclf_jax.analysis.regression import RegressionScores
 from imgclf_jax.commands.report_augmentation import Augmented
 from imgclf_jax.commands.report_findings import Evaluated
 from imgclf_jax.commands.report_mistakes import Mistake
-from imgclf_jax.pages import html, pictures
+from imgclf_jax.pages import html, pictures, residuals
 from imgclf_jax.pages.html import paragraph, region, table, text
 from imgclf_jax.pages.reliability import diagram
 from imgclf_jax.run.terminal import format_metrics
@@ -19,12 +21,17 @@ _FULL = 30  # classes whose confusion matrix is shown whole
 _NARROW = 12  # classes whose table and matrix have room side by side
 _PAIRS = 30  # confusions in a list
 _ROWS = 100  # classes in a table
+_TARGETS = 12  # whose errors are drawn
 _LONG = 3  # letters of a class's name that stand upright above a column
 
 
 def of_set(one: Evaluated, names: Sequence[str], num_seeds: int) -> str:
     """All that was found on an evaluation set. With several seeds it says what is of the ensemble."""
     parts = [_metrics(one.name, one.metrics, num_seeds)]
+    if isinstance(one.of_targets, MultilabelScores):
+        return "".join((*parts, _scores(one), _labels(one.name, one.of_targets, names)))
+    if isinstance(one.of_targets, RegressionScores):
+        return "".join((*parts, _scores(one), _errors(one.name, one.of_targets, names)))
     if not one.scores:
         parts.append(paragraph(f"Scores, calibration and mistakes are left out: there are {len(names):,} classes, and "
                                "the probabilities of so many may not fit into memory.", note=True))  # fmt: skip
@@ -75,6 +82,51 @@ def _calibration(one: Evaluated) -> str:
             "dashed line, the model is surer than it is right.")  # fmt: skip
     return (f"<h3>Calibration</h3><figure>{svg}</figure>" + paragraph(note, note=True)
             + html.details("The bins as a table", table(f"Calibration on {one.name}", columns, rows)))  # fmt: skip
+
+
+def _labels(name: str, scores: MultilabelScores, names: Sequence[str]) -> str:
+    """Of several labels: how well each class is found, and how reliable its probabilities are."""
+    note = ("Precision, recall and F1 are at a threshold of 0.5. The best threshold has the greatest F1 on these very "
+            "examples: choose it on a validation set.")  # fmt: skip
+    columns, rows = multilabel.table(scores, names)
+    shown = sorted(range(len(rows)), key=lambda i: float(rows[i][2] or "inf"))[:_ROWS] if len(rows) > _ROWS else None
+    caption = f"Average precision and decisions of each class on {name}"
+    if shown:
+        rows, caption = [rows[i] for i in shown], f"{caption}: the {_ROWS} of {len(names):,} with the lowest"
+    columns_of_bins = ["class", "probability", "examples", "mean probability", "share that has the class"]
+    bins = [
+        [names[c], f"{i / 10:.1f} to {(i + 1) / 10:.1f}", str(int(n)), f"{mean:.4f}", f"{share:.4f}"]
+        for c in (shown or range(len(names)))
+        for i, (n, mean, share) in enumerate(zip(*scores.reliability(c), strict=True))
+        if n
+    ]
+    said = "Where the mean probability is above the share of examples that have the class, the model is too sure of it."
+    calibration = "<h3>Calibration</h3>" + paragraph(said, note=True)
+    calibration += html.details("The bins of each class", table(f"Reliability on {name}", columns_of_bins, bins))
+    return "<h3>Classes</h3>" + table(caption, columns, rows) + paragraph(note, note=True) + calibration
+
+
+def _errors(name: str, scores: RegressionScores, names: Sequence[str]) -> str:
+    """Of numbers: the residuals of each target by its true value, and their histogram."""
+    parts = ["<h3>Errors</h3>"]
+    for i, target in enumerate(names[:_TARGETS]):
+        truth, errors = scores.targets[:, i].astype(np.float64), scores.errors[:, i]
+        figures = (residuals.plot(f"Residuals of {target} on {name}", truth, errors),
+                   residuals.histogram(f"Errors of {target} on {name}", errors))  # fmt: skip
+        parts.append(
+            html.charts(
+                [
+                    html.figure(caption, svg)
+                    for caption, svg in zip(
+                        (f"{target}: predicted less true, by the true value", f"{target}: errors"), figures, strict=True
+                    )
+                    if svg
+                ]
+            )
+        )
+    if len(names) > _TARGETS:
+        parts.append(paragraph(f"The first {_TARGETS} of {len(names)} targets are drawn.", note=True))
+    return "".join(parts)
 
 
 def _classes(one: Evaluated, names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import loading
 from imgclf_jax.commands.explanations import build, drawn, predict
 from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.losses import Task
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.trained import Trained, not_finite, report_host_ops
 
@@ -65,7 +66,11 @@ def main(config: ConfigDict, workdir: Workdir | None, checkpoint: str, host: str
 
 
 def explainer(model: Trained) -> Callable[[bytes], bytes]:
-    """The function of an image's file that gives a PNG of where its likeliest class is found, by the usual method."""
+    """The function of an image's file that gives a PNG of where its likeliest class is found, by the usual method.
+
+    Of a regression it is the first target.
+    """
+    numbers = model.task is Task.REGRESSION
     method, explain = build(model)
 
     def draw(content: bytes) -> bytes:
@@ -73,9 +78,10 @@ def explainer(model: Trained) -> Callable[[bytes], bytes]:
         [probabilities] = predict(model, pixels[None])
         if wrong := not_finite(probabilities, "predict"):
             raise UserError(f"{wrong}, so serve another --checkpoint")
-        label = int(probabilities.argmax())
-        says = f"{model.class_names[label]}, probability {probabilities[label]:.4f}"
-        return drawn(method, explain, pixels, label, says)[0]
+        label = 0 if numbers else int(probabilities.argmax())
+        what = "value" if numbers else "probability"
+        says = f"{model.class_names[label]}, {what} {probabilities[label]:.4f}"
+        return drawn(method, explain, pixels, label, says, numbers)[0]
 
     return draw
 

@@ -14,10 +14,13 @@ from imgclf_jax.core import places, sharding, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.data import sources, stream
+from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs, of_images
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import make_inputs
+
+_LINES = 4  # numbers or labels below an image
 
 
 class Shown(NamedTuple):
@@ -49,8 +52,8 @@ def main(
     batch = batch_at(programs, images, step, raw)
     count = min(count, len(batch.ids))
     pixels, how = visible(batch.arrays["image"][:count], config.augment)
-    examples = describe(batch, programs.recipe.data.class_names, count)
-    captions = [[f"id {example['id']}", *_label_lines(example)] for example in examples]
+    examples, task = describe(batch, programs.recipe.data.class_names, count), programs.recipe.task
+    captions = [[f"id {example['id']}", *_label_lines(example, task)] for example in examples]
     picture = contact_sheet.draw(pixels, captions)
     content = io.BytesIO()
     picture.save(content, "PNG")
@@ -94,21 +97,40 @@ def batch_at(programs: Programs, images: stream.Images, step: int, raw: bool = F
 
 
 def describe(batch: Shown, class_names: tuple[str, ...], count: int) -> list[dict[str, Any]]:
-    """{"id", "epoch", "file", "label": {class: share}} of each of the first `count` examples; shares add up to 1."""
+    """{"id", "epoch", "file", "label": {class: share}} of each of the first `count` examples; shares add up to 1.
+
+    Of targets it is "target": {name: number} in place of the label.
+    """
     rows = []
     for i in range(count):
+        file = {"file": batch.names[i]} if batch.names[i] else {}
+        known = {"id": int(batch.ids[i]), "epoch": int(batch.epochs[i]), **file}
+        if "target" in batch.arrays:
+            target = zip(class_names, batch.arrays["target"][i], strict=True)
+            rows.append({**known, "target": {name: float(f"{x:.7g}") for name, x in target}})
+            continue
         own = class_names[batch.arrays["label"][i]]
         label = {own: 1.0}
         if "other" in batch.arrays:
             weight, other = float(batch.arrays["weight"][i]), class_names[batch.arrays["other"][i]]
             label = {own: 1.0} if other == own else {own: weight, other: 1 - weight}
-        file = {"file": batch.names[i]} if batch.names[i] else {}
-        rows.append({"id": int(batch.ids[i]), "epoch": int(batch.epochs[i]), **file, "label": label})
+        rows.append({**known, "label": label})
     return rows
 
 
-def _label_lines(example: dict[str, Any]) -> list[str]:
-    """`cat`, or `0.70  cat` and `+ 0.30  dog`; a share that is 0 to two digits is left out."""
+def _label_lines(example: dict[str, Any], task: Task) -> list[str]:
+    """`cat`, or `0.70  cat` and `+ 0.30  dog`; a share that is 0 to two digits is left out.
+
+    Of targets the numbers with their names, a few at most; of labels those that are there, the greatest first.
+    """
+    if "target" in example:
+        numbers = list(example["target"].items())
+        if task is not Task.REGRESSION:
+            numbers = sorted(((name, x) for name, x in numbers if x >= 0.005), key=lambda one: -one[1])
+            if all(x == 1 for _, x in numbers):
+                return [*(printable(name) for name, _ in numbers[:_LINES]), *["…"] * (len(numbers) > _LINES)]
+        lines = [f"{x:.4g}  {printable(name)}" for name, x in numbers[:_LINES]]
+        return [*lines, *["…"] * (len(numbers) > _LINES)]
     shares = {name: share for name, share in example["label"].items() if share >= 0.005}
     if len(shares) == 1:
         return [*map(printable, shares)]

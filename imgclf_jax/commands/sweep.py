@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax.commands import sweep_plan
+from imgclf_jax.commands.comparison import MAIN_METRICS
 from imgclf_jax.commands.sweep_plan import Run, Settings
 from imgclf_jax.core import places, signals
 from imgclf_jax.core.errors import UserError
@@ -251,13 +252,13 @@ def _why(status: int, file: Path) -> str:
 
 
 def _main_metric(config: ConfigDict, place: Workdir) -> str:
-    """The metric that checkpoints are chosen by, or else the accuracy on the first evaluation set."""
+    """The metric that checkpoints are chosen by, or else what the task is ranked by, on the first evaluation set."""
     best = config.checkpoint.best
-    name = parse_best(best)[0] if best else f"{next(iter(config.data.eval), '')}/accuracy"
-    group, _, kind = name.partition("/")
+    group, _, kind = parse_best(best)[0].partition("/") if best else (next(iter(config.data.eval), ""), "", "")
     try:
         found = read_json(place.result)[group]
+        kind = kind or next(own for own in MAIN_METRICS if own in found)
         deviation = f" ± {found[f'{kind}_std']:.4f}" if f"{kind}_std" in found else ""
-        return f"{name} {found[kind]:.4f}{deviation}"
-    except (UserError, KeyError, TypeError, ValueError):
+        return f"{group}/{kind} {found[kind]:.4f}{deviation}"
+    except (UserError, KeyError, TypeError, ValueError, StopIteration):
         return ""

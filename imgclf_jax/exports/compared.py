@@ -8,6 +8,7 @@ import numpy as np
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.inference import Outputs
+from imgclf_jax.losses import Task
 from imgclf_jax.trained import Trained
 
 _IMAGES = 5
@@ -31,7 +32,7 @@ def difference(run: Callable[[np.ndarray], np.ndarray], model: Trained, what: Ou
     ours = np.asarray(jax.device_get(getattr(model.programs, what)(*model.state.evaluated, batch)))
     ours, theirs = ours[..., :_IMAGES, :], run(images)
     judged, a, b = ("outputs", theirs, ours)
-    if what == "predict":
+    if what == "predict" and model.task is not Task.REGRESSION:
         judged, a, b = ("log probabilities", *(np.log(np.maximum(x, _LEAST)) for x in (theirs, ours)))
     if not (apart := _furthest(a, b)) <= _CLOSE * max(1.0, float(np.abs(b).max())):
         raise UserError(f"export: {program}'s {judged} differ from the model's by up to {apart:.2g}, so no file "

@@ -55,7 +55,12 @@ def archive(model: Trained, what: Outputs) -> tuple[bytes, float]:
             proto = jax2onnx.to_onnx(function, [images], input_names=["images"], output_names=[what])
         except NotImplementedError as e:
             raise UserError(f"export: jax2onnx cannot translate model={model.config.model!r}: {e}") from e
-    for key, value in {"class_names": "\n".join(model.class_names), "host_ops": programs.preprocess_eval}.items():
+    facts = {
+        "task": model.task.value,
+        "class_names": "\n".join(model.class_names),
+        "host_ops": programs.preprocess_eval,
+    }
+    for key, value in facts.items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, value
     content: bytes = proto.SerializeToString()

@@ -53,9 +53,9 @@ def write(model: Trained, what: Outputs, folder: Path, today: datetime.date) -> 
     """Writes the SavedModel; its metadata, and the largest difference between TensorFlow's outputs and ours.
 
     The signature `serving_default` takes `images`, uint8[b, h, w, c], b being any number from 1 on, and gives one
-    output, called `probabilities`, `logits` or `features`; `class_names` takes nothing and gives strings. The metadata
-    are in `assets.extra/metadata.json`. A SavedModel that is there is replaced once the new one gives the model's
-    outputs on random images. Raises UserError if it does not.
+    output, called `probabilities` (`values` in a regression), `logits` or `features`; `class_names` takes nothing and
+    gives strings. The metadata are in `assets.extra/metadata.json`. A SavedModel that is there is replaced once the new
+    one gives the model's outputs on random images. Raises UserError if it does not.
     """
     tf = tensorflow().result()
     exported, weights = stablehlo.program_of_weights(model, what)

@@ -17,6 +17,7 @@ from jax import export
 
 from imgclf_jax.core import platform, sharding, tree
 from imgclf_jax.inference import Outputs
+from imgclf_jax.losses import Task
 from imgclf_jax.trained import Trained
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -80,11 +81,12 @@ def metadata(model: Trained, what: Outputs, exported: export.Exported, today: da
     """What the file takes and gives, as JSON values."""
     recipe = model.programs.recipe
     return {
-        "gives": {"predict": "probabilities"}.get(what, what),
+        "gives": ("values" if model.task is Task.REGRESSION else "probabilities") if what == "predict" else what,
         "images": {"dtype": "uint8", "shape": ["b", *recipe.data.image_shape]},
         "host_ops": model.programs.preprocess_eval,
         "output": {"dtype": "float32", "shape": [str(n) if not isinstance(n, int) else n
                                                  for n in exported.out_avals[0].shape]},
+        "task": model.task.value,
         "class_names": list(model.class_names),
         "model": recipe.config.model,
         "step": model.step,

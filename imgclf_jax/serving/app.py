@@ -101,8 +101,11 @@ def build(
                 raise Refused(503, "too many requests wait; try again in a second") from None
             except TimeoutError:
                 raise Refused(503, f"no answer within {limits.answer_seconds:g} s; try again later") from None
+        found = model.describe(probabilities, top_k)
+        if "predictions" in found:
+            found["predictions"] = [one | {"class": utf8(one["class"])} for one in found["predictions"]]
         return _Answer({
-            "predictions": [one | {"class": utf8(one["class"])} for one in model.best(probabilities, top_k)],
+            **found,
             "milliseconds": round(1000 * (time.perf_counter() - begun), 3),
         })  # fmt: skip
 
@@ -154,7 +157,7 @@ def build(
 
     async def interface(request: Request) -> Response:
         return JSONResponse(
-            openapi.describe(model.class_names, limits.body_bytes, explain is not None), headers=_HEADERS
+            openapi.describe(model.class_names, limits.body_bytes, explain is not None, model.task), headers=_HEADERS
         )
 
     @contextlib.asynccontextmanager

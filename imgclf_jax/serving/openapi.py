@@ -4,6 +4,8 @@ import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
+from imgclf_jax.losses import Task
+
 _ERRORS = {
     "400": "the request is wrong: an empty body, or a wrong top_k",
     "408": "the body came too slowly",
@@ -13,8 +15,8 @@ _ERRORS = {
 }
 
 
-def describe(class_names: Sequence[str], body_bytes: int, explains: bool) -> dict[str, Any]:
-    """OpenAPI 3.1 of the routes for programs; bodies hold at most `body_bytes` bytes."""
+def describe(class_names: Sequence[str], body_bytes: int, explains: bool, task: Task = Task.CLASSES) -> dict[str, Any]:
+    """OpenAPI 3.1 of the routes for programs; bodies hold at most `body_bytes` bytes. Answers are by the task."""
     body = {
         "required": True,
         "description": f"the bytes of an image file, at most {body_bytes:,}",
@@ -29,11 +31,19 @@ def describe(class_names: Sequence[str], body_bytes: int, explains: bool) -> dic
             "probability": {"type": "number", "minimum": 0, "maximum": 1},
         },
     }
+    number = {"type": "number"}
+    order = "the likeliest first"
+    if task is Task.MULTILABEL:
+        order = "all classes whose probability is at least 0.5, the likeliest first; top_k does not count"
+    key, found = ("predictions", {"type": "array", "items": prediction, "description": order})
+    if task is Task.REGRESSION:
+        values = dict.fromkeys(class_names, number)
+        key, found = "values", {"type": "object", "required": list(values), "properties": values}
     answer = {
         "type": "object",
-        "required": ["predictions", "milliseconds"],
+        "required": [key, "milliseconds"],
         "properties": {
-            "predictions": {"type": "array", "items": prediction, "description": "the likeliest first"},
+            key: found,
             "milliseconds": {"type": "number", "description": "from the whole body to the answer"},
         },
     }

@@ -18,18 +18,21 @@ async function classify(image) {
   }
   if (number !== newest) return;
   const took = performance.now() - begun;
-  show(image, error ? [] : answer.predictions);
+  // A regression gives numbers by name, and several labels may be none.
+  const numbers = !error && answer.values;
+  const found = error ? [] : numbers ? Object.entries(numbers).map(([name, value]) => ({ class: name, value })) : answer.predictions;
+  show(image, found, Boolean(error));
   by("status").scrollIntoView({ block: "nearest" }); // on a phone it is below the image that was given
   by("status").className = error ? "error" : "";
   by("status").textContent = error ||
-    `${answer.predictions[0].class}, in ${took.toFixed(0)} ms (${answer.milliseconds.toFixed(1)} ms in the server)`;
+    `${numbers ? `${found[0].class} ${found[0].value.toPrecision(5)}` : found.length ? found[0].class : "no label"}, in ${took.toFixed(0)} ms (${answer.milliseconds.toFixed(1)} ms in the server)`;
 }
 
-function show(image, predictions) {
+function show(image, predictions, failed) {
   const preview = by("preview");
   URL.revokeObjectURL(preview.src);
   preview.src = URL.createObjectURL(image);
-  preview.hidden = !predictions.length;
+  preview.hidden = failed;
   shown = image;
   by("explanation").hidden = true;
   by("explain").hidden = !(explains && predictions.length);
@@ -41,13 +44,18 @@ function show(image, predictions) {
     name.textContent = p.class;
     const value = document.createElement("td");
     value.className = "number";
+    row.append(name, value);
+    if ("value" in p) {
+      value.textContent = p.value.toPrecision(5);
+      return row;
+    }
     value.textContent = p.probability.toFixed(4);
     const bar = document.createElement("meter");
     bar.value = p.probability;
     bar.setAttribute("aria-label", `probability of ${p.class}`);
     const last = document.createElement("td");
     last.append(bar);
-    row.append(name, value, last);
+    row.append(last);
     return row;
   }));
 }

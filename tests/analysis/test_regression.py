@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
+from imgclf_jax.analysis import scores
 from imgclf_jax.analysis.regression import RegressionScores
 
 
@@ -48,3 +49,12 @@ def test_r2_of_equal_targets_is_not_known():
     assert np.isnan(found["r2"])
     assert found["mae"] == pytest.approx(0.5, rel=1e-6)
     assert np.isnan(of_all(*drawn(1, 1))["r2"])
+
+
+def test_the_interval_of_a_mean_error_is_that_of_its_standard_error():
+    """Of a mean the percentile bootstrap is close to 1.96 standard errors to each side."""
+    targets, values = drawn(outputs=1)
+    found = scores.with_bootstrap(RegressionScores(targets, values).of, len(targets), targets.size)["mae"]
+    error = np.abs(targets.astype(np.float64) - values)
+    half = 1.96 * error.std() / len(error) ** 0.5
+    assert (found["high"] - found["low"]) / 2 == pytest.approx(half, rel=0.1)
