@@ -26,6 +26,11 @@ KEYS: dict[str, tuple[Any, str]] = {
         "digits, tfds('name'), folder('path'), table('labels.csv'), arrays('file.npz') or fake(n, shape, classes).",
     ),
     "data.train": ("train", "The split to train on, in TFDS syntax: 'train[:90%]', 'train[1000:]+extra'."),
+    "data.sampling": (
+        "permutation",
+        "Which example stands where in the stream: permutation, balanced, weighted('weights.npy'), repeated(3), "
+        "curriculum('scores.npz'), subset('ids.npy'), or an import path.",
+    ),
     "data.eval": ({"test": "test"}, 'Evaluation sets: a name and a split for each; of another source "fake()/test".'),
     "data.unreadable": (
         "error",

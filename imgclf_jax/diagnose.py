@@ -89,7 +89,8 @@ def check_finite(
         return
     checkpoints.wait()
     seed = config.seed + int(by_seed.argmin())
-    ids = stream.example_ids(seed, bad, config.batch_size, len(images)).tolist()
+    rows = np.arange(config.batch_size, dtype=np.int64)
+    ids = images.ids(seed, stream.positions(range(bad, bad + 1), config.batch_size, rows)).tolist()
     file = folder / "nonfinite.json"
     name = getattr(images.source, "name", None)
     names = [name(i) for i in ids] if name else None

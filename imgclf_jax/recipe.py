@@ -20,6 +20,7 @@ from imgclf_jax import config as configs
 from imgclf_jax import losses, metrics
 from imgclf_jax.augment import mixing, ops, tta
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import sampling
 from imgclf_jax.models import classifier
 from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
 from imgclf_jax.run.provenance import DataInfo
@@ -146,6 +147,7 @@ class Recipe:
 
 def check_names(config: ConfigDict) -> None:
     """Raises UserError for a spec that names nothing, before data are opened, which may take minutes."""
+    sampling.check_name(config.data.sampling)
     classifier.build(config.model, 2, config.precision)
     losses.link_of(config.loss)
     schedules.check_name(config.schedule)

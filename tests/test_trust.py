@@ -30,7 +30,8 @@ def trained(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("key", ["model", "preprocess", "preprocess_eval", "augment", "mix", "loss", "optimizer",
-                                 "schedule", "metrics", "tta", "data.source", "data.eval.test"])  # fmt: skip
+                                 "schedule", "metrics", "tta", "data.source", "data.eval.test",
+                                 "data.sampling"])  # fmt: skip
 @pytest.mark.parametrize("command", ["evaluate", *thorough("predict")])
 def test_a_run_that_names_code(mistake, trained, tmp_path, command, key):
     """Whatever the key: nothing is imported. What would be is named."""
@@ -45,7 +46,8 @@ def test_a_run_that_names_code(mistake, trained, tmp_path, command, key):
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     (tmp_path / "a.png").write_bytes(b"")
     files = [tmp_path / "a.png"] if command == "predict" else []
-    if command == "predict" and key in ("mix", "metrics", "data.source", "data.eval.test"):  # it has no use for them
+    unused = {"predict": ("mix", "metrics", "data.source", "data.eval.test", "data.sampling")}
+    if key in unused.get(command, ("data.sampling",)):
         launch.main([command, *map(str, files), f"--workdir={tmp_path}/run"])
     else:
         sentence = mistake(command, *files, f"--workdir={tmp_path}/run", log=r"^\d\d:\d\d:\d\d")

@@ -168,7 +168,15 @@ def differences(old: Json, new: Json) -> list[Difference]:
     a, b = (_dict(p.get("data")) for p in (old, new))
     if a.get("fingerprint") and a["fingerprint"] == b.get("listing_fingerprint"):  # an older version's, of no contents
         b = b | {"fingerprint": a["fingerprint"]}
-    for key in ("fingerprint", "train_examples", "image_shape", "class_names", "class_counts", "target_names"):
+    for key in (
+        "fingerprint",
+        "train_examples",
+        "image_shape",
+        "class_names",
+        "class_counts",
+        "target_names",
+        "sampling",
+    ):
         add("data", key, a.get(key), b.get(key))
     a, b = (_dict(p.get("evals")) for p in (old, new))
     for name in sorted(a.keys() | b.keys()):

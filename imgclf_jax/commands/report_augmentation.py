@@ -11,7 +11,7 @@ import numpy as np
 from imgclf_jax.augment import ops
 from imgclf_jax.augment.shown import as_pixels
 from imgclf_jax.core import rng
-from imgclf_jax.data.stream import Images, position_ids
+from imgclf_jax.data.stream import as_trained
 from imgclf_jax.programs import Programs
 
 _IMAGES, _DRAWS = 8, 4
@@ -38,14 +38,14 @@ def draw(programs: Programs, source: Any) -> Augmented | None:
     """
     config, recipe = programs.recipe.config, programs.recipe
     n, b = len(source), int(config.batch_size)
-    drawn = Images(source, config.preprocess, config.seed, config.data.threads)
+    drawn = as_trained(source, config)
     if not drawn.random and not ops.draws(config.augment):
         return None
     augment = recipe.augment(train=True)
     count = min(_IMAGES, b, n)
     rows = min(b, max(count, _MOST_BYTES // math.prod(drawn.shape)))
-    ids = position_ids(config.seed, np.arange(count, dtype=np.int64), n)
-    steps = tuple(-(-epoch * n // b) for epoch in range(_DRAWS))
+    ids = drawn.ids(config.seed, np.arange(count, dtype=np.int64))
+    steps = tuple(-(-epoch * drawn.sampler.epoch // b) for epoch in range(_DRAWS))
 
     @jax.jit
     def augmented(step: Any, batch: Any, ids: Any, epochs: Any) -> Any:
@@ -58,7 +58,7 @@ def draw(programs: Programs, source: Any) -> Augmented | None:
         batch = np.zeros((rows, *drawn.shape), np.uint8)  # draws may depend on how many images there are
         batch[:count] = drawn.read(ids, positions)["image"]
         own, epochs = np.zeros((2, rows), np.int32)
-        own[:count], epochs[:count] = ids, positions // n
+        own[:count], epochs[:count] = ids, drawn.epochs(positions)
         with programs.tracing():
             found.append(np.asarray(augmented(np.int32(step), batch, own, epochs)))
     pixels, stretched = as_pixels(np.stack(found, 1), config.augment)

@@ -43,8 +43,7 @@ def main(
     if file.suffix != ".png":
         raise UserError(f"--output={output}: the name of the picture must end in .png")
     check_names(config)
-    images = stream.Images(sources.take_split(sources.open_data(config), config.data.train), config.preprocess,
-                           config.seed, config.data.threads)  # fmt: skip
+    images = stream.as_trained(sources.take_split(sources.open_data(config), config.data.train), config)
     programs = of_images(config, images, sharding.make_mesh(jax.devices()[:1]))
     total = programs.recipe.total
     if step >= total:
@@ -86,14 +85,14 @@ def batch_at(programs: Programs, images: stream.Images, step: int, raw: bool = F
     [(_, chunk)] = stream.train_chunks(images, only, [range(step, step + 1)], 1, prefetch=0)
     batch = {name: values[0] for name, values in chunk.items()}
     at = stream.positions(range(step, step + 1), only.batch_size, np.arange(only.batch_size, dtype=np.int64))
-    ids = stream.example_ids(only.seed, step, only.batch_size, len(images))
+    ids = images.ids(only.seed, at)
     name = getattr(images.source, "name", lambda i: "")
     names = [found if "/" in (found := name(int(i))) else "" for i in ids]  # else it is a number once more
     if not raw:
         with programs.tracing():
             inputs = jax.jit(make_inputs(recipe.augment(train=True), recipe.mix))
             batch = inputs(np.uint32(only.seed), np.int32(step), batch)
-    return Shown(ids, at // len(images), names, {name: np.asarray(values) for name, values in batch.items()})
+    return Shown(ids, images.epochs(at), names, {name: np.asarray(values) for name, values in batch.items()})
 
 
 def describe(batch: Shown, class_names: tuple[str, ...], count: int) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from imgclf_jax import programs
 from imgclf_jax.commands import extension
 from imgclf_jax.commands.evaluation import check_targets, open_evals
 from imgclf_jax.core import processes
-from imgclf_jax.data import sources, stream
+from imgclf_jax.data import sampling, sources, stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.cadences import Cadences
@@ -56,7 +56,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
 
     base = sources.open_data(config)
     train_source = sources.take_split(base, config.data.train)
-    images = stream.Images(train_source, config.preprocess, config.seed, config.data.threads)
+    images = stream.as_trained(train_source, config)
     compiling = programs.of_images(_pinned(config, workdir), images)
     recipe = compiling.recipe
     check_targets(compiling, images)
@@ -93,6 +93,9 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
             processes.first("writing config.json", lambda: workdir.go_on(config, start))
     log.info("%s", sources.describe_use(base, config.data))
     of = "targets" if recipe.data.target_names else "classes"
+    if config.data.sampling != "permutation":
+        log.info("data.sampling=%r: %s", config.data.sampling,
+                 sampling.describe(images.sampler, images.source, recipe.total * config.batch_size))  # fmt: skip
     log.info(
         "%d examples of %s, %d %s, %d steps of %d on %d %s device%s%s", len(images), list(images.shape),
         len(recipe.data.class_names), of, recipe.total, config.batch_size, compiling.mesh.size, compiling.platform,

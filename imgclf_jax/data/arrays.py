@@ -34,6 +34,7 @@ class ArraySource:
     labels: np.ndarray | None
     class_names: tuple[str, ...]
     targets: np.ndarray | None = None  # their names are the class names
+    weights: np.ndarray | None = None  # real numbers [n], for data.sampling='weighted'
 
     def __len__(self) -> int:
         return len(self.images)
@@ -52,7 +53,7 @@ class ArraySource:
         """Over all images, labels or targets, and their names."""
         kind = () if self.targets is None else ("targets",)
         digest = hashlib.sha256(str((self.images.shape, self.class_names, *kind)).encode())
-        for array in (self.images, self.labels, self.targets):
+        for array in (self.images, self.labels, self.targets, self.weights):
             if array is not None:
                 digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
@@ -76,7 +77,8 @@ def arrays(path: str) -> dict[str, ArraySource]:
     They are called `x_NAME` and `y_NAME`, as in Keras's mnist.npz, or `NAME_images` and `NAME_labels`, as MedMNIST
     has them; `images` and `labels` are the split `train`. `class_names`, where the file holds it, names the
     classes, at most 1,000,000; otherwise they are numbered. `NAME_targets` (`targets`), numbers [n] or [n, k], replace
-    labels, and `target_names` names the k targets. A file in a bucket is copied to this disk first. Raises
+    labels, and `target_names` names the k targets. `NAME_weights` (`weights`), [n], are those of the
+    sampling 'weighted'. A file in a bucket is copied to this disk first. Raises
     UserError for a file that is damaged, of another kind, too large for the machine, or that unpacks to more than 1
     GiB and more than 100 times its length.
     """
@@ -91,6 +93,29 @@ def arrays(path: str) -> dict[str, ArraySource]:
         raise
     except Exception as e:  # damage can surface as nearly any error of zipfile, zlib and NumPy
         raise UserError(f"arrays: cannot read {path!r} as an .npz file: {reason(e)}") from e
+
+
+def load_array(path: str, names: tuple[str, ...]) -> np.ndarray:
+    """The array in a .npy file, or that of an .npz file which has one of these names or is the only one.
+
+    Raises UserError for a file that is missing, damaged, or larger than memory.
+    """
+    file = places.place(path).expanduser()
+    try:
+        memory.require(places.size(file), path)
+        if file.suffix == ".npy":
+            return np.asarray(np.load(io.BytesIO(file.read_bytes()), allow_pickle=False))
+        with archive.opened(_copied(file) if places.in_bucket(file) else file) as content:
+            infos = {info.filename.removesuffix(".npy"): info for info in content.infolist()}
+            found = [infos[name] for name in names if name in infos] or list(infos.values())[: len(infos) == 1]
+            if not found:
+                raise UserError(f"{path} holds {sorted(infos)[:10]}; expected one array, or {' or '.join(names)}")
+            memory.require(found[0].file_size, path)
+            return _array(content, _member(content, found[0]))
+    except UserError:
+        raise
+    except Exception as e:  # damage can surface as nearly any error of zipfile, zlib and NumPy
+        raise UserError(f"cannot read {path!r} as a .npy or .npz file: {reason(e)}") from e
 
 
 def _copied(file: Path) -> Path:
@@ -110,7 +135,9 @@ def _read(content: zipfile.ZipFile, path: str, length: int) -> dict[str, ArraySo
     splits = _splits(infos, path)
     with_targets = _has_targets(splits, path)
     names_key = "target_names" if with_targets else "class_names"
-    keys = [key for pair in splits.values() for key in pair] + [key for key in (names_key,) if key in infos]
+    weights = {split: "weights" if x == "images" else f"{split}_weights" for split, (x, _) in splits.items()}
+    keys = [key for pair in splits.values() for key in pair]
+    keys += [key for key in (names_key, *weights.values()) if key in infos]
     members = {key: _member(content, infos[key]) for key in keys}
     for pair in splits.values():
         (_check_targets if with_targets else _check)(members, *pair, path)
@@ -139,7 +166,8 @@ def _read(content: zipfile.ZipFile, path: str, length: int) -> dict[str, ArraySo
             raise UserError(f"arrays: in {path}, {key} lies outside the {len(names)} classes")
         x = _array(content, members[images])
         labels, targets = (None, y) if with_targets else (y.astype(np.int32), None)
-        out[split] = ArraySource(x[..., None] if x.ndim == 3 else x, labels, names, targets)
+        own = _array(content, members[weights[split]]) if weights[split] in members else None
+        out[split] = ArraySource(x[..., None] if x.ndim == 3 else x, labels, names, targets, own)
     return out
 
 

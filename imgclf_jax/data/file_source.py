@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.text import printable, utf8
 from imgclf_jax.data import image_check
 
@@ -54,6 +54,20 @@ class FileSource:
     def name(self, i: int) -> str:
         """The file of an example, for error messages."""
         return str(self.root / self.files[i])
+
+    def column(self, name: str = "") -> np.ndarray:
+        """A column of the table as numbers f64[n], that of the weights unless named. Raises UserError for another."""
+        name = name or self.weight
+        if name not in self.columns:
+            raise UserError(unknown("column", name, self.columns) if name else "the table has no column with weights; "
+                            "name one by weight='…' in data.source")  # fmt: skip
+        out = np.empty(len(self))
+        for i, value in enumerate(self.columns[name]):
+            try:
+                out[i] = float(value)
+            except (TypeError, ValueError) as e:
+                raise UserError(f"the column {name!r} holds {value!r} for {self.name(i)}, not a number") from e
+        return out
 
     def fingerprint(self) -> str:
         """Over names, classes and contents, see `image_check.check`; of a table also over its bytes and the labels."""

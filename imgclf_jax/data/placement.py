@@ -147,8 +147,8 @@ def _device_chunks(
     rows, seeds = sharding.rows_here(spec.batch_size, mesh), range(spec.seed, spec.seed + spec.num_seeds)
     for steps in ranges:
         positions = stream.positions(steps, spec.batch_size, rows)
-        own = {"id": [stream.position_ids(seed, positions, len(images)) for seed in seeds]}
+        own = {"id": [images.ids(seed, positions) for seed in seeds]}
         if spec.with_ids:
-            own["epoch"] = [positions // len(images)] * spec.num_seeds
+            own["epoch"] = [images.epochs(positions)] * spec.num_seeds
         chunk = {k: stream.side_by_side(v, rows.size, size).astype(np.int32) for k, v in own.items()}
         yield steps, {**sharding.put_batch(chunk, mesh, axis=1), "table": table}

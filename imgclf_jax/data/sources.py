@@ -328,14 +328,48 @@ def class_counts(source: Source) -> np.ndarray:
     if target_names(source):
         raise UserError("the loss weights classes by their number of examples, and data.source gives targets, not "
                         "labels; use another loss")  # fmt: skip
-    parts = source.parts if isinstance(source, SplitSource) else ((source, 0, len(source)),)
-    counts = np.zeros(len(source.class_names), np.int64)
-    for part, start, stop in parts:
+    return np.bincount(read_labels(source), minlength=len(source.class_names))
+
+
+def _parts(source: Source) -> tuple[tuple[Source, int, int], ...]:
+    return source.parts if isinstance(source, SplitSource) else ((source, 0, len(source)),)
+
+
+def labels_at_hand(source: Source) -> np.ndarray | None:
+    """The labels i32[n] of a source that has the attribute `labels`, so that no image is read; else None."""
+    found = [(getattr(part, "labels", None), start, stop) for part, start, stop in _parts(source)]
+    parts = [labels[start:stop] for labels, start, stop in found if labels is not None]
+    return np.concatenate(parts) if len(parts) == len(found) else None
+
+
+def read_labels(source: Source) -> np.ndarray:
+    """The labels i32[n]: the source's `labels`, else those of one pass over all of its examples."""
+    found = []
+    for part, start, stop in _parts(source):
         labels = getattr(part, "labels", None)
         if labels is not None:
-            counts += np.bincount(labels[start:stop], minlength=len(counts))
+            found.append(labels[start:stop])
             continue
         for first in range(start, stop, 1000):
             ids = np.arange(first, min(first + 1000, stop), dtype=np.int64)
-            counts += np.bincount(part.read(ids)["label"], minlength=len(counts))
-    return counts
+            found.append(np.asarray(part.read(ids)["label"], np.int32))
+    return np.concatenate(found)
+
+
+def read_column(source: Source, name: str = "") -> np.ndarray:
+    """A number for each example, [n]: what the source's `column(name)` gives, or its `weights` for the name "".
+
+    Raises UserError for a source without them.
+    """
+    found = []
+    for part, start, stop in _parts(source):
+        column, weights = getattr(part, "column", None), getattr(part, "weights", None)
+        if column is None and (name or weights is None):
+            what = f"no column {name!r}" if name else "no weights"
+            raise UserError(f"data.source has {what}; name a file of numbers, such as 'weights.npy', or use "
+                            "table('labels.csv'), whose columns are numbers")  # fmt: skip
+        values = np.asarray(weights if column is None else column(name))
+        if values.shape != (len(part),):
+            raise UserError(f"data.source has {list(values.shape)} weights for its {len(part)} examples")
+        found.append(values[start:stop])
+    return np.concatenate(found)

@@ -5,7 +5,6 @@ hosts, threads or restarts.
 """
 
 import concurrent.futures
-import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,61 +15,19 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax.core import named_warnings, rng
+from imgclf_jax.core import named_warnings, processes
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import decode, decoded, image_check
+from imgclf_jax.data import decode, decoded, image_check, sampling
 from imgclf_jax.data.arrays import check_finite
 from imgclf_jax.data.read_ahead import Batch, read_ahead
+from imgclf_jax.data.sampling import example_ids as example_ids
+from imgclf_jax.data.sampling import permute as permute
+from imgclf_jax.data.sampling import position_ids as position_ids
 from imgclf_jax.data.sources import Source, check_y, class_counts, listing_fingerprint, target_names
 from imgclf_jax.run.provenance import DataInfo
 
 _SKIP = "; repair or remove the file, or leave out all such files by --config.data.unreadable=skip in a new --workdir"
-_ROUNDS = 6
 _CACHE_BYTES = 1 << 30  # Decoded sets up to this size are decoded once and held in memory.
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele et al. 2014): a bijection of uint64 whose every bit depends on every bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def permute(x: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """The image of each x, int64[b], under the permutation of [0, n) that its key, uint64[b] or uint64[1], names.
-
-    A Feistel network over Z_a × Z_a, a = ceil(sqrt(n)), walked until it lands below n (Black and Rogaway 2002,
-    "Ciphers with arbitrary finite domains"): any element costs the same, and nothing of size n is made.
-    """
-    a = np.uint64(max(16, math.isqrt(n - 1) + 1))
-    keys = [_mix(key + np.uint64(r)) for r in range(_ROUNDS)]
-    out = x.astype(np.uint64)
-    todo = np.arange(out.size)
-    while todo.size:
-        left, right = np.divmod(out[todo], a)
-        for k in keys:
-            left, right = right, (left + _mix(right + (k if k.size == 1 else k[todo])) % a) % a
-        out[todo] = left * a + right
-        todo = todo[out[todo] >= n]
-    return out.astype(np.int64)
-
-
-def example_ids(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
-    """The ids int64[batch_size] of the examples in the batch at `step`, of n examples.
-
-    Global position g = step * batch_size + i, epoch g // n, and the id is the place of g % n in a permutation keyed
-    by (seed, epoch). So every epoch is an exact permutation, whatever the batch size, and any step costs the same.
-    """
-    return position_ids(seed, np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64), n)
-
-
-def position_ids(seed: int, positions: np.ndarray, n: int) -> np.ndarray:
-    """The ids at consecutive global stream positions, both int64[b]."""
-    epoch, place = np.divmod(positions, n)
-    if epoch[0] == epoch[-1]:
-        epoch = epoch[:1]  # one key for all
-    key = _mix(np.uint64((seed << 32) | rng.name_hash("order")) + _mix(epoch.astype(np.uint64)))
-    return permute(place, n, key)
 
 
 class Images:
@@ -80,9 +37,15 @@ class Images:
     an immutable source the whole set is kept for the next run too.
     """
 
-    def __init__(self, source: Source, preprocess: str, seed: int = 0, threads: int = 0):
-        """Decodes the first example for its shape. Raises UserError for a bad spec or a broken first image."""
+    def __init__(
+        self, source: Source, preprocess: str, seed: int = 0, threads: int = 0, sampler: sampling.Sampler | None = None
+    ):
+        """Decodes the first example for its shape. Raises UserError for a bad spec or a broken first image.
+
+        `sampler` says which examples a stream of these images has; exact permutations unless given.
+        """
         self.source, self.preprocess, self.seed = source, preprocess, seed
+        self.sampler = sampler or sampling.permutation(sampling.Given(source, 1))
         self._ops, self.random = decode.build(preprocess)
         self._threads = threads or os.cpu_count() or 1
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
@@ -112,7 +75,16 @@ class Images:
         names, counts = tuple(self.source.class_names), class_counts(self.source).tolist() if count_classes else ()
         older = listing_fingerprint(self.source)
         fingerprint = self.source.fingerprint()
-        return DataInfo(len(self), self.shape, names, fingerprint, tuple(counts), older, self.target_names)
+        return DataInfo(len(self), self.shape, names, fingerprint, tuple(counts), older, self.target_names,
+                        self.sampler.digest)  # fmt: skip
+
+    def ids(self, seed: int, positions: np.ndarray) -> np.ndarray:
+        """The ids of the examples at global stream positions, both int64[b], of the run with this seed."""
+        return self.sampler.ids(seed, positions)
+
+    def epochs(self, positions: np.ndarray) -> np.ndarray:
+        """The epochs of the stream that these positions are in, both int64[b]."""
+        return positions // self.sampler.epoch
 
     @property
     def in_memory(self) -> bool:
@@ -184,6 +156,19 @@ class Images:
             raise UserError(f"preprocess={self.preprocess!r} fails: {e}") from e
 
 
+def as_trained(source: Source, config: ConfigDict) -> Images:
+    """A source seen through the host ops of training, in the order that `data.sampling` says.
+
+    All processes call this, and raise UserError unless they sample by the same numbers.
+    """
+    text = config.data.sampling
+    sampler = sampling.build(text, sampling.Given(source, config.batch_size))
+    if text != "permutation":
+        processes.agree("comparing data.sampling", lambda: {"what data.sampling reads": sampler.digest[:12]},
+                        fix="all processes must read the same files")  # fmt: skip
+    return Images(source, config.preprocess, config.seed, config.data.threads, sampler)
+
+
 def as_evaluated(source: Source, config: ConfigDict) -> Images:
     """A source seen through the host ops of evaluation."""
     preprocess = decode.for_evaluation(config.preprocess_eval, config.preprocess)
@@ -234,10 +219,10 @@ def train_chunks(
         at = positions(steps, spec.batch_size, rows)
         batches = []
         for seed in range(spec.seed, spec.seed + spec.num_seeds):
-            ids = position_ids(seed, at, len(images))
+            ids = images.ids(seed, at)
             batch = images.read(ids, at, seed)
             if spec.with_ids:
-                batch |= {"id": ids.astype(np.int32), "epoch": (at // len(images)).astype(np.int32)}
+                batch |= {"id": ids.astype(np.int32), "epoch": images.epochs(at).astype(np.int32)}
             batches.append(batch)
         return {name: side_by_side([batch[name] for batch in batches], rows.size, size) for name in batches[0]}
 

@@ -44,6 +44,7 @@ class DataInfo:
     class_counts: tuple[int, ...] = ()  # training examples of each class; empty unless the loss needs them
     listing_fingerprint: str = field(default="", compare=False)  # without contents, as older versions recorded it
     target_names: tuple[str, ...] = ()  # equal to class_names if examples have targets f32[k]; empty with labels
+    sampling: str = ""  # SHA-256 of the weights, scores or ids that data.sampling reads; empty if it reads none
 
     def told_by(self, recorded: str) -> bool:
         """Whether a recorded fingerprint is that of these data, as far as an older version's can tell."""
@@ -166,7 +167,8 @@ def load_data_info(path: Path) -> DataInfo:
         names, counts = tuple(map(str, data["class_names"])), tuple(map(int, data.get("class_counts", ())))
         prints = str(data["fingerprint"]), counts, str(data.get("listing_fingerprint", ""))
         targets = tuple(map(str, data.get("target_names", ())))
-        return DataInfo(int(data["train_examples"]), (h, w, c), names, *prints, targets)
+        sampling = str(data.get("sampling", ""))
+        return DataInfo(int(data["train_examples"]), (h, w, c), names, *prints, targets, sampling)
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as e:
         what = "is damaged; remove it" if path.is_file() else "is missing"
         raise UserError(f"{path} {what}, and run train with the config and work directory of this run again: it is "

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from imgclf_jax.data import stream
+from imgclf_jax.data import sampling, stream
 
 SEEDS = st.integers(0, 2**32 - 1)
 SIZES = st.integers(1, 2000)
@@ -40,7 +40,7 @@ def test_sizes_around_the_edges_of_the_cipher_are_permuted_exactly(n):
 @pytest.mark.parametrize("n", [17**2, 300, 1000**2])
 def test_permutation_is_exact_for_any_round_function(n, monkeypatch):
     """Round values just below 2**64, where a sum in 64 bits would wrap and two elements could meet."""
-    monkeypatch.setattr(stream, "_mix", lambda x: np.uint64(2**64 - 1) - x % np.uint64(5))
+    monkeypatch.setattr(sampling, "_mix", lambda x: np.uint64(2**64 - 1) - x % np.uint64(5))
     out = stream.permute(np.arange(n, dtype=np.int64), n, np.zeros(1, np.uint64))
     np.testing.assert_array_equal(np.sort(out), np.arange(n))
 
@@ -102,7 +102,7 @@ def test_neighbours_in_a_large_set_are_spread_evenly():
 def test_mix_is_the_published_splitmix64():
     """The first numbers of SplitMix64 from state 1234567, as its authors' reference code gives them."""
     state = np.uint64(1234567) + np.arange(1, 4, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    assert stream._mix(state).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert sampling._mix(state).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
 def reference_id(seed, position, n):

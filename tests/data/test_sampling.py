@@ -1,0 +1,378 @@
+"""Sampling is a pure function of (seed, position), with the frequencies that each sampling promises."""
+
+import json
+import logging
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+import launch
+from imgclf_jax.core import sharding
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import placement, sampling, sources, stream
+from imgclf_jax.data.table import table
+
+N = 60
+COUNTS = (30, 20, 9, 0, 1)
+LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(5), COUNTS)).astype(np.int32)
+X = np.arange(N, dtype=np.uint8).reshape(N, 1, 1, 1)
+WEIGHTS = np.random.default_rng(1).integers(0, 5, N) / 4
+
+
+def source(**more):
+    return sources.ArraySource(X, LABELS, tuple("abcde"), **more)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("numbers")
+    np.save(folder / "weights.npy", WEIGHTS)
+    np.savez(folder / "scores.npz", scores=np.arange(N)[::-1], other=np.zeros(2))
+    np.save(folder / "ids.npy", np.array([5, 50, 7, 0]))
+    return folder
+
+
+def own(key, positions, n, shift=1):
+    return ((positions + key % np.uint64(n)).astype(np.int64) + shift) % n
+
+
+def make_own(source, of_class):
+    (places,) = np.nonzero(source.labels == of_class)
+
+    def ids(key, positions, n):
+        return places[(positions + key % np.uint64(7)).astype(np.int64) % len(places)]
+
+    ids.epoch = len(places)
+    return ids
+
+
+SPECS = ["permutation", "balanced", "weighted", "weighted('F/weights.npy')", "repeated(3)", "subset('F/ids.npy')",
+         "curriculum('F/scores.npz', start=0.1, every='16 examples')", f"{__name__}:own(shift=3)",
+         f"{__name__}:make_own(of_class=1)"]  # fmt: skip
+
+
+def build(text, files=None, given=None, batch_size=8):
+    given = given or source(weights=WEIGHTS)
+    return sampling.build(text.replace("F/", f"{files}/"), sampling.Given(given, batch_size))
+
+
+@pytest.mark.parametrize("text", SPECS)
+@settings(max_examples=15)
+@given(st.data())
+def test_an_id_follows_from_the_seed_and_its_position_alone(files, text, data):
+    """Whatever other positions are asked for in the same call, in whatever order, and however large they are."""
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    positions = np.array(data.draw(st.lists(st.integers(0, 10**12), min_size=1, max_size=12)))
+    first, second = build(text, files), build(text, files)
+    whole = first.ids(seed, positions)
+    assert (whole.dtype, whole.shape) == (np.int64, positions.shape)
+    assert whole.min() >= 0
+    assert whole.max() < N
+    order = data.draw(st.permutations(range(len(positions))))
+    np.testing.assert_array_equal(second.ids(seed, positions[order]), whole[order])
+    assert [int(second.ids(seed, positions[i : i + 1])[0]) for i in range(3) if i < len(positions)] == whole[
+        :3
+    ].tolist()
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_seeds_and_epochs_differ(files, text):
+    sampler = build(text, files)
+    at = np.arange(64)
+    assert sampler.ids(0, at).tolist() != sampler.ids(1, at).tolist()
+    if "own" not in text and "curriculum" not in text:
+        assert sampler.ids(0, at).tolist() != sampler.ids(0, at + 64 * sampler.epoch).tolist()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 32, 33, 300])
+def test_shuffles_are_exact_permutations_that_are_all_alike(n):
+    """Each element at each place equally often, and no order of three favoured."""
+    keys = np.arange(600, dtype=np.uint64)
+    out = sampling.shuffle(np.tile(np.arange(n), 600), np.full(600 * n, n), sampling._mix(np.repeat(keys, n)))
+    out = out.reshape(600, n)
+    np.testing.assert_array_equal(np.sort(out, 1), np.tile(np.arange(n), (600, 1)))
+    if n > 1:
+        counts = np.array([np.bincount(out[:, place], minlength=n) for place in range(min(n, 7))])
+        assert stats.chisquare(counts.ravel()).pvalue > 1e-3
+    if n == 3:
+        assert stats.chisquare(np.unique(out, axis=0, return_counts=True)[1]).pvalue > 1e-3
+
+
+def test_shuffles_of_several_sizes_at_once():
+    sizes = np.array([1, 5, 32, 40, 500])
+    n, key = np.repeat(sizes, sizes), np.repeat(sampling._mix(np.arange(5, dtype=np.uint64)), sizes)
+    out = sampling.shuffle(np.concatenate([np.arange(size) for size in sizes]), n, key)
+    for part, size in zip(np.split(out, np.cumsum(sizes)[:-1]), sizes, strict=True):
+        np.testing.assert_array_equal(np.sort(part), np.arange(size))
+
+
+def test_the_default_is_the_stream_of_permutations():
+    at = np.arange(1000)
+    np.testing.assert_array_equal(build("permutation").ids(7, at), stream.position_ids(7, at, N))
+
+
+def chi_square(drawn, expected):
+    some = expected > 0
+    assert drawn[~some].sum() == 0
+    return stats.chisquare(drawn[some], expected[some]).pvalue
+
+
+def test_weights_are_the_frequencies():
+    """Independent draws: of ids, of pairs that follow each other, and over seeds at one position."""
+    sampler, m = build("weighted"), 40_000
+    ids = sampler.ids(3, np.arange(m))
+    p = WEIGHTS / WEIGHTS.sum()
+    assert chi_square(np.bincount(ids, minlength=N), m * p) > 1e-3
+    few = np.array([WEIGHTS[i::4].sum() for i in range(4)]) / WEIGHTS.sum()  # four groups of ids
+    pairs = np.bincount(4 * (ids[:-1] % 4) + ids[1:] % 4, minlength=16)
+    assert stats.chisquare(pairs, (m - 1) * np.outer(few, few).ravel()).pvalue > 1e-3
+    by_seed = np.array([sampler.ids(seed, np.array([10**9]))[0] for seed in range(4000)])
+    assert chi_square(np.bincount(by_seed, minlength=N), 4000 * p) > 1e-3
+
+
+def test_weights_at_the_ends_are_exact():
+    """The least and the greatest draw hit no example without weight."""
+    weights = np.zeros(N)
+    weights[[3, 40]] = 1e-300, 2e-300
+    ids = build("weighted", given=source(weights=weights)).ids(0, np.arange(3000))
+    assert set(ids.tolist()) == {3, 40}
+
+
+def test_balanced_gives_each_class_its_turn_and_each_example_its_share():
+    """Four classes of five have examples. Any whole round holds each once; 30 rounds hold each of `a` once."""
+    sampler = build("balanced")
+    ids = sampler.ids(5, np.arange(4 * 900))
+    rounds = LABELS[ids].reshape(-1, 4)
+    np.testing.assert_array_equal(np.sort(rounds, 1), np.tile([0, 1, 2, 4], (900, 1)))
+    assert sampler.epoch == 4 * 30
+    for c, count in enumerate(COUNTS):
+        own = ids[LABELS[ids] == c]
+        for first in range(0, len(own) - count + 1, count or len(own) + 1):
+            np.testing.assert_array_equal(np.sort(own[first : first + count]), np.flatnonzero(c == LABELS))
+    firsts = np.bincount(rounds[:, 0], minlength=5)[[0, 1, 2, 4]]
+    assert stats.chisquare(firsts).pvalue > 1e-3  # any class may come first in a round
+
+
+def test_repeated_gives_each_example_in_a_row():
+    ids = build("repeated(3)").ids(5, np.arange(6 * N)).reshape(-1, 3)
+    assert (ids == ids[:, :1]).all()
+    np.testing.assert_array_equal(ids[:, 0], stream.position_ids(5, np.arange(2 * N), N))
+    assert build("repeated(3)").epoch == 3 * N
+
+
+def test_a_subset_is_permuted_alone(files):
+    ids = build("subset('F/ids.npy')", files).ids(5, np.arange(4 * 500)).reshape(-1, 4)
+    np.testing.assert_array_equal(np.sort(ids, 1), np.tile([0, 5, 7, 50], (500, 1)))
+    assert stats.chisquare(np.bincount(ids[:, 0])[[0, 5, 7, 50]]).pvalue > 1e-3
+
+
+def test_the_curriculum_is_the_fixed_exponential_pacing(files):
+    """Hacohen and Weinshall 2019, equation 2: min(start * increase**floor(i / step), 1) * N of the easiest examples."""
+    length = 5 * 8  # `every` in steps of a batch of 8
+    text = "curriculum('F/scores.npz', start=0.1, increase=1.9, every='5 steps')"
+    sampler = build(text, files)
+    ids, scores = sampler.ids(2, np.arange(8 * length)), np.arange(N)[::-1]
+    for stage in range(6):
+        size = int(np.ceil(min(0.1 * 1.9**stage, 1) * N))
+        own = ids[stage * length : (stage + 1) * length]
+        assert scores[own].max() < size
+        for first in range(0, length - size + 1, size):
+            assert len(set(own[first : first + size])) == size
+    last = ids[4 * length :]  # 0.1 * 1.9**4 is above 1: exact epochs from here on
+    np.testing.assert_array_equal(np.sort(last[:N]), np.arange(N))
+    np.testing.assert_array_equal(np.sort(last[N : 2 * N]), np.arange(N))
+
+
+@pytest.mark.parametrize("text", [t for t in SPECS if ":" not in t])
+def test_what_is_expected_is_what_comes(files, text):
+    sampler = build(text, files)
+    stop = 50 * sampler.epoch
+    drawn = np.mean([np.bincount(sampler.ids(seed, np.arange(stop)), minlength=N) for seed in range(8)], 0)
+    np.testing.assert_allclose(drawn, sampler.expected(stop), atol=6 * np.sqrt(50 * 3 / 8), rtol=0.02)
+    np.testing.assert_allclose(sampler.expected(stop).sum(), stop)
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_batches_are_the_same_on_any_placement_chunk_and_process(files, text):
+    images = stream.Images(source(), "decode(1)", 3, sampler=build(text, files))
+    spec = stream.StreamSpec(3, 16, num_seeds=2, with_ids=True)
+    whole = {}
+    for steps, chunk in stream.train_chunks(images, spec, [range(2, 8)], 6):
+        whole = {step: {k: v[i] for k, v in chunk.items()} for i, step in enumerate(steps)}
+    at = np.arange(4 * 16, 5 * 16)
+    for seed in (3, 4):
+        ids = images.sampler.ids(seed, at)
+        np.testing.assert_array_equal(whole[4]["id"][seed - 3 :: 2], ids)
+        np.testing.assert_array_equal(whole[4]["image"][seed - 3 :: 2, 0, 0, 0], ids)
+        np.testing.assert_array_equal(whole[4]["epoch"][seed - 3 :: 2], at // images.sampler.epoch)
+    for steps, chunk in stream.train_chunks(images, spec, [range(4, 5), range(5, 7)], 2, np.arange(1, 16, 2)):
+        for i, step in enumerate(steps):
+            np.testing.assert_array_equal(chunk["id"][i].reshape(-1, 2), whole[step]["id"].reshape(-1, 2)[1::2])
+    mesh = sharding.make_mesh()
+    for steps, chunk in placement.train_chunks("device", images, spec, [range(2, 5), range(5, 8)], 3, mesh):
+        for i, step in enumerate(steps):
+            batch = placement.batch_at(chunk, i, images.shape)
+            jax.tree.map(np.testing.assert_array_equal, batch, whole[step])
+
+
+# --- mistakes ---
+
+
+def floats(key, positions, n):
+    return positions / n
+
+
+def too_large(key, positions, n):
+    return positions
+
+
+def by_batch(key, positions, n):
+    return np.arange(len(positions)) % n
+
+
+RNG = np.random.default_rng(0)
+
+
+def with_state(key, positions, n):
+    return RNG.integers(0, n, len(positions))
+
+
+def changed(i, value):
+    values = WEIGHTS.copy()
+    values[i] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers", "message"),
+    [
+        ("balancd", None, "unknown sampling 'balancd': did you mean 'balanced'"),
+        ("repeated(0)", None, "times=0 must be a whole number from 1 on"),
+        ("weighted", None, "data.source has no weights; name a file of numbers, such as 'weights.npy'"),
+        ("weighted('age')", None, "data.source has no column 'age'; name a file of numbers"),
+        ("weighted('none.npy')", None, "cannot read 'none.npy' as a .npy or .npz file"),
+        ("weighted('F')", WEIGHTS[:-1], "holds float64[59]; expected a real number for each of the 60 examples of the"),
+        ("weighted('F')", WEIGHTS[:, None], "holds float64[60, 1]; expected a real number for each of the 60"),
+        ("weighted('F')", changed(7, np.nan), "is nan for example 7; expected finite numbers"),
+        ("weighted('F')", changed(7, np.inf), "is inf for example 7; expected finite numbers"),
+        ("weighted('F')", changed(7, -1), "is -1.0 for example 7; a weight is 0 or more"),
+        ("weighted('F')", np.zeros(N), "adds up to 0.0; at least one weight must be above 0"),
+        ("weighted('F')", np.full(N, 1e308), "adds up to inf; at least one weight must be above 0, and their"),
+        ("weighted('F')", np.array(list("ab") * 30), "holds <U1[60]; expected a real number for each"),
+        ("weighted('F')", np.array([{}], object), "as a .npy or .npz file"),
+        ("subset('F')", np.array([3, 60]), "holds the id 60, and the split has 60 examples, 0 to 59"),
+        ("subset('F')", np.array([3, -1]), "holds the id -1, and the split has 60 examples"),
+        ("subset('F')", np.array([3, 4, 3]), "holds the id 3 more than once; use weighted"),
+        ("subset('F')", np.array([], int), "holds int64[0]; expected whole numbers [m], m above 0"),
+        ("subset('F')", np.array([1.0]), "holds float64[1]; expected whole numbers [m]"),
+        ("curriculum('F')", changed(7, np.nan), "is nan for example 7"),
+        ("curriculum('F', start=0)", WEIGHTS, "start=0 must be above 0 and at most 1"),
+        ("curriculum('F', increase=1)", WEIGHTS, "increase=1 above 1"),
+        ("curriculum('F', every='')", WEIGHTS, "every='' must be a duration"),
+        ("curriculum('F', every='10%')", WEIGHTS, "every='10%' is not a duration"),
+        (f"{__name__}:floats", None, "gives float64[128] for 128 positions; expected a whole number for each"),
+        (f"{__name__}:too_large", None, "gives the id 60 at position 60, and the split has 60 examples, 0 to 59"),
+        (f"{__name__}:by_batch", None, "an id must follow from the key and its position alone"),
+        (f"{__name__}:with_state", None, "an id must follow from the key and its position alone"),
+        (f"{__name__}:nothing", None, "unknown name in module"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence(tmp_path, text, numbers, message):
+    if numbers is not None:
+        np.save(tmp_path / "numbers.npy", numbers)
+    text = text.replace("'F'", repr(str(tmp_path / "numbers.npy")))
+    with pytest.raises(UserError) as e:
+        sampling.build(text, sampling.Given(source(), 8), "data.extra.more")
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
+    assert str(e.value).startswith(f"data.extra.more={text!r}") or "unknown" in message
+
+
+def test_balancing_needs_labels():
+    targets = sources.ArraySource(X, None, ("t",), np.zeros((N, 1), np.float32))
+    with pytest.raises(
+        UserError, match=r"data.sampling='balanced': balancing needs labels, and data.source gives targets"
+    ):
+        build("balanced", given=targets)
+
+
+# --- where the numbers come from ---
+
+
+def test_weights_of_an_array_file(tmp_path):
+    data = {"x_train": X, "y_train": LABELS, "x_test": X, "y_test": LABELS}
+    prints = []
+    for weights in (None, WEIGHTS, WEIGHTS[::-1]):
+        np.savez(tmp_path / "data.npz", **data, **({} if weights is None else {"train_weights": weights}))
+        base = sources.open_splits(f"arrays({str(tmp_path / 'data.npz')!r})")
+        prints.append(base["train"].fingerprint())
+    assert len(set(prints)) == 3
+    assert base["test"].fingerprint() not in prints[1:]
+    split = sources.take_split(base, "train[10:30]+train[:5]")
+    np.testing.assert_array_equal(sources.read_column(split), np.r_[WEIGHTS[::-1][10:30], WEIGHTS[::-1][:5]])
+
+
+def test_columns_of_a_table(tmp_path):
+    from PIL import Image
+
+    lines = ["path,label,weight,hard,text"]
+    for i in range(6):
+        Image.fromarray(np.full((2, 2, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,{'ab'[i % 2]},{i},{i * i},x")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    base = table(str(tmp_path / "t.csv"))
+    numbers = [int(name.removesuffix(".png")) for name in base["train"].files]
+    assert sources.read_column(base["train"]).tolist() == numbers
+    assert sources.read_column(sources.take_split(base, "train[2:]"), "hard").tolist() == [i * i for i in numbers[2:]]
+    build("weighted", given=base["train"])
+    for text, message in [
+        ("weighted('text')", r"the column 'text' holds 'x' for .*\.png, not a number"),
+        ("weighted('hrad')", r"unknown column 'hrad': did you mean 'hard'"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            build(text, given=base["train"])
+
+
+def test_the_log_says_how_often_each_class_is_expected():
+    assert sampling.describe(build("balanced"), source(), 400) == (
+        "an epoch of the stream has 120 examples; expected in the run, by class: a 100, b 100, c 100, e 100, d 0"
+    )
+    drawn = sampling.describe(build(f"{__name__}:make_own(of_class=1)"), source(), 400)
+    assert drawn.endswith("b 400, a 0, c 0, d 0, e 0")
+
+
+def test_reading_labels_of_a_source_without_them_at_hand(caplog):
+    with caplog.at_level(logging.WARNING):
+        sampler = build("balanced", given=sources.fake(40, (2, 2, 1), 5)["train"])
+    assert sampler.epoch == 40
+    np.testing.assert_array_equal(np.sort(sampler.ids(0, np.arange(40))), np.arange(40))
+
+
+FLAGS = ["--config.data.source=fake(64, (6, 6, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=",
+         "--config.model=mlp(widths=(4,))", "--config.batch_size=16", "--config.eval_every=", "--config.total=4 steps",
+         "--config.schedule=constant(1e-3)", "--config.tensorboard=False", "--config.log_every=1 steps"]  # fmt: skip
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_run_notices_that_its_weights_have_changed(tmp_path, capsys):
+    """It refuses to resume with others, before anything is compiled."""
+    weights, spec = tmp_path / "weights.npy", f"weighted({str(tmp_path / 'weights.npy')!r})"
+    np.save(weights, np.ones(64))
+    flags = [f"--workdir={tmp_path / 'run'}", *FLAGS, f"--config.data.sampling={spec}"]
+    assert launch.main(flags) == 0
+    assert f"data.sampling={spec!r}: an epoch of the stream has 64 examples" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "run" / "provenance.json").read_text())["data"]["sampling"]) == 64
+    np.save(weights, np.arange(64))
+    assert launch.main(flags) == 1
+    assert "have changed (another sampling); restore them, or pass another --workdir" in capsys.readouterr().err
+
+
+def test_a_mistake_in_the_sampling_is_found_before_the_data_are_opened(tmp_path, capsys):
+    assert launch.main([f"--workdir={tmp_path / 'run'}", "--config.data.source=folder('nowhere')",
+                        "--config.data.sampling=balance"]) == 1  # fmt: skip
+    assert "unknown sampling 'balance': did you mean 'balanced'?" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
