@@ -67,6 +67,14 @@ KEYS: dict[str, tuple[Any, str]] = {
         "softmax",
         "softmax, sigmoid (binary cross-entropies; probabilities of each class by itself), focal, or an import path.",
     ),
+    "method": (
+        "supervised",
+        "What a run learns from a batch: supervised, or an import path of a function (problem, ...) -> Method.",
+    ),
+    "gradient": (
+        "",
+        "Functions of the gradient function, as import paths: 'my_gradients:sam(rho=0.1)|...'; empty: the gradient.",
+    ),
     "optimizer": (
         "adam",
         "An optax optimizer, without its rate, after any transforms: 'add_decayed_weights(5e-4)|sgd'.",

@@ -6,11 +6,14 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
+from imgclf_jax import step
 from imgclf_jax.core import processes, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
+from imgclf_jax.methods import Problem
 from imgclf_jax.programs import Programs, of_images
 from imgclf_jax.recipe import Recipe, check_names
 from imgclf_jax.run import provenance
@@ -37,6 +40,36 @@ def load(workdir: str | os.PathLike[str], checkpoint: str = "", trust: bool = Fa
         return model
 
 
+def load_teacher(problem: Problem, run: str, checkpoint: str = "", trust: bool = False) -> dict[str, Any]:
+    """What `methods.Teacher` has: the variables of the run in a work directory, and pure functions of them.
+
+    Raises UserError, besides what `load` raises it for, if the run's images differ from the problem's.
+    """
+    found = load(run, checkpoint, trust)
+    recipe, replicas = found.programs.recipe, found.programs.recipe.num_seeds
+    if replicas > 1:
+        raise UserError(f"{run} holds num_seeds={replicas} models, and a teacher is one; train it with one seed")
+    if recipe.data.image_shape != problem.image_shape:
+        raise UserError(f"{run} was trained on images {list(recipe.data.image_shape)}, and this run has "
+                        f"{list(problem.image_shape)}; give both the same preprocess")  # fmt: skip
+    if recipe.normalization != problem.normalization:
+        raise UserError(
+            f"{run} was trained with {recipe.normalization or 'no normalization'!r} in augment, and this run"
+            f" has {problem.normalization or 'none'!r}: its predictions would be wrong; give both the same"
+        )
+    params, model_state = found.state.evaluated
+
+    def apply(variables: Any, images: jax.Array) -> jax.Array:
+        return step.at_least_float32(recipe.model.apply(variables, images, train=False))
+
+    def features(variables: Any, images: jax.Array) -> jax.Array:
+        out = recipe.model.apply(variables, images, method=lambda model, x: model.backbone(x, train=False))
+        return step.at_least_float32(out)
+
+    return {"variables": {"params": params, **model_state}, "apply": apply, "features": features,
+            "class_names": recipe.data.class_names, "classes": len(recipe.data.class_names)}  # fmt: skip
+
+
 def of(config: ConfigDict, workdir: Workdir | None, which: str) -> Trained:
     """The trained model of a run or, without a work directory, of the weights that `init_from` names."""
     return restore(config, workdir, which) if workdir else convert(config)
@@ -53,9 +86,9 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
         raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
     for _ in range(20):
         with contextlib.suppress(Gone):  # the run that goes on in this directory saves and removes checkpoints
-            state, step = _choose(config, workdir, which, programs)
+            state, number = _choose(config, workdir, which, programs)
             processes.agree("comparing modules", provenance.of_modules, in_both=True)  # more are imported by now
-            return Trained(programs, state, step)
+            return Trained(programs, state, number)
     raise UserError(f"{workdir.checkpoints}: each checkpoint was removed while it was read; wait until the run ends")
 
 
@@ -74,7 +107,7 @@ def restore_each(config: ConfigDict, workdir: Workdir, which: str) -> Iterator[T
         )
 
     def load(step: int) -> Trained:
-        model = Trained(programs, kept.restore(step, programs.shape, optimizer=False)["state"], step)
+        model = Trained(programs, kept.restore(step, {"state": programs.state_shape}, optimizer=False)["state"], step)
         workdir.check_parameters(step, model.state.params)
         return model
 
@@ -93,7 +126,7 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
     names = {"latest": steps[-1] if steps else None, "best": best, "": best}
     step = names.get(which, int(which) if which.isdecimal() else None)
     if step is None and which == "":
-        found = checkpoints.restore_latest(programs.shape, optimizer=False)
+        found = checkpoints.restore_latest({"state": programs.state_shape}, optimizer=False)
         if found is None:
             raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
         step, run = found
@@ -104,7 +137,7 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
                            else "; 'best' needs checkpoint.best to be set"))  # fmt: skip
     else:
         try:
-            run = checkpoints.restore(step, programs.shape, optimizer=False)
+            run = checkpoints.restore(step, {"state": programs.state_shape}, optimizer=False)
         except Gone:
             raise
         except UserError as e:
@@ -131,4 +164,4 @@ def convert(config: ConfigDict, base: dict[str, sources.Source] | None = None, w
     mesh = sharding.make_inference_mesh(config.mesh)
     programs = of_images(config, stream.as_evaluated(source, config), mesh)
     weights = pretrained.load(programs, whole)
-    return Trained(programs, programs.init(weights=weights.taken)["state"], 0)
+    return Trained(programs, programs.init_state(weights=weights.taken), 0)

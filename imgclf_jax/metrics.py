@@ -22,6 +22,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.losses import SIGMOID, Link, Task
 
 Sums = dict[str, Any]
+OWN = "own/"  # before the name of a value that the method's `evaluate` gives
 NO_STEP = 2**31 - 1  # `nonfinite_step` when every step was finite
 CONFUSION_CLASSES = 1000  # with more classes no confusion matrix is counted: of 21,841 it would take 1.9 GB a batch
 
@@ -216,7 +217,7 @@ def summarize(
             values = [one[name] for one in each]
             with np.errstate(invalid="ignore"):  # a seed's loss may be infinite
                 means |= {name: float(np.mean(values)), f"{name}_std": float(np.std(values, ddof=1))}
-        return means | {f"ensemble_{name}": together[name] for name in names}
+        return means | {f"ensemble_{name}": together[name] for name in names if OWN + name not in sums}
     n = int(sums["examples"])
     out: dict[str, float] = {"examples": n}
     if "correct" in sums:
@@ -224,6 +225,7 @@ def summarize(
     out |= {name: float(sums[name]) / n for name in ("loss", "nll", "kl") if name in sums}
     if "top5" in sums:
         out["top5"] = int(sums["top5"]) / n
+    out |= {name.removeprefix(OWN): float(value) / n for name, value in sums.items() if name.startswith(OWN)}
     for name, metric in (whole_set or {}).items() if predictions else ():
         value = metric(predictions)
         out |= value if isinstance(value, dict) else {name: value}

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from imgclf_jax import diagnose, step
-from imgclf_jax.core import fsdp, platform, sharding
+from imgclf_jax.core import fsdp, platform, sharding, tree
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.once import once
 from imgclf_jax.data.stream import Images
@@ -84,29 +84,28 @@ class OnMesh:
 
     def _init(
         self, seed: jax.Array, images: jax.Array | None = None, weights: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
-        def init(seed: jax.Array) -> dict[str, Any]:
+    ) -> step.TrainState:
+        def init(seed: jax.Array) -> step.TrainState:
             recipe, shape = self.recipe, self.recipe.data.image_shape
-            state = step.init_state(recipe.model, recipe.optimizer, shape, seed, recipe.average, images, weights)
-            return {"state": state, "sums": step.zero_window()}
+            return step.init_state(recipe.model, recipe.optimizer, shape, seed, recipe.average, images, weights)
 
         if self.recipe.num_seeds == 1:
             return init(seed)
-        runs: dict[str, Any] = jax.vmap(init)(seed + jnp.arange(self.recipe.num_seeds, dtype=jnp.uint32))
-        return runs
+        states: step.TrainState = jax.vmap(init)(seed + jnp.arange(self.recipe.num_seeds, dtype=jnp.uint32))
+        return states
 
-    def init(
+    def init_state(
         self, seed: int | None = None, images: np.ndarray | None = None, weights: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """What a run starts from and a checkpoint holds: {"state": TrainState, "sums": the `step.Window`}.
+    ) -> step.TrainState:
+        """The train state at step 0.
 
         `seed` is the config's unless given. `images` are `first_images`; `weights`, by name, are taken instead of
         random ones. Of several seeds, `seed` and those after it, all arrays are [num_seeds, …].
         """
         seed = self.recipe.config.seed if seed is None else seed
         with self.tracing():
-            run: dict[str, Any] = self._jitted_init(np.uint32(seed), images, self._sharded(weights))
-        return run
+            state: step.TrainState = self._jitted_init(np.uint32(seed), images, self._sharded(weights))
+        return state
 
     def _sharded(self, weights: Mapping[str, Any] | None) -> dict[str, jax.Array] | None:
         """Weights by name, sharded like the parameters of one seed, so that no device holds all of them."""
@@ -117,7 +116,7 @@ class OnMesh:
 
     @once
     def _jitted_init(self) -> Any:
-        shardings = jax.tree.map(lambda x: x.sharding, self.shape)
+        shardings = jax.tree.map(lambda x: x.sharding, self.state_shape)
         return jax.jit(self._init, out_shardings=shardings, compiler_options=self.compiler_options)
 
     @once
@@ -130,20 +129,19 @@ class OnMesh:
             return self._jitted_init.trace(seed, jax.ShapeDtypeStruct(images, "float32") if wants else None, None)
 
     @once
-    def shape(self) -> dict[str, Any]:
-        """`init`'s result as shapes with shardings, without computing it."""
+    def state_shape(self) -> step.TrainState:
+        """`init_state`'s result as shapes with shardings, without computing it."""
         with self.tracing(), classifier.bounded():
             shapes = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), "uint32"))
         batch = self.recipe.config.batch_size, *self.recipe.data.image_shape
-        classifier.check_size([x.shape for x in jax.tree.leaves(shapes["state"].params)], batch)
+        classifier.check_size([x.shape for x in jax.tree.leaves(shapes.params)], batch)
         leading = int(self.recipe.num_seeds > 1)
-        state = partition.of_state(shapes["state"], self._axes, self.mesh, self.recipe.config.shard, leading)
-        lies = {"state": state, "sums": jax.tree.map(lambda _: sharding.replicated(self.mesh), shapes["sums"])}
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, lies)
+        state = partition.of_state(shapes, self._axes, self.mesh, self.recipe.config.shard, leading)
+        return _with_shardings(shapes, state)
 
     def check_size(self) -> None:
         """Raises UserError for what no run could hold, see `diagnose.check_size`."""
-        diagnose.check_size(self.recipe, self.shape["state"], self.platform == "cpu")
+        diagnose.check_size(self.recipe, self.state_shape, self.platform == "cpu")
 
     @once
     def _axes(self) -> dict[str, int | None]:
@@ -164,19 +162,30 @@ class OnMesh:
         leading, what = int(of_seeds and self.recipe.num_seeds > 1), self.recipe.config.shard
         return fsdp.gather_at_use(function, lambda x: partition.of_state(x, self._axes, self.mesh, what, leading))
 
-    def shard_gradient(self, gradient: step.Gradient) -> step.Gradient:
-        """The gradient function of a microbatch, which gathers parameters and reduce-scatters their gradients."""
+    def shard_function(self, function: Callable[..., Any], returns_gradients: bool = False) -> Callable[..., Any]:
+        """A function (params, model_state, batch, key, fixed) of a microbatch, gathering parameters where it uses them.
+
+        With `returns_gradients` it returns (…, gradients), which are reduce-scattered.
+        """
         if not self._is_sharded:
-            return gradient
+            return lambda *args: function(*args[:-1], self._replicated(args[-1]))
         shardings = functools.partial(partition.of_state, axes=self._axes, mesh=self.mesh)
         if self.recipe.config.shard == "all":
-            return fsdp.gather_at_use(gradient, shardings, returns_gradients=True)
+            return fsdp.gather_at_use(function, shardings, returns_gradients, self.fixed_shardings)
 
-        def scattered(params: Any, *args: Any) -> tuple[Any, Any]:
-            out, grads = gradient(self._replicated(params), *args)  # or XLA would shard the layers as the gradients
-            return out, jax.lax.with_sharding_constraint(grads, shardings(grads))
+        def scattered(params: Any, *args: Any) -> Any:  # or XLA would shard the layers as the gradients
+            out = function(self._replicated(params), *args[:-1], self._replicated(args[-1]))
+            if not returns_gradients:
+                return out
+            return out[0], jax.lax.with_sharding_constraint(out[1], shardings(out[1]))
 
         return scattered
+
+    def fixed_shardings(self, fixed: Any) -> Any:
+        """How a method's `fixed` arrays are sharded: over the mesh's `fsdp`, each along its largest axis."""
+        shapes, parts = {name: x.shape for name, x in tree.named_leaves(fixed)}, self.mesh.shape.get("fsdp", 1)
+        whole = parts == 1 or self.recipe.config.shard != "all"
+        return partition.of_state(fixed, {} if whole else partition.build("", shapes, parts), self.mesh)
 
     @property
     def _is_sharded(self) -> bool:
@@ -186,11 +195,6 @@ class OnMesh:
         if self.mesh.axis_names == ("data",):
             return tree
         return jax.lax.with_sharding_constraint(tree, sharding.replicated(self.mesh))
-
-    def zero_window(self) -> step.Window:
-        """The window of no step, of every seed, on the devices."""
-        several = (self.recipe.num_seeds,) if self.recipe.num_seeds > 1 else ()
-        return self.put(jax.tree.map(lambda x: jnp.broadcast_to(x, several), step.zero_window()))
 
     def first_images(self, images: Images) -> np.ndarray | None:
         """The first 5,000 training images, as in evaluation, for a backbone that begins from images; or None."""
@@ -204,3 +208,7 @@ class OnMesh:
     def put(self, tree: Any) -> Any:
         """A pytree of small arrays, whole on every device."""
         return sharding.put_whole(tree, self.mesh)
+
+
+def _with_shardings(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

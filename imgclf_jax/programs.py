@@ -6,18 +6,20 @@ serves as well: such a program can be lowered or compiled, if not run.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from imgclf_jax import inference, losses, step
 from imgclf_jax.core import sharding
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.once import once
 from imgclf_jax.data import decode, placement
 from imgclf_jax.data.stream import Images, StreamSpec, as_evaluated
@@ -41,9 +43,14 @@ def check(config: ConfigDict) -> None:
     check_names(config)
 
 
-def of_images(config: ConfigDict, images: Images, mesh: Mesh | None = None) -> "Programs":
-    """The programs of a config for these training images, on all devices, or on a mesh of one's own."""
-    recipe = Recipe(config, images.describe(losses.needs_class_counts(config.loss)))
+def of_images(
+    config: ConfigDict, images: Images, mesh: Mesh | None = None, load: Callable[..., Any] | None = None
+) -> "Programs":
+    """The programs of a config for these training images, on `mesh`, or on all devices.
+
+    `load` is `loading.load_teacher`, for a method that reads another run.
+    """
+    recipe = Recipe(config, images.describe(losses.needs_class_counts(config.loss)), load)
     return Programs(recipe, mesh or sharding.make_mesh(text=config.mesh))
 
 
@@ -81,19 +88,45 @@ class Programs(OnMesh):
 
     @once
     def train_step(self) -> Any:
-        """The traced train step of all seeds, whose `jaxpr` is of (state, batch) → (state, window)."""
-        recipe = self.recipe
+        """The traced train step of all seeds, whose `jaxpr` is of (state, batch, *fixed) → (state, window)."""
+        recipe, fixed = self.recipe, jax.tree.map(_shape_of, self.fixed)  # read outside of the trace
         with self.tracing(), self.statistics():
             frozen = recipe.rules.frozen
             pure = step.make_train_step(
                 Frozen(recipe.model, frozen, tuple(recipe.parameters)) if frozen else recipe.model,
-                recipe.loss, recipe.optimizer, recipe.schedule, recipe.augment(train=True), recipe.average,
-                recipe.mix, recipe.config.accumulate, self.shard_gradient, recipe.task,
+                recipe.method, recipe.optimizer, recipe.schedule, recipe.augment(train=True), recipe.average,
+                recipe.mix, recipe.config.accumulate, self.shard_function, recipe.gradient,
+                recipe.task, losses.link_of(recipe.config.loss),
             )  # fmt: skip
             batch = jax.eval_shape(lambda chunk: self._batch_at(chunk, 0), self.chunk_shape(1))
             here = self._in_its_form(step.several(pure, recipe.num_seeds // self.groups_of_seeds))
             train_step = sharding.over_seeds(here, recipe.num_seeds, self.mesh)
-            return jax.jit(train_step).trace(self.shape["state"], batch)
+            return jax.jit(train_step).trace(self.state_shape, batch, *fixed)
+
+    @once
+    def fixed(self) -> tuple[Any, ...]:
+        """The method's arrays that are not trained, sharded on the mesh: (pytree,), or () if there are none."""
+        fixed = self.recipe.method.load_fixed()
+        if not jax.tree.leaves(fixed):
+            return ()
+        return (jax.tree.map(sharding.put, fixed, self.fixed_shardings(fixed)),)
+
+    @once
+    def shape(self) -> dict[str, Any]:
+        """What a checkpoint of training holds, as shapes with shardings: {"state": TrainState, "sums": a window}."""
+        whole, window = sharding.replicated(self.mesh), self.train_step.out_info[1]
+        sums = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), window)
+        return {"state": self.state_shape, "sums": sums}
+
+    def init(
+        self, seed: int | None = None, images: np.ndarray | None = None, weights: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What a run starts from and a checkpoint holds: {"state": see `init_state`, "sums": an empty window}."""
+        return {"state": self.init_state(seed, images, weights), "sums": self.zero_window()}
+
+    def zero_window(self) -> step.Window:
+        """The window of no step, of every seed, on the devices."""
+        return self.put(step.zero_window(self.shape["sums"]))
 
     @once
     def _in_loop(self) -> bool:
@@ -106,9 +139,12 @@ class Programs(OnMesh):
 
     @property
     def _steps_in_chunk(self) -> int:
-        """How many batches a chunk holds at most; one if they are large."""
+        return self._batches_in_chunk(self.stream.rows)
+
+    def _batches_in_chunk(self, rows: int) -> int:
+        """How many batches of so many images a chunk holds at most; one if they are large."""
         most = _BYTES_ON_CPU if self.platform == "cpu" else _BYTES_A_DEVICE * self.mesh.size
-        return most // (self.stream.rows * math.prod(self.recipe.data.image_shape)) or 1
+        return most // (rows * math.prod(self.recipe.data.image_shape)) or 1
 
     def _in_its_form(self, pure: Callable[..., Any]) -> Callable[..., Any]:
         """A pure function, differentiated by now, as the platform runs it fast."""
@@ -132,28 +168,29 @@ class Programs(OnMesh):
     def traced_train(self) -> Any:
         """`train` before it is lowered and compiled: it can be lowered for the mesh's platform on any machine."""
         split, whole = sharding.sharded(self.mesh), sharding.replicated(self.mesh)
-        lies = jax.tree.map(lambda x: x.sharding, (self.shape["state"], self.shape["sums"]))
+        lies = jax.tree.map(lambda x: x.sharding, (self.state_shape, self.shape["sums"]))
         train_step = jax.extend.core.jaxpr_as_fun(self.train_step.jaxpr)  # traced above, not once more
 
-        def one_step(i: jax.Array | int, chunk: Any, state: step.TrainState, window: step.Window) -> Any:
+        def one_step(i: jax.Array | int, chunk: Any, fixed: Any, state: step.TrainState, window: step.Window) -> Any:
             batch = jax.lax.with_sharding_constraint(self._batch_at(chunk, i), split)
             # The step is compiled apart from the reading of its batch, in which programs differ. The step's number is
             # there since XLA moves a barrier out of the loop if what it holds is the same in each step: that of a
             # chunk of one step is.
             batch, _ = jax.lax.optimization_barrier((batch, state.step))
-            leaves = train_step(*jax.tree.leaves((state, batch)))
+            leaves = train_step(*jax.tree.leaves((state, batch, fixed)))
             state, new = jax.tree.unflatten(self.train_step.out_tree, leaves)
             return state, step.join_windows(window, new)
 
-        def train(state: step.TrainState, window: step.Window, chunk: Any, steps: jax.Array) -> Any:
+        def train(state: step.TrainState, window: step.Window, chunk: Any, steps: jax.Array, *fixed: Any) -> Any:
             if not self._in_loop:
-                return one_step(0, chunk, state, window)
-            return jax.lax.fori_loop(0, steps, lambda i, carry: one_step(i, chunk, *carry), (state, window))
+                return one_step(0, chunk, fixed, state, window)
+            return jax.lax.fori_loop(0, steps, lambda i, carry: one_step(i, chunk, fixed, *carry), (state, window))
 
         steps = jax.ShapeDtypeStruct((), "int32", sharding=whole)
         with self.tracing():
             jitted = jax.jit(train, out_shardings=lies, donate_argnums=0, compiler_options=self.compiler_options)
-            return jitted.trace(self.shape["state"], self.shape["sums"], self.chunk_shape(self.steps_per_call), steps)
+            chunk, fixed = self.chunk_shape(self.steps_per_call), jax.tree.map(_shape_of, self.fixed)
+            return jitted.trace(self.state_shape, self.shape["sums"], chunk, steps, *fixed)
 
     @once
     def train(self) -> Any:
@@ -162,7 +199,8 @@ class Programs(OnMesh):
         The window of those steps is joined to the one given; the state's buffers are donated. See `placement` for what
         a chunk is.
         """
-        return self.traced_train.lower().compile()
+        compiled, fixed = self.traced_train.lower().compile(), self.fixed
+        return (lambda *args: compiled(*args, *fixed)) if fixed else compiled
 
     # Evaluation and prediction.
 
@@ -177,50 +215,82 @@ class Programs(OnMesh):
         return sharding.round_up(max(1, min(batch_size, most) // len(self.recipe.views)), self.mesh)
 
     @once
-    def traced_eval(self) -> Any:
-        """`eval` before it is lowered and compiled."""
-        recipe, size = self.recipe, self.steps_per_call
+    def eval_step(self) -> Any:
+        """The traced evaluation of a batch, whose `jaxpr` is of (params, model_state, batch) → (sums, predictions)."""
+        recipe = self.recipe
         pure = step.make_eval_step(
             recipe.model, recipe.loss, recipe.augment(train=False), recipe.views, recipe.num_seeds,
-            self.predicting or bool(recipe.whole_set_metrics), recipe.task,
+            self.predicting or bool(recipe.whole_set_metrics), recipe.task, recipe.method,
         )  # fmt: skip
         pure = self._in_its_form(self.gather_at_use(pure, of_seeds=True))
-        whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
+        fixed = jax.tree.map(_shape_of, self._fixed_of_evaluation)
+        with self.tracing():
+            batch = jax.eval_shape(lambda chunk: self._batch_at(chunk, 0), self._eval_chunk_shape(1))
+            return jax.jit(pure).trace(self.state_shape.params, self.state_shape.model_state, batch, *fixed)
 
-        def eval(params: Any, model_state: Any, chunk: Any, steps: jax.Array) -> Any:
+    @property
+    def _fixed_of_evaluation(self) -> tuple[Any, ...]:
+        """`fixed`, if the method's `evaluate` is given it; else what training alone needs is not loaded."""
+        return self.fixed if self.recipe.method.evaluate else ()
+
+    @once
+    def eval_steps_per_call(self) -> int:
+        """How many batches one call of `eval` evaluates at most. No result depends on it."""
+        most = self._batches_in_chunk(self.eval_batch_size)
+        if most == 1 or self.slow_in_loops(self.eval_step.jaxpr):
+            return 1
+        return int(self.recipe.config.steps_per_call) or min(_MOST_STEPS, most)
+
+    def _eval_chunk_shape(self, size: int) -> Any:
+        data = self.recipe.data
+        targets = len(data.target_names)
+        return placement.eval_chunk_shape(data.image_shape, self.eval_batch_size, size, self.mesh, targets)
+
+    @once
+    def traced_eval(self) -> Any:
+        """`eval` before it is lowered and compiled."""
+        size = self.eval_steps_per_call
+        whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
+        eval_step = jax.extend.core.jaxpr_as_fun(self.eval_step.jaxpr)  # traced above, not once more
+
+        def eval(params: Any, model_state: Any, chunk: Any, steps: jax.Array, *fixed: Any) -> Any:
             def batch_sums(i: jax.Array | int) -> Any:
                 batch = jax.lax.with_sharding_constraint(self._batch_at(chunk, i), split)
                 batch, _ = jax.lax.optimization_barrier((batch, i))  # apart from its reading, as in training
-                return pure(params, model_state, batch)
+                leaves = eval_step(*jax.tree.leaves((params, model_state, batch, fixed)))
+                return jax.tree.unflatten(self.eval_step.out_tree, leaves)
 
             def body(i: jax.Array, out: Any) -> Any:
                 return jax.tree.map(lambda all, new: all.at[i].set(new), out, batch_sums(i))
 
-            if not self._in_loop:
+            if size == 1:
                 return jax.tree.map(lambda x: x[None], batch_sums(0))
             shapes = jax.eval_shape(batch_sums, 0)
             zeros = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
             return jax.lax.fori_loop(0, steps, body, zeros)
 
-        targets = len(recipe.data.target_names)
-        chunk = placement.eval_chunk_shape(recipe.data.image_shape, self.eval_batch_size, size, self.mesh, targets)
-        state, steps = self.shape["state"], jax.ShapeDtypeStruct((), "int32", sharding=whole)
+        state, steps = self.state_shape, jax.ShapeDtypeStruct((), "int32", sharding=whole)
         with self.tracing():
             jitted = jax.jit(eval, out_shardings=whole, compiler_options=self.compiler_options)
-            return jitted.trace(state.params, state.model_state, chunk, steps)
+            fixed = jax.tree.map(_shape_of, self._fixed_of_evaluation)
+            return jitted.trace(state.params, state.model_state, self._eval_chunk_shape(size), steps, *fixed)
 
     @once
     def eval(self) -> Any:
         """Compiled (params, model_state, chunk, steps) → the sums of each of the chunk's first `steps` batches.
 
-        The chunk is {"image": uint8[k, b, h, w, c], "label": i32[k, b], "mask": bool[k, b]}, k being `steps_per_call`;
-        the sums (and predictions, see `step`) are stacked [k, …], zeros after the first `steps`.
+        The chunk is {"image": uint8[k, b, h, w, c], "label": i32[k, b], "mask": bool[k, b]}, k being
+        `eval_steps_per_call`; the sums (and predictions, see `step`) are stacked [k, …], zeros after the first `steps`.
         """
-        return self.traced_eval.lower().compile()
+        compiled, fixed = self.traced_eval.lower().compile(), self._fixed_of_evaluation
+        return (lambda *args: compiled(*args, *fixed)) if fixed else compiled
 
     def pure(self, what: inference.Outputs) -> inference.Inference:
         """The pure function (params, model_state, images) → probabilities, logits or features: see `inference`."""
         recipe, augment = self.recipe, self.recipe.augment(train=False)
+        if what != "features" and not recipe.method.predicts:
+            raise UserError(f"method={recipe.config.method!r} trains no head, so this run predicts nothing; use its "
+                            "features (commands features and probe)")  # fmt: skip
         if what == "features":
             return inference.make_features_step(recipe.model, augment, recipe.num_seeds)
         if what == "logits":
@@ -250,7 +320,7 @@ class Programs(OnMesh):
             with self.tracing():
                 return pure(*args)
 
-        state = self.shape["state"]
+        state = self.state_shape
         shardings = jax.tree.map(lambda x: x.sharding, (state.params, state.model_state))
         whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
         return jax.jit(
@@ -270,3 +340,7 @@ class Programs(OnMesh):
     def eval_images(self, source: Any) -> Images:
         """A source seen through the host ops of evaluation."""
         return as_evaluated(source, self.recipe.config)
+
+
+def _shape_of(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

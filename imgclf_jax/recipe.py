@@ -21,6 +21,8 @@ from imgclf_jax import losses, metrics
 from imgclf_jax.augment import mixing, ops, tta
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sampling
+from imgclf_jax.methods import Method, Problem, gradients
+from imgclf_jax.methods import table as methods
 from imgclf_jax.models import classifier
 from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
 from imgclf_jax.run.provenance import DataInfo
@@ -35,6 +37,7 @@ class Recipe:
 
     config: ConfigDict
     data: DataInfo
+    load: Callable[..., Any] | None = None  # `loading.load_teacher`, for a method that reads another run
 
     @cached_property
     def total(self) -> int:
@@ -92,9 +95,34 @@ class Recipe:
         return found
 
     @cached_property
-    def model(self) -> classifier.Classifier:
-        """The backbone and its head."""
+    def model(self) -> Any:
+        """The linen module that is trained: the backbone and its head, unless the method has another."""
+        if self.method.model is None:
+            return self._classifier
+        return self.method.model(self._classifier.backbone, self._problem)
+
+    @cached_property
+    def _classifier(self) -> classifier.Classifier:
         return classifier.build(self.config.model, len(self.data.class_names), self.config.precision)
+
+    @cached_property
+    def method(self) -> Method:
+        """What the run learns from a batch."""
+        return methods.build(self.config.method, self._problem)
+
+    @cached_property
+    def _problem(self) -> Problem:
+        return Problem(
+            classes=len(self.data.class_names), class_names=self.data.class_names, image_shape=self.data.image_shape,
+            total=self.total, head_init=self._classifier.head_init, normalization=self.normalization,
+            supervised=lambda logits, batch: mixing.batch_loss(self.loss, logits, batch),
+            steps=self._steps_for("method"), build_augment=lambda text: ops.build(text, train=True), loader=self.load,
+        )  # fmt: skip
+
+    @cached_property
+    def gradient(self) -> Callable[[gradients.Gradient], gradients.Gradient]:
+        """The functions of the gradient function, composed."""
+        return gradients.build(self.config.gradient)
 
     @cached_property
     def loss(self) -> losses.Loss:
@@ -111,9 +139,14 @@ class Recipe:
         return ops.build(self.config.augment, train)
 
     @property
+    def normalization(self) -> str:
+        """The ops of the key `augment` that evaluation applies too, as a spec."""
+        return ops.text_of_evaluation(self.config.augment)
+
+    @property
     def with_ids(self) -> bool:
-        """Whether batches carry the ids and epochs of their examples, for a device op that wants them."""
-        return ops.wants_ids(self.config.augment)
+        """Whether batches carry the ids and epochs of their examples, for a method or an op that wants them."""
+        return self.config.method != "supervised" or ops.wants_ids(self.config.augment)
 
     @cached_property
     def mix(self) -> mixing.Mix | None:
@@ -150,6 +183,8 @@ def check_names(config: ConfigDict) -> None:
     sampling.check_name(config.data.sampling)
     classifier.build(config.model, 2, config.precision)
     losses.link_of(config.loss)
+    methods.check_name(config.method)
+    gradients.build(config.gradient)
     schedules.check_name(config.schedule)
     optimizers.build(config.optimizer, optax.constant_schedule(0.0), config.clip)
     ops.build(config.augment, train=True)

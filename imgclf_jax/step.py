@@ -1,5 +1,6 @@
 """The train state and the two pure functions that training and evaluation consist of."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,21 +8,25 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from flax import struct
+from flax import struct, traverse_util
+from flax.core import DenyList
 
-from imgclf_jax import metrics
+from imgclf_jax import methods, metrics
 from imgclf_jax.augment import mixing, tta
 from imgclf_jax.core import platform, rng, tree
-from imgclf_jax.losses import Link, Loss, Task, link_of
-from imgclf_jax.models.frozen import Frozen
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.losses import SOFTMAX, Link, Loss, Task, link_of
+from imgclf_jax.methods import Method
+from imgclf_jax.methods.gradients import Gradient
+from imgclf_jax.models.frozen import Frozen, apply_function
 from imgclf_jax.optim import weight_averages
 from imgclf_jax.optim.optimizers import promoting, seed_keys
 from imgclf_jax.optim.weight_averages import Average
 
-Batch = dict[str, jax.Array]
+Batch = dict[str, Any]  # of arrays, and of dicts of arrays for further streams
 Augment = Callable[..., jax.Array]  # (key, images uint8[b, h, w, c]) → f32[b, h, w, c]
-Gradient = Callable[..., Any]  # (params, model_state, batch, key) → ((loss, (model_state, logits)), grads)
 Window = dict[str, jax.Array]  # sums over the steps since the last log, and the first of them that was not finite
+SOWN = ("losses", "metrics")  # collections that a step reads and that are no state
 
 
 class TrainState(struct.PyTreeNode):
@@ -55,7 +60,8 @@ def init_state(
     `weights` are taken instead of random ones, by name: {"params/head/bias": …, "batch_stats/…": …}.
     """
     zeros = jnp.zeros((1, *image_shape), jnp.float32)
-    variables = dict(model.init(rng.key(seed, "init"), zeros, train=False))
+    kept = DenyList(("intermediates", *SOWN))
+    variables = dict(model.init(rng.key(seed, "init"), zeros, train=False, mutable=kept))
     if images is not None:
         backbone = model.backbone.init_on_images(variables["params"]["backbone"], images)
         variables["params"] = {**variables["params"], "backbone": backbone}
@@ -72,110 +78,194 @@ def init_state(
     )
 
 
-def _at_least_float32(logits: jax.Array) -> jax.Array:
+def at_least_float32(logits: jax.Array) -> jax.Array:
+    """`logits` in float32, or in float64 if they are."""
     return logits if logits.dtype == jnp.float64 else logits.astype(jnp.float32)
 
 
-def make_inputs(augment: Augment, mix: mixing.Mix | None = None) -> Callable[[jax.Array, jax.Array, Batch], Batch]:
-    """`inputs(seed u32[], step i32[], batch)`: what a step gives the model and the loss, see `make_train_step`.
+def make_inputs(
+    augment: Augment, mix: mixing.Mix | None = None, method: Method | None = None
+) -> Callable[[jax.Array, jax.Array, Batch], Batch]:
+    """`inputs(seed u32[], step i32[], batch)`: what a step gives the loss of its method, see `make_train_step`.
 
-    That is {"image": f32[b, h, w, c], "label": i32[b]}. With `mix` image i has the share `weight` f32[b] of its own
-    label, and the rest of `other` i32[b]. In place of labels it may be "target" f32[b, k], mixed.
+    That is {"image": f32[b, h, w, c], "label": i32[b]}. With `mix` image i keeps the share `weight` f32[b] of its own
+    label, and the rest is of `other` i32[b]; a "target" f32[b, k] is mixed. With a `method`, what its `inputs` makes of
+    the batch: see `Method`.
     """
 
     def inputs(seed: jax.Array, step: jax.Array, batch: Batch) -> Batch:
-        known = (seed, batch["id"], batch["epoch"]) if "id" in batch else ()
-        images = augment(rng.key(seed, "augment", step), batch["image"], *known)  # [b, h, w, c] f32
-        wanted: Batch = {name: values for name, values in batch.items() if name in ("label", "target")}
-        if mix is None:
-            return {"image": images, **wanted}
-        return mixing.mixed_batch(wanted, *mix(rng.key(seed, "mix", step), images))
+        def augmented(key: jax.Array, images: jax.Array, stream: Batch = batch) -> jax.Array:
+            known = (seed, stream["id"], stream["epoch"]) if "id" in stream else ()
+            return augment(key, images, *known)  # [b, h, w, c] f32
+
+        if method is not None and method.inputs is not None:
+            steps = jnp.broadcast_to(step, batch["image"].shape[0])
+            return method.inputs(rng.key(seed, "inputs", step), {**batch, "step": steps}, augmented)
+        out = {**batch, "image": augmented(rng.key(seed, "augment", step), batch["image"])}
+        for name, stream in batch.items():
+            if isinstance(stream, dict):  # of `data.extra`
+                key = rng.fold(rng.key(seed, "augment", step), name)
+                out[name] = {**stream, "image": augmented(key, stream["image"], stream)}
+        if mix is not None:
+            out = mixing.mixed_batch(out, *mix(rng.key(seed, "mix", step), out["image"]))
+        return out
 
     return inputs
 
 
 def make_train_step(
     model: nn.Module | Frozen,
-    loss: Loss,
+    method: Method | Loss,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     augment: Augment,
     average: Average = weight_averages.NONE,
     mix: mixing.Mix | None = None,
     accumulate: int = 1,
-    over_devices: Callable[[Gradient], Gradient] = lambda gradient: gradient,
+    shard: Callable[..., Callable[..., Any]] = lambda function, **_: function,
+    gradient: Callable[[Gradient], Gradient] = lambda gradient: gradient,
     task: Task = Task.CLASSES,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Window]]:
-    """`train_step(state, batch) -> (state, window)`, where batch is {"image": uint8[b, h, w, c], "label": i32[b]}.
+    link: Link = SOFTMAX,
+) -> Callable[..., tuple[TrainState, Window]]:
+    """`train_step(state, batch, fixed=None) -> (state, window)`, where batch is {"image": uint8[b, h, w, c], …}.
 
-    For another `task` than CLASSES it has "target" f32[b, k] in place of labels. `correct` is by `metrics.correct`, and
-    0 in a regression.
+    `method` is a `Method`, or the loss of the logits and the labels, as in supervised learning. `gradient` wraps the
+    gradient function of the whole batch, see `methods.gradients`. Batches have "label" i32[b], or "target" f32[b, k];
+    "id" and "epoch" i32[b] where `augment` or the method wants them.
 
-    Where `augment` wants them, the batch has `id` and `epoch` i32[b] as well. With `mix` the loss is that of mixed
-    images, and `correct` counts the labels of the greater weight.
+    With `accumulate` microbatches the gradient is the mean of theirs: that of the whole batch, except for layers with
+    batch statistics, which see one microbatch at a time, and for dropout's draws. `shard` wraps the gradient function
+    of a microbatch: it gathers sharded parameters.
 
-    With `accumulate` the gradient is the mean over that many parts of the batch, computed one after the other. It is
-    that of the whole batch, but for layers with batch statistics, which see a part at a time, and for dropout's draws.
-    `over_devices` is applied to the gradient function of a microbatch: sharded parameters are gathered in it.
-
-    The window is of this one step. Its sums are `loss`, `correct` and `examples` over the batch, `grad_norm` (before
-    clipping), `param_norm` (after the update), `learning_rate` and `steps`. Its `nonfinite_step` is the step's number
-    if the loss or a norm is not finite, else `metrics.NO_STEP`.
+    The window is of this one step. Its sums are `loss`, `examples` and `correct` over the batch, `grad_norm`
+    (before clipping), `param_norm` (after the update), `learning_rate` and `steps`, and those of the method and of what
+    modules sow into "metrics", times the examples. `nonfinite_step` is the step's number if the loss or a norm is not
+    finite, else `metrics.NO_STEP`. `correct` follows from `task` and `link`, and for a mixed image from its dominant
+    label. It is missing in regression, and for a method without logits.
     """
-    inputs = make_inputs(augment, mix)
+    learned = method if isinstance(method, Method) else _supervised(method)
+    inputs = make_inputs(augment, mix, learned)
+    optimizer = optax.with_extra_args_support(optimizer)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Window]:
+    def loss_fn(params: Any, model_state: Any, part: Batch, key: jax.Array, fixed: Any) -> tuple[jax.Array, Any]:
+        apply = apply_function(learned.loss, model, mutable=[*model_state, *SOWN])
+        rngs = {"dropout": key, "params": rng.fold(key, "params")}  # other streams of modules are drawn from "params"
+        out, changed = apply({"params": params, **model_state}, part, fixed, rngs=rngs)
+        losses, sown = (changed.get(name, {}) for name in SOWN)
+        model_state = {name: value for name, value in changed.items() if name not in SOWN}
+        loss = functools.reduce(jnp.add, map(jnp.mean, jax.tree.leaves(losses)), _mean_loss(out))
+        return loss, (model_state, (out.logits, _named_metrics(out.metrics, sown)))
+
+    def image_gradient(params: Any, model_state: Any, part: Batch, key: jax.Array, fixed: Any) -> jax.Array:
+        def loss_of_images(images: jax.Array) -> jax.Array:
+            return loss_fn(params, model_state, {**part, "image": images}, key, fixed)[0] * len(images)
+
+        return jax.grad(loss_of_images)(part["image"])
+
+    def train_step(state: TrainState, batch: Batch, fixed: Any = None) -> tuple[TrainState, Window]:
+        examples = batch["image"].shape[0]
         whole = inputs(state.seed, state.step, batch)
-
-        def loss_fn(params: Any, model_state: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Any]]:
-            logits, model_state = model.apply(
-                {"params": params, **model_state},
-                part["image"],
-                train=True,
-                mutable=list(model_state),
-                rngs={"dropout": key},
-            )
-            logits = _at_least_float32(logits)  # [b / accumulate, classes]
-            losses = mixing.batch_loss(loss, logits, part)  # [b / accumulate]
-            return jnp.mean(losses), (dict(model_state), logits)
-
-        gradient = _accumulated(over_devices(jax.value_and_grad(loss_fn, has_aux=True)), accumulate)
+        grad_fn = shard(jax.value_and_grad(loss_fn, has_aux=True), returns_gradients=True)
+        take_gradient = gradient(Gradient(
+            _accumulated(lambda *args: grad_fn(*args, fixed), accumulate),
+            _image_gradients(lambda *args: shard(image_gradient)(*args, fixed), accumulate),
+        ))  # fmt: skip
         key = rng.key(state.seed, "dropout", state.step)
-        (mean_loss, (model_state, logits)), grads = gradient(state.params, state.model_state, whole, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        (mean_loss, (model_state, (logits, named))), grads = take_gradient(state.params, state.model_state, whole, key)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, value=mean_loss, grad=grads,
+            value_fn=take_gradient.value(state.model_state, whole, key),
+            grad_fn=lambda params, *_: take_gradient(params, state.model_state, whole, key)[1],
+        )  # fmt: skip
         params = optax.apply_updates(state.params, updates)
         (params, model_state), ema = average.update(state.ema, (params, model_state), state.step)
 
         grad_norm = optax.tree.norm(grads)
         param_norm = optax.tree.norm(params)
         finite = jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
-        window = {
+        sums = {
             "steps": jnp.int32(1),
-            "examples": jnp.int32(len(logits)),
-            "correct": _count_correct(logits, whole, link_of(loss), task),
-            "loss": mean_loss * len(logits),
+            "examples": jnp.int32(examples),
+            **_count_correct(logits, whole, link, task),
+            "loss": mean_loss * examples,
             "grad_norm": grad_norm,
             "param_norm": param_norm,
             "learning_rate": jnp.asarray(promoting(schedule)(state.step), jnp.float32),
+            **{name: value * examples for name, value in named.items()},
             "nonfinite_step": jnp.where(finite, jnp.int32(metrics.NO_STEP), state.step),
         }
         state = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, ema=ema)
-        return state, window
+        return state, sums
 
     return train_step
 
 
-def _count_correct(logits: jax.Array, batch: Batch, link: Link, task: Task) -> jax.Array:
-    """i32[]: how many examples are predicted right; of mixed images by their dominant label or mixed target."""
-    wanted = batch["label"] if task is Task.CLASSES else batch["target"]
+def _supervised(loss: Loss) -> Method:
+    """The method of a loss of logits and labels alone."""
+
+    def loss_of_batch(model: Any, batch: Batch, fixed: Any) -> methods.Loss:
+        logits = at_least_float32(model(batch["image"], train=True))  # [b, classes]
+        return methods.Loss(mixing.batch_loss(loss, logits, batch), logits)
+
+    return Method(loss_of_batch)
+
+
+def _mean_loss(out: Any) -> jax.Array:
+    """The mean of a method's losses. Raises UserError for what is not a `Loss`, or not one number an example."""
+    if not isinstance(out, methods.Loss):
+        raise UserError(f"the method's loss returns a {type(out).__name__}; return imgclf_jax.methods.Loss(values)")
+    if jnp.ndim(out.values) != 1:
+        raise UserError(f"the method's Loss has values of the shape {list(jnp.shape(out.values))}; return one number "
+                        "per example, f32[b]")  # fmt: skip
+    return jnp.mean(out.values)
+
+
+def _named_metrics(named: Mapping[str, jax.Array], sown: Any) -> Window:
+    """The means f32[] of a method's metrics by name, and of those that modules sow, by their paths."""
+    by_path: dict[str, list[jax.Array]] = {}
+    for path, value in traverse_util.flatten_dict(sown, sep="/").items():
+        by_path[path] = list(value) if isinstance(value, tuple) else [value]  # `sow` appends to a tuple
+    found = {**{name: [value] for name, value in named.items()}, **by_path}
+    for name, values in found.items():
+        if name in _OWN_METRICS:
+            raise UserError(f"a metric is called {name!r}, which every step has; rename it")
+        if bad := [jnp.shape(x) for x in values if jnp.ndim(x) > 1]:
+            raise UserError(f"the metric {name!r} has the shape {list(bad[0])}; give f32[] or one number per example, "
+                            "f32[b]")  # fmt: skip
+    means = {name: [jnp.mean(jnp.asarray(x).astype(jnp.float32)) for x in values] for name, values in found.items()}
+    return {name: jnp.mean(jnp.stack(each)) for name, each in means.items()}
+
+
+def _count_correct(logits: jax.Array | None, batch: Batch, link: Link, task: Task) -> Window:
+    """{"correct": how many examples are predicted right}; {} where there is no such number."""
+    wanted = batch.get("label" if task is Task.CLASSES else "target")
+    if logits is None or wanted is None or len(logits) != len(wanted):
+        return {}
     if "weight" in batch:
         wanted = mixing.main_labels(wanted, batch["weight"])
-    right = metrics.correct(logits, wanted, link, task)
-    return jnp.int32(0) if right is None else jnp.sum(right, dtype=jnp.int32)
+    correct = metrics.correct(logits, wanted, link, task)
+    return {} if correct is None else {"correct": jnp.sum(correct, dtype=jnp.int32)}
+
+
+def _split(batch: Batch, parts: int) -> Batch:
+    """[b, …] → [parts, b / parts, …]: microbatch i is every example whose number is i modulo `parts`.
+
+    So it is a share of what each device holds.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    """[parts, b / parts, …] → [b, …], the inverse of `_split`."""
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+
+def _unroll() -> bool:
+    return platform.current() == "cpu"  # there XLA's own convolution is a hundred times slower in a loop
 
 
 def _accumulated(gradient: Callable[..., Any], parts: int) -> Callable[..., Any]:
-    """`gradient(params, model_state, batch, key) -> ((loss, (model_state, logits)), grads)`, by parts of the batch."""
+    """`gradient(params, model_state, batch, key) -> ((loss, (model_state, (logits, means))), grads)` by microbatch."""
     if parts == 1:
         return gradient
 
@@ -183,29 +273,49 @@ def _accumulated(gradient: Callable[..., Any], parts: int) -> Callable[..., Any]
         def add(carry: tuple[Any, Any], part: tuple[jax.Array, Batch]) -> Any:
             total, model_state = carry
             out, grads = gradient(params, model_state, part[1], jax.random.fold_in(key, part[0]))
-            loss, (model_state, logits) = out
-            return (jax.tree.map(jnp.add, total, grads), model_state), (loss, logits)
+            loss, (model_state, (logits, named)) = out
+            return (jax.tree.map(jnp.add, total, grads), model_state), (loss, logits, named)
 
-        # Part i is every example whose number is i modulo `parts`: a share of what each device holds.
-        split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-        unroll = platform.current() == "cpu"  # there XLA's own convolution is a hundred times slower in a loop
         carry = (jax.tree.map(jnp.zeros_like, params), model_state)
-        (total, model_state), (losses, logits) = jax.lax.scan(add, carry, (jnp.arange(parts), split), unroll=unroll)
-        logits = logits.swapaxes(0, 1).reshape(-1, logits.shape[-1])  # [b, classes]
-        return (jnp.mean(losses), (model_state, logits)), jax.tree.map(lambda g: g / parts, total)
+        (total, model_state), (losses, logits, named) = jax.lax.scan(
+            add, carry, (jnp.arange(parts), _split(batch, parts)), unroll=_unroll()
+        )
+        logits = None if logits is None else _joined(logits)  # [b, classes]
+        named = {name: jnp.mean(values) for name, values in named.items()}
+        grads = jax.tree.map(lambda g: g / parts, total)
+        return (jnp.mean(losses), (model_state, (logits, named))), grads
 
     return mean_gradient
 
 
-def zero_window() -> Window:
-    """The window of no step."""
-    counts = {name: jnp.int32(0) for name in ("steps", "examples", "correct")}
-    values = {name: jnp.float32(0) for name in ("loss", "grad_norm", "param_norm", "learning_rate")}
-    return {**counts, **values, "nonfinite_step": jnp.int32(metrics.NO_STEP)}
+def _image_gradients(gradient: Callable[..., jax.Array], parts: int) -> Callable[..., jax.Array]:
+    """`gradient(params, model_state, batch, key) -> f32[b, h, w, c]`, by microbatch."""
+    if parts == 1:
+        return gradient
+
+    def gradients(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> jax.Array:
+        def one(_: None, part: tuple[jax.Array, Batch]) -> tuple[None, jax.Array]:
+            return None, gradient(params, model_state, part[1], jax.random.fold_in(key, part[0]))
+
+        _, out = jax.lax.scan(one, None, (jnp.arange(parts), _split(batch, parts)), unroll=_unroll())
+        return _joined(out)
+
+    return gradients
+
+
+_OWN_METRICS = ("steps", "examples", "correct", "loss", "grad_norm", "param_norm", "learning_rate", "nonfinite_step",
+                "accuracy", "images_per_second", "input_wait")  # fmt: skip
+
+
+def zero_window(like: Window) -> Window:
+    """An empty window, of these names, shapes and dtypes."""
+    return {
+        name: jnp.full(x.shape, metrics.NO_STEP if name == "nonfinite_step" else 0, x.dtype) for name, x in like.items()
+    }
 
 
 def join_windows(a: Window, b: Window) -> Window:
-    """The sums of both windows, and the earlier of their steps that were not finite."""
+    """The sums of both, and the earlier of their steps that were not finite."""
     return {k: jnp.minimum(a[k], b[k]) if k == "nonfinite_step" else a[k] + b[k] for k in a}
 
 
@@ -215,7 +325,7 @@ def make_logits(model: nn.Module, augment: Augment, views: tta.Views) -> Callabl
     def logits(params: Any, model_state: Any, images: jax.Array) -> jax.Array:  # uint8[b, h, w, c] → f32[b, classes]
         def of_view(images: jax.Array) -> jax.Array:
             out: Any = model.apply({"params": params, **model_state}, images, train=False)
-            return _at_least_float32(out)
+            return at_least_float32(out)
 
         return tta.mean_logits(views, of_view, augment(None, images))
 
@@ -223,13 +333,16 @@ def make_logits(model: nn.Module, augment: Augment, views: tta.Views) -> Callabl
 
 
 def several(train_step: Callable[..., Any], num_seeds: int) -> Callable[..., Any]:
-    """A train step for `num_seeds` states at once, [num_seeds, …], and their batches side by side (see `stream`)."""
+    """A train step for `num_seeds` states at once, [num_seeds, …], and their batches side by side (see `stream`).
+
+    The method's `fixed` arrays serve all seeds.
+    """
     if num_seeds == 1:
         return train_step
 
-    def step(states: TrainState, batch: Batch) -> tuple[TrainState, Window]:
+    def step(states: TrainState, batch: Batch, *fixed: Any) -> tuple[TrainState, Window]:
         own = jax.tree.map(lambda x: x.reshape(-1, num_seeds, *x.shape[1:]), batch)
-        result: tuple[TrainState, Window] = jax.vmap(train_step, (0, 1))(states, own)
+        result: tuple[TrainState, Window] = jax.vmap(train_step, (0, 1, *[None] * len(fixed)))(states, own, *fixed)
         return result
 
     return step
@@ -243,28 +356,47 @@ def make_eval_step(
     num_seeds: int = 1,
     with_predictions: bool = False,
     task: Task = Task.CLASSES,
-) -> Callable[[Any, Any, Batch], tuple[metrics.Sums, metrics.AnyPredictions | None]]:
-    """`eval_step(params, model_state, batch) -> (sums, predictions)`; the batch's `mask` bool[b] is False for padding.
+    method: Method | None = None,
+) -> Callable[..., tuple[metrics.Sums, metrics.AnyPredictions | None]]:
+    """`eval_step(params, model_state, batch, *fixed) -> (sums, predictions)`; `mask` bool[b] is False for padding.
 
     With several seeds, params and model_state are [num_seeds, …]. The sums are then [num_seeds + 1, …]: those of each
     seed, and last those of the ensemble, whose probabilities are the mean of the seeds' probabilities. The predictions
-    are None unless `with_predictions`.
+    are None unless `with_predictions`. The values of `method.evaluate` have sums of their own; an ensemble has none.
     """
     logits_of, link = make_logits(model, augment, views), link_of(loss)
 
-    def eval_step(params: Any, model_state: Any, batch: Batch) -> tuple[metrics.Sums, metrics.AnyPredictions | None]:
+    def own_sums(params: Any, model_state: Any, batch: Batch, *fixed: Any) -> metrics.Sums:
+        if method is None or method.evaluate is None:
+            return {}
+        given = {**batch, "image": augment(None, batch["image"])}
+        variables = {"params": params, **model_state}
+        values = nn.apply(method.evaluate, model)(variables, given, *(fixed or (None,)))
+        return {metrics.OWN + name: jnp.sum(jnp.where(batch["mask"], x, 0.0)) for name, x in values.items()}
+
+    def eval_step(
+        params: Any, model_state: Any, batch: Batch, *fixed: Any
+    ) -> tuple[metrics.Sums, metrics.AnyPredictions | None]:
         wanted, mask = batch["label" if task is Task.CLASSES else "target"], batch["mask"]
 
         def sums_of(logits: jax.Array) -> metrics.Sums:
             return metrics.task_sums(logits, wanted, loss(logits, wanted), link, mask, task)
 
+        several = (0, 0, None, *[None] * len(fixed))
+        own = own_sums if num_seeds == 1 else jax.vmap(own_sums, several)
+        sums = own(params, model_state, batch, *fixed)
+        if num_seeds > 1:
+            sums = {name: jnp.append(values, jnp.nan) for name, values in sums.items()}
+        if method is not None and not method.predicts:
+            examples = jnp.sum(mask, dtype=jnp.int32)
+            return {"examples": jnp.broadcast_to(examples, (num_seeds + 1,) if num_seeds > 1 else ()), **sums}, None
         if num_seeds == 1:
             logits = logits_of(params, model_state, batch["image"])  # [b, classes]
-            sums = sums_of(logits)
+            sums |= sums_of(logits)
         else:
             each = jax.vmap(logits_of, (0, 0, None))(params, model_state, batch["image"])  # [num_seeds, b, classes]
             logits = jnp.concatenate([each, link.ensemble(each)[None]])
-            sums = jax.vmap(sums_of)(logits)
+            sums |= jax.vmap(sums_of)(logits)
         if not with_predictions:
             return sums, None
         return sums, metrics.predict(logits, wanted, link, mask, task)

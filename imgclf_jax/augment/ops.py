@@ -205,6 +205,12 @@ def draws(text: str) -> bool:
     return any(kinds.of(op) != kinds.PLAIN for op in _bind(text))
 
 
+def text_of_evaluation(text: str) -> str:
+    """The spec of the ops that evaluation applies: those that draw nothing."""
+    calls = zip(spec.parse(text), _bind(text), strict=True)
+    return "|".join(str(call) for call, op in calls if kinds.of(op) == kinds.PLAIN)
+
+
 def build(text: str, train: bool) -> Callable[..., jax.Array]:
     """The function (key, images uint8[b, h, w, c]) → f32[b, h, w, c] that a spec of device ops names.
 

@@ -76,7 +76,7 @@ def accuracies(
     Images are read once. Each corruption is compiled once for all severities, apart from the model. `what` stands
     beside the progress on a terminal. `photographs` are for `frost`.
     """
-    mesh, size = programs.mesh, programs.steps_per_call
+    mesh, size = programs.mesh, programs.eval_steps_per_call
     kinds = [(name, severity) for name in names for severity in corruptions.SEVERITIES]
     tables = {
         kind: sharding.put_whole((of, np.asarray(jax.random.key_data(_key(kind)))), mesh)

@@ -52,7 +52,7 @@ def evaluate(
     if "nonfinite" in sums:
         if wrong := int(np.max(sums["nonfinite"])):
             log.warning("the outputs of %d examples are NaN or infinite", wrong)
-    elif wrong := int(np.max(sums["examples"] - sums["class_predicted"].sum(-1))):
+    elif "class_predicted" in sums and (wrong := int(np.max(sums["examples"] - sums["class_predicted"].sum(-1)))):
         log.warning("the logits of %d examples are NaN or infinite; these examples count as wrong", wrong)
     return sums, metrics.concatenate(predictions) if predictions else None
 
@@ -64,7 +64,7 @@ def chunks(
 
     Raises signals.Stopped as `evaluate` does.
     """
-    size, rows = programs.steps_per_call, sharding.rows_here(programs.eval_batch_size, programs.mesh)
+    size, rows = programs.eval_steps_per_call, sharding.rows_here(programs.eval_batch_size, programs.mesh)
     for some in itertools.batched(stream.eval_batches(images, programs.eval_batch_size, rows), size):
         signals.check(stop)
         chunk = {name: stream.pad_steps(np.stack([batch[name] for batch in some]), size) for name in some[0]}

@@ -90,9 +90,13 @@ def batch_at(programs: Programs, images: stream.Images, step: int, raw: bool = F
     names = [found if "/" in (found := name(int(i))) else "" for i in ids]  # else it is a number once more
     if not raw:
         with programs.tracing():
-            inputs = jax.jit(make_inputs(recipe.augment(train=True), recipe.mix))
+            inputs = jax.jit(make_inputs(recipe.augment(train=True), recipe.mix, recipe.method))
             batch = inputs(np.uint32(only.seed), np.int32(step), batch)
-    return Shown(ids, images.epochs(at), names, {name: np.asarray(values) for name, values in batch.items()})
+    own = {name: np.asarray(values) for name, values in batch.items() if not isinstance(values, dict)}
+    if "image" not in own or own["image"].shape[:1] != ids.shape:
+        raise UserError(f"method={programs.recipe.config.method!r} gives its loss no batch of {len(ids)} images as "
+                        "\"image\"; pass --raw to see the batch before augmentation")  # fmt: skip
+    return Shown(ids, images.epochs(at), names, own)
 
 
 def describe(batch: Shown, class_names: tuple[str, ...], count: int) -> list[dict[str, Any]]:

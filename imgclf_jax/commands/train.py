@@ -158,7 +158,7 @@ def _recorded(run: Run) -> Results | None:
         values |= record if record["step"] == run.cadences.total else {}
     found = {name: {key.removeprefix(f"{name}/"): value for key, value in values.items() if key.startswith(f"{name}/")}
              for name in run.evals}  # fmt: skip
-    return found if all("loss" in own for own in found.values()) else None
+    return found if all("examples" in own for own in found.values()) else None
 
 
 def _when_compiled(
@@ -178,16 +178,17 @@ def _when_compiled(
 def _means(window: dict[str, np.ndarray], task: Task) -> dict[str, float]:
     """What is logged of a window of steps: means over its examples or steps, of all seeds together.
 
-    Of several seeds also the sample standard deviation over them of loss and accuracy, as `metrics.summarize` has it.
+    Of several seeds also the sample standard deviation over them of those over examples, as in `metrics.summarize`.
     Of several labels accuracy is that of all labels of an example, `exact_match`; a regression has none.
     """
     total = {name: np.sum(value).item() for name, value in window.items()}
-    of_examples = {"loss": "loss"}
-    if task is not Task.REGRESSION:
-        of_examples["exact_match" if task is Task.MULTILABEL else "accuracy"] = "correct"
+    of_steps = ("grad_norm", "param_norm", "learning_rate")
+    own = sorted(total.keys() - {"steps", "examples", "loss", "correct", "nonfinite_step", *of_steps})
+    right = {"exact_match" if task is Task.MULTILABEL else "accuracy": "correct"} if "correct" in total else {}
+    of_examples = {"loss": "loss", **right, **{name: name for name in own}}
     means = {
         **{name: total[summed] / total["examples"] for name, summed in of_examples.items()},
-        **{name: total[name] / total["steps"] for name in ("grad_norm", "param_norm", "learning_rate")},
+        **{name: total[name] / total["steps"] for name in of_steps},
     }
     if window["examples"].size > 1:
         for name, summed in of_examples.items():
@@ -196,8 +197,8 @@ def _means(window: dict[str, np.ndarray], task: Task) -> dict[str, float]:
 
 
 def _brief(record: dict[str, float]) -> str:
-    names = ("loss", "accuracy", "exact_match", "images_per_second", "input_wait")
-    return format_metrics({name: record[name] for name in names if name in record})
+    left_out = ("grad_norm", "param_norm", "learning_rate")
+    return format_metrics({n: value for n, value in record.items() if n not in left_out and not n.endswith("_std")})
 
 
 def _report(run: Run, digests: Digests, results: Results, monitor: Monitor, began: float) -> None:

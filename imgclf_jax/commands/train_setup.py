@@ -11,10 +11,10 @@ import jax
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax import programs
+from imgclf_jax import loading, programs
 from imgclf_jax.commands import extension
 from imgclf_jax.commands.evaluation import check_targets, open_evals
-from imgclf_jax.core import processes
+from imgclf_jax.core import processes, tree
 from imgclf_jax.data import sampling, sources, stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
@@ -57,7 +57,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     base = sources.open_data(config)
     train_source = sources.take_split(base, config.data.train)
     images = stream.as_trained(train_source, config)
-    compiling = programs.of_images(_pinned(config, workdir), images)
+    compiling = programs.of_images(_pinned(config, workdir), images, load=loading.load_teacher)
     recipe = compiling.recipe
     check_targets(compiling, images)
     recipe.check_best()
@@ -72,8 +72,11 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     source, left_out = weights.source if weights else None, sources.left_out(base)
     fingerprints = {name: images.source.fingerprint() for name, images in evals.items()}
     groups = compiling.groups_of_statistics if config.batch_norm == "per_device" else 0
+    fixed = tree.sha256(compiling.fixed) if compiling.fixed else ""
+    processes.agree("comparing the method", lambda: {f"fixed arrays of method={config.method!r}": fixed})
     processes.first(
-        "writing config.json", lambda: workdir.record(config, recipe.data, source, left_out, fingerprints, groups)
+        "writing config.json",
+        lambda: workdir.record(config, recipe.data, source, left_out, fingerprints, groups, fixed),
     )
 
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)

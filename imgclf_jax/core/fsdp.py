@@ -27,32 +27,39 @@ from jax.sharding import NamedSharding, PartitionSpec
 from imgclf_jax.core.jaxprs import INLINED, bind, inner
 
 Shardings = Callable[[Any], Any]  # of a pytree of arrays, a pytree of NamedSharding
+_FIXED = 3  # the place of `fixed` among the arguments after `params`: (model_state, batch, key, fixed)
 
 _EXPENSIVE = frozenset({"dot_general", "conv_general_dilated", "sort", "fft", "cholesky", "qr", "svd", "eigh",
                         "triangular_solve", "householder_product", "lu"})  # fmt: skip
 
 
 def gather_at_use(
-    function: Callable[..., Any], shardings: Shardings, returns_gradients: bool = False
+    function: Callable[..., Any],
+    shardings: Shardings,
+    returns_gradients: bool = False,
+    fixed_shardings: Shardings | None = None,
 ) -> Callable[..., Any]:
     """`function(params, model_state, batch, *rest)`, with every sharded parameter all-gathered at each of its uses.
 
     `shardings(params)` is a pytree of NamedSharding like `params`; replicated parameters stay as they are. With
-    `returns_gradients` the function returns (…, gradients), a pytree like `params`, which get the same shardings. Pure;
-    call it after differentiation.
+    `returns_gradients` the function returns (…, gradients), a pytree like `params`, which get the same shardings. A
+    fifth argument, a method's `fixed` arrays, is gathered in the same way, from `fixed_shardings(fixed)`. Pure; call it
+    after differentiation.
     """
 
     @functools.wraps(function)
     def gathered(params: Any, *args: Any) -> Any:
         closed, shape = jax.make_jaxpr(function, return_shape=True)(params, *args)
-        places = [None if s.is_fully_replicated else s for s in jax.tree.leaves(shardings(params))]
-        first = len(closed.jaxpr.outvars) - len(places)
-        wanted = {first + i: s for i, s in enumerate(places) if s is not None} if returns_gradients else {}
+        own = _places(shardings(params))
+        fixed = _places([(fixed_shardings or shardings)(x) for x in args[_FIXED:]])
+        first = len(closed.jaxpr.outvars) - len(own)
+        wanted = {first + i: s for i, s in enumerate(own) if s is not None} if returns_gradients else {}
 
         def evaluate(evaluation: "_Evaluation", params: Any, *args: Any) -> list[Any]:
-            operands = evaluation.parameters(jax.tree.leaves(params), places)
-            for number, arg in enumerate(args):
-                operands += [_Known(x, of_batch=number == 1) for x in jax.tree.leaves(arg)]
+            shards = jax.tree.leaves((params, args[_FIXED:]))
+            sharded = evaluation.parameters(shards, [*own, *fixed])
+            known = [_Known(x, number == 1) for number, arg in enumerate(args[:_FIXED]) for x in jax.tree.leaves(arg)]
+            operands = [*sharded[: len(own)], *known, *sharded[len(own) :]]
             return [evaluation.force(x) for x in evaluation.run(closed, operands, wanted)]
 
         order: list[frozenset[int]] = []  # the parameters of each use, found by a first evaluation of shapes alone
@@ -60,6 +67,11 @@ def gather_at_use(
         return jax.tree.unflatten(jax.tree.structure(shape), evaluate(_Evaluation(order), params, *args))
 
     return gathered
+
+
+def _places(shardings: Any) -> list[NamedSharding | None]:
+    """The sharding of each leaf that is sharded; None for a replicated one."""
+    return [None if s.is_fully_replicated else s for s in jax.tree.leaves(shardings)]
 
 
 class _Known:

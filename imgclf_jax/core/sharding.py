@@ -96,20 +96,20 @@ def over_seeds(here: Callable[..., Any], num_seeds: int, mesh: Mesh) -> Callable
     if groups == 1:
         return here
 
-    def own(states: Any, batch: Any) -> Any:  # [seeds here, …], [b, seeds here, …]
+    def own(states: Any, batch: Any, *fixed: Any) -> Any:  # [seeds here, …], [b, seeds here, …]
         if num_seeds > groups:
-            return here(states, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch))
-        one = here(jax.tree.map(lambda x: x.squeeze(0), states), jax.tree.map(lambda x: x.squeeze(1), batch))
+            return here(states, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch), *fixed)
+        one = here(jax.tree.map(lambda x: x.squeeze(0), states), jax.tree.map(lambda x: x.squeeze(1), batch), *fixed)
         return jax.tree.map(lambda x: x[None], one)
 
     by_group, of_batch = PartitionSpec("seeds"), PartitionSpec(None, "seeds")
-    grouped = jax.shard_map(own, mesh=mesh, in_specs=(by_group, of_batch), out_specs=by_group, axis_names={"seeds"},
-                            check_vma=False)  # fmt: skip
     lies = NamedSharding(mesh, PartitionSpec("data" if "data" in mesh.shape else None, "seeds"))
 
-    def of_all(states: Any, batch: Any) -> Any:
+    def of_all(states: Any, batch: Any, *fixed: Any) -> Any:
         batch = jax.tree.map(lambda x: x.reshape(-1, num_seeds, *x.shape[1:]), batch)
-        return grouped(states, jax.lax.with_sharding_constraint(batch, lies))
+        grouped = jax.shard_map(own, mesh=mesh, in_specs=(by_group, of_batch, *[PartitionSpec()] * len(fixed)),
+                                out_specs=by_group, axis_names={"seeds"}, check_vma=False)  # fmt: skip
+        return grouped(states, jax.lax.with_sharding_constraint(batch, lies), *fixed)
 
     return of_all
 

@@ -41,10 +41,17 @@ class Classifier(nn.Module):
     dtype: Any = jnp.float32
     head_init: Callable[..., Any] = nn.initializers.glorot_uniform()
 
-    @nn.compact
+    def setup(self) -> None:
+        self.head = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=self.head_init)
+
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        features = self.backbone(images, train=train)  # [b, d]
-        return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=self.head_init, name="head")(features)
+        logits: jax.Array = self.head(self.features(images, train))
+        return logits
+
+    def features(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """The backbone's features [b, d]."""
+        features: jax.Array = self.backbone(images, train=train)
+        return features
 
 
 def build(text: str, num_classes: int, precision: str) -> Classifier:

@@ -1,7 +1,7 @@
 """A model some of whose parameters are frozen."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +23,18 @@ class Frozen:
     frozen: frozenset[str]
     names: tuple[str, ...]
 
-    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `model.apply`."""
+    def apply_function(self, function: Callable[..., Any], mutable: list[str]) -> Callable[..., Any]:
+        """As `nn.apply(function, model, mutable)`."""
 
         def stop(name: str, x: jax.Array) -> jax.Array:
             return jax.lax.stop_gradient(x) if name in self.frozen else x
 
-        with nn.intercept_methods(self._evaluate_frozen):
-            variables = {**variables, "params": tree.map_named(stop, variables["params"])}
-            return self.model.apply(variables, *args, **kwargs)
+        def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+            with nn.intercept_methods(self._evaluate_frozen):
+                variables = {**variables, "params": tree.map_named(stop, variables["params"])}
+                return nn.apply(function, self.model, mutable)(variables, *args, **kwargs)
+
+        return apply
 
     def _evaluate_frozen(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
@@ -53,3 +56,11 @@ class Frozen:
         prefix = "".join(f"{part}/" for part in path)
         own = [name for name in self.names if name.startswith(prefix)]
         return bool(own) and self.frozen.issuperset(own)
+
+
+def apply_function(function: Callable[..., Any], model: nn.Module | Frozen, mutable: list[str]) -> Callable[..., Any]:
+    """`nn.apply(function, model, mutable)`: (variables, *args, rngs=…) → (function(bound model, *args), changed)."""
+    if isinstance(model, Frozen):
+        return model.apply_function(function, mutable)
+    apply: Callable[..., Any] = nn.apply(function, model, mutable)
+    return apply

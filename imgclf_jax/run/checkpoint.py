@@ -198,11 +198,11 @@ class Checkpoints:
         """The state saved at `step`; `like` is a pytree of `jax.ShapeDtypeStruct` with shardings.
 
         The shardings may be over another number of devices than the state was saved from. Without `optimizer` its
-        state is not read, and None in the result. Raises UserError for a damaged checkpoint, and for a checkpoint of
-        another model.
+        state is not read, and None in the result; what `like` leaves out at the top is not read either. Raises
+        UserError for a damaged checkpoint, and for a checkpoint of another model.
         """
         folder = self.directory / str(step)
-        if error := processes.first("verifying a checkpoint", lambda: self._find_error(step, like)):
+        if error := processes.first("verifying a checkpoint", lambda: self._find_error(step, like, optimizer)):
             raise self._gone(folder) or UserError(error)
         processes.agree("comparing checkpoints", lambda: {f"checkpoint {folder}": manifest.digest(folder)},
                         fix="all processes must read one work directory, on a shared disk")  # fmt: skip
@@ -215,7 +215,7 @@ class Checkpoints:
                 raise  # the others may have read it, so that all must end
             raise self._gone(folder) or UserError(f"checkpoint {folder} cannot be read: {reason(e)}") from e
 
-    def _find_error(self, step: int, like: Any) -> str:
+    def _find_error(self, step: int, like: Any, optimizer: bool) -> str:
         """Why the checkpoint of `step` cannot be used, in a sentence; "" if it can."""
         folder = self.directory / str(step)
         fault = manifest.find_fault(folder)
@@ -224,7 +224,10 @@ class Checkpoints:
         elif fault:
             return f"checkpoint {folder} is damaged: {fault}"
         try:
-            clash = arrays.find_clash(self._manager.item_metadata(step), like)
+            saved = self._manager.item_metadata(step)
+            if saved is not None and not optimizer:
+                saved = {name: part for name, part in dict(saved).items() if name in like}
+            clash = arrays.find_clash(saved, like)
         except Exception as e:  # of many types too
             return f"checkpoint {folder} cannot be read: {reason(e)}"
         return f"checkpoint {folder} is of another model or optimizer: {clash}" if clash else ""
@@ -317,7 +320,7 @@ def _restore_without_optimizer(folder: Path, like: Any) -> Any:
         return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
 
     wanted = tree.map_named(lambda name, x: ocp.PLACEHOLDER if name.startswith("state/opt_state/") else x, like)
-    arguments = ocp.args.PyTreeRestore(wanted, restore_args=jax.tree.map(how, wanted))
+    arguments = ocp.args.PyTreeRestore(wanted, restore_args=jax.tree.map(how, wanted), partial_restore=True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         found = reader.restore(folder, args=arguments)
     state = found["state"]  # a TrainState, or a dict of its fields

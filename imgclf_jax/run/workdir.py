@@ -217,14 +217,15 @@ class Workdir:
 
     def record(
         self, config: ConfigDict, data: DataInfo, init_from: dict[str, Any] | None = None, left_out: Sequence[str] = (),
-        evals: Mapping[str, str] = MappingProxyType({}), groups: int = 0,
+        evals: Mapping[str, str] = MappingProxyType({}), groups: int = 0, fixed: str = "",
     ) -> None:  # fmt: skip
         """Writes config.json and provenance.json, each once: they describe the process that began the run.
 
         `init_from` describes the weights that a new run starts from. It is None for a run that starts from random
         weights or resumes. `left_out` are the unreadable files that the data are without. `evals` are the fingerprints
-        of the evaluation sets by name, `groups` those of batch norm's statistics with 'per_device'. Raises UserError if
-        the run in the directory began with other data or weights.
+        of the evaluation sets by name, `groups` those of batch norm's statistics with 'per_device', `fixed` is the
+        digest of the method's fixed arrays. Raises UserError if the run in the directory began with other data, weights
+        or fixed arrays.
         """
         if self.provenance.is_file():
             old = load_data_info(self.provenance)
@@ -242,12 +243,17 @@ class Workdir:
             if init_from and read_json(self.provenance).get("init_from") != init_from:
                 raise UserError(f"the weights in {init_from['path']} have changed since the run in {self.path} began; "
                                 "restore them, or pass another --workdir")  # fmt: skip
+            if (recorded := read_json(self.provenance).get("fixed_sha256", "")) != fixed:
+                raise UserError(f"method={config.method!r}: its fixed arrays have changed since the run in {self.path} "
+                                f"began (digest {fixed[:12] or 'none'}, recorded {recorded[:12] or 'none'}); restore "
+                                "what it loads, or pass another --workdir")  # fmt: skip
         else:
             whole = (
                 collect(data)
                 | {"config_sha256": json_digest(configs.to_json(config)), "evals": dict(evals)}
                 | ({"batch_norm_groups": groups} if groups else {})
                 | ({"init_from": init_from} if init_from else {})
+                | ({"fixed_sha256": fixed} if fixed else {})
                 | ({"unreadable": {"count": len(left_out), "files": list(left_out)}} if left_out else {})
             )
             write_json(self.provenance, whole | {"facts_sha256": facts_digest(whole)})

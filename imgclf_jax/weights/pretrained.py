@@ -64,7 +64,7 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     """
     config = programs.recipe.config
     path = places.place(config.init_from).expanduser()
-    state, replicas = programs.shape["state"], programs.recipe.num_seeds > 1
+    state, replicas = programs.state_shape, programs.recipe.num_seeds > 1
     shapes = {"params": state.params, **state.model_state}
     own = dict(tree.named_leaves(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[replicas:], x.dtype), shapes)))
     if path.is_dir():
