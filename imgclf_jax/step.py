@@ -13,10 +13,10 @@ from flax.core import DenyList
 
 from imgclf_jax import methods, metrics
 from imgclf_jax.augment import mixing, tta
-from imgclf_jax.core import platform, rng, tree
+from imgclf_jax.core import rng, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.losses import SOFTMAX, Link, Loss, Task, link_of
-from imgclf_jax.methods import Method
+from imgclf_jax.methods import Method, gradients
 from imgclf_jax.methods.gradients import Gradient
 from imgclf_jax.models.frozen import Frozen, apply_function
 from imgclf_jax.optim import weight_averages
@@ -167,8 +167,8 @@ def make_train_step(
         whole = inputs(state.seed, state.step, batch)
         grad_fn = shard(jax.value_and_grad(loss_fn, has_aux=True), returns_gradients=True)
         take_gradient = gradient(Gradient(
-            _accumulated(lambda *args: grad_fn(*args, fixed), accumulate),
-            _image_gradients(lambda *args: shard(image_gradient)(*args, fixed), accumulate),
+            gradients.accumulated(lambda *args: grad_fn(*args, fixed), accumulate),
+            gradients.accumulated_images(lambda *args: shard(image_gradient)(*args, fixed), accumulate),
         ))  # fmt: skip
         key = rng.key(state.seed, "dropout", state.step)
         (mean_loss, (model_state, (logits, named))), grads = take_gradient(state.params, state.model_state, whole, key)
@@ -245,62 +245,6 @@ def _count_correct(logits: jax.Array | None, batch: Batch, link: Link, task: Tas
         wanted = mixing.main_labels(wanted, batch["weight"])
     correct = metrics.correct(logits, wanted, link, task)
     return {} if correct is None else {"correct": jnp.sum(correct, dtype=jnp.int32)}
-
-
-def _split(batch: Batch, parts: int) -> Batch:
-    """[b, …] → [parts, b / parts, …]: microbatch i is every example whose number is i modulo `parts`.
-
-    So it is a share of what each device holds.
-    """
-    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-
-
-def _joined(x: jax.Array) -> jax.Array:
-    """[parts, b / parts, …] → [b, …], the inverse of `_split`."""
-    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
-
-
-def _unroll() -> bool:
-    return platform.current() == "cpu"  # there XLA's own convolution is a hundred times slower in a loop
-
-
-def _accumulated(gradient: Callable[..., Any], parts: int) -> Callable[..., Any]:
-    """`gradient(params, model_state, batch, key) -> ((loss, (model_state, (logits, means))), grads)` by microbatch."""
-    if parts == 1:
-        return gradient
-
-    def mean_gradient(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> Any:
-        def add(carry: tuple[Any, Any], part: tuple[jax.Array, Batch]) -> Any:
-            total, model_state = carry
-            out, grads = gradient(params, model_state, part[1], jax.random.fold_in(key, part[0]))
-            loss, (model_state, (logits, named)) = out
-            return (jax.tree.map(jnp.add, total, grads), model_state), (loss, logits, named)
-
-        carry = (jax.tree.map(jnp.zeros_like, params), model_state)
-        (total, model_state), (losses, logits, named) = jax.lax.scan(
-            add, carry, (jnp.arange(parts), _split(batch, parts)), unroll=_unroll()
-        )
-        logits = None if logits is None else _joined(logits)  # [b, classes]
-        named = {name: jnp.mean(values) for name, values in named.items()}
-        grads = jax.tree.map(lambda g: g / parts, total)
-        return (jnp.mean(losses), (model_state, (logits, named))), grads
-
-    return mean_gradient
-
-
-def _image_gradients(gradient: Callable[..., jax.Array], parts: int) -> Callable[..., jax.Array]:
-    """`gradient(params, model_state, batch, key) -> f32[b, h, w, c]`, by microbatch."""
-    if parts == 1:
-        return gradient
-
-    def gradients(params: Any, model_state: Any, batch: Batch, key: jax.Array) -> jax.Array:
-        def one(_: None, part: tuple[jax.Array, Batch]) -> tuple[None, jax.Array]:
-            return None, gradient(params, model_state, part[1], jax.random.fold_in(key, part[0]))
-
-        _, out = jax.lax.scan(one, None, (jnp.arange(parts), _split(batch, parts)), unroll=_unroll())
-        return _joined(out)
-
-    return gradients
 
 
 _OWN_METRICS = ("steps", "examples", "correct", "loss", "grad_norm", "param_norm", "learning_rate", "nonfinite_step",

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from imgclf_jax.core import spec
+from imgclf_jax.core import platform, spec
 
 # (params, model_state, batch, key) → ((loss f32[], aux), grads); `aux` is handed on as it is.
 GradientFunction = Callable[..., Any]
@@ -60,3 +61,59 @@ def build(text: str) -> Callable[[Gradient], Gradient]:
     """
     functions = [spec.bind(call, GRADIENTS, "gradient", given=("gradient",)) for call in spec.parse(text)]
     return lambda gradient: functools.reduce(lambda g, f: Gradient(f(g), g.images), functions, gradient)
+
+
+def _split(batch: Any, parts: int) -> Any:
+    """[b, …] → [parts, b / parts, …]: microbatch i is every example whose number is i modulo `parts`.
+
+    So it is a share of what each device holds.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    """[parts, b / parts, …] → [b, …], the inverse of `_split`."""
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+
+def _unroll() -> bool:
+    return platform.current() == "cpu"  # there XLA's own convolution is a hundred times slower in a loop
+
+
+def accumulated(gradient: GradientFunction, parts: int) -> GradientFunction:
+    """The mean gradient of `parts` microbatches: ((loss, (model_state, (logits, means))), grads)."""
+    if parts == 1:
+        return gradient
+
+    def mean_gradient(params: Any, model_state: Any, batch: Any, key: jax.Array) -> Any:
+        def add(carry: tuple[Any, Any], part: tuple[jax.Array, Any]) -> Any:
+            total, model_state = carry
+            out, grads = gradient(params, model_state, part[1], jax.random.fold_in(key, part[0]))
+            loss, (model_state, (logits, named)) = out
+            return (jax.tree.map(jnp.add, total, grads), model_state), (loss, logits, named)
+
+        carry = (jax.tree.map(jnp.zeros_like, params), model_state)
+        (total, model_state), (losses, logits, named) = jax.lax.scan(
+            add, carry, (jnp.arange(parts), _split(batch, parts)), unroll=_unroll()
+        )
+        logits = None if logits is None else _joined(logits)  # [b, classes]
+        named = {name: jnp.mean(values) for name, values in named.items()}
+        grads = jax.tree.map(lambda g: g / parts, total)
+        return (jnp.mean(losses), (model_state, (logits, named))), grads
+
+    return mean_gradient
+
+
+def accumulated_images(gradient: Callable[..., jax.Array], parts: int) -> Callable[..., jax.Array]:
+    """`gradient(params, model_state, batch, key) -> f32[b, h, w, c]`, computed by microbatch."""
+    if parts == 1:
+        return gradient
+
+    def gradients(params: Any, model_state: Any, batch: Any, key: jax.Array) -> jax.Array:
+        def one(_: None, part: tuple[jax.Array, Any]) -> tuple[None, jax.Array]:
+            return None, gradient(params, model_state, part[1], jax.random.fold_in(key, part[0]))
+
+        _, out = jax.lax.scan(one, None, (jnp.arange(parts), _split(batch, parts)), unroll=_unroll())
+        return _joined(out)
+
+    return gradients
