@@ -316,6 +316,7 @@ def test_explain_names_the_class_or_the_target(runs, pictures, capsys, tmp_path)
     assert {one["target"] for one in found} == {"top half, %"}
 
 
+@pytest.mark.thorough
 def test_probe_of_several_labels_and_of_numbers(runs, capsys, monkeypatch):
     """What a ridge or a logistic regression on the same features scores, by scikit-learn in the test's own words."""
     for name, score in (("pairs", "mean_average_precision"), ("ink", "r2")):
