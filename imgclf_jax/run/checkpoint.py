@@ -25,7 +25,7 @@ from orbax.checkpoint._src.metadata import array_metadata_store
 from orbax.checkpoint._src.serialization import type_handler_registry
 
 from imgclf_jax import metrics
-from imgclf_jax.core import places, processes, tree
+from imgclf_jax.core import places, processes, sharding, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.run import arrays, manifest, tensorstore_leaks
 
@@ -207,13 +207,17 @@ class Checkpoints:
         processes.agree("comparing checkpoints", lambda: {f"checkpoint {folder}": manifest.digest(folder)},
                         fix="all processes must read one work directory, on a shared disk")  # fmt: skip
         try:
-            if not optimizer:
-                return _restore_without_optimizer(folder / "default", like)
-            return self._manager.restore(step, args=ocp.args.StandardRestore(like))
+            if optimizer:
+                found = self._manager.restore(step, args=ocp.args.StandardRestore(like))
+            else:
+                found = _restore_without_optimizer(folder / "default", like)
         except Exception as e:  # Orbax and TensorStore raise many types, for damage and for other shapes alike
             if processes.count() > 1:
                 raise  # the others may have read it, so that all must end
             raise self._gone(folder) or UserError(f"checkpoint {folder} cannot be read: {reason(e)}") from e
+        if (own := _own_step(found)) not in (None, step):
+            raise UserError(f"checkpoint {folder} holds the state of step {own}; name it {own} again, or remove it")
+        return found
 
     def _find_error(self, step: int, like: Any, optimizer: bool) -> str:
         """Why the checkpoint of `step` cannot be used, in a sentence; "" if it can."""
@@ -309,6 +313,13 @@ class Checkpoints:
                 f"a checkpoint could not be saved in {self.directory}: {reason(e)}; {kept}; free some space or repair "
                 "the disk, then run the same command again"
             ) from e
+
+
+def _own_step(found: Any) -> int | None:
+    """The step that the state in a checkpoint counts itself; None if it counts none."""
+    state = found["state"] if isinstance(found, dict) and "state" in found else None
+    count = state.get("step") if isinstance(state, dict) else getattr(state, "step", None)
+    return None if count is None else int(sharding.fetch(count).max())  # one a seed, all the same
 
 
 def _restore_without_optimizer(folder: Path, like: Any) -> Any:

@@ -347,6 +347,19 @@ def test_the_checkpoint_of_another_run(copy, tmp_path, capsys):
     assert f"than {copy}/result.json has of step 10" in capsys.readouterr().err
 
 
+def test_a_checkpoint_under_another_step(copy, capsys):
+    """`evaluate` said "step 12" of the parameters of step 10, and `train` had "trained the last -2 of 10 steps"."""
+    (copy / "checkpoints" / "10").rename(copy / "checkpoints" / "12")
+    told = f"checkpoint {copy}/checkpoints/12 holds the state of step 10; name it 10 again, or remove it"
+    for words in (["evaluate"], ["evaluate", "--checkpoint=12"], ["evaluate", "--checkpoints=12"]):
+        capsys.readouterr()
+        assert launch.main([*words, f"--workdir={copy}"]) == 1
+        assert told in capsys.readouterr().err
+    shutil.copytree(copy / "checkpoints" / "12", copy / "checkpoints" / "10")  # the latest that counts its own step
+    assert launch.main(["evaluate", f"--workdir={copy}"]) == 0
+    assert f"{told}; the checkpoint of step 10 is used" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "status", "says"),
     [
