@@ -135,9 +135,10 @@ def check_keys(config: ConfigDict, where: str) -> None:
     for key, (default, _) in KEYS.items():
         if type(flat[key]) is not type(default):
             raise UserError(f"{where}: {key}={flat[key]!r} is not of type {type(default).__name__}, as {default!r} is")
-    for name, split in flat["data.eval"].items():
-        if not isinstance(split, str):
-            raise UserError(f"{where}: data.eval.{name}={split!r} is not a split, such as 'test'")
+    for key, example in (("data.eval", "'test'"), ("data.extra", "'train[10%:]'")):
+        for name, split in flat[key].items():
+            if not isinstance(split, str):
+                raise UserError(f"{where}: {key}.{name}={split!r} is not a split, such as {example}")
 
 
 def validate(config: ConfigDict) -> None:

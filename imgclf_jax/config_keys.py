@@ -32,6 +32,11 @@ KEYS: dict[str, tuple[Any, str]] = {
         "curriculum('scores.npz'), subset('ids.npy'), or an import path.",
     ),
     "data.eval": ({"test": "test"}, 'Evaluation sets: a name and a split for each; of another source "fake()/test".'),
+    "data.extra": (
+        {},
+        "Further streams for a method to read: a name, and a split or \"folder('crops')/train|batch_size(448)\" for "
+        "each; the options preprocess('…') and sampling('…') too.",
+    ),
     "data.unreadable": (
         "error",
         "Image files of a folder that cannot be read: 'error' stops and lists them all, 'skip' trains without them.",

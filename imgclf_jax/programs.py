@@ -21,12 +21,13 @@ from imgclf_jax import inference, losses, step
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.once import once
-from imgclf_jax.data import decode, placement
+from imgclf_jax.data import decode, extra, placement
 from imgclf_jax.data.stream import Images, StreamSpec, as_evaluated
 from imgclf_jax.models.cpu.rewrite import rewrite
 from imgclf_jax.models.frozen import Frozen
 from imgclf_jax.on_mesh import OnMesh
 from imgclf_jax.recipe import Recipe, check_names
+from imgclf_jax.run.provenance import DataInfo
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ def check(config: ConfigDict) -> None:
     """Raises UserError for what can be told to be wrong before the data are opened."""
     mesh = sharding.make_mesh(text=config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
+    for name, one in extra.parse_all(config).items():
+        sharding.check_batch_size(one.batch_size, mesh, config.accumulate, f"data.extra.{name}: batch_size")
     sharding.groups_of_seeds(config.num_seeds, mesh)
     check_names(config)
 
@@ -69,7 +72,8 @@ class Programs(OnMesh):
     def stream(self) -> StreamSpec:
         """Which batches the run trains on."""
         recipe = self.recipe
-        return StreamSpec(recipe.config.seed, recipe.config.batch_size, recipe.num_seeds, recipe.with_ids)
+        sizes = tuple((name, extra.parse(recipe.config, name).batch_size) for name in recipe.data.extra)
+        return StreamSpec(recipe.config.seed, recipe.config.batch_size, recipe.num_seeds, recipe.with_ids, extra=sizes)
 
     def chunks(self, images: Images, ranges: Iterable[range]) -> Iterator[tuple[range, Any]]:
         """Each range of steps, of at most `steps_per_call`, with its chunk on the devices."""
@@ -79,12 +83,18 @@ class Programs(OnMesh):
     def chunk_shape(self, size: int) -> Any:
         """The shapes, dtypes and shardings of a chunk of `size` steps."""
         place, data = self.recipe.config.data.placement, self.recipe.data
-        return placement.chunk_shape(
-            place, data.train_examples, data.image_shape, self.stream, size, self.mesh, len(data.target_names)
-        )
 
-    def _batch_at(self, chunk: Any, i: jax.Array | int) -> dict[str, jax.Array]:
-        return placement.batch_at(chunk, i, self.recipe.data.image_shape)
+        def shape(data: DataInfo, spec: StreamSpec) -> Any:
+            counts = data.train_examples, data.image_shape
+            return placement.chunk_shape(place, *counts, spec, size, self.mesh, len(data.target_names))
+
+        further = {one.name: shape(data.extra[one.name], one) for one in self.stream.further}
+        return {**shape(data, self.stream), **further}
+
+    def _batch_at(self, chunk: Any, i: jax.Array | int) -> dict[str, Any]:
+        data = self.recipe.data
+        further = {name: one.image_shape for name, one in data.extra.items() if name in chunk}  # not in evaluation
+        return placement.batch_at(chunk, i, data.image_shape, further)
 
     @once
     def train_step(self) -> Any:
@@ -139,12 +149,14 @@ class Programs(OnMesh):
 
     @property
     def _steps_in_chunk(self) -> int:
-        return self._batches_in_chunk(self.stream.rows)
+        data, spec = self.recipe.data, self.stream
+        further = sum(one.rows * math.prod(data.extra[one.name].image_shape) for one in spec.further)
+        return self._batches_in_chunk(spec.rows, further)
 
-    def _batches_in_chunk(self, rows: int) -> int:
-        """How many batches of so many images a chunk holds at most; one if they are large."""
+    def _batches_in_chunk(self, rows: int, further: int = 0) -> int:
+        """How many batches of so many images, and `further` bytes, a chunk holds at most; one if they are large."""
         most = _BYTES_ON_CPU if self.platform == "cpu" else _BYTES_A_DEVICE * self.mesh.size
-        return most // (rows * math.prod(self.recipe.data.image_shape)) or 1
+        return most // (rows * math.prod(self.recipe.data.image_shape) + further) or 1
 
     def _in_its_form(self, pure: Callable[..., Any]) -> Callable[..., Any]:
         """A pure function, differentiated by now, as the platform runs it fast."""

@@ -20,7 +20,7 @@ from imgclf_jax import config as configs
 from imgclf_jax import losses, metrics
 from imgclf_jax.augment import mixing, ops, tta
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import sampling
+from imgclf_jax.data import extra
 from imgclf_jax.methods import Method, Problem, gradients
 from imgclf_jax.methods import table as methods
 from imgclf_jax.models import classifier
@@ -180,7 +180,7 @@ class Recipe:
 
 def check_names(config: ConfigDict) -> None:
     """Raises UserError for a spec that names nothing, before data are opened, which may take minutes."""
-    sampling.check_name(config.data.sampling)
+    extra.check(config)
     classifier.build(config.model, 2, config.precision)
     losses.link_of(config.loss)
     methods.check_name(config.method)

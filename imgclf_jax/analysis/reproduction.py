@@ -178,6 +178,10 @@ def differences(old: Json, new: Json) -> list[Difference]:
         "sampling",
     ):
         add("data", key, a.get(key), b.get(key))
+    a, b = (_dict(one.get("extra")) for one in (a, b))
+    for name in sorted(a.keys() & b.keys()):
+        for key in ("fingerprint", "train_examples", "image_shape", "sampling"):
+            add("data", f"{key} of the stream {name}", _dict(a[name]).get(key), _dict(b[name]).get(key))
     a, b = (_dict(p.get("evals")) for p in (old, new))
     for name in sorted(a.keys() | b.keys()):
         add("data", f"fingerprint of the set {name}", a.get(name), b.get(name))

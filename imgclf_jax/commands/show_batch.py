@@ -1,5 +1,6 @@
 """The command `show-batch`: a picture of the batch that a step trains on. Nothing is trained."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -43,7 +44,8 @@ def main(
     if file.suffix != ".png":
         raise UserError(f"--output={output}: the name of the picture must end in .png")
     check_names(config)
-    images = stream.as_trained(sources.take_split(sources.open_data(config), config.data.train), config)
+    base = sources.open_data(config)
+    images = stream.as_trained(sources.take_split(base, config.data.train), config, base)
     programs = of_images(config, images, sharding.make_mesh(jax.devices()[:1]))
     total = programs.recipe.total
     if step >= total:
@@ -81,9 +83,9 @@ def batch_at(programs: Programs, images: stream.Images, step: int, raw: bool = F
     With `raw` it is what the step is given: images uint8[b, h, w, c].
     """
     recipe, spec_of = programs.recipe, programs.stream
-    only = stream.StreamSpec(spec_of.seed, spec_of.batch_size, 1, spec_of.with_ids)
+    only = dataclasses.replace(spec_of, num_seeds=1)
     [(_, chunk)] = stream.train_chunks(images, only, [range(step, step + 1)], 1, prefetch=0)
-    batch = {name: values[0] for name, values in chunk.items()}
+    batch = jax.tree.map(lambda values: values[0], chunk)
     at = stream.positions(range(step, step + 1), only.batch_size, np.arange(only.batch_size, dtype=np.int64))
     ids = images.ids(only.seed, at)
     name = getattr(images.source, "name", lambda i: "")

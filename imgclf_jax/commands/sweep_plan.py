@@ -77,8 +77,9 @@ def parse(text: str) -> tuple[str, list[str]]:
 
 
 def known(key: str) -> bool:
-    """Whether a key may be set: one of the config's, or that of an evaluation set."""
-    return (key in configs.KEYS and key != "data.eval") or bool(re.fullmatch(r"data\.eval\.[^.]+", key))
+    """Whether a key may be set: one of the config's, or that of an evaluation set or of a further stream."""
+    one_of_several = re.fullmatch(r"data\.(eval|extra)\.[^.]+", key)
+    return (key in configs.KEYS and key not in ("data.eval", "data.extra")) or bool(one_of_several)
 
 
 def _not_empty(values: list[Any], text: str) -> list[Any]:

@@ -56,7 +56,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
 
     base = sources.open_data(config)
     train_source = sources.take_split(base, config.data.train)
-    images = stream.as_trained(train_source, config)
+    images = stream.as_trained(train_source, config, base)
     compiling = programs.of_images(_pinned(config, workdir), images, load=loading.load_teacher)
     recipe = compiling.recipe
     check_targets(compiling, images)
@@ -69,7 +69,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     fresh = not processes.first("looking for checkpoints", workdir.has_checkpoints)
     weights = pretrained.load(compiling) if config.init_from and fresh else None
     compiled, eval_compiled = _compile_in_background(compiling, tracing)
-    source, left_out = weights.source if weights else None, sources.left_out(base)
+    source, left_out = weights.source if weights else None, sources.left_out(base) + images.left_out
     fingerprints = {name: images.source.fingerprint() for name, images in evals.items()}
     groups = compiling.groups_of_statistics if config.batch_norm == "per_device" else 0
     fixed = tree.sha256(compiling.fixed) if compiling.fixed else ""

@@ -61,9 +61,13 @@ def override(config: ConfigDict, words: list[str], command: str) -> list[str]:
     for word in words:
         key = word.lstrip("-").partition("=")[0].removeprefix("config.")
         if word.startswith(("--config.", "-config.")) and key not in configs.flatten(config):
-            name = key.removeprefix("data.eval.")
+            name = key.removeprefix("data.eval.").removeprefix("data.extra.")
             if name == key or "." in name:
                 raise UsageError(unknown("config key", key, configs.KEYS))
+            if key.startswith("data.extra."):  # one more stream
+                with config.unlocked():
+                    config.data.extra[name] = ""
+                continue
             configs.check_set_name(name)
             if not name.isidentifier() or keyword.iskeyword(name):
                 raise UsageError(f"--config.data.eval.{name}: on the command line the name of a set has letters, digits"

@@ -126,8 +126,11 @@ def sharded(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, names if len(names) > 1 else names[0]))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
-    """Raises UserError unless every device gets the same number of examples, of each of a step's parts."""
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1, key: str = "batch_size") -> None:
+    """Raises UserError unless every device gets the same number of examples, of each of a step's parts.
+
+    `key` is the config key that says the size.
+    """
     parts = mesh.size * accumulate
     if batch_size % parts:
         low = batch_size - batch_size % parts
@@ -135,7 +138,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
         by = (
             f"{parts}, the parts of a step (accumulate) times the devices" if accumulate > 1 else f"the {parts} devices"
         )
-        raise UserError(f"batch_size={batch_size} is not divisible by {by}; the nearest that are: {' and '.join(near)}")
+        raise UserError(f"{key}={batch_size} is not divisible by {by}; the nearest that are: {' and '.join(near)}")
 
 
 def round_up(batch_size: int, mesh: Mesh) -> int:
@@ -156,10 +159,14 @@ def rows_here(size: int, mesh: Mesh) -> np.ndarray:
     return np.concatenate([np.arange(*own, dtype=np.int64) for own in sorted(edges)])
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, axis: int = 0) -> dict[str, Any]:
-    """The rows of this process to global arrays, split over the devices along `axis`; the copy is asynchronous."""
-    sharding = sharded(mesh, axis)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+def put_batch(batch: dict[str, Any], mesh: Mesh, axis: int = 0) -> dict[str, Any]:
+    """The rows of this process to global arrays, split over the devices along `axis`; the copy is asynchronous.
+
+    `batch` holds arrays, or dicts of arrays with another number of rows.
+    """
+    split = sharded(mesh, axis)
+    placed: dict[str, Any] = jax.tree.map(lambda rows: jax.make_array_from_process_local_data(split, rows), batch)
+    return placed
 
 
 def put_whole(tree: Any, mesh: Mesh) -> Any:

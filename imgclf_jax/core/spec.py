@@ -47,7 +47,7 @@ def parse(text: str) -> list[Call]:
     """
     check_bound(len(text), _MOST_CHARACTERS, "characters in one key")
     text = text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads its source
-    return [_parse_call(part, text) for part in _split(text)] if text.strip() else []
+    return [_parse_call(part, text) for part in split_calls(text)] if text.strip() else []
 
 
 def parse_one(text: str) -> Call:
@@ -58,8 +58,8 @@ def parse_one(text: str) -> Call:
     return calls[0]
 
 
-def _split(text: str) -> list[str]:
-    """Splits at each `|` outside of brackets and strings; Python's tokenizer knows which those are."""
+def split_calls(text: str) -> list[str]:
+    """The parts of a spec, at each `|` outside of brackets and strings; Python's tokenizer knows which those are."""
     if any("\ud800" <= c <= "\udfff" for c in text):  # Python's stand-ins for bytes that are no text
         raise UserError(f"in spec {text!r}: it is not UTF-8")
     if "\0" in text:  # which can upset the tokenizer

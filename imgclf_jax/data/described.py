@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, prepare, sources, splits
-from imgclf_jax.data.stream import Images
+from imgclf_jax.data.stream import Images, add_extra
 from imgclf_jax.run.provenance import DataInfo
 
 
@@ -28,7 +28,7 @@ def describe(config: ConfigDict, given: Given, count_classes: bool = False) -> D
     """
     shape, classes, examples = given.shape, given.classes, given.examples
     counts: tuple[int, ...] = ()
-    has_targets = False
+    has_targets, extra = False, _of_extra(config)
     if None in (shape, classes, examples):
         try:
             call = spec.parse_one(config.data.source)
@@ -48,7 +48,17 @@ def describe(config: ConfigDict, given: Given, count_classes: bool = False) -> D
     names = tuple(str(i) for i in range(classes))
     if count_classes and len(counts) != classes:
         counts = (max(1, examples // classes),) * classes
-    return DataInfo(examples, shape, names, "", counts, target_names=names if has_targets else ())
+    return DataInfo(examples, shape, names, "", counts, target_names=names if has_targets else (), extra=extra)
+
+
+def _of_extra(config: ConfigDict) -> dict[str, DataInfo]:
+    """The streams of `data.extra`, which flags do not describe: their data must be there."""
+    if not config.data.extra:
+        return {}
+    base = sources.open_data(config)
+    images = Images(sources.take_split(base, config.data.train), config.preprocess)
+    add_extra(images, config, base)
+    return images.describe().extra
 
 
 def _of_tfds(

@@ -3,7 +3,8 @@
 A chunk is what one call of a compiled program works on: the batches of k steps, {"image": uint8[k, b, h, w, c],
 "label": i32[k, b]}, or {"id": i32[k, b], "table": {"image": uint8[n, h, w, c], "label": i32[n]}}. Of a source with
 targets it holds "target" f32[…, targets] in place of "label". Where the stream is `with_ids` both have the examples'
-`id` and `epoch` i32[k, b], and so have the batches. Of several seeds b is that of all together, see `stream`.
+`id` and `epoch` i32[k, b], and so have the batches. Of several seeds b is that of all together, see `stream`. A
+further stream (`data.extra`) is such a chunk in the chunk, by its name, always with `id` and `epoch`.
 
 On TPU the table has an image's bytes in whole blocks, uint8[n, 8 m, 128]. Of uint8[n, h, w, c] XLA makes a copy in
 another layout at each call of a program: four times as large for images of 32 x 32 x 3, whose rows are padded to 128.
@@ -11,7 +12,8 @@ For the same reason targets are a table "target_columns" f32[k, n] there.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -93,15 +95,20 @@ def _as_table(examples: stream.Batch, mesh: Mesh) -> stream.Batch:
     return table
 
 
-def batch_at(chunk: Any, step: jax.Array | int, image_shape: tuple[int, ...]) -> dict[str, jax.Array]:
+def batch_at(
+    chunk: Any, step: jax.Array | int, image_shape: tuple[int, ...],
+    extra: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> dict[str, Any]:  # fmt: skip
     """The batch of the chunk's step number `step`, 0 being its first: {"image": uint8[b, h, w, c], "label": i32[b]}.
 
-    `image_shape` is (h, w, c), which a table in blocks does not tell.
+    `image_shape` is (h, w, c), which a table in blocks does not tell. `extra` has that of each further stream, whose
+    batch is a dict in this one.
     """
-    own = {name: values for name, values in chunk.items() if name != "table"}
+    further = {name: batch_at(chunk[name], step, shape) for name, shape in extra.items()}
+    own = {name: values for name, values in chunk.items() if name != "table" and name not in further}
     batch = {name: lax.dynamic_index_in_dim(values, step, keepdims=False) for name, values in own.items()}
     if "table" not in chunk:
-        return batch
+        return {**batch, **further}
     ids = batch["id"] if "epoch" in batch else batch.pop("id")
     table = dict(chunk["table"])
     columns = table.pop("target_columns", None)
@@ -111,7 +118,7 @@ def batch_at(chunk: Any, step: jax.Array | int, image_shape: tuple[int, ...]) ->
     if gathered["image"].shape[1:] != image_shape:
         flat = gathered["image"].reshape(ids.size, -1)
         gathered["image"] = flat[:, : math.prod(image_shape)].reshape(ids.size, *image_shape)
-    return {**gathered, **batch}
+    return {**gathered, **batch, **further}
 
 
 def train_chunks(
@@ -127,7 +134,8 @@ def _host_chunks(
 ) -> Iterator[tuple[range, Any]]:
     """Streamed chunks; the copy of each to the device begins while the one before it runs."""
     rows = sharding.rows_here(spec.batch_size, mesh)
-    for steps, chunk in stream.train_chunks(images, spec, ranges, size, rows):
+    extra_rows = {name: sharding.rows_here(batch_size, mesh) for name, batch_size in spec.extra}
+    for steps, chunk in stream.train_chunks(images, spec, ranges, size, rows, extra_rows=extra_rows):
         yield steps, sharding.put_batch(chunk, mesh, axis=1)
 
 
@@ -135,20 +143,34 @@ def _device_chunks(
     images: stream.Images, spec: StreamSpec, ranges: Iterable[range], size: int, mesh: Mesh
 ) -> Iterator[tuple[range, Any]]:
     """The same batches, bit for bit, gathered on the device; only ids travel. Needs no TensorFlow."""
-    if images.random:
-        raise UserError(
-            f"data.placement='device' keeps decoded images, but preprocess={images.preprocess!r} draws at random; "
-            "use data.placement='host', or move the randomness to augment"
-        )
-    nbytes = len(images) * (math.prod(images.shape) + 4 * len(images.target_names))
-    memory.require(nbytes, f"data.placement='device': {len(images):,} decoded images")
-    everything = np.arange(len(images), dtype=np.int64)
-    table = sharding.put_whole(_as_table(images.read(everything, everything), mesh), mesh)
-    rows, seeds = sharding.rows_here(spec.batch_size, mesh), range(spec.seed, spec.seed + spec.num_seeds)
+    parts = {"": (images, spec)} | {one.name: (images.extra[one.name], one) for one in spec.further}
+    for own, _ in parts.values():
+        if own.random:
+            raise UserError(
+                f"data.placement='device' keeps decoded images, but preprocess={own.preprocess!r} draws at random; "
+                "use data.placement='host', or move the randomness to augment"
+            )
+    nbytes = sum(len(own) * (math.prod(own.shape) + 4 * len(own.target_names)) for own, _ in parts.values())
+    count = sum(len(own) for own, _ in parts.values())
+    memory.require(nbytes, f"data.placement='device': {count:,} decoded images")
+    tables = {name: _table(own, mesh) for name, (own, _) in parts.items()}
     for steps in ranges:
-        positions = stream.positions(steps, spec.batch_size, rows)
-        own = {"id": [images.ids(seed, positions) for seed in seeds]}
-        if spec.with_ids:
-            own["epoch"] = [images.epochs(positions)] * spec.num_seeds
-        chunk = {k: stream.side_by_side(v, rows.size, size).astype(np.int32) for k, v in own.items()}
-        yield steps, {**sharding.put_batch(chunk, mesh, axis=1), "table": table}
+        chunk = {name: {**_ids(own, one, steps, size, mesh), "table": tables[name]}
+                 for name, (own, one) in parts.items()}  # fmt: skip
+        yield steps, {**chunk.pop(""), **chunk}
+
+
+def _table(images: stream.Images, mesh: Mesh) -> Any:
+    everything = np.arange(len(images), dtype=np.int64)
+    return sharding.put_whole(_as_table(images.read(everything, everything), mesh), mesh)
+
+
+def _ids(images: stream.Images, spec: StreamSpec, steps: range, size: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """The ids of the batches of these steps and, if the stream has them, the epochs, i32[size, rows] on the devices."""
+    rows = sharding.rows_here(spec.batch_size, mesh)
+    positions = stream.positions(steps, spec.batch_size, rows)
+    own = {"id": [images.ids(seed, positions) for seed in spec.seeds]}
+    if spec.with_ids:
+        own["epoch"] = [images.epochs(positions)] * spec.num_seeds
+    chunk = {k: stream.side_by_side(v, rows.size, size).astype(np.int32) for k, v in own.items()}
+    return sharding.put_batch(chunk, mesh, axis=1)

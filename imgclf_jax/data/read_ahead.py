@@ -23,7 +23,7 @@ _TYPES = {
 def read_ahead(
     read: Callable[[range], Batch], ranges: Iterable[range], names: tuple[str, ...], prefetch: int
 ) -> Iterator[tuple[range, Batch]]:
-    """Each range with what `read` gives for it, arrays of these names, `prefetch` of them ahead.
+    """Each range with what `read` gives for it, arrays of these names ("label", "unlabeled/label"), `prefetch` ahead.
 
     The ranges may be endless: they are asked for one by one. While TensorFlow is being imported, where it is not
     installed, and without `prefetch`, each is read when it is asked for. The batches are the same.
@@ -44,7 +44,7 @@ def _by_tensorflow(
 
     @tf.autograph.experimental.do_not_convert
     def read_one(edges: Any) -> Any:
-        return edges, *tf.numpy_function(read_arrays, [edges], [_TYPES[name] for name in names])
+        return edges, *tf.numpy_function(read_arrays, [edges], [_TYPES[name.rpartition("/")[2]] for name in names])
 
     def read_arrays(edges: np.ndarray) -> list[np.ndarray]:
         try:

@@ -5,26 +5,39 @@ hosts, threads or restarts.
 """
 
 import concurrent.futures
+import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax.core import named_warnings, processes
+from imgclf_jax.core import named_warnings, processes, rng
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import decode, decoded, image_check, sampling
+from imgclf_jax.data import decode, decoded, extra, image_check, sampling
 from imgclf_jax.data.arrays import check_finite
 from imgclf_jax.data.read_ahead import Batch, read_ahead
 from imgclf_jax.data.sampling import example_ids as example_ids
 from imgclf_jax.data.sampling import permute as permute
 from imgclf_jax.data.sampling import position_ids as position_ids
-from imgclf_jax.data.sources import Source, check_y, class_counts, listing_fingerprint, target_names
+from imgclf_jax.data.sources import (
+    Source,
+    check_y,
+    class_counts,
+    left_out,
+    listing_fingerprint,
+    open_data,
+    take_split,
+    target_names,
+)  # fmt: skip
 from imgclf_jax.run.provenance import DataInfo
+
+log = logging.getLogger(__name__)
 
 _SKIP = "; repair or remove the file, or leave out all such files by --config.data.unreadable=skip in a new --workdir"
 _CACHE_BYTES = 1 << 30  # Decoded sets up to this size are decoded once and held in memory.
@@ -46,6 +59,8 @@ class Images:
         """
         self.source, self.preprocess, self.seed = source, preprocess, seed
         self.sampler = sampler or sampling.permutation(sampling.Given(source, 1))
+        self.extra: dict[str, Images] = {}  # further streams of a run on these images, by name
+        self.left_out: list[str] = []  # unreadable files that the further streams are without
         self._ops, self.random = decode.build(preprocess)
         self._threads = threads or os.cpu_count() or 1
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
@@ -76,7 +91,7 @@ class Images:
         older = listing_fingerprint(self.source)
         fingerprint = self.source.fingerprint()
         return DataInfo(len(self), self.shape, names, fingerprint, tuple(counts), older, self.target_names,
-                        self.sampler.digest)  # fmt: skip
+                        self.sampler.digest, {name: one.describe() for name, one in self.extra.items()})  # fmt: skip
 
     def ids(self, seed: int, positions: np.ndarray) -> np.ndarray:
         """The ids of the examples at global stream positions, both int64[b], of the run with this seed."""
@@ -156,17 +171,46 @@ class Images:
             raise UserError(f"preprocess={self.preprocess!r} fails: {e}") from e
 
 
-def as_trained(source: Source, config: ConfigDict) -> Images:
+def as_trained(source: Source, config: ConfigDict, base: Mapping[str, Source] | None = None) -> Images:
     """A source seen through the host ops of training, in the order that `data.sampling` says.
 
-    All processes call this, and raise UserError unless they sample by the same numbers.
+    With `base`, the splits of `data.source`, it has the streams of `data.extra` too. All processes call this, and
+    raise UserError unless they sample by the same numbers.
     """
-    text = config.data.sampling
-    sampler = sampling.build(text, sampling.Given(source, config.batch_size))
+    sampler = _sampler(config.data.sampling, source, config.batch_size, "data.sampling")
+    images = Images(source, config.preprocess, config.seed, config.data.threads, sampler)
+    if base is not None:
+        add_extra(images, config, base)
+    return images
+
+
+def _sampler(text: str, source: Source, batch_size: int, key: str) -> sampling.Sampler:
+    sampler = sampling.build(text, sampling.Given(source, batch_size), key)
     if text != "permutation":
-        processes.agree("comparing data.sampling", lambda: {"what data.sampling reads": sampler.digest[:12]},
+        processes.agree(f"comparing {key}", lambda: {f"what {key} reads": sampler.digest[:12]},
                         fix="all processes must read the same files")  # fmt: skip
-    return Images(source, config.preprocess, config.seed, config.data.threads, sampler)
+    return sampler
+
+
+def add_extra(images: Images, config: ConfigDict, base: Mapping[str, Source]) -> None:
+    """Opens the streams of `data.extra` for a run on these images. Raises UserError naming the stream's key.
+
+    Warns if the method is supervised, which reads none of them.
+    """
+    if config.data.extra and config.method.strip().partition("(")[0] == "supervised":
+        log.warning("method=%r reads no stream of data.extra: %s", config.method, ", ".join(sorted(config.data.extra)))
+    for name, one in extra.parse_all(config).items():
+        key, own = f"data.extra.{name}", config.copy_and_resolve_references()
+        own.preprocess = own.preprocess_eval = one.preprocess  # by which files are checked
+        try:
+            opened = open_data(own, one.source) if one.source else dict(base)
+            default = "train" if len(opened) > 1 else next(iter(opened))
+            source = take_split(opened, one.split or default)
+            images.left_out += left_out(opened) if one.source else []
+            sampler = _sampler(one.sampling, source, one.batch_size, f"{key} sampling")
+            images.extra[name] = Images(source, one.preprocess, config.seed, config.data.threads, sampler)
+        except UserError as e:
+            raise UserError(str(e) if str(e).startswith(key) else f"{key}: {e}") from e
 
 
 def as_evaluated(source: Source, config: ConfigDict) -> Images:
@@ -183,6 +227,19 @@ class StreamSpec:
     batch_size: int  # of one seed, over all hosts
     num_seeds: int = 1
     with_ids: bool = False  # whether batches hold the `id` and the `epoch` of each example too, i32
+    name: str = ""  # of a further stream, see `data.extra`: it keys all that the stream draws
+    extra: tuple[tuple[str, int], ...] = ()  # the name and the batch size of each further stream
+
+    @property
+    def seeds(self) -> list[int]:
+        """What keys the stream of each seed."""
+        own = rng.name_hash(self.name) if self.name else 0
+        return [seed ^ own for seed in range(self.seed, self.seed + self.num_seeds)]
+
+    @property
+    def further(self) -> list["StreamSpec"]:
+        """The further streams, which have ids always."""
+        return [replace(self, batch_size=b, with_ids=True, name=name, extra=()) for name, b in self.extra]
 
     @property
     def rows(self) -> int:
@@ -206,19 +263,48 @@ def train_chunks(
     size: int,
     rows: np.ndarray | None = None,
     prefetch: int = 2,
-) -> Iterator[tuple[range, Batch]]:
+    extra_rows: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> Iterator[tuple[range, Any]]:
     """Each range of steps with its chunk: the batches of those steps, each [size, b, …]; zeros follow the last step.
 
     A process reads only what its devices get: the examples at the places `rows`, int64[b], of each batch; all if None.
     What a batch holds depends on its step alone, not on the range that it is read in. Of several seeds it has their
     batches side by side, [size, b * num_seeds, …]: the first example of each, then the second.
+
+    Each further stream of `spec` is a dict of the same in the chunk, by its name; `extra_rows` are its rows.
     """
-    rows = np.arange(spec.batch_size, dtype=np.int64) if rows is None else rows
+    parts = [_Part(images, spec, rows)]
+    parts += [_Part(images.extra[one.name], one, extra_rows.get(one.name)) for one in spec.further]
 
     def read(steps: range) -> Batch:
-        at = positions(steps, spec.batch_size, rows)
-        batches = []
-        for seed in range(spec.seed, spec.seed + spec.num_seeds):
+        return {part.key(name): values for part in parts for name, values in part.read(steps, size).items()}
+
+    names = tuple(part.key(name) for part in parts for name in part.names)
+    in_memory = all(part.images.in_memory for part in parts)
+    flat = read_ahead(read, ranges, names, 0 if in_memory else prefetch)
+    return ((steps, _nested(chunk)) for steps, chunk in flat)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A stream of a chunk, and which rows of its batches are read."""
+
+    images: Images
+    spec: StreamSpec
+    rows: np.ndarray | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("image", self.images.y_name, *(("id", "epoch") if self.spec.with_ids else ()))
+
+    def key(self, name: str) -> str:
+        return f"{self.spec.name}/{name}" if self.spec.name else name
+
+    def read(self, steps: range, size: int) -> Batch:
+        images, spec = self.images, self.spec
+        rows = np.arange(spec.batch_size, dtype=np.int64) if self.rows is None else self.rows
+        at, batches = positions(steps, spec.batch_size, rows), []
+        for seed in spec.seeds:
             ids = images.ids(seed, at)
             batch = images.read(ids, at, seed)
             if spec.with_ids:
@@ -226,8 +312,14 @@ def train_chunks(
             batches.append(batch)
         return {name: side_by_side([batch[name] for batch in batches], rows.size, size) for name in batches[0]}
 
-    names = ("image", images.y_name, *(("id", "epoch") if spec.with_ids else ()))
-    return read_ahead(read, ranges, names, 0 if images.in_memory else prefetch)
+
+def _nested(flat: Batch) -> dict[str, Any]:
+    """{"a": x, "b/c": y} as {"a": x, "b": {"c": y}}."""
+    out: dict[str, Any] = {}
+    for key, values in flat.items():
+        stream, _, name = key.rpartition("/")
+        (out.setdefault(stream, {}) if stream else out)[name] = values
+    return out
 
 
 def positions(steps: range, batch_size: int, rows: np.ndarray) -> np.ndarray:

@@ -45,6 +45,7 @@ class DataInfo:
     listing_fingerprint: str = field(default="", compare=False)  # without contents, as older versions recorded it
     target_names: tuple[str, ...] = ()  # equal to class_names if examples have targets f32[k]; empty with labels
     sampling: str = ""  # SHA-256 of the weights, scores or ids that data.sampling reads; empty if it reads none
+    extra: dict[str, "DataInfo"] = field(default_factory=dict)  # the further streams of `data.extra`, by name
 
     def told_by(self, recorded: str) -> bool:
         """Whether a recorded fingerprint is that of these data, as far as an older version's can tell."""
@@ -159,16 +160,19 @@ def _git() -> dict[str, Any]:
         return {}
 
 
+def _data_info(data: Any) -> DataInfo:
+    h, w, c = map(int, data["image_shape"])
+    names, counts = tuple(map(str, data["class_names"])), tuple(map(int, data.get("class_counts", ())))
+    prints = str(data["fingerprint"]), counts, str(data.get("listing_fingerprint", ""))
+    targets, sampling = tuple(map(str, data.get("target_names", ()))), str(data.get("sampling", ""))
+    extra = {str(name): _data_info(one) for name, one in data.get("extra", {}).items()}
+    return DataInfo(int(data["train_examples"]), (h, w, c), names, *prints, targets, sampling, extra)
+
+
 def load_data_info(path: Path) -> DataInfo:
     """The DataInfo in a `provenance.json`. Raises UserError if the file is missing or damaged."""
     try:
-        data = read_json(path)["data"]
-        h, w, c = map(int, data["image_shape"])
-        names, counts = tuple(map(str, data["class_names"])), tuple(map(int, data.get("class_counts", ())))
-        prints = str(data["fingerprint"]), counts, str(data.get("listing_fingerprint", ""))
-        targets = tuple(map(str, data.get("target_names", ())))
-        sampling = str(data.get("sampling", ""))
-        return DataInfo(int(data["train_examples"]), (h, w, c), names, *prints, targets, sampling)
+        return _data_info(read_json(path)["data"])
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as e:
         what = "is damaged; remove it" if path.is_file() else "is missing"
         raise UserError(f"{path} {what}, and run train with the config and work directory of this run again: it is "

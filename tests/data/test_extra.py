@@ -1,0 +1,216 @@
+"""Further streams of a run: what `data.extra` says, and the batches that come with those of the training split."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import launch
+from imgclf_jax import config as configs
+from imgclf_jax import programs
+from imgclf_jax.core import platform, rng, sharding
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import described, extra, placement, sources, stream
+from imgclf_jax.methods import Loss, Method
+from imgclf_jax.run import provenance
+
+MORE = "fake(30, (5, 6, 3), 4)/train|batch_size(24)|preprocess('decode(3)|resize(4, 7)')|sampling('balanced')"
+
+
+@pytest.fixture
+def config(fake_config):
+    fake_config.batch_size = 16
+    with fake_config.unlocked():
+        fake_config.data.extra = {"unlabeled": MORE, "held": "train[50%:]"}
+    return fake_config
+
+
+def opened(config):
+    base = sources.open_data(config)
+    return stream.as_trained(sources.take_split(base, config.data.train), config, base)
+
+
+def spec_of(config, **changes):
+    sizes = tuple((name, one.batch_size) for name, one in extra.parse_all(config).items())
+    return stream.StreamSpec(**{"seed": 5, "batch_size": 16, "num_seeds": 2, "extra": sizes} | changes)
+
+
+def test_what_a_spec_says(config):
+    config.data.extra.held = "train[10%:]+test"
+    assert extra.parse_all(config) == {
+        "held": extra.ExtraSpec("", "train[10%:]+test", 16, "decode(1)", "permutation"),
+        "unlabeled": extra.ExtraSpec("fake(30, (5, 6, 3), 4)", "train", 24, "decode(3)|resize(4, 7)", "balanced"),
+    }
+    for text, source, split in [("digits()", "digits()", ""), ("folder('a|b/c')", "folder('a|b/c')", ""),
+                                ("folder('a/b')/test[5:]", "folder('a/b')", "test[5:]")]:  # fmt: skip
+        config.data.extra.held = f"{text}|batch_size(8)"
+        assert extra.parse(config, "held") == extra.ExtraSpec(source, split, 8, "decode(1)", "permutation")
+
+
+@pytest.mark.parametrize(("place", "devices"), [("host", "cpu"), ("device", "cpu"), ("device", "tpu")])
+def test_a_batch_holds_those_of_the_further_streams(config, monkeypatch, place, devices):
+    """Of both seeds, side by side; keyed by the seed, the name and the step; as the program's shapes say."""
+    monkeypatch.setattr(platform, "of", lambda mesh: devices)
+    images, spec, mesh = opened(config), spec_of(config), sharding.make_mesh()
+    shapes = {"unlabeled": (4, 7, 3), "held": (12, 12, 1)}
+    assert {name: one.shape for name, one in images.extra.items()} == shapes
+    [(_, chunk)] = placement.train_chunks(place, images, spec, [range(2, 4)], 3, mesh)
+    base = {"unlabeled": sources.open_splits("fake(30, (5, 6, 3), 4)")["train"],
+            "held": sources.take_split(sources.open_data(config), "train[50%:]")}  # fmt: skip
+    for i, step in enumerate((2, 3)):
+        batch = jax.jit(lambda chunk, i=i: placement.batch_at(chunk, i, images.shape, shapes))(chunk)
+        assert batch.keys() == {"image", "label", "unlabeled", "held"}
+        assert batch["image"].shape == (32, 12, 12, 1)
+        for name, b in (("unlabeled", 24), ("held", 16)):
+            assert {k: (v.shape, v.dtype) for k, v in batch[name].items()} == {
+                "image": ((2 * b, *shapes[name]), np.uint8), "label": ((2 * b,), np.int32),
+                "id": ((2 * b,), np.int32), "epoch": ((2 * b,), np.int32)}  # fmt: skip
+            for seed in (5, 6):
+                at = np.arange(step * b, (step + 1) * b)
+                ids = images.extra[name].ids(seed ^ rng.name_hash(name), at)
+                own = {k: np.asarray(v)[seed - 5 :: 2] for k, v in batch[name].items()}
+                np.testing.assert_array_equal(own["id"], ids)
+                np.testing.assert_array_equal(own["label"], base[name].read(ids)["label"])
+                np.testing.assert_array_equal(own["image"], images.extra[name].read(ids, at)["image"])
+    assert np.asarray(batch["unlabeled"]["label"])[::2].reshape(-1, 4).sum(1).tolist() == [6] * 6  # balanced
+
+
+def test_any_process_reads_its_rows_of_every_stream(config):
+    images, spec = opened(config), spec_of(config)
+    [(_, whole)] = stream.train_chunks(images, spec, [range(3, 5)], 2)
+    rows, more = np.arange(4, 8), {"unlabeled": np.arange(6, 12), "held": np.arange(1, 16, 2)}
+    [(_, part)] = stream.train_chunks(images, spec, [range(3, 5)], 2, rows, extra_rows=more)
+    for own, all_, places in ((part, whole, rows), *((part[n], whole[n], more[n]) for n in more)):
+        for name in ("image", "label"):
+            expected = all_[name].reshape(2, -1, 2, *all_[name].shape[2:])[:, places]
+            np.testing.assert_array_equal(own[name].reshape(expected.shape), expected)
+
+
+def test_streams_do_not_touch_each_other(config):
+    """Another stream, or another name, changes none of the others, and no seed has the stream of another name."""
+    images = opened(config)
+    [(_, whole)] = stream.train_chunks(images, spec_of(config), [range(3, 5)], 2)
+    [(_, alone)] = stream.train_chunks(images, spec_of(config, extra=(("held", 16),)), [range(3, 5)], 2)
+    [(_, none)] = stream.train_chunks(images, spec_of(config, extra=()), [range(3, 5)], 2)
+    jax.tree.map(np.testing.assert_array_equal, alone, {k: v for k, v in whole.items() if k != "unlabeled"})
+    jax.tree.map(np.testing.assert_array_equal, none, {k: whole[k] for k in ("image", "label")})
+    images.extra["renamed"] = images.extra["held"]
+    [(_, other)] = stream.train_chunks(images, spec_of(config, extra=(("renamed", 16),)), [range(3, 5)], 2)
+    assert other["renamed"]["id"].tolist() != whole["held"]["id"].tolist()
+
+
+def test_programs_know_the_shapes_and_the_record_holds_them(config, tmp_path):
+    images = opened(config)
+    compiling = programs.of_images(config, images)
+    shape = compiling.chunk_shape(3)
+    assert shape["unlabeled"]["image"].shape == (3, 24, 4, 7, 3)
+    assert shape["held"]["image"].shape == (3, 16, 12, 12, 1)
+    alone = dataclasses.replace(compiling.recipe.data, extra={})
+    (tmp_path / "provenance.json").write_text(json.dumps({"data": dataclasses.asdict(compiling.recipe.data)}))
+    assert provenance.load_data_info(tmp_path / "provenance.json") == compiling.recipe.data != alone
+    info = compiling.recipe.data.extra["unlabeled"]
+    assert info.fingerprint == sources.open_splits("fake(30, (5, 6, 3), 4)")["train"].fingerprint()
+    assert described.describe(config, described.Given()).extra.keys() == {"unlabeled", "held"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("label", "train", "data.extra.label: a batch has something else called 'label'; give the stream another name"),
+        ("a-b", "train", "data.extra.a-b: it must be a Python name"),
+        ("more", "", "data.extra.more='' names no source; write"),
+        ("more", "train|batch_size(12)", "data.extra.more: batch_size=12 is not divisible by the 8 devices"),
+        ("more", "train|batch_size(0)", "batch_size must be 1 or more"),
+        ("more", "train|batch_size('8')", "write batch_size(256), not batch_size('8')"),
+        ("more", "train|batch_size(8)|batch_size(8)", "batch_size is given twice"),
+        ("more", "train|batchsize(8)", "unknown option 'batchsize': did you mean 'batch_size'"),
+        ("more", "train|sampling('balance')", "unknown sampling 'balance': did you mean 'balanced'"),
+        ("more", "train|preprocess", "write preprocess('decode(3)|resize(32)'), not preprocess"),
+    ],
+)
+def test_a_mistake_is_told_before_the_data_are_opened(config, name, text, message):
+    with config.unlocked():
+        config.data.extra = {name: text}
+    with pytest.raises(UserError) as e:
+        programs.check(config)
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trian", "data.extra.more: unknown split 'trian': did you mean 'train'"),
+        ("folder('nowhere')", "data.extra.more: folder: there is no directory 'nowhere'"),
+        ("train|preprocess('decode(7)')", "data.extra.more: "),
+        ("train|sampling(\"weighted('none.npy')\")", "data.extra.more sampling=\"weighted('none.npy')\": cannot read"),
+    ],
+)
+def test_a_stream_that_cannot_be_opened_is_named(config, text, message):
+    with config.unlocked():
+        config.data.extra = {"more": text}
+    with pytest.raises(UserError) as e:
+        opened(config)
+    assert message in str(e.value)
+
+
+def test_device_placement_refuses_random_host_ops_of_a_further_stream(config):
+    config.data.extra.held = "train|preprocess('decode(1)|random_resized_crop(6)')"
+    with pytest.raises(UserError, match=r"preprocess='decode\(1\)\|random_resized_crop\(6\)' draws at random"):
+        next(placement.train_chunks("device", opened(config), spec_of(config), [range(1)], 1, sharding.make_mesh()))
+
+
+def test_streams_that_supervised_training_does_not_read_are_warned_of(config, caplog):
+    opened(config)
+    assert "method='supervised' reads no stream of data.extra: held, unlabeled" in caplog.text
+    caplog.clear()
+    config.method = f"{__name__}:consistent"
+    opened(config)
+    assert "reads no stream" not in caplog.text
+
+
+# --- a run ---
+
+
+def consistent(problem):
+    """Softmax, and an entropy of the predictions of the stream `unlabeled`: it reads both batches."""
+
+    def loss(model, batch, fixed):
+        logits = model(batch["image"], train=True)
+        free = jax.nn.log_softmax(model(batch["unlabeled"]["image"], train=True))
+        own = problem.supervised(logits, batch)
+        return Loss(own - jnp.mean(jnp.sum(jnp.exp(free) * free, -1)), logits)
+
+    return Method(loss)
+
+
+FLAGS = ["--config.data.source=fake(64, (6, 6, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=",
+         "--config.model=mlp(widths=(4,))", "--config.batch_size=16", "--config.eval_every=",
+         "--config.schedule=constant(1e-3)", "--config.tensorboard=False", f"--config.method={__name__}:consistent",
+         "--config.checkpoint_every=3 steps"]  # fmt: skip
+
+
+def train(workdir, *more, text="fake(48, (6, 6, 1), 4)/test|batch_size(24)", total="6 steps"):
+    return launch.main([f"--workdir={workdir}", *FLAGS, f"--config.data.extra.unlabeled={text}",
+                        f"--config.total={total}", *more])  # fmt: skip
+
+
+def digest(workdir):
+    return json.loads((workdir / "result.json").read_text())["params_sha256"]
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_run_that_a_method_reads_a_stream_in_resumes_exactly(tmp_path, capsys):
+    """Stopped at step 3 and gone on with, under the other placement: the same bits. Another stream is refused."""
+    assert train(tmp_path / "whole") == 0
+    assert train(tmp_path / "cut", total="3 steps") == 0
+    assert train(tmp_path / "cut", "--extend", "--config.data.placement=device") == 0
+    assert digest(tmp_path / "whole") == digest(tmp_path / "cut")
+    recorded = configs.from_json((tmp_path / "whole" / "config.json").read_text(), "config.json")
+    assert recorded.data.extra.to_dict() == {"unlabeled": "fake(48, (6, 6, 1), 4)/test|batch_size(24)"}
+    capsys.readouterr()
+    assert train(tmp_path / "whole", text="fake(49, (6, 6, 1), 4)/test|batch_size(24)") == 1
+    assert "data.extra" in capsys.readouterr().err
