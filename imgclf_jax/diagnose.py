@@ -73,7 +73,6 @@ def find(recipe: Recipe) -> None:
     trace("mix", mix, images, labels)
     trace("model", lambda: recipe.model.init(rng.key(0, "init"), zeros, train=False))
     trace("loss", lambda logits, labels: recipe.loss(logits, labels), logits, wanted)
-    trace("method", lambda: recipe.method)
     trace("optimizer", init_and_update)
 
 
