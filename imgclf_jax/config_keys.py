@@ -74,7 +74,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     ),
     "method": (
         "supervised",
-        "What a run learns from a batch: supervised, or an import path of a function (problem, ...) -> Method.",
+        "What a run learns from a batch: supervised, distill, simclr, supcon, or an import path.",
     ),
     "gradient": (
         "",

@@ -116,7 +116,8 @@ class Recipe:
             classes=len(self.data.class_names), class_names=self.data.class_names, image_shape=self.data.image_shape,
             total=self.total, head_init=self._classifier.head_init, normalization=self.normalization,
             supervised=lambda logits, batch: mixing.batch_loss(self.loss, logits, batch),
-            steps=self._steps_for("method"), build_augment=lambda text: ops.build(text, train=True), loader=self.load,
+            steps=self._steps_for("method"), task=self.task, build_augment=lambda text: ops.build(text, train=True),
+            loader=self.load,
         )  # fmt: skip
 
     @cached_property

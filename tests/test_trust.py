@@ -47,7 +47,7 @@ def test_a_run_that_names_code(mistake, trained, tmp_path, command, key):
     (tmp_path / "a.png").write_bytes(b"")
     files = [tmp_path / "a.png"] if command == "predict" else []
     unused = {"predict": ("mix", "metrics", "data.source", "data.eval.test", "data.sampling")}
-    if key in unused.get(command, ("data.sampling",)):
+    if key in unused.get(command, ("mix", "data.sampling")):
         launch.main([command, *map(str, files), f"--workdir={tmp_path}/run"])
     else:
         sentence = mistake(command, *files, f"--workdir={tmp_path}/run", log=r"^\d\d:\d\d:\d\d")

@@ -13,6 +13,7 @@ from flax import linen as nn
 from flax import struct
 
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.losses import Task
 
 Batch = dict[str, Any]
 
@@ -75,6 +76,7 @@ class Problem:
     supervised: Callable[[jax.Array, Batch], jax.Array]  # (logits, batch) → f32[b]: the key `loss`, mixing included
     steps: Callable[[str], int]  # a duration such as '5%' or '3 epochs' → whole steps, rounded up
     normalization: str  # the ops of the key `augment` that evaluation applies too
+    task: Task  # what the run predicts
     build_augment: Callable[[str], Callable[..., jax.Array]] = field(repr=False)  # such a spec → (key, images) → images
     loader: Callable[..., Any] | None = field(default=None, repr=False)
 
@@ -103,6 +105,9 @@ class Teacher:
             raise UserError(f"the method reads the run {self._run!r}, and these programs were built without a loader; "
                             "pass load=loading.load_teacher where you build them")  # fmt: skip
         with jax.ensure_compile_time_eval():
-            found = self._problem.loader(self._problem, *self._args)
+            try:
+                found = self._problem.loader(self._problem, *self._args)
+            except UserError as e:
+                raise UserError(f"method: {e}") from e
         self.__dict__.update(found)
         return self.__dict__[name]

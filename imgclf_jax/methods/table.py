@@ -5,9 +5,17 @@ from collections.abc import Callable
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import Method, Problem
+from imgclf_jax.methods.distill import distill
+from imgclf_jax.methods.simclr import simclr
+from imgclf_jax.methods.supcon import supcon
 from imgclf_jax.methods.supervised import supervised
 
-METHODS: dict[str, Callable[..., Method]] = {"supervised": supervised}
+METHODS: dict[str, Callable[..., Method]] = {
+    "distill": distill,
+    "simclr": simclr,
+    "supcon": supcon,
+    "supervised": supervised,
+}
 
 
 def check_name(text: str) -> None:

@@ -1,0 +1,84 @@
+"""Knowledge distillation: the student learns from a trained network's logits and, if asked, from its features."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.losses import Task
+from imgclf_jax.methods import Batch, Loss, Method, Problem, Teacher
+from imgclf_jax.models.classifier import Classifier
+
+
+class Student(Classifier):
+    """A Classifier with a linear map, the regressor, of its features to the `width` features of the teacher."""
+
+    width: int = 0
+
+    def setup(self) -> None:
+        super().setup()
+        self.regressor = nn.Dense(self.width)
+
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        features = self.features(images, train)
+        if self.is_initializing():
+            self.regressor(features)
+        logits: jax.Array = self.head(features)
+        return logits
+
+
+def distill(
+    problem: Problem, teacher: str, alpha: float = 0.5, temperature: float = 4.0, features: float = 0.0, width: int = 0
+) -> Method:
+    """(1 - alpha) * supervised + alpha * T² * KL(teacher || student), both softmax(logits / T).
+
+    Hinton et al. 2015 (arXiv:1503.02531). `teacher` is a work directory, read in training only. With `features` > 0,
+    features * ||t - r(s)||² / 2 is added, equation 3 of FitNets (Romero et al. 2015, arXiv:1412.6550): t f32[b, width]
+    are the teacher's features, s the student's, and r is a trained linear map. Raises UserError for numbers out of
+    range, and for a teacher of other classes, images, normalization or width.
+    """
+    if not 0 <= alpha <= 1 or not 0 < temperature < float("inf") or not 0 <= features < float("inf"):
+        raise UserError(f"method: distill has alpha={alpha}, temperature={temperature}, features={features}; alpha is "
+                        "0 to 1, temperature above 0, features 0 or more")  # fmt: skip
+    if bool(features) != (width > 0):
+        raise UserError(f"method: distill has features={features} and width={width}; give both, width being the number "
+                        "of the teacher's features, or neither")  # fmt: skip
+    if problem.task not in (Task.CLASSES, Task.SOFT):
+        raise UserError("method: distill compares softmax probabilities, and this run predicts no single class; use a "
+                        "loss of classes such as 'softmax'")  # fmt: skip
+    known = problem.load(teacher)
+
+    def loss(model: Any, batch: Batch, fixed: Any) -> Loss:
+        seen = model.features(batch["image"], train=True)  # [b, d]
+        logits = model.head(seen)
+        logits = logits if logits.dtype == jnp.float64 else logits.astype(jnp.float32)  # [b, classes]
+        p = jax.nn.log_softmax(known.apply(fixed, batch["image"]) / temperature)
+        q = jax.nn.log_softmax(logits / temperature)
+        kl = temperature**2 * jnp.sum(jnp.exp(p) * (p - q), -1)  # [b]
+        values, metrics = (1 - alpha) * problem.supervised(logits, batch) + alpha * kl, {"distillation": kl}
+        if features:
+            gap = known.features(fixed, batch["image"]) - model.regressor(seen).astype(jnp.float32)  # [b, width]
+            metrics["features"] = jnp.sum(gap**2, -1) / 2
+            values = values + features * metrics["features"]
+        return Loss(values, logits, metrics)
+
+    def student(backbone: nn.Module, problem: Problem) -> nn.Module:
+        return Student(backbone, problem.classes, head_init=problem.head_init, width=width)
+
+    return Method(loss, model=student if features else None, fixed=lambda: _checked(known, problem, teacher, width))
+
+
+def _checked(known: Teacher, problem: Problem, run: str, width: int) -> Any:
+    """The teacher's variables. Raises UserError if it cannot teach this problem."""
+    if known.class_names != problem.class_names:
+        raise UserError(f"method: the teacher {run} knows {known.classes} classes ({', '.join(known.class_names[:3])}, "
+                        f"…), and this run has {problem.classes} ({', '.join(problem.class_names[:3])}, …); train both "
+                        "on the same classes")  # fmt: skip
+    image = jax.ShapeDtypeStruct((1, *problem.image_shape), jnp.float32)
+    found = jax.eval_shape(known.features, known.variables, image).shape[-1]
+    if width not in (0, found):
+        raise UserError(f"method: the teacher {run} has {found} features, and distill has width={width}; give "
+                        f"width={found}")  # fmt: skip
+    return known.variables

@@ -1,0 +1,125 @@
+"""Distillation, against the papers' equations in NumPy and through the commands."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import launch
+from imgclf_jax import loading
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.losses import Task
+from imgclf_jax.methods import Problem
+from imgclf_jax.methods.distill import distill
+
+FLAGS = ("--config.preprocess=decode(1)", "--config.augment=normalize", "--config.batch_size=48",
+         "--config.total=4 steps",
+         "--config.log_every=2 steps", "--config.eval_every=", "--config.checkpoint_every=2 steps",
+         "--config.tensorboard=False", "--config.schedule=constant(1e-2)")  # fmt: skip
+LEARN = "--config.method=distill('{}', features=0.1, width=24)"
+
+
+def train(workdir, *flags, model="mlp(widths=(8,))"):
+    return launch.main([f"--workdir={workdir}", f"--config.model={model}", *FLAGS, *flags])
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("teacher") / "run"
+    assert train(workdir, model="mlp(widths=(24,))") == 0
+    return workdir
+
+
+def digest(workdir):
+    return json.loads((workdir / "result.json").read_text())["params_sha256"]
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def test_the_loss_is_that_of_hinton_and_of_fitnets():
+    rng = np.random.default_rng(0)
+    s, t, f, g = (rng.normal(size=shape) for shape in ((5, 3), (5, 3), (5, 4), (5, 2)))
+    w, supervised = rng.normal(size=(4, 2)), rng.normal(size=5)
+
+    class Model:
+        features = staticmethod(lambda images, train: f)
+        head = staticmethod(lambda features: np.float32(s))
+        regressor = staticmethod(lambda features: np.float32(f @ w))
+
+    known = {"variables": {}, "apply": lambda v, x: np.float32(t), "features": lambda v, x: np.float32(g)}
+    problem = Problem(3, ("a", "b", "c"), (1, 1, 1), 1, None, lambda *_: np.float32(supervised), None, "", Task.CLASSES,
+                      None, lambda *_: known)  # fmt: skip
+    method = distill(problem, "run", alpha=0.3, temperature=2.5, features=0.7, width=2)
+    found = method.loss(Model, {"image": np.zeros((5, 1, 1, 1))}, {})
+    p, q = log_softmax(t / 2.5), log_softmax(s / 2.5)
+    kl = 2.5**2 * (np.exp(p) * (p - q)).sum(-1)  # section 2 of arXiv:1503.02531
+    hint = ((g - f @ w) ** 2).sum(-1) / 2  # equation 3 of arXiv:1412.6550
+    np.testing.assert_allclose(found.values, 0.7 * supervised + 0.3 * kl + 0.7 * hint, rtol=2e-5)
+
+
+def test_a_student_resumes_to_the_same_bits_and_needs_no_teacher_afterwards(teacher, tmp_path, capsys):
+    own = tmp_path / "teacher"
+    shutil.copytree(teacher, own)
+    method = LEARN.format(own)
+    assert train(tmp_path / "whole", method) == 0
+    assert train(tmp_path / "resumed", method) == 0
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
+    (tmp_path / "resumed" / "result.json").unlink()
+    assert train(tmp_path / "resumed", method) == 0
+    assert digest(tmp_path / "whole") == digest(tmp_path / "resumed")
+
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
+    (tmp_path / "resumed" / "result.json").unlink()
+    shutil.rmtree(own)
+    assert train(own, "--config.seed=1", model="mlp(widths=(24,))") == 0  # another teacher in its place
+    assert train(tmp_path / "resumed", method) == 1
+    assert "its fixed arrays have changed since the run" in capsys.readouterr().err
+
+    shutil.rmtree(own)
+    assert launch.main(["evaluate", f"--workdir={tmp_path / 'whole'}"]) == 0
+    model = loading.load(tmp_path / "whole")
+    assert model.predict([np.zeros((8, 8), np.uint8)]).shape == (1, 10)
+    out = tmp_path / "model.stablehlo"
+    assert launch.main(["export", f"--workdir={tmp_path / 'whole'}", f"--output={out}"]) == 0
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (("--config.preprocess=decode(1)|resize(6)",), "give both the same preprocess"),
+    (("--config.augment=normalize(mean=(0.1,), std=(0.5,))",), "with 'normalize' in augment"),
+    (("--config.method=distill('{}', features=1.0, width=5)",), "give width=24"),
+    (("--config.method=distill('{}', alpha=2.0)",), "alpha is 0 to 1"),
+])  # fmt: skip
+def test_a_teacher_that_does_not_fit_is_refused_in_one_sentence(teacher, tmp_path, capsys, flags, words):
+    assert train(tmp_path / "run", LEARN.format(teacher), *(flag.format(teacher) for flag in flags)) == 1
+    said = capsys.readouterr().err
+    assert words in said
+    assert "method" in said
+
+
+def test_a_teacher_of_other_classes_is_refused(teacher):
+    problem = Problem(10, tuple("abcdefghij"), (8, 8, 1), 1, None, None, None, "normalize", Task.CLASSES, None,
+                      loading.load_teacher)  # fmt: skip
+    with pytest.raises(UserError, match=r"method: the teacher .* knows 10 classes"):
+        distill(problem, str(teacher)).load_fixed()
+
+
+def test_the_fixed_arrays_are_an_argument_of_the_program_and_sharded(tmp_path):
+    from imgclf_jax import config, programs
+    from imgclf_jax.data import sources, stream
+
+    teacher = tmp_path / "wide"
+    assert train(teacher, model="mlp(widths=(256,))") == 0  # smaller arrays stay replicated
+    c = config.load_file("configs/digits.py")
+    for flag in (*FLAGS, LEARN.format(teacher).replace("width=24", "width=256"), "--config.model=mlp(widths=(8,))", "--config.mesh=data=1, fsdp=8"):
+        key, _, value = flag.removeprefix("--config.").partition("=")
+        c.update_from_flattened_dict({key: value if key not in ("batch_size", "tensorboard") else eval(value)})
+    source = sources.take_split(sources.open_data(c), c.data.train)
+    built = programs.of_images(c, stream.as_trained(source, c), load=loading.load_teacher)
+    kernels = [x for x in jax.tree.leaves(built.fixed) if x.shape == (64, 256)]
+    assert [x.addressable_shards[0].data.shape for x in kernels] == [(64, 32)]
+    assert not [x for x in built.train_step.jaxpr.consts if np.size(x) > 100]
