@@ -297,12 +297,17 @@ class Programs(OnMesh):
         compiled, fixed = self.traced_eval.lower().compile(), self._fixed_of_evaluation
         return (lambda *args: compiled(*args, *fixed)) if fixed else compiled
 
+    def check_predicts(self) -> None:
+        """Raises UserError if the method of the run leaves the head untrained."""
+        if not self.recipe.method.predicts:
+            raise UserError(f"method={self.recipe.config.method!r} trains no head, so this run predicts nothing; "
+                            "use its features (commands features and probe)")  # fmt: skip
+
     def pure(self, what: inference.Outputs) -> inference.Inference:
         """The pure function (params, model_state, images) → probabilities, logits or features: see `inference`."""
         recipe, augment = self.recipe, self.recipe.augment(train=False)
-        if what != "features" and not recipe.method.predicts:
-            raise UserError(f"method={recipe.config.method!r} trains no head, so this run predicts nothing; use its "
-                            "features (commands features and probe)")  # fmt: skip
+        if what != "features":
+            self.check_predicts()
         if what == "features":
             return inference.make_features_step(recipe.model, augment, recipe.num_seeds)
         if what == "logits":

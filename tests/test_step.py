@@ -136,3 +136,33 @@ def test_a_batch_must_divide_into_parts_for_all_devices():
     config.accumulate = 0
     with pytest.raises(UserError, match="accumulate=0: must be 1 or more"):
         configs.validate(config)
+
+
+class Noisy(nn.Module):
+    """A backbone with an rng stream of its own; what it drew last is kept as state."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        drawn = self.variable("drawn", "noise", jnp.zeros, (3,))
+        if train:
+            drawn.value = jax.random.normal(self.make_rng("noise"), (3,))
+        x = nn.Dropout(0.5, rng_collection="dropout", deterministic=not train)(jnp.mean(x, (1, 2)))
+        return x + jnp.sum(drawn.value)
+
+
+def test_a_module_draws_from_a_stream_of_its_own():
+    """Other noise at each step and for each seed; the same from the same (seed, step), wherever the run starts."""
+    state, train_step = make(Noisy(), 1)
+    train_step = jax.jit(train_step)
+
+    def noise(state):
+        return np.asarray(state.model_state["drawn"]["backbone"]["noise"])
+
+    first, _ = train_step(state, batch())
+    second, _ = train_step(first, batch())
+    again, _ = train_step(state.replace(step=jnp.int32(1)), batch())
+    other, _ = train_step(state.replace(seed=jnp.uint32(1)), batch())
+    assert noise(first).any()
+    assert (noise(first) != noise(second)).all()
+    assert (noise(first) != noise(other)).all()
+    np.testing.assert_array_equal(noise(second), noise(again))

@@ -65,6 +65,7 @@ def main(
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = sources.open_data(config)
     programs, state, step = model = restored or convert(config, base)
+    programs.check_predicts()
     names = programs.recipe.data.class_names
     programs = dataclasses.replace(
         programs, predicting=len(names) <= metrics.CONFUSION_CLASSES or listing_file is not None

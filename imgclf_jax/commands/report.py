@@ -32,6 +32,7 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
     if checkpoint or workdir.has_checkpoints():
         model = restore(config, workdir, checkpoint)
         names = model.class_names
+        model.programs.check_predicts()
         findings = find(model, run.config, run.evals)
     else:
         findings = Findings(missing=("There is no checkpoint yet, so all that needs a trained model is left out.",))

@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import linen as nn
 
+import launch
 from imgclf_jax import losses, step
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
@@ -30,7 +31,7 @@ class Net(nn.Module):
 
 
 def augment(key, images, *known):
-    return images / 255.0 + 0.3 * jax.random.normal(key, images.shape)
+    return images.astype(jnp.float32) / 255 + 0.3 * jax.random.normal(key, images.shape)
 
 
 def run(method, batch, devices=1, **kwargs):
@@ -118,7 +119,7 @@ def test_eight_devices_contrast_the_global_batch(method):
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(eight.params), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
     np.testing.assert_allclose(sums["loss"], of_eight["loss"], rtol=1e-6)
-    assert 0 <= sums["contrastive_accuracy"] == of_eight["contrastive_accuracy"]
+    assert 0 <= float(sums["contrastive_accuracy"]) == float(of_eight["contrastive_accuracy"])
 
 
 def test_a_step_trains_backbone_and_projector_and_reads_no_label():
@@ -160,3 +161,26 @@ def test_mistakes_get_a_sentence():
         simclr(PROBLEM, temperature=0)
     with pytest.raises(UserError, match=r"supcon\(width=0"):
         supcon(PROBLEM, width=0)
+
+
+def test_what_needs_a_head_is_refused_in_one_sentence(tmp_path, capsys):
+    """Training ends without scores of classes; features are there."""
+    workdir = f"--workdir={tmp_path / 'run'}"
+    flags = ["--config.method=simclr", "--config.model=mlp(widths=(8,))", "--config.augment=flip_lr|normalize"]
+    assert (
+        launch.main(
+            [
+                workdir,
+                *flags,
+                "--config.total=2 steps",
+                "--config.schedule=constant(1e-3)",
+                "--config.tensorboard=False",
+            ]
+        )
+        == 0
+    )
+    assert "accuracy" not in (tmp_path / "run" / "result.json").read_text()
+    for command in (["evaluate"], ["report"], ["export", str(tmp_path / "model.stablehlo")]):
+        assert launch.main([*command, workdir]) == 1
+        assert "trains no head, so this run predicts nothing" in capsys.readouterr().err
+    assert launch.main(["features", workdir, f"--output={tmp_path / 'features.npz'}"]) == 0

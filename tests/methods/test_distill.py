@@ -85,7 +85,7 @@ def test_a_student_resumes_to_the_same_bits_and_needs_no_teacher_afterwards(teac
     model = loading.load(tmp_path / "whole")
     assert model.predict([np.zeros((8, 8), np.uint8)]).shape == (1, 10)
     out = tmp_path / "model.stablehlo"
-    assert launch.main(["export", f"--workdir={tmp_path / 'whole'}", f"--output={out}"]) == 0
+    assert launch.main(["export", str(out), f"--workdir={tmp_path / 'whole'}"]) == 0
 
 
 @pytest.mark.parametrize(("flags", "words"), [
@@ -115,7 +115,12 @@ def test_the_fixed_arrays_are_an_argument_of_the_program_and_sharded(tmp_path):
     teacher = tmp_path / "wide"
     assert train(teacher, model="mlp(widths=(256,))") == 0  # smaller arrays stay replicated
     c = config.load_file("configs/digits.py")
-    for flag in (*FLAGS, LEARN.format(teacher).replace("width=24", "width=256"), "--config.model=mlp(widths=(8,))", "--config.mesh=data=1, fsdp=8"):
+    for flag in (
+        *FLAGS,
+        LEARN.format(teacher).replace("width=24", "width=256"),
+        "--config.model=mlp(widths=(8,))",
+        "--config.mesh=data=1, fsdp=8",
+    ):
         key, _, value = flag.removeprefix("--config.").partition("=")
         c.update_from_flattened_dict({key: value if key not in ("batch_size", "tensorboard") else eval(value)})
     source = sources.take_split(sources.open_data(c), c.data.train)
