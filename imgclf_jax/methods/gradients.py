@@ -1,7 +1,7 @@
 """Functions of the gradient function, composed by `|` in the config key `gradient`.
 
-`"sam(rho=0.05)|my_gradients:noisy(0.1)"` gives noisy(sam(gradient)). Each is called once, outside of any trace, as
-`function(gradient, **arguments)`, and returns a function of the same signature.
+`"my_gradients:sam(rho=0.05)|my_gradients:noisy(0.1)"` gives noisy(sam(gradient)). Each is called as
+`function(gradient, **arguments)` while the train step is traced, and returns a function of the same signature.
 """
 
 import functools
@@ -48,14 +48,20 @@ class Gradient:
             return (jax.tree.map(lambda g: g * loss.astype(g.dtype), grads),)
 
         value.defvjp(forward, backward)
-        return value
+
+        def value_fn(
+            params: Any, grad_fn: Any = None
+        ) -> jax.Array:  # optax's line searches pass on all extra arguments
+            return value(params)
+
+        return value_fn
 
 
 GRADIENTS: dict[str, Callable[..., GradientFunction]] = {}
 
 
 def build(text: str) -> Callable[[Gradient], Gradient]:
-    """The composed functions of a spec such as `sam(rho=0.05)`; the empty text leaves the gradient as it is.
+    """The composed functions of a spec such as `my_gradients:sam(rho=0.05)`; the empty text keeps the gradient.
 
     Raises UserError for a spec that names nothing, or whose arguments do not fit.
     """

@@ -17,7 +17,8 @@ from imgclf_jax.optim.rules import Rules
 
 # What of optax cannot run here, and why. `own` is another optimizer's name, which may do instead.
 _NO_SCHEDULE = "it takes no schedule of the learning rate"
-_NEEDS_LOSS = "it needs the value of the loss at each update, which the train step does not give to optimizers"
+_BY_PATH = "a function of your own that returns it, named by its import path, is given "
+_NEEDS_LOSS = "its learning rate is not checked here; " + _BY_PATH + "the loss at each update"
 _BY_EXAMPLE = "it needs the gradient of each example, and the train step computes that of their mean"
 _SCHEDULE_FREE = ("it trains the parameters y, while those to evaluate, x, are in its state, where neither evaluation "
                   "nor prediction looks; ema=0.999 averages weights here")  # fmt: skip
@@ -27,7 +28,7 @@ _LOOKAHEAD = "it wants two sets of parameters; end the optimizer's spec with |lo
 UNFIT = {
     "differentially_private_aggregate": _BY_EXAMPLE,
     "dpsgd": _BY_EXAMPLE,
-    "lbfgs": "its line search computes the loss several times an update, for which the train step gives it no function",
+    "lbfgs": "its line search is not checked here; " + _BY_PATH + "the loss as a function",
     "lookahead": _LOOKAHEAD,
     "mechanize": "it takes an optimizer and not the learning rate; a function of your own can put both together",
     "momo": _NEEDS_LOSS,
@@ -41,7 +42,7 @@ UNFIT = {
     "schedule_free_adamw": _SCHEDULE_FREE,
     "schedule_free_sgd": _SCHEDULE_FREE,
     "sm3": _NO_SCHEDULE,
-    "sophia": "it needs the loss as a function for its Hessian, which the train step does not give to optimizers",
+    "sophia": "it wants the loss as a function by another name, obj_fn, than the train step gives it",
 }
 
 # What it is known by inside of other transformations: its state. (Of those that fail without a value, see `_checked`.)

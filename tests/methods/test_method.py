@@ -20,6 +20,7 @@ from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import Loss, Method
 from imgclf_jax.models.classifier import Classifier
+from imgclf_jax.optim import optimizers
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
@@ -111,6 +112,26 @@ class Sowing(nn.Module):
         return x
 
 
+def line_search(learning_rate):
+    return optax.chain(optax.sgd(learning_rate), optax.scale_by_backtracking_linesearch(5))
+
+
+def on_plateau(learning_rate):
+    return optax.chain(optax.sgd(learning_rate), optax.contrib.reduce_on_plateau(patience=1, cooldown=0))
+
+
+def momo(learning_rate):
+    return optax.contrib.momo(learning_rate)
+
+
+def lbfgs(learning_rate):
+    return optax.lbfgs(memory_size=3)
+
+
+def mechanize(learning_rate):
+    return optax.contrib.mechanize(optax.adamw(learning_rate))
+
+
 def config_of(config, **more):
     config.model, config.tensorboard = "mlp(widths=(8,))", False
     with config.unlocked():
@@ -182,6 +203,34 @@ def test_a_gradient_function_is_that_of_the_paper(fake_config, tmp_path):
     away = 0.05 / np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
     sharp = jax.grad(loss)(jax.tree.map(lambda p, g: p + away * g, before.params, grads))
     jax.tree.map(lambda p, g, q: np.testing.assert_allclose(p - g, q, atol=1e-6), before.params, sharp, after.params)
+
+
+@pytest.mark.parametrize("make", [line_search, on_plateau, momo, *thorough(lbfgs, mechanize)])
+def test_an_optimizer_gets_the_loss_and_its_function(make):
+    """Three steps, beside optax called by hand on the same batch."""
+    model, given = Classifier(Sowing(), CLASSES), batch()
+    rate = optax.constant_schedule(0.5)
+    optimizer = optimizers.build(f"{__name__}:{make.__name__}", rate, 0.0)
+    state = step.init_state(model, optimizer, SHAPE, 0)
+    train_step = jax.jit(step.make_train_step(model, losses.softmax, optimizer, rate, scale))
+
+    def loss(params):
+        logits, sown = model.apply({"params": params}, scale(None, given["image"]), mutable=["losses"])
+        return jnp.mean(losses.softmax(logits, given["label"]) + sown["losses"]["backbone"]["activity"][0])
+
+    @jax.jit
+    def by_hand(params, opt_state):
+        with jax.numpy_dtype_promotion("standard"):
+            value, grads = jax.value_and_grad(loss)(params)
+            updates, opt_state = plain.update(grads, opt_state, params, value=value, grad=grads, value_fn=loss)
+            return optax.apply_updates(params, updates), opt_state
+
+    plain, params = optax.with_extra_args_support(make(rate)), state.params
+    opt_state = plain.init(params)
+    for _ in range(3):
+        state, _ = train_step(state, given)
+        params, opt_state = by_hand(params, opt_state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), state.params, params)
 
 
 @pytest.mark.parametrize(
