@@ -43,6 +43,7 @@ def report(
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = sources.open_data(config)
     programs, state, step = restored or convert(config, base)
+    programs.check_predicts()
     evals = evaluation.open_evals(programs, base)
     if workdir:
         evaluation.compare_with_record(programs, workdir, base, evals)

@@ -147,6 +147,7 @@ def _over_steps(config: ConfigDict, workdir: Workdir, which: str, format: str) -
     evals: dict[str, Any] = {}
     for programs, state, step in models:
         if not evals:
+            programs.check_predicts()
             evals = open_evals(programs, base)
             compare_with_record(programs, workdir, base, evals)
         records.append({"step": step, **evaluate_all(programs, state, evals)})

@@ -140,6 +140,7 @@ def make(run: Record, trust: bool) -> dict[str, Known]:
         check_names(run.config)
         model = restore(run.config, run.workdir, "latest")
         _check_checkpoint(run, model)
+        model.programs.check_predicts()
         programs, state = dataclasses.replace(model.programs, predicting=True), model.state
         if model.task is Task.REGRESSION:
             raise UserError("a regression has no right and wrong, which paired tests count")

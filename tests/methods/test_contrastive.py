@@ -1,5 +1,7 @@
 """SimCLR and supervised contrastive learning: the papers' equations, and what runs without a trained head give."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,7 +182,13 @@ def test_what_needs_a_head_is_refused_in_one_sentence(tmp_path, capsys):
         == 0
     )
     assert "accuracy" not in (tmp_path / "run" / "result.json").read_text()
-    for command in (["evaluate"], ["report"], ["export", str(tmp_path / "model.stablehlo")]):
+    for command in (
+        ["evaluate"], ["report"], ["export", str(tmp_path / "model.stablehlo")], ["evaluate", "--checkpoints=all"],
+        ["evaluate", "--corruptions=gaussian_noise"],
+    ):  # fmt: skip
         assert launch.main([*command, workdir]) == 1
         assert "trains no head, so this run predicts nothing" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    launch.main(["compare", "--test", str(tmp_path / "run"), str(tmp_path / "again")])
+    assert "trains no head, so this run predicts nothing" in "".join(capsys.readouterr())
     assert launch.main(["features", workdir, f"--output={tmp_path / 'features.npz'}"]) == 0
