@@ -53,6 +53,16 @@ def make_logits_step(
     return logits if num_seeds == 1 else jax.vmap(logits, (0, 0, None))
 
 
+def backbone_features(model: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
+    """The features [b, d] of normalized images f32[b, h, w, c], in evaluation."""
+
+    def backbone(model: Any, images: jax.Array) -> Any:
+        return model.backbone(images, train=False)
+
+    out: jax.Array = nn.apply(backbone, model)(variables, images)
+    return out
+
+
 def make_features_step(model: nn.Module, augment: step.Augment, num_seeds: int = 1) -> Inference:
     """`features_step(params, model_state, images uint8[b, h, w, c]) -> f32[b, d]`: what the head is given.
 
@@ -60,13 +70,7 @@ def make_features_step(model: nn.Module, augment: step.Augment, num_seeds: int =
     [num_seeds, …], and the result is [num_seeds, b, d].
     """
 
-    def backbone(model: Any, images: jax.Array) -> jax.Array:
-        out: jax.Array = model.backbone(images, train=False)
-        return out
-
     def features(params: Any, model_state: Any, images: jax.Array) -> jax.Array:
-        variables = {"params": params, **model_state}
-        out: Any = model.apply(variables, augment(None, images), method=backbone)
-        return out.astype(jnp.float32)
+        return backbone_features(model, {"params": params, **model_state}, augment(None, images)).astype(jnp.float32)
 
     return features if num_seeds == 1 else jax.vmap(features, (0, 0, None))

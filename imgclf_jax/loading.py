@@ -9,10 +9,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from imgclf_jax import step
 from imgclf_jax.core import processes, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
+from imgclf_jax.inference import backbone_features
+from imgclf_jax.losses import at_least_float32
 from imgclf_jax.methods import Problem
 from imgclf_jax.programs import Programs, of_images
 from imgclf_jax.recipe import Recipe, check_names
@@ -60,11 +61,10 @@ def load_teacher(problem: Problem, run: str, checkpoint: str = "", trust: bool =
     params, model_state = found.state.evaluated
 
     def apply(variables: Any, images: jax.Array) -> jax.Array:
-        return step.at_least_float32(recipe.model.apply(variables, images, train=False))
+        return at_least_float32(recipe.model.apply(variables, images, train=False))
 
     def features(variables: Any, images: jax.Array) -> jax.Array:
-        out = recipe.model.apply(variables, images, method=lambda model, x: model.backbone(x, train=False))
-        return step.at_least_float32(out)
+        return at_least_float32(backbone_features(recipe.model, variables, images))
 
     return {"variables": {"params": params, **model_state}, "apply": apply, "features": features,
             "class_names": recipe.data.class_names, "classes": len(recipe.data.class_names)}  # fmt: skip
@@ -86,9 +86,9 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
         raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
     for _ in range(20):
         with contextlib.suppress(Gone):  # the run that goes on in this directory saves and removes checkpoints
-            state, number = _choose(config, workdir, which, programs)
+            state, step = _choose(config, workdir, which, programs)
             processes.agree("comparing modules", provenance.of_modules, in_both=True)  # more are imported by now
-            return Trained(programs, state, number)
+            return Trained(programs, state, step)
     raise UserError(f"{workdir.checkpoints}: each checkpoint was removed while it was read; wait until the run ends")
 
 

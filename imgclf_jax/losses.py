@@ -38,6 +38,11 @@ class Task(enum.Enum):
     REGRESSION = "regression"  # numbers: targets f32[b, outputs]
 
 
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """`x` in float32, or in float64 if it is: what losses and probabilities are computed in."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
 class Link(NamedTuple):
     """How logits and probabilities belong together, as the link function does in a generalized linear model.
 

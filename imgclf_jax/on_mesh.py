@@ -137,7 +137,7 @@ class OnMesh:
         classifier.check_size([x.shape for x in jax.tree.leaves(shapes.params)], batch)
         leading = int(self.recipe.num_seeds > 1)
         state = partition.of_state(shapes, self._axes, self.mesh, self.recipe.config.shard, leading)
-        return _with_shardings(shapes, state)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state)
 
     def check_size(self) -> None:
         """Raises UserError for what no run could hold, see `diagnose.check_size`."""
@@ -208,7 +208,3 @@ class OnMesh:
     def put(self, tree: Any) -> Any:
         """A pytree of small arrays, whole on every device."""
         return sharding.put_whole(tree, self.mesh)
-
-
-def _with_shardings(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

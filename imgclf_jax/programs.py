@@ -99,7 +99,7 @@ class Programs(OnMesh):
     @once
     def train_step(self) -> Any:
         """The traced train step of all seeds, whose `jaxpr` is of (state, batch, *fixed) → (state, window)."""
-        recipe, fixed = self.recipe, jax.tree.map(_shape_of, self.fixed)  # read outside of the trace
+        recipe, fixed = self.recipe, _shapes_of(self.fixed)  # read outside of the trace
         with self.tracing(), self.statistics():
             frozen = recipe.rules.frozen
             pure = step.make_train_step(
@@ -201,7 +201,7 @@ class Programs(OnMesh):
         steps = jax.ShapeDtypeStruct((), "int32", sharding=whole)
         with self.tracing():
             jitted = jax.jit(train, out_shardings=lies, donate_argnums=0, compiler_options=self.compiler_options)
-            chunk, fixed = self.chunk_shape(self.steps_per_call), jax.tree.map(_shape_of, self.fixed)
+            chunk, fixed = self.chunk_shape(self.steps_per_call), _shapes_of(self.fixed)
             return jitted.trace(self.state_shape, self.shape["sums"], chunk, steps, *fixed)
 
     @once
@@ -235,7 +235,7 @@ class Programs(OnMesh):
             self.predicting or bool(recipe.whole_set_metrics), recipe.task, recipe.method,
         )  # fmt: skip
         pure = self._in_its_form(self.gather_at_use(pure, of_seeds=True))
-        fixed = jax.tree.map(_shape_of, self._fixed_of_evaluation)
+        fixed = _shapes_of(self._fixed_of_evaluation)
         with self.tracing():
             batch = jax.eval_shape(lambda chunk: self._batch_at(chunk, 0), self._eval_chunk_shape(1))
             return jax.jit(pure).trace(self.state_shape.params, self.state_shape.model_state, batch, *fixed)
@@ -284,7 +284,7 @@ class Programs(OnMesh):
         state, steps = self.state_shape, jax.ShapeDtypeStruct((), "int32", sharding=whole)
         with self.tracing():
             jitted = jax.jit(eval, out_shardings=whole, compiler_options=self.compiler_options)
-            fixed = jax.tree.map(_shape_of, self._fixed_of_evaluation)
+            fixed = _shapes_of(self._fixed_of_evaluation)
             return jitted.trace(state.params, state.model_state, self._eval_chunk_shape(size), steps, *fixed)
 
     @once
@@ -359,5 +359,5 @@ class Programs(OnMesh):
         return as_evaluated(source, self.recipe.config)
 
 
-def _shape_of(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+def _shapes_of(arrays: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays)

@@ -15,9 +15,10 @@ from imgclf_jax import methods, metrics
 from imgclf_jax.augment import mixing, tta
 from imgclf_jax.core import rng, tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.losses import SOFTMAX, Link, Loss, Task, link_of
+from imgclf_jax.losses import SOFTMAX, Link, Loss, Task, at_least_float32, link_of
 from imgclf_jax.methods import Method, gradients
 from imgclf_jax.methods.gradients import Gradient
+from imgclf_jax.methods.supervised import from_logits
 from imgclf_jax.models.frozen import Frozen, apply_function
 from imgclf_jax.optim import weight_averages
 from imgclf_jax.optim.optimizers import promoting, seed_keys
@@ -76,11 +77,6 @@ def init_state(
         opt_state=seed_keys(optimizer.init(params), seed),
         ema=average.init((params, variables)),
     )
-
-
-def at_least_float32(logits: jax.Array) -> jax.Array:
-    """`logits` in float32, or in float64 if they are."""
-    return logits if logits.dtype == jnp.float64 else logits.astype(jnp.float32)
 
 
 def make_inputs(
@@ -143,7 +139,7 @@ def make_train_step(
     finite, else `metrics.NO_STEP`. `correct` follows from `task` and `link`, and for a mixed image from its dominant
     label. It is missing in regression, and for a method without logits.
     """
-    learned = method if isinstance(method, Method) else _supervised(method)
+    learned = method if isinstance(method, Method) else from_logits(functools.partial(mixing.batch_loss, method))
     inputs = make_inputs(augment, mix, learned)
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -200,16 +196,6 @@ def make_train_step(
     return train_step
 
 
-def _supervised(loss: Loss) -> Method:
-    """The method of a loss of logits and labels alone."""
-
-    def loss_of_batch(model: Any, batch: Batch, fixed: Any) -> methods.Loss:
-        logits = at_least_float32(model(batch["image"], train=True))  # [b, classes]
-        return methods.Loss(mixing.batch_loss(loss, logits, batch), logits)
-
-    return Method(loss_of_batch)
-
-
 def _mean_loss(out: Any) -> jax.Array:
     """The mean of a method's losses. Raises UserError for what is not a `Loss`, or not one number an example."""
     if not isinstance(out, methods.Loss):
@@ -247,8 +233,9 @@ def _count_correct(logits: jax.Array | None, batch: Batch, link: Link, task: Tas
     return {} if correct is None else {"correct": jnp.sum(correct, dtype=jnp.int32)}
 
 
-_OWN_METRICS = ("steps", "examples", "correct", "loss", "grad_norm", "param_norm", "learning_rate", "nonfinite_step",
-                "accuracy", "images_per_second", "input_wait")  # fmt: skip
+OF_STEPS = ("grad_norm", "param_norm", "learning_rate")  # sums over steps; the others are over examples
+_OWN_METRICS = (*OF_STEPS, "steps", "examples", "correct", "loss", "nonfinite_step", "accuracy", "images_per_second",
+                "input_wait")  # fmt: skip
 
 
 def zero_window(like: Window) -> Window:

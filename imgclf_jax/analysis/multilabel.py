@@ -181,6 +181,10 @@ def by_class(scores: MultilabelScores, names: Sequence[str]) -> list[dict[str, A
     ]
 
 
+ON_THRESHOLDS = ("Precision, recall and F1 are at a threshold of 0.5. The best threshold has the greatest F1 on these "
+                 "very examples: choose it on a validation set.")  # fmt: skip
+
+
 def table(scores: MultilabelScores, names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """The columns, and a row for each class: see `by_class`."""
     columns = ["class", "examples", "average precision", "precision", "recall", "F1", "best threshold"]

@@ -130,12 +130,10 @@ def main(
                 print(_DOMINANT)
         elif isinstance(one := of_targets[name], MultilabelScores):
             print_table(*multilabel.table(one, names))
-            print(_THRESHOLDS)
+            print(multilabel.ON_THRESHOLDS)
     return 0
 
 
-_THRESHOLDS = ("Precision, recall and F1 are at a threshold of 0.5. The best threshold has the greatest F1 on these "
-               "very examples: choose it on a validation set.")  # fmt: skip
 _DOMINANT = "Labels are the classes of the greatest share in each target; loss, nll and kl alone know the shares."
 
 

@@ -86,8 +86,6 @@ def _calibration(one: Evaluated) -> str:
 
 def _labels(name: str, scores: MultilabelScores, names: Sequence[str]) -> str:
     """Of several labels: how well each class is found, and how reliable its probabilities are."""
-    note = ("Precision, recall and F1 are at a threshold of 0.5. The best threshold has the greatest F1 on these very "
-            "examples: choose it on a validation set.")  # fmt: skip
     columns, rows = multilabel.table(scores, names)
     shown = sorted(range(len(rows)), key=lambda i: float(rows[i][2] or "inf"))[:_ROWS] if len(rows) > _ROWS else None
     caption = f"Average precision and decisions of each class on {name}"
@@ -103,7 +101,12 @@ def _labels(name: str, scores: MultilabelScores, names: Sequence[str]) -> str:
     said = "Where the mean probability is above the share of examples that have the class, the model is too sure of it."
     calibration = "<h3>Calibration</h3>" + paragraph(said, note=True)
     calibration += html.details("The bins of each class", table(f"Reliability on {name}", columns_of_bins, bins))
-    return "<h3>Classes</h3>" + table(caption, columns, rows) + paragraph(note, note=True) + calibration
+    return (
+        "<h3>Classes</h3>"
+        + table(caption, columns, rows)
+        + paragraph(multilabel.ON_THRESHOLDS, note=True)
+        + calibration
+    )
 
 
 def _errors(name: str, scores: RegressionScores, names: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ from imgclf_jax.run.record import read_contradictions
 from imgclf_jax.run.terminal import format_metrics
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import Writer
+from imgclf_jax.step import OF_STEPS
 
 log = logging.getLogger(__name__)
 
@@ -182,13 +183,12 @@ def _means(window: dict[str, np.ndarray], task: Task) -> dict[str, float]:
     Of several labels accuracy is that of all labels of an example, `exact_match`; a regression has none.
     """
     total = {name: np.sum(value).item() for name, value in window.items()}
-    of_steps = ("grad_norm", "param_norm", "learning_rate")
-    own = sorted(total.keys() - {"steps", "examples", "loss", "correct", "nonfinite_step", *of_steps})
+    own = sorted(total.keys() - {"steps", "examples", "loss", "correct", "nonfinite_step", *OF_STEPS})
     right = {"exact_match" if task is Task.MULTILABEL else "accuracy": "correct"} if "correct" in total else {}
     of_examples = {"loss": "loss", **right, **{name: name for name in own}}
     means = {
         **{name: total[summed] / total["examples"] for name, summed in of_examples.items()},
-        **{name: total[name] / total["steps"] for name in of_steps},
+        **{name: total[name] / total["steps"] for name in OF_STEPS},
     }
     if window["examples"].size > 1:
         for name, summed in of_examples.items():
@@ -197,8 +197,7 @@ def _means(window: dict[str, np.ndarray], task: Task) -> dict[str, float]:
 
 
 def _brief(record: dict[str, float]) -> str:
-    left_out = ("grad_norm", "param_norm", "learning_rate")
-    return format_metrics({n: value for n, value in record.items() if n not in left_out and not n.endswith("_std")})
+    return format_metrics({n: value for n, value in record.items() if n not in OF_STEPS and not n.endswith("_std")})
 
 
 def _report(run: Run, digests: Digests, results: Results, monitor: Monitor, began: float) -> None:

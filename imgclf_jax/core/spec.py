@@ -171,6 +171,8 @@ def lookup(call: Call, table: Table, kind: str) -> Callable[..., Any]:
     """The function or class that `call` names, from `table` or by import path; UserError if there is none."""
     if ":" not in call.name:
         if call.name not in table:
+            if not table:
+                raise UserError(f"unknown {kind} {call.name!r}: none ships; name yours by an import path module:name")
             raise UserError(unknown(kind, call.name, table) + ", or an import path module:name")
         return table[call.name]
     module_name, _, attribute = call.name.partition(":")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.losses import Task
+from imgclf_jax.losses import Task, at_least_float32
 from imgclf_jax.methods import Batch, Loss, Method, Problem, Teacher
 from imgclf_jax.models.classifier import Classifier
 
@@ -52,8 +52,7 @@ def distill(
 
     def loss(model: Any, batch: Batch, fixed: Any) -> Loss:
         seen = model.features(batch["image"], train=True)  # [b, d]
-        logits = model.head(seen)
-        logits = logits if logits.dtype == jnp.float64 else logits.astype(jnp.float32)  # [b, classes]
+        logits = at_least_float32(model.head(seen))  # [b, classes]
         p = jax.nn.log_softmax(known.apply(fixed, batch["image"]) / temperature)
         q = jax.nn.log_softmax(logits / temperature)
         kl = temperature**2 * jnp.sum(jnp.exp(p) * (p - q), -1)  # [b]

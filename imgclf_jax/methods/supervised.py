@@ -1,18 +1,24 @@
 """Supervised learning: the loss of the key `loss` between the logits and the labels. The default method."""
 
+from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 
+from imgclf_jax.losses import at_least_float32
 from imgclf_jax.methods import Batch, Loss, Method, Problem
 
 
 def supervised(problem: Problem) -> Method:
     """The loss of the logits, as the keys `loss` and `mix` say."""
+    return from_logits(problem.supervised)
+
+
+def from_logits(losses: Callable[[jax.Array, Batch], jax.Array]) -> Method:
+    """The method whose losses f32[b] are a function of the logits f32[b, classes] and the batch."""
 
     def loss(model: Any, batch: Batch, fixed: Any) -> Loss:
-        logits = model(batch["image"], train=True)
-        logits = logits if logits.dtype == jnp.float64 else logits.astype(jnp.float32)  # [b, classes]
-        return Loss(problem.supervised(logits, batch), logits)
+        logits = at_least_float32(model(batch["image"], train=True))
+        return Loss(losses(logits, batch), logits)
 
     return Method(loss)
