@@ -98,7 +98,7 @@ class Programs(OnMesh):
 
     @once
     def train_step(self) -> Any:
-        """The traced train step of all seeds, whose `jaxpr` is of (state, batch, *fixed) → (state, window)."""
+        """The traced train step of all seeds, whose `jaxpr` maps `(state, batch, *fixed)` to `(state, window)`."""
         recipe, fixed = self.recipe, _shapes_of(self.fixed)  # read outside of the trace
         with self.tracing(), self.statistics():
             frozen = recipe.rules.frozen
