@@ -144,7 +144,7 @@ def test_a_step_in_bfloat16_over_eight_devices(name):
     assert not still, still
 
     batch = {**{k: v[0] for k, v in chunk.items()}, "mask": np.arange(16) < 13}
-    padded = {k: np.stack([v] + [np.zeros_like(v)] * (steps - 1)) for k, v in batch.items()}
+    padded = {k: np.stack([v] + [np.zeros_like(v)] * (exp.eval_steps_per_call - 1)) for k, v in batch.items()}
     padded = sharding.put_batch(padded, exp.mesh, axis=1)
     sums, _ = exp.eval(state.params, state.model_state, padded, np.int32(1))
     assert int(sums["examples"][0]) == 13
