@@ -183,9 +183,10 @@ def validate(config: ConfigDict) -> None:
     kinds = ("accuracy", "loss", "nll", "top5", *filter(None, more))
     known = [f"{name}/{kind}" for name in config.data.eval for kind in kinds]
     best = re.sub("^(min|max):", "", config.checkpoint.best)
-    name, _, kind = best.partition("/")  # the recipe checks it against the task, once the data are known
-    of_targets = name in config.data.eval and kind.partition("[")[0] in METRICS_OF_TARGETS
-    if config.checkpoint.best and best not in known and not of_targets:
+    name, _, kind = best.partition("/")
+    # Those of a task, and of a method's own, which min: or max: stands before, are checked once the data are known.
+    later = kind.partition("[")[0] in METRICS_OF_TARGETS or best != config.checkpoint.best
+    if config.checkpoint.best and best not in known and not (name in config.data.eval and later):
         raise UserError(unknown("metric in checkpoint.best", best, known))
 
 

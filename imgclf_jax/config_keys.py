@@ -74,7 +74,8 @@ KEYS: dict[str, tuple[Any, str]] = {
     ),
     "method": (
         "supervised",
-        "What a run learns from a batch: supervised, distill, simclr, supcon, or an import path.",
+        "What a run learns from a batch: supervised, distill, simclr, supcon, or an import path. With a method that "
+        "trains no head, such as simclr, metrics, tta and arguments of loss are refused.",
     ),
     "gradient": (
         "",

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import ScopeCollectionNotFound, ScopeParamNotFoundError
 from ml_collections import ConfigDict
 
 from imgclf_jax import metrics, step
@@ -28,7 +29,10 @@ def naming_the_key(recipe: Recipe) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception:  # JAX, Flax and Optax raise many types
+    except Exception as e:  # JAX, Flax and Optax raise many types
+        if isinstance(e, ScopeParamNotFoundError | ScopeCollectionNotFound) and not recipe.method.predicts:
+            raise UserError(f"method={recipe.config.method!r} says predicts=False, so its model has no head, and it "
+                            "calls one; give it another module, or drop predicts=False") from e  # fmt: skip
         find(recipe)
         raise
 
@@ -52,7 +56,8 @@ def find(recipe: Recipe) -> None:
         return recipe.mix and recipe.mix(rng.key(0, "mix"), draw(images, ids))
 
     def init_and_update() -> step.TrainState:
-        state = step.init_state(recipe.model, recipe.optimizer, image_shape, 0, recipe.average)
+        parts = recipe.model, recipe.optimizer, image_shape, 0, recipe.average
+        state = step.init_state(*parts, head=recipe.method.predicts)
         recipe.optimizer.update(state.params, state.opt_state, state.params)
         return state
 

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from imgclf_jax import losses
 from imgclf_jax.core import processes, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
 from imgclf_jax.inference import backbone_features
-from imgclf_jax.losses import at_least_float32
 from imgclf_jax.methods import Problem
 from imgclf_jax.programs import Programs, of_images
 from imgclf_jax.recipe import Recipe, check_names
@@ -61,13 +61,15 @@ def load_teacher(problem: Problem, run: str, checkpoint: str = "", trust: bool =
     params, model_state = found.state.evaluated
 
     def apply(variables: Any, images: jax.Array) -> jax.Array:
-        return at_least_float32(recipe.model.apply(variables, images, train=False))
+        found.programs.check_predicts()
+        return losses.at_least_float32(recipe.model.apply(variables, images, train=False))
 
     def features(variables: Any, images: jax.Array) -> jax.Array:
-        return at_least_float32(backbone_features(recipe.model, variables, images))
+        return losses.at_least_float32(backbone_features(recipe.model, variables, images))
 
     return {"variables": {"params": params, **model_state}, "apply": apply, "features": features,
-            "class_names": recipe.data.class_names, "classes": len(recipe.data.class_names)}  # fmt: skip
+            "link": losses.link_of(recipe.config.loss), "class_names": recipe.data.class_names,
+            "classes": len(recipe.data.class_names)}  # fmt: skip
 
 
 def of(config: ConfigDict, workdir: Workdir | None, which: str) -> Trained:
@@ -115,7 +117,7 @@ def restore_each(config: ConfigDict, workdir: Workdir, which: str) -> Iterator[T
 
 
 def _programs(config: ConfigDict, workdir: Workdir) -> Programs:
-    recipe = Recipe(config, workdir.load_data_info())
+    recipe = Recipe(config, workdir.load_data_info(), load_teacher)
     return Programs(recipe, sharding.make_inference_mesh(config.mesh))
 
 

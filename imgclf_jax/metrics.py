@@ -357,19 +357,24 @@ def _of_given(metric: Callable[..., float]) -> OfPredictions:
     return lambda predictions: metric(predictions[0], predictions[1], predictions.given)
 
 
-def parse_best(text: str, classes: int = 6, task: Task | None = None, own: Collection[str] = ()) -> tuple[str, float]:
+def parse_best(
+    text: str, classes: int = 6, task: Task | None = None, own: Collection[str] = (), predicts: bool = True
+) -> tuple[str, float]:
     """The metric that `checkpoint.best` names, and a sign: 1.0 if its greatest value is best, -1.0 if its smallest is.
 
     "min:test/my_error" gives ("test/my_error", -1.0). Raises UserError for a metric of unknown direction, and for one
-    that so few classes have not. With a `task`, for one that it has not either; `own` are those of whole sets.
+    that so few classes have not. With a `task`, for one that it has not either; `own` are those of whole sets and of
+    the method. A run that does not predict has the method's alone.
     """
     match = re.fullmatch(r"(?:(min|max):)?(.*)", text, re.DOTALL)
     assert match
     name = match[2]
     kind = name.partition("/")[2]
-    if task and kind.partition("[")[0] not in (known := (*_OF_ALL[task], *OF_TASK[task], *filter(None, own))):
-        raise UserError(f"checkpoint.best={text!r}: a run with {TASK_NAMES[task]} has no {kind}; it has "
-                        f"{', '.join(dict.fromkeys(known))}")  # fmt: skip
+    of_task = (*_OF_ALL[task], *OF_TASK[task]) if task and predicts else ()
+    if task and kind.partition("[")[0] not in (known := (*of_task, *filter(None, own))):
+        what = TASK_NAMES[task] if predicts else "a method that trains no head"
+        there = f"it has {', '.join(dict.fromkeys(known))}" if known else "it has no metric, so leave this empty"
+        raise UserError(f"checkpoint.best={text!r}: a run with {what} has no {kind}; {there}")
     if name.endswith("/top5") and classes <= 5:
         raise UserError(f"checkpoint.best={text!r}: top5 is counted from six classes on, and the data have {classes}; "
                         "name another metric")  # fmt: skip

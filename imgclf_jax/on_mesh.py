@@ -87,7 +87,8 @@ class OnMesh:
     ) -> step.TrainState:
         def init(seed: jax.Array) -> step.TrainState:
             recipe, shape = self.recipe, self.recipe.data.image_shape
-            return step.init_state(recipe.model, recipe.optimizer, shape, seed, recipe.average, images, weights)
+            parts = recipe.model, recipe.optimizer, shape, seed, recipe.average
+            return step.init_state(*parts, images, weights, recipe.method.predicts)
 
         if self.recipe.num_seeds == 1:
             return init(seed)

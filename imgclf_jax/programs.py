@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from imgclf_jax import inference, losses, step
+from imgclf_jax import inference, losses, metrics, step
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.once import once
@@ -240,6 +240,16 @@ class Programs(OnMesh):
             batch = jax.eval_shape(lambda chunk: self._batch_at(chunk, 0), self._eval_chunk_shape(1))
             return jax.jit(pure).trace(self.state_shape.params, self.state_shape.model_state, batch, *fixed)
 
+    def check_best(self) -> None:
+        """Raises UserError if `checkpoint.best` names a metric that evaluation does not give."""
+        recipe = self.recipe
+        if best := recipe.config.checkpoint.best:
+            own = [*recipe.whole_set_metrics]
+            if recipe.method.evaluate:
+                sums = self.eval_step.out_info[0]
+                own += [name.removeprefix(metrics.OWN) for name in sums if name.startswith(metrics.OWN)]
+            metrics.parse_best(best, len(recipe.data.class_names), recipe.task, own, recipe.method.predicts)
+
     @property
     def _fixed_of_evaluation(self) -> tuple[Any, ...]:
         """`fixed`, if the method's `evaluate` is given it; else what training alone needs is not loaded."""
@@ -298,10 +308,11 @@ class Programs(OnMesh):
         return (lambda *args: compiled(*args, *fixed)) if fixed else compiled
 
     def check_predicts(self) -> None:
-        """Raises UserError if the method of the run leaves the head untrained."""
+        """Raises UserError if the method of the run trains no head."""
         if not self.recipe.method.predicts:
-            raise UserError(f"method={self.recipe.config.method!r} trains no head, so this run predicts nothing; "
-                            "use its features (commands features and probe)")  # fmt: skip
+            raise UserError(f"method={self.recipe.config.method!r} trains no head, so this run predicts nothing; use "
+                            "its features (commands features and probe, export --gives=features), or begin a run with "
+                            "a head from it by init_from")  # fmt: skip
 
     def pure(self, what: inference.Outputs) -> inference.Inference:
         """The pure function (params, model_state, images) → probabilities, logits or features: see `inference`."""

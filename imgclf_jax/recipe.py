@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax import losses, metrics
 from imgclf_jax.augment import mixing, ops, tta
+from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import extra
 from imgclf_jax.methods import Method, Problem, gradients
@@ -88,7 +89,8 @@ class Recipe:
         def init() -> None:  # flax notes parameters in their order; a JAX transformation would return them sorted
             images = jnp.zeros((1, *self.data.image_shape), jnp.float32)
             variables = self.model.init(jax.random.key(0), images, train=False)  # any key: only shapes are kept
-            found.update({k: v.shape for k, v in traverse_util.flatten_dict(variables["params"], sep="/").items()})
+            found.update({k: v.shape for k, v in traverse_util.flatten_dict(variables["params"], sep="/").items()
+                          if self.method.predicts or not k.startswith("head/")})  # fmt: skip
 
         with classifier.bounded():
             jax.eval_shape(init)
@@ -107,8 +109,23 @@ class Recipe:
 
     @cached_property
     def method(self) -> Method:
-        """What the run learns from a batch."""
-        return methods.build(self.config.method, self._problem)
+        """What the run learns from a batch. Raises UserError for a key of the config that it would not read."""
+        config, found = self.config, methods.build(self.config.method, self._problem)
+        if config.mix and found.inputs and not found.mixes:
+            raise UserError(f"mix={config.mix!r}: method={config.method!r} makes its own batches and does not mix "
+                            "them; leave mix empty, or, in a method of your own, call problem.mix in `inputs` and "
+                            "return Method(…, mixes=True)")  # fmt: skip
+        if not found.predicts:
+            for key in ("metrics", "tta"):
+                if config[key]:
+                    raise UserError(f"{key}={config[key]!r}: method={config.method!r} trains no head, so there are no "
+                                    f"predictions to use it on; leave {key} empty")  # fmt: skip
+            call = spec.parse_one(config.loss)
+            if call.args or call.kwargs or not (self.data.target_names or call.name == configs.KEYS["loss"][0]):
+                of = "say what the targets are by its name alone" if self.data.target_names else "leave it 'softmax'"
+                raise UserError(f"loss={config.loss!r}: method={config.method!r} trains no head and has a loss of its "
+                                f"own; {of}")  # fmt: skip
+        return found
 
     @cached_property
     def _problem(self) -> Problem:
@@ -117,7 +134,8 @@ class Recipe:
             total=self.total, head_init=self._classifier.head_init, normalization=self.normalization,
             supervised=lambda logits, batch: mixing.batch_loss(self.loss, logits, batch),
             steps=self._steps_for("method"), task=self.task, build_augment=lambda text: ops.build(text, train=True),
-            loader=self.load,
+            loader=self.load, link=losses.link_of(self.config.loss),
+            mix=lambda key, batch: mixing.mix_batch(self.mix, key, batch),
         )  # fmt: skip
 
     @cached_property
@@ -145,9 +163,14 @@ class Recipe:
         return ops.text_of_evaluation(self.config.augment)
 
     @property
+    def supervised(self) -> bool:
+        """Whether the method is the default one, which reads images and their labels or targets alone."""
+        return spec.parse_one(self.config.method).name == "supervised"
+
+    @property
     def with_ids(self) -> bool:
         """Whether batches carry the ids and epochs of their examples, for a method or an op that wants them."""
-        return self.config.method != "supervised" or ops.wants_ids(self.config.augment)
+        return not self.supervised or ops.wants_ids(self.config.augment)
 
     @cached_property
     def mix(self) -> mixing.Mix | None:
@@ -166,12 +189,6 @@ class Recipe:
     def whole_set_metrics(self) -> dict[str, metrics.OfPredictions]:
         """Metrics of whole evaluation sets, by name."""
         return metrics.build_whole_set(self.config.metrics, self.task, self.data.class_names)
-
-    def check_best(self) -> None:
-        """Raises UserError if `checkpoint.best` names a metric that these classes have not."""
-        if self.config.checkpoint.best:
-            own = self.whole_set_metrics
-            metrics.parse_best(self.config.checkpoint.best, len(self.data.class_names), self.task, own)
 
     @property
     def num_seeds(self) -> int:

@@ -54,15 +54,19 @@ def init_state(
     average: Average = weight_averages.NONE,
     images: jax.Array | None = None,
     weights: Mapping[str, jax.Array] | None = None,
+    head: bool = True,
 ) -> TrainState:
     """The state at step 0; `image_shape` is (h, w, c). Pure, so it can be jitted or evaluated for its shape.
 
     `images` f32[n, h, w, c] are for a backbone with a function `init_on_images(params, images) -> params`.
-    `weights` are taken instead of random ones, by name: {"params/head/bias": …, "batch_stats/…": …}.
+    `weights` are taken instead of random ones, by name: {"params/head/bias": …, "batch_stats/…": …}. Without `head` the
+    model's head has no parameters, for methods that train none.
     """
     zeros = jnp.zeros((1, *image_shape), jnp.float32)
     kept = DenyList(("intermediates", *SOWN))
     variables = dict(model.init(rng.key(seed, "init"), zeros, train=False, mutable=kept))
+    if not head:
+        variables["params"] = {name: value for name, value in variables["params"].items() if name != "head"}
     if images is not None:
         backbone = model.backbone.init_on_images(variables["params"]["backbone"], images)
         variables["params"] = {**variables["params"], "backbone": backbone}
@@ -102,9 +106,7 @@ def make_inputs(
             if isinstance(stream, dict):  # of `data.extra`
                 key = rng.fold(rng.key(seed, "augment", step), name)
                 out[name] = {**stream, "image": augmented(key, stream["image"], stream)}
-        if mix is not None:
-            out = mixing.mixed_batch(out, *mix(rng.key(seed, "mix", step), out["image"]))
-        return out
+        return mixing.mix_batch(mix, rng.key(seed, "mix", step), out)
 
     return inputs
 

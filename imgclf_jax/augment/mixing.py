@@ -160,6 +160,11 @@ def mixed_batch(batch: Mapping[str, jax.Array], images: jax.Array, weight: jax.A
     return {**batch, "image": images, "other": partner(batch["label"]), "weight": weight}
 
 
+def mix_batch(mix: Mix | None, key: jax.Array, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The batch with "image" f32[b, h, w, c] and its labels or targets mixed by `mix`; the same batch for None."""
+    return dict(batch) if mix is None else mixed_batch(batch, *mix(key, batch["image"]))
+
+
 def mixed_targets(targets: jax.Array, weight: jax.Array) -> jax.Array:
     """f32[b, k]: weight * target + (1 - weight) * the other's target."""
     own = weight[:, None]

@@ -89,6 +89,8 @@ def _latest(run: Record) -> dict[str, float]:
 def notes(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> list[str]:
     """What a reader of the tables has to know, in sentences."""
     notes = []
+    if groups[0].done and not _columns(groups):
+        notes.append("No run has a metric of evaluation: a method that trains no head gives none, unless it says so.")
     if any(len(one.seeds) > 1 for one in groups):
         notes.append("± is the sample standard deviation over the seeds.")
     if comparisons:

@@ -19,6 +19,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.loading import convert, restore, restore_each
 from imgclf_jax.losses import Task
+from imgclf_jax.programs import Programs
 from imgclf_jax.run.terminal import format_metrics, print_table
 from imgclf_jax.run.workdir import Workdir
 
@@ -65,10 +66,10 @@ def main(
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = sources.open_data(config)
     programs, state, step = model = restored or convert(config, base)
-    programs.check_predicts()
+    predicts = _check_evaluates(programs, bool(listing_file))
     names = programs.recipe.data.class_names
     programs = dataclasses.replace(
-        programs, predicting=len(names) <= metrics.CONFUSION_CLASSES or listing_file is not None
+        programs, predicting=predicts and (len(names) <= metrics.CONFUSION_CLASSES or listing_file is not None)
     )
     evals = open_evals(programs, base)
     if workdir:
@@ -128,13 +129,21 @@ def main(
             _print_classes(names, classes[name])
             if programs.recipe.task is Task.SOFT:
                 print(_DOMINANT)
-        elif isinstance(one := of_targets[name], MultilabelScores):
-            print_table(*multilabel.table(one, names))
+        elif isinstance(several := of_targets.get(name), MultilabelScores):
+            print_table(*multilabel.table(several, names))
             print(multilabel.ON_THRESHOLDS)
     return 0
 
 
 _DOMINANT = "Labels are the classes of the greatest share in each target; loss, nll and kl alone know the shares."
+
+
+def _check_evaluates(programs: Programs, for_predictions: bool = False) -> bool:
+    """Whether the run predicts. Raises UserError if it does not, and has nothing else to show."""
+    method = programs.recipe.method
+    if for_predictions or not method.evaluate:
+        programs.check_predicts()
+    return method.predicts
 
 
 def _over_steps(config: ConfigDict, workdir: Workdir, which: str, format: str) -> int:
@@ -145,7 +154,7 @@ def _over_steps(config: ConfigDict, workdir: Workdir, which: str, format: str) -
     evals: dict[str, Any] = {}
     for programs, state, step in models:
         if not evals:
-            programs.check_predicts()
+            _check_evaluates(programs)
             evals = open_evals(programs, base)
             compare_with_record(programs, workdir, base, evals)
         records.append({"step": step, **evaluate_all(programs, state, evals)})

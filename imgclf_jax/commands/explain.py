@@ -41,6 +41,7 @@ def main(
     images = inputs.find("explain", paths)
     wanted = others["class"]
     model = loading.of(config, workdir, checkpoint)
+    model.programs.check_predicts()
     report_host_ops(model.programs)
     numbers = model.task is Task.REGRESSION
     if wanted and wanted not in model.class_names:

@@ -114,6 +114,10 @@ def _safetensors(model: Trained, path: Path, gives: str, names: str) -> list[str
             place, save(state, metadata | {"task": model.task.value, "class_names": "\n".join(model.class_names)})
         )
         lines.append(f"{place}: {_size(place)}, {len(state)} arrays by the names of {names}")
+    if added := sorted({*params} - {"backbone", "head"}):
+        lines.append(f"Left out: {', '.join(added)} of method={recipe.config.method!r}, which no classifier has.")
+    if not recipe.method.predicts:
+        lines.append(f"There is no head: method={recipe.config.method!r} trains none.")
     return lines
 
 

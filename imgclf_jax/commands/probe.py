@@ -59,7 +59,7 @@ def main(
         tests = {name: feature_sets.whole_set(model, images) for name, images in sets.items()}
     if labels.ndim == 2 and model.task not in probing.SCORES:  # the dominant labels
         labels, tests = labels.argmax(1), {name: (x, y.argmax(1)) for name, (x, y) in tests.items()}
-    known = restored and probing.ranks_by_logits(model.task, config.loss)
+    known = restored and model.programs.recipe.method.predicts and probing.ranks_by_logits(model.task, config.loss)
     heads = [_head(model, seed) if known else None for seed in range(len(train))]
     if processes.index():
         processes.barrier("probing", processes.PREPARING)

@@ -43,6 +43,7 @@ def main(config: ConfigDict, workdir: Workdir | None, checkpoint: str, host: str
     from imgclf_jax.serving.connections import server_settings
 
     model = loading.of(config, workdir, checkpoint)
+    model.programs.check_predicts()
     report_host_ops(model.programs)
     local = _is_loopback(host)
     hosts = ("localhost", "127.0.0.1", "[::1]", host) if local else ("*",)

@@ -60,7 +60,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     compiling = programs.of_images(_pinned(config, workdir), images, load=loading.load_teacher)
     recipe = compiling.recipe
     check_targets(compiling, images)
-    recipe.check_best()
+    compiling.check_best()
     evals = open_evals(compiling, base)
     compiling.check_size()
     cadences = Cadences(recipe.total, *map(recipe.period, configs.CADENCES))
@@ -95,6 +95,8 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
         if start < recipe.total:  # else the run is done, by the config that it has recorded
             processes.first("writing config.json", lambda: workdir.go_on(config, start))
     log.info("%s", sources.describe_use(base, config.data))
+    if config.data.extra and recipe.supervised:
+        log.warning("method=%r reads no stream of data.extra: %s", config.method, ", ".join(sorted(config.data.extra)))
     of = "targets" if recipe.data.target_names else "classes"
     if config.data.sampling != "permutation":
         log.info("data.sampling=%r: %s", config.data.sampling,

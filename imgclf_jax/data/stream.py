@@ -193,12 +193,7 @@ def _sampler(text: str, source: Source, batch_size: int, key: str) -> sampling.S
 
 
 def add_extra(images: Images, config: ConfigDict, base: Mapping[str, Source]) -> None:
-    """Opens the streams of `data.extra` for a run on these images. Raises UserError naming the stream's key.
-
-    Warns if the method is supervised, which reads none of them.
-    """
-    if config.data.extra and config.method.strip().partition("(")[0] == "supervised":
-        log.warning("method=%r reads no stream of data.extra: %s", config.method, ", ".join(sorted(config.data.extra)))
+    """Opens the streams of `data.extra` for a run on these images. Raises UserError naming the stream's key."""
     for name, one in extra.parse_all(config).items():
         key, own = f"data.extra.{name}", config.copy_and_resolve_references()
         own.preprocess = own.preprocess_eval = one.preprocess  # by which files are checked

@@ -102,11 +102,12 @@ def state_dict(
 ) -> dict[str, np.ndarray]:
     """PyTorch's `state_dict` of a classifier over `backbone`, from its variables {"params", "batch_stats", …}.
 
+    Modules that a method added to the backbone and the head, such as a projector, are left out.
     `names` are as `naming` gives them. Convolutions are [out, in, kh, kw] there and dense layers [out, in]. Fixed
     positions, which are no parameters here, are added where the model there has them. With "own" names dense layers
     after flattening expect [h, w, c], as here.
     """
-    own = dict(tree.named_leaves(variables))
+    own = {name: x for name, x in tree.named_leaves(variables) if name.split("/")[1] in ("backbone", "head")}
     if isinstance(backbone, ViT) and backbone.positions == "sincos" and names != "own":
         own["params/backbone/positions_embedding"] = _fixed_positions(backbone, own, image_shape)
     table = [*_TABLES.get(type(backbone), {}).get(names, []), *_OWN]

@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import struct
 
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.losses import Task
+from imgclf_jax.losses import SOFTMAX, Link, Task
 
 Batch = dict[str, Any]
 
@@ -41,6 +41,8 @@ class Method:
         i32[b], "id", "epoch" and "step" i32[b], and a dict of the same for each stream of `data.extra`. `augment(key,
         images, stream=batch)` applies the config's augmentation: f32[b, h, w, c]; `stream` is the batch that holds
         these images. The default augments each stream, and mixes as the key `mix` says.
+    mixes: True for a method whose `inputs` calls `problem.mix`, which mixes as the key `mix` says. With other `inputs`
+        that key is refused.
     model(backbone, problem) -> linen module to train, called as `module(images, train=…) -> logits [b, classes]`. It
         has submodules `backbone` and `head`, as `Classifier` has. Variables that `__call__` does not use are created in
         it `if self.is_initializing()`. Variables of other collections are state, kept in checkpoints.
@@ -48,8 +50,8 @@ class Method:
         "image" f32[b, h, w, c], normalized, and "label".
     fixed: a pytree of arrays that are not trained, such as a teacher's variables, or a function that returns it. A
         function is called in training only, so evaluation needs no teacher.
-    predicts: False for a method that leaves the head untrained: then there is nothing to evaluate or predict, and
-        `features` and `probe` use the backbone.
+    predicts: False for a method that trains no head: then the model has none, nothing is predicted, evaluation reports
+        what `evaluate` gives, and `features` and `probe` use the backbone. Keys that act on predictions are refused.
     """
 
     loss: Callable[[Any, Batch, Any], Loss]
@@ -58,6 +60,7 @@ class Method:
     evaluate: Callable[[Any, Batch, Any], Mapping[str, jax.Array]] | None = None
     fixed: Any = None
     predicts: bool = True
+    mixes: bool = False
 
     def load_fixed(self) -> Any:
         """The pytree `fixed`. Call it outside of a trace."""
@@ -79,6 +82,8 @@ class Problem:
     task: Task  # what the run predicts
     build_augment: Callable[[str], Callable[..., jax.Array]] = field(repr=False)  # such a spec → (key, images) → images
     loader: Callable[..., Any] | None = field(default=None, repr=False)
+    link: Link = SOFTMAX  # how logits become probabilities, by the key `loss`
+    mix: Callable[[jax.Array, Batch], Batch] = lambda key, batch: batch  # mixes f32 images and labels by the key `mix`
 
     def load(self, run: str, checkpoint: str = "", trust: bool = False) -> "Teacher":
         """The trained model of another run: a work directory. Nothing is read before an attribute is used.
@@ -93,6 +98,7 @@ class Teacher:
 
     `variables` is the pytree to pass as `Method.fixed`, `apply(variables, images f32[b, h, w, c])` returns logits
     f32[b, classes], and `features(variables, images)` returns f32[b, d]. Images are normalized as this run does.
+    `link` says how its logits become probabilities. `apply` raises UserError for a run that has no trained head.
     """
 
     def __init__(self, problem: Problem, run: str, checkpoint: str, trust: bool):

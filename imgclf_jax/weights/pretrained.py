@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from imgclf_jax.weights import files, torch_names
 
 log = logging.getLogger(__name__)
 
-_HEAD, _POSITIONS = "params/head/", "/positions_embedding"
+_HEAD, _POSITIONS, _UNKNOWN = "params/head/", "/positions_embedding", "?"
 _MOST_POSITIONS = 2**16 + 2  # of a grid that is resized: 256 by 256, and tokens
 
 
@@ -33,13 +33,15 @@ class Weights:
     taken: dict[str, np.ndarray] = field(default_factory=dict)
     resized: list[str] = field(default_factory=list)  # position embeddings taken from another grid
     head: str = ""  # why the head starts from random weights; empty if it is taken
+    left_out: list[str] = field(default_factory=list)  # modules that its method has, such as a projector
+    fresh: list[str] = field(default_factory=list)  # modules that this run's method has, which stay random
     misfits: list[str] = field(default_factory=list)  # their shape is not the model's
     unused: list[str] = field(default_factory=list)  # names in the file that the model does not have
     missing: list[str] = field(default_factory=list)  # names in the model that the file does not have
 
     @property
     def faults(self) -> list[str]:
-        """What does not fit, in words. A new head and resized positions are no faults."""
+        """What does not fit, in words. A new head, resized positions and a method's own modules are no faults."""
         kinds = (
             (self.misfits, "of another shape"),
             (self.missing, "of the model not in it"),
@@ -52,14 +54,17 @@ class Weights:
         parts = [f"{len(self.taken)} arrays taken", *self.faults]
         parts += [f"positions resized ({', '.join(self.resized)})"] if self.resized else []
         parts += [f"a new head ({self.head})"] if self.head else []
+        for modules, what in ((self.left_out, "left out"), (self.fresh, "from random weights")):
+            parts += [f"{what}: {', '.join(modules)}"] if modules else []
         return "; ".join(parts)
 
 
 def load(programs: Programs, whole: bool = False) -> Weights:
     """The weights of `config.init_from` for the model of `programs`; logs the report.
 
-    Position embeddings of another grid are resized. A head with another number of classes is not taken. Raises
-    UserError for a file or work directory that cannot be read, and for any other difference unless
+    Position embeddings of another grid are resized. A head with another number of classes is not taken, nor are the
+    modules that the method of another run added to backbone and head; those that this run's method adds stay random.
+    Raises UserError for a file or work directory that cannot be read, and for any other difference unless
     `config.init_strict` is False. With `whole`, it raises UserError if any parameter, in the head too, stays random.
     """
     config = programs.recipe.config
@@ -67,6 +72,8 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     state, replicas = programs.state_shape, programs.recipe.num_seeds > 1
     shapes = {"params": state.params, **state.model_state}
     own = dict(tree.named_leaves(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[replicas:], x.dtype), shapes)))
+    if not programs.recipe.method.predicts:  # names of a head are known, and no array fits
+        own |= {f"{_HEAD}{leaf}": jax.ShapeDtypeStruct((0,), "float32") for leaf in ("kernel", "bias")}
     if path.is_dir():
         named, labels, source = _read_workdir(path, programs)
     elif path.is_file():
@@ -77,7 +84,14 @@ def load(programs: Programs, whole: bool = False) -> Weights:
         raise UserError(f"init_from={config.init_from!r}: {what}")
     processes.agree("comparing weights", lambda: source, fix=f"init_from={config.init_from!r} must be one file for all")
     weights = Weights({"path": config.init_from, **source})
+    added = _added_by_method(own.keys() - named.keys()), _added_by_method(named.keys() - own.keys())
+    weights.fresh, weights.left_out = (sorted(set(modules.values())) for modules in added)
+    own, named = ({k: x for k, x in every.items() if k not in modules}
+                  for every, modules in zip((own, named), added, strict=True))  # fmt: skip
     _fit(weights, named, labels, own, _grid(programs))
+    if not programs.recipe.method.predicts:
+        weights.head = ""
+        weights.left_out += ["head"] if any(name.startswith(_HEAD) for name in named) else []
     what = f"init_from={config.init_from!r}"
     if not any(not name.startswith(_HEAD) for name in weights.taken):
         raise UserError(f"{what}: nothing in it fits model={config.model!r}: {'; '.join(weights.faults)}")
@@ -89,6 +103,12 @@ def load(programs: Programs, whole: bool = False) -> Weights:
         raise UserError(f"{what} gives no whole model, it lacks {lacking}; train it on these data first")
     log.log(logging.WARNING if weights.faults else logging.INFO, "%s: %s", what, weights.report())
     return weights
+
+
+def _added_by_method(names: Iterable[str]) -> dict[str, str]:
+    """{name: module} of the variables that are neither of the backbone nor of the head."""
+    modules = {name: name.split("/")[1] for name in names}
+    return {name: module for name, module in modules.items() if module not in ("backbone", "head", _UNKNOWN)}
 
 
 # ({our name: array}, {our name: name in the file}, the `source` of Weights)
@@ -140,7 +160,7 @@ def _read_file(path: Path, programs: Programs, own: Mapping[str, Any]) -> Named:
             continue
         name = torch_names.own_name(backbone, label, own)
         if name is None or name in named:
-            name = f"unused/{label}"  # which no parameter is called
+            name = f"unused/{_UNKNOWN}/{label}"  # which no parameter is called
         else:
             array = torch_names.own_layout(array, name, own[name].shape)
         named[name], labels[name] = array, label

@@ -7,15 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import thorough
 
 import launch
 from imgclf_jax import config as configs
 from imgclf_jax import programs
+from imgclf_jax.commands import train_setup
 from imgclf_jax.core import platform, rng, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import described, extra, placement, sources, stream
 from imgclf_jax.methods import Loss, Method
 from imgclf_jax.run import provenance
+from imgclf_jax.run.workdir import Workdir
 
 MORE = "fake(30, (5, 6, 3), 4)/train|batch_size(24)|preprocess('decode(3)|resize(4, 7)')|sampling('balanced')"
 
@@ -163,13 +166,11 @@ def test_device_placement_refuses_random_host_ops_of_a_further_stream(config):
         next(placement.train_chunks("device", opened(config), spec_of(config), [range(1)], 1, sharding.make_mesh()))
 
 
-def test_streams_that_supervised_training_does_not_read_are_warned_of(config, caplog):
-    opened(config)
-    assert "method='supervised' reads no stream of data.extra: held, unlabeled" in caplog.text
-    caplog.clear()
-    config.method = f"{__name__}:consistent"
-    opened(config)
-    assert "reads no stream" not in caplog.text
+@pytest.mark.parametrize(("method", "warned"), [("supervised()", True), *thorough((f"{__name__}:consistent", False))])
+def test_streams_that_supervised_training_does_not_read_are_warned_of(config, caplog, tmp_path, method, warned):
+    config.method, config.total = method, "1 steps"
+    train_setup.set_up(config, Workdir(tmp_path))
+    assert (f"method={method!r} reads no stream of data.extra: held, unlabeled" in caplog.text) == warned
 
 
 # --- a run ---

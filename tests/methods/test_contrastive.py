@@ -1,5 +1,7 @@
 """SimCLR and supervised contrastive learning: the papers' equations, and what runs without a trained head give."""
 
+import json
+import re
 import shutil
 
 import jax
@@ -8,14 +10,21 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from PIL import Image
+from safetensors import numpy as safetensors
 
 import launch
 from imgclf_jax import losses, step
-from imgclf_jax.core import sharding
+from imgclf_jax.core import sharding, tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.methods import Problem
+from imgclf_jax.methods import Loss, Method, Problem
 from imgclf_jax.methods.simclr import contrast, simclr
 from imgclf_jax.methods.supcon import supcon
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.checkpoint import Checkpoints
+from imgclf_jax.run.provenance import DataInfo
+from imgclf_jax.weights import pretrained
 
 PROBLEM = Problem(
     classes=3, class_names=("a", "b", "c"), image_shape=(6, 6, 1), total=10, head_init=nn.initializers.zeros,
@@ -165,30 +174,171 @@ def test_mistakes_get_a_sentence():
         supcon(PROBLEM, width=0)
 
 
-def test_what_needs_a_head_is_refused_in_one_sentence(tmp_path, capsys):
+def spreading(problem, uses_head=False):
+    """A method of one's own without a head: the norms of features shrink; it evaluates them."""
+
+    def norms(model, batch, fixed):
+        features = model.features(batch["image"])
+        return jnp.sum(features**2, -1) + fixed["offset"] + (model.head(features)[:, 0] if uses_head else 0)
+
+    return Method(lambda *args: Loss(norms(*args)), evaluate=lambda *args: {"norm": norms(*args)}, predicts=False,
+                  fixed=lambda: {"offset": np.float32(isinstance(problem.load("nowhere"), str))})  # fmt: skip
+
+
+def mixing(problem, declared=True):
+    """Two views, mixed by the key `mix`."""
+
+    def inputs(key, batch, augment):
+        return problem.mix(key, {**batch, "image": augment(key, batch["image"])})
+
+    def loss(model, batch, fixed):
+        logits = model(batch["image"], train=True)
+        return Loss(problem.supervised(logits, batch), logits, {"weight": batch["weight"]})
+
+    return Method(loss, inputs, mixes=declared)
+
+
+FLAGS = ["--config.model=mlp(widths=(8,))", "--config.augment=normalize", "--config.preprocess=decode(1)",
+         "--config.total=2 steps", "--config.schedule=constant(1e-3)", "--config.tensorboard=False",
+         "--config.eval_every="]  # fmt: skip
+HEADLESS = "trains no head"
+
+
+@pytest.mark.parametrize(("key", "value", "said"), [
+    ("mix", "mixup(0.2)", "mix='mixup(0.2)': method='simclr' makes its own batches and does not mix them"),
+    ("loss", "focal", "loss='focal': method='simclr' trains no head and has a loss of its own; leave it 'softmax'"),
+    ("loss", "softmax(label_smoothing=0.1)", "trains no head and has a loss of its own; leave it 'softmax'"),
+    ("metrics", "auc", "metrics='auc': method='simclr' trains no head"),
+    ("tta", "flip", "tta='flip': method='simclr' trains no head"),
+    ("checkpoint.best", "test/accuracy", "a method that trains no head has no accuracy; it has no metric, so leave"),
+])  # fmt: skip
+def test_keys_that_act_on_predictions_are_refused(fake_config, key, value, said):
+    fake_config.method = "simclr"
+    fake_config.update_from_flattened_dict({key: value})
+    programs = Programs(Recipe(fake_config, DataInfo(64, (12, 12, 1), ("a", "b"), "")))
+    with pytest.raises(UserError, match=re.escape(said)):
+        _ = programs.recipe.method, programs.check_best()
+
+
+@pytest.mark.parametrize(("loss", "names"), [("mse", ("x", "y")), ("sigmoid", ("x", "y"))])
+def test_the_loss_says_what_targets_are(fake_config, loss, names):
+    fake_config.method, fake_config.loss = "simclr", loss
+    data = DataInfo(64, (12, 12, 1), names, "", target_names=names)
+    assert not Recipe(fake_config, data).method.predicts
+    fake_config.loss = f"{loss}(delta=1)"
+    with pytest.raises(UserError, match="trains no head and has a loss of its own; say what the targets are"):
+        _ = Recipe(fake_config, data).method
+
+
+def test_a_method_mixes_if_it_says_so(fake_config):
+    """Its `inputs` mix images and labels by the key `mix`."""
+    data = DataInfo(64, (12, 12, 1), ("a", "b", "c"), "")
+    fake_config.update(method=f"{__name__}:mixing", mix="mixup(0.2)")
+    recipe = Recipe(fake_config, data)
+    given = {**batch(), "image": np.zeros((16, 12, 12, 1), np.uint8)}
+    mixed = step.make_inputs(recipe.augment(train=True), recipe.mix, recipe.method)(np.uint32(0), np.int32(0), given)
+    assert set(mixed) == {"image", "label", "other", "weight", "step"}
+    np.testing.assert_array_equal(mixed["other"], np.roll(given["label"], 1))
+    fake_config.method = f"{__name__}:mixing(declared=False)"
+    with pytest.raises(UserError, match=r"call problem\.mix in `inputs` and return Method"):
+        _ = Recipe(fake_config, data).method
+
+
+@pytest.fixture(scope="module")
+def pretrained_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("simclr") / "run"
+    assert launch.main([f"--workdir={workdir}", "--config.method=simclr", *FLAGS]) == 0
+    return workdir
+
+
+def parameters(workdir):
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    return dict(tree.named_leaves(checkpoints.restore_any(checkpoints.steps()[-1])["state"]["params"]))
+
+
+def test_what_needs_a_head_is_refused_in_one_sentence(pretrained_run, tmp_path, capsys):
     """Training ends without scores of classes; features are there."""
-    workdir = f"--workdir={tmp_path / 'run'}"
-    flags = ["--config.method=simclr", "--config.model=mlp(widths=(8,))", "--config.augment=flip_lr|normalize"]
-    assert (
-        launch.main(
-            [
-                workdir,
-                *flags,
-                "--config.total=2 steps",
-                "--config.schedule=constant(1e-3)",
-                "--config.tensorboard=False",
-            ]
-        )
-        == 0
-    )
-    assert "accuracy" not in (tmp_path / "run" / "result.json").read_text()
+    workdir = f"--workdir={pretrained_run}"
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "x.png")
+    assert "accuracy" not in (pretrained_run / "result.json").read_text()
+    assert not [name for name in parameters(pretrained_run) if name.startswith("head")]
     for command in (
         ["evaluate"], ["report"], ["export", str(tmp_path / "model.stablehlo")], ["evaluate", "--checkpoints=all"],
-        ["evaluate", "--corruptions=gaussian_noise"],
+        ["evaluate", "--corruptions=gaussian_noise"], ["predict", str(tmp_path / "x.png")], ["serve", "--port=0"],
+        ["explain", str(tmp_path / "x.png")],
     ):  # fmt: skip
         assert launch.main([*command, workdir]) == 1
         assert "trains no head, so this run predicts nothing" in capsys.readouterr().err
-    shutil.copytree(tmp_path / "run", tmp_path / "again")
-    launch.main(["compare", "--test", str(tmp_path / "run"), str(tmp_path / "again")])
+    shutil.copytree(pretrained_run, tmp_path / "again")
+    launch.main(["compare", "--test", str(pretrained_run), str(tmp_path / "again")])
     assert "trains no head, so this run predicts nothing" in "".join(capsys.readouterr())
     assert launch.main(["features", workdir, f"--output={tmp_path / 'features.npz'}"]) == 0
+
+
+@pytest.mark.thorough
+def test_what_needs_no_head_works(pretrained_run, tmp_path, capsys):
+    workdir = f"--workdir={pretrained_run}"
+    assert launch.main(["probe", workdir, "--format=json"]) == 0
+    assert {one["method"] for one in json.loads(capsys.readouterr().out)["results"]} >= {"linear probe"}
+    assert launch.main(["export", str(tmp_path / "m.stablehlo"), "--gives=features", workdir]) == 0
+    assert launch.main(["show-batch", workdir, f"--output={tmp_path / 'a.png'}"]) == 0
+    assert launch.main(["reproduce", str(pretrained_run)]) == 0
+    assert launch.main(["compare", str(pretrained_run)]) == 0
+    assert "No run has a metric of evaluation" in capsys.readouterr().out
+
+
+def test_weights_for_pytorch_are_those_of_the_backbone(pretrained_run, tmp_path, capsys):
+    assert launch.main(["export", str(tmp_path / "m.safetensors"), f"--workdir={pretrained_run}"]) == 0
+    said = capsys.readouterr().out
+    assert "Left out: projector of method='simclr'" in said
+    assert "There is no head: method='simclr' trains none." in said
+    assert set(safetensors.load_file(tmp_path / "m.safetensors")) == {"dense0.weight", "dense0.bias"}
+
+
+def test_fine_tuning_begins_from_the_backbone_alone(pretrained_run, fake_config, caplog):
+    """The backbone is the trained one, and the head the one that a run without these weights begins with."""
+    fake_config.update(init_from=str(pretrained_run), model="mlp(widths=(8,))")
+    programs = Programs(Recipe(fake_config, DataInfo(64, (8, 8, 1), tuple("abcdefghij"), "")))
+    with caplog.at_level("INFO"):
+        taken = pretrained.load(programs).taken
+    assert "2 arrays taken; a new head (it holds none); left out: projector" in caplog.text
+    fresh, tuned = (dict(tree.named_leaves(programs.init_state(0, weights=w).params)) for w in (None, taken))
+    assert set(tuned) == set(fresh)
+    given = parameters(pretrained_run)
+    for name, value in tuned.items():
+        np.testing.assert_array_equal(value, (fresh if name.startswith("head") else given)[name])
+
+
+@pytest.mark.thorough
+def test_pretraining_begins_from_the_backbone_of_a_classifier(pretrained_run, tmp_path, capsys):
+    assert launch.main([f"--workdir={tmp_path / 'a'}", *FLAGS]) == 0
+    argv = [f"--workdir={tmp_path / 'b'}", *FLAGS, "--config.method=simclr", f"--config.init_from={tmp_path / 'a'}"]
+    assert launch.main(argv) == 0
+    assert "2 arrays taken; left out: head; from random weights: projector" in capsys.readouterr().err
+    assert launch.main([f"--workdir={tmp_path / 'c'}", *argv[1:-1], f"--config.init_from={pretrained_run}"]) == 0
+    assert "5 arrays taken\n" in capsys.readouterr().err  # the projector too
+    file = tmp_path / "a.safetensors"
+    assert launch.main(["export", str(file), f"--workdir={tmp_path / 'a'}"]) == 0
+    assert launch.main([f"--workdir={tmp_path / 'd'}", *argv[1:-1], f"--config.init_from={file}"]) == 0
+    assert "2 arrays taken; left out: head; from random weights: projector" in capsys.readouterr().err
+
+
+def test_evaluate_shows_what_a_method_without_a_head_evaluates(tmp_path, capsys):
+    """So does training, which keeps the best checkpoint by it."""
+    workdir = f"--workdir={tmp_path / 'run'}"
+    flags = [*FLAGS, f"--config.method={__name__}:spreading", "--config.checkpoint.best=min:test/norm"]
+    assert launch.main([workdir, *flags]) == 0
+    norm = json.loads((tmp_path / "run" / "result.json").read_text())["test"]["norm"]
+    capsys.readouterr()
+    assert launch.main(["evaluate", workdir, "--trust", "--format=json"]) == 0
+    assert json.loads(capsys.readouterr().out)["test"] == {"examples": 360, "norm": pytest.approx(norm, rel=1e-6)}
+    assert launch.main(["evaluate", workdir, "--trust", "--checkpoints=all"]) == 0
+    assert f"{norm:.4f}" in capsys.readouterr().out
+    assert launch.main(["evaluate", workdir, "--trust", f"--predictions={tmp_path / 'a.csv'}"]) == 1
+    assert HEADLESS in capsys.readouterr().err
+
+
+def test_a_method_without_a_head_that_calls_it_gets_a_sentence(fake_config):
+    fake_config.method = f"{__name__}:spreading(uses_head=True)"
+    with pytest.raises(UserError, match="says predicts=False, so its model has no head, and it calls one"):
+        _ = Programs(Recipe(fake_config, DataInfo(64, (12, 12, 1), ("a", "b"), ""))).train_step

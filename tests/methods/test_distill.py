@@ -1,14 +1,16 @@
 """Distillation, against the papers' equations in NumPy and through the commands."""
 
+import dataclasses
 import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors
 
 import launch
-from imgclf_jax import loading
+from imgclf_jax import loading, losses
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.losses import Task
 from imgclf_jax.methods import Problem
@@ -128,3 +130,67 @@ def test_the_fixed_arrays_are_an_argument_of_the_program_and_sharded(tmp_path):
     kernels = [x for x in jax.tree.leaves(built.fixed) if x.shape == (64, 256)]
     assert [x.addressable_shards[0].data.shape for x in kernels] == [(64, 32)]
     assert not [x for x in built.train_step.jaxpr.consts if np.size(x) > 100]
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def test_with_a_sigmoid_loss_each_class_has_a_divergence_of_its_own():
+    rng = np.random.default_rng(0)
+    s, t = rng.normal(size=(2, 5, 3))
+
+    class Model:
+        features = staticmethod(lambda images, train: images)
+        head = staticmethod(lambda features: np.float32(s))
+
+    known = {"apply": lambda v, x: np.float32(t)}
+    problem = Problem(3, ("a", "b", "c"), (1, 1, 1), 1, None, lambda *_: np.zeros(5, np.float32), None, "",
+                      Task.MULTILABEL, None, lambda *_: known, losses.SIGMOID)  # fmt: skip
+    found = distill(problem, "run", alpha=1.0, temperature=2.5).loss(Model, {"image": np.zeros((5, 1, 1, 1))}, {})
+    p, q = sigmoid(t / 2.5), sigmoid(s / 2.5)
+    kl = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))  # of two Bernoulli distributions
+    np.testing.assert_allclose(found.values, 2.5**2 * kl.sum(-1), rtol=2e-5)
+    with pytest.raises(UserError, match="the loss of this run has another"):
+        distill(dataclasses.replace(problem, link=losses.IDENTITY), "run")
+
+
+@pytest.mark.thorough
+def test_a_teacher_of_another_loss_or_without_a_head_is_refused(teacher, tmp_path, capsys):
+    method = f"--config.method=distill('{teacher}')"
+    assert train(tmp_path / "run", method, "--config.loss=sigmoid") == 1
+    assert "was trained with another kind of loss" in capsys.readouterr().err
+    assert train(tmp_path / "headless", "--config.method=simclr") == 0
+    assert train(tmp_path / "run", f"--config.method=distill('{tmp_path / 'headless'}')") == 1
+    assert "method='simclr' trains no head" in capsys.readouterr().err
+
+
+@pytest.mark.thorough
+def test_several_seeds_learn_from_one_teacher(teacher, tmp_path):
+    """Each as a run of its own does; microbatches give the gradient of the batch."""
+    method = LEARN.format(teacher)
+    assert train(tmp_path / "both", method, "--config.num_seeds=2", "--config.accumulate=2") == 0
+    both = json.loads((tmp_path / "both" / "result.json").read_text())["test"]
+    each = []
+    for seed in (0, 1):
+        assert train(tmp_path / str(seed), method, f"--config.seed={seed}") == 0
+        each.append(json.loads((tmp_path / str(seed) / "result.json").read_text())["test"]["loss"])
+    assert both["loss"] == pytest.approx(np.mean(each), rel=1e-4)
+    assert both["loss_std"] == pytest.approx(np.std(each, ddof=1), rel=1e-2)
+
+
+@pytest.mark.thorough
+def test_a_student_is_exported_and_fine_tuned_without_its_regressor(teacher, tmp_path, capsys):
+    assert train(tmp_path / "student", LEARN.format(teacher)) == 0
+    file = tmp_path / "a.safetensors"
+    assert launch.main(["export", str(file), f"--workdir={tmp_path / 'student'}"]) == 0
+    assert "Left out: regressor of method=" in capsys.readouterr().out
+    arrays = safetensors.load_file(file)
+    assert set(arrays) == {"dense0.weight", "dense0.bias", "head.weight", "head.bias"}
+    for source in (tmp_path / "student", file):
+        tuned = tmp_path / f"from {source.name}"
+        assert train(tuned, f"--config.init_from={source}", "--config.schedule=constant(0.0)") == 0
+        said = "4 arrays taken; left out: regressor\n" if source.is_dir() else "4 arrays taken\n"
+        assert said in capsys.readouterr().err
+        head = loading.load(tuned).state.params["head"]["kernel"]
+        np.testing.assert_array_equal(head, arrays["head.weight"].T)
