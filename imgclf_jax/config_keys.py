@@ -79,7 +79,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     ),
     "gradient": (
         "",
-        "Functions of the gradient function, as import paths: 'my_gradients:sam(rho=0.1)|...'; empty: the gradient.",
+        "Functions of the gradient: sam, asam, pgd (adversarial training), an import path; 'sam|my_file:noisy(0.1)'.",
     ),
     "optimizer": (
         "adam",

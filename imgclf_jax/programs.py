@@ -342,7 +342,14 @@ class Programs(OnMesh):
         return self._jitted("features")
 
     def _jitted(self, what: inference.Outputs) -> Any:
-        pure = self._in_its_form(self.gather_at_use(self.pure(what), of_seeds=True))
+        return self.jitted(self.pure(what))
+
+    def jitted(self, pure: Callable[..., Any]) -> Any:
+        """A pure function (params, model_state, batch) of all seeds, jitted.
+
+        The batch [b, …] is split over the devices; the results are whole on each.
+        """
+        pure = self._in_its_form(self.gather_at_use(pure, of_seeds=True))
 
         def infer(*args: Any) -> Any:
             with self.tracing():

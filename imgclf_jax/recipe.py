@@ -141,7 +141,7 @@ class Recipe:
     @cached_property
     def gradient(self) -> Callable[[gradients.Gradient], gradients.Gradient]:
         """The functions of the gradient function, composed."""
-        return gradients.build(self.config.gradient)
+        return methods.build_gradient(self.config.gradient, self.pixel_range)
 
     @cached_property
     def loss(self) -> losses.Loss:
@@ -161,6 +161,10 @@ class Recipe:
     def normalization(self) -> str:
         """The ops of the key `augment` that evaluation applies too, as a spec."""
         return ops.text_of_evaluation(self.config.augment)
+
+    def pixel_range(self) -> tuple[jax.Array, jax.Array]:
+        """The least and the greatest value of a pixel in the images that the model is given, see `ops.pixel_range`."""
+        return ops.pixel_range(self.config.augment, self.data.image_shape[-1])
 
     @property
     def supervised(self) -> bool:
@@ -202,7 +206,7 @@ def check_names(config: ConfigDict) -> None:
     classifier.build(config.model, 2, config.precision)
     losses.link_of(config.loss)
     methods.check_name(config.method)
-    gradients.build(config.gradient)
+    methods.build_gradient(config.gradient)
     schedules.check_name(config.schedule)
     optimizers.build(config.optimizer, optax.constant_schedule(0.0), config.clip)
     ops.build(config.augment, train=True)

@@ -211,6 +211,18 @@ def text_of_evaluation(text: str) -> str:
     return "|".join(str(call) for call, op in calls if kinds.of(op) == kinds.PLAIN)
 
 
+def pixel_range(text: str, channels: int) -> tuple[jax.Array, jax.Array]:
+    """The least and the greatest value f32[1, 1, 1, channels] of a pixel after the ops of a spec.
+
+    Raises UserError if evaluation applies other ops than `normalize`, so that there is no fixed scale.
+    """
+    if others := [str(call) for call in spec.parse(text_of_evaluation(text)) if call.name != "normalize"]:
+        raise UserError(f"augment={text!r}: an attack needs a fixed scale from pixels to inputs of the model, which "
+                        f"{others[0]} changes; of the ops that evaluation applies, keep normalize alone")  # fmt: skip
+    ends = [build(text, False)(None, jnp.full((1, 1, 1, channels), value, jnp.uint8)) for value in (0, 255)]
+    return jnp.minimum(*ends), jnp.maximum(*ends)
+
+
 def build(text: str, train: bool) -> Callable[..., jax.Array]:
     """The function (key, images uint8[b, h, w, c]) → f32[b, h, w, c] that a spec of device ops names.
 

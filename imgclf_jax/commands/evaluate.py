@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import metrics
 from imgclf_jax.analysis import by_class, listing, multilabel, scores
 from imgclf_jax.analysis.multilabel import MultilabelScores
-from imgclf_jax.commands import corrupted
+from imgclf_jax.commands import attacked, corrupted
 from imgclf_jax.commands.evaluation import compare_with_record, evaluate, evaluate_all, open_evals
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
@@ -36,6 +36,7 @@ def main(
     checkpoints: str = "",
     corruptions: str = "",
     frost: str = "",
+    attack: str = "",
 ) -> int:
     """The command `evaluate`: prints the metrics of each evaluation set, its scores, and a table of its classes.
 
@@ -47,8 +48,14 @@ def main(
     seeds are those of their ensemble. Of several labels there are `classes` in place of a `confusion`, see
     `multilabel.by_class`; of a regression `target_names`. With `checkpoints`, "all" or steps such as "100,200", it
     prints the metrics at each of them instead; with `corruptions`, "all" or names, the accuracy on corrupted images:
-    see `corrupted`. `frost` is the folder of photographs for one of these.
+    see `corrupted`. `frost` is the folder of photographs for one of these. With `attack` it prints the accuracy on
+    adversarial examples: see `attacked`.
     """
+    if attack:
+        if corruptions or frost or checkpoints or predictions:
+            raise UserError("--attack prints accuracies alone: drop --corruptions, --frost, --checkpoints and "
+                            "--predictions")  # fmt: skip
+        return attacked.report(config, workdir, checkpoint, attack, format)
     if corruptions:
         if checkpoints or predictions:
             raise UserError("--corruptions prints accuracies alone: drop --checkpoints and --predictions")

@@ -41,6 +41,7 @@ FLAGS: Mapping[str, Flag] = {
     "checkpoints": Flag("the metrics at several checkpoints: all, or steps", "all|100,200"),
     "corruptions": Flag("the accuracy on corrupted images, at five severities: all, or names", "all|fog,snow"),
     "frost": Flag("the folder of the authors' photographs frost1.png to frost5.jpg, for the corruption frost", "DIR"),
+    "attack": Flag("the accuracy on adversarial examples: \"pgd(eps='8/255', steps=20)\", or an import path", "SPEC"),
     "format": Flag("how to print", "FORMAT"),  # see `Command.flag`
     "predictions": Flag("write those of each example, as .csv, .jsonl or .parquet by the name", "FILE"),
     "top_k": Flag("how many classes to show or write (default: 3)", "K", 3, least=1),

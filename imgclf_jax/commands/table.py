@@ -52,12 +52,12 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "evaluate": Command(
         "the metrics and scores of a trained run on each of its evaluation sets", "run or weights",
-        ("workdir", "checkpoint", "checkpoints", "corruptions", "frost", "format", "predictions", "top_k", "trust",
-         *PROCESSES),
+        ("workdir", "checkpoint", "checkpoints", "corruptions", "frost", "attack", "format", "predictions", "top_k",
+         "trust", *PROCESSES),
         more="Any split, folder or .npz file can be an evaluation set: --config.data.eval.NAME=SPLIT, or "
              "--config.data.eval.NAME=SOURCE/SPLIT.",
         examples=("--workdir runs/a", "--workdir runs/a --predictions all.csv", "--workdir runs/a --checkpoints=all",
-                  "--workdir runs/a --corruptions=all",
+                  "--workdir runs/a --corruptions=all", "--workdir runs/a --attack \"pgd(eps='8/255', steps=20)\"",
                   "--workdir runs/a --config.data.eval.new=\"folder('new')/train\""),
     ),
     "predict": Command(

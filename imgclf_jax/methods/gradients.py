@@ -1,10 +1,10 @@
 """Functions of the gradient function, composed by `|` in the config key `gradient`.
 
-`"my_gradients:sam(rho=0.05)|my_gradients:noisy(0.1)"` gives noisy(sam(gradient)). Each is called as
-`function(gradient, **arguments)` while the train step is traced, and returns a function of the same signature.
+`"sam(rho=0.05)|my_gradients:noisy(0.1)"` gives noisy(sam(gradient)). Each is called as `function(gradient,
+**arguments)` while the train step is traced, and returns a function of the same signature. `table.GRADIENTS` names
+those that ship.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from imgclf_jax.core import platform, spec
+from imgclf_jax.core import platform
+from imgclf_jax.core.errors import UserError
 
 # (params, model_state, batch, key) → ((loss f32[], aux), grads); `aux` is handed on as it is.
 GradientFunction = Callable[..., Any]
+
+
+def _no_pixel_range() -> tuple[jax.Array, jax.Array]:
+    raise UserError("gradient: this train step was built without the pixel range of its images; pass it to "
+                    "methods.table.build_gradient")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,13 @@ class Gradient:
 
     `batch` is what `Method.inputs` gave and `key` what dropout draws from. Microbatches, sharded parameters and sown
     losses are taken care of. `images(params, model_state, batch, key)` f32[b, h, w, c] is the gradient of the sum of
-    the examples' losses with respect to batch["image"].
+    the examples' losses with respect to batch["image"]. `pixel_range()` are the least and the greatest value of a pixel
+    in batch["image"], f32[1, 1, 1, c] each; it raises UserError where the key `augment` has no fixed scale.
     """
 
     function: GradientFunction
     images: Callable[..., jax.Array]
+    pixel_range: Callable[[], tuple[jax.Array, jax.Array]] = _no_pixel_range
 
     def __call__(self, params: Any, model_state: Any, batch: Any, key: jax.Array) -> Any:
         return self.function(params, model_state, batch, key)
@@ -55,18 +63,6 @@ class Gradient:
             return value(params)
 
         return value_fn
-
-
-GRADIENTS: dict[str, Callable[..., GradientFunction]] = {}
-
-
-def build(text: str) -> Callable[[Gradient], Gradient]:
-    """The composed functions of a spec such as `my_gradients:sam(rho=0.05)`; the empty text keeps the gradient.
-
-    Raises UserError for a spec that names nothing, or whose arguments do not fit.
-    """
-    functions = [spec.bind(call, GRADIENTS, "gradient", given=("gradient",)) for call in spec.parse(text)]
-    return lambda gradient: functools.reduce(lambda g, f: Gradient(f(g), g.images), functions, gradient)
 
 
 def _split(batch: Any, parts: int) -> Any:

@@ -1,11 +1,18 @@
-"""The methods that ship, by the names that the config key `method` uses."""
+"""The methods, gradient functions and attacks that ship, by their names in `method`, `gradient` and `--attack`."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
+
+import jax
 
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import Method, Problem
 from imgclf_jax.methods.distill import distill
+from imgclf_jax.methods.gradients import Gradient, GradientFunction
+from imgclf_jax.methods.pgd import Attack, attack, pgd
+from imgclf_jax.methods.sam import asam, sam
 from imgclf_jax.methods.simclr import simclr
 from imgclf_jax.methods.supcon import supcon
 from imgclf_jax.methods.supervised import supervised
@@ -16,6 +23,14 @@ METHODS: dict[str, Callable[..., Method]] = {
     "supcon": supcon,
     "supervised": supervised,
 }
+
+GRADIENTS: dict[str, Callable[..., GradientFunction]] = {
+    "asam": asam,
+    "pgd": pgd,
+    "sam": sam,
+}
+
+ATTACKS: dict[str, Attack] = {"pgd": attack}
 
 
 def check_name(text: str) -> None:
@@ -35,3 +50,30 @@ def build(text: str, problem: Problem) -> Method:
         raise UserError(f"method={text!r}: its loss is a {type(method.loss).__name__}; pass a function "
                         "(model, batch, fixed) -> Loss")  # fmt: skip
     return method
+
+
+def build_gradient(
+    text: str, pixel_range: Callable[[], tuple[jax.Array, jax.Array]] | None = None
+) -> Callable[[Gradient], Gradient]:
+    """The composed functions of a spec such as `sam(rho=0.05)`; the empty text keeps the gradient.
+
+    They are given `pixel_range` as an attribute of the gradient, see `Gradient`. Raises UserError for a spec that names
+    nothing, or whose arguments do not fit.
+    """
+    functions = [spec.bind(call, GRADIENTS, "gradient", given=("gradient",)) for call in spec.parse(text)]
+
+    def wrap(gradient: Gradient) -> Gradient:
+        if pixel_range is not None:
+            gradient = dataclasses.replace(gradient, pixel_range=pixel_range)
+        return functools.reduce(lambda g, f: dataclasses.replace(g, function=f(g)), functions, gradient)
+
+    return wrap
+
+
+def build_attack(text: str) -> Attack:
+    """The function (gradient, images, keys, low, high) that a spec such as `pgd(eps='8/255')` names, see `pgd.attack`.
+
+    Raises UserError for a spec that names none, or whose arguments do not fit.
+    """
+    given = ("gradient", "images", "keys", "low", "high")
+    return spec.bind(spec.parse_one(text), ATTACKS, "attack", given=given)

@@ -23,7 +23,7 @@ _BY_EXAMPLE = "it needs the gradient of each example, and the train step compute
 _SCHEDULE_FREE = ("it trains the parameters y, while those to evaluate, x, are in its state, where neither evaluation "
                   "nor prediction looks; ema=0.999 averages weights here")  # fmt: skip
 _SAM = ("its steps alternate between the weights and perturbed ones, and evaluation or the end of the run may fall on "
-        "the perturbed ones")  # fmt: skip
+        "the perturbed ones; the key gradient='sam(0.05)' takes both gradients in one step")  # fmt: skip
 _LOOKAHEAD = "it wants two sets of parameters; end the optimizer's spec with |lookahead(k, alpha) instead"
 UNFIT = {
     "differentially_private_aggregate": _BY_EXAMPLE,

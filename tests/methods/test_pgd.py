@@ -1,0 +1,194 @@
+"""Adversarial training: the attack of the paper in NumPy, its bounds in pixels, and all that a run promises."""
+
+import digests
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import thorough
+from digests import Way
+from test_sam import CLASSES, SHAPE, Flat, Normalized, batch, run, softmax_gradients
+
+from imgclf_jax import losses, step
+from imgclf_jax.augment import mixing, ops
+from imgclf_jax.commands import train
+from imgclf_jax.core import rng, sharding
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.methods import table
+from imgclf_jax.methods.pgd import attack
+from imgclf_jax.models.classifier import Classifier
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.provenance import DataInfo
+from imgclf_jax.run.workdir import Workdir
+
+pytestmark = pytest.mark.optimized
+
+NORMALIZE = "normalize(mean=0.3, std=0.2)"
+SPEC = "pgd(eps='16/255', steps=3, step_size='8/255')"
+seen: list[np.ndarray] = []  # the images that the gradient function `recording` is given
+
+
+def recording(gradient):
+    """A user's: keeps the images of the batch that it is given."""
+
+    def record(params, model_state, batch, key):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), batch["image"])
+        return gradient(params, model_state, batch, key)
+
+    return record
+
+
+def one_step(gradient, backbone=None, augment=NORMALIZE, given=None, **more):
+    """(state before, state after, window, the images that were trained on) of one step of plain SGD."""
+    model, optimizer = Classifier(backbone or Flat(), CLASSES), optax.sgd(1.0)
+    wrap = table.build_gradient(f"{__name__}:recording|{gradient}", lambda: ops.pixel_range(augment, 1))
+    train_step = step.make_train_step(model, losses.softmax, optimizer, optax.constant_schedule(1.0),
+                                      ops.build(augment, train=True), gradient=wrap, **more)  # fmt: skip
+    state = step.init_state(model, optimizer, SHAPE, 0)
+    seen.clear()
+    after, window = jax.jit(train_step)(state, given or batch())
+    jax.effects_barrier()
+    return state, after, window, seen[-1]
+
+
+def by_hand(params, given, start, eps, steps, size):
+    """Section 2.1 of arXiv:1706.06083 for a linear model, float64, in units in which pixels are 0 to 1."""
+    kernel, bias = (np.float64(params["head"][name]) for name in ("kernel", "bias"))
+    clean = np.float64(given["image"].reshape(len(given["image"]), -1)) / 255
+    x = np.clip(clean + eps * start.reshape(clean.shape), 0, 1)
+    for _ in range(steps):
+        logits = (x - 0.3) / 0.2 @ kernel + bias
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        p = p / p.sum(1, keepdims=True) - np.eye(CLASSES)[given["label"]]
+        x = np.clip(x + size * np.sign(p @ kernel.T), np.maximum(clean - eps, 0), np.minimum(clean + eps, 1))
+    return clean, x
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_trains_on_the_examples_of_the_paper(accumulate):
+    given = batch()
+    before, after, window, images = one_step(SPEC, accumulate=accumulate)
+    keys = jax.random.split(rng.fold(rng.key(0, "dropout", 0), "pgd"), 16)
+    start = jax.vmap(lambda key: jax.random.uniform(key, SHAPE, minval=-1, maxval=1))(keys)
+    clean, wanted = by_hand(before.params, given, np.float64(start), 16 / 255, 3, 8 / 255)
+    found = images.reshape(16, -1) * 0.2 + 0.3
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert np.abs(found - clean).max() <= 16 / 255 + 1e-6
+    assert -1e-6 <= found.min() < found.max() <= 1 + 1e-6
+    kernel, bias = (np.float64(before.params["head"][name]) for name in ("kernel", "bias"))
+    of_kernel, _ = softmax_gradients(kernel, bias, (wanted - 0.3) / 0.2, given["label"])
+    np.testing.assert_allclose(kernel - after.params["head"]["kernel"], of_kernel, atol=1e-5)
+    _, _, plain, _ = one_step("sam(0.0)")
+    assert window["loss"] > plain["loss"]  # it is that of the adversarial examples
+
+
+def linear(x):
+    """The gradient of a linear function."""
+    return jnp.broadcast_to(jnp.array([1.0, -1.0, 0.0, 2.0]).reshape(1, 2, 2, 1), x.shape)
+
+
+def test_one_step_without_a_random_start_is_fgsm():
+    """x + eps sign(g), cut off at the range of pixels (Goodfellow et al. 2014, arXiv:1412.6572)."""
+    images, keys = jnp.array([0.5, 0.5, 0.5, 0.99]).reshape(1, 2, 2, 1), jax.random.split(jax.random.key(0), 1)
+    found = attack(linear, images, keys, 0.0, 1.0, eps=0.1, steps=1, step_size=0.1, random_start=False)
+    np.testing.assert_allclose(found.reshape(4), [0.6, 0.4, 0.5, 1.0], rtol=1e-6)
+
+
+def test_a_pixel_outside_of_the_range_stays_inside_of_the_ball():
+    """As random erasing may leave one: it may come back, by eps, and goes no farther out."""
+    images, keys = jnp.array([1.5, 1.5, -0.2, -0.2]).reshape(1, 2, 2, 1), jax.random.split(jax.random.key(0), 1)
+    found = attack(lambda x: linear(x[:, :, ::-1]), images, keys, 0.0, 1.0, eps=0.1, steps=5).reshape(4)
+    np.testing.assert_allclose(found[:2], [1.5, 1.4], rtol=1e-6)
+    assert -0.2 <= found[2] <= -0.1
+    assert found[3] == pytest.approx(-0.1)
+
+
+def test_attack_passes_update_no_batch_statistics():
+    """They follow from the adversarial examples alone, in one pass; dropout has the same masks in all."""
+    before, after, _, images = one_step(SPEC, Normalized())
+    model = Classifier(Normalized(), CLASSES)
+    variables = {"params": before.params, **before.model_state}
+    _, wanted = model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.model_state, dict(wanted))
+
+
+def test_mixed_labels_are_attacked_as_they_are_trained():
+    """The loss of the mixed labels rises."""
+    mix = mixing.build("mixup(1.0)")
+    losses = [float(one_step(g, mix=mix)[2]["loss"]) for g in ("sam(0.0)", SPEC)]
+    assert losses[1] > 1.1 * losses[0]
+
+
+def test_attack_and_sam_compose_in_both_orders():
+    """`pgd|sam` attacks at w and again at the perturbed point; `sam|pgd` attacks once, at w."""
+    _, at_both, _, twice = one_step(f"{SPEC}|sam(0.5)")
+    count = len(seen)
+    _, at_one, _, once = one_step(f"sam(0.5)|{SPEC}")
+    assert count == len(seen) == 2
+    np.testing.assert_array_equal(seen[0], seen[1])
+    assert not np.array_equal(twice, once)
+    assert not np.array_equal(at_both.params["head"]["kernel"], at_one.params["head"]["kernel"])
+
+
+@pytest.mark.parametrize("mesh", [*thorough("data=-1", "fsdp=-1", "data=2, fsdp=4")])
+def test_eight_devices_train_on_the_same_examples(fake_config, mesh):
+    fake_config.update(gradient=SPEC, model="mlp(widths=(64,))", augment=NORMALIZE)
+    data, after = DataInfo(64, SHAPE, ("a", "b", "c"), ""), []
+    for devices, text in ((1, "data=-1"), (8, mesh)):
+        with fake_config.unlocked():
+            fake_config.mesh = text
+        programs = Programs(Recipe(fake_config, data), sharding.make_mesh(jax.devices()[:devices], text))
+        chunk = {k: np.stack([v] * programs.steps_per_call) for k, v in batch().items()}
+        chunk = sharding.put_batch(chunk, programs.mesh, axis=1)
+        after.append(programs.train(programs.init(0)["state"], programs.zero_window(), chunk, np.int32(1))[1])
+    np.testing.assert_allclose(after[0]["loss"], after[1]["loss"], rtol=1e-5)
+    np.testing.assert_allclose(after[0]["grad_norm"], after[1]["grad_norm"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("network", thorough("cnn", "linen"))
+@pytest.mark.parametrize(
+    "more", thorough({}, {"accumulate": 2}, {"num_seeds": 2}, {"mesh": "fsdp=-1"}, {"precision": "bfloat16"})
+)
+def test_cadences_chunks_and_a_resume_change_no_bit(network, more, tmp_path):
+    """Also where the convolution is XLA's own, and the steps of the attack are unrolled."""
+    ways = [Way("1 steps", 1), Way("5 steps", 3), Way("", 0, "device")]
+    keys = {"gradient": SPEC, "mix": "mixup(0.2)", **more}
+    precision = keys.pop("precision", "float32")
+    found = digests.train_in_ways(tmp_path, network, precision, ways, [(ways[0], Way("1 steps", 3))], **keys)
+    assert len({digest for _, digest in found}) == 1, found
+
+
+@pytest.mark.thorough
+def test_three_seeds_are_single_runs(fake_config, tmp_path):
+    """Each seed is attacked by itself, from starts of its own."""
+    fake_config.update(gradient=SPEC, tensorboard=False, total="6 steps", schedule="constant(1e-2)")
+    each = []
+    for seed in range(3):
+        fake_config.seed = seed
+        each.append(run(tmp_path / str(seed), fake_config)["test"]["loss"])
+    fake_config.update(seed=0, num_seeds=3)
+    assert run(tmp_path / "all", fake_config)["test"]["loss"] == pytest.approx(np.mean(each), rel=1e-5)
+
+
+def centred(images):
+    """A user's plain op, which has no fixed scale."""
+    return images - jnp.mean(images, (1, 2, 3), keepdims=True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "augment", "said"),
+    [
+        ("pgd(eps=8)", "normalize", r"pgd\(eps=8\): must be above 0 and at most 1, the whole range of a pixel"),
+        ("pgd(eps='8/0')", "normalize", r"pgd\(eps='8/0'\): must be above 0 and at most 1"),
+        ("pgd(eps='eight')", "normalize", r"write a number or a fraction such as '8/255'"),
+        ("pgd(step_size=-0.1)", "normalize", r"pgd\(step_size=-0.1\): must be above 0"),
+        ("pgd(steps=0)", "normalize", r"pgd\(steps=0\): must be a whole number of 1 or more"),
+        ("pgd", f"normalize|{__name__}:centred", "an attack needs a fixed scale .* which test_pgd:centred changes"),
+    ],
+)
+def test_a_mistake_is_one_sentence(fake_config, tmp_path, spec, augment, said):
+    fake_config.update(gradient=spec, augment=augment)
+    with pytest.raises(UserError, match=said):
+        train.main(fake_config, Workdir(tmp_path))

@@ -1,0 +1,240 @@
+"""SAM and ASAM: the papers' equations in NumPy, optax's own SAM, and all that a run promises."""
+
+import json
+
+import digests
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import thorough
+from digests import Way
+from flax import linen as nn
+
+from imgclf_jax import losses, step
+from imgclf_jax.commands import train
+from imgclf_jax.core import sharding, tree
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.methods import table
+from imgclf_jax.models.classifier import Classifier
+from imgclf_jax.models.frozen import Frozen
+from imgclf_jax.optim import optimizers
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.provenance import DataInfo
+from imgclf_jax.run.workdir import Workdir
+
+pytestmark = pytest.mark.optimized
+
+SHAPE, CLASSES = (4, 4, 1), 3
+SPECS = ["sam(rho=0.2)", "asam(rho=0.7, eta=0.05)"]
+
+
+class Flat(nn.Module):
+    """The pixels: the head on top is a linear model."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return x.reshape(len(x), -1)
+
+
+class Normalized(nn.Module):
+    """A layer with batch statistics and dropout."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.BatchNorm(not train)(nn.Dense(6)(x.reshape(len(x), -1)))
+        return nn.Dropout(0.5, deterministic=not train)(nn.tanh(x))
+
+
+def batch(b=16):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (b, *SHAPE), np.uint8)
+    return {"image": images, "label": rng.integers(0, CLASSES, b, np.int32)}
+
+
+def scale(key, images):
+    return images.astype(jnp.float32) / 255
+
+
+def one_step(gradient, backbone=None, frozen=(), **more):
+    """(state before, state after, window) of one step of SGD with the learning rate 1: its update is the gradient."""
+    model, optimizer = Classifier(backbone or Flat(), CLASSES), optax.sgd(1.0)
+    state = step.init_state(model, optimizer, SHAPE, 0)
+    names = tuple(name for name, _ in tree.named_leaves(state.params))
+    train_step = step.make_train_step(
+        Frozen(model, frozenset(frozen), names) if frozen else model, losses.softmax, optimizer,
+        optax.constant_schedule(1.0), scale, gradient=table.build_gradient(gradient), **more,
+    )  # fmt: skip
+    return state, *jax.jit(train_step)(state, batch())
+
+
+def softmax_gradients(kernel, bias, x, labels):
+    """Those of the mean cross-entropy of a linear model, float64."""
+    logits = x @ kernel + bias
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p = p / p.sum(1, keepdims=True) - np.eye(CLASSES)[labels]
+    return x.T @ p / len(x), p.mean(0)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_gradient_is_that_of_the_paper(spec, accumulate):
+    """w + rho T² g / |T g|, over all parameters at once, in float64."""
+    before, after, _ = one_step(spec, accumulate=accumulate)
+    given = batch()
+    x, labels = given["image"].reshape(16, -1) / 255.0, given["label"]
+    kernel, bias = (np.float64(before.params["head"][name]) for name in ("kernel", "bias"))
+    of_kernel, of_bias = softmax_gradients(kernel, bias, x, labels)
+    t, rho = (1.0, 0.2) if spec.startswith("sam") else (np.abs(kernel) + 0.05, 0.7)
+    norm = np.sqrt(np.sum((t * of_kernel) ** 2) + np.sum(of_bias**2))
+    wanted = softmax_gradients(kernel + rho * t**2 * of_kernel / norm, bias + rho * of_bias / norm, x, labels)
+    found = [kernel - after.params["head"]["kernel"], bias - after.params["head"]["bias"]]
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert not np.allclose(found[0], of_kernel, atol=1e-3)  # nor is it the gradient itself
+
+
+def test_sam_is_that_of_optax():
+    """Adam by SAM, three steps. Rounding differs, since optax divides g by its norm before it multiplies with rho."""
+    model, given, rate = Classifier(Flat(), CLASSES), batch(), optax.constant_schedule(0.1)
+    adam, wrap = optimizers.build("adam", rate, 0.0), table.build_gradient("sam(0.2)")
+    ours = jax.jit(step.make_train_step(model, losses.softmax, adam, rate, scale, gradient=wrap))
+    state = step.init_state(model, adam, SHAPE, 0)
+    theirs = optax.contrib.sam(
+        optax.adam(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.2)), opaque_mode=True
+    )
+
+    def loss(params, _):
+        return jnp.mean(losses.softmax(model.apply({"params": params}, scale(None, given["image"])), given["label"]))
+
+    @jax.jit
+    def by_optax(params, opt_state):
+        with jax.numpy_dtype_promotion("standard"):
+            grads = jax.grad(loss)(params, 0)
+            updates, opt_state = theirs.update(grads, opt_state, params, grad_fn=jax.grad(loss))
+            return optax.apply_updates(params, updates), opt_state
+
+    params, opt_state = state.params, theirs.init(state.params)
+    for _ in range(3):
+        state, _ = ours(state, given)
+        params, opt_state = by_optax(params, opt_state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, params)
+
+
+def test_loss_metrics_and_batch_statistics_are_those_of_the_first_pass():
+    _, plain, plain_window = one_step("", Normalized())
+    _, sharp, window = one_step("sam(rho=1.0)", Normalized())
+    jax.tree.map(np.testing.assert_array_equal, plain.model_state, sharp.model_state)
+    assert window["loss"] == plain_window["loss"]
+    assert window["correct"] == plain_window["correct"]
+    assert window["grad_norm"] != plain_window["grad_norm"]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_frozen_parameters_stay_and_do_not_count_in_the_norm(spec):
+    before, after, _ = one_step(spec, frozen=["head/kernel"])
+    np.testing.assert_array_equal(before.params["head"]["kernel"], after.params["head"]["kernel"])
+    given, kernel = batch(), np.float64(before.params["head"]["kernel"])
+    x = given["image"].reshape(16, -1) / 255.0
+    of_bias = softmax_gradients(kernel, 0.0, x, given["label"])[1]
+    away = (0.2 if spec.startswith("sam") else 0.7) * of_bias / np.linalg.norm(of_bias)
+    wanted = softmax_gradients(kernel, away, x, given["label"])[1]
+    np.testing.assert_allclose(-after.params["head"]["bias"], wanted, atol=1e-6)
+
+
+def test_a_zero_gradient_perturbs_nothing():
+    """Of a loss that is constant: no division by a norm of zero."""
+    model, optimizer = Classifier(Flat(), CLASSES), optax.sgd(1.0)
+    state = step.init_state(model, optimizer, SHAPE, 0)
+    train_step = step.make_train_step(model, lambda logits, labels: 0.0 * logits[:, 0], optimizer,
+                                      optax.constant_schedule(1.0), scale,
+                                      gradient=table.build_gradient("|".join(SPECS)))  # fmt: skip
+    after, window = jax.jit(train_step)(state, batch())
+    jax.tree.map(np.testing.assert_array_equal, state.params, after.params)
+    assert np.isfinite(window["loss"])
+
+
+def noise(gradient, size):
+    """A user's: adds noise to the gradient."""
+
+    def noisy(params, model_state, batch, key):
+        out, grads = gradient(params, model_state, batch, key)
+        return out, jax.tree.map(lambda g: g + size * jax.random.normal(key, g.shape), grads)
+
+    return noisy
+
+
+def test_functions_of_the_gradient_compose_from_left_to_right():
+    _, alone, _ = one_step("sam(rho=0.2)")
+    _, noisy, _ = one_step(f"sam(rho=0.2)|{__name__}:noise(0.5)")
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step.rng.name_hash("dropout")), 0)
+    added = jax.tree.map(lambda w: 0.5 * jax.random.normal(key, w.shape), alone.params)
+    jax.tree.map(lambda a, n, b: np.testing.assert_allclose(a - n, b, atol=1e-6), alone.params, added, noisy.params)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=-1", *thorough("data=-1", "data=2, fsdp=4")])
+@pytest.mark.parametrize("spec", [SPECS[0], *thorough(SPECS[1])])
+def test_eight_devices_take_one_perturbation(fake_config, mesh, spec):
+    """The norm is over all parameters and examples, wherever they are."""
+    fake_config.update(mesh=mesh, gradient=spec, model="mlp(widths=(64,))", preprocess="decode(1)")
+    data = DataInfo(64, SHAPE, ("a", "b", "c"), "")
+    after = []
+    for devices, text in ((1, ""), (8, mesh)):
+        with fake_config.unlocked():
+            fake_config.mesh = text or "data=-1"
+        programs = Programs(Recipe(fake_config, data), sharding.make_mesh(jax.devices()[:devices], fake_config.mesh))
+        chunk = {k: np.stack([v] * programs.steps_per_call) for k, v in batch().items()}
+        state = programs.init(0)["state"]
+        chunk = sharding.put_batch(chunk, programs.mesh, axis=1)
+        after.append(programs.train(state, programs.zero_window(), chunk, np.int32(1)))
+    (one, of_one), (eight, of_eight) = after
+    np.testing.assert_allclose(of_one["grad_norm"], of_eight["grad_norm"], rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *map(jax.device_get, (one.opt_state, eight.opt_state))
+    )
+
+
+@pytest.mark.parametrize(
+    "more", thorough({}, {"accumulate": 2}, {"num_seeds": 2}, {"mesh": "fsdp=-1"}, {"precision": "bfloat16"})
+)
+@pytest.mark.parametrize("spec", SPECS)
+def test_cadences_chunks_and_a_resume_change_no_bit(spec, more, tmp_path):
+    ways = [Way("1 steps", 1), Way("5 steps", 3), Way("", 0, "device")]
+    keys = {"gradient": spec, **more}
+    precision = keys.pop("precision", "float32")
+    found = digests.train_in_ways(tmp_path, "cnn", precision, ways, [(ways[0], Way("1 steps", 3))], **keys)
+    assert len({digest for _, digest in found}) == 1, found
+
+
+def run(folder, config):
+    assert train.main(config, Workdir(folder)) == 0
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("spec", thorough(*SPECS))
+def test_three_seeds_are_single_runs(fake_config, tmp_path, spec):
+    """Each seed has a norm of its own."""
+    fake_config.update(gradient=spec, tensorboard=False, total="6 steps", schedule="constant(1e-2)")
+    each = []
+    for seed in range(3):
+        fake_config.seed = seed
+        each.append(run(tmp_path / str(seed), fake_config)["test"]["loss"])
+    fake_config.update(seed=0, num_seeds=3)
+    assert run(tmp_path / "all", fake_config)["test"]["loss"] == pytest.approx(np.mean(each), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("sam(rho=-1)", r"gradient: sam\(rho=-1\): allowed are numbers of 0 or more"),
+        ("asam(eta='x')", r"gradient: asam\(eta='x'\): allowed are numbers of 0 or more"),
+        ("asam(roh=1)", "unknown argument 'roh': did you mean 'rho'"),
+        ("sma", "unknown gradient 'sma': did you mean 'sam'"),
+    ],
+)
+def test_a_mistake_is_one_sentence(fake_config, tmp_path, spec, said):
+    fake_config.gradient = spec
+    with pytest.raises(UserError, match=said):
+        train.main(fake_config, Workdir(tmp_path))
