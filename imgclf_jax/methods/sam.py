@@ -29,7 +29,7 @@ def sam(gradient: Gradient, rho: float = 0.05) -> GradientFunction:
 def asam(gradient: Gradient, rho: float = 0.5, eta: float = 0.01) -> GradientFunction:
     """Adaptive SAM, whose neighbourhood follows the scale of each weight: the gradient at w + rho T² g / ‖T g‖.
 
-    Algorithm 1 of Kwon et al. 2021 (arXiv:2102.11600). As in the authors' program, T is |w| + eta for
+    Algorithm 1 of Kwon et al. 2021 (arXiv:2102.11600). As in the authors' program, T is `|w| + eta` for
     weights (here parameters called `kernel`, `scale` or `embedding`) and 1 for all others, such as biases. Otherwise
     as `sam`.
     """
