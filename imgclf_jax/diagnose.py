@@ -16,6 +16,7 @@ from imgclf_jax import metrics, step
 from imgclf_jax.core import memory, processes, rng, spec
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.data import stream
+from imgclf_jax.methods.gradients import Gradient
 from imgclf_jax.optim import optimizers
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -58,7 +59,9 @@ def find(recipe: Recipe) -> None:
     def init_and_update() -> step.TrainState:
         parts = recipe.model, recipe.optimizer, image_shape, 0, recipe.average
         state = step.init_state(*parts, head=recipe.method.predicts)
-        recipe.optimizer.update(state.params, state.opt_state, state.params)
+        gradient = Gradient(lambda params, *_: ((jnp.float32(0), None), params), lambda *_: jnp.float32(0))
+        extra = gradient.extra_arguments(jnp.float32(0), state.params, None, None, rng.key(0, "dropout"))
+        recipe.optimizer.update(state.params, state.opt_state, state.params, **extra)
         return state
 
     def trace(key: str, function: Callable[..., Any], *args: Any) -> None:

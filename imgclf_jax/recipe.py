@@ -69,9 +69,10 @@ class Recipe:
 
     @cached_property
     def average(self) -> weight_averages.Average:
-        """The average of the weights that evaluation uses."""
+        """The weights that evaluation uses: an average, or what the optimizer says."""
         lookahead = optimizers.split_lookahead(self.config.optimizer)[1]
-        return weight_averages.build(self.config.ema, lookahead, self._steps_for("optimizer"), self.total)
+        steps = self._steps_for("optimizer")
+        return weight_averages.build(self.config.ema, lookahead, steps, self.total, self.optimizer)
 
     @cached_property
     def rules(self) -> rules.Rules:

@@ -38,11 +38,11 @@ class TrainState(struct.PyTreeNode):
     params: Any
     model_state: Any  # every other linen collection, such as batch_stats
     opt_state: Any
-    ema: Any = None  # (params, model_state), averaged over the steps; None without an average
+    ema: Any = None  # (params, model_state) to evaluate, such as averages over the steps; None: those that are trained
 
     @property
     def evaluated(self) -> tuple[Any, Any]:
-        """(params, model_state) that evaluation and prediction use: the averages, where there are any."""
+        """(params, model_state) that evaluation and prediction use: `ema`, where there is one."""
         return (self.params, self.model_state) if self.ema is None else self.ema
 
 
@@ -171,12 +171,11 @@ def make_train_step(
         key = rng.key(state.seed, "dropout", state.step)
         (mean_loss, (model_state, (logits, named))), grads = take_gradient(state.params, state.model_state, whole, key)
         updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, value=mean_loss, grad=grads,
-            value_fn=take_gradient.value(state.model_state, whole, key),
-            grad_fn=lambda params, *_: take_gradient(params, state.model_state, whole, key)[1],
+            grads, state.opt_state, state.params,
+            **take_gradient.extra_arguments(mean_loss, grads, state.model_state, whole, key),
         )  # fmt: skip
         params = optax.apply_updates(state.params, updates)
-        (params, model_state), ema = average.update(state.ema, (params, model_state), state.step)
+        (params, model_state), ema = average.update(state.ema, (params, model_state), state.step, opt_state)
 
         grad_norm = optax.tree.norm(grads)
         param_norm = optax.tree.norm(params)

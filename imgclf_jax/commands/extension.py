@@ -9,6 +9,7 @@ import numpy as np
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.optim.optimizers import promoting
+from imgclf_jax.optim.weight_averages import evaluated_by
 from imgclf_jax.recipe import Recipe
 
 _PIECE = 100_000  # steps that are compared at once
@@ -43,6 +44,8 @@ def _rate(recipe: Recipe) -> Callable[[jax.Array], jax.Array]:
 
 def _share(recipe: Recipe) -> Callable[[jax.Array], jax.Array]:
     """How much of new weights the average of weights takes over at a step."""
+    if evaluated_by(recipe.optimizer):  # they follow from the optimizer's state, whatever the total
+        return jnp.zeros_like
     one, zero = jnp.float32(1), jnp.float32(0)
     return lambda step: jnp.stack(jax.tree.leaves(recipe.average.update(one, zero, step))).sum()
 

@@ -57,12 +57,21 @@ class Gradient:
 
         value.defvjp(forward, backward)
 
-        def value_fn(
-            params: Any, grad_fn: Any = None
-        ) -> jax.Array:  # optax's line searches pass on all extra arguments
-            return value(params)
+        def value_fn(params: Any, grad_fn: Any = None, obj_fn: Any = None) -> jax.Array:
+            return value(params)  # optax's line searches pass on all other extra arguments
 
         return value_fn
+
+    def extra_arguments(self, value: Any, grads: Any, model_state: Any, batch: Any, key: jax.Array) -> dict[str, Any]:
+        """optax's extra arguments of an update: `value`, `grad`, `value_fn`, which Sophia calls `obj_fn`, `grad_fn`."""
+        value_fn = self.value(model_state, batch, key)
+        return {
+            "value": value,
+            "grad": grads,
+            "value_fn": value_fn,
+            "obj_fn": value_fn,
+            "grad_fn": lambda params, *_: self(params, model_state, batch, key)[1],
+        }
 
 
 def _split(batch: Any, parts: int) -> Any:

@@ -1,6 +1,7 @@
-"""Averages of the weights over the steps of training. Evaluation and prediction use the average.
+"""The weights that evaluation and prediction use, where they are others than those that are trained.
 
-All variables of a model are averaged: its parameters and its batch statistics.
+An average over the steps of training is of all variables of a model: its parameters and its batch statistics. An
+optimizer may itself say which parameters are to be evaluated; see `with_evaluated`.
 """
 
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
@@ -16,17 +18,44 @@ Variables = Any  # a pytree
 
 
 class Average(NamedTuple):
-    """`init(variables) -> average`, and `update(average, variables, step) -> (variables, average)`.
+    """`init(variables) -> average`, and `update(average, variables, step, opt_state) -> (variables, average)`.
 
-    The `variables` given to `update` are those after the optimizer's update of `step`, i32[], which starts from 0. The
-    next step trains on the `variables` that it returns.
+    The `variables` and `opt_state` given to `update` are those after the optimizer's update of `step`, i32[], which
+    starts from 0. The next step trains on the `variables` that it returns.
     """
 
     init: Callable[[Variables], Any]
-    update: Callable[[Any, Variables, jax.Array], tuple[Variables, Any]]
+    update: Callable[..., tuple[Variables, Any]]
 
 
-NONE = Average(lambda variables: None, lambda average, variables, step: (variables, None))
+NONE = Average(lambda variables: None, lambda average, variables, step, opt_state=None: (variables, None))
+
+# `evaluated(opt_state, params) -> params`, see `with_evaluated`.
+Evaluated = Callable[[Any, Any], Any]
+
+
+class EvaluatingOptimizer(optax.GradientTransformationExtraArgs):
+    """An optimizer with a function `evaluated`, see `with_evaluated`."""
+
+    evaluated: Evaluated
+
+
+def with_evaluated(optimizer: optax.GradientTransformation, evaluated: Evaluated) -> EvaluatingOptimizer:
+    """The optimizer, with the parameters to evaluate as a function of its state and of the parameters it trains.
+
+    After each step `evaluated(opt_state, params)` gives the parameters that evaluation, prediction and export use, as
+    `optax.contrib.schedule_free_eval_params` does. It must be pure and map over pytrees: `opt_state` is that of
+    `optimizer`, and leaves of frozen parameters are missing in both. Before the first step they are those trained.
+    """
+    extended = optax.with_extra_args_support(optimizer)
+    out = EvaluatingOptimizer(extended.init, extended.update)
+    out.evaluated = evaluated
+    return out
+
+
+def evaluated_by(optimizer: optax.GradientTransformation) -> Evaluated | None:
+    """The function that `with_evaluated` gave the optimizer; None for one that evaluates what it trains."""
+    return getattr(optimizer, "evaluated", None)
 
 
 def ema(decay: float) -> Average:
@@ -36,7 +65,7 @@ def ema(decay: float) -> Average:
     initial weights.
     """
 
-    def update(average: Any, variables: Variables, step: jax.Array) -> tuple[Variables, Any]:
+    def update(average: Any, variables: Variables, step: jax.Array, opt_state: Any = None) -> tuple[Variables, Any]:
         t = step.astype(jnp.float32)
         share = 1 - jnp.minimum(jnp.float32(decay), (1 + t) / (10 + t))
         return variables, _mix(average, variables, share)
@@ -60,7 +89,7 @@ def lookahead(
     first = steps(start)
     begin = k * (first // k + 1) if first else 0
 
-    def update(slow: Any, fast: Variables, step: jax.Array) -> tuple[Variables, Any]:
+    def update(slow: Any, fast: Variables, step: jax.Array, opt_state: Any = None) -> tuple[Variables, Any]:
         done = step + 1
         share = 1 - (1 - alpha) * (done.astype(jnp.float32) / total) ** power
         slow = _where(done <= begin, fast, _where(done % k == 0, _mix(slow, fast, share), slow))
@@ -69,11 +98,32 @@ def lookahead(
     return Average(_copy, update)
 
 
-def build(decay: float, call: spec.Call | None, steps: Callable[[str], int], total: int) -> Average:
-    """The average of the key `ema`, or of the `lookahead(…)` in an optimizer spec.
+def of_optimizer(evaluated: Evaluated) -> Average:
+    """The parameters that an optimizer says are to be evaluated, and the batch statistics as they are."""
 
-    `steps` turns a duration into whole steps of the `total`. Raises UserError if both are given.
+    def update(average: Any, variables: Variables, step: jax.Array, opt_state: Any = None) -> tuple[Variables, Any]:
+        params, model_state = variables
+        return variables, (evaluated(opt_state, params), model_state)
+
+    return Average(_copy, update)
+
+
+def build(
+    decay: float,
+    call: spec.Call | None,
+    steps: Callable[[str], int],
+    total: int,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Average:
+    """The average of the key `ema`, of the `lookahead(…)` in an optimizer spec, or what `optimizer` evaluates.
+
+    `steps` turns a duration into whole steps of the `total`. Raises UserError if more than one is given.
     """
+    if optimizer is not None and (evaluated := evaluated_by(optimizer)):
+        if decay or call:
+            raise UserError(f"{call or f'ema={decay}'} and the optimizer both say which weights are evaluated; leave "
+                            "the first out")  # fmt: skip
+        return of_optimizer(evaluated)
     if call is None:
         return ema(decay) if decay else NONE
     if decay:

@@ -149,7 +149,7 @@ def test_lamb_is_its_definition():
             "unknown transform before the optimizer 'add_decay_weights': did you mean 'add_d",
         ),
         ("add_decayed_weights(0.1)", "unknown optimizer 'add_decayed_weights'"),
-        ("sgd|add_decayed_weights(0.1)", "expected exactly one optimizer; before it may stand .*after it lookahead"),
+        ("sgd|add_decayed_weights(0.1)", "expected exactly one optimizer; before it may stand .*and lookahead"),
         ("lookahead(5)", "expected exactly one optimizer"),
         ("", "expected exactly one optimizer"),
         ("muon(0.95)", r"name the arguments, as in muon\(\.\.\.=0\.95\)"),

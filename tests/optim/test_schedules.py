@@ -251,7 +251,6 @@ def test_every_optimizer_that_is_offered_runs():
     [
         ("adm", "unknown optimizer 'adm': did you mean 'adam'"),
         ("momentum", "unknown optimizer 'momentum'"),
-        ("lbfgs", "lbfgs cannot be used, since its line search"),  # it needs the loss as well
         ("adam(beta1=0.9)", "unknown argument 'beta1': did you mean 'b1'"),
         ("adamw(learning_rate=0.1)", "unknown argument 'learning_rate'"),
         ("adam(0.1)", r"optimizer='adam\(0.1\)': name the arguments.*the learning rate is the schedule's"),

@@ -8,13 +8,20 @@ import optax
 import pytest
 
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.optim import optimizers, schedules
+from imgclf_jax.methods.gradients import Gradient
+from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
 
 
-def run(text, params):
-    """Traces the first update."""
-    optimizer = optimizers.build(text, optax.constant_schedule(0.1), 0.5)
-    jax.eval_shape(lambda params: optimizer.update(params, optimizer.init(params), params), params)
+def run(text, params, **more):
+    """Traces the first update, with what the train step gives it."""
+    optimizer = optimizers.build(text, optax.constant_schedule(0.1), 0.5, rules.Rules(**more))
+    gradient = Gradient(lambda params, *_: ((jnp.float32(1), None), params), None)
+
+    def update(params):
+        extra = gradient.extra_arguments(jnp.float32(1), params, None, None, None)
+        return optimizer.update(params, optimizer.init(params), params, **extra)
+
+    jax.eval_shape(update, params)
 
 
 def schedule_free(learning_rate):
@@ -40,16 +47,16 @@ def private(learning_rate):
     return optax.chain(optax.contrib.differentially_private_aggregate(1.0, 0.1, key=0), optax.sgd(learning_rate))
 
 
-def line_search(learning_rate):
-    return optax.chain(optax.sgd(learning_rate), optax.scale_by_backtracking_linesearch(5))
+def opaque_sam(learning_rate):
+    adversary = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+    return optax.contrib.sam(optax.sgd(learning_rate), adversary, opaque_mode=True)
 
 
-def on_plateau(learning_rate):
-    return optax.chain(optax.sgd(learning_rate), optax.contrib.reduce_on_plateau())
+def needs_more(learning_rate):
+    def update(updates, state, params=None, *, hessian, labels, **extra):
+        return updates, state
 
-
-def sophia(learning_rate):
-    return optax.contrib.sophia(learning_rate)
+    return optax.GradientTransformationExtraArgs(lambda params: (), update)
 
 
 def no_optimizer(learning_rate):
@@ -57,14 +64,13 @@ def no_optimizer(learning_rate):
 
 
 @pytest.mark.parametrize(("function", "message"), [
-    (schedule_free, "ScheduleFreeState cannot be used, since it trains the parameters y, while those to evaluate, x"),
+    (schedule_free, "ScheduleFreeState cannot be used, since it trains the parameters y, and those to evaluate, x"),
     (wrapped_schedule_free, "ScheduleFreeState cannot be used"),
-    (transparent_sam, "SAMState cannot be used, since its steps alternate between the weights and perturbed ones"),
+    (transparent_sam, "SAMState cannot be used, since each of its steps needs a second gradient"),
     (optax_lookahead, r"LookaheadState cannot be used.*\|lookahead\(k, alpha\) instead"),
     (private, "DifferentiallyPrivateAggregateState cannot be used, since it needs the gradient of each example"),
-    (line_search, "needs 'value', 'grad', and 'value_fn' at each update, which the train step does not give"),
-    (on_plateau, "needs 'value' at each update"),
-    (sophia, "needs obj_fn at each update"),
+    (opaque_sam, r"SAMState cannot be used, .*gradient='sam\(rho=0\.05\)' takes it for every optimizer"),
+    (needs_more, "needs 'hessian' and 'labels' at each update, which the train step does not give"),
     (no_optimizer, "no_optimizer gives a str, and not an optax.GradientTransformation"),
 ])  # fmt: skip
 def test_own_optimizers_that_cannot_run_right_are_told(function, message):
@@ -76,8 +82,14 @@ def test_own_optimizers_that_cannot_run_right_are_told(function, message):
 
 @pytest.mark.filterwarnings("ignore")
 def test_each_optimizer_of_optax_runs_or_says_why_not():
-    """Every public function of optax and optax.contrib that takes a learning rate, by its name and by its path."""
+    """Every public function of optax and optax.contrib that takes a learning rate, by its name and by its path.
+
+    And all of contrib that give an optimizer in other ways; what is left are parts of optimizers.
+    """
     params = {"head": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
+    unfit = {name: name for name in ("differentially_private_aggregate", "dpsgd", "sam")}
+    spelled = {"mechanize": "mechanize('adam')", "schedule_free": "schedule_free('sgd')", "normalize": "", **unfit,
+               "reduce_on_plateau": "sgd|reduce_on_plateau", "split_real_and_imaginary": ""}  # fmt: skip
     ran = set()
     for module in (optax, optax.contrib):
         for name in dir(module):
@@ -85,18 +97,50 @@ def test_each_optimizer_of_optax_runs_or_says_why_not():
             if name.startswith(("_", "scale_by_")) or not callable(rate) or isinstance(rate, type):
                 continue
             if "learning_rate" not in next(iter(inspect.signature(rate).parameters), ""):
-                continue
-            for text in (name, f"{module.__name__}:{name}"):
+                if module is optax or name.endswith(("_params", "_hessian")):
+                    continue
+                assert name in spelled
+            by_name = spelled.get(name, name)
+            for text in (by_name, by_name.replace(name, f"{module.__name__}:{name}")) if by_name else ():
                 if name in optimizers.UNFIT:
                     with pytest.raises(UserError, match=f"{name} cannot be used, since"):
                         run(text, params)
-                elif text != "galore":  # which its path alone names
+                else:
                     run(text, params)
                     ran.add(name)
-    assert len(ran) > 35
-    for name in ("sam", "lookahead", "schedule_free", "mechanize", "reduce_on_plateau"):
-        with pytest.raises(UserError, match=f"{name} cannot be used, since"):
-            optimizers.build(name if name != "lookahead" else "optax:lookahead", optax.constant_schedule(0.1), 0.0)
+    assert len(ran) > 45
+    with pytest.raises(UserError, match="lookahead cannot be used, since"):
+        run("optax:lookahead", params)
+
+
+def by_hand_evaluated(learning_rate):
+    """An optimizer of one's own around schedule-free, which says what it evaluates."""
+    inner = optax.chain(optax.clip(1.0), optax.contrib.schedule_free_sgd(learning_rate))
+    return weight_averages.with_evaluated(
+        inner, lambda state, params: optax.contrib.schedule_free_eval_params(state[1], params)
+    )
+
+
+@pytest.mark.parametrize(("text", "message", "more"), [
+    ("schedule_free_sgd(warmup_steps=5)", r"takes no warmup_steps here; the schedule warms up, as in", {}),
+    ("schedule_free_adamw", r"rules\.layer_decay would scale; .*as in schedule_free\('sgd'\)", {"lr": {"a": 0.5}}),
+    (f"{__name__}:by_hand_evaluated", r"by_hand_evaluated reckons with its own updates", {"lr": {"a": 0.5}}),
+    ("mechanize('adam')|reduce_on_plateau(patience=3)", r"which reduce_on_plateau\(patience=3\) would scale", {}),
+    ("mechanize(0.1)", r"takes an optimizer's spec in quotes, without lookahead, as in mechanize\('sgd'\)", {}),
+    ("mechanize('sgd|lookahead(5)')", "in quotes, without lookahead", {}),
+    ("mechanize", "missing a required argument: 'base_optimizer'", {}),
+    ("mechanize('adam', 0.1)", r"name the arguments, as in mechanize\(\.\.\.=0\.1\)", {}),
+    ("mechanize('schedule_free_sgd')", "schedule_free_sgd evaluates other parameters than it trains", {}),
+    ("mechanize('adamm')", "unknown optimizer 'adamm': did you mean 'adam", {}),
+    ("sgd|reduce_on_plateau(0.1)|adam", "expected exactly one optimizer", {}),
+    ("reduce_on_plateau(0.1)", "after it reduce_on_plateau and lookahead", {}),
+    ("sgd|reduce_on_plateau(factor=2.0)", r"Factor must be in the range", {}),
+    ("mechanize('sgd')", r"rules\.decay: .*has no weight decay to multiply", {"decay": {"a": 0.0}}),
+    ("momo", "rules.decay: momo finds one step size", {"decay": {"a": 0.0}}),
+])  # fmt: skip
+def test_what_does_not_fit_together_is_told(text, message, more):
+    with pytest.raises(UserError, match=message):
+        run(text, {"a": jnp.ones(2), "b": jnp.ones((2, 3))}, **more)
 
 
 def test_schedules_and_optimizers_are_not_mixed_up():

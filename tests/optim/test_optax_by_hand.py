@@ -1,0 +1,122 @@
+"""Every optimizer of optax that needs more than the gradient or a schedule, beside a loop with optax by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import thorough
+
+from imgclf_jax import recipe, step
+from imgclf_jax.optim import optimizers, schedules
+
+pytestmark = pytest.mark.optimized
+
+STEPS = 20
+RNG = np.random.default_rng(0)
+IMAGES, LABELS = RNG.integers(0, 256, (STEPS, 32, 6, 6, 1), np.uint8), RNG.integers(0, 3, (STEPS, 32), np.int32)
+SCHEDULE = "cosine(0.05, warmup='20%')"
+RATE = schedules.build(SCHEDULE, lambda duration: {"20%": 4, "": 0}[duration], STEPS)
+
+FIRST = float(RATE(0))
+contrib = optax.contrib
+
+
+def signs():
+    return contrib.hutchinson_estimator_diag_hessian(jax.random.key(0))
+
+
+# By spec, optax's own optimizer, with the schedule where optax takes one.
+BY_HAND = {
+    "schedule_free_sgd(b1=0.8, weight_decay=1e-2)": lambda: contrib.schedule_free_sgd(RATE, None, 0.8, 1e-2),
+    "schedule_free_adamw(weight_decay=1e-2)": lambda: contrib.schedule_free_adamw(RATE, weight_decay=1e-2),
+    "schedule_free('sgd', b1=0.95)": lambda: contrib.schedule_free(optax.sgd(RATE), RATE, 0.95),
+    "momo(weight_decay=1e-3, adapt_lower_bound=True)": lambda: contrib.momo(RATE, 0.9, 0.0, 1e-3, True),
+    "momo_adam": lambda: contrib.momo_adam(RATE),
+    "sophia(update_interval=3)": lambda: contrib.sophia(RATE, update_interval=3, hessian_diagonal_fn=signs()),
+    "lbfgs(memory_size=3)": lambda: optax.lbfgs(RATE, 3),
+    "mechanize('adamw(b2=0.99)')": lambda: contrib.mechanize(optax.adamw(RATE, b2=0.99)),
+    "sgd(momentum=0.9)|reduce_on_plateau(patience=2, accumulation_size=3)": lambda: optax.chain(
+        optax.sgd(RATE, 0.9), contrib.reduce_on_plateau(patience=2, accumulation_size=3)),
+    "rprop": lambda: optax.rprop(FIRST),
+    "galore(rank=2)": lambda: contrib.galore(RATE, 2),
+}  # fmt: skip
+# Those whose learning rate is a number in optax, at each step that of the schedule.
+OF_A_NUMBER = {
+    "polyak_sgd(f_min=0.1, variant='sps+')": lambda rate: optax.polyak_sgd(rate, f_min=0.1, variant="sps+"),
+    "sm3": optax.sm3,
+    "optimistic_adam": optax.optimistic_adam,
+}
+
+
+def parts(text, schedule=SCHEDULE, **more):
+    from imgclf_jax.config import default_config
+
+    config = default_config()
+    keys = {"optimizer": text, "schedule": schedule, "clip": 0.5, "model": "mlp(widths=(8,))", "augment": ""}
+    config.update_from_flattened_dict({**keys, "total": f"{STEPS} steps", "batch_size": 32, **more})
+    return recipe.for_arrays(config, IMAGES[0], LABELS[0])
+
+
+def train(found):
+    """The state after each step, and that of step 0 before them."""
+    state = step.init_state(found.model, found.optimizer, found.data.image_shape, 5, found.average)
+    augment = found.augment(train=True)
+    pure = step.make_train_step(found.model, found.method, found.optimizer, found.schedule, augment, found.average)
+    train_step = jax.jit(pure)
+    states = [state]
+    for images, labels in zip(IMAGES, LABELS, strict=True):
+        states.append(train_step(states[-1], {"image": images, "label": labels})[0])
+    return states
+
+
+def by_hand(found, make, params, of_a_number=False):
+    def loss(params, images, labels):
+        logits = found.model.apply({"params": params}, images.astype(jnp.float32) / 255)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+    def optimizer(i):
+        return optax.chain(optax.clip_by_global_norm(0.5), make(RATE(i)) if of_a_number else make())
+
+    @jax.jit
+    def update(i, params, opt_state, images, labels):
+        with jax.numpy_dtype_promotion("standard"):
+            value, grads = jax.value_and_grad(loss)(params, images, labels)
+            value_fn = lambda params, obj_fn=None: loss(params, images, labels)  # noqa: E731
+            extra = {"value": value, "grad": grads, "value_fn": value_fn, "obj_fn": value_fn}
+            updates, opt_state = optimizer(i).update(grads, opt_state, params, **extra)
+            return optax.apply_updates(params, updates), opt_state
+
+    opt_state = optimizers.seed_keys(optimizer(0).init(params), 5)
+    for i, (images, labels) in enumerate(zip(IMAGES, LABELS, strict=True)):
+        params, opt_state = update(i, params, opt_state, images, labels)
+    return params, opt_state
+
+
+def close(ours, theirs, start):
+    """Up to rounding, which differs between the two programs, since XLA fuses them differently."""
+    moved = max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (theirs, start)), strict=True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * moved), ours, theirs)
+
+
+QUICK = ("schedule_free_adamw(weight_decay=1e-2)", "sophia(update_interval=3)", "polyak_sgd(f_min=0.1, variant='sps+')")
+
+
+@pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated")
+@pytest.mark.parametrize("text", [*QUICK, *thorough(*({*BY_HAND, *OF_A_NUMBER} - {*QUICK}))])
+def test_it_is_optax_by_hand(text):
+    """Twenty steps: the parameters, the parameters to evaluate, and a state whose types stay what they are."""
+    found = parts(text)
+    states = train(found)
+    make = {**BY_HAND, **OF_A_NUMBER}[text]
+    params, opt_state = by_hand(found, make, states[0].params, text in OF_A_NUMBER)
+    close(states[-1].params, params, states[0].params)
+    kinds = [jax.tree.map(lambda x: (x.shape, x.dtype, getattr(x, "weak_type", False)), s) for s in states]
+    assert kinds[0] == kinds[-1]
+    if text.startswith("schedule_free"):
+        evaluated = contrib.schedule_free_eval_params(opt_state[1], params)
+        close(states[-1].evaluated[0], evaluated, states[0].params)
+        gap = max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (params, evaluated)), strict=True))
+        assert gap > 1e-4
+    else:
+        assert states[-1].ema is None
