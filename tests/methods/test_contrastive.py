@@ -264,7 +264,8 @@ def test_what_needs_a_head_is_refused_in_one_sentence(pretrained_run, tmp_path, 
     assert not [name for name in parameters(pretrained_run) if name.startswith("head")]
     for command in (
         ["evaluate"], ["report"], ["export", str(tmp_path / "model.stablehlo")], ["evaluate", "--checkpoints=all"],
-        ["evaluate", "--corruptions=gaussian_noise"], ["predict", str(tmp_path / "x.png")], ["serve", "--port=0"],
+        ["evaluate", "--corruptions=gaussian_noise"], ["evaluate", "--attack=pgd"],
+        ["predict", str(tmp_path / "x.png")], ["serve", "--port=0"],
         ["explain", str(tmp_path / "x.png")],
     ):  # fmt: skip
         assert launch.main([*command, workdir]) == 1
