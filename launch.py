@@ -204,9 +204,7 @@ def _joined(
     return together.joined(alike, coordinator, number, process, local_devices, heartbeat)
 
 
-def _dryrun(
-    config: ConfigDict, folder: Path, chips: str, shape: str, classes: int | None, examples: int | None, format: str
-) -> int:
+def _dryrun(config: ConfigDict, folder: Path, chips: str, shape: str, format: str, **given: int | None) -> int:
     from imgclf_jax.chips import topology
 
     if not chips:
@@ -214,12 +212,13 @@ def _dryrun(
     sides = shape.split(",") if shape else None
     if sides and not (len(sides) == 3 and all(re.fullmatch(r"[1-9]\d*", n) for n in sides)):
         raise UsageError(f"--shape={shape}: wants height, width and channels, such as 224,224,3")
+    if given["classes"] and given["targets"]:
+        raise UsageError("--classes and --targets are both given; an example has a class or targets")
     parsed = topology.parse(chips)
     topology.prepare(parsed)
     from imgclf_jax.commands import dryrun
 
-    given = {"shape": sides and tuple(map(int, sides)), "classes": classes, "examples": examples}
-    return dryrun.main(config, parsed, given, format, folder)
+    return dryrun.main(config, parsed, {"shape": sides and tuple(map(int, sides)), **given}, format, folder)
 
 
 def _steps(text: str) -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import loading
 from imgclf_jax.core import processes, sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.exports import onnx, saved_model, stablehlo, torch_state
+from imgclf_jax.exports import compared, onnx, saved_model, stablehlo, torch_state
 from imgclf_jax.inference import Outputs
 from imgclf_jax.run.provenance import write_atomically
 from imgclf_jax.run.workdir import Workdir
@@ -90,7 +90,7 @@ def _onnx(model: Trained, path: Path, gives: str, names: str) -> list[str]:
     write_atomically(path, content)
     h, w, c = model.programs.recipe.data.image_shape
     return [
-        f"{path}: {_size(path)}, {gives} of uint8 images [b, {h}, {w}, {c}]",
+        f"{path}: {_size(path)}, {compared.output_name(model, _OUTPUTS[gives])} of uint8 images [b, {h}, {w}, {c}]",
         f"onnxruntime gives the same on five random images, up to {difference:.1e}.",
     ]
 

@@ -52,6 +52,8 @@ FLAGS: Mapping[str, Flag] = {
     "chips": Flag("v5e:4x4, v6e:8x8, v5p:4x4x4, h100:8, a100:8x8 (hosts x GPUs) or cpu:8", "KIND:SHAPE"),
     "shape": Flag("what the training images are, where the data are not here", "H,W,C"),
     "classes": Flag("how many classes there are, where the data are not here", "N", None, least=2),
+    "targets": Flag("how many targets an example has in place of a class, where the data are not here", "N", None,
+                    least=1),
     "examples": Flag("how many training images there are, where the data are not here", "N", None, least=1),
     "grace": Flag("the longest that a stop by signal may take, saving included (default: any time)", "SECONDS", 0.0,
                   least=0.0),

@@ -152,7 +152,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "dryrun": Command(
         "compile the run for chips that need not be here: memory, time, what bounds it", "config",
-        ("workdir", "chips", "shape", "classes", "examples", "format"),
+        ("workdir", "chips", "shape", "classes", "targets", "examples", "format"),
         examples=("--config configs/imagenet_resnet50.py --chips v5e:2x4",),
     ),
     "config": Command("print every key's value and documentation", "config"),

@@ -18,6 +18,7 @@ class Given:
 
     shape: tuple[int, int, int] | None = None  # (h, w, c), after the host ops
     classes: int | None = None
+    targets: int | None = None  # of each example, in place of a class
     examples: int | None = None
 
 
@@ -26,9 +27,9 @@ def describe(config: ConfigDict, given: Given, count_classes: bool = False) -> D
 
     Raises UserError, naming the flags, if the data are not there and too little is given.
     """
-    shape, classes, examples = given.shape, given.classes, given.examples
+    shape, classes, examples = given.shape, given.targets or given.classes, given.examples
     counts: tuple[int, ...] = ()
-    has_targets, extra = False, _of_extra(config)
+    has_targets, extra = bool(given.targets), _of_extra(config)
     if None in (shape, classes, examples):
         try:
             call = spec.parse_one(config.data.source)
@@ -38,9 +39,10 @@ def describe(config: ConfigDict, given: Given, count_classes: bool = False) -> D
                 train = sources.take_split(sources.open_data(config), config.data.train)
                 info = Images(train, config.preprocess).describe(count_classes)
                 own, counts = (info.image_shape, len(info.class_names), info.train_examples), info.class_counts
-                has_targets = bool(info.target_names)
+                has_targets = bool(info.target_names) if classes is None else has_targets
         except UserError as e:
-            raise UserError(f"{e}; or say what they are: --shape=224,224,3 --classes=1000 --examples=1281167") from e
+            raise UserError(f"{e}; or say what they are: --shape=224,224,3 --classes=1000 (or --targets=N) "
+                            "--examples=1281167") from e  # fmt: skip
         shape = shape or own[0]
         classes, examples = classes or own[1], examples or own[2]
     if shape is None or not classes or not examples:

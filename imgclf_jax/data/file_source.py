@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,7 @@ class FileSource:
         if name not in self.columns:
             raise UserError(unknown("column", name, self.columns) if name else "the table has no column with weights; "
                             "name one by weight='…' in data.source")  # fmt: skip
-        out = np.empty(len(self))
-        for i, value in enumerate(self.columns[name]):
-            try:
-                out[i] = float(value)
-            except (TypeError, ValueError) as e:
-                raise UserError(f"the column {name!r} holds {value!r} for {self.name(i)}, not a number") from e
-        return out
+        return numbers(name, self.columns[name], lambda i, what: UserError(f"{self.name(i)}: {what}"))
 
     def fingerprint(self) -> str:
         """Over names, classes and contents, see `image_check.check`; of a table also over its bytes and the labels."""
@@ -103,6 +97,18 @@ class FileSource:
         kept = self.select(np.array([i for i, file in enumerate(self.files) if file not in bad], np.int64))
         own = sorted(bad.keys() & set(self.files)) if self.table else sorted(bad)
         return replace(kept, left_out=tuple(utf8(str(self.root / file)) for file in own))
+
+
+def numbers(column: str, values: Sequence[Any], fail: Callable[[int, str], UserError]) -> np.ndarray:
+    """The values of a column of a table as f64[n]; raises `fail(row, what)` for the first one that is no number."""
+    out = np.empty(len(values), np.float64)
+    for i, value in enumerate(values):
+        try:
+            out[i] = float(value)
+        except (TypeError, ValueError) as e:
+            holds = repr(value) if value is not None and str(value).strip() else "nothing"
+            raise fail(i, f"the column {column!r} holds {holds}, not a number") from e
+    return out
 
 
 def name_unreadable(kind: str, place: Path, reasons: Mapping[str, str], unreadable: str) -> None:

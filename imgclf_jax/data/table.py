@@ -21,7 +21,7 @@ from imgclf_jax.core.split_folders import split_order
 from imgclf_jax.data import image_check
 from imgclf_jax.data.arrays import MOST_CLASSES, check_finite
 from imgclf_jax.data.decode import FORMATS
-from imgclf_jax.data.file_source import LISTING, FileSource, name_unreadable
+from imgclf_jax.data.file_source import LISTING, FileSource, name_unreadable, numbers
 from imgclf_jax.data.image_files import Stamp
 
 log = logging.getLogger(__name__)
@@ -72,17 +72,6 @@ class _Table:
         if "" in values:
             raise self.fail(values.index(""), f"the column {column!r} is empty; it must hold the {what}")
         return values
-
-    def numbers(self, column: str) -> np.ndarray:
-        """A column as f64[n]. Raises UserError naming the first row that holds no number."""
-        out = np.empty(len(self.rows), np.float64)
-        for i, value in enumerate(self.columns[column]):
-            try:
-                out[i] = float(value)
-            except (TypeError, ValueError) as e:
-                holds = repr(value) if _as_text(value) else "nothing"
-                raise self.fail(i, f"the column {column!r} holds {holds}, not a number") from e
-        return out
 
 
 def table(
@@ -198,7 +187,8 @@ def _targets(found: _Table, columns: Sequence[str]) -> np.ndarray:
     for column in columns:
         found.find("label", column)
     with np.errstate(over="ignore"):
-        values = np.stack([found.numbers(column) for column in columns], 1).astype(np.float32)  # [n, k]
+        each = [numbers(column, found.columns[column], found.fail) for column in columns]
+        values = np.stack(each, 1).astype(np.float32)  # [n, k]
     check_finite(values, lambda row: f"table: {found.path}, {found.rows[row]}")
     return values
 

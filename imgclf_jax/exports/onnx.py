@@ -37,7 +37,8 @@ def check() -> None:
 def archive(model: Trained, what: Outputs) -> tuple[bytes, float]:
     """The bytes of the file, and the largest difference between onnxruntime's outputs and ours on random images.
 
-    Its input `images` is uint8[b, h, w, c], b being any number; its output is called as `what`. Its metadata hold the
+    Its input `images` is uint8[b, h, w, c], b being any number; its output has the name
+    of `compared.output_name`. Its metadata hold the
     names of the classes, a line each. Raises UserError for a model with an operation that jax2onnx does not know, and
     if the outputs differ.
     """
@@ -46,13 +47,14 @@ def archive(model: Trained, what: Outputs) -> tuple[bytes, float]:
     programs = model.programs
     params, model_state = jax.tree.map(sharding.fetch, model.state.evaluated)
     pure = programs.pure(what)
+    named = compared.output_name(model, what)
     (b,) = export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((b, *programs.recipe.data.image_shape), np.uint8)
     with platform.tracing_for(""):
         function = _flat(lambda images: pure(params, model_state, images), images)
     with jax.numpy_dtype_promotion("standard"):  # which jax2onnx needs
         try:
-            proto = jax2onnx.to_onnx(function, [images], input_names=["images"], output_names=[what])
+            proto = jax2onnx.to_onnx(function, [images], input_names=["images"], output_names=[named])
         except NotImplementedError as e:
             raise UserError(f"export: jax2onnx cannot translate model={model.config.model!r}: {e}") from e
     facts = {

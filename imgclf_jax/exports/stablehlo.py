@@ -16,8 +16,8 @@ import numpy as np
 from jax import export
 
 from imgclf_jax.core import platform, sharding, tree
+from imgclf_jax.exports import compared
 from imgclf_jax.inference import Outputs
-from imgclf_jax.losses import Task
 from imgclf_jax.trained import Trained
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -81,7 +81,7 @@ def metadata(model: Trained, what: Outputs, exported: export.Exported, today: da
     """What the file takes and gives, as JSON values."""
     recipe = model.programs.recipe
     return {
-        "gives": ("values" if model.task is Task.REGRESSION else "probabilities") if what == "predict" else what,
+        "gives": compared.output_name(model, what),
         "images": {"dtype": "uint8", "shape": ["b", *recipe.data.image_shape]},
         "host_ops": model.programs.preprocess_eval,
         "output": {"dtype": "float32", "shape": [str(n) if not isinstance(n, int) else n

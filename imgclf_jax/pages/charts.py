@@ -26,7 +26,9 @@ class Line:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Axis:
+class Axis:
+    """A linear or logarithmic axis: the place of a value."""
+
     low: float
     high: float
     first: float  # where `low` is drawn
@@ -78,8 +80,8 @@ def chart(title: str, description: str, x_name: str, lines: Sequence[Line]) -> s
         greatest = max(abs(low), abs(high))
         margin = (high - low) * 0.04 if high - low > _ROUNDING * greatest else greatest * 0.1 or 1.0
         low, high = low - margin, high + margin
-    across = _Axis(min(0.0, *steps), max(steps), _LEFT, _WIDTH - _RIGHT)
-    up = _Axis(low, high, _HEIGHT - _BOTTOM, _TOP, log)
+    across = Axis(min(0.0, *steps), max(steps), _LEFT, _WIDTH - _RIGHT)
+    up = Axis(low, high, _HEIGHT - _BOTTOM, _TOP, log)
     parts = [f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"]
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     for y in log_ticks(low, high) if log else ticks(low, high):
@@ -100,7 +102,7 @@ def _label(x: float, y: float, text: str, anchor: str = "middle") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _line(line: Line, across: _Axis, up: _Axis) -> list[str]:
+def _line(line: Line, across: Axis, up: Axis) -> list[str]:
     color, out = f"c{line.color % COLORS}", []
     band = [(across(x), up(low), up(high)) for x, low, high in line.band if math.isfinite(low) and math.isfinite(high)]
     if band:

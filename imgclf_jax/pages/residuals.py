@@ -5,7 +5,7 @@ from html import escape
 
 import numpy as np
 
-from imgclf_jax.pages.charts import ticks
+from imgclf_jax.pages.charts import Axis, ticks
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 260, 60, 12, 10, 40
 _POINTS = 2000  # at most
@@ -18,7 +18,7 @@ def plot(title: str, truth: np.ndarray, errors: np.ndarray) -> str:
     if not known.size:
         return ""
     some = known[np.linspace(0, len(known) - 1, min(len(known), _POINTS)).astype(int)]
-    x, y = _Scale(truth[some], _LEFT, _WIDTH - _RIGHT), _Scale([*errors[some], 0.0], _HEIGHT - _BOTTOM, _TOP)
+    x, y = _over(truth[some], _LEFT, _WIDTH - _RIGHT), _over([*errors[some], 0.0], _HEIGHT - _BOTTOM, _TOP)
     dots = [f'<circle class="dot c0" cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.5" opacity=".5"/>'
             for a, b in zip(truth[some], errors[some], strict=True)]  # fmt: skip
     zero = f'<path class="ideal" d="M{_LEFT} {y(0.0):.1f}H{_WIDTH - _RIGHT}"/>'
@@ -32,7 +32,7 @@ def histogram(title: str, errors: np.ndarray) -> str:
     if not known.size:
         return ""
     counts, edges = np.histogram(known, _BINS)
-    x, y = _Scale(edges, _LEFT, _WIDTH - _RIGHT), _Scale([0.0, counts.max()], _HEIGHT - _BOTTOM, _TOP)
+    x, y = _over(edges, _LEFT, _WIDTH - _RIGHT), _over([0.0, counts.max()], _HEIGHT - _BOTTOM, _TOP)
     bars = [
         f'<rect class="dot c0" x="{x(a) + 1:.1f}" y="{y(n):.1f}" width="{max(1.0, x(b) - x(a) - 2):.1f}" '
         f'height="{y(0.0) - y(n):.1f}" opacity=".55"><title>{n} from {a:.4g} to {b:.4g}</title></rect>'
@@ -43,20 +43,14 @@ def histogram(title: str, errors: np.ndarray) -> str:
                 "predicted less true", "examples")  # fmt: skip
 
 
-class _Scale:
+def _over(values: Sequence[float] | np.ndarray, first: float, last: float) -> Axis:
     """A linear axis over all of some values."""
-
-    def __init__(self, values: Sequence[float] | np.ndarray, first: float, last: float):
-        self.low, self.high = float(np.min(values)), float(np.max(values))
-        if self.low == self.high:
-            self.low, self.high = self.low - 0.5, self.high + 0.5
-        self.first, self.last = first, last
-
-    def __call__(self, value: float) -> float:
-        return self.first + (self.last - self.first) * (float(value) - self.low) / (self.high - self.low)
+    low, high = float(np.min(values)), float(np.max(values))
+    margin = 0.5 if low == high else 0.0
+    return Axis(low - margin, high + margin, first, last)
 
 
-def _grid(x: _Scale, y: _Scale) -> list[str]:
+def _grid(x: Axis, y: Axis) -> list[str]:
     parts = []
     for value in ticks(y.low, y.high):
         parts += [f'<path class="grid" d="M{_LEFT} {y(value):.1f}H{_WIDTH - _RIGHT}"/>',

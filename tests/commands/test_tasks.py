@@ -3,6 +3,7 @@
 import csv
 import json
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,14 +41,14 @@ def write_pairs(path):
     targets = np.zeros((N, 10), np.uint8)
     for side in (left, right):
         targets[np.arange(N), DIGITS.target[side]] = 1
-    return save(path, np.concatenate([images[left], images[right]], 2), targets, [f"a {i}" for i in range(10)])
+    return write_table(path, np.concatenate([images[left], images[right]], 2), targets, [f"a {i}" for i in range(10)])
 
 
 def write_ink(path):
     """How much ink a digit has, and the share of it in the upper half."""
     images = DIGITS.images[:N]
     targets = np.stack([images.mean((1, 2)), 100 * images[:, :4].sum((1, 2)) / images.sum((1, 2))], 1)
-    return save(path, (images * 255 / 16).astype(np.uint8), targets, ["ink", "top half, %"])
+    return write_table(path, (images * 255 / 16).astype(np.uint8), targets, ["ink", "top half, %"])
 
 
 def write_soft(path):
@@ -55,13 +56,22 @@ def write_soft(path):
     targets = np.full((N, 10), 0.02)
     targets[np.arange(N), DIGITS.target[:N]] = 0.82
     images = (DIGITS.images[:N] * 255 / 16).astype(np.uint8)
-    return save(path, images, targets, [str(i) for i in range(10)])
-
-
-def save(path, images, targets, names):
     np.savez(path, train_images=images[:TRAIN], train_targets=targets[:TRAIN], test_images=images[TRAIN:],
-             test_targets=targets[TRAIN:], target_names=names)  # fmt: skip
+             test_targets=targets[TRAIN:], target_names=[str(i) for i in range(10)])  # fmt: skip
     return f"arrays({str(path)!r})"
+
+
+def write_table(path, images, targets, names):
+    """A .png an image, and a .csv file with a column for each target."""
+    folder = path.with_suffix(".files")
+    folder.mkdir(exist_ok=True)
+    with (folder / "labels.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "split", *names])
+        for i, (image, target) in enumerate(zip(images, targets, strict=True)):
+            Image.fromarray(image).save(folder / f"{i}.png")
+            rows.writerow([f"{i}.png", "train" if i < TRAIN else "test", *target.tolist()])
+    return f"table({str(folder / 'labels.csv')!r}, targets={tuple(names)!r})"
 
 
 WRITE = {"pairs": write_pairs, "ink": write_ink, "soft": write_soft}
@@ -196,16 +206,12 @@ def refused(capsys, *argv):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """pictures(name): the paths of the first three test images, as .png."""
-    folder = tmp_path_factory.mktemp("pictures")
+def pictures():
+    """pictures(name): the paths of the first three test images."""
 
     def of(name, runs):
-        images = np.load(runs(name).path.parent / f"{name}.npz")["test_images"][:3]
-        paths = [folder / f"{name}{i}.png" for i in range(3)]
-        for path, image in zip(paths, images, strict=True):
-            Image.fromarray(image).save(path)
-        return paths
+        source = sources.open_data(runs(name).load_config())["test"]
+        return [Path(source.name(i)) for i in range(3)]
 
     return of
 
@@ -227,6 +233,9 @@ def test_evaluate_of_several_labels(runs, capsys, tmp_path):
     np.testing.assert_allclose([float(r["probability[a 3]"]) for r in rows], outputs[:, 3], rtol=1e-5)
     assert [float(r["target[a 3]"]) for r in rows] == targets[:, 3].tolist()
     assert np.mean([r["correct"] == "True" for r in rows]) == found["exact_match"]
+    saved = np.array([[[float(r[f"{kind}[a {c}]"]) for c in range(10)] for r in rows]
+                      for kind in ("target", "probability")])  # fmt: skip
+    assert abs(found["mean_average_precision"] - sklearn.metrics.average_precision_score(*saved)) < 1e-12
     shown = printed(capsys, *argv)
     assert f"mean_average_precision {found['mean_average_precision']:.4g}" in shown
     assert ["best threshold" in shown, "accuracy" in shown] == [True, False]
@@ -296,11 +305,14 @@ def test_show_batch_has_the_targets_of_the_examples(runs, capsys, tmp_path, name
         "--count=4",
     ]
     examples = json.loads(printed(capsys, *argv))["examples"]
-    file = np.load(runs(name).path.parent / f"{name}.npz")
+    lines = csv.DictReader((runs(name).path.parent / f"{name}.files" / "labels.csv").read_text().splitlines())
+    rows = {row.pop("file"): row for row in lines}
     for one in examples:
-        own = file["train_targets"][one["id"]].astype(np.float32)
-        assert list(one["target"]) == file["target_names"].tolist()
-        assert list(one["target"].values()) == pytest.approx(own.tolist(), rel=1e-6)
+        row = rows[Path(one["file"]).name]
+        assert row.pop("split") == "train"
+        assert list(one["target"]) == list(row)
+        assert list(one["target"].values()) == pytest.approx([float(x) for x in row.values()], rel=1e-6)
+    printed(capsys, *argv, "--config.method=simclr")  # two views, which need no target
 
 
 def test_explain_names_the_class_or_the_target(runs, pictures, capsys, tmp_path):

@@ -37,6 +37,19 @@ def test_a_wrong_translation_of_a_network_that_is_sure_is_found(what):
         compared.difference(run(wrong), right, what, "X")
 
 
+def test_a_sigmoid_may_be_off_as_that_of_onnxruntime_is():
+    """By 2e-7, which the logarithm of a small probability does not stand; a class of other probability is found."""
+    model, images = made("cnn(widths=(4, 8), hidden=8)")
+    model.config.loss = "sigmoid"
+    head = model.state.params["head"]
+    low = head | {"kernel": head["kernel"] * 0, "bias": head["bias"].at[:].set(np.float32([-9, -3, 0, 3, -9]))}
+    model = model._replace(state=model.state.replace(params=model.state.params | {"head": low}))
+    right = np.asarray(model.predict(images[:5]))
+    assert compared.difference(lambda images: right + np.float32(2e-7), model, "predict", "X") < 3e-7
+    with pytest.raises(UserError, match="log probabilities differ"):
+        compared.difference(lambda images: right + np.float32(1e-4), model, "predict", "X")
+
+
 def test_nan_is_no_agreement():
     model, _ = made("cnn(widths=(4, 8), hidden=8)")
     with pytest.raises(UserError, match="by up to nan"):
