@@ -8,9 +8,9 @@ import pytest
 from cases import thorough
 
 from imgclf_jax import recipe, step
-from imgclf_jax.optim import optimizers, schedules
-
-pytestmark = pytest.mark.optimized
+from imgclf_jax.methods.gradients import Gradient
+from imgclf_jax.optim import optimizers, rules, schedules
+from imgclf_jax.optim.weight_averages import evaluated_by
 
 STEPS = 20
 RNG = np.random.default_rng(0)
@@ -99,7 +99,7 @@ def close(ours, theirs, start):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * moved), ours, theirs)
 
 
-QUICK = ("schedule_free_adamw(weight_decay=1e-2)", "sophia(update_interval=3)", "polyak_sgd(f_min=0.1, variant='sps+')")
+QUICK = ("schedule_free_adamw(weight_decay=1e-2)", "polyak_sgd(f_min=0.1, variant='sps+')")
 
 
 @pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated")
@@ -120,3 +120,89 @@ def test_it_is_optax_by_hand(text):
         assert gap > 1e-4
     else:
         assert states[-1].ema is None
+
+
+START = {"a": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.linspace(0.5, 1.5, 3), "c": jnp.float32([0.3])}
+
+
+def curved(params):
+    """A loss in which every parameter bends with the others."""
+    return jnp.sum((params["a"] ** 2 + 0.1) @ params["b"]) + jnp.sum(jnp.cos(params["a"] * params["c"])) ** 2
+
+
+def descend(optimizer, loss, params, steps=8):
+    """The parameters and the optimizer's state after some steps on a loss, with all extra arguments."""
+    take_gradient = lambda params, *_: ((loss(params), None), jax.grad(loss)(params))  # noqa: E731
+    gradient = Gradient(take_gradient, None)
+
+    @jax.jit
+    def update(params, opt_state):
+        with jax.numpy_dtype_promotion("standard"):
+            (value, _), grads = gradient(params, None, None, None)
+            extra = gradient.extra_arguments(value, grads, None, None, None)
+            updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
+            return optax.apply_updates(params, updates), opt_state
+
+    opt_state = optimizer.init(params)
+    for _ in range(steps):
+        params, opt_state = update(params, opt_state)
+    return params, opt_state
+
+
+def build(text, **more):
+    return optimizers.build(text, optax.constant_schedule(0.1), 0.0, rules.Rules(**more))
+
+
+@pytest.mark.parametrize(("text", "by_hand"), [
+    ("sophia(update_interval=2)", contrib.sophia(0.1, update_interval=2)),
+    *thorough(("lbfgs(memory_size=3)", optax.lbfgs(0.1, 3)), ("momo", contrib.momo(0.1)),
+              ("mechanize('sgd')", contrib.mechanize(optax.sgd(0.1)))),
+])  # fmt: skip
+def test_an_optimizer_that_calls_the_loss_sees_frozen_parameters(text, by_hand):
+    """As if they were constants of the loss; and they keep every bit."""
+    ours, _ = descend(build(text, frozen=frozenset("b")), curved, START)
+    free = {name: x for name, x in START.items() if name != "b"}
+    theirs, _ = descend(optax.with_extra_args_support(by_hand), lambda free: curved({**free, "b": START["b"]}), free)
+    np.testing.assert_array_equal(ours.pop("b"), START["b"])
+    close(ours, theirs, free)
+
+
+def test_a_gradient_function_of_frozen_parameters_is_of_the_others():
+    """An optimizer of one's own that asks for the gradient again."""
+    ours, _ = descend(build(f"{__name__}:extragradient", frozen=frozenset("b")), curved, START)
+    free = {name: x for name, x in START.items() if name != "b"}
+    theirs, _ = descend(extragradient(lambda step: 0.1), lambda free: curved({**free, "b": START["b"]}), free)
+    close({name: ours[name] for name in free}, theirs, free)
+
+
+def extragradient(learning_rate):
+    """Korpelevich 1976: the step is of the gradient after a step."""
+
+    def update(updates, state, params=None, *, grad_fn, grad, **extra):
+        ahead = jax.tree.map(lambda p, g, u: p - 0.05 * (g + u), params, grad, updates)
+        return jax.tree.map(lambda g: -0.1 * g, grad_fn(ahead, 0)), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
+@pytest.mark.parametrize(("text", "of_a", "of_c", "more"), [
+    ("schedule_free_adamw(weight_decay=0.2)", contrib.schedule_free_adamw(0.1, weight_decay=0.1),
+     contrib.schedule_free_adamw(0.1), {"decay": {"a": 0.5, "c": 0.0}}),
+    ("schedule_free('sgd(momentum=0.1)')", contrib.schedule_free(optax.sgd(0.05, 0.1), 0.1),
+     contrib.schedule_free(optax.sgd(0.1, 0.1), 0.1), {"lr": {"a": 0.5}}),
+])  # fmt: skip
+def test_rules_of_schedule_free(text, of_a, of_c, more):
+    """By parameter another weight decay, or learning rate of the optimizer inside: as with an optimizer each."""
+    optimizer = build(text, frozen=frozenset("b"), **more)
+    ours, state = descend(optimizer, bowls, START)
+    evaluated = evaluated_by(optimizer)(state, ours)
+    np.testing.assert_array_equal(evaluated["b"], START["b"])
+    for name, by_hand in (("a", of_a), ("c", of_c)):
+        params, opt_state = descend(by_hand, bowls, {name: START[name]})
+        close(ours[name], params[name], START[name])
+        close(evaluated[name], contrib.schedule_free_eval_params(opt_state, params)[name], START[name])
+
+
+def bowls(params):
+    """A loss of each parameter by itself."""
+    return sum(jnp.sum((x - 0.2) ** 2) for x in params.values())

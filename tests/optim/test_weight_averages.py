@@ -17,6 +17,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
 from imgclf_jax.loading import restore
 from imgclf_jax.optim import optimizers, weight_averages
+from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 
 STEPS = 40
@@ -183,7 +184,8 @@ FLAGS = ["--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=d
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("flag", ["--config.ema=0.9", "--config.optimizer=sgd(momentum=0.9)|lookahead(5, 0.5)"])
+@pytest.mark.parametrize("flag", ["--config.ema=0.9", "--config.optimizer=sgd(momentum=0.9)|lookahead(5, 0.5)",
+                                  "--config.optimizer=schedule_free_adamw(b1=0.5)"])  # fmt: skip
 def test_evaluation_and_prediction_use_the_average(tmp_path, flag):
     """The result, the checkpoint that is read again and `predict`; `params_sha256` is that of the weights."""
     assert launch.main([f"--workdir={tmp_path}", *FLAGS, flag]) == 0
@@ -204,6 +206,10 @@ def test_evaluation_and_prediction_use_the_average(tmp_path, flag):
     assert plain["test"]["loss"] != result["test"]["loss"]
     probabilities = programs.predict(*state.evaluated, examples["image"])
     np.testing.assert_allclose(probabilities, jax.nn.softmax(logits), rtol=0, atol=close)
+    if "schedule_free" in flag:
+        saved = Checkpoints(workdir.checkpoints, read_only=True).restore(22, programs.shape)["state"]
+        x = optax.contrib.schedule_free_eval_params(saved.opt_state, saved.params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), saved.ema[0], x)
 
 
 def test_a_spec_of_lookahead_reads_back():
