@@ -78,9 +78,10 @@ class Recipe:
     def rules(self) -> rules.Rules:
         """What the keys of `rules` say about the model's parameters."""
         keys = self.config.rules
-        if not (keys.lr or keys.decay or keys.freeze or keys.layer_decay):
+        also = self.method.freeze
+        if not (keys.lr or keys.decay or keys.freeze or keys.layer_decay or also):
             return rules.Rules()
-        return rules.build(keys.lr, keys.decay, keys.freeze, keys.layer_decay, list(self.parameters))
+        return rules.build(keys.lr, keys.decay, keys.freeze, keys.layer_decay, list(self.parameters), also)
 
     @cached_property
     def parameters(self) -> dict[str, tuple[int, ...]]:
@@ -107,6 +108,11 @@ class Recipe:
     @cached_property
     def _classifier(self) -> classifier.Classifier:
         return classifier.build(self.config.model, len(self.data.class_names), self.config.precision)
+
+    @property
+    def backbone(self) -> Any:
+        """The backbone that the key `model` names, without what a method adds to it."""
+        return self._classifier.backbone
 
     @cached_property
     def method(self) -> Method:

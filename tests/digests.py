@@ -71,7 +71,8 @@ def config_of(network: str, precision: str, way: Way, **more: Any) -> ConfigDict
     config.model, config.checkpoint.keep, config.checkpoint_every = NETWORKS[network], STEPS, f"{SAVED} steps"
     config.log_every, config.eval_every = way.log_every, EVAL_EVERY[way.log_every]
     config.steps_per_call, config.data.placement = way.steps_per_call, way.placement
-    config.update(more)
+    with config.unlocked():  # for streams of `data.extra`
+        config.update(more)
     return config
 
 

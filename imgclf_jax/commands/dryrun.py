@@ -144,7 +144,7 @@ def _compile(traced: Any) -> Any:
 def _advice(result: dict[str, Any], programs: Programs) -> list[str]:
     """What would make it fit, in words. Estimated: temporaries are taken to shrink in proportion to the images."""
     memory, accumulate, batch_size = result["memory"], result["accumulate"], result["batch_size"]
-    chips, backbone = programs.mesh.size, programs.recipe.model.backbone
+    chips, backbone = programs.mesh.size, programs.recipe.backbone
     state = memory["parameters"] + memory["optimizer"] + memory["averages"]
     free = memory["capacity"] - state - memory["batch"]
     now = programs.mesh.shape.get("fsdp", 1)

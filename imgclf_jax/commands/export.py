@@ -99,7 +99,7 @@ def _safetensors(model: Trained, path: Path, gives: str, names: str) -> list[str
     from safetensors.numpy import save
 
     recipe = model.programs.recipe
-    backbone = recipe.model.backbone
+    backbone, merge = recipe.backbone, recipe.method.merge or (lambda variables: variables)
     names = torch_state.naming(backbone, names)
     params, model_state = jax.tree.map(sharding.fetch, model.state.evaluated)
     variables = {"params": params, **(model_state or {})}
@@ -109,7 +109,7 @@ def _safetensors(model: Trained, path: Path, gives: str, names: str) -> list[str
     for seed in range(recipe.num_seeds):
         own = variables if recipe.num_seeds == 1 else jax.tree.map(lambda x, seed=seed: np.asarray(x)[seed], variables)
         place = path if recipe.num_seeds == 1 else path.with_suffix(f".seed{recipe.config.seed + seed}{path.suffix}")
-        state = torch_state.state_dict(backbone, own, names, recipe.data.image_shape)
+        state = torch_state.state_dict(backbone, merge(own), names, recipe.data.image_shape)
         write_atomically(
             place, save(state, metadata | {"task": model.task.value, "class_names": "\n".join(model.class_names)})
         )

@@ -50,6 +50,8 @@ class Method:
         "image" f32[b, h, w, c], normalized, and "label".
     fixed: a pytree of arrays that are not trained, such as a teacher's variables, or a function that returns it. A
         function is called in training only, so evaluation needs no teacher.
+    freeze: a regular expression; parameters whose paths match it are frozen, beside those of `rules.freeze`.
+    merge(variables) -> variables of the plain Classifier that computes the same: what `export` writes as .safetensors.
     predicts: False for a method that trains no head: then the model has none, nothing is predicted, evaluation reports
         what `evaluate` gives, and `features` and `probe` use the backbone. Keys that act on predictions are refused.
     """
@@ -61,6 +63,8 @@ class Method:
     fixed: Any = None
     predicts: bool = True
     mixes: bool = False
+    freeze: str = ""
+    merge: Callable[[Any], Any] | None = None
 
     def load_fixed(self) -> Any:
         """The pytree `fixed`. Call it outside of a trace."""

@@ -10,7 +10,10 @@ from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import Method, Problem
 from imgclf_jax.methods.distill import distill
+from imgclf_jax.methods.fixmatch import fixmatch
 from imgclf_jax.methods.gradients import Gradient, GradientFunction
+from imgclf_jax.methods.lora import lora
+from imgclf_jax.methods.mean_teacher import mean_teacher
 from imgclf_jax.methods.pgd import Attack, attack, pgd
 from imgclf_jax.methods.sam import asam, sam
 from imgclf_jax.methods.simclr import simclr
@@ -19,6 +22,9 @@ from imgclf_jax.methods.supervised import supervised
 
 METHODS: dict[str, Callable[..., Method]] = {
     "distill": distill,
+    "fixmatch": fixmatch,
+    "lora": lora,
+    "mean_teacher": mean_teacher,
     "simclr": simclr,
     "supcon": supcon,
     "supervised": supervised,

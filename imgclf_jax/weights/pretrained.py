@@ -14,6 +14,7 @@ import numpy as np
 
 from imgclf_jax.core import places, processes, tree
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.methods import lora
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
@@ -106,8 +107,8 @@ def load(programs: Programs, whole: bool = False) -> Weights:
 
 
 def _added_by_method(names: Iterable[str]) -> dict[str, str]:
-    """{name: module} of the variables that are neither of the backbone nor of the head."""
-    modules = {name: name.split("/")[1] for name in names}
+    """{name: module} of the variables that are neither of the backbone nor of the head, or adapters within it."""
+    modules = {name: "lora" if name.startswith(lora.PREFIX) else name.split("/")[1] for name in names}
     return {name: module for name, module in modules.items() if module not in ("backbone", "head", _UNKNOWN)}
 
 
@@ -138,12 +139,16 @@ def _read_workdir(path: Path, programs: Programs) -> Named:
     if num_seeds > 1:
         log.info("init_from=%r: the run in it has %d seeds; the weights of the first are taken", str(path), num_seeds)
         variables = jax.tree.map(lambda x: x[0], variables)
+    digest, method = tree.sha256(variables), config.get("method", "supervised")
+    if scale := lora.scale(method):
+        log.info("init_from=%r: the run in it has method=%r; its merged weights are taken", str(path), method)
+        variables = lora.merge(variables, scale)
     named = dict(tree.named_leaves(variables))
-    return named, {name: name for name in named}, {"step": step, "sha256": tree.sha256(variables)}
+    return named, {name: name for name in named}, {"step": step, "sha256": digest}
 
 
 def _read_file(path: Path, programs: Programs, own: Mapping[str, Any]) -> Named:
-    backbone = programs.recipe.model.backbone
+    backbone = programs.recipe.backbone
 
     def wanted(label: str, shape: tuple[int, ...]) -> bool:
         """Whether an array may be taken. Of the others only the shape is needed, which may be of any size."""
@@ -199,7 +204,7 @@ def _fit(
 
 def _grid(programs: Programs) -> tuple[int, int] | None:
     """(rows, columns) of an image's patches; None for a model without patches."""
-    patch = getattr(programs.recipe.model.backbone, "patch", None)
+    patch = getattr(programs.recipe.backbone, "patch", None)
     h, w, _ = programs.recipe.data.image_shape
     return (h // patch, w // patch) if isinstance(patch, int) else None
 

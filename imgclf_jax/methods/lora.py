@@ -1,0 +1,124 @@
+"""LoRA: a trained backbone adapts by updates of low rank to some of its kernels, and stays frozen itself."""
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+
+from imgclf_jax.core import rng, spec
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.methods import Method, Problem
+from imgclf_jax.methods.supervised import supervised
+from imgclf_jax.models.classifier import Classifier
+from imgclf_jax.optim import rules
+
+_ADAPTERS = "lora"  # the name below the backbone's parameters
+PREFIX = f"params/backbone/{_ADAPTERS}/"  # of the adapters' paths
+
+
+def lora(problem: Problem, rank: int = 8, alpha: float = 8.0, pattern: str = "backbone/.*kernel") -> Method:
+    """Supervised training of W + alpha / rank * A B for kernels W, equation 3 of Hu et al. 2021 (arXiv:2106.09685).
+
+    Kernels whose paths match `pattern`, a regular expression or several between commas, are adapted: those of dense
+    layers [d, f], and of convolutions flattened to [kh * kw * c, f]. A is [d, rank] and B [rank, f], the paper's
+    transposed. A starts uniform in ±1 / sqrt(d), as in the authors' loralib, and B at 0. A, B and the head are trained.
+    All else in the backbone is frozen, as by `rules.freeze`: it has no optimizer state, and its batch norm and dropout
+    are those of evaluation. The weights to adapt come from the key `init_from`, under the names of the plain model.
+
+    `export` to .safetensors writes merged weights under the plain names, and `init_from` of such a run loads them.
+    Raises UserError for numbers out of range, and for a pattern that matches no kernel or something else.
+    """
+    if rank < 1 or not 0 < alpha < float("inf"):
+        raise UserError(f"method: lora has rank={rank}, alpha={alpha}; rank is 1 or more, alpha above 0")
+
+    def model(backbone: nn.Module, problem: Problem) -> nn.Module:
+        adapted = Adapted(backbone, rank, alpha, pattern)
+        return Classifier(adapted, problem.classes, head_init=problem.head_init)
+
+    return Method(
+        supervised(problem).loss, model=model, freeze=f"backbone/(?!{_ADAPTERS}/).*",
+        merge=lambda variables: merge(variables, alpha / rank),
+    )  # fmt: skip
+
+
+class Adapted(nn.Module):
+    """The backbone `base`, with adapters among its own parameters: `lora/PATH/a` and `lora/PATH/b` for a kernel."""
+
+    base: nn.Module
+    rank: int
+    alpha: float
+    pattern: str
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.base)
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        if self.is_initializing():
+            self.base(images, train=train)
+        own = {name: x for name, x in self.variables["params"].items() if name != _ADAPTERS}
+        kernels = choose(own, self.pattern)
+        adapters = self.param(_ADAPTERS, lambda key: init_adapters(key, kernels, self.rank))
+
+        def merged(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+            return {**variables, "params": add(variables["params"], adapters, self.alpha / self.rank)}
+
+        def call(base: nn.Module) -> Any:
+            return base(images, train=train)
+
+        return nn.map_variables(call, "params", merged)(self.base)
+
+
+def choose(params: Mapping[str, Any], pattern: str) -> dict[str, tuple[int, ...]]:
+    """The shape of each kernel of a backbone whose path, after `backbone/`, matches the pattern. Raises UserError."""
+    shapes = {f"backbone/{name}": x.shape for name, x in traverse_util.flatten_dict(params, sep="/").items()}
+    found = rules.match([(part, True) for part in rules.split(pattern)], list(shapes), "method: lora(pattern)")
+    for name in found:
+        if not name.endswith("/kernel") or len(shapes[name]) < 2:
+            raise UserError(f"method: lora(pattern={pattern!r}) matches {name} {list(shapes[name])}; match kernels "
+                            "alone, such as 'backbone/.*kernel'")  # fmt: skip
+    return {name.removeprefix("backbone/"): shapes[name] for name in found}
+
+
+def init_adapters(key: jax.Array, kernels: Mapping[str, tuple[int, ...]], rank: int) -> dict[str, Any]:
+    """{"a": f32[d, rank], "b": f32[rank, f]} below the path of each kernel; b is zero."""
+    uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # ±1 / sqrt(d)
+    flat = {}
+    for path, shape in kernels.items():
+        flat[f"{path}/a"] = uniform(rng.fold(key, path), (math.prod(shape[:-1]), rank), jnp.float32)
+        flat[f"{path}/b"] = jnp.zeros((rank, shape[-1]), jnp.float32)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def add(params: Mapping[str, Any], adapters: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """A backbone's parameters with each adapted kernel W replaced by W + scale * A B, without the adapters."""
+    flat = traverse_util.flatten_dict({name: x for name, x in params.items() if name != _ADAPTERS}, sep="/")
+    pairs = traverse_util.flatten_dict(adapters, sep="/")
+    for path in {name.rpartition("/")[0] for name in pairs}:
+        kernel = flat[path]
+        product = jnp.matmul(pairs[f"{path}/a"], pairs[f"{path}/b"], precision="float32")
+        flat[path] = kernel + scale * product.reshape(kernel.shape)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def merge(variables: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """The variables of the plain Classifier that computes the same."""
+    params = variables["params"]
+    backbone = add(params["backbone"], params["backbone"][_ADAPTERS], scale)
+    return {**variables, "params": {**params, "backbone": backbone}}
+
+
+def scale(method: str) -> float:
+    """alpha / rank of a method's spec that names `lora`; 0 for every other."""
+    call = spec.parse_one(method)
+    if call.name != "lora":
+        return 0.0
+    made = spec.bind(call, {"lora": lora}, "method", given=("problem",))
+    given = inspect.signature(lora).bind(None, *made.args, **made.keywords)
+    given.apply_defaults()
+    return float(given.arguments["alpha"] / given.arguments["rank"])

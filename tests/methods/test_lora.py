@@ -1,0 +1,187 @@
+"""LoRA: the paper's update of kernels, a frozen base, and merged weights for everyone else."""
+
+import json
+
+import digests
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import thorough
+from digests import Way
+from flax import linen as nn
+from flax import traverse_util
+from PIL import Image
+from safetensors.numpy import load_file
+
+import launch
+from imgclf_jax import config, loading
+from imgclf_jax.commands import train_setup
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.methods import lora
+from imgclf_jax.methods.lora import Adapted
+from imgclf_jax.models.classifier import Classifier
+from imgclf_jax.run.workdir import Workdir
+
+FLAGS = ("--config.preprocess=decode(1)", "--config.augment=normalize", "--config.batch_size=48",
+         "--config.total=4 steps", "--config.log_every=2 steps", "--config.eval_every=", "--config.tensorboard=False",
+         "--config.schedule=constant(1e-2)")  # fmt: skip
+
+
+class Net(nn.Module):
+    """One convolution and one dense layer."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(5, (2, 3), padding="VALID", name="conv")(x)
+        return nn.Dense(4, name="dense")(x.reshape(len(x), -1))
+
+
+def flat(variables):
+    return traverse_util.flatten_dict(variables, sep="/")
+
+
+def spoiled(variables):
+    """With B other than zero."""
+    rng = np.random.default_rng(0)
+    other = {n: rng.normal(size=x.shape).astype(x.dtype) if n.endswith("/b") else x for n, x in flat(variables).items()}
+    return traverse_util.unflatten_dict(other, sep="/")
+
+
+@pytest.mark.usefixtures("float64")
+def test_an_adapted_layer_is_equation_3():
+    """h = W0 x + alpha / r B A x, in NumPy; a convolution's kernel is adapted as a matrix over its patches."""
+    module = Adapted(Net(), rank=2, alpha=3.0, pattern="backbone/.*kernel")
+    images = np.random.default_rng(1).normal(size=(3, 4, 5, 2))
+    variables = spoiled(
+        jax.tree.map(lambda x: np.asarray(x, np.float64), module.init(jax.random.key(0), jnp.float32(images)))
+    )
+    p = {name.removeprefix("params/"): np.asarray(x) for name, x in flat(variables).items()}
+    patches = np.lib.stride_tricks.sliding_window_view(images, (2, 3), (1, 2)).transpose(0, 1, 2, 4, 5, 3)
+    patches = patches.reshape(3, 9, 12)  # [b, places, kh * kw * c]
+
+    def adapted(x, name):
+        a, b = p[f"lora/{name}/kernel/a"], p[f"lora/{name}/kernel/b"]
+        kernel = p[f"{name}/kernel"].reshape(-1, b.shape[1])
+        return x @ kernel + 3.0 / 2 * (x @ a @ b) + p[f"{name}/bias"]
+
+    wanted = adapted(adapted(patches, "conv").reshape(3, -1), "dense")
+    np.testing.assert_allclose(module.apply(variables, images), wanted, rtol=1e-6)
+
+
+def test_adapters_begin_as_in_loralib_and_leave_the_model_as_it_was():
+    plain, x = Classifier(Net(), 3), jnp.ones((1, 20, 20, 2))
+    model = Classifier(Adapted(Net(), rank=8, alpha=8.0, pattern="backbone/dense/kernel"), 3)
+    variables, before = model.init(jax.random.key(0), x), plain.init(jax.random.key(0), x)
+    a, b = (variables["params"]["backbone"]["lora"]["dense"]["kernel"][name] for name in "ab")
+    bound = 1 / np.sqrt(len(a))
+    assert 0.99 * bound < np.abs(a).max() <= bound
+    assert np.std(a) == pytest.approx(bound / np.sqrt(3), rel=0.02)
+    assert not b.any()
+    assert {n: x for n, x in flat(variables).items() if "/lora/" not in n}.keys() == flat(before).keys()
+    np.testing.assert_array_equal(model.apply(variables, x), plain.apply(before, x))
+    np.testing.assert_allclose(model.apply(spoiled(variables), x), plain.apply(lora.merge(spoiled(variables), 1.0), x),
+                               rtol=1e-6)  # fmt: skip
+
+
+def run(workdir, *flags):
+    assert launch.main([f"--workdir={workdir}", *FLAGS, *flags]) == 0
+    return json.loads((workdir / "result.json").read_text())
+
+
+@pytest.fixture(scope="module", params=["mlp(widths=(8,))", *thorough("resnet_cifar(8)")])
+def runs(tmp_path_factory, request):
+    """(a plain run, a run of LoRA on its weights)."""
+    folder, model = tmp_path_factory.mktemp("runs"), f"--config.model={request.param}"
+    run(folder / "base", model)
+    run(folder / "lora", model, f"--config.init_from={folder / 'base'}", "--config.method=lora(rank=2, alpha=6.0)")
+    return folder / "base", folder / "lora"
+
+
+def test_only_adapters_and_the_head_are_trained_and_have_optimizer_state(runs):
+    base, adapted = (loading.load(workdir) for workdir in runs)
+    before = flat({"params": base.state.params, **base.state.model_state})
+    for name, x in flat({"params": adapted.state.params, **adapted.state.model_state}).items():
+        if "/lora/" in name:
+            assert x.any(), name
+        elif "/head/" in name:
+            assert (x != before[name]).any(), name
+        else:
+            np.testing.assert_array_equal(x, before[name], name)
+    c = config.from_json((runs[1] / "config.json").read_text(), "config.json")
+    shape = train_setup.set_up(c, Workdir(runs[1])).state
+    trained = [x for n, x in flat(shape.params).items() if "lora/" in n or n.startswith("head/")]
+    moments = sum(x.size for x in jax.tree.leaves(shape.opt_state) if x.ndim)
+    assert moments == 2 * sum(x.size for x in trained)  # Adam's
+
+
+def test_others_get_merged_weights(runs, tmp_path, capsys):
+    """By a file under PyTorch's names, and by `init_from` of the run."""
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
+    wanted = loading.load(runs[1]).logits(images)
+    assert np.abs(wanted - loading.load(runs[0]).logits(images)).max() > 1e-3
+    file = tmp_path / "merged.safetensors"
+    assert launch.main(["export", str(file), f"--workdir={runs[1]}"]) == 0
+    assert launch.main(["export", str(tmp_path / "plain.safetensors"), f"--workdir={runs[0]}"]) == 0
+    assert load_file(file).keys() == load_file(tmp_path / "plain.safetensors").keys()
+    for source in (file, runs[1]):
+        c = config.load_file("configs/digits.py")
+        model = loading.load(runs[1]).config.model
+        c.update_from_flattened_dict({"model": model, "augment": "normalize", "preprocess": "decode(1)",
+                                      "init_from": str(source)})  # fmt: skip
+        np.testing.assert_allclose(loading.convert(c).logits(images), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_mistakes_get_a_sentence(tmp_path, capsys):
+    for method, said in (
+        ("lora(rank=0)", "rank is 1 or more"),
+        ("lora(pattern='backbone/qkv/kernel')", r"method: lora(pattern): 'backbone/qkv/kernel' matches no parameter"),
+        ("lora(pattern='backbone/.*')", "match kernels alone"),
+    ):
+        assert (
+            launch.main([f"--workdir={tmp_path / 'run'}", *FLAGS, "--config.model=mlp", f"--config.method={method}"])
+            == 1
+        )
+        assert said in capsys.readouterr().err
+    with pytest.raises(UserError, match="unknown argument"):
+        lora.scale("lora(rnak=1)")
+    assert lora.scale("lora(16, alpha=4)") == 0.25
+    assert lora.scale("my_methods:lora(16)") == 0
+
+
+@pytest.mark.thorough
+def test_every_command_reads_the_run(runs, tmp_path, capsys):
+    image = tmp_path / "image.png"
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(image)
+    for command in (
+        ["evaluate"], ["predict", str(image)], ["features", f"--output={tmp_path / 'features.npz'}"], ["probe"],
+        ["explain", str(image), f"--output={tmp_path / 'explained'}"], ["report"],
+        ["export", str(tmp_path / "model.stablehlo")],
+    ):  # fmt: skip
+        assert launch.main([*command, f"--workdir={runs[1]}"]) == 0, (command, capsys.readouterr().err)
+
+
+@pytest.mark.optimized
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"num_seeds": 3}, {"accumulate": 2}, {"mesh": "fsdp=-1", "model": "mlp(widths=(128, 128))"},
+     {"model": "vit('Ti', patch=6)"}],
+    ids=lambda more: ",".join(more),
+)  # fmt: skip
+@pytest.mark.usefixtures("shallow")
+def test_a_run_keeps_all_promises(more, tmp_path):
+    """Cadences, chunks, placement and a resume from the middle change no bit."""
+    ways = [Way("1 steps", 1), Way("5 steps", 3), Way("", 0, "device")]
+    keys = {"model": "mlp(widths=(64,))", "method": "lora(rank=2)", "augment": "flip_lr|normalize", **more}
+    found = digests.train_in_ways(tmp_path, "cnn", "float32", ways, [(ways[0], Way("1 steps", 3))], **keys)
+    assert len({digest for _, digest in found}) == 1, found
+
+
+@pytest.mark.thorough
+def test_three_seeds_are_three_runs(runs, tmp_path):
+    model = f"--config.model={loading.load(runs[0]).config.model}"
+    keys = model, f"--config.init_from={runs[0]}", "--config.method=lora(rank=2)"
+    each = [run(tmp_path / str(seed), *keys, f"--config.seed={seed}")["test"]["loss"] for seed in range(3)]
+    together = run(tmp_path / "together", *keys, "--config.num_seeds=3")["test"]["loss"]
+    assert together == pytest.approx(np.mean(each), rel=1e-4)

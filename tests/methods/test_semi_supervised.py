@@ -1,0 +1,245 @@
+"""FixMatch and mean teacher: the papers' equations, and all that a run promises."""
+
+import json
+
+import digests
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import thorough
+from digests import Way
+from flax import linen as nn
+from PIL import Image
+
+import launch
+from imgclf_jax import losses, step
+from imgclf_jax.augment import ops
+from imgclf_jax.core import sharding
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.methods import Problem
+from imgclf_jax.methods.fixmatch import fixmatch, in_one_pass, pseudo_label_losses
+from imgclf_jax.methods.mean_teacher import mean_teacher, ramp_up, squared_distance
+from imgclf_jax.models.classifier import Classifier
+from imgclf_jax.models.norms import BatchNorm
+
+PROBLEM = Problem(
+    classes=3, class_names=("a", "b", "c"), image_shape=(6, 6, 1), total=10, head_init=nn.initializers.glorot_uniform(),
+    supervised=lambda logits, batch: losses.softmax(logits, batch["label"]), steps=lambda text: int(text.rstrip("%")),
+    normalization="normalize(0.5)", task=losses.Task.CLASSES, build_augment=lambda text: ops.build(text, train=True),
+)  # fmt: skip
+
+
+class Net(nn.Module):
+    """A small backbone with batch statistics and dropout."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = BatchNorm(momentum=0.9, name="norm")(nn.Dense(7)(x.reshape(len(x), -1)), train)
+        return nn.Dropout(0.2, deterministic=not train)(nn.relu(x))
+
+
+def augment(key, images, *known):
+    return images.astype(jnp.float32) / 255 + 0.3 * jax.random.normal(key, images.shape)
+
+
+def batch(b=8, u=24):
+    rng = np.random.default_rng(0)
+
+    def stream(n):
+        images = rng.integers(0, 256, (n, *PROBLEM.image_shape), np.uint8)
+        labels = rng.integers(0, 3, n, np.int32)
+        return {"image": images, "label": labels, "id": np.arange(n), "epoch": np.zeros(n, np.int32)}
+
+    return {**stream(b), "unlabeled": stream(u)}
+
+
+def run(method, given, devices=1, steps=1, rate=1.0, **kwargs):
+    """(state before, state after, the last window) of steps of plain SGD."""
+    make = method.model or (lambda backbone, problem: Classifier(backbone, problem.classes))
+    model, optimizer = make(Net(), PROBLEM), optax.sgd(rate)
+    train_step = jax.jit(
+        step.make_train_step(model, method, optimizer, optax.constant_schedule(rate), augment, **kwargs)
+    )
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    state = before = sharding.put_whole(step.init_state(model, optimizer, PROBLEM.image_shape, 0), mesh)
+    for _ in range(steps):
+        state, window = train_step(state, sharding.put_batch(given, mesh))
+    return before, state, window
+
+
+def log_softmax(x):
+    x = x.astype(np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_unlabeled_loss_is_equation_4():
+    rng = np.random.default_rng(0)
+    weak, strong = 3 * rng.normal(size=(50, 4)), rng.normal(size=(50, 4))
+    values, mask = pseudo_label_losses(jnp.asarray(weak), jnp.asarray(strong), 0.8)
+    q, log_p = np.exp(log_softmax(weak)), log_softmax(strong)
+    wanted = [-log_p[i, q[i].argmax()] if q[i].max() >= 0.8 else 0.0 for i in range(50)]
+    assert 5 < mask.sum() < 45
+    np.testing.assert_array_equal(mask, np.array(wanted) > 0)
+    np.testing.assert_allclose(values, wanted, rtol=1e-12)
+    gradient = jax.grad(lambda weak: pseudo_label_losses(weak, jnp.asarray(strong), 0.8)[0].sum())(jnp.asarray(weak))
+    assert not gradient.any()
+
+
+def test_infinite_logits_below_the_threshold_add_nothing_and_nan_is_told():
+    weak = jnp.array([[0.0, 0.1, 0.0], [9.0, 0.0, 0.0], [jnp.nan, 0.0, 0.0]])
+    strong = jnp.array([[0.0, -jnp.inf, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    values, mask = pseudo_label_losses(weak, strong, 0.95)
+    np.testing.assert_allclose(values, [0.0, np.log(3), np.nan], rtol=1e-6)
+    np.testing.assert_array_equal(mask, [0, 1, 0])
+
+
+def test_one_pass_gives_the_logits_of_each_batch_and_statistics_of_all():
+    rng = np.random.default_rng(0)
+    batches = [rng.normal(size=(n, 2, 2, 1)).astype(np.float32) for n in (4, 12, 6)]
+    out = in_one_pass(lambda x: jnp.concatenate([x.reshape(len(x), -1), x.mean((1, 2, 3), keepdims=False)[:, None]], 1),
+                      [jnp.asarray(x) for x in batches])  # fmt: skip
+    for images, logits in zip(batches, out, strict=True):
+        np.testing.assert_allclose(logits[:, :4], images.reshape(len(images), -1))
+    means = in_one_pass(lambda x: jnp.broadcast_to(x.mean(), (len(x), 1)), [jnp.asarray(x) for x in batches])
+    np.testing.assert_allclose(means[1], np.concatenate([x.ravel() for x in batches]).mean(), rtol=1e-4)
+
+
+def test_a_step_of_fixmatch_trains_by_the_confident_alone():
+    """Above probability 1 there is nobody: then the gradient is that of the labeled images, and no NaN."""
+    _, after, sums = run(fixmatch(PROBLEM, threshold=1.0, strong="cutout(2)"), batch())
+    _, same, _ = run(fixmatch(PROBLEM, weight=0.0, strong="cutout(2)"), batch())
+    jax.tree.map(np.testing.assert_array_equal, after.params, same.params)
+    assert sums["mask_rate"] == sums["unlabeled_loss"] == 0
+    _, other, sums = run(fixmatch(PROBLEM, threshold=0.5, strong="cutout(2)"), batch())
+    assert 0 < sums["mask_rate"] / 8 < 1
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), after.params, other.params)))
+    assert np.isfinite(sums["grad_norm"])
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_consistency_is_that_of_the_paper():
+    rng = np.random.default_rng(0)
+    s, t = rng.normal(size=(5, 4)), rng.normal(size=(5, 4))
+    wanted = ((np.exp(log_softmax(s)) - np.exp(log_softmax(t))) ** 2).mean(-1)
+    np.testing.assert_allclose(squared_distance(jnp.asarray(s), jnp.asarray(t)), wanted, rtol=1e-12)
+    wanted = [np.exp(-5 * (1 - min(step, 8) / 8) ** 2) for step in range(10)]
+    np.testing.assert_allclose([ramp_up(jnp.int32(step), 8) for step in range(10)], wanted, rtol=1e-6)
+    assert ramp_up(jnp.int32(0), 0) == 1
+
+
+@pytest.mark.parametrize("accumulate", [1, *thorough(2)])
+def test_the_teacher_is_the_average_of_the_students_so_far(accumulate):
+    """With the decay of the authors' code, once a step also where microbatches are accumulated, from any start."""
+    method = mean_teacher(PROBLEM, decay=0.6, weight=5.0, ramp="0")
+    model, optimizer = method.model(Net(), PROBLEM), optax.sgd(0.3)
+    train_step = jax.jit(step.make_train_step(model, method, optimizer, optax.constant_schedule(0.3), augment,
+                                              accumulate=accumulate))  # fmt: skip
+    state = step.init_state(model, optimizer, PROBLEM.image_shape, 0)
+    jax.tree.map(np.testing.assert_array_equal, state.params, state.model_state["teacher"]["average"]["params"])
+    state = state.replace(params=jax.tree.map(lambda x: x + 1, state.params))  # as by `init_from`
+    wanted = None
+    for number in range(4):
+        student, keep = state.params, min(1 - 1 / (number + 1), 0.6)
+        wanted = student if wanted is None else jax.tree.map(lambda t, s, k=keep: k * t + (1 - k) * s, wanted, student)
+        state, window = train_step(state, batch())
+        teacher = state.model_state["teacher"]["average"]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), teacher["params"], wanted)
+    statistics = [x["batch_stats"]["backbone"]["norm"]["mean"] for x in (teacher, state.model_state)]
+    assert np.abs(statistics[0] - statistics[1]).max() > 1e-4  # of other weights
+    assert window["consistency"] > 0
+
+
+def test_mean_teacher_without_a_stream_and_with_its_own_mistakes():
+    labeled = {name: x for name, x in batch().items() if name != "unlabeled"}
+    _, _, sums = run(mean_teacher(PROBLEM, ramp="0"), labeled)
+    assert sums["consistency"] > 0  # dropout and the two views
+    assert sums["consistency_weight"] / 8 == 100
+    with pytest.raises(UserError, match="decay is 0 or more and below 1"):
+        mean_teacher(PROBLEM, decay=1.0)
+    small = {**batch(), "unlabeled": {**batch()["unlabeled"], "image": np.zeros((24, 4, 6, 1), np.uint8)}}
+    with pytest.raises(UserError, match=r"has images \[4, 6, 1\]"):
+        run(mean_teacher(PROBLEM), small)
+
+
+@pytest.mark.parametrize("make", [lambda: fixmatch(PROBLEM, threshold=0.5, strong="cutout(2)"),
+                                  *thorough(lambda: mean_teacher(PROBLEM, ramp="2"))])  # fmt: skip
+def test_eight_devices_train_as_one(make):
+    _, one, _ = run(make(), batch())
+    _, eight, _ = run(make(), batch(), devices=8)
+    for a, b in zip(jax.tree.leaves((one.params, one.model_state)), jax.tree.leaves((eight.params, eight.model_state)),
+                    strict=True):  # fmt: skip
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_mistakes_get_a_sentence():
+    without = {name: x for name, x in batch().items() if name != "unlabeled"}
+    small = {**batch(), "unlabeled": {**batch()["unlabeled"], "image": np.zeros((24, 4, 6, 1), np.uint8)}}
+    with pytest.raises(UserError, match=r"fixmatch reads the stream data\.extra\.unlabeled, which this run lacks"):
+        run(fixmatch(PROBLEM), without)
+    with pytest.raises(UserError, match=r"has images \[4, 6, 1\] and data\.train \[6, 6, 1\]"):
+        run(fixmatch(PROBLEM), small)
+    with pytest.raises(UserError, match="threshold is 0 to 1"):
+        fixmatch(PROBLEM, threshold=95)
+    with pytest.raises(UserError, match="leave out normalize"):
+        fixmatch(PROBLEM, strong="cutout(2)|normalize")
+    with pytest.raises(UserError, match="unknown device op"):
+        fixmatch(PROBLEM, strong="cuttout(2)")
+
+
+METHODS = ["fixmatch(threshold=0.3, strong='cutout(4)')", "mean_teacher(ramp='3 steps')"]
+
+
+@pytest.mark.optimized
+@pytest.mark.thorough
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"num_seeds": 3}, {"accumulate": 2}, {"mesh": "fsdp=-1", "model": "mlp(widths=(128, 128))"},
+     {"model": "resnet_cifar(8)", "batch_norm": "per_device"}],
+    ids=lambda more: ",".join(more),
+)  # fmt: skip
+def test_a_run_keeps_all_promises(method, more, tmp_path):
+    """Cadences, chunks, placement and a resume from the middle change no bit of parameters or state."""
+    ways = [Way("1 steps", 1), Way("5 steps", 3), Way("", 0, "device")]
+    resumed = [(ways[0], Way("1 steps", 3))]
+    keys = {"model": "mlp(widths=(64,))", "method": method, "augment": "flip_lr|normalize",
+            "data": {"extra": {"unlabeled": "train|batch_size(32)"}}, **more}  # fmt: skip
+    found = digests.train_in_ways(tmp_path, "cnn", "float32", ways, resumed, **keys)
+    assert len({digest for _, digest in found}) == 1, found
+
+
+FLAGS = ("--config.preprocess=decode(1)", "--config.augment=flip_lr|normalize", "--config.batch_size=16",
+         "--config.total=6 steps", "--config.log_every=2 steps", "--config.eval_every=", "--config.tensorboard=False",
+         "--config.schedule=constant(1e-2)", "--config.model=mlp(widths=(8,))",
+         "--config.data.extra.unlabeled=train|batch_size(32)")  # fmt: skip
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("method", METHODS)
+def test_three_seeds_are_three_runs(method, tmp_path):
+    def result(name, *flags):
+        workdir = tmp_path / name
+        assert launch.main([f"--workdir={workdir}", f"--config.method={method}", *FLAGS, *flags]) == 0
+        return json.loads((workdir / "result.json").read_text())["test"]
+
+    each = [result(str(seed), f"--config.seed={seed}") for seed in range(3)]
+    together = result("together", "--config.num_seeds=3")
+    for name in ("accuracy", "loss"):
+        assert together[name] == pytest.approx(np.mean([one[name] for one in each]), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", thorough(*METHODS))
+def test_every_command_reads_the_run(method, tmp_path, capsys):
+    workdir, image = f"--workdir={tmp_path / 'run'}", tmp_path / "image.png"
+    assert launch.main([workdir, f"--config.method={method}", *FLAGS]) == 0
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(image)
+    files = [str(tmp_path / f"model.{kind}") for kind in ("stablehlo", "safetensors")]
+    for command in (
+        ["evaluate"], ["predict", str(image)], ["features", f"--output={tmp_path / 'features.npz'}"], ["probe"],
+        ["explain", str(image), f"--output={tmp_path / 'explained'}"], ["report"], ["export", *files],
+    ):  # fmt: skip
+        assert launch.main([*command, workdir]) == 0, (command, capsys.readouterr().err)
