@@ -50,8 +50,10 @@ class Method:
         "image" f32[b, h, w, c], normalized, and "label".
     fixed: a pytree of arrays that are not trained, such as a teacher's variables, or a function that returns it. A
         function is called in training only, so evaluation needs no teacher.
-    freeze: a regular expression; parameters whose paths match it are frozen, beside those of `rules.freeze`.
-    merge(variables) -> variables of the plain Classifier that computes the same: what `export` writes as .safetensors.
+    freeze: a regular expression. Parameters whose paths match it are frozen, beside those that the key `rules.freeze`
+        freezes.
+    merge(variables) -> variables of the plain Classifier that computes the same, which `export` writes as
+        .safetensors. Without it they are the method's own, less the modules that it adds.
     predicts: False for a method that trains no head: then the model has none, nothing is predicted, evaluation reports
         what `evaluate` gives, and `features` and `probe` use the backbone. Keys that act on predictions are refused.
     """
