@@ -89,8 +89,9 @@ def _as_json(groups: Sequence[Group], comparisons: Sequence[Comparison], damaged
         ],
         "best": dict(groups[0].settings),
         "comparisons": [
-            {"settings": dict(one.group.settings), "set": one.set, "examples": one.examples,
-             "difference": one.difference._asdict(), "mcnemar_mid_p": one.p, "holm": one.adjusted}
+            {"settings": dict(one.group.settings), "set": one.set, "score": one.score, "examples": one.examples,
+             "difference": _finite(one.difference._asdict()), "holm": one.adjusted,
+             "mcnemar_mid_p" if one.score in ("accuracy", "exact_match") else "bootstrap_p": one.p}
             for one in comparisons
         ],
         "damaged": list(damaged),

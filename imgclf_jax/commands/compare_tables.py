@@ -48,19 +48,15 @@ def results(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
 
 def tests(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
     """The columns and the rows of the comparisons with the best group."""
-    columns = ["set", "difference", "95 % interval", "McNemar mid-p", "by Holm"]
+    of_targets = any(one.score != "accuracy" for one in comparisons)
+    columns = ["set", *["score"] * of_targets, "difference", "95 % interval", "p" if of_targets else "McNemar mid-p",
+               "by Holm"]  # fmt: skip
     rows = [
-        [*map(shown, one.group.settings.values()), one.set, f"{one.difference.value:+.4f}",
+        [*map(shown, one.group.settings.values()), one.set, *[one.score] * of_targets, f"{one.difference.value:+.4f}",
          f"{one.difference.low:+.4f} to {one.difference.high:+.4f}", _range(one.p), _range(one.adjusted)]
         for one in comparisons
     ]  # fmt: skip
     return [*(comparisons[0].group.settings if comparisons else []), *columns], rows
-
-
-def _score(groups: Sequence[Group]) -> str:
-    """What the examples that are right are counted by."""
-    several = any(name.endswith("/exact_match") for name in groups[0].metrics())
-    return "share of examples with all labels right (exact match)" if several else "accuracy"
 
 
 def _range(values: Mapping[int, float]) -> str:
@@ -94,17 +90,21 @@ def notes(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> list[st
     if any(len(one.seeds) > 1 for one in groups):
         notes.append("± is the sample standard deviation over the seeds.")
     if comparisons:
-        number = sum(len(one.p) for one in comparisons)
+        number, counted = sum(len(one.p) for one in comparisons), {one.score for one in comparisons}
+        mcnemar = counted & {"accuracy", "exact_match"}
+        score = "accuracy" if counted == {"accuracy"} else "score"
+        tests = ["McNemar's test"] * bool(mcnemar) + ["The paired bootstrap"] * bool(counted - mcnemar)
+        if "exact_match" in counted:
+            tests[0] += " of the share of examples with all labels right (exact match)"
+        test = " and ".join(tests).replace("and T", "and t") + " compare" + "s" * (len(tests) == 1)
         sizes = ", ".join(f"{n} of {name}" for name, n in dict.fromkeys((c.set, c.examples) for c in comparisons))
         notes.append(
-            f"The difference is that of the mean {_score(groups)} to the best, {groups[0].label}, on the same examples "
+            f"The difference is that of the mean {score} to the best, {groups[0].label}, on the same examples "
             f"({sizes}). Its interval is Student's, for other examples and, where there are several, other seeds. "
-            "McNemar's test compares runs of the same seed; of several the least and the greatest p are shown. By "
+            f"{test} runs of the same seed; of several the least and the greatest p are shown. By "
             f"Holm, p is adjusted for the {number} tests that are made. That the best was chosen by these very "
             "examples is not accounted for."
         )
-    elif any(name.endswith("/r2") for one in groups for name in one.metrics()):
-        notes.append("There are no paired tests: a regression has no right and wrong to count.")
     elif len([one for one in groups if one.done]) > 1:
         notes.append("There are no paired tests: what the runs predict of each example is not known; add --test.")
     return notes

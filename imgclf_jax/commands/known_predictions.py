@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import importlib.util
 import json
 import logging
@@ -15,6 +16,8 @@ import numpy as np
 
 from imgclf_jax.analysis import listing
 from imgclf_jax.analysis.multilabel import MultilabelScores
+from imgclf_jax.analysis.regression import RegressionScores
+from imgclf_jax.analysis.scores import bootstrap
 from imgclf_jax.commands.evaluation import changed, changed_sets, evaluate, open_evals
 from imgclf_jax.core import places, processes
 from imgclf_jax.core.errors import UserError, reason
@@ -29,20 +32,44 @@ from imgclf_jax.trained import Trained
 log = logging.getLogger(__name__)
 
 FILE = "predictions.npz"  # what `compare --test` keeps; `evaluate --predictions` writes the others
+_OF_TARGETS = ("targets", "outputs")
+_SAMPLES = 1000
+_MOST_NUMBERS = 2_000_000_000  # of samples that are looked at
 LISTINGS = ("predictions.csv", "predictions.jsonl", "predictions.parquet")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Known:
-    """Which examples of a set each seed of a run has right."""
+    """Which examples of a set each seed of a run has right, and what it predicts where targets are several."""
 
     examples: tuple[str, ...]  # what each is called, or its number
-    labels: tuple[str, ...]  # the names of their classes
-    right: np.ndarray  # bool[seeds, n]
+    labels: tuple[str, ...]  # the names of their classes, or their targets
+    right: np.ndarray  # bool[seeds, n]; [0, n] in a regression, which has no right and wrong
+    targets: np.ndarray | None = None  # f32[n, k], of several labels and of numbers
+    outputs: np.ndarray | None = None  # f32[seeds, n, k]: what orders the examples of a label, or the values
 
     def pairs_with(self, other: "Known") -> bool:
         """Whether both are of the same examples, in the same order."""
         return self.examples == other.examples and self.labels == other.labels
+
+    @functools.cached_property
+    def scores(self) -> dict[str, np.ndarray]:
+        """{score: f64[seeds, 1 + samples]}: of each seed, on the examples and on samples of these, see `paired`.
+
+        `mean_average_precision` of several labels, `r2` and `mae` of numbers; {} where it would take minutes.
+        """
+        if self.targets is None or self.outputs is None:
+            return {}
+        n, wanted = len(self.examples), ("mean_average_precision",) if len(self.right) else ("r2", "mae")
+        if self.outputs.size * _SAMPLES > _MOST_NUMBERS:
+            log.warning("%d predictions are too many for the paired bootstrap, which is left out", self.outputs.size)
+            return {}
+        kind = MultilabelScores if len(self.right) else RegressionScores
+        of = [kind(self.targets, outputs).of for outputs in self.outputs]
+        whole = [one(np.ones((1, n))) for one in of]
+        drawn = [bootstrap(one, n, _SAMPLES, at_once=1 << 21) for one in of]  # the same samples for each
+        return {name: np.stack([np.append(a[name], b.get(name, ())) for a, b in zip(whole, drawn, strict=True)])
+                for name in wanted}  # fmt: skip
 
 
 def known(run: Record) -> dict[str, Known]:
@@ -86,7 +113,7 @@ def _kept(run: Record, origins: Mapping[str, str]) -> dict[str, Known]:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             facts = json.loads(str(file["facts"])).get("origins", {})
             return {name: Known(tuple(file[f"{i}/examples"].tolist()), tuple(file[f"{i}/labels"].tolist()),
-                                file[f"{i}/right"].astype(bool))
+                                file[f"{i}/right"].astype(bool), *(file.get(f"{i}/{x}") for x in _OF_TARGETS))
                     for i, name in enumerate(facts) if facts[name] == origins.get(name)}  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as e:
         log.warning("%s is damaged (%s): it is left out; --test writes it anew", path, reason(e))
@@ -106,16 +133,22 @@ def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
 
 
 def _listed(rows: Iterable[Mapping[str, Any]], origins: Mapping[str, str]) -> dict[str, Known]:
-    by_set: dict[str, list[tuple[str, str, bool]]] = {}
+    by_set: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        right = {"true": True, "false": False}[str(row["correct"]).lower()]
-        if str(row.get("origin")) != origins.get(str(row["set"])):
-            continue
-        by_set.setdefault(str(row["set"]), []).append((str(row["example"]), _label(row), right))
+        if str(row.get("origin")) == origins.get(str(row["set"])):
+            by_set.setdefault(str(row["set"]), []).append(row)
     found = {}
     for name, some in by_set.items():
-        examples, labels = tuple(row[0] for row in some), tuple(row[1] for row in some)
-        found[name] = Known(examples, labels, np.array([[row[2] for row in some]]))
+        examples, labels = tuple(str(row["example"]) for row in some), tuple(map(_label, some))
+        numbers = "label" not in some[0] and "correct" not in some[0]
+        right = [[{"true": True, "false": False}[str(row["correct"]).lower()] for row in some]] if not numbers else []
+        columns = [[column for column in some[0] if column.startswith(kind)]
+                   for kind in (("target[",), ("probability[", "value["))]  # fmt: skip
+        of_targets = [np.array([[row[column] for column in each] for row in some], np.float32) for each in columns]
+        one = Known(examples, labels, np.array(right, bool).reshape(-1, len(some)))
+        if columns[0]:
+            one = dataclasses.replace(one, targets=of_targets[0], outputs=of_targets[1][None])
+        found[name] = one
     return found
 
 
@@ -142,28 +175,31 @@ def make(run: Record, trust: bool) -> dict[str, Known]:
         _check_checkpoint(run, model)
         model.programs.check_predicts()
         programs, state = dataclasses.replace(model.programs, predicting=True), model.state
-        if model.task is Task.REGRESSION:
-            raise UserError("a regression has no right and wrong, which paired tests count")
         base = sources.open_data(run.config)
         evals = open_evals(programs, base)
         if others := changed_sets(programs, run.config, run.evals, evals):
             raise UserError(f"its evaluation set {others[0]} has changed since training; restore the data")
         if changed(programs, run.config, base):
             raise UserError("its data have changed since training; restore them")
-        found = {}
+        found, seeds = {}, run.config.num_seeds
         for name, images in evals.items():
             _, predictions = evaluate(programs, state, images)
             called, names = getattr(images.source, "name", str), programs.recipe.data.class_names
+            of_targets: tuple[np.ndarray, ...] = ()
             if isinstance(predictions, Predictions):
                 right = np.atleast_2d(predictions.ranks == 0)  # [seeds, n], of several seeds also the ensemble's
                 labels = tuple(names[label] for label in predictions.labels)
             else:
                 assert predictions is not None
-                each = predictions.outputs.reshape(-1, *predictions.targets.shape)
-                right = np.stack([MultilabelScores(predictions.targets, own).exact for own in each])
+                each, ranking = (x.reshape(-1, *predictions.targets.shape)[:seeds]
+                                 for x in (predictions.outputs, predictions.ranking))  # fmt: skip
+                numbers = model.task is Task.REGRESSION
+                rights = [] if numbers else [MultilabelScores(predictions.targets, own).exact for own in each]
+                right = np.array(rights, bool).reshape(-1, len(predictions.targets))
                 labels = tuple(map(_labels, predictions.targets))
+                of_targets = predictions.targets, each if numbers else ranking
             examples = tuple(called(i) for i in range(len(labels)))
-            found[name] = Known(examples, labels, right[: run.config.num_seeds])
+            found[name] = Known(examples, labels, right[:seeds], *of_targets)
     try:
         # Of a set without a recorded fingerprint nothing would tell later whether the data are still the same.
         if set(found) <= set(run.evals) and not processes.index():
@@ -189,6 +225,7 @@ def _keep(run: Record, found: Mapping[str, Known]) -> None:
             f"{i}/examples": np.array(own.examples),
             f"{i}/labels": np.array(own.labels),
             f"{i}/right": own.right,
+            **{f"{i}/{x}": getattr(own, x) for x in _OF_TARGETS if getattr(own, x) is not None},
         }
     path = run.workdir.path / FILE
     with places.replacing(path) as temporary, temporary.open("wb") as file:

@@ -19,9 +19,10 @@ class Comparison:
 
     group: Group
     set: str
+    score: str  # "accuracy", or "exact_match" of several labels: tested by McNemar; others by the paired bootstrap
     examples: int
-    difference: paired.Difference  # of the accuracies: this group's less the best one's
-    p: dict[int, float]  # of McNemar's test with mid-p, for each seed that both have
+    difference: paired.Difference  # of the mean scores: this group's less the best one's
+    p: dict[int, float]  # of McNemar's test with mid-p or of the bootstrap, for each seed that both have
     adjusted: dict[int, float]  # the same by Holm, over all tests that are made
 
 
@@ -37,12 +38,17 @@ def compare(groups: Sequence[Group], known: Mapping[str, Mapping[str, Known]]) -
             if not own.pairs_with(best):
                 log.warning("%s: the predictions of %s are of other examples than those of the best", name, one.label)
                 continue
-            p = {}
-            for seed in (seed for seed in seeds if seed in best_seeds):
-                a, b = own.right[seeds.index(seed)], best.right[best_seeds.index(seed)]
-                p[seed] = paired.mcnemar(int((a & ~b).sum()), int((b & ~a).sum()))
-            difference = paired.difference(own.right, best.right)
-            found.append(Comparison(one, name, own.right.shape[1], difference, p, {}))
+            n, both = len(own.examples), [(seed, seeds.index(seed), best_seeds.index(seed))
+                                          for seed in seeds if seed in best_seeds]  # fmt: skip
+            if len(own.right):
+                score = "accuracy" if own.targets is None else "exact_match"
+                gains = {seed: (own.right[i], best.right[j]) for seed, i, j in both}
+                p = {seed: paired.mcnemar(int((a & ~b).sum()), int((b & ~a).sum())) for seed, (a, b) in gains.items()}
+                found.append(Comparison(one, name, score, n, paired.difference(own.right, best.right), p, {}))
+            for score in (score for score in own.scores if score in best.scores):
+                a, b = own.scores[score], best.scores[score]
+                p = {seed: paired.bootstrapped_p(a[i], b[j]) for seed, i, j in both}
+                found.append(Comparison(one, name, score, n, paired.bootstrapped_difference(a, b, n), p, {}))
     adjusted = iter(paired.holm([value for one in found for value in one.p.values()]))
     return [dataclasses.replace(one, adjusted={seed: next(adjusted) for seed in one.p}) for one in found]
 
@@ -58,4 +64,6 @@ def _right(one: Group, name: str, known: Mapping[str, Mapping[str, Known]]) -> t
     if not whole or len(whole) < len(found) or not all(own.pairs_with(whole[0]) for own in whole):
         return None
     seeds = [seed for run, _ in found for seed in run.seeds]
-    return dataclasses.replace(whole[0], right=np.concatenate([own.right for own in whole])), seeds
+    outputs = [own.outputs for own in whole if own.outputs is not None]
+    joined = np.concatenate(outputs) if len(outputs) == len(whole) else None
+    return dataclasses.replace(whole[0], right=np.concatenate([own.right for own in whole]), outputs=joined), seeds

@@ -125,7 +125,7 @@ def _provenance(run: Record, provenance: Mapping[str, Any], findings: Findings) 
         "processes": provenance.get("processes"),
         "training examples": data.get("train_examples"),
         "images": " x ".join(map(str, data.get("image_shape") or ())),
-        "classes": len(data.get("class_names") or ()),
+        "targets" if data.get("target_names") else "classes": len(data.get("class_names") or ()),
         "fingerprint of the training data": data.get("fingerprint"),
         "files that could not be read": (provenance.get("unreadable") or {}).get("count", 0) or "none",
         "Python": provenance.get("python"),

@@ -149,7 +149,7 @@ def build(
     async def health(request: Request) -> Response:
         config = model.config
         return JSONResponse({"status": "ok", "model": config.model, "step": model.step, "waiting": batcher.waiting,
-                             "explains": explain is not None,
+                             "task": model.task.value, "explains": explain is not None,
                              "classes": [utf8(name) for name in model.class_names]}, headers=_HEADERS)  # fmt: skip
 
     async def metrics(request: Request) -> Response:

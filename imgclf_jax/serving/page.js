@@ -131,6 +131,11 @@ clear();
 by("command").textContent = `curl --data-binary @image.jpg '${location.origin}/predict?top_k=3'`;
 fetch("health").then((response) => response.json()).then((found) => {
   explains = found.explains;
-  by("model").textContent = `${found.model}, step ${found.step}, ${found.classes.length} classes: ` +
+  const what = { regression: "values", multilabel: "labels" }[found.task] || "classes";
+  by("result").textContent = `Its ${what}`;
+  const [first, second] = by("classes").tHead.rows[0].cells;
+  first.textContent = { values: "target", labels: "label" }[what] || "class";
+  second.textContent = what === "values" ? "value" : "probability";
+  by("model").textContent = `${found.model}, step ${found.step}, ${found.classes.length} ${what}: ` +
     found.classes.slice(0, 12).join(", ") + (found.classes.length > 12 ? ", …" : "");
 });

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from imgclf_jax.analysis import paired
+from imgclf_jax.analysis import paired, scores
 from imgclf_jax.analysis.paired import Spread
 
 
@@ -182,3 +182,19 @@ def test_what_the_page_says_of_unlike_rows(seeds, between):
     found = coverage(seeds, between, 500, 2000)
     assert found == pytest.approx(UNLIKE[seeds, between], abs=0.0011)
     assert 0.93 < found < 0.95
+
+
+def test_the_paired_bootstrap_of_a_mean_is_its_normal_interval():
+    """Of errors of 400 examples: the interval of the mean gain, and the p-value of the paired t-test."""
+    rng = np.random.default_rng(0)
+    second = rng.normal(size=400) ** 2
+    for gain in (0.02, 0.12, 1.0):
+        first = second + rng.normal(gain, 1.0, size=400)
+        drawn = [scores.bootstrap(lambda w, x=x: {"mean": w @ x / w.sum(1)}, 400)["mean"] for x in (first, second)]
+        a, b = (np.append(x.mean(), sample)[None] for x, sample in zip((first, second), drawn, strict=True))
+        found, test = paired.bootstrapped_difference(a, b, 400), stats.ttest_rel(first, second)
+        ends = test.confidence_interval()
+        assert found == pytest.approx((np.mean(first - second), ends.low, ends.high), abs=0.02)
+        assert paired.bootstrapped_p(a[0], b[0]) == pytest.approx(max(test.pvalue, 2 / 1001), rel=0.35, abs=0.002)
+    seeds = np.concatenate([a - 1, a + 1])  # of two seeds that differ much, nothing follows
+    assert paired.bootstrapped_difference(seeds, b, 400).low < 0

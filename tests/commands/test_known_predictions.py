@@ -86,12 +86,15 @@ def test_they_are_made_once(tested, folder, tmp_path, monkeypatch, capsys):
     assert launch.main(["compare", str(folder), "--test"]) == 0
     assert made == []
     assert "McNemar" in capsys.readouterr().out
-    file = tested["a"].workdir.result
-    before = file.read_text()
-    file.write_text(json.dumps(json.loads(before) | {"params_sha256": "another"}))
+    file, provenance = tested["a"].workdir.result, tested["a"].workdir.provenance
+    before, recorded = file.read_text(), provenance.read_text()
+    another = json.dumps(json.loads(before) | {"params_sha256": "another"})
+    file.write_text(another)
+    write_json(provenance, json.loads(recorded) | {"result_sha256": json_digest(another)})
     tested["a"].workdir.digests.rename(tmp_path / "digests")
     assert launch.main(["compare", str(folder), "--test"]) == 0
     file.write_text(before)
+    provenance.write_text(recorded)
     (tmp_path / "digests").rename(tested["a"].workdir.digests)
     assert made == [tested["a"].name]
 

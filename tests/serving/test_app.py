@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import io
 import json
 import socket
@@ -37,6 +38,12 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def port(model):
+    with serving(model) as port:
+        yield port
+
+
+@contextlib.contextmanager
+def serving(model):
     """The port of a server in a thread of this process."""
     application = app.build(model, LIMITS, ("localhost", "127.0.0.1"), serve.explainer(model))
     config = connections.server_settings(application, "127.0.0.1", 0)

@@ -5,7 +5,13 @@ import base64
 import chromium
 import pytest
 from chromium import WIDTHS, browser  # noqa: F401  the latter is a fixture
-from test_app import model, png, port  # noqa: F401  fixtures
+from test_app import model, png, port, serving  # noqa: F401  fixtures
+
+from imgclf_jax.config import default_config
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.provenance import DataInfo
+from imgclf_jax.trained import Trained
 
 pytestmark = chromium.NEEDED
 
@@ -67,6 +73,30 @@ def test_it_classifies_what_it_is_given(page, tmp_path):
         page.set_input_files("#file", tmp_path / "b.png")
     assert response.value.status == 422
     page.get_by_role("status").filter(has_text="not in an image format").wait_for()
+
+
+@pytest.mark.parametrize(("loss", "names", "words"), [
+    ("mse", ("ink, %", "height"), ["Its values", "2 values: ink, %, height", "target", "value"]),
+    ("sigmoid", ("odd", "round"), ["Its labels", "2 labels: odd, round", "label", "probability"]),
+])  # fmt: skip
+def test_it_shows_numbers_and_several_labels(browser, tmp_path, loss, names, words):  # noqa: F811
+    config = default_config()
+    config.model, config.loss, config.preprocess = "mlp(widths=(8,))", loss, "decode(1)|resize(8)"
+    programs = Programs(Recipe(config, DataInfo(64, (8, 8, 1), names, "-", target_names=names)))
+    untrained = Trained(programs, programs.init()["state"], 0)
+    (tmp_path / "a.png").write_bytes(png(0))
+    with serving(untrained) as where, chromium.opened(browser, "phone", "dark", f"http://127.0.0.1:{where}/") as opened:
+        page, said, _ = opened
+        page.get_by_text(words[1]).wait_for()
+        assert [page.text_content("#result"), *page.locator("#classes thead th").all_text_contents()] == [
+            words[0], *words[2:]]  # fmt: skip
+        page.set_input_files("#file", tmp_path / "a.png")
+        page.get_by_role("status").filter(has_text=" ms in the server").wait_for()
+        shown = page.locator("#classes tbody th").all_text_contents()
+        found = untrained.describe(untrained.predict([png(0)])[0])
+        assert shown == [*found.get("values", ())] + [one["class"] for one in found.get("predictions", ())]
+        page.screenshot(path=tmp_path / f"{loss}.png", full_page=True)
+        assert said == []
 
 
 def test_it_can_be_read_by_everyone(page, tmp_path):
