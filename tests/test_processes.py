@@ -191,8 +191,10 @@ flags = [f"--workdir={run}"]
 for words in (
     ["train", *flags, "--config.data.source=fake(96, (8, 8, 3), 4)", "--config.preprocess=decode(3)",
      "--config.augment=", "--config.batch_size=32", "--config.model=cnn(widths=(8,), hidden=256)",
-     "--config.schedule=constant(1e-3)", "--config.total=4 steps", "--config.mesh=fsdp=-1"],
-    ["evaluate", *flags, f"--predictions={out}/all.csv"], ["predict", f"{out}/a.png", "--format=csv", *flags],
+     "--config.schedule=constant(1e-3)", "--config.total=4 steps", "--config.mesh=fsdp=-1",
+     "--config.gradient=sam(0.05)|pgd(steps=2)"],
+    ["evaluate", *flags, f"--predictions={out}/all.csv"], ["evaluate", *flags, "--attack=pgd(eps=0.02)"],
+    ["predict", f"{out}/a.png", "--format=csv", *flags],
     ["features", *flags, f"--output={out}/f.npz"], ["probe", *flags], ["report", *flags, f"--html={out}/r.html"],
     ["explain", f"{out}/a.png", *flags, f"--output={out}/x"],
     ["export", f"{out}/m.stablehlo", f"{out}/m.savedmodel", *flags],
@@ -215,6 +217,9 @@ def test_every_command_runs_in_the_processes_of_its_run(tmp_path, capfd):
     assert printed[1] == ""
     assert "features of" in printed[0]
     assert "linear probe" in printed[0]
+    assert launch.main(["evaluate", f"--workdir={run}", "--attack=pgd(eps=0.02)"]) == 0
+    line = next(line for line in capfd.readouterr().out.splitlines() if "attacked_accuracy" in line)
+    assert line in printed[0]
     assert {file.name for file in out.iterdir()} == {
         "a.png", "all.csv", "f.npz", "r.html", "x", "m.stablehlo", "m.savedmodel"
     }  # fmt: skip
