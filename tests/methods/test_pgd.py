@@ -23,8 +23,6 @@ from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
 
-pytestmark = pytest.mark.optimized
-
 NORMALIZE = "normalize(mean=0.3, std=0.2)"
 SPEC = "pgd(eps='16/255', steps=3, step_size='8/255')"
 seen: list[np.ndarray] = []  # the images that the gradient function `recording` is given
@@ -114,6 +112,7 @@ def test_attack_passes_update_no_batch_statistics():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.model_state, dict(wanted))
 
 
+@pytest.mark.thorough
 def test_mixed_labels_are_attacked_as_they_are_trained():
     """The loss of the mixed labels rises."""
     mix = mixing.build("mixup(1.0)")
@@ -147,6 +146,7 @@ def test_eight_devices_train_on_the_same_examples(fake_config, mesh):
     np.testing.assert_allclose(after[0]["grad_norm"], after[1]["grad_norm"], rtol=1e-4)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("network", thorough("cnn", "linen"))
 @pytest.mark.parametrize(
     "more", thorough({}, {"accumulate": 2}, {"num_seeds": 2}, {"mesh": "fsdp=-1"}, {"precision": "bfloat16"})

@@ -25,8 +25,6 @@ from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
 
-pytestmark = pytest.mark.optimized
-
 SHAPE, CLASSES = (4, 4, 1), 3
 SPECS = ["sam(rho=0.2)", "asam(rho=0.7, eta=0.05)"]
 
@@ -174,8 +172,8 @@ def test_functions_of_the_gradient_compose_from_left_to_right():
     jax.tree.map(lambda a, n, b: np.testing.assert_allclose(a - n, b, atol=1e-6), alone.params, added, noisy.params)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=-1", *thorough("data=-1", "data=2, fsdp=4")])
-@pytest.mark.parametrize("spec", [SPECS[0], *thorough(SPECS[1])])
+@pytest.mark.parametrize("mesh", thorough("fsdp=-1", "data=-1", "data=2, fsdp=4"))
+@pytest.mark.parametrize("spec", SPECS)
 def test_eight_devices_take_one_perturbation(fake_config, mesh, spec):
     """The norm is over all parameters and examples, wherever they are."""
     fake_config.update(mesh=mesh, gradient=spec, model="mlp(widths=(64,))", preprocess="decode(1)")
@@ -196,6 +194,7 @@ def test_eight_devices_take_one_perturbation(fake_config, mesh, spec):
     )
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "more", thorough({}, {"accumulate": 2}, {"num_seeds": 2}, {"mesh": "fsdp=-1"}, {"precision": "bfloat16"})
 )
