@@ -254,6 +254,17 @@ def test_evaluate_of_numbers(runs, capsys, tmp_path):
     shown = printed(capsys, *argv)
     assert ["rmse[top half, %]" in shown, "accuracy" in shown] == [True, False]
     assert "--corruptions measures accuracy, and a run with a regression" in refused(capsys, *argv, "--corruptions=fog")
+    assert "--attack measures accuracy, and a run with a regression" in refused(capsys, *argv, "--attack=pgd")
+
+
+@pytest.mark.thorough
+def test_an_attack_raises_the_cross_entropy_with_a_distribution(runs, capsys):
+    argv = ["evaluate", f"--workdir={runs('soft').path}", "--format=json"]
+    clean = json.loads(printed(capsys, *argv))["test"]
+    found = json.loads(printed(capsys, *argv, "--attack=pgd(eps=0.1)"))["test"]
+    assert [found["accuracy"], found["nll"]] == pytest.approx([clean["accuracy"], clean["nll"]], rel=1e-5)
+    assert found["attacked_nll"] > found["nll"]
+    assert found["attacked_accuracy"] < found["accuracy"]
 
 
 def test_predict_of_several_labels_prints_all_from_the_threshold_on(runs, pictures, capsys):
