@@ -69,8 +69,12 @@ class Seen(NamedTuple):
 
 def without_remat(model: Any) -> Any:
     """The classifier with blocks whose layers can be seen: not computed again in the gradient, as `remat` has them."""
-    again = getattr(model.backbone, "remat", "")
-    return model.clone(backbone=model.backbone.clone(remat="")) if again else model
+    outer = model.backbone
+    inner = getattr(outer, "base", outer)  # of LoRA
+    if not getattr(inner, "remat", ""):
+        return model
+    plain = inner.clone(remat="")
+    return model.clone(backbone=plain if inner is outer else outer.clone(base=plain))
 
 
 def look(model: nn.Module, variables: Any, image_shape: Sequence[int]) -> Seen:

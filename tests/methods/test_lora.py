@@ -16,11 +16,13 @@ from safetensors.numpy import load_file
 
 import launch
 from imgclf_jax import config, loading
+from imgclf_jax.analysis import attribution
 from imgclf_jax.commands import train_setup
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import lora
 from imgclf_jax.methods.lora import Adapted
 from imgclf_jax.models.classifier import Classifier
+from imgclf_jax.models.vit import ViT
 from imgclf_jax.run.workdir import Workdir
 
 FLAGS = ("--config.preprocess=decode(1)", "--config.augment=normalize", "--config.batch_size=48",
@@ -82,6 +84,12 @@ def test_adapters_begin_as_in_loralib_and_leave_the_model_as_it_was():
     np.testing.assert_array_equal(model.apply(variables, x), plain.apply(before, x))
     np.testing.assert_allclose(model.apply(spoiled(variables), x), plain.apply(lora.merge(spoiled(variables), 1.0), x),
                                rtol=1e-6)  # fmt: skip
+
+
+def test_layers_of_an_adapted_backbone_can_be_seen():
+    """`explain` sees no layers inside of `remat`."""
+    model = Classifier(Adapted(ViT("Ti", remat="block"), 2, 2.0, "backbone/.*kernel"), 3)
+    assert attribution.without_remat(model).backbone.base.remat == ""
 
 
 def run(workdir, *flags):
