@@ -32,8 +32,12 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
     if checkpoint or workdir.has_checkpoints():
         model = restore(config, workdir, checkpoint)
         names = model.class_names
-        model.programs.check_predicts()
-        findings = find(model, run.config, run.evals)
+        if model.programs.recipe.method.predicts:
+            findings = find(model, run.config, run.evals)
+        else:
+            sentence = f"method={config.method!r} trains no head, so all that needs predictions is left out."
+            findings = Findings(step=model.step, missing=(sentence,))
+            log.info("%s", sentence)
     else:
         findings = Findings(missing=("There is no checkpoint yet, so all that needs a trained model is left out.",))
         log.warning("%s", findings.missing[0])

@@ -29,7 +29,8 @@ def curves(run: Record) -> str:
     for record in run.metrics:
         for name in record:
             where, _, kind = name.partition("/")
-            if where in sets and kind != "examples" and not kind.endswith("_std"):
+            own = where in sets or (where == "train" and kind not in _OTHERS)
+            if own and kind != "examples" and not kind.endswith("_std"):
                 kinds[kind.removeprefix("ensemble_")] = None
     figures, drawn = [], dict[tuple[str, int, bool], None]()
     for kind in kinds:

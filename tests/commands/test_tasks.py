@@ -380,6 +380,36 @@ def test_export_says_the_task(runs, capsys, tmp_path):
         compared.difference(lambda images: np.full((len(images), 2), -7.0), model, "predict", "nobody")
 
 
+@pytest.mark.parametrize(("name", "gives"), thorough(("pairs", "probabilities"), ("ink", "values")))
+def test_files_for_other_programs(runs, capsys, tmp_path, name, gives):
+    """TensorFlow gives the model's outputs; weights for PyTorch begin a run that predicts the same."""
+    import tensorflow as tf
+
+    workdir = runs(name).path
+    argv = ["export", f"--workdir={workdir}", "--checkpoint=latest"]
+    assert f"{gives} of uint8 images" in printed(capsys, *argv, tmp_path / "a.savedmodel")
+    model = restore(runs(name).load_config(), runs(name), "latest")
+    images = np.random.default_rng(0).integers(256, size=(3, *model.programs.recipe.data.image_shape), dtype=np.uint8)
+    function = tf.saved_model.load(str(tmp_path / "a.savedmodel")).signatures["serving_default"]
+    np.testing.assert_allclose(function(images=images)[gives], model.predict(images), rtol=1e-4, atol=1e-6)
+    printed(capsys, *argv, tmp_path / "a.safetensors")
+    config = runs(name).load_config()
+    flags = [f"--config.{key}={config[key]}" for key in ("loss", "model", "preprocess", "augment")]
+    flags += [f"--config.data.source={config.data.source}", f"--config.init_from={tmp_path / 'a.safetensors'}"]
+    found = json.loads(printed(capsys, "evaluate", *flags, "--format=json"))["test"]
+    wanted = json.loads(runs(name).result.read_text())["test"]
+    assert {key: found[key] for key in wanted} == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.thorough
+def test_a_sweep_of_numbers_is_ranked_by_r2(tmp_path, capsys):
+    source = write_ink(tmp_path / "ink.npz")
+    flags = [flag for flag in FLAGS if not flag.startswith(("--config.schedule", "--config.total"))]
+    argv = ["sweep", f"--workdir={tmp_path / 'sweep'}", f"--config.data.source={source}", "--config.loss=mse", *flags,
+            "--config.total=10 steps", "--sweep", "schedule=constant(1e-2); constant(1e-3)"]  # fmt: skip
+    assert "test/r2" in printed(capsys, *argv)
+
+
 def test_serve_answers_by_the_task(runs, pictures):
     testclient = pytest.importorskip("starlette.testclient")
     for name in ("pairs", "ink"):

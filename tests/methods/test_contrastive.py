@@ -263,7 +263,7 @@ def test_what_needs_a_head_is_refused_in_one_sentence(pretrained_run, tmp_path, 
     assert "accuracy" not in (pretrained_run / "result.json").read_text()
     assert not [name for name in parameters(pretrained_run) if name.startswith("head")]
     for command in (
-        ["evaluate"], ["report"], ["export", str(tmp_path / "model.stablehlo")], ["evaluate", "--checkpoints=all"],
+        ["evaluate"], ["export", str(tmp_path / "model.stablehlo")], ["evaluate", "--checkpoints=all"],
         ["evaluate", "--corruptions=gaussian_noise"], ["evaluate", "--attack=pgd"],
         ["predict", str(tmp_path / "x.png")], ["serve", "--port=0"],
         ["explain", str(tmp_path / "x.png")],
@@ -283,6 +283,10 @@ def test_what_needs_no_head_works(pretrained_run, tmp_path, capsys):
     assert {one["method"] for one in json.loads(capsys.readouterr().out)["results"]} >= {"linear probe"}
     assert launch.main(["export", str(tmp_path / "m.stablehlo"), "--gives=features", workdir]) == 0
     assert launch.main(["show-batch", workdir, f"--output={tmp_path / 'a.png'}"]) == 0
+    assert launch.main(["report", f"--html={tmp_path / 'a.html'}", workdir]) == 0
+    page = (tmp_path / "a.html").read_text()
+    assert "trains no head, so all that needs predictions is left out" in page.replace("&#x27;", "'")
+    assert "contrastive_accuracy" in page
     assert launch.main(["reproduce", str(pretrained_run)]) == 0
     assert launch.main(["compare", str(pretrained_run)]) == 0
     assert "No run has a metric of evaluation" in capsys.readouterr().out
