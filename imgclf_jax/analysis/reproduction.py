@@ -85,9 +85,10 @@ def compare(
     """Compares (digests, metrics, result) of a run with (digests, metrics) of the one that was trained again.
 
     Digests and metrics of steps that both have are compared. Times and speeds are not. A metric that was recorded of a
-    step up to the last one here, and that is not here, is `missing`. `extended` are the steps that the run had ended at
-    before it went on: it logged there too, so that its next means are over fewer steps. With `other_cadences` the run
-    logged at other steps for a while: then nothing is missing, and means over other steps are not compared.
+    step up to the last one here, and that is not here or is no number, is `missing`. `extended` are the steps that the
+    run had ended at before it went on: it logged there too, so that its next means are over fewer steps. With
+    `other_cadences` the run logged at other steps for a while: then nothing is missing, and means over other steps are
+    not compared.
     """
     digests, metrics, result = recorded
     old = {line["step"]: line for line in digests}
@@ -95,7 +96,7 @@ def compare(
         old.setdefault(result["step"], result)  # has the digest of all parameters
     new = {line["step"]: line for line in here[0]}
     steps = tuple(s for s in sorted(old.keys() & new.keys()) if isinstance(old[s].get("params_sha256"), str))
-    wrong = next((i for i, s in enumerate(steps) if old[s]["params_sha256"] != new[s].get("params_sha256")), None)
+    wrong = next((i for i, s in enumerate(steps) if _other_parameters(old[s], new[s])), None)
     parameters = None
     if wrong is not None:
         a, b = (line.get("params") for line in (old[steps[wrong]], new[steps[wrong]]))
@@ -113,10 +114,17 @@ def compare(
     last, excused = max(new, default=-1), {*extended, *short}
     asked = () if other_cadences else sorted(recorded_values)
     missing = ((step, name) for step in asked if step <= last and step not in excused
-               for name in recorded_values[step] if name not in values_here.get(step, {}))  # fmt: skip
+               for name, value in recorded_values[step].items()
+               if not _is_number(value) or name not in values_here.get(step, {}))  # fmt: skip
     values = _values(recorded_values, values_here)
     compared = (value for value in values if not (value.step in short and value.name.startswith("train/")))
     return Comparison(steps, tuple(compared), parameters, tuple(missing))
+
+
+def _other_parameters(old: Json, new: Json) -> bool:
+    """Whether two lines of digests.jsonl differ, in the digest of all parameters or in those of single ones."""
+    a, b = old.get("params"), new.get("params")
+    return bool(old["params_sha256"] != new.get("params_sha256") or (isinstance(a, dict) and b and a != b))
 
 
 def _before(step: int, logged: set[int]) -> int:
@@ -131,20 +139,23 @@ def _flat(result: Json) -> Json:
     return {"step": step if isinstance(step, int) else -1, **named}
 
 
-def _by_step(records: Iterable[Json]) -> dict[int, dict[str, float]]:
-    """The numbers of each step, of all its records together."""
-    found: dict[int, dict[str, float]] = {}
+def _by_step(records: Iterable[Json]) -> dict[int, dict[str, Any]]:
+    """The values of each step, of all its records together."""
+    found: dict[int, dict[str, Any]] = {}
     for record in records:
-        numbers = {name: value for name, value in record.items()
-                   if type(value) in (int, float) and name != "step" and name not in TIMES}  # fmt: skip
-        found.setdefault(record["step"], {}).update(numbers)
+        values = {name: value for name, value in record.items() if name != "step" and name not in TIMES}
+        found.setdefault(record["step"], {}).update(values)
     return found
 
 
-def _values(old: Mapping[int, Mapping[str, float]], new: Mapping[int, Mapping[str, float]]) -> Iterable[Value]:
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _values(old: Mapping[int, Mapping[str, Any]], new: Mapping[int, Mapping[str, Any]]) -> Iterable[Value]:
     for step in sorted(old.keys() & new.keys()):
         for name, value in old[step].items():
-            if name in new[step]:
+            if _is_number(value) and _is_number(new[step].get(name)):
                 yield Value(step, name, value, new[step][name])
 
 

@@ -51,6 +51,9 @@ def main(
 
     def adjusted(run: train.Run) -> train.Run:
         """The run up to `end`; what differs from the recorded one is known by now, and said before hours of work."""
+        if (total := run.cadences.total) < end:
+            raise UserError(f"total={config.total!r} is {total} steps, and the run in {record.path} has recorded "
+                            f"{end}; pass --steps={total}, or a longer total")  # fmt: skip
         found.extend(differences(record.provenance, Record.named(str(run.workdir.path)).provenance))
         for one in found[:_SHOWN]:
             log.warning("%s differs: %s was %s, here it is %s", one.kind, *one[1:])

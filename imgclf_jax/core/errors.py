@@ -15,12 +15,20 @@ class Untrusted(UserError):
     """A work directory names code, which is not run unless the person says so."""
 
 
+_MOST_SHOWN = 200  # characters
+
+
+def shown(text: str) -> str:
+    """The text in quotes, as a sentence can hold it: of a long one its beginning."""
+    return repr(text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…")
+
+
 def unknown(kind: str, name: str, allowed: Iterable[str]) -> str:
     """A sentence for a name that is not among `allowed`, the nearest ones first."""
     allowed = sorted(allowed)
     near = difflib.get_close_matches(str(name), allowed, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
-    return f"unknown {kind} {name!r}: {hint}allowed: {', '.join(allowed)}"
+    return f"unknown {kind} {shown(str(name))}: {hint}allowed: {', '.join(allowed)}"
 
 
 def reason(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from imgclf_jax.core.errors import Untrusted, UserError, unknown
+from imgclf_jax.core.errors import Untrusted, UserError, shown, unknown
 
 _CALL = re.compile(r"\s*([A-Za-z_][\w.]*(?::[A-Za-z_]\w*)?)\s*(\(.*\))?\s*", re.DOTALL)
 
@@ -54,16 +54,16 @@ def parse_one(text: str) -> Call:
     """Parses a spec that must hold exactly one call."""
     calls = parse(text)
     if len(calls) != 1:
-        raise UserError(f"in spec {text!r}: expected exactly one name(...), found {len(calls)}")
+        raise UserError(f"in spec {shown(text)}: expected exactly one name(...), found {len(calls)}")
     return calls[0]
 
 
 def split_calls(text: str) -> list[str]:
     """The parts of a spec, at each `|` outside of brackets and strings; Python's tokenizer knows which those are."""
     if any("\ud800" <= c <= "\udfff" for c in text):  # Python's stand-ins for bytes that are no text
-        raise UserError(f"in spec {text!r}: it is not UTF-8")
+        raise UserError(f"in spec {shown(text)}: it is not UTF-8")
     if "\0" in text:  # which can upset the tokenizer
-        raise UserError(f"in spec {text!r}: a null character is not allowed")
+        raise UserError(f"in spec {shown(text)}: a null character is not allowed")
     # Inside added brackets a newline is white space; the column offset is one on the first line.
     whole = f"({text}\n)"
     starts = [0]
@@ -77,7 +77,7 @@ def split_calls(text: str) -> list[str]:
                 if token.string == "|" and depth == 1:
                     cuts.append(starts[token.start[0] - 1] + token.start[1] - 1)
     except (tokenize.TokenError, SyntaxError, ValueError) as e:
-        raise UserError(f"in spec {text!r}: unbalanced brackets or quotes") from e
+        raise UserError(f"in spec {shown(text)}: unbalanced brackets or quotes") from e
     edges = [-1, *cuts, len(text)]
     return [text[a + 1 : b] for a, b in itertools.pairwise(edges)]
 
@@ -85,19 +85,19 @@ def split_calls(text: str) -> list[str]:
 def _parse_call(part: str, text: str) -> Call:
     match = _CALL.fullmatch(part)
     if not match:
-        raise UserError(f"in spec {text!r}: {part.strip()!r} is not of the form name(arg, key=value)")
+        raise UserError(f"in spec {shown(text)}: {shown(part.strip())} is not of the form name(arg, key=value)")
     name, arguments = match.groups()
     try:
         node = ast.parse(f"f{arguments or '()'}", mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
-        raise UserError(f"in spec {text!r}: the arguments of {name!r} do not parse: {arguments}") from e
+        raise UserError(f"in spec {shown(text)}: the arguments of {name!r} do not parse: {shown(arguments)}") from e
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-        raise UserError(f"in spec {text!r}: {part.strip()!r} is not of the form name(arg, key=value)")
+        raise UserError(f"in spec {shown(text)}: {shown(part.strip())} is not of the form name(arg, key=value)")
     if any(k.arg is None for k in node.keywords):
-        raise UserError(f"in spec {text!r}: {name!r} takes no **arguments")
+        raise UserError(f"in spec {shown(text)}: {name!r} takes no **arguments")
     keys = [k.arg for k in node.keywords]
     if twice := [k for k in keys if keys.count(k) > 1]:
-        raise UserError(f"in spec {text!r}: {name!r} is given the argument {twice[0]!r} twice")
+        raise UserError(f"in spec {shown(text)}: {name!r} is given the argument {twice[0]!r} twice")
     args = tuple(_literal(a, text) for a in node.args)
     kwargs = {k.arg: _literal(k.value, text) for k in node.keywords if k.arg is not None}
     return Call(name, args, kwargs)
@@ -111,11 +111,11 @@ def _literal(node: ast.expr, text: str) -> Any:
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         pass
     try:
-        source = repr(ast.unparse(node))
+        source = shown(ast.unparse(node))
     except (ValueError, RecursionError):  # too long or too deep to show
         source = "an argument"
     raise UserError(
-        f"in spec {text!r}: {source} is not a literal; write a finite number, a quoted string, True, False, None, "
+        f"in spec {shown(text)}: {source} is not a literal; write a finite number, a quoted string, True, False, None, "
         "or a tuple, list or dict of these"
     )
 

@@ -238,6 +238,11 @@ def find_edits(files: Mapping[str, bytes], provenance: Any) -> list[str]:
     return [f"{name} has been changed since the run wrote it" for name in found]
 
 
+def parse_json(content: str | bytes) -> Any:
+    """What JSON says, whole numbers of more than 300 digits as floats: integers overflow where they are used."""
+    return json.loads(content, parse_int=lambda digits: int(digits) if len(digits) <= 300 else float(digits))
+
+
 MOST_BYTES_OF_JSON = 32 << 20  # read at once, it takes some forty times as much memory
 
 
@@ -246,7 +251,7 @@ def read_json(path: Path) -> Any:
     try:
         if places.size(path) > MOST_BYTES_OF_JSON:
             raise UserError(f"{path} is longer than {MOST_BYTES_OF_JSON >> 20} MB, and no file that a run writes")
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}") from e
     except (ValueError, RecursionError) as e:

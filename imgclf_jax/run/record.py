@@ -1,7 +1,6 @@
 """What a run has recorded of itself, from its work directory or from a bundle of it."""
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from imgclf_jax.analysis.reproduction import TIMES
 from imgclf_jax.core import places, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import bundle, writers
-from imgclf_jax.run.provenance import find_edits
+from imgclf_jax.run.provenance import find_edits, parse_json
 
 _MOST_BYTES = 512 << 20  # of a file, which is read at once
 
@@ -57,9 +56,9 @@ def read_contradictions(workdir: Path) -> list[str]:
     result, provenance, content = None, None, b""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         content = (workdir / "result.json").read_bytes()
-        result = json.loads(content)
+        result = parse_json(content)
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        provenance = json.loads((workdir / "provenance.json").read_bytes())
+        provenance = parse_json((workdir / "provenance.json").read_bytes())
     files = (writers.read_metrics(workdir / name) for name in ("digests.jsonl", "metrics.jsonl"))
     found = contradictions(result if isinstance(result, dict) else {}, *files)
     return found + find_edits({"result.json": content} if content else {}, provenance)
@@ -124,7 +123,7 @@ class Record:
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
-            value = json.loads(self.files.get(name, b"{}"))
+            value = parse_json(self.files.get(name, b"{}"))
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):

@@ -12,7 +12,7 @@ from typing import IO, Any
 from imgclf_jax.core import places, processes, spec
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.run.event_file import EventFile
-from imgclf_jax.run.provenance import write_atomically
+from imgclf_jax.run.provenance import parse_json, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def parse_records(content: bytes, where: str) -> list[dict[str, Any]]:
         record = None
         if len(line) <= _MOST_BYTES_OF_A_LINE and not line.isspace():
             with contextlib.suppress(ValueError, RecursionError):
-                record = json.loads(line.decode("utf-8", "replace"))
+                record = parse_json(line.decode("utf-8", "replace"))
         if isinstance(record, dict) and type(record.get("step")) is int:
             records.append(record)
         else:

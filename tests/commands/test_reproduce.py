@@ -325,6 +325,27 @@ def test_what_was_recorded_and_is_not_found_again(reproduce, copy):
     assert found["missing"] == [{"step": 3, "name": "test/accuracy"}]
 
 
+def edit_first(file: Path, changed: dict) -> None:
+    """Changes the first record of a file."""
+    first, rest = file.read_text().split("\n", 1)
+    file.write_text(json.dumps(json.loads(first) | changed) + "\n" + rest)
+
+
+@pytest.mark.parametrize("value", ["0.5", None, True, *thorough([0.5], 10**25, 10**400)])
+def test_what_was_recorded_and_is_no_number(reproduce, copy, value):
+    """It was not compared, and the verdict was "same"; the last one ended in a traceback, in `report` too."""
+    edit_first(copy / "metrics.jsonl", {"train/loss": value})
+    status, found = reproduce(copy)
+    assert (status, found["verdict"], found["first_step"]) == (1, "different", 5)
+    assert launch.main(["report", f"--workdir={copy}"]) == 0
+
+
+def test_a_digest_of_one_parameter(reproduce, copy):
+    edit_first(copy / "digests.jsonl", {"params": {"head/bias": "00000000"}})
+    status, found = reproduce(copy, "--steps=1")
+    assert (status, found["verdict"], found["parameters"]["step"]) == (1, "different", 0)
+
+
 def test_the_checkpoint_of_another_run(copy, tmp_path, capsys):
     """In the place of this run's: its accuracy was printed with status 0, though digests.jsonl has the step."""
     keys = json.loads((copy / "config.json").read_text())
@@ -368,6 +389,7 @@ def test_a_checkpoint_under_another_step(copy, capsys):
         (["{run}", "--steps=0"], 2, "--steps"),
         (["{run}", "--steps=11"], 1, "--steps=11: the run in {run} has recorded 10 steps"),
         (["{run}", "--output={run}"], 1, "--output={run} is the run itself"),
+        (["{run}", "--config.total=5 steps"], 1, "total='5 steps' is 5 steps, and the run in {run} has recorded 10"),
         (["missing"], 1, "missing holds no run"),
         (["{run}/config.json"], 1, "config.json is no bundle that can be read"),
     ],

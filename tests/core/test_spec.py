@@ -112,7 +112,8 @@ def test_examples(text, calls):
 def test_garbage_is_a_user_error_that_shows_the_text(text):
     with pytest.raises(UserError) as e:
         spec.parse(text)
-    assert repr(text.replace("\r\n", "\n").replace("\r", "\n")) in str(e.value)
+    assert repr(text.replace("\r\n", "\n").replace("\r", "\n"))[:200] in str(e.value)
+    assert len(str(e.value)) < 1000
 
 
 @settings(max_examples=500)
