@@ -21,10 +21,12 @@ from imgclf_jax.optim.weight_averages import evaluated_by, with_evaluated
 _BY_EXAMPLE = "it needs the gradient of each example, and the train step computes that of their mean"
 _SAM = ("each of its steps needs a second gradient, at perturbed weights; gradient='sam(rho=0.05)' takes it for every "
         "optimizer")  # fmt: skip
+_GALORE = "its state has arrays of size zero, for parameters that it does not project, and no checkpoint holds these"
 _LOOKAHEAD = "it wants two sets of parameters; end the optimizer's spec with |lookahead(k, alpha) instead"
 UNFIT = {
     "differentially_private_aggregate": _BY_EXAMPLE,
     "dpsgd": _BY_EXAMPLE,
+    "galore": _GALORE,
     "lookahead": _LOOKAHEAD,
     "sam": _SAM,
 }
@@ -33,6 +35,7 @@ UNFIT = {
 _UNFIT_STATES = {
     optax.LookaheadState: _LOOKAHEAD,
     optax.contrib.DifferentiallyPrivateAggregateState: _BY_EXAMPLE,
+    optax.contrib.GaLoreState: _GALORE,
     optax.contrib.SAMState: _SAM,
 }
 _SCHEDULE_FREE = ("it trains the parameters y, and those to evaluate, x, follow from its state; return "
@@ -40,8 +43,8 @@ _SCHEDULE_FREE = ("it trains the parameters y, and those to evaluate, x, follow 
                   "params) gives x")  # fmt: skip
 
 # The optimizers of optax.contrib that take a schedule as it is.
-_CONTRIB = ("acprop", "ademamix", "adopt", "cocob", "dadapt_adamw", "dog", "dowg", "galore", "madgrad", "momo",
-            "momo_adam", "prodigy", "simplified_ademamix", "sophia")  # fmt: skip
+_CONTRIB = ("acprop", "ademamix", "adopt", "cocob", "dadapt_adamw", "dog", "dowg", "madgrad", "momo", "momo_adam",
+            "prodigy", "simplified_ademamix", "sophia")  # fmt: skip
 
 # Those whose first argument, the learning rate, is a number in optax.
 _OF_A_NUMBER = ("optimistic_adam", "polyak_sgd", "rprop", "sm3")

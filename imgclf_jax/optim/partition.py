@@ -23,6 +23,7 @@ _LEAST = 2**14  # elements; a smaller array is whole on every device: to send it
 def build(text: str, shapes: Mapping[str, tuple[int, ...]], parts: int) -> dict[str, int | None]:
     """The axis of each parameter, by its path, that is split in so many parts; None for one that stays whole.
 
+    Axes are counted from the last, which is -1, since an optimizer may keep several such arrays in one, [n, …].
     `text` is `rules.shard`, PATTERN=AXIS or PATTERN=none, see `rules`. Without a rule it is the largest axis that
     divides, of arrays from 2**14 elements on. Raises UserError for text that is no rule, and for an axis that does not
     divide.
@@ -39,7 +40,7 @@ def build(text: str, shapes: Mapping[str, tuple[int, ...]], parts: int) -> dict[
         if chosen is not None and (chosen >= len(shape) or shape[chosen] % parts):
             raise UserError(f"rules.shard: axis {chosen} of {name}, {list(shape)}, does not divide into {parts} parts")
         found[name] = chosen
-    return found
+    return {name: None if axis is None else axis - len(shapes[name]) for name, axis in found.items()}
 
 
 def _largest(shape: Sequence[int], parts: int) -> int | None:
@@ -65,10 +66,11 @@ def of_state(state: Any, axes: Mapping[str, int | None], mesh: Mesh, what: str =
     def of(name: str, x: Any) -> NamedSharding:
         belongs = [path for path in axes if name == path or name.endswith("/" + path)]
         axis = axes[max(belongs, key=len)] if belongs else None
-        if axis is None or axis + leading >= len(x.shape) or x.shape[axis + leading] % mesh.shape["fsdp"]:
+        place = -1 if axis is None else len(x.shape) + axis
+        if place < leading or x.shape[place] % mesh.shape["fsdp"]:
             return NamedSharding(mesh, PartitionSpec(*first))
         if what == "optimizer" and "opt_state" not in name.split("/"):
             return NamedSharding(mesh, PartitionSpec(*first))
-        return NamedSharding(mesh, PartitionSpec(*first, *[None] * axis, "fsdp"))
+        return NamedSharding(mesh, PartitionSpec(*first, *[None] * (place - leading), "fsdp"))
 
     return tree.map_named(of, state)

@@ -8,9 +8,12 @@ import pytest
 from cases import thorough
 
 from imgclf_jax import recipe, step
+from imgclf_jax.core import sharding
 from imgclf_jax.methods.gradients import Gradient
 from imgclf_jax.optim import optimizers, rules, schedules
 from imgclf_jax.optim.weight_averages import evaluated_by
+from imgclf_jax.programs import Programs
+from imgclf_jax.run.provenance import DataInfo
 
 STEPS = 20
 RNG = np.random.default_rng(0)
@@ -39,7 +42,6 @@ BY_HAND = {
     "sgd(momentum=0.9)|reduce_on_plateau(patience=2, accumulation_size=3)": lambda: optax.chain(
         optax.sgd(RATE, 0.9), contrib.reduce_on_plateau(patience=2, accumulation_size=3)),
     "rprop": lambda: optax.rprop(FIRST),
-    "galore(rank=2)": lambda: contrib.galore(RATE, 2),
 }  # fmt: skip
 # Those whose learning rate is a number in optax, at each step that of the schedule.
 OF_A_NUMBER = {
@@ -120,6 +122,21 @@ def test_it_is_optax_by_hand(text):
         assert gap > 1e-4
     else:
         assert states[-1].ema is None
+
+
+def test_the_memory_of_lbfgs_is_sharded_as_the_parameters(fake_config):
+    """The last updates are one array [memory, *shape]; so too with an axis for the seeds."""
+    fake_config.update({"optimizer": "lbfgs(memory_size=3)", "model": "mlp(widths=(128,))", "mesh": "fsdp=-1"})
+    for seeds in (1, 2):
+        fake_config.num_seeds = seeds
+        programs = Programs(recipe.Recipe(fake_config, DataInfo(64, (12, 12, 1), ("a", "b", "c", "d"), "")),
+                            sharding.make_mesh(text="fsdp=-1"))  # fmt: skip
+        state = programs.state_shape
+        kernels = [x["backbone"]["dense0"]["kernel"] for x in (state.params, state.opt_state[0].diff_params_memory)]
+        assert [x.shape for x in kernels] == [(*(2,) * (seeds - 1), *more, 144, 128) for more in ((), (3,))]
+        assert [tuple(x.sharding.spec) for x in kernels] == [
+            (*(None,) * (seeds - 1), *more, "fsdp") for more in ((), (None,))
+        ]
 
 
 START = {"a": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.linspace(0.5, 1.5, 3), "c": jnp.float32([0.3])}

@@ -52,6 +52,10 @@ def opaque_sam(learning_rate):
     return optax.contrib.sam(optax.sgd(learning_rate), adversary, opaque_mode=True)
 
 
+def low_rank(learning_rate):
+    return optax.chain(optax.clip(1.0), optax.contrib.galore(learning_rate, 2))
+
+
 def needs_more(learning_rate):
     def update(updates, state, params=None, *, hessian, labels, **extra):
         return updates, state
@@ -70,6 +74,7 @@ def no_optimizer(learning_rate):
     (optax_lookahead, r"LookaheadState cannot be used.*\|lookahead\(k, alpha\) instead"),
     (private, "DifferentiallyPrivateAggregateState cannot be used, since it needs the gradient of each example"),
     (opaque_sam, r"SAMState cannot be used, .*gradient='sam\(rho=0\.05\)' takes it for every optimizer"),
+    (low_rank, "GaLoreState cannot be used, since its state has arrays of size zero"),
     (needs_more, "needs 'hessian' and 'labels' at each update, which the train step does not give"),
     (no_optimizer, "no_optimizer gives a str, and not an optax.GradientTransformation"),
 ])  # fmt: skip
