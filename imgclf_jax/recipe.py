@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax import losses, metrics
 from imgclf_jax.augment import mixing, ops, tta
-from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import extra
 from imgclf_jax.methods import Method, Problem, gradients
@@ -117,21 +116,8 @@ class Recipe:
     @cached_property
     def method(self) -> Method:
         """What the run learns from a batch. Raises UserError for a key of the config that it would not read."""
-        config, found = self.config, methods.build(self.config.method, self._problem)
-        if config.mix and found.inputs and not found.mixes:
-            raise UserError(f"mix={config.mix!r}: method={config.method!r} makes its own batches and does not mix "
-                            "them; leave mix empty, or, in a method of your own, call problem.mix in `inputs` and "
-                            "return Method(…, mixes=True)")  # fmt: skip
-        if not found.predicts:
-            for key in ("metrics", "tta"):
-                if config[key]:
-                    raise UserError(f"{key}={config[key]!r}: method={config.method!r} trains no head, so there are no "
-                                    f"predictions to use it on; leave {key} empty")  # fmt: skip
-            call = spec.parse_one(config.loss)
-            if call.args or call.kwargs or not (self.data.target_names or call.name == configs.KEYS["loss"][0]):
-                of = "say what the targets are by its name alone" if self.data.target_names else "leave it 'softmax'"
-                raise UserError(f"loss={config.loss!r}: method={config.method!r} trains no head and has a loss of its "
-                                f"own; {of}")  # fmt: skip
+        found = methods.build(self.config.method, self._problem)
+        methods.check_keys(found, self.config, bool(self.data.target_names))
         return found
 
     @cached_property
@@ -176,7 +162,7 @@ class Recipe:
     @property
     def supervised(self) -> bool:
         """Whether the method is the default one, which reads images and their labels or targets alone."""
-        return spec.parse_one(self.config.method).name == "supervised"
+        return methods.is_supervised(self.config.method)
 
     @property
     def with_ids(self) -> bool:

@@ -5,7 +5,9 @@ import functools
 from collections.abc import Callable
 
 import jax
+from ml_collections import ConfigDict
 
+from imgclf_jax.config_keys import KEYS
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import Method, Problem
@@ -83,3 +85,27 @@ def build_attack(text: str) -> Attack:
     """
     given = ("gradient", "images", "keys", "low", "high")
     return spec.bind(spec.parse_one(text), ATTACKS, "attack", given=given)
+
+
+def is_supervised(text: str) -> bool:
+    """Whether a spec names the default method, which reads images and their labels or targets alone."""
+    return spec.parse_one(text).name == "supervised"
+
+
+def check_keys(method: Method, config: ConfigDict, has_targets: bool) -> None:
+    """Raises UserError for a key of the config that the method would not read: `mix`, `metrics`, `tta` or `loss`."""
+    if config.mix and method.inputs and not method.mixes:
+        raise UserError(f"mix={config.mix!r}: method={config.method!r} makes its own batches and does not mix them; "
+                        "leave mix empty, or, in a method of your own, call problem.mix in `inputs` and return "
+                        "Method(…, mixes=True)")  # fmt: skip
+    if method.predicts:
+        return
+    for key in ("metrics", "tta"):
+        if config[key]:
+            raise UserError(f"{key}={config[key]!r}: method={config.method!r} trains no head, so there are no "
+                            f"predictions to use it on; leave {key} empty")  # fmt: skip
+    call = spec.parse_one(config.loss)
+    if call.args or call.kwargs or not (has_targets or call.name == KEYS["loss"][0]):
+        advice = "say what the targets are by its name alone" if has_targets else "leave it 'softmax'"
+        raise UserError(f"loss={config.loss!r}: method={config.method!r} trains no head and has a loss of its own; "
+                        f"{advice}")  # fmt: skip
