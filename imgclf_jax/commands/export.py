@@ -116,6 +116,8 @@ def _safetensors(model: Trained, path: Path, gives: str, names: str) -> list[str
         lines.append(f"{place}: {_size(place)}, {len(state)} arrays by the names of {names}")
     if added := sorted({*params} - {"backbone", "head"}):
         lines.append(f"Left out: {', '.join(added)} of method={recipe.config.method!r}, which no classifier has.")
+    if recipe.method.merge:
+        lines.append(f"The weights of method={recipe.config.method!r} are merged: they are those of the plain model.")
     if not recipe.method.predicts:
         lines.append(f"There is no head: method={recipe.config.method!r} trains none.")
     return lines

@@ -28,9 +28,10 @@ def fixmatch(
     `threshold`, its class is the label of the strong view; the mean of the cross-entropy is over all images of the
     stream, also those below the threshold. No gradient reaches the weak view. Labeled images and both views go through
     the model in one pass, so batch statistics cover all of them, as in the authors' code. The labels of the stream are
-    not read. `mask_rate` is the fraction of unlabeled images at or above the threshold, `unlabeled_loss` the second
-    term without its weight. Raises UserError for numbers out of range, for a loss that is not of the softmax, and where
-    the stream is missing or has images of another shape.
+    not read. The default of `strong` suits images of about 28 by 28 pixels that may not be mirrored. `mask_rate` is the
+    fraction of unlabeled images at or above the threshold, `unlabeled_loss` the second term without its weight. Raises
+    UserError for numbers out of range, for a loss that is not of the softmax, and where the stream is missing or has
+    images of another shape.
     """
     if not 0 <= threshold <= 1 or not 0 <= weight < float("inf"):
         raise UserError(f"method: fixmatch has threshold={threshold}, weight={weight}; threshold is 0 to 1, weight 0 "

@@ -80,7 +80,8 @@ def mean_teacher(problem: Problem, decay: float = 0.999, weight: float = 100.0, 
     all images: the labeled ones and those of `data.extra.unlabeled`, if the run has this stream. Student and teacher
     see different draws of the key `augment` and of dropout. The teacher is the average of the student's parameters with
     the decay min(1 - 1 / (step + 1), decay), updated once a step before it is used, as in the authors' code, and is the
-    student itself at step 0. The weight rises to `weight` over the duration `ramp` as exp(-5 (1 - step / ramp)²).
+    student itself at step 0. The weight rises to `weight` over the duration `ramp` as exp(-5 (1 - step / ramp)²). Its
+    default is the authors' for CIFAR-10; with few labels less may be better.
 
     Evaluation, prediction and export use the student; evaluation also reports `teacher_accuracy`. To use averaged
     weights everywhere, set the key `ema`. The labels of the stream are not read. Raises UserError for numbers out of

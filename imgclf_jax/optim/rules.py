@@ -38,7 +38,7 @@ class Rules:
 def build(lr: str, decay: str, freeze: str, layer_decay: float, names: Sequence[str], freeze_also: str = "") -> Rules:
     """The Rules that the keys of `rules` give for parameters with the paths `names`.
 
-    `freeze_also` is one more pattern of frozen parameters, the method's, and may match what `freeze` does. The paths
+    `freeze_also` is one more pattern of frozen parameters, the method's: all else in the backbone is trained. The paths
     are in the order in which the model uses them, which `layer_decay` needs. Raises UserError for text that
     is no rule, for a rule that applies to no parameter, and if no parameter is left to train.
     """
@@ -48,7 +48,11 @@ def build(lr: str, decay: str, freeze: str, layer_decay: float, names: Sequence[
         top = max(depths.values())
         rates = {name: rates.get(name, 1.0) * layer_decay ** (top - depths[name]) for name in names}
     frozen = match([(pattern, True) for pattern in split(freeze)], names, "rules.freeze")
-    frozen |= {name: True for name in names if re.fullmatch(freeze_also, name)}
+    also = {name: True for name in names if re.fullmatch(freeze_also, name)}
+    if also and (trained := [name for name in frozen if name.startswith("backbone/") and name not in also]):
+        raise UserError(f"rules.freeze={freeze!r} matches {trained[0]}, which the method trains; it freezes the rest "
+                        "of the backbone itself, so leave the backbone out of rules.freeze")  # fmt: skip
+    frozen |= also
     if len(frozen) == len(names):
         raise UserError(f"rules.freeze={freeze!r} matches every parameter: nothing is left to train")
     return Rules(rates, match(_numbers(decay, "rules.decay"), names, "rules.decay"), frozenset(frozen))

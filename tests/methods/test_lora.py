@@ -131,6 +131,7 @@ def test_others_get_merged_weights(runs, tmp_path, capsys):
     file = tmp_path / "merged.safetensors"
     assert launch.main(["export", str(file), f"--workdir={runs[1]}"]) == 0
     assert launch.main(["export", str(tmp_path / "plain.safetensors"), f"--workdir={runs[0]}"]) == 0
+    assert "are merged" in capsys.readouterr().out
     assert load_file(file).keys() == load_file(tmp_path / "plain.safetensors").keys()
     for source in (file, runs[1]):
         c = config.load_file("configs/digits.py")
@@ -151,6 +152,9 @@ def test_mistakes_get_a_sentence(tmp_path, capsys):
             == 1
         )
         assert said in capsys.readouterr().err
+    flags = "--config.model=mlp", "--config.method=lora", "--config.rules.freeze=backbone/.*"
+    assert launch.main([f"--workdir={tmp_path / 'run'}", *FLAGS, *flags]) == 1
+    assert "which the method trains; it freezes the rest" in capsys.readouterr().err
     with pytest.raises(UserError, match="unknown argument"):
         lora.scale("lora(rnak=1)")
     assert lora.scale("lora(16, alpha=4)") == 0.25
