@@ -108,16 +108,12 @@ def test_one_pass_gives_the_logits_of_each_batch_and_statistics_of_all():
     np.testing.assert_allclose(means[1], np.concatenate([x.ravel() for x in batches]).mean(), rtol=1e-4)
 
 
-def test_a_step_of_fixmatch_trains_by_the_confident_alone():
-    """Above probability 1 there is nobody: then the gradient is that of the labeled images, and no NaN."""
+def test_unconfident_images_train_nothing():
+    """No image reaches probability 1: the gradient is that of the labeled images."""
     _, after, sums = run(fixmatch(PROBLEM, threshold=1.0, strong="cutout(2)"), batch())
     _, same, _ = run(fixmatch(PROBLEM, weight=0.0, strong="cutout(2)"), batch())
     jax.tree.map(np.testing.assert_array_equal, after.params, same.params)
     assert sums["mask_rate"] == sums["unlabeled_loss"] == 0
-    _, other, sums = run(fixmatch(PROBLEM, threshold=0.5, strong="cutout(2)"), batch())
-    assert 0 < sums["mask_rate"] / 8 < 1
-    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), after.params, other.params)))
-    assert np.isfinite(sums["grad_norm"])
 
 
 @pytest.mark.usefixtures("float64")
@@ -168,8 +164,13 @@ def test_mean_teacher_without_a_stream_and_with_its_own_mistakes():
 @pytest.mark.parametrize("make", [lambda: fixmatch(PROBLEM, threshold=0.5, strong="cutout(2)"),
                                   *thorough(lambda: mean_teacher(PROBLEM, ramp="2"))])  # fmt: skip
 def test_eight_devices_train_as_one(make):
-    _, one, _ = run(make(), batch())
+    before, one, sums = run(make(), batch())
     _, eight, _ = run(make(), batch(), devices=8)
+    assert 0 < sums.get("mask_rate", 4) / 8 < 1
+    assert np.isfinite(sums["grad_norm"])
+    assert all(
+        jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), before.params["head"], one.params["head"]))
+    )
     for a, b in zip(jax.tree.leaves((one.params, one.model_state)), jax.tree.leaves((eight.params, eight.model_state)),
                     strict=True):  # fmt: skip
         np.testing.assert_allclose(a, b, atol=2e-5)
