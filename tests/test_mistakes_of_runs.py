@@ -1,6 +1,7 @@
 """Mistakes about a run and its data: one clear sentence, and nothing is lost."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -129,6 +130,29 @@ def test_a_damaged_checkpoint_that_is_named(mistake, copy, which):
         assert has(sentence, f"checkpoint {workdir}/checkpoints/12 is damaged")
         assert sentence.endswith(more)
     assert has(mistake("evaluate", f"--workdir={workdir}", "--checkpoint=²"), "--checkpoint=²: there are [8, 12]")
+
+
+def test_a_result_that_is_a_pipe(copy):
+    """`train` and `evaluate` waited for who would write to it, without end."""
+    workdir, argv = copy
+    (workdir / "result.json").unlink()
+    os.mkfifo(workdir / "result.json")
+    assert launch.main(["evaluate", f"--workdir={workdir}"]) == 0
+    assert launch.main(["train", *argv]) == 0
+    assert json.loads((workdir / "result.json").read_bytes())["step"]
+
+
+def test_a_metric_that_is_text_in_a_run_that_is_not_done(copy, capsys):
+    """`compare` ended in a traceback."""
+    workdir, _ = copy
+    (workdir / "result.json").unlink()
+    with (workdir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 1000000, "test/nll": "low", "test/new": true}\n')
+    capsys.readouterr()
+    launch.main(["compare", str(workdir), "--format=json"])
+    [run] = [run for group in json.loads(capsys.readouterr().out)["groups"] for run in group["unfinished"]]
+    assert isinstance(run["metrics"]["test/nll"], float)
+    assert "test/new" not in run["metrics"]
 
 
 def test_a_result_cut_short_is_written_again(copy, capsys):

@@ -54,7 +54,7 @@ def metrics_of(run: Record) -> dict[str, Spread]:
             for name, value in values.items():
                 if name == "examples" or name.endswith("_std") or not isinstance(value, int | float):
                     continue
-                many = f"{name}_std" in values
+                many = isinstance(values.get(f"{name}_std"), int | float)
                 n, deviation = (run.config.num_seeds, values[f"{name}_std"]) if many else (1, math.nan)
                 found[f"{group}/{name}"] = Spread(n, float(value), float(deviation))
     return found

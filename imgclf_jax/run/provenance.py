@@ -249,9 +249,13 @@ MOST_BYTES_OF_JSON = 32 << 20  # read at once, it takes some forty times as much
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises UserError if there is no such file, or something else in it."""
     try:
+        if not path.is_file() and path.exists():
+            raise UserError(f"{path} is no file, but such as a folder or a pipe; remove it")
         if places.size(path) > MOST_BYTES_OF_JSON:
             raise UserError(f"{path} is longer than {MOST_BYTES_OF_JSON >> 20} MB, and no file that a run writes")
         return parse_json(path.read_bytes())
+    except UserError:
+        raise
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}") from e
     except (ValueError, RecursionError) as e:

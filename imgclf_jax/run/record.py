@@ -55,7 +55,7 @@ def read_contradictions(workdir: Path) -> list[str]:
     """The contradictions in what the run in a work directory has recorded. A damaged result says nothing."""
     result, provenance, content = None, None, b""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        content = (workdir / "result.json").read_bytes()
+        content = (workdir / "result.json").read_bytes() if (workdir / "result.json").is_file() else b""
         result = parse_json(content)
     with contextlib.suppress(OSError, ValueError, RecursionError):
         provenance = parse_json((workdir / "provenance.json").read_bytes())

@@ -52,7 +52,8 @@ class Record:
         """The latest value of each metric."""
         found: dict[str, float] = {}
         for record in self.metrics:
-            found.update({name: value for name, value in record.items() if name != "step"})
+            numbers = {name: value for name, value in record.items() if type(value) in (int, float)}
+            found.update({name: value for name, value in numbers.items() if name != "step"})
         return found
 
 
