@@ -33,9 +33,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.commands import table, words
-from imgclf_jax.commands.table import COMMANDS
-from imgclf_jax.commands.words import UsageError
+from imgclf_jax.cli import table, words
+from imgclf_jax.cli.table import COMMANDS
+from imgclf_jax.cli.words import UsageError
 from imgclf_jax.core.errors import UserError, reason, unknown
 from imgclf_jax.core.text import prepare_streams, printable
 from imgclf_jax.run import environment
@@ -127,7 +127,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _module(command: str) -> Any:
-    return importlib.import_module(f"imgclf_jax.commands.{command.replace('-', '_')}")
+    return importlib.import_module(f"imgclf_jax.{table.module_of(command)}")
 
 
 def _dispatch(
@@ -147,7 +147,7 @@ def _dispatch(
     environment.prepare(config.deterministic)
     if name == "dryrun":
         return _dryrun(config, Path(workdir or "runs"), **given)
-    from imgclf_jax.commands import together
+    from imgclf_jax.cli import together
     from imgclf_jax.run.workdir import Workdir
 
     place = Workdir.named(workdir) if isinstance(workdir, str) else workdir
@@ -167,7 +167,7 @@ def _sweep(config_file: str, config: ConfigDict, workdir: str, rest: list[str], 
     """The command `sweep`, each run of which is a process of its own: accelerators are left to these."""
     before = dict(os.environ)
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from imgclf_jax.commands import sweep
+    from imgclf_jax.tools.sweep import command as sweep
 
     def configured(settings: dict[str, str]) -> ConfigDict:
         own = config.copy_and_resolve_references()
@@ -199,13 +199,13 @@ def _joined(
             raise UsageError(f"--coordinator={coordinator}: wants HOST:PORT, such as node1:12345")
     if not re.fullmatch(r"(all|\d+(,\d+)*)?", local_devices):
         raise UsageError(f"--local_devices={local_devices}: wants 'all', or numbers such as 0,1")
-    from imgclf_jax.commands import together
+    from imgclf_jax.cli import together
 
     return together.joined(alike, coordinator, number, process, local_devices, heartbeat)
 
 
 def _dryrun(config: ConfigDict, folder: Path, chips: str, shape: str, format: str, **given: int | None) -> int:
-    from imgclf_jax.chips import topology
+    from imgclf_jax.tools.dryrun import topology
 
     if not chips:
         raise UsageError(f"dryrun wants --chips, the chips to compile for; {topology.ALLOWED}")
@@ -216,7 +216,7 @@ def _dryrun(config: ConfigDict, folder: Path, chips: str, shape: str, format: st
         raise UsageError("--classes and --targets are both given; an example has a class or targets")
     parsed = topology.parse(chips)
     topology.prepare(parsed)
-    from imgclf_jax.commands import dryrun
+    from imgclf_jax.tools.dryrun import command as dryrun
 
     return dryrun.main(config, parsed, {"shape": sides and tuple(map(int, sides)), **given}, format, folder)
 

@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
-from imgclf_jax.chips import topology
+from imgclf_jax.tools.dryrun import topology
 
 _WIDE = re.compile(r"stablehlo\.(?:dot_general|convolution)\b.* : \(([^)]*)\) ->")
 _SUMMED = re.compile(r" = (.*?) all-reduce(?:-start)?\(")
@@ -70,7 +70,7 @@ def model(name: str, kind: str) -> Any:
 
 def measure(name: str, kind: str, devices: list[Any], batch_size: int) -> dict[str, Any]:
     """The figures of a training step of one network, "ours" or "linen", on one of these devices."""
-    from imgclf_jax.chips import counts
+    from imgclf_jax.tools.dryrun import counts
 
     lowered = lower(name, kind, devices, batch_size)
     began = time.process_time()

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imgclf_jax.analysis import multilabel
-from imgclf_jax.analysis.multilabel import MultilabelScores
-from imgclf_jax.analysis.regression import RegressionScores
-from imgclf_jax.analysis.scores import Given, Scores, label_ranks, predicted_classes
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.losses import SIGMOID, Link, Task
+from imgclf_jax.scores import multilabel
+from imgclf_jax.scores.classification import Given, Scores, label_ranks, predicted_classes
+from imgclf_jax.scores.multilabel import MultilabelScores
+from imgclf_jax.scores.regression import RegressionScores
 
 Sums = dict[str, Any]
 OWN = "own/"  # before the name of a value that the method's `evaluate` gives

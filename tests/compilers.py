@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from imgclf_jax.chips import topology
+from imgclf_jax.tools.dryrun import topology
 
 ROOT = Path(__file__).parents[1]
 

@@ -21,8 +21,8 @@ from first_of_a_sweep import first_run
 from PIL import Image
 
 import launch
-from imgclf_jax.chips import topology
 from imgclf_jax.core import spec
+from imgclf_jax.tools.dryrun import topology
 
 ROOT = Path(__file__).parent.parent
 PAGES = {page.stem: page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}

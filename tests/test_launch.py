@@ -12,7 +12,7 @@ import pytest
 from cases import thorough
 
 import launch
-from imgclf_jax.commands import table
+from imgclf_jax.cli import table
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,9 +10,6 @@ import pytest
 from PIL import Image
 
 import launch
-from imgclf_jax.chips import counts
-from imgclf_jax.commands import train as train_command
-from imgclf_jax.commands.train_setup import Run
 from imgclf_jax.config import default_config
 from imgclf_jax.core import sharding, tree
 from imgclf_jax.core.errors import UserError
@@ -23,6 +20,9 @@ from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.provenance import DataInfo, pin_groups
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
+from imgclf_jax.tools.dryrun import counts
+from imgclf_jax.train import loop as train_command
+from imgclf_jax.train.setup import Run
 
 DATA = DataInfo(640, (8, 8, 3), tuple("abcd"), "")
 

@@ -12,12 +12,13 @@ from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
 import launch
 from imgclf_jax import losses, metrics
-from imgclf_jax.analysis import listing, scores
-from imgclf_jax.commands.evaluation import evaluate, evaluate_all
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.loading import restore
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.scores import classification as scores
+from imgclf_jax.tools.evaluate import listing
+from imgclf_jax.train.evaluation import evaluate, evaluate_all
 
 
 def random_set(classes, n=200):
@@ -129,7 +130,7 @@ def test_every_metric_says_which_value_is_best():
 def test_a_run_asks_for_the_direction_before_data_are_opened(tmp_path, monkeypatch, capsys):
     (tmp_path / "own_error.py").write_text("def error(labels, probabilities):\n    return 0.5\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("imgclf_jax.commands.train_setup.sources.open_splits", None)
+    monkeypatch.setattr("imgclf_jax.train.setup.sources.open_splits", None)
     argv = ["--config.metrics=own_error:error", f"--workdir={tmp_path}/run"]
     assert launch.main([*argv, "--config.checkpoint.best=test/error"]) == 1
     assert capsys.readouterr().err == (

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import launch
-from imgclf_jax.commands.table import COMMANDS
+from imgclf_jax.cli.table import COMMANDS
 from imgclf_jax.data.sources import fake
 
 ROOT = Path(__file__).parent.parent

@@ -184,7 +184,7 @@ def test_a_result_goes_when_its_run_is_trained_again(copy, monkeypatch, capsys):
     """`compare` would have shown it as that of the run that now goes on."""
     workdir, argv = copy
     shutil.rmtree(workdir / "checkpoints")
-    monkeypatch.setattr("imgclf_jax.commands.train.train", lambda *args: None)
+    monkeypatch.setattr("imgclf_jax.train.loop.train", lambda *args: None)
     assert launch.main(["train", *argv]) == 75
     assert "trained again from step 0" in capsys.readouterr().err
     assert not (workdir / "result.json").exists()
@@ -231,7 +231,7 @@ def test_a_start_that_fails_leaves_no_folder(mistake, tmp_path):
 @pytest.mark.parametrize("override", ["model=cnnn", "loss=none", "schedule=none(1)", "optimizer=none", "augment=none",
                                       "mix=none", "tta=none", "metrics=none"])  # fmt: skip
 def test_a_wrong_name_is_told_before_data_are_opened(mistake, tmp_path, monkeypatch, override):
-    monkeypatch.setattr("imgclf_jax.commands.train_setup.sources.open_splits", None)
+    monkeypatch.setattr("imgclf_jax.train.setup.sources.open_splits", None)
     assert has(mistake(f"--workdir={tmp_path}/run", *FAKE, f"--config.{override}"), "unknown ", "allowed: ")
 
 

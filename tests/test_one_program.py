@@ -16,12 +16,12 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import launch
 from imgclf_jax import config as configs
-from imgclf_jax.commands import train
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
+from imgclf_jax.train import loop as train
 
 pytestmark = pytest.mark.optimized
 

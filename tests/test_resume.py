@@ -12,10 +12,10 @@ import resume_check
 import stress
 
 import launch
-from imgclf_jax.commands import train
 from imgclf_jax.run import writers
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.train import loop as train
 
 pytestmark = pytest.mark.optimized
 SHORT = (

@@ -10,8 +10,8 @@ from cases import thorough
 from test_mesh import DATA, config, programs, train  # noqa: F401  `config` is a fixture
 
 import launch
-from imgclf_jax.chips import counts
 from imgclf_jax.core import jaxprs, platform, sharding
+from imgclf_jax.tools.dryrun import counts
 
 MESHES = ["seeds=4, data=-1", "data=4, seeds=2"]  # of four seeds: one in each group, and two
 QUICK = ("adam", MESHES[0])

@@ -13,53 +13,42 @@ PACKAGE = ROOT / "imgclf_jax"
 # The rooms and modules of the package in tiers, lowest first. A module imports from its own tier and from those below.
 TIERS = [
     "core",
-    "analysis chips config config_keys losses methods metrics models optim",
+    "config config_keys losses methods metrics models optim scores",
     "augment run",
     "data inference step",
     "diagnose on_mesh programs recipe trained",
     "weights",
-    "exports loading pages serving",
-    "commands",
+    "loading",
+    "cli train",
+    "tools",
     "launch",
 ]
+# The tools that others build on, each on those before it. All other tools can be deleted one by one.
+SHARED_TOOLS = ("pages", "evaluate", "explain")
 MOST_IMPORTS = 17  # of `recipe`, which puts together a part for each kind of config key
 TIER = {room: number for number, rooms in enumerate(TIERS) for room in rooms.split()}
-PACKAGES = {
-    "",
-    "analysis",
-    "augment",
-    "chips",
-    "commands",
-    "core",
-    "data",
-    "exports",
-    "models",
-    "models.cpu",
-    "optim",
-    "pages",
-    "run",
-    "serving",
-    "weights",
-}
+PACKAGES = {  # of a docstring alone; `methods` is a module too
+    ".".join(f.parent.relative_to(PACKAGE).parts) for f in PACKAGE.rglob("__init__.py")
+} - {"methods"}
 
 # Who may import what is slow to import or not installed everywhere, at the top or inside a function.
 HEAVY = {
-    "tensorflow": {"core.tensorflow_import", "exports.saved_model"},
+    "tensorflow": {"core.tensorflow_import", "tools.export.saved_model"},
     "tensorflow_datasets": {"data.prepare"},
-    "clu": {"commands.train_setup"},
+    "clu": {"train.setup"},
     "tensorboard": {"run.event_file"},
-    "sklearn": {"analysis.probing", "data.sources"},
-    "matplotlib": {"analysis.accuracy_plot"},
-    "pyarrow": {"analysis.embeddings", "analysis.listing", "commands.known_predictions", "data.table"},
+    "sklearn": {"data.sources", "tools.probe.probing"},
+    "matplotlib": {"tools.probe.accuracy_plot"},
+    "pyarrow": {"data.table", "tools.compare.known_predictions", "tools.evaluate.listing", "tools.probe.embeddings"},
     "orbax": {"run.checkpoint", "run.tensorstore_leaks"},
 }
 INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "tensorboard", "sklearn", "matplotlib", "pyarrow"}
 # What prints help and configs, and so must not import JAX: these and all that they import.
 LIGHT = {
     "launch",
-    "commands.flags",
-    "commands.table",
-    "commands.words",
+    "cli.flags",
+    "cli.table",
+    "cli.words",
     "run.cache",
     "run.environment",
     "config",
@@ -112,6 +101,11 @@ def own_imports(file, top_level=False):
     return found
 
 
+def tool_of(name):
+    """`pages` for a module of `tools/pages`, and "" for what belongs to no tool."""
+    return name.split(".")[1] if name.startswith("tools.") else ""
+
+
 def roots(file, top_level=False):
     return {name.split(".")[0] for name in imports(file, top_level)}
 
@@ -134,6 +128,16 @@ def test_imports_run_downward_only(name):
 def test_no_imports_run_in_a_circle():
     graph = {name: own_imports(file) for name, file in FILES.items()}
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(FILES)  # raises CycleError
+
+
+def test_a_tool_builds_on_no_other_but_the_shared_ones():
+    """So each of the others is deleted by removing its folder and its line of the command table."""
+    for name, file in FILES.items():
+        for tool in {tool_of(used) for used in own_imports(file)} - {"", tool_of(name)}:
+            own = tool_of(name)
+            assert own or name == "launch", f"{name}, of the core, imports tools/{tool}"
+            below = SHARED_TOOLS[: SHARED_TOOLS.index(own)] if own in SHARED_TOOLS else SHARED_TOOLS
+            assert tool in below or name == "launch", f"{name} imports tools/{tool}"
 
 
 @pytest.mark.parametrize("package", sorted(HEAVY))
@@ -195,5 +199,5 @@ def test_public_functions_of_the_package_are_documented():
 
 
 def test_the_training_loop_fits_on_a_screen():
-    [loop] = [n for n in ast.parse(FILES["commands.train"].read_text()).body if getattr(n, "name", "") == "train"]
+    [loop] = [n for n in ast.parse(FILES["train.loop"].read_text()).body if getattr(n, "name", "") == "train"]
     assert loop.end_lineno - loop.lineno < 60

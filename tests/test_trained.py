@@ -10,7 +10,7 @@ from PIL import Image
 
 import imgclf_jax
 import launch
-from imgclf_jax.commands import inputs
+from imgclf_jax.cli import inputs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.trained import not_finite

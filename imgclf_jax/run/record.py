@@ -9,12 +9,12 @@ from typing import Any, Self
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.analysis.reproduction import TIMES
 from imgclf_jax.core import places, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import bundle, writers
 from imgclf_jax.run.provenance import find_edits, parse_json
 
+TIMES = ("train/images_per_second", "train/input_wait")  # what a run measures of itself
 _MOST_BYTES = 512 << 20  # of a file, which is read at once
 
 

@@ -18,6 +18,7 @@ from imgclf_jax.run.writers import read_metrics
 
 log = logging.getLogger(__name__)
 
+MAIN_METRICS = ("accuracy", "mean_average_precision", "r2")  # of the tasks; of all the greatest value is the best
 _OF_A_RUN = {"checkpoints", "tb", "profile", "damaged"}  # folders of a run, which hold no others
 
 

@@ -7,7 +7,6 @@ import pytest
 from imgclf_jax import inference, losses, metrics, step
 from imgclf_jax.augment import ops as augment
 from imgclf_jax.augment import tta
-from imgclf_jax.commands import train
 from imgclf_jax.config import default_config
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
@@ -15,6 +14,7 @@ from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.train import loop as train
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (16, 7, 9, 3), np.uint8)
 AUGMENT = "flip_lr|normalize(mean=0.4, std=0.3)"

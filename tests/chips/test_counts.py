@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from imgclf_jax.chips import counts
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.models import classifier
+from imgclf_jax.tools.dryrun import counts
 
 
 def flops(function, *shapes):

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from imgclf_jax.chips import estimate, table, topology
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.tools.dryrun import estimate, table, topology
 
 
 def test_a_step_takes_as_long_as_its_scarcest_resource():

@@ -7,8 +7,8 @@ from compilers import printed
 from jax import lax
 from jax._src.lib import xla_client
 
-from imgclf_jax.chips import counts, traffic
 from imgclf_jax.core import sharding
+from imgclf_jax.tools.dryrun import counts, traffic
 
 KB = 4 * 8 * 128  # bytes of f32[8,128]
 TEXT = """HloModule made_up

@@ -7,10 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from imgclf_jax.analysis import accuracy_plot, embeddings, listing
 from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import bundle, provenance
+from imgclf_jax.tools.evaluate import listing
+from imgclf_jax.tools.probe import accuracy_plot, embeddings
 
 NOISE = np.random.default_rng(0)
 

@@ -12,13 +12,14 @@ from cases import thorough
 import launch
 from imgclf_jax import config as configs
 from imgclf_jax import programs
-from imgclf_jax.commands import train_setup
 from imgclf_jax.core import platform, rng, sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import described, extra, placement, sources, stream
+from imgclf_jax.data import extra, placement, sources, stream
 from imgclf_jax.methods import Loss, Method
 from imgclf_jax.run import provenance
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.tools.dryrun import described
+from imgclf_jax.train import setup as train_setup
 
 MORE = "fake(30, (5, 6, 3), 4)/train|batch_size(24)|preprocess('decode(3)|resize(4, 7)')|sampling('balanced')"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_folder import flat, write  # noqa: F401  a fixture
 
-from imgclf_jax.commands import inputs
+from imgclf_jax.cli import inputs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import image_files
 from imgclf_jax.data.folder import folder

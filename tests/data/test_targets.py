@@ -9,8 +9,9 @@ import pytest
 
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import described, placement, sources, stream
+from imgclf_jax.data import placement, sources, stream
 from imgclf_jax.run import provenance
+from imgclf_jax.tools.dryrun import described
 
 N, K = 40, 3
 X = np.random.default_rng(0).integers(0, 256, (N, 5, 4, 1), np.uint8)

@@ -16,14 +16,14 @@ from safetensors.numpy import load_file
 
 import launch
 from imgclf_jax import config, loading
-from imgclf_jax.analysis import attribution
-from imgclf_jax.commands import train_setup
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import lora
 from imgclf_jax.methods.lora import Adapted
 from imgclf_jax.models.classifier import Classifier
 from imgclf_jax.models.vit import ViT
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.tools.explain import attribution
+from imgclf_jax.train import setup as train_setup
 
 FLAGS = ("--config.preprocess=decode(1)", "--config.augment=normalize", "--config.batch_size=48",
          "--config.total=4 steps", "--config.log_every=2 steps", "--config.eval_every=", "--config.tensorboard=False",

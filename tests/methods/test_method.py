@@ -15,7 +15,6 @@ from flax import linen as nn
 
 import launch
 from imgclf_jax import loading, losses, step
-from imgclf_jax.commands import train
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import Loss, Method
@@ -26,6 +25,7 @@ from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
+from imgclf_jax.train import loop as train
 
 pytestmark = pytest.mark.optimized
 

@@ -12,7 +12,6 @@ from test_sam import CLASSES, SHAPE, Flat, Normalized, batch, run, softmax_gradi
 
 from imgclf_jax import losses, step
 from imgclf_jax.augment import mixing, ops
-from imgclf_jax.commands import train
 from imgclf_jax.core import rng, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import table
@@ -22,6 +21,7 @@ from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.train import loop as train
 
 NORMALIZE = "normalize(mean=0.3, std=0.2)"
 SPEC = "pgd(eps='16/255', steps=3, step_size='8/255')"

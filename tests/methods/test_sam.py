@@ -13,7 +13,6 @@ from digests import Way
 from flax import linen as nn
 
 from imgclf_jax import losses, step
-from imgclf_jax.commands import train
 from imgclf_jax.core import sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import table
@@ -24,6 +23,7 @@ from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.train import loop as train
 
 SHAPE, CLASSES = (4, 4, 1), 3
 SPECS = ["sam(rho=0.2)", "asam(rho=0.7, eta=0.05)"]

@@ -16,11 +16,11 @@ from imgclf_jax import diagnose
 from imgclf_jax.config import default_config
 from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.exports import torch_state
 from imgclf_jax.models import classifier
 from imgclf_jax.models.resnet import BasicBlock, ResNetCIFAR
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
+from imgclf_jax.tools.export import torch_state
 
 
 class SEBlock(nn.Module):

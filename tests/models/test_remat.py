@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from test_forms import FORMS, SMALL, build, in_form
 
-from imgclf_jax.chips.counts import product_flops
 from imgclf_jax.core import platform
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.models import classifier
+from imgclf_jax.tools.dryrun.counts import product_flops
 
 NAMES = ["convnext", "mixer", "resnet", "vit"]
 

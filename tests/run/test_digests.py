@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imgclf_jax.commands import train
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import writers
 from imgclf_jax.run.digests import Digests
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.train import loop as train
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

@@ -21,13 +21,13 @@ from tolerance import rounding
 
 import launch
 from imgclf_jax import config as configs
-from imgclf_jax.analysis.reproduction import differences
-from imgclf_jax.commands import evaluation
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.data.stream import Images
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
+from imgclf_jax.tools.reproduce.reproduction import differences
+from imgclf_jax.train import evaluation
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # The longest path through cnn(widths=(4,), hidden=8) on 12 x 12 images, there and back.

@@ -14,11 +14,11 @@ import jax
 import pytest
 from rich.console import Console
 
-from imgclf_jax.commands import train
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.run import monitor, provenance, terminal, writers
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.train import loop as train
 
 ROOT = Path(__file__).parents[2]
 

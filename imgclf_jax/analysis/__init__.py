@@ -1,1 +1,0 @@
-"""What predictions say of a model: scores, their intervals, and whether one model is better than another."""

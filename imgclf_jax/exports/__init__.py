@@ -1,1 +1,0 @@
-"""A trained model as a file that other programs run."""

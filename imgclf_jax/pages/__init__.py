@@ -1,1 +1,0 @@
-"""Pages in one HTML file each, which need no network and no script."""

@@ -1,0 +1,1 @@
+"""Scores of whole evaluation sets from predictions, in NumPy, with confidence intervals."""

@@ -1,1 +1,0 @@
-"""A trained model as a web page and an interface for programs."""

@@ -1,0 +1,1 @@
+"""dryrun: what a run would need of chips that are not here, by their compilers."""

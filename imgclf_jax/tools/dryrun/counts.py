@@ -1,0 +1,67 @@
+"""What a program does, counted: operations in a jaxpr; traffic, collectives and memory in what is compiled."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from imgclf_jax.core import jaxprs
+from imgclf_jax.tools.dryrun import traffic
+
+
+def product_flops(jaxpr: Any) -> float:
+    """Operations of all matrix products and convolutions, a multiply-add being two; loops of unknown length count once.
+
+    Attention that a kernel of its own computes is counted as its products are.
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            lhs, out = equation.invars[0].aval, equation.outvars[0].aval
+            total += 2 * out.size * math.prod(lhs.shape[i] for i in contracted)
+        elif name == "conv_general_dilated":
+            numbers = params["dimension_numbers"]
+            kernel, out = equation.invars[1].aval, equation.outvars[0].aval
+            taps = math.prod(kernel.shape[i] for i in numbers.rhs_spec[1:])  # input features and positions
+            spread = math.prod(params["lhs_dilation"])  # zeros between inputs, which cost nothing
+            total += 2 * out.size * taps / (spread * params["batch_group_count"])
+        elif name.startswith("dot_product_attention"):
+            b, queries, heads, width = equation.invars[0].aval.shape
+            keys = equation.invars[1].aval.shape[1]
+            products = 5 if "bwd" in name else 2
+            total += products * 2 * b * heads * queries * keys * width
+        else:
+            inner = [product_flops(jaxpr) for jaxpr in jaxprs.inner(equation)]
+            times = params.get("length", 1) if name == "scan" else 1
+            if name == "shard_map":  # the body is that of one device, or of one group of them
+                split = {axis for spec in params["in_specs"] for axis in jax.tree.leaves(tuple(spec))}
+                times = math.prod(params["mesh"].shape[axis] for axis in split)
+            total += (max(inner, default=0) if name == "cond" else sum(inner)) * times
+    return total
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one step on one device."""
+
+    bytes: float  # read from and written to the device's memory, after fusion
+    collectives: dict[str, tuple[int, int]]  # kind → (how many, bytes of their results)
+
+
+def of_program(compiled: Any) -> Counts:
+    """The counts of a compiled program, see `traffic`. A loop over steps counts once, one over parts whole."""
+    module = traffic.Module(compiled.as_text())
+    return Counts(float(module.traffic()), module.collectives())
+
+
+def bytes_a_device(tree: Any) -> int:
+    """Of a pytree of arrays or `ShapeDtypeStruct` with shardings: what each device holds of it."""
+    total = 0
+    for x in jax.tree.leaves(tree):
+        shape = x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) is not None else x.shape
+        total += math.prod(shape) * x.dtype.itemsize
+    return total

@@ -1,0 +1,103 @@
+"""`--chips=v5e:4x4`, `h100:8`, `a100:8x8`, `cpu:8`: devices that need not be here, for which programs are compiled."""
+
+import importlib.util
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.tools.dryrun import table
+
+# The packages with which XLA compiles for a platform, and how to get them.
+_COMPILERS = {
+    "tpu": ("libtpu", "uv run --isolated --extra tpu launch.py dryrun …"),
+    "gpu": ("jax_plugins.xla_cuda12", "uv run --isolated --extra cuda-compiler launch.py dryrun …"),
+}
+_NAMES = {"v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}  # accelerator types, as TPU's runtime calls them
+ALLOWED = "allowed: v5e:4x4, v6e:8x8 (rows x columns), v5p:4x4x4, h100:8 or a100:8x8 (hosts x GPUs), cpu:8"
+
+
+@dataclass(frozen=True)
+class Chips:
+    """Chips of one kind in their arrangement."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def count(self) -> int:
+        """How many chips there are."""
+        return math.prod(self.shape)
+
+    @property
+    def platform(self) -> str:
+        """That of JAX: "tpu", "gpu" or "cpu"."""
+        return "cpu" if self.kind == "cpu" else table.CHIPS[self.kind].platform
+
+
+def parse(text: str) -> Chips:
+    """The chips that a text such as 'v5e:4x4' names. Raises UserError for any other text."""
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
+    if not match or match[1] not in (*table.CHIPS, "cpu"):
+        raise UserError(f"--chips={text}: {ALLOWED}")
+    kind, shape = match[1], tuple(map(int, match[2].split("x")))
+    ranks = {"v5e": (2,), "v6e": (2,), "v5p": (3,), "h100": (1, 2), "a100": (1, 2), "cpu": (1,)}[kind]
+    if len(shape) not in ranks or 0 in shape:
+        raise UserError(f"--chips={text}: {ALLOWED}")
+    return Chips(kind, shape)
+
+
+def prepare(chips: Chips) -> None:
+    """Sets what JAX and the compilers read from the environment when they are loaded; before JAX is imported.
+
+    Raises UserError, with the command that brings it, if the compiler for these chips is not installed.
+    """
+    if chips.platform in _COMPILERS:
+        module, command = _COMPILERS[chips.platform]
+        if not _installed(module):
+            raise UserError(f"--chips={chips}: the compiler for these chips is not installed; run it as: {command}")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # chips that are here are left alone
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # the time that compilation takes is asked for
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if chips.platform == "tpu":
+        os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost")
+        os.environ["TPU_ACCELERATOR_TYPE"] = f"{_NAMES[chips.kind]}-8"
+    elif chips.platform == "gpu":
+        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+        # Without a card nothing can be tried out.
+        flags += ["--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false"]
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+    os.environ["JAX_NUM_CPU_DEVICES"] = str(chips.count if chips.kind == "cpu" else 1)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
+
+
+def devices(chips: Chips) -> list[Any]:
+    """JAX devices to compile for, in the order of the mesh; only those of `cpu` can run anything.
+
+    Raises UserError for an arrangement that the compiler does not know.
+    """
+    import jax
+    from jax.experimental import topologies
+
+    if chips.kind == "cpu":
+        return list(jax.devices("cpu"))
+    settings: dict[str, Any] = {"platform": "tpu", "topology_name": str(chips)}
+    if chips.platform == "gpu":
+        hosts, each = (1, *chips.shape)[-2:]
+        target = {"target_config": table.gpu_target(chips.kind), "topology": f"1x{hosts}x{each}"}
+        settings = {"platform": "cuda", "topology_name": chips.kind, **target}
+    try:
+        return list(topologies.get_topology_desc(**settings).devices)
+    except Exception as e:
+        raise UserError(f"--chips={chips}: the compiler refuses it: {str(e).splitlines()[0][:200]}; {ALLOWED}") from e

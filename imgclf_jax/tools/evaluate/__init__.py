@@ -1,0 +1,1 @@
+"""evaluate: scores by class, accuracy on corrupted images, files of predictions. Other tools build on it."""

@@ -1,0 +1,100 @@
+"""A file of predictions: a row an example, for other programs."""
+
+import csv
+import hashlib
+import importlib.util
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from imgclf_jax import config as configs
+from imgclf_jax.core import places
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.scores.classification import Given, Scores
+
+_KINDS = (".csv", ".jsonl", ".parquet")
+
+
+def check(path: Path) -> None:
+    """Raises UserError for a file of another kind than .csv, .jsonl or .parquet, before any work is done."""
+    if path.suffix not in _KINDS:
+        raise UserError(f"--predictions={path}: the name must end in {', '.join(_KINDS[:-1])} or {_KINDS[-1]}")
+    if path.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
+        raise UserError(f"--predictions={path}: pyarrow is not installed, which writes Parquet; name a .csv or .jsonl")
+
+
+def origin(config: ConfigDict, step: int, params_sha256: str, name: str, fingerprint: str) -> str:
+    """16 hex digits that identify what predictions follow from: a model, its config, and the data of the set `name`.
+
+    Predictions are a run's if theirs is that of its config, of the step and digest in its result, and of the set's
+    fingerprint that it has recorded. Keys that say where and how often do not count, nor how the data are named.
+    """
+    flat = configs.flatten(config)
+    apart = {"data.eval", "data.source", "data.train", *configs.LOCATION_KEYS, *configs.FREE_KEYS}
+    facts = [step, params_sha256, name, fingerprint, {k: v for k, v in flat.items() if k not in apart}]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def rows(
+    name: str, examples: Sequence[str], labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], top: int,
+    step: int = 0, origin: str = "", given: Given = None,
+) -> Iterable[dict[str, Any]]:  # fmt: skip
+    """Each example of the set `name`: its number or file, its label, and the `top` classes with their probabilities.
+
+    labels i32[n], probabilities f32[n, classes]; `given` as in `scores.Scores`. The predicted class comes first. Of
+    other classes with equal probabilities the first ranks first. An example without a prediction is not correct. Each
+    row ends with the `step` of the checkpoint and the `origin` of the predictions, see above.
+    """
+    scores, order = Scores(labels, probabilities, given), np.array(probabilities)
+    predicts = np.flatnonzero(scores.predicted >= 0)
+    order[predicts, scores.predicted[predicts]] = np.inf
+    best = np.argsort(-order, axis=1, kind="stable")[:, :top]
+    columns = (examples, labels, scores.ranks == 0, best, probabilities)
+    for example, label, correct, ranked, own in zip(*columns, strict=True):
+        row = {"set": name, "example": example, "label": classes[label], "correct": bool(correct)}
+        for rank, c in enumerate(ranked, 1):
+            row |= {f"class_{rank}": classes[c], f"probability_{rank}": float(own[c])}
+        yield row | {"step": step, "origin": origin}
+
+
+def target_rows(
+    name: str, examples: Sequence[str], targets: np.ndarray, outputs: np.ndarray, names: Sequence[str],
+    exact: np.ndarray | None = None, step: int = 0, origin: str = "",
+) -> Iterable[dict[str, Any]]:  # fmt: skip
+    """Each example of the set `name`, with `target[NAME]` and `probability[NAME]` of each class.
+
+    targets, outputs f32[n, k]. In a regression, where `exact` is None, it is `value[NAME]`; else `correct` says whether
+    all labels of an example are predicted, bool[n] `exact`. Rows end as those of `rows`.
+    """
+    what = "value" if exact is None else "probability"
+    for i, example in enumerate(examples):
+        row: dict[str, Any] = {"set": name, "example": example}
+        row |= {} if exact is None else {"correct": bool(exact[i])}
+        row |= {f"target[{of}]": float(x) for of, x in zip(names, targets[i], strict=True)}
+        row |= {f"{what}[{of}]": float(x) for of, x in zip(names, outputs[i], strict=True)}
+        yield row | {"step": step, "origin": origin}
+
+
+def write(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows with the same keys, in one piece, as CSV, JSON lines or Parquet by the file's suffix."""
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        with places.replacing(path) as temporary:
+            parquet.write_table(pa.Table.from_pylist(list(table)), temporary)
+    else:
+        text = io.StringIO(newline="")
+        if path.suffix == ".csv":
+            writer = csv.DictWriter(text, list(table[0]) if table else [], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table)
+        else:
+            text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
+        with places.replacing(path) as temporary:
+            temporary.write_text(text.getvalue(), encoding="utf-8", newline="")

@@ -1,0 +1,1 @@
+"""export: a trained model as a file that other programs run."""

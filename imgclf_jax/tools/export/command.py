@@ -1,0 +1,135 @@
+"""The command `export`: a trained model as a file that other programs run."""
+
+import contextlib
+import datetime
+import logging
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from imgclf_jax import loading
+from imgclf_jax.core import processes, sharding
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.inference import Outputs
+from imgclf_jax.run.provenance import write_atomically
+from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.tools.export import compared, onnx, saved_model, stablehlo, torch_state
+from imgclf_jax.trained import Trained
+
+log = logging.getLogger(__name__)
+
+_OUTPUTS: dict[str, Outputs] = {"probabilities": "predict", "logits": "logits", "features": "features"}
+
+
+def main(config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoint: str, gives: str, names: str) -> int:
+    """The command `export`: writes the model of the run in `workdir` to each of `files`, whose suffixes say the kinds.
+
+    If `workdir` is None, it is the model of the weights that `init_from` names. `gives` says what the function of the
+    file gives: "probabilities", "logits" or "features". `names` is for PyTorch's weights, see `torch_state.naming`.
+    Raises UserError for another suffix, before anything is computed.
+    """
+    paths = [Path(file) for file in files]
+    if not paths:
+        raise UserError(f"export: name the file to write; its suffix says the kind: {', '.join(KINDS)}")
+    for path in paths:
+        if path.suffix not in KINDS:
+            raise UserError(f"export: {str(path)!r}: the suffix says the kind: {', '.join(KINDS)}")
+        if not path.parent.is_dir():
+            raise UserError(f"export: there is no folder {path.parent}; make it first")
+    if any(path.suffix == ".onnx" for path in paths):
+        onnx.check()
+    for path in paths:
+        if path.suffix == ".savedmodel":
+            saved_model.check(path)
+    model = loading.of(config, workdir, checkpoint)
+    with contextlib.ExitStack() as stack:
+        if processes.index():  # all compute what the file is compared with, process 0 keeps the file
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            paths = [folder / path.name for path in paths]
+        for path in paths:
+            for line in KINDS[path.suffix](model, path, gives, names):
+                if not processes.index():
+                    print(line)
+    return 0
+
+
+def _stablehlo(model: Trained, path: Path, gives: str, names: str) -> list[str]:
+    content, described = stablehlo.archive(model, _OUTPUTS[gives], datetime.date.today())
+    write_atomically(path, content)
+    said = (
+        f"Any JAX from {jax.__version__} to those of {described['loads_until']} loads it; export it again after that."
+    )
+    return _with_loader(path, described, said, stablehlo.LOADER)
+
+
+def _saved_model(model: Trained, path: Path, gives: str, names: str) -> list[str]:
+    described, difference = saved_model.write(model, _OUTPUTS[gives], path, datetime.date.today())
+    said = f"TensorFlow gives the same on five random images, up to {difference:.1e}."
+    return _with_loader(path, described, said, saved_model.LOADER)
+
+
+def _with_loader(path: Path, described: dict[str, Any], said: str, loader: str) -> list[str]:
+    """What is in the file, by its metadata; what else is said of it; the lines that load it."""
+    h, w, c = described["images"]["shape"][1:]
+    gives = described["gives"]
+    return [
+        f"{path}: {_size(path)}, {gives} of uint8 images [b, {h}, {w}, {c}], for {', '.join(described['platforms'])}",
+        said,
+        "",
+        loader.format(name=path, gives=gives, takes=f"uint8[b, {h}, {w}, {c}], any b"),
+    ]
+
+
+def _onnx(model: Trained, path: Path, gives: str, names: str) -> list[str]:
+    content, difference = onnx.archive(model, _OUTPUTS[gives])
+    write_atomically(path, content)
+    h, w, c = model.programs.recipe.data.image_shape
+    return [
+        f"{path}: {_size(path)}, {compared.output_name(model, _OUTPUTS[gives])} of uint8 images [b, {h}, {w}, {c}]",
+        f"onnxruntime gives the same on five random images, up to {difference:.1e}.",
+    ]
+
+
+def _safetensors(model: Trained, path: Path, gives: str, names: str) -> list[str]:
+    from safetensors.numpy import save
+
+    recipe = model.programs.recipe
+    backbone, merge = recipe.backbone, recipe.method.merge or (lambda variables: variables)
+    names = torch_state.naming(backbone, names)
+    params, model_state = jax.tree.map(sharding.fetch, model.state.evaluated)
+    variables = {"params": params, **(model_state or {})}
+    metadata = {"format": "pt", "model": recipe.config.model, "names": names, "augment": recipe.config.augment,
+                "host_ops": model.programs.preprocess_eval}  # fmt: skip
+    lines = []
+    for seed in range(recipe.num_seeds):
+        own = variables if recipe.num_seeds == 1 else jax.tree.map(lambda x, seed=seed: np.asarray(x)[seed], variables)
+        place = path if recipe.num_seeds == 1 else path.with_suffix(f".seed{recipe.config.seed + seed}{path.suffix}")
+        state = torch_state.state_dict(backbone, merge(own), names, recipe.data.image_shape)
+        write_atomically(
+            place, save(state, metadata | {"task": model.task.value, "class_names": "\n".join(model.class_names)})
+        )
+        lines.append(f"{place}: {_size(place)}, {len(state)} arrays by the names of {names}")
+    if added := sorted({*params} - {"backbone", "head"}):
+        lines.append(f"Left out: {', '.join(added)} of method={recipe.config.method!r}, which no classifier has.")
+    if recipe.method.merge:
+        lines.append(f"The weights of method={recipe.config.method!r} are merged: they are those of the plain model.")
+    if not recipe.method.predicts:
+        lines.append(f"There is no head: method={recipe.config.method!r} trains none.")
+    return lines
+
+
+def _size(path: Path) -> str:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return f"{sum(file.stat().st_size for file in files if file.is_file()) / 1e6:.1f} MB"
+
+
+Writer = Callable[[Trained, Path, str, str], list[str]]
+
+KINDS: dict[str, Writer] = {
+    ".stablehlo": _stablehlo, ".savedmodel": _saved_model, ".onnx": _onnx, ".safetensors": _safetensors,
+}  # fmt: skip

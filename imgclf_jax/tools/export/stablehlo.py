@@ -1,0 +1,108 @@
+"""A trained model as StableHLO: one file that JAX alone runs, on CPU, GPU and TPU, without this package.
+
+The file is a zip archive of two members. `model.stablehlo` is what `jax.export` serializes: the parameters, the device
+ops of evaluation, the network and the loss's link to probabilities. `metadata.json` says what it takes and gives.
+"""
+
+import datetime
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+
+from imgclf_jax.core import platform, sharding, tree
+from imgclf_jax.inference import Outputs
+from imgclf_jax.tools.export import compared
+from imgclf_jax.trained import Trained
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+_LIVES = datetime.timedelta(days=180)  # what jax.export promises of its files
+_MADE = (1980, 1, 1, 0, 0, 0)  # the time of the members: the same model gives the same bytes
+
+LOADER = """\
+import json, zipfile, jax
+from jax import export
+
+archive = zipfile.ZipFile("{name}")
+model = export.deserialize(bytearray(archive.read("model.stablehlo")))
+classes = json.loads(archive.read("metadata.json"))["class_names"]
+# {gives} = jax.jit(model.call)(images)   # {takes}"""
+
+
+def program(model: Trained, what: Outputs) -> export.Exported:
+    """The function uint8[b, h, w, c] → f32, b being any number, lowered for all of PLATFORMS at once.
+
+    It is in XLA's own form, which runs everywhere, and for one device, since a mesh would be a part of the file.
+    """
+    pure = model.programs.pure(what)
+    params, model_state = _on_host(model)
+
+    def function(images: jax.Array) -> jax.Array:
+        return pure(params, model_state, images)
+
+    return _lowered(function, model)
+
+
+def program_of_weights(model: Trained, what: Outputs) -> tuple[export.Exported, dict[str, np.ndarray]]:
+    """As `program`, but the function takes the weights, in this order, before the images; and these by their names."""
+    pure = model.programs.pure(what)
+    params, model_state = _on_host(model)
+    variables = {"params": params, **model_state}
+    weights = dict(tree.named_leaves(variables))
+
+    def function(*args: jax.Array) -> jax.Array:
+        *arrays, images = args
+        own = tree.replace(variables, dict(zip(weights, arrays, strict=True)))
+        return pure(own.pop("params"), own, images)
+
+    return _lowered(function, model, *weights.values()), weights
+
+
+def _on_host(model: Trained) -> Any:
+    return jax.tree.map(sharding.fetch, model.state.evaluated)
+
+
+def _lowered(function: Callable[..., jax.Array], model: Trained, *weights: np.ndarray) -> export.Exported:
+    """A function of (*weights, images) for any number of images."""
+    (b,) = export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((b, *model.programs.recipe.data.image_shape), np.uint8)
+    given = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in weights]
+    # The bits of products are those of the config wherever the file is run; on CPU all are float32 in any case.
+    with platform.tracing_for(""), jax.default_matmul_precision(model.config.matmul_precision):
+        return export.export(jax.jit(function), platforms=PLATFORMS)(*given, images)
+
+
+def metadata(model: Trained, what: Outputs, exported: export.Exported, today: datetime.date) -> dict[str, Any]:
+    """What the file takes and gives, as JSON values."""
+    recipe = model.programs.recipe
+    return {
+        "gives": compared.output_name(model, what),
+        "images": {"dtype": "uint8", "shape": ["b", *recipe.data.image_shape]},
+        "host_ops": model.programs.preprocess_eval,
+        "output": {"dtype": "float32", "shape": [str(n) if not isinstance(n, int) else n
+                                                 for n in exported.out_avals[0].shape]},
+        "task": model.task.value,
+        "class_names": list(model.class_names),
+        "model": recipe.config.model,
+        "step": model.step,
+        "platforms": list(exported.platforms),
+        "jax": jax.__version__,
+        "written": today.isoformat(),
+        "loads_until": (today + _LIVES).isoformat(),
+    }  # fmt: skip
+
+
+def archive(model: Trained, what: Outputs, today: datetime.date) -> tuple[bytes, dict[str, Any]]:
+    """The bytes of the file, and its metadata."""
+    exported = program(model, what)
+    described = metadata(model, what, exported, today)
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as file:
+        file.writestr(zipfile.ZipInfo("model.stablehlo", _MADE), bytes(exported.serialize()))
+        file.writestr(zipfile.ZipInfo("metadata.json", _MADE), json.dumps(described, indent=2, ensure_ascii=False))
+    return content.getvalue(), described

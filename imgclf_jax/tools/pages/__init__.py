@@ -1,0 +1,1 @@
+"""Parts of pages that the tools share: HTML, line charts, figures. No command."""

@@ -1,0 +1,189 @@
+"""How good features are: what simple classifiers learn from them, without changing the network."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from imgclf_jax.losses import IDENTITY, SIGMOID, Task, link_of
+from imgclf_jax.scores.multilabel import MultilabelScores
+from imgclf_jax.scores.regression import RegressionScores
+
+log = logging.getLogger(__name__)
+
+SCORES = {Task.MULTILABEL: "mean_average_precision", Task.REGRESSION: "r2"}  # of tasks without accuracy
+TEMPERATURE = 0.07  # of the neighbours' votes
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of logistic regression: the inverse of the penalty
+_FOLDS = 5
+_MOST_TO_CHOOSE = 5_000  # examples on which C is chosen
+_AT_ONCE = 1 << 23  # similarities that are held at once
+_ITERATIONS = 1000
+_FOR_THREADS = 1_000_000  # numbers
+
+
+def nearest_neighbours(
+    train: np.ndarray, labels: np.ndarray, test: np.ndarray, ks: Sequence[int], classes: int
+) -> dict[int, np.ndarray]:
+    """{k: the predicted classes int[m]} of features f32[m, d], from those of the training set f32[n, d], k ≤ n.
+
+    The k examples of the greatest cosine similarity vote, each for its label with the weight exp(similarity / 0.07), as
+    in Wu et al. 2018 (arXiv:1805.01978, section 3.4). Of equal similarities the first examples count, of equal votes
+    the first class.
+    """
+    known, asked = _unit(train), _unit(test)
+    out = {k: np.empty(len(test), np.int64) for k in ks}
+    rows = max(1, _AT_ONCE // len(train))
+    for first in range(0, len(test), rows):
+        similarity = asked[first : first + rows] @ known.T  # [rows, n]
+        order = _greatest(similarity, max(ks))  # [rows, k]
+        votes = np.exp(np.take_along_axis(similarity, order, 1).astype(np.float64) / TEMPERATURE)
+        for k in ks:
+            total = np.zeros((len(order), classes))
+            np.add.at(total, (np.arange(len(order))[:, None], labels[order[:, :k]]), votes[:, :k])
+            out[k][first : first + rows] = total.argmax(1)
+    return out
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    """Rows of length 1; a row of zeros stays."""
+    length = np.linalg.norm(x, axis=1, keepdims=True)
+    return np.asarray(x / np.where(length > 0, length, 1))
+
+
+def _greatest(values: np.ndarray, k: int) -> np.ndarray:
+    """The places of the k greatest values of each row, the greatest first, of equal ones the first."""
+    if k < values.shape[1]:
+        least = -np.partition(-values, k - 1, axis=1)[:, k - 1 : k]  # the k-th greatest
+        kept = values >= least
+        tied = np.flatnonzero(kept.sum(1) > k)  # rows with more of those equal to it than there is room for
+        above = values[tied] > least[tied]
+        equal = values[tied] == least[tied]
+        kept[tied] = above | (equal & (np.cumsum(equal, 1) <= k - above.sum(1, keepdims=True)))
+        places = np.nonzero(kept)[1].reshape(len(values), k)
+    else:
+        places = np.broadcast_to(np.arange(k), values.shape)
+    order = np.argsort(-np.take_along_axis(values, places, 1), axis=1, kind="stable")
+    return np.take_along_axis(places, order, 1)
+
+
+def choose_strength(train: np.ndarray, labels: np.ndarray, seed: int = 0) -> float:
+    """The C of STRENGTHS that is best in a cross validation of five folds on the training set alone.
+
+    Folds are stratified, and there are fewer where a class has fewer examples; with one example it is 1. Of equally
+    good ones it is the smallest. From more than 5,000 examples, so many are drawn.
+    """
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+
+    rng = np.random.default_rng([seed, 0])
+    if len(labels) > _MOST_TO_CHOOSE:
+        some = np.sort(rng.choice(len(labels), _MOST_TO_CHOOSE, replace=False))
+        train, labels = train[some], labels[some]
+    folds = min(_FOLDS, int(np.unique(labels, return_counts=True)[1].min()))
+    if folds < 2:
+        return 1.0
+    split = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    with _fitting(train.size):
+        means = [cross_val_score(_classifier(c), train, labels, cv=split).mean() for c in STRENGTHS]
+    return STRENGTHS[int(np.argmax(means))]
+
+
+def linear_probe(train: np.ndarray, labels: np.ndarray, strength: float) -> Any:
+    """Multinomial logistic regression on standardized features, fitted: scikit-learn's, with `predict` of f32[m, d].
+
+    Mean and deviation are those of the training features. `strength` is C. It is logged if 1,000 iterations of L-BFGS
+    do not reach the optimum.
+    """
+    model = _classifier(strength)
+    with _fitting(train.size):
+        model.fit(train, labels)
+    if model[-1].n_iter_.max() >= _ITERATIONS:
+        log.warning(
+            "the linear probe with C = %g stopped before its optimum, after %d iterations", strength, _ITERATIONS
+        )
+    return model
+
+
+def one_vs_rest(train: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """`decision(f32[m, d]) -> f64[m, classes]`: logistic regression of each class by itself, C from `choose_strength`.
+
+    targets f32[n, classes], true from 0.5 on. A class that all training examples have, or none, has one constant.
+    """
+    models = []
+    for true in (targets >= 0.5).T:
+        known = 0 < true.sum() < len(true)
+        models.append(linear_probe(train, true, choose_strength(train, true)) if known else None)
+    return lambda test: np.stack(
+        [np.zeros(len(test)) if model is None else model.decision_function(test) for model in models], 1
+    )
+
+
+def ridge(train: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """`values(f32[m, d]) -> f64[m, k]`: ridge regression on standardized features.
+
+    The penalty of each target is the best in leave-one-out cross validation on the training set.
+    """
+    from sklearn.linear_model import RidgeCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-3, 5, 9), alpha_per_target=targets.shape[1] > 1))
+    model.fit(train.astype(np.float64), targets.astype(np.float64))
+    return lambda test: model.predict(test.astype(np.float64)).reshape(len(test), -1)
+
+
+def ranks_by_logits(task: Task, loss: str) -> bool:
+    """Whether the head's logits give the task's score: of a link of one's own they may not."""
+    return task not in SCORES or link_of(loss) in (SIGMOID, IDENTITY)
+
+
+def probe_targets(
+    train: np.ndarray, targets: np.ndarray, tests: dict[str, tuple[np.ndarray, np.ndarray]], task: Task,
+    head: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The records of `probe` for targets f32[n, k], scored by mean average precision, or by R² in a regression.
+
+    A linear probe is logistic regression of each class by itself, or ridge regression.
+    """
+    several = task is Task.MULTILABEL
+    predict = one_vs_rest(train, targets) if several else ridge(train, targets)
+
+    def score(found: np.ndarray, truth: np.ndarray) -> float:
+        scores = MultilabelScores(truth, found) if several else RegressionScores(truth, found)
+        return float(scores.of(np.ones((1, len(truth))))[SCORES[task]][0])
+
+    for name, (test, truth) in tests.items():
+        if head:
+            own = test.astype(np.float64) @ head[0] + head[1]
+            yield {"set": name, "method": "own head", "accuracies": [score(own, truth)]}
+        kind = "logistic regression" if several else "ridge regression"
+        yield {"set": name, "method": kind, "accuracies": [score(predict(test), truth)]}
+
+
+def _classifier(strength: float) -> Any:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=_ITERATIONS))
+
+
+@contextlib.contextmanager
+def _fitting(numbers: int) -> Iterator[None]:
+    """Inside, scikit-learn does not warn of every fit that stops before its optimum, and uses one thread if there are
+    few numbers: threads that wait for each other take ten times as long then."""
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
+
+    with warnings.catch_warnings(), threadpool_limits(1 if numbers < _FOR_THREADS else None):
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
+
+
+def draw_few(labels: np.ndarray, shots: int, draw: int, seed: int = 0) -> np.ndarray:
+    """The places of `shots` examples of each class, drawn without replacement; sorted. Each `draw` is another."""
+    rng = np.random.default_rng([seed, shots, draw])
+    chosen = [rng.choice(np.flatnonzero(labels == c), shots, replace=False) for c in np.unique(labels)]
+    return np.sort(np.concatenate(chosen))

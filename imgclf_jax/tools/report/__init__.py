@@ -1,0 +1,1 @@
+"""report: a page on a trained run."""

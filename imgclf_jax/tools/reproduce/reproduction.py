@@ -1,0 +1,273 @@
+"""Whether a run that was trained again is the same: the first step and parameter that differ, and what may explain it.
+
+All functions are of what runs record (`run.record`): lines of digests.jsonl, records of metrics.jsonl, provenances.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from imgclf_jax.run.record import TIMES
+
+Json = Mapping[str, Any]
+
+ROUNDING = 1e-3  # the largest relative difference of a metric that is put down to rounding
+# The packages that compute, and what carries data to them: shown before all others.
+_COMPUTE = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow", "scikit-learn", "tensorflow", "tensorflow-cpu")
+
+
+class Value(NamedTuple):
+    """A metric at a step, as it was recorded and as it is here."""
+
+    step: int
+    name: str
+    recorded: float
+    here: float
+
+    @property
+    def relative(self) -> float:
+        """The difference, relative to the greater of the two; infinite if only one of them is finite."""
+        a, b = self.recorded, self.here
+        if a == b or (math.isnan(a) and math.isnan(b)):
+            return 0.0
+        difference = abs(a - b) / max(abs(a), abs(b))
+        return difference if math.isfinite(difference) else math.inf
+
+
+class Parameters(NamedTuple):
+    """The parameters that differ at a step; no names if only digests of all of them together were recorded."""
+
+    step: int
+    names: tuple[str, ...]
+    of: int  # how many parameters there are
+    recorded: str  # the digest of the first of them, or of all together
+    here: str
+    equal_until: int | None  # the last step before, whose parameters are equal
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was compared, and where it differs first."""
+
+    digest_steps: tuple[int, ...]  # whose parameters were compared
+    values: tuple[Value, ...]  # all metrics that were compared, by step
+    parameters: Parameters | None
+    missing: tuple[tuple[int, str], ...] = ()  # (step, metric): recorded of a step that was trained again, and not here
+
+    @property
+    def first_value(self) -> Value | None:
+        """The first metric that differs."""
+        return next((value for value in self.values if value.relative), None)
+
+    @property
+    def largest(self) -> Value | None:
+        """The metric that differs by most; None if none differs."""
+        return max((value for value in self.values if value.relative), key=lambda v: v.relative, default=None)
+
+    @property
+    def first_step(self) -> int | None:
+        """The first recorded step at which something differs; None if all is equal."""
+        steps = [found.step for found in (self.parameters, self.first_value) if found]
+        return min([*steps, *(step for step, _ in self.missing[:1])], default=None)
+
+    @property
+    def metric_steps(self) -> int:
+        """How many steps have a metric that was compared."""
+        return len({value.step for value in self.values})
+
+
+def compare(
+    recorded: tuple[Sequence[Json], Sequence[Json], Json],
+    here: tuple[Sequence[Json], Sequence[Json]],
+    extended: Sequence[int] = (),
+    other_cadences: bool = False,
+) -> Comparison:
+    """Compares (digests, metrics, result) of a run with (digests, metrics) of the one that was trained again.
+
+    Digests and metrics of steps that both have are compared. Times and speeds are not. A metric that was recorded of a
+    step up to the last one here, and that is not here or is no number, is `missing`. `extended` are the steps that the
+    run had ended at before it went on: it logged there too, so that its next means are over fewer steps. With
+    `other_cadences` the run logged at other steps for a while: then nothing is missing, and means over other steps are
+    not compared.
+    """
+    digests, metrics, result = recorded
+    old = {line["step"]: line for line in digests}
+    if isinstance(result.get("step"), int):
+        old.setdefault(result["step"], result)  # has the digest of all parameters
+    new = {line["step"]: line for line in here[0]}
+    steps = tuple(s for s in sorted(old.keys() & new.keys()) if isinstance(old[s].get("params_sha256"), str))
+    wrong = next((i for i, s in enumerate(steps) if _other_parameters(old[s], new[s])), None)
+    parameters = None
+    if wrong is not None:
+        a, b = (line.get("params") for line in (old[steps[wrong]], new[steps[wrong]]))
+        a, b = (each if isinstance(each, dict) else {} for each in (a, b))
+        names = sorted(name for name in {**a, **b} if a.get(name) != b.get(name)) if a and b else []
+        pair = (a, b) if names else (old[steps[wrong]], new[steps[wrong]])
+        was, now = (str(each.get(names[0] if names else "params_sha256", "absent"))[:8] for each in pair)
+        before = steps[wrong - 1] if wrong else None
+        parameters = Parameters(steps[wrong], tuple(names), len({**a, **b}), was, now, before)
+    logged, once = ({r["step"] for r in records if "train/loss" in r} for records in (metrics, here[1]))
+    short = {min((s for s in logged if s > step), default=-1) for step in extended if step not in once}
+    if other_cadences:
+        short = {s for s in logged & once if _before(s, logged) != _before(s, once)}
+    recorded_values, values_here = _by_step([_flat(result), *metrics]), _by_step(here[1])
+    last, excused = max(new, default=-1), {*extended, *short}
+    asked = () if other_cadences else sorted(recorded_values)
+    missing = ((step, name) for step in asked if step <= last and step not in excused
+               for name, value in recorded_values[step].items()
+               if not _is_number(value) or name not in values_here.get(step, {}))  # fmt: skip
+    values = _values(recorded_values, values_here)
+    compared = (value for value in values if not (value.step in short and value.name.startswith("train/")))
+    return Comparison(steps, tuple(compared), parameters, tuple(missing))
+
+
+def _other_parameters(old: Json, new: Json) -> bool:
+    """Whether two lines of digests.jsonl differ, in the digest of all parameters or in those of single ones."""
+    a, b = old.get("params"), new.get("params")
+    return bool(old["params_sha256"] != new.get("params_sha256") or (isinstance(a, dict) and b and a != b))
+
+
+def _before(step: int, logged: set[int]) -> int:
+    return max((s for s in logged if s < step), default=0)
+
+
+def _flat(result: Json) -> Json:
+    """The metrics in a result as a record of metrics.jsonl has them."""
+    groups = {name: group for name, group in result.items() if isinstance(group, dict)}
+    step = result.get("step")
+    named = {f"{name}/{key}": value for name, group in groups.items() for key, value in group.items()}
+    return {"step": step if isinstance(step, int) else -1, **named}
+
+
+def _by_step(records: Iterable[Json]) -> dict[int, dict[str, Any]]:
+    """The values of each step, of all its records together."""
+    found: dict[int, dict[str, Any]] = {}
+    for record in records:
+        values = {name: value for name, value in record.items() if name != "step" and name not in TIMES}
+        found.setdefault(record["step"], {}).update(values)
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _values(old: Mapping[int, Mapping[str, Any]], new: Mapping[int, Mapping[str, Any]]) -> Iterable[Value]:
+    for step in sorted(old.keys() & new.keys()):
+        for name, value in old[step].items():
+            if _is_number(value) and _is_number(new[step].get(name)):
+                yield Value(step, name, value, new[step][name])
+
+
+class Difference(NamedTuple):
+    """Something that two runs do not share, which may explain why their numbers differ."""
+
+    kind: str  # config, data, weights, code; or version, device, flags, by which only rounding should differ; or place
+    what: str
+    recorded: str
+    here: str
+
+
+def differences(old: Json, new: Json) -> list[Difference]:
+    """What differs between two provenances, what explains most first. What either lacks is not compared."""
+    found: list[Difference] = []
+
+    def add(kind: str, what: str, a: Any, b: Any) -> None:
+        if a is not None and b is not None and a != b:
+            found.append(Difference(kind, what, _short(a), _short(b)))
+
+    a, b = (_dict(p.get("data")) for p in (old, new))
+    if a.get("fingerprint") and a["fingerprint"] == b.get("listing_fingerprint"):  # an older version's, of no contents
+        b = b | {"fingerprint": a["fingerprint"]}
+    for key in (
+        "fingerprint",
+        "train_examples",
+        "image_shape",
+        "class_names",
+        "class_counts",
+        "target_names",
+        "sampling",
+    ):
+        add("data", key, a.get(key), b.get(key))
+    a, b = (_dict(one.get("extra")) for one in (a, b))
+    for name in sorted(a.keys() & b.keys()):
+        for key in ("fingerprint", "train_examples", "image_shape", "sampling"):
+            add("data", f"{key} of the stream {name}", _dict(a[name]).get(key), _dict(b[name]).get(key))
+    a, b = (_dict(p.get("evals")) for p in (old, new))
+    for name in sorted(a.keys() | b.keys()):
+        add("data", f"fingerprint of the set {name}", a.get(name), b.get(name))
+    if old and new:
+        add("data", "unreadable files left out", *(_dict(p.get("unreadable")).get("files", []) for p in (old, new)))
+        add("weights", "init_from", *(_dict(p.get("init_from")).get("sha256", "none") for p in (old, new)))
+    add("code", "files of imgclf_jax", old.get("code"), new.get("code"))
+    git = [_dict(p.get("git")) for p in (old, new)]
+    if any(d.kind == "code" for d in found) or not (old.get("code") and new.get("code")):
+        add("code", "git commit", *(_commit(one) for one in git))
+    add("version", "Python", old.get("python"), new.get("python"))
+    key = "packages" if old.get("packages") and new.get("packages") else "versions"
+    a, b = (_dict(p.get(key)) for p in (old, new))
+    if a and b:
+        shown = (a.keys() & b.keys()) | set(_COMPUTE) & {**a, **b}.keys()
+        for name in sorted(shown, key=lambda name: (name not in _COMPUTE, name)):
+            add("version", name, a.get(name, "absent"), b.get(name, "absent"))
+        add("version", "packages in one only", *(_names(p.keys() - shown) for p in (a, b)))
+    add("device", "devices", *(_devices(p.get("devices")) for p in (old, new)))
+    add("device", "processor", old.get("processor"), new.get("processor"))
+    add("device", "processes", old.get("processes"), new.get("processes"))
+    add("device", "system", old.get("platform"), new.get("platform"))
+    if isinstance(old.get("xla_flags"), str) and isinstance(new.get("xla_flags"), str):
+        a, b = (_flags(p["xla_flags"]) | _dict(p.get("jax_options")) for p in (old, new))
+        for name in sorted({**a, **b}):
+            add("flags", name, a.get(name, "not set"), b.get(name, "not set"))
+    return found
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _names(packages: Iterable[str]) -> str:
+    """How many, and the first of them."""
+    names = sorted(packages)
+    return f"{len(names)}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}" if names else "none"
+
+
+def _commit(git: Json) -> str | None:
+    return f"{git['commit'][:12]}{', changed' if git.get('changed') else ''}" if git.get("commit") else None
+
+
+def _devices(value: Any) -> str | None:
+    if not isinstance(value, list):
+        return None
+    return ", ".join(f"{value.count(name)} x {name}" for name in dict.fromkeys(map(str, value)))
+
+
+def _flags(value: str) -> dict[str, str]:
+    """The flags in XLA_FLAGS, by name; a flag without a value is a switch."""
+    parts = (flag.partition("=") for flag in value.split())
+    return {name: text if sign else "set" for name, sign, text in parts}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:16]}…" if len(text) == 64 and text.isalnum() else text[:200]
+
+
+def verdict(compared: Comparison, found: Sequence[Difference], tolerance: float = 0.0) -> str:
+    """In a word: "same" (all bits), "tolerated", "rounding" or "different".
+
+    "tolerated": no metric differs by more than `tolerance`, relative to its value, and some are compared. "rounding":
+    only versions, devices or flags differ, and no metric by more than ROUNDING.
+    """
+    if compared.first_step is None:
+        return "same"
+    largest = compared.largest.relative if compared.largest else 0.0
+    if compared.missing:
+        return "different"
+    if tolerance and compared.values and largest <= tolerance:
+        return "tolerated"
+    kinds = {difference.kind for difference in found} - {"place"}  # the data, which are compared, lie elsewhere
+    if kinds and kinds <= {"version", "device", "flags"} and compared.values and largest <= ROUNDING:
+        return "rounding"
+    return "different"

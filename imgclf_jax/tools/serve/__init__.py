@@ -1,0 +1,1 @@
+"""serve: a trained model as a web page and an interface for programs."""

@@ -1,0 +1,280 @@
+"""The web application: a page for people, `POST /predict` for programs, and routes for those who run it."""
+
+import asyncio
+import contextlib
+import functools
+import json
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from importlib import resources
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.text import utf8
+from imgclf_jax.tools.serve import openapi
+from imgclf_jax.tools.serve.batcher import Batcher, Busy, without_traceback
+from imgclf_jax.trained import Trained
+
+log = logging.getLogger(__name__)
+
+# The page asks this server alone, and no other page may show it inside of itself.
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in _HEADERS.items()]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may take, and how many there may be."""
+
+    body_bytes: int = 20_000_000
+    body_seconds: float = 15.0  # in which a client must have sent it
+    answer_seconds: float = 30.0
+    requests: int = 256  # that are answered at once
+    all_bodies_bytes: int = 128_000_000  # of the requests that are answered at once
+
+
+class Refused(Exception):
+    """A request that is not answered: the HTTP status and one sentence."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status, self.message = status, message
+
+
+class _Numbers:
+    """What `/metrics` shows, in Prometheus' format."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        make = functools.partial(Counter, registry=self.registry)
+        self.requests = make("imgclf_requests", "Requests with an image by HTTP status", ["route", "status"])
+        histogram = functools.partial(Histogram, registry=self.registry)
+        self.seconds = histogram("imgclf_seconds", "Seconds from a request's first byte to its answer")
+        self.batches = histogram("imgclf_batch_images", "Images in a batch", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
+
+
+Explain = Callable[[bytes], bytes]  # an image's file → a PNG of where its class is found
+
+
+def build(
+    model: Trained, limits: Limits = Limits(), hosts: tuple[str, ...] = ("*",), explain: Explain | None = None
+) -> Starlette:
+    """The application; it answers requests for these host names alone. Compiles the model's programs.
+
+    With `explain`, which may raise UserError, there is the route /explain. After it has ended, `state.idle(seconds)` of
+    the application waits for threads that still work, and says whether all are idle.
+    """
+    numbers = _Numbers()
+    batcher = Batcher(model, most_waiting=2 * limits.requests, seen=numbers.batches.observe)
+    answering = asyncio.Semaphore(limits.requests)
+    bodies = _Bodies(limits)
+
+    async def classify(request: Request) -> Response:
+        top_k = _top_k(request, len(model.class_names))
+        async with bodies.read(request) as body:
+            begun = time.perf_counter()
+            try:
+                async with asyncio.timeout(limits.answer_seconds):
+                    probabilities = await batcher.predict(body)
+            except UserError as e:
+                raise Refused(422, str(e)) from e
+            except Busy:
+                raise Refused(503, "too many requests wait; try again in a second") from None
+            except TimeoutError:
+                raise Refused(503, f"no answer within {limits.answer_seconds:g} s; try again later") from None
+        found = model.describe(probabilities, top_k)
+        if "predictions" in found:
+            found["predictions"] = [one | {"class": utf8(one["class"])} for one in found["predictions"]]
+        return _Answer({
+            **found,
+            "milliseconds": round(1000 * (time.perf_counter() - begun), 3),
+        })  # fmt: skip
+
+    async def picture(request: Request) -> Response:
+        assert explain
+        async with bodies.read(request) as body:
+            try:
+                async with asyncio.timeout(limits.answer_seconds):
+                    loop = asyncio.get_running_loop()
+                    made = await loop.run_in_executor(batcher.alone, without_traceback, explain, body)
+            except TimeoutError:
+                raise Refused(503, f"no picture within {limits.answer_seconds:g} s; try again later") from None
+        if isinstance(made, UserError):
+            raise Refused(422, str(made))
+        return Response(made, headers=_HEADERS, media_type="image/png")
+
+    async def predict(request: Request) -> Response:
+        return await answer("/predict", lambda: classify(request))
+
+    async def explained(request: Request) -> Response:
+        return await answer("/explain", lambda: picture(request))
+
+    async def answer(route: str, make: Callable[[], Awaitable[Response]]) -> Response:
+        begun = time.perf_counter()
+        if answering.locked():
+            response: Response = _refusal(Refused(503, "too many requests at once; try again in a second"))
+        else:
+            async with answering:
+                try:
+                    response = await make()
+                except Refused as refused:
+                    response = _refusal(refused)
+                except ClientDisconnect:
+                    response = _refusal(Refused(499, "the client has gone"))
+                except asyncio.CancelledError:  # by the server, when the time to answer after a signal is over
+                    response = _refusal(Refused(503, "the server ends"))
+        numbers.requests.labels(route, str(response.status_code)).inc()
+        numbers.seconds.observe(time.perf_counter() - begun)
+        return response
+
+    async def health(request: Request) -> Response:
+        config = model.config
+        return JSONResponse({"status": "ok", "model": config.model, "step": model.step, "waiting": batcher.waiting,
+                             "task": model.task.value, "explains": explain is not None,
+                             "classes": [utf8(name) for name in model.class_names]}, headers=_HEADERS)  # fmt: skip
+
+    async def metrics(request: Request) -> Response:
+        return Response(generate_latest(numbers.registry), headers=_HEADERS, media_type="text/plain; version=0.0.4")
+
+    async def interface(request: Request) -> Response:
+        return JSONResponse(
+            openapi.describe(model.class_names, limits.body_bytes, explain is not None, model.task), headers=_HEADERS
+        )
+
+    @contextlib.asynccontextmanager
+    async def running(app: Starlette) -> AsyncIterator[None]:
+        task = asyncio.create_task(batcher.run())
+        yield
+        task.cancel()
+        app.state.idle = batcher.close
+
+    async def failed(request: Request, error: Exception) -> Response:
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return _refusal(Refused(500, "the server failed; its log says why"))
+
+    return Starlette(
+        routes=[  # that of programs first: the others are tried before it otherwise, for each request
+            Route("/predict", predict, methods=["POST"]),
+            Route("/", _file("page.html", "text/html")),
+            Route("/page.css", _file("page.css", "text/css")),
+            Route("/page.js", _file("page.js", "text/javascript")),
+            *([Route("/explain", explained, methods=["POST"])] if explain else []),
+            Route("/health", health),
+            Route("/metrics", metrics),
+            Route("/openapi.json", interface),
+        ],
+        middleware=[
+            Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False),
+            Middleware(_OwnPagesOnly),
+        ],
+        exception_handlers={Exception: failed},
+        lifespan=running,
+    )
+
+
+class _Answer(Response):
+    """A JSON value, by an encoder and with headers that are made once: requests to `/predict` may be many."""
+
+    def __init__(self, value: object) -> None:
+        self.status_code, self.background = 200, None
+        self.body = _JSON.encode(value).encode()
+        length = (b"content-length", str(len(self.body)).encode())
+        self.raw_headers = [length, (b"content-type", b"application/json"), *_RAW_HEADERS]
+
+
+class _OwnPagesOnly:
+    """Refuses what a page of another site sends: browsers name the page's site in `Origin`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            host = headers.get("host", "").lower()
+            if any(origin.lower().partition("://")[2] != host for origin in headers.getlist("origin")):
+                refused = Refused(403, "a page of another site sent this request; only this server's own page may")
+                await _refusal(refused)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class _Bodies:
+    """Reads the bodies of requests, which together take a bounded number of bytes."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits, self._held = limits, 0
+
+    @contextlib.asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """The request's body. Raises Refused as soon as it is too long or too slow, or all together take too much."""
+        limits, size = self._limits, 0
+        too_long = Refused(413, f"the body is longer than {limits.body_bytes:,} bytes; send a smaller image")
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and (len(length) > 18 or int(length) > limits.body_bytes):
+            raise too_long
+        parts = []
+        try:
+            try:
+                async with asyncio.timeout(limits.body_seconds):
+                    async for part in request.stream():
+                        size += len(part)
+                        self._held += len(part)
+                        if size > limits.body_bytes:
+                            raise too_long
+                        if self._held > limits.all_bodies_bytes:
+                            raise Refused(503, "too many large images at once; try again in a second")
+                        parts.append(part)
+            except TimeoutError:
+                raise Refused(408, f"the body did not come within {limits.body_seconds:g} s") from None
+            if not size:
+                raise Refused(400, "the body is empty; it is to be the bytes of an image file")
+            body = b"".join(parts)
+            del parts
+            yield body
+        finally:
+            self._held -= size
+
+
+def _top_k(request: Request, classes: int) -> int:
+    text = request.query_params.get("top_k", "5")
+    if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
+        raise Refused(400, f"top_k={text[:20]}: wants a whole number from 1 to 999999999")
+    return min(int(text), classes)
+
+
+def _refusal(refused: Refused) -> Response:
+    headers = dict(_HEADERS)
+    if refused.status in (403, 408, 413):
+        headers["Connection"] = "close"  # the rest of the body is not read
+    if refused.status == 503:
+        headers["Retry-After"] = "1"
+    return JSONResponse({"error": refused.message}, refused.status, headers)
+
+
+def _file(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
+    content = resources.files("imgclf_jax.tools.serve").joinpath(name).read_bytes()
+
+    async def send(request: Request) -> Response:
+        return Response(content, headers=_HEADERS, media_type=kind)
+
+    return send

@@ -1,0 +1,1 @@
+"""sweep: a run for each combination of values."""

@@ -1,0 +1,221 @@
+"""The command `train`. `train` below is the algorithm; what it calls is pure, but for what it writes and saves."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from imgclf_jax import diagnose
+from imgclf_jax.core import processes, signals
+from imgclf_jax.core.stopping import Stopping, stopping
+from imgclf_jax.core.text import printable
+from imgclf_jax.losses import Task
+from imgclf_jax.run import writers
+from imgclf_jax.run.digests import Digests
+from imgclf_jax.run.monitor import Monitor
+from imgclf_jax.run.record import read_contradictions
+from imgclf_jax.run.terminal import format_metrics
+from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.run.writers import Writer
+from imgclf_jax.step import OF_STEPS
+from imgclf_jax.train.evaluation import evaluate_all
+from imgclf_jax.train.setup import Run, set_up
+
+log = logging.getLogger(__name__)
+
+STOPPED = 75  # EX_TEMPFAIL: stopped by a signal with a checkpoint saved; run the same command again
+
+Results = dict[str, dict[str, float]]  # the metrics of each evaluation set
+
+
+def main(
+    config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None = None, extend: bool = False,
+    grace: float = 0.0, adjusted: Callable[[Run], Run] = lambda run: run,
+    noted: Callable[[int, str], None] = lambda *_: None,
+) -> int:  # fmt: skip
+    """Trains, or resumes, the run in `workdir`; 0 when it is done, 75 when it was stopped by a signal.
+
+    `profile` traces the steps from its first to its second (exclusive). With `extend`, a run that was planned with
+    another `total` goes on to the one of `config`. A stop by signal takes at most `grace` seconds, unless 0.
+    `adjusted` is called with the run once it is set up, and gives the run that is trained. Where that ends before its
+    total, 75 is given, and the last steps are in no checkpoint. `noted` is called with each step whose parameters are
+    recorded, and their digest. Raises UserError for what the user can fix, and for a loss that is not finite.
+    """
+    began = time.perf_counter()
+    with contextlib.ExitStack() as held:
+        processes.first("holding the work directory", lambda: held.enter_context(workdir.held()))
+        workdir.check_shared()
+        run = adjusted(set_up(config, workdir, extend))
+        if run.start:
+            workdir.check_parameters(run.start, run.state.params)
+        total = run.cadences.total
+        if run.start == total and processes.first("reading the result", lambda: workdir.is_done(total)):
+            log.info("this run is done; its result is in %s", workdir.result)
+            for sentence in processes.first("reading the record", lambda: read_contradictions(workdir.path)):
+                log.warning("the record of the run contradicts itself: %s", sentence)
+            return 0
+        processes.first("looking at the result", lambda: workdir.drop_later_result(run.start))
+        monitor = Monitor(run.start, total, config.batch_size * config.num_seeds, profile, workdir.path)
+        writer = writers.open_writer(workdir.path, run.start, config.tensorboard)
+        digests = held.enter_context(contextlib.closing(Digests(workdir.path, run.start, run.cadences.last, noted)))
+        digests.record(run.start, run.state.params)
+        try:
+            with monitor, contextlib.closing(writer), stopping(run.checkpoints.unsaved, grace) as stop:
+                ended = train(run, monitor, writer, digests, stop, began)
+        except signals.Stopped as e:
+            log.warning("%s: stopped before the first step, nothing is lost; run the same command again", e)
+            return 128 + signals.number(str(e))
+        if ended is None and not stop():
+            return STOPPED  # at the end that was asked for
+        if ended is None:
+            log.warning("%s: stopped at step %d, checkpoint saved; run the same command to go on", stop(),
+                        run.checkpoints.latest)  # fmt: skip
+            return STOPPED
+        state, results = ended
+        results = results or processes.first("reading metrics.jsonl", lambda: _recorded(run))
+        results = evaluate_all(run.programs, state, run.evals) if results is None else results
+        _report(run, digests, results, monitor, began)
+        return 0
+
+
+def train(
+    run: Run, monitor: Monitor, writer: Writer, digests: Digests, stop: Stopping, began: float
+) -> tuple[Any, Results] | None:
+    """The training loop: (the last state, the last evaluation's results), or None where it ended before its total."""
+    config, programs, cadences, checkpoints = run.config, run.programs, run.cadences, run.checkpoints
+    state, window = run.state, run.window
+    results: Results | None = None
+    if run.start and cadences.due(run.start).eval and not writer.evaluated:  # a signal had cut this evaluation short
+        results = _evaluate(run, state, run.start, writer, stop)
+        if results is None:
+            return None
+        if config.checkpoint.best:
+            writer.sync()
+            checkpoints.save(run.start, {"state": state, "sums": window}, _scores(results), again=True)
+
+    ranges = cadences.ranges(run.start, programs.steps_per_call, (*monitor.edges, *digests.edges))
+    chunks = _when_compiled(programs.chunks(run.images, ranges), run, stop, began)
+    for steps, chunk in monitor.watch(chunks):
+        state, window = programs.train(state, window, chunk, np.int32(len(steps)))
+        monitor.called(steps, window["steps"])
+        step, due = steps.stop, cadences.due(steps.stop)
+        signal = stop()  # asked once: a signal from here on waits for the next call, or cuts the evaluation short
+        if step in digests.edges:
+            digests.record(step, state.params)
+        if not (any(due) or signal):
+            continue
+
+        done = jax.device_get(window)  # waits for the device
+        with monitor.paused():
+            checkpoints.poll()
+            diagnose.check_finite(done, config, run.images, checkpoints, run.workdir.path)
+            if due.log:
+                record = _means(done, programs.recipe.task) | monitor.lap()
+                writer.write(step, {f"train/{name}": value for name, value in record.items()})
+                log.info("step %d: train %s", step, _brief(record))
+                window = programs.zero_window()
+            if due.eval:
+                results = _evaluate(run, state, step, writer, stop)
+                signal = signal or (stop() if results is None else "")
+            if due.checkpoint or signal or (due.eval and config.checkpoint.best):
+                writer.sync()  # so that no checkpoint on disk is ahead of its metrics
+                digests.record(step, state.params)
+                scores = _scores(results) if due.eval and results else {}
+                checkpoints.save(step, {"state": state, "sums": window}, scores)
+            if signal and (step < cadences.total or results is None):
+                checkpoints.close()
+                return None
+    checkpoints.close()
+    return (state, results or {}) if cadences.last == cadences.total else None
+
+
+def _evaluate(run: Run, state: Any, step: int, writer: Writer, stop: Stopping) -> Results | None:
+    """Evaluates, and logs and writes what it gives; None if a signal cut it short: then the next process does it."""
+    try:
+        signals.wait_for(run.eval_compiled, stop.waiting)
+        stop.wait_for_all("compiled-eval")
+        results = evaluate_all(run.programs, state, run.evals, stop)
+    except signals.Stopped:
+        return None
+    for name, values in results.items():
+        log.info("step %d: %s %s", step, name, format_metrics(values))
+    writer.write(step, _scores(results))
+    return results
+
+
+def _scores(results: Results) -> dict[str, float]:
+    return {f"{name}/{key}": value for name, values in results.items() for key, value in values.items()}
+
+
+def _recorded(run: Run) -> Results | None:
+    """The results that another process has written to metrics.jsonl at the end of the run; None if it has not."""
+    values: dict[str, float] = {}
+    for record in writers.read_metrics(run.workdir.metrics):
+        values |= record if record["step"] == run.cadences.total else {}
+    found = {name: {key.removeprefix(f"{name}/"): value for key, value in values.items() if key.startswith(f"{name}/")}
+             for name in run.evals}  # fmt: skip
+    return found if all("examples" in own for own in found.values()) else None
+
+
+def _when_compiled(
+    chunks: Iterable[tuple[range, Any]], run: Run, stop: Stopping, began: float
+) -> Iterator[tuple[range, Any]]:
+    """The chunks, the first of them once the program is compiled. Raises signals.Stopped if a signal comes before."""
+    for number, one in enumerate(chunks):
+        if number == 0:
+            seconds = signals.wait_for(run.compiled, stop.waiting)
+            stop.wait_for_all("compiled")  # collectives wait for half a minute only, on CPU
+            signals.check(stop)  # a point before the first step too: another process may be in it
+            log.info("compiled in %.2f s, beside other work; the first step begins %.2f s after the command", seconds,
+                     time.perf_counter() - began)  # fmt: skip
+        yield one
+
+
+def _means(window: dict[str, np.ndarray], task: Task) -> dict[str, float]:
+    """What is logged of a window of steps: means over its examples or steps, of all seeds together.
+
+    Of several seeds also the sample standard deviation over them of those over examples, as in `metrics.summarize`.
+    Of several labels accuracy is that of all labels of an example, `exact_match`; a regression has none.
+    """
+    total = {name: np.sum(value).item() for name, value in window.items()}
+    own = sorted(total.keys() - {"steps", "examples", "loss", "correct", "nonfinite_step", *OF_STEPS})
+    right = {"exact_match" if task is Task.MULTILABEL else "accuracy": "correct"} if "correct" in total else {}
+    of_examples = {"loss": "loss", **right, **{name: name for name in own}}
+    means = {
+        **{name: total[summed] / total["examples"] for name, summed in of_examples.items()},
+        **{name: total[name] / total["steps"] for name in OF_STEPS},
+    }
+    if window["examples"].size > 1:
+        for name, summed in of_examples.items():
+            means[f"{name}_std"] = np.std(window[summed] / window["examples"], ddof=1).item()
+    return means
+
+
+def _brief(record: dict[str, float]) -> str:
+    return format_metrics({n: value for n, value in record.items() if n not in OF_STEPS and not n.endswith("_std")})
+
+
+def _report(run: Run, digests: Digests, results: Results, monitor: Monitor, began: float) -> None:
+    """Writes and prints what the run came to."""
+    total, pace = run.cadences.total, monitor.throughput
+    result = {
+        "step": total,
+        "epochs": round(total * run.config.batch_size / len(run.images), 4),
+        "seconds": round(time.perf_counter() - began, 2),  # of this process, from the start of `main`
+        "images_per_second": round(pace.steps * pace.batch_size / pace.seconds, 1) if pace.steps else None,
+        "params_sha256": digests.sha256(),
+        **results,
+    }
+    if processes.index():
+        return
+    run.workdir.write_result(result)
+    for name, values in results.items():
+        print(f"{name}: {format_metrics(values)}")
+    trained = f"the last {total - run.start} of {total}" if run.start else str(total)
+    print(f"trained {trained} steps ({result['epochs']:g} epochs) in {result['seconds']} s; see "
+          f"{printable(str(run.workdir.path))}")  # fmt: skip

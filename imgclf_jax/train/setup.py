@@ -1,0 +1,161 @@
+"""What a training run works with, put together: its data, its programs, and the state that it starts from."""
+
+import concurrent.futures
+import logging
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from imgclf_jax import config as configs
+from imgclf_jax import loading, programs
+from imgclf_jax.core import processes, tree
+from imgclf_jax.data import sampling, sources, stream
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.cadences import Cadences
+from imgclf_jax.run.checkpoint import Checkpoints
+from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.train import extension
+from imgclf_jax.train.evaluation import check_targets, open_evals
+from imgclf_jax.weights import pretrained
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that may begin or go on at step `start`."""
+
+    config: ConfigDict
+    workdir: Workdir
+    images: stream.Images  # to train on
+    evals: dict[str, stream.Images]
+    programs: Programs
+    compiled: concurrent.futures.Future[float]  # the seconds that tracing and compiling `programs.train` took
+    eval_compiled: concurrent.futures.Future[Any]
+    checkpoints: Checkpoints
+    cadences: Cadences
+    start: int
+    state: Any  # a TrainState, and
+    window: Any  # a step.Window, at step `start`
+
+
+def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
+    """The run of `config` in `workdir`, from its latest checkpoint or from the start.
+
+    With `extend`, the run in `workdir` may have another `total`. Raises UserError for a mistake of the user, before
+    anything is trained.
+    """
+    programs.check(config)
+    may_differ = ("total",) if extend else ()
+    before = processes.first("reading config.json", lambda: workdir.check_config(config, may_differ))
+
+    base = sources.open_data(config)
+    train_source = sources.take_split(base, config.data.train)
+    images = stream.as_trained(train_source, config, base)
+    compiling = programs.of_images(_pinned(config, workdir), images, load=loading.load_teacher)
+    recipe = compiling.recipe
+    check_targets(compiling, images)
+    compiling.check_best()
+    evals = open_evals(compiling, base)
+    compiling.check_size()
+    cadences = Cadences(recipe.total, *map(recipe.period, configs.CADENCES))
+
+    tracing = _trace(compiling)
+    fresh = not processes.first("looking for checkpoints", workdir.has_checkpoints)
+    weights = pretrained.load(compiling) if config.init_from and fresh else None
+    compiled, eval_compiled = _compile_in_background(compiling, tracing)
+    source, left_out = weights.source if weights else None, sources.left_out(base) + images.left_out
+    fingerprints = {name: images.source.fingerprint() for name, images in evals.items()}
+    groups = compiling.groups_of_statistics if config.batch_norm == "per_device" else 0
+    fixed = tree.sha256(compiling.fixed) if compiling.fixed else ""
+    processes.agree("comparing the method", lambda: {f"fixed arrays of method={config.method!r}": fixed})
+    processes.first(
+        "writing config.json",
+        lambda: workdir.record(config, recipe.data, source, left_out, fingerprints, groups, fixed),
+    )
+
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
+    start, run = checkpoints.restore_latest(compiling.shape) or (0, None)
+    if run is None:
+        run = compiling.init(images=compiling.first_images(images), weights=weights.taken if weights else None)
+        _log_parameters(run["state"].params, recipe.num_seeds)
+        if recipe.rules:
+            log.info("rules:\n%s", recipe.rules.table(recipe.parameters))
+    else:
+        log.info("resuming at step %d of %d", start, recipe.total)
+    if before:
+        old = configs.from_json(before, str(workdir.config))
+        if old.total != config.total:
+            extension.check(Recipe(old, recipe.data), recipe, start, workdir.path)
+        if start < recipe.total:  # else the run is done, by the config that it has recorded
+            processes.first("writing config.json", lambda: workdir.go_on(config, start))
+    log.info("%s", sources.describe_use(base, config.data))
+    if config.data.extra and recipe.supervised:
+        log.warning("method=%r reads no stream of data.extra: %s", config.method, ", ".join(sorted(config.data.extra)))
+    of = "targets" if recipe.data.target_names else "classes"
+    if config.data.sampling != "permutation":
+        log.info("data.sampling=%r: %s", config.data.sampling,
+                 sampling.describe(images.sampler, images.source, recipe.total * config.batch_size))  # fmt: skip
+    log.info(
+        "%d examples of %s, %d %s, %d steps of %d on %d %s device%s%s", len(images), list(images.shape),
+        len(recipe.data.class_names), of, recipe.total, config.batch_size, compiling.mesh.size, compiling.platform,
+        "s" * (compiling.mesh.size > 1), f" of {processes.count()} processes" if processes.count() > 1 else "",
+    )  # fmt: skip
+    parts = math.gcd(recipe.num_seeds, compiling.mesh.size)
+    if parts > 1 and set(compiling.mesh.axis_names) == {"data"}:
+        log.info("each device trains all %d seeds; with --config.mesh='seeds=%d, data=-1' it trains %d",
+                 recipe.num_seeds, parts, recipe.num_seeds // parts)  # fmt: skip
+    state, window = run["state"], run["sums"]
+    return Run(config, workdir, images, evals, compiling, compiled, eval_compiled, checkpoints, cadences, start, state,
+               window)  # fmt: skip
+
+
+def _pinned(config: ConfigDict, workdir: Workdir) -> ConfigDict:
+    """The config that is compiled: that of a run which began on other devices has its groups of batch norm."""
+    text = processes.first("reading provenance.json", lambda: workdir.pin_groups(config).batch_norm)
+    if text != config.batch_norm:
+        log.info("batch_norm=%r is %s, as on the devices that the run began on", config.batch_norm, text)
+        config = config.copy_and_resolve_references()
+        config.batch_norm = text
+    return config
+
+
+def _trace(compiling: Programs) -> float:
+    """Traces the train step, where errors in the config show; gives the seconds."""
+    began = time.perf_counter()
+    _ = compiling.traced_train, compiling.recipe.views, compiling.recipe.whole_set_metrics
+    return time.perf_counter() - began
+
+
+def _compile_in_background(
+    compiling: Programs, tracing: float
+) -> tuple[concurrent.futures.Future[float], concurrent.futures.Future[Any]]:
+    """Compiles training and evaluation in a thread; the former gives its seconds, those of tracing with them."""
+
+    def compile() -> float:
+        began = time.perf_counter()
+        _ = compiling.train
+        return tracing + time.perf_counter() - began
+
+    pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
+    futures = pool.submit(compile), pool.submit(lambda: compiling.eval)
+    pool.shutdown(wait=False)
+    return futures
+
+
+def _log_parameters(params: Any, num_seeds: int) -> None:
+    own = 1 if num_seeds > 1 else 0  # axes that are not of one replica
+    if num_seeds > 1:
+        log.info("%d replicas of these:", num_seeds)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[own:], x.dtype), params)
+    try:
+        from clu import parameter_overview
+    except ImportError:
+        log.info("%d parameters", sum(x.size for x in jax.tree.leaves(params)))
+    else:
+        log.info("parameters:\n%s", parameter_overview.get_parameter_overview(params, include_stats=False))

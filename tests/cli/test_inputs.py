@@ -1,0 +1,150 @@
+"""The images on a command line, and how `predict` prints what it says of them."""
+
+import csv
+import io
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import imgclf_jax
+import launch
+from imgclf_jax.cli import inputs
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.run import terminal
+
+FLAGS = ["--config.total=2 steps", "--config.model=mlp(widths=(8,))", "--config.schedule=constant(1e-2)",
+         "--config.eval_every="]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("digits") / "run"
+    assert launch.main([*FLAGS, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """Six images, a text file and a broken image, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b/1.png", "b/2.jpg", "b/c/1.png", "b.png", "[d].png"):
+        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+        Image.fromarray(rng.integers(256, size=(9, 9), dtype=np.uint8)).save(name)
+    (tmp_path / "b" / "notes.txt").write_text("no image")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    return tmp_path
+
+
+def found(*words):
+    return [image.path for image in inputs.find("predict", list(words))]
+
+
+def test_files_directories_and_patterns(photos):
+    """In the order in which they are named, and inside of each in the order of names, folder by folder."""
+    inside = ["b/1.png", "b/2.jpg", "b/c/1.png"]
+    assert found("b.png", "b", "a.png") == ["b.png", *inside, "a.png"]
+    assert found("**/1.png") == ["b/1.png", "b/c/1.png"]
+    assert found("*.png") == ["[d].png", "a.png", "b.png", "broken.png"]
+    assert found("[d].png") == ["[d].png"]  # what is there is no pattern
+    assert [image.found for image in inputs.find("predict", ["a.png", "b", "b/?.jpg"])] == [False] + [True] * 4
+    for word, message in [("x.png", "there is no file"), ("x*.png", "matches no file"), ("empty", "holds no images")]:
+        (photos / "empty").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=message):
+            inputs.find("predict", ["a.png", word])
+    with pytest.raises(UserError, match="name at least one image"):
+        inputs.find("predict", [])
+
+
+def test_a_directory_is_not_listed_before_it_is_reached(photos, monkeypatch):
+    """So that the first results come at once, and names of a million files are not held."""
+    listed = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(str(path)) or scandir(path))
+    images = inputs.find("predict", ["."])
+    listed.clear()
+    names = [next(images).path for _ in range(2)]
+    assert names == ["./[d].png", "./a.png"]
+    assert listed == ["./"]
+    assert [image.path for image in images][:2] == ["./b/1.png", "./b/2.jpg"]
+    assert listed == ["./", "./b/", "./b/c/"]
+
+
+def output(capsys, run, *words):
+    capsys.readouterr()
+    status = launch.main(["predict", f"--workdir={run}", *words])
+    return status, capsys.readouterr()
+
+
+@pytest.mark.thorough
+def test_names_from_standard_input(run, photos, capsys, monkeypatch):
+    """A line each; one that is not there is an error of its own, and the others are classified."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a.png\n\nnothing.png\nb/2.jpg\n"))
+    status, (out, err) = output(capsys, run, "--format=jsonl", "-")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [(record["file"], "error" in record) for record in records] == [
+        ("a.png", False), ("nothing.png", True), ("b/2.jpg", False)]  # fmt: skip
+    assert status == 1
+    assert "error: nothing.png: No such file or directory" in err
+
+
+@pytest.mark.thorough
+def test_every_format_says_the_same(run, photos, capsys):
+    """json, jsonl, csv and the table: files in one order, the same classes and probabilities."""
+    words = [".", "--top_k=2"]
+    status, (out, _) = output(capsys, run, "--format=json", *words)
+    assert status == 1  # for the broken one
+    records = json.loads(out)
+    assert [record["file"] for record in records] == [
+        "./[d].png", "./a.png", "./b/1.png", "./b/2.jpg", "./b/c/1.png", "./b.png", "./broken.png"]  # fmt: skip
+    _, (out, _) = output(capsys, run, "--format=jsonl", *words)
+    assert [json.loads(line) for line in out.splitlines()] == records
+
+    _, (out, _) = output(capsys, run, "--format=csv", *words)
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert list(rows[0]) == ["file", "error", "class_1", "probability_1", "class_2", "probability_2"]
+    for row, record in zip(rows, records, strict=True):
+        assert (row["file"], row["error"]) == (record["file"], record.get("error", ""))
+        for rank, p in enumerate(record.get("predictions", []), 1):
+            assert (row[f"class_{rank}"], float(row[f"probability_{rank}"])) == (p["class"], p["probability"])
+
+    _, (out, _) = output(capsys, run, *words)
+    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if "│" in line]
+    assert lines == [[r["file"], *(f"{p['class']} {p['probability']:.4f}" for p in r["predictions"])]
+                     for r in records if "predictions" in r]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"])
+def test_an_image_on_standard_input_is_no_list_of_names(monkeypatch, kind):
+    """That is one sentence, which says what to write."""
+    content = io.BytesIO()
+    Image.new("RGB", (9, 9), (200, 10, 90)).save(content, kind)
+    text = io.TextIOWrapper(io.BytesIO(content.getvalue()), "utf-8", "surrogateescape")
+    monkeypatch.setattr(sys, "stdin", text)
+    with pytest.raises(UserError, match=r"- reads names of files .*: launch.py explain FILE$"):
+        list(inputs.find("explain", ["-"]))
+
+
+def test_a_name_that_no_file_can_have(run):
+    with pytest.raises(UserError, match=r"^a.*b\.png: .*null"):
+        imgclf_jax.load(run).predict("a\0b.png")
+
+
+def test_no_image_is_an_empty_list(run, photos, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    status, (out, _) = output(capsys, run, "--format=json", "-")
+    assert (status, json.loads(out)) == (0, [])
+
+
+def test_a_long_table_is_printed_in_parts(capsys):
+    """With one head, and columns that fit the widest row so far."""
+    printed = [[name, "x"] for name in ("a", "bb", "ccc", "dddddddd")]
+    terminal.print_long_table(["file", "top 1"], iter(printed), 2)
+    lines = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.strip("│┃").split("│" if "│" in line else "┃")]
+             for line in lines if "│" in line or "┃" in line]  # fmt: skip
+    assert cells == [["file", "top 1"], *printed]

@@ -1,0 +1,90 @@
+"""Scores of several labels an example, against scikit-learn's."""
+
+import numpy as np
+import pytest
+import sklearn.metrics
+
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.scores import multilabel
+from imgclf_jax.scores.multilabel import MultilabelScores
+
+
+def drawn(n=300, classes=7, decimals=2):
+    """0/1 targets of unequal frequency, and probabilities f32 with ties."""
+    rng = np.random.default_rng(classes)
+    targets = (rng.random((n, classes)) < np.linspace(0.05, 0.8, classes)).astype(np.float32)
+    raw = np.round(0.5 * rng.random((n, classes)) + 0.35 * targets + 0.05, decimals)
+    return targets, raw.astype(np.float32)
+
+
+def of_all(targets, probabilities, **more):
+    found = MultilabelScores(targets, probabilities, **more).of(np.ones((1, len(targets))))
+    return {name: float(value[0]) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("decimals", [1, 2, 9])
+def test_scores_are_scikit_learns(decimals):
+    targets, probabilities = drawn(decimals=decimals)
+    found, predicted = of_all(targets, probabilities), probabilities >= 0.5
+    expected = {
+        "mean_average_precision": sklearn.metrics.average_precision_score(targets, probabilities, average="macro"),
+        "micro_f1": sklearn.metrics.f1_score(targets, predicted, average="micro"),
+        "macro_f1": sklearn.metrics.f1_score(targets, predicted, average="macro"),
+        "exact_match": sklearn.metrics.accuracy_score(targets, predicted),
+    }
+    assert found == {name: pytest.approx(value, abs=1e-12) for name, value in expected.items()}
+    assert 0 < found["exact_match"] < found["macro_f1"] < 1
+    area = sklearn.metrics.roc_auc_score(targets, probabilities, average="macro")
+    assert multilabel.auc(targets, probabilities) == pytest.approx(area, abs=1e-12)
+
+
+def test_weights_of_examples_are_repetitions():
+    targets, probabilities = drawn(60)
+    counts = np.random.default_rng(0).integers(0, 4, 60)
+    weighted = MultilabelScores(targets, probabilities).of(counts[None].astype(np.float64))
+    repeated = of_all(targets.repeat(counts, 0), probabilities.repeat(counts, 0))
+    assert {name: float(value[0]) for name, value in weighted.items()} == pytest.approx(repeated, abs=1e-12)
+
+
+def test_a_class_without_examples_is_left_out_of_means():
+    targets, probabilities = drawn()
+    alone = of_all(targets, probabilities)
+    absent = np.zeros((len(targets), 1), np.float32)
+    both = of_all(np.hstack([targets, absent]), np.hstack([probabilities, absent + 0.1]))
+    assert both["mean_average_precision"] == alone["mean_average_precision"]
+    assert both["macro_f1"] == alone["macro_f1"]
+    assert np.isnan(of_all(absent, absent)["mean_average_precision"])
+
+
+def test_a_prediction_of_nan_is_no_exact_match():
+    targets, probabilities = np.zeros((4, 2), np.float32), np.full((4, 2), 0.1, np.float32)
+    probabilities[0, 1] = np.nan
+    found = of_all(targets, probabilities)
+    assert found["exact_match"] == 0.75
+    assert np.isnan([found["mean_average_precision"], found["micro_f1"]]).all()
+
+
+def test_logits_rank_what_float32_rounds_to_one():
+    """Of sure models probabilities are 1, all of them; the logits still tell the examples apart."""
+    targets = np.array([[1], [0]], np.float32)
+    logits, probabilities = np.array([[40.0], [30.0]], np.float32), np.ones((2, 1), np.float32)
+    assert of_all(targets, probabilities)["mean_average_precision"] == 0.5
+    assert of_all(targets, probabilities, ranking=logits)["mean_average_precision"] == 1.0
+
+
+def test_thresholds_may_differ_by_class():
+    targets, probabilities = drawn()
+    thresholds = tuple(np.linspace(0.3, 0.7, 7).round(2).tolist())
+    predicted = probabilities >= np.asarray(thresholds, np.float32)
+    for average in ("macro", "micro"):
+        expected = sklearn.metrics.f1_score(targets, predicted, average=average)
+        assert multilabel.f1(targets, probabilities, None, thresholds, average) == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(UserError, match="allowed are a threshold or 7 of them, one a class"):
+        multilabel.f1(targets, probabilities, None, (0.5, 0.5))
+
+
+def test_the_best_threshold_is_that_of_the_greatest_f1():
+    targets, probabilities = drawn(100)
+    for c, threshold in enumerate(MultilabelScores(targets, probabilities).best_thresholds()):
+        scores = [sklearn.metrics.f1_score(targets[:, c], probabilities[:, c] >= t) for t in probabilities[:, c]]
+        assert sklearn.metrics.f1_score(targets[:, c], probabilities[:, c] >= threshold) == max(scores)

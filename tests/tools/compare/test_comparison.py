@@ -1,0 +1,281 @@
+"""Groups of runs and what tells them apart; predictions in files; charts: all from files that a test writes."""
+
+import csv
+import io
+import itertools
+import json
+import math
+import re
+import statistics
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+import launch
+from imgclf_jax import config as configs
+from imgclf_jax.config import default_config
+from imgclf_jax.run import records
+from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.tools.compare import comparison, paired
+from imgclf_jax.tools.compare import tables as compare_tables
+from imgclf_jax.tools.evaluate import listing
+from imgclf_jax.tools.pages import charts
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes the files of a run of 10 steps, of which `done` says whether it has ended."""
+
+    def run(name, accuracy=0.9, done=True, metrics=None, steps=10, **settings):
+        place = tmp_path / name
+        place.mkdir(parents=True)
+        config = default_config()
+        config.total = "10 steps"
+        for key, value in settings.items():
+            parent = config[key.split("__")[0]] if "__" in key else config
+            parent[key.split("__")[-1]] = value
+        (place / "config.json").write_text(configs.to_json(config))
+        data = {"train_examples": 64, "image_shape": [12, 12, 1], "class_names": ["a", "b"], "fingerprint": "x"}
+        (place / "provenance.json").write_text(json.dumps({"data": data, "evals": {"test": "y"}}))
+        found = metrics or {"accuracy": accuracy, "loss": 1 - accuracy, "top5": 1.0}
+        accuracy = found["accuracy"]
+        if done:
+            (place / "result.json").write_text(json.dumps({"step": steps, "test": {"examples": 8, **found}}))
+        lines = [
+            {"step": step, "train/loss": 40.0 / step, "test/accuracy": accuracy * step / 10} for step in (1, 5, 10)
+        ]
+        lines = lines if done else lines[:2]
+        (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return place
+
+    return run
+
+
+def groups(tmp_path):
+    return comparison.group(records.find([str(tmp_path)])[0])
+
+
+def test_runs_that_differ_in_their_seed_are_one_group(tmp_path, write):
+    """The best group first; keys that say where data lie tell none apart."""
+    values = {("adam", 0): 0.8, ("adam", 1): 0.9, ("sgd", 0): 0.95, ("sgd", 1): 0.93, ("sgd", 2): 0.97}
+    for (optimizer, seed), accuracy in values.items():
+        write(f"x/{optimizer}{seed}", accuracy, optimizer=optimizer, seed=seed, data__threads=seed, clip=2.0)
+    found = groups(tmp_path)
+    assert [dict(one.settings) for one in found] == [{"optimizer": "sgd"}, {"optimizer": "adam"}]
+    assert [one.seeds for one in found] == [[0, 1, 2], [0, 1]]
+    assert found[0].metrics()["test/accuracy"] == pytest.approx((3, 0.95, statistics.stdev([0.95, 0.93, 0.97])))
+    assert comparison.common(found)["clip"] == 2.0
+    assert not {"seed", "optimizer", "data.threads"} & set(comparison.common(found))
+
+
+def test_seeds_trained_at_once_count_each(tmp_path, write):
+    """Their mean and deviation are pooled with those of a run of one seed, as of all four values."""
+    values = [0.5, 0.6, 0.8]
+    mean, deviation = statistics.mean(values), statistics.stdev(values)
+    ensemble = {"ensemble_accuracy": 0.9}
+    write("a", seed=0, num_seeds=3, metrics={"accuracy": mean, "accuracy_std": deviation, **ensemble})
+    write("b", seed=3, metrics={"accuracy": 0.7})
+    [one] = groups(tmp_path)
+    assert one.seeds == [0, 1, 2, 3]
+    assert one.metrics() == {"test/accuracy": pytest.approx((4, 0.65, statistics.stdev([*values, 0.7])))}
+
+
+def test_the_same_run_in_two_directories(tmp_path, write):
+    """The directory tells them apart, as before and after a change of the code; of three copies the whole name does."""
+    for folder, seed in itertools.product(("before", "after"), (0, 1)):
+        write(f"{folder}/{seed}", 0.9 if folder == "before" else 0.8, seed=seed)
+    assert [dict(one.settings) for one in groups(tmp_path)] == [
+        {"directory": str(tmp_path / folder)} for folder in ("before", "after")
+    ]
+    write("after/copy", 0.7, seed=1)
+    assert len(groups(tmp_path)) == 5
+
+
+def test_what_is_not_done_or_damaged(tmp_path, write):
+    write("a/done", seed=0)
+    write("a/extended", seed=1, steps=7)  # its result is that of the shorter run
+    write("a/going", 0.5, done=False, seed=2)
+    (write("b/result") / "result.json").write_text("[")
+    (write("b/config") / "config.json").write_text("{}")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "a" / "done" / "checkpoints" / "x").mkdir(parents=True)
+    (tmp_path / "a" / "done" / "checkpoints" / "x" / "config.json").write_text("not a run")
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "a")
+    runs, damaged = records.find([str(tmp_path), str(tmp_path / "a")])
+    assert [run.workdir.path.name for run in runs] == ["done", "extended", "going"]
+    assert ["config" in damaged[0], "result.json is damaged" in damaged[1], len(damaged)] == [True, True, 2]
+    [one] = comparison.group(runs)
+    assert (one.seeds, len(one.unfinished)) == ([0], 2)
+    assert compare_tables.unfinished([one])[1][1] == [
+        str(tmp_path / "a" / "going"), "5 of 10", "train/loss 8  test/accuracy 0.25"]  # fmt: skip
+
+
+def test_runs_of_which_none_is_done_come_last(tmp_path, write):
+    write("a", 0.99, done=False, clip=1.0)
+    write("b", 0.1, clip=2.0)
+    assert [one.settings["clip"] for one in groups(tmp_path)] == [2.0, 1.0]
+
+
+@pytest.mark.parametrize(("values", "text"), [
+    ([0, 1, 2], "0, 1, 2"), ([0, 1, 2, 3, 9], "0 to 3, 9"), ([], ""), ([5, 7, 8, 9, 10], "5, 7 to 10")])  # fmt: skip
+def test_numbers_in_short(values, text):
+    assert compare_tables.numbers(values) == text
+
+
+def predictions(place, right, suffix="csv", labels=None):
+    """A file as `evaluate --predictions` writes it of the run's last step."""
+    run = records.read(Workdir(place))
+    origin = listing.origin(run.config, 10, str(run.result.get("params_sha256")), "test", run.evals["test"])
+    labels = np.arange(len(right)) % 2 if labels is None else labels
+    probabilities = np.where((labels == 1) == right, 0.9, 0.1)
+    rows = listing.rows("test", [f"{i}.png" for i in range(len(right))], labels,
+                        np.stack([1 - probabilities, probabilities], 1), ["no", "yes"], 1, 10, origin)  # fmt: skip
+    listing.write(place / f"predictions.{suffix}", list(rows))
+
+
+@pytest.fixture
+def compared(tmp_path, write):
+    """Three optimizers of two seeds each, with predictions of 400 examples; the third's are of other examples."""
+    rng, right = np.random.default_rng(0), {}
+    for (optimizer, chance), seed in itertools.product((("sgd", 0.9), ("adam", 0.8), ("rmsprop", 0.5)), (0, 1)):
+        own = right[optimizer, seed] = rng.random(400) < chance
+        place = write(f"{optimizer}-{seed}", float(own.mean()), optimizer=optimizer, seed=seed)
+        predictions(place, own, "jsonl" if seed else "csv", np.zeros(400, int) if optimizer == "rmsprop" else None)
+    write("going", 0.3, done=False, optimizer="lion<b>", seed=0)
+    return right
+
+
+def test_json(tmp_path, compared, capsys):
+    """The tests are those of the predictions in the files, by `tools.compare.paired`."""
+    assert launch.main(["compare", str(tmp_path), "--format=json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert [one["settings"]["optimizer"] for one in found["groups"]] == ["sgd", "adam", "rmsprop", "lion<b>"]
+    assert found["best"] == {"optimizer": "sgd"}
+    [one] = found["comparisons"]
+    assert "the predictions of optimizer=rmsprop are of other examples than those of the best" in err
+    first, second = (np.stack([compared[name, seed] for seed in (0, 1)]) for name in ("adam", "sgd"))
+    assert one["difference"] == paired.difference(first, second)._asdict()
+    p = [paired.mcnemar(int((first[i] & ~second[i]).sum()), int((second[i] & ~first[i]).sum())) for i in (0, 1)]
+    assert list(one["mcnemar_mid_p"].values()) == p
+    assert list(one["holm"].values()) == paired.holm(p)
+    assert one["examples"] == 400
+    assert found["groups"][3]["unfinished"][0]["step"] == 5
+
+
+def test_csv(tmp_path, compared, capsys):
+    assert launch.main(["compare", str(tmp_path), "--format=csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [(row["optimizer"], row["seeds"], row["unfinished"]) for row in rows] == [
+        ("sgd", "0 1", "0"), ("adam", "0 1", "0"), ("rmsprop", "0 1", "0"), ("lion<b>", "", "1")]  # fmt: skip
+    values = [float(compared["sgd", seed].mean()) for seed in (0, 1)]
+    assert float(rows[0]["test/accuracy"]) == pytest.approx(statistics.mean(values))
+    assert float(rows[0]["test/accuracy_std"]) == pytest.approx(statistics.stdev(values))
+    assert rows[3]["test/accuracy"] == ""
+
+
+def test_table(tmp_path, compared, capsys):
+    assert launch.main(["compare", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line.startswith("│")]
+    assert [row[:2] for row in rows] == [["sgd", "0, 1"], ["adam", "0, 1"], ["rmsprop", "0, 1"], ["adam", "test"],
+                                         [str(tmp_path / "going"), "5 of 10"]]  # fmt: skip
+    assert re.fullmatch(r"0\.\d{4} ± 0\.\d{4}", rows[0][2])
+    first, second = (np.stack([compared[name, seed] for seed in (0, 1)]) for name in ("adam", "sgd"))
+    value, low, high = paired.difference(first, second)
+    assert rows[3][2:4] == [f"{value:+.4f}", f"{low:+.4f} to {high:+.4f}"]
+    assert "top5" not in out
+
+
+class Balance(HTMLParser):
+    """Notes tags that are not closed in their order, and all text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.wrong, self.tags = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+
+def test_the_page(tmp_path, compared):
+    """Well-formed, with names escaped; it loads nothing, and tables and pictures say what they are."""
+    file = tmp_path / "page.html"
+    assert launch.main(["compare", str(tmp_path), f"--html={file}"]) == 0
+    text = file.read_text()
+    page = Balance()
+    page.feed(text)
+    assert (page.open, page.wrong) == ([], [])
+    assert "lion&lt;b&gt;" in text
+    assert "<b>" not in text
+    assert not re.search(r"https?:|url\(|@import|<script|<link|src=", text)
+    tables = [attributes for tag, attributes in page.tags if tag == "table"]
+    assert len(tables) == len([1 for tag, _ in page.tags if tag == "caption"]) == 3
+    assert all(attributes.get("scope") in ("col", "row") for tag, attributes in page.tags if tag == "th")
+    pictures = [attributes for tag, attributes in page.tags if tag == "svg" and "role" in attributes]
+    assert [own["aria-label"].split(". ")[0] for own in pictures] == ["test/accuracy", "train/loss"]
+    assert "prefers-color-scheme: dark" in text
+    for svg in re.findall(r"<svg viewBox.*?</svg>", text):
+        ET.fromstring(svg)
+
+
+def test_no_run(tmp_path, capsys):
+    assert launch.main(["compare", str(tmp_path)]) == 1
+    assert "no run is in or below" in capsys.readouterr().err
+    assert launch.main(["compare", str(tmp_path / "x")]) == 1
+    assert "is no directory" in capsys.readouterr().err
+    assert launch.main(["compare"]) == 2
+
+
+def test_damaged_predictions_are_left_out(tmp_path, write, capsys):
+    (write("a", clip=1.0) / "predictions.csv").write_text("x,y\n1,2\n")
+    (write("b", clip=2.0) / "predictions.npz").write_text("PK")
+    assert launch.main(["compare", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert "predictions.csv is left out: it is no file of `evaluate --predictions`" in err
+    assert "predictions.npz is damaged" in err
+    assert "add --test" in out
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.913, 0.957), (-3.0, 1234.0), (0.0, 1e-7), (5.0, 5.5)])
+def test_ticks(low, high):
+    """Round numbers in equal steps, inside; from three to ten of them."""
+    found = charts.ticks(low, high)
+    steps = np.diff(found)
+    assert 3 <= len(found) <= 10
+    assert low - 1e-12 <= found[0]
+    assert found[-1] <= high * (1 + 1e-9)
+    assert np.allclose(steps, steps[0], rtol=1e-6)
+    assert f"{steps[0]:.0e}"[0] in "125"
+
+
+def test_a_chart_has_its_points():
+    """The y axis is logarithmic from a factor of 20 on, and what is not finite is a gap."""
+
+    def heights(values):
+        svg = charts.chart("t", "d", "x", [charts.Line("n", 0, list(enumerate(values)))])
+        shape = next(path.get("d") for path in ET.fromstring(svg).iter("path") if "line" in path.get("class"))
+        return [float(y) for y in re.findall(r"[ML]\S+ (\S+?)(?=[ML]|$)", shape)], shape.count("M")
+
+    (first, second, third), starts = heights([1.0, 2.0, 3.0])
+    assert first - second == pytest.approx(second - third, abs=0.11)
+    assert first > third
+    assert starts == 1
+    (first, second, third), _ = heights([1.0, 10.0, 100.0])
+    assert first - second == pytest.approx(second - third, abs=0.11)
+    found, _ = heights([1e-3, 1e-3 * (1 + 5e-8), 1e-3])
+    assert max(found) - min(found) < 0.2  # the rounding of a constant learning rate
+    found, starts = heights([1.0, math.nan, 3.0])
+    assert (len(found), starts) == (2, 2)
+    assert charts.chart("t", "d", "x", [charts.Line("n", 0, [(0, math.nan)])]) == ""

@@ -1,0 +1,162 @@
+"""What `compare --test` finds out and keeps, beside what the runs' own results and `evaluate` say."""
+
+import json
+
+import numpy as np
+import pytest
+
+import launch
+from imgclf_jax.run import records
+from imgclf_jax.run.provenance import json_digest, write_json
+from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.tools.compare import known_predictions
+from imgclf_jax.tools.compare.known_predictions import known
+
+RUN = ("--config.data.source=fake(80, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=normalize",
+       "--config.model=mlp(widths=(8,))", "--config.batch_size=16", "--config.total=8 steps",
+       "--config.schedule=constant(1e-2)", "--config.eval_every=", "--config.checkpoint_every=4 steps",
+       "--config.checkpoint.best=test/loss", "--config.tensorboard=False",
+       "--config.data.placement=device")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, one_device):
+    """One run of a seed, and one of two at once, of another optimizer."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert launch.main([f"--workdir={folder / 'a'}", *RUN]) == 0
+    assert launch.main([f"--workdir={folder / 'b'}", *RUN, "--config.optimizer=sgd", "--config.num_seeds=2"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tested(folder):
+    assert launch.main(["compare", str(folder), "--test"]) == 0
+    return {run.workdir.path.name: run for run in records.find([str(folder)])[0]}
+
+
+@pytest.mark.thorough
+def test_they_are_those_of_the_result(tested):
+    """The share of right ones, exactly, of each seed; the set's examples in their order."""
+    one, two = (known(tested[name])["test"] for name in "ab")
+    assert one.right.shape == (1, 80)
+    assert two.right.shape == (2, 80)
+    assert one.pairs_with(two)
+    result = tested["a"].result["test"]
+    assert one.right.mean() == result["accuracy"]
+    assert 0.1 < result["accuracy"] < 1  # so that being equal says something
+    assert two.right.mean(1).mean() == pytest.approx(tested["b"].result["test"]["accuracy"])
+    assert two.right.mean(1).std(ddof=1) == pytest.approx(tested["b"].result["test"]["accuracy_std"])
+
+
+@pytest.mark.thorough
+def test_they_are_those_of_evaluate(tested, tmp_path, capsys):
+    """Its file serves as well."""
+    run = tested["a"]
+    file = run.workdir.path / "predictions.csv"
+    kept = run.workdir.path / known_predictions.FILE
+    assert (
+        launch.main(["evaluate", f"--workdir={run.workdir.path}", "--checkpoint=latest", f"--predictions={file}"]) == 0
+    )
+    whole = known(run)["test"]
+    kept.rename(tmp_path / "kept")
+    listed = known(run)["test"]
+    (tmp_path / "kept").rename(kept)
+    file.unlink()
+    assert listed.pairs_with(whole)
+    np.testing.assert_array_equal(listed.right, whole.right)
+
+
+@pytest.mark.thorough
+def test_the_ensembles_file_serves_no_seeds(tested, tmp_path, caplog):
+    run = tested["b"]
+    kept, file = run.workdir.path / known_predictions.FILE, run.workdir.path / "predictions.jsonl"
+    file.write_text('{"set": "test", "example": "0", "label": "0", "correct": true}\n')
+    kept.rename(tmp_path / "kept")
+    assert known(run) == {}
+    assert "holds the ensemble's predictions" in caplog.text
+    (tmp_path / "kept").rename(kept)
+    file.unlink()
+
+
+@pytest.mark.thorough
+def test_they_are_made_once(tested, folder, tmp_path, monkeypatch, capsys):
+    """Unless the run has been extended since, or has other evaluation sets."""
+    made = []
+    monkeypatch.setattr(known_predictions, "make", lambda run, trust: made.append(run.name) or {})
+    assert launch.main(["compare", str(folder), "--test"]) == 0
+    assert made == []
+    assert "McNemar" in capsys.readouterr().out
+    file, provenance = tested["a"].workdir.result, tested["a"].workdir.provenance
+    before, recorded = file.read_text(), provenance.read_text()
+    another = json.dumps(json.loads(before) | {"params_sha256": "another"})
+    file.write_text(another)
+    write_json(provenance, json.loads(recorded) | {"result_sha256": json_digest(another)})
+    tested["a"].workdir.digests.rename(tmp_path / "digests")
+    assert launch.main(["compare", str(folder), "--test"]) == 0
+    file.write_text(before)
+    provenance.write_text(recorded)
+    (tmp_path / "digests").rename(tested["a"].workdir.digests)
+    assert made == [tested["a"].name]
+
+
+@pytest.mark.thorough
+def test_a_run_that_names_code_is_left_out(tested, folder, tmp_path, capsys):
+    """Unless it is trusted; the others are compared."""
+    run = tested["a"]
+    kept = run.workdir.path / known_predictions.FILE
+    before, recorded = run.workdir.config.read_text(), run.workdir.provenance.read_text()
+    names_code = before.replace("mlp(widths=(8,))", "my_nets:Tiny")
+    run.workdir.config.write_text(names_code)
+    write_json(run.workdir.provenance, json.loads(recorded) | {"config_sha256": json_digest(names_code)})
+    kept.rename(tmp_path / "kept")
+    assert launch.main(["compare", str(folder), "--test"]) == 0
+    err = capsys.readouterr().err
+    run.workdir.config.write_text(before)
+    run.workdir.provenance.write_text(recorded)
+    (tmp_path / "kept").rename(kept)
+    assert "is left out of the tests: the run in" in err
+    assert "if you trust both, add --trust" in err
+
+
+@pytest.fixture
+def arrays_run(tmp_path, one_device):
+    """A run on arrays in a file, with the checkpoints of steps 4 and 8; and the arguments of its training."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(256, size=(48, 6, 6), dtype=np.uint8), np.arange(48) % 3
+    np.savez(tmp_path / "data.npz", x_train=images, y_train=labels, x_test=images[:24], y_test=labels[:24])
+    argv = [f"--workdir={tmp_path / 'run'}", *RUN[1:], f"--config.data.source=arrays('{tmp_path}/data.npz')"]
+    assert launch.main(argv) == 0
+    return tmp_path / "run", argv
+
+
+def only(folder):
+    return known(records.read(Workdir(folder)))
+
+
+def test_predictions_of_another_checkpoint_config_or_data_are_not_used(arrays_run, capsys):
+    """Those of an earlier step, with other views, or of other labels, made a better run the worse one (p = 0.0001)."""
+    folder, argv = arrays_run
+    file, data = folder / "predictions.csv", folder.parent / "data.npz"
+    evaluate = ["evaluate", f"--workdir={folder}", f"--predictions={file}"]
+    assert launch.main([*evaluate, "--checkpoint=8"]) == 0
+    right = only(folder)["test"].right
+    assert right.mean() == json.loads((folder / "result.json").read_text())["test"]["accuracy"]
+    for words in (["--checkpoint=4"], ["--checkpoint=8", "--config.tta=translate(2)"]):
+        assert launch.main([*evaluate, *words]) == 0
+        assert only(folder) == {}
+        assert "predictions.csv is left out: it is not of the checkpoint, config and data" in capsys.readouterr().err
+
+    before = data.read_bytes()
+    arrays = dict(np.load(data))
+    np.savez(data, **arrays | {"y_test": (arrays["y_test"] + 1) % 3})
+    assert launch.main([*evaluate, "--checkpoint=8"]) == 0
+    assert "the evaluation set test has changed since training" in capsys.readouterr().err
+    assert only(folder) == {}
+    assert launch.main(["compare", str(folder), "--test"]) == 0
+    assert "is left out of the tests: its evaluation set test has changed since training" in capsys.readouterr().err
+    assert not (folder / known_predictions.FILE).exists()
+    assert launch.main(argv) == 1
+    assert "the evaluation set test of the run in" in capsys.readouterr().err
+    data.write_bytes(before)
+    assert launch.main(["compare", str(folder), "--test"]) == 0
+    np.testing.assert_array_equal(only(folder)["test"].right, right)

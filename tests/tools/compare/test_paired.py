@@ -1,0 +1,201 @@
+"""Paired tests against the binomial sum, explicit loops and simulations."""
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from imgclf_jax.scores import classification as scores
+from imgclf_jax.tools.compare import paired
+from imgclf_jax.tools.compare.paired import Spread
+
+
+def by_sum(first, second, mid):
+    """From the definition: the probability of outcomes farther from half than this one, and of those as far."""
+    n = first + second
+    far = abs(2 * first - n)
+    chance = [math.comb(n, k) / 2**n for k in range(n + 1)]
+    beyond = sum(p for k, p in enumerate(chance) if abs(2 * k - n) > far)
+    same = sum(p for k, p in enumerate(chance) if abs(2 * k - n) == far)
+    return beyond + (same / 2 if mid else same)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 0), (3, 3), (5, 12), (12, 5), (0, 40), (301, 250), (7, 8)])
+def test_mcnemar_is_the_binomial_sum(first, second):
+    assert paired.mcnemar(first, second, "exact") == pytest.approx(by_sum(first, second, mid=False), rel=1e-10)
+    assert paired.mcnemar(first, second) == pytest.approx(by_sum(first, second, mid=True), rel=1e-10)
+    assert paired.mcnemar(first, second, "exact") == pytest.approx(stats.binomtest(first, first + second).pvalue)
+
+
+def test_mcnemar_by_chi_square():
+    """McNemar's example of Edwards: (|b - c| - 1)² / (b + c); near the exact test for many examples."""
+    assert paired.mcnemar(40, 20, "chi-square") == pytest.approx(stats.chi2.sf(19**2 / 60, 1), rel=1e-12)
+    assert paired.mcnemar(4, 4, "chi-square") == 1.0
+    assert paired.mcnemar(5200, 5000, "chi-square") == pytest.approx(paired.mcnemar(5200, 5000, "exact"), rel=1e-3)
+
+
+def test_mcnemar_without_a_difference():
+    assert [paired.mcnemar(0, 0, method) for method in ("mid-p", "exact", "chi-square")] == [1.0, 1.0, 1.0]
+
+
+def test_the_mid_p_test_keeps_its_level():
+    """Of 30 examples that fall to either side by chance, p is at most 0.05 in about 5 % of all cases, and not above."""
+    p = np.array([paired.mcnemar(k, 30 - k) for k in range(31)])
+    chance = stats.binom.pmf(np.arange(31), 30, 0.5)
+    assert 0.02 < chance[p <= 0.05].sum() <= 0.051
+
+
+def test_holm():
+    """By hand: the smallest times 4, the next times 3, …, and none below the one before."""
+    assert paired.holm([0.04, 0.01, 0.03, 0.005]) == pytest.approx([0.06, 0.03, 0.06, 0.02])
+    assert paired.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert paired.holm([]) == []
+
+
+def test_spread_of_parts_is_that_of_all_values():
+    values = [[0.9], [0.8, 0.85, 0.95], [0.7, 0.9]]
+    parts = [Spread(len(v), statistics.mean(v), statistics.stdev(v) if len(v) > 1 else math.nan) for v in values]
+    flat = [x for v in values for x in v]
+    assert paired.spread(parts) == pytest.approx((6, statistics.mean(flat), statistics.stdev(flat)))
+    alone = paired.spread(parts[:1])
+    assert alone[:2] == (1, 0.9)
+    assert math.isnan(alone.std)
+
+
+def looped(first, second):
+    """The interval from its definition, number by number."""
+    n = len(first[0])
+    gains = [sum(row[i] for row in first) / len(first) - sum(row[i] for row in second) / len(second) for i in range(n)]
+    examples, parts = statistics.variance(gains) / n, []
+    for rows in (first, second):
+        s = len(rows)
+        if s == 1:
+            continue
+        accuracies = [sum(row) / n for row in rows]
+        whole = sum(accuracies) / s
+        left = sum((rows[k][i] - accuracies[k] - sum(row[i] for row in rows) / s + whole) ** 2
+                   for k in range(s) for i in range(n))  # fmt: skip
+        examples -= left / (s - 1) / (n - 1) / n / s
+        parts.append((statistics.variance(accuracies) / s, s - 1))
+    parts.append((max(examples, 0), n - 1))
+    total = sum(v for v, _ in parts)
+    freedom = total**2 / sum(v**2 / own for v, own in parts)
+    middle, half = sum(gains) / n, stats.t.ppf(0.975, freedom) * math.sqrt(total)
+    return middle, max(-1, middle - half), min(1, middle + half)
+
+
+def drawn(rng, seeds, n, low=0.6, high=0.95):
+    skill = rng.uniform(low, high, size=(seeds, 1))
+    return rng.random((seeds, n)) < skill - 0.3 * rng.random(n)
+
+
+@pytest.mark.parametrize("seeds", [(1, 1), (3, 4), (1, 5), (2, 1), (2, 2), (10, 3)])
+def test_the_interval_is_that_of_a_loop(seeds):
+    rng = np.random.default_rng(1)
+    for _ in range(5):
+        first, second = (drawn(rng, s, 40) for s in seeds)
+        expected = looped(first.astype(float).tolist(), second.astype(float).tolist())
+        assert paired.difference(first, second) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_of_one_seed_it_is_the_paired_t_interval():
+    rng = np.random.default_rng(2)
+    first, second = drawn(rng, 1, 300), drawn(rng, 1, 300)
+    found = stats.ttest_rel(first[0].astype(float), second[0].astype(float)).confidence_interval(0.9)
+    assert paired.difference(first, second, level=0.9)[1:] == pytest.approx((found.low, found.high), rel=1e-9)
+
+
+def test_where_examples_have_no_part_it_is_welchs():
+    """Each example is wrong of one seed of each model: all have the same gain."""
+    first = np.arange(3)[:, None] != np.repeat(np.arange(3), [5, 20, 35])
+    second = np.arange(4)[:, None] != np.random.default_rng(0).permutation(np.repeat(np.arange(4), [10, 12, 18, 20]))
+    welch = stats.ttest_ind(first.mean(1), second.mean(1), equal_var=False).confidence_interval()
+    assert paired.difference(first, second)[1:] == pytest.approx((welch.low, welch.high), rel=1e-9)
+
+
+def test_edges_of_the_interval():
+    """Models that are alike on all examples differ by nothing; one example says nothing; none passes -1 and 1."""
+    same = np.random.default_rng(0).random((1, 30)) < 0.5
+    assert paired.difference(same, same) == (0, 0, 0)
+    assert paired.difference(np.ones((2, 1), bool), np.zeros((2, 1), bool)) == (1, -1, 1)
+    rng = np.random.default_rng(1)
+    first, second = np.stack([same[0], np.ones(30, bool)]), rng.random((2, 30)) < 0.5
+    _, low, high = paired.difference(first, second)
+    assert (low, high) == (-1, 1)  # of two seeds, which are far apart
+
+
+def test_of_one_seed_the_deviation_is_the_known_one():
+    """Of paired proportions: sqrt(b + c - (b - c)² / n) / n."""
+    first, second = np.ones((1, 1000), bool), np.ones((1, 1000), bool)
+    first[0, :30], second[0, 20:100] = False, False
+    b, c = 70, 20
+    deviation = math.sqrt(b + c - (b - c) ** 2 / 1000) / 1000
+    value, low, high = paired.difference(first, second)
+    assert value == pytest.approx(0.05)
+    assert (high - low) / 2 == pytest.approx(1.96 * deviation, rel=0.003)
+
+
+def coverage(seeds, between, examples, times):
+    """How often the interval holds the difference over all examples and all seeds there could be, here zero.
+
+    Examples are of different difficulty. `seeds` are how many each of both models has, `between` the deviations of
+    their luck, in logits.
+    """
+    rng, covered = np.random.default_rng(0), 0
+    scales = np.repeat(between, seeds)[:, None]
+    for _ in range(times):
+        difficulty = rng.normal(2, 1.5, size=examples)
+        luck = rng.normal(0, scales)
+        right = rng.random((sum(seeds), examples)) < 1 / (1 + np.exp(-(difficulty + luck)))
+        _, low, high = paired.difference(right[: seeds[0]], right[seeds[0] :])
+        covered += low <= 0 <= high
+    return covered / times
+
+
+@pytest.mark.parametrize("between", [0.0, 0.6])
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_the_interval_covers_the_difference(seeds, between):
+    """In 95 of 100 cases, as nearly as 600 of them tell: three standard deviations are 0.027."""
+    assert coverage((seeds, seeds), (between, between), 150, 600) == pytest.approx(0.95, abs=0.027)
+
+
+# What docs/commands/compare.md has a table of.
+COVERED = {(1, 0.0): 0.9535, (1, 0.3): 0.564, (1, 1.0): 0.213, (2, 0.0): 0.965, (2, 0.3): 0.9705, (2, 1.0): 0.969,
+           (3, 0.0): 0.962, (3, 0.3): 0.9625, (3, 1.0): 0.971, (5, 0.0): 0.9605, (5, 0.3): 0.9655, (5, 1.0): 0.968,
+           (10, 0.0): 0.957, (10, 0.3): 0.958, (10, 1.0): 0.964}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seeds", "between"), COVERED)
+def test_what_the_page_says_of_coverage(seeds, between):
+    assert coverage((seeds, seeds), (between, between), 500, 2000) == pytest.approx(COVERED[seeds, between], abs=0.0011)
+
+
+UNLIKE = {((2, 5), (0.3, 0.3)): 0.933, ((3, 10), (0.3, 0.3)): 0.944, ((3, 10), (1.0, 1.0)): 0.933,
+          ((2, 2), (0.0, 0.6)): 0.9415, ((3, 3), (0.0, 0.6)): 0.9325, ((5, 5), (0.0, 0.6)): 0.947}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seeds", "between"), UNLIKE)
+def test_what_the_page_says_of_unlike_rows(seeds, between):
+    found = coverage(seeds, between, 500, 2000)
+    assert found == pytest.approx(UNLIKE[seeds, between], abs=0.0011)
+    assert 0.93 < found < 0.95
+
+
+def test_the_paired_bootstrap_of_a_mean_is_its_normal_interval():
+    """Of errors of 400 examples: the interval of the mean gain, and the p-value of the paired t-test."""
+    rng = np.random.default_rng(0)
+    second = rng.normal(size=400) ** 2
+    for gain in (0.02, 0.12, 1.0):
+        first = second + rng.normal(gain, 1.0, size=400)
+        drawn = [scores.bootstrap(lambda w, x=x: {"mean": w @ x / w.sum(1)}, 400)["mean"] for x in (first, second)]
+        a, b = (np.append(x.mean(), sample)[None] for x, sample in zip((first, second), drawn, strict=True))
+        found, test = paired.bootstrapped_difference(a, b, 400), stats.ttest_rel(first, second)
+        ends = test.confidence_interval()
+        assert found == pytest.approx((np.mean(first - second), ends.low, ends.high), abs=0.02)
+        assert paired.bootstrapped_p(a[0], b[0]) == pytest.approx(max(test.pvalue, 2 / 1001), rel=0.35, abs=0.002)
+    seeds = np.concatenate([a - 1, a + 1])  # of two seeds that differ much, nothing follows
+    assert paired.bootstrapped_difference(seeds, b, 400).low < 0

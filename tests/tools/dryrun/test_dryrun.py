@@ -1,0 +1,171 @@
+"""`dryrun`, end to end, on virtual CPU devices; other chips need their compilers (marked `chips`)."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from compilers import skip_without
+
+from imgclf_jax.config import default_config
+from imgclf_jax.core import sharding
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.provenance import DataInfo
+from imgclf_jax.tools.dryrun import command as dryrun
+from imgclf_jax.tools.dryrun import described, table, topology
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("--config.model=mlp(widths=(16,))", "--config.batch_size=32", "--config.total=20 steps")
+
+
+def run(*arguments, status=0):
+    command = [sys.executable, str(ROOT / "launch.py"), "dryrun", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+@pytest.mark.thorough
+def test_on_virtual_devices(tmp_path):
+    """Without a run and without reading an image; what is printed is what is written."""
+    data = ("--shape=8,8,3", "--classes=5", "--examples=1000", "--config.schedule=constant(1e-3)")
+    done = run("--chips=cpu:4", f"--workdir={tmp_path}", "--format=json", *data, *SMALL)
+    found = json.loads(done.stdout)
+    assert found == json.loads((tmp_path / "dryrun-cpu-4.json").read_text())
+    parameters = (8 * 8 * 3 * 16 + 16) + (16 * 5 + 5)
+    assert found["memory"]["parameters"] == 4 * parameters
+    assert found["memory"]["optimizer"] == 4 * (2 * parameters + 2)  # Adam's moments and counts
+    assert found["flops"] == 2 * 8 * (2 * 192 * 16 + 3 * 16 * 5)  # 8 images a device; the first layer's input: none
+    assert found["collectives"]["all-reduce"]["bytes"] >= 4 * parameters
+    assert found["steps"] == 20
+    assert found["fits"]
+    assert {"init", "train", "eval", "augment"} == set(found["compile_seconds"])
+    assert found["seconds"]["step"] == max(found["seconds"][k] for k in ("compute", "memory", "network"))
+
+
+def test_mistakes(tmp_path):
+    for flags, message in (
+        ((), "dryrun wants --chips"),
+        (("--chips=cpu:8", "--shape=8,8"), "--shape=8,8: wants height, width and channels"),
+        (("--chips=tpu:8",), "--chips=tpu:8: allowed: v5e:4x4"),
+    ):
+        done = run(f"--workdir={tmp_path}", *flags, status=1 if "tpu:8" in str(flags) else 2)
+        assert done.stderr.startswith(f"error: {message}"), done.stderr
+
+
+@pytest.fixture
+def programs(fake_config):
+    data = DataInfo(640, (12, 12, 1), ("a", "b", "c"), "")
+    fake_config.model, fake_config.batch_size = "cnn(widths=(4, 8), hidden=8)", 64
+    return Programs(Recipe(fake_config, data))
+
+
+@pytest.mark.thorough
+def test_what_does_not_fit(programs, monkeypatch):
+    """On a chip that does not even hold the state, and on one that is a little too small: what would make it fit."""
+    chips, memory = topology.parse("cpu:8"), 1_000
+    for advice in ("parameters, optimizer and averages alone take", "accumulate=2: the same batch, in parts"):
+        chip = dataclasses.replace(table.CHIPS["v5e"], memory=memory)
+        monkeypatch.setattr(dryrun.estimate, "chip_of", lambda chips, chip=chip: chip)
+        found = dryrun.report(programs, chips)
+        assert not found["fits"]
+        assert found["advice"][0].startswith(advice)
+        memory = found["memory"]["peak"] - 1
+
+
+@pytest.mark.parametrize(
+    ("model", "memory", "advice", "not_advised"),
+    [
+        (
+            "vit('Ti', patch=6)",
+            70_000,
+            ["take 120 kB of each chip: mesh='data=-1, fsdp=4' (in parts)"],
+            "remat",
+        ),
+        ("vit('Ti', patch=6)", 1_000_000, ["remat='block'", "mesh='data=-1, fsdp=2'"], None),
+        ("vit('Ti', patch=6)", 10_000_000, ["remat='block'"], "mesh="),
+        ("vit('Ti', patch=6, remat='block')", 10_000_000, [], "remat"),
+        ("mlp(widths=(16,))", 10_000_000, ["a smaller batch or image, or more chips"], "remat"),
+    ],
+)
+def test_advice(fake_config, model, memory, advice, not_advised):
+    """Blocks computed again, for models that can; the state in parts, where it is much of a chip's memory."""
+    found = advised(fake_config, model, memory)
+    for text in advice:
+        assert any(text in line for line in found), found
+    assert not not_advised or not_advised not in str(found), found
+
+
+@pytest.mark.parametrize(
+    ("mesh", "memory", "parts"),
+    # What each chip holds is 120 kB with the mesh that the run has.
+    [("data=4, fsdp=2", 130_000, 4), ("data=4, fsdp=2", 70_000, 8), ("data=4, fsdp=2", 20_000, 8),
+     ("data=1, fsdp=8", 130_000, None), ("data=1, fsdp=8", 70_000, None)],
+)  # fmt: skip
+def test_a_run_in_parts_is_advised_more_of_them(fake_config, mesh, memory, parts):
+    """As few as leave half of a chip to the rest; none where each chip has a part of its own."""
+    found = str(advised(fake_config, "mlp(widths=(16,))", memory, mesh))
+    assert f"mesh='data=-1, fsdp={parts}'" in found if parts else "mesh=" not in found, found
+
+
+def advised(config, model, memory, mesh="data=-1"):
+    """The advice for a run of eight devices, each of which holds 120 kB of a state and has so many bytes of memory."""
+    config.model, config.batch_size, config.precision = model, 8, "bfloat16"
+    data = DataInfo(640, (12, 12, 1), ("a", "b", "c"), "")
+    programs = Programs(Recipe(config, data), sharding.make_mesh(text=mesh))
+    result = {"accumulate": 1, "batch_size": 8, "precision": "bfloat16",
+              "memory": {"capacity": memory, "parameters": 40_000, "optimizer": 80_000, "averages": 0, "batch": 0,
+                         "temporaries": 20_000_000}}  # fmt: skip
+    return dryrun._advice(result, programs)
+
+
+def test_what_the_compiler_refuses(programs, monkeypatch):
+    """A compiler that stops for lack of memory is quoted."""
+
+    class Full:
+        def lower(self):
+            raise RuntimeError("RESOURCE_EXHAUSTED: CompileTimeHbmOom\nUsed 21.3G of 15.75G hbm. Exceeded by 5.5G.")
+
+    monkeypatch.setattr(Programs, "traced_train", Full())
+    found = dryrun.report(programs, topology.parse("cpu:8"))
+    assert (found["fits"], found["program"]) == (False, "train")
+    assert found["compiler"] == "Used 21.3G of 15.75G hbm. Exceeded by 5.5G."
+    assert "accumulate=2: the same batch, in parts" in found["advice"]
+
+
+def test_data_that_are_not_here():
+    """TFDS knows classes and shape without the data; how many there are has to be said."""
+    config = default_config()
+    config.data.source, config.preprocess = "tfds('imagenet2012')", "decode(3)|random_resized_crop(224)"
+    with pytest.raises(UserError, match="--examples"):
+        described.describe(config, described.Given())
+    info = described.describe(config, described.Given(examples=1_281_167))
+    assert (info.train_examples, info.image_shape, len(info.class_names)) == (1_281_167, (224, 224, 3), 1000)
+    config.data.source = "folder('/nowhere')"
+    with pytest.raises(UserError, match=r"--shape=224,224,3 --classes=1000 \(or --targets=N\) --examples=1281167"):
+        described.describe(config, described.Given(classes=3))
+
+
+def test_a_run_on_targets_is_planned_with_them(fake_config):
+    """The batch holds numbers in place of labels, whether flags or the data say so."""
+    fake_config.loss, fake_config.batch_size = "mse", 8
+    given = described.Given((12, 12, 1), None, 3, 640)
+    info = described.describe(fake_config, given)
+    assert info.target_names == info.class_names == ("0", "1", "2")
+    assert Programs(Recipe(fake_config, info)).chunk_shape(1)["target"].shape == (1, 8, 3)
+    assert described.describe(fake_config, dataclasses.replace(given, targets=None, classes=3)).target_names == ()
+
+
+@pytest.mark.chips
+@pytest.mark.parametrize("chips", ["v5e:2x4", "h100:8"])
+def test_for_chips_that_are_not_here(chips, tmp_path):
+    """The default recipe, by the real compilers."""
+    skip_without(chips)
+    found = json.loads(run(f"--chips={chips}", f"--workdir={tmp_path}", "--format=json").stdout)
+    assert found["fits"]
+    assert found["collectives"]["all-reduce"]["bytes"] >= found["memory"]["parameters"]
+    assert found["bound_by"] in ("memory", "network")  # its products are the least of it

@@ -1,0 +1,247 @@
+"""Evaluation is exact: every example counts once, on any number of devices and for any batch size."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from cases import thorough
+from tolerance import rounding
+
+import launch
+from imgclf_jax import metrics
+from imgclf_jax.core import sharding
+from imgclf_jax.data import sources
+from imgclf_jax.loading import restore
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.checkpoint import Checkpoints
+from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.run.writers import read_metrics
+from imgclf_jax.scores import classification as scores
+from imgclf_jax.train.evaluation import evaluate
+
+pytestmark = pytest.mark.optimized
+
+N = 2_000
+CLOSE = rounding(12 * 12 + 32 + 4 + 10)  # two dense layers and the cross-entropy
+FAKE = (f"--config.data.source=fake({N}, (12, 12, 1), 10)", "--config.data.train=train[:50%]",
+        "--config.preprocess=decode(1)", "--config.augment=pad_crop(1)|normalize", "--config.model=mlp(widths=(32,))",
+        "--config.batch_size=200", "--config.log_every=5 steps", "--config.eval_every=5 steps",
+        "--config.checkpoint_every=5 steps")  # fmt: skip
+# The rate of the second half ruins what the first has learned.
+RISE_AND_FALL = ("--config.total=20 steps", "--config.checkpoint.best=test/accuracy",
+                 "--config.schedule=step(5e-3, at=('50%',), factor=1e3)")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Workdir:
+    """A run on eight devices whose best checkpoint is not its latest."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    assert launch.main([f"--workdir={workdir}", *FAKE, *RISE_AND_FALL]) == 0
+    return Workdir(workdir)
+
+
+@pytest.fixture(scope="module")
+def counted(trained) -> dict:
+    """The sums over all test examples of the best checkpoint, by a plain loop in NumPy."""
+    programs, state, _ = restore(trained.load_config(), trained, "best")
+    source = sources.open_splits(trained.load_config().data.source)["test"]
+    total = {"examples": 0, "correct": 0, "top5": 0, "loss": 0.0, "nll": 0.0, "confusion": np.zeros((10, 10), int)}
+    right = []
+    for start in range(0, N, 500):
+        examples = source.read(np.arange(start, start + 500))
+        images, labels = examples["image"].astype(np.float32) / np.float32(255), examples["label"]
+        logits = np.asarray(programs.recipe.model.apply({"params": state.params}, images, train=False), np.float64)
+        for row, label in zip(logits, labels, strict=True):
+            prediction = int(np.argmax(row))
+            total["examples"] += 1
+            total["correct"] += int(prediction == label)
+            right.append(prediction == label)
+            total["top5"] += int(label) in np.argsort(-row)[:5]
+            total["loss"] += np.log(np.exp(row - row.max()).sum()) + row.max() - row[label]
+            total["confusion"][label, prediction] += 1
+    total["nll"] = total["loss"]  # the loss is the plain cross-entropy
+    total["one_right"] = int(np.flatnonzero(right)[0])
+    assert 0.2 < total["correct"] / N < 0.95  # so that being equal says something
+    assert total["correct"] < total["top5"] < N
+    return total
+
+
+def devices(count: int) -> list[jax.Device]:
+    return jax.devices()[:count]
+
+
+@pytest.mark.parametrize(("batch_size", "count"), [(7, 8), *thorough((128, 1), (7, 1), (128, 8), (N, 1), (N, 8))])
+def test_exact(trained, counted, batch_size, count):
+    """Integers are identical and the loss is equal up to rounding, for batch sizes that do not divide the examples."""
+    config = trained.load_config()
+    with config.unlocked():
+        config.batch_size = batch_size
+    programs, _, step = restore(config, trained, "best")
+    programs = Programs(Recipe(config, programs.recipe.data), sharding.make_mesh(devices(count)))
+    checkpoints = Checkpoints(trained.checkpoints, read_only=True)
+    state = checkpoints.restore(step, programs.shape)["state"]  # saved on eight devices
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {count}
+    # The last example, which padding repeats, is one that is classified correctly, so padding would show if counted.
+    place = counted["one_right"] + 1
+    source = sources.take_split(sources.open_splits(config.data.source), f"test[{place}:]+test[:{place}]")
+    images = programs.eval_images(source)
+    sums, predictions = evaluate(programs, state, images)
+    assert predictions is None  # no metric needs them
+    assert {k: int(sums[k]) for k in ("examples", "correct", "top5")} == {
+        k: counted[k] for k in ("examples", "correct", "top5")
+    }
+    np.testing.assert_array_equal(sums["confusion"], counted["confusion"])
+    assert float(sums["loss"]) == pytest.approx(counted["loss"], rel=CLOSE)
+    assert float(sums["nll"]) == pytest.approx(counted["nll"], rel=CLOSE)
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs `evaluate` and returns its standard output."""
+
+    def run(workdir: Path, *argv: str) -> str:
+        capsys.readouterr()
+        assert launch.main(["evaluate", f"--workdir={workdir}", *argv]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.thorough
+def test_json(trained, counted, command):
+    """The counted metrics and confusion, of the best checkpoint where one is kept."""
+    result = json.loads(command(trained.path, "--format=json"))
+    assert list(result) == ["step", "test"]
+    assert result["test"].pop("confusion") == counted["confusion"].tolist()
+    assert result["test"].pop("class_names") == [str(c) for c in range(10)]
+    found = result["test"].pop("scores")
+    assert found["accuracy"]["value"] == pytest.approx(counted["correct"] / N)
+    assert found["accuracy"]["low"] < counted["correct"] / N < found["accuracy"]["high"]
+    assert result["test"] == pytest.approx(metrics.summarize(counted), rel=CLOSE)
+    assert result["test"]["accuracy"] == counted["correct"] / N
+
+
+def test_table(trained, counted, command):
+    """A line for the set and a row a class: how many, recall, precision, what it is most often taken for."""
+    first, *lines = command(trained.path).splitlines()
+    start = next(i for i, line in enumerate(lines) if "│ class " in line.replace("┃", "│"))
+    lines = lines[start:]  # behind the table of scores
+    expected = metrics.summarize(counted)
+    assert first == (
+        f"test: examples {N}  accuracy {expected['accuracy']:.4g}  loss {expected['loss']:.4g}  "
+        f"nll {expected['nll']:.4g}  "
+        f"top5 {expected['top5']:.4g}"
+    )
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    confusion = counted["confusion"]
+    assert len(rows) == 10
+    for i, row in enumerate(rows):
+        others = np.where(np.arange(10) == i, 0, confusion[i])
+        column = confusion[:, i].sum()
+        assert row == [
+            str(i),
+            str(confusion[i].sum()),
+            f"{confusion[i, i] / confusion[i].sum():.4f}",
+            f"{confusion[i, i] / column:.4f}" if column else "",
+            f"{others.argmax()} ({others.max()})" if others.any() else "",
+        ]
+
+
+@pytest.mark.thorough
+def test_many_classes(trained, counted, command, monkeypatch):
+    """Without a confusion matrix one column is missing, which is said; the others are the same."""
+
+    def rows(out):
+        out = out[out.index("┃ class ") :]
+        return [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line[0] == "│"]
+
+    whole = rows(command(trained.path))
+    monkeypatch.setattr(metrics, "CONFUSION_CLASSES", 9)
+    out = command(trained.path)
+    assert rows(out) == [row[:-1] for row in whole]
+    assert "'most often taken for' is left out" in out
+    assert "up to 9 classes only, and these are 10" in out
+    result = json.loads(command(trained.path, "--format=json"))["test"]
+    assert "confusion" not in result
+    assert result["class_names"] == [str(c) for c in range(10)]
+    assert result["class_examples"] == counted["confusion"].sum(1).tolist()
+    assert result["class_predicted"] == counted["confusion"].sum(0).tolist()
+    assert result["class_correct"] == np.diag(counted["confusion"]).tolist()
+
+
+def test_best_latest_and_a_step(trained, command):
+    """The best is what the log says it is; 'latest' and a step are taken at their word."""
+    logged = {r["step"]: r["test/accuracy"] for r in read_metrics(trained.path / "metrics.jsonl") if "test/loss" in r}
+    best = max(logged, key=logged.__getitem__)
+    assert (best, sorted(logged)) == (10, [5, 10, 15, 20])
+    for flags, step in [
+        ([], 10),
+        (["--checkpoint=best"], 10),
+        (["--checkpoint=latest"], 20),
+        (["--checkpoint=15"], 15),
+    ]:
+        result = json.loads(command(trained.path, "--format=json", *flags))
+        assert result["step"] == step
+        assert result["test"]["accuracy"] == logged[step]  # what was logged in training is what is found again
+    assert Checkpoints(trained.checkpoints, read_only=True).steps() == [10, 15, 20]
+
+
+def test_one_more_set(trained, command):
+    """Splits of the run's source and of another one can be named on the command line."""
+    other = f"fake({N}, (12, 12, 1), 10)/train[50%:60%]"
+    flags = ["--config.data.eval.some=test[:123]+train[:77]", f"--config.data.eval.other={other}", "--format=json"]
+    result = json.loads(command(trained.path, *flags))
+    assert list(result) == ["step", "other", "some", "test"]
+    assert [result[name]["examples"] for name in ("test", "some", "other")] == [N, 200, N // 10]
+    assert np.sum(result["some"]["confusion"]) == 200
+
+
+@pytest.mark.thorough
+def test_on_other_devices(trained, tmp_path, monkeypatch, command):
+    """A run on eight devices is evaluated on one, and a run on one on eight, with the same numbers."""
+    make_mesh = sharding.make_mesh
+
+    def use(count: int) -> None:
+        monkeypatch.setattr(sharding, "make_mesh", lambda **_: make_mesh(devices(count)))
+
+    use(1)
+    assert launch.main([f"--workdir={tmp_path}", *FAKE, "--config.total=5 steps"]) == 0
+    for workdir in (trained.path, tmp_path):
+        results = []
+        for count in (1, 8):
+            use(count)
+            results.append(json.loads(command(workdir, "--format=json", "--checkpoint=latest"))["test"])
+        for name in ("loss", "nll"):
+            values = [result.pop(name) for result in results]
+            assert values[0] == pytest.approx(values[1], rel=CLOSE)
+        scores_of = [result.pop("scores") for result in results]
+        for name, ends in scores_of[0].items():  # of probabilities, whose last bits XLA rounds otherwise
+            assert ends == pytest.approx(scores_of[1][name], rel=0, abs=0 if "macro" in name else 1e-6), name
+        assert results[0] == results[1]
+        assert results[0]["accuracy"] == json.loads((workdir / "result.json").read_text())["test"]["accuracy"]
+
+
+def test_scores_and_predictions(trained, tmp_path, capsys):
+    """Scores are those of the predictions that are written; the accuracy is the one that is counted."""
+    file = tmp_path / "all.jsonl"
+    flags = [f"--workdir={trained.path}", "--config.data.eval.test=test[:500]"]
+    assert launch.main(["evaluate", *flags, "--format=json", f"--predictions={file}", "--top_k=10"]) == 0
+    found = json.loads(capsys.readouterr().out)["test"]
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [row["example"] for row in rows] == [f"example {i}" for i in range(500)]
+    assert np.mean([row["correct"] for row in rows]) == found["accuracy"] == found["scores"]["accuracy"]["value"]
+    labels = np.array([int(row["label"]) for row in rows])
+    probabilities = np.zeros((500, 10))
+    for row, of_row in zip(rows, probabilities, strict=True):
+        for rank in range(1, 11):
+            of_row[int(row[f"class_{rank}"])] = row[f"probability_{rank}"]
+    for name, value in scores.score(labels, probabilities).items():
+        assert found["scores"][name]["value"] == pytest.approx(value, abs=1e-12)
+        assert found["scores"][name]["low"] <= value <= found["scores"][name]["high"]
+
+    assert launch.main(["evaluate", *flags]) == 0
+    assert f"macro_f1 │ {found['scores']['macro_f1']['value']:.4f}" in " ".join(capsys.readouterr().out.split())
+    assert launch.main(["evaluate", *flags, "--predictions=x.txt"]) == 1

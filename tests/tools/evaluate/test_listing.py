@@ -1,0 +1,61 @@
+"""Files of predictions, read back by others' readers."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.tools.evaluate import listing
+
+CLASSES = ("cat, tame", 'dog "big"', "é漢")
+LABELS = np.array([2, 0])
+PROBABILITIES = np.array([[0.25, 0.25, 0.5], [0.125, 0.75, 0.125]], np.float32)
+
+
+@pytest.fixture
+def table():
+    return list(listing.rows("test", ["a b.png", "1"], LABELS, PROBABILITIES, CLASSES, 2, 7, "0123abcd"))
+
+
+EXPECTED = [
+    {"set": "test", "example": "a b.png", "label": "é漢", "correct": True, "class_1": "é漢", "probability_1": 0.5,
+     "class_2": "cat, tame", "probability_2": 0.25, "step": 7, "origin": "0123abcd"},
+    {"set": "test", "example": "1", "label": "cat, tame", "correct": False, "class_1": 'dog "big"',
+     "probability_1": 0.75, "class_2": "cat, tame", "probability_2": 0.125, "step": 7, "origin": "0123abcd"},
+]  # fmt: skip
+
+
+def test_rows(table):
+    assert table == EXPECTED
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_what_is_written_is_read_back(tmp_path, table, kind):
+    file = tmp_path / f"predictions.{kind}"
+    listing.check(file)
+    listing.write(file, table)
+    if kind == "csv":
+        with file.open(newline="", encoding="utf-8") as stream:
+            assert list(csv.DictReader(stream)) == [{k: str(v) for k, v in row.items()} for row in EXPECTED]
+    elif kind == "jsonl":
+        assert [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] == EXPECTED
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+        assert parquet.read_table(file).to_pylist() == EXPECTED
+    assert [f.name for f in tmp_path.iterdir()] == [file.name]
+
+
+def test_no_examples(tmp_path):
+    for kind in ("csv", "jsonl"):
+        listing.write(tmp_path / f"x.{kind}", [])
+        assert (tmp_path / f"x.{kind}").read_text(encoding="utf-8").strip() == ""
+
+
+def test_other_files_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"--predictions=.*x.txt: the name must end in .csv, .jsonl or .parquet"):
+        listing.check(tmp_path / "x.txt")
+    monkeypatch.setattr(listing.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match="pyarrow is not installed, which writes Parquet"):
+        listing.check(tmp_path / "x.parquet")

@@ -1,0 +1,254 @@
+"""Grad-CAM, attention rollout and occlusion beside their definitions, in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import thorough
+from flax import linen as nn
+
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.models.backbones import CNN, MLP, RNN
+from imgclf_jax.models.classifier import Classifier
+from imgclf_jax.models.layers import Conv, Dense, mean_pool
+from imgclf_jax.models.resnet import ResNet, ResNetCIFAR
+from imgclf_jax.models.vit import Attention, Mixer, ViT
+from imgclf_jax.tools.explain import attribution
+
+SHAPE = (8, 8, 1)
+LABELS = np.array([2, 0, 1], np.int32)
+
+
+class OneConv(nn.Module):
+    """A user's own network: one layer of feature maps, and their means."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return mean_pool(nn.relu(Conv(4, 3, padding="VALID", name="conv")(x)))
+
+
+class Shared(nn.Module):
+    """One layer that is called twice."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        conv = nn.Conv(1, (3, 3), name="conv")
+        return mean_pool(nn.relu(conv(nn.relu(conv(x)))))
+
+
+class Scanned(nn.Module):
+    """Feature maps inside of a scan, where they cannot be reached, and one layer before it."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        class Step(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return nn.relu(nn.Conv(2, (3, 3), name="conv")(x)), None
+
+        x = nn.Conv(2, (3, 3), name="first")(x)
+        stack = nn.scan(Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return mean_pool(stack(name="steps")(x, None)[0])
+
+
+class Tokens(nn.Module):
+    """A user's own transformer, of two layers, without a class token."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = Conv(8, 4, 4, "VALID", name="patch")(x).reshape(x.shape[0], 4, 8)
+        x = x + Attention(2, name="a")(x)
+        return mean_pool(x + Attention(2, name="b")(Dense(8, name="between")(x)))
+
+
+def scaled(key, images):
+    return images.astype(jnp.float32) / 128 - 1
+
+
+def images(n=3, shape=SHAPE):
+    return np.random.default_rng(0).integers(256, size=(n, *shape), dtype=np.uint8)
+
+
+def made(backbone, classes=3, seed=0, shape=SHAPE):
+    """A classifier and variables that are drawn anew, so that no part of it is zero."""
+    model = Classifier(backbone, classes)
+    variables = model.init(jax.random.key(seed), jnp.zeros((1, *shape)), train=False)
+    leaves, treedef = jax.tree.flatten(variables)
+    rng = np.random.default_rng(seed)
+    return model, jax.tree.unflatten(treedef, [rng.normal(0.1, 0.5, x.shape).astype(np.float32) for x in leaves])
+
+
+def split(variables):
+    return variables["params"], {name: of for name, of in variables.items() if name != "params"}
+
+
+def gradcam(model, variables, x, labels, name="", num_seeds=1):
+    one = variables if num_seeds == 1 else jax.tree.map(lambda x: x[0], variables)
+    layer = attribution.choose_layer(attribution.look(model, one, SHAPE), name)
+    return np.asarray(attribution.make_gradcam(model, scaled, layer, num_seeds)(*split(variables), x, labels))
+
+
+def by_hand(variables, x, labels):
+    """The maps of OneConv before its ReLU: y_c = mean ReLU(A_k) · head, so dy / dA_k = head_kc / places for A_k > 0."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"])
+    kernel, bias, head = *(params["backbone"]["conv"][n] for n in ("kernel", "bias")), params["head"]["kernel"]
+    pixels = x / 128 - 1  # [b, 8, 8, 1]
+    maps = np.zeros((len(x), 6, 6, 4))
+    for i in range(6):
+        for j in range(6):
+            maps[:, i, j] = np.einsum("bhwc,hwck->bk", pixels[:, i : i + 3, j : j + 3], kernel) + bias
+    slopes = (maps > 0) * head[:, labels].T[:, None, None] / 36
+    weights = slopes.mean((1, 2))  # [b, k]
+    return np.maximum((weights[:, None, None] * maps).sum(-1), 0)
+
+
+@pytest.mark.parametrize("form", ["cpu", *thorough("gpu")], indirect=True)
+def test_gradcam_is_its_definition(form):
+    """On a network whose map can be computed by hand, in both forms of the layers, for other classes too."""
+    model, variables = made(OneConv())
+    for labels in (LABELS, LABELS[::-1].copy()):
+        maps = gradcam(model, variables, images(), labels)
+        expected = by_hand(variables, images(), labels)
+        assert maps.shape == (3, 6, 6)
+        assert (expected.max((1, 2)) > 0).sum() >= 2  # so that being equal says something
+        np.testing.assert_allclose(maps, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradcam_of_several_seeds_is_the_mean_of_their_maps():
+    model, first = made(OneConv())
+    second = made(OneConv(), seed=1)[1]
+    both = jax.tree.map(lambda *x: np.stack(x), first, second)
+    expected = np.mean([by_hand(v, images(), LABELS) for v in (first, second)], 0)
+    np.testing.assert_allclose(gradcam(model, both, images(), LABELS, num_seeds=2), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_call_of_a_layer_is_taken():
+    """Its gradient is that of one call: finite differences of the head's logit say so."""
+    model, variables = made(Shared())
+    seen = attribution.look(model, variables, SHAPE)
+    assert [layer.name for layer in seen.spatial] == ["conv", "conv"]
+    x = images(1)
+    [first, last] = (attribution.make_gradcam(model, scaled, layer)(*split(variables), x, LABELS[:1])
+                     for layer in seen.spatial)  # fmt: skip
+    assert attribution.choose_layer(seen, "conv") == seen.spatial[1]
+    bound = model.bind(variables)
+    conv = {"params": variables["params"]["backbone"]["conv"]}
+    a = nn.Conv(1, (3, 3)).apply(conv, nn.relu(nn.Conv(1, (3, 3)).apply(conv, scaled(None, x))))
+    slope = (np.asarray(a) > 0).mean() / 64 * float(bound.variables["params"]["head"]["kernel"][0, 2])
+    np.testing.assert_allclose(np.asarray(last)[0], np.maximum(slope * np.asarray(a)[0, ..., 0], 0), atol=1e-5)
+    assert not np.allclose(first, last)
+
+
+@pytest.mark.parametrize(("backbone", "method", "layer"), [
+    (CNN(widths=(4,)), "gradcam", "block0"),
+    (ResNetCIFAR(depth=8), "gradcam", "layer3_0"),
+    (ResNet(18, remat="block"), "gradcam", "layer1_0"),
+    (Scanned(), "occlusion", "first"),
+    (MLP((4,)), "occlusion", None),
+    (RNN(features=4), "occlusion", None),
+    (Mixer("S", 4), "occlusion", "patch"),
+    (ViT("Ti", 4), "rollout", "patch"),
+    (ViT("Ti", 4, pool="mean", remat="block"), "rollout", "patch"),
+    (Tokens(), "rollout", "patch"),
+])  # fmt: skip
+def test_what_a_network_shows(backbone, method, layer, shallow):
+    """Which method suits it, and its last feature maps of more than one place."""
+    model = attribution.without_remat(Classifier(backbone, 3))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), train=False))
+    seen = attribution.look(model, variables, SHAPE)
+    assert seen.best == method
+    if layer:
+        assert attribution.choose_layer(seen).name == layer
+    else:
+        with pytest.raises(UserError, match="this network has none; --method=occlusion"):
+            attribution.choose_layer(seen)
+    if method != "rollout":
+        with pytest.raises(UserError, match=r"no attention maps|this network has none"):
+            attribution.make_rollout(model, scaled, seen)
+
+
+def test_layers_by_name():
+    seen = attribution.look(*made(CNN(widths=(2, 2), kernel=2)), SHAPE)
+    assert attribution.choose_layer(seen, "block0").shape == (1, 3, 3, 2)
+    with pytest.raises(UserError, match="unknown layer with feature maps 'block3'"):
+        attribution.choose_layer(seen, "block3")
+
+
+def attention_of(variables, name, tokens):
+    """A layer's maps by the definition of attention, [b, heads, n, n], and what it gives; two heads."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"]["backbone"][name])
+    b, n, d = tokens.shape
+    qkv = tokens @ params["qkv"]["kernel"] + params["qkv"]["bias"]
+    q, k, v = qkv.reshape(b, n, 3, 2, d // 2).transpose(2, 0, 3, 1, 4)  # [b, heads, n, d / heads]
+    scores = np.exp(q @ k.swapaxes(2, 3) / np.sqrt(d // 2))
+    maps = scores / scores.sum(-1, keepdims=True)
+    y = (maps @ v).transpose(0, 2, 1, 3).reshape(b, n, d)
+    return maps, y @ params["proj"]["kernel"] + params["proj"]["bias"]
+
+
+@pytest.mark.thorough
+def test_rollout_is_its_definition(form):
+    """A user's own network without a class token: the product of (mean over heads + identity) / 2, from its weights."""
+    model, variables = made(Tokens())
+    seen = attribution.look(model, variables, SHAPE)
+    maps = attribution.make_rollout(model, scaled, seen)(*split(variables), images(), LABELS)
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"]["backbone"])
+    patches = (images() / 128 - 1).reshape(3, 2, 4, 2, 4, 1).transpose(0, 1, 3, 2, 4, 5).reshape(3, 4, 16)
+    x = patches @ params["patch"]["kernel"].reshape(16, 8) + params["patch"]["bias"]
+    first, y = attention_of(variables, "a", x)
+    x = x + y
+    second, _ = attention_of(variables, "b", x @ params["between"]["kernel"] + params["between"]["bias"])
+    flows = [m.mean(1) / 2 + np.eye(4) / 2 for m in (first, second)]
+    expected = (flows[1] @ flows[0]).mean(1).reshape(3, 2, 2)
+    np.testing.assert_allclose(maps, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(maps).sum((1, 2)), 1, rtol=1e-5)
+
+
+@pytest.mark.thorough
+def test_rollout_of_a_vit_begins_at_the_class_token(shallow, monkeypatch):
+    """From the maps that it shows, in the order of its blocks, of which there are more than ten."""
+    from imgclf_jax.models import vit
+
+    monkeypatch.setitem(vit._VIT, "Ti", (8, 11, 2))
+    model, variables = made(ViT("Ti", 4))
+    seen = attribution.look(model, variables, SHAPE)
+    maps = attribution.make_rollout(model, scaled, seen)(*split(variables), images(), LABELS)
+    shown = model.apply(variables, scaled(None, images()), train=False, mutable=["intermediates"])[1]
+    flow = np.eye(5)
+    for i in range(11):
+        each = np.asarray(shown["intermediates"]["backbone"][f"block{i}"]["attn"]["attention"][0], np.float64)
+        flow = (each.mean(1) + np.eye(5)) / 2 @ flow
+    np.testing.assert_allclose(np.asarray(maps).reshape(3, 4), flow[:, 0, 1:], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "window"), [((6, 9, 3), 0), ((7, 7, 1), 3), ((5, 5, 1), 1), ((4, 6, 2), 4)])
+def test_occlusion_is_a_loop_over_squares(shape, window):
+    """For each pixel the mean fall over all squares that hold it, of two images at once for two labels."""
+    pair = images(2, shape)
+    weights = np.random.default_rng(1).normal(size=(np.prod(shape), 3))
+
+    def predict(batch):
+        assert len(batch) <= 5
+        scores = np.exp(batch.reshape(len(batch), -1) / 255 @ weights)
+        return scores / scores.sum(-1, keepdims=True)
+
+    found = attribution.occlusion(predict, pair, np.array([2, 0]), window, size=5)
+    side = window or 2  # more than a seventh of six pixels, which is one
+    step = max(1, side // 2)
+    tops, lefts = ([*range(0, n - side, step), n - side] for n in shape[:2])
+    for image, label, own in zip(pair, (2, 0), found, strict=True):
+        falls = [[[] for _ in range(shape[1])] for _ in range(shape[0])]
+        for top in tops:
+            for left in lefts:
+                covered = image.copy()
+                covered[top : top + side, left : left + side] = np.round(image.mean((0, 1)))
+                fall = predict(image[None])[0, label] - predict(covered[None])[0, label]
+                for i in range(top, top + side):
+                    for j in range(left, left + side):
+                        falls[i][j].append(fall)
+        np.testing.assert_allclose(own, [[np.mean(of) for of in row] for row in falls], rtol=1e-9, atol=1e-12)
+
+
+def test_a_square_larger_than_the_image():
+    with pytest.raises(UserError, match="--window=9: the image is 8 by 8 pixels for the network; give 1 to 8"):
+        attribution.occlusion(lambda batch: np.ones((len(batch), 2)), images(1), np.zeros(1, int), 9)

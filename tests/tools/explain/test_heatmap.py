@@ -1,0 +1,83 @@
+"""Pictures of heat maps: their colours, their scale, and what lies where."""
+
+import numpy as np
+import pytest
+
+from imgclf_jax.tools.explain import heatmap
+
+BACKGROUND = (255, 255, 255)
+
+
+def lightness(rgb):
+    """CIE L* of sRGB, from the definition."""
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    y = linear @ [0.2126, 0.7152, 0.0722]
+    return np.where(y > (6 / 29) ** 3, 116 * np.cbrt(y) - 16, y * (29 / 3) ** 3)
+
+
+def test_the_colours_grow_lighter_evenly():
+    rgb = heatmap.colours(np.linspace(0, 1, 101)) / 255
+    steps = np.diff(lightness(rgb))
+    assert steps.min() > 0
+    assert steps.max() < 2.2 * steps.mean()
+    colormaps = pytest.importorskip("matplotlib", reason="it comes with the extra `plot`").colormaps
+    np.testing.assert_allclose(rgb, colormaps["viridis"](np.linspace(0, 1, 101))[:, :3], atol=0.03)
+    np.testing.assert_array_equal(heatmap.colours(np.array([-1.0, 2.0])), heatmap.COLOURS[[0, -1]].astype(np.uint8))
+
+
+def test_scale():
+    values = np.array([[-1.0, 0.0], [1.0, 3.0]])
+    np.testing.assert_allclose(heatmap.scaled(values, signed=False), [[0, 0.25], [0.5, 1]])
+    np.testing.assert_allclose(heatmap.scaled(values, signed=True), [[0, 0], [1 / 3, 1]])
+    for values, signed in ((np.zeros((2, 2)), False), (np.full((2, 2), -1.0), True)):
+        assert heatmap.scaled(values, signed).tolist() == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize(("at", "shape", "words"), [
+    ((0, 0), (3, 3), "the upper left"), ((0, 8), (9, 9), "the upper right"), ((1, 4), (9, 9), "the top"),
+    ((3, 0), (7, 7), "the left side"), ((6, 6), (14, 14), "the middle"), ((1, 6), (2, 8), "the lower right"),
+])  # fmt: skip
+def test_place_in_words(at, shape, words):
+    values = np.full(shape, -1.0)
+    values[at] = 2.0
+    assert heatmap.place(values, signed=False) == heatmap.place(values, signed=True) == words
+
+
+def test_place_of_equal_values():
+    """It is in their middle; nothing stands out where all are equal, or, of a signed map, where none is above 0."""
+    values = np.zeros((6, 6))
+    values[2:4] = 1
+    assert heatmap.place(values, signed=False) == "the middle"
+    assert heatmap.place(np.ones((6, 6)), signed=False) == ""
+    assert heatmap.place(-values, signed=True) == ""
+    assert heatmap.place(-values, signed=False) != ""
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_the_image_is_beside_the_map_over_it(channels):
+    """Pixels of the enlarged image are its own; the hot corner of the map is yellow, the others are violet."""
+    image = np.full((8, 12, channels), 100, np.uint8)
+    image[2, 3] = 200
+    values = np.zeros((2, 2))
+    values[1, 1] = 5
+    picture = np.asarray(heatmap.draw(image, values, False, ["a title", "of two lines"]))
+    same = (picture == 100).all(-1)
+    dark = np.flatnonzero(same.sum(1) > 99)  # rows; those of the title have few such pixels
+    top, left = dark[0], np.flatnonzero(same.sum(0) > 99)[0]
+    assert (picture[top : top + 8 * 32, left : left + 12 * 32].reshape(8, 32, 12, 32, 3)[2, :, 3] == 200).all()
+    assert len(dark) == 8 * 32
+    right = left + 12 * 32 + 12  # where the map begins
+    grey = 0.45 * 100
+    np.testing.assert_allclose(picture[top, right], grey + 0.55 * heatmap.COLOURS[0], atol=1)
+    np.testing.assert_allclose(picture[top + 255, right + 383], grey + 0.55 * heatmap.COLOURS[-1], atol=1)
+    bar = right + 384 + 12
+    np.testing.assert_array_equal(picture[top, bar], heatmap.COLOURS[-1])
+    np.testing.assert_array_equal(picture[top + 255, bar], heatmap.COLOURS[0])
+    assert (picture[:top] != BACKGROUND).any()  # the title
+
+
+def test_a_large_image_keeps_its_pixels():
+    image = np.random.default_rng(0).integers(256, size=(300, 260, 3), dtype=np.uint8)
+    picture = np.asarray(heatmap.draw(image, np.ones((3, 3)), False, ["x" * 300]))
+    [place] = [i for i in range(picture.shape[0] - 300) if (picture[i : i + 300, 12:272] == image).all()]
+    assert place > 3 * 20  # the long title takes several lines

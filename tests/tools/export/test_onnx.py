@@ -1,0 +1,76 @@
+"""A model as ONNX: onnxruntime gives what the run itself gives, for any number of images and every backbone."""
+
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+from test_stablehlo import SPECS, programs_images
+
+import launch
+from imgclf_jax.config import default_config
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.provenance import DataInfo
+from imgclf_jax.tools.export import onnx
+from imgclf_jax.trained import Trained
+
+INSTALLED = all(importlib.util.find_spec(name) for name in ("jax2onnx", "onnxruntime"))
+needs_onnx = pytest.mark.skipif(not INSTALLED, reason="jax2onnx and onnxruntime come with the extra `onnx`")
+
+
+def made(spec, tta=""):
+    """(an untrained model of the spec, images)."""
+    size, channels = SPECS[spec]
+    config = default_config()
+    config.model, config.augment, config.tta = spec, "normalize(0.5, 0.25)", tta
+    config.preprocess = f"decode({channels})"
+    recipe = Recipe(config, DataInfo(64, (size, size, channels), tuple("abcde"), "-"))
+    programs = Programs(recipe)
+    images = np.random.default_rng(1).integers(256, size=(8, size, size, channels), dtype=np.uint8)
+    return Trained(programs, programs.init(images=programs_images(recipe, images))["state"], 0), images
+
+
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of jax2onnx
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_backbone(spec):
+    import onnxruntime
+
+    model, images = made(spec)
+    content, difference = onnx.archive(model, "predict")
+    assert difference < 1e-5
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    for n in (1, 7):
+        [found] = session.run(None, {"images": images[:n]})
+        np.testing.assert_allclose(found, model.predict(images[:n]), rtol=0, atol=1e-5)
+    assert session.get_modelmeta().custom_metadata_map["class_names"].split("\n") == list("abcde")
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(INSTALLED, reason="it is installed")
+def test_what_is_missing_is_said_before_anything_is_computed(tmp_path, capsys):
+    flags = ["--config.total=2 steps", "--config.model=mlp(widths=(4,))", "--config.schedule=constant(1e-2)"]
+    assert launch.main([*flags, f"--workdir={tmp_path / 'run'}", "--config.eval_every="]) == 0
+    assert launch.main(["export", f"--workdir={tmp_path / 'run'}", str(tmp_path / "a.onnx")]) == 1
+    assert (
+        "jax2onnx and onnxruntime not installed; run it as `uv run --isolated --extra onnx" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(("channels", "padding"), [(3, 0), (3, 1)])
+def test_the_flattened_function_is_the_same(channels, padding):
+    """Calls are written out, dead operations dropped, padding and pooling put otherwise: the values stay."""
+    from imgclf_jax.models.layers import max_pool
+
+    @jax.jit
+    def inner(x):
+        jax.random.split(jax.random.key(0))  # nothing depends on it
+        return max_pool(jax.numpy.pad(x, ((0, 0), (1, 2), (0, 0), (0, 1))), 3, 2, padding) * 2
+
+    x = np.random.default_rng(0).standard_normal((2, 9, 8, channels)).astype(np.float32)
+    flat = onnx._flat(lambda x: inner(x) - 1, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    np.testing.assert_array_equal(flat(x), inner(x) - 1)
+    names = {e.primitive.name for e in jax.make_jaxpr(flat)(x).jaxpr.eqns}
+    assert "random_split" not in names

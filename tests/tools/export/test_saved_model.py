@@ -1,0 +1,148 @@
+"""A model as a SavedModel: TensorFlow alone runs it, for any number of images, and gives what the run itself gives."""
+
+import datetime
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from test_onnx import made
+from test_stablehlo import SPECS, run  # noqa: F401
+
+import imgclf_jax
+import launch
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.tools.export import saved_model
+
+# Reads the folders by the lines that `export` prints, where neither this package nor JAX can be imported.
+READER = """
+import sys
+for name in ("imgclf_jax", "jax", "jaxlib", "flax"):
+    sys.modules[name] = None
+import numpy as np
+{loader}
+images = np.load("images.npy")
+for name in sys.argv[1:]:
+    output = name.partition(".")[0]
+    function = tf.saved_model.load(name).signatures["serving_default"]
+    for n in (1, 5):
+        np.save(f"{{output}}{{n}}.npy", function(images=images[:n])[output].numpy())
+print(classes)
+"""
+
+
+@pytest.mark.thorough
+def test_the_printed_lines_load_it_without_this_package_and_jax(run, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """Probabilities of the ensemble of two seeds, and the logits of each, for one image and for five."""
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert launch.main(["export", "probabilities.savedmodel", f"--workdir={run}"]) == 0
+    first, second, _, loader = capsys.readouterr().out.split("\n", 3)
+    assert first.endswith("probabilities of uint8 images [b, 28, 28, 1], for cpu, cuda, tpu")
+    assert second.startswith("TensorFlow gives the same on five random images, up to ")
+    assert launch.main(["export", "logits.savedmodel", "--gives=logits", f"--workdir={run}"]) == 0
+    images = np.random.default_rng(0).integers(256, size=(5, 28, 28, 1), dtype=np.uint8)
+    np.save("images.npy", images)
+    folders = ["probabilities.savedmodel", "logits.savedmodel"]
+    done = subprocess.run(
+        [sys.executable, "-c", READER.format(loader=loader), *folders], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{[str(c) for c in range(10)]}\n"
+    model = imgclf_jax.load(run)
+    for n in (1, 5):
+        np.testing.assert_allclose(np.load(f"probabilities{n}.npy"), model.predict(images[:n]), rtol=0, atol=1e-5)
+        logits = np.load(f"logits{n}.npy")
+        assert logits.shape == (2, n, 10)
+        np.testing.assert_allclose(logits, model.logits(images[:n]), rtol=1e-5, atol=1e-5)
+    described = json.loads((tmp_path / "logits.savedmodel" / "assets.extra" / "metadata.json").read_text())
+    assert (described["gives"], described["images"], described["host_ops"], described["step"]) == (
+        "logits", {"dtype": "uint8", "shape": ["b", 28, 28, 1]}, "decode(1)|resize(28)", 20)  # fmt: skip
+    assert described["output"]["shape"] == [2, "b", 10]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*folders, "images.npy", "logits1.npy",
+           "logits5.npy", "probabilities1.npy", "probabilities5.npy"])  # fmt: skip
+
+
+@pytest.mark.thorough
+def test_weights_are_variables(run, tmp_path):  # noqa: F811
+    """So no model is too large: a graph, which holds the rest, ends at 2 GB. They are as they were, by their names."""
+    import tensorflow as tf
+
+    model = imgclf_jax.load(run)
+    saved_model.write(model, "predict", tmp_path / "a.savedmodel", datetime.date(2026, 1, 1))
+    found = {
+        name: variable.numpy() for name, variable in tf.saved_model.load(tmp_path / "a.savedmodel").weights.items()
+    }
+    own = model.state.params
+    assert sorted(found) == ["params/backbone/dense0/bias", "params/backbone/dense0/kernel", "params/head/bias",
+                             "params/head/kernel"]  # fmt: skip
+    np.testing.assert_array_equal(found["params/head/kernel"], own["head"]["kernel"])
+    kernel = np.asarray(own["backbone"]["dense0"]["kernel"])
+    assert kernel.nbytes > 20_000
+    assert kernel[0].tobytes() not in (tmp_path / "a.savedmodel" / "saved_model.pb").read_bytes()
+
+
+def test_one_that_is_there_is_replaced_once_the_new_one_is_right(run, tmp_path, monkeypatch):  # noqa: F811
+    model, folder = imgclf_jax.load(run), tmp_path / "a.savedmodel"
+    today = datetime.date(2026, 1, 1)
+    saved_model.write(model, "predict", folder, today)
+    (folder / "assets.extra" / "mine.txt").write_text("mine")
+    before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(saved_model.compared, "_CLOSE", -1.0)  # as if TensorFlow computed something else
+        with pytest.raises(UserError, match="TensorFlow's outputs differ"):
+            saved_model.write(model, "features", folder, today)
+    assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
+    saved_model.write(model, "features", folder, today)
+    assert not (folder / "assets.extra" / "mine.txt").exists()
+    assert json.loads((folder / "assets.extra" / "metadata.json").read_text())["gives"] == "features"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_what_is_no_saved_model_stays(run, tmp_path, capsys):  # noqa: F811
+    folder = tmp_path / "a.savedmodel"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    capsys.readouterr()
+    assert launch.main(["export", str(folder), f"--workdir={run}"]) == 1
+    assert "is there already and is no SavedModel" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_operations_that_tensorflow_does_not_know_are_said(run, tmp_path, monkeypatch):  # noqa: F811
+    exported = export.export(jax.jit(lambda x: x.astype(jnp.float8_e3m4).astype(jnp.float32)))(
+        jax.ShapeDtypeStruct((2,), np.float32)
+    )
+    with pytest.raises(UserError, match=r"operation vhlo.convert_v1 is newer than StableHLO 0\.9\.0"):
+        saved_model.portable(exported)
+    monkeypatch.setattr(saved_model, "portable", lambda exported: b"no module")
+    with pytest.raises(UserError, match=r"TensorFlow .* cannot run model='mlp\(widths=\(8,\)\)'; export it as"):
+        saved_model.write(imgclf_jax.load(run), "predict", tmp_path / "a.savedmodel", datetime.date(2026, 1, 1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_composite_operations_are_calls():
+    """The error function of GELU is one: TensorFlow cannot put the number of images into it."""
+    (b,) = export.symbolic_shape("b")
+    exported = export.export(jax.jit(jax.lax.erf))(jax.ShapeDtypeStruct((b, 3), np.float32))
+    assert "composite" in exported.mlir_module()
+    assert b"composite" not in saved_model.portable(exported)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_backbone(spec, tmp_path):
+    """With views at test time, loaded by TensorFlow in this process."""
+    import tensorflow as tf
+
+    model, images = made(spec, "flip")
+    folder = tmp_path / "a.savedmodel"
+    _, difference = saved_model.write(model, "predict", folder, datetime.date(2026, 1, 1))
+    assert difference < 1e-5
+    function = tf.saved_model.load(folder).signatures["serving_default"]
+    found = function(images=images[:7])["probabilities"]  # `write` has compared five
+    np.testing.assert_allclose(found, model.predict(images[:7]), rtol=0, atol=1e-5)

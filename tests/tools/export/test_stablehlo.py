@@ -1,0 +1,124 @@
+"""A model as StableHLO: JAX alone runs the file, for any number of images, and gives what the run itself gives."""
+
+import datetime
+import io
+import json
+import subprocess
+import sys
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from jax import export
+
+import imgclf_jax
+import launch
+from imgclf_jax.config import default_config
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.provenance import DataInfo
+from imgclf_jax.tools.export import stablehlo
+from imgclf_jax.trained import Trained
+
+FLAGS = ["--config.total=20 steps", "--config.model=mlp(widths=(8,))", "--config.schedule=constant(1e-2)",
+         "--config.eval_every="]  # fmt: skip
+# Reads the file by the lines that `export` prints, where this package cannot be imported.
+READER = """
+import sys
+sys.modules["imgclf_jax"] = sys.modules["flax"] = sys.modules["optax"] = None
+import numpy as np
+{loader}
+images = np.load(sys.argv[1])
+np.save(sys.argv[2], np.asarray(jax.jit(model.call)(images)))
+print(classes)
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("digits") / "run"
+    assert launch.main([*FLAGS, f"--workdir={workdir}", "--config.num_seeds=2"]) == 0
+    return workdir
+
+
+@pytest.mark.thorough
+def test_the_printed_lines_load_it_without_this_package(run, tmp_path, capsys):
+    """Probabilities of the ensemble of two seeds, for another number of images than any that was traced."""
+    file = tmp_path / "digits.stablehlo"
+    capsys.readouterr()
+    assert launch.main(["export", str(file), f"--workdir={run}"]) == 0
+    out = capsys.readouterr().out
+    first, until, _, loader = out.split("\n", 3)
+    assert first.endswith("probabilities of uint8 images [b, 28, 28, 1], for cpu, cuda, tpu")
+    last = (datetime.date.today() + datetime.timedelta(days=180)).isoformat()
+    assert last in until
+    images = np.random.default_rng(0).integers(256, size=(5, 28, 28, 1), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", READER.format(loader=loader), "images.npy", "out.npy"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{[str(c) for c in range(10)]}\n"
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), imgclf_jax.load(run).predict(images), rtol=0, atol=1e-5)
+    described = json.loads(zipfile.ZipFile(file).read("metadata.json"))
+    assert described["class_names"] == [str(c) for c in range(10)]
+    assert (described["images"], described["host_ops"], described["step"]) == (
+        {"dtype": "uint8", "shape": ["b", 28, 28, 1]}, "decode(1)|resize(28)", 20)  # fmt: skip
+    assert (described["output"]["shape"], described["loads_until"]) == (["b", 10], last)
+
+
+@pytest.mark.parametrize("gives", ["logits", "features"])
+def test_logits_and_features_of_each_seed(run, gives):
+    model = imgclf_jax.load(run)
+    content, described = stablehlo.archive(model, gives, datetime.date(2026, 1, 1))
+    assert content == stablehlo.archive(model, gives, datetime.date(2026, 1, 1))[0]  # the same model, the same bytes
+    exported = export.deserialize(bytearray(zipfile.ZipFile(io.BytesIO(content)).read("model.stablehlo")))
+    images = np.random.default_rng(0).integers(256, size=(3, 28, 28, 1), dtype=np.uint8)
+    np.testing.assert_allclose(exported.call(images), getattr(model, gives)(images), rtol=1e-5, atol=1e-5)
+    assert described["output"]["shape"] == [2, "b", {"logits": 10, "features": 8}[gives]]
+
+
+SPECS = {"cnn(widths=(4, 8), hidden=8)": (28, 1), "rnn": (12, 1), "resnet(18)": (32, 3), "resnet_cifar(8)": (16, 3),
+         "wide_resnet(10, 1)": (16, 3), "convnext('T')": (32, 3), "vit('Ti', patch=8)": (16, 3),
+         "mixer('S', patch=8)": (16, 3), "airbench": (32, 3)}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_backbone(spec):
+    """With views at test time; the program for CPU and the file's own form agree, whatever the number of images."""
+    size, channels = SPECS[spec]
+    config = default_config()
+    config.model, config.augment, config.tta = spec, "normalize(0.5, 0.25)", "flip"
+    config.preprocess = f"decode({channels})"
+    recipe = Recipe(config, DataInfo(64, (size, size, channels), tuple("abcde"), "-"))
+    programs = Programs(recipe)
+    images = np.random.default_rng(0).integers(256, size=(8, size, size, channels), dtype=np.uint8)
+    state = programs.init(images=programs_images(recipe, images))["state"]
+    model = Trained(programs, state, 0)
+    exported = export.deserialize(stablehlo.program(model, "predict").serialize())
+    assert exported.platforms == stablehlo.PLATFORMS
+    np.testing.assert_allclose(exported.call(images), model.predict(images), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(exported.call(images[:3]), model.predict(images[:3]), rtol=0, atol=1e-5)
+
+
+def programs_images(recipe, images):
+    """What a backbone that begins from images is given."""
+    if not hasattr(recipe.model.backbone, "init_on_images"):
+        return None
+    return np.asarray(jax.jit(lambda x: recipe.augment(train=False)(None, x))(np.tile(images, (8, 1, 1, 1))))
+
+
+def test_mistakes(run, tmp_path, capsys):
+    for words, message in [
+        ([str(tmp_path / "a.pt")], "the suffix says the kind: .stablehlo, .savedmodel, .onnx, .safetensors"),
+        ([str(tmp_path / "none" / "a.stablehlo")], "there is no folder"),
+        ([], "name the file to write"),
+        ([str(tmp_path / "a.safetensors"), "--names=timm"], "unknown names of a MLP 'timm'"),
+    ]:
+        capsys.readouterr()
+        assert launch.main(["export", f"--workdir={run}", *words]) == 1
+        assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,101 @@
+"""Weights for PyTorch: names and layouts are those of the published models, of which the fixtures list every array."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import imgclf_jax
+import launch
+from imgclf_jax.core import tree
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.models import classifier, convnext, resnet, vit
+from imgclf_jax.tools.export import torch_state
+from imgclf_jax.weights import files, torch_names
+
+FIXTURES = Path(__file__).parents[1] / "weights" / "fixtures"
+MODELS = json.loads((FIXTURES / "torch_models.json").read_text())
+# Whose names a fixture has, by its own name; the authors' of ConvNeXt are imported only.
+WHOSE = {name: whose for name in MODELS for whose in ("torchvision", "timm", "akamaster", "xternalz") if whose in name}
+
+
+def drawn(label, shape):
+    """Different numbers for each array, so that no two can be mistaken for each other."""
+    rng = np.random.default_rng(list(label.encode()))
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow if "full" in name else ()) for name in WHOSE
+])  # fmt: skip
+def test_it_is_the_inverse_of_what_is_imported(name, monkeypatch):
+    """Arrays by PyTorch's names, taken into our model and written again: the same names, shapes and values."""
+    for depth in (18, 50) if "full" not in name else ():
+        monkeypatch.setitem(resnet._STAGES, depth, (1, 2, 1, 1))
+    if "full" not in name:
+        monkeypatch.setitem(convnext._VARIANTS, "T", ((1, 2, 1, 1), (8, 16, 24, 32)))
+        monkeypatch.setitem(vit._VIT, "Ti", (48, 2, 3))
+        monkeypatch.setitem(vit._MIXER, "S", (48, 2, 24, 192))
+    fixture = MODELS[name]
+    model = classifier.build(fixture["model"], fixture["classes"], "float32")
+    shape = (fixture["size"], fixture["size"], 3)
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *shape))))
+    own = dict(tree.named_leaves(variables))
+    theirs = {label: drawn(label, tuple(shape)) for label, shape in fixture["shapes"].items()}
+    taken = {}
+    for label, array in theirs.items():
+        place = torch_names.own_name(model.backbone, label, own)
+        taken[place] = torch_names.own_layout(array, place, own[place].shape)
+    written = torch_state.state_dict(model.backbone, tree.replace(variables, taken), WHOSE[name], shape)
+    counts = {label for label in written if label.endswith("num_batches_tracked")}
+    assert written.keys() - counts == theirs.keys()
+    assert {label.rpartition(".")[0] for label in counts} == {
+        label.rpartition(".")[0] for label in theirs if label.endswith("running_mean")}  # fmt: skip
+    for label, array in theirs.items():
+        np.testing.assert_array_equal(written[label], array, err_msg=label)
+        assert written[label].flags.c_contiguous
+
+
+def test_fixed_positions_are_written_and_odd_layers_are_refused():
+    """timm's ViT has positions as parameters; it has no layer that is called as our `representation`."""
+    model = classifier.build("vit('Ti', patch=8, positions='sincos', pool='mean')", 5, "float32")
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 16, 24, 3))))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables)
+    written = torch_state.state_dict(model.backbone, zeros, "timm", (16, 24, 3))
+    np.testing.assert_array_equal(written["pos_embed"], vit.sincos_positions(2, 3, 192)[None])
+    with pytest.raises(UserError, match="allowed: own, timm, torchvision"):
+        torch_state.naming(model.backbone, "akamaster")
+    assert torch_state.naming(classifier.build("mlp", 5, "float32").backbone) == "own"
+
+
+FLAGS = ["--config.total=2 steps", "--config.preprocess=decode(3)", "--config.data.source=fake(64, (12, 12, 3), 4)",
+         "--config.schedule=constant(1e-2)", "--config.eval_every=", "--config.batch_size=16"]  # fmt: skip
+
+
+@pytest.mark.thorough
+def test_a_file_is_read_back_as_weights(tmp_path, capsys):
+    """By `init_from`: the run and the file have the same metrics."""
+    run, file, flags = tmp_path / "run", tmp_path / "a.safetensors", [*FLAGS, "--config.model=resnet_cifar(8)"]
+    assert launch.main([*flags, f"--workdir={run}"]) == 0
+    assert launch.main(["export", str(file), f"--workdir={run}"]) == 0
+    assert "by the names of akamaster" in capsys.readouterr().out
+    kernel = np.asarray(imgclf_jax.load(run).state.params["head"]["kernel"])
+    np.testing.assert_array_equal(files.read(file, lambda label, shape: True)["linear.weight"], kernel.T)
+    assert launch.main(["evaluate", f"--config.init_from={file}", *flags, "--format=json"]) == 0
+    from_file = json.loads(capsys.readouterr().out)
+    assert launch.main(["evaluate", f"--workdir={run}", "--format=json"]) == 0
+    assert from_file["test"] == json.loads(capsys.readouterr().out)["test"]
+
+
+@pytest.mark.thorough
+def test_several_seeds_are_a_file_each(tmp_path):
+    run, flags = tmp_path / "run", [*FLAGS, "--config.model=mlp(widths=(4,))", "--config.num_seeds=2"]
+    assert launch.main([*flags, f"--workdir={run}", "--config.seed=5"]) == 0
+    assert launch.main(["export", str(tmp_path / "a.safetensors"), f"--workdir={run}"]) == 0
+    kernels = np.asarray(imgclf_jax.load(run).state.params["head"]["kernel"])
+    for seed, kernel in zip((5, 6), kernels, strict=True):
+        read = files.read(tmp_path / f"a.seed{seed}.safetensors", lambda label, shape: True)
+        np.testing.assert_array_equal(read["head.weight"], kernel.T)

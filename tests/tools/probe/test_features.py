@@ -1,0 +1,287 @@
+"""`launch.py features`, `probe` and `explain`: what they write and print of a trained run, and of weights."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+
+import imgclf_jax
+import launch
+from imgclf_jax.data import sources
+from imgclf_jax.tools.explain import attribution, explanations, heatmap
+from imgclf_jax.tools.probe import command as probe
+
+FLAGS = ["--config.total=60 steps", "--config.model=cnn(widths=(4,), hidden=8)", "--config.schedule=constant(1e-2)",
+         "--config.preprocess=decode(1)", "--config.eval_every=", "--config.checkpoint_every=",
+         "--config.augment=normalize"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, one_device):
+    workdir = tmp_path_factory.mktemp("digits") / "run"
+    assert launch.main([*FLAGS, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory, one_device):
+    """A run of two seeds."""
+    workdir = tmp_path_factory.mktemp("seeds") / "run"
+    assert launch.main([*FLAGS, f"--workdir={workdir}", "--config.num_seeds=2"]) == 0
+    return workdir
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """Digits of three classes in folders that are called so, one in another folder, and a broken one."""
+    monkeypatch.chdir(tmp_path)
+    examples = sources.digits()["test"].read(np.arange(6))
+    for i, (image, label) in enumerate(zip(examples["image"], examples["label"], strict=True)):
+        folder = tmp_path / "photos" / (str(label) if i else "unknown")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).save(folder / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def load(file):
+    with np.load(file) as arrays:
+        return dict(arrays)
+
+
+@pytest.mark.thorough
+def test_features_of_the_evaluation_sets_and_of_a_split(run, tmp_path):
+    """Those that the library gives of the same images, in their order, with their labels."""
+    test = sources.digits()["test"]
+    expected = test.read(np.arange(360))
+    model = imgclf_jax.load(run)
+    assert launch.main(["features", f"--workdir={run}", f"--output={tmp_path / 'a.npz'}"]) == 0
+    found = load(tmp_path / "a.npz")
+    np.testing.assert_allclose(found["features"], model.features(expected["image"]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found["labels"], expected["label"])
+    assert found["names"].tolist() == [str(i) for i in range(360)]
+    assert set(found["sets"]) == {"test"}
+    assert found["class_names"].tolist() == list("0123456789")
+    flags = ["features", f"--workdir={run}", f"--output={tmp_path / 'b.npz'}", "--split=test[5:9]"]
+    assert launch.main(flags) == 0
+    np.testing.assert_array_equal(load(tmp_path / "b.npz")["features"], found["features"][5:9])
+
+
+def test_an_evaluation_set_that_has_changed_is_named(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    provenance = json.loads((copy / "provenance.json").read_text())
+    (copy / "provenance.json").write_text(json.dumps(provenance | {"evals": {"test": "another"}}))
+    assert launch.main(["features", f"--workdir={copy}", f"--output={tmp_path}/test.npz"]) == 0
+    assert "the evaluation set test has changed since training" in capsys.readouterr().err
+
+
+def test_features_of_files(run, photos, tmp_path, capsys):
+    """Folders give labels where they are called as a class is; a broken image is left out, named, and status 1."""
+    (photos / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert launch.main(["features", "photos", f"--workdir={run}", "--output=a.npz"]) == 1
+    out, err = capsys.readouterr()
+    assert "a.npz: features of 6 images" in out
+    assert "error: photos/broken.png: " in err
+    assert "error: 1 of 7 images are left out" in err
+    found = load(tmp_path / "a.npz")
+    places = {name: i for i, name in enumerate(found["names"].tolist())}
+    examples = sources.digits()["test"].read(np.arange(6))
+    folders = ["unknown", *examples["label"][1:].astype(str)]
+    order = [places[f"photos/{folder}/{i}.png"] for i, folder in enumerate(folders)]
+    assert found["labels"][order].tolist() == [-1, *examples["label"][1:].tolist()]
+    expected = imgclf_jax.load(run).features(examples["image"])
+    np.testing.assert_allclose(found["features"][order], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.thorough
+def test_features_of_several_seeds(seeds, photos, tmp_path):
+    assert launch.main(["features", "photos", f"--workdir={seeds}", "--output=a.npz"]) == 0
+    assert launch.main(["features", "--split=test[:9]", f"--workdir={seeds}", "--output=b.npz"]) == 0
+    assert [load(tmp_path / name)["features"].shape for name in ("a.npz", "b.npz")] == [(2, 6, 8), (2, 9, 8)]
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ([], "name the file to write: --output FILE.npz or FILE.parquet"),
+    (["--output=a.csv"], "must end in .npz or .parquet"),
+    (["--output=a.npz", "--split=test", "photos"], "drop one"),
+    (["--output=a.npz", "--split=tset"], "unknown split 'tset': did you mean 'test'"),
+])  # fmt: skip
+def test_mistakes_of_features(run, photos, tmp_path, capsys, flags, message):
+    assert launch.main(["features", f"--workdir={run}", *flags]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("a.*"))
+
+
+def probed(flags, capsys):
+    capsys.readouterr()
+    assert launch.main(["probe", "--format=json", "--draws=2", *flags]) == 0
+    out = json.loads(capsys.readouterr().out)
+    return out, {(r["method"], r.get("k", r.get("shots"))): r for r in out["results"]}
+
+
+@pytest.mark.thorough
+def test_probe(run, tmp_path, capsys, monkeypatch):
+    """Its own head as `evaluate` has it, neighbours as scikit-learn has them, from the features that are written."""
+    monkeypatch.setattr(probe.probing, "STRENGTHS", (0.01, 1.0))
+    out, found = probed([f"--workdir={run}", "--k=1,3"], capsys)
+    assert (out["step"], out["train_examples"], out["features"]) == (60, 1437, 8)
+    assert launch.main(["evaluate", f"--workdir={run}", "--format=json"]) == 0
+    accuracy = json.loads(capsys.readouterr().out)["test"]["accuracy"]
+    assert found["own head", None]["mean"] == pytest.approx(accuracy, abs=1 / 360)
+    model, digits = imgclf_jax.load(run), sources.digits()
+    (x, y), (test, truth) = ((model.features(s.read(np.arange(len(s)))["image"]), s.labels) for s in digits.values())
+    for k in (1, 3):
+        neighbours = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)).fit(x, y)
+        assert found["nearest neighbours", k]["mean"] == pytest.approx(neighbours.score(test, truth), abs=1 / 360)
+    assert found["linear probe", None]["C"] in ([0.01], [1.0])
+    assert found["linear probe", None]["deviation"] is None
+    few = [found["few images", shots] for shots in (1, 5, 10, 25)]
+    assert all(len(r["accuracies"]) == 2 for r in few)
+    assert few[0]["mean"] < few[-1]["mean"] <= 1
+    assert few[0]["deviation"] == pytest.approx(np.std(few[0]["accuracies"], ddof=1))
+
+
+@pytest.mark.thorough
+def test_probe_of_weights_for_other_classes_and_of_several_seeds(run, seeds, capsys, monkeypatch, tmp_path):
+    """Weights need no head; each seed of a run counts. Few images a class leave out what needs more."""
+    monkeypatch.setattr(probe.probing, "STRENGTHS", (1.0,))
+    config = tmp_path / "c.py"
+    config.write_text("from imgclf_jax.config import default_config as get_config\n")
+    flags = [f"--config={config}", *FLAGS, f"--config.init_from={run}", "--config.data.source=fake(24, (8, 8, 1), 3)"]
+    out, found = probed(flags, capsys)
+    assert set(found) == {("nearest neighbours", k) for k in (1, 5, 20)} | {
+        ("linear probe", None), ("few images", 1), ("few images", 5)}  # fmt: skip
+    assert found["linear probe", None]["mean"] > 0.5
+    out, found = probed([f"--workdir={seeds}", "--k=2", "--config.data.train=train[:200]"], capsys)
+    assert len(found["own head", None]["accuracies"]) == len(found["nearest neighbours", 2]["accuracies"]) == 2
+    assert len(found["few images", 1]["accuracies"]) == 4
+    assert out["train_examples"] == 200
+
+
+def test_the_table_and_the_plot_of_probe(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(probe.probing, "STRENGTHS", (1.0,))
+    flags = ["probe", f"--workdir={run}", "--config.data.train=train[:100]", "--draws=2"]
+    for plot, message in [("a.jpg", "must end in .png"), (tmp_path / "no" / "a.png", "there is no directory")]:
+        assert launch.main([*flags, f"--plot={plot}"]) == 1
+        assert message in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(probe.importlib.util, "find_spec", lambda name: None)
+        assert launch.main([*flags, f"--plot={tmp_path / 'a.png'}"]) == 1
+        assert "matplotlib is not installed, which draws it; run the command by" in capsys.readouterr().err
+    assert launch.main([*flags, "--k=3,x"]) == 1
+    assert "--k=3,x: wants a number of neighbours" in capsys.readouterr().err
+    pytest.importorskip("matplotlib", reason="it comes with the extra `plot`")
+    assert launch.main([*flags, f"--plot={tmp_path / 'a.png'}"]) == 0
+    assert "linear probe on 5 a class" in capsys.readouterr().out
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def explained(flags, capsys):
+    capsys.readouterr()
+    status = launch.main(["explain", "--format=json", *flags])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_explain(run, photos, capsys):
+    """The class and probability of `predict`, the map of the pure function, and a picture of each image."""
+    status, records = explained(["photos", f"--workdir={run}", "--output=heat"], capsys)
+    assert status == 0
+    model = imgclf_jax.load(run)
+    assert launch.main(["predict", "photos", f"--workdir={run}", "--format=json", "--top_k=1"]) == 0
+    for record, told in zip(records, json.loads(capsys.readouterr().out), strict=True):
+        assert record["file"] == told["file"]
+        [best] = told["predictions"]
+        assert (record["class"], record["probability"]) == (best["class"], pytest.approx(best["probability"], abs=1e-6))
+        assert record["method"] == "gradcam"
+        with Image.open(record["picture"]) as picture:
+            assert picture.size[0] > 2 * 256
+    seen = attribution.look(model.programs.recipe.model, {"params": model.state.params}, (8, 8, 1))
+    pure = attribution.make_gradcam(model.programs.recipe.model, model.programs.recipe.augment(train=False),
+                                    attribution.choose_layer(seen))  # fmt: skip
+    label = np.array([int(records[0]["class"])], np.int32)
+    values = pure(*model.state.evaluated, model.prepare(records[0]["file"])[None], label)
+    assert records[0]["greatest"] == pytest.approx(float(values.max()), rel=1e-4)
+    assert len({r["picture"] for r in records}) == len(records) == 6
+
+
+@pytest.mark.thorough
+def test_explain_another_class_and_by_occlusion(run, seeds, photos, capsys):
+    """Of several seeds the fall of their mean probability. Two images of one name have two pictures."""
+    for folder in ("x", "y"):
+        (photos / folder).mkdir()
+        Image.fromarray(sources.digits()["test"].read(np.arange(1))["image"][0, ..., 0]).save(photos / folder / "a.png")
+    flags = ["photos/x", "photos/y", f"--workdir={seeds}", "--method=occlusion", "--class=4", "--window=3"]
+    status, records = explained(flags, capsys)
+    assert status == 0
+    assert [r["picture"] for r in records] == ["explained/a.4.occlusion.png", "explained/a.4-2.occlusion.png"]
+    model = imgclf_jax.load(seeds)
+    image = model.prepare("photos/x/a.png")
+    [found] = attribution.occlusion(model.predict, image[None], np.array([4]), 3)
+    assert records[0]["greatest"] == pytest.approx(found.max(), abs=1e-5)
+    assert records[0]["probability"] == pytest.approx(model.predict(image)[0, 4], abs=1e-6)
+    assert explained(["photos/x", f"--workdir={seeds}", "--output=all"], capsys)[1][0]["method"] == "gradcam"
+
+
+def nine():
+    """Images that are more than are explained at once, as the models take them, and a class for each."""
+    return sources.digits()["test"].read(np.arange(9))["image"], np.arange(9)
+
+
+def test_maps_of_many_images_are_those_of_each(run):
+    some, labels = nine()
+    _, explain = explanations.build(imgclf_jax.load(run))
+    together = explain(some, labels)
+    assert len(together) == 9
+    for i in (0, 7, 8):
+        np.testing.assert_allclose(together[i], explain(some[i : i + 1], labels[i : i + 1])[0], atol=1e-5)
+
+
+@pytest.mark.thorough
+def test_maps_of_several_seeds_are_the_mean_of_theirs(seeds):
+    model = imgclf_jax.load(seeds)
+    some, labels = nine()
+    together = explanations.build(model)[1](some, labels)
+    classifier, augment = model.programs.recipe.model, model.programs.recipe.augment(train=False)
+    one = [jax.tree.map(lambda x, i=i: x[i], model.state.evaluated) for i in range(model.config.num_seeds)]
+    seen = attribution.look(classifier, {"params": one[0][0]}, (8, 8, 1))
+    pure = attribution.make_gradcam(classifier, augment, attribution.choose_layer(seen))
+    each = [pure(*own, some[:2], labels[:2].astype(np.int32)) for own in one]
+    np.testing.assert_allclose(together[:2], np.mean(each, 0), atol=1e-5)
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--class=eleven"], "unknown class 'eleven'"),
+    (["--layer=block7"], "unknown layer with feature maps 'block7': did you mean 'block0'"),
+    (["--method=rollout"], "rollout needs attention maps over the patches"),
+    (["--method=rollout", "--class=1"], "which is the same for every class: drop --class"),
+    (["--method=occlusion", "--layer=block0"], "--layer is for --method=gradcam, and this is occlusion"),
+    (["--method=gradcam", "--window=2"], "--window is for --method=occlusion, and this is gradcam"),
+    (["--window=9"], "--window=9: the image is 8 by 8 pixels for the network; give 1 to 8"),
+])  # fmt: skip
+def test_mistakes_of_explain(run, photos, capsys, flags, message):
+    assert launch.main(["explain", "photos/unknown/0.png", f"--workdir={run}", *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_image_that_does_not_decode_is_named_and_the_others_are_explained(run, photos, capsys):
+    (photos / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert launch.main(["explain", "photos", f"--workdir={run}", "--output=heat"]) == 1
+    out, err = capsys.readouterr()
+    assert out.count("gradcam") == 12  # the method, and in the picture's name
+    assert "error: photos/broken.png: " in err
+    assert "1 of 7 images could not be explained" in err
+
+
+def test_a_picture_shows_what_the_network_sees(run, photos, capsys):
+    """The image after the host ops stands on its left side."""
+    [record] = explained(["photos/unknown/0.png", f"--workdir={run}"], capsys)[1]
+    pixels = imgclf_jax.load(run).prepare("photos/unknown/0.png")
+    with Image.open(record["picture"]) as opened:
+        picture = np.asarray(opened)
+    large = heatmap.draw(pixels, np.zeros((1, 1)), False, ["a", "b"])
+    left = slice(12, 12 + 256)
+    np.testing.assert_array_equal(picture[-268:-12, left], np.asarray(large)[-268:-12, left])
+    np.testing.assert_array_equal(picture[-268:-12:32, left][:, ::32, 0], pixels[..., 0])

@@ -1,0 +1,125 @@
+"""Probes of features beside scikit-learn's own and plain loops."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from imgclf_jax.tools.probe import accuracy_plot, probing
+
+
+def clouds(n, seed, spread=2.5, classes=4, d=6):
+    """Overlapping clouds of points f32[n, d], and their classes."""
+    centres = np.random.default_rng(0).normal(size=(classes, d))
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(classes, size=n).astype(np.int32)
+    return (centres[labels] + spread / 2 * rng.normal(size=(n, d))).astype(np.float32), labels
+
+
+TRAIN, LABELS = clouds(200, 1)
+TEST, TRUTH = clouds(150, 2)
+
+
+def test_neighbours_vote_as_scikit_learns_do(monkeypatch):
+    """Cosine similarity, votes of exp(similarity / 0.07); in parts of a few test rows."""
+    monkeypatch.setattr(probing, "_AT_ONCE", 1000)
+    found = probing.nearest_neighbours(TRAIN, LABELS, TEST, [1, 7, 20, 200], 4)
+    for k, predicted in found.items():
+        model = KNeighborsClassifier(k, metric="cosine", algorithm="brute",
+                                     weights=lambda distance: np.exp((1 - distance) / 0.07))  # fmt: skip
+        expected = model.fit(TRAIN.astype(np.float64), LABELS).predict(TEST.astype(np.float64))
+        np.testing.assert_array_equal(predicted, expected)
+    assert 0.4 < (found[20] == TRUTH).mean() < 0.95
+    assert (found[1] != found[200]).any()
+
+
+def test_of_equal_neighbours_the_first_count():
+    """Four examples are the same; a row of zeros is like nothing."""
+    train = np.array([[1, 0], [2, 0], [3, 0], [4, 0], [0, 1]], np.float32)
+    test = np.array([[1, 0], [0, 0]], np.float32)
+    found = probing.nearest_neighbours(train, np.array([2, 1, 1, 1, 0]), test, [1, 2, 3], 3)
+    assert found[1].tolist() == [2, 2]
+    assert found[2].tolist() == [1, 1]  # one vote each: the first class
+    assert found[3].tolist() == [1, 1]
+
+
+def test_the_linear_probe_is_scikit_learns(monkeypatch):
+    """Standardized by the training set alone, C by cross validation on it alone."""
+    monkeypatch.setattr(probing, "STRENGTHS", (1e-4, 1e-2, 100.0))
+    strength = probing.choose_strength(TRAIN, LABELS)
+    search = GridSearchCV(make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
+                          {"logisticregression__C": list(probing.STRENGTHS)},
+                          cv=StratifiedKFold(5, shuffle=True, random_state=0))  # fmt: skip
+    search.fit(TRAIN, LABELS)
+    assert strength == search.best_params_["logisticregression__C"]
+    assert min(probing.STRENGTHS) < strength < max(probing.STRENGTHS)
+    probe = probing.linear_probe(TRAIN, LABELS, strength)
+    np.testing.assert_array_equal(probe.predict(TEST), search.predict(TEST))
+    mean, deviation = TRAIN.astype(np.float64).mean(0), TRAIN.astype(np.float64).std(0)
+    direct = LogisticRegression(C=strength, max_iter=1000).fit((TRAIN - mean) / deviation, LABELS)
+    np.testing.assert_array_equal(probe.predict(TEST), direct.predict((TEST - mean) / deviation))
+
+
+def test_the_choice_of_c_with_few_and_with_many_examples(monkeypatch):
+    few = np.flatnonzero(LABELS == 0)[:1].tolist() + np.flatnonzero(LABELS == 1)[:9].tolist()
+    assert probing.choose_strength(TRAIN[few], LABELS[few]) == 1.0  # a class of one example allows no folds
+    monkeypatch.setattr(probing, "_MOST_TO_CHOOSE", 50)
+    monkeypatch.setattr(probing, "STRENGTHS", (1e-2, 1.0))
+    sizes = []
+    monkeypatch.setattr(probing, "_classifier", lambda c: sizes.append(c) or LogisticRegression(C=c, max_iter=1000))
+    assert probing.choose_strength(TRAIN, LABELS) in probing.STRENGTHS
+    assert sizes == list(probing.STRENGTHS)
+
+
+def test_a_probe_that_does_not_converge_is_named(monkeypatch, caplog):
+    monkeypatch.setattr(probing, "_ITERATIONS", 1)
+    probing.linear_probe(TRAIN, LABELS, 100.0)
+    assert "stopped before its optimum, after 1 iterations" in caplog.text
+
+
+def test_a_few_of_each_class_are_drawn():
+    """So many of each, others for each draw, the same again for the same draw."""
+    draws = [probing.draw_few(LABELS, 5, draw) for draw in range(3)]
+    for draw in draws:
+        assert len(set(draw.tolist())) == 20
+        assert np.bincount(LABELS[draw]).tolist() == [5] * 4
+    assert len({tuple(draw) for draw in draws}) == 3
+    np.testing.assert_array_equal(draws[1], probing.draw_few(LABELS, 5, 1))
+    assert probing.draw_few(LABELS, 5, 1, seed=1).tolist() != draws[1].tolist()
+
+
+def test_the_plot_shows_means_and_deviations(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure", reason="it comes with the extra `plot`")
+    made = []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(
+        figure.Figure, "savefig", lambda self, *args, **kw: made.append(self) or save(self, *args, **kw)
+    )
+    few = [
+        {"method": "few images", "shots": s, "mean": m, "deviation": d} for s, m, d in ((1, 0.5, 0.1), (5, 0.7, 0.05))
+    ]
+    lines = [{"method": "nearest neighbours", "k": k, "mean": m, "deviation": None} for k, m in ((1, 0.9), (20, 0.8))]
+    records = [{"set": of} | r for of in ("val", "test") for r in (*few, *lines)]
+    accuracy_plot.draw(tmp_path / "a.png", records, "a title")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    panels = made[0].axes
+    assert [panel.get_title() for panel in panels] == ["val", "test"]
+    points, *others = panels[0].get_lines()
+    assert np.array(points.get_xydata()).tolist() == [[1, 0.5], [5, 0.7]]
+    assert any(line.get_label() == "nearest neighbours, k = 20, all images" and line.get_ydata()[0] == 0.8
+               for line in others)  # fmt: skip
+
+
+def test_ridge_is_the_solution_of_the_normal_equations():
+    rng = np.random.default_rng(0)
+    train, targets = rng.normal(size=(80, 5)).astype(np.float32), rng.normal(size=(80, 2)).astype(np.float32)
+    found = probing.ridge(train, targets)(train)
+    centred = (train - train.mean(0)) / train.std(0)
+    penalties = np.logspace(-3, 5, 9)
+    for c in range(2):
+        y = targets[:, c] - targets[:, c].mean()
+        each = [centred @ np.linalg.solve(centred.T @ centred + a * np.eye(5), centred.T @ y) for a in penalties]
+        assert min(np.abs(found[:, c] - targets[:, c].mean() - own).max() for own in each) < 1e-5

@@ -1,0 +1,280 @@
+"""The page of a trained run holds what `evaluate` finds, and is one safe, well-formed file that refers to nothing."""
+
+import csv
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import launch
+from imgclf_jax.augment import ops
+from imgclf_jax.core import rng
+from imgclf_jax.data import sources, stream
+from imgclf_jax.loading import load
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.scores import classification as scores
+from imgclf_jax.tools.evaluate import by_class
+from imgclf_jax.tools.pages.shown import as_pixels
+from imgclf_jax.tools.report import augmentation as report_augmentation
+from imgclf_jax.tools.report import findings as report_findings
+
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.thorough]
+
+NAMES = ("<script>alert(1)<", "a & 'b'", 'dog" onload="x')  # as folders may be called
+VOID = {"meta", "img", "br"}
+AUGMENT = "pad_crop(2)|normalize((0.5, 0.4, 0.3), 0.25)|random_erasing(0.9)"
+
+
+class Page(HTMLParser):
+    """Tags that are not closed in their order, the attributes of all, tables by caption, and the text of items."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.wrong, self.tags, self.tables, self.items, self.words = [], [], [], {}, [], []
+        self.feed(text)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "caption":
+            self.caption = ""
+        elif tag == "tr":
+            self.tables.setdefault(self.caption, []).append([])
+        elif tag in ("td", "th"):
+            self.tables[self.caption][-1].append("")
+        elif tag == "figcaption":
+            self.items.append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            return
+        self.words.append(data)
+        if "caption" in self.open:
+            self.caption += data
+        elif {"td", "th"} & set(self.open[-2:]):
+            self.tables[self.caption][-1][-1] += data
+        elif "figcaption" in self.open:
+            self.items[-1] += data
+
+
+def reported(workdir: Path, *flags: str) -> str:
+    assert launch.main(["report", f"--workdir={workdir}", *flags]) == 0
+    return (workdir / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run on small photographs, in folders with unkind names."""
+    folder, draw = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 14)):
+        for i, name in enumerate(NAMES):
+            (folder / split / name).mkdir(parents=True)
+            for k in range(count):
+                pixels = draw.integers(256, size=(9, 12, 3), dtype=np.uint8) // (1 + (i == 0))
+                Image.fromarray(pixels).save(folder / split / name / f"{k}.png")
+    config = [f"--config.data.source=folder({str(folder)!r})", "--config.preprocess=decode(3)|random_resized_crop(8)",
+              f"--config.augment={AUGMENT}", "--config.model=mlp(widths=(4,))", "--config.batch_size=9",
+              "--config.total=24 steps", "--config.log_every=6 steps", "--config.eval_every=12 steps",
+              "--config.schedule=constant(1e-2)"]  # fmt: skip
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    assert launch.main([f"--workdir={workdir}", *config]) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def text(trained) -> str:
+    return reported(trained)
+
+
+@pytest.fixture(scope="module")
+def page(text) -> Page:
+    return Page(text)
+
+
+@pytest.fixture(scope="module")
+def predictions(trained, tmp_path_factory) -> list[dict[str, str]]:
+    """What `evaluate` writes of each example."""
+    file = tmp_path_factory.mktemp("predictions") / "all.csv"
+    assert launch.main(["evaluate", f"--workdir={trained}", f"--predictions={file}"]) == 0
+    with file.open(encoding="utf-8", newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def test_its_numbers_are_those_of_evaluate(trained, page, capsys):
+    capsys.readouterr()
+    assert launch.main(["evaluate", f"--workdir={trained}", "--format=json"]) == 0
+    found = json.loads(capsys.readouterr().out)["test"]
+    rows = page.tables["Scores on test"][1:]
+    assert rows == [[name, f"{of['value']:.4f}", f"{of['low']:.4f} to {of['high']:.4f}"]
+                    for name, of in found["scores"].items()]  # fmt: skip
+    assert page.tables["Confusion matrix on test"] == [
+        ["", *NAMES], *([name, *map(str, row)] for name, row in zip(NAMES, found["confusion"], strict=True))
+    ]  # fmt: skip
+    assert 0 < found["accuracy"] < 1
+    assert (
+        f"42 examples: accuracy {found['accuracy']:.4g}, loss {found['loss']:.4g}, nll {found['nll']:.4g}" in page.text
+    )
+    assert f"run: test accuracy {found['accuracy']:.4f} " in page.text
+    diagonal, total = np.diag(found["confusion"]), np.sum(found["confusion"], 1)
+    assert [row[2] for row in page.tables["Recall and precision of each class on test"][1:]] == [
+        f"{right / of:.4f}" for right, of in zip(diagonal, total, strict=True)
+    ]
+
+
+def test_mistakes_are_the_most_confident_ones(page, predictions):
+    wrong = [row for row in predictions if row["correct"] == "False"]
+    wrong.sort(key=lambda row: -float(row["probability_1"]))
+    shown = [item for item in page.items if "taken for" in item]
+    assert 1 < len(shown) == min(len(wrong), report_findings.MISTAKES)
+    for item, row in zip(shown, wrong, strict=False):
+        place = next(k for k in (1, 2, 3) if row[f"class_{k}"] == row["label"])
+        assert item == (f"{row['label']} ({float(row[f'probability_{place}']):.3f}), taken for {row['class_1']} "
+                        f"({float(row['probability_1']):.3f}){row['example']}"
+                        f"Right: occlusion for {row['class_1']}")  # fmt: skip
+
+
+def test_the_reliability_diagram_has_the_bins_of_a_loop(page, predictions):
+    bins = [[0, 0.0, 0] for _ in range(15)]
+    for row in predictions:
+        confidence = float(row["probability_1"])
+        place = next(i for i in range(15) if confidence <= (i + 1) / 15)
+        count, total, right = bins[place]
+        bins[place] = [count + 1, total + confidence, right + (row["correct"] == "True")]
+    rows = page.tables["Calibration on test"][1:]
+    assert [row[1:] for row in rows] == [
+        [str(n), f"{total / n:.4f}", f"{right / n:.4f}"] if n else ["0", "", ""] for n, total, right in bins
+    ]
+    assert [row[0] for row in rows][::7] == ["0.000 to 0.067", "0.467 to 0.533", "0.933 to 1.000"]
+
+
+def test_edges_and_rows_without_predictions_of_reliability():
+    probabilities = np.array([[1.0, 0.0], [0.6, 0.4], [np.nan, 0.5], [0.4, 0.6]])
+    found = scores.reliability(np.array([0, 1, 0, 1]), probabilities)
+    assert found.examples.tolist() == [0] * 8 + [2] + [0] * 5 + [1]  # 0.6 is the upper edge of the ninth bin
+    assert found.accuracy[[8, 14]].tolist() == [0.5, 1.0]
+    assert np.isnan(found.confidence[0])
+
+
+def test_it_is_well_formed_and_refers_to_nothing(text, page):
+    assert (page.open, page.wrong) == ([], [])
+    assert not re.search(r"url\(|@import|<link|<script|<iframe|onload=\"x\"|onclick", text)
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "srcset", "data", "action"):
+            assert re.match(r"data:image/png;base64,|#", attributes.get(name, "#")), (tag, attributes)
+        assert not any(name.startswith("on") for name in attributes)
+    places = {attributes.get("id") for _, attributes in page.tags}
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert len(links) == 6
+    assert {link.removeprefix("#") for link in links} <= places
+    for name in NAMES:  # unchanged for who reads the page
+        assert name in page.tables["Confusion matrix on test"][0]
+        assert name not in text
+
+
+def test_it_can_be_read_aloud(page):
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
+    tables = [tag for tag, _ in page.tags if tag == "table"]
+    assert len(tables) == len([tag for tag, _ in page.tags if tag == "caption"]) == len(page.tables) == 6
+    assert all(own.get("scope") in ("col", "row") for tag, own in page.tags if tag == "th")
+    assert all(own["alt"] for tag, own in page.tags if tag == "img")
+    assert all(own.get("aria-label") or own.get("aria-hidden") for tag, own in page.tags if tag == "svg")
+    regions = [own for tag, own in page.tags if own.get("role") == "region"]
+    assert all(own["tabindex"] == "0" and own["aria-label"] for own in regions)
+
+
+def test_curves_and_origin(trained, page):
+    charts = [item for item in page.items if "taken for" not in item]
+    assert charts == ["loss", "accuracy", "nll", "learning rate", "gradient norm", "parameter norm",
+                      "training images a second", "waiting for input, % of the time"]  # fmt: skip
+    result = json.loads((trained / "result.json").read_text())
+    provenance = json.loads((trained / "provenance.json").read_text())
+    for fact in (result["params_sha256"], provenance["data"]["fingerprint"], provenance["versions"]["jax"]):
+        assert fact in page.text
+    assert ["batch_size", "9", "128"] in page.tables["Keys that differ from their defaults"]
+    assert f"uv run launch.py evaluate --workdir={trained} --checkpoint=24" in page.text
+
+
+def test_draws_are_those_of_training(trained, page):
+    """The first draw is what step 0 trains on: the rows of its batch, augmented with the key of the step."""
+    programs = load(trained).programs
+    config = programs.recipe.config
+    source = sources.take_split(sources.open_data(config), config.data.train)
+    found = report_augmentation.draw(programs, source)
+    images = stream.Images(source, config.preprocess, config.seed)
+    augment = jax.jit(ops.build(AUGMENT, train=True))
+    for k, step in enumerate(found.steps):
+        [batch] = stream.train_batches(images, config.seed, 9, step, step + 1)
+        given = augment(rng.key(config.seed, "augment", step), batch["image"])
+        wanted = np.clip(np.asarray(given[:8]) * 0.25 + np.array([0.5, 0.4, 0.3]), 0, 1)
+        assert np.allclose(found.draws[:, k], wanted, atol=1e-6) == (k == 0)  # the others are of the same images
+    assert found.steps == (0, 3, 6, 8)  # of 24 examples in batches of 9
+    assert found.whole_batch
+    rows = page.tables["What augmentation does"]
+    assert rows[0] == ["example", "as it is", "step 0", "step 3", "step 6", "step 8"]
+    ids = stream.example_ids(config.seed, 0, 9, 24)[:8]
+    assert [row[0] for row in rows[1:]] == [Path(source.name(i)).name for i in ids]
+
+
+def test_draws_by_example_follow_the_epochs(trained, monkeypatch):
+    """An image is mirrored in every other epoch; a batch that is too large is drawn in a smaller one."""
+    programs = load(trained).programs
+    config = programs.recipe.config.copy_and_resolve_references()
+    config.preprocess, config.augment = "decode(3)|resize(8)", "flip_alternating|normalize"
+    programs = Programs(Recipe(config, programs.recipe.data), programs.mesh)
+    monkeypatch.setattr(report_augmentation, "_MOST_BYTES", 1)
+    found = report_augmentation.draw(programs, sources.take_split(sources.open_data(config), config.data.train))
+    assert not found.whole_batch
+    first, second, third, fourth = found.draws.swapaxes(0, 1)
+    np.testing.assert_array_equal(first, third)
+    np.testing.assert_array_equal(second, fourth)
+    np.testing.assert_array_equal(first[:, :, ::-1], second)
+    plain = [np.allclose(np.float32(image) / np.float32(255), own, atol=1e-6)
+             for image, own in zip(found.images, first, strict=True)]  # fmt: skip
+    assert 0 < sum(plain) < len(plain)  # some are mirrored in the first epoch
+
+
+def test_a_run_without_augmentation_has_no_draws():
+    assert not ops.draws("invert|normalize")
+    assert ops.draws("normalize|flip_alternating")
+
+
+@pytest.mark.parametrize(
+    "text", ["normalize", "normalize(0.5, 0.25)", "normalize((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))", ""]
+)
+def test_pixels_are_those_before_normalization(text):
+    images = np.random.default_rng(0).integers(256, size=(2, 4, 5, 3), dtype=np.uint8)
+    pixels, stretched = as_pixels(np.asarray(ops.build(text, train=True)(None, images)), text)
+    assert np.allclose(pixels * 255, images, atol=1e-3)
+    assert not stretched
+
+
+def test_values_of_any_range_are_stretched():
+    pixels, stretched = as_pixels(np.array([-2.0, 0.0, 2.0], np.float32).reshape(1, 3, 1, 1), "my_ops:own")
+    assert pixels.ravel().tolist() == [0.0, 0.5, 1.0]
+    assert stretched
+
+
+def test_confusions_by_how_frequent_they_are():
+    confusion = np.random.default_rng(0).integers(9, size=(6, 6))
+    pairs = [(i, j, int(confusion[i, j])) for i in range(6) for j in range(6) if i != j and confusion[i, j]]
+    assert by_class.most_confused(confusion, 7) == sorted(pairs, key=lambda one: (-one[2], one[:2]))[:7]
+    assert by_class.most_confused(np.eye(3, dtype=int), 7) == []

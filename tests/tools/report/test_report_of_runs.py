@@ -1,0 +1,155 @@
+"""Reports of several seeds, of many classes, of old and unfinished runs, and where the data are gone."""
+
+import base64
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from test_report import NAMES, Page, reported, text, trained  # noqa: F401  fixtures
+
+import launch
+from imgclf_jax.loading import load
+from imgclf_jax.tools.explain import attribution, heatmap
+from imgclf_jax.tools.report import findings as report_findings
+
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.thorough]
+
+SEEDS = ("--config.data.source=fake(96, (6, 6, 1), 40)", "--config.preprocess=decode(1)", "--config.augment=",
+         "--config.model=mlp(widths=(4,))", "--config.total=3 steps", "--config.batch_size=16", "--config.num_seeds=2",
+         "--config.schedule=constant(1e-2)", "--config.eval_every=1 steps", "--config.log_every=1 steps")  # fmt: skip
+
+
+@pytest.fixture
+def copy(trained, tmp_path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "copy", ignore=shutil.ignore_patterns("report.html")))
+
+
+def change(file: Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_several_seeds_and_many_classes(tmp_path, capsys):
+    """Scores, confusions and mistakes are the ensemble's, which is said; 40 classes have a list of confusions."""
+    workdir = tmp_path / "run"
+    assert launch.main([f"--workdir={workdir}", *SEEDS]) == 0
+    page = Page(reported(workdir))
+    capsys.readouterr()
+    assert launch.main(["evaluate", f"--workdir={workdir}", "--format=json"]) == 0
+    found = json.loads(capsys.readouterr().out)["test"]
+    assert page.tables["Metrics on test"][1:] == [
+        [name, *(f"{found[key]:.4f}" for key in (name, f"{name}_std", f"ensemble_{name}"))]
+        for name in ("accuracy", "loss", "nll", "top5")
+    ]
+    assert page.tables["Scores on test"][1][1] == f"{found['ensemble_accuracy']:.4f}"
+    assert "All below is the ensemble's" in page.text
+    assert "when a square covers the place (occlusion). It is the ensemble's probability." in page.text
+    assert f"{round(96 * found['ensemble_accuracy'])} are classified right" in page.text
+    wrong = np.array(found["confusion"]) * ~np.eye(40, dtype=bool)
+    [rows] = [rows for caption, rows in page.tables.items() if "most often confused" in caption]
+    assert len(rows) == 1 + min(30, np.count_nonzero(wrong))
+    assert [int(row[2]) for row in rows[1:]] == np.sort(wrong.ravel())[::-1][: len(rows) - 1].tolist()
+    assert "Confusion matrix on test" not in page.tables
+    assert "test, ensemble" in page.text
+    bands = [own["class"] for tag, own in page.tags if "band" in own.get("class", "")]
+    assert (
+        bands == ["band c0", "band c1"] * 2 + ["band c1"] * 2
+    )  # loss and accuracy of training and test, NLL and top-5 of test
+    assert page.tables.keys().isdisjoint({"What augmentation does"})  # nothing draws
+
+
+def test_mistakes_are_explained(trained, text):
+    """Beside each is its own image in grey, below the map that `explain` would draw of it for the wrong class."""
+    model = load(trained)
+    page, (params, rest) = Page(text), model.state.evaluated
+    recipe, variables = model.programs.recipe, {"params": params, **rest}
+
+    def predict(images):
+        given = recipe.augment(train=False)(None, images)
+        return np.asarray(jax.nn.softmax(recipe.model.apply(variables, given, train=False)))
+
+    [found] = report_findings.find(model, model.config).sets
+    shown = [own for tag, own in page.tags if tag == "img" and "occlusion for " in own["alt"]]
+    assert "the same picture in grey, and over it how far the probability of the class" in page.text
+    assert len(found.mistakes) == len(shown) > 1
+    for mistake, own in zip(found.mistakes, shown, strict=True):
+        picture = Image.open(io.BytesIO(base64.b64decode(own["src"].partition(",")[2])))
+        pixels, label = model.prepare(mistake.example), np.array([mistake.predicted])
+        [heat] = attribution.occlusion(predict, pixels[None], label)
+        np.testing.assert_allclose(mistake.heat, heat, atol=1e-6)
+        wanted = heatmap.over(pixels, heatmap.scaled(heat, signed=True))
+        assert np.abs(np.asarray(picture.convert("RGB"), int) - wanted).max() < 20
+        named, place = NAMES[mistake.predicted], heatmap.place(heat, signed=True)
+        assert own["alt"] == f"{mistake.example}, occlusion for {named}: most at {place}"
+
+
+def test_where_the_data_are_gone(copy, text, capsys):
+    """What needs no data stays as it is; one sentence says what is left out."""
+    config = json.loads((copy / "config.json").read_text())
+    config["data"]["source"] = "folder('/nowhere/at/all')"
+    change(copy / "config.json", data=config["data"])
+    page = Page(reported(copy))
+    assert "The data cannot be opened, so all that needs them is left out: " in page.text
+    assert "/nowhere/at/all" in page.text
+    assert list(page.tables) == ["Keys that differ from their defaults"]
+    assert page.items == [item for item in Page(text).items if "taken for" not in item]
+    accuracy = json.loads((copy / "result.json").read_text())["test"]["accuracy"]
+    assert f"copy: test accuracy {accuracy:.4f}" in page.text
+    assert "left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["model", "source", "eval"])
+def test_a_run_that_names_code_is_refused(copy, capsys, key):
+    config = json.loads((copy / "config.json").read_text())
+    call = f"os:system('touch {copy}/harm')"
+    if key == "model":
+        config["model"] = call
+    else:
+        config["data"][key] = call if key == "source" else {"test": f"{call}/test"}
+    change(copy / "config.json", **config)
+    assert launch.main(["report", f"--workdir={copy}"]) == 1
+    assert re.search(r"error: .* names .*'os:system'.*add --trust", capsys.readouterr().err)
+    assert not (copy / "harm").exists()
+    assert not (copy / "report.html").exists()
+
+
+def test_a_run_of_before(copy, tmp_path):
+    """What it has not recorded is left out, and named; a run that is not done says so; the file may be elsewhere."""
+    records = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in record.items() if k not in ("train/input_wait", "train/grad_norm")} for record in records]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    provenance = json.loads((copy / "provenance.json").read_text())
+    (copy / "provenance.json").write_text(json.dumps({"data": provenance["data"]}))
+    (copy / "result.json").unlink()
+    file = tmp_path / "elsewhere.html"
+    assert launch.main(["report", f"--workdir={copy}", f"--html={file}"]) == 0
+    page = Page(file.read_text())
+    assert "Not logged: gradient norm, waiting for input" in page.text
+    assert "Not recorded: trained, digest of the parameters, commit, devices" in page.text
+    assert "How the run was started is not recorded." in page.text
+    assert "The run is not done: its last record is of step 24 of 24." in page.text
+    assert "Scores on test" in page.tables
+
+
+def test_a_run_without_a_checkpoint(copy):
+    shutil.rmtree(copy / "checkpoints")
+    (copy / "metrics.jsonl").unlink()
+    page = Page(reported(copy))
+    assert "There is no checkpoint yet" in page.text
+    assert "metrics.jsonl is missing, or holds no record yet" in page.text
+    assert "--checkpoint" not in page.text
+
+
+def test_mistakes_of_who_asks(copy, tmp_path, capsys):
+    assert launch.main(["report", f"--workdir={copy}", "--checkpoint=7"]) == 1
+    assert "--checkpoint=7: there are [" in capsys.readouterr().err
+    assert launch.main(["report", f"--workdir={tmp_path / 'none'}"]) == 1
+    assert "holds no run" in capsys.readouterr().err
+    shutil.rmtree(copy / "checkpoints")
+    assert launch.main(["report", f"--workdir={copy}", f"--html={tmp_path}/no/a.html"]) == 1
+    assert "a.html cannot be written: No such file or directory; name another file" in capsys.readouterr().err

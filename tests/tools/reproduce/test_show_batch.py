@@ -1,0 +1,150 @@
+"""`launch.py show-batch`: the ids are those of the stream, the pixels those that the model is given in training."""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+
+import launch
+from imgclf_jax import losses, step
+from imgclf_jax.augment import mixing, ops
+from imgclf_jax.config import default_config
+from imgclf_jax.data import sources, stream
+from imgclf_jax.programs import of_images
+from imgclf_jax.tools.pages import contact_sheet
+from imgclf_jax.tools.reproduce.show_batch import batch_at, describe, visible
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+K, BATCH, SEED = 7, 12, 5  # in the second epoch
+AUGMENT = "flip_lr|flip_alternating|pad_crop(2)|normalize(mean=0.25, std=0.5)|cutout(4)"
+
+
+def config_of(augment: str = AUGMENT, mix: str = "mixup(1.0)") -> Any:
+    config = default_config()
+    config.data.source, config.preprocess = "fake(60, (8, 8, 3), 4)", "decode(3)|random_resized_crop(8)"
+    config.preprocess_eval, config.total, config.seed, config.batch_size = (
+        "decode(3)|resize(8)",
+        "10 steps",
+        SEED,
+        BATCH,
+    )
+    config.augment, config.mix, config.model = augment, mix, "mlp(widths=(4,))"
+    return config
+
+
+def shown(config: Any, raw: bool = False) -> Any:
+    images = stream.Images(sources.take_split(sources.open_data(config), "train"), config.preprocess, config.seed)
+    return batch_at(of_images(config, images), images, K, raw), images
+
+
+class Spy:
+    """A model that keeps what it is given as its state."""
+
+    def apply(self, variables: Any, images: jax.Array, train: bool, mutable: Any, rngs: Any) -> Any:
+        return jnp.zeros((images.shape[0], 4)) + variables["params"]["w"], {"seen": images}
+
+
+@pytest.mark.thorough
+def test_the_batch_is_what_the_step_gives_the_model():
+    """The whole train step, with a model that keeps its images."""
+    config = config_of()
+    found, images = shown(config)
+    raw, _ = shown(config, raw=True)
+    assert found.ids.tolist() == stream.example_ids(SEED, K, BATCH, 60).tolist()
+    positions = np.arange(K * BATCH, (K + 1) * BATCH)
+    assert found.epochs.tolist() == (positions // 60).tolist()
+    given = images.read(found.ids, positions)
+    np.testing.assert_array_equal(raw.arrays["image"], given["image"])
+    batch = given | {"id": found.ids.astype(np.int32), "epoch": found.epochs.astype(np.int32)}
+
+    schedule = optax.constant_schedule(0.1)
+    train_step = step.make_train_step(
+        Spy(), losses.build("softmax", (), tuple("0123")), optax.sgd(schedule), schedule,
+        ops.build(AUGMENT, train=True), mix=mixing.build(config.mix),
+    )  # fmt: skip
+    params = {"w": jnp.zeros(())}
+    state = step.TrainState(jnp.uint32(SEED), jnp.int32(K), params, {"seen": jnp.zeros((BATCH, 8, 8, 3))},
+                            optax.sgd(schedule).init(params))  # fmt: skip
+    seen = jax.jit(train_step)(state, batch)[0].model_state["seen"]
+    np.testing.assert_allclose(found.arrays["image"], seen, rtol=0, atol=1e-6)  # two programs may round differently
+    assert np.abs(found.arrays["image"] - np.asarray(seen)).mean() < 1e-8
+    np.testing.assert_array_equal(found.arrays["other"], np.roll(given["label"], 1))
+
+
+def test_labels():
+    """Shares of both; of a class that is mixed with itself one."""
+    found, _ = shown(config_of())
+    names = ("cat", "dog", "a\x1bb", "d")
+    label = np.array([0, 1, 1])
+    found = found._replace(arrays={"label": label, "other": np.array([1, 1, 2]), "weight": np.float32([0.75, 0.5, 1])})
+    rows = describe(found, names, 3)
+    assert [row["label"] for row in rows] == [{"cat": 0.75, "dog": 0.25}, {"dog": 1.0}, {"dog": 1.0, "a\x1bb": 0.0}]
+    assert [row["id"] for row in rows] == found.ids[:3].tolist()
+
+
+def test_normalized_images_are_turned_back():
+    images = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3) * 10
+    for augment in ("", "normalize", "flip_lr|normalize(0.5, 0.25)", "normalize((0.1, 0.2, 0.3), std=(0.3, 0.2, 0.1))"):
+        floats = np.array(ops.build(augment, train=False)(None, images))
+        back, how = visible(floats, augment)
+        np.testing.assert_array_equal(back, images)
+        assert how.endswith("0 is shown black, 1 white")
+    assert visible(images, "normalize")[0] is images
+    floats[0, 0, 0, 0] = 100
+    assert "4.2% of the values" in visible(floats, augment)[1]  # one of 24
+    back, how = visible(np.float32([[[[-3.0]], [[1.0]], [[0.0]]]]), "my_ops:own")
+    assert (back.ravel().tolist(), how) == ([0, 255, 191], "-3 is shown black, 1 white")
+
+
+def test_the_picture_has_the_pixels():
+    """Enlarged by whole numbers, in rows, the order that of the batch."""
+    images = np.random.default_rng(0).integers(256, size=(40, 28, 28, 1), dtype=np.uint8)
+    sheet = np.asarray(contact_sheet.draw(images, [["id 1", "cat"]] * 40))
+    cell, columns = 84 + 6, (1400 - 6) // 90
+    for place, image in enumerate(images):
+        y, x = 6 + place // columns * (84 + 2 * 15 + 6), 6 + place % columns * cell
+        expected = np.repeat(np.repeat(np.repeat(image, 3, 0), 3, 1), 3, 2)
+        np.testing.assert_array_equal(sheet[y : y + 84, x : x + 84], expected)
+    wide = contact_sheet.draw(np.zeros((1, 10, 500, 4), np.uint8), [["a" * 500]])
+    assert wide.size == (224 + 12, round(10 * 224 / 500) + 15 + 12)
+
+
+@pytest.mark.thorough
+def test_of_a_config_and_of_a_run(tmp_path, monkeypatch, capsys):
+    """Without a run nothing is read but the data; of a run its own config counts."""
+    monkeypatch.chdir(tmp_path)
+    config = {"data.source": "fake(60, (8, 8, 1), 4)", "preprocess": "decode(1)", "batch_size": 12, "total": "10 steps",
+              "augment": "pad_crop(2)", "model": "mlp(widths=(4,))", "tensorboard": False,
+              "schedule": "constant(1e-3)", "checkpoint_every": "", "eval_every": ""}  # fmt: skip
+    words = [f"--config.{key}={value}" for key, value in config.items()]
+    assert launch.main(["show-batch", f"--step={K}", *words, "--count=5", "--format=json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["id"] for one in found["examples"]] == stream.example_ids(0, K, 12, 60)[:5].tolist()
+    assert [one["label"] for one in found["examples"]] == [{str(one["id"] % 4): 1.0} for one in found["examples"]]
+    with Image.open(tmp_path / "batch-7.png") as picture:
+        assert picture.size == (5 * (11 * 8 + 6) + 6, 11 * 8 + 2 * 15 + 2 * 6)
+    assert launch.main([*words, "--config.total=2 steps", "--config.num_seeds=2", "--config.seed=3",
+                        f"--workdir={tmp_path}/run"]) == 0  # fmt: skip
+    capsys.readouterr()
+    assert launch.main(["show-batch", f"--workdir={tmp_path}/run", "--step=1", "--raw"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    ids = ", ".join(map(str, stream.example_ids(3, 1, 12, 60)[:6]))
+    assert out[0] == f"step 1 of 2 of the first of 2 seeds: 12 examples, of epoch 0 (0 is the first), ids {ids}, …"
+    assert out[1] == "pixels [8, 8, 1]: 0 to 255, as the host ops give them"
+    assert out[2] == f"the picture is in {tmp_path}/run/batch-1.png, each image 11 times as large"
+    assert (tmp_path / "run" / "batch-1.png").is_file()
+    assert launch.main(["show-batch", f"--workdir={tmp_path}/run", "--step=2"]) == 1
+    assert "--step=2: the run has 2 steps, 0 to 1" in capsys.readouterr().err
+    assert launch.main(["show-batch", *words, "--output=a.jpg"]) == 1
+    assert "--output=a.jpg: the name of the picture must end in .png" in capsys.readouterr().err
+    file = tmp_path / "run" / "config.json"
+    file.write_text(file.read_text().replace("pad_crop(2)", f"os:system('touch {tmp_path}/harm')"))
+    assert launch.main(["show-batch", f"--workdir={tmp_path}/run"]) == 1
+    assert "add --trust" in capsys.readouterr().err
+    assert not (tmp_path / "harm").exists()

@@ -1,0 +1,257 @@
+"""The web application: what a client may do to it, over real connections."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import io
+import json
+import socket
+import struct
+import threading
+import time
+import typing
+import zlib
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+from starlette.responses import JSONResponse
+
+import imgclf_jax
+import launch
+from imgclf_jax.tools.serve import app, connections
+from imgclf_jax.tools.serve import command as serve
+
+FLAGS = ["--config.total=20 steps", "--config.model=mlp(widths=(8,))", "--config.schedule=constant(1e-2)",
+         "--config.eval_every="]  # fmt: skip
+LIMITS = app.Limits(body_bytes=100_000, body_seconds=0.5)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("digits") / "run"
+    assert launch.main([*FLAGS, f"--workdir={workdir}"]) == 0
+    return imgclf_jax.load(workdir)
+
+
+@pytest.fixture(scope="module")
+def port(model):
+    with serving(model) as port:
+        yield port
+
+
+@contextlib.contextmanager
+def serving(model):
+    """The port of a server in a thread of this process."""
+    application = app.build(model, LIMITS, ("localhost", "127.0.0.1"), serve.explainer(model))
+    config = connections.server_settings(application, "127.0.0.1", 0)
+    sockets = [config.bind_socket()]
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield sockets[0].getsockname()[1]
+    server.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def client(port):
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+        yield client
+
+
+def png(seed):
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(256, size=(9, 9), dtype=np.uint8)).save(content, "PNG")
+    return content.getvalue()
+
+
+def test_an_answer_is_what_the_model_predicts(client, model):
+    answer = client.post("/predict", params={"top_k": 3}, content=png(0))
+    assert answer.status_code == 200
+    [expected] = model.predict(png(0))
+    order = np.argsort(-expected, kind="stable")[:3]
+    found = answer.json()["predictions"]
+    assert [p["class"] for p in found] == [str(c) for c in order]
+    assert [p["probability"] for p in found] == pytest.approx(expected[order].tolist(), abs=1e-5)
+    assert answer.json()["milliseconds"] > 0
+
+
+def test_an_explanation_is_a_picture(client):
+    """Of the image and of where its class is found; of what is no image there is none."""
+    answer = client.post("/explain", content=png(0))
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
+    picture = Image.open(io.BytesIO(answer.content))
+    assert picture.width > 2 * 28
+    assert np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0).shape[0] > 20
+    assert client.post("/explain", content=b"garbage").status_code == 422
+    assert client.get("/health").json()["explains"] is True
+
+
+def test_an_explanation_decodes_its_image_once(client, monkeypatch):
+    """One of 67 million pixels takes seconds, and memory for each time."""
+    opened = []
+    monkeypatch.setattr(Image, "open", lambda file, *a, open=Image.open, **k: opened.append(1) or open(file, *a, **k))
+    assert client.post("/explain", content=png(0)).status_code == 200
+    assert len(opened) == 1
+
+
+def test_many_at_once_are_answered_in_batches(client, model):
+    """Each with its own image's classes, though the device computes several in one call."""
+
+    def number_of_batches():
+        text = client.get("/metrics").text
+        return {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line[0] != "#"}
+
+    images = [png(seed) for seed in range(100)]
+    expected = model.predict(images)
+    before = number_of_batches()
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda image: client.post("/predict", content=image), images))
+    assert {answer.status_code for answer in answers} == {200}
+    for answer, row in zip(answers, expected, strict=True):
+        assert answer.json()["predictions"][0]["probability"] == pytest.approx(row.max(), abs=1e-5)
+    after = number_of_batches()
+    assert after["imgclf_batch_images_sum"] - before["imgclf_batch_images_sum"] == 100
+    assert after["imgclf_batch_images_count"] - before["imgclf_batch_images_count"] < 100
+    assert (
+        after['imgclf_requests_total{route="/predict",status="200"}']
+        - before['imgclf_requests_total{route="/predict",status="200"}']
+        == 100
+    )
+
+
+def bomb():
+    """A PNG of 30,000 by 30,000 pixels in a few kilobytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 30_000, 30_000, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(10_000_000), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def many_scans():
+    content = io.BytesIO()
+    Image.new("L", (8, 8)).save(content, "JPEG", progressive=True)
+    return content.getvalue()[:-2] + b"\xff\xda\0\x02" * 495 + b"\xff\xd9"
+
+
+@pytest.mark.parametrize(("path", "body", "status", "words"), [
+    ("/predict", b"garbage", 422, "not in an image format"),
+    ("/predict", png(0)[:50], 422, "does not decode"),
+    ("/predict", bomb(), 422, "more than 67,108,864 pixels"),
+    ("/predict", b"", 400, "the body is empty"),
+    ("/predict", bytes(100_001), 413, "longer than 100,000 bytes"),
+    ("/predict?top_k=0", png(0), 400, "top_k=0"),
+    ("/predict?top_k=x", png(0), 400, "top_k=x"),
+    ("/predict?top_k=" + "9" * 15_000, png(0), 400, "top_k=9999"),
+    ("/predict?top_k=-1", png(0), 400, "top_k=-1"),
+    ("/predict?top_k=\u0663", png(0), 400, "top_k="),
+    ("/predict", many_scans(), 422, "the JPEG image has 501 scans"),
+    ("/../../etc/passwd", b"x", 404, ""),
+    ("/predict/%2e%2e/%2e%2e/etc/passwd", b"x", 404, ""),
+], ids=["garbage", "cut", "bomb", "empty", "long", "none", "word", "digits", "below zero", "Arabic", "scans",
+        "traversal", "coded"])  # fmt: skip
+def test_a_wrong_request_is_refused_with_a_sentence(client, path, body, status, words):
+    answer = client.post(path, content=body)
+    assert (answer.status_code, words in answer.text) == (status, True)
+    if status != 404:
+        assert list(answer.json()) == ["error"]
+    assert client.post("/predict", content=png(0)).status_code == 200
+
+
+def test_a_body_of_unknown_length_is_cut_off(client):
+    answer = client.post("/predict", content=(bytes(10_000) for _ in range(100)))
+    assert (answer.status_code, answer.headers["connection"]) == (413, "close")
+
+
+def test_a_slow_client_and_one_that_goes(port, client):
+    """The former is told so; neither holds up the others."""
+    with socket.create_connection(("127.0.0.1", port)) as slow, socket.create_connection(("127.0.0.1", port)) as gone:
+        for connection in (slow, gone):
+            connection.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nabc")
+        gone.close()
+        assert client.post("/predict", content=png(1)).status_code == 200
+        slow.settimeout(10)
+        assert slow.recv(100).startswith(b"HTTP/1.1 408")
+    assert client.get("/health").json()["waiting"] == 0
+
+
+def test_other_hosts_names_are_refused(client):
+    """A page of the web that calls itself this machine, by its name server, is not answered."""
+    assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
+    assert client.get("/", headers={"Host": "localhost:1"}).status_code == 200
+
+
+@pytest.mark.parametrize(("origin", "status"), [
+    ("http://localhost:1", 200), ("https://LOCALHOST:1", 200), ("http://localhost:2", 403), ("http://localhost", 403),
+    ("http://evil.example", 403), ("null", 403), ("", 403), ("localhost:1", 403),
+])  # fmt: skip
+def test_another_sites_page_is_refused(client, origin, status):
+    """A browser says whose page sends a request, and sends an image without asking this server first."""
+    headers = {"Host": "localhost:1", "Origin": origin}
+    answer = client.post("/predict", content=png(0), headers=headers)
+    assert answer.status_code == status
+    assert ("a page of another site" in answer.text) == (status == 403)
+    assert client.get("/health", headers=headers).status_code == status
+
+
+def test_bodies_take_bounded_memory():
+    """Of all requests together, however many there are; what ends gives its share back."""
+
+    class Sent:
+        headers: typing.ClassVar = {}
+
+        async def stream(self):
+            for _ in range(3):
+                yield bytes(10)
+
+    async def read():
+        bodies = app._Bodies(app.Limits(body_bytes=100, all_bodies_bytes=70))
+        for _ in range(3):
+            async with bodies.read(Sent()) as one, bodies.read(Sent()) as two:
+                assert one == two == bytes(30)
+                with pytest.raises(app.Refused) as refused:
+                    await bodies.read(Sent()).__aenter__()
+                assert refused.value.status == 503
+
+    asyncio.run(read())
+
+
+def test_the_page_asks_nobody_else(client):
+    for path, kind in (("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "text/javascript")):
+        answer = client.get(path)
+        assert answer.headers["content-type"].startswith(kind)
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert "http" not in answer.text
+
+
+def test_the_interface_is_described(client, model):
+    found = client.get("/openapi.json").json()
+    assert found["openapi"] == "3.1.0"
+    assert set(found["paths"]) == {"/predict", "/explain", "/health", "/metrics"}
+    for path, methods in found["paths"].items():
+        for method in methods:
+            assert client.request(method, path).status_code in (200, 400)
+    answers = found["paths"]["/predict"]["post"]["responses"]
+    schema = answers["200"]["content"]["application/json"]["schema"]
+    assert set(schema["required"]) == set(client.post("/predict", content=png(0)).json())
+    assert {"400", "408", "413", "422", "503"} < set(answers)
+    assert json.dumps(list(model.class_names)) in json.dumps(found)
+
+
+def test_an_answer_is_as_starlette_makes_it():
+    """Body and headers, those of security included, which are put together once for all answers."""
+    value = {"predictions": [{"class": "Käse 猫", "probability": 0.25}], "milliseconds": 1.5}
+    own, theirs = app._Answer(value), JSONResponse(value, headers=app._HEADERS)
+    assert own.body == theirs.body
+    assert sorted(own.raw_headers) == sorted(theirs.raw_headers)
+    assert own.status_code == theirs.status_code
+    assert own.headers["x-content-type-options"] == "nosniff"

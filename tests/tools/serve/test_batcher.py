@@ -1,0 +1,96 @@
+"""Batches of images that come one by one."""
+
+import asyncio
+import os
+import threading
+
+import numpy as np
+from test_app import model, png  # noqa: F401  the former is a fixture
+
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import decode_cost
+from imgclf_jax.tools.serve import batcher
+
+
+def test_large_files_are_decoded_by_several_threads(model, monkeypatch):  # noqa: F811
+    """Each has its own result, and one that does not decode spoils no other; small files take one thread."""
+    images = [png(seed) for seed in range(7)]
+    images[4] = b"garbage"
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    made, seen = batcher.Batcher(model), []
+    prepare, both = type(model).prepare, threading.Barrier(2, timeout=20)
+
+    def noted(self, image, place=0):
+        if threading.current_thread() not in seen:
+            seen.append(threading.current_thread())
+            if len(seen) <= 2 and several:
+                both.wait()  # until another thread decodes at the same time
+        return prepare(self, image, place)
+
+    monkeypatch.setattr(type(model), "prepare", noted)
+    several = False
+    alone = made._classify(images)
+    assert seen == [threading.current_thread()]
+    seen.clear()
+    several = True
+    monkeypatch.setattr(batcher, "_BYTES_A_THREAD", 1)
+    together = made._classify(images)
+    assert len(seen) in (2, 3)
+    for i, (a, b) in enumerate(zip(alone, together, strict=True)):
+        assert isinstance(a, UserError) == isinstance(b, UserError) == (i == 4)
+        if i != 4:
+            np.testing.assert_array_equal(a, b)
+
+
+def test_small_images_do_not_wait_for_large_ones(model, monkeypatch):  # noqa: F811
+    """More of them than there are threads; each is decoded once it is let, and none whose client has gone."""
+    prepare, go, begun = type(model).prepare, threading.Event(), []
+
+    def slow(self, image, place=0):
+        if image.startswith(b"large"):
+            decode_cost.check_bytes(image + bytes(10_000_000))
+            begun.append(image)
+            assert go.wait(20)
+            image = png(int(image[5:]))
+        return prepare(self, image, place)
+
+    monkeypatch.setattr(type(model), "prepare", slow)
+    made = batcher.Batcher(model)
+
+    async def clients():
+        running = asyncio.create_task(made.run())
+        large = [asyncio.create_task(made.predict(b"large%d" % n)) for n in range(6)]
+        async with asyncio.timeout(20):
+            small = await asyncio.gather(*(made.predict(png(n)) for n in range(10)))
+        while not begun:
+            await asyncio.sleep(0.01)
+        gone = next(n for n in range(6) if b"large%d" % n not in begun)
+        large.pop(gone).cancel()
+        await asyncio.sleep(0.05)
+        assert len(begun) == 1
+        go.set()
+        async with asyncio.timeout(20):
+            rows = await asyncio.gather(*large)
+        running.cancel()
+        assert b"large%d" % gone not in begun
+        return small, rows, [n for n in range(6) if n != gone]
+
+    small, rows, answered = asyncio.run(clients())
+    np.testing.assert_allclose(small, model.predict([png(n) for n in range(10)]), atol=1e-5)
+    np.testing.assert_allclose(rows, model.predict([png(n) for n in answered]), atol=1e-5)
+
+
+def test_closing_does_not_wait_for_a_thread_for_ever(model):  # noqa: F811
+    made, go, other = batcher.Batcher(model), threading.Event(), batcher.Batcher(model)
+    assert other.close(20)
+    made.alone.submit(go.wait)
+    assert not made.close(0.1)
+    go.set()
+    assert made.close(20)
+
+
+def test_an_error_does_not_keep_its_image(model):  # noqa: F811
+    """Nor what decoding it took, which its traceback would; a thousand of them would fill the memory."""
+    [error] = batcher.Batcher(model)._classify([png(0)[:50]])
+    assert "does not decode" in str(error)
+    assert (error.__traceback__, error.__context__, error.__cause__) == (None, None, None)

@@ -1,0 +1,252 @@
+"""What a client may do to a connection, over real ones, with each parser of HTTP that uvicorn may use."""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import socket
+import threading
+import time
+
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from imgclf_jax.tools.serve import connections
+from imgclf_jax.tools.serve.connections import ConnectionLimits, server_settings
+
+PARSERS = {"httptools": "httptools_impl:HttpToolsProtocol", "h11": "h11_impl:H11Protocol"}
+LIMITS = ConnectionLimits(
+    headers_seconds=0.3, request_seconds=0.5, connections=6, of_a_client=4, grace_seconds=0.3, linger_seconds=0.1
+)
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+
+
+async def size(request):
+    return PlainTextResponse(str(len(await request.body())))
+
+
+async def nothing(request):
+    """Answers without the body."""
+    return PlainTextResponse("nothing")
+
+
+async def much(request):
+    """More than a socket holds while nobody reads."""
+    return PlainTextResponse("x" * 30_000_000)
+
+
+@contextlib.contextmanager
+def server(parser, limits=LIMITS):
+    """The port of a server in a thread."""
+    module, _, name = PARSERS[parser].partition(":")
+    base = getattr(importlib.import_module(f"uvicorn.protocols.http.{module}"), name)
+    app = Starlette(routes=[Route("/", size, methods=["GET", "POST"]), Route("/much", much),
+                            Route("/nothing", nothing, methods=["POST"])])  # fmt: skip
+    settings = server_settings(app, "127.0.0.1", 0, limits, base)
+    sockets = [settings.bind_socket()]
+    running = uvicorn.Server(settings)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": sockets})
+    thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    try:
+        yield sockets[0].getsockname()[1]
+    finally:
+        running.should_exit = True
+        thread.join(15)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module", params=PARSERS)
+def port(request):
+    if request.param == "httptools":
+        pytest.importorskip("httptools")
+    with server(request.param) as port:
+        yield port
+
+
+@pytest.fixture(scope="module", params=PARSERS)
+def patient_port(request):
+    """Of a server that waits for headers as long as the product does, so that a busy machine is no slow client."""
+    if request.param == "httptools":
+        pytest.importorskip("httptools")
+    with server(request.param, dataclasses.replace(LIMITS, headers_seconds=ConnectionLimits().headers_seconds)) as port:
+        yield port
+
+
+def connect(port):
+    client = socket.create_connection(("127.0.0.1", port))
+    client.settimeout(10)
+    return client
+
+
+def answer(client):
+    """What the server sends until it ends the connection."""
+    got = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := client.recv(1 << 16):
+            got += part
+    return got
+
+
+def status(port, message):
+    """The status of the answer to a request, which asks for the connection's end."""
+    with connect(port) as client:
+        client.sendall(message)
+        return int(answer(client).split()[1])
+
+
+@pytest.mark.parametrize(
+    "start", [GET + b"X: ", GET, b"GET /", b""], ids=["a header", "headers", "the path", "nothing"]
+)
+@pytest.mark.parametrize("part", [64, 100_000])
+def test_endless_headers(patient_port, start, part):
+    """Of 32 kB and more, in many parts or few: they are refused, and nothing of them is kept."""
+    with connect(patient_port) as client:
+        client.sendall(start)
+        more = (b"A: b\r\n" if start in (GET, b"") else b"a") * (1 + part // 6)
+        sent = 0
+        with contextlib.suppress(OSError):
+            while sent < 32_768:
+                sent += client.send(more)
+        assert answer(client).split()[1] in ([b"431"] if start else [b"400", b"431"])
+    assert status(patient_port, GET + b"Connection: close\r\nX: " + b"a" * 16_000 + b"\r\n\r\n") == 200
+
+
+CHUNKED = b"POST / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def test_a_body_of_tiny_chunks(port):
+    """Chunks of one byte kept the event loop busy: every other client waited for two seconds."""
+    got = b""
+    with connect(port) as client, contextlib.suppress(OSError):
+        client.sendall(CHUNKED)
+        client.sendall(b"1\r\na\r\n" * 20_000 + b"0\r\n\r\n")
+        got = answer(client)
+    assert got == b""
+
+
+@pytest.mark.parametrize(("chunks", "length"), [(900, 1), (3_000, 64)])
+def test_a_body_of_small_chunks(port, chunks, length):
+    body = (b"%x\r\n" % length + b"a" * length + b"\r\n") * chunks
+    with connect(port) as client:
+        client.sendall(CHUNKED + body + b"0\r\n\r\n")
+        assert answer(client).endswith(b"\r\n\r\n%d" % (chunks * length))
+
+
+def test_long_headers_that_come_whole(port):
+    assert status(port, GET + b"X: " + b"a" * 40_000 + b"\r\n\r\n") == 431
+
+
+def test_endless_trailers(port):
+    """Headers that follow a body of chunks."""
+    begin = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nX: "
+    with connect(port) as client:
+        client.sendall(begin)
+        with contextlib.suppress(OSError):
+            for _ in range(20):
+                client.sendall(b"a" * 100_000)
+        answer(client)  # it ends
+
+
+def test_headers_that_are_never_finished(port):
+    """Byte by byte, each in time; the whole is not."""
+    with connect(port) as client:
+        begun = time.monotonic()
+        client.settimeout(0.02)
+        got = b""
+        for byte in GET + b"X: " + b"a" * 1000:
+            with contextlib.suppress(OSError):
+                client.send(bytes([byte]))
+            with contextlib.suppress(TimeoutError):
+                got = client.recv(1000)
+                break
+        assert got.split()[1] == b"408"
+        assert time.monotonic() - begun < 3
+
+
+@pytest.mark.parametrize("before", [b"", GET + b"\r\n"], ids=["new", "after an answer"])
+def test_a_client_that_says_nothing(port, before):
+    begun = time.monotonic()
+    with connect(port) as client:
+        client.sendall(before)
+        got = answer(client)
+    assert got.startswith(b"HTTP/1.1 200" if before else b"")
+    assert time.monotonic() - begun < 3
+
+
+def test_a_body_that_nobody_reads(port):
+    """It trickles on after the answer."""
+    begun = time.monotonic()
+    with connect(port) as client:
+        client.sendall(b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n")
+        with pytest.raises(OSError):  # noqa: PT012
+            while time.monotonic() - begun < 8:
+                client.sendall(b"a")
+                time.sleep(0.02)
+    assert time.monotonic() - begun < 4
+
+
+def test_a_client_that_takes_no_answer(port):
+    """It is cut off; the others are answered meanwhile, and the server ends at once."""
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", port))
+        client.sendall(GET.replace(b"/ ", b"/much ") + b"\r\n")
+        assert status(port, GET + b"Connection: close\r\n\r\n") == 200
+        time.sleep(0.8)
+        client.settimeout(10)
+        assert len(answer(client)) < 30_000_000
+
+
+def test_many_requests_at_once(port):
+    """On one connection: some are answered in order, and thousands end it."""
+    with connect(port) as client:
+        client.sendall((GET + b"\r\n") * 20 + GET + b"Connection: close\r\n\r\n")
+        assert answer(client).count(b"HTTP/1.1 200") == 21
+    with connect(port) as client:
+        with contextlib.suppress(OSError):
+            for _ in range(20):
+                client.sendall((GET + b"\r\n") * 500)
+        answer(client)  # it ends
+
+
+def test_many_connections(port):
+    """So many of one client and no more: another is told so, and one that ends makes room."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(port)) for _ in range(LIMITS.of_a_client)]
+        with connect(port) as more:
+            assert answer(more).startswith(b"HTTP/1.1 503")
+        clients.pop().close()
+        until = time.monotonic() + 5
+        while (found := status(port, GET + b"Connection: close\r\n\r\n")) == 503 and time.monotonic() < until:
+            time.sleep(0.05)
+        assert found == 200
+
+
+@pytest.mark.parametrize(("address", "client"), [
+    (("192.0.2.1", 5), "192.0.2.1"), (("2001:db8:1:2:3::4", 5, 0, 0), "2001:db8:1:2::/64"),
+    (("fe80::1%eth0", 5, 0, 2), "fe80::/64"), (None, "None"), ("", ""),
+])  # fmt: skip
+def test_the_address_of_a_client(address, client):
+    class Transport:
+        def get_extra_info(self, name):
+            return address
+
+    assert connections._client(Transport()) == client
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+def test_the_server_ends_whatever_its_clients_do(parser):
+    """One has sent half of its headers, one half of its body, and one takes no answer."""
+    if parser == "httptools":
+        pytest.importorskip("httptools")
+    with contextlib.ExitStack() as stack, server(parser, ConnectionLimits(grace_seconds=0.3)) as port:
+        for message in (GET, b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\na", GET + b"\r\n"):
+            stack.enter_context(connect(port)).sendall(message)
+        time.sleep(0.1)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 8

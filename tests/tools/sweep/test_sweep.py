@@ -1,0 +1,228 @@
+"""The command `sweep`: which runs it starts, how they end, and what it says; a slow test trains and kills for real."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import launch
+from imgclf_jax.run import lock
+from imgclf_jax.tools.sweep import command as sweep
+
+ROOT = Path(__file__).parents[2]
+
+# Stands for `launch.py train`: leaves behind what a run of 12 steps does, in a tenth of a second.
+TRAIN = """
+import json, os, pathlib, signal, sys, time
+words = dict(word.lstrip("-").split("=", 1) for word in sys.argv[1:] if "=" in word)
+place, behave = pathlib.Path(words["workdir"]), json.loads(os.environ.get("BEHAVE", "{}")).get(words["config.seed"], "")
+place.mkdir(exist_ok=True)
+(place / "platforms").write_text(str(os.environ.get("JAX_PLATFORMS")))
+with (place.parent / "order").open("a") as file:
+    print("begin", words["config.seed"], file=file)
+if behave == "fail":
+    print("error: no luck\\nmore", flush=True)
+    sys.exit(1)
+if behave == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+if behave == "ask":
+    def save(*_):
+        print("saved", flush=True)
+        sys.exit(75)
+    signal.signal(signal.SIGTERM, save)
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+if behave == "slow":
+    time.sleep(1)
+config = json.loads((place.parent / "sweep.json").read_text())["base"] | {"seed": int(words["config.seed"])}
+(place / "config.json").write_text(json.dumps(config))
+data = {"train_examples": 64, "image_shape": [12, 12, 1], "class_names": ["a", "b"], "fingerprint": "x"}
+(place / "provenance.json").write_text(json.dumps({"data": data}))
+(place / "result.json").write_text(json.dumps({"step": 12, "test": {"accuracy": 0.5, "accuracy_std": 0.25}}))
+with (place.parent / "order").open("a") as file:
+    print("end", words["config.seed"], file=file)
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """Runs a sweep over seeds whose runs are those of TRAIN; gives the exit status and the lines printed."""
+    (tmp_path / "train.py").write_text(TRAIN)
+    whole = sweep._command
+    monkeypatch.setattr(
+        sweep, "_command", lambda *args: [sys.executable, str(tmp_path / "train.py"), *whole(*args)[2:]]
+    )
+
+    def call(*argv, **behave):
+        monkeypatch.setenv("BEHAVE", json.dumps({name.removeprefix("s"): how for name, how in behave.items()}))
+        capfd.readouterr()
+        status = launch.main(["sweep", f"--workdir={tmp_path / 'w'}", "--config.total=12 steps", *argv])
+        call.out, call.err = capfd.readouterr()
+        return status, [re.sub(r"\d+\.\d s", "N s", " ".join(line.split())) for line in call.out.splitlines()]
+
+    call.folder = tmp_path / "w"
+    return call
+
+
+def test_runs_that_are_done_are_skipped(run, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+    status, lines = run("--sweep=seed=0..1")
+    last = f"2 of 2 runs are done; see {run.folder}"
+    assert (status, lines) == (0, [*(f"seed={i} done N s test/accuracy 0.5000 ± 0.2500" for i in (0, 1)), last])
+    assert (run.folder / "order").read_text().split() == ["begin", "0", "end", "0", "begin", "1", "end", "1"]
+    assert (run.folder / "seed=0" / "platforms").read_text() == "tpu,cpu"  # the sweep itself takes no accelerator
+    assert os.environ["JAX_PLATFORMS"] == "tpu,cpu"
+    status, lines = run("--sweep=seed=0..2")  # one more
+    assert status == 0
+    assert [line.split(" test")[0] for line in lines[:3]] == [
+        "seed=0 done before",
+        "seed=1 done before",
+        "seed=2 done N s",
+    ]
+    assert list(json.loads((run.folder / "sweep.json").read_text())["runs"]) == ["seed=0", "seed=1", "seed=2"]
+    assert run("--sweep=seed=1")[0] == 0  # fewer: the others stay in the plan
+    assert list(json.loads((run.folder / "sweep.json").read_text())["runs"]) == ["seed=0", "seed=1", "seed=2"]
+
+
+def test_one_that_fails_stops_no_other(run):
+    status, lines = run("--sweep=seed=0..2", s0="fail", s1="die")
+    assert status == 1
+    assert lines[0] == "seed=0 failed N s error: no luck"
+    assert lines[1] == "seed=1 failed N s killed by SIGKILL; see seed=1.log"
+    assert lines[2].startswith("seed=2 done")
+    assert lines[3].startswith("1 of 3 runs are done")
+    assert run.err.splitlines()[-3:] == ["2 failed; their logs:", *(f"  {run.folder}/seed={i}.log" for i in (0, 1))]
+    status, lines = run("--sweep=seed=0..2", s0="", s1="die")
+    assert status == 1
+    assert [line.split(" N s")[0] for line in lines[:3]] == [
+        "seed=2 done before test/accuracy 0.5000 ± 0.2500", "seed=0 done", "seed=1 failed"]  # fmt: skip
+    log = (run.folder / "seed=0.log").read_text().splitlines()
+    assert [line[0] for line in log] == ["$", "e", "m", "$"]  # both attempts
+    assert shlex.split(log[0])[-2:] == ["--config.seed=0", f"--workdir={run.folder}/seed=0"]
+
+
+def test_a_signal_is_passed_on(run):
+    """The run saves, those that wait are not begun, and the next sweep goes on."""
+    status, lines = run("--sweep=seed=0..2", s0="", s1="ask")
+    assert status == 75
+    assert [line.split(" N s")[0] for line in lines] == ["seed=0 done", "seed=1 stopped", f"1 of 3 runs are done; see "
+                                                         f"{run.folder}"]  # fmt: skip
+    assert (run.folder / "seed=1.log").read_text().splitlines()[-1] == "saved"
+    assert "SIGTERM: stopped; run the same command to go on" in run.err
+    assert not (run.folder / "seed=2").exists()
+    status, lines = run("--sweep=seed=0..2")
+    assert status == 0
+    assert lines[-1].startswith("3 of 3 runs are done")
+
+
+def test_several_at_once(run):
+    status, _ = run("--sweep=seed=0..2", "--jobs=2", s0="slow", s1="slow", s2="slow")
+    order = (run.folder / "order").read_text().splitlines()
+    assert status == 0
+    assert sorted(order[:2]) == ["begin 0", "begin 1"]
+    assert order.index("begin 2") > min(order.index("end 0"), order.index("end 1"))
+
+
+def test_a_run_that_another_process_trains_is_waited_for(run):
+    """Such as one that a killed sweep left behind."""
+    code = ("import sys, time; from pathlib import Path; from imgclf_jax.run import lock\n"
+            "with lock.held(Path(sys.argv[1])): print('held', flush=True); time.sleep(3)\n")  # fmt: skip
+    file = run.folder / "seed=0" / "lock"
+    with subprocess.Popen([sys.executable, "-c", code, file], cwd=ROOT, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert lock.is_held(file)
+        status, lines = run("--sweep=seed=0..1")
+        assert other.poll() == 0
+    assert not lock.is_held(file)
+    assert status == 0
+    assert "seed=0 is being trained by another process: waiting for it" in run.err
+    assert (run.folder / "order").read_text().splitlines()[0] == "begin 0"
+    assert len(lines) == 3
+
+
+def test_print(run, monkeypatch):
+    """A command a run, which is what the sweep would start, and the plan; nothing is started."""
+    assert run("--sweep=model=mlp; cnn(hidden=8)", "--print", "--config.data.source=fake(8)")[0] == 0
+    words = [shlex.split(line) for line in run.out.splitlines()]
+    assert len(words) == 2
+    for own, model, name in zip(words, ("mlp", "cnn(hidden=8)"), ("model=mlp", "model=cnn-hidden-8"), strict=True):
+        assert own[4:] == ["--config.total=12 steps", "--config.data.source=fake(8)", f"--config.model={model}",
+                           f"--workdir={run.folder / name}"]  # fmt: skip
+        assert own[2] == "train"
+        assert own[3].endswith("configs/digits.py")
+    assert [path.name for path in run.folder.iterdir()] == ["sweep.json"]
+    monkeypatch.setattr(launch, "_dispatch", lambda name, config, *_: print(name, config.model) or 0)
+    assert launch.main(words[1][2:]) == 0  # it is a valid command
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["--sweep=seed=0; x"], "no run was started: --config.seed=x: wants a value of type int, such as 0"),
+    (["--sweep=seed=0,1"], "values of --sweep are separated by ';'"),
+    (["--sweep=schedule=constant(1e-3); constnt(1)"], "no run was started: unknown schedule 'constnt'"),
+    (["--sweep=schedule=constant(1e-3); constant(x=1)"], "no run was started: in schedule 'constant(x=1)': unknown "
+     "argument 'x'"),
+    (["--sweep=batch_size=[8, 0]"], "no run was started: batch_size=0: must be 1 or more"),
+    (["--sweep=seed=0..1", "--config.seed=3"], "seed is set by --config.seed and swept too; leave out one of them"),
+    (["--sweep=clip=0.5", "--config.seed=3", "--config.seed=4"], "--config.seed is given 2 times; several values are "
+     "--sweep 'seed=VALUE; VALUE'"),
+    ([], "a sweep wants values"),
+])  # fmt: skip
+def test_nothing_begins_with_a_mistake(run, argv, said):
+    status, lines = run(*argv)
+    assert (status, lines) == (1, [])
+    assert said in run.err
+    assert run.err.count("\n") == 1
+    assert not run.folder.exists()
+
+
+def test_other_keys_in_its_directory(run):
+    assert run("--sweep=seed=0")[0] == 0
+    assert run("--sweep=seed=0", "--sweep=clip=0.5; 1")[0] == 1
+    assert "holds a sweep of seed, and this one is of clip, seed" in run.err
+    (run.folder / "config.json").write_text("{}")
+    assert run("--sweep=seed=0")[0] == 1
+    assert "holds a run itself" in run.err
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_goes_on(tmp_path):
+    """SIGKILL to the sweep and its runs, SIGTERM to the sweep alone: the runs end as without these, to the bit."""
+    words = ["--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=",
+             "--config.model=mlp(widths=(256,))", "--config.batch_size=16", "--config.checkpoint_every=50 steps",
+             "--config.eval_every=", "--config.log_every=50 steps", "--config.total=2000 steps",
+             "--config.steps_per_call=50", "--config.schedule=constant(1e-3)"]  # fmt: skip
+    command = [sys.executable, str(ROOT / "launch.py"), "sweep", *words, f"--workdir={tmp_path / 'w'}",
+               "--sweep=seed=0..1", "--jobs=2"]  # fmt: skip
+
+    def stopped(how, number):
+        with (tmp_path / "log").open("w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=ROOT)
+        metrics = [tmp_path / "w" / f"seed={i}" / "metrics.jsonl" for i in (0, 1)]
+        before = [file.stat().st_size if file.exists() else 0 for file in metrics]
+        for _ in range(600):
+            if all(file.exists() and file.stat().st_size > size for file, size in zip(metrics, before, strict=True)):
+                break
+            time.sleep(0.1)
+        how(process.pid, number)
+        return process.wait()
+
+    assert stopped(os.killpg, signal.SIGKILL) == -signal.SIGKILL
+    assert stopped(os.kill, signal.SIGTERM) == 75
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 of 2 runs are done" in done.stdout
+    for i in (0, 1):
+        assert "resuming at step" in (tmp_path / "w" / f"seed={i}.log").read_text()
+        alone = tmp_path / f"alone{i}"
+        by_itself = [*command[:2], "train", *words, f"--config.seed={i}", f"--workdir={alone}"]
+        subprocess.run(by_itself, capture_output=True, check=True, cwd=ROOT)  # on one device too
+        digests = [json.loads((place / "result.json").read_text())["params_sha256"]
+                   for place in (alone, tmp_path / "w" / f"seed={i}")]  # fmt: skip
+        assert digests[0] == digests[1]

@@ -1,0 +1,157 @@
+"""Several seeds in one program: each replica is its own run, and the ensemble the mean of their probabilities."""
+
+import json
+import statistics
+
+import jax
+import numpy as np
+import pytest
+
+import launch
+from imgclf_jax.core import sharding
+from imgclf_jax.data import placement, sources, stream
+from imgclf_jax.loading import restore
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.provenance import load_data_info
+from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.run.writers import read_metrics
+from imgclf_jax.train.evaluation import evaluate
+from imgclf_jax.weights import pretrained
+
+SOURCE = "fake(50, (12, 12, 1), 4)"
+RUN = (f"--config.data.source={SOURCE}", "--config.model=mlp(widths=(8,))", "--config.total=9 steps",
+       "--config.batch_size=16",
+       "--config.optimizer=sgd(momentum=0.9)", "--config.schedule=cosine(0.1)", "--config.augment=flip_lr|normalize",
+       "--config.seed=5", "--config.metrics=auc")  # fmt: skip
+RANDOM = "--config.preprocess=decode(1)|random_resized_crop(10)"
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_the_stream_holds_the_batches_of_each_seed(where):
+    """On the host with random host ops, whose draws are those of the seed."""
+    preprocess = "decode(1)|random_resized_crop(10)" if where == "host" else "decode(1)"
+    mesh, ranges = sharding.make_mesh(), [range(3), range(3, 5)]
+
+    def chunks(seed, num_seeds):
+        images = stream.Images(sources.open_splits(SOURCE)["train"], preprocess, seed)
+        spec = stream.StreamSpec(seed, 16, num_seeds, with_ids=True)
+        return [chunk for _, chunk in placement.train_chunks(where, images, spec, ranges, 3, mesh)]
+
+    together = chunks(7, 3)
+    for i in range(3):
+        for ours, alone in zip(together, chunks(7 + i, 1), strict=True):
+            for name in ("id", "epoch", *(("image", "label") if where == "host" else ())):
+                np.testing.assert_array_equal(ours[name][:, i::3], alone[name])
+    assert not np.array_equal(together[0]["id"][:, 0::3], together[0]["id"][:, 1::3])
+
+
+def train(folder, *more_of_all):
+    """Two seeds at once, and each by itself, on eight devices."""
+    settings = {"together": ("--config.num_seeds=2",), **{str(s): (f"--config.seed={s}",) for s in (5, 6)}}
+    for name, more in settings.items():
+        evaluation = "--config.preprocess_eval=decode(1)|resize(10)"
+        assert launch.main([f"--workdir={folder / name}", *RUN, RANDOM, evaluation, *more, *more_of_all]) == 0
+    return {name: Workdir(folder / name) for name in settings}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("seeds"))
+
+
+def state_of(workdir):
+    return restore(workdir.load_config(), workdir, "latest")
+
+
+@pytest.mark.thorough
+def test_each_replica_is_its_run(tmp_path):
+    runs = train(tmp_path, "--config.model=cnn(widths=(4,), hidden=8)", "--config.mix=mixup(0.2)",
+                 "--config.augment=flip_alternating|pad_crop(1)|normalize",
+                 "--config.optimizer=sgd(momentum=0.9)|lookahead(2, 0.5)")  # fmt: skip
+    _, together, _ = state_of(runs["together"])
+    for i in range(2):
+        _, alone, _ = state_of(runs[str(5 + i)])
+        replica = jax.tree.map(lambda x, i=i: x[i], together)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), replica, alone)
+
+
+def test_results(runs):
+    """Means and deviations of the single runs' results, and the ensemble's from probabilities averaged here."""
+    result = json.loads(runs["together"].result.read_text())["test"]
+    alone = [json.loads(runs[str(s)].result.read_text())["test"] for s in (5, 6)]
+    for name in ("accuracy", "loss", "nll", "auc"):
+        values = [one[name] for one in alone]
+        assert result[name] == pytest.approx(statistics.fmean(values), rel=1e-4)
+        assert result[f"{name}_std"] == pytest.approx(statistics.stdev(values), rel=1e-3, abs=1e-6)
+    assert result["examples"] == 50
+    probabilities = []
+    for seed in (5, 6):
+        programs, state, _ = state_of(runs[str(seed)])
+        images = programs.eval_images(sources.open_splits(SOURCE)["test"])
+        _, predictions = evaluate(programs, state, images)
+        probabilities.append(predictions.probabilities)
+    mean = np.mean(probabilities, 0, np.float64)
+    labels = predictions.labels
+    assert result["ensemble_accuracy"] == np.mean(mean.argmax(1) == labels)
+    assert result["ensemble_loss"] == pytest.approx(-np.mean(np.log(mean[np.arange(50), labels])), rel=1e-4)
+    assert result["ensemble_loss"] < result["loss"]  # by Jensen's inequality
+
+
+def test_training_is_logged_as_the_mean_and_deviation_of_the_seeds(runs):
+    records = {name: [r for r in read_metrics(run.metrics) if "train/loss" in r] for name, run in runs.items()}
+    assert records["together"]
+    for together, *alone in zip(records["together"], records["5"], records["6"], strict=True):
+        for name in ("train/loss", "train/accuracy"):
+            values = [one[name] for one in alone]
+            assert together[name] == pytest.approx(statistics.fmean(values), rel=1e-4)
+            assert together[f"{name}_std"] == pytest.approx(statistics.stdev(values), rel=1e-3, abs=1e-6)
+            assert f"{name}_std" not in alone[0]
+
+
+def test_prediction_is_the_ensembles(runs, tmp_path):
+    from PIL import Image
+
+    file = tmp_path / "image.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12), np.uint8)).save(file)
+    found = {}
+    for name, workdir in runs.items():
+        [found[name]] = state_of(workdir).predict(file)
+    expected = np.mean([found[str(s)] for s in (5, 6)], 0)
+    np.testing.assert_allclose(found["together"], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["5", "together"])
+def test_every_replica_begins_from_the_weights(runs, name):
+    """Of a run of one seed, and of one of several those of the first."""
+    config = runs["5"].load_config()
+    with config.unlocked():
+        config.num_seeds, config.init_from = 3, str(runs[name].path)
+    programs = Programs(Recipe(config, load_data_info(runs["5"].provenance)))
+    state = programs.init(0, weights=pretrained.load(programs).taken)["state"]
+    expected, _ = state_of(runs["5"])[1].evaluated
+    for i in range(3):
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-6), state.params, expected
+        )
+
+
+def test_the_table_of_classes_is_the_ensembles(runs, capsys):
+    capsys.readouterr()
+    assert launch.main(["evaluate", f"--workdir={runs['together'].path}"]) == 0
+    out = capsys.readouterr().out
+    assert "ensemble_accuracy" in out
+    assert "most often taken for" in out
+
+
+def test_another_number_of_seeds_is_another_run(runs, capsys):
+    folder = runs["together"].path
+    assert launch.main([f"--workdir={folder}", *RUN, RANDOM, "--config.num_seeds=3"]) == 1
+    assert "num_seeds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "words"), [(0, "must be 1 or more"), (9, "go beyond")])
+def test_bad_numbers(number, words, tmp_path, capsys):
+    argv = [f"--workdir={tmp_path}", f"--config.num_seeds={number}", f"--config.seed={2**32 - 8}"]
+    assert launch.main(argv) == 1
+    assert words in capsys.readouterr().err

@@ -1,0 +1,358 @@
+"""Several labels an example, numbers and distributions, through every tool: made of scikit-learn's digits."""
+
+import csv
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sklearn.metrics
+from cases import thorough
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import launch
+from imgclf_jax import metrics
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import sources
+from imgclf_jax.loading import restore
+from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.run.writers import read_metrics
+from imgclf_jax.tools.export import compared
+from imgclf_jax.tools.serve import app
+from imgclf_jax.train.evaluation import evaluate
+
+N, TRAIN = 304, 240
+FLAGS = ("--config.preprocess=decode(1)", "--config.augment=normalize", "--config.model=mlp(widths=(32,))",
+         "--config.batch_size=48", "--config.total=10 epochs", "--config.schedule=constant(1e-2)",
+         "--config.log_every=5 epochs", "--config.eval_every=5 epochs", "--config.checkpoint_every=5 epochs",
+         "--config.tensorboard=False")  # fmt: skip
+LOSS = {"pairs": "sigmoid", "ink": "mse", "soft": "softmax"}
+BEST = {"pairs": "test/mean_average_precision", "ink": "test/mae[top half, %]", "soft": "test/kl"}
+DIGITS = load_digits()
+
+
+def write_pairs(path):
+    """Two digits side by side; ten columns say which digits there are."""
+    images = (DIGITS.images * 255 / 16).astype(np.uint8)
+    left, right = np.random.default_rng(0).integers(0, len(images), (2, N))
+    targets = np.zeros((N, 10), np.uint8)
+    for side in (left, right):
+        targets[np.arange(N), DIGITS.target[side]] = 1
+    return write_table(path, np.concatenate([images[left], images[right]], 2), targets, [f"a {i}" for i in range(10)])
+
+
+def write_ink(path):
+    """How much ink a digit has, and the share of it in the upper half."""
+    images = DIGITS.images[:N]
+    targets = np.stack([images.mean((1, 2)), 100 * images[:, :4].sum((1, 2)) / images.sum((1, 2))], 1)
+    return write_table(path, (images * 255 / 16).astype(np.uint8), targets, ["ink", "top half, %"])
+
+
+def write_soft(path):
+    """A digit's label with a share of 0.82, the others with 0.02 each."""
+    targets = np.full((N, 10), 0.02)
+    targets[np.arange(N), DIGITS.target[:N]] = 0.82
+    images = (DIGITS.images[:N] * 255 / 16).astype(np.uint8)
+    np.savez(path, train_images=images[:TRAIN], train_targets=targets[:TRAIN], test_images=images[TRAIN:],
+             test_targets=targets[TRAIN:], target_names=[str(i) for i in range(10)])  # fmt: skip
+    return f"arrays({str(path)!r})"
+
+
+def write_table(path, images, targets, names):
+    """A .png an image, and a .csv file with a column for each target."""
+    folder = path.with_suffix(".files")
+    folder.mkdir(exist_ok=True)
+    with (folder / "labels.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "split", *names])
+        for i, (image, target) in enumerate(zip(images, targets, strict=True)):
+            Image.fromarray(image).save(folder / f"{i}.png")
+            rows.writerow([f"{i}.png", "train" if i < TRAIN else "test", *target.tolist()])
+    return f"table({str(folder / 'labels.csv')!r}, targets={tuple(names)!r})"
+
+
+WRITE = {"pairs": write_pairs, "ink": write_ink, "soft": write_soft}
+
+
+def train(folder, name, *flags):
+    source = WRITE[name](folder / f"{name}.npz")
+    argv = [f"--workdir={folder / name}", f"--config.data.source={source}", f"--config.loss={LOSS[name]}", *FLAGS,
+            f"--config.checkpoint.best={BEST[name]}", *flags]  # fmt: skip
+    assert launch.main(argv) == 0
+    return Workdir(folder / name)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """run(name): the trained run of a set, trained once."""
+    folder, known = tmp_path_factory.mktemp("tasks"), {}
+
+    def run(name):
+        if name not in known:
+            known[name] = train(folder, name)
+        return known[name]
+
+    return run
+
+
+def outputs_of(workdir):
+    """(targets, probabilities or values), f64[64, k] each, of the test set."""
+    model = restore(workdir.load_config(), workdir, "latest")
+    images = model.programs.eval_images(sources.open_data(workdir.load_config())["test"])
+    read = images.read(np.arange(len(images)), np.arange(len(images)))
+    found = np.asarray(model.programs.predict(*model.state.evaluated, read["image"]))
+    return read["target"].astype(np.float64), found.astype(np.float64)
+
+
+def expected(name, targets, outputs):
+    """The metrics by scikit-learn."""
+    if name == "pairs":
+        predicted = outputs >= 0.5
+        return {
+            "nll": -np.sum(np.where(targets > 0, np.log(outputs), np.log1p(-outputs)), 1).mean(),
+            "mean_average_precision": sklearn.metrics.average_precision_score(targets, outputs, average="macro"),
+            "micro_f1": sklearn.metrics.f1_score(targets, predicted, average="micro"),
+            "macro_f1": sklearn.metrics.f1_score(targets, predicted, average="macro"),
+            "exact_match": sklearn.metrics.accuracy_score(targets, predicted),
+        }
+    if name == "ink":
+        return {
+            "loss": sklearn.metrics.mean_squared_error(targets, outputs),
+            "r2": sklearn.metrics.r2_score(targets, outputs),
+            "mae": sklearn.metrics.mean_absolute_error(targets, outputs),
+            "rmse": sklearn.metrics.root_mean_squared_error(targets, outputs),
+            "mae[top half, %]": sklearn.metrics.mean_absolute_error(targets[:, 1], outputs[:, 1]),
+        }
+    nll, entropy = (-np.sum(targets * np.log(x), 1).mean() for x in (outputs, targets))
+    return {"accuracy": np.mean(targets.argmax(1) == outputs.argmax(1)), "nll": nll, "kl": nll - entropy}
+
+
+@pytest.mark.parametrize("name", ["pairs", "ink", *thorough("soft")])
+def test_training_records_the_metrics_of_the_task(runs, name):
+    """The result, the log and the best checkpoint; the numbers are scikit-learn's, of what `predict` gives."""
+    workdir = runs(name)
+    result = json.loads(workdir.result.read_text())["test"]
+    found = expected(name, *outputs_of(workdir))
+    assert {key: result[key] for key in found} == {key: pytest.approx(x, rel=1e-5) for key, x in found.items()}
+    assert result["examples"] == N - TRAIN
+    logged = {key.partition("/")[2] for record in read_metrics(workdir.metrics) for key in record if "train/" in key}
+    assert {"accuracy", "exact_match"} & logged == {"pairs": {"exact_match"}, "ink": set(), "soft": {"accuracy"}}[name]
+    best = restore(workdir.load_config(), workdir, "best")
+    value = BEST[name].partition("/")[2]
+    sums, predictions = evaluate(best.programs, best.state, best.programs.eval_images(
+        sources.open_data(workdir.load_config())["test"]))  # fmt: skip
+    kept = metrics.summarize(sums, predictions, best.programs.recipe.whole_set_metrics)[value]
+    values = [r[f"test/{value}"] for r in read_metrics(workdir.metrics) if f"test/{value}" in r]
+    assert kept == pytest.approx(max(values) if name == "pairs" else min(values), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "said"),
+    [
+        ("pairs", ["--config.loss=softmax"], "adds up to 2 and not to 1; for columns that are 0 or 1 each by itself "
+                                             "use 'sigmoid'"),
+        ("ink", ["--config.loss=sigmoid"], "outside of [0, 1]; for numbers use 'mse', 'mae' or 'huber'"),
+        ("ink", ["--config.mix=cutmix"], "mix='cutmix': cutmix has no target in a regression"),
+        ("ink", ["--config.metrics=auc"], "unknown metric of a regression 'auc'"),
+        ("pairs", ["--config.metrics=balanced_accuracy"], "unknown metric of several labels 'balanced_accuracy'"),
+        ("ink", ["--config.checkpoint.best=test/accuracy"], "a run with a regression has no accuracy; it has "
+                                                            "loss, r2, mae, rmse"),
+        ("ink", ["--config.data.source=digits"], "loss='mse' trains on numbers, and these data have class labels"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_the_data_is_told(tmp_path, capsys, name, flags, said):
+    source = WRITE[name](tmp_path / "data.npz")
+    argv = [f"--workdir={tmp_path / 'run'}", f"--config.data.source={source}", f"--config.loss={LOSS[name]}", *FLAGS]
+    assert launch.main([*argv, *flags]) == 1
+    assert said in capsys.readouterr().err
+
+
+def printed(capsys, *argv):
+    """What a command prints on standard output; it must succeed."""
+    capsys.readouterr()
+    assert launch.main([str(word) for word in argv]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys, *argv):
+    """The one sentence by which a command ends with status 1."""
+    capsys.readouterr()
+    assert launch.main([str(word) for word in argv]) == 1
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    return line
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """pictures(name): the paths of the first three test images."""
+
+    def of(name, runs):
+        source = sources.open_data(runs(name).load_config())["test"]
+        return [Path(source.name(i)) for i in range(3)]
+
+    return of
+
+
+def test_evaluate_of_several_labels(runs, capsys, tmp_path):
+    targets, outputs = outputs_of(runs("pairs"))
+    file = tmp_path / "all.csv"
+    argv = ["evaluate", f"--workdir={runs('pairs').path}", "--checkpoint=latest"]
+    found = json.loads(printed(capsys, *argv, "--format=json", f"--predictions={file}"))["test"]
+    each = sklearn.metrics.average_precision_score(targets, outputs, average=None)
+    assert [one["average_precision"] for one in found["classes"]] == pytest.approx(each.tolist(), abs=1e-6)
+    assert [one["class"] for one in found["classes"]] == found["class_names"] == [f"a {i}" for i in range(10)]
+    assert [one["examples"] for one in found["classes"]] == targets.sum(0).tolist()
+    for name in ("mean_average_precision", "micro_f1", "macro_f1", "exact_match"):
+        own = found["scores"][name]
+        assert own["value"] == found[name]
+        assert own["low"] < own["value"] < own["high"]
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    np.testing.assert_allclose([float(r["probability[a 3]"]) for r in rows], outputs[:, 3], rtol=1e-5)
+    assert [float(r["target[a 3]"]) for r in rows] == targets[:, 3].tolist()
+    assert np.mean([r["correct"] == "True" for r in rows]) == found["exact_match"]
+    saved = np.array([[[float(r[f"{kind}[a {c}]"]) for c in range(10)] for r in rows]
+                      for kind in ("target", "probability")])  # fmt: skip
+    assert abs(found["mean_average_precision"] - sklearn.metrics.average_precision_score(*saved)) < 1e-12
+    shown = printed(capsys, *argv)
+    assert f"mean_average_precision {found['mean_average_precision']:.4g}" in shown
+    assert ["best threshold" in shown, "accuracy" in shown] == [True, False]
+
+
+def test_evaluate_of_numbers(runs, capsys, tmp_path):
+    targets, outputs = outputs_of(runs("ink"))
+    file = tmp_path / "all.jsonl"
+    argv = ["evaluate", f"--workdir={runs('ink').path}", "--checkpoint=latest"]
+    found = json.loads(printed(capsys, *argv, "--format=json", f"--predictions={file}"))["test"]
+    assert found["target_names"] == ["ink", "top half, %"]
+    assert found["scores"]["mae[ink]"]["low"] < found["mae[ink]"] < found["scores"]["mae[ink]"]["high"]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    np.testing.assert_allclose([r["value[ink]"] for r in rows], outputs[:, 0], rtol=1e-5)
+    np.testing.assert_allclose([r["target[top half, %]"] for r in rows], targets[:, 1], rtol=1e-6)
+    shown = printed(capsys, *argv)
+    assert ["rmse[top half, %]" in shown, "accuracy" in shown] == [True, False]
+    assert "--corruptions measures accuracy, and a run with a regression" in refused(capsys, *argv, "--corruptions=fog")
+    assert "--attack measures accuracy, and a run with a regression" in refused(capsys, *argv, "--attack=pgd")
+
+
+@pytest.mark.thorough
+def test_an_attack_raises_the_cross_entropy_with_a_distribution(runs, capsys):
+    argv = ["evaluate", f"--workdir={runs('soft').path}", "--format=json"]
+    clean = json.loads(printed(capsys, *argv))["test"]
+    found = json.loads(printed(capsys, *argv, "--attack=pgd(eps=0.1)"))["test"]
+    assert [found["accuracy"], found["nll"]] == pytest.approx([clean["accuracy"], clean["nll"]], rel=1e-5)
+    assert found["attacked_nll"] > found["nll"]
+    assert found["attacked_accuracy"] < found["accuracy"]
+
+
+def test_predict_of_several_labels_prints_all_from_the_threshold_on(runs, pictures, capsys):
+    paths, (_, outputs) = pictures("pairs", runs), outputs_of(runs("pairs"))
+    argv = ["predict", *paths, f"--workdir={runs('pairs').path}", "--checkpoint=latest"]
+    found = [json.loads(line) for line in printed(capsys, *argv, "--format=jsonl", "--threshold=0.2").splitlines()]
+    for record, own in zip(found, outputs, strict=False):
+        order = [c for c in np.argsort(-own) if own[c] >= 0.2]
+        assert [p["class"] for p in record["predictions"]] == [f"a {c}" for c in order]
+        assert [p["probability"] for p in record["predictions"]] == pytest.approx(own[order].tolist(), abs=1e-5)
+    each = ",".join(["1", "0.999"] + ["0"] * 8)
+    [row, *_] = csv.DictReader(printed(capsys, *argv, "--format=csv", f"--threshold={each}").splitlines())
+    assert set(row["labels"].split("|")) == {f"a {c}" for c in range(2, 10)}
+    assert float(row["probability[a 0]"]) == pytest.approx(outputs[0, 0], abs=1e-5)
+    assert "wants a number from 0 to 1, or 10 of them" in refused(capsys, *argv, "--threshold=0.5,0.5")
+
+
+def test_predict_of_numbers_prints_values_by_name(runs, pictures, capsys):
+    paths, (_, outputs) = pictures("ink", runs), outputs_of(runs("ink"))
+    argv = ["predict", *paths, f"--workdir={runs('ink').path}", "--checkpoint=latest"]
+    found = json.loads(printed(capsys, *argv, "--format=json"))
+    assert [list(one["values"]) for one in found] == [["ink", "top half, %"]] * 3
+    np.testing.assert_allclose([list(one["values"].values()) for one in found], outputs[:3], rtol=1e-5)
+    [row, *_] = csv.DictReader(printed(capsys, *argv, "--format=csv").splitlines())
+    assert float(row["value[ink]"]) == pytest.approx(outputs[0, 0], rel=1e-5)
+    assert "it is for several labels, and this model predicts numbers" in refused(capsys, *argv, "--threshold=0.5")
+
+
+@pytest.mark.parametrize("name", ["pairs", "ink"])
+def test_features_keep_the_targets(runs, capsys, tmp_path, name, pictures):
+    targets, _ = outputs_of(runs(name))
+    argv = ["features", f"--workdir={runs(name).path}"]
+    printed(capsys, *argv, f"--output={tmp_path / 'all.npz'}")
+    found = np.load(tmp_path / "all.npz")
+    np.testing.assert_array_equal(found["targets"], targets.astype(np.float32))
+    assert found["target_names"].tolist() == list(restore(runs(name).load_config(), runs(name), "").class_names)
+    assert "labels" not in found
+    printed(capsys, argv[0], *pictures(name, runs), argv[1], f"--output={tmp_path / 'some.npz'}")
+    assert np.isnan(np.load(tmp_path / "some.npz")["targets"]).all()
+
+
+@pytest.mark.parametrize("name", ["pairs", "ink"])
+def test_show_batch_has_the_targets_of_the_examples(runs, capsys, tmp_path, name):
+    argv = [
+        "show-batch",
+        f"--workdir={runs(name).path}",
+        "--format=json",
+        f"--output={tmp_path / 'a.png'}",
+        "--count=4",
+    ]
+    examples = json.loads(printed(capsys, *argv))["examples"]
+    lines = csv.DictReader((runs(name).path.parent / f"{name}.files" / "labels.csv").read_text().splitlines())
+    rows = {row.pop("file"): row for row in lines}
+    for one in examples:
+        row = rows[Path(one["file"]).name]
+        assert row.pop("split") == "train"
+        assert list(one["target"]) == list(row)
+        assert list(one["target"].values()) == pytest.approx([float(x) for x in row.values()], rel=1e-6)
+    printed(capsys, *argv, "--config.method=simclr")  # two views, which need no target
+
+
+def test_explain_names_the_class_or_the_target(runs, pictures, capsys, tmp_path):
+    more = ["--method=occlusion", f"--output={tmp_path}", "--format=json", "--checkpoint=latest"]
+    _, outputs = outputs_of(runs("pairs"))
+    found = json.loads(printed(capsys, "explain", *pictures("pairs", runs), f"--workdir={runs('pairs').path}", *more))
+    assert [one["class"] for one in found] == [f"a {c}" for c in outputs[:3].argmax(1)]
+    argv = ["explain", *pictures("ink", runs), f"--workdir={runs('ink').path}", *more]
+    assert "this model predicts 2 numbers; name the one to explain: --class='ink'" in refused(capsys, *argv)
+    _, outputs = outputs_of(runs("ink"))
+    found = json.loads(printed(capsys, *argv, "--class=top half, %"))
+    assert [one["value"] for one in found] == pytest.approx(outputs[:3, 1].tolist(), rel=1e-5)
+    assert {one["target"] for one in found} == {"top half, %"}
+
+
+@pytest.mark.parametrize(("name", "ranked"), [("pairs", "mean average precision"), ("ink", "r2")])
+def test_the_report_has_the_sections_of_the_task(runs, capsys, tmp_path, name, ranked):
+    printed(capsys, "report", f"--workdir={runs(name).path}", f"--html={tmp_path / 'a.html'}")
+    page = (tmp_path / "a.html").read_text()
+    assert f"test {ranked}" in page
+    assert "accuracy" not in page.replace("train/accuracy", "")
+    wanted = {"pairs": ["best threshold", "Reliability on test", "Average precision and decisions of each class"],
+              "ink": ["Residuals of ink on test", "Errors of top half, % on test", "rmse[top half, %]"]}  # fmt: skip
+    assert [text for text in wanted[name] if text not in page] == []
+    assert "left out" not in page
+
+
+def test_export_says_the_task(runs, capsys, tmp_path):
+    for name, gives in (("pairs", "probabilities"), ("ink", "values")):
+        printed(capsys, "export", tmp_path / f"{name}.stablehlo", f"--workdir={runs(name).path}")
+        with zipfile.ZipFile(tmp_path / f"{name}.stablehlo") as file:
+            described = json.loads(file.read("metadata.json"))
+        assert described["gives"] == gives
+        assert described["task"] == {"pairs": "multilabel", "ink": "regression"}[name]
+    model = restore(runs("ink").load_config(), runs("ink"), "latest")
+    with pytest.raises(UserError, match="outputs differ from the model's"):  # negative values have no logarithm
+        compared.difference(lambda images: np.full((len(images), 2), -7.0), model, "predict", "nobody")
+
+
+def test_serve_answers_by_the_task(runs, pictures):
+    testclient = pytest.importorskip("starlette.testclient")
+    for name in ("pairs", "ink"):
+        model = restore(runs(name).load_config(), runs(name), "latest")
+        _, outputs = outputs_of(runs(name))
+        with testclient.TestClient(app.build(model)) as client:
+            answer = client.post("/predict", content=pictures(name, runs)[0].read_bytes()).json()
+            schema = client.get("/openapi.json").json()["paths"]["/predict"]["post"]["responses"]["200"]
+        schema = schema["content"]["application/json"]["schema"]
+        assert set(schema["required"]) == set(answer)
+        if name == "ink":
+            assert list(answer["values"].values()) == pytest.approx(outputs[0].tolist(), rel=1e-5)
+        else:
+            assert len(answer["predictions"]) == (outputs[0] >= 0.5).sum()

@@ -1,0 +1,117 @@
+"""Several labels an example and numbers: several seeds, probes, files for other programs, sweeps and comparisons."""
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from cases import thorough
+from test_tasks import FLAGS, LOSS, expected, outputs_of, printed, refused, runs, train, write_ink  # noqa: F401
+
+import launch
+from imgclf_jax import losses
+from imgclf_jax.data import sources
+from imgclf_jax.loading import restore
+from imgclf_jax.tools.probe import command as probe
+
+
+@pytest.mark.parametrize("name", thorough("pairs", "ink", "soft"))
+def test_several_seeds_report_means_and_their_ensemble(tmp_path, name):
+    """An ensemble has the mean of the probabilities, in a regression that of the values; mixing and parts too."""
+    workdir = train(tmp_path, name, "--config.num_seeds=2", "--config.mix=mixup(0.2)", "--config.accumulate=2")
+    targets, together = outputs_of(workdir)
+    model = restore(workdir.load_config(), workdir, "latest")
+    images = model.programs.eval_images(sources.open_data(workdir.load_config())["test"])
+    everything = np.arange(len(images))
+    read = images.read(everything, everything)
+    logits = np.asarray(model.programs.logits(*model.state.evaluated, read["image"]))
+    each = np.asarray(losses.link_of(LOSS[name]).probabilities(logits), np.float64)
+    np.testing.assert_allclose(each.mean(0), together, rtol=1e-5, atol=1e-6)
+    result = json.loads(workdir.result.read_text())["test"]
+    seeds = [expected(name, targets, own) for own in each]
+    for key, value in expected(name, targets, together).items():
+        assert result[f"ensemble_{key}"] == pytest.approx(value, rel=1e-4)
+        assert result[key] == pytest.approx(np.mean([one[key] for one in seeds]), rel=1e-4)
+        assert result[f"{key}_std"] == pytest.approx(np.std([one[key] for one in seeds], ddof=1), rel=1e-2, abs=1e-6)
+
+
+@pytest.mark.thorough
+def test_probe_of_several_labels_and_of_numbers(runs, capsys, monkeypatch):
+    """What a ridge or a logistic regression on the same features scores, by scikit-learn in the test's own words."""
+    for name, score in (("pairs", "mean_average_precision"), ("ink", "r2")):
+        argv = ["probe", f"--workdir={runs(name).path}", "--checkpoint=latest"]
+        results = {one["method"]: one for one in json.loads(printed(capsys, *argv, "--format=json"))["results"]}
+        assert {one["score"] for one in results.values()} == {score}
+        assert not any("accuracies" in one for one in results.values())
+        recorded = json.loads(runs(name).result.read_text())["test"][score]
+        assert results["own head"]["mean"] == pytest.approx(recorded, abs=1e-5)
+        learned = {"pairs": "logistic regression", "ink": "ridge regression"}[name]
+        assert results[learned]["mean"] > 0.5
+        assert score in printed(capsys, *argv)
+    monkeypatch.setattr(probe, "_check_plot", lambda file: None)
+    assert "it draws accuracy by images a class" in refused(capsys, *argv, "--plot=a.png")
+
+
+@pytest.mark.parametrize(("name", "gives"), thorough(("pairs", "probabilities"), ("ink", "values")))
+def test_files_for_other_programs(runs, capsys, tmp_path, name, gives):
+    """TensorFlow gives the model's outputs; weights for PyTorch begin a run that predicts the same."""
+    workdir = runs(name).path
+    argv = ["export", f"--workdir={workdir}", "--checkpoint=latest"]
+    assert f"{gives} of uint8 images" in printed(capsys, *argv, tmp_path / "a.savedmodel")
+    model = restore(runs(name).load_config(), runs(name), "latest")
+    images = np.random.default_rng(0).integers(256, size=(3, *model.programs.recipe.data.image_shape), dtype=np.uint8)
+    function = tf.saved_model.load(str(tmp_path / "a.savedmodel")).signatures["serving_default"]
+    np.testing.assert_allclose(function(images=images)[gives], model.predict(images), rtol=1e-4, atol=1e-6)
+    printed(capsys, *argv, tmp_path / "a.safetensors")
+    config = runs(name).load_config()
+    flags = [f"--config.{key}={config[key]}" for key in ("loss", "model", "preprocess", "augment")]
+    flags += [f"--config.data.source={config.data.source}", f"--config.init_from={tmp_path / 'a.safetensors'}"]
+    found = json.loads(printed(capsys, "evaluate", *flags, "--format=json"))["test"]
+    wanted = json.loads(runs(name).result.read_text())["test"]
+    assert {key: found[key] for key in wanted} == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.thorough
+def test_a_sweep_of_numbers_is_ranked_by_r2(tmp_path, capsys):
+    source = write_ink(tmp_path / "ink.npz")
+    flags = [flag for flag in FLAGS if not flag.startswith(("--config.schedule", "--config.total"))]
+    argv = ["sweep", f"--workdir={tmp_path / 'sweep'}", f"--config.data.source={source}", "--config.loss=mse", *flags,
+            "--config.total=10 steps", "--sweep", "schedule=constant(1e-2); constant(1e-3)"]  # fmt: skip
+    assert "test/r2" in printed(capsys, *argv)
+
+
+@pytest.mark.parametrize("name", thorough("pairs", "ink"))
+def test_compare_and_reproduce(tmp_path, capsys, name):
+    for seed in (0, 1):
+        train(tmp_path, name, f"--config.seed={seed}")
+        (tmp_path / name).rename(tmp_path / f"run{seed}")
+    train(tmp_path, name, "--config.model=mlp(widths=(8,))")
+    (tmp_path / name).rename(tmp_path / "run2")
+    dirs = [tmp_path / f"run{i}" for i in range(3)]
+    found = json.loads(printed(capsys, "compare", *dirs, "--test", "--format=json"))
+    shown = printed(capsys, "compare", *dirs, f"--html={tmp_path / 'a.html'}")
+    tested = {one["score"]: one for one in found["comparisons"]}
+    results = [json.loads((path / "result.json").read_text())["test"] for path in dirs]
+    assert set(tested) == {"pairs": {"exact_match", "mean_average_precision"}, "ink": {"r2", "mae"}}[name]
+    for score, one in tested.items():  # the best are the first two, or the third
+        values = [result[score] for result in results]
+        assert abs(one["difference"]["value"]) == pytest.approx(abs(np.mean(values[:2]) - values[2]), abs=1e-5)
+        assert one["difference"]["low"] < one["difference"]["value"] < one["difference"]["high"]
+    if name == "pairs":
+        one = tested["exact_match"]
+        exact = [json.loads((path / "result.json").read_text())["test"]["exact_match"] for path in dirs]
+        best = [exact[2], np.mean(exact[:2])]
+        assert abs(one["difference"]["value"]) == pytest.approx(abs(best[0] - best[1]), abs=1e-6)
+        assert "all labels right (exact match)" in shown
+    assert "the paired bootstrap" in shown.lower()
+    listed = ["evaluate", f"--workdir={dirs[0]}", "--checkpoint=latest", f"--predictions={dirs[0] / 'predictions.csv'}"]
+    (dirs[0] / "predictions.npz").unlink()
+    printed(capsys, *listed)
+    again = json.loads(printed(capsys, "compare", *dirs, "--format=json"))["comparisons"]
+    for one in again:
+        assert one["difference"] == pytest.approx(tested[one["score"]]["difference"], abs=1e-6)
+    ranked = {"pairs": "test/mean_average_precision", "ink": "test/r2"}[name]
+    assert ranked in (tmp_path / "a.html").read_text()
+    assert "accuracy" not in shown
+    capsys.readouterr()
+    assert launch.main(["reproduce", str(tmp_path / "run0")]) == 0

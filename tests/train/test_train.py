@@ -1,0 +1,86 @@
+"""The loop on fake data: it learns, it repeats bit for bit, it resumes bit for bit."""
+
+import gzip
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from imgclf_jax import step
+from imgclf_jax.run import writers
+from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.run.writers import read_metrics
+from imgclf_jax.train import loop as train
+
+pytestmark = pytest.mark.optimized
+
+
+def run(config, path):
+    assert train.main(config, Workdir(path)) == 0
+    return json.loads((path / "result.json").read_text())
+
+
+def test_two_runs_give_the_same_bits(fake_config, tmp_path):
+    a, b = run(fake_config, tmp_path / "a"), run(fake_config, tmp_path / "b")
+    assert a["params_sha256"] == b["params_sha256"]
+
+
+def test_placement_and_threads_change_no_bit(fake_config, tmp_path):
+    """Where images wait and how many threads decode them is no part of the result."""
+    host = run(fake_config, tmp_path / "host")
+    fake_config.data.placement, fake_config.data.threads = "device", 3
+    assert run(fake_config, tmp_path / "device")["params_sha256"] == host["params_sha256"]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_it_learns(fake_config, tmp_path, precision):
+    with fake_config.unlocked():
+        fake_config.total = "80 steps"
+        fake_config.schedule = "constant(1e-2)"
+        fake_config.precision = precision
+    assert run(fake_config, tmp_path)["test"]["accuracy"] > 0.9
+    losses = [r["train/loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.thorough
+def test_profile_traces_the_steps_that_there_are(fake_config, tmp_path):
+    """A trace for Perfetto appears; steps that the run does not have are no error."""
+    assert train.main(fake_config, Workdir(tmp_path / "a"), profile=(2, 4)) == 0
+    [file] = (tmp_path / "a" / "profile").rglob("perfetto_trace.json.gz")
+    names = [event.get("name", "") for event in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]]
+    assert any("ThunkExecutor" in name for name in names)
+    assert not [name for name in names if name.startswith("$")]  # Python's calls, such as "$threading.py:1 run"
+    assert train.main(fake_config, Workdir(tmp_path / "b"), profile=(100, 110)) == 0
+    assert not (tmp_path / "b" / "profile").exists()
+
+
+def test_a_run_of_billions_of_steps_begins_at_once(fake_config, tmp_path, monkeypatch):
+    fake_config.total, fake_config.log_every = "2000000000 steps", "1 steps"
+
+    def write(*args):
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    sent = []
+    monkeypatch.setattr(writers.MetricsWriter, "write", write)
+    assert train.main(fake_config, Workdir(tmp_path)) == 75
+    assert (tmp_path / "checkpoints" / "2").is_dir()
+
+
+def test_the_evaluation_is_traced_once_though_it_comes_early(fake_config, tmp_path, monkeypatch):
+    """The loop asks for it while a thread is at it."""
+    made, make = [], step.make_eval_step
+
+    def slow(*args):
+        made.append(args)
+        time.sleep(0.5)
+        return make(*args)
+
+    monkeypatch.setattr(step, "make_eval_step", slow)
+    fake_config.total, fake_config.eval_every = "2 steps", "1 steps"
+    run(fake_config, tmp_path)
+    assert len(made) == 1
