@@ -76,7 +76,7 @@ def measure(name: str, kind: str, devices: list[Any], batch_size: int) -> dict[s
     began = time.process_time()
     compiled = lowered.compile()
     seconds = time.process_time() - began
-    found, text = counts.of_program(compiled), compiled.as_text()
+    found, text = counts.count_program(compiled), compiled.as_text()
     return {
         "bytes": found.bytes,
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
@@ -140,7 +140,7 @@ def lower(name: str, kind: str, devices: list[Any], batch_size: int) -> Any:
         jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32, sharding=split),
         jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=split),
     )
-    form = platform.of(mesh)  # linen's code does not ask for it
+    form = platform.platform_of(mesh)  # linen's code does not ask for it
     return (
         jax.jit(platform.traced_for(form, step), out_shardings=whole, donate_argnums=(0, 1))
         .trace(*state, *batch)

@@ -103,7 +103,7 @@ def check_finite(
     name = getattr(images.source, "name", None)
     names = [name(i) for i in ids] if name else None
     found = {"step": bad, "seed": seed, "example_ids": ids, "examples": names}
-    processes.first("writing nonfinite.json", lambda: write_json(file, found))
+    processes.broadcast_from_process_0("writing nonfinite.json", lambda: write_json(file, found))
     good = checkpoints.steps()
     kept = f"the last good checkpoint, of step {good[-1]}, is kept" if good else "no checkpoint had been saved yet"
     raise UserError(

@@ -15,7 +15,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
 from imgclf_jax.inference import backbone_features
 from imgclf_jax.methods import Problem
-from imgclf_jax.programs import Programs, of_images
+from imgclf_jax.programs import Programs, programs_for_images
 from imgclf_jax.recipe import Recipe, check_names
 from imgclf_jax.run import provenance
 from imgclf_jax.run.checkpoint import Checkpoints, Gone
@@ -72,9 +72,9 @@ def load_teacher(problem: Problem, run: str, checkpoint: str = "", trust: bool =
             "classes": len(recipe.data.class_names)}  # fmt: skip
 
 
-def of(config: ConfigDict, workdir: Workdir | None, which: str) -> Trained:
+def load_trained(config: ConfigDict, workdir: Workdir | None, which: str) -> Trained:
     """The trained model of a run or, without a work directory, of the weights that `init_from` names."""
-    return restore(config, workdir, which) if workdir else convert(config)
+    return restore(config, workdir, which) if workdir else load_converted(config)
 
 
 def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
@@ -89,7 +89,7 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
     for _ in range(20):
         with contextlib.suppress(Gone):  # the run that goes on in this directory saves and removes checkpoints
             state, step = _choose(config, workdir, which, programs)
-            processes.agree("comparing modules", provenance.of_modules, in_both=True)  # more are imported by now
+            processes.agree("comparing modules", provenance.module_digests, in_both=True)  # more are imported by now
             return Trained(programs, state, step)
     raise UserError(f"{workdir.checkpoints}: each checkpoint was removed while it was read; wait until the run ends")
 
@@ -101,7 +101,9 @@ def restore_each(config: ConfigDict, workdir: Workdir, which: str) -> Iterator[T
     """
     programs = _programs(config, workdir)
     kept = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best, read_only=True)
-    there = processes.first("listing checkpoints", kept.steps) if workdir.checkpoints.is_dir() else []
+    there = (
+        processes.broadcast_from_process_0("listing checkpoints", kept.steps) if workdir.checkpoints.is_dir() else []
+    )
     asked = [str(step) for step in there] if which == "all" else which.split(",")
     if not there or not set(asked) <= {str(step) for step in there}:
         raise UserError(
@@ -124,7 +126,9 @@ def _programs(config: ConfigDict, workdir: Workdir) -> Programs:
 def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs) -> tuple[Any, int]:
     metric = config.checkpoint.best
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, metric, read_only=True)
-    steps, best = processes.first("choosing a checkpoint", lambda: [checkpoints.steps(), checkpoints.best_step()])
+    steps, best = processes.broadcast_from_process_0(
+        "choosing a checkpoint", lambda: [checkpoints.steps(), checkpoints.best_step()]
+    )
     names = {"latest": steps[-1] if steps else None, "best": best, "": best}
     step = names.get(which, int(which) if which.isdecimal() else None)
     if step is None and which == "":
@@ -143,7 +147,9 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
         except Gone:
             raise
         except UserError as e:
-            intact = processes.first("looking for another checkpoint", lambda: checkpoints.intact(step))
+            intact = processes.broadcast_from_process_0(
+                "looking for another checkpoint", lambda: checkpoints.intact(step)
+            )
             if not intact:
                 raise
             raise UserError(f"{e}; --checkpoint={intact} names one that is whole") from e
@@ -152,7 +158,7 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
     return run["state"], step
 
 
-def convert(config: ConfigDict, base: dict[str, sources.Source] | None = None, whole: bool = True) -> Trained:
+def load_converted(config: ConfigDict, base: dict[str, sources.Source] | None = None, whole: bool = True) -> Trained:
     """The model of the weights that `init_from` names, at step 0, for the classes of the source `base`.
 
     That is the config's, unless it has been opened before. If it need not be `whole`, its head may be random.
@@ -164,6 +170,6 @@ def convert(config: ConfigDict, base: dict[str, sources.Source] | None = None, w
     with contextlib.suppress(UserError):
         source = sources.take_split(base, config.data.train)
     mesh = sharding.make_inference_mesh(config.mesh)
-    programs = of_images(config, stream.as_evaluated(source, config), mesh)
+    programs = programs_for_images(config, stream.as_evaluated(source, config), mesh)
     weights = pretrained.load(programs, whole)
     return Trained(programs, programs.init_state(weights=weights.taken), 0)

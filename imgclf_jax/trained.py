@@ -25,7 +25,7 @@ from imgclf_jax.programs import Programs
 log = logging.getLogger(__name__)
 
 # A file, its bytes, uint8[h, w, c] or [h, w], or Pillow's image.
-Picture = str | os.PathLike[str] | bytes | np.ndarray | Image.Image
+ImageLike = str | os.PathLike[str] | bytes | np.ndarray | Image.Image
 
 _BATCH = 128
 _AHEAD = 4  # batches that are decoded before the device has asked for them
@@ -71,7 +71,7 @@ class Trained(NamedTuple):
         """What it predicts: one class, several labels, or numbers."""
         return self.programs.recipe.task
 
-    def prepare(self, image: Picture, place: int = 0) -> np.ndarray:
+    def prepare(self, image: ImageLike, place: int = 0) -> np.ndarray:
         """One image to uint8[h, w, c] as the model takes it. `place` is its number, for host ops of one's own.
 
         Raises UserError, without the image's name, if it does not decode or has another shape afterwards.
@@ -98,7 +98,7 @@ class Trained(NamedTuple):
             raise UserError(f"preprocess gives {out.shape}, not {wanted}")
         return out
 
-    def predict(self, images: Iterable[Picture] | Picture) -> np.ndarray:
+    def predict(self, images: Iterable[ImageLike] | ImageLike) -> np.ndarray:
         """The probabilities f32[n, classes] of n images, or a regression's values f32[n, targets].
 
         Those of several seeds are of their ensemble.
@@ -145,15 +145,15 @@ class Trained(NamedTuple):
                             "between commas, one a class")  # fmt: skip
         return found[0] if len(found) == 1 else found
 
-    def logits(self, images: Iterable[Picture] | Picture) -> np.ndarray:
+    def logits(self, images: Iterable[ImageLike] | ImageLike) -> np.ndarray:
         """The logits f32[n, classes]; of several seeds [seeds, n, classes]."""
         return self._all("logits", images, -2)
 
-    def features(self, images: Iterable[Picture] | Picture) -> np.ndarray:
+    def features(self, images: Iterable[ImageLike] | ImageLike) -> np.ndarray:
         """What the head is given, f32[n, d]; of several seeds [seeds, n, d]."""
         return self._all("features", images, -2)
 
-    def _all(self, what: Outputs, images: Iterable[Picture] | Picture, axis: int) -> np.ndarray:
+    def _all(self, what: Outputs, images: Iterable[ImageLike] | ImageLike, axis: int) -> np.ndarray:
         if isinstance(images, str | os.PathLike | bytes | Image.Image):
             images = [images]
         elif isinstance(images, np.ndarray) and images.ndim in (2, 3):
@@ -167,7 +167,7 @@ class Trained(NamedTuple):
             raise UserError("there are no images")
         return np.stack(rows, axis)
 
-    def stream(self, what: Outputs, images: Iterable[Picture]) -> Iterator[np.ndarray | UserError]:
+    def stream(self, what: Outputs, images: Iterable[ImageLike]) -> Iterator[np.ndarray | UserError]:
         """What the model computes of each image, in their order, or the error of one that cannot be used.
 
         Threads decode ahead of the device, and only a few batches are held, so that images may be endless. In several
@@ -179,11 +179,11 @@ class Trained(NamedTuple):
         size = sharding.round_up(min(self.config.batch_size, _BATCH), mesh)
         rows = sharding.rows_here(size, mesh)
 
-        def begin(pool: concurrent.futures.Executor, start: int, some: tuple[Picture, ...]) -> list[Any]:
+        def begin(pool: concurrent.futures.Executor, start: int, some: tuple[ImageLike, ...]) -> list[Any]:
             mine = [(start + int(row), some[row]) for row in rows if row < len(some)]
             return [pool.submit(self._prepare_some, task) for task in itertools.batched(mine, _TASK)]
 
-        def compute(some: tuple[Picture, ...], tasks: list[Any]) -> tuple[Any, dict[int, str]]:
+        def compute(some: tuple[ImageLike, ...], tasks: list[Any]) -> tuple[Any, dict[int, str]]:
             batch = np.zeros((rows.size, *data.image_shape), np.uint8)  # one shape, so one compilation
             here: dict[int, str] = {}
             for place, image in enumerate(itertools.chain.from_iterable(task.result() for task in tasks)):
@@ -197,7 +197,7 @@ class Trained(NamedTuple):
                 raise UserError("the processes found different images: all must be given the same, on a shared disk")
             return out, {int(row): text for _, errors in told for row, text in errors.items()}
 
-        def results(some: tuple[Picture, ...], out: Any, errors: dict[int, str]) -> Iterator[np.ndarray | UserError]:
+        def results(some: tuple[ImageLike, ...], out: Any, errors: dict[int, str]) -> Iterator[np.ndarray | UserError]:
             values = np.asarray(jax.device_get(out))
             for row, image in enumerate(some):
                 value = values[..., row, :]
@@ -211,11 +211,11 @@ class Trained(NamedTuple):
         with contextlib.ExitStack() as stack:
             pool = concurrent.futures.ThreadPoolExecutor(self.config.data.threads or os.cpu_count())
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-            ahead: deque[tuple[tuple[Picture, ...], list[Any]]] = deque()
+            ahead: deque[tuple[tuple[ImageLike, ...], list[Any]]] = deque()
             pending: tuple[Any, ...] | None = None
             failure: list[Exception] = []
 
-            def given() -> Iterator[Picture]:
+            def given() -> Iterator[ImageLike]:
                 try:
                     yield from images
                 except Exception as e:  # as of a folder that cannot be read; `batched` would drop what came before it
@@ -244,7 +244,7 @@ class Trained(NamedTuple):
             if failure:
                 raise failure[0]
 
-    def _prepare_some(self, images: Iterable[tuple[int, Picture]]) -> list[np.ndarray | UserError]:
+    def _prepare_some(self, images: Iterable[tuple[int, ImageLike]]) -> list[np.ndarray | UserError]:
         out: list[np.ndarray | UserError] = []
         for place, image in images:
             name = _name(image, place)
@@ -263,6 +263,6 @@ def not_finite(values: np.ndarray, what: Outputs) -> str:
     return f"the model gives {given} for this image; its weights may hold NaN" if given else ""
 
 
-def _name(image: Picture, place: int) -> str:
+def _name(image: ImageLike, place: int) -> str:
     """What messages call an image: its file, or its number among the images."""
     return str(image) if isinstance(image, str | os.PathLike) else f"image {place}"

@@ -131,7 +131,7 @@ def test_the_package_beside_launch_py_is_the_one_that_runs(tmp_path, named):
     shutil.copy(ROOT / "launch.py", other)
     for folder in ("imgclf_jax", "configs"):
         shutil.copytree(ROOT / folder, other / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    keys = other / "imgclf_jax" / "config_keys.py"
+    keys = other / "imgclf_jax" / "config.py"
     keys.write_text(keys.read_text().replace("Where TFDS keeps prepared data", mark))
     environment = os.environ | {"PYTHONPATH": str(other if named == "PYTHONPATH's" else "")}
     for clone in (other, ROOT):

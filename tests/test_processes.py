@@ -37,7 +37,7 @@ mesh = Mesh(devices[[2, 1, 0, 3]], ("data",))  # not in the order of the process
 rows, put = placed(mesh)
 same = all(np.array_equal(shard.data, whole[shard.index])
            for shard in (*put.addressable_shards, *crossed.addressable_shards))
-copied = sharding.put_whole({"x": whole}, mesh)["x"]
+copied = sharding.put_replicated({"x": whole}, mesh)["x"]
 print(json.dumps({
     "rows": rows.tolist(), "other": other.tolist(), "same": same,
     "fetched": bool((sharding.fetch(put) == whole).all() and (sharding.fetch(crossed) == whole).all()),
@@ -118,7 +118,7 @@ def test_a_signal_ends_a_process_that_waits_for_the_others(phase, statuses):
 
 DIFFERING = """
 import sys
-from imgclf_jax.commands import together
+from imgclf_jax.cli import together
 process, port = int(sys.argv[1]), sys.argv[2]
 given = {"seed": 1 + process, "model": "cnn"}
 try:

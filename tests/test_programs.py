@@ -12,7 +12,7 @@ from imgclf_jax import recipe, step
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
-from imgclf_jax.programs import Programs, of_images
+from imgclf_jax.programs import Programs, programs_for_images
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 
@@ -35,14 +35,14 @@ def test_programs_are_lowered_for_devices_that_are_not_here(name, place, fake_co
     fake_config.batch_size, fake_config.accumulate = 32, 2
     kind, lowered_for = ELSEWHERE[name]
     mesh = described_mesh(kind, lowered_for)
-    assert platform.of(mesh) == name
+    assert platform.platform_of(mesh) == name
     programs = Programs(Recipe(fake_config, DATA), mesh)
     for traced in (programs.traced_train, programs.traced_eval):
         text = traced.lower(lowering_platforms=(lowered_for,)).as_text()
         assert "stablehlo.convolution" in text
         assert "mhlo.num_partitions = 8" in text
     here = Programs(Recipe(fake_config, DATA), sharding.make_mesh())
-    assert platform.of(here.mesh) == jax.devices()[0].platform == "cpu"
+    assert platform.platform_of(here.mesh) == jax.devices()[0].platform == "cpu"
     for traced in (here.traced_train, here.traced_eval):
         assert "stablehlo.convolution" not in traced.lower().as_text()
     assert platform.current() == ""
@@ -123,7 +123,7 @@ def test_a_loop_of_your_own_is_the_runs(fake_config):
     fake_config.augment, fake_config.optimizer = "flip_lr|normalize(0.5, 0.25)", "adamw(weight_decay=0.1)"
     split = sources.take_split(sources.open_data(fake_config), fake_config.data.train)
     images = stream.Images(split, fake_config.preprocess, fake_config.seed)
-    programs = of_images(fake_config, images)
+    programs = programs_for_images(fake_config, images)
     state, window = programs.init()["state"], programs.zero_window()
     for steps, chunk in programs.chunks(images, [range(3)]):
         state, window = programs.train(state, window, chunk, np.int32(len(steps)))

@@ -61,7 +61,7 @@ def test_what_a_device_holds_and_sends(config):  # noqa: F811
     whole, split = programs(config, **keys), programs(config, "seeds=8", **keys)
     held = [counts.bytes_a_device(of.shape["state"]) for of in (whole, split)]
     assert held[1] * 8 == held[0]
-    sent = counts.of_program(split.train).collectives
+    sent = counts.count_program(split.train).collectives
     assert "all-reduce" not in sent
     images = split.stream.rows * np.prod(DATA.image_shape)
     assert sum(size for _, size in sent.values()) < 1.2 * images
@@ -71,7 +71,7 @@ def test_what_a_device_holds_and_sends(config):  # noqa: F811
 def test_a_seed_of_its_own_devices_has_the_convolutions_of_a_single_run(config, monkeypatch, devices):  # noqa: F811
     """Several seeds in one program have convolutions in groups. Both have the same operations."""
     operations = []
-    monkeypatch.setattr(platform, "of", lambda mesh: devices)
+    monkeypatch.setattr(platform, "platform_of", lambda mesh: devices)
 
     def groups(mesh):
         of = programs(config, mesh, model="resnet_cifar(8)", num_seeds=8)

@@ -55,7 +55,7 @@ else:
     sys.path.insert(0, os.path.dirname(launch))
     from imgclf_jax.run import environment
     environment.prepare(True)
-    from imgclf_jax.commands import evaluation, train, train_setup
+    from imgclf_jax.train import evaluation, loop as train, setup as train_setup
     from imgclf_jax.run import checkpoint, writers
     owner, name, after = {
         "data": (train_setup.sources, "open_splits", False),

@@ -149,14 +149,14 @@ def test_what_the_person_names_is_read():
     ]
     with spec.untrusted("the run", words):
         for text in ("s3://mine/a.npz", "s3://mine/runs", "s3://mine/runs/1/checkpoints"):
-            assert str(places.place(text)) == text
+            assert str(places.as_path(text)) == text
         for text in ("s3://mine", "s3://mine/a.npz2", "s3://mine/runs2/1", "s3://other/runs"):
             with pytest.raises(Untrusted, match="which is on the network"):
-                places.place(text)
+                places.as_path(text)
         spec.check_download("mnist", "it")
         with pytest.raises(Untrusted, match="the run names it; if you trust both"):
             spec.check_download("cifar10", "it")
-    assert str(places.place("s3://other/runs")) == "s3://other/runs"
+    assert str(places.as_path("s3://other/runs")) == "s3://other/runs"
 
 
 @pytest.mark.parametrize(("model", "says"), [

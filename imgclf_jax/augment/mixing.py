@@ -126,7 +126,7 @@ def build(text: str, task: Task = Task.CLASSES) -> Mix | None:
 
 
 def _with_key(op: Callable[..., Mixed]) -> Mix:
-    return op if kinds.of(op) == kinds.RANDOM else lambda key, images: op(images)
+    return op if kinds.kind_of(op) == kinds.RANDOM else lambda key, images: op(images)
 
 
 def _unmixed(key: jax.Array, images: jax.Array) -> Mixed:

@@ -197,18 +197,18 @@ def _bind(text: str) -> list[functools.partial[Any]]:
 
 def wants_ids(text: str) -> bool:
     """Whether a spec has an op by example, so that batches must carry the ids and the epochs of their examples."""
-    return any(kinds.of(op) == kinds.BY_EXAMPLE for op in _bind(text))
+    return any(kinds.kind_of(op) == kinds.BY_EXAMPLE for op in _bind(text))
 
 
 def draws(text: str) -> bool:
     """Whether a spec has an op that draws at random."""
-    return any(kinds.of(op) != kinds.PLAIN for op in _bind(text))
+    return any(kinds.kind_of(op) != kinds.PLAIN for op in _bind(text))
 
 
 def text_of_evaluation(text: str) -> str:
     """The spec of the ops that evaluation applies: those that draw nothing."""
     calls = zip(spec.parse(text), _bind(text), strict=True)
-    return "|".join(str(call) for call, op in calls if kinds.of(op) == kinds.PLAIN)
+    return "|".join(str(call) for call, op in calls if kinds.kind_of(op) == kinds.PLAIN)
 
 
 def pixel_range(text: str, channels: int) -> tuple[jax.Array, jax.Array]:
@@ -245,7 +245,7 @@ def build(text: str, train: bool) -> Callable[..., jax.Array]:
     ) -> jax.Array:
         shape = images.shape
         for op, name, occurrence in numbered:
-            kind = kinds.of(op)
+            kind = kinds.kind_of(op)
             if kind == kinds.PLAIN:
                 images = op(images)
             elif train and kind == kinds.RANDOM:

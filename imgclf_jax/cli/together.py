@@ -19,9 +19,9 @@ def joined(
     processes.start(coordinator, number, process, devices, heartbeat)
     terminal.setup_logging()
     with processes.ending_together():
-        processes.agree("comparing commands", lambda: given | provenance.of_process(), processes.QUICK)
-        processes.agree("comparing modules", provenance.of_modules, in_both=True)
-        processes.agree("comparing devices", lambda: provenance.of_devices(counted=not devices),
+        processes.agree("comparing commands", lambda: given | provenance.process_facts(), processes.QUICK)
+        processes.agree("comparing modules", provenance.module_digests, in_both=True)
+        processes.agree("comparing devices", lambda: provenance.device_facts(counted=not devices),
                         fix="--local_devices says which devices each process takes", in_both=True)  # fmt: skip
         yield
 

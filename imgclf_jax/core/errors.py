@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -18,9 +19,9 @@ class Untrusted(UserError):
 _MOST_SHOWN = 200  # characters
 
 
-def shown(text: str) -> str:
-    """The text in quotes, as a sentence can hold it: of a long one its beginning."""
-    return repr(text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…")
+def shown(value: Any) -> str:
+    """A value as a sentence can hold it, text in quotes: of a long text its beginning."""
+    return repr(f"{value[:_MOST_SHOWN]}…" if isinstance(value, str) and len(value) > _MOST_SHOWN else value)
 
 
 def unknown(kind: str, name: str, allowed: Iterable[str]) -> str:
@@ -28,7 +29,7 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> str:
     allowed = sorted(allowed)
     near = difflib.get_close_matches(str(name), allowed, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
-    return f"unknown {kind} {shown(str(name))}: {hint}allowed: {', '.join(allowed)}"
+    return f"unknown {kind} {shown(name)}: {hint}allowed: {', '.join(allowed)}"
 
 
 def reason(error: BaseException) -> str:

@@ -47,10 +47,10 @@ def _declare[Op: Callable[..., Any]](op: Op, kind: str) -> Op:
     return op
 
 
-def of(op: Callable[..., Any]) -> str:
+def kind_of(op: Callable[..., Any]) -> str:
     """The declared kind of an op, or of the function that it wraps or binds; PLAIN without a declaration."""
     if isinstance(op, functools.partial) and not hasattr(op, "op_kind"):
-        return of(op.func)
+        return kind_of(op.func)
     return str(getattr(op, "op_kind", getattr(inspect.unwrap(op), "op_kind", PLAIN)))  # unwrap: as jax.jit wraps
 
 
@@ -63,7 +63,7 @@ def bind(
     UserError for an op of another kind, and for a plain one that looks as if its decorator were missing.
     """
     op = spec.lookup(call, table, family)
-    kind = of(op)
+    kind = kind_of(op)
     if kind not in given:
         raise UserError(f"{family} {call.name!r} is declared @kinds.{kind}; allowed for a {family}: {', '.join(given)}")
     first = next(iter(spec.parameters(op, call, family)), "")

@@ -21,7 +21,7 @@ from imgclf_jax.core.errors import UserError, reason
 _DRIVERS = {"gs": "gcsfs", "s3": "s3fs"}
 
 
-def place(text: str) -> Path:
+def as_path(text: str) -> Path:
     """The path that a text names: a file, `file:///…` (a path on this host), `gs://BUCKET/…` or `s3://BUCKET/…`.
 
     Raises UserError for another kind of address, for a bucket whose driver is not installed, and for one that a config

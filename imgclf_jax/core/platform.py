@@ -24,7 +24,7 @@ def current() -> str:
     return platform
 
 
-def of(mesh: Mesh | AbstractMesh) -> str:
+def platform_of(mesh: Mesh | AbstractMesh) -> str:
     """The platform of the devices of a mesh, which may be described only (`AbstractMesh` with an `AbstractDevice`)."""
     device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
     return "gpu" if device.platform in ("cuda", "rocm") else str(device.platform)

@@ -119,7 +119,7 @@ def _name(process: int) -> str:
 # What one process decides, and where all wait.
 
 
-def first(what: str, function: Callable[[], Any], wait: float = WAIT) -> Any:
+def broadcast_from_process_0(what: str, function: Callable[[], Any], wait: float = WAIT) -> Any:
     """What `function` gives in process 0, a JSON value; the others do not call it.
 
     All processes call this, in the same order. Raises UserError if process 0 is not done after `wait` seconds. What the
@@ -156,7 +156,7 @@ def agree(
     if _count == 1:
         return
     own = json.loads(json.dumps(facts(), default=str))
-    theirs = first(what, lambda: own, wait)
+    theirs = broadcast_from_process_0(what, lambda: own, wait)
     names = [name for name in {**theirs, **own} if theirs.get(name) != own.get(name)]
     names = [name for name in names if not in_both or (name in theirs and name in own)]
     more = f", and {len(names) - 3} more" if len(names) > 3 else ""

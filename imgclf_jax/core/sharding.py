@@ -169,7 +169,7 @@ def put_batch(batch: dict[str, Any], mesh: Mesh, axis: int = 0) -> dict[str, Any
     return placed
 
 
-def put_whole(tree: Any, mesh: Mesh) -> Any:
+def put_replicated(tree: Any, mesh: Mesh) -> Any:
     """A pytree of arrays that each process has, to arrays that are whole on every device."""
     return jax.tree.map(lambda x: put(x, replicated(mesh)), tree)
 

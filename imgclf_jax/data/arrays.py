@@ -82,7 +82,7 @@ def arrays(path: str) -> dict[str, ArraySource]:
     UserError for a file that is damaged, of another kind, too large for the machine, or that unpacks to more than 1
     GiB and more than 100 times its length.
     """
-    file = places.place(path)
+    file = places.as_path(path)
     try:
         file = _copied(file) if places.in_bucket(file) else file.expanduser()
         if not file.is_file():
@@ -100,7 +100,7 @@ def load_array(path: str, names: tuple[str, ...]) -> np.ndarray:
 
     Raises UserError for a file that is missing, damaged, or larger than memory.
     """
-    file = places.place(path).expanduser()
+    file = places.as_path(path).expanduser()
     try:
         memory.require(places.size(file), path)
         if file.suffix == ".npy":

@@ -192,7 +192,7 @@ def build(text: str) -> tuple[HostOps, bool]:
         raise UserError(f"preprocess={text!r}: the first op must be decode(channels)")
     ops = [kinds.bind(call, HOST_OPS, "host op", _GIVEN) for call in calls]
     streams = [f"preprocess/{call.name}/{i}" for call, i in zip(calls, spec.occurrences(calls), strict=True)]
-    draws = [kinds.of(op) == kinds.RANDOM for op in ops]
+    draws = [kinds.kind_of(op) == kinds.RANDOM for op in ops]
 
     def apply(image: bytes | np.ndarray, seed: int, position: int) -> np.ndarray:
         try:

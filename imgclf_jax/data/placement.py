@@ -73,12 +73,12 @@ def _y_of(targets: int) -> tuple[str, tuple[tuple[int, ...], str]]:
 
 def _in_columns(targets: int, mesh: Mesh) -> bool:
     """Whether the table of targets is transposed: in rows, TPU would pad each example's to 128 numbers."""
-    return bool(targets) and platform.of(mesh) == "tpu"
+    return bool(targets) and platform.platform_of(mesh) == "tpu"
 
 
 def _in_table(image_shape: tuple[int, ...], mesh: Mesh) -> tuple[int, ...]:
     """The shape of an image in a table on these devices."""
-    if platform.of(mesh) != "tpu":
+    if platform.platform_of(mesh) != "tpu":
         return image_shape
     rows, columns = _BLOCK
     return (rows * -(-math.prod(image_shape) // math.prod(_BLOCK)), columns)
@@ -162,7 +162,7 @@ def _device_chunks(
 
 def _table(images: stream.Images, mesh: Mesh) -> Any:
     everything = np.arange(len(images), dtype=np.int64)
-    return sharding.put_whole(_as_table(images.read(everything, everything), mesh), mesh)
+    return sharding.put_replicated(_as_table(images.read(everything, everything), mesh), mesh)
 
 
 def _ids(images: stream.Images, spec: StreamSpec, steps: range, size: int, mesh: Mesh) -> dict[str, jax.Array]:

@@ -46,11 +46,13 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> Prepared:
     def open_now() -> dict[str, Any]:
         return prepare_tfds(name, data_dir, manual_dir)[1]
 
-    identity = repr((name, str(places.place(data_dir).expanduser()), importlib.metadata.version("tensorflow-datasets")))
+    identity = repr(
+        (name, str(places.as_path(data_dir).expanduser()), importlib.metadata.version("tensorflow-datasets"))
+    )
     record = cache.folder("tfds") / (hashlib.sha256(identity.encode()).hexdigest()[:32] + ".json")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads(record.read_text(encoding="utf-8"))
-        if found["info"] == _digest(places.place(found["directory"])):
+        if found["info"] == _digest(places.as_path(found["directory"])):
             splits = {split: (int(n), str(text)) for split, (n, text) in found["splits"].items()}
             return Prepared(tuple(found["class_names"]), splits, open_now, found["info"])
 
@@ -63,7 +65,7 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> Prepared:
     stamp = ""
     with contextlib.suppress(OSError):
         found = {"directory": str(builder.data_path), "class_names": class_names, "splits": splits}
-        stamp = _digest(places.place(found["directory"]))
+        stamp = _digest(places.as_path(found["directory"]))
         record.parent.mkdir(parents=True, exist_ok=True)
         write_json(record, found | {"info": stamp})
     return Prepared(class_names, splits, lambda: data_sources, stamp)
@@ -117,7 +119,7 @@ def prepare_tfds(name: str, data_dir: str, manual_dir: str) -> tuple[Any, dict[s
 
 def _builder(name: str, data_dir: str) -> Any:
     """TFDS's builder of a data set that holds an image and a label."""
-    places.place(data_dir)  # TFDS itself reads other addresses too
+    places.as_path(data_dir)  # TFDS itself reads other addresses too
     tensorflow_import.tensorflow().result()
     import tensorflow_datasets as tfds
 

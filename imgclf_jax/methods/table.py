@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 from ml_collections import ConfigDict
 
-from imgclf_jax.config_keys import KEYS
+from imgclf_jax.config import KEYS
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import Method, Problem

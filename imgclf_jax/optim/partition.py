@@ -54,7 +54,7 @@ def check_what(text: str) -> None:
         raise UserError(unknown("shard", text, WHAT))
 
 
-def of_state(state: Any, axes: Mapping[str, int | None], mesh: Mesh, what: str = "all", leading: int = 0) -> Any:
+def state_shardings(state: Any, axes: Mapping[str, int | None], mesh: Mesh, what: str = "all", leading: int = 0) -> Any:
     """The sharding of each array of a pytree that holds parameters, or arrays of their shapes, such as moments.
 
     An array belongs to the parameter whose path its own ends with. With `what` "optimizer" only arrays below

@@ -71,7 +71,7 @@ class Checkpoints:
         self.best, self._sign = metrics.parse_best(best) if best else ("", 1.0)
         self._read_only = read_only
         if not read_only:
-            processes.first("making the folder of checkpoints", self._prepare)
+            processes.broadcast_from_process_0("making the folder of checkpoints", self._prepare)
         policy: list[Any] = [policies.LatestN(keep)]
         if best:
             keep_best = policies.BestN(get_metric_fn=self._value, n=1, keep_checkpoints_without_metrics=False)
@@ -103,7 +103,9 @@ class Checkpoints:
             raise UserError(f"{self.directory}: in a bucket, the name of a work directory may not hold *, ? or [; pass "
                             "another --workdir")  # fmt: skip
         # The same name in all processes, since Orbax has them wait for each other by it.
-        alias = processes.first("naming the folder of checkpoints", lambda: tempfile.mkdtemp(prefix="imgclf_jax"))
+        alias = processes.broadcast_from_process_0(
+            "naming the folder of checkpoints", lambda: tempfile.mkdtemp(prefix="imgclf_jax")
+        )
         weakref.finalize(self, shutil.rmtree, alias, ignore_errors=True)
         link = Path(alias, "checkpoints")
         link.parent.mkdir(mode=0o700, exist_ok=True)
@@ -139,7 +141,7 @@ class Checkpoints:
             if not again:
                 return
             folder, aside = self.directory / str(step), self.directory / f"{_REPLACED}{step}"
-            processes.first("moving a checkpoint", lambda: places.move(folder, aside))
+            processes.broadcast_from_process_0("moving a checkpoint", lambda: places.move(folder, aside))
             self._manager.reload()
         self._attempt(lambda: self._manager.save(step, args=ocp.args.StandardSave(state), metrics=dict(metrics or {})))
         self._saving = self._thread.submit(self._finish, step, jax.eval_shape(lambda: state))
@@ -202,7 +204,9 @@ class Checkpoints:
         UserError for a damaged checkpoint, and for a checkpoint of another model.
         """
         folder = self.directory / str(step)
-        if error := processes.first("verifying a checkpoint", lambda: self._find_error(step, like, optimizer)):
+        if error := processes.broadcast_from_process_0(
+            "verifying a checkpoint", lambda: self._find_error(step, like, optimizer)
+        ):
             raise self._gone(folder) or UserError(error)
         processes.agree("comparing checkpoints", lambda: {f"checkpoint {folder}": manifest.digest(folder)},
                         fix="all processes must read one work directory, on a shared disk")  # fmt: skip
@@ -258,7 +262,7 @@ class Checkpoints:
         reported and, unless this object is read-only, moved to `damaged/` beside the checkpoints. Raises UserError if
         there are checkpoints and none can be read: most likely they are of another model.
         """
-        steps, sealed = processes.first("looking for checkpoints", self._found)
+        steps, sealed = processes.broadcast_from_process_0("looking for checkpoints", self._found)
         errors: dict[int, UserError] = {}
         for step in sorted(steps, key=lambda step: (step in sealed, step), reverse=True):
             try:
@@ -300,7 +304,7 @@ class Checkpoints:
             target.parent.mkdir(exist_ok=True)
             places.move(self.directory / str(step), target)
 
-        processes.first("setting a checkpoint aside", move)
+        processes.broadcast_from_process_0("setting a checkpoint aside", move)
         self._manager.reload()
         log.warning("%s; it was moved to %s and the checkpoint of step %d is used", error, target, used)
 

@@ -27,7 +27,7 @@ def check(workdir: Path, checkpoint: Path, step: int, params: Any) -> None:
 
     digests.jsonl says so and, for a step that it has no line of, result.json. All processes call this.
     """
-    recorded = processes.first("reading digests.jsonl", lambda: _recorded(workdir, step))
+    recorded = processes.broadcast_from_process_0("reading digests.jsonl", lambda: _recorded(workdir, step))
     if recorded and tree.sha256(params) != recorded[1]:
         where = workdir / recorded[0]
         raise UserError(f"checkpoint {checkpoint} holds other parameters than {where} has of step {step}: one of them "

@@ -71,7 +71,7 @@ def collect(data: DataInfo) -> dict[str, Any]:
     }
 
 
-def of_process() -> dict[str, Any]:
+def process_facts() -> dict[str, Any]:
     """What the processes of one run must have in common, as JSON values: versions, code, and options of JAX and XLA."""
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_dump")]
     return {
@@ -84,7 +84,7 @@ def of_process() -> dict[str, Any]:
     }
 
 
-def of_devices(counted: bool) -> dict[str, Any]:
+def device_facts(counted: bool) -> dict[str, Any]:
     """The kind of this process' devices and, if they are to be `counted`, their number. Starts JAX's backend."""
     try:
         here = jax.local_devices()
@@ -94,7 +94,7 @@ def of_devices(counted: bool) -> dict[str, Any]:
     return {"devices of kind": ", ".join(kinds), **({"number of local devices": len(here)} if counted else {})}
 
 
-def of_modules() -> dict[str, str]:
+def module_digests() -> dict[str, str]:
     """A digest of each imported module that is neither installed nor part of this package: the user's own."""
     paths = sysconfig.get_paths()
     installed = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]

@@ -79,7 +79,7 @@ class Record:
     @classmethod
     def named(cls, text: str) -> Self:
         """The record in the work directory or the bundle of this name. Raises UserError if it holds no run."""
-        path = places.place(text)
+        path = places.as_path(text)
         if path.is_file():
             return cls(path, bundle.read(path), True)
         files = {}

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.places import place
+from imgclf_jax.core.places import as_path
 from imgclf_jax.run.provenance import find_edits, load_data_info, load_evals, read_json
 from imgclf_jax.run.record import contradictions
 from imgclf_jax.run.workdir import Workdir
@@ -90,7 +90,7 @@ def find(folders: Iterable[str]) -> tuple[list[Record], list[str]]:
     damaged: list[str] = []
     seen = set[Path]()
     for text in folders:
-        folder = place(text)
+        folder = as_path(text)
         if not folder.is_dir():
             raise UserError(f"{text} is no directory; name those of runs, or one that they lie in")
         for path in _runs_below(folder, seen):

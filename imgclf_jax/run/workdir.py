@@ -45,8 +45,8 @@ class Workdir:
 
     @classmethod
     def named(cls, text: str) -> Self:
-        """The work directory that a person names, see `places.place`."""
-        return cls(places.place(text))
+        """The work directory that a person names, see `places.as_path`."""
+        return cls(places.as_path(text))
 
     @property
     def config(self) -> Path:
@@ -135,7 +135,7 @@ class Workdir:
             return str(self.path) if bucket else lock.holder(file)
 
         what, end = "comparing work directories", time.monotonic() + _SEEN
-        there = processes.first(what, seen)
+        there = processes.broadcast_from_process_0(what, seen)
         while not (same := seen() == there) and not bucket and time.monotonic() < end:
             time.sleep(0.1)
         processes.refuse(what, "" if same else f"process {processes.index()} does not see what process 0 writes to the "

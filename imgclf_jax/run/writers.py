@@ -131,7 +131,7 @@ Writer = MetricsWriter | NoWriter
 def open_writer(workdir: Path, step: int, tensorboard: bool) -> Writer:
     """The writer of this process. All have process 0's `evaluated`."""
     writer: Writer = NoWriter() if processes.index() else MetricsWriter(workdir, step, tensorboard)
-    writer.evaluated = processes.first("reading metrics.jsonl", lambda: writer.evaluated)
+    writer.evaluated = processes.broadcast_from_process_0("reading metrics.jsonl", lambda: writer.evaluated)
     return writer
 
 

@@ -15,7 +15,7 @@ from imgclf_jax.core import processes, sharding, signals
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
-from imgclf_jax.run.provenance import load_evals, of_modules
+from imgclf_jax.run.provenance import load_evals, module_digests
 from imgclf_jax.run.record import read_contradictions
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.trained import report_host_ops
@@ -95,7 +95,7 @@ def open_evals(programs: Programs, base: dict[str, sources.Source]) -> dict[str,
     other image shapes than the training set, and for host ops that draw at random.
     """
     report_host_ops(programs)
-    processes.agree("comparing modules", of_modules, in_both=True)  # more are imported by now
+    processes.agree("comparing modules", module_digests, in_both=True)  # more are imported by now
     evals = programs.recipe.config.data.eval.items()
     return {name: open_set(programs, base, text, f"data.eval.{name}") for name, text in evals}
 

@@ -48,18 +48,22 @@ def main(
     """
     began = time.perf_counter()
     with contextlib.ExitStack() as held:
-        processes.first("holding the work directory", lambda: held.enter_context(workdir.held()))
+        processes.broadcast_from_process_0("holding the work directory", lambda: held.enter_context(workdir.held()))
         workdir.check_shared()
         run = adjusted(set_up(config, workdir, extend))
         if run.start:
             workdir.check_parameters(run.start, run.state.params)
         total = run.cadences.total
-        if run.start == total and processes.first("reading the result", lambda: workdir.is_done(total)):
+        if run.start == total and processes.broadcast_from_process_0(
+            "reading the result", lambda: workdir.is_done(total)
+        ):
             log.info("this run is done; its result is in %s", workdir.result)
-            for sentence in processes.first("reading the record", lambda: read_contradictions(workdir.path)):
+            for sentence in processes.broadcast_from_process_0(
+                "reading the record", lambda: read_contradictions(workdir.path)
+            ):
                 log.warning("the record of the run contradicts itself: %s", sentence)
             return 0
-        processes.first("looking at the result", lambda: workdir.drop_later_result(run.start))
+        processes.broadcast_from_process_0("looking at the result", lambda: workdir.drop_later_result(run.start))
         monitor = Monitor(run.start, total, config.batch_size * config.num_seeds, profile, workdir.path)
         writer = writers.open_writer(workdir.path, run.start, config.tensorboard)
         digests = held.enter_context(contextlib.closing(Digests(workdir.path, run.start, run.cadences.last, noted)))
@@ -77,7 +81,7 @@ def main(
                         run.checkpoints.latest)  # fmt: skip
             return STOPPED
         state, results = ended
-        results = results or processes.first("reading metrics.jsonl", lambda: _recorded(run))
+        results = results or processes.broadcast_from_process_0("reading metrics.jsonl", lambda: _recorded(run))
         results = evaluate_all(run.programs, state, run.evals) if results is None else results
         _report(run, digests, results, monitor, began)
         return 0

@@ -52,12 +52,12 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     """
     programs.check(config)
     may_differ = ("total",) if extend else ()
-    before = processes.first("reading config.json", lambda: workdir.check_config(config, may_differ))
+    before = processes.broadcast_from_process_0("reading config.json", lambda: workdir.check_config(config, may_differ))
 
     base = sources.open_data(config)
     train_source = sources.take_split(base, config.data.train)
     images = stream.as_trained(train_source, config, base)
-    compiling = programs.of_images(_pinned(config, workdir), images, load=loading.load_teacher)
+    compiling = programs.programs_for_images(_pinned(config, workdir), images, load=loading.load_teacher)
     recipe = compiling.recipe
     check_targets(compiling, images)
     compiling.check_best()
@@ -66,7 +66,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     cadences = Cadences(recipe.total, *map(recipe.period, configs.CADENCES))
 
     tracing = _trace(compiling)
-    fresh = not processes.first("looking for checkpoints", workdir.has_checkpoints)
+    fresh = not processes.broadcast_from_process_0("looking for checkpoints", workdir.has_checkpoints)
     weights = pretrained.load(compiling) if config.init_from and fresh else None
     compiled, eval_compiled = _compile_in_background(compiling, tracing)
     source, left_out = weights.source if weights else None, sources.left_out(base) + images.left_out
@@ -74,7 +74,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     groups = compiling.groups_of_statistics if config.batch_norm == "per_device" else 0
     fixed = tree.sha256(compiling.fixed) if compiling.fixed else ""
     processes.agree("comparing the method", lambda: {f"fixed arrays of method={config.method!r}": fixed})
-    processes.first(
+    processes.broadcast_from_process_0(
         "writing config.json",
         lambda: workdir.record(config, recipe.data, source, left_out, fingerprints, groups, fixed),
     )
@@ -93,7 +93,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
         if old.total != config.total:
             extension.check(Recipe(old, recipe.data), recipe, start, workdir.path)
         if start < recipe.total:  # else the run is done, by the config that it has recorded
-            processes.first("writing config.json", lambda: workdir.go_on(config, start))
+            processes.broadcast_from_process_0("writing config.json", lambda: workdir.go_on(config, start))
     log.info("%s", sources.describe_use(base, config.data))
     if config.data.extra and recipe.supervised:
         log.warning("method=%r reads no stream of data.extra: %s", config.method, ", ".join(sorted(config.data.extra)))
@@ -117,7 +117,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
 
 def _pinned(config: ConfigDict, workdir: Workdir) -> ConfigDict:
     """The config that is compiled: that of a run which began on other devices has its groups of batch norm."""
-    text = processes.first("reading provenance.json", lambda: workdir.pin_groups(config).batch_norm)
+    text = processes.broadcast_from_process_0("reading provenance.json", lambda: workdir.pin_groups(config).batch_norm)
     if text != config.batch_norm:
         log.info("batch_norm=%r is %s, as on the devices that the run began on", config.batch_norm, text)
         config = config.copy_and_resolve_references()

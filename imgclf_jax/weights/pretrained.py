@@ -69,7 +69,7 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     `config.init_strict` is False. With `whole`, it raises UserError if any parameter, in the head too, stays random.
     """
     config = programs.recipe.config
-    path = places.place(config.init_from).expanduser()
+    path = places.as_path(config.init_from).expanduser()
     state, replicas = programs.state_shape, programs.recipe.num_seeds > 1
     shapes = {"params": state.params, **state.model_state}
     own = dict(tree.named_leaves(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[replicas:], x.dtype), shapes)))

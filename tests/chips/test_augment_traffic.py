@@ -7,7 +7,7 @@ from compilers import printed
 PROGRAM = """
 import json
 import sys
-from imgclf_jax.chips import topology
+from imgclf_jax.tools.dryrun import topology
 
 chips = topology.parse(sys.argv[1])
 topology.prepare(chips)
@@ -15,7 +15,7 @@ topology.prepare(chips)
 import jax
 import numpy as np
 from imgclf_jax.augment import policies
-from imgclf_jax.chips import counts
+from imgclf_jax.tools.dryrun import counts
 from imgclf_jax.core import platform, sharding
 
 mesh = sharding.make_mesh(topology.devices(chips))
@@ -26,9 +26,9 @@ def augment(seed, images):
 
 seed = jax.ShapeDtypeStruct((), np.uint32, sharding=sharding.replicated(mesh))
 images = jax.ShapeDtypeStruct((128 * chips.count, 224, 224, 3), np.uint8, sharding=split)
-with platform.tracing_for(platform.of(mesh)):
+with platform.tracing_for(platform.platform_of(mesh)):
     traced = jax.jit(augment, out_shardings=split).trace(seed, images)
-found = counts.of_program(traced.lower().compile())
+found = counts.count_program(traced.lower().compile())
 print(json.dumps([found.bytes, sum(count for count, _ in found.collectives.values())]))
 """
 

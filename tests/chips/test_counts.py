@@ -76,7 +76,7 @@ def test_traffic_and_collectives_of_a_compiled_program():
     weights = jax.ShapeDtypeStruct((32, 16), "float32", sharding=sharding.replicated(mesh))
     gradient = jax.grad(lambda w, x: jnp.sum(jnp.sin(x @ w)))
     compiled = jax.jit(gradient, out_shardings=sharding.replicated(mesh)).lower(weights, rows).compile()
-    found = counts.of_program(compiled)
+    found = counts.count_program(compiled)
     assert found.collectives == {"all-reduce": (1, 32 * 16 * 4)}
     least = 4 * (8 * 32 + 32 * 16 + 32 * 16)  # the rows, the weights, the gradient
     assert least <= found.bytes < 6 * least

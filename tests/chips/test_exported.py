@@ -6,7 +6,7 @@ from compilers import printed
 # Exports models, reads the files' bytes back, and prints how many instructions their compiled programs have.
 PROGRAM = """
 import json, sys
-from imgclf_jax.chips import topology
+from imgclf_jax.tools.dryrun import topology
 
 chips = topology.parse(sys.argv[1])
 topology.prepare(chips)
@@ -17,7 +17,7 @@ from jax import export
 
 from imgclf_jax.config import default_config
 from imgclf_jax.core import sharding
-from imgclf_jax.exports import stablehlo
+from imgclf_jax.tools.export import stablehlo
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo

@@ -6,13 +6,13 @@ from compilers import printed
 # Prints [bytes of the train program's arguments, of its temporaries], replicated and sharded, and those of parameters.
 PROGRAM = """
 import json, sys
-from imgclf_jax.chips import topology
+from imgclf_jax.tools.dryrun import topology
 
 chips = topology.parse(sys.argv[1])
 topology.prepare(chips)
 
 import jax
-from imgclf_jax.chips import counts
+from imgclf_jax.tools.dryrun import counts
 from imgclf_jax.config import default_config
 from imgclf_jax.core import sharding
 from imgclf_jax.programs import Programs

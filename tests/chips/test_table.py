@@ -6,7 +6,7 @@ from compilers import printed
 # Prints [bytes of the images, of the train program's arguments, of its temporaries] for each shape of images.
 PROGRAM = """
 import json, math, sys
-from imgclf_jax.chips import topology
+from imgclf_jax.tools.dryrun import topology
 
 chips = topology.parse(sys.argv[1])
 topology.prepare(chips)

@@ -113,7 +113,7 @@ def test_a_loop_counts_as_often_as_it_runs():
 
         rows_in = None
         jitted = jax.jit(program, out_shardings=sharding.replicated(mesh))
-        return counts.of_program(jitted.lower(weights, rows).compile())
+        return counts.count_program(jitted.lower(weights, rows).compile())
 
     few, many = of(5), of(25)
     assert many.bytes == pytest.approx(5 * few.bytes, rel=0.2)  # not what surrounds the loop
@@ -134,17 +134,17 @@ def test_beside_xlas_own_count():
     [module] = compiled.runtime_executable().hlo_modules()
     client = jax.devices("cpu")[0].client
     xla = xla_client._xla.hlo_module_cost_analysis(client, module)["bytes accessed"]
-    assert counts.of_program(compiled).bytes == pytest.approx(xla, rel=0.05)
+    assert counts.count_program(compiled).bytes == pytest.approx(xla, rel=0.05)
 
 
 PROGRAM = """
 import json, sys
-from imgclf_jax.chips import topology
+from imgclf_jax.tools.dryrun import topology
 
 chips = topology.parse(sys.argv[1])
 topology.prepare(chips)
 
-from imgclf_jax.chips import counts
+from imgclf_jax.tools.dryrun import counts
 from imgclf_jax.config import load_file
 from imgclf_jax.core import sharding
 from imgclf_jax.programs import Programs
@@ -156,7 +156,7 @@ config.batch_size = int(sys.argv[2]) * chips.count
 data = DataInfo(60_000, (28, 28, 1), tuple(map(str, range(10))), "")
 mesh = sharding.make_mesh(topology.devices(chips))
 for config.accumulate in (1, 4):
-    counted = counts.of_program(Programs(Recipe(config, data), mesh).traced_train.lower().compile())
+    counted = counts.count_program(Programs(Recipe(config, data), mesh).traced_train.lower().compile())
     found.append([counted.bytes, sum(n for _, n in counted.collectives.values())])
 print(json.dumps(found))
 """

@@ -146,5 +146,5 @@ def test_a_kind_is_found_through_partials_and_wrappers():
 
     wrapped = functools.wraps(op)(lambda *args: op(*args))
     for other in (op, functools.partial(op), functools.partial(functools.partial(op)), jax.jit(op), wrapped):
-        assert kinds.of(other) == kinds.RANDOM
-    assert kinds.of(lambda images: images) == kinds.of(abs) == kinds.PLAIN
+        assert kinds.kind_of(other) == kinds.RANDOM
+    assert kinds.kind_of(lambda images: images) == kinds.kind_of(abs) == kinds.PLAIN

@@ -80,7 +80,9 @@ def test_process_0_decides_for_all(three):
         asked.append(HERE.number)
         return {"steps": [1, 2]}
 
-    assert three(lambda _: processes.first("this", decide)) == {key: {"steps": [1, 2]} for key in range(3)}
+    assert three(lambda _: processes.broadcast_from_process_0("this", decide)) == {
+        key: {"steps": [1, 2]} for key in range(3)
+    }
     assert asked == [0]
 
 
@@ -241,7 +243,7 @@ def test_one_process_alone_asks_nobody():
     names = iter(["", "SIGINT"])
     stop = Stopping(lambda: next(names))
     assert [stop(), stop.waiting()] == ["", "SIGINT"]
-    assert processes.first("x", lambda: (1, 2)) == (1, 2)
+    assert processes.broadcast_from_process_0("x", lambda: (1, 2)) == (1, 2)
     assert processes.gather("x", 3) == [3]
     assert processes.once_a_host("x", lambda: 4) == 4
     processes.agree("x", lambda: 1 / 0)

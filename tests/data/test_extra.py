@@ -57,7 +57,7 @@ def test_what_a_spec_says(config):
 @pytest.mark.parametrize(("place", "devices"), [("host", "cpu"), ("device", "cpu"), ("device", "tpu")])
 def test_a_batch_holds_those_of_the_further_streams(config, monkeypatch, place, devices):
     """Of both seeds, side by side; keyed by the seed, the name and the step; as the program's shapes say."""
-    monkeypatch.setattr(platform, "of", lambda mesh: devices)
+    monkeypatch.setattr(platform, "platform_of", lambda mesh: devices)
     images, spec, mesh = opened(config), spec_of(config), sharding.make_mesh()
     shapes = {"unlabeled": (4, 7, 3), "held": (12, 12, 1)}
     assert {name: one.shape for name, one in images.extra.items()} == shapes
@@ -108,7 +108,7 @@ def test_streams_do_not_touch_each_other(config):
 
 def test_programs_know_the_shapes_and_the_record_holds_them(config, tmp_path):
     images = opened(config)
-    compiling = programs.of_images(config, images)
+    compiling = programs.programs_for_images(config, images)
     shape = compiling.chunk_shape(3)
     assert shape["unlabeled"]["image"].shape == (3, 24, 4, 7, 3)
     assert shape["held"]["image"].shape == (3, 16, 12, 12, 1)

@@ -33,7 +33,7 @@ def chunks(place, images, mesh, size=4):
 )
 def test_chunks_hold_the_batches_of_their_steps(monkeypatch, place, devices):
     """On either placement, whatever the range a step is read in, and split over the devices along the batch."""
-    monkeypatch.setattr(platform, "of", lambda mesh: devices)
+    monkeypatch.setattr(platform, "platform_of", lambda mesh: devices)
     mesh, images = sharding.make_mesh(), stream.Images(fake(), "decode(1)|resize(7)", 5)
     expected = list(stream.train_batches(images, 5, 24, 3, 11))
     at = jax.jit(lambda chunk, i: placement.batch_at(chunk, i, images.shape))

@@ -132,7 +132,7 @@ def test_batches_hold_the_targets_of_their_examples(monkeypatch, place, devices,
     """On either placement, for several seeds side by side, and as the program's shapes say."""
     if not cached:
         monkeypatch.setattr(stream, "_CACHE_BYTES", 0)
-    monkeypatch.setattr(platform, "of", lambda mesh: devices)
+    monkeypatch.setattr(platform, "platform_of", lambda mesh: devices)
     mesh, images = sharding.make_mesh(), stream.Images(Regression(), "decode(1)", 5)
     spec = stream.StreamSpec(5, 16, num_seeds=2)
     [(_, chunk)] = placement.train_chunks(place, images, spec, [range(2, 5)], 4, mesh)

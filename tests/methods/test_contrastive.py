@@ -52,7 +52,7 @@ def run(method, batch, devices=1, **kwargs):
     state = step.init_state(model, optimizer, PROBLEM.image_shape, 0)
     mesh = sharding.make_mesh(jax.devices()[:devices])
     batch = sharding.put_batch(batch, mesh)
-    return state, *jax.jit(train_step)(sharding.put_whole(state, mesh), batch)
+    return state, *jax.jit(train_step)(sharding.put_replicated(state, mesh), batch)
 
 
 def batch(b=16):

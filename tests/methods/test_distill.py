@@ -126,7 +126,7 @@ def test_the_fixed_arrays_are_an_argument_of_the_program_and_sharded(tmp_path):
         key, _, value = flag.removeprefix("--config.").partition("=")
         c.update_from_flattened_dict({key: value if key not in ("batch_size", "tensorboard") else eval(value)})
     source = sources.take_split(sources.open_data(c), c.data.train)
-    built = programs.of_images(c, stream.as_trained(source, c), load=loading.load_teacher)
+    built = programs.programs_for_images(c, stream.as_trained(source, c), load=loading.load_teacher)
     kernels = [x for x in jax.tree.leaves(built.fixed) if x.shape == (64, 256)]
     assert [x.addressable_shards[0].data.shape for x in kernels] == [(64, 32)]
     assert not [x for x in built.train_step.jaxpr.consts if np.size(x) > 100]

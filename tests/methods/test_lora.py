@@ -138,7 +138,7 @@ def test_others_get_merged_weights(runs, tmp_path, capsys):
         model = loading.load(runs[1]).config.model
         c.update_from_flattened_dict({"model": model, "augment": "normalize", "preprocess": "decode(1)",
                                       "init_from": str(source)})  # fmt: skip
-        np.testing.assert_allclose(loading.convert(c).logits(images), wanted, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(loading.load_converted(c).logits(images), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_mistakes_get_a_sentence(tmp_path, capsys):

@@ -63,7 +63,7 @@ def run(method, given, devices=1, steps=1, rate=1.0, **kwargs):
         step.make_train_step(model, method, optimizer, optax.constant_schedule(rate), augment, **kwargs)
     )
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    state = before = sharding.put_whole(step.init_state(model, optimizer, PROBLEM.image_shape, 0), mesh)
+    state = before = sharding.put_replicated(step.init_state(model, optimizer, PROBLEM.image_shape, 0), mesh)
     for _ in range(steps):
         state, window = train_step(state, sharding.put_batch(given, mesh))
     return before, state, window

@@ -40,7 +40,7 @@ def bucket():
 
 
 def test_a_path_in_a_bucket_is_as_one_on_a_disk(bucket):
-    folder = places.place(f"{bucket}/a")
+    folder = places.as_path(f"{bucket}/a")
     (folder / "b" / "c.txt").write_bytes("é".encode())
     assert places.in_bucket(folder)
     assert not places.in_bucket(Path("gs"))
@@ -53,8 +53,8 @@ def test_a_path_in_a_bucket_is_as_one_on_a_disk(bucket):
 
 
 def test_a_file_address_is_a_path():
-    assert places.place("file:///a/b%20c") == Path("/a/b c")
-    assert places.place("a:b/c") == Path("a:b/c")
+    assert places.as_path("file:///a/b%20c") == Path("/a/b c")
+    assert places.as_path("a:b/c") == Path("a:b/c")
 
 
 @pytest.mark.parametrize("text", ["s4://bucket/x", "s3://", "file://host/x", "http://host/x"])
@@ -62,13 +62,13 @@ def test_other_addresses_are_refused(text):
     with pytest.raises(
         UserError, match=r"is no place for files; allowed: a path, file:///PATH, gs://BUCKET/PATH or s3"
     ):
-        places.place(text)
+        places.as_path(text)
 
 
 def test_a_driver_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(places.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"gcsfs is not installed.*uv sync --extra buckets"):
-        places.place("gs://bucket/x")
+        places.as_path("gs://bucket/x")
 
 
 @pytest.mark.thorough
@@ -79,7 +79,7 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, tmp_path, capsys, caplog, m
     assert launch.main([f"--workdir={tmp_path / 'disk'}", *RUN]) == 0
     assert launch.main([f"--workdir={place}", *RUN]) == 0
     assert "is in a bucket, which cannot be locked" in capsys.readouterr().err + caplog.text
-    disk, ours = tmp_path / "disk", places.place(place)
+    disk, ours = tmp_path / "disk", places.as_path(place)
 
     def digest(folder):
         return json.loads((folder / "result.json").read_bytes())["params_sha256"]
@@ -112,7 +112,7 @@ def test_data_in_a_bucket(bucket, tmp_path):
     for classes in (4, 5):
         images = np.random.default_rng(0).integers(0, 256, (10 * classes, 8, 8, 1), np.uint8)
         np.savez(tmp_path / "a.npz", x_train=images, y_train=np.arange(10 * classes) % classes)
-        places.place(f"{bucket}/a.npz").write_bytes((tmp_path / "a.npz").read_bytes())
+        places.as_path(f"{bucket}/a.npz").write_bytes((tmp_path / "a.npz").read_bytes())
         for _ in range(2):
             source = sources.open_splits(f"arrays('{bucket}/a.npz')")["train"]
             assert len(source.class_names) == classes
@@ -128,7 +128,7 @@ def test_a_step_is_saved_again(bucket, tmp_path, monkeypatch):
     """And nothing of it is written to this disk."""
     monkeypatch.chdir(tmp_path)
     like = {"x": jax.ShapeDtypeStruct((3,), np.int32, sharding=sharding())}
-    checkpoints = Checkpoints(places.place(f"{bucket}/again"), keep=2)
+    checkpoints = Checkpoints(places.as_path(f"{bucket}/again"), keep=2)
     for step, value in ((1, 1), (2, 2), (3, 3), (3, 4)):
         checkpoints.save(step, {"x": np.full(3, value, np.int32)}, again=True)
     checkpoints.wait()

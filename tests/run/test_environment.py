@@ -52,7 +52,7 @@ def test_no_more_arenas_than_processors(tmp_path):
 def test_what_processes_must_have_in_common(monkeypatch):
     """Not where they cache and dump, or which devices they take, but all that may change a result."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_b=1 --xla_dump_to=/tmp/process-0 --xla_a=2")
-    found = provenance.of_process()
+    found = provenance.process_facts()
     assert found["XLA_FLAGS"] == "--xla_a=2 --xla_b=1"
     assert {
         "python",
@@ -76,7 +76,7 @@ def test_modules_of_the_user_are_known_by_what_they_hold(tmp_path, monkeypatch):
         (tmp_path / "own_layers.py").write_text(f"WIDTH = {width}\n")
         (tmp_path / "own_net.py").write_text("import own_layers\n")
         importlib.import_module("own_net")
-        digests.append(provenance.of_modules())
+        digests.append(provenance.module_digests())
         for name in ("own_net", "own_layers"):
             sys.modules.pop(name)
     assert digests[0]["module own_net"] == digests[1]["module own_net"]

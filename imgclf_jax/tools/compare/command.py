@@ -36,7 +36,7 @@ def main(files: Sequence[str], format: str, html: str, test: bool, trust: bool) 
     if not runs:
         raise UserError(f"{', '.join(files)}: no run is in or below; a run's directory has a config.json")
     groups = group(runs)
-    known = known_predictions.of_all(runs, test, trust)
+    known = known_predictions.load_all(runs, test, trust)
     comparisons = compare(groups, known)
     if processes.index():
         return 1 if damaged else 0

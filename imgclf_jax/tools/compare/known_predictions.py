@@ -232,7 +232,7 @@ def _keep(run: Record, found: Mapping[str, Known]) -> None:
         np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
-def of_all(runs: Iterable[Record], test: bool, trust: bool) -> dict[str, dict[str, Known]]:
+def load_all(runs: Iterable[Record], test: bool, trust: bool) -> dict[str, dict[str, Known]]:
     """The predictions of each run that is done, by its name and the set's; with `test` those missing are made."""
     found = {}
     for run in runs:

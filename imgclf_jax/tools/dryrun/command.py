@@ -89,7 +89,7 @@ def report(programs: Programs, chips: topology.Chips) -> dict[str, Any]:
     if not result["fits"]:
         result["advice"] = _advice(result, programs)
 
-    of_step, of_augment = counts.of_program(compiled["train"]), counts.of_program(compiled["augment"])
+    of_step, of_augment = counts.count_program(compiled["train"]), counts.count_program(compiled["augment"])
     peak = estimate.peak(chip, config.precision, config.matmul_precision)
     bound = estimate.bound(chip, n, peak, flops, of_step.bytes, of_step.collectives)
     seconds = bound.seconds * recipe.total

@@ -52,7 +52,7 @@ class Counts:
     collectives: dict[str, tuple[int, int]]  # kind → (how many, bytes of their results)
 
 
-def of_program(compiled: Any) -> Counts:
+def count_program(compiled: Any) -> Counts:
     """The counts of a compiled program, see `traffic`. A loop over steps counts once, one over parts whole."""
     module = traffic.Module(compiled.as_text())
     return Counts(float(module.traffic()), module.collectives())

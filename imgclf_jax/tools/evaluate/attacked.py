@@ -14,7 +14,7 @@ from imgclf_jax import losses, metrics, step
 from imgclf_jax.core import processes, rng, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
-from imgclf_jax.loading import convert, restore
+from imgclf_jax.loading import load_converted, restore
 from imgclf_jax.losses import Task
 from imgclf_jax.methods import table
 from imgclf_jax.methods.pgd import Attack
@@ -40,7 +40,7 @@ def report(config: ConfigDict, workdir: Workdir | None, checkpoint: str, attack:
     perturb = table.build_attack(attack)
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = sources.open_data(config)
-    programs, state, at = restored or convert(config, base)
+    programs, state, at = restored or load_converted(config, base)
     programs.check_predicts()
     if programs.recipe.task in (Task.MULTILABEL, Task.REGRESSION):
         raise UserError(f"--attack measures accuracy, and a run with {metrics.TASK_NAMES[programs.recipe.task]} has "

@@ -13,7 +13,7 @@ from imgclf_jax import metrics
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
-from imgclf_jax.loading import convert, restore, restore_each
+from imgclf_jax.loading import load_converted, restore, restore_each
 from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.terminal import format_metrics, print_table
@@ -73,7 +73,7 @@ def main(
         listing.check(listing_file)
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = sources.open_data(config)
-    programs, state, step = model = restored or convert(config, base)
+    programs, state, step = model = restored or load_converted(config, base)
     predicts = _check_evaluates(programs, bool(listing_file))
     names = programs.recipe.data.class_names
     programs = dataclasses.replace(

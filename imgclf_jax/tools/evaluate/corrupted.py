@@ -14,7 +14,7 @@ from imgclf_jax import metrics
 from imgclf_jax.core import processes, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
-from imgclf_jax.loading import convert, restore
+from imgclf_jax.loading import load_converted, restore
 from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.terminal import print_table, track
@@ -42,7 +42,7 @@ def report(
     names, photographs = parse(corrupted, folder)
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = sources.open_data(config)
-    programs, state, step = restored or convert(config, base)
+    programs, state, step = restored or load_converted(config, base)
     programs.check_predicts()
     evals = evaluation.open_evals(programs, base)
     if workdir:
@@ -80,7 +80,7 @@ def accuracies(
     mesh, size = programs.mesh, programs.eval_steps_per_call
     kinds = [(name, severity) for name in names for severity in corruptions.SEVERITIES]
     tables = {
-        kind: sharding.put_whole((of, np.asarray(jax.random.key_data(_key(kind)))), mesh)
+        kind: sharding.put_replicated((of, np.asarray(jax.random.key_data(_key(kind)))), mesh)
         for kind in kinds
         for of in [corruptions.tables_of(*kind, images.shape, photographs)]
     }

@@ -40,7 +40,7 @@ def main(
     """
     images = inputs.find("explain", paths)
     wanted = others["class"]
-    model = loading.of(config, workdir, checkpoint)
+    model = loading.load_trained(config, workdir, checkpoint)
     model.programs.check_predicts()
     report_host_ops(model.programs)
     numbers = model.task is Task.REGRESSION

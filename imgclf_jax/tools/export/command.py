@@ -46,7 +46,7 @@ def main(config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoi
     for path in paths:
         if path.suffix == ".savedmodel":
             saved_model.check(path)
-    model = loading.of(config, workdir, checkpoint)
+    model = loading.load_trained(config, workdir, checkpoint)
     with contextlib.ExitStack() as stack:
         if processes.index():  # all compute what the file is compared with, process 0 keeps the file
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -47,7 +47,7 @@ def main(
     config's source. The loss says what probabilities are (see `losses.Link`): after `sigmoid` they do not add up to 1.
     """
     images = inputs.find("predict", paths)
-    model = loading.of(config, workdir, checkpoint)
+    model = loading.load_trained(config, workdir, checkpoint)
     report_host_ops(model.programs)
     names, several = model.class_names, model.task is Task.MULTILABEL
     top_k, least = min(top_k, len(names)), model.thresholds(threshold)

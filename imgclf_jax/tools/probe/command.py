@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from imgclf_jax.core import memory, processes, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
-from imgclf_jax.loading import convert, restore
+from imgclf_jax.loading import load_converted, restore
 from imgclf_jax.run import terminal
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.scores.classification import predicted_classes
@@ -44,7 +44,7 @@ def main(
         _check_plot(Path(plot))
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = sources.open_data(config)
-    model = restored or convert(config, base, whole=False)
+    model = restored or load_converted(config, base, whole=False)
     if plot and model.task in probing.SCORES:
         raise UserError(f"--plot={plot}: it draws accuracy by images a class, which this run does not "
                         "have; drop it")  # fmt: skip

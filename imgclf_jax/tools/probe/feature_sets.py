@@ -11,7 +11,7 @@ from imgclf_jax.data import stream
 from imgclf_jax.trained import Trained
 
 
-def of_set(model: Trained, images: stream.Images) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def features_of_set(model: Trained, images: stream.Images) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(features f32[seeds, b, d], labels i32[b] or targets f32[b, k]) of each batch, each example once and in order.
 
     Raises UserError, naming the example, for features that are not finite.
@@ -44,5 +44,5 @@ def of_set(model: Trained, images: stream.Images) -> Iterator[tuple[np.ndarray, 
 
 def whole_set(model: Trained, images: stream.Images) -> tuple[np.ndarray, np.ndarray]:
     """(features f32[seeds, n, d], labels i32[n] or targets f32[n, k]) of a whole set, in memory."""
-    parts = list(of_set(model, images))
+    parts = list(features_of_set(model, images))
     return np.concatenate([features for features, _ in parts], 1), np.concatenate([labels for _, labels in parts])

@@ -16,7 +16,7 @@ from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable, utf8
 from imgclf_jax.data import sources
-from imgclf_jax.loading import convert, restore
+from imgclf_jax.loading import load_converted, restore
 from imgclf_jax.run import terminal
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.probe import embeddings, feature_sets
@@ -46,7 +46,7 @@ def main(
     images = inputs.find("features", paths) if paths else iter(())
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = {} if restored and paths else sources.open_data(config)
-    model = restored or convert(config, base, whole=False)
+    model = restored or load_converted(config, base, whole=False)
     errors: list[Exception] = []  # what ended the images before their end
     with contextlib.ExitStack() as stack:
         add = (
@@ -90,7 +90,7 @@ def _add_sets(
     for name, images in sets.items():
         called, done = getattr(images.source, "name", str), 0
         batches = -(-len(images) // model.programs.eval_batch_size)
-        for features, labels in terminal.track(feature_sets.of_set(model, images), batches, name):
+        for features, labels in terminal.track(feature_sets.features_of_set(model, images), batches, name):
             add(name, [utf8(called(i)) for i in range(done, done + len(labels))], labels, features)
             done += len(labels)
     return sum(map(len, sets.values()))

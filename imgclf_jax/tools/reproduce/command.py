@@ -41,7 +41,7 @@ def main(
     if bundle:
         return _pack(record, bundle)
     end = _end(record, steps)
-    folder = places.place(processes.first("naming the output", lambda: _folder(record, output)))
+    folder = places.as_path(processes.broadcast_from_process_0("naming the output", lambda: _folder(record, output)))
     found = _changed(record.config, config)
     config = pin_groups(config, record.config.mesh, record.provenance)
     wrong = record.contradictions
@@ -110,7 +110,7 @@ def _pack(record: Record, bundle: str) -> int:
     if not record.digests:
         log.warning("%s has no digests of its checkpoints: the bundle has the last one and the metrics", record.path)
     if not processes.index():
-        record.pack(places.place(bundle))
+        record.pack(places.as_path(bundle))
         print(f"{printable(bundle)} holds what `reproduce {printable(bundle)}` needs, but for data and code; "
               "provenance.json in it names folders of this machine")  # fmt: skip
     return 0
@@ -132,7 +132,7 @@ def _folder(record: Record, output: str) -> str:
         raise UserError("reproduce in several processes wants --output, a directory that all of them share")
     if not output:
         return tempfile.mkdtemp(prefix="reproduce-")
-    place = places.place(output)
+    place = places.as_path(output)
     if not places.in_bucket(place) and place.resolve() == Path(record.path).resolve():
         raise UserError(f"--output={output} is the run itself; name another directory")
     return output

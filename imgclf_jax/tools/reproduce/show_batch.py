@@ -15,7 +15,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.data import sources, stream
 from imgclf_jax.losses import Task
-from imgclf_jax.programs import Programs, of_images
+from imgclf_jax.programs import Programs, programs_for_images
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import make_inputs
@@ -40,13 +40,13 @@ def main(
 
     Of several seeds it is the batch of the first one. The format "json" prints an object with the examples.
     """
-    file = places.place(output) if output else (workdir.path if workdir else Path()) / f"batch-{step}.png"
+    file = places.as_path(output) if output else (workdir.path if workdir else Path()) / f"batch-{step}.png"
     if file.suffix != ".png":
         raise UserError(f"--output={output}: the name of the picture must end in .png")
     check_names(config)
     base = sources.open_data(config)
     images = stream.as_trained(sources.take_split(base, config.data.train), config, base)
-    programs = of_images(config, images, sharding.make_mesh(jax.devices()[:1]))
+    programs = programs_for_images(config, images, sharding.make_mesh(jax.devices()[:1]))
     total = programs.recipe.total
     if step >= total:
         raise UserError(f"--step={step}: the run has {total} steps, 0 to {total - 1}")

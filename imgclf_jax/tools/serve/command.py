@@ -42,7 +42,7 @@ def main(config: ConfigDict, workdir: Workdir | None, checkpoint: str, host: str
     from imgclf_jax.tools.serve import app
     from imgclf_jax.tools.serve.connections import server_settings
 
-    model = loading.of(config, workdir, checkpoint)
+    model = loading.load_trained(config, workdir, checkpoint)
     model.programs.check_predicts()
     report_host_ops(model.programs)
     local = _is_loopback(host)

@@ -18,7 +18,7 @@ from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.tools.dryrun import command as dryrun
 from imgclf_jax.tools.dryrun import described, table, topology
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SMALL = ("--config.model=mlp(widths=(16,))", "--config.batch_size=32", "--config.total=20 steps")
 
 

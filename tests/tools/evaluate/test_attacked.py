@@ -109,7 +109,7 @@ def test_other_batches_and_devices(linear, capsys):
         config.batch_size, config.data.eval = 41, {"test": "test[:50%]", "few": "test[:3]"}
     one = sharding.make_mesh(jax.devices()[:1])
     alone = Programs(Recipe(config, programs.recipe.data), one)
-    state = sharding.put_whole(jax.tree.map(np.asarray, state), one)
+    state = sharding.put_replicated(jax.tree.map(np.asarray, state), one)
     evaluate = alone.jitted(attacked.make_step(alone, table.build_attack(spec)))
     for name, images in open_evals(alone, sources.open_data(config)).items():
         sums = attacked._sums(alone, state, evaluate, images, name)

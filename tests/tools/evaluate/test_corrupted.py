@@ -107,7 +107,7 @@ def test_other_batches_and_devices(run, printed):
         config.batch_size = 41
     one = sharding.make_mesh(jax.devices()[:1])
     alone = Programs(Recipe(config, programs.recipe.data), one)
-    state = sharding.put_whole(jax.tree.map(np.asarray, state), one)
+    state = sharding.put_replicated(jax.tree.map(np.asarray, state), one)
     (images,) = open_evals(alone, sources.open_data(config)).values()
     found = corrupted.accuracies(alone, state, images, ["shot_noise"])
     assert found["clean", 0] == printed["test"]["clean"]

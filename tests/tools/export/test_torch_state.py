@@ -16,7 +16,7 @@ from imgclf_jax.models import classifier, convnext, resnet, vit
 from imgclf_jax.tools.export import torch_state
 from imgclf_jax.weights import files, torch_names
 
-FIXTURES = Path(__file__).parents[1] / "weights" / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "weights" / "fixtures"
 MODELS = json.loads((FIXTURES / "torch_models.json").read_text())
 # Whose names a fixture has, by its own name; the authors' of ConvNeXt are imported only.
 WHOSE = {name: whose for name in MODELS for whose in ("torchvision", "timm", "akamaster", "xternalz") if whose in name}

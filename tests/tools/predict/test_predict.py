@@ -20,7 +20,7 @@ from imgclf_jax.loading import restore
 from imgclf_jax.models import classifier
 from imgclf_jax.run.workdir import Workdir
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 COUNT = 100
 
 

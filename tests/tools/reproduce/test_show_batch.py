@@ -15,7 +15,7 @@ from imgclf_jax import losses, step
 from imgclf_jax.augment import mixing, ops
 from imgclf_jax.config import default_config
 from imgclf_jax.data import sources, stream
-from imgclf_jax.programs import of_images
+from imgclf_jax.programs import programs_for_images
 from imgclf_jax.tools.pages import contact_sheet
 from imgclf_jax.tools.reproduce.show_batch import batch_at, describe, visible
 
@@ -40,7 +40,7 @@ def config_of(augment: str = AUGMENT, mix: str = "mixup(1.0)") -> Any:
 
 def shown(config: Any, raw: bool = False) -> Any:
     images = stream.Images(sources.take_split(sources.open_data(config), "train"), config.preprocess, config.seed)
-    return batch_at(of_images(config, images), images, K, raw), images
+    return batch_at(programs_for_images(config, images), images, K, raw), images
 
 
 class Spy:

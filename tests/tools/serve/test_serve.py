@@ -14,7 +14,7 @@ from test_app import FLAGS, png
 
 import launch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

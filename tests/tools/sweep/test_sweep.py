@@ -16,7 +16,7 @@ import launch
 from imgclf_jax.run import lock
 from imgclf_jax.tools.sweep import command as sweep
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 # Stands for `launch.py train`: leaves behind what a run of 12 steps does, in a tenth of a second.
 TRAIN = """
