@@ -173,7 +173,7 @@ class Programs:
         """`init_state`'s result as shapes with shardings, without computing it."""
         with self.tracing(), classifier.bounded():
             shapes = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), "uint32"))
-        batch = self.recipe.config.batch_size, *self.recipe.data.image_shape
+        batch = self.recipe.config.batch_size * self.recipe.num_seeds, *self.recipe.data.image_shape
         classifier.check_size([x.shape for x in jax.tree.leaves(shapes.params)], batch)
         leading = int(self.recipe.num_seeds > 1)
         state = partition.state_shardings(shapes, self._axes, self.mesh, self.recipe.config.shard, leading)

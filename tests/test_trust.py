@@ -162,7 +162,7 @@ def test_what_the_person_names_is_read():
 @pytest.mark.parametrize(("model", "says"), [
     ("mlp(widths=(1000000, 100000))", "parameters, and at most 1,073,741,824"),
     ("resnet_cifar(depth=6000002)", "calls of modules in its model, and at most 40"),
-    ("mlp(widths=(1,))", "has 14,400,000,000 bytes of images in a batch, and at most 4,294,967,296"),
+    ("mlp(widths=(1,))", "has 14,400,000,000 bytes of images in a batch, and at most 1,073,741,824"),
     (f"mlp(widths={(1,) * 50_000})", "characters in one key, and at most 10,000"),
 ])  # fmt: skip
 def test_a_bundle_of_a_model_that_is_too_large(mistake, trained, tmp_path, monkeypatch, model, says):

@@ -19,7 +19,7 @@ from imgclf_jax.models.backbones import BACKBONES
 # Of a model of unknown origin. ResNet-1202 calls 3,000 modules; 4,000 are traced in some ten seconds.
 _MOST_CALLS = 4_000
 _MOST_PARAMETERS = 2**30
-_MOST_BYTES_OF_A_BATCH = 2**32
+_MOST_BYTES_OF_A_BATCH = 2**30  # of all seeds together
 
 # How the head's kernel [d, num_classes] may begin; its bias begins at zero.
 HEAD_INITS: dict[str, Callable[..., Any]] = {
