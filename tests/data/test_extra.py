@@ -170,6 +170,7 @@ def test_device_placement_refuses_random_host_ops_of_a_further_stream(config):
 @pytest.mark.parametrize(("method", "warned"), [("supervised()", True), *thorough((f"{__name__}:consistent", False))])
 def test_streams_that_supervised_training_does_not_read_are_warned_of(config, caplog, tmp_path, method, warned):
     config.method, config.total = method, "1 steps"
+    config.data.extra.unlabeled = "train|batch_size(24)"  # images of the same shape
     train_setup.set_up(config, Workdir(tmp_path))
     assert (f"method={method!r} reads no stream of data.extra: held, unlabeled" in caplog.text) == warned
 
