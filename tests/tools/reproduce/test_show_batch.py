@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from PIL import Image
 
 import launch
@@ -43,11 +44,13 @@ def shown(config: Any, raw: bool = False) -> Any:
     return batch_at(programs_for_images(config, images), images, K, raw), images
 
 
-class Spy:
+class Spy(nn.Module):
     """A model that keeps what it is given as its state."""
 
-    def apply(self, variables: Any, images: jax.Array, train: bool, mutable: Any, rngs: Any) -> Any:
-        return jnp.zeros((images.shape[0], 4)) + variables["params"]["w"], {"seen": images}
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        self.variable("seen", "images", jnp.zeros, images.shape).value = images
+        return jnp.zeros((images.shape[0], 4)) + self.param("w", nn.initializers.zeros, ())
 
 
 @pytest.mark.thorough
@@ -69,9 +72,9 @@ def test_the_batch_is_what_the_step_gives_the_model():
         ops.build(AUGMENT, train=True), mix=mixing.build(config.mix),
     )  # fmt: skip
     params = {"w": jnp.zeros(())}
-    state = step.TrainState(jnp.uint32(SEED), jnp.int32(K), params, {"seen": jnp.zeros((BATCH, 8, 8, 3))},
+    state = step.TrainState(jnp.uint32(SEED), jnp.int32(K), params, {"seen": {"images": jnp.zeros((BATCH, 8, 8, 3))}},
                             optax.sgd(schedule).init(params))  # fmt: skip
-    seen = jax.jit(train_step)(state, batch)[0].model_state["seen"]
+    seen = jax.jit(train_step)(state, batch)[0].model_state["seen"]["images"]
     np.testing.assert_allclose(found.arrays["image"], seen, rtol=0, atol=1e-6)  # two programs may round differently
     assert np.abs(found.arrays["image"] - np.asarray(seen)).mean() < 1e-8
     np.testing.assert_array_equal(found.arrays["other"], np.roll(given["label"], 1))
