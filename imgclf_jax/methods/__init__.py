@@ -12,7 +12,7 @@ import jax
 from flax import linen as nn
 from flax import struct
 
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import Untrusted, UserError
 from imgclf_jax.losses import SOFTMAX, Link, Task
 
 Batch = dict[str, Any]
@@ -119,6 +119,9 @@ class Teacher:
         with jax.ensure_compile_time_eval():
             try:
                 found = self._problem.loader(self._problem, *self._args)
+            except Untrusted as e:
+                how = "a method of your own may call problem.load(run, trust=True)"
+                raise Untrusted(f"method: {str(e).replace('add --trust', how)}") from e
             except UserError as e:
                 raise UserError(f"method: {e}") from e
         self.__dict__.update(found)
