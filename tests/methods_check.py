@@ -262,7 +262,8 @@ def main() -> int:
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
         teacher = Path(folder) / "teacher"
-        Check("supervised", Path(folder) / "of", teacher).train(teacher, model="resnet_cifar(8)")  # a teacher of own code is refused
+        # A model that ships: a teacher whose model is code of its own is refused.
+        Check("supervised", Path(folder) / "of", teacher).train(teacher, model="resnet_cifar(8)")
         for name in args.only:
             check = Check(name, Path(folder), teacher)
             todo: list[tuple[str, Callable[[], tuple[bool, str]]]] = [(c, getattr(check, c)) for c in args.checks]
