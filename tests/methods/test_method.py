@@ -254,6 +254,7 @@ def test_a_method_with_state_keeps_all_promises(more, tmp_path):
     assert result["accuracy"] >= 0
 
 
+@pytest.mark.thorough
 def test_several_seeds_are_single_runs(fake_config, tmp_path):
     keys = {"method": f"{__name__}:prototypes", "augment": "flip_lr|normalize"}
     both = run(tmp_path / "both", config_of(fake_config.copy_and_resolve_references(), num_seeds=2, **keys))
