@@ -29,17 +29,17 @@ KEYS: dict[str, tuple[Any, str]] = {
     "precision": ("float32", "What layers compute in: 'float32' or 'bfloat16'. Parameters and logits stay float32."),
     "matmul_precision": (
         "float32",
-        "Bits of products of float32 operands on TPU and GPU: 'float32', 'tensorfloat32' or 'bfloat16'.",
+        "Precision of float32 matmuls on TPU and GPU: 'float32', 'tensorfloat32' or 'bfloat16'.",
     ),
     "deterministic": (True, "Ask XLA for deterministic GPU kernels, so that a repeated run gives the same bits."),
     "steps_per_call": (0, "Steps in a call of the compiled program, at most; 0: chosen by size. Changes no result."),
     "mesh": (
         "data=-1",
-        "The devices' arrangement: 'data=-1, fsdp=4' parts the state, 'seeds=4, data=-1' the seeds; -1: what is left.",
+        "The device mesh: 'data=-1, fsdp=4' shards the train state, 'seeds=4, data=-1' the seeds; -1: the rest.",
     ),
     "shard": (
         "all",
-        "What is split over the mesh's fsdp: 'all' (parameters, optimizer, averages) or the state of the 'optimizer'.",
+        "What fsdp shards: 'all' (parameters, optimizer state, averages), or the state of the 'optimizer' alone.",
     ),
     "data.source": (
         "digits",
@@ -84,7 +84,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     ),
     "batch_norm": (
         "global",
-        "Which images batch norm takes its statistics of in training: all, 'per_device', or 'groups(32)', of 32 each.",
+        "Examples that BatchNorm statistics cover: 'global' (SyncBatchNorm), 'per_device', 'groups(32)' (ghost).",
     ),
     "init_from": ("", "Weights to start from: a work directory, a PyTorch file (.pth, .pt, .th) or a .safetensors."),
     "init_strict": (True, "Refuse `init_from` if more than the head differs from the model; False: take what fits."),
@@ -94,8 +94,8 @@ KEYS: dict[str, tuple[Any, str]] = {
     ),
     "method": (
         "supervised",
-        "What a run learns from a batch: supervised, distill, simclr, supcon, or an import path. With a method that "
-        "trains no head, such as simclr, metrics, tta and arguments of loss are refused.",
+        "What a run learns from a batch: supervised, distill, fixmatch, lora, mean_teacher, simclr, supcon, or an "
+        "import path. With a method that trains no head, metrics, tta and arguments of loss are refused.",
     ),
     "gradient": (
         "",
@@ -110,7 +110,7 @@ KEYS: dict[str, tuple[Any, str]] = {
         "The learning rate: constant, cosine, linear, one_cycle, step or triangle.",
     ),
     "clip": (0.0, "The greatest global norm of the gradient; 0: not clipped."),
-    "accumulate": (1, "Parts that a step computes its batch's gradient in, one after the other: so much less memory."),
+    "accumulate": (1, "Number of gradient-accumulation microbatches per step; each takes that much less memory."),
     "ema": (0.0, "Decay of the average of the weights that evaluation uses, such as 0.999; 0: the weights themselves."),
     "rules.lr": ("", "Learning rates by parameter: 'backbone/.*=0.1, head/.*=1', patterns of whole paths, first wins."),
     "rules.decay": ("", "The same for weight decay; '.*(bias|scale)=0' leaves out biases and normalizations."),

@@ -193,6 +193,16 @@ def classification_sums(logits: jax.Array, labels: jax.Array, values: Mapping[st
 OfPredictions = Callable[[Any], Any]  # of Predictions or TargetPredictions: a float, or several in a dict by name
 
 
+def mean_over_seeds(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over several seeds, and its sample standard deviation `NAME_std`; `examples` as it is."""
+    means = {"examples": each[0]["examples"]}
+    for name in (name for name in each[0] if name != "examples"):
+        values = [one[name] for one in each]
+        with np.errstate(invalid="ignore"):  # a seed's loss may be infinite
+            means |= {name: float(np.mean(values)), f"{name}_std": float(np.std(values, ddof=1))}
+    return means
+
+
 def summarize(
     sums: Mapping[str, Any],
     predictions: AnyPredictions | None = None,
@@ -211,13 +221,8 @@ def summarize(
             )
             for i in range(len(sums["examples"]))
         ]
-        names = [name for name in together if name != "examples"]
-        means = {"examples": together["examples"]}
-        for name in names:
-            values = [one[name] for one in each]
-            with np.errstate(invalid="ignore"):  # a seed's loss may be infinite
-                means |= {name: float(np.mean(values)), f"{name}_std": float(np.std(values, ddof=1))}
-        return means | {f"ensemble_{name}": together[name] for name in names if OWN + name not in sums}
+        names = [name for name in together if name != "examples" and OWN + name not in sums]
+        return mean_over_seeds(each) | {f"ensemble_{name}": together[name] for name in names}
     n = int(sums["examples"])
     out: dict[str, float] = {"examples": n}
     if "correct" in sums:

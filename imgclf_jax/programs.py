@@ -34,7 +34,7 @@ from imgclf_jax.run.provenance import DataInfo
 
 log = logging.getLogger(__name__)
 
-_PRODUCTS = ("float32", "tensorfloat32", "bfloat16")
+_MATMUL_PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
 _FIRST_IMAGES = 5000  # that airbench94 whitens by
 
 # Up to so many steps, or bytes of images, go to the devices as one chunk, unless `steps_per_call` says otherwise. On
@@ -95,7 +95,7 @@ class Programs:
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
         """Inside, what is traced is for the mesh's platform, and what fails is traced again to name the config key."""
-        with platform.tracing_for(self.platform), diagnose.naming_the_key(self.recipe), self._products():
+        with platform.tracing_for(self.platform), diagnose.naming_the_key(self.recipe), self._matmul_precision():
             yield
 
     @property
@@ -114,11 +114,11 @@ class Programs:
         """In how many groups of devices the seeds lie: one, unless the mesh has an axis `seeds`."""
         return sharding.groups_of_seeds(self.recipe.num_seeds, self.mesh)
 
-    def _products(self) -> contextlib.AbstractContextManager[Any]:
-        """Inside, products of float32 operands have the bits that the config says; CPU has no others than float32."""
+    def _matmul_precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside, matmuls of float32 operands have the config's `matmul_precision`; on CPU it is always float32."""
         asked = self.recipe.config.matmul_precision
-        if asked not in _PRODUCTS:
-            raise UserError(unknown("matmul_precision", asked, _PRODUCTS))
+        if asked not in _MATMUL_PRECISIONS:
+            raise UserError(unknown("matmul_precision", asked, _MATMUL_PRECISIONS))
         return contextlib.nullcontext() if self.platform == "cpu" else jax.default_matmul_precision(asked)
 
     def _init(
@@ -294,7 +294,7 @@ class Programs:
                 recipe.task, losses.link_of(recipe.config.loss),
             )  # fmt: skip
             batch = jax.eval_shape(lambda chunk: self._batch_at(chunk, 0), self.chunk_shape(1))
-            here = self._in_its_form(step.several(pure, recipe.num_seeds // self.groups_of_seeds))
+            here = self._with_layout_pass(step.several(pure, recipe.num_seeds // self.groups_of_seeds))
             train_step = sharding.over_seeds(here, recipe.num_seeds, self.mesh)
             return jax.jit(train_step).trace(self.state_shape, batch, *fixed)
 
@@ -343,8 +343,8 @@ class Programs:
         most = _BYTES_ON_CPU if self.platform == "cpu" else _BYTES_A_DEVICE * self.mesh.size
         return most // (rows * math.prod(self.recipe.data.image_shape) + further) or 1
 
-    def _in_its_form(self, pure: Callable[..., Any]) -> Callable[..., Any]:
-        """A pure function, differentiated by now, as the platform runs it fast."""
+    def _with_layout_pass(self, pure: Callable[..., Any]) -> Callable[..., Any]:
+        """Applies the CPU layout pass to a pure function, on CPU. Call it after differentiation."""
         return rewrite(pure) if self.platform == "cpu" else pure
 
     @once
@@ -419,7 +419,7 @@ class Programs:
             recipe.model, recipe.loss, recipe.augment(train=False), recipe.views, recipe.num_seeds,
             self.predicting or bool(recipe.whole_set_metrics), recipe.task, recipe.method,
         )  # fmt: skip
-        pure = self._in_its_form(self.gather_at_use(pure, of_seeds=True))
+        pure = self._with_layout_pass(self.gather_at_use(pure, of_seeds=True))
         fixed = _shapes_of(self._fixed_of_evaluation)
         with self.tracing():
             batch = jax.eval_shape(lambda chunk: self._batch_at(chunk, 0), self._eval_chunk_shape(1))
@@ -534,7 +534,7 @@ class Programs:
 
         The batch [b, …] is split over the devices; the results are whole on each.
         """
-        pure = self._in_its_form(self.gather_at_use(pure, of_seeds=True))
+        pure = self._with_layout_pass(self.gather_at_use(pure, of_seeds=True))
 
         def infer(*args: Any) -> Any:
             with self.tracing():

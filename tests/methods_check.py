@@ -31,6 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import digests
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,10 +39,10 @@ import processes_check
 import resume_check
 from flax import linen as nn
 from PIL import Image
+from prototypes import Prototypes
 
 import launch
 from imgclf_jax.methods import Loss, Method
-from imgclf_jax.models.classifier import Classifier
 
 ROOT = Path(__file__).parent.parent
 STEPS, SAVED = 11, 4
@@ -77,22 +78,6 @@ TOOLS = (
     "explain {image} --output={out}-explained", "report", "export {out}.stablehlo", "export {out}.safetensors",
     "compare {work} {work}", "show-batch --output={out}.png",
 )  # fmt: skip
-
-
-class Prototypes(Classifier):
-    """A Classifier with a projector and, as its state, a running mean of the projections of each class."""
-
-    def setup(self) -> None:
-        super().setup()
-        self.projector = nn.Dense(6)
-        self.means = self.variable("prototypes", "means", jnp.zeros, (self.num_classes, 6))
-
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        features = self.features(images, train)
-        if self.is_initializing():
-            self.projector(features)
-        logits: jax.Array = self.head(features)
-        return logits
 
 
 def prototypes(problem: Any, weight: float = 0.1) -> Method:
@@ -140,7 +125,6 @@ class Check:
     def ways(self, **more: str) -> tuple[bool, str]:
         found = {self.train(self.folder / f"way{i}{len(more)}", **way, **more) for i, way in enumerate(WAYS)}
         resumed = self.folder / f"resumed{len(more)}"
-        digests = __import__("digests")
         digests.copy_until(self.folder / f"way0{len(more)}", resumed, SAVED)
         found.add(self.train(resumed, **WAYS[1], **more))
         return len(found) == 1, f"{len(WAYS)} ways and a resume: {', '.join(sorted(x[:8] for x in found))}"

@@ -250,7 +250,7 @@ def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises UserError if there is no such file, or something else in it."""
     try:
         if not path.is_file() and path.exists():
-            raise UserError(f"{path} is no file, but such as a folder or a pipe; remove it")
+            raise UserError(f"{path} is not a regular file (a folder or a pipe?); remove it")
         if places.size(path) > MOST_BYTES_OF_JSON:
             raise UserError(f"{path} is longer than {MOST_BYTES_OF_JSON >> 20} MB, and no file that a run writes")
         return parse_json(path.read_bytes())

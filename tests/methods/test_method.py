@@ -12,6 +12,7 @@ import pytest
 from cases import thorough
 from digests import Way
 from flax import linen as nn
+from prototypes import Prototypes
 
 import launch
 from imgclf_jax import loading, losses, step
@@ -31,21 +32,6 @@ pytestmark = pytest.mark.optimized
 
 SHAPE, CLASSES = (8, 8, 1), 5
 DATA = DataInfo(64, (12, 12, 1), ("a", "b", "c", "d"), "")
-
-
-class Prototypes(Classifier):
-    """A Classifier with a projector and, as its state, a running mean of the projections of each class."""
-
-    def setup(self):
-        super().setup()
-        self.projector = nn.Dense(6)
-        self.means = self.variable("prototypes", "means", jnp.zeros, (self.num_classes, 6))
-
-    def __call__(self, images, train=False):
-        features = self.features(images, train)
-        if self.is_initializing():
-            self.projector(features)
-        return self.head(features)
 
 
 def prototypes(problem, weight=0.5):

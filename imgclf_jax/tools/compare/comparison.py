@@ -12,12 +12,8 @@ from imgclf_jax.run.records import MAIN_METRICS, Record
 from imgclf_jax.tools.compare.paired import Spread, spread
 
 DIRECTORY = "directory"  # what tells groups apart that have the same config
-_BY_ITSELF = (
-    "seed",
-    "num_seeds",
-    *configs.LOCATION_KEYS,
-    *configs.FREE_KEYS,
-)  # keys whose value puts no run into another group
+# Keys whose value puts no run into another group.
+_BY_ITSELF = ("seed", "num_seeds", *configs.LOCATION_KEYS, *configs.FREE_KEYS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,7 @@ def report(config: ConfigDict, workdir: Workdir | None, checkpoint: str, attack:
     results: dict[str, Any] = {}
     for name, images in evals.items():
         sums = _sums(programs, state, evaluate, images, f"attacking {name}")
-        _tell(name, sums["failed"])
+        _check_failures(name, sums["failed"])
         results[name] = _summary(sums)
     if processes.index():
         return 0
@@ -67,7 +67,7 @@ def report(config: ConfigDict, workdir: Workdir | None, checkpoint: str, attack:
 def make_step(programs: Programs, perturb: Attack) -> Callable[..., dict[str, metrics.Sums]]:
     """`step(params, model_state, batch) -> {"clean": sums, "attacked": sums, "failed": counts}`, of seeds [seeds, …].
 
-    The batch is that of evaluation with "place" i32[b], the examples' numbers in their set, which key their draws. The
+    The batch is that of evaluation with "index" i32[b], their positions in the set, which key their draws. The
     attack ascends the negative log-likelihood, which no label smoothing blunts, of the prediction as evaluation makes
     it: the model in evaluation, and the mean over the views of `tta`. `failed` counts the examples whose pixels are not
     finite afterwards, and those whose gradient is zero.
@@ -78,7 +78,7 @@ def make_step(programs: Programs, perturb: Attack) -> Callable[..., dict[str, me
 
     def of_seed(params: Any, model_state: Any, batch: Any) -> dict[str, metrics.Sums]:
         wanted = batch["label" if recipe.task is Task.CLASSES else "target"]
-        keys = jax.vmap(lambda place: jax.random.fold_in(rng.key(_SEED, "attack"), place))(batch["place"])
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng.key(_SEED, "attack"), batch["index"])
 
         def nll(images: jax.Array) -> jax.Array:
             return jnp.sum((link.nll or recipe.loss)(logits_of(params, model_state, images), wanted))
@@ -107,14 +107,14 @@ def _sums(
     found: dict[str, metrics.Sums] = {"clean": {}, "attacked": {}, "failed": {}}
     batches = stream.eval_batches(images, size, rows)
     for number, batch in enumerate(track(batches, -(-len(images) // size), what)):
-        placed = {**batch, "place": (number * size + rows).astype(np.int32)}
+        placed = {**batch, "index": (number * size + rows).astype(np.int32)}
         for name, sums in jax.device_get(evaluate(*state.evaluated, sharding.put_batch(placed, mesh))).items():
             evaluation.add(found[name], {key: value[None] for key, value in sums.items()})
     return found
 
 
-def _tell(name: str, failed: metrics.Sums) -> None:
-    """Warns of examples that the attack cannot move; raises UserError where it has no result."""
+def _check_failures(name: str, failed: metrics.Sums) -> None:
+    """Warns of examples with a zero gradient. Raises UserError if the attack makes pixels that are not finite."""
     if count := int(np.max(failed[_NOT_FINITE])):
         raise UserError(f"--attack makes NaN or infinite pixels of {count} examples of {name}: the gradient of the "
                         "model is not finite there")  # fmt: skip
@@ -124,15 +124,11 @@ def _tell(name: str, failed: metrics.Sums) -> None:
 
 
 def _summary(found: dict[str, metrics.Sums]) -> dict[str, float]:
-    """What is printed of a set."""
+    """What is printed of a set: the metrics of the clean examples, and of the attacked ones as `attacked_NAME`."""
     out: dict[str, float] = {}
-    for kind, prefix in (("clean", ""), ("attacked", "attacked_")):
+    for kind, prefix in (("attacked", "attacked_"), ("clean", "")):
         sums = {name: np.atleast_1d(value) for name, value in found[kind].items()}
         each = [metrics.summarize({n: v[i] for n, v in sums.items()}) for i in range(len(sums["examples"]))]
-        out["examples"] = each[0]["examples"]
-        for name in (name for name in each[0] if name != "examples"):
-            values = [one[name] for one in each]
-            out[prefix + name] = float(np.mean(values))
-            if len(each) > 1:
-                out[f"{prefix}{name}_std"] = float(np.std(values, ddof=1))
+        means = metrics.mean_over_seeds(each) if len(each) > 1 else each[0]
+        out = {("examples" if name == "examples" else prefix + name): value for name, value in means.items()} | out
     return out

@@ -87,7 +87,7 @@ def test_pixels_stay_in_the_ball_and_in_their_range(linear):
 
     @jax.jit
     def attack(numbers):
-        batch = {"image": images[numbers], "label": numbers % 10, "mask": numbers >= 0, "place": numbers}
+        batch = {"image": images[numbers], "label": numbers % 10, "mask": numbers >= 0, "index": numbers}
         attacked.make_step(programs, keep)(*state.evaluated, batch)
         return seen["images"], seen["found"]
 

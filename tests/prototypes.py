@@ -1,0 +1,23 @@
+"""The module of a user's method: a Classifier with a projector, and state of its own."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from imgclf_jax.models.classifier import Classifier
+
+
+class Prototypes(Classifier):
+    """A Classifier with a projector and, as its state, a running mean of the projections of each class."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.projector = nn.Dense(6)
+        self.means = self.variable("prototypes", "means", jnp.zeros, (self.num_classes, 6))
+
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        features = self.features(images, train)
+        if self.is_initializing():
+            self.projector(features)
+        logits: jax.Array = self.head(features)
+        return logits
