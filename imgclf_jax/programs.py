@@ -284,7 +284,7 @@ class Programs:
     @once
     def train_step(self) -> Any:
         """The traced train step of all seeds, whose `jaxpr` maps `(state, batch, *fixed)` to `(state, window)`."""
-        recipe, fixed = self.recipe, _shapes_of(self.fixed)  # read outside of the trace
+        recipe, fixed = self.recipe, self.fixed_shape  # read outside of the trace
         with self.tracing(), self.statistics():
             frozen = recipe.rules.frozen
             pure = step.make_train_step(
@@ -299,12 +299,25 @@ class Programs:
             return jax.jit(train_step).trace(self.state_shape, batch, *fixed)
 
     @once
+    def _fixed_and_shardings(self) -> tuple[Any, ...]:
+        """(pytree, its shardings) of the method's arrays that are not trained, on the host; or ()."""
+        fixed = self.recipe.method.load_fixed()
+        return (fixed, self.fixed_shardings(fixed)) if jax.tree.leaves(fixed) else ()
+
+    @once
     def fixed(self) -> tuple[Any, ...]:
         """The method's arrays that are not trained, sharded on the mesh: (pytree,), or () if there are none."""
-        fixed = self.recipe.method.load_fixed()
-        if not jax.tree.leaves(fixed):
+        found = self._fixed_and_shardings
+        return (jax.tree.map(sharding.put, *found),) if found else ()
+
+    @property
+    def fixed_shape(self) -> tuple[Any, ...]:
+        """`fixed` as shapes with shardings; the mesh may be of devices that hold no arrays."""
+        if not self._fixed_and_shardings:
             return ()
-        return (jax.tree.map(sharding.put, fixed, self.fixed_shardings(fixed)),)
+        fixed, shardings = self._fixed_and_shardings
+        shapes = jax.eval_shape(lambda x: x, fixed)  # float64 of NumPy becomes float32
+        return (jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),)
 
     @once
     def shape(self) -> dict[str, Any]:
@@ -386,8 +399,8 @@ class Programs:
         steps = jax.ShapeDtypeStruct((), "int32", sharding=whole)
         with self.tracing():
             jitted = jax.jit(train, out_shardings=lies, donate_argnums=0, compiler_options=self.compiler_options)
-            chunk, fixed = self.chunk_shape(self.steps_per_call), _shapes_of(self.fixed)
-            return jitted.trace(self.state_shape, self.shape["sums"], chunk, steps, *fixed)
+            chunk = self.chunk_shape(self.steps_per_call)
+            return jitted.trace(self.state_shape, self.shape["sums"], chunk, steps, *self.fixed_shape)
 
     @once
     def train(self) -> Any:
@@ -420,7 +433,7 @@ class Programs:
             self.predicting or bool(recipe.whole_set_metrics), recipe.task, recipe.method,
         )  # fmt: skip
         pure = self._with_layout_pass(self.gather_at_use(pure, of_seeds=True))
-        fixed = _shapes_of(self._fixed_of_evaluation)
+        fixed = self._fixed_shape_of_evaluation
         with self.tracing():
             batch = jax.eval_shape(lambda chunk: self._batch_at(chunk, 0), self._eval_chunk_shape(1))
             return jax.jit(pure).trace(self.state_shape.params, self.state_shape.model_state, batch, *fixed)
@@ -439,6 +452,10 @@ class Programs:
     def _fixed_of_evaluation(self) -> tuple[Any, ...]:
         """`fixed`, if the method's `evaluate` is given it; else what training alone needs is not loaded."""
         return self.fixed if self.recipe.method.evaluate else ()
+
+    @property
+    def _fixed_shape_of_evaluation(self) -> tuple[Any, ...]:
+        return self.fixed_shape if self.recipe.method.evaluate else ()
 
     @once
     def eval_steps_per_call(self) -> int:
@@ -479,7 +496,7 @@ class Programs:
         state, steps = self.state_shape, jax.ShapeDtypeStruct((), "int32", sharding=whole)
         with self.tracing():
             jitted = jax.jit(eval, out_shardings=whole, compiler_options=self.compiler_options)
-            fixed = _shapes_of(self._fixed_of_evaluation)
+            fixed = self._fixed_shape_of_evaluation
             return jitted.trace(state.params, state.model_state, self._eval_chunk_shape(size), steps, *fixed)
 
     @once
@@ -560,7 +577,3 @@ class Programs:
     def eval_images(self, source: Any) -> Images:
         """A source seen through the host ops of evaluation."""
         return as_evaluated(source, self.recipe.config)
-
-
-def _shapes_of(arrays: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays)

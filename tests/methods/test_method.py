@@ -276,6 +276,8 @@ def test_a_teacher_is_read_in_training_only(fake_config, tmp_path, capsys):
     programs = Programs(recipe, sharding.make_mesh(jax.devices()[:1]))
     shapes = [x.aval.shape for x in programs.train_step.jaxpr.jaxpr.constvars]
     assert (144, 8) not in shapes  # the kernel of the teacher
+    _ = programs.traced_train
+    assert "fixed" not in vars(programs)  # so that it compiles for devices that hold no arrays
 
     shutil.rmtree(old)
     run(old, config_of(fake_config, method="supervised", total="12 steps", seed=7))
