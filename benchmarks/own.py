@@ -16,7 +16,7 @@ from variants import Measure, Prepare
 
 from imgclf_jax import config as configs
 from imgclf_jax import inference
-from imgclf_jax.core import platform, sharding, tensorflow_import
+from imgclf_jax.core import sharding, tensorflow_import
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
@@ -141,7 +141,7 @@ def _inference(programs: Programs, images: np.ndarray) -> Measure:
     def classes(params: Any, model_state: Any, batches: jax.Array) -> jax.Array:
         def one(images: jax.Array) -> jax.Array:
             images = jax.lax.with_sharding_constraint(images, split)
-            with platform.tracing_for(programs.platform):
+            with programs.tracing():
                 return jnp.argmax(predict(params, model_state, images), -1)
 
         return jax.lax.with_sharding_constraint(jax.lax.map(one, batches), whole)  # [_BLOCK, b]

@@ -95,7 +95,8 @@ class Programs:
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
         """Inside, what is traced is for the mesh's platform, and what fails is traced again to name the config key."""
-        with platform.tracing_for(self.platform), diagnose.naming_the_key(self.recipe), self._matmul_precision():
+        target = self.platform, platform.compute_capability_of(self.mesh)
+        with platform.tracing_for(*target), diagnose.naming_the_key(self.recipe), self._matmul_precision():
             yield
 
     @property

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from imgclf_jax import recipe, step
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
+from imgclf_jax.models.attention import attention
 from imgclf_jax.programs import Programs, programs_for_images
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
@@ -46,6 +48,39 @@ def test_programs_are_lowered_for_devices_that_are_not_here(name, place, fake_co
     for traced in (here.traced_train, here.traced_eval):
         assert "stablehlo.convolution" not in traced.lower().as_text()
     assert platform.current() == ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    compute_capability: str
+    platform: str = "gpu"
+
+
+@pytest.mark.parametrize(("capabilities", "here", "expected"), [
+    (("9.0", "8.0"), True, 8.0), (("10.0",), True, 10.0), (("9.0",), False, 0.0),
+])  # fmt: skip
+def test_the_compute_capability_is_that_of_the_oldest_gpu_of_the_mesh(capabilities, here, expected, monkeypatch):
+    """JAX asks a GPU for its form of attention, so one that is absent has none."""
+    gpus = [Gpu(one) for one in capabilities]
+    monkeypatch.setattr(jax, "devices", lambda: gpus if here else [])
+    mesh = SimpleNamespace(devices=np.array(gpus))
+    assert platform.compute_capability_of(mesh) == expected
+
+
+@pytest.mark.parametrize(("capability", "dtype", "fused"), [
+    (8.0, "bfloat16", True), (7.5, "bfloat16", False), (0.0, "bfloat16", False), (9.0, "float32", False),
+])  # fmt: skip
+def test_attention_is_fused_by_what_is_traced_for(capability, dtype, fused, monkeypatch):
+    """Nothing asks JAX for its devices while it traces."""
+    calls = []
+    monkeypatch.setattr(jax, "devices", None)
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda q, *_, implementation: calls.append(implementation) or q
+    )
+    with platform.tracing_for("gpu", capability):
+        y, _ = jax.eval_shape(lambda x: attention(x, 2), jax.ShapeDtypeStruct((1, 4, 48), dtype))
+    assert y.shape == (1, 4, 16)
+    assert calls == ["cudnn"] * fused
 
 
 @pytest.mark.parametrize("rules", [{}, {"lr": "head/.*=2"}, {"freeze": "backbone/.*"}])

@@ -15,24 +15,38 @@ from jax.sharding import AbstractMesh, Mesh
 
 from imgclf_jax.core import jaxprs
 
-_traced_for = jax.make_user_context("")  # a part of the key of JAX's caches of what was traced
+# The platform and `compute_capability`: parts of the key of JAX's caches of what was traced.
+_traced_for = jax.make_user_context(("", 0.0))
 
 
 def current() -> str:
     """The platform that is traced for; "" outside of `tracing_for`, where layers take the form that runs everywhere."""
-    platform: str = _traced_for.value
+    platform: str = _traced_for.value[0]
     return platform
+
+
+def compute_capability() -> float:
+    """The least CUDA compute capability of the GPUs that are traced for, such as 8.0; 0 where it is not known."""
+    capability: float = _traced_for.value[1]
+    return capability
 
 
 def platform_of(mesh: Mesh | AbstractMesh) -> str:
     """The platform of the devices of a mesh, which may be described only (`AbstractMesh` with an `AbstractDevice`)."""
-    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
+    device = mesh.abstract_device if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0]
     return "gpu" if device.platform in ("cuda", "rocm") else str(device.platform)
 
 
-def tracing_for(platform: str) -> AbstractContextManager[None]:
-    """What is traced inside is for `platform`."""
-    context: AbstractContextManager[None] = _traced_for(platform)
+def compute_capability_of(mesh: Mesh | AbstractMesh) -> float:
+    """The least CUDA compute capability of the mesh's devices; 0 unless all of them are GPUs of this run."""
+    if isinstance(mesh, AbstractMesh) or platform_of(mesh) != "gpu" or not {*mesh.devices.flat} <= {*jax.devices()}:
+        return 0.0
+    return min(float(getattr(device, "compute_capability", 0)) for device in mesh.devices.flat)
+
+
+def tracing_for(platform: str, compute_capability: float = 0.0) -> AbstractContextManager[None]:
+    """What is traced inside is for `platform`, and for GPUs of at least this `compute_capability`."""
+    context: AbstractContextManager[None] = _traced_for((platform, compute_capability))
     return context
 
 

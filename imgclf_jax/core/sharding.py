@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from imgclf_jax.core.errors import UserError, reason, unknown
 
@@ -46,14 +46,15 @@ def make_mesh(devices: list[jax.Device] | None = None, text: str = "data=-1") ->
     shape = [len(devices) // fixed if size < 0 else size for size in sizes.values()]
     if len({"seeds", "fsdp"} & sizes.keys()) == 2:
         raise UserError(f"mesh={text!r}: seeds and fsdp do not go together: a seed's state is whole on its devices")
-    return Mesh(_arranged(devices, shape), tuple(sizes))
+    return Mesh(_arranged(devices, shape), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def _arranged(devices: list[jax.Device], shape: list[int]) -> np.ndarray:
     """The devices in the order that suits their network, as `jax.make_mesh` has it: a ring, or the axes of a torus.
 
-    The first axis is split over several TPU slices, or hosts with GPUs, if it can be. A part of a pod for which JAX
-    knows no order stays in that of `devices`.
+    It is put together from the functions below `jax.make_mesh`, which itself refuses several TPU slices and, but for
+    v5e, to split a physical axis. The first axis is split over slices, or hosts with GPUs, if it can be. A part of a
+    pod for which JAX knows no order stays in that of `devices`.
     """
     slices = len({getattr(device, "slice_index", None) for device in devices})
     try:

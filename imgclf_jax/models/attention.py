@@ -64,14 +64,8 @@ def _attend_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 def _by_cudnn(q: jax.Array) -> bool:
     """Whether cuDNN's fused attention can be used: on a GPU from Ampere on, in 16 bits, for heads up to 128 wide.
 
-    JAX asks the GPU itself what it can do, so a program for a GPU that is not here gets XLA's form.
+    JAX asks the GPU itself what it can do, so a program for an absent GPU gets XLA's form.
     """
-    if (
-        platform.current() != "gpu"
-        or q.dtype not in (jnp.bfloat16, jnp.float16)
-        or q.shape[-1] % 8
-        or q.shape[-1] > 128
-    ):
+    if platform.current() != "gpu" or platform.compute_capability() < 8.0:
         return False
-    devices = [d for d in jax.devices() if d.platform == "gpu"]
-    return bool(devices) and all(float(getattr(d, "compute_capability", "0")) >= 8 for d in devices)
+    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
