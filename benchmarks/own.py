@@ -15,7 +15,7 @@ from networks import Network
 from variants import Measure, Prepare
 
 from imgclf_jax import config as configs
-from imgclf_jax import inference
+from imgclf_jax import step
 from imgclf_jax.core import sharding, tensorflow_import
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
@@ -102,7 +102,7 @@ def open_chunks(programs: Programs, images: stream.Images) -> Any:
 def run_calls(programs: Programs, state: Any, chunks: Any, seconds: float) -> tuple[Any, int, float]:
     """Trains on `chunks` for about so many seconds, as train.main's loop does: (state, images done, seconds taken)."""
     size = programs.steps_per_call
-    window = programs.zero_window()
+    window = programs.zero_sums()
     in_flight: collections.deque[Any] = collections.deque()
     calls, began = 0, time.perf_counter()
     while not calls or time.perf_counter() - began < seconds:
@@ -134,7 +134,7 @@ def _training(programs: Programs, images: stream.Images) -> Measure:
 
 def _inference(programs: Programs, images: np.ndarray) -> Measure:
     mesh, batch_size = programs.mesh, programs.eval_batch_size
-    predict = inference.make_predict_step(programs.recipe.model, programs.recipe.augment(train=False))
+    predict = step.make_inference("predict", programs.recipe.model, programs.recipe.augment(train=False))
     whole, split = sharding.replicated(mesh), sharding.sharded(mesh)
 
     @jax.jit

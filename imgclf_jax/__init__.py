@@ -5,11 +5,14 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# What `imgclf_jax.NAME` is: imported when it is first asked for, since it takes JAX with it.
-_NAMES = {"load": "loading", "Trained": "trained"}
+_LAZY = ("load", "Trained")  # of imgclf_jax.trained, imported on first use since it imports JAX
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
+    if name not in _LAZY:
         raise AttributeError(f"module 'imgclf_jax' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"imgclf_jax.{_NAMES[name]}"), name)
+    return getattr(importlib.import_module("imgclf_jax.trained"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_LAZY]

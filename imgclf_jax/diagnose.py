@@ -85,7 +85,7 @@ def find(recipe: Recipe) -> None:
 
 
 def check_finite(
-    window: step.Window, config: ConfigDict, images: stream.Images, checkpoints: Checkpoints, folder: Path
+    window: metrics.Sums, config: ConfigDict, images: stream.Images, checkpoints: Checkpoints, folder: Path
 ) -> None:
     """Raises UserError for a step whose loss, gradient or parameters were not finite.
 

@@ -1,7 +1,7 @@
-"""What is compiled of a recipe: init, train, eval and predict, and how their arrays lie on the mesh.
+"""The compiled programs of a recipe (init, train, eval, predict) and the shardings of their arrays on the mesh.
 
-Every program is traced for the platform of the mesh (`core/platform.py`), so that a mesh of devices that are not here
-serves as well: such a program can be lowered or compiled, if not run.
+Each program is traced for the platform of the mesh's devices (`core/platform.py`), not for JAX's default backend. So
+it can be lowered and compiled, though not run, for a mesh of devices that are absent.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from imgclf_jax import diagnose, inference, losses, metrics, step
+from imgclf_jax import diagnose, losses, metrics, step
 from imgclf_jax.core import fsdp, platform, sharding, tree
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.once import once
@@ -35,15 +35,15 @@ from imgclf_jax.run.provenance import DataInfo
 log = logging.getLogger(__name__)
 
 _MATMUL_PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
-_FIRST_IMAGES = 5000  # that airbench94 whitens by
+_FIRST_IMAGES = 5000  # training images that airbench94 computes its whitening from
 
-# Up to so many steps, or bytes of images, go to the devices as one chunk, unless `steps_per_call` says otherwise. On
-# CPU a chunk stays in the caches; elsewhere each device takes 128 MB at a time, and copies overlap the steps.
-_MOST_STEPS, _BYTES_ON_CPU, _BYTES_A_DEVICE = 32, 8 << 20, 128 << 20
+# The most steps, and bytes of images, in one chunk unless `steps_per_call` is set. On CPU a chunk fits the caches;
+# elsewhere each device gets 128 MB at a time, copied while the steps before it run.
+_MOST_STEPS, _BYTES_ON_CPU, _BYTES_PER_DEVICE = 32, 8 << 20, 128 << 20
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError for what can be told to be wrong before the data are opened."""
+    """Raises UserError for every mistake that shows before the data are opened."""
     mesh = sharding.make_mesh(text=config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
     for name, one in extra.parse_all(config).items():
@@ -55,9 +55,9 @@ def check(config: ConfigDict) -> None:
 def programs_for_images(
     config: ConfigDict, images: Images, mesh: Mesh | None = None, load: Callable[..., Any] | None = None
 ) -> "Programs":
-    """The programs of a config for these training images, on `mesh`, or on all devices.
+    """The programs of a config for these training images, on `mesh` or else on all devices.
 
-    `load` is `loading.load_teacher`, for a method that reads another run.
+    `load` is `trained.load_teacher`, for a method that reads another run.
     """
     recipe = Recipe(config, images.describe(losses.needs_class_counts(config.loss)), load)
     return Programs(recipe, mesh or sharding.make_mesh(text=config.mesh))
@@ -65,58 +65,58 @@ def programs_for_images(
 
 @dataclass(frozen=True, eq=False)
 class Programs:
-    """The compiled programs of a recipe on a mesh. Each is compiled once, when it is first asked for.
+    """The compiled programs of a recipe on a mesh. Each is compiled once, on first use.
 
-    With `predicting`, evaluation gives the probabilities of each example, whatever the recipe's metrics need. Tracing
-    raises UserError, naming the key, for a part of the config that fails on such images.
+    With `predicting`, evaluation returns the predictions for each example even if no metric of the recipe needs them.
+    Tracing raises UserError, naming the key, if a part of the config fails on these images.
     """
 
     recipe: Recipe
     mesh: Mesh = field(default_factory=sharding.make_mesh)
     predicting: bool = False
 
-    # The mesh, and the train state on it.
+    # The mesh and the sharded train state.
 
     @property
     def platform(self) -> str:
-        """The platform of the mesh, which all programs are traced for."""
+        """The platform of the mesh, for which all programs are traced."""
         return platform.platform_of(self.mesh)
 
     @property
     def compiler_options(self) -> dict[str, bool] | None:
-        """Options of every program: deterministic kernels on GPU, even where XLA_FLAGS was read long before."""
+        """Compiler options of every program. Deterministic GPU kernels go here since XLA reads XLA_FLAGS only once."""
         wanted = self.recipe.config.deterministic and self.platform == "gpu"
         return {"xla_gpu_deterministic_ops": True} if wanted else None
 
     def slow_in_loops(self, jaxpr: Any) -> bool:
-        """Whether the platform of the mesh runs this program slower inside of a loop."""
+        """Whether this program runs slower inside a loop on the platform of the mesh."""
         return platform.slow_in_loops(jaxpr, self.platform)
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
-        """Inside, what is traced is for the mesh's platform, and what fails is traced again to name the config key."""
+        """Traces for the mesh's devices. A failure is traced again, part by part, to name the config key at fault."""
         target = self.platform, platform.compute_capability_of(self.mesh)
         with platform.tracing_for(*target), diagnose.naming_the_key(self.recipe), self._matmul_precision():
             yield
 
     @property
     def groups_of_statistics(self) -> int:
-        """In how many groups of the images that are normalized at once batch norm takes its statistics, in training."""
+        """The number of groups that a normalized batch is split into for BatchNorm statistics, in training."""
         config = self.recipe.config
         devices = self.mesh.size // self.groups_of_seeds
         return norms.groups(config.batch_norm, config.batch_size // config.accumulate, devices)
 
     def statistics(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, batch norm takes its statistics in training of the images that the config says."""
+        """Inside, training BatchNorm statistics cover the examples that the key `batch_norm` says."""
         return norms.statistics_over(self.groups_of_statistics)
 
     @once
     def groups_of_seeds(self) -> int:
-        """In how many groups of devices the seeds lie: one, unless the mesh has an axis `seeds`."""
+        """The number of device groups that the seeds are split over: one, unless the mesh has an axis `seeds`."""
         return sharding.groups_of_seeds(self.recipe.num_seeds, self.mesh)
 
     def _matmul_precision(self) -> contextlib.AbstractContextManager[Any]:
-        """Inside, matmuls of float32 operands have the config's `matmul_precision`; on CPU it is always float32."""
+        """Inside, float32 matmuls have the config's `matmul_precision`; on CPU they are always float32."""
         asked = self.recipe.config.matmul_precision
         if asked not in _MATMUL_PRECISIONS:
             raise UserError(unknown("matmul_precision", asked, _MATMUL_PRECISIONS))
@@ -140,8 +140,8 @@ class Programs:
     ) -> step.TrainState:
         """The train state at step 0.
 
-        `seed` is the config's unless given. `images` are `first_images`; `weights`, by name, are taken instead of
-        random ones. Of several seeds, `seed` and those after it, all arrays are [num_seeds, …].
+        `seed` defaults to the config's. `images` are `first_images`. `weights` replace random initial values, by path.
+        With several seeds, which are `seed`, `seed + 1`, …, all arrays are [num_seeds, …].
         """
         seed = self.recipe.config.seed if seed is None else seed
         with self.tracing():
@@ -149,7 +149,7 @@ class Programs:
         return state
 
     def _sharded(self, weights: Mapping[str, Any] | None) -> dict[str, jax.Array] | None:
-        """Weights by name, sharded like the parameters of one seed, so that no device holds all of them."""
+        """Weights by path, sharded like the parameters of one seed, so that no device holds all of them."""
         if weights is None:
             return None
         shardings = partition.state_shardings(dict(weights), self._axes, self.mesh, self.recipe.config.shard)
@@ -162,7 +162,7 @@ class Programs:
 
     @once
     def traced_init(self) -> Any:
-        """`init` before it is lowered and compiled, without weights from elsewhere."""
+        """`init`, traced but not yet lowered; without weights from elsewhere."""
         wants, data = hasattr(self.recipe.model.backbone, "init_on_images"), self.recipe.data
         images = (min(_FIRST_IMAGES, data.train_examples), *data.image_shape)
         seed = jax.ShapeDtypeStruct((), "uint32", sharding=sharding.replicated(self.mesh))
@@ -171,7 +171,7 @@ class Programs:
 
     @once
     def state_shape(self) -> step.TrainState:
-        """`init_state`'s result as shapes with shardings, without computing it."""
+        """The shapes, dtypes and shardings of `init_state`'s result."""
         with self.tracing(), classifier.bounded():
             shapes = jax.eval_shape(self._init, jax.ShapeDtypeStruct((), "uint32"))
         batch = self.recipe.config.batch_size * self.recipe.num_seeds, *self.recipe.data.image_shape
@@ -181,20 +181,20 @@ class Programs:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state)
 
     def check_size(self) -> None:
-        """Raises UserError for what no run could hold, see `diagnose.check_size`."""
+        """Raises UserError if the train state cannot fit: see `diagnose.check_size`."""
         diagnose.check_size(self.recipe, self.state_shape, self.platform == "cpu")
 
     @once
     def _axes(self) -> dict[str, int | None]:
-        """The axis of each parameter that is split over the mesh's `fsdp`; none without it."""
+        """The axis along which each parameter is sharded over the mesh's `fsdp`, by path; empty without it."""
         config, parts = self.recipe.config, self.mesh.shape.get("fsdp", 1)
         partition.check_what(config.shard)
         return partition.build(config.rules.shard, self.recipe.parameters, parts) if parts > 1 else {}
 
     def gather_at_use(self, function: Callable[..., Any], of_seeds: bool = False) -> Callable[..., Any]:
-        """`function(params, model_state, batch)`, which gathers each sharded parameter where it uses it: see `fsdp`.
+        """Wraps `function(params, model_state, batch)` to all-gather each sharded parameter where it is used.
 
-        With `of_seeds` the parameters are those of all seeds.
+        See `core.fsdp`. With `of_seeds` the parameters are [num_seeds, …].
         """
         if not self._is_sharded:
             return lambda params, model_state, *args: function(
@@ -206,9 +206,9 @@ class Programs:
         )
 
     def shard_function(self, function: Callable[..., Any], returns_gradients: bool = False) -> Callable[..., Any]:
-        """A function (params, model_state, batch, key, fixed) of a microbatch, gathering parameters where it uses them.
+        """Wraps `function(params, model_state, batch, key, fixed)` to all-gather each parameter where it is used.
 
-        With `returns_gradients` it returns (…, gradients), which are reduce-scattered.
+        With `returns_gradients` it returns (…, gradients), and the gradients are reduce-scattered.
         """
         if not self._is_sharded:
             return lambda *args: function(*args[:-1], self._replicated(args[-1]))
@@ -216,7 +216,7 @@ class Programs:
         if self.recipe.config.shard == "all":
             return fsdp.gather_at_use(function, shardings, returns_gradients, self.fixed_shardings)
 
-        def scattered(params: Any, *args: Any) -> Any:  # or XLA would shard the layers as the gradients
+        def scattered(params: Any, *args: Any) -> Any:  # else XLA would shard the layers like the gradients
             out = function(self._replicated(params), *args[:-1], self._replicated(args[-1]))
             if not returns_gradients:
                 return out
@@ -225,7 +225,7 @@ class Programs:
         return scattered
 
     def fixed_shardings(self, fixed: Any) -> Any:
-        """How a method's `fixed` arrays are sharded: over the mesh's `fsdp`, each along its largest axis."""
+        """The shardings of a method's `fixed` arrays: over the mesh's `fsdp`, each along its largest axis."""
         shapes, parts = {name: x.shape for name, x in tree.named_leaves(fixed)}, self.mesh.shape.get("fsdp", 1)
         whole = parts == 1 or self.recipe.config.shard != "all"
         return partition.state_shardings(fixed, {} if whole else partition.build("", shapes, parts), self.mesh)
@@ -240,7 +240,7 @@ class Programs:
         return jax.lax.with_sharding_constraint(tree, sharding.replicated(self.mesh))
 
     def first_images(self, images: Images) -> np.ndarray | None:
-        """The first 5,000 training images, as in evaluation, for a backbone that begins from images; or None."""
+        """The first 5,000 training images, normalized, for a backbone with `init_on_images`; else None."""
         if not hasattr(self.recipe.model.backbone, "init_on_images"):
             return None
         ids = np.arange(min(_FIRST_IMAGES, len(images)))
@@ -249,20 +249,20 @@ class Programs:
             return np.asarray(jax.jit(lambda images: augment(None, images))(first))
 
     def put(self, tree: Any) -> Any:
-        """A pytree of small arrays, whole on every device."""
+        """A pytree of small arrays, replicated on the mesh."""
         return sharding.put_replicated(tree, self.mesh)
 
     # Training.
 
     @property
     def stream(self) -> StreamSpec:
-        """Which batches the run trains on."""
+        """The specification of the run's training batches."""
         recipe = self.recipe
         sizes = tuple((name, extra.parse(recipe.config, name).batch_size) for name in recipe.data.extra)
         return StreamSpec(recipe.config.seed, recipe.config.batch_size, recipe.num_seeds, recipe.with_ids, extra=sizes)
 
     def chunks(self, images: Images, ranges: Iterable[range]) -> Iterator[tuple[range, Any]]:
-        """Each range of steps, of at most `steps_per_call`, with its chunk on the devices."""
+        """Yields each range of at most `steps_per_call` steps with its chunk of batches on the devices."""
         place = self.recipe.config.data.placement
         return placement.train_chunks(place, images, self.stream, ranges, self.steps_per_call, self.mesh)
 
@@ -284,8 +284,8 @@ class Programs:
 
     @once
     def train_step(self) -> Any:
-        """The traced train step of all seeds, whose `jaxpr` maps `(state, batch, *fixed)` to `(state, window)`."""
-        recipe, fixed = self.recipe, self.fixed_shape  # read outside of the trace
+        """The traced train step of all seeds: `(state, batch, *fixed) -> (state, sums)`."""
+        recipe, fixed = self.recipe, self.fixed_shape  # loads a teacher, so outside of the trace
         with self.tracing(), self.statistics():
             frozen = recipe.rules.frozen
             pure = step.make_train_step(
@@ -295,8 +295,8 @@ class Programs:
                 recipe.task, losses.link_of(recipe.config.loss),
             )  # fmt: skip
             batch = jax.eval_shape(lambda chunk: self._batch_at(chunk, 0), self.chunk_shape(1))
-            here = self._with_layout_pass(step.several(pure, recipe.num_seeds // self.groups_of_seeds))
-            train_step = sharding.over_seeds(here, recipe.num_seeds, self.mesh)
+            local = self._with_layout_pass(step.vmap_over_seeds(pure, recipe.num_seeds // self.groups_of_seeds))
+            train_step = sharding.over_seeds(local, recipe.num_seeds, self.mesh)
             return jax.jit(train_step).trace(self.state_shape, batch, *fixed)
 
     @once
@@ -322,27 +322,27 @@ class Programs:
 
     @once
     def shape(self) -> dict[str, Any]:
-        """What a checkpoint of training holds, as shapes with shardings: {"state": TrainState, "sums": a window}."""
-        whole, window = sharding.replicated(self.mesh), self.train_step.out_info[1]
-        sums = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), window)
+        """The shapes and shardings of a training checkpoint: {"state": TrainState, "sums": since the last log}."""
+        replicated, sums = sharding.replicated(self.mesh), self.train_step.out_info[1]
+        sums = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), sums)
         return {"state": self.state_shape, "sums": sums}
 
     def init(
         self, seed: int | None = None, images: np.ndarray | None = None, weights: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """What a run starts from and a checkpoint holds: {"state": see `init_state`, "sums": an empty window}."""
-        return {"state": self.init_state(seed, images, weights), "sums": self.zero_window()}
+        """What a run starts from: {"state": see `init_state`, "sums": of no step}."""
+        return {"state": self.init_state(seed, images, weights), "sums": self.zero_sums()}
 
-    def zero_window(self) -> step.Window:
-        """The window of no step, of every seed, on the devices."""
-        return self.put(step.zero_window(self.shape["sums"]))
+    def zero_sums(self) -> metrics.Sums:
+        """The metric sums of no step, for every seed, on the devices."""
+        return self.put(step.zero_sums(self.shape["sums"]))
 
     @once
     def _in_loop(self) -> bool:
-        """Whether a call of `train` is a loop over steps; else it is one step.
+        """Whether `train` loops over steps; else one call is one step.
 
-        It follows from the train step and its batch alone. So all calls of a run are of one program, whatever is asked
-        for with `steps_per_call`, and wherever something is due.
+        This follows from the train step and its batch alone. So a run has one program, whatever `steps_per_call` and
+        the cadences are.
         """
         return self._steps_in_chunk > 1 and not self.slow_in_loops(self.train_step.jaxpr)
 
@@ -353,73 +353,71 @@ class Programs:
         return self._batches_in_chunk(spec.rows, further)
 
     def _batches_in_chunk(self, rows: int, further: int = 0) -> int:
-        """How many batches of so many images, and `further` bytes, a chunk holds at most; one if they are large."""
-        most = _BYTES_ON_CPU if self.platform == "cpu" else _BYTES_A_DEVICE * self.mesh.size
-        return most // (rows * math.prod(self.recipe.data.image_shape) + further) or 1
+        """The most batches in a chunk, each of `rows` images and `further` bytes; at least one."""
+        limit = _BYTES_ON_CPU if self.platform == "cpu" else _BYTES_PER_DEVICE * self.mesh.size
+        return limit // (rows * math.prod(self.recipe.data.image_shape) + further) or 1
 
     def _with_layout_pass(self, pure: Callable[..., Any]) -> Callable[..., Any]:
-        """Applies the CPU layout pass to a pure function, on CPU. Call it after differentiation."""
+        """Applies the CPU layout pass, if the mesh is of CPUs. Call it after differentiation."""
         return rewrite(pure) if self.platform == "cpu" else pure
 
     @once
     def steps_per_call(self) -> int:
-        """How many steps one call of `train` runs at most. No result depends on it."""
+        """The most steps in one call of `train`. No result depends on it."""
         asked = int(self.recipe.config.steps_per_call)
         if not self._in_loop:
             if asked > 1:
                 log.warning(
-                    "steps_per_call=%d: a call runs one step, since %s", asked,
+                    "steps_per_call=%d has no effect: a call runs one step, since %s", asked,
                     "a batch is large" if self._steps_in_chunk == 1
-                    else "XLA's own convolution is slow inside of a loop on CPU"
+                    else "XLA's own convolution is slow inside a loop on CPU"
                 )  # fmt: skip
             return 1
         return min(asked, self.recipe.total) or max(1, min(_MOST_STEPS, self._steps_in_chunk, self.recipe.total))
 
     @once
     def traced_train(self) -> Any:
-        """`train` before it is lowered and compiled: it can be lowered for the mesh's platform on any machine."""
-        split, whole = sharding.sharded(self.mesh), sharding.replicated(self.mesh)
-        lies = jax.tree.map(lambda x: x.sharding, (self.state_shape, self.shape["sums"]))
-        train_step = jax.extend.core.jaxpr_as_fun(self.train_step.jaxpr)  # traced above, not once more
+        """`train`, traced but not yet lowered. Any machine can lower it for the mesh's platform."""
+        split, replicated = sharding.sharded(self.mesh), sharding.replicated(self.mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, (self.state_shape, self.shape["sums"]))
+        train_step = jax.extend.core.jaxpr_as_fun(self.train_step.jaxpr)  # already traced
 
-        def one_step(i: jax.Array | int, chunk: Any, fixed: Any, state: step.TrainState, window: step.Window) -> Any:
+        def one_step(i: jax.Array | int, chunk: Any, fixed: Any, state: step.TrainState, sums: metrics.Sums) -> Any:
             batch = jax.lax.with_sharding_constraint(self._batch_at(chunk, i), split)
-            # The step is compiled apart from the reading of its batch, in which programs differ. The step's number is
-            # there since XLA moves a barrier out of the loop if what it holds is the same in each step: that of a
-            # chunk of one step is.
+            # The barrier compiles the step apart from the reading of its batch, in which programs differ. It holds the
+            # step's number too, since XLA hoists a barrier whose operands do not change out of the loop.
             batch, _ = jax.lax.optimization_barrier((batch, state.step))
             leaves = train_step(*jax.tree.leaves((state, batch, fixed)))
             state, new = jax.tree.unflatten(self.train_step.out_tree, leaves)
-            return state, step.join_windows(window, new)
+            return state, step.add_sums(sums, new)
 
-        def train(state: step.TrainState, window: step.Window, chunk: Any, steps: jax.Array, *fixed: Any) -> Any:
+        def train(state: step.TrainState, sums: metrics.Sums, chunk: Any, steps: jax.Array, *fixed: Any) -> Any:
             if not self._in_loop:
-                return one_step(0, chunk, fixed, state, window)
-            return jax.lax.fori_loop(0, steps, lambda i, carry: one_step(i, chunk, fixed, *carry), (state, window))
+                return one_step(0, chunk, fixed, state, sums)
+            return jax.lax.fori_loop(0, steps, lambda i, carry: one_step(i, chunk, fixed, *carry), (state, sums))
 
-        steps = jax.ShapeDtypeStruct((), "int32", sharding=whole)
+        steps = jax.ShapeDtypeStruct((), "int32", sharding=replicated)
         with self.tracing():
-            jitted = jax.jit(train, out_shardings=lies, donate_argnums=0, compiler_options=self.compiler_options)
+            jitted = jax.jit(train, out_shardings=shardings, donate_argnums=0, compiler_options=self.compiler_options)
             chunk = self.chunk_shape(self.steps_per_call)
             return jitted.trace(self.state_shape, self.shape["sums"], chunk, steps, *self.fixed_shape)
 
     @once
     def train(self) -> Any:
-        """Compiled (state, window, chunk, steps) → (state, window): trains on the chunk's first `steps` batches.
+        """Compiled `(state, sums, chunk, steps) -> (state, sums)`: trains on the chunk's first `steps` batches.
 
-        The window of those steps is joined to the one given; the state's buffers are donated. See `placement` for what
-        a chunk is.
+        The metrics of those steps are added to `sums`. The state's buffers are donated. For chunks see `placement`.
         """
         compiled, fixed = self.traced_train.lower().compile(), self.fixed
         return (lambda *args: compiled(*args, *fixed)) if fixed else compiled
 
-    # Evaluation and prediction.
+    # Evaluation and inference.
 
     @property
     def eval_batch_size(self) -> int:
-        """Examples in a batch of evaluation: padded up to a multiple of the devices, and masked.
+        """Examples in an evaluation batch, a multiple of the device count; the last batch is padded and masked.
 
-        No result depends on it. On CPU small batches, which stay in the caches, are faster.
+        No result depends on it. On CPU small batches are faster, since they fit the caches.
         """
         batch_size = self.recipe.config.batch_size
         most = 128 * self.mesh.size if self.platform == "cpu" else batch_size
@@ -427,7 +425,7 @@ class Programs:
 
     @once
     def eval_step(self) -> Any:
-        """The traced evaluation of a batch, whose `jaxpr` is of (params, model_state, batch) → (sums, predictions)."""
+        """The traced eval step: `(params, model_state, batch, *fixed) -> (sums, predictions)`."""
         recipe = self.recipe
         pure = step.make_eval_step(
             recipe.model, recipe.loss, recipe.augment(train=False), recipe.views, recipe.num_seeds,
@@ -440,7 +438,7 @@ class Programs:
             return jax.jit(pure).trace(self.state_shape.params, self.state_shape.model_state, batch, *fixed)
 
     def check_best(self) -> None:
-        """Raises UserError if `checkpoint.best` names a metric that evaluation does not give."""
+        """Raises UserError if `checkpoint.best` names a metric that evaluation does not report."""
         recipe = self.recipe
         if best := recipe.config.checkpoint.best:
             own = [*recipe.whole_set_metrics]
@@ -451,7 +449,7 @@ class Programs:
 
     @property
     def _fixed_of_evaluation(self) -> tuple[Any, ...]:
-        """`fixed`, if the method's `evaluate` is given it; else what training alone needs is not loaded."""
+        """`fixed` if the method's `evaluate` gets it; else (), so that evaluation loads no teacher."""
         return self.fixed if self.recipe.method.evaluate else ()
 
     @property
@@ -460,7 +458,7 @@ class Programs:
 
     @once
     def eval_steps_per_call(self) -> int:
-        """How many batches one call of `eval` evaluates at most. No result depends on it."""
+        """The most batches in one call of `eval`. No result depends on it."""
         most = self._batches_in_chunk(self.eval_batch_size)
         if most == 1 or self.slow_in_loops(self.eval_step.jaxpr):
             return 1
@@ -473,15 +471,15 @@ class Programs:
 
     @once
     def traced_eval(self) -> Any:
-        """`eval` before it is lowered and compiled."""
+        """`eval`, traced but not yet lowered."""
         size = self.eval_steps_per_call
-        whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
-        eval_step = jax.extend.core.jaxpr_as_fun(self.eval_step.jaxpr)  # traced above, not once more
+        replicated, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
+        eval_step = jax.extend.core.jaxpr_as_fun(self.eval_step.jaxpr)  # already traced
 
         def eval(params: Any, model_state: Any, chunk: Any, steps: jax.Array, *fixed: Any) -> Any:
             def batch_sums(i: jax.Array | int) -> Any:
                 batch = jax.lax.with_sharding_constraint(self._batch_at(chunk, i), split)
-                batch, _ = jax.lax.optimization_barrier((batch, i))  # apart from its reading, as in training
+                batch, _ = jax.lax.optimization_barrier((batch, i))  # as in training
                 leaves = eval_step(*jax.tree.leaves((params, model_state, batch, fixed)))
                 return jax.tree.unflatten(self.eval_step.out_tree, leaves)
 
@@ -494,63 +492,58 @@ class Programs:
             zeros = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
             return jax.lax.fori_loop(0, steps, body, zeros)
 
-        state, steps = self.state_shape, jax.ShapeDtypeStruct((), "int32", sharding=whole)
+        state, steps = self.state_shape, jax.ShapeDtypeStruct((), "int32", sharding=replicated)
         with self.tracing():
-            jitted = jax.jit(eval, out_shardings=whole, compiler_options=self.compiler_options)
+            jitted = jax.jit(eval, out_shardings=replicated, compiler_options=self.compiler_options)
             fixed = self._fixed_shape_of_evaluation
             return jitted.trace(state.params, state.model_state, self._eval_chunk_shape(size), steps, *fixed)
 
     @once
     def eval(self) -> Any:
-        """Compiled (params, model_state, chunk, steps) → the sums of each of the chunk's first `steps` batches.
+        """Compiled `(params, model_state, chunk, steps) -> (sums, predictions)` of the chunk's first `steps` batches.
 
-        The chunk is {"image": uint8[k, b, h, w, c], "label": i32[k, b], "mask": bool[k, b]}, k being
-        `eval_steps_per_call`; the sums (and predictions, see `step`) are stacked [k, …], zeros after the first `steps`.
+        The chunk is {"image": uint8[k, b, h, w, c], "label": i32[k, b], "mask": bool[k, b]} with k =
+        `eval_steps_per_call`. Sums and predictions (see `step`) are stacked [k, …], with zeros from `steps` on.
         """
         compiled, fixed = self.traced_eval.lower().compile(), self._fixed_of_evaluation
         return (lambda *args: compiled(*args, *fixed)) if fixed else compiled
 
     def check_predicts(self) -> None:
-        """Raises UserError if the method of the run trains no head."""
+        """Raises UserError if the run's method trains no head."""
         if not self.recipe.method.predicts:
             raise UserError(f"method={self.recipe.config.method!r} trains no head, so this run predicts nothing; use "
                             "its features (commands features and probe, export --gives=features), or begin a run with "
                             "a head from it by init_from")  # fmt: skip
 
-    def pure(self, what: inference.Outputs) -> inference.Inference:
-        """The pure function (params, model_state, images) → probabilities, logits or features: see `inference`."""
-        recipe, augment = self.recipe, self.recipe.augment(train=False)
-        if what != "features":
+    def pure(self, outputs: step.Outputs) -> step.Inference:
+        """The pure function (params, model_state, images) → probabilities, logits or features: see `make_inference`."""
+        recipe = self.recipe
+        if outputs != "features":
             self.check_predicts()
-        if what == "features":
-            return inference.make_features_step(recipe.model, augment, recipe.num_seeds)
-        if what == "logits":
-            return inference.make_logits_step(recipe.model, augment, recipe.views, recipe.num_seeds)
         link = losses.link_of(recipe.config.loss)
-        return inference.make_predict_step(recipe.model, augment, recipe.views, recipe.num_seeds, link)
+        return step.make_inference(
+            outputs, recipe.model, recipe.augment(train=False), recipe.views, recipe.num_seeds, link
+        )
 
     @once
     def predict(self) -> Any:
         """Jitted (params, model_state, images) → probabilities f32[b, classes]."""
-        return self._jitted("predict")
+        return self.jitted(self.pure("predict"))
 
     @once
     def logits(self) -> Any:
         """Jitted (params, model_state, images) → logits f32[b, classes], or [seeds, b, classes]."""
-        return self._jitted("logits")
+        return self.jitted(self.pure("logits"))
 
     @once
     def features(self) -> Any:
         """Jitted (params, model_state, images) → features f32[b, d], or [seeds, b, d]."""
-        return self._jitted("features")
-
-    def _jitted(self, what: inference.Outputs) -> Any:
-        return self.jitted(self.pure(what))
+        return self.jitted(self.pure("features"))
 
     def jitted(self, pure: Callable[..., Any]) -> Any:
-        """A pure function (params, model_state, batch) of all seeds, jitted.
+        """Jits a pure function (params, model_state, batch) of all seeds.
 
-        The batch [b, …] is split over the devices; the results are whole on each.
+        The batch [b, …] is sharded over the devices, and the results are replicated.
         """
         pure = self._with_layout_pass(self.gather_at_use(pure, of_seeds=True))
 
@@ -560,21 +553,21 @@ class Programs:
 
         state = self.state_shape
         shardings = jax.tree.map(lambda x: x.sharding, (state.params, state.model_state))
-        whole, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
+        replicated, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
         return jax.jit(
-            infer, in_shardings=(*shardings, split), out_shardings=whole, compiler_options=self.compiler_options
+            infer, in_shardings=(*shardings, split), out_shardings=replicated, compiler_options=self.compiler_options
         )
 
     @once
     def host_ops(self) -> decode.HostOps:
-        """The host ops of evaluation as one function, see `decode.build`."""
+        """The preprocessing of evaluation as one function: see `decode.build`."""
         return decode.build(self.preprocess_eval)[0]
 
     @property
     def preprocess_eval(self) -> str:
-        """The host ops of evaluation and prediction, which draw nothing."""
+        """The spec of the preprocessing of evaluation and inference, which is deterministic."""
         return decode.for_evaluation(self.recipe.config.preprocess_eval, self.recipe.config.preprocess)
 
     def eval_images(self, source: Any) -> Images:
-        """A source seen through the host ops of evaluation."""
+        """The images of a source, with the preprocessing of evaluation."""
         return as_evaluated(source, self.recipe.config)

@@ -37,7 +37,7 @@ class Recipe:
 
     config: ConfigDict
     data: DataInfo
-    load: Callable[..., Any] | None = None  # `loading.load_teacher`, for a method that reads another run
+    load: Callable[..., Any] | None = None  # `trained.load_teacher`, for a method that reads another run
 
     @cached_property
     def total(self) -> int:

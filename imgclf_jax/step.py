@@ -1,8 +1,8 @@
-"""The train state and the two pure functions that training and evaluation consist of."""
+"""The train state, and the pure functions of training, evaluation and inference."""
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,25 +24,28 @@ from imgclf_jax.optim import weight_averages
 from imgclf_jax.optim.optimizers import promoting, seed_keys
 from imgclf_jax.optim.weight_averages import Average
 
-Batch = dict[str, Any]  # of arrays, and of dicts of arrays for further streams
+Batch = dict[str, Any]  # arrays by name; a further stream is a dict of arrays
+Params = Any  # a pytree of arrays: nested dicts, as linen's "params" collection
+ModelState = Any  # every other linen collection by name, such as {"batch_stats": …}
 Augment = Callable[..., jax.Array]  # (key, images uint8[b, h, w, c]) → f32[b, h, w, c]
-Window = dict[str, jax.Array]  # sums over the steps since the last log, and the first of them that was not finite
-SOWN = ("losses", "metrics")  # collections that a step reads and that are no state
+Outputs = Literal["predict", "logits", "features"]
+Inference = Callable[[Params, ModelState, jax.Array], jax.Array]  # images uint8[b, h, w, c] → f32[b, …]
+SOWN = ("losses", "metrics")  # collections that a step reads, and that are not part of the state
 
 
 class TrainState(struct.PyTreeNode):
-    """All that training is a function of: with the config, it determines every later state."""
+    """Everything that changes in training. Together with the config it determines every later state."""
 
-    seed: jax.Array  # u32[]; a value and not a constant of the program, so one compilation serves all seeds
+    seed: jax.Array  # u32[]; an argument of the program, not a constant, so that one compilation serves all seeds
     step: jax.Array  # i32[], steps done
-    params: Any
-    model_state: Any  # every other linen collection, such as batch_stats
-    opt_state: Any
-    ema: Any = None  # (params, model_state) to evaluate, such as averages over the steps; None: those that are trained
+    params: Params
+    model_state: ModelState
+    opt_state: optax.OptState
+    ema: Any = None  # (params, model_state) to evaluate, such as their EMA; None: evaluate the trained ones
 
     @property
     def evaluated(self) -> tuple[Any, Any]:
-        """(params, model_state) that evaluation and prediction use: `ema`, where there is one."""
+        """(params, model_state) for evaluation and inference: `ema` if there is one."""
         return (self.params, self.model_state) if self.ema is None else self.ema
 
 
@@ -56,11 +59,13 @@ def init_state(
     weights: Mapping[str, jax.Array] | None = None,
     head: bool = True,
 ) -> TrainState:
-    """The state at step 0; `image_shape` is (h, w, c). Pure, so it can be jitted or evaluated for its shape.
+    """The state at step 0. Pure, so it works under `jit` and `eval_shape`.
 
-    `images` f32[n, h, w, c] are for a backbone with a function `init_on_images(params, images) -> params`.
-    `weights` are taken instead of random ones, by name: {"params/head/bias": …, "batch_stats/…": …}. Without `head` the
-    model's head has no parameters, for methods that train none.
+    Args:
+        image_shape: (h, w, c).
+        images: f32[n, h, w, c], for a backbone that has `init_on_images(params, images) -> params`.
+        weights: replace random initial values, by path: {"params/head/bias": …, "batch_stats/…": …}.
+        head: False for a method that trains no head: the head then has no parameters.
     """
     zeros = jnp.zeros((1, *image_shape), jnp.float32)
     kept = DenyList(("intermediates", *SOWN))
@@ -86,11 +91,11 @@ def init_state(
 def make_inputs(
     augment: Augment, mix: mixing.Mix | None = None, method: Method | None = None
 ) -> Callable[[jax.Array, jax.Array, Batch], Batch]:
-    """`inputs(seed u32[], step i32[], batch)`: what a step gives the loss of its method, see `make_train_step`.
+    """Returns `inputs(seed u32[], step i32[], batch)`: the batch that a method's loss gets, see `make_train_step`.
 
-    That is {"image": f32[b, h, w, c], "label": i32[b]}. With `mix` image i keeps the share `weight` f32[b] of its own
-    label, and the rest is of `other` i32[b]; a "target" f32[b, k] is mixed. With a `method`, what its `inputs` makes of
-    the batch: see `Method`.
+    By default it is {"image": f32[b, h, w, c], "label": i32[b], …}, augmented. With `mix`, image i keeps the share
+    `weight` f32[b] of its own label, and `other` i32[b] has the rest; a "target" f32[b, k] is itself mixed. A `method`
+    with `inputs` of its own replaces all of this: see `Method`.
     """
 
     def inputs(seed: jax.Array, step: jax.Array, batch: Batch) -> Batch:
@@ -124,22 +129,24 @@ def make_train_step(
     gradient: Callable[[Gradient], Gradient] = lambda gradient: gradient,
     task: Task = Task.CLASSES,
     link: Link = SOFTMAX,
-) -> Callable[..., tuple[TrainState, Window]]:
-    """`train_step(state, batch, fixed=None) -> (state, window)`, where batch is {"image": uint8[b, h, w, c], …}.
+) -> Callable[..., tuple[TrainState, metrics.Sums]]:
+    """Returns `train_step(state, batch, fixed=None) -> (state, sums)`.
 
-    `method` is a `Method`, or the loss of the logits and the labels, as in supervised learning. `gradient` wraps the
-    gradient function of the whole batch, see `methods.gradients`. Batches have "label" i32[b], or "target" f32[b, k];
-    "id" and "epoch" i32[b] where `augment` or the method wants them.
+    A batch is {"image": uint8[b, h, w, c], "label": i32[b] or "target": f32[b, k]}, with "id" and "epoch" i32[b] where
+    `augment` or the method needs them.
 
-    With `accumulate` microbatches the gradient is the mean of theirs: that of the whole batch, except for layers with
-    batch statistics, which see one microbatch at a time, and for dropout's draws. `shard` wraps the gradient function
-    of a microbatch: it gathers sharded parameters.
+    Args:
+        method: a `Method`, or a loss of logits and labels for supervised learning.
+        accumulate: number of gradient-accumulation microbatches. The gradient is the mean of theirs, which is that of
+            the whole batch but for BatchNorm statistics and dropout masks.
+        shard: wraps the gradient function of a microbatch, to all-gather sharded parameters.
+        gradient: wraps the gradient function of the whole batch: see `methods.gradients`.
 
-    The window is of this one step. Its sums are `loss`, `examples` and `correct` over the batch, `grad_norm`
-    (before clipping), `param_norm` (after the update), `learning_rate` and `steps`, and those of the method and of what
-    modules sow into "metrics", times the examples. `nonfinite_step` is the step's number if the loss or a norm is not
-    finite, else `metrics.NO_STEP`. `correct` follows from `task` and `link`, and for a mixed image from its dominant
-    label. It is missing in regression, and for a method without logits.
+    The sums are metrics of this step: `loss`, `examples` and `correct` over the batch; `steps`, `grad_norm` (before
+    clipping), `param_norm` (after the update) and `learning_rate`; the method's metrics and those that modules sow
+    into "metrics", multiplied by `examples`; and `nonfinite_step`, the number of this step if the loss or a norm is
+    not finite, else `metrics.NO_STEP`. `correct` is measured against the dominant label of a mixed example, and is
+    absent in regression and for a method without logits.
     """
     learned = method if isinstance(method, Method) else from_logits(functools.partial(mixing.batch_loss, method))
     inputs = make_inputs(augment, mix, learned)
@@ -147,7 +154,7 @@ def make_train_step(
 
     def loss_fn(params: Any, model_state: Any, part: Batch, key: jax.Array, fixed: Any) -> tuple[jax.Array, Any]:
         apply = apply_function(learned.loss, model, mutable=[*model_state, *SOWN])
-        rngs = {"dropout": key, "params": rng.fold(key, "params")}  # other streams of modules are drawn from "params"
+        rngs = {"dropout": key, "params": rng.fold(key, "params")}  # linen draws its other rng streams from "params"
         out, changed = apply({"params": params, **model_state}, part, fixed, rngs=rngs)
         losses, sown = (changed.get(name, {}) for name in SOWN)
         model_state = {name: value for name, value in changed.items() if name not in SOWN}
@@ -160,7 +167,7 @@ def make_train_step(
 
         return jax.grad(loss_of_images)(part["image"])
 
-    def train_step(state: TrainState, batch: Batch, fixed: Any = None) -> tuple[TrainState, Window]:
+    def train_step(state: TrainState, batch: Batch, fixed: Any = None) -> tuple[TrainState, metrics.Sums]:
         examples = batch["image"].shape[0]
         whole = inputs(state.seed, state.step, batch)
         grad_fn = shard(jax.value_and_grad(loss_fn, has_aux=True), returns_gradients=True)
@@ -198,7 +205,7 @@ def make_train_step(
 
 
 def _mean_loss(out: Any) -> jax.Array:
-    """The mean of a method's losses. Raises UserError for what is not a `Loss`, or not one number an example."""
+    """The mean of a method's losses. Raises UserError unless `out` is a `Loss` with one value per example."""
     if not isinstance(out, methods.Loss):
         raise UserError(f"the method's loss returns a {type(out).__name__}; return imgclf_jax.methods.Loss(values)")
     if jnp.ndim(out.values) != 1:
@@ -207,8 +214,8 @@ def _mean_loss(out: Any) -> jax.Array:
     return jnp.mean(out.values)
 
 
-def _named_metrics(named: Mapping[str, jax.Array], sown: Any) -> Window:
-    """The means f32[] of a method's metrics by name, and of those that modules sow, by their paths."""
+def _named_metrics(named: Mapping[str, jax.Array], sown: Any) -> metrics.Sums:
+    """The means f32[] of a method's metrics, by name, and of the metrics that modules sow, by path."""
     by_path: dict[str, list[jax.Array]] = {}
     for path, value in traverse_util.flatten_dict(sown, sep="/").items():
         by_path[path] = list(value) if isinstance(value, tuple) else [value]  # `sow` appends to a tuple
@@ -223,8 +230,8 @@ def _named_metrics(named: Mapping[str, jax.Array], sown: Any) -> Window:
     return {name: jnp.mean(jnp.stack(each)) for name, each in means.items()}
 
 
-def _count_correct(logits: jax.Array | None, batch: Batch, link: Link, task: Task) -> Window:
-    """{"correct": how many examples are predicted right}; {} where there is no such number."""
+def _count_correct(logits: jax.Array | None, batch: Batch, link: Link, task: Task) -> metrics.Sums:
+    """{"correct": the number of correct predictions}; {} if the task or the method has none."""
     wanted = batch.get("label" if task is Task.CLASSES else "target")
     if logits is None or wanted is None or len(logits) != len(wanted):
         return {}
@@ -234,50 +241,87 @@ def _count_correct(logits: jax.Array | None, batch: Batch, link: Link, task: Tas
     return {} if correct is None else {"correct": jnp.sum(correct, dtype=jnp.int32)}
 
 
-OF_STEPS = ("grad_norm", "param_norm", "learning_rate")  # sums over steps; the others are over examples
-_OWN_METRICS = (*OF_STEPS, "steps", "examples", "correct", "loss", "nonfinite_step", "accuracy", "images_per_second",
+PER_STEP = ("grad_norm", "param_norm", "learning_rate")  # summed over steps; all others over examples
+_OWN_METRICS = (*PER_STEP, "steps", "examples", "correct", "loss", "nonfinite_step", "accuracy", "images_per_second",
                 "input_wait")  # fmt: skip
 
 
-def zero_window(like: Window) -> Window:
-    """An empty window, of these names, shapes and dtypes."""
+def zero_sums(like: metrics.Sums) -> metrics.Sums:
+    """The sums of no step, with these names, shapes and dtypes."""
     return {
         name: jnp.full(x.shape, metrics.NO_STEP if name == "nonfinite_step" else 0, x.dtype) for name, x in like.items()
     }
 
 
-def join_windows(a: Window, b: Window) -> Window:
-    """The sums of both, and the earlier of their steps that were not finite."""
+def add_sums(a: metrics.Sums, b: metrics.Sums) -> metrics.Sums:
+    """Sums over the steps of both; of `nonfinite_step` the earlier one."""
     return {k: jnp.minimum(a[k], b[k]) if k == "nonfinite_step" else a[k] + b[k] for k in a}
 
 
-def make_logits(model: nn.Module, augment: Augment, views: tta.Views) -> Callable[[Any, Any, jax.Array], jax.Array]:
-    """`logits(params, model_state, images uint8[b, h, w, c]) -> [b, classes]`, the mean over the views."""
+def vmap_over_seeds(train_step: Callable[..., Any], num_seeds: int) -> Callable[..., Any]:
+    """A train step of `num_seeds` states, [num_seeds, …], and their interleaved batches (see `data.stream`).
 
-    def logits(params: Any, model_state: Any, images: jax.Array) -> jax.Array:  # uint8[b, h, w, c] → f32[b, classes]
-        def of_view(images: jax.Array) -> jax.Array:
-            out: Any = model.apply({"params": params, **model_state}, images, train=False)
-            return at_least_float32(out)
-
-        return tta.mean_logits(views, of_view, augment(None, images))
-
-    return logits
-
-
-def several(train_step: Callable[..., Any], num_seeds: int) -> Callable[..., Any]:
-    """A train step for `num_seeds` states at once, [num_seeds, …], and their batches side by side (see `stream`).
-
-    The method's `fixed` arrays serve all seeds.
+    All seeds share the method's `fixed` arrays.
     """
     if num_seeds == 1:
         return train_step
 
-    def step(states: TrainState, batch: Batch, *fixed: Any) -> tuple[TrainState, Window]:
+    def step(states: TrainState, batch: Batch, *fixed: Any) -> tuple[TrainState, metrics.Sums]:
         own = jax.tree.map(lambda x: x.reshape(-1, num_seeds, *x.shape[1:]), batch)
-        result: tuple[TrainState, Window] = jax.vmap(train_step, (0, 1, *[None] * len(fixed)))(states, own, *fixed)
+        result: tuple[TrainState, metrics.Sums] = jax.vmap(train_step, (0, 1, *[None] * len(fixed)))(
+            states, own, *fixed
+        )
         return result
 
     return step
+
+
+def make_logits(model: nn.Module, augment: Augment, views: tta.Views = tta.NONE) -> Inference:
+    """Returns `logits(params, model_state, images uint8[b, h, w, c]) -> [b, classes]`, averaged over the TTA views."""
+
+    def logits(params: Params, model_state: ModelState, images: jax.Array) -> jax.Array:
+        def forward(images: jax.Array) -> jax.Array:
+            out: Any = model.apply({"params": params, **model_state}, images, train=False)
+            return at_least_float32(out)
+
+        return tta.mean_logits(views, forward, augment(None, images))
+
+    return logits
+
+
+def apply_backbone(model: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
+    """The features [b, d] of normalized images f32[b, h, w, c], in evaluation mode."""
+    out: jax.Array = nn.apply(lambda model, images: model.backbone(images, train=False), model)(variables, images)
+    return out
+
+
+def make_inference(
+    outputs: Outputs,
+    model: nn.Module,
+    augment: Augment,
+    views: tta.Views = tta.NONE,
+    num_seeds: int = 1,
+    link: Link = SOFTMAX,
+) -> Inference:
+    """Returns `infer(params, model_state, images uint8[b, h, w, c])`, in float32.
+
+    "predict" gives probabilities [b, classes] by the loss's `link`; "logits" gives [b, classes], averaged over the TTA
+    views; "features" gives what the head gets, [b, d], without TTA. With several seeds, params and model_state are
+    [num_seeds, …]; logits and features then are [num_seeds, b, …], and probabilities the mean over the seeds.
+    """
+    logits_of = make_logits(model, augment, views)
+
+    def infer(params: Params, model_state: ModelState, images: jax.Array) -> jax.Array:
+        if outputs == "features":
+            variables = {"params": params, **model_state}
+            return apply_backbone(model, variables, augment(None, images)).astype(jnp.float32)
+        logits = logits_of(params, model_state, images).astype(jnp.float32)
+        return link.probabilities(logits) if outputs == "predict" else logits
+
+    if num_seeds == 1:
+        return infer
+    each = jax.vmap(infer, (0, 0, None))
+    return (lambda *args: jnp.mean(each(*args), 0)) if outputs == "predict" else each
 
 
 def make_eval_step(
@@ -290,11 +334,12 @@ def make_eval_step(
     task: Task = Task.CLASSES,
     method: Method | None = None,
 ) -> Callable[..., tuple[metrics.Sums, metrics.AnyPredictions | None]]:
-    """`eval_step(params, model_state, batch, *fixed) -> (sums, predictions)`; `mask` bool[b] is False for padding.
+    """Returns `eval_step(params, model_state, batch, *fixed) -> (sums, predictions)`.
 
-    With several seeds, params and model_state are [num_seeds, …]. The sums are then [num_seeds + 1, …]: those of each
-    seed, and last those of the ensemble, whose probabilities are the mean of the seeds' probabilities. The predictions
-    are None unless `with_predictions`. The values of `method.evaluate` have sums of their own; an ensemble has none.
+    `batch["mask"]` bool[b] is False for padding. With several seeds, params and model_state are [num_seeds, …], and the
+    sums [num_seeds + 1, …]: each seed's, and last the ensemble's, whose probabilities are the mean over the seeds.
+    Predictions are None unless `with_predictions`. What `method.evaluate` returns is summed for each seed, and NaN for
+    the ensemble.
     """
     logits_of, link = make_logits(model, augment, views), link_of(loss)
 

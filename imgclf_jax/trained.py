@@ -1,4 +1,4 @@
-"""A trained model as a library: images of any kind to probabilities, logits and features."""
+"""A trained model as a library: loads a run or converted weights, and maps images to predictions or features."""
 
 import concurrent.futures
 import contextlib
@@ -15,12 +15,19 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from imgclf_jax import losses
 from imgclf_jax.core import named_warnings, processes, sharding, tree
 from imgclf_jax.core.errors import UserError, reason
-from imgclf_jax.data import decode
-from imgclf_jax.inference import Outputs
+from imgclf_jax.data import decode, sources, stream
 from imgclf_jax.losses import Task
-from imgclf_jax.programs import Programs
+from imgclf_jax.methods import Problem
+from imgclf_jax.programs import Programs, programs_for_images
+from imgclf_jax.recipe import Recipe, check_names
+from imgclf_jax.run import provenance
+from imgclf_jax.run.checkpoint import Checkpoints, Gone
+from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.step import Outputs, apply_backbone
+from imgclf_jax.weights import pretrained
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +40,7 @@ _TASK = 16  # images that a thread decodes at a time
 
 
 def report_host_ops(programs: Programs) -> None:
-    """Logs the host ops of evaluation if they follow from `preprocess` and differ from it."""
+    """Logs the preprocessing of evaluation if it is derived from `preprocess` and differs from it."""
     config = programs.recipe.config
     if not config.preprocess_eval and programs.preprocess_eval != config.preprocess:
         log.info("preprocess=%r draws at random, and preprocess_eval is empty: evaluation and prediction use %r",
@@ -41,10 +48,10 @@ def report_host_ops(programs: Programs) -> None:
 
 
 class Trained(NamedTuple):
-    """A trained model: its programs, its state, and the step of its checkpoint.
+    """A trained model: its programs, its train state, and the step of its checkpoint.
 
-    Images are of any size: the host ops of evaluation, which the run recorded, bring them to the model's. Methods raise
-    UserError, naming the image, for one that does not decode.
+    Images may have any size: the preprocessing that the run recorded brings them to the model's. Methods raise
+    UserError, naming the image, if one does not decode.
     """
 
     programs: Programs
@@ -53,12 +60,12 @@ class Trained(NamedTuple):
 
     @property
     def config(self) -> ConfigDict:
-        """The config that it was trained with."""
+        """The config of its training."""
         return self.programs.recipe.config
 
     @property
     def params_sha256(self) -> str:
-        """The digest of the parameters, as result.json and digests.jsonl have it. All processes call this."""
+        """The digest of the parameters, as in result.json and digests.jsonl. All processes call this."""
         return tree.sha256(self.state.params)
 
     @property
@@ -72,16 +79,16 @@ class Trained(NamedTuple):
         return self.programs.recipe.task
 
     def prepare(self, image: ImageLike, place: int = 0) -> np.ndarray:
-        """One image to uint8[h, w, c] as the model takes it. `place` is its number, for host ops of one's own.
+        """Preprocesses one image to uint8[h, w, c]. `place` is its index, which a user's own op may read.
 
-        Raises UserError, without the image's name, if it does not decode or has another shape afterwards.
+        Raises UserError, without the image's name, if it does not decode or ends with another shape.
         """
         if isinstance(image, str | os.PathLike):
             try:
                 image = decode.read_file(Path(image))
             except OSError as e:
                 raise UserError(e.strerror or str(e)) from e
-            except ValueError as e:  # of a name with a NUL
+            except ValueError as e:  # a name with a NUL
                 raise UserError(str(e)) from e
         elif isinstance(image, np.ndarray) and image.ndim == 2:
             image = image[..., None]
@@ -90,7 +97,7 @@ class Trained(NamedTuple):
             out = self.programs.host_ops(image, self.config.seed, place)
         except UserError:
             raise
-        except Exception as e:  # of the user's own ops, or of Pillow
+        except Exception as e:  # from a user's own op, or Pillow
             raise UserError(
                 f"preprocess={self.programs.preprocess_eval!r} fails: {type(e).__name__}: {reason(e)}"
             ) from e
@@ -99,26 +106,23 @@ class Trained(NamedTuple):
         return out
 
     def predict(self, images: Iterable[ImageLike] | ImageLike) -> np.ndarray:
-        """The probabilities f32[n, classes] of n images, or a regression's values f32[n, targets].
+        """The probabilities f32[n, classes] of n images, or the values f32[n, targets] of a regression.
 
-        Those of several seeds are of their ensemble.
+        With several seeds these are the ensemble's.
         """
         return self._all("predict", images, 0)
 
     def best(self, probabilities: np.ndarray, top_k: int) -> list[dict[str, Any]]:
-        """The `top_k` classes of one image, from its probabilities f32[classes]: [{"class", "probability"}].
-
-        The likeliest comes first; of equal ones the first class.
-        """
+        """The `top_k` classes by probability f32[classes], as [{"class", "probability"}]; ties go by index."""
         order = np.argsort(-probabilities, kind="stable")[:top_k]
         return [{"class": self.class_names[c], "probability": round(float(probabilities[c]), 6)} for c in order]
 
     def describe(self, outputs: np.ndarray, top_k: int = 3, threshold: float | np.ndarray = 0.5) -> dict[str, Any]:
-        """What one image's outputs f32[k] say, by the task.
+        """One image's outputs f32[k] as JSON, by the task.
 
-        {"predictions": [{"class", "probability"}]}, the likeliest first: the `top_k` classes, or, of several labels,
-        all whose probability is at least the `threshold`, one number or one for each class. {"values": {target:
-        number}} of a regression.
+        {"predictions": [{"class", "probability"}]}, in descending order: the `top_k` classes, or for multi-label runs
+        every class with at least the `threshold`, one number or one per class. {"values": {target: number}} in
+        regression.
         """
         if self.task is Task.REGRESSION:  # float32 has seven digits
             return {"values": {name: float(f"{x:.7g}") for name, x in zip(self.class_names, outputs, strict=True)}}
@@ -129,9 +133,9 @@ class Trained(NamedTuple):
         return {"predictions": self.best(ranked, int(above.sum()))}
 
     def thresholds(self, text: str) -> np.ndarray:
-        """f64[] or f64[classes] from "0.5" or a number for each class between commas; "" is 0.5.
+        """Parses "0.5", or one number per class separated by commas, to f64[] or f64[classes]; "" is 0.5.
 
-        Raises UserError for what is neither, and for a model that has no use for it.
+        Raises UserError for anything else, and unless the model is multi-label.
         """
         if text and self.task is not Task.MULTILABEL:
             raise UserError(f"--threshold={text}: it is for several labels, and this model predicts "
@@ -146,11 +150,11 @@ class Trained(NamedTuple):
         return found[0] if len(found) == 1 else found
 
     def logits(self, images: Iterable[ImageLike] | ImageLike) -> np.ndarray:
-        """The logits f32[n, classes]; of several seeds [seeds, n, classes]."""
+        """The logits f32[n, classes]; with several seeds [seeds, n, classes]."""
         return self._all("logits", images, -2)
 
     def features(self, images: Iterable[ImageLike] | ImageLike) -> np.ndarray:
-        """What the head is given, f32[n, d]; of several seeds [seeds, n, d]."""
+        """The features that the head gets, f32[n, d]; with several seeds [seeds, n, d]."""
         return self._all("features", images, -2)
 
     def _all(self, what: Outputs, images: Iterable[ImageLike] | ImageLike, axis: int) -> np.ndarray:
@@ -168,13 +172,13 @@ class Trained(NamedTuple):
         return np.stack(rows, axis)
 
     def stream(self, what: Outputs, images: Iterable[ImageLike]) -> Iterator[np.ndarray | UserError]:
-        """What the model computes of each image, in their order, or the error of one that cannot be used.
+        """Yields the output for each image in order, or a UserError for an image that cannot be used.
 
-        Threads decode ahead of the device, and only a few batches are held, so that images may be endless. In several
-        processes each decodes the images that its devices get; all of them give all results. An error of `images`
-        itself, or of the device, is raised after the results of all images before it.
+        Threads decode ahead of the device and hold only a few batches, so `images` may be endless. In several
+        processes each one decodes the images of its own devices, and all yield all outputs. An error from `images`
+        itself, or from the device, is raised after the outputs of the images before it.
         """
-        _ = self.programs.host_ops  # what is wrong with these is of no image
+        _ = self.programs.host_ops  # an error in these concerns no single image
         program, mesh, data = getattr(self.programs, what), self.programs.mesh, self.programs.recipe.data
         size = sharding.round_up(min(self.config.batch_size, _BATCH), mesh)
         rows = sharding.rows_here(size, mesh)
@@ -257,12 +261,162 @@ class Trained(NamedTuple):
 
 
 def not_finite(values: np.ndarray, what: Outputs) -> str:
-    """What is wrong with an image's outputs, "" if nothing is. Logits alone may be infinite, of classes ruled out."""
+    """What is wrong with one image's outputs, or "". Logits may be infinite, for classes that are ruled out."""
     kinds = {"NaN": np.isnan(values).any(), "infinite values": what != "logits" and np.isinf(values).any()}
     given = " and ".join(kind for kind, there in kinds.items() if there)
     return f"the model gives {given} for this image; its weights may hold NaN" if given else ""
 
 
 def _name(image: ImageLike, place: int) -> str:
-    """What messages call an image: its file, or its number among the images."""
+    """What messages call an image: its file name, or its index."""
     return str(image) if isinstance(image, str | os.PathLike) else f"image {place}"
+
+
+def load(workdir: str | os.PathLike[str], checkpoint: str = "", trust: bool = False) -> Trained:
+    """The trained model of the run in a work directory.
+
+    `checkpoint` is "best", "latest" or a step: see `restore`. Unless `trust` is set, nothing that the run names is
+    imported or fetched. Raises UserError if there is no run or no such checkpoint, and, without `trust`, if the run's
+    config names code outside this package.
+    """
+    place = Workdir.named(os.fspath(workdir))
+    with contextlib.nullcontext() if trust else place.untrusted([os.fspath(workdir)]):
+        config = place.load_config()
+        check_names(config)
+        model = restore(config, place, checkpoint)
+        _ = model.programs.host_ops  # imports what it names while imports are still guarded
+        return model
+
+
+def load_teacher(problem: Problem, run: str, checkpoint: str = "", trust: bool = False) -> dict[str, Any]:
+    """The attributes of a `methods.Teacher`: the variables of a run, and pure functions of them.
+
+    Raises UserError as `load` does, and if the run's images differ from the problem's.
+    """
+    found = load(run, checkpoint, trust)
+    recipe, replicas = found.programs.recipe, found.programs.recipe.num_seeds
+    if replicas > 1:
+        raise UserError(f"{run} holds num_seeds={replicas} models, and a teacher is one; train it with one seed")
+    if recipe.data.image_shape != problem.image_shape:
+        raise UserError(f"{run} was trained on images {list(recipe.data.image_shape)}, and this run has "
+                        f"{list(problem.image_shape)}; give both the same preprocess")  # fmt: skip
+    if recipe.normalization != problem.normalization:
+        raise UserError(
+            f"{run} was trained with {recipe.normalization or 'no normalization'!r} in augment, and this run"
+            f" has {problem.normalization or 'none'!r}: its predictions would be wrong; give both the same"
+        )
+    params, model_state = found.state.evaluated
+
+    def apply(variables: Any, images: jax.Array) -> jax.Array:
+        found.programs.check_predicts()
+        return losses.at_least_float32(recipe.model.apply(variables, images, train=False))
+
+    def features(variables: Any, images: jax.Array) -> jax.Array:
+        return losses.at_least_float32(apply_backbone(recipe.model, variables, images))
+
+    return {"variables": {"params": params, **model_state}, "apply": apply, "features": features,
+            "link": losses.link_of(recipe.config.loss), "class_names": recipe.data.class_names,
+            "classes": len(recipe.data.class_names)}  # fmt: skip
+
+
+def load_trained(config: ConfigDict, workdir: Workdir | None, which: str) -> Trained:
+    """The trained model of a run or, without a work directory, of the weights that `init_from` names."""
+    return restore(config, workdir, which) if workdir else load_converted(config)
+
+
+def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
+    """The trained model of a run. `which` is "best", "latest", a step, or "" for the best one if any, else the latest.
+
+    Raises UserError if there is no such checkpoint.
+    """
+    programs = _programs(config, workdir)
+    if not workdir.checkpoints.is_dir():
+        raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
+    for _ in range(20):
+        with contextlib.suppress(Gone):  # a run in progress saves and removes checkpoints
+            state, step = _choose(config, workdir, which, programs)
+            processes.agree(
+                "comparing modules", provenance.module_digests, in_both=True
+            )  # restoring may have imported more
+            return Trained(programs, state, step)
+    raise UserError(f"{workdir.checkpoints}: each checkpoint was removed while it was read; wait until the run ends")
+
+
+def restore_each(config: ConfigDict, workdir: Workdir, which: str) -> Iterator[Trained]:
+    """Yields the trained model at several steps; `which` is "all", or steps such as "100,200".
+
+    Raises UserError at once if a step has no checkpoint.
+    """
+    programs = _programs(config, workdir)
+    kept = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best, read_only=True)
+    there = (
+        processes.broadcast_from_process_0("listing checkpoints", kept.steps) if workdir.checkpoints.is_dir() else []
+    )
+    asked = [str(step) for step in there] if which == "all" else which.split(",")
+    if not there or not set(asked) <= {str(step) for step in there}:
+        raise UserError(
+            f"--checkpoints={which}: there are {there} in {workdir.checkpoints}; pass all, or some of these"
+        )
+
+    def load(step: int) -> Trained:
+        model = Trained(programs, kept.restore(step, {"state": programs.state_shape}, optimizer=False)["state"], step)
+        workdir.check_parameters(step, model.state.params)
+        return model
+
+    return (load(int(step)) for step in asked)
+
+
+def _programs(config: ConfigDict, workdir: Workdir) -> Programs:
+    recipe = Recipe(config, workdir.load_data_info(), load_teacher)
+    return Programs(recipe, sharding.make_inference_mesh(config.mesh))
+
+
+def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs) -> tuple[Any, int]:
+    metric = config.checkpoint.best
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, metric, read_only=True)
+    steps, best = processes.broadcast_from_process_0(
+        "choosing a checkpoint", lambda: [checkpoints.steps(), checkpoints.best_step()]
+    )
+    names = {"latest": steps[-1] if steps else None, "best": best, "": best}
+    step = names.get(which, int(which) if which.isdecimal() else None)
+    if step is None and which == "":
+        found = checkpoints.restore_latest({"state": programs.state_shape}, optimizer=False)
+        if found is None:
+            raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
+        step, run = found
+    elif step is None or step not in steps:
+        raise UserError(f"--checkpoint={which}: there are {steps} in {workdir.checkpoints}"
+                        + (f", {best} is the best by {metric}" if best is not None
+                           else f", and none has a finite {metric}" if metric
+                           else "; 'best' needs checkpoint.best to be set"))  # fmt: skip
+    else:
+        try:
+            run = checkpoints.restore(step, {"state": programs.state_shape}, optimizer=False)
+        except Gone:
+            raise
+        except UserError as e:
+            intact = processes.broadcast_from_process_0(
+                "looking for another checkpoint", lambda: checkpoints.intact(step)
+            )
+            if not intact:
+                raise
+            raise UserError(f"{e}; --checkpoint={intact} names one that is whole") from e
+    workdir.check_parameters(step, run["state"].params)
+    log.info("checkpoint of step %d from %s", step, workdir.checkpoints)
+    return run["state"], step
+
+
+def load_converted(config: ConfigDict, base: dict[str, sources.Source] | None = None, whole: bool = True) -> Trained:
+    """The model with the weights that `init_from` names, at step 0, for the classes of the source `base`.
+
+    `base` defaults to the config's source. Unless `whole`, the weights may lack the head, which then is random. Raises
+    UserError if they lack any other part of the model.
+    """
+    base = base or sources.open_data(config)
+    source = next(iter(base.values()))  # every split has the same classes and the same shape
+    with contextlib.suppress(UserError):
+        source = sources.take_split(base, config.data.train)
+    mesh = sharding.make_inference_mesh(config.mesh)
+    programs = programs_for_images(config, stream.as_evaluated(source, config), mesh)
+    weights = pretrained.load(programs, whole)
+    return Trained(programs, programs.init_state(weights=weights.taken), 0)

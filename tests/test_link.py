@@ -15,8 +15,8 @@ import launch
 from imgclf_jax import losses, metrics, step
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
-from imgclf_jax.loading import restore
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.trained import restore
 
 SOURCE = "fake(60, (8, 8, 1), 3)"
 PROBABILITIES = {"softmax": functools.partial(scipy.special.softmax, axis=-1), "sigmoid": scipy.special.expit}

@@ -13,7 +13,6 @@ import launch
 from imgclf_jax.config import default_config
 from imgclf_jax.core import sharding, tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.loading import load
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -23,6 +22,7 @@ from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.tools.dryrun import counts
 from imgclf_jax.train import loop as train_command
 from imgclf_jax.train.setup import Run
+from imgclf_jax.trained import load
 
 DATA = DataInfo(640, (8, 8, 3), tuple("abcd"), "")
 
@@ -51,7 +51,7 @@ def train(of, steps, run=None):
         images = rng.integers(0, 256, (100, of.stream.rows, *DATA.image_shape), np.uint8)[:size]
         labels = rng.integers(0, 4, (100, of.stream.rows), np.int32)[:size]
         chunk = sharding.put_batch({"image": images, "label": labels}, of.mesh, axis=1)
-        state, window = of.train(state, of.zero_window(), chunk, np.int32(count))
+        state, window = of.train(state, of.zero_sums(), chunk, np.int32(count))
         losses.append(np.asarray(window["loss"]) / np.asarray(window["examples"]))
     return state, losses
 
@@ -171,7 +171,7 @@ def test_a_checkpoint_goes_from_one_arrangement_to_another(config, tmp_path, mes
     whole, split = programs(config, num_seeds=seeds), programs(config, mesh, num_seeds=seeds)
     state, _ = train(split, 3)
     checkpoints = Checkpoints(tmp_path / "a")
-    checkpoints.save(3, {"state": state, "sums": split.zero_window()})
+    checkpoints.save(3, {"state": state, "sums": split.zero_sums()})
     checkpoints.wait()
     there = checkpoints.restore(3, whole.shape)
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(there["state"]))

@@ -14,11 +14,11 @@ import launch
 from imgclf_jax import losses, metrics
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
-from imgclf_jax.loading import restore
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.scores import classification as scores
 from imgclf_jax.tools.evaluate import listing
 from imgclf_jax.train.evaluation import evaluate, evaluate_all
+from imgclf_jax.trained import restore
 
 
 def random_set(classes, n=200):

@@ -159,7 +159,7 @@ def test_a_loop_of_your_own_is_the_runs(fake_config):
     split = sources.take_split(sources.open_data(fake_config), fake_config.data.train)
     images = stream.Images(split, fake_config.preprocess, fake_config.seed)
     programs = programs_for_images(fake_config, images)
-    state, window = programs.init()["state"], programs.zero_window()
+    state, window = programs.init()["state"], programs.zero_sums()
     for steps, chunk in programs.chunks(images, [range(3)]):
         state, window = programs.train(state, window, chunk, np.int32(len(steps)))
 

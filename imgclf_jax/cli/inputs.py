@@ -13,7 +13,7 @@ import numpy as np
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import image_files
-from imgclf_jax.inference import Outputs
+from imgclf_jax.step import Outputs
 from imgclf_jax.trained import Trained
 
 log = logging.getLogger(__name__)

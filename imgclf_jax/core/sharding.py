@@ -88,10 +88,10 @@ def groups_of_seeds(num_seeds: int, mesh: Mesh) -> int:
 
 
 def over_seeds(here: Callable[..., Any], num_seeds: int, mesh: Mesh) -> Callable[..., Any]:
-    """The train step of all seeds, as `step.several` gives it, of which each group of devices computes its own seeds.
+    """The train step of all seeds, where each group of devices computes seeds of its own.
 
-    `here` is `step.several`'s of as many seeds as a group has. Where that is one it is the train step of a single run,
-    without the convolutions in groups that several seeds in one program become.
+    `here` is `step.vmap_over_seeds` of a group's seeds. With one seed a group it is the train step of a single run,
+    which avoids the grouped convolutions that `vmap` over seeds makes.
     """
     groups = groups_of_seeds(num_seeds, mesh)
     if groups == 1:

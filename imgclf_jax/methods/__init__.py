@@ -115,7 +115,7 @@ class Teacher:
             raise AttributeError(name)
         if self._problem.loader is None:
             raise UserError(f"the method reads the run {self._run!r}, and these programs were built without a loader; "
-                            "pass load=loading.load_teacher where you build them")  # fmt: skip
+                            "pass load=trained.load_teacher where you build them")  # fmt: skip
         with jax.ensure_compile_time_eval():
             try:
                 found = self._problem.loader(self._problem, *self._args)

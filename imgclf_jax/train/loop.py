@@ -22,7 +22,7 @@ from imgclf_jax.run.record import read_contradictions
 from imgclf_jax.run.terminal import format_metrics
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import Writer
-from imgclf_jax.step import OF_STEPS
+from imgclf_jax.step import PER_STEP
 from imgclf_jax.train.evaluation import evaluate_all
 from imgclf_jax.train.setup import Run, set_up
 
@@ -122,7 +122,7 @@ def train(
                 record = _means(done, programs.recipe.task) | monitor.lap()
                 writer.write(step, {f"train/{name}": value for name, value in record.items()})
                 log.info("step %d: train %s", step, _brief(record))
-                window = programs.zero_window()
+                window = programs.zero_sums()
             if due.eval:
                 results = _evaluate(run, state, step, writer, stop)
                 signal = signal or (stop() if results is None else "")
@@ -187,12 +187,12 @@ def _means(window: dict[str, np.ndarray], task: Task) -> dict[str, float]:
     Of several labels accuracy is that of all labels of an example, `exact_match`; a regression has none.
     """
     total = {name: np.sum(value).item() for name, value in window.items()}
-    own = sorted(total.keys() - {"steps", "examples", "loss", "correct", "nonfinite_step", *OF_STEPS})
+    own = sorted(total.keys() - {"steps", "examples", "loss", "correct", "nonfinite_step", *PER_STEP})
     right = {"exact_match" if task is Task.MULTILABEL else "accuracy": "correct"} if "correct" in total else {}
     of_examples = {"loss": "loss", **right, **{name: name for name in own}}
     means = {
         **{name: total[summed] / total["examples"] for name, summed in of_examples.items()},
-        **{name: total[name] / total["steps"] for name in OF_STEPS},
+        **{name: total[name] / total["steps"] for name in PER_STEP},
     }
     if window["examples"].size > 1:
         for name, summed in of_examples.items():
@@ -201,7 +201,7 @@ def _means(window: dict[str, np.ndarray], task: Task) -> dict[str, float]:
 
 
 def _brief(record: dict[str, float]) -> str:
-    return format_metrics({n: value for n, value in record.items() if n not in OF_STEPS and not n.endswith("_std")})
+    return format_metrics({n: value for n, value in record.items() if n not in PER_STEP and not n.endswith("_std")})
 
 
 def _report(run: Run, digests: Digests, results: Results, monitor: Monitor, began: float) -> None:

@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax import loading, programs
+from imgclf_jax import programs
 from imgclf_jax.core import processes, tree
 from imgclf_jax.data import sampling, sources, stream
 from imgclf_jax.programs import Programs
@@ -21,6 +21,7 @@ from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.train import extension
 from imgclf_jax.train.evaluation import check_targets, open_evals
+from imgclf_jax.trained import load_teacher
 from imgclf_jax.weights import pretrained
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Run:
     cadences: Cadences
     start: int
     state: Any  # a TrainState, and
-    window: Any  # a step.Window, at step `start`
+    window: Any  # a metrics.Sums, at step `start`
 
 
 def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
@@ -57,7 +58,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     base = sources.open_data(config)
     train_source = sources.take_split(base, config.data.train)
     images = stream.as_trained(train_source, config, base)
-    compiling = programs.programs_for_images(_pinned(config, workdir), images, load=loading.load_teacher)
+    compiling = programs.programs_for_images(_pinned(config, workdir), images, load=load_teacher)
     recipe = compiling.recipe
     check_targets(compiling, images)
     compiling.check_best()

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from imgclf_jax import inference, losses, metrics, step
+from imgclf_jax import losses, metrics, step
 from imgclf_jax.augment import ops as augment
 from imgclf_jax.augment import tta
 from imgclf_jax.config import default_config
@@ -69,7 +69,7 @@ def test_logits_are_those_averaged_by_hand(trained, text):
     assert len(views) == {"": 1, "flip": 2, "translate(2)": 3, "flip|translate(1)": 6}[text]
     assert sum(weight for weight, _ in views) == 1
     ops = augment.build(AUGMENT, train=False)
-    probabilities = jax.jit(inference.make_predict_step(e.recipe.model, ops, views))(state.params, {}, IMAGES)
+    probabilities = jax.jit(step.make_inference("predict", e.recipe.model, ops, views))(state.params, {}, IMAGES)
     softmax = np.exp(expected - expected.max(-1, keepdims=True))
     np.testing.assert_allclose(probabilities, softmax / softmax.sum(-1, keepdims=True), atol=1e-5)
 

@@ -12,8 +12,8 @@ import launch
 from imgclf_jax import losses
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
-from imgclf_jax.loading import restore
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.trained import restore
 
 
 class Encoded:

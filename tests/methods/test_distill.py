@@ -10,11 +10,12 @@ import pytest
 from safetensors import numpy as safetensors
 
 import launch
-from imgclf_jax import loading, losses
+from imgclf_jax import losses
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.losses import Task
 from imgclf_jax.methods import Problem
 from imgclf_jax.methods.distill import distill
+from imgclf_jax.trained import load, load_teacher
 
 FLAGS = ("--config.preprocess=decode(1)", "--config.augment=normalize", "--config.batch_size=48",
          "--config.total=4 steps",
@@ -84,7 +85,7 @@ def test_a_student_resumes_to_the_same_bits_and_needs_no_teacher_afterwards(teac
 
     shutil.rmtree(own)
     assert launch.main(["evaluate", f"--workdir={tmp_path / 'whole'}"]) == 0
-    model = loading.load(tmp_path / "whole")
+    model = load(tmp_path / "whole")
     assert model.predict([np.zeros((8, 8), np.uint8)]).shape == (1, 10)
     out = tmp_path / "model.stablehlo"
     assert launch.main(["export", str(out), f"--workdir={tmp_path / 'whole'}"]) == 0
@@ -114,7 +115,7 @@ def test_a_teacher_that_does_not_fit_is_refused_in_one_sentence(teacher, tmp_pat
 
 def test_a_teacher_of_other_classes_is_refused(teacher):
     problem = Problem(10, tuple("abcdefghij"), (8, 8, 1), 1, None, None, None, "normalize", Task.CLASSES, None,
-                      loading.load_teacher)  # fmt: skip
+                      load_teacher)  # fmt: skip
     with pytest.raises(UserError, match=r"method: the teacher .* knows 10 classes"):
         distill(problem, str(teacher)).load_fixed()
 
@@ -135,7 +136,7 @@ def test_the_fixed_arrays_are_an_argument_of_the_program_and_sharded(tmp_path):
         key, _, value = flag.removeprefix("--config.").partition("=")
         c.update_from_flattened_dict({key: value if key not in ("batch_size", "tensorboard") else eval(value)})
     source = sources.take_split(sources.open_data(c), c.data.train)
-    built = programs.programs_for_images(c, stream.as_trained(source, c), load=loading.load_teacher)
+    built = programs.programs_for_images(c, stream.as_trained(source, c), load=load_teacher)
     kernels = [x for x in jax.tree.leaves(built.fixed) if x.shape == (64, 256)]
     assert [x.addressable_shards[0].data.shape for x in kernels] == [(64, 32)]
     assert not [x for x in built.train_step.jaxpr.consts if np.size(x) > 100]
@@ -201,5 +202,5 @@ def test_a_student_is_exported_and_fine_tuned_without_its_regressor(teacher, tmp
         assert train(tuned, f"--config.init_from={source}", "--config.schedule=constant(0.0)") == 0
         said = "4 arrays taken; left out: regressor\n" if source.is_dir() else "4 arrays taken\n"
         assert said in capsys.readouterr().err
-        head = loading.load(tuned).state.params["head"]["kernel"]
+        head = load(tuned).state.params["head"]["kernel"]
         np.testing.assert_array_equal(head, arrays["head.weight"].T)

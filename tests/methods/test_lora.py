@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import launch
-from imgclf_jax import config, loading
+from imgclf_jax import config
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import lora
 from imgclf_jax.methods.lora import Adapted
@@ -24,6 +24,7 @@ from imgclf_jax.models.vit import ViT
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.explain import attribution
 from imgclf_jax.train import setup as train_setup
+from imgclf_jax.trained import load, load_converted
 
 FLAGS = ("--config.preprocess=decode(1)", "--config.augment=normalize", "--config.batch_size=48",
          "--config.total=4 steps", "--config.log_every=2 steps", "--config.eval_every=", "--config.tensorboard=False",
@@ -107,7 +108,7 @@ def runs(tmp_path_factory, request):
 
 
 def test_only_adapters_and_the_head_are_trained_and_have_optimizer_state(runs):
-    base, adapted = (loading.load(workdir) for workdir in runs)
+    base, adapted = (load(workdir) for workdir in runs)
     before = flat({"params": base.state.params, **base.state.model_state})
     for name, x in flat({"params": adapted.state.params, **adapted.state.model_state}).items():
         if "/lora/" in name:
@@ -126,8 +127,8 @@ def test_only_adapters_and_the_head_are_trained_and_have_optimizer_state(runs):
 def test_others_get_merged_weights(runs, tmp_path, capsys):
     """By a file under PyTorch's names, and by `init_from` of the run."""
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
-    wanted = loading.load(runs[1]).logits(images)
-    assert np.abs(wanted - loading.load(runs[0]).logits(images)).max() > 1e-3
+    wanted = load(runs[1]).logits(images)
+    assert np.abs(wanted - load(runs[0]).logits(images)).max() > 1e-3
     file = tmp_path / "merged.safetensors"
     assert launch.main(["export", str(file), f"--workdir={runs[1]}"]) == 0
     assert launch.main(["export", str(tmp_path / "plain.safetensors"), f"--workdir={runs[0]}"]) == 0
@@ -135,10 +136,10 @@ def test_others_get_merged_weights(runs, tmp_path, capsys):
     assert load_file(file).keys() == load_file(tmp_path / "plain.safetensors").keys()
     for source in (file, runs[1]):
         c = config.load_file("configs/digits.py")
-        model = loading.load(runs[1]).config.model
+        model = load(runs[1]).config.model
         c.update_from_flattened_dict({"model": model, "augment": "normalize", "preprocess": "decode(1)",
                                       "init_from": str(source)})  # fmt: skip
-        np.testing.assert_allclose(loading.load_converted(c).logits(images), wanted, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(load_converted(c).logits(images), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_mistakes_get_a_sentence(tmp_path, capsys):
@@ -192,7 +193,7 @@ def test_a_run_keeps_all_promises(more, tmp_path):
 
 @pytest.mark.thorough
 def test_three_seeds_are_three_runs(runs, tmp_path):
-    model = f"--config.model={loading.load(runs[0]).config.model}"
+    model = f"--config.model={load(runs[0]).config.model}"
     keys = model, f"--config.init_from={runs[0]}", "--config.method=lora(rank=2)"
     each = [run(tmp_path / str(seed), *keys, f"--config.seed={seed}")["test"]["loss"] for seed in range(3)]
     together = run(tmp_path / "together", *keys, "--config.num_seeds=3")["test"]["loss"]

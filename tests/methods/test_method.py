@@ -15,7 +15,7 @@ from flax import linen as nn
 from prototypes import Prototypes
 
 import launch
-from imgclf_jax import loading, losses, step
+from imgclf_jax import losses, step
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import Loss, Method
@@ -27,6 +27,7 @@ from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.train import loop as train
+from imgclf_jax.trained import load_teacher
 
 pytestmark = pytest.mark.optimized
 
@@ -272,7 +273,7 @@ def test_a_teacher_is_read_in_training_only(fake_config, tmp_path, capsys):
     run(new, config)
     recorded = json.loads((new / "provenance.json").read_text())["fixed_sha256"]
     assert len(recorded) == 64
-    recipe = Recipe(config, DATA, loading.load_teacher)
+    recipe = Recipe(config, DATA, load_teacher)
     programs = Programs(recipe, sharding.make_mesh(jax.devices()[:1]))
     shapes = [x.aval.shape for x in programs.train_step.jaxpr.jaxpr.constvars]
     assert (144, 8) not in shapes  # the kernel of the teacher

@@ -141,7 +141,7 @@ def test_eight_devices_train_on_the_same_examples(fake_config, mesh):
         programs = Programs(Recipe(fake_config, data), sharding.make_mesh(jax.devices()[:devices], text))
         chunk = {k: np.stack([v] * programs.steps_per_call) for k, v in batch().items()}
         chunk = sharding.put_batch(chunk, programs.mesh, axis=1)
-        after.append(programs.train(programs.init(0)["state"], programs.zero_window(), chunk, np.int32(1))[1])
+        after.append(programs.train(programs.init(0)["state"], programs.zero_sums(), chunk, np.int32(1))[1])
     np.testing.assert_allclose(after[0]["loss"], after[1]["loss"], rtol=1e-5)
     np.testing.assert_allclose(after[0]["grad_norm"], after[1]["grad_norm"], rtol=1e-4)
 

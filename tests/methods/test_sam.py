@@ -186,7 +186,7 @@ def test_eight_devices_take_one_perturbation(fake_config, mesh, spec):
         chunk = {k: np.stack([v] * programs.steps_per_call) for k, v in batch().items()}
         state = programs.init(0)["state"]
         chunk = sharding.put_batch(chunk, programs.mesh, axis=1)
-        after.append(programs.train(state, programs.zero_window(), chunk, np.int32(1)))
+        after.append(programs.train(state, programs.zero_sums(), chunk, np.int32(1)))
     (one, of_one), (eight, of_eight) = after
     np.testing.assert_allclose(of_one["grad_norm"], of_eight["grad_norm"], rtol=1e-5)
     jax.tree.map(

@@ -11,10 +11,10 @@ import pytest
 
 import launch
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.loading import restore
 from imgclf_jax.optim import optimizers
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.trained import restore
 
 PARAMS = {"a": jnp.zeros((200, 50)), "b": jnp.zeros(1000)}
 

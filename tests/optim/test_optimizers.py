@@ -207,7 +207,7 @@ def test_it_trains_and_resumes_bit_for_bit(text, fake_config, tmp_path):
 
     def go(run, first, last):
         """Trains on the steps; the sums are of these alone."""
-        state, sums = programs.put(run["state"]), programs.zero_window()
+        state, sums = programs.put(run["state"]), programs.zero_sums()
         for start in range(first, last, programs.steps_per_call):
             some = batches[start : min(start + programs.steps_per_call, last)]
             chunk = {k: stream.pad_steps(np.stack([b[k] for b in some]), programs.steps_per_call) for k in some[0]}

@@ -14,11 +14,11 @@ import launch
 from imgclf_jax.core import spec, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
-from imgclf_jax.loading import restore
 from imgclf_jax.optim import optimizers, weight_averages
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.train.evaluation import evaluate_all
+from imgclf_jax.trained import restore
 
 STEPS = 40
 GRADS = np.random.default_rng(0).normal(size=(STEPS, 5)).astype(np.float32)

@@ -10,13 +10,13 @@ import pytest
 import launch
 from imgclf_jax.core import sharding
 from imgclf_jax.data import placement, sources, stream
-from imgclf_jax.loading import restore
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import load_data_info
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.train.evaluation import evaluate
+from imgclf_jax.trained import restore
 from imgclf_jax.weights import pretrained
 
 SOURCE = "fake(50, (12, 12, 1), 4)"

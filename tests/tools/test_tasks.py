@@ -16,12 +16,12 @@ import launch
 from imgclf_jax import metrics
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
-from imgclf_jax.loading import restore
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.tools.export import compared
 from imgclf_jax.tools.serve import app
 from imgclf_jax.train.evaluation import evaluate
+from imgclf_jax.trained import restore
 
 N, TRAIN = 304, 240
 FLAGS = ("--config.preprocess=decode(1)", "--config.augment=normalize", "--config.model=mlp(widths=(32,))",

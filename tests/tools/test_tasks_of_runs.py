@@ -11,8 +11,8 @@ from test_tasks import FLAGS, LOSS, expected, outputs_of, printed, refused, runs
 import launch
 from imgclf_jax import losses
 from imgclf_jax.data import sources
-from imgclf_jax.loading import restore
 from imgclf_jax.tools.probe import command as probe
+from imgclf_jax.trained import restore
 
 
 @pytest.mark.parametrize("name", thorough("pairs", "ink", "soft"))

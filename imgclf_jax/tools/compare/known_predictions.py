@@ -17,7 +17,6 @@ import numpy as np
 from imgclf_jax.core import places, processes
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.data import sources
-from imgclf_jax.loading import restore
 from imgclf_jax.losses import Task
 from imgclf_jax.metrics import Predictions
 from imgclf_jax.recipe import check_names
@@ -27,7 +26,7 @@ from imgclf_jax.scores.multilabel import MultilabelScores
 from imgclf_jax.scores.regression import RegressionScores
 from imgclf_jax.tools.evaluate import listing
 from imgclf_jax.train.evaluation import changed, changed_sets, evaluate, open_evals
-from imgclf_jax.trained import Trained
+from imgclf_jax.trained import Trained, restore
 
 log = logging.getLogger(__name__)
 

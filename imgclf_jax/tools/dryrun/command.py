@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
-from imgclf_jax import loading, losses
+from imgclf_jax import losses
 from imgclf_jax.core import rng, sharding
 from imgclf_jax.core.memory import size
 from imgclf_jax.programs import Programs
@@ -20,6 +20,7 @@ from imgclf_jax.recipe import Recipe, check_names
 from imgclf_jax.run import terminal
 from imgclf_jax.run.provenance import write_json
 from imgclf_jax.tools.dryrun import counts, described, estimate, topology
+from imgclf_jax.trained import load_teacher
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def main(config: ConfigDict, chips: topology.Chips, given: dict[str, Any], form:
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
     check_names(config)
     data = described.describe(config, described.Given(**given), losses.needs_class_counts(config.loss))
-    found = report(Programs(Recipe(config, data, loading.load_teacher), mesh), chips)
+    found = report(Programs(Recipe(config, data, load_teacher), mesh), chips)
     path = folder / f"dryrun-{str(chips).replace(':', '-')}.json"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, found)

@@ -14,7 +14,6 @@ from imgclf_jax import losses, metrics, step
 from imgclf_jax.core import processes, rng, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
-from imgclf_jax.loading import load_converted, restore
 from imgclf_jax.losses import Task
 from imgclf_jax.methods import table
 from imgclf_jax.methods.pgd import Attack
@@ -22,6 +21,7 @@ from imgclf_jax.programs import Programs
 from imgclf_jax.run.terminal import format_metrics, track
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.train import evaluation
+from imgclf_jax.trained import load_converted, restore
 
 log = logging.getLogger(__name__)
 

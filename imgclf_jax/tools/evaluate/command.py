@@ -13,7 +13,6 @@ from imgclf_jax import metrics
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
-from imgclf_jax.loading import load_converted, restore, restore_each
 from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.terminal import format_metrics, print_table
@@ -23,6 +22,7 @@ from imgclf_jax.scores import multilabel
 from imgclf_jax.scores.multilabel import MultilabelScores
 from imgclf_jax.tools.evaluate import attacked, by_class, corrupted, listing
 from imgclf_jax.train.evaluation import compare_with_record, evaluate, evaluate_all, open_evals
+from imgclf_jax.trained import load_converted, restore, restore_each
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ from imgclf_jax import metrics
 from imgclf_jax.core import processes, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
-from imgclf_jax.loading import load_converted, restore
 from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.terminal import print_table, track
@@ -22,6 +21,7 @@ from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.evaluate import corruptions
 from imgclf_jax.tools.evaluate.chosen_corruptions import WITHOUT_FROST, parse
 from imgclf_jax.train import evaluation
+from imgclf_jax.trained import load_converted, restore
 
 CLEAN = ("clean", 0)
 Key = tuple[str, int]  # a corruption and its severity

@@ -10,7 +10,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from imgclf_jax import loading
 from imgclf_jax.cli import inputs
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError, unknown
@@ -20,7 +19,7 @@ from imgclf_jax.run import terminal
 from imgclf_jax.run.provenance import write_atomically
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.explain.explanations import build, drawn
-from imgclf_jax.trained import report_host_ops
+from imgclf_jax.trained import load_trained, report_host_ops
 
 Record = dict[str, Any]
 
@@ -40,7 +39,7 @@ def main(
     """
     images = inputs.find("explain", paths)
     wanted = others["class"]
-    model = loading.load_trained(config, workdir, checkpoint)
+    model = load_trained(config, workdir, checkpoint)
     model.programs.check_predicts()
     report_host_ops(model.programs)
     numbers = model.task is Task.REGRESSION

@@ -12,14 +12,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax import loading
 from imgclf_jax.core import processes, sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.inference import Outputs
 from imgclf_jax.run.provenance import write_atomically
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared, onnx, saved_model, stablehlo, torch_state
-from imgclf_jax.trained import Trained
+from imgclf_jax.trained import Trained, load_trained
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ def main(config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoi
     for path in paths:
         if path.suffix == ".savedmodel":
             saved_model.check(path)
-    model = loading.load_trained(config, workdir, checkpoint)
+    model = load_trained(config, workdir, checkpoint)
     with contextlib.ExitStack() as stack:
         if processes.index():  # all compute what the file is compared with, process 0 keeps the file
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

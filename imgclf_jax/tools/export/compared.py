@@ -8,8 +8,8 @@ import numpy as np
 from imgclf_jax import losses
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.inference import Outputs
 from imgclf_jax.losses import Task
+from imgclf_jax.step import Outputs
 from imgclf_jax.trained import Trained
 
 _IMAGES = 5

@@ -19,7 +19,7 @@ from jax._src.interpreters import partial_eval  # of which `dce_jaxpr` has no pu
 
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.inference import Outputs
+from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared
 from imgclf_jax.trained import Trained
 

@@ -24,7 +24,7 @@ from jax.extend.mlir.dialects import stablehlo as dialect
 
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.tensorflow_import import tensorflow
-from imgclf_jax.inference import Outputs
+from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared, stablehlo
 from imgclf_jax.trained import Trained
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax import export
 
 from imgclf_jax.core import platform, sharding, tree
-from imgclf_jax.inference import Outputs
+from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared
 from imgclf_jax.trained import Trained
 

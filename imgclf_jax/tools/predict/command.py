@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 from ml_collections import ConfigDict
 
-from imgclf_jax import loading
 from imgclf_jax.cli import inputs
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
@@ -20,7 +19,7 @@ from imgclf_jax.data import image_check
 from imgclf_jax.losses import Task
 from imgclf_jax.run import terminal
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.trained import report_host_ops
+from imgclf_jax.trained import load_trained, report_host_ops
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ def main(
     config's source. The loss says what probabilities are (see `losses.Link`): after `sigmoid` they do not add up to 1.
     """
     images = inputs.find("predict", paths)
-    model = loading.load_trained(config, workdir, checkpoint)
+    model = load_trained(config, workdir, checkpoint)
     report_host_ops(model.programs)
     names, several = model.class_names, model.task is Task.MULTILABEL
     top_k, least = min(top_k, len(names)), model.thresholds(threshold)

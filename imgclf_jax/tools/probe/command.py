@@ -14,13 +14,12 @@ from ml_collections import ConfigDict
 from imgclf_jax.core import memory, processes, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
-from imgclf_jax.loading import load_converted, restore
 from imgclf_jax.run import terminal
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.scores.classification import predicted_classes
 from imgclf_jax.tools.probe import accuracy_plot, feature_sets, probing
 from imgclf_jax.train.evaluation import compare_with_record, open_evals
-from imgclf_jax.trained import Trained
+from imgclf_jax.trained import Trained, load_converted, restore
 
 log = logging.getLogger(__name__)
 

@@ -16,12 +16,11 @@ from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable, utf8
 from imgclf_jax.data import sources
-from imgclf_jax.loading import load_converted, restore
 from imgclf_jax.run import terminal
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.probe import embeddings, feature_sets
 from imgclf_jax.train.evaluation import compare_with_record, open_evals, open_set
-from imgclf_jax.trained import Trained, report_host_ops
+from imgclf_jax.trained import Trained, load_converted, report_host_ops, restore
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.loading import restore
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run import records
 from imgclf_jax.run.provenance import read_json
@@ -16,6 +15,7 @@ from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.pages.html import write
 from imgclf_jax.tools.report import page as report_page
 from imgclf_jax.tools.report.findings import Findings, find
+from imgclf_jax.trained import restore
 
 log = logging.getLogger(__name__)
 

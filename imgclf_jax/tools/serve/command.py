@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
-from imgclf_jax import loading
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.losses import Task
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.explain.explanations import build, drawn, predict
-from imgclf_jax.trained import Trained, not_finite, report_host_ops
+from imgclf_jax.trained import Trained, load_trained, not_finite, report_host_ops
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ def main(config: ConfigDict, workdir: Workdir | None, checkpoint: str, host: str
     from imgclf_jax.tools.serve import app
     from imgclf_jax.tools.serve.connections import server_settings
 
-    model = loading.load_trained(config, workdir, checkpoint)
+    model = load_trained(config, workdir, checkpoint)
     model.programs.check_predicts()
     report_host_ops(model.programs)
     local = _is_loopback(host)

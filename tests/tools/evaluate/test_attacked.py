@@ -10,13 +10,13 @@ import pytest
 import launch
 from imgclf_jax.core import sharding
 from imgclf_jax.data import sources
-from imgclf_jax.loading import restore
 from imgclf_jax.methods import table
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.evaluate import attacked
 from imgclf_jax.train.evaluation import open_evals
+from imgclf_jax.trained import restore
 
 EPS = 0.15
 FGSM = f"pgd(eps={EPS}, steps=1, step_size={EPS}, random_start=False)"

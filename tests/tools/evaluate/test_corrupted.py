@@ -12,13 +12,12 @@ import launch
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
-from imgclf_jax.loading import restore
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.evaluate import corrupted, corruptions, frost
 from imgclf_jax.train.evaluation import open_evals
-from imgclf_jax.trained import Trained
+from imgclf_jax.trained import Trained, restore
 
 SETTINGS = ("--config.preprocess=decode(1)", "--config.augment=normalize", "--config.model=mlp(widths=(16,))",
             "--config.batch_size=96", "--config.total=6 epochs", "--config.num_seeds=2",

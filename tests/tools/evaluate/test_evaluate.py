@@ -13,7 +13,6 @@ import launch
 from imgclf_jax import metrics
 from imgclf_jax.core import sharding
 from imgclf_jax.data import sources
-from imgclf_jax.loading import restore
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -21,6 +20,7 @@ from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.scores import classification as scores
 from imgclf_jax.train.evaluation import evaluate
+from imgclf_jax.trained import restore
 
 pytestmark = pytest.mark.optimized
 

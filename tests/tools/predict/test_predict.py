@@ -16,9 +16,9 @@ from tolerance import rounding
 import launch
 from imgclf_jax.data import decode, sources
 from imgclf_jax.data.decode import resize
-from imgclf_jax.loading import restore
 from imgclf_jax.models import classifier
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.trained import restore
 
 ROOT = Path(__file__).parents[3]
 COUNT = 100

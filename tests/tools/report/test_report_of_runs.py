@@ -14,9 +14,9 @@ from PIL import Image
 from test_report import NAMES, Page, reported, text, trained  # noqa: F401  fixtures
 
 import launch
-from imgclf_jax.loading import load
 from imgclf_jax.tools.explain import attribution, heatmap
 from imgclf_jax.tools.report import findings as report_findings
+from imgclf_jax.trained import load
 
 pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.thorough]
 
