@@ -61,11 +61,10 @@ def init_state(
 ) -> TrainState:
     """The state at step 0. Pure, so it works under `jit` and `eval_shape`.
 
-    Args:
-        image_shape: (h, w, c).
-        images: f32[n, h, w, c], for a backbone that has `init_on_images(params, images) -> params`.
-        weights: replace random initial values, by path: {"params/head/bias": …, "batch_stats/…": …}.
-        head: False for a method that trains no head: the head then has no parameters.
+    - `image_shape` is (h, w, c).
+    - `images` f32[n, h, w, c] are for a backbone that has `init_on_images(params, images) -> params`.
+    - `weights` replace random initial values, by path: {"params/head/bias": …, "batch_stats/…": …}.
+    - Without `head`, for a method that trains none, the head has no parameters.
     """
     zeros = jnp.zeros((1, *image_shape), jnp.float32)
     kept = DenyList(("intermediates", *SOWN))
@@ -135,12 +134,11 @@ def make_train_step(
     A batch is {"image": uint8[b, h, w, c], "label": i32[b] or "target": f32[b, k]}, with "id" and "epoch" i32[b] where
     `augment` or the method needs them.
 
-    Args:
-        method: a `Method`, or a loss of logits and labels for supervised learning.
-        accumulate: number of gradient-accumulation microbatches. The gradient is the mean of theirs, which is that of
-            the whole batch but for BatchNorm statistics and dropout masks.
-        shard: wraps the gradient function of a microbatch, to all-gather sharded parameters.
-        gradient: wraps the gradient function of the whole batch: see `methods.gradients`.
+    - `method` is a `Method`, or a loss of logits and labels for supervised learning.
+    - `accumulate` is the number of gradient-accumulation microbatches. The gradient is the mean of theirs, which is
+      that of the whole batch but for BatchNorm statistics and dropout masks.
+    - `shard` wraps the gradient function of a microbatch, to all-gather sharded parameters.
+    - `gradient` wraps the gradient function of the whole batch: see `methods.gradients`.
 
     The sums are metrics of this step: `loss`, `examples` and `correct` over the batch; `steps`, `grad_norm` (before
     clipping), `param_norm` (after the update) and `learning_rate`; the method's metrics and those that modules sow
