@@ -79,7 +79,7 @@ def find(recipe: Recipe) -> None:
     trace("schedule", lambda step: optimizers.promoting(recipe.schedule)(step), jax.ShapeDtypeStruct((), "int32"))
     trace("augment", draw, images, labels)
     trace("mix", mix, images, labels)
-    trace("model", lambda: recipe.model.init(rng.key(0, "init"), zeros, train=False))
+    trace("model", lambda: recipe.model.init(rng.init_streams(rng.key(0, "init")), zeros, train=False))
     trace("loss", lambda logits, labels: recipe.loss(logits, labels), logits, wanted)
     trace("optimizer", init_and_update)
 

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax import losses, metrics
 from imgclf_jax.augment import mixing, ops, tta
+from imgclf_jax.core import rng, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import extra
 from imgclf_jax.methods import Method, Problem, gradients
@@ -89,9 +90,11 @@ class Recipe:
 
         def init() -> None:  # flax notes parameters in their order; a JAX transformation would return them sorted
             images = jnp.zeros((1, *self.data.image_shape), jnp.float32)
-            variables = self.model.init(jax.random.key(0), images, train=False)  # any key: only shapes are kept
-            found.update({k: v.shape for k, v in traverse_util.flatten_dict(variables["params"], sep="/").items()
-                          if self.method.predicts or not k.startswith("head/")})  # fmt: skip
+            # Any key: only shapes are kept.
+            params = self.model.init(rng.init_streams(jax.random.key(0)), images, train=False)["params"]
+            shapes = {tree.join(path): x.shape for path, x in traverse_util.flatten_dict(params).items()}
+            found.update({name: shape for name, shape in shapes.items()
+                          if self.method.predicts or not name.startswith("head/")})  # fmt: skip
 
         with classifier.bounded():
             jax.eval_shape(init)

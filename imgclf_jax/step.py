@@ -68,7 +68,7 @@ def init_state(
     """
     zeros = jnp.zeros((1, *image_shape), jnp.float32)
     kept = DenyList(("intermediates", *SOWN))
-    variables = dict(model.init(rng.key(seed, "init"), zeros, train=False, mutable=kept))
+    variables = dict(model.init(rng.init_streams(rng.key(seed, "init")), zeros, train=False, mutable=kept))
     if not head:
         variables["params"] = {name: value for name, value in variables["params"].items() if name != "head"}
     if images is not None:
@@ -152,7 +152,7 @@ def make_train_step(
 
     def loss_fn(params: Any, model_state: Any, part: Batch, key: jax.Array, fixed: Any) -> tuple[jax.Array, Any]:
         apply = apply_function(learned.loss, model, mutable=[*model_state, *SOWN])
-        rngs = {"dropout": key, "params": rng.fold(key, "params")}  # linen draws its other rng streams from "params"
+        rngs = {"dropout": key, **rng.init_streams(rng.fold(key, "params"))}  # other streams are drawn from these
         out, changed = apply({"params": params, **model_state}, part, fixed, rngs=rngs)
         losses, sown = (changed.get(name, {}) for name in SOWN)
         model_state = {name: value for name, value in changed.items() if name not in SOWN}

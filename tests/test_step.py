@@ -143,9 +143,10 @@ class Noisy(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        drawn = self.variable("drawn", "noise", jnp.zeros, (3,))
+        draw = lambda: jax.random.normal(self.make_rng("noise"), (3,))  # noqa: E731
+        drawn = self.variable("drawn", "noise", draw)
         if train:
-            drawn.value = jax.random.normal(self.make_rng("noise"), (3,))
+            drawn.value = draw()
         x = nn.Dropout(0.5, rng_collection="dropout", deterministic=not train)(jnp.mean(x, (1, 2)))
         return x + jnp.sum(drawn.value)
 
@@ -159,6 +160,7 @@ def test_a_module_draws_from_a_stream_of_its_own():
         return np.asarray(state.model_state["drawn"]["backbone"]["noise"])
 
     first, _ = train_step(state, batch())
+    assert (noise(state) != noise(first)).all()  # which `init` drew
     second, _ = train_step(first, batch())
     again, _ = train_step(state.replace(step=jnp.int32(1)), batch())
     other, _ = train_step(state.replace(seed=jnp.uint32(1)), batch())

@@ -27,6 +27,14 @@ def fold(key: jax.Array, name: str, number: jax.Array | int = 0) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, name_hash(name)), number)
 
 
+def init_streams(key: jax.Array) -> dict[str, jax.Array]:
+    """The rng streams that a model is initialized with: linen modules draw from "params", nnx ones from "default" too.
+
+    Linen takes "params" for a stream that is not there, such as that of `make_rng("noise")`, and nnx takes "default".
+    """
+    return {"params": key, "default": fold(key, "default")}
+
+
 def generator(seed: int, name: str, position: int) -> np.random.Generator:
     """The NumPy generator for one host-side draw, such as the crop of the example at a global stream position.
 

@@ -17,6 +17,11 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return sorted(((_name(path), leaf) for path, leaf in leaves), key=lambda pair: pair[0])
 
 
+def join(path: Iterable[Any]) -> str:
+    """The name of the leaf at these keys; an `nnx.List` numbers its modules."""
+    return "/".join(map(str, path))
+
+
 def map_named(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """`jax.tree.map` with the leaf's path, as in `named_leaves`, as the function's first argument."""
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(_name(path), *leaves), tree, *others)

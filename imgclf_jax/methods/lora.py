@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from imgclf_jax.core import rng, spec
+from imgclf_jax.core import rng, spec, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import Method, Problem
 from imgclf_jax.methods.supervised import supervised
@@ -76,7 +76,7 @@ class Adapted(nn.Module):
 
 def choose(params: Mapping[str, Any], pattern: str) -> dict[str, tuple[int, ...]]:
     """The shape of each kernel of a backbone whose path, after `backbone/`, matches the pattern. Raises UserError."""
-    shapes = {f"backbone/{name}": x.shape for name, x in traverse_util.flatten_dict(params, sep="/").items()}
+    shapes = {f"backbone/{tree.join(path)}": x.shape for path, x in traverse_util.flatten_dict(params).items()}
     found = rules.match([(part, True) for part in rules.split(pattern)], list(shapes), "method: lora(pattern)")
     for name in found:
         if not name.endswith("/kernel") or len(shapes[name]) < 2:
@@ -97,13 +97,16 @@ def init_adapters(key: jax.Array, kernels: Mapping[str, tuple[int, ...]], rank: 
 
 def add(params: Mapping[str, Any], adapters: Mapping[str, Any], scale: float) -> dict[str, Any]:
     """A backbone's parameters with each adapted kernel W replaced by W + scale * A B, without the adapters."""
-    flat = traverse_util.flatten_dict({name: x for name, x in params.items() if name != _ADAPTERS}, sep="/")
-    pairs = traverse_util.flatten_dict(adapters, sep="/")
-    for path in {name.rpartition("/")[0] for name in pairs}:
-        kernel = flat[path]
+    pairs = dict(tree.named_leaves(adapters))
+
+    def merged(path: str, x: Any) -> Any:
+        if f"{path}/a" not in pairs:
+            return x
         product = jnp.matmul(pairs[f"{path}/a"], pairs[f"{path}/b"], precision="float32")
-        flat[path] = kernel + scale * product.reshape(kernel.shape)
-    return traverse_util.unflatten_dict(flat, sep="/")
+        return x + scale * product.reshape(x.shape)
+
+    plain: dict[str, Any] = tree.map_named(merged, {name: x for name, x in params.items() if name != _ADAPTERS})
+    return plain
 
 
 def merge(variables: Mapping[str, Any], scale: float) -> dict[str, Any]:

@@ -4,8 +4,9 @@ import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -57,9 +58,10 @@ class Classifier(nn.Module):
 def build(text: str, num_classes: int, precision: str) -> Classifier:
     """The Classifier over the backbone that a spec such as `cnn(widths=(32, 64))` names.
 
-    A backbone with a `dtype` field gets `precision` ("float32" or "bfloat16"), unless the spec says its own. Every
-    spec may have the argument `head_init`, which is no argument of the backbone: the text of one of HEAD_INITS, such as
-    'zeros' or 'normal(0.01)'. Raises UserError for any other, and for a width or another size below 1.
+    A backbone is a linen or an nnx module. One with a `dtype` field (nnx: a parameter of its constructor) gets
+    `precision` ("float32" or "bfloat16"), unless the spec says its own. Every spec may have the argument `head_init`,
+    which is no argument of the backbone: the text of one of HEAD_INITS, such as 'zeros' or 'normal(0.01)'. Raises
+    UserError for any other, and for a width or another size below 1.
     """
     call = spec.parse_one(text)
     head_init = call.kwargs.get("head_init", "glorot_uniform")
@@ -67,13 +69,31 @@ def build(text: str, num_classes: int, precision: str) -> Classifier:
         raise UserError(f"model={text!r}: head_init={head_init!r} is not a text, such as 'zeros' or 'normal(0.01)'")
     make_init = spec.bind(spec.parse_one(head_init), HEAD_INITS, "head_init")
     own = {name: value for name, value in call.kwargs.items() if name != "head_init"}
-    make = parts.bind(spec.Call(call.name, call.args, own), parts.Part(BACKBONES), "model")
+    backbone = _backbone(spec.Call(call.name, call.args, own), text, jnp.dtype(precision))
+    return Classifier(backbone, num_classes, head_init=make_init())
+
+
+def _backbone(call: spec.Call, text: str, dtype: Any) -> nn.Module:
+    if _is_nnx(made := spec.lookup(call, BACKBONES, "model")):
+        from imgclf_jax.models.from_nnx import constructor
+
+        named = spec.Call(made.__name__, call.args, call.kwargs)
+        make = spec.bind(named, {named.name: constructor(made)}, "model")
+        fields: Collection[str] = inspect.signature(make.func).parameters
+    else:
+        make = parts.bind(call, parts.Part(BACKBONES), "model")
+        fields = getattr(make.func, "__dataclass_fields__", ())
     if call.name in BACKBONES:
         _check_sizes(text, make)
-    settings: dict[str, Any] = {}
-    if "dtype" in getattr(make.func, "__dataclass_fields__", {}) and "dtype" not in make.keywords:
-        settings["dtype"] = jnp.dtype(precision)
-    return Classifier(make(**settings), num_classes, head_init=make_init())
+    settings = {"dtype": dtype} if "dtype" in fields and "dtype" not in make.keywords else {}
+    backbone: nn.Module = make(**settings)
+    return backbone
+
+
+def _is_nnx(made: Any) -> TypeGuard[type[Any]]:
+    """Whether a spec names an nnx module. Its file has imported `flax.nnx`, which takes a second."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and inspect.isclass(made) and issubclass(made, nnx.Module)
 
 
 def _check_sizes(text: str, make: functools.partial[Any]) -> None:

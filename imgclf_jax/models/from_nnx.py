@@ -1,0 +1,46 @@
+"""An `nnx.Module` as a backbone: linen's interface over `flax.nnx.bridge.ToLinen`.
+
+Imported only where a model is an nnx one, since `flax.nnx` takes a second to import.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.core import FrozenDict
+
+
+class FromNnx(nnx.bridge.ToLinen):
+    """A linen module that constructs an nnx module and calls it, in training or in evaluation mode.
+
+    Parameters lie in "params" and the statistics of `nnx.BatchNorm` in "batch_stats", by nnx's paths. The streams of
+    `nnx.Rngs` come from linen's: one that linen was not given, such as "noise", falls back to "default".
+    """
+
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:  # type: ignore[override]
+        features: jax.Array = super().__call__(x, nnx_method=functools.partial(_call, train=train))
+        return features
+
+
+def _call(module: nnx.Module, x: jax.Array, train: bool) -> Any:
+    if train:
+        module.train()  # Dropout draws, and BatchNorm takes the statistics of the batch
+    else:
+        module.eval()
+    call: Any = module
+    return call(x, train=train) if "train" in inspect.signature(type(module).__call__).parameters else call(x)
+
+
+def constructor(nnx_class: type[nnx.Module]) -> Callable[..., FromNnx]:
+    """The function of the arguments of the class, without `rngs`, that returns the backbone."""
+    signature = inspect.signature(nnx_class.__init__)  # nnx's metaclass hides it
+    own = [p for name, p in signature.parameters.items() if name not in ("self", "rngs")]
+
+    def make(*args: Any, **kwargs: Any) -> FromNnx:
+        return FromNnx(nnx_class, args, FrozenDict(kwargs), "rngs" not in signature.parameters, metadata_fn=None)
+
+    make.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    return make

@@ -1,0 +1,160 @@
+"""An nnx module as a backbone, beside its linen twin: with equal parameters they train alike."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import launch
+from imgclf_jax import losses, recipe, step
+from imgclf_jax.config import default_config
+from imgclf_jax.core import tree
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.models import classifier
+from imgclf_jax.run.provenance import DataInfo, parse_json
+
+SHAPE, WIDTH = (4, 4, 1), 3
+SPEC = f"{__name__}:Nnx(width={WIDTH})"
+
+
+class Nnx(nnx.Module):
+    def __init__(self, width=4, dropout=0.0, *, dtype=jnp.float32, rngs):
+        self.conv = nnx.Conv(1, width, (3, 3), dtype=dtype, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, momentum=0.8, dtype=dtype, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(width, width, dtype=dtype, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, x):
+        x = self.dropout(jnp.mean(nnx.gelu(self.norm(self.conv(x))), (1, 2)))
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Noisy(nnx.Module):
+    """Draws from one stream in training: that of dropout, or one of another name."""
+
+    def __init__(self, stream, *, rngs):
+        self.dropout = nnx.Dropout(0.5 if stream == "dropout" else 0.0, rngs=rngs)
+        self.noisy, self.deterministic, self.rngs = stream == "noise", False, rngs
+
+    def __call__(self, x):
+        x = self.dropout(x.reshape(len(x), -1))
+        return x if self.deterministic or not self.noisy else x + jax.random.normal(self.rngs.noise(), x.shape)
+
+
+class Linen(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(self.width, (3, 3), name="conv")(x)
+        x = nn.gelu(nn.BatchNorm(not train, momentum=0.8, name="norm")(x))
+        x = jnp.mean(x, (1, 2))
+        for i in range(2):
+            x = nn.Dense(self.width, name=f"layers_{i}")(x)
+        return x
+
+
+class TakesTrain(nnx.Module):
+    """Draws nothing at its making, and is told whether it trains."""
+
+    def __init__(self, factor: float):
+        self.factor = factor
+
+    def __call__(self, x, train):
+        return jnp.mean(x, (1, 2)) * (self.factor if train else 1.0)
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    return {"image": rng.integers(256, size=(8, *SHAPE), dtype=np.uint8), "label": rng.integers(0, 3, 8, np.int32)}
+
+
+def start(model, accumulate=1):
+    """(initial state, compiled train step) of plain SGD."""
+    optimizer = optax.sgd(0.5)
+    scale = lambda key, images: images.astype(jnp.float32) / 255  # noqa: E731
+    train_step = step.make_train_step(
+        model, losses.softmax, optimizer, optax.constant_schedule(0.5), scale, accumulate=accumulate
+    )
+    return jax.jit(lambda: step.init_state(model, optimizer, SHAPE, 0))(), jax.jit(train_step)
+
+
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.thorough)])
+def test_it_trains_as_its_linen_twin(accumulate):
+    """Losses, gradients and batch statistics; nnx numbers the layers of a list, where linen's have names."""
+    state, train_step = start(classifier.build(SPEC, 3, "float32"), accumulate)
+    twin, twin_step = start(classifier.Classifier(Linen(WIDTH), 3), accumulate)
+
+    def as_nnx(named):
+        return {name.replace("layers_", "layers/"): x for name, x in tree.named_leaves(named)}
+
+    assert as_nnx(twin.params).keys() == dict(tree.named_leaves(state.params)).keys()
+    assert as_nnx(twin.model_state).keys() == dict(tree.named_leaves(state.model_state)).keys()
+    state = state.replace(params=tree.replace(state.params, as_nnx(twin.params)))
+    for _ in range(2):  # an update of plain SGD is the gradient
+        state, sums = train_step(state, batch())
+        twin, twin_sums = twin_step(twin, batch())
+        np.testing.assert_allclose(sums["loss"], twin_sums["loss"], rtol=1e-6)
+        for own, other in ((state.params, twin.params), (state.model_state, twin.model_state)):
+            expected = as_nnx(other)
+            for name, x in tree.named_leaves(own):
+                np.testing.assert_allclose(x, expected[name], rtol=0, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("stream", ["dropout", "noise"])
+def test_its_streams_follow_from_seed_and_step(stream):
+    """Dropout, and a stream of another name; evaluation draws nothing."""
+    model = classifier.build(f"{__name__}:Noisy({stream!r})", 3, "float32")
+    state, train_step = start(model)
+
+    def loss(seed, step):
+        _, sums = train_step(state.replace(seed=jnp.uint32(seed), step=jnp.int32(step)), batch())
+        return float(sums["loss"])
+
+    assert loss(0, 0) == loss(0, 0)
+    assert len({loss(0, 0), loss(0, 1), loss(0, 2), loss(1, 0)}) == 4
+    variables, images = {"params": state.params, **state.model_state}, jnp.ones((2, *SHAPE))
+    np.testing.assert_array_equal(model.apply(variables, images), model.apply(variables, images))
+
+
+def test_what_the_constructor_and_the_call_take():
+    built = classifier.build(f"{__name__}:TakesTrain(3.0)", 2, "float32")
+    x = jnp.ones((2, *SHAPE))
+    assert float(built.backbone.apply({}, x, train=True)[0, 0]) == 3.0 * float(built.backbone.apply({}, x)[0, 0]) == 3.0
+    found = recipe.Recipe(config_of(precision="bfloat16"), DataInfo(8, SHAPE, tuple("abc"), ""))
+    assert found.backbone.kwargs["dtype"] == jnp.bfloat16
+    assert [name for name in found.parameters if "layers" in name][:2] == [
+        "backbone/layers/0/bias", "backbone/layers/0/kernel"]  # fmt: skip
+    with pytest.raises(UserError, match=r"Nnx\(depth=2\)'.*unknown argument 'depth'.*allowed: dropout, dtype, width$"):
+        classifier.build(f"{__name__}:Nnx(depth=2)", 3, "float32")
+
+
+def config_of(**keys):
+    config = default_config()
+    config.model = SPEC
+    config.update(keys)
+    return config
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("flags", [
+    ("--config.num_seeds=2", "--config.accumulate=2"),
+    ("--config.method=lora(rank=2)",),
+])  # fmt: skip
+def test_a_run_goes_on_with_the_same_bits(flags, tmp_path):
+    """With dropout, batch norm and a list of layers in its checkpoints, several seeds, and updates of low rank."""
+    common = [f"--config.model={__name__}:Nnx(width=4, dropout=0.5)", *flags, "--config.batch_size=16",
+              "--config.schedule=constant(0.1)", "--config.data.source=fake(64, (8, 8, 1), 4)",
+              "--config.preprocess=decode(1)", "--config.augment="]  # fmt: skip
+
+    def run(name, total, *more):
+        assert launch.main([*common, f"--workdir={tmp_path / name}", f"--config.total={total} steps", *more]) == 0
+        return parse_json((tmp_path / name / "result.json").read_text())["params_sha256"]
+
+    assert run("twice", 3) != run("once", 6) == run("twice", 6, "--extend")
+    assert launch.main(["evaluate", f"--workdir={tmp_path / 'once'}", "--trust"]) == 0
