@@ -81,24 +81,38 @@ TOOLS = (
 
 
 def prototypes(problem: Any, weight: float = 0.1) -> Method:
-    """Labelled images learn their class, unlabelled ones to lie near a prototype: state, two streams, a metric."""
+    """A user's method that uses all a method may: state, two streams, inputs, metrics, an evaluation, fixed arrays.
+
+    Labeled images learn their class and lie near its prototype, in a noisy view; unlabeled ones near any prototype.
+    """
+
+    def inputs(key: jax.Array, batch: Any, augment: Any) -> Any:
+        assert {"image", "label", "id", "epoch", "step", "unlabeled"} <= batch.keys()
+        first, second, noise = jax.random.split(key, 3)
+        noisy = augment(second, batch["image"]) + 0.1 * jax.random.normal(noise, batch["image"].shape)
+        return {**batch, "image": augment(first, batch["image"]), "noisy": noisy}
 
     def loss(model: Any, batch: Any, fixed: Any) -> Loss:
-        features = model.features(batch["image"], train=True)
-        logits = model.head(features)
-        means, projected = model.means.value, model.projector(features)
+        logits = model.head(model.features(batch["image"], train=True))
+        means, projected = model.means.value, model.projector(model.features(batch["noisy"], train=True))
         own = jax.nn.one_hot(batch["label"], problem.classes)
         counts = own.sum(0)[:, None]
         seen = jnp.where(counts > 0, own.T @ projected / jnp.maximum(counts, 1), means)
         model.means.value = jax.lax.stop_gradient(0.9 * means + 0.1 * seen)
+        distance = jnp.sum((projected - means[batch["label"]]) ** 2, -1)
         others = model.projector(model.features(batch["unlabeled"]["image"], train=True))
-        nearest = jnp.min(jnp.sum((others[:, None] - means) ** 2, -1), -1)
-        return Loss(problem.supervised(logits, batch) + weight * jnp.mean(nearest), logits, {"nearest": nearest})
+        nearest = jnp.mean(jnp.min(jnp.sum((others[:, None] - means) ** 2, -1), -1))
+        values = problem.supervised(logits, batch) + weight * (distance + nearest)
+        return Loss(values, logits, {"nearest": nearest, "distance": distance, "fixed": jnp.mean(fixed["offset"])})
 
     def model(backbone: nn.Module, problem: Any) -> nn.Module:
         return Prototypes(backbone, problem.classes, head_init=problem.head_init)
 
-    return Method(loss, model=model)
+    def evaluate(model: Any, batch: Any, fixed: Any) -> dict[str, jax.Array]:
+        projected = model.projector(model.features(batch["image"]))
+        return {"spread": jnp.sum((projected - model.means.value[batch["label"]]) ** 2, -1) + fixed["offset"][0]}
+
+    return Method(loss, inputs, model, evaluate, fixed=lambda: {"offset": np.arange(3, dtype=np.float32)})
 
 
 class Check:

@@ -21,7 +21,7 @@ FLAGS = ("--config.preprocess=decode(1)", "--config.augment=normalize", "--confi
          "--config.total=4 steps",
          "--config.log_every=2 steps", "--config.eval_every=", "--config.checkpoint_every=2 steps",
          "--config.tensorboard=False", "--config.schedule=constant(1e-2)")  # fmt: skip
-LEARN = "--config.method=distill('{}', features=0.1, width=24)"
+LEARN = "--config.method=distill('{}', features=0.1, width=256)"
 
 
 def train(workdir, *flags, model="mlp(widths=(8,))"):
@@ -31,7 +31,7 @@ def train(workdir, *flags, model="mlp(widths=(8,))"):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("teacher") / "run"
-    assert train(workdir, model="mlp(widths=(24,))") == 0
+    assert train(workdir, model="mlp(widths=(256,))") == 0  # smaller arrays are not sharded
     return workdir
 
 
@@ -66,34 +66,29 @@ def test_the_loss_is_that_of_hinton_and_of_fitnets():
 
 
 def test_a_student_resumes_to_the_same_bits_and_needs_no_teacher_afterwards(teacher, tmp_path, capsys):
-    own = tmp_path / "teacher"
+    own, student = tmp_path / "teacher", tmp_path / "student"
     shutil.copytree(teacher, own)
     method = LEARN.format(own)
-    assert train(tmp_path / "whole", method) == 0
-    assert train(tmp_path / "resumed", method) == 0
-    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
-    (tmp_path / "resumed" / "result.json").unlink()
-    assert train(tmp_path / "resumed", method) == 0
-    assert digest(tmp_path / "whole") == digest(tmp_path / "resumed")
-
-    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
-    (tmp_path / "resumed" / "result.json").unlink()
-    shutil.rmtree(own)
-    assert train(own, "--config.seed=1", model="mlp(widths=(24,))") == 0  # another teacher in its place
-    assert train(tmp_path / "resumed", method) == 1
+    assert train(student, method) == 0
+    whole = digest(student)
+    for step in ("resumed", "refused"):
+        shutil.rmtree(student / "checkpoints" / "4")
+        (student / "result.json").unlink()
+        if step == "resumed":
+            assert train(student, method) == 0
+            assert digest(student) == whole
+    shutil.rmtree(own / "checkpoints" / "4")  # another teacher in its place: that of step 2
+    assert train(student, method) == 1
     assert "its fixed arrays have changed since the run" in capsys.readouterr().err
-
     shutil.rmtree(own)
-    assert launch.main(["evaluate", f"--workdir={tmp_path / 'whole'}"]) == 0
-    model = load(tmp_path / "whole")
-    assert model.predict([np.zeros((8, 8), np.uint8)]).shape == (1, 10)
-    out = tmp_path / "model.stablehlo"
-    assert launch.main(["export", str(out), f"--workdir={tmp_path / 'whole'}"]) == 0
+    assert launch.main(["evaluate", f"--workdir={student}"]) == 0
 
 
-def test_a_teacher_of_own_code_is_refused_with_what_to_do(tmp_path, capsys):
+def test_a_teacher_of_own_code_is_refused_with_what_to_do(teacher, tmp_path, capsys):
     """`train` has no flag that trusts a work directory."""
-    assert train(tmp_path / "teacher", model="smooth_net:Smooth()") == 0
+    shutil.copytree(teacher, tmp_path / "teacher")
+    config = tmp_path / "teacher" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model": "smooth_net:Smooth()"}))
     assert train(tmp_path / "student", LEARN.format(tmp_path / "teacher")) == 1
     said = capsys.readouterr().err
     assert "if you trust both, a method of your own may call problem.load(run, trust=True)" in said
@@ -103,7 +98,7 @@ def test_a_teacher_of_own_code_is_refused_with_what_to_do(tmp_path, capsys):
 @pytest.mark.parametrize(("flags", "words"), [
     (("--config.preprocess=decode(1)|resize(6)",), "give both the same preprocess"),
     (("--config.augment=normalize(mean=(0.1,), std=(0.5,))",), "with 'normalize' in augment"),
-    (("--config.method=distill('{}', features=1.0, width=5)",), "give width=24"),
+    (("--config.method=distill('{}', features=1.0, width=5)",), "give width=256"),
     (("--config.method=distill('{}', alpha=2.0)",), "alpha is 0 to 1"),
 ])  # fmt: skip
 def test_a_teacher_that_does_not_fit_is_refused_in_one_sentence(teacher, tmp_path, capsys, flags, words):
@@ -113,23 +108,14 @@ def test_a_teacher_that_does_not_fit_is_refused_in_one_sentence(teacher, tmp_pat
     assert "method" in said
 
 
-def test_a_teacher_of_other_classes_is_refused(teacher):
-    problem = Problem(10, tuple("abcdefghij"), (8, 8, 1), 1, None, None, None, "normalize", Task.CLASSES, None,
-                      load_teacher)  # fmt: skip
-    with pytest.raises(UserError, match=r"method: the teacher .* knows 10 classes"):
-        distill(problem, str(teacher)).load_fixed()
-
-
-def test_the_fixed_arrays_are_an_argument_of_the_program_and_sharded(tmp_path):
+def test_the_fixed_arrays_are_an_argument_of_the_program_and_sharded(teacher):
     from imgclf_jax import config, programs
     from imgclf_jax.data import sources, stream
 
-    teacher = tmp_path / "wide"
-    assert train(teacher, model="mlp(widths=(256,))") == 0  # smaller arrays stay replicated
     c = config.load_file("configs/digits.py")
     for flag in (
         *FLAGS,
-        LEARN.format(teacher).replace("width=24", "width=256"),
+        LEARN.format(teacher),
         "--config.model=mlp(widths=(8,))",
         "--config.mesh=data=1, fsdp=8",
     ):
@@ -137,6 +123,8 @@ def test_the_fixed_arrays_are_an_argument_of_the_program_and_sharded(tmp_path):
         c.update_from_flattened_dict({key: value if key not in ("batch_size", "tensorboard") else eval(value)})
     source = sources.take_split(sources.open_data(c), c.data.train)
     built = programs.programs_for_images(c, stream.as_trained(source, c), load=load_teacher)
+    _ = built.traced_train
+    assert "fixed" not in vars(built)  # so that it compiles for devices that hold no arrays
     kernels = [x for x in jax.tree.leaves(built.fixed) if x.shape == (64, 256)]
     assert [x.addressable_shards[0].data.shape for x in kernels] == [(64, 32)]
     assert not [x for x in built.train_step.jaxpr.consts if np.size(x) > 100]
@@ -173,20 +161,6 @@ def test_a_teacher_of_another_loss_or_without_a_head_is_refused(teacher, tmp_pat
     assert train(tmp_path / "headless", "--config.method=simclr") == 0
     assert train(tmp_path / "run", f"--config.method=distill('{tmp_path / 'headless'}')") == 1
     assert "method='simclr' trains no head" in capsys.readouterr().err
-
-
-@pytest.mark.thorough
-def test_several_seeds_learn_from_one_teacher(teacher, tmp_path):
-    """Each as a run of its own does; microbatches give the gradient of the batch."""
-    method = LEARN.format(teacher)
-    assert train(tmp_path / "both", method, "--config.num_seeds=2", "--config.accumulate=2") == 0
-    both = json.loads((tmp_path / "both" / "result.json").read_text())["test"]
-    each = []
-    for seed in (0, 1):
-        assert train(tmp_path / str(seed), method, f"--config.seed={seed}") == 0
-        each.append(json.loads((tmp_path / str(seed) / "result.json").read_text())["test"]["loss"])
-    assert both["loss"] == pytest.approx(np.mean(each), rel=1e-4)
-    assert both["loss_std"] == pytest.approx(np.std(each, ddof=1), rel=1e-2)
 
 
 @pytest.mark.thorough

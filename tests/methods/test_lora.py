@@ -2,16 +2,13 @@
 
 import json
 
-import digests
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import thorough
-from digests import Way
 from flax import linen as nn
 from flax import traverse_util
-from PIL import Image
 from safetensors.numpy import load_file
 
 import launch
@@ -160,41 +157,3 @@ def test_mistakes_get_a_sentence(tmp_path, capsys):
         lora.scale("lora(rnak=1)")
     assert lora.scale("lora(16, alpha=4)") == 0.25
     assert lora.scale("my_methods:lora(16)") == 0
-
-
-@pytest.mark.thorough
-def test_every_command_reads_the_run(runs, tmp_path, capsys):
-    image = tmp_path / "image.png"
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(image)
-    for command in (
-        ["evaluate"], ["predict", str(image)], ["features", f"--output={tmp_path / 'features.npz'}"], ["probe"],
-        ["explain", str(image), f"--output={tmp_path / 'explained'}"], ["report"],
-        ["export", str(tmp_path / "model.stablehlo")],
-    ):  # fmt: skip
-        assert launch.main([*command, f"--workdir={runs[1]}"]) == 0, (command, capsys.readouterr().err)
-
-
-@pytest.mark.optimized
-@pytest.mark.thorough
-@pytest.mark.parametrize(
-    "more",
-    [{}, {"num_seeds": 3}, {"accumulate": 2}, {"mesh": "fsdp=-1", "model": "mlp(widths=(128, 128))"},
-     {"model": "vit('Ti', patch=6)"}],
-    ids=lambda more: ",".join(more),
-)  # fmt: skip
-@pytest.mark.usefixtures("shallow")
-def test_a_run_keeps_all_promises(more, tmp_path):
-    """Cadences, chunks, placement and a resume from the middle change no bit."""
-    ways = [Way("1 steps", 1), Way("5 steps", 3), Way("", 0, "device")]
-    keys = {"model": "mlp(widths=(64,))", "method": "lora(rank=2)", "augment": "flip_lr|normalize", **more}
-    found = digests.train_in_ways(tmp_path, "cnn", "float32", ways, [(ways[0], Way("1 steps", 3))], **keys)
-    assert len({digest for _, digest in found}) == 1, found
-
-
-@pytest.mark.thorough
-def test_three_seeds_are_three_runs(runs, tmp_path):
-    model = f"--config.model={load(runs[0]).config.model}"
-    keys = model, f"--config.init_from={runs[0]}", "--config.method=lora(rank=2)"
-    each = [run(tmp_path / str(seed), *keys, f"--config.seed={seed}")["test"]["loss"] for seed in range(3)]
-    together = run(tmp_path / "together", *keys, "--config.num_seeds=3")["test"]["loss"]
-    assert together == pytest.approx(np.mean(each), rel=1e-4)

@@ -1,17 +1,15 @@
 """Adversarial training: the attack of the paper in NumPy, its bounds in pixels, and all that a run promises."""
 
-import digests
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from cases import thorough
-from digests import Way
-from test_sam import CLASSES, SHAPE, Flat, Normalized, batch, run, softmax_gradients
+from test_sam import CLASSES, SHAPE, Flat, Normalized, batch, softmax_gradients
 
 from imgclf_jax import losses, step
-from imgclf_jax.augment import mixing, ops
+from imgclf_jax.augment import ops
 from imgclf_jax.core import rng, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import table
@@ -112,14 +110,6 @@ def test_attack_passes_update_no_batch_statistics():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.model_state, dict(wanted))
 
 
-@pytest.mark.thorough
-def test_mixed_labels_are_attacked_as_they_are_trained():
-    """The loss of the mixed labels rises."""
-    mix = mixing.build("mixup(1.0)")
-    losses = [float(one_step(g, mix=mix)[2]["loss"]) for g in ("sam(0.0)", SPEC)]
-    assert losses[1] > 1.1 * losses[0]
-
-
 def test_attack_and_sam_compose_in_both_orders():
     """`pgd|sam` attacks at w and again at the perturbed point; `sam|pgd` attacks once, at w."""
     _, at_both, _, twice = one_step(f"{SPEC}|sam(0.5)")
@@ -144,32 +134,6 @@ def test_eight_devices_train_on_the_same_examples(fake_config, mesh):
         after.append(programs.train(programs.init(0)["state"], programs.zero_sums(), chunk, np.int32(1))[1])
     np.testing.assert_allclose(after[0]["loss"], after[1]["loss"], rtol=1e-5)
     np.testing.assert_allclose(after[0]["grad_norm"], after[1]["grad_norm"], rtol=1e-4)
-
-
-@pytest.mark.optimized
-@pytest.mark.parametrize("network", thorough("cnn", "linen"))
-@pytest.mark.parametrize(
-    "more", thorough({}, {"accumulate": 2}, {"num_seeds": 2}, {"mesh": "fsdp=-1"}, {"precision": "bfloat16"})
-)
-def test_cadences_chunks_and_a_resume_change_no_bit(network, more, tmp_path):
-    """Also where the convolution is XLA's own, and the steps of the attack are unrolled."""
-    ways = [Way("1 steps", 1), Way("5 steps", 3), Way("", 0, "device")]
-    keys = {"gradient": SPEC, "mix": "mixup(0.2)", **more}
-    precision = keys.pop("precision", "float32")
-    found = digests.train_in_ways(tmp_path, network, precision, ways, [(ways[0], Way("1 steps", 3))], **keys)
-    assert len({digest for _, digest in found}) == 1, found
-
-
-@pytest.mark.thorough
-def test_three_seeds_are_single_runs(fake_config, tmp_path):
-    """Each seed is attacked by itself, from starts of its own."""
-    fake_config.update(gradient=SPEC, tensorboard=False, total="6 steps", schedule="constant(1e-2)")
-    each = []
-    for seed in range(3):
-        fake_config.seed = seed
-        each.append(run(tmp_path / str(seed), fake_config)["test"]["loss"])
-    fake_config.update(seed=0, num_seeds=3)
-    assert run(tmp_path / "all", fake_config)["test"]["loss"] == pytest.approx(np.mean(each), rel=1e-5)
 
 
 def centred(images):

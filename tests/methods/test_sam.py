@@ -2,14 +2,12 @@
 
 import json
 
-import digests
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from cases import thorough
-from digests import Way
 from flax import linen as nn
 
 from imgclf_jax import losses, step
@@ -194,34 +192,9 @@ def test_eight_devices_take_one_perturbation(fake_config, mesh, spec):
     )
 
 
-@pytest.mark.optimized
-@pytest.mark.parametrize(
-    "more", thorough({}, {"accumulate": 2}, {"num_seeds": 2}, {"mesh": "fsdp=-1"}, {"precision": "bfloat16"})
-)
-@pytest.mark.parametrize("spec", SPECS)
-def test_cadences_chunks_and_a_resume_change_no_bit(spec, more, tmp_path):
-    ways = [Way("1 steps", 1), Way("5 steps", 3), Way("", 0, "device")]
-    keys = {"gradient": spec, **more}
-    precision = keys.pop("precision", "float32")
-    found = digests.train_in_ways(tmp_path, "cnn", precision, ways, [(ways[0], Way("1 steps", 3))], **keys)
-    assert len({digest for _, digest in found}) == 1, found
-
-
 def run(folder, config):
     assert train.main(config, Workdir(folder)) == 0
     return json.loads((folder / "result.json").read_text())
-
-
-@pytest.mark.parametrize("spec", thorough(*SPECS))
-def test_three_seeds_are_single_runs(fake_config, tmp_path, spec):
-    """Each seed has a norm of its own."""
-    fake_config.update(gradient=spec, tensorboard=False, total="6 steps", schedule="constant(1e-2)")
-    each = []
-    for seed in range(3):
-        fake_config.seed = seed
-        each.append(run(tmp_path / str(seed), fake_config)["test"]["loss"])
-    fake_config.update(seed=0, num_seeds=3)
-    assert run(tmp_path / "all", fake_config)["test"]["loss"] == pytest.approx(np.mean(each), rel=1e-5)
 
 
 @pytest.mark.parametrize(

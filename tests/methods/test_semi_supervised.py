@@ -1,19 +1,13 @@
 """FixMatch and mean teacher: the papers' equations, and all that a run promises."""
 
-import json
-
-import digests
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from cases import thorough
-from digests import Way
 from flax import linen as nn
-from PIL import Image
 
-import launch
 from imgclf_jax import losses, step
 from imgclf_jax.augment import ops
 from imgclf_jax.core import sharding
@@ -189,58 +183,3 @@ def test_mistakes_get_a_sentence():
         fixmatch(PROBLEM, strong="cutout(2)|normalize")
     with pytest.raises(UserError, match="unknown device op"):
         fixmatch(PROBLEM, strong="cuttout(2)")
-
-
-METHODS = ["fixmatch(threshold=0.3, strong='cutout(4)')", "mean_teacher(ramp='3 steps')"]
-
-
-@pytest.mark.optimized
-@pytest.mark.thorough
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    "more",
-    [{}, {"num_seeds": 3}, {"accumulate": 2}, {"mesh": "fsdp=-1", "model": "mlp(widths=(128, 128))"},
-     {"model": "resnet_cifar(8)", "batch_norm": "per_device"}],
-    ids=lambda more: ",".join(more),
-)  # fmt: skip
-def test_a_run_keeps_all_promises(method, more, tmp_path):
-    """Cadences, chunks, placement and a resume from the middle change no bit of parameters or state."""
-    ways = [Way("1 steps", 1), Way("5 steps", 3), Way("", 0, "device")]
-    resumed = [(ways[0], Way("1 steps", 3))]
-    keys = {"model": "mlp(widths=(64,))", "method": method, "augment": "flip_lr|normalize",
-            "data": {"extra": {"unlabeled": "train|batch_size(32)"}}, **more}  # fmt: skip
-    found = digests.train_in_ways(tmp_path, "cnn", "float32", ways, resumed, **keys)
-    assert len({digest for _, digest in found}) == 1, found
-
-
-FLAGS = ("--config.preprocess=decode(1)", "--config.augment=flip_lr|normalize", "--config.batch_size=16",
-         "--config.total=6 steps", "--config.log_every=2 steps", "--config.eval_every=", "--config.tensorboard=False",
-         "--config.schedule=constant(1e-2)", "--config.model=mlp(widths=(8,))",
-         "--config.data.extra.unlabeled=train|batch_size(32)")  # fmt: skip
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("method", METHODS)
-def test_three_seeds_are_three_runs(method, tmp_path):
-    def result(name, *flags):
-        workdir = tmp_path / name
-        assert launch.main([f"--workdir={workdir}", f"--config.method={method}", *FLAGS, *flags]) == 0
-        return json.loads((workdir / "result.json").read_text())["test"]
-
-    each = [result(str(seed), f"--config.seed={seed}") for seed in range(3)]
-    together = result("together", "--config.num_seeds=3")
-    for name in ("accuracy", "loss"):
-        assert together[name] == pytest.approx(np.mean([one[name] for one in each]), rel=1e-4)
-
-
-@pytest.mark.parametrize("method", thorough(*METHODS))
-def test_every_command_reads_the_run(method, tmp_path, capsys):
-    workdir, image = f"--workdir={tmp_path / 'run'}", tmp_path / "image.png"
-    assert launch.main([workdir, f"--config.method={method}", *FLAGS]) == 0
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(image)
-    files = [str(tmp_path / f"model.{kind}") for kind in ("stablehlo", "safetensors")]
-    for command in (
-        ["evaluate"], ["predict", str(image)], ["features", f"--output={tmp_path / 'features.npz'}"], ["probe"],
-        ["explain", str(image), f"--output={tmp_path / 'explained'}"], ["report"], ["export", *files],
-    ):  # fmt: skip
-        assert launch.main([*command, workdir]) == 0, (command, capsys.readouterr().err)

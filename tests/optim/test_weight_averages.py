@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tensorflow as tf
 from tolerance import rounding
 
 import launch
@@ -66,22 +65,6 @@ def test_ema_is_its_definition(decay):
         assert state["count"] == t + 1  # of integers the last
 
 
-@pytest.mark.parametrize("decay", [0.5, 0.999])
-def test_ema_is_tensorflows(decay):
-    """TensorFlow's own ExponentialMovingAverage, which counts the steps from 0 as this does: the same bits."""
-    variable, count = tf.Variable(START), tf.Variable(0)
-    theirs = tf.train.ExponentialMovingAverage(decay, num_updates=count)
-    theirs.apply([variable])
-    ours = weight_averages.ema(decay)
-    averaged = ours.init(jnp.asarray(START))
-    for t, weights in enumerate(GRADS[:20]):
-        variable.assign(weights)
-        count.assign(t)
-        theirs.apply([variable])
-        _, averaged = ours.update(averaged, jnp.asarray(weights), jnp.int32(t))
-        np.testing.assert_array_equal(averaged, theirs.average(variable))
-
-
 def test_ema_of_what_does_not_change_is_itself():
     average = weight_averages.ema(0.99)
     x = np.random.default_rng(0).normal(size=1000).astype(np.float32)
@@ -92,24 +75,10 @@ def test_ema_of_what_does_not_change_is_itself():
 
 
 @pytest.mark.parametrize(("k", "alpha"), [(5, 0.5), (6, 0.8), (1, 0.3), (5, 1.0)])
-def test_lookahead_is_the_papers_algorithm(k, alpha):
-    """Algorithm 1 of Zhang et al. 2019 in NumPy, and optax's own lookahead; with the momentum kept across the loop."""
+def test_lookahead_is_optaxs(k, alpha):
+    """Zhang et al. 2019, by optax's own lookahead; the momentum is kept across the loop."""
     inner = optax.sgd(0.1, momentum=0.9)
     ours = train(build(f"sgd|lookahead({k}, {alpha})"), inner)
-    slow, fast, momentum, n = START.astype(np.float64), None, 0.0, 0
-    while n < STEPS:  # the outer loop
-        fast = slow
-        for _ in range(min(k, STEPS - n)):
-            momentum = 0.9 * momentum + GRADS[n]
-            fast = fast - 0.1 * momentum
-            n += 1
-            if n % k:
-                np.testing.assert_allclose(ours[n - 1][0], fast, rtol=0, atol=2e-5)
-                np.testing.assert_allclose(ours[n - 1][1][0], slow, rtol=0, atol=2e-5)
-        if n % k == 0:
-            slow = slow + alpha * (fast - slow)
-            np.testing.assert_allclose(ours[n - 1][0], slow, rtol=0, atol=2e-5)
-            np.testing.assert_array_equal(ours[n - 1][0], ours[n - 1][1][0])
     theirs = optax.lookahead(inner, k, alpha)
     params = optax.LookaheadParams.init_synced(jnp.asarray(START))
     state = theirs.init(params)

@@ -1,0 +1,73 @@
+"""Every method and gradient function, and a user's own method, keep what a run promises, by `methods_check.py`."""
+
+import digests
+import pytest
+from cases import thorough
+from methods_check import SAVED, SPECS, WAYS, Check
+
+from imgclf_jax.run.writers import read_metrics
+
+VARIANTS = {
+    "": {},
+    "accumulate": {"num_seeds": "2", "accumulate": "2", "model": "mlp(widths=(8,))"},
+    "sharded": {"mesh": "fsdp=-1", "precision": "bfloat16", "model": "mlp(widths=(128, 128))"},
+}
+VARIED = ("pgd|sam", "distill features", "simclr", "fixmatch", "mean_teacher", "lora", "own")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    Check("supervised", folder, folder).train(folder / "run", model="resnet_cifar(8)")
+    return folder / "run"
+
+
+def test_a_method_of_your_own_resumes_to_the_same_bits(tmp_path):
+    """In chunks of other lengths and with the images on the device; its metrics are logged and evaluated."""
+    check = Check("own", tmp_path, tmp_path)
+    check.keys["model"] = "mlp(widths=(8,))"
+    whole = check.train(tmp_path / "whole", **WAYS[0])
+    digests.copy_until(tmp_path / "whole", tmp_path / "resumed", SAVED)
+    assert check.train(tmp_path / "resumed", **WAYS[2]) == whole
+    logged: dict[str, float] = {}
+    for record in read_metrics(tmp_path / "whole" / "metrics.jsonl"):
+        logged |= record
+    assert {"train/distance", "train/nearest", "test/spread", "test/accuracy"} <= logged.keys()
+    assert logged["train/fixed"] == 1.0
+    assert logged["test/spread"] > 0
+
+
+@pytest.mark.optimized
+@pytest.mark.thorough
+@pytest.mark.parametrize(("name", "variant"), [
+    (name, variant) for name in SPECS for variant in VARIANTS if not variant or name in VARIED
+])  # fmt: skip
+def test_cadences_chunks_placement_and_a_resume_change_no_bit(name, variant, tmp_path, teacher):
+    passed, seen = Check(name, tmp_path, teacher).ways(**VARIANTS[variant])
+    assert passed, seen
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", SPECS)
+def test_three_seeds_in_one_program_are_three_runs(name, tmp_path, teacher):
+    passed, seen = Check(name, tmp_path, teacher).seeds()
+    assert passed, seen
+
+
+TOOLS = thorough("fixmatch", "mean_teacher", "lora", "own")
+
+
+@pytest.mark.parametrize("name", [*TOOLS, *(pytest.param(x, marks=pytest.mark.slow) for x in SPECS)])
+def test_every_command_reads_the_run(name, tmp_path, teacher):
+    """Without a head some commands refuse, in a sentence."""
+    passed, seen = Check(name, tmp_path, teacher).tools()
+    assert passed, seen
+    assert name in ("simclr", "supcon") or " 1:" not in seen, seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", ["killed", "devices", "reproduce"])
+@pytest.mark.parametrize("name", SPECS)
+def test_kills_devices_and_reproduction(name, check, tmp_path, teacher):
+    passed, seen = getattr(Check(name, tmp_path, teacher), check)()
+    assert passed, seen
