@@ -1,21 +1,21 @@
-"""Unpickles PyTorch's checkpoints without running them: tensors come out as descriptions, containers as they are.
+"""Reads the pickles in PyTorch checkpoints without executing them: tensors come out as descriptions, containers as is.
 
-A pickle is a program, and may be written to harm. It may call functions: here only those of a table. It may also ask
-for much memory or time in a few bytes: by a memo with billions of places, by copies of copies, by keys whose hash takes
-for ever. So it is run by Python's own unpickler written in Python, whose memo is a dict; only by the instructions that
-plain data need; and every copy is counted.
+A pickle is a program, and a hostile one can call functions, allocate a memo of billions of entries, copy copies, or use
+keys whose hash takes forever, all in a few bytes. So this module interprets the opcodes that `pickletools.genops` (the
+standard library's disassembler) yields: it knows only those that plain data need, calls only a table of functions,
+keeps the memo in a dict, and counts every copied element.
 """
 
 import collections
 import io
-import pickle
-from collections.abc import Callable, Collection
-from typing import Any, ClassVar, NamedTuple
+import pickletools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-MOST_BYTES = 4 << 20  # of a pickle; a ResNet-152 has 0.1 MB. An instruction of one byte takes up to 224 in memory.
+MOST_BYTES = 4 << 20  # of a pickle; a ResNet-152 has 0.1 MB. An opcode of one byte takes up to 224 in memory.
 _MOST_AXES, _MOST_ARGUMENTS = 32, 16
 _STORAGES = {
     "DoubleStorage": "<f8",
@@ -30,20 +30,21 @@ _STORAGES = {
     "BoolStorage": "?",
 }
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-# What pickling writes for plain data, for names of classes, and for calls. NEWOBJ, INST, EXT1, … are not among them.
-_INSTRUCTIONS = """PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4
-    FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES
-    SHORT_BINBYTES BINBYTES8 EMPTY_LIST APPEND APPENDS LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT
-    SETITEM SETITEMS EMPTY_SET ADDITEMS FROZENSET GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL
-    STACK_GLOBAL REDUCE BUILD BINPERSID""".split()  # noqa: SIM905
+_ARGUMENTS = frozenset(
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE "
+    "SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8".split()
+)  # opcodes that push their own argument
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class Refused(Exception):
-    """A file is of a kind, or asks for a function, that is not allowed. The text says which."""
+    """A file has a format, or asks for a function, that is not allowed. The text says which."""
 
 
 class Storage(NamedTuple):
-    """The name in the file, and the type, of the numbers that tensors are views of."""
+    """The name in the file, and the dtype, of the buffer that tensors are views of."""
 
     key: str
     dtype: np.dtype
@@ -59,7 +60,7 @@ class Tensor(NamedTuple):
 
 
 class Stream(io.BytesIO):
-    """Bytes that raise EOFError where they end too early, which the unpickler would pass over."""
+    """Bytes that raise EOFError when a read reaches beyond their end."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         data = super().read(size)
@@ -75,134 +76,179 @@ class Stream(io.BytesIO):
 
 
 def load(stream: Stream) -> tuple[Any, dict[str, np.dtype]]:
-    """What the pickle at the beginning of the stream holds, and the types of the storages that it names, by key.
+    """Reads one pickle from the stream: (its value, the dtype of each storage by key).
 
-    Raises Refused for a function that is not allowed, and for damage errors of many types.
+    Raises Refused for a function that is not allowed, and errors of many types for damage.
     """
-    unpickler = _Unpickler(stream)
-    return unpickler.load(), unpickler.dtypes
+    machine = _Machine(len(stream.getbuffer()))
+    return machine.run(stream), machine.dtypes
 
 
-def _plain(key: Any) -> bool:
-    """Whether a key of a dict is of a kind whose hash is quick, and unlike others'."""
-    if isinstance(key, tuple):
-        return len(key) <= _MOST_ARGUMENTS and not any(isinstance(k, tuple) for k in key) and all(map(_plain, key))
-    return (type(key) is int and abs(key) < 2**60) or isinstance(key, (str, bytes, bool, float, type(None)))
+class _Machine:
+    """The pickle machine: a stack, the stacks below each mark, and the memo."""
 
-
-def _check_keys(keys: Collection[Any]) -> None:
-    if not all(map(_plain, keys)):
-        raise ValueError("a key that is no plain value")
-
-
-class _Unpickler(pickle._Unpickler):
-    stack: list[Any]
-    append: Callable[[Any], None]
-    pop_mark: Callable[[], list[Any]]
-
-    def __init__(self, stream: Stream):
-        super().__init__(stream)
-        names: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): lambda *pairs: self._copied(collections.OrderedDict, *pairs),
-            ("torch", "Size"): lambda *sizes: self._copied(tuple, *sizes),
-            ("torch", "device"): lambda *place: place,
-            ("torch._utils", "_rebuild_tensor"): lambda *tensor: _tensor(*tensor),
-            ("torch._utils", "_rebuild_tensor_v2"): lambda *tensor: _tensor(*tensor[:4]),
-            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    def __init__(self, length: int):
+        self.dtypes: dict[str, np.dtype] = {}
+        self._stack: list[Any] = []
+        self._below: list[list[Any]] = []
+        self._memo: dict[int, Any] = {}
+        self._left = length  # elements that calls may still copy: each was in the pickle once
+        self._functions: dict[str, Any] = {
+            "collections OrderedDict": lambda *pairs: self._copy(collections.OrderedDict, *pairs),
+            "torch Size": lambda *sizes: self._copy(tuple, *sizes),
+            "torch device": lambda *device: device,
+            "torch._utils _rebuild_tensor": lambda *tensor: _tensor(*tensor),
+            "torch._utils _rebuild_tensor_v2": lambda *tensor: _tensor(*tensor[:4]),
+            "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
         }
-        names |= {("torch", name): name for name in (*_STORAGES, *_DTYPES)}
+        self._functions |= {f"torch {name}": name for name in (*_STORAGES, *_DTYPES)}
         for kind in (dict, list, tuple, set):
             for module in ("builtins", "__builtin__"):
-                names[module, kind.__name__] = lambda *items, kind=kind: self._copied(kind, *items)
-        self._names = names
-        self._left = len(stream.getbuffer())  # how many elements may be copied: each was once in the pickle
-        self.dtypes: dict[str, np.dtype] = {}
+                self._functions[f"{module} {kind.__name__}"] = lambda *items, kind=kind: self._copy(kind, *items)
 
-    def load(self) -> Any:
-        try:
-            return super().load()
-        except KeyError as e:
-            raise ValueError(f"an unknown instruction or name, {e}"[:100]) from e
+    def run(self, stream: Stream) -> Any:
+        """Interprets opcodes up to STOP, and returns the top of the stack."""
+        for opcode, argument, _ in pickletools.genops(stream):
+            name = opcode.name
+            if name in _ARGUMENTS:
+                self._stack.append(argument)
+            elif name in _CONSTANTS:
+                self._stack.append(_CONSTANTS[name])
+            elif name in _EMPTY:
+                self._stack.append(_EMPTY[name]())
+            elif name in _TUPLES:
+                self._stack.append(tuple(self._pop(_TUPLES[name])))
+            elif name == "FRAME" and argument > len(stream.getbuffer()) - stream.tell():
+                raise EOFError("it ends too early")
+            elif name not in ("PROTO", "FRAME", "STOP"):
+                self._step(name, argument)
+        return self._stack.pop()
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._names:
-            text = f"{module[:100]}.{name[:100]}"
+    def _step(self, name: str, argument: Any) -> None:
+        stack, memo = self._stack, self._memo
+        match name:
+            case "BINPUT" | "LONG_BINPUT" | "PUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET" | "GET":
+                if argument not in memo:
+                    raise ValueError(f"no memo entry {argument}"[:100])
+                stack.append(memo[argument])
+            case "MARK":
+                self._below.append(stack)
+                self._stack = []
+            case "POP_MARK":
+                self._pop_mark()
+            case "POP":
+                stack.pop() if stack else self._pop_mark()
+            case "TUPLE":
+                items = tuple(self._pop_mark())
+                self._stack.append(items)
+            case "LIST":
+                listed = self._pop_mark()
+                self._stack.append(listed)
+            case "DICT":
+                entries = _entries(self._pop_mark())
+                self._stack.append(entries)
+            case "FROZENSET":
+                frozen = frozenset(_keys(self._pop_mark()))
+                self._stack.append(frozen)
+            case "APPEND":
+                (item,) = self._pop(1)
+                self._top(list).append(item)
+            case "APPENDS":
+                items = self._pop_mark()
+                self._top(list).extend(items)
+            case "SETITEM":
+                pair = _entries(self._pop(2))
+                self._top(dict).update(pair)
+            case "SETITEMS":
+                entries = _entries(self._pop_mark())
+                self._top(dict).update(entries)
+            case "ADDITEMS":
+                keys = _keys(self._pop_mark())
+                self._top(set).update(keys)
+            case "GLOBAL":
+                stack.append(self._find(argument))
+            case "STACK_GLOBAL":
+                module, function = self._pop(2)
+                stack.append(self._find(f"{module} {function}"))
+            case "REDUCE":
+                (arguments,) = self._pop(1)
+                if type(arguments) is not tuple or len(arguments) > _MOST_ARGUMENTS or not callable(stack[-1]):
+                    raise ValueError("a malformed call")
+                stack[-1] = stack[-1](*arguments)
+            case "BUILD":  # attributes, such as the versions of a state dict's modules: not needed
+                stack.pop()
+                self._top(dict)
+            case "BINPERSID":
+                stack[-1] = self._storage(stack[-1])
+            case _:
+                raise ValueError(f"an unknown opcode, {name}")
+
+    def _pop(self, count: int) -> list[Any]:
+        if len(self._stack) < count:
+            raise IndexError("an empty stack")
+        items = self._stack[-count:]
+        del self._stack[-count:]
+        return items
+
+    def _pop_mark(self) -> list[Any]:
+        items, self._stack = self._stack, self._below.pop()
+        return items
+
+    def _top(self, kind: type) -> Any:
+        if not isinstance(self._stack[-1], kind):
+            raise ValueError(f"contents of a {kind.__name__} for something else")
+        return self._stack[-1]
+
+    def _find(self, name: str) -> Any:
+        if name not in self._functions:
+            text = name.replace(" ", ".", 1)[:200]
             raise Refused(f"asks for {text if text.isprintable() else ascii(text)}")
-        return self._names[module, name]
+        return self._functions[name]
 
-    def persistent_load(self, pid: Any) -> Storage:
+    def _storage(self, pid: Any) -> Storage:
         if type(pid) is not tuple or len(pid) not in (5, 6):
-            raise ValueError("a storage of another form")
-        kind, name, key, _, _, *view = pid  # the two left out are the device and the number of elements
+            raise ValueError("a malformed storage")
+        kind, name, key, _, _, *view = pid  # ignored: the device and the number of elements
         if kind != "storage" or not isinstance(name, str) or not isinstance(key, str) or view not in ([], [None]):
-            raise ValueError("a storage of another form")  # only the oldest have storages that are part of another
+            raise ValueError("a malformed storage")  # only the oldest files have views of storages
+        if name not in _STORAGES:
+            raise ValueError("a storage of an unknown type")
         self.dtypes[key] = np.dtype(_STORAGES[name])
         return Storage(key, self.dtypes[key])
 
-    def _copied(self, kind: Callable[..., Any], *arguments: Any) -> Any:
+    def _copy(self, kind: Callable[..., Any], *arguments: Any) -> Any:
         items = arguments[0] if arguments else ()
         if len(arguments) > 1 or not isinstance(items, (dict, list, tuple, set)):
-            raise ValueError("a container of another form")
+            raise ValueError("a malformed container")
         self._left -= len(items)
         if self._left < 0:
             raise ValueError("it copies what it holds again and again")
         if kind is set:
-            _check_keys(items)
+            _keys(items)
         elif kind in (dict, collections.OrderedDict):
-            _check_keys([pair if isinstance(items, dict) else pair[0] for pair in items])
+            _keys(pair if isinstance(items, dict) else pair[0] for pair in items)
         return kind(items)
 
-    # The instructions of which the plain unpickler does more than plain data need. `dispatch` is how it finds them.
 
-    def _reduce(self) -> None:
-        arguments = self.stack.pop()
-        if type(arguments) is not tuple or len(arguments) > _MOST_ARGUMENTS or not callable(self.stack[-1]):
-            raise ValueError("a call of another form")
-        self.stack[-1] = self.stack[-1](*arguments)
+def _is_plain(key: Any) -> bool:
+    """Whether hashing a key is fast and unlikely to collide on purpose."""
+    if isinstance(key, tuple):
+        return len(key) <= _MOST_ARGUMENTS and not any(isinstance(k, tuple) for k in key) and all(map(_is_plain, key))
+    return (type(key) is int and abs(key) < 2**60) or isinstance(key, (str, bytes, bool, float, type(None)))
 
-    def _build(self) -> None:
-        self.stack.pop()  # attributes, such as the versions of a state dict's modules: not needed
-        if not isinstance(self.stack[-1], dict):
-            raise ValueError("attributes of what has none")
 
-    def _set_item(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._set_items([key, value])
+def _keys[T: Iterable[Any]](keys: T) -> T:
+    if not all(map(_is_plain, keys)):
+        raise ValueError("a key that is no plain value")
+    return keys
 
-    def _set_items(self, items: list[Any] | None = None) -> None:
-        items = self.pop_mark() if items is None else items
-        if not isinstance(self.stack[-1], dict):
-            raise ValueError("items of what is no dict")
-        self.stack[-1].update(self._dict_of(items))
 
-    def _dict(self) -> None:
-        items = self._dict_of(self.pop_mark())
-        self.append(items)
-
-    def _dict_of(self, items: list[Any]) -> dict[Any, Any]:
-        _check_keys(items[::2])
-        return dict(zip(items[::2], items[1::2], strict=True))
-
-    def _add_items(self) -> None:
-        items = self.pop_mark()
-        _check_keys(items)
-        self.stack[-1].update(items)
-
-    def _frozenset(self) -> None:
-        items = self.pop_mark()
-        _check_keys(items)
-        self.append(frozenset(items))
-
-    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
-        **{getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _INSTRUCTIONS},
-        pickle.REDUCE[0]: _reduce,
-        pickle.BUILD[0]: _build,
-        pickle.SETITEM[0]: _set_item,
-        pickle.SETITEMS[0]: _set_items,
-        pickle.DICT[0]: _dict,
-        pickle.ADDITEMS[0]: _add_items,
-        pickle.FROZENSET[0]: _frozenset,
-    }
+def _entries(items: list[Any]) -> dict[Any, Any]:
+    return dict(zip(_keys(items[::2]), items[1::2], strict=True))
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
