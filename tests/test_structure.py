@@ -40,7 +40,7 @@ HEAVY = {
     "sklearn": {"data.sources", "tools.probe.probing"},
     "matplotlib": {"tools.probe.accuracy_plot"},
     "pyarrow": {"data.table", "tools.compare.known_predictions", "tools.evaluate.listing", "tools.probe.embeddings"},
-    "orbax": {"run.checkpoint", "run.tensorstore_leaks"},
+    "orbax": {"core.internals", "run.checkpoint"},
 }
 INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "tensorboard", "sklearn", "matplotlib", "pyarrow"}
 # What prints help and configs, and so must not import JAX: these and all that they import.
@@ -144,6 +144,20 @@ def test_heavy_packages_are_imported_where_they_are_needed_alone(package):
     assert {name for name, file in FILES.items() if package in roots(file)} == HEAVY[package]
     if package in INSIDE_FUNCTIONS_ONLY:
         assert not [name for name, file in FILES.items() if package in roots(file, top_level=True)]
+
+
+def test_private_modules_of_other_libraries_are_imported_in_one_place():
+    """As names with an underscore, and as attributes of imported modules."""
+    for name, file in FILES.items():
+        tree = ast.parse(file.read_text())
+        others = {alias.asname or alias.name.split(".")[0]: alias.name for node in ast.walk(tree)
+                  if isinstance(node, ast.Import) for alias in node.names}  # fmt: skip
+        others |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for node in ast.walk(tree)
+                   if isinstance(node, ast.ImportFrom) for alias in node.names}  # fmt: skip
+        used = {f"{others[node.value.id]}.{node.attr}" for node in ast.walk(tree)
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in others}
+        private = [one for one in imports(file) | used if re.search(r"(^|\.)_(?!_)", one)]
+        assert set(private) <= {"os._exit"} or name == "core.internals", f"{name}: {private}"
 
 
 def test_what_prints_help_imports_nothing_heavy():

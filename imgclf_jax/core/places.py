@@ -18,6 +18,8 @@ from urllib.parse import unquote
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError, reason
 
+# Otherwise epath uses TensorFlow's file systems where it is installed; they have no S3 and raise other errors.
+os.environ.setdefault("EPATH_USE_TF", "false")
 _DRIVERS = {"gs": "gcsfs", "s3": "s3fs"}
 
 
@@ -45,10 +47,7 @@ def as_path(text: str) -> Path:
 @functools.cache
 def _by_fsspec() -> type:
     from etils import epath
-    from etils.epath import gpath
 
-    # Else epath takes TensorFlow's file systems where that is installed, which have no S3 and raise other errors.
-    gpath._is_tf_installed = lambda: False
     return epath.Path
 
 
@@ -123,10 +122,3 @@ def move(folder: Path, target: Path) -> None:
     for name, file in list(files(folder)):
         file.copy(target / name)  # type: ignore[attr-defined]
     remove(folder)
-
-
-def store(path: Path | str) -> dict[str, str]:
-    """What TensorStore is to be told of a path in an S3 bucket; where the server is, `AWS_ENDPOINT_URL` may say."""
-    bucket, _, name = str(path).removeprefix("s3://").partition("/")
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return {"driver": "s3", "bucket": bucket, "path": f"{name}/", **({"endpoint": endpoint} if endpoint else {})}

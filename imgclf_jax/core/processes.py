@@ -19,9 +19,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
-from jax._src import distributed  # of which Orbax too takes the client: JAX shows it nowhere else
 
-from imgclf_jax.core import clusters, rendezvous, signals
+from imgclf_jax.core import clusters, internals, rendezvous, signals
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.text import keep_output
 
@@ -85,7 +84,7 @@ def start(
     except Exception as e:  # of the network, or of the cluster's own interface
         raise UserError(f"the processes cannot join ({reason(e)}); start all of them within {patience} s, with the "
                         "same --coordinator=HOST:PORT, a free port of the host of process 0") from e  # fmt: skip
-    state = distributed.global_state
+    state = internals.coordination_state()
     _count, _index = state.num_processes, state.process_id
     signals.before_exit.append(_tell_of_signal)
     _watcher = threading.Thread(target=_watch, args=(state.client,), name="processes", daemon=True)
@@ -189,7 +188,7 @@ def _number() -> int:
 
 
 def _client() -> Any:
-    return distributed.global_state.client
+    return internals.coordination_state().client
 
 
 def _set(call: int, what: str, value: Any) -> Any:

