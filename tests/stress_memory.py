@@ -22,6 +22,7 @@ import psutil
 from resume_check import ROOT
 
 JUMP = 0.3  # MB; what grows by more between two readings is counted apart
+LEAK = np.array([0.001, 0.001])  # MB and millions of Python's blocks a save: TensorStore's, see docs/reliability.md
 MOST = 80.0  # MB that all jumps together may come to: the table, and a context for each of some twenty threads
 
 # The command, which says in a file at rest: seconds, saves, MB that its allocator has given out, Python's blocks.
@@ -114,7 +115,8 @@ def judge(rows: np.ndarray, start: float) -> int:
         f"{more * 1e6:+.0f} (± {more_error * 1e6:.0f}) an hour",
         flush=True,
     )
-    lost = steady > max(1, 3 * error) or more > max(0.02, 3 * more_error)  # MB an hour, millions of blocks an hour
+    known = (saves[-1] - saves[0]) / (hours[-1] - hours[0]) * LEAK  # [MB, millions of blocks] an hour
+    lost = steady > max(1, 3 * error) + known[0] or more > max(0.02, 3 * more_error) + known[1]
     return int(lost or sum(jumps) > MOST)
 
 

@@ -27,7 +27,7 @@ def test_growth_is_that_of_the_leak(leak):
 
 @pytest.mark.parametrize(
     ("lost", "found"),
-    [({}, 0), ({"jumps": (3.7, 7.7)}, 0), ({"leak": 2.0}, 1), ({"blocks": 1e5}, 1), ({"jumps": (3.7,) * 30}, 1)],
+    [({}, 0), ({"jumps": (3.7, 7.7)}, 0), ({"leak": 4.0}, 1), ({"blocks": 2e6}, 1), ({"jumps": (3.7,) * 30}, 1)],
 )
 def test_a_leak_is_found_and_jumps_are_told(lost, found, capsys):
     assert judge(readings(**lost), start=600) == found

@@ -154,8 +154,11 @@ def test_private_modules_of_other_libraries_are_imported_in_one_place():
                   if isinstance(node, ast.Import) for alias in node.names}  # fmt: skip
         others |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for node in ast.walk(tree)
                    if isinstance(node, ast.ImportFrom) for alias in node.names}  # fmt: skip
-        used = {f"{others[node.value.id]}.{node.attr}" for node in ast.walk(tree)
-                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in others}
+        used = {
+            f"{others[node.value.id]}.{node.attr}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in others
+        }
         private = [one for one in imports(file) | used if re.search(r"(^|\.)_(?!_)", one)]
         assert set(private) <= {"os._exit"} or name == "core.internals", f"{name}: {private}"
 
