@@ -117,7 +117,7 @@ class _Machine:
                 self._stack.append(_EMPTY[name]())
             elif name in _TUPLES:
                 self._stack.append(tuple(self._pop(_TUPLES[name])))
-            elif name == "FRAME" and argument > len(stream.getbuffer()) - stream.tell():
+            elif name == "FRAME" and int(argument or 0) > len(stream.getbuffer()) - stream.tell():
                 raise EOFError("it ends too early")
             elif name not in ("PROTO", "FRAME", "STOP"):
                 self._step(name, argument)
@@ -142,8 +142,8 @@ class _Machine:
             case "POP":
                 stack.pop() if stack else self._pop_mark()
             case "TUPLE":
-                items = tuple(self._pop_mark())
-                self._stack.append(items)
+                row = tuple(self._pop_mark())
+                self._stack.append(row)
             case "LIST":
                 listed = self._pop_mark()
                 self._stack.append(listed)
