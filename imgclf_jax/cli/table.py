@@ -155,6 +155,14 @@ COMMANDS: Mapping[str, Command] = {
         ("workdir", "chips", "shape", "classes", "targets", "examples", "format"),
         examples=("--config configs/imagenet_resnet50.py --chips v5e:2x4",),
     ),
+    "find-lr": Command(
+        "suggest a learning rate by a range test: a short run whose learning rate grows until the loss diverges",
+        "config", ("steps", "low", "high", "format", "html"),
+        more="Smith's range test: the loss over the learning rate, where it falls fastest, and a schedule to try. It "
+             "leaves no run behind. --html writes the plot.",
+        examples=("--config configs/digits.py", "--config configs/fashion_mnist.py --html lr.html",
+                  "--config configs/digits.py --config.optimizer='sgd(momentum=0.9)' --low=1e-4 --high=10"),
+    ),
     "config": Command("print every key's value and documentation", "config"),
 }  # fmt: skip
 
@@ -210,7 +218,12 @@ def help_of(name: str) -> str:
     return "\n".join(lines)
 
 
-_MODULES = {"train": "train.loop", "features": "tools.probe.features", "show-batch": "tools.reproduce.show_batch"}
+_MODULES = {
+    "train": "train.loop",
+    "features": "tools.probe.features",
+    "show-batch": "tools.reproduce.show_batch",
+    "find-lr": "tools.find_lr.command",
+}
 
 
 def module_of(command: str) -> str:

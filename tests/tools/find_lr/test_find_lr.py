@@ -1,0 +1,76 @@
+"""`launch.py find-lr`: its losses are those of training with the same rates, and it suggests their slope."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+import launch
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.run.writers import read_metrics
+from imgclf_jax.tools.find_lr.command import RangeTest, _with_rate
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+KEYS = ("--config.data.source=fake(64, (6, 6, 1), 3)", "--config.preprocess=decode(1)", "--config.batch_size=16",
+        "--config.augment=normalize", "--config.model=mlp(widths=(8,))")  # fmt: skip
+
+
+def test_its_losses_are_those_of_training_with_these_rates(tmp_path, capsys):
+    assert launch.main(["find-lr", *KEYS, "--steps=12", "--low=1e-4", "--high=1e-1", "--format=json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    np.testing.assert_allclose(found["learning_rates"], np.geomspace(1e-4, 1e-1, 12), rtol=1e-12)
+    schedule = "imgclf_jax.tools.find_lr.command:ramp(1e-4, 1e-1)"
+    train = ["train", *KEYS, f"--workdir={tmp_path}", "--config.total=12 steps", f"--config.schedule={schedule}",
+             "--config.log_every=1 steps", "--config.eval_every=", "--config.tensorboard=False"]  # fmt: skip
+    assert launch.main(train) == 0
+    logged = {r["step"]: r for r in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r}
+    assert [logged[step]["train/loss"] for step in range(1, 13)] == found["losses"]
+    rates = [logged[step]["train/learning_rate"] for step in range(1, 13)]
+    np.testing.assert_allclose(rates, found["learning_rates"], rtol=1e-5)
+
+
+def test_the_suggestion_is_where_the_loss_falls_fastest():
+    """A logistic curve in log10 of the rate, centered at 10**-3, and a rise beyond 10**-1."""
+    x = np.linspace(-7, 0, 2000)  # so fine that smoothing hardly shifts the curve
+    losses = 2.3 - 2 / (1 + np.exp(-4 * (x + 3))) + np.where(x > -1, (x + 1) ** 2 * 10, 0)
+    test = RangeTest(10.0**x, losses)
+    assert math.log10(test.steepest) == pytest.approx(-3, abs=0.1)
+    assert math.log10(test.lowest) == pytest.approx(-1, abs=0.3)
+    with pytest.raises(UserError, match="the loss never falls"):
+        _ = RangeTest(10.0**x, np.exp(x)).steepest
+
+
+def test_the_smoothed_loss_of_a_constant_is_the_constant():
+    np.testing.assert_allclose(RangeTest(np.geomspace(1e-3, 1, 50), np.full(50, 1.7)).smoothed, 1.7, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("cosine(1e-3, warmup='5%')", "cosine(0.021, warmup='5%')"), ("constant(peak=1)", "constant(peak=0.021)"),
+     ("my_schedules:own(1)", "")],
+)  # fmt: skip
+def test_the_schedule_keeps_its_other_arguments(schedule, expected):
+    assert _with_rate(schedule, 0.0213) == expected
+
+
+def test_it_ends_where_the_loss_diverges_and_draws_the_curve(tmp_path, capsys):
+    page = tmp_path / "lr.html"
+    keys = [*KEYS, "--config.optimizer=sgd", "--config.model=mlp(widths=(64, 64))"]
+    assert launch.main(["find-lr", *keys, "--steps=60", "--low=1e-3", "--high=1e6", f"--html={page}"]) == 0
+    out = capsys.readouterr().out
+    assert 'try --config.schedule="cosine(' in out
+    assert "<svg" in page.read_text()
+    assert "log10 of the learning rate" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--low=1", "--high=0.1"], "--low=1 --high=0.1: give two learning rates, 0 < low < high"),
+     (["--steps=3"], "--steps=3: a range test takes at least 10 steps"),
+     (["--low=1e20", "--high=1e30", "--config.optimizer=sgd", "--steps=40"], "the loss diverges after")],
+)  # fmt: skip
+def test_mistakes_get_a_sentence(flags, message, capsys):
+    assert launch.main(["find-lr", *KEYS, *flags]) == 1
+    assert message in capsys.readouterr().err
