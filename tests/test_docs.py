@@ -56,7 +56,7 @@ def split(line: str) -> list[list[str]]:
 def without_uv(words: list[str]) -> list[str]:
     if words[0] in ("uv", ".uv/bin/uv") and words[1] == "run":
         words = words[2:]
-        while words[0] in ("--group", "--extra", "--isolated"):
+        while words[0] in ("--group", "--no-group", "--extra", "--isolated"):
             assert words[0] == "--isolated" or words[1] in groups()
             words = words[1 if words[0] == "--isolated" else 2 :]
     return words

@@ -1,5 +1,6 @@
 """What the README and the pages say is so; `test_docs.py` runs their commands."""
 
+import json
 import os
 import re
 import subprocess
@@ -66,8 +67,9 @@ def test_the_api_names_every_public_module():
 
 
 @pytest.mark.thorough
-def test_device_placement_needs_neither_tensorflow_nor_clu_nor_a_cache(tmp_path):
-    """A whole run, with evaluation and checkpoints, where these packages are not installed.
+@pytest.mark.parametrize("placement", ["host", "device"])
+def test_training_needs_neither_tensorflow_nor_clu_nor_a_cache(placement, tmp_path):
+    """A whole run, with evaluation and checkpoints, where these packages are not installed, has the same bits.
 
     There is no place for the compilation cache either: a file is where its folder should be. Nothing warns.
     """
@@ -75,16 +77,22 @@ def test_device_placement_needs_neither_tensorflow_nor_clu_nor_a_cache(tmp_path)
     hidden = {"JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"}
     environment = {k: v for k, v in os.environ.items() if k not in hidden}
     environment["XDG_CACHE_HOME"] = str(tmp_path / "file")
-    names = ("tensorflow", "tensorflow_datasets", "clu", "tensorboard")
-    arguments = ["train", f"--workdir={tmp_path / 'run'}", "--config.data.placement=device",
-                 "--config.model=mlp(widths=(16,))", *SHORT]  # fmt: skip
-    code = (
-        "import sys\n"
-        f"for name in {names}: sys.modules[name] = None\n"
-        f"import launch; status = launch.main({arguments})\n"
-        f"assert not any(sys.modules[name] for name in {names}); sys.exit(status)"
-    )
-    command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "test: examples 360" in done.stdout
+
+    def digest(*missing):
+        workdir = tmp_path / ("without" if missing else "with")
+        arguments = ["train", f"--workdir={workdir}", f"--config.data.placement={placement}",
+                     "--config.model=mlp(widths=(16,))", *SHORT, "--config.total=40 steps"]  # fmt: skip
+        code = (
+            "import sys\n"
+            f"for name in {missing}: sys.modules[name] = None\n"
+            f"import launch; status = launch.main({arguments})\n"
+            f"assert not any(sys.modules[name] for name in {missing}); sys.exit(status)"
+        )
+        command = [sys.executable, "-W", "error", "-c", code]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "test: examples 360" in done.stdout
+        assert ("TensorBoard is not installed" in done.stderr) == bool(missing)
+        return json.loads((workdir / "result.json").read_text())["params_sha256"]
+
+    assert digest("tensorflow", "tensorflow_datasets", "clu", "tensorboard") == digest()

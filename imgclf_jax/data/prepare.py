@@ -46,9 +46,7 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> Prepared:
     def open_now() -> dict[str, Any]:
         return prepare_tfds(name, data_dir, manual_dir)[1]
 
-    identity = repr(
-        (name, str(places.as_path(data_dir).expanduser()), importlib.metadata.version("tensorflow-datasets"))
-    )
+    identity = repr((name, str(places.as_path(data_dir).expanduser()), _version(name)))
     record = cache.folder("tfds") / (hashlib.sha256(identity.encode()).hexdigest()[:32] + ".json")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads(record.read_text(encoding="utf-8"))
@@ -69,6 +67,15 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> Prepared:
         record.parent.mkdir(parents=True, exist_ok=True)
         write_json(record, found | {"info": stamp})
     return Prepared(class_names, splits, lambda: data_sources, stamp)
+
+
+def _version(name: str) -> str:
+    """The version of TFDS. Raises UserError where TFDS is not installed."""
+    try:
+        return importlib.metadata.version("tensorflow-datasets")
+    except importlib.metadata.PackageNotFoundError as e:
+        raise UserError(f"data.source=\"tfds({name!r})\" needs TensorFlow Datasets, which is not installed; install it "
+                        "by `uv sync` or `pip install 'imgclf_jax[tfds]'`, on Python before 3.14") from e  # fmt: skip
 
 
 def _digest(directory: Path) -> str:
@@ -120,6 +127,7 @@ def prepare_tfds(name: str, data_dir: str, manual_dir: str) -> tuple[Any, dict[s
 def _builder(name: str, data_dir: str) -> Any:
     """TFDS's builder of a data set that holds an image and a label."""
     places.as_path(data_dir)  # TFDS itself reads other addresses too
+    _version(name)
     tensorflow_import.tensorflow().result()
     import tensorflow_datasets as tfds
 

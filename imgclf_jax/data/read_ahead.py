@@ -1,5 +1,7 @@
-"""Batches read in the background by tf.data, while the device computes."""
+"""Batches read in the background while the device computes: by tf.data, or by threads where TensorFlow is missing."""
 
+import collections
+import concurrent.futures
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -10,6 +12,7 @@ from imgclf_jax.core import tensorflow_import
 
 Batch = dict[str, np.ndarray]
 
+_PARALLEL = 2  # batches that are read at once
 _TYPES = {
     "image": np.uint8,
     "label": np.int32,
@@ -25,16 +28,34 @@ def read_ahead(
 ) -> Iterator[tuple[range, Batch]]:
     """Each range with what `read` gives for it, arrays of these names ("label", "unlabeled/label"), `prefetch` ahead.
 
-    The ranges may be endless: they are asked for one by one. While TensorFlow is being imported, where it is not
-    installed, and without `prefetch`, each is read when it is asked for. The batches are the same.
+    The ranges may be endless: they are asked for one by one. While TensorFlow is being imported, and without
+    `prefetch`, each is read when it is asked for. The batches are the same, and those of threads too.
     """
     ranges = iter(ranges)
     loading = tensorflow_import.tensorflow() if prefetch else None
     for one in ranges:
-        if loading and loading.done() and (tf := loading.result()):
-            yield from _by_tensorflow(tf, read, itertools.chain([one], ranges), names, prefetch)
+        if loading and loading.done():
+            rest, tf = itertools.chain([one], ranges), loading.result()
+            yield from _by_tensorflow(tf, read, rest, names, prefetch) if tf else _by_threads(read, rest, prefetch)
             return
         yield one, read(one)
+
+
+def _by_threads(
+    read: Callable[[range], Batch], ranges: Iterator[range], prefetch: int
+) -> Iterator[tuple[range, Batch]]:
+    pool = concurrent.futures.ThreadPoolExecutor(_PARALLEL, thread_name_prefix="read-ahead")
+    ahead: collections.deque[tuple[range, concurrent.futures.Future[Batch]]] = collections.deque()
+    try:
+        for one in ranges:
+            ahead.append((one, pool.submit(read, one)))
+            if len(ahead) > prefetch:
+                first, reading = ahead.popleft()
+                yield first, reading.result()
+        for first, reading in ahead:
+            yield first, reading.result()
+    finally:  # also where the consumer stops early
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _by_tensorflow(
@@ -58,7 +79,7 @@ def _by_tensorflow(
         return ((one.start, one.stop) for one in ranges)
 
     dataset = tf.data.Dataset.from_generator(edges, output_signature=tf.TensorSpec(2, tf.int64))
-    batches = dataset.map(read_one, num_parallel_calls=2, deterministic=True).prefetch(prefetch)
+    batches = dataset.map(read_one, num_parallel_calls=_PARALLEL, deterministic=True).prefetch(prefetch)
     options = tf.data.Options()
     # Nothing here is left to tune, and the tuner's thread can hold up the end of the iterator for a minute.
     options.autotune.enabled = False

@@ -1,5 +1,6 @@
 """Batches of a stream: read anywhere and by any host, they are the same."""
 
+import itertools
 import time
 from concurrent.futures import Future
 
@@ -71,9 +72,41 @@ def test_a_batch_is_the_same_however_it_is_reached(ops, monkeypatch):
     first = [next(batches) for _ in range(2)]
     importing.set_result(tensorflow)
     assert_same([*first, *batches], whole[2:])
-    importing = Future()
-    importing.set_result(None)
+    without_tensorflow(monkeypatch)
     assert_same(stream.train_batches(images, 3, 12, 2, 8), whole[2:])
+
+
+def without_tensorflow(monkeypatch):
+    missing: Future = Future()
+    missing.set_result(None)
+    monkeypatch.setattr(read_ahead.tensorflow_import, "tensorflow", lambda: missing)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_batches_are_read_ahead_with_and_without_tensorflow(installed, monkeypatch):
+    """While the consumer dawdles, and no more than `prefetch` and those in the two threads; a failure is raised."""
+    if not installed:
+        without_tensorflow(monkeypatch)
+    read_ahead.tensorflow_import.tensorflow().result()
+    begun = []
+
+    def read(steps):
+        begun.append(steps.start)
+        if steps.start == 20:
+            raise UserError("image 20 is broken")
+        return {"label": np.full(1, steps.start, np.int32)}
+
+    batches = read_ahead.read_ahead(read, (range(i, i + 1) for i in itertools.count()), ("label",), prefetch=4)
+    assert next(batches)[1]["label"] == 0
+    until = time.monotonic() + 10
+    while len(begun) < 5 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert 5 <= len(begun) <= 1 + 4 + 2
+    for i in range(1, 20):
+        steps, batch = next(batches)
+        assert (steps, int(batch["label"][0])) == (range(i, i + 1), i)
+    with pytest.raises(UserError, match="image 20 is broken"):
+        next(batches)
 
 
 def test_labels_and_pixels_belong_to_the_ids():

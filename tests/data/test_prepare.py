@@ -1,6 +1,7 @@
 """TFDS data sets: prepared as ArrayRecord, from original files, and what goes wrong."""
 
 import gzip
+import importlib.metadata
 import os
 import socket
 import zlib
@@ -173,3 +174,16 @@ def test_fashion_mnist_from_the_original_files_pixel_by_pixel(tmp_path, no_netwo
         examples = everything(base[split])
         pixels = [decode.decode(image, 1).tobytes() for image in examples["image"]]
         assert sorted(zip(pixels, examples["label"].tolist(), strict=True)) == expected
+
+
+def test_where_tfds_is_not_installed_one_sentence_says_so(monkeypatch):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(
+        UserError, match=r"tfds\('mnist'\).*needs TensorFlow Datasets, which is not installed.*\[tfds\]"
+    ):
+        sources.open_splits("tfds('mnist')")
+    with pytest.raises(UserError, match="needs TensorFlow Datasets"):
+        prepare.metadata("mnist", "")

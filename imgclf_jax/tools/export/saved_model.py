@@ -44,7 +44,8 @@ function = model.signatures["serving_default"]
 def check(folder: Path) -> None:
     """Raises UserError unless TensorFlow is installed and a SavedModel can be written to `folder`."""
     if tensorflow().result() is None:
-        raise UserError("export: TensorFlow, which writes a SavedModel, is not installed")
+        raise UserError("export: a .savedmodel needs TensorFlow, which is not installed; install it by `uv sync` or "
+                        "`pip install 'imgclf_jax[tfds]'`, on Python before 3.14")  # fmt: skip
     if folder.exists() and not (folder / "saved_model.pb").is_file():
         raise UserError(f"export: {folder} is there already and is no SavedModel; remove it, or write to another name")
 
