@@ -1,6 +1,7 @@
 """Eight virtual CPU devices, strict dtype promotion: sharding and dtypes are exercised by every test."""
 
 import gc
+import itertools
 import logging
 import os
 import sys
@@ -60,10 +61,13 @@ def _compiled_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+_number = itertools.count()
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
-    """No test reads or writes the user's cache folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    """No test reads or writes the user's cache folder, or another test's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "caches" / str(next(_number))))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,8 +18,6 @@ from imgclf_jax.programs import Programs, programs_for_images
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 
-pytestmark = pytest.mark.optimized
-
 DATA = DataInfo(64, (12, 12, 1), tuple("abcd"), "made up")
 ELSEWHERE = {"gpu": ("NVIDIA H100", "cuda"), "tpu": ("TPU v5 lite", "tpu")}
 

@@ -17,8 +17,6 @@ from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.models.classifier import Classifier
 
-pytestmark = pytest.mark.optimized
-
 BATCH, SHAPE = 64, (8, 8, 1)
 
 

@@ -1,11 +1,10 @@
 """The shape of the code: imports run downward only, files stay short, heavy imports stay where they belong."""
 
 import ast
+import functools
 import graphlib
 import re
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "imgclf_jax"
@@ -70,6 +69,12 @@ def module_files():
 FILES = module_files()
 
 
+@functools.cache
+def parsed(file):
+    return ast.parse(file.read_text())
+
+
+@functools.cache
 def imports(file, top_level=False):
     """Dotted names of all modules that a file imports; with `top_level` those outside of functions alone."""
     found = set()
@@ -85,7 +90,7 @@ def imports(file, top_level=False):
         for child in ast.iter_child_nodes(node):
             walk(child)
 
-    walk(ast.parse(file.read_text()))
+    walk(parsed(file))
     return found
 
 
@@ -113,15 +118,12 @@ def tier(name):
     return TIER[name.split(".")[0]]
 
 
-@pytest.mark.parametrize("name", sorted(FILES))
-def test_imports_run_downward_only(name):
-    used = own_imports(FILES[name])
-    if name in PACKAGES:
-        assert used == set()
-        return
-    wrong = {u for u in used if u in PACKAGES or tier(u) > tier(name)}
-    assert not wrong, f"{name} imports {wrong}, which are not below it"
-    assert len(used) <= MOST_IMPORTS, f"{name} imports {len(used)} modules of the package: {sorted(used)}"
+def test_imports_run_downward_only():
+    for name, file in FILES.items():
+        used = own_imports(file)
+        wrong = used if name in PACKAGES else {u for u in used if u in PACKAGES or tier(u) > tier(name)}
+        assert not wrong, f"{name} imports {wrong}, which are not below it"
+        assert len(used) <= MOST_IMPORTS, f"{name} imports {len(used)} modules of the package: {sorted(used)}"
 
 
 def test_no_imports_run_in_a_circle():
@@ -139,11 +141,11 @@ def test_a_tool_builds_on_no_other_but_the_shared_ones():
             assert tool in below or name == "launch", f"{name} imports tools/{tool}"
 
 
-@pytest.mark.parametrize("package", sorted(HEAVY))
-def test_heavy_packages_are_imported_where_they_are_needed_alone(package):
-    assert {name for name, file in FILES.items() if package in roots(file)} == HEAVY[package]
-    if package in INSIDE_FUNCTIONS_ONLY:
-        assert not [name for name, file in FILES.items() if package in roots(file, top_level=True)]
+def test_heavy_packages_are_imported_where_they_are_needed_alone():
+    for package, allowed in HEAVY.items():
+        assert {name for name, file in FILES.items() if package in roots(file)} == allowed
+    top = set().union(*(roots(file, top_level=True) for file in FILES.values()))
+    assert not top & INSIDE_FUNCTIONS_ONLY
 
 
 def test_private_modules_of_other_libraries_are_imported_in_one_place():
@@ -189,7 +191,7 @@ def test_text_is_read_and_written_as_utf_8():
     """Whatever the locale: each call that opens a file as text says its encoding."""
     others = {"os.open", "Image.open", "self.open", "content.open", "archive.open"}  # the last two are zip files
     for name, file in FILES.items():
-        for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
+        for call in (node for node in ast.walk(parsed(file)) if isinstance(node, ast.Call)):
             function = ast.unparse(call.func)
             if re.search(r"(^|\.)(open|read_text|write_text)$", function) and function not in others:
                 binary = any(re.fullmatch(r"'[rwx]b'", ast.unparse(value)) for value in call.args)
@@ -209,7 +211,7 @@ def test_files_are_short_and_have_a_purpose():
 def test_public_functions_of_the_package_are_documented():
     """A class or function that another module uses says what it does; so does each module."""
     for name, file in FILES.items():
-        for node in ast.parse(file.read_text()).body:
+        for node in parsed(file).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{name}.{node.name}"
 

@@ -22,8 +22,6 @@ from imgclf_jax.scores import classification as scores
 from imgclf_jax.train.evaluation import evaluate
 from imgclf_jax.trained import restore
 
-pytestmark = pytest.mark.optimized
-
 N = 2_000
 CLOSE = rounding(12 * 12 + 32 + 4 + 10)  # two dense layers and the cross-entropy
 FAKE = (f"--config.data.source=fake({N}, (12, 12, 1), 10)", "--config.data.train=train[:50%]",
