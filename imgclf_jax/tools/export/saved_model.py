@@ -61,7 +61,6 @@ def write(model: Trained, what: Outputs, folder: Path, today: datetime.date) -> 
     tf = tensorflow().result()
     exported, weights = stablehlo.program_of_weights(model, what)
     described = stablehlo.metadata(model, what, exported, today)
-    del described["loads_until"]  # TensorFlow promises more than jax.export
     gives = described["gives"]
     with _replacing(folder) as temporary:
         try:

@@ -1,7 +1,8 @@
 """A trained model as StableHLO: one file that JAX alone runs, on CPU, GPU and TPU, without this package.
 
 The file is a zip archive of two members. `model.stablehlo` is what `jax.export` serializes: the parameters, the device
-ops of evaluation, the network and the loss's link to probabilities. `metadata.json` says what it takes and gives.
+ops of evaluation, the network and the loss's link to probabilities. `metadata.json` says what it takes and gives, and
+until when JAX promises to load it.
 """
 
 import datetime
@@ -29,8 +30,12 @@ import json, zipfile, jax
 from jax import export
 
 archive = zipfile.ZipFile("{name}")
-model = export.deserialize(bytearray(archive.read("model.stablehlo")))
-classes = json.loads(archive.read("metadata.json"))["class_names"]
+content, about = bytearray(archive.read("model.stablehlo")), json.loads(archive.read("metadata.json"))
+try:
+    model = export.deserialize(content)
+except Exception as e:
+    raise ValueError(f"jax {{jax.__version__}} cannot load it: {{about['lifetime']}}") from e
+classes = about["class_names"]
 # {gives} = jax.jit(model.call)(images)   # {takes}"""
 
 
@@ -93,14 +98,23 @@ def metadata(model: Trained, what: Outputs, exported: export.Exported, today: da
         "platforms": list(exported.platforms),
         "jax": jax.__version__,
         "written": today.isoformat(),
-        "loads_until": (today + _LIVES).isoformat(),
+    }  # fmt: skip
+
+
+def _lifetime(today: datetime.date) -> dict[str, str]:
+    """The last day of JAX's promise, and the sentence for who loads the file after it."""
+    until = (today + _LIVES).isoformat()
+    return {
+        "loads_until": until,
+        "lifetime": f"jax {jax.__version__} wrote it on {today.isoformat()}, and JAX promises that versions from this "
+                    f"one to those of {until} load it; export the model again after that",
     }  # fmt: skip
 
 
 def archive(model: Trained, what: Outputs, today: datetime.date) -> tuple[bytes, dict[str, Any]]:
     """The bytes of the file, and its metadata."""
     exported = program(model, what)
-    described = metadata(model, what, exported, today)
+    described = metadata(model, what, exported, today) | _lifetime(today)
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as file:
         file.writestr(zipfile.ZipInfo("model.stablehlo", _MADE), bytes(exported.serialize()))

@@ -80,6 +80,24 @@ def test_logits_and_features_of_each_seed(run, gives):
     assert described["output"]["shape"] == [2, "b", {"logits": 10, "features": 8}[gives]]
 
 
+def test_a_file_that_jax_no_longer_loads_says_until_when_it_did(run, tmp_path, monkeypatch):
+    """By the lines that `export` prints, where JAX refuses a version of its format that it has dropped."""
+    content, described = stablehlo.archive(imgclf_jax.load(run), "predict", datetime.date(2026, 1, 1))
+    (tmp_path / "a.stablehlo").write_bytes(content)
+    lines = stablehlo.LOADER.format(name=tmp_path / "a.stablehlo", gives="probabilities", takes="images")
+    loaded = {}
+    exec(lines, loaded)
+    assert loaded["classes"] == described["class_names"]
+
+    def refuse(content):
+        raise ValueError("older than the 6-month backward-compatibility window")
+
+    monkeypatch.setattr(export, "deserialize", refuse)
+    lifetime = r"wrote it on 2026-01-01, .* to those of 2026-06-30 load it; export the model again after that"
+    with pytest.raises(ValueError, match=rf"^jax {jax.__version__} cannot load it: jax {jax.__version__} {lifetime}$"):
+        exec(lines, {})
+
+
 SPECS = {"cnn(widths=(4, 8), hidden=8)": (28, 1), "rnn": (12, 1), "resnet(18)": (32, 3), "resnet_cifar(8)": (16, 3),
          "wide_resnet(10, 1)": (16, 3), "convnext('T')": (32, 3), "vit('Ti', patch=8)": (16, 3),
          "mixer('S', patch=8)": (16, 3), "airbench": (32, 3)}  # fmt: skip
