@@ -1,27 +1,18 @@
-"""Trains the same run in many ways and prints a table of the digests of its parameters, which must all be equal.
-
-    uv run python tests/digests.py
-    uv run python tests/digests.py --networks cnn vit --precisions float32 --more num_seeds=2
+"""Trains the same run in many ways, whose digests of the parameters must all be equal.
 
 The ways: how often something is logged and evaluated; the steps in a call of the compiled program; where the images
-wait; and a resume from the middle under another of these. Exit status 1 if any digest differs.
+wait; and a resume from the middle under another of these.
 """
 
-import argparse
 import contextlib
 import io
 import itertools
 import json
-import logging
 import shutil
-import sys
-import tempfile
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
@@ -106,32 +97,3 @@ def train_in_ways(
         what = f"{before}, from step {SAVED} on {after}"
         rows.append((what, digest(copied, config_of(network, precision, after, **more))))
     return rows
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
-    parser.add_argument("--precisions", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--more", nargs="*", default=[], help="keys of the config, such as num_seeds=2")
-    args = parser.parse_args()
-    more = {key: int(value) if value.isdigit() else value for key, value in (word.split("=", 1) for word in args.more)}
-    logging.disable(logging.CRITICAL)
-    different = 0
-    with tempfile.TemporaryDirectory() as folder:
-        jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")  # most ways share their programs
-        for network, precision in itertools.product(args.networks, args.precisions):
-            began = time.perf_counter()
-            place = Path(folder) / f"{network}_{precision}"
-            rows = train_in_ways(place, network, precision, WAYS, RESUMED, **more)
-            equal = len({found for _, found in rows}) == 1
-            different += not equal
-            seconds = time.perf_counter() - began
-            print(f"{network}, {precision}: {'all equal' if equal else 'DIFFERENT'} ({seconds:.0f} s)")
-            for what, found in rows:
-                print(f"    {found[:16]}  {what}", flush=True)
-    return 1 if different else 0
-
-
-if __name__ == "__main__":
-    sys.modules["digests"] = sys.modules["__main__"]  # for the spec of `Linen`
-    sys.exit(main())

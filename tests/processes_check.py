@@ -1,17 +1,5 @@
-"""Trains in several processes, and signals and kills them, and checks that nothing is lost and nothing differs.
+"""Trains in several processes, and signals and kills them; the checks give what is wrong, [] if nothing is."""
 
-    uv run python tests/processes_check.py --signals 20 --kills 20
-
-1. The same 100 steps, with batch statistics and accumulation, on 1, 2 and 8 devices of one process and on 2 and 4
-   processes of 2 devices: losses equal to 1e-5, evaluation counts equal.
-2. SIGTERM to either of two processes at random moments: both end with 75 at the same step (with 143 before the first
-   one), and the run, resumed each time, ends bit for bit like one that was left alone. Then SIGKILL to one or both.
-3. From four processes to one, and back: losses equal to 1e-4.
-
-Prints what it did; exit status 1 if anything differs.
-"""
-
-import argparse
 import collections
 import json
 import os
@@ -20,14 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NoReturn
 
 import jax
 import numpy as np
-from resume_check import ROOT, obey_signals, outcome
+from resume_check import ROOT, outcome
 
 from imgclf_jax.core.errors import UserError
 
@@ -168,23 +155,3 @@ def elastic(folder: Path) -> list[str]:
     furthest = max(abs(a[step] - b[step]) for step in a)
     print(f"elastic: {len(b)} losses, at most {furthest:.1e} from those of two processes", flush=True)
     return ["elastic"] if a.keys() != b.keys() or not np.isclose(furthest, 0, atol=1e-4) else []
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--signals", type=int, default=20)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.mkdtemp(prefix="processes_check")))
-    args = parser.parse_args()
-    obey_signals()
-    rng = random.Random(args.seed)
-    wrong = compare(args.folder) + elastic(args.folder)
-    wrong += disturb_often(args.folder, signal.SIGTERM, args.signals, rng)
-    wrong += disturb_often(args.folder, signal.SIGKILL, args.kills, rng)
-    print(f"wrong: {', '.join(wrong)}; see {args.folder}" if wrong else "nothing is wrong")
-    return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,19 +1,10 @@
-"""Kills a training run again and again and checks that it ends, bit for bit, like one that was left alone.
+"""Kills training runs at random moments: in start-up, in training, while a checkpoint is written."""
 
-    uv run python tests/resume_check.py --kills 20
-
-Each process is killed at a random moment: in start-up, in training, while a checkpoint is written. Then once more with
-SIGTERM, which must save and exit 75, and with a checkpoint that was truncated by hand, which must be reported and the
-one before it used. Prints what it did; exit status 1 if any bit differs.
-"""
-
-import argparse
 import json
 import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -93,47 +84,3 @@ def kill_repeatedly(workdir: Path, overrides: tuple[str, ...], kills: int, rng: 
         print(f"kill {len(found)}: latest checkpoint {found[-1]}", flush=True)
     finish(workdir, overrides)
     return found
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    parser.add_argument("--workdir", type=Path, default=Path(tempfile.mkdtemp(prefix="resume_check")))
-    parser.add_argument("overrides", nargs="*", help="of the config, such as --config.data.placement=device")
-    args = parser.parse_args()
-    obey_signals()
-    rng = random.Random(args.seed)
-    overrides = (*DIGITS, *args.overrides)
-
-    finish(args.workdir / "whole", overrides)
-    expected = outcome(args.workdir / "whole")
-    print(f"left alone: {expected[0]}, {len(expected[1])} records")
-    failures = 0
-
-    kill_repeatedly(args.workdir / "killed", overrides, args.kills, rng)
-    got = outcome(args.workdir / "killed")
-    print(f"SIGKILL x {args.kills}: {got[0]}, {'equal' if got == expected else 'DIFFERENT'}")
-    failures += got != expected
-
-    statuses = [interrupt(args.workdir / "stopped", overrides, signal.SIGTERM, rng) for _ in range(2)]
-    statuses.append(interrupt(args.workdir / "stopped", overrides, signal.SIGINT, rng))
-    finish(args.workdir / "stopped", overrides)
-    got = outcome(args.workdir / "stopped")
-    print(f"SIGTERM, SIGTERM, SIGINT: exit {statuses}, {got[0]}, {'equal' if got == expected else 'DIFFERENT'}")
-    failures += got != expected or statuses != [75, 75, 75]
-
-    workdir = args.workdir / "truncated"
-    for _ in range(2):  # two checkpoints at least
-        interrupt(workdir, overrides, signal.SIGTERM, rng)
-    step = truncate_latest(workdir)
-    finish(workdir, overrides)
-    got = outcome(workdir)
-    said = [line for line in Path(f"{workdir}.log").read_text().splitlines() if "is used" in line]
-    print(f"checkpoint {step} truncated: {said}, {got[0]}, {'equal' if got == expected else 'DIFFERENT'}")
-    failures += got != expected or not said
-    return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

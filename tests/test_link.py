@@ -13,7 +13,6 @@ from PIL import Image
 
 import launch
 from imgclf_jax import losses, metrics, step
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.trained import restore
@@ -41,12 +40,6 @@ def test_each_loss_has_a_link(loss, link):
     """By its spec and with its arguments bound; a user's own declares it, or has the softmax."""
     assert losses.link_of(loss) == link
     assert losses.link_of(losses.build(loss)) == link
-
-
-def test_a_wrapped_loss_keeps_its_link():
-    assert losses.link_of(functools.partial(jax.jit(declared_loss), scale=2.0)) == losses.SIGMOID
-    with pytest.raises(UserError, match="unknown loss 'sigmoidd'"):
-        losses.link_of("sigmoidd")
 
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
@@ -87,8 +80,8 @@ class Given(nn.Module):
 
 
 @pytest.mark.parametrize("loss", [
-    "softmax", "softmax(label_smoothing=0.2)", "softmax(class_weights=(5.0, 0.1, 1.0, 0.0))", "focal(gamma=2, alpha=4)",
-    "sigmoid(mean=True)", "sigmoid(label_smoothing=0.3, class_weights=(5.0, 0.1, 1.0, 0.0))",
+    "softmax", "softmax(label_smoothing=0.2, class_weights=(5.0, 0.1, 1.0, 0.0))", "focal(gamma=2, alpha=4)",
+    "sigmoid(label_smoothing=0.3, class_weights=(5.0, 0.1, 1.0, 0.0), mean=True)",
     f"{__name__}:plain_loss", f"{__name__}:declared_loss(scale=2.0)",
 ])  # fmt: skip
 def test_nll_is_that_of_the_probabilities_whatever_the_loss(loss):
@@ -114,17 +107,6 @@ def test_nll_is_that_of_the_probabilities_whatever_the_loss(loss):
     assert found["ensemble_nll"] == pytest.approx(nll(each.mean(0)), rel=1e-6)
     plain = loss == "softmax" or loss.endswith("plain_loss")
     assert (found["loss"] == pytest.approx(found["nll"])) == plain
-
-
-def test_runs_with_other_losses_can_be_compared_by_nll():
-    """A sure and right model has next to none, where label smoothing makes the loss a large number."""
-    logits, labels = 30 * jnp.eye(4) - 15, jnp.arange(4)
-    for loss in ("softmax(label_smoothing=0.2)", "sigmoid(label_smoothing=0.2)"):
-        assert jnp.mean(losses.build(loss)(logits, labels)) > 2
-        assert jnp.mean(losses.link_of(loss).nll(logits, labels)) < 1e-4
-    far = jnp.asarray([[-jnp.inf, 0.0, 1.0, -1e4]])
-    assert np.isfinite(losses.SOFTMAX.nll(far, jnp.asarray([1]))).all()
-    assert np.isfinite(losses.SIGMOID.nll(far, jnp.asarray([1]))).all()
 
 
 @pytest.fixture(scope="module")

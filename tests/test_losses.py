@@ -25,8 +25,7 @@ def draw(b, classes, scale=3.0):
     return logits, generator.integers(0, classes, b).astype(np.int32)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
-@pytest.mark.parametrize("classes", [2, 10])
+@pytest.mark.parametrize(("smoothing", "classes"), [(0.0, 10), (0.1, 2), (0.9, 10)])
 def test_softmax_is_the_cross_entropy_of_its_definition(smoothing, classes):
     """-sum(q log p) in float64, where q mixes the one-hot label with the uniform distribution."""
     logits, labels = draw(64, classes)
@@ -39,16 +38,6 @@ def test_softmax_is_the_cross_entropy_of_its_definition(smoothing, classes):
     assert out.dtype == jnp.float32
     atol = rounding(classes + 8) * np.abs(logits).max()  # a logarithm of a sum of exponentials
     np.testing.assert_allclose(out, -(q * np.log(p)).sum(1), rtol=0, atol=atol)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_gradient_of_softmax_is_p_minus_q(smoothing):
-    logits, labels = draw(32, 7)
-    p = np.exp(logits.astype(np.float64))
-    p /= p.sum(1, keepdims=True)
-    q = (1 - smoothing) * np.eye(7)[labels] + smoothing / 7
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(losses.softmax(x, labels, smoothing))))(logits)
-    np.testing.assert_allclose(gradient, p - q, rtol=0, atol=rounding(7 + 8))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -72,8 +61,7 @@ def log_softmax(logits):
     return x - np.log(np.exp(x).sum(1, keepdims=True))
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize(("smoothing", "mean"), [(0.0, False), (0.1, True)])
 def test_sigmoid_is_the_sum_of_binary_cross_entropies(smoothing, mean):
     """-t log s(x) - (1 - t) log(1 - s(x)) over the classes in float64; the mean is also Keras's."""
     logits, labels = draw(64, 7)
@@ -89,7 +77,7 @@ def test_sigmoid_is_the_sum_of_binary_cross_entropies(smoothing, mean):
         np.testing.assert_allclose(out, keras_loss(t.astype(np.float32), logits), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_focal_is_its_definition(gamma):
     """-alpha (1 - p)^gamma log p in float64, Keras's in float32, and its gradient by central differences."""
     logits, labels = draw(64, 6)
@@ -112,7 +100,7 @@ def test_focal_is_its_definition(gamma):
         np.testing.assert_allclose(gradient[:, c], expected, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
 def test_focal_of_a_sure_prediction_has_a_gradient(gamma):
     """Where p is 1 in float32, a power of 1 - p has no finite derivative below 1; and large logits do not overflow."""
     logits = jnp.asarray([[200.0, 0.0, -200.0], [-1000.0, 0.0, 0.0]])
@@ -122,7 +110,7 @@ def test_focal_of_a_sure_prediction_has_a_gradient(gamma):
     np.testing.assert_allclose(gradient, [[0, 0, 0], [-1, 0.5, 0.5]], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("text", ["softmax", "softmax(label_smoothing=0.1)", "sigmoid", "focal"])
+@pytest.mark.parametrize("text", ["softmax", "sigmoid", "focal"])
 def test_class_weights_multiply_the_loss_of_an_example(text):
     """As Keras weights samples: by hard labels the weight of the class, by distributions the expected one."""
     logits, labels = draw(40, 5)
@@ -141,21 +129,13 @@ def test_class_weights_multiply_the_loss_of_an_example(text):
         np.testing.assert_allclose(np.sum(weighted(x, y)), total, rtol=1e-5)
 
 
-@pytest.mark.parametrize("text", ["softmax", "softmax(label_smoothing=0.2)", "sigmoid(label_smoothing=0.2)", "focal"])
+@pytest.mark.parametrize("text", ["softmax(label_smoothing=0.2)", "sigmoid(label_smoothing=0.2)", "focal"])
 def test_a_one_hot_distribution_is_its_label(text):
     logits, labels = draw(32, 4)
     loss, x = built(text), jnp.asarray(logits)
     soft = jnp.asarray(np.eye(4, dtype=np.float32)[labels])
     atol = rounding(2 * (4 + 8)) * np.abs(logits).max()  # each of both is a sum over four classes
     np.testing.assert_allclose(loss(x, soft), loss(x, jnp.asarray(labels)), rtol=0, atol=atol)
-
-
-def test_softmax_against_a_distribution_is_the_cross_entropy():
-    logits, _ = draw(32, 4)
-    soft = np.random.default_rng(2).dirichlet(np.ones(4), 32).astype(np.float32)
-    expected = -(soft.astype(np.float64) * log_softmax(logits)).sum(1)
-    out = jax.jit(losses.softmax)(logits, soft)
-    np.testing.assert_allclose(out, expected, rtol=0, atol=rounding(4 + 8 + 4) * np.abs(logits).max())
 
 
 def test_balanced_weights_are_those_of_scikit_learn():
@@ -193,7 +173,7 @@ def sums_of(logits, labels, mask):
     return jax.device_get(jax.jit(metrics.classification_sums)(*args))
 
 
-@pytest.mark.parametrize("classes", [3, 6, 12])
+@pytest.mark.parametrize("classes", [3, 12])
 def test_classification_sums_agree_with_scikit_learn(classes):
     """Over the unmasked rows alone; the masked ones hold NaN and wrong labels and change nothing."""
     logits, labels = draw(200, classes)
@@ -213,12 +193,6 @@ def test_classification_sums_agree_with_scikit_learn(classes):
         assert sums["top5"] == top5
 
 
-def test_a_masked_loss_of_nan_does_not_count():
-    values, mask = {"loss": jnp.asarray([2.0, jnp.nan])}, jnp.asarray([True, False])
-    args = (jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32), values, mask)
-    assert float(metrics.classification_sums(*args)["loss"]) == 2.0
-
-
 def test_the_first_class_wins_a_tie():
     """In the prediction; so a model that gives every class the same logit predicts class 0."""
     logits = np.zeros((4, 3), np.float32)
@@ -228,13 +202,6 @@ def test_the_first_class_wins_a_tie():
     np.testing.assert_array_equal(sums["confusion"], [[1, 0, 0], [1, 0, 0], [1, 1, 0]])
 
 
-def test_top5_counts_the_classes_above_the_true_one():
-    """Four classes above it is in, five is out."""
-    logits = np.float32([[9, 8, 7, 6, 5, 4, 3]] * 7)
-    sums = sums_of(logits, np.arange(7, dtype=np.int32), np.ones(7, bool))
-    assert sums["top5"] == 5
-
-
 def test_top5_ranks_ties_by_class_and_nan_above_all():
     """Of six tied classes the first five are in, as a stable sort says; NaN logits put no class among the first."""
     tied = np.ones((6, 6), np.float32)
@@ -242,25 +209,6 @@ def test_top5_ranks_ties_by_class_and_nan_above_all():
     ranks = np.argsort(-tied, kind="stable")[:, :5]
     assert sum(label in row for label, row in zip(range(6), ranks, strict=True)) == 5
     assert sums_of(tied * np.nan, np.arange(6, dtype=np.int32), np.ones(6, bool))["top5"] == 0
-
-
-def test_sums_add_up_over_batches():
-    """Two halves give the sums of the whole, and summarize divides by the number of examples."""
-    logits, labels = draw(64, 8)
-    mask = np.arange(64) < 50
-    whole = sums_of(logits, labels, mask)
-    loss = losses.softmax(jnp.asarray(logits), jnp.asarray(labels))
-    args = (jnp.asarray(logits), jnp.asarray(labels), {"loss": loss}, jnp.asarray(mask))
-    parts = [jax.device_get(metrics.classification_sums(*jax.tree.map(lambda a, half=half: a[half], args)))
-             for half in (slice(0, 32), slice(32, 64))]  # fmt: skip
-    total = {k: parts[0][k] + parts[1][k] for k in parts[0]}
-    for name in ("examples", "correct", "confusion", "top5"):
-        np.testing.assert_array_equal(total[name], whole[name])
-    report = metrics.summarize(total)
-    assert report["examples"] == 50
-    assert report["accuracy"] == np.mean(logits[:50].argmax(1) == labels[:50])
-    assert report["top5"] == np.mean([y in np.argsort(-x)[:5] for x, y in zip(logits[:50], labels[:50], strict=True)])
-    np.testing.assert_allclose(report["loss"], np.mean(np.asarray(loss)[:50]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("text", sorted(losses.LOSSES))

@@ -124,11 +124,6 @@ def test_config_files(mistake, tmp_path, text, fragments):
     assert not (tmp_path / "run").exists()
 
 
-def test_no_config_file(mistake):
-    assert has(mistake("--config=configs/nope.py"), "no config file 'configs/nope.py'")
-    assert has(mistake(f"--config={ROOT}/configs/digit.py"), "configs/digit.py'; did you mean digits.py")
-
-
 @pytest.mark.parametrize(
     ("flag", "fragments"),
     [

@@ -199,11 +199,6 @@ def test_a_set_that_results_have_no_room_for(mistake, whole, tmp_path, monkeypat
         assert has(mistake(*command, f"--config.data.eval.{name}=test"), f"data.eval has a set called {name!r}")
 
 
-def test_names_at_the_top_of_a_result_are_reserved(whole):
-    result = json.loads((whole[0] / "result.json").read_text())
-    assert {name for name, value in result.items() if not isinstance(value, dict)} <= RESERVED
-
-
 def test_metrics_that_are_missing(copy, capsys):
     """Of a run that is done they are not made up; of one that goes on it is said what is lost."""
     workdir, argv = copy

@@ -50,9 +50,11 @@ def test_every_way_to_train_with(more, tmp_path):
     assert len({digest for _, digest in found}) == 1, found
 
 
-@pytest.mark.parametrize("place", [pytest.param("host", marks=pytest.mark.slow), "device"])
-def test_training_does_not_depend_on_the_steps_in_a_call(place, fake_config, tmp_path):
-    """One step a call or many, ending wherever something is due: the same parameters, metrics and evaluations."""
+def test_training_does_not_depend_on_the_steps_in_a_call(fake_config, tmp_path):
+    """One step a call on images of the host, or many on images of the device, and any number of threads.
+
+    Ending wherever something is due: the same parameters, metrics and evaluations.
+    """
     config = fake_config
     config.model = "mlp(widths=(8,))"
     config.total, config.augment, config.log_every, config.eval_every = (
@@ -61,9 +63,9 @@ def test_training_does_not_depend_on_the_steps_in_a_call(place, fake_config, tmp
         "5 steps",
         "7 steps",
     )
-    config.data.placement, config.checkpoint_every = place, "11 steps"
+    config.checkpoint_every = "11 steps"
     results = []
-    for size in (1, 32):
+    for size, config.data.placement, config.data.threads in ((1, "host", 1), (32, "device", 3)):
         config.steps_per_call = size
         assert train.main(config, Workdir(tmp_path / str(size))) == 0
         result = json.loads((tmp_path / str(size) / "result.json").read_text())

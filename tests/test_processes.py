@@ -1,4 +1,4 @@
-"""Several processes train one run; `-m slow` for what takes minutes, `processes_check.py` for hours of it."""
+"""Several processes train one run; `-m slow` for what takes minutes."""
 
 import json
 import random

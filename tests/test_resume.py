@@ -1,4 +1,4 @@
-"""A run that was killed ends, bit for bit, like one that was left alone. `resume_check.py` is the long version."""
+"""A run that was killed ends, bit for bit, like one that was left alone."""
 
 import json
 import os
@@ -122,6 +122,7 @@ def test_disturbed_by_a_plan(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_twenty_times(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["resume_check.py", "--kills", "20", "--workdir", str(tmp_path)])
-    assert resume_check.main() == 0
+def test_killed_twenty_times(tmp_path):
+    resume_check.finish(tmp_path / "whole", resume_check.DIGITS)
+    resume_check.kill_repeatedly(tmp_path / "killed", resume_check.DIGITS, 20, random.Random(0))
+    assert resume_check.outcome(tmp_path / "killed") == resume_check.outcome(tmp_path / "whole")

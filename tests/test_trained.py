@@ -66,17 +66,6 @@ def test_an_image_may_be_a_file_bytes_pixels_or_pillows(model, pixels, tmp_path)
         np.testing.assert_array_equal(model.predict(image), expected)
 
 
-def test_a_turned_photograph_is_turned_back(model, pixels):
-    """Pillow's image with an EXIF orientation is the same as its file."""
-    turned = Image.fromarray(pixels[0, ..., 0]).transpose(Image.Transpose.ROTATE_90)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn it by 90 degrees clockwise
-    content = io.BytesIO()
-    turned.save(content, "PNG", exif=exif)
-    opened = Image.open(io.BytesIO(content.getvalue()))
-    np.testing.assert_array_equal(model.predict([opened, content.getvalue()]), model.predict(pixels[[0, 0]]))
-
-
 def test_an_image_that_cannot_be_used_is_named(model, pixels, tmp_path):
     (tmp_path / "b.png").write_bytes(b"no image")
     for images, message in [

@@ -197,7 +197,7 @@ def test_trusted(trained, tmp_path, monkeypatch, capsys, model):
     assert "test: examples 64" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("place", ["the current folder", "the folder of the config"])
+@pytest.mark.parametrize("place", ["the current folder", *thorough("the folder of the config")])
 def test_a_file_that_is_called_like_a_library(tmp_path, place):
     """What is installed comes first."""
     for name in ("optax", "jax", "absl", "ml_collections", "os"):

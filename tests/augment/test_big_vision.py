@@ -124,11 +124,6 @@ def test_every_op_is_the_definition(kind, magnitude):
         np.testing.assert_array_equal(own, expected, f"{name} {sign}")
 
 
-def test_full_strength_is_30_degrees():
-    maps = big_vision._maps(big_vision.FULL, 64, 64)[big_vision.OPS.index("rotate")]
-    np.testing.assert_allclose(np.degrees(np.arctan2(maps[:, 3], maps[:, 0])), [30, -30], rtol=1e-6)
-
-
 def test_the_smooth_image_is_that_of_tensorflow_or_a_level_higher():
     """Higher where the exact mean is whole, and the float32 convolution comes out below it."""
     image = photos(64)[0]

@@ -5,11 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from digests import digest
-from scipy import stats
 
 from imgclf_jax.augment import ops
-from imgclf_jax.core import rng, sharding
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core import sharding
 from imgclf_jax.data import placement, sources, stream
 
 SEED, TEXT = 7, "flip_alternating|normalize"
@@ -61,16 +59,6 @@ def test_placement_and_a_start_in_the_middle_change_nothing():
     assert orientations("host", 12, 5, 12, size=2) == whole[5 * 12 :]
 
 
-def test_half_of_the_examples_begin_mirrored_whatever_the_seed():
-    pixels = jnp.tile(jnp.asarray([0, 1], jnp.uint8)[None, None, :, None], (10_000, 1, 1, 1))
-    ids, epochs = jnp.arange(10_000, dtype=jnp.int32), jnp.zeros(10_000, jnp.int32)
-    keys = [rng.key(jnp.uint32(seed), "flip_alternating") for seed in (1, 2)]
-    out = [np.asarray(ops.flip_alternating(key, pixels, ids, epochs)) for key in keys]
-    first, other = (images[:, 0, 0, 0] for images in out)
-    for flips in (first, other, first ^ other):
-        assert stats.binomtest(int(flips.sum()), 10_000).pvalue > 1e-3
-
-
 @pytest.mark.thorough
 def test_batches_carry_ids_only_where_an_op_asks(tmp_path, fake_config):
     """And a run with such an op trains to the same bits on either placement, one step a call or many."""
@@ -104,13 +92,3 @@ def test_the_draws_follow_from_the_name_and_the_occurrence():
     )
     np.testing.assert_array_equal(after, alone)
     assert (twice != np.asarray(pixels) / np.float32(255)).any()
-
-
-def test_evaluation_leaves_it_out():
-    pixels = jnp.asarray(np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1), np.uint8))
-    np.testing.assert_array_equal(ops.build(TEXT, train=False)(None, pixels), ops.normalize(pixels))
-
-
-def test_its_arguments_are_the_streams():
-    with pytest.raises(UserError, match="unknown argument 'ids'"):
-        ops.build("flip_alternating(ids=3)", train=True)

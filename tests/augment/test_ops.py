@@ -68,12 +68,6 @@ def test_flip_lr_mirrors_some_images(shape):
     assert not same.all()
 
 
-def test_flip_lr_mirrors_half_of_the_images():
-    images = np.tile(np.array([0, 1], np.uint8)[None, None, :, None], (10_000, 1, 1, 1))
-    flipped = int(compiled(flip_lr, KEY, images)[:, 0, 0, 0].sum(dtype=int))
-    assert stats.binomtest(flipped, 10_000).pvalue > 1e-3
-
-
 @pytest.mark.parametrize("mode", ["constant", "reflect", "edge"])
 @pytest.mark.parametrize(("shape", "pad"), [((16, 8, 9, 3), 4), ((8, 5, 5, 1), 1), ((4, 6, 6, 2), 0)])
 def test_pad_crop_is_a_slice_of_numpys_pad(shape, pad, mode):
@@ -82,16 +76,6 @@ def test_pad_crop_is_a_slice_of_numpys_pad(shape, pad, mode):
     assert out.dtype == np.uint8
     np.testing.assert_array_equal(out, numpy_pad_crop(KEY, images, pad, mode))
     assert (out != images).any() == (pad > 0)
-
-
-def test_pad_crop_is_uniform_over_all_places():
-    """A bright pixel in the middle lands on each of the (2 * pad + 1)**2 places equally often."""
-    n, pad = 20_000, 2
-    images = np.zeros((n, 5, 5, 1), np.uint8)
-    images[:, 2, 2] = 1
-    out = compiled(pad_crop, KEY, images, pad)
-    assert (out.sum((1, 2, 3)) == 1).all()
-    assert stats.chisquare(out.sum(0, dtype=int).reshape(-1)).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(("size", "fill"), [(3, 0.0), (6, 7.0), (40, 7.0), *thorough((1, 0.0), (2, 7.0), (40, 0.0))])
@@ -105,12 +89,6 @@ def test_cutout_fills_a_square_cut_off_at_the_border(size, fill):
     areas = (out == fill).all(-1).sum((1, 2))
     assert areas.max() == min(size, 9) * min(size, 12)
     assert (areas.min() < areas.max()) == (1 < size < 40)
-
-
-def test_cutout_has_its_centre_uniform_over_the_image():
-    out = compiled(cutout, KEY, np.ones((20_000, 4, 5, 1), np.float32), 1)
-    assert ((1 - out).sum((1, 2, 3)) == 1).all()
-    assert stats.chisquare((1 - out).sum(0).reshape(-1)).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("fill", [-1.0, 0.5, 256.0])
@@ -227,15 +205,6 @@ def test_another_op_changes_none_of_the_draws_of_an_op(text):
     np.testing.assert_array_equal(after, alone)
 
 
-def test_the_same_op_twice_draws_twice():
-    """Two flips with one key would be none."""
-    images = jnp.asarray(noise(64, 4, 4, 1))
-    out = jax.jit(ops.build("flip_lr|flip_lr", train=True))(KEY, images)
-    assert (np.asarray(out) != np.asarray(images) / np.float32(255)).any()
-    first, second = (np.asarray(ops.flip_lr(rng.fold(KEY, "flip_lr", i), images)) for i in range(2))
-    assert (first != second).any()
-
-
 def test_evaluation_leaves_out_the_ops_that_draw():
     images = jnp.asarray(noise(16, 10, 10, 3))
     evaluate = ops.build(ALL, train=False)
@@ -291,8 +260,3 @@ def test_images_split_over_devices_stay_where_they_are(text):
 def test_build_refuses_a_wrong_spec(text, message):
     with pytest.raises(UserError, match=message):
         ops.build(text, train=True)
-
-
-def test_pad_crop_refuses_another_mode():
-    with pytest.raises(UserError, match=r"mode='wrap'.*constant, reflect, edge"):
-        pad_crop(KEY, jnp.zeros((1, 4, 4, 1), jnp.uint8), 1, "wrap")

@@ -14,7 +14,7 @@ from cases import thorough
 from jax.extend import core as jaxpr_core
 from test_photometric import photos, unusual
 
-from imgclf_jax.augment import big_vision, geometry, ops, photometric, policies, tpu_affine, tpu_slides
+from imgclf_jax.augment import big_vision, geometry, ops, photometric, policies, tpu_affine
 from imgclf_jax.core import platform
 
 KEY = jax.random.key(8)
@@ -82,11 +82,6 @@ def test_rotations_by_any_angle(most, h, w):
     assert (usual != 0).any((1, 2, 3)).all()
 
 
-def test_maps_without_limits_are_read_as_elsewhere():
-    matrix = jnp.tile(jnp.asarray(geometry.fixed_point(geometry.shear_x(3.0))), (5, 1))
-    assert_equal(lambda x: geometry.affine(x, matrix, jnp.zeros(3, jnp.uint8)), SETS["colour"])
-
-
 @pytest.mark.parametrize("kind", ["oblong", *thorough("grey", "tiny")])
 def test_tables_histograms_and_smoothing(kind):
     images = SETS[kind]
@@ -96,31 +91,6 @@ def test_tables_histograms_and_smoothing(kind):
     assert_equal(photometric.histogram, images)
     assert_equal(photometric.equalize, images)
     assert_equal(photometric.smooth, images)
-
-
-@pytest.mark.parametrize("width", [255, 256, 300])
-def test_histograms_of_one_level_overflow_nowhere(width):
-    """Four counts share a word where no row holds more than 255 pixels, two where it does."""
-    images = np.zeros((2, 3, width, 1), np.uint8)
-    images[1] = 255
-    with platform.tracing_for("tpu"):
-        counts = np.asarray(photometric.histogram(jnp.asarray(images)))
-    assert np.argwhere(counts).tolist() == [[0, 0, 0], [1, 255, 0]]
-    assert set(counts[counts > 0]) == {3 * width}
-
-
-@pytest.mark.parametrize("most", [0, 1, 3, 4, 15, 16, 100])
-def test_slides_against_numpy(most):
-    lines = np.random.default_rng(0).normal(size=(4, 6, 50)).astype(np.float32)
-    amount = np.random.default_rng(1).integers(0, most + 1, (4, 6, 1), np.int32)
-    amount[0, :2, 0] = 0, most
-    out = tpu_slides.slide(jnp.asarray(lines), jnp.asarray(amount), most, 2, -7, 40)
-    expected = np.zeros((4, 6, 47), np.float32)
-    for place in np.ndindex(*expected.shape):
-        source = place[2] - 7 + amount[place[0], place[1], 0]
-        if 0 <= source < 50:
-            expected[place] = lines[place[0], place[1], source]
-    np.testing.assert_array_equal(out, expected)
 
 
 @pytest.mark.parametrize("kind", ["oblong", *thorough("grey")])

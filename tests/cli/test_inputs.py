@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import imgclf_jax
 import launch
 from imgclf_jax.cli import inputs
 from imgclf_jax.core.errors import UserError
@@ -58,20 +57,6 @@ def test_files_directories_and_patterns(photos):
             inputs.find("predict", ["a.png", word])
     with pytest.raises(UserError, match="name at least one image"):
         inputs.find("predict", [])
-
-
-def test_a_directory_is_not_listed_before_it_is_reached(photos, monkeypatch):
-    """So that the first results come at once, and names of a million files are not held."""
-    listed = []
-    scandir = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: listed.append(str(path)) or scandir(path))
-    images = inputs.find("predict", ["."])
-    listed.clear()
-    names = [next(images).path for _ in range(2)]
-    assert names == ["./[d].png", "./a.png"]
-    assert listed == ["./"]
-    assert [image.path for image in images][:2] == ["./b/1.png", "./b/2.jpg"]
-    assert listed == ["./", "./b/", "./b/c/"]
 
 
 def output(capsys, run, *words):
@@ -127,17 +112,6 @@ def test_an_image_on_standard_input_is_no_list_of_names(monkeypatch, kind):
     monkeypatch.setattr(sys, "stdin", text)
     with pytest.raises(UserError, match=r"- reads names of files .*: launch.py explain FILE$"):
         list(inputs.find("explain", ["-"]))
-
-
-def test_a_name_that_no_file_can_have(run):
-    with pytest.raises(UserError, match=r"^a.*b\.png: .*null"):
-        imgclf_jax.load(run).predict("a\0b.png")
-
-
-def test_no_image_is_an_empty_list(run, photos, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    status, (out, _) = output(capsys, run, "--format=json", "-")
-    assert (status, json.loads(out)) == (0, [])
 
 
 def test_a_long_table_is_printed_in_parts(capsys):

@@ -121,16 +121,3 @@ def test_any_use_of_a_parameter(mesh, name):
         own = jax.jit(fsdp.gather_at_use(of, shardings(mesh), returns_gradients=gives))(*args)
         expected = jax.jit(of)(*args)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), own, expected)
-
-
-def test_an_effect_takes_place_once(mesh):
-    seen = []
-
-    def function(p, s, x):
-        jax.debug.callback(seen.append, jnp.sum(p))
-        return jnp.sum(x @ p) + jnp.sum(x @ p.T)
-
-    args = jnp.ones((16, 16)), {}, jnp.ones((8, 16))
-    jax.block_until_ready(jax.jit(fsdp.gather_at_use(function, shardings(mesh)))(*args))
-    jax.effects_barrier()
-    assert seen == [256.0]

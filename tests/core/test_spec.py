@@ -46,7 +46,6 @@ CALLS = st.builds(
     st.lists(LITERALS, max_size=3).map(tuple),
     st.dictionaries(IDENTIFIERS, LITERALS, max_size=3),
 )
-SPACE = st.text(alphabet=" \t\n\r\x0c", max_size=3)
 
 
 @settings(max_examples=200)
@@ -55,24 +54,6 @@ def test_text_of_a_call_parses_to_an_equal_call(call):
     again = spec.parse_one(str(call))
     assert again == call
     assert repr(again) == repr(call)  # and of the same types: 1, 1.0 and True are equal
-
-
-@settings(max_examples=60)
-@given(st.lists(st.tuples(SPACE, CALLS, SPACE), max_size=4))
-def test_calls_joined_by_bars_parse_one_by_one_whatever_the_white_space(parts):
-    text = "|".join(before + str(call) + after for before, call, after in parts)
-    assert spec.parse(text) == [call for _, call, _ in parts]
-
-
-@settings(max_examples=300)
-@given(
-    st.lists(
-        st.tuples(st.text("|()[]{}#,= é𝐟\u2028\x0b\x0c\x1c\x85", max_size=5), *[SPACE] * 4), min_size=1, max_size=3
-    )
-)
-def test_bars_in_unescaped_strings_and_line_ends_in_brackets_do_not_split(parts):
-    text = "|".join(f"{a}f({b}'{value}'{c},{d}2)" for value, a, b, c, d in parts)
-    assert spec.parse(text) == [spec.Call("f", (value, 2)) for value, *_ in parts]
 
 
 @pytest.mark.parametrize(
@@ -185,15 +166,6 @@ def test_bind_gives_positional_arguments_after_the_given_ones(image, factor, off
         assert bind(text, given=("image",))(image) == expected
 
 
-def test_bind_passes_both_leading_arguments_and_keyword_only_ones():
-    assert bind("jitter(2.0, mode='mul')", given=("key", "images"))("k", "x") == ("k", "x", 2.0, "mul")
-    assert bind("free(a=1, b='|')", given=("image",))("x") == ("x", {"a": 1, "b": "|"})
-
-
-def test_bind_without_given_arguments_binds_them_all():
-    assert spec.bind(spec.parse_one("scale(3, 4)"), TABLE, "op")() == 12
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -237,12 +209,6 @@ def test_an_import_path_is_looked_up_without_registration(tmp_path, monkeypatch)
         del sys.modules[name]
 
 
-def test_takes_tells_the_first_parameter():
-    assert spec.takes(jitter, "key")
-    assert not spec.takes(scale, "key")
-    assert not spec.takes(lambda: None, "key")
-
-
 def test_linen_modules_do_not_offer_the_fields_that_flax_adds():
     from imgclf_jax.models.backbones import BACKBONES
 
@@ -263,12 +229,6 @@ def test_only_finite_numbers_are_literals(value):
 
 
 # --- splits, against TFDS's own reading of the same text ---
-
-
-def test_bytes_that_are_no_text():
-    """As Python gives them from a command line."""
-    with pytest.raises(UserError, match=r"^in spec \"folder\('\\udcff'\)\": it is not UTF-8$"):
-        spec.parse("folder('\udcff')")
 
 
 @pytest.mark.parametrize(("text", "names"), [

@@ -109,14 +109,6 @@ def test_batches_are_read_ahead_with_and_without_tensorflow(installed, monkeypat
         next(batches)
 
 
-def test_labels_and_pixels_belong_to_the_ids():
-    source = fake()
-    for step, batch in enumerate(stream.train_batches(stream.Images(source, "decode(1)"), 9, 16, 0, 5)):
-        expected = source.read(stream.example_ids(9, step, 16, 40))
-        np.testing.assert_array_equal(batch["image"], expected["image"])
-        np.testing.assert_array_equal(batch["label"], expected["label"])
-
-
 @pytest.mark.parametrize("processes", [2, 3, 12])
 def test_the_rows_of_all_processes_make_the_global_batch(processes):
     """Whichever rows each of them has: every second one, for two."""
@@ -126,14 +118,6 @@ def test_the_rows_of_all_processes_make_the_global_batch(processes):
         rows = np.arange(process, 12, processes)
         expected = [{k: batch[k][rows] for k in ("image", "label")} for batch in whole]
         assert_same(stream.train_batches(images, 4, 12, 2, 5, rows), expected)
-
-
-def test_a_process_reads_its_rows_alone():
-    source = Recorder(fake(2**40, (2, 2, 1)))
-    images = stream.Images(source, "decode(1)")
-    source.ids.clear()
-    list(stream.train_batches(images, 1, 12, 0, 2, np.arange(4, 8)))
-    assert sorted(source.ids) == sorted(i for step in (0, 1) for i in stream.example_ids(1, step, 12, 2**40)[4:8])
 
 
 def test_random_ops_draw_anew_in_every_epoch_and_for_every_seed():

@@ -1,10 +1,8 @@
 """Images of a folder: each is checked once, and a broken one is named."""
 
 import os
-from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 from test_folder import flat, write  # noqa: F401  a fixture
 
@@ -76,19 +74,6 @@ def test_a_cache_folder_that_cannot_be_written_costs_the_memory_alone(flat, deco
     assert len(decoded) == 24
 
 
-def test_images_come_through_the_stream_with_their_labels(flat):
-    images = stream.Images(folder(str(flat))["train"], "decode(3)")
-    seen = Counter()
-    for batch in stream.eval_batches(images, 5):
-        for image, label, real in zip(batch["image"], batch["label"], batch["mask"], strict=True):
-            if real:
-                i = next(i for i in range(12) if np.array_equal(np.random.default_rng(i).integers(
-                    0, 256, (8, 6, 3), np.uint8), image))  # fmt: skip
-                assert label == i % 3
-                seen[i] += 1
-    assert seen == dict.fromkeys(range(12), 1)
-
-
 @pytest.mark.parametrize("split", ["train", "train[:50%]+train[50%:]"])
 @pytest.mark.parametrize("prefetch", [1, 8])
 def test_a_file_that_breaks_in_mid_stream_is_named_after_the_batches_before_it(flat, split, prefetch):
@@ -116,11 +101,3 @@ def test_images_of_different_shapes_are_refused_with_the_mend(flat):
     assert "different shapes, such as (8, 6, 3) and (9, 6, 3); add resize(height, width)" in str(e.value)
     mended = stream.Images(source, "decode(3)|resize(8, 6)")
     assert [b["image"].shape for b in stream.train_batches(mended, 0, 4, 0, 3)] == [(4, 8, 6, 3)] * 3
-
-
-def test_splits_of_a_folder_are_disjoint_and_cover_it(flat):
-    base = folder(str(flat))
-    parts = [sources.take_split(base, text) for text in ("train[:25%]", "train[25%:]")]
-    names = [[part.name(i) for i in range(len(part))] for part in parts]
-    assert [len(n) for n in names] == [3, 9]
-    assert names[0] + names[1] == [str(flat / f) for f in base["train"].files]

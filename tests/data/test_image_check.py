@@ -50,19 +50,6 @@ def test_all_are_listed_in_a_file_that_the_error_names(flat, broken):
     assert all(str(file) in str(e.value) for file in broken[:3])
 
 
-def test_those_of_all_splits_are_listed_at_once(tmp_path):
-    for i in range(4):
-        write(tmp_path / "all" / ("train", "test")[i % 2] / "ab"[i // 2] / "good.png", i)
-        bad = tmp_path / "all" / ("train", "test")[i % 2] / "ab"[i // 2] / "bad.png"
-        bad.write_bytes(b"")
-    with pytest.raises(UserError) as e:
-        folder(str(tmp_path / "all"))
-    assert len(listed(str(e.value)).read_text().splitlines()) == 4
-    splits = folder(str(tmp_path / "all"), unreadable="skip")
-    assert {name: len(source) for name, source in splits.items()} == {"train": 2, "test": 2}
-    assert [len(source.left_out) for source in splits.values()] == [2, 2]
-
-
 def test_skipping_gives_the_source_of_the_files_that_are_left(flat, broken, caplog):
     source = folder(str(flat), unreadable="skip")["train"]
     [message] = caplog.messages
@@ -84,11 +71,6 @@ def test_a_class_of_which_nothing_is_left(flat):
         file.write_bytes(b"")
     with pytest.raises(UserError, match=r"class folder .*dog holds no readable image; add some or remove it"):
         folder(str(flat), unreadable="skip")
-
-
-def test_other_words_than_skip(flat):
-    with pytest.raises(UserError, match=r"unknown value of unreadable 'drop'.*allowed: error, skip"):
-        folder(str(flat), unreadable="drop")
 
 
 def test_a_list_that_cannot_be_written_is_said(flat, broken, monkeypatch, tmp_path):

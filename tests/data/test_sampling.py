@@ -1,7 +1,6 @@
 """Sampling is a pure function of (seed, position), with the frequencies that each sampling promises."""
 
 import json
-import logging
 
 import jax
 import numpy as np
@@ -79,15 +78,6 @@ def test_an_id_follows_from_the_seed_and_its_position_alone(files, text, data):
     ].tolist()
 
 
-@pytest.mark.parametrize("text", SPECS)
-def test_seeds_and_epochs_differ(files, text):
-    sampler = build(text, files)
-    at = np.arange(64)
-    assert sampler.ids(0, at).tolist() != sampler.ids(1, at).tolist()
-    if "own" not in text and "curriculum" not in text:
-        assert sampler.ids(0, at).tolist() != sampler.ids(0, at + 64 * sampler.epoch).tolist()
-
-
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 32, 33, 300])
 def test_shuffles_are_exact_permutations_that_are_all_alike(n):
     """Each element at each place equally often, and no order of three favoured."""
@@ -100,19 +90,6 @@ def test_shuffles_are_exact_permutations_that_are_all_alike(n):
         assert stats.chisquare(counts.ravel()).pvalue > 1e-3
     if n == 3:
         assert stats.chisquare(np.unique(out, axis=0, return_counts=True)[1]).pvalue > 1e-3
-
-
-def test_shuffles_of_several_sizes_at_once():
-    sizes = np.array([1, 5, 32, 40, 500])
-    n, key = np.repeat(sizes, sizes), np.repeat(sampling._mix(np.arange(5, dtype=np.uint64)), sizes)
-    out = sampling.shuffle(np.concatenate([np.arange(size) for size in sizes]), n, key)
-    for part, size in zip(np.split(out, np.cumsum(sizes)[:-1]), sizes, strict=True):
-        np.testing.assert_array_equal(np.sort(part), np.arange(size))
-
-
-def test_the_default_is_the_stream_of_permutations():
-    at = np.arange(1000)
-    np.testing.assert_array_equal(build("permutation").ids(7, at), stream.position_ids(7, at, N))
 
 
 def chi_square(drawn, expected):
@@ -132,14 +109,6 @@ def test_weights_are_the_frequencies():
     assert stats.chisquare(pairs, (m - 1) * np.outer(few, few).ravel()).pvalue > 1e-3
     by_seed = np.array([sampler.ids(seed, np.array([10**9]))[0] for seed in range(4000)])
     assert chi_square(np.bincount(by_seed, minlength=N), 4000 * p) > 1e-3
-
-
-def test_weights_at_the_ends_are_exact():
-    """The least and the greatest draw hit no example without weight."""
-    weights = np.zeros(N)
-    weights[[3, 40]] = 1e-300, 2e-300
-    ids = build("weighted", given=source(weights=weights)).ids(0, np.arange(3000))
-    assert set(ids.tolist()) == {3, 40}
 
 
 def test_balanced_gives_each_class_its_turn_and_each_example_its_share():
@@ -343,13 +312,6 @@ def test_the_log_says_how_often_each_class_is_expected():
     )
     drawn = sampling.describe(build(f"{__name__}:make_own(of_class=1)"), source(), 400)
     assert drawn.endswith("b 400, a 0, c 0, d 0, e 0")
-
-
-def test_reading_labels_of_a_source_without_them_at_hand(caplog):
-    with caplog.at_level(logging.WARNING):
-        sampler = build("balanced", given=sources.fake(40, (2, 2, 1), 5)["train"])
-    assert sampler.epoch == 40
-    np.testing.assert_array_equal(np.sort(sampler.ids(0, np.arange(40))), np.arange(40))
 
 
 FLAGS = ["--config.data.source=fake(64, (6, 6, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=",

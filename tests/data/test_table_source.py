@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import image_check, sources, stream
+from imgclf_jax.data import sources, stream
 from imgclf_jax.data.table import table
 
 ROWS = [
@@ -80,13 +80,6 @@ def test_what_is_asked_for_goes_before_what_is_found(images, tmp_path_factory):
     base = table(file, "kind", split=None, file="image", root=str(images), classes=order)
     assert seen(base["train"]) == {i: order.index(ROWS[i]["label"]) for i in range(12)}
     assert base["train"].class_names == order
-
-
-def test_whole_numbers_are_classes_in_their_order(images):
-    rows = [row | {"label": str(i)} for i, row in enumerate(ROWS)]
-    base = table(write_csv(images / "t.csv", rows), split=None)
-    assert base["train"].class_names == tuple(map(str, range(12)))
-    assert seen(base["train"]) == {i: i for i in range(12)}
 
 
 def test_names_of_columns_in_any_capitals_a_byte_order_mark_and_quotes(images):
@@ -236,16 +229,6 @@ def test_skipping_leaves_no_class_and_no_split_without_images(images):
         table(file, unreadable="skip", targets="age")
 
 
-def test_a_second_open_decodes_nothing(images, monkeypatch):
-    """Whatever other table, or folder, of the same files was opened in between."""
-    one, other = write_csv(images / "t.csv"), write_csv(images / "u.csv", ROWS[:6])
-    table(one)
-    table(other)
-    sources.open_splits(f"folder({str(images)!r})")
-    monkeypatch.setattr(image_check, "decode", lambda *_, **__: pytest.fail("decoded again"))
-    assert len(table(one)["train"]) == 9
-
-
 def test_a_file_of_two_splits_is_warned_of(images, caplog):
     rows = [*ROWS, ROWS[0] | {"split": "test"}, ROWS[1] | {"path": str(images / "b/../b/1.png"), "split": "val"}]
     with caplog.at_level(logging.WARNING):
@@ -256,11 +239,3 @@ def test_a_file_of_two_splits_is_warned_of(images, caplog):
     assert "split train has 10 rows of 9 different files" in warnings[0]
     assert "splits train and val share 1 of their files" in warnings[1]
     assert "splits train and test share 1 of their files" in warnings[2]
-
-
-def test_the_log_says_which_columns_are_used(images, caplog):
-    with caplog.at_level(logging.INFO):
-        table(write_csv(images / "t.csv"))
-    assert (
-        "9 in train, 3 in test; columns used: file 'path', label 'label', split 'split', weight 'weight'" in caplog.text
-    )

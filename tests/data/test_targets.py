@@ -233,11 +233,6 @@ def test_the_record_says_what_the_targets_are(tmp_path):
     assert provenance.load_data_info(tmp_path / "provenance.json").target_names == ()
 
 
-def test_class_counts_have_no_meaning_with_targets():
-    with pytest.raises(UserError, match=r"weights classes by their number of examples, and data.source gives targets"):
-        stream.Images(Regression(), "decode(1)").describe(count_classes=True)
-
-
 def test_a_planned_run_knows_of_targets(fake_config, tmp_path):
     fake_config.data.source = npz(tmp_path, images=X, targets=T, target_names=NAMES)
     info = described.describe(fake_config, described.Given())

@@ -1,6 +1,5 @@
 """Crops and sizes of `tf.image` against TensorFlow's own."""
 
-import jax
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -8,8 +7,7 @@ from scipy import stats
 from sklearn.datasets import load_sample_image
 
 from imgclf_jax.core import rng as rngs
-from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import decode, tf_image
+from imgclf_jax.data import tf_image
 
 NOISE = np.random.default_rng(0).integers(0, 256, (137, 211, 3), np.uint8)
 
@@ -77,22 +75,3 @@ def test_sizes_are_tensorflows(method, channels):
             difference = getattr(tf_image, method)(image, *size).astype(int) - np.clip(theirs, 0, 255).astype(np.uint8)
             assert set(np.unique(difference)) <= {-1, 0, 1}
             assert np.abs(theirs - np.rint(theirs))[difference != 0].max(initial=0) < near
-
-
-def test_flat_images_stay_as_they_are():
-    for level in (0, 1, 77, 128, 254, 255):
-        image = np.full((37, 53, 3), level, np.uint8)
-        for resize in (tf_image.area, tf_image.bilinear):
-            np.testing.assert_array_equal(resize(image, 24, 31), level)
-
-
-def test_both_are_host_ops():
-    image, key = jax.tree.map(np.copy, NOISE), rngs.generator(7, "preprocess/inception_crop/0", 3)
-    apply, draws = decode.build("decode(3)|inception_crop(20)")
-    np.testing.assert_array_equal(apply(image, 7, 3), tf_image.inception_crop(key, image, 20))
-    assert draws
-    small, draws = decode.build("decode(3)|resize_small(50, method='area')|central_crop(40)")
-    np.testing.assert_array_equal(small(image, 7, 3), decode.central_crop(tf_image.area(image, 50, 77), 40))
-    assert not draws
-    with pytest.raises(UserError, match="allowed: nearest, bilinear, bicubic, lanczos, area"):
-        decode.resize(image, 8, method="cubic")

@@ -11,7 +11,7 @@ import tensorflow as tf
 from imgclf_jax import losses, step
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.models import classifier
-from imgclf_jax.models.backbones import CNN, MLP, RNN
+from imgclf_jax.models.backbones import CNN, RNN
 from imgclf_jax.optim.optimizers import promoting
 
 CLASSES, BATCH, STEPS = 10, 8, 20
@@ -197,29 +197,6 @@ def test_the_cnn_has_the_size_of_the_keras_example():
 def test_the_cnn_refuses_images_that_its_blocks_use_up(size):
     with pytest.raises(UserError, match=f"image of {size} by {size}.*resize"):
         random_variables(classifier.build("cnn", CLASSES, "float32"), images_like(1, size, size, 1))
-
-
-def test_mlp_is_affine_maps_and_relu():
-    x, model = images_like(4, 5, 6, 2), MLP(widths=(7, 3))
-    params = random_variables(model, x)["params"]
-    expected = x.reshape(4, -1).astype(np.float64)
-    for name in ("dense0", "dense1"):
-        expected = np.maximum(0, expected @ np.float64(params[name]["kernel"]) + np.float64(params[name]["bias"]))
-    np.testing.assert_allclose(model.apply({"params": params}, x), expected, rtol=0, atol=1e-5)
-
-
-def test_dropout_acts_in_training_alone():
-    """In training a feature is dropped, or divided by the probability of keeping it; in evaluation it is itself."""
-    x = images_like(64, 4, 4, 1)
-    model, plain = MLP(widths=(100,), dropout=0.25), MLP(widths=(100,))
-    variables = random_variables(model, x)
-    whole = np.asarray(plain.apply(variables, x))
-    np.testing.assert_array_equal(model.apply(variables, x, train=False), whole)
-    a, b = (np.asarray(model.apply(variables, x, train=True, rngs={"dropout": jax.random.key(k)})) for k in (2, 3))
-    kept = a[whole > 0] != 0
-    np.testing.assert_allclose(a[whole > 0], np.where(kept, whole[whole > 0] / 0.75, 0), rtol=1e-6)
-    assert abs(kept.mean() - 0.75) < 5 * np.sqrt(0.25 * 0.75 / kept.size)
-    assert (a != b).any()
 
 
 @pytest.mark.parametrize("spec", ["cnn", "mlp(widths=(16,))", "rnn(features=16)", "rnn(cell='gru', features=16)"])

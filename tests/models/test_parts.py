@@ -1,6 +1,5 @@
 """Blocks, normalizations and activations of the shipped backbones, swapped by name or by import path."""
 
-import functools
 import itertools
 from typing import Any
 
@@ -14,7 +13,6 @@ from test_forms import assert_equal, in_form
 
 from imgclf_jax import diagnose
 from imgclf_jax.config import default_config
-from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.models import classifier
 from imgclf_jax.models.resnet import BasicBlock, ResNetCIFAR
@@ -187,14 +185,6 @@ def test_remat_of_a_strangers_block():
     assert jax.tree.structure(variables) == jax.tree.structure(plain[2])
     program = str(jax.make_jaxpr(jax.grad(lambda v: jnp.sum(trained(model, v, x)[0])))(variables))
     assert program.count("prevent_cse") == 2  # a block each
-
-
-def test_in_python_a_class_is_a_part():
-    backbone = ResNetCIFAR(8, block=SEBlock, norm=functools.partial(nn.GroupNorm, num_groups=4), activation=nn.silu)
-    shapes = jax.eval_shape(lambda: backbone.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3))))
-    names = {name for name, _ in tree.named_leaves(shapes)}
-    assert "params/layer3_0/excite/kernel" in names
-    assert "batch_stats" not in shapes
 
 
 @pytest.mark.parametrize(("spec", "says"), [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import thorough
 from flax import linen as nn
-from test_layers import normal, on_cpu, shapes
+from test_layers import normal, shapes
 
 from imgclf_jax.core import platform
 from imgclf_jax.models import layers
@@ -124,21 +124,6 @@ def test_max_pool_is_flax_max_pool(window, strides, padding):
     )
     np.testing.assert_array_equal(y, y_usual)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), of_ours, of_usual)
-
-
-@pytest.mark.usefixtures("form")
-def test_mean_pool_is_the_mean_over_pixels():
-    x = jnp.asarray(normal(0, 2, 5, 4, 3, dtype=np.float32))
-    np.testing.assert_allclose(layers.mean_pool(x), np.mean(x, (1, 2)), rtol=1e-5, atol=1e-6)
-
-
-@on_cpu
-def test_a_convolution_before_a_pool_has_patches_for_one_output():
-    """However few its channels: patches for four outputs cost such a network a third of its speed."""
-    x, kernel = jnp.zeros((4, 9, 9, 16)), jnp.zeros((3, 3, 16, 8))
-    before_pool = functools.partial(pool.conv_pool, bias=jnp.zeros(8), window=2, dtype=x.dtype)
-    assert "('block', (1, 1))" in str(jax.make_jaxpr(before_pool)(features_first(x), kernel))
-    assert "('block', (2, 2))" in str(jax.make_jaxpr(conv)(x, kernel))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import thorough
 from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -142,7 +143,7 @@ def check(steps, dtype, seed=0, told=1):
     return program
 
 
-DTYPES = pytest.mark.parametrize("dtype", [BF16, jnp.dtype(jnp.float32)], ids=["bfloat16", "float32"])
+DTYPES = pytest.mark.parametrize("dtype", [BF16, *thorough(jnp.dtype(jnp.float32))], ids=["bfloat16", "float32"])
 NAMES = sorted({*EXACT, *LOOSE})
 WEIGHTS = np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
 STEPS = st.tuples(st.sampled_from(NAMES), st.integers(0, 3), st.integers(0, 3))

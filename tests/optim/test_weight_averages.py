@@ -10,7 +10,7 @@ import pytest
 from tolerance import rounding
 
 import launch
-from imgclf_jax.core import spec, tree
+from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
 from imgclf_jax.optim import optimizers, weight_averages
@@ -63,15 +63,6 @@ def test_ema_is_its_definition(decay):
         np.testing.assert_allclose(averaged, average, rtol=0, atol=1e-5)
         np.testing.assert_allclose(state["mean"], total, rtol=0, atol=1e-5)
         assert state["count"] == t + 1  # of integers the last
-
-
-def test_ema_of_what_does_not_change_is_itself():
-    average = weight_averages.ema(0.99)
-    x = np.random.default_rng(0).normal(size=1000).astype(np.float32)
-    averaged = average.init(x)
-    for t in range(30):
-        _, averaged = average.update(averaged, x, jnp.int32(t))
-    np.testing.assert_array_equal(averaged, x)
 
 
 @pytest.mark.parametrize(("k", "alpha"), [(5, 0.5), (6, 0.8), (1, 0.3), (5, 1.0)])
@@ -179,10 +170,3 @@ def test_evaluation_and_prediction_use_the_average(tmp_path, flag):
         saved = Checkpoints(workdir.checkpoints, read_only=True).restore(22, programs.shape)["state"]
         x = optax.contrib.schedule_free_eval_params(saved.opt_state, saved.params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), saved.ema[0], x)
-
-
-def test_a_spec_of_lookahead_reads_back():
-    calls, lookahead = optimizers.split_lookahead("add_decayed_weights(5e-4)|sgd(nesterov=True)|lookahead(5, 0.8)")
-    assert [str(call) for call in calls] == ["add_decayed_weights(0.0005)", "sgd(nesterov=True)"]
-    assert lookahead == spec.Call("lookahead", (5, 0.8))
-    assert optimizers.split_lookahead("sgd") == ([spec.Call("sgd")], None)

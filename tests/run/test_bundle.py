@@ -68,8 +68,3 @@ def test_a_member_that_is_damaged(tmp_path):
     bundle.write(tmp_path / "b.zip", {"config.json": b'{"sed": 1}'})
     with pytest.raises(UserError, match=r"config.json of .*b.zip"):
         _ = Record.named(str(tmp_path / "b.zip")).config
-
-
-def test_a_place_that_cannot_be_written(tmp_path):
-    with pytest.raises(UserError, match=r"the bundle .*/missing/a.zip cannot be written"):
-        bundle.write(tmp_path / "missing" / "a.zip", CONTENTS)

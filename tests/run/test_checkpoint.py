@@ -213,7 +213,7 @@ def test_the_best_is_kept(tmp_path, best, expected):
     assert Checkpoints(tmp_path).best_step() is None
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, *thorough(math.inf, -math.inf)])
 @pytest.mark.parametrize(("best", "values", "expected"), [
     ("val/loss", (0.5, None, 0.9), 1), ("val/loss", (None, 0.5, 0.9), 2), ("val/loss", (0.9, 0.5, None), 2),
     ("val/accuracy", (0.5, None, 0.2), 1), ("val/accuracy", (None, None, 0.2), 3), ("val/accuracy", (None, None), None),

@@ -181,14 +181,6 @@ def test_no_progress_elsewhere(fake_config, monkeypatch):
     assert stream.getvalue() == ""
 
 
-def test_tables_show_names_as_they_are(capsys):
-    """A row is one line, however long, where no terminal reads; brackets and colons are no markup."""
-    names = ["a[red]b[/red]:smile:.png", "x" * 500]
-    terminal.print_table(["file"], [[name] for name in names])
-    lines = capsys.readouterr().out.splitlines()
-    assert all(sum(name in line for line in lines) == 1 for name in names)
-
-
 def test_tables_and_log_lines_escape_what_is_not_printable(monkeypatch, capsys):
     """A name is no line break and no command to the terminal; what the encoding lacks is escaped too."""
     names = ["a\nb", "\x1b[31m", "\udcff", "é漢"]
@@ -251,16 +243,6 @@ def test_provenance(finished):
     assert (data.train_examples, data.image_shape) == (64, (12, 12, 1))
     assert data.class_names == ("0", "1", "2", "3")
     assert re.fullmatch("[0-9a-f]{64}", data.fingerprint)
-
-
-def test_files_are_whole_or_absent(tmp_path):
-    """A write that fails leaves the old content and no temporary file."""
-    file = tmp_path / "result.json"
-    provenance.write_json(file, {"a": 1})
-    with pytest.raises(UnicodeEncodeError):
-        provenance.write_atomically(file, "half\ud800")
-    assert json.loads(file.read_text()) == {"a": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_damaged_lines_are_counted(tmp_path, caplog):

@@ -67,15 +67,6 @@ def test_scores_are_those_of_scikit_learn(n, classes):
         assert found[name] == pytest.approx(value, abs=1e-12), name
 
 
-def test_the_brier_score_is_that_of_scikit_learn():
-    for n, classes in SHAPES:
-        labels, probabilities = example(n, classes)
-        probabilities = probabilities / probabilities.sum(1, keepdims=True)
-        given = probabilities[:, 1] if classes == 2 else probabilities
-        expected = sk.brier_score_loss(labels, given, labels=np.arange(classes))
-        assert scores.score(labels, probabilities)["brier"] == pytest.approx(expected, abs=1e-12)
-
-
 @pytest.mark.parametrize(("n", "classes"), SHAPES)
 def test_weights_count_as_repetitions(n, classes):
     labels, probabilities = example(n, classes)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import thorough
 from torch_fixtures import draw
 
 from imgclf_jax.core import tree
@@ -54,6 +55,7 @@ def check(name: str) -> None:
 
 
 @pytest.mark.usefixtures("_small_variants", "form")
+@pytest.mark.parametrize("form", ["cpu", *thorough("gpu")], indirect=True)
 @pytest.mark.parametrize("name", SMALL)
 def test_logits_are_pytorchs(name):
     check(name)

@@ -112,18 +112,6 @@ def test_what_is_not_done_or_damaged(tmp_path, write):
         str(tmp_path / "a" / "going"), "5 of 10", "train/loss 8  test/accuracy 0.25"]  # fmt: skip
 
 
-def test_runs_of_which_none_is_done_come_last(tmp_path, write):
-    write("a", 0.99, done=False, clip=1.0)
-    write("b", 0.1, clip=2.0)
-    assert [one.settings["clip"] for one in groups(tmp_path)] == [2.0, 1.0]
-
-
-@pytest.mark.parametrize(("values", "text"), [
-    ([0, 1, 2], "0, 1, 2"), ([0, 1, 2, 3, 9], "0 to 3, 9"), ([], ""), ([5, 7, 8, 9, 10], "5, 7 to 10")])  # fmt: skip
-def test_numbers_in_short(values, text):
-    assert compare_tables.numbers(values) == text
-
-
 def predictions(place, right, suffix="csv", labels=None):
     """A file as `evaluate --predictions` writes it of the run's last step."""
     run = records.read(Workdir(place))

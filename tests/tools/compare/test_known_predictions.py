@@ -133,6 +133,7 @@ def only(folder):
     return known(records.read(Workdir(folder)))
 
 
+@pytest.mark.thorough
 def test_predictions_of_another_checkpoint_config_or_data_are_not_used(arrays_run, capsys):
     """Those of an earlier step, with other views, or of other labels, made a better run the worse one (p = 0.0001)."""
     folder, argv = arrays_run

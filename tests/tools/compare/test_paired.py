@@ -100,21 +100,6 @@ def test_the_interval_is_that_of_a_loop(seeds):
         assert paired.difference(first, second) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-def test_of_one_seed_it_is_the_paired_t_interval():
-    rng = np.random.default_rng(2)
-    first, second = drawn(rng, 1, 300), drawn(rng, 1, 300)
-    found = stats.ttest_rel(first[0].astype(float), second[0].astype(float)).confidence_interval(0.9)
-    assert paired.difference(first, second, level=0.9)[1:] == pytest.approx((found.low, found.high), rel=1e-9)
-
-
-def test_where_examples_have_no_part_it_is_welchs():
-    """Each example is wrong of one seed of each model: all have the same gain."""
-    first = np.arange(3)[:, None] != np.repeat(np.arange(3), [5, 20, 35])
-    second = np.arange(4)[:, None] != np.random.default_rng(0).permutation(np.repeat(np.arange(4), [10, 12, 18, 20]))
-    welch = stats.ttest_ind(first.mean(1), second.mean(1), equal_var=False).confidence_interval()
-    assert paired.difference(first, second)[1:] == pytest.approx((welch.low, welch.high), rel=1e-9)
-
-
 def test_edges_of_the_interval():
     """Models that are alike on all examples differ by nothing; one example says nothing; none passes -1 and 1."""
     same = np.random.default_rng(0).random((1, 30)) < 0.5
@@ -124,17 +109,6 @@ def test_edges_of_the_interval():
     first, second = np.stack([same[0], np.ones(30, bool)]), rng.random((2, 30)) < 0.5
     _, low, high = paired.difference(first, second)
     assert (low, high) == (-1, 1)  # of two seeds, which are far apart
-
-
-def test_of_one_seed_the_deviation_is_the_known_one():
-    """Of paired proportions: sqrt(b + c - (b - c)² / n) / n."""
-    first, second = np.ones((1, 1000), bool), np.ones((1, 1000), bool)
-    first[0, :30], second[0, 20:100] = False, False
-    b, c = 70, 20
-    deviation = math.sqrt(b + c - (b - c) ** 2 / 1000) / 1000
-    value, low, high = paired.difference(first, second)
-    assert value == pytest.approx(0.05)
-    assert (high - low) / 2 == pytest.approx(1.96 * deviation, rel=0.003)
 
 
 def coverage(seeds, between, examples, times):

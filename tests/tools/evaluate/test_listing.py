@@ -27,10 +27,6 @@ EXPECTED = [
 ]  # fmt: skip
 
 
-def test_rows(table):
-    assert table == EXPECTED
-
-
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_what_is_written_is_read_back(tmp_path, table, kind):
     file = tmp_path / f"predictions.{kind}"
@@ -45,12 +41,6 @@ def test_what_is_written_is_read_back(tmp_path, table, kind):
         parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
         assert parquet.read_table(file).to_pylist() == EXPECTED
     assert [f.name for f in tmp_path.iterdir()] == [file.name]
-
-
-def test_no_examples(tmp_path):
-    for kind in ("csv", "jsonl"):
-        listing.write(tmp_path / f"x.{kind}", [])
-        assert (tmp_path / f"x.{kind}").read_text(encoding="utf-8").strip() == ""
 
 
 def test_other_files_are_refused(tmp_path, monkeypatch):

@@ -25,14 +25,6 @@ def test_the_colours_grow_lighter_evenly():
     np.testing.assert_array_equal(heatmap.colours(np.array([-1.0, 2.0])), heatmap.COLOURS[[0, -1]].astype(np.uint8))
 
 
-def test_scale():
-    values = np.array([[-1.0, 0.0], [1.0, 3.0]])
-    np.testing.assert_allclose(heatmap.scaled(values, signed=False), [[0, 0.25], [0.5, 1]])
-    np.testing.assert_allclose(heatmap.scaled(values, signed=True), [[0, 0], [1 / 3, 1]])
-    for values, signed in ((np.zeros((2, 2)), False), (np.full((2, 2), -1.0), True)):
-        assert heatmap.scaled(values, signed).tolist() == [[0, 0], [0, 0]]
-
-
 @pytest.mark.parametrize(("at", "shape", "words"), [
     ((0, 0), (3, 3), "the upper left"), ((0, 8), (9, 9), "the upper right"), ((1, 4), (9, 9), "the top"),
     ((3, 0), (7, 7), "the left side"), ((6, 6), (14, 14), "the middle"), ((1, 6), (2, 8), "the lower right"),
@@ -74,10 +66,3 @@ def test_the_image_is_beside_the_map_over_it(channels):
     np.testing.assert_array_equal(picture[top, bar], heatmap.COLOURS[-1])
     np.testing.assert_array_equal(picture[top + 255, bar], heatmap.COLOURS[0])
     assert (picture[:top] != BACKGROUND).any()  # the title
-
-
-def test_a_large_image_keeps_its_pixels():
-    image = np.random.default_rng(0).integers(256, size=(300, 260, 3), dtype=np.uint8)
-    picture = np.asarray(heatmap.draw(image, np.ones((3, 3)), False, ["x" * 300]))
-    [place] = [i for i in range(picture.shape[0] - 300) if (picture[i : i + 300, 12:272] == image).all()]
-    assert place > 3 * 20  # the long title takes several lines

@@ -86,6 +86,7 @@ def test_weights_are_variables(run, tmp_path):  # noqa: F811
     assert kernel[0].tobytes() not in (tmp_path / "a.savedmodel" / "saved_model.pb").read_bytes()
 
 
+@pytest.mark.thorough
 def test_one_that_is_there_is_replaced_once_the_new_one_is_right(run, tmp_path, monkeypatch):  # noqa: F811
     model, folder = imgclf_jax.load(run), tmp_path / "a.savedmodel"
     today = datetime.date(2026, 1, 1)

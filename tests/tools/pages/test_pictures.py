@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from imgclf_jax.tools.pages import pictures
-from imgclf_jax.tools.pages.reliability import short
 
 
 @pytest.mark.parametrize(
@@ -42,8 +41,3 @@ def test_a_picture_of_few_colors_is_smaller_and_nearly_the_same():
     picture = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,(.*?)\"", small)[1])))
     assert len(picture.getcolors()) <= 64
     assert np.abs(np.asarray(picture.convert("RGB")) - np.clip(image, 0, 1) * 255).max() < 40
-
-
-def test_counts_in_short():
-    assert [short(n) for n in (0, 999, 1000, 1249, 9960, 45_600, 999_600, 1_200_000)] == [
-        "0", "999", "1.0k", "1.2k", "10k", "46k", "1000k", "1.2M"]  # fmt: skip

@@ -12,7 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 import imgclf_jax
 import launch
 from imgclf_jax.data import sources
-from imgclf_jax.tools.explain import attribution, explanations, heatmap
+from imgclf_jax.tools.explain import attribution, explanations
 from imgclf_jax.tools.probe import command as probe
 
 FLAGS = ["--config.total=60 steps", "--config.model=cnn(widths=(4,), hidden=8)", "--config.schedule=constant(1e-2)",
@@ -273,15 +273,3 @@ def test_an_image_that_does_not_decode_is_named_and_the_others_are_explained(run
     assert out.count("gradcam") == 12  # the method, and in the picture's name
     assert "error: photos/broken.png: " in err
     assert "1 of 7 images could not be explained" in err
-
-
-def test_a_picture_shows_what_the_network_sees(run, photos, capsys):
-    """The image after the host ops stands on its left side."""
-    [record] = explained(["photos/unknown/0.png", f"--workdir={run}"], capsys)[1]
-    pixels = imgclf_jax.load(run).prepare("photos/unknown/0.png")
-    with Image.open(record["picture"]) as opened:
-        picture = np.asarray(opened)
-    large = heatmap.draw(pixels, np.zeros((1, 1)), False, ["a", "b"])
-    left = slice(12, 12 + 256)
-    np.testing.assert_array_equal(picture[-268:-12, left], np.asarray(large)[-268:-12, left])
-    np.testing.assert_array_equal(picture[-268:-12:32, left][:, ::32, 0], pixels[..., 0])

@@ -340,12 +340,6 @@ def test_what_was_recorded_and_is_no_number(reproduce, copy, value):
     assert launch.main(["report", f"--workdir={copy}"]) == 0
 
 
-def test_a_digest_of_one_parameter(reproduce, copy):
-    edit_first(copy / "digests.jsonl", {"params": {"head/bias": "00000000"}})
-    status, found = reproduce(copy, "--steps=1")
-    assert (status, found["verdict"], found["parameters"]["step"]) == (1, "different", 0)
-
-
 def test_the_checkpoint_of_another_run(copy, tmp_path, capsys):
     """In the place of this run's: its accuracy was printed with status 0, though digests.jsonl has the step."""
     keys = json.loads((copy / "config.json").read_text())

@@ -38,18 +38,6 @@ def test_the_first_step_and_parameter_that_differ():
     assert verdict(found, []) == "different"
 
 
-def test_a_metric_that_differs_first():
-    new = [*OLD[:3], line(9, "y", x="9", y="4")]
-    found = compare((OLD, METRICS, {}), (new, [{"step": 4, "train/loss": 0.51}]))
-    assert (found.first_step, found.parameters.step) == (4, 9)
-
-
-def test_a_parameter_that_one_run_lacks_differs():
-    new = [line(0, "z", x="1", w="1")]
-    found = compare((OLD, [], {}), (new, [])).parameters
-    assert (found.names, found.recorded, found.here) == (("w", "y"), "absent", "1")
-
-
 def test_a_run_without_digests_has_that_of_its_result():
     found = compare(([], METRICS, {"step": 9, "params_sha256": "other"}), (OLD, METRICS))
     assert found.parameters
@@ -67,14 +55,6 @@ def test_an_extended_run_has_a_shorter_window_once():
     assert compare(([], old, {}), ([], new), [6]).values == (Value(9, "test/loss", 3, 3), Value(12, "train/loss", 4, 4))
     assert compare(([], old, {}), ([], new)).first_step == 9
     assert compare(([], old, {}), ([], [{"step": 6, "train/loss": 1.0}, *new]), [6]).first_step == 9
-
-
-def test_relative_differences():
-    nan = math.nan
-    for a, b, expected in ((1.0, 1.0, 0), (nan, nan, 0), (nan, 1.0, math.inf), (1.0, math.inf, math.inf), (0, 0, 0),
-                           (-1.0, 1.0, 2), (2.0, 1.0, 0.5), (0.0, 1e-9, 1)):  # fmt: skip
-        assert Value(0, "m", a, b).relative == expected
-        assert Value(0, "m", b, a).relative == expected
 
 
 def version(kind: str = "version") -> Difference:

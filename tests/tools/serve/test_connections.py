@@ -129,18 +129,6 @@ def test_a_body_of_tiny_chunks(port):
     assert got == b""
 
 
-@pytest.mark.parametrize(("chunks", "length"), [(900, 1), (3_000, 64)])
-def test_a_body_of_small_chunks(port, chunks, length):
-    body = (b"%x\r\n" % length + b"a" * length + b"\r\n") * chunks
-    with connect(port) as client:
-        client.sendall(CHUNKED + body + b"0\r\n\r\n")
-        assert answer(client).endswith(b"\r\n\r\n%d" % (chunks * length))
-
-
-def test_long_headers_that_come_whole(port):
-    assert status(port, GET + b"X: " + b"a" * 40_000 + b"\r\n\r\n") == 431
-
-
 def test_endless_trailers(port):
     """Headers that follow a body of chunks."""
     begin = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nX: "

@@ -54,13 +54,6 @@ def test_other_texts_are_refused(text, said):
         sweep_plan.parse(text)
 
 
-def test_the_last_key_changes_first():
-    found = sweep_plan.combine(None, ["model=mlp; cnn", "seed=0..1"])
-    assert [tuple(run.items()) for run in found] == [
-        (("model", m), ("seed", s)) for m in ("mlp", "cnn") for s in ("0", "1")
-    ]
-
-
 def test_a_plan_of_the_file_with_seeds_of_the_command_line():
     found = sweep_plan.combine([{"model": "mlp", "clip": 1.0}, {"model": "cnn"}], ["seed=0..1"])
     assert found == [
@@ -123,12 +116,6 @@ def test_names_are_unique():
     assert names[0] == "model=cnn-1"
 
 
-def test_a_name_has_an_end():
-    [name] = make([dict.fromkeys(("model", "augment", "preprocess", "optimizer", "schedule", "loss"), "x" * 100)])
-    assert len(name) == 120
-    assert SAFE.fullmatch(name)
-
-
 def test_names_stay():
     """However a value is written, and whatever else there is by now."""
     first = sweep_plan.make([{"clip": "0.5"}, {"model": "cnn[1]"}], typed, {})
@@ -136,11 +123,6 @@ def test_names_stay():
     again = make([{"model": "cnn(1)"}, {"model": "cnn[1]"}, {"clip": "5e-1"}], recorded)
     assert again[1:] == ["model=cnn-1", "clip=0.5"]
     assert re.fullmatch(r"model=cnn-1-[0-9a-f]{6}", again[0])
-
-
-def test_the_same_run_twice():
-    with pytest.raises(UserError, match=r"has the run clip=0\.5 twice"):
-        make([{"clip": "0.5"}, {"clip": "5e-1"}])
 
 
 def test_the_file(tmp_path):
