@@ -125,6 +125,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     "rules.layer_decay": (0.0, "The learning rate of each layer as a fraction of that of the layer above; 0: off."),
     "metrics": ("", "Metrics of evaluation beside accuracy, loss, nll and top5: auc, balanced_accuracy, f1, 'auc|f1'."),
     "tensorboard": (True, "Write TensorBoard's files beside metrics.jsonl."),
+    "writers": (
+        "",
+        'More writers of metrics, by import path: \'my_writers:Wandb(project="x")|my_writers:Csv("x.csv")\'.',
+    ),
     "log_every": ("50 steps", "How often training metrics are written; empty: never."),
     "eval_every": ("1 epochs", "How often all of `data.eval` is evaluated; empty: at the end only."),
     "checkpoint_every": ("1 epochs", "How often a checkpoint is saved; empty: at the end only."),
@@ -138,7 +142,7 @@ KEYS: dict[str, tuple[Any, str]] = {
 # Keys that say where and how and not what is computed: a run may be resumed with other values of these.
 # `mesh` and `shard` among them: another number of devices changes results by rounding too.
 LOCATION_KEYS = ("data.data_dir", "data.manual_dir", "data.placement", "data.threads", "steps_per_call", "tensorboard",
-                 "mesh", "shard", "rules.shard")  # fmt: skip
+                 "writers", "mesh", "shard", "rules.shard")  # fmt: skip
 
 # Keys that say how often something happens.
 CADENCES = ("log_every", "eval_every", "checkpoint_every")

@@ -102,7 +102,9 @@ def test_metrics(tmp_path_factory, lines, end, step):
     records = writers.read_metrics(file)
     assert [records[0], *(r for r in records if r == good[1])] == good
     assert all(type(record["step"]) is int for record in records)
-    writers.MetricsWriter(folder, step, tensorboard=False).close()
+    keys = config.default_config()
+    keys.tensorboard = False
+    writers.MetricsWriter(folder, step, keys).close()
     kept = writers.read_metrics(file)
     assert repr(kept) == repr([record for record in records if record["step"] <= step])
 

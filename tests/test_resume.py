@@ -101,7 +101,7 @@ def test_stopped_by_sigterm_and_a_truncated_checkpoint(whole, tmp_path):
 @pytest.mark.parametrize("moment", ["log", "checkpoint"])
 def test_a_signal_at_any_moment_of_the_loop_is_saved(fake_config, tmp_path, monkeypatch, moment):
     """While metrics are written or a checkpoint is, too: what 75 says is saved is there."""
-    owner, name = {"log": (writers.MetricsWriter, "write"), "checkpoint": (Checkpoints, "save")}[moment]
+    owner, name = {"log": (writers.MetricsWriter, "write_scalars"), "checkpoint": (Checkpoints, "save")}[moment]
     original = getattr(owner, name)
 
     def and_a_signal(*args):

@@ -60,7 +60,7 @@ else:
     owner, name, after = {
         "data": (train_setup.sources, "open_splits", False),
         "compile": (train_setup, "_trace", False),
-        "log": (writers.MetricsWriter, "write", True),
+        "log": (writers.MetricsWriter, "write_scalars", True),
         "evaluation": (evaluation, "evaluate", False),
         "save": (checkpoint.Checkpoints, "save", True),
     }[moment]

@@ -9,7 +9,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,12 +60,12 @@ class Digests:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="digests")
         self._writing: concurrent.futures.Future[str] | None = None
         self._step = -1  # of the last line
-        self._file: IO[str] | None = None
+        self._file: writers.RecordFile | None = None
         if not processes.index():
             lines = writers.read_metrics(self._path)
             self._before = next((line.get("params_sha256") for line in lines if line["step"] == start), None)
             with self._named_errors():
-                self._file = writers.open_records(self._path, (line for line in lines if line["step"] < start))
+                self._file = writers.RecordFile(self._path, (line for line in lines if line["step"] < start))
 
     def record(self, step: int, params: Any) -> None:
         """Writes the line of a step, once. The caller may donate the parameters' buffers at once.
@@ -85,10 +85,10 @@ class Digests:
             named = [(name, array if array.flags.owndata else array.copy()) for name, array in fetched]
             self._writing = self._thread.submit(self._write, step, named, self._file)
 
-    def _write(self, step: int, named: list[tuple[str, np.ndarray]], file: IO[str]) -> str:
+    def _write(self, step: int, named: list[tuple[str, np.ndarray]], file: writers.RecordFile) -> str:
         whole, each = tree.digests(named)
-        writers.write_record(file, {"step": step, "params_sha256": whole, "params": each})
-        writers.sync_records(file)
+        file.write({"step": step, "params_sha256": whole, "params": each})
+        file.flush()
         if self._before not in (None, whole):
             log.warning("the parameters of step %d are not those that %s had of it: the run goes on from others", step,
                         self._path)  # fmt: skip

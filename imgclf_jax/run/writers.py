@@ -1,14 +1,17 @@
-"""Writes the numbers of a run: to metrics.jsonl, to TensorBoard and to the terminal."""
+"""Writes the metrics of a run to metrics.jsonl, to TensorBoard, and to the writers that `config.writers` names."""
 
 import contextlib
 import io
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
+from ml_collections import ConfigDict
+
+from imgclf_jax import config as configs
 from imgclf_jax.core import places, processes, spec
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.run.event_file import EventFile
@@ -20,51 +23,127 @@ _MOST_LINES = 1_000_000  # of a file of unknown origin
 _MOST_BYTES_OF_A_LINE = 16 << 20
 
 
-class MetricsWriter:
-    """Appends records to `metrics.jsonl` and, if TensorBoard is installed, to its event files in `tb/`.
+class Writer(Protocol):
+    """What a writer must have; every `clu.metric_writers.MetricWriter` does."""
 
-    A record is one line: {"step": 100, "train/loss": …}. A run that resumes at `step` first drops the records after
-    this step, and an incomplete last line after a crash. It then writes the same records again.
+    def write_hparams(self, hparams: dict[str, Any]) -> None:
+        """Takes the config by its dotted keys, once, before anything else."""
 
-    Into a bucket records are written by `sync`, which comes before each checkpoint, and at the end. Those that a killed
-    process had not written yet are of steps that are done again.
-    """
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Takes the metrics of a step, `{"train/loss": …}`; training and evaluation come apart."""
 
-    def __init__(self, workdir: Path, step: int = 0, tensorboard: bool = True):
-        self._directory = workdir
-        path = workdir / "metrics.jsonl"
-        if step and not path.exists():
-            log.warning("%s is missing: it will hold no record of the steps before %d", path, step)
-        kept = [r for r in read_metrics(path) if r["step"] <= step]
-        # Whether the evaluation of this step is among them. The records of training have a pace.
-        self.evaluated = any(r["step"] == step and "train/images_per_second" not in r for r in kept)
-        with self._writing():
-            self._file = open_records(path, kept)
-            self._tensorboard = _open_event_file(workdir / "tb", step) if tensorboard else None
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one record. The operating system has it when this returns, so a killed process does not lose it."""
-        with self._writing():
-            write_record(self._file, {"step": step, **values})
-            if self._tensorboard:
-                self._tensorboard.write(step, values)
-
-    def sync(self) -> None:
-        """Returns when all records are on disk. Called before a checkpoint is saved: its records must not be lost."""
-        with self._writing():
-            sync_records(self._file)
-            if self._tensorboard:
-                self._tensorboard.sync()
+    def flush(self) -> None:
+        """Saves what was written. A checkpoint is saved next, so a resumed run does not write it again."""
 
     def close(self) -> None:
-        """Closes the files. Raises nothing: `write` and `sync` have raised what went wrong."""
-        for file in (self._file, self._tensorboard):
+        """Ends the writer, also after an error or a signal."""
+
+
+class RecordFile:
+    """A file of JSON lines, open to append. It starts anew with the records that are `kept`.
+
+    In a bucket, where objects do not grow, `flush` and `close` write the whole file.
+    """
+
+    def __init__(self, path: Path, kept: Iterable[Mapping[str, Any]]):
+        content = "".join(json.dumps(record) + "\n" for record in kept)
+        write_atomically(path, content)
+        self._object = path if places.in_bucket(path) else None
+        self._file: IO[str] = io.StringIO() if self._object else path.open("a", encoding="utf-8")
+        if self._object:
+            self._file.write(content)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends a record. The operating system has it when this returns, so a killed process does not lose it."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends the record of metrics of a step."""
+        self.write({"step": step, **scalars})
+
+    def flush(self) -> None:
+        """Returns when all records are on the disk or in the bucket."""
+        if isinstance(self._file, io.StringIO) and self._object:
+            self._object.write_bytes(self._file.getvalue().encode())
+        else:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._object:
+            self.flush()
+        self._file.close()
+
+
+class MetricsWriter:
+    """Appends records to `metrics.jsonl` in `workdir`, and hands them to the other writers. Only process 0 opens any.
+
+    A record is one line: {"step": 100, "train/loss": …}. A run that resumes at `step` first drops the records after
+    this step, and an incomplete last line after a crash. It then writes the same records again. Records that a killed
+    process had not flushed into a bucket belong to steps that are done again. Raises UserError if a file cannot be
+    written or a writer cannot be made. An error that one of `config.writers` raises later ends that writer alone.
+    """
+
+    def __init__(self, workdir: Path, step: int, config: ConfigDict):
+        self._directory, self._added = workdir, dict[str, Writer]()
+        self._own: list[RecordFile | EventFile] = []
+        evaluated = False
+        if not processes.index():
+            try:
+                evaluated = self._open(step, config)
+            except BaseException:
+                self.close()
+                raise
+        # Whether the evaluation of this step is recorded, in all processes. Records of training have a pace.
+        self.evaluated = processes.broadcast_from_process_0("reading metrics.jsonl", lambda: evaluated)
+
+    def _open(self, step: int, config: ConfigDict) -> bool:
+        for name, make in find_factories(config.writers).items():
+            self._added[name] = make(self._directory, step)
+        path = self._directory / "metrics.jsonl"
+        if step and not path.exists():
+            log.warning("%s is missing: it will hold no record of the steps before %d", path, step)
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        with self._naming_errors():
+            self._own.append(RecordFile(path, kept))
+            if config.tensorboard and (events := _open_event_file(self._directory / "tb", step)):
+                self._own.append(events)
+        hparams = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in configs.flatten(config).items()}
+        self._tell_added(lambda writer: writer.write_hparams(hparams))
+        return any(record["step"] == step and "train/images_per_second" not in record for record in kept)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes one record. The operating system has it when this returns, so a killed process does not lose it."""
+        with self._naming_errors():
+            for file in self._own:
+                file.write_scalars(step, scalars)
+        self._tell_added(lambda writer: writer.write_scalars(step, scalars))
+
+    def flush(self) -> None:
+        """Returns when all records are on disk. Call it before saving a checkpoint: its records must not be lost."""
+        with self._naming_errors():
+            for file in self._own:
+                file.flush()
+        self._tell_added(lambda writer: writer.flush())
+
+    def close(self) -> None:
+        """Closes all writers. Raises nothing: `write_scalars` and `flush` have raised what went wrong."""
+        for file in self._own:
             with contextlib.suppress(Exception):
-                if file:
-                    file.close()
+                file.close()
+        self._tell_added(lambda writer: writer.close())
+
+    def _tell_added(self, call: Callable[[Writer], None]) -> None:
+        for name, writer in list(self._added.items()):
+            try:
+                call(writer)
+            except Exception as e:  # a tracking service that fails is no reason to end a run
+                log.warning("writers=%s failed and gets no more metrics: %s: %s", name, type(e).__name__, reason(e))
+                del self._added[name]
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _naming_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as e:
@@ -74,65 +153,32 @@ class MetricsWriter:
             ) from e
 
 
-class _Whole(io.StringIO):
-    """A text file in a bucket, of which objects are written whole."""
+def find_factories(text: str) -> dict[str, Callable[[Path, int], Writer]]:
+    """The writers that the config's `writers` names, as functions of the work directory and the step, by their specs.
 
-    def __init__(self, path: Path):
-        super().__init__(path.read_bytes().decode())
-        self.seek(0, io.SEEK_END)
-        self._path = path
+    A factory is given `workdir` and `step` if it has parameters of these names. Raises UserError for a factory that
+    cannot be imported or called with the arguments of its spec.
+    """
 
-    def write_all(self) -> None:
-        self._path.write_bytes(self.getvalue().encode())
+    def bind(call: spec.Call) -> Callable[[Path, int], Writer]:
+        made = spec.bind(call, {}, "writer", by_name=("workdir", "step"))
+        takes = spec.parameters(made.func, call, "writer").keys() - made.keywords.keys()
 
-    def close(self) -> None:
-        self.write_all()
-        super().close()
+        def make(workdir: Path, step: int) -> Writer:
+            try:
+                writer = made(**{k: v for k, v in (("workdir", workdir), ("step", step)) if k in takes})
+            except Exception as e:
+                raise UserError(f"writers={str(call)!r} failed to start: {type(e).__name__}: {reason(e)}") from e
+            if missing := [name for name in _METHODS if not callable(getattr(writer, name, None))]:
+                raise UserError(f"writers={str(call)!r} has no method {missing[0]}; a writer has {', '.join(_METHODS)}")
+            return writer  # type: ignore[no-any-return]
 
+        return make
 
-def open_records(path: Path, kept: Iterable[Mapping[str, Any]]) -> IO[str]:
-    """A file with a JSON object a line, open to append more of them: it begins anew with those that are `kept`."""
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
-    return _Whole(path) if places.in_bucket(path) else path.open("a", encoding="utf-8")
-
-
-def write_record(file: IO[str], record: Mapping[str, Any]) -> None:
-    """Appends a record. The operating system has it when this returns; of a bucket see `sync_records`."""
-    file.write(json.dumps(record) + "\n")
-    file.flush()
+    return {str(call): bind(call) for call in spec.parse(text)}
 
 
-def sync_records(file: IO[str]) -> None:
-    """Returns when all that was written to a file of `open_records` is on the disk or in the bucket."""
-    if isinstance(file, _Whole):
-        file.write_all()
-    else:
-        os.fsync(file.fileno())
-
-
-class NoWriter:
-    """The writer of the other processes: process 0 writes for all."""
-
-    evaluated = False
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes nothing."""
-
-    def sync(self) -> None:
-        """Returns at once."""
-
-    def close(self) -> None:
-        """Closes nothing."""
-
-
-Writer = MetricsWriter | NoWriter
-
-
-def open_writer(workdir: Path, step: int, tensorboard: bool) -> Writer:
-    """The writer of this process. All have process 0's `evaluated`."""
-    writer: Writer = NoWriter() if processes.index() else MetricsWriter(workdir, step, tensorboard)
-    writer.evaluated = processes.broadcast_from_process_0("reading metrics.jsonl", lambda: writer.evaluated)
-    return writer
+_METHODS = ("write_hparams", "write_scalars", "flush", "close")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

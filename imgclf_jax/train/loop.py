@@ -21,7 +21,7 @@ from imgclf_jax.run.monitor import Monitor
 from imgclf_jax.run.record import read_contradictions
 from imgclf_jax.run.terminal import format_metrics
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.run.writers import Writer
+from imgclf_jax.run.writers import MetricsWriter
 from imgclf_jax.step import PER_STEP
 from imgclf_jax.train.evaluation import evaluate_all
 from imgclf_jax.train.setup import Run, set_up
@@ -65,7 +65,7 @@ def main(
             return 0
         processes.broadcast_from_process_0("looking at the result", lambda: workdir.drop_later_result(run.start))
         monitor = Monitor(run.start, total, config.batch_size * config.num_seeds, profile, workdir.path)
-        writer = writers.open_writer(workdir.path, run.start, config.tensorboard)
+        writer = MetricsWriter(workdir.path, run.start, config)
         digests = held.enter_context(contextlib.closing(Digests(workdir.path, run.start, run.cadences.last, noted)))
         digests.record(run.start, run.state.params)
         try:
@@ -88,7 +88,7 @@ def main(
 
 
 def train(
-    run: Run, monitor: Monitor, writer: Writer, digests: Digests, stop: Stopping, began: float
+    run: Run, monitor: Monitor, writer: MetricsWriter, digests: Digests, stop: Stopping, began: float
 ) -> tuple[Any, Results] | None:
     """The training loop: (the last state, the last evaluation's results), or None where it ended before its total."""
     config, programs, cadences, checkpoints = run.config, run.programs, run.cadences, run.checkpoints
@@ -99,7 +99,7 @@ def train(
         if results is None:
             return None
         if config.checkpoint.best:
-            writer.sync()
+            writer.flush()
             checkpoints.save(run.start, {"state": state, "sums": window}, _scores(results), again=True)
 
     ranges = cadences.ranges(run.start, programs.steps_per_call, (*monitor.edges, *digests.edges))
@@ -120,14 +120,14 @@ def train(
             diagnose.check_finite(done, config, run.images, checkpoints, run.workdir.path)
             if due.log:
                 record = _means(done, programs.recipe.task) | monitor.lap()
-                writer.write(step, {f"train/{name}": value for name, value in record.items()})
+                writer.write_scalars(step, {f"train/{name}": value for name, value in record.items()})
                 log.info("step %d: train %s", step, _brief(record))
                 window = programs.zero_sums()
             if due.eval:
                 results = _evaluate(run, state, step, writer, stop)
                 signal = signal or (stop() if results is None else "")
             if due.checkpoint or signal or (due.eval and config.checkpoint.best):
-                writer.sync()  # so that no checkpoint on disk is ahead of its metrics
+                writer.flush()  # so that no checkpoint on disk is ahead of its metrics
                 digests.record(step, state.params)
                 scores = _scores(results) if due.eval and results else {}
                 checkpoints.save(step, {"state": state, "sums": window}, scores)
@@ -138,7 +138,7 @@ def train(
     return (state, results or {}) if cadences.last == cadences.total else None
 
 
-def _evaluate(run: Run, state: Any, step: int, writer: Writer, stop: Stopping) -> Results | None:
+def _evaluate(run: Run, state: Any, step: int, writer: MetricsWriter, stop: Stopping) -> Results | None:
     """Evaluates, and logs and writes what it gives; None if a signal cut it short: then the next process does it."""
     try:
         signals.wait_for(run.eval_compiled, stop.waiting)
@@ -148,7 +148,7 @@ def _evaluate(run: Run, state: Any, step: int, writer: Writer, stop: Stopping) -
         return None
     for name, values in results.items():
         log.info("step %d: %s %s", step, name, format_metrics(values))
-    writer.write(step, _scores(results))
+    writer.write_scalars(step, _scores(results))
     return results
 
 

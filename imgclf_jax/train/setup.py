@@ -16,6 +16,7 @@ from imgclf_jax.core import processes, tree
 from imgclf_jax.data import sampling, sources, stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
+from imgclf_jax.run import writers
 from imgclf_jax.run.cadences import Cadences
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
@@ -52,6 +53,8 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     anything is trained.
     """
     programs.check(config)
+    if not processes.index():
+        writers.find_factories(config.writers)  # a wrong spec ends the run before it reads data
     may_differ = ("total",) if extend else ()
     before = processes.broadcast_from_process_0("reading config.json", lambda: workdir.check_config(config, may_differ))
 

@@ -77,7 +77,7 @@ def test_resuming_drops_what_comes_after(tmp_path, caplog):
 def test_a_full_disk_is_told_of_at_the_next_line(tmp_path):
     digests = Digests(tmp_path, 0, 9)
     digests._file.close()
-    with Path("/dev/full").open("w") as digests._file:
+    with Path("/dev/full").open("w") as digests._file._file:
         digests.record(1, params())
         with pytest.raises(UserError, match=r"digests.jsonl could not be written: no space left on device; free some"):
             digests.record(2, params())
@@ -93,14 +93,14 @@ def test_a_run_that_was_stopped_has_the_lines_of_one_that_was_not(fake_config, t
     assert set(lines(whole)) == {0, 1, 2, 4, 8, 12}
     assert lines(whole)[12]["params_sha256"] == json.loads((whole / "result.json").read_text())["params_sha256"]
     assert len({line["params_sha256"] for line in lines(whole).values()}) == 6
-    original = writers.MetricsWriter.write
+    original = writers.MetricsWriter.write_scalars
 
     def and_a_signal(*args):
         original(*args)
-        monkeypatch.setattr(writers.MetricsWriter, "write", original)
+        monkeypatch.setattr(writers.MetricsWriter, "write_scalars", original)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(writers.MetricsWriter, "write", and_a_signal)
+    monkeypatch.setattr(writers.MetricsWriter, "write_scalars", and_a_signal)
     assert train.main(fake_config, Workdir(stopped)) == 75
     assert set(lines(stopped)) == {0, 1, 2, 4, 6}  # 6 is where it stopped
     assert train.main(fake_config, Workdir(stopped)) == 0

@@ -8,12 +8,14 @@ import os
 import re
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 
 import jax
 import pytest
 from rich.console import Console
 
+from imgclf_jax.config import default_config
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.run import monitor, provenance, terminal, writers
@@ -26,17 +28,24 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def finished(fake_config, tmp_path, capsys) -> Path:
     """The work directory of a run that is done."""
+    fake_config.writers = f"{__name__}:Kept('run')"
     assert train.main(fake_config, Workdir(tmp_path / "run")) == 0
     return tmp_path / "run"
 
 
+def open_writer(folder: Path, step: int = 0, **keys) -> writers.MetricsWriter:
+    config = default_config()
+    config.update(keys)
+    return writers.MetricsWriter(folder, step, config)
+
+
 def test_records_are_appended(tmp_path):
-    writer = writers.MetricsWriter(tmp_path)
-    writer.write(5, {"train/loss": 0.1, "train/accuracy": 1 / 3})
+    writer = open_writer(tmp_path)
+    writer.write_scalars(5, {"train/loss": 0.1, "train/accuracy": 1 / 3})
     assert writers.read_metrics(tmp_path / "metrics.jsonl") == [
         {"step": 5, "train/loss": 0.1, "train/accuracy": 1 / 3}
     ]  # before it is closed: a killed process loses no record
-    writer.write(10, {"train/loss": 1e-300})
+    writer.write_scalars(10, {"train/loss": 1e-300})
     writer.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines][1] == {"step": 10, "train/loss": 1e-300}
@@ -48,8 +57,8 @@ def test_resuming_drops_what_comes_after(tmp_path, caplog):
     kept = ['{"step": 5, "a": 0.1}', '{"step": 10, "a": 0.2}', '{"step": 10, "b": 3}']
     file.write_text("\n".join([*kept, '{"step": 15, "a": 0.3}', '{"step": 20, "a"']))
     (tmp_path / ".metrics.jsonl.tmp").write_text("junk")
-    writer = writers.MetricsWriter(tmp_path, 10)
-    writer.write(15, {"a": 0.25})
+    writer = open_writer(tmp_path, 10)
+    writer.write_scalars(15, {"a": 0.25})
     writer.close()
     assert file.read_text().splitlines() == [*kept, '{"step": 15, "a": 0.25}']
     assert caplog.text.count("a line cut short was left out") == 1
@@ -59,18 +68,19 @@ def test_resuming_drops_what_comes_after(tmp_path, caplog):
 def test_a_new_run_begins_with_nothing(tmp_path):
     """A process that was killed before the first checkpoint has left records; the run begins again at step 0."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 5, "a": 0.1}\n')
-    writers.MetricsWriter(tmp_path, 0).close()
+    open_writer(tmp_path).close()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
     assert writers.read_metrics(tmp_path / "missing.jsonl") == []
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
 def test_a_place_that_cannot_be_written(tmp_path):
-    writer = writers.MetricsWriter(tmp_path)
-    writer._file.close()
-    with Path("/dev/full").open("w") as writer._file:
+    writer = open_writer(tmp_path)
+    file = writer._own[0]
+    file.close()
+    with Path("/dev/full").open("w") as file._file:
         with pytest.raises(UserError, match=rf"metrics in {tmp_path} .*: no space left on device; free some space"):
-            writer.write(1, {"a": 0.1})
+            writer.write_scalars(1, {"a": 0.1})
         writer.close()  # without a second error
 
 
@@ -95,9 +105,9 @@ def test_tensorboard_holds_the_same(finished):
 def test_tensorboard_after_resuming(tmp_path):
     """The values that a resumed run drops, TensorBoard drops too, and none is there twice."""
     for start, value in ((0, 0.5), (10, 0.25)):
-        writer = writers.MetricsWriter(tmp_path, start)
+        writer = open_writer(tmp_path, start)
         for step in range(start + 5, 21, 5):
-            writer.write(step, {"a": value})
+            writer.write_scalars(step, {"a": value})
         writer.close()
     assert scalars(tmp_path / "tb") == {(5, "a"): 0.5, (10, "a"): 0.5, (15, "a"): 0.25, (20, "a"): 0.25}
     records = writers.read_metrics(tmp_path / "metrics.jsonl")
@@ -107,11 +117,94 @@ def test_tensorboard_after_resuming(tmp_path):
 def test_without_tensorboard(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
     caplog.set_level("INFO")
-    writer = writers.MetricsWriter(tmp_path)
-    writer.write(1, {"a": 0.5})
+    writer = open_writer(tmp_path)
+    writer.write_scalars(1, {"a": 0.5})
     writer.close()
     assert caplog.messages == ["TensorBoard is not installed: its files are not written, metrics.jsonl alone"]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+class Kept:
+    """A writer for tests: keeps its calls."""
+
+    def __init__(self, name="kept", *, workdir=None, step=-1, fails=""):
+        self.fails = fails
+        KEPT[name] = self.calls = [("made", workdir, step)]
+
+    def __getattr__(self, method):
+        if method not in ("write_hparams", "write_scalars", "flush", "close"):
+            raise AttributeError(method)
+
+        def call(*arguments):
+            self.calls.append((method, *arguments))
+            if method == self.fails:
+                raise ConnectionError("no route to the tracking service")
+
+        return call
+
+
+KEPT: dict[str, list] = {}
+
+
+def test_writers_that_the_config_names(tmp_path, caplog):
+    """They get what metrics.jsonl gets; one that fails is left alone, and the run goes on."""
+    good, bad = f"{__name__}:Kept", f"{__name__}:Kept('bad', fails='write_scalars')"
+    writer = open_writer(tmp_path, 3, writers=f"{good}|{bad}")
+    writer.write_scalars(4, {"train/loss": 0.5})
+    writer.flush()
+    writer.close()
+    (made, (hparams, config), *calls), failed = KEPT["kept"], KEPT["bad"]
+    assert (made, hparams) == (("made", tmp_path, 3), "write_hparams")
+    assert (config["writers"], config["data.eval"]) == (f"{good}|{bad}", '{"test": "test"}')
+    assert calls == [("write_scalars", 4, {"train/loss": 0.5}), ("flush",), ("close",)]
+    assert [call[0] for call in failed] == ["made", "write_hparams", "write_scalars"]
+    assert "failed and gets no more metrics: ConnectionError: no route to the tracking service" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("wandb", "unknown writer 'wandb': none ships; name yours by an import path"),
+        (f"{__name__}:Kept(nome='x')", "unknown argument 'nome'"),
+        (f"{__name__}:Console()", "has no method write_hparams; a writer has write_hparams, write_scalars, flush,"),
+        ("json:loads('x')", "failed to start: JSONDecodeError"),
+    ],
+)  # fmt: skip
+def test_a_writer_that_cannot_be_made(tmp_path, text, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        open_writer(tmp_path, tensorboard=False, writers=text).close()
+
+
+def test_the_docs_writer_for_a_tracking_service(tmp_path, monkeypatch):
+    """With a module in wandb's place: it is not a dependency."""
+    page = (ROOT / "docs" / "extending.md").read_text()
+    [text] = re.findall(r"```python\n(# my_wandb.py\n.*?)```", page, re.DOTALL)
+    (tmp_path / "my_wandb.py").write_text(text)
+    wandb = unittest.mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.syspath_prepend(tmp_path)
+    writer = open_writer(tmp_path, writers="my_wandb:Wandb('imgclf')", tensorboard=False)
+    writer.write_scalars(5, {"train/loss": 0.5})
+    writer.close()
+    assert wandb.init.call_args.kwargs["project"] == "imgclf"
+    assert [call[0] for call in wandb.init.return_value.method_calls] == ["config.update", "log", "finish"]
+    assert wandb.init.return_value.log.call_args == unittest.mock.call({"train/loss": 0.5}, step=5)
+
+
+@pytest.mark.thorough
+def test_a_writer_of_clu(tmp_path):
+    """Its factory needs no adapter."""
+    pytest.importorskip("clu.metric_writers")
+    writer = open_writer(
+        tmp_path, tensorboard=False, writers=f"clu.metric_writers:SummaryWriter({str(tmp_path / 'clu')!r})"
+    )
+    writer.write_scalars(5, {"a": 0.5})
+    writer.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "clu"))
+    events.Reload()
+    assert "a" in events.Tags()["tensors"]
 
 
 def test_throughput(monkeypatch):
@@ -222,6 +315,9 @@ def test_result(finished, capsys):
     assert result["test"]["examples"] == 64
     records = writers.read_metrics(finished / "metrics.jsonl")
     assert {f"test/{k}": v for k, v in result["test"].items()}.items() <= records[-1].items()
+    calls = KEPT["run"]
+    assert [{"step": call[1], **call[2]} for call in calls if call[0] == "write_scalars"] == records
+    assert (calls[0], calls[-1]) == (("made", finished, 0), ("close",))
 
 
 def test_provenance(finished):

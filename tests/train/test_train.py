@@ -52,7 +52,7 @@ def test_a_run_of_billions_of_steps_begins_at_once(fake_config, tmp_path, monkey
             sent.append(os.kill(os.getpid(), signal.SIGTERM))
 
     sent = []
-    monkeypatch.setattr(writers.MetricsWriter, "write", write)
+    monkeypatch.setattr(writers.MetricsWriter, "write_scalars", write)
     assert train.main(fake_config, Workdir(tmp_path)) == 75
     assert (tmp_path / "checkpoints" / "2").is_dir()
 

@@ -47,7 +47,7 @@ def main(
     wrong = record.contradictions
     for sentence in wrong:
         log.warning("the record contradicts itself: %s", sentence)
-    config.tensorboard = False
+    config.tensorboard, config.writers = False, ""
 
     def adjusted(run: train.Run) -> train.Run:
         """The run up to `end`; what differs from the recorded one is known by now, and said before hours of work."""

@@ -162,14 +162,14 @@ def test_the_same_data_elsewhere(reproduce, trained, tmp_path):
 @pytest.mark.thorough
 def test_a_signal(reproduce, trained, tmp_path, monkeypatch, capsys):
     """It is saved and goes on with the same command; until then nothing is compared."""
-    write = writers.MetricsWriter.write
+    write = writers.MetricsWriter.write_scalars
 
     def and_a_signal(*args):
         write(*args)
-        monkeypatch.setattr(writers.MetricsWriter, "write", write)
+        monkeypatch.setattr(writers.MetricsWriter, "write_scalars", write)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(writers.MetricsWriter, "write", and_a_signal)
+    monkeypatch.setattr(writers.MetricsWriter, "write_scalars", and_a_signal)
     assert launch.main(["reproduce", str(trained), f"--output={tmp_path}/again"]) == 75
     said = f"stopped before step {STEPS}, nothing is compared; go on by --output={tmp_path}/again"
     assert capsys.readouterr().err.rstrip().endswith(said)
