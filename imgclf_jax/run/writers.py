@@ -171,7 +171,7 @@ def find_factories(text: str) -> dict[str, Callable[[Path, int], Writer]]:
                 raise UserError(f"writers={str(call)!r} failed to start: {type(e).__name__}: {reason(e)}") from e
             if missing := [name for name in _METHODS if not callable(getattr(writer, name, None))]:
                 raise UserError(f"writers={str(call)!r} has no method {missing[0]}; a writer has {', '.join(_METHODS)}")
-            return writer  # type: ignore[no-any-return]
+            return writer
 
         return make
 
