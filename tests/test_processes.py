@@ -122,7 +122,7 @@ from imgclf_jax.cli import together
 process, port = int(sys.argv[1]), sys.argv[2]
 given = {"seed": 1 + process, "model": "cnn"}
 try:
-    with together.joined(given, f"localhost:{port}", 2, process, "", 10):
+    with together.join(given, f"localhost:{port}", 2, process, "", 10):
         print("begins")
 except ValueError as e:
     print(e, file=sys.stderr)

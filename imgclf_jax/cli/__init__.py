@@ -1,1 +1,1 @@
-"""The command line: which commands there are, their flags, and the words that override a config."""
+"""The command line: commands, flags and config overrides."""

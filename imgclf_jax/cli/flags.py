@@ -1,4 +1,4 @@
-"""The flags of the commands. Imports neither JAX nor TensorFlow."""
+"""The flags of all commands. Imports neither JAX nor TensorFlow."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from absl import flags
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of commands. `value` stands for its value in help texts; it is empty for a switch."""
+    """A command-line flag. `value` is its placeholder in help texts, empty for a switch."""
 
     text: str
     value: str = ""
     default: Any = ""
-    least: Any = None  # the smallest number that is allowed
+    least: Any = None  # the smallest allowed number
     choices: tuple[str, ...] = ()
-    many: bool = False  # may be given several times: a list
+    many: bool = False  # may be repeated; its values make a list
 
     def define(self, name: str, values: flags.FlagValues) -> None:
-        """Adds the flag to `values`: a switch, one of the choices, or what its default's type is."""
+        """Adds the flag to `values`, with the type of its default unless it is a switch or has choices."""
         if not self.value:
             flags.DEFINE_bool(name, False, "", flag_values=values)
         elif self.many:
@@ -34,72 +34,71 @@ class Flag:
             flags.DEFINE_string(name, self.default, "", flag_values=values)
 
 
-# A flag means the same to every command that takes it. What differs in name differs in meaning.
+# A flag means the same in every command.
 FLAGS: Mapping[str, Flag] = {
-    "workdir": Flag("where the run lives (default: runs/<config name>)", "DIR"),
+    "workdir": Flag("the run's directory (default: runs/<config name>)", "DIR"),
     "checkpoint": Flag("best, latest or a step (default: best if one is kept, else latest)", "WHICH"),
-    "checkpoints": Flag("the metrics at several checkpoints: all, or steps", "all|100,200"),
-    "corruptions": Flag("the accuracy on corrupted images, at five severities: all, or names", "all|fog,snow"),
-    "frost": Flag("the folder of the authors' photographs frost1.png to frost5.jpg, for the corruption frost", "DIR"),
-    "attack": Flag("the accuracy on adversarial examples: \"pgd(eps='8/255', steps=20)\", or an import path", "SPEC"),
-    "format": Flag("how to print", "FORMAT"),  # see `Command.flag`
-    "predictions": Flag("write those of each example, as .csv, .jsonl or .parquet by the name", "FILE"),
+    "checkpoints": Flag("evaluate several checkpoints: all, or a list of steps", "all|100,200"),
+    "corruptions": Flag("measure accuracy on corrupted images, at five severities: all, or names", "all|fog,snow"),
+    "frost": Flag("the folder with the authors' photographs frost1.png to frost5.jpg, for the corruption frost", "DIR"),
+    "attack": Flag("measure accuracy on adversarial examples: \"pgd(eps='8/255', steps=20)\", or an import path",
+                   "SPEC"),
+    "format": Flag("the output format", "FORMAT"),  # see `Command.flag`
+    "predictions": Flag("write the prediction for each example to a .csv, .jsonl or .parquet file", "FILE"),
     "top_k": Flag("how many classes to show or write (default: 3)", "K", 3, least=1),
-    "threshold": Flag("of several labels, the probability from which a class is predicted (default: 0.5); with commas "
-                      "one for each class", "P"),
-    "extend": Flag("go on with a run up to a larger --config.total, if its schedule allows it"),
-    "trust": Flag("let the run's config import the modules and read over the network what it names"),
+    "threshold": Flag("for multi-label models, predict classes of at least this probability (default: 0.5); give one "
+                      "for all classes, or one per class, separated by commas", "P"),
+    "extend": Flag("continue a run up to a larger --config.total, if its schedule allows it"),
+    "trust": Flag("let the run's config import modules and read from the network"),
     "chips": Flag("v5e:4x4, v6e:8x8, v5p:4x4x4, h100:8, a100:8x8 (hosts x GPUs) or cpu:8", "KIND:SHAPE"),
-    "shape": Flag("what the training images are, where the data are not here", "H,W,C"),
-    "classes": Flag("how many classes there are, where the data are not here", "N", None, least=2),
-    "targets": Flag("how many targets an example has in place of a class, where the data are not here", "N", None,
+    "shape": Flag("the shape of the training images, if the data are absent", "H,W,C"),
+    "classes": Flag("the number of classes, if the data are absent", "N", None, least=2),
+    "targets": Flag("the number of targets per example (instead of classes), if the data are absent", "N", None,
                     least=1),
-    "examples": Flag("how many training images there are, where the data are not here", "N", None, least=1),
-    "grace": Flag("the longest that a stop by signal may take, saving included (default: any time)", "SECONDS", 0.0,
+    "examples": Flag("the number of training images, if the data are absent", "N", None, least=1),
+    "grace": Flag("the longest time from a stop signal to exit, saving included (default: no limit)", "SECONDS", 0.0,
                   least=0.0),
-    "coordinator": Flag("this is one of several processes; HOST is that of process 0. Slurm, Open MPI and Cloud TPU "
-                        "tell these three flags themselves", "HOST:PORT"),
-    "num_processes": Flag("how many processes there are; 1 is alone, in a cluster too", "N", None, least=1),
-    "process_id": Flag("which of them this one is, from 0", "I", None, least=0),
-    "local_devices": Flag("which devices of this host the process takes", "all|0,1"),
-    "heartbeat": Flag("a process that is silent for so long is taken for dead (default: 100)", "SECONDS", 100,
-                      least=1),
-    "gives": Flag("what the function of the file gives (default: probabilities)", "probabilities|logits|features",
+    "coordinator": Flag("run as one of several processes; HOST is the host of process 0. Slurm, Open MPI and Cloud TPU "
+                        "set this flag and the next two automatically", "HOST:PORT"),
+    "num_processes": Flag("the number of processes; 1 runs a single process, even in a cluster", "N", None, least=1),
+    "process_id": Flag("the index of this process, from 0", "I", None, least=0),
+    "local_devices": Flag("which devices of this host the process uses", "all|0,1"),
+    "heartbeat": Flag("declare a process dead after this much silence (default: 100)", "SECONDS", 100, least=1),
+    "gives": Flag("the output of the exported function (default: probabilities)", "probabilities|logits|features",
                   "probabilities", choices=("probabilities", "logits", "features")),
-    "names": Flag("whose names PyTorch's weights get: torchvision, timm, own, … (default: the usual ones)", "WHOSE"),
-    "host": Flag("the address to listen on (default: 127.0.0.1, this machine alone; 0.0.0.0: all)", "ADDRESS",
+    "names": Flag("the naming scheme of PyTorch weights: torchvision, timm, own, … (default: the usual one of the "
+                  "architecture)", "SCHEME"),
+    "host": Flag("the address to listen on (default: 127.0.0.1, this machine only; 0.0.0.0: all)", "ADDRESS",
                  "127.0.0.1"),
     "port": Flag("the port to listen on (default: 8000; 0: a free one)", "N", 8000, least=0),
-    "sweep": Flag("values of a key, between semicolons; 'KEY=0..4' for whole numbers, \"KEY=['a', 'b']\" for any "
-                  "texts; again for more keys", "'KEY=VALUE; VALUE'", many=True),
-    "jobs": Flag("how many runs go on at once (default: 1); they share the cores, and the accelerators' memory", "N", 1,
+    "sweep": Flag("the values of a key, separated by semicolons; 'KEY=0..4' for integers, \"KEY=['a', 'b']\" for "
+                  "strings with semicolons; repeat the flag for more keys", "'KEY=VALUE; VALUE'", many=True),
+    "jobs": Flag("how many runs train at once (default: 1); they share the cores and the accelerators' memory", "N", 1,
                  least=1),
-    "print": Flag("print the command of each run and start none"),
-    "html": Flag("where to write the page, one file that needs no network and no script", "FILE"),
-    "test": Flag("evaluate each run that is done, and keep what it predicts in its directory, for paired tests"),
-    "output": Flag("where to write: a file, or a folder where there are several", "PATH"),
+    "print": Flag("print the command of each run without starting any"),
+    "html": Flag("where to write the page, a self-contained HTML file without scripts", "FILE"),
+    "test": Flag("evaluate each finished run and save its predictions in its directory, for paired tests"),
+    "output": Flag("where to write: a file, or a folder if there are several", "PATH"),
     "split": Flag("a split of the data, such as train, 'test[:100]' or \"folder('new')/train\" (default: the run's "
                   "evaluation sets)", "SPLIT"),
-    "method": Flag("how to explain (default: auto, which suits the network)", "auto|gradcam|rollout|occlusion", "auto",
-                   choices=("auto", "gradcam", "rollout", "occlusion")),
+    "method": Flag("the attribution method (default: auto, which fits the network)", "auto|gradcam|rollout|occlusion",
+                   "auto", choices=("auto", "gradcam", "rollout", "occlusion")),
     "class": Flag("the class to explain (default: the predicted one)", "NAME"),
-    "layer": Flag("the layer whose feature maps Grad-CAM takes (default: the last one that has any)", "NAME"),
-    "window": Flag("the side of the square that covers a part, in pixels (default: a seventh of the image)", "N", 0,
-                   least=0),
-    "k": Flag("how many neighbours, one number or several (default: 1,5,20,100)", "K,...", "1,5,20,100"),
-    "draws": Flag("how many times the few images of a class are drawn (default: 5)", "N", 5, least=2),
-    "plot": Flag("draw the accuracies, as .png; this needs matplotlib: uv run --extra plot", "FILE"),
-    "steps": Flag("how many steps to train (default: all that are recorded; find-lr: 200)", "N", None, least=1),
+    "layer": Flag("the layer whose feature maps Grad-CAM uses (default: the last one with feature maps)", "NAME"),
+    "window": Flag("the side of the occluding square, in pixels (default: a seventh of the image)", "N", 0, least=0),
+    "k": Flag("how many neighbors, one number or several (default: 1,5,20,100)", "K,...", "1,5,20,100"),
+    "draws": Flag("how many few-shot subsets to draw (default: 5)", "N", 5, least=2),
+    "plot": Flag("plot the accuracies to a .png file; needs matplotlib: uv run --extra plot", "FILE"),
+    "steps": Flag("how many steps to train (default: all recorded steps; find-lr: 200)", "N", None, least=1),
     "low": Flag("the first learning rate (default: 1e-7)", "X", 1e-7),
     "high": Flag("the last learning rate (default: 10)", "X", 10.0),
-    "tolerance": Flag("the largest relative difference of a metric that counts as the same (default: 0, every bit)",
-                      "X", 0.0, least=0.0),
-    "bundle": Flag("train nothing, and write the run's record into this zip file, which reproduce takes elsewhere",
-                   "FILE"),
-    "step": Flag("which step, 0 being the first (default: 0)", "K", 0, least=0),
-    "raw": Flag("before the device ops and mixing, as host ops give the images"),
-    "count": Flag("how many examples to show, from the first one of the batch on (default: 128)", "N", 128, least=1),
-    "profile": Flag("trace these steps, for TensorBoard or Perfetto, into WORKDIR/profile", "FIRST:LAST"),
+    "tolerance": Flag("the largest relative difference at which metrics count as equal (default: 0, bit-exact)", "X",
+                      0.0, least=0.0),
+    "bundle": Flag("only write the run's record to this zip file, for `reproduce` on another machine", "FILE"),
+    "step": Flag("which step, starting at 0 (default: 0)", "K", 0, least=0),
+    "raw": Flag("show the images before device ops and mixing, as the host ops return them"),
+    "count": Flag("how many examples to show, from the start of the batch (default: 128)", "N", 128, least=1),
+    "profile": Flag("trace these steps into WORKDIR/profile, for TensorBoard or Perfetto", "FIRST:LAST"),
 }  # fmt: skip
 
 PROCESSES = ("coordinator", "num_processes", "process_id", "local_devices", "heartbeat")

@@ -1,4 +1,4 @@
-"""Every command: what it does, which flags it takes, and its help. Imports neither JAX nor TensorFlow."""
+"""The commands, their flags and their help texts. Imports neither JAX nor TensorFlow."""
 
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -12,46 +12,47 @@ WIDTH = 120
 
 @dataclass(frozen=True)
 class Command:
-    """A command `launch.py NAME`, run by `main` of its module, see `module_of`.
+    """A command `launch.py NAME`, run by `main` of its module (see `module_of`).
 
-    `of` says what its config is: that of the file `--config`; that of the run in `--workdir`; or either, the file's
-    where `--config.init_from` names weights. `main` is given the config, the work directory (None for weights), the
-    files if it takes some, and its other flags by their names. A command of "nothing" has neither config nor work
-    directory, and its `main` is given files and flags alone.
+    `config_from` says where its config comes from: the file `--config`; the run in `--workdir`; "run or weights", the
+    run unless `--config.init_from` names weights for `--config`; "run or file", the run if `--workdir` is given; the
+    record named first; or "none". `main` gets the config, the work directory (None without a run), the files if it
+    takes any, and its other flags by name. A command with "none" gets only files and flags.
     """
 
     summary: str
-    of: Literal["config", "run", "run or weights", "run or config", "record", "nothing"]
+    config_from: Literal["file", "run", "run or weights", "run or file", "record", "none"]
     flags: tuple[str, ...] = ()
-    files: str = ""  # what stands for its files in help texts; it takes none if this is empty
+    files: str = ""  # the placeholder for its files in help texts; empty if it takes none
     more: str = ""  # a paragraph for its help
-    examples: tuple[str, ...] = ()  # what follows "launch.py NAME"
-    formats: tuple[str, ...] = ("table", "json")  # what --format may be, if it takes that; the first one is the default
+    examples: tuple[str, ...] = ()  # each without "launch.py NAME"
+    formats: tuple[str, ...] = ("table", "json")  # the values of --format, if it takes that; the first is the default
 
     def flag(self, name: str) -> Flag:
-        """What a flag is to this command."""
-        if name == "workdir" and self.of == "run or config":
-            return Flag("where the run lives (default: none, and --config says what to do)", "DIR")
+        """Returns a flag as this command defines it."""
+        if name == "workdir" and self.config_from == "run or file":
+            return Flag("the run's directory (default: none; --config is used instead)", "DIR")
         if name != "format":
             return FLAGS[name]
-        text = f"how to print (default: {self.formats[0]})"
+        text = f"the output format (default: {self.formats[0]})"
         return Flag(text, "|".join(self.formats), self.formats[0], choices=self.formats)
 
     @property
-    def in_processes(self) -> bool:
-        """Whether it can be run in several processes."""
+    def distributed(self) -> bool:
+        """Whether the command can run in several processes."""
         return "coordinator" in self.flags
 
 
 COMMANDS: Mapping[str, Command] = {
     "train": Command(
-        "train, or resume, the run in the work directory (the default command)", "config",
+        "train or resume the run in the work directory (the default command)", "file",
         ("workdir", "extend", "grace", "profile", *PROCESSES),
-        more="A work directory with checkpoints is resumed. If its config differs, it stops and shows the difference.",
+        more="If the work directory has checkpoints, the run resumes from the latest. If its config differs, the "
+             "command stops and shows the difference.",
         examples=("", "--config configs/folder.py:photos --workdir runs/a", "--config.total='20 epochs'"),
     ),
     "evaluate": Command(
-        "the metrics and scores of a trained run on each of its evaluation sets", "run or weights",
+        "evaluate a trained run on each of its evaluation sets", "run or weights",
         ("workdir", "checkpoint", "checkpoints", "corruptions", "frost", "attack", "format", "predictions", "top_k",
          "trust", *PROCESSES),
         more="Any split, folder or .npz file can be an evaluation set: --config.data.eval.NAME=SPLIT, or "
@@ -61,131 +62,132 @@ COMMANDS: Mapping[str, Command] = {
                   "--workdir runs/a --config.data.eval.new=\"folder('new')/train\""),
     ),
     "predict": Command(
-        "classify new images with a trained run, or predict their numbers", "run or weights",
+        "classify new images with a trained run, or predict their regression targets", "run or weights",
         ("workdir", "checkpoint", "format", "top_k", "threshold", "trust", *PROCESSES), "FILE|DIR|GLOB|-",
-        more="A GLOB such as 'photos/**/*.jpg' stands in quotes. With - the names of files are read from standard "
-             "input, a line each. Results are printed in this order, while others are computed.",
+        more="Quote a GLOB, such as 'photos/**/*.jpg'. With - the command reads file names from standard input, one "
+             "per line. Results appear in this order as they are computed.",
         examples=("new.jpg --workdir runs/a", "photos --workdir runs/a --format csv > classes.csv",
                   "- --workdir runs/a < files.txt"),
         formats=("table", "json", "jsonl", "csv"),
     ),
     "report": Command(
-        "a page on a trained run: learning curves, scores, confusions, the worst mistakes, what made it", "run",
+        "write a page about a trained run: learning curves, scores, confusions, worst mistakes, provenance", "run",
         ("workdir", "checkpoint", "html", "trust", *PROCESSES),
-        more="It is written to WORKDIR/report.html, or to the file --html. More evaluation sets can be named by "
-             "--config.data.eval.NAME=SPLIT. Where the data are gone, what needs them is left out.",
+        more="The page goes to WORKDIR/report.html, or to --html. --config.data.eval.NAME=SPLIT adds an evaluation "
+             "set. If the data are gone, the page omits the sections that need them.",
         examples=("--workdir runs/a", "--workdir runs/a --checkpoint=best --html a.html"),
     ),
     "export": Command(
-        "write a trained model to a file that other programs run", "run or weights",
+        "export a trained model for JAX, TensorFlow, ONNX or PyTorch", "run or weights",
         ("workdir", "checkpoint", "gives", "names", "trust", *PROCESSES), "FILE",
-        more="The suffix says the kind. .stablehlo: the whole function with its class names, for JAX alone, on CPU, "
-             "GPU and TPU. .savedmodel: the same for TensorFlow alone, a folder. .onnx: the same for ONNX's runtimes. "
-             ".safetensors: the weights by the names of a PyTorch model.",
+        more="The suffix selects the format. .stablehlo: the function with its class names, for JAX on CPU, GPU and "
+             "TPU. .savedmodel: the same for TensorFlow, as a folder. .onnx: the same for ONNX runtimes. .safetensors: "
+             "the weights, under the parameter names of a PyTorch model.",
         examples=("digits.stablehlo --workdir runs/digits", "digits.savedmodel --workdir runs/digits",
                   "resnet.safetensors --workdir runs/a --names=torchvision"),
     ),
     "serve": Command(
-        "a web page, and an interface for programs, that classify images with a trained run", "run or weights",
+        "serve a trained run as a web page and an HTTP API", "run or weights",
         ("workdir", "checkpoint", "host", "port", "trust"),
-        more="The page takes images that are dropped, pasted, drawn or photographed. Programs send an image to "
-             "POST /predict; /openapi.json describes it.",
+        more="Drop, paste, draw or photograph an image on the page. Programs send an image to POST /predict; "
+             "/openapi.json describes the API.",
         examples=("--workdir runs/a", "--workdir runs/a --host 0.0.0.0 --port 80"),
     ),
     "sweep": Command(
-        "train a run for each combination of several keys' values, one after the other or some at once", "config",
+        "train a run for each combination of the values of several keys", "file",
         ("workdir", "sweep", "jobs", "print"),
-        more="A run is a plain `train` in WORKDIR/KEY=VALUE,…, and its output goes to WORKDIR/KEY=VALUE,….log. The "
-             "same command again goes on: runs that are done are skipped, others resume. A function get_sweep() in the "
-             "config file may give any list of runs, as dicts of keys and values. On an accelerator more than one job "
-             "at once must fit into its memory.",
+        more="Each run is a plain `train` in WORKDIR/KEY=VALUE,…, with its output in WORKDIR/KEY=VALUE,….log. Run the "
+             "same command again to continue: it skips finished runs and resumes the others. For any other list of "
+             "runs, let a function get_sweep() in the config file return dicts of keys and values. Several jobs on one "
+             "accelerator must fit into its memory together.",
         examples=("--workdir runs/rates --sweep 'schedule=constant(1e-3); constant(3e-3)' --sweep seed=0..2",
                   "--workdir runs/rates --sweep seed=0..2 --print > commands.txt"),
     ),
     "compare": Command(
-        "the results of runs beside the keys that differ, over seeds, with paired tests and learning curves", "nothing",
+        "compare runs: results by the keys that differ, averaged over seeds, with paired tests and curves", "none",
         ("format", "html", "test", "trust", *PROCESSES), "DIR",
-        more="Each directory below DIR that holds a run counts. Runs that differ in their seed alone are one row. Runs "
-             "whose predictions are known are tested in pairs: --test makes them known, and so does a file "
-             "predictions.csv in a run's directory, as `evaluate --predictions` writes it.",
+        more="The command finds every run below DIR. Runs that differ only in their seed share a row. The paired tests "
+             "need predictions: add --test, or have `evaluate --predictions` write predictions.csv into a run's "
+             "directory.",
         examples=("runs/rates", "runs/rates --test --html rates.html", "runs/a runs/b --format csv > both.csv"),
         formats=("table", "csv", "json"),
     ),
     "features": Command(
-        "write what the network makes of images: a vector each, with names and labels", "run or weights",
+        "write the network's features for images: one vector each, with names and labels", "run or weights",
         ("workdir", "checkpoint", "output", "split", "trust", *PROCESSES), "[FILE|DIR|GLOB|-]",
-        more="Without images on the command line they are those of --split. The name of --output ends in .npz or "
-             ".parquet.",
+        more="Without images on the command line, the command uses those of --split. The name of --output ends in .npz "
+             "or .parquet.",
         examples=("--workdir runs/a --output test.npz", "--workdir runs/a --split train --output train.parquet",
                   "photos --workdir runs/a --output photos.npz"),
     ),
     "probe": Command(
-        "how good the features are: nearest neighbours, a linear probe, few images a class", "run or weights",
+        "measure the features: nearest neighbors, a linear probe, few-shot classification", "run or weights",
         ("workdir", "checkpoint", "format", "k", "draws", "plot", "trust", *PROCESSES),
-        more="All learn from the features of the training set and are scored on each evaluation set.",
+        more="Each probe is fitted to the features of the training set and scored on each evaluation set.",
         examples=("--workdir runs/a", "--workdir runs/a --plot curve.png",
                   "--config configs/a.py --config.init_from=weights.safetensors"),
     ),
     "explain": Command(
-        "draw where in images a trained run finds their class", "run or weights",
+        "draw heatmaps of the image regions that a trained run's predictions depend on", "run or weights",
         ("workdir", "checkpoint", "format", "method", "class", "layer", "window", "output", "trust", *PROCESSES),
         "FILE|DIR|GLOB|-",
-        more="gradcam is for networks with feature maps, rollout for those with attention over patches, occlusion for "
-             "any. The pictures go to the folder --output (default: explained).",
+        more="gradcam works for networks with feature maps, rollout for attention over patches, occlusion for any "
+             "network. The heatmaps go to the folder --output (default: explained).",
         examples=("new.jpg --workdir runs/a", "photos --workdir runs/a --method occlusion --output heat",
                   "new.jpg --workdir runs/a --class dog"),
     ),
     "reproduce": Command(
-        "train a run again from its record, and compare every digest and metric with it", "record",
+        "train a run again from its record, and compare every digest and metric", "record",
         ("output", "steps", "tolerance", "format", "bundle", "trust", *PROCESSES), "WORKDIR|BUNDLE",
-        more="It names the first recorded step and parameter that differ, and what differs in config, data, code, "
-             "versions and devices. --output is the directory to train in (default: a temporary one, which is removed "
-             "if nothing differs). The status is 0 if the runs are the same, and 1 if they are not.",
+        more="The command names the first recorded step and parameter that differ, and all differences in config, "
+             "data, code, versions and devices. It trains in --output (default: a temporary directory, removed if "
+             "nothing differs). The exit status is 0 if the runs are equal, else 1.",
         examples=("runs/a", "runs/a --steps=100", "runs/a --bundle=a.zip", "a.zip --config.data.data_dir=/data"),
     ),
     "show-batch": Command(
-        "a picture of the batch that a step trains on, with labels and ids", "run or config",
+        "draw the batch that a step trains on, with labels and ids", "run or file",
         ("workdir", "step", "raw", "count", "output", "format", "trust"),
-        more="The pixels are those that the step is given, after host ops, device ops and mixing. Nothing is trained. "
-             "--output is a .png (default: batch-K.png in the work directory of --workdir, else here).",
+        more="The pixels are the step's input, after host ops, device ops and mixing. Nothing is trained. --output is "
+             "a .png file (default: batch-K.png in --workdir, else in the working directory).",
         examples=("--step=0 --config configs/digits.py", "--workdir runs/a --step=100"),
     ),
     "dryrun": Command(
-        "compile the run for chips that need not be here: memory, time, what bounds it", "config",
+        "compile a run for absent chips: memory, time and bottleneck", "file",
         ("workdir", "chips", "shape", "classes", "targets", "examples", "format"),
         examples=("--config configs/imagenet_resnet50.py --chips v5e:2x4",),
     ),
     "find-lr": Command(
         "suggest a learning rate by a range test: a short run whose learning rate grows until the loss diverges",
-        "config", ("steps", "low", "high", "format", "html"),
+        "file", ("steps", "low", "high", "format", "html"),
         more="Smith's range test: the loss over the learning rate, where it falls fastest, and a schedule to try. It "
              "leaves no run behind. --html writes the plot.",
         examples=("--config configs/digits.py", "--config configs/fashion_mnist.py --html lr.html",
                   "--config configs/digits.py --config.optimizer='sgd(momentum=0.9)' --low=1e-4 --high=10"),
     ),
-    "config": Command("print every key's value and documentation", "config"),
+    "config": Command("print the value and documentation of every key", "file"),
 }  # fmt: skip
 
 _CONFIG = {
-    "--config=FILE.py[:ARG]": "the config file (default: configs/digits.py); ARG is passed to its get_config",
+    "--config=FILE.py[:ARG]": "the config file (default: configs/digits.py); its get_config gets ARG",
     "--config.KEY=VALUE": "override a key; `launch.py config` lists them all",
 }
-_WEIGHTS = {"--config.init_from=PATH": "with these weights and --config, instead of with a run"}
+_WEIGHTS = {"--config.init_from=PATH": "use these weights and --config instead of a run"}
 
 _STATUS = """\
-exit status: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal with a checkpoint saved: run the same again,
+exit status: 0 done, 1 failed, 2 wrong usage,
+             75 stopped by a signal after saving a checkpoint: run the same command again,
              130 (SIGINT), 143 (SIGTERM), 129 (SIGHUP) stopped by a signal with nothing to save"""
 
 
 def overview() -> str:
-    """The help of all: each command in a line."""
+    """Returns the help text of `launch.py --help`, with one line per command."""
     return "\n".join([
         "usage: launch.py [COMMAND] [flags] [FILE|DIR ...]",
         "",
-        "commands (launch.py COMMAND --help shows the flags of one):",
+        "commands (launch.py COMMAND --help lists the flags of one):",
         *_columns({name: command.summary for name, command in COMMANDS.items()}),
         "",
-        "flags of all:",
+        "common flags:",
         *_columns({**_CONFIG, "--workdir=DIR": FLAGS["workdir"].text}),
         "",
         _STATUS,
@@ -198,17 +200,19 @@ def overview() -> str:
     ])  # fmt: skip
 
 
-def help_of(name: str) -> str:
-    """The help of the command `name`: its usage, its flags and examples."""
+def command_help(name: str) -> str:
+    """Returns the help text of a command: usage, flags and examples."""
     command = COMMANDS[name]
-    more_files = " ..." if command.files and command.of != "record" else ""
+    more_files = " ..." if command.files and command.config_from != "record" else ""
     usage = f"usage: launch.py {name}{f' {command.files}' if command.files else ''}{more_files} [flags]"
-    shown = {} if command.of == "nothing" else dict(_CONFIG) | (_WEIGHTS if command.of == "run or weights" else {})
-    if command.of in ("run", "record"):
+    shown = {} if command.config_from == "none" else dict(_CONFIG)
+    if command.config_from == "run or weights":
+        shown |= _WEIGHTS
+    if command.config_from in ("run", "record"):
         del shown["--config=FILE.py[:ARG]"]
-    for flag in command.flags:
-        about = command.flag(flag)
-        shown[f"--{flag}={about.value}" if about.value else f"--{flag}"] = about.text
+    for flag_name in command.flags:
+        flag = command.flag(flag_name)
+        shown[f"--{flag_name}={flag.value}" if flag.value else f"--{flag_name}"] = flag.text
     lines = [usage, "", *_wrapped(command.summary[0].upper() + command.summary[1:] + ".")]
     if command.more:
         lines += ["", *_wrapped(command.more)]
@@ -227,12 +231,12 @@ _MODULES = {
 
 
 def module_of(command: str) -> str:
-    """The module of the package whose `main` runs a command."""
+    """Returns the module (within the package) whose `main` runs a command."""
     return _MODULES.get(command, f"tools.{command}.command")
 
 
 def commands_with(flag: str) -> list[str]:
-    """The commands that take a flag."""
+    """Lists the commands that take a flag."""
     return [name for name, command in COMMANDS.items() if flag in command.flags]
 
 
@@ -241,7 +245,7 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _columns(rows: Mapping[str, str]) -> Iterable[str]:
-    """Two columns; what does not fit beside the first stands below it."""
+    """Formats `rows` in two columns; a name wider than the first column gets a line of its own."""
     left = min(34, max(map(len, rows)))
     for name, text in rows.items():
         first, *rest = textwrap.wrap(text, WIDTH - left - 4, break_on_hyphens=False)

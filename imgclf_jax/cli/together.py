@@ -1,4 +1,4 @@
-"""A command in one process, or in several that share its work."""
+"""Contexts in which a command runs, in one process or several."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ from imgclf_jax.run import provenance, terminal
 
 
 @contextlib.contextmanager
-def joined(
-    given: dict[str, Any], coordinator: str, number: int | None, process: int | None, devices: str, heartbeat: int
+def join(
+    given: dict[str, Any], coordinator: str, count: int | None, process: int | None, devices: str, heartbeat: int
 ) -> Iterator[None]:
-    """Joins the others, see `processes.start`, and begins to log; what ends one process inside ends all.
+    """Joins the other processes (see `processes.start`) and sets up logging. If one process fails, all end.
 
-    Raises UserError in all of them unless what they were `given`, their code, versions and devices are the same.
+    Raises UserError in all processes unless `given`, the code, the versions and the devices are the same everywhere.
     """
-    processes.start(coordinator, number, process, devices, heartbeat)
+    processes.start(coordinator, count, process, devices, heartbeat)
     terminal.setup_logging()
     with processes.ending_together():
         processes.agree("comparing commands", lambda: given | provenance.process_facts(), processes.QUICK)
@@ -28,6 +28,6 @@ def joined(
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Begins to log, in a process that is on its own."""
+    """Sets up logging in a single process."""
     terminal.setup_logging()
     yield

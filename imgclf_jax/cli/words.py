@@ -1,4 +1,4 @@
-"""The words of a command line: its config, its keys, its flags and its files. Imports neither JAX nor TensorFlow."""
+"""Parsing of the command line: config file, keys, flags and files. Imports neither JAX nor TensorFlow."""
 
 import itertools
 import keyword
@@ -17,19 +17,19 @@ from imgclf_jax.core.errors import unknown
 
 
 class UsageError(Exception):
-    """A wrong flag: exit status 2."""
+    """A wrong command line: exit status 2."""
 
 
 def take_flags(command: str, argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
-    """The flags of a command, and the words that are none of them: files, and keys of the config.
+    """Parses the flags of a command, and returns them with the remaining words: files and config keys.
 
-    Raises UsageError for a wrong value, and for a flag that the command does not take.
+    Raises UsageError for an invalid value, or a flag that the command does not take.
     """
     try:
         values = flags.FlagValues()
         for flag in COMMANDS[command].flags:
             COMMANDS[command].flag(flag).define(flag, values)
-        values.set_gnu_getopt(True)  # flags may stand after files
+        values.set_gnu_getopt(True)  # flags may follow files
         rest = values(["launch.py", *argv], known_only=True)[1:]
     except flags.Error as e:
         raise UsageError(str(e)) from e
@@ -40,13 +40,13 @@ def take_flags(command: str, argv: list[str]) -> tuple[flags.FlagValues, list[st
     return values, rest
 
 
-def files_alone(command: str, words: list[str]) -> list[str]:
-    """The words, of a command that takes files and no config."""
+def only_files(command: str, words: list[str]) -> list[str]:
+    """Returns the files among `words`, for a command that takes files and no config."""
     if not words:
-        raise UsageError(f"{command} wants {COMMANDS[command].files}")
+        raise UsageError(f"{command} needs {COMMANDS[command].files}")
     for word in itertools.takewhile(lambda word: word != "--", words):
         if word.lstrip("-").startswith("config") and word.startswith("-"):
-            raise UsageError(f"{command} takes no config, found {word!r}")
+            raise UsageError(f"{command} takes no config, but got {word!r}")
     return [word for word in words if word != "--"]
 
 
@@ -57,22 +57,24 @@ def _unknown_flag(flag: str, command: str) -> UsageError:
 
 
 def override(config: ConfigDict, words: list[str], command: str) -> list[str]:
-    """Applies each --config.KEY=VALUE in `words` to `config`; returns the words that are no flags."""
+    """Applies each --config.KEY=VALUE in `words` to `config`, and returns the other words."""
     for word in words:
         key = word.lstrip("-").partition("=")[0].removeprefix("config.")
         if word.startswith(("--config.", "-config.")) and key not in configs.flatten(config):
             name = key.removeprefix("data.eval.").removeprefix("data.extra.")
             if name == key or "." in name:
                 raise UsageError(unknown("config key", key, configs.KEYS))
-            if key.startswith("data.extra."):  # one more stream
+            if key.startswith("data.extra."):  # a new extra stream
                 with config.unlocked():
                     config.data.extra[name] = ""
                 continue
             configs.check_set_name(name)
             if not name.isidentifier() or keyword.iskeyword(name):
-                raise UsageError(f"--config.data.eval.{name}: on the command line the name of a set has letters, digits"
-                                 " and _, and begins with a letter; name it in the config file")  # fmt: skip
-            with config.unlocked():  # one more evaluation set
+                raise UsageError(
+                    f"--config.data.eval.{name}: on the command line, a set's name consists of letters, digits and _, "
+                    "and begins with a letter; use other names in the config file"
+                )
+            with config.unlocked():  # a new evaluation set
                 config.data.eval[name] = ""
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
@@ -87,13 +89,13 @@ def override(config: ConfigDict, words: list[str], command: str) -> list[str]:
             raise UsageError(str(e)) from e
         old = configs.flatten(config)[match[1]]
         given = next((w for w in words if w.lstrip("-").startswith(f"config.{match[1]}=")), f"--config.{match[1]}")
-        raise UsageError(f"{given}: wants a value of type {type(old).__name__}, such as {old!r}") from e
+        raise UsageError(f"{given}: must be a value of type {type(old).__name__}, such as {old!r}") from e
 
 
 def take_config(argv: list[str], default: Path) -> tuple[str, list[str]]:
-    """The value of --config, `default` without one, and the command line without it.
+    """Returns the value of --config (or `default`) and the rest of the command line.
 
-    From here on a user's own modules are found beside the config file.
+    Also makes the user's own modules importable, from the config file's folder and the working directory.
     """
     path = str(default)
     rest = []
@@ -108,19 +110,19 @@ def take_config(argv: list[str], default: Path) -> tuple[str, list[str]]:
         else:
             rest.append(word)
     if not path:
-        raise UsageError("--config wants a file, such as --config=configs/digits.py")
-    # A user's own modules are found beside the config and in the working directory, behind those that are installed.
+        raise UsageError("--config needs a file, such as --config=configs/digits.py")
+    # At the end of the path, so that they do not shadow installed packages.
     sys.path += [str(Path(path.partition(":")[0]).resolve().parent), str(Path.cwd())]
     return path, rest
 
 
 def take_record(command: str, rest: list[str]) -> tuple[Any, ConfigDict]:
-    """The record that the first word names that is no flag, and its config; takes this word from them."""
-    named = next((word for word in rest if not word.startswith("-")), "")
-    if not named:
-        raise UsageError(f"{command} wants {COMMANDS[command].files}")
-    rest.remove(named)
+    """Removes the first file from `rest`, and returns the Record that it names and its config."""
+    file = next((word for word in rest if not word.startswith("-")), "")
+    if not file:
+        raise UsageError(f"{command} needs {COMMANDS[command].files}")
+    rest.remove(file)
     from imgclf_jax.run.record import Record
 
-    record = Record.named(named)
+    record = Record.named(file)
     return record, record.config

@@ -51,7 +51,7 @@ def test_files_directories_and_patterns(photos):
     assert found("*.png") == ["[d].png", "a.png", "b.png", "broken.png"]
     assert found("[d].png") == ["[d].png"]  # what is there is no pattern
     assert [image.found for image in inputs.find("predict", ["a.png", "b", "b/?.jpg"])] == [False] + [True] * 4
-    for word, message in [("x.png", "there is no file"), ("x*.png", "matches no file"), ("empty", "holds no images")]:
+    for word, message in [("x.png", "no file or directory"), ("x*.png", "matches no file"), ("empty", "has no images")]:
         (photos / "empty").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=message):
             inputs.find("predict", ["a.png", word])
@@ -110,7 +110,7 @@ def test_an_image_on_standard_input_is_no_list_of_names(monkeypatch, kind):
     Image.new("RGB", (9, 9), (200, 10, 90)).save(content, kind)
     text = io.TextIOWrapper(io.BytesIO(content.getvalue()), "utf-8", "surrogateescape")
     monkeypatch.setattr(sys, "stdin", text)
-    with pytest.raises(UserError, match=r"- reads names of files .*: launch.py explain FILE$"):
+    with pytest.raises(UserError, match=r"'-' reads one file name per line .*: launch.py explain FILE$"):
         list(inputs.find("explain", ["-"]))
 
 

@@ -232,8 +232,10 @@ def test_evaluate_of_numbers(runs, capsys, tmp_path):
     np.testing.assert_allclose([r["target[top half, %]"] for r in rows], targets[:, 1], rtol=1e-6)
     shown = printed(capsys, *argv)
     assert ["rmse[top half, %]" in shown, "accuracy" in shown] == [True, False]
-    assert "--corruptions measures accuracy, and a run with a regression" in refused(capsys, *argv, "--corruptions=fog")
-    assert "--attack measures accuracy, and a run with a regression" in refused(capsys, *argv, "--attack=pgd")
+    assert "--corruptions measures accuracy, but this run has a regression" in refused(
+        capsys, *argv, "--corruptions=fog"
+    )
+    assert "--attack measures accuracy, but this run has a regression" in refused(capsys, *argv, "--attack=pgd")
 
 
 @pytest.mark.thorough

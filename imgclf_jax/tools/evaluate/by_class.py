@@ -1,4 +1,4 @@
-"""What is right and wrong of each class, from the counts of an evaluation."""
+"""Recall, precision and confusions of each class, from the counts of an evaluation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,20 +7,19 @@ import numpy as np
 
 
 def counts(sums: Mapping[str, Any], num_seeds: int) -> dict[str, np.ndarray]:
-    """Of the sums of an evaluation, see `metrics.classification_sums`, those by class; of several seeds the ensemble's.
+    """Selects the counts by class from the sums of an evaluation (see `metrics.classification_sums`).
 
-    They are `class_examples`, `class_predicted` and `class_correct`, int64[classes], and, unless there are very many
-    classes, `confusion`, int64[label, prediction].
+    They are `class_examples`, `class_predicted` and `class_correct`, int64[classes], and `confusion`, int64[label,
+    prediction], unless there are very many classes. For several seeds they are those of the ensemble.
     """
-    found = {name: value for name, value in sums.items() if name.startswith("class_") or name == "confusion"}
-    return found if num_seeds == 1 else {name: value[-1] for name, value in found.items()}
+    kept = {name: value for name, value in sums.items() if name.startswith("class_") or name == "confusion"}
+    return kept if num_seeds == 1 else {name: value[-1] for name, value in kept.items()}
 
 
 def table(names: Sequence[str], counts: Mapping[str, np.ndarray]) -> tuple[list[str], list[list[str]]]:
-    """The columns, and a row for each class.
+    """Returns the columns and a row for each class: examples, recall, precision and the most frequent confusion.
 
-    Recall is the share of the class's examples that are predicted right, precision the share of the predictions of the
-    class that are right. The last column, which other class its examples are most often taken for, needs `confusion`.
+    The last column needs `confusion`.
     """
     confusion = counts.get("confusion")
     columns = ["class", "examples", "recall", "precision", *([] if confusion is None else ["most often taken for"])]
@@ -37,11 +36,11 @@ def table(names: Sequence[str], counts: Mapping[str, np.ndarray]) -> tuple[list[
 
 
 def most_confused(confusion: np.ndarray, most: int) -> list[tuple[int, int, int]]:
-    """(label, prediction, how many), int[label, prediction], of the most frequent confusions, at most so many.
+    """Returns (label, prediction, count) of the `most` most frequent confusions in int[label, prediction].
 
-    Of equal ones those of the first label, and then of the first prediction, come first.
+    Ties are ordered by label, then by prediction.
     """
     wrong = confusion * ~np.eye(len(confusion), dtype=bool)
     order = np.argsort(-wrong.ravel(), kind="stable")[:most]
-    pairs = [divmod(int(place), len(confusion)) for place in order]
+    pairs = [divmod(int(index), len(confusion)) for index in order]
     return [(*pair, int(wrong[pair])) for pair in pairs if wrong[pair]]

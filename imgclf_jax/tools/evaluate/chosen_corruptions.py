@@ -1,4 +1,4 @@
-"""Which corruptions `evaluate --corruptions` computes, and the photographs that one of them needs."""
+"""Parses `evaluate --corruptions` and reads the photographs that `frost` needs."""
 
 from pathlib import Path
 
@@ -7,28 +7,27 @@ import numpy as np
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.tools.evaluate import corruptions, frost
 
-WITHOUT_FROST = ("frost, the fifteenth, is left out: it lays photographs over the image, which are not part of this. "
-                 f"They are in {frost.SOURCE}; with these, add --frost=DIR.")  # fmt: skip
+WITHOUT_FROST = ("The fifteenth corruption, frost, is missing: it overlays photographs that imgclf_jax does not ship. "
+                 f"Download {frost.SOURCE} and add --frost=DIR.")  # fmt: skip
 
 
 def parse(text: str, folder: str) -> tuple[list[str], tuple[np.ndarray, ...]]:
-    """The corruptions that "all", or names between commas, stand for, and the photographs in `folder` for `frost`.
+    """Returns the corruptions named by `text`, "all" or comma-separated names, and the photographs in `folder`.
 
-    Without a folder "all" are without `frost`. Raises UserError for another name, for `frost` without a folder, a
-    folder without `frost`, and photographs that are missing or broken.
+    "all" includes `frost` only with a folder. Raises UserError for an unknown name, for `frost` without a folder or a
+    folder without `frost`, and for missing or broken photographs.
     """
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if text == "all":
         names = [name for name in corruptions.CORRUPTIONS if folder or name != "frost"]
     if not names:
-        raise UserError("--corruptions wants all, or names between commas, such as fog,contrast")
+        raise UserError("--corruptions must be 'all', or names separated by commas, such as fog,contrast")
     for name in names:
         if name not in corruptions.CORRUPTIONS:
             raise UserError(f"--corruptions: {unknown('corruption', name, ['all', *corruptions.CORRUPTIONS])}")
     if "frost" in names and not folder:
-        raise UserError(f"--corruptions: frost lays photographs over the image, which are not part of this: give their "
-                        f"folder, --frost=DIR, or leave it out. They are in {frost.SOURCE}")  # fmt: skip
+        raise UserError("--corruptions: frost overlays photographs that imgclf_jax does not ship: download "
+                        f"{frost.SOURCE} and add --frost=DIR, or drop frost")  # fmt: skip
     if folder and "frost" not in names:
-        raise UserError("--frost gives photographs that --corruptions does not ask for: add frost to its names, or "
-                        "drop --frost")  # fmt: skip
+        raise UserError("--frost names photographs, but --corruptions lacks frost: add it, or drop --frost")
     return names, frost.read(Path(folder)) if folder else ()

@@ -1,9 +1,8 @@
-"""What JPEG does to images, on the device: written at a quality and read again.
+"""JPEG compression and decompression on the device, bit-identical to Pillow.
 
-The steps are those of the baseline standard (ITU-T T.81 with its tables K.1 and K.2) and of JFIF, as the library
-libjpeg, and so Pillow, takes them: the integer conversion to YCbCr and back, chroma halved in both directions (4:2:0)
-by the mean of 2 x 2 pixels, the slow and exact DCT of blocks of 8 x 8, quantization, and chroma enlarged by a triangle
-filter. All is computed in integers, with the library's roundings, so that results are Pillow's bit for bit.
+Follows baseline JPEG (ITU-T T.81, tables K.1 and K.2) and JFIF as libjpeg implements them: integer conversion to YCbCr
+and back, 4:2:0 chroma subsampling by the mean of 2 x 2 pixels, the accurate ("slow") integer DCT of 8 x 8 blocks,
+quantization, and chroma upsampling with a triangle filter. All arithmetic is in integers, with libjpeg's rounding.
 """
 
 import jax
@@ -14,22 +13,22 @@ _LUMA = """16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 
            18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99"""
 _CHROMA = """17 18 24 47 99 99 99 99 18 21 26 66 99 99 99 99 24 26 56 99 99 99 99 99 47 66 99 99 99 99 99 99
              99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99"""
-_BITS = 13  # of the fractions of the DCT's constants
-_HALF = 1 << 15  # one half in the 16.16 fixed point of the conversions
+_BITS = 13  # fractional bits of the DCT's constants
+_HALF = 1 << 15  # one half in the 16.16 fixed point of the color conversions
 
 
-def tables(quality: int) -> np.ndarray:
-    """The quantization tables i32[2, 8, 8], of luma and of chroma, at a quality of 1 to 100."""
+def quantization_tables(quality: int) -> np.ndarray:
+    """Returns the luma and chroma quantization tables i32[2, 8, 8] for a quality of 1 to 100."""
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
     base = np.array([_LUMA.split(), _CHROMA.split()], np.int64).reshape(2, 8, 8)
     return np.clip((base * scale + 50) // 100, 1, 255).astype(np.int32)
 
 
 def _dct() -> np.ndarray:
-    """The DCT of eight values as whole numbers, i32[8, 8]: sqrt(8) times the orthonormal one, times 2**13.
+    """Returns the DCT of eight values as integers i32[8, 8]: sqrt(8) * 2**13 times the orthonormal DCT.
 
-    It is the product of the steps of Loeffler, Ligtenberg and Moschytz (1989), whose constants are rounded one by one.
-    So some entries are not the nearest ones to the cosines.
+    It is the product of the steps of Loeffler, Ligtenberg and Moschytz (1989), which round their constants separately,
+    so some entries are not the rounded cosines.
     """
     x = np.eye(8, dtype=np.int64)
     even, odd = x[:4] + x[:3:-1], x[:4] - x[:3:-1]
@@ -53,14 +52,14 @@ def _rounded(value: float) -> int:
 
 
 def jpeg(images: jax.Array, quantization: jax.Array) -> jax.Array:
-    """Images uint8[b, h, w, c], c being 1 or 3, after JPEG with these `tables`."""
+    """Compresses and decompresses images uint8[b, h, w, c], c 1 or 3, with `quantization_tables`."""
     h, w, c = images.shape[1:]
     if c == 1:
-        plane = _coded(_grown(images[..., 0].astype(jnp.int32), 8, 8), quantization[0])
+        plane = _code_blocks(_pad_to_multiples(images[..., 0].astype(jnp.int32), 8, 8), quantization[0])
         return plane[:, :h, :w, None].astype(jnp.uint8)
     y, cb, cr = _to_ycc(images)  # i32[b, h, w] each
-    y = _coded(_grown(y, 8, 8), quantization[0])[:, :h, :w]
-    cb, cr = (_enlarged(_coded_chroma(plane, quantization[1]), h, w) for plane in (cb, cr))
+    y = _code_blocks(_pad_to_multiples(y, 8, 8), quantization[0])[:, :h, :w]
+    cb, cr = (_upsample(_code_chroma(plane, quantization[1]), h, w) for plane in (cb, cr))
     return _to_rgb(y, cb, cr)
 
 
@@ -85,44 +84,44 @@ def _to_rgb(y: jax.Array, cb: jax.Array, cr: jax.Array) -> jax.Array:
     return jnp.clip(jnp.stack([r, g, b], -1), 0, 255).astype(jnp.uint8)
 
 
-def _grown(planes: jax.Array, rows: int, columns: int) -> jax.Array:
-    """[b, h, w] with the last row and column repeated up to multiples."""
+def _pad_to_multiples(planes: jax.Array, rows: int, columns: int) -> jax.Array:
+    """Pads [b, h, w] to multiples by repeating the last row and column."""
     h, w = planes.shape[1:]
     return jnp.pad(planes, ((0, 0), (0, -h % rows), (0, -w % columns)), "edge")
 
 
-def _coded(planes: jax.Array, table: jax.Array) -> jax.Array:
-    """i32[b, h, w], multiples of 8, after the DCT of each block, the rounding of its coefficients, and back."""
+def _code_blocks(planes: jax.Array, table: jax.Array) -> jax.Array:
+    """Quantizes i32[b, h, w], h and w multiples of 8: the DCT of each block, quantization, and the inverse DCT."""
     b, h, w = planes.shape
     blocks = (planes - 128).reshape(b, h // 8, 8, w // 8, 8).transpose(0, 1, 3, 2, 4)  # [b, m, n, 8, 8]
     dct = _dct()
-    found = _transformed(_transformed(blocks, dct, -1, _BITS - 2), dct, -2, _BITS + 2)  # 8 times the coefficients
-    steps = (jnp.abs(found) + 4 * table) // (8 * table)
-    blocks = jnp.sign(found) * steps * table
-    blocks = _transformed(_transformed(blocks, dct.T, -2, _BITS - 2), dct.T, -1, _BITS + 5)
+    scaled = _transform(_transform(blocks, dct, -1, _BITS - 2), dct, -2, _BITS + 2)  # 8 times the coefficients
+    steps = (jnp.abs(scaled) + 4 * table) // (8 * table)
+    blocks = jnp.sign(scaled) * steps * table
+    blocks = _transform(_transform(blocks, dct.T, -2, _BITS - 2), dct.T, -1, _BITS + 5)
     return jnp.clip(blocks + 128, 0, 255).transpose(0, 1, 3, 2, 4).reshape(b, h, w)
 
 
-def _transformed(blocks: jax.Array, matrix: np.ndarray, axis: int, shift: int) -> jax.Array:
-    """A matrix along one axis of the blocks, divided by 2**shift and rounded. Sums, since not all chips have products
-    of matrices of i32."""
+def _transform(blocks: jax.Array, matrix: np.ndarray, axis: int, shift: int) -> jax.Array:
+    """Multiplies the blocks by a matrix along one axis, divides by 2**shift and rounds."""
+    # An explicit sum, because some chips lack int32 matmuls.
     terms = jnp.expand_dims(blocks, axis - 1) * (matrix if axis == -1 else matrix[..., None])
     return (terms.sum(axis, dtype=jnp.int32) + (1 << (shift - 1))) >> shift
 
 
-def _coded_chroma(planes: jax.Array, table: jax.Array) -> jax.Array:
-    """i32[b, h, w] to the halved and coded plane, i32[b, ceil(h / 2), ceil(w / 2)]."""
+def _code_chroma(planes: jax.Array, table: jax.Array) -> jax.Array:
+    """Subsamples and quantizes i32[b, h, w] to i32[b, ceil(h / 2), ceil(w / 2)]."""
     h, w = planes.shape[1:]
-    planes = _grown(planes, 2, 16)
+    planes = _pad_to_multiples(planes, 2, 16)
     total = planes[:, ::2] + planes[:, 1::2]
     total = total[..., ::2] + total[..., 1::2]
-    bias = 1 + jnp.arange(total.shape[-1], dtype=jnp.int32) % 2  # halves are rounded down and up in turn
-    return _coded(_grown((total + bias) >> 2, 8, 8), table)[:, : -(-h // 2), : -(-w // 2)]
+    bias = 1 + jnp.arange(total.shape[-1], dtype=jnp.int32) % 2  # libjpeg rounds halves down and up alternately
+    return _code_blocks(_pad_to_multiples((total + bias) >> 2, 8, 8), table)[:, : -(-h // 2), : -(-w // 2)]
 
 
-def _enlarged(planes: jax.Array, h: int, w: int) -> jax.Array:
-    """Each value of i32[b, m, n] to 2 x 2, from the nearest with the weight 3/4 and the next one with 1/4, each way."""
-    if planes.shape[-1] <= 2:  # the library repeats the values of so narrow a plane
+def _upsample(planes: jax.Array, h: int, w: int) -> jax.Array:
+    """Doubles i32[b, m, n] in both directions with a triangle filter: weights 3/4 (nearest) and 1/4 (next)."""
+    if planes.shape[-1] <= 2:  # libjpeg repeats the values of such a narrow plane
         return jnp.repeat(jnp.repeat(planes, 2, 1), 2, 2)[:, :h, :w]
     near = 3 * planes
     padded = jnp.pad(planes, ((0, 0), (1, 1), (0, 0)), "edge")

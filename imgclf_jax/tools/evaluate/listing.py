@@ -1,4 +1,4 @@
-"""A file of predictions: a row an example, for other programs."""
+"""Files of predictions, one row per example: CSV, JSON lines or Parquet."""
 
 import csv
 import hashlib
@@ -21,22 +21,22 @@ _KINDS = (".csv", ".jsonl", ".parquet")
 
 
 def check(path: Path) -> None:
-    """Raises UserError for a file of another kind than .csv, .jsonl or .parquet, before any work is done."""
+    """Raises UserError unless the file can be written: a .csv, .jsonl or .parquet file, the last with pyarrow."""
     if path.suffix not in _KINDS:
         raise UserError(f"--predictions={path}: the name must end in {', '.join(_KINDS[:-1])} or {_KINDS[-1]}")
     if path.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
-        raise UserError(f"--predictions={path}: pyarrow is not installed, which writes Parquet; name a .csv or .jsonl")
+        raise UserError(f"--predictions={path}: Parquet needs pyarrow, which is not installed; name a .csv or .jsonl")
 
 
 def origin(config: ConfigDict, step: int, params_sha256: str, name: str, fingerprint: str) -> str:
-    """16 hex digits that identify what predictions follow from: a model, its config, and the data of the set `name`.
+    """Returns 16 hex digits that identify the origin of predictions: the model, its config, and the set `name`.
 
-    Predictions are a run's if theirs is that of its config, of the step and digest in its result, and of the set's
-    fingerprint that it has recorded. Keys that say where and how often do not count, nor how the data are named.
+    Predictions belong to a run if they have the origin computed from its config, the step and digest of its result, and
+    its recorded fingerprint of the set. Locations, cadences and names of the data do not count.
     """
     flat = configs.flatten(config)
-    apart = {"data.eval", "data.source", "data.train", *configs.LOCATION_KEYS, *configs.FREE_KEYS}
-    facts = [step, params_sha256, name, fingerprint, {k: v for k, v in flat.items() if k not in apart}]
+    ignored = {"data.eval", "data.source", "data.train", *configs.LOCATION_KEYS, *configs.FREE_KEYS}
+    facts = [step, params_sha256, name, fingerprint, {k: v for k, v in flat.items() if k not in ignored}]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -44,11 +44,11 @@ def rows(
     name: str, examples: Sequence[str], labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], top: int,
     step: int = 0, origin: str = "", given: Given = None,
 ) -> Iterable[dict[str, Any]]:  # fmt: skip
-    """Each example of the set `name`: its number or file, its label, and the `top` classes with their probabilities.
+    """Yields a row for each example of the set `name`: its index or file, its label, and its `top` classes.
 
-    labels i32[n], probabilities f32[n, classes]; `given` as in `scores.Scores`. The predicted class comes first. Of
-    other classes with equal probabilities the first ranks first. An example without a prediction is not correct. Each
-    row ends with the `step` of the checkpoint and the `origin` of the predictions, see above.
+    labels i32[n], probabilities f32[n, classes]; `given` as in `scores.Scores`. The predicted class comes first; ties
+    between the others are in class order. An example without a prediction is not correct. Each row ends with the
+    checkpoint's `step` and the predictions' `origin`.
     """
     scores, order = Scores(labels, probabilities, given), np.array(probabilities)
     predicts = np.flatnonzero(scores.predicted >= 0)
@@ -66,22 +66,22 @@ def target_rows(
     name: str, examples: Sequence[str], targets: np.ndarray, outputs: np.ndarray, names: Sequence[str],
     exact: np.ndarray | None = None, step: int = 0, origin: str = "",
 ) -> Iterable[dict[str, Any]]:  # fmt: skip
-    """Each example of the set `name`, with `target[NAME]` and `probability[NAME]` of each class.
+    """Yields a row for each example of the set `name`, with `target[NAME]` and `probability[NAME]` of each class.
 
-    targets, outputs f32[n, k]. In a regression, where `exact` is None, it is `value[NAME]`; else `correct` says whether
-    all labels of an example are predicted, bool[n] `exact`. Rows end as those of `rows`.
+    targets, outputs f32[n, k]. `exact` bool[n] says whether all labels of an example are predicted and becomes
+    `correct`; it is None in a regression, which has `value[NAME]` instead. Rows end as those of `rows` do.
     """
-    what = "value" if exact is None else "probability"
+    kind = "value" if exact is None else "probability"
     for i, example in enumerate(examples):
         row: dict[str, Any] = {"set": name, "example": example}
         row |= {} if exact is None else {"correct": bool(exact[i])}
-        row |= {f"target[{of}]": float(x) for of, x in zip(names, targets[i], strict=True)}
-        row |= {f"{what}[{of}]": float(x) for of, x in zip(names, outputs[i], strict=True)}
+        row |= {f"target[{key}]": float(x) for key, x in zip(names, targets[i], strict=True)}
+        row |= {f"{kind}[{key}]": float(x) for key, x in zip(names, outputs[i], strict=True)}
         yield row | {"step": step, "origin": origin}
 
 
 def write(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows with the same keys, in one piece, as CSV, JSON lines or Parquet by the file's suffix."""
+    """Writes rows with the same keys atomically, as CSV, JSON lines or Parquet by the file's suffix."""
     if path.suffix == ".parquet":
         import pyarrow as pa
         from pyarrow import parquet

@@ -58,7 +58,7 @@ def main(
 
     def records() -> Iterator[Record]:
         taken: set[Path] = set()
-        for (file, _), result in terminal.count(inputs.computed(model, "predict", images), "images"):
+        for (file, _), result in terminal.count(inputs.compute(model, "predict", images), "images"):
             counts["all"] += 1
             if isinstance(result, UserError):
                 counts["failed"] += 1

@@ -55,7 +55,7 @@ def main(
     errors: list[Exception] = []  # what ended the images before their end, as a folder that cannot be read
 
     def records() -> Iterator[Record]:
-        for (file, found), result in terminal.count(inputs.computed(model, "predict", images), "images"):
+        for (file, found), result in terminal.count(inputs.compute(model, "predict", images), "images"):
             counts["all"] += 1
             if not isinstance(result, UserError):
                 more = {"probabilities": result} if several and format == "csv" else {}

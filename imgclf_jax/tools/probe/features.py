@@ -103,7 +103,7 @@ def _add_files(
 
     def good() -> Iterator[tuple[inputs.Input, np.ndarray]]:
         nonlocal failed
-        for image, result in terminal.count(inputs.computed(model, "features", images), "images"):
+        for image, result in terminal.count(inputs.compute(model, "features", images), "images"):
             if isinstance(result, UserError):
                 failed += 1
                 if not processes.index():

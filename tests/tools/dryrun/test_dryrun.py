@@ -49,8 +49,8 @@ def test_on_virtual_devices(tmp_path):
 
 def test_mistakes(tmp_path):
     for flags, message in (
-        ((), "dryrun wants --chips"),
-        (("--chips=cpu:8", "--shape=8,8"), "--shape=8,8: wants height, width and channels"),
+        ((), "dryrun needs --chips"),
+        (("--chips=cpu:8", "--shape=8,8"), "--shape=8,8: must be height, width and channels"),
         (("--chips=tpu:8",), "--chips=tpu:8: allowed: v5e:4x4"),
     ):
         done = run(f"--workdir={tmp_path}", *flags, status=1 if "tpu:8" in str(flags) else 2)

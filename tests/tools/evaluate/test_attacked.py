@@ -112,8 +112,8 @@ def test_other_batches_and_devices(linear, capsys):
     state = sharding.put_replicated(jax.tree.map(np.asarray, state), one)
     evaluate = alone.jitted(attacked.make_step(alone, table.build_attack(spec)))
     for name, images in open_evals(alone, sources.open_data(config)).items():
-        sums = attacked._sums(alone, state, evaluate, images, name)
-        assert attacked._summary(sums) == pytest.approx(found[name], rel=1e-5)
+        sums = attacked._evaluate(alone, state, evaluate, images, name)
+        assert attacked._summarize(sums) == pytest.approx(found[name], rel=1e-5)
     assert found["few"]["examples"] == 3
 
 
@@ -134,7 +134,7 @@ def test_several_seeds_are_attacked_each_by_itself(tmp_path_factory, capsys, mor
     each = []
     for seed in range(2):
         own = jax.tree.map(lambda x: np.asarray(x)[seed], state)  # noqa: B023
-        each.append(attacked._summary(attacked._sums(alone, own, evaluate, images, name)))
+        each.append(attacked._summarize(attacked._evaluate(alone, own, evaluate, images, name)))
     for name in ("accuracy", "nll", "attacked_accuracy", "attacked_nll"):
         values = [one[name] for one in each]
         assert both[name] == pytest.approx(np.mean(values), rel=1e-2), name
@@ -150,7 +150,7 @@ def keeps_nan(gradient, images, keys, low, high):
 def test_an_attack_without_a_result_is_an_error(linear, capsys):
     words = ["evaluate", f"--workdir={linear.path}", "--trust", f"--attack={__name__}:keeps_nan"]
     assert launch.main(words) == 1
-    assert "makes NaN or infinite pixels of 180 examples of test" in capsys.readouterr().err
+    assert "makes NaN or infinite pixels in 180 examples of test" in capsys.readouterr().err
 
 
 def test_it_writes_nothing_that_compare_may_take_for_clean_predictions(linear, capsys):
@@ -165,7 +165,7 @@ def test_it_writes_nothing_that_compare_may_take_for_clean_predictions(linear, c
         (["--attack=pdg"], "unknown attack 'pdg': did you mean 'pgd'"),
         (["--attack=pgd(eps=8)"], "--attack: pgd(eps=8): must be above 0 and at most 1"),
         (["--attack=pgd(epsilon=0.1)"], "unknown argument 'epsilon'"),
-        (["--attack=pgd", "--corruptions=all"], "--attack prints accuracies alone: drop --corruptions"),
+        (["--attack=pgd", "--corruptions=all"], "--attack prints accuracies only: drop --corruptions"),
         (["--attack=pgd", "--predictions=a.csv"], "drop --corruptions, --frost, --checkpoints and --predictions"),
         (["--attack=pgd", "--checkpoints=all"], "drop --corruptions, --frost, --checkpoints and --predictions"),
         (["--attack=pgd", "--config.augment=normalize|invert"], "an attack needs a fixed scale"),

@@ -55,10 +55,10 @@ def by_hand(run, names, photographs=()):
     batch = images.read(places, places)
     wanted = {}
     for name in names:
-        run_op = jax.jit(corruptions.with_tables, static_argnums=0)
+        run_op = jax.jit(corruptions.apply, static_argnums=0)
         for severity in corruptions.SEVERITIES:
-            tables = corruptions.tables_of(name, severity, images.shape, photographs)
-            key = corruptions.key_of(name, severity, 0)
+            tables = corruptions.make_tables(name, severity, images.shape, photographs)
+            key = corruptions.make_key(name, severity, 0)
             changed = np.asarray(run_op(name, batch["image"], tables, key, jnp.asarray(places, jnp.int32)))
             wanted.setdefault(name, []).append(np.mean(trained.predict(changed).argmax(-1) == batch["label"]))
     return np.mean(trained.predict(batch["image"]).argmax(-1) == batch["label"]), wanted
@@ -108,7 +108,7 @@ def test_other_batches_and_devices(run, printed):
     alone = Programs(Recipe(config, programs.recipe.data), one)
     state = sharding.put_replicated(jax.tree.map(np.asarray, state), one)
     (images,) = open_evals(alone, sources.open_data(config)).values()
-    found = corrupted.accuracies(alone, state, images, ["shot_noise"])
+    found = corrupted.measure(alone, state, images, ["shot_noise"])
     assert found["clean", 0] == printed["test"]["clean"]
     assert [found["shot_noise", s] for s in range(1, 6)] == printed["test"]["corruptions"]["shot_noise"]["severities"]
 
@@ -132,11 +132,17 @@ def test_table(run, printed, capsys):
     ("words", "message"),
     [
         (["--corruptions=fogg"], "--corruptions: unknown corruption 'fogg': did you mean 'fog'"),
-        (["--corruptions=fog,frost"], "give their folder, --frost=DIR, or leave it out. They are in the folder"),
-        (["--corruptions=fog", "--frost=."], "--frost gives photographs that --corruptions does not ask for"),
-        (["--corruptions=all", "--frost=nowhere"], "--frost=nowhere: frost1.png, frost2.png, frost3.png, frost4.jpg"),
-        (["--frost=."], "--frost is for --corruptions: add --corruptions=all"),
-        (["--corruptions=,"], "--corruptions wants all, or names between commas"),
+        (
+            ["--corruptions=fog,frost"],
+            "download the folder ImageNet-C/create_c of github.com/hendrycks/robustness and add --frost=DIR",
+        ),
+        (["--corruptions=fog", "--frost=."], "--frost names photographs, but --corruptions lacks frost"),
+        (
+            ["--corruptions=all", "--frost=nowhere"],
+            "--frost=nowhere: the folder lacks frost1.png, frost2.png, frost3.png, frost4.jpg",
+        ),
+        (["--frost=."], "--frost needs --corruptions: add --corruptions=all"),
+        (["--corruptions=,"], "--corruptions must be 'all', or names separated by commas"),
         (["--corruptions=all", "--checkpoints=all"], "drop --checkpoints and --predictions"),
         (["--corruptions=all", "--predictions=a.csv"], "drop --checkpoints and --predictions"),
     ],

@@ -40,7 +40,7 @@ def pictures(n: int, side: int, channels: int = 3, height: int = 0) -> np.ndarra
 
 def drawn(name, images, severity):
     """(tables, draws of all) on the host."""
-    tables = corruptions.tables_of(name, severity, images.shape[1:])
+    tables = corruptions.make_tables(name, severity, images.shape[1:])
     keys = jax.random.split(jax.random.key(severity), len(images))
     draw = jax.vmap(corruptions.CORRUPTIONS[name].draw, (0, 0, None))
     return tables, jax.tree.map(np.asarray, jax.jit(draw)(keys, images, tables))
@@ -136,13 +136,13 @@ def test_draws():
 
 
 def test_the_shorter_side_of_a_wide_image_chooses_the_constants():
-    rows = corruptions.tables_of("zoom_blur", 5, (24, 40, 3))
+    rows = corruptions.make_tables("zoom_blur", 5, (24, 40, 3))
     assert (rows["rows"].shape[1], rows["columns"].shape[1]) == (24, 40)
     for name in ("defocus_blur", "glass_blur", "fog", "pixelate", "elastic_transform"):
         images = pictures(1, 40, height=24)
         assert _jitted[name](images, *drawn(name, images, 3)).shape == images.shape
-    assert corruptions.tables_of("contrast", 1, (84, 300, 3))["c"] == np.float32(0.75)
-    assert corruptions.tables_of("contrast", 1, (85, 300, 3))["c"] == np.float32(0.4)
+    assert corruptions.make_tables("contrast", 1, (84, 300, 3))["c"] == np.float32(0.75)
+    assert corruptions.make_tables("contrast", 1, (85, 300, 3))["c"] == np.float32(0.4)
 
 
 _jpeg = jax.jit(jpeg.jpeg)
@@ -153,7 +153,7 @@ def test_jpeg(shape):
     """Pillow's bytes, written and read, bit for bit, sizes that are no multiples of a block among them."""
     images = pictures(2, shape[1], shape[2], height=shape[0])
     for quality in (80, 65, 58, 50, 40, 25, 18, 15, 10, 7):
-        found = np.asarray(_jpeg(images, jpeg.tables(quality)))
+        found = np.asarray(_jpeg(images, jpeg.quantization_tables(quality)))
         for image, got in zip(images, found, strict=True):
             file = io.BytesIO()
             Image.fromarray(image.squeeze()).save(file, "JPEG", quality=quality)
@@ -165,24 +165,24 @@ def test_jpeg(shape):
 def test_what_an_example_gets_depends_on_its_place_and_not_on_its_batch():
     """And on the seed and the severity; `corrupt` is the same for one's own programs."""
     images = np.broadcast_to(pictures(1, 16), (6, 16, 16, 3))
-    run = jax.jit(corruptions.with_tables, static_argnums=0)
-    tables, key = corruptions.tables_of("snow", 5, images.shape[1:]), corruptions.key_of("snow", 5, 0)
+    run = jax.jit(corruptions.apply, static_argnums=0)
+    tables, key = corruptions.make_tables("snow", 5, images.shape[1:]), corruptions.make_key("snow", 5, 0)
     places = np.arange(6, dtype=np.int32)
     whole = np.asarray(run("snow", images, tables, key, places))
     parts = [np.asarray(run("snow", images[:3], tables, key, places[part])) for part in (slice(3), slice(3, 6))]
     np.testing.assert_array_equal(whole, np.concatenate(parts))
     assert len({image.tobytes() for image in whole}) == 6
     for other in (("snow", 5, 1), ("snow", 4, 0), ("fog", 5, 0)):
-        changed = run("snow", images[:3], tables, corruptions.key_of(*other), places[:3])
+        changed = run("snow", images[:3], tables, corruptions.make_key(*other), places[:3])
         assert (np.asarray(changed) != whole[:3]).any()
     own = corruptions.corrupt("contrast", images, 5, places)
-    wanted = _jitted["contrast"](images, corruptions.tables_of("contrast", 5, images.shape[1:]), ())
+    wanted = _jitted["contrast"](images, corruptions.make_tables("contrast", 5, images.shape[1:]), ())
     np.testing.assert_array_equal(own, wanted)
 
 
 def test_wrong_names_severities_and_channels_are_told():
     for name, severity, channels, said in (
-        ("fogg", 5, 3, "unknown corruption 'fogg': did you mean 'fog'"), ("fog", 6, 3, "severity=6: wants 1 to 5"),
+        ("fogg", 5, 3, "unknown corruption 'fogg': did you mean 'fog'"), ("fog", 6, 3, "severity=6: must be 1 to 5"),
         ("fog", 5, 4, "these have 4 channels"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=said):

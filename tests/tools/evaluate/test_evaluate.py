@@ -160,8 +160,8 @@ def test_many_classes(trained, counted, command, monkeypatch):
     monkeypatch.setattr(metrics, "CONFUSION_CLASSES", 9)
     out = command(trained.path)
     assert rows(out) == [row[:-1] for row in whole]
-    assert "'most often taken for' is left out" in out
-    assert "up to 9 classes only, and these are 10" in out
+    assert "'most often taken for' needs the confusion matrix" in out
+    assert "up to 9 classes; these data have 10." in out
     result = json.loads(command(trained.path, "--format=json"))["test"]
     assert "confusion" not in result
     assert result["class_names"] == [str(c) for c in range(10)]

@@ -36,7 +36,7 @@ def photographs(folder):
 
 def made(images, severity, photographs, seed=0):
     """(the corrupted images, their draws)."""
-    tables = corruptions.tables_of("frost", severity, images.shape[1:], photographs)
+    tables = corruptions.make_tables("frost", severity, images.shape[1:], photographs)
     keys = jax.random.split(jax.random.key(seed), len(images))
     draws = jax.jit(jax.vmap(frost.draw, (0, 0, None)))(keys, images, tables)
     return np.asarray(jax.jit(frost.frost)(images, tables, draws)), np.asarray(draws)
@@ -94,20 +94,20 @@ def test_images_that_are_larger_than_photographs():
     found, draws = made(images, 1, white)
     assert set(draws[:, 0]) == {0, 1}
     assert np.unique(found).tolist() == [102]  # 0.4 of white, everywhere
-    tables = frost.fitted(white, (120, 100, 3), small=False)
+    tables = frost.fit_photographs(white, (120, 100, 3), small=False)
     assert tables["sizes"].tolist() == [[121, 202], [300, 400]]
 
 
 def test_mistakes(folder, photographs, tmp_path):
     images = jnp.zeros((1, 16, 16, 3), jnp.uint8)
     places = jnp.zeros(1, jnp.int32)
-    with pytest.raises(UserError, match=r"frost lays photographs over the image: give those of `frost.read`"):
+    with pytest.raises(UserError, match=r"frost overlays photographs: pass `photographs=frost.read"):
         corruptions.corrupt("frost", images, 1, places)
     assert corruptions.corrupt("frost", images, 1, places, photographs=photographs).max() > 0
     for name in frost.FILES[1:]:
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    with pytest.raises(UserError, match=r"frost1.png not found there; .* ImageNet-C/create_c of github.com/hendrycks"):
+    with pytest.raises(UserError, match=r"the folder lacks frost1.png; .* ImageNet-C/create_c of github.com/hendrycks"):
         frost.read(tmp_path)
     (tmp_path / "frost1.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"frost1.png cannot be read as an image .*copy it again from"):
+    with pytest.raises(UserError, match=r"cannot read .*frost1.png as an image .*download it again from"):
         frost.read(tmp_path)

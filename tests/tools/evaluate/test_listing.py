@@ -47,5 +47,5 @@ def test_other_files_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--predictions=.*x.txt: the name must end in .csv, .jsonl or .parquet"):
         listing.check(tmp_path / "x.txt")
     monkeypatch.setattr(listing.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match="pyarrow is not installed, which writes Parquet"):
+    with pytest.raises(UserError, match="Parquet needs pyarrow, which is not installed"):
         listing.check(tmp_path / "x.parquet")

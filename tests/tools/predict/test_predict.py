@@ -198,7 +198,7 @@ def test_rows_before_names_that_cannot_be_read(digits, pngs, predict, monkeypatc
     assert "000.png" in out
     assert "001.png" in out
     assert form != "json" or len(classes(out)) == 2
-    assert err.splitlines()[-1].startswith("error: predict: - reads names of files from standard input")
+    assert err.splitlines()[-1].startswith("error: predict: '-' reads one file name per line from standard input")
 
 
 def test_tables_and_top_k(digits, pngs, predict):

@@ -379,7 +379,7 @@ def test_a_checkpoint_under_another_step(copy, capsys):
     ("words", "status", "says"),
     [
         ([], 2, "reproduce wants WORKDIR|BUNDLE"),
-        (["{run}", "more"], 2, "reproduce takes one WORKDIR|BUNDLE, found 'more' too"),
+        (["{run}", "more"], 2, "reproduce takes one WORKDIR|BUNDLE, but got 'more' too"),
         (["{run}", "--steps=0"], 2, "--steps"),
         (["{run}", "--steps=11"], 1, "--steps=11: the run in {run} has recorded 10 steps"),
         (["{run}", "--output={run}"], 1, "--output={run} is the run itself"),
