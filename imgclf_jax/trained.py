@@ -58,6 +58,13 @@ class Trained(NamedTuple):
     state: Any
     step: int
 
+    def __repr__(self) -> str:
+        recipe, leaves = self.programs.recipe, jax.tree.leaves(self.state.params)
+        seeds = f", {recipe.num_seeds} seeds" if recipe.num_seeds > 1 else ""
+        return (f"Trained({self.config.model} at step {self.step}: images {list(recipe.data.image_shape)} → "
+                f"{len(self.class_names)} {'classes' if self.task is not Task.REGRESSION else 'numbers'}, "
+                f"{sum(x.size for x in leaves):,} parameters{seeds})")  # fmt: skip
+
     @property
     def config(self) -> ConfigDict:
         """The config of its training."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from cases import thorough
 
+import imgclf_jax
 import launch
 from imgclf_jax.cli import table
 
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 PROGRAM = """
 import collections, json, sys
+import imgclf_jax
 import launch
 events = collections.Counter()
 from imgclf_jax.run import environment
@@ -55,6 +57,7 @@ def test_the_second_run_compiles_nothing(tmp_path):
 
 FIRST_IMPORT = """
 import json, os, sys
+import imgclf_jax
 import launch
 
 class Reached(BaseException):
@@ -142,3 +145,27 @@ def test_the_package_beside_launch_py_is_the_one_that_runs(tmp_path, named):
     command = [sys.executable, str(other / "launch.py"), "config"]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("seed = 0")
+
+
+def test_the_installed_package_has_the_same_command_line(tmp_path):
+    """`python -m imgclf_jax`, as the script `imgclf` runs it: configs by name, and its own name in help texts."""
+
+    def run(*words):
+        command = [sys.executable, "-m", "imgclf_jax", *words]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    assert run("--version").stdout == f"imgclf_jax {imgclf_jax.__version__}\n"
+    assert run("evaluate", "--help").stdout.startswith("usage: python -m imgclf_jax evaluate [flags]")
+    assert "data.source = 'digits'" in run("config", "--config", "digits").stdout
+    missing = run("config", "--config=digit")
+    assert missing.returncode == 1
+    assert "did you mean digits.py?" in missing.stderr
+
+
+def test_a_model_prints_as_one_line(tmp_path):
+    keys = ("data.source=fake(32, (4, 4, 1), 3)", "preprocess=decode(1)", "model=mlp(widths=(5,))", "total=1 steps")
+    assert launch.main([f"--workdir={tmp_path}", *(f"--config.{key}" for key in keys)]) == 0
+    wanted = "Trained(mlp(widths=(5,)) at step 1: images [4, 4, 1] → 3 classes, 103 parameters)"  # 16*5+5 + 5*3+3
+    assert str(imgclf_jax.load(tmp_path)) == wanted
+    assert {"load", "Trained", "__version__"} == set(dir(imgclf_jax))

@@ -27,6 +27,8 @@ class Command:
     more: str = ""  # a paragraph for its help
     examples: tuple[str, ...] = ()  # each without "launch.py NAME"
     formats: tuple[str, ...] = ("table", "json")  # the values of --format, if it takes that; the first is the default
+    before_jax: str = ""  # "module:function", called with the flags before JAX is imported
+    needs_command_line: bool = False  # `main` gets the CommandLine too
 
     def flag(self, name: str) -> Flag:
         """Returns a flag as this command defines it."""
@@ -102,6 +104,7 @@ COMMANDS: Mapping[str, Command] = {
              "accelerator must fit into its memory together.",
         examples=("--workdir runs/rates --sweep 'schedule=constant(1e-3); constant(3e-3)' --sweep seed=0..2",
                   "--workdir runs/rates --sweep seed=0..2 --print > commands.txt"),
+        before_jax="tools.sweep.plan:use_cpu", needs_command_line=True,
     ),
     "compare": Command(
         "compare runs: results by the keys that differ, averaged over seeds, with paired tests and curves", "none",
@@ -155,6 +158,7 @@ COMMANDS: Mapping[str, Command] = {
         "compile a run for absent chips: memory, time and bottleneck", "file",
         ("workdir", "chips", "shape", "classes", "targets", "examples", "format"),
         examples=("--config configs/imagenet_resnet50.py --chips v5e:2x4",),
+        before_jax="tools.dryrun.topology:prepare_from_flags",
     ),
     "find-lr": Command(
         "suggest a learning rate by a range test: a short run whose learning rate grows until the loss diverges",

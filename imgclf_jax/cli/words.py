@@ -4,6 +4,7 @@ import itertools
 import keyword
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +93,30 @@ def override(config: ConfigDict, words: list[str], command: str) -> list[str]:
         raise UsageError(f"{given}: must be a value of type {type(old).__name__}, such as {old!r}") from e
 
 
-def take_config(argv: list[str], default: Path) -> tuple[str, list[str]]:
-    """Returns the value of --config (or `default`) and the rest of the command line.
+@dataclass(frozen=True)
+class CommandLine:
+    """How the program was called, for a command that starts processes of its own."""
 
-    Also makes the user's own modules importable, from the config file's folder and the working directory.
+    program: list[str]  # starts this program in a new process
+    config_file: str  # with its argument
+    argv: list[str]  # all words
+    words: list[str]  # those that are neither the command, its flags nor --config: keys and files
+    environment: dict[str, str]  # at the start
+
+
+def configs_folder() -> Path:
+    """The folder of the configs that ship: in a clone `configs/`, in an installed package `imgclf_jax/configs/`."""
+    package = Path(__file__).parents[1]
+    return next(folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir())
+
+
+def take_config(argv: list[str]) -> tuple[str, list[str]]:
+    """Returns the file that --config names (default: digits) and the rest of the command line.
+
+    A plain name such as `digits` is a config that ships, unless there is a file of that name. Also makes the user's own
+    modules importable, from the config file's folder and the working directory.
     """
-    path = str(default)
+    path = str(configs_folder() / "digits.py")
     rest = []
     words = iter(argv)
     for word in words:
@@ -110,7 +129,10 @@ def take_config(argv: list[str], default: Path) -> tuple[str, list[str]]:
         else:
             rest.append(word)
     if not path:
-        raise UsageError("--config needs a file, such as --config=configs/digits.py")
+        raise UsageError("--config needs a file or a name, such as --config=digits")
+    name, colon, argument = path.partition(":")
+    if re.fullmatch(r"\w+", name) and not Path(name).exists():
+        path = f"{configs_folder() / name}.py{colon}{argument}"
     # At the end of the path, so that they do not shadow installed packages.
     sys.path += [str(Path(path.partition(":")[0]).resolve().parent), str(Path.cwd())]
     return path, rest

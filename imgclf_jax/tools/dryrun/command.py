@@ -19,6 +19,7 @@ from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe, check_names
 from imgclf_jax.run import terminal
 from imgclf_jax.run.provenance import write_json
+from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.dryrun import counts, described, estimate, topology
 from imgclf_jax.trained import load_teacher
 
@@ -28,11 +29,17 @@ _PARTS = ("parameters", "optimizer", "averages", "batch")
 _FULL = re.compile(r"RESOURCE_EXHAUSTED|CompileTimeHbmOom|out of memory", re.IGNORECASE)
 
 
-def main(config: ConfigDict, chips: topology.Chips, given: dict[str, Any], form: str, folder: Path) -> int:
-    """Prints the report, as a table or as JSON by `form`, and writes it to `folder`. 1 if the run does not fit.
+def main(config: ConfigDict, workdir: Workdir, chips: str, shape: str, format: str, **facts: int | None) -> int:
+    """Prints the report in this `format` and writes it to the work directory. Returns 1 if the run does not fit.
 
-    `given` is what the person says of the data, see `described.Given`. `topology.prepare` came before JAX was imported.
+    `shape` and `facts` describe the data where they are absent: see `described.Given`. `topology.prepare_from_flags`
+    must run before JAX is imported.
     """
+    return run(config, topology.parse(chips), {"shape": topology.parse_shape(shape), **facts}, format, workdir.path)
+
+
+def run(config: ConfigDict, chips: topology.Chips, given: dict[str, Any], form: str, folder: Path) -> int:
+    """`main` with its flags parsed."""
     terminal.setup_logging()
     mesh = sharding.make_mesh(topology.devices(chips), config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate)

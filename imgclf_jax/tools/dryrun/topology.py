@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from imgclf_jax.cli.words import UsageError
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.tools.dryrun import table
 
@@ -50,6 +51,23 @@ def parse(text: str) -> Chips:
     if len(shape) not in ranks or 0 in shape:
         raise UserError(f"--chips={text}: {ALLOWED}")
     return Chips(kind, shape)
+
+
+def parse_shape(text: str) -> tuple[int, ...] | None:
+    """Parses "224,224,3" to (224, 224, 3), and "" to None. Raises UsageError for any other text."""
+    if text and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){2}", text):
+        raise UsageError(f"--shape={text}: must be height, width and channels, such as 224,224,3")
+    return tuple(map(int, text.split(","))) if text else None
+
+
+def prepare_from_flags(chips: str, shape: str, classes: int | None, targets: int | None, **_: Any) -> None:
+    """Checks the flags of `dryrun`, and prepares for its chips."""
+    if not chips:
+        raise UsageError(f"dryrun needs --chips, the chips to compile for; {ALLOWED}")
+    parse_shape(shape)
+    if classes and targets:
+        raise UsageError("give --classes or --targets, not both: an example has a class or targets")
+    prepare(parse(chips))
 
 
 def prepare(chips: Chips) -> None:

@@ -1,9 +1,9 @@
 """What programs may ask of the server, as an OpenAPI document."""
 
-import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
+from imgclf_jax import __version__
 from imgclf_jax.losses import Task
 
 _ERRORS = {
@@ -56,7 +56,7 @@ def describe(class_names: Sequence[str], body_bytes: int, explains: bool, task: 
     }}  # fmt: skip
     return {
         "openapi": "3.1.0",
-        "info": {"title": "imgclf_jax serve", "version": importlib.metadata.version("imgclf_jax")},
+        "info": {"title": "imgclf_jax serve", "version": __version__},
         "paths": {
             "/predict": {
                 "post": {

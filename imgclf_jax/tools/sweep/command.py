@@ -4,18 +4,20 @@ import collections
 import contextlib
 import dataclasses
 import logging
+import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
+from imgclf_jax.cli.words import CommandLine, UsageError, override
 from imgclf_jax.core import places, signals
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
@@ -35,17 +37,6 @@ _BY_SIGNAL = {128 + number for number in signals.SIGNALS} | {-number for number 
 _PAUSE = 0.1  # seconds between two looks at the processes
 
 
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """How the sweep was called: what its runs are started with."""
-
-    config_file: str  # with its argument
-    command: list[str]  # of a run, without what it sets and where it lies
-    words: list[str]  # the keys that all runs set, `--config.KEY=VALUE`
-    environment: dict[str, str]
-    configured: Callable[[Settings], ConfigDict]  # the config of a run; UserError for values that none can have
-
-
 @dataclasses.dataclass
 class _Job:
     """A run that goes on."""
@@ -55,31 +46,43 @@ class _Job:
     began: float
 
 
-def main(config: ConfigDict, workdir: str, launch: Launch, sweep: Sequence[str], jobs: int, print: bool) -> int:
+def main(
+    config: ConfigDict, workdir: Workdir, called: CommandLine, sweep: Sequence[str], jobs: int, print: bool
+) -> int:
     """Trains each run of the plan in its directory below `workdir`, up to `jobs` at once.
 
     `sweep` holds values of keys, see `sweep_plan.parse`. With `print` the commands are printed, and no run begins.
     Returns 0 when all are done, 1 if one failed, and 75 if one was stopped by a signal. Raises UserError for a plan
     with anything wrong in it, before the first run begins.
     """
+    try:
+        return _train_all(config, workdir, called, sweep, jobs, print)
+    finally:
+        os.environ.pop("JAX_PLATFORMS", None)
+        os.environ.update({name: value for name, value in called.environment.items() if name == "JAX_PLATFORMS"})
+
+
+def _train_all(
+    config: ConfigDict, place: Workdir, called: CommandLine, sweep: Sequence[str], jobs: int, print: bool
+) -> int:
     terminal.setup_logging()
-    place = Workdir.named(workdir)
+    workdir = place.path
     if places.in_bucket(place.path) and not print:
         raise UserError(f"{workdir} is in a bucket, where the runs' logs cannot be; add --print, and run the commands")
     if place.config.is_file():
         raise UserError(f"{workdir} holds a run itself (config.json); pass another --workdir for the sweep")
-    settings = sweep_plan.combine(configs.load_sweep(launch.config_file), sweep)
+    settings = sweep_plan.combine(configs.load_sweep(called.config_file), sweep)
     keys = list(dict.fromkeys(key for own in settings for key in own))
-    _check_words(launch.words, keys)
+    _check_words(called.words, keys)
     with place.held() if not places.in_bucket(place.path) else contextlib.nullcontext():
         file = place.path / sweep_plan.FILE
         recorded = sweep_plan.load(file, config, set(keys))
-        runs = sweep_plan.make(settings, lambda own: _checked(launch, own), recorded)
-        sweep_plan.save(file, launch.config_file, config, keys, runs, recorded)
+        runs = sweep_plan.make(settings, lambda own: _checked(config, own), recorded)
+        sweep_plan.save(file, called.config_file, config, keys, runs, recorded)
         if print:
-            _print_commands(launch, place.path, runs)
+            _print_commands(called, place.path, runs)
             return 0
-        return _Sweep(launch, place.path, runs, jobs).go()
+        return _Sweep(called, place.path, runs, jobs).go()
 
 
 def _check_words(words: Sequence[str], keys: Sequence[str]) -> None:
@@ -92,25 +95,28 @@ def _check_words(words: Sequence[str], keys: Sequence[str]) -> None:
             raise UserError(f"{key} is set by --config.{key} and swept too; leave out one of them")
 
 
-def _checked(launch: Launch, settings: Settings) -> ConfigDict:
+def _checked(config: ConfigDict, settings: Settings) -> ConfigDict:
+    config = config.copy_and_resolve_references()
     try:
-        config = launch.configured(settings)
+        override(config, [f"--config.{key}={text}" for key, text in settings.items()], "sweep")
+        configs.validate(config)
         check_names(config)
-    except UserError as e:
+    except (UserError, UsageError) as e:
         whole = ", ".join(f"{key}={text}" for key, text in settings.items())
         raise UserError(f"no run was started: {e} (in the run {whole}; values of --sweep are separated by ';')") from e
     return config
 
 
-def _command(launch: Launch, folder: Path, run: Run) -> list[str]:
-    return [*launch.command, *run.words, f"--workdir={folder / run.name}"]
+def _command(called: CommandLine, folder: Path, run: Run) -> list[str]:
+    train = [*called.program, "train", f"--config={called.config_file}", *called.words]
+    return [*train, *run.words, f"--workdir={folder / run.name}"]
 
 
-def _print_commands(launch: Launch, folder: Path, runs: Sequence[Run]) -> None:
+def _print_commands(called: CommandLine, folder: Path, runs: Sequence[Run]) -> None:
     """A line a run, for a shell in this directory: what lies in it is named from here."""
     here = Path.cwd()
     for run in runs:
-        program, script, *rest = _command(launch, folder, run)
+        program, script, *rest = _command(called, folder, run)
         short = [str(p.relative_to(here)) if p.is_relative_to(here) else str(p) for p in map(Path, (program, script))]
         print(shlex.join([*short, *rest]))
 
@@ -118,8 +124,8 @@ def _print_commands(launch: Launch, folder: Path, runs: Sequence[Run]) -> None:
 class _Sweep:
     """The runs of a sweep, and the processes in which they go on."""
 
-    def __init__(self, launch: Launch, folder: Path, runs: Sequence[Run], jobs: int):
-        self._launch, self._folder, self._jobs = launch, folder, jobs
+    def __init__(self, called: CommandLine, folder: Path, runs: Sequence[Run], jobs: int):
+        self._called, self._folder, self._jobs = called, folder, jobs
         self._runs = runs
         self._width = max(len(run.name) for run in runs)
         self._active: list[_Job] = []
@@ -179,12 +185,12 @@ class _Sweep:
             return False
 
     def _start(self, run: Run) -> _Job:
-        command = _command(self._launch, self._folder, run)
+        command = _command(self._called, self._folder, run)
         with self._log(run).open("a", encoding="utf-8") as file:
             file.write(f"$ {shlex.join(command)}\n")
             file.flush()
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=self._launch.environment
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=self._called.environment
             )
         return _Job(run, process, time.monotonic())
 

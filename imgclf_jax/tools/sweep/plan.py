@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,6 +25,11 @@ _VALUE = 28  # the longest that a value may be in a name
 _NAME = 120  # the longest that a name may be
 _MOST = 10_000  # runs
 _FORMS = "write 'KEY=VALUE; VALUE', 'KEY=0..4' for whole numbers, or a Python list, \"KEY=['a', 'b']\""
+
+
+def use_cpu(**_: Any) -> None:
+    """Keeps the sweep itself on CPU: each run is a separate process, and these get the accelerators."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 @dataclasses.dataclass(frozen=True)

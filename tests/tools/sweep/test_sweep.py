@@ -158,12 +158,12 @@ def test_print(run, monkeypatch):
         assert own[2] == "train"
         assert own[3].endswith("configs/digits.py")
     assert [path.name for path in run.folder.iterdir()] == ["sweep.json"]
-    monkeypatch.setattr(launch, "_dispatch", lambda name, config, *_: print(name, config.model) or 0)
+    monkeypatch.setattr("imgclf_jax.cli.main._dispatch", lambda name, config, *_: print(name, config.model) or 0)
     assert launch.main(words[1][2:]) == 0  # it is a valid command
 
 
 @pytest.mark.parametrize(("argv", "said"), [
-    (["--sweep=seed=0; x"], "no run was started: --config.seed=x: wants a value of type int, such as 0"),
+    (["--sweep=seed=0; x"], "no run was started: --config.seed=x: must be a value of type int, such as 0"),
     (["--sweep=seed=0,1"], "values of --sweep are separated by ';'"),
     (["--sweep=schedule=constant(1e-3); constnt(1)"], "no run was started: unknown schedule 'constnt'"),
     (["--sweep=schedule=constant(1e-3); constant(x=1)"], "no run was started: in schedule 'constant(x=1)': unknown "

@@ -1,0 +1,202 @@
+"""The command line: reads the flags, loads the config and runs a command. Help needs neither JAX nor TensorFlow."""
+
+import contextlib
+import importlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ml_collections import ConfigDict
+
+from imgclf_jax import __version__
+from imgclf_jax import config as configs
+from imgclf_jax.cli import table, words
+from imgclf_jax.cli.table import COMMANDS
+from imgclf_jax.cli.words import CommandLine, UsageError
+from imgclf_jax.core import signals
+from imgclf_jax.core.errors import UserError, reason, unknown
+from imgclf_jax.core.text import prepare_streams, printable
+from imgclf_jax.run import environment
+
+_CLONE = Path(__file__).parents[2]  # of the repository; an installed package has no launch.py there
+
+
+def console() -> NoReturn:
+    """Runs the command line of the installed package, `imgclf` or `python -m imgclf_jax`, and exits."""
+    name = Path(sys.argv[0]).name
+    run_and_exit("python -m imgclf_jax" if name == "__main__.py" else name, [sys.executable, "-m", "imgclf_jax"])
+
+
+def run_and_exit(program: str, command: Sequence[str]) -> NoReturn:
+    """Runs `sys.argv` and exits with the status. `command` starts this program in a new process."""
+    signals.install()
+    try:
+        status = main(sys.argv[1:], program, command)
+    except Exception:  # a bug, not a user's mistake
+        traceback.print_exc()
+        status = 1
+    if "imgclf_jax.core.processes" in sys.modules:
+        sys.modules["imgclf_jax.core.processes"].end(status)
+    sys.exit(status)
+
+
+def main(argv: list[str], program: str = "launch.py", command: Sequence[str] = ()) -> int:
+    """Runs the command line `argv` (without the program's name) and returns the exit status.
+
+    `program` is what help texts call it, and `command` starts it in a new process.
+    """
+    prepare_streams()
+    try:
+        status = _run(argv, program, list(command) or [sys.executable, str(_CLONE / "launch.py")])
+        sys.stdout.flush()
+        return status
+    except UsageError as e:
+        print(f"error: {printable(str(e))}\nsee {program} --help", file=sys.stderr)
+        return 2
+    except UserError as e:
+        print(f"error: {printable(str(e))}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains at exit
+        return 1
+    except OSError as e:
+        message = f"{e.filename or _guess_file(e)}: {e.strerror or reason(e)}"
+        print(f"error: {printable(message)}; fix the cause and run the same command again", file=sys.stderr)
+        return 1
+
+
+def _guess_file(error: OSError) -> str:
+    """Names the cause of an error without a file name: standard output, if writing there fails the same way."""
+    try:
+        os.write(sys.stdout.fileno(), b"\n")
+    except OSError as e:
+        if e.errno == error.errno:
+            return "standard output"
+    except ValueError:  # a stream without a file descriptor
+        pass
+    return "a file or the output"
+
+
+def _run(argv: list[str], program: str, program_command: list[str]) -> int:
+    if any(word in ("--help", "-help", "-h", "--helpfull", "--helpshort") for word in argv):
+        text = table.command_help(argv[0]) if argv[0] in COMMANDS else table.overview()
+        print(text.replace("launch.py", program), end="")
+        return 0
+    if argv == ["--version"]:
+        print(f"imgclf_jax {__version__}")
+        return 0
+    command_line, environment_before = list(argv), dict(os.environ)
+    config_path, argv = words.take_config(argv)
+    name = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
+    if name not in COMMANDS:
+        raise UsageError(unknown("command", name, COMMANDS))
+    command = COMMANDS[name]
+    values, rest = words.take_flags(name, argv)
+    given = {flag: values[flag].value for flag in command.flags}
+    environment.prepare()  # reading a config or work directory below may import JAX
+    if command.config_from == "none":
+        files = words.only_files(name, rest)
+        process_flags: list[Any] = [given.pop(flag) for flag in table.PROCESSES]
+        agreed = {"command": name, **{f"--{flag}": value for flag, value in given.items()}, "files": files}
+        with _join(agreed, *process_flags):
+            status: int = _module(name).main(files, **given)
+        return status
+    workdir: Any = given.pop("workdir", "") or str(Path("runs", Path(config_path.partition(":")[0]).stem))
+    config = configs.load_file(config_path)
+    without_run = command.config_from == "run or file" and not values.workdir
+    if command.config_from == "record":
+        workdir, config = words.take_record(name, rest)
+    elif command.config_from != "file" and not without_run:
+        from imgclf_jax.run.workdir import Workdir
+
+        without_run = command.config_from == "run or weights" and any(
+            re.match(r"--?config\.init_from(=|$)", word) for word in rest
+        )
+        if not without_run:
+            config = Workdir.named(workdir).load_config()  # a trained model keeps the config it was trained with
+        elif given["checkpoint"] or (values.workdir and Workdir.named(workdir).config.is_file()):
+            flag = "checkpoint" if given["checkpoint"] else "workdir"
+            raise UsageError(f"{name} loads a run (--{flag}) or weights (--config.init_from), not both; drop either")
+    files = words.override(config, rest, name)
+    if files and command.config_from == "record":
+        raise UsageError(f"{name} takes one {command.files}, but got {files[0]!r} too")
+    if files and not command.files:
+        raise UsageError(f"{name} takes no files, but got {files[0]!r}; did you forget '--'?")
+    configs.validate(config)
+    called = CommandLine(program_command, config_path, command_line, [w for w in rest if w != "--"], environment_before)
+    return _dispatch(name, config, None if without_run else workdir, given, files, called)
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"imgclf_jax.{table.module_of(command)}")
+
+
+def _dispatch(
+    name: str, config: ConfigDict, workdir: Any, given: dict[str, Any], files: list[str], called: CommandLine
+) -> int:
+    """Runs a command. `workdir` is the path of a work directory, a Record, or None."""
+    command = COMMANDS[name]
+    if name == "config":
+        current = configs.flatten(config)
+        for key, (_, documentation) in configs.KEYS.items():
+            print(f"{key} = {current[key]!r}\n    {documentation}")
+        return 0
+    if name == "train":
+        given["profile"] = _parse_steps(given["profile"])
+
+    environment.prepare(config.deterministic)  # before the first import of JAX
+    if command.before_jax:
+        module, _, function = command.before_jax.partition(":")
+        getattr(importlib.import_module(f"imgclf_jax.{module}"), function)(**given)
+    from imgclf_jax.cli import together
+    from imgclf_jax.run.workdir import Workdir
+
+    source = Workdir.named(workdir) if isinstance(workdir, str) else workdir
+    with contextlib.ExitStack() as stack:
+        process_flags = [given.pop(flag) for flag in table.PROCESSES] if command.distributed else None
+        keys = {key: value for key, value in configs.flatten(config).items() if key not in configs.OF_THE_HOST}
+        agreed = {"command": name, **keys, **{f"--{flag}": value for flag, value in given.items()}, "files": files}
+        stack.enter_context(_join(agreed, *process_flags) if process_flags else together.alone())
+        if "trust" in given and not given.pop("trust") and source:
+            stack.enter_context(source.untrusted(called.argv))
+        more: list[Any] = [files] if command.files and command.config_from != "record" else []
+        more += [called] if command.needs_command_line else []
+        status: int = _module(name).main(config, source, *more, **given)
+        return status
+
+
+def _join(
+    agreed: dict[str, Any],
+    coordinator: str,
+    count: int | None,
+    process: int | None,
+    local_devices: str,
+    heartbeat: int,
+) -> contextlib.AbstractContextManager[None]:
+    """Checks the flags of a multi-process run, and returns the context that joins it."""
+    if count != 1 and any((coordinator, count, process is not None)):
+        if not (coordinator and count and process is not None):
+            raise UsageError("give --coordinator, --num_processes and --process_id together, to every process")
+        if process >= count:
+            raise UsageError(f"--process_id={process}: processes are numbered 0 to {count - 1}")
+        if not re.fullmatch(r".+:\d+", coordinator):
+            raise UsageError(f"--coordinator={coordinator}: must be HOST:PORT, such as node1:12345")
+    if not re.fullmatch(r"(all|\d+(,\d+)*)?", local_devices):
+        raise UsageError(f"--local_devices={local_devices}: must be 'all', or indices such as 0,1")
+    from imgclf_jax.cli import together
+
+    return together.join(agreed, coordinator, count, process, local_devices, heartbeat)
+
+
+def _parse_steps(text: str) -> tuple[int, int] | None:
+    """Parses '10:20' to (10, 20), and '' to None."""
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise UsageError(f"--profile={text}: must be FIRST:LAST with FIRST < LAST, such as 10:20")
+    return int(match[1]), int(match[2])
