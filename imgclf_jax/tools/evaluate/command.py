@@ -140,8 +140,8 @@ def main(
             _print_classes(names, classes[name])
             if programs.recipe.task is Task.SOFT:
                 print(_DOMINANT)
-        elif isinstance(own := target_scores.get(name), MultilabelScores):
-            print_table(*multilabel.table(own, names))
+        elif isinstance(multilabel_scores := target_scores.get(name), MultilabelScores):
+            print_table(*multilabel.table(multilabel_scores, names))
             print(multilabel.ON_THRESHOLDS)
     return 0
 
