@@ -202,7 +202,7 @@ class _Answer(Response):
 
 
 class _OwnPagesOnly:
-    """Refuses what a page of another site sends: browsers name the page's site in `Origin`."""
+    """Refuses requests with two `Host` headers, and those from pages of other sites, which browsers name in `Origin`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -210,7 +210,12 @@ class _OwnPagesOnly:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers = Headers(scope=scope)
-            host = headers.get("host", "").lower()
+            hosts = headers.getlist("host")
+            if len(hosts) > 1 or (not hosts and scope["http_version"] == "1.1"):  # RFC 9112, section 3.2
+                refused = Refused(400, f"the request has {len(hosts)} Host headers; send one")
+                await _refusal(refused)(scope, receive, send)
+                return
+            host = hosts[0].lower() if hosts else ""
             if any(origin.lower().partition("://")[2] != host for origin in headers.getlist("origin")):
                 refused = Refused(403, "a page of another site sent this request; only this server's own page may")
                 await _refusal(refused)(scope, receive, send)

@@ -181,6 +181,15 @@ def test_other_hosts_names_are_refused(client):
     assert client.get("/", headers={"Host": "localhost:1"}).status_code == 200
 
 
+def test_a_request_has_one_host(port):
+    """RFC 9112, section 3.2: a proxy before this server may read another of two."""
+    for lines, status in (("Host: localhost\r\n", b"200"), ("Host: localhost\r\n" * 2, b"400")):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.settimeout(10)
+            connection.sendall(f"GET /health HTTP/1.1\r\n{lines}\r\n".encode())
+            assert connection.recv(12).split()[1] == status
+
+
 @pytest.mark.parametrize(("origin", "status"), [
     ("http://localhost:1", 200), ("https://LOCALHOST:1", 200), ("http://localhost:2", 403), ("http://localhost", 403),
     ("http://evil.example", 403), ("null", 403), ("", 403), ("localhost:1", 403),
