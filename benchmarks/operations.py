@@ -28,7 +28,7 @@ from networks import conv_flops, dense_flops
 from rich.console import Console
 from rich.table import Table
 
-from imgclf_jax.models.cpu import pool, products
+from imgclf_jax.models.cpu import matmuls, pool
 
 _LOOP = 20  # calls in one call of the compiled program
 Operation = tuple[str, int, Callable[..., Any], tuple[Any, ...]]  # name, FLOPs an image, function, its arguments
@@ -62,7 +62,7 @@ def operations(b: int, dtype: Any) -> list[Operation]:
         return run
 
     def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return products.conv(x, kernel, (1, 1), ((0, -1), (0, -1)), dtype)
+        return matmuls.conv(x, kernel, (1, 1), ((0, -1), (0, -1)), dtype)
 
     def block0(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         return pool.conv_pool_direct(x, kernel, bias, 2, dtype)
@@ -71,7 +71,7 @@ def operations(b: int, dtype: Any) -> list[Operation]:
         return pool.conv_pool(x, kernel, bias, 2, dtype)
 
     def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return products.flat_dense(x, kernel, dtype)
+        return matmuls.flat_dense(x, kernel, dtype)
 
     flops0, flops1, flops2 = conv_flops(26, 26, 3, 1, 32), conv_flops(10, 10, 3, 32, 64), dense_flops(1600, 64)
     images, x, features = normal(1, 28, 28, b), normal(32, 13, 13, b, kind=dtype), normal(64, 5, 5, b, kind=dtype)

@@ -193,7 +193,7 @@ def test_wrong_values(mistake, tmp_path, flag, fragments):
 
 def test_an_image_that_the_model_cannot_take(mistake, tmp_path):
     argv = (*FAKE, "--config.data.source=fake(64, (4, 4, 1), 4)", "--config.model=cnn", f"--workdir={tmp_path}")
-    assert has(mistake(*argv), "cnn: nothing is left of an image of 4 by 4", "resize", "fewer widths")
+    assert has(mistake(*argv), "cnn: images of 4 by 4 are too small for", "resize", "fewer widths")
     assert snapshot(tmp_path) == {}
 
 

@@ -1,1 +1,1 @@
-"""Backbones, from images to features, and the Classifier that adds the head."""
+"""Backbones that map images to features, and the Classifier that adds a head."""

@@ -1,4 +1,4 @@
-"""Attention over tokens, in the form that is fast on the platform."""
+"""Multi-head self-attention, in the fastest form for the platform: cuDNN, XLA, or the CPU layout."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from imgclf_jax.models.cpu.layout import accumulator, features_first, features_l
 
 
 def attention(qkv: jax.Array, heads: int, with_maps: bool = False) -> tuple[jax.Array, jax.Array | None]:
-    """Attention of each head (Vaswani et al. 2017, arXiv:1706.03762), [b, n, 3 * d] → ([b, n, d], its maps).
+    """Multi-head attention (Vaswani et al. 2017, arXiv:1706.03762): qkv [b, n, 3 * d] → ([b, n, d], maps).
 
-    `qkv` are queries, keys and values one after the other, each [heads, d / heads]. The softmax is in float32 at least.
-    The maps, f32[b, heads, queries, keys], are None unless asked for: off CPU they are not computed then.
+    The last axis of `qkv` holds queries, keys and values in turn, each [heads, d / heads]. The softmax is at least
+    float32. The attention maps are f32[b, heads, queries, keys], or None without `with_maps`.
     """
     b, n, width = qkv.shape
     if on_cpu():
@@ -26,8 +26,8 @@ def attention(qkv: jax.Array, heads: int, with_maps: bool = False) -> tuple[jax.
     if with_maps:
         maps = _maps(q, k)
         y = jnp.einsum("bhqk,bkhd->bqhd", maps.astype(qkv.dtype), v)
-    elif _by_cudnn(q):
-        with jax.numpy_dtype_promotion("standard"):  # which its code needs, and ours does without
+    elif _can_use_cudnn(q):
+        with jax.numpy_dtype_promotion("standard"):  # JAX's own implementation relies on it
             y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     else:
         y = _attend(q, k, v)
@@ -35,7 +35,7 @@ def attention(qkv: jax.Array, heads: int, with_maps: bool = False) -> tuple[jax.
 
 
 def _maps(q: jax.Array, k: jax.Array) -> jax.Array:
-    """f32[b, heads, queries, keys], or f64: the softmax of the scores of q and k [b, n, heads, d]."""
+    """Attention maps, softmax(q kᵀ / √d) of q and k [b, n, heads, d]: f32 or f64[b, heads, queries, keys]."""
     wide = accumulator(q.dtype)
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide)
     return jax.nn.softmax(scores * jnp.asarray(q.shape[-1] ** -0.5, wide), -1)
@@ -43,28 +43,28 @@ def _maps(q: jax.Array, k: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention [b, n, heads, d] in XLA's own operations."""
+    """Attention [b, n, heads, d] in plain XLA operations."""
     return jnp.einsum("bhqk,bkhd->bqhd", _maps(q, k).astype(v.dtype), v)
 
 
 @_attend.defjvp
 def _attend_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """All that is kept for its transpose are q, k, v and the maps, in their dtype, and all its products are in it."""
+    """Keeps only q, k, v and the maps, in v's dtype, for the backward pass; all its matmuls are in that dtype."""
     q, k, v = primals
     d_q, d_k, d_v = tangents
     maps = _maps(q, k).astype(v.dtype)
     d_scores = jnp.einsum("bqhd,bkhd->bhqk", d_q, k) + jnp.einsum("bqhd,bkhd->bhqk", q, d_k)
-    wide, d_scores = maps.astype(accumulator(q.dtype)), d_scores.astype(accumulator(q.dtype))
+    wide_maps, d_scores = maps.astype(accumulator(q.dtype)), d_scores.astype(accumulator(q.dtype))
     d_scores = d_scores * jnp.asarray(q.shape[-1] ** -0.5, d_scores.dtype)
-    d_maps = (wide * (d_scores - jnp.sum(wide * d_scores, -1, keepdims=True))).astype(v.dtype)
+    d_maps = (wide_maps * (d_scores - jnp.sum(wide_maps * d_scores, -1, keepdims=True))).astype(v.dtype)
     y = jnp.einsum("bhqk,bkhd->bqhd", maps, v)
     return y, jnp.einsum("bhqk,bkhd->bqhd", d_maps, v) + jnp.einsum("bhqk,bkhd->bqhd", maps, d_v)
 
 
-def _by_cudnn(q: jax.Array) -> bool:
-    """Whether cuDNN's fused attention can be used: on a GPU from Ampere on, in 16 bits, for heads up to 128 wide.
+def _can_use_cudnn(q: jax.Array) -> bool:
+    """Whether cuDNN's fused attention applies: Ampere or newer, a 16-bit dtype, heads of at most 128 features.
 
-    JAX asks the GPU itself what it can do, so a program for an absent GPU gets XLA's form.
+    Programs compiled for absent GPUs have an unknown compute capability (0) and use the XLA form.
     """
     if platform.current() != "gpu" or platform.compute_capability() < 8.0:
         return False

@@ -1,4 +1,4 @@
-"""The small backbones, and the table of all: each maps images [b, h, w, c] to features [b, d]."""
+"""The small backbones CNN, MLP and RNN, and the table of all backbones: images [b, h, w, c] → features [b, d]."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -21,9 +21,9 @@ _dense_init = nn.initializers.glorot_uniform()
 
 
 class CNN(nn.Module):
-    """The Keras example's network without its head: convolution, ReLU and max-pool for each width, then a dense layer.
+    """The Keras MNIST example without its head: conv, ReLU and 2×2 max-pool for each width, then a dense layer.
 
-    On [b, 28, 28, 1] with the defaults: 26×26×32 → 13×13×32 → 11×11×64 → 5×5×64 → 1600 → 64.
+    With the defaults on [b, 28, 28, 1]: 26×26×32 → 13×13×32 → 11×11×64 → 5×5×64 → 1600 → 64.
     """
 
     widths: tuple[int, ...] = (32, 64)
@@ -35,17 +35,17 @@ class CNN(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         h, w = x.shape[1:3]
         for i, width in enumerate(self.widths):
-            if min(x.shape[1:3]) < self.kernel + 1:  # too few rows for one window of two
+            if min(x.shape[1:3]) < self.kernel + 1:  # too small for one pooling window
                 raise UserError(
-                    f"cnn: nothing is left of an image of {h} by {w} after {len(self.widths)} blocks of convolution "
-                    "and pooling; resize it to a larger size or give fewer widths"
+                    f"cnn: images of {h} by {w} are too small for {len(self.widths)} blocks of convolution and "
+                    "pooling; resize them to a larger size or use fewer widths"
                 )
             x = ConvPool(width, self.kernel, dtype=self.dtype, name=f"block{i}")(x)  # [b, ~h/2, ~w/2, width]
         return nn.relu(FlatDense(self.hidden, dtype=self.dtype, kernel_init=_dense_init, name="dense")(x))
 
 
 class MLP(nn.Module):
-    """Dense layers, each with its activation (ReLU) and dropout, over the flattened image."""
+    """Flattened pixels through dense layers, each followed by the activation and dropout: → [b, widths[-1]]."""
 
     widths: tuple[int, ...] = (512, 512)
     dropout: float = 0.0
@@ -63,10 +63,10 @@ class MLP(nn.Module):
 
 
 class RNN(nn.Module):
-    """A recurrent network that reads the image row by row, as a sequence of h vectors of w * c values.
+    """A recurrent network over the rows of the image, a sequence of h vectors of w * c values: → [b, features].
 
-    `cell` is "lstm" (Hochreiter and Schmidhuber 1997, forget-gate bias 0) or "gru" (Cho et al. 2014, in the variant
-    that resets after the product). The features are the hidden state after the last row.
+    `cell` is "lstm" (Hochreiter and Schmidhuber 1997, forget-gate bias 0) or "gru" (Cho et al. 2014, the variant that
+    applies the reset gate after the matmul). The output is the last layer's hidden state after the last row.
     """
 
     cell: str = "lstm"
@@ -81,7 +81,7 @@ class RNN(nn.Module):
             raise UserError(unknown("rnn cell", self.cell, cells))
 
         def zeros(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-            return jnp.zeros(shape, self.dtype)  # flax would begin with the parameters' dtype
+            return jnp.zeros(shape, self.dtype)  # linen would use the dtype of the parameters
 
         x = x.reshape(*x.shape[:2], -1)  # [b, h, w * c]
         for i in range(self.layers):

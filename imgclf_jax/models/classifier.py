@@ -1,4 +1,4 @@
-"""A backbone and its head."""
+"""The Classifier, a backbone and a linear head, built from the config key `model`."""
 
 import contextlib
 import functools
@@ -17,12 +17,12 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.models import parts
 from imgclf_jax.models.backbones import BACKBONES
 
-# Of a model of unknown origin. ResNet-1202 calls 3,000 modules; 4,000 are traced in some ten seconds.
+# Limits for models from untrusted sources. ResNet-1202 calls 3,000 modules; tracing 4,000 takes some ten seconds.
 _MOST_CALLS = 4_000
 _MOST_PARAMETERS = 2**30
-_MOST_BYTES_OF_A_BATCH = 2**30  # of all seeds together
+_MOST_BATCH_BYTES = 2**30  # all seeds together
 
-# How the head's kernel [d, num_classes] may begin; its bias begins at zero.
+# Initializers of the head's kernel [d, num_classes]. Its bias starts at zero.
 HEAD_INITS: dict[str, Callable[..., Any]] = {
     "glorot_uniform": nn.initializers.glorot_uniform,
     "normal": nn.initializers.normal,
@@ -32,9 +32,9 @@ HEAD_INITS: dict[str, Callable[..., Any]] = {
 
 
 class Classifier(nn.Module):
-    """Images f32[b, h, w, c] to logits [b, num_classes]: the backbone's features [b, d] and one dense layer, the head.
+    """A backbone and a linear head: images f32[b, h, w, c] → features [b, d] → logits [b, num_classes].
 
-    The backbone computes in its own dtype; the head in `dtype`, float32 unless told otherwise.
+    The head computes in `dtype`, the backbone in its own.
     """
 
     backbone: nn.Module
@@ -56,24 +56,24 @@ class Classifier(nn.Module):
 
 
 def build(text: str, num_classes: int, precision: str) -> Classifier:
-    """The Classifier over the backbone that a spec such as `cnn(widths=(32, 64))` names.
+    """Builds a Classifier from the spec of its backbone, such as `cnn(widths=(32, 64))`.
 
-    A backbone is a linen or an nnx module. One with a `dtype` field (nnx: a parameter of its constructor) gets
-    `precision` ("float32" or "bfloat16"), unless the spec says its own. Every spec may have the argument `head_init`,
-    which is no argument of the backbone: the text of one of HEAD_INITS, such as 'zeros' or 'normal(0.01)'. Raises
-    UserError for any other, and for a width or another size below 1.
+    A backbone is a linen or an nnx module. If it has a `dtype` field (nnx: a constructor parameter), it computes in
+    `precision` ("float32" or "bfloat16") unless the spec sets `dtype`. Every spec accepts `head_init`, a spec of
+    HEAD_INITS in quotes such as 'zeros' or 'normal(0.01)'; the backbone does not see it. Raises UserError for an
+    unknown backbone, for arguments that do not fit, and for sizes below 1.
     """
     call = spec.parse_one(text)
     head_init = call.kwargs.get("head_init", "glorot_uniform")
     if not isinstance(head_init, str):
-        raise UserError(f"model={text!r}: head_init={head_init!r} is not a text, such as 'zeros' or 'normal(0.01)'")
+        raise UserError(f"model={text!r}: head_init={head_init!r} must be in quotes, such as 'zeros' or 'normal(0.01)'")
     make_init = spec.bind(spec.parse_one(head_init), HEAD_INITS, "head_init")
-    own = {name: value for name, value in call.kwargs.items() if name != "head_init"}
-    backbone = _backbone(spec.Call(call.name, call.args, own), text, jnp.dtype(precision))
+    backbone_kwargs = {name: value for name, value in call.kwargs.items() if name != "head_init"}
+    backbone = _build_backbone(spec.Call(call.name, call.args, backbone_kwargs), text, jnp.dtype(precision))
     return Classifier(backbone, num_classes, head_init=make_init())
 
 
-def _backbone(call: spec.Call, text: str, dtype: Any) -> nn.Module:
+def _build_backbone(call: spec.Call, text: str, dtype: Any) -> nn.Module:
     if _is_nnx(made := spec.lookup(call, BACKBONES, "model")):
         from imgclf_jax.models.from_nnx import constructor
 
@@ -91,15 +91,15 @@ def _backbone(call: spec.Call, text: str, dtype: Any) -> nn.Module:
 
 
 def _is_nnx(made: Any) -> TypeGuard[type[Any]]:
-    """Whether a spec names an nnx module. Its file has imported `flax.nnx`, which takes a second."""
+    """Whether `made` is an nnx module class. Looks up `flax.nnx` instead of importing it, which takes a second."""
     nnx = sys.modules.get("flax.nnx")
     return nnx is not None and inspect.isclass(made) and issubclass(made, nnx.Module)
 
 
 def _check_sizes(text: str, make: functools.partial[Any]) -> None:
-    """Raises UserError unless the integers that a built-in backbone is given, as widths or a patch, are 1 or more."""
-    given = inspect.signature(make.func).bind(*make.args, **make.keywords).arguments
-    for name, value in given.items():
+    """Raises UserError if an integer argument of a built-in backbone, such as a width or the patch size, is below 1."""
+    arguments = inspect.signature(make.func).bind(*make.args, **make.keywords).arguments
+    for name, value in arguments.items():
         if make.func.__dataclass_fields__[name].type not in (int, tuple[int, ...]):  # type: ignore[attr-defined]
             continue
         if any(isinstance(size, int) and size < 1 for size in (value if isinstance(value, tuple | list) else [value])):
@@ -108,7 +108,7 @@ def _check_sizes(text: str, make: functools.partial[Any]) -> None:
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Inside, initializing a model raises UserError if it calls too many modules. See `spec.untrusted`."""
+    """Inside, a model whose initialization calls too many modules raises UserError. See `spec.untrusted`."""
     calls = 0
 
     def counted(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -122,6 +122,6 @@ def bounded() -> Iterator[None]:
 
 
 def check_size(parameters: Iterable[tuple[int, ...]], batch: tuple[int, ...]) -> None:
-    """Raises UserError for parameters of these shapes, or a batch of images uint8[b, h, w, c], that are too large."""
+    """Raises UserError if parameters of these shapes, or a batch uint8[b, h, w, c], exceed the untrusted limits."""
     spec.check_bound(sum(map(math.prod, parameters)), _MOST_PARAMETERS, "parameters")
-    spec.check_bound(math.prod(batch), _MOST_BYTES_OF_A_BATCH, "bytes of images in a batch")
+    spec.check_bound(math.prod(batch), _MOST_BATCH_BYTES, "bytes of images in a batch")

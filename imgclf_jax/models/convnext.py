@@ -18,19 +18,19 @@ _VARIANTS = {
     "S": ((3, 3, 27, 3), (96, 192, 384, 768)),
     "B": ((3, 3, 27, 3), (128, 256, 512, 1024)),
 }
-_IN_BLOCK = {"norm": parts.NORM, "activation": parts.ACTIVATION}
+_BLOCK_PARTS = {"norm": parts.NORM, "activation": parts.ACTIVATION}
 _init = nn.initializers.truncated_normal(0.02)
 
 
 class ConvNeXtBlock(nn.Module):
-    """A 7×7 convolution in each channel by itself, then two dense layers in each pixel."""
+    """Depthwise 7×7 convolution, then a pointwise MLP, with layer scale and a residual connection."""
 
     drop_path: float = 0.0
     layer_scale: float = 1e-6
     dtype: Any = jnp.float32
     norm: Any = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
-    swappable = _IN_BLOCK
+    swappable = _BLOCK_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -44,16 +44,16 @@ class ConvNeXtBlock(nn.Module):
         return x + drop_path(self, y * spread(gamma, y), self.drop_path, train)
 
 
-_IN_CONVNEXT = {
+_CONVNEXT_PARTS = {
     "block": parts.Part({"convnext_block": ConvNeXtBlock}, ("norm", "activation", "dtype", "drop_path", "layer_scale")),
-    **_IN_BLOCK,
+    **_BLOCK_PARTS,
 }
 
 
 class ConvNeXt(nn.Module):
-    """Variant "T", "S" or "B": [b, h, w, c] → [b, 768], "B" → [b, 1024].
+    """ConvNeXt "T", "S" or "B": [b, h, w, c] → [b, 768], or [b, 1024] for "B".
 
-    `drop_path` is the rate of stochastic depth in the last block; it grows linearly from zero in the first.
+    `drop_path` is the stochastic-depth rate of the last block; the rates grow linearly from 0 in the first.
     """
 
     variant: str = "T"
@@ -64,7 +64,7 @@ class ConvNeXt(nn.Module):
     block: Any = ConvNeXtBlock
     norm: Any = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
-    swappable = _IN_CONVNEXT
+    swappable = _CONVNEXT_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -74,12 +74,9 @@ class ConvNeXt(nn.Module):
         settings: dict[str, Any] = {"dtype": self.dtype, "kernel_init": _init}
         rates = iter(self.drop_path * i / (sum(depths) - 1) for i in range(sum(depths)))
         block, norm = remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)
-        given: dict[str, Any] = {
-            "norm": norm,
-            "activation": self.activation,
-            "dtype": self.dtype,
-            "layer_scale": self.layer_scale,
-        }
+        passed: dict[str, Any] = {
+            "norm": norm, "activation": self.activation, "dtype": self.dtype, "layer_scale": self.layer_scale,
+        }  # fmt: skip
         for i, (depth, d) in enumerate(zip(depths, dims, strict=True)):
             if i:
                 x = norm(f"downsample{i}_norm")(x, train)
@@ -88,5 +85,5 @@ class ConvNeXt(nn.Module):
             if not i:
                 x = norm("stem_norm")(x, train)  # [b, h/4, w/4, d]
             for j in range(depth):
-                x = parts.make(block, f"stage{i}_{j}", drop_path=next(rates), **given)(x, train)
+                x = parts.make(block, f"stage{i}_{j}", drop_path=next(rates), **passed)(x, train)
         return norm("norm")(mean_pool(x), train)

@@ -1,4 +1,4 @@
-"""A model some of whose parameters are frozen."""
+"""Models with frozen parameters."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -13,10 +13,10 @@ from imgclf_jax.core import tree
 
 @dataclass(frozen=True)
 class Frozen:
-    """`model`, but no gradient reaches the parameters whose paths are in `frozen`; `names` are all paths.
+    """`model` with a stop-gradient on the parameters in `frozen`; `frozen` and `names` (all parameters) hold paths.
 
-    A module all of whose parameters are frozen runs as in evaluation while the rest trains: its batch normalizations
-    use and keep their running statistics, its dropout does nothing.
+    A module whose parameters are all frozen runs in evaluation mode: BatchNorm uses its running statistics without
+    updating them, and dropout is off.
     """
 
     model: nn.Module
@@ -24,7 +24,7 @@ class Frozen:
     names: tuple[str, ...]
 
     def apply_function(self, function: Callable[..., Any], mutable: list[str]) -> Callable[..., Any]:
-        """As `nn.apply(function, model, mutable)`."""
+        """Returns what `nn.apply(function, model, mutable)` does, with the parameters frozen."""
 
         def stop(name: str, x: jax.Array) -> jax.Array:
             return jax.lax.stop_gradient(x) if name in self.frozen else x
@@ -41,7 +41,7 @@ class Frozen:
         if context.method_name != "__call__" or not self._is_frozen(module.path):
             return call(*args, **kwargs)
         if isinstance(module, nn.BatchNorm):
-            # Said in its constructor or in the call, but not in both; linen's own assignment refuses a module in use.
+            # linen accepts it in the constructor or the call, not both, and refuses assignment to a bound module.
             object.__setattr__(module, "use_running_average", None)
             return call(*args[:1], **{**kwargs, "use_running_average": True})
         signature = inspect.signature(context.orig_method)
@@ -52,14 +52,17 @@ class Frozen:
         return call(*bound.args, **bound.kwargs)
 
     def _is_frozen(self, path: Sequence[str]) -> bool:
-        """Whether the module at `path` holds parameters and all of them are frozen."""
+        """Whether the module at `path` has parameters, all of them frozen."""
         prefix = "".join(f"{part}/" for part in path)
         own = [name for name in self.names if name.startswith(prefix)]
         return bool(own) and self.frozen.issuperset(own)
 
 
 def apply_function(function: Callable[..., Any], model: nn.Module | Frozen, mutable: list[str]) -> Callable[..., Any]:
-    """`nn.apply(function, model, mutable)`: (variables, *args, rngs=…) → (function(bound model, *args), changed)."""
+    """`nn.apply(function, model, mutable)` for either kind of model.
+
+    The result maps (variables, *args, rngs=…) to (function(bound model, *args), changed variables).
+    """
     if isinstance(model, Frozen):
         return model.apply_function(function, mutable)
     apply: Callable[..., Any] = nn.apply(function, model, mutable)

@@ -1,12 +1,11 @@
-"""Layers that models share: linen's parameters and results, computed in the form that is fast on the platform.
+"""Layers with linen's parameters and results, each computed in the fastest form for the platform.
 
-Arrays are [b, h, w, c] or [b, n, d] everywhere. On CPU layers are matrix products on arrays whose features come first
-(`cpu/`); on GPU and TPU they are XLA's own. `platform.tracing_for` says which platform is traced for; outside of it
-layers take XLA's own form, which runs everywhere.
+Arrays are [b, h, w, c] or [b, n, d] on every platform. On CPU, layers are matmuls on feature-first arrays (`cpu/`); on
+GPU and TPU they are plain XLA operations, as they are outside `platform.tracing_for`, which sets the target platform.
 
-`dtype` is what products are computed in and what a layer gives. Sums over many elements, such as a mean or a bias's
-gradient, are in float32 at least, within a device and over all of them. But off CPU a kernel's gradient leaves its
-product in `dtype`, as it does in linen, and the devices' parts of it are summed in `dtype` too.
+A layer computes its matmuls, and returns its output, in `dtype`. Reductions over many elements, such as means and bias
+gradients, accumulate in at least float32, within a device and across devices. The exception is a kernel's gradient off
+CPU: as in linen, it is a matmul result in `dtype`, and devices all-reduce it in `dtype`.
 """
 
 import functools
@@ -20,15 +19,15 @@ from flax import linen as nn
 from jax import lax
 
 from imgclf_jax.core import platform
-from imgclf_jax.models.cpu import pool, products
+from imgclf_jax.models.cpu import matmuls, pool
 from imgclf_jax.models.cpu.layout import features_first, features_last, on_cpu
 from imgclf_jax.models.cpu.sums import broadcast_along
 
-_FEW_TAPS = 27  # products an output: up to so many, convolution and pooling are one pass over the images on CPU
+_FEW_TAPS = 27  # up to this many multiply-adds per output, CPU convolves and pools in one pass over the images
 
 
 def widen(x: jax.Array) -> jax.Array:
-    """x in float32, or in float64 if it is: what statistics, sums and losses are computed in."""
+    """Casts x to float32, the dtype of statistics, sums and losses; float64 stays float64."""
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
@@ -45,10 +44,10 @@ def conv(
     groups: int = 1,
     dtype: Any = None,
 ) -> jax.Array:
-    """The convolution (cross-correlation) of x [b, h, w, c] with kernel [kh, kw, c // groups, f] → [b, ho, wo, f].
+    """Convolution (cross-correlation) of x [b, h, w, c] with kernel [kh, kw, c // groups, f] → [b, ho, wo, f].
 
-    `padding` is "SAME", "VALID", a number, or one (before, after) a dimension. The operands are cast to `dtype`
-    (default: x's). The result is in it, or, from the products of the CPU's form, in float32.
+    `padding` is "SAME", "VALID", a number, or one (before, after) per dimension. The operands are cast to `dtype`
+    (default: x's). The result is in `dtype`, or in float32 where the CPU form computes it.
     """
     dtype = jnp.dtype(dtype or x.dtype)
     strides, dilation = _pair(strides), _pair(dilation)
@@ -59,7 +58,7 @@ def conv(
         each: Sequence[Any] = (padding, padding) if isinstance(padding, int) else padding
         pads = [_pair(p) for p in each]
     if on_cpu() and groups == 1 and dilation == (1, 1):
-        y = products.conv(features_first(x), kernel, strides, (_pair(pads[0]), _pair(pads[1])), dtype)
+        y = matmuls.conv(features_first(x), kernel, strides, (_pair(pads[0]), _pair(pads[1])), dtype)
         return features_last(y)
     return lax.conv_general_dilated(
         x.astype(dtype), kernel.astype(dtype), strides, pads, rhs_dilation=dilation, feature_group_count=groups,
@@ -68,7 +67,7 @@ def conv(
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """x [..., f] + bias [f], in float32 at least, as the bias's gradient is."""
+    """x [..., f] + bias [f] in at least float32, so that the bias gradient accumulates in float32."""
     x = widen(x)
     if on_cpu():
         return features_last(broadcast_along(bias.astype(x.dtype), shape=features_first(x).shape, axis=0)) + x
@@ -76,7 +75,7 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def spread(parameter: jax.Array, x: jax.Array) -> jax.Array:
-    """The parameter in the dtype of x and broadcast to its shape. Its gradient is summed in float32, its own dtype."""
+    """Casts a parameter to x's dtype and broadcasts it to x's shape; its gradient is summed in float32."""
     return _spread(x.shape, x.dtype, parameter)
 
 
@@ -87,7 +86,7 @@ def _spread(shape: tuple[int, ...], dtype: Any, parameter: jax.Array) -> jax.Arr
 
 @_spread.defjvp
 def _spread_jvp(shape: tuple[int, ...], dtype: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    # The other way round, so that the transpose casts before it sums.
+    # Broadcast, then cast: the transpose then casts up before it sums.
     return _spread(shape, dtype, *primals), jnp.broadcast_to(tangents[0], shape).astype(dtype)
 
 
@@ -117,9 +116,9 @@ class Conv(nn.Module):
 class ConvPool(nn.Module):
     """Convolution ("VALID"), bias, ReLU, max-pool: [b, h, w, c] → [b, ~h/2, ~w/2, features] in `dtype`.
 
-    The bias and ReLU come after the maximum, which gives the same, since both are monotonic, for a quarter of the work.
-    On CPU what follows a bfloat16 convolution is in float32, since bfloat16 arithmetic is slow there, and the
-    convolution of images of few channels is in float32 too.
+    Bias and ReLU are applied after the maximum: both are monotonic, so the result is the same for a quarter of the
+    work. On CPU, where bfloat16 arithmetic is slow, everything after a bfloat16 convolution is in float32, and so is
+    the convolution itself on images of few channels.
     """
 
     features: int
@@ -137,14 +136,14 @@ class ConvPool(nn.Module):
             few = k**2 * x.shape[-1] <= _FEW_TAPS
             conv_pool = pool.conv_pool_direct if few else pool.conv_pool
             return features_last(conv_pool(features_first(x), kernel, bias, window, self.dtype))
-        # Only the outputs that fill windows: those left over at the edges would be computed for nothing.
+        # Crop the rows and columns that would fill no pooling window.
         h, w = ((n - k + 1) // window * window + k - 1 for n in x.shape[1:3])
         y = max_pool(conv(x[:, :h, :w], kernel, padding="VALID", dtype=self.dtype), window, window)
         return nn.relu(add_bias(y, bias)).astype(self.dtype)
 
 
 class FlatDense(nn.Module):
-    """`nn.Dense` over the flattened image: [b, h, w, c] → [b, features], the same parameters and the same results."""
+    """`nn.Dense` over the flattened image, [b, h, w, c] → [b, features]: the same parameters and results."""
 
     features: int
     dtype: Any = jnp.float32
@@ -156,14 +155,14 @@ class FlatDense(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (h * w * c, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         if on_cpu():
-            y = features_last(products.flat_dense(features_first(x), kernel, self.dtype))
+            y = features_last(matmuls.flat_dense(features_first(x), kernel, self.dtype))
         else:
             y = jnp.dot(x.reshape(b, -1).astype(self.dtype), kernel.astype(self.dtype))
         return add_bias(y, bias).astype(self.dtype)
 
 
 class Dense(nn.Module):
-    """`nn.Dense` over the features [..., c]: the same parameters, and results in `dtype`."""
+    """`nn.Dense` over the last axis, [..., c] → [..., features]: the same parameters; the result is in `dtype`."""
 
     features: int
     dtype: Any = jnp.float32
@@ -174,17 +173,17 @@ class Dense(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         if on_cpu():
-            y = features_last(products.dense(features_first(x), kernel, self.dtype))
+            y = features_last(matmuls.dense(features_first(x), kernel, self.dtype))
         else:
             y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
         return add_bias(y, bias).astype(self.dtype)
 
 
 def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.Array:
-    """The greatest value under each window of [b, h, w, c]; of equals the first gets the gradient.
+    """Max pooling of [b, h, w, c]; among ties the first gets the gradient.
 
-    On CPU as maxima of strided slices: there the gradient of XLA's own is ten times slower. On GPU too, since that is a
-    scatter there, which takes sorting to give the same bits each time.
+    CPU and GPU take the maximum of strided slices. The gradient of XLA's own pooling is ten times slower on CPU, and a
+    scatter on GPU, where bitwise determinism would cost a sort.
     """
     if platform.current() == "gpu":
         return _max_pool(window, strides, padding, x)
@@ -192,11 +191,11 @@ def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.A
         return nn.max_pool(x, (window, window), (strides, strides), [(padding, padding)] * 2)
     if strides == window and not padding:
         return features_last(pool.max_pool(features_first(x), window))
-    return functools.reduce(_maximum, _seen(x, window, strides, padding, -jnp.inf))
+    return functools.reduce(_maximum, _window_slices(x, window, strides, padding, -jnp.inf))
 
 
-def _seen(x: jax.Array, window: int, strides: int, padding: int, fill: float) -> list[jax.Array]:
-    """What each place of the window sees of x [b, h, w, c], as strided slices [b, ho, wo, c]."""
+def _window_slices(x: jax.Array, window: int, strides: int, padding: int, fill: float) -> list[jax.Array]:
+    """One strided slice [b, ho, wo, c] of x [b, h, w, c] for each offset within the window."""
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=fill)
     ho, wo = ((n - window) // strides + 1 for n in x.shape[1:3])
 
@@ -214,21 +213,21 @@ def _max_pool(window: int, strides: int, padding: int, x: jax.Array) -> jax.Arra
 
 @_max_pool.defjvp
 def _max_pool_jvp(window: int, strides: int, padding: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """The derivative is that of the first greatest value; its transpose adds one array for each place of the window."""
+    """The tangent of the first maximum. The transpose adds one array per window offset instead of scattering."""
     (x,), (d_x,) = primals, tangents
     y = _max_pool(window, strides, padding, x)
-    seen = _seen(x, window, strides, padding, -jnp.inf)
-    first = jnp.full(y.shape, len(seen), jnp.uint8)  # the place of that value
-    for i in reversed(range(len(seen))):
-        first = jnp.where(seen[i] == y, jnp.uint8(i), first)
+    slices = _window_slices(x, window, strides, padding, -jnp.inf)
+    argmax = jnp.full(y.shape, len(slices), jnp.uint8)
+    for i in reversed(range(len(slices))):
+        argmax = jnp.where(slices[i] == y, jnp.uint8(i), argmax)
     zero = jnp.zeros((), y.dtype)
-    d_seen = _seen(d_x, window, strides, padding, 0)
-    return y, functools.reduce(jnp.add, [jnp.where(first == i, d, zero) for i, d in enumerate(d_seen)])
+    d_slices = _window_slices(d_x, window, strides, padding, 0)
+    return y, functools.reduce(jnp.add, [jnp.where(argmax == i, d, zero) for i, d in enumerate(d_slices)])
 
 
 @jax.custom_jvp
 def _maximum(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`jnp.maximum`, whose gradient at equals goes to `a` alone."""
+    """`jnp.maximum`, except that the gradient at a tie goes to `a` alone."""
     return jnp.maximum(a, b)
 
 
@@ -239,37 +238,37 @@ def _maximum_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array
 
 
 def mean_pool(x: jax.Array) -> jax.Array:
-    """The mean over all pixels [b, h, w, c] → [b, c], or over all tokens [b, n, d] → [b, d], in x's dtype."""
+    """Global average pooling over pixels [b, h, w, c] → [b, c] or tokens [b, n, d] → [b, d], in x's dtype."""
     return jnp.mean(widen(x), range(1, x.ndim - 1)).astype(x.dtype)
 
 
-def _below(x: jax.Array) -> jax.Array:
-    """The normal distribution's share below x; Flax computes it by `erfc`, which is several times slower on CPU."""
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    """The standard normal CDF by `erf`; Flax uses `erfc`, which is several times slower on CPU."""
     return 0.5 * (1 + lax.erf(x * float(0.5**0.5)))
 
 
 @jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution's share below x (Hendrycks and Gimpel 2016, arXiv:1606.08415), in x's dtype.
+    """Exact GELU, x times the normal CDF of x (Hendrycks and Gimpel 2016, arXiv:1606.08415), in x's dtype.
 
     Computed in float32 (or float64).
     """
     wide = widen(x)
-    return (wide * _below(wide)).astype(x.dtype)
+    return (wide * _normal_cdf(wide)).astype(x.dtype)
 
 
 @gelu.defjvp
 def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    # To compute the error function again is faster than to store it; without the barrier XLA stores it.
+    # Recomputing erf is faster than storing it; without the barrier XLA stores it.
     x = widen(platform.cpu_barrier(primals[0]))
     density = jnp.exp(-0.5 * lax.square(x)) * float(1 / (2 * np.pi) ** 0.5)
-    return gelu(*primals), (widen(tangents[0]) * (_below(x) + x * density)).astype(tangents[0].dtype)
+    return gelu(*primals), (widen(tangents[0]) * (_normal_cdf(x) + x * density)).astype(tangents[0].dtype)
 
 
 def drop_path(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Array:
-    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): in training x is zero for a whole example.
+    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): in training, zeros x [b, …] for random examples.
 
-    With probability `rate`, and scaled by 1 / (1 - rate) otherwise. The examples are on the first axis.
+    Each example is dropped with probability `rate`; those kept are scaled by 1 / (1 - rate).
     """
     if not train or rate == 0:
         return x

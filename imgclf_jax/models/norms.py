@@ -1,7 +1,7 @@
-"""Normalizations: linen's parameters, statistics and results, in few passes over the images.
+"""BatchNorm, LayerNorm and GroupNorm with linen's parameters and results, in few passes over the images.
 
-Statistics and sums are in float32 (or float64); what a normalization gives is in `dtype`. On CPU they are computed on
-arrays whose features come first (`cpu/`).
+Statistics accumulate in float32 (or float64); outputs are in `dtype`. On CPU they are computed on feature-first arrays
+(`cpu/`).
 """
 
 import functools
@@ -25,21 +25,22 @@ _groups = jax.make_user_context(1)
 
 
 def statistics_over(groups: int) -> AbstractContextManager[None]:
-    """Where a step is traced inside, `BatchNorm` takes its statistics of each of so many groups of the batch."""
+    """While tracing inside, training BatchNorm splits the batch into this many groups with statistics of their own."""
     context: AbstractContextManager[None] = _groups(groups)
     return context
 
 
 def groups(text: str, images: int, devices: int) -> int:
-    """How many groups the key `batch_norm` makes of so many images that are normalized at once.
+    """The number of BatchNorm groups in a batch of `images`, from the key `batch_norm`.
 
-    Raises UserError for another text than 'global', 'per_device' and 'groups(N)', and if N does not divide them.
+    The key is 'global' (SyncBatchNorm), 'per_device', or 'groups(N)' (ghost batch norm over N images each). Raises
+    UserError for anything else, and if `images` is not a multiple of N.
     """
     if text in ("global", "per_device"):
         return 1 if text == "global" else devices
     size = re.fullmatch(r"groups\(([1-9]\d*)\)", text.replace(" ", ""))
     if not size:
-        raise UserError(f"batch_norm={text!r}: allowed are 'global', 'per_device' and 'groups(32)', of 32 images each")
+        raise UserError(f"batch_norm={text!r}: allowed are 'global', 'per_device' and 'groups(N)' of N images each")
     if images % int(size[1]):
         raise UserError(f"batch_norm={text!r}: {images} images do not divide into groups of {size[1]}")
     return images // int(size[1])
@@ -48,9 +49,9 @@ def groups(text: str, images: int, devices: int) -> int:
 class BatchNorm(nn.Module):
     """`nn.BatchNorm` over the last axis: the same parameters, statistics and results.
 
-    Ioffe and Szegedy 2015 (arXiv:1502.03167), over all images of the batch, on however many devices they lie; or over
-    groups of it, see `statistics_over`: then the running statistics follow the mean of the groups'.
-    `momentum` is the weight of the old running mean and variance, the collection `batch_stats`.
+    Ioffe and Szegedy 2015 (arXiv:1502.03167). Statistics cover the global batch on any number of devices, or each group
+    inside `statistics_over`, where the running statistics follow the mean over the groups. `momentum` is the weight of
+    the old running mean and variance, in the collection `batch_stats`.
     """
 
     momentum: float = 0.99
@@ -72,15 +73,15 @@ class BatchNorm(nn.Module):
             mean, var = (v.value for v in running)
             factor = lax.rsqrt(var + self.epsilon) * scale
             return (x * factor.astype(x.dtype) + (bias - mean * factor).astype(x.dtype)).astype(self.dtype)
-        # Off CPU the derivative is XLA's to arrange: the rule below costs it a pass over the images.
+        # Off CPU, XLA's automatic derivative is faster: the rule below would cost it a pass over the images.
         one_group = functools.partial(_batch_norm_by_rule if on_cpu() else _batch_norm, self.epsilon)
         normalize = functools.partial(_features_first, one_group)
-        if (parts := _groups.value) == 1 or len(x) == 1:  # a model begins on one example
+        if (parts := _groups.value) == 1 or len(x) == 1:  # models are initialized on one example
             y, mean, var = normalize(x, scale.astype(x.dtype), bias.astype(x.dtype))
         else:
             by_group = x.reshape(parts, -1, *x.shape[1:])
-            y, *of_groups = jax.vmap(normalize, (0, None, None))(by_group, scale.astype(x.dtype), bias.astype(x.dtype))
-            y, (mean, var) = y.reshape(x.shape), (jnp.mean(values, 0) for values in of_groups)
+            y, *moments = jax.vmap(normalize, (0, None, None))(by_group, scale.astype(x.dtype), bias.astype(x.dtype))
+            y, (mean, var) = y.reshape(x.shape), (jnp.mean(values, 0) for values in moments)
         if not self.is_initializing():
             for old, new in zip(running, (mean, var), strict=True):
                 old.value = self.momentum * old.value + (1 - self.momentum) * new.astype(old.value.dtype)
@@ -104,9 +105,9 @@ class LayerNorm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """`nn.GroupNorm` over all axes but the first (Wu and He 2018, arXiv:1803.08494): the same parameters and results.
+    """`nn.GroupNorm` (Wu and He 2018, arXiv:1803.08494): the same parameters and results.
 
-    Each example is normalized over its pixels or tokens and over c / num_groups neighbouring channels.
+    Normalizes each example over its pixels or tokens and over groups of c / num_groups adjacent channels.
     """
 
     num_groups: int = 32
@@ -118,8 +119,8 @@ class GroupNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c = x.shape[-1]
         if self.num_groups < 1 or c % self.num_groups:
-            raise UserError(f"group_norm(num_groups={self.num_groups}): a layer's {c} channels do not divide into "
-                            "so many groups; choose a number that divides every layer's channels")  # fmt: skip
+            raise UserError(f"group_norm(num_groups={self.num_groups}): {c} channels do not divide into "
+                            f"{self.num_groups} groups; choose a divisor of every layer's channels")  # fmt: skip
         scale = self.param("scale", self.scale_init, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
         x = widen(x)
@@ -132,7 +133,7 @@ class GroupNorm(nn.Module):
 
 
 def _features_first(normalize: Callable[..., Any], x: jax.Array, *args: jax.Array) -> Any:
-    """`normalize(axis, x, …)` → (y, …), `axis` being the features': on CPU the first, elsewhere the last."""
+    """Calls `normalize(axis, x, …) -> (y, …)`, where `axis` holds the features: first on CPU, last elsewhere."""
     if not on_cpu():
         return normalize(x.ndim - 1, x, *args)
     y, *more = normalize(0, features_first(x), *args)
@@ -140,26 +141,26 @@ def _features_first(normalize: Callable[..., Any], x: jax.Array, *args: jax.Arra
 
 
 def _along(values: jax.Array, axis: int, x: jax.Array) -> jax.Array:
-    """values [c], broadcast to the shape of x, the c of them along `axis`."""
+    """Broadcasts values [c] along `axis` of x to the shape of x."""
     if on_cpu():
         return sums.broadcast_along(values, x.shape, axis)
     return jnp.broadcast_to(jnp.expand_dims(values, [i for i in range(x.ndim) if i != axis]), x.shape)
 
 
-def _mean_but(x: jax.Array, axis: int) -> jax.Array:
-    """The mean over all axes but this one → [c]."""
-    total = sums.sum_but(x, axis) if on_cpu() else jnp.sum(x, [i for i in range(x.ndim) if i != axis])
+def _mean_except(x: jax.Array, axis: int) -> jax.Array:
+    """The mean over all axes except `axis` → [c]."""
+    total = sums.sum_except(x, axis) if on_cpu() else jnp.sum(x, [i for i in range(x.ndim) if i != axis])
     return total / (x.size // x.shape[axis])
 
 
 def _batch_norm(
     epsilon: float, axis: int, x: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(normalized x, mean [c], variance [c])."""
-    mean = _mean_but(x, axis)
-    var = jnp.maximum(_mean_but(lax.square(x), axis) - lax.square(mean), 0)
+    """Returns (normalized x, mean [c], variance [c])."""
+    mean = _mean_except(x, axis)
+    var = jnp.maximum(_mean_except(lax.square(x), axis) - lax.square(mean), 0)
     factor = lax.rsqrt(var + epsilon) * scale
-    if platform.current() == "tpu":  # there the derivative then reads less of memory, on GPU more
+    if platform.current() == "tpu":  # its derivative reads less memory on TPU, but more on GPU
         return (x - _along(mean, axis, x)) * _along(factor, axis, x) + _along(bias, axis, x), mean, var
     return x * _along(factor, axis, x) + _along(bias - mean * factor, axis, x), mean, var
 
@@ -169,14 +170,14 @@ _batch_norm_by_rule = jax.custom_jvp(_batch_norm, nondiff_argnums=(0, 1))
 
 @_batch_norm_by_rule.defjvp
 def _batch_norm_jvp(epsilon: float, axis: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    """Its transpose is the paper's section 3, in two passes over the images: one of two sums, one that adds them."""
+    """Transposes to section 3 of the paper in two passes over the images: one for both sums, one to combine them."""
     x, scale, bias = primals
     d_x, d_scale, d_bias = tangents
     y, mean, var = _batch_norm(epsilon, axis, x, scale, bias)
     inverse = lax.rsqrt(var + epsilon)
-    # Subtracted twice: to do it again is faster than to store it. Without the barrier XLA stores the broadcast mean.
+    # Subtracting again is faster than storing the difference. Without the barrier XLA stores the broadcast mean.
     centred, again = (z - _along(m, axis, z) for z, m in ((x, mean), platform.cpu_barrier((x, mean))))
-    d_mean, half_d_var = _mean_but(d_x, axis), _mean_but(centred * d_x, axis)
+    d_mean, half_d_var = _mean_except(d_x, axis), _mean_except(centred * d_x, axis)
     factor = inverse * scale
     slope = inverse * d_scale - factor * inverse * inverse * half_d_var
     d_y = _along(factor, axis, x) * d_x + _along(d_bias - factor * d_mean, axis, x) + again * _along(slope, axis, x)
@@ -190,7 +191,7 @@ def _layer_norm(epsilon: float, axis: int, x: jax.Array, scale: jax.Array, bias:
 
 
 def _moments(epsilon: float, axis: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The mean and one over the deviation, over the features, which stay as an axis of size 1."""
+    """The mean and the reciprocal standard deviation over the features, whose axis keeps size 1."""
     mean = jnp.mean(x, axis, keepdims=True)
     var = jnp.maximum(jnp.mean(lax.square(x), axis, keepdims=True) - lax.square(mean), 0)
     return mean, lax.rsqrt(var + epsilon)
@@ -201,17 +202,17 @@ def _layer_norm_jvp(epsilon: float, axis: int, primals: Any, tangents: Any) -> t
     x, scale, bias = primals
     d_x, d_scale, d_bias = tangents
     mean, inverse = _moments(epsilon, axis, x)
-    # Computed twice and not stored, as in `_batch_norm_jvp`.
+    # Recomputed rather than stored, as in `_batch_norm_jvp`.
     normal, again = (
         (z - m) * i for z, m, i in (platform.cpu_barrier((x, mean, inverse)), platform.cpu_barrier((x, mean, inverse)))
     )
     first, second = (inverse * jnp.mean(z, axis, keepdims=True) for z in (d_x, again * d_x))
-    # The barrier has the transpose compute its argument's gradient once, for both of its terms.
+    # With the barrier, the transpose computes the cotangent of its argument once for both terms.
     slope = platform.cpu_barrier(_along(d_scale, axis, x) - _outer(scale, second, axis, x))
     d_y = _along(scale, axis, x) * (inverse * d_x) - _outer(scale, first, axis, x) + normal * slope
     return _layer_norm(epsilon, axis, x, scale, bias), (d_y + _along(d_bias, axis, x),)
 
 
 def _outer(values: jax.Array, x: jax.Array, axis: int, like: jax.Array) -> jax.Array:
-    """values [d] along `axis`, times x, whose size there is 1."""
+    """values [d] along `axis` times x, which has size 1 there."""
     return sums.outer(values, x) if on_cpu() else _along(values, axis, like) * x

@@ -1,14 +1,14 @@
-"""Parts of a backbone that its spec may name: blocks, normalizations, activations, …
+"""Swappable parts of a backbone: blocks, normalizations and activations chosen in the model's spec.
 
-A linen class lists such fields in a class attribute `swappable`; the value of each is then itself a spec, such as
+A linen class declares such fields in a class attribute `swappable`; each value is then a spec of its own, such as
 `resnet_cifar(block='my_nets:SEBlock(ratio=8)', norm='group_norm(num_groups=8)')`. In Python, pass the class::
 
     class MyNet(nn.Module):
         norm: Any = BatchNorm
         swappable = {"norm": NORM}
 
-A part's own class may have `swappable` too. What the backbone gives a part, such as `features` or `dtype`, goes to the
-fields that the part's class declares, unless the part's spec sets them.
+Parts may have swappable parts themselves. The backbone passes arguments such as `features` and `dtype` to the fields
+that a part declares, unless the part's spec sets them.
 """
 
 import functools
@@ -28,14 +28,15 @@ from imgclf_jax.models.norms import BatchNorm, GroupNorm, LayerNorm
 
 @dataclass(frozen=True)
 class Part:
-    """What one field of a backbone may be: shipped classes by name, and what the backbone gives to the one chosen.
+    """The choices for one swappable field, and the arguments that the backbone passes to the chosen class.
 
-    `given` are the arguments passed by name to each class that has such a field; a class must have those in `required`.
-    With `function` the part is a function of an array, with its own arguments behind.
+    `names` maps the names of built-in choices to classes. The arguments `passed` go to the fields of those names, where
+    a class declares them; it must declare the `required` ones. With `function`, choices are functions
+    (array, **arguments) -> array instead of classes.
     """
 
     names: Mapping[str, Any]
-    given: tuple[str, ...] = ()
+    passed: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     function: bool = False
 
@@ -56,29 +57,30 @@ ACTIVATION = Part(ACTIVATIONS, function=True)
 
 
 def bind(call: spec.Call, part: Part, kind: str) -> functools.partial[Any]:
-    """What `call` names, with its arguments bound, and the specs among them resolved.
+    """The class or function that `call` names, with its arguments bound and the specs among them resolved.
 
-    Raises UserError for a name, an argument, or a class that does not fit; `kind` is the field's name.
+    `kind` is the field's name, for messages. Raises UserError for a name, an argument or a class that does not fit.
     """
     if part.function:
         function = spec.bind(call, part.names, kind, given=("x",))
         if inspect.isclass(function.func):
             raise UserError(f"{kind} {call.name!r} is a class; {kind} must be a function of an array, such as 'gelu'")
         return function
-    made = spec.bind(call, part.names, kind, by_name=part.given)
-    if part.given:
+    made = spec.bind(call, part.names, kind, by_name=part.passed)
+    if part.passed:
         _check_class(made.func, part, kind, call.name)
-    own: Mapping[str, Part] = getattr(made.func, "swappable", {})
-    if not own or not all(isinstance(value, Part) for value in own.values()):
+    swappable: Mapping[str, Part] = getattr(made.func, "swappable", {})
+    if not swappable or not all(isinstance(value, Part) for value in swappable.values()):
         return made
     settings = inspect.signature(made.func).bind_partial(*made.args, **made.keywords).arguments
-    for key in own.keys() & settings.keys():
+    for key in swappable.keys() & settings.keys():
         text = settings[key]
         try:
             if not isinstance(text, str):
-                raise UserError(f"{key}={text!r} is not a spec; quote it, such as {key}='{next(iter(own[key].names))}'")
-            part_made = bind(spec.parse_one(text), own[key], key)
-            settings[key] = part_made if part_made.args or part_made.keywords else part_made.func
+                example = next(iter(swappable[key].names))
+                raise UserError(f"{key}={text!r} is not a spec; quote it, as in {key}='{example}'")
+            inner = bind(spec.parse_one(text), swappable[key], key)
+            settings[key] = inner if inner.args or inner.keywords else inner.func
         except Untrusted:
             raise
         except UserError as e:
@@ -86,8 +88,8 @@ def bind(call: spec.Call, part: Part, kind: str) -> functools.partial[Any]:
     return functools.partial(made.func, **settings)
 
 
-def are_swapped(module: nn.Module) -> bool:
-    """Whether a part of the module is not the default: its weights are then of another network than the published."""
+def has_swapped(module: nn.Module) -> bool:
+    """Whether a part of the module is not the default, so that published weights no longer fit."""
     fields = type(module).__dataclass_fields__
     return any(getattr(module, key) != fields[key].default for key in getattr(type(module), "swappable", {}))
 
@@ -99,23 +101,19 @@ def _check_class(made: Any, part: Part, kind: str, name: str) -> None:
     if missing:
         raise UserError(
             f"{kind} {name!r} has no field {missing[0]!r}; this backbone needs {' and '.join(part.required)} in a "
-            f"{kind}, and passes {', '.join(part.given)} to fields of these names"
+            f"{kind}, and passes {', '.join(part.passed)} to fields of these names"
         )
 
 
-def make(part: Any, name: str | None = None, **given: Any) -> Any:
-    """The module of a class or of a partial of one; `given` sets the fields that it has and does not set itself."""
-    return _with_given(part, given)(name=name)
-
-
-def _with_given(part: Any, given: Mapping[str, Any]) -> functools.partial[Any]:
+def make(part: Any, name: str | None = None, **passed: Any) -> Any:
+    """Instantiates a module class, or a partial of one, with those of `passed` that are unbound fields of it."""
     bound = part.keywords if isinstance(part, functools.partial) else {}
     fields = inspect.signature(part.func if isinstance(part, functools.partial) else part).parameters
-    return functools.partial(part, **{k: v for k, v in given.items() if k in fields and k not in bound})
+    return part(**{k: v for k, v in passed.items() if k in fields and k not in bound}, name=name)
 
 
 def call(module: nn.Module, x: jax.Array, train: bool) -> jax.Array:
-    """`module(x, train)`, or as its `__call__` wants it: linen's `use_running_average`, or neither."""
+    """Calls a module in training or evaluation mode: passes `train`, linen's `use_running_average`, or neither."""
     takes = inspect.signature(type(module).__call__).parameters
     if "train" in takes:
         return module(x, train)
@@ -125,15 +123,15 @@ def call(module: nn.Module, x: jax.Array, train: bool) -> jax.Array:
 
 @dataclass(frozen=True)
 class Norm:
-    """Makes a network's normalizations, each called as `norm(name)(x, train)`, whatever its class wants to be told."""
+    """Makes the normalization layers of a network, called as `norm(name)(x, train)` whatever their class accepts."""
 
     cls: Any  # a class, or a partial of one
-    given: Mapping[str, Any] = field(default_factory=dict)
+    passed: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, name: str | None = None, scale: float = 1.0) -> Callable[..., jax.Array]:
-        """The function (x, train) → x; `scale` is its scale's initial value."""
-        given = self.given if scale == 1 else {**self.given, "scale_init": nn.initializers.constant(scale)}
-        module = make(self.cls, name, **given)
+        """Returns a layer (x, train) -> x whose scale parameter is initialized to `scale`."""
+        passed = self.passed if scale == 1 else {**self.passed, "scale_init": nn.initializers.constant(scale)}
+        module = make(self.cls, name, **passed)
 
         def normalize(x: jax.Array, train: bool = False) -> jax.Array:
             return call(module, x, train)
@@ -141,6 +139,6 @@ class Norm:
         return normalize
 
 
-def norms(norm: Any, **given: Any) -> Norm:
-    """A Norm of a class or a partial of one; a Norm is returned as it is."""
-    return norm if isinstance(norm, Norm) else Norm(norm, given)
+def norms(norm: Any, **passed: Any) -> Norm:
+    """Wraps a class, or a partial of one, in a Norm; returns a Norm unchanged."""
+    return norm if isinstance(norm, Norm) else Norm(norm, passed)

@@ -1,4 +1,4 @@
-"""Recurrent cells: linen's parameters and results. The biases' gradients are summed in float32."""
+"""LSTM and GRU cells with linen's parameters and results, whose bias gradients are summed in float32."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from flax import linen as nn
 
 
 class _Weights(nn.Module):
-    """The parameters of `nn.Dense` over c features: (kernel [c, features], bias [features] or None)."""
+    """Returns the parameters of `nn.Dense` on c features: (kernel [c, features], bias [features] or None)."""
 
     features: int
     kernel_init: Callable[..., Any]
@@ -24,18 +24,18 @@ class _Weights(nn.Module):
 def _dense(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: Any) -> jax.Array:
     """`nn.Dense`: [b, c] → [b, features] in `dtype`."""
     y = jnp.dot(x.astype(dtype), kernel.astype(dtype))
-    return y if bias is None else _plus(y, bias)
+    return y if bias is None else _add_bias(y, bias)
 
 
 @jax.custom_jvp
-def _plus(y: jax.Array, bias: jax.Array) -> jax.Array:
-    return y + bias.astype(y.dtype)[None]  # not broadcast by itself: a loop over rows would keep that and read it
+def _add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    return y + bias.astype(y.dtype)[None]  # no explicit broadcast, which the scan over rows would store and reread
 
 
-@_plus.defjvp
-def _plus_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> Any:
-    d_y, d_bias = tangents  # cast after it is broadcast, as in `layers.spread`
-    return _plus(*primals), d_y + jnp.broadcast_to(d_bias, d_y.shape).astype(d_y.dtype)
+@_add_bias.defjvp
+def _add_bias_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> Any:
+    d_y, d_bias = tangents  # broadcast, then cast, as in `layers.spread`
+    return _add_bias(*primals), d_y + jnp.broadcast_to(d_bias, d_y.shape).astype(d_y.dtype)
 
 
 class LSTMCell(nn.OptimizedLSTMCell):
@@ -47,11 +47,11 @@ class LSTMCell(nn.OptimizedLSTMCell):
             return [_Weights(self.features, init, use_bias, name=side + gate)(x.shape[-1]) for gate in "ifgo"]
 
         c, h = carry
-        of_inputs = weights("i", inputs, self.kernel_init, False)
-        of_hidden = weights("h", h, self.recurrent_kernel_init, True)
-        bias = jnp.concatenate([bias for _, bias in of_hidden])
-        gates = _dense(h, jnp.concatenate([kernel for kernel, _ in of_hidden], 1), bias, self.dtype)
-        gates += _dense(inputs, jnp.concatenate([kernel for kernel, _ in of_inputs], 1), None, self.dtype)
+        input_weights = weights("i", inputs, self.kernel_init, False)
+        hidden_weights = weights("h", h, self.recurrent_kernel_init, True)
+        bias = jnp.concatenate([bias for _, bias in hidden_weights])
+        gates = _dense(h, jnp.concatenate([kernel for kernel, _ in hidden_weights], 1), bias, self.dtype)
+        gates += _dense(inputs, jnp.concatenate([kernel for kernel, _ in input_weights], 1), None, self.dtype)
         i, f, g, o = jnp.split(gates, 4, -1)
         c = self.gate_fn(f) * c + self.gate_fn(i) * self.activation_fn(g)
         h = self.gate_fn(o) * self.activation_fn(c)
@@ -59,7 +59,7 @@ class LSTMCell(nn.OptimizedLSTMCell):
 
 
 class GRUCell(nn.GRUCell):
-    """`nn.GRUCell` (Cho et al. 2014; it resets after the product): (h, x [b, d]) → (h, h), each [b, features]."""
+    """`nn.GRUCell` (Cho et al. 2014; the reset gate acts after the matmul): (h, x [b, d]) → (h, h), [b, features]."""
 
     @nn.compact
     def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""Rematerialisation: a block's inside is computed again in the backward pass, and not kept for it."""
+"""Rematerialization: recomputes a block's activations in the backward pass instead of storing them."""
 
 import functools
 from typing import Any
@@ -9,14 +9,13 @@ from imgclf_jax.core.errors import UserError
 
 
 def remat(block: Any, kind: str) -> Any:
-    """A class of blocks, or a partial of one, called as (x, train): itself if `kind` is "".
+    """Wraps a block class, or a partial of one, called as (x, train) (Chen et al. 2016, arXiv:1604.06174).
 
-    If it is "block", a class whose gradient keeps x alone.
-
-    The parameters and results are the same (Chen et al. 2016, arXiv:1604.06174).
+    With `kind` "block" the backward pass stores only x and recomputes the rest; with "" the block is unchanged.
+    Parameters and results are the same. Raises UserError for any other `kind`.
     """
     if kind not in ("", "block"):
-        raise UserError(f"remat={kind!r}: allowed are '' (keep all) and 'block' (keep what goes into each block)")
+        raise UserError(f"remat={kind!r}: allowed are '' (store all activations) and 'block' (store block inputs only)")
     if not kind:
         return block
     if isinstance(block, functools.partial):

@@ -1,4 +1,4 @@
-"""Residual networks: He et al. 2015 (arXiv:1512.03385), for ImageNet and for CIFAR, and wide ones."""
+"""ResNets for ImageNet and for CIFAR (He et al. 2015, arXiv:1512.03385), and wide ResNets."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,13 +14,13 @@ from imgclf_jax.models.layers import Conv, max_pool, mean_pool
 from imgclf_jax.models.norms import BatchNorm
 from imgclf_jax.models.remat import remat
 
-_IN_BLOCK = {"norm": parts.NORM, "activation": parts.ACTIVATION}
+_BLOCK_PARTS = {"norm": parts.NORM, "activation": parts.ACTIVATION}
 
 _STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
 def _conv(features: int, kernel: int, strides: int, dtype: Any, name: str) -> Conv:
-    """Padded to keep the size, without bias; initialized as in He et al. 2015, arXiv:1502.01852."""
+    """A convolution without bias, padded to keep the size, with He initialization (arXiv:1502.01852)."""
     init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     pad = (kernel - 1) // 2
     return Conv(features, kernel, strides, pad, use_bias=False, dtype=dtype, kernel_init=init, name=name)
@@ -29,25 +29,25 @@ def _conv(features: int, kernel: int, strides: int, dtype: Any, name: str) -> Co
 def _stages(
     block: Callable[..., nn.Module], features: int, depths: Sequence[int], x: jax.Array, train: bool
 ) -> jax.Array:
-    """Stage i has `depths[i]` blocks of features * 2**i; all but the first begin with a stride of 2."""
+    """Applies `depths[i]` blocks of width features * 2**i for each stage i; every stage but the first has stride 2."""
     for i, blocks in enumerate(depths):
         for j in range(blocks):
             x = block(features=features * 2**i, strides=2 if i and not j else 1, name=f"layer{i + 1}_{j}")(x, train)
     return x
 
 
-def _blocks_per_stage(model: str, depth: Any, beside: int, usual: str) -> int:
-    """n of a network of depth 6n + `beside`. Raises UserError if there is none."""
-    n, rest = divmod(depth - beside, 6) if isinstance(depth, int) else (0, 0)
+def _blocks_per_stage(model: str, depth: Any, extra: int, usual: str) -> int:
+    """Returns n for a network of depth 6n + `extra`. Raises UserError if `depth` has no such n ≥ 1."""
+    n, rest = divmod(depth - extra, 6) if isinstance(depth, int) else (0, 0)
     if n < 1 or rest:
-        near = "" if n < 1 else f"; the nearest are {6 * n + beside} and {6 * n + 6 + beside}"
-        raise UserError(f"{model}(depth={depth!r}): the depth must be 6n + {beside} with n of 1 or more, "
+        near = "" if n < 1 else f"; the nearest are {6 * n + extra} and {6 * n + 6 + extra}"
+        raise UserError(f"{model}(depth={depth!r}): the depth must be 6n + {extra} with n of 1 or more, "
                         f"such as {usual}{near}")  # fmt: skip
     return n
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions; `shortcut` is "conv" (1×1 where the shape changes) or "pad" (zeros as new channels)."""
+    """Two 3×3 convolutions and a shortcut: "conv" (1×1 where the shape changes) or "pad" (zeros as new channels)."""
 
     features: int
     strides: int = 1
@@ -56,12 +56,12 @@ class BasicBlock(nn.Module):
     norm: Any = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     dtype: Any = jnp.float32
-    swappable = _IN_BLOCK
+    swappable = _BLOCK_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         if self.shortcut not in ("conv", "pad"):
-            raise UserError(f"shortcut={self.shortcut!r} of a basic_block: allowed are 'conv' and 'pad'")
+            raise UserError(f"basic_block(shortcut={self.shortcut!r}): allowed are 'conv' and 'pad'")
         conv, norm = partial(_conv, dtype=self.dtype), parts.norms(self.norm, dtype=self.dtype)
         y = self.activation(norm("bn1")(conv(self.features, 3, self.strides, name="conv1")(x), train))
         y = norm("bn2", self.last_scale)(conv(self.features, 3, 1, name="conv2")(y), train)
@@ -75,7 +75,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolutions, to four times the features; the stride is the 3×3's, as in Goyal et al. 2017."""
+    """1×1, 3×3 and 1×1 convolutions, to 4 * features; the 3×3 has the stride, as in Goyal et al. 2017."""
 
     features: int
     strides: int = 1
@@ -83,7 +83,7 @@ class Bottleneck(nn.Module):
     norm: Any = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     dtype: Any = jnp.float32
-    swappable = _IN_BLOCK
+    swappable = _BLOCK_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -97,21 +97,21 @@ class Bottleneck(nn.Module):
         return self.activation(x + y)
 
 
-_IN_RESNET = {
+_RESNET_PARTS = {
     "block": parts.Part(
         {"basic_block": BasicBlock, "bottleneck": Bottleneck},
-        given=("features", "strides", "norm", "activation", "dtype", "last_scale", "shortcut"),
+        passed=("features", "strides", "norm", "activation", "dtype", "last_scale", "shortcut"),
         required=("features", "strides"),
     ),
-    **_IN_BLOCK,
+    **_BLOCK_PARTS,
 }
 
 
 class ResNet(nn.Module):
-    """The networks of table 1, of depth 18, 34, 50, 101 or 152: [b, h, w, c] → [b, 512], or [b, 2048] from 50 on.
+    """ResNets of table 1, depth 18, 34, 50, 101 or 152: [b, h, w, c] → [b, 512], or [b, 2048] from depth 50 on.
 
-    A block begins as the identity, its last scale being zero (Goyal et al. 2017, arXiv:1706.02677), unless `zero_init`
-    is False.
+    With `zero_init`, the scale of each block's last norm starts at 0, so that blocks start as the identity (Goyal et
+    al. 2017, arXiv:1706.02677).
     """
 
     depth: int = 50
@@ -119,10 +119,10 @@ class ResNet(nn.Module):
     momentum: float = 0.9
     remat: str = ""
     dtype: Any = jnp.float32
-    block: Any = None  # by the depth: BasicBlock below 50, else Bottleneck
+    block: Any = None  # None: BasicBlock below depth 50, else Bottleneck
     norm: Any = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
-    swappable = _IN_RESNET
+    swappable = _RESNET_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -139,10 +139,10 @@ class ResNet(nn.Module):
 
 
 class ResNetCIFAR(nn.Module):
-    """The networks of section 4.2, of depth 6n + 2 (20, 32, 44, 56, 110): [b, h, w, c] → [b, 64].
+    """ResNets of section 4.2, depth 6n + 2 (20, 32, 44, 56, 110): [b, h, w, c] → [b, 64].
 
-    The shortcuts have no parameters: every second pixel, and zeros as new channels, half of them before the old ones
-    and half behind, as in the public PyTorch checkpoints of these networks.
+    Shortcuts have no parameters: they subsample every second pixel and pad the channels with zeros, half before and
+    half after, as in akamaster's PyTorch checkpoints.
     """
 
     depth: int = 20
@@ -151,7 +151,7 @@ class ResNetCIFAR(nn.Module):
     block: Any = BasicBlock
     norm: Any = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
-    swappable = _IN_RESNET
+    swappable = _RESNET_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -166,7 +166,7 @@ class ResNetCIFAR(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """Normalization and ReLU come before each convolution; dropout between the two."""
+    """A pre-activation block: norm, ReLU and 3×3 convolution, twice, with dropout in between."""
 
     features: int
     strides: int = 1
@@ -174,7 +174,7 @@ class WideBlock(nn.Module):
     norm: Any = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     dtype: Any = jnp.float32
-    swappable = _IN_BLOCK
+    swappable = _BLOCK_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -187,18 +187,18 @@ class WideBlock(nn.Module):
         return x + conv(self.features, 3, 1, name="conv2")(y)
 
 
-_IN_WIDE_RESNET = {
+_WIDE_RESNET_PARTS = {
     "block": parts.Part(
         {"wide_block": WideBlock},
-        given=("features", "strides", "norm", "activation", "dtype", "dropout"),
+        passed=("features", "strides", "norm", "activation", "dtype", "dropout"),
         required=("features", "strides"),
     ),
-    **_IN_BLOCK,
+    **_BLOCK_PARTS,
 }
 
 
 class WideResNet(nn.Module):
-    """WRN-depth-width of Zagoruyko and Komodakis 2016 (arXiv:1605.07146), depth 6n + 4: → [b, 64 * width]."""
+    """Wide ResNets of depth 6n + 4 (Zagoruyko and Komodakis 2016, arXiv:1605.07146): → [b, 64 * width]."""
 
     depth: int = 28
     width: int = 10
@@ -208,7 +208,7 @@ class WideResNet(nn.Module):
     block: Any = WideBlock
     norm: Any = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
-    swappable = _IN_WIDE_RESNET
+    swappable = _WIDE_RESNET_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Models over patches: the Vision Transformer and the MLP-Mixer."""
+"""The Vision Transformer and the MLP-Mixer."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,34 +17,34 @@ from imgclf_jax.models.norms import LayerNorm
 from imgclf_jax.models.remat import remat
 
 _VIT = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # width, layers, heads
-_MIXER = {"S": (512, 8, 256, 2048), "B": (768, 12, 384, 3072)}  # width, layers, hidden over tokens, over channels
+_MIXER = {"S": (512, 8, 256, 2048), "B": (768, 12, 384, 3072)}  # width, layers, hidden widths over tokens, channels
 _ACTIVATION = {"activation": parts.ACTIVATION}
 _init = nn.initializers.truncated_normal(0.02)
 
 
 def _patches(x: jax.Array, patch: int, width: int, dtype: Any, kind: str) -> jax.Array:
-    """[b, h, w, c] → [b, h / patch, w / patch, width]: each patch by itself, through one dense layer."""
+    """Patch embedding: [b, h, w, c] → [b, h / patch, w / patch, width]."""
     h, w = x.shape[1:3]
     if h % patch or w % patch:
-        raise UserError(f"{kind}: an image of {h} by {w} does not divide into patches of {patch}; resize it")
+        raise UserError(f"{kind}: images of {h} by {w} do not divide into patches of {patch}; resize them")
     return Conv(width, patch, patch, "VALID", dtype=dtype, kernel_init=nn.initializers.lecun_normal(), name="patch")(x)
 
 
 def sincos_positions(h: int, w: int, width: int) -> np.ndarray:
-    """f32[h * w, width], fixed: sines and cosines of the row and of the column, of geometric wavelengths.
+    """Fixed 2D sine-cosine position embeddings f32[h * w, width], as in Beyer et al. 2022 (arXiv:2205.01580).
 
-    As in Beyer et al. 2022 (arXiv:2205.01580); `width` is a multiple of 4.
+    `width` must be a multiple of 4.
     """
     rows, columns = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
     frequencies = 1 / 10_000 ** (np.arange(width // 4) / max(width // 4 - 1, 1))
-    angles = [place.reshape(-1, 1) * frequencies for place in (columns, rows)]
+    angles = [positions.reshape(-1, 1) * frequencies for positions in (columns, rows)]
     return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1).astype(np.float32)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention over tokens [b, n, d] (Vaswani et al. 2017, arXiv:1706.03762).
 
-    Its maps, f32[b, heads, queries, keys], are there under `mutable=["intermediates"]`, as `attention`.
+    With `mutable=["intermediates"]` it sows its maps, f32[b, heads, queries, keys], as `attention`.
     """
 
     heads: int
@@ -53,8 +53,8 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         d, init = x.shape[-1], nn.initializers.xavier_uniform()
-        each = nn.initializers.variance_scaling(2.0, "fan_avg", "uniform")  # Glorot's for each of the three by itself
-        qkv = Dense(3 * d, self.dtype, each, name="qkv")(x)  # [b, n, 3 * d]
+        qkv_init = nn.initializers.variance_scaling(2.0, "fan_avg", "uniform")  # Glorot for each of the three kernels
+        qkv = Dense(3 * d, self.dtype, qkv_init, name="qkv")(x)  # [b, n, 3 * d]
         y, maps = attention(qkv, self.heads, self.is_mutable_collection("intermediates"))
         if maps is not None:
             self.sow("intermediates", "attention", maps)
@@ -62,7 +62,7 @@ class Attention(nn.Module):
 
 
 class MLPBlock(nn.Module):
-    """Two dense layers with GELU between them, over the features of tokens [b, n, d]."""
+    """The MLP of a block, [b, n, d] → [b, n, hidden] → [b, n, d], with GELU and dropout in between."""
 
     hidden: int
     dropout: float = 0.0
@@ -79,7 +79,7 @@ class MLPBlock(nn.Module):
 
 
 _MLP = parts.Part({"mlp_block": MLPBlock}, ("hidden", "dropout", "activation", "dtype"))
-_IN_ENCODER = {
+_ENCODER_PARTS = {
     "attention": parts.Part({"attention": Attention}, ("heads", "dropout", "activation", "dtype")),
     "mlp": _MLP,
     "norm": parts.NORM,
@@ -88,7 +88,7 @@ _IN_ENCODER = {
 
 
 class EncoderBlock(nn.Module):
-    """Attention and dense layers, each after a normalization and beside a shortcut."""
+    """A pre-norm transformer block: attention and an MLP, each with a residual connection."""
 
     heads: int
     dropout: float = 0.0
@@ -98,38 +98,41 @@ class EncoderBlock(nn.Module):
     mlp: Any = MLPBlock
     norm: Any = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
-    swappable = _IN_ENCODER
+    swappable = _ENCODER_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         norm = parts.norms(self.norm, dtype=self.dtype)
-        given: dict[str, Any] = {"dropout": self.dropout, "dtype": self.dtype, "activation": self.activation}
-        attention = parts.make(self.attention, "attn", heads=self.heads, **given)
+        passed: dict[str, Any] = {"dropout": self.dropout, "dtype": self.dtype, "activation": self.activation}
+        attention = parts.make(self.attention, "attn", heads=self.heads, **passed)
         y = parts.call(attention, norm("norm1")(x, train), train)
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
         x = x + drop_path(self, y, self.drop_path, train)
-        mlp = parts.make(self.mlp, "mlp", hidden=4 * x.shape[-1], **given)
+        mlp = parts.make(self.mlp, "mlp", hidden=4 * x.shape[-1], **passed)
         y = parts.call(mlp, norm("norm2")(x, train), train)
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
         return x + drop_path(self, y, self.drop_path, train)
 
 
-_IN_VIT = {
+_VIT_PARTS = {
     "block": parts.Part(
         {"encoder_block": EncoderBlock},
         ("heads", "dropout", "drop_path", "attention", "mlp", "norm", "activation", "dtype"),
     ),
-    **_IN_ENCODER,
+    **_ENCODER_PARTS,
 }
 
 
 class ViT(nn.Module):
-    """Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929): → [b, 192 | 384 | 768 | 1024].
+    """Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929): [b, h, w, c] → [b, width].
 
-    These are the widths of the variants "Ti", "S", "B" and "L". `patch` is the patches' side; `positions` are "learned"
-    or "sincos"; `pool` is "cls" (a class token's features) or "mean" (of all tokens). With `representation` a dense
-    layer of the same width and tanh make the features, as in the paper's pre-training. The attention maps of block i
-    are there under `mutable=["intermediates"]`.
+    - `variant` is "Ti", "S", "B" or "L", of width 192, 384, 768 or 1024.
+    - `patch` is the side of a patch in pixels.
+    - `positions` are "learned" or "sincos".
+    - `pool` is "cls" (the class token) or "mean" (over all tokens).
+    - `representation` adds a dense layer of the same width with tanh, as in the paper's pre-training.
+
+    With `mutable=["intermediates"]` each block sows its attention maps.
     """
 
     variant: str = "S"
@@ -146,7 +149,7 @@ class ViT(nn.Module):
     mlp: Any = MLPBlock
     norm: Any = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
-    swappable = _IN_VIT
+    swappable = _VIT_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -170,24 +173,24 @@ class ViT(nn.Module):
             x = x + spread(self.param("positions_embedding", _init, (1, x.shape[1], width)), x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         block, norm = remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)
-        given: dict[str, Any] = {
+        passed: dict[str, Any] = {
             "heads": heads, "dropout": self.dropout, "dtype": self.dtype, "attention": self.attention, "mlp": self.mlp,
             "norm": norm, "activation": self.activation,
         }  # fmt: skip
         for i in range(layers):
             rate = self.drop_path * i / (layers - 1)
-            x = parts.make(block, f"block{i}", drop_path=rate, **given)(x, train)
+            x = parts.make(block, f"block{i}", drop_path=rate, **passed)(x, train)
         if self.pool == "cls":
-            x = x[:, :1]  # before it is normalized: nobody needs the others
+            x = x[:, :1]  # before the norm, which no other token needs
         x = mean_pool(norm("norm")(x, train))
         return jnp.tanh(Dense(width, self.dtype, name="representation")(x)) if self.representation else x
 
 
-_IN_MIXER_BLOCK = {"mlp": _MLP, "norm": parts.NORM, **_ACTIVATION}
+_MIXER_BLOCK_PARTS = {"mlp": _MLP, "norm": parts.NORM, **_ACTIVATION}
 
 
 class MixerBlock(nn.Module):
-    """Dense layers over the tokens, then over the channels."""
+    """Token mixing, then channel mixing: an MLP over each, with a residual connection."""
 
     tokens_hidden: int
     channels_hidden: int
@@ -196,7 +199,7 @@ class MixerBlock(nn.Module):
     mlp: Any = MLPBlock
     norm: Any = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
-    swappable = _IN_MIXER_BLOCK
+    swappable = _MIXER_BLOCK_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -209,17 +212,17 @@ class MixerBlock(nn.Module):
         return x + drop_path(self, y, self.drop_path, train)
 
 
-_IN_MIXER = {
+_MIXER_PARTS = {
     "block": parts.Part(
         {"mixer_block": MixerBlock},
         ("tokens_hidden", "channels_hidden", "drop_path", "mlp", "norm", "activation", "dtype"),
     ),
-    **_IN_MIXER_BLOCK,
+    **_MIXER_BLOCK_PARTS,
 }
 
 
 class Mixer(nn.Module):
-    """MLP-Mixer (Tolstikhin et al. 2021, arXiv:2105.01601), variant "S" or "B": → [b, 512 | 768]."""
+    """MLP-Mixer "S" or "B" (Tolstikhin et al. 2021, arXiv:2105.01601): [b, h, w, c] → [b, 512] or [b, 768]."""
 
     variant: str = "S"
     patch: int = 16
@@ -230,7 +233,7 @@ class Mixer(nn.Module):
     mlp: Any = MLPBlock
     norm: Any = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
-    swappable = _IN_MIXER
+    swappable = _MIXER_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -240,11 +243,11 @@ class Mixer(nn.Module):
         x = _patches(x, self.patch, width, self.dtype, "mixer")
         x = x.reshape(x.shape[0], -1, width)
         block, norm = remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)
-        given: dict[str, Any] = {
+        passed: dict[str, Any] = {
             "tokens_hidden": tokens_hidden, "channels_hidden": channels_hidden, "dtype": self.dtype, "mlp": self.mlp,
             "norm": norm, "activation": self.activation,
         }  # fmt: skip
         for i in range(layers):
             rate = self.drop_path * i / (layers - 1)
-            x = parts.make(block, f"block{i}", drop_path=rate, **given)(x, train)
+            x = parts.make(block, f"block{i}", drop_path=rate, **passed)(x, train)
         return mean_pool(norm("norm")(x, train))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from imgclf_jax.models.cpu import pool, products
+from imgclf_jax.models.cpu import matmuls, pool
 from imgclf_jax.models.cpu.layout import features_first, features_last
 
 N = 4
@@ -178,6 +178,6 @@ LOOSE = {
     "product": lambda x, y: y + jnp.prod(1 + 0.2 * jnp.sin(lax.stop_gradient(x)), 1, keepdims=True),
     "matmul": lambda x, y: jnp.einsum("bnd,de->bne", x * 1.1, jnp.asarray(MATRIX, x.dtype)),
     "dense": lambda x, y: features_last(
-        products.dense(features_first(x), jnp.asarray(MATRIX, jnp.float32), x.dtype)).astype(x.dtype),
+        matmuls.dense(features_first(x), jnp.asarray(MATRIX, jnp.float32), x.dtype)).astype(x.dtype),
     "repeated": lambda x, y: functools.reduce(lambda z, _: jnp.tanh(z) + y * 0.1, range(2), x),
 }  # fmt: skip

@@ -42,7 +42,7 @@ def test_how_the_head_begins(head_init, deviation, most):
     [
         ("'zero'", "unknown head_init 'zero': did you mean 'zeros'"),
         ("'normal(1, 2, 3, 4)'", "in head_init 'normal.*too many positional arguments"),
-        ("0", "head_init=0 is not a text, such as 'zeros'"),
+        ("0", "head_init=0 must be in quotes, such as 'zeros'"),
     ],
 )
 def test_another_beginning_is_refused(head_init, message):

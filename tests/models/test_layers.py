@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.models import layers
-from imgclf_jax.models.cpu import pool, products
+from imgclf_jax.models.cpu import matmuls, pool
 from imgclf_jax.models.cpu.rewrite import rewrite
 from imgclf_jax.models.layers import Conv, ConvPool, Dense, FlatDense, conv
 
@@ -112,7 +112,7 @@ def test_layers_on_cpu_in_bfloat16(function, features):
 
     def scalar(x, kernel, dtype):
         if function == "flat_dense":
-            y = products.flat_dense(x, kernel, dtype)
+            y = matmuls.flat_dense(x, kernel, dtype)
         else:
             y = getattr(pool, function)(x, kernel, bias, 2, dtype)
         return jnp.sum(y.astype(jnp.float32)), y

@@ -194,7 +194,7 @@ def test_remat_of_a_strangers_block():
     ("resnet_cifar(block='test_parts:SEBlock(rate=2)')", "unknown argument 'rate': did you mean 'ratio'"),
     ("resnet_cifar(block='test_parts:a_function')", "block 'test_parts:a_function' is not a subclass of flax.linen."),
     ("resnet_cifar(block='test_parts:WithoutStrides')", "block 'test_parts:WithoutStrides' has no field 'strides'"),
-    ("resnet_cifar(block=20)", "block=20 is not a spec; quote it, such as block='basic_block'"),
+    ("resnet_cifar(block=20)", "block=20 is not a spec; quote it, as in block='basic_block'"),
     ("resnet_cifar(norm='basic_block')", "unknown norm 'basic_block': allowed: batch_norm, group_norm,"),
     ("resnet_cifar(norm='group_norm(groups=8)')", "unknown argument 'groups': did you mean 'num_groups'"),
     ("resnet_cifar(norm='batch_norm|relu')", "expected exactly one name(...), found 2"),
@@ -212,7 +212,7 @@ def test_a_part_that_does_not_fit(spec, says):
 
 @pytest.mark.parametrize(("spec", "says"), [
     ("resnet_cifar(depth=8, norm='group_norm')", "group_norm(num_groups=32): a layer's 16 channels do not divide"),
-    ("resnet_cifar(depth=8, block='basic_block(shortcut=\"none\")')", "shortcut='none' of a basic_block: allowed are"),
+    ("resnet_cifar(depth=8, block='basic_block(shortcut=\"none\")')", r"basic_block(shortcut='none'): allowed are"),
     ("resnet_cifar(depth=21)", "the depth must be 6n + 2 with n of 1 or more, such as 20, 32, 44, 56 and 110; the "
                                "nearest are 20 and 26"),
     ("resnet_cifar(depth=2)", "resnet_cifar(depth=2): the depth must be 6n + 2 with n of 1 or more"),

@@ -52,5 +52,5 @@ def test_forward_products_are_computed_again(name, monkeypatch):
 
 def test_other_names_are_refused():
     model = classifier.build("vit('Ti', patch=8, remat='blocks')", 4, "float32")
-    with pytest.raises(UserError, match=r"remat='blocks': allowed are '' \(keep all\) and 'block'"):
+    with pytest.raises(UserError, match=r"remat='blocks': allowed are '' \(store all activations\) and 'block'"):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))

@@ -1,7 +1,6 @@
-"""How arrays lie in memory where layers compute on CPU: features first and the batch last, [c, h, w, b] and [d, b, n].
+"""The feature-first memory layout of the CPU layers: [c, h, w, b] for images and [d, b, n] for tokens.
 
-Only the layers' CPU form uses this. What they give and take is [b, h, w, c] or [b, n, d]; `rewrite.py` cancels the
-transposes between two layers.
+Layers still take and return [b, h, w, c] or [b, n, d]; `rewrite.py` cancels the transposes between two layers.
 """
 
 import jax
@@ -13,31 +12,31 @@ from imgclf_jax.core import platform
 
 
 def on_cpu() -> bool:
-    """Whether what is traced is for CPU."""
+    """Whether the program being traced is for CPU."""
     return platform.current() == "cpu"
 
 
-def _features_first(ndim: int) -> list[int]:
-    """Which axis of the array each axis in memory is."""
+def _permutation(ndim: int) -> list[int]:
+    """The transpose permutation from the usual to the feature-first layout."""
     return [3, 1, 2, 0] if ndim == 4 else [ndim - 1, *range(ndim - 1)]
 
 
 def features_first(x: jax.Array) -> jax.Array:
-    """[b, h, w, c] → [c, h, w, b]. Of any other rank the last axis comes first, as in [b, n, d] → [d, b, n]."""
-    return x.transpose(_features_first(x.ndim))
+    """Transposes [b, h, w, c] → [c, h, w, b]; at any other rank moves the last axis first, [b, n, d] → [d, b, n]."""
+    return x.transpose(_permutation(x.ndim))
 
 
 def features_last(x: jax.Array) -> jax.Array:
     """The inverse of `features_first`."""
-    order = _features_first(x.ndim)
+    order = _permutation(x.ndim)
     return x.transpose([order.index(axis) for axis in range(x.ndim)])
 
 
 def contiguous(x: jax.Array) -> jax.Array:
-    """x itself, computed here and laid out in memory as its shape says.
+    """Materializes x in row-major layout.
 
-    Without it XLA leaves a transposed x where it lies and reads it across its rows, or computes x anew, as often as
-    needed, inside of what reads it. Outside of `jit` it has no say.
+    Without it XLA keeps a transposed x in place and reads it across its rows, or recomputes x inside each consumer.
+    Outside `jit` it has no effect.
     """
     if not isinstance(x, jax.core.Tracer):
         return x
@@ -45,5 +44,5 @@ def contiguous(x: jax.Array) -> jax.Array:
 
 
 def accumulator(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """What products of operands in `dtype` are summed in: float32, or float64 for float64."""
+    """The accumulation dtype of matmuls with operands in `dtype`: float32, or float64 for float64."""
     return jnp.dtype(dtype if dtype == jnp.float64 else jnp.float32)

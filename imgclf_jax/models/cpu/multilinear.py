@@ -1,8 +1,8 @@
-"""Functions that are linear in one or two arrays, with a fast form of their own for each gradient.
+"""Functions that are linear in each of one or two arrays, with a custom implementation of every gradient.
 
-A convolution is linear in its images and in its kernel; so is a dense layer. `jax.custom_vjp` would serve reverse mode
-alone. The gradients of such a function are of the same kind, so primitives that name each other as their derivatives
-serve forward mode, reverse mode and every mixture of them, such as `jax.jvp(jax.grad(f), …)`.
+Convolutions and dense layers are linear in the images and in the kernel. `jax.custom_vjp` would cover reverse mode
+only. Since the gradients of such a function are multilinear too, primitives that are each other's derivatives cover
+forward mode, reverse mode and any composition, such as `jax.jvp(jax.grad(f), …)`.
 """
 
 import functools
@@ -17,12 +17,13 @@ Function = Callable[..., jax.Array]
 
 
 def multilinear(name: str, product: Function, *gradients: Function) -> Function:
-    """The function (*operands, *residuals, **static) → z, differentiable any number of times in both modes.
+    """Returns a function (*operands, *residuals, **static) -> z, differentiable any number of times in both modes.
 
-    `product` computes it. There is one gradient for each operand. It is called as `product` is, but with the gradient
-    of z in place of its operand, and with the operand's shape and dtype as the keyword `like`; it gives the operand's
-    gradient. That may be of a wider dtype, and is rounded then. `residuals` are arrays that are not differentiated,
-    such as integers. `static` are hashable keywords.
+    - `product` computes z.
+    - `gradients` has one function per operand. It is called like `product`, with the cotangent of z in place of its
+      operand and the operand's shape and dtype as the keyword `like`. It returns the operand's cotangent, which is cast
+      to the operand's dtype.
+    - `residuals` are arrays that are not differentiated, such as integers; `static` are hashable keywords.
     """
     functions, primitives = (product, *gradients), [Primitive(f"cpu_{name}_{i}") for i in range(len(gradients) + 1)]
     for role, primitive in enumerate(primitives):
@@ -43,20 +44,20 @@ def _shapes(args: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
     return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args)
 
 
-@functools.lru_cache(4096)  # the layers of a network are alike, and each asks several times
+@functools.lru_cache(4096)  # the layers of a network repeat shapes, and each asks several times
 def _shape(run: Function, params: tuple[tuple[str, Any], ...], shapes: tuple[Any, ...]) -> jax.core.ShapedArray:
     out = jax.eval_shape(functools.partial(run, **dict(params)), *shapes)
     return jax.core.ShapedArray(out.shape, out.dtype)
 
 
 def _run(function: Function, role: int, *args: jax.Array, likes: Any, static: Any) -> jax.Array:
-    """Role 0 is the product, role i the gradient of operand i - 1, of which `likes` are the shapes and dtypes."""
+    """Runs role 0, the product, or role i, the gradient of operand i - 1; `likes` are the operands' shapes."""
     like = {"like": likes[role - 1]} if role else {}
     return function(*args, **like, **dict(static))
 
 
 def _jvp(primitive: Primitive, operands: int, primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
-    """The sum over the operands of the product with the operand's tangent in its place."""
+    """The tangent: the sum over operands of the product with the operand replaced by its tangent."""
     out = primitive.bind(*primals, **params)
     terms = [
         primitive.bind(*primals[:i], tangent, *primals[i + 1 :], **params)
@@ -67,23 +68,23 @@ def _jvp(primitive: Primitive, operands: int, primals: Any, tangents: Any, **par
 
 
 def _transpose(primitives: list[Primitive], role: int, cotangent: Any, *args: Any, **params: Any) -> list[Any]:
-    """The cotangent of the one operand that is to be differentiated; None for the others."""
-    place = next(i for i, x in enumerate(args) if ad.is_undefined_primal(x))
-    operands, own = list(args), role - 1
-    operands[place] = cotangent
+    """The cotangent of the one operand to differentiate; None for the others."""
+    index = next(i for i, x in enumerate(args) if ad.is_undefined_primal(x))
+    operands, z_index = list(args), role - 1  # in a gradient, z's cotangent takes this operand's position
+    operands[index] = cotangent
     if role == 0:
-        wanted = primitives[place + 1]
-    elif place == own:  # it stood for the gradient of z
-        wanted = primitives[0]
+        primitive = primitives[index + 1]
+    elif index == z_index:
+        primitive = primitives[0]
     else:
-        operands[place], operands[own] = args[own], cotangent
-        wanted = primitives[place + 1]
-    out = wanted.bind(*operands, **params).astype(args[place].aval.dtype)
-    return [out if i == place else None for i in range(len(args))]
+        operands[index], operands[z_index] = args[z_index], cotangent
+        primitive = primitives[index + 1]
+    out = primitive.bind(*operands, **params).astype(args[index].aval.dtype)
+    return [out if i == index else None for i in range(len(args))]
 
 
 def _register(primitive: Primitive, run: Function) -> None:
-    """Evaluation, shapes, compilation and vmap of a primitive: those of the JAX code that it stands for."""
+    """Registers evaluation, shapes, lowering and vmap of a primitive, all derived from the JAX function `run`."""
 
     def shape(*args: Any, **params: Any) -> Any:
         return _shape(run, tuple(params.items()), _shapes(args))

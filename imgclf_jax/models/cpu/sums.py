@@ -1,4 +1,4 @@
-"""Sums over all axes but that of the features, or over the features, and their transposes, on CPU."""
+"""Reductions over all axes except the features, or over the features, and their transposes, on CPU."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ def _broadcast(values: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Arra
 
 
 def _sum(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
-    """In two steps where the features come first: the first of them runs along vectors."""
+    """Sums feature-first arrays in two steps, the first of which vectorizes."""
     if axis == 0 and len(shape) > 2:
         return jnp.sum(lax.optimization_barrier(jnp.sum(x, range(1, x.ndim - 1))), 1)
     return jnp.sum(x, [i for i in range(x.ndim) if i != axis])
@@ -21,24 +21,24 @@ def _sum(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
 _broadcast_along = multilinear(
     "broadcast_along", _broadcast, lambda gradient, like, shape, axis: _sum(gradient, shape, axis)
 )
-_sum_but = multilinear("sum_but", _sum, lambda gradient, like, shape, axis: _broadcast(gradient, shape, axis))
+_sum_except = multilinear("sum_except", _sum, lambda gradient, like, shape, axis: _broadcast(gradient, shape, axis))
 
 
 def broadcast_along(values: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
-    """values [c] → `shape`, the c of them along `axis`; the gradient is `sum_but`."""
+    """Broadcasts values [c] along `axis` to `shape`; the gradient is `sum_except`."""
     return _broadcast_along(values, shape=tuple(shape), axis=axis)
 
 
-def sum_but(x: jax.Array, axis: int) -> jax.Array:
-    """The sum over all axes but this one → [c]; the gradient is `broadcast_along`."""
-    return _sum_but(x, shape=x.shape, axis=axis)
+def sum_except(x: jax.Array, axis: int) -> jax.Array:
+    """The sum over all axes except `axis` → [c]; the gradient is `broadcast_along`."""
+    return _sum_except(x, shape=x.shape, axis=axis)
 
 
 _outer = multilinear(
     "outer",
     lambda values, x: values.reshape(-1, *[1] * (x.ndim - 1)) * x,
     lambda gradient, x, like: _sum(gradient * x, gradient.shape, 0),
-    # A product with a vector is faster than a sum over an axis that is not the last.
+    # A matrix-vector product is faster than a sum over an axis other than the last.
     lambda values, gradient, like: jnp.expand_dims(
         lax.dot_general(values, gradient, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST), 0
     ),
@@ -46,5 +46,5 @@ _outer = multilinear(
 
 
 def outer(values: jax.Array, x: jax.Array) -> jax.Array:
-    """values [d] times x [1, …] → [d, …]."""
+    """The outer product of values [d] and x [1, …] → [d, …]."""
     return _outer(values, x)

@@ -90,7 +90,7 @@ def naming(backbone: nn.Module, names: str = "") -> str:
     "own" are ours, joined by dots; a backbone whose block, norm or activation was swapped has no others. Raises
     UserError for names that the backbone's weights cannot have.
     """
-    table = {} if parts.are_swapped(backbone) else _TABLES.get(type(backbone), {})
+    table = {} if parts.has_swapped(backbone) else _TABLES.get(type(backbone), {})
     known = [*table, "own"]
     if names and names not in known:
         raise UserError(unknown(f"names of a {type(backbone).__name__}", names, known))
