@@ -188,7 +188,7 @@ class Programs:
     def _axes(self) -> dict[str, int | None]:
         """The axis along which each parameter is sharded over the mesh's `fsdp`, by path; empty without it."""
         config, parts = self.recipe.config, self.mesh.shape.get("fsdp", 1)
-        partition.check_what(config.shard)
+        partition.check_mode(config.shard)
         return partition.build(config.rules.shard, self.recipe.parameters, parts) if parts > 1 else {}
 
     def gather_at_use(self, function: Callable[..., Any], of_seeds: bool = False) -> Callable[..., Any]:

@@ -137,7 +137,7 @@ def test_rules_choose_the_axis(config):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"rules.shard": "head/kernel=1"}, r"axis 1 of head/kernel, \[128, 4\], does not divide into 8 parts"),
+        ({"rules.shard": "head/kernel=1"}, r"axis 1 of head/kernel, \[128, 4\], does not divide into 8 shards"),
         ({"rules.shard": "head/kernel=x"}, "is not PATTERN=AXIS or PATTERN=none"),
         ({"rules.shard": "nothing=0"}, "rules.shard: 'nothing' matches no parameter"),
         ({"shard": "params"}, "unknown shard 'params'.*allowed: all, optimizer"),

@@ -1,1 +1,1 @@
-"""Optimizers, schedules, rules by parameter, averages of weights."""
+"""Optimizers, schedules, per-parameter rules, sharding of the train state, and weight averages."""

@@ -1,4 +1,4 @@
-"""Optimizers: optax's, by optax's own names, with other transforms of the gradient before them."""
+"""Builds optax optimizers from specs, with gradient transforms before them and per-parameter rules."""
 
 import functools
 import inspect
@@ -17,67 +17,67 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.optim.rules import Rules
 from imgclf_jax.optim.weight_averages import evaluated_by, with_evaluated
 
-# What of optax cannot run here, and why.
-_BY_EXAMPLE = "it needs the gradient of each example, and the train step computes that of their mean"
+# Optimizers of optax that cannot be used, and why.
+_PER_EXAMPLE = "it needs per-example gradients, and the train step computes the gradient of the mean loss"
 _SAM = ("each of its steps needs a second gradient, at perturbed weights; gradient='sam(rho=0.05)' takes it for every "
         "optimizer")  # fmt: skip
-_GALORE = "its state has arrays of size zero, for parameters that it does not project, and no checkpoint holds these"
-_LOOKAHEAD = "it wants two sets of parameters; end the optimizer's spec with |lookahead(k, alpha) instead"
+_GALORE = "its state has arrays of size zero, for parameters that it does not project, and checkpoints cannot hold them"
+_LOOKAHEAD = "it needs two sets of parameters; end the optimizer's spec with |lookahead(k, alpha) instead"
 UNFIT = {
-    "differentially_private_aggregate": _BY_EXAMPLE,
-    "dpsgd": _BY_EXAMPLE,
+    "differentially_private_aggregate": _PER_EXAMPLE,
+    "dpsgd": _PER_EXAMPLE,
     "galore": _GALORE,
     "lookahead": _LOOKAHEAD,
     "sam": _SAM,
 }
 
-# What it is known by inside of other transformations: its state.
+# The states that identify them inside other transforms.
 _UNFIT_STATES = {
     optax.LookaheadState: _LOOKAHEAD,
-    optax.contrib.DifferentiallyPrivateAggregateState: _BY_EXAMPLE,
+    optax.contrib.DifferentiallyPrivateAggregateState: _PER_EXAMPLE,
     optax.contrib.GaLoreState: _GALORE,
     optax.contrib.SAMState: _SAM,
 }
-_SCHEDULE_FREE = ("it trains the parameters y, and those to evaluate, x, follow from its state; return "
+_SCHEDULE_FREE = ("it trains the parameters y but evaluates x, which follow from its state; return "
                   "imgclf_jax.optim.weight_averages.with_evaluated(optimizer, evaluated), where evaluated(opt_state, "
-                  "params) gives x")  # fmt: skip
+                  "params) returns x")  # fmt: skip
 
-# The optimizers of optax.contrib that take a schedule as it is.
+# Optimizers of optax.contrib that accept a schedule.
 _CONTRIB = ("acprop", "ademamix", "adopt", "cocob", "dadapt_adamw", "dog", "dowg", "madgrad", "momo", "momo_adam",
             "prodigy", "simplified_ademamix", "sophia")  # fmt: skip
 
-# Those whose first argument, the learning rate, is a number in optax.
-_OF_A_NUMBER = ("optimistic_adam", "polyak_sgd", "rprop", "sm3")
+# Optimizers of optax whose learning rate must be a number; `inject_hyperparams` gives them the schedule.
+_NUMBER_ONLY = ("optimistic_adam", "polyak_sgd", "rprop", "sm3")
 
-_SCHEDULE_FREE_ALONE = ("schedule_free_adamw", "schedule_free_sgd")
+_SCHEDULE_FREE_OPTIMIZERS = ("schedule_free_adamw", "schedule_free_sgd")
 
-# These estimate one step size from all parameters together. A weight decay for each parameter would need several.
+# These estimate one step size from all parameters, so they cannot decay parameters by different factors.
 _ONE_STEP_SIZE = ("dadapt_adamw", "dog", "dowg", "momo", "momo_adam", "prodigy")
 
-# What may stand before the optimizer.
+# Transforms allowed before the optimizer.
 _TRANSFORMS = ("adaptive_grad_clip", "add_decayed_weights", "centralize", "clip", "clip_by_block_rms",
                "clip_by_global_norm", "normalize_by_update_norm", "zero_nans")  # fmt: skip
 TRANSFORMS = {name: getattr(optax, name) for name in _TRANSFORMS}
 
-# The extra arguments that are functions of the parameters.
+# Extra arguments of an update that are functions of the parameters.
 _FUNCTIONS = ("value_fn", "obj_fn", "grad_fn")
 
-Inside = Callable[[str], optax.GradientTransformation]  # from a spec to its optimizer
+BuildInner = Callable[[str], optax.GradientTransformation]  # from a spec to its optimizer
 
-# What may stand after the optimizer, but for `lookahead`.
+# Transforms allowed after the optimizer, besides `lookahead`.
 _AFTER = {"reduce_on_plateau": optax.contrib.reduce_on_plateau}
 
 _NO_RULES = Rules()
 
-# The names that optax's functions have for the weight decay.
+# Names of the weight-decay argument in optax.
 _DECAYS = ("weight_decay", "weight_decay_rate", "adam_weight_decay")
 
 
-def _matrices(params: Any) -> Any:
-    """For Muon: which axes of a parameter are the rows and columns of a matrix; None if Adam updates the parameter.
+def _muon_dimensions(params: Any) -> Any:
+    """Muon's dimension numbers: the row and column axes of each kernel; None for parameters that Adam updates.
 
-    Kernels are matrices; those of convolutions are flattened to [kh * kw * c, f]. Adam updates the head's kernel, as
-    Muon's author advises. He gives a network's first convolution to Adam too, which is Muon's here.
+    Convolution kernels are flattened to [kh * kw * c, f]. Adam updates all other parameters and the head's kernel, as
+    Muon's author recommends; he leaves the first convolution to Adam too, which Muon updates here.
     """
 
     def axes(name: str, x: Any) -> Any:
@@ -91,24 +91,24 @@ def _matrices(params: Any) -> Any:
 def _noisy_sgd(
     learning_rate: optax.Schedule, eta: float = 0.01, gamma: float = 0.55, key: int = 0
 ) -> optax.GradientTransformation:
-    """optax's, which warns if it gets no key; `seed_keys` adds the run's seed to the key."""
+    """optax's `noisy_sgd` with a default key, without which it warns; `seed_keys` folds in the run's seed."""
     return optax.noisy_sgd(learning_rate, eta, gamma, key)
 
 
 def _with_schedule(function: Callable[..., optax.GradientTransformation]) -> Callable[..., Any]:
-    """An optimizer of optax whose first parameter may be a schedule: its value at the step is passed on."""
+    """Makes an optimizer accept a schedule as its first argument, by `inject_hyperparams`."""
     _, *others = inspect.signature(function).parameters
     return optax.inject_hyperparams(function, others)
 
 
 def _schedule_free(name: str) -> Callable[..., Any]:
-    """optax's `schedule_free_sgd` or `schedule_free_adamw`, with the parameters x to evaluate."""
+    """optax's `schedule_free_sgd` or `schedule_free_adamw`, evaluated at its averaged parameters x."""
     function = getattr(optax.contrib, name)
 
     @functools.wraps(function)
     def evaluating(*args: Any, **kwargs: Any) -> optax.GradientTransformation:
         if inspect.signature(function).bind(*args, **kwargs).arguments.get("warmup_steps"):
-            raise UserError(f"{name} takes no warmup_steps here; the schedule warms up, as in "
+            raise UserError(f"optimizer: {name} takes no warmup_steps here; warm up in the schedule, as in "
                             "schedule=\"constant(1e-2, warmup='5%')\"")  # fmt: skip
         return with_evaluated(function(*args, **kwargs), optax.contrib.schedule_free_eval_params)
 
@@ -116,26 +116,27 @@ def _schedule_free(name: str) -> Callable[..., Any]:
 
 
 def _schedule_free_around(
-    inside: Inside, learning_rate: optax.Schedule, base_optimizer: str, b1: float = 0.9, weight_lr_power: float = 2.0
-) -> optax.GradientTransformation:
-    around = optax.contrib.schedule_free(inside(base_optimizer), learning_rate, b1, weight_lr_power)
-    return with_evaluated(around, optax.contrib.schedule_free_eval_params)
+    build_inner: BuildInner, learning_rate: optax.Schedule, base_optimizer: str, b1: float = 0.9,
+    weight_lr_power: float = 2.0,
+) -> optax.GradientTransformation:  # fmt: skip
+    wrapped = optax.contrib.schedule_free(build_inner(base_optimizer), learning_rate, b1, weight_lr_power)
+    return with_evaluated(wrapped, optax.contrib.schedule_free_eval_params)
 
 
 def _mechanize_around(
-    inside: Inside, learning_rate: optax.Schedule, base_optimizer: str, weight_decay: float = 1e-2, eps: float = 1e-8,
-    s_init: float = 1e-6, num_betas: int = 6,
+    build_inner: BuildInner, learning_rate: optax.Schedule, base_optimizer: str, weight_decay: float = 1e-2,
+    eps: float = 1e-8, s_init: float = 1e-6, num_betas: int = 6,
 ) -> optax.GradientTransformation:  # fmt: skip
-    return optax.contrib.mechanize(inside(base_optimizer), weight_decay, eps, s_init, num_betas)
+    return optax.contrib.mechanize(build_inner(base_optimizer), weight_decay, eps, s_init, num_betas)
 
 
-# Those around an optimizer, which they name by its spec. It is inside that the learning rate and `rules` count.
+# Wrappers of an inner optimizer, given as a spec. The learning rate and `rules` apply to the inner optimizer.
 _AROUND = {"mechanize": _mechanize_around, "schedule_free": _schedule_free_around}
 
 
 @functools.cache
 def _optimizers() -> dict[str, object]:
-    """Every public optax function whose first parameter is `learning_rate`, a schedule."""
+    """All optimizers by name: every public optax function of a `learning_rate`, those of optax.contrib, wrappers."""
     out: dict[str, object] = {name: getattr(optax.contrib, name) for name in _CONTRIB}
     for name in dir(optax):
         function = getattr(optax, name)
@@ -143,110 +144,112 @@ def _optimizers() -> dict[str, object]:
             continue
         if spec.takes(function, "learning_rate") and name not in UNFIT and not name.startswith(("_", "scale_by_")):
             out[name] = function
-    out |= {name: _with_schedule(getattr(optax, name)) for name in _OF_A_NUMBER}
-    out |= {name: _schedule_free(name) for name in _SCHEDULE_FREE_ALONE}
+    out |= {name: _with_schedule(getattr(optax, name)) for name in _NUMBER_ONLY}
+    out |= {name: _schedule_free(name) for name in _SCHEDULE_FREE_OPTIMIZERS}
     out |= _AROUND
     out["noisy_sgd"] = _noisy_sgd
-    out["muon"] = functools.partial(optax.contrib.muon, muon_weight_dimension_numbers=_matrices)
+    out["muon"] = functools.partial(optax.contrib.muon, muon_weight_dimension_numbers=_muon_dimensions)
     return out
 
 
 def split_lookahead(text: str) -> tuple[list[spec.Call], spec.Call | None]:
-    """The calls of an optimizer spec without the `lookahead(…)` that may end it, and this call or None.
+    """Splits an optimizer spec into its calls and the trailing `lookahead(…)`, or None.
 
-    `lookahead` averages weights and does not change the gradient: see `weight_averages`.
+    `lookahead` averages weights and does not transform the gradient: see `weight_averages`.
     """
     calls = spec.parse(text)
     return (calls[:-1], calls[-1]) if calls and calls[-1].name == "lookahead" else (calls, None)
 
 
 def build(text: str, schedule: optax.Schedule, clip: float, rules: Rules = _NO_RULES) -> optax.GradientTransformation:
-    """The optimizer that a spec such as `add_decayed_weights(5e-4)|sgd(momentum=0.9)` names.
+    """Builds an optimizer from a spec such as `add_decayed_weights(5e-4)|sgd(momentum=0.9)`.
 
-    Its parts, in this order: clipping to the global norm `clip` (0: no clipping), the transforms before the optimizer,
-    the optimizer with the learning rate `schedule`, the learning rates of `rules`, and `reduce_on_plateau`. Frozen
-    parameters get no update and have no state. Its first state still needs `seed_keys`. Raises UserError for a spec
-    that names no optimizer, has arguments that do not fit, or has no weight decay that `rules.decay` could multiply.
+    It chains clipping to the global norm `clip` (0: none), the transforms before the optimizer, the optimizer with the
+    learning rate `schedule`, the learning-rate multipliers of `rules`, and `reduce_on_plateau`. Frozen parameters get
+    no update and have no state. Pass its initial state through `seed_keys`. Raises UserError if the spec names no
+    optimizer, its arguments do not fit, or `rules.decay` has no weight decay to multiply.
     """
     try:
-        parts, decays = _parts(text, schedule, rules)
-    except ValueError as e:  # optax's own for an argument out of its range
+        parts, decays = _transforms(text, schedule, rules)
+    except ValueError as e:  # optax raises it for arguments out of range
         if isinstance(e, UserError) or spec.names_code(text):
             raise
         raise UserError(f"optimizer={text!r}: {e}") from e
     if rules.decay and not decays:
-        raise UserError(f"rules.decay: optimizer={text!r} has no weight decay to multiply; use one that has, such "
-                        "as adamw(weight_decay=1e-2), or add_decayed_weights(5e-4)|sgd(momentum=0.9)")  # fmt: skip
+        raise UserError(f"rules.decay: optimizer={text!r} has no weight decay to multiply; use one that decays "
+                        "weights, such as adamw(weight_decay=1e-2), or "
+                        "add_decayed_weights(5e-4)|sgd(momentum=0.9)")  # fmt: skip
     optimizer = _chain([optax.clip_by_global_norm(clip), *parts] if clip else parts)
     if rules.frozen:
-        transforms = {"trained": optimizer, "frozen": _keep()}
+        transforms = {"trained": optimizer, "frozen": _freeze()}
         optimizer = _partition(transforms, lambda name: "frozen" if name in rules.frozen else "trained")
-    return _checked(text, optimizer)
+    return _with_checks(text, optimizer)
 
 
-def _parts(text: str, schedule: optax.Schedule, rules: Rules) -> tuple[list[optax.GradientTransformation], bool]:
-    """The transforms that a spec names, and whether one of them decays weights."""
-    calls = [_by_name(call) for call in split_lookahead(text)[0]]
+def _transforms(text: str, schedule: optax.Schedule, rules: Rules) -> tuple[list[optax.GradientTransformation], bool]:
+    """The transforms of a spec in order, and whether one of them decays weights."""
+    calls = [_without_module(call) for call in split_lookahead(text)[0]]
     after = calls.pop() if calls and calls[-1].name in _AFTER else None
     if not calls or [call.name for call in calls[:-1] if call.name in _optimizers()]:
-        raise UserError(f"optimizer={text!r}: expected exactly one optimizer; before it may stand "
-                        f"{', '.join(TRANSFORMS)}, after it {', '.join(_AFTER)} and lookahead")  # fmt: skip
+        raise UserError(f"optimizer={text!r}: expected exactly one optimizer; allowed before it are "
+                        f"{', '.join(TRANSFORMS)}, and after it {', '.join(_AFTER)} and lookahead")  # fmt: skip
     *before, last = calls
     if last.name in UNFIT:
         raise UserError(f"optimizer={text!r}: {last.name} cannot be used, since {UNFIT[last.name]}")
     makers: list[Any] = [(spec.bind(call, TRANSFORMS, "transform before the optimizer"), ()) for call in before]
     decays = False
 
-    def inside(inner: str) -> optax.GradientTransformation:
+    def build_inner(inner: str) -> optax.GradientTransformation:
         nonlocal decays
         if not isinstance(inner, str) or split_lookahead(inner)[1]:
             raise UserError(f"optimizer={text!r}: {last.name} takes an optimizer's spec in quotes, without lookahead, "
                             f"as in {last.name}('sgd')")  # fmt: skip
-        parts, decays = _parts(inner, schedule, rules)
+        parts, decays = _transforms(inner, schedule, rules)
         if any(map(evaluated_by, parts)):
-            raise UserError(f"optimizer={text!r}: {inner} evaluates other parameters than it trains, so it cannot be "
-                            f"inside of {last.name}")  # fmt: skip
+            raise UserError(f"optimizer={text!r}: {inner} evaluates other parameters than it trains, so {last.name} "
+                            "cannot wrap it")  # fmt: skip
         return _chain(parts)
 
     around = last.name in _AROUND
-    given, args = (("inside", "learning_rate"), (inside, schedule)) if around else (("learning_rate",), (schedule,))
+    given, args = (("learning_rate",), (schedule,)) if not around else (
+        ("build_inner", "learning_rate"), (build_inner, schedule))  # fmt: skip
     optimizer = spec.bind(last, _optimizers(), "optimizer", given=given)
     if len(last.args) > around and ":" not in last.name:  # adam(1e-3) would set b1, not the learning rate
         raise UserError(
             f"optimizer={text!r}: name the arguments, as in {last.name}(...={last.args[-1]!r}); "
-            "the learning rate is the schedule's"
+            "set the learning rate by the key schedule"
         )
     if around:
         made = optimizer(*args)
     else:
         makers.append((optimizer, args))
     if rules.decay and last.name in _ONE_STEP_SIZE:
-        raise UserError(f"rules.decay: {last.name} finds one step size for all parameters together and cannot "
-                        "decay them by different factors; use another optimizer, such as adamw")  # fmt: skip
+        raise UserError(f"rules.decay: {last.name} finds one step size for all parameters, so it cannot decay them by "
+                        "different factors; use another optimizer, such as adamw")  # fmt: skip
     parts = [_with_decay(make, args, rules) for make, args in makers] + ([made] if around else [])
     if not isinstance(parts[-1], optax.GradientTransformation):
-        kind = "a function, such as a schedule is" if callable(parts[-1]) else f"a {type(parts[-1]).__name__}"
-        raise UserError(f"optimizer={text!r}: {last.name} gives {kind}, and not an optax.GradientTransformation; the "
-                        "learning rate has a key of its own, schedule")  # fmt: skip
+        kind = "a function, such as a schedule" if callable(parts[-1]) else f"a {type(parts[-1]).__name__}"
+        raise UserError(f"optimizer={text!r}: {last.name} returns {kind}, not an optax.GradientTransformation; set the "
+                        "learning rate by the key schedule")  # fmt: skip
     scaled = "rules.lr and rules.layer_decay" if rules.lr and not around else str(after or "")
     if scaled and (around or evaluated_by(parts[-1])):
-        raise UserError(f"optimizer={text!r}: {last.name} reckons with its own updates, which {scaled} would scale; "
-                        "let it scale those of an optimizer inside, as in schedule_free('sgd') or "
+        raise UserError(f"optimizer={text!r}: {last.name} tracks its own updates, which {scaled} would scale; scale "
+                        "the updates of an inner optimizer instead, as in schedule_free('sgd') or "
                         "mechanize('adam|reduce_on_plateau')")  # fmt: skip
     parts += [_scale_by_name(rules)] if rules.lr and not around else []
     parts += [spec.bind(after, _AFTER, "transform after the optimizer")()] if after else []
     return parts, decays or any(_bound(make, args)[1] for make, args in makers)
 
 
-def _by_name(call: spec.Call) -> spec.Call:
-    """The call, with the name alone of what is optax's and is treated in another way here than optax's functions."""
+def _without_module(call: spec.Call) -> spec.Call:
+    """Strips the module from the import path of an optax function that is replaced or refused here."""
     module, _, name = call.name.rpartition(":")
-    special = name in (*UNFIT, *_AFTER, *_AROUND, *_OF_A_NUMBER, *_SCHEDULE_FREE_ALONE)
+    special = name in (*UNFIT, *_AFTER, *_AROUND, *_NUMBER_ONLY, *_SCHEDULE_FREE_OPTIMIZERS)
     return replace(call, name=name) if special and module.split(".")[0] == "optax" else call
 
 
 def _chain(parts: list[optax.GradientTransformation]) -> optax.GradientTransformation:
-    """optax's chain, which evaluates what its last part does."""
+    """`optax.chain` that evaluates the same parameters as its last part."""
     if len(parts) == 1:
         return parts[0]
     chain, evaluated = optax.chain(*parts), evaluated_by(parts[-1])
@@ -256,15 +259,15 @@ def _chain(parts: list[optax.GradientTransformation]) -> optax.GradientTransform
 def _partition(
     transforms: dict[str, optax.GradientTransformation], label: Callable[[str], str]
 ) -> optax.GradientTransformation:
-    """optax's partition by labels of the parameters' paths, for transforms that call the loss or its gradient too.
+    """`optax.partition` by parameter path, for transforms that call the loss or its gradient too.
 
-    Each transform has its own parameters, and optax.MaskedNode for the others, which the loss takes as they are.
+    A transform sees its own parameters and optax.MaskedNode for the rest, which are filled in for the loss.
     """
     labels = functools.partial(tree.map_named, lambda name, _: label(name))
     partition = optax.partition(transforms, labels, mask_compatible_extra_args=True)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        def of_own(function: Callable[..., Any], returns_gradients: bool = False) -> Callable[..., Any]:
+        def fill_in(function: Callable[..., Any], returns_gradients: bool = False) -> Callable[..., Any]:
             @functools.wraps(function)  # optax reads the signature
             def wrapped(own: Any, *args: Any, **kwargs: Any) -> Any:
                 out = function(_where_masked(own, params, own), *args, **kwargs)
@@ -272,30 +275,30 @@ def _partition(
 
             return wrapped
 
-        functions = {name: of_own(extra[name], name == "grad_fn") for name in _FUNCTIONS if name in extra}
+        functions = {name: fill_in(extra[name], name == "grad_fn") for name in _FUNCTIONS if name in extra}
         return partition.update(updates, state, params, **{**extra, **functions})
 
     def evaluated(state: Any, params: Any) -> Any:
         names, out = labels(params), params
         for name, transform in transforms.items():
-            if of_transform := evaluated_by(transform):
+            if inner_evaluated := evaluated_by(transform):
                 own = jax.tree.map(lambda n, p, name=name: p if n == name else optax.MaskedNode(), names, params)
-                new = of_transform(state.inner_states[name].inner_state, own)
+                new = inner_evaluated(state.inner_states[name].inner_state, own)
                 out = _where_masked(new, out, new)
         return out
 
-    whole = optax.GradientTransformationExtraArgs(partition.init, update)
-    return with_evaluated(whole, evaluated) if any(map(evaluated_by, transforms.values())) else whole
+    optimizer = optax.GradientTransformationExtraArgs(partition.init, update)
+    return with_evaluated(optimizer, evaluated) if any(map(evaluated_by, transforms.values())) else optimizer
 
 
-def _where_masked(own: Any, there: Any, elsewhere: Any) -> Any:
-    """The leaves of `there` where `own` has an optax.MaskedNode, and of `elsewhere` where it has not."""
-    masked = functools.partial(jax.tree.map, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-    return masked(lambda x, a, b: a if isinstance(x, optax.MaskedNode) else b, own, there, elsewhere)
+def _where_masked(like: Any, masked: Any, unmasked: Any) -> Any:
+    """Leaves of `masked` where `like` has an optax.MaskedNode, and of `unmasked` elsewhere."""
+    tree_map = functools.partial(jax.tree.map, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    return tree_map(lambda x, a, b: a if isinstance(x, optax.MaskedNode) else b, like, masked, unmasked)
 
 
-def _checked(text: str, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer, under standard dtype promotion, with a UserError for what cannot run right, however wrapped."""
+def _with_checks(text: str, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Runs an optimizer under standard dtype promotion; UserError if a nested transform cannot be used."""
     evaluated = evaluated_by(optimizer)
     unfit = _UNFIT_STATES if evaluated else {**_UNFIT_STATES, optax.contrib.ScheduleFreeState: _SCHEDULE_FREE}
 
@@ -307,7 +310,7 @@ def _checked(text: str, optimizer: optax.GradientTransformation) -> optax.Gradie
                                 f"used, since {reason}")  # fmt: skip
             if isinstance(part, optax.contrib.HutchinsonState) and part.key.dtype == jnp.uint32:
                 return optax.contrib.HutchinsonState(jax.random.wrap_key_data(part.key))  # for `seed_keys`
-            if getattr(part, "weak_type", False):  # which no later state is
+            if getattr(part, "weak_type", False):  # later states are not weakly typed
                 return jax.lax.convert_element_type(part, part.dtype)
             return part
 
@@ -319,30 +322,29 @@ def _checked(text: str, optimizer: optax.GradientTransformation) -> optax.Gradie
         try:
             return optimizer.update(updates, state, params, **extra)
         except TypeError as e:
-            wanted = re.search(r"missing \d+ required keyword-only arguments?: (.+)", str(e))  # Python's own words
-            if not wanted:
+            missing = re.search(r"missing \d+ required keyword-only arguments?: (.+)", str(e))  # Python's wording
+            if not missing:
                 raise
-            raise UserError(f"optimizer={text!r}: a transformation needs {wanted[1]} at each update, which the train "
-                            "step does not give to optimizers")  from e  # fmt: skip
+            raise UserError(f"optimizer={text!r}: a transformation needs {missing[1]} at each update, which the train "
+                            "step does not pass to optimizers")  from e  # fmt: skip
 
     out = optax.GradientTransformationExtraArgs(init, update)
     return with_evaluated(out, promoting(evaluated)) if evaluated else out
 
 
 def _bound(make: functools.partial[Any], args: tuple[Any, ...]) -> tuple[inspect.BoundArguments, dict[str, float]]:
-    """All arguments of a transform, defaults included, and by name those that are a weight decay above zero."""
+    """Returns all arguments of a transform, defaults included, and its nonzero weight decays by argument name."""
     bound = inspect.signature(make.func).bind(*make.args, *args, **make.keywords)
     bound.apply_defaults()
     return bound, {name: value for name in _DECAYS if (value := bound.arguments.get(name))}
 
 
 def _with_decay(make: functools.partial[Any], args: tuple[Any, ...], rules: Rules) -> optax.GradientTransformation:
-    """The transform, with the weight decay of each parameter multiplied by its factor in the rules."""
+    """Builds a transform whose weight decay is multiplied by each parameter's factor in `rules.decay`."""
     bound, decays = _bound(make, args)
     if not (rules.decay and decays):
         return make(*args)
-    # One transform for each factor, applied to the parameters with this factor. optax's masks have no other factors
-    # than 0 and 1.
+    # One transform per distinct factor, each for its own parameters: optax's masks only know 0 and 1.
     labels = {factor: f"decay{i}" for i, factor in enumerate(sorted({1.0, *rules.decay.values()}))}
     transforms = {}
     for factor, label in labels.items():
@@ -358,26 +360,26 @@ def _scale_by_name(rules: Rules) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: tree.map_named(scale, updates))
 
 
-def _keep() -> optax.GradientTransformation:
-    """Updates that change no bit. They are -0.0, since x + -0.0 is x for each x, while -0.0 + 0.0 is 0.0."""
+def _freeze() -> optax.GradientTransformation:
+    """Updates of -0.0, which change no bit: x + -0.0 is x for every x, while -0.0 + 0.0 is 0.0."""
     return optax.stateless(lambda updates, params: jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates))
 
 
 def seed_keys(state: Any, seed: jax.Array | int) -> Any:
-    """An optimizer's first state, with the run's seed folded into each random key in it; seed is u32[].
+    """Folds the run's seed, u32[], into each random key of an optimizer's initial state.
 
-    So optax's noise (`noisy_sgd`, `add_noise`) differs between seeds, and is the same when a run is repeated.
+    So optax's noise (`noisy_sgd`, `add_noise`) differs between seeds and repeats with the same seed.
     """
     leaves, structure = jax.tree.flatten(state)
-    places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)]
-    for number, i in enumerate(places):  # numbered, so that two transforms with one key draw different noise
+    keys = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)]
+    for number, i in enumerate(keys):  # numbered, so that two transforms with equal keys draw different noise
         fold = jax.vmap(jax.random.fold_in, (0, None))
         leaves[i] = fold(fold(leaves[i].reshape(-1), number), seed).reshape(leaves[i].shape)
     return jax.tree.unflatten(structure, leaves)
 
 
 def promoting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` under JAX's standard dtype promotion, in strict mode too: optax relies on it (`b1 ** count`)."""
+    """Runs `function` under JAX's standard dtype promotion, on which optax relies (`b1 ** count`)."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:

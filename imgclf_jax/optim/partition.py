@@ -1,8 +1,8 @@
-"""Which arrays of a train state lie in parts on the devices, and along which axis: over the mesh's axis `fsdp`.
+"""Sharding of the train state over the mesh axis `fsdp`: which arrays, and along which axis.
 
 Fully sharded data parallelism (ZeRO; Rajbhandari et al. 2019, arXiv:1910.02054): every device trains on its own images
-and keeps a part of the parameters, of the optimizer's state and of the averages. XLA gathers a parameter where it is
-used, and scatters the sum of its gradients.
+and keeps one shard of the parameters, the optimizer state and the weight averages. XLA all-gathers each parameter where
+it is used, and reduce-scatters its gradient.
 """
 
 import math
@@ -16,61 +16,61 @@ from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.optim import rules
 
-WHAT = ("all", "optimizer")
-_LEAST = 2**14  # elements; a smaller array is whole on every device: to send it takes longer than it saves
+MODES = ("all", "optimizer")
+_MIN_ELEMENTS = 2**14  # smaller arrays are replicated: communicating them costs more than it saves
 
 
 def build(text: str, shapes: Mapping[str, tuple[int, ...]], parts: int) -> dict[str, int | None]:
-    """The axis of each parameter, by its path, that is split in so many parts; None for one that stays whole.
+    """The axis along which each parameter is sharded in `parts` shards, by path; None if it is replicated.
 
-    Axes are counted from the last, which is -1, since an optimizer may keep several such arrays in one, [n, …].
-    `text` is `rules.shard`, PATTERN=AXIS or PATTERN=none, see `rules`. Without a rule it is the largest axis that
-    divides, of arrays from 2**14 elements on. Raises UserError for text that is no rule, and for an axis that does not
-    divide.
+    `text` is the key `rules.shard`, a list of PATTERN=AXIS or PATTERN=none as in `rules`. Without a rule, arrays of
+    2**14 elements or more are sharded along their largest divisible axis. The returned axes count from the end (-1 is
+    the last), since optimizers may stack such arrays, [n, …]. Raises UserError for text that is no rule and for an axis
+    that does not divide.
     """
-    found: dict[str, int | None] = {name: _largest(shape, parts) for name, shape in shapes.items()}
-    given = []
+    axes: dict[str, int | None] = {name: _largest_axis(shape, parts) for name, shape in shapes.items()}
+    parsed = []
     for part in rules.split(text):
         pattern, _, axis = (piece.strip() for piece in part.rpartition("="))
         if not pattern or not re.fullmatch(r"\d|none", axis):
             raise UserError(f"rules.shard: {part!r} is not PATTERN=AXIS or PATTERN=none, such as 'head/kernel=0'")
-        given.append((pattern, None if axis == "none" else int(axis)))
-    for name, chosen in rules.match(given, list(shapes), "rules.shard").items():
+        parsed.append((pattern, None if axis == "none" else int(axis)))
+    for name, axis in rules.match(parsed, list(shapes), "rules.shard").items():
         shape = shapes[name]
-        if chosen is not None and (chosen >= len(shape) or shape[chosen] % parts):
-            raise UserError(f"rules.shard: axis {chosen} of {name}, {list(shape)}, does not divide into {parts} parts")
-        found[name] = chosen
-    return {name: None if axis is None else axis - len(shapes[name]) for name, axis in found.items()}
+        if axis is not None and (axis >= len(shape) or shape[axis] % parts):
+            raise UserError(f"rules.shard: axis {axis} of {name}, {list(shape)}, does not divide into {parts} shards")
+        axes[name] = axis
+    return {name: None if axis is None else axis - len(shapes[name]) for name, axis in axes.items()}
 
 
-def _largest(shape: Sequence[int], parts: int) -> int | None:
-    able = [i for i, n in enumerate(shape) if n % parts == 0]
-    return max(able, key=lambda i: shape[i]) if able and math.prod(shape) >= _LEAST else None
+def _largest_axis(shape: Sequence[int], parts: int) -> int | None:
+    divisible = [i for i, n in enumerate(shape) if n % parts == 0]
+    return max(divisible, key=lambda i: shape[i]) if divisible and math.prod(shape) >= _MIN_ELEMENTS else None
 
 
-def check_what(text: str) -> None:
+def check_mode(text: str) -> None:
     """Raises UserError unless `text` is a value of the key `shard`."""
-    if text not in WHAT:
-        raise UserError(unknown("shard", text, WHAT))
+    if text not in MODES:
+        raise UserError(unknown("shard", text, MODES))
 
 
-def state_shardings(state: Any, axes: Mapping[str, int | None], mesh: Mesh, what: str = "all", leading: int = 0) -> Any:
-    """The sharding of each array of a pytree that holds parameters, or arrays of their shapes, such as moments.
+def state_shardings(state: Any, axes: Mapping[str, int | None], mesh: Mesh, mode: str = "all", leading: int = 0) -> Any:
+    """The sharding of each array of a pytree of parameters, or of arrays of their shapes, such as Adam's moments.
 
-    An array belongs to the parameter whose path its own ends with. With `what` "optimizer" only arrays below
-    `opt_state` are split (ZeRO's first stage). `leading` axes come before the parameter's: that of the seeds, which is
-    split over the mesh's axis `seeds` if it has one.
+    An array takes the axis of the longest parameter path that its own path ends with. With the `mode` "optimizer" only
+    arrays below `opt_state` are sharded (ZeRO stage 1). `leading` axes precede the parameter's: the axis of the seeds,
+    which is sharded over the mesh axis `seeds` if there is one.
     """
     first = ("seeds",) if leading and "seeds" in mesh.shape else (None,) * leading
 
-    def of(name: str, x: Any) -> NamedSharding:
-        belongs = [path for path in axes if name == path or name.endswith("/" + path)]
-        axis = axes[max(belongs, key=len)] if belongs else None
-        place = -1 if axis is None else len(x.shape) + axis
-        if place < leading or x.shape[place] % mesh.shape["fsdp"]:
+    def sharding(name: str, x: Any) -> NamedSharding:
+        matches = [path for path in axes if name == path or name.endswith("/" + path)]
+        axis = axes[max(matches, key=len)] if matches else None
+        index = -1 if axis is None else len(x.shape) + axis
+        if index < leading or x.shape[index] % mesh.shape["fsdp"]:
             return NamedSharding(mesh, PartitionSpec(*first))
-        if what == "optimizer" and "opt_state" not in name.split("/"):
+        if mode == "optimizer" and "opt_state" not in name.split("/"):
             return NamedSharding(mesh, PartitionSpec(*first))
-        return NamedSharding(mesh, PartitionSpec(*first, *[None] * (place - leading), "fsdp"))
+        return NamedSharding(mesh, PartitionSpec(*first, *[None] * (index - leading), "fsdp"))
 
-    return tree.map_named(of, state)
+    return tree.map_named(sharding, state)

@@ -1,7 +1,7 @@
-"""Rules that treat some parameters differently from others, by patterns of their paths or by their layer.
+"""Per-parameter rules: learning-rate and weight-decay multipliers and freezing, by path pattern or by layer.
 
 A rule is a regular expression that must match a parameter's whole path, such as `backbone/block0/kernel`, and a value.
-The first rule that matches a parameter applies to it. Each rule must apply to at least one parameter.
+The first matching rule applies. Each rule must apply to at least one parameter.
 """
 
 import re
@@ -10,23 +10,23 @@ from dataclasses import dataclass, field
 
 from imgclf_jax.core.errors import UserError
 
-# A comma separates rules, as in "a/.*=0.1, b/.*=1". Inside of braces, as in "block\d{1,2}/.*", it is part of a pattern.
+# Commas separate rules, as in "a/.*=0.1, b/.*=1"; inside braces, as in "block\d{1,2}/.*", they belong to the pattern.
 _COMMA = re.compile(r",(?![^{},]*\})")
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How each parameter is trained, by its path. Parameters whose path is absent have no rule."""
+    """Multipliers and frozen parameters, by parameter path; absent paths have no rule."""
 
     lr: Mapping[str, float] = field(default_factory=dict)  # multiplies the update
     decay: Mapping[str, float] = field(default_factory=dict)  # multiplies the weight decay
-    frozen: frozenset[str] = frozenset()  # not trained at all
+    frozen: frozenset[str] = frozenset()  # paths that are not trained
 
     def __bool__(self) -> bool:
         return bool(self.lr or self.decay or self.frozen)
 
     def table(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
-        """A line a parameter, for the log: its path, shape, learning rate and weight decay as multipliers."""
+        """A table for the log, one line per parameter: path, shape, learning-rate and weight-decay multipliers."""
         rows: list[tuple[str, ...]] = [("parameter", "shape", "learning rate", "weight decay")]
         for name, shape in shapes.items():
             factors = [f"{factor.get(name, 1.0):.4g}" for factor in (self.lr, self.decay)]
@@ -36,11 +36,11 @@ class Rules:
 
 
 def build(lr: str, decay: str, freeze: str, layer_decay: float, names: Sequence[str], freeze_also: str = "") -> Rules:
-    """The Rules that the keys of `rules` give for parameters with the paths `names`.
+    """Builds the Rules of the config keys `rules.*` for parameters with the paths `names`.
 
-    `freeze_also` is one more pattern of frozen parameters, the method's: all else in the backbone is trained. The paths
-    are in the order in which the model uses them, which `layer_decay` needs. Raises UserError for text that
-    is no rule, for a rule that applies to no parameter, and if no parameter is left to train.
+    `names` are in the order in which the model uses them, which `layer_decay` needs. `freeze_also` is the method's
+    pattern of frozen parameters; it trains the rest of the backbone. Raises UserError for text that is no rule, for a
+    rule that applies to no parameter, and if every parameter is frozen.
     """
     rates = match(_numbers(lr, "rules.lr"), names, "rules.lr")
     if layer_decay:
@@ -50,8 +50,8 @@ def build(lr: str, decay: str, freeze: str, layer_decay: float, names: Sequence[
     frozen = match([(pattern, True) for pattern in split(freeze)], names, "rules.freeze")
     also = {name: True for name in names if re.fullmatch(freeze_also, name)}
     if also and (trained := [name for name in frozen if name.startswith("backbone/") and name not in also]):
-        raise UserError(f"rules.freeze={freeze!r} matches {trained[0]}, which the method trains; it freezes the rest "
-                        "of the backbone itself, so leave the backbone out of rules.freeze")  # fmt: skip
+        raise UserError(f"rules.freeze={freeze!r} matches {trained[0]}, which the method trains; remove the backbone "
+                        "from rules.freeze, since the method freezes the rest of it")  # fmt: skip
     frozen |= also
     if len(frozen) == len(names):
         raise UserError(f"rules.freeze={freeze!r} matches every parameter: nothing is left to train")
@@ -59,9 +59,9 @@ def build(lr: str, decay: str, freeze: str, layer_decay: float, names: Sequence[
 
 
 def match[Value](rules: Sequence[tuple[str, Value]], names: Sequence[str], key: str) -> dict[str, Value]:
-    """For each name the value of the first rule (pattern, value) whose pattern matches the whole name.
+    """Maps each name to the value of the first rule (pattern, value) whose pattern matches the whole name.
 
-    Names that no pattern matches are absent. Raises UserError, which names the config key, for a rule without effect.
+    Names without a match are absent. Raises UserError, naming the config key, for a rule without effect.
     """
     out: dict[str, Value] = {}
     for pattern, value in rules:
@@ -74,8 +74,8 @@ def match[Value](rules: Sequence[tuple[str, Value]], names: Sequence[str], key: 
         if not matched:
             near = [name for name in names if expression.search(name)]
             hint = f"; a pattern must match the whole path, such as {near[0]!r}: write '.*' around it" if near else ""
-            some = f"; they are {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
-            raise UserError(f"{key}: {pattern!r} matches no parameter{hint or some}")
+            listed = f"; the parameters are {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
+            raise UserError(f"{key}: {pattern!r} matches no parameter{hint or listed}")
         if not new:
             raise UserError(f"{key}: {pattern!r} has no effect: earlier rules match all its parameters; put it first")
         out |= dict.fromkeys(new, value)
@@ -83,7 +83,7 @@ def match[Value](rules: Sequence[tuple[str, Value]], names: Sequence[str], key: 
 
 
 def split(text: str) -> list[str]:
-    """The rules of a text, which commas separate."""
+    """Splits a comma-separated list of rules."""
     return [part.strip() for part in _COMMA.split(text) if part.strip()]
 
 
@@ -96,19 +96,20 @@ def _numbers(text: str, key: str) -> list[tuple[str, float]]:
         except ValueError:
             value = -1.0
         if not pattern or not 0 <= value < float("inf"):
-            raise UserError(f"{key}: {part!r} is not PATTERN=NUMBER, the number 0 or more, such as 'backbone/.*=0.1'")
+            raise UserError(f"{key}: {part!r} is not PATTERN=NUMBER with a number of 0 or more, such as "
+                            "'backbone/.*=0.1'")  # fmt: skip
         rules.append((pattern, value))
     return rules
 
 
 def layers(names: Sequence[str]) -> dict[str, int]:
-    """The depth of each parameter's layer, from 0, given all paths in the order in which the model uses them.
+    """The layer depth of each parameter, from 0, for layer-wise decay (BEiT; Bao et al. 2021, arXiv:2106.08254).
 
-    As in BEiT (Bao et al. 2021, arXiv:2106.08254), a layer is a block: a numbered part of the backbone that has layers
-    inside, such as `block3` or `stage2_5`. All parts before the first block (patches, positions, stem) are one layer. A
-    part between two blocks belongs to the second. The parts after the last block belong to the top layer, as the head
-    does. In a backbone without blocks each part is a layer. timm has the same layers for its ResNets and ConvNeXts; in
-    its ViTs and Mixers the last norm belongs to the last block.
+    `names` are all paths in the order in which the model uses them. A layer is a block: a numbered part of the backbone
+    that has modules inside, such as `block3` or `stage2_5`. Everything before the first block (patches, positions,
+    stem) is layer 0. A part between two blocks belongs to the second; parts after the last block and the head form the
+    top layer. In a backbone without blocks each part is a layer. timm agrees for its ResNets and ConvNeXts; in its ViTs
+    and Mixers the final norm belongs to the last block.
     """
     parts = {name: name.split("/")[1] for name in names if name.startswith("backbone/")}
     numbered = {part for name, part in parts.items() if re.search(r"\d", part) and name.count("/") > 2}

@@ -1,7 +1,6 @@
-"""Learning-rate schedules: functions from the step, i32[], to the learning rate, f32[].
+"""Learning-rate schedules: functions from the step i32[] to the learning rate f32[].
 
-With a `warmup`, the rate first rises in a straight line. `warmup` and the boundaries of `step` are durations ('5%',
-'2 epochs', '500 steps').
+`warmup` prepends a linear warmup. It and the boundaries of `step` are durations ('5%', '2 epochs', '500 steps').
 """
 
 from collections.abc import Callable
@@ -11,21 +10,21 @@ import optax
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 
-Steps = Callable[[str], int]  # from a duration to whole steps
+Steps = Callable[[str], int]  # converts a duration to whole steps
 
 
 def constant(steps: Steps, total: int, peak: float, warmup: str = "") -> optax.Schedule:
-    """The rate is `peak` at each step."""
+    """A constant learning rate `peak`."""
     return _warm_up(optax.constant_schedule(float(peak)), peak, steps(warmup), total)
 
 
 def cosine(steps: Steps, total: int, peak: float, warmup: str = "", end: float = 0.0) -> optax.Schedule:
-    """Half a cosine from `peak` to `end` (Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts)."""
+    """Cosine decay from `peak` to `end` (Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts)."""
     return _warm_up(_half_cosine(peak, end, total - steps(warmup)), peak, steps(warmup), total)
 
 
 def linear(steps: Steps, total: int, peak: float, warmup: str = "", end: float = 0.0) -> optax.Schedule:
-    """A straight line from `peak` to `end`."""
+    """Linear decay from `peak` to `end`."""
     return _warm_up(optax.linear_schedule(peak, end, max(1, total - steps(warmup))), peak, steps(warmup), total)
 
 
@@ -34,8 +33,8 @@ def one_cycle(
 ) -> optax.Schedule:
     """Cosine up from `start * peak` over `warmup`, then cosine down to `end * peak`.
 
-    The one-cycle policy of Smith and Topin 2017 (arXiv:1708.07120), whose lines are straight, in fastai's form. By
-    default PyTorch's `OneCycleLR` starts at 0.04 too, reaches its peak a step earlier, and ends at 4e-6 of it.
+    fastai's form of the one-cycle policy (Smith and Topin 2017, arXiv:1708.07120, who use straight lines). PyTorch's
+    `OneCycleLR` also starts at 0.04 by default, reaches its peak a step earlier, and ends at 4e-6 of it.
     """
     up = steps(warmup)
     _check_warmup(up, total)
@@ -46,7 +45,7 @@ def one_cycle(
 def triangle(
     steps: Steps, total: int, peak: float, warmup: str = "25%", start: float = 0.0, end: float = 0.0
 ) -> optax.Schedule:
-    """A straight line up from `start * peak` over `warmup`, and one down to `end * peak`."""
+    """Linear up from `start * peak` over `warmup`, then linear down to `end * peak`."""
     up = steps(warmup)
     _check_warmup(up, total)
     rise = optax.linear_schedule(start * peak, peak, max(1, up))
@@ -56,32 +55,32 @@ def triangle(
 def step(
     steps: Steps, total: int, peak: float, at: tuple[str, ...] = ("50%", "75%"), factor: float = 0.1, warmup: str = ""
 ) -> optax.Schedule:
-    """`peak`, multiplied by `factor` at each duration in `at` (counted from the first step, warmup included)."""
+    """Step decay: `peak`, multiplied by `factor` at each duration in `at`, counted from step 0, warmup included."""
     at = (at,) if isinstance(at, str) else at
     offset = steps(warmup)
-    places = [steps(t) - offset for t in at]
-    boundaries = {p: factor ** places.count(p) for p in places}  # two durations may round up to the same step
-    if any(p <= 0 for p in places):
+    after_warmup = [steps(t) - offset for t in at]
+    boundaries = {n: factor ** after_warmup.count(n) for n in after_warmup}  # durations may round to the same step
+    if any(n <= 0 for n in after_warmup):
         raise UserError(f"schedule step: every duration in at={at} must lie after warmup={warmup!r}")
     return _warm_up(optax.piecewise_constant_schedule(peak, boundaries), peak, offset, total)
 
 
 def _half_cosine(first: float, last: float, length: int) -> optax.Schedule:
-    share = optax.cosine_decay_schedule(1.0, max(1, length))  # of `first`: 1 to 0
-    return lambda count: last + (first - last) * share(count)
+    decay = optax.cosine_decay_schedule(1.0, max(1, length))  # 1 to 0
+    return lambda count: last + (first - last) * decay(count)
 
 
 def _check_warmup(warmup: int, total: int) -> None:
     if warmup > total:
-        raise UserError(f"schedule: a warmup of {warmup} steps is longer than the whole run of {total} steps; "
-                        "shorten it, or make total longer")  # fmt: skip
+        raise UserError(f"schedule: a warmup of {warmup} steps is longer than the run of {total} steps; shorten "
+                        "warmup or raise total")  # fmt: skip
 
 
 def _warm_up(schedule: optax.Schedule, peak: float, warmup: int, total: int) -> optax.Schedule:
     _check_warmup(warmup, total)
     if warmup == 0:
         return schedule
-    # The first rate is not zero: it is peak / warmup at step 0, and `peak` from step `warmup - 1` on.
+    # Starts at peak / warmup, not 0, and reaches `peak` at step `warmup - 1`.
     ramp = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
     return optax.join_schedules([ramp, schedule], [warmup])
 
@@ -97,19 +96,20 @@ SCHEDULES = {
 
 
 def build(text: str, steps: Steps, total: int) -> optax.Schedule:
-    """The schedule that a spec such as `cosine(1e-3, warmup='5%')` names, over `total` steps.
+    """Builds a schedule of `total` steps from a spec such as `cosine(1e-3, warmup='5%')`.
 
-    `steps` turns a duration into whole steps. It raises UserError for text that is no duration.
+    `steps` converts a duration to whole steps; it raises UserError for text that is no duration.
     """
     schedule = spec.bind(spec.parse_one(text), SCHEDULES, "schedule", given=("steps", "total"))(steps, total)
     if not callable(schedule):
-        kind = "an optimizer, which has a key of its own" if isinstance(schedule, optax.GradientTransformation) else (
+        kind = "an optimizer, whose key is optimizer" if isinstance(schedule, optax.GradientTransformation) else (
             f"a {type(schedule).__name__}")  # fmt: skip
-        raise UserError(f"schedule={text!r} gives {kind}; it must give a function from the step to the learning rate")
+        raise UserError(f"schedule={text!r} returns {kind}; it must return a function from the step to the learning "
+                        "rate")  # fmt: skip
     built: optax.Schedule = schedule
     return built
 
 
 def check_name(text: str) -> None:
-    """Raises UserError unless the spec names a schedule and its arguments. Values are checked where steps are known."""
+    """Raises UserError unless the spec names a schedule and valid arguments; `build` checks their values."""
     spec.bind(spec.parse_one(text), SCHEDULES, "schedule", given=("steps", "total"))

@@ -1,7 +1,7 @@
-"""The weights that evaluation and prediction use, where they are others than those that are trained.
+"""Weight averages: the weights that evaluation and prediction use instead of the trained ones.
 
-An average over the steps of training is of all variables of a model: its parameters and its batch statistics. An
-optimizer may itself say which parameters are to be evaluated; see `with_evaluated`.
+An average covers all variables of a model, parameters and batch statistics. Optimizers may define the parameters to
+evaluate themselves; see `with_evaluated`.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,11 @@ Variables = Any  # a pytree
 
 
 class Average(NamedTuple):
-    """`init(variables) -> average`, and `update(average, variables, step, opt_state) -> (variables, average)`.
+    """A weight average as two pure functions.
 
-    The `variables` and `opt_state` given to `update` are those after the optimizer's update of `step`, i32[], which
-    starts from 0. The next step trains on the `variables` that it returns.
+    - `init(variables) -> average`.
+    - `update(average, variables, step, opt_state) -> (variables, average)` runs after the optimizer's update of `step`
+      i32[], counted from 0. The next step trains on the variables that it returns.
     """
 
     init: Callable[[Variables], Any]
@@ -35,17 +36,17 @@ Evaluated = Callable[[Any, Any], Any]
 
 
 class EvaluatingOptimizer(optax.GradientTransformationExtraArgs):
-    """An optimizer with a function `evaluated`, see `with_evaluated`."""
+    """An optimizer with a function `evaluated`; see `with_evaluated`."""
 
     evaluated: Evaluated
 
 
 def with_evaluated(optimizer: optax.GradientTransformation, evaluated: Evaluated) -> EvaluatingOptimizer:
-    """The optimizer, with the parameters to evaluate as a function of its state and of the parameters it trains.
+    """Attaches to an optimizer the parameters to evaluate, as a function of its state and the trained parameters.
 
-    After each step `evaluated(opt_state, params)` gives the parameters that evaluation, prediction and export use, as
-    `optax.contrib.schedule_free_eval_params` does. It must be pure and map over pytrees: `opt_state` is that of
-    `optimizer`, and leaves of frozen parameters are missing in both. Before the first step they are those trained.
+    After each step `evaluated(opt_state, params)` returns the parameters for evaluation, prediction and export, like
+    `optax.contrib.schedule_free_eval_params`. It must be pure and map over pytrees, in which frozen parameters are
+    missing. Before the first step the trained parameters are evaluated.
     """
     extended = optax.with_extra_args_support(optimizer)
     out = EvaluatingOptimizer(extended.init, extended.update)
@@ -54,21 +55,21 @@ def with_evaluated(optimizer: optax.GradientTransformation, evaluated: Evaluated
 
 
 def evaluated_by(optimizer: optax.GradientTransformation) -> Evaluated | None:
-    """The function that `with_evaluated` gave the optimizer; None for one that evaluates what it trains."""
+    """The function attached by `with_evaluated`, or None if the trained parameters are evaluated."""
     return getattr(optimizer, "evaluated", None)
 
 
 def ema(decay: float) -> Average:
-    """The exponential moving average: a ← d a + (1 - d) v, where d is min(decay, (1 + step) / (10 + step)).
+    """Exponential moving average: a ← d a + (1 - d) v with d = min(decay, (1 + step) / (10 + step)).
 
-    The smaller d of the first steps, as in TensorFlow's ExponentialMovingAverage with `num_updates=step`, forgets the
-    initial weights.
+    The smaller d of the first steps forgets the initial weights, as in TensorFlow's ExponentialMovingAverage with
+    `num_updates=step`.
     """
 
     def update(average: Any, variables: Variables, step: jax.Array, opt_state: Any = None) -> tuple[Variables, Any]:
         t = step.astype(jnp.float32)
-        share = 1 - jnp.minimum(jnp.float32(decay), (1 + t) / (10 + t))
-        return variables, _mix(average, variables, share)
+        weight = 1 - jnp.minimum(jnp.float32(decay), (1 + t) / (10 + t))
+        return variables, _interpolate(average, variables, weight)
 
     return Average(_copy, update)
 
@@ -76,30 +77,30 @@ def ema(decay: float) -> Average:
 def lookahead(
     steps: Callable[[str], int], total: int, k: int = 5, alpha: float = 0.5, power: float = 0.0, start: str = ""
 ) -> Average:
-    """Slow weights s, to which the weights v return every `k` steps: s ← s + alpha (v - s), v ← s.
+    """Lookahead (Zhang et al. 2019, arXiv:1907.08610): every `k` steps s ← s + alpha (v - s), v ← s.
 
-    Zhang et al. 2019 (arXiv:1907.08610); the optimizer's state is kept when the weights return. If `power` is above 0,
-    1 - (1 - alpha) (steps done / total)**power replaces alpha: it begins at 1 and ends at `alpha`. Until the first
-    multiple of k after the duration `start`, the slow weights equal the others. airbench94, whose decay is 0.95 a step,
-    averages from the first step on: lookahead(5, 0.226219, power=3), since 1 - 0.95**5 = 0.226219.
+    s are the slow weights, v the trained ones; the optimizer state is kept when v is reset. If `power` is above 0,
+    1 - (1 - alpha) (steps done / total)**power replaces alpha, falling from 1 to `alpha`. Until the first multiple of k
+    after the duration `start`, s equals v. airbench94, whose decay is 0.95 per step, averages from the first step on:
+    lookahead(5, 0.226219, power=3), since 1 - 0.95**5 = 0.226219.
     """
     if type(k) is not int or k < 1 or not 0 < alpha <= 1 or power < 0:
-        raise UserError(f"lookahead(k={k!r}, alpha={alpha}, power={power}): k must be a whole number from 1, "
+        raise UserError(f"lookahead(k={k!r}, alpha={alpha}, power={power}): k must be an integer of 1 or more, "
                         "alpha above 0 and at most 1, power 0 or more")  # fmt: skip
     first = steps(start)
     begin = k * (first // k + 1) if first else 0
 
     def update(slow: Any, fast: Variables, step: jax.Array, opt_state: Any = None) -> tuple[Variables, Any]:
         done = step + 1
-        share = 1 - (1 - alpha) * (done.astype(jnp.float32) / total) ** power
-        slow = _where(done <= begin, fast, _where(done % k == 0, _mix(slow, fast, share), slow))
+        weight = 1 - (1 - alpha) * (done.astype(jnp.float32) / total) ** power
+        slow = _where(done <= begin, fast, _where(done % k == 0, _interpolate(slow, fast, weight), slow))
         return _where(done % k == 0, slow, fast), slow
 
     return Average(_copy, update)
 
 
-def of_optimizer(evaluated: Evaluated) -> Average:
-    """The parameters that an optimizer says are to be evaluated, and the batch statistics as they are."""
+def from_optimizer(evaluated: Evaluated) -> Average:
+    """The parameters that the optimizer evaluates, with the trained model's batch statistics."""
 
     def update(average: Any, variables: Variables, step: jax.Array, opt_state: Any = None) -> tuple[Variables, Any]:
         params, model_state = variables
@@ -115,19 +116,23 @@ def build(
     total: int,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Average:
-    """The average of the key `ema`, of the `lookahead(…)` in an optimizer spec, or what `optimizer` evaluates.
+    """The average of the key `ema`, of `lookahead(…)` in an optimizer spec, or of an optimizer with `evaluated`.
 
-    `steps` turns a duration into whole steps of the `total`. Raises UserError if more than one is given.
+    - `decay` is the key `ema`; 0 means none.
+    - `call` is the `lookahead(…)`, or None.
+    - `steps` converts a duration to whole steps of `total`.
+
+    Raises UserError if more than one is set.
     """
     if optimizer is not None and (evaluated := evaluated_by(optimizer)):
         if decay or call:
-            raise UserError(f"{call or f'ema={decay}'} and the optimizer both say which weights are evaluated; leave "
-                            "the first out")  # fmt: skip
-        return of_optimizer(evaluated)
+            raise UserError(f"{call or f'ema={decay}'} and the optimizer both choose the weights to evaluate; remove "
+                            "the first")  # fmt: skip
+        return from_optimizer(evaluated)
     if call is None:
         return ema(decay) if decay else NONE
     if decay:
-        raise UserError(f"ema={decay} and {call} both say which weights are evaluated; leave one out")
+        raise UserError(f"ema={decay} and {call} both choose the weights to evaluate; remove one")
     return spec.bind(call, {"lookahead": lookahead}, "optimizer", given=("steps", "total"))(steps, total)
 
 
@@ -135,13 +140,13 @@ def _copy(variables: Variables) -> Any:
     return jax.tree.map(jnp.copy, variables)
 
 
-def _mix(old: Any, new: Any, share: jax.Array) -> Any:
-    """old + share * (new - old), which leaves equal values unchanged; for integers the new value."""
+def _interpolate(old: Any, new: Any, weight: jax.Array) -> Any:
+    """old + weight * (new - old), which keeps equal values bit for bit; integers take the new value."""
 
-    def mix(a: jax.Array, b: jax.Array) -> jax.Array:
-        return a + share.astype(a.dtype) * (b - a) if jnp.issubdtype(a.dtype, jnp.inexact) else b
+    def interpolate(a: jax.Array, b: jax.Array) -> jax.Array:
+        return a + weight.astype(a.dtype) * (b - a) if jnp.issubdtype(a.dtype, jnp.inexact) else b
 
-    return jax.tree.map(mix, old, new)
+    return jax.tree.map(interpolate, old, new)
 
 
 def _where(condition: jax.Array, a: Any, b: Any) -> Any:

@@ -152,7 +152,7 @@ def test_mistakes_get_a_sentence(tmp_path, capsys):
         assert said in capsys.readouterr().err
     flags = "--config.model=mlp", "--config.method=lora", "--config.rules.freeze=backbone/.*"
     assert launch.main([f"--workdir={tmp_path / 'run'}", *FLAGS, *flags]) == 1
-    assert "which the method trains; it freezes the rest" in capsys.readouterr().err
+    assert "which the method trains; remove the backbone from rules.freeze" in capsys.readouterr().err
     with pytest.raises(UserError, match="unknown argument"):
         lora.scale("lora(rnak=1)")
     assert lora.scale("lora(16, alpha=4)") == 0.25

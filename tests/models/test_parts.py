@@ -211,7 +211,7 @@ def test_a_part_that_does_not_fit(spec, says):
 
 
 @pytest.mark.parametrize(("spec", "says"), [
-    ("resnet_cifar(depth=8, norm='group_norm')", "group_norm(num_groups=32): a layer's 16 channels do not divide"),
+    ("resnet_cifar(depth=8, norm='group_norm')", "group_norm(num_groups=32): 16 channels do not divide into 32 groups"),
     ("resnet_cifar(depth=8, block='basic_block(shortcut=\"none\")')", r"basic_block(shortcut='none'): allowed are"),
     ("resnet_cifar(depth=21)", "the depth must be 6n + 2 with n of 1 or more, such as 20, 32, 44, 56 and 110; the "
                                "nearest are 20 and 26"),

@@ -124,7 +124,7 @@ def test_clipping_comes_before_the_weight_decay():
             "unknown transform before the optimizer 'add_decay_weights': did you mean 'add_d",
         ),
         ("add_decayed_weights(0.1)", "unknown optimizer 'add_decayed_weights'"),
-        ("sgd|add_decayed_weights(0.1)", "expected exactly one optimizer; before it may stand .*and lookahead"),
+        ("sgd|add_decayed_weights(0.1)", "expected exactly one optimizer; allowed before it are .*and lookahead"),
         ("lookahead(5)", "expected exactly one optimizer"),
         ("", "expected exactly one optimizer"),
         ("muon(0.95)", r"name the arguments, as in muon\(\.\.\.=0\.95\)"),

@@ -68,15 +68,15 @@ def no_optimizer(learning_rate):
 
 
 @pytest.mark.parametrize(("function", "message"), [
-    (schedule_free, "ScheduleFreeState cannot be used, since it trains the parameters y, and those to evaluate, x"),
+    (schedule_free, "ScheduleFreeState cannot be used, since it trains the parameters y but evaluates x"),
     (wrapped_schedule_free, "ScheduleFreeState cannot be used"),
     (transparent_sam, "SAMState cannot be used, since each of its steps needs a second gradient"),
     (optax_lookahead, r"LookaheadState cannot be used.*\|lookahead\(k, alpha\) instead"),
-    (private, "DifferentiallyPrivateAggregateState cannot be used, since it needs the gradient of each example"),
+    (private, "DifferentiallyPrivateAggregateState cannot be used, since it needs per-example gradients"),
     (opaque_sam, r"SAMState cannot be used, .*gradient='sam\(rho=0\.05\)' takes it for every optimizer"),
     (low_rank, "GaLoreState cannot be used, since its state has arrays of size zero"),
-    (needs_more, "needs 'hessian' and 'labels' at each update, which the train step does not give"),
-    (no_optimizer, "no_optimizer gives a str, and not an optax.GradientTransformation"),
+    (needs_more, "needs 'hessian' and 'labels' at each update, which the train step does not pass"),
+    (no_optimizer, "no_optimizer returns a str, not an optax.GradientTransformation"),
 ])  # fmt: skip
 def test_own_optimizers_that_cannot_run_right_are_told(function, message):
     """By what their state is, or what their update asks for, however they are wrapped."""
@@ -127,9 +127,9 @@ def by_hand_evaluated(learning_rate):
 
 
 @pytest.mark.parametrize(("text", "message", "more"), [
-    ("schedule_free_sgd(warmup_steps=5)", r"takes no warmup_steps here; the schedule warms up, as in", {}),
+    ("schedule_free_sgd(warmup_steps=5)", r"takes no warmup_steps here; warm up in the schedule, as in", {}),
     ("schedule_free_adamw", r"rules\.layer_decay would scale; .*as in schedule_free\('sgd'\)", {"lr": {"a": 0.5}}),
-    (f"{__name__}:by_hand_evaluated", r"by_hand_evaluated reckons with its own updates", {"lr": {"a": 0.5}}),
+    (f"{__name__}:by_hand_evaluated", r"by_hand_evaluated tracks its own updates", {"lr": {"a": 0.5}}),
     ("mechanize('adam')|reduce_on_plateau(patience=3)", r"which reduce_on_plateau\(patience=3\) would scale", {}),
     ("mechanize(0.1)", r"takes an optimizer's spec in quotes, without lookahead, as in mechanize\('sgd'\)", {}),
     ("mechanize('sgd|lookahead(5)')", "in quotes, without lookahead", {}),
@@ -150,11 +150,11 @@ def test_what_does_not_fit_together_is_told(text, message, more):
 
 def test_schedules_and_optimizers_are_not_mixed_up():
     with pytest.raises(
-        UserError, match=r"optimizer='optax:cosine_decay_schedule\(100\)': .* gives a function, such as"
+        UserError, match=r"optimizer='optax:cosine_decay_schedule\(100\)': .* returns a function, such as"
     ):
         optimizers.build("optax:cosine_decay_schedule(100)", optax.constant_schedule(0.1), 0.0)
     with pytest.raises(
-        UserError, match=r"schedule='.*:rate_of_an_optimizer' gives an optimizer, which has a key of its"
+        UserError, match=r"schedule='.*:rate_of_an_optimizer' returns an optimizer, whose key is optimizer"
     ):
         schedules.build(f"{__name__}:rate_of_an_optimizer", int, 10)
 

@@ -124,12 +124,12 @@ def test_lookahead_that_starts_later():
 @pytest.mark.parametrize(
     ("text", "decay", "message"),
     [
-        ("sgd|lookahead(0, 0.5)", 0.0, r"lookahead\(k=0, .*k must be a whole number from 1"),
+        ("sgd|lookahead(0, 0.5)", 0.0, r"lookahead\(k=0, .*k must be an integer of 1 or more"),
         ("sgd|lookahead(2.5)", 0.0, r"k=2\.5"),
         ("sgd|lookahead(5, 1.5)", 0.0, r"alpha=1\.5, .*at most 1"),
         ("sgd|lookahead(5, power=-1)", 0.0, "power=-1"),
         ("sgd|lookahead(5, slow=1)", 0.0, "unknown argument 'slow'"),
-        ("sgd|lookahead(5, 0.5)", 0.9, r"ema=0\.9 and lookahead\(5, 0\.5\) both say which weights are evaluated"),
+        ("sgd|lookahead(5, 0.5)", 0.9, r"ema=0\.9 and lookahead\(5, 0\.5\) both choose the weights to evaluate"),
     ],
 )
 def test_wrong_averages_are_told(text, decay, message):
