@@ -170,8 +170,8 @@ def make_train_step(
         whole = inputs(state.seed, state.step, batch)
         grad_fn = shard(jax.value_and_grad(loss_fn, has_aux=True), returns_gradients=True)
         take_gradient = gradient(Gradient(
-            gradients.accumulated(lambda *args: grad_fn(*args, fixed), accumulate),
-            gradients.accumulated_images(lambda *args: shard(image_gradient)(*args, fixed), accumulate),
+            gradients.accumulate(lambda *args: grad_fn(*args, fixed), accumulate),
+            gradients.accumulate_images(lambda *args: shard(image_gradient)(*args, fixed), accumulate),
         ))  # fmt: skip
         key = rng.key(state.seed, "dropout", state.step)
         (mean_loss, (model_state, (logits, named))), grads = take_gradient(state.params, state.model_state, whole, key)

@@ -1,7 +1,7 @@
-"""What a run learns from a batch: the loss of a method, the batch that it sees, the module that it trains.
+"""Training methods: the loss, the inputs and the trained module of a run.
 
-A method is named by the config key `method`. The spec names a function `(problem, **arguments) -> Method`, which runs
-outside of any trace. All functions of a `Method` are pure and run inside the compiled step.
+The config key `method` is the spec of a function `(problem, **arguments) -> Method`, which runs outside of any trace.
+All functions of a `Method` are pure and run inside the compiled step.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,8 +21,8 @@ Batch = dict[str, Any]
 class Loss(struct.PyTreeNode):
     """The loss of a batch: `values` f32[n], one per example, whose mean is minimized.
 
-    `logits` f32[b, classes] give the training accuracy; None if the method has none. `metrics` are logged as
-    `train/NAME`: f32[b] or f32[] each, averaged over the steps of a log line.
+    - `logits` f32[b, classes] are for the training accuracy; None if the method has none.
+    - `metrics`, f32[b] or f32[] each, are averaged over the steps of a log line and logged as `train/NAME`.
     """
 
     values: jax.Array
@@ -32,30 +32,28 @@ class Loss(struct.PyTreeNode):
 
 @dataclass(frozen=True)
 class Method:
-    """What a run learns from a batch, as pure functions. All but `loss` default to those of supervised training.
+    """A training method, as pure functions. All fields but `loss` default to supervised learning.
 
-    loss(model, batch, fixed) -> Loss. `model` is the bound linen module, as inside `nn.apply(loss, module)`: call it as
-        often as needed, with `train=True`, or use `model.features`, `model.head`, submodules, `make_rng`, `unbind()`.
-        What it sows into the collection "losses" is added to the loss, and into "metrics" is logged.
-    inputs(key, batch, augment) -> batch that `loss` sees. The given batch holds "image" uint8[b, h, w, c], "label"
-        i32[b], "id", "epoch" and "step" i32[b], and a dict of the same for each stream of `data.extra`. `augment(key,
-        images, stream=batch)` applies the config's augmentation: f32[b, h, w, c]; `stream` is the batch that holds
-        these images. The default augments each stream, and mixes as the key `mix` says.
-    mixes: True for a method whose `inputs` calls `problem.mix`, which mixes as the key `mix` says. With other `inputs`
-        that key is refused.
-    model(backbone, problem) -> linen module to train, called as `module(images, train=…) -> logits [b, classes]`. It
-        has submodules `backbone` and `head`, as `Classifier` has. Variables that `__call__` does not use are created in
-        it `if self.is_initializing()`. Variables of other collections are state, kept in checkpoints.
-    evaluate(model, batch, fixed) -> {name: f32[b]}: reported as means next to the metrics of the task. `batch` has
-        "image" f32[b, h, w, c], normalized, and "label".
-    fixed: a pytree of arrays that are not trained, such as a teacher's variables, or a function that returns it. A
-        function is called in training only, so evaluation needs no teacher.
-    freeze: a regular expression. Parameters whose paths match it are frozen, beside those that the key `rules.freeze`
-        freezes.
-    merge(variables) -> variables of the plain Classifier that computes the same, which `export` writes as
-        .safetensors. Without it they are the method's own, less the modules that it adds.
-    predicts: False for a method that trains no head: then the model has none, nothing is predicted, evaluation reports
-        what `evaluate` gives, and `features` and `probe` use the backbone. Keys that act on predictions are refused.
+    - `loss(model, batch, fixed) -> Loss`. `model` is the bound linen module, as inside `nn.apply(loss, module)`: call
+      it as often as needed, with `train=True`, or use `model.features`, `model.head`, submodules, `make_rng`,
+      `unbind()`. Values sown into the collection "losses" are added to the loss; those in "metrics" are logged.
+    - `inputs(key, batch, augment) -> batch` makes the batch for `loss`. Its argument holds "image" uint8[b, h, w, c],
+      "label" i32[b], "id", "epoch" and "step" i32[b], and a dict of the same for each stream of `data.extra`.
+      `augment(key, images, stream=batch)` applies the config's augmentation to images of `stream`: f32[b, h, w, c]. By
+      default each stream is augmented and the batch mixed by the key `mix`.
+    - `mixes` is True if `inputs` calls `problem.mix`; with other `inputs` the key `mix` is refused.
+    - `model(backbone, problem)` returns the linen module to train, called as `module(images, train=…) -> logits
+      [b, classes]`, with submodules `backbone` and `head` as in `Classifier`. `__call__` must create variables that it
+      does not use `if self.is_initializing()`. Variables of other collections are state and kept in checkpoints.
+    - `evaluate(model, batch, fixed) -> {name: f32[b]}` adds metrics to evaluation, reported as means. `batch` has
+      normalized "image" f32[b, h, w, c], and "label".
+    - `fixed` is a pytree of untrained arrays, such as a teacher's variables, or a function that returns it. The
+      function is called in training only, so evaluation needs no teacher.
+    - `freeze` is a regular expression; parameters whose paths match are frozen, in addition to `rules.freeze`.
+    - `merge(variables)` returns the variables of an equivalent plain Classifier, for `export` to .safetensors. By
+      default `export` drops the modules that the method adds.
+    - `predicts` is False for a method that trains no head: the model then has none, evaluation reports only
+      `evaluate`, `features` and `probe` use the backbone, and keys that act on predictions are refused.
     """
 
     loss: Callable[[Any, Batch, Any], Loss]
@@ -69,42 +67,45 @@ class Method:
     merge: Callable[[Any], Any] | None = None
 
     def load_fixed(self) -> Any:
-        """The pytree `fixed`. Call it outside of a trace."""
+        """Returns the pytree `fixed`. Call it outside of a trace."""
         return self.fixed() if callable(self.fixed) else self.fixed
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a method may know of its run."""
+    """Facts about the run, and its functions, that a method may use."""
 
     classes: int
     class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]  # (h, w, c), as the model sees them
+    image_shape: tuple[int, int, int]  # (h, w, c) of the model's inputs
     total: int  # steps of the run
-    head_init: Callable[..., Any]  # the initializer of the head's kernel, by the key `model`
+    head_init: Callable[..., Any]  # the initializer of the head's kernel, from the key `model`
     supervised: Callable[[jax.Array, Batch], jax.Array]  # (logits, batch) → f32[b]: the key `loss`, mixing included
     steps: Callable[[str], int]  # a duration such as '5%' or '3 epochs' → whole steps, rounded up
     normalization: str  # the ops of the key `augment` that evaluation applies too
-    task: Task  # what the run predicts
-    build_augment: Callable[[str], Callable[..., jax.Array]] = field(repr=False)  # such a spec → (key, images) → images
+    task: Task
+    build_augment: Callable[[str], Callable[..., jax.Array]] = field(repr=False)  # spec → (key, images) → images
     loader: Callable[..., Any] | None = field(default=None, repr=False)
-    link: Link = SOFTMAX  # how logits become probabilities, by the key `loss`
+    link: Link = SOFTMAX  # maps logits to probabilities, from the key `loss`
     mix: Callable[[jax.Array, Batch], Batch] = lambda key, batch: batch  # mixes f32 images and labels by the key `mix`
 
     def load(self, run: str, checkpoint: str = "", trust: bool = False) -> "Teacher":
-        """The trained model of another run: a work directory. Nothing is read before an attribute is used.
+        """The trained model of the work directory `run`, read when an attribute is first used.
 
-        `checkpoint` is "best", "latest" or a step. `trust` allows it to import code that its record names.
+        `checkpoint` is "best", "latest" or a step. `trust` allows importing code that the run's config names.
         """
         return Teacher(self, run, checkpoint, trust)
 
 
 class Teacher:
-    """A trained model as a pure function of its variables. It is read when an attribute is first used.
+    """A trained model as a pure function of its variables, read when an attribute is first used.
 
-    `variables` is the pytree to pass as `Method.fixed`, `apply(variables, images f32[b, h, w, c])` returns logits
-    f32[b, classes], and `features(variables, images)` returns f32[b, d]. Images are normalized as this run does.
-    `link` says how its logits become probabilities. `apply` raises UserError for a run that has no trained head.
+    - `variables` is the pytree to pass as `Method.fixed`.
+    - `apply(variables, images f32[b, h, w, c])` returns logits f32[b, classes]; UserError if the run trained no head.
+    - `features(variables, images)` returns f32[b, d].
+    - `link` maps its logits to probabilities.
+
+    Images are normalized as in this run.
     """
 
     def __init__(self, problem: Problem, run: str, checkpoint: str, trust: bool):
@@ -114,15 +115,15 @@ class Teacher:
         if name.startswith("_"):
             raise AttributeError(name)
         if self._problem.loader is None:
-            raise UserError(f"the method reads the run {self._run!r}, and these programs were built without a loader; "
-                            "pass load=trained.load_teacher where you build them")  # fmt: skip
+            raise UserError(f"the method reads the run {self._run!r}, but these programs were built without a loader; "
+                            "pass load=trained.load_teacher when you build them")  # fmt: skip
         with jax.ensure_compile_time_eval():
             try:
-                found = self._problem.loader(self._problem, *self._args)
+                attributes = self._problem.loader(self._problem, *self._args)
             except Untrusted as e:
                 how = "a method of your own may call problem.load(run, trust=True)"
                 raise Untrusted(f"method: {str(e).replace('add --trust', how)}") from e
             except UserError as e:
                 raise UserError(f"method: {e}") from e
-        self.__dict__.update(found)
+        self.__dict__.update(attributes)
         return self.__dict__[name]

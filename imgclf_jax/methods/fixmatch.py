@@ -1,4 +1,4 @@
-"""FixMatch: unlabeled images learn from the model's own confident predictions, under strong augmentation."""
+"""FixMatch: semi-supervised learning from confident pseudo-labels of unlabeled images."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,31 +21,32 @@ def fixmatch(
     weight: float = 1.0,
     strong: str = "pad_crop(2)|randaugment(2, 10)|cutout(8, fill=128)",
 ) -> Method:
-    """supervised + weight * unlabeled, equations 3 and 4 of Sohn et al. 2020 (arXiv:2001.07685).
+    """FixMatch: supervised + weight * unlabeled, equations 3 and 4 of Sohn et al. 2020 (arXiv:2001.07685).
 
-    The images of the stream `data.extra.unlabeled` are seen twice: weakly augmented by the key `augment`, and by the
-    ops `strong`, after which the run's normalization follows. Where the greatest probability of the weak view reaches
-    `threshold`, its class is the label of the strong view; the mean of the cross-entropy is over all images of the
-    stream, also those below the threshold. No gradient reaches the weak view. Labeled images and both views go through
-    the model in one pass, so batch statistics cover all of them, as in the authors' code. The labels of the stream are
-    not read. The default of `strong` suits images of about 28 by 28 pixels that may not be mirrored. `mask_rate` is the
-    fraction of unlabeled images at or above the threshold, `unlabeled_loss` the second term without its weight. Raises
-    UserError for numbers out of range, for a loss that is not of the softmax, and where the stream is missing or has
-    images of another shape.
+    Each image of the stream `data.extra.unlabeled`, whose labels are not read, has two views: weakly augmented by the
+    key `augment`, and augmented by the ops `strong` followed by the run's normalization. If the largest probability of
+    the weak view reaches `threshold`, its class is the pseudo-label of the strong view; the cross-entropy is averaged
+    over all images of the stream, including those below the threshold. No gradient reaches the weak view. Labeled
+    images and both views go through the model in one pass, so batch statistics cover all of them, as in the authors'
+    code. The default `strong` suits images of about 28 by 28 pixels that must not be mirrored.
+
+    Metrics: `mask_rate` is the fraction of unlabeled images at or above the threshold, `unlabeled_loss` the second term
+    without its weight. Raises UserError for numbers out of range, for a loss other than softmax, and if the stream is
+    missing or has images of another shape.
     """
     if not 0 <= threshold <= 1 or not 0 <= weight < float("inf"):
-        raise UserError(f"method: fixmatch has threshold={threshold}, weight={weight}; threshold is 0 to 1, weight 0 "
+        raise UserError(f"method: fixmatch(threshold={threshold}, weight={weight}): threshold must be 0 to 1, weight 0 "
                         "or more")  # fmt: skip
     if any(call.name == "normalize" for call in spec.parse(strong)):
-        raise UserError(f"method: fixmatch has strong={strong!r}; leave out normalize: that of the key augment follows "
-                        "these ops")  # fmt: skip
+        raise UserError(f"method: fixmatch(strong={strong!r}): remove normalize; the run's normalization follows these "
+                        "ops")  # fmt: skip
     check_task("fixmatch", problem)
     strongly = problem.build_augment("|".join(filter(None, (strong, problem.normalization))))
 
     def inputs(key: jax.Array, batch: Batch, augment: Callable[..., jax.Array]) -> Batch:
-        stream = unlabeled("fixmatch", batch)
+        stream = unlabeled_stream("fixmatch", batch)
         labeled_key, weak_key, strong_key = jax.random.split(key, 3)
-        # Ops by example are keyed by a seed, which methods are not given: 0, so the draws differ by example alone.
+        # Per-example ops need a seed, which methods do not have; with 0 the draws differ by example only.
         known = (jnp.uint32(0), stream["id"], stream["epoch"]) if "id" in stream else ()
         views = {
             "weak": augment(weak_key, stream["image"], stream),
@@ -56,53 +57,53 @@ def fixmatch(
     def loss(model: Any, batch: Batch, fixed: Any) -> Loss:
         views = batch[STREAM]
         images = [batch["image"], views["weak"], views["strong"]]
-        logits, weak, strong = in_one_pass(lambda x: model(x, train=True), images)
+        logits, weak, strong = forward_together(lambda x: model(x, train=True), images)
         values, mask = pseudo_label_losses(weak, strong, threshold)
-        added = jnp.mean(values)
-        return Loss(problem.supervised(logits, batch) + weight * added, logits,
-                    {"mask_rate": jnp.mean(mask), "unlabeled_loss": added})  # fmt: skip
+        unlabeled_loss = jnp.mean(values)
+        return Loss(problem.supervised(logits, batch) + weight * unlabeled_loss, logits,
+                    {"mask_rate": jnp.mean(mask), "unlabeled_loss": unlabeled_loss})  # fmt: skip
 
     return Method(loss, inputs=inputs)
 
 
 def pseudo_label_losses(weak: jax.Array, strong: jax.Array, threshold: float) -> tuple[jax.Array, jax.Array]:
-    """The terms of equation 4, f32[n], and which images are at or above the threshold, f32[n].
+    """Returns the terms of equation 4, f32[n], and a mask f32[n], 1 for images at or above the threshold.
 
-    `weak` and `strong` are logits [n, classes]. The loss of an image whose weak view gives NaN is NaN.
+    `weak` and `strong` are logits [n, classes]. If the weak logits of an image are NaN, so is its loss.
     """
     probabilities = jax.lax.stop_gradient(jax.nn.softmax(weak))
     greatest = jnp.max(probabilities, -1)
     mask = greatest >= threshold
     log_q = jax.nn.log_softmax(strong)
     losses = -jnp.take_along_axis(log_q, jnp.argmax(probabilities, -1)[:, None], -1)[:, 0]
-    # An infinite loss below the threshold counts as 0, but 0 * NaN is NaN: the run is told of it.
+    # An infinite loss below the threshold counts as 0, but 0 * NaN stays NaN, so that the run stops.
     return jnp.where(mask, losses, 0 * greatest), mask.astype(jnp.float32)
 
 
 def check_task(name: str, problem: Problem) -> None:
-    """Raises UserError if the run does not predict one class by the softmax."""
+    """Raises UserError unless the run predicts a single class by softmax."""
     if problem.task not in (Task.CLASSES, Task.SOFT) or problem.link is not SOFTMAX:
         raise UserError(f"method: {name} compares softmax probabilities, which the loss of this run does not train; "
-                        "use a loss of one class such as 'softmax'")  # fmt: skip
+                        "use a single-label loss such as 'softmax'")  # fmt: skip
 
 
-def unlabeled(name: str, batch: Batch) -> Batch:
-    """The batch of `data.extra.unlabeled`. Raises UserError if there is none, or if its images have another shape."""
+def unlabeled_stream(name: str, batch: Batch) -> Batch:
+    """The batch of `data.extra.unlabeled`. Raises UserError if it is missing or its images have another shape."""
     if STREAM not in batch:
-        raise UserError(f"method: {name} reads the stream data.extra.{STREAM}, which this run lacks; name its images, "
-                        f"as in data.extra.{STREAM}='train[10%:]|batch_size(448)'")  # fmt: skip
+        raise UserError(f"method: {name} reads the stream data.extra.{STREAM}, which this run lacks; set it, as in "
+                        f"data.extra.{STREAM}='train[10%:]|batch_size(448)'")  # fmt: skip
     stream: Batch = batch[STREAM]
-    ours, theirs = batch["image"].shape[1:], stream["image"].shape[1:]
-    if ours != theirs:
-        raise UserError(f"data.extra.{STREAM} has images {list(theirs)} and data.train {list(ours)}; give both "
-                        "the same preprocess")  # fmt: skip
+    labeled_shape, unlabeled_shape = batch["image"].shape[1:], stream["image"].shape[1:]
+    if labeled_shape != unlabeled_shape:
+        raise UserError(f"data.extra.{STREAM} has images {list(unlabeled_shape)} and data.train {list(labeled_shape)}; "
+                        "use the same preprocess for both")  # fmt: skip
     return stream
 
 
-def in_one_pass(forward: Callable[[jax.Array], jax.Array], batches: Sequence[jax.Array]) -> list[jax.Array]:
-    """`forward` of several batches of images [n_i, h, w, c] at once: the logits [n_i, classes] of each.
+def forward_together(forward: Callable[[jax.Array], jax.Array], batches: Sequence[jax.Array]) -> list[jax.Array]:
+    """Runs `forward` once on several batches of images [n_i, h, w, c]; returns the logits [n_i, classes] of each.
 
-    The batches are interleaved, so that each device, and each group of batch norm, has its share of all of them.
+    The batches are interleaved, so that each device and each BatchNorm group sees the same mixture of them.
     """
     parts = math.gcd(*(len(images) for images in batches))
     split = [images.reshape(parts, -1, *images.shape[1:]) for images in batches]  # [parts, n_i / parts, h, w, c]

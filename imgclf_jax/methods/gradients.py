@@ -1,8 +1,8 @@
-"""Functions of the gradient function, composed by `|` in the config key `gradient`.
+"""The gradient function of a train step, its transforms (config key `gradient`), and gradient accumulation.
 
-`"sam(rho=0.05)|my_gradients:noisy(0.1)"` gives noisy(sam(gradient)). Each is called as `function(gradient,
-**arguments)` while the train step is traced, and returns a function of the same signature. `table.GRADIENTS` names
-those that ship.
+A transform is called as `transform(gradient, **arguments)` while the train step is traced, and returns a function with
+the signature of `gradient`. `"sam(rho=0.05)|my_gradients:noisy(0.1)"` means noisy(sam(gradient)). `table.GRADIENTS`
+lists the built-in ones.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from imgclf_jax.core import platform
 from imgclf_jax.core.errors import UserError
 
-# (params, model_state, batch, key) → ((loss f32[], aux), grads); `aux` is handed on as it is.
+# (params, model_state, batch, key) → ((loss f32[], aux), grads); transforms pass `aux` through.
 GradientFunction = Callable[..., Any]
 
 
 def _no_pixel_range() -> tuple[jax.Array, jax.Array]:
-    raise UserError("gradient: this train step was built without the pixel range of its images; pass it to "
+    raise UserError("gradient: this train step does not know the pixel range of its images; pass pixel_range to "
                     "methods.table.build_gradient")  # fmt: skip
 
 
@@ -28,10 +28,13 @@ def _no_pixel_range() -> tuple[jax.Array, jax.Array]:
 class Gradient:
     """The gradient of the mean loss of a batch: `gradient(params, model_state, batch, key) -> ((loss, aux), grads)`.
 
-    `batch` is what `Method.inputs` gave and `key` what dropout draws from. Microbatches, sharded parameters and sown
-    losses are taken care of. `images(params, model_state, batch, key)` f32[b, h, w, c] is the gradient of the sum of
-    the examples' losses with respect to batch["image"]. `pixel_range()` are the least and the greatest value of a pixel
-    in batch["image"], f32[1, 1, 1, c] each; it raises UserError where the key `augment` has no fixed scale.
+    `batch` comes from `Method.inputs`; `key` is for dropout. Microbatches, sharded parameters and sown losses are
+    handled inside.
+
+    - `images(params, model_state, batch, key)` f32[b, h, w, c] is the gradient of the summed example losses with
+      respect to batch["image"].
+    - `pixel_range()` returns the smallest and largest pixel value in batch["image"], f32[1, 1, 1, c] each. It raises
+      UserError if the key `augment` has no fixed scale.
     """
 
     function: GradientFunction
@@ -42,7 +45,7 @@ class Gradient:
         return self.function(params, model_state, batch, key)
 
     def value(self, model_state: Any, batch: Any, key: jax.Array) -> Callable[[Any], jax.Array]:
-        """The loss f32[] as a differentiable function of the parameters, with this gradient as its derivative."""
+        """Returns the loss f32[] as a function of the parameters whose derivative is this gradient."""
 
         @jax.custom_vjp
         def value(params: Any) -> jax.Array:
@@ -58,12 +61,12 @@ class Gradient:
         value.defvjp(forward, backward)
 
         def value_fn(params: Any, grad_fn: Any = None, obj_fn: Any = None) -> jax.Array:
-            return value(params)  # optax's line searches pass on all other extra arguments
+            return value(params)  # optax's line searches pass all extra arguments
 
         return value_fn
 
     def extra_arguments(self, value: Any, grads: Any, model_state: Any, batch: Any, key: jax.Array) -> dict[str, Any]:
-        """optax's extra arguments of an update: `value`, `grad`, `value_fn`, which Sophia calls `obj_fn`, `grad_fn`."""
+        """optax's extra arguments of an update: `value`, `grad`, `value_fn` (Sophia's `obj_fn`) and `grad_fn`."""
         value_fn = self.value(model_state, batch, key)
         return {
             "value": value,
@@ -75,24 +78,24 @@ class Gradient:
 
 
 def _split(batch: Any, parts: int) -> Any:
-    """[b, …] → [parts, b / parts, …]: microbatch i is every example whose number is i modulo `parts`.
+    """Splits [b, …] → [parts, b / parts, …]; microbatch i takes every `parts`-th example from i.
 
-    So it is a share of what each device holds.
+    So each microbatch has an equal share of the examples on every device.
     """
     return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
-def _joined(x: jax.Array) -> jax.Array:
+def _join(x: jax.Array) -> jax.Array:
     """[parts, b / parts, …] → [b, …], the inverse of `_split`."""
     return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
 
 def _unroll() -> bool:
-    return platform.current() == "cpu"  # there XLA's own convolution is a hundred times slower in a loop
+    return platform.current() == "cpu"  # XLA's CPU convolution is a hundred times slower inside a loop
 
 
-def accumulated(gradient: GradientFunction, parts: int) -> GradientFunction:
-    """The mean gradient of `parts` microbatches: ((loss, (model_state, (logits, means))), grads)."""
+def accumulate(gradient: GradientFunction, parts: int) -> GradientFunction:
+    """Averages the gradient over `parts` microbatches: returns ((loss, (model_state, (logits, means))), grads)."""
     if parts == 1:
         return gradient
 
@@ -107,7 +110,7 @@ def accumulated(gradient: GradientFunction, parts: int) -> GradientFunction:
         (total, model_state), (losses, logits, named) = jax.lax.scan(
             add, carry, (jnp.arange(parts), _split(batch, parts)), unroll=_unroll()
         )
-        logits = None if logits is None else _joined(logits)  # [b, classes]
+        logits = None if logits is None else _join(logits)  # [b, classes]
         named = {name: jnp.mean(values) for name, values in named.items()}
         grads = jax.tree.map(lambda g: g / parts, total)
         return (jnp.mean(losses), (model_state, (logits, named))), grads
@@ -115,8 +118,8 @@ def accumulated(gradient: GradientFunction, parts: int) -> GradientFunction:
     return mean_gradient
 
 
-def accumulated_images(gradient: Callable[..., jax.Array], parts: int) -> Callable[..., jax.Array]:
-    """`gradient(params, model_state, batch, key) -> f32[b, h, w, c]`, computed by microbatch."""
+def accumulate_images(gradient: Callable[..., jax.Array], parts: int) -> Callable[..., jax.Array]:
+    """Computes the image gradient `gradient(params, model_state, batch, key)` f32[b, h, w, c] by microbatch."""
     if parts == 1:
         return gradient
 
@@ -125,6 +128,6 @@ def accumulated_images(gradient: Callable[..., jax.Array], parts: int) -> Callab
             return None, gradient(params, model_state, part[1], jax.random.fold_in(key, part[0]))
 
         _, out = jax.lax.scan(one, None, (jnp.arange(parts), _split(batch, parts)), unroll=_unroll())
-        return _joined(out)
+        return _join(out)
 
     return gradients

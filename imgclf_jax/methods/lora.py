@@ -1,4 +1,4 @@
-"""LoRA: a trained backbone adapts by updates of low rank to some of its kernels, and stays frozen itself."""
+"""LoRA: low-rank adapters on the kernels of a frozen backbone."""
 
 import inspect
 import math
@@ -22,19 +22,19 @@ PREFIX = f"params/backbone/{_ADAPTERS}/"  # of the adapters' paths
 
 
 def lora(problem: Problem, rank: int = 8, alpha: float = 8.0, pattern: str = "backbone/.*kernel") -> Method:
-    """Supervised training of W + alpha / rank * A B for kernels W, equation 3 of Hu et al. 2021 (arXiv:2106.09685).
+    """Trains W + alpha / rank * A B with frozen kernels W, equation 3 of Hu et al. 2021 (arXiv:2106.09685).
 
-    Kernels whose paths match `pattern`, a regular expression or several between commas, are adapted: those of dense
-    layers [d, f], and of convolutions flattened to [kh * kw * c, f]. A is [d, rank] and B [rank, f], the paper's
-    transposed. A starts uniform in ±1 / sqrt(d), as in the authors' loralib, and B at 0. A, B and the head are trained.
-    All else in the backbone is frozen, as by `rules.freeze`: it has no optimizer state, and its batch norm and dropout
-    are those of evaluation. The weights to adapt come from the key `init_from`, under the names of the plain model.
+    `pattern` is a regular expression, or several separated by commas; kernels whose paths match are adapted. Kernels
+    are [d, f], convolutions flattened to [kh * kw * c, f]. A is [d, rank] and B [rank, f], the transposes of the
+    paper's. A starts uniform in ±1 / sqrt(d), as in the authors' loralib, and B at 0. A, B and the head are trained;
+    the rest of the backbone is frozen as by `rules.freeze`, without optimizer state and with BatchNorm and dropout in
+    evaluation mode. The key `init_from` loads the weights to adapt, under the names of the plain model.
 
     `export` to .safetensors writes merged weights under the plain names, and `init_from` of such a run loads them.
-    Raises UserError for numbers out of range, and for a pattern that matches no kernel or something else.
+    Raises UserError for numbers out of range, and if `pattern` matches nothing or a parameter that is no kernel.
     """
     if rank < 1 or not 0 < alpha < float("inf"):
-        raise UserError(f"method: lora has rank={rank}, alpha={alpha}; rank is 1 or more, alpha above 0")
+        raise UserError(f"method: lora(rank={rank}, alpha={alpha}): rank must be 1 or more, alpha above 0")
 
     def model(backbone: nn.Module, problem: Problem) -> nn.Module:
         adapted = Adapted(backbone, rank, alpha, pattern)
@@ -47,7 +47,7 @@ def lora(problem: Problem, rank: int = 8, alpha: float = 8.0, pattern: str = "ba
 
 
 class Adapted(nn.Module):
-    """The backbone `base`, with adapters among its own parameters: `lora/PATH/a` and `lora/PATH/b` for a kernel."""
+    """The backbone `base` with adapters `lora/PATH/a` and `lora/PATH/b` for each kernel, among its parameters."""
 
     base: nn.Module
     rank: int
@@ -61,8 +61,8 @@ class Adapted(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         if self.is_initializing():
             self.base(images, train=train)
-        own = {name: x for name, x in self.variables["params"].items() if name != _ADAPTERS}
-        kernels = choose(own, self.pattern)
+        base_params = {name: x for name, x in self.variables["params"].items() if name != _ADAPTERS}
+        kernels = match_kernels(base_params, self.pattern)
         adapters = self.param(_ADAPTERS, lambda key: init_adapters(key, kernels, self.rank))
 
         def merged(variables: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -74,19 +74,22 @@ class Adapted(nn.Module):
         return nn.map_variables(call, "params", merged)(self.base)
 
 
-def choose(params: Mapping[str, Any], pattern: str) -> dict[str, tuple[int, ...]]:
-    """The shape of each kernel of a backbone whose path, after `backbone/`, matches the pattern. Raises UserError."""
+def match_kernels(params: Mapping[str, Any], pattern: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the kernels of a backbone whose paths match `pattern`, by path below `backbone/`.
+
+    Raises UserError if the pattern matches nothing, or a parameter that is no kernel.
+    """
     shapes = {f"backbone/{tree.join(path)}": x.shape for path, x in traverse_util.flatten_dict(params).items()}
-    found = rules.match([(part, True) for part in rules.split(pattern)], list(shapes), "method: lora(pattern)")
-    for name in found:
+    matched = rules.match([(part, True) for part in rules.split(pattern)], list(shapes), "method: lora(pattern)")
+    for name in matched:
         if not name.endswith("/kernel") or len(shapes[name]) < 2:
-            raise UserError(f"method: lora(pattern={pattern!r}) matches {name} {list(shapes[name])}; match kernels "
-                            "alone, such as 'backbone/.*kernel'")  # fmt: skip
-    return {name.removeprefix("backbone/"): shapes[name] for name in found}
+            raise UserError(f"method: lora(pattern={pattern!r}) matches {name} {list(shapes[name])}; match only "
+                            "kernels, as 'backbone/.*kernel' does")  # fmt: skip
+    return {name.removeprefix("backbone/"): shapes[name] for name in matched}
 
 
 def init_adapters(key: jax.Array, kernels: Mapping[str, tuple[int, ...]], rank: int) -> dict[str, Any]:
-    """{"a": f32[d, rank], "b": f32[rank, f]} below the path of each kernel; b is zero."""
+    """Initializes {"a": f32[d, rank], "b": f32[rank, f]} below the path of each kernel; b is zero."""
     uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # ±1 / sqrt(d)
     flat = {}
     for path, shape in kernels.items():
@@ -96,7 +99,7 @@ def init_adapters(key: jax.Array, kernels: Mapping[str, tuple[int, ...]], rank: 
 
 
 def add(params: Mapping[str, Any], adapters: Mapping[str, Any], scale: float) -> dict[str, Any]:
-    """A backbone's parameters with each adapted kernel W replaced by W + scale * A B, without the adapters."""
+    """Merges adapters into a backbone's parameters: W + scale * A B for each adapted kernel W."""
     pairs = dict(tree.named_leaves(adapters))
 
     def merged(path: str, x: Any) -> Any:
@@ -110,18 +113,18 @@ def add(params: Mapping[str, Any], adapters: Mapping[str, Any], scale: float) ->
 
 
 def merge(variables: Mapping[str, Any], scale: float) -> dict[str, Any]:
-    """The variables of the plain Classifier that computes the same."""
+    """The variables of the equivalent plain Classifier."""
     params = variables["params"]
     backbone = add(params["backbone"], params["backbone"][_ADAPTERS], scale)
     return {**variables, "params": {**params, "backbone": backbone}}
 
 
-def scale(method: str) -> float:
-    """alpha / rank of a method's spec that names `lora`; 0 for every other."""
+def scale_of(method: str) -> float:
+    """alpha / rank of a method spec if it is `lora`, else 0."""
     call = spec.parse_one(method)
     if call.name != "lora":
         return 0.0
-    made = spec.bind(call, {"lora": lora}, "method", given=("problem",))
-    given = inspect.signature(lora).bind(None, *made.args, **made.keywords)
-    given.apply_defaults()
-    return float(given.arguments["alpha"] / given.arguments["rank"])
+    bound = spec.bind(call, {"lora": lora}, "method", given=("problem",))
+    signature = inspect.signature(lora).bind(None, *bound.args, **bound.keywords)
+    signature.apply_defaults()
+    return float(signature.arguments["alpha"] / signature.arguments["rank"])

@@ -1,4 +1,4 @@
-"""Projected gradient descent: adversarial examples in an L∞ ball, for training and for evaluation."""
+"""Projected gradient descent (PGD): adversarial examples in an L∞ ball, for training and for evaluation."""
 
 import re
 from collections.abc import Callable
@@ -22,22 +22,22 @@ def pgd(
     step_size: float | str | None = None,
     random_start: bool = True,
 ) -> GradientFunction:
-    """Adversarial training: the gradient at the examples that `attack` makes of the batch (Madry et al. 2018).
+    """Adversarial training: the gradient at adversarial examples of the batch (Madry et al. 2018).
 
-    The arguments are those of `attack`. It ascends the training loss, mixed labels and label smoothing included, as the
-    train step computes it: with the batch's own statistics and the step's dropout masks. The authors' program does so
-    too, but there the passes of the attack also update the running statistics; here the last pass alone does. The loss
-    and the metrics of the step are those of the adversarial examples. A step costs `steps` more gradients.
+    The arguments are those of `attack`. It ascends the training loss, with mixed labels and label smoothing, as the
+    train step computes it: with batch statistics and the step's dropout masks. Only the final pass updates the running
+    statistics; in the authors' program the passes of the attack do so too. The step's loss and metrics are those of the
+    adversarial examples. A step costs `steps` more gradients.
     """
     radius, size = _sizes("gradient", eps, steps, step_size)
     low, high = gradient.pixel_range()
 
     def adversarial(params: Any, model_state: Any, batch: Any, key: jax.Array) -> Any:
-        def of_images(images: jax.Array) -> jax.Array:
+        def image_gradient(images: jax.Array) -> jax.Array:
             return gradient.images(params, model_state, {**batch, "image": images}, key)
 
         keys = jax.random.split(rng.fold(key, "pgd"), len(batch["image"]))
-        images = _ascend(of_images, batch["image"], keys, low, high, radius, steps, size, random_start)
+        images = _ascend(image_gradient, batch["image"], keys, low, high, radius, steps, size, random_start)
         return gradient(params, model_state, {**batch, "image": images}, key)
 
     return adversarial
@@ -54,16 +54,16 @@ def attack(
     step_size: float | str | None = None,
     random_start: bool = True,
 ) -> jax.Array:
-    """Adversarial examples f32[b, h, w, c] by ascent along the sign of the gradient (Madry et al. 2018).
+    """Adversarial examples f32[b, h, w, c] by sign-gradient ascent (Madry et al. 2018, arXiv:1706.06083, section 2.1).
 
-    Section 2.1 of arXiv:1706.06083: from a uniformly random point of the L∞ ball of radius `eps` around each image,
-    `steps` times a step of `step_size` along the sign, each followed by a projection onto the ball and onto the range
-    of pixels. Lengths are numbers or fractions such as '8/255', in units in which pixels are 0 to 1. Without a
-    `step_size` it is 2.5 eps / steps, with which every point of the ball can be reached. One step of the size `eps`
-    without a random start is FGSM.
+    Starts at a uniformly random point of the L∞ ball around each image, then takes `steps` steps along the sign of the
+    gradient, each projected onto the ball and the pixel range. One step of size `eps` without a random start is FGSM.
 
-    `gradient(images)` is that of the loss to ascend, `keys` [b] are the examples', and `low` and `high` f32[1, 1, 1, c]
-    are the values in `images` of pixels of 0 and 1. A pixel outside of these is moved no farther out.
+    - `gradient(images)` is the gradient of the loss to ascend.
+    - `keys` [b] are random keys, one per example.
+    - `low` and `high` f32[1, 1, 1, c] are the values in `images` of pixels 0 and 1. Pixels outside move no farther out.
+    - `eps`, the radius, and `step_size` are numbers or fractions such as '8/255', on a scale where pixels are 0 to 1.
+      The default step size, 2.5 eps / steps, can reach every point of the ball.
     """
     radius, size = _sizes("--attack", eps, steps, step_size)
     return _ascend(gradient, images, keys, low, high, radius, steps, size, random_start)
@@ -73,33 +73,33 @@ def _ascend(
     gradient: Callable[[jax.Array], jax.Array], images: jax.Array, keys: jax.Array, low: jax.Array, high: jax.Array,
     radius: float, steps: int, size: float, random_start: bool,
 ) -> jax.Array:  # fmt: skip
-    unit = high - low  # of a pixel, in `images`
-    least = jnp.maximum(images - radius * unit, jnp.minimum(images, low))
-    most = jnp.minimum(images + radius * unit, jnp.maximum(images, high))
+    unit = high - low  # the pixel range 0 to 1 on the scale of `images`
+    lower = jnp.maximum(images - radius * unit, jnp.minimum(images, low))
+    upper = jnp.minimum(images + radius * unit, jnp.maximum(images, high))
 
     def ascend(_: Any, x: jax.Array) -> jax.Array:
-        return jnp.clip(x + size * unit * jnp.sign(gradient(x)), least, most)
+        return jnp.clip(x + size * unit * jnp.sign(gradient(x)), lower, upper)
 
     start = images
     if random_start:
         draw = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:], images.dtype, -1, 1))
-        start = jnp.clip(images + radius * unit * draw(keys), least, most)
+        start = jnp.clip(images + radius * unit * draw(keys), lower, upper)
     slow = platform.slow_in_loops(jax.make_jaxpr(gradient)(images), platform.current())
     return jax.lax.fori_loop(0, steps, ascend, start, unroll=True if slow else None)
 
 
 def _sizes(where: str, eps: Any, steps: Any, step_size: Any) -> tuple[float, float]:
-    """(eps, step_size) as numbers. Raises UserError, which begins with `where`, for what is none or out of range."""
+    """Returns (eps, step_size) as numbers. Raises UserError, prefixed with `where`, for invalid arguments."""
     if not isinstance(steps, int) or steps < 1:
-        raise UserError(f"{where}: pgd(steps={steps!r}): must be a whole number of 1 or more")
+        raise UserError(f"{where}: pgd(steps={steps!r}): must be an integer of 1 or more")
     radius = _length(where, "eps", eps)
     return radius, 2.5 * radius / steps if step_size is None else _length(where, "step_size", step_size)
 
 
 def _length(where: str, name: str, value: Any) -> float:
-    found = re.fullmatch(r"\s*(\d+\.?\d*)\s*/\s*(\d+)\s*", value) if isinstance(value, str) else None
-    number = float(found[1]) / int(found[2]) if found and int(found[2]) else value
+    fraction = re.fullmatch(r"\s*(\d+\.?\d*)\s*/\s*(\d+)\s*", value) if isinstance(value, str) else None
+    number = float(fraction[1]) / int(fraction[2]) if fraction and int(fraction[2]) else value
     if not isinstance(number, int | float) or not 0 < number <= 1:
-        raise UserError(f"{where}: pgd({name}={value!r}): must be above 0 and at most 1, the whole range of a pixel; "
+        raise UserError(f"{where}: pgd({name}={value!r}): must be above 0 and at most 1, the full range of a pixel; "
                         "write a number or a fraction such as '8/255'")  # fmt: skip
     return number

@@ -1,4 +1,4 @@
-"""SAM and ASAM: the gradient at the worst point of a neighbourhood of the parameters, where the loss is sharpest."""
+"""SAM and ASAM: sharpness-aware minimization, with the gradient at the worst point of a neighborhood."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,27 +11,26 @@ from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods.gradients import Gradient, GradientFunction
 
-_WEIGHTS = ("kernel", "scale", "embedding")  # linen's names of what PyTorch calls `weight`
+_WEIGHTS = ("kernel", "scale", "embedding")  # linen's names for PyTorch's `weight`
 
 
 def sam(gradient: Gradient, rho: float = 0.05) -> GradientFunction:
     """Sharpness-aware minimization: the gradient at w + rho g / ‖g‖, where g is the gradient at w.
 
-    Equation 2 and algorithm 1 of Foret et al. 2021 (arXiv:2010.01412). A step costs two gradients. Both see the same
-    batch, dropout masks and model state; the loss, the metrics and the new state, such as batch statistics, are those
-    at w. The norm is over all parameters, and g is the gradient of the global batch: one perturbation for all
-    microbatches and devices, where the authors' program takes one for each device's share of the batch.
+    Equation 2 and algorithm 1 of Foret et al. 2021 (arXiv:2010.01412). A step costs two gradients, on the same batch,
+    dropout masks and model state; the loss, the metrics and the new state, such as batch statistics, come from w. The
+    norm covers all parameters, and g is the gradient of the global batch: one perturbation for all microbatches and
+    devices, where the authors' program has one per device.
     """
     _check("sam", rho=rho)
     return _at_worst_point(gradient, rho, lambda params, grads: grads)
 
 
 def asam(gradient: Gradient, rho: float = 0.5, eta: float = 0.01) -> GradientFunction:
-    """Adaptive SAM, whose neighbourhood follows the scale of each weight: the gradient at w + rho T² g / ‖T g‖.
+    """Adaptive SAM, whose neighborhood scales with each weight: the gradient at w + rho T² g / ‖T g‖.
 
-    Algorithm 1 of Kwon et al. 2021 (arXiv:2102.11600). As in the authors' program, T is `|w| + eta` for
-    weights (here parameters called `kernel`, `scale` or `embedding`) and 1 for all others, such as biases. Otherwise
-    as `sam`.
+    Algorithm 1 of Kwon et al. 2021 (arXiv:2102.11600). As in the authors' program, T is `|w| + eta` for weights (here
+    parameters named `kernel`, `scale` or `embedding`) and 1 for the rest, such as biases. Otherwise like `sam`.
     """
     _check("asam", rho=rho, eta=eta)
 
@@ -45,7 +44,7 @@ def asam(gradient: Gradient, rho: float = 0.5, eta: float = 0.01) -> GradientFun
 
 
 def _at_worst_point(gradient: Gradient, rho: float, scaled: Callable[[Any, Any], Any]) -> GradientFunction:
-    """The gradient at w + rho T² g / ‖T g‖; `scaled(w, x)` is T x."""
+    """Returns the gradient at w + rho T² g / ‖T g‖; `scaled(w, x)` computes T x."""
 
     def sharp(params: Any, model_state: Any, batch: Any, key: jax.Array) -> Any:
         out, grads = gradient(params, model_state, batch, key)
@@ -60,4 +59,4 @@ def _at_worst_point(gradient: Gradient, rho: float, scaled: Callable[[Any, Any],
 def _check(name: str, **values: float) -> None:
     for key, value in values.items():
         if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise UserError(f"gradient: {name}({key}={value!r}): allowed are numbers of 0 or more")
+            raise UserError(f"gradient: {name}({key}={value!r}): must be a number of 0 or more")

@@ -1,4 +1,4 @@
-"""SimCLR: a backbone learns without labels to tell two views of an image from those of all others in the batch."""
+"""SimCLR: contrastive pretraining of a backbone without labels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +15,10 @@ from imgclf_jax.models.classifier import Classifier
 def simclr(problem: Problem, temperature: float = 0.5, width: int = 128, hidden: int = 0) -> Method:
     """Pretrains the backbone with NT-Xent, equation 1 of Chen et al. 2020 (arXiv:2002.05709); labels are not read.
 
-    Each image is augmented twice by the key `augment`. A projector of two dense layers, with `hidden` units (0: as many
-    as the backbone has features) and `width` outputs, is trained and then not used; the head stays untrained. The
-    contrast is over the global batch, on any number of devices, but within each microbatch of `accumulate`.
-    `contrastive_accuracy` is the fraction of views whose most similar view in the batch is of the same image.
+    Each image is augmented twice by the key `augment`. A projector of two dense layers, with `hidden` units (0: the
+    backbone's number of features) and `width` outputs, is used in training only; no head is trained. Negatives come
+    from the global batch on any number of devices, but from one microbatch with `accumulate`. `contrastive_accuracy` is
+    the fraction of views whose most similar view in the batch is of the same image.
     """
 
     def classes(batch: Batch) -> jax.Array:
@@ -30,11 +30,11 @@ def simclr(problem: Problem, temperature: float = 0.5, width: int = 128, hidden:
 def contrastive(
     name: str, classes: Callable[[Batch], jax.Array], temperature: float, width: int, hidden: int
 ) -> Method:
-    """The method that draws together the views of images with equal `classes(batch)` i32[b]; see `contrast`."""
+    """A method that attracts the views of images with equal `classes(batch)` i32[b]; see `contrast`."""
     if temperature <= 0:
-        raise UserError(f"{name}(temperature={temperature}): allowed are numbers above 0")
+        raise UserError(f"method: {name}(temperature={temperature}): must be above 0")
     if width < 1 or hidden < 0:
-        raise UserError(f"{name}(width={width}, hidden={hidden}): width must be 1 or more, and hidden 0 or more")
+        raise UserError(f"method: {name}(width={width}, hidden={hidden}): width must be 1 or more, hidden 0 or more")
 
     def inputs(key: jax.Array, batch: Batch, augment: Callable[..., jax.Array]) -> Batch:
         first, second = (augment(k, batch["image"]) for k in jax.random.split(key))
@@ -42,13 +42,12 @@ def contrastive(
 
     def loss(model: Any, batch: Batch, fixed: Any) -> Loss:
         if len(batch["image"]) < 2:
-            raise UserError(f"{name} contrasts the images of a batch, and this one has a single image; raise "
-                            "batch_size, or lower accumulate")  # fmt: skip
-        # The views of an image are neighbours: so they stay on its device, and in its group of batch norm.
+            raise UserError(f"method: {name} contrasts the images of a batch, and this one has a single image; raise "
+                            "batch_size or lower accumulate")  # fmt: skip
+        # The views of an image are adjacent, so they stay on its device and in its BatchNorm group.
         views = jnp.stack([batch["image"], batch["second_view"]], 1)  # [b, 2, h, w, c]
         z = model.project(model.features(views.reshape(-1, *views.shape[2:]), train=True))  # [2b, width]
-        of_view = jnp.repeat(classes(batch), 2)
-        values, nearest = contrast(z, of_view, temperature)
+        values, nearest = contrast(z, jnp.repeat(classes(batch), 2), temperature)
         return Loss(values.reshape(-1, 2).mean(1), metrics={"contrastive_accuracy": nearest})
 
     def model(backbone: nn.Module, problem: Problem) -> nn.Module:
@@ -58,10 +57,10 @@ def contrastive(
 
 
 def contrast(z: jax.Array, classes: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
-    """The contrastive loss f32[n] of each vector of `z` [n, d], and whether its nearest one is of its class, f32[n].
+    """The contrastive loss f32[n] of each vector of `z` [n, d], and whether its nearest vector is positive, f32[n].
 
-    Equation 2 (L_out) of Khosla et al. 2020 (arXiv:2004.11362) with cosine similarity, whose positives are the other
-    vectors of equal `classes` i32[n]; with one positive each it is NT-Xent. A vector without positives has the loss 0.
+    Equation 2 (L_out) of Khosla et al. 2020 (arXiv:2004.11362) with cosine similarity. Positives are the other vectors
+    of equal `classes` i32[n]; with one positive each it is NT-Xent. Without positives the loss is 0.
     """
     squared = jnp.sum(z * z, -1, keepdims=True)
     z = z * jax.lax.rsqrt(jnp.maximum(squared, 1e-12))  # a zero vector stays zero, with a finite gradient
@@ -72,9 +71,7 @@ def contrast(z: jax.Array, classes: jax.Array, temperature: float) -> tuple[jax.
     count = jnp.sum(positive, -1)
     values = jnp.sum(jnp.where(positive, losses, 0.0), -1) / jnp.maximum(count, 1).astype(losses.dtype)
     best = jnp.max(jnp.where(positive, similarity, -jnp.inf), -1)
-    nearest = best > jnp.max(
-        jnp.where(positive, -jnp.inf, similarity), -1
-    )  # NaN, and all vectors equal, count as wrong
+    nearest = best > jnp.max(jnp.where(positive, -jnp.inf, similarity), -1)  # False for NaN and for ties
     return values, nearest.astype(jnp.float32)
 
 
@@ -82,10 +79,10 @@ class Contrastive(Classifier):
     """A Classifier with a projector: one hidden layer with ReLU, and `width` outputs."""
 
     width: int = 128
-    hidden: int = 0  # 0: as many as there are features
+    hidden: int = 0  # 0: the number of features
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """The logits [b, num_classes] of the head, which these methods do not train."""
+        """The head's logits [b, num_classes]; contrastive methods do not train the head."""
         features = self.features(images, train)
         if self.is_initializing():
             self.project(features)
@@ -97,13 +94,13 @@ class Contrastive(Classifier):
         self.projector = Projector(self.width, self.hidden, self.dtype)
 
     def project(self, features: jax.Array) -> jax.Array:
-        """Features [b, d] to f32[b, width]."""
+        """Projects features [b, d] to [b, width]."""
         z: jax.Array = self.projector(features)
         return z
 
 
 class Projector(nn.Module):
-    """Features [b, d] to [b, width], by one hidden layer with ReLU, as in section 2.1 of the paper."""
+    """An MLP with one hidden ReLU layer, [b, d] → [b, width], as in section 2.1 of the paper."""
 
     width: int
     hidden: int

@@ -1,4 +1,4 @@
-"""Supervised contrastive learning: a backbone learns to draw together the views of all images of a class."""
+"""SupCon: supervised contrastive pretraining of a backbone."""
 
 import jax
 
@@ -10,15 +10,15 @@ from imgclf_jax.methods.simclr import contrastive
 def supcon(problem: Problem, temperature: float = 0.1, width: int = 128, hidden: int = 0) -> Method:
     """Pretrains the backbone with L_out, equation 2 of Khosla et al. 2020 (arXiv:2004.11362).
 
-    The positives of a view are all other views of its class in the global batch, or in its microbatch of `accumulate`;
-    for an image alone in its class that is its second view. Projector and head are as in `simclr`: train the head
-    afterwards, as with the command `probe`. `contrastive_accuracy` is the fraction of views whose most similar view in
-    the batch is of the same class. Raises UserError for data without labels.
+    The positives of a view are all other views of its class in the global batch, or in its microbatch with
+    `accumulate`; at least the second view of the same image. Projector and head are as in `simclr`: train the head
+    afterwards, for example by the command `probe`. `contrastive_accuracy` is the fraction of views whose most similar
+    view in the batch is of the same class. Raises UserError for data without labels.
     """
 
     def classes(batch: Batch) -> jax.Array:
         if "label" not in batch:
-            raise UserError("supcon draws together images of a class, and these data have targets instead of labels; "
+            raise UserError("method: supcon needs class labels, but these data have targets instead of labels; "
                             "simclr needs neither")  # fmt: skip
         labels: jax.Array = batch["label"]
         return labels

@@ -1,4 +1,4 @@
-"""Supervised learning: the loss of the key `loss` between the logits and the labels. The default method."""
+"""Supervised learning, the default method: the config's `loss` between logits and labels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +10,12 @@ from imgclf_jax.methods import Batch, Loss, Method, Problem
 
 
 def supervised(problem: Problem) -> Method:
-    """The loss of the logits, as the keys `loss` and `mix` say."""
+    """Supervised learning with the config's `loss` and `mix`."""
     return from_logits(problem.supervised)
 
 
 def from_logits(losses: Callable[[jax.Array, Batch], jax.Array]) -> Method:
-    """The method whose losses f32[b] are a function of the logits f32[b, classes] and the batch."""
+    """A method from `losses(logits f32[b, classes], batch) -> f32[b]`."""
 
     def loss(model: Any, batch: Batch, fixed: Any) -> Loss:
         logits = at_least_float32(model(batch["image"], train=True))

@@ -1,4 +1,4 @@
-"""The methods, gradient functions and attacks that ship, by their names in `method`, `gradient` and `--attack`."""
+"""The built-in methods, gradient transforms and attacks, built from `method`, `gradient` and `--attack`."""
 
 import dataclasses
 import functools
@@ -47,15 +47,15 @@ def check_name(text: str) -> None:
 
 
 def build(text: str, problem: Problem) -> Method:
-    """The method that a spec such as `distill('runs/teacher')` names. Call it outside of a trace.
+    """Builds a method from a spec such as `distill('runs/teacher')`. Call it outside of a trace.
 
-    Raises UserError for a spec that names none, for arguments that do not fit, and for what is no `Method`.
+    Raises UserError for an unknown name, for arguments that do not fit, and if the result is no `Method`.
     """
     method = spec.bind(spec.parse_one(text), METHODS, "method", given=("problem",))(problem)
     if not isinstance(method, Method):
         raise UserError(f"method={text!r} returns a {type(method).__name__}; return imgclf_jax.methods.Method(loss)")
     if not callable(method.loss):
-        raise UserError(f"method={text!r}: its loss is a {type(method.loss).__name__}; pass a function "
+        raise UserError(f"method={text!r}: its loss is a {type(method.loss).__name__}; it must be a function "
                         "(model, batch, fixed) -> Loss")  # fmt: skip
     return method
 
@@ -63,10 +63,10 @@ def build(text: str, problem: Problem) -> Method:
 def build_gradient(
     text: str, pixel_range: Callable[[], tuple[jax.Array, jax.Array]] | None = None
 ) -> Callable[[Gradient], Gradient]:
-    """The composed functions of a spec such as `sam(rho=0.05)`; the empty text keeps the gradient.
+    """Composes the gradient transforms of a spec such as `sam(rho=0.05)`; "" is the identity.
 
-    They are given `pixel_range` as an attribute of the gradient, see `Gradient`. Raises UserError for a spec that names
-    nothing, or whose arguments do not fit.
+    `pixel_range` becomes an attribute of the gradient, see `Gradient`. Raises UserError for an unknown name and for
+    arguments that do not fit.
     """
     functions = [spec.bind(call, GRADIENTS, "gradient", given=("gradient",)) for call in spec.parse(text)]
 
@@ -79,33 +79,33 @@ def build_gradient(
 
 
 def build_attack(text: str) -> Attack:
-    """The function (gradient, images, keys, low, high) that a spec such as `pgd(eps='8/255')` names, see `pgd.attack`.
+    """Builds an attack (gradient, images, keys, low, high) from a spec such as `pgd(eps='8/255')`; see `pgd.attack`.
 
-    Raises UserError for a spec that names none, or whose arguments do not fit.
+    Raises UserError for an unknown name and for arguments that do not fit.
     """
     given = ("gradient", "images", "keys", "low", "high")
     return spec.bind(spec.parse_one(text), ATTACKS, "attack", given=given)
 
 
 def is_supervised(text: str) -> bool:
-    """Whether a spec names the default method, which reads images and their labels or targets alone."""
+    """Whether a spec names the default method, which reads only images and their labels or targets."""
     return spec.parse_one(text).name == "supervised"
 
 
 def check_keys(method: Method, config: ConfigDict, has_targets: bool) -> None:
-    """Raises UserError for a key of the config that the method would not read: `mix`, `metrics`, `tta` or `loss`."""
+    """Raises UserError if a config key is set that the method ignores: `mix`, `metrics`, `tta` or `loss`."""
     if config.mix and method.inputs and not method.mixes:
         raise UserError(f"mix={config.mix!r}: method={config.method!r} makes its own batches and does not mix them; "
-                        "leave mix empty, or, in a method of your own, call problem.mix in `inputs` and return "
+                        "leave mix empty, or, in your own method, call problem.mix in `inputs` and return "
                         "Method(…, mixes=True)")  # fmt: skip
     if method.predicts:
         return
     for key in ("metrics", "tta"):
         if config[key]:
-            raise UserError(f"{key}={config[key]!r}: method={config.method!r} trains no head, so there are no "
-                            f"predictions to use it on; leave {key} empty")  # fmt: skip
+            raise UserError(f"{key}={config[key]!r}: method={config.method!r} trains no head, so it makes no "
+                            f"predictions; leave {key} empty")  # fmt: skip
     call = spec.parse_one(config.loss)
     if call.args or call.kwargs or not (has_targets or call.name == KEYS["loss"][0]):
-        advice = "say what the targets are by its name alone" if has_targets else "leave it 'softmax'"
+        advice = "use its name without arguments, for the kind of targets" if has_targets else "leave it 'softmax'"
         raise UserError(f"loss={config.loss!r}: method={config.method!r} trains no head and has a loss of its own; "
                         f"{advice}")  # fmt: skip

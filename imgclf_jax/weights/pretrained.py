@@ -140,7 +140,7 @@ def _read_workdir(path: Path, programs: Programs) -> Named:
         log.info("init_from=%r: the run in it has %d seeds; the weights of the first are taken", str(path), num_seeds)
         variables = jax.tree.map(lambda x: x[0], variables)
     digest, method = tree.sha256(variables), config.get("method", "supervised")
-    if scale := lora.scale(method):
+    if scale := lora.scale_of(method):
         log.info("init_from=%r: the run in it has method=%r; its merged weights are taken", str(path), method)
         variables = lora.merge(variables, scale)
     named = dict(tree.named_leaves(variables))

@@ -170,7 +170,7 @@ def test_nan_in_one_image_is_told():
 
 
 def test_mistakes_get_a_sentence():
-    with pytest.raises(UserError, match="single image; raise batch_size, or lower accumulate"):
+    with pytest.raises(UserError, match="single image; raise batch_size or lower accumulate"):
         run(simclr(PROBLEM), batch(1))
     with pytest.raises(UserError, match="have targets instead of labels"):
         run(supcon(PROBLEM), {"image": batch()["image"], "target": np.ones((16, 3), np.float32)})
@@ -232,7 +232,7 @@ def test_the_loss_says_what_targets_are(fake_config, loss, names):
     data = DataInfo(64, (12, 12, 1), names, "", target_names=names)
     assert not Recipe(fake_config, data).method.predicts
     fake_config.loss = f"{loss}(delta=1)"
-    with pytest.raises(UserError, match="trains no head and has a loss of its own; say what the targets are"):
+    with pytest.raises(UserError, match="trains no head and has a loss of its own; use its name without arguments"):
         _ = Recipe(fake_config, data).method
 
 

@@ -98,8 +98,8 @@ def test_a_teacher_of_own_code_is_refused_with_what_to_do(teacher, tmp_path, cap
 @pytest.mark.parametrize(("flags", "words"), [
     (("--config.preprocess=decode(1)|resize(6)",), "give both the same preprocess"),
     (("--config.augment=normalize(mean=(0.1,), std=(0.5,))",), "with 'normalize' in augment"),
-    (("--config.method=distill('{}', features=1.0, width=5)",), "give width=256"),
-    (("--config.method=distill('{}', alpha=2.0)",), "alpha is 0 to 1"),
+    (("--config.method=distill('{}', features=1.0, width=5)",), "set width=256"),
+    (("--config.method=distill('{}', alpha=2.0)",), "alpha must be 0 to 1"),
 ])  # fmt: skip
 def test_a_teacher_that_does_not_fit_is_refused_in_one_sentence(teacher, tmp_path, capsys, flags, words):
     assert train(tmp_path / "run", LEARN.format(teacher), *(flag.format(teacher) for flag in flags)) == 1
@@ -149,7 +149,7 @@ def test_with_a_sigmoid_loss_each_class_has_a_divergence_of_its_own():
     p, q = sigmoid(t / 2.5), sigmoid(s / 2.5)
     kl = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))  # of two Bernoulli distributions
     np.testing.assert_allclose(found.values, 2.5**2 * kl.sum(-1), rtol=2e-5)
-    with pytest.raises(UserError, match="the loss of this run has another"):
+    with pytest.raises(UserError, match="the loss of this run has neither"):
         distill(dataclasses.replace(problem, link=losses.IDENTITY), "run")
 
 

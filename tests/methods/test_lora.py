@@ -141,9 +141,9 @@ def test_others_get_merged_weights(runs, tmp_path, capsys):
 
 def test_mistakes_get_a_sentence(tmp_path, capsys):
     for method, said in (
-        ("lora(rank=0)", "rank is 1 or more"),
+        ("lora(rank=0)", "rank must be 1 or more"),
         ("lora(pattern='backbone/qkv/kernel')", r"method: lora(pattern): 'backbone/qkv/kernel' matches no parameter"),
-        ("lora(pattern='backbone/.*')", "match kernels alone"),
+        ("lora(pattern='backbone/.*')", "match only kernels"),
     ):
         assert (
             launch.main([f"--workdir={tmp_path / 'run'}", *FLAGS, "--config.model=mlp", f"--config.method={method}"])
@@ -154,6 +154,6 @@ def test_mistakes_get_a_sentence(tmp_path, capsys):
     assert launch.main([f"--workdir={tmp_path / 'run'}", *FLAGS, *flags]) == 1
     assert "which the method trains; remove the backbone from rules.freeze" in capsys.readouterr().err
     with pytest.raises(UserError, match="unknown argument"):
-        lora.scale("lora(rnak=1)")
-    assert lora.scale("lora(16, alpha=4)") == 0.25
-    assert lora.scale("my_methods:lora(16)") == 0
+        lora.scale_of("lora(rnak=1)")
+    assert lora.scale_of("lora(16, alpha=4)") == 0.25
+    assert lora.scale_of("my_methods:lora(16)") == 0

@@ -149,7 +149,7 @@ def taken(problem):
     [
         ("method", "supervized", "unknown method 'supervized'"),
         ("method", "methods_check:prototypes(weigth=1)", "unknown argument 'weigth': did you mean 'weight'"),
-        ("method", f"{__name__}:no_loss", "its loss is a str; pass a function"),
+        ("method", f"{__name__}:no_loss", "its loss is a str; it must be a function"),
         ("method", f"{__name__}:not_a_method", "returns a dict; return imgclf_jax.methods.Method"),
         ("method", f"{__name__}:scalar", r"values of the shape \[\]; return one number per example"),
         ("method", f"{__name__}:bare", "the method's loss returns a .*; return imgclf_jax.methods.Loss"),

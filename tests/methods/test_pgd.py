@@ -144,11 +144,11 @@ def centred(images):
 @pytest.mark.parametrize(
     ("spec", "augment", "said"),
     [
-        ("pgd(eps=8)", "normalize", r"pgd\(eps=8\): must be above 0 and at most 1, the whole range of a pixel"),
+        ("pgd(eps=8)", "normalize", r"pgd\(eps=8\): must be above 0 and at most 1, the full range of a pixel"),
         ("pgd(eps='8/0')", "normalize", r"pgd\(eps='8/0'\): must be above 0 and at most 1"),
         ("pgd(eps='eight')", "normalize", r"write a number or a fraction such as '8/255'"),
         ("pgd(step_size=-0.1)", "normalize", r"pgd\(step_size=-0.1\): must be above 0"),
-        ("pgd(steps=0)", "normalize", r"pgd\(steps=0\): must be a whole number of 1 or more"),
+        ("pgd(steps=0)", "normalize", r"pgd\(steps=0\): must be an integer of 1 or more"),
         ("pgd", f"normalize|{__name__}:centred", "an attack needs a fixed scale .* which test_pgd:centred changes"),
     ],
 )

@@ -200,8 +200,8 @@ def run(folder, config):
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("sam(rho=-1)", r"gradient: sam\(rho=-1\): allowed are numbers of 0 or more"),
-        ("asam(eta='x')", r"gradient: asam\(eta='x'\): allowed are numbers of 0 or more"),
+        ("sam(rho=-1)", r"gradient: sam\(rho=-1\): must be a number of 0 or more"),
+        ("asam(eta='x')", r"gradient: asam\(eta='x'\): must be a number of 0 or more"),
         ("asam(roh=1)", "unknown argument 'roh': did you mean 'rho'"),
         ("sma", "unknown gradient 'sma': did you mean 'sam'"),
     ],

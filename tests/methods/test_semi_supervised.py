@@ -13,7 +13,7 @@ from imgclf_jax.augment import ops
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import Problem
-from imgclf_jax.methods.fixmatch import fixmatch, in_one_pass, pseudo_label_losses
+from imgclf_jax.methods.fixmatch import fixmatch, forward_together, pseudo_label_losses
 from imgclf_jax.methods.mean_teacher import mean_teacher, ramp_up, squared_distance
 from imgclf_jax.models.classifier import Classifier
 from imgclf_jax.models.norms import BatchNorm
@@ -94,11 +94,13 @@ def test_infinite_logits_below_the_threshold_add_nothing_and_nan_is_told():
 def test_one_pass_gives_the_logits_of_each_batch_and_statistics_of_all():
     rng = np.random.default_rng(0)
     batches = [rng.normal(size=(n, 2, 2, 1)).astype(np.float32) for n in (4, 12, 6)]
-    out = in_one_pass(lambda x: jnp.concatenate([x.reshape(len(x), -1), x.mean((1, 2, 3), keepdims=False)[:, None]], 1),
-                      [jnp.asarray(x) for x in batches])  # fmt: skip
+    out = forward_together(
+        lambda x: jnp.concatenate([x.reshape(len(x), -1), x.mean((1, 2, 3), keepdims=False)[:, None]], 1),
+        [jnp.asarray(x) for x in batches],
+    )
     for images, logits in zip(batches, out, strict=True):
         np.testing.assert_allclose(logits[:, :4], images.reshape(len(images), -1))
-    means = in_one_pass(lambda x: jnp.broadcast_to(x.mean(), (len(x), 1)), [jnp.asarray(x) for x in batches])
+    means = forward_together(lambda x: jnp.broadcast_to(x.mean(), (len(x), 1)), [jnp.asarray(x) for x in batches])
     np.testing.assert_allclose(means[1], np.concatenate([x.ravel() for x in batches]).mean(), rtol=1e-4)
 
 
@@ -148,7 +150,7 @@ def test_mean_teacher_without_a_stream_and_with_its_own_mistakes():
     _, _, sums = run(mean_teacher(PROBLEM, ramp="0"), labeled)
     assert sums["consistency"] > 0  # dropout and the two views
     assert sums["consistency_weight"] / 8 == 100
-    with pytest.raises(UserError, match="decay is 0 or more and below 1"):
+    with pytest.raises(UserError, match="decay must be 0 or more and below 1"):
         mean_teacher(PROBLEM, decay=1.0)
     small = {**batch(), "unlabeled": {**batch()["unlabeled"], "image": np.zeros((24, 4, 6, 1), np.uint8)}}
     with pytest.raises(UserError, match=r"has images \[4, 6, 1\]"):
@@ -177,9 +179,9 @@ def test_mistakes_get_a_sentence():
         run(fixmatch(PROBLEM), without)
     with pytest.raises(UserError, match=r"has images \[4, 6, 1\] and data\.train \[6, 6, 1\]"):
         run(fixmatch(PROBLEM), small)
-    with pytest.raises(UserError, match="threshold is 0 to 1"):
+    with pytest.raises(UserError, match="threshold must be 0 to 1"):
         fixmatch(PROBLEM, threshold=95)
-    with pytest.raises(UserError, match="leave out normalize"):
+    with pytest.raises(UserError, match="remove normalize"):
         fixmatch(PROBLEM, strong="cutout(2)|normalize")
     with pytest.raises(UserError, match="unknown device op"):
         fixmatch(PROBLEM, strong="cuttout(2)")
