@@ -31,10 +31,10 @@ def build(text: str, shapes: Mapping[str, tuple[int, ...]], parts: int) -> dict[
     axes: dict[str, int | None] = {name: _largest_axis(shape, parts) for name, shape in shapes.items()}
     parsed = []
     for part in rules.split(text):
-        pattern, _, axis = (piece.strip() for piece in part.rpartition("="))
-        if not pattern or not re.fullmatch(r"\d|none", axis):
+        pattern, _, value = (piece.strip() for piece in part.rpartition("="))
+        if not pattern or not re.fullmatch(r"\d|none", value):
             raise UserError(f"rules.shard: {part!r} is not PATTERN=AXIS or PATTERN=none, such as 'head/kernel=0'")
-        parsed.append((pattern, None if axis == "none" else int(axis)))
+        parsed.append((pattern, None if value == "none" else int(value)))
     for name, axis in rules.match(parsed, list(shapes), "rules.shard").items():
         shape = shapes[name]
         if axis is not None and (axis >= len(shape) or shape[axis] % parts):
