@@ -61,7 +61,7 @@ class Frozen:
 def apply_function(function: Callable[..., Any], model: nn.Module | Frozen, mutable: list[str]) -> Callable[..., Any]:
     """`nn.apply(function, model, mutable)` for either kind of model.
 
-    The result maps (variables, *args, rngs=…) to (function(bound model, *args), changed variables).
+    The result maps `(variables, *args, rngs=…)` to `(function(bound model, *args), changed variables)`.
     """
     if isinstance(model, Frozen):
         return model.apply_function(function, mutable)

@@ -31,8 +31,8 @@ class Part:
     """The choices for one swappable field, and the arguments that the backbone passes to the chosen class.
 
     `names` maps the names of built-in choices to classes. The arguments `passed` go to the fields of those names, where
-    a class declares them; it must declare the `required` ones. With `function`, choices are functions
-    (array, **arguments) -> array instead of classes.
+    a class declares them; it must declare the `required` ones. With `function`, choices are functions of an array, with
+    further arguments of their own, instead of classes.
     """
 
     names: Mapping[str, Any]
