@@ -202,7 +202,7 @@ class _Answer(Response):
 
 
 class _OwnPagesOnly:
-    """Refuses requests with two `Host` headers, and those from pages of other sites, which browsers name in `Origin`."""
+    """Refuses requests with two `Host` headers, and requests from pages of other sites (by `Origin`)."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
