@@ -147,4 +147,4 @@ def take_record(command: str, rest: list[str]) -> tuple[Any, ConfigDict]:
     from imgclf_jax.run.record import Record
 
     record = Record.named(file)
-    return record, record.config
+    return record, record.config.copy_and_resolve_references()

@@ -1,20 +1,24 @@
-"""What a run has recorded of itself, from its work directory or from a bundle of it."""
+"""What a run has recorded, read from its work directory or from a bundle; and all the runs below directories."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import places, spec
+from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import bundle, writers
-from imgclf_jax.run.provenance import find_edits, parse_json
+from imgclf_jax.run.provenance import find_edits, load_data_info, load_evals, parse_json
+from imgclf_jax.run.workdir import Workdir
 
 TIMES = ("train/images_per_second", "train/input_wait")  # what a run measures of itself
+MAIN_METRICS = ("accuracy", "mean_average_precision", "r2")  # one per task; the greatest value is the best
+_NOT_RUNS = {"checkpoints", "tb", "profile", "damaged"}  # folders of a run, which hold no others
 _MOST_BYTES = 512 << 20  # of a file, which is read at once
 
 
@@ -70,18 +74,24 @@ def _differ(a: Any, b: Any) -> bool:
 
 @dataclass(frozen=True)
 class Record:
-    """The files that a run has written, by their names in a bundle. `path` is its work directory, or the bundle."""
+    """The files that a run has written, by their names in a bundle. `path` is its work directory, or the bundle.
+
+    Every property raises UserError if its file is damaged.
+    """
 
     path: Path
     files: Mapping[str, bytes]
-    bundled: bool
+    bundled: bool = False
 
     @classmethod
     def named(cls, text: str) -> Self:
-        """The record in the work directory or the bundle of this name. Raises UserError if it holds no run."""
+        """Reads the work directory or the bundle of this name. Raises UserError if it holds no run."""
         path = places.as_path(text)
-        if path.is_file():
-            return cls(path, bundle.read(path), True)
+        return cls(path, bundle.read(path), bundled=True) if path.is_file() else cls.of_workdir(path)
+
+    @classmethod
+    def of_workdir(cls, path: Path) -> Self:
+        """Reads a work directory. Raises UserError if it holds no run."""
         files = {}
         for name in bundle.NAMES:
             if (path / name).is_file():
@@ -90,33 +100,43 @@ class Record:
                 files[name] = (path / name).read_bytes()
         if "config.json" not in files:
             raise UserError(f"{path} holds no run (no config.json); name the work directory of a run, or a bundle")
-        return cls(path, files, False)
+        return cls(path, files)
+
+    @property
+    def name(self) -> str:
+        """The run's directory, as it was given."""
+        return str(self.path)
+
+    @property
+    def workdir(self) -> Workdir:
+        """The work directory that the record was read from."""
+        return Workdir(self.path)
 
     def untrusted(self, said: Sequence[str] = ()) -> contextlib.AbstractContextManager[None]:
-        """Inside, what the run names is not imported and not fetched: it may be anybody's. See `spec.untrusted`."""
-        return spec.untrusted(f"the run in {self.path}", said)
+        """See `Workdir.untrusted`."""
+        return self.workdir.untrusted(said)
 
-    @property
+    @cached_property
     def config(self) -> ConfigDict:
-        """The config that the run was trained with, a new object each time."""
+        """The config that the run was trained with."""
         return configs.from_json(self.files["config.json"], f"config.json of {self.path}")
 
-    @property
+    @cached_property
     def provenance(self) -> dict[str, Any]:
-        """What provenance.json holds; {} if there is none."""
+        """The content of provenance.json; {} if there is none."""
         return self._json("provenance.json")
 
-    @property
+    @cached_property
     def result(self) -> dict[str, Any]:
-        """What result.json holds; {} of a run that is not done."""
+        """The content of result.json; {} if the run is not done."""
         return self._json("result.json")
 
-    @property
+    @cached_property
     def digests(self) -> list[dict[str, Any]]:
-        """The lines of digests.jsonl, see `digests`; none of a run that was made before there were any."""
+        """The lines of digests.jsonl, see `run.digests`; none for a run of a version that wrote none."""
         return writers.parse_records(self.files.get("digests.jsonl", b""), f"digests.jsonl of {self.path}")
 
-    @property
+    @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl."""
         return writers.parse_records(self.files.get("metrics.jsonl", b""), f"metrics.jsonl of {self.path}")
@@ -127,13 +147,50 @@ class Record:
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            raise UserError(f"{name} of {self.path} is damaged: it is no JSON object")
+            raise UserError(f"{name} of {self.path} is damaged: it is not a JSON object")
         return value
 
-    @property
+    @cached_property
     def contradictions(self) -> list[str]:
-        """Where its files contradict each other, see `contradictions`."""
+        """Sentences on what its files contradict each other in, see `contradictions`."""
         return contradictions(self.result, self.digests, self.metrics) + find_edits(self.files, self.provenance)
+
+    @cached_property
+    def total(self) -> int | None:
+        """The number of steps that the config plans; None if the directory has no provenance.json."""
+        return total_steps(self.workdir, self.config) if "provenance.json" in self.files else None
+
+    @cached_property
+    def final(self) -> dict[str, Any] | None:
+        """The content of result.json; None if the run is not done, or was extended and is not done again."""
+        if self.files.get("result.json") is None:
+            return None
+        if type(self.result.get("step")) is not int:
+            raise UserError(f"{self.path / 'result.json'} is damaged: it holds no result")
+        return self.result if self.total in (None, self.result["step"]) else None
+
+    @cached_property
+    def evals(self) -> dict[str, str]:
+        """The fingerprints of the evaluation sets, as far as they are recorded."""
+        return load_evals(self.workdir.provenance)
+
+    @property
+    def seeds(self) -> range:
+        """The seeds that were trained, one or several at once."""
+        return range(self.config.seed, self.config.seed + self.config.num_seeds)
+
+    @property
+    def step(self) -> int:
+        """The last step that has a record."""
+        return max((record["step"] for record in self.metrics), default=0)
+
+    def latest(self) -> dict[str, float]:
+        """The latest value of each metric."""
+        found: dict[str, float] = {}
+        for record in self.metrics:
+            numbers = {name: value for name, value in record.items() if type(value) in (int, float)}
+            found.update({name: value for name, value in numbers.items() if name != "step"})
+        return found
 
     def pack(self, file: Path) -> None:
         """Writes the bundle of a work directory. Raises UserError if it cannot be written."""
@@ -145,3 +202,49 @@ class Record:
         own = ("imgclf-jax", "imgclf_jax")  # from a clone of its repository, at the commit that provenance.json has
         lines = [f"{name}=={version}\n" for name, version in found.items() if name not in own]
         return f"# Python {self.provenance.get('python', 'unknown')}\n" + "".join(lines)
+
+
+def total_steps(workdir: Workdir, config: ConfigDict) -> int:
+    """The number of steps that a run of this config has on its recorded data. Raises UserError if it recorded none."""
+    examples = load_data_info(workdir.provenance).train_examples
+    return configs.steps(config.total, "total", examples, config.batch_size)
+
+
+def read(path: Path) -> Record:
+    """The record of the run in a work directory. Raises UserError if any of its files is damaged."""
+    record = Record.of_workdir(path)
+    _ = record.config, record.final, record.contradictions, record.evals
+    return record
+
+
+def find(folders: Iterable[str]) -> tuple[list[Record], list[str]]:
+    """The runs in and below the folders, each once, in the order of their names; and what is wrong with damaged ones.
+
+    Raises UserError for a folder that is not there.
+    """
+    runs: list[Record] = []
+    damaged: list[str] = []
+    seen = set[Path]()
+    for text in folders:
+        folder = places.as_path(text)
+        if not folder.is_dir():
+            raise UserError(f"{text} is no directory; name those of runs, or one that they lie in")
+        for path in _runs_below(folder, seen):
+            try:
+                run = read(path)
+                if run.contradictions:
+                    raise UserError(f"{path} contradicts itself: {'; '.join(run.contradictions[:3])}")
+                runs.append(run)
+            except UserError as e:
+                damaged.append(str(e))
+    return runs, damaged
+
+
+def _runs_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    if (real := folder.resolve()) in seen:  # a link may lead back
+        return
+    seen.add(real)
+    if (folder / "config.json").is_file():
+        yield folder
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in _NOT_RUNS):
+        yield from _runs_below(inner, seen)

@@ -12,7 +12,7 @@ from typing import Any
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
-from imgclf_jax.run import records, terminal
+from imgclf_jax.run import record, terminal
 from imgclf_jax.tools.compare import known_predictions
 from imgclf_jax.tools.compare import page as compare_page
 from imgclf_jax.tools.compare import tables as compare_tables
@@ -30,7 +30,7 @@ def main(files: Sequence[str], format: str, html: str, test: bool, trust: bool) 
     directory. `html` names a file for a page. Raises UserError if there is no run, and for a page that cannot be
     written.
     """
-    runs, damaged = records.find(files)
+    runs, damaged = record.find(files)
     for text in damaged:
         log.error("left out: %s", text)
     if not runs:

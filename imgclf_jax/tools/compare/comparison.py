@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from imgclf_jax import config as configs
-from imgclf_jax.run.records import MAIN_METRICS, Record
+from imgclf_jax.run.record import MAIN_METRICS, Record
 from imgclf_jax.tools.compare.paired import Spread, spread
 
 DIRECTORY = "directory"  # what tells groups apart that have the same config
@@ -44,7 +44,7 @@ class Group:
 def metrics_of(run: Record) -> dict[str, Spread]:
     """The metrics in a run's result, by `set/metric`. Of a run of several seeds they are over these."""
     found = {}
-    for group, values in (run.result or {}).items():
+    for group, values in (run.final or {}).items():
         if isinstance(values, dict):
             for name, value in values.items():
                 if name == "examples" or name.endswith("_std") or not isinstance(value, int | float):
@@ -93,8 +93,8 @@ def group(runs: Sequence[Record]) -> list[Group]:
     groups = [
         Group(
             {key: own[some[0].name][key] for key in keys},
-            [run for run in some if run.result is not None],
-            [run for run in some if run.result is None],
+            [run for run in some if run.final is not None],
+            [run for run in some if run.final is None],
         )
         for some in together.values()
     ]

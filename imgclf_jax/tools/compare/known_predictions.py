@@ -20,7 +20,7 @@ from imgclf_jax.data import sources
 from imgclf_jax.losses import Task
 from imgclf_jax.metrics import Predictions
 from imgclf_jax.recipe import check_names
-from imgclf_jax.run.records import Record
+from imgclf_jax.run.record import Record
 from imgclf_jax.scores.classification import bootstrap
 from imgclf_jax.scores.multilabel import MultilabelScores
 from imgclf_jax.scores.regression import RegressionScores
@@ -77,7 +77,7 @@ def known(run: Record) -> dict[str, Known]:
     They are used only where their origin is the run's (see `listing.origin`): its result's step and parameters, its
     config, and the data that it has recorded.
     """
-    if run.result is None:
+    if run.final is None:
         return {}
     origins = _origins(run)
     found = _kept(run, origins)
@@ -99,7 +99,7 @@ def known(run: Record) -> dict[str, Known]:
 
 def _origins(run: Record) -> dict[str, str]:
     """The origin of the predictions that belong to the run's result, by set; without the sets not recorded."""
-    result = run.result or {}
+    result = run.final or {}
     return {name: listing.origin(run.config, result["step"], str(result.get("params_sha256")), name, run.evals[name])
             for name in run.config.data.eval if name in run.evals}  # fmt: skip
 
@@ -210,7 +210,7 @@ def make(run: Record, trust: bool) -> dict[str, Known]:
 
 def _check_checkpoint(run: Record, model: Trained) -> None:
     """Raises UserError unless the model is that of the run's result."""
-    result = run.result or {}
+    result = run.final or {}
     if model.step != result["step"]:
         raise UserError(f"its latest checkpoint is of step {model.step}, and its result of step {result['step']}")
     if result.get("params_sha256") not in (None, model.params_sha256):
@@ -236,7 +236,7 @@ def load_all(runs: Iterable[Record], test: bool, trust: bool) -> dict[str, dict[
     found = {}
     for run in runs:
         found[run.name] = known(run)
-        if test and run.result is not None and not set(run.config.data.eval) <= set(found[run.name]):
+        if test and run.final is not None and not set(run.config.data.eval) <= set(found[run.name]):
             try:
                 log.info("evaluating %s", run.name)
                 found[run.name] = make(run, trust)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from imgclf_jax.run.records import MAIN_METRICS, Record
+from imgclf_jax.run.record import MAIN_METRICS, Record
 from imgclf_jax.run.terminal import format_metrics
 from imgclf_jax.tools.compare.comparison import Group, shown
 from imgclf_jax.tools.compare.paired import Spread

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.recipe import check_names
-from imgclf_jax.run import records
+from imgclf_jax.run import record
 from imgclf_jax.run.provenance import read_json
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.pages.html import write
@@ -27,7 +27,7 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
     need a trained model where there is no checkpoint yet. Raises UserError for a checkpoint that is not there.
     """
     check_names(config)
-    run = records.read(workdir)
+    run = record.read(workdir.path)
     names: tuple[str, ...] = ()
     if checkpoint or workdir.has_checkpoints():
         model = restore(config, workdir, checkpoint)

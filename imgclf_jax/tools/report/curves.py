@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from imgclf_jax.run.records import Record
+from imgclf_jax.run.record import Record
 from imgclf_jax.tools.pages import html
 from imgclf_jax.tools.pages.charts import COLORS, Line, chart, thinned
 from imgclf_jax.tools.pages.html import paragraph

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from imgclf_jax.config import KEYS, flatten
-from imgclf_jax.run.records import MAIN_METRICS, Record
+from imgclf_jax.run.record import MAIN_METRICS, Record
 from imgclf_jax.tools.pages import html
 from imgclf_jax.tools.pages.html import paragraph, table, text
 from imgclf_jax.tools.report import curves as report_curves
@@ -56,7 +56,7 @@ def _results(run: Record, findings: Findings) -> dict[str, Mapping[str, Any]]:
     """The metrics of each evaluation set: as they are found now, else as the run has recorded them."""
     if findings.sets:
         return {one.name: one.metrics for one in findings.sets}
-    return {name: value for name, value in (run.result or {}).items() if isinstance(value, dict)}
+    return {name: value for name, value in (run.final or {}).items() if isinstance(value, dict)}
 
 
 def _headline(run: Record, findings: Findings) -> str:
@@ -75,7 +75,7 @@ def _summary(run: Record, findings: Findings) -> str:
     said += "."
     if findings.sets:
         said += "".join(f" {_of_set(one)}" for one in findings.sets)
-    if run.result is None:
+    if run.final is None:
         said += f" The run is not done: its last record is of step {run.step}" + (
             f" of {run.total}." if run.total else ".")  # fmt: skip
     if run.config.num_seeds > 1:
@@ -112,7 +112,7 @@ def _configuration(run: Record) -> str:
 
 
 def _provenance(run: Record, provenance: Mapping[str, Any], findings: Findings) -> str:
-    git, data, result = provenance.get("git") or {}, provenance.get("data") or {}, run.result or {}
+    git, data, result = provenance.get("git") or {}, provenance.get("data") or {}, run.final or {}
     devices = Counter(provenance.get("devices") or ())
     facts = {
         "trained": ", ".join(f"{result[key]} {unit}" for key, unit in _LENGTHS.items()

@@ -25,7 +25,7 @@ from imgclf_jax.metrics import parse_best
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run import lock, terminal
 from imgclf_jax.run.provenance import load_data_info, read_json
-from imgclf_jax.run.records import MAIN_METRICS
+from imgclf_jax.run.record import MAIN_METRICS
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.sweep import plan as sweep_plan
 from imgclf_jax.tools.sweep.plan import Run, Settings

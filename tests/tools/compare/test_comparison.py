@@ -16,8 +16,7 @@ import pytest
 import launch
 from imgclf_jax import config as configs
 from imgclf_jax.config import default_config
-from imgclf_jax.run import records
-from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.run import record
 from imgclf_jax.tools.compare import comparison, paired
 from imgclf_jax.tools.compare import tables as compare_tables
 from imgclf_jax.tools.evaluate import listing
@@ -54,7 +53,7 @@ def write(tmp_path):
 
 
 def groups(tmp_path):
-    return comparison.group(records.find([str(tmp_path)])[0])
+    return comparison.group(record.find([str(tmp_path)])[0])
 
 
 def test_runs_that_differ_in_their_seed_are_one_group(tmp_path, write):
@@ -103,9 +102,9 @@ def test_what_is_not_done_or_damaged(tmp_path, write):
     (tmp_path / "a" / "done" / "checkpoints" / "x").mkdir(parents=True)
     (tmp_path / "a" / "done" / "checkpoints" / "x" / "config.json").write_text("not a run")
     (tmp_path / "a" / "link").symlink_to(tmp_path / "a")
-    runs, damaged = records.find([str(tmp_path), str(tmp_path / "a")])
+    runs, damaged = record.find([str(tmp_path), str(tmp_path / "a")])
     assert [run.workdir.path.name for run in runs] == ["done", "extended", "going"]
-    assert ["config" in damaged[0], "result.json is damaged" in damaged[1], len(damaged)] == [True, True, 2]
+    assert ["config" in damaged[0], "b/result is damaged" in damaged[1], len(damaged)] == [True, True, 2]
     [one] = comparison.group(runs)
     assert (one.seeds, len(one.unfinished)) == ([0], 2)
     assert compare_tables.unfinished([one])[1][1] == [
@@ -114,8 +113,8 @@ def test_what_is_not_done_or_damaged(tmp_path, write):
 
 def predictions(place, right, suffix="csv", labels=None):
     """A file as `evaluate --predictions` writes it of the run's last step."""
-    run = records.read(Workdir(place))
-    origin = listing.origin(run.config, 10, str(run.result.get("params_sha256")), "test", run.evals["test"])
+    run = record.read(place)
+    origin = listing.origin(run.config, 10, str(run.final.get("params_sha256")), "test", run.evals["test"])
     labels = np.arange(len(right)) % 2 if labels is None else labels
     probabilities = np.where((labels == 1) == right, 0.9, 0.1)
     rows = listing.rows("test", [f"{i}.png" for i in range(len(right))], labels,

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 import launch
-from imgclf_jax.run import records
+from imgclf_jax.run import record
 from imgclf_jax.run.provenance import json_digest, write_json
-from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.compare import known_predictions
 from imgclf_jax.tools.compare.known_predictions import known
 
@@ -31,7 +30,7 @@ def folder(tmp_path_factory, one_device):
 @pytest.fixture(scope="module")
 def tested(folder):
     assert launch.main(["compare", str(folder), "--test"]) == 0
-    return {run.workdir.path.name: run for run in records.find([str(folder)])[0]}
+    return {run.workdir.path.name: run for run in record.find([str(folder)])[0]}
 
 
 @pytest.mark.thorough
@@ -130,7 +129,7 @@ def arrays_run(tmp_path, one_device):
 
 
 def only(folder):
-    return known(records.read(Workdir(folder)))
+    return known(record.read(folder))
 
 
 @pytest.mark.thorough
