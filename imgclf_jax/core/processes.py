@@ -1,11 +1,13 @@
-"""Several processes that share one run: which of them this is, what one decides for all, and how all of them end.
+"""Several processes that train one run: which one this is, what process 0 decides for all, and how all of them end.
 
-They talk through JAX's coordination service, which process 0 serves. In a run of one process, which is the usual case,
-nothing here waits for anybody.
+They exchange JSON values through the key-value store of JAX's coordination service, on process 0. With a single process
+nothing here waits. `jax.experimental.multihost_utils` does not serve: its calls are device collectives, which need a
+running backend, name no missing process and, on CPU, wait half a minute at most.
 """
 
 import contextlib
 import ctypes
+import importlib.util
 import itertools
 import json
 import logging
@@ -20,15 +22,20 @@ from typing import Any, NoReturn
 
 import jax
 
-from imgclf_jax.core import clusters, internals, rendezvous, signals
+from imgclf_jax.core import internals, rendezvous, signals
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.text import keep_output
 
 log = logging.getLogger(__name__)
 
+# What clusters set for one of several processes. JAX itself reads SLURM_NTASKS, which a shell in an allocation has too:
+# there a process would wait for others that nobody starts. On Cloud TPU JAX asks the machine.
+_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+_SIGNS = ("JOB_COMPLETION_INDEX", "TPU_WORKER_ID", "MEGASCALE_COORDINATOR_ADDRESS", "JAX_COORDINATOR_ADDRESS")
+
 WAIT = 600.0  # seconds that processes wait for each other
-QUICK = 20.0  # the same where nothing takes long
-PREPARING = 86400.0  # the same where a process may download a data set
+QUICK = 20.0  # where nothing takes long
+PREPARING = 86400.0  # where a process may download a data set
 ALIKE = "start all processes with the same command, code, versions and environment"
 _count, _index = 1, 0
 _hosts: list[str] = []  # of each process
@@ -39,13 +46,25 @@ stops: list[tuple[str, int]] = []  # the signals that other processes got: the n
 listeners: list[Callable[[str, int], None]] = []  # called with those that come
 
 
+def has_started_several() -> bool:
+    """Whether a cluster started this process as one of several, as far as the environment tells."""
+    several = any(os.environ.get(name, "1") != "1" for name in _COUNTS)
+    return several or any(name in os.environ for name in _SIGNS) or bool(importlib.util.find_spec("libtpu"))
+
+
+def started_one_here() -> bool:
+    """Whether the cluster started one process on this host. JAX would give it one device, and the others would idle."""
+    here = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", ""))
+    return here.partition("(")[0] == "1" and "," not in here
+
+
 def count() -> int:
-    """How many processes share the run."""
+    """The number of processes of the run."""
     return _count
 
 
 def index() -> int:
-    """Which of them this is; process 0 alone writes files (checkpoints are written by all) and prints results."""
+    """This process's number. Only process 0 writes files, checkpoints aside, and prints results."""
     return _index
 
 
@@ -53,19 +72,19 @@ def start(
     coordinator: str = "", number: int | None = None, process: int | None = None, devices: str = "",
     heartbeat: int = 100, patience: int = 300,
 ) -> None:  # fmt: skip
-    """Joins the other processes, before JAX computes anything; does nothing in a process that is on its own.
+    """Joins the other processes, before JAX starts a backend. Returns at once in a process on its own.
 
-    The flags of `launch.py` give the address HOST:PORT of process 0, how many processes there are, which one this is,
-    and its devices: "all", or their numbers on this host, such as "0,1". What is not given is asked of the cluster that
-    started the process. A process that does not answer for `heartbeat` seconds is taken for dead, and all end. All must
-    join within `patience` seconds. Raises UserError if they cannot.
+    `coordinator` is the HOST:PORT of process 0, `number` the count of processes, `process` this one's number, and
+    `devices` its devices: "all", or their numbers on this host, such as "0,1". JAX asks the cluster for the rest.
+    If a process does not answer for `heartbeat` seconds, all end. Raises UserError unless all join within `patience`
+    seconds.
     """
     global _count, _index, _watcher, _hosts
-    if number == 1 or not (coordinator or number or clusters.has_started_several()):
+    if number == 1 or not (coordinator or number or has_started_several()):
         return
-    whole = devices == "all" or (not devices and clusters.started_one_here())
+    whole = devices == "all" or (not devices and started_one_here())
     known = [] if whole else [int(i) for i in devices.split(",")] if devices else None  # [] for all; None: JAX decides
-    # JAX's own handler of SIGTERM would replace that of `signals`, and it knows of steps alone.
+    # JAX's own SIGTERM handler would replace that of `signals`, and it only stops between steps.
     jax.config.update("jax_enable_preemption_service", False)
     _end_with_status_1()
     if coordinator and number and process is not None:
@@ -94,7 +113,7 @@ def start(
 
 
 def _end_with_status_1() -> None:
-    """Where JAX finds that another process is dead, it ends this one by `abort`; then the status is 1."""
+    """Turns JAX's `abort` when another process is dead into one line and status 1."""
 
     def end(_: int) -> None:
         os.write(2, f"{_name(index())}: another process of this run has died or cannot be reached, so this one ends; "
@@ -115,14 +134,14 @@ def _name(process: int) -> str:
     return f"process {process}" + (f" ({_hosts[process]})" if process < len(_hosts) else "")
 
 
-# What one process decides, and where all wait.
+# What process 0 decides, and where all wait.
 
 
 def broadcast_from_process_0(what: str, function: Callable[[], Any], wait: float = WAIT) -> Any:
-    """What `function` gives in process 0, a JSON value; the others do not call it.
+    """Returns what `function`, called in process 0 alone, returns there: a JSON value.
 
-    All processes call this, in the same order. Raises UserError if process 0 is not done after `wait` seconds. What the
-    function raises ends process 0, and by that all of them.
+    All processes call this, in the same order. Raises UserError if process 0 takes more than `wait` seconds. An error
+    in `function` ends process 0, and with it all others.
     """
     if _count == 1:
         return function()
@@ -131,7 +150,7 @@ def broadcast_from_process_0(what: str, function: Callable[[], Any], wait: float
 
 
 def gather(what: str, value: Any, wait: float = WAIT) -> list[Any]:
-    """The values, JSON ones, of all processes, by their numbers."""
+    """All-gathers a JSON value: the values of all processes, in the order of their numbers."""
     if _count == 1:
         return [value]
     call = _number()
@@ -140,7 +159,7 @@ def gather(what: str, value: Any, wait: float = WAIT) -> list[Any]:
 
 
 def refuse(what: str, fault: str, fix: str = ALIKE, wait: float = WAIT) -> None:
-    """Raises UserError in all processes alike if any of them has a `fault`, a sentence; "" is none."""
+    """Raises the same UserError in all processes if any of them has a `fault`, a sentence or ""."""
     if faults := [one for one in gather(what, fault, wait) if one]:
         raise UserError(f"{faults[0]}{f' (as {len(faults) - 1} more)' * (len(faults) > 1)}; {fix}")
 
@@ -148,9 +167,10 @@ def refuse(what: str, fault: str, fix: str = ALIKE, wait: float = WAIT) -> None:
 def agree(
     what: str, facts: Callable[[], dict[str, Any]], wait: float = WAIT, fix: str = ALIKE, in_both: bool = False
 ) -> None:
-    """Raises UserError in all processes alike, naming process and fact, unless all have the same JSON values as facts.
+    """Raises the same UserError in all processes, naming the process and the fact, unless all have equal facts.
 
-    With `in_both`, what is a fact in one process alone does not count. Without others the facts are not asked for.
+    `facts` returns JSON values by name; a single process does not call it. With `in_both`, names that only one of two
+    processes has are ignored.
     """
     if _count == 1:
         return
@@ -164,14 +184,14 @@ def agree(
 
 
 def barrier(what: str, wait: float = WAIT) -> None:
-    """Returns when all processes are here. Raises UserError, naming the first that is missing, after `wait` seconds."""
+    """Waits for all processes. Raises UserError, naming the first one missing, after `wait` seconds."""
     gather(what, None, wait)
 
 
 def once_a_host(what: str, function: Callable[[], Any]) -> Any:
-    """`function` in all processes: first in process 0, then in one process of each other host, then in the others.
+    """Calls `function` in process 0, then in one process of each other host, then in the remaining ones.
 
-    So what it prepares on a disk is prepared by one process, be it the disk of one host or of all.
+    So one process prepares what lies on a disk, whether the disk is local to a host or shared.
     """
     place = 0 if index() == 0 else 1 if _hosts.index(_hosts[index()]) == index() else 2
     result = None
@@ -183,7 +203,7 @@ def once_a_host(what: str, function: Callable[[], Any]) -> Any:
 
 
 def _number() -> int:
-    """Of this call: the same in all processes, since they make the same calls."""
+    """The number of this call. It is the same in all processes, which make the same calls."""
     return next(_numbers)
 
 
@@ -212,13 +232,13 @@ def _get(call: int, what: str, process: int, wait: float) -> Any:
     return value
 
 
-def put(name: str, value: Any) -> None:
-    """Says a JSON value to all, once under each name."""
+def publish(name: str, value: Any) -> None:
+    """Publishes a JSON value to all processes. A name can be used once."""
     _client().key_value_set(f"imgclf_jax/put/{name}", json.dumps(value))
 
 
-def all_put(folder: str) -> dict[str, Any]:
-    """What has been `put` under names that begin with `folder` and a slash, by the rest of the name."""
+def published(folder: str) -> dict[str, Any]:
+    """The values published so far under `folder/NAME`, by NAME."""
     found = _client().key_value_dir_get(f"imgclf_jax/put/{folder}")
     return {key.rpartition("/")[2]: json.loads(value) for key, value in found}
 
@@ -227,7 +247,7 @@ def all_put(folder: str) -> dict[str, Any]:
 
 
 def tell(kind: str, text: str, status: int = 0) -> None:
-    """Tells all other processes that this one got a signal ("stop") or ends now ("end")."""
+    """Tells the other processes that this one got a signal (`kind` "stop") or is ending ("end")."""
     event = json.dumps({"kind": kind, "process": index(), "text": text, "status": status})
     for number in itertools.count():
         try:
@@ -239,7 +259,7 @@ def tell(kind: str, text: str, status: int = 0) -> None:
 
 
 def _watch(client: Any) -> None:
-    """In a thread: what the other processes tell."""
+    """Receives, in a thread, what the other processes `tell`."""
     for number in itertools.count():
         try:
             event = json.loads(client.blocking_key_value_get(f"imgclf_jax/event/{number}", int(PREPARING * 1000)))
@@ -259,7 +279,7 @@ def _watch(client: Any) -> None:
 
 
 def _tell_of_signal(status: int, line: str) -> None:
-    """A signal ends this process at once. It must, even if the service does not answer."""
+    """Tells the others that a signal ends this process, which ends even if the service does not answer."""
     thread = threading.Thread(target=tell, args=("end", line, status), daemon=True)
     thread.start()
     thread.join(2.0)
@@ -267,7 +287,7 @@ def _tell_of_signal(status: int, line: str) -> None:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """What ends this process by an error ends the others too, with status 1: they would wait for it."""
+    """While inside, an error that ends this process also ends the others, with status 1: they would wait for it."""
     global _failure
     try:
         yield
@@ -282,7 +302,7 @@ def ending_together() -> Iterator[None]:
 
 
 def end(status: int) -> NoReturn:
-    """Ends this process with `status`: in order with the others, or, after an error, at once."""
+    """Exits with `status`: together with the others, or at once after an error."""
     if _count > 1:
         if not _failure:
             barrier("end")

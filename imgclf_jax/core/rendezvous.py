@@ -1,7 +1,7 @@
-"""Where the processes of a run meet before JAX's own service starts, which a wrong number or a taken port would crash.
+"""Lets the processes of a run meet before JAX's coordination service starts, which crashes on a wrong number or port.
 
-Process 0 listens at the coordinator's address. Each other process connects, says in one line of JSON who it is, is
-answered "wait", and then, once all have come or something is wrong, is told the fault, "" for none.
+Process 0 listens at the coordinator's address. Every other process connects, introduces itself in one line of JSON, and
+gets the answer "wait". Once all have come, or something is wrong, it is told the fault, or "".
 """
 
 import contextlib
@@ -24,10 +24,10 @@ _READ = 2.0  # seconds that a caller has for its line: health checks and port sc
 
 
 def meet(address: str, number: int, process: int, patience: float) -> None:
-    """Returns when all `number` processes have come to `address`, HOST:PORT of process 0.
+    """Waits until all `number` processes have come to `address`, the HOST:PORT of process 0.
 
-    Raises UserError, with the same sentence in every process that can be reached: if the port is taken, if two
-    processes have the same number, if they count differently, if one ends, or does not come within `patience` seconds.
+    Raises UserError, with the same sentence in every process that can be reached, if the port is taken, two processes
+    have the same number, their counts differ, or one ends or does not come within `patience` seconds.
     """
     host, _, port = address.rpartition(":")
     where = host.strip("[]"), int(port)
@@ -35,7 +35,7 @@ def meet(address: str, number: int, process: int, patience: float) -> None:
 
 
 def _receive(where: tuple[str, int], number: int, process: int, patience: float) -> None:
-    """Process 0: waits for the others, and tells all of them how it went."""
+    """In process 0: waits for the others and tells them the outcome."""
     port, end = where[1], time.monotonic() + patience
     callers: dict[int, tuple[Any, str]] = {}  # the stream and the host of each
     fault, late = "", time.monotonic() + _PATIENT
@@ -69,7 +69,7 @@ def _receive(where: tuple[str, int], number: int, process: int, patience: float)
 
 
 def _listen(where: tuple[str, int], number: int) -> socket.socket:
-    """A socket on all addresses of this host. It fails if any other one listens on the port."""
+    """Opens a socket on all addresses of this host. Raises UserError if another program listens on the port."""
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     end = time.monotonic() + _BUSY
@@ -90,7 +90,7 @@ def _listen(where: tuple[str, int], number: int) -> socket.socket:
 
 
 def _greet(server: socket.socket, stack: contextlib.ExitStack) -> tuple[Any, dict[str, Any]] | None:
-    """The stream of who calls, and what it says; None if it is no process of a run."""
+    """Accepts a connection: its stream and what the caller says; None if it is no process of a run."""
     connection, _ = server.accept()
     connection.settimeout(_READ)
     stream = connection.makefile("rwb", buffering=0)
@@ -123,7 +123,7 @@ def _say(stream: Any, fault: str) -> None:
 
 
 def _report(where: tuple[str, int], number: int, process: int, patience: float) -> None:
-    """Another process: tells process 0 that it is here, and waits for what it says."""
+    """In the other processes: reports to process 0 and waits for the outcome."""
     name, began = f"{where[0]}:{where[1]}", time.monotonic()
     strange: float | None = None  # since when something answers there that is no process 0 which waits
     warned = False
@@ -151,7 +151,7 @@ def _report(where: tuple[str, int], number: int, process: int, patience: float) 
 def _call(
     where: tuple[str, int], number: int, process: int, stack: contextlib.ExitStack, wait: float
 ) -> tuple[bool, Any]:
-    """Whether anything listens there, and the stream to process 0 if that answers within `wait` seconds, else None."""
+    """Whether anything listens there, and the stream to process 0 if it answers within `wait` seconds, else None."""
     hello = {"process": process, "number": number, "host": socket.gethostname()}
     answered = False
     with contextlib.suppress(OSError, ValueError):
@@ -167,7 +167,7 @@ def _call(
 
 
 def _await_service(where: tuple[str, int]) -> None:
-    """Waits a little until JAX's service listens in place of `meet`: its client, if refused, waits a second."""
+    """Waits briefly until JAX's service listens in place of `meet`: a refused client would wait a whole second."""
     end = time.monotonic() + 2.0
     while time.monotonic() < end:
         with contextlib.suppress(OSError), socket.create_connection(where, timeout=_READ):
@@ -176,7 +176,7 @@ def _await_service(where: tuple[str, int]) -> None:
 
 
 def _heed(stream: Any, name: str) -> None:
-    """Waits for what process 0 says, at last, or for its end."""
+    """Waits for the outcome from process 0, or for its end."""
     try:
         fault = json.loads(stream.readline())
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
 """Signals that ask a process to stop: SIGINT (Ctrl-C), SIGTERM, and SIGHUP (the terminal was closed).
 
-Outside of `noted` there is nothing to save: the process ends at once, with one line and the status 128 + the signal's
-number. Inside of it a request is noted, and the loop saves and stops. A thread of its own acts on signals, since Python
-runs a handler only between two steps of the main thread, which may be compiling for minutes.
+Outside of `noted` there is nothing to save: the process ends at once with one line and status 128 + the signal's
+number. Inside, the request is noted, and the training loop saves and stops. A thread handles signals, because Python
+runs its handlers only between bytecodes of the main thread, which may be compiling for minutes.
 """
 
 import concurrent.futures
@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 SAME = 2.0  # seconds in which signals are one request: `uv run` passes on what the terminal sends to the whole group
 
-# Called in any thread before a signal ends the process, with its status and what it says.
+# Called in any thread, with the exit status and message, before a signal ends the process.
 before_exit: list[Callable[[int, str], None]] = []
 
 
 class Stopped(Exception):
-    """Work that can be done again was left unfinished because of a signal, whose name is the argument."""
+    """A signal, whose name is the argument, interrupted work that can be repeated."""
 
 
 def number(name: str) -> int:
@@ -35,22 +35,22 @@ def number(name: str) -> int:
 
 
 def wait_for[T](future: concurrent.futures.Future[T], stop: Callable[[], str]) -> T:
-    """The future's result. Raises Stopped if `stop` gives the name of a signal before."""
+    """Waits for the future's result. Raises Stopped if `stop` returns the name of a signal first."""
     while not concurrent.futures.wait([future], timeout=0.1).done:
         check(stop)
     return future.result()
 
 
 def check(stop: Callable[[], str]) -> None:
-    """Raises Stopped if `stop` gives the name of a signal."""
+    """Raises Stopped if `stop` returns the name of a signal."""
     if name := stop():
         raise Stopped(name)
 
 
 class _Requests:
-    """What has been asked since `noted` began. `losing` says what an end at once loses; None outside of `noted`.
+    """The requests since `noted` was entered. `losing` describes what ending at once loses; None outside of `noted`.
 
-    `began` is the time of the latest request before, of which some more signals may come.
+    `began` is the time of the latest earlier request, some of whose signals may still arrive.
     """
 
     def __init__(self, losing: Callable[[], str] | None = None, began: float = -SAME, grace: float = 0.0):
@@ -61,12 +61,12 @@ class _Requests:
         self._grace, self._timer = grace, threading.Timer(grace, lambda: None)
 
     def note(self, number: int) -> None:
-        """From the next step on, the loop knows."""
+        """Lets the loop know at its next step."""
         if self.losing is not None and not self.first:
             self.first = signal.Signals(number).name
 
     def receive(self, number: int) -> None:
-        """One signal: the first request is noted, the second one warned of, the third one obeyed."""
+        """Handles a signal: notes the first request, warns at the second, and ends the process at the third."""
         name, now = signal.Signals(number).name, time.monotonic()
         if name == "SIGHUP":
             _leave_terminal()
@@ -85,7 +85,7 @@ class _Requests:
             _end(number, f"{name} again: stopped at once; lost: {self.losing()}")
 
     def _end_in_time(self, number: int, name: str) -> None:
-        """Ends the process when `grace` seconds have passed: who sent the signal may kill it soon after."""
+        """Ends the process after `grace` seconds: the sender of the signal may kill it soon after."""
         losing = self.losing
         if self._grace and losing:
             text = f"{name}: not saved in {self._grace:g} s, the --grace; stopped at once; lost: "
@@ -94,7 +94,7 @@ class _Requests:
             self._timer.start()
 
     def cancel(self) -> None:
-        """Work has stopped in time."""
+        """Cancels the end after `grace` seconds: work has stopped in time."""
         self._timer.cancel()
 
 
@@ -104,9 +104,9 @@ _terminals: list[int] = []  # of standard input, output and error, those that we
 
 
 def install() -> threading.Thread:
-    """Installs the handlers, for the whole process. A signal that the process was started to ignore stays ignored.
+    """Installs the handlers for the whole process. Signals that it was started to ignore stay ignored.
 
-    Gives the thread that acts on signals. It ends when the pipe is closed.
+    Returns the thread that handles signals. It ends when the pipe is closed.
     """
     global _pipe
     read, _pipe = os.pipe()
@@ -123,11 +123,11 @@ def install() -> threading.Thread:
 
 @contextlib.contextmanager
 def noted(losing: Callable[[], str], grace: float = 0.0) -> Iterator[Callable[[], str]]:
-    """While inside, a request to stop is noted; gives a function that returns the first one's name, "" while none came.
+    """While inside, notes requests to stop; yields a function that returns the first signal's name, or "".
 
-    Signals within SAME seconds are one request. The second request logs what a third one would lose, in the words of
-    `losing`. The third one ends the process, and so do `grace` seconds after the first, unless 0. Without `install` the
-    handlers are installed while inside, and in another thread than the main one nothing is.
+    Signals within SAME seconds are one request. The second request logs what a third would lose, as `losing` words it.
+    The third ends the process, as do `grace` seconds after the first, unless 0. If `install` was not called, handlers
+    are installed while inside; outside of the main thread, Python allows none.
     """
     global _now, _pipe
     own = _pipe is None and threading.current_thread() is threading.main_thread()
@@ -151,7 +151,7 @@ def noted(losing: Callable[[], str], grace: float = 0.0) -> Iterator[Callable[[]
 
 
 def _pass_on(number: int, frame: Any) -> None:
-    """In the main thread, when it comes to it."""
+    """Python's handler, in the main thread."""
     if _pipe is not None:
         _now.note(number)
         if signal.set_wakeup_fd(_pipe, warn_on_full_buffer=False) != _pipe:  # an event loop had taken it
@@ -166,7 +166,7 @@ def _watch(read: int) -> None:
 
 
 def _leave_terminal() -> None:
-    """Output to a terminal that is gone would fail."""
+    """Redirects the closed terminal's streams to the null device, where writes do not fail."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for number in _terminals:
         os.dup2(nowhere, number)
@@ -178,7 +178,7 @@ def _end(number: int, line: str) -> NoReturn:
 
 
 def leave(status: int, line: str) -> NoReturn:
-    """Ends the process at once, in any thread, with a line on standard error."""
+    """Ends the process at once, from any thread, with a line on standard error."""
     for function in before_exit:
         with contextlib.suppress(Exception):
             function(status, line)
@@ -189,7 +189,7 @@ def leave(status: int, line: str) -> NoReturn:
 
 
 def _forget() -> None:
-    """A process that this one forks, for a library's workers, has signals of its own."""
+    """Restores default handlers in a forked process, such as a library's worker."""
     global _pipe
     if _pipe is not None:
         signal.set_wakeup_fd(-1)

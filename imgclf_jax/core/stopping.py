@@ -1,4 +1,8 @@
-"""Where a run stops that was asked to: at the same place in all of its processes."""
+"""Stops a run on a signal, at the same step in all of its processes.
+
+JAX's preemption sync point, which Orbax asks, knows SIGTERM alone and is asked once a step. The points here also lie in
+compilation and evaluation, where a run may spend most of its time.
+"""
 
 import contextlib
 import logging
@@ -13,11 +17,11 @@ log = logging.getLogger(__name__)
 
 
 class Stopping:
-    """Called at points that all processes pass in the same order: the name of a signal if all stop here, else "".
+    """Call it at points that all processes pass in the same order: the signal's name if all stop here, else "".
 
-    `asked` gives the name of the signal that this process got, "" if none. Of several processes any may get one, at any
-    time, and none knows how far the others are. So each says how many points it has passed, and passes no other one
-    until it knows that of all. They stop where the one that is farthest is.
+    `asked` returns the name of the signal that this process received, or "". Any process may receive one at any time,
+    and none knows how far the others are. So after a signal each publishes the number of points it has passed, waits
+    for those of all others, and goes on to the largest one, where all stop.
     """
 
     def __init__(self, asked: Callable[[], str], wait: float = processes.WAIT):
@@ -29,7 +33,7 @@ class Stopping:
         self._met: set[str] = set()  # where all have waited for each other
 
     def __call__(self) -> str:
-        """At a point."""
+        """Passes a point, or stops there."""
         if processes.count() == 1:
             return self._asked()
         with self._lock:
@@ -42,7 +46,7 @@ class Stopping:
         return ""
 
     def waiting(self) -> str:
-        """Between two points, while this process waits for something of its own: asked as often as one likes."""
+        """The same between two points, any number of times, for a process that waits for work of its own."""
         if processes.count() == 1:
             return self._asked()
         with self._lock:
@@ -50,30 +54,30 @@ class Stopping:
         return self._name if heard and self._agreed() else ""
 
     def wait_for_all(self, what: str) -> None:
-        """Returns when all processes are here, from the second time on at once.
+        """Waits for all processes the first time it is called with `what`.
 
-        Raises signals.Stopped where all stop before, and UserError, naming who is missing, after a day.
+        Raises signals.Stopped if all stop before that, and UserError, naming the missing processes, after a day.
         """
         if processes.count() == 1 or what in self._met:
             return
         self._met.add(what)
-        processes.put(f"{what}/{processes.index()}", True)
+        processes.publish(f"{what}/{processes.index()}", True)
         end = time.monotonic() + processes.PREPARING
-        while len(here := processes.all_put(what)) < processes.count():
+        while len(here := processes.published(what)) < processes.count():
             signals.check(self.waiting)
             if time.monotonic() > end:
                 raise UserError(f"process {_missing(here)} is not {what} after a day; look into its log")
             time.sleep(0.05)
 
     def hear(self, name: str, process: int) -> None:
-        """Another process got a signal."""
+        """Notes the signal that another process received."""
         with self._lock:
             if not self._name:
                 log.warning("%s at process %d: stopping, and saving a checkpoint", name, process)
                 self._say(name)
 
     def _heard(self) -> bool:
-        """Whether any process got a signal; what this one got, the others are told."""
+        """Whether any process received a signal. Tells the others of this process's own."""
         if not self._name and (name := self._asked()):
             self._say(name)
             processes.tell("stop", name)
@@ -81,10 +85,10 @@ class Stopping:
 
     def _say(self, name: str) -> None:
         self._name = name
-        processes.put(f"passed/{processes.index()}", self._passed)
+        processes.publish(f"passed/{processes.index()}", self._passed)
 
     def _agreed(self) -> bool:
-        """Whether all stop where this process is."""
+        """Whether all processes stop at the point where this one is."""
         if self._last is None:
             end = time.monotonic() + self._wait
             said: dict[str, int] = {}
@@ -92,7 +96,7 @@ class Stopping:
                 if time.monotonic() > end:
                     raise UserError(f"process {_missing(said)} does not say how far it is, {self._wait:g} s after "
                                     f"{self._name}; the last checkpoint stands")  # fmt: skip
-                said = processes.all_put("passed")
+                said = processes.published("passed")
                 time.sleep(0.01)
             self._last = max(said.values())
         return self._passed == self._last
@@ -104,7 +108,7 @@ def _missing(here: Container[str]) -> str:
 
 @contextlib.contextmanager
 def stopping(losing: Callable[[], str], grace: float = 0.0) -> Iterator[Stopping]:
-    """Inside, signals are noted, see `signals.noted`; gives a function that tells where to stop."""
+    """While inside, signals are noted (see `signals.noted`); yields the `Stopping` to call at each point."""
     with signals.noted(losing, grace) as asked:
         stop = Stopping(asked)
         processes.listeners.append(stop.hear)

@@ -2,16 +2,16 @@
 
 import pytest
 
-from imgclf_jax.core import clusters, processes
+from imgclf_jax.core import processes
 
-CLUSTERS = (*clusters._COUNTS, *clusters._SIGNS, "SLURM_NTASKS")
+CLUSTERS = (*processes._COUNTS, *processes._SIGNS, "SLURM_NTASKS")
 
 
 @pytest.fixture(autouse=True)
 def _no_cluster(monkeypatch):
     for name in (*CLUSTERS, "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(clusters.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_the_only_process_of_a_host_takes_all_its_devices(monkeypatch, tasks, al
     """JAX would give it one under Slurm and Open MPI."""
     if tasks:
         monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", tasks)
-    assert clusters.started_one_here() == alone
+    assert processes.started_one_here() == alone
 
 
 def test_processes_that_cannot_join_are_told_how(monkeypatch):

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from imgclf_jax.config import default_config
-from imgclf_jax.core import clusters, processes
+from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.signals import Stopped
 from imgclf_jax.core.stopping import Stopping
@@ -258,12 +258,12 @@ def test_one_process_alone_asks_nobody():
     ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
 ])  # fmt: skip
 def test_who_started_the_process_says_whether_there_are_others(monkeypatch, environment, together):
-    monkeypatch.setattr(clusters.os, "environ", environment)
-    monkeypatch.setattr(clusters.importlib.util, "find_spec", lambda name: None)
-    assert clusters.has_started_several() == together
+    monkeypatch.setattr(processes.os, "environ", environment)
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    assert processes.has_started_several() == together
 
 
 @pytest.mark.parametrize(("tasks", "alone"), [("1", True), ("1(x2)", True), ("2", False), ("1,2", False), ("", False)])
 def test_a_process_alone_on_its_host_is_known(monkeypatch, tasks, alone):
-    monkeypatch.setattr(clusters.os, "environ", {"SLURM_STEP_TASKS_PER_NODE": tasks})
-    assert clusters.started_one_here() == alone
+    monkeypatch.setattr(processes.os, "environ", {"SLURM_STEP_TASKS_PER_NODE": tasks})
+    assert processes.started_one_here() == alone
