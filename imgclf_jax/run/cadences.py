@@ -1,4 +1,4 @@
-"""How often a run logs, evaluates and saves, and the ranges of steps between."""
+"""When a run logs, evaluates and saves, and the ranges of steps between."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from imgclf_jax import config as configs
 
 
 class Due(NamedTuple):
-    """What is to be done after a step."""
+    """What is due after a step."""
 
     log: bool
     eval: bool
@@ -18,36 +18,35 @@ class Due(NamedTuple):
 
 @dataclass(frozen=True)
 class Cadences:
-    """The periods, in steps, of what a run does beside training; None for at the end only. See `config.period`."""
+    """The periods of logging, evaluation and saving, in steps; None: at the end only. See `config.period`."""
 
-    total: int  # steps of the run, after the last of which everything is due
+    total: int  # steps of the run; everything is due after the last one
     log: Fraction | None
     eval: Fraction | None
     checkpoint: Fraction | None
     end: int | None = field(default=None, kw_only=True)  # training ends after so many steps; None: after `total`
 
     def due(self, step: int) -> Due:
-        """What is to be done when `step` steps are done."""
+        """What is due after `step` steps."""
         return Due(*(step == self.total or configs.is_due(step, every) for every in self._periods))
 
     def ranges(self, start: int, size: int, edges: Iterable[int] = ()) -> Iterator[range]:
-        """The steps from `start` to the end in ranges of at most `size`, one after the other.
+        """Yields the steps from `start` to the end in consecutive ranges of at most `size` steps.
 
-        A range ends where something is due, and at each of the `edges`. They are made one by one as they are asked
-        for, since a run may have billions of steps.
+        A range ends where something is due, and at each of the `edges`.
         """
         edges, end = sorted(edges), self.last
         while start < end:
             due = min(end, *(configs.next_due(start, every, self.total) for every in self._periods))
             due = min([due, *(edge for edge in edges if edge > start)])
-            count = -(-(due - start) // size)  # ranges until then, whose lengths differ by a step at most
+            count = -(-(due - start) // size)  # ranges until then; their lengths differ by at most one step
             stop = start - (start - due) // count
             yield range(start, stop)
             start = stop
 
     @property
     def last(self) -> int:
-        """The number of steps that are trained."""
+        """The number of steps to train."""
         return self.total if self.end is None else min(self.end, self.total)
 
     @property

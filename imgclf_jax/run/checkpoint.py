@@ -1,7 +1,10 @@
 """Checkpoints. Orbax saves them asynchronously and renames them atomically; this module verifies them.
 
-A checkpoint holds the train state and the training sums since the last log line. So a resumed run logs the same numbers
-as a run that was never interrupted.
+A checkpoint holds the train state and the metric accumulator since the last log line, so a resumed run logs the same
+numbers as an uninterrupted one. What goes beyond `ocp.CheckpointManager`, each held by tests/run/test_checkpoint.py or
+test_verified.py: checksums of all files, since Orbax restores flipped bits; falling back to an older checkpoint; NaN as
+the worst score, since BestN sorts it anywhere; a symlink for names that Orbax takes for glob patterns; saving a step
+again with the scores of an evaluation that a signal cut short.
 """
 
 import concurrent.futures
@@ -45,14 +48,14 @@ _HANDLERS = _types.create_type_handler_registry(
 
 
 class Gone(UserError):
-    """A checkpoint was removed while it was read, by the run that it belongs to."""
+    """Its run removed a checkpoint while it was being read."""
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's own reads the metrics of all checkpoints when it is made, and fails if those of one are damaged."""
+    """Orbax's manager reads the metrics of all checkpoints at the start, and fails if one file is damaged."""
 
     def metrics(self, step: int) -> dict[str, float] | None:
-        """The metrics of a checkpoint; None if it was saved without, or if they are damaged."""
+        """The metrics of a checkpoint; None if it has none or they are damaged."""
         try:
             found = json.loads((self.directory / str(step) / "metrics" / "metrics").read_bytes())
         except (OSError, ValueError, RecursionError):
@@ -62,9 +65,9 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-    """The checkpoints in `directory`: the latest `keep`, and the best one by the metric `best` ("" for none).
+    """The checkpoints in `directory`: the latest `keep`, and the best by the metric `best` (see `metrics.parse_best`).
 
-    `metrics.parse_best` says which value is best. A value that is not finite is the worst.
+    A value that is not finite is the worst.
     """
 
     def __init__(self, directory: Path, keep: int = 2, best: str = "", read_only: bool = False):
@@ -82,7 +85,7 @@ class Checkpoints:
             best_fn=self._value if best else None,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
-            # A folder in a bucket cannot be renamed in one piece: there a file says that it is whole.
+            # A folder in a bucket cannot be renamed atomically: there a file marks it as complete.
             atomicity_options=_COMMIT_FILE if places.in_bucket(self.directory) else None,
         )
         if str(self.directory).startswith("s3://"):
@@ -99,7 +102,7 @@ class Checkpoints:
         self._put_back()
 
     def _for_orbax(self) -> Path:
-        """The directory, by a name that Orbax can use: it takes a path for a pattern, in which brackets mean more."""
+        """The directory under a name without *, ? and [, since Orbax globs with it."""
         if glob.escape(str(self.directory)) == str(self.directory):
             return self.directory
         if places.in_bucket(self.directory):
@@ -117,16 +120,16 @@ class Checkpoints:
         return link
 
     def _value(self, scores: Mapping[str, float]) -> float:
-        """A number that is greater for a better checkpoint. It is never NaN, so that numbers can be sorted by it."""
+        """A finite number or -inf, greater for a better checkpoint."""
         value = scores.get(self.best, math.nan)
         return self._sign * value if math.isfinite(value) else _WORST
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, ascending."""
+        """The steps with a checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step of the best checkpoint; None without a metric, and if no checkpoint has a finite value of it."""
+        """The step of the best checkpoint; None without a metric or without a finite value of it."""
         if not self.best:
             return None
         values = [(self._value(self._manager.metrics(step) or {}), step) for step in self.steps()]
@@ -134,10 +137,10 @@ class Checkpoints:
         return None if value == _WORST else step
 
     def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None, again: bool = False) -> None:
-        """Starts to save `state`, a pytree of arrays, as the checkpoint of `step`; returns before it is on disk.
+        """Starts saving `state`, a pytree of arrays, as the checkpoint of `step`; returns before it is on disk.
 
-        The caller may donate the state's buffers at once. Raises UserError if this save, or the one before it, cannot
-        be written. A step that has a checkpoint is not saved again, unless `again`: then the new one takes its place.
+        The caller may donate the state's buffers at once. Raises UserError if this save or the one before it fails. A
+        step that has a checkpoint is not saved again, unless `again`: then the new checkpoint replaces it.
         """
         self.wait()  # for the save before this one
         if step in self._manager.all_steps():
@@ -151,7 +154,7 @@ class Checkpoints:
         self._saving = self._thread.submit(self._finish, step, jax.eval_shape(lambda: state))
 
     def _finish(self, step: int, like: Any) -> None:
-        """In the thread: waits until a checkpoint is on disk, verifies that all of the state is in it, and seals it."""
+        """Waits, in the thread, until a checkpoint is on disk; verifies it and writes its manifest."""
         self._manager.wait_until_finished()
         if not processes.index():
             self._verify(step, like)
@@ -161,7 +164,7 @@ class Checkpoints:
         folder = self.directory / str(step)
         if lost := sorted({name for name, _ in tree.named_leaves(like)} - _saved_names(folder)):
             raise OSError(f"what was saved cannot be read back: {lost[0]} is not listed in it")
-        if not self._read_back:  # Of the first one each array is opened. TensorStore loses some memory by that.
+        if not self._read_back:  # Opens each array of the first checkpoint. TensorStore leaks some memory by that.
             saved = self._manager.item_metadata(step)
             if clash := "it has no metadata" if saved is None else _find_clash(saved, like):
                 raise OSError(f"what was saved cannot be read back: {clash}")
@@ -170,7 +173,7 @@ class Checkpoints:
         places.remove(self.directory / f"{_REPLACED}{step}")
 
     def _put_back(self) -> None:
-        """Where a process was killed while it saved a step again, the first checkpoint of the step is still there."""
+        """Restores a step's first checkpoint if a process was killed while it saved the step again."""
         for old in self.directory.glob(f"{_REPLACED}*"):
             place = self.directory / old.name.removeprefix(_REPLACED)
             if manifest.find_fault(place):
@@ -180,18 +183,18 @@ class Checkpoints:
                 places.remove(old)
 
     def wait(self) -> None:
-        """Returns when every save is on disk and verified. Raises UserError if one failed."""
+        """Waits until every save is on disk and verified. Raises UserError if one failed."""
         saving, self._saving = self._saving, None
         if saving:
             self._attempt(saving.result)
 
     def poll(self) -> None:
-        """Raises UserError if the last save has failed. Does not wait for one that is still being written."""
+        """Raises UserError if the last save has failed, without waiting for it."""
         if self._saving and self._saving.done():
             self.wait()
 
     def unsaved(self) -> str:
-        """What an end at once would lose, in words."""
+        """What ending at once would lose, in words."""
         return f"the steps since the checkpoint of step {self.latest}" if self.latest else "all steps"
 
     def close(self) -> None:
@@ -201,11 +204,11 @@ class Checkpoints:
         self._manager.close()
 
     def restore(self, step: int, like: Any, optimizer: bool = True) -> Any:
-        """The state saved at `step`; `like` is a pytree of `jax.ShapeDtypeStruct` with shardings.
+        """Restores the state of `step`; `like` is a pytree of `jax.ShapeDtypeStruct` with shardings.
 
-        The shardings may be over another number of devices than the state was saved from. Without `optimizer` its
-        state is not read, and None in the result; what `like` leaves out at the top is not read either. Raises
-        UserError for a damaged checkpoint, and for a checkpoint of another model.
+        The number of devices may differ from that at the save. Without `optimizer` its state is not read, and is None
+        in the result; top-level entries that `like` lacks are not read either. Raises UserError for a damaged checkpoint
+        and for one of another model.
         """
         folder = self.directory / str(step)
         if error := processes.broadcast_from_process_0(
@@ -225,7 +228,7 @@ class Checkpoints:
         return found
 
     def _read(self, step: int, like: Any, optimizer: bool) -> Any:
-        """The state; NumPy arrays where `like` has no shardings, and None as `opt_state` without `optimizer`."""
+        """The state, with NumPy arrays where `like` has no shardings."""
 
         def how(x: Any) -> Any:
             if x is ocp.PLACEHOLDER or x.sharding is None:
@@ -243,7 +246,7 @@ class Checkpoints:
         return {**found, "state": state}
 
     def _find_error(self, step: int, like: Any, optimizer: bool) -> str:
-        """Why the checkpoint of `step` cannot be used, in a sentence; "" if it can."""
+        """A sentence on why the checkpoint of `step` cannot be used; "" if it can."""
         folder = self.directory / str(step)
         fault = manifest.find_fault(folder)
         if fault == manifest.ABSENT:
@@ -265,7 +268,7 @@ class Checkpoints:
         return None
 
     def restore_any(self, step: int) -> Any:
-        """What was saved at `step`, of any model: nested dicts of NumPy arrays, without the optimizer's state."""
+        """Restores `step` of any model as nested dicts of NumPy arrays, without the optimizer's state."""
         folder = self.directory / str(step)
         try:
             saved = self._manager.item_metadata(step)
@@ -275,11 +278,11 @@ class Checkpoints:
         return self.restore(step, like, optimizer=False)
 
     def restore_latest(self, like: Any, optimizer: bool = True) -> tuple[int, Any] | None:
-        """(step, state) of the latest checkpoint that can be read; None if there is no checkpoint at all.
+        """Restores the latest checkpoint that can be read: (step, state); None if there is no checkpoint.
 
-        The state is that of `restore`. One that is damaged, or that cannot be verified while an older one can, is
-        reported and, unless this object is read-only, moved to `damaged/` beside the checkpoints. Raises UserError if
-        there are checkpoints and none can be read: most likely they are of another model.
+        See `restore` for the state. A checkpoint that is damaged, or has no manifest while an older one has, is
+        reported and, unless this object is read-only, moved to `damaged/` next to the checkpoints. Raises UserError if there are
+        checkpoints and none can be read: most likely they are of another model.
         """
         steps, sealed = processes.broadcast_from_process_0("looking for checkpoints", self._found)
         errors: dict[int, UserError] = {}
@@ -303,12 +306,12 @@ class Checkpoints:
         return None
 
     def _found(self) -> tuple[list[int], list[int]]:
-        """The steps that have a checkpoint, and those whose checkpoint can be verified."""
+        """The steps with a checkpoint, and those among them with a manifest."""
         steps = self.steps()
         return steps, [step for step in steps if manifest.is_in(self.directory / str(step))]
 
     def intact(self, instead_of: int) -> int | None:
-        """The latest step with a checkpoint whose files are as they were written, but for that of one step."""
+        """The latest step with an intact checkpoint, other than `instead_of`."""
         steps = (step for step in reversed(self.steps()) if step != instead_of)
         return next((step for step in steps if not manifest.find_fault(self.directory / str(step))), None)
 
@@ -339,7 +342,7 @@ class Checkpoints:
 
 
 def _own_step(found: Any) -> int | None:
-    """The step that the state in a checkpoint counts itself; None if it counts none."""
+    """The step that the state in a checkpoint counts; None if it counts none."""
     state = found["state"] if isinstance(found, dict) and "state" in found else None
     count = state.get("step") if isinstance(state, dict) else getattr(state, "step", None)
     return None if count is None else int(sharding.fetch(count).max())  # one a seed, all the same

@@ -1,7 +1,7 @@
-"""digests.jsonl: what the parameters were at some steps of a run, so that another run can be compared with it.
+"""digests.jsonl: digests of the parameters at some steps, to compare another run with this one.
 
-A line is {"step": 11, "params_sha256": "…", "params": {"backbone/…/kernel": "0f3a91c2", …}}. The first digest is that
-of `result.json`; those of the single parameters, CRC-32, tell which of them differ. Lines stay when checkpoints go.
+A line is {"step": 11, "params_sha256": "…", "params": {"backbone/…/kernel": "0f3a91c2", …}}. The SHA-256 is that of
+`result.json`; the CRC-32 of each parameter tells which ones differ. Lines outlive their checkpoints.
 """
 
 import concurrent.futures
@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 
 
 def check(workdir: Path, checkpoint: Path, step: int, params: Any) -> None:
-    """Raises UserError if the run in `workdir` has recorded other parameters of `step` than these of a checkpoint.
+    """Raises UserError if the run in `workdir` recorded other parameters at `step` than these of a checkpoint.
 
-    digests.jsonl says so and, for a step that it has no line of, result.json. All processes call this.
+    The record is digests.jsonl or, for a step without a line there, result.json. All processes call this.
     """
     recorded = processes.broadcast_from_process_0("reading digests.jsonl", lambda: _recorded(workdir, step))
     if recorded and tree.sha256(params) != recorded[1]:
@@ -35,7 +35,7 @@ def check(workdir: Path, checkpoint: Path, step: int, params: Any) -> None:
 
 
 def _recorded(workdir: Path, step: int) -> tuple[str, str] | None:
-    """The file that says what the parameters of a step were, and their SHA-256; None if none does."""
+    """The name of the file that records the parameters of a step, and their SHA-256; None if none does."""
     lines = writers.read_metrics(workdir / "digests.jsonl")
     found = [("digests.jsonl", line.get("params_sha256")) for line in lines if line["step"] == step]
     with contextlib.suppress(UserError):  # a result that is damaged says nothing
@@ -46,15 +46,15 @@ def _recorded(workdir: Path, step: int) -> tuple[str, str] | None:
 
 
 class Digests:
-    """Writes the file in `folder` for a run that begins or goes on at step `start` and ends at step `last`.
+    """Writes digests.jsonl in `folder` for a run from step `start` to step `last`.
 
-    Lines of `start` and later are dropped, and written again. The training thread copies the parameters to the host;
-    they are hashed and written in another thread. All processes call the methods, and process 0 writes. After a line is
-    written, `noted` is called in that thread with its step and the SHA-256 of all parameters.
+    Lines of `start` and later are dropped and written again. The training thread copies the parameters to the host;
+    another thread hashes and writes them, and then calls `noted` with the step and the SHA-256. All processes call the
+    methods, and process 0 writes.
     """
 
     def __init__(self, folder: Path, start: int, last: int, noted: Callable[[int, str], None] = lambda *_: None):
-        # The first step that differs is then known up to a factor of two, however rare checkpoints are.
+        # Powers of two bound the first differing step within a factor of two, however rare checkpoints are.
         self.edges = (*(1 << n for n in range(last.bit_length())), last)
         self._path, self._noted = folder / "digests.jsonl", noted
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="digests")
@@ -81,7 +81,7 @@ class Digests:
                 leaf.copy_to_host_async()
         fetched = [(name, sharding.fetch(leaf)) for name, leaf in tree.named_leaves(params)]
         if self._file:
-            # On CPU what is fetched is a view of a buffer that the next step writes to.
+            # On CPU a fetched array is a view of a buffer that the next step overwrites.
             named = [(name, array if array.flags.owndata else array.copy()) for name, array in fetched]
             self._writing = self._thread.submit(self._write, step, named, self._file)
 
@@ -97,7 +97,7 @@ class Digests:
         return whole
 
     def sha256(self) -> str:
-        """The digest of the last line, once it is written; "" in other processes than the first."""
+        """The SHA-256 in the last line, once it is written; "" except in process 0."""
         with self._named_errors():
             return self._writing.result() if self._writing else ""
 

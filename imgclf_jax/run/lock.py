@@ -1,4 +1,4 @@
-"""One writer a work directory."""
+"""The lock of a work directory: one training run at a time."""
 
 import contextlib
 import datetime
@@ -22,12 +22,11 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def held(file: Path) -> Iterator[None]:
-    """Holds the lock `file` while inside, and removes it at the end. The file says who holds it.
+    """Holds the lock `file` while inside, and removes it at the end. The file names its holder.
 
-    The lock is the operating system's (`flock`), which gives it up when the process ends, however it ends. Folders that
-    are missing are made, and removed again if nothing else is in them at the end. Raises UserError, with the host, the
-    process and the time since when, if another process holds the lock. Where the file system has no such locks, a
-    warning is logged.
+    The lock is the operating system's (`flock`), which releases it however the process ends. Missing folders are made,
+    and removed again if they are empty at the end. Raises UserError, with host, process and time, if another process
+    holds the lock. Logs a warning where the file system has no locks.
     """
     missing = [folder for folder in file.parents if not folder.exists()]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +48,7 @@ def held(file: Path) -> Iterator[None]:
 
 
 def holder(file: Path) -> str:
-    """Who holds the lock `file`, as the file says it; "" if it cannot be read."""
+    """The content of the lock `file`, which names its holder; "" if it cannot be read."""
     try:
         return file.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -57,7 +56,7 @@ def holder(file: Path) -> str:
 
 
 def is_held(file: Path) -> bool:
-    """Whether a process holds the lock `file` now; False where that cannot be told."""
+    """Whether a process holds the lock `file` now; False if that is unknown."""
     if fcntl is None:
         return False
     try:

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: the size and the CRC-32 of each file, so that a flipped bit in an array is noticed."""
+"""The manifest of a checkpoint: size and CRC-32 of each file, since Orbax does not notice a flipped bit."""
 
 import hashlib
 import json
@@ -15,22 +15,22 @@ _PIECE = 1 << 20  # bytes that are read at once
 
 
 def write(folder: Path) -> None:
-    """Writes the manifest of what lies in `folder`, once all of it, and then the manifest, is on the disk itself.
+    """Writes the manifest of the files in `folder`, after syncing them to the disk.
 
-    Of a bucket it has sizes alone (the checksum is -1): to read all would take as long as to write it, and the bucket
-    keeps checksums of its own.
+    In a bucket it has sizes alone (the checksum is -1): reading all back would take as long as writing it, and the
+    bucket keeps checksums of its own.
     """
     files = {name: _measure(file, sync=True) for name, file in sorted(places.files(folder))}
     write_atomically(folder / NAME, json.dumps(files))
 
 
 def is_in(folder: Path) -> bool:
-    """Whether there is a manifest in `folder`, so that its files can be verified."""
+    """Whether `folder` has a manifest to verify its files with."""
     return (folder / NAME).exists()
 
 
 def digest(folder: Path) -> str:
-    """A digest of the manifest in `folder`, and by that of what lies there; "no manifest" without one."""
+    """A digest of the manifest in `folder`, and so of its files; "no manifest" without one."""
     try:
         return hashlib.sha256((folder / NAME).read_bytes()).hexdigest()[:12]
     except OSError:
@@ -38,7 +38,7 @@ def digest(folder: Path) -> str:
 
 
 def find_fault(folder: Path) -> str:
-    """What is wrong with the files in `folder`: "" if nothing is, ABSENT if there is no manifest to compare with."""
+    """What is wrong with the files in `folder`: "" if nothing is, ABSENT without a manifest."""
     try:
         files = json.loads((folder / NAME).read_bytes())
     except FileNotFoundError:

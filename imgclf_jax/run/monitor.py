@@ -1,4 +1,7 @@
-"""What is watched while a run trains: its pace, its progress, and a trace of some of its steps."""
+"""Watches a run while it trains: throughput, progress bar, and a profiler trace of some steps.
+
+`clu.periodic_actions` imports TensorFlow, and counts evaluation and checkpoints as training time; here neither holds.
+"""
 
 import collections
 import contextlib
@@ -21,9 +24,9 @@ _MOST_IN_FLIGHT = 2  # calls that the host may be ahead of the device
 
 
 class Monitor:
-    """Watches the loop of one process; a context, whose end leaves the progress bar as it stands.
+    """Watches the training loop of one process; a context manager that stops the progress bar at its end.
 
-    `profile` names the steps, from its first to its second (exclusive), that are traced into `folder`/profile.
+    The profiler traces the steps of `profile` = (first, end) into `folder`/profile.
     """
 
     def __init__(self, start: int, total: int, images_a_step: int, profile: tuple[int, int] | None, folder: Path):
@@ -49,7 +52,7 @@ class Monitor:
         self._progress.close()
 
     def watch(self, chunks: Iterable[tuple[range, Any]]) -> Iterator[tuple[range, Any]]:
-        """The chunks as they come; the time that the device waits for them is counted, but for the first one."""
+        """Yields the chunks, and counts the time that the device waits for them, except for the first."""
         chunks = iter(chunks)
         first = True
         while True:
@@ -65,17 +68,15 @@ class Monitor:
             if self.edges and item[0].start == self.edges[0] and not processes.index():
                 self._wait()
                 options = jax.profiler.ProfileOptions()
-                options.python_tracer_level = (
-                    0  # a call of a Python function an event: near the start they are millions
-                )
+                options.python_tracer_level = 0  # an event for each Python call: near the start there are millions
                 jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True, profiler_options=options)
             yield item
             first = False
 
     def called(self, steps: range, result: jax.Array) -> None:
-        """After each call of the program, which was for these steps: waits where the host is too far ahead.
+        """Call it after each dispatch of the program, for `steps`: waits if the host is too far ahead of the device.
 
-        `result` is an array that the call gives and that nothing donates.
+        `result` is an output array that nothing donates.
         """
         self._in_flight.append(result)
         if len(self._in_flight) > _MOST_IN_FLIGHT:
@@ -88,7 +89,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside is no training: its time does not count."""
+        """Stops the clock while inside: the time is not training time."""
         self.throughput.pause()
         yield
         self.throughput.resume()
@@ -100,13 +101,13 @@ class Monitor:
         return pace
 
     def _wait(self) -> None:
-        """Returns when the device has done all calls."""
+        """Waits until the device has finished all calls."""
         if self._in_flight:
             self._in_flight[-1].block_until_ready()
 
 
 class Throughput:
-    """Images a second, and the fraction of time spent waiting for input, over time that was training."""
+    """Images per second, and the fraction of time spent waiting for input, over training time."""
 
     def __init__(self, batch_size: int):
         self.batch_size = batch_size
@@ -115,7 +116,7 @@ class Throughput:
         self.resume()
 
     def resume(self) -> None:
-        """Starts the clock, after work that is not training, such as evaluation."""
+        """Starts the clock, after an evaluation for example."""
         self._start = time.perf_counter()
 
     def pause(self) -> None:
@@ -123,12 +124,12 @@ class Throughput:
         self._active += time.perf_counter() - self._start
 
     def count_steps(self, steps: int, waited: float) -> None:
-        """Some steps more, for whose batches the device waited so many seconds."""
+        """Adds steps, for whose batches the device waited this many seconds."""
         self._window_steps += steps
         self._waited += waited
 
     def restart(self) -> None:
-        """Forgets the time until now: the wait for what the first step needs."""
+        """Forgets the time so far, which was the wait for the first step."""
         self._active, self._waited = 0.0, 0.0
         self.resume()
 
@@ -145,7 +146,7 @@ class Throughput:
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere nothing, since the log lines say it all."""
+    """A progress bar on a terminal. Elsewhere there are log lines."""
 
     def __init__(self, start: int, total: int):
         self._bar = None
@@ -167,11 +168,11 @@ class Progress:
             self._bar.update(self._task, completed=step)
 
     def note(self, text: str) -> None:
-        """Shows `text` behind the bar until the next one."""
+        """Shows `text` after the bar until the next note."""
         if self._bar:
             self._bar.update(self._task, note=text)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Stops the bar."""
         if self._bar:
             self._bar.stop()

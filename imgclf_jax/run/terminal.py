@@ -1,4 +1,4 @@
-"""What a person sees: log lines and progress on standard error, tables on standard output."""
+"""Terminal output: log lines and progress on standard error, tables on standard output."""
 
 import contextlib
 import copy
@@ -23,29 +23,29 @@ from imgclf_jax.core.text import printable
 
 @functools.cache
 def console() -> Console:
-    """The console on standard error. There is one only, so that log lines do not break the progress bar."""
+    """The one console on standard error, shared so that log lines do not break the progress bar."""
     return Console(stderr=True)
 
 
 def shows_progress() -> bool:
-    """Whether there is a terminal to show it on, which the first of several processes alone does."""
+    """Whether to show progress: on a terminal, in process 0."""
     return console().is_terminal and not processes.index()
 
 
 def busy(what: str) -> contextlib.AbstractContextManager[Any]:
-    """Shows what is being done, on a terminal; elsewhere nothing."""
+    """Shows a spinner on a terminal while inside."""
     return console().status(escape(printable(what))) if shows_progress() else contextlib.nullcontext()
 
 
 def track[T](items: Iterable[T], total: int, what: str) -> Iterable[T]:
-    """The items, with a progress bar on a terminal; elsewhere without one."""
+    """Yields the items, with a progress bar on a terminal."""
     if not total or not shows_progress():
         return items
     return progress.track(items, escape(printable(what)), total, console=console(), transient=True)
 
 
 def count[T](items: Iterable[T], what: str) -> Iterator[T]:
-    """The items, with how many there have been on a terminal; elsewhere nothing."""
+    """Yields the items, with their count and rate on a terminal."""
     if not shows_progress():
         yield from items
         return
@@ -60,7 +60,7 @@ def count[T](items: Iterable[T], what: str) -> Iterator[T]:
 def setup_logging() -> None:
     """Prints log lines `HH:MM:SS message` on standard error, above the progress bar if there is one.
 
-    Of several processes the first one does; the others print warnings alone, with their number.
+    Processes other than the first print only warnings, with their number.
     """
     process = processes.index()
     if process:
@@ -83,7 +83,7 @@ def setup_logging() -> None:
 
 
 def _printable(record: logging.LogRecord) -> logging.LogRecord:
-    """The record with names escaped. Only where the message itself begins a new line, as for a table, lines stay."""
+    """Escapes unprintable characters in a record. Line breaks stay if the message itself has them, as tables do."""
     out, text = copy.copy(record), record.getMessage()
     lines = text.split("\n") if "\n" in str(record.msg) else [text]
     out.msg, out.args = "\n".join(map(printable, lines)), None
@@ -94,15 +94,15 @@ _usual_hook = sys.unraisablehook
 
 
 def _report_unraisable(unraisable: Any) -> None:
-    """Hides one message: after a failed save, TensorStore still calls an event loop that is closed by then."""
+    """Hides one message: after a failed save, TensorStore still calls an event loop that is already closed."""
     if str(unraisable.exc_value) != "Event loop is closed":
         _usual_hook(unraisable)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table on standard output. If this is no terminal, a row is one line of any length, for programs.
+    """Prints a table on standard output. Away from a terminal a row is one line of any length, for programs.
 
-    Characters that are not printable, or that the output's encoding does not have, are escaped.
+    Escapes characters that are unprintable or missing from the output's encoding.
     """
     table = Table(*columns)
     for row in rows:
@@ -111,9 +111,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def print_long_table(columns: Sequence[str], rows: Iterable[Sequence[str]], first: int) -> None:
-    """`print_table` of any number of rows, printed `first` at a time; nothing if there is no row.
+    """`print_table` for any number of rows, `first` at a time; prints nothing without rows.
 
-    Columns are as wide as the first rows need, and wider in later parts where those need more.
+    Columns are as wide as the rows so far need.
     """
     widths = [len(name) for name in columns]
     for part, some in enumerate(itertools.batched(rows, first)):
