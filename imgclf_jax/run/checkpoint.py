@@ -207,8 +207,8 @@ class Checkpoints:
         """Restores the state of `step`; `like` is a pytree of `jax.ShapeDtypeStruct` with shardings.
 
         The number of devices may differ from that at the save. Without `optimizer` its state is not read, and is None
-        in the result; top-level entries that `like` lacks are not read either. Raises UserError for a damaged checkpoint
-        and for one of another model.
+        in the result; top-level entries that `like` lacks are not read either. Raises UserError for a damaged
+        checkpoint and for one of another model.
         """
         folder = self.directory / str(step)
         if error := processes.broadcast_from_process_0(
@@ -281,8 +281,8 @@ class Checkpoints:
         """Restores the latest checkpoint that can be read: (step, state); None if there is no checkpoint.
 
         See `restore` for the state. A checkpoint that is damaged, or has no manifest while an older one has, is
-        reported and, unless this object is read-only, moved to `damaged/` next to the checkpoints. Raises UserError if there are
-        checkpoints and none can be read: most likely they are of another model.
+        reported and, unless this object is read-only, moved to `damaged/` next to the checkpoints. Raises UserError if
+        there are checkpoints and none can be read: most likely they are of another model.
         """
         steps, sealed = processes.broadcast_from_process_0("looking for checkpoints", self._found)
         errors: dict[int, UserError] = {}
