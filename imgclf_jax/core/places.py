@@ -1,7 +1,7 @@
-"""Where files lie: on a disk, or in a bucket, `gs://…` or `s3://…`, by one kind of path.
+"""Paths on disks and in buckets (`gs://…`, `s3://…`), with one set of operations.
 
-A path in a bucket is an `etils.epath.Path`, which has the methods of `pathlib.Path`. Buckets have no locks and no files
-that grow: an object is written whole, and then it is there for all at once.
+A path in a bucket is an `etils.epath.Path`, which has the methods of `pathlib.Path`. Buckets have no locks, and their
+objects do not grow: each is written whole.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ _DRIVERS = {"gs": "gcsfs", "s3": "s3fs"}
 
 
 def as_path(text: str) -> Path:
-    """The path that a text names: a file, `file:///…` (a path on this host), `gs://BUCKET/…` or `s3://BUCKET/…`.
+    """Converts a path, `file:///PATH`, `gs://BUCKET/…` or `s3://BUCKET/…` to a path.
 
-    Raises UserError for another kind of address, for a bucket whose driver is not installed, and for one that a config
-    of unknown origin names (see `spec.untrusted`).
+    Raises UserError for other addresses, for a bucket whose driver is not installed, and for one that an untrusted
+    config names (see `spec.untrusted`).
     """
     scheme, sign, rest = text.partition("://")
     if not sign or not scheme.isalnum():
@@ -52,12 +52,12 @@ def _by_fsspec() -> type:
 
 
 def in_bucket(path: Path) -> bool:
-    """Whether a path leads into a bucket."""
+    """Whether a path is in a bucket."""
     return str(path).startswith(tuple(f"{scheme}://" for scheme in _DRIVERS))
 
 
 def files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Each file in a folder and the folders in it: its name relative to the folder, and its path; in no order."""
+    """Yields every file below a folder, in no order: its name relative to the folder, and its path."""
     todo = [("", folder)]
     while todo:
         prefix, directory = todo.pop()
@@ -71,10 +71,10 @@ def files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Inside, a temporary file beside `path` to write to; at the end it becomes `path`, in one piece.
+    """Yields a temporary file next to `path` to write to, and atomically renames it to `path` at the end.
 
-    A reader sees the old content or the new one, after a crash too. After an error `path` is as it was and the
-    temporary file is removed. The OSError of a full disk names `path`, where the system or a library names none.
+    A reader sees the old content or the new one, even after a crash. After an error `path` is unchanged and the
+    temporary file is removed. The OSError of a full disk names `path`.
     """
     if in_bucket(path):
         with tempfile.TemporaryDirectory() as directory:
@@ -88,7 +88,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         parent = os.open(path.parent, os.O_RDONLY)
-        os.fsync(parent)  # the new name too is on the disk itself
+        os.fsync(parent)  # so that the new name is on the disk too
         os.close(parent)
     except BaseException as e:
         with contextlib.suppress(OSError):
@@ -100,7 +100,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder and all in it, if it is there."""
+    """Removes a folder and its contents, if it exists."""
     if in_bucket(folder):
         if folder.exists():
             folder.rmtree()  # type: ignore[attr-defined]
@@ -109,13 +109,13 @@ def remove(folder: Path) -> None:
 
 
 def size(file: Path) -> int:
-    """The bytes of a file."""
+    """The size of a file in bytes."""
     stat = file.stat()
     return int(stat.length if in_bucket(file) else stat.st_size)  # type: ignore[attr-defined]
 
 
 def move(folder: Path, target: Path) -> None:
-    """Moves a folder to a name that is free. In a bucket each file is copied, so that it is not done in one piece."""
+    """Moves a folder to an unused name. In a bucket it copies each file, so the move is not atomic."""
     if not in_bucket(folder):
         folder.rename(target)
         return

@@ -12,7 +12,7 @@ from imgclf_jax.core import sharding
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """`(path, leaf)` for every leaf, the path's parts joined by `/`, sorted by path."""
+    """`(path, leaf)` of every leaf, sorted by path; the parts of a path are joined by `/`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return sorted(((_name(path), leaf) for path, leaf in leaves), key=lambda pair: pair[0])
 
@@ -32,14 +32,14 @@ def _name(path: Any) -> str:
 
 
 def replace(tree: Any, named: Mapping[str, Any]) -> Any:
-    """`tree` with the leaves that `named` holds, by the paths of `named_leaves`, in place of its own."""
+    """`tree` with its leaves replaced by those in `named`, whose keys are the paths of `named_leaves`."""
     return map_named(named.get, tree)
 
 
 def sha256(tree: Any) -> str:
-    """A digest over the sorted paths, dtypes, shapes and bytes of all leaves: equal if and only if all bits are.
+    """A SHA-256 over the sorted paths, dtypes, shapes and bytes of all leaves.
 
-    Of global arrays, parts of which other processes have, all processes call this.
+    If arrays are sharded over processes, all processes call this.
     """
     digest = hashlib.sha256()
     for path, leaf in named_leaves(tree):
@@ -49,7 +49,7 @@ def sha256(tree: Any) -> str:
 
 
 def digests(named: Iterable[tuple[str, np.ndarray]]) -> tuple[str, dict[str, str]]:
-    """The `sha256` of a tree that has these named leaves, and of each leaf by itself a CRC-32, as eight digits."""
+    """The `sha256` of a tree with these named leaves, and a CRC-32 of each leaf as eight hexadecimal digits."""
     digest = hashlib.sha256()
     each = {}
     for path, array in named:
@@ -62,8 +62,8 @@ def digests(named: Iterable[tuple[str, np.ndarray]]) -> tuple[str, dict[str, str
 
 
 def _pieces(path: str, array: np.ndarray) -> tuple[bytes, memoryview]:
-    """What a digest of a leaf is over. Its bytes are not copied, and hashed without Python's lock."""
-    # NumPy's own types by their code, such as "<f4"; the others, such as bfloat16, have a name alone.
+    """The bytes to hash for a leaf: a header, and a view of its memory, which is hashed without the GIL."""
+    # NumPy's own dtypes have a code, such as "<f4"; others, such as bfloat16, only a name.
     dtype = array.dtype.name if array.dtype.kind == "V" else array.dtype.str
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return f"{path}\0{dtype}\0{array.shape}\0".encode(), flat.data

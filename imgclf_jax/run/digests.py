@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from imgclf_jax.core import processes, sharding, tree
-from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import writers
 from imgclf_jax.run.provenance import read_json
 
@@ -64,7 +64,7 @@ class Digests:
         if not processes.index():
             lines = writers.read_metrics(self._path)
             self._before = next((line.get("params_sha256") for line in lines if line["step"] == start), None)
-            with self._named_errors():
+            with writers.naming_errors(str(self._path)):
                 self._file = writers.RecordFile(self._path, (line for line in lines if line["step"] < start))
 
     def record(self, step: int, params: Any) -> None:
@@ -98,7 +98,7 @@ class Digests:
 
     def sha256(self) -> str:
         """The SHA-256 in the last line, once it is written; "" except in process 0."""
-        with self._named_errors():
+        with writers.naming_errors(str(self._path)):
             return self._writing.result() if self._writing else ""
 
     def close(self) -> None:
@@ -107,11 +107,3 @@ class Digests:
         with contextlib.suppress(Exception):
             if self._file:
                 self._file.close()
-
-    @contextlib.contextmanager
-    def _named_errors(self) -> Any:
-        try:
-            yield
-        except OSError as e:
-            raise UserError(f"{self._path} could not be written: {reason(e)}; free some space or repair the disk, and "
-                            "run the same command again") from e  # fmt: skip

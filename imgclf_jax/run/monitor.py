@@ -34,7 +34,7 @@ class Monitor:
         self.edges: tuple[int, ...] = ()  # the steps that the trace begins and ends at, where a call must end
         self._folder = folder / "profile"
         self._in_flight: collections.deque[Any] = collections.deque()
-        self._progress = Progress(start, total)
+        self._bar = _start_bar(start, total)
         if profile and places.in_bucket(folder):
             raise UserError(f"--profile writes to a disk, and {folder} is in a bucket; pass a --workdir on a disk")
         if profile:
@@ -49,7 +49,8 @@ class Monitor:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.close()
+        if self._bar:
+            self._bar[0].stop()
 
     def watch(self, chunks: Iterable[tuple[range, Any]]) -> Iterator[tuple[range, Any]]:
         """Yields the chunks, and counts the time that the device waits for them, except for the first."""
@@ -81,7 +82,8 @@ class Monitor:
         self._in_flight.append(result)
         if len(self._in_flight) > _MOST_IN_FLIGHT:
             self._in_flight.popleft().block_until_ready()
-        self._progress.update(steps.stop)
+        if self._bar:
+            self._bar[0].update(self._bar[1], completed=steps.stop)
         if self.edges and steps.stop == self.edges[1] and not processes.index():
             self._wait()
             jax.profiler.stop_trace()
@@ -97,7 +99,9 @@ class Monitor:
     def lap(self) -> dict[str, float]:
         """{"images_per_second", "input_wait"} since the last lap; called while paused."""
         pace = self.throughput.lap()
-        self._progress.note(f"{pace['images_per_second']:.0f} images/s, {pace['input_wait']:.0%} waiting for input")
+        if self._bar:
+            note = f"{pace['images_per_second']:.0f} images/s, {pace['input_wait']:.0%} waiting for input"
+            self._bar[0].update(self._bar[1], note=note)
         return pace
 
     def _wait(self) -> None:
@@ -145,34 +149,17 @@ class Throughput:
         return out
 
 
-class Progress:
-    """A progress bar on a terminal. Elsewhere there are log lines."""
-
-    def __init__(self, start: int, total: int):
-        self._bar = None
-        if terminal.shows_progress():
-            self._bar = progress.Progress(
-                progress.BarColumn(),
-                progress.TextColumn("step {task.completed}/{task.total}"),
-                progress.TextColumn("left"),
-                progress.TimeRemainingColumn(),
-                progress.TextColumn("{task.fields[note]}"),
-                console=terminal.console(),
-            )
-            self._task = self._bar.add_task("train", total=total, completed=start, note="compiling")
-            self._bar.start()
-
-    def update(self, step: int) -> None:
-        """Moves the bar to `step`."""
-        if self._bar:
-            self._bar.update(self._task, completed=step)
-
-    def note(self, text: str) -> None:
-        """Shows `text` after the bar until the next note."""
-        if self._bar:
-            self._bar.update(self._task, note=text)
-
-    def close(self) -> None:
-        """Stops the bar."""
-        if self._bar:
-            self._bar.stop()
+def _start_bar(start: int, total: int) -> tuple[progress.Progress, progress.TaskID] | None:
+    """A progress bar and its task on a terminal. Elsewhere log lines do."""
+    if not terminal.shows_progress():
+        return None
+    bar = progress.Progress(
+        progress.BarColumn(),
+        progress.TextColumn("step {task.completed}/{task.total}"),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[note]}"),
+        console=terminal.console(),
+    )
+    bar.start()
+    return bar, bar.add_task("train", total=total, completed=start, note="compiling")

@@ -142,15 +142,18 @@ class MetricsWriter:
                 log.warning("writers=%s failed and gets no more metrics: %s: %s", name, type(e).__name__, reason(e))
                 del self._added[name]
 
-    @contextlib.contextmanager
-    def _naming_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as e:
-            raise UserError(
-                f"the metrics in {self._directory} could not be written: {reason(e)}; free some space or "
-                "repair the disk, and run the same command again"
-            ) from e
+    def _naming_errors(self) -> contextlib.AbstractContextManager[None]:
+        return naming_errors(f"the metrics in {self._directory}")
+
+
+@contextlib.contextmanager
+def naming_errors(what: str) -> Iterator[None]:
+    """While inside, turns an OSError into a UserError that names `what` could not be written."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{what} could not be written: {reason(e)}; free some space or repair the disk, and run the "
+                        "same command again") from e  # fmt: skip
 
 
 def find_factories(text: str) -> dict[str, Callable[[Path, int], Writer]]:

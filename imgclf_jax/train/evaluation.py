@@ -22,16 +22,16 @@ from imgclf_jax.trained import report_host_ops
 
 log = logging.getLogger(__name__)
 
-_FIRST_TARGETS = 64  # that are looked at of a source that reads them with its images
+_FIRST_TARGETS = 64  # checked in a source that reads targets together with images
 
 
 def evaluate(
     programs: Programs, state: Any, images: stream.Images, stop: Callable[[], str] = str
 ) -> tuple[metrics.Sums, metrics.AnyPredictions | None]:
-    """(sums, predictions) over all of `images`, on the host: integers exact, the loss in float64.
+    """Evaluates all of `images`: (sums, predictions) on the host, counts as int64 and losses as float64.
 
     The predictions are None unless the config's `metrics` need them. With several seeds, the sums are [seeds + 1, …].
-    Raises signals.Stopped once `stop` gives the name of a signal.
+    Raises signals.Stopped once `stop` returns the name of a signal.
     """
     sums: metrics.Sums = {}
     predictions: list[metrics.AnyPredictions] = []  # one a batch
@@ -60,7 +60,7 @@ def evaluate(
 def chunks(
     programs: Programs, images: stream.Images, stop: Callable[[], str] = str
 ) -> Iterator[tuple[dict[str, Any], int]]:
-    """What `programs.eval` is given to evaluate all of `images`: each chunk, on the devices, and its number of batches.
+    """Yields the chunks of `images` for `programs.eval`, on the devices, with the number of batches in each.
 
     Raises signals.Stopped as `evaluate` does.
     """
@@ -72,7 +72,7 @@ def chunks(
 
 
 def add(sums: metrics.Sums, new: metrics.Sums) -> None:
-    """Adds the sums of each batch, [k, …] on the host, to `sums`: integers exactly, the loss in float64."""
+    """Adds the sums of k batches, [k, …] on the host, to `sums`: integers as int64, the loss as float64."""
     for name, value in new.items():
         exact = np.float64 if np.issubdtype(value.dtype, np.floating) else np.int64
         sums[name] = sums.get(name, 0) + value.sum(0, dtype=exact)
@@ -81,7 +81,7 @@ def add(sums: metrics.Sums, new: metrics.Sums) -> None:
 def evaluate_all(
     programs: Programs, state: Any, evals: dict[str, stream.Images], stop: Callable[[], str] = str
 ) -> dict[str, dict[str, float]]:
-    """The metrics of each evaluation set, by its name. Raises signals.Stopped as `evaluate` does."""
+    """The metrics of each evaluation set by name. Raises signals.Stopped as `evaluate` does."""
     return {
         name: metrics.summarize(*evaluate(programs, state, images, stop), programs.recipe.whole_set_metrics)
         for name, images in evals.items()
@@ -89,10 +89,10 @@ def evaluate_all(
 
 
 def open_evals(programs: Programs, base: dict[str, sources.Source]) -> dict[str, stream.Images]:
-    """The evaluation sets of `data.eval`, by name: each is a split of the source, or a source spec, "/" and a split.
+    """Opens the evaluation sets of `data.eval` by name: splits of the source, or SOURCE/SPLIT.
 
-    An example is `{"test": "test", "other": "folder('x')/train"}`. Raises UserError for a set with other classes or
-    other image shapes than the training set, and for host ops that draw at random.
+    For example `{"test": "test", "other": "folder('x')/train"}`. Raises UserError for a set whose classes or image
+    shapes differ from the training set's, and for random preprocessing.
     """
     report_host_ops(programs)
     processes.agree("comparing modules", module_digests, in_both=True)  # more are imported by now
@@ -101,7 +101,7 @@ def open_evals(programs: Programs, base: dict[str, sources.Source]) -> dict[str,
 
 
 def open_set(programs: Programs, base: dict[str, sources.Source], text: str, key: str) -> stream.Images:
-    """One such set, `text` as in `data.eval`. Errors name `key`."""
+    """Opens one evaluation set, `text` as in `data.eval`. Errors name `key`."""
     config = programs.recipe.config
     spec, slash, split = text.rpartition("/") if ")" in text else ("", "", text)
     own = sources.open_data(config, spec) if slash else base
@@ -123,9 +123,9 @@ def open_set(programs: Programs, base: dict[str, sources.Source], text: str, key
 
 
 def check_targets(programs: Programs, images: stream.Images) -> None:
-    """Raises UserError for targets that the loss of the run cannot have, see `losses.check_targets`.
+    """Raises UserError for targets that the run's loss does not take, see `losses.check_targets`.
 
-    Of a source that does not hold all of its targets the first ones are looked at.
+    If the source does not hold its targets in memory, only the first ones are checked.
     """
     if programs.recipe.task is losses.Task.CLASSES:
         return
@@ -137,7 +137,7 @@ def check_targets(programs: Programs, images: stream.Images) -> None:
 
 
 def changed(programs: Programs, trained: ConfigDict, base: dict[str, sources.Source]) -> bool:
-    """Whether the source holds other examples than in training: a split of it may hold some that were trained on."""
+    """Whether the source has changed since training, so that its splits may now mix with the training examples."""
     if programs.recipe.config.data.source == trained.data.source:
         with contextlib.suppress(UserError):  # the training split may be gone, and only the evaluation sets are needed
             train, recorded = sources.take_split(base, trained.data.train), programs.recipe.data.fingerprint
@@ -148,7 +148,7 @@ def changed(programs: Programs, trained: ConfigDict, base: dict[str, sources.Sou
 def compare_with_record(
     programs: Programs, workdir: Workdir, base: dict[str, sources.Source], evals: Mapping[str, stream.Images]
 ) -> None:
-    """Warns where the run's record contradicts itself, and where the data are not those that it has recorded."""
+    """Warns if the run's record contradicts itself, or if the data differ from the recorded ones."""
     for sentence in read_contradictions(workdir.path):
         log.warning("the record of the run contradicts itself: %s", sentence)
     trained = workdir.load_config()
@@ -162,7 +162,7 @@ def compare_with_record(
 def changed_sets(
     programs: Programs, trained: ConfigDict, recorded: Mapping[str, str], evals: Mapping[str, stream.Images]
 ) -> list[str]:
-    """The names of the sets that a config names as the run's does, and that hold other examples than it recorded."""
+    """The names of the evaluation sets whose spec is that of the run but whose examples have changed."""
     now = programs.recipe.config.data
     named_alike = [name for name in evals if name in recorded and (now.source, now.eval[name]) == (
         trained.data.source, trained.data.eval.get(name))]  # fmt: skip

@@ -1,4 +1,4 @@
-"""`train --extend`: a run that goes on beyond the steps it was planned with, where that changes no step it has done."""
+"""`train --extend`: continues a run beyond its planned total, if that changes none of its past steps."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +12,14 @@ from imgclf_jax.optim.optimizers import promoting
 from imgclf_jax.optim.weight_averages import evaluated_by
 from imgclf_jax.recipe import Recipe
 
-_PIECE = 100_000  # steps that are compared at once
+_PIECE = 100_000  # steps compared at once
 
 
 def check(old: Recipe, new: Recipe, start: int, folder: Path) -> None:
-    """Raises UserError unless the first `start` steps of the run in `folder` are the same by both recipes.
+    """Raises UserError unless both recipes, which differ in `total` alone, agree on the first `start` steps.
 
-    These differ in `total` alone. A schedule that ends at `total`, such as cosine, gives other learning rates to steps
-    that have been done, and so does a lookahead that follows it: such a run would be no run of any config.
+    A schedule that ends at `total`, such as cosine, would give past steps other learning rates, and so would a
+    lookahead that follows it: no single config would describe such a run.
     """
     if new.total < start:
         raise UserError(f"total={new.config.total!r} is {new.total} steps, but the run in {folder} has done {start}; "
@@ -43,8 +43,8 @@ def _rate(recipe: Recipe) -> Callable[[jax.Array], jax.Array]:
 
 
 def _share(recipe: Recipe) -> Callable[[jax.Array], jax.Array]:
-    """How much of new weights the average of weights takes over at a step."""
-    if evaluated_by(recipe.optimizer):  # they follow from the optimizer's state, whatever the total
+    """The share of the new weights in the weight average at a step."""
+    if evaluated_by(recipe.optimizer):  # the evaluated weights follow from the optimizer's state, whatever the total
         return jnp.zeros_like
     one, zero = jnp.float32(1), jnp.float32(0)
     return lambda step: jnp.stack(jax.tree.leaves(recipe.average.update(one, zero, step))).sum()

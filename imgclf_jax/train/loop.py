@@ -1,4 +1,4 @@
-"""The command `train`. `train` below is the algorithm; what it calls is pure, but for what it writes and saves."""
+"""The command `train`. The function `train` below is the training loop, the only place that does I/O."""
 
 import contextlib
 import logging
@@ -38,13 +38,13 @@ def main(
     grace: float = 0.0, adjusted: Callable[[Run], Run] = lambda run: run,
     noted: Callable[[int, str], None] = lambda *_: None,
 ) -> int:  # fmt: skip
-    """Trains, or resumes, the run in `workdir`; 0 when it is done, 75 when it was stopped by a signal.
+    """Trains or resumes the run in `workdir`. Returns 0 when it is done and 75 when a signal stopped it.
 
-    `profile` traces the steps from its first to its second (exclusive). With `extend`, a run that was planned with
-    another `total` goes on to the one of `config`. A stop by signal takes at most `grace` seconds, unless 0.
-    `adjusted` is called with the run once it is set up, and gives the run that is trained. Where that ends before its
-    total, 75 is given, and the last steps are in no checkpoint. `noted` is called with each step whose parameters are
-    recorded, and their digest. Raises UserError for what the user can fix, and for a loss that is not finite.
+    The profiler traces the steps of `profile` = (first, end). With `extend`, a run with another `total` goes on to that
+    of `config`. A stop by signal takes at most `grace` seconds, unless 0. `adjusted` maps the run that was set up to
+    the run to train; if that ends before its total, 75 is returned and the last steps are in no checkpoint. `noted` is
+    called with each step of digests.jsonl and its SHA-256. Raises UserError for what the user can fix, and for a loss
+    that is not finite.
     """
     began = time.perf_counter()
     with contextlib.ExitStack() as held:
@@ -90,7 +90,7 @@ def main(
 def train(
     run: Run, monitor: Monitor, writer: MetricsWriter, digests: Digests, stop: Stopping, began: float
 ) -> tuple[Any, Results] | None:
-    """The training loop: (the last state, the last evaluation's results), or None where it ended before its total."""
+    """The training loop: (last state, results of the last evaluation), or None if it ended before its total."""
     config, programs, cadences, checkpoints = run.config, run.programs, run.cadences, run.checkpoints
     state, window = run.state, run.window
     results: Results | None = None
@@ -139,7 +139,7 @@ def train(
 
 
 def _evaluate(run: Run, state: Any, step: int, writer: MetricsWriter, stop: Stopping) -> Results | None:
-    """Evaluates, and logs and writes what it gives; None if a signal cut it short: then the next process does it."""
+    """Evaluates, logs and writes the metrics; None if a signal cut it short: then the resumed run repeats it."""
     try:
         signals.wait_for(run.eval_compiled, stop.waiting)
         stop.wait_for_all("compiled-eval")
@@ -157,7 +157,7 @@ def _scores(results: Results) -> dict[str, float]:
 
 
 def _recorded(run: Run) -> Results | None:
-    """The results that another process has written to metrics.jsonl at the end of the run; None if it has not."""
+    """The final results that an earlier process wrote to metrics.jsonl; None if there are none."""
     values: dict[str, float] = {}
     for record in writers.read_metrics(run.workdir.metrics):
         values |= record if record["step"] == run.cadences.total else {}
@@ -169,22 +169,22 @@ def _recorded(run: Run) -> Results | None:
 def _when_compiled(
     chunks: Iterable[tuple[range, Any]], run: Run, stop: Stopping, began: float
 ) -> Iterator[tuple[range, Any]]:
-    """The chunks, the first of them once the program is compiled. Raises signals.Stopped if a signal comes before."""
+    """Yields the chunks once the program is compiled. Raises signals.Stopped if a signal comes before."""
     for number, one in enumerate(chunks):
         if number == 0:
             seconds = signals.wait_for(run.compiled, stop.waiting)
-            stop.wait_for_all("compiled")  # collectives wait for half a minute only, on CPU
-            signals.check(stop)  # a point before the first step too: another process may be in it
+            stop.wait_for_all("compiled")  # on CPU, collectives time out after half a minute
+            signals.check(stop)  # also a point before the first step, which another process may be in
             log.info("compiled in %.2f s, beside other work; the first step begins %.2f s after the command", seconds,
                      time.perf_counter() - began)  # fmt: skip
         yield one
 
 
 def _means(window: dict[str, np.ndarray], task: Task) -> dict[str, float]:
-    """What is logged of a window of steps: means over its examples or steps, of all seeds together.
+    """The training metrics to log: means over the examples or steps since the last log line, over all seeds.
 
-    Of several seeds also the sample standard deviation over them of those over examples, as in `metrics.summarize`.
-    Of several labels accuracy is that of all labels of an example, `exact_match`; a regression has none.
+    With several seeds, metrics over examples also get their sample standard deviation over seeds, as in
+    `metrics.summarize`. Multi-label accuracy is `exact_match`; regression has none.
     """
     total = {name: np.sum(value).item() for name, value in window.items()}
     own = sorted(total.keys() - {"steps", "examples", "loss", "correct", "nonfinite_step", *PER_STEP})
@@ -205,7 +205,7 @@ def _brief(record: dict[str, float]) -> str:
 
 
 def _report(run: Run, digests: Digests, results: Results, monitor: Monitor, began: float) -> None:
-    """Writes and prints what the run came to."""
+    """Writes result.json and prints the results."""
     total, pace = run.cadences.total, monitor.throughput
     result = {
         "step": total,

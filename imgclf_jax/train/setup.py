@@ -1,4 +1,4 @@
-"""What a training run works with, put together: its data, its programs, and the state that it starts from."""
+"""Sets a training run up: its data, its compiled programs, and its initial or restored state."""
 
 import concurrent.futures
 import logging
@@ -30,14 +30,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """A run that may begin or go on at step `start`."""
+    """A run that is ready to train from step `start`."""
 
     config: ConfigDict
     workdir: Workdir
     images: stream.Images  # to train on
     evals: dict[str, stream.Images]
     programs: Programs
-    compiled: concurrent.futures.Future[float]  # the seconds that tracing and compiling `programs.train` took
+    compiled: concurrent.futures.Future[float]  # seconds of tracing and compiling `programs.train`
     eval_compiled: concurrent.futures.Future[Any]
     checkpoints: Checkpoints
     cadences: Cadences
@@ -47,10 +47,9 @@ class Run:
 
 
 def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
-    """The run of `config` in `workdir`, from its latest checkpoint or from the start.
+    """Sets up the run of `config` in `workdir`, from its latest checkpoint or from the start.
 
-    With `extend`, the run in `workdir` may have another `total`. Raises UserError for a mistake of the user, before
-    anything is trained.
+    With `extend`, the run in `workdir` may have another `total`. Raises UserError for a user's mistake.
     """
     programs.check(config)
     if not processes.index():
@@ -120,7 +119,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
 
 
 def _pinned(config: ConfigDict, workdir: Workdir) -> ConfigDict:
-    """The config that is compiled: that of a run which began on other devices has its groups of batch norm."""
+    """The config to compile. With `batch_norm='per_device'` it keeps the groups of the devices the run began on."""
     text = processes.broadcast_from_process_0("reading provenance.json", lambda: workdir.pin_groups(config).batch_norm)
     if text != config.batch_norm:
         log.info("batch_norm=%r is %s, as on the devices that the run began on", config.batch_norm, text)
@@ -130,7 +129,7 @@ def _pinned(config: ConfigDict, workdir: Workdir) -> ConfigDict:
 
 
 def _trace(compiling: Programs) -> float:
-    """Traces the train step, where errors in the config show; gives the seconds."""
+    """Traces the train step, which shows errors in the config; returns the seconds it took."""
     began = time.perf_counter()
     _ = compiling.traced_train, compiling.recipe.views, compiling.recipe.whole_set_metrics
     return time.perf_counter() - began
@@ -139,7 +138,7 @@ def _trace(compiling: Programs) -> float:
 def _compile_in_background(
     compiling: Programs, tracing: float
 ) -> tuple[concurrent.futures.Future[float], concurrent.futures.Future[Any]]:
-    """Compiles training and evaluation in a thread; the former gives its seconds, those of tracing with them."""
+    """Compiles the train and eval programs in a thread; the first future holds the seconds, with those of tracing."""
 
     def compile() -> float:
         began = time.perf_counter()
@@ -153,7 +152,7 @@ def _compile_in_background(
 
 
 def _log_parameters(params: Any, num_seeds: int) -> None:
-    own = 1 if num_seeds > 1 else 0  # axes that are not of one replica
+    own = 1 if num_seeds > 1 else 0  # leading axes that count replicas
     if num_seeds > 1:
         log.info("%d replicas of these:", num_seeds)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[own:], x.dtype), params)

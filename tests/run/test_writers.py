@@ -263,14 +263,14 @@ def test_work_before_training_is_shown_on_a_terminal_alone(monkeypatch, is_termi
     assert bool(screen.getvalue()) == is_terminal
 
 
-def test_no_progress_elsewhere(fake_config, monkeypatch):
+def test_no_progress_elsewhere(monkeypatch):
     """Piped output holds log lines and no control characters."""
     stream = io.StringIO()
     monkeypatch.setattr(terminal, "console", lambda: Console(file=stream))
-    progress = monitor.Progress(0, 10)
-    progress.update(5)
-    progress.note("note")
-    progress.close()
+    with monitor.Monitor(0, 10, 8, None, Path("run")) as watching:
+        watching.called(range(0, 5), jax.numpy.zeros(()))
+        with watching.paused():
+            watching.lap()
     assert stream.getvalue() == ""
 
 
