@@ -68,26 +68,20 @@ def test_a_missing_key_is_named():
 # --- files ---
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("def get_config(: pass", "SyntaxError"),
-        ("import no_such_module_7", "ModuleNotFoundError: No module named 'no_such_module_7'"),
-        ("x = y", "NameError: name 'y' is not defined"),
-        ("raise ValueError", "ValueError: "),
-        ("", "AttributeError: module 'mine' has no attribute 'get_config'"),
-        ("def get_config(): pass", "get_config gives None; it must return a config"),
-        (
-            "def get_config(): c = default_config(); c.sede = 1; return c",
-            "unknown config key 'sede': did you mean 'seed'",
-        ),
-        ("def get_config(): c = default_config(); c.seed = 'x'; return c", "TypeError"),
-        ("def get_config(): c = default_config(); c.seed = None; return c", "seed=None is not of type int"),
-        ("def get_config(): c = default_config(); c.seed = True; return c", "seed=True is not of type int"),
-        ("def get_config(): c = default_config(); c.data.eval = {'a': 3}; return c", "data.eval.a=3 is not a split"),
-        ("def get_config(): c = default_config(); c.data = {'train': 'a'}; return c", "missing config keys"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("def get_config(: pass", "SyntaxError"),
+    ("import no_such_module_7", "ModuleNotFoundError: No module named 'no_such_module_7'"),
+    ("x = y", "NameError: name 'y' is not defined"),
+    ("raise ValueError", "ValueError: "),
+    ("", "AttributeError: module 'mine' has no attribute 'get_config'"),
+    ("def get_config(): pass", "get_config gives None; it must return a config"),
+    ("def get_config(): c = default_config(); c.sede = 1; return c", "unknown config key 'sede': did you mean 'seed'"),
+    ("def get_config(): c = default_config(); c.seed = 'x'; return c", "TypeError"),
+    ("def get_config(): c = default_config(); c.seed = None; return c", "seed=None is not of type int"),
+    ("def get_config(): c = default_config(); c.seed = True; return c", "seed=True is not of type int"),
+    ("def get_config(): c = default_config(); c.data.eval = {'a': 3}; return c", "data.eval.a=3 is not a split"),
+    ("def get_config(): c = default_config(); c.data = {'train': 'a'}; return c", "missing config keys"),
+])  # fmt: skip
 def test_a_mistake_in_a_config_file_is_told_with_its_path(tmp_path, text, message):
     file = tmp_path / "mine.py"
     file.write_text(f"from imgclf_jax.config import default_config\n{text}\n")

@@ -19,42 +19,31 @@ from imgclf_jax.config import KEYS, default_config
 from imgclf_jax.core.errors import UserError
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"seed": -1}, "seed=-1: allowed are 0 to 2**32 - 1"),
-        ({"seed": 2**32}, "seed=4294967296"),
-        ({"batch_size": 0}, "batch_size=0: must be 1 or more"),
-        ({"checkpoint.keep": 0}, "checkpoint.keep=0: must be 1 or more"),
-        ({"data.threads": -1}, "data.threads=-1: must be 0 or more"),
-        ({"clip": -0.5}, "clip=-0.5: must be 0 or more"),
-        ({"precision": "float16"}, "unknown precision 'float16': did you mean 'bfloat16' or 'float32'? allowed"),
-        ({"data.placement": "hots"}, "unknown data.placement 'hots': did you mean 'host'?"),
-        ({"total": ""}, "total='': must be a duration above zero"),
-        ({"total": "0 steps"}, "total='0 steps': must be above zero"),
-        ({"total": "10%"}, "total='10%' is not a duration"),
-        ({"total": "five epochs"}, "write '5 epochs', '2000 steps', '1M examples'"),
-        ({"eval_every": "0%"}, "eval_every='0%': must be above zero, or empty for never"),
-        ({"log_every": "50"}, "log_every='50' is not a duration"),
-        ({"checkpoint_every": "-1 epochs"}, "checkpoint_every='-1 epochs' is not a duration"),
-        (
-            {"checkpoint.best": "val/accuracy"},
-            "unknown metric in checkpoint.best 'val/accuracy': did you mean 'test/acc",
-        ),
-        ({"checkpoint.best": "test/acuracy"}, "did you mean 'test/accuracy'"),
-        (
-            {"data.eval": {"train": "test"}},
-            "data.eval has a set called 'train': results have something else called 'train'",
-        ),
-        (
-            {"data.eval": {"step": "test"}},
-            "results have something else called 'step'; give it another name, such as 'val'",
-        ),
-        ({"data.eval": {"a/b": "test"}}, "data.eval has a set called 'a/b': allowed are letters, digits, _ and -"),
-        ({"data.eval": {"": "test"}}, "data.eval has a set called ''"),
-        ({"checkpoint.best": "test"}, "allowed: test/accuracy, test/loss, test/nll, test/top5"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"seed": -1}, "seed=-1: allowed are 0 to 2**32 - 1"),
+    ({"seed": 2**32}, "seed=4294967296"),
+    ({"batch_size": 0}, "batch_size=0: must be 1 or more"),
+    ({"checkpoint.keep": 0}, "checkpoint.keep=0: must be 1 or more"),
+    ({"data.threads": -1}, "data.threads=-1: must be 0 or more"),
+    ({"clip": -0.5}, "clip=-0.5: must be 0 or more"),
+    ({"precision": "float16"}, "unknown precision 'float16': did you mean 'bfloat16' or 'float32'? allowed"),
+    ({"data.placement": "hots"}, "unknown data.placement 'hots': did you mean 'host'?"),
+    ({"total": ""}, "total='': must be a duration above zero"),
+    ({"total": "0 steps"}, "total='0 steps': must be above zero"),
+    ({"total": "10%"}, "total='10%' is not a duration"),
+    ({"total": "five epochs"}, "write '5 epochs', '2000 steps', '1M examples'"),
+    ({"eval_every": "0%"}, "eval_every='0%': must be above zero, or empty for never"),
+    ({"log_every": "50"}, "log_every='50' is not a duration"),
+    ({"checkpoint_every": "-1 epochs"}, "checkpoint_every='-1 epochs' is not a duration"),
+    ({"checkpoint.best": "val/accuracy"}, "unknown metric in checkpoint.best 'val/accuracy': did you mean 'test/acc"),
+    ({"checkpoint.best": "test/acuracy"}, "did you mean 'test/accuracy'"),
+    ({"data.eval": {"train": "test"}},
+     "data.eval has a set called 'train': results have something else called 'train'"),
+    ({"data.eval": {"step": "test"}}, "results have something else called 'step'; give it another name, such as 'val'"),
+    ({"data.eval": {"a/b": "test"}}, "data.eval has a set called 'a/b': allowed are letters, digits, _ and -"),
+    ({"data.eval": {"": "test"}}, "data.eval has a set called ''"),
+    ({"checkpoint.best": "test"}, "allowed: test/accuracy, test/loss, test/nll, test/top5"),
+])  # fmt: skip
 def test_values_that_no_run_could_use(changes, message):
     config = default_config()
     config.update_from_flattened_dict(changes)
@@ -136,15 +125,12 @@ def test_json_round_trip():
         again.sede = 1
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "is damaged"), ("{", "is damaged"), ("[]", "config.json"), ("[1]", "is damaged"), ("3", "is damaged"),
-        ("{}", "missing config keys"), ('{"sede": 1}', "unknown config key 'sede'"),
-        (configs.to_json(default_config()).replace('"seed": 0', '"seed": "0"'), "seed='0' is not of type int"),
-        (configs.to_json(default_config()).replace('"train": "train"', '"train": ["a"]'), "is not of type str"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "is damaged"), ("{", "is damaged"), ("[]", "config.json"), ("[1]", "is damaged"), ("3", "is damaged"),
+    ("{}", "missing config keys"), ('{"sede": 1}', "unknown config key 'sede'"),
+    (configs.to_json(default_config()).replace('"seed": 0', '"seed": "0"'), "seed='0' is not of type int"),
+    (configs.to_json(default_config()).replace('"train": "train"', '"train": ["a"]'), "is not of type str"),
+])  # fmt: skip
 def test_damaged_json_is_told_with_its_path(text, message):
     with pytest.raises(UserError) as e:
         configs.from_json(text, "runs/a/config.json")

@@ -112,14 +112,11 @@ def test_a_second_evaluation_finds_what_the_first_compiled(tmp_path):
         assert re.search(rf"(?i){word} for '?jit_eval", done.stderr), done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("data.source=folder(3)", "data.source='folder(3)' fails: "),
-        ("data.source=fake(8, 3)", "fake(shape=3): shape is (height, width, channels)"),
-        ("preprocess=decode(1)|resize('x')", "preprocess=\"decode(1)|resize('x')\" fails: "),
-    ],
-)
+@pytest.mark.parametrize(("override", "message"), [
+    ("data.source=folder(3)", "data.source='folder(3)' fails: "),
+    ("data.source=fake(8, 3)", "fake(shape=3): shape is (height, width, channels)"),
+    ("preprocess=decode(1)|resize('x')", "preprocess=\"decode(1)|resize('x')\" fails: "),
+])  # fmt: skip
 def test_an_argument_of_the_wrong_type(tmp_path, capsys, override, message):
     """One sentence that names the key, for the built-in sources and host ops too."""
     assert launch.main([f"--workdir={tmp_path / 'run'}", f"--config.{override}"]) == 1

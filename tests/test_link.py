@@ -17,6 +17,8 @@ from imgclf_jax.data import sources
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.trained import restore
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 SOURCE = "fake(60, (8, 8, 1), 3)"
 PROBABILITIES = {"softmax": functools.partial(scipy.special.softmax, axis=-1), "sigmoid": scipy.special.expit}
 

@@ -311,31 +311,25 @@ def test_a_loss_of_ones_own_declares_its_task():
         losses.with_tasks(Task.SOFT, Task.REGRESSION)
 
 
-@pytest.mark.parametrize(
-    ("text", "has_targets", "said"),
-    [
-        ("mse", False, "loss='mse' trains on numbers, and these data have class labels: use 'softmax' or 'sigmoid'"),
-        ("softmax(class_weights='balanced')", True, "'balanced' counts labels, and these data have targets"),
-        ("sigmoid(class_weights=(1, 2))", True, "for several labels use positive_weights, one number a class"),
-    ],
-)
+@pytest.mark.parametrize(("text", "has_targets", "said"), [
+    ("mse", False, "loss='mse' trains on numbers, and these data have class labels: use 'softmax' or 'sigmoid'"),
+    ("softmax(class_weights='balanced')", True, "'balanced' counts labels, and these data have targets"),
+    ("sigmoid(class_weights=(1, 2))", True, "for several labels use positive_weights, one number a class"),
+])  # fmt: skip
 def test_a_loss_that_does_not_fit_the_data_is_told(text, has_targets, said):
     with pytest.raises(UserError, match="loss=") as e:
         losses.task_of(text, has_targets)
     assert said in str(e.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "row", "said"),
-    [
-        ("softmax", [1, 1, 0], "the target of example 1 adds up to 2 and not to 1; for columns that are 0 or 1 each by"
-                               " itself use 'sigmoid'"),
-        ("softmax", [0, 0, 0], "adds up to 0 and not to 1; for columns that are 0 or 1"),
-        ("focal", [0.5, 0.4, 0], "adds up to 0.9 and not to 1; divide each row by its sum"),
-        ("softmax", [2, -1, 0], "example 1 has the target [2, -1, 0], outside of [0, 1]"),
-        ("sigmoid", [0, 37.5, 0], "example 1 has the target [0, 37.5, 0], outside of [0, 1]; for numbers use 'mse'"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "row", "said"), [
+    ("softmax", [1, 1, 0], "the target of example 1 adds up to 2 and not to 1; for columns that are 0 or 1 each by"
+                           " itself use 'sigmoid'"),
+    ("softmax", [0, 0, 0], "adds up to 0 and not to 1; for columns that are 0 or 1"),
+    ("focal", [0.5, 0.4, 0], "adds up to 0.9 and not to 1; divide each row by its sum"),
+    ("softmax", [2, -1, 0], "example 1 has the target [2, -1, 0], outside of [0, 1]"),
+    ("sigmoid", [0, 37.5, 0], "example 1 has the target [0, 37.5, 0], outside of [0, 1]; for numbers use 'mse'"),
+])  # fmt: skip
 def test_targets_that_do_not_fit_the_task_are_told(text, row, said):
     targets = np.array([[0, 1, 0], row], np.float32)
     with pytest.raises(UserError) as e:

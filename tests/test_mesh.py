@@ -134,31 +134,25 @@ def test_rules_choose_the_axis(config):
     assert moments == [("fsdp",)]
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"rules.shard": "head/kernel=1"}, r"axis 1 of head/kernel, \[128, 4\], does not divide into 8 shards"),
-        ({"rules.shard": "head/kernel=x"}, "is not PATTERN=AXIS or PATTERN=none"),
-        ({"rules.shard": "nothing=0"}, "rules.shard: 'nothing' matches no parameter"),
-        ({"shard": "params"}, "unknown shard 'params'.*allowed: all, optimizer"),
-    ],
-)
+@pytest.mark.parametrize(("keys", "message"), [
+    ({"rules.shard": "head/kernel=1"}, r"axis 1 of head/kernel, \[128, 4\], does not divide into 8 shards"),
+    ({"rules.shard": "head/kernel=x"}, "is not PATTERN=AXIS or PATTERN=none"),
+    ({"rules.shard": "nothing=0"}, "rules.shard: 'nothing' matches no parameter"),
+    ({"shard": "params"}, "unknown shard 'params'.*allowed: all, optimizer"),
+])  # fmt: skip
 def test_mistakes(config, keys, message):
     with pytest.raises(UserError, match=message):
         _ = programs(config, "fsdp=-1", **keys).shape
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("data=3", "there are 8 devices"),
-        ("data=2", "there are 8 devices"),
-        ("model=2", "unknown axis of mesh 'model'"),
-        ("data=-1, fsdp=-1", "each axis once"),
-        ("data=0", "each axis once"),
-        ("data", "each axis once"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("data=3", "there are 8 devices"),
+    ("data=2", "there are 8 devices"),
+    ("model=2", "unknown axis of mesh 'model'"),
+    ("data=-1, fsdp=-1", "each axis once"),
+    ("data=0", "each axis once"),
+    ("data", "each axis once"),
+])  # fmt: skip
 def test_meshes_that_cannot_be(text, message):
     with pytest.raises(UserError, match=message):
         sharding.make_mesh(text=text)

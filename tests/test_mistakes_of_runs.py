@@ -231,6 +231,7 @@ def test_a_wrong_name_is_told_before_data_are_opened(mistake, tmp_path, monkeypa
     assert has(mistake(f"--workdir={tmp_path}/run", *FAKE, f"--config.{override}"), "unknown ", "allowed: ")
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_extended_is_the_longer_run(mistake, tmp_path):
     """Bit for bit; it is asked for, and recorded."""
     short, long = (["train", f"--workdir={tmp_path / name}", *FAKE] for name in ("short", "long"))

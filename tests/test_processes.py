@@ -142,18 +142,12 @@ def test_what_differs_between_processes_ends_them_at_the_start():
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(
-    ("last", "sentence"),
-    [
-        (("--config.schedule=constant(0.1)",), "process 1 .* has schedule=constant.0.1., process 0 .* has schedule="),
-        (
-            ("--workdir=OTHER",),
-            "process 1 does not see what process 0 writes to the work directory: .*OTHER is another",
-        ),
-        (("--num_processes=3",), "process 1 .* was given --num_processes=3, process 0 .* --num_processes=2"),
-        (("--process_id=0",), "two processes were given --process_id=0: on host"),
-    ],
-)
+@pytest.mark.parametrize(("last", "sentence"), [
+    (("--config.schedule=constant(0.1)",), "process 1 .* has schedule=constant.0.1., process 0 .* has schedule="),
+    (("--workdir=OTHER",), "process 1 does not see what process 0 writes to the work directory: .*OTHER is another"),
+    (("--num_processes=3",), "process 1 .* was given --num_processes=3, process 0 .* --num_processes=2"),
+    (("--process_id=0",), "two processes were given --process_id=0: on host"),
+])  # fmt: skip
 def test_processes_that_were_given_something_else(tmp_path, last, sentence):
     """Both say so and end before they train."""
     workdir = tmp_path / "run"

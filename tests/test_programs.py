@@ -118,6 +118,7 @@ def test_gpus_are_asked_for_deterministic_kernels(kind, asked, fake_config):
     assert programs.compiler_options == expected
 
 
+@pytest.mark.thorough
 def test_the_options_reach_the_compiler_of_every_program(fake_config, monkeypatch):
     """XLA knows this one on CPU too, and refuses others."""
     fake_config.model = "mlp(widths=(2,))"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import resume_check
 import stress
+from cases import thorough
 
 import launch
 from imgclf_jax.run import writers
@@ -98,7 +99,7 @@ def test_stopped_by_sigterm_and_a_truncated_checkpoint(whole, tmp_path):
     assert resume_check.outcome(tmp_path / "run") == whole
 
 
-@pytest.mark.parametrize("moment", ["log", "checkpoint"])
+@pytest.mark.parametrize("moment", ["log", *thorough("checkpoint")])
 def test_a_signal_at_any_moment_of_the_loop_is_saved(fake_config, tmp_path, monkeypatch, moment):
     """While metrics are written or a checkpoint is, too: what 75 says is saved is there."""
     owner, name = {"log": (writers.MetricsWriter, "write_scalars"), "checkpoint": (Checkpoints, "save")}[moment]

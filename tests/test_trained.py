@@ -15,6 +15,8 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 from imgclf_jax.trained import not_finite
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 FLAGS = ["--config.total=30 steps", "--config.model=mlp(widths=(16, 8))", "--config.schedule=constant(1e-2)",
          "--config.eval_every="]  # fmt: skip
 COUNT = 130  # more than a batch

@@ -134,19 +134,16 @@ def test_the_loss_is_that_of_the_mixed_target():
     np.testing.assert_array_equal(main, np.where(weight >= 0.5, labels, before(labels)))
 
 
-@pytest.mark.parametrize(
-    ("text", "shares"),
-    [
-        ("mixup(0.2)", (1.0, 0.0)),
-        ("mixup(0.2, probability=0.1)|cutmix(probability=0.4)", (0.1, 0.4)),
-        *thorough(
-            ("mixup(0.2)|cutmix", (0.5, 0.5)),
-            ("mixup(0.2, 0.3)|cutmix", (0.3, 0.7)),
-            ("cutmix(probability=0.25)", (0.0, 0.25)),
-            ("cutmix(probability=0)|mixup(probability=1)", (1.0, 0.0)),
-        ),
-    ],
-)
+@pytest.mark.parametrize(("text", "shares"), [
+    ("mixup(0.2)", (1.0, 0.0)),
+    ("mixup(0.2, probability=0.1)|cutmix(probability=0.4)", (0.1, 0.4)),
+    *thorough(
+        ("mixup(0.2)|cutmix", (0.5, 0.5)),
+        ("mixup(0.2, 0.3)|cutmix", (0.3, 0.7)),
+        ("cutmix(probability=0.25)", (0.0, 0.25)),
+        ("cutmix(probability=0)|mixup(probability=1)", (1.0, 0.0)),
+    ),
+])  # fmt: skip
 def test_one_op_is_drawn_for_each_batch(text, shares):
     """Told apart by the pixels: mixup makes new values, cutmix none."""
     mix = jax.jit(jax.vmap(mixing.build(text), in_axes=(0, None)))
@@ -176,17 +173,14 @@ def test_another_op_changes_none_of_the_draws_of_an_op():
     assert 5 < (beside == alone).all(1).sum() < 35
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("mixpu", "unknown mixing op 'mixpu': did you mean 'mixup'"),
-        ("mixup(beta=1)", "unknown argument 'beta'"),
-        ("mixup(probability=0.7)|cutmix(probability=0.7)", "all together at most 1"),
-        ("cutmix(probability=-0.1)", "from 0 to 1"),
-        ("cutmix(probability='x')", "from 0 to 1"),
-        ("mixup(0)", r"alpha=0\): must be above 0"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("mixpu", "unknown mixing op 'mixpu': did you mean 'mixup'"),
+    ("mixup(beta=1)", "unknown argument 'beta'"),
+    ("mixup(probability=0.7)|cutmix(probability=0.7)", "all together at most 1"),
+    ("cutmix(probability=-0.1)", "from 0 to 1"),
+    ("cutmix(probability='x')", "from 0 to 1"),
+    ("mixup(0)", r"alpha=0\): must be above 0"),
+])  # fmt: skip
 def test_wrong_specs_are_refused(text, message):
     with pytest.raises(UserError, match=message):
         mixing.build(text)(KEY, jnp.zeros((4, 3, 3, 1)))
@@ -215,7 +209,7 @@ def programs(mix, devices=None, **changes):
     return Programs(Recipe(config, DataInfo(64, (6, 6, 1), ("a", "b", "c"), "")), sharding.make_mesh(devices))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [2, *thorough(1)])
 def test_the_step_trains_on_mixed_images_and_counts_the_main_label(accumulate):
     """Its loss, gradient and correct count, computed by hand from the parts."""
     e = programs("mixup(1.0)", jax.devices()[:1], loss="softmax(label_smoothing=0.1)", optimizer="sgd")

@@ -162,17 +162,14 @@ def test_random_erasing_draws_area_aspect_and_place():
     assert stats.kstest(place, stats.uniform(0, 1).cdf).statistic < 0.04
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("random_erasing(1.5)", "probability=1.5.*0 to 1"),
-        ("random_erasing(area=(0.5, 0.1))", r"area=\(0.5, 0.1\)"),
-        ("random_erasing(area=(0.0, 0.1))", r"area=\(0.0, 0.1\)"),
-        ("random_erasing(aspect=(2.0, 1.0))", r"aspect=\(2.0, 1.0\)"),
-        ("random_erasing(fill='noise')", "fill='noise'.*'pixel' and 'color'"),
-        ("random_erasing(fill=0.5)", "fill=0.5.*0 to 255"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("random_erasing(1.5)", "probability=1.5.*0 to 1"),
+    ("random_erasing(area=(0.5, 0.1))", r"area=\(0.5, 0.1\)"),
+    ("random_erasing(area=(0.0, 0.1))", r"area=\(0.0, 0.1\)"),
+    ("random_erasing(aspect=(2.0, 1.0))", r"aspect=\(2.0, 1.0\)"),
+    ("random_erasing(fill='noise')", "fill='noise'.*'pixel' and 'color'"),
+    ("random_erasing(fill=0.5)", "fill=0.5.*0 to 255"),
+])  # fmt: skip
 def test_random_erasing_refuses_wrong_arguments(text, message):
     with pytest.raises(UserError, match=message):
         ops.build(text, train=True)(KEY, jnp.zeros((2, 8, 8, 3), jnp.uint8))
@@ -247,16 +244,13 @@ def test_images_split_over_devices_stay_where_they_are(text):
     assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute", compiled)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("flip_rl", "unknown device op 'flip_rl': did you mean 'flip_lr'"),
-        ("cutuot(4)|normalize", "unknown device op 'cutuot': did you mean 'cutout'"),
-        ("pad_crop(padd=4)", "unknown argument 'padd': did you mean 'pad'"),
-        ("pad_crop(4, 'edge', 5)", "too many positional arguments; its arguments: pad, mode"),
-        ("flip_lr(key=1)", "unknown argument 'key'"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("flip_rl", "unknown device op 'flip_rl': did you mean 'flip_lr'"),
+    ("cutuot(4)|normalize", "unknown device op 'cutuot': did you mean 'cutout'"),
+    ("pad_crop(padd=4)", "unknown argument 'padd': did you mean 'pad'"),
+    ("pad_crop(4, 'edge', 5)", "too many positional arguments; its arguments: pad, mode"),
+    ("flip_lr(key=1)", "unknown argument 'key'"),
+])  # fmt: skip
 def test_build_refuses_a_wrong_spec(text, message):
     with pytest.raises(UserError, match=message):
         ops.build(text, train=True)

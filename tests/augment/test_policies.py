@@ -255,22 +255,36 @@ def test_barriers_are_for_the_cpu_alone(text):
     assert found == {"cpu": True, "gpu": False, "tpu": False}
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("randaugment(0)", "num_ops=0.*1 or more"),
-        ("randaugment(2, 31)", "magnitude=31.*0 to 30"),
-        ("randaugment(2, 9, -1.0)", "magnitude_std=-1.0.*0 or more"),
-        ("randaugment(2, 11, ops='big_vision')", "magnitude=11.*0 to 10"),
-        ("randaugment(2, 5, 1.0, ops='big_vision')", "leave out magnitude_std"),
-        ("randaugment(ops='bigvision')", "unknown randaugment ops 'bigvision': did you mean 'big_vision'"),
-        ("randaugment(fill=300)", "fill=300.*from 0 to 255"),
-        ("trivialaugment(fill=(1, 2))", r"fill=\(1, 2\).*one a channel"),
-        ("color_jitter(brightness=-1)", "brightness=-1"),
-        ("color_jitter(hue=0.6)", "hue=0.6.*0.5"),
-        ("color_jitter(contrast=(2.0, 1.0))", "contrast=.*low before high"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("randaugment(0)", "num_ops=0.*1 or more"),
+    ("randaugment(2, 31)", "magnitude=31.*0 to 30"),
+    ("randaugment(2, 9, -1.0)", "magnitude_std=-1.0.*0 or more"),
+    ("randaugment(2, 11, ops='big_vision')", "magnitude=11.*0 to 10"),
+    ("randaugment(2, 5, 1.0, ops='big_vision')", "leave out magnitude_std"),
+    ("randaugment(ops='bigvision')", "unknown randaugment ops 'bigvision': did you mean 'big_vision'"),
+    ("randaugment(fill=300)", "fill=300.*from 0 to 255"),
+    ("trivialaugment(fill=(1, 2))", r"fill=\(1, 2\).*one a channel"),
+    ("color_jitter(brightness=-1)", "brightness=-1"),
+    ("color_jitter(hue=0.6)", "hue=0.6.*0.5"),
+    ("color_jitter(contrast=(2.0, 1.0))", "contrast=.*low before high"),
+])  # fmt: skip
 def test_wrong_arguments_are_refused(text, message):
     with pytest.raises(UserError, match=message):
         ops.build(text, train=True)(KEY, jnp.zeros((2, 8, 8, 3), jnp.uint8))
+
+
+def test_tables_are_torchvisions_but_for_solarize():
+    """At 224 pixels, as torchvision 0.29's `_augmentation_space(31, …)` gives them for both policies."""
+    rand, trivial = policies.strengths(narrow(224, 224)[0], 224, 224), policies.strengths(wide(224, 224)[0], 224, 224)
+    moved = [0, 3, 6, 10, 13, 16, 20, 23, 27, 30, 33, 37, 40, 43, 47, 50, 54, 57, 60, 64, 67, 71, 74, 77, 81, 84, 87,
+             91, 94, 98, 101]  # fmt: skip
+    x = policies.OPS.index("translate_x")
+    origin = np.asarray(rand.matrix)[x, 0, :, 2] - np.asarray(rand.matrix)[x, 0, 0, 2]
+    np.testing.assert_array_equal(origin / 65536, moved)
+    bits = policies.OPS.index("posterize")
+    np.testing.assert_array_equal(rand.level[bits, 0], 8 - np.repeat(np.arange(5), (4, 8, 7, 8, 4)))
+    np.testing.assert_array_equal(trivial.level[bits, 0], 8 - np.repeat(np.arange(7), (3, 5, 5, 5, 5, 5, 3)))
+    theirs = [255, 247, 238, 230, 221, 213, 204, 196, 187, 179, 170, 162, 153, 145, 136, 128, 119, 111, 102, 94, 85, 77,
+              68, 60, 51, 43, 34, 26, 17, 9, 0]  # fmt: skip
+    more = np.asarray(rand.level)[policies.OPS.index("solarize"), 0] - theirs
+    assert (more.min(), more.max(), np.count_nonzero(more)) == (0, 1, 22)

@@ -125,20 +125,17 @@ def places_read(jaxpr):
     return found
 
 
-@pytest.mark.parametrize(
-    ("text", "small"),
-    [
-        # What each image drew in a table of ops; the count of its greatest level in each channel; the smooth inside.
-        ("randaugment(1, 10, ops='big_vision')", {"its map": 16, "greatest level": 16 * 3, "smooth": 1}),
-        ("randaugment(1, 10)", {"its map, factor and level": 16, "greatest level": 16 * 3, "smooth": 1}),
-        ("trivialaugment", {"its map, factor and level": 16, "greatest level": 16 * 3, "smooth": 1}),
-        ("equalize", {"greatest level": 16 * 3}),
-        ("pad_crop(4)", {}),
-        ("pad_crop(4, 'reflect')", {}),
-        ("random_erasing", {"the draw that fits": 16}),
-        ("flip_lr|cutout(8)|color_jitter(0.4, 0.4, 0.4, 0.2)|normalize", {"smooth": 1}),
-    ],
-)
+@pytest.mark.parametrize(("text", "small"), [
+    # What each image drew in a table of ops; the count of its greatest level in each channel; the smooth inside.
+    ("randaugment(1, 10, ops='big_vision')", {"its map": 16, "greatest level": 16 * 3, "smooth": 1}),
+    ("randaugment(1, 10)", {"its map, factor and level": 16, "greatest level": 16 * 3, "smooth": 1}),
+    ("trivialaugment", {"its map, factor and level": 16, "greatest level": 16 * 3, "smooth": 1}),
+    ("equalize", {"greatest level": 16 * 3}),
+    ("pad_crop(4)", {}),
+    ("pad_crop(4, 'reflect')", {}),
+    ("random_erasing", {"the draw that fits": 16}),
+    ("flip_lr|cutout(8)|color_jitter(0.4, 0.4, 0.4, 0.2)|normalize", {"smooth": 1}),
+])  # fmt: skip
 def test_no_pixel_is_gathered_or_scattered(text, small):
     """A gather or scatter that is left is of one place an image or channel, or of the whole batch; it is named here."""
     images = jnp.zeros((16, 32, 32, 3), jnp.uint8)

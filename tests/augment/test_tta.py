@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from cases import thorough
 
 from imgclf_jax import losses, metrics, step
 from imgclf_jax.augment import ops as augment
@@ -60,7 +61,7 @@ def by_hand(text, x, logits):
     }[text]()
 
 
-@pytest.mark.parametrize("text", ["", "flip", "translate(2)", "flip|translate(1)"])
+@pytest.mark.parametrize("text", ["flip|translate(1)", *thorough("", "flip", "translate(2)")])
 def test_logits_are_those_averaged_by_hand(trained, text):
     """flip|translate(1) is what airbench94 does: half the untranslated, a quarter each of two translated, mirrored."""
     e, state, seen, logits = trained
@@ -105,15 +106,12 @@ def test_the_config_key_reaches_evaluation_and_prediction(trained):
     np.testing.assert_allclose(e.predict(state.params, {}, placed), softmax / softmax.sum(-1, keepdims=True), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("flop", "unknown view 'flop': did you mean 'flip'"),
-        ("flip(2)", "too many positional arguments"),
-        ("translate(0)", "pad=0.*from 1 on"),
-        ("translate('x')", "pad='x'.*from 1 on"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("flop", "unknown view 'flop': did you mean 'flip'"),
+    ("flip(2)", "too many positional arguments"),
+    ("translate(0)", "pad=0.*from 1 on"),
+    ("translate('x')", "pad='x'.*from 1 on"),
+])  # fmt: skip
 def test_wrong_specs_are_refused(text, message):
     with pytest.raises(UserError, match=message):
         tta.build(text)

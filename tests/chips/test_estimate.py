@@ -29,14 +29,11 @@ def test_the_peak_of_float32_programs_follows_the_precision_of_products(kind, te
     assert {estimate.peak(chip, "bfloat16", products) for products in ("float32", "bfloat16")} == {chip.flops}
 
 
-@pytest.mark.parametrize(
-    ("kind", "size", "seconds"),
-    [
-        ("all-reduce", 80e6, 2 * 80e6 * 7 / 8 / 450e9 + 2 * 10e6 * 3 / 4 / 50e9),
-        ("all-gather", 80e6, 80e6 * 7 / 8 / 450e9 + 10e6 * 3 / 4 / 50e9),
-        ("reduce-scatter", 80e6 / 32, 80e6 * 7 / 8 / 450e9 + 10e6 * 3 / 4 / 50e9),
-    ],
-)
+@pytest.mark.parametrize(("kind", "size", "seconds"), [
+    ("all-reduce", 80e6, 2 * 80e6 * 7 / 8 / 450e9 + 2 * 10e6 * 3 / 4 / 50e9),
+    ("all-gather", 80e6, 80e6 * 7 / 8 / 450e9 + 10e6 * 3 / 4 / 50e9),
+    ("reduce-scatter", 80e6 / 32, 80e6 * 7 / 8 / 450e9 + 10e6 * 3 / 4 / 50e9),
+])  # fmt: skip
 def test_between_hosts_a_collective_is_done_by_parts(kind, size, seconds):
     """Of four hosts with eight GPUs each: inside over NVLink, then each GPU an eighth over the network."""
     found = estimate.bound(table.CHIPS["h100"], 32, 1.0, 0, 0, {kind: (1, int(size))})

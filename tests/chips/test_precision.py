@@ -29,16 +29,13 @@ SUMS = ("reduce_sum", "reduce_window_sum", "cumsum", "scatter-add", "select_and_
 
 
 @pytest.mark.parametrize("form", ["tpu", *thorough("gpu")])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "convnext",
-        "resnet",
-        "rnn",
-        "vit",
-        *thorough(*sorted({*BACKBONES, "gru"} - {"convnext", "resnet", "rnn", "vit"})),
-    ],
-)
+@pytest.mark.parametrize("name", [
+    "convnext",
+    "resnet",
+    "rnn",
+    "vit",
+    *thorough(*sorted({*BACKBONES, "gru"} - {"convnext", "resnet", "rnn", "vit"})),
+])  # fmt: skip
 def test_products_of_bfloat16_operands(name, form):
     """All of the backbone; the head in float32. Sums of many terms in float32, with no exception but those above."""
     with platform.tracing_for(form):

@@ -61,28 +61,25 @@ ENTRY %main (a: f32[8,128], k: s32[]) -> f32[8,128] {
 END = "\n}\n"
 
 
-@pytest.mark.parametrize(
-    ("lines", "expected"),
-    [
-        ("ROOT %b = f32[8,128]{1,0:T(8,128)} add(%a, %a)", 3 * KB),
-        ("ROOT %b = f32[8,128]{1,0:T(8,128)S(1)} negate(%a)", KB),  # written to on-chip memory
-        ("ROOT %b = f32[8,128]{1,0S(1)} negate(%a)", 2 * KB),  # no tiles: a GPU, which has other spaces
-        ("ROOT %b = f32[1,128]{1,0:T(1,128)} fusion(%a, %k), kind=kLoop, calls=%row", 2 * KB // 8),
-        ("%r = f32[1,128]{1,0:T(1,128)} fusion(%a, %k), kind=kLoop, calls=%row\n"
-         "  ROOT %b = f32[8,128]{1,0:T(8,128)} fusion(%a, %r, %k), kind=kLoop, calls=%put", 4 * KB // 8),
-        ("ROOT %b = f32[8,128]{1,0:T(8,128)} fusion(%a), kind=kLoop, calls=%twice", 2 * KB),
-        ("%c = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%a)\n"
-         "  ROOT %b = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%c)", KB),
-        ('ROOT %b = (f32[8,128]{1,0}, u8[1000]{0}) custom-call(%a, %a), custom_call_target="__cudnn$convForward"',
-         3 * KB),
-        ('ROOT %b = f32[8,128]{1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"', 0),
-        ("%z = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) tuple(%k, %a)\n  ROOT %b = (s32[]{:T(128)}, f32[8,128]"
-         "{1,0:T(8,128)}) while(%z), condition=%less, body=%body", 3 * 2 * KB),
-        ("%z = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) tuple(%k, %a)\n  ROOT %b = (s32[]{:T(128)}, f32[8,128]"
-         '{1,0:T(8,128)}) while(%z), condition=%less, body=%body, backend_config={"known_trip_count":{"n":"7"}}',
-         7 * 2 * KB),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("lines", "expected"), [
+    ("ROOT %b = f32[8,128]{1,0:T(8,128)} add(%a, %a)", 3 * KB),
+    ("ROOT %b = f32[8,128]{1,0:T(8,128)S(1)} negate(%a)", KB),  # written to on-chip memory
+    ("ROOT %b = f32[8,128]{1,0S(1)} negate(%a)", 2 * KB),  # no tiles: a GPU, which has other spaces
+    ("ROOT %b = f32[1,128]{1,0:T(1,128)} fusion(%a, %k), kind=kLoop, calls=%row", 2 * KB // 8),
+    ("%r = f32[1,128]{1,0:T(1,128)} fusion(%a, %k), kind=kLoop, calls=%row\n"
+     "  ROOT %b = f32[8,128]{1,0:T(8,128)} fusion(%a, %r, %k), kind=kLoop, calls=%put", 4 * KB // 8),
+    ("ROOT %b = f32[8,128]{1,0:T(8,128)} fusion(%a), kind=kLoop, calls=%twice", 2 * KB),
+    ("%c = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%a)\n"
+     "  ROOT %b = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%c)", KB),
+    ('ROOT %b = (f32[8,128]{1,0}, u8[1000]{0}) custom-call(%a, %a), custom_call_target="__cudnn$convForward"',
+     3 * KB),
+    ('ROOT %b = f32[8,128]{1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"', 0),
+    ("%z = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) tuple(%k, %a)\n  ROOT %b = (s32[]{:T(128)}, f32[8,128]"
+     "{1,0:T(8,128)}) while(%z), condition=%less, body=%body", 3 * 2 * KB),
+    ("%z = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) tuple(%k, %a)\n  ROOT %b = (s32[]{:T(128)}, f32[8,128]"
+     '{1,0:T(8,128)}) while(%z), condition=%less, body=%body, backend_config={"known_trip_count":{"n":"7"}}',
+     7 * 2 * KB),
+])  # fmt: skip
 def test_by_hand(lines, expected):
     """What is read and written: not what is on the chip, a slice where a slice is used, a loop as often as it runs."""
     assert traffic.Module(TEXT + "  " + lines + END).traffic() == expected

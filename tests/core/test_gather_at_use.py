@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import thorough
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -107,7 +108,10 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+QUICK = ("a product of parameters", "in a condition", "in a loop", "returned")
+
+
+@pytest.mark.parametrize("name", [*QUICK, *thorough(*(name for name in FUNCTIONS if name not in QUICK))])
 def test_any_use_of_a_parameter(mesh, name):
     """Values and gradients, whatever a program does with its parameters."""
     function = FUNCTIONS[name]

@@ -119,21 +119,18 @@ def test_another_host_op_changes_none_of_the_draws_of_an_op():
     np.testing.assert_array_equal(after(image, 7, 3), alone(image + np.uint8(1), 7, 3))
 
 
-@pytest.mark.parametrize(
-    ("build", "text", "message"),
-    [
-        (ops.build, "own_ops:forgotten(2)", "device op 'own_ops:forgotten' takes 'key' first, but it does not declare"),
-        (ops.build, "own_ops:forgotten(2)", "'from imgclf_jax.core import kinds' and '@kinds.random' above"),
-        (ops.build, "own_ops:old", "'own_ops:old' takes 'seed' first.*'@kinds.by_example' above"),
-        (decode.build, "decode(1)|own_ops:crop", "host op 'own_ops:crop' takes 'rng' first.*'@kinds.random' above"),
-        (mixing.build, "own_ops:forgotten", "mixing op 'own_ops:forgotten' takes 'key' first.*'@kinds.random' above"),
-        (decode.build, "decode(1)|own_ops:number", "is declared @kinds.by_example; allowed for a host op"),
-        (mixing.build, "own_ops:number", "is declared @kinds.by_example; allowed for a mixing op: plain, random"),
-        (tta.build, "own_ops:view", "view 'own_ops:view' is declared @kinds.random; allowed for a view: plain"),
-        (ops.build, "own_ops:short", r"'own_ops:short' takes \(key\); it must take \(key, images\), and then its own"),
-        (ops.build, "own_ops:noise(k=1)", "unknown argument 'k': .*allowed: most"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("build", "text", "message"), [
+    (ops.build, "own_ops:forgotten(2)", "device op 'own_ops:forgotten' takes 'key' first, but it does not declare"),
+    (ops.build, "own_ops:forgotten(2)", "'from imgclf_jax.core import kinds' and '@kinds.random' above"),
+    (ops.build, "own_ops:old", "'own_ops:old' takes 'seed' first.*'@kinds.by_example' above"),
+    (decode.build, "decode(1)|own_ops:crop", "host op 'own_ops:crop' takes 'rng' first.*'@kinds.random' above"),
+    (mixing.build, "own_ops:forgotten", "mixing op 'own_ops:forgotten' takes 'key' first.*'@kinds.random' above"),
+    (decode.build, "decode(1)|own_ops:number", "is declared @kinds.by_example; allowed for a host op"),
+    (mixing.build, "own_ops:number", "is declared @kinds.by_example; allowed for a mixing op: plain, random"),
+    (tta.build, "own_ops:view", "view 'own_ops:view' is declared @kinds.random; allowed for a view: plain"),
+    (ops.build, "own_ops:short", r"'own_ops:short' takes \(key\); it must take \(key, images\), and then its own"),
+    (ops.build, "own_ops:noise(k=1)", "unknown argument 'k': .*allowed: most"),
+])  # fmt: skip
 def test_mistakes_are_told_with_the_way_out(build, text, message):
     with pytest.raises(UserError, match=re.compile(message, re.DOTALL)):
         build(text, train=True) if build is ops.build else build(text)

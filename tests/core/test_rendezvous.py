@@ -51,17 +51,11 @@ def test_the_order_does_not_matter(port):
     assert meet(port, (2, 3), (1, 3), (0, 3)) == [""] * 3
 
 
-@pytest.mark.parametrize(
-    ("processes", "sentence"),
-    [
-        (
-            [(0, 2), (1, 3)],
-            "process 1 (host HOST) was given --num_processes=3, process 0 (host HOST) --num_processes=2",
-        ),
-        ([(0, 3), (1, 3), (1, 3)], "two processes were given --process_id=1: on host HOST and on host HOST; number"),
-        ([(0, 2), (0, 2)], "two processes were given --process_id=0: on host HOST and on host HOST; number them"),
-    ],
-)
+@pytest.mark.parametrize(("processes", "sentence"), [
+    ([(0, 2), (1, 3)], "process 1 (host HOST) was given --num_processes=3, process 0 (host HOST) --num_processes=2"),
+    ([(0, 3), (1, 3), (1, 3)], "two processes were given --process_id=1: on host HOST and on host HOST; number"),
+    ([(0, 2), (0, 2)], "two processes were given --process_id=0: on host HOST and on host HOST; number them"),
+])  # fmt: skip
 def test_a_wrong_number_is_told_to_all(port, processes, sentence):
     told = meet(port, *processes)
     assert len(set(told)) == 1

@@ -34,17 +34,12 @@ KEYS = st.one_of(st.integers(), TRICKY, st.booleans(), st.tuples(st.integers(), 
 LITERALS = st.recursive(
     SCALARS,
     lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.lists(inner, max_size=3).map(tuple),
-        st.dictionaries(KEYS, inner, max_size=3),
+        st.lists(inner, max_size=3), st.lists(inner, max_size=3).map(tuple), st.dictionaries(KEYS, inner, max_size=3)
     ),
     max_leaves=6,
 )
 CALLS = st.builds(
-    spec.Call,
-    NAMES,
-    st.lists(LITERALS, max_size=3).map(tuple),
-    st.dictionaries(IDENTIFIERS, LITERALS, max_size=3),
+    spec.Call, NAMES, st.lists(LITERALS, max_size=3).map(tuple), st.dictionaries(IDENTIFIERS, LITERALS, max_size=3)
 )
 
 
@@ -56,24 +51,21 @@ def test_text_of_a_call_parses_to_an_equal_call(call):
     assert repr(again) == repr(call)  # and of the same types: 1, 1.0 and True are equal
 
 
-@pytest.mark.parametrize(
-    ("text", "calls"),
-    [
-        ("", []),
-        ("  \n", []),
-        ("cnn", [spec.Call("cnn")]),
-        ("cnn()", [spec.Call("cnn")]),
-        ("pad_crop( 4 ) | cutout(size=8,fill = -0.5)", [
-            spec.Call("pad_crop", (4,)), spec.Call("cutout", (), {"size": 8, "fill": -0.5})]),
-        ("f('a|b', \"c)|(\")|g({'|': (1, [2])})", [
-            spec.Call("f", ("a|b", "c)|(")), spec.Call("g", ({"|": (1, [2])},))]),
-        ("f('''a\n|b''')|g", [spec.Call("f", ("a\n|b",)), spec.Call("g")]),
-        ("f('a' 'b', 1_000, 1e-3,)", [spec.Call("f", ("ab", 1000, 1e-3))]),
-        ("f(1, # why | because\n 2)", [spec.Call("f", (1, 2))]),
-        ("f({'b', 'a'})", [spec.Call("f", ({"a", "b"},))]),
-        ("my.pkg:Net(width=3)", [spec.Call("my.pkg:Net", (), {"width": 3})]),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "calls"), [
+    ("", []),
+    ("  \n", []),
+    ("cnn", [spec.Call("cnn")]),
+    ("cnn()", [spec.Call("cnn")]),
+    ("pad_crop( 4 ) | cutout(size=8,fill = -0.5)", [
+        spec.Call("pad_crop", (4,)), spec.Call("cutout", (), {"size": 8, "fill": -0.5})]),
+    ("f('a|b', \"c)|(\")|g({'|': (1, [2])})", [
+        spec.Call("f", ("a|b", "c)|(")), spec.Call("g", ({"|": (1, [2])},))]),
+    ("f('''a\n|b''')|g", [spec.Call("f", ("a\n|b",)), spec.Call("g")]),
+    ("f('a' 'b', 1_000, 1e-3,)", [spec.Call("f", ("ab", 1000, 1e-3))]),
+    ("f(1, # why | because\n 2)", [spec.Call("f", (1, 2))]),
+    ("f({'b', 'a'})", [spec.Call("f", ({"a", "b"},))]),
+    ("my.pkg:Net(width=3)", [spec.Call("my.pkg:Net", (), {"width": 3})]),
+])  # fmt: skip
 def test_examples(text, calls):
     assert spec.parse(text) == calls
 
@@ -166,20 +158,17 @@ def test_bind_gives_positional_arguments_after_the_given_ones(image, factor, off
         assert bind(text, given=("image",))(image) == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("scale", "missing a required argument: 'factor'"),
-        ("scale(1, 2, 3)", "too many positional arguments"),
-        ("scale(1, factor=2)", "multiple values"),
-        ("scale(1, ofset=2)", "unknown argument 'ofset': did you mean 'offset'"),
-        ("scale(1, image=2)", "unknown argument 'image'"),
-        ("jitter(1.0, 'mul')", "too many positional arguments"),
-        ("scal(2)", "unknown op 'scal': did you mean 'scale'?"),
-        ("nothing(2)", "allowed: free, jitter, scale, or an import path"),
-        ("builtins:type(1)", "not known"),
-    ],
-)
+@pytest.mark.parametrize(("text", "expected"), [
+    ("scale", "missing a required argument: 'factor'"),
+    ("scale(1, 2, 3)", "too many positional arguments"),
+    ("scale(1, factor=2)", "multiple values"),
+    ("scale(1, ofset=2)", "unknown argument 'ofset': did you mean 'offset'"),
+    ("scale(1, image=2)", "unknown argument 'image'"),
+    ("jitter(1.0, 'mul')", "too many positional arguments"),
+    ("scal(2)", "unknown op 'scal': did you mean 'scale'?"),
+    ("nothing(2)", "allowed: free, jitter, scale, or an import path"),
+    ("builtins:type(1)", "not known"),
+])  # fmt: skip
 def test_bind_errors_name_the_argument_and_what_is_allowed(text, expected):
     given = ("key", "images") if text.startswith("jitter") else ("image",)
     with pytest.raises(UserError) as e:

@@ -18,17 +18,14 @@ ROOT = Path(__file__).parents[2]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
 
 
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        ("é漢 a[b]\\c.png", "é漢 a[b]\\c.png"),
-        ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
-        ("a\nb\tc\r", r"a\nb\tc\r"),
-        ("\u202egnp.exe", r"\u202egnp.exe"),  # turns the direction of writing
-        ("\udcff.png", r"\udcff.png"),  # a byte that is no UTF-8
-        ("\x9b31m", r"\x9b31m"),  # one character that begins an escape sequence
-    ],
-)
+@pytest.mark.parametrize(("name", "shown"), [
+    ("é漢 a[b]\\c.png", "é漢 a[b]\\c.png"),
+    ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
+    ("a\nb\tc\r", r"a\nb\tc\r"),
+    ("\u202egnp.exe", r"\u202egnp.exe"),  # turns the direction of writing
+    ("\udcff.png", r"\udcff.png"),  # a byte that is no UTF-8
+    ("\x9b31m", r"\x9b31m"),  # one character that begins an escape sequence
+])  # fmt: skip
 def test_escapes(name, shown):
     assert printable(name) == shown
 
@@ -50,14 +47,11 @@ def shell(command, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("command", "status"),
-    [
-        ("$PYTHON launch.py config >&-", 0),
-        ("$PYTHON launch.py config >&- 2>&- <&-", 0),
-        ("$PYTHON launch.py trian 2>&-", 2),
-    ],
-)
+@pytest.mark.parametrize(("command", "status"), [
+    ("$PYTHON launch.py config >&-", 0),
+    ("$PYTHON launch.py config >&- 2>&- <&-", 0),
+    ("$PYTHON launch.py trian 2>&-", 2),
+])  # fmt: skip
 def test_closed_streams(command, status):
     assert shell(command) == (status, b"", b"")
 

@@ -46,23 +46,20 @@ def test_arrays_take_class_names_and_the_home_directory(tmp_path, monkeypatch):
     assert open_one("arrays('~/data.npz')").class_names == ("cat", "dog", "emu", "fox")
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({"pictures": X, "labels": Y}, "expected x_NAME and y_NAME, such as x_train and y_train"),
-        ({"x_train": X}, "holds ['x_train']; expected x_NAME and y_NAME"),
-        ({"x_train": X / 255, "y_train": Y}, "x_train is float64[6, 4, 5] for 6 labels"),
-        ({"x_train": X[0], "y_train": Y}, "x_train is uint8[4, 5] for 6 labels"),
-        ({"x_train": np.uint8(3), "y_train": Y}, "x_train is uint8[] for 6 labels"),
-        ({"x_train": X, "y_train": Y[:5]}, "x_train is uint8[6, 4, 5] for 5 labels"),
-        ({"x_train": X[:0], "y_train": Y[:0]}, "x_train is uint8[0, 4, 5] for 0 labels"),
-        ({"x_train": X, "y_train": Y / 2}, "for 6 labels, float64; expected"),
-        ({"x_train": X, "y_train": np.array(list("abcabc"))}, "for 6 labels, <U1; expected"),
-        ({"x_train": X, "y_train": Y - 1}, "y_train lies outside the 2 classes"),
-        ({"x_train": X, "y_train": Y, "class_names": ["a", "b"]}, "y_train lies outside the 2 classes"),
-        ({"x_train": X, "y_train": Y, "x_test": X, "y_test": Y.astype(float)}, "x_test is uint8[6, 4, 5] for 6 labels"),
-    ],
-)
+@pytest.mark.parametrize(("data", "message"), [
+    ({"pictures": X, "labels": Y}, "expected x_NAME and y_NAME, such as x_train and y_train"),
+    ({"x_train": X}, "holds ['x_train']; expected x_NAME and y_NAME"),
+    ({"x_train": X / 255, "y_train": Y}, "x_train is float64[6, 4, 5] for 6 labels"),
+    ({"x_train": X[0], "y_train": Y}, "x_train is uint8[4, 5] for 6 labels"),
+    ({"x_train": np.uint8(3), "y_train": Y}, "x_train is uint8[] for 6 labels"),
+    ({"x_train": X, "y_train": Y[:5]}, "x_train is uint8[6, 4, 5] for 5 labels"),
+    ({"x_train": X[:0], "y_train": Y[:0]}, "x_train is uint8[0, 4, 5] for 0 labels"),
+    ({"x_train": X, "y_train": Y / 2}, "for 6 labels, float64; expected"),
+    ({"x_train": X, "y_train": np.array(list("abcabc"))}, "for 6 labels, <U1; expected"),
+    ({"x_train": X, "y_train": Y - 1}, "y_train lies outside the 2 classes"),
+    ({"x_train": X, "y_train": Y, "class_names": ["a", "b"]}, "y_train lies outside the 2 classes"),
+    ({"x_train": X, "y_train": Y, "x_test": X, "y_test": Y.astype(float)}, "x_test is uint8[6, 4, 5] for 6 labels"),
+])  # fmt: skip
 def test_arrays_of_another_kind_are_refused(tmp_path, data, message):
     with pytest.raises(UserError) as e:
         sources.open_splits(npz(tmp_path, **data))
@@ -89,14 +86,11 @@ def test_what_is_no_npz_file_is_named(tmp_path, kind):
         sources.open_splits(f"arrays({str(file)!r})")
 
 
-@pytest.mark.parametrize(
-    ("layout", "splits"),
-    [
-        ("x_{0} y_{0}", ("train", "test")),  # Keras
-        ("{0}_images {0}_labels", ("train", "val", "test")),  # MedMNIST
-        ("images labels", ("train",)),
-    ],
-)
+@pytest.mark.parametrize(("layout", "splits"), [
+    ("x_{0} y_{0}", ("train", "test")),  # Keras
+    ("{0}_images {0}_labels", ("train", "val", "test")),  # MedMNIST
+    ("images labels", ("train",)),
+])  # fmt: skip
 def test_names_that_others_use(tmp_path, layout, splits):
     data = {}
     for i, split in enumerate(splits):

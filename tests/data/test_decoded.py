@@ -64,17 +64,14 @@ def test_an_immutable_source_is_decoded_once():
     assert again.ids == []
 
 
-@pytest.mark.parametrize(
-    ("source", "ops"),
-    [
-        (Encoded(immutable=False), OPS),  # it may have changed
-        (Encoded(identity="b"), OPS),  # other examples
-        (Encoded(stamp="b"), OPS),  # other files, of which TFDS says the same
-        (Encoded(), "decode(1)|resize(8)"),  # other ops
-        (Encoded(), f"decode(1)|{__name__}:own_op"),  # whose code may have changed
-        (Encoded(), "decode(1)|random_resized_crop(4)"),  # no two reads alike
-    ],
-)
+@pytest.mark.parametrize(("source", "ops"), [
+    (Encoded(immutable=False), OPS),  # it may have changed
+    (Encoded(identity="b"), OPS),  # other examples
+    (Encoded(stamp="b"), OPS),  # other files, of which TFDS says the same
+    (Encoded(), "decode(1)|resize(8)"),  # other ops
+    (Encoded(), f"decode(1)|{__name__}:own_op"),  # whose code may have changed
+    (Encoded(), "decode(1)|random_resized_crop(4)"),  # no two reads alike
+])  # fmt: skip
 def test_what_is_decoded_anew(source, ops):
     read_all(Encoded())
     for _ in range(2 if not source.immutable or ":" in ops or "random" in ops else 1):

@@ -120,21 +120,18 @@ def test_programs_know_the_shapes_and_the_record_holds_them(config, tmp_path):
     assert described.describe(config, described.Given()).extra.keys() == {"unlabeled", "held"}
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("label", "train", "data.extra.label: a batch has something else called 'label'; give the stream another name"),
-        ("a-b", "train", "data.extra.a-b: it must be a Python name"),
-        ("more", "", "data.extra.more='' names no source; write"),
-        ("more", "train|batch_size(12)", "data.extra.more: batch_size=12 is not divisible by the 8 devices"),
-        ("more", "train|batch_size(0)", "batch_size must be 1 or more"),
-        ("more", "train|batch_size('8')", "write batch_size(256), not batch_size('8')"),
-        ("more", "train|batch_size(8)|batch_size(8)", "batch_size is given twice"),
-        ("more", "train|batchsize(8)", "unknown option 'batchsize': did you mean 'batch_size'"),
-        ("more", "train|sampling('balance')", "unknown sampling 'balance': did you mean 'balanced'"),
-        ("more", "train|preprocess", "write preprocess('decode(3)|resize(32)'), not preprocess"),
-    ],
-)
+@pytest.mark.parametrize(("name", "text", "message"), [
+    ("label", "train", "data.extra.label: a batch has something else called 'label'; give the stream another name"),
+    ("a-b", "train", "data.extra.a-b: it must be a Python name"),
+    ("more", "", "data.extra.more='' names no source; write"),
+    ("more", "train|batch_size(12)", "data.extra.more: batch_size=12 is not divisible by the 8 devices"),
+    ("more", "train|batch_size(0)", "batch_size must be 1 or more"),
+    ("more", "train|batch_size('8')", "write batch_size(256), not batch_size('8')"),
+    ("more", "train|batch_size(8)|batch_size(8)", "batch_size is given twice"),
+    ("more", "train|batchsize(8)", "unknown option 'batchsize': did you mean 'batch_size'"),
+    ("more", "train|sampling('balance')", "unknown sampling 'balance': did you mean 'balanced'"),
+    ("more", "train|preprocess", "write preprocess('decode(3)|resize(32)'), not preprocess"),
+])  # fmt: skip
 def test_a_mistake_is_told_before_the_data_are_opened(config, name, text, message):
     with config.unlocked():
         config.data.extra = {name: text}
@@ -144,15 +141,12 @@ def test_a_mistake_is_told_before_the_data_are_opened(config, name, text, messag
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("trian", "data.extra.more: unknown split 'trian': did you mean 'train'"),
-        ("folder('nowhere')", "data.extra.more: folder: there is no directory 'nowhere'"),
-        ("train|preprocess('decode(7)')", "data.extra.more: "),
-        ("train|sampling(\"weighted('none.npy')\")", "data.extra.more sampling=\"weighted('none.npy')\": cannot read"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("trian", "data.extra.more: unknown split 'trian': did you mean 'train'"),
+    ("folder('nowhere')", "data.extra.more: folder: there is no directory 'nowhere'"),
+    ("train|preprocess('decode(7)')", "data.extra.more: "),
+    ("train|sampling(\"weighted('none.npy')\")", "data.extra.more sampling=\"weighted('none.npy')\": cannot read"),
+])  # fmt: skip
 def test_a_stream_that_cannot_be_opened_is_named(config, text, message):
     with config.unlocked():
         config.data.extra = {"more": text}

@@ -88,17 +88,14 @@ def test_an_example_without_a_label_is_named(tiny):
         everything(tiny[0]["test"])
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("tiny_picture", "unknown TFDS data set 'tiny_picture': did you mean 'tiny_pictures'"),
-        ("fashion_mnits", "did you mean 'fashion_mnist'"),
-        ("tiny_pictures:9.9.9", "cannot be loaded at version 9.9.9"),
-        ("a b", "TFDS data set 'a b'"),
-        ("tiny_pairs", "holds ['a', 'b']; image classification needs image and label"),
-        ("tiny_ages", "expected a ClassLabel"),
-    ],
-)
+@pytest.mark.parametrize(("name", "message"), [
+    ("tiny_picture", "unknown TFDS data set 'tiny_picture': did you mean 'tiny_pictures'"),
+    ("fashion_mnits", "did you mean 'fashion_mnist'"),
+    ("tiny_pictures:9.9.9", "cannot be loaded at version 9.9.9"),
+    ("a b", "TFDS data set 'a b'"),
+    ("tiny_pairs", "holds ['a', 'b']; image classification needs image and label"),
+    ("tiny_ages", "expected a ClassLabel"),
+])  # fmt: skip
 def test_tfds_names_that_cannot_be_used(tmp_path, name, message):
     with pytest.raises(UserError) as e:
         sources.open_splits(f"tfds({name!r})", data_dir=str(tmp_path))

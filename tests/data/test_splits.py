@@ -60,57 +60,48 @@ def test_splits_resolve_as_tfds_resolves_them(text, small, large):
         assert [(p.name, p.start, p.stop) for p in splits.resolve(text, sizes)] == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("train", [("train", 0, 1000)]),
-        ("train[:]", [("train", 0, 1000)]),
-        (" train [ 1% : -5% ] ", [("train", 10, 950)]),
-        ("train[999:]+test[-2:]+train[:1]", [("train", 999, 1000), ("test", 3, 5), ("train", 0, 1)]),
-        ("test[:50%]", [("test", 0, 2)]),  # 2.5 to the even neighbour, as TFDS and Python round
-        ("test[:30%]", [("test", 0, 2)]),
-        ("test[:-1%]", [("test", 0, 5)]),  # rounds to no example from the end
-        ("test[-0:]", [("test", 0, 5)]),
-        ("train[:12.5%]", [("train", 0, 125)]),
-    ],
-)
+@pytest.mark.parametrize(("text", "parts"), [
+    ("train", [("train", 0, 1000)]),
+    ("train[:]", [("train", 0, 1000)]),
+    (" train [ 1% : -5% ] ", [("train", 10, 950)]),
+    ("train[999:]+test[-2:]+train[:1]", [("train", 999, 1000), ("test", 3, 5), ("train", 0, 1)]),
+    ("test[:50%]", [("test", 0, 2)]),  # 2.5 to the even neighbour, as TFDS and Python round
+    ("test[:30%]", [("test", 0, 2)]),
+    ("test[:-1%]", [("test", 0, 5)]),  # rounds to no example from the end
+    ("test[-0:]", [("test", 0, 5)]),
+    ("train[:12.5%]", [("train", 0, 125)]),
+])  # fmt: skip
 def test_split_examples(text, parts):
     found = splits.resolve(text, {"train": 1000, "test": 5})
     assert [(p.name, p.start, p.stop) for p in found] == parts
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "does not parse"), ("train[", "does not parse"), ("train[5]", "does not parse"), ("+", "does not parse"),
-        ("train[1:2:3]", "does not parse"), ("train[a:]", "does not parse"), ("train[:2.5]", "does not parse"),
-        ("train+", "does not parse"), ("train[:1shard]", "does not parse"), ("train train", "does not parse"),
-        ("trian", "unknown split 'trian': did you mean 'train'? allowed: empty, test, train"),
-        ("train[10:10]", "'train[10:10]' holds no example; 'train' has 1000"),
-        ("train[20:10]", "holds no example"), ("train[-0%:0%]", "holds no example"), ("empty", "holds no example"),
-        ("test[-1%:]", "holds no example"),
-        ("train[:1001]", "'train[:1001]' reaches outside of the 1000 examples"), ("train[:101%]", "reaches outside"),
-        ("train[-1001:]", "reaches outside"), ("train[10:50%]", "mixes a number with a percentage"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "does not parse"), ("train[", "does not parse"), ("train[5]", "does not parse"), ("+", "does not parse"),
+    ("train[1:2:3]", "does not parse"), ("train[a:]", "does not parse"), ("train[:2.5]", "does not parse"),
+    ("train+", "does not parse"), ("train[:1shard]", "does not parse"), ("train train", "does not parse"),
+    ("trian", "unknown split 'trian': did you mean 'train'? allowed: empty, test, train"),
+    ("train[10:10]", "'train[10:10]' holds no example; 'train' has 1000"),
+    ("train[20:10]", "holds no example"), ("train[-0%:0%]", "holds no example"), ("empty", "holds no example"),
+    ("test[-1%:]", "holds no example"),
+    ("train[:1001]", "'train[:1001]' reaches outside of the 1000 examples"), ("train[:101%]", "reaches outside"),
+    ("train[-1001:]", "reaches outside"), ("train[10:50%]", "mixes a number with a percentage"),
+])  # fmt: skip
 def test_split_mistakes_are_told(text, message):
     with pytest.raises(UserError) as e:
         splits.resolve(text, {"train": 1000, "test": 5, "empty": 0})
     assert message in str(e.value)
 
 
-@pytest.mark.parametrize(
-    ("train", "evals", "said"),
-    [
-        ("train", {"test": "test"}, "trained on: train (80); evaluated: test = test (20)"),
-        ("train[:90%]", {"test": "train[90%:]"}, "trained on: train[:90%] (72); evaluated: test = train[90%:] (8); "
-         "not used: 20 of the 20 examples of test"),
-        ("train[:10]+train[5:20]", {}, "trained on: train[:10]+train[5:20] (25); "
-         "not used: 60 of the 80 examples of train, 20 of the 20 examples of test"),
-        ("train+test", {"other": "folder('x')/test"}, "trained on: train+test (100); "
-         "evaluated: other = folder('x')/test"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("train", "evals", "said"), [
+    ("train", {"test": "test"}, "trained on: train (80); evaluated: test = test (20)"),
+    ("train[:90%]", {"test": "train[90%:]"}, "trained on: train[:90%] (72); evaluated: test = train[90%:] (8); "
+     "not used: 20 of the 20 examples of test"),
+    ("train[:10]+train[5:20]", {}, "trained on: train[:10]+train[5:20] (25); "
+     "not used: 60 of the 80 examples of train, 20 of the 20 examples of test"),
+    ("train+test", {"other": "folder('x')/test"}, "trained on: train+test (100); "
+     "evaluated: other = folder('x')/test"),
+])  # fmt: skip
 def test_what_serves_what(train, evals, said):
     assert splits.describe(train, evals, {"train": 80, "test": 20}) == said
 

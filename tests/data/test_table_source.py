@@ -122,37 +122,34 @@ def test_the_fingerprint_covers_the_table_and_the_files(images):
     assert changed["test"] == first["test"]
 
 
-@pytest.mark.parametrize(
-    ("rows", "options", "message"),
-    [
-        (without("path"), {}, "has the columns 'label', 'age', 'tall', 'split', 'weight'; name the one with the file "
-         "by file='…'"),
-        (without("label"), {}, "name the one with the label by label='…' or those with targets by targets=('…',)"),
-        ([row | {"File": "x"} for row in ROWS], {}, "the columns 'path' and 'File' may each hold the file; choose one "
-         "by file='path'"),
-        (ROWS, {"label": "lable"}, "unknown column 'lable': did you mean 'label'"),
-        (ROWS, {"targets": ("agee",)}, "unknown column 'agee': did you mean 'age'"),
-        (ROWS, {"targets": ("age", "age")}, "names a column twice"),
-        (ROWS, {"targets": ("age",), "label": "label"}, "label and targets are both given"),
-        (ROWS, {"targets": ("label",)}, "line 2: the column 'label' holds 'cat', not a number"),
-        ([ROWS[0], ROWS[1] | {"age": ""}], {"targets": ("age",)}, "line 3: the column 'age' holds nothing, not a num"),
-        ([ROWS[0], ROWS[1] | {"age": "nan"}], {"targets": ("tall", "age")}, "line 3: target 1 is nan; targets must"),
-        ([ROWS[0], ROWS[1] | {"age": "1e39"}], {"targets": ("age",)}, "line 3: target 0 is inf; targets must"),
-        ([ROWS[0], ROWS[1] | {"label": " "}], {}, "line 3: the column 'label' is empty; it must hold the label"),
-        ([ROWS[0], ROWS[1] | {"split": ""}], {}, "line 3: the column 'split' is empty; it must hold the split, or"),
-        ([ROWS[0], ROWS[1] | {"split": "a/b"}], {}, "line 3: the split 'a/b': allowed are letters"),
-        ([ROWS[0], ROWS[1] | {"path": ""}], {}, "line 3: the column 'path' is empty; it must hold the file"),
-        ([ROWS[0], ROWS[1] | {"path": "../b/1.png"}], {}, "line 3: '../b/1.png' leads out of the root"),
-        ([ROWS[0], ROWS[1] | {"path": "b/../../x"}], {}, "line 3: 'b/../../x' leads out of the root"),
-        ([ROWS[0], ROWS[1] | {"path": "gs://b/1.png"}], {}, "line 3: 'gs://b/1.png' is no file on this machine"),
-        (ROWS[:1], {}, "has 1 classes"),
-        (ROWS, {"classes": ("cat", "dog")}, "line 4: the label 'emu' is not among classes=('cat', 'dog')"),
-        (ROWS, {"classes": ("cat", "dog", "emu", "cat")}, "has 3 classes, 4 with repetitions"),
-        (ROWS, {"root": "nowhere"}, "root='nowhere' is no directory"),
-        (ROWS, {"root": "/"}, "none of the 12 files that"),
-        ([row | {"path": f"x{row['path']}"} for row in ROWS], {}, "such as 'xa/0.png'; name the folder that they are"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("rows", "options", "message"), [
+    (without("path"), {}, "has the columns 'label', 'age', 'tall', 'split', 'weight'; name the one with the file "
+     "by file='…'"),
+    (without("label"), {}, "name the one with the label by label='…' or those with targets by targets=('…',)"),
+    ([row | {"File": "x"} for row in ROWS], {}, "the columns 'path' and 'File' may each hold the file; choose one "
+     "by file='path'"),
+    (ROWS, {"label": "lable"}, "unknown column 'lable': did you mean 'label'"),
+    (ROWS, {"targets": ("agee",)}, "unknown column 'agee': did you mean 'age'"),
+    (ROWS, {"targets": ("age", "age")}, "names a column twice"),
+    (ROWS, {"targets": ("age",), "label": "label"}, "label and targets are both given"),
+    (ROWS, {"targets": ("label",)}, "line 2: the column 'label' holds 'cat', not a number"),
+    ([ROWS[0], ROWS[1] | {"age": ""}], {"targets": ("age",)}, "line 3: the column 'age' holds nothing, not a num"),
+    ([ROWS[0], ROWS[1] | {"age": "nan"}], {"targets": ("tall", "age")}, "line 3: target 1 is nan; targets must"),
+    ([ROWS[0], ROWS[1] | {"age": "1e39"}], {"targets": ("age",)}, "line 3: target 0 is inf; targets must"),
+    ([ROWS[0], ROWS[1] | {"label": " "}], {}, "line 3: the column 'label' is empty; it must hold the label"),
+    ([ROWS[0], ROWS[1] | {"split": ""}], {}, "line 3: the column 'split' is empty; it must hold the split, or"),
+    ([ROWS[0], ROWS[1] | {"split": "a/b"}], {}, "line 3: the split 'a/b': allowed are letters"),
+    ([ROWS[0], ROWS[1] | {"path": ""}], {}, "line 3: the column 'path' is empty; it must hold the file"),
+    ([ROWS[0], ROWS[1] | {"path": "../b/1.png"}], {}, "line 3: '../b/1.png' leads out of the root"),
+    ([ROWS[0], ROWS[1] | {"path": "b/../../x"}], {}, "line 3: 'b/../../x' leads out of the root"),
+    ([ROWS[0], ROWS[1] | {"path": "gs://b/1.png"}], {}, "line 3: 'gs://b/1.png' is no file on this machine"),
+    (ROWS[:1], {}, "has 1 classes"),
+    (ROWS, {"classes": ("cat", "dog")}, "line 4: the label 'emu' is not among classes=('cat', 'dog')"),
+    (ROWS, {"classes": ("cat", "dog", "emu", "cat")}, "has 3 classes, 4 with repetitions"),
+    (ROWS, {"root": "nowhere"}, "root='nowhere' is no directory"),
+    (ROWS, {"root": "/"}, "none of the 12 files that"),
+    ([row | {"path": f"x{row['path']}"} for row in ROWS], {}, "such as 'xa/0.png'; name the folder that they are"),
+])  # fmt: skip
 def test_what_a_table_lacks_is_said_in_one_sentence(images, rows, options, message):
     with pytest.raises(UserError) as e:
         table(write_csv(images / "t.csv", rows), **options)
@@ -160,22 +157,19 @@ def test_what_a_table_lacks_is_said_in_one_sentence(images, rows, options, messa
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("t.csv", b"", "has no rows"),
-        ("t.csv", b"path,label\n", "has no rows"),
-        ("t.csv", b"path,label\na/0.png,cat,1\n", r"line 2 has 3 fields, and the header 2; they are separated by ','"),
-        ("t.csv", b"path;label\na/0.png;cat\n", r"has the columns 'path;label'; name the one"),
-        ("t.csv", b"path,path,label\na,b,c\n", r"has two columns of one name"),
-        ("t.csv", b"path,label\n\xff,cat\n", r"cannot read .* as text in UTF-8"),
-        ("t.csv", b'path,label\n"a,cat\n', r"cannot read .* as text in UTF-8"),
-        ("t.csv", b"path,label\n" + b"a" * 200_000 + b",cat\n", r"cannot read .* field larger than"),
-        ("t.xlsx", b"", r"must be a \.csv, \.tsv or \.parquet file"),
-        ("t.parquet", b"PAR1", r"cannot read .* as Parquet"),
-        ("t.parquet", b"path,label\n", r"cannot read .* as Parquet"),
-    ],
-)
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("t.csv", b"", "has no rows"),
+    ("t.csv", b"path,label\n", "has no rows"),
+    ("t.csv", b"path,label\na/0.png,cat,1\n", r"line 2 has 3 fields, and the header 2; they are separated by ','"),
+    ("t.csv", b"path;label\na/0.png;cat\n", r"has the columns 'path;label'; name the one"),
+    ("t.csv", b"path,path,label\na,b,c\n", r"has two columns of one name"),
+    ("t.csv", b"path,label\n\xff,cat\n", r"cannot read .* as text in UTF-8"),
+    ("t.csv", b'path,label\n"a,cat\n', r"cannot read .* as text in UTF-8"),
+    ("t.csv", b"path,label\n" + b"a" * 200_000 + b",cat\n", r"cannot read .* field larger than"),
+    ("t.xlsx", b"", r"must be a \.csv, \.tsv or \.parquet file"),
+    ("t.parquet", b"PAR1", r"cannot read .* as Parquet"),
+    ("t.parquet", b"path,label\n", r"cannot read .* as Parquet"),
+])  # fmt: skip
 def test_what_is_no_table_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as e:

@@ -40,15 +40,12 @@ class Regression:
         return "own"
 
 
-@pytest.mark.parametrize(
-    ("layout", "dtype", "shape"),
-    [
-        ("x_{0} {0}_targets", "f8", (K,)),
-        ("{0}_images {0}_targets", "f4", (K,)),
-        ("{0}_images {0}_targets", "f4", ()),
-        ("{0}_images {0}_targets", "u1", (14,)),  # multi-label
-    ],
-)
+@pytest.mark.parametrize(("layout", "dtype", "shape"), [
+    ("x_{0} {0}_targets", "f8", (K,)),
+    ("{0}_images {0}_targets", "f4", (K,)),
+    ("{0}_images {0}_targets", "f4", ()),
+    ("{0}_images {0}_targets", "u1", (14,)),  # multi-label
+])  # fmt: skip
 def test_arrays_read_targets(tmp_path, layout, dtype, shape):
     y = (np.random.default_rng(2).normal(size=(N, *shape)) * 5).astype(dtype)
     data = {key: value for split in ("train", "test") for key, value in zip(layout.format(split).split(), (X, y),
@@ -79,28 +76,20 @@ def bad(value, i=7):
     return y
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (
-            {"x_train": X, "y_train": T[:, 0] > 0, "train_targets": T},
-            "holds both y_train and train_targets; remove one",
-        ),
-        (
-            {"x_train": X, "train_targets": T, "x_test": X, "y_test": np.arange(N)},
-            "holds y_test and train_targets; give every split labels, or every split targets",
-        ),
-        ({"x_train": X, "train_targets": bad(np.nan)}, "train_targets, example 7: target 1 is nan; targets must be"),
-        ({"x_train": X, "train_targets": bad(np.inf)}, "train_targets, example 7: target 1 is inf; targets must be"),
-        ({"x_train": X, "train_targets": bad(1e39)}, "train_targets, example 7: target 1 is inf; targets must be"),
-        ({"x_train": X, "train_targets": T[:5]}, "x_train is uint8[40, 5, 4, 1] and train_targets is float32[5, 3]"),
-        ({"x_train": X, "train_targets": T.astype(complex)}, "train_targets is complex128[40, 3]; expected"),
-        ({"x_train": X, "train_targets": T[:, :0]}, "train_targets is float32[40, 0]; expected"),
-        ({"x_train": X, "train_targets": T, "target_names": ["a", "b"]}, "target_names holds 2 names, 2 of them"),
-        ({"x_train": X, "train_targets": T, "target_names": list("aab")}, "target_names holds 3 names, 2 of them"),
-        ({"x_train": X, "train_targets": T, "x_test": X, "test_targets": T[:, :2]}, "different numbers of targets"),
-    ],
-)
+@pytest.mark.parametrize(("data", "message"), [
+    ({"x_train": X, "y_train": T[:, 0] > 0, "train_targets": T}, "holds both y_train and train_targets; remove one"),
+    ({"x_train": X, "train_targets": T, "x_test": X, "y_test": np.arange(N)},
+     "holds y_test and train_targets; give every split labels, or every split targets"),
+    ({"x_train": X, "train_targets": bad(np.nan)}, "train_targets, example 7: target 1 is nan; targets must be"),
+    ({"x_train": X, "train_targets": bad(np.inf)}, "train_targets, example 7: target 1 is inf; targets must be"),
+    ({"x_train": X, "train_targets": bad(1e39)}, "train_targets, example 7: target 1 is inf; targets must be"),
+    ({"x_train": X, "train_targets": T[:5]}, "x_train is uint8[40, 5, 4, 1] and train_targets is float32[5, 3]"),
+    ({"x_train": X, "train_targets": T.astype(complex)}, "train_targets is complex128[40, 3]; expected"),
+    ({"x_train": X, "train_targets": T[:, :0]}, "train_targets is float32[40, 0]; expected"),
+    ({"x_train": X, "train_targets": T, "target_names": ["a", "b"]}, "target_names holds 2 names, 2 of them"),
+    ({"x_train": X, "train_targets": T, "target_names": list("aab")}, "target_names holds 3 names, 2 of them"),
+    ({"x_train": X, "train_targets": T, "x_test": X, "test_targets": T[:, :2]}, "different numbers of targets"),
+])  # fmt: skip
 def test_targets_in_arrays_are_checked(tmp_path, data, message):
     with pytest.raises(UserError) as e:
         sources.open_splits(npz(tmp_path, **data))
@@ -195,21 +184,18 @@ class Own(Regression):
 LABELS = np.arange(N, dtype=np.int32) % 3
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        (Own({"image": X, "label": LABELS, "target": T}), "Own.read gives label and target; a source gives either"),
-        (Own({"image": X}), "Own.read gives neither label nor target; a source gives either 'label'"),
-        (Own({"image": X, "label": LABELS}), "Own has target_names, and its read gives 'label'"),
-        (Own({"image": X, "target": T}, target_names=()), "Own.read gives 'target', so Own needs target_names"),
-        (Own({"image": X, "target": T}, class_names=("a", "b", "c")), "class_names equal to them"),
-        (Own({"image": X, "target": T[:, :2]}), "gives 'target' [1, 2] for 1 images and 3 target_names"),
-        (Own({"image": X, "target": bad(np.nan, 0)}), "example 0: target 1 is nan; targets must be finite"),
-        (Regression(targets=bad(np.nan, 0)), "example 0: target 1 is nan"),
-        (Own({"image": X, "target": T}, targets=bad(np.nan, 33)), "example 33: target 1 is nan"),
-        (Own({"image": X, "target": T}, targets=bad(np.nan, 33), name="cats/{}.jpg".format), "cats/33.jpg: target 1"),
-    ],
-)
+@pytest.mark.parametrize(("source", "message"), [
+    (Own({"image": X, "label": LABELS, "target": T}), "Own.read gives label and target; a source gives either"),
+    (Own({"image": X}), "Own.read gives neither label nor target; a source gives either 'label'"),
+    (Own({"image": X, "label": LABELS}), "Own has target_names, and its read gives 'label'"),
+    (Own({"image": X, "target": T}, target_names=()), "Own.read gives 'target', so Own needs target_names"),
+    (Own({"image": X, "target": T}, class_names=("a", "b", "c")), "class_names equal to them"),
+    (Own({"image": X, "target": T[:, :2]}), "gives 'target' [1, 2] for 1 images and 3 target_names"),
+    (Own({"image": X, "target": bad(np.nan, 0)}), "example 0: target 1 is nan; targets must be finite"),
+    (Regression(targets=bad(np.nan, 0)), "example 0: target 1 is nan"),
+    (Own({"image": X, "target": T}, targets=bad(np.nan, 33)), "example 33: target 1 is nan"),
+    (Own({"image": X, "target": T}, targets=bad(np.nan, 33), name="cats/{}.jpg".format), "cats/33.jpg: target 1"),
+])  # fmt: skip
 def test_what_a_source_must_give_is_said_at_the_start(source, message):
     with pytest.raises(UserError) as e:
         stream.Images(source, "decode(1)")

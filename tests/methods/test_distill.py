@@ -113,12 +113,7 @@ def test_the_fixed_arrays_are_an_argument_of_the_program_and_sharded(teacher):
     from imgclf_jax.data import sources, stream
 
     c = config.load_file("configs/digits.py")
-    for flag in (
-        *FLAGS,
-        LEARN.format(teacher),
-        "--config.model=mlp(widths=(8,))",
-        "--config.mesh=data=1, fsdp=8",
-    ):
+    for flag in (*FLAGS, LEARN.format(teacher), "--config.model=mlp(widths=(8,))", "--config.mesh=data=1, fsdp=8"):
         key, _, value = flag.removeprefix("--config.").partition("=")
         c.update_from_flattened_dict({key: value if key not in ("batch_size", "tensorboard") else eval(value)})
     source = sources.take_split(sources.open_data(c), c.data.train)

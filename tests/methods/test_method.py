@@ -144,21 +144,18 @@ def taken(problem):
     return Method(loss)
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "said"),
-    [
-        ("method", "supervized", "unknown method 'supervized'"),
-        ("method", "methods_check:prototypes(weigth=1)", "unknown argument 'weigth': did you mean 'weight'"),
-        ("method", f"{__name__}:no_loss", "its loss is a str; it must be a function"),
-        ("method", f"{__name__}:not_a_method", "returns a dict; return imgclf_jax.methods.Method"),
-        ("method", f"{__name__}:scalar", r"values of the shape \[\]; return one number per example"),
-        ("method", f"{__name__}:bare", "the method's loss returns a .*; return imgclf_jax.methods.Loss"),
-        ("method", f"{__name__}:matrix", r"the metric 'confusion' has the shape \[16, 4\]"),
-        ("method", f"{__name__}:taken", "a metric is called 'grad_norm', which every step has; rename it"),
-        ("gradient", "sharp", "unknown gradient 'sharp'"),
-        ("gradient", f"{__name__}:sam(roh=1)", "unknown argument 'roh': did you mean 'rho'"),
-    ],
-)
+@pytest.mark.parametrize(("key", "value", "said"), [
+    ("method", "supervized", "unknown method 'supervized'"),
+    ("method", "methods_check:prototypes(weigth=1)", "unknown argument 'weigth': did you mean 'weight'"),
+    ("method", f"{__name__}:no_loss", "its loss is a str; it must be a function"),
+    ("method", f"{__name__}:not_a_method", "returns a dict; return imgclf_jax.methods.Method"),
+    ("method", f"{__name__}:scalar", r"values of the shape \[\]; return one number per example"),
+    ("method", f"{__name__}:bare", "the method's loss returns a .*; return imgclf_jax.methods.Loss"),
+    ("method", f"{__name__}:matrix", r"the metric 'confusion' has the shape \[16, 4\]"),
+    ("method", f"{__name__}:taken", "a metric is called 'grad_norm', which every step has; rename it"),
+    ("gradient", "sharp", "unknown gradient 'sharp'"),
+    ("gradient", f"{__name__}:sam(roh=1)", "unknown argument 'roh': did you mean 'rho'"),
+])  # fmt: skip
 def test_a_mistake_is_one_sentence(key, value, said, fake_config, tmp_path):
     with pytest.raises(UserError, match=said):
         train.main(config_of(fake_config, **{key: value}), Workdir(tmp_path))

@@ -141,17 +141,14 @@ def centred(images):
     return images - jnp.mean(images, (1, 2, 3), keepdims=True)
 
 
-@pytest.mark.parametrize(
-    ("spec", "augment", "said"),
-    [
-        ("pgd(eps=8)", "normalize", r"pgd\(eps=8\): must be above 0 and at most 1, the full range of a pixel"),
-        ("pgd(eps='8/0')", "normalize", r"pgd\(eps='8/0'\): must be above 0 and at most 1"),
-        ("pgd(eps='eight')", "normalize", r"write a number or a fraction such as '8/255'"),
-        ("pgd(step_size=-0.1)", "normalize", r"pgd\(step_size=-0.1\): must be above 0"),
-        ("pgd(steps=0)", "normalize", r"pgd\(steps=0\): must be an integer of 1 or more"),
-        ("pgd", f"normalize|{__name__}:centred", "an attack needs a fixed scale .* which test_pgd:centred changes"),
-    ],
-)
+@pytest.mark.parametrize(("spec", "augment", "said"), [
+    ("pgd(eps=8)", "normalize", r"pgd\(eps=8\): must be above 0 and at most 1, the full range of a pixel"),
+    ("pgd(eps='8/0')", "normalize", r"pgd\(eps='8/0'\): must be above 0 and at most 1"),
+    ("pgd(eps='eight')", "normalize", r"write a number or a fraction such as '8/255'"),
+    ("pgd(step_size=-0.1)", "normalize", r"pgd\(step_size=-0.1\): must be above 0"),
+    ("pgd(steps=0)", "normalize", r"pgd\(steps=0\): must be an integer of 1 or more"),
+    ("pgd", f"normalize|{__name__}:centred", "an attack needs a fixed scale .* which test_pgd:centred changes"),
+])  # fmt: skip
 def test_a_mistake_is_one_sentence(fake_config, tmp_path, spec, augment, said):
     fake_config.update(gradient=spec, augment=augment)
     with pytest.raises(UserError, match=said):

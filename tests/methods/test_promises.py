@@ -22,6 +22,7 @@ def teacher(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.thorough
 def test_a_method_of_your_own_resumes_to_the_same_bits(tmp_path):
     """In chunks of other lengths and with the images on the device; its metrics are logged and evaluated."""
     check = Check("own", tmp_path, tmp_path)

@@ -197,15 +197,12 @@ def run(folder, config):
     return json.loads((folder / "result.json").read_text())
 
 
-@pytest.mark.parametrize(
-    ("spec", "said"),
-    [
-        ("sam(rho=-1)", r"gradient: sam\(rho=-1\): must be a number of 0 or more"),
-        ("asam(eta='x')", r"gradient: asam\(eta='x'\): must be a number of 0 or more"),
-        ("asam(roh=1)", "unknown argument 'roh': did you mean 'rho'"),
-        ("sma", "unknown gradient 'sma': did you mean 'sam'"),
-    ],
-)
+@pytest.mark.parametrize(("spec", "said"), [
+    ("sam(rho=-1)", r"gradient: sam\(rho=-1\): must be a number of 0 or more"),
+    ("asam(eta='x')", r"gradient: asam\(eta='x'\): must be a number of 0 or more"),
+    ("asam(roh=1)", "unknown argument 'roh': did you mean 'rho'"),
+    ("sma", "unknown gradient 'sma': did you mean 'sam'"),
+])  # fmt: skip
 def test_a_mistake_is_one_sentence(fake_config, tmp_path, spec, said):
     fake_config.gradient = spec
     with pytest.raises(UserError, match=said):

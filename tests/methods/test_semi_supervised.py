@@ -157,6 +157,7 @@ def test_mean_teacher_without_a_stream_and_with_its_own_mistakes():
         run(mean_teacher(PROBLEM), small)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("make", [lambda: fixmatch(PROBLEM, threshold=0.5, strong="cutout(2)"),
                                   *thorough(lambda: mean_teacher(PROBLEM, ramp="2"))])  # fmt: skip
 def test_eight_devices_train_as_one(make):

@@ -176,20 +176,17 @@ def test_train_and_evaluation_differ_where_they_should(name):
     assert np.any(train_1 != train_2) == drawn
 
 
-@pytest.mark.parametrize(
-    ("spec", "words"),
-    [
-        ("resnet(depth=19)", "18"),
-        ("resnet_cifar(depth=21)", r"6n \+ 2"),
-        ("wide_resnet(depth=27)", r"6n \+ 4"),
-        ("convnext('X')", "T"),
-        ("vit('Big')", "Ti"),
-        ("vit('Ti', positions='none')", "sincos"),
-        ("vit('Ti', pool='max')", "cls"),
-        ("vit('Ti', patch=5)", "does not divide"),
-        ("mixer('L')", "S"),
-    ],
-)
+@pytest.mark.parametrize(("spec", "words"), [
+    ("resnet(depth=19)", "18"),
+    ("resnet_cifar(depth=21)", r"6n \+ 2"),
+    ("wide_resnet(depth=27)", r"6n \+ 4"),
+    ("convnext('X')", "T"),
+    ("vit('Big')", "Ti"),
+    ("vit('Ti', positions='none')", "sincos"),
+    ("vit('Ti', pool='max')", "cls"),
+    ("vit('Ti', patch=5)", "does not divide"),
+    ("mixer('L')", "S"),
+])  # fmt: skip
 def test_what_a_backbone_does_not_have_is_said(spec, words):
     with pytest.raises(UserError, match=words):
         variables_shape(spec, 32, 10)

@@ -17,16 +17,13 @@ def head(text, classes=300):
     return variables["params"]["head"]
 
 
-@pytest.mark.parametrize(
-    ("head_init", "deviation", "most"),
-    [
-        ("", (2 / (400 + 300)) ** 0.5, (6 / (400 + 300)) ** 0.5),
-        ("glorot_uniform", (2 / (400 + 300)) ** 0.5, (6 / (400 + 300)) ** 0.5),
-        ("normal(0.01)", 0.01, 0.1),
-        ("pytorch_linear", 400**-0.5 / 3**0.5, 400**-0.5),
-        ("zeros", 0.0, 0.0),
-    ],
-)
+@pytest.mark.parametrize(("head_init", "deviation", "most"), [
+    ("", (2 / (400 + 300)) ** 0.5, (6 / (400 + 300)) ** 0.5),
+    ("glorot_uniform", (2 / (400 + 300)) ** 0.5, (6 / (400 + 300)) ** 0.5),
+    ("normal(0.01)", 0.01, 0.1),
+    ("pytorch_linear", 400**-0.5 / 3**0.5, 400**-0.5),
+    ("zeros", 0.0, 0.0),
+])  # fmt: skip
 def test_how_the_head_begins(head_init, deviation, most):
     """Its standard deviation and its greatest value over 400 × 300 weights; the bias begins at zero."""
     own = f", head_init={head_init!r}" if head_init else ""
@@ -37,14 +34,11 @@ def test_how_the_head_begins(head_init, deviation, most):
     np.testing.assert_array_equal(params["bias"], 0)
 
 
-@pytest.mark.parametrize(
-    ("head_init", "message"),
-    [
-        ("'zero'", "unknown head_init 'zero': did you mean 'zeros'"),
-        ("'normal(1, 2, 3, 4)'", "in head_init 'normal.*too many positional arguments"),
-        ("0", "head_init=0 must be in quotes, such as 'zeros'"),
-    ],
-)
+@pytest.mark.parametrize(("head_init", "message"), [
+    ("'zero'", "unknown head_init 'zero': did you mean 'zeros'"),
+    ("'normal(1, 2, 3, 4)'", "in head_init 'normal.*too many positional arguments"),
+    ("0", "head_init=0 must be in quotes, such as 'zeros'"),
+])  # fmt: skip
 def test_another_beginning_is_refused(head_init, message):
     with pytest.raises(UserError, match=message):
         classifier.build(f"mlp(head_init={head_init})", 3, "float32")

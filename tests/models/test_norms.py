@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from imgclf_jax.core import platform
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.models import norms
 from imgclf_jax.models.cpu.rewrite import rewrite
 from imgclf_jax.models.layers import Dense
 from imgclf_jax.models.norms import BatchNorm, GroupNorm, LayerNorm
-from imgclf_jax.models.vit import EncoderBlock, MixerBlock
 
 
 def normal(seed, *shape):
@@ -94,25 +92,6 @@ def test_group_norm_is_flaxs(shape):
     expected = jax.jit(lambda p, x: run(p, x, theirs))(params, x)
     for found in (jax.jit(lambda p, x: run(p, x, ours)), jax.jit(rewrite(lambda p, x: run(p, x, ours)))):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), found(params, x), expected)
-
-
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("block", [EncoderBlock(2, dtype=jnp.float64), MixerBlock(6, 10, dtype=jnp.float64)])
-def test_blocks_are_the_same_in_both_forms(block):
-    """Results, gradients and attention maps, in float64; the form off CPU is plain linen and einsum."""
-    x = jnp.asarray(normal(0, 3, 5, 8))  # [b, n, d]
-    params = jax.eval_shape(lambda: block.init(jax.random.key(0), x))["params"]
-    params = jax.tree.map(lambda s: jnp.asarray(normal(1, *s.shape)), params)
-
-    def scalar(params, x):
-        y, seen = block.apply({"params": params}, x, mutable=["intermediates"])
-        return jnp.sum(jnp.sin(y)), (y, seen)
-
-    results = [
-        jax.jit(platform.traced_for(p, jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True)))(params, x)
-        for p in ("cpu", "gpu")
-    ]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), *results)
 
 
 @pytest.mark.usefixtures("float64", "form")

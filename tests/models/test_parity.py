@@ -137,11 +137,7 @@ def assert_close(ours, theirs, atol):
 
 @pytest.mark.thorough
 @pytest.mark.usefixtures("form")
-@pytest.mark.parametrize(
-    ("spec", "form"),
-    [("cnn", "cpu"), *((spec, "gpu") for spec in CASES)],
-    indirect=["form"],
-)
+@pytest.mark.parametrize(("spec", "form"), [("cnn", "cpu"), *((spec, "gpu") for spec in CASES)], indirect=["form"])
 def test_logits_gradients_and_adam_agree_with_keras(spec, float64):
     """Logits and all gradients to 1e-10; after 20 of our training steps with Adam all parameters to 1e-8."""
     shape, rng = CASES[spec], np.random.default_rng(0)

@@ -48,7 +48,7 @@ def test_pool_bias_relu_on_cpu_is_flax_in_the_usual_order(h, w, window):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
-    ("kernel", "pool", "channels"), [(3, 2, 3), (2, 1, 2), *thorough((3, 2, 1), (3, 2, 8), (5, 3, 1), (5, 3, 4))]
+    ("kernel", "pool", "channels"), [(3, 2, 3), *thorough((2, 1, 2), (3, 2, 1), (3, 2, 8), (5, 3, 1), (5, 3, 4))]
 )
 def test_conv_pool_is_convolution_bias_relu_and_pool_in_that_order(kernel, pool, channels):
     """In float64 the same numbers and gradients, the images' too, as Flax's layers in the usual order."""

@@ -50,6 +50,7 @@ def winner_takes_all(fake_config, one_device):
     return of, of.init()["state"], np.random.default_rng(0).integers(0, 256, (64, *data.image_shape), np.uint8)
 
 
+@pytest.mark.thorough
 @pytest.mark.optimized
 def test_each_image_has_a_winner_in_features_and_in_training(winner_takes_all, monkeypatch):
     """Features are those of linen, without the rewrite; the step moves the parameters that linen's step moves."""

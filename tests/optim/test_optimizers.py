@@ -116,21 +116,15 @@ def test_clipping_comes_before_the_weight_decay():
     np.testing.assert_allclose(updates["a"], expected, rtol=0, atol=most * rounding(6 + 10))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            "add_decay_weights(0.1)|sgd",
-            "unknown transform before the optimizer 'add_decay_weights': did you mean 'add_d",
-        ),
-        ("add_decayed_weights(0.1)", "unknown optimizer 'add_decayed_weights'"),
-        ("sgd|add_decayed_weights(0.1)", "expected exactly one optimizer; allowed before it are .*and lookahead"),
-        ("lookahead(5)", "expected exactly one optimizer"),
-        ("", "expected exactly one optimizer"),
-        ("muon(0.95)", r"name the arguments, as in muon\(\.\.\.=0\.95\)"),
-        ("muon(momentum=0.95)", "unknown argument 'momentum'"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("add_decay_weights(0.1)|sgd", "unknown transform before the optimizer 'add_decay_weights': did you mean 'add_d"),
+    ("add_decayed_weights(0.1)", "unknown optimizer 'add_decayed_weights'"),
+    ("sgd|add_decayed_weights(0.1)", "expected exactly one optimizer; allowed before it are .*and lookahead"),
+    ("lookahead(5)", "expected exactly one optimizer"),
+    ("", "expected exactly one optimizer"),
+    ("muon(0.95)", r"name the arguments, as in muon\(\.\.\.=0\.95\)"),
+    ("muon(momentum=0.95)", "unknown argument 'momentum'"),
+])  # fmt: skip
 def test_wrong_chains_are_told(text, message):
     with pytest.raises(UserError, match=message):
         optimizers.build(text, optax.constant_schedule(0.1), 0.0)

@@ -43,27 +43,18 @@ def test_the_first_rule_that_matches_a_whole_path_counts():
     assert out
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        (
-            {"lr": "backbone=0.1"},
-            r"rules\.lr: 'backbone' matches no parameter; .* whole path, such as 'backbone/block0",
-        ),
-        (
-            {"lr": "stem/.*=0.1"},
-            r"rules\.lr: 'stem/\.\*' matches no parameter; the parameters are backbone/block0/ker",
-        ),
-        ({"lr": "head/.*=1, head/bias=2"}, r"'head/bias' has no effect: earlier rules match all its parameters"),
-        ({"lr": "head/.*"}, r"rules\.lr: 'head/\.\*' is not PATTERN=NUMBER"),
-        ({"lr": "head/.*=big"}, r"'head/\.\*=big' is not PATTERN=NUMBER"),
-        ({"decay": "head/.*=-1"}, r"rules\.decay: 'head/\.\*=-1' is not PATTERN=NUMBER with a number of 0 or more"),
-        ({"decay": "head/.*=nan"}, "is not PATTERN=NUMBER"),
-        ({"decay": "=1"}, "is not PATTERN=NUMBER"),
-        ({"freeze": "head/(bias"}, r"rules\.freeze: 'head/\(bias' is not a regular expression: "),
-        ({"freeze": ".*"}, "matches every parameter: nothing is left to train"),
-    ],
-)
+@pytest.mark.parametrize(("keys", "message"), [
+    ({"lr": "backbone=0.1"}, r"rules\.lr: 'backbone' matches no parameter; .* whole path, such as 'backbone/block0"),
+    ({"lr": "stem/.*=0.1"}, r"rules\.lr: 'stem/\.\*' matches no parameter; the parameters are backbone/block0/ker"),
+    ({"lr": "head/.*=1, head/bias=2"}, r"'head/bias' has no effect: earlier rules match all its parameters"),
+    ({"lr": "head/.*"}, r"rules\.lr: 'head/\.\*' is not PATTERN=NUMBER"),
+    ({"lr": "head/.*=big"}, r"'head/\.\*=big' is not PATTERN=NUMBER"),
+    ({"decay": "head/.*=-1"}, r"rules\.decay: 'head/\.\*=-1' is not PATTERN=NUMBER with a number of 0 or more"),
+    ({"decay": "head/.*=nan"}, "is not PATTERN=NUMBER"),
+    ({"decay": "=1"}, "is not PATTERN=NUMBER"),
+    ({"freeze": "head/(bias"}, r"rules\.freeze: 'head/\(bias' is not a regular expression: "),
+    ({"freeze": ".*"}, "matches every parameter: nothing is left to train"),
+])  # fmt: skip
 def test_wrong_rules_are_told(keys, message):
     with pytest.raises(UserError, match=message):
         built(**keys)
@@ -218,6 +209,7 @@ def test_frozen_parameters_keep_every_bit(fake_config, steps):
     assert not [name for name in moments if "stem" in name]
 
 
+@pytest.mark.thorough
 def test_the_gradient_that_is_logged_and_clipped_is_that_of_what_is_trained(fake_config):
     """By hand: the gradient of the head alone, over features computed as in evaluation."""
     exp = programs(fake_config, optimizer="sgd", schedule="constant(1.0)", clip=0.01, rules__freeze="backbone/.*")
@@ -268,14 +260,11 @@ def test_decay_multiplies_the_weight_decay():
             np.testing.assert_allclose(ours[name], p, rtol=0, atol=atol, err_msg=f"{text} {name}")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("sgd(momentum=0.9)", r"rules\.decay: optimizer='sgd\(momentum=0\.9\)' has no weight decay to multiply; use"),
-        ("adamw(weight_decay=0)", "has no weight decay to multiply"),
-        ("prodigy(weight_decay=0.1)", "prodigy finds one step size for all parameters"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("sgd(momentum=0.9)", r"rules\.decay: optimizer='sgd\(momentum=0\.9\)' has no weight decay to multiply; use"),
+    ("adamw(weight_decay=0)", "has no weight decay to multiply"),
+    ("prodigy(weight_decay=0.1)", "prodigy finds one step size for all parameters"),
+])  # fmt: skip
 def test_decay_rules_need_a_weight_decay(text, message):
     with pytest.raises(UserError, match=message):
         optimizers.build(text, optax.constant_schedule(0.1), 0.0, rules.Rules(decay={"a": 0.0}))

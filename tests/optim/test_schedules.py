@@ -78,22 +78,19 @@ def test_a_schedule_is_its_definition_at_every_step(text):
     np.testing.assert_allclose(out, expected, rtol=0, atol=0.3 * rounding(20))  # of terms up to the peak, 0.3
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("constant(0.1, warmup='101 steps')", "a warmup of 101 steps is longer than the run of 100 steps"),
-        ("one_cycle(0.1, warmup='6 epochs')", "a warmup of 120 steps is longer"),
-        ("cosine(0.1, warmup='200%')", "a warmup of 200 steps is longer"),
-        ("linear(0.1, warmup='5')", "schedule='5' is not a duration; write '5 epochs'"),
-        ("step(0.1, at=('5 min',))", "schedule='5 min' is not a duration"),
-        ("step(0.1, at=('5%',), warmup='10%')", "every duration in at=.* must lie after warmup='10%'"),
-        ("step(0.1, at=('',))", "must lie after warmup"),
-        ("cosin(0.1)", "unknown schedule 'cosin': did you mean 'cosine'"),
-        ("cosine(0.1, warm='5%')", "unknown argument 'warm': did you mean 'warmup'"),
-        ("cosine", "missing a required argument: 'peak'"),
-        ("cosine(0.1, total=3)", "unknown argument 'total'"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("constant(0.1, warmup='101 steps')", "a warmup of 101 steps is longer than the run of 100 steps"),
+    ("one_cycle(0.1, warmup='6 epochs')", "a warmup of 120 steps is longer"),
+    ("cosine(0.1, warmup='200%')", "a warmup of 200 steps is longer"),
+    ("linear(0.1, warmup='5')", "schedule='5' is not a duration; write '5 epochs'"),
+    ("step(0.1, at=('5 min',))", "schedule='5 min' is not a duration"),
+    ("step(0.1, at=('5%',), warmup='10%')", "every duration in at=.* must lie after warmup='10%'"),
+    ("step(0.1, at=('',))", "must lie after warmup"),
+    ("cosin(0.1)", "unknown schedule 'cosin': did you mean 'cosine'"),
+    ("cosine(0.1, warm='5%')", "unknown argument 'warm': did you mean 'warmup'"),
+    ("cosine", "missing a required argument: 'peak'"),
+    ("cosine(0.1, total=3)", "unknown argument 'total'"),
+])  # fmt: skip
 def test_build_refuses_a_wrong_schedule(text, message):
     with pytest.raises(UserError, match=message):
         schedules.build(text, steps, TOTAL)
@@ -160,17 +157,14 @@ def test_clip_bounds_the_norm_over_all_parameters_together(clip):
         np.testing.assert_allclose(out[name], sgd(p, grads, lambda n: 0.1 * (n + 1)), rtol=0, atol=3 * rounding(20))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("adm", "unknown optimizer 'adm': did you mean 'adam'"),
-        ("momentum", "unknown optimizer 'momentum'"),
-        ("adam(beta1=0.9)", "unknown argument 'beta1': did you mean 'b1'"),
-        ("adamw(learning_rate=0.1)", "unknown argument 'learning_rate'"),
-        ("adam(0.1)", r"optimizer='adam\(0.1\)': name the arguments.*set the learning rate by the key schedule"),
-        ("adam|sgd", "expected exactly one"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("adm", "unknown optimizer 'adm': did you mean 'adam'"),
+    ("momentum", "unknown optimizer 'momentum'"),
+    ("adam(beta1=0.9)", "unknown argument 'beta1': did you mean 'b1'"),
+    ("adamw(learning_rate=0.1)", "unknown argument 'learning_rate'"),
+    ("adam(0.1)", r"optimizer='adam\(0.1\)': name the arguments.*set the learning rate by the key schedule"),
+    ("adam|sgd", "expected exactly one"),
+])  # fmt: skip
 def test_build_refuses_a_wrong_optimizer(text, message):
     with pytest.raises(UserError, match=message):
         optimizers.build(text, optax.constant_schedule(0.1), 0.0)

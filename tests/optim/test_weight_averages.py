@@ -121,17 +121,14 @@ def test_lookahead_that_starts_later():
         np.testing.assert_allclose(state["mean"], expected_total, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("text", "decay", "message"),
-    [
-        ("sgd|lookahead(0, 0.5)", 0.0, r"lookahead\(k=0, .*k must be an integer of 1 or more"),
-        ("sgd|lookahead(2.5)", 0.0, r"k=2\.5"),
-        ("sgd|lookahead(5, 1.5)", 0.0, r"alpha=1\.5, .*at most 1"),
-        ("sgd|lookahead(5, power=-1)", 0.0, "power=-1"),
-        ("sgd|lookahead(5, slow=1)", 0.0, "unknown argument 'slow'"),
-        ("sgd|lookahead(5, 0.5)", 0.9, r"ema=0\.9 and lookahead\(5, 0\.5\) both choose the weights to evaluate"),
-    ],
-)
+@pytest.mark.parametrize(("text", "decay", "message"), [
+    ("sgd|lookahead(0, 0.5)", 0.0, r"lookahead\(k=0, .*k must be an integer of 1 or more"),
+    ("sgd|lookahead(2.5)", 0.0, r"k=2\.5"),
+    ("sgd|lookahead(5, 1.5)", 0.0, r"alpha=1\.5, .*at most 1"),
+    ("sgd|lookahead(5, power=-1)", 0.0, "power=-1"),
+    ("sgd|lookahead(5, slow=1)", 0.0, "unknown argument 'slow'"),
+    ("sgd|lookahead(5, 0.5)", 0.9, r"ema=0\.9 and lookahead\(5, 0\.5\) both choose the weights to evaluate"),
+])  # fmt: skip
 def test_wrong_averages_are_told(text, decay, message):
     with pytest.raises(UserError, match=message):
         build(text, decay)

@@ -33,20 +33,17 @@ def packed(members: list[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b"hello", "not a zip"),
-        (packed([*CONTENTS.items(), ("../evil", b"x")]), "'../evil'"),
-        (packed([*CONTENTS.items(), ("/etc/evil", b"x")]), "'/etc/evil'"),
-        (packed([*CONTENTS.items(), ("more.pkl", b"x")]), "and a bundle holds config.json, provenance.json"),
-        (packed([*CONTENTS.items(), ("config.json", b"[]")]), "and a bundle holds"),
-        (packed([("result.json", b"{}")]), "and a bundle holds"),
-        (packed([*CONTENTS.items(), ("digests.jsonl", bytes(200 << 20))], zipfile.ZIP_DEFLATED), "longer than 128 MB"),
-        (packed(list(CONTENTS.items()), zipfile.ZIP_BZIP2), "packed in an unusual way"),
-        (packed(list(CONTENTS.items())).replace(b'{"step": 1}', b'{"step": 2}'), "CRC"),
-    ],
-)
+@pytest.mark.parametrize(("content", "says"), [
+    (b"hello", "not a zip"),
+    (packed([*CONTENTS.items(), ("../evil", b"x")]), "'../evil'"),
+    (packed([*CONTENTS.items(), ("/etc/evil", b"x")]), "'/etc/evil'"),
+    (packed([*CONTENTS.items(), ("more.pkl", b"x")]), "and a bundle holds config.json, provenance.json"),
+    (packed([*CONTENTS.items(), ("config.json", b"[]")]), "and a bundle holds"),
+    (packed([("result.json", b"{}")]), "and a bundle holds"),
+    (packed([*CONTENTS.items(), ("digests.jsonl", bytes(200 << 20))], zipfile.ZIP_DEFLATED), "longer than 128 MB"),
+    (packed(list(CONTENTS.items()), zipfile.ZIP_BZIP2), "packed in an unusual way"),
+    (packed(list(CONTENTS.items())).replace(b'{"step": 1}', b'{"step": 2}'), "CRC"),
+])  # fmt: skip
 def test_what_is_no_bundle_is_refused(tmp_path, content, says):
     (tmp_path / "a.zip").write_bytes(content)
     with pytest.raises(UserError, match="is no bundle that can be read") as caught:

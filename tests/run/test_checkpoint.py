@@ -191,17 +191,14 @@ def test_the_latest_are_kept(tmp_path, keep):
     assert save(tmp_path, {step: {} for step in (1, 2, 3, 4)}, keep=keep).steps() == [3, 4][-keep:]
 
 
-@pytest.mark.parametrize(
-    ("best", "expected"),
-    [
-        ("test/accuracy", 2),
-        ("test/loss", 3),
-        ("test/nll", 3),
-        ("max:test/my_score", 2),
-        ("min:test/my_error", 3),
-        ("max:test/loss", 1),
-    ],
-)
+@pytest.mark.parametrize(("best", "expected"), [
+    ("test/accuracy", 2),
+    ("test/loss", 3),
+    ("test/nll", 3),
+    ("max:test/my_score", 2),
+    ("min:test/my_error", 3),
+    ("max:test/loss", 1),
+])  # fmt: skip
 def test_the_best_is_kept(tmp_path, best, expected):
     """Accuracy is best when high, loss when low, others as they are said to be; one without it is never the best."""
     scores = {1: (0.2, 0.9), 2: (0.8, 0.5), 3: (0.6, 0.1), 4: (), 5: (0.7, 0.4), 6: ()}

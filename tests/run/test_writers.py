@@ -161,15 +161,12 @@ def test_writers_that_the_config_names(tmp_path, caplog):
     assert "failed and gets no more metrics: ConnectionError: no route to the tracking service" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("wandb", "unknown writer 'wandb': none ships; name yours by an import path"),
-        (f"{__name__}:Kept(nome='x')", "unknown argument 'nome'"),
-        (f"{__name__}:Console()", "has no method write_hparams; a writer has write_hparams, write_scalars, flush,"),
-        ("json:loads('x')", "failed to start: JSONDecodeError"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "sentence"), [
+    ("wandb", "unknown writer 'wandb': none ships; name yours by an import path"),
+    (f"{__name__}:Kept(nome='x')", "unknown argument 'nome'"),
+    (f"{__name__}:Console()", "has no method write_hparams; a writer has write_hparams, write_scalars, flush,"),
+    ("json:loads('x')", "failed to start: JSONDecodeError"),
+])  # fmt: skip
 def test_a_writer_that_cannot_be_made(tmp_path, text, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
         open_writer(tmp_path, tensorboard=False, writers=text).close()

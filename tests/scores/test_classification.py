@@ -185,6 +185,7 @@ def test_it_holds_the_true_one_of_any_model(n, temperature):
     assert 0.9 < calibration_coverage(n, temperature, 200)[0] <= 1
 
 
+@pytest.mark.thorough
 def test_intervals_hold_the_truth_in_about_95_of_100_sets():
     """The truth is the score on a very large set; of 150 sets of 300 examples, 95 % ± 5 % hold it."""
     truth = scores.score(*example(200_000, 3, seed=1))

@@ -32,19 +32,16 @@ def photos(root: Path, *places: str, count: int = 6) -> Path:
     return root
 
 
-@pytest.mark.parametrize(
-    ("places", "train", "evals"),
-    [
-        ([], "train[:90%]", {"test": "train[90%:]"}),
-        (["train"], "train[:90%]", {"test": "train[90%:]"}),
-        (["train", "val", "test"], "train", {"val": "val", "test": "test"}),
-        (["train", "valid", "test"], "train", {"val": "valid", "test": "test"}),
-        (["train", "validation"], "train", {"val": "validation"}),
-        (["train", "validation", "val"], "train", {"val": "val"}),
-        (["train", "test"], "train", {"test": "test"}),
-        (["Training", "Testing"], "Training", {"test": "Testing"}),
-    ],
-)
+@pytest.mark.parametrize(("places", "train", "evals"), [
+    ([], "train[:90%]", {"test": "train[90%:]"}),
+    (["train"], "train[:90%]", {"test": "train[90%:]"}),
+    (["train", "val", "test"], "train", {"val": "val", "test": "test"}),
+    (["train", "valid", "test"], "train", {"val": "valid", "test": "test"}),
+    (["train", "validation"], "train", {"val": "validation"}),
+    (["train", "validation", "val"], "train", {"val": "val"}),
+    (["train", "test"], "train", {"test": "test"}),
+    (["Training", "Testing"], "Training", {"test": "Testing"}),
+])  # fmt: skip
 def test_the_config_follows_the_splits_that_there_are(tmp_path, places, train, evals):
     """The best checkpoint is that by the first evaluation set: `val`, where there is one."""
     photos(tmp_path, *places, count=1)

@@ -23,6 +23,8 @@ from imgclf_jax.tools.serve import app
 from imgclf_jax.train.evaluation import evaluate
 from imgclf_jax.trained import restore
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 N, TRAIN = 304, 240
 FLAGS = ("--config.preprocess=decode(1)", "--config.augment=normalize", "--config.model=mlp(widths=(32,))",
          "--config.batch_size=48", "--config.total=10 epochs", "--config.schedule=constant(1e-2)",
@@ -148,20 +150,17 @@ def test_training_records_the_metrics_of_the_task(runs, name):
     assert kept == pytest.approx(max(values) if name == "pairs" else min(values), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "flags", "said"),
-    [
-        ("pairs", ["--config.loss=softmax"], "adds up to 2 and not to 1; for columns that are 0 or 1 each by itself "
-                                             "use 'sigmoid'"),
-        ("ink", ["--config.loss=sigmoid"], "outside of [0, 1]; for numbers use 'mse', 'mae' or 'huber'"),
-        ("ink", ["--config.mix=cutmix"], "mix='cutmix': cutmix has no target in a regression"),
-        ("ink", ["--config.metrics=auc"], "unknown metric of a regression 'auc'"),
-        ("pairs", ["--config.metrics=balanced_accuracy"], "unknown metric of several labels 'balanced_accuracy'"),
-        ("ink", ["--config.checkpoint.best=test/accuracy"], "a run with a regression has no accuracy; it has "
-                                                            "loss, r2, mae, rmse"),
-        ("ink", ["--config.data.source=digits"], "loss='mse' trains on numbers, and these data have class labels"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "flags", "said"), [
+    ("pairs", ["--config.loss=softmax"], "adds up to 2 and not to 1; for columns that are 0 or 1 each by itself "
+                                         "use 'sigmoid'"),
+    ("ink", ["--config.loss=sigmoid"], "outside of [0, 1]; for numbers use 'mse', 'mae' or 'huber'"),
+    ("ink", ["--config.mix=cutmix"], "mix='cutmix': cutmix has no target in a regression"),
+    ("ink", ["--config.metrics=auc"], "unknown metric of a regression 'auc'"),
+    ("pairs", ["--config.metrics=balanced_accuracy"], "unknown metric of several labels 'balanced_accuracy'"),
+    ("ink", ["--config.checkpoint.best=test/accuracy"], "a run with a regression has no accuracy; it has "
+                                                        "loss, r2, mae, rmse"),
+    ("ink", ["--config.data.source=digits"], "loss='mse' trains on numbers, and these data have class labels"),
+])  # fmt: skip
 def test_what_does_not_fit_the_data_is_told(tmp_path, capsys, name, flags, said):
     source = WRITE[name](tmp_path / "data.npz")
     argv = [f"--workdir={tmp_path / 'run'}", f"--config.data.source={source}", f"--config.loss={LOSS[name]}", *FLAGS]

@@ -84,15 +84,12 @@ def test_a_file_without_a_head(tmp_path):
     assert not weights.faults
 
 
-@pytest.mark.parametrize(
-    ("change", "fragment"),
-    [
-        (lambda a: a.pop("layer1.0.bn2.running_mean"), r"1 arrays of the model not in it \(batch_stats/backbone/"),
-        (lambda a: a.update({"fc_norm.bias": a["bn1.bias"]}), r"1 arrays in it without a place .* \(fc_norm.bias\)"),
-        (lambda a: a.update({"conv1.weight": np.zeros((8, 3, 3, 3))}),
-         r"1 arrays of another shape \(conv1.weight: \[3, 3, 3, 8\] in it, \[3, 3, 3, 16\] here\)"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("change", "fragment"), [
+    (lambda a: a.pop("layer1.0.bn2.running_mean"), r"1 arrays of the model not in it \(batch_stats/backbone/"),
+    (lambda a: a.update({"fc_norm.bias": a["bn1.bias"]}), r"1 arrays in it without a place .* \(fc_norm.bias\)"),
+    (lambda a: a.update({"conv1.weight": np.zeros((8, 3, 3, 3))}),
+     r"1 arrays of another shape \(conv1.weight: \[3, 3, 3, 8\] in it, \[3, 3, 3, 16\] here\)"),
+])  # fmt: skip
 def test_any_other_difference_is_an_error_unless_allowed(tmp_path, caplog, change, fragment):
     arrays = resnet8()
     change(arrays)

@@ -77,21 +77,13 @@ def test_what_does_not_fit(programs, monkeypatch):
         memory = found["memory"]["peak"] - 1
 
 
-@pytest.mark.parametrize(
-    ("model", "memory", "advice", "not_advised"),
-    [
-        (
-            "vit('Ti', patch=6)",
-            70_000,
-            ["take 120 kB of each chip: mesh='data=-1, fsdp=4' (in parts)"],
-            "remat",
-        ),
-        ("vit('Ti', patch=6)", 1_000_000, ["remat='block'", "mesh='data=-1, fsdp=2'"], None),
-        ("vit('Ti', patch=6)", 10_000_000, ["remat='block'"], "mesh="),
-        ("vit('Ti', patch=6, remat='block')", 10_000_000, [], "remat"),
-        ("mlp(widths=(16,))", 10_000_000, ["a smaller batch or image, or more chips"], "remat"),
-    ],
-)
+@pytest.mark.parametrize(("model", "memory", "advice", "not_advised"), [
+    ("vit('Ti', patch=6)", 70_000, ["take 120 kB of each chip: mesh='data=-1, fsdp=4' (in parts)"], "remat"),
+    ("vit('Ti', patch=6)", 1_000_000, ["remat='block'", "mesh='data=-1, fsdp=2'"], None),
+    ("vit('Ti', patch=6)", 10_000_000, ["remat='block'"], "mesh="),
+    ("vit('Ti', patch=6, remat='block')", 10_000_000, [], "remat"),
+    ("mlp(widths=(16,))", 10_000_000, ["a smaller batch or image, or more chips"], "remat"),
+])  # fmt: skip
 def test_advice(fake_config, model, memory, advice, not_advised):
     """Blocks computed again, for models that can; the state in parts, where it is much of a chip's memory."""
     found = advised(fake_config, model, memory)

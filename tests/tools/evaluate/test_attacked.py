@@ -159,18 +159,15 @@ def test_it_writes_nothing_that_compare_may_take_for_clean_predictions(linear, c
     assert sorted(linear.path.iterdir()) == before
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--attack=pdg"], "unknown attack 'pdg': did you mean 'pgd'"),
-        (["--attack=pgd(eps=8)"], "--attack: pgd(eps=8): must be above 0 and at most 1"),
-        (["--attack=pgd(epsilon=0.1)"], "unknown argument 'epsilon'"),
-        (["--attack=pgd", "--corruptions=all"], "--attack prints accuracies only: drop --corruptions"),
-        (["--attack=pgd", "--predictions=a.csv"], "drop --corruptions, --frost, --checkpoints and --predictions"),
-        (["--attack=pgd", "--checkpoints=all"], "drop --corruptions, --frost, --checkpoints and --predictions"),
-        (["--attack=pgd", "--config.augment=normalize|invert"], "an attack needs a fixed scale"),
-    ],
-)
+@pytest.mark.parametrize(("words", "message"), [
+    (["--attack=pdg"], "unknown attack 'pdg': did you mean 'pgd'"),
+    (["--attack=pgd(eps=8)"], "--attack: pgd(eps=8): must be above 0 and at most 1"),
+    (["--attack=pgd(epsilon=0.1)"], "unknown argument 'epsilon'"),
+    (["--attack=pgd", "--corruptions=all"], "--attack prints accuracies only: drop --corruptions"),
+    (["--attack=pgd", "--predictions=a.csv"], "drop --corruptions, --frost, --checkpoints and --predictions"),
+    (["--attack=pgd", "--checkpoints=all"], "drop --corruptions, --frost, --checkpoints and --predictions"),
+    (["--attack=pgd", "--config.augment=normalize|invert"], "an attack needs a fixed scale"),
+])  # fmt: skip
 def test_mistakes(linear, capsys, words, message):
     assert launch.main(["evaluate", f"--workdir={linear.path}", *words]) == 1
     assert message in capsys.readouterr().err

@@ -128,25 +128,18 @@ def test_table(run, printed, capsys):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--corruptions=fogg"], "--corruptions: unknown corruption 'fogg': did you mean 'fog'"),
-        (
-            ["--corruptions=fog,frost"],
-            "download the folder ImageNet-C/create_c of github.com/hendrycks/robustness and add --frost=DIR",
-        ),
-        (["--corruptions=fog", "--frost=."], "--frost names photographs, but --corruptions lacks frost"),
-        (
-            ["--corruptions=all", "--frost=nowhere"],
-            "--frost=nowhere: the folder lacks frost1.png, frost2.png, frost3.png, frost4.jpg",
-        ),
-        (["--frost=."], "--frost needs --corruptions: add --corruptions=all"),
-        (["--corruptions=,"], "--corruptions must be 'all', or names separated by commas"),
-        (["--corruptions=all", "--checkpoints=all"], "drop --checkpoints and --predictions"),
-        (["--corruptions=all", "--predictions=a.csv"], "drop --checkpoints and --predictions"),
-    ],
-)
+@pytest.mark.parametrize(("words", "message"), [
+    (["--corruptions=fogg"], "--corruptions: unknown corruption 'fogg': did you mean 'fog'"),
+    (["--corruptions=fog,frost"],
+     "download the folder ImageNet-C/create_c of github.com/hendrycks/robustness and add --frost=DIR"),
+    (["--corruptions=fog", "--frost=."], "--frost names photographs, but --corruptions lacks frost"),
+    (["--corruptions=all", "--frost=nowhere"],
+     "--frost=nowhere: the folder lacks frost1.png, frost2.png, frost3.png, frost4.jpg"),
+    (["--frost=."], "--frost needs --corruptions: add --corruptions=all"),
+    (["--corruptions=,"], "--corruptions must be 'all', or names separated by commas"),
+    (["--corruptions=all", "--checkpoints=all"], "drop --checkpoints and --predictions"),
+    (["--corruptions=all", "--predictions=a.csv"], "drop --checkpoints and --predictions"),
+])  # fmt: skip
 def test_mistakes(run, capsys, words, message):
     assert launch.main(["evaluate", f"--workdir={run.path}", *words]) == 1
     assert message in capsys.readouterr().err

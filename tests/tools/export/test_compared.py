@@ -37,6 +37,7 @@ def test_a_wrong_translation_of_a_network_that_is_sure_is_found(what):
         compared.difference(run(wrong), right, what, "X")
 
 
+@pytest.mark.thorough
 def test_a_sigmoid_may_be_off_as_that_of_onnxruntime_is():
     """By 2e-7, which the logarithm of a small probability does not stand; a class of other probability is found."""
     model, images = made("cnn(widths=(4, 8), hidden=8)")

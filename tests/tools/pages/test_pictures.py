@@ -11,15 +11,12 @@ from PIL import Image
 from imgclf_jax.tools.pages import pictures
 
 
-@pytest.mark.parametrize(
-    ("shape", "mode", "size"),
-    [
-        ((8, 6, 1), "L", (6, 8)),
-        ((200, 400, 3), "RGB", (128, 64)),
-        ((128, 5, 4), "RGB", (5, 128)),
-        ((3, 3, 2), "L", (3, 3)),
-    ],
-)
+@pytest.mark.parametrize(("shape", "mode", "size"), [
+    ((8, 6, 1), "L", (6, 8)),
+    ((200, 400, 3), "RGB", (128, 64)),
+    ((128, 5, 4), "RGB", (5, 128)),
+    ((3, 3, 2), "L", (3, 3)),
+])  # fmt: skip
 def test_pictures(shape, mode, size):
     image = np.random.default_rng(0).uniform(size=shape).astype(np.float32)
     tag = pictures.tag(image, "<a>")

@@ -340,6 +340,7 @@ def test_what_was_recorded_and_is_no_number(reproduce, copy, value):
     assert launch.main(["report", f"--workdir={copy}"]) == 0
 
 
+@pytest.mark.thorough
 def test_the_checkpoint_of_another_run(copy, tmp_path, capsys):
     """In the place of this run's: its accuracy was printed with status 0, though digests.jsonl has the step."""
     keys = json.loads((copy / "config.json").read_text())
@@ -375,19 +376,16 @@ def test_a_checkpoint_under_another_step(copy, capsys):
     assert f"{told}; the checkpoint of step 10 is used" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("words", "status", "says"),
-    [
-        ([], 2, "reproduce wants WORKDIR|BUNDLE"),
-        (["{run}", "more"], 2, "reproduce takes one WORKDIR|BUNDLE, but got 'more' too"),
-        (["{run}", "--steps=0"], 2, "--steps"),
-        (["{run}", "--steps=11"], 1, "--steps=11: the run in {run} has recorded 10 steps"),
-        (["{run}", "--output={run}"], 1, "--output={run} is the run itself"),
-        (["{run}", "--config.total=5 steps"], 1, "total='5 steps' is 5 steps, and the run in {run} has recorded 10"),
-        (["missing"], 1, "missing holds no run"),
-        (["{run}/config.json"], 1, "config.json is no bundle that can be read"),
-    ],
-)
+@pytest.mark.parametrize(("words", "status", "says"), [
+    ([], 2, "reproduce wants WORKDIR|BUNDLE"),
+    (["{run}", "more"], 2, "reproduce takes one WORKDIR|BUNDLE, but got 'more' too"),
+    (["{run}", "--steps=0"], 2, "--steps"),
+    (["{run}", "--steps=11"], 1, "--steps=11: the run in {run} has recorded 10 steps"),
+    (["{run}", "--output={run}"], 1, "--output={run} is the run itself"),
+    (["{run}", "--config.total=5 steps"], 1, "total='5 steps' is 5 steps, and the run in {run} has recorded 10"),
+    (["missing"], 1, "missing holds no run"),
+    (["{run}/config.json"], 1, "config.json is no bundle that can be read"),
+])  # fmt: skip
 def test_mistakes(trained, capsys, words, status, says):
     assert launch.main(["reproduce", *(word.format(run=trained) for word in words)]) == status
     assert says.format(run=trained) in capsys.readouterr().err

@@ -61,23 +61,20 @@ def version(kind: str = "version") -> Difference:
     return Difference(kind, "jax", "0.11", "0.12")
 
 
-@pytest.mark.parametrize(
-    ("here", "found", "tolerance", "word"),
-    [
-        (0.5, [version("data")], 0, "same"),  # what else differs does not matter
-        (0.5001, [version()], 0, "rounding"),
-        (0.5001, [version("device"), version("flags")], 0, "rounding"),
-        (0.5001, [version(), version("place")], 0, "rounding"),
-        (0.5001, [version("place")], 0, "different"),
-        (0.5001, [version(), version("code")], 0, "different"),
-        (0.5001, [version(), version("config")], 0, "different"),
-        (0.5001, [], 0, "different"),
-        (0.51, [version()], 0, "different"),
-        (0.51, [], 0.05, "tolerated"),
-        (0.51, [version("data")], 0.01, "different"),
-        (math.nan, [version()], 1.0, "different"),
-    ],
-)
+@pytest.mark.parametrize(("here", "found", "tolerance", "word"), [
+    (0.5, [version("data")], 0, "same"),  # what else differs does not matter
+    (0.5001, [version()], 0, "rounding"),
+    (0.5001, [version("device"), version("flags")], 0, "rounding"),
+    (0.5001, [version(), version("place")], 0, "rounding"),
+    (0.5001, [version("place")], 0, "different"),
+    (0.5001, [version(), version("code")], 0, "different"),
+    (0.5001, [version(), version("config")], 0, "different"),
+    (0.5001, [], 0, "different"),
+    (0.51, [version()], 0, "different"),
+    (0.51, [], 0.05, "tolerated"),
+    (0.51, [version("data")], 0.01, "different"),
+    (math.nan, [version()], 1.0, "different"),
+])  # fmt: skip
 def test_the_verdict(here, found, tolerance, word):
     assert (
         verdict(compare((OLD, [{"step": 4, "m": 0.5}], {}), (OLD, [{"step": 4, "m": here}])), found, tolerance) == word
@@ -98,32 +95,29 @@ WHOLE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({}, []),
-        ({"xla_flags": "--b=2  --a=1", "command": ["x"]}, []),
-        ({"data": WHOLE["data"] | {"fingerprint": "e" * 64}},
-         [("data", "fingerprint", "f" * 16 + "…", "e" * 16 + "…")]),
-        ({"unreadable": {"files": ["b.png"]}}, [("data", "unreadable files left out", "[]", "['b.png']")]),
-        ({"init_from": {"sha256": "5"}}, [("weights", "init_from", "none", "5")]),
-        ({"code": "b" * 64}, [("code", "files of imgclf_jax", "a" * 16 + "…", "b" * 16 + "…")]),
-        ({"git": {"commit": "2" * 40}}, []),  # the files are the same
-        ({"code": None, "git": {"commit": "2" * 40, "changed": True}},
-         [("code", "git commit", "1" * 12, "2" * 12 + ", changed")]),
-        ({"packages": {"jax": "0.11", "zlib-ng": "2"}},
-         [("version", "jax", "0.12", "0.11"), ("version", "zlib-ng", "1", "2")]),
-        ({"packages": {"jaxlib": "1", "a": "1", "b": "1", "c": "1", "d": "1", "e": "1"}},
-         [("version", "jax", "0.12", "absent"), ("version", "jaxlib", "absent", "1"),
-          ("version", "packages in one only", "1: zlib-ng", "5: a, b, c, d, …")]),
-        ({"packages": None, "versions": {"jax": "0.11"}}, [("version", "jax", "0.12", "0.11")]),
-        ({"devices": ["gpu: H100"]}, [("device", "devices", "2 x cpu: cpu", "1 x gpu: H100")]),
-        ({"processor": "Xeon", "python": "3.12"},
-         [("version", "Python", "3.13.5", "3.12"), ("device", "processor", "EPYC", "Xeon")]),
-        ({"jax_options": {"JAX_B": "2"}}, [("flags", "JAX_A", "1", "not set"), ("flags", "JAX_B", "not set", "2")]),
-        ({"xla_flags": "--a=3 --b=2 --c"}, [("flags", "--a", "1", "3"), ("flags", "--c", "not set", "set")]),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("change", "expected"), [
+    ({}, []),
+    ({"xla_flags": "--b=2  --a=1", "command": ["x"]}, []),
+    ({"data": WHOLE["data"] | {"fingerprint": "e" * 64}},
+     [("data", "fingerprint", "f" * 16 + "…", "e" * 16 + "…")]),
+    ({"unreadable": {"files": ["b.png"]}}, [("data", "unreadable files left out", "[]", "['b.png']")]),
+    ({"init_from": {"sha256": "5"}}, [("weights", "init_from", "none", "5")]),
+    ({"code": "b" * 64}, [("code", "files of imgclf_jax", "a" * 16 + "…", "b" * 16 + "…")]),
+    ({"git": {"commit": "2" * 40}}, []),  # the files are the same
+    ({"code": None, "git": {"commit": "2" * 40, "changed": True}},
+     [("code", "git commit", "1" * 12, "2" * 12 + ", changed")]),
+    ({"packages": {"jax": "0.11", "zlib-ng": "2"}},
+     [("version", "jax", "0.12", "0.11"), ("version", "zlib-ng", "1", "2")]),
+    ({"packages": {"jaxlib": "1", "a": "1", "b": "1", "c": "1", "d": "1", "e": "1"}},
+     [("version", "jax", "0.12", "absent"), ("version", "jaxlib", "absent", "1"),
+      ("version", "packages in one only", "1: zlib-ng", "5: a, b, c, d, …")]),
+    ({"packages": None, "versions": {"jax": "0.11"}}, [("version", "jax", "0.12", "0.11")]),
+    ({"devices": ["gpu: H100"]}, [("device", "devices", "2 x cpu: cpu", "1 x gpu: H100")]),
+    ({"processor": "Xeon", "python": "3.12"},
+     [("version", "Python", "3.13.5", "3.12"), ("device", "processor", "EPYC", "Xeon")]),
+    ({"jax_options": {"JAX_B": "2"}}, [("flags", "JAX_A", "1", "not set"), ("flags", "JAX_B", "not set", "2")]),
+    ({"xla_flags": "--a=3 --b=2 --c"}, [("flags", "--a", "1", "3"), ("flags", "--c", "not set", "set")]),
+])  # fmt: skip
 def test_what_differs_beside(change, expected):
     assert [tuple(one) for one in differences(WHOLE, WHOLE | change)] == expected
 

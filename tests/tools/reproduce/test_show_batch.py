@@ -80,6 +80,7 @@ def test_the_batch_is_what_the_step_gives_the_model():
     np.testing.assert_array_equal(found.arrays["other"], np.roll(given["label"], 1))
 
 
+@pytest.mark.thorough
 def test_labels():
     """Shares of both; of a class that is mixed with itself one."""
     found, _ = shown(config_of())
