@@ -271,6 +271,7 @@ def test_targets_are_mixed_as_their_images_are():
     assert np.abs(np.asarray(mixed["target"] - batch["target"])).max() > 0.01
 
 
+@pytest.mark.thorough
 def test_mixed_distributions_are_distributions_and_their_loss_is_linear():
     key = jax.random.key(0)
     targets = jax.nn.softmax(jax.random.normal(key, (8, 5)))

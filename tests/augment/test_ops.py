@@ -235,7 +235,9 @@ def test_the_ops_give_the_same_bits_on_one_device_and_on_eight():
     )
 
 
-@pytest.mark.parametrize("text", ["random_erasing(fill='pixel')|equalize", "trivialaugment", "color_jitter(hue=0.1)"])
+@pytest.mark.parametrize(
+    "text", ["random_erasing(fill='pixel')|equalize", *thorough("trivialaugment", "color_jitter(hue=0.1)")]
+)
 def test_images_split_over_devices_stay_where_they_are(text):
     """The compiled ops move nothing between the devices."""
     split = sharding.sharded(sharding.make_mesh())
@@ -254,3 +256,12 @@ def test_images_split_over_devices_stay_where_they_are(text):
 def test_build_refuses_a_wrong_spec(text, message):
     with pytest.raises(UserError, match=message):
         ops.build(text, train=True)
+
+
+def test_the_same_op_twice_draws_twice():
+    """Two flips with one key would be none."""
+    images = jnp.asarray(noise(64, 4, 4, 1))
+    out = jax.jit(ops.build("flip_lr|flip_lr", train=True))(KEY, images)
+    assert (np.asarray(out) != np.asarray(images) / np.float32(255)).any()
+    first, second = (np.asarray(ops.flip_lr(rng.fold(KEY, "flip_lr", i), images)) for i in range(2))
+    assert (first != second).any()

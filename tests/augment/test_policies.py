@@ -3,6 +3,7 @@
 import colorsys
 import functools
 import itertools
+import math
 from collections import Counter
 
 import jax
@@ -288,3 +289,16 @@ def test_tables_are_torchvisions_but_for_solarize():
               68, 60, 51, 43, 34, 26, 17, 9, 0]  # fmt: skip
     more = np.asarray(rand.level)[policies.OPS.index("solarize"), 0] - theirs
     assert (more.min(), more.max(), np.count_nonzero(more)) == (0, 1, 22)
+
+
+def test_magnitudes_grow():
+    """Each step takes every op further from the identity, and the greatest is what its documentation says."""
+    table = policies.strengths(wide(32, 32)[0], 32, 32)
+    factor, level = np.asarray(table.factor), np.asarray(table.level)
+    assert (np.diff(factor[:, 0], axis=-1) > 0).all()
+    assert (np.diff(factor[:, 1], axis=-1) < 0).all()
+    assert math.isclose(factor[0, 0, 30], 1.99, rel_tol=1e-6)
+    posterize, solarize = (level[policies.OPS.index(n), 0] for n in ("posterize", "solarize"))
+    assert (posterize[0], posterize[30]) == (8, 2)
+    assert (np.diff(posterize) <= 0).all()
+    assert (solarize[0], solarize[30]) == (256, 0)

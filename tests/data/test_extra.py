@@ -199,6 +199,7 @@ def digest(workdir):
     return json.loads((workdir / "result.json").read_text())["params_sha256"]
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("one_device")
 def test_a_run_that_a_method_reads_a_stream_in_resumes_exactly(tmp_path, capsys):
     """Stopped at step 3 and gone on with, under the other placement: the same bits. Another stream is refused."""

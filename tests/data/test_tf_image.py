@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from cases import thorough
 from scipy import stats
 from sklearn.datasets import load_sample_image
 
@@ -37,7 +38,10 @@ def tensorflows_crops(n, h, w, area, ratio):
 
 @pytest.mark.parametrize(
     ("h", "w", "area", "ratio"),
-    [(375, 500, (0.05, 1.0), (0.75, 1.33)), (60, 41, (0.3, 0.5), (0.5, 2.0)), (9, 50, (0.05, 1.0), (0.75, 1.33))],
+    [
+        (60, 41, (0.3, 0.5), (0.5, 2.0)),
+        *thorough((375, 500, (0.05, 1.0), (0.75, 1.33)), (9, 50, (0.05, 1.0), (0.75, 1.33))),
+    ],
 )
 def test_crops_are_distributed_as_tensorflows(h, w, area, ratio):
     """Height, width, place, area and ratio, by two-sample tests."""

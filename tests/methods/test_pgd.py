@@ -62,7 +62,7 @@ def by_hand(params, given, start, eps, steps, size):
     return clean, x
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [2, *thorough(1)])
 def test_a_step_trains_on_the_examples_of_the_paper(accumulate):
     given = batch()
     before, after, window, images = one_step(SPEC, accumulate=accumulate)

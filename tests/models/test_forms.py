@@ -164,7 +164,9 @@ def traced(name, form, precision):
     return jax.jit(platform.traced_for(form, jax.grad(lambda params: jnp.sum(logits(params))))).trace(params)
 
 
-@pytest.mark.parametrize("name", sorted(BACKBONES))
+@pytest.mark.parametrize(
+    "name", ["cnn", "resnet_cifar", "vit", *thorough(*sorted({*BACKBONES} - {"cnn", "resnet_cifar", "vit"}))]
+)
 def test_programs_for_accelerators_hold_nothing_of_the_cpu(name):
     """No barrier and no primitive of its own; they can be lowered here. bfloat16 lies between the layers."""
     program = traced(name, "gpu", "bfloat16")
@@ -181,7 +183,7 @@ def lowered(program, platform):
         return program.lower(lowering_platforms=(platform,))
 
 
-@pytest.mark.parametrize("name", ["vit", "mixer", "cnn", "resnet_cifar"])
+@pytest.mark.parametrize("name", ["vit", "cnn", *thorough("mixer", "resnet_cifar")])
 def test_products_are_in_bfloat16_on_every_accelerator(name):
     """Those of the head's gradients apart, none has an operand of float32, on GPU as on TPU."""
 
