@@ -134,12 +134,15 @@ class Record:
     @cached_property
     def digests(self) -> list[dict[str, Any]]:
         """The lines of digests.jsonl, see `run.digests`; none for a run of a version that wrote none."""
-        return writers.parse_records(self.files.get("digests.jsonl", b""), f"digests.jsonl of {self.path}")
+        return self._records("digests.jsonl")
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl."""
-        return writers.parse_records(self.files.get("metrics.jsonl", b""), f"metrics.jsonl of {self.path}")
+        return self._records("metrics.jsonl")
+
+    def _records(self, name: str) -> list[dict[str, Any]]:
+        return writers.parse_records(self.files.get(name, b""), f"{name} of {self.path}", strict=True)
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
@@ -193,7 +196,8 @@ class Record:
         return found
 
     def pack(self, file: Path) -> None:
-        """Writes the bundle of a work directory. Raises UserError if it cannot be written."""
+        """Writes the bundle of a work directory. Raises UserError if it cannot be written or a record is damaged."""
+        _ = self.digests, self.metrics
         bundle.write(file, {**self.files, "requirements.txt": self._requirements().encode()})
 
     def _requirements(self) -> str:

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _MOST_LINES = 1_000_000  # of a file of unknown origin
 _MOST_BYTES_OF_A_LINE = 16 << 20
+_BEGIN = b'{"step": '  # of every line that this package writes
 
 
 class Writer(Protocol):
@@ -189,10 +190,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return parse_records(path.read_bytes(), str(path)) if path.is_file() else []
 
 
-def parse_records(content: bytes, where: str) -> list[dict[str, Any]]:
-    """The records, each with its `step`, in the content of the file `where`; damaged lines are left out."""
+def parse_records(content: bytes, where: str, strict: bool = False) -> list[dict[str, Any]]:
+    """The records, each with its `step`, in the content of the file `where`; damaged lines are left out.
+
+    If `strict`, raises UserError for damage that no crash leaves: a crash cuts the last line short, and no other.
+    """
     spec.check_bound(content.count(b"\n"), _MOST_LINES, f"lines in {where}")
-    records, damaged = [], 0
+    records, damaged, torn = [], 0, False
     for line in io.BytesIO(content):
         record = None
         if len(line) <= _MOST_BYTES_OF_A_LINE and not line.isspace():
@@ -202,6 +206,10 @@ def parse_records(content: bytes, where: str) -> list[dict[str, Any]]:
             records.append(record)
         else:
             damaged += 1
+            torn = not line.endswith(b"\n") and line[: len(_BEGIN)] == _BEGIN[: len(line)]
+    if strict and damaged > torn:
+        raise UserError(f"{where} is damaged: {damaged:,} of its {damaged + len(records):,} lines hold no record; "
+                        "restore the file from a copy of the run or from its bundle")  # fmt: skip
     if damaged:
         what = "a line cut short was" if damaged == 1 else f"{damaged:,} damaged lines were"
         log.warning("%s: %s left out", where, what)

@@ -38,6 +38,9 @@ def main(
     directory, which is kept if anything differs. With `bundle` nothing is trained: that file is written. Gives 75 if a
     signal stopped it.
     """
+    if "digests.jsonl" in record.files and not record.digests:  # a line is written before the first step is trained
+        raise UserError(f"digests.jsonl of {record.path} is damaged: it holds no record; restore the file from a copy "
+                        "of the run or from its bundle")  # fmt: skip
     if bundle:
         return _pack(record, bundle)
     end = _end(record, steps)

@@ -187,6 +187,31 @@ def test_a_run_from_before_there_were_digests(reproduce, copy):
     assert "The run was made before digests were recorded" in out
 
 
+@pytest.mark.parametrize(("name", "content", "says"), [
+    ("digests.jsonl", b"garbage\n" * 7, "7 of its 7 lines hold no record"),
+    ("digests.jsonl", b"\x00garbage", "1 of its 1 lines hold no record"),
+    ("digests.jsonl", b"", "it holds no record"),
+    ("metrics.jsonl", b"garbage\n" * 2, "2 of its 2 lines hold no record"),
+], ids=["digests", "no line break", "empty", "metrics"])  # fmt: skip
+def test_a_record_that_is_damaged(copy, tmp_path, capsys, name, content, says):
+    """`reproduce` took such digests for a run from before there were any, and gave 0. It now trains nothing."""
+    (copy / name).write_bytes(content)
+    for words in ([], [f"--bundle={tmp_path}/damaged.zip"]):
+        assert launch.main(["reproduce", str(copy), f"--output={tmp_path}/again", *words]) == 1
+        assert f"{name} of {copy} is damaged: {says}" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+    assert not (tmp_path / "damaged.zip").exists()
+
+
+def test_a_line_that_a_crash_cut_short(reproduce, copy):
+    """Only the last line may be one."""
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(lines) + lines[-1][:12])
+    assert reproduce(copy, "--steps=1")[0] == 0
+    (copy / "metrics.jsonl").write_text(lines[0][:12] + "\n" + "".join(lines[1:]))
+    assert launch.main(["reproduce", str(copy)]) == 1
+
+
 def test_a_bundle(reproduce, trained, tmp_path, capsys):
     """It takes the place of the work directory. The same run gives the same bytes."""
     for name in ("a.zip", "b.zip"):
