@@ -53,6 +53,9 @@ def folder(
                         "folder (gcsfuse, mountpoint-s3), or use arrays(…) or a TFDS data set there")  # fmt: skip
     if not root.is_dir():
         raise UserError(f"folder: there is no directory {str(root)!r} (working directory: {Path.cwd()})")
+    if (absolute := root.resolve()) == absolute.parent:
+        raise UserError(f"folder: {path!r} is the root of a file system, and listing it would read every file name on "
+                        "the disk; name the folder that holds the class folders")  # fmt: skip
     split_roots = {name: root / name for name in split_folders(root)} or {"train": root}
     # The classes of every split are those of the union, so that labels agree between splits.
     class_names = tuple(sorted({utf8(d.name) for split in split_roots.values() for d in class_folders(split)}))
@@ -121,8 +124,17 @@ def _scan(root: Path, class_names: tuple[str, ...]) -> tuple[FileSource, Found]:
     """The images of a split's folder, before any is opened, and all that was found beside them."""
     whole = Found()
     folders = class_folders(root)
-    with terminal.busy(f"listing {root}"), concurrent.futures.ThreadPoolExecutor(LISTING) as pool:
-        results = list(pool.map(image_files.find, folders))
+    found_in = [Found() for _ in folders]
+
+    def progress() -> str:
+        return f"listing images in {str(root)!r}: {sum(found.count() for found in found_in):,} files so far"
+
+    with (
+        terminal.busy(f"listing {root}"),
+        terminal.log_progress(progress),
+        concurrent.futures.ThreadPoolExecutor(LISTING) as pool,
+    ):
+        results = list(pool.map(image_files.find, folders, found_in))
     for class_folder, found in zip(folders, results, strict=True):
         if not found.images and not found.lost:
             raise UserError(f"folder: the class folder {class_folder} holds no images; add some or remove it")

@@ -33,10 +33,17 @@ class Found:
     lost: dict[str, str] = field(default_factory=dict)  # names of images that are links to nowhere → the reason
     strays: Counter[str] = field(default_factory=Counter)  # kind of a file that is no image → how many
 
+    def count(self) -> int:
+        """How many files have been found so far."""
+        return len(self.images) + len(self.lost) + sum(list(self.strays.values()))
 
-def find(folder: Path | str) -> Found:
-    """The image files in `folder` and in the folders in it, and how many others there are. See `walk`."""
-    found = Found()
+
+def find(folder: Path | str, found: Found | None = None) -> Found:
+    """The image files in `folder` and in the folders in it, and how many others there are. See `walk`.
+
+    With `found` they are added to it, so that another thread can count them meanwhile.
+    """
+    found = Found() if found is None else found
     for name, stamp in walk(folder, found.strays):
         if isinstance(stamp, str):
             found.lost[name] = stamp

@@ -6,8 +6,9 @@ import functools
 import itertools
 import logging
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import progress
@@ -19,6 +20,10 @@ from rich.table import Table
 
 from imgclf_jax.core import named_warnings, processes
 from imgclf_jax.core.text import printable
+
+log = logging.getLogger(__name__)
+
+_FIRST_SECONDS, _NEXT_SECONDS = 5.0, 10.0  # of `log_progress`
 
 
 @functools.cache
@@ -35,6 +40,26 @@ def shows_progress() -> bool:
 def busy(what: str) -> contextlib.AbstractContextManager[Any]:
     """Shows a spinner on a terminal while inside."""
     return console().status(escape(printable(what))) if shows_progress() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def log_progress(describe: Callable[[], str]) -> Iterator[None]:
+    """Inside, logs what `describe` gives after 5 s, and then every 10 s. It is called in another thread."""
+    ended = threading.Event()
+
+    def report() -> None:
+        seconds = _FIRST_SECONDS
+        while not ended.wait(seconds):
+            log.info("%s", describe())
+            seconds = _NEXT_SECONDS
+
+    thread = threading.Thread(target=report, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def track[T](items: Iterable[T], total: int, what: str) -> Iterable[T]:

@@ -1,6 +1,7 @@
 """The user's own images: layouts, order, and a broken file named at the start instead of at step 40,000."""
 
 import os
+import time
 from collections import Counter
 
 import numpy as np
@@ -9,8 +10,9 @@ from PIL import Image
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import folder as folder_module
-from imgclf_jax.data import image_check
+from imgclf_jax.data import image_check, image_files
 from imgclf_jax.data.folder import folder
+from imgclf_jax.run import terminal
 
 
 def write(path, value=0, size=(8, 6)):
@@ -207,6 +209,33 @@ def test_an_empty_class_folder_is_named(flat):
     (flat / "fox" / ".keep").write_text("")
     with pytest.raises(UserError, match="fox holds no images; add some or remove it"):
         folder(str(flat))
+
+
+@pytest.mark.parametrize("path", ["/", "/../.", "link"])
+def test_the_root_of_a_file_system_is_refused(tmp_path, monkeypatch, path):
+    """The config of a bundle named it, and `reproduce` listed the whole disk."""
+    (tmp_path / "link").symlink_to("/")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(image_files, "walk", lambda *_: pytest.fail("the disk is listed"))
+    with pytest.raises(UserError, match="is the root of a file system"):
+        folder(path)
+
+
+def test_a_long_listing_says_how_far_it_is(flat, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(terminal, "_FIRST_SECONDS", 0.01)
+    monkeypatch.setattr(terminal, "_NEXT_SECONDS", 0.01)
+    walk, line = image_files.walk, f"listing images in {str(flat)!r}: 12 files so far"
+
+    def slow(folder, strays):
+        yield from walk(folder, strays)
+        until = time.monotonic() + 10
+        while line not in caplog.messages and time.monotonic() < until:
+            time.sleep(0.005)
+
+    monkeypatch.setattr(image_files, "walk", slow)
+    folder(str(flat))
+    assert line in caplog.messages
 
 
 def test_two_classes_at_least(tmp_path):
