@@ -288,7 +288,7 @@ def test_the_commands_for_clusters_are_valid(monkeypatch, capsys):
     assert job["parallelism"] == job["completions"]
     found.append([word.replace("$(JOB_COMPLETION_INDEX)", "0") for word in command[command.index("launch.py") + 1 :]])
     assert len(found) == 7
-    monkeypatch.setattr(launch, "_dispatch", lambda *parsed: 0)
+    monkeypatch.setattr("imgclf_jax.cli.main._dispatch", lambda *parsed: 0)
     for words in found:
         assert launch.main(words) == 0, words
     script = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)[0]

@@ -87,7 +87,7 @@ def test_nothing_to_evaluate(mistake, whole, tmp_path):
     assert has(mistake("predict", f"--workdir={workdir}"), "name at least one image", "FILE|DIR|GLOB")
     assert has(mistake("predict", "no.png", f"--workdir={workdir}"), "no file or directory 'no.png'")
     (tmp_path / "empty").mkdir()
-    assert has(mistake("predict", tmp_path / "empty", f"--workdir={workdir}"), "empty' holds no images")
+    assert has(mistake("predict", tmp_path / "empty", f"--workdir={workdir}"), "empty' has no images")
     assert snapshot(workdir) == before
 
 

@@ -402,7 +402,7 @@ def test_a_checkpoint_under_another_step(copy, capsys):
 
 
 @pytest.mark.parametrize(("words", "status", "says"), [
-    ([], 2, "reproduce wants WORKDIR|BUNDLE"),
+    ([], 2, "reproduce needs WORKDIR|BUNDLE"),
     (["{run}", "more"], 2, "reproduce takes one WORKDIR|BUNDLE, but got 'more' too"),
     (["{run}", "--steps=0"], 2, "--steps"),
     (["{run}", "--steps=11"], 1, "--steps=11: the run in {run} has recorded 10 steps"),
