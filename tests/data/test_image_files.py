@@ -122,11 +122,11 @@ def test_what_predict_is_told_to_read(flat, tmp_path):
             find_files([str(flat / name)])
     (flat / "notes.txt").write_text("named, so it is tried")
     assert find_files([str(flat / "notes.txt")]) == [flat / "notes.txt"]
-    with pytest.raises(UserError, match="there is no file or directory"):
+    with pytest.raises(UserError, match="no file or directory"):
         find_files([str(flat / "nothing")])
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("")
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match="has no images"):
         find_files([str(tmp_path / "empty")])
 
 
