@@ -1,12 +1,12 @@
-"""Time from the start of a process to its end, accuracy and memory on Fashion-MNIST, beside the Keras example.
+"""Wall time of whole processes, accuracy and memory on Fashion-MNIST, compared with the Keras example.
 
     uv run --group peers benchmarks/accuracy.py [--manual_dir=FOLDER with the four original .gz files]
 
-Each run is a process of its own, imports, compilation and evaluation included: the Keras example (keras_example.py),
-its network and recipe here in float32 and in bfloat16 (configs/fashion_mnist.py), and configs/fashion_mnist_fast.py.
-For each seed they run one after the other, for odd seeds in reverse; a ratio is formed within a seed. The runs share a
-cache folder that is empty at first, and one more run of each config, before the seeds, fills it: that is the cold time.
-TFDS has its data set prepared before anything is measured.
+Each run is a separate process, including imports, compilation and evaluation: the Keras example (keras_example.py), its
+network and recipe here in float32 and in bfloat16 (configs/fashion_mnist.py), and configs/fashion_mnist_fast.py. For
+each seed they run in turn, in reverse order for odd seeds; ratios are taken within a seed. The runs share an initially
+empty cache folder, which one more run of each config fills before the seeds: the cold time. The TFDS data set is
+prepared before any measurement.
 
 Writes accuracy.json and accuracy.png.
 """
@@ -36,10 +36,10 @@ CONFIGS = {
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags; ends the process where they are wrong."""
+    """Parses the flags; exits if they are wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--manual_dir", default="", help="where the original files are, on a machine without a network")
+    parser.add_argument("--manual_dir", default="", help="folder of the original files, for offline machines")
     parser.add_argument("--runs", default=",".join([KERAS, *CONFIGS]), help="comma-separated")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     args = parser.parse_args(argv)
@@ -51,7 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def run(name: str, seed: int, manual_dir: str, cache: str) -> dict[str, float]:
-    """{"seconds", "accuracy", "memory_mb"} of one process."""
+    """Runs one process; returns its {"seconds", "accuracy", "memory_mb"}."""
     with tempfile.TemporaryDirectory() as directory:
         if name == KERAS:
             command = [
@@ -81,7 +81,7 @@ def run(name: str, seed: int, manual_dir: str, cache: str) -> dict[str, float]:
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """The cold runs, then every run with every seed."""
+    """Measures the cold runs, then every run with every seed."""
     results: dict[str, Any] = {"machine": machine(), "began": now(), "argv": sys.argv, "cold": {}, "warm": {}}
 
     def one(name: str, seed: int, cache: str) -> dict[str, float]:
@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as elsewhere:
         if FAST in args.runs:
-            run(FAST, 0, args.manual_dir, elsewhere)  # prepares the data set, where that has not been done
+            run(FAST, 0, args.manual_dir, elsewhere)  # prepares the data set if needed
     with tempfile.TemporaryDirectory() as cache:
         for name in args.runs:
             if name != KERAS:
@@ -103,7 +103,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def report(results: dict[str, Any], console: Console) -> None:
-    """A table of means and of ratios to the Keras example."""
+    """Prints a table of means and ratios to the Keras example."""
     table = Table(title=f"Fashion-MNIST on {results['machine']['cpu']}, {results['machine']['cores']} cores")
     table.add_column("run", no_wrap=True)
     for column in ("accuracy, mean (standard deviation)", "seconds", "cold", "Keras's time to it", "MB at most"):
@@ -125,12 +125,12 @@ def report(results: dict[str, Any], console: Console) -> None:
 
 
 def spread(values: list[float], form: str) -> str:
-    """`median [least, greatest]`."""
+    """Formats `median [min, max]`."""
     return f"{statistics.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
 
 
 def plot(results: dict[str, Any], file: Path) -> None:
-    """Accuracy against time, a point a run."""
+    """Plots accuracy against time, one point per run."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,20 +1,20 @@
-"""What input costs: the stream against a classic per-example tf.data pipeline, and the loop against the bare step.
+"""The cost of the input pipeline: the stream against per-example tf.data, and the loop against the bare train step.
 
     uv run benchmarks/input.py
 
-On random images of 28 by 28 in memory, in batches of 128:
+On random 28×28 images in memory, in batches of 128:
 
-1. `stream`: images a second of one epoch of shuffled uint8 batches, from opening it to its last batch, against the
-   classic pipeline: from_tensor_slices, shuffle, a map to float, batch, prefetch; its map on one thread and on as many
-   as tf.data likes.
-2. `augment`: CPU time an image, over all threads of the process, of an epoch with flips and padded crops. Of this
-   project: the stream, and the device ops jitted on CPU. Of the classic: the ops of tf.image, mapped an example.
-3. `loop`: images a second that `launch.py train` logs (the median over its records) and reaches between its first and
-   last record (by the clock, checkpoints and logging included) against the same compiled program called again and
-   again on one chunk that lies on the device. Also the fraction of time that the loop waited for input.
+1. `stream`: images per second over one epoch of shuffled uint8 batches, from opening the stream to its last batch,
+   against the classic pipeline: from_tensor_slices, shuffle, a map to float, batch, prefetch; with a sequential and
+   with a parallel (AUTOTUNE) map.
+2. `augment`: CPU time per image, over all threads of the process, of an epoch with flips and padded crops: the stream
+   and the augmentation jitted on CPU, against tf.image ops mapped per example.
+3. `loop`: images per second that `launch.py train` logs (median over its records) and reaches between its first and
+   last record (wall time, including checkpoints and logging), against the same compiled program called repeatedly on
+   one chunk on the device. Also the fraction of time that the loop waits for input.
 
-All in alternation, `--rounds` times. Ratios are formed within a round, those of `loop` to the mean of the bare steps
-just before and just after it; the median over the rounds is given, and [least, greatest]. Writes input.json.
+All are interleaved, `--rounds` times. Ratios are taken within a round; those of `loop` are to the mean of the bare
+steps just before and after it. Reports the median over the rounds and [min, max]. Writes input.json.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from report import cell, spread
 from rich.console import Console
 from rich.table import Table
 
-# Of each part: its measurements, each a key of the rounds' records, what to call it, and how to print it.
+# The measurements of each part: key in the records → (label, format).
 ROWS = {
     "stream": {
         "own": ("imgclf_jax stream, images/s", ",.0f"),
@@ -36,18 +36,18 @@ ROWS = {
         "ratio": ("stream to the faster classic", ".2f"),
     },
     "augment": {
-        "own": ("imgclf_jax stream and device ops, CPU µs an image", ".2f"),
-        "classic": ("classic, CPU µs an image", ".2f"),
+        "own": ("imgclf_jax stream and augmentation, CPU µs per image", ".2f"),
+        "classic": ("classic, CPU µs per image", ".2f"),
         "ratio": ("classic to imgclf_jax", ".2f"),
     },
     "loop": {
         "bare": ("bare step, images/s", ",.0f"),
         "logged": ("loop as logged, images/s", ",.0f"),
-        "clock": ("loop by the clock, images/s", ",.0f"),
+        "clock": ("loop by wall time, images/s", ",.0f"),
         "logged_to_bare": ("as logged to bare", ".3f"),
-        "clock_to_bare": ("by the clock to bare", ".3f"),
+        "clock_to_bare": ("by wall time to bare", ".3f"),
         "input_wait": ("fraction of time waiting for input, median of a run", ".4f"),
-        "input_wait_max": ("the same, greatest of a run", ".4f"),
+        "input_wait_max": ("the same, maximum of a run", ".4f"),
     },
 }
 
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     args.parts = args.parts.split(",")
     if wrong := [part for part in args.parts if part not in ROWS]:
-        parser.error(f"unknown part {wrong[0]!r}; there are {', '.join(ROWS)}")
+        parser.error(f"unknown part {wrong[0]!r}; allowed are {', '.join(ROWS)}")
     args.out.mkdir(parents=True, exist_ok=True)
 
     sys.path.insert(0, str(Path(__file__).parents[1]))

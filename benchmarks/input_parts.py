@@ -1,4 +1,4 @@
-"""The measurements of input.py, each a function that gives one record a round."""
+"""The measurements of input.py, each a function that returns one record per round."""
 
 import contextlib
 import functools
@@ -33,7 +33,7 @@ _OPS = f"flip_lr|pad_crop({_PAD})|normalize"
 
 
 def about() -> dict[str, Any]:
-    """Machine, date and versions."""
+    """The machine, date and package versions."""
     packages = ("imgclf_jax", "jax", "jaxlib", "tensorflow-cpu", "tensorflow", "numpy")
     return {"date": now(), "machine": machine(), "versions": versions(packages)}
 
@@ -67,7 +67,7 @@ def _augmented(image: Any, label: Any) -> tuple[Any, Any]:
 
 
 def stream_rounds(rounds: int, count: int) -> list[dict[str, float]]:
-    """Images a second of an epoch of the stream and of the classic pipelines."""
+    """Images per second over an epoch of the stream and of the classic pipelines."""
     images = _open(count)
     plain, parallel = (_classic(count, _scaled, calls) for calls in (None, tf.data.AUTOTUNE))
 
@@ -75,7 +75,7 @@ def stream_rounds(rounds: int, count: int) -> list[dict[str, float]]:
         time.sleep(0.3)
         began = time.perf_counter()
         for _ in epoch():
-            last = time.perf_counter()  # ending an iterator may take tf.data seconds, which do not count
+            last = time.perf_counter()  # excludes closing the iterator, which can take tf.data seconds
         return count // _BATCH * _BATCH / (last - began)
 
     def measure(seed: int) -> dict[str, float]:
@@ -91,7 +91,7 @@ def stream_rounds(rounds: int, count: int) -> list[dict[str, float]]:
 
 
 def augment_rounds(rounds: int, count: int) -> list[dict[str, float]]:
-    """CPU time, in microseconds an image, of an epoch with flips and padded crops."""
+    """CPU time in µs per image over an epoch with flips and padded crops."""
     images = _open(count)
     ops = augment.build(_OPS, train=True)
     cpu = jax.devices("cpu")[0]
@@ -127,7 +127,7 @@ def augment_rounds(rounds: int, count: int) -> list[dict[str, float]]:
 
 
 def loop_rounds(rounds: int, count: int, epochs: int, seconds: float) -> list[dict[str, float]]:
-    """Images a second of `launch.py train` and of its compiled program alone."""
+    """Images per second of `launch.py train` and of its compiled program alone."""
     images, labels = examples(_NETWORK, count)
     with tempfile.TemporaryDirectory() as directory:
         source = own.write_arrays(
@@ -171,7 +171,7 @@ def _train(workdir: Workdir, source: str, epochs: int) -> None:
 
 
 def _bare(workdir: Workdir, images: np.ndarray, labels: np.ndarray) -> Callable[[float], float]:
-    """The compiled program of the run in `workdir`, on one chunk of its stream: seconds → images a second."""
+    """Returns a measurement, seconds → images per second, of the run's compiled program on one chunk of its stream."""
     config = workdir.load_config()
     opened = own.open_images(config, images, labels)
     programs = own.assemble(config, opened)
@@ -189,7 +189,7 @@ def _bare(workdir: Workdir, images: np.ndarray, labels: np.ndarray) -> Callable[
 
 
 def _logged(workdir: Workdir) -> dict[str, float]:
-    """What a run's records say: its rate as logged and by the clock, and its wait for input."""
+    """A run's rate as logged and by wall time, and its wait for input, from its records."""
     lines = [json.loads(line) for line in (workdir.path / "metrics.jsonl").read_text().splitlines()]
     records = [line for line in lines if "train/images_per_second" in line]
     waits = [record["train/input_wait"] for record in records]

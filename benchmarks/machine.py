@@ -1,4 +1,4 @@
-"""What numbers were measured on, and when."""
+"""The machine and time of a measurement."""
 
 import contextlib
 import datetime
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores that this process may use, system and Python."""
+    """The processor, the cores available to this process, the system and the Python version."""
     model = platform.processor()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -19,5 +19,5 @@ def machine() -> dict[str, Any]:
 
 
 def now() -> str:
-    """The time, with its zone."""
+    """The local time with its time zone, ISO 8601."""
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")

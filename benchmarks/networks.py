@@ -1,7 +1,7 @@
-"""The networks that are measured, each under one name: for every framework a builder, and the count of its FLOPs.
+"""The benchmarked networks by name, with a builder for each framework and a FLOP count.
 
 A new network is one entry in NETWORKS. Builders import their framework when called, so that the orchestrator, which
-reads the FLOP counts, imports none.
+only reads FLOP counts, imports none.
 """
 
 from collections.abc import Callable
@@ -13,45 +13,42 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Network:
-    """One architecture as each framework writes it; `model` is this project's spec of it.
-
-    A framework without a builder is not measured on it.
-    """
+    """One architecture in each framework; `model` is its spec here. Frameworks without a builder are skipped."""
 
     image_shape: tuple[int, int, int]  # (h, w, c)
     classes: int
     model: str
-    layer_flops: tuple[int, ...]  # of one image's forward pass, first layer first; a multiply-add is two
+    layer_flops: tuple[int, ...]  # of one image's forward pass, first layer first; a multiply-add counts as two
     torch: Callable[[], Any]  # images f32[b, c, h, w] → logits
-    steps_per_call: int = 10  # of this project's training; 0: as many as a run chooses
+    steps_per_call: int = 10  # of this project's training; 0: the default of a run
     keras: Callable[[], Any] | None = None  # images f32[b, h, w, c] → logits, not compiled
     linen: Callable[[], Any] | None = None  # images f32[b, h, w, c] → logits
 
     @property
     def inference_flops(self) -> int:
-        """Of the matrix products and convolutions of one image's forward pass."""
+        """FLOPs of the matmuls and convolutions in one image's forward pass."""
         return sum(self.layer_flops)
 
     @property
     def training_flops(self) -> int:
-        """Of one image's forward pass, weight gradients and input gradients; nobody needs the first layer's input's."""
+        """FLOPs of one image's forward and backward pass, without the gradient of the image."""
         return 3 * sum(self.layer_flops) - self.layer_flops[0]
 
 
 def examples(network: Network, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The random images uint8[count, h, w, c] and labels i32[count] that every variant is measured on."""
+    """Random images uint8[count, h, w, c] and labels i32[count], the same for every variant."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, *network.image_shape), np.uint8)
     return images, rng.integers(0, network.classes, count, np.int32)
 
 
 def conv_flops(height: int, width: int, kernel: int, channels: int, features: int) -> int:
-    """Of a convolution whose output is [height, width, features]."""
+    """FLOPs of a convolution with the output [height, width, features]."""
     return 2 * height * width * kernel**2 * channels * features
 
 
 def dense_flops(inputs: int, features: int) -> int:
-    """Of a dense layer."""
+    """FLOPs of a dense layer."""
     return 2 * inputs * features
 
 

@@ -1,9 +1,9 @@
-"""Each operation of the tutorial's network's training step on this machine, beside the limit of its matrix products.
+"""Times each operation of the tutorial network's train step against the matmul peak of this machine.
 
     uv run benchmarks/operations.py [--batch_size=128] [--precisions=float32,bfloat16]
 
-Each is timed alone in a loop on the device, as the training step runs in one; the limit is its FLOPs at the rate of a
-large square product measured in the same round. The median over the rounds is printed. Writes operations.json.
+Each operation runs alone in a loop on the device, as the train step does. Its limit is its FLOPs at the rate of a large
+square matmul measured in the same round. Prints the median over the rounds. Writes operations.json.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from rich.table import Table
 
 from imgclf_jax.models.cpu import matmuls, pool
 
-_LOOP = 20  # calls in one call of the compiled program
-Operation = tuple[str, int, Callable[..., Any], tuple[Any, ...]]  # name, FLOPs an image, function, its arguments
+_LOOP = 20  # iterations per call of the compiled program
+Operation = tuple[str, int, Callable[..., Any], tuple[Any, ...]]  # name, FLOPs per image, function, its arguments
 
 
 def looped(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` called _LOOP times in a loop on the device, each time on arguments of its own."""
+    """Returns a program that calls `function` _LOOP times in a loop on the device, each time on other arguments."""
 
     def run(many: Any) -> Any:
         first = jax.tree.map(lambda x: x[0], many)
@@ -46,14 +46,14 @@ def looped(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def operations(b: int, dtype: Any) -> list[Operation]:
-    """Those of the two blocks and of the first dense layer, on images whose channels come first, [c, h, w, b]."""
+    """The operations of the two blocks and the first dense layer, on channel-first images [c, h, w, b]."""
     keys = iter(jax.random.split(jax.random.key(0), 99))
 
     def normal(*shape: int, kind: Any = jnp.float32) -> jax.Array:
         return jax.random.normal(next(keys), (_LOOP, *shape)).astype(kind)
 
     def gradients(function: Any, wanted: tuple[int, ...]) -> Any:
-        """(…inputs, gradient of the output) → the gradients of the inputs that are `wanted`."""
+        """(…inputs, gradient of the output) → the gradients of the inputs in `wanted`."""
 
         def run(*args: Any) -> Any:
             grads = jax.vjp(function, *args[:-1])[1](args[-1])
@@ -82,7 +82,7 @@ def operations(b: int, dtype: Any) -> list[Operation]:
         ("block 0: these and their gradients", 2 * flops0, gradients(block0, (1, 2)), (images, kernel0, bias0, x)),
         ("block 1: convolution", flops1, conv, (x, kernel1)),
         (
-            "block 1: its gradients, patches anew",
+            "block 1: its gradients, with im2col again",
             2 * flops1,
             gradients(conv, (0, 1)),
             (x, kernel1, normal(64, 10, 10, b)),
@@ -95,7 +95,7 @@ def operations(b: int, dtype: Any) -> list[Operation]:
 
 
 def seconds(function: Any, args: Any, least: float = 0.15) -> float:
-    """Of one of the calls that `looped` makes."""
+    """Seconds per iteration of a `looped` program."""
     calls, began = 0, time.perf_counter()
     while not calls or time.perf_counter() - began < least:
         jax.block_until_ready(function(args))
@@ -127,9 +127,9 @@ def main() -> None:
             for name, _, program, inputs in programs:
                 times[name].append(seconds(program, inputs) / args.batch_size)
         peak = statistics.median(peaks)
-        table = Table(title=f"{precision}, batch {args.batch_size}, products at {peak / 1e9:.0f} GFLOP/s at most")
+        table = Table(title=f"{precision}, batch {args.batch_size}, matmul peak {peak / 1e9:.0f} GFLOP/s")
         table.add_column("operation", no_wrap=True)
-        for column in ("µs an image", "limit", "limit / time"):
+        for column in ("µs per image", "limit", "limit / time"):
             table.add_column(column, justify="right")
         rows = []
         for name, flops, *_ in programs:

@@ -1,4 +1,4 @@
-"""This project as its training loop runs it: the stream, the copy, and the compiled program of several steps."""
+"""This project as its training loop runs it: the stream, the copy to the device, and the compiled program."""
 
 import collections
 import itertools
@@ -23,8 +23,8 @@ from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 
 _STEPS = 1_000_000  # more than any measurement runs
-_READ_AHEAD = 6  # chunks that the stream may have ready
-_BLOCK = 16  # batches in a call of inference, as evaluation runs several in one
+_READ_AHEAD = 6  # chunks that the stream may have prefetched
+_BLOCK = 16  # batches per call of inference, as in evaluation
 
 
 def device() -> str:
@@ -33,7 +33,7 @@ def device() -> str:
 
 
 def open_variant(network: Network, placement: str, precision: str) -> Prepare:
-    """This project with the images on the host or kept on the device."""
+    """This project with the images on the host or resident on the device."""
     if placement == "host":
         tensorflow_import.tensorflow().result()  # else the first batches are read without it, when they are asked for
 
@@ -63,13 +63,13 @@ def configure(network: Network, batch_size: int) -> ConfigDict:
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> str:
-    """Writes an .npz; gives the source spec that reads it."""
+    """Writes an .npz file and returns the source spec that reads it."""
     np.savez(path, **arrays)
     return f"arrays({str(path)!r})"
 
 
 def open_images(config: ConfigDict, images: np.ndarray, labels: np.ndarray) -> stream.Images:
-    """The examples through an `arrays` source, all decoded, as they are after a run's first epoch."""
+    """Opens the examples as an `arrays` source, all decoded, as after a run's first epoch."""
     with tempfile.TemporaryDirectory() as directory:
         config.data.source = write_arrays(Path(directory) / "random.npz", x_train=images, y_train=labels)
         source = sources.open_splits(config.data.source)["train"]
@@ -80,38 +80,38 @@ def open_images(config: ConfigDict, images: np.ndarray, labels: np.ndarray) -> s
 
 
 def assemble(config: ConfigDict, images: stream.Images) -> Programs:
-    """The programs on all devices, as `train.main` makes it."""
+    """The programs on all devices, as `train.main` builds them."""
     configs.validate(config)
     data = DataInfo(len(images), images.shape, tuple(images.source.class_names), "benchmark")
     return Programs(Recipe(config, data))
 
 
 def start(programs: Programs) -> tuple[Any, Any]:
-    """(state, window) of step 0."""
+    """Returns (state, sums) at step 0."""
     run = programs.init()
     return run["state"], run["sums"]
 
 
 def open_chunks(programs: Programs, images: stream.Images) -> Any:
-    """The stream of chunks, each of the most steps that one call takes."""
+    """The stream of chunks of `steps_per_call` steps each."""
     size = programs.steps_per_call
     ranges = (range(first, first + size) for first in itertools.count(0, size))
     return (chunk for _, chunk in programs.chunks(images, ranges))
 
 
 def run_calls(programs: Programs, state: Any, chunks: Any, seconds: float) -> tuple[Any, int, float]:
-    """Trains on `chunks` for about so many seconds, as train.main's loop does: (state, images done, seconds taken)."""
+    """Trains on `chunks` for about `seconds`, like the loop of train.main: (state, images, seconds taken)."""
     size = programs.steps_per_call
-    window = programs.zero_sums()
+    sums = programs.zero_sums()
     in_flight: collections.deque[Any] = collections.deque()
     calls, began = 0, time.perf_counter()
     while not calls or time.perf_counter() - began < seconds:
-        state, window = programs.train(state, window, next(chunks), np.int32(size))
-        in_flight.append(window["steps"])
+        state, sums = programs.train(state, sums, next(chunks), np.int32(size))
+        in_flight.append(sums["steps"])
         if len(in_flight) > 2:
             in_flight.popleft().block_until_ready()
         calls += 1
-    jax.block_until_ready((state, window))
+    jax.block_until_ready((state, sums))
     return state, calls * size * programs.recipe.config.batch_size, time.perf_counter() - began
 
 
@@ -124,7 +124,7 @@ def _training(programs: Programs, images: stream.Images) -> Measure:
     def measure(seconds: float) -> tuple[float, float]:
         nonlocal state
         if programs.recipe.config.data.placement == "host":
-            for _ in range(_READ_AHEAD):  # what was read ahead while others were measured does not count
+            for _ in range(_READ_AHEAD):  # drop chunks prefetched while other variants were measured
                 next(chunks)
         state, done, elapsed = run_calls(programs, state, chunks, seconds)
         return done, elapsed
@@ -135,16 +135,16 @@ def _training(programs: Programs, images: stream.Images) -> Measure:
 def _inference(programs: Programs, images: np.ndarray) -> Measure:
     mesh, batch_size = programs.mesh, programs.eval_batch_size
     predict = step.make_inference("predict", programs.recipe.model, programs.recipe.augment(train=False))
-    whole, split = sharding.replicated(mesh), sharding.sharded(mesh)
+    replicated, sharded = sharding.replicated(mesh), sharding.sharded(mesh)
 
     @jax.jit
     def classes(params: Any, model_state: Any, batches: jax.Array) -> jax.Array:
         def one(images: jax.Array) -> jax.Array:
-            images = jax.lax.with_sharding_constraint(images, split)
+            images = jax.lax.with_sharding_constraint(images, sharded)
             with programs.tracing():
                 return jnp.argmax(predict(params, model_state, images), -1)
 
-        return jax.lax.with_sharding_constraint(jax.lax.map(one, batches), whole)  # [_BLOCK, b]
+        return jax.lax.with_sharding_constraint(jax.lax.map(one, batches), replicated)  # [_BLOCK, b]
 
     state, _ = start(programs)
     usable = len(images) // (_BLOCK * batch_size) * _BLOCK * batch_size

@@ -1,4 +1,4 @@
-"""The matrix-product peak of the machine, as JAX reaches it: a large square product in either precision."""
+"""The matmul peak of the machine in JAX: a large square matmul in each precision."""
 
 import time
 
@@ -15,7 +15,7 @@ def device() -> str:
 
 
 def open_variant(network: Network) -> Prepare:
-    """The product, whatever the network; `mode` is the precision."""
+    """The matmul, the same for every network; `mode` is the precision."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
 
     def prepare(examples: tuple[np.ndarray, np.ndarray], mode: str, batch_size: int) -> Measure:

@@ -1,10 +1,10 @@
-"""Every recipe of configs/ on chips that need not be here, by `launch.py dryrun`, as a table.
+"""A table of every recipe in configs/, compiled ahead of time for absent chips by `launch.py dryrun`.
 
     uv run --isolated --extra tpu benchmarks/recipes.py --chips=v5e:2x4
     uv run --isolated --extra cuda-compiler benchmarks/recipes.py --chips=h100:8
 
-No data are needed: their numbers stand below. Writes the dry runs' JSON and recipes-CHIPS.md. What was compiled before
-is taken from its JSON; remove that to compile anew.
+Needs no data: DATA holds the sizes of the data sets. Writes the dry runs' JSON and recipes-CHIPS.md. Existing JSON is
+reused; remove it to compile again.
 """
 
 import argparse
@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-# Images a class and in all after the host ops, of data that no package brings: shape, classes, training examples. Of
-# `folder`, which is anyone's photos, 1,000 images of each of ten classes.
+# Shape after preprocessing, classes, training examples. For `folder`, ten classes of 1,000 photos each are assumed.
 DATA = {
     "cifar10_airbench": ("32,32,3", 10, 50_000),
     "cifar10_resnet20": ("32,32,3", 10, 50_000),
@@ -36,7 +35,7 @@ DATA = {
 
 
 def dry_run(recipe: str, chips: str, out: Path) -> dict[str, Any]:
-    """The dry run's findings."""
+    """Runs or reuses the dry run of one recipe and returns its JSON."""
     folder = out / recipe
     file = folder / f"dryrun-{chips.replace(':', '-')}.json"
     if not file.is_file():
@@ -53,7 +52,7 @@ def dry_run(recipe: str, chips: str, out: Path) -> dict[str, Any]:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """Formats the rows as a Markdown table."""
     heads = ("recipe", "chips", "batch", "memory of a chip", "bound by", "images/s", "the run", "chip-hours")
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for recipe, found in rows.items():

@@ -1,19 +1,20 @@
-"""CIFAR-10 with ResNet-20 as in section 4.2 of He et al. 2015 (arXiv:1512.03385), who report 91.25 %.
+"""CIFAR-10 with ResNet-20, section 4.2 of He et al. 2015 (arXiv:1512.03385), who report 91.25 %.
 
     uv run launch.py --config configs/cifar10_resnet20.py --workdir DIR
 
-Stochastic gradients with momentum 0.9 and weight decay 1e-4, batches of 128, a rate of 0.1 divided by ten at 32,000 and
-48,000 of 64,000 steps; crops from images padded by 4, and flips.
+SGD with momentum 0.9 and weight decay 1e-4, batches of 128, a learning rate of 0.1 divided by 10 at 32,000 and 48,000
+of 64,000 steps; crops from images padded by 4 pixels, and flips.
 
-What differs, by `docs/recipes.md`: means and deviations are ImageNet's, as for the public PyTorch weights of these
-networks, and not the mean of each pixel; batch norm sees 128 images at a time, where each of two GPUs saw 64. The
-weights of akamaster/pytorch_resnet_cifar10 (stated accuracy 91.73 %) are evaluated by
+Differences from the paper (`docs/recipes.md`): images are normalized by ImageNet's mean and standard deviation, as for
+the public PyTorch weights of these networks, instead of the mean of each pixel; BatchNorm statistics cover 128 images,
+where each of two GPUs saw 64. This command evaluates the weights of akamaster/pytorch_resnet_cifar10 (stated accuracy
+91.73 %) to 0.9173 on the 10,000 test images:
 
     uv run launch.py evaluate --config configs/cifar10_resnet20.py --config.init_from=resnet20-12fca82f.th
 
-which gives 0.9173 on the 10,000 test images. Training with this recipe here has not been measured.
+Training with this recipe has not been measured.
 
-Images in folders of classes, `DIR/train/CLASS/…` and `DIR/test/CLASS/…`, by `--config.data.source="folder('DIR')"`.
+For images in folders `DIR/train/CLASS/…` and `DIR/test/CLASS/…`, add `--config.data.source="folder('DIR')"`.
 """
 
 from imgclf_jax.config import ConfigDict, default_config

@@ -1,13 +1,13 @@
-"""Who is it? Few pictures of each of many people: ORL, 40 people with 10 pictures each (Samaria and Harter 1994).
+"""Face recognition from few images per person: ORL, 40 people with 10 images each (Samaria and Harter 1994).
 
     uv run launch.py --config configs/faces.py:DIR --workdir RUN
 
-Accuracy on the 200 pictures left, for draws 0 to 4 of the pictures trained on: 1.000, 0.995, 0.990, 0.990, 0.985 (mean
-0.992), where Lawrence et al. 1997, with five pictures a person too, report 0.962 over several draws; 2 to 3 minutes a
-run on two cores of an Intel Xeon (Sapphire Rapids) that other work shared.
+Training uses five images of each person, the test the other 200. Test accuracy for draws 0 to 4 of the training images:
+1.000, 0.995, 0.990, 0.990, 0.985 (mean 0.992); Lawrence et al. 1997 report 0.962 with five images per person. A run
+took 2 to 3 minutes on two busy cores of an Intel Xeon (Sapphire Rapids).
 
-DIR holds `PERSON/…`, in `s1/1.pgm` to `s40/10.pgm`. Five pictures of each person are trained on, the other five are
-tested; `--config.data.source="folder('DIR', train_per_class=5, draw=1)"` draws others.
+DIR holds `PERSON/…`, here `s1/1.pgm` to `s40/10.pgm`. For another draw of the training images, add
+`--config.data.source="folder('DIR', train_per_class=5, draw=1)"`.
 """
 
 from imgclf_jax.config import ConfigDict, default_config

@@ -1,18 +1,17 @@
-"""Fashion-MNIST with the network and hyper-parameters of a Keras example: Adam 1e-3, batch 32, 5 epochs.
+"""Fashion-MNIST with the network and hyperparameters of a Keras example: Adam at 1e-3, batches of 32, 5 epochs.
 
 The example is `benchmarks/peers/keras_example.py`; `docs/recipes.md` compares both.
 
     uv run launch.py train --config configs/fashion_mnist.py --workdir DIR --config.seed=0
 
-Without a network add `--config.data.manual_dir=FOLDER`, FOLDER holding the four original .gz files.
+Offline, add `--config.data.manual_dir=FOLDER` with the four original .gz files in FOLDER.
 
     seed           0       1       2       3       4     mean
     test accuracy  0.9034  0.9042  0.8979  0.9040  0.9097  0.9038
     in bfloat16    0.9031  0.9033  0.8997  0.9037  0.9097  0.9039
 
-36 to 42 s a run on two cores of an Intel Xeon (Sapphire Rapids), without an accelerator; in bfloat16
-(`--config.precision=bfloat16`) 27 to 29.
-`benchmarks/accuracy.py` makes these numbers again.
+A run takes 36 to 42 s on two cores of an Intel Xeon (Sapphire Rapids), 27 to 29 s in bfloat16
+(`--config.precision=bfloat16`). `benchmarks/accuracy.py` reproduces these numbers.
 """
 
 from imgclf_jax.config import ConfigDict, default_config

@@ -1,10 +1,10 @@
-"""Your own images: a folder with one sub-folder a class.
+"""Your own images: a folder with one subfolder per class.
 
     uv run launch.py --config configs/folder.py:PATH --workdir runs/mine
 
 PATH holds `cat/1.jpg`, `dog/2.png`, …; a tenth of the images, chosen by a hash of their names, is held out as `test`.
-Where PATH holds `train/` and `val/` or `test/` (or both), these are used as they are: the best checkpoint is that by
-`val` where there is one, and by `test` else.
+If PATH holds `train/` with `val/` or `test/` or both, these splits are used instead, and the best checkpoint is chosen
+on `val` if there is one, else on `test`.
 """
 
 from imgclf_jax.config import ConfigDict, default_config, split_folders

@@ -1,19 +1,19 @@
-"""ImageNet with ResNet-50 in 90 epochs: Goyal et al. 2017 (arXiv:1706.02677), who report 76.3 to 76.4 %.
+"""ImageNet with ResNet-50 in 90 epochs, as in Goyal et al. 2017 (arXiv:1706.02677), who report 76.3 to 76.4 %.
 
     uv run launch.py --config configs/imagenet_resnet50.py --workdir DIR
 
-Batches of 256 at a rate of 0.1, divided by ten after 30, 60 and 80 epochs. For batches of 256 k multiply the rate by k
-and add `warmup='5 epochs'` to the schedule. Nesterov momentum, weight decay on all but batch norm, the last scale of
-each block starting at zero, the head's weights drawn with a deviation of 0.01. Evaluation is of the central 224 of 256
-pixels. 25,557,032 parameters, 4.1 G multiply-adds an image.
+Batches of 256 at a learning rate of 0.1, divided by 10 after 30, 60 and 80 epochs; for batches of 256 k, multiply the
+learning rate by k and add `warmup='5 epochs'` to the schedule. Nesterov momentum, no weight decay on BatchNorm, zero
+initial scale at the end of each block, a head initialized with standard deviation 0.01. Evaluation is on the central
+224 of 256 pixels. 25,557,032 parameters, 4.1 G multiply-adds per image.
 
-What differs, by `docs/recipes.md`: products are in bfloat16, a warmup begins near 0 (there at 0.1), crops and sizes are
-torchvision's, to the pixel in evaluation. Batch norm sees 32 images at a time, as there each GPU does, on any number of
-devices. The paper's figure is the median of the last five epochs.
+Differences from the paper (`docs/recipes.md`): matmuls are in bfloat16, a warmup starts near 0 (there at 0.1), crops
+and sizes are torchvision's, to the pixel in evaluation. BatchNorm statistics cover 32 images, as on each GPU there, on
+any number of devices. The paper reports the median of the last five epochs.
 
-Not trained here: tests hold its parameters, multiply-adds and schedule, and slow ones compile it at full size and train
-two steps on made-up images. TFDS prepares `imagenet2012` from the archives that one downloads by hand,
-`--config.data.manual_dir=FOLDER`; images in folders of classes serve too,
+This recipe has not been trained here. Tests check its parameters, multiply-adds and schedule; slow tests compile it at
+full size and train two steps on synthetic images. TFDS prepares `imagenet2012` from manually downloaded archives in
+`--config.data.manual_dir=FOLDER`. For images in folders of classes, add
 `--config.data.source="folder('DIR')" --config.data.eval.test=val`.
 """
 
@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     config.model = "resnet(depth=50, head_init='normal(0.01)')"
     config.batch_norm = "groups(32)"
     config.optimizer = "add_decayed_weights(1e-4)|sgd(momentum=0.9, nesterov=True)"
-    config.rules.decay = "backbone/.*(bias|scale)=0"  # all of batch norm; the head's bias decays
+    config.rules.decay = "backbone/.*(bias|scale)=0"  # all of BatchNorm; the head's bias decays
     config.schedule = "step(0.1, at=('30 epochs', '60 epochs', '80 epochs'))"
     config.log_every = "100 steps"
     config.eval_every = "5 epochs"

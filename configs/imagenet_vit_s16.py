@@ -1,18 +1,18 @@
-"""ImageNet with ViT-S/16 in 90 epochs: Beyer et al. 2022 (arXiv:2205.01580), who report 76.5 %.
+"""ImageNet with ViT-S/16 in 90 epochs, as in Beyer et al. 2022 (arXiv:2205.01580), who report 76.5 %.
 
     uv run launch.py --config configs/imagenet_vit_s16.py --workdir DIR
 
-The recipe is configs/vit_s16_i1k.py of google-research/big_vision, and `docs/recipes.md` compares the two line by line.
-Fixed sine-cosine positions, the mean of the tokens, a tanh layer before a head that begins at zero; batches of 1024;
-crops of at least 5 % of the area, flips, RandAugment of two ops at full strength, mixup 0.2 with one weight a batch;
-gradients clipped to norm 1, Adam at 1e-3, 10,000 steps of warmup and a cosine to zero. The weight decay of 1e-4 a step
-is not multiplied by the rate there: 0.1 here, where it is. 22,122,472 parameters, 4.6 G multiply-adds an image.
+The recipe is configs/vit_s16_i1k.py of google-research/big_vision; `docs/recipes.md` compares the two line by line.
+Fixed sine-cosine positions, mean pooling, a tanh layer before a zero-initialized head; batches of 1024; crops of at
+least 5 % of the area, flips, RandAugment with two ops at full strength, mixup 0.2 with one weight per batch; gradients
+clipped to norm 1, Adam at 1e-3, 10,000 steps of warmup and cosine decay to zero. The weight decay is 0.1, multiplied by
+the learning rate, which equals the original's 1e-4 per step. 22,122,472 parameters, 4.6 G multiply-adds per image.
 
-What differs: GELU is exact (there approximated by tanh), products are in bfloat16, and the first step has a rate of
-1e-7 (there 0). A hundredth of the training images is held out, as there.
+Differences from the original: GELU is exact (there the tanh approximation), matmuls are in bfloat16, and the first step
+has a learning rate of 1e-7 (there 0). One percent of the training images is held out, as there.
 
-Not trained here: tests hold its parameters, multiply-adds, ops and schedule, and slow ones compile it at full size and
-train two steps on made-up images. For TFDS's `imagenet2012` see `imagenet_resnet50.py`.
+This recipe has not been trained here. Tests check its parameters, multiply-adds, ops and schedule; slow tests compile
+it at full size and train two steps on synthetic images. For TFDS's `imagenet2012` see `imagenet_resnet50.py`.
 """
 
 from imgclf_jax.config import ConfigDict, default_config

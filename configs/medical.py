@@ -1,21 +1,20 @@
-"""An unbalanced set of grey medical images: chest X-rays of PneumoniaMNIST (Yang et al. 2023, MedMNIST v2).
+"""Imbalanced grayscale medical images: chest X-rays of PneumoniaMNIST (Yang et al. 2023, MedMNIST v2).
 
     uv run launch.py --config configs/medical.py:DIR --workdir RUN
 
-After 30 epochs, on the 624 test images, beside the paper's ResNet-18 on these 28×28 pixels:
+After 30 epochs on the 624 test images, next to the paper's ResNet-18 at the same 28×28 pixels:
 
     seed                      0       1       2       mean    published
     accuracy                  0.9231  0.9295  0.9359  0.9295  0.854
     area under the ROC curve  0.9864  0.9852  0.9874  0.9863  0.944
     mean recall of a class    0.8991  0.9111  0.9171  0.9091
 
-The checkpoint that is best by `val` has the accuracies 0.9231, 0.9263 and 0.8846, and the areas 0.9814, 0.9858, 0.9842:
-on `val`, 524 images, the epochs at the end hardly differ. Two cores of an AMD EPYC that much other work shared; on two
-cores of an Intel Xeon (Sapphire Rapids) a run took 4 to 5 minutes.
+The best checkpoints on `val` have accuracies of 0.9231, 0.9263 and 0.8846 and areas of 0.9814, 0.9858 and 0.9842: the
+last epochs hardly differ on the 524 images of `val`. These runs used two busy cores of an AMD EPYC; on two cores of an
+Intel Xeon (Sapphire Rapids) a run took 4 to 5 minutes.
 
-DIR holds `train/CLASS/…`, `val/CLASS/…` and `test/CLASS/…`. Each example counts by the weight of its class, so that
-both classes count alike; the checkpoint with the best area under the ROC curve on `val` is kept, and
-`uv run launch.py evaluate --workdir RUN` evaluates it.
+DIR holds `train/CLASS/…`, `val/CLASS/…` and `test/CLASS/…`. The loss weights both classes equally. The checkpoint with
+the best area under the ROC curve on `val` is kept, and `uv run launch.py evaluate --workdir RUN` evaluates it.
 """
 
 from imgclf_jax.config import ConfigDict, default_config

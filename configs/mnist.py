@@ -1,4 +1,4 @@
-"""MNIST through TFDS with the Keras example's network and hyper-parameters: Adam 1e-3, batch 32, 5 epochs."""
+"""MNIST from TFDS with the Keras example's network and hyperparameters: Adam at 1e-3, batches of 32, 5 epochs."""
 
 from imgclf_jax.config import ConfigDict, default_config
 

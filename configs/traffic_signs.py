@@ -1,13 +1,13 @@
-"""Traffic signs from a folder of images, one sub-folder a sign: GTSRB, 43 classes (Stallkamp et al. 2012).
+"""Traffic signs from a folder of images: GTSRB, 43 classes (Stallkamp et al. 2012).
 
     uv run launch.py --config configs/traffic_signs.py:DIR --workdir RUN
 
-Seeds 0 and 1: accuracy 0.9972 and 0.9962 on the 12,630 test images (mean 0.9967), mean recall of a sign 0.9971 and
-0.9941, in 10 to 11 minutes on two cores of an Intel Xeon (Sapphire Rapids, AMX). Published are 0.988 (people), 0.983
-(one network: Sermanet and LeCun 2011) and 0.9946 (a committee of networks: Cireşan et al. 2012).
+Accuracy 0.9972 and 0.9962 with seeds 0 and 1 on the 12,630 test images (mean 0.9967), balanced accuracy 0.9971 and
+0.9941, in 10 to 11 minutes on two cores of an Intel Xeon (Sapphire Rapids, AMX). Published accuracies are 0.988
+(people), 0.983 (one network; Sermanet and LeCun 2011) and 0.9946 (a committee of networks; Cireşan et al. 2012).
 
-DIR holds `train/SIGN/…` and `test/SIGN/…`. Nothing is flipped, since a sign's mirror image is another sign. A random
-part of the training images is no validation set: they come in tracks of 30 pictures of one and the same sign.
+DIR holds `train/SIGN/…` and `test/SIGN/…`. There are no flips, since the mirror image of a sign may be another sign. Do
+not split off random training images for validation: they come in tracks of 30 images of the same physical sign.
 """
 
 from imgclf_jax.config import ConfigDict, default_config

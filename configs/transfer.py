@@ -1,26 +1,26 @@
-"""A trained network to other images: its features kept or trained further, a new head.
+"""Transfer learning: fine-tunes a trained network, or trains a new head on its features, for other images.
 
     uv run launch.py --config configs/transfer.py:WEIGHTS --config.data.source="folder('DIR')" --workdir RUN
 
-WEIGHTS is a work directory, a PyTorch file or a .safetensors (key `init_from`), DIR holds `train/CLASS/…` and
-`test/CLASS/…`. This trains all parameters; three variants of it:
+WEIGHTS is a work directory, a PyTorch file or a .safetensors file (key `init_from`); DIR holds `train/CLASS/…` and
+`test/CLASS/…`. This fine-tunes all parameters. Three variants:
 
-    --config.rules.freeze="backbone/.*" --config.schedule="one_cycle(0.5)"    the head alone, on the network's features
-    --config.rules.lr="backbone/.*=0.1"                                       the network by small steps
-    --config.init_from=                                                       from scratch, to compare
+    --config.rules.freeze="backbone/.*" --config.schedule="one_cycle(0.5)"    a head on frozen features
+    --config.rules.lr="backbone/.*=0.1"                                       a smaller learning rate for the backbone
+    --config.init_from=                                                       from scratch, for comparison
 
-Five classes of CIFAR-100 (bicycle, bus, dolphin, mountain, table; 500 training images each), from the public PyTorch
-weights of ResNet-20 for CIFAR-10 (`cifar10_resnet20.py`), five epochs, accuracy on 500 test images:
+Test accuracy on five classes of CIFAR-100 (bicycle, bus, dolphin, mountain, table; 500 training images each, 500 test
+images) after five epochs from the public PyTorch weights of ResNet-20 for CIFAR-10 (`cifar10_resnet20.py`):
 
     all parameters    0.945 ± 0.013
     the head alone    0.853 ± 0.008
-    from scratch      0.760 ± 0.022, at the rate 0.05; in version 0.1.0 0.754, and at 0.02, 0.1, 0.2 and 0.5: 0.742,
-                      0.744, 0.701, 0.577
+    from scratch      0.760 ± 0.022 at the learning rate 0.05; version 0.1.0 had 0.754, and at 0.02, 0.1, 0.2 and 0.5:
+                      0.742, 0.744, 0.701, 0.577
 
-Means and standard deviations of three seeds, `--config.num_seeds=3`, on two cores of an AMD EPYC. On two cores of an
-Intel Xeon (Sapphire Rapids) they take two minutes, with the network kept one.
+Means and standard deviations are over three seeds, `--config.num_seeds=3`, on two cores of an AMD EPYC. On two cores of
+an Intel Xeon (Sapphire Rapids) the three take two minutes together, and one minute with a frozen backbone.
 
-Model, size of the images, means and deviations are those of the weights: here ResNet-20 for CIFAR-10.
+The model, the image size and the normalization must match the weights: here ResNet-20 for CIFAR-10.
 """
 
 from imgclf_jax.config import ConfigDict, default_config

@@ -1,1 +1,1 @@
-"""Weights made elsewhere: files, names, and what fits a model."""
+"""Loading weights from other libraries and runs: file formats, names and layouts, and fitting them to a model."""

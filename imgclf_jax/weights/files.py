@@ -1,7 +1,7 @@
 """Reads weights from safetensors and PyTorch files, without PyTorch and without running code from the file.
 
-A file may come from anywhere. Its first bytes say its kind, then its index is read, whose length is bounded, and then
-the arrays that are wanted. So what it takes in memory follows from what is wanted, whatever the file claims.
+Files are untrusted. The first bytes determine the format; then the index, of bounded length, and the wanted arrays are
+read. So memory use is bounded by the wanted arrays, whatever the file claims.
 """
 
 import functools
@@ -23,7 +23,7 @@ from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.weights import unpickle
 from imgclf_jax.weights.unpickle import Refused, Storage, Tensor
 
-_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first numbers of checkpoints before PyTorch 1.6
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how checkpoints before PyTorch 1.6 start
 _SAFETENSORS = {
     "F64": "<f8",
     "F32": "<f4",
@@ -36,13 +36,13 @@ _SAFETENSORS = {
     "U8": "u1",
     "BOOL": "?",
 }
-_MOST_HEADER = 16 << 20  # bytes; 10,000 tensors have 1 MB
+_MAX_HEADER = 16 << 20  # bytes; 10,000 tensors take 1 MB
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "net")
-_PREFIXES = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile and Lightning put them before names
+_PREFIXES = ("module.", "_orig_mod.", "model.")  # added by DataParallel, torch.compile and Lightning
 
 
 class _Entry(NamedTuple):
-    """An array of the file, not read yet."""
+    """An array in the file that has not been read yet."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
@@ -53,30 +53,30 @@ def _everything(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def read(path: Path, wanted: Callable[[str, tuple[int, ...]], bool] = _everything) -> dict[str, np.ndarray]:
-    """{name: array} of a safetensors file or of a PyTorch checkpoint, in its old or its new format.
+    """Reads {name: array} from a safetensors file or a PyTorch checkpoint, in its old or its new format.
 
-    The content decides which format it is. The weights may be the whole content or lie under `state_dict`, `model`,
-    `model_state_dict` or `net`. A prefix that all names share (`module.`, `_orig_mod.`, `model.`) is removed. The
-    arrays are read-only and have the dtype of the file. An array of whose name and shape `wanted` says False is not
-    read: in its place stand zeros of its shape, which take no memory. Raises UserError for a file that is damaged, of
-    another kind, or that would run code.
+    The format is recognized by content. The weights may be the top level or under `state_dict`, `model`,
+    `model_state_dict` or `net`. A prefix that all names share (`module.`, `_orig_mod.`, `model.`) is removed. Arrays
+    are read-only, in the dtype of the file. An array for which `wanted(name, shape)` is False is not read; zeros of its
+    shape, which take no memory, stand in for it. Raises UserError for a file that is damaged, of another format, or
+    would run code.
     """
     if not path.is_file():
-        raise UserError(f"{path} is no regular file")
+        raise UserError(f"{path} is not a regular file")
     try:
         with _entries(path) as entries:
             for prefix in _PREFIXES:
                 if entries and all(name.startswith(prefix) for name in entries):
                     entries = {name.removeprefix(prefix): entry for name, entry in entries.items()}
             if not all(name.isprintable() for name in entries):
-                raise ValueError("a name that cannot be printed")
+                raise ValueError("an unprintable name")
             return {
                 name: entry.read() if wanted(name, entry.shape) else np.broadcast_to(np.zeros((), "u1"), entry.shape)
                 for name, entry in entries.items()
             }
     except Refused as e:
         raise UserError(
-            f"{path} {e}, which weights do not need; nothing of it was run; save the weights by "
+            f"{path} {e}, which weights do not need; none of its code was run; save the weights with "
             "torch.save(model.state_dict(), FILE) or as safetensors"
         ) from e
     except UserError:
@@ -87,7 +87,7 @@ def read(path: Path, wanted: Callable[[str, tuple[int, ...]], bool] = _everythin
 
 @contextmanager
 def _entries(path: Path) -> Iterator[dict[str, _Entry]]:
-    """The arrays of a file of any kind; they can be read while it is open."""
+    """Opens a file of any format and yields its arrays, which can be read inside the context."""
     with path.open("rb") as file:
         start = file.read(64)
         file.seek(0)
@@ -100,18 +100,18 @@ def _entries(path: Path) -> Iterator[dict[str, _Entry]]:
             yield _read_safetensors(file, path.stat().st_size)
         else:
             pointer = start.startswith(b"version https://git-lfs")
-            what = "is a Git LFS pointer and not the file itself; run git lfs pull" if pointer else (
+            problem = "is a Git LFS pointer, not the file itself; run git lfs pull" if pointer else (
                 "is neither a PyTorch checkpoint (.pth, .pt, .th) nor a .safetensors file")  # fmt: skip
-            raise UserError(f"{path} {what}")
+            raise UserError(f"{path} {problem}")
 
 
-_Storages = Callable[[Storage], np.ndarray]  # the elements of a storage, [n]
+_Storages = Callable[[Storage], np.ndarray]  # reads the elements of a storage, [n]
 
 
 def _read_zip(content: zipfile.ZipFile) -> tuple[Any, _Storages]:
-    """PyTorch's format from 1.6 on: a zip archive with a folder that holds `data.pkl` and a file for each storage.
+    """Reads PyTorch's format since 1.6: a zip archive with a folder of `data.pkl` and one file per storage.
 
-    Nothing in it is compressed, so that no array is longer than the file.
+    Compressed members are refused, so that no array is larger than the file.
     """
     names = content.namelist()
     pickles = [name for name in names if name.rpartition("/")[2] == "data.pkl"]
@@ -133,13 +133,13 @@ def _read_zip(content: zipfile.ZipFile) -> tuple[Any, _Storages]:
 
 
 def _read_legacy(file: BinaryIO) -> tuple[Any, _Storages]:
-    """The older format: five pickles (magic number, version, machine, content, storage keys), then the storages."""
+    """Reads the older format: five pickles (magic number, version, machine, content, storage keys), then storages."""
     stream = unpickle.Stream(file.read(unpickle.MOST_BYTES))
-    whole = file.seek(0, io.SEEK_END)
+    file_size = file.seek(0, io.SEEK_END)
     try:
         magic, protocol, machine = (unpickle.load(stream)[0] for _ in range(3))
         if (magic, protocol) != (_MAGIC, _PROTOCOL):
-            raise ValueError("a version that is not known")
+            raise ValueError("an unknown version")
         _check_order(machine["little_endian"])
         tree, dtypes = unpickle.load(stream)
         keys, _ = unpickle.load(stream)
@@ -147,19 +147,19 @@ def _read_legacy(file: BinaryIO) -> tuple[Any, _Storages]:
             raise ValueError("an array without a name")
     except (EOFError, pickle.UnpicklingError):
         if stream.tell() == unpickle.MOST_BYTES:
-            _check_pickle(whole)
+            _check_pickle(file_size)
         raise
-    places = {}
+    extents = {}
     file.seek(stream.tell())
     for key in keys:
         length = int.from_bytes(file.read(8), "little") * dtypes[key].itemsize
-        places[key] = file.tell(), length
-        if file.tell() + length > whole:
+        extents[key] = file.tell(), length
+        if file.tell() + length > file_size:
             raise ValueError(f"the array {key!r} is longer than the file"[:100])
         file.seek(length, io.SEEK_CUR)
 
     def storage(storage: Storage) -> np.ndarray:
-        start, length = places[storage.key]
+        start, length = extents[storage.key]
         file.seek(start)
         return np.frombuffer(file.read(length), storage.dtype)
 
@@ -168,7 +168,7 @@ def _read_legacy(file: BinaryIO) -> tuple[Any, _Storages]:
 
 def _check_pickle(length: int) -> None:
     if length > unpickle.MOST_BYTES:
-        raise Refused(f"holds more than {unpickle.MOST_BYTES >> 20} MiB beside its arrays")
+        raise Refused(f"holds more than {unpickle.MOST_BYTES >> 20} MiB besides its arrays")
 
 
 def _check_order(little: bool) -> None:
@@ -177,18 +177,18 @@ def _check_order(little: bool) -> None:
 
 
 def _find_weights(tree: Any, storages: _Storages, path: Path) -> dict[str, _Entry]:
-    """The state dict in a checkpoint. Raises UserError if there is none."""
+    """Finds the state dict in a checkpoint. Raises UserError if there is none."""
 
     def tensors(value: Any) -> dict[str, Tensor]:
         items = value.items() if isinstance(value, Mapping) else ()
         return {str(name): tensor for name, tensor in items if isinstance(tensor, Tensor)}
 
-    inside = [tensors(tree.get(name)) for name in _CONTAINERS] if isinstance(tree, Mapping) else []
-    found = next((some for some in inside if some), tensors(tree))
+    nested = [tensors(tree.get(name)) for name in _CONTAINERS] if isinstance(tree, Mapping) else []
+    found = next((some for some in nested if some), tensors(tree))
     if not found:
         names = [ascii(name)[:50] for name in list(tree)[:5]] if isinstance(tree, Mapping) else [type(tree).__name__]
-        raise UserError(f"{path} holds no weights by name (it has: {', '.join(names)}); expected a state dict, by "
-                        "itself or under " + ", ".join(_CONTAINERS))  # fmt: skip
+        raise UserError(f"{path} holds no named weights (it has: {', '.join(names)}); save a state dict at the top "
+                        f"level or under {', '.join(_CONTAINERS)}")  # fmt: skip
     kept: dict[Storage, np.ndarray] = {}
 
     def read(tensor: Tensor) -> np.ndarray:
@@ -202,7 +202,7 @@ def _find_weights(tree: Any, storages: _Storages, path: Path) -> dict[str, _Entr
 
 
 def _view(tensor: Tensor, storage: np.ndarray) -> np.ndarray:
-    """The tensor as a view of its storage. Raises ValueError if it reaches beyond the storage."""
+    """The tensor as a view of its storage. Raises ValueError if it exceeds the storage."""
     last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
     if math.prod(tensor.shape) == 0:
         return storage[:0].reshape(tensor.shape)
@@ -213,12 +213,12 @@ def _view(tensor: Tensor, storage: np.ndarray) -> np.ndarray:
 
 
 def _read_safetensors(file: BinaryIO, length: int) -> dict[str, _Entry]:
-    """The format of https://github.com/huggingface/safetensors: the header's length, the header in JSON, the arrays.
+    """Reads https://github.com/huggingface/safetensors: the length of the header, the JSON header, the arrays.
 
-    The library of that name reads a whole file into memory, twice, and its NumPy interface has no bfloat16.
+    The safetensors library would read the whole file into memory twice, and its NumPy interface has no bfloat16.
     """
     size = int.from_bytes(file.read(8), "little")
-    if size > min(_MOST_HEADER, length - 8):
+    if size > min(_MAX_HEADER, length - 8):
         raise ValueError(f"its header claims {size} bytes")
     header = json.loads(file.read(size))
 
@@ -234,9 +234,9 @@ def _read_safetensors(file: BinaryIO, length: int) -> dict[str, _Entry]:
             raise ValueError(f"the unknown type {tensor['dtype']!a}")
         dtype = np.dtype(_SAFETENSORS[tensor["dtype"]])
         if len(shape) > 32 or not all(type(n) is int and 0 <= n < 2**60 for n in (start, stop, *shape)):
-            raise ValueError("an array of no valid shape")
+            raise ValueError("an array with an invalid shape")
         if start != end or stop - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError("an array does not have its number of bytes")
+            raise ValueError("an array with the wrong number of bytes")
         end = stop
         out[name] = _Entry(tuple(shape), functools.partial(read, start, stop - start, dtype, shape))
     if end != length - 8 - size:

@@ -1,4 +1,4 @@
-"""Loads weights to start from, from a file or another run: takes those that fit the model and reports the others."""
+"""Loads the weights of `init_from`, a file or another run: takes those that fit the model and reports the rest."""
 
 import hashlib
 import json
@@ -23,30 +23,30 @@ from imgclf_jax.weights import files, torch_names
 log = logging.getLogger(__name__)
 
 _HEAD, _POSITIONS, _UNKNOWN = "params/head/", "/positions_embedding", "?"
-_MOST_POSITIONS = 2**16 + 2  # of a grid that is resized: 256 by 256, and tokens
+_MAX_POSITIONS = 2**16 + 2  # the largest grid that is resized: 256 by 256, and tokens
 
 
 @dataclass
 class Weights:
-    """The weights of `init_from`: those taken, by the names that `step.init_state` uses, and a report of the others."""
+    """The weights taken from `init_from`, by path as in `step.init_state`, and a report of the rest."""
 
-    source: dict[str, Any]  # for provenance.json: the path, its SHA-256 and, if it is a work directory, the step
+    source: dict[str, Any]  # for provenance.json: the path, its SHA-256 and, for a work directory, the step
     taken: dict[str, np.ndarray] = field(default_factory=dict)
-    resized: list[str] = field(default_factory=list)  # position embeddings taken from another grid
+    resized: list[str] = field(default_factory=list)  # position embeddings resized from another grid
     head: str = ""  # why the head starts from random weights; empty if it is taken
-    left_out: list[str] = field(default_factory=list)  # modules that its method has, such as a projector
-    fresh: list[str] = field(default_factory=list)  # modules that this run's method has, which stay random
-    misfits: list[str] = field(default_factory=list)  # their shape is not the model's
+    left_out: list[str] = field(default_factory=list)  # modules added by the other run's method, such as a projector
+    fresh: list[str] = field(default_factory=list)  # modules added by this run's method, which stay random
+    misfits: list[str] = field(default_factory=list)  # arrays of another shape than the model's
     unused: list[str] = field(default_factory=list)  # names in the file that the model does not have
     missing: list[str] = field(default_factory=list)  # names in the model that the file does not have
 
     @property
     def faults(self) -> list[str]:
-        """What does not fit, in words. A new head, resized positions and a method's own modules are no faults."""
+        """Descriptions of what does not fit. A new head, resized positions and a method's modules are no faults."""
         kinds = (
             (self.misfits, "of another shape"),
-            (self.missing, "of the model not in it"),
-            (self.unused, "in it without a place in the model"),
+            (self.missing, "of the model missing in it"),
+            (self.unused, "in it that the model does not have"),
         )
         return [f"{len(names)} arrays {text} ({_some(names)})" for names, text in kinds if names]
 
@@ -61,28 +61,28 @@ class Weights:
 
 
 def load(programs: Programs, whole: bool = False) -> Weights:
-    """The weights of `config.init_from` for the model of `programs`; logs the report.
+    """Loads the weights of `config.init_from` for the model of `programs`, and logs a report.
 
-    Position embeddings of another grid are resized. A head with another number of classes is not taken, nor are the
-    modules that the method of another run added to backbone and head; those that this run's method adds stay random.
-    Raises UserError for a file or work directory that cannot be read, and for any other difference unless
-    `config.init_strict` is False. With `whole`, it raises UserError if any parameter, in the head too, stays random.
+    Position embeddings of another grid are resized. A head with another number of classes is not taken, nor are modules
+    that the other run's method added to backbone and head; modules that this run's method adds stay random. Raises
+    UserError for a file or work directory that cannot be read, and for any other difference unless `config.init_strict`
+    is False. With `whole`, also raises UserError if any parameter, including the head's, stays random.
     """
     config = programs.recipe.config
     path = places.as_path(config.init_from).expanduser()
     state, replicas = programs.state_shape, programs.recipe.num_seeds > 1
     shapes = {"params": state.params, **state.model_state}
     own = dict(tree.named_leaves(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[replicas:], x.dtype), shapes)))
-    if not programs.recipe.method.predicts:  # names of a head are known, and no array fits
+    if not programs.recipe.method.predicts:  # accept the names of a head, but no array
         own |= {f"{_HEAD}{leaf}": jax.ShapeDtypeStruct((0,), "float32") for leaf in ("kernel", "bias")}
     if path.is_dir():
         named, labels, source = _read_workdir(path, programs)
     elif path.is_file():
         named, labels, source = _read_file(path, programs, own)
     else:
-        what = "this is neither a regular file nor a work directory" if path.exists() else (
-            f"there is no such file or work directory (working directory: {Path.cwd()})")  # fmt: skip
-        raise UserError(f"init_from={config.init_from!r}: {what}")
+        problem = "this is neither a regular file nor a work directory" if path.exists() else (
+            f"no such file or work directory (working directory: {Path.cwd()})")  # fmt: skip
+        raise UserError(f"init_from={config.init_from!r}: {problem}")
     processes.agree("comparing weights", lambda: source, fix=f"init_from={config.init_from!r} must be one file for all")
     weights = Weights({"path": config.init_from, **source})
     added = _added_by_method(own.keys() - named.keys()), _added_by_method(named.keys() - own.keys())
@@ -97,17 +97,17 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     if not any(not name.startswith(_HEAD) for name in weights.taken):
         raise UserError(f"{what}: nothing in it fits model={config.model!r}: {'; '.join(weights.faults)}")
     if config.init_strict and weights.faults:
-        raise UserError(f"{what} does not fit model={config.model!r}: {'; '.join(weights.faults)}; name the model that "
-                        "it was made for, or take what fits with init_strict=False")  # fmt: skip
+        raise UserError(f"{what} does not fit model={config.model!r}: {'; '.join(weights.faults)}; set model to the "
+                        "model of these weights, or take what fits with init_strict=False")  # fmt: skip
     if whole and (weights.head or weights.missing or weights.misfits):
         lacking = f"the head ({weights.head})" if weights.head else _some(weights.missing + weights.misfits)
-        raise UserError(f"{what} gives no whole model, it lacks {lacking}; train it on these data first")
+        raise UserError(f"{what} is not a complete model: it lacks {lacking}; train it on these data first")
     log.log(logging.WARNING if weights.faults else logging.INFO, "%s: %s", what, weights.report())
     return weights
 
 
 def _added_by_method(names: Iterable[str]) -> dict[str, str]:
-    """{name: module} of the variables that are neither of the backbone nor of the head, or adapters within it."""
+    """{name: module} of variables outside backbone and head, and of LoRA adapters inside the backbone."""
     modules = {name: "lora" if name.startswith(lora.PREFIX) else name.split("/")[1] for name in names}
     return {name: module for name, module in modules.items() if module not in ("backbone", "head", _UNKNOWN)}
 
@@ -117,7 +117,7 @@ Named = tuple[dict[str, np.ndarray], dict[str, str], dict[str, Any]]
 
 
 def _read_workdir(path: Path, programs: Programs) -> Named:
-    """The weights of a run's best checkpoint, or of its latest if none is the best; with several seeds the first's."""
+    """Reads the weights of a run's best checkpoint, else its latest; of several seeds, the first."""
     workdir = Workdir(path)
     try:
         config = json.loads(workdir.config.read_bytes())
@@ -125,23 +125,23 @@ def _read_workdir(path: Path, programs: Programs) -> Named:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"init_from={str(path)!r}: this directory holds no run (no readable config.json)") from e
     if not workdir.checkpoints.is_dir():
-        raise UserError(f"init_from={str(path)!r}: the run in it has no checkpoint yet")
+        raise UserError(f"init_from={str(path)!r}: this run has no checkpoint yet")
     checkpoints = Checkpoints(workdir.checkpoints, best=metric, read_only=True)
     if not (steps := checkpoints.steps()):
-        raise UserError(f"init_from={str(path)!r}: the run in it has no checkpoint yet")
+        raise UserError(f"init_from={str(path)!r}: this run has no checkpoint yet")
     best = checkpoints.best_step()
     step = steps[-1] if best is None else best
     state = checkpoints.restore_any(step)["state"]
     workdir.check_parameters(step, state["params"])
-    # As in evaluation: the averages (params, model_state), if the run has any.
+    # The evaluated weights: the averages (params, model_state) if the run has any.
     params, model_state = state.get("ema") or (state["params"], state.get("model_state"))
     variables = jax.device_get({"params": params, **(model_state or {})})
     if num_seeds > 1:
-        log.info("init_from=%r: the run in it has %d seeds; the weights of the first are taken", str(path), num_seeds)
+        log.info("init_from=%r: the run has %d seeds; the first one's weights are taken", str(path), num_seeds)
         variables = jax.tree.map(lambda x: x[0], variables)
     digest, method = tree.sha256(variables), config.get("method", "supervised")
     if scale := lora.scale_of(method):
-        log.info("init_from=%r: the run in it has method=%r; its merged weights are taken", str(path), method)
+        log.info("init_from=%r: the run has method=%r; its merged weights are taken", str(path), method)
         variables = lora.merge(variables, scale)
     named = dict(tree.named_leaves(variables))
     return named, {name: name for name in named}, {"step": step, "sha256": digest}
@@ -151,21 +151,21 @@ def _read_file(path: Path, programs: Programs, own: Mapping[str, Any]) -> Named:
     backbone = programs.recipe.backbone
 
     def wanted(label: str, shape: tuple[int, ...]) -> bool:
-        """Whether an array may be taken. Of the others only the shape is needed, which may be of any size."""
+        """Whether an array may be taken. Only the shapes of the others are needed."""
         name = torch_names.own_name(backbone, label, own)
         if name is None:
             return False
-        grid = name.endswith(_POSITIONS) and len(shape) == 3 and shape[1] <= _MOST_POSITIONS
+        grid = name.endswith(_POSITIONS) and len(shape) == 3 and shape[1] <= _MAX_POSITIONS
         return math.prod(shape) == math.prod(own[name].shape) or (grid and shape[::2] == own[name].shape[::2])
 
     found = files.read(path, wanted)
     named, labels = {}, {}
     for label, array in found.items():
-        if label.endswith("num_batches_tracked"):  # a count that batch normalization with a momentum does not need
+        if label.endswith("num_batches_tracked"):  # a counter that BatchNorm with a momentum does not use
             continue
         name = torch_names.own_name(backbone, label, own)
         if name is None or name in named:
-            name = f"unused/{_UNKNOWN}/{label}"  # which no parameter is called
+            name = f"unused/{_UNKNOWN}/{label}"  # equals no parameter's path
         else:
             array = torch_names.own_layout(array, name, own[name].shape)
         named[name], labels[name] = array, label
@@ -177,13 +177,13 @@ def _fit(
     weights: Weights, named: Mapping[str, np.ndarray], labels: Mapping[str, str], own: Mapping[str, Any],
     grid: tuple[int, int] | None,
 ) -> None:  # fmt: skip
-    """Sorts the arrays `named` into the fields of `weights`, by comparing them with the model's, `own`."""
+    """Sorts the arrays `named` into the fields of `weights` by comparing them with `own`, the model's variables."""
     head = [name for name in own if name.startswith(_HEAD)]
     if any(name not in named or named[name].shape != own[name].shape for name in head):
         theirs = [named[name].shape[-1] for name in head if name in named]
         ours = own[head[0]].shape[-1]
         weights.head = (
-            "it holds none" if not theirs
+            "it has none" if not theirs
             else f"{theirs[0]} classes in it, {ours} here" if theirs[0] != ours
             else "of another width"
         )  # fmt: skip
@@ -203,7 +203,7 @@ def _fit(
 
 
 def _grid(programs: Programs) -> tuple[int, int] | None:
-    """(rows, columns) of an image's patches; None for a model without patches."""
+    """The patch grid (rows, columns) of the model; None for a model without patches."""
     patch = getattr(programs.recipe.backbone, "patch", None)
     h, w, _ = programs.recipe.data.image_shape
     return (h // patch, w // patch) if isinstance(patch, int) else None
@@ -212,12 +212,12 @@ def _grid(programs: Programs) -> tuple[int, int] | None:
 def _resize_positions(
     array: np.ndarray, shape: tuple[int, ...], grid: tuple[int, int]
 ) -> tuple[np.ndarray, str] | None:
-    """Position embeddings [1, tokens + n * n, d] for another grid, `shape` [1, tokens + rows * columns, d].
+    """Resizes position embeddings [1, tokens + n * n, d] to `shape` [1, tokens + rows * columns, d].
 
     Bicubic with antialiasing, as in timm (Keys's kernel with a = -0.5). The embedding of a class token, which comes
-    first, is not changed. None if the widths differ or the file has no token that the model needs.
+    first, is unchanged. Returns None if the widths differ or the file lacks a token that the model needs.
     """
-    side = math.isqrt(array.shape[1]) if array.ndim == 3 and array.shape[1] <= _MOST_POSITIONS else 0
+    side = math.isqrt(array.shape[1]) if array.ndim == 3 and array.shape[1] <= _MAX_POSITIONS else 0
     tokens, own_tokens = array.shape[1] - side**2, shape[1] - math.prod(grid)
     if not side or array.shape[::2] != shape[::2] or own_tokens not in (0, tokens):
         return None
@@ -225,8 +225,7 @@ def _resize_positions(
     table = np.array(array, np.float32)
     square = table[0, tokens:].reshape(side, side, d)
     resized = np.asarray(jax.image.resize(square, (*grid, d), "cubic", antialias=True)).reshape(1, -1, d)
-    whole = np.concatenate([table[:, :own_tokens], resized], 1)
-    return whole, f"{side}x{side} to {grid[0]}x{grid[1]}"
+    return np.concatenate([table[:, :own_tokens], resized], 1), f"{side}x{side} to {grid[0]}x{grid[1]}"
 
 
 def _some(names: list[str]) -> str:

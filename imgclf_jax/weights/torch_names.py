@@ -1,10 +1,11 @@
-"""Translates the parameter names and layouts of PyTorch models to those of our backbones.
+"""The parameter names and layouts of PyTorch models: one table per backbone and library, read in both directions.
 
-Each backbone has a table of (regular expression, replacement). The first expression that matches the module's whole
-name in PyTorch gives the name of our module, its parts joined by dots. The module's name is the parameter's name
-without its last part (`weight`, `running_mean`, …).
+A row pairs one of our modules with PyTorch's, as in `("backbone.layer{i}_{j}.{m}", "layer{i}.{j}.{m}")`. The letters i,
+j and k stand for numbers, m for the rest of the name. A row also covers the parameters directly in that module. Export
+uses the first row that matches, so later rows of the same module are aliases, which only import reads.
 """
 
+import functools
 import re
 from collections.abc import Collection
 
@@ -15,118 +16,162 @@ from imgclf_jax.models.convnext import ConvNeXt
 from imgclf_jax.models.resnet import ResNet, ResNetCIFAR, WideResNet
 from imgclf_jax.models.vit import Mixer, ViT
 
-Table = list[tuple[str, str]]
+Rows = tuple[tuple[str, str], ...]
 
-# torchvision and timm call the head fc, akamaster's CIFAR networks call it linear.
-_RESNET: Table = [
-    (r"fc|linear", "head"),
-    (r"(layer\d)\.(\d+)\.downsample\.0", r"backbone.\1_\2.downsample_conv"),
-    (r"(layer\d)\.(\d+)\.downsample\.1", r"backbone.\1_\2.downsample_bn"),
-    (r"(layer\d)\.(\d+)\.(\w+)", r"backbone.\1_\2.\3"),
-]
+_PLACEHOLDERS = {"i": r"\d+", "j": r"\d+", "k": r"\d+", "m": ".+"}
 
-# xternalz/WideResNet-pytorch's.
-_WIDE_RESNET: Table = [
-    (r"fc", "head"),
-    (r"block(\d)\.layer\.(\d+)\.convShortcut", r"backbone.layer\1_\2.shortcut"),
-    (r"block(\d)\.layer\.(\d+)\.(\w+)", r"backbone.layer\1_\2.\3"),
-]
-
-# torchvision's, the authors' (facebookresearch/ConvNeXt) and timm's, in this order. torchvision numbers the stages and
-# the layers between them in one list; in timm, the layers before a stage are part of it.
-_CONVNEXT: Table = [
-    (r"features\.0\.0|downsample_layers\.0\.0|stem\.0", "backbone.stem_conv"),
-    (r"features\.0\.1|downsample_layers\.0\.1|stem\.1", "backbone.stem_norm"),
+_RESNET: Rows = (
+    ("head", "fc"),
+    ("head", "linear"),
+    ("backbone.layer{i}_{j}.downsample_conv", "layer{i}.{j}.downsample.0"),
+    ("backbone.layer{i}_{j}.downsample_bn", "layer{i}.{j}.downsample.1"),
+    ("backbone.layer{i}_{j}.{m}", "layer{i}.{j}.{m}"),
+)
+_WIDE_RESNET: Rows = (
+    ("head", "fc"),
+    ("backbone.layer{i}_{j}.shortcut", "block{i}.layer.{j}.convShortcut"),
+    ("backbone.layer{i}_{j}.{m}", "block{i}.layer.{j}.{m}"),
+)
+# torchvision numbers the stages and the downsampling layers between them in one list.
+_CONVNEXT_TORCHVISION: Rows = (
+    ("head", "classifier.2"),
+    ("backbone.norm", "classifier.0"),
+    ("backbone.stem_conv", "features.0.0"),
+    ("backbone.stem_norm", "features.0.1"),
     *(
-        (
-            rf"features\.{2 * i}\.{k}|downsample_layers\.{i}\.{k}|stages\.{i}\.downsample\.{k}",
-            f"backbone.downsample{i}_{what}",
-        )
+        (f"backbone.downsample{i}_{layer}", f"features.{2 * i}.{k}")
         for i in (1, 2, 3)
-        for k, what in enumerate(("norm", "conv"))
+        for k, layer in enumerate(("norm", "conv"))
     ),
     *(
-        (rf"features\.{2 * i + 1}\.(\d+)\.block\.{k}", rf"backbone.stage{i}_\1.{what}")
+        (f"backbone.stage{i}_{{j}}.{layer}", f"features.{2 * i + 1}.{{j}}.block.{k}")
         for i in range(4)
-        for k, what in ((0, "dwconv"), (2, "norm"), (3, "pwconv1"), (5, "pwconv2"))
+        for k, layer in ((0, "dwconv"), (2, "norm"), (3, "pwconv1"), (5, "pwconv2"))
     ),
-    *((rf"features\.{2 * i + 1}\.(\d+)", rf"backbone.stage{i}_\1") for i in range(4)),
-    (r"stages\.(\d)\.blocks\.(\d+)\.conv_dw", r"backbone.stage\1_\2.dwconv"),
-    (r"stages\.(\d)\.blocks\.(\d+)\.mlp\.fc(\d)", r"backbone.stage\1_\2.pwconv\3"),
-    (r"stages\.(\d)\.(?:blocks\.)?(\d+)\.(\w+)", r"backbone.stage\1_\2.\3"),
-    (r"stages\.(\d)\.(?:blocks\.)?(\d+)", r"backbone.stage\1_\2"),
-    (r"classifier\.0|head\.norm", "backbone.norm"),
-    (r"classifier\.2|head\.fc", "head"),
-]
+    *((f"backbone.stage{i}_{{j}}", f"features.{2 * i + 1}.{{j}}") for i in range(4)),
+)
+_CONVNEXT_TIMM: Rows = (
+    ("head", "head.fc"),
+    ("backbone.norm", "head.norm"),
+    ("backbone.stem_conv", "stem.0"),
+    ("backbone.stem_norm", "stem.1"),
+    ("backbone.downsample{i}_norm", "stages.{i}.downsample.0"),
+    ("backbone.downsample{i}_conv", "stages.{i}.downsample.1"),
+    ("backbone.stage{i}_{j}.dwconv", "stages.{i}.blocks.{j}.conv_dw"),
+    ("backbone.stage{i}_{j}.pwconv{k}", "stages.{i}.blocks.{j}.mlp.fc{k}"),
+    ("backbone.stage{i}_{j}.{m}", "stages.{i}.blocks.{j}.{m}"),
+    # Aliases of the authors, facebookresearch/ConvNeXt.
+    ("backbone.stem_conv", "downsample_layers.0.0"),
+    ("backbone.stem_norm", "downsample_layers.0.1"),
+    ("backbone.downsample{i}_norm", "downsample_layers.{i}.0"),
+    ("backbone.downsample{i}_conv", "downsample_layers.{i}.1"),
+    ("backbone.stage{i}_{j}.{m}", "stages.{i}.{j}.{m}"),
+)
+_LAYER = "encoder.layers.encoder_layer_{i}"
+_VIT_TORCHVISION: Rows = (
+    ("head", "heads.head"),
+    ("backbone.class_token", "class_token"),
+    ("backbone", "encoder"),
+    ("backbone.patch", "conv_proj"),
+    ("backbone.norm", "encoder.ln"),
+    ("backbone.block{i}.norm{k}", f"{_LAYER}.ln_{{k}}"),
+    ("backbone.block{i}.attn.qkv.weight", f"{_LAYER}.self_attention.in_proj_weight"),
+    ("backbone.block{i}.attn.qkv.bias", f"{_LAYER}.self_attention.in_proj_bias"),
+    ("backbone.block{i}.attn.proj", f"{_LAYER}.self_attention.out_proj"),
+    ("backbone.block{i}.mlp.fc1", f"{_LAYER}.mlp.0"),
+    ("backbone.block{i}.mlp.fc2", f"{_LAYER}.mlp.3"),
+    # Aliases of the published files, which name the layers of the MLP.
+    ("backbone.block{i}.mlp.fc1", f"{_LAYER}.mlp.linear_1"),
+    ("backbone.block{i}.mlp.fc2", f"{_LAYER}.mlp.linear_2"),
+)
+_BLOCKS_TIMM = ("backbone.block{i}.{m}", "blocks.{i}.{m}")
+_OWN: Rows = (("head", "head"), ("backbone.{m}", "{m}"))  # ends every table: names that are equal in both
 
-# torchvision's, whose published files either number or name the layers of an MLP, and timm's, whose names are ours.
-_VIT: Table = [
-    (r"heads\.head", "head"),
-    (r"conv_proj|patch_embed\.proj", "backbone.patch"),
-    (r"encoder\.ln", "backbone.norm"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.ln_(\d)", r"backbone.block\1.norm\2"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.self_attention", r"backbone.block\1.attn.qkv"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.out_proj", r"backbone.block\1.attn.proj"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.(?:0|linear_1)", r"backbone.block\1.mlp.fc1"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.(?:3|linear_2)", r"backbone.block\1.mlp.fc2"),
-    (r"encoder", "backbone"),
-    (r"blocks\.(\d+)\.(.+)", r"backbone.block\1.\2"),
-]
-
-# timm's.
-_MIXER: Table = [
-    (r"stem\.proj", "backbone.patch"),
-    (r"blocks\.(\d+)\.(.+)", r"backbone.block\1.\2"),
-]
-
-_TABLES: dict[type, Table] = {
-    ResNet: _RESNET,
-    ResNetCIFAR: _RESNET,
-    WideResNet: _WIDE_RESNET,
-    ConvNeXt: _CONVNEXT,
-    ViT: _VIT,
-    Mixer: _MIXER,
+# The libraries whose names a backbone's weights can have; the first is the default of export.
+TABLES: dict[type, dict[str, Rows]] = {
+    ResNet: {"torchvision": _RESNET, "timm": _RESNET},
+    ResNetCIFAR: {"akamaster": (("head", "linear"), *_RESNET)},
+    WideResNet: {"xternalz": _WIDE_RESNET},
+    ConvNeXt: {"torchvision": _CONVNEXT_TORCHVISION, "timm": _CONVNEXT_TIMM},
+    ViT: {"timm": (("backbone.patch", "patch_embed.proj"), _BLOCKS_TIMM), "torchvision": _VIT_TORCHVISION},
+    Mixer: {"timm": (("backbone.patch", "stem.proj"), _BLOCKS_TIMM)},
 }
-# Each table ends with this, for names that are ours already.
-_OWN: Table = [(r"head", "head"), (r"(.+)", r"backbone.\1"), (r"", "backbone")]
 
-# The last part of a name in PyTorch: the possible names here, with their collections.
-_LEAVES = {
-    "weight": ("params/{}/kernel", "params/{}/scale"),
-    "in_proj_weight": ("params/{}/kernel",),
-    "bias": ("params/{}/bias",),
-    "in_proj_bias": ("params/{}/bias",),
-    "running_mean": ("batch_stats/{}/mean",),
-    "running_var": ("batch_stats/{}/var",),
-    "layer_scale": ("params/{}/gamma",),
-    "class_token": ("params/{}/cls",),
-    "cls_token": ("params/{}/cls",),
-    "pos_embedding": ("params/{}/positions_embedding",),
-    "pos_embed": ("params/{}/positions_embedding",),
+# The last parts of names, ours to PyTorch's.
+_LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+_LIBRARY_LEAVES = {
+    "timm": {"cls": "cls_token", "positions_embedding": "pos_embed"},
+    "torchvision": {"cls": "class_token", "positions_embedding": "pos_embedding", "gamma": "layer_scale"},
 }
+_STATISTICS = ("mean", "var")  # in the collection "batch_stats"; all other leaves are in "params"
+
+
+def torch_name(backbone: nn.Module, name: str, library: str) -> str:
+    """PyTorch's name of our parameter or statistic `name`, such as "params/backbone/conv1/kernel".
+
+    `library` is a key of the backbone's entry in TABLES. Any other one, such as "own", keeps the names of modules.
+    """
+    module, _, leaf = name.partition("/")[2].rpartition("/")
+    leaf = {**_LEAVES, **_LIBRARY_LEAVES.get(library, {})}.get(leaf, leaf)
+    own = f"{module}/{leaf}".replace("/", ".")
+    rows = (*TABLES.get(type(backbone), {}).get(library, ()), *_OWN)
+    patterns = _patterns(tuple(rows))
+    return next((match.expand(new) for pattern, new in patterns if (match := re.fullmatch(pattern, own))), own)
 
 
 def own_name(backbone: nn.Module, name: str, own: Collection[str]) -> str | None:
-    """The name in `own`, such as "params/backbone/conv1/kernel", of the parameter that PyTorch calls `name`; or None.
+    """Our name in `own`, such as "params/backbone/conv1/kernel", of the parameter that PyTorch calls `name`; or None.
 
-    A backbone without a table here may have one in its attribute `torch_names`. Without any table, its modules must
-    have the names that they have in PyTorch.
+    A backbone without a table may have an attribute `torch_names`: pairs of a regular expression for PyTorch's module
+    and its replacement, our module, such as `(r"features\\.(\\d+)\\.conv", r"backbone.conv\\1")`. Modules that match
+    none must have the same names as in PyTorch.
     """
-    table = _TABLES.get(type(backbone), getattr(backbone, "torch_names", []))
-    module, _, leaf = name.rpartition(".")
-    for pattern, replacement in [*table, *_OWN]:
-        if match := re.fullmatch(pattern, module):
-            path = match.expand(replacement).replace(".", "/")
-            places = _LEAVES.get(leaf, (f"params/{{}}/{leaf}",))
-            return next((place.format(path) for place in places if place.format(path) in own), None)
+    tables = TABLES.get(type(backbone))
+    rows = tuple((theirs, ours) for table in (tables or {}).values() for ours, theirs in table)
+    given = () if tables else tuple(_with_leaf(*pair) for pair in getattr(backbone, "torch_names", ()))
+    for pattern, new in (*given, *_patterns((*rows, *((theirs, ours) for ours, theirs in _OWN)))):
+        if match := re.fullmatch(pattern, name):
+            module, _, leaf = match.expand(new).rpartition(".")
+            for own_leaf in _own_leaves().get(leaf, [leaf]):
+                collection = "batch_stats" if own_leaf in _STATISTICS else "params"
+                if (found := f"{collection}/{module.replace('.', '/')}/{own_leaf}") in own:
+                    return found
     return None
+
+
+@functools.cache
+def _own_leaves() -> dict[str, list[str]]:
+    """Our last parts of names that PyTorch's may stand for."""
+    leaves: dict[str, list[str]] = {"in_proj_weight": ["kernel"], "in_proj_bias": ["bias"]}
+    for table in (_LEAVES, *_LIBRARY_LEAVES.values()):
+        for ours, theirs in table.items():
+            leaves.setdefault(theirs, []).append(ours)
+    return leaves
+
+
+@functools.cache
+def _patterns(rows: Rows) -> list[tuple[str, str]]:
+    """Compiles rows of templates (source, target) to regular expressions and replacements."""
+
+    def group(match: re.Match[str]) -> str:
+        return f"(?P<{match[1]}>{_PLACEHOLDERS[match[1]]})"
+
+    return [
+        _with_leaf(re.sub(r"\\\{(\w)\\\}", group, re.escape(source)), re.sub(r"\{(\w)\}", r"\\g<\1>", target))
+        for source, target in rows
+    ]
+
+
+def _with_leaf(pattern: str, replacement: str) -> tuple[str, str]:
+    """Extends a rule for a module to the parameters directly in it."""
+    return rf"(?:{pattern})(?P<leaf>\.\w+)?", rf"{replacement}\g<leaf>"
 
 
 def own_layout(array: np.ndarray, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """PyTorch's array in the layout of our parameter `name`, which has the shape `shape`.
 
     Convolutions are [out, in, kh, kw] in PyTorch and [kh, kw, in, out] here, dense layers [out, in] and [in, out].
-    Queries, keys and values are one dense layer in both. Axes of size one, such as in a layer scale's [d, 1, 1], are
+    Queries, keys and values are one dense layer in both. Axes of size one, such as in a layer scale [d, 1, 1], are
     removed if ours has none. If the models differ, the result may have another shape than `shape`.
     """
     if name.endswith("/kernel"):
@@ -134,3 +179,12 @@ def own_layout(array: np.ndarray, name: str, shape: tuple[int, ...]) -> np.ndarr
     if array.ndim > len(shape) and array.squeeze().shape == shape:
         return array.squeeze()
     return array
+
+
+def torch_layout(array: np.ndarray, name: str, library: str) -> np.ndarray:
+    """Our parameter `name` in the layout of PyTorch: the inverse of `own_layout`."""
+    if name.endswith("/kernel"):
+        array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+    elif name.endswith("/gamma") and library == "torchvision":
+        array = array[:, None, None]
+    return np.ascontiguousarray(array)

@@ -312,7 +312,7 @@ def test_fine_tuning_begins_from_the_backbone_alone(pretrained_run, fake_config,
     programs = Programs(Recipe(fake_config, DataInfo(64, (8, 8, 1), tuple("abcdefghij"), "")))
     with caplog.at_level("INFO"):
         taken = pretrained.load(programs).taken
-    assert "2 arrays taken; a new head (it holds none); left out: projector" in caplog.text
+    assert "2 arrays taken; a new head (it has none); left out: projector" in caplog.text
     fresh, tuned = (dict(tree.named_leaves(programs.init_state(0, weights=w).params)) for w in (None, taken))
     assert set(tuned) == set(fresh)
     given = parameters(pretrained_run)

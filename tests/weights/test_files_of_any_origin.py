@@ -68,16 +68,16 @@ def test_a_compressed_checkpoint_is_refused(tmp_path):
 @pytest.mark.parametrize("format", ["zip", "legacy"])
 def test_what_stands_beside_the_arrays_is_bounded(tmp_path, format):
     path = checkpoint({"history": "x" * unpickle.MOST_BYTES, "w": 1}, format, tmp_path)
-    refused(path, "holds more than 4 MiB beside its arrays, which weights do not need")
+    refused(path, "holds more than 4 MiB besides its arrays, which weights do not need")
 
 
 def test_a_name_for_the_terminal_is_not_printed(tmp_path):
     tensor = torch_format.tensor("0", 4, 0, (4,), (1,))
-    refused(torch_format.write(tmp_path / "x.pth", {"\x1b[2J": tensor}, {"0": bytes(16)}), "cannot be printed")
+    refused(torch_format.write(tmp_path / "x.pth", {"\x1b[2J": tensor}, {"0": bytes(16)}), "unprintable name")
     for module in (b"\x1b[2J", b"a" * 5000):
         with zipfile.ZipFile(tmp_path / "y.pth", "w") as content:
             content.writestr("x/data.pkl", b"\x80\2c" + module + b"\nf\n.")
-        refused(tmp_path / "y.pth", "nothing of it was run")
+        refused(tmp_path / "y.pth", "none of its code was run")
     with pytest.raises(UserError) as e:
         files.read(checkpoint({"\x1b[2J" * 1000: 1}, "zip", tmp_path))
     assert "\x1b" not in str(e.value)
@@ -107,22 +107,22 @@ def entry(**more):
 
 
 @pytest.mark.parametrize(("header", "fragment"), [
-    (entry(shape=[400_000_001, 192]), "does not have its number of bytes"),
-    (entry(shape=[-2]), "no valid shape"),
-    (entry(shape=[2.0]), "no valid shape"),
-    (entry(shape=[True, 2]), "no valid shape"),
-    (entry(shape=[1] * 33), "no valid shape"),
-    (entry(shape=[2**60]), "no valid shape"),
-    (entry(shape="ab"), "no valid shape"),
+    (entry(shape=[400_000_001, 192]), "with the wrong number of bytes"),
+    (entry(shape=[-2]), "invalid shape"),
+    (entry(shape=[2.0]), "invalid shape"),
+    (entry(shape=[True, 2]), "invalid shape"),
+    (entry(shape=[1] * 33), "invalid shape"),
+    (entry(shape=[2**60]), "invalid shape"),
+    (entry(shape="ab"), "invalid shape"),
     (entry(shape=3), "is damaged"),
-    (entry(data_offsets=[0, 2**62]), "no valid shape"),
-    (entry(data_offsets=[0, 80]), "does not have its number of bytes"),
-    (entry(data_offsets=[8, 16]), "does not have its number of bytes"),
+    (entry(data_offsets=[0, 2**62]), "invalid shape"),
+    (entry(data_offsets=[0, 80]), "with the wrong number of bytes"),
+    (entry(data_offsets=[8, 16]), "with the wrong number of bytes"),
     (entry(data_offsets=[0]), "is damaged"),
     (entry(data_offsets={}), "is damaged"),
     (entry(dtype="F4"), "the unknown type 'F4'"),
     (entry(dtype=[]), "is damaged"),
-    (entry() | {"v": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, "does not have its number of bytes"),
+    (entry() | {"v": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, "with the wrong number of bytes"),
     (entry() | {"v": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}, "do not fill it"),
     ({}, "do not fill it"),
     ([], "is damaged"),
@@ -161,4 +161,4 @@ def test_a_file_of_another_kind_is_not_read(tmp_path):
 
 def test_what_is_no_regular_file_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "x.pth")
-    refused(tmp_path / "x.pth", "is no regular file")
+    refused(tmp_path / "x.pth", "is not a regular file")

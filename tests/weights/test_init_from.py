@@ -118,7 +118,7 @@ def test_a_work_directory(tmp_path, mlp, capsys):
     assert run(tmp_path / "second", f"--config.init_from={first}",
                "--config.data.source=fake(32, (12, 12, 1), 5)") == 0  # fmt: skip
     assert "2 arrays taken; a new head (10 classes in it, 5 here)" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"2 arrays of the model not in it \(params/backbone/dense1/bias"):
+    with pytest.raises(UserError, match=r"2 arrays of the model missing in it \(params/backbone/dense1/bias"):
         pretrained.load(programs(first, "mlp(widths=(16, 16))", (12, 12, 1)))
 
 
