@@ -1,4 +1,4 @@
-"""From measurements to ratios, tables and a plot."""
+"""Turns measurements into ratios, tables and a plot."""
 
 import statistics
 import sys
@@ -11,23 +11,23 @@ from rich.table import Table
 from variants import MEASURED, OWN, PEAK, PEERS
 
 _TITLES = {"train": "training", "infer": "inference"}
-Rates = dict[int, float]  # round → images a second
+Rates = dict[int, float]  # round → images per second
 
 
 def spread(values: list[float]) -> dict[str, float] | None:
-    """Median, least and greatest."""
+    """The median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)} if values else None
 
 
 def ratios(a: Rates, b: Rates) -> list[float]:
-    """a over b, within each round that has both."""
+    """The ratios a / b within each round that has both."""
     return [a[r] / b[r] for r in a if r in b]
 
 
 def summarize(measured: dict[str, Any], network: Network) -> list[dict[str, Any]]:
-    """A row for each mode, batch size and variant: its rate and, of this project's, the ratios to the fastest peers."""
+    """One row per mode, batch size and variant: its rate and, for this project, the ratios to the fastest peers."""
     rates: dict[tuple[str, int], dict[str, Rates]] = {}
-    peaks: dict[tuple[str, int], Rates] = {}  # FLOPs a second
+    peaks: dict[tuple[str, int], Rates] = {}  # FLOP/s
     for record in measured["records"]:
         if record["variant"] == PEAK:
             peaks.setdefault((record["mode"], record["batch_size"]), {})[record["round"]] = record["flops_per_second"]
@@ -65,14 +65,14 @@ def _fastest(names: list[str], group: dict[str, Rates]) -> str | None:
 
 
 def cell(values: dict[str, float] | None, form: str) -> str:
-    """`median [least, greatest]`, or nothing."""
+    """Formats `median [min, max]`, or "" without values."""
     if not values:
         return ""
     return f"{values['median']:{form}} [{values['min']:{form}}, {values['max']:{form}}]"
 
 
 def print_report(network: str, measured: dict[str, Any], machine: dict[str, Any]) -> None:
-    """The tables, on standard output; in a file lines are as long as they need be."""
+    """Prints the tables to standard output, with unwrapped lines if it is a file."""
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
     console.print(f"{network} on {machine['cpu']}, {machine['cores']} cores; median [least, greatest] over the rounds")
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -108,7 +108,7 @@ def _print_peak(measured: dict[str, Any], console: Console) -> None:
 
 
 def _workers(measured: dict[str, Any]) -> Table:
-    """Versions and memory of each process, and why those that are absent are."""
+    """Prints versions and memory of each process, and the reasons for absent ones."""
     table = Table(title="processes: memory at its greatest, over all modes and batch sizes", title_justify="left")
     table.add_column("variant", no_wrap=True)
     table.add_column("MB after imports", justify="right")
@@ -129,7 +129,7 @@ def _workers(measured: dict[str, Any]) -> Table:
 
 
 def plot(networks: dict[str, Any], machine: dict[str, Any], path: Path) -> None:
-    """A panel for each batch size and mode, training on the left: bars at the median, lines from least to greatest."""
+    """Plots a panel per batch size and mode, training on the left: bars at the median, lines from min to max."""
     import matplotlib
 
     matplotlib.use("Agg")

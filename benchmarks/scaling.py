@@ -1,4 +1,4 @@
-"""The least time of ImageNet recipes on 1, 8, 64 and 256 chips, by `launch.py dryrun`: a table and a plot.
+"""Lower bounds on the time of ImageNet recipes on 1, 8, 64 and 256 chips, by `launch.py dryrun`: a table and a plot.
 
     uv run --isolated --extra tpu --group peers benchmarks/scaling.py
     uv run --isolated --extra cuda-compiler --group peers benchmarks/scaling.py --kind=a100
@@ -22,17 +22,17 @@ CHIPS = {
     "a100": ("a100:1", "a100:8", "a100:8x8", "a100:32x8"),
 }
 VIT = "vit('{}', patch=16, positions='sincos', pool='mean', representation=True, head_init='zeros')"
-# Config, keys, and images a step by the number of chips. Goyal et al. give each GPU 32; Beyer et al. have one batch.
+# Config, keys, and the batch size by number of chips. Goyal et al. use 32 images per GPU; Beyer et al. one batch size.
 RECIPES: dict[str, tuple[str, dict[str, str], dict[int, int]]] = {
     "ResNet-50": ("imagenet_resnet50", {}, {1: 256, 8: 256, 64: 2048, 256: 8192}),
     "ViT-S/16": ("imagenet_vit_s16", {}, dict.fromkeys((1, 8, 64, 256), 1024)),
     "ViT-B/16": ("imagenet_vit_s16", {"model": VIT.format("B")}, dict.fromkeys((1, 8, 64, 256), 1024)),
 }
-EXAMPLES = {"imagenet_resnet50": 1_281_167, "imagenet_vit_s16": 1_268_355}  # the latter holds out a hundredth
+EXAMPLES = {"imagenet_resnet50": 1_281_167, "imagenet_vit_s16": 1_268_355}  # the latter holds out 1 %
 
 
 def dry_run(recipe: str, chips: str, count: int, out: Path, keys: dict[str, str]) -> dict[str, Any]:
-    """The dry run's findings; with parts of the batch one after the other where it does not fit otherwise."""
+    """The JSON of the dry run, with gradient accumulation if the batch does not fit otherwise."""
     config, own, batches = RECIPES[recipe]
     folder = out / "-".join([recipe.replace("/", "-"), *(f"{k}={v}" for k, v in keys.items())])
     file = folder / f"dryrun-{chips.replace(':', '-')}.json"
@@ -54,7 +54,7 @@ def dry_run(recipe: str, chips: str, count: int, out: Path, keys: dict[str, str]
 
 
 def table(rows: list[tuple[str, int, dict[str, Any]]]) -> str:
-    """The rows as Markdown."""
+    """Formats the rows as a Markdown table."""
     heads = ("", "chips", "batch", "memory of a chip", "compute, memory, network, ms", "bound by", "images/s",
              "the run", "chip-hours")  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
@@ -73,7 +73,7 @@ def table(rows: list[tuple[str, int, dict[str, Any]]]) -> str:
 
 
 def plot(rows: list[tuple[str, int, dict[str, Any]]], file: Path, kind: str) -> None:
-    """Images a second against chips, beside what the first point would give in proportion."""
+    """Plots images per second against chips, with linear scaling from the first point."""
     import matplotlib as mpl
 
     mpl.use("agg")

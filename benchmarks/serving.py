@@ -1,4 +1,4 @@
-"""`serve` under load: many clients at once beside one by one, in turns, and the server's memory.
+"""`serve` under load: concurrent and sequential clients, interleaved, and the memory of the server.
 
     uv run --extra serve benchmarks/serving.py --workdir runs/digits
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def requests(shape: list[int], count: int = 64) -> list[bytes]:
-    """Whole HTTP requests, each with another image."""
+    """Complete HTTP requests, each with a different image."""
     rng, out = np.random.default_rng(0), []
     for _ in range(count):
         content = io.BytesIO()
@@ -42,7 +42,7 @@ def requests(shape: list[int], count: int = 64) -> list[bytes]:
 
 
 async def client(port: int, messages: list[bytes], until: float, times: list[float]) -> int:
-    """Sends requests one after the other on one connection; gives how many failed."""
+    """Sends requests in sequence on one connection; returns the number that failed."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     failed = 0
     while time.monotonic() < until:
@@ -58,7 +58,7 @@ async def client(port: int, messages: list[bytes], until: float, times: list[flo
 
 
 async def load(port: int, messages: list[bytes], clients: int, seconds: float) -> dict[str, float]:
-    """What `clients` at once get in so many seconds."""
+    """Measures `clients` concurrent clients for `seconds`."""
     until, times = time.monotonic() + seconds, []
     failed = sum(await asyncio.gather(*(client(port, messages, until, times) for _ in range(clients))))
     return {"clients": clients, "answers": len(times), "failed": failed, "a_second": round(len(times) / seconds, 1),
@@ -66,7 +66,7 @@ async def load(port: int, messages: list[bytes], clients: int, seconds: float) -
             "p99_ms": round(1000 * float(np.percentile(times, 99)), 2)}  # fmt: skip
 
 
-# What wrk runs: bodies from files, and results as one line of JSON.
+# The script of wrk: bodies from files, results as one line of JSON.
 SCRIPT = """
 local bodies, n = {}, 0
 for i = 0, COUNT - 1 do local f = io.open("FOLDER/" .. i, "rb"); bodies[i] = f:read("*a"); f:close() end
@@ -84,7 +84,7 @@ end
 
 
 def wrk_load(port: int, messages: list[bytes], clients: int, seconds: float) -> dict[str, float]:
-    """As `load`, by wrk. A request that takes more than two seconds counts as failed."""
+    """Measures like `load`, with wrk. Requests over two seconds count as failed."""
     with tempfile.TemporaryDirectory() as folder:
         for i, message in enumerate(messages):
             Path(folder, str(i)).write_bytes(message.partition(b"\r\n\r\n")[2])
@@ -97,7 +97,7 @@ def wrk_load(port: int, messages: list[bytes], clients: int, seconds: float) -> 
 
 
 def processor_seconds(server: psutil.Process) -> Counter[str]:
-    """The seconds of processors that the server has taken, in all and of each kind of its threads."""
+    """CPU seconds of the server, in total and by kind of thread."""
     times, parts = server.cpu_times(), Counter[str]()
     parts["all"] = times.user + times.system
     for thread in server.threads():
@@ -113,7 +113,7 @@ def processor_seconds(server: psutil.Process) -> Counter[str]:
 
 
 def measured(server: psutil.Process, work: Callable[[], dict[str, float]]) -> dict[str, Any]:
-    """What `work` gives, and the milliseconds of processors that the server took for an answer."""
+    """The result of `work`, with the server's CPU milliseconds per answer."""
     before = processor_seconds(server)
     result = work()
     took = {kind: seconds - before[kind] for kind, seconds in processor_seconds(server).items()}
@@ -122,7 +122,7 @@ def measured(server: psutil.Process, work: Callable[[], dict[str, float]]) -> di
 
 
 def main() -> None:
-    """Prints a line for each turn, the ratio, and the server's memory before and after."""
+    """Prints one line per turn, the ratio, and the server's memory before and after."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True, help="the run that is served")
     parser.add_argument("--clients", type=int, default=64)

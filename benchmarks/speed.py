@@ -1,4 +1,4 @@
-"""Training and inference images a second of this project and of its peers, side by side on this machine.
+"""Training and inference throughput of this project and its peers, side by side on this machine.
 
     uv run --group peers benchmarks/speed.py
     uv run --group peers benchmarks/speed.py --batch_sizes=128 --rounds=9 --peers=keras,linen
@@ -38,7 +38,7 @@ _PAUSE = 0.3  # seconds after which the threads of the variant before have gone 
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags; ends the process where they are wrong."""
+    """Parses the flags; exits if they are wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", default="cnn", help=f"comma-separated, of {', '.join(NETWORKS)}")
     parser.add_argument("--batch_sizes", default="32,128,512", help="comma-separated")
@@ -66,7 +66,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace, network: str, console: Console) -> dict[str, Any]:
-    """{"workers": what each said of itself, "absent": reasons, "records": every measurement} of one network."""
+    """Measures one network: {"workers": versions and devices, "absent": reasons, "records": all measurements}."""
     names = [*OWN, *(name for name in args.peers if runs(name, NETWORKS[network])), PEAK]
     turns = [(size, mode, name) for size in args.batch_sizes for mode in (*MEASURED[PEAK].modes, *args.modes)
              for name in names if mode in MEASURED[name].modes]  # fmt: skip
@@ -108,7 +108,7 @@ def runs(peer: str, network: Network) -> bool:
 
 
 def in_order(turns: list[tuple[int, str, str]], round_number: int) -> list[tuple[int, str, str]]:
-    """The turns of a round: batch size by batch size and mode by mode, the variants in odd rounds in reverse."""
+    """The turns of a round, by batch size and mode; odd rounds reverse the order of the variants."""
     groups: dict[tuple[int, str], list[tuple[int, str, str]]] = {}
     for turn in turns:
         groups.setdefault(turn[:2], []).append(turn)

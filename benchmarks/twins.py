@@ -1,4 +1,4 @@
-"""What XLA's compilers for accelerators make of this project's networks, beside the same networks in plain linen.
+"""Compares XLA's accelerator programs of this project's networks with the same networks in plain linen.
 
     uv run --isolated --extra tpu benchmarks/twins.py --chips=v5e:1x1 [--model=vit,resnet50] [--batch_size=128]
     uv run --isolated --extra cuda-compiler benchmarks/twins.py --chips=h100:1 [--deterministic]
@@ -36,7 +36,7 @@ def main() -> None:
     """Compiles, prints the table and writes it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", default="v5e:1x1")
-    parser.add_argument("--model", default="", help="names, by commas; all without it")
+    parser.add_argument("--model", default="", help="comma-separated names; default: all")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--deterministic", action="store_true", help="XLA's deterministic GPU kernels")
     parser.add_argument("--out", type=Path, default=Path())
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def model(name: str, kind: str) -> Any:
-    """This project's classifier of that name in bfloat16, or linen's."""
+    """The classifier of that name in bfloat16, this project's or linen's."""
     from peers.linen_twins import TWINS, Classifier
 
     from imgclf_jax.models import classifier
@@ -69,7 +69,7 @@ def model(name: str, kind: str) -> Any:
 
 
 def measure(name: str, kind: str, devices: list[Any], batch_size: int) -> dict[str, Any]:
-    """The figures of a training step of one network, "ours" or "linen", on one of these devices."""
+    """Statistics of the train step of one network, "ours" or "linen", on one of these devices."""
     from imgclf_jax.tools.dryrun import counts
 
     lowered = lower(name, kind, devices, batch_size)
@@ -88,12 +88,12 @@ def measure(name: str, kind: str, devices: list[Any], batch_size: int) -> dict[s
 
 
 def float32_products(text: str) -> int:
-    """Products and convolutions with an operand of float32 in a lowered program."""
+    """The number of matmuls and convolutions with a float32 operand in a lowered program."""
     return sum("f32>" in operands for operands in _WIDE.findall(text))
 
 
 def summed(text: str) -> dict[str, int]:
-    """How many elements the all-reduces of a compiled program sum over the chips, by dtype."""
+    """The number of elements that a compiled program all-reduces over the chips, by dtype."""
     total: Counter[str] = Counter()
     for result in _SUMMED.findall(text):
         arrays = _ARRAY.findall(result)
@@ -104,7 +104,7 @@ def summed(text: str) -> dict[str, int]:
 
 
 def lower(name: str, kind: str, devices: list[Any], batch_size: int) -> Any:
-    """The training step, lowered for the devices; each has its share of the batch."""
+    """Lowers the train step for the devices, with the batch sharded over them."""
     import jax
     import jax.numpy as jnp
     import optax

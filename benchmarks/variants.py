@@ -1,4 +1,4 @@
-"""What is measured: this project's variants and its peers, each in a worker process of its own.
+"""The measured variants of this project and its peers; each runs in a separate worker process.
 
 A variant's module has `open_variant(network, **options)`, which imports what is still missing and gives a function
 `prepare(examples, mode, batch_size)`, which compiles, warms up and gives `measure(seconds)`: images, or FLOPs, done

@@ -20,9 +20,9 @@ from variants import MEASURED, Measure
 
 
 def main(name: str, network_name: str, count: int) -> None:
-    """Answers requests until there are no more."""
+    """Answers requests until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a framework prints is no answer
+    os.dup2(2, 1)  # keeps output that a framework prints apart from answers
 
     def answer(record: dict[str, Any]) -> None:
         print(json.dumps(record), file=answers, flush=True)
@@ -64,7 +64,7 @@ def main(name: str, network_name: str, count: int) -> None:
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Of those that are installed."""
+    """The versions of the packages that are installed."""
     found = {}
     for package in packages:
         try:
@@ -75,9 +75,9 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def peak_rss() -> float:
-    """The most memory, in MB, that this process has ever held.
+    """The peak memory of this process in MB.
 
-    On Linux not getrusage's number, which begins with what the parent held when it forked.
+    Not from getrusage on Linux, where the count starts with the memory of the parent at the fork.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -89,7 +89,7 @@ def peak_rss() -> float:
 
 
 def reason(e: Exception) -> str:
-    """An error as one line of a table."""
+    """Formats an error as one table cell."""
     first = next((line.strip() for line in str(e).splitlines() if line.strip()), "")
     return f"{type(e).__name__}: {first}"[:200]
 

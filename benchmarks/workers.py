@@ -1,4 +1,4 @@
-"""The orchestrator's side of a worker process: start it, ask it, end it."""
+"""The orchestrator's side of a worker process: starts, queries and stops it."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ _ENVIRONMENT = {
 
 
 class Worker:
-    """A variant's process; `error` tells why there is none, and `about` is what it said of itself."""
+    """The process of a variant. `error` says why it is absent; `about` holds its versions and device."""
 
     def __init__(self, name: str, network: str, images: int):
         """Starts the process and waits until it has imported its framework."""
@@ -37,7 +37,7 @@ class Worker:
         self.about = self._answer(_START)
 
     def ask(self, mode: str, batch_size: int, seconds: float) -> dict[str, Any]:
-        """The worker's answer; {} and `error` if it gave none, after which it is asked no more."""
+        """Returns the worker's answer. Without one, returns {} and sets `error`; later requests return {}."""
         if self.error:
             return {}
         assert self._process.stdin is not None
@@ -72,7 +72,7 @@ class Worker:
         return {}
 
     def close(self) -> None:
-        """Ends the process."""
+        """Stops the process."""
         with contextlib.suppress(OSError):
             if self._process.stdin:
                 self._process.stdin.close()
