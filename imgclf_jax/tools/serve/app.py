@@ -7,7 +7,8 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import Counter as Counts
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 
@@ -24,7 +25,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import utf8
 from imgclf_jax.tools.serve import openapi
-from imgclf_jax.tools.serve.batcher import Batcher, Busy, without_traceback
+from imgclf_jax.tools.serve.batcher import Batcher, Busy
+from imgclf_jax.tools.serve.connections import CLIENT_GONE, client_of
 from imgclf_jax.trained import Trained
 
 log = logging.getLogger(__name__)
@@ -48,8 +50,11 @@ class Limits:
     body_bytes: int = 20_000_000
     body_seconds: float = 15.0  # in which a client must have sent it
     answer_seconds: float = 30.0
-    requests: int = 256  # that are answered at once
-    all_bodies_bytes: int = 128_000_000  # of the requests that are answered at once
+    # What all requests share. A client may take no more of it than it leaves free.
+    requests: int = 256  # that are answered at once, once their bodies are here
+    small_body_bytes: int = 256_000  # up to which a body is small
+    small_bodies_bytes: int = 32_000_000
+    large_bodies_bytes: int = 96_000_000
 
 
 class Refused(Exception):
@@ -85,22 +90,20 @@ def build(
     """
     numbers = _Numbers()
     batcher = Batcher(model, most_waiting=2 * limits.requests, seen=numbers.batches.observe)
-    answering = asyncio.Semaphore(limits.requests)
-    bodies = _Bodies(limits)
+    answering, bodies = _Share(limits.requests), _Bodies(limits)
 
-    async def classify(request: Request) -> Response:
+    async def classify(request: Request, client: str, body: bytes) -> Response:
         top_k = _top_k(request, len(model.class_names))
-        async with bodies.read(request) as body:
-            begun = time.perf_counter()
-            try:
-                async with asyncio.timeout(limits.answer_seconds):
-                    probabilities = await batcher.predict(body)
-            except UserError as e:
-                raise Refused(422, str(e)) from e
-            except Busy:
-                raise Refused(503, "too many requests wait; try again in a second") from None
-            except TimeoutError:
-                raise Refused(503, f"no answer within {limits.answer_seconds:g} s; try again later") from None
+        begun = time.perf_counter()
+        try:
+            async with asyncio.timeout(limits.answer_seconds):
+                probabilities = await batcher.predict(body)
+        except UserError as e:
+            raise Refused(422, str(e)) from e
+        except Busy:
+            raise Refused(503, "too many requests wait; try again in a second") from None
+        except TimeoutError:
+            raise Refused(503, f"no answer within {limits.answer_seconds:g} s; try again later") from None
         found = model.describe(probabilities, top_k)
         if "predictions" in found:
             found["predictions"] = [one | {"class": utf8(one["class"])} for one in found["predictions"]]
@@ -109,39 +112,39 @@ def build(
             "milliseconds": round(1000 * (time.perf_counter() - begun), 3),
         })  # fmt: skip
 
-    async def picture(request: Request) -> Response:
+    async def picture(request: Request, client: str, body: bytes) -> Response:
         assert explain
-        async with bodies.read(request) as body:
-            try:
-                async with asyncio.timeout(limits.answer_seconds):
-                    loop = asyncio.get_running_loop()
-                    made = await loop.run_in_executor(batcher.alone, without_traceback, explain, body)
-            except TimeoutError:
-                raise Refused(503, f"no picture within {limits.answer_seconds:g} s; try again later") from None
+        try:
+            async with asyncio.timeout(limits.answer_seconds):
+                made = await batcher.alone(client, explain, body)
+        except TimeoutError:
+            raise Refused(503, f"no picture within {limits.answer_seconds:g} s; try again later") from None
         if isinstance(made, UserError):
             raise Refused(422, str(made))
         return Response(made, headers=_HEADERS, media_type="image/png")
 
     async def predict(request: Request) -> Response:
-        return await answer("/predict", lambda: classify(request))
+        return await answer("/predict", request, classify)
 
     async def explained(request: Request) -> Response:
-        return await answer("/explain", lambda: picture(request))
+        return await answer("/explain", request, picture)
 
-    async def answer(route: str, make: Callable[[], Awaitable[Response]]) -> Response:
+    async def answer(
+        route: str, request: Request, make: Callable[[Request, str, bytes], Awaitable[Response]]
+    ) -> Response:
         begun = time.perf_counter()
-        if answering.locked():
-            response: Response = _refusal(Refused(503, "too many requests at once; try again in a second"))
-        else:
-            async with answering:
-                try:
-                    response = await make()
-                except Refused as refused:
-                    response = _refusal(refused)
-                except ClientDisconnect:
-                    response = _refusal(Refused(499, "the client has gone"))
-                except asyncio.CancelledError:  # by the server, when the time to answer after a signal is over
-                    response = _refusal(Refused(503, "the server ends"))
+        client = client_of(request.client.host if request.client else "")
+        try:
+            async with bodies.read(request, client) as body:
+                with answering.held(client, "too many requests at once; try again in a second"):
+                    response = await make(request, client, body)
+        except Refused as refused:
+            response = _refusal(refused)
+        except ClientDisconnect:
+            response = _refusal(Refused(499, CLIENT_GONE))
+        except asyncio.CancelledError as e:  # or by the server, when the time to answer after a signal is over
+            gone = str(e) == CLIENT_GONE
+            response = _refusal(Refused(499, CLIENT_GONE) if gone else Refused(503, "the server ends"))
         numbers.requests.labels(route, str(response.status_code)).inc()
         numbers.seconds.observe(time.perf_counter() - begun)
         return response
@@ -223,16 +226,49 @@ class _OwnPagesOnly:
         await self._app(scope, receive, send)
 
 
+class _Share:
+    """A number of something that requests share. A client may take no more than it leaves free, so never the last."""
+
+    def __init__(self, total: int) -> None:
+        self._free, self._taken = total, Counts[str]()
+
+    def take(self, client: str, number: int) -> bool:
+        """Whether the client may have so many more, and has them now."""
+        if self._taken[client] + number > self._free - number:
+            return False
+        self._free -= number
+        self._taken[client] += number
+        return True
+
+    def give_back(self, client: str, number: int) -> None:
+        """The client has so many no longer."""
+        self._free += number
+        self._taken[client] -= number
+        if not self._taken[client]:
+            del self._taken[client]
+
+    @contextlib.contextmanager
+    def held(self, client: str, message: str) -> Iterator[None]:
+        """One of them is the client's, inside. Raises Refused with the message if it may have no more."""
+        if not self.take(client, 1):
+            raise Refused(503, message)
+        try:
+            yield
+        finally:
+            self.give_back(client, 1)
+
+
 class _Bodies:
-    """Reads the bodies of requests, which together take a bounded number of bytes."""
+    """Reads the bodies of requests. Small ones together take a bounded number of bytes, and so do large ones."""
 
     def __init__(self, limits: Limits) -> None:
-        self._limits, self._held = limits, 0
+        self._limits = limits
+        self._small, self._large = _Share(limits.small_bodies_bytes), _Share(limits.large_bodies_bytes)
 
     @contextlib.asynccontextmanager
-    async def read(self, request: Request) -> AsyncIterator[bytes]:
+    async def read(self, request: Request, client: str) -> AsyncIterator[bytes]:
         """The request's body. Raises Refused as soon as it is too long or too slow, or all together take too much."""
-        limits, size = self._limits, 0
+        limits, size, share = self._limits, 0, self._small
         too_long = Refused(413, f"the body is longer than {limits.body_bytes:,} bytes; send a smaller image")
         length = request.headers.get("content-length", "")
         if length.isdecimal() and (len(length) > 18 or int(length) > limits.body_bytes):
@@ -242,12 +278,16 @@ class _Bodies:
             try:
                 async with asyncio.timeout(limits.body_seconds):
                     async for part in request.stream():
-                        size += len(part)
-                        self._held += len(part)
-                        if size > limits.body_bytes:
+                        whole = size + len(part)
+                        if whole > limits.body_bytes:
                             raise too_long
-                        if self._held > limits.all_bodies_bytes:
-                            raise Refused(503, "too many large images at once; try again in a second")
+                        grows = share is self._small and whole > limits.small_body_bytes
+                        wanted, more = (self._large, whole) if grows else (share, len(part))
+                        if not wanted.take(client, more):
+                            raise Refused(503, "too many bytes of images at once; try again in a second")
+                        if grows:
+                            share.give_back(client, size)
+                        size, share = whole, wanted
                         parts.append(part)
             except TimeoutError:
                 raise Refused(408, f"the body did not come within {limits.body_seconds:g} s") from None
@@ -257,7 +297,7 @@ class _Bodies:
             del parts
             yield body
         finally:
-            self._held -= size
+            share.give_back(client, size)
 
 
 def _top_k(request: Request, classes: int) -> int:

@@ -1,6 +1,7 @@
 """Images of many requests in one batch on the device."""
 
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
 import itertools
@@ -43,6 +44,52 @@ class Busy(Exception):
     """So many images wait already that one more would not be answered in time."""
 
 
+class Turns:
+    """Calls functions in one thread, one at a time; clients take turns. Used from one event loop."""
+
+    def __init__(self, name: str) -> None:
+        self.pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._waiting: dict[str, collections.deque[asyncio.Future[None]]] = {}  # the client whose turn is next first
+        self._busy = False
+
+    async def call[T](self, client: str, make: Callable[..., T], *arguments: Any) -> T:
+        """Returns `make(*arguments)`. Cancelled before its turn, it is never called."""
+        loop = asyncio.get_running_loop()
+        if self._busy:
+            turn: asyncio.Future[None] = loop.create_future()
+            self._waiting.setdefault(client, collections.deque()).append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if not turn.cancelled():
+                    self._pass_on()
+                raise
+        self._busy = True
+        job = self.pool.submit(make, *arguments)
+
+        def ended(_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
+                loop.call_soon_threadsafe(self._pass_on)
+
+        job.add_done_callback(ended)
+        return await asyncio.wrap_future(job)
+
+    def _pass_on(self) -> None:
+        """Lets the next client's oldest call begin; the client's other calls wait for its next turn."""
+        while self._waiting:
+            client = next(iter(self._waiting))
+            turns = self._waiting.pop(client)
+            while turns and turns[0].done():  # cancelled
+                turns.popleft()
+            if turns:
+                turn = turns.popleft()
+                if turns:
+                    self._waiting[client] = turns
+                turn.set_result(None)
+                return
+        self._busy = False
+
+
 class Batcher:
     """Classifies images that come one by one. While batches are computed, those that come make the next one.
 
@@ -62,8 +109,8 @@ class Batcher:
         self._workers = concurrent.futures.ThreadPoolExecutor(_AT_ONCE, thread_name_prefix=f"{self._name}-batch")
         self._decoders = concurrent.futures.ThreadPoolExecutor(thread_name_prefix=f"{self._name}-decode")
         self._apart = concurrent.futures.ThreadPoolExecutor(thread_name_prefix=f"{self._name}-large")
-        # For one image at a time, which may take a gigabyte.
-        self.alone = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"{self._name}-largest")
+        self._largest = Turns(f"{self._name}-largest")  # one image at a time, which may take a gigabyte
+        self._small = Turns(f"{self._name}-small")
         self._tasks: set[asyncio.Task[None]] = set()  # the event loop itself holds no task
         self._device = threading.Lock()
         for size in self._sizes:
@@ -72,7 +119,7 @@ class Batcher:
     def close(self, seconds: float) -> bool:
         """Starts no more work, and waits so long for what has begun; whether it is done."""
         until = time.monotonic() + seconds
-        for pool in (self._workers, self._decoders, self._apart, self.alone):
+        for pool in (self._workers, self._decoders, self._apart, self._largest.pool, self._small.pool):
             pool.shutdown(wait=False, cancel_futures=True)
         threads = [t for t in threading.enumerate() if t.name.startswith(self._name)]
         for thread in threads:
@@ -94,6 +141,19 @@ class Batcher:
         result: asyncio.Future[np.ndarray] = asyncio.get_running_loop().create_future()
         self._waiting.put_nowait((image, result))
         return await result
+
+    async def alone[T](self, client: str, make: Callable[[bytes], T], image: bytes) -> T | UserError:
+        """What `make` gives for an image's file, or its UserError; clients take turns.
+
+        An image that is too costly for a batch has its turn among such images, so that others do not wait for it.
+        """
+
+        def within_limit(image: bytes) -> T | UserError:
+            with decode_cost.at_most(*_IN_A_BATCH):
+                return without_traceback(make, image)
+
+        made = await self._small.call(client, within_limit, image)
+        return await self._largest.call(client, without_traceback, make, image) if isinstance(made, Costly) else made
 
     async def run(self) -> None:
         """Takes what waits, batch by batch, until it is cancelled."""
@@ -144,7 +204,7 @@ class Batcher:
         try:
             prepared = await loop.run_in_executor(self._apart, prepare, _APART)
             if isinstance(prepared, Costly):
-                prepared = await loop.run_in_executor(self.alone, prepare, None)
+                prepared = await self._largest.call("", prepare, None)
         except Exception as e:
             prepared = e
         if isinstance(prepared, np.ndarray):

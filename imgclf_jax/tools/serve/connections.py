@@ -1,6 +1,7 @@
 """Limits on connections: how long a request's headers may be, how long a client may take, how many it may open."""
 
 import asyncio
+import functools
 import ipaddress
 import json
 import sys
@@ -15,6 +16,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+CLIENT_GONE = "the client has gone"  # the message of the cancellation
 _TOLD = 64  # connections above the limit, which are told that there are too many
 _PIPELINED = 100  # requests of a connection that wait
 # The parsers call back for each chunk of a body. Beyond so many, chunks must hold so many bytes on average.
@@ -63,7 +65,8 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._unparsed = 0  # bytes since the headers, a part of the body or the whole message were complete
-            self._answering = self._refused = False
+            self._answering: asyncio.Task[Any] | None = None  # the task that answers a request
+            self._refused = False
             self._begun = 0  # requests that are not answered; httptools parses all that have come
             self._lacking = 0  # bytes that the chunks of a body are short of _BYTES_A_CHUNK
             if conn := getattr(self, "conn", None):  # h11's, which gives events in place of callbacks
@@ -71,7 +74,9 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
             app = self.app
 
             async def timed(scope: Any, receive: Any, send: Any) -> None:
-                self._unparsed, self._answering = 0, True
+                if self._wire.is_closing():
+                    return
+                self._unparsed, self._answering = 0, asyncio.current_task()
                 self._allow(limits.request_seconds)
 
                 async def send_if_open(message: Any) -> None:
@@ -85,14 +90,15 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
                     await app(scope, receive, send_if_open)
                 finally:
                     self._begun = max(0, self._begun - 1)
-                    self._unparsed, self._answering = 0, False
+                    self._unparsed, self._answering = 0, None
                     self._allow(limits.headers_seconds)
 
             self.app = timed
 
         def connection_made(self, transport: Any) -> None:
             self._clock, self._wire = asyncio.get_running_loop(), transport
-            self._client = _client(transport)
+            peer = transport.get_extra_info("peername")
+            self._client = client_of(peer[0] if isinstance(peer, tuple) else "")
             clients[self._client] += 1
             super().connection_made(transport)
             self._allow(limits.headers_seconds)
@@ -108,6 +114,8 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
             if not clients[self._client]:
                 del clients[self._client]
             super().connection_lost(exc)
+            if self._answering:  # uvicorn would let it go on, and others would wait for work that nobody wants
+                self._answering.cancel(CLIENT_GONE)
 
         def data_received(self, data: bytes) -> None:
             most = limits.headers_bytes // 2
@@ -192,11 +200,11 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
     return Guarded
 
 
-def _client(transport: Any) -> str:
-    """The address that the connection is from; of IPv6 its network of 64 bits, all of which one client may have."""
-    peer = transport.get_extra_info("peername")
+@functools.lru_cache(1024)
+def client_of(host: str) -> str:
+    """One client of all: an IPv4 address, or the /64 network of an IPv6 address, since one client may own all of it."""
     try:
-        address = ipaddress.ip_address(peer[0])
-    except (TypeError, IndexError, ValueError):
-        return str(peer)
-    return str(ipaddress.ip_network((int(address) >> 64 << 64, 64))) if address.version == 6 else str(address)
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    return str(ipaddress.ip_network((int(address) >> 64 << 64, 64))) if address.version == 6 else host

@@ -42,9 +42,9 @@ def port(model):
 
 
 @contextlib.contextmanager
-def serving(model):
+def serving(model, limits=LIMITS):
     """The port of a server in a thread of this process."""
-    application = app.build(model, LIMITS, ("localhost", "127.0.0.1"), serve.explainer(model))
+    application = app.build(model, limits, ("localhost", "127.0.0.1"), serve.explainer(model))
     config = connections.server_settings(application, "127.0.0.1", 0)
     sockets = [config.bind_socket()]
     server = uvicorn.Server(config)
@@ -204,25 +204,58 @@ def test_another_sites_page_is_refused(client, origin, status):
 
 
 def test_bodies_take_bounded_memory():
-    """Of all requests together, however many there are; what ends gives its share back."""
+    """One client leaves as much as it takes, large bodies leave room for small ones, and what ends gives it back."""
 
     class Sent:
         headers: typing.ClassVar = {}
 
+        def __init__(self, parts):
+            self.parts = parts
+
         async def stream(self):
-            for _ in range(3):
+            for _ in range(self.parts):
                 yield bytes(10)
 
     async def read():
-        bodies = app._Bodies(app.Limits(body_bytes=100, all_bodies_bytes=70))
+        bodies = app._Bodies(app.Limits(small_body_bytes=20, small_bodies_bytes=40, large_bodies_bytes=120))
+
+        async def refused(parts, client):
+            with pytest.raises(app.Refused) as error:
+                await bodies.read(Sent(parts), client).__aenter__()
+            assert (error.value.status, "large" in error.value.message) == (503, False)
+
         for _ in range(3):
-            async with bodies.read(Sent()) as one, bodies.read(Sent()) as two:
+            async with bodies.read(Sent(3), "a") as one, bodies.read(Sent(3), "a") as two:
                 assert one == two == bytes(30)
-                with pytest.raises(app.Refused) as refused:
-                    await bodies.read(Sent()).__aenter__()
-                assert refused.value.status == 503
+                await refused(3, "a")
+                async with bodies.read(Sent(3), "b"), bodies.read(Sent(2), "a") as small:
+                    assert small == bytes(20)
+                    await refused(3, "c")
+                    await refused(1, "a")
+                    async with bodies.read(Sent(1), "c") as small:
+                        assert small == bytes(10)
 
     asyncio.run(read())
+
+
+def test_a_request_takes_its_place_when_its_body_is_here(model):
+    """Clients that sent none had all places, and others were told that there are too many requests."""
+    limits = app.Limits(requests=4)
+    with serving(model, limits) as port, contextlib.ExitStack() as stack:
+        for _ in range(limits.requests):
+            stalled = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            stalled.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\na")
+        assert httpx.post(f"http://127.0.0.1:{port}/predict", content=png(1)).status_code == 200
+
+
+def test_a_client_takes_no_more_than_it_leaves():
+    share = app._Share(8)
+    assert [share.take("a", 1) for _ in range(5)] == [True] * 4 + [False]
+    assert [share.take("b", 1) for _ in range(3)] == [True] * 2 + [False]
+    with share.held("c", ""), pytest.raises(app.Refused, match="busy"), share.held("c", "busy"):
+        pass
+    share.give_back("b", 2)
+    assert share.take("c", 2)
 
 
 def test_the_page_asks_nobody_else(client):

@@ -80,10 +80,63 @@ def test_small_images_do_not_wait_for_large_ones(model, monkeypatch):  # noqa: F
     np.testing.assert_allclose(rows, model.predict([png(n) for n in answered]), atol=1e-5)
 
 
+def test_small_images_are_explained_beside_large_ones(model):  # noqa: F811
+    """And a large one whose client has gone before its turn is not explained."""
+    made, go, begun = batcher.Batcher(model), threading.Event(), []
+
+    def explain(image):
+        if image.startswith(b"large"):
+            decode_cost.check_bytes(image + bytes(10_000_000))
+            begun.append(image)
+            assert go.wait(20)
+        return image
+
+    async def clients():
+        large = [asyncio.create_task(made.alone("a", explain, b"large%d" % n)) for n in range(3)]
+        async with asyncio.timeout(20):
+            while not begun:
+                await asyncio.sleep(0.01)
+            assert await made.alone("b", explain, b"small") == b"small"
+            large[1].cancel()
+            await asyncio.sleep(0)
+            go.set()
+            assert [await large[0], await large[2]] == [b"large0", b"large2"]
+
+    asyncio.run(clients())
+    assert begun == [b"large0", b"large2"]
+
+
+def test_clients_take_turns():
+    """One that asks often does not keep another waiting, nor does one that goes when its turn comes."""
+    turns, go, done = batcher.Turns("turns"), threading.Event(), []
+
+    def work(name):
+        assert go.wait(20)
+        done.append(name)
+
+    async def clients():
+        tasks = {name: asyncio.create_task(turns.call(name[0], work, name)) for name in ("a0", "a1", "a2", "a3", "b0")}
+        await asyncio.sleep(0.01)
+        tasks.pop("a2").cancel()
+        asyncio.get_running_loop().call_later(0.01, go.set)
+        async with asyncio.timeout(20):
+            await asyncio.gather(*tasks.values())
+            gone = asyncio.create_task(turns.call("a", work, "gone"))
+            turns._busy = True
+            await asyncio.sleep(0)
+            turns._pass_on()
+            gone.cancel()
+            await turns.call("b", work, "last")
+
+    asyncio.run(clients())
+    turns.pool.shutdown()
+    assert done == ["a0", "a1", "b0", "a3", "last"]
+
+
 def test_closing_does_not_wait_for_a_thread_for_ever(model):  # noqa: F811
     made, go, other = batcher.Batcher(model), threading.Event(), batcher.Batcher(model)
     assert other.close(20)
-    made.alone.submit(go.wait)
+    made._largest.pool.submit(go.wait)
     assert not made.close(0.1)
     go.set()
     assert made.close(20)

@@ -1,5 +1,6 @@
 """What a client may do to a connection, over real ones, with each parser of HTTP that uvicorn may use."""
 
+import asyncio
 import contextlib
 import dataclasses
 import importlib
@@ -38,12 +39,24 @@ async def much(request):
     return PlainTextResponse("x" * 30_000_000)
 
 
+STATE = []
+
+
+async def endless(request):
+    STATE.append("begun")
+    try:
+        await asyncio.sleep(60)
+    except asyncio.CancelledError as e:
+        STATE.append(str(e))
+        raise
+
+
 @contextlib.contextmanager
 def server(parser, limits=LIMITS):
     """The port of a server in a thread."""
     module, _, name = PARSERS[parser].partition(":")
     base = getattr(importlib.import_module(f"uvicorn.protocols.http.{module}"), name)
-    app = Starlette(routes=[Route("/", size, methods=["GET", "POST"]), Route("/much", much),
+    app = Starlette(routes=[Route("/", size, methods=["GET", "POST"]), Route("/much", much), Route("/endless", endless),
                             Route("/nothing", nothing, methods=["POST"])])  # fmt: skip
     settings = server_settings(app, "127.0.0.1", 0, limits, base)
     sockets = [settings.bind_socket()]
@@ -215,16 +228,27 @@ def test_many_connections(port):
         assert found == 200
 
 
-@pytest.mark.parametrize(("address", "client"), [
-    (("192.0.2.1", 5), "192.0.2.1"), (("2001:db8:1:2:3::4", 5, 0, 0), "2001:db8:1:2::/64"),
-    (("fe80::1%eth0", 5, 0, 2), "fe80::/64"), (None, "None"), ("", ""),
-])  # fmt: skip
-def test_the_address_of_a_client(address, client):
-    class Transport:
-        def get_extra_info(self, name):
-            return address
+def test_work_ends_when_its_client_goes(port):
+    """Nobody would take the answer, and others would wait for it."""
+    STATE.clear()
+    with connect(port) as client:
+        client.sendall(GET.replace(b"/ ", b"/endless ") + b"\r\n")
+        wait_for(lambda: STATE == ["begun"])
+    wait_for(lambda: STATE == ["begun", connections.CLIENT_GONE])
 
-    assert connections._client(Transport()) == client
+
+def wait_for(condition):
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("host", "client"), [
+    ("192.0.2.1", "192.0.2.1"), ("2001:db8:1:2:3::4", "2001:db8:1:2::/64"), ("fe80::1%eth0", "fe80::/64"), ("", ""),
+])  # fmt: skip
+def test_the_address_of_a_client(host, client):
+    assert connections.client_of(host) == client
 
 
 @pytest.mark.parametrize("parser", PARSERS)
