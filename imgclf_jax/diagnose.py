@@ -1,4 +1,4 @@
-"""What a failure comes from: the key of the config that cannot be traced, the examples of a step that is not finite."""
+"""Diagnosis of failures: the config key that cannot be traced, the examples of a nonfinite step, oversized arrays."""
 
 import contextlib
 import math
@@ -25,23 +25,23 @@ from imgclf_jax.run.provenance import write_json
 
 @contextlib.contextmanager
 def naming_the_key(recipe: Recipe) -> Iterator[None]:
-    """Where tracing inside fails, the parts are traced one by one, so that the error can name a config key."""
+    """If tracing fails inside, traces the parts one by one to name the config key at fault."""
     try:
         yield
     except UserError:
         raise
     except Exception as e:  # JAX, Flax and Optax raise many types
         if isinstance(e, ScopeParamNotFoundError | ScopeCollectionNotFound) and not recipe.method.predicts:
-            raise UserError(f"method={recipe.config.method!r} says predicts=False, so its model has no head, and it "
-                            "calls one; give it another module, or drop predicts=False") from e  # fmt: skip
-        find(recipe)
+            raise UserError(f"method={recipe.config.method!r} calls the head, but predicts=False gives its model none; "
+                            "drop predicts=False, or use another module") from e  # fmt: skip
+        trace_each_key(recipe)
         raise
 
 
-def find(recipe: Recipe) -> None:
-    """Raises UserError that names the first key of a config whose part cannot be traced, if one cannot.
+def trace_each_key(recipe: Recipe) -> None:
+    """Raises UserError naming the first config key that cannot be traced, if there is one.
 
-    An error in the user's own code, which is named by an import path, is raised as it is.
+    Errors in the user's own code, named by an import path, pass unchanged.
     """
     config, image_shape = recipe.config, recipe.data.image_shape
     images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), "uint8")
@@ -71,7 +71,7 @@ def find(recipe: Recipe) -> None:
             raise
         except Exception as e:
             if spec.names_code(config[key]):
-                raise  # the user's own code: the traceback shows where
+                raise  # the user needs the traceback into their own code
             where = f" on images {list(image_shape)}" if key in ("augment", "mix", "model") else ""
             raise UserError(f"{key}={config[key]!r} fails{where}: {reason(e)}") from e
 
@@ -85,13 +85,13 @@ def find(recipe: Recipe) -> None:
 
 
 def check_finite(
-    window: metrics.Sums, config: ConfigDict, images: stream.Images, checkpoints: Checkpoints, folder: Path
+    sums: metrics.Sums, config: ConfigDict, images: stream.Images, checkpoints: Checkpoints, folder: Path
 ) -> None:
-    """Raises UserError for a step whose loss, gradient or parameters were not finite.
+    """Raises UserError if `sums` record a step with a nonfinite loss, gradient or parameter.
 
-    `window`, on the host, holds that step. Its examples are written to `folder`/nonfinite.json.
+    `sums` are on the host. Writes the step's examples to `folder`/nonfinite.json.
     """
-    by_seed = np.atleast_1d(window["nonfinite_step"])
+    by_seed = np.atleast_1d(sums["nonfinite_step"])
     bad = int(by_seed.min())
     if bad == metrics.NO_STEP:
         return
@@ -102,31 +102,31 @@ def check_finite(
     file = folder / "nonfinite.json"
     name = getattr(images.source, "name", None)
     names = [name(i) for i in ids] if name else None
-    found = {"step": bad, "seed": seed, "example_ids": ids, "examples": names}
-    processes.broadcast_from_process_0("writing nonfinite.json", lambda: write_json(file, found))
+    record = {"step": bad, "seed": seed, "example_ids": ids, "examples": names}
+    processes.broadcast_from_process_0("writing nonfinite.json", lambda: write_json(file, record))
     good = checkpoints.steps()
-    kept = f"the last good checkpoint, of step {good[-1]}, is kept" if good else "no checkpoint had been saved yet"
+    kept = f"the last good checkpoint is of step {good[-1]}" if good else "no checkpoint had been saved yet"
     raise UserError(
         f"the loss, gradient or parameters are not finite at step {bad}, on the example ids {str(ids[:8])[:-1]}, …] "
-        f"(all in {file}); {kept}; look at those examples, or lower the learning rate, or set clip=1.0"
+        f"(all in {file}); {kept}; inspect those examples, lower the learning rate, or set clip=1.0"
     )
 
 
 def check_size(recipe: Recipe, state: Any, in_memory: bool) -> None:
-    """Raises UserError for a parameter without elements and, with `in_memory`, for what the machine cannot hold.
+    """Raises UserError for an empty parameter and, with `in_memory`, for a state or batch beyond the host's memory.
 
-    `state` are the shapes of the train state; its arrays and a batch are then in the machine's own memory.
+    `state` holds the shapes of the train state. Set `in_memory` if the devices use the host's memory.
     """
     config = recipe.config
     for path, x in jax.tree_util.tree_leaves_with_path(state.params):
         if 0 in x.shape:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise UserError(f"model={config.model!r}: the parameter {name} {list(x.shape)} has no elements; every width"
-                            " must be 1 or more")  # fmt: skip
+            raise UserError(f"model={config.model!r}: the parameter {name} {list(x.shape)} is empty; make every width"
+                            " 1 or more")  # fmt: skip
     if in_memory:
         nbytes = sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(state))
         memory.require(nbytes, f"the train state of model={config.model!r} with num_seeds={config.num_seeds}")
         images = config.batch_size * config.num_seeds * math.prod(recipe.data.image_shape)
         memory.require(5 * images, f"a batch of batch_size={config.batch_size}")  # as uint8 and as float32
         calls = min(config.steps_per_call, recipe.total)
-        memory.require(calls * images, f"what a call is given with steps_per_call={config.steps_per_call}")
+        memory.require(calls * images, f"the images of a call of steps_per_call={config.steps_per_call}")

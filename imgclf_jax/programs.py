@@ -24,7 +24,7 @@ from imgclf_jax.core import fsdp, platform, sharding, tree
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.once import once
 from imgclf_jax.data import decode, extra, placement
-from imgclf_jax.data.stream import Images, StreamSpec, as_evaluated
+from imgclf_jax.data.stream import Images, StreamSpec, eval_images
 from imgclf_jax.models import classifier, norms
 from imgclf_jax.models.cpu.rewrite import rewrite
 from imgclf_jax.models.frozen import Frozen
@@ -274,7 +274,7 @@ class Programs:
             counts = data.train_examples, data.image_shape
             return placement.chunk_shape(place, *counts, spec, size, self.mesh, len(data.target_names))
 
-        further = {one.name: shape(data.extra[one.name], one) for one in self.stream.further}
+        further = {one.name: shape(data.extra[one.name], one) for one in self.stream.extra_streams}
         return {**shape(data, self.stream), **further}
 
     def _batch_at(self, chunk: Any, i: jax.Array | int) -> dict[str, Any]:
@@ -349,7 +349,7 @@ class Programs:
     @property
     def _steps_in_chunk(self) -> int:
         data, spec = self.recipe.data, self.stream
-        further = sum(one.rows * math.prod(data.extra[one.name].image_shape) for one in spec.further)
+        further = sum(one.rows * math.prod(data.extra[one.name].image_shape) for one in spec.extra_streams)
         return self._batches_in_chunk(spec.rows, further)
 
     def _batches_in_chunk(self, rows: int, further: int = 0) -> int:
@@ -566,8 +566,8 @@ class Programs:
     @property
     def preprocess_eval(self) -> str:
         """The spec of the preprocessing of evaluation and inference, which is deterministic."""
-        return decode.for_evaluation(self.recipe.config.preprocess_eval, self.recipe.config.preprocess)
+        return decode.evaluation_spec(self.recipe.config.preprocess_eval, self.recipe.config.preprocess)
 
     def eval_images(self, source: Any) -> Images:
         """The images of a source, with the preprocessing of evaluation."""
-        return as_evaluated(source, self.recipe.config)
+        return eval_images(source, self.recipe.config)

@@ -424,6 +424,6 @@ def load_converted(config: ConfigDict, base: dict[str, sources.Source] | None = 
     with contextlib.suppress(UserError):
         source = sources.take_split(base, config.data.train)
     mesh = sharding.make_inference_mesh(config.mesh)
-    programs = programs_for_images(config, stream.as_evaluated(source, config), mesh)
+    programs = programs_for_images(config, stream.eval_images(source, config), mesh)
     weights = pretrained.load(programs, whole)
     return Trained(programs, programs.init_state(weights=weights.taken), 0)

@@ -38,10 +38,10 @@ from imgclf_jax.core.errors import UserError
     ({"checkpoint.best": "val/accuracy"}, "unknown metric in checkpoint.best 'val/accuracy': did you mean 'test/acc"),
     ({"checkpoint.best": "test/acuracy"}, "did you mean 'test/accuracy'"),
     ({"data.eval": {"train": "test"}},
-     "data.eval has a set called 'train': results have something else called 'train'"),
-    ({"data.eval": {"step": "test"}}, "results have something else called 'step'; give it another name, such as 'val'"),
-    ({"data.eval": {"a/b": "test"}}, "data.eval has a set called 'a/b': allowed are letters, digits, _ and -"),
-    ({"data.eval": {"": "test"}}, "data.eval has a set called ''"),
+     "data.eval names a set 'train': results use this name for something else"),
+    ({"data.eval": {"step": "test"}}, "data.eval names a set 'step': results use this name for something else"),
+    ({"data.eval": {"a/b": "test"}}, "data.eval names a set 'a/b': allowed are letters, digits, _ and -"),
+    ({"data.eval": {"": "test"}}, "data.eval names a set ''"),
     ({"checkpoint.best": "test"}, "allowed: test/accuracy, test/loss, test/nll, test/top5"),
 ])  # fmt: skip
 def test_values_that_no_run_could_use(changes, message):
@@ -128,8 +128,8 @@ def test_json_round_trip():
 @pytest.mark.parametrize(("text", "message"), [
     ("", "is damaged"), ("{", "is damaged"), ("[]", "config.json"), ("[1]", "is damaged"), ("3", "is damaged"),
     ("{}", "missing config keys"), ('{"sede": 1}', "unknown config key 'sede'"),
-    (configs.to_json(default_config()).replace('"seed": 0', '"seed": "0"'), "seed='0' is not of type int"),
-    (configs.to_json(default_config()).replace('"train": "train"', '"train": ["a"]'), "is not of type str"),
+    (configs.to_json(default_config()).replace('"seed": 0', '"seed": "0"'), "seed='0' must have the type int"),
+    (configs.to_json(default_config()).replace('"train": "train"', '"train": ["a"]'), "must have the type str"),
 ])  # fmt: skip
 def test_damaged_json_is_told_with_its_path(text, message):
     with pytest.raises(UserError) as e:
@@ -146,8 +146,8 @@ def test_keys_newer_than_the_file_have_their_defaults(caplog):
     again = configs.flatten(configs.from_json(json.dumps(stored), "runs/a/config.json"))
     newer = ["data.threads", "clip", *(key for key in KEYS if key.startswith("rules."))]
     assert again == configs.flatten(config) | {key: KEYS[key][0] for key in newer}
-    assert caplog.messages == [f"runs/a/config.json was written before there were {', '.join(newer)}: "
-                               "their defaults are used"]  # fmt: skip
+    assert caplog.messages == [f"runs/a/config.json is older than the config keys {', '.join(newer)}; using their "
+                               "defaults"]  # fmt: skip
 
 
 def test_difference_names_each_changed_key_but_those_of_location():

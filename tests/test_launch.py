@@ -114,7 +114,7 @@ def test_a_second_evaluation_finds_what_the_first_compiled(tmp_path):
 
 @pytest.mark.parametrize(("override", "message"), [
     ("data.source=folder(3)", "data.source='folder(3)' fails: "),
-    ("data.source=fake(8, 3)", "fake(shape=3): shape is (height, width, channels)"),
+    ("data.source=fake(8, 3)", "fake(shape=3): shape must be (height, width, channels)"),
     ("preprocess=decode(1)|resize('x')", "preprocess=\"decode(1)|resize('x')\" fails: "),
 ])  # fmt: skip
 def test_an_argument_of_the_wrong_type(tmp_path, capsys, override, message):
@@ -126,13 +126,13 @@ def test_an_argument_of_the_wrong_type(tmp_path, capsys, override, message):
 @pytest.mark.parametrize("named", ["the environment's", *thorough("PYTHONPATH's")])
 def test_the_package_beside_launch_py_is_the_one_that_runs(tmp_path, named):
     """A clone that was run in another clone's environment ran the other's package, with PYTHONPATH too."""
-    other, mark = tmp_path / "other", "Where the other clone keeps prepared data"
+    other, mark = tmp_path / "other", "Directory of the other clone's data"
     other.mkdir()
     shutil.copy(ROOT / "launch.py", other)
     for folder in ("imgclf_jax", "configs"):
         shutil.copytree(ROOT / folder, other / folder, ignore=shutil.ignore_patterns("__pycache__"))
     keys = other / "imgclf_jax" / "config.py"
-    keys.write_text(keys.read_text().replace("Where TFDS keeps prepared data", mark))
+    keys.write_text(keys.read_text().replace("Directory or bucket of prepared TFDS data", mark))
     environment = os.environ | {"PYTHONPATH": str(other if named == "PYTHONPATH's" else "")}
     for clone in (other, ROOT):
         command = [sys.executable, str(clone / "launch.py"), "config"]

@@ -145,7 +145,7 @@ def test_balanced_weights_are_those_of_scikit_learn():
     logits = jnp.asarray(draw(len(labels), 4)[0])
     out = np.asarray(built("softmax(class_weights='balanced')", counts, "abcd")(logits, labels))
     np.testing.assert_allclose(out / jax.jit(losses.softmax)(logits, labels), expected[labels], rtol=1e-5)
-    with pytest.raises(UserError, match="no example of b, c is trained on"):
+    with pytest.raises(UserError, match="the training split has no example of b, c"):
         losses.build("focal(class_weights='balanced')", [3, 0, 0], "abc")
     assert losses.needs_class_counts("sigmoid(class_weights='balanced')")
     assert not losses.needs_class_counts("softmax(class_weights=(1, 2))")
@@ -154,7 +154,9 @@ def test_balanced_weights_are_those_of_scikit_learn():
 @pytest.mark.parametrize("weights", ["'balance'", "(1, 2)", "(1, -1, 1)"])
 def test_wrong_class_weights_are_told(weights):
     loss = losses.build(f"softmax(class_weights={weights})")
-    with pytest.raises(UserError, match=r"class_weights=.*allowed are 'balanced' and 3 numbers from 0, one a class"):
+    with pytest.raises(
+        UserError, match=r"class_weights=.*allowed are 'balanced', or 3 numbers of 0 or more, one per class"
+    ):
         loss(jnp.zeros((2, 3)), jnp.asarray([0, 1]))
     with pytest.raises(UserError, match=r"gamma=-1"):
         losses.focal(jnp.zeros((2, 3)), jnp.asarray([0, 1]), gamma=-1)
@@ -251,7 +253,9 @@ def test_positive_weights_are_pos_weight_of_pytorch():
     )
     out = built(f"sigmoid(positive_weights={weights})")(logits, targets)
     np.testing.assert_allclose(out, expected.sum(1).numpy(), rtol=1e-5, atol=1e-5)
-    with pytest.raises(UserError, match=r"positive_weights=\(1, 2\): allowed are 4 numbers from 0, one a class"):
+    with pytest.raises(
+        UserError, match=r"positive_weights=\(1, 2\): allowed are 4 numbers of 0 or more, one per class"
+    ):
         losses.build("sigmoid(positive_weights=(1, 2))")(logits, targets)
 
 
@@ -305,16 +309,16 @@ def test_a_loss_of_ones_own_declares_its_task():
     assert losses.tasks_of(asymmetric) == (Task.CLASSES, Task.MULTILABEL)
     assert losses.tasks_of(plain) == (Task.CLASSES, Task.SOFT)
     assert losses.link_of(losses.with_tasks(Task.MULTILABEL)(plain)) is losses.SIGMOID
-    with pytest.raises(UserError, match="loss='plain' trains on targets, and these data have class labels"):
+    with pytest.raises(UserError, match="loss='plain' trains on targets, but the data have class labels"):
         losses.task_of(plain, False)
     with pytest.raises(ValueError, match="one task with targets"):
         losses.with_tasks(Task.SOFT, Task.REGRESSION)
 
 
 @pytest.mark.parametrize(("text", "has_targets", "said"), [
-    ("mse", False, "loss='mse' trains on numbers, and these data have class labels: use 'softmax' or 'sigmoid'"),
-    ("softmax(class_weights='balanced')", True, "'balanced' counts labels, and these data have targets"),
-    ("sigmoid(class_weights=(1, 2))", True, "for several labels use positive_weights, one number a class"),
+    ("mse", False, "loss='mse' trains on numbers, but the data have class labels: use 'softmax' or 'sigmoid'"),
+    ("softmax(class_weights='balanced')", True, "'balanced' counts labels, but the data have targets"),
+    ("sigmoid(class_weights=(1, 2))", True, "for several labels use positive_weights, one number per class"),
 ])  # fmt: skip
 def test_a_loss_that_does_not_fit_the_data_is_told(text, has_targets, said):
     with pytest.raises(UserError, match="loss=") as e:
@@ -323,10 +327,10 @@ def test_a_loss_that_does_not_fit_the_data_is_told(text, has_targets, said):
 
 
 @pytest.mark.parametrize(("text", "row", "said"), [
-    ("softmax", [1, 1, 0], "the target of example 1 adds up to 2 and not to 1; for columns that are 0 or 1 each by"
-                           " itself use 'sigmoid'"),
-    ("softmax", [0, 0, 0], "adds up to 0 and not to 1; for columns that are 0 or 1"),
-    ("focal", [0.5, 0.4, 0], "adds up to 0.9 and not to 1; divide each row by its sum"),
+    ("softmax", [1, 1, 0], "the target of example 1 sums to 2, not to 1; for independent columns of 0 and 1 use "
+                           "'sigmoid'"),
+    ("softmax", [0, 0, 0], "sums to 0, not to 1; for independent columns of 0 and 1"),
+    ("focal", [0.5, 0.4, 0], "sums to 0.9, not to 1; divide each row by its sum"),
     ("softmax", [2, -1, 0], "example 1 has the target [2, -1, 0], outside of [0, 1]"),
     ("sigmoid", [0, 37.5, 0], "example 1 has the target [0, 37.5, 0], outside of [0, 1]; for numbers use 'mse'"),
 ])  # fmt: skip

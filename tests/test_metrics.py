@@ -92,12 +92,12 @@ def test_scores_are_of_the_predictions_that_are_counted(seeds):
     predictions = metrics.concatenate([metrics.Predictions(*map(np.asarray, batch))])
     whole_set = metrics.build_whole_set("balanced_accuracy|f1")
     counted = metrics.summarize(jax.device_get(sums), predictions, whole_set)
-    own = predictions.of_seed(-1) if seeds > 1 else predictions
-    found = scores.score(own.labels, own.probabilities, own.given)
+    own = predictions.for_seed(-1) if seeds > 1 else predictions
+    found = scores.score(own.labels, own.probabilities, own.from_logits)
     ensemble = "ensemble_" if seeds > 1 else ""
     assert found["accuracy"] == counted[f"{ensemble}accuracy"] == counted[f"{ensemble}balanced_accuracy"] == 0
     assert found["top5"] == counted[f"{ensemble}top5"] == 3 / 6  # labels 3, 4 and 5 of the six that are counted
-    rows = listing.rows("test", "abdefg", own.labels, own.probabilities, "0123456", 1, given=own.given)
+    rows = listing.rows("test", "abdefg", own.labels, own.probabilities, "0123456", 1, from_logits=own.from_logits)
     assert [(row["class_1"], row["correct"]) for row in rows] == [*[("6", False)] * 5, ("0", False)]
 
 

@@ -196,7 +196,7 @@ def test_a_set_that_results_have_no_room_for(mistake, whole, tmp_path, monkeypat
     """`step` replaced the step in result.json, `train` wrote train/accuracy twice, `a/b` was a traceback."""
     monkeypatch.setattr("imgclf_jax.data.sources.open_data", None)
     for command in (["train", f"--workdir={tmp_path}/run", *FAKE], ["evaluate", f"--workdir={whole[0]}"]):
-        assert has(mistake(*command, f"--config.data.eval.{name}=test"), f"data.eval has a set called {name!r}")
+        assert has(mistake(*command, f"--config.data.eval.{name}=test"), f"data.eval names a set {name!r}")
 
 
 def test_metrics_that_are_missing(copy, capsys):

@@ -177,12 +177,12 @@ def test_a_loop_of_your_own_is_the_runs(fake_config):
 
 
 @pytest.mark.parametrize(("images", "labels", "says"), [
-    (np.zeros((4, 8, 8), np.uint8), np.zeros(4, np.int32), "images are uint8[4, 8, 8]; they must be uint8[n, h, w, c]"),
+    (np.zeros((4, 8, 8), np.uint8), np.zeros(4, np.int32), "images are uint8[4, 8, 8]; pass uint8[n, h, w, c]"),
     (np.zeros((4, 8, 8, 1)), np.zeros(4, np.int32), "images are float64[4, 8, 8, 1]"),
     (np.zeros((4, 8, 8, 1), np.uint8), np.zeros(3, np.int32), "labels are int32[3] for 4 images"),
-    (np.zeros((4, 8, 8, 1), np.uint8), np.zeros(4), "labels are float64[4] for 4 images; they must be integers [n]"),
-    (np.zeros((4, 8, 8, 1), np.uint8), np.array([0, 1, 2, -1]), "labels are -1 to 2; classes are numbered from 0"),
-    (np.zeros((0, 8, 8, 1), np.uint8), np.zeros(0, np.int32), "there are no images"),
+    (np.zeros((4, 8, 8, 1), np.uint8), np.zeros(4), "labels are float64[4] for 4 images; pass integers [n]"),
+    (np.zeros((4, 8, 8, 1), np.uint8), np.array([0, 1, 2, -1]), "labels are -1 to 2; number the classes from 0"),
+    (np.zeros((0, 8, 8, 1), np.uint8), np.zeros(0, np.int32), "images is empty"),
 ])  # fmt: skip
 def test_arrays_that_are_no_data(images, labels, says, fake_config):
     with pytest.raises(UserError) as error:

@@ -71,7 +71,7 @@ def test_an_image_may_be_a_file_bytes_pixels_or_pillows(model, pixels, tmp_path)
 def test_an_image_that_cannot_be_used_is_named(model, pixels, tmp_path):
     (tmp_path / "b.png").write_bytes(b"no image")
     for images, message in [
-        ([pixels[0], tmp_path / "b.png"], "b.png: the image is not in an image format"),
+        ([pixels[0], tmp_path / "b.png"], "b.png: the image is in none of the formats"),
         ([pixels[0], pixels[0].astype(np.float32)], "image 1: the image is float32"),
         ([tmp_path / "c.png"], "c.png: No such file"),
         ([], "there are no images"),

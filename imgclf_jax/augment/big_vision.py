@@ -1,15 +1,15 @@
-"""RandAugment as google-research/big_vision has it: `randaug` of pp/autoaugment.py, with TensorFlow's arithmetic.
+"""RandAugment of google-research/big_vision: `randaug` of pp/autoaugment.py, with TensorFlow's arithmetic.
 
-The policies of torchvision (`augment.policies`) differ from it in the ops, in their strengths and in the rounding. A
-magnitude of 10 is full strength. What the definition does unlike Pillow, this does too:
+It differs from torchvision's policies (`augment.policies`) in its ops, their strengths and rounding. A magnitude of 10
+is full strength. It keeps big_vision's deviations from Pillow:
 
-- `contrast` blends with the level h * w / 256, at most 255, and not with the mean level.
-- `solarize` has a threshold of uint8. At full strength it is 256, which TensorFlow turns into 0: all is inverted.
+- `contrast` blends with the level h * w / 256, at most 255, instead of the mean level.
+- `solarize` has a uint8 threshold, which at full strength wraps from 256 to 0 and inverts every pixel.
 - `posterize` keeps more bits at a greater magnitude.
 - `color`, `contrast`, `brightness` and `sharpness` draw no sign: at full strength their factor is always 1.9.
 
-Tests hold each op to the definition, to the bit, with two exceptions: where an exact level of the smooth image of
-`sharpness`, or of the grey image of `color`, is whole or nearly so, TensorFlow's float32 may come out a level lower.
+Tests compare each op with the original, bit for bit, with one exception: where an exact level of the smooth image of
+`sharpness` or the grey image of `color` is an integer or nearly so, TensorFlow's float32 may be one level lower.
 """
 
 import math
@@ -21,7 +21,7 @@ import numpy as np
 from imgclf_jax.augment import geometry, photometric, tpu_affine
 from imgclf_jax.core.platform import cpu_barrier
 
-# In the order of the definition, which draws one of them for each image, all alike.
+# In the order of big_vision, which draws one per image, uniformly.
 OPS = (
     "autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "color", "contrast", "brightness",
     "sharpness", "shear_x", "shear_y", "translate_x", "translate_y", "cutout", "solarize_add",
@@ -33,7 +33,7 @@ _DEGREES, _SHEAR, _TRANSLATION, _CUTOUT, _ADDITION = 30.0, 0.3, 100.0, 40, 110  
 
 
 def randaugment(key: jax.Array, images: jax.Array, num_ops: int, magnitude: int, fill: jax.Array) -> jax.Array:
-    """`num_ops` ops an image, one after the other, on uint8[b, h, w, c]; `fill` uint8[c] is what moves in."""
+    """Applies `num_ops` ops to each image of uint8[b, h, w, c], in sequence; `fill` uint8[c] fills the border."""
     b, h, w, _ = images.shape
     for i in range(num_ops):
         key_op, key_sign, key_y, key_x = jax.random.split(jax.random.fold_in(key, i), 4)
@@ -52,9 +52,9 @@ def apply(
     magnitude: int,
     fill: jax.Array,
 ) -> jax.Array:
-    """Each image of uint8[b, h, w, c] changed by its own op, i32[b] into OPS.
+    """Applies to each image of uint8[b, h, w, c] its own op, an index i32[b] into OPS.
 
-    `negative`, i32[b], is 1 to turn, shear or move the other way; `centre`, (y, x) i32[b], is that of the cutout.
+    `negative` i32[b] is 1 to rotate, shear or translate the other way; `centre`, (y, x) i32[b], is that of the cutout.
     """
     images = photometric.on_colors(_change_colors, images, op, magnitude)
     h, w = images.shape[1:3]
@@ -64,9 +64,9 @@ def apply(
     y, x = jnp.arange(h)[:, None, None], jnp.arange(w)[:, None]
     side = int(magnitude / FULL * _CUTOUT)
     inside = _is(op, "cutout", images)
-    for at, middle in ((y, centre[0]), (x, centre[1])):
+    for coordinate, middle in ((y, centre[0]), (x, centre[1])):
         middle = photometric.broadcast_along_batch(middle, images)
-        inside &= (at >= middle - side) & (at < middle + side)
+        inside &= (coordinate >= middle - side) & (coordinate < middle + side)
     return jnp.where(inside, fill, images)
 
 
@@ -92,7 +92,7 @@ def _change_colors(images: jax.Array, op: jax.Array, magnitude: int) -> jax.Arra
     table = jnp.broadcast_to(levels, (b, 256, 1, c))
     for name, other in tables.items():
         table = jnp.where(_is(op, name, table), other, table)
-    # On CPU the barriers keep a fused loop from computing table, grey and smooth image anew for each pixel.
+    # On CPU, the barriers keep fusion from recomputing the table, grey and smooth images for each pixel.
     images = photometric.lookup(images, cpu_barrier(table)[:, :, 0])
     grey, smooth = cpu_barrier((_grey(images), photometric.smooth(images, cut=True)))
     is_color = _is(op, "color", images)
@@ -101,7 +101,7 @@ def _change_colors(images: jax.Array, op: jax.Array, magnitude: int) -> jax.Arra
 
 
 def _stretch(levels: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    """`photometric.stretch` with the definition's rounding: x * scale - low * scale, scale = 255 / (high - low)."""
+    """`photometric.stretch` with TensorFlow's rounding: x * scale - low * scale, scale = 255 / (high - low)."""
     x, low, high = (v.astype(jnp.float32) for v in (levels, low, high))
     scale = 255 / jnp.maximum(high - low, 1)
     stretched = photometric.rounded_product(scale, x) - photometric.rounded_product(scale, low)
@@ -114,7 +114,7 @@ def _posterize(levels: jax.Array, bits: int) -> jax.Array:
 
 
 def _grey(images: jax.Array) -> jax.Array:
-    """`tf.image.rgb_to_grayscale`, uint8[b, h, w, 1]: 0.2989 r + 0.587 g + 0.114 b, times 255.5 / 255, cut off."""
+    """`tf.image.rgb_to_grayscale`, uint8[b, h, w, 1]: (0.2989 r + 0.587 g + 0.114 b) * 255.5 / 255, truncated."""
     if images.shape[-1] == 1:
         return images
     r, g, b = (images[..., i : i + 1].astype(jnp.int32) for i in range(3))
@@ -122,14 +122,14 @@ def _grey(images: jax.Array) -> jax.Array:
 
 
 def _maps(magnitude: int, height: int, width: int) -> np.ndarray:
-    """f32[op, 2, 6]: where each op, positive and negative, reads a pixel, as in `augment.geometry`."""
+    """f32[op, 2, 6]: the affine map of each op, positive and negative, as in `augment.geometry`."""
     maps = np.tile(np.array(geometry.IDENTITY, np.float32), (len(OPS), 2, 1))
     for negative in range(2):
         part = np.float32((1 - 2 * negative) * magnitude / FULL)
         sheared, moved = part * np.float32(_SHEAR), part * np.float32(_TRANSLATION)
-        for name, place, value in (("shear_x", 1, sheared), ("shear_y", 3, sheared), ("translate_x", 2, moved),
+        for name, index, value in (("shear_x", 1, sheared), ("shear_y", 3, sheared), ("translate_x", 2, moved),
                                    ("translate_y", 5, moved)):  # fmt: skip
-            maps[OPS.index(name), negative, place] = value
+            maps[OPS.index(name), negative, index] = value
         angle = np.float32(part * np.float32(_DEGREES)) * np.float32(math.pi / 180)
         cos, sin, right, bottom = np.cos(angle), np.sin(angle), np.float32(width - 1), np.float32(height - 1)
         x = (right - (cos * right - sin * bottom)) / 2
@@ -139,7 +139,7 @@ def _maps(magnitude: int, height: int, width: int) -> np.ndarray:
 
 
 def _transform(images: jax.Array, matrix: jax.Array, fill: jax.Array, limits: tpu_affine.Limits) -> jax.Array:
-    """TensorFlow's `ImageProjectiveTransformV3` by maps f32[b, 6]: coordinates in float32, halves away from zero."""
+    """TensorFlow's `ImageProjectiveTransformV3` by maps f32[b, 6]: float32 coordinates, halves round away from zero."""
     h, w = images.shape[1:3]
     y, x = jnp.arange(h, dtype=jnp.float32)[:, None], jnp.arange(w, dtype=jnp.float32)
 

@@ -1,9 +1,8 @@
-"""Mixing: each image is mixed with another one of its batch, and so are their targets, or the losses of their labels.
+"""Mixing: mixes each image with another one of its batch, and their targets or the losses of their labels alike.
 
-A mixing op takes `(key, images, …)`, or `(images, …)` if it draws nothing (see `core.kinds`). It gives (images, weight
-f32[b]): image i is mixed with image i - 1, the first one with the last, and the weight is the share that image i keeps.
-The order of a batch is random, so that this neighbour is a random example. It lies on the same device, but for the
-first image of each device.
+A mixing op takes `(key, images, …)`, or `(images, …)` if it is deterministic (see `core.kinds`), and returns (images,
+weight f32[b]). Image i is mixed with image i - 1, the first with the last, and keeps the share `weight`. As the order
+of a batch is random, the neighbour is a random example, and all but the first of each device are on the same device.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,17 +20,17 @@ Mix = Callable[[jax.Array, jax.Array], Mixed]  # (key, images)
 
 
 def partner(x: jax.Array) -> jax.Array:
-    """What each example is mixed with: of images or labels [b, …], the one before it."""
+    """The images or labels [b, …] that each example is mixed with: those of the one before it."""
     return jnp.roll(x, 1, axis=0)
 
 
 def _draw_weights(name: str, key: jax.Array, images: jax.Array, alpha: float, count: int) -> jax.Array:
     """f32[count] ~ Beta(alpha, alpha)."""
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise UserError(f"{name} mixes float images, these are {images.dtype}")
+        raise UserError(f"{name} mixes float images, but these are {images.dtype}")
     if alpha <= 0:
         raise UserError(f"{name}(alpha={alpha}): must be above 0")
-    # The share of one gamma variate in the sum of two, as in jax.random.beta, which takes twice as long to compile.
+    # A ratio of gamma variates, as in jax.random.beta, but with half its compile time.
     logs = jax.random.loggamma(key, alpha, (2, count))
     return jax.nn.sigmoid(logs[0] - logs[1])
 
@@ -46,9 +45,9 @@ def mixup(
 ) -> Mixed:
     """weight * image + (1 - weight) * other, weight ~ Beta(alpha, alpha) (Zhang et al. 2017, arXiv:1710.09412).
 
-    Each image has a weight of its own, as in the paper's definition: the gradient varies less than with one for the
-    batch. With `per_batch` one draw a serves the whole batch, and the weight is max(a, 1 - a), as in big_vision
-    (Beyer et al. 2022, arXiv:2205.01580). `probability` is how often a batch is mixed by this op: see `build`.
+    Each image draws its own weight, as the paper defines it, so the gradient varies less than with one weight per
+    batch. `per_batch` makes one draw a per batch, with the weight max(a, 1 - a), as in big_vision (Beyer et al. 2022,
+    arXiv:2205.01580). `probability` is the share of batches that this op mixes: see `build`.
     """
     del probability
     weight = _draw_weights("mixup", key, images, alpha, 1 if per_batch else images.shape[0])
@@ -60,10 +59,10 @@ def mixup(
 
 @kinds.random
 def cutmix(key: jax.Array, images: jax.Array, alpha: float = 1.0, probability: float | None = None) -> Mixed:
-    """A box of the other image is pasted in (Yun et al. 2019, arXiv:1905.04899).
+    """Pastes a box of the other image (Yun et al. 2019, arXiv:1905.04899).
 
     The box's sides are sqrt(1 - weight) of the image's, weight ~ Beta(alpha, alpha). Its centre is uniform over the
-    image. The border cuts the box off, and the weight is then the share of the area that is left. `probability` as for
+    image, and the border clips it; the returned weight is the share of the area that remains. `probability` is as for
     mixup.
     """
     del probability
@@ -78,13 +77,10 @@ def cutmix(key: jax.Array, images: jax.Array, alpha: float = 1.0, probability: f
 
     (top, bottom), (left, right) = interval(key_y, h), interval(key_x, w)
     y, x = jnp.arange(h)[:, None, None], jnp.arange(w)[:, None]
-    inside = (y >= _each(top)) & (y < _each(bottom)) & (x >= _each(left)) & (x < _each(right))  # [b, h, w, 1]
     pasted = ((bottom - top) * (right - left)).astype(jnp.float32)
+    top, bottom, left, right = (edge[:, None, None, None] for edge in (top, bottom, left, right))
+    inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)  # [b, h, w, 1]
     return jnp.where(inside, partner(images), images), 1 - pasted / (h * w)
-
-
-def _each(x: jax.Array) -> jax.Array:
-    return x[:, None, None, None]
 
 
 MIXES: dict[str, Callable[..., Mixed]] = {"mixup": mixup, "cutmix": cutmix}
@@ -93,26 +89,25 @@ _GIVEN = {kinds.PLAIN: ("images",), kinds.RANDOM: ("key", "images")}
 
 
 def build(text: str, task: Task = Task.CLASSES) -> Mix | None:
-    """The function (key, images) → (images, weight) that a spec of mixing ops names; None for the empty text.
+    """Returns the function (key, images) → (images, weight) that a spec of mixing ops names; None for empty text.
 
-    One of the ops is drawn for each batch. Ops without a `probability` have equal shares of what the others leave. If
-    all have one, the other batches stay unmixed. What an op draws does not depend on which other ops there are.
-    Raises UserError for `cutmix` in a regression.
+    It draws one of the ops per batch. Ops without a `probability` share the rest equally; if all have one, the rest of
+    the batches stay unmixed. An op's draws do not depend on the other ops. Raises UserError for `cutmix` in regression.
     """
     if task is Task.REGRESSION and any(call.name == "cutmix" for call in spec.parse(text)):
-        raise UserError(f"mix={text!r}: cutmix has no target in a regression, where a box of an image has no number of "
-                        "its own; use mixup, or no mixing")  # fmt: skip
+        raise UserError(f"mix={text!r}: cutmix is undefined in regression, where a box of an image has no target; use "
+                        "mixup or no mixing")  # fmt: skip
     ops = [kinds.bind(call, MIXES, "mixing op", _GIVEN) for call in spec.parse(text)]
     if not ops:
         return None
-    given = [op.keywords.get("probability") for op in ops]
-    known = [p for p in given if p is not None]
+    probabilities = [op.keywords.get("probability") for op in ops]
+    known = [p for p in probabilities if p is not None]
     if not all(isinstance(p, int | float) and 0 <= p <= 1 for p in known) or (total := sum(known)) > 1 + 1e-6:
-        raise UserError(f"mix={text!r}: each probability is a number from 0 to 1, all together at most 1")
-    rest = (1 - total) / max(1, given.count(None))
-    limits = np.cumsum([rest if p is None else p for p in given], dtype=np.float32)
+        raise UserError(f"mix={text!r}: each probability must be from 0 to 1, and their sum at most 1")
+    rest = (1 - total) / max(1, probabilities.count(None))
+    limits = np.cumsum([rest if p is None else p for p in probabilities], dtype=np.float32)
     branches = [_with_key(op) for op in ops]
-    if None not in given and total < 1 - 1e-6:
+    if None not in probabilities and total < 1 - 1e-6:
         branches.append(_unmixed)
 
     def mix(key: jax.Array, images: jax.Array) -> Mixed:
@@ -134,17 +129,17 @@ def _unmixed(key: jax.Array, images: jax.Array) -> Mixed:
 
 
 def mixed_loss(loss: Loss, logits: jax.Array, labels: jax.Array, others: jax.Array, weight: jax.Array) -> jax.Array:
-    """weight * loss(logits, own label) + (1 - weight) * loss(logits, the other's label), f32[b].
+    """weight * loss(logits, own label) + (1 - weight) * loss(logits, the partner's label), f32[b].
 
-    If a loss is linear in the target, as cross-entropy is, this equals the loss against the mixed target.
+    For a loss that is linear in the target, such as cross-entropy, this is the loss against the mixed target.
     """
     return weight * loss(logits, labels) + (1 - weight) * loss(logits, others)
 
 
 def batch_loss(loss: Loss, logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """The loss f32[b] of logits for a batch with "target" f32[b, k], or "label" i32[b].
+    """The loss f32[b] of logits against a batch's "target" f32[b, k], or its "label" i32[b].
 
-    If the images of a batch with labels are mixed, it has "other" and "weight" too; targets are mixed already.
+    A mixed batch with labels also has "other" and "weight"; targets are already mixed.
     """
     if "target" in batch:
         return loss(logits, batch["target"])
@@ -154,23 +149,23 @@ def batch_loss(loss: Loss, logits: jax.Array, batch: Mapping[str, jax.Array]) ->
 
 
 def mixed_batch(batch: Mapping[str, jax.Array], images: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
-    """The batch with mixed `images` and what the loss wants: the mixed "target", or "label", "other" and "weight"."""
+    """The batch with mixed `images`, and the mixed "target" or "label", "other" and "weight" for the loss."""
     if "target" in batch:
         return {**batch, "image": images, "target": mixed_targets(batch["target"], weight)}
     return {**batch, "image": images, "other": partner(batch["label"]), "weight": weight}
 
 
 def mix_batch(mix: Mix | None, key: jax.Array, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The batch with "image" f32[b, h, w, c] and its labels or targets mixed by `mix`; the same batch for None."""
+    """Mixes a batch's "image" f32[b, h, w, c] and its labels or targets by `mix`; None changes nothing."""
     return dict(batch) if mix is None else mixed_batch(batch, *mix(key, batch["image"]))
 
 
 def mixed_targets(targets: jax.Array, weight: jax.Array) -> jax.Array:
-    """f32[b, k]: weight * target + (1 - weight) * the other's target."""
+    """f32[b, k]: weight * target + (1 - weight) * the partner's target."""
     own = weight[:, None]
     return own * targets + (1 - own) * partner(targets)
 
 
 def main_labels(labels: jax.Array, weight: jax.Array) -> jax.Array:
-    """The own label or the other's, whichever has the greater weight: training accuracy counts this one."""
+    """The dominant label of each mixed example, for training accuracy: its own or its partner's."""
     return jnp.where(weight >= 0.5, labels, partner(labels))

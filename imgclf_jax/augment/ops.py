@@ -1,8 +1,8 @@
 """Device ops: batched JAX functions inside the jitted step, keyed by (seed, step).
 
-An op maps images [b, h, w, c] to images of the same shape. It declares by its kind (`core.kinds`) what it is given
-beside them: nothing, a key, or a key with the examples' ids and epochs. Evaluation applies the ops of the first kind
-alone. Ops before `normalize` see uint8, ops after it float32.
+An op maps images [b, h, w, c] to images of the same shape. Its kind (see `core.kinds`) declares its other arguments:
+none, a key, or a key with example ids and epochs. Evaluation applies only ops of the first kind. Ops before `normalize`
+see uint8, ops after it float32.
 """
 
 import functools
@@ -27,9 +27,9 @@ def flip_lr(key: jax.Array, images: jax.Array) -> jax.Array:
 
 @kinds.by_example
 def flip_alternating(key: jax.Array, images: jax.Array, ids: jax.Array, epochs: jax.Array) -> jax.Array:
-    """Mirrors half of the examples, drawn at random, in even epochs, and the other half in odd ones.
+    """Mirrors a random half of the examples in even epochs, and the other half in odd ones.
 
-    So two epochs in a row show each example both ways round (Jordan 2024, arXiv:2404.00498, section 3.6).
+    Any two consecutive epochs thus show each example both ways (Jordan 2024, arXiv:2404.00498, section 3.6).
     """
     first = jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i)))(ids)  # u32[b]
     flip = (first + epochs.astype(jnp.uint32)) % 2 == 1
@@ -38,12 +38,12 @@ def flip_alternating(key: jax.Array, images: jax.Array, ids: jax.Array, epochs: 
 
 @kinds.random
 def pad_crop(key: jax.Array, images: jax.Array, pad: int = 4, mode: str = "constant") -> jax.Array:
-    """Pads each side by `pad` pixels and crops to the old size, at a place uniform over all (2 * pad + 1)**2.
+    """Pads each side by `pad` pixels and crops to the original size, at one of (2 * pad + 1)**2 offsets.
 
     `mode` is as in `jnp.pad`: "constant" (zeros), "reflect" or "edge".
     """
     if mode not in ("constant", "reflect", "edge"):
-        raise UserError(f"pad_crop(mode={mode!r}): allowed: constant, reflect, edge")
+        raise UserError(f"pad_crop(mode={mode!r}): allowed are 'constant', 'reflect' and 'edge'")
     b, h, w, c = images.shape
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode=mode)
     corners = jax.random.randint(key, (b, 2), 0, 2 * pad + 1)  # [b, (top, left)]
@@ -58,10 +58,10 @@ def pad_crop(key: jax.Array, images: jax.Array, pad: int = 4, mode: str = "const
 
 @kinds.random
 def cutout(key: jax.Array, images: jax.Array, size: int = 8, fill: float = 0.0) -> jax.Array:
-    """Fills one square of `size` by `size` pixels in each image (DeVries and Taylor 2017, arXiv:1708.04552).
+    """Fills a square of `size` by `size` pixels in each image (DeVries and Taylor 2017, arXiv:1708.04552).
 
-    Its centre is uniform over the image, and the border cuts it off. It covers rows centre - size // 2 to
-    centre - size // 2 + size - 1. `fill` is in the units of the images: after `normalize` 0 is the mean.
+    Its centre is uniform over the image, and the border clips it. It covers rows centre - size // 2 to
+    centre - size // 2 + size - 1. `fill` is in the units of the images: after `normalize`, 0 is the mean.
     """
     if images.dtype == jnp.uint8 and fill not in range(256):
         raise UserError(f"cutout(fill={fill}) of uint8 images: allowed are 0 to 255; or put it after normalize")
@@ -77,7 +77,7 @@ def cutout(key: jax.Array, images: jax.Array, size: int = 8, fill: float = 0.0) 
 def normalize(
     images: jax.Array, mean: float | tuple[float, ...] = 0.0, std: float | tuple[float, ...] = 1.0
 ) -> jax.Array:
-    """uint8 to float32, (x / 255 - mean) / std; `mean` and `std` in [0, 1], one number or one a channel."""
+    """Converts uint8 to float32, (x / 255 - mean) / std; `mean` and `std` in [0, 1], one number or one per channel."""
     scaled = images.astype(jnp.float32) / 255.0
     return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
@@ -91,12 +91,14 @@ def random_erasing(
     aspect: tuple[float, float] = (0.3, 10 / 3),
     fill: float | str = 0.0,
 ) -> jax.Array:
-    """Fills a random box of some images (Zhong et al. 2017, arXiv:1708.04896).
+    """Fills a random box in each image with a `probability` (Zhong et al. 2017, arXiv:1708.04896).
 
-    The box's area, as a share of the image's, is uniform in `area`, and its height / width is log-uniform in `aspect`.
-    As in timm, the first of ten draws that fits into the image is taken. `fill` is a number in the units of the images,
-    "pixel" (noise in each pixel), or "color" (one random colour a box). Random values are uniform over 0 … 255 in uint8
-    images, and normal of standard deviation 1 in float ones. After `normalize` the fill 0 is the mean.
+    - `area`: the range of the box's share of the image, drawn uniformly.
+    - `aspect`: the range of its height / width, drawn log-uniformly. As in timm, the first of ten draws that fits into
+      the image is used.
+    - `fill`: a number in the units of the images (after `normalize`, 0 is the mean), "pixel" for noise per pixel, or
+      "color" for one random color per box. Random values are uniform over 0 … 255 in uint8 images, and standard normal
+      in float ones.
     """
     _check_erasing(images, probability, area, aspect, fill)
     b, h, w, c = images.shape
@@ -123,7 +125,7 @@ def random_erasing(
 def _noise(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Uniform bytes, or normal floats on 2**16 levels.
 
-    Random words are cut into pieces, which takes a third of the time of a word for each value, or less.
+    Each random word is split into two or four values, which takes at most a third of the time of a word per value.
     """
     width = 8 if dtype == jnp.uint8 else 16
     size, pieces = math.prod(shape[1:]), 32 // width
@@ -141,9 +143,9 @@ def _check_erasing(
     if not 0 <= probability <= 1:
         raise UserError(f"random_erasing(probability={probability}): allowed are 0 to 1")
     if not (len(area) == 2 and 0 < area[0] <= area[1] <= 1):
-        raise UserError(f"random_erasing(area={area}): allowed is a pair of shares above 0 up to 1, the lower first")
+        raise UserError(f"random_erasing(area={area}): must be a pair (low, high) with 0 < low <= high <= 1")
     if not (len(aspect) == 2 and 0 < aspect[0] <= aspect[1]):
-        raise UserError(f"random_erasing(aspect={aspect}): allowed is a pair of ratios above 0, the lower first")
+        raise UserError(f"random_erasing(aspect={aspect}): must be a pair (low, high) with 0 < low <= high")
     if isinstance(fill, str) and fill not in ("pixel", "color"):
         raise UserError(f"random_erasing(fill={fill!r}): allowed are a number, 'pixel' and 'color'")
     if images.dtype == jnp.uint8 and not isinstance(fill, str) and fill not in range(256):
@@ -196,42 +198,42 @@ def _bind(text: str) -> list[functools.partial[Any]]:
 
 
 def wants_ids(text: str) -> bool:
-    """Whether a spec has an op by example, so that batches must carry the ids and the epochs of their examples."""
+    """Whether a spec has a by-example op, so batches must carry example ids and epochs."""
     return any(kinds.kind_of(op) == kinds.BY_EXAMPLE for op in _bind(text))
 
 
-def draws(text: str) -> bool:
-    """Whether a spec has an op that draws at random."""
+def is_random(text: str) -> bool:
+    """Whether a spec has a random op."""
     return any(kinds.kind_of(op) != kinds.PLAIN for op in _bind(text))
 
 
-def text_of_evaluation(text: str) -> str:
-    """The spec of the ops that evaluation applies: those that draw nothing."""
+def evaluation_spec(text: str) -> str:
+    """The spec of the deterministic ops, which evaluation applies."""
     calls = zip(spec.parse(text), _bind(text), strict=True)
     return "|".join(str(call) for call, op in calls if kinds.kind_of(op) == kinds.PLAIN)
 
 
 def pixel_range(text: str, channels: int) -> tuple[jax.Array, jax.Array]:
-    """The least and the greatest value f32[1, 1, 1, channels] of a pixel after the ops of a spec.
+    """The least and greatest values f32[1, 1, 1, channels] of a pixel after the ops of a spec.
 
-    Raises UserError if evaluation applies other ops than `normalize`, so that there is no fixed scale.
+    Raises UserError if evaluation applies any op but `normalize`, since the scale is then not fixed.
     """
-    if others := [str(call) for call in spec.parse(text_of_evaluation(text)) if call.name != "normalize"]:
-        raise UserError(f"augment={text!r}: an attack needs a fixed scale from pixels to inputs of the model, which "
-                        f"{others[0]} changes; of the ops that evaluation applies, keep normalize alone")  # fmt: skip
+    if others := [str(call) for call in spec.parse(evaluation_spec(text)) if call.name != "normalize"]:
+        raise UserError(f"augment={text!r}: an attack needs a fixed scale from pixels to model inputs, which "
+                        f"{others[0]} changes; keep normalize as the only deterministic op")  # fmt: skip
     ends = [build(text, False)(None, jnp.full((1, 1, 1, channels), value, jnp.uint8)) for value in (0, 255)]
     return jnp.minimum(*ends), jnp.maximum(*ends)
 
 
 def build(text: str, train: bool) -> Callable[..., jax.Array]:
-    """The function (key, images uint8[b, h, w, c]) → f32[b, h, w, c] that a spec of device ops names.
+    """Returns the function (key, images uint8[b, h, w, c]) → f32[b, h, w, c] that a spec of device ops names.
 
-    For ops by example (`wants_ids`) it takes the run's `seed` u32[], and `ids` and `epochs` i32[b], after the images.
-    With `train` False the ops that draw are left out, and the key may be None.
+    For by-example ops (see `wants_ids`) it also takes the run's `seed` u32[], and `ids` and `epochs` i32[b]. Without
+    `train` it skips the random ops, and the key may be None. It scales final uint8 images to [0, 1], and raises
+    UserError if the ops change the shape of the images.
 
-    What an op draws follows from its name and from how many ops of this name stand before it. So another op, wherever
-    it is added, changes none of its draws. Images that are uint8 at the end are scaled to [0, 1]. Raises UserError,
-    when called, if the ops change the shape of the images.
+    An op's draws depend on its name and the number of earlier ops of that name, so adding another op does not
+    change them.
     """
     calls, ops = spec.parse(text), _bind(text)
     numbered = list(zip(ops, [call.name for call in calls], spec.occurrences(calls), strict=True))
@@ -255,10 +257,8 @@ def build(text: str, train: bool) -> Callable[..., jax.Array]:
                 assert seed is not None
                 images = op(rng.key(seed, name, occurrence), images, ids, epochs)
         if images.shape != shape:
-            raise UserError(
-                f"augment={text!r} turns images {list(shape[1:])} into {list(images.shape[1:])}; device ops keep the "
-                "shape"
-            )
+            raise UserError(f"augment={text!r} turns images {list(shape[1:])} into {list(images.shape[1:])}; device "
+                            "ops must keep the shape")  # fmt: skip
         return normalize(images) if images.dtype == jnp.uint8 else images
 
     return apply

@@ -1,7 +1,7 @@
-"""Changes of brightness and colour with Pillow's arithmetic, on a batch of uint8 images at once.
+"""Batched changes of brightness and color with Pillow's arithmetic.
 
-Images are uint8[b, h, w, c], c being 1 or 3; a `factor` is f32[b], one an image. A function of single pixels takes any
-shape [b, …, c], so that `policies` can apply it to the 256 levels instead of the pixels. Tests hold each function to
+Images are uint8[b, h, w, c] with c = 1 or 3; a `factor` is f32[b], one per image. Pointwise functions take any shape
+[b, …, c], so `policies` can apply them to the 256 levels instead of the pixels. Tests compare each function with
 `PIL.ImageOps` and `PIL.ImageEnhance`.
 """
 
@@ -17,27 +17,27 @@ from imgclf_jax.core.errors import UserError
 
 
 def check(name: str, images: jax.Array) -> None:
-    """Raises UserError if the op of that name cannot take such images: not uint8, or another number of channels."""
+    """Raises UserError unless images are uint8 with 1, 3 or 4 channels; `name` is the op."""
     if images.dtype != jnp.uint8:
-        raise UserError(f"{name} works on uint8 images, these are {images.dtype}; put it before normalize")
+        raise UserError(f"{name} needs uint8 images, but these are {images.dtype}; put it before normalize")
     if images.shape[-1] not in (1, 3, 4):
-        raise UserError(f"{name}: the images have {images.shape[-1]} channels; allowed: 1, 3, 4")
+        raise UserError(f"{name}: the images have {images.shape[-1]} channels; allowed are 1, 3 and 4")
 
 
 def on_colors(op: Callable[..., jax.Array], images: jax.Array, *args: Any) -> jax.Array:
-    """`op(images, *args)` on the colours. Alpha, the fourth channel, stays as it is."""
+    """Applies `op(images, *args)` to the colors, without the fourth channel, alpha."""
     if images.shape[-1] < 4:
         return op(images, *args)
     return jnp.concatenate([op(images[..., :3], *args), images[..., 3:]], -1)
 
 
 def broadcast_along_batch(values: jax.Array, like: jax.Array) -> jax.Array:
-    """[b] → [b, 1, …] of the rank of `like`."""
+    """Reshapes [b] to [b, 1, …] of the rank of `like`."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def grey(images: jax.Array) -> jax.Array:
-    """ITU-R 601 luma uint8[b, h, w, 1], rounded as Pillow's `convert("L")` does; grey images as they are."""
+    """ITU-R 601 luma uint8[b, h, w, 1], rounded like Pillow's `convert("L")`. Grey images pass unchanged."""
     if images.shape[-1] == 1:
         return images
     r, g, b = (images[..., i : i + 1].astype(jnp.int32) for i in range(3))
@@ -52,23 +52,23 @@ def mean_grey(images: jax.Array) -> jax.Array:
 
 
 def blend(degenerate: jax.Array, images: jax.Array, factor: jax.Array) -> jax.Array:
-    """degenerate + factor * (images - degenerate), cut to 0 … 255 and truncated: `Image.blend`.
+    """degenerate + factor * (images - degenerate), clipped to 0 … 255 and truncated, as in `Image.blend`.
 
-    The factor 0 gives the degenerate image, 1 gives the image, and above 1 the difference grows.
+    A factor of 0 is the degenerate image, 1 the image, and more than 1 extrapolates.
     """
     low = degenerate.astype(jnp.float32)
     product = rounded_product(broadcast_along_batch(factor, images), images.astype(jnp.float32) - low)
     return jnp.clip(low + product, 0, 255).astype(jnp.uint8)
 
 
-def rounded_product(factor: jax.Array, whole: jax.Array) -> jax.Array:
-    """factor * whole in float32, rounded before anything is added; `whole` holds whole numbers below 2**12.
+def rounded_product(factor: jax.Array, integers: jax.Array) -> jax.Array:
+    """factor * integers in float32, rounded before any addition; the integers are below 2**12.
 
-    A compiler may join a product and a sum to one operation that rounds once. So the factor goes in two parts of 12
-    bits. Their products are exact, and the sum of these is the rounded product either way.
+    A compiler may contract a product and a sum into an FMA, which rounds once. Splitting the factor into two parts of
+    12 bits makes both products exact, so their sum is the rounded product either way.
     """
     high = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(factor, jnp.int32) & -4096, jnp.float32)
-    return high * whole + (factor - high) * whole
+    return high * integers + (factor - high) * integers
 
 
 def brightness(images: jax.Array, factor: jax.Array) -> jax.Array:
@@ -77,19 +77,19 @@ def brightness(images: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def contrast(images: jax.Array, factor: jax.Array) -> jax.Array:
-    """Blends with the mean of the grey image."""
+    """Blends with the mean level of the grey image."""
     return blend(mean_grey(images), images, factor)
 
 
 def color(images: jax.Array, factor: jax.Array) -> jax.Array:
-    """Blends with the grey image (saturation); grey images stay as they are."""
+    """Blends with the grey image (saturation). Grey images do not change."""
     return blend(grey(images), images, factor)
 
 
 def smooth(images: jax.Array, cut: bool = False) -> jax.Array:
-    """The mean over 3×3 pixels, the middle one counted five times; the border stays: `ImageFilter.SMOOTH`.
+    """The mean over 3×3 pixels with the centre weighted five times, except on the border: `ImageFilter.SMOOTH`.
 
-    It is rounded to the nearest level, or with `cut` to the one below.
+    It rounds to the nearest level, or with `cut` down.
     """
     h, w = images.shape[1:3]
     if h < 3 or w < 3:
@@ -100,7 +100,7 @@ def smooth(images: jax.Array, cut: bool = False) -> jax.Array:
         x = images.astype(jnp.int32)
         rows = x[:, :-2] + x[:, 1:-1] + x[:, 2:]
         total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * x[:, 1:-1, 1:-1]
-    # The quotient is never within 1/26 of a whole number, so that its rounding does not matter.
+    # The quotient is never within 1/26 of an integer, so its rounding does not matter.
     inner = ((total.astype(jnp.float32) + (0.5 if cut else 6.5)) / 13).astype(jnp.uint8)
     return images.at[:, 1:-1, 1:-1].set(inner)
 
@@ -122,19 +122,19 @@ def posterize(images: jax.Array, bits: jax.Array) -> jax.Array:
 
 
 def solarize(images: jax.Array, threshold: jax.Array) -> jax.Array:
-    """Inverts values from `threshold` i32[b] on; 256 inverts none."""
+    """Inverts values of `threshold` i32[b] or more; 256 inverts none."""
     return jnp.where(images.astype(jnp.int32) < broadcast_along_batch(threshold, images), images, 255 - images)
 
 
 def extremes(images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The least and the greatest value of each channel, uint8[b, 1, 1, c]."""
+    """The least and greatest values of each channel, uint8[b, 1, 1, c]."""
     return jnp.min(images, (1, 2), keepdims=True), jnp.max(images, (1, 2), keepdims=True)
 
 
 def stretch(levels: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    """floor(255 (x - low) / (high - low)), and x where low = high; cut to 0 … 255."""
+    """floor(255 (x - low) / (high - low)), clipped to 0 … 255; x if low = high."""
     x, low, high = (v.astype(jnp.float32) for v in (levels, low, high))
-    # The half keeps a whole quotient from being rounded down, and lifts no other one to the next whole number.
+    # The half keeps an integer quotient from rounding down, and lifts no other to the next integer.
     stretched = jnp.clip((255 * (x - low) + 0.5) / jnp.maximum(high - low, 1), 0, 255).astype(jnp.uint8)
     return jnp.where(high > low, stretched, levels)
 
@@ -142,15 +142,15 @@ def stretch(levels: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
 def autocontrast(images: jax.Array) -> jax.Array:
     """Stretches each channel to 0 … 255.
 
-    Pillow computes x * scale + offset in float64. Where the exact value is whole, it may come out one level lower.
+    Pillow computes x * scale + offset in float64, and may be one level lower where the exact value is an integer.
     """
     return stretch(images, *extremes(images))
 
 
 def histogram(images: jax.Array) -> jax.Array:
-    """How often each value occurs in each channel: i32[b, 256, c].
+    """The histogram of each channel, i32[b, 256, c].
 
-    `vmap` shows the compiler that images are independent: so those that are split over devices stay on their devices.
+    `vmap` shows the compiler that images are independent, so each device keeps its own.
     """
     if platform.current() == "tpu":
         return tpu_photometric.histogram(images)
@@ -164,7 +164,7 @@ def histogram(images: jax.Array) -> jax.Array:
 
 
 def equalization(images: jax.Array) -> jax.Array:
-    """The table uint8[b, 256, c] that makes each channel's histogram as flat as possible: `ImageOps.equalize`."""
+    """The lookup table uint8[b, 256, c] that equalizes each channel's histogram, as in `ImageOps.equalize`."""
     counts = histogram(images)
     n = images.shape[1] * images.shape[2]
     below = jnp.cumsum(counts, 1) - counts
@@ -176,7 +176,7 @@ def equalization(images: jax.Array) -> jax.Array:
 
 
 def lookup(images: jax.Array, table: jax.Array) -> jax.Array:
-    """Each value replaced by its entry in its image's and channel's table, uint8[b, 256, c]."""
+    """Replaces each value by its entry in its image's and channel's table, uint8[b, 256, c]."""
     if platform.current() == "tpu":
         return tpu_photometric.lookup(images, table)
     b, h, w, c = images.shape
@@ -185,14 +185,14 @@ def lookup(images: jax.Array, table: jax.Array) -> jax.Array:
 
 
 def equalize(images: jax.Array) -> jax.Array:
-    """Makes the histogram of each channel as flat as possible."""
+    """Equalizes the histogram of each channel."""
     return lookup(images, equalization(images))
 
 
 def hue(images: jax.Array, shift: jax.Array) -> jax.Array:
-    """Turns the hue by `shift` f32[b] (1 is a whole turn), in HSV as `colorsys` defines it; grey images stay.
+    """Shifts the hue by `shift` f32[b] of a full turn, in the HSV of `colorsys`. Grey images do not change.
 
-    In floating point, rounded once at the end. Pillow's own HSV has 8 bits, and changes colours even by a shift of 0.
+    It computes in float32 and rounds once, whereas Pillow's 8-bit HSV changes colors even for a shift of 0.
     """
     if images.shape[-1] == 1:
         return images

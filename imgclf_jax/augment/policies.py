@@ -1,7 +1,7 @@
-"""Augmentation policies: each image gets an op and a magnitude of its own, drawn from a table.
+"""Augmentation policies: RandAugment, TrivialAugment and color jitter, with an op and magnitude drawn per image.
 
-Each op is one of three things: an affine map, a table of 256 levels for each channel, or a blend of the image with its
-grey or smooth self. A batch goes through one pass of each, and a pass leaves alone the images that drew another op.
+Each op is an affine map, a lookup table of 256 levels per channel, or a blend with the grey or smoothed image. A batch
+goes through one pass of each, which is the identity for images that drew another op.
 """
 
 import functools
@@ -30,41 +30,41 @@ Fill = float | tuple[float, ...]
 
 @dataclass(frozen=True)
 class Ranges:
-    """The strength of each op at the greatest magnitude; at magnitude m it is m / 30 of that. Signs are drawn."""
+    """The strength of each op at the greatest magnitude; magnitude m has m / 30 of it. Signs are random."""
 
-    shear: float  # pixels to the side for each pixel down
+    shear: float  # pixels sideways per pixel down
     translate_x: float  # pixels
     translate_y: float
     rotate: float  # degrees
     enhance: float  # brightness, color, contrast and sharpness: the factor's distance from 1
-    posterize: float  # bits taken away
-    # solarize: inverted are the values from 256 (1 - m / 30) on
+    posterize: float  # bits removed
+    # solarize inverts values of 256 (1 - m / 30) or more
 
     @property
     def limits(self) -> tpu_affine.Limits:
-        """The most that an affine map does."""
+        """The bounds of the affine maps."""
         return tpu_affine.Limits(self.shear, self.translate_x, self.translate_y, self.rotate)
 
 
 @dataclass(frozen=True)
 class Strengths:
-    """What each op does at each magnitude, arrays [op, sign, magnitude]; or what an op does to each image, [b]."""
+    """The parameters of each op, sign and magnitude, [op, sign, magnitude], or of each image, [b]."""
 
-    matrix: jax.Array  # i32[…, 6], of `geometry.affine`
+    matrix: jax.Array  # i32[…, 6], for `geometry.affine`
     factor: jax.Array  # f32[…], of the blends
     level: jax.Array  # i32[…]: posterize's bits, solarize's threshold
 
 
 def strengths(ranges: Ranges, height: int, width: int) -> Strengths:
-    """The table of all ops, signs (+, -) and magnitudes, for images of that size."""
+    """The table of all ops, signs (+, -) and magnitudes, for images of this size."""
     shape = (len(OPS), 2, BINS)
     matrix, factor, level = np.zeros((*shape, 6), np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.int32)
-    for place in np.ndindex(shape):
-        op, part = OPS[place[0]], (1 - 2 * place[1]) * place[2] / (BINS - 1)
-        matrix[place] = geometry.fixed_point(_map(op, part, ranges, height, width))
-        factor[place] = 1 + part * ranges.enhance
+    for index in np.ndindex(shape):
+        op, part = OPS[index[0]], (1 - 2 * index[1]) * index[2] / (BINS - 1)
+        matrix[index] = geometry.fixed_point(_map(op, part, ranges, height, width))
+        factor[index] = 1 + part * ranges.enhance
         part = abs(part)
-        level[place] = 8 - round(part * ranges.posterize) if op == "posterize" else math.ceil(256 * (1 - part))
+        level[index] = 8 - round(part * ranges.posterize) if op == "posterize" else math.ceil(256 * (1 - part))
     return Strengths(jnp.asarray(matrix), jnp.asarray(factor), jnp.asarray(level))
 
 
@@ -86,9 +86,9 @@ def _map(op: str, part: float, ranges: Ranges, height: int, width: int) -> geome
 def apply(
     images: jax.Array, op: jax.Array, strength: Strengths, fill: jax.Array, limits: tpu_affine.Limits | None = None
 ) -> jax.Array:
-    """Each image of uint8[b, h, w, c] changed by its own op, i32[b] into OPS; `fill` uint8[c] is what moves in.
+    """Applies to each image of uint8[b, h, w, c] its own op, an index i32[b] into OPS.
 
-    `limits` are of the matrices of `strength`, for TPU.
+    `fill` uint8[c] fills the border; `limits` bound the matrices of `strength`, for TPU.
     """
     images = photometric.on_colors(_change_colors, images, op, strength)
     return geometry.affine(images, strength.matrix, fill, limits)
@@ -109,7 +109,7 @@ def _change_colors(images: jax.Array, op: jax.Array, strength: Strengths) -> jax
     table = jnp.broadcast_to(levels, (b, 256, 1, c))
     for name, other in tables.items():
         table = jnp.where(is_op[name], other, table)
-    # On CPU the barriers keep a fused loop from computing table, grey and smooth image anew for each pixel.
+    # On CPU, the barriers keep fusion from recomputing the table, grey and smooth images for each pixel.
     images = photometric.lookup(images, cpu_barrier(table)[:, :, 0])
     grey, smooth = cpu_barrier((photometric.grey(images), photometric.smooth(images)))
     degenerate = jnp.where(is_op["color"], grey, smooth)
@@ -123,9 +123,9 @@ def _draw_and_apply(
     b, h, w, _ = images.shape
     key_op, key_sign, key_magnitude = jax.random.split(key, 3)
     op = jax.random.randint(key_op, (b,), 0, len(OPS))
-    place = op, jax.random.randint(key_sign, (b,), 0, 2), magnitude(key_magnitude)
+    index = op, jax.random.randint(key_sign, (b,), 0, 2), magnitude(key_magnitude)
     table = strengths(ranges, h, w)
-    strength = Strengths(table.matrix[place], table.factor[place], table.level[place])
+    strength = Strengths(table.matrix[index], table.factor[index], table.level[index])
     return apply(images, op, strength, fill, ranges.limits)
 
 
@@ -133,7 +133,7 @@ def _check_fill(name: str, images: jax.Array, fill: Fill) -> jax.Array:
     """uint8[c]."""
     values = fill if isinstance(fill, tuple) else (fill,)
     if len(values) not in (1, images.shape[-1]) or not all(v in range(256) for v in values):
-        raise UserError(f"{name}(fill={fill}): allowed are whole numbers from 0 to 255, one or one a channel")
+        raise UserError(f"{name}(fill={fill}): allowed are whole numbers from 0 to 255, one or one per channel")
     return jnp.broadcast_to(jnp.asarray(fill, jnp.uint8), images.shape[-1:])
 
 
@@ -147,32 +147,33 @@ def randaugment(
     fill: Fill | None = None,
     ops: str = "torchvision",
 ) -> jax.Array:
-    """`num_ops` ops an image, one after the other, each drawn from a set (Cubuk et al. 2019, arXiv:1909.13719).
+    """Applies `num_ops` random ops per image, in sequence (RandAugment, Cubuk et al. 2019, arXiv:1909.13719).
 
-    `ops` names the set. "torchvision" has the 14 OPS and a `magnitude` of 0 to 30: at 30 shear 0.3, translation 150/331
-    of the side, 30 degrees, factors 1 ± 0.9, 4 bits, solarize from 0 on. Solarize's threshold is 256 (1 - m / 30) as in
-    TensorFlow's RandAugment; torchvision's is 255 (1 - m / 30). `magnitude_std` adds a normal draw to the magnitude,
-    which is then rounded and kept in 0 to 30. "big_vision" has the 16 ops of that codebase, with invert, cutout and
-    solarize-add among them, and a magnitude of 0 to 10: see `augment.big_vision`.
+    - `ops` names the set. "torchvision" has the 14 OPS with a `magnitude` of 0 to 30: at 30 shear 0.3, translation
+      150/331 of the side, 30 degrees, factors 1 ± 0.9, 4 bits, solarize threshold 0. That threshold is 256 (1 - m / 30)
+      as in TensorFlow's RandAugment; torchvision's is 255 (1 - m / 30). "big_vision" has the 16 ops of that codebase,
+      including invert, cutout and solarize-add, with a magnitude of 0 to 10: see `augment.big_vision`.
+    - `magnitude_std` is the standard deviation of normal noise on the magnitude, which is then rounded and clipped to
+      0 … 30.
+    - `fill`, 0 to 255, one or one per channel, fills the border: 0 by default, 128 for "big_vision".
 
-    `fill`, 0 to 255, one or one a channel, is what moves in: 0 by default, 128 for "big_vision". Before `normalize`, on
-    uint8.
+    Put it before `normalize`, on uint8.
     """
     photometric.check("randaugment", images)
     if ops not in ("torchvision", "big_vision"):
         raise UserError(unknown("randaugment ops", ops, ("torchvision", "big_vision")))
-    standard, strongest = (0, BINS - 1) if ops == "torchvision" else (big_vision.FILL, big_vision.FULL)
-    fill_colors = _check_fill("randaugment", images, standard if fill is None else fill)
+    default_fill, strongest = (0, BINS - 1) if ops == "torchvision" else (big_vision.FILL, big_vision.FULL)
+    fill_colors = _check_fill("randaugment", images, default_fill if fill is None else fill)
     if num_ops < 1:
         raise UserError(f"randaugment(num_ops={num_ops}): must be 1 or more")
     if magnitude not in range(strongest + 1) or magnitude_std < 0:
         raise UserError(
-            f"randaugment(magnitude={magnitude}, magnitude_std={magnitude_std}, ops={ops!r}): the magnitude is a whole "
-            f"number from 0 to {strongest}, its deviation 0 or more"
+            f"randaugment(magnitude={magnitude}, magnitude_std={magnitude_std}, ops={ops!r}): magnitude must be a "
+            f"whole number from 0 to {strongest}, magnitude_std 0 or more"
         )
     if ops == "big_vision":
         if magnitude_std:
-            raise UserError("randaugment(ops='big_vision') has one magnitude for all draws: leave out magnitude_std")
+            raise UserError("randaugment(ops='big_vision') has a fixed magnitude: leave out magnitude_std")
         return big_vision.randaugment(key, images, num_ops, magnitude, fill_colors)
     b, h, w, _ = images.shape
     ranges = Ranges(0.3, 150 / 331 * w, 150 / 331 * h, 30.0, 0.9, 4)
@@ -189,12 +190,13 @@ def randaugment(
 
 @kinds.random
 def trivialaugment(key: jax.Array, images: jax.Array, fill: Fill = 0) -> jax.Array:
-    """One op an image, its magnitude uniform over 0 to 30 (Müller and Hutter 2021, arXiv:2103.10158, "wide").
+    """Applies one random op per image, with a magnitude uniform over 0 to 30 (TrivialAugment, "wide").
 
-    The ranges are torchvision's: at 30 shear 0.99, translation 32 pixels, 135 degrees, factors 1 ± 0.99, 6 bits,
-    solarize from 0 on. Solarize's threshold is the authors' 256 (1 - m / 30), not torchvision's 255 (1 - m / 30). The
-    authors' program draws factors evenly from 0.01 to 2 and truncates degrees to whole numbers, which neither
-    torchvision nor this does. `fill`, 0 to 255, one or one a channel, is what moves in. Before `normalize`.
+    Müller and Hutter 2021, arXiv:2103.10158. The ranges are torchvision's: at 30 shear 0.99, translation 32 pixels, 135
+    degrees, factors 1 ± 0.99, 6 bits, solarize threshold 0. That threshold is the authors' 256 (1 - m / 30), not
+    torchvision's 255 (1 - m / 30). The authors' code draws factors uniformly from 0.01 to 2 and truncates degrees to
+    whole numbers, unlike torchvision and this op. `fill`, 0 to 255, one or one per channel, fills the border. Put it
+    before `normalize`, on uint8.
     """
     photometric.check("trivialaugment", images)
     fill_colors = _check_fill("trivialaugment", images, fill)
@@ -212,26 +214,26 @@ def color_jitter(
     saturation: float | tuple[float, float] = 0.0,
     hue: float | tuple[float, float] = 0.0,
 ) -> jax.Array:
-    """Changes brightness, contrast, saturation and hue by random factors, in this order (torchvision draws the order).
+    """Changes brightness, contrast, saturation and hue by random factors, in this order (torchvision's is random).
 
-    A factor is uniform in [max(0, 1 - x), 1 + x], or in the pair given, and drawn for each image; `hue` in [-x, x],
-    at most half a turn either way. As Pillow computes them, but for the hue, which is not rounded to 8 bits on the way.
-    Grey images keep their saturation and hue. Before `normalize`, on uint8.
+    Each factor is drawn per image, uniformly from [max(0, 1 - x), 1 + x] or from a pair (low, high); `hue` from
+    [-x, x], with x at most 0.5, half a turn. The arithmetic is Pillow's, except for the hue, which is not rounded to 8
+    bits in between. Grey images keep their saturation and hue. Put it before `normalize`, on uint8.
     """
     photometric.check("color_jitter", images)
-    given = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
+    amounts = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
     ops = (photometric.brightness, photometric.contrast, photometric.color, photometric.hue)
-    for i, ((name, value), op) in enumerate(zip(given.items(), ops, strict=True)):
+    for i, ((name, value), op) in enumerate(zip(amounts.items(), ops, strict=True)):
         middle, least, most = (0.0, -0.5, 0.5) if name == "hue" else (1.0, 0.0, math.inf)
         low, high = value if isinstance(value, tuple) else (max(least, middle - value), middle + value)
         if not least <= low <= high <= most:
-            raise UserError(
-                f"color_jitter({name}={value}): allowed are x from 0"
-                + (" to 0.5, or a pair within -0.5 to 0.5" if name == "hue" else ", or a pair from 0, low before high")
-            )
+            allowed = "0 to 0.5, or a pair (low, high) within -0.5 to 0.5"
+            if name != "hue":
+                allowed = "0 or more, or a pair (low, high) of 0 or more"
+            raise UserError(f"color_jitter({name}={value}): allowed are {allowed}")
         if (low, high) != (middle, middle):
             drawn = jax.random.uniform(jax.random.fold_in(key, i), images.shape[:1], minval=low, maxval=high)
-            if name == "hue":  # a fused loop would compute the colours anew for each use of them
+            if name == "hue":  # fusion would recompute the colors for each use
                 images = cpu_barrier(images)
             images = photometric.on_colors(op, images, drawn)
     return images

@@ -1,13 +1,12 @@
-"""Affine maps of images without a gather, for TPU: three slides of whole lines, then a choice among neighbours.
+"""Affine maps of images without a gather, for TPU: three slides of whole lines, then a selection among neighbours.
 
-A TPU reads single pixels at computed places slowly. What it does fast is to slide whole lines, and to choose. A
-rotation is three shears (Paeth 1986, "A fast algorithm for general raster rotation"): rows slide, columns slide, rows
-slide again. Each slides by whole pixels, so that no pixel is lost, and each comes to lie near its place. The exact map
-(`geometry`) says where in the image a pixel is read. The three slides, in whole numbers, say where that pixel lies now,
-and it is taken from there. So the result is the same, to the bit, as that of a gather.
+A TPU gathers single pixels slowly, but slides whole lines and selects fast. A rotation is three shears (Paeth 1986, "A
+fast algorithm for general raster rotation"): of rows, of columns, and of rows again. Each slides by whole pixels, so
+that no pixel is lost, and each pixel ends near its target. The exact map (`geometry`) tells which input pixel to read,
+the integer slides where that pixel is now, so the result equals a gather's bit for bit.
 
-A shear or a translation is one slide, and the other two are by 0. A rotation by more than 45 degrees is a turn by 90
-degrees, which moves whole pixels too, and the three slides.
+A shear or a translation is one slide. A rotation by more than 45 degrees is a turn by 90 degrees, which moves whole
+pixels too, and three slides.
 """
 
 import math
@@ -18,14 +17,14 @@ import jax.numpy as jnp
 
 from imgclf_jax.augment.tpu_slides import slide
 
-_ONE = 65536  # slides are computed in 16.16 fixed point: the same whole numbers, however the compiler fuses it
+_ONE = 65536  # slides are in 16.16 fixed point, so fusion cannot change their rounding
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that the maps of a policy do. A map is a shear, or a translation, or a rotation about the centre."""
+    """Bounds on the maps of a policy. A map is a shear, a translation, or a rotation about the centre."""
 
-    shear: float  # pixels to the side for each pixel
+    shear: float  # pixels sideways per pixel
     x: float  # pixels
     y: float
     degrees: float  # of rotation; 135 at most
@@ -33,10 +32,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Slides:
-    """Three slides one after the other: of rows, of columns, of rows.
+    """Three slides in sequence: of rows, of columns, of rows.
 
-    The pixel at row r and column c comes to column c1 = c - amount(0, r), then to row r1 = r - amount(1, c1), then to
-    column c1 - amount(2, r1).
+    They move the pixel at row r and column c to column c1 = c - amount(0, r), then to row r1 = r - amount(1, c1), then
+    to column c1 - amount(2, r1).
     """
 
     slopes: tuple[jax.Array, ...]  # three i32[b], in units of 1 / _ONE
@@ -44,12 +43,12 @@ class Slides:
     bounds: tuple[int, int, int]
 
     def amount(self, i: int, line: jax.Array) -> jax.Array:
-        """By how many pixels these lines, i32[b or 1, …], slide in slide i: i32[b, …], -bound to bound."""
+        """The pixels by which slide i moves these lines, i32[b or 1, …]: i32[b, …], -bound to bound."""
         slope, start = (v.reshape(-1, *[1] * (line.ndim - 1)) for v in (self.slopes[i], self.starts[i]))
         return jnp.clip((slope * line + start) >> 16, -self.bounds[i], self.bounds[i])
 
     def apply(self, i: int, images: jax.Array, first: int, begin: int, end: int) -> jax.Array:
-        """Slide i of images [b, h, w], whose lines count from `first`; what comes to lie at `begin` to `end`."""
+        """Applies slide i to images [b, h, w], whose lines count from `first`; returns positions `begin` to `end`."""
         across, bound = (2, 1, 2)[i], self.bounds[i]
         lines = first + jnp.arange(images.shape[3 - across], dtype=jnp.int32)[None]
         amount = jnp.expand_dims(self.amount(i, lines) + bound, across)
@@ -59,9 +58,9 @@ class Slides:
 def read(
     images: jax.Array, y: jax.Array, x: jax.Array, fill: jax.Array, matrix: jax.Array, limits: Limits
 ) -> jax.Array:
-    """The pixels of each image [b, h, w, c] at rows y and columns x, i32[b, h, w]; `fill` [c] outside the image.
+    """Reads each image [b, h, w, c] at rows y and columns x, i32[b, h, w]; `fill` [c] outside the image.
 
-    `matrix` f32[b, 6] says the same as y and x, which are rounded to the nearest: x = a i + b j + c and
+    y and x are the coordinates of `matrix` f32[b, 6] rounded to the nearest integers: x = a i + b j + c and
     y = d i + e j + f at column i and row j.
     """
     _, h, w, c = images.shape
@@ -69,11 +68,11 @@ def read(
     packed = _pack(images)
     if limits.degrees > 45:
         packed, y, x, matrix = _turn(packed, y, x, matrix)
-    return jnp.where(inside[..., None], _unpack(_slide_and_choose(packed, y, x, matrix, limits), c), fill)
+    return jnp.where(inside[..., None], _unpack(_slide_and_select(packed, y, x, matrix, limits), c), fill)
 
 
 def _pack(images: jax.Array) -> jax.Array:
-    """uint8[b, h, w, c], c being 4 at most → u32[b, h, w]: the channels of a pixel are moved together."""
+    """Packs uint8[b, h, w, c], with c at most 4, into u32[b, h, w], to move the channels of a pixel together."""
     shifted = [images[..., i].astype(jnp.uint32) << (8 * i) for i in range(images.shape[-1])]
     return sum(shifted[1:], shifted[0])
 
@@ -83,37 +82,37 @@ def _unpack(packed: jax.Array, c: int) -> jax.Array:
 
 
 def _turn(packed: jax.Array, y: jax.Array, x: jax.Array, matrix: jax.Array) -> tuple[jax.Array, ...]:
-    """Turns images [b, h, w], made square, by 90 degrees where the map does by more than 45; y, x and the map too."""
+    """Turns padded square images [b, h, w], y, x and the map by 90 degrees if the map rotates by more than 45."""
     h, w = packed.shape[1:]
     side = max(h, w)
     packed = jnp.pad(packed, ((0, 0), (0, side - h), (0, side - w)))
     a, d = matrix[:, 0], matrix[:, 3]
     quarter = jnp.where(jnp.abs(d) > a, jnp.sign(d), 0)[:, None, None]  # -1, 0 or 1
 
-    def choose(stay: jax.Array, one_way: jax.Array, other_way: jax.Array) -> jax.Array:
-        return jnp.where(quarter == 0, stay, jnp.where(quarter == 1, one_way, other_way))
+    def select(none: jax.Array, positive: jax.Array, negative: jax.Array) -> jax.Array:
+        return jnp.where(quarter == 0, none, jnp.where(quarter == 1, positive, negative))
 
     across = packed.swapaxes(1, 2)
-    of_x, of_y, last = matrix[:, None, :3], matrix[:, None, 3:], jnp.array([0, 0, side - 1], jnp.float32)
+    x_row, y_row, last = matrix[:, None, :3], matrix[:, None, 3:], jnp.array([0, 0, side - 1], jnp.float32)
     return (
-        choose(packed, across[:, ::-1], across[:, :, ::-1]),
-        choose(y, side - 1 - x, x),
-        choose(x, y, side - 1 - y),
-        jnp.concatenate([choose(of_x, of_y, last - of_y), choose(of_y, last - of_x, of_x)], 2)[:, 0],
+        select(packed, across[:, ::-1], across[:, :, ::-1]),
+        select(y, side - 1 - x, x),
+        select(x, y, side - 1 - y),
+        jnp.concatenate([select(x_row, y_row, last - y_row), select(y_row, last - x_row, x_row)], 2)[:, 0],
     )
 
 
-def _slide_and_choose(packed: jax.Array, y: jax.Array, x: jax.Array, matrix: jax.Array, limits: Limits) -> jax.Array:
-    """The pixels u32[b, h, w] at rows y and columns x; any value where these are outside."""
+def _slide_and_select(packed: jax.Array, y: jax.Array, x: jax.Array, matrix: jax.Array, limits: Limits) -> jax.Array:
+    """The pixels u32[b, h, w] at rows y and columns x; arbitrary where these are outside the image."""
     (height, width), (h, w) = packed.shape[1:], y.shape[1:]
     angle = math.radians(min(limits.degrees, 45))
     sin, tan = math.sin(angle), math.tan(angle / 2)
-    # The nearest pixel and the three slides round by half a pixel each. So far from its place a pixel may come to lie;
-    # the last term is what fixed point and float32 add to it.
+    # Bounds on a pixel's distance from its target: the nearest pixel and three slides round by half a pixel each, and
+    # fixed point and float32 add `inexact`.
     inexact = 2**-14 * max(height, width)
     down = int(1 + sin * (1 + tan / 2) + inexact)
     right = int(1.5 + tan / 2 + tan * down + inexact)
-    # How far to the left or the right of the image a pixel lies after the first slide that the next two bring into it.
+    # After the first slide, pixels up to this far outside the image still come back in the next two.
     margin = 3 + math.ceil(tan * h / 2 if limits.degrees > 45 else sin * tan * w / (4 - 2 * sin * tan))
     off_centre = max(height, width) - min(h, w) if limits.degrees > 45 else 0
     tilted = math.ceil(tan * (height / 2 + 2)) + 2 if limits.degrees else 0
@@ -140,12 +139,12 @@ def _slide_and_choose(packed: jax.Array, y: jax.Array, x: jax.Array, matrix: jax
 
 
 def _slides(matrix: jax.Array, h: int, bounds: tuple[int, int, int]) -> Slides:
-    """The three slides that come nearest to the map, for results of h rows."""
+    """The three slides nearest to the map, for outputs of h rows."""
     a, b, c, d, _, f = (matrix[:, i] for i in range(6))
     rotates = (b != 0) & (d != 0)
     half = jnp.where(rotates, -d / (1 + a), 0)  # the tangent of half the angle, with its sign
     third = -half * ((h - 1) / 2)  # the middle row stays
     first = jnp.where(rotates, half, b)
     slopes, starts = (first, d, half), (c - third - first * f, f - d * third, third)
-    whole = [tuple(jnp.round(v * _ONE).astype(jnp.int32) for v in vs) for vs in (slopes, starts)]
-    return Slides(whole[0], tuple(v + _ONE // 2 for v in whole[1]), bounds)
+    fixed = [tuple(jnp.round(v * _ONE).astype(jnp.int32) for v in vs) for vs in (slopes, starts)]
+    return Slides(fixed[0], tuple(start + _ONE // 2 for start in fixed[1]), bounds)

@@ -1,4 +1,4 @@
-"""Slides whole lines of images by computed amounts without a gather, for TPU."""
+"""Slides of whole image lines by computed amounts without a gather, for TPU."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,10 @@ from jax import lax
 
 
 def slide(lines: jax.Array, amount: jax.Array, most: int, axis: int, begin: int, end: int) -> jax.Array:
-    """out[i] = lines[begin + i + amount] along the axis, for i from 0 to end - begin; 0 outside of the lines.
+    """out[i] = lines[begin + i + amount] along the axis, for i from 0 to end - begin; 0 outside the lines.
 
-    `amount`, i32 from 0 to `most`, has the rank of the lines and 1 element along the axis. Its digits to the base of 4
-    slide one after the other: each chooses one of four slices.
+    `amount`, i32 from 0 to `most`, has the rank of the lines and one element along the axis. Each of its base-4 digits
+    selects one of four slices, in sequence.
     """
     bases = [4**i for i in range(16) if 4**i <= most]
     choices = [min(4, most // base + 1) for base in bases]
@@ -27,7 +27,7 @@ def slide(lines: jax.Array, amount: jax.Array, most: int, axis: int, begin: int,
 
 
 def crop(images: jax.Array, corners: jax.Array, height: int, width: int) -> jax.Array:
-    """The part of each image [b, h, w, c] whose upper left pixel is at its corner, i32[b, (y, x)] inside the image."""
+    """Crops each image [b, h, w, c] at its top left corner, i32[b, (y, x)] inside the image."""
     _, h, w, _ = images.shape
     y, x = (corners[:, i, None, None, None] for i in range(2))
     rows = slide(images, y, h - height, 1, 0, height)

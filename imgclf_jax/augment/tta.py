@@ -1,7 +1,7 @@
-"""Test-time augmentation: a model's logits are averaged over several views of each image.
+"""Test-time augmentation (TTA): averages a model's logits over several views of each image.
 
-A view op takes its own arguments alone, and gives [(weight, function)]. The weights add up to 1, and each function maps
-images [b, h, w, c] to images of the same shape.
+A view op takes no images, only its own arguments, and returns [(weight, function)]. The weights sum to 1, and each
+function maps images [b, h, w, c] to images of the same shape.
 """
 
 from collections.abc import Callable
@@ -15,62 +15,62 @@ from imgclf_jax.core.errors import UserError
 Views = list[tuple[float, Callable[[jax.Array], jax.Array]]]
 
 
-def _same(images: jax.Array) -> jax.Array:
+def _identity(images: jax.Array) -> jax.Array:
     return images
 
 
-NONE: Views = [(1.0, _same)]
+NONE: Views = [(1.0, _identity)]
 
 
 def flip() -> Views:
     """The image and its mirror image (1/2 each)."""
-    return [(0.5, _same), (0.5, lambda images: images[:, :, ::-1])]
+    return [(0.5, _identity), (0.5, lambda images: images[:, :, ::-1])]
 
 
 def translate(pad: int = 1) -> Views:
-    """The image (1/2), and the image moved by `pad` pixels down and right, and up and left (1/4 each).
+    """The image (1/2), and the image shifted by `pad` pixels down and right, and up and left (1/4 each).
 
-    What moves in is the image mirrored at its border. As in airbench94 (Jordan 2024, arXiv:2404.00498, section 3.5).
+    The border is padded by reflection, as in airbench94 (Jordan 2024, arXiv:2404.00498, section 3.5).
     """
     if not isinstance(pad, int) or pad < 1:
-        raise UserError(f"translate(pad={pad!r}): must be a whole number from 1 on")
+        raise UserError(f"translate(pad={pad!r}): must be a whole number of 1 or more")
 
-    def crop(images: jax.Array, at: int) -> jax.Array:
+    def crop(images: jax.Array, offset: int) -> jax.Array:
         h, w = images.shape[1:3]
         if pad >= min(h, w):
-            raise UserError(f"translate(pad={pad}): the images are only {h} by {w}")
+            raise UserError(f"translate(pad={pad}): must be less than the height and width of the images, {h} by {w}")
         padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
-        return padded[:, at : at + h, at : at + w]
+        return padded[:, offset : offset + h, offset : offset + w]
 
-    return [(0.5, _same), (0.25, lambda images: crop(images, 0)), (0.25, lambda images: crop(images, 2 * pad))]
+    return [(0.5, _identity), (0.25, lambda images: crop(images, 0)), (0.25, lambda images: crop(images, 2 * pad))]
 
 
 VIEWS: dict[str, Callable[..., Views]] = {"flip": flip, "translate": translate}
 
 
 def build(text: str) -> Views:
-    """The views that a spec names; for the empty text the image alone.
+    """Returns the views that a spec names; for empty text only the image.
 
-    Each op is applied to all views of the ops after it, and the weights are multiplied. So `flip|translate(1)` gives
-    each of the three translated views and its mirror image: the six views of airbench94.
+    Each op applies to all views of the ops after it, and their weights multiply. `flip|translate(1)` is thus the three
+    translated views and their mirror images, the six views of airbench94.
     """
     views = NONE
     for call in reversed(spec.parse(text)):
         op = kinds.bind(call, VIEWS, "view", {kinds.PLAIN: ()})()
-        views = [(a * b, _then(first, second)) for a, first in views for b, second in op]
+        views = [(a * b, _compose(first, second)) for a, first in views for b, second in op]
     return views
 
 
-def _then(first: Callable[..., jax.Array], second: Callable[..., jax.Array]) -> Callable[[jax.Array], jax.Array]:
+def _compose(first: Callable[..., jax.Array], second: Callable[..., jax.Array]) -> Callable[[jax.Array], jax.Array]:
     return lambda images: second(first(images))
 
 
 def mean_logits(views: Views, logits: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:
-    """The weighted mean of the views' logits, f32[b, classes]. All views go through the model in one batch."""
+    """The weighted mean of the views' logits, f32[b, classes], computed in one batch."""
     if len(views) == 1:
         return logits(images)
     b = images.shape[0]
-    # The batch stays the outer axis: so images that are split over devices stay on their devices.
+    # The batch stays the outer axis, so each device keeps its images.
     stacked = jnp.stack([view(images) for _, view in views], 1)  # [b, views, h, w, c]
     out = logits(stacked.reshape(b * len(views), *images.shape[1:])).reshape(b, len(views), -1)
     return jnp.einsum("bvc,v->bc", out, jnp.asarray([weight for weight, _ in views], out.dtype), precision="highest")

@@ -97,7 +97,7 @@ def _list_folder(folder: str) -> Iterator[Input]:
     strays: Counter[str] = Counter()
     for name, _ in image_files.walk(folder, strays):
         yield Input(os.path.join(folder, name), found=True)
-    if counted := image_files.counted(strays):
+    if counted := image_files.describe_strays(strays):
         log.info("%s: not used: %s", folder, counted)
 
 

@@ -158,7 +158,7 @@ def _dispatch(
     source = Workdir.named(workdir) if isinstance(workdir, str) else workdir
     with contextlib.ExitStack() as stack:
         process_flags = [given.pop(flag) for flag in table.PROCESSES] if command.distributed else None
-        keys = {key: value for key, value in configs.flatten(config).items() if key not in configs.OF_THE_HOST}
+        keys = {key: value for key, value in configs.flatten(config).items() if key not in configs.HOST_KEYS}
         agreed = {"command": name, **keys, **{f"--{flag}": value for flag, value in given.items()}, "files": files}
         stack.enter_context(_join(agreed, *process_flags) if process_flags else together.alone())
         if "trust" in given and not given.pop("trust") and source:

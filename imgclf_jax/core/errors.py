@@ -1,4 +1,4 @@
-"""Errors that the user can fix, and the sentence for a wrong name."""
+"""Errors that the user can fix, and the message for an unknown name."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,26 +6,26 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake in a flag, key, spec, file or checkpoint: one sentence that says what, where, what is allowed.
+    """A mistake in a flag, key, spec, file or checkpoint; one sentence says what, where, and what is allowed.
 
     `launch.py` prints it without a traceback and exits with 1.
     """
 
 
 class Untrusted(UserError):
-    """A work directory names code, which is not run unless the person says so."""
+    """A work directory names code, which runs only with --trust."""
 
 
-_MOST_SHOWN = 200  # characters
+_MAX_SHOWN = 200  # characters
 
 
 def shown(value: Any) -> str:
-    """A value as a sentence can hold it, text in quotes: of a long text its beginning."""
-    return repr(f"{value[:_MOST_SHOWN]}…" if isinstance(value, str) and len(value) > _MOST_SHOWN else value)
+    """The repr of a value for a message, with long text truncated."""
+    return repr(f"{value[:_MAX_SHOWN]}…" if isinstance(value, str) and len(value) > _MAX_SHOWN else value)
 
 
 def unknown(kind: str, name: str, allowed: Iterable[str]) -> str:
-    """A sentence for a name that is not among `allowed`, the nearest ones first."""
+    """A message for a name that is not among `allowed`, with the nearest ones first."""
     allowed = sorted(allowed)
     near = difflib.get_close_matches(str(name), allowed, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
@@ -33,7 +33,7 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an error from a library says, in one line: its first, or that the disk is full, however it is wrapped."""
+    """The first line of a library's error, or "no space left on device" wherever it mentions that."""
     text = str(error).strip()
     if "no space left" in text.lower():
         return "no space left on device"

@@ -1,17 +1,17 @@
-"""Fully sharded data parallelism: a sharded parameter is all-gathered where it is used, and nowhere else.
+"""Fully sharded data parallelism (FSDP): all-gathers each sharded parameter at each of its uses.
 
-ZeRO's third stage (Rajbhandari et al. 2019, arXiv:1910.02054). A function of parameters is traced, after
-differentiation if it is a gradient, and evaluated again with three changes:
+This is ZeRO stage 3 (Rajbhandari et al. 2019, arXiv:1910.02054). A function of parameters is traced, after
+differentiation if it is a gradient, and its jaxpr evaluated again with three changes:
 
-- Each use of a sharded parameter all-gathers it anew, so no gathered array is kept from the forward pass for the
-  backward pass. What is computed from parameters alone, such as a cast or a transpose, is repeated with it; a cast to
-  fewer bytes comes before the gather.
-- An `optimization_barrier` keeps a gather behind the activations that the use before it reads. So at most two gathered
-  arrays are alive, and one of them travels while the other is used.
-- The same barrier keeps it behind the reduce-scatter of gradients that were complete by then. Without it XLA combines
-  the reductions of all gradients into one, and holds all of them until the last is complete.
+- Each use of a sharded parameter all-gathers it anew, so no gathered array lives from the forward to the backward
+  pass. Cheap functions of parameters alone, such as a cast or a transpose, are recomputed with it; a cast to fewer
+  bytes comes before the gather.
+- An `optimization_barrier` orders a gather after the activations that the previous use reads. At most two gathered
+  arrays are alive, and the transfer of one overlaps the use of the other.
+- The same barrier orders it after the reduce-scatter of gradients that were complete by then. Otherwise XLA combines
+  the reductions of all gradients into one, and holds them until the last is complete.
 
-Only sums over devices may be rounded in another order.
+Results differ only by the order of sums over devices.
 """
 
 import functools
@@ -26,8 +26,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from imgclf_jax.core.jaxprs import INLINED, bind, inner
 
-Shardings = Callable[[Any], Any]  # of a pytree of arrays, a pytree of NamedSharding
-_FIXED = 3  # the place of `fixed` among the arguments after `params`: (model_state, batch, key, fixed)
+Shardings = Callable[[Any], Any]  # a pytree of arrays → a pytree of NamedSharding
+_FIXED = 3  # the index of `fixed` among the arguments after `params`: (model_state, batch, key, fixed)
 
 _EXPENSIVE = frozenset({"dot_general", "conv_general_dilated", "sort", "fft", "cholesky", "qr", "svd", "eigh",
                         "triangular_solve", "householder_product", "lu"})  # fmt: skip
@@ -39,52 +39,53 @@ def gather_at_use(
     returns_gradients: bool = False,
     fixed_shardings: Shardings | None = None,
 ) -> Callable[..., Any]:
-    """`function(params, model_state, batch, *rest)`, with every sharded parameter all-gathered at each of its uses.
+    """Wraps `function(params, model_state, batch, *rest)` to all-gather sharded parameters at each use.
 
-    `shardings(params)` is a pytree of NamedSharding like `params`; replicated parameters stay as they are. With
-    `returns_gradients` the function returns (…, gradients), a pytree like `params`, which get the same shardings. A
-    fifth argument, a method's `fixed` arrays, is gathered in the same way, from `fixed_shardings(fixed)`. Pure; call it
-    after differentiation.
+    - `shardings(params)` returns a pytree of NamedSharding like `params`; replicated parameters do not change.
+    - `returns_gradients`: the function returns (…, gradients), a pytree like `params`, and they get its shardings.
+    - `fixed_shardings(fixed)`: the shardings of a fifth argument, a method's `fixed` arrays, gathered in the same way.
+
+    Call it after differentiation.
     """
 
     @functools.wraps(function)
     def gathered(params: Any, *args: Any) -> Any:
         closed, shape = jax.make_jaxpr(function, return_shape=True)(params, *args)
-        own = _places(shardings(params))
-        fixed = _places([(fixed_shardings or shardings)(x) for x in args[_FIXED:]])
+        own = _sharded(shardings(params))
+        fixed = _sharded([(fixed_shardings or shardings)(x) for x in args[_FIXED:]])
         first = len(closed.jaxpr.outvars) - len(own)
-        wanted = {first + i: s for i, s in enumerate(own) if s is not None} if returns_gradients else {}
+        gradients = {first + i: s for i, s in enumerate(own) if s is not None} if returns_gradients else {}
 
         def evaluate(evaluation: "_Evaluation", params: Any, *args: Any) -> list[Any]:
             shards = jax.tree.leaves((params, args[_FIXED:]))
-            sharded = evaluation.parameters(shards, [*own, *fixed])
+            parameters = evaluation.parameters(shards, [*own, *fixed])
             known = [_Known(x, number == 1) for number, arg in enumerate(args[:_FIXED]) for x in jax.tree.leaves(arg)]
-            operands = [*sharded[: len(own)], *known, *sharded[len(own) :]]
-            return [evaluation.force(x) for x in evaluation.run(closed, operands, wanted)]
+            operands = [*parameters[: len(own)], *known, *parameters[len(own) :]]
+            return [evaluation.force(x) for x in evaluation.run(closed, operands, gradients)]
 
-        order: list[frozenset[int]] = []  # the parameters of each use, found by a first evaluation of shapes alone
+        order: list[frozenset[int]] = []  # the parameters of each use, from a first evaluation of shapes only
         jax.eval_shape(functools.partial(evaluate, _Evaluation(order, dry=True)), params, *args)
         return jax.tree.unflatten(jax.tree.structure(shape), evaluate(_Evaluation(order), params, *args))
 
     return gathered
 
 
-def _places(shardings: Any) -> list[NamedSharding | None]:
-    """The sharding of each leaf that is sharded; None for a replicated one."""
+def _sharded(shardings: Any) -> list[NamedSharding | None]:
+    """The sharding of each leaf; None for a replicated one."""
     return [None if s.is_fully_replicated else s for s in jax.tree.leaves(shardings)]
 
 
 class _Known:
-    """An array of the program; `of_batch` if it depends on the batch. What a barrier is put behind is replaced."""
+    """An array of the program, which barriers replace; `of_batch` if it depends on the batch."""
 
     def __init__(self, array: Any, of_batch: bool = False):
         self.array, self.of_batch = array, of_batch
 
 
 class _Deferred:
-    """An array that follows from the parameters `needs` and from nothing of the batch, computed anew at each use.
+    """A function of the parameters `needs` alone, recomputed at each use.
 
-    `compute(gathered)` gives it; `gathered` holds what this use has computed, the parameters' shards among them.
+    `compute(gathered)` returns its array; `gathered` caches the arrays of this use, including the parameters' shards.
     """
 
     def __init__(self, needs: frozenset[int], compute: Callable[[dict[Any, Any]], Any]):
@@ -92,7 +93,7 @@ class _Deferred:
 
 
 class _Parameter(_Deferred):
-    """A parameter, which lies on the devices as `sharding` says, or its cast to `dtype`."""
+    """A sharded parameter, or its cast to `dtype`."""
 
     def __init__(self, number: int, sharding: NamedSharding, dtype: Any):
         super().__init__(frozenset({number}), self.gather)
@@ -107,38 +108,38 @@ class _Parameter(_Deferred):
 
 
 class _Evaluation:
-    """One evaluation of a jaxpr, and of those inside of it, in their order."""
+    """One evaluation of a jaxpr and those inside it, in order."""
 
     def __init__(self, order: list[frozenset[int]], dry: bool = False):
         self.order, self.dry = order, dry
         self.uses = 0  # so far
         self.shards: list[Any] = []
-        self.behind: dict[int, Any] = {}  # the shards of the next use, behind the activations of the last
-        self.complete: tuple[list[_Known], list[_Known]] = [], []  # gradients since the use before the last, the last
+        self.ordered: dict[int, Any] = {}  # the shards of the next use, ordered after the activations of the last
+        self.complete: tuple[list[_Known], list[_Known]] = [], []  # gradients before the last use, and after it
 
-    def parameters(self, shards: Sequence[Any], places: Sequence[NamedSharding | None]) -> list[Any]:
+    def parameters(self, shards: Sequence[Any], shardings: Sequence[NamedSharding | None]) -> list[Any]:
         """The parameters as values of the program."""
         self.shards = list(shards)
-        return [_Known(x) if place is None else _Parameter(i, place, x.dtype)
-                for i, (x, place) in enumerate(zip(shards, places, strict=True))]  # fmt: skip
+        return [_Known(x) if sharding is None else _Parameter(i, sharding, x.dtype)
+                for i, (x, sharding) in enumerate(zip(shards, shardings, strict=True))]  # fmt: skip
 
-    def run(self, closed: Any, operands: Sequence[Any], wanted: dict[int, NamedSharding]) -> list[Any]:
-        """The results of a closed jaxpr. Those that are `wanted`, by position, are gradients with their shardings."""
+    def run(self, closed: Any, operands: Sequence[Any], gradients_at: dict[int, NamedSharding]) -> list[Any]:
+        """The results of a closed jaxpr. `gradients_at` has the shardings of those that are gradients, by index."""
         jaxpr = closed.jaxpr
         values: dict[Any, Any] = dict(zip(jaxpr.constvars, map(_Known, closed.consts), strict=True))
         values.update(zip(jaxpr.invars, operands, strict=True))
-        gradients = {v: s for i, s in wanted.items() if not isinstance(v := jaxpr.outvars[i], Literal)}
+        gradients = {v: s for i, s in gradients_at.items() if not isinstance(v := jaxpr.outvars[i], Literal)}
 
         def read(atom: Any) -> Any:
             return _Known(atom.val) if isinstance(atom, Literal) else values[atom]
 
         for equation in jaxpr.eqns:
             with equation.ctx.manager, jax.named_scope(str(equation.source_info.name_stack)):
-                found = self.apply(equation, [read(atom) for atom in equation.invars], gradients)
-                values.update(zip(equation.outvars, found, strict=True))
+                results = self.apply(equation, [read(atom) for atom in equation.invars], gradients)
+                values.update(zip(equation.outvars, results, strict=True))
                 for variable in gradients.keys() & set(equation.outvars):
                     value = values[variable]
-                    if isinstance(value, _Known) and not any(value in some for some in self.complete):
+                    if isinstance(value, _Known) and not any(value in complete for complete in self.complete):
                         value.array = lax.with_sharding_constraint(value.array, gradients[variable])
                         self.complete[1].append(value)
         return [read(atom) for atom in jaxpr.outvars]
@@ -147,8 +148,8 @@ class _Evaluation:
         """The results of one equation."""
         primitive = equation.primitive
         if primitive.name in INLINED:
-            wanted = {i: gradients[v] for i, v in enumerate(equation.outvars) if v in gradients}
-            return self.run(equation.params[INLINED[primitive.name]], operands, wanted)
+            gradients_at = {i: gradients[v] for i, v in enumerate(equation.outvars) if v in gradients}
+            return self.run(equation.params[INLINED[primitive.name]], operands, gradients_at)
         needs = frozenset().union(*(x.needs for x in operands if isinstance(x, _Deferred)))
         known = [x for x in operands if isinstance(x, _Known)]
         of_batch = any(x.of_batch for x in known)
@@ -159,29 +160,29 @@ class _Evaluation:
         return [_Known(x, of_batch) for x in bind(equation, arrays)]
 
     def use(self, needs: frozenset[int], activations: Sequence[_Known] = ()) -> dict[Any, Any]:
-        """The shards of the parameters that a use needs. Those of the next are put behind the activations of this."""
+        """The shards of the parameters that a use needs. Orders those of the next use after its activations."""
         if self.dry:
             self.order.append(needs)
-        shards: dict[Any, Any] = {i: lax.optimization_barrier(self.shards[i]) for i in needs - self.behind.keys()}
-        shards |= {i: self.behind[i] for i in needs & self.behind.keys()}
+        shards: dict[Any, Any] = {i: lax.optimization_barrier(self.shards[i]) for i in needs - self.ordered.keys()}
+        shards |= {i: self.ordered[i] for i in needs & self.ordered.keys()}
         self.uses += 1
-        self.behind = {}
+        self.ordered = {}
         if activations and self.uses < len(self.order):
-            held = [max(activations, key=lambda x: np.size(x.array)), *self.complete[0]]
+            before = [max(activations, key=lambda x: np.size(x.array)), *self.complete[0]]
             following = {i: self.shards[i] for i in self.order[self.uses]}
-            self.behind, arrays = lax.optimization_barrier((following, [x.array for x in held]))
-            for x, array in zip(held, arrays, strict=True):  # what nobody reads again would be left out of a barrier
+            self.ordered, arrays = lax.optimization_barrier((following, [x.array for x in before]))
+            for x, array in zip(before, arrays, strict=True):  # XLA drops a barrier's unused results
                 x.array = array
             self.complete = self.complete[1], []
         return shards
 
     def force(self, x: Any) -> Any:
-        """The array of a result of the program."""
+        """The array of a value, computed if it is deferred."""
         return x.array if isinstance(x, _Known) else x.compute(self.use(x.needs))
 
 
 def _deferred(equation: Any, operands: Sequence[Any], needs: frozenset[int]) -> list[Any]:
-    """The results of an equation of deferred operands, deferred."""
+    """The deferred results of an equation."""
     if equation.primitive.name == "convert_element_type" and type(operands[0]) is _Parameter:
         x, dtype = operands[0], equation.outvars[0].aval.dtype
         if dtype.itemsize < x.dtype.itemsize:
@@ -198,5 +199,5 @@ def _deferred(equation: Any, operands: Sequence[Any], needs: frozenset[int]) -> 
 
 
 def _is_cheap(equation: Any) -> bool:
-    """Whether an equation is repeated rather than its result kept: it moves or maps elements, and does nothing else."""
+    """Whether an equation only moves or maps elements, so it is recomputed instead of its result kept."""
     return equation.primitive.name not in _EXPENSIVE and not equation.effects and not inner(equation)

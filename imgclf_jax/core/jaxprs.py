@@ -1,10 +1,9 @@
-"""Jaxprs, as programs that are read or evaluated again, equation by equation."""
+"""Helpers to read jaxprs and evaluate them equation by equation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Calls whose body becomes part of a program once it is differentiated, by the parameter that holds their jaxpr: the
-# derivatives that they carry have been used by then.
+# Calls to inline after differentiation, which has used their custom derivatives: the parameter with their jaxpr.
 INLINED: Mapping[str, str] = {
     "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
     "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
@@ -12,21 +11,21 @@ INLINED: Mapping[str, str] = {
 
 
 def bind(equation: Any, operands: Sequence[Any], params: Mapping[str, Any] | None = None) -> list[Any]:
-    """The results of an equation's primitive for other operands, and for other parameters if some are given."""
+    """Applies an equation's primitive to other operands, and with other parameters `params` if not None."""
     out = equation.primitive.bind(*operands, **(equation.params if params is None else params))
     return list(out) if equation.primitive.multiple_results else [out]
 
 
 def inner(equation: Any) -> list[Any]:
-    """The jaxprs inside of an equation, closed ones among them: a loop's body, the branches of a condition."""
+    """The jaxprs inside an equation, closed or not: the body of a loop, the branches of a conditional."""
     parameters = equation.params.values()
     values = [v for value in parameters for v in (value if isinstance(value, tuple | list) else (value,))]
     return [v for v in values if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
 
 
 def holds(jaxpr: Any, primitive: str) -> bool:
-    """Whether a jaxpr, or one inside of it, such as the body of a loop, holds this primitive."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # of a closed one
+    """Whether a jaxpr, or one inside it such as the body of a loop, contains this primitive."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # unwrap a ClosedJaxpr
     return any(
         equation.primitive.name == primitive or any(holds(one, primitive) for one in inner(equation))
         for equation in jaxpr.eqns

@@ -1,4 +1,4 @@
-"""Warnings of the library that decodes images, as log lines that name the image: "cat/1.jpg: Corrupt EXIF data"."""
+"""Logs Pillow's warnings with the name of the image: "cat/1.jpg: Corrupt EXIF data"."""
 
 import contextlib
 import logging
@@ -9,15 +9,15 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-_MOST = 100  # lines of a process
+_MAX_LINES = 100  # per process
 _thread = threading.local()
-_said: set[tuple[str, str]] = set()
-_usual = warnings.showwarning
+_logged: set[tuple[str, str]] = set()
+_default = warnings.showwarning
 
 
 @contextlib.contextmanager
 def about(name: Callable[[], str]) -> Iterator[None]:
-    """What is warned of inside is about the thing of this name. `warnings` itself cannot tell threads apart."""
+    """Attributes warnings of this thread inside to the image of this name, since `warnings` knows no threads."""
     _thread.name = name
     try:
         yield
@@ -25,23 +25,23 @@ def about(name: Callable[[], str]) -> Iterator[None]:
         _thread.name = None
 
 
-def to_log() -> None:
-    """From now on Pillow's warnings are logged, each once for each image; others are printed as before."""
+def install() -> None:
+    """Logs Pillow's warnings from now on, each once per image; other warnings are printed as before."""
     warnings.showwarning = _show
-    warnings.filterwarnings("always", module=r"PIL\.")  # usually a text is shown once, of whichever image is the first
+    warnings.filterwarnings("always", module=r"PIL\.")  # by default a text is shown only for the first image
 
 
 def _show(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
     if not (name := getattr(_thread, "name", None)):
-        return _usual(message, category, filename, lineno, file, line)
-    said = (name(), str(message).strip())
-    if said in _said or len(_said) > _MOST:
+        return _default(message, category, filename, lineno, file, line)
+    warning = (name(), str(message).strip())
+    if warning in _logged or len(_logged) > _MAX_LINES:
         return None
-    _said.add(said)
-    if len(_said) > _MOST:
-        log.warning("more than %d warnings of images: the rest is not shown", _MOST)
+    _logged.add(warning)
+    if len(_logged) > _MAX_LINES:
+        log.warning("more than %d image warnings; the rest are not logged", _MAX_LINES)
     else:
-        log.warning("%s: %s", *said)
+        log.warning("%s: %s", *warning)
     return None

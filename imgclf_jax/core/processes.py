@@ -24,7 +24,7 @@ import jax
 
 from imgclf_jax.core import internals, rendezvous, signals
 from imgclf_jax.core.errors import UserError, reason
-from imgclf_jax.core.text import keep_output
+from imgclf_jax.core.text import redirect_native_output
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def start(
     signals.before_exit.append(_tell_of_signal)
     _watcher = threading.Thread(target=_watch, args=(state.client,), name="processes", daemon=True)
     _watcher.start()
-    keep_output()
+    redirect_native_output()
     _hosts = [f"host {name}" for name in gather("join", socket.gethostname(), QUICK)]
 
 

@@ -1,6 +1,6 @@
-"""Keys and seeds as functions of (seed, name, step): no generator is ever stored.
+"""Random keys and generators as functions of (seed, name, step), so no RNG state is stored.
 
-Every random draw names its stream, so adding one (a new augmentation, say) changes no other.
+Every draw names its stream, so adding one, such as a new augmentation, changes no other.
 """
 
 import zlib
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def name_hash(name: str) -> int:
-    """A stable 32-bit hash of a stream's name (CRC-32): the same in every process and version."""
+    """A 32-bit hash of a stream's name (CRC-32), stable across processes and versions."""
     return zlib.crc32(name.encode())
 
 
@@ -23,7 +23,7 @@ def key(seed: jax.Array | int, name: str, step: jax.Array | int = 0) -> jax.Arra
 
 
 def fold(key: jax.Array, name: str, number: jax.Array | int = 0) -> jax.Array:
-    """The key of the stream `name` below another key: `fold_in(fold_in(key, name), number)`."""
+    """The key of stream `name` below another key: `fold_in(fold_in(key, name), number)`."""
     return jax.random.fold_in(jax.random.fold_in(key, name_hash(name)), number)
 
 
@@ -36,10 +36,10 @@ def init_streams(key: jax.Array) -> dict[str, jax.Array]:
 
 
 def generator(seed: int, name: str, position: int) -> np.random.Generator:
-    """The NumPy generator for one host-side draw, such as the crop of the example at a global stream position.
+    """The NumPy generator of one host-side draw, such as the crop of the example at a global stream position.
 
     Philox is counter-based: any position costs the same, and no two (seed, name, position) share a stream.
     """
-    # An array, since NumPy would read a list that holds a number above 2**63 through float64.
+    # NumPy would convert a list with a number above 2**63 to float64.
     key = np.array([(seed << 32) | name_hash(name), position], np.uint64)
     return np.random.Generator(np.random.Philox(key=key))

@@ -1,8 +1,8 @@
-"""The mini-language `name(arg, key=value)|name2(...)` in which a config names sources, ops, models and the rest.
+"""The mini-language `name(arg, key=value)|name2(...)` by which a config names sources, ops, models and the rest.
 
-A spec is text, so every choice stands readable in the config and in the run's record. Arguments are Python
-literals, read by `ast.literal_eval` and never evaluated. A user's own code is named by its import path,
-`my_pkg.my_module:my_function(width=3)`, and needs no registration.
+A spec is text, readable in the config and in the run's record. Arguments are Python literals, parsed by
+`ast.literal_eval` and never evaluated. User code is named by its import path, `my_pkg.my_module:my_function(width=3)`,
+and needs no registration.
 """
 
 import ast
@@ -23,13 +23,12 @@ from imgclf_jax.core.errors import Untrusted, UserError, shown, unknown
 _CALL = re.compile(r"\s*([A-Za-z_][\w.]*(?::[A-Za-z_]\w*)?)\s*(\(.*\))?\s*", re.DOTALL)
 
 
-# What names mean: the functions and classes of one kind. A plain dict is the registry.
-Table = Mapping[str, Any]
+Table = Mapping[str, Any]  # the registry of one kind: functions and classes by name
 
 
 @dataclass(frozen=True)
 class Call:
-    """One `name(args, **kwargs)` of a spec; `str()` gives text that parses to an equal Call."""
+    """One `name(args, **kwargs)` of a spec; `str()` returns text that parses to an equal Call."""
 
     name: str
     args: tuple[Any, ...] = ()
@@ -41,17 +40,17 @@ class Call:
 
 
 def parse(text: str) -> list[Call]:
-    """Parses a spec of any number of calls joined by `|`; the empty text is the empty list.
+    """Parses a spec of any number of calls joined by `|`; empty text is an empty list.
 
     Raises UserError for text outside the grammar and for an argument that is not a Python literal.
     """
-    check_bound(len(text), _MOST_CHARACTERS, "characters in one key")
+    check_bound(len(text), _MAX_CHARACTERS, "characters in one key")
     text = text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads its source
     return [_parse_call(part, text) for part in split_calls(text)] if text.strip() else []
 
 
 def parse_one(text: str) -> Call:
-    """Parses a spec that must hold exactly one call."""
+    """Parses a spec of exactly one call."""
     calls = parse(text)
     if len(calls) != 1:
         raise UserError(f"in spec {shown(text)}: expected exactly one name(...), found {len(calls)}")
@@ -59,19 +58,19 @@ def parse_one(text: str) -> Call:
 
 
 def split_calls(text: str) -> list[str]:
-    """The parts of a spec, at each `|` outside of brackets and strings; Python's tokenizer knows which those are."""
-    if any("\ud800" <= c <= "\udfff" for c in text):  # Python's stand-ins for bytes that are no text
+    """Splits a spec at each `|` outside brackets and strings, by Python's tokenizer."""
+    if any("\ud800" <= c <= "\udfff" for c in text):  # lone surrogates stand for undecodable bytes
         raise UserError(f"in spec {shown(text)}: it is not UTF-8")
-    if "\0" in text:  # which can upset the tokenizer
+    if "\0" in text:  # which can break the tokenizer
         raise UserError(f"in spec {shown(text)}: a null character is not allowed")
-    # Inside added brackets a newline is white space; the column offset is one on the first line.
-    whole = f"({text}\n)"
+    # Added brackets turn newlines into white space; the column offset is one on the first line.
+    bracketed = f"({text}\n)"
     starts = [0]
-    for line in whole.split("\n"):
+    for line in bracketed.split("\n"):
         starts.append(starts[-1] + len(line) + 1)
     cuts, depth = [], 0
     try:
-        for token in tokenize.generate_tokens(io.StringIO(whole).readline):
+        for token in tokenize.generate_tokens(io.StringIO(bracketed).readline):
             if token.type == tokenize.OP:
                 depth += (token.string in "([{") - (token.string in ")]}")
                 if token.string == "|" and depth == 1:
@@ -106,7 +105,7 @@ def _parse_call(part: str, text: str) -> Call:
 def _literal(node: ast.expr, text: str) -> Any:
     try:
         value = ast.literal_eval(node)
-        if ast.literal_eval(repr(value)) == value:  # inf has no literal: a spec must read back as it was written
+        if ast.literal_eval(repr(value)) == value:  # unlike inf, which has no literal: specs must round-trip
             return value
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         pass
@@ -120,59 +119,59 @@ def _literal(node: ast.expr, text: str) -> Any:
     )
 
 
-_MOST_CHARACTERS = 10_000  # of a spec of unknown origin
+_MAX_CHARACTERS = 10_000  # of an untrusted spec
 
-# Whose specs may not import, and the words of the command line; of the whole process, since threads build parts too.
-_refused_for = ""
-_said: tuple[str, ...] = ()
+# The untrusted owner of specs, and the words of the command line: for the whole process, since threads build specs too.
+_owner = ""
+_words: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
-def untrusted(whose: str, said: Sequence[str] = ()) -> Iterator[None]:
-    """While inside, specs and places are of unknown origin: they import nothing, and nothing is read over the network.
+def untrusted(owner: str, words: Sequence[str] = ()) -> Iterator[None]:
+    """Refuses imports and network access by specs and paths inside, since these come from an untrusted `owner`.
 
-    `whose` says in the error where they come from. Places that the person names, in the words `said`, may be read.
+    Errors name the owner. Addresses in `words`, the user's command line, may be read.
     """
-    global _refused_for, _said
-    before, _refused_for, _said = (_refused_for, _said), whose, tuple(said)
+    global _owner, _words
+    before, _owner, _words = (_owner, _words), owner, tuple(words)
     try:
         yield
     finally:
-        _refused_for, _said = before
+        _owner, _words = before
 
 
 def check_trusted(what: str) -> None:
-    """Raises UserError inside of `untrusted`. `what` says what a spec names, and what that would run."""
-    if _refused_for:
-        raise Untrusted(f"{_refused_for} names {what}; if you trust both, add --trust")
+    """Raises UserError inside `untrusted`. `what` is the thing that a spec names, and what it would run."""
+    if _owner:
+        raise Untrusted(f"{_owner} names {what}; if you trust both, add --trust")
 
 
 def check_bound(number: int, most: int, what: str) -> None:
-    """Raises UserError inside of `untrusted` if `number` is above `most`. `what` says of what there are so many."""
-    if _refused_for and number > most:
-        raise Untrusted(f"{_refused_for} has {number:,} {what}, and at most {most:,} are taken from an unknown origin; "
-                        "if you trust it, add --trust")  # fmt: skip
+    """Raises UserError inside `untrusted` if the `number` of `what` is above `most`."""
+    if _owner and number > most:
+        raise Untrusted(f"{_owner} has {number:,} {what}, and an untrusted one may have at most {most:,}; if you trust "
+                        "it, add --trust")  # fmt: skip
 
 
 def check_network(text: str) -> None:
-    """Raises UserError inside of `untrusted` for an address on the network that is not in one the person names."""
-    named = [address.rstrip("/") for word in _said for address in re.findall(r"\w+://[^\s'\",)]+", word)]
+    """Raises UserError inside `untrusted` for a network address that the command line does not contain."""
+    named = [address.rstrip("/") for word in _words for address in re.findall(r"\w+://[^\s'\",)]+", word)]
     if not any(text.rstrip("/") == address or text.startswith(f"{address}/") for address in named):
         check_trusted(f"{text!r}, which is on the network")
 
 
 def check_download(name: str, what: str) -> None:
-    """Raises UserError inside of `untrusted` for what would be downloaded, unless the person names it in quotes."""
-    if not any(quoted in word for word in _said for quoted in (f"'{name}", f'"{name}')):
+    """Raises UserError inside `untrusted` for the download `what`, unless the command line quotes its `name`."""
+    if not any(quoted in word for word in _words for quoted in (f"'{name}", f'"{name}')):
         check_trusted(what)
 
 
 def lookup(call: Call, table: Table, kind: str) -> Callable[..., Any]:
-    """The function or class that `call` names, from `table` or by import path; UserError if there is none."""
+    """Looks up the function or class that `call` names, in `table` or by import path; UserError if there is none."""
     if ":" not in call.name:
         if call.name not in table:
             if not table:
-                raise UserError(f"unknown {kind} {call.name!r}: none ships; name yours by an import path module:name")
+                raise UserError(f"unknown {kind} {call.name!r}: write the import path of yours, module:name")
             raise UserError(unknown(kind, call.name, table) + ", or an import path module:name")
         return table[call.name]
     module_name, _, attribute = call.name.partition(":")
@@ -192,21 +191,21 @@ def bind(
 ) -> functools.partial[Any]:
     """Looks up `call` and binds its arguments: `functools.partial(function, *args, **kwargs)`.
 
-    `given` says what the caller passes first at each call, such as `key` and `images`. So many leading parameters of
-    the function, whatever their names, are no arguments of the spec. Parameters in `by_name` are passed by the caller
-    unless the spec sets them, which it does by name. Raises UserError where the arguments do not fit the signature.
+    `given` names the leading arguments that the caller passes, such as `key` and `images`; the spec cannot set those
+    parameters, whatever their names. The caller also passes the parameters in `by_name`, unless the spec sets them by
+    name. Raises UserError if the arguments do not fit the signature.
     """
     function = lookup(call, table, kind)
-    found = parameters(function, call, kind)
-    named = [name for name, p in found.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(named) < len(given) and not any(p.kind is p.VAR_POSITIONAL for p in found.values()):
+    signature = parameters(function, call, kind)
+    named = [name for name, p in signature.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(named) < len(given) and not any(p.kind is p.VAR_POSITIONAL for p in signature.values()):
         raise UserError(
-            f"{kind} {call.name!r} takes ({', '.join(found)}); it must take ({', '.join(given)}), and then its own "
+            f"{kind} {call.name!r} takes ({', '.join(signature)}); it must take ({', '.join(given)}), and then its own "
             "arguments"
         )
     leading = named[: len(given)]
-    linen = ("parent", "name") if "parent" in found else ()  # fields that flax adds to every module
-    own = [p for name, p in found.items() if name not in leading and name not in linen]
+    linen = ("parent", "name") if "parent" in signature else ()  # fields that flax adds to every module
+    own = [p for name, p in signature.items() if name not in leading and name not in linen]
     own = [p.replace(kind=p.KEYWORD_ONLY, default=None) if p.name in by_name else p for p in own]
     own.sort(key=lambda p: p.kind)
     for key in call.kwargs:
@@ -222,15 +221,15 @@ def bind(
 
 
 def parameters(function: Callable[..., Any], call: Call, kind: str) -> Mapping[str, inspect.Parameter]:
-    """The parameters of the function that `call` names; UserError where Python does not know them."""
+    """The parameters of the function that `call` names; UserError if Python does not know them."""
     try:
         return inspect.signature(function).parameters
-    except ValueError as e:  # some builtins have none
-        raise UserError(f"in {kind} {str(call)!r}: the arguments of {call.name} are not known: {e}") from e
+    except ValueError as e:  # some builtins have no signature
+        raise UserError(f"in {kind} {str(call)!r}: {call.name} has no readable signature: {e}") from e
 
 
 def names_code(text: str) -> bool:
-    """Whether a spec, or one that is an argument of it, names code by an import path."""
+    """Whether a spec, or a spec among its arguments, names code by an import path."""
     calls = parse(text)
     values = [value for call in calls for value in (*call.args, *call.kwargs.values()) if isinstance(value, str)]
     nested = [value for value in values if _CALL.fullmatch(value) and ":" in value]
@@ -238,10 +237,10 @@ def names_code(text: str) -> bool:
 
 
 def occurrences(calls: Sequence[Call]) -> list[int]:
-    """For each call, how many calls of the same name stand before it: with the name, it keys what the call draws."""
+    """The number of earlier calls of the same name, for each call. With the name, it keys the call's random draws."""
     return [[c.name for c in calls[:i]].count(call.name) for i, call in enumerate(calls)]
 
 
 def takes(function: Callable[..., Any], first: str) -> bool:
-    """Whether a function's first parameter has this name."""
+    """Whether the first parameter of a function has this name."""
     return next(iter(inspect.signature(function).parameters), None) == first

@@ -1,4 +1,4 @@
-"""Names of files and classes as they may be shown, and the streams that they are shown on."""
+"""Printable file and class names, and standard streams that accept any text."""
 
 import io
 import os
@@ -6,10 +6,10 @@ import sys
 
 
 def printable(text: str) -> str:
-    r"""The text with each character that is not printable as its escape, such as `\x1b`, `\n` or `\udcff`.
+    r"""Escapes each unprintable character, such as `\x1b`, `\n` or `\udcff`.
 
-    A name in a file system may hold anything: a line break that would end a table's row, a sequence that would make
-    the terminal do something, bytes that are no UTF-8 (Python holds them as lone surrogates).
+    A file name may hold anything: a line break that would end a table row, a terminal escape sequence, bytes that are
+    not UTF-8 (which Python holds as lone surrogates).
     """
     if text.isprintable():
         return text
@@ -17,19 +17,19 @@ def printable(text: str) -> str:
 
 
 def utf8(name: str) -> str:
-    """A file's name, which Python has decoded as the locale says, as UTF-8: so it is the same in every locale."""
+    """Decodes a file name as UTF-8 instead of by the locale, so it is the same in every locale."""
     if sys.getfilesystemencoding() == "utf-8":
         return name
     return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
 def prepare_streams() -> None:
-    """Makes standard output and error take any text, and be there even if they were closed.
+    """Makes standard output and error accept any text, and opens closed streams.
 
-    What their encoding does not have is written as an escape. A stream that was closed, as by `>&-`, leads nowhere: its
-    number must not go to the next file that is opened, which C libraries would then print to.
+    Characters outside the encoding are escaped. A stream that was closed, as by `>&-`, becomes /dev/null: otherwise the
+    next opened file would get its descriptor, and C libraries would print into it.
     """
-    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers, since the lowest free one is taken
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their descriptors: `open` takes the lowest free one
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -37,8 +37,8 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def keep_output() -> None:
-    """Standard output is for results: what libraries in C++ print there, as Gloo does, goes to standard error."""
+def redirect_native_output() -> None:
+    """Sends what C++ libraries such as Gloo print to standard output to standard error: stdout is for results."""
     sys.stdout.flush()
     own = os.dup(sys.stdout.fileno())
     os.dup2(2, sys.stdout.fileno())

@@ -1,6 +1,6 @@
 """Examples in memory, and the .npz files that hold them.
 
-A file may come from anywhere. So its sizes are read, and checked against the file, before memory is taken for them.
+Files are untrusted: their claimed sizes are checked against the file before memory is allocated.
 """
 
 import hashlib
@@ -20,20 +20,19 @@ from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.run import cache
 
 MOST_CLASSES = 1_000_000
-_FREELY_NUMBERED = 1000  # So many classes need no names and no example each.
-_HEADER = 12_000  # bytes; NumPy itself refuses a longer description of an array
-# What a file may unpack to: so much, or so many times its length. Without compression any file is within this.
-_UNPACKED, _RATIO = 1 << 30, 100
+_UNNAMED_CLASSES = 1000  # up to which classes need neither names nor an example each
+_HEADER = 12_000  # bytes; NumPy itself refuses a longer array header
+_UNPACKED, _RATIO = 1 << 30, 100  # a file may unpack to this many bytes, or this many times its length
 
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Examples in memory: images uint8[n, h, w, c] with labels i32[n], or with targets f32[n, k] and no labels."""
+    """Examples in memory: images uint8[n, h, w, c] with either labels i32[n] or targets f32[n, k]."""
 
     images: np.ndarray
     labels: np.ndarray | None
-    class_names: tuple[str, ...]
-    targets: np.ndarray | None = None  # their names are the class names
+    class_names: tuple[str, ...]  # or the names of the targets
+    targets: np.ndarray | None = None
     weights: np.ndarray | None = None  # real numbers [n], for data.sampling='weighted'
 
     def __len__(self) -> int:
@@ -46,11 +45,11 @@ class ArraySource:
 
     def read(self, ids: np.ndarray) -> dict[str, Any]:
         """The examples with these ids, in their order."""
-        given = {"label": self.labels, "target": self.targets}
-        return {"image": self.images[ids], **{name: y[ids] for name, y in given.items() if y is not None}}
+        ys = {"label": self.labels, "target": self.targets}
+        return {"image": self.images[ids], **{name: y[ids] for name, y in ys.items() if y is not None}}
 
     def fingerprint(self) -> str:
-        """Over all images, labels or targets, and their names."""
+        """The SHA-256 of all images, labels or targets, and their names."""
         kind = () if self.targets is None else ("targets",)
         digest = hashlib.sha256(str((self.images.shape, self.class_names, *kind)).encode())
         for array in (self.images, self.labels, self.targets, self.weights):
@@ -61,7 +60,7 @@ class ArraySource:
 
 @dataclass(frozen=True)
 class _Member:
-    """An array in the file, of which the header alone has been read."""
+    """An array in the file, known by its header."""
 
     info: zipfile.ZipInfo
     shape: tuple[int, ...]
@@ -72,31 +71,32 @@ class _Member:
 
 
 def arrays(path: str) -> dict[str, ArraySource]:
-    """An .npz file with images uint8[n, h, w(, c)] and labels int[n] or int[n, 1] for each split.
+    """Reads an .npz file with the images and labels of each split.
 
-    They are called `x_NAME` and `y_NAME`, as in Keras's mnist.npz, or `NAME_images` and `NAME_labels`, as MedMNIST
-    has them; `images` and `labels` are the split `train`. `class_names`, where the file holds it, names the
-    classes, at most 1,000,000; otherwise they are numbered. `NAME_targets` (`targets`), numbers [n] or [n, k], replace
-    labels, and `target_names` names the k targets. `NAME_weights` (`weights`), [n], are those of the
-    sampling 'weighted'. A file in a bucket is copied to this disk first. Raises
-    UserError for a file that is damaged, of another kind, too large for the machine, or that unpacks to more than 1
-    GiB and more than 100 times its length.
+    - `x_NAME` uint8[n, h, w(, c)] and `y_NAME` int[n] or int[n, 1], as in Keras's mnist.npz, or `NAME_images` and
+      `NAME_labels`, as in MedMNIST. `images` and `labels` are the split `train`.
+    - `class_names` (optional) names the classes, at most 1,000,000; by default they are numbered.
+    - `NAME_targets` (`targets`), numbers [n] or [n, k], replace labels; `target_names` names the k targets.
+    - `NAME_weights` (`weights`) [n] are the weights of the sampling 'weighted'.
+
+    A file in a bucket is first copied to the local disk. Raises UserError for a file that is damaged, of another kind,
+    too large for the machine, or that unpacks to more than 1 GiB and more than 100 times its length.
     """
     file = places.as_path(path)
     try:
-        file = _copied(file) if places.in_bucket(file) else file.expanduser()
+        file = _local_copy(file) if places.in_bucket(file) else file.expanduser()
         if not file.is_file():
-            raise OSError("it is no regular file" if file.exists() else f"there is no such file (in {Path.cwd()})")
-        with archive.opened(file) as content:
+            raise OSError("it is not a regular file" if file.exists() else f"no such file (in {Path.cwd()})")
+        with archive.open_checked(file) as content:
             return _read(content, path, file.stat().st_size)
     except UserError:
         raise
-    except Exception as e:  # damage can surface as nearly any error of zipfile, zlib and NumPy
+    except Exception as e:  # zipfile, zlib and NumPy raise many types for damaged files
         raise UserError(f"arrays: cannot read {path!r} as an .npz file: {reason(e)}") from e
 
 
 def load_array(path: str, names: tuple[str, ...]) -> np.ndarray:
-    """The array in a .npy file, or that of an .npz file which has one of these names or is the only one.
+    """Loads the array of a .npy file, or the one of an .npz file that has one of these names or is the only one.
 
     Raises UserError for a file that is missing, damaged, or larger than memory.
     """
@@ -105,22 +105,22 @@ def load_array(path: str, names: tuple[str, ...]) -> np.ndarray:
         memory.require(places.size(file), path)
         if file.suffix == ".npy":
             return np.asarray(np.load(io.BytesIO(file.read_bytes()), allow_pickle=False))
-        with archive.opened(_copied(file) if places.in_bucket(file) else file) as content:
+        with archive.open_checked(_local_copy(file) if places.in_bucket(file) else file) as content:
             infos = {info.filename.removesuffix(".npy"): info for info in content.infolist()}
-            found = [infos[name] for name in names if name in infos] or list(infos.values())[: len(infos) == 1]
-            if not found:
+            chosen = [infos[name] for name in names if name in infos] or list(infos.values())[: len(infos) == 1]
+            if not chosen:
                 raise UserError(f"{path} holds {sorted(infos)[:10]}; expected one array, or {' or '.join(names)}")
-            memory.require(found[0].file_size, path)
-            return _array(content, _member(content, found[0]))
+            memory.require(chosen[0].file_size, path)
+            return _array(content, _member(content, chosen[0]))
     except UserError:
         raise
-    except Exception as e:  # damage can surface as nearly any error of zipfile, zlib and NumPy
+    except Exception as e:  # zipfile, zlib and NumPy raise many types for damaged files
         raise UserError(f"cannot read {path!r} as a .npy or .npz file: {reason(e)}") from e
 
 
-def _copied(file: Path) -> Path:
-    """The copy, in the user's cache folder, of a file in a bucket; made if there is none of its size and time."""
-    stat: Any = file.stat()  # epath's own, whose length is in bytes
+def _local_copy(file: Path) -> Path:
+    """Copies a file in a bucket to the user's cache folder, unless a copy of the same size and time is there."""
+    stat: Any = file.stat()  # of epath
     identity = hashlib.sha256(repr((str(file), stat.length, stat.mtime)).encode()).hexdigest()[:32]
     copy = cache.folder("buckets") / f"{identity}.npz"
     if not copy.is_file():
@@ -140,16 +140,16 @@ def _read(content: zipfile.ZipFile, path: str, length: int) -> dict[str, ArraySo
     keys += [key for key in (names_key, *weights.values()) if key in infos]
     members = {key: _member(content, infos[key]) for key in keys}
     for pair in splits.values():
-        (_check_targets if with_targets else _check)(members, *pair, path)
+        (_check_targets if with_targets else _check_labels)(members, *pair, path)
     shapes = {(*members[images].shape[1:], 1)[:3]: images for images, _ in splits.values()}
     if len(shapes) > 1:
         (a, first), (b, second) = list(shapes.items())[:2]
         raise UserError(f"arrays: in {path}, the images of {first} are {list(a)} and those of {second} are {list(b)}; "
-                        "all splits must have one height, width and number of channels")  # fmt: skip
+                        "all splits must have the same height, width and channels")  # fmt: skip
     total = sum(member.info.file_size for member in members.values())
     if total > max(_UNPACKED, _RATIO * length):
         raise UserError(f"arrays: {path} would unpack from {memory.size(length)} to {memory.size(total)}; above "
-                        f"{memory.size(_UNPACKED)} at most {_RATIO} times are allowed, so save it without compression, "
+                        f"{memory.size(_UNPACKED)} the ratio must be at most {_RATIO}, so save it without compression, "
                         "by np.savez")  # fmt: skip
     memory.require(total, f"arrays: {path}")
     ys = {split: _array(content, members[key]) for split, (_, key) in splits.items()}
@@ -163,16 +163,17 @@ def _read(content: zipfile.ZipFile, path: str, length: int) -> dict[str, ArraySo
     for split, (images, key) in splits.items():
         y = ys[split]
         if not with_targets and (int(y.min()) < 0 or int(y.max()) >= len(names)):
-            raise UserError(f"arrays: in {path}, {key} lies outside the {len(names)} classes")
+            raise UserError(f"arrays: in {path}, {key} has labels outside the {len(names)} classes, 0 to "
+                            f"{len(names) - 1}")  # fmt: skip
         x = _array(content, members[images])
         labels, targets = (None, y) if with_targets else (y.astype(np.int32), None)
-        own = _array(content, members[weights[split]]) if weights[split] in members else None
-        out[split] = ArraySource(x[..., None] if x.ndim == 3 else x, labels, names, targets, own)
+        split_weights = _array(content, members[weights[split]]) if weights[split] in members else None
+        out[split] = ArraySource(x[..., None] if x.ndim == 3 else x, labels, names, targets, split_weights)
     return out
 
 
 def _has_targets(splits: Mapping[str, tuple[str, str]], path: str) -> bool:
-    """Whether the splits have targets and not labels. Raises UserError if only some of them do."""
+    """Whether the splits have targets instead of labels. Raises UserError if only some of them do."""
     kinds = {key.endswith("targets"): key for _, key in splits.values()}
     if len(kinds) > 1:
         raise UserError(f"arrays: {path} holds {kinds[False]} and {kinds[True]}; give every split labels, or every "
@@ -181,7 +182,7 @@ def _has_targets(splits: Mapping[str, tuple[str, str]], path: str) -> bool:
 
 
 def _as_targets(values: np.ndarray, where: str) -> np.ndarray:
-    """Numbers [n] or [n, k] as f32[n, k]. Raises UserError naming the first that is not finite in float32."""
+    """Converts numbers [n] or [n, k] to f32[n, k]. Raises UserError naming the first that is not finite."""
     with np.errstate(over="ignore"):
         targets = values.reshape(len(values), -1).astype(np.float32)
     check_finite(targets, lambda i: f"{where}, example {i}")
@@ -189,7 +190,7 @@ def _as_targets(values: np.ndarray, where: str) -> np.ndarray:
 
 
 def check_finite(targets: np.ndarray, name: Callable[[int], str]) -> None:
-    """Raises UserError for the first of the targets f32[n, k] that is NaN or infinite, naming its row by `name`."""
+    """Raises UserError for the first NaN or infinity in targets f32[n, k], naming its row by `name`."""
     wrong = np.argwhere(~np.isfinite(targets))
     if wrong.size:
         i, column = map(int, wrong[0])
@@ -199,7 +200,7 @@ def check_finite(targets: np.ndarray, name: Callable[[int], str]) -> None:
 
 
 def _splits(keys: Iterable[str], path: str) -> dict[str, tuple[str, str]]:
-    """{split: (key of its images, key of its labels or targets)} among the keys of a file."""
+    """Returns {split: (key of its images, key of its labels or targets)} for the keys of a file."""
     keys = sorted(keys)
     pairs = [(key[2:], key, f"y_{key[2:]}") for key in keys if key.startswith("x_")]
     stems = [key.removesuffix("_images") for key in keys if key.endswith("_images")]
@@ -208,14 +209,14 @@ def _splits(keys: Iterable[str], path: str) -> dict[str, tuple[str, str]]:
     out: dict[str, tuple[str, str]] = {}
     for split, images, labels in pairs:
         targets = "targets" if images == "images" else f"{split}_targets"
-        given = [key for key in (labels, targets) if key in keys]
-        if not split or not given:
+        ys = [key for key in (labels, targets) if key in keys]
+        if not split or not ys:
             continue
-        if len(given) > 1:
+        if len(ys) > 1:
             raise UserError(f"arrays: {path} holds both {labels} and {targets}; remove one")
         if split in out:
             raise UserError(f"arrays: {path} holds both {out[split][0]} and {images}, two splits {split!r}; remove one")
-        out[split] = images, given[0]
+        out[split] = images, ys[0]
     if not out:
         holds = f"{keys[:10]}{'' if len(keys) <= 10 else ' and more'}"
         raise UserError(f"arrays: {path} holds {holds}; expected x_NAME and y_NAME, such as x_train and y_train, or "
@@ -224,25 +225,25 @@ def _splits(keys: Iterable[str], path: str) -> dict[str, tuple[str, str]]:
 
 
 def _member(content: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
-    """Raises ValueError for an array that does not take just the bytes of its member."""
+    """Reads the header of an array. Raises ValueError if its size is not that of the member."""
     with content.open(info) as stream:
         start = io.BytesIO(stream.read(_HEADER))
     version = np.lib.format.read_magic(start)
     headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in headers:
-        raise ValueError(f"{info.filename!r} is of version {version}")
+        raise ValueError(f"{info.filename!r} has the unsupported .npy version {version}")
     shape, _, dtype = headers[version](start)
     nbytes = math.prod(shape) * dtype.itemsize
     if not dtype.hasobject and (min(shape, default=0) < 0 or nbytes != info.file_size - start.tell()):
-        raise ValueError(f"{info.filename!r} is damaged: {dtype}{list(shape)} does not have its number of bytes")
+        raise ValueError(f"{info.filename!r} is damaged: its size does not match {dtype}{list(shape)}")
     return _Member(info, shape, dtype)
 
 
 def _array(content: zipfile.ZipFile, member: _Member) -> np.ndarray:
     with content.open(member.info) as stream:
         array = np.lib.format.read_array(stream, allow_pickle=False)
-        if stream.read(1):  # at the end the CRC is checked
-            raise ValueError(f"{member.info.filename!r} goes on after its array")
+        if stream.read(1):  # reading to the end checks the CRC
+            raise ValueError(f"{member.info.filename!r} has bytes after its array")
     return array
 
 
@@ -259,7 +260,7 @@ def _check_targets(members: Mapping[str, _Member], images: str, targets: str, pa
                         "h, w, c] with c from 1 to 4, and real numbers [n] or [n, k]")  # fmt: skip
 
 
-def _check(members: Mapping[str, _Member], images: str, labels: str, path: str) -> None:
+def _check_labels(members: Mapping[str, _Member], images: str, labels: str, path: str) -> None:
     x, y = members[images], members[labels]
     n = x.shape[0] if x.shape else 0
     if not _are_images(x) or y.shape not in ((n,), (n, 1)) or y.dtype.kind not in "iu":
@@ -274,7 +275,7 @@ def _class_names(
     if member is None:
         labels = list(labels)
         classes, examples = 1 + max(int(y.max()) for y in labels), sum(len(y) for y in labels)
-        if classes > min(MOST_CLASSES, max(_FREELY_NUMBERED, examples)):
+        if classes > min(MOST_CLASSES, max(_UNNAMED_CLASSES, examples)):
             raise UserError(f"arrays: in {path}, the greatest of {examples} labels is {classes - 1}; number the "
                             "classes 0, 1, 2, …, or name all of them in class_names")  # fmt: skip
         return tuple(map(str, range(classes)))
@@ -293,18 +294,18 @@ def _target_names(
     names = _text(content, member, path, "target_names", "target")
     if len(names) != k or len(set(names)) != k:
         raise UserError(f"arrays: in {path}, target_names holds {len(names)} names, {len(set(names))} of them "
-                        f"distinct, for {k} target{'s' * (k > 1)}; give each its own")  # fmt: skip
+                        f"distinct, for {k} target{'s' * (k > 1)}; name each of them once")  # fmt: skip
     return names
 
 
 def _text(content: zipfile.ZipFile, member: _Member, path: str, key: str, what: str) -> tuple[str, ...]:
     if member.dtype.kind not in "USiu" or len(member.shape) != 1 or member.shape[0] > MOST_CLASSES:
-        raise UserError(f"arrays: in {path}, {key} is {member}; expected text, one for each {what}, at most "
+        raise UserError(f"arrays: in {path}, {key} is {member}; expected one text per {what}, at most "
                         f"{MOST_CLASSES:,}: np.array(names, dtype=str)")  # fmt: skip
     try:
         array = _array(content, member)
         names = [name.decode() if isinstance(name, bytes) else str(name) for name in array.tolist()]
-        "".join(names).encode()  # no text with half a surrogate pair can be printed
-    except (ValueError, SystemError) as e:  # CPython's for a number that is no character
+        "".join(names).encode()  # lone surrogates cannot be printed
+    except (ValueError, SystemError) as e:  # SystemError: CPython, for an invalid code point
         raise UserError(f"arrays: in {path}, {key} is not text: {reason(e)}") from e
     return tuple(names)

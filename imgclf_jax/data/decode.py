@@ -1,8 +1,8 @@
 """Host ops: encoded bytes to a fixed-shape uint8 image, one image at a time.
 
-An op maps an image, uint8[h, w, c], to another one. An op that draws at random declares it (`core.kinds`), and takes a
-NumPy generator before the image. Pillow decodes and resizes: one implementation for training, evaluation and
-prediction. The ops that change an image's size are in `resizing` and `tf_image`.
+An op maps an image, uint8[h, w, c], to another one. Random ops are declared as such (see `core.kinds`) and take a NumPy
+generator before the image. Pillow decodes and resizes in training, evaluation and prediction alike. The ops that change
+an image's size are in `resizing` and `tf_image`.
 """
 
 import io
@@ -19,14 +19,13 @@ from imgclf_jax.core.errors import UserError, reason, unknown
 from imgclf_jax.data import decode_cost, resizing, tf_image
 from imgclf_jax.data.resizing import central_crop, random_resized_crop, resize, resize_small
 
-# The formats of photographs and data sets. Of the forty others that Pillow knows some are tried on any bytes, and
-# EPS runs Ghostscript.
+# The formats of photographs and data sets. Pillow tries some of its forty others on any bytes; EPS runs Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF")
-MOST_PIXELS = 2**26  # 8192 by 8192. Pillow itself warns of 89 million, and refuses twice as many.
-MOST_SIDE = 2**20  # 16 times JPEG's. Pillow holds a pointer for each row.
-_MOST_BYTES = 8 * MOST_PIXELS  # so much have four channels of 16 bits without compression
-_TILE = (322, 323)  # TIFF's tags of a tile's width and height
-_MOST_IN_A_TILE = 2**24  # pixels; usual tiles have 2**16
+MOST_PIXELS = 2**26  # 8192 by 8192; Pillow itself warns from 89 million and refuses from twice that
+MOST_SIDE = 2**20  # 16 times that of JPEG; Pillow holds a pointer per row
+_MAX_BYTES = 8 * MOST_PIXELS  # four uncompressed channels of 16 bits
+_TILE = (322, 323)  # TIFF tags of a tile's width and height
+_MAX_TILE = 2**24  # pixels; usual tiles have 2**16
 _TOO_MANY = f"the image has more than {MOST_PIXELS:,} pixels; make it smaller"
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -34,19 +33,22 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 def decode(
     image: bytes | np.ndarray | Image.Image, channels: int = 3, formats: tuple[str, ...] = FORMATS, draft: int = 0
 ) -> np.ndarray:
-    """Bytes in one of the formats, uint8[h, w, c] or Pillow's image to uint8[h, w, channels]; channels is 1, 3 or 4.
+    """Decodes bytes, uint8[h, w, c] or a Pillow image to uint8[h, w, channels].
 
-    `formats` are Pillow's names; a format that is not among them is not tried, since some run other programs. The EXIF
-    orientation is applied, the first frame of an animation taken, alpha dropped unless channels is 4, the high byte of
-    16-bit grey kept. Colour to grey is ITU-R 601 luma. With `draft`, a JPEG image is decoded at 1/2, 1/4 or 1/8 of its
-    size: the smallest of these whose sides have at least `draft` pixels. That is faster, and gives other pixels. Raises
-    UserError for bytes that do not decode, and for an image of more than 2**26 pixels (2**25 in WebP and AVIF), 2**20
-    in a row or column, or one that is made to take minutes (see `decode_cost`).
+    - `channels` is 1, 3 or 4.
+    - `formats` are Pillow's names of the formats to try; some others would run programs.
+    - `draft` decodes a JPEG image at the smallest of 1/2, 1/4 and 1/8 of its size whose sides have at least `draft`
+      pixels. That is faster, and gives other pixels.
+
+    It applies the EXIF orientation, takes the first frame of an animation, drops alpha unless channels is 4, keeps the
+    high byte of 16-bit grey, and converts color to grey by ITU-R 601 luma. Raises UserError for bytes that do not
+    decode, and for an image of more than 2**26 pixels (2**25 in WebP and AVIF), more than 2**20 in a row or column, or
+    one built to take minutes (see `decode_cost`).
     """
     if channels not in _MODES:
-        raise UserError(f"decode(channels={channels}): allowed: 1, 3, 4")
+        raise UserError(f"decode(channels={channels}): allowed are 1, 3 and 4")
     if type(draft) is not int or draft < 0:
-        raise UserError(f"decode(draft={draft!r}): a number of pixels, or 0 for the whole size")
+        raise UserError(f"decode(draft={draft!r}): must be a number of pixels, or 0 for full size")
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or not 1 <= image.shape[-1] <= 4:
             raise UserError(
@@ -59,23 +61,23 @@ def decode(
         picture = ImageOps.exif_transpose(image)
     else:
         picture = _open(image, formats)
-        with decode_cost.turn(picture):
-            return _converted(_loaded(picture, draft), channels)
-    return _converted(picture, channels)
+        with decode_cost.memory_slot(picture):
+            return _convert(_load(picture, draft), channels)
+    return _convert(picture, channels)
 
 
-def _converted(picture: Image.Image, channels: int) -> np.ndarray:
-    """Pillow's image to uint8[h, w, channels]."""
-    if picture.mode.startswith("I"):  # 16 bits a pixel, which convert("L") would clip instead of scale
+def _convert(picture: Image.Image, channels: int) -> np.ndarray:
+    """Converts a Pillow image to uint8[h, w, channels]."""
+    if picture.mode.startswith("I"):  # 16 bits per pixel, which convert("L") would clip instead of scale
         deep = np.asarray(picture)
         if deep.dtype.itemsize > 2 and (deep.min() < 0 or deep.max() > 65535):
-            raise UserError("the image has more than 16 bits a channel; save it with 8 or 16")
+            raise UserError("the image has more than 16 bits per channel; save it with 8 or 16")
         picture = Image.fromarray((deep >> 8).astype(np.uint8))
     elif picture.mode == "F":
-        raise UserError("the image holds floating-point values of unknown range; save it with 8 or 16 bits a channel")
-    if picture.mode == "P":  # a palette may hold colour and alpha
+        raise UserError("the image holds floating-point values of unknown range; save it with 8 or 16 bits per channel")
+    if picture.mode == "P":  # a palette may hold color and alpha
         picture = picture.convert("RGBA")
-    elif picture.mode == "LAB":  # Pillow has no direct way from it to grey
+    elif picture.mode == "LAB":  # which Pillow cannot convert to grey directly
         picture = picture.convert("RGB")
     if picture.mode != _MODES[channels]:
         picture = picture.convert(_MODES[channels])
@@ -84,9 +86,9 @@ def _converted(picture: Image.Image, channels: int) -> np.ndarray:
 
 
 def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
-    """Pillow's image, of which the header alone has been read, if it may be decoded."""
+    """Opens an image by its header and checks that it may be decoded."""
     if formats != FORMATS:
-        formats = _known(formats)
+        formats = _check_formats(formats)
     decode_cost.check_bytes(data)
     try:
         picture: Image.Image = Image.open(io.BytesIO(data), formats=formats)
@@ -96,17 +98,17 @@ def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
         raise UserError(_TOO_MANY) from e
     except UserError:
         raise
-    except Exception as e:  # of damaged bytes Pillow's plugins raise errors of many types
+    except Exception as e:  # Pillow's plugins raise many types for damaged bytes
         if "cannot identify" in str(e):
-            raise UserError(f"the image is not in an image format that is read here ({', '.join(formats)})") from e
+            raise UserError(f"the image is in none of the formats {', '.join(formats)}; convert it to one") from e
         raise _undecodable(e) from e
     return picture
 
 
-def _loaded(picture: Image.Image, draft: int) -> Image.Image:
+def _load(picture: Image.Image, draft: int) -> Image.Image:
     try:
         if draft:
-            picture.draft(None, (draft, draft))  # of other formats than JPEG it leaves the size
+            picture.draft(None, (draft, draft))  # affects only JPEG
         ImageOps.exif_transpose(picture, in_place=True)
         picture.load()
     except UserError:
@@ -121,7 +123,7 @@ def _undecodable(error: Exception) -> UserError:
 
 
 def check_size(picture: Image.Image) -> None:
-    """Raises UserError for an image, of which the header alone has been read, that is larger than is decoded here."""
+    """Raises UserError if an image is too large to decode, by its header."""
     if picture.width * picture.height > MOST_PIXELS:
         raise UserError(_TOO_MANY)
     if picture.width * picture.height > (most := decode_cost.most_pixels(picture.format, MOST_PIXELS)):
@@ -129,41 +131,41 @@ def check_size(picture: Image.Image) -> None:
             f"the {picture.format} image has more than {most:,} pixels; make it smaller, or save it as JPEG"
         )
     if max(picture.size) > MOST_SIDE:
-        raise UserError(f"the image has {picture.height:,} by {picture.width:,} pixels, and a side at most "
+        raise UserError(f"the image has {picture.height:,} by {picture.width:,} pixels, but a side may have "
                         f"{MOST_SIDE:,}; crop it")  # fmt: skip
     tags = getattr(picture, "tag_v2", {}) if picture.format == "TIFF" else {}
     tile = [size for tag in _TILE if isinstance(size := tags.get(tag), int)]
-    if math.prod(tile) > _MOST_IN_A_TILE:  # libtiff takes memory for a whole one, however small the image
+    if math.prod(tile) > _MAX_TILE:  # libtiff allocates a whole tile, however small the image
         raise UserError(f"the image has tiles of {' by '.join(f'{size:,}' for size in tile)} pixels; save it again "
                         "without tiles")  # fmt: skip
 
 
 def formats_of(preprocess: str) -> tuple[str, ...]:
-    """The formats that a spec of host ops reads: those of its first op, which is `decode`."""
+    """The image formats that a spec of host ops reads, by its first op `decode`."""
     calls = spec.parse(preprocess)
     if not calls or calls[0].name != "decode":
         return FORMATS
-    return _known(kinds.bind(calls[0], HOST_OPS, "host op", _GIVEN).keywords.get("formats", FORMATS))
+    return _check_formats(kinds.bind(calls[0], HOST_OPS, "host op", _GIVEN).keywords.get("formats", FORMATS))
 
 
-def _known(formats: Any) -> tuple[str, ...]:
-    """The names of formats in capitals; UserError if Pillow does not know one."""
+def _check_formats(formats: Any) -> tuple[str, ...]:
+    """The names of formats in capitals. Raises UserError if Pillow does not know one."""
     Image.init()
     if not isinstance(formats, (tuple, list)) or not formats or not all(isinstance(name, str) for name in formats):
-        raise UserError(f"decode(formats={formats!r}): formats is a tuple of names, such as ('JPEG', 'PNG')")
+        raise UserError(f"decode(formats={formats!r}): must be a tuple of names, such as ('JPEG', 'PNG')")
     names = tuple(name.upper() for name in formats)
     for name in names:
         if name not in Image.OPEN:
             raise UserError(unknown("image format", name, Image.OPEN))
-        if name == "EPS":  # the config of another's work directory may name formats, but must run nothing
+        if name == "EPS":  # an untrusted config may name formats, but must not run code
             raise UserError("decode: an EPS image is a program that Ghostscript runs; convert it to PNG yourself")
     return names
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of an image file. Raises OSError, and UserError for a file that is longer than any image."""
-    if (length := path.stat().st_size) > _MOST_BYTES:
-        raise UserError(f"the file has {length:,} bytes, and an image at most {_MOST_BYTES:,}")
+    """Reads an image file. Raises OSError, and UserError for a file longer than any image."""
+    if (length := path.stat().st_size) > _MAX_BYTES:
+        raise UserError(f"the file has {length:,} bytes, but an image may have {_MAX_BYTES:,}; make it smaller")
     return path.read_bytes()
 
 
@@ -182,33 +184,33 @@ _GIVEN = {kinds.PLAIN: ("image",), kinds.RANDOM: ("rng", "image")}
 
 
 def build(text: str) -> tuple[HostOps, bool]:
-    """The function (image, seed, position) → uint8[h, w, c] that a spec of host ops names, and whether it draws.
+    """Returns the function (image, seed, position) → uint8[h, w, c] of a spec of host ops, and whether it is random.
 
-    `position` is the example's global position in the stream. What an op draws follows from the seed, the position, its
-    name, and how many ops of this name stand before it. So another op, wherever it is added, changes none of its draws.
+    `position` is the example's global position in the stream. An op's draws depend on the seed, the position, its name
+    and the number of earlier ops of that name, so adding another op does not change them.
     """
     calls = spec.parse(text)
     if not calls or calls[0].name != "decode":
         raise UserError(f"preprocess={text!r}: the first op must be decode(channels)")
     ops = [kinds.bind(call, HOST_OPS, "host op", _GIVEN) for call in calls]
     streams = [f"preprocess/{call.name}/{i}" for call, i in zip(calls, spec.occurrences(calls), strict=True)]
-    draws = [kinds.kind_of(op) == kinds.RANDOM for op in ops]
+    is_random = [kinds.kind_of(op) == kinds.RANDOM for op in ops]
 
     def apply(image: bytes | np.ndarray, seed: int, position: int) -> np.ndarray:
         try:
-            for call, op, random, stream in zip(calls, ops, draws, streams, strict=True):  # noqa: B007  named below
+            for call, op, random, stream in zip(calls, ops, is_random, streams, strict=True):  # noqa: B007  named below
                 image = op(rng.generator(seed, stream, position), image) if random else op(image)
         except MemoryError as e:
-            raise UserError(f"{call.name} takes more memory than there is") from e
+            raise UserError(f"{call.name} runs out of memory; make the image smaller") from e
         return np.asarray(image)
 
-    return apply, any(draws)
+    return apply, any(is_random)
 
 
 def size_check(preprocess: str) -> Callable[[int, int], None]:
-    """A function (height, width) that raises UserError if a host op would refuse a decoded image for its size.
+    """Returns a function (height, width) that raises UserError if a host op would refuse an image of this size.
 
-    It ends at the first op that `resizing.SIZES` does not know, such as a user's own.
+    It checks up to the first op that `resizing.SIZES` does not know, such as a user's own.
     """
     known = []
     for call in spec.parse(preprocess)[1:]:
@@ -224,13 +226,13 @@ def size_check(preprocess: str) -> Callable[[int, int], None]:
             except UserError:
                 raise
             except (TypeError, ValueError, ArithmeticError):
-                return  # a mistake in the spec, which the first image shows
+                return  # a mistake in the spec, which the first image reveals
 
     return check
 
 
 def decoder(preprocess: str) -> Callable[[bytes], np.ndarray]:
-    """The first host op of a spec, `decode`, with its arguments."""
+    """The first host op of a spec, `decode`, with its arguments bound."""
     op = kinds.bind(spec.parse(preprocess)[0], HOST_OPS, "host op", _GIVEN)
     return lambda data: np.asarray(op(data))
 
@@ -242,26 +244,25 @@ def _resized_centre(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     method: str = "bilinear",
 ) -> list[spec.Call]:
-    """For random_resized_crop: the central 7/8 of the shorter side, as 224 of 256 pixels."""
+    """The counterpart of random_resized_crop: the central 7/8 of the shorter side, as in 224 of 256 pixels."""
     del scale, ratio
     size = round(max(height, width) * 8 / 7)
     resized = spec.Call("resize_small", (size,), {} if method == "bilinear" else {"method": method})
     return [resized, spec.Call("central_crop", (height, width) if width else (height,))]
 
 
-# Evaluation draws nothing: what it does in place of a host op that draws at random.
+# Deterministic host ops that replace a random one in evaluation.
 _COUNTERPARTS: dict[str, Callable[..., list[spec.Call]]] = {"random_resized_crop": _resized_centre}
 
 
-def for_evaluation(preprocess_eval: str, preprocess: str) -> str:
-    """The host ops of evaluation: `preprocess_eval`, or `preprocess` if it is empty, as a spec that draws nothing.
+def evaluation_spec(preprocess_eval: str, preprocess: str) -> str:
+    """The spec of deterministic host ops for evaluation: `preprocess_eval`, or `preprocess` if it is empty.
 
-    An op of `preprocess` that draws at random is replaced by its counterpart, such as random_resized_crop(224) by
-    resize_small(256)|central_crop(224). Raises UserError where there is no counterpart, and for a `preprocess_eval`
-    that draws at random.
+    Replaces a random op of `preprocess` by its counterpart, such as random_resized_crop(224) by
+    resize_small(256)|central_crop(224). Raises UserError if there is none, and for a random `preprocess_eval`.
     """
-    own = bool(preprocess_eval.strip())
-    text = preprocess_eval if own else preprocess
+    explicit = bool(preprocess_eval.strip())
+    text = preprocess_eval if explicit else preprocess
     calls = spec.parse(text)
     random = [call for call in calls if build(f"decode|{call}")[1]]
     if not random:
@@ -272,10 +273,10 @@ def for_evaluation(preprocess_eval: str, preprocess: str) -> str:
             replaced.append(call)
             continue
         op, counterpart = spec.bind(call, HOST_OPS, "host op", given=("rng", "image")), _COUNTERPARTS.get(call.name)
-        instead = counterpart(**op.keywords) if counterpart else []
-        if own or not instead:
-            key, words = ("preprocess_eval" if own else "preprocess"), "|".join(map(str, instead))
-            fix = f"write {words} instead" if instead else "set preprocess_eval to host ops that draw nothing"
-            raise UserError(f"{key}={text!r}: {call.name} draws at random, but evaluation must not; {fix}")
-        replaced += instead
+        replacement = counterpart(**op.keywords) if counterpart else []
+        if explicit or not replacement:
+            key, words = ("preprocess_eval" if explicit else "preprocess"), "|".join(map(str, replacement))
+            fix = f"write {words} instead" if replacement else "set preprocess_eval to deterministic host ops"
+            raise UserError(f"{key}={text!r}: {call.name} is random, but evaluation must be deterministic; {fix}")
+        replaced += replacement
     return "|".join(map(str, replaced))

@@ -1,6 +1,6 @@
-"""Decoded sets kept in the user's cache folder, so that the next run need not read and decode its images again.
+"""A cache of decoded data sets in the user's cache folder, which saves the next run reading and decoding them.
 
-Only of sources that say `immutable`: those whose fingerprint, or `stamp`, changes if any of their examples does.
+It serves only sources that declare `immutable`: any change of an example changes their fingerprint or `stamp`.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ import PIL
 
 from imgclf_jax.run import cache
 
-_KEEP_BYTES = 4 << 30  # of all sets together; the ones used longest ago are removed
-_FORM = 1  # to be raised when `decode` gives other pixels than before
+_KEEP_BYTES = 4 << 30  # of all sets; the least recently used are removed
+_FORM = 1  # increase it when `decode` returns other pixels than before
 
 
-def _kept(source: Any, preprocess: str) -> bool:
+def _is_cacheable(source: Any, preprocess: str) -> bool:
     return getattr(source, "immutable", False) and ":" not in preprocess  # a user's own op may change
 
 
@@ -30,15 +30,15 @@ def _file(source: Any, preprocess: str) -> Path:
 
 
 def load(source: Any, preprocess: str, y_name: str = "label") -> tuple[np.ndarray, np.ndarray] | None:
-    """(images uint8[n, h, w, c], y) that `save` kept; None where there are none, or damaged ones.
+    """Loads (images uint8[n, h, w, c], y) that `save` cached; None if they are missing or damaged.
 
     y is labels i32[n] for `y_name` "label", targets f32[n, k] for "target".
     """
-    if not _kept(source, preprocess):
+    if not _is_cacheable(source, preprocess):
         return None
     file = _file(source, preprocess)
     try:
-        with file.open("rb") as stream, np.load(stream) as content:  # checks a CRC
+        with file.open("rb") as stream, np.load(stream) as content:  # which checks the CRC
             images, y = content["images"], content[f"{y_name}s"]
         os.utime(file)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -47,8 +47,8 @@ def load(source: Any, preprocess: str, y_name: str = "label") -> tuple[np.ndarra
 
 
 def save(source: Any, preprocess: str, images: np.ndarray, y_name: str, y: np.ndarray) -> None:
-    """Keeps a decoded set, if its source is immutable and the disk has the space."""
-    if not _kept(source, preprocess):
+    """Caches a decoded set, if its source is immutable and the disk has space."""
+    if not _is_cacheable(source, preprocess):
         return
     file = _file(source, preprocess)
     with contextlib.suppress(OSError):

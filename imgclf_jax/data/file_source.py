@@ -1,4 +1,4 @@
-"""Image files as a source: what `folder` and `table` share."""
+"""A source of image files, for `folder` and `table`."""
 
 import hashlib
 import json
@@ -16,14 +16,14 @@ from imgclf_jax.data import image_check
 
 log = logging.getLogger(__name__)
 
-LISTING = 16  # files or folders asked for at once: a network file system is slow for each, but serves many at a time
+LISTING = 16  # concurrent file system requests: a network file system is slow for each, but serves many at a time
 
 
 @dataclass(frozen=True)
 class FileSource:
     """Image files, read as bytes, with labels or targets.
 
-    They come in the order of a hash of their names, so any slice holds all classes.
+    They are sorted by a hash of their names, so any slice has examples of all classes.
     """
 
     root: Path
@@ -31,12 +31,12 @@ class FileSource:
     labels: np.ndarray | None  # i32[n]
     sizes: tuple[int, ...]  # bytes
     class_names: tuple[str, ...]
-    left_out: tuple[str, ...] = ()  # the unreadable files, with their folders; sorted
-    digests: tuple[str, ...] = ()  # of each file's contents, see `image_check`
-    targets: np.ndarray | None = None  # f32[n, k], in place of labels; their names are the class names
+    left_out: tuple[str, ...] = ()  # paths of the unreadable files, sorted
+    digests: tuple[str, ...] = ()  # of each file's contents: see `image_check`
+    targets: np.ndarray | None = None  # f32[n, k] instead of labels; their names are the class names
     table: str = ""  # SHA-256 of the table that lists the files
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # of the table, n values each
-    weight: str = ""  # the column with the weights
+    weight: str = ""  # the column of weights
 
     def __len__(self) -> int:
         return len(self.files)
@@ -47,8 +47,8 @@ class FileSource:
         return () if self.targets is None else self.class_names
 
     def read(self, ids: np.ndarray) -> dict[str, Any]:
-        given = {"label": self.labels, "target": self.targets}
-        y = {name: values[ids] for name, values in given.items() if values is not None}
+        ys = {"label": self.labels, "target": self.targets}
+        y = {name: values[ids] for name, values in ys.items() if values is not None}
         return {"image": [(self.root / self.files[i]).read_bytes() for i in ids], **y}
 
     def name(self, i: int) -> str:
@@ -56,51 +56,51 @@ class FileSource:
         return str(self.root / self.files[i])
 
     def column(self, name: str = "") -> np.ndarray:
-        """A column of the table as numbers f64[n], that of the weights unless named. Raises UserError for another."""
+        """A column of the table as f64[n], by default the weights. Raises UserError for an unknown one."""
         name = name or self.weight
         if name not in self.columns:
-            raise UserError(unknown("column", name, self.columns) if name else "the table has no column with weights; "
+            raise UserError(unknown("column", name, self.columns) if name else "the table has no column of weights; "
                             "name one by weight='…' in data.source")  # fmt: skip
         return numbers(name, self.columns[name], lambda i, what: UserError(f"{self.name(i)}: {what}"))
 
     def fingerprint(self) -> str:
-        """Over names, classes and contents, see `image_check.check`; of a table also over its bytes and the labels."""
+        """The SHA-256 of names, classes and contents (see `image_check.check`), and of a table and its labels."""
         if not self.table:
-            return self._over(self.sizes, self.class_names, self.digests)
+            return self._hash(self.sizes, self.class_names, self.digests)
         y = self.labels if self.targets is None else self.targets
-        of_y = hashlib.sha256(np.ascontiguousarray(y).data).hexdigest()
-        return self._over(self.table, self.class_names, self.digests, self.target_names, of_y)
+        y_digest = hashlib.sha256(np.ascontiguousarray(y).data).hexdigest()
+        return self._hash(self.table, self.class_names, self.digests, self.target_names, y_digest)
 
     def listing_fingerprint(self) -> str:
-        """Over names, sizes and classes alone: what older versions recorded. They had no tables."""
-        return "" if self.table else self._over(self.sizes, self.class_names)
+        """The SHA-256 of names, sizes and classes that older versions recorded; they had no tables."""
+        return "" if self.table else self._hash(self.sizes, self.class_names)
 
-    def _over(self, *parts: Any) -> str:
-        whole = json.dumps([[utf8(file) for file in self.files], *parts])
-        return hashlib.sha256(whole.encode()).hexdigest()
+    def _hash(self, *parts: Any) -> str:
+        text = json.dumps([[utf8(file) for file in self.files], *parts])
+        return hashlib.sha256(text.encode()).hexdigest()
 
-    def select(self, places: np.ndarray) -> "FileSource":
-        """The source of the examples at these places, int64[m], in this order."""
+    def select(self, indices: np.ndarray) -> "FileSource":
+        """The source of the examples with these indices, int64[m], in this order."""
 
-        def of(values: Sequence[Any]) -> tuple[Any, ...]:
-            return tuple(values[i] for i in places)
+        def take(values: Sequence[Any]) -> tuple[Any, ...]:
+            return tuple(values[i] for i in indices)
 
         return replace(
-            self, files=of(self.files), sizes=of(self.sizes), digests=of(self.digests),
-            labels=None if self.labels is None else self.labels[places],
-            targets=None if self.targets is None else self.targets[places],
-            columns={name: of(values) for name, values in self.columns.items()},
+            self, files=take(self.files), sizes=take(self.sizes), digests=take(self.digests),
+            labels=None if self.labels is None else self.labels[indices],
+            targets=None if self.targets is None else self.targets[indices],
+            columns={name: take(values) for name, values in self.columns.items()},
         )  # fmt: skip
 
     def without(self, bad: Mapping[str, str]) -> "FileSource":
-        """The source without these files, which it names as left out."""
+        """The source without these files, which `left_out` then names."""
         kept = self.select(np.array([i for i, file in enumerate(self.files) if file not in bad], np.int64))
         own = sorted(bad.keys() & set(self.files)) if self.table else sorted(bad)
         return replace(kept, left_out=tuple(utf8(str(self.root / file)) for file in own))
 
 
 def numbers(column: str, values: Sequence[Any], fail: Callable[[int, str], UserError]) -> np.ndarray:
-    """The values of a column of a table as f64[n]; raises `fail(row, what)` for the first one that is no number."""
+    """Converts a column of a table to f64[n]. Raises `fail(row, message)` for the first value that is not a number."""
     out = np.empty(len(values), np.float64)
     for i, value in enumerate(values):
         try:
@@ -111,16 +111,16 @@ def numbers(column: str, values: Sequence[Any], fail: Callable[[int, str], UserE
     return out
 
 
-def name_unreadable(kind: str, place: Path, reasons: Mapping[str, str], unreadable: str) -> None:
+def report_unreadable(kind: str, path: Path, reasons: Mapping[str, str], unreadable: str) -> None:
     """Raises UserError naming the files in {path: reason}, or warns of them if `unreadable` is "skip".
 
-    All are written to a list in the cache folder. `kind` is the source's name in a config, `place` what it reads.
+    Writes the full list to the cache folder. `kind` is the source's name in a config, `path` what it reads.
     """
-    file = image_check.write_list(f"{printable(place.resolve().name)}-{image_check.identity(place)[:8]}", reasons)
-    listed = f"all are listed in {file}" if file else "their list could not be written to the cache folder"
+    file = image_check.write_list(f"{printable(path.resolve().name)}-{image_check.identity(path)[:8]}", reasons)
+    listed = f"all are listed in {file}" if file else "the cache folder is not writable, so no file lists them"
     if unreadable == "error":
         shown = "; ".join(f"{file} ({reason})" for file, reason in sorted(reasons.items())[:3])
         more = f" and {len(reasons) - 3} more; {listed}" if len(reasons) > 3 else ""
-        raise UserError(f"{kind}: not a readable image: {shown}{more}; repair, move or remove it, or leave out all "
-                        "such files by --config.data.unreadable=skip")  # fmt: skip
-    log.warning("%s: unreadable files left out: %d; %s", place, len(reasons), listed)
+        raise UserError(f"{kind}: unreadable image: {shown}{more}; repair, move or remove it, or skip all such files "
+                        "by --config.data.unreadable=skip")  # fmt: skip
+    log.warning("%s: unreadable files left out: %d; %s", path, len(reasons), listed)

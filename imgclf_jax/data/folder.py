@@ -1,4 +1,4 @@
-"""The user's own images: one sub-folder a class, or `train/`, `test/`, … of those."""
+"""The user's own images: a folder with a sub-folder per class, or with split folders `train/`, `test/`, … of these."""
 
 import concurrent.futures
 import hashlib
@@ -17,8 +17,8 @@ from imgclf_jax.core.split_folders import class_folders, split_folders
 from imgclf_jax.core.text import utf8
 from imgclf_jax.data import image_check, image_files
 from imgclf_jax.data.decode import FORMATS
-from imgclf_jax.data.file_source import LISTING, FileSource, name_unreadable
-from imgclf_jax.data.image_files import Found
+from imgclf_jax.data.file_source import LISTING, FileSource, report_unreadable
+from imgclf_jax.data.image_files import Listing
 from imgclf_jax.run import terminal
 
 log = logging.getLogger(__name__)
@@ -33,17 +33,16 @@ def folder(
     formats: tuple[str, ...] = FORMATS,
     host_ops: tuple[str, ...] = (),
 ) -> dict[str, FileSource]:
-    """Images under `path`: `path/CLASS/…` is the split `train`; `path/train/CLASS/…` and `path/test/CLASS/…` are two.
+    """Finds the images of a folder: `path/CLASS/…` is the split `train`, `path/test/CLASS/…` the split `test`.
 
-    Split folders are called as `core.split_folders` says. With `train_per_class`, so many images of each class of a
-    folder without splits are `train`, and all others `test`; which ones follows from their names and the number `draw`,
-    for splits of their own for several runs.
+    - `core.split_folders` names the split folders.
+    - `train_per_class` makes so many images of each class `train` and all others `test`, in a folder without splits.
+      Which ones depends on their names and the number `draw`, so several runs can have different splits.
+    - `unreadable` "skip" drops the files that cannot be read, or that one of the specs `host_ops` refuses for their
+      size; "error" raises. They are found at the start (see `image_check`), and all listed in one file.
 
-    Files that cannot be read, or that one of the specs `host_ops` refuses for their size, are found at the start, see
-    `image_check`, and all listed in one file. With `unreadable`
-    "skip" they are left out, and what the source holds follows from the files that are left. What is no image, see
-    `image_files`, and what lies outside of the class folders is counted in the log.
-    Raises UserError naming the folder or file at fault.
+    The log counts files that are not images (see `image_files`) and images outside the class folders. Raises UserError
+    naming the folder or file at fault.
     """
     if unreadable not in ("error", "skip"):
         raise UserError(unknown("value of unreadable", unreadable, ("error", "skip")))
@@ -57,105 +56,105 @@ def folder(
         raise UserError(f"folder: {path!r} is the root of a file system, and listing it would read every file name on "
                         "the disk; name the folder that holds the class folders")  # fmt: skip
     split_roots = {name: root / name for name in split_folders(root)} or {"train": root}
-    # The classes of every split are those of the union, so that labels agree between splits.
+    # All splits have the union of their classes, so labels agree between them.
     class_names = tuple(sorted({utf8(d.name) for split in split_roots.values() for d in class_folders(split)}))
     if len(class_names) < 2:
-        raise UserError(f"folder: {root} holds {len(class_names)} class folders; expected at least two, one a class")
+        raise UserError(f"folder: {root} has {len(class_names)} class folders; make one per class, at least two")
     scans = {name: _scan(split_root, class_names) for name, split_root in split_roots.items()}
-    sources, found = zip(*scans.values(), strict=True)
-    _log_passed_over(root, sources, sum((f.strays for f in found), Counter()))
-    out = _readable(root, scans, unreadable, formats, host_ops)
-    return _few(out, train_per_class, draw) if train_per_class else out
+    sources, listings = zip(*scans.values(), strict=True)
+    _log_unused(root, sources, sum((listing.strays for listing in listings), Counter()))
+    out = _check_readable(root, scans, unreadable, formats, host_ops)
+    return _split_per_class(out, train_per_class, draw) if train_per_class else out
 
 
-def _readable(
+def _check_readable(
     root: Path,
-    scans: dict[str, tuple[FileSource, Found]],
+    scans: dict[str, tuple[FileSource, Listing]],
     unreadable: str,
     formats: tuple[str, ...],
     host_ops: tuple[str, ...],
 ) -> dict[str, FileSource]:
-    """The sources without unreadable files; UserError names these unless `unreadable` is "skip"."""
+    """The sources without unreadable files. Raises UserError naming these unless `unreadable` is "skip"."""
     bad, sources = {}, {}
-    for name, (source, found) in scans.items():
-        checked = image_check.check(source.root, found.images, unreadable == "skip", formats, host_ops)
-        bad[name] = found.lost | checked.unreadable
+    for name, (source, listing) in scans.items():
+        checked = image_check.check(source.root, listing.images, unreadable == "skip", formats, host_ops)
+        bad[name] = listing.broken | checked.unreadable
         sources[name] = replace(source, digests=tuple(checked.digests.get(file, "") for file in source.files))
     reasons = {str(scans[name][0].root / file): reason for name in bad for file, reason in bad[name].items()}
     if not reasons:
         return sources
-    name_unreadable("folder", root, reasons, unreadable)
+    report_unreadable("folder", root, reasons, unreadable)
     return {name: _without(source, bad[name]) for name, source in sources.items()}
 
 
 def _without(source: FileSource, bad: dict[str, str]) -> FileSource:
-    """The source without these files. Raises UserError where nothing is left of a class folder."""
+    """The source without these files. Raises UserError if a class folder loses all its images."""
     kept = source.without(bad)
     classes = {file.partition("/")[0] for file in kept.files}
     if gone := sorted({file.partition("/")[0] for file in bad} - classes):
-        raise UserError(f"folder: the class folder {source.root / gone[0]} holds no readable image; add some or "
+        raise UserError(f"folder: the class folder {source.root / gone[0]} has no readable image; add some or "
                         "remove it")  # fmt: skip
     return kept
 
 
-def _few(splits: dict[str, FileSource], train_per_class: int, draw: int) -> dict[str, FileSource]:
-    """The split `train` of one without a test split, cut into `train` and `test`."""
+def _split_per_class(splits: dict[str, FileSource], train_per_class: int, draw: int) -> dict[str, FileSource]:
+    """Splits the only split, `train`, into `train` and `test`."""
     source = splits["train"] if splits.keys() == {"train"} else None
     if source is None or train_per_class < 0:
         raise UserError(
-            f"folder(train_per_class={train_per_class}) is a number above zero, for a folder without train/ and test/"
+            f"folder(train_per_class={train_per_class}): must be above zero, for a folder without train/ and test/"
         )
     assert source.labels is not None
     chosen = np.zeros(len(source), bool)
     for label, name in enumerate(source.class_names):
-        places = np.flatnonzero(source.labels == label)
-        if len(places) <= train_per_class:
+        indices = np.flatnonzero(source.labels == label)
+        if len(indices) <= train_per_class:
             raise UserError(
-                f"folder(train_per_class={train_per_class}): the class {name!r} has {len(places)} images, and none "
-                "would be left for `test`; take fewer, or remove the class"
+                f"folder(train_per_class={train_per_class}): the class {name!r} has {len(indices)} images, which "
+                "leaves none for `test`; take fewer, or remove the class"
             )
-        keys = [hashlib.sha256(os.fsencode(f"{draw}/{source.files[i]}")).digest() for i in places]
-        chosen[places[sorted(range(len(places)), key=keys.__getitem__)[:train_per_class]]] = True
+        keys = [hashlib.sha256(os.fsencode(f"{draw}/{source.files[i]}")).digest() for i in indices]
+        chosen[indices[sorted(range(len(indices)), key=keys.__getitem__)[:train_per_class]]] = True
 
     return {"train": source.select(np.flatnonzero(chosen)), "test": source.select(np.flatnonzero(~chosen))}
 
 
-def _scan(root: Path, class_names: tuple[str, ...]) -> tuple[FileSource, Found]:
-    """The images of a split's folder, before any is opened, and all that was found beside them."""
-    whole = Found()
+def _scan(root: Path, class_names: tuple[str, ...]) -> tuple[FileSource, Listing]:
+    """Lists the class folders of a split, without opening an image."""
+    merged = Listing()
     folders = class_folders(root)
-    found_in = [Found() for _ in folders]
+    listings = [Listing() for _ in folders]
 
     def progress() -> str:
-        return f"listing images in {str(root)!r}: {sum(found.count() for found in found_in):,} files so far"
+        return f"listing images in {str(root)!r}: {sum(listing.count() for listing in listings):,} files so far"
 
     with (
         terminal.busy(f"listing {root}"),
         terminal.log_progress(progress),
         concurrent.futures.ThreadPoolExecutor(LISTING) as pool,
     ):
-        results = list(pool.map(image_files.find, folders, found_in))
-    for class_folder, found in zip(folders, results, strict=True):
-        if not found.images and not found.lost:
-            raise UserError(f"folder: the class folder {class_folder} holds no images; add some or remove it")
-        whole.images |= {f"{class_folder.name}/{name}": stamp for name, stamp in found.images.items()}
-        whole.lost |= {f"{class_folder.name}/{name}": reason for name, reason in found.lost.items()}
-        whole.strays += found.strays
-    files = tuple(sorted(whole.images, key=lambda file: hashlib.sha256(os.fsencode(file)).digest()))
+        list(pool.map(image_files.find, folders, listings))
+    for class_folder, listing in zip(folders, listings, strict=True):
+        if not listing.images and not listing.broken:
+            raise UserError(f"folder: the class folder {class_folder} has no images; add some or remove it")
+        merged.images |= {f"{class_folder.name}/{name}": stamp for name, stamp in listing.images.items()}
+        merged.broken |= {f"{class_folder.name}/{name}": reason for name, reason in listing.broken.items()}
+        merged.strays += listing.strays
+    files = tuple(sorted(merged.images, key=lambda file: hashlib.sha256(os.fsencode(file)).digest()))
     number = {name: label for label, name in enumerate(class_names)}
     labels = np.array([number[utf8(file.partition("/")[0])] for file in files], np.int32)
-    return FileSource(root, files, labels, tuple(whole.images[file][0] for file in files), class_names), whole
+    return FileSource(root, files, labels, tuple(merged.images[file][0] for file in files), class_names), merged
 
 
-def _log_passed_over(root: Path, splits: Iterable[FileSource], strays: Counter[str]) -> None:
-    """Says in one line what lies in the folder and is not used."""
-    places = list(dict.fromkeys([root, *(source.root for source in splits)]))
-    used = {*places, *(class_folder for source in splits for class_folder in class_folders(source.root))}
-    loose = image_files.beside(places)
+def _log_unused(root: Path, splits: Iterable[FileSource], strays: Counter[str]) -> None:
+    """Logs what the folder holds but no split uses, in one line."""
+    parents = list(dict.fromkeys([root, *(source.root for source in splits)]))
+    used = {*parents, *(class_folder for source in splits for class_folder in class_folders(source.root))}
+    loose = image_files.list_top_level(parents)
     parts = [f"the folder {folder.name}" for folder in class_folders(root) if folder not in used]
-    if images := len(loose.images) + len(loose.lost):
-        parts.append(f"{images} image{'s' * (images > 1)} outside of the class folders")
-    if counted := image_files.counted(strays + loose.strays):
-        parts.append(counted)
+    if images := len(loose.images) + len(loose.broken):
+        parts.append(f"{images} image{'s' * (images > 1)} outside the class folders")
+    if strays := strays + loose.strays:
+        parts.append(image_files.describe_strays(strays))
     if parts:
         log.info("%s: not used: %s", root, ", ".join(parts))

@@ -1,4 +1,4 @@
-"""Finds the image files that cannot be read before anything is trained, and remembers what it has found."""
+"""Finds unreadable image files before training begins, and caches the results."""
 
 import concurrent.futures
 import hashlib
@@ -24,43 +24,42 @@ from imgclf_jax.data.image_files import Stamp
 from imgclf_jax.run import cache, terminal
 from imgclf_jax.run.provenance import write_atomically
 
-_SMALL = 256 << 20  # Folders of fewer bytes than this, some seconds' work, are decoded whole in any case.
-_HASHED_WHOLE = 16 << 30  # Of folders of more bytes only the ends of files are hashed, not to read them all at a start.
+_SMALL = 256 << 20  # bytes of a folder whose images are always decoded, in some seconds
+_HASHED_WHOLE = 16 << 30  # bytes of a folder beyond which only the ends of files are hashed, to start faster
 _END = 4096  # bytes
-_SAVE_SECONDS = 60.0  # a process that is killed loses so much of its check
-_FORM = 4  # to be raised when `decode` refuses other files than before, or what is remembered changes
-_BEGUN, _WHOLE = 1, 2  # how far a file was checked: its header and its end, or all its pixels
-# How the file of a format ends, if it is not cut short. Other formats are decoded.
-_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+_SAVE_SECONDS = 60.0  # the work that a killed process may lose
+_FORM = 4  # increase it when `decode` refuses other files than before, or the cache changes
+_ENDS_CHECKED, _DECODED = 1, 2  # the depth of a check: header and end, or all pixels
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}  # of complete files; other formats are decoded
 
 Digest = Callable[[io.BufferedReader], str]
 
 
 class Checked(NamedTuple):
-    """What is known of a folder's files."""
+    """The result of a check."""
 
     unreadable: dict[str, str]  # name → the reason; sorted
-    digests: dict[str, str]  # name → 32 digits of what the file holds, for those that are readable
+    digests: dict[str, str]  # name → 32 hex digits of the contents, for readable files
 
 
 def check(
     root: Path,
     stamps: Mapping[str, Stamp],
-    whole: bool = False,
+    decode_all: bool = False,
     formats: tuple[str, ...] = FORMATS,
     host_ops: tuple[str, ...] = (),
     key: Path | None = None,
 ) -> Checked:
-    """Which files in `root` are not readable images in one of the formats, and a digest of each of the others.
+    """Finds the files in `root` that are not readable images in one of the formats, and digests the others.
 
-    With `whole`, and where all files together are small, each is decoded. Else only its header and its end are read,
-    and it is decoded if one of them looks wrong: some damage in the middle then shows in training. An image is
-    unreadable too if one of the specs `host_ops` refuses it for its size. Digests are SHA-256, over all bytes; if the
-    files together have more than 16 GiB, over the size, the first and the last 4 KiB of each. What was found is
-    remembered by size and times of change, in the user's cache folder: for `root`, or for the table `key` of the files.
+    It decodes every file with `decode_all` or if all are small together. Otherwise it reads only headers and ends, and
+    decodes a file if these look wrong, so damage in the middle shows up in training. An image that one of the
+    specs `host_ops` refuses for its size is unreadable too. Digests are the SHA-256 of all bytes, or beyond 16 GiB of
+    files in all, of the size and the first and last 4 KiB of each. Results are cached by size and change times in the
+    user's cache folder, for `root` or for the table `key` of the files.
     """
     total = sum(size for size, *_ in stamps.values())
-    depth = _WHOLE if whole or total < _SMALL else _BEGUN
+    depth = _DECODED if decode_all or total < _SMALL else _ENDS_CHECKED
     digest = _digest if total <= _HASHED_WHOLE else _digest_of_ends
     record = cache.folder("checked") / f"{identity(key or root)}.json"
     known = _load(record, formats)
@@ -70,7 +69,7 @@ def check(
     batches = itertools.batched(todo, 16)  # a million tasks would take more memory than their results
     parts = pool.map(lambda names: [_check(root / n, stamps[n], depth, digest, formats) for n in names], batches)
     results = terminal.track(itertools.chain.from_iterable(parts), len(todo), f"checking {(key or root).name}")
-    passing: dict[str, _Entry] = {}
+    uncached: dict[str, _Entry] = {}
     saved = time.monotonic()
     try:
         for name, entry in zip(todo, results, strict=True):
@@ -78,26 +77,26 @@ def check(
                 _save(record, current, formats)
                 saved = time.monotonic()
             current.pop(name, None)
-            (current if entry.depth else passing)[name] = entry
-    finally:  # after an error too, what was done need not be done again
+            (current if entry.depth else uncached)[name] = entry
+    finally:  # keeps the work done before an error
         pool.shutdown(cancel_futures=True)
         if todo:
             _save(record, current, formats)
-    entries = current | passing
+    entries = current | uncached
     reasons = {name: entry.reason for name, entry in entries.items() if entry.reason}
     reasons |= _refused(root, {name: entry.size for name, entry in entries.items() if not entry.reason}, host_ops)
     return Checked(dict(sorted(reasons.items())), {n: e.digest for n, e in entries.items() if n not in reasons})
 
 
 def _refused(root: Path, sizes: Mapping[str, tuple[int, int]], host_ops: tuple[str, ...]) -> dict[str, str]:
-    """{name: reason} of the images that one of the specs refuses for their size, which is the header's."""
+    """Returns {name: reason} of the images that one of the specs refuses for their size; `sizes` are the headers'."""
     checks = [decode_ops.size_check(text) for text in host_ops]
 
     def refused(size: tuple[int, int]) -> bool:
         try:
-            for one in checks:
-                one(*size)
-                one(*size[::-1])  # EXIF may turn it
+            for check_size in checks:
+                check_size(*size)
+                check_size(*size[::-1])  # EXIF may rotate it
         except UserError:
             return True
         return False
@@ -111,7 +110,7 @@ def _refused(root: Path, sizes: Mapping[str, tuple[int, int]], host_ops: tuple[s
 
 
 def _refusal(file: Path, host_ops: tuple[str, ...]) -> str:
-    """Why one of the specs refuses the image, decoded, for its size; "" if none does."""
+    """Why one of the specs refuses the decoded image for its size; "" if none does."""
     try:
         for text in host_ops:
             height, width, _ = decode_ops.decoder(text)(read_file(file)).shape
@@ -124,17 +123,17 @@ def _refusal(file: Path, host_ops: tuple[str, ...]) -> str:
 
 
 def identity(folder: Path) -> str:
-    """A name of 32 digits for what the cache folder holds of a folder."""
+    """The name of a folder in the cache, 32 hex digits."""
     return hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
 
 
 def readable(file: Path, host_ops: str) -> bool:
-    """Whether the file can be read, its image decoded, and no host op refuses it for its size."""
+    """Whether the image file can be read and decoded, and no host op refuses it for its size."""
     return not _refusal(file, (host_ops,))
 
 
 def write_list(name: str, reasons: Mapping[str, str]) -> Path | None:
-    """Writes a line for each file of {path: reason}; gives where, or None where it cannot be written."""
+    """Writes a line for each file of {path: reason} to the cache folder. Returns the list, or None on failure."""
     file = cache.folder("unreadable") / f"{name}.txt"
     lines = [f"{printable(path)}\t{printable(reason)}\n" for path, reason in sorted(reasons.items())]
     try:
@@ -146,31 +145,31 @@ def write_list(name: str, reasons: Mapping[str, str]) -> Path | None:
 
 
 class _Entry(NamedTuple):
-    """What was found of a file. One of depth 0 is not remembered."""
+    """The result for a file. Depth 0 is not cached."""
 
     stamp: Stamp
     depth: int
-    reason: str  # why it is unreadable, "" if it is not
+    reason: str  # why it is unreadable; "" if readable
     size: tuple[int, int] = (0, 0)  # height, width
-    hashed: str = ""  # the function that gave the digest
+    hashed: str = ""  # the name of the digest function
     digest: str = ""
 
     def covers(self, depth: int, hashed: str) -> bool:
-        """Whether nothing more is to be found by looking so far, with this digest."""
+        """Whether a check of this depth, with this digest function, would find nothing new."""
         return bool(self.reason) or (self.depth >= depth and self.hashed == hashed)
 
 
 def _check(file: Path, stamp: Stamp, depth: int, digest: Digest, formats: tuple[str, ...]) -> _Entry:
     try:
         with file.open("rb") as stream:
-            size = _size_if_whole(stream, formats, digest is _digest) if depth == _BEGUN else None
+            size = _size_if_complete(stream, formats, digest is _digest) if depth == _ENDS_CHECKED else None
             if not size:
                 stream.seek(0)
                 with named_warnings.about(lambda: str(file)):
                     size = decode(read_file(file), formats=formats).shape[:2]
             stream.seek(0)
             return _Entry(stamp, depth, "", size, digest.__name__, digest(stream))
-    except OSError as e:  # permissions, or a disk that fails: what may be otherwise at the next start
+    except OSError as e:  # permissions or a failing disk, which may be transient
         return _Entry(stamp, 0, e.strerror or str(e))
     except UserError as e:
         return _Entry(stamp, depth, str(e))
@@ -188,10 +187,10 @@ def _digest_of_ends(stream: io.BufferedReader) -> str:
     return digest.hexdigest()[:32]
 
 
-def _size_if_whole(stream: io.BufferedReader, formats: tuple[str, ...], reads: bool) -> tuple[int, int] | None:
-    """Height and width by the header; None if it is not one that can be decoded, or the end is not there.
+def _size_if_complete(stream: io.BufferedReader, formats: tuple[str, ...], count_scans: bool) -> tuple[int, int] | None:
+    """Height and width by the header; None if it is not decodable or the end of the file is missing.
 
-    With `reads`, where all bytes are read anyway, the scans of a JPEG image are counted too.
+    `count_scans` also checks the scans of a JPEG image, which takes reading all its bytes.
     """
     start, length = stream.read(12), os.fstat(stream.fileno()).st_size
     stream.seek(-min(64, length), io.SEEK_END)
@@ -201,12 +200,12 @@ def _size_if_whole(stream: io.BufferedReader, formats: tuple[str, ...], reads: b
         with Image.open(stream, formats=formats) as picture:
             decode_ops.check_size(picture)
             kind, mode, size = picture.format or "", picture.mode, (picture.height, picture.width)
-            if reads and kind in ("JPEG", "MPO"):
+            if count_scans and kind in ("JPEG", "MPO"):
                 stream.seek(0)
                 decode_cost.check(stream.read(), picture)
-    except Exception:  # of damaged bytes Pillow's plugins raise errors of many types
+    except Exception:  # Pillow's plugins raise many types for damaged bytes
         return None
-    if kind == "WEBP":  # RIFF: it begins with the number of bytes that follow
+    if kind == "WEBP":  # RIFF begins with the number of bytes that follow
         return size if length >= int.from_bytes(start[4:8], "little") + 8 else None
     return size if kind in _ENDS and _ENDS[kind] in end and mode not in ("I", "F") else None
 
@@ -216,7 +215,7 @@ def _decoder(formats: tuple[str, ...]) -> list[Any]:
 
 
 def _load(record: Path, formats: tuple[str, ...]) -> dict[str, _Entry]:
-    """What `_save` wrote with this decoder; nothing if it is damaged."""
+    """Loads what `_save` wrote for this decoder; {} if it is damaged."""
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
         if content["decoder"] != _decoder(formats):
@@ -232,4 +231,4 @@ def _save(record: Path, files: Mapping[str, _Entry], formats: tuple[str, ...]) -
         record.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(record, json.dumps({"decoder": _decoder(formats), "files": files}))
     except OSError:
-        pass  # Only a memory of what was checked: without it the next start checks again.
+        pass  # without this cache the next start checks again

@@ -1,4 +1,4 @@
-"""Which files of a folder are images. Training, evaluation and prediction all ask here."""
+"""Lists the image files of a folder, for training, evaluation and prediction alike."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from imgclf_jax.core.errors import UserError
 
-# Formats of pixels. `decode` does not read them all: such a file is a photograph too, and is named as unreadable.
+# Suffixes of images. `decode` does not read them all: files of the others are reported as unreadable images.
 _FORMATS = """apng avif avifs bmp bw cur dcx dds dib gif icb icns ico j2c j2k jfif jp2 jpc jpe jpeg jpf jpg jpx mpo msp
     pbm pcx pfm pgm png pnm ppm psd qoi ras rgb rgba sgi tga tif tiff vda vst webp xbm xpm
     arw cr2 cr3 dng heic heif jxl nef orf raf rw2"""
@@ -20,45 +20,43 @@ _SIGNATURES = re.compile(
     re.DOTALL,
 )
 
-# A file's size in bytes, and when its contents and when anything of it last changed, in nanoseconds. The second time
-# tells a file that was replaced by one whose first time was set back, as `cp -p` does.
+# Size in bytes, mtime and ctime in nanoseconds. The ctime reveals a replaced file whose mtime `cp -p` preserved.
 Stamp = tuple[int, int, int]
 
 
 @dataclass
-class Found:
-    """What lies in a folder and the folders in it; names are relative to it, with `/`."""
+class Listing:
+    """The files below a folder; names are relative to it, with `/`."""
 
     images: dict[str, Stamp] = field(default_factory=dict)
-    lost: dict[str, str] = field(default_factory=dict)  # names of images that are links to nowhere → the reason
-    strays: Counter[str] = field(default_factory=Counter)  # kind of a file that is no image → how many
+    broken: dict[str, str] = field(default_factory=dict)  # names of images that are broken links → the reason
+    strays: Counter[str] = field(default_factory=Counter)  # number of other files by kind
 
     def count(self) -> int:
-        """How many files have been found so far."""
-        return len(self.images) + len(self.lost) + sum(list(self.strays.values()))
+        """The number of files found so far."""
+        return len(self.images) + len(self.broken) + sum(list(self.strays.values()))
 
 
-def find(folder: Path | str, found: Found | None = None) -> Found:
-    """The image files in `folder` and in the folders in it, and how many others there are. See `walk`.
+def find(folder: Path | str, listing: Listing | None = None) -> Listing:
+    """Lists the images below `folder`, and counts other files: see `walk`.
 
-    With `found` they are added to it, so that another thread can count them meanwhile.
+    It adds them to `listing`, if not None, which another thread can count meanwhile.
     """
-    found = Found() if found is None else found
-    for name, stamp in walk(folder, found.strays):
+    listing = Listing() if listing is None else listing
+    for name, stamp in walk(folder, listing.strays):
         if isinstance(stamp, str):
-            found.lost[name] = stamp
+            listing.broken[name] = stamp
         else:
-            found.images[name] = stamp
-    return found
+            listing.images[name] = stamp
+    return listing
 
 
 def walk(folder: Path | str, strays: Counter[str]) -> Iterator[tuple[str, Stamp | str]]:
-    """The images in `folder` and in the folders in it, one by one: (name, stamp, or why it cannot be read).
+    """Yields the images below `folder`: (name, stamp, or the reason why it is unreadable).
 
-    They come in the order of their names, folder by folder, each folder listed when it is reached. Files that are no
-    images are counted in `strays`. An image is a regular file, or a link to one, with the suffix of an image format or
-    with content that begins as one does. Hidden files and folders are none. Links to folders are followed, but not in a
-    circle. Raises UserError for a folder that cannot be read.
+    They are sorted by name within each folder, which is listed when it is reached. Other files are counted in `strays`.
+    An image is a regular file, or a link to one, with the suffix or the signature of an image format. Hidden files and
+    folders are skipped. Links to folders are followed, but not in a cycle. Raises UserError for an unreadable folder.
     """
 
     def entries(prefix: str, above: frozenset[tuple[int, int]]) -> _Level:
@@ -68,7 +66,7 @@ def walk(folder: Path | str, strays: Counter[str]) -> Iterator[tuple[str, Stamp 
             own = (stat.st_dev, stat.st_ino)
             inside = [] if own in above else sorted(os.scandir(directory), key=lambda entry: entry.name)
         except OSError as e:
-            raise UserError(f"the folder {directory} cannot be read: {e.strerror}; make it readable or move it") from e
+            raise UserError(f"cannot read the folder {directory}: {e.strerror}; make it readable or move it") from e
         return prefix, iter(inside), above | {own}
 
     levels = [entries("", frozenset())]
@@ -85,35 +83,35 @@ def walk(folder: Path | str, strays: Counter[str]) -> Iterator[tuple[str, Stamp 
             yield prefix + entry.name, stamp
 
 
-# The start of names in a folder, its entries, and the folders that it lies in, itself included.
+# The prefix of names in a folder, its entries, and the inodes of the folder and its parents.
 _Level = tuple[str, Iterator[os.DirEntry[str]], frozenset[tuple[int, int]]]
 
 
-def beside(folders: list[Path]) -> Found:
-    """The files that lie in these folders themselves, and not in a folder in them."""
-    found = Found()
+def list_top_level(folders: list[Path]) -> Listing:
+    """Lists the files directly in these folders, without their sub-folders."""
+    listing = Listing()
     for folder in folders:
         for entry in os.scandir(folder):
             if entry.name.startswith("."):
-                found.strays["hidden"] += 1
+                listing.strays["hidden"] += 1
             elif not entry.is_dir():
-                name, stamp = os.path.join(folder, entry.name), _stamp(entry, found.strays)
+                name, stamp = os.path.join(folder, entry.name), _stamp(entry, listing.strays)
                 if isinstance(stamp, str):
-                    found.lost[name] = stamp
+                    listing.broken[name] = stamp
                 elif stamp:
-                    found.images[name] = stamp
-    return found
+                    listing.images[name] = stamp
+    return listing
 
 
 def _stamp(entry: os.DirEntry[str], strays: Counter[str]) -> Stamp | str | None:
-    """The stamp of an image, or why it cannot be read; None for a file that is none, which is counted."""
+    """The stamp of an image, or why it is unreadable; None for another file, which it counts."""
     suffix = os.path.splitext(entry.name)[1].lower()
     try:
         stat = entry.stat()
     except OSError as e:
         if suffix in _SUFFIXES:
             return e.strerror or str(e)
-        strays["link to nowhere"] += 1
+        strays["broken link"] += 1
         return None
     if not entry.is_file():
         strays["pipe, socket or device"] += 1
@@ -129,14 +127,13 @@ def _begins_as_image(path: str) -> bool:
         with open(path, "rb") as file:
             return bool(_SIGNATURES.match(file.read(256)))
     except OSError:
-        return False  # without an image's suffix either, so it is a stray
+        return False  # it has no image suffix either
 
 
-def counted(strays: Counter[str]) -> str:
-    """`12 files that are no images (9 .txt, 2 hidden, 1 README)`, the five most frequent kinds; "" if there is none."""
+def describe_strays(strays: Counter[str]) -> str:
+    """`12 non-image files (9 .txt, 2 hidden, 1 README)`, with the five most frequent kinds; "" for none."""
     if not strays:
         return ""
     kinds = sorted(strays.items(), key=lambda item: (-item[1], item[0]))
     shown = [f"{count} {kind}" for kind, count in kinds[:5]] + ["…"] * (len(kinds) > 5)
-    what = "1 file that is no image" if strays.total() == 1 else f"{strays.total()} files that are no images"
-    return f"{what} ({', '.join(shown)})"
+    return f"{strays.total()} non-image file{'s' * (strays.total() > 1)} ({', '.join(shown)})"

@@ -1,4 +1,4 @@
-"""TFDS: finds or downloads a data set, prepares it as ArrayRecord, opens it for random access."""
+"""Finds, downloads and prepares TFDS data sets as ArrayRecord, and opens them for random access."""
 
 import contextlib
 import functools
@@ -22,12 +22,12 @@ from imgclf_jax.run.provenance import write_json
 
 @dataclass(frozen=True)
 class Prepared:
-    """A TFDS data set that has been prepared; TFDS itself is imported when its examples are first asked for."""
+    """A prepared TFDS data set. It imports TFDS when its examples are first read."""
 
     class_names: tuple[str, ...]
     splits: dict[str, tuple[int, str]]  # name → (examples, identity)
-    open: Callable[[], dict[str, Any]]  # {split: data source whose images stay encoded}
-    stamp: str = ""  # changes with the files, also where TFDS says the same of others
+    open: Callable[[], dict[str, Any]]  # returns {split: data source of encoded images}
+    stamp: str = ""  # changes with the files, even if the metadata of TFDS do not
 
     @functools.cached_property
     def _data_sources(self) -> dict[str, Any]:
@@ -38,9 +38,9 @@ class Prepared:
 
 
 def open_tfds(name: str, data_dir: str, manual_dir: str) -> Prepared:
-    """The data set as `prepare_tfds` finds it, or as it was found before, if nothing of it has changed.
+    """Opens a data set by `prepare_tfds`, or by a cached record if its files have not changed.
 
-    To import TFDS takes seconds, in which a run on images that are kept decoded would be half done.
+    The record avoids importing TFDS, which takes seconds: half of a short run on cached images.
     """
 
     def open_now() -> dict[str, Any]:
@@ -49,10 +49,10 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> Prepared:
     identity = repr((name, str(places.as_path(data_dir).expanduser()), _version(name)))
     record = cache.folder("tfds") / (hashlib.sha256(identity.encode()).hexdigest()[:32] + ".json")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads(record.read_text(encoding="utf-8"))
-        if found["info"] == _digest(places.as_path(found["directory"])):
-            splits = {split: (int(n), str(text)) for split, (n, text) in found["splits"].items()}
-            return Prepared(tuple(found["class_names"]), splits, open_now, found["info"])
+        known = json.loads(record.read_text(encoding="utf-8"))
+        if known["info"] == _digest(places.as_path(known["directory"])):
+            splits = {split: (int(n), str(text)) for split, (n, text) in known["splits"].items()}
+            return Prepared(tuple(known["class_names"]), splits, open_now, known["info"])
 
     builder, data_sources = prepare_tfds(name, data_dir, manual_dir)
     splits = {}
@@ -62,24 +62,24 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> Prepared:
     class_names = tuple(builder.info.features["label"].names)
     stamp = ""
     with contextlib.suppress(OSError):
-        found = {"directory": str(builder.data_path), "class_names": class_names, "splits": splits}
-        stamp = _digest(places.as_path(found["directory"]))
+        known = {"directory": str(builder.data_path), "class_names": class_names, "splits": splits}
+        stamp = _digest(places.as_path(known["directory"]))
         record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, found | {"info": stamp})
+        write_json(record, known | {"info": stamp})
     return Prepared(class_names, splits, lambda: data_sources, stamp)
 
 
 def _version(name: str) -> str:
-    """The version of TFDS. Raises UserError where TFDS is not installed."""
+    """The version of TFDS. Raises UserError if TFDS is not installed."""
     try:
         return importlib.metadata.version("tensorflow-datasets")
     except importlib.metadata.PackageNotFoundError as e:
-        raise UserError(f"data.source=\"tfds({name!r})\" needs TensorFlow Datasets, which is not installed; install it "
-                        "by `uv sync` or `pip install 'imgclf_jax[tfds]'`, on Python before 3.14") from e  # fmt: skip
+        raise UserError(f"data.source=\"tfds({name!r})\" needs TensorFlow Datasets, which is not installed; run "
+                        "`uv sync` or `pip install 'imgclf_jax[tfds]'`, on Python before 3.14") from e  # fmt: skip
 
 
 def _digest(directory: Path) -> str:
-    """Of what TFDS says of the data set that it prepared in `directory`, and of its files' names, sizes and times."""
+    """The SHA-256 of the metadata in a prepared `directory`, and of its files' names, sizes and times."""
     digest = hashlib.sha256((directory / "dataset_info.json").read_bytes())
     for file in sorted(directory.iterdir()):
         stat: Any = file.stat()
@@ -88,9 +88,9 @@ def _digest(directory: Path) -> str:
 
 
 def metadata(name: str, data_dir: str) -> tuple[dict[str, int], int, tuple[int | None, ...]]:
-    """({split: examples}, classes, image shape) of a TFDS data set, without preparing or downloading it.
+    """Returns ({split: examples}, classes, image shape) of a TFDS data set without preparing or downloading it.
 
-    The first is empty, and sizes in the last are None, where only the data tell them. Raises as `prepare_tfds` does.
+    The splits are empty if the data are not prepared; unknown sizes in the shape are None. Raises like `prepare_tfds`.
     """
     builder = _builder(name, data_dir)
     splits = builder.info.splits if builder.data_path.exists() else {}
@@ -99,10 +99,10 @@ def metadata(name: str, data_dir: str) -> tuple[dict[str, int], int, tuple[int |
 
 
 def prepare_tfds(name: str, data_dir: str, manual_dir: str) -> tuple[Any, dict[str, Any]]:
-    """(builder, {split: data source whose images stay encoded}) of a TFDS data set, downloaded at first use.
+    """Returns (builder, {split: data source of encoded images}) of a TFDS data set, downloaded at first use.
 
-    Raises UserError for an unknown name, a data set that does not hold an image and a label, an unreachable
-    network (naming the files to bring into `manual_dir`) and a `data_dir` that cannot be written.
+    Raises UserError for an unknown name, a data set without image and label, an unreachable network (naming the files
+    to bring into `manual_dir`), and a `data_dir` that is not writable.
     """
     builder = _builder(name, data_dir)
     import tensorflow_datasets as tfds
@@ -118,15 +118,15 @@ def prepare_tfds(name: str, data_dir: str, manual_dir: str) -> tuple[Any, dict[s
     except (OSError, downloads.download_manager.NonMatchingChecksumError, downloads.util.DownloadError) as e:
         where = f"data_dir {data_dir or '~/tensorflow_datasets'}, manual_dir {manual_dir or 'not set'}"
         raise UserError(f"TFDS could not prepare {name!r} ({where}): {str(e).splitlines()[0]}") from e
-    except AssertionError as e:  # a data set that can only be had by hand
+    except AssertionError as e:  # a data set that must be downloaded by hand
         raise UserError(f"TFDS data set {name!r}: {' '.join(str(e).split())}; set --config.data.manual_dir") from e
     sources = builder.as_data_source(decoders={"image": tfds.decode.SkipDecoding()})
     return builder, sources
 
 
 def _builder(name: str, data_dir: str) -> Any:
-    """TFDS's builder of a data set that holds an image and a label."""
-    places.as_path(data_dir)  # TFDS itself reads other addresses too
+    """The TFDS builder of a data set with image and label."""
+    places.as_path(data_dir)  # refuses other addresses, which TFDS would read
     _version(name)
     tensorflow_import.tensorflow().result()
     import tensorflow_datasets as tfds
@@ -142,24 +142,24 @@ def _builder(name: str, data_dir: str) -> Any:
         raise UserError(f"TFDS data set {name!r}: {str(e).splitlines()[0]}{hint}") from e
     features = builder.info.features
     if not {"image", "label"} <= set(features):
-        raise UserError(f"TFDS data set {name!r} holds {sorted(features)}; image classification needs image and label")
+        raise UserError(f"TFDS data set {name!r} has {sorted(features)}; image classification needs image and label")
     if not isinstance(features["label"], tfds.features.ClassLabel):
         raise UserError(f"TFDS data set {name!r}: its label is {features['label']!r}, expected a ClassLabel")
     return builder
 
 
 def _check_files(builder: Any, manual_dir: str) -> None:
-    """Raises UserError at once where TFDS would retry for minutes: files not at hand, and no network to fetch them."""
+    """Raises UserError if files are missing and there is no network, for which TFDS would retry for minutes."""
     if manual_dir and not Path(manual_dir).is_dir():
         raise UserError(f"data.manual_dir: there is no directory {manual_dir!r} (working directory: {Path.cwd()})")
-    # {address: name in manual_dir}; empty for a data set that TFDS has recorded no files of
+    # {address: name in manual_dir}; empty for a data set whose files TFDS has not recorded
     files = {url: info.filename or url.rpartition("/")[2] for url, info in (builder.url_infos or {}).items()}
     missing = [url for url, name in files.items() if not (manual_dir and Path(manual_dir, name).exists())]
     if missing or not files:
         what = f"TFDS data set {builder.name!r}, which is not prepared on this machine and would be downloaded"
         spec.check_download(builder.name, what)
     if len(builder.builder_configs) > 1 and len(missing) < len(files):
-        return  # the files of all configs are recorded together, and which are of this one is not known
+        return  # TFDS does not tell the files of one config from those of the others
     proxied = any(os.environ.get(v) for v in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy"))
     addresses = [urllib.parse.urlparse(url) for url in missing]
     for host in sorted({a.hostname or "" for a in addresses if a.scheme in ("http", "https", "ftp")}):

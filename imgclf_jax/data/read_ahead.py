@@ -1,4 +1,4 @@
-"""Batches read in the background while the device computes: by tf.data, or by threads where TensorFlow is missing."""
+"""Prefetches batches while the device computes: by tf.data, or by threads if TensorFlow is not installed."""
 
 import collections
 import concurrent.futures
@@ -26,19 +26,19 @@ _TYPES = {
 def read_ahead(
     read: Callable[[range], Batch], ranges: Iterable[range], names: tuple[str, ...], prefetch: int
 ) -> Iterator[tuple[range, Batch]]:
-    """Each range with what `read` gives for it, arrays of these names ("label", "unlabeled/label"), `prefetch` ahead.
+    """Yields each range with `read(range)`, arrays of these names ("label", "unlabeled/label"), `prefetch` ahead.
 
-    The ranges may be endless: they are asked for one by one. While TensorFlow is being imported, and without
-    `prefetch`, each is read when it is asked for. The batches are the same, and those of threads too.
+    The ranges may be infinite. Without `prefetch`, and while TensorFlow is being imported, it reads each range on
+    demand. The batches are the same either way.
     """
     ranges = iter(ranges)
     loading = tensorflow_import.tensorflow() if prefetch else None
-    for one in ranges:
+    for current in ranges:
         if loading and loading.done():
-            rest, tf = itertools.chain([one], ranges), loading.result()
+            rest, tf = itertools.chain([current], ranges), loading.result()
             yield from _by_tensorflow(tf, read, rest, names, prefetch) if tf else _by_threads(read, rest, prefetch)
             return
-        yield one, read(one)
+        yield current, read(current)
 
 
 def _by_threads(
@@ -47,14 +47,14 @@ def _by_threads(
     pool = concurrent.futures.ThreadPoolExecutor(_PARALLEL, thread_name_prefix="read-ahead")
     ahead: collections.deque[tuple[range, concurrent.futures.Future[Batch]]] = collections.deque()
     try:
-        for one in ranges:
-            ahead.append((one, pool.submit(read, one)))
+        for current in ranges:
+            ahead.append((current, pool.submit(read, current)))
             if len(ahead) > prefetch:
                 first, reading = ahead.popleft()
                 yield first, reading.result()
         for first, reading in ahead:
             yield first, reading.result()
-    finally:  # also where the consumer stops early
+    finally:  # also if the consumer stops early
         pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -71,7 +71,7 @@ def _by_tensorflow(
         try:
             batch = read(range(*edges.tolist()))
         except Exception as e:
-            failures.append(e)  # tf.data would turn it into a string
+            failures.append(e)  # tf.data keeps only its text
             raise
         return [batch[name] for name in names]
 
@@ -81,7 +81,7 @@ def _by_tensorflow(
     dataset = tf.data.Dataset.from_generator(edges, output_signature=tf.TensorSpec(2, tf.int64))
     batches = dataset.map(read_one, num_parallel_calls=_PARALLEL, deterministic=True).prefetch(prefetch)
     options = tf.data.Options()
-    # Nothing here is left to tune, and the tuner's thread can hold up the end of the iterator for a minute.
+    # There is nothing to tune, and the tuner's thread can delay the end of the iterator by a minute.
     options.autotune.enabled = False
     try:
         for both, *arrays in batches.with_options(options).as_numpy_iterator():

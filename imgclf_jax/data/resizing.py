@@ -1,7 +1,7 @@
-"""Host ops that crop and resize, uint8[h, w, c] to uint8[h', w', c], by Pillow.
+"""Host ops that crop and resize uint8[h, w, c] to uint8[h', w', c] by Pillow.
 
-Each op computes its output size, and refuses one that takes too much memory, before it allocates: see `memory`. So
-`SIZES` tells from an image's header what its ops will refuse.
+Each op computes its output size and refuses one that needs too much memory before allocating it: see `memory`. `SIZES`
+can thus tell from an image's header what the ops would refuse.
 """
 
 import math
@@ -20,25 +20,25 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-_REACH = 6  # source pixels to either side that a filter weighs, times 2: lanczos
+_SUPPORT = 6  # the width of the widest filter, lanczos, in source pixels
 _LIKE = ("tensorflow", "torchvision")
 
 Size = tuple[int, int]  # height, width
 
 
 def to_picture(image: np.ndarray) -> Image.Image:
-    """uint8[h, w, c] as Pillow's image of 1, 3 or 4 channels."""
+    """Converts uint8[h, w, c] to a Pillow image of 1, 3 or 4 channels."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 def resize(image: np.ndarray, height: int, width: int = 0, method: str = "bilinear") -> np.ndarray:
-    """Resizes to (height, width), or (height, height); the filter is widened when shrinking (antialiased).
+    """Resizes to (height, width), or (height, height), with antialiasing.
 
-    `method` is nearest, bilinear, bicubic or lanczos, as Pillow defines them, or area, as TensorFlow does. In RGBA
-    Pillow weights colours by alpha. Raises UserError where this takes more memory than an op may.
+    `method` is nearest, bilinear, bicubic or lanczos as in Pillow, or area as in TensorFlow. In RGBA, Pillow weights
+    colors by alpha. Raises UserError if it needs more memory than an op may take.
     """
     if method not in (*_FILTERS, "area"):
-        raise UserError(f"resize(method={method!r}): allowed: {', '.join(_FILTERS)}, area")
+        raise UserError(f"resize(method={method!r}): allowed are {', '.join(_FILTERS)} and area")
     size = resized(image.shape[:2], height, width, method)
     if image.shape[:2] == size:
         return image
@@ -49,7 +49,7 @@ def resize(image: np.ndarray, height: int, width: int = 0, method: str = "biline
 
 
 def resized(old: Size, height: int, width: int = 0, method: str = "bilinear", op: str = "resize") -> Size:
-    """The size that `resize` gives. Raises UserError, which names `op`, where it takes too much memory."""
+    """The output size of `resize`. Raises UserError naming `op` if it needs too much memory."""
     h, w = old
     new = (height, width or height)
     if old == new:
@@ -58,23 +58,23 @@ def resized(old: Size, height: int, width: int = 0, method: str = "bilinear", op
     if method == "area":
         nbytes += 8 * 4 * new[0] * w  # float64, after the first of two passes
     else:
-        # Pillow holds 4 bytes a pixel, may resize the width first, and tabulates float64 weights.
-        nbytes += 4 * h * new[1] + 8 * _REACH * (max(h, new[0]) + max(w, new[1]))
+        # Pillow holds 4 bytes per pixel, may resize the width first, and tabulates float64 weights.
+        nbytes += 4 * h * new[1] + 8 * _SUPPORT * (max(h, new[0]) + max(w, new[1]))
     memory.require_for_op(op, old, new, nbytes)
     return new
 
 
 def resize_small(image: np.ndarray, size: int, method: str = "bilinear", like: str = "tensorflow") -> np.ndarray:
-    """Resizes so that the shorter side is `size`, keeping the aspect ratio.
+    """Resizes the shorter side to `size`, keeping the aspect ratio.
 
-    The longer side is rounded to the nearest pixel, as TensorFlow recipes do, or cut off with `like="torchvision"`.
-    Raises UserError where this takes more memory than an op may.
+    The longer side is rounded to the nearest pixel, as in TensorFlow recipes, or truncated with `like="torchvision"`.
+    Raises UserError if it needs more memory than an op may take.
     """
     return resize(image, *resized_small(image.shape[:2], size, method, like), method)
 
 
 def resized_small(old: Size, size: int, method: str = "bilinear", like: str = "tensorflow") -> Size:
-    """The size that `resize_small` gives. Raises UserError where it takes too much memory."""
+    """The output size of `resize_small`. Raises UserError if it needs too much memory."""
     h, w = old
     if _as_torchvision(like):
         new = (size, size * w // h) if h <= w else (size * h // w, size)
@@ -85,15 +85,14 @@ def resized_small(old: Size, size: int, method: str = "bilinear", like: str = "t
 
 
 def central_crop(image: np.ndarray, height: int, width: int = 0, like: str = "tensorflow") -> np.ndarray:
-    """The central (height, width), or (height, height).
+    """Crops the central (height, width), or (height, height).
 
-    Of an odd margin the smaller half is above and left. With `like="torchvision"`, half of the margin is rounded to the
-    even number.
+    An odd margin has its smaller half above and left. With `like="torchvision"`, half the margin is rounded to even.
     """
     h, w = image.shape[:2]
     width = width or height
     if height > h or width > w:
-        raise UserError(f"central_crop({height}, {width}) of an image of {h} by {w}; resize it first")
+        raise UserError(f"central_crop({height}, {width}): the image has only {h} by {w} pixels; resize it first")
     top, left = (h - height) // 2, (w - width) // 2
     if _as_torchvision(like):
         top, left = round((h - height) / 2), round((w - width) / 2)
@@ -116,10 +115,10 @@ def random_resized_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     method: str = "bilinear",
 ) -> np.ndarray:
-    """A crop of random area and aspect ratio, resized to (height, width) (Szegedy et al. 2014, arXiv:1409.4842).
+    """Crops a random area and aspect ratio and resizes it to (height, width) (Szegedy et al. 2014, arXiv:1409.4842).
 
-    The area is uniform in `scale` (of the image's), the ratio w / h log-uniform in `ratio`; after ten draws that do
-    not fit, the largest central crop within `ratio`.
+    The share of the image's area is uniform in `scale`, the ratio w / h log-uniform in `ratio`. If ten draws do not
+    fit, it takes the largest central crop within `ratio`.
     """
     h, w = image.shape[:2]
     for _ in range(10):
@@ -137,11 +136,11 @@ def random_resized_crop(
 
 
 def _fixed(old: Size, height: int, width: int = 0, **_: object) -> Size:
-    """The size that a crop gives; its own memory depends on what it draws."""
+    """The output size of a crop; its own memory depends on its draw."""
     return height, width or height
 
 
-# Of each op here: (size of the image, its own arguments) → the size that it gives; UserError if it would refuse.
+# (size of the image, **arguments of the op) → output size, of each op; raises UserError if the op would refuse.
 SIZES: Mapping[str, Callable[..., Size]] = {
     "resize": resized,
     "resize_small": resized_small,

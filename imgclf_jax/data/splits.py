@@ -1,4 +1,4 @@
-"""Splits in TFDS's syntax, `train[:90%]+extra[100:200]`, for every source."""
+"""Splits in TFDS syntax, `train[:90%]+extra[100:200]`, for every source."""
 
 import re
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ class Part:
 
 
 def resolve(text: str, sizes: Mapping[str, int]) -> list[Part]:
-    """The parts of a split, given the size of each base split.
+    """Resolves a split into parts, given the size of each base split.
 
-    A percentage is rounded to the nearest example and a negative bound counts from the end, as TFDS does. Raises
-    UserError for text outside the syntax, an unknown base split, a bound outside of it and a split without examples.
+    A percentage is rounded to the nearest example and a negative bound counts from the end, as in TFDS. Raises
+    UserError for text outside the syntax, an unknown base split, a bound outside it, and a split without examples.
     """
     parts = []
     for piece in text.split("+"):
@@ -35,37 +35,37 @@ def resolve(text: str, sizes: Mapping[str, int]) -> list[Part]:
             raise UserError(unknown("split", name, sizes))
         n = sizes[name]
         if start and stop and start.endswith("%") != stop.endswith("%"):  # TFDS reads both as percentages
-            raise UserError(f"split {piece.strip()!r} mixes a number with a percentage; write both as one or the other")
+            raise UserError(f"split {piece.strip()!r} mixes a number with a percentage; write both in the same form")
         part = Part(name, _bound(start, n, 0, piece), _bound(stop, n, n, piece))
         if part.start >= part.stop:
-            raise UserError(f"split {piece.strip()!r} holds no example; {name!r} has {n}")
+            raise UserError(f"split {piece.strip()!r} has no examples; {name!r} has {n}")
         parts.append(part)
     return parts
 
 
 def describe(train: str, evals: Mapping[str, str], sizes: Mapping[str, int]) -> str:
-    """A line that says which split serves what, and what of the base splits, given their sizes, serves nothing.
+    """Describes in one line the use of each split, and the unused examples of the base splits.
 
-    `evals` are the evaluation sets by name; one of another source, `folder('x')/test`, is named without its size.
+    `evals` are the evaluation sets by name; one of another source, `folder('x')/test`, is shown without its size.
     """
     texts = [train, *(text for text in evals.values() if ")" not in text)]
     parts = {text: resolve(text, sizes) for text in texts}
 
-    def words(text: str) -> str:
+    def with_size(text: str) -> str:
         return f"{text} ({sum(p.stop - p.start for p in parts[text])})" if text in parts else text
 
-    said = [f"trained on: {words(train)}"]
+    uses = [f"training on {with_size(train)}"]
     if evals:
-        said.append("evaluated: " + ", ".join(f"{name} = {words(text)}" for name, text in evals.items()))
+        uses.append("evaluating on " + ", ".join(f"{name} = {with_size(text)}" for name, text in evals.items()))
     used = [part for some in parts.values() for part in some]
     unused = {name: n - _covered([part for part in used if part.name == name]) for name, n in sizes.items()}
     if left := [f"{count} of the {sizes[name]} examples of {name}" for name, count in unused.items() if count]:
-        said.append("not used: " + ", ".join(left))
-    return "; ".join(said)
+        uses.append("not used: " + ", ".join(left))
+    return "; ".join(uses)
 
 
 def _covered(parts: list[Part]) -> int:
-    """How many examples of a base split are in at least one of its parts."""
+    """The number of examples of a base split in at least one of its parts."""
     count = end = 0
     for part in sorted(parts, key=lambda part: part.start):
         count += max(0, part.stop - max(part.start, end))
@@ -79,6 +79,6 @@ def _bound(text: str | None, n: int, default: int, piece: str) -> int:
     percent = text.endswith("%")
     number = float(text[:-1]) if percent else int(text)
     if abs(number) > (100 if percent else n):
-        raise UserError(f"split {piece.strip()!r} reaches outside of the {n} examples that there are")
+        raise UserError(f"split {piece.strip()!r} reaches beyond the {n} examples of its base split")
     bound = round(number * n / 100) if percent else int(number)
     return bound + n if number < 0 else bound

@@ -1,7 +1,7 @@
-"""The pure stream: (seed, step) → example ids → batch, and the padded, masked evaluation batches.
+"""The stream of training batches, a pure function of (seed, step), and padded, masked evaluation batches.
 
-No iterator has state worth saving: to resume at a step is to begin there, and a batch is the same on any number of
-hosts, threads or restarts.
+Iterators have no state to save: a run resumes by starting at a step, and a batch is the same on any number of hosts and
+threads, and after any restart.
 """
 
 import concurrent.futures
@@ -39,15 +39,15 @@ from imgclf_jax.run.provenance import DataInfo
 
 log = logging.getLogger(__name__)
 
-_SKIP = "; repair or remove the file, or leave out all such files by --config.data.unreadable=skip in a new --workdir"
-_CACHE_BYTES = 1 << 30  # Decoded sets up to this size are decoded once and held in memory.
+_SKIP = "; repair or remove the file, or skip all such files by --config.data.unreadable=skip in a new --workdir"
+_CACHE_BYTES = 1 << 30  # the largest decoded set to cache in memory
 
 
 class Images:
-    """A source seen through its host ops: ids to fixed-shape uint8 images.
+    """A source with its host ops applied: ids to fixed-shape uint8 images.
 
-    Where the ops draw nothing at random and the decoded set is at most 1 GiB, each image is decoded once and kept; of
-    an immutable source the whole set is kept for the next run too.
+    With deterministic ops and a decoded set of at most 1 GiB, each image is decoded once and cached in memory. The set
+    of an immutable source is also cached on disk for the next run.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class Images:
     ):
         """Decodes the first example for its shape. Raises UserError for a bad spec or a broken first image.
 
-        `sampler` says which examples a stream of these images has; exact permutations unless given.
+        `sampler` orders the examples of the stream; by default in exact permutations.
         """
         self.source, self.preprocess, self.seed = source, preprocess, seed
-        self.sampler = sampler or sampling.permutation(sampling.Given(source, 1))
-        self.extra: dict[str, Images] = {}  # further streams of a run on these images, by name
-        self.left_out: list[str] = []  # unreadable files that the further streams are without
+        self.sampler = sampler or sampling.permutation(sampling.Context(source, 1))
+        self.extra: dict[str, Images] = {}  # extra streams, by name
+        self.left_out: list[str] = []  # unreadable files that the extra streams skip
         self._ops, self.random = decode.build(preprocess)
         self._threads = threads or os.cpu_count() or 1
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
@@ -70,60 +70,61 @@ class Images:
         self.y_name = "target" if self.target_names else "label"  # the batches' other array
         if self.target_names and (known := getattr(source, "targets", None)) is not None:
             check_finite(known, self._name)
-        if not self.random and (kept := decoded.load(source, preprocess, self.y_name)):
-            self._cache, self._y = kept
+        if not self.random and (cached := decoded.load(source, preprocess, self.y_name)):
+            self._cache, self._y = cached
             self.shape: tuple[int, int, int] = self._cache.shape[1:]
-            self._cached, self._whole = np.ones(len(source), bool), True
+            self._cached, self._complete = np.ones(len(source), bool), True
             return
         first, y = self._decode(np.zeros(1, np.int64), np.zeros(1, np.int64), seed)
         self.shape = first.shape[1:]
         if not self.random and len(source) * first.nbytes <= _CACHE_BYTES:
             self._cache = np.empty((len(source), *self.shape), np.uint8)
             self._y = np.empty((len(source), *y.shape[1:]), y.dtype)
-            self._cached, self._whole = np.zeros(len(source), bool), False
+            self._cached, self._complete = np.zeros(len(source), bool), False
 
     def __len__(self) -> int:
         return len(self.source)
 
     def describe(self, count_classes: bool = False) -> DataInfo:
-        """What is recorded of these training images; with how many each class has, if that is asked for."""
+        """The facts of these training images for the run's record; with `count_classes`, also the class counts."""
         names, counts = tuple(self.source.class_names), class_counts(self.source).tolist() if count_classes else ()
         older = listing_fingerprint(self.source)
         fingerprint = self.source.fingerprint()
+        extra = {name: images.describe() for name, images in self.extra.items()}
         return DataInfo(len(self), self.shape, names, fingerprint, tuple(counts), older, self.target_names,
-                        self.sampler.digest, {name: one.describe() for name, one in self.extra.items()})  # fmt: skip
+                        self.sampler.digest, extra)  # fmt: skip
 
     def ids(self, seed: int, positions: np.ndarray) -> np.ndarray:
-        """The ids of the examples at global stream positions, both int64[b], of the run with this seed."""
+        """The example ids at global stream positions, both int64[b], of the run with this seed."""
         return self.sampler.ids(seed, positions)
 
     def epochs(self, positions: np.ndarray) -> np.ndarray:
-        """The epochs of the stream that these positions are in, both int64[b]."""
+        """The epochs of the stream at these positions, both int64[b]."""
         return positions // self.sampler.epoch
 
     @property
     def in_memory(self) -> bool:
-        """Whether all images are decoded, so that reading is a copy and there is nothing to gain by reading ahead."""
-        return self._cache is not None and self._whole
+        """Whether all images are decoded, so prefetching gains nothing."""
+        return self._cache is not None and self._complete
 
     def read(self, ids: np.ndarray, positions: np.ndarray, seed: int | None = None) -> Batch:
-        """{"image": uint8[b, h, w, c], "label": i32[b]} for ids int64[b], or "target" f32[b, k] in place of "label".
+        """Reads {"image": uint8[b, h, w, c], "label": i32[b]} for ids int64[b], or "target" f32[b, k] for "label".
 
-        Stream positions int64[b] and the seed, this object's unless given, key random ops.
-        Raises UserError, naming the example, where one does not decode or comes out in another shape.
+        Stream positions int64[b] and the seed, by default this object's, key random ops. Raises UserError naming the
+        example that does not decode or has another shape.
         """
         if self._cache is None:
             images, y = self._decode(ids, positions, self.seed if seed is None else seed)
             return {"image": images, self.y_name: y}
-        if not self._whole:
+        if not self._complete:
             missing = np.unique(ids[~self._cached[ids]])
             if missing.size:
-                # Two threads may fill the same places at once; they write the same values.
+                # Threads may race to fill the same rows, but write the same values.
                 self._cache[missing], self._y[missing] = self._decode(missing, missing, self.seed)
                 self._cached[missing] = True
             with self._lock:
-                if not self._whole and self._cached.all():
-                    self._whole = True
+                if not self._complete and self._cached.all():
+                    self._complete = True
                     decoded.save(self.source, self.preprocess, self._cache, self.y_name, self._y)
         return {"image": self._cache.take(ids, 0), self.y_name: self._y[ids]}  # twice as fast as indexing
 
@@ -134,20 +135,20 @@ class Images:
         if self.target_names:
             check_finite(y, lambda i: self._name(int(ids[i])))
 
-        def decode_some(places: np.ndarray) -> list[np.ndarray]:
-            return [self._decode_one(encoded[i], int(ids[i]), int(positions[i]), seed) for i in places]
+        def decode_share(rows: np.ndarray) -> list[np.ndarray]:
+            return [self._decode_one(encoded[i], int(ids[i]), int(positions[i]), seed) for i in rows]
 
         shares = np.array_split(np.arange(len(ids)), min(self._threads, len(ids)))
-        images = [image for share in self._pool.map(decode_some, shares) for image in share]
+        images = [image for share in self._pool.map(decode_share, shares) for image in share]
         if wrong := [image for image in images if image.dtype != np.uint8 or image.ndim != 3]:
             raise UserError(
-                f"preprocess={self.preprocess!r} gives {wrong[0].dtype}{list(wrong[0].shape)}; host ops give uint8 "
-                "[h, w, c], and floating point begins with `augment`"
+                f"preprocess={self.preprocess!r} returns {wrong[0].dtype}{list(wrong[0].shape)}; host ops must return "
+                "uint8[h, w, c]; use `augment` for floating point"
             )
         shapes = sorted({image.shape for image in images} | {getattr(self, "shape", images[0].shape)})
         if len(shapes) > 1:
             raise UserError(
-                f"preprocess={self.preprocess!r} gives images of different shapes, such as {shapes[0]} and "
+                f"preprocess={self.preprocess!r} returns images of different shapes, such as {shapes[0]} and "
                 f"{shapes[1]}; add resize(height, width), or resize_small and central_crop"
             )
         return np.stack(images), y
@@ -167,15 +168,15 @@ class Images:
             raise UserError(f"{name(example)}: {e}{hint}") from e
         except (TypeError, ValueError) as e:
             if ":" in self.preprocess:
-                raise  # the user's own op: the traceback shows where
+                raise  # the user needs the traceback into their own op
             raise UserError(f"preprocess={self.preprocess!r} fails: {e}") from e
 
 
-def as_trained(source: Source, config: ConfigDict, base: Mapping[str, Source] | None = None) -> Images:
-    """A source seen through the host ops of training, in the order that `data.sampling` says.
+def train_images(source: Source, config: ConfigDict, base: Mapping[str, Source] | None = None) -> Images:
+    """The images of a source with the host ops of training, in the order of `data.sampling`.
 
-    With `base`, the splits of `data.source`, it has the streams of `data.extra` too. All processes call this, and
-    raise UserError unless they sample by the same numbers.
+    `base`, the splits of `data.source`, adds the streams of `data.extra`. All processes must call this; it raises
+    UserError unless they sample by the same numbers.
     """
     sampler = _sampler(config.data.sampling, source, config.batch_size, "data.sampling")
     images = Images(source, config.preprocess, config.seed, config.data.threads, sampler)
@@ -185,7 +186,7 @@ def as_trained(source: Source, config: ConfigDict, base: Mapping[str, Source] | 
 
 
 def _sampler(text: str, source: Source, batch_size: int, key: str) -> sampling.Sampler:
-    sampler = sampling.build(text, sampling.Given(source, batch_size), key)
+    sampler = sampling.build(text, sampling.Context(source, batch_size), key)
     if text != "permutation":
         processes.agree(f"comparing {key}", lambda: {f"what {key} reads": sampler.digest[:12]},
                         fix="all processes must read the same files")  # fmt: skip
@@ -193,59 +194,59 @@ def _sampler(text: str, source: Source, batch_size: int, key: str) -> sampling.S
 
 
 def add_extra(images: Images, config: ConfigDict, base: Mapping[str, Source]) -> None:
-    """Opens the streams of `data.extra` for a run on these images. Raises UserError naming the stream's key."""
-    for name, one in extra.parse_all(config).items():
+    """Opens the streams of `data.extra` and adds them to `images`. Raises UserError naming the stream's key."""
+    for name, entry in extra.parse_all(config).items():
         key, own = f"data.extra.{name}", config.copy_and_resolve_references()
-        own.preprocess = own.preprocess_eval = one.preprocess  # by which files are checked
+        own.preprocess = own.preprocess_eval = entry.preprocess  # by which files are checked
         try:
-            opened = open_data(own, one.source) if one.source else dict(base)
+            opened = open_data(own, entry.source) if entry.source else dict(base)
             default = "train" if len(opened) > 1 else next(iter(opened))
-            source = take_split(opened, one.split or default)
-            images.left_out += left_out(opened) if one.source else []
-            sampler = _sampler(one.sampling, source, one.batch_size, f"{key} sampling")
-            images.extra[name] = Images(source, one.preprocess, config.seed, config.data.threads, sampler)
+            source = take_split(opened, entry.split or default)
+            images.left_out += left_out(opened) if entry.source else []
+            sampler = _sampler(entry.sampling, source, entry.batch_size, f"{key} sampling")
+            images.extra[name] = Images(source, entry.preprocess, config.seed, config.data.threads, sampler)
         except UserError as e:
             raise UserError(str(e) if str(e).startswith(key) else f"{key}: {e}") from e
 
 
-def as_evaluated(source: Source, config: ConfigDict) -> Images:
-    """A source seen through the host ops of evaluation."""
-    preprocess = decode.for_evaluation(config.preprocess_eval, config.preprocess)
+def eval_images(source: Source, config: ConfigDict) -> Images:
+    """The images of a source with the host ops of evaluation."""
+    preprocess = decode.evaluation_spec(config.preprocess_eval, config.preprocess)
     return Images(source, preprocess, config.seed, config.data.threads)
 
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """Which batches a run trains on. Of several seeds, from `seed` on, a batch holds the examples of all."""
+    """The batches of a run. With several seeds, from `seed` on, a batch has the examples of all of them."""
 
     seed: int
     batch_size: int  # of one seed, over all hosts
     num_seeds: int = 1
-    with_ids: bool = False  # whether batches hold the `id` and the `epoch` of each example too, i32
-    name: str = ""  # of a further stream, see `data.extra`: it keys all that the stream draws
-    extra: tuple[tuple[str, int], ...] = ()  # the name and the batch size of each further stream
+    with_ids: bool = False  # whether batches also have the `id` and `epoch` of each example, i32
+    name: str = ""  # of an extra stream (see `data.extra`), which keys its random draws
+    extra: tuple[tuple[str, int], ...] = ()  # (name, batch size) of each extra stream
 
     @property
     def seeds(self) -> list[int]:
-        """What keys the stream of each seed."""
+        """The seeds that key the stream, one per replica."""
         own = rng.name_hash(self.name) if self.name else 0
         return [seed ^ own for seed in range(self.seed, self.seed + self.num_seeds)]
 
     @property
-    def further(self) -> list["StreamSpec"]:
-        """The further streams, which have ids always."""
+    def extra_streams(self) -> list["StreamSpec"]:
+        """The extra streams, which always have ids."""
         return [replace(self, batch_size=b, with_ids=True, name=name, extra=()) for name, b in self.extra]
 
     @property
     def rows(self) -> int:
-        """Examples in a batch, of all seeds."""
+        """The number of examples in a batch, over all seeds."""
         return self.batch_size * self.num_seeds
 
 
 def train_batches(
     images: Images, seed: int, batch_size: int, start: int, stop: int, rows: np.ndarray | None = None, prefetch: int = 4
 ) -> Iterator[Batch]:
-    """The batches of steps start to stop (exclusive): all examples of each, or those at the places `rows`."""
+    """Yields the batches of steps start to stop (exclusive), or only their `rows`."""
     single = (range(step, step + 1) for step in range(start, stop))
     for _, chunk in train_chunks(images, StreamSpec(seed, batch_size), single, 1, rows, prefetch):
         yield {name: values[0] for name, values in chunk.items()}
@@ -260,29 +261,29 @@ def train_chunks(
     prefetch: int = 2,
     extra_rows: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> Iterator[tuple[range, Any]]:
-    """Each range of steps with its chunk: the batches of those steps, each [size, b, …]; zeros follow the last step.
+    """Yields each range of steps with its chunk: the batches of those steps, [size, b, …], zero after the last step.
 
-    A process reads only what its devices get: the examples at the places `rows`, int64[b], of each batch; all if None.
-    What a batch holds depends on its step alone, not on the range that it is read in. Of several seeds it has their
-    batches side by side, [size, b * num_seeds, …]: the first example of each, then the second.
+    A process reads only the `rows` int64[b] of each batch that its devices need; all if None. A batch depends only on
+    its step, not on the range. Batches of several seeds are interleaved, [size, b * num_seeds, …]: the first example of
+    each seed, then the second.
 
-    Each further stream of `spec` is a dict of the same in the chunk, by its name; `extra_rows` are its rows.
+    Each extra stream of `spec` is a nested dict in the chunk, by its name; `extra_rows` are its rows.
     """
-    parts = [_Part(images, spec, rows)]
-    parts += [_Part(images.extra[one.name], one, extra_rows.get(one.name)) for one in spec.further]
+    streams = [_Stream(images, spec, rows)]
+    streams += [_Stream(images.extra[s.name], s, extra_rows.get(s.name)) for s in spec.extra_streams]
 
     def read(steps: range) -> Batch:
-        return {part.key(name): values for part in parts for name, values in part.read(steps, size).items()}
+        return {stream.key(name): values for stream in streams for name, values in stream.read(steps, size).items()}
 
-    names = tuple(part.key(name) for part in parts for name in part.names)
-    in_memory = all(part.images.in_memory for part in parts)
+    names = tuple(stream.key(name) for stream in streams for name in stream.names)
+    in_memory = all(stream.images.in_memory for stream in streams)
     flat = read_ahead(read, ranges, names, 0 if in_memory else prefetch)
-    return ((steps, _nested(chunk)) for steps, chunk in flat)
+    return ((steps, _nest(chunk)) for steps, chunk in flat)
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A stream of a chunk, and which rows of its batches are read."""
+class _Stream:
+    """A stream of a chunk, and the rows of its batches to read."""
 
     images: Images
     spec: StreamSpec
@@ -298,18 +299,18 @@ class _Part:
     def read(self, steps: range, size: int) -> Batch:
         images, spec = self.images, self.spec
         rows = np.arange(spec.batch_size, dtype=np.int64) if self.rows is None else self.rows
-        at, batches = positions(steps, spec.batch_size, rows), []
+        global_positions, batches = positions(steps, spec.batch_size, rows), []
         for seed in spec.seeds:
-            ids = images.ids(seed, at)
-            batch = images.read(ids, at, seed)
+            ids = images.ids(seed, global_positions)
+            batch = images.read(ids, global_positions, seed)
             if spec.with_ids:
-                batch |= {"id": ids.astype(np.int32), "epoch": images.epochs(at).astype(np.int32)}
+                batch |= {"id": ids.astype(np.int32), "epoch": images.epochs(global_positions).astype(np.int32)}
             batches.append(batch)
-        return {name: side_by_side([batch[name] for batch in batches], rows.size, size) for name in batches[0]}
+        return {name: interleave([batch[name] for batch in batches], rows.size, size) for name in batches[0]}
 
 
-def _nested(flat: Batch) -> dict[str, Any]:
-    """{"a": x, "b/c": y} as {"a": x, "b": {"c": y}}."""
+def _nest(flat: Batch) -> dict[str, Any]:
+    """Turns {"a": x, "b/c": y} into {"a": x, "b": {"c": y}}."""
     out: dict[str, Any] = {}
     for key, values in flat.items():
         stream, _, name = key.rpartition("/")
@@ -318,32 +319,32 @@ def _nested(flat: Batch) -> dict[str, Any]:
 
 
 def positions(steps: range, batch_size: int, rows: np.ndarray) -> np.ndarray:
-    """The global stream positions int64[len(steps) * b] of the examples at the places `rows`, [b], of these steps."""
+    """The global stream positions int64[len(steps) * b] of the `rows` [b] of these steps."""
     return (np.asarray(steps, np.int64)[:, None] * batch_size + rows).ravel()
 
 
-def side_by_side(replicas: Sequence[np.ndarray], batch_size: int, size: int) -> np.ndarray:
-    """The examples [steps * b, …] of each replica → [size, b * replicas, …], of every step one of each in turn."""
+def interleave(replicas: Sequence[np.ndarray], batch_size: int, size: int) -> np.ndarray:
+    """Interleaves the examples [steps * b, …] of each replica to [size, b * replicas, …]."""
     stacked = replicas[0][:, None] if len(replicas) == 1 else np.stack(replicas, 1)
     return pad_steps(stacked.reshape(-1, batch_size * len(replicas), *stacked.shape[2:]), size)
 
 
 def pad_steps(values: np.ndarray, size: int) -> np.ndarray:
-    """[n, …] → [size, …], zeros after the first n, so that one compiled program serves chunks of any length."""
+    """Pads [n, …] with zeros to [size, …], so one compiled program serves chunks of any length."""
     if len(values) == size:
         return values
     return np.concatenate([values, np.zeros((size - len(values), *values.shape[1:]), values.dtype)])
 
 
 def eval_batches(images: Images, batch_size: int, rows: np.ndarray | None = None, prefetch: int = 4) -> Iterator[Batch]:
-    """Every example once, in order; the last batch is padded, and `mask` bool[b] is False for the padding.
+    """Yields every example once, in order. The last batch is padded, where `mask` bool[b] is False.
 
-    Of each batch all examples, or those at the places `rows`, int64[b].
+    With `rows` int64[b], only these rows of each batch.
     """
     rows = np.arange(batch_size, dtype=np.int64) if rows is None else rows
 
-    def read(places: range) -> Batch:
-        ids = places.start + rows
+    def read(batch: range) -> Batch:
+        ids = batch.start + rows
         mask = ids < len(images)
         ids = np.minimum(ids, len(images) - 1)
         return {**images.read(ids, ids), "mask": mask}

@@ -1,6 +1,6 @@
-"""Crops and sizes as TensorFlow's `tf.image` has them: the recipes of big_vision are defined by these.
+"""Crops and resizing with the semantics of `tf.image`, for the recipes of big_vision.
 
-They give uint8, cut off and not rounded, as a cast in TensorFlow does.
+They return uint8, truncated instead of rounded, like a cast in TensorFlow.
 """
 
 import math
@@ -11,7 +11,7 @@ from PIL import Image
 from imgclf_jax.core import kinds, memory
 
 _ATTEMPTS = 100
-_BLOCK = 1 << 20  # values, as float64, of which `area` takes the mean at a time
+_BLOCK = 1 << 20  # float64 values that `area` averages at a time
 
 
 @kinds.random
@@ -23,12 +23,12 @@ def inception_crop(
     area: tuple[float, float] = (0.05, 1.0),
     ratio: tuple[float, float] = (0.75, 1.33),
 ) -> np.ndarray:
-    """A crop of random height and aspect ratio, resized to (height, width), or (height, height), by `bilinear`.
+    """Crops a random height and aspect ratio and resizes it to (height, width), or (height, height), by `bilinear`.
 
-    As TensorFlow's `sample_distorted_bounding_box`: the ratio w / h is uniform in `ratio`. The height is uniform
-    between those at which the crop has the least and the greatest `area` (a share of the image's), as far as it fits.
-    So small crops are more frequent than with `random_resized_crop`, whose area is uniform. If none of 100 draws fits,
-    the whole image is taken.
+    As in TensorFlow's `sample_distorted_bounding_box`, the ratio w / h is uniform in `ratio`, and the height uniform
+    between those of the least and greatest `area` (a share of the image's), as far as it fits. Small crops are thus
+    more frequent than with `random_resized_crop`, whose area is uniform. If 100 draws do not fit, it takes the whole
+    image.
     """
     h, w = image.shape[:2]
     for _ in range(_ATTEMPTS):
@@ -47,7 +47,7 @@ def _crop(
     highest = min(round(math.sqrt(most / aspect)), math.floor((w + 0.5 - 1e-7) / aspect), h)
     lowest = min(round(math.sqrt(least / aspect)), highest)
     crop_h = lowest + int(rng.integers(highest - lowest + 1))
-    # Rounding may have put the area outside of its bounds: one row more or less puts it back.
+    # Rounding may put the area outside its bounds; one row more or less corrects that.
     if crop_h * round(crop_h * aspect) < least:
         crop_h += 1
     if crop_h * round(crop_h * aspect) > most:
@@ -55,13 +55,13 @@ def _crop(
     crop_w = round(crop_h * aspect)
     if not (least <= crop_h * crop_w <= most and 0 < crop_h <= h and 0 < crop_w <= w):
         return None
-    # The last place is never drawn, there as here.
-    top, left = (int(rng.integers(max(1, whole - part))) for whole, part in ((h, crop_h), (w, crop_w)))
+    # As in TensorFlow, the last offset is never drawn.
+    top, left = (int(rng.integers(max(1, size - crop))) for size, crop in ((h, crop_h), (w, crop_w)))
     return top, left, crop_h, crop_w
 
 
 def bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """`tf.image.resize(method="bilinear", antialias=False)`: each pixel from the four around its place."""
+    """`tf.image.resize(method="bilinear", antialias=False)`: interpolates the four nearest pixels."""
     memory.require_for_op("resize", image.shape[:2], (height, width), 8 * height * width)
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     box = (0, 0, picture.width, picture.height)
@@ -70,7 +70,7 @@ def bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def area(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """`tf.image.resize(method="area")`: the mean over what a pixel covers, parts of pixels by their share."""
+    """`tf.image.resize(method="area")`: the mean over the area of each output pixel."""
     h, w, c = image.shape
     columns, rows = (max(1, _BLOCK // (max(side) * c)) for side in ((h, height), (w, width)))
     tall = np.empty((height, w, c))
@@ -79,16 +79,16 @@ def area(image: np.ndarray, height: int, width: int) -> np.ndarray:
     out = np.empty((height, width, c), np.uint8)
     for top in range(0, height, rows):
         mean = _area(tall[top : top + rows].swapaxes(0, 1), width).swapaxes(0, 1)
-        out[top : top + rows] = mean + 1e-6  # a whole mean stays whole, however it was rounded
+        out[top : top + rows] = mean + 1e-6  # keeps an integer mean from truncating to the level below
     return out
 
 
 def _area(x: np.ndarray, size: int) -> np.ndarray:
-    """[n, …] → [size, …], by differences of the integral over the first axis."""
+    """Averages [n, …] to [size, …], by differences of the integral over the first axis."""
     n = len(x)
     edges = np.arange(size + 1) * (n / size)
-    whole = np.minimum(edges.astype(int), n - 1)
+    below = np.minimum(edges.astype(int), n - 1)
     integral = np.concatenate([np.zeros_like(x[:1]), np.cumsum(x, 0)])
-    at_edges = integral[whole] + (edges - whole).reshape(-1, *[1] * (x.ndim - 1)) * x[whole]
+    at_edges = integral[below] + (edges - below).reshape(-1, *[1] * (x.ndim - 1)) * x[below]
     out: np.ndarray = np.diff(at_edges, axis=0) * (size / n)
     return out

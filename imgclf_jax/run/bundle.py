@@ -39,7 +39,7 @@ def read(file: Path) -> dict[str, bytes]:
     Nothing is written to the disk, and nothing in it is run.
     """
     try:
-        with archive.opened(file) as packed:
+        with archive.open_checked(file) as packed:
             members = packed.infolist()
             names = [member.filename for member in members]
             if not set(names) <= set(NAMES) or len(names) > len(set(names)) or "config.json" not in names:

@@ -104,7 +104,7 @@ def setup_logging() -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of shapes, which have no type
     sys.unraisablehook = _report_unraisable
-    named_warnings.to_log()
+    named_warnings.install()
 
 
 def _printable(record: logging.LogRecord) -> logging.LogRecord:

@@ -1,4 +1,4 @@
-"""Scores of predictions of several labels an example, as functions of weights of the examples: see `scores`."""
+"""Scores of multi-label predictions, as functions of example weights."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from imgclf_jax.scores.classification import Scores
 
 
 class Counts(NamedTuple):
-    """The weight of each class's true positives, false positives and false negatives: f64[r, classes]."""
+    """The example weight f64[r, classes] of true positives, false positives and false negatives."""
 
     true_positives: np.ndarray
     false_positives: np.ndarray
@@ -25,12 +25,12 @@ class Counts(NamedTuple):
 
     @property
     def micro_f1(self) -> np.ndarray:
-        """f64[r]: F1 of all decisions together."""
+        """f64[r]: F1 of all decisions pooled."""
         return _quotient(2 * self.true_positives.sum(1), self._labelled_and_predicted.sum(1))
 
     @property
     def macro_f1(self) -> np.ndarray:
-        """f64[r]: the mean over the classes that are true or predicted at all."""
+        """f64[r]: the mean F1 over the classes that are true or predicted for any example."""
         return _mean(self.f1)
 
     @property
@@ -53,19 +53,22 @@ def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _mean(by_class: np.ndarray) -> np.ndarray:
-    """f64[r]: the mean over the classes that are not NaN; NaN if all are."""
+    """f64[r]: the mean over classes, ignoring NaN; NaN if all are."""
     known = ~np.isnan(by_class)
     return _quotient(np.where(known, by_class, 0.0).sum(1), known.sum(1).astype(np.float64))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MultilabelScores:
-    """Scores of n examples with any number of `classes` each.
+    """Scores of n examples, each with any number of true classes.
 
-    targets f32[n, classes]: a class is true from 0.5 on. probabilities f32[n, classes]: a class is predicted from its
-    threshold on; `thresholds` is one number or one for each class. `ranking` f32[n, classes] orders the examples of a
-    class as the probabilities do, which may be equal where logits are not; None for the probabilities themselves. An
-    example with NaN predicts nothing right; average precision and F1 are NaN with it.
+    - `targets` f32[n, classes]: a class is true at 0.5 or above.
+    - `probabilities` f32[n, classes]: a class is predicted at its threshold or above.
+    - `ranking` f32[n, classes] orders the examples of a class, by default the probabilities. Logits break their ties by
+      rounding.
+    - `thresholds`: one number, or one per class.
+
+    A NaN makes its example wrong, and average precision and F1 NaN.
     """
 
     targets: np.ndarray
@@ -85,12 +88,13 @@ class MultilabelScores:
 
     @functools.cached_property
     def exact(self) -> np.ndarray:
-        """bool[n]: whether all classes of an example are decided right."""
+        """bool[n]: whether an example has every class predicted correctly."""
         return np.all(self.predicted == self.true, 1) & np.isfinite(self.probabilities).all(1)
 
-    def of(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """{name: f64[r]} for weights f64[r, n] of the examples: `mean_average_precision`, `micro_f1`, `macro_f1`,
-        `exact_match`.
+    def compute(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns `mean_average_precision`, `micro_f1`, `macro_f1` and `exact_match` f64[r], by name.
+
+        `weights` f64[r, n] are the weights of the examples.
         """
         counts = self.counts(weights)
         return {
@@ -101,16 +105,16 @@ class MultilabelScores:
         }
 
     def counts(self, weights: np.ndarray) -> Counts:
-        """The decisions by class; NaN if an output is NaN."""
+        """The decisions by class; NaN if a probability is NaN."""
         if np.isnan(self.probabilities).any():
             return Counts(*np.full((3, len(weights), self.targets.shape[1]), np.nan))
-        both, own, found = (weights @ x.astype(np.float64)
-                            for x in (self.true & self.predicted, self.true, self.predicted))  # fmt: skip
-        return Counts(both, found - both, own - both)
+        both, true, predicted = (weights @ x.astype(np.float64)
+                                 for x in (self.true & self.predicted, self.true, self.predicted))  # fmt: skip
+        return Counts(both, predicted - both, true - both)
 
     @functools.cached_property
     def _orders(self) -> np.ndarray:
-        """i64[n, classes]: the examples of each class by their rank, the first the most certain."""
+        """i64[n, classes]: the examples in descending order of each class."""
         return np.argsort(-self._ranking, axis=0, kind="stable")
 
     @property
@@ -118,10 +122,10 @@ class MultilabelScores:
         return self.probabilities if self.ranking is None else self.ranking
 
     def average_precision(self, weights: np.ndarray) -> np.ndarray:
-        """f64[r, classes]: the mean over a class's examples of the precision at their rank, ties ranking together.
+        """f64[r, classes]: the mean precision at the rank of each positive example, with ties sharing a rank.
 
-        That is the area under steps of the curve of precision over recall, as scikit-learn has it. NaN for a class
-        that no example has, which means over the classes leave out, and if an output is NaN.
+        This is the step-wise area under the precision-recall curve, as in scikit-learn. NaN for a class that no example
+        has, which means over classes ignore, and if an output is NaN.
         """
         out = np.full((len(weights), self.targets.shape[1]), np.nan)
         if np.isnan(self._ranking).any():
@@ -131,42 +135,42 @@ class MultilabelScores:
             values = self._ranking[order, c]
             ends = np.append(np.flatnonzero(values[1:] != values[:-1]), len(values) - 1)  # of each run of ties
             ordered = weights[:, order]  # [r, n]
-            found = np.cumsum(ordered, 1)[:, ends]
-            right = np.cumsum(ordered * self.true[order, c], 1)[:, ends]
-            gained = np.diff(right, axis=1, prepend=0.0)
-            precision = np.divide(right, found, out=np.zeros_like(right), where=found > 0)
-            out[:, c] = _quotient((gained * precision).sum(1), right[:, -1])
+            predicted = np.cumsum(ordered, 1)[:, ends]
+            correct = np.cumsum(ordered * self.true[order, c], 1)[:, ends]
+            gained = np.diff(correct, axis=1, prepend=0.0)
+            precision = np.divide(correct, predicted, out=np.zeros_like(correct), where=predicted > 0)
+            out[:, c] = _quotient((gained * precision).sum(1), correct[:, -1])
         return out
 
     def reliability(self, c: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of class c, by ten bins of its probability: examples, mean probability, share with the class; each [10]."""
+        """The examples, mean probability and true share [10] of class c, in ten bins of its probability."""
         values = self.probabilities[:, c].astype(np.float64)
-        whole = ~np.isnan(values)
-        bins = np.clip(np.ceil(values[whole] * 10).astype(int) - 1, 0, 9)
-        count, mean, true = (np.bincount(bins, weights, 10) for weights in (None, values[whole], self.true[whole, c]))
+        known = ~np.isnan(values)
+        bins = np.clip(np.ceil(values[known] * 10).astype(int) - 1, 0, 9)
+        count, mean, true = (np.bincount(bins, weights, 10) for weights in (None, values[known], self.true[known, c]))
         return count, _quotient(mean, count), _quotient(true, count)
 
     def best_thresholds(self) -> np.ndarray:
-        """f64[classes]: the probability from which each class has its greatest F1 on these examples; NaN without one.
+        """f64[classes]: the threshold with the greatest F1 on these examples; NaN for a class that no example has.
 
-        It is chosen by these examples: to use it, choose it on a validation set.
+        Choose thresholds on a validation set: on the test set they are biased.
         """
         out = np.full(self.targets.shape[1], np.nan)
         if np.isnan(self.probabilities).any():
             return out
         for c in np.flatnonzero(self.true.any(0)):
             order = np.argsort(-self.probabilities[:, c], kind="stable")
-            values, right = self.probabilities[order, c], np.cumsum(self.true[order, c])
+            values, correct = self.probabilities[order, c], np.cumsum(self.true[order, c])
             ends = np.append(np.flatnonzero(values[1:] != values[:-1]), len(values) - 1)
-            f1 = 2 * right[ends] / (ends + 1 + right[-1])
+            f1 = 2 * correct[ends] / (ends + 1 + correct[-1])
             out[c] = values[ends[np.argmax(f1)]]
         return out
 
 
 def by_class(scores: MultilabelScores, names: Sequence[str]) -> list[dict[str, Any]]:
-    """A dict for each class: its examples, average precision, the decisions at the threshold, the best threshold.
+    """Returns a dict per class: examples, average precision, precision, recall, F1 and best threshold.
 
-    What is not known, such as the recall of a class that no example has, is None.
+    Unknown values, such as the recall of a class that no example has, are None.
     """
     one = np.ones((1, len(scores.targets)))
     counts = scores.counts(one)
@@ -181,12 +185,12 @@ def by_class(scores: MultilabelScores, names: Sequence[str]) -> list[dict[str, A
     ]
 
 
-ON_THRESHOLDS = ("Precision, recall and F1 are at a threshold of 0.5. The best threshold has the greatest F1 on these "
-                 "very examples: choose it on a validation set.")  # fmt: skip
+THRESHOLD_NOTE = ("Precision, recall and F1 are at a threshold of 0.5. The best threshold has the greatest F1 on these "
+                  "very examples; choose it on a validation set.")  # fmt: skip
 
 
 def table(scores: MultilabelScores, names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """The columns, and a row for each class: see `by_class`."""
+    """Returns the column names and a row per class: see `by_class`."""
     columns = ["class", "examples", "average precision", "precision", "recall", "F1", "best threshold"]
     rows = [["" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
              for value in one.values()] for one in by_class(scores, names)]  # fmt: skip
@@ -194,9 +198,9 @@ def table(scores: MultilabelScores, names: Sequence[str]) -> tuple[list[str], li
 
 
 def auc(targets: np.ndarray, probabilities: np.ndarray, ranking: np.ndarray | None = None) -> float:
-    """The mean over the classes of the area under the ROC curve of each; targets, probabilities f32[n, classes].
+    """The mean area under the ROC curve over the classes that some but not all examples have.
 
-    Classes that no example has, or every example, are left out. NaN if a probability is NaN.
+    targets, probabilities f32[n, classes]. NaN if a probability is NaN.
     """
     values = np.asarray(probabilities if ranking is None else ranking, np.float64)
     if np.isnan(values).any():
@@ -211,14 +215,14 @@ def f1(
     targets: np.ndarray, probabilities: np.ndarray, ranking: np.ndarray | None = None,
     threshold: float | Sequence[float] = 0.5, average: str = "macro",
 ) -> float:  # fmt: skip
-    """F1 at a threshold, or at one for each class; the mean over the classes ('macro') or of all decisions ('micro').
+    """F1 at one threshold or one per class: the mean over classes ('macro') or F1 of all decisions ('micro').
 
-    targets, probabilities f32[n, classes]. A class that is neither true nor predicted is left out of the mean.
+    targets, probabilities f32[n, classes]. The mean ignores classes that are neither true nor predicted.
     """
     thresholds = np.asarray(threshold, np.float64)
     if average not in ("macro", "micro") or thresholds.shape not in ((), targets.shape[1:]):
-        raise UserError(f"f1(threshold={threshold}, average={average!r}): allowed are a threshold or {targets.shape[1]}"
-                        " of them, one a class, and the averages 'macro' and 'micro'")  # fmt: skip
+        raise UserError(f"f1(threshold={threshold}, average={average!r}): threshold must be a number or "
+                        f"{targets.shape[1]} of them, one per class, and average 'macro' or 'micro'")  # fmt: skip
     counts = MultilabelScores(targets, probabilities, thresholds=thresholds).counts(np.ones((1, len(targets))))
     return float((counts.macro_f1 if average == "macro" else counts.micro_f1)[0])
 

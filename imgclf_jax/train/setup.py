@@ -59,7 +59,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
 
     base = sources.open_data(config)
     train_source = sources.take_split(base, config.data.train)
-    images = stream.as_trained(train_source, config, base)
+    images = stream.train_images(train_source, config, base)
     compiling = programs.programs_for_images(_pinned(config, workdir), images, load=load_teacher)
     recipe = compiling.recipe
     check_targets(compiling, images)

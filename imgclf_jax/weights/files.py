@@ -92,7 +92,7 @@ def _entries(path: Path) -> Iterator[dict[str, _Entry]]:
         start = file.read(64)
         file.seek(0)
         if start.startswith(b"PK\3\4"):
-            with archive.opened(path) as content:
+            with archive.open_checked(path) as content:
                 yield _find_weights(*_read_zip(content), path)
         elif start.startswith(pickle.dumps(_MAGIC, 2)):
             yield _find_weights(*_read_legacy(file), path)

@@ -176,7 +176,7 @@ def test_another_op_changes_none_of_the_draws_of_an_op():
 @pytest.mark.parametrize(("text", "message"), [
     ("mixpu", "unknown mixing op 'mixpu': did you mean 'mixup'"),
     ("mixup(beta=1)", "unknown argument 'beta'"),
-    ("mixup(probability=0.7)|cutmix(probability=0.7)", "all together at most 1"),
+    ("mixup(probability=0.7)|cutmix(probability=0.7)", "their sum at most 1"),
     ("cutmix(probability=-0.1)", "from 0 to 1"),
     ("cutmix(probability='x')", "from 0 to 1"),
     ("mixup(0)", r"alpha=0\): must be above 0"),

@@ -155,7 +155,7 @@ def test_ops_without_a_draw_hold_in_evaluation_and_leave_alpha(name, channels):
 )
 def test_ops_of_pillows_arithmetic_want_uint8_of_known_channels(name):
     key = jax.random.key(0)
-    with pytest.raises(UserError, match=f"{name} works on uint8 images, these are float32; put it before normalize"):
+    with pytest.raises(UserError, match=f"{name} needs uint8 images, but these are float32; put it before normalize"):
         ops.build(f"normalize|{name}", train=True)(key, jnp.zeros((2, 8, 8, 3), jnp.uint8))
-    with pytest.raises(UserError, match=f"{name}: the images have 2 channels; allowed: 1, 3, 4"):
+    with pytest.raises(UserError, match=f"{name}: the images have 2 channels; allowed are 1, 3 and 4"):
         ops.build(name, train=True)(key, jnp.zeros((2, 8, 8, 2), jnp.uint8))

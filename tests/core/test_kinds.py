@@ -120,7 +120,7 @@ def test_another_host_op_changes_none_of_the_draws_of_an_op():
 
 
 @pytest.mark.parametrize(("build", "text", "message"), [
-    (ops.build, "own_ops:forgotten(2)", "device op 'own_ops:forgotten' takes 'key' first, but it does not declare"),
+    (ops.build, "own_ops:forgotten(2)", "device op 'own_ops:forgotten' takes 'key' first, but is not declared"),
     (ops.build, "own_ops:forgotten(2)", "'from imgclf_jax.core import kinds' and '@kinds.random' above"),
     (ops.build, "own_ops:old", "'own_ops:old' takes 'seed' first.*'@kinds.by_example' above"),
     (decode.build, "decode(1)|own_ops:crop", "host op 'own_ops:crop' takes 'rng' first.*'@kinds.random' above"),

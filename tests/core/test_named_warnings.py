@@ -11,10 +11,10 @@ from imgclf_jax.core import named_warnings
 
 @pytest.fixture(autouse=True)
 def _afresh(monkeypatch):
-    monkeypatch.setattr(named_warnings, "_said", set())
+    monkeypatch.setattr(named_warnings, "_logged", set())
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        named_warnings.to_log()
+        named_warnings.install()
         yield
 
 
@@ -36,7 +36,7 @@ def test_each_image_is_named_once(caplog):
 
 def test_a_warning_of_no_image_is_printed_as_usual(caplog, monkeypatch):
     printed = []
-    monkeypatch.setattr(named_warnings, "_usual", lambda message, *_: printed.append(str(message)))
+    monkeypatch.setattr(named_warnings, "_default", lambda message, *_: printed.append(str(message)))
     with named_warnings.about(lambda: "a.jpg"):
         pass
     warnings.warn("something else", stacklevel=1)
@@ -49,4 +49,4 @@ def test_a_million_bad_images_do_not_fill_the_log(caplog):
         with named_warnings.about(lambda i=i: f"{i}.jpg"):
             warn("Corrupt EXIF data")
     assert len(caplog.messages) == 101
-    assert caplog.messages[-1] == "more than 100 warnings of images: the rest is not shown"
+    assert caplog.messages[-1] == "more than 100 image warnings; the rest are not logged"

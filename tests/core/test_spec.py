@@ -167,7 +167,7 @@ def test_bind_gives_positional_arguments_after_the_given_ones(image, factor, off
     ("jitter(1.0, 'mul')", "too many positional arguments"),
     ("scal(2)", "unknown op 'scal': did you mean 'scale'?"),
     ("nothing(2)", "allowed: free, jitter, scale, or an import path"),
-    ("builtins:type(1)", "not known"),
+    ("builtins:type(1)", "no readable signature"),
 ])  # fmt: skip
 def test_bind_errors_name_the_argument_and_what_is_allowed(text, expected):
     given = ("key", "images") if text.startswith("jitter") else ("image",)

@@ -56,8 +56,8 @@ def test_arrays_take_class_names_and_the_home_directory(tmp_path, monkeypatch):
     ({"x_train": X[:0], "y_train": Y[:0]}, "x_train is uint8[0, 4, 5] for 0 labels"),
     ({"x_train": X, "y_train": Y / 2}, "for 6 labels, float64; expected"),
     ({"x_train": X, "y_train": np.array(list("abcabc"))}, "for 6 labels, <U1; expected"),
-    ({"x_train": X, "y_train": Y - 1}, "y_train lies outside the 2 classes"),
-    ({"x_train": X, "y_train": Y, "class_names": ["a", "b"]}, "y_train lies outside the 2 classes"),
+    ({"x_train": X, "y_train": Y - 1}, "y_train has labels outside the 2 classes"),
+    ({"x_train": X, "y_train": Y, "class_names": ["a", "b"]}, "y_train has labels outside the 2 classes"),
     ({"x_train": X, "y_train": Y, "x_test": X, "y_test": Y.astype(float)}, "x_test is uint8[6, 4, 5] for 6 labels"),
 ])  # fmt: skip
 def test_arrays_of_another_kind_are_refused(tmp_path, data, message):
@@ -118,7 +118,7 @@ def test_labels_name_no_more_classes_than_there_can_be(tmp_path):
             sources.open_splits(npz(tmp_path, x_train=X, y_train=np.where(Y == 2, wrong, Y)))
     with pytest.raises(UserError, match=f"the greatest of 6 labels is {2**64 - 1}"):
         sources.open_splits(npz(tmp_path, x_train=X, y_train=np.uint64(2**64 - 1) - Y.astype(np.uint64)))
-    with pytest.raises(UserError, match="y_train lies outside the 3 classes"):
+    with pytest.raises(UserError, match="y_train has labels outside the 3 classes"):
         sources.open_splits(npz(tmp_path, x_train=X, y_train=np.where(Y == 2, 2**62, Y), class_names=["a", "b", "c"]))
     assert len(open_one(npz(tmp_path, x_train=X, y_train=Y * 499)).class_names) == 999  # a few of ImageNet's, say
     assert open_one(npz(tmp_path, x_train=X, y_train=Y.astype(np.uint64))).labels.tolist() == Y.tolist()
@@ -129,10 +129,10 @@ def test_class_names_are_text(tmp_path):
         assert open_one(npz(tmp_path, x_train=X, y_train=Y, class_names=names)).class_names == ("cat", "dog", "Öl")
     assert open_one(npz(tmp_path, x_train=X, y_train=Y, class_names=[7, 8, 9])).class_names == ("7", "8", "9")
     for names, message in [
-        (np.array(["a", "b", None], dtype=object), r"class_names is object\[3\]; expected text"),
+        (np.array(["a", "b", None], dtype=object), r"class_names is object\[3\]; expected one text"),
         (np.array([1.5, 2.5, 3.5]), r"float64\[3\]; expected text"),
         (np.array([["a", "b", "c"]]), r"<U1\[1, 3\]; expected text"),
-        (np.zeros(1_000_001, "u1"), r"uint8\[1000001\]; expected text, one for each class, at most 1,000,000"),
+        (np.zeros(1_000_001, "u1"), r"uint8\[1000001\]; expected one text per class, at most 1,000,000"),
         (np.array([b"a", b"b", b"\xff"]), "class_names is not text"),
         (np.array([0, 0, 0x110000], "<u4").view("<U1"), "class_names is not text"),
         (np.array(["a", "b", "\ud800"]), "class_names is not text"),
@@ -176,7 +176,9 @@ def test_what_unpacks_to_more_than_the_file_may_hold_is_refused(tmp_path, monkey
     monkeypatch.setattr("imgclf_jax.data.arrays._UNPACKED", 1 << 20)
     zeros = np.zeros((2000, 32, 32), np.uint8)
     np.savez_compressed(tmp_path / "data.npz", x_train=zeros, y_train=np.zeros(2000, int))
-    with pytest.raises(UserError, match=r"from .* kB to 2\.06 MB; above 1\.05 MB at most 100 times .*np.savez"):
+    with pytest.raises(
+        UserError, match=r"from .* kB to 2\.06 MB; above 1\.05 MB the ratio must be at most 100, .*np.savez"
+    ):
         sources.open_splits(f"arrays({str(tmp_path / 'data.npz')!r})")
     assert len(open_one(npz(tmp_path, x_train=zeros, y_train=np.zeros(2000, int)))) == 2000  # as it says
     few = np.random.default_rng(0).integers(0, 2, zeros.shape, np.uint8)
@@ -187,13 +189,16 @@ def test_what_unpacks_to_more_than_the_file_may_hold_is_refused(tmp_path, monkey
 def test_what_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
     assert memory.physical() is None or memory.physical() > 1 << 30
     monkeypatch.setattr(memory, "physical", lambda: 400)
-    with pytest.raises(UserError, match=r"data.npz takes 4\d\d bytes of memory, and this machine has 400 bytes"):
+    with pytest.raises(UserError, match=r"data.npz needs 4\d\d bytes of memory, but this machine has 400 bytes"):
         sources.open_splits(npz(tmp_path, x_train=X, y_train=Y))
 
 
 def test_a_zip_that_lies_of_its_sizes_is_refused(tmp_path):
     path = tmp_path / "data.npz"
-    for method, fragment in ((zipfile.ZIP_BZIP2, "in an unusual way"), (zipfile.ZIP_LZMA, "in an unusual way")):
+    for method, fragment in (
+        (zipfile.ZIP_BZIP2, "neither stored nor deflated"),
+        (zipfile.ZIP_LZMA, "neither stored nor deflated"),
+    ):
         raw(tmp_path, {"x_train": bytes(1000), "y_train": bytes(10)}, method)
         with pytest.raises(UserError, match=fragment):
             sources.open_splits(f"arrays({str(path)!r})")
@@ -214,5 +219,5 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path):
     """Opening a named pipe waits for a writer, for ever."""
     os.mkfifo(tmp_path / "data.npz")
     for path in (tmp_path / "data.npz", "/dev/zero"):
-        with pytest.raises(UserError, match="it is no regular file"):
+        with pytest.raises(UserError, match="it is not a regular file"):
             sources.open_splits(f"arrays({str(path)!r})")

@@ -171,5 +171,5 @@ def to_float(image):
 
 def test_a_users_host_op_that_does_not_give_uint8_is_refused():
     """Kept as uint8, values in [0, 1] would all become 0."""
-    with pytest.raises(UserError, match=r"gives float32\[9, 8, 1\]; host ops give uint8"):
+    with pytest.raises(UserError, match=r"returns float32\[9, 8, 1\]; host ops must return uint8"):
         stream.Images(fake(), f"decode(1)|{__name__}:to_float")

@@ -57,7 +57,7 @@ def test_counts_from_labels(split):
     assert counts.sum() == len(places)
 
 
-def test_counts_by_one_pass_over_what_has_no_labels_at_hand():
+def test_counts_by_one_pass_over_what_has_no_known_labels():
     base = {"train": Encoded(2501), "more": Encoded(6)}
     assert sources.class_counts(base["train"]).tolist() == [1251, 1250, 0]
     assert base["train"].seen == list(range(2501))
@@ -96,7 +96,7 @@ def test_a_run_records_the_counts_and_is_evaluated_without_its_training_data(tmp
 
 @pytest.mark.thorough
 def test_a_class_without_examples_is_named(tmp_path, capsys):
-    for split, message in (("train[:2]", "no example of 2, 3 is trained on"), ("train", "")):
+    for split, message in (("train[:2]", "the training split has no example of 2, 3"), ("train", "")):
         flags = ["--config.data.source=fake(64, (6, 6, 1), 4)", f"--config.data.train={split}", *FLAGS]
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         status = launch.main([f"--workdir={tmp_path / 'run'}", *flags, "--config.loss=focal(class_weights='balanced')"])

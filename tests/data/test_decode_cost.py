@@ -36,12 +36,12 @@ def png(chunk, times):
 
 
 @pytest.mark.parametrize(("data", "words"), [
-    (jpeg(501, 8), "the JPEG image has 501 scans, and one of 64 pixels may have 500"),
-    (jpeg(300, 2000), "has 300 scans, and one of 4,000,000 pixels may have 268"),
-    (png((b"iCCP", b"a\0\0" + zlib.compress(bytes(1_000_000), 9)), 3000), "more than 16 colour profiles"),
+    (jpeg(501, 8), "the JPEG image has 501 scans, but one of 64 pixels may have 500"),
+    (jpeg(300, 2000), "has 300 scans, but one of 4,000,000 pixels may have 268"),
+    (png((b"iCCP", b"a\0\0" + zlib.compress(bytes(1_000_000), 9)), 3000), "more than 16 color profiles"),
     (b"P3\n8 8 255\n" + b"#\n" * 2_000_000 + b"1 " * 192, "more than 1,000 comments"),
-    (b"P2\n5000 5000 255\n" + b"1 " * 25_000_000, "25,000,000 numbers in a form that is slow to read"),
-    (b"P6\n3000 2000 100\n" + bytes(18_000_000), "18,000,000 numbers in a form that is slow to read"),
+    (b"P2\n5000 5000 255\n" + b"1 " * 25_000_000, "25,000,000 values in a form that is slow to read"),
+    (b"P6\n3000 2000 100\n" + bytes(18_000_000), "18,000,000 values in a form that is slow to read"),
 ], ids=["scans", "large scans", "profiles", "comments", "plain", "other range"])  # fmt: skip
 def test_a_file_that_takes_minutes(data, words):
     begun = time.process_time()
@@ -84,7 +84,7 @@ def test_a_limit_is_of_one_thread_and_ends():
 def test_large_images_are_decoded_one_after_the_other(monkeypatch, form, most):
     """By any threads: so their memory does not add up. Small images do not wait for them."""
     monkeypatch.setattr(decode_cost, "_LARGE", 100)
-    monkeypatch.setattr(decode_cost, "_AT_ONCE", 2 * 900)
+    monkeypatch.setattr(decode_cost, "_MAX_DECODING", 2 * 900)
     loaded, lock, together = decode.ImageOps.exif_transpose, threading.Lock(), []
     now = {"large": 0}
 
@@ -103,8 +103,8 @@ def test_large_images_are_decoded_one_after_the_other(monkeypatch, form, most):
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         shapes = {image.shape for image in pool.map(decode.decode, [large] * 6)}
     assert (shapes, max(together)) == ({(30, 30, 3)}, most)
-    with decode_cost.turn(Image.new("RGB", (60, 60))):  # as large as can be, by one alone
+    with decode_cost.memory_slot(Image.new("RGB", (60, 60))):  # as large as can be, by one alone
         assert decode.decode(small).shape == (7, 7, 3)
     with pytest.raises(UserError):
         decode.decode(large[: len(large) // 2])
-    assert not decode_cost._large  # an image that does not decode leaves its room
+    assert not decode_cost._decoding  # an image that does not decode leaves its room

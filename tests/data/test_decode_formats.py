@@ -32,7 +32,7 @@ def test_no_other_program_is_run(monkeypatch):
     with pytest.raises(AssertionError, match="a program was called"):
         Image.open(io.BytesIO(EPS)).load()
     for formats in (decode.FORMATS, ("JPEG", "TGA")):
-        with pytest.raises(UserError, match=r"not in an image format that is read here \(JPEG, "):
+        with pytest.raises(UserError, match=r"in none of the formats JPEG, "):
             decode.decode(EPS, 3, formats)
     with pytest.raises(UserError, match="an EPS image is a program that Ghostscript runs"):
         decode.decode(EPS, 3, ("JPEG", "eps"))
@@ -49,13 +49,13 @@ def test_another_format_is_named_in_the_config():
     pixels = noise(12, 9, 3)
     ops, _ = decode.build("decode(3, formats=('jpeg', 'TGA'))|resize(6)")
     assert ops(encode(pixels, "TGA"), 0, 0).shape == (6, 6, 3)
-    with pytest.raises(UserError, match="not in an image format that is read here"):
+    with pytest.raises(UserError, match="in none of the formats"):
         decode.decode(encode(pixels, "PCX"))
     np.testing.assert_array_equal(decode.decode(encode(pixels, "PCX"), formats=("PCX",)), pixels)
     with pytest.raises(UserError, match=r"unknown image format 'JPG': did you mean .*'JPEG"):
         decode.decode(EPS, formats=("JPG",))
     for formats in ("JPEG", (), (3,), None, 3):
-        with pytest.raises(UserError, match="formats is a tuple of names"):
+        with pytest.raises(UserError, match="must be a tuple of names"):
             decode.decode(EPS, formats=formats)
 
 
@@ -98,7 +98,7 @@ def test_a_webp_image_takes_twice_the_memory(monkeypatch):
 @pytest.mark.parametrize("size", [(60_000_000, 1), (1, 60_000_000)])
 def test_an_image_of_too_long_a_side(size):
     """Pillow would hold a pointer for each row, and tabulate weights for each pixel of a side."""
-    words = f"the image has {size[0]:,} by {size[1]:,} pixels, and a side at most 1,048,576; crop it"
+    words = f"the image has {size[0]:,} by {size[1]:,} pixels, but a side may have 1,048,576; crop it"
     with pytest.raises(UserError, match=f"^{words}$"):
         decode.decode(bomb(*size))
 
@@ -113,20 +113,20 @@ def test_a_tiff_image_whose_tiles_fill_the_memory():
 
 
 @pytest.mark.parametrize(("size", "ops", "words"), [
-    ((1, 1_000_000), "resize_small(72)|central_crop(64)", "1 by 1,000,000 to 72 by 72,000,000 pixels takes 45.2 GB"),
+    ((1, 1_000_000), "resize_small(72)|central_crop(64)", "1 by 1,000,000 to 72 by 72,000,000 pixels needs 45.2 GB"),
     ((1_000_000, 1), "resize_small(72, like='torchvision')|central_crop(64)", "to 72,000,000 by 72 pixels"),
     ((1, 1_000_000), "resize_small(256, method='area')", "to 256 by 256,000,000 pixels"),
-    ((1_000_000, 1), "resize(4000, method='lanczos')", "1,000,000 by 1 to 4,000 by 4,000 pixels takes 16.2 GB"),
-    ((8, 8), "resize(100_000)", "to 100,000 by 100,000 pixels takes 80 GB"),
-    ((8, 8), "inception_crop(100_000)", "to 100,000 by 100,000 pixels takes 80 GB"),
-    ((8, 8), "random_resized_crop(100_000)", "to 100,000 by 100,000 pixels takes 80 GB"),
+    ((1_000_000, 1), "resize(4000, method='lanczos')", "1,000,000 by 1 to 4,000 by 4,000 pixels needs 16.2 GB"),
+    ((8, 8), "resize(100_000)", "to 100,000 by 100,000 pixels needs 80 GB"),
+    ((8, 8), "inception_crop(100_000)", "to 100,000 by 100,000 pixels needs 80 GB"),
+    ((8, 8), "random_resized_crop(100_000)", "to 100,000 by 100,000 pixels needs 80 GB"),
 ])  # fmt: skip
 def test_an_op_that_would_take_too_much_memory(size, ops, words):
     """A file of 2 kB can fill any machine: it is refused before memory is taken."""
     apply, _ = decode.build(f"decode(1)|{ops}")
     name = "resize_small" if "small" in ops else "resize"
     with pytest.raises(
-        UserError, match=rf"^{name} from .*{words}.*, and a host op at most 537 MB; crop the image first$"
+        UserError, match=rf"^{name} from .*{words}.*, but a host op may take 537 MB; crop the image first$"
     ):
         apply(encode(np.zeros((*size, 1), np.uint8), "PNG"), 0, 0)
 
@@ -154,7 +154,7 @@ def test_the_mean_over_areas_takes_memory_for_a_part_at_a_time():
 
 def test_want_of_memory_is_a_sentence():
     apply, _ = decode.build(f"decode(3)|{__name__}:greedy")
-    with pytest.raises(UserError, match=f"^{__name__}:greedy takes more memory than there is$"):
+    with pytest.raises(UserError, match=f"^{__name__}:greedy runs out of memory"):
         apply(noise(4, 4, 3), 0, 0)
 
 
@@ -174,7 +174,7 @@ def test_16_bits_of_a_signed_kind():
 def test_a_file_longer_than_any_image(tmp_path):
     with (tmp_path / "x.png").open("wb") as file:
         file.truncate(1 << 30)
-    with pytest.raises(UserError, match="the file has 1,073,741,824 bytes, and an image at most 536,870,912"):
+    with pytest.raises(UserError, match="the file has 1,073,741,824 bytes, but an image may have 536,870,912"):
         decode.read_file(tmp_path / "x.png")
 
 
@@ -197,7 +197,7 @@ def test_a_warning_names_the_image(caplog):
 
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("default")
-        named_warnings.to_log()
+        named_warnings.install()
         images = stream.Images(sources.SplitSource(((Source(), 0, 3),)), "decode(1)")
         images.read(np.arange(3), np.arange(3))
     assert {message.split(": ")[0] for message in caplog.messages} == {"cat/1.png", "cat/2.png"}

@@ -35,8 +35,8 @@ def darker(image, by=2):
 ])  # fmt: skip
 def test_an_empty_key_follows_preprocess(preprocess, expected):
     """With the same shape, for an image of any shape, and nothing drawn."""
-    assert decode.for_evaluation("", preprocess) == expected
-    assert decode.for_evaluation(expected, preprocess) == expected
+    assert decode.evaluation_spec("", preprocess) == expected
+    assert decode.evaluation_spec(expected, preprocess) == expected
     ops, random = decode.build(expected)
     assert not random
     train, _ = decode.build(preprocess)
@@ -48,15 +48,15 @@ def test_an_empty_key_follows_preprocess(preprocess, expected):
 
 @pytest.mark.parametrize(("evaluation", "preprocess", "words"), [
     ("decode(1)|random_resized_crop(8)", "decode(1)|resize(8)",
-     "preprocess_eval='decode(1)|random_resized_crop(8)': random_resized_crop draws at random, but "
-     "evaluation must not; write resize_small(9)|central_crop(8) instead"),
-    ("", f"decode(1)|{__name__}:noisy", f"preprocess='decode(1)|{__name__}:noisy': {__name__}:noisy draws at random, "
-     "but evaluation must not; set preprocess_eval to host ops that draw nothing"),
-    (f"decode(1)|{__name__}:noisy", "decode(1)", "set preprocess_eval to host ops that draw nothing"),
+     "preprocess_eval='decode(1)|random_resized_crop(8)': random_resized_crop is random, but "
+     "evaluation must be deterministic; write resize_small(9)|central_crop(8) instead"),
+    ("", f"decode(1)|{__name__}:noisy", f"preprocess='decode(1)|{__name__}:noisy': {__name__}:noisy is random, "
+     "but evaluation must be deterministic; set preprocess_eval to deterministic host ops"),
+    (f"decode(1)|{__name__}:noisy", "decode(1)", "set preprocess_eval to deterministic host ops"),
 ])  # fmt: skip
 def test_what_cannot_be_replaced_is_refused(evaluation, preprocess, words):
     with pytest.raises(UserError) as e:
-        decode.for_evaluation(evaluation, preprocess)
+        decode.evaluation_spec(evaluation, preprocess)
     assert words in str(e.value)
 
 

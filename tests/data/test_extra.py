@@ -34,7 +34,7 @@ def config(fake_config):
 
 def opened(config):
     base = sources.open_data(config)
-    return stream.as_trained(sources.take_split(base, config.data.train), config, base)
+    return stream.train_images(sources.take_split(base, config.data.train), config, base)
 
 
 def spec_of(config, **changes):
@@ -121,13 +121,13 @@ def test_programs_know_the_shapes_and_the_record_holds_them(config, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "text", "message"), [
-    ("label", "train", "data.extra.label: a batch has something else called 'label'; give the stream another name"),
+    ("label", "train", "data.extra.label: batches use this name for something else; rename the stream"),
     ("a-b", "train", "data.extra.a-b: it must be a Python name"),
     ("more", "", "data.extra.more='' names no source; write"),
     ("more", "train|batch_size(12)", "data.extra.more: batch_size=12 is not divisible by the 8 devices"),
     ("more", "train|batch_size(0)", "batch_size must be 1 or more"),
     ("more", "train|batch_size('8')", "write batch_size(256), not batch_size('8')"),
-    ("more", "train|batch_size(8)|batch_size(8)", "batch_size is given twice"),
+    ("more", "train|batch_size(8)|batch_size(8)", "batch_size occurs twice"),
     ("more", "train|batchsize(8)", "unknown option 'batchsize': did you mean 'batch_size'"),
     ("more", "train|sampling('balance')", "unknown sampling 'balance': did you mean 'balanced'"),
     ("more", "train|preprocess", "write preprocess('decode(3)|resize(32)'), not preprocess"),
@@ -157,7 +157,7 @@ def test_a_stream_that_cannot_be_opened_is_named(config, text, message):
 
 def test_device_placement_refuses_random_host_ops_of_a_further_stream(config):
     config.data.extra.held = "train|preprocess('decode(1)|random_resized_crop(6)')"
-    with pytest.raises(UserError, match=r"preprocess='decode\(1\)\|random_resized_crop\(6\)' draws at random"):
+    with pytest.raises(UserError, match=r"preprocess='decode\(1\)\|random_resized_crop\(6\)' is random"):
         next(placement.train_chunks("device", opened(config), spec_of(config), [range(1)], 1, sharding.make_mesh()))
 
 

@@ -207,7 +207,7 @@ def test_a_missing_directory_is_named_with_the_working_directory(tmp_path, monke
 def test_an_empty_class_folder_is_named(flat):
     (flat / "fox").mkdir()
     (flat / "fox" / ".keep").write_text("")
-    with pytest.raises(UserError, match="fox holds no images; add some or remove it"):
+    with pytest.raises(UserError, match="fox has no images; add some or remove it"):
         folder(str(flat))
 
 
@@ -239,11 +239,11 @@ def test_a_long_listing_says_how_far_it_is(flat, monkeypatch, caplog):
 
 
 def test_two_classes_at_least(tmp_path):
-    with pytest.raises(UserError, match="holds 0 class folders; expected at least two"):
+    with pytest.raises(UserError, match="has 0 class folders; make one per class"):
         folder(str(tmp_path))
     write(tmp_path / "cat" / "1.png")
     write(tmp_path / "loose.png")
-    with pytest.raises(UserError, match="holds 1 class folders; expected at least two"):
+    with pytest.raises(UserError, match="has 1 class folders; make one per class"):
         folder(str(tmp_path))
 
 

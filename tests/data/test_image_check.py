@@ -69,14 +69,14 @@ def test_skipping_gives_the_source_of_the_files_that_are_left(flat, broken, capl
 def test_a_class_of_which_nothing_is_left(flat):
     for file in (flat / "dog").iterdir():
         file.write_bytes(b"")
-    with pytest.raises(UserError, match=r"class folder .*dog holds no readable image; add some or remove it"):
+    with pytest.raises(UserError, match=r"class folder .*dog has no readable image; add some or remove it"):
         folder(str(flat), unreadable="skip")
 
 
 def test_a_list_that_cannot_be_written_is_said(flat, broken, monkeypatch, tmp_path):
     (tmp_path / "cache").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match="4 more; their list could not be written"):
+    with pytest.raises(UserError, match="4 more; the cache folder is not writable"):
         folder(str(flat))
 
 
@@ -106,7 +106,7 @@ def test_of_a_big_folder_headers_and_ends_are_read(tmp_path, big, kind):
     for _ in range(2):  # the second time from memory
         assert list(unreadable(tmp_path, stamps)) == [f"cat/{i}.{kind}" for i in (3, 5, 6)]
     assert len(big) == 3  # only what looks wrong is decoded
-    assert list(unreadable(tmp_path, stamps, whole=True)) == [f"cat/{i}.{kind}" for i in (3, 5, 6)]
+    assert list(unreadable(tmp_path, stamps, decode_all=True)) == [f"cat/{i}.{kind}" for i in (3, 5, 6)]
     assert len(big) == 3 + 5  # and now the others
     unreadable(tmp_path, stamps)
     assert len(big) == 3 + 5
@@ -142,7 +142,7 @@ def test_damage_in_the_middle_is_named_in_training_and_left_out_by_skip(flat, bi
     with pytest.raises(UserError) as e:
         list(stream.eval_batches(stream.Images(sources.take_split({"train": source}, "train[:]"), "decode(3)"), 4))
     assert str(e.value).startswith(f"{file}: the image does not decode")
-    assert str(e.value).endswith("leave out all such files by --config.data.unreadable=skip in a new --workdir")
+    assert str(e.value).endswith("skip all such files by --config.data.unreadable=skip in a new --workdir")
     assert folder(str(flat), unreadable="skip")["train"].left_out == (str(file),)
 
 
@@ -163,9 +163,9 @@ def test_what_was_checked_before_an_interruption_is_remembered(flat, big, monkey
             patch.setattr(image_check, "_SAVE_SECONDS", -1.0)
             patch.setattr(image_check.concurrent.futures, "ThreadPoolExecutor", Unending)
         with pytest.raises(KeyboardInterrupt):
-            unreadable(flat, stamps, whole=True)
+            unreadable(flat, stamps, decode_all=True)
     big.clear()
-    unreadable(flat, stamps, whole=True)
+    unreadable(flat, stamps, decode_all=True)
     assert len(big) == (8 if saving == "at the end" else 9)  # that of the fourth came after the last saving
 
 
@@ -183,9 +183,9 @@ def stop_after(count, results):
 
 def test_another_version_of_pillow_checks_again(flat, big, monkeypatch):
     stamps = image_files.find(flat).images
-    unreadable(flat, stamps, whole=True)
+    unreadable(flat, stamps, decode_all=True)
     monkeypatch.setattr(image_check.PIL, "__version__", "0")
-    unreadable(flat, stamps, whole=True)
+    unreadable(flat, stamps, decode_all=True)
     assert len(big) == 24
 
 
@@ -236,7 +236,7 @@ def test_formats_that_the_host_ops_name(flat):
     config.preprocess = "decode(3, formats=('PNG', 'tga'))"
     assert "cat/x.tga" in sources.open_data(config)["train"].files
     config.preprocess = "decode(3)"
-    with pytest.raises(UserError, match=r"cat/x\.tga .*not in an image format that is read here \(JPEG, "):
+    with pytest.raises(UserError, match=r"cat/x\.tga .*in none of the formats JPEG, "):
         sources.open_data(config)
     config.preprocess_eval = "decode(3, formats=('TGA',))"
     assert "cat/x.tga" in sources.open_data(config)["train"].files

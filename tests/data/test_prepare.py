@@ -93,7 +93,7 @@ def test_an_example_without_a_label_is_named(tiny):
     ("fashion_mnits", "did you mean 'fashion_mnist'"),
     ("tiny_pictures:9.9.9", "cannot be loaded at version 9.9.9"),
     ("a b", "TFDS data set 'a b'"),
-    ("tiny_pairs", "holds ['a', 'b']; image classification needs image and label"),
+    ("tiny_pairs", "has ['a', 'b']; image classification needs image and label"),
     ("tiny_ages", "expected a ClassLabel"),
 ])  # fmt: skip
 def test_tfds_names_that_cannot_be_used(tmp_path, name, message):

@@ -71,7 +71,7 @@ def test_central_crop():
     np.testing.assert_array_equal(central_crop(image, 5), image[1:6, 2:7])  # of the odd margin 3, 1 is above
     np.testing.assert_array_equal(central_crop(image, 8, 9), image)
     for height, width in ((9, 4), (4, 10)):
-        with pytest.raises(UserError, match=rf"central_crop\({height}, {width}\) of an image of 8 by 9"):
+        with pytest.raises(UserError, match=rf"central_crop\({height}, {width}\): the image has only 8 by 9 pixels"):
             central_crop(image, height, width)
 
 

@@ -56,7 +56,7 @@ SPECS = ["permutation", "balanced", "weighted", "weighted('F/weights.npy')", "re
 
 def build(text, files=None, given=None, batch_size=8):
     given = given or source(weights=WEIGHTS)
-    return sampling.build(text.replace("F/", f"{files}/"), sampling.Given(given, batch_size))
+    return sampling.build(text.replace("F/", f"{files}/"), sampling.Context(given, batch_size))
 
 
 @pytest.mark.parametrize("text", SPECS)
@@ -218,33 +218,33 @@ def changed(i, value):
 
 @pytest.mark.parametrize(("text", "numbers", "message"), [
     ("balancd", None, "unknown sampling 'balancd': did you mean 'balanced'"),
-    ("repeated(0)", None, "times=0 must be a whole number from 1 on"),
+    ("repeated(0)", None, "times=0 must be a whole number of 1 or more"),
     ("weighted", None, "data.source has no weights; name a file of numbers, such as 'weights.npy'"),
     ("weighted('age')", None, "data.source has no column 'age'; name a file of numbers"),
     ("weighted('none.npy')", None, "cannot read 'none.npy' as a .npy or .npz file"),
     ("weighted('F')", WEIGHTS[:-1], "holds float64[59]; expected a real number for each of the 60 examples of the"),
     ("weighted('F')", WEIGHTS[:, None], "holds float64[60, 1]; expected a real number for each of the 60"),
-    ("weighted('F')", changed(7, np.nan), "is nan for example 7; expected finite numbers"),
-    ("weighted('F')", changed(7, np.inf), "is inf for example 7; expected finite numbers"),
-    ("weighted('F')", changed(7, -1), "is -1.0 for example 7; a weight is 0 or more"),
-    ("weighted('F')", np.zeros(N), "adds up to 0.0; at least one weight must be above 0"),
-    ("weighted('F')", np.full(N, 1e308), "adds up to inf; at least one weight must be above 0, and their"),
+    ("weighted('F')", changed(7, np.nan), "the value of example 7 is nan; it must be finite"),
+    ("weighted('F')", changed(7, np.inf), "the value of example 7 is inf; it must be finite"),
+    ("weighted('F')", changed(7, -1), "the weight of example 7 is -1.0; it must be 0 or more"),
+    ("weighted('F')", np.zeros(N), "the weights sum to 0.0; the sum must be above 0"),
+    ("weighted('F')", np.full(N, 1e308), "the weights sum to inf; the sum must be above 0 and"),
     ("weighted('F')", np.array(list("ab") * 30), "holds <U1[60]; expected a real number for each"),
     ("weighted('F')", np.array([{}], object), "as a .npy or .npz file"),
-    ("subset('F')", np.array([3, 60]), "holds the id 60, and the split has 60 examples, 0 to 59"),
-    ("subset('F')", np.array([3, -1]), "holds the id -1, and the split has 60 examples"),
-    ("subset('F')", np.array([3, 4, 3]), "holds the id 3 more than once; use weighted"),
+    ("subset('F')", np.array([3, 60]), "has the id 60, but the split has 60 examples, 0 to 59"),
+    ("subset('F')", np.array([3, -1]), "has the id -1, but the split has 60 examples"),
+    ("subset('F')", np.array([3, 4, 3]), "has the id 3 more than once; use weighted"),
     ("subset('F')", np.array([], int), "holds int64[0]; expected whole numbers [m], m above 0"),
     ("subset('F')", np.array([1.0]), "holds float64[1]; expected whole numbers [m]"),
-    ("curriculum('F')", changed(7, np.nan), "is nan for example 7"),
+    ("curriculum('F')", changed(7, np.nan), "the value of example 7 is nan"),
     ("curriculum('F', start=0)", WEIGHTS, "start=0 must be above 0 and at most 1"),
     ("curriculum('F', increase=1)", WEIGHTS, "increase=1 above 1"),
     ("curriculum('F', every='')", WEIGHTS, "every='' must be a duration"),
     ("curriculum('F', every='10%')", WEIGHTS, "every='10%' is not a duration"),
-    (f"{__name__}:floats", None, "gives float64[128] for 128 positions; expected a whole number for each"),
-    (f"{__name__}:too_large", None, "gives the id 60 at position 60, and the split has 60 examples, 0 to 59"),
-    (f"{__name__}:by_batch", None, "an id must follow from the key and its position alone"),
-    (f"{__name__}:with_state", None, "an id must follow from the key and its position alone"),
+    (f"{__name__}:floats", None, "returns float64[128] for 128 positions; return a whole number for each"),
+    (f"{__name__}:too_large", None, "returns the id 60 at position 60, but the split has 60 examples, 0 to 59"),
+    (f"{__name__}:by_batch", None, "an id must depend only on the key and its position"),
+    (f"{__name__}:with_state", None, "an id must depend only on the key and its position"),
     (f"{__name__}:nothing", None, "unknown name in module"),
 ])  # fmt: skip
 def test_a_mistake_is_one_sentence(tmp_path, text, numbers, message):
@@ -252,7 +252,7 @@ def test_a_mistake_is_one_sentence(tmp_path, text, numbers, message):
         np.save(tmp_path / "numbers.npy", numbers)
     text = text.replace("'F'", repr(str(tmp_path / "numbers.npy")))
     with pytest.raises(UserError) as e:
-        sampling.build(text, sampling.Given(source(), 8), "data.extra.more")
+        sampling.build(text, sampling.Context(source(), 8), "data.extra.more")
     assert message in str(e.value)
     assert "\n" not in str(e.value)
     assert str(e.value).startswith(f"data.extra.more={text!r}") or "unknown" in message
@@ -261,7 +261,7 @@ def test_a_mistake_is_one_sentence(tmp_path, text, numbers, message):
 def test_balancing_needs_labels():
     targets = sources.ArraySource(X, None, ("t",), np.zeros((N, 1), np.float32))
     with pytest.raises(
-        UserError, match=r"data.sampling='balanced': balancing needs labels, and data.source gives targets"
+        UserError, match=r"data.sampling='balanced': balanced needs labels, but data.source has targets"
     ):
         build("balanced", given=targets)
 

@@ -54,7 +54,7 @@ def test_splits_resolve_as_tfds_resolves_them(text, small, large):
     except ValueError:
         expected = None  # outside of the split, which TFDS refuses
     if expected is None or any(start >= stop for _, start, stop in expected):
-        with pytest.raises(UserError, match=r"reaches outside|holds no example"):
+        with pytest.raises(UserError, match=r"reaches beyond|has no examples"):
             splits.resolve(text, sizes)
     else:
         assert [(p.name, p.start, p.stop) for p in splits.resolve(text, sizes)] == expected
@@ -81,11 +81,11 @@ def test_split_examples(text, parts):
     ("train[1:2:3]", "does not parse"), ("train[a:]", "does not parse"), ("train[:2.5]", "does not parse"),
     ("train+", "does not parse"), ("train[:1shard]", "does not parse"), ("train train", "does not parse"),
     ("trian", "unknown split 'trian': did you mean 'train'? allowed: empty, test, train"),
-    ("train[10:10]", "'train[10:10]' holds no example; 'train' has 1000"),
-    ("train[20:10]", "holds no example"), ("train[-0%:0%]", "holds no example"), ("empty", "holds no example"),
-    ("test[-1%:]", "holds no example"),
-    ("train[:1001]", "'train[:1001]' reaches outside of the 1000 examples"), ("train[:101%]", "reaches outside"),
-    ("train[-1001:]", "reaches outside"), ("train[10:50%]", "mixes a number with a percentage"),
+    ("train[10:10]", "'train[10:10]' has no examples; 'train' has 1000"),
+    ("train[20:10]", "has no examples"), ("train[-0%:0%]", "has no examples"), ("empty", "has no examples"),
+    ("test[-1%:]", "has no examples"),
+    ("train[:1001]", "'train[:1001]' reaches beyond the 1000 examples"), ("train[:101%]", "reaches beyond"),
+    ("train[-1001:]", "reaches beyond"), ("train[10:50%]", "mixes a number with a percentage"),
 ])  # fmt: skip
 def test_split_mistakes_are_told(text, message):
     with pytest.raises(UserError) as e:
@@ -94,13 +94,13 @@ def test_split_mistakes_are_told(text, message):
 
 
 @pytest.mark.parametrize(("train", "evals", "said"), [
-    ("train", {"test": "test"}, "trained on: train (80); evaluated: test = test (20)"),
-    ("train[:90%]", {"test": "train[90%:]"}, "trained on: train[:90%] (72); evaluated: test = train[90%:] (8); "
+    ("train", {"test": "test"}, "training on train (80); evaluating on test = test (20)"),
+    ("train[:90%]", {"test": "train[90%:]"}, "training on train[:90%] (72); evaluating on test = train[90%:] (8); "
      "not used: 20 of the 20 examples of test"),
-    ("train[:10]+train[5:20]", {}, "trained on: train[:10]+train[5:20] (25); "
+    ("train[:10]+train[5:20]", {}, "training on train[:10]+train[5:20] (25); "
      "not used: 60 of the 80 examples of train, 20 of the 20 examples of test"),
-    ("train+test", {"other": "folder('x')/test"}, "trained on: train+test (100); "
-     "evaluated: other = folder('x')/test"),
+    ("train+test", {"other": "folder('x')/test"}, "training on train+test (100); "
+     "evaluating on other = folder('x')/test"),
 ])  # fmt: skip
 def test_what_serves_what(train, evals, said):
     assert splits.describe(train, evals, {"train": 80, "test": 20}) == said

@@ -131,7 +131,7 @@ def test_the_fingerprint_covers_the_table_and_the_files(images):
     (ROWS, {"label": "lable"}, "unknown column 'lable': did you mean 'label'"),
     (ROWS, {"targets": ("agee",)}, "unknown column 'agee': did you mean 'age'"),
     (ROWS, {"targets": ("age", "age")}, "names a column twice"),
-    (ROWS, {"targets": ("age",), "label": "label"}, "label and targets are both given"),
+    (ROWS, {"targets": ("age",), "label": "label"}, "label and targets are both set"),
     (ROWS, {"targets": ("label",)}, "line 2: the column 'label' holds 'cat', not a number"),
     ([ROWS[0], ROWS[1] | {"age": ""}], {"targets": ("age",)}, "line 3: the column 'age' holds nothing, not a num"),
     ([ROWS[0], ROWS[1] | {"age": "nan"}], {"targets": ("tall", "age")}, "line 3: target 1 is nan; targets must"),
@@ -140,15 +140,15 @@ def test_the_fingerprint_covers_the_table_and_the_files(images):
     ([ROWS[0], ROWS[1] | {"split": ""}], {}, "line 3: the column 'split' is empty; it must hold the split, or"),
     ([ROWS[0], ROWS[1] | {"split": "a/b"}], {}, "line 3: the split 'a/b': allowed are letters"),
     ([ROWS[0], ROWS[1] | {"path": ""}], {}, "line 3: the column 'path' is empty; it must hold the file"),
-    ([ROWS[0], ROWS[1] | {"path": "../b/1.png"}], {}, "line 3: '../b/1.png' leads out of the root"),
-    ([ROWS[0], ROWS[1] | {"path": "b/../../x"}], {}, "line 3: 'b/../../x' leads out of the root"),
-    ([ROWS[0], ROWS[1] | {"path": "gs://b/1.png"}], {}, "line 3: 'gs://b/1.png' is no file on this machine"),
+    ([ROWS[0], ROWS[1] | {"path": "../b/1.png"}], {}, "line 3: '../b/1.png' leaves the root"),
+    ([ROWS[0], ROWS[1] | {"path": "b/../../x"}], {}, "line 3: 'b/../../x' leaves the root"),
+    ([ROWS[0], ROWS[1] | {"path": "gs://b/1.png"}], {}, "line 3: 'gs://b/1.png' is not a file on this machine"),
     (ROWS[:1], {}, "has 1 classes"),
     (ROWS, {"classes": ("cat", "dog")}, "line 4: the label 'emu' is not among classes=('cat', 'dog')"),
     (ROWS, {"classes": ("cat", "dog", "emu", "cat")}, "has 3 classes, 4 with repetitions"),
-    (ROWS, {"root": "nowhere"}, "root='nowhere' is no directory"),
+    (ROWS, {"root": "nowhere"}, "root='nowhere' is not a directory"),
     (ROWS, {"root": "/"}, "none of the 12 files that"),
-    ([row | {"path": f"x{row['path']}"} for row in ROWS], {}, "such as 'xa/0.png'; name the folder that they are"),
+    ([row | {"path": f"x{row['path']}"} for row in ROWS], {}, "such as 'xa/0.png'; name their folder"),
 ])  # fmt: skip
 def test_what_a_table_lacks_is_said_in_one_sentence(images, rows, options, message):
     with pytest.raises(UserError) as e:
@@ -160,11 +160,11 @@ def test_what_a_table_lacks_is_said_in_one_sentence(images, rows, options, messa
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("t.csv", b"", "has no rows"),
     ("t.csv", b"path,label\n", "has no rows"),
-    ("t.csv", b"path,label\na/0.png,cat,1\n", r"line 2 has 3 fields, and the header 2; they are separated by ','"),
+    ("t.csv", b"path,label\na/0.png,cat,1\n", r"line 2 has 3 fields, but the header has 2; separate them by ','"),
     ("t.csv", b"path;label\na/0.png;cat\n", r"has the columns 'path;label'; name the one"),
-    ("t.csv", b"path,path,label\na,b,c\n", r"has two columns of one name"),
-    ("t.csv", b"path,label\n\xff,cat\n", r"cannot read .* as text in UTF-8"),
-    ("t.csv", b'path,label\n"a,cat\n', r"cannot read .* as text in UTF-8"),
+    ("t.csv", b"path,path,label\na,b,c\n", r"has two columns with the same name"),
+    ("t.csv", b"path,label\n\xff,cat\n", r"cannot read .* as UTF-8 text"),
+    ("t.csv", b'path,label\n"a,cat\n', r"cannot read .* as UTF-8 text"),
     ("t.csv", b"path,label\n" + b"a" * 200_000 + b",cat\n", r"cannot read .* field larger than"),
     ("t.xlsx", b"", r"must be a \.csv, \.tsv or \.parquet file"),
     ("t.parquet", b"PAR1", r"cannot read .* as Parquet"),
@@ -185,7 +185,7 @@ def test_no_file_a_bucket_and_no_pyarrow(tmp_path, monkeypatch):
         table("s3://bucket/t.csv")
     (tmp_path / "t.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"pyarrow reads Parquet and is not installed; install it by `uv sync --extra"):
+    with pytest.raises(UserError, match=r"needs pyarrow, which is not installed; run `uv sync --extra"):
         table(str(tmp_path / "t.parquet"))
 
 
@@ -197,9 +197,7 @@ def test_broken_and_missing_files_are_listed_at_the_start(images):
     broken[3].unlink()
     broken[3].mkdir()
     file = write_csv(images / "t.csv")
-    with pytest.raises(
-        UserError, match=r"table: not a readable image: .* and 1 more; all are listed in (.*); rep"
-    ) as e:
+    with pytest.raises(UserError, match=r"table: unreadable image: .* and 1 more; all are listed in (.*); rep") as e:
         table(file)
     listed = Path(str(e.value).partition("listed in ")[2].partition(";")[0]).read_text()
     assert [line.split("\t")[0] for line in listed.splitlines()] == sorted(map(str, broken))
@@ -207,7 +205,7 @@ def test_broken_and_missing_files_are_listed_at_the_start(images):
     kept = table(file, unreadable="skip")
     assert seen(kept["train"]) == {i: i % 3 for i in range(4, 9)}
     assert sources.left_out(kept) == sorted(map(str, broken))
-    with pytest.raises(UserError, match=r"not a readable image"):
+    with pytest.raises(UserError, match=r"unreadable image"):
         table(file, host_ops=("decode(3)",))
 
 
@@ -230,6 +228,6 @@ def test_a_file_of_two_splits_is_warned_of(images, caplog):
     assert {name: len(source) for name, source in base.items()} == {"train": 10, "val": 1, "test": 4}
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == 3
-    assert "split train has 10 rows of 9 different files" in warnings[0]
+    assert "split train has 10 rows for 9 distinct files" in warnings[0]
     assert "splits train and val share 1 of their files" in warnings[1]
     assert "splits train and test share 1 of their files" in warnings[2]

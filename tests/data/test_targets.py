@@ -185,12 +185,12 @@ LABELS = np.arange(N, dtype=np.int32) % 3
 
 
 @pytest.mark.parametrize(("source", "message"), [
-    (Own({"image": X, "label": LABELS, "target": T}), "Own.read gives label and target; a source gives either"),
-    (Own({"image": X}), "Own.read gives neither label nor target; a source gives either 'label'"),
-    (Own({"image": X, "label": LABELS}), "Own has target_names, and its read gives 'label'"),
-    (Own({"image": X, "target": T}, target_names=()), "Own.read gives 'target', so Own needs target_names"),
+    (Own({"image": X, "label": LABELS, "target": T}), "Own.read returns label and target; return either"),
+    (Own({"image": X}), "Own.read returns neither label nor target; return either 'label'"),
+    (Own({"image": X, "label": LABELS}), "Own has target_names, but its read returns 'label'"),
+    (Own({"image": X, "target": T}, target_names=()), "Own.read returns 'target', so Own needs target_names"),
     (Own({"image": X, "target": T}, class_names=("a", "b", "c")), "class_names equal to them"),
-    (Own({"image": X, "target": T[:, :2]}), "gives 'target' [1, 2] for 1 images and 3 target_names"),
+    (Own({"image": X, "target": T[:, :2]}), "returns 'target' [1, 2] for 1 images and 3 target_names"),
     (Own({"image": X, "target": bad(np.nan, 0)}), "example 0: target 1 is nan; targets must be finite"),
     (Regression(targets=bad(np.nan, 0)), "example 0: target 1 is nan"),
     (Own({"image": X, "target": T}, targets=bad(np.nan, 33)), "example 33: target 1 is nan"),

@@ -351,5 +351,5 @@ def test_evaluate_shows_what_a_method_without_a_head_evaluates(tmp_path, capsys)
 
 def test_a_method_without_a_head_that_calls_it_gets_a_sentence(fake_config):
     fake_config.method = f"{__name__}:spreading(uses_head=True)"
-    with pytest.raises(UserError, match="says predicts=False, so its model has no head, and it calls one"):
+    with pytest.raises(UserError, match="calls the head, but predicts=False gives its model none"):
         _ = Programs(Recipe(fake_config, DataInfo(64, (12, 12, 1), ("a", "b"), ""))).train_step

@@ -162,7 +162,7 @@ def test_writers_that_the_config_names(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(("text", "sentence"), [
-    ("wandb", "unknown writer 'wandb': none ships; name yours by an import path"),
+    ("wandb", "unknown writer 'wandb': write the import path of yours"),
     (f"{__name__}:Kept(nome='x')", "unknown argument 'nome'"),
     (f"{__name__}:Console()", "has no method write_hparams; a writer has write_hparams, write_scalars, flush,"),
     ("json:loads('x')", "failed to start: JSONDecodeError"),

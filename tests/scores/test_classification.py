@@ -71,7 +71,7 @@ def test_scores_are_those_of_scikit_learn(n, classes):
 def test_weights_count_as_repetitions(n, classes):
     labels, probabilities = example(n, classes)
     weights = np.random.default_rng(3).integers(0, 4, (3, n)).astype(float)
-    found = scores.Scores(labels, probabilities).of(weights)
+    found = scores.Scores(labels, probabilities).compute(weights)
     for i in range(3):
         expected = by_sklearn(labels, probabilities, weights[i])
         for name, value in expected.items():
@@ -200,8 +200,8 @@ def test_intervals_hold_the_truth_in_about_95_of_100_sets():
 def test_a_large_set_takes_parts(monkeypatch):
     labels, probabilities = example(60, 3)
     whole = scores.intervals(labels, probabilities, samples=20)
-    monkeypatch.setattr(scores, "_AT_ONCE", 60 * 7)
+    monkeypatch.setattr(scores, "_MAX_WEIGHTS", 60 * 7)
     for name, interval in scores.intervals(labels, probabilities, samples=20).items():
         assert interval == pytest.approx(whole[name], abs=1e-14)
-    monkeypatch.setattr(scores, "_MOST_AUC", 10)
+    monkeypatch.setattr(scores, "_MAX_COST", 10)
     assert scores.intervals(labels, probabilities, samples=20).keys() == whole.keys() - {"auc"}

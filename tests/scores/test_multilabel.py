@@ -18,7 +18,7 @@ def drawn(n=300, classes=7, decimals=2):
 
 
 def of_all(targets, probabilities, **more):
-    found = MultilabelScores(targets, probabilities, **more).of(np.ones((1, len(targets))))
+    found = MultilabelScores(targets, probabilities, **more).compute(np.ones((1, len(targets))))
     return {name: float(value[0]) for name, value in found.items()}
 
 
@@ -41,7 +41,7 @@ def test_scores_are_scikit_learns(decimals):
 def test_weights_of_examples_are_repetitions():
     targets, probabilities = drawn(60)
     counts = np.random.default_rng(0).integers(0, 4, 60)
-    weighted = MultilabelScores(targets, probabilities).of(counts[None].astype(np.float64))
+    weighted = MultilabelScores(targets, probabilities).compute(counts[None].astype(np.float64))
     repeated = of_all(targets.repeat(counts, 0), probabilities.repeat(counts, 0))
     assert {name: float(value[0]) for name, value in weighted.items()} == pytest.approx(repeated, abs=1e-12)
 
@@ -79,7 +79,7 @@ def test_thresholds_may_differ_by_class():
     for average in ("macro", "micro"):
         expected = sklearn.metrics.f1_score(targets, predicted, average=average)
         assert multilabel.f1(targets, probabilities, None, thresholds, average) == pytest.approx(expected, abs=1e-12)
-    with pytest.raises(UserError, match="allowed are a threshold or 7 of them, one a class"):
+    with pytest.raises(UserError, match="threshold must be a number or 7 of them, one per class"):
         multilabel.f1(targets, probabilities, None, (0.5, 0.5))
 
 

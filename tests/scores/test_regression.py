@@ -15,7 +15,7 @@ def drawn(n=200, outputs=3):
 
 
 def of_all(targets, values, names=()):
-    found = RegressionScores(targets, values, names).of(np.ones((1, len(targets))))
+    found = RegressionScores(targets, values, names).compute(np.ones((1, len(targets))))
     return {name: float(value[0]) for name, value in found.items()}
 
 
@@ -38,7 +38,7 @@ def test_scores_are_scikit_learns(outputs):
 def test_weights_of_examples_are_repetitions():
     targets, values = drawn(40)
     counts = np.random.default_rng(0).integers(0, 4, 40)
-    weighted = RegressionScores(targets, values).of(counts[None].astype(np.float64))
+    weighted = RegressionScores(targets, values).compute(counts[None].astype(np.float64))
     repeated = of_all(targets.repeat(counts, 0), values.repeat(counts, 0))
     assert {name: float(value[0]) for name, value in weighted.items()} == pytest.approx(repeated, rel=1e-9)
 
@@ -54,7 +54,7 @@ def test_r2_of_equal_targets_is_not_known():
 def test_the_interval_of_a_mean_error_is_that_of_its_standard_error():
     """Of a mean the percentile bootstrap is close to 1.96 standard errors to each side."""
     targets, values = drawn(outputs=1)
-    found = scores.with_bootstrap(RegressionScores(targets, values).of, len(targets), targets.size)["mae"]
+    found = scores.with_bootstrap(RegressionScores(targets, values).compute, len(targets), targets.size)["mae"]
     error = np.abs(targets.astype(np.float64) - values)
     half = 1.96 * error.std() / len(error) ** 0.5
     assert (found["high"] - found["low"]) / 2 == pytest.approx(half, rel=0.1)

@@ -64,10 +64,10 @@ def test_what_is_used_for_what_and_what_is_not_used(tmp_path, capsys):
     (tmp_path / "p" / "train" / "cat" / "notes.txt").write_text("")
     assert launch.main([f"--config={CONFIG}:{tmp_path / 'p'}", f"--workdir={tmp_path / 'run'}", *TINY]) == 0
     err = capsys.readouterr().err
-    assert "trained on: train (12); evaluated: test = test (12), val = valid (12)\n" in err
+    assert "training on train (12); evaluating on test = test (12), val = valid (12)\n" in err
     assert (
-        f"{tmp_path / 'p'}: not used: the folder extra, 2 images outside of the class folders, "
-        "2 files that are no images (1 .md, 1 .txt)"
+        f"{tmp_path / 'p'}: not used: the folder extra, 2 images outside the class folders, "
+        "2 non-image files (1 .md, 1 .txt)"
     ) in err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["val"]["examples"] == result["test"]["examples"] == 12

@@ -151,15 +151,14 @@ def test_training_records_the_metrics_of_the_task(runs, name):
 
 
 @pytest.mark.parametrize(("name", "flags", "said"), [
-    ("pairs", ["--config.loss=softmax"], "adds up to 2 and not to 1; for columns that are 0 or 1 each by itself "
-                                         "use 'sigmoid'"),
+    ("pairs", ["--config.loss=softmax"], "sums to 2, not to 1; for independent columns of 0 and 1 use 'sigmoid'"),
     ("ink", ["--config.loss=sigmoid"], "outside of [0, 1]; for numbers use 'mse', 'mae' or 'huber'"),
-    ("ink", ["--config.mix=cutmix"], "mix='cutmix': cutmix has no target in a regression"),
+    ("ink", ["--config.mix=cutmix"], "mix='cutmix': cutmix is undefined in regression"),
     ("ink", ["--config.metrics=auc"], "unknown metric of a regression 'auc'"),
     ("pairs", ["--config.metrics=balanced_accuracy"], "unknown metric of several labels 'balanced_accuracy'"),
     ("ink", ["--config.checkpoint.best=test/accuracy"], "a run with a regression has no accuracy; it has "
                                                         "loss, r2, mae, rmse"),
-    ("ink", ["--config.data.source=digits"], "loss='mse' trains on numbers, and these data have class labels"),
+    ("ink", ["--config.data.source=digits"], "loss='mse' trains on numbers, but the data have class labels"),
 ])  # fmt: skip
 def test_what_does_not_fit_the_data_is_told(tmp_path, capsys, name, flags, said):
     source = WRITE[name](tmp_path / "data.npz")

@@ -64,7 +64,7 @@ class Known:
             log.warning("%d predictions are too many for the paired bootstrap, which is left out", self.outputs.size)
             return {}
         kind = MultilabelScores if len(self.right) else RegressionScores
-        of = [kind(self.targets, outputs).of for outputs in self.outputs]
+        of = [kind(self.targets, outputs).compute for outputs in self.outputs]
         whole = [one(np.ones((1, n))) for one in of]
         drawn = [bootstrap(one, n, _SAMPLES, at_once=1 << 21) for one in of]  # the same samples for each
         return {name: np.stack([np.append(a[name], b.get(name, ())) for a, b in zip(whole, drawn, strict=True)])

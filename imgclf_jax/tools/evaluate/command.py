@@ -95,14 +95,14 @@ def main(
             classes[name] = by_class.counts(sums, programs.recipe.num_seeds)
         if predicted is None or processes.index():
             continue
-        predicted = predicted.of_seed(-1) if programs.recipe.num_seeds > 1 else predicted
+        predicted = predicted.for_seed(-1) if programs.recipe.num_seeds > 1 else predicted
         example_name, origin = getattr(images.source, "name", str), ""
         examples = [example_name(i) for i in range(len(images))] if listing_file else []
         if listing_file:
             origin = listing.origin(config, step, digest, name, images.source.fingerprint())
         if isinstance(predicted, metrics.TargetPredictions):
             target_scores[name] = own = metrics.target_scores(programs.recipe.task, predicted, names)
-            results[name]["scores"] = scores.with_bootstrap(own.of, len(images), predicted.targets.size)
+            results[name]["scores"] = scores.with_bootstrap(own.compute, len(images), predicted.targets.size)
             exact = own.exact if isinstance(own, MultilabelScores) else None
             rows += listing.target_rows(
                 name, examples, predicted.targets, predicted.outputs, names, exact, step, origin
@@ -110,10 +110,10 @@ def main(
             continue
         labels, probabilities = predicted.labels, predicted.probabilities
         if few_classes:
-            results[name]["scores"] = scores.with_intervals(labels, probabilities, predicted.given)
+            results[name]["scores"] = scores.with_intervals(labels, probabilities, predicted.from_logits)
         if listing_file:
             top = min(top_k, len(names))
-            rows += listing.rows(name, examples, labels, probabilities, names, top, step, origin, predicted.given)
+            rows += listing.rows(name, examples, labels, probabilities, names, top, step, origin, predicted.from_logits)
     if processes.index():
         return 0
     if listing_file:
@@ -142,7 +142,7 @@ def main(
                 print(_DOMINANT)
         elif isinstance(multilabel_scores := target_scores.get(name), MultilabelScores):
             print_table(*multilabel.table(multilabel_scores, names))
-            print(multilabel.ON_THRESHOLDS)
+            print(multilabel.THRESHOLD_NOTE)
     return 0
 
 

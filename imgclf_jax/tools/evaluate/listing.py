@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.scores.classification import Given, Scores
+from imgclf_jax.scores.classification import FromLogits, Scores
 
 _KINDS = (".csv", ".jsonl", ".parquet")
 
@@ -42,15 +42,15 @@ def origin(config: ConfigDict, step: int, params_sha256: str, name: str, fingerp
 
 def rows(
     name: str, examples: Sequence[str], labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], top: int,
-    step: int = 0, origin: str = "", given: Given = None,
+    step: int = 0, origin: str = "", from_logits: FromLogits = None,
 ) -> Iterable[dict[str, Any]]:  # fmt: skip
     """Yields a row for each example of the set `name`: its index or file, its label, and its `top` classes.
 
-    labels i32[n], probabilities f32[n, classes]; `given` as in `scores.Scores`. The predicted class comes first; ties
-    between the others are in class order. An example without a prediction is not correct. Each row ends with the
+    labels i32[n], probabilities f32[n, classes]; `from_logits` as in `scores.Scores`. The predicted class comes first;
+    ties between the others are in class order. An example without a prediction is not correct. Each row ends with the
     checkpoint's `step` and the predictions' `origin`.
     """
-    scores, order = Scores(labels, probabilities, given), np.array(probabilities)
+    scores, order = Scores(labels, probabilities, from_logits), np.array(probabilities)
     predicts = np.flatnonzero(scores.predicted >= 0)
     order[predicts, scores.predicted[predicts]] = np.inf
     best = np.argsort(-order, axis=1, kind="stable")[:, :top]

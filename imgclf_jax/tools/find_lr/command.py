@@ -119,7 +119,7 @@ def measure(config: ConfigDict, low: float, high: float) -> RangeTest:
     """Trains from the initial weights, or those of `init_from`, until the loss diverges or the steps end."""
     programs.check(config)
     base = sources.open_data(config)
-    images = stream.as_trained(sources.take_split(base, config.data.train), config, base)
+    images = stream.train_images(sources.take_split(base, config.data.train), config, base)
     compiled = programs.programs_for_images(config, images, load=load_teacher)
     compiled.check_size()
     total, losses = compiled.recipe.total, list[float]()

@@ -152,7 +152,7 @@ def probe_targets(
 
     def score(found: np.ndarray, truth: np.ndarray) -> float:
         scores = MultilabelScores(truth, found) if several else RegressionScores(truth, found)
-        return float(scores.of(np.ones((1, len(truth))))[SCORES[task]][0])
+        return float(scores.compute(np.ones((1, len(truth))))[SCORES[task]][0])
 
     for name, (test, truth) in tests.items():
         if head:

@@ -10,7 +10,7 @@ import numpy as np
 
 from imgclf_jax.augment import ops
 from imgclf_jax.core import rng
-from imgclf_jax.data.stream import as_trained
+from imgclf_jax.data.stream import train_images
 from imgclf_jax.programs import Programs
 from imgclf_jax.tools.pages.shown import as_pixels
 
@@ -38,8 +38,8 @@ def draw(programs: Programs, source: Any) -> Augmented | None:
     """
     config, recipe = programs.recipe.config, programs.recipe
     n, b = len(source), int(config.batch_size)
-    drawn = as_trained(source, config)
-    if not drawn.random and not ops.draws(config.augment):
+    drawn = train_images(source, config)
+    if not drawn.random and not ops.is_random(config.augment):
         return None
     augment = recipe.augment(train=True)
     count = min(_IMAGES, b, n)

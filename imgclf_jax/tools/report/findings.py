@@ -108,9 +108,9 @@ def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Evaluated, .
             by_class.counts(sums, programs.recipe.num_seeds), {},
         )  # fmt: skip
         if known and isinstance(predictions, metrics.Predictions):
-            own = predictions.of_seed(-1) if several else predictions
+            own = predictions.for_seed(-1) if several else predictions
             places = report_mistakes.wrong_ones(own)
-            given = own.labels, own.probabilities, own.given
+            given = own.labels, own.probabilities, own.from_logits
             one = dataclasses.replace(
                 one, scores=with_intervals(*given), reliability=reliability(*given), wrong=len(places),
             )  # fmt: skip
@@ -121,9 +121,9 @@ def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Evaluated, .
                 mistakes = report_mistakes.look_at(programs, images, own, places, explain)
                 one = dataclasses.replace(one, mistakes=mistakes, method=method)
         elif isinstance(predictions, metrics.TargetPredictions):
-            own_targets = predictions.of_seed(-1) if several else predictions
+            own_targets = predictions.for_seed(-1) if several else predictions
             of = metrics.target_scores(model.task, own_targets, model.class_names)
-            intervals = with_bootstrap(of.of, len(images), own_targets.targets.size)
+            intervals = with_bootstrap(of.compute, len(images), own_targets.targets.size)
             one = dataclasses.replace(one, scores=intervals, of_targets=of)
         found.append(one)
     return tuple(found)

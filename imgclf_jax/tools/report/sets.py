@@ -106,7 +106,7 @@ def _labels(name: str, scores: MultilabelScores, names: Sequence[str]) -> str:
     return (
         "<h3>Classes</h3>"
         + table(caption, columns, rows)
-        + paragraph(multilabel.ON_THRESHOLDS, note=True)
+        + paragraph(multilabel.THRESHOLD_NOTE, note=True)
         + calibration
     )
 

@@ -45,7 +45,7 @@ def main(
         raise UserError(f"--output={output}: the name of the picture must end in .png")
     check_names(config)
     base = sources.open_data(config)
-    images = stream.as_trained(sources.take_split(base, config.data.train), config, base)
+    images = stream.train_images(sources.take_split(base, config.data.train), config, base)
     programs = programs_for_images(config, images, sharding.make_mesh(jax.devices()[:1]))
     total = programs.recipe.total
     if step >= total:

@@ -135,7 +135,7 @@ def many_scans():
 
 
 @pytest.mark.parametrize(("path", "body", "status", "words"), [
-    ("/predict", b"garbage", 422, "not in an image format"),
+    ("/predict", b"garbage", 422, "in none of the formats"),
     ("/predict", png(0)[:50], 422, "does not decode"),
     ("/predict", bomb(), 422, "more than 67,108,864 pixels"),
     ("/predict", b"", 400, "the body is empty"),

@@ -72,7 +72,7 @@ def test_it_classifies_what_it_is_given(page, tmp_path):
     with page.expect_response("**/predict") as response:
         page.set_input_files("#file", tmp_path / "b.png")
     assert response.value.status == 422
-    page.get_by_role("status").filter(has_text="not in an image format").wait_for()
+    page.get_by_role("status").filter(has_text="in none of the formats").wait_for()
 
 
 @pytest.mark.parametrize(("loss", "names", "words"), [

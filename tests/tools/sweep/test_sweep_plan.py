@@ -153,9 +153,9 @@ def test_the_file(tmp_path):
     ("", None),
     ("def get_sweep(arg='x'):\n    return [{'seed': i, 'model': arg} for i in range(2)]",
      [{"seed": 0, "model": "x"}, {"seed": 1, "model": "x"}]),
-    ("def get_sweep():\n    return []", "must return a list of dicts"),
-    ("def get_sweep():\n    return None", "must return a list of dicts"),
-    ("def get_sweep():\n    return {'seed': [0, 1]}", "must return a list of dicts"),
+    ("def get_sweep():\n    return []", "return a list of dicts"),
+    ("def get_sweep():\n    return None", "return a list of dicts"),
+    ("def get_sweep():\n    return {'seed': [0, 1]}", "return a list of dicts"),
     ("def get_sweep():\n    return 1 / 0", "ZeroDivisionError: division by zero"),
 ])  # fmt: skip
 def test_get_sweep(tmp_path, function, result):
