@@ -34,7 +34,7 @@ def teach_orbax_s3() -> None:
 
 
 def _s3_spec(path: str) -> dict[str, str]:
-    """TensorStore's spec of a folder, `s3:/BUCKET/NAME` (Orbax normalizes the slashes), at AWS_ENDPOINT_URL if set."""
+    """TensorStore's spec of `s3:/BUCKET/NAME` (Orbax normalizes the slashes), at AWS_ENDPOINT_URL if that is set."""
     bucket, _, name = path.removeprefix("s3:").lstrip("/").partition("/")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return {"driver": "s3", "bucket": bucket, "path": f"{name}/", **({"endpoint": endpoint} if endpoint else {})}
+    return {"driver": "s3", "bucket": bucket, "path": name, **({"endpoint": endpoint} if endpoint else {})}

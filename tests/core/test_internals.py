@@ -22,7 +22,7 @@ def test_orbax_chooses_tensorstore_s_driver_by_these_functions(monkeypatch):
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://here")
     for folder, base in (
-        ("s3://b/run/1/default", {"driver": "s3", "bucket": "b", "path": "run/1/default/", "endpoint": "http://here"}),
+        ("s3://b/run/1/default", {"driver": "s3", "bucket": "b", "path": "run/1/default", "endpoint": "http://here"}),
         ("gs://b/run", {"driver": "gcs", "bucket": "b", "path": "run"}),
         ("/run", None),
     ):
@@ -32,3 +32,5 @@ def test_orbax_chooses_tensorstore_s_driver_by_these_functions(monkeypatch):
             assert spec["base"] == base
         else:
             assert spec["base"]["driver"] == "file"
+    file = tensorstore_utils.build_kvstore_tspec("s3://b/run", "_sharding", use_ocdbt=False)
+    assert file["path"] == "run/_sharding"  # and not a folder
