@@ -134,6 +134,11 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
             if self._lacking > _CHUNKS * _BYTES_A_CHUNK:
                 self._wire.abort()
 
+        def _read_on(self) -> None:
+            """Resumes reading, which a large body has paused: that the client goes would not be seen while it waits."""
+            if not (self._refused or self._wire.is_closing()):
+                self.flow.resume_reading()
+
         def _counting(self, next_event: Callable[[], Any]) -> Callable[[], Any]:
             def counted() -> Any:
                 event = next_event()
@@ -141,6 +146,8 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
                     self._lacking = 0
                 elif isinstance(event, h11.Data):
                     self._count_chunk(len(event.data))
+                elif isinstance(event, h11.EndOfMessage):
+                    self._read_on()
                 return event
 
             return counted
@@ -161,6 +168,8 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
         def on_message_complete(self) -> None:
             self._unparsed = 0
             super().on_message_complete()
+            if not self.pipeline:
+                self._read_on()
 
         def send_400_response(self, msg: str) -> None:
             """Answers a request that does not parse; h11's error tells that its headers are too long."""

@@ -14,6 +14,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
+from uvicorn.server import ServerState
 
 from imgclf_jax.tools.serve import connections
 from imgclf_jax.tools.serve.connections import ConnectionLimits, server_settings
@@ -43,6 +44,7 @@ STATE = []
 
 
 async def endless(request):
+    await request.body()
     STATE.append("begun")
     try:
         await asyncio.sleep(60)
@@ -51,14 +53,19 @@ async def endless(request):
         raise
 
 
+def settings_of(app, parser, limits):
+    module, _, name = PARSERS[parser].partition(":")
+    base = getattr(importlib.import_module(f"uvicorn.protocols.http.{module}"), name)
+    return server_settings(app, "127.0.0.1", 0, limits, base)
+
+
 @contextlib.contextmanager
 def server(parser, limits=LIMITS):
     """The port of a server in a thread."""
-    module, _, name = PARSERS[parser].partition(":")
-    base = getattr(importlib.import_module(f"uvicorn.protocols.http.{module}"), name)
-    app = Starlette(routes=[Route("/", size, methods=["GET", "POST"]), Route("/much", much), Route("/endless", endless),
+    app = Starlette(routes=[Route("/", size, methods=["GET", "POST"]), Route("/much", much),
+                            Route("/endless", endless),
                             Route("/nothing", nothing, methods=["POST"])])  # fmt: skip
-    settings = server_settings(app, "127.0.0.1", 0, limits, base)
+    settings = settings_of(app, parser, limits)
     sockets = [settings.bind_socket()]
     running = uvicorn.Server(settings)
     thread = threading.Thread(target=running.run, kwargs={"sockets": sockets})
@@ -235,6 +242,51 @@ def test_work_ends_when_its_client_goes(port):
         client.sendall(GET.replace(b"/ ", b"/endless ") + b"\r\n")
         wait_for(lambda: STATE == ["begun"])
     wait_for(lambda: STATE == ["begun", connections.CLIENT_GONE])
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+def test_reading_goes_on_after_a_large_body(parser):
+    """Which uvicorn pauses it for: that the client had gone was not seen before the answer."""
+    if parser == "httptools":
+        pytest.importorskip("httptools")
+    app = Starlette(routes=[Route("/", endless, methods=["POST"])])
+    settings = settings_of(app, parser, ConnectionLimits())
+    settings.load()
+
+    class Transport(asyncio.Transport):
+        reading = True
+
+        def is_closing(self):
+            return False
+
+        def is_reading(self):
+            return self.reading
+
+        def pause_reading(self):
+            self.reading = False
+
+        def resume_reading(self):
+            self.reading = True
+
+        def close(self):
+            pass
+
+    async def client():
+        protocol = settings.http_protocol_class(config=settings, server_state=ServerState(), app_state={})
+        transport = Transport()
+        protocol.connection_made(transport)
+        STATE.clear()
+        protocol.data_received(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 150000\r\n\r\n")
+        await asyncio.sleep(0.01)
+        protocol.data_received(bytes(150_000))
+        while not STATE:
+            await asyncio.sleep(0.01)
+        assert transport.reading
+        protocol.connection_lost(None)
+        while len(STATE) < 2:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(client(), 20))
 
 
 def wait_for(condition):
