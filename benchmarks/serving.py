@@ -134,7 +134,7 @@ def main() -> None:
     command = [sys.executable, str(ROOT / "launch.py"), "serve", f"--workdir={asked.workdir}", "--port=0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout
-        port = int(re.search(r":(\d+); Ctrl-C", server.stdout.readline())[1])  # type: ignore[index]
+        port = int(re.search(r":(\d+); press Ctrl-C", server.stdout.readline())[1])  # type: ignore[index]
         process, messages, ratios = psutil.Process(server.pid), requests(shape), []
 
         def sent(clients: int, seconds: float) -> dict[str, float]:

@@ -94,11 +94,11 @@ def test_memory_of_each_device(config, shard, most):
 
     def held(of):
         state = of.shape["state"]
-        return counts.bytes_a_device((state.params, state.opt_state))
+        return counts.bytes_per_device((state.params, state.opt_state))
 
     assert held(split) <= most * held(whole)
     arguments = [of.train.memory_analysis().argument_size_in_bytes for of in (whole, split)]
-    chunk = counts.bytes_a_device(whole.chunk_shape(whole.steps_per_call))
+    chunk = counts.bytes_per_device(whole.chunk_shape(whole.steps_per_call))
     assert arguments[1] - chunk <= (most + 0.02) * (arguments[0] - chunk)
 
 

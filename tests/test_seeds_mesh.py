@@ -56,7 +56,7 @@ def test_what_a_device_holds_and_sends(config):  # noqa: F811
     """The state of its seeds, which it exchanges with nobody: only images go to the devices of their seeds."""
     keys = {"num_seeds": 8, "steps_per_call": 4}
     whole, split = programs(config, **keys), programs(config, "seeds=8", **keys)
-    held = [counts.bytes_a_device(of.shape["state"]) for of in (whole, split)]
+    held = [counts.bytes_per_device(of.shape["state"]) for of in (whole, split)]
     assert held[1] * 8 == held[0]
     sent = counts.count_program(split.train).collectives
     assert "all-reduce" not in sent
@@ -72,7 +72,7 @@ def test_a_seed_of_its_own_devices_has_the_convolutions_of_a_single_run(config, 
 
     def groups(mesh):
         of = programs(config, mesh, model="resnet_cifar(8)", num_seeds=8)
-        operations.append(counts.product_flops(of.train_step.jaxpr))
+        operations.append(counts.matmul_flops(of.train_step.jaxpr))
         found, todo = [], [of.train_step.jaxpr]
         while todo:
             jaxpr = todo.pop()

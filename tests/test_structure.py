@@ -38,7 +38,7 @@ HEAVY = {
     "tensorboard": {"run.event_file"},
     "sklearn": {"data.sources", "tools.probe.probing"},
     "matplotlib": {"tools.probe.accuracy_plot"},
-    "pyarrow": {"data.table", "tools.compare.known_predictions", "tools.evaluate.listing", "tools.probe.embeddings"},
+    "pyarrow": {"data.table", "tools.compare.saved_predictions", "tools.evaluate.listing", "tools.probe.embeddings"},
     "orbax": {"core.internals", "run.checkpoint"},
 }
 INSIDE_FUNCTIONS_ONLY = {"tensorflow", "tensorflow_datasets", "clu", "tensorboard", "sklearn", "matplotlib", "pyarrow"}

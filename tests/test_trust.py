@@ -65,7 +65,7 @@ def test_a_run_that_names_code_inside_of_its_model(mistake, trained, tmp_path, m
     assert not (tmp_path / "harm").exists()
 
 
-def test_a_run_that_names_a_program_of_tfds(mistake, trained, tmp_path):
+def test_a_run_that_names_a_program_describe_tfds(mistake, trained, tmp_path):
     """Those of a namespace are fetched from other people's repositories."""
     shutil.copytree(trained, tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())

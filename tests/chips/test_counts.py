@@ -12,7 +12,7 @@ from imgclf_jax.tools.dryrun import counts
 
 
 def flops(function, *shapes):
-    return counts.product_flops(jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(s, "float32") for s in shapes)))
+    return counts.matmul_flops(jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(s, "float32") for s in shapes)))
 
 
 def test_products_and_convolutions():
@@ -66,7 +66,7 @@ def test_published_operations(spec, size, multiply_adds):
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), x))
     with platform.tracing_for("tpu"):
         jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x))(variables, x)
-    assert counts.product_flops(jaxpr) / 2 == pytest.approx(multiply_adds, rel=0.01)
+    assert counts.matmul_flops(jaxpr) / 2 == pytest.approx(multiply_adds, rel=0.01)
 
 
 def test_traffic_and_collectives_of_a_compiled_program():
@@ -82,8 +82,8 @@ def test_traffic_and_collectives_of_a_compiled_program():
     assert least <= found.bytes < 6 * least
 
 
-def test_bytes_a_device():
+def test_bytes_per_device():
     mesh = sharding.make_mesh()
     whole = jax.ShapeDtypeStruct((16, 3), "float32", sharding=sharding.replicated(mesh))
     split = jax.ShapeDtypeStruct((16, 3), "bfloat16", sharding=sharding.sharded(mesh))
-    assert counts.bytes_a_device({"a": whole, "b": split, "c": np.zeros(5, np.int8)}) == 16 * 3 * 4 + 2 * 3 * 2 + 5
+    assert counts.bytes_per_device({"a": whole, "b": split, "c": np.zeros(5, np.int8)}) == 16 * 3 * 4 + 2 * 3 * 2 + 5

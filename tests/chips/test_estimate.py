@@ -45,7 +45,7 @@ def test_one_chip_needs_no_network():
 
 
 def test_of_this_machine_figures_are_measured():
-    chip = estimate.chip_of(topology.parse("cpu:2"))
+    chip = estimate.chip_figures(topology.parse("cpu:2"))
     assert 1e8 < chip.flops < 1e15
     assert 1e8 < chip.bandwidth < 1e13
     assert chip.source == "measured on this machine"
@@ -67,7 +67,7 @@ def test_other_arrangements_are_refused(text):
 
 def test_a_compiler_that_is_missing_is_named_with_its_command(monkeypatch):
     monkeypatch.setattr(topology, "_installed", lambda module: False)
-    with pytest.raises(UserError, match=r"not installed; run it as: uv run --isolated --extra tpu launch.py dryrun"):
+    with pytest.raises(UserError, match=r"not installed; run it with: uv run --isolated --extra tpu launch.py dryrun"):
         topology.prepare(topology.parse("v5e:2x4"))
 
 

@@ -291,7 +291,7 @@ def test_what_needs_no_head_works(pretrained_run, tmp_path, capsys):
     assert launch.main(["show-batch", workdir, f"--output={tmp_path / 'a.png'}"]) == 0
     assert launch.main(["report", f"--html={tmp_path / 'a.html'}", workdir]) == 0
     page = (tmp_path / "a.html").read_text()
-    assert "trains no head, so all that needs predictions is left out" in page.replace("&#x27;", "'")
+    assert "trains no head, so this page omits everything that needs predictions" in page.replace("&#x27;", "'")
     assert "contrastive_accuracy" in page
     assert launch.main(["reproduce", str(pretrained_run)]) == 0
     assert launch.main(["compare", str(pretrained_run)]) == 0
@@ -301,7 +301,7 @@ def test_what_needs_no_head_works(pretrained_run, tmp_path, capsys):
 def test_weights_for_pytorch_are_those_of_the_backbone(pretrained_run, tmp_path, capsys):
     assert launch.main(["export", str(tmp_path / "m.safetensors"), f"--workdir={pretrained_run}"]) == 0
     said = capsys.readouterr().out
-    assert "Left out: projector of method='simclr'" in said
+    assert "Not exported: projector of method='simclr'" in said
     assert "There is no head: method='simclr' trains none." in said
     assert set(safetensors.load_file(tmp_path / "m.safetensors")) == {"dense0.weight", "dense0.bias"}
 

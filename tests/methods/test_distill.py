@@ -163,7 +163,7 @@ def test_a_student_is_exported_and_fine_tuned_without_its_regressor(teacher, tmp
     assert train(tmp_path / "student", LEARN.format(teacher)) == 0
     file = tmp_path / "a.safetensors"
     assert launch.main(["export", str(file), f"--workdir={tmp_path / 'student'}"]) == 0
-    assert "Left out: regressor of method=" in capsys.readouterr().out
+    assert "Not exported: regressor of method=" in capsys.readouterr().out
     arrays = safetensors.load_file(file)
     assert set(arrays) == {"dense0.weight", "dense0.bias", "head.weight", "head.bias"}
     for source in (tmp_path / "student", file):

@@ -10,7 +10,7 @@ from test_forms import FORMS, SMALL, build, in_form
 from imgclf_jax.core import platform
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.models import classifier
-from imgclf_jax.tools.dryrun.counts import product_flops
+from imgclf_jax.tools.dryrun.counts import matmul_flops
 
 NAMES = ["convnext", "mixer", "resnet", "vit"]
 
@@ -45,7 +45,7 @@ def test_forward_products_are_computed_again(name, monkeypatch):
     """At most once: those of a gradient are a third more, and fewer where a block's last product is not asked for."""
     (plain, params), (again, _) = twice(name, monkeypatch, "float32")
     before, after = (
-        product_flops(jax.make_jaxpr(platform.traced_for("gpu", jax.grad(lambda p, f=f: jnp.sum(f(p)))))(params))
+        matmul_flops(jax.make_jaxpr(platform.traced_for("gpu", jax.grad(lambda p, f=f: jnp.sum(f(p)))))(params))
         for f in (plain, again)
     )
     assert 1.1 < after / before < 4 / 3 + 0.02

@@ -311,7 +311,7 @@ def test_explain_names_the_class_or_the_target(runs, pictures, capsys, tmp_path)
     found = json.loads(printed(capsys, "explain", *pictures("pairs", runs), f"--workdir={runs('pairs').path}", *more))
     assert [one["class"] for one in found] == [f"a {c}" for c in outputs[:3].argmax(1)]
     argv = ["explain", *pictures("ink", runs), f"--workdir={runs('ink').path}", *more]
-    assert "this model predicts 2 numbers; name the one to explain: --class='ink'" in refused(capsys, *argv)
+    assert "this model predicts 2 targets; name the one to explain, such as --class='ink'" in refused(capsys, *argv)
     _, outputs = outputs_of(runs("ink"))
     found = json.loads(printed(capsys, *argv, "--class=top half, %"))
     assert [one["value"] for one in found] == pytest.approx(outputs[:3, 1].tolist(), rel=1e-5)

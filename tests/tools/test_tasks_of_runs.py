@@ -102,7 +102,7 @@ def test_compare_and_reproduce(tmp_path, capsys, name):
         exact = [json.loads((path / "result.json").read_text())["test"]["exact_match"] for path in dirs]
         best = [exact[2], np.mean(exact[:2])]
         assert abs(one["difference"]["value"]) == pytest.approx(abs(best[0] - best[1]), abs=1e-6)
-        assert "all labels right (exact match)" in shown
+        assert "exact match (all labels of an example correct)" in shown
     assert "the paired bootstrap" in shown.lower()
     listed = ["evaluate", f"--workdir={dirs[0]}", "--checkpoint=latest", f"--predictions={dirs[0] / 'predictions.csv'}"]
     (dirs[0] / "predictions.npz").unlink()

@@ -1,4 +1,4 @@
-"""The command `compare`: results of runs beside the keys that differ, with tests in pairs and learning curves."""
+"""The command `compare`: results of runs by the keys that differ, with paired tests and learning curves."""
 
 import csv
 import json
@@ -13,10 +13,10 @@ from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.run import record, terminal
-from imgclf_jax.tools.compare import known_predictions
 from imgclf_jax.tools.compare import page as compare_page
+from imgclf_jax.tools.compare import saved_predictions
 from imgclf_jax.tools.compare import tables as compare_tables
-from imgclf_jax.tools.compare.comparison import Group, common, group, main_metric, shown
+from imgclf_jax.tools.compare.comparison import Group, common, group_runs, main_metric, shown
 from imgclf_jax.tools.compare.paired_runs import Comparison, compare
 from imgclf_jax.tools.pages.html import write
 
@@ -24,20 +24,22 @@ log = logging.getLogger(__name__)
 
 
 def main(files: Sequence[str], format: str, html: str, test: bool, trust: bool) -> int:
-    """Compares the runs in and below the directories `files`; 1 if some of them are damaged, else 0.
+    """Compares the runs in and below the directories `files`; returns 1 if some of them are damaged, else 0.
 
-    With `test` each run that is done is evaluated, unless its predictions are known, and they are kept in its
-    directory. `html` names a file for a page. Raises UserError if there is no run, and for a page that cannot be
-    written.
+    - `format` is "table", "csv" or "json".
+    - `html` is a file for a page, or "".
+    - `test` evaluates each finished run without saved predictions, and saves them in its directory.
+
+    Raises UserError if there is no run, and if the page is not writable.
     """
     runs, damaged = record.find(files)
     for text in damaged:
-        log.error("left out: %s", text)
+        log.error("skipped: %s", text)
     if not runs:
-        raise UserError(f"{', '.join(files)}: no run is in or below; a run's directory has a config.json")
-    groups = group(runs)
-    known = known_predictions.load_all(runs, test, trust)
-    comparisons = compare(groups, known)
+        raise UserError(f"{', '.join(files)}: no run in or below; a run's directory has a config.json")
+    groups = group_runs(runs)
+    predictions = saved_predictions.load_all(runs, test, trust)
+    comparisons = compare(groups, predictions)
     if processes.index():
         return 1 if damaged else 0
     if format == "json":
@@ -48,7 +50,7 @@ def main(files: Sequence[str], format: str, html: str, test: bool, trust: bool) 
         _print_tables(groups, comparisons)
     if html:
         write(Path(html), compare_page.page(groups, comparisons, main_metric(groups), damaged))
-        log.info("written: %s", html)
+        log.info("wrote %s", html)
     return 1 if damaged else 0
 
 
@@ -64,42 +66,42 @@ def _print_tables(groups: Sequence[Group], comparisons: Sequence[Comparison]) ->
 
 
 def _print_csv(groups: Sequence[Group]) -> None:
-    """A row a group: its keys, its seeds, its unfinished runs, and of each metric mean and standard deviation."""
-    metrics = list(dict.fromkeys(name for one in groups for name in one.metrics()))
+    """Prints a row per group: its keys, seeds and unfinished runs, and each metric's mean and standard deviation."""
+    metrics = list(dict.fromkeys(name for group in groups for name in group.metrics()))
     writer = csv.writer(sys.stdout, lineterminator="\n")
     keys = list(groups[0].settings)
     writer.writerow([*keys, "seeds", "unfinished", *(f"{name}{end}" for name in metrics for end in ("", "_std"))])
-    for one in groups:
-        values, cells = one.metrics(), list[Any]()
+    for group in groups:
+        values, cells = group.metrics(), list[Any]()
         for name in metrics:
-            found = values.get(name)
-            cells += ["", ""] if found is None else [found.mean, "" if math.isnan(found.std) else found.std]
-        seeds = " ".join(map(str, one.seeds))
-        row = [shown(value) if isinstance(value, dict) else value for value in one.settings.values()]
-        writer.writerow([*row, seeds, len(one.unfinished), *cells])
+            value = values.get(name)
+            cells += ["", ""] if value is None else [value.mean, "" if math.isnan(value.std) else value.std]
+        seeds = " ".join(map(str, group.seeds))
+        row = [shown(value) if isinstance(value, dict) else value for value in group.settings.values()]
+        writer.writerow([*row, seeds, len(group.unfinished), *cells])
 
 
 def _as_json(groups: Sequence[Group], comparisons: Sequence[Comparison], damaged: Sequence[str]) -> dict[str, Any]:
     return {
         "common": common(groups),
         "groups": [
-            {"settings": dict(one.settings), "seeds": one.seeds, "runs": [run.name for run in one.done],
-             "metrics": {name: _finite(value._asdict()) for name, value in one.metrics().items()},
+            {"settings": dict(group.settings), "seeds": group.seeds, "runs": [run.name for run in group.done],
+             "metrics": {name: _finite(value._asdict()) for name, value in group.metrics().items()},
              "unfinished": [{"run": run.name, "step": run.step, "total": run.total, "metrics": _finite(run.latest())}
-                            for run in one.unfinished]}
-            for one in groups
+                            for run in group.unfinished]}
+            for group in groups
         ],
         "best": dict(groups[0].settings),
         "comparisons": [
-            {"settings": dict(one.group.settings), "set": one.set, "score": one.score, "examples": one.examples,
-             "difference": _finite(one.difference._asdict()), "holm": one.adjusted,
-             "mcnemar_mid_p" if one.score in ("accuracy", "exact_match") else "bootstrap_p": one.p}
-            for one in comparisons
+            {"settings": dict(c.group.settings), "set": c.set, "score": c.score, "examples": c.examples,
+             "difference": _finite(c.difference._asdict()), "holm": c.adjusted,
+             "mcnemar_mid_p" if c.score in ("accuracy", "exact_match") else "bootstrap_p": c.p}
+            for c in comparisons
         ],
         "damaged": list(damaged),
     }  # fmt: skip
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """What is not finite is null: JSON has no such numbers."""
+    """Replaces nonfinite values by null, because JSON has no such numbers."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""Runs put together for a comparison: groups that differ in their seed alone, and what tells the groups apart."""
+"""Groups of runs that differ only in their seed, and the keys that distinguish the groups."""
 
 import collections
 import dataclasses
@@ -11,14 +11,13 @@ from imgclf_jax import config as configs
 from imgclf_jax.run.record import MAIN_METRICS, Record
 from imgclf_jax.tools.compare.paired import Spread, spread
 
-DIRECTORY = "directory"  # what tells groups apart that have the same config
-# Keys whose value puts no run into another group.
-_BY_ITSELF = ("seed", "num_seeds", *configs.LOCATION_KEYS, *configs.FREE_KEYS)
+DIRECTORY = "directory"  # distinguishes groups with equal configs
+_IGNORED = ("seed", "num_seeds", *configs.LOCATION_KEYS, *configs.FREE_KEYS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs of one config, but for their seeds."""
+    """Runs with the same config, except for their seeds."""
 
     settings: Mapping[str, Any]  # the keys that differ between groups
     done: Sequence[Record]
@@ -26,77 +25,76 @@ class Group:
 
     @property
     def label(self) -> str:
-        """What the group is called."""
+        """The settings as text."""
         return ", ".join(f"{key}={shown(value)}" for key, value in self.settings.items()) or "all runs"
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds of the runs that are done."""
+        """The seeds of the finished runs."""
         return sorted(seed for run in self.done for seed in run.seeds)
 
     def metrics(self) -> dict[str, Spread]:
-        """`test/accuracy` and so on, over the seeds: what all runs that are done have."""
-        parts = [metrics_of(run) for run in self.done]
+        """Returns the metrics that all finished runs have, such as `test/accuracy`, over the seeds."""
+        parts = [run_metrics(run) for run in self.done]
         names = [name for name in parts[0] if all(name in part for part in parts)] if parts else []
         return {name: spread([part[name] for part in parts]) for name in names}
 
 
-def metrics_of(run: Record) -> dict[str, Spread]:
-    """The metrics in a run's result, by `set/metric`. Of a run of several seeds they are over these."""
-    found = {}
+def run_metrics(run: Record) -> dict[str, Spread]:
+    """Returns the metrics in a run's result by `set/metric`, over its seeds."""
+    metrics = {}
     for group, values in (run.final or {}).items():
         if isinstance(values, dict):
             for name, value in values.items():
                 if name == "examples" or name.endswith("_std") or not isinstance(value, int | float):
                     continue
                 many = isinstance(values.get(f"{name}_std"), int | float)
-                n, deviation = (run.config.num_seeds, values[f"{name}_std"]) if many else (1, math.nan)
-                found[f"{group}/{name}"] = Spread(n, float(value), float(deviation))
-    return found
+                n, std = (run.config.num_seeds, values[f"{name}_std"]) if many else (1, math.nan)
+                metrics[f"{group}/{name}"] = Spread(n, float(value), float(std))
+    return metrics
 
 
 def shown(value: Any) -> str:
-    """A config's value as a person reads it."""
+    """Formats a config value for people."""
     if isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False)
     return value if isinstance(value, str) and value else repr(value)
 
 
 def main_metric(groups: Iterable[Group]) -> str:
-    """The accuracy on the first evaluation set of the first run; for want of it, what the task is ranked by."""
+    """Returns the metric to rank by, accuracy or the task's own, on the first evaluation set of the first run."""
     groups = list(groups)
-    found = {name for one in groups for name in one.metrics()}
+    available = {name for group in groups for name in group.metrics()}
     for group in groups:
         for run in (*group.done, *group.unfinished):
             for name in run.config.data.eval:
-                kinds = [kind for kind in MAIN_METRICS if f"{name}/{kind}" in found]
+                kinds = [kind for kind in MAIN_METRICS if f"{name}/{kind}" in available]
                 return f"{name}/{kinds[0] if kinds else MAIN_METRICS[0]}"
     return "test/accuracy"
 
 
-def group(runs: Sequence[Record]) -> list[Group]:
-    """The groups of the runs, the best by the main metric first, those without a run that is done last.
+def group_runs(runs: Sequence[Record]) -> list[Group]:
+    """Groups runs by config, ordered by the main metric with the best first, groups without a finished run last.
 
-    Where the same seed of the same config is there twice, the directory that the runs lie in tells the groups apart.
+    If runs have the same config and seed, their parent directories distinguish the groups.
     """
-    flat = {run.name: configs.flatten(run.config) for run in runs}
-    own = {run.name: {k: v for k, v in flat[run.name].items() if k not in _BY_ITSELF} for run in runs}
-    if _twice(runs, own):
-        own = {run.name: own[run.name] | {DIRECTORY: str(run.workdir.path.parent)} for run in runs}
-        if _twice(runs, own):
-            own = {run.name: own[run.name] | {DIRECTORY: run.name} for run in runs}
+    settings = {run.name: {k: v for k, v in configs.flatten(run.config).items() if k not in _IGNORED} for run in runs}
+    if _has_duplicates(runs, settings):
+        settings = {run.name: settings[run.name] | {DIRECTORY: str(run.workdir.path.parent)} for run in runs}
+        if _has_duplicates(runs, settings):
+            settings = {run.name: settings[run.name] | {DIRECTORY: run.name} for run in runs}
     keys = [key for key in (*configs.KEYS, DIRECTORY)
-            if len({_text(values[key]) for values in own.values() if key in values}) > 1]  # fmt: skip
-    together = collections.defaultdict[str, list[Record]](list)
+            if len({_text(values[key]) for values in settings.values() if key in values}) > 1]  # fmt: skip
+    by_settings = collections.defaultdict[str, list[Record]](list)
     for run in runs:
-        together[_text(own[run.name])].append(run)
+        by_settings[_text(settings[run.name])].append(run)
     groups = [
         Group(
-            {key: own[some[0].name][key] for key in keys},
-            [run for run in some if run.final is not None],
-            [run for run in some if run.final is None],
+            {key: settings[members[0].name][key] for key in keys},
+            [run for run in members if run.final is not None],
+            [run for run in members if run.final is None],
         )
-        for some in together.values()
+        for members in by_settings.values()
     ]
     metric = main_metric(groups)
 
@@ -108,14 +106,14 @@ def group(runs: Sequence[Record]) -> list[Group]:
 
 
 def common(groups: Sequence[Group]) -> dict[str, Any]:
-    """The keys that no two groups differ in, and their values, without those that say where data lie."""
-    first = next(run for one in groups for run in (*one.done, *one.unfinished))
-    differing = {key for one in groups for key in one.settings}
-    return {k: v for k, v in configs.flatten(first.config).items() if k not in differing and k not in _BY_ITSELF}
+    """Returns the keys and values that all groups share, except locations and cadences."""
+    first = next(run for group in groups for run in (*group.done, *group.unfinished))
+    differing = {key for group in groups for key in group.settings}
+    return {k: v for k, v in configs.flatten(first.config).items() if k not in differing and k not in _IGNORED}
 
 
-def _twice(runs: Sequence[Record], own: Mapping[str, Mapping[str, Any]]) -> bool:
-    counts = collections.Counter((_text(own[run.name]), seed) for run in runs for seed in run.seeds)
+def _has_duplicates(runs: Sequence[Record], settings: Mapping[str, Mapping[str, Any]]) -> bool:
+    counts = collections.Counter((_text(settings[run.name]), seed) for run in runs for seed in run.seeds)
     return any(count > 1 for count in counts.values())
 
 

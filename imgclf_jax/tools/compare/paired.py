@@ -1,4 +1,4 @@
-"""Whether one model is better than another, from what both predict of the same examples."""
+"""Paired tests and confidence intervals for the difference of two models on the same examples."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -10,7 +10,7 @@ Method = Literal["mid-p", "exact", "chi-square"]
 
 
 class Spread(NamedTuple):
-    """Several values in short: how many, their mean, and their sample standard deviation, NaN of one value."""
+    """The count, mean and sample standard deviation of several values; the latter is NaN for one value."""
 
     n: int
     mean: float
@@ -18,9 +18,9 @@ class Spread(NamedTuple):
 
 
 def spread(parts: Sequence[Spread]) -> Spread:
-    """The mean and the sample standard deviation of all values that the parts are of; NaN if a part's is not known.
+    """Pools the mean and the sample standard deviation of all parts; NaN if a part's is unknown.
 
-    A single value x is the part `Spread(1, x, nan)`.
+    A single value x is `Spread(1, x, nan)`.
     """
     n = sum(part.n for part in parts)
     mean = sum(part.n * part.mean for part in parts) / n
@@ -30,15 +30,15 @@ def spread(parts: Sequence[Spread]) -> Spread:
 
 
 def mcnemar(first: int, second: int, method: Method = "mid-p") -> float:
-    """The p-value that two models are right equally often (McNemar 1947, two-sided).
+    """Returns the two-sided p-value of the hypothesis that two models are equally accurate (McNemar 1947).
 
-    `first` and `second` are how many examples only the first and only the second model has right. If both models are
-    equally good, each of these is as likely to be of the one as of the other.
+    `first` and `second` count the discordant examples: those that only the first, or only the second, model predicts
+    correctly. Under the hypothesis, a discordant example favors either model with probability 1/2.
 
-    - "exact": the binomial probability of what is as far from half or farther
-    - "mid-p": what is just as far counts half (Fagerland, Lydersen and Laake 2013), which keeps the level nearly as
-      strictly as the exact test and finds more
-    - "chi-square": with continuity correction (Edwards 1948), for many such examples
+    - "exact": the binomial probability of a split at least as uneven
+    - "mid-p": the same with half the probability of the observed split (Fagerland, Lydersen and Laake 2013), which has
+      more power and nearly keeps the level
+    - "chi-square": with continuity correction (Edwards 1948), for many discordant examples
     """
     n, least = first + second, min(first, second)
     if n == 0:
@@ -54,7 +54,7 @@ def mcnemar(first: int, second: int, method: Method = "mid-p") -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values of a family of tests, adjusted so that all may be held against one level (Holm 1979)."""
+    """Adjusts the p-values of a family of tests for multiple comparisons (Holm 1979)."""
     p = np.asarray(p_values, np.float64)
     order = np.argsort(p, kind="stable")
     adjusted = np.empty_like(p)
@@ -63,7 +63,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 class Difference(NamedTuple):
-    """A difference of accuracies, and the ends of its interval."""
+    """A difference of scores, with the ends of its confidence interval."""
 
     value: float
     low: float
@@ -71,67 +71,67 @@ class Difference(NamedTuple):
 
 
 def difference(first: np.ndarray, second: np.ndarray, level: float = 0.95) -> Difference:
-    """The mean accuracy of the first model's seeds less that of the second's, with an interval for other draws.
+    """Returns the difference of mean accuracies, first minus second, with a confidence interval.
 
-    first bool[s, n], second bool[t, n]: which of the same n examples each seed has right. The interval is for other
-    examples and other seeds of training, those of each model by itself. Its variance has a part of each:
+    first bool[s, n], second bool[t, n]: which of the same n examples each seed predicts correctly. The interval covers
+    other examples and, for each model separately, other training seeds. Its variance sums these components:
 
-    - of a model's seeds, the variance between their accuracies divided by their number, as Welch (1947) has it. That
-      variance also holds how far seeds differ since each is right on other examples, s or t times.
-    - of the examples, the variance of their mean gain, divided by n, less what the first part holds of it (components
-      of variance of a crossed design); 0 if that is below 0.
+    - for each model, the variance of its seeds' accuracies divided by their number (Welch 1947). It includes the noise
+      of seeds being correct on different examples.
+    - for the examples, the variance of their mean gain divided by n, minus that noise, which the first component
+      already counts (variance components of a crossed design); at least 0.
 
-    With few seeds the first part is itself uncertain: the interval is Student's, with the degrees of freedom of
-    Satterthwaite (1946), s - 1 and t - 1 for the seeds and n - 1 for the examples. So it is wide where two seeds alone
-    say how much seeds differ. A model of one seed has no part of the first kind: its interval says nothing of other
-    seeds. Of one example there is no interval, -1 to 1.
+    Because few seeds estimate the first component poorly, the interval is Student's with the degrees of freedom of
+    Satterthwaite (1946), from s - 1, t - 1 and n - 1, so two seeds make it wide. A model with one seed has no first
+    component: its interval does not cover other seeds. With one example it is (-1, 1).
     """
     n = first.shape[1]
     value = float(first.mean() - second.mean())
     if n == 1:
         return Difference(value, -1.0, 1.0)
-    parts, shared = [], 0.0
-    for right in (first, second):
-        if (seeds := len(right)) > 1:
-            parts.append((float(right.mean(1).var(ddof=1)) / seeds, seeds - 1))
-            shared += _noise(right) / seeds
-    of_examples = float((first.mean(0) - second.mean(0)).var(ddof=1)) / n
-    parts.append((max(0.0, of_examples - shared), n - 1))
-    half = _half_width(parts, level)
+    variances, noise = [], 0.0
+    for correct in (first, second):
+        if (seeds := len(correct)) > 1:
+            variances.append((float(correct.mean(1).var(ddof=1)) / seeds, seeds - 1))
+            noise += _noise(correct) / seeds
+    example_variance = float((first.mean(0) - second.mean(0)).var(ddof=1)) / n
+    variances.append((max(0.0, example_variance - noise), n - 1))
+    half = _half_width(variances, level)
     return Difference(value, max(-1.0, value - half), min(1.0, value + half))
 
 
-def _half_width(parts: Sequence[tuple[float, int]], level: float) -> float:
-    """Half of Student's interval, of independent variances with their degrees of freedom (Satterthwaite 1946)."""
-    total = sum(variance for variance, _ in parts)
+def _half_width(variances: Sequence[tuple[float, int]], level: float) -> float:
+    """Returns half of Student's interval for independent (variance, degrees of freedom) (Satterthwaite 1946)."""
+    total = sum(variance for variance, _ in variances)
     if total == 0:
         return 0.0
-    freedom = total**2 / sum(variance**2 / own for variance, own in parts)
-    return float(special.stdtrit(freedom, (1 + level) / 2)) * float(total**0.5)
+    df = total**2 / sum(variance**2 / own for variance, own in variances)
+    return float(special.stdtrit(df, (1 + level) / 2)) * float(total**0.5)
 
 
-def bootstrapped_difference(first: np.ndarray, second: np.ndarray, n: int, level: float = 0.95) -> Difference:
-    """The mean score of the first model's seeds less that of the second's, with an interval for other draws.
+def bootstrap_difference(first: np.ndarray, second: np.ndarray, n: int, level: float = 0.95) -> Difference:
+    """Returns the difference of mean scores, first minus second, with a paired-bootstrap interval (Efron 1979).
 
-    first f64[s, 1 + r], second f64[t, 1 + r]: a score of each seed on n examples, then on r samples of these, drawn
-    with replacement, the same ones for all (the paired bootstrap; Efron 1979). For scores that are no means over
-    examples. The interval is as that of `difference`; but the samples' variance, which stands in for the examples', is
-    not reduced by what the seeds' variance holds of it, so that it is rather too wide. Without samples it has no ends.
+    first f64[s, 1 + r], second f64[t, 1 + r]: each seed's score on n examples, then on r bootstrap samples of these,
+    the same for all seeds. Serves scores that are not means over examples. The interval is that of `difference`, with
+    the variance over samples as the examples' component. The seeds' noise is not subtracted from it, so the interval is
+    somewhat too wide. Without samples it is infinite.
     """
     value = float(first[:, 0].mean() - second[:, 0].mean())
     gains = first[:, 1:].mean(0) - second[:, 1:].mean(0)
     gains = gains[np.isfinite(gains)]
     if len(gains) < 2 or not np.isfinite(value):
         return Difference(value, -np.inf, np.inf)
-    parts = [(float(one[:, 0].var(ddof=1)) / len(one), len(one) - 1) for one in (first, second) if len(one) > 1]
-    half = _half_width([*parts, (float(gains.var(ddof=1)), n - 1)], level)
+    variances = [(float(own[:, 0].var(ddof=1)) / len(own), len(own) - 1) for own in (first, second) if len(own) > 1]
+    half = _half_width([*variances, (float(gains.var(ddof=1)), n - 1)], level)
     return Difference(value, value - half, value + half)
 
 
-def bootstrapped_p(first: np.ndarray, second: np.ndarray) -> float:
-    """The p-value that two models have the same score, f64[1 + r] as for `bootstrapped_difference`, two-sided.
+def bootstrap_p(first: np.ndarray, second: np.ndarray) -> float:
+    """Returns the two-sided bootstrap p-value of equal scores, given f64[1 + r] as in `bootstrap_difference`.
 
-    Twice the share of samples in which the other model is better, or as good, counting the examples as one more.
+    It is twice the fraction of samples in which the other model is at least as good, with the examples themselves
+    counted as one more sample.
     """
     gains = (first - second)[1:]
     gains = gains[np.isfinite(gains)]
@@ -141,11 +141,11 @@ def bootstrapped_p(first: np.ndarray, second: np.ndarray) -> float:
     return min(1.0, 2 * (least + 1) / (len(gains) + 1))
 
 
-def _noise(right: np.ndarray) -> float:
-    """The variance of a seed's accuracy that is explained by the draw of examples on which seeds differ.
+def _noise(correct: np.ndarray) -> float:
+    """Returns the interaction variance of seeds and examples, per accuracy: the residual mean square over n.
 
-    right bool[s, n], s and n > 1: the mean square of what is left when seeds and examples are taken out, over n.
+    correct bool[s, n], s and n > 1.
     """
-    seeds, n = right.shape
-    left = right - right.mean(0) - right.mean(1, keepdims=True) + right.mean()
-    return float((left**2).sum()) / ((seeds - 1) * (n - 1)) / n
+    seeds, n = correct.shape
+    residual = correct - correct.mean(0) - correct.mean(1, keepdims=True) + correct.mean()
+    return float((residual**2).sum()) / ((seeds - 1) * (n - 1)) / n

@@ -1,4 +1,4 @@
-"""Groups of runs beside the best one: tests and intervals from what both predict of the same examples."""
+"""Paired tests and intervals of each group of runs against the best group, on the same examples."""
 
 import dataclasses
 import logging
@@ -8,62 +8,63 @@ import numpy as np
 
 from imgclf_jax.tools.compare import paired
 from imgclf_jax.tools.compare.comparison import Group
-from imgclf_jax.tools.compare.known_predictions import Known
+from imgclf_jax.tools.compare.saved_predictions import Saved
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A group beside the best one, on one evaluation set."""
+    """A group against the best one, on one evaluation set."""
 
     group: Group
     set: str
-    score: str  # "accuracy", or "exact_match" of several labels: tested by McNemar; others by the paired bootstrap
+    score: str  # "accuracy" or, for multi-label runs, "exact_match" (McNemar's test); others by the paired bootstrap
     examples: int
-    difference: paired.Difference  # of the mean scores: this group's less the best one's
-    p: dict[int, float]  # of McNemar's test with mid-p or of the bootstrap, for each seed that both have
-    adjusted: dict[int, float]  # the same by Holm, over all tests that are made
+    difference: paired.Difference  # of the mean scores, this group's minus the best one's
+    p: dict[int, float]  # by seed that both have: McNemar's mid-p, or the bootstrap's p
+    adjusted: dict[int, float]  # `p`, Holm-adjusted over all tests
 
 
-def compare(groups: Sequence[Group], known: Mapping[str, Mapping[str, Known]]) -> list[Comparison]:
-    """Each group beside the best one, on each evaluation set of which all their runs' predictions are known."""
-    found: list[Comparison] = []
-    first = [(name, rows) for name in _sets(groups) if (rows := _right(groups[0], name, known))]
+def compare(groups: Sequence[Group], saved: Mapping[str, Mapping[str, Saved]]) -> list[Comparison]:
+    """Compares each group with the best on each evaluation set for which all their runs have saved predictions."""
+    comparisons: list[Comparison] = []
+    first = [(name, joined) for name in _sets(groups) if (joined := _join_seeds(groups[0], name, saved))]
     for name, (best, best_seeds) in first:
-        for one in groups[1:]:
-            if not (rows := _right(one, name, known)):
+        for group in groups[1:]:
+            if not (joined := _join_seeds(group, name, saved)):
                 continue
-            own, seeds = rows
+            own, seeds = joined
             if not own.pairs_with(best):
-                log.warning("%s: the predictions of %s are of other examples than those of the best", name, one.label)
+                log.warning("%s: cannot pair %s with the best, because their examples differ", name, group.label)
                 continue
             n, both = len(own.examples), [(seed, seeds.index(seed), best_seeds.index(seed))
                                           for seed in seeds if seed in best_seeds]  # fmt: skip
-            if len(own.right):
+            if len(own.correct):
                 score = "accuracy" if own.targets is None else "exact_match"
-                gains = {seed: (own.right[i], best.right[j]) for seed, i, j in both}
-                p = {seed: paired.mcnemar(int((a & ~b).sum()), int((b & ~a).sum())) for seed, (a, b) in gains.items()}
-                found.append(Comparison(one, name, score, n, paired.difference(own.right, best.right), p, {}))
+                pairs = {seed: (own.correct[i], best.correct[j]) for seed, i, j in both}
+                p = {seed: paired.mcnemar(int((a & ~b).sum()), int((b & ~a).sum())) for seed, (a, b) in pairs.items()}
+                difference = paired.difference(own.correct, best.correct)
+                comparisons.append(Comparison(group, name, score, n, difference, p, {}))
             for score in (score for score in own.scores if score in best.scores):
                 a, b = own.scores[score], best.scores[score]
-                p = {seed: paired.bootstrapped_p(a[i], b[j]) for seed, i, j in both}
-                found.append(Comparison(one, name, score, n, paired.bootstrapped_difference(a, b, n), p, {}))
-    adjusted = iter(paired.holm([value for one in found for value in one.p.values()]))
-    return [dataclasses.replace(one, adjusted={seed: next(adjusted) for seed in one.p}) for one in found]
+                p = {seed: paired.bootstrap_p(a[i], b[j]) for seed, i, j in both}
+                difference = paired.bootstrap_difference(a, b, n)
+                comparisons.append(Comparison(group, name, score, n, difference, p, {}))
+    adjusted = iter(paired.holm([p for comparison in comparisons for p in comparison.p.values()]))
+    return [dataclasses.replace(c, adjusted={seed: next(adjusted) for seed in c.p}) for c in comparisons]
 
 
 def _sets(groups: Sequence[Group]) -> list[str]:
     return list(groups[0].done[0].config.data.eval) if groups[0].done else []
 
 
-def _right(one: Group, name: str, known: Mapping[str, Mapping[str, Known]]) -> tuple[Known, list[int]] | None:
-    """What the seeds of a group have right, and which seeds these are; None if that of a run is not known."""
-    found = [(run, known[run.name].get(name)) for run in one.done]
-    whole = [own for _, own in found if own is not None]
-    if not whole or len(whole) < len(found) or not all(own.pairs_with(whole[0]) for own in whole):
+def _join_seeds(group: Group, name: str, saved: Mapping[str, Mapping[str, Saved]]) -> tuple[Saved, list[int]] | None:
+    """Joins the predictions of a group's seeds on a set, and lists the seeds; None unless every run has them."""
+    own = [saved[run.name][name] for run in group.done if name in saved[run.name]]
+    if not own or len(own) < len(group.done) or not all(one.pairs_with(own[0]) for one in own):
         return None
-    seeds = [seed for run, _ in found for seed in run.seeds]
-    outputs = [own.outputs for own in whole if own.outputs is not None]
-    joined = np.concatenate(outputs) if len(outputs) == len(whole) else None
-    return dataclasses.replace(whole[0], right=np.concatenate([own.right for own in whole]), outputs=joined), seeds
+    seeds = [seed for run in group.done for seed in run.seeds]
+    outputs = [one.outputs for one in own if one.outputs is not None]
+    joined = np.concatenate(outputs) if len(outputs) == len(own) else None
+    return dataclasses.replace(own[0], correct=np.concatenate([one.correct for one in own]), outputs=joined), seeds

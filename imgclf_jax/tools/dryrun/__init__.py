@@ -1,1 +1,1 @@
-"""dryrun: what a run would need of chips that are not here, by their compilers."""
+"""dryrun: memory and time of a run, by ahead-of-time compilation for absent hardware."""

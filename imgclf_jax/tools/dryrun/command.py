@@ -1,4 +1,4 @@
-"""`dryrun`: compiles a run's programs for chips that need not be here, without data, and says what they would take."""
+"""The command `dryrun`: compiles a run for absent chips, without data, and reports its memory and time."""
 
 import json
 import logging
@@ -32,8 +32,8 @@ _FULL = re.compile(r"RESOURCE_EXHAUSTED|CompileTimeHbmOom|out of memory", re.IGN
 def main(config: ConfigDict, workdir: Workdir, chips: str, shape: str, format: str, **facts: int | None) -> int:
     """Prints the report in this `format` and writes it to the work directory. Returns 1 if the run does not fit.
 
-    `shape` and `facts` describe the data where they are absent: see `described.Given`. `topology.prepare_from_flags`
-    must run before JAX is imported.
+    `shape` and `facts` describe absent data (see `described.Given`). Call `topology.prepare_from_flags` before
+    importing JAX.
     """
     return run(config, topology.parse(chips), {"shape": topology.parse_shape(shape), **facts}, format, workdir.path)
 
@@ -45,34 +45,34 @@ def run(config: ConfigDict, chips: topology.Chips, given: dict[str, Any], form: 
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
     check_names(config)
     data = described.describe(config, described.Given(**given), losses.needs_class_counts(config.loss))
-    found = report(Programs(Recipe(config, data, load_teacher), mesh), chips)
+    result = report(Programs(Recipe(config, data, load_teacher), mesh), chips)
     path = folder / f"dryrun-{str(chips).replace(':', '-')}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, found)
+    write_json(path, result)
     if form == "json":
-        print(json.dumps(found, indent=2))
+        print(json.dumps(result, indent=2))
     else:
-        _print(found)
-    log.info("written to %s", path)
-    return 0 if found["fits"] else 1
+        _print(result)
+    log.info("wrote %s", path)
+    return 0 if result["fits"] else 1
 
 
 def report(programs: Programs, chips: topology.Chips) -> dict[str, Any]:
-    """What the run takes of each chip and how long, as JSON values: bytes, seconds, operations."""
-    recipe, chip = programs.recipe, estimate.chip_of(chips)
+    """Returns the memory and time of a run per chip as JSON values: bytes, seconds, operations."""
+    recipe, chip = programs.recipe, estimate.chip_figures(chips)
     config, n = recipe.config, chips.count
-    state, window = programs.shape["state"], programs.shape["sums"]
-    held = {
-        "parameters": counts.bytes_a_device((state.params, state.model_state)),
-        "optimizer": counts.bytes_a_device(state.opt_state),
-        "averages": counts.bytes_a_device((state.ema, window)),
-        "batch": counts.bytes_a_device(programs.chunk_shape(programs.steps_per_call)),
+    state, sums = programs.shape["state"], programs.shape["sums"]
+    resident = {
+        "parameters": counts.bytes_per_device((state.params, state.model_state)),
+        "optimizer": counts.bytes_per_device(state.opt_state),
+        "averages": counts.bytes_per_device((state.ema, sums)),
+        "batch": counts.bytes_per_device(programs.chunk_shape(programs.steps_per_call)),
     }
-    flops = counts.product_flops(_for_tpu(programs).train_step.jaxpr) / n
+    flops = counts.matmul_flops(_for_tpu(programs).train_step.jaxpr) / n
     result: dict[str, Any] = {
         "chips": str(chips), "source": chip.source, "model": config.model, "batch_size": config.batch_size,
         "accumulate": config.accumulate, "precision": config.precision, "steps": recipe.total,
-        "memory": {"capacity": int(chip.memory), **held}, "flops": flops, "compile_seconds": {},
+        "memory": {"capacity": int(chip.memory), **resident}, "flops": flops, "compile_seconds": {},
     }  # fmt: skip
     compiled = {}
     for name, traced in (("init", programs.traced_init), ("train", programs.traced_train),
@@ -80,7 +80,7 @@ def report(programs: Programs, chips: topology.Chips) -> dict[str, Any]:
         began = time.perf_counter()
         compiled[name] = _compile(traced)
         result["compile_seconds"][name] = round(time.perf_counter() - began, 1)
-        log.info("%s compiled in %.1f s", name, result["compile_seconds"][name])
+        log.info("compiled %s in %.1f s", name, result["compile_seconds"][name])
         if isinstance(compiled[name], str):
             return result | {
                 "fits": False,
@@ -97,14 +97,14 @@ def report(programs: Programs, chips: topology.Chips) -> dict[str, Any]:
     if not result["fits"]:
         result["advice"] = _advice(result, programs)
 
-    of_step, of_augment = counts.count_program(compiled["train"]), counts.count_program(compiled["augment"])
+    step, augment = counts.count_program(compiled["train"]), counts.count_program(compiled["augment"])
     peak = estimate.peak(chip, config.precision, config.matmul_precision)
-    bound = estimate.bound(chip, n, peak, flops, of_step.bytes, of_step.collectives)
+    bound = estimate.bound(chip, n, peak, flops, step.bytes, step.collectives)
     seconds = bound.seconds * recipe.total
     return result | {
-        "bytes": of_step.bytes,
-        "augment_bytes": of_augment.bytes,
-        "collectives": {kind: {"count": c, "bytes": b} for kind, (c, b) in of_step.collectives.items()},
+        "bytes": step.bytes,
+        "augment_bytes": augment.bytes,
+        "collectives": {kind: {"count": c, "bytes": b} for kind, (c, b) in step.collectives.items()},
         "seconds": {"compute": bound.compute, "memory": bound.memory, "network": bound.network, "step": bound.seconds},
         "bound_by": bound.by,
         "images_per_second": config.batch_size * recipe.num_seeds / bound.seconds,
@@ -114,7 +114,7 @@ def report(programs: Programs, chips: topology.Chips) -> dict[str, Any]:
 
 
 def _for_tpu(programs: Programs) -> Programs:
-    """The same programs in the form whose products are plain ones."""
+    """Returns the programs as traced for TPU, with matmuls and convolutions as plain primitives."""
     device = AbstractDevice("", num_cores=None, platform="tpu")
     sizes, names = programs.mesh.axis_sizes, programs.mesh.axis_names
     mesh = AbstractMesh(sizes, names, (AxisType.Auto,) * len(names), abstract_device=device)
@@ -122,7 +122,7 @@ def _for_tpu(programs: Programs) -> Programs:
 
 
 def _traced_augment(programs: Programs) -> Any:
-    """The device ops of training and the mixing, on the batch of a step, as a program of their own."""
+    """Traces a program of only the training device ops and mixing, for the batch of a step."""
     recipe, split = programs.recipe, sharding.sharded(programs.mesh)
     augment, shape = recipe.augment(train=True), (programs.stream.rows, *recipe.data.image_shape)
 
@@ -138,7 +138,7 @@ def _traced_augment(programs: Programs) -> Any:
 
 
 def _compile(traced: Any) -> Any:
-    """The compiled program, or what the compiler says if it does not fit into the chip's memory."""
+    """Compiles a program; returns the compiler's message if it does not fit into the chip's memory."""
     try:
         return traced.lower().compile()
     except Exception as e:
@@ -149,51 +149,51 @@ def _compile(traced: Any) -> Any:
 
 
 def _advice(result: dict[str, Any], programs: Programs) -> list[str]:
-    """What would make it fit, in words. Estimated: temporaries are taken to shrink in proportion to the images."""
+    """Suggests changes that would make the run fit, assuming temporaries proportional to the number of images."""
     memory, accumulate, batch_size = result["memory"], result["accumulate"], result["batch_size"]
     chips, backbone = programs.mesh.size, programs.recipe.backbone
     state = memory["parameters"] + memory["optimizer"] + memory["averages"]
     free = memory["capacity"] - state - memory["batch"]
     now = programs.mesh.shape.get("fsdp", 1)
-    # As few parts as leave half of a chip to the temporaries, more than now; one a chip where that is not enough.
-    parts = [k for k in range(now + 1, chips + 1)
-             if chips % k == 0 and (k == chips or state * now / k <= memory["capacity"] / 2)]  # fmt: skip
-    split = f"mesh='data=-1, fsdp={parts[0]}'" if parts else ""
+    # The smallest FSDP axis beyond the current one that leaves half of each chip to temporaries, else all chips.
+    axes = [k for k in range(now + 1, chips + 1)
+            if chips % k == 0 and (k == chips or state * now / k <= memory["capacity"] / 2)]  # fmt: skip
+    fsdp = f"mesh='data=-1, fsdp={axes[0]}'" if axes else ""
     if state >= memory["capacity"]:
         less = ["a smaller model", "or an optimizer with less state, such as adamw(mu_dtype='bfloat16')"]
         return [f"parameters, optimizer and averages alone take {size(state)} of each chip: "
-                + ", ".join([f"{split} (in parts)", *less] if split else less)]  # fmt: skip
-    a_device = batch_size // chips
+                + ", ".join([f"{fsdp} (sharded)", *less] if fsdp else less)]  # fmt: skip
+    per_chip = batch_size // chips
     if "temporaries" in memory:
-        parts = [k for k in range(2, a_device + 1)
-                 if a_device % (k * accumulate) == 0 and memory["temporaries"] / k <= free]  # fmt: skip
-    else:  # the compiler stopped: nobody knows by how much
-        parts = [k for k in (2, 4, 8, 16) if a_device % (k * accumulate) == 0]
+        factors = [k for k in range(2, per_chip + 1)
+                   if per_chip % (k * accumulate) == 0 and memory["temporaries"] / k <= free]  # fmt: skip
+    else:  # the compiler failed without a number
+        factors = [k for k in (2, 4, 8, 16) if per_chip % (k * accumulate) == 0]
     advice = []
-    if parts:
-        advice.append(f"accumulate={parts[0] * accumulate}: the same batch, in parts")
-        advice.append(f"batch_size={batch_size // parts[0]}, or {parts[0]} times the chips")
+    if factors:
+        advice.append(f"accumulate={factors[0] * accumulate}: gradient accumulation over microbatches")
+        advice.append(f"batch_size={batch_size // factors[0]}, or {factors[0]} times the chips")
     if getattr(backbone, "remat", None) == "":
-        advice.append("the model with remat='block': the inside of each block is computed again, and not kept")
-    if state > memory["capacity"] / 10 and split:
-        advice.append(f"{split}: parameters, optimizer and averages in parts")
+        advice.append("the model with remat='block': recomputes each block's activations in the backward pass")
+    if state > memory["capacity"] / 10 and fsdp:
+        advice.append(f"{fsdp}: shards parameters, optimizer state and averages")
     if result["precision"] == "float32":
-        advice.append("precision='bfloat16': about half of the temporaries")
+        advice.append("precision='bfloat16': about half the temporaries")
     return advice or ["a smaller batch or image, or more chips"]
 
 
-def _print(found: dict[str, Any]) -> None:
-    memory = found["memory"]
-    print(f"{found['model']} on {found['chips']}, {found['batch_size']} images a step in {found['precision']}")
+def _print(result: dict[str, Any]) -> None:
+    memory = result["memory"]
+    print(f"{result['model']} on {result['chips']}, {result['batch_size']} images per step in {result['precision']}")
     rows = [(name, size(memory[name])) for name in (*_PARTS, "temporaries", "program") if name in memory]
     if "peak" in memory:
-        rows.append(("at most at once", f"{size(memory['peak'])} of {size(memory['capacity'])}"))
-    why = [found["compiler"]] if "compiler" in found else []
-    rows.append(("fits", "yes" if found["fits"] else f"no; {'; or '.join([*why, *found['advice']])}"))
-    if "seconds" in found:
-        rows += _rates(found)
-    rows.append(("compiled in", ", ".join(f"{name} {seconds} s" for name, seconds in found["compile_seconds"].items())))
-    rows.append(("the chip's figures", found["source"]))
+        rows.append(("peak memory", f"{size(memory['peak'])} of {size(memory['capacity'])}"))
+    error = [result["compiler"]] if "compiler" in result else []
+    rows.append(("fits", "yes" if result["fits"] else f"no; {'; or '.join([*error, *result['advice']])}"))
+    if "seconds" in result:
+        rows += _rates(result)
+    compiled = ", ".join(f"{name} {seconds} s" for name, seconds in result["compile_seconds"].items())
+    rows += [("compile time", compiled), ("chip data", result["source"])]
     for name, text in rows:
         print(f"  {name:<16}  {text}")
 
@@ -202,16 +202,16 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 600 else f"{seconds / 3600:.3g} h"
 
 
-def _rates(found: dict[str, Any]) -> list[tuple[str, str]]:
-    seconds, of_augment = found["seconds"], found["augment_bytes"]
+def _rates(result: dict[str, Any]) -> list[tuple[str, str]]:
+    seconds, augment = result["seconds"], result["augment_bytes"]
     each = ", ".join(f"{name} {seconds[name] * 1e3:.3g} ms" for name in ("compute", "memory", "network"))
     return [
-        ("operations", f"{found['flops']:.3g} of products, a step and chip"),
-        ("traffic", f"{size(found['bytes'])} of memory, a step and chip"),
-        ("augmentation", f"{size(of_augment)} of memory by itself, {of_augment / found['bytes']:.1%} of the step's"),
-        *((kind, f"{of['count']} a step, of {size(of['bytes'])}") for kind, of in found["collectives"].items()),
-        ("a step", f"at least {seconds['step'] * 1e3:.3g} ms, bound by {found['bound_by']}: {each}"),
-        ("images a second", f"at most {found['images_per_second']:,.0f}"),
-        ("the whole run", f"at least {_duration(found['run_seconds'])} for {found['steps']:,} steps, "
-                          f"{found['chip_hours']:.3g} chip-hours, without evaluation"),
+        ("matmul FLOPs", f"{result['flops']:.3g} per step and chip"),
+        ("memory traffic", f"{size(result['bytes'])} per step and chip"),
+        ("augmentation", f"{size(augment)} of memory traffic, {augment / result['bytes']:.1%} of the step's"),
+        *((kind, f"{of['count']} per step, {size(of['bytes'])}") for kind, of in result["collectives"].items()),
+        ("step", f"at least {seconds['step'] * 1e3:.3g} ms, bound by {result['bound_by']}: {each}"),
+        ("images per second", f"at most {result['images_per_second']:,.0f}"),
+        ("whole run", f"at least {_duration(result['run_seconds'])} for {result['steps']:,} steps, "
+                      f"{result['chip_hours']:.3g} chip-hours, without evaluation"),
     ]  # fmt: skip

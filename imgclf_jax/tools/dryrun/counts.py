@@ -1,4 +1,4 @@
-"""What a program does, counted: operations in a jaxpr; traffic, collectives and memory in what is compiled."""
+"""Counts of a program: FLOPs of a jaxpr; memory traffic, collectives and sizes of a compiled program."""
 
 import math
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from imgclf_jax.core import jaxprs
 from imgclf_jax.tools.dryrun import traffic
 
 
-def product_flops(jaxpr: Any) -> float:
-    """Operations of all matrix products and convolutions, a multiply-add being two; loops of unknown length count once.
+def matmul_flops(jaxpr: Any) -> float:
+    """Counts the FLOPs of matmuls and convolutions, two per multiply-add; loops of unknown length count once.
 
-    Attention that a kernel of its own computes is counted as its products are.
+    Fused attention kernels count as their matmuls.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0.0
@@ -27,7 +27,7 @@ def product_flops(jaxpr: Any) -> float:
             numbers = params["dimension_numbers"]
             kernel, out = equation.invars[1].aval, equation.outvars[0].aval
             taps = math.prod(kernel.shape[i] for i in numbers.rhs_spec[1:])  # input features and positions
-            spread = math.prod(params["lhs_dilation"])  # zeros between inputs, which cost nothing
+            spread = math.prod(params["lhs_dilation"])  # zeros between inputs are free
             total += 2 * out.size * taps / (spread * params["batch_group_count"])
         elif name.startswith("dot_product_attention"):
             b, queries, heads, width = equation.invars[0].aval.shape
@@ -35,9 +35,9 @@ def product_flops(jaxpr: Any) -> float:
             products = 5 if "bwd" in name else 2
             total += products * 2 * b * heads * queries * keys * width
         else:
-            inner = [product_flops(jaxpr) for jaxpr in jaxprs.inner(equation)]
+            inner = [matmul_flops(jaxpr) for jaxpr in jaxprs.inner(equation)]
             times = params.get("length", 1) if name == "scan" else 1
-            if name == "shard_map":  # the body is that of one device, or of one group of them
+            if name == "shard_map":  # the body describes one shard
                 split = {axis for spec in params["in_specs"] for axis in jax.tree.leaves(tuple(spec))}
                 times = math.prod(params["mesh"].shape[axis] for axis in split)
             total += (max(inner, default=0) if name == "cond" else sum(inner)) * times
@@ -46,20 +46,20 @@ def product_flops(jaxpr: Any) -> float:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one step on one device."""
+    """Counts of one step on one device."""
 
     bytes: float  # read from and written to the device's memory, after fusion
-    collectives: dict[str, tuple[int, int]]  # kind → (how many, bytes of their results)
+    collectives: dict[str, tuple[int, int]]  # kind → (count, bytes of the results)
 
 
 def count_program(compiled: Any) -> Counts:
-    """The counts of a compiled program, see `traffic`. A loop over steps counts once, one over parts whole."""
+    """Counts a compiled program (see `traffic`): one step, with all microbatches of gradient accumulation."""
     module = traffic.Module(compiled.as_text())
     return Counts(float(module.traffic()), module.collectives())
 
 
-def bytes_a_device(tree: Any) -> int:
-    """Of a pytree of arrays or `ShapeDtypeStruct` with shardings: what each device holds of it."""
+def bytes_per_device(tree: Any) -> int:
+    """Returns the bytes per device of a pytree of arrays or `ShapeDtypeStruct` with shardings."""
     total = 0
     for x in jax.tree.leaves(tree):
         shape = x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) is not None else x.shape

@@ -1,4 +1,4 @@
-"""The facts of a data set, from its metadata or from flags, for a run that is only planned."""
+"""Facts about a data set, from its metadata or from flags, for a planned run."""
 
 from dataclasses import dataclass
 
@@ -14,47 +14,47 @@ from imgclf_jax.run.provenance import DataInfo
 
 @dataclass(frozen=True)
 class Given:
-    """What the person says of the data; None where the data's own metadata are to say it."""
+    """Facts about the data from flags; None reads them from the data's metadata."""
 
     shape: tuple[int, int, int] | None = None  # (h, w, c), after the host ops
     classes: int | None = None
-    targets: int | None = None  # of each example, in place of a class
+    targets: int | None = None  # per example, instead of a class
     examples: int | None = None
 
 
 def describe(config: ConfigDict, given: Given, count_classes: bool = False) -> DataInfo:
-    """The DataInfo of the training images. No image is read if all is given, nor of a TFDS data set.
+    """Returns the DataInfo of the training images, without reading images if all facts are given, or from TFDS.
 
-    Raises UserError, naming the flags, if the data are not there and too little is given.
+    Raises UserError, naming the flags, if the data are absent and facts are missing.
     """
     shape, classes, examples = given.shape, given.targets or given.classes, given.examples
     counts: tuple[int, ...] = ()
-    has_targets, extra = bool(given.targets), _of_extra(config)
+    has_targets, extra = bool(given.targets), _describe_extra(config)
     if None in (shape, classes, examples):
         try:
             call = spec.parse_one(config.data.source)
             if call.name == "tfds":
-                own = _of_tfds(config, *call.args, **call.kwargs)
+                own = _describe_tfds(config, *call.args, **call.kwargs)
             else:
                 train = sources.take_split(sources.open_data(config), config.data.train)
                 info = Images(train, config.preprocess).describe(count_classes)
                 own, counts = (info.image_shape, len(info.class_names), info.train_examples), info.class_counts
                 has_targets = bool(info.target_names) if classes is None else has_targets
         except UserError as e:
-            raise UserError(f"{e}; or say what they are: --shape=224,224,3 --classes=1000 (or --targets=N) "
+            raise UserError(f"{e}; or describe the data: --shape=224,224,3 --classes=1000 (or --targets=N) "
                             "--examples=1281167") from e  # fmt: skip
         shape = shape or own[0]
         classes, examples = classes or own[1], examples or own[2]
     if shape is None or not classes or not examples:
-        raise UserError("dryrun: the data are not prepared, so their number is not known; pass --examples=N")
+        raise UserError("dryrun: the data are not prepared, so the number of examples is unknown; pass --examples=N")
     names = tuple(str(i) for i in range(classes))
     if count_classes and len(counts) != classes:
         counts = (max(1, examples // classes),) * classes
     return DataInfo(examples, shape, names, "", counts, target_names=names if has_targets else (), extra=extra)
 
 
-def _of_extra(config: ConfigDict) -> dict[str, DataInfo]:
-    """The streams of `data.extra`, which flags do not describe: their data must be there."""
+def _describe_extra(config: ConfigDict) -> dict[str, DataInfo]:
+    """Describes the streams of `data.extra`, whose data must be present."""
     if not config.data.extra:
         return {}
     base = sources.open_data(config)
@@ -63,10 +63,10 @@ def _of_extra(config: ConfigDict) -> dict[str, DataInfo]:
     return images.describe().extra
 
 
-def _of_tfds(
+def _describe_tfds(
     config: ConfigDict, name: str, data_dir: str = "", manual_dir: str = ""
 ) -> tuple[tuple[int, int, int], int, int | None]:
-    """(image shape after the host ops, classes, training examples if the data set is prepared)."""
+    """Returns (image shape after the host ops, classes, training examples if the data set is prepared)."""
     del manual_dir
     sizes, classes, shape = prepare.metadata(name, data_dir or config.data.data_dir)
     height, width, channels = (known or usual for known, usual in zip(shape, (375, 500, 3), strict=True))

@@ -1,4 +1,4 @@
-"""What a program's counts mean on a chip: the least time of a step, and what bounds it."""
+"""A roofline estimate: the shortest time of a step on a chip, and its bottleneck."""
 
 import time
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from imgclf_jax.tools.dryrun.table import CHIPS, Chip
 from imgclf_jax.tools.dryrun.topology import Chips
 
 
-def chip_of(chips: Chips) -> Chip:
-    """The published figures of a chip; those of `cpu` are of this machine, and measured now."""
+def chip_figures(chips: Chips) -> Chip:
+    """Returns the published figures of a chip, or measures those of this machine for `cpu`."""
     return CHIPS[chips.kind] if chips.kind != "cpu" else _this_cpu(chips.count)
 
 
 def _this_cpu(devices: int) -> Chip:
-    """Each of `devices` virtual devices has its share of what this machine's cores can do: the best of a few tries."""
+    """Measures this machine, best of a few tries, and divides it among `devices` virtual devices."""
     n = 1536
     a = np.ones((n, n), np.float32)
     flops = 2 * n**3 / min(_seconds(lambda: a @ a) for _ in range(5))
@@ -37,7 +37,7 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 @dataclass(frozen=True)
 class Bound:
-    """The least seconds of a step by each resource alone."""
+    """The shortest time of a step, in seconds, by each resource."""
 
     compute: float
     memory: float
@@ -45,20 +45,20 @@ class Bound:
 
     @property
     def seconds(self) -> float:
-        """The least that a step takes if the three overlap wholly."""
+        """The time of a step if the three overlap completely."""
         return max(self.compute, self.memory, self.network)
 
     @property
     def by(self) -> str:
-        """Which of them it is."""
+        """The bottleneck: "compute", "memory" or "network"."""
         return max(("compute", "memory", "network"), key=lambda name: float(getattr(self, name)))
 
 
 def peak(chip: Chip, precision: str, matmul_precision: str) -> float:
-    """Operations a second of a run's products, by the config's keys of these names.
+    """Returns the peak matmul FLOP/s for the config's `precision` and `matmul_precision`.
 
-    `precision` "bfloat16" is of bfloat16 operands. With "float32" it is `matmul_precision` that says what becomes of
-    them: as JAX has it, "bfloat16" is one product of bfloat16 on a TPU, and TensorFloat-32 on a GPU.
+    With `precision` "float32", `matmul_precision` applies: "bfloat16" is one bfloat16 pass on a TPU, and TensorFloat-32
+    on a GPU.
     """
     if precision == "bfloat16" or (matmul_precision == "bfloat16" and chip.platform == "tpu"):
         return chip.flops
@@ -68,19 +68,19 @@ def peak(chip: Chip, precision: str, matmul_precision: str) -> float:
 def bound(
     chip: Chip, chips: int, peak: float, flops: float, traffic: float, collectives: dict[str, tuple[int, int]]
 ) -> Bound:
-    """Of one step: `flops` at `peak` and bytes of `traffic` on a device; its collectives, kind → (how many, bytes)."""
+    """Bounds one step, given a device's `flops`, `peak` FLOP/s, bytes of `traffic`, and collectives by kind."""
     network = sum(_collective_seconds(chip, chips, kind, size) for kind, (_, size) in collectives.items())
     return Bound(flops / peak, traffic / chip.bandwidth, network)
 
 
 def _collective_seconds(chip: Chip, chips: int, kind: str, size: int) -> float:
-    """Of a result of `size` bytes, by the ring algorithms, whose chips send (n - 1) / n of the whole once or twice.
+    """Returns the time of a ring collective with a result of `size` bytes: each chip sends (n - 1) / n once or twice.
 
-    Over several hosts an all-reduce is one scattered inside of each host, summed between hosts by parts, and gathered.
+    An all-reduce over several hosts is a reduce-scatter within hosts, an all-reduce between hosts, and an all-gather.
     """
     if chips == 1:
         return 0.0
-    times = {"all-reduce": 2, "reduce-scatter": chips}.get(kind, 1)  # of a scatter `size` is that of a part
+    times = {"all-reduce": 2, "reduce-scatter": chips}.get(kind, 1)  # a reduce-scatter's `size` is one shard
     if not chip.network or chips <= chip.a_host:
         return times * size * (chips - 1) / chips / chip.links
     hosts = -(-chips // chip.a_host)

@@ -1,4 +1,4 @@
-"""The published figures of accelerators, each with its source. Peaks: real programs reach a part of them."""
+"""Published figures of accelerators with their sources. They are peaks, which real programs do not reach."""
 
 from dataclasses import dataclass
 
@@ -7,22 +7,22 @@ _CLOUD = "https://cloud.google.com/tpu/docs/"
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip. Rates are a second; the network's are what a chip sends, which is half of a bidirectional figure."""
+    """A chip. Rates are per second; network rates are outgoing, half of a bidirectional figure."""
 
     platform: str  # of JAX: "tpu", "gpu" or "cpu"
-    flops: float  # of bfloat16 products, dense, summed in float32
-    flops_tensorfloat32: float  # of products of float32 operands with `matmul_precision='tensorfloat32'`
-    flops_float32: float  # with `matmul_precision='float32'`
+    flops: float  # dense bfloat16 matmuls with float32 accumulation
+    flops_tensorfloat32: float  # float32 matmuls with `matmul_precision='tensorfloat32'`
+    flops_float32: float  # float32 matmuls with `matmul_precision='float32'`
     memory: float  # bytes
     bandwidth: float  # bytes of the chip's own memory
     links: float  # bytes to chips of the same slice (ICI) or host (NVLink)
     network: float  # bytes to chips of other hosts; 0: links reach all chips
-    a_host: int  # chips a host
+    a_host: int  # chips per host
     source: str
 
 
-# A TPU makes a product of float32 operands of three of bfloat16 at JAX's precision "high", of six at "highest". A GPU's
-# figures are those of tensor cores, and of its float32 units; dense, where a data sheet doubles them for sparsity.
+# A TPU computes a float32 matmul in three bfloat16 passes at JAX's precision "high", and in six at "highest". A GPU's
+# figures are those of tensor cores and of float32 units, dense, without the doubling for sparsity.
 CHIPS = {
     "v5e": Chip("tpu", 197e12, 197e12 / 3, 197e12 / 6, 16 << 30, 819e9, 200e9, 0, 8, _CLOUD + "v5e"),
     "v5p": Chip("tpu", 459e12, 459e12 / 3, 459e12 / 6, 95 << 30, 2765e9, 600e9, 0, 4, _CLOUD + "v5p"),
@@ -33,8 +33,8 @@ CHIPS = {
                  "NVIDIA A100 (SXM4, 80 GB) and DGX A100 datasheets; memory as the driver reports it"),
 }  # fmt: skip
 
-# What XLA's compiler for GPUs has to know of a card (its GpuTargetConfigProto), as the card's driver reports it:
-# name, compute capability, multiprocessors, bytes of shared memory each and by opt-in, float32 units each, L2, GHz.
+# Facts for XLA's GPU compiler (GpuTargetConfigProto), as the driver reports them: name, compute capability,
+# multiprocessors, bytes of shared memory each and by opt-in, float32 units each, L2, GHz.
 _CARDS = {
     "h100": ("NVIDIA H100 80GB HBM3", 9, 132, 233_472, 232_448, 128, 52_428_800, 1.98),
     "a100": ("NVIDIA A100-SXM4-80GB", 8, 108, 167_936, 166_912, 64, 41_943_040, 1.41),
@@ -42,7 +42,7 @@ _CARDS = {
 
 
 def gpu_target(kind: str) -> str:
-    """The description of a GPU that `jax.experimental.topologies` takes as `target_config`, a text proto."""
+    """Returns the text proto of a GPU for `target_config` of `jax.experimental.topologies`."""
     name, capability, cores, shared, optin, units, cache, clock = _CARDS[kind]
     chip = CHIPS[kind]
     fields = {

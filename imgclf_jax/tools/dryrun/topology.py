@@ -1,4 +1,4 @@
-"""`--chips=v5e:4x4`, `h100:8`, `a100:8x8`, `cpu:8`: devices that need not be here, for which programs are compiled."""
+"""`--chips=v5e:4x4`, `h100:8`, `a100:8x8` or `cpu:8`: absent devices to compile for."""
 
 import importlib.util
 import math
@@ -11,18 +11,18 @@ from imgclf_jax.cli.words import UsageError
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.tools.dryrun import table
 
-# The packages with which XLA compiles for a platform, and how to get them.
+# The compiler package of each platform, and the command that installs it.
 _COMPILERS = {
     "tpu": ("libtpu", "uv run --isolated --extra tpu launch.py dryrun …"),
     "gpu": ("jax_plugins.xla_cuda12", "uv run --isolated --extra cuda-compiler launch.py dryrun …"),
 }
-_NAMES = {"v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}  # accelerator types, as TPU's runtime calls them
+_NAMES = {"v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}  # accelerator types of the TPU runtime
 ALLOWED = "allowed: v5e:4x4, v6e:8x8 (rows x columns), v5p:4x4x4, h100:8 or a100:8x8 (hosts x GPUs), cpu:8"
 
 
 @dataclass(frozen=True)
 class Chips:
-    """Chips of one kind in their arrangement."""
+    """Chips of one kind, and their topology."""
 
     kind: str
     shape: tuple[int, ...]
@@ -32,17 +32,17 @@ class Chips:
 
     @property
     def count(self) -> int:
-        """How many chips there are."""
+        """The number of chips."""
         return math.prod(self.shape)
 
     @property
     def platform(self) -> str:
-        """That of JAX: "tpu", "gpu" or "cpu"."""
+        """JAX's platform: "tpu", "gpu" or "cpu"."""
         return "cpu" if self.kind == "cpu" else table.CHIPS[self.kind].platform
 
 
 def parse(text: str) -> Chips:
-    """The chips that a text such as 'v5e:4x4' names. Raises UserError for any other text."""
+    """Parses chips such as 'v5e:4x4'. Raises UserError for any other text."""
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
     if not match or match[1] not in (*table.CHIPS, "cpu"):
         raise UserError(f"--chips={text}: {ALLOWED}")
@@ -71,23 +71,23 @@ def prepare_from_flags(chips: str, shape: str, classes: int | None, targets: int
 
 
 def prepare(chips: Chips) -> None:
-    """Sets what JAX and the compilers read from the environment when they are loaded; before JAX is imported.
+    """Sets environment variables that JAX and the compilers read on import. Call it before importing JAX.
 
-    Raises UserError, with the command that brings it, if the compiler for these chips is not installed.
+    Raises UserError, with the command to install it, if the compiler for these chips is missing.
     """
     if chips.platform in _COMPILERS:
         module, command = _COMPILERS[chips.platform]
         if not _installed(module):
-            raise UserError(f"--chips={chips}: the compiler for these chips is not installed; run it as: {command}")
-    os.environ["JAX_PLATFORMS"] = "cpu"  # chips that are here are left alone
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # the time that compilation takes is asked for
+            raise UserError(f"--chips={chips}: the compiler for these chips is not installed; run it with: {command}")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # leaves this machine's chips alone
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # the report has compile times
     flags = os.environ.get("XLA_FLAGS", "").split()
     if chips.platform == "tpu":
         os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost")
         os.environ["TPU_ACCELERATOR_TYPE"] = f"{_NAMES[chips.kind]}-8"
     elif chips.platform == "gpu":
         os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-        # Without a card nothing can be tried out.
+        # Autotuning needs a GPU.
         flags += ["--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false"]
     os.environ["XLA_FLAGS"] = " ".join(flags)
     os.environ["JAX_NUM_CPU_DEVICES"] = str(chips.count if chips.kind == "cpu" else 1)
@@ -96,14 +96,14 @@ def prepare(chips: Chips) -> None:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
 def devices(chips: Chips) -> list[Any]:
-    """JAX devices to compile for, in the order of the mesh; only those of `cpu` can run anything.
+    """Returns JAX devices to compile for, in mesh order; only those of `cpu` can run programs.
 
-    Raises UserError for an arrangement that the compiler does not know.
+    Raises UserError for a topology that the compiler does not know.
     """
     import jax
     from jax.experimental import topologies
@@ -118,4 +118,4 @@ def devices(chips: Chips) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(**settings).devices)
     except Exception as e:
-        raise UserError(f"--chips={chips}: the compiler refuses it: {str(e).splitlines()[0][:200]}; {ALLOWED}") from e
+        raise UserError(f"--chips={chips}: the compiler rejects it: {str(e).splitlines()[0][:200]}; {ALLOWED}") from e

@@ -1,10 +1,9 @@
-"""What a compiled program reads and writes of a chip's memory, counted in its HLO text, instruction by instruction.
+"""Memory traffic of a compiled program, counted from its HLO text.
 
-An instruction, which may be many fused ones, reads its operands and writes its results; what lies in a chip's on-chip
-memory does not count. Of an array of which a slice is used, the slice counts. A loop counts as often as it runs where
-that is known, a loop over steps, whose length is an argument, once. That is what XLA's own cost analysis does as well,
-but for loops, which it counts once, on-chip memory, which it counts like any other, and kernels of libraries such as
-cuDNN, which it leaves out.
+Each instruction, possibly a fusion, reads its operands and writes its results. On-chip memory is free, and of a sliced
+array only the slice counts. A loop counts as often as it runs, or once if its trip count is unknown, as for the loop
+over steps. XLA's own cost analysis differs: it counts loops once, includes on-chip memory, and omits library kernels
+such as cuDNN's.
 """
 
 import math
@@ -16,11 +15,11 @@ from functools import partial
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4,
           "f64": 8, "s64": 8, "u64": 8, "c64": 8, "c128": 16}  # fmt: skip
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# What only names arrays that are there already.
+# Instructions without memory traffic.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
          "opt-barrier", "domain", "add-dependency"}  # fmt: skip
 _BUFFERS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")  # custom calls that do nothing
-_LIBRARIES = ("__cudnn", "__cublas")  # whose last result is their workspace
+_LIBRARIES = ("__cudnn", "__cublas")  # their last result is a workspace
 
 _HEAD = re.compile(r"(?:ENTRY )?%([\w.\-]+) \(")
 _LINE = re.compile(r"(?:ROOT )?%([\w.\-]+) = ")
@@ -37,11 +36,11 @@ class Array:
     """One array of a result."""
 
     bytes: int
-    on_chip: bool  # in TPU's vector or scalar memory, and not in that which `bandwidth` is of
+    on_chip: bool  # in a TPU's vector or scalar memory rather than HBM
 
     @property
     def traffic(self) -> int:
-        """Bytes of the chip's memory that to read or write it takes."""
+        """The bytes of memory traffic to read or write it."""
         return 0 if self.on_chip else self.bytes
 
 
@@ -53,25 +52,25 @@ class Instruction:
     opcode: str
     arrays: tuple[Array, ...]  # its results
     operands: tuple[str, ...]
-    text: str  # what comes after the operands
-    argument: str  # what stands in the place of operands: a parameter's number, a constant's value
+    text: str  # the text after the operands
+    argument: str  # the text in place of operands: a parameter's number, a constant's value
 
 
 @dataclass
 class Computation:
-    """The instructions of a computation, by name, and the name of that which gives its result."""
+    """The instructions of a computation by name, and the name of its root."""
 
     instructions: dict[str, Instruction] = field(default_factory=dict)
     root_name: str = ""
 
     @property
     def root(self) -> Instruction:
-        """What gives the result."""
+        """The instruction that computes the result."""
         return self.instructions[self.root_name]
 
 
 class Module:
-    """A compiled program's text."""
+    """A parsed HLO module."""
 
     def __init__(self, text: str) -> None:
         self.computations: dict[str, Computation] = {}
@@ -93,33 +92,33 @@ class Module:
         return self._sum(self.entry, self._of_instruction)
 
     def collectives(self) -> dict[str, tuple[int, int]]:
-        """Kind → (how many, bytes of their results)."""
-        found = {}
+        """Returns (count, bytes of the results) by kind."""
+        collectives = {}
         for kind in COLLECTIVES:
-            if count := self._sum(self.entry, partial(_if_of, kind, _one)):
-                found[kind] = count, self._sum(self.entry, partial(_if_of, kind, _result))
-        return found
+            if count := self._sum(self.entry, partial(_if_kind, kind, _one)):
+                collectives[kind] = count, self._sum(self.entry, partial(_if_kind, kind, _result))
+        return collectives
 
-    def _sum(self, name: str, of: Callable[[Computation, Instruction], int]) -> int:
-        """The sum of `of` over all instructions that run, each as often as it does."""
+    def _sum(self, name: str, value: Callable[[Computation, Instruction], int]) -> int:
+        """Sums `value` over all executed instructions, with loops unrolled and the costliest branch taken."""
         computation, total = self.computations[name], 0
         for instruction in computation.instructions.values():
             if instruction.opcode == "while":
-                total += self.trips(instruction) * self._sum(_called(instruction), of)
+                total += self.trips(instruction) * self._sum(_called(instruction), value)
             elif instruction.opcode == "conditional":
-                total += max(self._sum(branch, of) for branch in _branches(instruction))
+                total += max(self._sum(branch, value) for branch in _branches(instruction))
             elif instruction.opcode in ("call", "async-start") or self._wraps(instruction):
-                total += self._sum(_called(instruction), of)
+                total += self._sum(_called(instruction), value)
             else:
-                total += of(computation, instruction)
+                total += value(computation, instruction)
         return total
 
     def _wraps(self, instruction: Instruction) -> bool:
-        """Whether it starts, by itself, a computation of one instruction, as `fusion-start` does."""
+        """Whether the instruction asynchronously starts a called computation, as `fusion-start` does."""
         return instruction.opcode.endswith("-start") and "calls=" in instruction.text
 
     def trips(self, loop: Instruction) -> int:
-        """How often the body of a loop runs; 1 where it is not known. One that counts up to a constant begins at 0."""
+        """Returns the trip count of a loop, or 1 if unknown; counters that end at a constant start at 0."""
         if match := _TRIPS.search(loop.text):
             return int(match[1])
         match = _CONDITION.search(loop.text)
@@ -133,7 +132,7 @@ class Module:
         return int(last.argument) if last.opcode == "constant" and last.argument.isdigit() else 1
 
     def _of_instruction(self, computation: Computation, i: Instruction) -> int:
-        """Bytes that one instruction reads and writes."""
+        """Returns the bytes that one instruction reads and writes."""
         if i.opcode in _FREE or i.opcode.endswith("-done") or any(f'"{name}"' in i.text for name in _BUFFERS):
             return 0
         if i.opcode == "copy-start" or i.opcode.removesuffix("-start") in COLLECTIVES:
@@ -142,7 +141,7 @@ class Module:
         return read + (self._written(i) if i.opcode == "fusion" else _written_by(computation, i))
 
     def _read(self, computation: Computation, i: Instruction, n: int) -> int:
-        """Bytes that an instruction reads of its operand `n`."""
+        """Returns the bytes that an instruction reads of its operand `n`."""
         operand = computation.instructions.get(i.operands[n])
         whole = sum(a.traffic for a in operand.arrays) if operand else 0
         if not whole:
@@ -156,7 +155,7 @@ class Module:
         return min(whole, self._read_inside(self.computations[_called(i)], n, whole))
 
     def _read_inside(self, fused: Computation, n: int, whole: int) -> int:
-        """Bytes that a fused computation reads of its parameter `n`, which has `whole`."""
+        """Returns the bytes that a fused computation reads of its parameter `n` of `whole` bytes."""
         names = {i.name for i in fused.instructions.values() if i.opcode == "parameter" and i.argument == str(n)}
         total = 0
         for user in fused.instructions.values():
@@ -176,7 +175,7 @@ class Module:
         return whole if fused.root.name in names else total
 
     def _written(self, i: Instruction) -> int:
-        """Bytes that a fusion writes: of an array that is updated in place, the update."""
+        """Returns the bytes that a fusion writes: for an in-place update, only the update."""
         fused = self.computations[_called(i)]
         root = fused.root
         names = root.operands if root.opcode == "tuple" and len(root.operands) == len(i.arrays) else (root.name,)
@@ -200,13 +199,13 @@ def _written_by(computation: Computation, i: Instruction) -> int:
 
 
 def _updated(computation: Computation, i: Instruction) -> int:
-    """Bytes of what is written into the first operand."""
+    """Returns the bytes of an in-place update."""
     update = computation.instructions.get(i.operands[1 if i.opcode == "dynamic-update-slice" else -1])
     return sum(a.bytes for a in update.arrays) if update else 0
 
 
-def _if_of(kind: str, of: Callable[[Instruction], int], _: Computation, i: Instruction) -> int:
-    return of(i) if i.opcode in (kind, f"{kind}-start") else 0
+def _if_kind(kind: str, value: Callable[[Instruction], int], _: Computation, i: Instruction) -> int:
+    return value(i) if i.opcode in (kind, f"{kind}-start") else 0
 
 
 def _one(_: Instruction) -> int:
@@ -214,7 +213,7 @@ def _one(_: Instruction) -> int:
 
 
 def _result(i: Instruction, traffic: bool = False) -> int:
-    """Bytes of the results. What starts an asynchronous operation may give its operands, too, and contexts."""
+    """Returns the bytes of the results, without the operands and contexts that asynchronous starts also return."""
     arrays, n = i.arrays, len(i.operands)
     if i.opcode == "copy-start":
         arrays = arrays[:1]
@@ -248,7 +247,7 @@ def _parse(line: str) -> Instruction | None:
 
 
 def _close(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """Returns the index of the parenthesis that closes the one at `start`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match[0] == "(" else -1

@@ -1,7 +1,7 @@
-"""Where in an image a network finds its class: Grad-CAM, attention rollout, occlusion. Pure functions.
+"""Attribution methods as pure functions: Grad-CAM, attention rollout and occlusion.
 
-Each gives a map of one number a place, the greater the more it matters. No model is changed for it: what its layers
-give is seen from outside, by Flax's interceptors, so a network of one's own is explained as ours are.
+Each returns a map of the importance of image regions. Flax's method interceptors read the layers' outputs, so any linen
+network works unchanged.
 """
 
 import itertools
@@ -20,100 +20,98 @@ from imgclf_jax.models.layers import widen
 # (params, model_state, images uint8[b, h, w, c], labels i32[b]) → f32[b, h', w']
 Explain = Callable[[Any, Any, jax.Array, jax.Array], jax.Array]
 
-_MAPS = "attention"  # what attention layers sow into `intermediates`, f32[b, heads, queries, keys]
+_MAPS = "attention"  # the name under which attention layers sow f32[b, heads, queries, keys] into `intermediates`
 
 
 class Layer(NamedTuple):
-    """A layer of the backbone as it was seen: its name such as "layer4_1/conv2", its output's shape, and its place.
+    """A call of a backbone layer: its name such as "layer4_1/conv2", its output shape, and the number of the call.
 
-    The place counts all calls of modules, in the order in which they return. `inside` is True within a transformation,
-    such as a scan or a block that is computed again, where what the layer gives cannot be reached.
+    `call` counts all calls of modules, in the order in which they return. `inside` is True within a transformation
+    such as a scan or remat, where the output is out of reach.
     """
 
     name: str
     shape: tuple[int, ...]
-    place: int
+    call: int
     inside: bool = False
 
 
-class Seen(NamedTuple):
-    """What a network shows of itself: the backbone's layers, and its attention maps' shapes from first to last."""
+class Structure(NamedTuple):
+    """The backbone's layer calls, and the shapes of its attention maps, both in order."""
 
     layers: list[Layer]
     attention: list[tuple[int, ...]]
 
     @property
     def spatial(self) -> list[Layer]:
-        """The layers that give feature maps [b, h, w, c] of more than one place."""
-        return [
-            one for one in self.layers if len(one.shape) == 4 and one.shape[1] * one.shape[2] > 1 and not one.inside
-        ]
+        """The layers with feature maps [b, h, w, c] larger than 1 x 1."""
+        return [x for x in self.layers if len(x.shape) == 4 and x.shape[1] * x.shape[2] > 1 and not x.inside]
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(rows, columns) of the patches: those of the last feature maps; (0, 0) without any."""
+        """(rows, columns) of the patches, which are those of the last feature maps; (0, 0) without any."""
         return self.spatial[-1].shape[1:3] if self.spatial else (0, 0)  # type: ignore[return-value]
 
     @property
     def best(self) -> str:
-        """The method for this network: "gradcam", "rollout", or "occlusion", which suits any.
+        """The method that fits this network: "gradcam", "rollout", or else "occlusion".
 
-        Grad-CAM where the last thing with places is feature maps; rollout where tokens follow on patches and all
-        attention maps are over them.
+        Grad-CAM if the last spatial output is a feature map; rollout if it is tokens and all attention maps are over
+        the patches.
         """
-        placed = [one for one in self.layers if len(one.shape) > 2 and np.prod(one.shape[1:-1]) > 1]
-        if placed and len(placed[-1].shape) == 4 and not placed[-1].inside:
+        outputs = [layer for layer in self.layers if len(layer.shape) > 2 and np.prod(layer.shape[1:-1]) > 1]
+        if outputs and len(outputs[-1].shape) == 4 and not outputs[-1].inside:
             return "gradcam"
         return "rollout" if self.attention and _tokens_fit(self) else "occlusion"
 
 
 def without_remat(model: Any) -> Any:
-    """The classifier with blocks whose layers can be seen: not computed again in the gradient, as `remat` has them."""
+    """Returns the classifier without `remat`, which hides its blocks' layers from interceptors."""
     outer = model.backbone
-    inner = getattr(outer, "base", outer)  # of LoRA
+    inner = getattr(outer, "base", outer)  # the backbone within LoRA
     if not getattr(inner, "remat", ""):
         return model
     plain = inner.clone(remat="")
     return model.clone(backbone=plain if inner is outer else outer.clone(base=plain))
 
 
-def look(model: nn.Module, variables: Any, image_shape: Sequence[int]) -> Seen:
-    """What the classifier `model` shows of itself on an image [h, w, c]. Nothing is computed."""
+def inspect(model: nn.Module, variables: Any, image_shape: Sequence[int]) -> Structure:
+    """Traces the classifier on an image [h, w, c], without computing, and returns its structure."""
     layers: list[Layer] = []
     attention: dict[str, tuple[int, ...]] = {}
 
     def run(variables: Any, images: jax.Array) -> None:
         outside = tracers.current_trace()
 
-        def note(place: int, path: tuple[str, ...], y: Any) -> Any:
+        def record(index: int, path: tuple[str, ...], y: Any) -> Any:
             if path[:1] == ("backbone",) and len(path) > 1 and isinstance(y, jax.Array):
-                layers.append(Layer("/".join(path[1:]), y.shape, place, tracers.current_trace() != outside))
+                layers.append(Layer("/".join(path[1:]), y.shape, index, tracers.current_trace() != outside))
             return y
 
-        with nn.intercept_methods(_on_outputs(note)):
+        with nn.intercept_methods(_on_outputs(record)):
             _, state = model.apply(variables, images, train=False, mutable=["intermediates"])
         attention.update((name, x.shape) for name, x in _attention_maps(state).items())
 
     jax.eval_shape(run, variables, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
-    return Seen(layers, [attention[name] for name in _in_order(attention, layers)])
+    return Structure(layers, [attention[name] for name in _sort_calls(attention, layers)])
 
 
-def choose_layer(seen: Seen, name: str = "") -> Layer:
-    """The layer for Grad-CAM: the last call of that name, or the last that gives feature maps. Raises UserError."""
-    if not seen.spatial:
-        raise UserError("gradcam needs a layer that gives feature maps [b, h, w, c], and this network has none; "
+def choose_layer(structure: Structure, name: str = "") -> Layer:
+    """Returns the layer for Grad-CAM: the last call of `name`, or of any layer with feature maps. Raises UserError."""
+    if not structure.spatial:
+        raise UserError("gradcam needs a layer with feature maps [b, h, w, c], which this network lacks; "
                         "--method=occlusion explains any network")  # fmt: skip
-    named = [one for one in seen.spatial if name in ("", one.name)]
-    if not named:
-        raise UserError(unknown("layer with feature maps", name, {one.name for one in seen.spatial}))
-    return named[-1]
+    matches = [layer for layer in structure.spatial if name in ("", layer.name)]
+    if not matches:
+        raise UserError(unknown("layer with feature maps", name, {layer.name for layer in structure.spatial}))
+    return matches[-1]
 
 
 def make_gradcam(model: nn.Module, augment: Callable[..., jax.Array], layer: Layer, num_seeds: int = 1) -> Explain:
-    """Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391, equations 1 and 2): the maps f32[b, h', w'] of `layer`.
+    """Returns Grad-CAM of `layer` (Selvaraju et al. 2017, arXiv:1610.02391, equations 1 and 2), maps f32[b, h', w'].
 
-    With A_k the layer's feature map k and y the label's logit, map = ReLU(sum_k w_k A_k), w_k being the mean of
-    dy / dA_k over all places. `augment` are the device ops of evaluation. With several seeds params and model_state are
+    With A_k the layer's feature map k and y the label's logit, the map is ReLU(sum_k w_k A_k), where w_k is the spatial
+    mean of dy / dA_k. `augment` applies the device ops of evaluation. With several seeds, params and model_state are
     [num_seeds, …], and the result is the mean of the seeds' maps.
     """
 
@@ -121,60 +119,62 @@ def make_gradcam(model: nn.Module, augment: Callable[..., jax.Array], layer: Lay
         variables, images = {"params": params, **model_state}, augment(None, images)
 
         def logit(delta: Any) -> tuple[jax.Array, jax.Array]:
-            """The sum over the images of the label's logit, the layer's maps moved by `delta`; and these maps."""
-            found: list[jax.Array] = []
+            """Returns the sum of the labels' logits, with `delta` added to the feature maps, and these maps."""
+            outputs: list[jax.Array] = []
 
-            def move(place: int, path: tuple[str, ...], y: Any) -> Any:
-                if place != layer.place:
+            def shift(index: int, path: tuple[str, ...], y: Any) -> Any:
+                if index != layer.call:
                     return y
-                found.append(y)
+                outputs.append(y)
                 return y if delta is None else y + delta.astype(y.dtype)
 
-            with nn.intercept_methods(_on_outputs(move)):
+            with nn.intercept_methods(_on_outputs(shift)):
                 logits: Any = model.apply(variables, images, train=False)
-            return widen(jnp.take_along_axis(logits, labels[:, None], 1)).sum(), widen(found[0])
+            return widen(jnp.take_along_axis(logits, labels[:, None], 1)).sum(), widen(outputs[0])
 
         maps = jax.eval_shape(logit, None)[1]
-        slopes, features = jax.grad(logit, has_aux=True)(jnp.zeros(maps.shape, maps.dtype))
-        weights = jnp.mean(slopes, (1, 2))  # [b, c]
+        gradients, features = jax.grad(logit, has_aux=True)(jnp.zeros(maps.shape, maps.dtype))
+        weights = jnp.mean(gradients, (1, 2))  # [b, c]
         return nn.relu(jnp.sum(weights[:, None, None] * features, -1))  # [b, h', w']
 
     return _mean_over_seeds(gradcam, num_seeds)
 
 
-def make_rollout(model: nn.Module, augment: Callable[..., jax.Array], seen: Seen, num_seeds: int = 1) -> Explain:
-    """Attention rollout (Abnar and Zuidema 2020, arXiv:2005.00928): the maps f32[b, rows, columns] of the patches.
+def make_rollout(
+    model: nn.Module, augment: Callable[..., jax.Array], structure: Structure, num_seeds: int = 1
+) -> Explain:
+    """Returns attention rollout (Abnar and Zuidema 2020, arXiv:2005.00928), maps f32[b, rows, columns] of the patches.
 
-    How much of each patch reaches the class token through all layers, or, without a class token, all tokens on
-    average; see `rollout`. The label does not matter. Seeds are as in `make_gradcam`. Raises UserError if the network
-    shows no attention maps over its patches.
+    A map is how much of each patch reaches the class token through all layers or, without a class token, all tokens on
+    average (see `rollout`). It does not depend on the label. Seeds are as in `make_gradcam`. Raises UserError if the
+    network has no attention maps over its patches.
     """
-    if not seen.attention or not _tokens_fit(seen):
-        raise UserError("rollout needs attention maps over the patches of the image, sown as 'attention', and this "
-                        "network has none; --method=occlusion explains any network")  # fmt: skip
-    rows, columns = seen.grid
+    if not structure.attention or not _tokens_fit(structure):
+        raise UserError("rollout needs attention maps over the image patches, sown as 'attention', which this network "
+                        "lacks; --method=occlusion explains any network")  # fmt: skip
+    rows, columns = structure.grid
 
     def explain(params: Any, model_state: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         variables = {"params": params, **model_state}
         _, state = model.apply(variables, augment(None, images), train=False, mutable=["intermediates"])
         maps = _attention_maps(state)
-        flow = rollout([maps[name] for name in _in_order(maps, seen.layers)])  # [b, n, n]
-        classes = flow.shape[-1] - rows * columns  # class tokens, which come first
-        reached = flow[:, 0] if classes else jnp.mean(flow, 1)  # [b, n]
-        return reached[:, classes:].reshape(-1, rows, columns)
+        flow = rollout([maps[name] for name in _sort_calls(maps, structure.layers)])  # [b, n, n]
+        class_tokens = flow.shape[-1] - rows * columns  # they come first
+        relevance = flow[:, 0] if class_tokens else jnp.mean(flow, 1)  # [b, n]
+        return relevance[:, class_tokens:].reshape(-1, rows, columns)
 
     return _mean_over_seeds(explain, num_seeds)
 
 
 def rollout(maps: Sequence[jax.Array]) -> jax.Array:
-    """The flow f32[b, n, n] from each token of the input (last axis) to each of the output, through all layers.
+    """Returns the flow f32[b, n, n] from each input token (last axis) to each output token through all layers.
 
-    `maps` are the layers' attention f32[b, heads, n, n], from first to last. A layer passes on A = (W + I) / 2, W being
-    the mean over its heads, since half of what it gives is its shortcut; the flow is the product of all A.
+    `maps` are the layers' attention f32[b, heads, n, n], in order. The flow is the product of A = (W + I) / 2 over the
+    layers, with W the mean over heads and I for the residual connection.
     """
     flow = jnp.eye(maps[0].shape[-1], dtype=maps[0].dtype)[None]
-    for each in maps:
-        layer = (jnp.mean(each, 1) + jnp.eye(each.shape[-1], dtype=each.dtype)) / 2  # rows add up to 1
+    for attention in maps:
+        layer = (jnp.mean(attention, 1) + jnp.eye(attention.shape[-1], dtype=attention.dtype)) / 2  # rows sum to 1
         flow = jnp.matmul(layer, flow, precision="highest")
     return flow
 
@@ -183,44 +183,46 @@ def occlusion(
     predict: Callable[[np.ndarray], np.ndarray], images: np.ndarray, labels: np.ndarray, window: int = 0,
     size: int = 128,
 ) -> np.ndarray:  # fmt: skip
-    """Occlusion (Zeiler and Fergus 2014, arXiv:1311.2901): by how much the probability of a label falls, f64[n, h, w].
+    """Returns occlusion maps f64[n, h, w]: the drop of a label's probability (Zeiler and Fergus 2014, arXiv:1311.2901).
 
-    `images` are uint8[n, h, w, c], `labels` int[n]. `predict` gives the probabilities f32[b, classes] of images
-    uint8[b, h, w, c]; it is called with up to `size` images at a time, which may be parts of several. A square of
-    `window` pixels (default: a seventh of the image's shorter side) in the image's mean colour covers one part after
-    the other, half a window further each time. A pixel's value is the mean fall over the squares that cover it, below 0
-    where the probability rises.
+    A square in the image's mean color slides over the image, by half its side. A pixel's value is the mean drop over
+    the squares that cover it, negative if the probability rises.
+
+    - `predict` returns the probabilities f32[b, classes] of images uint8[b, h, w, c].
+    - `images` are uint8[n, h, w, c], `labels` int[n].
+    - `window` is the side of the square in pixels (default: a seventh of the image's shorter side).
+    - `size` bounds the batch of a call of `predict`, which may mix occlusions of several images.
     """
     n, h, w = images.shape[:3]
     window = window or max(2, round(min(h, w) / 7))
     if not 1 <= window <= min(h, w):
-        raise UserError(f"--window={window}: the image is {h} by {w} pixels for the network; give 1 to {min(h, w)}")
+        raise UserError(f"--window={window}: must be 1 to {min(h, w)}, because the network's input is {h} x {w} pixels")
     corners = list(itertools.product(_starts(h, window), _starts(w, window)))
 
-    def seen() -> Iterator[tuple[np.ndarray, int]]:
-        """Each image as it is, then with each part covered, and its label."""
+    def occlude() -> Iterator[tuple[np.ndarray, int]]:
+        """Yields each image and its label, followed by its occlusions."""
         for image, label in zip(images, labels.tolist(), strict=True):
             yield image, label
-            colour = np.round(image.mean((0, 1))).astype(np.uint8)
+            color = np.round(image.mean((0, 1))).astype(np.uint8)
             for i, j in corners:
-                covered = image.copy()
-                covered[i : i + window, j : j + window] = colour
-                yield covered, label
+                occluded = image.copy()
+                occluded[i : i + window, j : j + window] = color
+                yield occluded, label
 
-    found: list[float] = []
-    for some in itertools.batched(seen(), size):
-        probabilities = predict(np.stack([image for image, _ in some]))
-        found += probabilities[np.arange(len(some)), [label for _, label in some]].tolist()
-    of_each = np.array(found).reshape(n, 1 + len(corners))
-    fall, count = np.zeros((n, h, w)), np.zeros((h, w))
-    for value, (i, j) in zip((of_each[:, :1] - of_each[:, 1:]).T, corners, strict=True):
-        fall[:, i : i + window, j : j + window] += value[:, None, None]
+    outputs: list[float] = []
+    for batch in itertools.batched(occlude(), size):
+        probabilities = predict(np.stack([image for image, _ in batch]))
+        outputs += probabilities[np.arange(len(batch)), [label for _, label in batch]].tolist()
+    by_image = np.array(outputs).reshape(n, 1 + len(corners))
+    drop, count = np.zeros((n, h, w)), np.zeros((h, w))
+    for value, (i, j) in zip((by_image[:, :1] - by_image[:, 1:]).T, corners, strict=True):
+        drop[:, i : i + window, j : j + window] += value[:, None, None]
         count[i : i + window, j : j + window] += 1
-    return fall / count
+    return drop / count
 
 
 def _starts(length: int, window: int) -> list[int]:
-    """Where the squares begin along one side: half a window apart, the last one at the end."""
+    """Returns the squares' offsets along one side: half a window apart, the last one at the end."""
     last = length - window
     return sorted({*range(0, last, max(1, window // 2)), last})
 
@@ -231,38 +233,38 @@ def _mean_over_seeds(explain: Explain, num_seeds: int) -> Explain:
     return lambda *args: jnp.mean(jax.vmap(explain, (0, 0, None, None))(*args), 0)
 
 
-def _on_outputs(see: Callable[[int, tuple[str, ...], Any], Any]) -> Any:
-    """An interceptor: `see(place, path, output)` gives what each call of a module returns in place of its output."""
-    places: Iterator[int] = itertools.count()
+def _on_outputs(replace: Callable[[int, tuple[str, ...], Any], Any]) -> Any:
+    """Returns an interceptor that replaces the output of each module call by `replace(index, path, output)`."""
+    indices: Iterator[int] = itertools.count()
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         y = call(*args, **kwargs)
-        return see(next(places), context.module.path, y) if context.method_name == "__call__" else y
+        return replace(next(indices), context.module.path, y) if context.method_name == "__call__" else y
 
     return intercept
 
 
 def _attention_maps(state: Any) -> dict[str, jax.Array]:
-    """{name of the layer: its attention maps}; a layer that was called several times counts once for each call."""
-    found = {}
+    """Returns the attention maps by call, named LAYER/CALL such as "block10/attn/0"."""
+    maps = {}
     for path, x in jax.tree.leaves_with_path(state.get("intermediates", {}).get("backbone", {})):
         keys = [key.key if isinstance(key, jax.tree_util.DictKey) else key.idx for key in path]
         if keys[-2:-1] == [_MAPS] and x.ndim == 4:
-            found["/".join([*keys[:-2], str(keys[-1])])] = x
-    return found
+            maps["/".join([*keys[:-2], str(keys[-1])])] = x
+    return maps
 
 
-def _in_order(names: Any, layers: list[Layer]) -> list[str]:
-    """The names of attention layers, "block10/attn/0", in the order in which the network calls them."""
-    calls: dict[str, int] = {}
-    seen: dict[str, int] = {}
+def _sort_calls(names: Any, layers: list[Layer]) -> list[str]:
+    """Sorts the names of `_attention_maps` by the order of calls."""
+    counts: dict[str, int] = {}
+    indices: dict[str, int] = {}
     for layer in layers:
-        calls[layer.name] = calls.get(layer.name, -1) + 1
-        seen[f"{layer.name}/{calls[layer.name]}"] = layer.place
-    return sorted(names, key=lambda name: seen.get(name, len(layers)))
+        counts[layer.name] = counts.get(layer.name, -1) + 1
+        indices[f"{layer.name}/{counts[layer.name]}"] = layer.call
+    return sorted(names, key=lambda name: indices.get(name, len(layers)))
 
 
-def _tokens_fit(seen: Seen) -> bool:
-    """Whether all attention maps are over the patches, with a class token before them or without."""
-    n = seen.grid[0] * seen.grid[1]
-    return n > 1 and all(shape[-1] == shape[-2] and shape[-1] - n in (0, 1) for shape in seen.attention)
+def _tokens_fit(structure: Structure) -> bool:
+    """Whether all attention maps are over the patches, with or without a class token."""
+    n = structure.grid[0] * structure.grid[1]
+    return n > 1 and all(shape[-1] == shape[-2] and shape[-1] - n in (0, 1) for shape in structure.attention)

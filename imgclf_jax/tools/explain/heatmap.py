@@ -1,4 +1,4 @@
-"""A picture of a heat map: the image, the map over it, and the scale of its colours, with a title. Pillow draws."""
+"""Heatmap figures, drawn with Pillow: the image, the heatmap over it, a color scale and a title."""
 
 import textwrap
 from collections.abc import Sequence
@@ -6,17 +6,17 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Colours of rising lightness, at equal distances, between which others are interpolated: they keep their order for
-# everybody, and in print without colours. They are those of viridis (van der Walt and Smith 2015).
-COLOURS = np.array([
+# Equidistant colors of viridis (van der Walt and Smith 2015), whose lightness rises monotonically: the order survives
+# color blindness and grayscale print. Others are interpolated.
+COLORS = np.array([
     (68, 1, 84), (72, 24, 106), (71, 45, 123), (66, 64, 134), (59, 82, 139), (51, 99, 141), (44, 114, 142),
     (38, 130, 142), (33, 145, 140), (31, 160, 136), (40, 174, 128), (63, 188, 115), (94, 201, 98), (132, 212, 75),
     (173, 220, 48), (216, 226, 25), (253, 231, 37),
 ], np.float64)  # fmt: skip
 
-_SIDE = 256  # an image's shorter side in the picture, at least
+_SIDE = 256  # smallest shorter side of an image in the figure
 _MARGIN, _BAR, _TEXT = 12, 16, 15
-_PLACES = (
+_REGIONS = (
     ("upper left", "top", "upper right"),
     ("left side", "middle", "right side"),
     ("lower left", "bottom", "lower right"),
@@ -24,53 +24,50 @@ _PLACES = (
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
 
 
-def colours(values: np.ndarray) -> np.ndarray:
-    """uint8[…, 3] for values in [0, 1]; what is outside takes the nearest end."""
-    places = np.linspace(0, 1, len(COLOURS))
-    return np.stack([np.rint(np.interp(values, places, one)) for one in COLOURS.T], -1).astype(np.uint8)
+def colormap(values: np.ndarray) -> np.ndarray:
+    """Maps values in [0, 1] to colors uint8[…, 3], with clipping."""
+    positions = np.linspace(0, 1, len(COLORS))
+    return np.stack([np.rint(np.interp(values, positions, channel)) for channel in COLORS.T], -1).astype(np.uint8)
 
 
-def scaled(values: np.ndarray, signed: bool) -> np.ndarray:
-    """The map in [0, 1]: its least value becomes 0 and its greatest 1, or, of a `signed` map, all below 0 become 0.
+def scale(values: np.ndarray, signed: bool) -> np.ndarray:
+    """Scales a map to [0, 1]: the minimum (or, if `signed`, everything below 0) becomes 0, the maximum 1.
 
-    All zeros if no value is greater than that.
+    Returns zeros if no value exceeds the lower end.
     """
     low = 0.0 if signed else float(values.min())
     high = float(values.max())
     return np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros(values.shape)
 
 
-def over(image: np.ndarray, heat: np.ndarray, share: float = 0.55) -> np.ndarray:
-    """The colours of a heat map [h', w'] in [0, 1], laid over uint8[h, w, 1 to 4] in grey: uint8[h, w, 3].
-
-    The map is enlarged bilinearly; it has `share` of each pixel.
-    """
+def overlay(image: np.ndarray, heat: np.ndarray, alpha: float = 0.55) -> np.ndarray:
+    """Overlays a heatmap [h', w'] in [0, 1], enlarged bilinearly, on uint8[h, w, 1 to 4] in gray: uint8[h, w, 3]."""
     h, w = image.shape[:2]
     large = Image.fromarray(heat.astype(np.float32)).resize((w, h), Image.Resampling.BILINEAR)
-    grey = np.asarray(Image.fromarray(_rgb(image)).convert("L"), np.float64)[..., None]
-    return np.rint((1 - share) * grey + share * colours(np.asarray(large))).astype(np.uint8)
+    gray = np.asarray(Image.fromarray(_rgb(image)).convert("L"), np.float64)[..., None]
+    return np.rint((1 - alpha) * gray + alpha * colormap(np.asarray(large))).astype(np.uint8)
 
 
-def place(values: np.ndarray, signed: bool) -> str:
-    """Where the map is greatest, in words such as "the upper left": which third of its height and of its width.
+def peak(values: np.ndarray, signed: bool) -> str:
+    """Describes the position of the maximum by thirds, such as "the upper left"; "" if nothing stands out.
 
-    Empty if nothing stands out: see `scaled`. Of several equal places it is their mean.
+    Several maxima are averaged.
     """
-    if not scaled(values, signed).any():
+    if not scale(values, signed).any():
         return ""
-    middle = (np.argwhere(values == values.max()).mean(0) + 0.5) / values.shape
-    row, column = (min(int(3 * at), 2) for at in middle)
-    return f"the {_PLACES[row][column]}"
+    center = (np.argwhere(values == values.max()).mean(0) + 0.5) / values.shape
+    row, column = (min(int(3 * position), 2) for position in center)
+    return f"the {_REGIONS[row][column]}"
 
 
 def draw(image: np.ndarray, values: np.ndarray, signed: bool, title: Sequence[str]) -> Image.Image:
-    """The image uint8[h, w, 1, 3 or 4] beside the map [h', w'] over it, below the lines of the title.
+    """Draws an image uint8[h, w, 1, 3 or 4] next to its heatmap [h', w'], below the lines of the title.
 
-    A small image is enlarged by a whole number, so that its pixels can be seen. See `scaled` for `signed`.
+    Small images are enlarged by an integer factor. See `scale` for `signed`.
     """
     rgb = _rgb(image)
-    times = -(-_SIDE // min(rgb.shape[:2]))
-    large = rgb.repeat(times, 0).repeat(times, 1)
+    factor = -(-_SIDE // min(rgb.shape[:2]))
+    large = rgb.repeat(factor, 0).repeat(factor, 1)
     h, w = large.shape[:2]
     font = ImageFont.load_default(_TEXT)
     ends = [f"{end:.3g}" for end in (max(0.0, values.max()) if signed else values.max(), 0 if signed else values.min())]
@@ -83,8 +80,8 @@ def draw(image: np.ndarray, values: np.ndarray, signed: bool, title: Sequence[st
     for i, line in enumerate(lines):
         pen.text((_MARGIN, _MARGIN + i * 4 * _TEXT // 3), line, _BLACK, font)
     picture.paste(Image.fromarray(large), (_MARGIN, top))
-    picture.paste(Image.fromarray(over(large, scaled(values, signed))), (2 * _MARGIN + w, top))
-    bar = np.broadcast_to(colours(np.linspace(1, 0, h))[:, None], (h, _BAR, 3))
+    picture.paste(Image.fromarray(overlay(large, scale(values, signed))), (2 * _MARGIN + w, top))
+    bar = np.broadcast_to(colormap(np.linspace(1, 0, h))[:, None], (h, _BAR, 3))
     left = 3 * _MARGIN + 2 * w
     picture.paste(Image.fromarray(np.ascontiguousarray(bar)), (left, top))
     pen.text((left + _BAR + 4, top), ends[0], _BLACK, font)
@@ -93,7 +90,7 @@ def draw(image: np.ndarray, values: np.ndarray, signed: bool, title: Sequence[st
 
 
 def _rgb(image: np.ndarray) -> np.ndarray:
-    """uint8[h, w, 3] of uint8[h, w, c]: grey (and alpha, for two channels), colours, or colours and alpha."""
+    """Converts uint8[h, w, c] to uint8[h, w, 3]: gray or RGB, with or without alpha."""
     if image.shape[-1] in (1, 2):
         return image[..., :1].repeat(3, -1)
     return image[..., :3]

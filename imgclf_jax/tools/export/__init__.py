@@ -1,1 +1,1 @@
-"""export: a trained model as a file that other programs run."""
+"""export: a trained model for JAX, TensorFlow, ONNX runtimes and PyTorch."""

@@ -1,4 +1,4 @@
-"""The command `export`: a trained model as a file that other programs run."""
+"""The command `export`: writes a trained model for JAX, TensorFlow, ONNX runtimes and PyTorch."""
 
 import contextlib
 import datetime
@@ -26,20 +26,22 @@ _OUTPUTS: dict[str, Outputs] = {"probabilities": "predict", "logits": "logits", 
 
 
 def main(config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoint: str, gives: str, names: str) -> int:
-    """The command `export`: writes the model of the run in `workdir` to each of `files`, whose suffixes say the kinds.
+    """Writes a model to each of `files`, whose suffixes select the formats.
 
-    If `workdir` is None, it is the model of the weights that `init_from` names. `gives` says what the function of the
-    file gives: "probabilities", "logits" or "features". `names` is for PyTorch's weights, see `torch_state.naming`.
-    Raises UserError for another suffix, before anything is computed.
+    - `workdir` is the run to export; None exports the weights that `init_from` names.
+    - `gives` is the output of the exported function: "probabilities", "logits" or "features".
+    - `names` is the naming scheme of PyTorch weights (see `torch_state.naming`).
+
+    Raises UserError for an unknown suffix, before computing anything.
     """
     paths = [Path(file) for file in files]
     if not paths:
-        raise UserError(f"export: name the file to write; its suffix says the kind: {', '.join(KINDS)}")
+        raise UserError(f"export: name the file to write; its suffix selects the format: {', '.join(KINDS)}")
     for path in paths:
         if path.suffix not in KINDS:
-            raise UserError(f"export: {str(path)!r}: the suffix says the kind: {', '.join(KINDS)}")
+            raise UserError(f"export: {str(path)!r}: the suffix must select the format: {', '.join(KINDS)}")
         if not path.parent.is_dir():
-            raise UserError(f"export: there is no folder {path.parent}; make it first")
+            raise UserError(f"export: the folder {path.parent} does not exist; create it first")
     if any(path.suffix == ".onnx" for path in paths):
         onnx.check()
     for path in paths:
@@ -47,7 +49,7 @@ def main(config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoi
             saved_model.check(path)
     model = load_trained(config, workdir, checkpoint)
     with contextlib.ExitStack() as stack:
-        if processes.index():  # all compute what the file is compared with, process 0 keeps the file
+        if processes.index():  # all processes compute the reference outputs; only process 0 keeps the file
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             paths = [folder / path.name for path in paths]
         for path in paths:
@@ -60,25 +62,25 @@ def main(config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoi
 def _stablehlo(model: Trained, path: Path, gives: str, names: str) -> list[str]:
     content, described = stablehlo.archive(model, _OUTPUTS[gives], datetime.date.today())
     write_atomically(path, content)
-    said = (
-        f"Any JAX from {jax.__version__} to those of {described['loads_until']} loads it; export it again after that."
+    note = (
+        f"JAX from {jax.__version__} to versions of {described['loads_until']} can load it; after that, export again."
     )
-    return _with_loader(path, described, said, stablehlo.LOADER)
+    return _with_loader(path, described, note, stablehlo.LOADER)
 
 
 def _saved_model(model: Trained, path: Path, gives: str, names: str) -> list[str]:
     described, difference = saved_model.write(model, _OUTPUTS[gives], path, datetime.date.today())
-    said = f"TensorFlow gives the same on five random images, up to {difference:.1e}."
-    return _with_loader(path, described, said, saved_model.LOADER)
+    note = f"TensorFlow's outputs match on five random images, up to {difference:.1e}."
+    return _with_loader(path, described, note, saved_model.LOADER)
 
 
-def _with_loader(path: Path, described: dict[str, Any], said: str, loader: str) -> list[str]:
-    """What is in the file, by its metadata; what else is said of it; the lines that load it."""
+def _with_loader(path: Path, described: dict[str, Any], note: str, loader: str) -> list[str]:
+    """Describes a file by its metadata, followed by `note` and the code that loads it."""
     h, w, c = described["images"]["shape"][1:]
     gives = described["gives"]
     return [
         f"{path}: {_size(path)}, {gives} of uint8 images [b, {h}, {w}, {c}], for {', '.join(described['platforms'])}",
-        said,
+        note,
         "",
         loader.format(name=path, gives=gives, takes=f"uint8[b, {h}, {w}, {c}], any b"),
     ]
@@ -90,7 +92,7 @@ def _onnx(model: Trained, path: Path, gives: str, names: str) -> list[str]:
     h, w, c = model.programs.recipe.data.image_shape
     return [
         f"{path}: {_size(path)}, {compared.output_name(model, _OUTPUTS[gives])} of uint8 images [b, {h}, {w}, {c}]",
-        f"onnxruntime gives the same on five random images, up to {difference:.1e}.",
+        f"onnxruntime's outputs match on five random images, up to {difference:.1e}.",
     ]
 
 
@@ -107,18 +109,18 @@ def _safetensors(model: Trained, path: Path, gives: str, names: str) -> list[str
     lines = []
     for seed in range(recipe.num_seeds):
         own = variables if recipe.num_seeds == 1 else jax.tree.map(lambda x, seed=seed: np.asarray(x)[seed], variables)
-        place = path if recipe.num_seeds == 1 else path.with_suffix(f".seed{recipe.config.seed + seed}{path.suffix}")
+        file = path if recipe.num_seeds == 1 else path.with_suffix(f".seed{recipe.config.seed + seed}{path.suffix}")
         state = torch_state.state_dict(backbone, merge(own), names, recipe.data.image_shape)
         write_atomically(
-            place, save(state, metadata | {"task": model.task.value, "class_names": "\n".join(model.class_names)})
+            file, save(state, metadata | {"task": model.task.value, "class_names": "\n".join(model.class_names)})
         )
-        lines.append(f"{place}: {_size(place)}, {len(state)} arrays by the names of {names}")
+        lines.append(f"{file}: {_size(file)}, {len(state)} arrays with the names of {names}")
     if added := sorted({*params} - {"backbone", "head"}):
-        lines.append(f"Left out: {', '.join(added)} of method={recipe.config.method!r}, which no classifier has.")
+        lines.append(f"Not exported: {', '.join(added)} of method={recipe.config.method!r}, which no classifier has.")
     if recipe.method.merge:
-        lines.append(f"The weights of method={recipe.config.method!r} are merged: they are those of the plain model.")
+        lines.append(f"The weights of method={recipe.config.method!r} are merged into the plain model.")
     if not recipe.method.predicts:
-        lines.append(f"There is no head: method={recipe.config.method!r} trains none.")
+        lines.append(f"There is no head, because method={recipe.config.method!r} trains none.")
     return lines
 
 

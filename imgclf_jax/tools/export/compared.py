@@ -1,4 +1,4 @@
-"""Whether what another program makes of a file is what the model gives."""
+"""Comparison of an exported file's outputs, in another runtime, with the model's."""
 
 from collections.abc import Callable
 
@@ -13,22 +13,21 @@ from imgclf_jax.step import Outputs
 from imgclf_jax.trained import Trained
 
 _IMAGES = 5
-_CLOSE = 1e-4  # how far the outputs may be from ours, of outputs about 1
-_LEAST = 1e-30  # probabilities below are not told apart
-_OF_SIGMOID = 1e-6  # onnxruntime's sigmoid is off by up to 1.7e-7, whatever its value
+_CLOSE = 1e-4  # allowed difference for outputs of magnitude 1
+_LEAST = 1e-30  # smaller probabilities count as equal
+_OF_SIGMOID = 1e-6  # onnxruntime's sigmoid has an absolute error of up to 1.7e-7
 
 
 def output_name(model: Trained, what: Outputs) -> str:
-    """What the output of a file is called: "probabilities", in a regression "values", "logits" or "features"."""
+    """Returns the name of a file's output: "probabilities" ("values" in a regression), "logits" or "features"."""
     return ("values" if model.task is Task.REGRESSION else "probabilities") if what == "predict" else what
 
 
 def difference(run: Callable[[np.ndarray], np.ndarray], model: Trained, what: Outputs, program: str) -> float:
-    """How far the outputs of `run`, a function of images uint8[b, h, w, c], are from the model's on random images.
+    """Returns the largest difference of `run(uint8[b, h, w, c])` from the model's outputs on random images.
 
-    Raises UserError, which names the `program` that runs it, if that is more than the roundings of float32. Of
-    probabilities the logarithms are judged: of a network that is sure of each of these images, another one that is sure
-    of the same classes has the same probabilities but for 1e-9. Those of a sigmoid may be off by 1e-6 besides.
+    Raises UserError, naming the `program`, if it exceeds float32 rounding. Probabilities are compared by logarithm,
+    because those of two overconfident networks may agree to 1e-9. Those of a sigmoid may also differ by 1e-6.
     """
     mesh = model.programs.mesh
     shape = (_IMAGES, *model.programs.recipe.data.image_shape)
@@ -44,12 +43,7 @@ def difference(run: Callable[[np.ndarray], np.ndarray], model: Trained, what: Ou
     allowed = np.full(b.shape, _CLOSE * max(1.0, float(np.abs(b).max())))
     if judged == "log probabilities" and losses.link_of(model.config.loss) == losses.SIGMOID:
         allowed += _OF_SIGMOID / np.maximum(ours, _LEAST)
-    apart = _furthest(a, b)
     if not (np.abs(a - b) <= allowed).all():
-        raise UserError(f"export: {program}'s {judged} differ from the model's by up to {apart:.2g}, so no file "
-                        f"is written; model={model.config.model!r} is translated wrongly")  # fmt: skip
-    return _furthest(theirs, ours)
-
-
-def _furthest(theirs: np.ndarray, ours: np.ndarray) -> float:
+        raise UserError(f"export: {program}'s {judged} differ from the model's by up to {np.abs(a - b).max():.2g}, so "
+                        f"no file is written; {program} mistranslates model={model.config.model!r}")  # fmt: skip
     return float(np.abs(theirs - ours).max())

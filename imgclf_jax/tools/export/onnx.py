@@ -1,9 +1,8 @@
-"""A trained model as ONNX, by jax2onnx: other runtimes run the file, and onnxruntime checks it here.
+"""Export to ONNX with jax2onnx, verified with onnxruntime.
 
-jax2onnx translates what a function does with arrays, operation by operation. It knows XLA's operations, and replaces
-some of Flax's functions while it traces. So the model is first traced by itself. Calls inside of calls are then written
-out, and what nothing depends on is left out. Two operations are put as Flax and NumPy would put them, since jax2onnx
-translates these well only in that form.
+jax2onnx translates a jaxpr operation by operation, and patches some Flax functions while tracing. So the model is
+traced first, nested calls are inlined, and dead code is eliminated. Max pooling and padding are rewritten as calls of
+Flax and NumPy, the forms that jax2onnx translates well.
 """
 
 import importlib.util
@@ -30,31 +29,29 @@ def check() -> None:
     """Raises UserError unless jax2onnx and onnxruntime are installed."""
     missing = [name for name in ("jax2onnx", "onnxruntime") if not importlib.util.find_spec(name)]
     if missing:
-        raise UserError(f"export: {' and '.join(missing)} not installed; run it as `uv run --isolated --extra onnx "
-                        "launch.py export …`")  # fmt: skip
+        raise UserError(f"export needs {' and '.join(missing)}; run it with `uv run --isolated --extra onnx launch.py "
+                        "export …`")  # fmt: skip
 
 
 def archive(model: Trained, what: Outputs) -> tuple[bytes, float]:
-    """The bytes of the file, and the largest difference between onnxruntime's outputs and ours on random images.
+    """Returns the bytes of the file, and the largest difference of onnxruntime's outputs on random images.
 
-    Its input `images` is uint8[b, h, w, c], b being any number; its output has the name
-    of `compared.output_name`. Its metadata hold the
-    names of the classes, a line each. Raises UserError for a model with an operation that jax2onnx does not know, and
-    if the outputs differ.
+    The input `images` is uint8[b, h, w, c], with any b; `compared.output_name` names the output. The metadata have the
+    class names, one per line. Raises UserError if jax2onnx does not know an operation, and if the outputs differ.
     """
     import jax2onnx
 
     programs = model.programs
     params, model_state = jax.tree.map(sharding.fetch, model.state.evaluated)
     pure = programs.pure(what)
-    named = compared.output_name(model, what)
+    output = compared.output_name(model, what)
     (b,) = export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((b, *programs.recipe.data.image_shape), np.uint8)
     with platform.tracing_for(""):
-        function = _flat(lambda images: pure(params, model_state, images), images)
-    with jax.numpy_dtype_promotion("standard"):  # which jax2onnx needs
+        function = _flatten(lambda images: pure(params, model_state, images), images)
+    with jax.numpy_dtype_promotion("standard"):  # jax2onnx needs it
         try:
-            proto = jax2onnx.to_onnx(function, [images], input_names=["images"], output_names=[named])
+            proto = jax2onnx.to_onnx(function, [images], input_names=["images"], output_names=[output])
         except NotImplementedError as e:
             raise UserError(f"export: jax2onnx cannot translate model={model.config.model!r}: {e}") from e
     facts = {
@@ -71,24 +68,24 @@ def archive(model: Trained, what: Outputs) -> tuple[bytes, float]:
 
 
 def _runtime(content: bytes) -> Any:
-    """onnxruntime's session of a file."""
+    """Opens an onnxruntime session."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # it warns of constants that nothing uses
+    options.log_severity_level = 3  # silences warnings of unused constants
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
-def _flat(function: Any, *shapes: Any) -> Any:
-    """The function with what it calls written out, and without what its result does not depend on."""
+def _flatten(function: Any, *shapes: Any) -> Any:
+    """Inlines nested calls and eliminates dead code."""
     closed = jax.jit(function).trace(*shapes).jaxpr
-    again = jax.jit(lambda *args: _run(closed.jaxpr, closed.consts, args, {})).trace(*shapes).jaxpr
-    needed, _ = partial_eval.dce_jaxpr(again.jaxpr, [True] * len(again.jaxpr.outvars), instantiate=True)
-    return lambda *args: _run(needed, again.consts, args, _PUT)[0]
+    inlined = jax.jit(lambda *args: _run(closed.jaxpr, closed.consts, args, {})).trace(*shapes).jaxpr
+    needed, _ = partial_eval.dce_jaxpr(inlined.jaxpr, [True] * len(inlined.jaxpr.outvars), instantiate=True)
+    return lambda *args: _run(needed, inlined.consts, args, _REPLACEMENTS)[0]
 
 
-def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], put: dict[str, Any]) -> list[Any]:
-    """Evaluates a jaxpr; `put` are other ways to compute some operations."""
+def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], replacements: dict[str, Any]) -> list[Any]:
+    """Evaluates a jaxpr, with `replacements` for some primitives."""
     values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
     def read(variable: Any) -> Any:
@@ -98,9 +95,9 @@ def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], put: dict[str, 
         name, operands = equation.primitive.name, [read(v) for v in equation.invars]
         if name in _CALLS:
             inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-            out = _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), operands, put)
-        elif name in put:
-            out = [put[name](*operands, **equation.params)]
+            out = _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), operands, replacements)
+        elif name in replacements:
+            out = [replacements[name](*operands, **equation.params)]
         else:
             out = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(equation.params))
             out = out if equation.primitive.multiple_results else [out]
@@ -109,7 +106,7 @@ def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], put: dict[str, 
 
 
 def _max_pool(x: jax.Array, **params: Any) -> jax.Array:
-    """A maximum over windows of [b, h, w, c] by Flax's function. jax2onnx leaves out padding, so it is done before."""
+    """Max pooling of [b, h, w, c] with Flax's function, after explicit padding, which jax2onnx would drop."""
     window, strides, padding = (tuple(params[name]) for name in ("window_dimensions", "window_strides", "padding"))
     dilated = {*params["window_dilation"], *params["base_dilation"]} != {1}
     if len(window) != 4 or (window[0], window[3]) != (1, 1) or dilated:
@@ -120,7 +117,7 @@ def _max_pool(x: jax.Array, **params: Any) -> jax.Array:
 
 
 def _pad(x: jax.Array, value: jax.Array, *, padding_config: Any) -> jax.Array:
-    """Padding by NumPy's function, which jax2onnx translates for any number of images too."""
+    """Padding with NumPy's function, which jax2onnx translates also for a symbolic batch size."""
     constant = getattr(value, "val", value)
     if any(between or before < 0 or after < 0 for before, after, between in padding_config):
         raise NotImplementedError(f"padding {padding_config}")
@@ -128,4 +125,4 @@ def _pad(x: jax.Array, value: jax.Array, *, padding_config: Any) -> jax.Array:
     return jnp.pad(x, widths, constant_values=constant)
 
 
-_PUT = {"reduce_window_max": _max_pool, "pad": _pad}
+_REPLACEMENTS = {"reduce_window_max": _max_pool, "pad": _pad}

@@ -1,9 +1,9 @@
-"""A trained model as a TensorFlow SavedModel: a folder that TensorFlow runs by itself.
+"""Export to a TensorFlow SavedModel, which runs without JAX.
 
-Its function is StableHLO in TensorFlow's operation XlaCallModule, as `jax2tf` writes it. But `jax2tf` writes a version
-of StableHLO that only TensorFlows of the same weeks read: jax 0.12 writes 1.18, and TensorFlow 2.21, which knows 1.13,
-refuses it. So the operation is made here, of the oldest version of StableHLO. The weights are variables beside it,
-since a graph holds 2 GB at most.
+Its function is StableHLO in TensorFlow's operation XlaCallModule, as in `jax2tf`. But `jax2tf` writes a StableHLO
+version that only TensorFlow releases of the same weeks read: jax 0.12 writes 1.18, and TensorFlow 2.21 knows 1.13. So this
+module makes the operation with the oldest version of StableHLO. The weights are variables outside of the graph, which
+holds at most 2 GB.
 """
 
 import contextlib
@@ -28,8 +28,7 @@ from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared, stablehlo
 from imgclf_jax.trained import Trained
 
-# How XlaCallModule calls the module. Version 10 differs in how arrays are split over devices, of which there is one
-# here, and TensorFlow 2.19 does not know it.
+# The calling convention of XlaCallModule. Version 10 differs only in sharding, and TensorFlow 2.19 does not know it.
 _CALLING = 9
 
 LOADER = """\
@@ -47,16 +46,16 @@ def check(folder: Path) -> None:
         raise UserError("export: a .savedmodel needs TensorFlow, which is not installed; install it by `uv sync` or "
                         "`pip install 'imgclf_jax[tfds]'`, on Python before 3.14")  # fmt: skip
     if folder.exists() and not (folder / "saved_model.pb").is_file():
-        raise UserError(f"export: {folder} is there already and is no SavedModel; remove it, or write to another name")
+        raise UserError(f"export: {folder} exists and is not a SavedModel; remove it, or name another folder")
 
 
 def write(model: Trained, what: Outputs, folder: Path, today: datetime.date) -> tuple[dict[str, Any], float]:
-    """Writes the SavedModel; its metadata, and the largest difference between TensorFlow's outputs and ours.
+    """Writes the SavedModel; returns its metadata, and the largest difference of TensorFlow's outputs.
 
-    The signature `serving_default` takes `images`, uint8[b, h, w, c], b being any number from 1 on, and gives one
-    output, called `probabilities` (`values` in a regression), `logits` or `features`; `class_names` takes nothing and
-    gives strings. The metadata are in `assets.extra/metadata.json`. A SavedModel that is there is replaced once the new
-    one gives the model's outputs on random images. Raises UserError if it does not.
+    The signature `serving_default` maps `images`, uint8[b, h, w, c] with b ≥ 1, to `probabilities` (`values` in a
+    regression), `logits` or `features`; `class_names` takes nothing and returns strings. The metadata are in
+    `assets.extra/metadata.json`. An existing SavedModel is replaced once the new one matches the model's outputs on
+    random images. Raises UserError if it does not match.
     """
     tf = tensorflow().result()
     exported, weights = stablehlo.program_of_weights(model, what)
@@ -82,8 +81,8 @@ def write(model: Trained, what: Outputs, folder: Path, today: datetime.date) -> 
 
 
 def _module(tf: Any, exported: export.Exported, weights: dict[str, np.ndarray], model: Trained, gives: str) -> Any:
-    """A `tf.Module` of the variables and of the functions `call` and `names`."""
-    from tensorflow.compiler.tf2xla.python import xla  # of which `jax2tf` too has the operation
+    """Returns a `tf.Module` with the variables and the functions `call` and `names`."""
+    from tensorflow.compiler.tf2xla.python import xla  # `jax2tf` uses it too
 
     shape = model.programs.recipe.data.image_shape
     [out] = exported.out_avals
@@ -93,8 +92,8 @@ def _module(tf: Any, exported: export.Exported, weights: dict[str, np.ndarray], 
     }  # fmt: skip
 
     def call(images: Any) -> dict[str, Any]:
-        given = [*module.weights.values(), images]
-        return {gives: xla.call_module([given[i] for i in exported.module_kept_var_idx], **attributes)[0]}
+        arguments = [*module.weights.values(), images]
+        return {gives: xla.call_module([arguments[i] for i in exported.module_kept_var_idx], **attributes)[0]}
 
     module = tf.Module()
     module.weights = {name: tf.Variable(array, trainable=False, name=name) for name, array in weights.items()}
@@ -107,14 +106,13 @@ def _module(tf: Any, exported: export.Exported, weights: dict[str, np.ndarray], 
 
 
 def portable(exported: export.Exported) -> bytes:
-    """The module in the oldest version of StableHLO's format, without composite operations.
+    """Returns the module in the oldest version of StableHLO, with composites such as `erf` replaced by calls.
 
-    A composite, such as the error function, names a function that computes it, and becomes a call of this function.
-    TensorFlow cannot put the number of images into composites. Raises UserError for an operation that is newer.
+    TensorFlow cannot refine the dynamic batch size inside composites. Raises UserError for a newer operation.
     """
     oldest = dialect.get_minimum_version()
-    anything: Any = jax.jit(lambda: 0).lower().compiler_ir()
-    with anything.context:  # which knows the dialects of JAX's modules
+    dummy: Any = jax.jit(lambda: 0).lower().compiler_ir()
+    with dummy.context:  # has JAX's dialects registered
         dialect.register_stablehlo_passes()
         module = exported.mlir_module(serialized=False)
         calls = "builtin.module(func.func(stablehlo-legalize-composite-to-call))"
@@ -124,13 +122,13 @@ def portable(exported: export.Exported) -> bytes:
         return bytes(mlir.serialize_portable_artifact(text, oldest))
     except jax.errors.JaxRuntimeError as e:
         operation = re.search(r"operation '(\S+)'", str(e))
-        raise UserError(f"export: the model's operation {operation[1] if operation else ''} is newer than StableHLO "
-                        f"{oldest}, which TensorFlow reads; export it as .stablehlo") from e  # fmt: skip
+        raise UserError(f"export: TensorFlow reads StableHLO {oldest}, but the model's operation "
+                        f"{operation[1] if operation else ''} is newer; export it as .stablehlo") from e  # fmt: skip
 
 
 @contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """A name to write a folder to; it becomes `folder` at the end, in place of one that is there."""
+    """A context that yields a temporary folder, and moves it to `folder` at the end, replacing an existing one."""
     temporary, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))
     try:
         for left in (temporary, old):

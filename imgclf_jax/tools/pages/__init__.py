@@ -1,1 +1,1 @@
-"""Parts of pages that the tools share: HTML, line charts, figures. No command."""
+"""Building blocks of the tools' pages: HTML, line charts, figures. No command."""

@@ -1,22 +1,22 @@
-"""Line charts as inline SVG, for pages that need no network and no script."""
+"""Line charts as inline SVG, for pages without network access or scripts."""
 
 import dataclasses
 import math
 from collections.abc import Sequence
 from html import escape
 
-COLORS = 10  # classes c0 to c9, whose colors the page's style sheet says
-_POINTS = 300  # of a line, at most
+COLORS = 10  # CSS classes c0 to c9 in the page's style sheet
+_POINTS = 300  # most points in a line
 
 _WIDTH, _HEIGHT = 420, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 16, 40
-_ROUNDING = 1e-5  # of a value: what differs by less is drawn as if it were equal, and the ticks' labels differ
-_LOG_FROM = 20  # a logarithmic axis where the greatest value is so many times the least
+_ROUNDING = 1e-5  # values with a smaller relative difference make a level line, so that tick labels differ
+_LOG_FROM = 20  # the ratio of the largest to the smallest value from which the axis is logarithmic
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A line of a chart: its name, its color's number, and its points in the order of x."""
+    """A line of a chart: its name, the index of its color, and its points in order of x."""
 
     name: str
     color: int
@@ -27,11 +27,11 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """A linear or logarithmic axis: the place of a value."""
+    """A linear or logarithmic axis, which maps a value to a coordinate."""
 
     low: float
     high: float
-    first: float  # where `low` is drawn
+    first: float  # the coordinate of `low`
     last: float
     log: bool = False
 
@@ -41,14 +41,14 @@ class Axis:
 
 
 def thinned(steps: Sequence[int]) -> list[int]:
-    """At most 300 of these steps, from the first to the last."""
+    """Selects at most 300 of these steps, from the first to the last."""
     if len(steps) <= _POINTS:
         return list(steps)
     return [steps[round(i * (len(steps) - 1) / (_POINTS - 1))] for i in range(_POINTS)]
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers from `low` to `high`: steps of 1, 2 or 5 times a power of ten."""
+    """Returns about `count` round numbers from `low` to `high`, in steps of 1, 2 or 5 times a power of ten."""
     rough = (high - low) / count or 1.0
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
@@ -57,17 +57,17 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten, from `low` to `high`; powers of ten alone where there are many."""
+    """Returns 1, 2 and 5 times powers of ten from `low` to `high`, or only the powers if these are many."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if len(powers) <= 3 else (1,)
     return [f * 10.0**p for p in powers for f in factors if low * 0.999 <= f * 10.0**p <= high * 1.001]
 
 
 def chart(title: str, description: str, x_name: str, lines: Sequence[Line]) -> str:
-    """A chart as an `svg` element, whose text says what it shows. Values that are not finite are gaps.
+    """Draws a chart as an `svg` element with `description` as its text. Nonfinite values are gaps.
 
-    The y axis is logarithmic if all values are above 0 and the greatest is far above the least. Values that differ by
-    float32's roundings alone, as the means of a constant do, make a level line.
+    The y axis is logarithmic if all values are positive and the largest is far above the smallest. Values that differ
+    only by float32 rounding make a level line.
     """
     values = [y for line in lines for _, y in line.points if math.isfinite(y)]
     values += [y for line in lines for _, *ends in line.band for y in ends if math.isfinite(y)]
@@ -77,8 +77,8 @@ def chart(title: str, description: str, x_name: str, lines: Sequence[Line]) -> s
     low, high = min(values), max(values)
     log = low > 0 and high / low >= _LOG_FROM
     if not log:
-        greatest = max(abs(low), abs(high))
-        margin = (high - low) * 0.04 if high - low > _ROUNDING * greatest else greatest * 0.1 or 1.0
+        magnitude = max(abs(low), abs(high))
+        margin = (high - low) * 0.04 if high - low > _ROUNDING * magnitude else magnitude * 0.1 or 1.0
         low, high = low - margin, high + margin
     across = Axis(min(0.0, *steps), max(steps), _LEFT, _WIDTH - _RIGHT)
     up = Axis(low, high, _HEIGHT - _BOTTOM, _TOP, log)
@@ -123,7 +123,7 @@ def _line(line: Line, across: Axis, up: Axis) -> list[str]:
 
 
 def _short(x: float) -> str:
-    """20000 as 20k."""
+    """Formats 20000 as 20k."""
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if abs(x) >= 10 * size or (abs(x) >= size and x % size == 0):
             return f"{x / size:g}{letter}"

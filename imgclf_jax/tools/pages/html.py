@@ -1,6 +1,6 @@
-"""What pages are put together of: the document with its style sheet, text, tables, figures and legends.
+"""HTML building blocks: the document with its style sheet, text, tables, figures and legends.
 
-Whatever comes from a run passes through `text`, which escapes it. Functions give HTML, as text.
+Functions return HTML. `text` escapes everything that comes from a run.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _STYLE = Path(__file__).with_name("page.css")
 
 
 def document(title: str, parts: Sequence[str]) -> str:
-    """A whole page of these parts, without the empty ones."""
+    """Returns a page with these parts, without the empty ones."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -26,32 +26,32 @@ def document(title: str, parts: Sequence[str]) -> str:
 
 
 def write(path: Path, page: str) -> None:
-    """Writes a page in one piece. Raises UserError if it cannot be written."""
+    """Writes a page atomically. Raises UserError if that fails."""
     try:
         write_atomically(path, page)
     except OSError as e:
-        raise UserError(f"--html={path} cannot be written: {e.strerror}; name another file") from e
+        raise UserError(f"cannot write --html={path}: {e.strerror}; name another file") from e
 
 
 def text(value: str) -> str:
-    """Text as HTML: what is not printable is shown as its escape, and no tag begins in it."""
+    """Escapes text for HTML, and unprintable characters for people."""
     return escape(printable(value))
 
 
 def paragraph(value: str, note: bool = False) -> str:
-    """A paragraph, of the text's color or fainter."""
+    """Returns a paragraph; a `note` is fainter."""
     return f"<p{' class="note"' if note else ''}>{text(value)}</p>"
 
 
 def region(label: str, inner: str) -> str:
-    """What is wide scrolls by itself, with the keyboard too, and not the page."""
+    """Wraps wide content so that it scrolls on its own, also by keyboard."""
     return f'<div class="wide" role="region" tabindex="0" aria-label="{text(label)}">{inner}</div>'
 
 
 def table(
     caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], keys: int = 1, best: bool = False
 ) -> str:
-    """A table, of which the first `keys` columns name the row. With `best` the first row stands out."""
+    """Returns a table whose first `keys` columns name the row. With `best` the first row is highlighted."""
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)
     lines = []
     for number, row in enumerate(rows):
@@ -63,17 +63,17 @@ def table(
 
 
 def figure(caption: str, svg: str) -> str:
-    """A chart with its name above it; nothing without a chart."""
+    """Returns a chart with its caption above it, or nothing without a chart."""
     return f"<figure><figcaption>{text(caption)}</figcaption>{svg}</figure>" if svg else ""
 
 
 def charts(figures: Sequence[str]) -> str:
-    """Figures side by side, as many as there is room for."""
+    """Puts figures side by side, as many as fit."""
     return f'<div class="charts">{"".join(figures)}</div>'
 
 
 def legend(names: Sequence[tuple[str, int, bool]]) -> str:
-    """What the lines of charts are: (name, color, dashed) of each."""
+    """Returns the legend of charts, given (name, color, dashed) of each line."""
     swatch = '<svg viewBox="0 0 32 14" aria-hidden="true"><path class="line c{}{}" d="M0 7H32"/></svg>'
     items = [f"<li>{swatch.format(color, ' dashed' if dashed else '')}{text(name)}</li>"
              for name, color, dashed in names]  # fmt: skip
@@ -81,11 +81,11 @@ def legend(names: Sequence[tuple[str, int, bool]]) -> str:
 
 
 def details(summary: str, inner: str) -> str:
-    """What is shown when it is asked for."""
+    """Returns a collapsible block."""
     return f"<details><summary>{text(summary)}</summary>{inner}</details>"
 
 
 def code(label: str, lines: Sequence[str]) -> str:
-    """Lines to copy."""
+    """Returns a code block."""
     inner = "\n".join(map(text, lines))
     return f'<pre role="region" tabindex="0" aria-label="{text(label)}"><code>{inner}</code></pre>'

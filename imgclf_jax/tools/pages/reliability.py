@@ -1,4 +1,4 @@
-"""A reliability diagram as inline SVG: accuracy by confidence, above how many examples each bin has."""
+"""A reliability diagram as inline SVG: accuracy by confidence, and the number of examples in each bin."""
 
 import math
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ _UPPER, _GAP, _LOWER, _BOTTOM = 220, 26, 60, 40
 
 
 def diagram(title: str, examples: Sequence[int], confidence: Sequence[float], accuracy: Sequence[float]) -> str:
-    """An `svg` element; each sequence has a value for each of the bins, which are of equal width from 0 to 1.
+    """Draws an `svg` element; each sequence has a value for each bin, and bins have equal width in [0, 1].
 
-    A bar is a bin's accuracy, a dot its mean confidence and accuracy. Below are the bins' numbers of examples.
+    A bar is a bin's accuracy, a dot its mean confidence and accuracy. Below are the example counts of the bins.
     """
     title = escape(title)
     bins, base = len(examples), _TOP + _UPPER
@@ -21,10 +21,8 @@ def diagram(title: str, examples: Sequence[int], confidence: Sequence[float], ac
     def x(value: float) -> float:
         return _LEFT + value * across * bins
 
-    said = (
-        "Each bar is the accuracy of the examples whose confidence lies in its bin; on the dashed line both are equal."
-    )
-    parts = [f"<title>{title}</title><desc>{said} A table below has the values.</desc>"]
+    description = "Each bar is the accuracy of the examples in its bin of confidence; the dashed line is the diagonal."
+    parts = [f"<title>{title}</title><desc>{description} A table below has the values.</desc>"]
     for value in (0.0, 0.25, 0.5, 0.75, 1.0):
         y = base - value * _UPPER
         parts += [
@@ -32,19 +30,19 @@ def diagram(title: str, examples: Sequence[int], confidence: Sequence[float], ac
             _label(_LEFT - 6, y + 4, f"{value:g}", "end"),
         ]
         parts.append(_label(x(value), foot + 17, f"{value:g}"))
-    for i, (count, mean, right) in enumerate(zip(examples, confidence, accuracy, strict=True)):
+    for i, (count, mean, own) in enumerate(zip(examples, confidence, accuracy, strict=True)):
         if not count:
             continue
-        at, width = x(i / bins) + 1, across - 2
-        parts.append(_bar("c0", at, width, base, right * _UPPER, f"{right:.3f} of {count} right"))
-        parts.append(_bar("c8", at, width, foot, count / most * _LOWER, f"{count} examples"))
-        parts.append(_label(at + width / 2, foot - count / most * _LOWER - 4, short(count), small=True))
-        parts.append(f'<circle class="dot c1" cx="{x(mean):.1f}" cy="{base - right * _UPPER:.1f}" r="3.5"/>')
+        left, width = x(i / bins) + 1, across - 2
+        parts.append(_bar("c0", left, width, base, own * _UPPER, f"accuracy {own:.3f} of {count} examples"))
+        parts.append(_bar("c8", left, width, foot, count / most * _LOWER, f"{count} examples"))
+        parts.append(_label(left + width / 2, foot - count / most * _LOWER - 4, short(count), small=True))
+        parts.append(f'<circle class="dot c1" cx="{x(mean):.1f}" cy="{base - own * _UPPER:.1f}" r="3.5"/>')
     parts.append(f'<path class="ideal" d="M{x(0):.1f} {base}L{x(1):.1f} {_TOP}"/>')
     parts += [f'<path class="axis" d="M{_LEFT} {y}H{_WIDTH - _RIGHT}"/>' for y in (base, foot)]
     parts.append(_label((_LEFT + _WIDTH - _RIGHT) / 2, foot + _BOTTOM - 6, "confidence"))
-    parts += [_turned(base - _UPPER / 2, "accuracy"), _turned(foot - _LOWER / 2, "examples")]
-    return (f'<svg viewBox="0 0 {_WIDTH} {foot + _BOTTOM}" role="img" aria-label="{title}. {said}">'
+    parts += [_rotated_label(base - _UPPER / 2, "accuracy"), _rotated_label(foot - _LOWER / 2, "examples")]
+    return (f'<svg viewBox="0 0 {_WIDTH} {foot + _BOTTOM}" role="img" aria-label="{title}. {description}">'
             + "".join(parts) + "</svg>")  # fmt: skip
 
 
@@ -57,12 +55,12 @@ def _label(x: float, y: float, text: str, anchor: str = "middle", small: bool = 
     return f'<text{' class="small"' if small else ""} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
 
 
-def _turned(y: float, text: str) -> str:
+def _rotated_label(y: float, text: str) -> str:
     return f'<text transform="translate(14 {y:.1f}) rotate(-90)" text-anchor="middle">{text}</text>'
 
 
 def short(count: int) -> str:
-    """At most four characters and a point: 999, 1.2k, 45k, 1.2M."""
+    """Formats a count with few digits: 999, 1.2k, 45k, 1.2M."""
     if count < 1000:
         return str(count)
     power = min(int(math.log10(count) // 3), 3)

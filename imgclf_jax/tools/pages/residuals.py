@@ -1,4 +1,4 @@
-"""The errors of a regression as inline SVG: residuals by the true value, and how often each size of error occurs."""
+"""The errors of a regression as inline SVG: residuals by true value, and their histogram."""
 
 from collections.abc import Sequence
 from html import escape
@@ -13,38 +13,38 @@ _BINS = 20
 
 
 def plot(title: str, truth: np.ndarray, errors: np.ndarray) -> str:
-    """An `svg` of the errors f64[n] by the true values f64[n], a dot an example; finite ones, at most 2,000."""
-    known = np.flatnonzero(np.isfinite(truth) & np.isfinite(errors))
-    if not known.size:
+    """Plots errors f64[n] against true values f64[n]: a dot per example, at most 2,000, without nonfinite ones."""
+    finite = np.flatnonzero(np.isfinite(truth) & np.isfinite(errors))
+    if not finite.size:
         return ""
-    some = known[np.linspace(0, len(known) - 1, min(len(known), _POINTS)).astype(int)]
-    x, y = _over(truth[some], _LEFT, _WIDTH - _RIGHT), _over([*errors[some], 0.0], _HEIGHT - _BOTTOM, _TOP)
+    shown = finite[np.linspace(0, len(finite) - 1, min(len(finite), _POINTS)).astype(int)]
+    x, y = _axis(truth[shown], _LEFT, _WIDTH - _RIGHT), _axis([*errors[shown], 0.0], _HEIGHT - _BOTTOM, _TOP)
     dots = [f'<circle class="dot c0" cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.5" opacity=".5"/>'
-            for a, b in zip(truth[some], errors[some], strict=True)]  # fmt: skip
+            for a, b in zip(truth[shown], errors[shown], strict=True)]  # fmt: skip
     zero = f'<path class="ideal" d="M{_LEFT} {y(0.0):.1f}H{_WIDTH - _RIGHT}"/>'
-    return _svg(title, "Each dot is an example; on the dashed line the prediction is right.",
-                [*_grid(x, y), *dots, zero], "true value", "predicted less true")  # fmt: skip
+    return _svg(title, "Each dot is an example; on the dashed line the error is 0.",
+                [*_grid(x, y), *dots, zero], "true value", "predicted minus true")  # fmt: skip
 
 
 def histogram(title: str, errors: np.ndarray) -> str:
-    """An `svg` of how many of the errors f64[n] lie in each of 20 bins of equal width; finite ones."""
-    known = errors[np.isfinite(errors)]
-    if not known.size:
+    """Plots a histogram of the finite errors f64[n], with 20 bins of equal width."""
+    finite = errors[np.isfinite(errors)]
+    if not finite.size:
         return ""
-    counts, edges = np.histogram(known, _BINS)
-    x, y = _over(edges, _LEFT, _WIDTH - _RIGHT), _over([0.0, counts.max()], _HEIGHT - _BOTTOM, _TOP)
+    counts, edges = np.histogram(finite, _BINS)
+    x, y = _axis(edges, _LEFT, _WIDTH - _RIGHT), _axis([0.0, counts.max()], _HEIGHT - _BOTTOM, _TOP)
     bars = [
         f'<rect class="dot c0" x="{x(a) + 1:.1f}" y="{y(n):.1f}" width="{max(1.0, x(b) - x(a) - 2):.1f}" '
         f'height="{y(0.0) - y(n):.1f}" opacity=".55"><title>{n} from {a:.4g} to {b:.4g}</title></rect>'
         for n, a, b in zip(counts.tolist(), edges, edges[1:], strict=False)
         if n
     ]
-    return _svg(title, "Each bar is the number of examples whose error lies in its bin.", [*_grid(x, y), *bars],
-                "predicted less true", "examples")  # fmt: skip
+    return _svg(title, "Each bar is the number of examples with an error in its bin.", [*_grid(x, y), *bars],
+                "predicted minus true", "examples")  # fmt: skip
 
 
-def _over(values: Sequence[float] | np.ndarray, first: float, last: float) -> Axis:
-    """A linear axis over all of some values."""
+def _axis(values: Sequence[float] | np.ndarray, first: float, last: float) -> Axis:
+    """Returns a linear axis that covers the values."""
     low, high = float(np.min(values)), float(np.max(values))
     margin = 0.5 if low == high else 0.0
     return Axis(low - margin, high + margin, first, last)
@@ -60,12 +60,12 @@ def _grid(x: Axis, y: Axis) -> list[str]:
     return parts
 
 
-def _svg(title: str, said: str, parts: Sequence[str], below: str, beside: str) -> str:
+def _svg(title: str, description: str, parts: Sequence[str], x_name: str, y_name: str) -> str:
     name, middle = escape(title), (_TOP + _HEIGHT - _BOTTOM) / 2
     axes = (
         f'<path class="axis" d="M{_LEFT} {_HEIGHT - _BOTTOM}H{_WIDTH - _RIGHT}"/>'
-        f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(below)}</text>'
-        f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(beside)}</text>'
+        f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_name)}</text>'
+        f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(y_name)}</text>'
     )
-    return (f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{name}. {said}"><title>{name}</title>'
-            f"{''.join(parts)}{axes}</svg>")  # fmt: skip
+    return (f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{name}. {description}">'
+            f"<title>{name}</title>{''.join(parts)}{axes}</svg>")  # fmt: skip

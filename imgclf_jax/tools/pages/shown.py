@@ -1,4 +1,4 @@
-"""Images that device ops have changed, as they can be looked at."""
+"""Conversion of augmented images to viewable pixels."""
 
 import inspect
 
@@ -8,11 +8,11 @@ from imgclf_jax.augment import ops
 from imgclf_jax.core import spec
 
 
-def as_pixels(images: np.ndarray, text: str) -> tuple[np.ndarray, bool]:
-    """Undoes `normalize` in images f32[b, h, w, c], which the device ops of a spec gave: f32 in [0, 1].
+def to_pixels(images: np.ndarray, text: str) -> tuple[np.ndarray, bool]:
+    """Undoes `normalize` in the images f32[b, h, w, c] that the device ops of the spec `text` return.
 
-    The flag says whether they had to be stretched from their least to their greatest value: an op that the spec names
-    by its import path may give any range.
+    Returns f32 in [0, 1], and whether the values were stretched from their smallest to their largest, as needed for a
+    user's own op of unknown range.
     """
     calls = [call for call in spec.parse(text) if call.name == "normalize"]
     for call in reversed(calls):

@@ -1,4 +1,4 @@
-"""The curve of accuracies over the number of images a class, as a picture. Needs matplotlib."""
+"""A plot of probe accuracies against the number of images per class. Needs matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,13 +8,13 @@ import numpy as np
 
 from imgclf_jax.core import places
 
-_K = 20  # of several numbers of neighbours the nearest to this is drawn, and not what is best on the test set
+_K = 20  # the plot shows the k nearest to this; the best k would be selected on the test set
 
 
 def draw(path: Path, records: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Draws the records of the command `probe` as a PNG, a panel for each set.
+    """Draws the records of the command `probe` as a PNG, with a panel for each set.
 
-    Few images a class are points with their standard deviation; what learns from the whole training set is a line.
+    Few-shot accuracies are points with standard deviations; probes on the full training set are lines.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator

@@ -1,4 +1,4 @@
-"""Says how good the features of a trained model are: nearest neighbours, a linear probe, few images a class."""
+"""The command `probe`: measures features with nearest neighbors, linear probes and few-shot probes."""
 
 import importlib.util
 import json
@@ -25,40 +25,42 @@ log = logging.getLogger(__name__)
 
 SHOTS = (1, 5, 10, 25)
 
-# {"set", "method", "accuracies": one a seed of the network and a draw}, and, by method, "k", "C" or "shots"
+# {"set", "method", "accuracies": one per seed and draw} and, depending on the method, "k", "C" or "shots"
 Record = dict[str, Any]
 
 
 def main(
     config: ConfigDict, workdir: Workdir | None, checkpoint: str, format: str, k: str, draws: int, plot: str
 ) -> int:
-    """The command `probe`: prints the accuracy on each evaluation set of what learns from the training features.
+    """Prints the accuracies on each evaluation set of probes that are fitted to the training features.
 
-    That are nearest neighbours (the numbers of them in `k`, with commas), a linear probe, and linear probes on few
-    images a class, `draws` times. The features are of the run in `workdir` or, if that is None, of the weights that
-    `init_from` names, which may be without a head. `plot` is a file to draw to.
+    The probes are k-nearest neighbors, a linear probe, and linear probes on few images per class.
+
+    - `workdir` is the run to use; None uses the weights that `init_from` names, with or without a head.
+    - `k` lists the numbers of neighbors, separated by commas.
+    - `draws` is the number of few-shot subsets.
+    - `plot` is a .png file for a plot, or "".
     """
-    ks = _numbers(k)
+    ks = _parse_ks(k)
     if plot:
         _check_plot(Path(plot))
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = sources.open_data(config)
     model = restored or load_converted(config, base, whole=False)
     if plot and model.task in probing.SCORES:
-        raise UserError(f"--plot={plot}: it draws accuracy by images a class, which this run does not "
-                        "have; drop it")  # fmt: skip
+        raise UserError(f"--plot={plot} draws accuracy by images per class, but this run has no accuracy; drop it")
     sets = open_evals(model.programs, base)
     if workdir:
         compare_with_record(model.programs, workdir, base, sets)
     training = model.programs.eval_images(sources.take_split(base, model.config.data.train))
     _check_memory(model, len(training) + sum(map(len, sets.values())))
     with terminal.busy("computing features"):
-        train, labels = feature_sets.whole_set(model, training)
-        tests = {name: feature_sets.whole_set(model, images) for name, images in sets.items()}
+        train, labels = feature_sets.compute(model, training)
+        tests = {name: feature_sets.compute(model, images) for name, images in sets.items()}
     if labels.ndim == 2 and model.task not in probing.SCORES:  # the dominant labels
         labels, tests = labels.argmax(1), {name: (x, y.argmax(1)) for name, (x, y) in tests.items()}
-    known = restored and model.programs.recipe.method.predicts and probing.ranks_by_logits(model.task, config.loss)
-    heads = [_head(model, seed) if known else None for seed in range(len(train))]
+    has_head = restored and model.programs.recipe.method.predicts and probing.ranks_by_logits(model.task, config.loss)
+    heads = [_fetch_head(model, seed) if has_head else None for seed in range(len(train))]
     if processes.index():
         processes.barrier("probing", processes.PREPARING)
         return 0
@@ -70,21 +72,21 @@ def main(
                 records.append(list(probing.probe_targets(features, labels, own, model.task, heads[seed])))
                 continue
             records.append(list(probe(features, labels, own, ks, draws, len(model.class_names), heads[seed])))
-    joined = [{**of[0], "accuracies": [a for one in of for a in one["accuracies"]]}
-              | ({"C": [one["C"] for one in of]} if "C" in of[0] else {})
-              for of in zip(*records, strict=True)]  # fmt: skip
+    joined = [{**seeds[0], "accuracies": [a for record in seeds for a in record["accuracies"]]}
+              | ({"C": [record["C"] for record in seeds]} if "C" in seeds[0] else {})
+              for seeds in zip(*records, strict=True)]  # fmt: skip
     for record in joined:
         record |= {"mean": float(np.mean(record["accuracies"]))}
         record |= {"deviation": float(np.std(record["accuracies"], ddof=1)) if len(record["accuracies"]) > 1 else None}
     if plot:
         accuracy_plot.draw(Path(plot), joined, f"{model.config.model}, {len(labels)} training images")
-        log.info("drawn: %s", plot)
+        log.info("wrote %s", plot)
     if format == "json":
-        if model.task in probing.SCORES:  # what is no accuracy is not called one
-            joined = [{("scores" if key == "accuracies" else key): value for key, value in one.items()}
-                      | {"score": probing.SCORES[model.task]} for one in joined]  # fmt: skip
-        found = {"step": model.step, "train_examples": len(labels), "features": train.shape[-1], "results": joined}
-        print(json.dumps(found, indent=2))
+        if model.task in probing.SCORES:  # these are not accuracies
+            joined = [{("scores" if key == "accuracies" else key): value for key, value in record.items()}
+                      | {"score": probing.SCORES[model.task]} for record in joined]  # fmt: skip
+        result = {"step": model.step, "train_examples": len(labels), "features": train.shape[-1], "results": joined}
+        print(json.dumps(result, indent=2))
     else:
         _print(joined, probing.SCORES.get(model.task, "accuracy"))
     processes.barrier("probing", processes.PREPARING)
@@ -95,52 +97,52 @@ def probe(
     train: np.ndarray, labels: np.ndarray, tests: dict[str, tuple[np.ndarray, np.ndarray]], ks: list[int], draws: int,
     classes: int, head: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Iterable[Record]:  # fmt: skip
-    """The records of one network: features f32[n, d] and labels i32[n] of the training set and of each test set.
+    """Yields the records of one network, from features f32[n, d] and labels i32[n] of the training and test sets.
 
-    `head` are the kernel f32[d, classes] and the bias f32[classes] of the network's own last layer, if it is known.
+    `head` is the kernel f32[d, classes] and the bias f32[classes] of the network's own head, or None.
     """
     ks = [k for k in ks if k <= len(labels)] or [len(labels)]
     counts = np.bincount(labels, minlength=classes)
     fewest = int(counts[counts > 0].min())
     shots = [few for few in SHOTS if few <= fewest]
     if len(shots) < len(SHOTS):
-        log.info("a class has %d training images alone: left out are %s images a class", fewest,
-                 ", ".join(str(few) for few in SHOTS if few > fewest))  # fmt: skip
+        log.info("skipping the few-shot probes with %s images per class, because a class has only %d training images",
+                 ", ".join(str(few) for few in SHOTS if few > fewest), fewest)  # fmt: skip
     if (counts == 0).any():
-        log.warning("%d classes have no training image, so no probe can learn them", (counts == 0).sum())
+        log.warning("%d classes have no training images, so no probe can learn them", (counts == 0).sum())
     strength = probing.choose_strength(train, labels)
     linear = probing.linear_probe(train, labels, strength)
     few = {
-        shot: [probing.linear_probe(train[some], labels[some], 1.0)
-               for some in (probing.draw_few(labels, shot, draw) for draw in range(draws))]
+        shot: [probing.linear_probe(train[drawn], labels[drawn], 1.0)
+               for drawn in (probing.draw_few(labels, shot, draw) for draw in range(draws))]
         for shot in shots
     }  # fmt: skip
     for name, (test, truth) in tests.items():
 
-        def right(predicted: np.ndarray, truth: np.ndarray = truth) -> float:
+        def accuracy(predicted: np.ndarray, truth: np.ndarray = truth) -> float:
             return float((predicted == truth).mean())
 
         if head:
-            own = test.astype(np.float64) @ head[0] + head[1]
-            yield {"set": name, "method": "own head", "accuracies": [right(predicted_classes(own))]}
-        for k, predicted in probing.nearest_neighbours(train, labels, test, ks, classes).items():
-            yield {"set": name, "method": "nearest neighbours", "k": k, "accuracies": [right(predicted)]}
-        yield {"set": name, "method": "linear probe", "C": strength, "accuracies": [right(linear.predict(test))]}
+            logits = test.astype(np.float64) @ head[0] + head[1]
+            yield {"set": name, "method": "own head", "accuracies": [accuracy(predicted_classes(logits))]}
+        for k, predicted in probing.nearest_neighbors(train, labels, test, ks, classes).items():
+            yield {"set": name, "method": "nearest neighbours", "k": k, "accuracies": [accuracy(predicted)]}
+        yield {"set": name, "method": "linear probe", "C": strength, "accuracies": [accuracy(linear.predict(test))]}
         for shot, models in few.items():
-            accuracies = [right(one.predict(test)) for one in models]
+            accuracies = [accuracy(model.predict(test)) for model in models]
             yield {"set": name, "method": "few images", "shots": shot, "accuracies": accuracies}
 
 
-def _head(model: Trained, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _fetch_head(model: Trained, seed: int) -> tuple[np.ndarray, np.ndarray]:
     params = model.state.evaluated[0]["head"]
     kernel, bias = (sharding.fetch(params[name]).astype(np.float64) for name in ("kernel", "bias"))
     return (kernel[seed], bias[seed]) if model.programs.recipe.num_seeds > 1 else (kernel, bias)
 
 
-def _numbers(text: str) -> list[int]:
-    """'1,5,20' to [1, 5, 20]."""
+def _parse_ks(text: str) -> list[int]:
+    """Parses '1,5,20' to [1, 5, 20]."""
     if not re.fullmatch(r"\s*[1-9]\d{0,8}\s*(,\s*[1-9]\d{0,8}\s*)*", text):
-        raise UserError(f"--k={text}: wants a number of neighbours, or several with commas, such as 1,5,20")
+        raise UserError(f"--k={text}: must be a number of neighbors, or several separated by commas, such as 1,5,20")
     return sorted({int(part) for part in text.split(",")})
 
 
@@ -148,30 +150,30 @@ def _check_plot(file: Path) -> None:
     if file.suffix != ".png":
         raise UserError(f"--plot={file}: the name must end in .png")
     if not file.absolute().parent.is_dir():
-        raise UserError(f"--plot={file}: there is no directory {str(file.parent)!r}; make it first")
+        raise UserError(f"--plot={file}: the directory {str(file.parent)!r} does not exist; create it first")
     if not importlib.util.find_spec("matplotlib"):
-        raise UserError(f"--plot={file}: matplotlib is not installed, which draws it; run the command by "
-                        "uv run --extra plot launch.py, or install imgclf_jax[plot]")  # fmt: skip
+        raise UserError(f"--plot={file}: plots need matplotlib, which is not installed; run the command with "
+                        "`uv run --extra plot launch.py`, or install imgclf_jax[plot]")  # fmt: skip
 
 
 def _check_memory(model: Trained, examples: int) -> None:
-    """Raises UserError if the features of so many examples cannot be held: classifiers need them all, as f64 too."""
+    """Raises UserError unless the features of so many examples fit into memory; classifiers copy them to f64."""
     size, shape = model.programs.eval_batch_size, model.programs.recipe.data.image_shape
     batch = model.programs.features.eval_shape(*model.state.evaluated, np.zeros((size, *shape), np.uint8))
     needed = 3 * 4 * examples * batch.size // size
-    memory.require(needed, f"to learn from the features of {examples} images (--config.data.train='train[:10%]' takes "
-                   "a part of them)")  # fmt: skip
+    memory.require(needed, f"to learn from the features of {examples} images (--config.data.train='train[:10%]' uses "
+                   "fewer)")  # fmt: skip
 
 
 def _print(records: list[Record], score: str) -> None:
     rows = []
     for record in records:
-        name = {"nearest neighbours": lambda r: f"nearest neighbours, k = {r['k']}",
+        name = {"nearest neighbours": lambda r: f"nearest neighbors, k = {r['k']}",
                 "linear probe": lambda r: f"linear probe, C = {', '.join(f'{c:g}' for c in r['C'])}",
-                "few images": lambda r: f"linear probe on {r['shots']} a class",
-                "logistic regression": lambda r: "logistic regression of each class",
+                "few images": lambda r: f"linear probe on {r['shots']} per class",
+                "logistic regression": lambda r: "logistic regression for each class",
                 "ridge regression": lambda r: "ridge regression",
                 "own head": lambda r: "the network's own head"}[record["method"]](record)  # fmt: skip
         spread = "" if record["deviation"] is None else f" ± {record['deviation']:.4f}"
         rows.append([record["set"], name, f"{record['mean']:.4f}{spread}"])
-    terminal.print_table(["set", "what classifies" if score == "accuracy" else "what predicts", score], rows)
+    terminal.print_table(["set", "classifier" if score == "accuracy" else "predictor", score], rows)

@@ -1,4 +1,4 @@
-"""A file of features: a vector an image, with its name and label, written as they come."""
+"""Files of features: one vector per image, with its name and label, written incrementally."""
 
 import contextlib
 import importlib.util
@@ -15,48 +15,47 @@ import numpy as np
 from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
 
-# Adds images to the file: (their set, names, labels i32[b], features f32[seeds, b, d]); a label of -1 is unknown.
+# Adds images to the file: (set, names, labels i32[b], features f32[seeds, b, d]); a label of -1 is unknown.
 Add = Callable[[str, Sequence[str], np.ndarray, np.ndarray], None]
 
 _KINDS = (".npz", ".parquet")
-_AT_ONCE = 1 << 20  # bytes that are copied at a time
-_ROWS = 4096  # of a group in a Parquet file
+_CHUNK = 1 << 20  # bytes
+_ROWS = 4096  # of a row group in a Parquet file
 
 
 def check(path: Path) -> None:
-    """Raises UserError for a file of another kind than .npz or .parquet, before any work is done."""
+    """Raises UserError unless the file can be written: an .npz or .parquet file, the latter with pyarrow."""
     if path.suffix not in _KINDS:
         raise UserError(f"--output={path}: the name must end in {_KINDS[0]} or {_KINDS[1]}")
     if path.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
-        raise UserError(f"--output={path}: pyarrow is not installed, which writes Parquet; name an .npz")
+        raise UserError(f"--output={path}: Parquet needs pyarrow, which is not installed; name an .npz")
     if not path.parent.is_dir():
-        raise UserError(f"--output={path}: there is no directory {str(path.parent)!r}; make it first")
+        raise UserError(f"--output={path}: the directory {str(path.parent)!r} does not exist; create it first")
 
 
 @contextlib.contextmanager
 def writing(path: Path, class_names: Sequence[str], with_targets: bool = False) -> Iterator[Add]:
-    """Inside, images are added; at the end the file is there, in one piece. After an error it is as it was.
+    """A context that yields a function to add images, and writes the file atomically at the end unless an error occurs.
 
-    An .npz has `features` f32[n, d] (of several seeds [seeds, n, d]), `labels` i32[n], `names`, `sets` and
-    `class_names`. A .parquet has the columns `set`, `name`, `label`, `class` and `features`, of several seeds
-    `features_0`, `features_1`, …, and `class_names` as JSON in its metadata. `with_targets` there are `targets` f32[n,
-    k] and `target_names` in place of labels and classes, in a .parquet a column `target[NAME]` each; NaN is not known.
+    An .npz has `features` f32[n, d] ([seeds, n, d] for several seeds), `labels` i32[n], `names`, `sets` and
+    `class_names`. A .parquet has the columns `set`, `name`, `label`, `class` and `features` (`features_0`,
+    `features_1`, … for several seeds), and `class_names` as JSON in its metadata. With `with_targets`, `targets` f32[n,
+    k] and `target_names` replace labels and classes, as columns `target[NAME]` in a .parquet; NaN is unknown.
 
-    Memory does not grow with the features, but by the name and the label of each image. An .npz says at its start how
-    many rows there are, so its features first lie in a folder beside it, which takes the same room once more. Raises
-    UserError if nothing is added.
+    Memory grows only with names and labels. The header of an .npz has the number of rows, so its features are first
+    written to a temporary folder next to it, which needs the same space again. Raises UserError if nothing is added.
     """
     writer = _npz if path.suffix == ".npz" else _parquet
     with (
-        places.replacing(path) as whole,
+        places.replacing(path) as final,
         tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder,
     ):
         temporary = Path(folder) / path.name
         with writer(temporary, class_names, with_targets) as add:
             yield add
         if not temporary.is_file():
-            raise UserError(f"{path} is not written: there is no image whose features are known")
-        temporary.replace(whole)
+            raise UserError(f"cannot write {path}: no image has features")
+        temporary.replace(final)
 
 
 @contextlib.contextmanager
@@ -68,14 +67,14 @@ def _npz(path: Path, class_names: Sequence[str], with_targets: bool) -> Iterator
     with contextlib.ExitStack() as stack:
         files: list[Any] = []
 
-        def add(of: str, called: Sequence[str], own: np.ndarray, features: np.ndarray) -> None:
+        def add(name: str, examples: Sequence[str], own: np.ndarray, features: np.ndarray) -> None:
             if not files:
                 files.extend(stack.enter_context((path.parent / f"seed{i}").open("xb")) for i in range(len(features)))
                 width.append(features.shape[-1])
             for file, rows in zip(files, features, strict=True):
                 file.write(np.ascontiguousarray(rows, "<f4").data)
-            names.extend(map(_text, called))
-            sets.append((of, len(called)))
+            names.extend(map(_text, examples))
+            sets.append((name, len(examples)))
             labels.append(np.asarray(own, "<f4" if with_targets else "<i4"))
 
         yield add
@@ -88,17 +87,16 @@ def _npz(path: Path, class_names: Sequence[str], with_targets: bool) -> Iterator
                 for file in files:
                     file.close()
                     with Path(file.name).open("rb") as written:
-                        shutil.copyfileobj(written, member, _AT_ONCE)
-            of_labels = ("labels", "<i4", (n,))
-            of_targets = ("targets", "<f4", (n, len(class_names)))
-            with _member(archive, *(of_targets if with_targets else of_labels)) as member:
+                        shutil.copyfileobj(written, member, _CHUNK)
+            header = ("targets", "<f4", (n, len(class_names))) if with_targets else ("labels", "<i4", (n,))
+            with _member(archive, *header) as member:
                 for part in labels:
                     member.write(part.tobytes())
             _write_text(archive, "names", names)
-            longest = max(len(of) for of, _ in sets)
-            with _member(archive, "sets", f"<U{longest or 1}", (n,)) as member:
-                for of, count in sets:
-                    member.write(np.full(count, of, f"<U{longest or 1}").tobytes())
+            dtype = f"<U{max(len(name) for name, _ in sets) or 1}"
+            with _member(archive, "sets", dtype, (n,)) as member:
+                for name, count in sets:
+                    member.write(np.full(count, name, dtype).tobytes())
             _write_text(
                 archive, "target_names" if with_targets else "class_names", [_text(name) for name in class_names]
             )
@@ -114,9 +112,9 @@ def _member(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, .
 
 
 def _write_text(archive: zipfile.ZipFile, name: str, texts: Sequence[str]) -> None:
-    """Text has one width in an array, that of the longest; so it is made of a part at a time."""
+    """Writes strings in chunks, because a NumPy array pads all of them to the longest."""
     dtype = f"<U{max(1, *map(len, texts))}"
-    rows = max(1, _AT_ONCE // np.dtype(dtype).itemsize)
+    rows = max(1, _CHUNK // np.dtype(dtype).itemsize)
     with _member(archive, name, dtype, (len(texts),)) as member:
         for first in range(0, len(texts), rows):
             member.write(np.array(texts[first : first + rows], dtype).tobytes())
@@ -127,26 +125,26 @@ def _parquet(path: Path, class_names: Sequence[str], with_targets: bool) -> Iter
     import pyarrow as pa
     from pyarrow import parquet
 
-    classes = [*map(_text, class_names), None]  # the last one is the name of label -1
+    classes = [*map(_text, class_names), None]  # index -1 is the unknown label
     waiting: list[Any] = []
     with contextlib.ExitStack() as stack:
         writer: list[Any] = []
 
-        def add(of: str, called: Sequence[str], own: np.ndarray, features: np.ndarray) -> None:
+        def add(name: str, examples: Sequence[str], own: np.ndarray, features: np.ndarray) -> None:
             columns = {
-                "set": pa.array([of] * len(called), pa.string()),
-                "name": pa.array(list(map(_text, called)), pa.string()),
+                "set": pa.array([name] * len(examples), pa.string()),
+                "name": pa.array(list(map(_text, examples)), pa.string()),
             }
             if with_targets:
-                for of_target, values in zip(class_names, np.asarray(own, np.float32).T, strict=True):
-                    columns[f"target[{_text(of_target)}]"] = pa.array(np.ascontiguousarray(values))
+                for target, values in zip(class_names, np.asarray(own, np.float32).T, strict=True):
+                    columns[f"target[{_text(target)}]"] = pa.array(np.ascontiguousarray(values))
             else:
                 columns["label"] = pa.array(np.asarray(own, np.int32))
                 columns["class"] = pa.array([classes[label] for label in own], pa.string())
             for seed, rows in enumerate(features):
                 flat = pa.array(np.ascontiguousarray(rows, np.float32).ravel())
-                name = "features" if len(features) == 1 else f"features_{seed}"
-                columns[name] = pa.FixedSizeListArray.from_arrays(flat, rows.shape[1])
+                column = "features" if len(features) == 1 else f"features_{seed}"
+                columns[column] = pa.FixedSizeListArray.from_arrays(flat, rows.shape[1])
             waiting.append(pa.table(columns))
             if sum(len(table) for table in waiting) >= _ROWS:
                 flush()
@@ -167,5 +165,5 @@ def _parquet(path: Path, class_names: Sequence[str], with_targets: bool) -> Iter
 
 
 def _text(name: str) -> str:
-    """A name that is text in any file: bytes of a file's name that are no UTF-8 are written as escapes."""
+    """Escapes the bytes of a file name that are not UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""The features of data sets, batch by batch."""
+"""Features of data sets, batch by batch."""
 
 from collections.abc import Iterator
 
@@ -11,10 +11,10 @@ from imgclf_jax.data import stream
 from imgclf_jax.trained import Trained
 
 
-def features_of_set(model: Trained, images: stream.Images) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(features f32[seeds, b, d], labels i32[b] or targets f32[b, k]) of each batch, each example once and in order.
+def compute_batches(model: Trained, images: stream.Images) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (features f32[seeds, b, d], labels i32[b] or targets f32[b, k]) per batch, each example once, in order.
 
-    Raises UserError, naming the example, for features that are not finite.
+    Raises UserError, naming the example, for nonfinite features.
     """
     programs, done = model.programs, 0
     size = programs.eval_batch_size
@@ -26,7 +26,7 @@ def features_of_set(model: Trained, images: stream.Images) -> Iterator[tuple[np.
         features = (features if programs.recipe.num_seeds > 1 else features[None])[:, batch["mask"]]
         if (broken := np.flatnonzero(~np.isfinite(features).all((0, 2)))).size:
             name = getattr(images.source, "name", "example {}".format)(done + int(broken[0]))
-            raise UserError(f"{name}: its features are NaN or infinite; the weights may hold NaN, so try another "
+            raise UserError(f"{name}: the features are NaN or infinite; the weights may have NaN, so try another "
                             "--checkpoint")  # fmt: skip
         done += features.shape[1]
         return features, batch[images.y_name][batch["mask"]]
@@ -42,7 +42,7 @@ def features_of_set(model: Trained, images: stream.Images) -> Iterator[tuple[np.
         yield finish(*pending)
 
 
-def whole_set(model: Trained, images: stream.Images) -> tuple[np.ndarray, np.ndarray]:
-    """(features f32[seeds, n, d], labels i32[n] or targets f32[n, k]) of a whole set, in memory."""
-    parts = list(features_of_set(model, images))
-    return np.concatenate([features for features, _ in parts], 1), np.concatenate([labels for _, labels in parts])
+def compute(model: Trained, images: stream.Images) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (features f32[seeds, n, d], labels i32[n] or targets f32[n, k]) of a set, in memory."""
+    batches = list(compute_batches(model, images))
+    return np.concatenate([features for features, _ in batches], 1), np.concatenate([labels for _, labels in batches])

@@ -1,4 +1,4 @@
-"""Writes what a trained model makes of images: a vector each, with names and labels."""
+"""The command `features`: writes a trained model's features for images, with names and labels."""
 
 import contextlib
 import itertools
@@ -24,37 +24,34 @@ from imgclf_jax.trained import Trained, load_converted, report_host_ops, restore
 
 log = logging.getLogger(__name__)
 
-_ROWS = 1024  # images that are written at once
+_ROWS = 1024  # images per write
 
 
 def main(
     config: ConfigDict, workdir: Workdir | None, paths: list[str], checkpoint: str, output: str, split: str
 ) -> int:
-    """The command `features`: writes the features of images to the file `output`; 1 if an image failed, else 0.
+    """Writes the features of images, the input of the head, to a file; returns 1 if an image fails, else 0.
 
-    The images are those of `paths`, or those of the `split`, or, if both are empty, the evaluation sets. The features
-    are what the head is given, of the run in `workdir` or, if that is None, of the weights that `init_from` names,
-    which may be without a head. See `embeddings.writing` for the file.
+    - `workdir` is the run to use; None uses the weights that `init_from` names, with or without a head.
+    - `paths` are the images, or `split` is a split of the data; with neither, the evaluation sets are used.
+    - `output` is the file; see `embeddings.writing` for its format.
     """
     if not output:
         raise UserError("features: name the file to write: --output FILE.npz or FILE.parquet")
     if paths and split:
-        raise UserError(f"features: --split={split} names images of the run's data, and {paths[0]!r} others; drop one")
+        raise UserError(f"features: name images either by --split={split} or as {paths[0]!r}; drop one")
     file = Path(output)
     embeddings.check(file)
     images = inputs.find("features", paths) if paths else iter(())
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = {} if restored and paths else sources.open_data(config)
     model = restored or load_converted(config, base, whole=False)
-    errors: list[Exception] = []  # what ended the images before their end
+    errors: list[Exception] = []  # an error that ends the iteration early
     with contextlib.ExitStack() as stack:
-        add = (
-            _drop
-            if processes.index()
-            else stack.enter_context(
-                embeddings.writing(file, model.class_names, bool(model.programs.recipe.data.target_names))
-            )
-        )
+        with_targets = bool(model.programs.recipe.data.target_names)
+        add: embeddings.Add = _discard  # only process 0 writes the file
+        if not processes.index():
+            add = stack.enter_context(embeddings.writing(file, model.class_names, with_targets))
         if paths:
             report_host_ops(model.programs)
             written, failed = _add_files(model, paths, inputs.until_error(images, errors), add)
@@ -66,14 +63,14 @@ def main(
         return 1 if failed or errors else 0
     print(f"{file}: features of {written} images")
     if failed:
-        print(f"error: {failed} of {written + failed} images are left out", file=sys.stderr)
+        print(f"error: no features for {failed} of {written + failed} images", file=sys.stderr)
     if errors:
         raise errors[0]
     return 1 if failed else 0
 
 
-def _drop(of: str, called: Sequence[str], own: np.ndarray, features: np.ndarray) -> None:
-    """Adds nothing: process 0 alone writes the file."""
+def _discard(name: str, examples: Sequence[str], labels: np.ndarray, features: np.ndarray) -> None:
+    """Adds nothing."""
 
 
 def _add_sets(
@@ -87,10 +84,10 @@ def _add_sets(
     if workdir:
         compare_with_record(model.programs, workdir, base, {} if split else sets)
     for name, images in sets.items():
-        called, done = getattr(images.source, "name", str), 0
+        example_name, done = getattr(images.source, "name", str), 0
         batches = -(-len(images) // model.programs.eval_batch_size)
-        for features, labels in terminal.track(feature_sets.features_of_set(model, images), batches, name):
-            add(name, [utf8(called(i)) for i in range(done, done + len(labels))], labels, features)
+        for features, labels in terminal.track(feature_sets.compute_batches(model, images), batches, name):
+            add(name, [utf8(example_name(i)) for i in range(done, done + len(labels))], labels, features)
             done += len(labels)
     return sum(map(len, sets.values()))
 
@@ -98,10 +95,10 @@ def _add_sets(
 def _add_files(
     model: Trained, words: list[str], images: Iterator[inputs.Input], add: embeddings.Add
 ) -> tuple[int, int]:
-    """(how many are written, how many failed); each failure is printed."""
+    """Adds the images' features, prints each failure, and returns the counts (written, failed)."""
     failed = written = 0
 
-    def good() -> Iterator[tuple[inputs.Input, np.ndarray]]:
+    def succeeded() -> Iterator[tuple[inputs.Input, np.ndarray]]:
         nonlocal failed
         for image, result in terminal.count(inputs.compute(model, "features", images), "images"):
             if isinstance(result, UserError):
@@ -112,18 +109,18 @@ def _add_files(
                 yield image, np.atleast_2d(result)  # [seeds, d]
 
     folders = [os.path.join(word, "") for word in words if os.path.isdir(word)]
-    for some in itertools.batched(good(), _ROWS):
-        if targets := model.programs.recipe.data.target_names:  # which no folder's name says
-            labels = np.full((len(some), len(targets)), np.nan, np.float32)
+    for batch in itertools.batched(succeeded(), _ROWS):
+        if targets := model.programs.recipe.data.target_names:  # folder names cannot tell targets
+            labels = np.full((len(batch), len(targets)), np.nan, np.float32)
         else:
-            labels = np.array([label_of(image, folders, model.class_names) for image, _ in some], np.int32)
-        add("", [utf8(image.path) for image, _ in some], labels, np.stack([row for _, row in some], 1))
-        written += len(some)
+            labels = np.array([label_of(image, folders, model.class_names) for image, _ in batch], np.int32)
+        add("", [utf8(image.path) for image, _ in batch], labels, np.stack([row for _, row in batch], 1))
+        written += len(batch)
     return written, failed
 
 
 def label_of(image: inputs.Input, folders: list[str], class_names: tuple[str, ...]) -> int:
-    """The class that the image's folder inside of one of `folders`, "photos/", is called; -1 if there is none such."""
+    """Returns the class named by the image's subfolder of one of `folders`, such as "photos/", or -1."""
     for folder in folders:
         if image.found and image.path.startswith(folder):
             name = utf8(image.path.removeprefix(folder).split(os.sep)[0])

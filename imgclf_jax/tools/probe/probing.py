@@ -1,4 +1,4 @@
-"""How good features are: what simple classifiers learn from them, without changing the network."""
+"""Probes of features: simple classifiers and regressions on top of a frozen network."""
 
 import contextlib
 import logging
@@ -14,31 +14,30 @@ from imgclf_jax.scores.regression import RegressionScores
 
 log = logging.getLogger(__name__)
 
-SCORES = {Task.MULTILABEL: "mean_average_precision", Task.REGRESSION: "r2"}  # of tasks without accuracy
-TEMPERATURE = 0.07  # of the neighbours' votes
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of logistic regression: the inverse of the penalty
+SCORES = {Task.MULTILABEL: "mean_average_precision", Task.REGRESSION: "r2"}  # for tasks without accuracy
+TEMPERATURE = 0.07  # of the neighbors' votes
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of logistic regression, the inverse penalty
 _FOLDS = 5
-_MOST_TO_CHOOSE = 5_000  # examples on which C is chosen
-_AT_ONCE = 1 << 23  # similarities that are held at once
+_MOST_TO_CHOOSE = 5_000  # examples in the cross-validation of C
+_CHUNK = 1 << 23  # similarities in memory at once
 _ITERATIONS = 1000
 _FOR_THREADS = 1_000_000  # numbers
 
 
-def nearest_neighbours(
+def nearest_neighbors(
     train: np.ndarray, labels: np.ndarray, test: np.ndarray, ks: Sequence[int], classes: int
 ) -> dict[int, np.ndarray]:
-    """{k: the predicted classes int[m]} of features f32[m, d], from those of the training set f32[n, d], k ≤ n.
+    """Returns {k: predicted classes int[m]} for test features f32[m, d], given training features f32[n, d], k ≤ n.
 
-    The k examples of the greatest cosine similarity vote, each for its label with the weight exp(similarity / 0.07), as
-    in Wu et al. 2018 (arXiv:1805.01978, section 3.4). Of equal similarities the first examples count, of equal votes
-    the first class.
+    The k training examples of the largest cosine similarity vote for their labels with weights exp(similarity / 0.07),
+    as in Wu et al. 2018 (arXiv:1805.01978, section 3.4). Ties go to the first example and the first class.
     """
-    known, asked = _unit(train), _unit(test)
+    keys, queries = _normalize(train), _normalize(test)
     out = {k: np.empty(len(test), np.int64) for k in ks}
-    rows = max(1, _AT_ONCE // len(train))
+    rows = max(1, _CHUNK // len(train))
     for first in range(0, len(test), rows):
-        similarity = asked[first : first + rows] @ known.T  # [rows, n]
-        order = _greatest(similarity, max(ks))  # [rows, k]
+        similarity = queries[first : first + rows] @ keys.T  # [rows, n]
+        order = _top_k(similarity, max(ks))  # [rows, k]
         votes = np.exp(np.take_along_axis(similarity, order, 1).astype(np.float64) / TEMPERATURE)
         for k in ks:
             total = np.zeros((len(order), classes))
@@ -47,40 +46,40 @@ def nearest_neighbours(
     return out
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
-    """Rows of length 1; a row of zeros stays."""
+def _normalize(x: np.ndarray) -> np.ndarray:
+    """Scales rows to unit length, except rows of zeros."""
     length = np.linalg.norm(x, axis=1, keepdims=True)
     return np.asarray(x / np.where(length > 0, length, 1))
 
 
-def _greatest(values: np.ndarray, k: int) -> np.ndarray:
-    """The places of the k greatest values of each row, the greatest first, of equal ones the first."""
+def _top_k(values: np.ndarray, k: int) -> np.ndarray:
+    """Returns the indices of the k largest values of each row, in descending order; ties go to the first."""
     if k < values.shape[1]:
-        least = -np.partition(-values, k - 1, axis=1)[:, k - 1 : k]  # the k-th greatest
-        kept = values >= least
-        tied = np.flatnonzero(kept.sum(1) > k)  # rows with more of those equal to it than there is room for
-        above = values[tied] > least[tied]
-        equal = values[tied] == least[tied]
+        threshold = -np.partition(-values, k - 1, axis=1)[:, k - 1 : k]  # the k-th largest
+        kept = values >= threshold
+        tied = np.flatnonzero(kept.sum(1) > k)  # rows with too many values equal to the threshold
+        above = values[tied] > threshold[tied]
+        equal = values[tied] == threshold[tied]
         kept[tied] = above | (equal & (np.cumsum(equal, 1) <= k - above.sum(1, keepdims=True)))
-        places = np.nonzero(kept)[1].reshape(len(values), k)
+        indices = np.nonzero(kept)[1].reshape(len(values), k)
     else:
-        places = np.broadcast_to(np.arange(k), values.shape)
-    order = np.argsort(-np.take_along_axis(values, places, 1), axis=1, kind="stable")
-    return np.take_along_axis(places, order, 1)
+        indices = np.broadcast_to(np.arange(k), values.shape)
+    order = np.argsort(-np.take_along_axis(values, indices, 1), axis=1, kind="stable")
+    return np.take_along_axis(indices, order, 1)
 
 
 def choose_strength(train: np.ndarray, labels: np.ndarray, seed: int = 0) -> float:
-    """The C of STRENGTHS that is best in a cross validation of five folds on the training set alone.
+    """Returns the best C of STRENGTHS in five-fold cross-validation on the training set; ties go to the smallest.
 
-    Folds are stratified, and there are fewer where a class has fewer examples; with one example it is 1. Of equally
-    good ones it is the smallest. From more than 5,000 examples, so many are drawn.
+    Folds are stratified. A class with fewer than five examples reduces their number; with one example, C is 1. At most
+    5,000 examples are used, drawn at random.
     """
     from sklearn.model_selection import StratifiedKFold, cross_val_score
 
     rng = np.random.default_rng([seed, 0])
     if len(labels) > _MOST_TO_CHOOSE:
-        some = np.sort(rng.choice(len(labels), _MOST_TO_CHOOSE, replace=False))
-        train, labels = train[some], labels[some]
+        drawn = np.sort(rng.choice(len(labels), _MOST_TO_CHOOSE, replace=False))
+        train, labels = train[drawn], labels[drawn]
     folds = min(_FOLDS, int(np.unique(labels, return_counts=True)[1].min()))
     if folds < 2:
         return 1.0
@@ -91,9 +90,9 @@ def choose_strength(train: np.ndarray, labels: np.ndarray, seed: int = 0) -> flo
 
 
 def linear_probe(train: np.ndarray, labels: np.ndarray, strength: float) -> Any:
-    """Multinomial logistic regression on standardized features, fitted: scikit-learn's, with `predict` of f32[m, d].
+    """Fits scikit-learn's multinomial logistic regression to standardized features; returns it.
 
-    Mean and deviation are those of the training features. `strength` is C. It is logged if 1,000 iterations of L-BFGS
+    The training features determine the standardization. `strength` is C. The log warns if 1,000 iterations of L-BFGS
     do not reach the optimum.
     """
     model = _classifier(strength)
@@ -107,23 +106,24 @@ def linear_probe(train: np.ndarray, labels: np.ndarray, strength: float) -> Any:
 
 
 def one_vs_rest(train: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """`decision(f32[m, d]) -> f64[m, classes]`: logistic regression of each class by itself, C from `choose_strength`.
+    """Fits a logistic regression per class; returns `decision(f32[m, d]) -> f64[m, classes]`.
 
-    targets f32[n, classes], true from 0.5 on. A class that all training examples have, or none, has one constant.
+    targets f32[n, classes], true from 0.5 on. `choose_strength` chooses each C. A class with only positive or only
+    negative examples gets a constant.
     """
     models = []
-    for true in (targets >= 0.5).T:
-        known = 0 < true.sum() < len(true)
-        models.append(linear_probe(train, true, choose_strength(train, true)) if known else None)
+    for positive in (targets >= 0.5).T:
+        both = 0 < positive.sum() < len(positive)
+        models.append(linear_probe(train, positive, choose_strength(train, positive)) if both else None)
     return lambda test: np.stack(
         [np.zeros(len(test)) if model is None else model.decision_function(test) for model in models], 1
     )
 
 
 def ridge(train: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """`values(f32[m, d]) -> f64[m, k]`: ridge regression on standardized features.
+    """Fits a ridge regression to standardized features; returns `values(f32[m, d]) -> f64[m, k]`.
 
-    The penalty of each target is the best in leave-one-out cross validation on the training set.
+    Leave-one-out cross-validation on the training set chooses the penalty of each target.
     """
     from sklearn.linear_model import RidgeCV
     from sklearn.pipeline import make_pipeline
@@ -135,7 +135,7 @@ def ridge(train: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], np.n
 
 
 def ranks_by_logits(task: Task, loss: str) -> bool:
-    """Whether the head's logits give the task's score: of a link of one's own they may not."""
+    """Whether the head's logits determine the task's score, which a user's own link may prevent."""
     return task not in SCORES or link_of(loss) in (SIGMOID, IDENTITY)
 
 
@@ -172,8 +172,7 @@ def _classifier(strength: float) -> Any:
 
 @contextlib.contextmanager
 def _fitting(numbers: int) -> Iterator[None]:
-    """Inside, scikit-learn does not warn of every fit that stops before its optimum, and uses one thread if there are
-    few numbers: threads that wait for each other take ten times as long then."""
+    """Silences scikit-learn's convergence warnings, and limits small fits to one thread, which is ten times faster."""
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
@@ -183,7 +182,7 @@ def _fitting(numbers: int) -> Iterator[None]:
 
 
 def draw_few(labels: np.ndarray, shots: int, draw: int, seed: int = 0) -> np.ndarray:
-    """The places of `shots` examples of each class, drawn without replacement; sorted. Each `draw` is another."""
+    """Draws `shots` examples of each class without replacement; returns sorted indices. `draw` keys the draw."""
     rng = np.random.default_rng([seed, shots, draw])
     chosen = [rng.choice(np.flatnonzero(labels == c), shots, replace=False) for c in np.unique(labels)]
     return np.sort(np.concatenate(chosen))

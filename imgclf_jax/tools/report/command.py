@@ -1,4 +1,4 @@
-"""The command `report`: a trained run as one HTML page, which needs no network and no script."""
+"""The command `report`: a self-contained HTML page about a trained run."""
 
 import dataclasses
 import logging
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> int:
-    """Writes the page of the run in `workdir` to the file `html`, or to report.html beside its checkpoints.
+    """Writes the page about the run in `workdir` to the file `html`, or to WORKDIR/report.html.
 
-    What cannot be found is left out, and the page says so: the parts that need data where these are gone, those that
-    need a trained model where there is no checkpoint yet. Raises UserError for a checkpoint that is not there.
+    The page omits sections that need missing data, or a model before the first checkpoint, and says so. Raises
+    UserError for a missing `checkpoint`.
     """
     check_names(config)
     run = record.read(workdir.path)
@@ -35,21 +35,21 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
         if model.programs.recipe.method.predicts:
             findings = find(model, run.config, run.evals)
         else:
-            sentence = f"method={config.method!r} trains no head, so all that needs predictions is left out."
+            sentence = f"method={config.method!r} trains no head, so this page omits everything that needs predictions."
             findings = Findings(step=model.step, missing=(sentence,))
             log.info("%s", sentence)
     else:
-        findings = Findings(missing=("There is no checkpoint yet, so all that needs a trained model is left out.",))
+        findings = Findings(missing=("There is no checkpoint yet, so this page omits everything that needs a model.",))
         log.warning("%s", findings.missing[0])
     if run.contradictions:
-        sentence = f"What the run has recorded contradicts itself: {'; '.join(run.contradictions)}."
+        sentence = f"The run's record contradicts itself: {'; '.join(run.contradictions)}."
         findings = dataclasses.replace(findings, missing=(sentence, *findings.missing))
         log.warning("%s", sentence)
     provenance = read_json(workdir.provenance) if workdir.provenance.is_file() else {}
     if not isinstance(provenance, dict):
-        raise UserError(f"{workdir.provenance} is damaged: it holds no object")
+        raise UserError(f"{workdir.provenance} is damaged: it must hold a JSON object")
     path = Path(html) if html else workdir.path / "report.html"
     if not processes.index():
         write(path, report_page.page(run, provenance, findings, names))
-        print(f"written: {path}")
+        print(f"wrote {path}")
     return 0

@@ -1,4 +1,4 @@
-"""What a report says of a trained model: its evaluation sets, its worst mistakes, and what augmentation does."""
+"""The content of a report that needs the model or the data: evaluations, worst mistakes, augmented images."""
 
 import dataclasses
 import functools
@@ -26,27 +26,29 @@ from imgclf_jax.trained import Trained
 
 log = logging.getLogger(__name__)
 
-MISTAKES = 24  # of all sets, at most
+MISTAKES = 24  # at most, over all sets
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evaluated:
-    """What is found on an evaluation set. Of several seeds, all but `metrics` is of the ensemble."""
+    """The evaluation of a set. With several seeds, everything but `metrics` describes the ensemble."""
 
     name: str
     metrics: dict[str, float]
     counts: dict[str, np.ndarray]  # see `by_class.counts`
-    scores: dict[str, dict[str, float]]  # see `scores.with_intervals`; {} of very many classes, as what follows
+    scores: dict[
+        str, dict[str, float]
+    ]  # see `scores.with_intervals`; with very many classes, this and the rest are empty
     reliability: Reliability | None = None
-    mistakes: tuple[Mistake, ...] = ()  # the most confident ones first
-    wrong: int = 0  # how many there are
-    method: str = ""  # by which the mistakes are explained: see `explanations`
-    of_targets: MultilabelScores | RegressionScores | None = None  # of several labels, and of numbers
+    mistakes: tuple[Mistake, ...] = ()  # the most confident first
+    wrong: int = 0  # the number of all mistakes
+    method: str = ""  # explains the mistakes, see `explanations`
+    target_scores: MultilabelScores | RegressionScores | None = None  # of a multi-label or regression run
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Findings:
-    """All that needs the trained model or the data. What could not be found is said in `missing`, in sentences."""
+    """Everything that needs the trained model or the data. The sentences in `missing` say what is absent."""
 
     step: int | None = None  # of the checkpoint
     sets: tuple[Evaluated, ...] = ()
@@ -55,10 +57,12 @@ class Findings:
 
 
 def find(model: Trained, recorded: ConfigDict, fingerprints: Mapping[str, str] | None = None) -> Findings:
-    """Evaluates a model on all of its sets. `recorded` is the config of its run, which the model's may go beyond.
+    """Evaluates a model on all of its sets, and draws augmented images.
 
-    `fingerprints` are those of the evaluation sets that the run has recorded, by name. Where the data are gone, the
-    findings say so. Raises Untrusted for data that would run code.
+    - `recorded` is the config of its run; the model's config may have more evaluation sets.
+    - `fingerprints` are those of the evaluation sets that the run recorded, by name.
+
+    If the data are gone, `missing` says so. Raises Untrusted for data that would run code.
     """
     programs = model.programs
     try:
@@ -66,7 +70,7 @@ def find(model: Trained, recorded: ConfigDict, fingerprints: Mapping[str, str] |
     except Untrusted:
         raise
     except (UserError, OSError) as e:
-        sentence = f"The data cannot be opened, so all that needs them is left out: {e}"
+        sentence = f"The data cannot be opened, so this page omits everything that needs them: {e}"
         log.warning("%s", sentence)
         return Findings(model.step, missing=(sentence,))
     missing = []
@@ -81,24 +85,24 @@ def find(model: Trained, recorded: ConfigDict, fingerprints: Mapping[str, str] |
     except Untrusted:
         raise
     except (UserError, OSError) as e:
-        missing.append(f"The evaluation sets are left out: {e}")
+        missing.append(f"The evaluation sets are omitted: {e}")
     augmented = None
     try:
         augmented = report_augmentation.draw(programs, sources.take_split(base, model.config.data.train))
     except Untrusted:
         raise
     except (UserError, OSError) as e:
-        missing.append(f"What augmentation does is left out: {e}")
+        missing.append(f"The augmented images are omitted: {e}")
     for sentence in missing:
         log.warning("%s", sentence)
     return Findings(model.step, sets, augmented, tuple(missing))
 
 
 def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Evaluated, ...]:
-    known = len(model.class_names) <= metrics.CONFUSION_CLASSES  # else the probabilities may not fit into memory
-    programs = dataclasses.replace(model.programs, predicting=known)
-    explainer = functools.cache(lambda: explanations.build(model))  # for all sets, if there is a mistake
-    found = []
+    few_classes = len(model.class_names) <= metrics.CONFUSION_CLASSES  # else the probabilities may not fit into memory
+    programs = dataclasses.replace(model.programs, predicting=few_classes)
+    explainer = functools.cache(lambda: explanations.build(model))  # built once, at the first mistake
+    evaluated = []
     for name, images in evals.items():
         log.info("evaluating %s", name)
         sums, predictions = evaluate(programs, model.state, images)
@@ -107,23 +111,23 @@ def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Evaluated, .
             name, metrics.summarize(sums, predictions, programs.recipe.whole_set_metrics),
             by_class.counts(sums, programs.recipe.num_seeds), {},
         )  # fmt: skip
-        if known and isinstance(predictions, metrics.Predictions):
+        if few_classes and isinstance(predictions, metrics.Predictions):
             own = predictions.for_seed(-1) if several else predictions
-            places = report_mistakes.wrong_ones(own)
-            given = own.labels, own.probabilities, own.from_logits
+            wrong = report_mistakes.find(own)
+            arrays = own.labels, own.probabilities, own.from_logits
             one = dataclasses.replace(
-                one, scores=with_intervals(*given), reliability=reliability(*given), wrong=len(places),
+                one, scores=with_intervals(*arrays), reliability=reliability(*arrays), wrong=len(wrong),
             )  # fmt: skip
-            if places.size:
+            if wrong.size:
                 method, explain = explainer()
-                places = places[: max(1, MISTAKES // len(evals))]
-                log.info("explaining %d mistakes by %s", len(places), method)
-                mistakes = report_mistakes.look_at(programs, images, own, places, explain)
+                shown = wrong[: max(1, MISTAKES // len(evals))]
+                log.info("explaining %d mistakes by %s", len(shown), method)
+                mistakes = report_mistakes.describe(programs, images, own, shown, explain)
                 one = dataclasses.replace(one, mistakes=mistakes, method=method)
         elif isinstance(predictions, metrics.TargetPredictions):
-            own_targets = predictions.for_seed(-1) if several else predictions
-            of = metrics.target_scores(model.task, own_targets, model.class_names)
-            intervals = with_bootstrap(of.compute, len(images), own_targets.targets.size)
-            one = dataclasses.replace(one, scores=intervals, of_targets=of)
-        found.append(one)
-    return tuple(found)
+            targets = predictions.for_seed(-1) if several else predictions
+            target_scores = metrics.target_scores(model.task, targets, model.class_names)
+            intervals = with_bootstrap(target_scores.compute, len(images), targets.targets.size)
+            one = dataclasses.replace(one, scores=intervals, target_scores=target_scores)
+        evaluated.append(one)
+    return tuple(evaluated)

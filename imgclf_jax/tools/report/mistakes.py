@@ -1,4 +1,4 @@
-"""The mistakes of a trained model that a report shows: the images, and where the wrong class is found in them."""
+"""The mistakes that a report shows: the images, and heatmaps of the wrongly predicted class."""
 
 import dataclasses
 
@@ -9,50 +9,50 @@ from imgclf_jax.data.stream import Images
 from imgclf_jax.metrics import Predictions
 from imgclf_jax.programs import Programs
 from imgclf_jax.tools.explain.explanations import Explain
-from imgclf_jax.tools.pages.shown import as_pixels
+from imgclf_jax.tools.pages.shown import to_pixels
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mistake:
-    """An example that is taken for another class."""
+    """A misclassified example."""
 
-    example: str  # its file or number
+    example: str  # its file or index
     label: int
     predicted: int
-    probability: float  # of the class that is predicted
-    of_label: float  # of the class that it has
-    image: np.ndarray  # f32[h, w, c] in [0, 1]: as the model is given it, but not normalized
-    heat: np.ndarray  # [h', w'], where in it the class that is predicted is found
+    probability: float  # of the predicted class
+    label_probability: float
+    image: np.ndarray  # f32[h, w, c] in [0, 1]: the model's input before normalization
+    heat: np.ndarray  # [h', w']: a heatmap of the predicted class
 
 
-def wrong_ones(found: Predictions) -> np.ndarray:
-    """int[m]: the examples that are taken for another class, by the probability of that class, the greatest first.
+def find(predictions: Predictions) -> np.ndarray:
+    """Returns the indices int[m] of misclassified examples, the most confident first; ties are in set order.
 
-    Of equal ones the first example comes first. Those without a prediction are left out.
+    Examples without a prediction are skipped.
     """
-    wrong = np.flatnonzero((found.ranks > 0) & (found.predicted >= 0))
-    return wrong[np.argsort(-found.probabilities[wrong].max(1), kind="stable")]
+    wrong = np.flatnonzero((predictions.ranks > 0) & (predictions.predicted >= 0))
+    return wrong[np.argsort(-predictions.probabilities[wrong].max(1), kind="stable")]
 
 
-def look_at(
-    programs: Programs, images: Images, found: Predictions, places: np.ndarray, explain: Explain
+def describe(
+    programs: Programs, images: Images, predictions: Predictions, indices: np.ndarray, explain: Explain
 ) -> tuple[Mistake, ...]:
-    """The examples at `places` int[m] of a set, of which all predictions are given.
+    """Reads and explains the examples at `indices` int[m] of a set, given the predictions for all of it.
 
-    `explain` gives the maps of all of them in one call, for the classes that are predicted.
+    One call of `explain` computes the heatmaps of all predicted classes.
     """
-    ids = places.astype(np.int64)
-    read = images.read(ids, ids)["image"]  # [m, h, w, c]
+    ids = indices.astype(np.int64)
+    pixels = images.read(ids, ids)["image"]  # [m, h, w, c]
     augment = programs.recipe.augment(train=False)
     with programs.tracing():
-        given = np.asarray(jax.jit(lambda x: augment(None, x))(read))
-    pixels, _ = as_pixels(given, programs.recipe.config.augment)
-    heats = explain(read, found.predicted[places])
-    called = getattr(images.source, "name", "example {}".format)
+        augmented = np.asarray(jax.jit(lambda x: augment(None, x))(pixels))
+    shown, _ = to_pixels(augmented, programs.recipe.config.augment)
+    arrays = predictions.labels, predictions.predicted, predictions.probabilities
+    labels, predicted, probabilities = (x[indices] for x in arrays)
+    example_name = getattr(images.source, "name", "example {}".format)
     return tuple(
-        Mistake(called(int(place)), int(label), int(predicted), float(own[predicted]), float(own[label]), image, heat)
-        for place, label, predicted, own, image, heat in zip(
-            places, found.labels[places], found.predicted[places], found.probabilities[places], pixels, heats,
-            strict=True,
+        Mistake(example_name(int(i)), int(label), int(other), float(p[other]), float(p[label]), image, heat)
+        for i, label, other, p, image, heat in zip(
+            indices, labels, predicted, probabilities, shown, explain(pixels, predicted), strict=True
         )
-    )  # fmt: skip
+    )

@@ -1,4 +1,4 @@
-"""The parts of a report on one evaluation set, and on augmentation."""
+"""The sections of a report about an evaluation set and about augmentation."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,44 +19,46 @@ from imgclf_jax.tools.report.augmentation import Augmented
 from imgclf_jax.tools.report.findings import Evaluated
 from imgclf_jax.tools.report.mistakes import Mistake
 
-_FULL = 30  # classes whose confusion matrix is shown whole
-_NARROW = 12  # classes whose table and matrix have room side by side
-_PAIRS = 30  # confusions in a list
-_ROWS = 100  # classes in a table
-_TARGETS = 12  # whose errors are drawn
-_LONG = 3  # letters of a class's name that stand upright above a column
+_FULL = 30  # classes up to which the page shows the full confusion matrix
+_NARROW = 12  # classes up to which the table and the matrix fit side by side
+_PAIRS = 30  # most confusions in a list
+_ROWS = 100  # most classes in a table
+_TARGETS = 12  # most targets with residual plots
+_LONG = 3  # longer class names are rotated above a column
 
 
-def of_set(one: Evaluated, names: Sequence[str], num_seeds: int) -> str:
-    """All that was found on an evaluation set. With several seeds it says what is of the ensemble."""
+def set_section(one: Evaluated, names: Sequence[str], num_seeds: int) -> str:
+    """Returns the section about an evaluation set. With several seeds it says which parts describe the ensemble."""
     parts = [_metrics(one.name, one.metrics, num_seeds)]
-    if isinstance(one.of_targets, MultilabelScores):
-        return "".join((*parts, _scores(one), _labels(one.name, one.of_targets, names)))
-    if isinstance(one.of_targets, RegressionScores):
-        return "".join((*parts, _scores(one), _errors(one.name, one.of_targets, names)))
+    if isinstance(one.target_scores, MultilabelScores):
+        return "".join((*parts, _scores(one), _labels(one.name, one.target_scores, names)))
+    if isinstance(one.target_scores, RegressionScores):
+        return "".join((*parts, _scores(one), _errors(one.name, one.target_scores, names)))
     if not one.scores:
-        parts.append(paragraph(f"Scores, calibration and mistakes are left out: there are {len(names):,} classes, and "
-                               "the probabilities of so many may not fit into memory.", note=True))  # fmt: skip
+        parts.append(paragraph(f"This page omits scores, calibration and mistakes, because the probabilities of "
+                               f"{len(names):,} classes may not fit into memory.", note=True))  # fmt: skip
     tables = _classes(one, names), _confusion(one, names)
-    parts += [_side(_scores(one), _calibration(one)), *([_side(*tables)] if len(names) <= _NARROW else tables)]
+    parts += [_side_by_side(_scores(one), _calibration(one)),
+              *([_side_by_side(*tables)] if len(names) <= _NARROW else tables)]  # fmt: skip
     return "".join((*parts, _mistakes(one, names, num_seeds)))
 
 
 def _metrics(name: str, metrics: Mapping[str, float], num_seeds: int) -> str:
-    """In a line; of several seeds a table of means, deviations and the ensemble's, with what these are."""
+    """Formats metrics in a line; for several seeds, a table of means, standard deviations and the ensemble's."""
     examples = f"{metrics['examples']} examples"
     if num_seeds == 1:
         values = {key: value for key, value in metrics.items() if key != "examples"}
         return paragraph(f"{examples}: " + format_metrics(values).replace("  ", ", "))
     kinds = [key.removeprefix("ensemble_") for key in metrics if key.startswith("ensemble_")]
     rows = [[kind, *(f"{metrics[key]:.4f}" for key in (kind, f"{kind}_std", f"ensemble_{kind}"))] for kind in kinds]
-    said = (f"Means over {num_seeds} seeds with their sample standard deviation, and the ensemble, whose probabilities "
-            f"are the mean of the seeds'. All below is the ensemble's. There are {examples}.")  # fmt: skip
-    return paragraph(said) + table(f"Metrics on {name}", ["metric", "mean", "deviation", "ensemble"], rows)
+    note = (f"Means and sample standard deviations over {num_seeds} seeds, and the ensemble, which averages their "
+            f"probabilities. Everything below describes the ensemble. The set has {examples}.")  # fmt: skip
+    columns = ["metric", "mean", "standard deviation", "ensemble"]
+    return paragraph(note) + table(f"Metrics on {name}", columns, rows)
 
 
-def _side(*blocks: str) -> str:
-    """Blocks side by side where there is room."""
+def _side_by_side(*blocks: str) -> str:
+    """Puts blocks side by side if there is room."""
     blocks = tuple(f"<div>{block}</div>" for block in blocks if block)
     return f'<div class="side">{"".join(blocks)}</div>' if blocks else ""
 
@@ -64,10 +66,9 @@ def _side(*blocks: str) -> str:
 def _scores(one: Evaluated) -> str:
     if not one.scores:
         return ""
-    rows = [[name, f"{of['value']:.4f}", f"{of['low']:.4f} to {of['high']:.4f}" if "low" in of else ""]
-            for name, of in one.scores.items()]  # fmt: skip
-    note = ("The interval is the 95 % confidence interval for test sets of this size. Another seed of training may "
-            "differ by more.")  # fmt: skip
+    rows = [[name, f"{score['value']:.4f}", f"{score['low']:.4f} to {score['high']:.4f}" if "low" in score else ""]
+            for name, score in one.scores.items()]  # fmt: skip
+    note = "The 95 % confidence interval is for test sets of this size. Another training seed may differ by more."
     return ("<h3>Scores</h3>" + table(f"Scores on {one.name}", ["score", "value", "95 % interval"], rows)
             + paragraph(note, note=True))  # fmt: skip
 
@@ -75,34 +76,34 @@ def _scores(one: Evaluated) -> str:
 def _calibration(one: Evaluated) -> str:
     if one.reliability is None or not one.reliability.examples.sum():
         return ""
-    found, bins = one.reliability, len(one.reliability.examples)
+    bins = len(one.reliability.examples)
     rows = [[f"{i / bins:.3f} to {(i + 1) / bins:.3f}", str(int(n)), *(f"{v:.4f}" if n else "" for v in means)]
-            for i, (n, *means) in enumerate(zip(*found, strict=True))]  # fmt: skip
+            for i, (n, *means) in enumerate(zip(*one.reliability, strict=True))]  # fmt: skip
     columns = ["confidence", "examples", "mean confidence", "accuracy"]
-    svg = diagram(f"Reliability on {one.name}", *(values.tolist() for values in found))
-    note = (f"Bars are the accuracy in {bins} bins of confidence, dots their mean confidence. Where dots lie below the "
-            "dashed line, the model is surer than it is right.")  # fmt: skip
+    svg = diagram(f"Reliability on {one.name}", *(values.tolist() for values in one.reliability))
+    note = (f"Bars show the accuracy in {bins} bins of confidence, dots the mean confidence. The model is "
+            "overconfident in bins with dots below the dashed line.")  # fmt: skip
     return (f"<h3>Calibration</h3><figure>{svg}</figure>" + paragraph(note, note=True)
             + html.details("The bins as a table", table(f"Calibration on {one.name}", columns, rows)))  # fmt: skip
 
 
 def _labels(name: str, scores: MultilabelScores, names: Sequence[str]) -> str:
-    """Of several labels: how well each class is found, and how reliable its probabilities are."""
+    """Returns the scores of each class of a multi-label set, and the calibration of its probabilities."""
     columns, rows = multilabel.table(scores, names)
     shown = sorted(range(len(rows)), key=lambda i: float(rows[i][2] or "inf"))[:_ROWS] if len(rows) > _ROWS else None
     caption = f"Average precision and decisions of each class on {name}"
     if shown:
         rows, caption = [rows[i] for i in shown], f"{caption}: the {_ROWS} of {len(names):,} with the lowest"
-    columns_of_bins = ["class", "probability", "examples", "mean probability", "share that has the class"]
+    bin_columns = ["class", "probability", "examples", "mean probability", "frequency"]
     bins = [
-        [names[c], f"{i / 10:.1f} to {(i + 1) / 10:.1f}", str(int(n)), f"{mean:.4f}", f"{share:.4f}"]
+        [names[c], f"{i / 10:.1f} to {(i + 1) / 10:.1f}", str(int(n)), f"{mean:.4f}", f"{frequency:.4f}"]
         for c in (shown or range(len(names)))
-        for i, (n, mean, share) in enumerate(zip(*scores.reliability(c), strict=True))
+        for i, (n, mean, frequency) in enumerate(zip(*scores.reliability(c), strict=True))
         if n
     ]
-    said = "Where the mean probability is above the share of examples that have the class, the model is too sure of it."
-    calibration = "<h3>Calibration</h3>" + paragraph(said, note=True)
-    calibration += html.details("The bins of each class", table(f"Reliability on {name}", columns_of_bins, bins))
+    note = "The model is overconfident in a class if its mean probability exceeds its frequency."
+    calibration = "<h3>Calibration</h3>" + paragraph(note, note=True)
+    calibration += html.details("The bins of each class", table(f"Reliability on {name}", bin_columns, bins))
     return (
         "<h3>Classes</h3>"
         + table(caption, columns, rows)
@@ -112,25 +113,18 @@ def _labels(name: str, scores: MultilabelScores, names: Sequence[str]) -> str:
 
 
 def _errors(name: str, scores: RegressionScores, names: Sequence[str]) -> str:
-    """Of numbers: the residuals of each target by its true value, and their histogram."""
+    """Plots the residuals of each regression target against its true value, and their histogram."""
     parts = ["<h3>Errors</h3>"]
     for i, target in enumerate(names[:_TARGETS]):
         truth, errors = scores.targets[:, i].astype(np.float64), scores.errors[:, i]
-        figures = (residuals.plot(f"Residuals of {target} on {name}", truth, errors),
-                   residuals.histogram(f"Errors of {target} on {name}", errors))  # fmt: skip
-        parts.append(
-            html.charts(
-                [
-                    html.figure(caption, svg)
-                    for caption, svg in zip(
-                        (f"{target}: predicted less true, by the true value", f"{target}: errors"), figures, strict=True
-                    )
-                    if svg
-                ]
-            )
-        )
+        figures = {
+            f"{target}: predicted minus true, by the true value":
+                residuals.plot(f"Residuals of {target} on {name}", truth, errors),
+            f"{target}: errors": residuals.histogram(f"Errors of {target} on {name}", errors),
+        }  # fmt: skip
+        parts.append(html.charts([html.figure(caption, svg) for caption, svg in figures.items() if svg]))
     if len(names) > _TARGETS:
-        parts.append(paragraph(f"The first {_TARGETS} of {len(names)} targets are drawn.", note=True))
+        parts.append(paragraph(f"The plots show the first {_TARGETS} of {len(names)} targets.", note=True))
     return "".join(parts)
 
 
@@ -161,7 +155,7 @@ def _confusion(one: Evaluated, names: Sequence[str]) -> str:
 
 
 def _matrix(caption: str, confusion: np.ndarray, names: Sequence[str]) -> str:
-    """A row a label, a column a prediction. The shade is by the share of the label's examples."""
+    """Returns a confusion matrix, shaded by the fraction of the label's examples: rows are labels."""
     long = ' class="long"' if any(len(name) > _LONG for name in names) else ""
     head = "".join(f'<th scope="col"><span{long}>{text(name)}</span></th>' for name in names)
     lines = []
@@ -169,7 +163,7 @@ def _matrix(caption: str, confusion: np.ndarray, names: Sequence[str]) -> str:
         total, cells = confusion[i].sum(), []
         for j, count in enumerate(confusion[i].tolist()):
             if count:
-                share = 0.2 + 0.8 * math.sqrt(count / total)  # so that one mistake of a hundred is seen
+                share = 0.2 + 0.8 * math.sqrt(count / total)  # makes one mistake in a hundred visible
                 kind = "right" if i == j else "wrong"
                 cells.append(f'<td class="{kind}" style="--share: {share:.2f}">{count}</td>')
             else:
@@ -177,7 +171,7 @@ def _matrix(caption: str, confusion: np.ndarray, names: Sequence[str]) -> str:
         lines.append(f'<tr><th scope="row"><span>{text(name)}</span></th>{"".join(cells)}</tr>')
     shown = (f'<table class="confusion"><caption>{text(caption)}</caption>'
              f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>")  # fmt: skip
-    return paragraph("A row is a class, a column what its examples are taken for.", note=True) + region(caption, shown)
+    return paragraph("Rows are true classes, columns predicted classes.", note=True) + region(caption, shown)
 
 
 def _mistakes(one: Evaluated, names: Sequence[str], num_seeds: int) -> str:
@@ -187,64 +181,65 @@ def _mistakes(one: Evaluated, names: Sequence[str], num_seeds: int) -> str:
         return "<h3>Mistakes</h3>" + paragraph("There are none.")
     count = f"The {len(one.mistakes)} most confident of {one.wrong}" if one.wrong > len(one.mistakes) else (
         f"All {one.wrong}, the most confident first" if one.wrong > 1 else "The only one")  # fmt: skip
-    said = f"{count}, as the model is given them. In brackets is the probability of a class. "
-    said += f"On the right is the same picture in grey, and over it {_METHODS[one.method]}. "
+    note = f"{count}, as the model sees them, with class probabilities in parentheses. "
+    note += f"The heatmap on the right shows {_METHODS[one.method]}. "
     if num_seeds > 1:
-        of = "the ensemble's probability" if one.method == "occlusion" else f"the mean of the maps of {num_seeds} seeds"
-        said += f"It is {of}. "
-    said += "Each picture has a scale of its own:"
+        note += ("It uses the ensemble's probability. " if one.method == "occlusion" else
+                 f"It is the mean over {num_seeds} seeds. ")  # fmt: skip
+    note += "Each heatmap has its own scale:"
     scale = '<p class="note scale">least <span aria-hidden="true"></span> most</p>'
     items = "".join(f"<li>{_mistake(mistake, names, one.method)}</li>" for mistake in one.mistakes)
-    return ("<h3>The most confident mistakes</h3>" + paragraph(said, note=True) + scale
+    return ("<h3>The most confident mistakes</h3>" + paragraph(note, note=True) + scale
             + f'<ul class="pictures pairs">{items}</ul>')  # fmt: skip
 
 
 _METHODS = {
-    "gradcam": "what speaks for the class that it is taken for (Grad-CAM)",
-    "rollout": "what the network looks at, which is the same for every class (attention rollout)",
-    "occlusion": "how far the probability of the class that it is taken for falls when a square covers the place "
-                 "(occlusion)",
-}  # fmt: skip
+    "gradcam": "the evidence for the predicted class (Grad-CAM)",
+    "rollout": "what the network attends to, whatever the class (attention rollout)",
+    "occlusion": "how much the probability of the predicted class drops when a square covers the region (occlusion)",
+}
 _SHORT = {"gradcam": "Grad-CAM", "rollout": "attention rollout", "occlusion": "occlusion"}
-_COLORS = 64  # of a heat map's picture
+_COLORS = 64  # in the image of a heatmap
 
 
 def _mistake(mistake: Mistake, names: Sequence[str], method: str) -> str:
     label, predicted = names[mistake.label], names[mistake.predicted]
     picture = pictures.tag(mistake.image, f"{mistake.example}: of class {label}, taken for {predicted}")
     signed = method == "occlusion"
-    laid = heatmap.over(pictures.levels(mistake.image), heatmap.scaled(mistake.heat, signed))
-    place = heatmap.place(mistake.heat, signed)
-    how = _SHORT[method] + ("" if method == "rollout" else f" for {predicted}")
-    alt = f"{mistake.example}, {how}: " + (f"most at {place}" if place else "nothing stands out")
-    return (f'<figure><div class="pair">{picture}{pictures.tag(laid, alt, _COLORS)}</div>'
-            f"<figcaption><strong>{text(label)}</strong> ({mistake.of_label:.3f}), taken for "
-            f"<strong>{text(predicted)}</strong> ({mistake.probability:.3f})<br>{text(mistake.example)}"
-            f"<br>Right: {text(how)}{'' if place else ', where nothing stands out'}</figcaption></figure>")  # fmt: skip
+    overlay = heatmap.overlay(pictures.to_uint8(mistake.image), heatmap.scale(mistake.heat, signed))
+    peak = heatmap.peak(mistake.heat, signed)
+    method_text = _SHORT[method] + ("" if method == "rollout" else f" for {predicted}")
+    alt = f"{mistake.example}, {method_text}: " + (f"most at {peak}" if peak else "nothing stands out")
+    return (
+        f'<figure><div class="pair">{picture}{pictures.tag(overlay, alt, _COLORS)}</div>'
+        f"<figcaption><strong>{text(label)}</strong> ({mistake.label_probability:.3f}), taken for "
+        f"<strong>{text(predicted)}</strong> ({mistake.probability:.3f})<br>{text(mistake.example)}"
+        f"<br>Right: {text(method_text)}{'' if peak else ', where nothing stands out'}</figcaption></figure>"
+    )
 
 
-def of_augmentation(found: Augmented, ops: str, mix: str) -> str:
-    """A row for each of some training images: as it is, and several draws."""
-    said = f"Training images as they are, and as the run's own keys draw them: {ops}."
-    if found.whole_batch:
-        said += " The first draw is what the run, or its first seed, trains on at step 0; the others have the keys of "
-        said += "later steps."
+def augmentation_section(augmented: Augmented, ops: str, mix: str) -> str:
+    """Returns a table with a row for each training image: the original, and several draws."""
+    note = f"Training images before and after augmentation with the run's own keys: {ops}."
+    if augmented.full_batch:
+        note += " The first draw is what the run, or its first seed, trains on at step 0; the others have the keys of "
+        note += "later steps."
     else:
-        said += " They are drawn in a smaller batch than the run's, so that they fit into memory: the draws may differ."
-    if found.stretched:
-        said += " They are stretched from their least to their greatest value, since an op gives any range."
+        note += " To save memory, the batch is smaller than the run's, so the draws may differ."
+    if augmented.stretched:
+        note += " The draws are stretched from their smallest to their largest value, because an op may have any range."
     if mix:
-        said += f" In training {mix} then mixes pairs of images, which is not shown."
-    caption = "What augmentation does"
-    columns = ["example", "as it is", *(f"step {step}" for step in found.steps)]
+        note += f" Training then mixes pairs of images with {mix}, which is not shown."
+    caption = "Augmented training images"
+    columns = ["example", "original", *(f"step {step}" for step in augmented.steps)]
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)
     lines = []
-    for name, image, draws in zip(found.names, found.images, found.draws, strict=True):
-        cells = [pictures.tag(image, f"{name} as it is")]
-        cells += [pictures.tag(own, f"{name} at step {step}") for own, step in zip(draws, found.steps, strict=True)]
+    for name, image, draws in zip(augmented.names, augmented.images, augmented.draws, strict=True):
+        cells = [pictures.tag(image, f"{name}, original")]
+        cells += [pictures.tag(own, f"{name} at step {step}") for own, step in zip(draws, augmented.steps, strict=True)]
         lines.append(
             f'<tr><th scope="row">{text(Path(name).name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
         )
     shown = (f'<table class="draws"><caption>{caption}</caption><thead><tr>{head}</tr></thead>'
              f"<tbody>{''.join(lines)}</tbody></table>")  # fmt: skip
-    return paragraph(said) + region(caption, shown)
+    return paragraph(note) + region(caption, shown)

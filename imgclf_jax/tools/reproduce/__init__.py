@@ -1,1 +1,1 @@
-"""reproduce and show-batch: a run again from its record, and the batch of any step."""
+"""reproduce and show-batch: training a run again from its record, and the batch of any step."""

@@ -1,4 +1,4 @@
-"""The command `reproduce`: trains a run again from its record, and compares every digest and metric with it."""
+"""The command `reproduce`: trains a run again from its record, and compares every digest and metric."""
 
 import contextlib
 import dataclasses
@@ -26,82 +26,84 @@ from imgclf_jax.train import loop as train
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 12  # differences in a table
+_SHOWN = 12  # most differences in a table
 
 
 def main(
     config: ConfigDict, record: Record, output: str, steps: int | None, tolerance: float, format: str, bundle: str
 ) -> int:
-    """Trains the run of `record` again, by `config`, and prints what differs; 0 if it is the same, 1 if it is not.
+    """Trains the run of `record` again with `config`, and prints the differences.
 
-    All recorded steps are trained, or the first `steps`, into the directory `output`. Without one it is a temporary
-    directory, which is kept if anything differs. With `bundle` nothing is trained: that file is written. Gives 75 if a
-    signal stopped it.
+    - `output` is the directory to train in; "" uses a temporary one, which is kept if anything differs.
+    - `steps` is the number of steps to train; None trains all recorded steps.
+    - `bundle` only writes the record to this file, without training.
+
+    Returns 0 if the runs are equal, 1 if not, and 75 if a signal stops training.
     """
     if "digests.jsonl" in record.files and not record.digests:  # a line is written before the first step is trained
         raise UserError(f"digests.jsonl of {record.path} is damaged: it holds no record; restore the file from a copy "
                         "of the run or from its bundle")  # fmt: skip
     if bundle:
         return _pack(record, bundle)
-    end = _end(record, steps)
+    end = _last_step(record, steps)
     folder = places.as_path(processes.broadcast_from_process_0("naming the output", lambda: _folder(record, output)))
-    found = _changed(record.config, config)
+    found = _compare_configs(record.config, config)
     config = pin_groups(config, record.config.mesh, record.provenance)
-    wrong = record.contradictions
-    for sentence in wrong:
+    contradictions = record.contradictions
+    for sentence in contradictions:
         log.warning("the record contradicts itself: %s", sentence)
     config.tensorboard, config.writers = False, ""
 
     def adjusted(run: train.Run) -> train.Run:
-        """The run up to `end`; what differs from the recorded one is known by now, and said before hours of work."""
+        """Ends the run at `end`, and logs the known differences before hours of training."""
         if (total := run.cadences.total) < end:
-            raise UserError(f"total={config.total!r} is {total} steps, and the run in {record.path} has recorded "
-                            f"{end}; pass --steps={total}, or a longer total")  # fmt: skip
+            raise UserError(f"total={config.total!r} is {total} steps, but the run in {record.path} recorded {end}; "
+                            f"pass --steps={total}, or a longer total")  # fmt: skip
         found.extend(differences(record.provenance, Record.named(str(run.workdir.path)).provenance))
-        for one in found[:_SHOWN]:
-            log.warning("%s differs: %s was %s, here it is %s", one.kind, *one[1:])
+        for difference in found[:_SHOWN]:
+            log.warning("%s differs: %s was %s, here it is %s", difference.kind, *difference[1:])
         return dataclasses.replace(run, cadences=dataclasses.replace(run.cadences, end=end))
 
-    recorded, told = {line["step"]: line.get("params_sha256") for line in record.digests}, False
+    recorded, warned = {line["step"]: line.get("params_sha256") for line in record.digests}, False
 
     def noted(step: int, digest: str) -> None:
-        """Says at the first step whose parameters differ that they do: hours may follow it."""
-        nonlocal told
-        if not told and recorded.get(step) not in (None, digest):
-            told = True
-            log.warning("the parameters of step %d differ from the recorded ones; to see which without the steps that "
-                        "follow, end this by Ctrl-C and pass --steps=%d", step, max(step, 1))  # fmt: skip
+        """Warns at the first step with different parameters, because hours may follow."""
+        nonlocal warned
+        if not warned and recorded.get(step) not in (None, digest):
+            warned = True
+            log.warning("the parameters of step %d differ from the recorded ones; to stop here and see which, press "
+                        "Ctrl-C and pass --steps=%d", step, max(step, 1))  # fmt: skip
 
     try:
         with contextlib.redirect_stdout(sys.stderr):
             status = train.main(config, Workdir(folder), adjusted=adjusted, noted=noted)
     except UserError:
         with contextlib.suppress(OSError):
-            folder.rmdir()  # if nothing had been written
+            folder.rmdir()  # if it is empty
         raise
-    processes.barrier("comparing")  # by then the first one has written all
+    processes.barrier("comparing")  # process 0 has written everything
     here = Record.named(str(folder))
     if status not in (0, train.STOPPED) or max((line["step"] for line in here.digests), default=-1) < end:
-        log.warning("stopped before step %d, nothing is compared; go on by --output=%s", end, folder)
+        log.warning("stopped before step %d without comparing; continue with --output=%s", end, folder)
         return status or 1
     extended = [one["step"] for one in record.provenance.get("extended", [])]
     changed = any(one["step"] for one in record.provenance.get("changed", []))
     recorded_files = (record.digests, record.metrics, record.result)
     compared = compare(recorded_files, (here.digests, here.metrics), extended, changed)
     if not (compared.digest_steps or compared.values):
-        raise UserError(f"nothing that {record.path} has recorded up to step {end} can be compared; pass more --steps")
-    word = "contradictory" if wrong else verdict(compared, found, tolerance)
+        raise UserError(f"{record.path} has no digest or metric up to step {end} to compare; pass more --steps")
+    word = "contradictory" if contradictions else verdict(compared, found, tolerance)
     kept = bool(output) or word != "same"
     if processes.index() == 0:
         if format == "json":
             as_json = _as_json(word, end, compared, found, str(folder) if kept else None)
-            print(json.dumps(as_json | {"contradictions": wrong}, indent=2))
+            print(json.dumps(as_json | {"contradictions": contradictions}, indent=2))
         else:
-            for sentence in wrong:
+            for sentence in contradictions:
                 print(f"{sentence[0].upper()}{sentence[1:]}.")
             _print(word, end, compared, found, record, tolerance)
             if kept:
-                print(f"the run that was trained to compare is in {printable(str(folder))}")
+                print(f"the new run is in {printable(str(folder))}")
         if not kept:
             shutil.rmtree(folder, ignore_errors=True)
     return 0 if word in ("same", "tolerated") else 1
@@ -114,37 +116,37 @@ def _pack(record: Record, bundle: str) -> int:
         log.warning("%s has no digests of its checkpoints: the bundle has the last one and the metrics", record.path)
     if not processes.index():
         record.pack(places.as_path(bundle))
-        print(f"{printable(bundle)} holds what `reproduce {printable(bundle)}` needs, but for data and code; "
-              "provenance.json in it names folders of this machine")  # fmt: skip
+        print(f"{printable(bundle)} has everything that `reproduce {printable(bundle)}` needs, except data and code; "
+              "its provenance.json names folders of this machine")  # fmt: skip
     return 0
 
 
-def _end(record: Record, steps: int | None) -> int:
-    """The last step to train."""
+def _last_step(record: Record, steps: int | None) -> int:
+    """Returns the last step to train."""
     known = [line["step"] for line in (*record.digests, *record.metrics, record.result) if "step" in line]
     last = max((step for step in known if isinstance(step, int)), default=0)
     if not last:
-        raise UserError(f"{record.path} has recorded no step; there is nothing to compare with")
+        raise UserError(f"{record.path} has recorded no step, so there is nothing to compare with")
     if steps and steps > last:
-        raise UserError(f"--steps={steps}: the run in {record.path} has recorded {last} steps")
+        raise UserError(f"--steps={steps}: must be at most {last}, the steps that the run in {record.path} recorded")
     return steps or last
 
 
 def _folder(record: Record, output: str) -> str:
     if not output and processes.count() > 1:
-        raise UserError("reproduce in several processes wants --output, a directory that all of them share")
+        raise UserError("reproduce in several processes needs --output, a directory that they share")
     if not output:
         return tempfile.mkdtemp(prefix="reproduce-")
-    place = places.as_path(output)
-    if not places.in_bucket(place) and place.resolve() == Path(record.path).resolve():
+    path = places.as_path(output)
+    if not places.in_bucket(path) and path.resolve() == Path(record.path).resolve():
         raise UserError(f"--output={output} is the run itself; name another directory")
     return output
 
 
-def _changed(old: ConfigDict, new: ConfigDict) -> list[Difference]:
-    """Each key that was given another value and decides what is computed.
+def _compare_configs(old: ConfigDict, new: ConfigDict) -> list[Difference]:
+    """Lists the changed keys that affect the computation.
 
-    The data may lie elsewhere, under another `data.source`: whether they are the same their fingerprint says.
+    A changed `data.source` only counts as another place, because fingerprints tell whether the data are the same.
     """
     a, b = configs.flatten(old), configs.flatten(new)
     keys = [key for key in configs.KEYS if key not in configs.LOCATION_KEYS and a[key] != b[key]]
@@ -153,10 +155,10 @@ def _changed(old: ConfigDict, new: ConfigDict) -> list[Difference]:
 
 _SENTENCES = {
     "same": "The same, bit for bit",
-    "tolerated": "The same within --tolerance={tolerance:g}, though not bit for bit",
+    "tolerated": "The same within --tolerance={tolerance:g}, but not bit for bit",
     "rounding": "The same up to rounding: only versions, devices or flags differ, and no metric by more than {most:g}",
     "different": "Different from step {first} on",
-    "contradictory": "The record contradicts itself, so no run can be the same",
+    "contradictory": "The record contradicts itself, so no run can match it",
 }
 
 
@@ -168,18 +170,20 @@ def _print(
     by_most = f" (largest relative difference of a metric: {largest.relative:.2g})" if largest else ""
     print(f"{sentence}{by_most}.")
     digests, values, metric_steps = len(compared.digest_steps), len(compared.values), compared.metric_steps
-    print(f"Compared up to step {end}: all parameters at {digests} steps, and {values} values of metrics at "
-          f"{metric_steps} steps.")  # fmt: skip
+    print(f"Compared up to step {end}: all parameters at {digests} steps, and {values} metric values at {metric_steps} "
+          "steps.")  # fmt: skip
     if not record.digests:
-        print("The run was made before digests were recorded: that of result.json and the metrics are compared alone.")
+        print("The run predates digests, so only the digest of result.json and the metrics are compared.")
     if compared.missing:
         step, name = compared.missing[0]
-        print(f"{len(compared.missing)} recorded values were not found again, the first is {name} at step {step}.")
+        print(
+            f"{len(compared.missing)} recorded values are missing in the new run, the first is {name} at step {step}."
+        )
     rows = []
-    if of := compared.parameters:
-        until = "" if of.equal_until is None else f"; equal at step {of.equal_until}"
-        what = f"{of.names[0]}, and {len(of.names) - 1} more of {of.of}" if of.names else "not known which"
-        rows.append(["parameters", str(of.step), what + until, of.recorded, of.here])
+    if params := compared.parameters:
+        until = "" if params.equal_until is None else f"; equal at step {params.equal_until}"
+        names = f"{params.names[0]}, and {len(params.names) - 1} more of {params.of}" if params.names else "unknown"
+        rows.append(["parameters", str(params.step), names + until, params.recorded, params.here])
     for name, value in (("first metric", compared.first_value), ("metric that differs most", largest)):
         if value:
             rows.append([name, str(value.step), value.name, f"{value.recorded:.9g}", f"{value.here:.9g}"])
@@ -190,13 +194,13 @@ def _print(
         if len(found) > _SHOWN:
             print(f"and {len(found) - _SHOWN} more, which --format=json lists")
     elif rows:
-        print("Nothing else that is recorded differs. Code of your own, files of installed packages, and kernels that "
-              "are not deterministic are not recorded.")  # fmt: skip
+        print("Nothing else in the records differs. They do not cover your own code, files of installed packages, and "
+              "nondeterministic kernels.")  # fmt: skip
 
 
 def _as_json(word: str, end: int, compared: Comparison, found: list[Difference], output: str | None) -> dict[str, Any]:
     def value(of: Any) -> dict[str, Any] | None:
-        """A metric; `relative` is null where only one of both is finite."""
+        """Converts a metric; `relative` is null if only one of the values is finite."""
         return of and of._asdict() | {"relative": of.relative if math.isfinite(of.relative) else None}
 
     return {

@@ -1,6 +1,6 @@
-"""Whether a run that was trained again is the same: the first step and parameter that differ, and what may explain it.
+"""Comparison of a run with its reproduction: the first step and parameter that differ, and possible causes.
 
-All functions are of what runs record (`run.record`): lines of digests.jsonl, records of metrics.jsonl, provenances.
+All functions take what runs record (see `run.record`): lines of digests.jsonl, records of metrics.jsonl, provenances.
 """
 
 import math
@@ -12,13 +12,13 @@ from imgclf_jax.run.record import TIMES
 
 Json = Mapping[str, Any]
 
-ROUNDING = 1e-3  # the largest relative difference of a metric that is put down to rounding
-# The packages that compute, and what carries data to them: shown before all others.
+ROUNDING = 1e-3  # the largest relative difference of a metric that rounding may explain
+# The packages that compute or load data, listed first.
 _COMPUTE = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow", "scikit-learn", "tensorflow", "tensorflow-cpu")
 
 
 class Value(NamedTuple):
-    """A metric at a step, as it was recorded and as it is here."""
+    """A metric at a step, as recorded and as reproduced."""
 
     step: int
     name: str
@@ -27,7 +27,7 @@ class Value(NamedTuple):
 
     @property
     def relative(self) -> float:
-        """The difference, relative to the greater of the two; infinite if only one of them is finite."""
+        """The difference relative to the larger magnitude; infinite if only one value is finite."""
         a, b = self.recorded, self.here
         if a == b or (math.isnan(a) and math.isnan(b)):
             return 0.0
@@ -36,24 +36,24 @@ class Value(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """The parameters that differ at a step; no names if only digests of all of them together were recorded."""
+    """The parameters that differ at a step; without names if only digests of all parameters were recorded."""
 
     step: int
     names: tuple[str, ...]
-    of: int  # how many parameters there are
-    recorded: str  # the digest of the first of them, or of all together
+    of: int  # the number of all parameters
+    recorded: str  # the digest of the first one, or of all
     here: str
-    equal_until: int | None  # the last step before, whose parameters are equal
+    equal_until: int | None  # the last earlier step with equal parameters
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared, and where it differs first."""
+    """The compared digests and metrics, and the first difference."""
 
-    digest_steps: tuple[int, ...]  # whose parameters were compared
-    values: tuple[Value, ...]  # all metrics that were compared, by step
+    digest_steps: tuple[int, ...]  # steps with compared parameters
+    values: tuple[Value, ...]  # compared metrics in order of steps
     parameters: Parameters | None
-    missing: tuple[tuple[int, str], ...] = ()  # (step, metric): recorded of a step that was trained again, and not here
+    missing: tuple[tuple[int, str], ...] = ()  # (step, metric): recorded, but not reproduced
 
     @property
     def first_value(self) -> Value | None:
@@ -62,18 +62,18 @@ class Comparison:
 
     @property
     def largest(self) -> Value | None:
-        """The metric that differs by most; None if none differs."""
+        """The metric with the largest difference; None if all are equal."""
         return max((value for value in self.values if value.relative), key=lambda v: v.relative, default=None)
 
     @property
     def first_step(self) -> int | None:
-        """The first recorded step at which something differs; None if all is equal."""
-        steps = [found.step for found in (self.parameters, self.first_value) if found]
+        """The first recorded step with a difference; None if there is none."""
+        steps = [difference.step for difference in (self.parameters, self.first_value) if difference]
         return min([*steps, *(step for step, _ in self.missing[:1])], default=None)
 
     @property
     def metric_steps(self) -> int:
-        """How many steps have a metric that was compared."""
+        """The number of steps with compared metrics."""
         return len({value.step for value in self.values})
 
 
@@ -83,18 +83,20 @@ def compare(
     extended: Sequence[int] = (),
     other_cadences: bool = False,
 ) -> Comparison:
-    """Compares (digests, metrics, result) of a run with (digests, metrics) of the one that was trained again.
+    """Compares (digests, metrics, result) of a run with (digests, metrics) of its reproduction.
 
-    Digests and metrics of steps that both have are compared. Times and speeds are not. A metric that was recorded of a
-    step up to the last one here, and that is not here or is no number, is `missing`. `extended` are the steps that the
-    run had ended at before it went on: it logged there too, so that its next means are over fewer steps. With
-    `other_cadences` the run logged at other steps for a while: then nothing is missing, and means over other steps are
-    not compared.
+    It compares digests and metrics at common steps, except times and speeds. A recorded metric up to the last
+    reproduced step is `missing` if it was not reproduced or is no number.
+
+    - `extended` are steps at which the run ended before it was extended. It logged there too, so its next means cover
+      fewer steps.
+    - `other_cadences`: the run logged at other steps for a while, so nothing is missing, and means over other steps are
+      not compared.
     """
     digests, metrics, result = recorded
     old = {line["step"]: line for line in digests}
     if isinstance(result.get("step"), int):
-        old.setdefault(result["step"], result)  # has the digest of all parameters
+        old.setdefault(result["step"], result)  # it has the digest of all parameters
     new = {line["step"]: line for line in here[0]}
     steps = tuple(s for s in sorted(old.keys() & new.keys()) if isinstance(old[s].get("params_sha256"), str))
     wrong = next((i for i, s in enumerate(steps) if _other_parameters(old[s], new[s])), None)
@@ -123,7 +125,7 @@ def compare(
 
 
 def _other_parameters(old: Json, new: Json) -> bool:
-    """Whether two lines of digests.jsonl differ, in the digest of all parameters or in those of single ones."""
+    """Whether two lines of digests.jsonl differ, in the digest of all parameters or of single ones."""
     a, b = old.get("params"), new.get("params")
     return bool(old["params_sha256"] != new.get("params_sha256") or (isinstance(a, dict) and b and a != b))
 
@@ -133,7 +135,7 @@ def _before(step: int, logged: set[int]) -> int:
 
 
 def _flat(result: Json) -> Json:
-    """The metrics in a result as a record of metrics.jsonl has them."""
+    """Flattens the metrics of a result to a record as in metrics.jsonl."""
     groups = {name: group for name, group in result.items() if isinstance(group, dict)}
     step = result.get("step")
     named = {f"{name}/{key}": value for name, group in groups.items() for key, value in group.items()}
@@ -141,12 +143,12 @@ def _flat(result: Json) -> Json:
 
 
 def _by_step(records: Iterable[Json]) -> dict[int, dict[str, Any]]:
-    """The values of each step, of all its records together."""
-    found: dict[int, dict[str, Any]] = {}
+    """Merges the records of each step."""
+    merged: dict[int, dict[str, Any]] = {}
     for record in records:
         values = {name: value for name, value in record.items() if name != "step" and name not in TIMES}
-        found.setdefault(record["step"], {}).update(values)
-    return found
+        merged.setdefault(record["step"], {}).update(values)
+    return merged
 
 
 def _is_number(value: Any) -> bool:
@@ -161,16 +163,16 @@ def _values(old: Mapping[int, Mapping[str, Any]], new: Mapping[int, Mapping[str,
 
 
 class Difference(NamedTuple):
-    """Something that two runs do not share, which may explain why their numbers differ."""
+    """A difference of two runs that may explain different numbers."""
 
-    kind: str  # config, data, weights, code; or version, device, flags, by which only rounding should differ; or place
+    kind: str  # config, data, weights, code; version, device, flags (which should only affect rounding); or place
     what: str
     recorded: str
     here: str
 
 
 def differences(old: Json, new: Json) -> list[Difference]:
-    """What differs between two provenances, what explains most first. What either lacks is not compared."""
+    """Lists the differences of two provenances, the most important first, without what either lacks."""
     found: list[Difference] = []
 
     def add(kind: str, what: str, a: Any, b: Any) -> None:
@@ -178,7 +180,7 @@ def differences(old: Json, new: Json) -> list[Difference]:
             found.append(Difference(kind, what, _short(a), _short(b)))
 
     a, b = (_dict(p.get("data")) for p in (old, new))
-    if a.get("fingerprint") and a["fingerprint"] == b.get("listing_fingerprint"):  # an older version's, of no contents
+    if a.get("fingerprint") and a["fingerprint"] == b.get("listing_fingerprint"):  # older versions ignored contents
         b = b | {"fingerprint": a["fingerprint"]}
     for key in (
         "fingerprint",
@@ -228,7 +230,7 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def _names(packages: Iterable[str]) -> str:
-    """How many, and the first of them."""
+    """Formats the number of packages and the first names."""
     names = sorted(packages)
     return f"{len(names)}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}" if names else "none"
 
@@ -244,7 +246,7 @@ def _devices(value: Any) -> str | None:
 
 
 def _flags(value: str) -> dict[str, str]:
-    """The flags in XLA_FLAGS, by name; a flag without a value is a switch."""
+    """Parses XLA_FLAGS to values by name; a flag without a value is "set"."""
     parts = (flag.partition("=") for flag in value.split())
     return {name: text if sign else "set" for name, sign, text in parts}
 
@@ -255,10 +257,10 @@ def _short(value: Any) -> str:
 
 
 def verdict(compared: Comparison, found: Sequence[Difference], tolerance: float = 0.0) -> str:
-    """In a word: "same" (all bits), "tolerated", "rounding" or "different".
+    """Returns "same" (bit for bit), "tolerated", "rounding" or "different".
 
-    "tolerated": no metric differs by more than `tolerance`, relative to its value, and some are compared. "rounding":
-    only versions, devices or flags differ, and no metric by more than ROUNDING.
+    - "tolerated": metrics were compared, and none differs by more than the relative `tolerance`.
+    - "rounding": only versions, devices or flags differ, and no metric by more than ROUNDING.
     """
     if compared.first_step is None:
         return "same"
@@ -267,7 +269,7 @@ def verdict(compared: Comparison, found: Sequence[Difference], tolerance: float 
         return "different"
     if tolerance and compared.values and largest <= tolerance:
         return "tolerated"
-    kinds = {difference.kind for difference in found} - {"place"}  # the data, which are compared, lie elsewhere
+    kinds = {difference.kind for difference in found} - {"place"}  # moved data are compared by fingerprint
     if kinds and kinds <= {"version", "device", "flags"} and compared.values and largest <= ROUNDING:
         return "rounding"
     return "different"

@@ -1,1 +1,1 @@
-"""serve: a trained model as a web page and an interface for programs."""
+"""serve: a trained model as a web page and an HTTP API."""

@@ -1,4 +1,4 @@
-"""What programs may ask of the server, as an OpenAPI document."""
+"""The OpenAPI description of the server."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,16 +7,16 @@ from imgclf_jax import __version__
 from imgclf_jax.losses import Task
 
 _ERRORS = {
-    "400": "the request is wrong: an empty body, or a wrong top_k",
-    "408": "the body came too slowly",
+    "400": "invalid request: an empty body, or an invalid top_k",
+    "408": "the body arrived too slowly",
     "413": "the body is too long",
-    "422": "the body is no image that is read here",
-    "503": "too many requests wait",
+    "422": "the body is not a readable image",
+    "503": "too many requests are waiting",
 }
 
 
 def describe(class_names: Sequence[str], body_bytes: int, explains: bool, task: Task = Task.CLASSES) -> dict[str, Any]:
-    """OpenAPI 3.1 of the routes for programs; bodies hold at most `body_bytes` bytes. Answers are by the task."""
+    """Returns the OpenAPI 3.1 description for a task, with bodies of at most `body_bytes` bytes."""
     body = {
         "required": True,
         "description": f"the bytes of an image file, at most {body_bytes:,}",
@@ -32,27 +32,27 @@ def describe(class_names: Sequence[str], body_bytes: int, explains: bool, task: 
         },
     }
     number = {"type": "number"}
-    order = "the likeliest first"
+    order = "the most likely first"
     if task is Task.MULTILABEL:
-        order = "all classes whose probability is at least 0.5, the likeliest first; top_k does not count"
-    key, found = ("predictions", {"type": "array", "items": prediction, "description": order})
+        order = "all classes with a probability of at least 0.5, the most likely first; top_k is ignored"
+    key, schema = ("predictions", {"type": "array", "items": prediction, "description": order})
     if task is Task.REGRESSION:
         values = dict.fromkeys(class_names, number)
-        key, found = "values", {"type": "object", "required": list(values), "properties": values}
+        key, schema = "values", {"type": "object", "required": list(values), "properties": values}
     answer = {
         "type": "object",
         "required": [key, "milliseconds"],
         "properties": {
-            key: found,
-            "milliseconds": {"type": "number", "description": "from the whole body to the answer"},
+            key: schema,
+            "milliseconds": {"type": "number", "description": "from the complete body to the response"},
         },
     }
     refusals = {status: {"description": text, "content": {"application/json": {"schema": error}}}
                 for status, text in _ERRORS.items()}  # fmt: skip
     picture = {"post": {
-        "summary": "Draws where in the image the likeliest class is found",
+        "summary": "Draws a heatmap of the most likely class",
         "requestBody": body,
-        "responses": {"200": {"description": "a picture", "content": {"image/png": {}}}, **refusals},
+        "responses": {"200": {"description": "a heatmap", "content": {"image/png": {}}}, **refusals},
     }}  # fmt: skip
     return {
         "openapi": "3.1.0",
@@ -73,9 +73,9 @@ def describe(class_names: Sequence[str], body_bytes: int, explains: bool, task: 
                 }
             },
             **({"/explain": picture} if explains else {}),
-            "/health": {"get": {"summary": "Whether the server answers, and with which model",
-                                "responses": {"200": {"description": "it does"}}}},
-            "/metrics": {"get": {"summary": "Counts and times, in Prometheus' format",
+            "/health": {"get": {"summary": "Health check, with the model that is served",
+                                "responses": {"200": {"description": "healthy"}}}},
+            "/metrics": {"get": {"summary": "Prometheus metrics",
                                  "responses": {"200": {"description": "text"}}}},
         },
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command `sweep`: a run for each combination of values, in processes of their own."""
+"""The command `sweep`: trains a run for each combination of values, each in a separate process."""
 
 import collections
 import contextlib
@@ -32,14 +32,14 @@ from imgclf_jax.tools.sweep.plan import Run, Settings
 
 log = logging.getLogger(__name__)
 
-STOPPED = 75  # of a run: a signal came, a checkpoint is saved; of the sweep: run the same command again
+STOPPED = 75  # exit status of a run stopped by a signal after saving a checkpoint, and of its sweep
 _BY_SIGNAL = {128 + number for number in signals.SIGNALS} | {-number for number in signals.SIGNALS}
-_PAUSE = 0.1  # seconds between two looks at the processes
+_PAUSE = 0.1  # seconds between polls of the processes
 
 
 @dataclasses.dataclass
 class _Job:
-    """A run that goes on."""
+    """A running process."""
 
     run: Run
     process: subprocess.Popen[bytes]
@@ -51,9 +51,11 @@ def main(
 ) -> int:
     """Trains each run of the plan in its directory below `workdir`, up to `jobs` at once.
 
-    `sweep` holds values of keys, see `sweep_plan.parse`. With `print` the commands are printed, and no run begins.
-    Returns 0 when all are done, 1 if one failed, and 75 if one was stopped by a signal. Raises UserError for a plan
-    with anything wrong in it, before the first run begins.
+    - `sweep` lists the values of keys (see `sweep_plan.parse`).
+    - `print` prints the commands without starting runs.
+
+    Returns 0 if all runs finish, 1 if one fails, and 75 if a signal stops one. Raises UserError for an invalid plan,
+    before the first run starts.
     """
     try:
         return _train_all(config, workdir, called, sweep, jobs, print)
@@ -63,47 +65,48 @@ def main(
 
 
 def _train_all(
-    config: ConfigDict, place: Workdir, called: CommandLine, sweep: Sequence[str], jobs: int, print: bool
+    config: ConfigDict, workdir: Workdir, called: CommandLine, sweep: Sequence[str], jobs: int, print: bool
 ) -> int:
     terminal.setup_logging()
-    workdir = place.path
-    if places.in_bucket(place.path) and not print:
-        raise UserError(f"{workdir} is in a bucket, where the runs' logs cannot be; add --print, and run the commands")
-    if place.config.is_file():
-        raise UserError(f"{workdir} holds a run itself (config.json); pass another --workdir for the sweep")
+    folder = workdir.path
+    if places.in_bucket(folder) and not print:
+        raise UserError(f"{folder} is in a bucket, which cannot hold the runs' logs; add --print, and run the commands")
+    if workdir.config.is_file():
+        raise UserError(f"{folder} is a run itself (it has a config.json); pass another --workdir for the sweep")
     settings = sweep_plan.combine(configs.load_sweep(called.config_file), sweep)
     keys = list(dict.fromkeys(key for own in settings for key in own))
     _check_words(called.words, keys)
-    with place.held() if not places.in_bucket(place.path) else contextlib.nullcontext():
-        file = place.path / sweep_plan.FILE
+    with workdir.held() if not places.in_bucket(folder) else contextlib.nullcontext():
+        file = folder / sweep_plan.FILE
         recorded = sweep_plan.load(file, config, set(keys))
-        runs = sweep_plan.make(settings, lambda own: _checked(config, own), recorded)
+        runs = sweep_plan.make(settings, lambda own: _make_config(config, own), recorded)
         sweep_plan.save(file, called.config_file, config, keys, runs, recorded)
         if print:
-            _print_commands(called, place.path, runs)
+            _print_commands(called, folder, runs)
             return 0
-        return _Sweep(called, place.path, runs, jobs).go()
+        return _Sweep(called, folder, runs, jobs).run()
 
 
 def _check_words(words: Sequence[str], keys: Sequence[str]) -> None:
-    """Raises UserError for a key that is set twice for all runs, and for one that is set so and swept too."""
+    """Raises UserError for a key that is set twice for all runs, or both set and swept."""
     fixed = [match[1] for word in words if (match := re.match(r"--?config\.([^=]+)", word))]
     for key, times in collections.Counter(fixed).items():
         if times > 1:
-            raise UserError(f"--config.{key} is given {times} times; several values are --sweep '{key}=VALUE; VALUE'")
+            raise UserError(f"--config.{key} is given {times} times; sweep several values with --sweep '{key}=VALUE; "
+                            "VALUE'")  # fmt: skip
         if key in keys:
-            raise UserError(f"{key} is set by --config.{key} and swept too; leave out one of them")
+            raise UserError(f"{key} is both set by --config.{key} and swept; drop one of them")
 
 
-def _checked(config: ConfigDict, settings: Settings) -> ConfigDict:
+def _make_config(config: ConfigDict, settings: Settings) -> ConfigDict:
     config = config.copy_and_resolve_references()
     try:
         override(config, [f"--config.{key}={text}" for key, text in settings.items()], "sweep")
         configs.validate(config)
         check_names(config)
     except (UserError, UsageError) as e:
-        whole = ", ".join(f"{key}={text}" for key, text in settings.items())
-        raise UserError(f"no run was started: {e} (in the run {whole}; values of --sweep are separated by ';')") from e
+        run = ", ".join(f"{key}={text}" for key, text in settings.items())
+        raise UserError(f"no run was started: {e} (in the run {run}; values of --sweep are separated by ';')") from e
     return config
 
 
@@ -113,7 +116,7 @@ def _command(called: CommandLine, folder: Path, run: Run) -> list[str]:
 
 
 def _print_commands(called: CommandLine, folder: Path, runs: Sequence[Run]) -> None:
-    """A line a run, for a shell in this directory: what lies in it is named from here."""
+    """Prints one command per run, with paths relative to the working directory if they are below it."""
     here = Path.cwd()
     for run in runs:
         program, script, *rest = _command(called, folder, run)
@@ -122,41 +125,41 @@ def _print_commands(called: CommandLine, folder: Path, runs: Sequence[Run]) -> N
 
 
 class _Sweep:
-    """The runs of a sweep, and the processes in which they go on."""
+    """The runs of a sweep and their processes."""
 
     def __init__(self, called: CommandLine, folder: Path, runs: Sequence[Run], jobs: int):
         self._called, self._folder, self._jobs = called, folder, jobs
         self._runs = runs
         self._width = max(len(run.name) for run in runs)
         self._active: list[_Job] = []
-        self._ended: dict[str, str] = {}  # how each run ended, by name
+        self._outcomes: dict[str, str] = {}  # by run: "done", "done before", "stopped" or "failed"
 
-    def go(self) -> int:
-        """Runs what is not done yet; the sweep's exit status."""
+    def run(self) -> int:
+        """Trains the runs that are not done yet, and returns the sweep's exit status."""
         todo = collections.deque[Run]()
         for run in self._runs:
             if self._is_done(run):
                 self._report(run, "done before")
             else:
                 todo.append(run)
-        # Processes that a killed sweep left behind go on: to wait for them loses nothing.
-        elsewhere = [run for run in todo if lock.is_held(self._place(run).path / "lock")]
+        # Waits for the processes that a killed sweep has left behind, instead of failing on their locks.
+        elsewhere = [run for run in todo if lock.is_held(self._workdir(run).path / "lock")]
         for run in elsewhere:
             todo.remove(run)
-            log.warning("%s is being trained by another process: waiting for it", run.name)
-        with signals.noted(self._losing) as stop, self._killed_at_the_end():
-            told = ""
+            log.warning("another process is training %s: waiting for it", run.name)
+        with signals.noted(self._at_stake) as stop, self._kill_at_exit():
+            sent = ""  # the signal passed on to the runs
             while self._active or (not stop() and (todo or elsewhere)):
-                if stop() and not told:
-                    told = stop()
+                if stop() and not sent:
+                    sent = stop()
                     for job in self._active:
-                        job.process.send_signal(signals.number(told))
-                for run in [run for run in elsewhere if not lock.is_held(self._place(run).path / "lock")]:
+                        job.process.send_signal(signals.number(sent))
+                for run in [run for run in elsewhere if not lock.is_held(self._workdir(run).path / "lock")]:
                     elsewhere.remove(run)
                     todo.appendleft(run)
                 while todo and not stop() and len(self._active) + len(elsewhere) < self._jobs:
                     run = todo.popleft()
-                    if self._is_done(run):  # another process has ended it
+                    if self._is_done(run):  # by another process
                         self._report(run, "done")
                     else:
                         self._active.append(self._start(run))
@@ -164,23 +167,23 @@ class _Sweep:
                     self._active.remove(job)
                     self._end(job)
                 time.sleep(_PAUSE)
-            told = told or stop()
-        return self._summary(told)
+            sent = sent or stop()
+        return self._finish(sent)
 
-    def _place(self, run: Run) -> Workdir:
+    def _workdir(self, run: Run) -> Workdir:
         return Workdir(self._folder / run.name)
 
     def _log(self, run: Run) -> Path:
         return self._folder / f"{run.name}.log"
 
     def _is_done(self, run: Run) -> bool:
-        """Whether the run has ended with this config, as its files say."""
-        place = self._place(run)
+        """Whether the run's files show that it has finished with this config."""
+        workdir = self._workdir(run)
         try:
-            if configs.difference(place.load_config(), run.config, configs.FREE_KEYS):
+            if configs.difference(workdir.load_config(), run.config, configs.FREE_KEYS):
                 return False
-            examples = load_data_info(place.provenance).train_examples
-            return place.is_done(configs.steps(run.config.total, "total", examples, run.config.batch_size))
+            examples = load_data_info(workdir.provenance).train_examples
+            return workdir.is_done(configs.steps(run.config.total, "total", examples, run.config.batch_size))
         except UserError:
             return False
 
@@ -201,21 +204,21 @@ class _Sweep:
         elif status == STOPPED or status in _BY_SIGNAL:
             self._report(job.run, "stopped", seconds)
         else:
-            self._report(job.run, "failed", seconds, _why(status, self._log(job.run)))
+            self._report(job.run, "failed", seconds, _find_error(status, self._log(job.run)))
 
-    def _report(self, run: Run, how: str, seconds: float | None = None, why: str = "") -> None:
-        """A line: the run, how it ended, its seconds in this process, and its main metric or what went wrong."""
-        self._ended[run.name] = how
-        took = "" if seconds is None else f"{seconds:.1f} s"
-        what = _main_metric(run.config, self._place(run)) if how.startswith("done") else why
-        print(f"{run.name:<{self._width}}  {how:<11}  {took:>9}  {printable(what)}".rstrip(), flush=True)
+    def _report(self, run: Run, outcome: str, seconds: float | None = None, error: str = "") -> None:
+        """Prints a line: the run, its outcome, its duration, and its main metric or the error."""
+        self._outcomes[run.name] = outcome
+        duration = "" if seconds is None else f"{seconds:.1f} s"
+        detail = _main_metric(run.config, self._workdir(run)) if outcome.startswith("done") else error
+        print(f"{run.name:<{self._width}}  {outcome:<11}  {duration:>9}  {printable(detail)}".rstrip(), flush=True)
 
-    def _losing(self) -> str:
+    def _at_stake(self) -> str:
         return f"the steps of {len(self._active)} runs since their latest checkpoints"
 
     @contextlib.contextmanager
-    def _killed_at_the_end(self) -> Iterator[None]:
-        """While inside, an end at once ends the runs as well, and so does an error."""
+    def _kill_at_exit(self) -> Iterator[None]:
+        """A context in which an immediate exit or an error also ends the runs."""
 
         def kill(*_: object) -> None:
             for job in self._active:
@@ -231,22 +234,23 @@ class _Sweep:
         finally:
             signals.before_exit.remove(kill)
 
-    def _summary(self, told: str) -> int:
-        done = sum(how.startswith("done") for how in self._ended.values())
-        failed = [run for run in self._runs if self._ended.get(run.name) == "failed"]
+    def _finish(self, signal_name: str) -> int:
+        """Prints a summary, and returns the exit status."""
+        done = sum(outcome.startswith("done") for outcome in self._outcomes.values())
+        failed = [run for run in self._runs if self._outcomes.get(run.name) == "failed"]
         print(f"{done} of {len(self._runs)} runs are done; see {printable(str(self._folder))}")
         if failed:
             print(f"{len(failed)} failed; their logs:", *(f"  {self._log(run)}" for run in failed), sep="\n",
                   file=sys.stderr)  # fmt: skip
-        if told:
-            log.warning("%s: stopped; run the same command to go on", told)
-        if told or (not failed and done < len(self._runs)):
+        if signal_name:
+            log.warning("%s: stopped; run the same command to continue", signal_name)
+        if signal_name or (not failed and done < len(self._runs)):
             return STOPPED
         return 1 if failed else 0
 
 
-def _why(status: int, file: Path) -> str:
-    """What a run failed by: the last error in its log, or the signal that killed it."""
+def _find_error(status: int, file: Path) -> str:
+    """Returns why a run failed: the last error in its log, or the signal that killed it."""
     if status < 0:
         return f"killed by {signal.Signals(-status).name}; see {file.name}"
     with contextlib.suppress(OSError):
@@ -257,14 +261,14 @@ def _why(status: int, file: Path) -> str:
     return f"exit status {status}; see {file.name}"
 
 
-def _main_metric(config: ConfigDict, place: Workdir) -> str:
-    """The metric that checkpoints are chosen by, or else what the task is ranked by, on the first evaluation set."""
+def _main_metric(config: ConfigDict, workdir: Workdir) -> str:
+    """Formats the metric that selects checkpoints, or else the task's main metric on the first evaluation set."""
     best = config.checkpoint.best
     group, _, kind = parse_best(best)[0].partition("/") if best else (next(iter(config.data.eval), ""), "", "")
     try:
-        found = read_json(place.result)[group]
-        kind = kind or next(own for own in MAIN_METRICS if own in found)
-        deviation = f" ± {found[f'{kind}_std']:.4f}" if f"{kind}_std" in found else ""
-        return f"{group}/{kind} {found[kind]:.4f}{deviation}"
+        metrics = read_json(workdir.result)[group]
+        kind = kind or next(own for own in MAIN_METRICS if own in metrics)
+        std = f" ± {metrics[f'{kind}_std']:.4f}" if f"{kind}_std" in metrics else ""
+        return f"{group}/{kind} {metrics[kind]:.4f}{std}"
     except (UserError, KeyError, TypeError, ValueError, StopIteration):
         return ""

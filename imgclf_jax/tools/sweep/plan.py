@@ -1,4 +1,4 @@
-"""The plan of a sweep: which values its keys take, the runs that follow, and their directories."""
+"""The plan of a sweep: the values of its keys, the resulting runs, and their directories."""
 
 import ast
 import dataclasses
@@ -19,12 +19,12 @@ from imgclf_jax.run.provenance import read_json, write_json
 
 FILE = "sweep.json"
 
-Settings = dict[str, str]  # the keys that a run sets, and their values as on the command line
+Settings = dict[str, str]  # the keys that a run sets, with values as on the command line
 
-_VALUE = 28  # the longest that a value may be in a name
-_NAME = 120  # the longest that a name may be
+_VALUE = 28  # longest value in a name
+_NAME = 120  # longest name
 _MOST = 10_000  # runs
-_FORMS = "write 'KEY=VALUE; VALUE', 'KEY=0..4' for whole numbers, or a Python list, \"KEY=['a', 'b']\""
+_FORMS = "write 'KEY=VALUE; VALUE', 'KEY=0..4' for integers, or a Python list, \"KEY=['a', 'b']\""
 
 
 def use_cpu(**_: Any) -> None:
@@ -34,33 +34,33 @@ def use_cpu(**_: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run of a sweep: its directory below the sweep's, and what it sets."""
+    """A run of a sweep: the name of its directory, and the keys it sets."""
 
     name: str
     settings: Settings
-    values: dict[str, Any]  # the same as the config holds them
+    values: dict[str, Any]  # the settings as config values
     config: ConfigDict = dataclasses.field(compare=False)
 
     @property
     def words(self) -> list[str]:
-        """What its command line sets."""
+        """The settings as command-line flags."""
         return [f"--config.{key}={text}" for key, text in self.settings.items()]
 
 
 def parse(text: str) -> tuple[str, list[str]]:
-    """The key and the values of `--sweep`, in one of three forms.
+    """Parses the key and the values of `--sweep`, in one of three forms.
 
-    - `model=mlp; cnn(width=32)`: values between semicolons; those in brackets and quotes belong to a value
-    - `seed=0..4`: whole numbers, the last one included
-    - `augment=['', 'flip', 'pad_crop(2)|flip']`: a list of Python literals, for any value
+    - `model=mlp; cnn(width=32)`: values separated by semicolons, except those in brackets and quotes
+    - `seed=0..4`: integers, including the last one
+    - `augment=['', 'flip', 'pad_crop(2)|flip']`: a list of Python literals, for any values
 
-    Raises UserError for any other text, for no value, and for an empty one outside of a list.
+    Raises UserError for any other text, for no values, and for an empty value outside of a list.
     """
     key, sign, rest = (part.strip() for part in text.partition("="))
     if not sign or not key:
-        raise UserError(f"--sweep={text!r} names no key and values; {_FORMS}")
+        raise UserError(f"--sweep={text!r} must name a key and its values; {_FORMS}")
     key = key.removeprefix("config.")
-    if not known(key):
+    if not can_set(key):
         raise UserError(f"--sweep={text!r}: " + unknown("config key", key, configs.KEYS))
     if rest.startswith("["):
         try:
@@ -72,20 +72,19 @@ def parse(text: str) -> tuple[str, list[str]]:
     if match and type(configs.KEYS.get(key, ("",))[0]) is int:
         first, last = int(match[1]), int(match[2])
         if not 0 <= last - first < _MOST:
-            raise UserError(f"--sweep={text!r}: the last number must be the first one or more, and at most {_MOST} "
-                            "more")  # fmt: skip
+            raise UserError(f"--sweep={text!r}: the range must be ascending, with at most {_MOST} numbers")
         return key, [str(number) for number in range(first, last + 1)]
     parts = [part.strip() for part in _split(rest, text)]
     if "" in parts:
-        raise UserError(f"--sweep={text!r}: a value is empty; if you mean the empty text, write a Python list, "
+        raise UserError(f"--sweep={text!r}: a value is empty; if you mean the empty string, write a Python list, "
                         f"\"{key}=['', 'x']\"")  # fmt: skip
     return key, parts
 
 
-def known(key: str) -> bool:
-    """Whether a key may be set: one of the config's, or that of an evaluation set or of a further stream."""
-    one_of_several = re.fullmatch(r"data\.(eval|extra)\.[^.]+", key)
-    return (key in configs.KEYS and key not in ("data.eval", "data.extra")) or bool(one_of_several)
+def can_set(key: str) -> bool:
+    """Whether a key can be set: a key of the config, an evaluation set or an extra stream."""
+    in_dict = re.fullmatch(r"data\.(eval|extra)\.[^.]+", key)
+    return (key in configs.KEYS and key not in ("data.eval", "data.extra")) or bool(in_dict)
 
 
 def _not_empty(values: list[Any], text: str) -> list[Any]:
@@ -95,14 +94,14 @@ def _not_empty(values: list[Any], text: str) -> list[Any]:
 
 
 def _text(value: Any, where: str) -> str:
-    """A value as the command line has it."""
+    """Formats a value as on the command line."""
     if not isinstance(value, str | int | float):
-        raise UserError(f"{where}: {value!r} is no value of a config key; allowed are texts, numbers, True and False")
+        raise UserError(f"{where}: {value!r} is no config value; allowed: strings, numbers, True and False")
     return value if isinstance(value, str) else repr(value)
 
 
 def _split(values: str, text: str) -> list[str]:
-    """Splits at each semicolon outside of brackets and quotes."""
+    """Splits at semicolons outside of brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for c in values:
         if quote:
@@ -118,30 +117,30 @@ def _split(values: str, text: str) -> list[str]:
         else:
             parts[-1] += c
     if depth or quote:
-        raise UserError(f"--sweep={text!r}: unbalanced brackets or quotes; a value that has such is written in a "
-                        "Python list, \"KEY=['a', 'b']\"")  # fmt: skip
+        raise UserError(f"--sweep={text!r}: unbalanced brackets or quotes; write such values in a Python list, "
+                        "\"KEY=['a', 'b']\"")  # fmt: skip
     return parts
 
 
 def combine(planned: Sequence[dict[str, Any]] | None, sweeps: Iterable[str]) -> list[Settings]:
-    """The settings of each run: those of the config file's `get_sweep`, each with every combination of `sweeps`.
+    """Combines the runs `planned` by the config file's `get_sweep` with every combination of `sweeps`.
 
-    The last key of `sweeps` changes first. Raises UserError for a key that is given twice, and for no plan at all.
+    The last key of `sweeps` varies fastest. Raises UserError for a key that is given twice, and without any plan.
     """
     grid: dict[str, list[str]] = {}
     for text in sweeps:
         key, values = parse(text)
         if key in grid:
-            raise UserError(f"--sweep names {key} twice; write all its values in one, '{key}=VALUE; VALUE'")
+            raise UserError(f"--sweep names {key} twice; write all its values in one flag, '{key}=VALUE; VALUE'")
         grid[key] = values
     runs = [{key: _text(value, "get_sweep()") for key, value in run.items()} for run in planned or [{}]]
-    if wrong := [key for run in runs for key in run if not known(key)]:
+    if wrong := [key for run in runs for key in run if not can_set(key)]:
         raise UserError("get_sweep(): " + unknown("config key", wrong[0], configs.KEYS))
     if planned is None and not grid:
-        raise UserError("a sweep wants values: --sweep 'schedule=constant(1e-3); constant(3e-3)' or --sweep seed=0..2, "
+        raise UserError("a sweep needs values: --sweep 'schedule=constant(1e-3); constant(3e-3)' or --sweep seed=0..2, "
                         "or a function get_sweep() in the config file")  # fmt: skip
     if both := [key for key in grid if any(key in run for run in runs)]:
-        raise UserError(f"{both[0]} is in the config file's get_sweep() and in --sweep; leave out one of them")
+        raise UserError(f"{both[0]} is both in the config file's get_sweep() and in --sweep; drop one of them")
     count = len(runs)
     for values in grid.values():
         count *= len(values)
@@ -152,24 +151,27 @@ def combine(planned: Sequence[dict[str, Any]] | None, sweeps: Iterable[str]) -> 
 
 
 def value_of(config: ConfigDict, key: str) -> Any:
-    """The value of a key such as `data.eval.test`, by its path."""
+    """Returns the value of a key such as `data.eval.test`."""
     for part in key.split("."):
         config = config[part]
     return config
 
 
 def make(
-    settings: Sequence[Settings], configured: Callable[[Settings], ConfigDict], recorded: dict[str, dict[str, Any]]
+    settings: Sequence[Settings], make_config: Callable[[Settings], ConfigDict], recorded: dict[str, dict[str, Any]]
 ) -> list[Run]:
-    """The runs of a plan. `configured` gives the config of a run, and raises UserError for values that none can have.
+    """Makes the runs of a plan.
 
-    `recorded` has the values of runs by their names, which they keep. Raises UserError for two runs that are the same.
+    - `make_config` returns the config of a run, and raises UserError for invalid values.
+    - `recorded` has the values of earlier runs by name; they keep their names.
+
+    Raises UserError for duplicate runs.
     """
     names = {_identity(values): name for name, values in recorded.items()}
-    taken = {name.casefold() for name in recorded}  # some file systems do not tell upper case from lower case
+    taken = {name.casefold() for name in recorded}  # some file systems ignore case
     runs: dict[str, Run] = {}
     for own in settings:
-        config = configured(own)
+        config = make_config(own)
         values = {key: value_of(config, key) for key in own}
         name = names.get(_identity(values)) or _free_name(own, taken)
         if name in runs:
@@ -186,16 +188,16 @@ def _identity(values: dict[str, Any]) -> str:
 
 
 def _free_name(settings: Settings, taken: set[str]) -> str:
-    """The name of a run: `key=value,key=value`. One that is taken, by other values, gets a hash of its own."""
-    whole = ",".join(f"{key}={text}" for key, text in settings.items())
+    """Names a run `key=value,key=value`, with a hash if other values have taken that name."""
+    full = ",".join(f"{key}={text}" for key, text in settings.items())
     name = ",".join(f"{_safe(key)}={_short(text)}" for key, text in settings.items()) or "base"
     if len(name) > _NAME:
-        name = f"{name[: _NAME - 7]}-{_hash(whole)}"
-    return f"{name}-{_hash(whole)}" if name.casefold() in taken else name
+        name = f"{name[: _NAME - 7]}-{_hash(full)}"
+    return f"{name}-{_hash(full)}" if name.casefold() in taken else name
 
 
 def _safe(text: str) -> str:
-    """The text with a dash for what upsets a shell, a glob or a file system, none at its ends but for a minus."""
+    """Replaces characters that are special to shells, globs or file systems by dashes, with none at the ends."""
     safe = re.sub(r"[^A-Za-z0-9._+-]+", "-", text).rstrip("-.")
     return safe if re.match(r"-[0-9.]", text) else safe.lstrip("-.")
 
@@ -210,10 +212,9 @@ def _hash(text: str) -> str:
 
 
 def load(file: Path, base: ConfigDict, keys: set[str]) -> dict[str, dict[str, Any]]:
-    """The runs that a plan's file records, by name; {} if there is none.
+    """Loads the values of the recorded runs by name; {} without a file.
 
-    Raises UserError if it is damaged, if its keys are others than `keys`, or if the config `base`, without them, is
-    another one.
+    Raises UserError if the file is damaged, or if it records other keys than `keys` or another `base` config.
     """
     if not file.is_file():
         return {}
@@ -224,15 +225,15 @@ def load(file: Path, base: ConfigDict, keys: set[str]) -> dict[str, dict[str, An
         if not all(isinstance(values, dict) and set(values) <= old_keys for values in runs.values()):
             raise TypeError
     except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{file} is damaged; remove it, and run the same command again: runs that are there keep "
-                        "their directories") from e  # fmt: skip
+        raise UserError(f"{file} is damaged; remove it, and run the same command again: existing runs keep their "
+                        "directories") from e  # fmt: skip
     if old_keys != keys:
         then, now = (", ".join(sorted(names)) or "no key" for names in (old_keys, keys))
-        raise UserError(f"{file.parent} holds a sweep of {then}, and this one is of {now}; sweep the same keys, or "
-                        "pass another --workdir")  # fmt: skip
+        raise UserError(f"{file.parent} has a sweep of {then}, but this one sweeps {now}; sweep the same keys, or pass "
+                        "another --workdir")  # fmt: skip
     lines = configs.difference(old, base)
     if lines := [line for line in lines if line.partition(":")[0] not in keys]:
-        raise UserError(f"{file.parent} holds a sweep with another config ({'; '.join(lines)}); use the old values, or "
+        raise UserError(f"{file.parent} has a sweep with another config ({'; '.join(lines)}); use the old values, or "
                         "pass another --workdir")  # fmt: skip
     return runs
 
@@ -241,6 +242,6 @@ def save(
     file: Path, config_file: str, base: ConfigDict, keys: Sequence[str], runs: Sequence[Run],
     recorded: dict[str, dict[str, Any]],
 ) -> None:  # fmt: skip
-    """Writes the plan: the config, the keys, and the values of each run by its directory's name."""
+    """Writes the plan: the config, the keys, and the values of each run by name."""
     all_runs = recorded | {run.name: run.values for run in runs}
     write_json(file, {"config": config_file, "keys": list(keys), "runs": all_runs, "base": base.to_dict()})

@@ -53,7 +53,7 @@ def write(tmp_path):
 
 
 def groups(tmp_path):
-    return comparison.group(record.find([str(tmp_path)])[0])
+    return comparison.group_runs(record.find([str(tmp_path)])[0])
 
 
 def test_runs_that_differ_in_their_seed_are_one_group(tmp_path, write):
@@ -105,7 +105,7 @@ def test_what_is_not_done_or_damaged(tmp_path, write):
     runs, damaged = record.find([str(tmp_path), str(tmp_path / "a")])
     assert [run.workdir.path.name for run in runs] == ["done", "extended", "going"]
     assert ["config" in damaged[0], "b/result is damaged" in damaged[1], len(damaged)] == [True, True, 2]
-    [one] = comparison.group(runs)
+    [one] = comparison.group_runs(runs)
     assert (one.seeds, len(one.unfinished)) == ([0], 2)
     assert compare_tables.unfinished([one])[1][1] == [
         str(tmp_path / "a" / "going"), "5 of 10", "train/loss 8  test/accuracy 0.25"]  # fmt: skip
@@ -142,7 +142,7 @@ def test_json(tmp_path, compared, capsys):
     assert [one["settings"]["optimizer"] for one in found["groups"]] == ["sgd", "adam", "rmsprop", "lion<b>"]
     assert found["best"] == {"optimizer": "sgd"}
     [one] = found["comparisons"]
-    assert "the predictions of optimizer=rmsprop are of other examples than those of the best" in err
+    assert "cannot pair optimizer=rmsprop with the best, because their examples differ" in err
     first, second = (np.stack([compared[name, seed] for seed in (0, 1)]) for name in ("adam", "sgd"))
     assert one["difference"] == paired.difference(first, second)._asdict()
     p = [paired.mcnemar(int((first[i] & ~second[i]).sum()), int((second[i] & ~first[i]).sum())) for i in (0, 1)]
@@ -219,7 +219,7 @@ def test_the_page(tmp_path, compared):
 
 def test_no_run(tmp_path, capsys):
     assert launch.main(["compare", str(tmp_path)]) == 1
-    assert "no run is in or below" in capsys.readouterr().err
+    assert "no run in or below" in capsys.readouterr().err
     assert launch.main(["compare", str(tmp_path / "x")]) == 1
     assert "is no directory" in capsys.readouterr().err
     assert launch.main(["compare"]) == 2
@@ -230,8 +230,8 @@ def test_damaged_predictions_are_left_out(tmp_path, write, capsys):
     (write("b", clip=2.0) / "predictions.npz").write_text("PK")
     assert launch.main(["compare", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
-    assert "predictions.csv is left out: it is no file of `evaluate --predictions`" in err
-    assert "predictions.npz is damaged" in err
+    assert "predictions.csv, which `evaluate --predictions` did not write" in err
+    assert "ignoring the damaged" in err
     assert "add --test" in out
 
 

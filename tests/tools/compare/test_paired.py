@@ -167,9 +167,9 @@ def test_the_paired_bootstrap_of_a_mean_is_its_normal_interval():
         first = second + rng.normal(gain, 1.0, size=400)
         drawn = [scores.bootstrap(lambda w, x=x: {"mean": w @ x / w.sum(1)}, 400)["mean"] for x in (first, second)]
         a, b = (np.append(x.mean(), sample)[None] for x, sample in zip((first, second), drawn, strict=True))
-        found, test = paired.bootstrapped_difference(a, b, 400), stats.ttest_rel(first, second)
+        found, test = paired.bootstrap_difference(a, b, 400), stats.ttest_rel(first, second)
         ends = test.confidence_interval()
         assert found == pytest.approx((np.mean(first - second), ends.low, ends.high), abs=0.02)
-        assert paired.bootstrapped_p(a[0], b[0]) == pytest.approx(max(test.pvalue, 2 / 1001), rel=0.35, abs=0.002)
+        assert paired.bootstrap_p(a[0], b[0]) == pytest.approx(max(test.pvalue, 2 / 1001), rel=0.35, abs=0.002)
     seeds = np.concatenate([a - 1, a + 1])  # of two seeds that differ much, nothing follows
-    assert paired.bootstrapped_difference(seeds, b, 400).low < 0
+    assert paired.bootstrap_difference(seeds, b, 400).low < 0

@@ -68,9 +68,12 @@ def programs(fake_config):
 def test_what_does_not_fit(programs, monkeypatch):
     """On a chip that does not even hold the state, and on one that is a little too small: what would make it fit."""
     chips, memory = topology.parse("cpu:8"), 1_000
-    for advice in ("parameters, optimizer and averages alone take", "accumulate=2: the same batch, in parts"):
+    for advice in (
+        "parameters, optimizer and averages alone take",
+        "accumulate=2: gradient accumulation over microbatches",
+    ):
         chip = dataclasses.replace(table.CHIPS["v5e"], memory=memory)
-        monkeypatch.setattr(dryrun.estimate, "chip_of", lambda chips, chip=chip: chip)
+        monkeypatch.setattr(dryrun.estimate, "chip_figures", lambda chips, chip=chip: chip)
         found = dryrun.report(programs, chips)
         assert not found["fits"]
         assert found["advice"][0].startswith(advice)
@@ -126,7 +129,7 @@ def test_what_the_compiler_refuses(programs, monkeypatch):
     found = dryrun.report(programs, topology.parse("cpu:8"))
     assert (found["fits"], found["program"]) == (False, "train")
     assert found["compiler"] == "Used 21.3G of 15.75G hbm. Exceeded by 5.5G."
-    assert "accumulate=2: the same batch, in parts" in found["advice"]
+    assert "accumulate=2: gradient accumulation over microbatches" in found["advice"]
 
 
 def test_data_that_are_not_here():

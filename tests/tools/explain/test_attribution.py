@@ -84,7 +84,7 @@ def split(variables):
 
 def gradcam(model, variables, x, labels, name="", num_seeds=1):
     one = variables if num_seeds == 1 else jax.tree.map(lambda x: x[0], variables)
-    layer = attribution.choose_layer(attribution.look(model, one, SHAPE), name)
+    layer = attribution.choose_layer(attribution.inspect(model, one, SHAPE), name)
     return np.asarray(attribution.make_gradcam(model, scaled, layer, num_seeds)(*split(variables), x, labels))
 
 
@@ -125,12 +125,12 @@ def test_gradcam_of_several_seeds_is_the_mean_of_their_maps():
 def test_the_last_call_of_a_layer_is_taken():
     """Its gradient is that of one call: finite differences of the head's logit say so."""
     model, variables = made(Shared())
-    seen = attribution.look(model, variables, SHAPE)
-    assert [layer.name for layer in seen.spatial] == ["conv", "conv"]
+    structure = attribution.inspect(model, variables, SHAPE)
+    assert [layer.name for layer in structure.spatial] == ["conv", "conv"]
     x = images(1)
     [first, last] = (attribution.make_gradcam(model, scaled, layer)(*split(variables), x, LABELS[:1])
-                     for layer in seen.spatial)  # fmt: skip
-    assert attribution.choose_layer(seen, "conv") == seen.spatial[1]
+                     for layer in structure.spatial)  # fmt: skip
+    assert attribution.choose_layer(structure, "conv") == structure.spatial[1]
     bound = model.bind(variables)
     conv = {"params": variables["params"]["backbone"]["conv"]}
     a = nn.Conv(1, (3, 3)).apply(conv, nn.relu(nn.Conv(1, (3, 3)).apply(conv, scaled(None, x))))
@@ -155,23 +155,23 @@ def test_what_a_network_shows(backbone, method, layer, shallow):
     """Which method suits it, and its last feature maps of more than one place."""
     model = attribution.without_remat(Classifier(backbone, 3))
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), train=False))
-    seen = attribution.look(model, variables, SHAPE)
-    assert seen.best == method
+    structure = attribution.inspect(model, variables, SHAPE)
+    assert structure.best == method
     if layer:
-        assert attribution.choose_layer(seen).name == layer
+        assert attribution.choose_layer(structure).name == layer
     else:
-        with pytest.raises(UserError, match="this network has none; --method=occlusion"):
-            attribution.choose_layer(seen)
+        with pytest.raises(UserError, match="--method=occlusion"):
+            attribution.choose_layer(structure)
     if method != "rollout":
-        with pytest.raises(UserError, match=r"no attention maps|this network has none"):
-            attribution.make_rollout(model, scaled, seen)
+        with pytest.raises(UserError, match=r"attention maps over the image patches"):
+            attribution.make_rollout(model, scaled, structure)
 
 
 def test_layers_by_name():
-    seen = attribution.look(*made(CNN(widths=(2, 2), kernel=2)), SHAPE)
-    assert attribution.choose_layer(seen, "block0").shape == (1, 3, 3, 2)
+    structure = attribution.inspect(*made(CNN(widths=(2, 2), kernel=2)), SHAPE)
+    assert attribution.choose_layer(structure, "block0").shape == (1, 3, 3, 2)
     with pytest.raises(UserError, match="unknown layer with feature maps 'block3'"):
-        attribution.choose_layer(seen, "block3")
+        attribution.choose_layer(structure, "block3")
 
 
 def attention_of(variables, name, tokens):
@@ -190,8 +190,8 @@ def attention_of(variables, name, tokens):
 def test_rollout_is_its_definition(form):
     """A user's own network without a class token: the product of (mean over heads + identity) / 2, from its weights."""
     model, variables = made(Tokens())
-    seen = attribution.look(model, variables, SHAPE)
-    maps = attribution.make_rollout(model, scaled, seen)(*split(variables), images(), LABELS)
+    structure = attribution.inspect(model, variables, SHAPE)
+    maps = attribution.make_rollout(model, scaled, structure)(*split(variables), images(), LABELS)
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"]["backbone"])
     patches = (images() / 128 - 1).reshape(3, 2, 4, 2, 4, 1).transpose(0, 1, 3, 2, 4, 5).reshape(3, 4, 16)
     x = patches @ params["patch"]["kernel"].reshape(16, 8) + params["patch"]["bias"]
@@ -211,8 +211,8 @@ def test_rollout_of_a_vit_begins_at_the_class_token(shallow, monkeypatch):
 
     monkeypatch.setitem(vit._VIT, "Ti", (8, 11, 2))
     model, variables = made(ViT("Ti", 4))
-    seen = attribution.look(model, variables, SHAPE)
-    maps = attribution.make_rollout(model, scaled, seen)(*split(variables), images(), LABELS)
+    structure = attribution.inspect(model, variables, SHAPE)
+    maps = attribution.make_rollout(model, scaled, structure)(*split(variables), images(), LABELS)
     shown = model.apply(variables, scaled(None, images()), train=False, mutable=["intermediates"])[1]
     flow = np.eye(5)
     for i in range(11):
@@ -250,5 +250,5 @@ def test_occlusion_is_a_loop_over_squares(shape, window):
 
 
 def test_a_square_larger_than_the_image():
-    with pytest.raises(UserError, match="--window=9: the image is 8 by 8 pixels for the network; give 1 to 8"):
+    with pytest.raises(UserError, match="--window=9: must be 1 to 8, because the network's input is 8 x 8 pixels"):
         attribution.occlusion(lambda batch: np.ones((len(batch), 2)), images(1), np.zeros(1, int), 9)

@@ -16,13 +16,13 @@ def lightness(rgb):
 
 
 def test_the_colours_grow_lighter_evenly():
-    rgb = heatmap.colours(np.linspace(0, 1, 101)) / 255
+    rgb = heatmap.colormap(np.linspace(0, 1, 101)) / 255
     steps = np.diff(lightness(rgb))
     assert steps.min() > 0
     assert steps.max() < 2.2 * steps.mean()
     colormaps = pytest.importorskip("matplotlib", reason="it comes with the extra `plot`").colormaps
     np.testing.assert_allclose(rgb, colormaps["viridis"](np.linspace(0, 1, 101))[:, :3], atol=0.03)
-    np.testing.assert_array_equal(heatmap.colours(np.array([-1.0, 2.0])), heatmap.COLOURS[[0, -1]].astype(np.uint8))
+    np.testing.assert_array_equal(heatmap.colormap(np.array([-1.0, 2.0])), heatmap.COLORS[[0, -1]].astype(np.uint8))
 
 
 @pytest.mark.parametrize(("at", "shape", "words"), [
@@ -32,17 +32,17 @@ def test_the_colours_grow_lighter_evenly():
 def test_place_in_words(at, shape, words):
     values = np.full(shape, -1.0)
     values[at] = 2.0
-    assert heatmap.place(values, signed=False) == heatmap.place(values, signed=True) == words
+    assert heatmap.peak(values, signed=False) == heatmap.peak(values, signed=True) == words
 
 
 def test_place_of_equal_values():
     """It is in their middle; nothing stands out where all are equal, or, of a signed map, where none is above 0."""
     values = np.zeros((6, 6))
     values[2:4] = 1
-    assert heatmap.place(values, signed=False) == "the middle"
-    assert heatmap.place(np.ones((6, 6)), signed=False) == ""
-    assert heatmap.place(-values, signed=True) == ""
-    assert heatmap.place(-values, signed=False) != ""
+    assert heatmap.peak(values, signed=False) == "the middle"
+    assert heatmap.peak(np.ones((6, 6)), signed=False) == ""
+    assert heatmap.peak(-values, signed=True) == ""
+    assert heatmap.peak(-values, signed=False) != ""
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -60,9 +60,9 @@ def test_the_image_is_beside_the_map_over_it(channels):
     assert len(dark) == 8 * 32
     right = left + 12 * 32 + 12  # where the map begins
     grey = 0.45 * 100
-    np.testing.assert_allclose(picture[top, right], grey + 0.55 * heatmap.COLOURS[0], atol=1)
-    np.testing.assert_allclose(picture[top + 255, right + 383], grey + 0.55 * heatmap.COLOURS[-1], atol=1)
+    np.testing.assert_allclose(picture[top, right], grey + 0.55 * heatmap.COLORS[0], atol=1)
+    np.testing.assert_allclose(picture[top + 255, right + 383], grey + 0.55 * heatmap.COLORS[-1], atol=1)
     bar = right + 384 + 12
-    np.testing.assert_array_equal(picture[top, bar], heatmap.COLOURS[-1])
-    np.testing.assert_array_equal(picture[top + 255, bar], heatmap.COLOURS[0])
+    np.testing.assert_array_equal(picture[top, bar], heatmap.COLORS[-1])
+    np.testing.assert_array_equal(picture[top + 255, bar], heatmap.COLORS[0])
     assert (picture[:top] != BACKGROUND).any()  # the title

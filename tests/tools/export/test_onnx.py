@@ -55,7 +55,7 @@ def test_what_is_missing_is_said_before_anything_is_computed(tmp_path, capsys):
     assert launch.main([*flags, f"--workdir={tmp_path / 'run'}", "--config.eval_every="]) == 0
     assert launch.main(["export", f"--workdir={tmp_path / 'run'}", str(tmp_path / "a.onnx")]) == 1
     assert (
-        "jax2onnx and onnxruntime not installed; run it as `uv run --isolated --extra onnx" in capsys.readouterr().err
+        "export needs jax2onnx and onnxruntime; run it with `uv run --isolated --extra onnx" in capsys.readouterr().err
     )
 
 

@@ -43,7 +43,7 @@ def test_the_printed_lines_load_it_without_this_package_and_jax(run, tmp_path, c
     assert launch.main(["export", "probabilities.savedmodel", f"--workdir={run}"]) == 0
     first, second, _, loader = capsys.readouterr().out.split("\n", 3)
     assert first.endswith("probabilities of uint8 images [b, 28, 28, 1], for cpu, cuda, tpu")
-    assert second.startswith("TensorFlow gives the same on five random images, up to ")
+    assert second.startswith("TensorFlow's outputs match on five random images, up to ")
     assert launch.main(["export", "logits.savedmodel", "--gives=logits", f"--workdir={run}"]) == 0
     images = np.random.default_rng(0).integers(256, size=(5, 28, 28, 1), dtype=np.uint8)
     np.save("images.npy", images)
@@ -110,7 +110,7 @@ def test_what_is_no_saved_model_stays(run, tmp_path, capsys):  # noqa: F811
     (folder / "thesis.txt").write_text("mine")
     capsys.readouterr()
     assert launch.main(["export", str(folder), f"--workdir={run}"]) == 1
-    assert "is there already and is no SavedModel" in capsys.readouterr().err
+    assert "exists and is not a SavedModel" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
@@ -118,7 +118,9 @@ def test_operations_that_tensorflow_does_not_know_are_said(run, tmp_path, monkey
     exported = export.export(jax.jit(lambda x: x.astype(jnp.float8_e3m4).astype(jnp.float32)))(
         jax.ShapeDtypeStruct((2,), np.float32)
     )
-    with pytest.raises(UserError, match=r"operation vhlo.convert_v1 is newer than StableHLO 0\.9\.0"):
+    with pytest.raises(
+        UserError, match=r"TensorFlow reads StableHLO 0\.9\.0, but the model's operation vhlo.convert_v1 is newer"
+    ):
         saved_model.portable(exported)
     monkeypatch.setattr(saved_model, "portable", lambda exported: b"no module")
     with pytest.raises(UserError, match=r"TensorFlow .* cannot run model='mlp\(widths=\(8,\)\)'; export it as"):

@@ -131,8 +131,8 @@ def programs_images(recipe, images):
 
 def test_mistakes(run, tmp_path, capsys):
     for words, message in [
-        ([str(tmp_path / "a.pt")], "the suffix says the kind: .stablehlo, .savedmodel, .onnx, .safetensors"),
-        ([str(tmp_path / "none" / "a.stablehlo")], "there is no folder"),
+        ([str(tmp_path / "a.pt")], "the suffix must select the format: .stablehlo, .savedmodel, .onnx, .safetensors"),
+        ([str(tmp_path / "none" / "a.stablehlo")], "does not exist; create it first"),
         ([], "name the file to write"),
         ([str(tmp_path / "a.safetensors"), "--names=timm"], "unknown names of a MLP 'timm'"),
     ]:

@@ -139,11 +139,11 @@ def test_a_broken_image(digits, pngs, predict, tmp_path):
     assert len(errors) == 3
     assert f"{tmp_path}/b.png: the image does not decode" in errors[0]
     assert f"{tmp_path}/c.jpg: the image is in none of the formats" in errors[1]
-    assert errors[2] == "error: 2 of 4 images could not be classified; the others are above"
+    assert errors[2] == "error: cannot classify 2 of 4 images; the others are above"
     assert "Traceback" not in err
     status, out, err = predict(digits, tmp_path / "c.jpg")
     assert (status, out) == (1, "")
-    assert err.splitlines()[-1] == "error: 1 of 1 images could not be classified"
+    assert err.splitlines()[-1] == "error: cannot classify 1 of 1 images"
 
 
 def test_a_broken_model(digits, pngs, predict, monkeypatch):
@@ -154,7 +154,7 @@ def test_a_broken_model(digits, pngs, predict, monkeypatch):
     status, out, err = predict(digits, pngs / "000.png", pngs / "001.png", "--format=json")
     assert status == 1
     assert all("the model gives NaN for this image" in record["error"] for record in json.loads(out))
-    assert err.splitlines()[-1] == "error: 2 of 2 images could not be classified"
+    assert err.splitlines()[-1] == "error: cannot classify 2 of 2 images"
 
 
 @pytest.mark.parametrize("form", ["table", "csv", "json"])
@@ -185,7 +185,7 @@ def test_what_fails_of_one_image_costs_no_other_its_row(digits, pngs, predict, m
     assert "b.png: the image has 1 by 1,100,000 pixels, but a side may have 1,048,576; crop it" in err
     assert "c.png: preprocess='decode(1)|resize(28)' fails: OverflowError: signed integer is greater" in err
     assert "d.png: the model gives NaN for this image" in err
-    assert err.splitlines()[-1] == "error: 3 of 5 images could not be classified; the others are above"
+    assert err.splitlines()[-1] == "error: cannot classify 3 of 5 images; the others are above"
 
 
 @pytest.mark.parametrize("form", ["table", "json"])

@@ -85,7 +85,7 @@ def test_features_of_files(run, photos, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "a.npz: features of 6 images" in out
     assert "error: photos/broken.png: " in err
-    assert "error: 1 of 7 images are left out" in err
+    assert "error: no features for 1 of 7 images" in err
     found = load(tmp_path / "a.npz")
     places = {name: i for i, name in enumerate(found["names"].tolist())}
     examples = sources.digits()["test"].read(np.arange(6))
@@ -164,15 +164,15 @@ def test_probe_of_weights_for_other_classes_and_of_several_seeds(run, seeds, cap
 def test_the_table_and_the_plot_of_probe(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(probe.probing, "STRENGTHS", (1.0,))
     flags = ["probe", f"--workdir={run}", "--config.data.train=train[:100]", "--draws=2"]
-    for plot, message in [("a.jpg", "must end in .png"), (tmp_path / "no" / "a.png", "there is no directory")]:
+    for plot, message in [("a.jpg", "must end in .png"), (tmp_path / "no" / "a.png", "does not exist")]:
         assert launch.main([*flags, f"--plot={plot}"]) == 1
         assert message in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(probe.importlib.util, "find_spec", lambda name: None)
         assert launch.main([*flags, f"--plot={tmp_path / 'a.png'}"]) == 1
-        assert "matplotlib is not installed, which draws it; run the command by" in capsys.readouterr().err
+        assert "plots need matplotlib, which is not installed" in capsys.readouterr().err
     assert launch.main([*flags, "--k=3,x"]) == 1
-    assert "--k=3,x: wants a number of neighbours" in capsys.readouterr().err
+    assert "--k=3,x: must be a number of neighbors" in capsys.readouterr().err
     pytest.importorskip("matplotlib", reason="it comes with the extra `plot`")
     assert launch.main([*flags, f"--plot={tmp_path / 'a.png'}"]) == 0
     assert "linear probe on 5 a class" in capsys.readouterr().out
@@ -198,7 +198,7 @@ def test_explain(run, photos, capsys):
         assert record["method"] == "gradcam"
         with Image.open(record["picture"]) as picture:
             assert picture.size[0] > 2 * 256
-    seen = attribution.look(model.programs.recipe.model, {"params": model.state.params}, (8, 8, 1))
+    seen = attribution.inspect(model.programs.recipe.model, {"params": model.state.params}, (8, 8, 1))
     pure = attribution.make_gradcam(model.programs.recipe.model, model.programs.recipe.augment(train=False),
                                     attribution.choose_layer(seen))  # fmt: skip
     label = np.array([int(records[0]["class"])], np.int32)
@@ -246,7 +246,7 @@ def test_maps_of_several_seeds_are_the_mean_of_theirs(seeds):
     together = explanations.build(model)[1](some, labels)
     classifier, augment = model.programs.recipe.model, model.programs.recipe.augment(train=False)
     one = [jax.tree.map(lambda x, i=i: x[i], model.state.evaluated) for i in range(model.config.num_seeds)]
-    seen = attribution.look(classifier, {"params": one[0][0]}, (8, 8, 1))
+    seen = attribution.inspect(classifier, {"params": one[0][0]}, (8, 8, 1))
     pure = attribution.make_gradcam(classifier, augment, attribution.choose_layer(seen))
     each = [pure(*own, some[:2], labels[:2].astype(np.int32)) for own in one]
     np.testing.assert_allclose(together[:2], np.mean(each, 0), atol=1e-5)
@@ -255,11 +255,11 @@ def test_maps_of_several_seeds_are_the_mean_of_theirs(seeds):
 @pytest.mark.parametrize(("flags", "message"), [
     (["--class=eleven"], "unknown class 'eleven'"),
     (["--layer=block7"], "unknown layer with feature maps 'block7': did you mean 'block0'"),
-    (["--method=rollout"], "rollout needs attention maps over the patches"),
-    (["--method=rollout", "--class=1"], "which is the same for every class: drop --class"),
-    (["--method=occlusion", "--layer=block0"], "--layer is for --method=gradcam, and this is occlusion"),
-    (["--method=gradcam", "--window=2"], "--window is for --method=occlusion, and this is gradcam"),
-    (["--window=9"], "--window=9: the image is 8 by 8 pixels for the network; give 1 to 8"),
+    (["--method=rollout"], "rollout needs attention maps over the image patches"),
+    (["--method=rollout", "--class=1"], "rollout is the same for every class: drop --class"),
+    (["--method=occlusion", "--layer=block0"], "--layer needs --method=gradcam, but the method is occlusion"),
+    (["--method=gradcam", "--window=2"], "--window needs --method=occlusion, but the method is gradcam"),
+    (["--window=9"], "--window=9: must be 1 to 8, because the network's input is 8 x 8 pixels"),
 ])  # fmt: skip
 def test_mistakes_of_explain(run, photos, capsys, flags, message):
     assert launch.main(["explain", "photos/unknown/0.png", f"--workdir={run}", *flags]) == 1
@@ -272,4 +272,4 @@ def test_an_image_that_does_not_decode_is_named_and_the_others_are_explained(run
     out, err = capsys.readouterr()
     assert out.count("gradcam") == 12  # the method, and in the picture's name
     assert "error: photos/broken.png: " in err
-    assert "1 of 7 images could not be explained" in err
+    assert "cannot explain 1 of 7 images" in err

@@ -25,8 +25,8 @@ TEST, TRUTH = clouds(150, 2)
 
 def test_neighbours_vote_as_scikit_learns_do(monkeypatch):
     """Cosine similarity, votes of exp(similarity / 0.07); in parts of a few test rows."""
-    monkeypatch.setattr(probing, "_AT_ONCE", 1000)
-    found = probing.nearest_neighbours(TRAIN, LABELS, TEST, [1, 7, 20, 200], 4)
+    monkeypatch.setattr(probing, "_CHUNK", 1000)
+    found = probing.nearest_neighbors(TRAIN, LABELS, TEST, [1, 7, 20, 200], 4)
     for k, predicted in found.items():
         model = KNeighborsClassifier(k, metric="cosine", algorithm="brute",
                                      weights=lambda distance: np.exp((1 - distance) / 0.07))  # fmt: skip
@@ -40,7 +40,7 @@ def test_of_equal_neighbours_the_first_count():
     """Four examples are the same; a row of zeros is like nothing."""
     train = np.array([[1, 0], [2, 0], [3, 0], [4, 0], [0, 1]], np.float32)
     test = np.array([[1, 0], [0, 0]], np.float32)
-    found = probing.nearest_neighbours(train, np.array([2, 1, 1, 1, 0]), test, [1, 2, 3], 3)
+    found = probing.nearest_neighbors(train, np.array([2, 1, 1, 1, 0]), test, [1, 2, 3], 3)
     assert found[1].tolist() == [2, 2]
     assert found[2].tolist() == [1, 1]  # one vote each: the first class
     assert found[3].tolist() == [1, 1]

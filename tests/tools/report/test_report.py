@@ -20,7 +20,7 @@ from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.scores import classification as scores
 from imgclf_jax.tools.evaluate import by_class
-from imgclf_jax.tools.pages.shown import as_pixels
+from imgclf_jax.tools.pages.shown import to_pixels
 from imgclf_jax.tools.report import augmentation as report_augmentation
 from imgclf_jax.tools.report import findings as report_findings
 from imgclf_jax.trained import load
@@ -204,7 +204,7 @@ def test_it_can_be_read_aloud(page):
 def test_curves_and_origin(trained, page):
     charts = [item for item in page.items if "taken for" not in item]
     assert charts == ["loss", "accuracy", "nll", "learning rate", "gradient norm", "parameter norm",
-                      "training images a second", "waiting for input, % of the time"]  # fmt: skip
+                      "training images per second", "waiting for input, % of the time"]  # fmt: skip
     result = json.loads((trained / "result.json").read_text())
     provenance = json.loads((trained / "provenance.json").read_text())
     for fact in (result["params_sha256"], provenance["data"]["fingerprint"], provenance["versions"]["jax"]):
@@ -227,9 +227,9 @@ def test_draws_are_those_of_training(trained, page):
         wanted = np.clip(np.asarray(given[:8]) * 0.25 + np.array([0.5, 0.4, 0.3]), 0, 1)
         assert np.allclose(found.draws[:, k], wanted, atol=1e-6) == (k == 0)  # the others are of the same images
     assert found.steps == (0, 3, 6, 8)  # of 24 examples in batches of 9
-    assert found.whole_batch
-    rows = page.tables["What augmentation does"]
-    assert rows[0] == ["example", "as it is", "step 0", "step 3", "step 6", "step 8"]
+    assert found.full_batch
+    rows = page.tables["Augmented training images"]
+    assert rows[0] == ["example", "original", "step 0", "step 3", "step 6", "step 8"]
     ids = stream.example_ids(config.seed, 0, 9, 24)[:8]
     assert [row[0] for row in rows[1:]] == [Path(source.name(i)).name for i in ids]
 
@@ -242,7 +242,7 @@ def test_draws_by_example_follow_the_epochs(trained, monkeypatch):
     programs = Programs(Recipe(config, programs.recipe.data), programs.mesh)
     monkeypatch.setattr(report_augmentation, "_MOST_BYTES", 1)
     found = report_augmentation.draw(programs, sources.take_split(sources.open_data(config), config.data.train))
-    assert not found.whole_batch
+    assert not found.full_batch
     first, second, third, fourth = found.draws.swapaxes(0, 1)
     np.testing.assert_array_equal(first, third)
     np.testing.assert_array_equal(second, fourth)
@@ -262,13 +262,13 @@ def test_a_run_without_augmentation_has_no_draws():
 )
 def test_pixels_are_those_before_normalization(text):
     images = np.random.default_rng(0).integers(256, size=(2, 4, 5, 3), dtype=np.uint8)
-    pixels, stretched = as_pixels(np.asarray(ops.build(text, train=True)(None, images)), text)
+    pixels, stretched = to_pixels(np.asarray(ops.build(text, train=True)(None, images)), text)
     assert np.allclose(pixels * 255, images, atol=1e-3)
     assert not stretched
 
 
 def test_values_of_any_range_are_stretched():
-    pixels, stretched = as_pixels(np.array([-2.0, 0.0, 2.0], np.float32).reshape(1, 3, 1, 1), "my_ops:own")
+    pixels, stretched = to_pixels(np.array([-2.0, 0.0, 2.0], np.float32).reshape(1, 3, 1, 1), "my_ops:own")
     assert pixels.ravel().tolist() == [0.0, 0.5, 1.0]
     assert stretched
 

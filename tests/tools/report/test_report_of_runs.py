@@ -47,9 +47,9 @@ def test_several_seeds_and_many_classes(tmp_path, capsys):
         for name in ("accuracy", "loss", "nll", "top5")
     ]
     assert page.tables["Scores on test"][1][1] == f"{found['ensemble_accuracy']:.4f}"
-    assert "All below is the ensemble's" in page.text
-    assert "when a square covers the place (occlusion). It is the ensemble's probability." in page.text
-    assert f"{round(96 * found['ensemble_accuracy'])} are classified right" in page.text
+    assert "Everything below describes the ensemble" in page.text
+    assert "when a square covers the region (occlusion). It uses the ensemble's probability." in page.text
+    assert f"{round(96 * found['ensemble_accuracy'])} examples correctly" in page.text
     wrong = np.array(found["confusion"]) * ~np.eye(40, dtype=bool)
     [rows] = [rows for caption, rows in page.tables.items() if "most often confused" in caption]
     assert len(rows) == 1 + min(30, np.count_nonzero(wrong))
@@ -60,7 +60,7 @@ def test_several_seeds_and_many_classes(tmp_path, capsys):
     assert (
         bands == ["band c0", "band c1"] * 2 + ["band c1"] * 2
     )  # loss and accuracy of training and test, NLL and top-5 of test
-    assert page.tables.keys().isdisjoint({"What augmentation does"})  # nothing draws
+    assert page.tables.keys().isdisjoint({"Augmented training images"})  # nothing draws
 
 
 def test_mistakes_are_explained(trained, text):
@@ -75,16 +75,16 @@ def test_mistakes_are_explained(trained, text):
 
     [found] = report_findings.find(model, model.config).sets
     shown = [own for tag, own in page.tags if tag == "img" and "occlusion for " in own["alt"]]
-    assert "the same picture in grey, and over it how far the probability of the class" in page.text
+    assert "The heatmap on the right shows how much the probability of the predicted class" in page.text
     assert len(found.mistakes) == len(shown) > 1
     for mistake, own in zip(found.mistakes, shown, strict=True):
         picture = Image.open(io.BytesIO(base64.b64decode(own["src"].partition(",")[2])))
         pixels, label = model.prepare(mistake.example), np.array([mistake.predicted])
         [heat] = attribution.occlusion(predict, pixels[None], label)
         np.testing.assert_allclose(mistake.heat, heat, atol=1e-6)
-        wanted = heatmap.over(pixels, heatmap.scaled(heat, signed=True))
+        wanted = heatmap.overlay(pixels, heatmap.scale(heat, signed=True))
         assert np.abs(np.asarray(picture.convert("RGB"), int) - wanted).max() < 20
-        named, place = NAMES[mistake.predicted], heatmap.place(heat, signed=True)
+        named, place = NAMES[mistake.predicted], heatmap.peak(heat, signed=True)
         assert own["alt"] == f"{mistake.example}, occlusion for {named}: most at {place}"
 
 
@@ -94,13 +94,13 @@ def test_where_the_data_are_gone(copy, text, capsys):
     config["data"]["source"] = "folder('/nowhere/at/all')"
     change(copy / "config.json", data=config["data"])
     page = Page(reported(copy))
-    assert "The data cannot be opened, so all that needs them is left out: " in page.text
+    assert "The data cannot be opened, so this page omits everything that needs them: " in page.text
     assert "/nowhere/at/all" in page.text
     assert list(page.tables) == ["Keys that differ from their defaults"]
     assert page.items == [item for item in Page(text).items if "taken for" not in item]
     accuracy = json.loads((copy / "result.json").read_text())["test"]["accuracy"]
     assert f"copy: test accuracy {accuracy:.4f}" in page.text
-    assert "left out" in capsys.readouterr().err
+    assert "omits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["model", "source", "eval"])
@@ -131,8 +131,8 @@ def test_a_run_of_before(copy, tmp_path):
     page = Page(file.read_text())
     assert "Not logged: gradient norm, waiting for input" in page.text
     assert "Not recorded: trained, digest of the parameters, commit, devices" in page.text
-    assert "How the run was started is not recorded." in page.text
-    assert "The run is not done: its last record is of step 24 of 24." in page.text
+    assert "The run's own command line was not recorded." in page.text
+    assert "The run is unfinished: its last record is from step 24 of 24." in page.text
     assert "Scores on test" in page.tables
 
 

@@ -78,8 +78,8 @@ def test_some_steps(reproduce, trained, tmp_path):
     assert status == 0
     assert out.splitlines() == [
         "The same, bit for bit.",
-        "Compared up to step 6: all parameters at 4 steps, and 5 values of metrics at 1 steps.",
-        f"the run that was trained to compare is in {tmp_path}/again",
+        "Compared up to step 6: all parameters at 4 steps, and 5 metric values at 1 steps.",
+        f"the new run is in {tmp_path}/again",
     ]
     assert json.loads((tmp_path / "again" / "config.json").read_text())["total"] == f"{STEPS} steps"
     assert not (tmp_path / "again" / "result.json").exists()
@@ -171,7 +171,7 @@ def test_a_signal(reproduce, trained, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(writers.MetricsWriter, "write_scalars", and_a_signal)
     assert launch.main(["reproduce", str(trained), f"--output={tmp_path}/again"]) == 75
-    said = f"stopped before step {STEPS}, nothing is compared; go on by --output={tmp_path}/again"
+    said = f"stopped before step {STEPS} without comparing; continue with --output={tmp_path}/again"
     assert capsys.readouterr().err.rstrip().endswith(said)
     status, found = reproduce(trained, f"--output={tmp_path}/again")
     assert (status, found["verdict"], found["compared"]["digests"]) == (0, "same", [0, 1, 2, 4, 8, 10])
@@ -184,7 +184,7 @@ def test_a_run_from_before_there_were_digests(reproduce, copy):
     status, out = reproduce(copy, format="table")
     assert status == 0
     assert "all parameters at 1 steps" in out
-    assert "The run was made before digests were recorded" in out
+    assert "The run predates digests" in out
 
 
 @pytest.mark.parametrize(("name", "content", "says"), [
@@ -405,9 +405,9 @@ def test_a_checkpoint_under_another_step(copy, capsys):
     ([], 2, "reproduce needs WORKDIR|BUNDLE"),
     (["{run}", "more"], 2, "reproduce takes one WORKDIR|BUNDLE, but got 'more' too"),
     (["{run}", "--steps=0"], 2, "--steps"),
-    (["{run}", "--steps=11"], 1, "--steps=11: the run in {run} has recorded 10 steps"),
+    (["{run}", "--steps=11"], 1, "--steps=11: must be at most 10, the steps that the run in {run} recorded"),
     (["{run}", "--output={run}"], 1, "--output={run} is the run itself"),
-    (["{run}", "--config.total=5 steps"], 1, "total='5 steps' is 5 steps, and the run in {run} has recorded 10"),
+    (["{run}", "--config.total=5 steps"], 1, "total='5 steps' is 5 steps, but the run in {run} recorded 10"),
     (["missing"], 1, "missing holds no run"),
     (["{run}/config.json"], 1, "config.json is no bundle that can be read"),
 ])  # fmt: skip

@@ -139,14 +139,14 @@ def test_of_a_config_and_of_a_run(tmp_path, monkeypatch, capsys):
     assert launch.main(["show-batch", f"--workdir={tmp_path}/run", "--step=1", "--raw"]) == 0
     out = capsys.readouterr().out.splitlines()
     ids = ", ".join(map(str, stream.example_ids(3, 1, 12, 60)[:6]))
-    assert out[0] == f"step 1 of 2 of the first of 2 seeds: 12 examples, of epoch 0 (0 is the first), ids {ids}, …"
-    assert out[1] == "pixels [8, 8, 1]: 0 to 255, as the host ops give them"
-    assert out[2] == f"the picture is in {tmp_path}/run/batch-1.png, each image 11 times as large"
+    assert out[0] == f"step 1 of 2, the first of 2 seeds: 12 examples, epoch 0 (counted from 0), ids {ids}, …"
+    assert out[1] == "pixels [8, 8, 1]: 0 to 255, as the host ops return them"
+    assert out[2] == f"wrote {tmp_path}/run/batch-1.png, with each image scaled by 11"
     assert (tmp_path / "run" / "batch-1.png").is_file()
     assert launch.main(["show-batch", f"--workdir={tmp_path}/run", "--step=2"]) == 1
-    assert "--step=2: the run has 2 steps, 0 to 1" in capsys.readouterr().err
+    assert "--step=2: must be 0 to 1, because the run has 2 steps" in capsys.readouterr().err
     assert launch.main(["show-batch", *words, "--output=a.jpg"]) == 1
-    assert "--output=a.jpg: the name of the picture must end in .png" in capsys.readouterr().err
+    assert "--output=a.jpg: the name must end in .png" in capsys.readouterr().err
     file = tmp_path / "run" / "config.json"
     file.write_text(file.read_text().replace("pad_crop(2)", f"os:system('touch {tmp_path}/harm')"))
     assert launch.main(["show-batch", f"--workdir={tmp_path}/run"]) == 1

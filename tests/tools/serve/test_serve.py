@@ -31,7 +31,7 @@ def test_it_says_where_it_is_and_ends_at_a_signal(run, number):
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
         where = re.fullmatch(
-            r"serving step 20 of mlp\(widths=\(8,\)\) at (http://127\.0\.0\.1:\d+); Ctrl-C ends it\n", line
+            r"serving step 20 of mlp\(widths=\(8,\)\) at (http://127\.0\.0\.1:\d+); press Ctrl-C to stop\n", line
         )
         assert where, line
         assert httpx.post(f"{where[1]}/predict", content=png(0)).status_code == 200
@@ -45,6 +45,6 @@ def test_mistakes(run, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert launch.main(["serve", f"--workdir={run}", f"--port={port}"]) == 1
-    assert f"serve: 127.0.0.1:{port} cannot be used" in capsys.readouterr().err
+    assert f"serve: cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
     assert launch.main(["serve", f"--workdir={run}", "--port=99999"]) == 1
-    assert "--port=99999: ports are 0 to 65535" in capsys.readouterr().err
+    assert "--port=99999: must be 0 to 65535" in capsys.readouterr().err

@@ -142,7 +142,7 @@ def test_a_run_that_another_process_trains_is_waited_for(run):
         assert other.poll() == 0
     assert not lock.is_held(file)
     assert status == 0
-    assert "seed=0 is being trained by another process: waiting for it" in run.err
+    assert "another process is training seed=0: waiting for it" in run.err
     assert (run.folder / "order").read_text().splitlines()[0] == "begin 0"
     assert len(lines) == 3
 
@@ -169,10 +169,10 @@ def test_print(run, monkeypatch):
     (["--sweep=schedule=constant(1e-3); constant(x=1)"], "no run was started: in schedule 'constant(x=1)': unknown "
      "argument 'x'"),
     (["--sweep=batch_size=[8, 0]"], "no run was started: batch_size=0: must be 1 or more"),
-    (["--sweep=seed=0..1", "--config.seed=3"], "seed is set by --config.seed and swept too; leave out one of them"),
-    (["--sweep=clip=0.5", "--config.seed=3", "--config.seed=4"], "--config.seed is given 2 times; several values are "
-     "--sweep 'seed=VALUE; VALUE'"),
-    ([], "a sweep wants values"),
+    (["--sweep=seed=0..1", "--config.seed=3"], "seed is both set by --config.seed and swept; drop one of them"),
+    (["--sweep=clip=0.5", "--config.seed=3", "--config.seed=4"], "--config.seed is given 2 times; sweep several values "
+     "with --sweep 'seed=VALUE; VALUE'"),
+    ([], "a sweep needs values"),
 ])  # fmt: skip
 def test_nothing_begins_with_a_mistake(run, argv, said):
     status, lines = run(*argv)
@@ -185,7 +185,7 @@ def test_nothing_begins_with_a_mistake(run, argv, said):
 def test_other_keys_in_its_directory(run):
     assert run("--sweep=seed=0")[0] == 0
     assert run("--sweep=seed=0", "--sweep=clip=0.5; 1")[0] == 1
-    assert "holds a sweep of seed, and this one is of clip, seed" in run.err
+    assert "has a sweep of seed, but this one sweeps clip, seed" in run.err
     (run.folder / "config.json").write_text("{}")
     assert run("--sweep=seed=0")[0] == 1
     assert "holds a run itself" in run.err

@@ -39,8 +39,8 @@ def test_values(text, key, values):
     ("=3", "names no key and values"),
     ("sed=0", "unknown config key 'sed': did you mean 'seed'"),
     ("data.eval=test", "unknown config key 'data.eval'"),
-    ("seed=3..1", "the last number must be the first one or more"),
-    ("seed=0..99999999", "the last number must be the first one or more"),
+    ("seed=3..1", "the range must be ascending"),
+    ("seed=0..99999999", "the range must be ascending"),
     ("augment=flip;", "a value is empty"),
     ("augment=", "a value is empty"),
     ("model=mlp(1; cnn", "unbalanced brackets or quotes"),
@@ -65,11 +65,11 @@ def test_a_plan_of_the_file_with_seeds_of_the_command_line():
 
 
 @pytest.mark.parametrize(("planned", "sweeps", "said"), [
-    (None, [], "a sweep wants values"),
+    (None, [], "a sweep needs values"),
     (None, ["seed=0", "seed=1"], "names seed twice"),
     ([{"seed": 0}], ["seed=1"], "seed is in the config file's get_sweep() and in --sweep"),
     ([{"sed": 0}], [], "get_sweep(): unknown config key 'sed'"),
-    ([{"seed": None}], [], "None is no value"),
+    ([{"seed": None}], [], "None is no config value"),
     (None, ["seed=0..200", "clip=[0.0, 1.0, 2.0]", "ema=[0.1, 0.2]", "batch_size=1..10"], "has 12060 runs"),
 ])  # fmt: skip
 def test_plans_that_are_refused(planned, sweeps, said):
@@ -136,7 +136,7 @@ def test_the_file(tmp_path):
         "seed=0": {"seed": 0},
         "seed=1": {"seed": 1},
     }
-    with pytest.raises(UserError, match="holds a sweep of seed, and this one is of model; sweep the same keys"):
+    with pytest.raises(UserError, match="has a sweep of seed, but this one sweeps model; sweep the same keys"):
         sweep_plan.load(file, base, {"model"})
     base.seed = 5  # each run sets it
     assert sweep_plan.load(file, base, {"seed"})

@@ -8,8 +8,8 @@ import pytest
 import launch
 from imgclf_jax.run import record
 from imgclf_jax.run.provenance import json_digest, write_json
-from imgclf_jax.tools.compare import known_predictions
-from imgclf_jax.tools.compare.known_predictions import known
+from imgclf_jax.tools.compare import saved_predictions
+from imgclf_jax.tools.compare.saved_predictions import load
 
 RUN = ("--config.data.source=fake(80, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=normalize",
        "--config.model=mlp(widths=(8,))", "--config.batch_size=16", "--config.total=8 steps",
@@ -36,15 +36,15 @@ def tested(folder):
 @pytest.mark.thorough
 def test_they_are_those_of_the_result(tested):
     """The share of right ones, exactly, of each seed; the set's examples in their order."""
-    one, two = (known(tested[name])["test"] for name in "ab")
-    assert one.right.shape == (1, 80)
-    assert two.right.shape == (2, 80)
+    one, two = (load(tested[name])["test"] for name in "ab")
+    assert one.correct.shape == (1, 80)
+    assert two.correct.shape == (2, 80)
     assert one.pairs_with(two)
     result = tested["a"].result["test"]
-    assert one.right.mean() == result["accuracy"]
+    assert one.correct.mean() == result["accuracy"]
     assert 0.1 < result["accuracy"] < 1  # so that being equal says something
-    assert two.right.mean(1).mean() == pytest.approx(tested["b"].result["test"]["accuracy"])
-    assert two.right.mean(1).std(ddof=1) == pytest.approx(tested["b"].result["test"]["accuracy_std"])
+    assert two.correct.mean(1).mean() == pytest.approx(tested["b"].result["test"]["accuracy"])
+    assert two.correct.mean(1).std(ddof=1) == pytest.approx(tested["b"].result["test"]["accuracy_std"])
 
 
 @pytest.mark.thorough
@@ -52,27 +52,27 @@ def test_they_are_those_of_evaluate(tested, tmp_path, capsys):
     """Its file serves as well."""
     run = tested["a"]
     file = run.workdir.path / "predictions.csv"
-    kept = run.workdir.path / known_predictions.FILE
+    kept = run.workdir.path / saved_predictions.FILE
     assert (
         launch.main(["evaluate", f"--workdir={run.workdir.path}", "--checkpoint=latest", f"--predictions={file}"]) == 0
     )
-    whole = known(run)["test"]
+    whole = load(run)["test"]
     kept.rename(tmp_path / "kept")
-    listed = known(run)["test"]
+    listed = load(run)["test"]
     (tmp_path / "kept").rename(kept)
     file.unlink()
     assert listed.pairs_with(whole)
-    np.testing.assert_array_equal(listed.right, whole.right)
+    np.testing.assert_array_equal(listed.correct, whole.correct)
 
 
 @pytest.mark.thorough
 def test_the_ensembles_file_serves_no_seeds(tested, tmp_path, caplog):
     run = tested["b"]
-    kept, file = run.workdir.path / known_predictions.FILE, run.workdir.path / "predictions.jsonl"
+    kept, file = run.workdir.path / saved_predictions.FILE, run.workdir.path / "predictions.jsonl"
     file.write_text('{"set": "test", "example": "0", "label": "0", "correct": true}\n')
     kept.rename(tmp_path / "kept")
-    assert known(run) == {}
-    assert "holds the ensemble's predictions" in caplog.text
+    assert load(run) == {}
+    assert "has the ensemble's predictions" in caplog.text
     (tmp_path / "kept").rename(kept)
     file.unlink()
 
@@ -81,7 +81,7 @@ def test_the_ensembles_file_serves_no_seeds(tested, tmp_path, caplog):
 def test_they_are_made_once(tested, folder, tmp_path, monkeypatch, capsys):
     """Unless the run has been extended since, or has other evaluation sets."""
     made = []
-    monkeypatch.setattr(known_predictions, "make", lambda run, trust: made.append(run.name) or {})
+    monkeypatch.setattr(saved_predictions, "make", lambda run, trust: made.append(run.name) or {})
     assert launch.main(["compare", str(folder), "--test"]) == 0
     assert made == []
     assert "McNemar" in capsys.readouterr().out
@@ -102,7 +102,7 @@ def test_they_are_made_once(tested, folder, tmp_path, monkeypatch, capsys):
 def test_a_run_that_names_code_is_left_out(tested, folder, tmp_path, capsys):
     """Unless it is trusted; the others are compared."""
     run = tested["a"]
-    kept = run.workdir.path / known_predictions.FILE
+    kept = run.workdir.path / saved_predictions.FILE
     before, recorded = run.workdir.config.read_text(), run.workdir.provenance.read_text()
     names_code = before.replace("mlp(widths=(8,))", "my_nets:Tiny")
     run.workdir.config.write_text(names_code)
@@ -113,7 +113,7 @@ def test_a_run_that_names_code_is_left_out(tested, folder, tmp_path, capsys):
     run.workdir.config.write_text(before)
     run.workdir.provenance.write_text(recorded)
     (tmp_path / "kept").rename(kept)
-    assert "is left out of the tests: the run in" in err
+    assert "the paired tests skip " in err
     assert "if you trust both, add --trust" in err
 
 
@@ -129,7 +129,7 @@ def arrays_run(tmp_path, one_device):
 
 
 def only(folder):
-    return known(record.read(folder))
+    return load(record.read(folder))
 
 
 @pytest.mark.thorough
@@ -139,12 +139,15 @@ def test_predictions_of_another_checkpoint_config_or_data_are_not_used(arrays_ru
     file, data = folder / "predictions.csv", folder.parent / "data.npz"
     evaluate = ["evaluate", f"--workdir={folder}", f"--predictions={file}"]
     assert launch.main([*evaluate, "--checkpoint=8"]) == 0
-    right = only(folder)["test"].right
-    assert right.mean() == json.loads((folder / "result.json").read_text())["test"]["accuracy"]
+    correct = only(folder)["test"].correct
+    assert correct.mean() == json.loads((folder / "result.json").read_text())["test"]["accuracy"]
     for words in (["--checkpoint=4"], ["--checkpoint=8", "--config.tta=translate(2)"]):
         assert launch.main([*evaluate, *words]) == 0
         assert only(folder) == {}
-        assert "predictions.csv is left out: it is not of the checkpoint, config and data" in capsys.readouterr().err
+        assert (
+            "predictions.csv, which has another checkpoint, config or data than the run's result"
+            in capsys.readouterr().err
+        )
 
     before = data.read_bytes()
     arrays = dict(np.load(data))
@@ -153,10 +156,10 @@ def test_predictions_of_another_checkpoint_config_or_data_are_not_used(arrays_ru
     assert "the evaluation set test has changed since training" in capsys.readouterr().err
     assert only(folder) == {}
     assert launch.main(["compare", str(folder), "--test"]) == 0
-    assert "is left out of the tests: its evaluation set test has changed since training" in capsys.readouterr().err
-    assert not (folder / known_predictions.FILE).exists()
+    assert ": its evaluation set test has changed since training" in capsys.readouterr().err
+    assert not (folder / saved_predictions.FILE).exists()
     assert launch.main(argv) == 1
     assert "the evaluation set test of the run in" in capsys.readouterr().err
     data.write_bytes(before)
     assert launch.main(["compare", str(folder), "--test"]) == 0
-    np.testing.assert_array_equal(only(folder)["test"].right, right)
+    np.testing.assert_array_equal(only(folder)["test"].correct, correct)
