@@ -130,8 +130,8 @@ def test_an_image_that_changed(reproduce, trained, tmp_path):
         ("data", "fingerprint"),
     ]
     told = [line.split(" ", 1)[1] for line in reproduce.log.splitlines() if "from the recorded ones" in line]
-    assert told == [f"the parameters of step {found['first_step']} differ from the recorded ones; to see which without "
-                    f"the steps that follow, end this by Ctrl-C and pass --steps={found['first_step']}"]  # fmt: skip
+    assert told == [f"the parameters of step {found['first_step']} differ from the recorded ones; to stop here and "
+                    f"see which, press Ctrl-C and pass --steps={found['first_step']}"]  # fmt: skip
 
 
 @pytest.mark.thorough
