@@ -2,8 +2,8 @@
 
 Its function is StableHLO in TensorFlow's operation XlaCallModule, as in `jax2tf`. But `jax2tf` writes a StableHLO
 version that only TensorFlow releases of the same weeks read: jax 0.12 writes 1.18, and TensorFlow 2.21 knows 1.13. So
-this module makes the operation with the oldest version of StableHLO. The weights are variables outside of the graph, which
-holds at most 2 GB.
+this module makes the operation with the oldest version of StableHLO. The weights are variables outside of the graph,
+which holds at most 2 GB.
 """
 
 import contextlib
