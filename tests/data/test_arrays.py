@@ -130,8 +130,8 @@ def test_class_names_are_text(tmp_path):
     assert open_one(npz(tmp_path, x_train=X, y_train=Y, class_names=[7, 8, 9])).class_names == ("7", "8", "9")
     for names, message in [
         (np.array(["a", "b", None], dtype=object), r"class_names is object\[3\]; expected one text"),
-        (np.array([1.5, 2.5, 3.5]), r"float64\[3\]; expected text"),
-        (np.array([["a", "b", "c"]]), r"<U1\[1, 3\]; expected text"),
+        (np.array([1.5, 2.5, 3.5]), r"float64\[3\]; expected one text"),
+        (np.array([["a", "b", "c"]]), r"<U1\[1, 3\]; expected one text"),
         (np.zeros(1_000_001, "u1"), r"uint8\[1000001\]; expected one text per class, at most 1,000,000"),
         (np.array([b"a", b"b", b"\xff"]), "class_names is not text"),
         (np.array([0, 0, 0x110000], "<u4").view("<U1"), "class_names is not text"),
