@@ -136,3 +136,18 @@ def test_the_whole_benchmark_runs(tmp_path):
         ("keras tensorflow", "infer"),
         ("linen loop float32", "train"),
     } <= measured
+
+
+@pytest.mark.thorough
+def test_the_evidence_of_an_accelerator_is_rehearsed(tmp_path):
+    """`benchmarks/accelerator.py --small` on CPU: every way of training a run ends with the same bits."""
+    out = tmp_path / "accelerator.json"
+    command = [sys.executable, str(BENCHMARKS / "accelerator.py"), "--small", f"--out={out}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(out.read_text())
+    assert all(row["same"] for row in found["bits"])
+    assert {row["way"] for row in found["bits"]} >= {"again", "data on the device", "resumed after SIGKILL"}
+    assert all(row["images a second"] > 0 for part in ("airbench", "throughput") for row in found[part])
+    assert all(row["ok"] for row in found["forms"])
+    assert "| resumed after SIGKILL |" in done.stdout
