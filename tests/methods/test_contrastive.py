@@ -302,7 +302,7 @@ def test_weights_for_pytorch_are_those_of_the_backbone(pretrained_run, tmp_path,
     assert launch.main(["export", str(tmp_path / "m.safetensors"), f"--workdir={pretrained_run}"]) == 0
     said = capsys.readouterr().out
     assert "Not exported: projector of method='simclr'" in said
-    assert "There is no head: method='simclr' trains none." in said
+    assert "There is no head, because method='simclr' trains none." in said
     assert set(safetensors.load_file(tmp_path / "m.safetensors")) == {"dense0.weight", "dense0.bias"}
 
 

@@ -81,7 +81,7 @@ def test_what_does_not_fit(programs, monkeypatch):
 
 
 @pytest.mark.parametrize(("model", "memory", "advice", "not_advised"), [
-    ("vit('Ti', patch=6)", 70_000, ["take 120 kB of each chip: mesh='data=-1, fsdp=4' (in parts)"], "remat"),
+    ("vit('Ti', patch=6)", 70_000, ["take 120 kB of each chip: mesh='data=-1, fsdp=4' (sharded)"], "remat"),
     ("vit('Ti', patch=6)", 1_000_000, ["remat='block'", "mesh='data=-1, fsdp=2'"], None),
     ("vit('Ti', patch=6)", 10_000_000, ["remat='block'"], "mesh="),
     ("vit('Ti', patch=6, remat='block')", 10_000_000, [], "remat"),

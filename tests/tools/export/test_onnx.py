@@ -70,7 +70,7 @@ def test_the_flattened_function_is_the_same(channels, padding):
         return max_pool(jax.numpy.pad(x, ((0, 0), (1, 2), (0, 0), (0, 1))), 3, 2, padding) * 2
 
     x = np.random.default_rng(0).standard_normal((2, 9, 8, channels)).astype(np.float32)
-    flat = onnx._flat(lambda x: inner(x) - 1, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    flat = onnx._flatten(lambda x: inner(x) - 1, jax.ShapeDtypeStruct(x.shape, x.dtype))
     np.testing.assert_array_equal(flat(x), inner(x) - 1)
     names = {e.primitive.name for e in jax.make_jaxpr(flat)(x).jaxpr.eqns}
     assert "random_split" not in names

@@ -115,7 +115,7 @@ def test_a_signal_is_passed_on(run):
     assert [line.split(" N s")[0] for line in lines] == ["seed=0 done", "seed=1 stopped", f"1 of 3 runs are done; see "
                                                          f"{run.folder}"]  # fmt: skip
     assert (run.folder / "seed=1.log").read_text().splitlines()[-1] == "saved"
-    assert "SIGTERM: stopped; run the same command to go on" in run.err
+    assert "SIGTERM: stopped; run the same command to continue" in run.err
     assert not (run.folder / "seed=2").exists()
     status, lines = run("--sweep=seed=0..2")
     assert status == 0
@@ -188,7 +188,7 @@ def test_other_keys_in_its_directory(run):
     assert "has a sweep of seed, but this one sweeps clip, seed" in run.err
     (run.folder / "config.json").write_text("{}")
     assert run("--sweep=seed=0")[0] == 1
-    assert "holds a run itself" in run.err
+    assert "is a run itself" in run.err
 
 
 @pytest.mark.slow

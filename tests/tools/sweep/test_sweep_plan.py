@@ -35,8 +35,8 @@ def test_values(text, key, values):
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    ("seed", "names no key and values"),
-    ("=3", "names no key and values"),
+    ("seed", "must name a key and its values"),
+    ("=3", "must name a key and its values"),
     ("sed=0", "unknown config key 'sed': did you mean 'seed'"),
     ("data.eval=test", "unknown config key 'data.eval'"),
     ("seed=3..1", "the range must be ascending"),
@@ -47,7 +47,7 @@ def test_values(text, key, values):
     ("data.source=folder('it's'); digits", "unbalanced brackets or quotes"),
     ("seed=[0, x]", "is not a list of Python literals"),
     ("seed=[]", "has no values"),
-    ("seed=[[1]]", "[1] is no value of a config key"),
+    ("seed=[[1]]", "[1] is no config value"),
 ])  # fmt: skip
 def test_other_texts_are_refused(text, said):
     with pytest.raises(UserError, match=re.escape(said)):
@@ -67,7 +67,7 @@ def test_a_plan_of_the_file_with_seeds_of_the_command_line():
 @pytest.mark.parametrize(("planned", "sweeps", "said"), [
     (None, [], "a sweep needs values"),
     (None, ["seed=0", "seed=1"], "names seed twice"),
-    ([{"seed": 0}], ["seed=1"], "seed is in the config file's get_sweep() and in --sweep"),
+    ([{"seed": 0}], ["seed=1"], "seed is both in the config file's get_sweep() and in --sweep"),
     ([{"sed": 0}], [], "get_sweep(): unknown config key 'sed'"),
     ([{"seed": None}], [], "None is no config value"),
     (None, ["seed=0..200", "clip=[0.0, 1.0, 2.0]", "ema=[0.1, 0.2]", "batch_size=1..10"], "has 12060 runs"),
