@@ -30,7 +30,7 @@ def write(path: Path, page: str) -> None:
     try:
         write_atomically(path, page)
     except OSError as e:
-        raise UserError(f"cannot write --html={path}: {e.strerror}; name another file") from e
+        raise UserError(f"--html={path} cannot be written: {e.strerror}; name another file") from e
 
 
 def text(value: str) -> str:

@@ -49,7 +49,7 @@ def test_several_seeds_and_many_classes(tmp_path, capsys):
     assert page.tables["Scores on test"][1][1] == f"{found['ensemble_accuracy']:.4f}"
     assert "Everything below describes the ensemble" in page.text
     assert "when a square covers the region (occlusion). It uses the ensemble's probability." in page.text
-    assert f"{round(96 * found['ensemble_accuracy'])} examples correctly" in page.text
+    assert f"the ensemble classifies {round(96 * found['ensemble_accuracy'])} of 96 examples correctly" in page.text
     wrong = np.array(found["confusion"]) * ~np.eye(40, dtype=bool)
     [rows] = [rows for caption, rows in page.tables.items() if "most often confused" in caption]
     assert len(rows) == 1 + min(30, np.count_nonzero(wrong))
@@ -141,7 +141,7 @@ def test_a_run_without_a_checkpoint(copy):
     (copy / "metrics.jsonl").unlink()
     page = Page(reported(copy))
     assert "There is no checkpoint yet" in page.text
-    assert "metrics.jsonl is missing, or holds no record yet" in page.text
+    assert "metrics.jsonl is missing, or has no record yet" in page.text
     assert "--checkpoint" not in page.text
 
 
