@@ -270,7 +270,7 @@ def test_a_loss_that_is_not_finite(mistake, tmp_path, capsys):
     argv = (f"--workdir={tmp_path}", *FAKE, *burst)
     sentence = mistake(*argv, log=r"^\d\d:\d\d:\d\d|^[+|]|^Total")
     ids = stream.example_ids(0, 6, 16, 64).tolist()
-    assert has(sentence, "not finite at step 6", str(ids[:8])[:-1], "nonfinite.json", "of step 4, is kept")
+    assert has(sentence, "not finite at step 6", str(ids[:8])[:-1], "nonfinite.json", "good checkpoint is of step 4")
     assert json.loads((tmp_path / "nonfinite.json").read_text())["example_ids"] == ids
     assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps() == [4]
     assert launch.main(["evaluate", f"--workdir={tmp_path}", "--format=json"]) == 0

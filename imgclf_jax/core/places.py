@@ -35,7 +35,7 @@ def as_path(text: str) -> Path:
     if scheme == "file" and rest.startswith("/"):
         return Path(unquote(rest))
     if scheme not in _DRIVERS or not rest.strip("/"):
-        raise UserError(f"{text!r} is no place for files; allowed: a path, file:///PATH, gs://BUCKET/PATH or "
+        raise UserError(f"{text!r} is not a path; allowed are a path, file:///PATH, gs://BUCKET/PATH or "
                         "s3://BUCKET/PATH")  # fmt: skip
     spec.check_network(text)
     if not importlib.util.find_spec(_DRIVERS[scheme]):

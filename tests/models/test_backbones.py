@@ -184,7 +184,7 @@ def test_train_and_evaluation_differ_where_they_should(name):
     ("vit('Big')", "Ti"),
     ("vit('Ti', positions='none')", "sincos"),
     ("vit('Ti', pool='max')", "cls"),
-    ("vit('Ti', patch=5)", "does not divide"),
+    ("vit('Ti', patch=5)", "do not divide into patches of 5"),
     ("mixer('L')", "S"),
 ])  # fmt: skip
 def test_what_a_backbone_does_not_have_is_said(spec, words):

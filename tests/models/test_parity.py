@@ -191,7 +191,7 @@ def test_the_cnn_has_the_size_of_the_keras_example():
 
 @pytest.mark.parametrize("size", [4, 8, 9])
 def test_the_cnn_refuses_images_that_its_blocks_use_up(size):
-    with pytest.raises(UserError, match=f"image of {size} by {size}.*resize"):
+    with pytest.raises(UserError, match=f"images of {size} by {size}.*resize"):
         random_variables(classifier.build("cnn", CLASSES, "float32"), images_like(1, size, size, 1))
 
 

@@ -59,7 +59,7 @@ def test_a_file_address_is_a_path():
 
 @pytest.mark.parametrize("text", ["s4://bucket/x", "s3://", "file://host/x", "http://host/x"])
 def test_other_addresses_are_refused(text):
-    with pytest.raises(UserError, match=r"is not a path; allowed are a path, file:///PATH, gs://BUCKET/PATH and s3"):
+    with pytest.raises(UserError, match=r"is not a path; allowed are a path, file:///PATH, gs://BUCKET/PATH or s3"):
         places.as_path(text)
 
 
