@@ -1,6 +1,7 @@
 """What the command line prepares before JAX is imported."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,7 +20,6 @@ ROOT = Path(__file__).parent.parent
 
 PROGRAM = """
 import collections, json, sys
-import imgclf_jax
 import launch
 events = collections.Counter()
 from imgclf_jax.run import environment
@@ -57,7 +57,6 @@ def test_the_second_run_compiles_nothing(tmp_path):
 
 FIRST_IMPORT = """
 import json, os, sys
-import imgclf_jax
 import launch
 
 class Reached(BaseException):
@@ -160,9 +159,12 @@ def test_the_installed_package_has_the_same_command_line(tmp_path):
     assert "did you mean digits.py?" in missing.stderr
 
 
-def test_a_model_prints_as_one_line(tmp_path):
+def test_a_model_prints_as_one_line(tmp_path, caplog):
+    """And Orbax's warnings of a folder that is only read do not reach whoever loads it."""
     keys = ("data.source=fake(32, (4, 4, 1), 3)", "preprocess=decode(1)", "model=mlp(widths=(5,))", "total=1 steps")
     assert launch.main([f"--workdir={tmp_path}", *(f"--config.{key}" for key in keys)]) == 0
     wanted = "Trained(mlp(widths=(5,)) at step 1: images [4, 4, 1] → 3 classes, 103 parameters)"  # 16*5+5 + 5*3+3
+    logging.getLogger("absl").setLevel(logging.WARNING)  # the command line has silenced it
     assert str(imgclf_jax.load(tmp_path)) == wanted
+    assert not [record for record in caplog.records if record.name == "absl"]
     assert {"load", "Trained", "__version__"} == set(dir(imgclf_jax))

@@ -16,7 +16,7 @@ import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,17 @@ class _Manager(ocp.CheckpointManager):
         return found if numbers else None
 
 
+@contextlib.contextmanager
+def _quiet_absl() -> Iterator[None]:
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class Checkpoints:
     """The checkpoints in `directory`: the latest `keep`, and the best by the metric `best` (see `metrics.parse_best`).
 
@@ -84,6 +95,8 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(policy),
             best_fn=self._value if best else None,
             cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            save_interval_steps=0 if read_only else 1,
             read_only=read_only,
             # A folder in a bucket cannot be renamed atomically: there a file marks it as complete.
             atomicity_options=_COMMIT_FILE if places.in_bucket(self.directory) else None,
@@ -91,7 +104,8 @@ class Checkpoints:
         if str(self.directory).startswith("s3://"):
             internals.teach_orbax_s3()
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_HANDLERS)
-        self._manager = _Manager(self._for_orbax(), options=options, item_handlers=handler)
+        with _quiet_absl():  # Orbax warns that a folder opened to be read is read-only
+            self._manager = _Manager(self._for_orbax(), options=options, item_handlers=handler)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: concurrent.futures.Future[None] | None = None
         self._read_back = False  # whether a checkpoint of this process could be
