@@ -39,8 +39,10 @@ if behave == "ask":
     signal.signal(signal.SIGTERM, save)
     os.kill(os.getppid(), signal.SIGTERM)
     time.sleep(60)
-if behave == "slow":
-    time.sleep(1)
+if behave == "meet":  # waits until two runs have begun
+    end = time.monotonic() + 60
+    while (place.parent / "order").read_text().count("begin") < 2 and time.monotonic() < end:
+        time.sleep(0.05)
 config = json.loads((place.parent / "sweep.json").read_text())["base"] | {"seed": int(words["config.seed"])}
 (place / "config.json").write_text(json.dumps(config))
 data = {"train_examples": 64, "image_shape": [12, 12, 1], "class_names": ["a", "b"], "fingerprint": "x"}
@@ -123,7 +125,7 @@ def test_a_signal_is_passed_on(run):
 
 
 def test_several_at_once(run):
-    status, _ = run("--sweep=seed=0..2", "--jobs=2", s0="slow", s1="slow", s2="slow")
+    status, _ = run("--sweep=seed=0..2", "--jobs=2", s0="meet", s1="meet", s2="meet")
     order = (run.folder / "order").read_text().splitlines()
     assert status == 0
     assert sorted(order[:2]) == ["begin 0", "begin 1"]
