@@ -52,7 +52,7 @@ BASE = {
     "total": f"{STEPS} steps", "checkpoint_every": f"{SAVED} steps", "checkpoint.keep": str(STEPS),
     "log_every": "1 steps", "eval_every": "5 steps", "data.eval.test": "test[:50]",
 }  # fmt: skip
-UNLABELED = {"data.train": "train[:400]", "data.extra.unlabeled": "train[400:]|batch_size(24)"}
+UNLABELED = {"data.train": "train[:400]", "data.extra.unlabeled": "train[400:]|batch_size(32)"}
 SPECS: dict[str, dict[str, str]] = {
     "supervised": {},
     "sam": {"gradient": "sam(0.05)"},
@@ -94,13 +94,13 @@ def prototypes(problem: Any, weight: float = 0.1) -> Method:
 
     def loss(model: Any, batch: Any, fixed: Any) -> Loss:
         logits = model.head(model.features(batch["image"], train=True))
-        means, projected = model.means.value, model.projector(model.features(batch["noisy"], train=True))
+        means, projected = model.means.value, model.project(model.features(batch["noisy"], train=True))
         own = jax.nn.one_hot(batch["label"], problem.classes)
         counts = own.sum(0)[:, None]
         seen = jnp.where(counts > 0, own.T @ projected / jnp.maximum(counts, 1), means)
         model.means.value = jax.lax.stop_gradient(0.9 * means + 0.1 * seen)
         distance = jnp.sum((projected - means[batch["label"]]) ** 2, -1)
-        others = model.projector(model.features(batch["unlabeled"]["image"], train=True))
+        others = model.project(model.features(batch["unlabeled"]["image"], train=True))
         nearest = jnp.mean(jnp.min(jnp.sum((others[:, None] - means) ** 2, -1), -1))
         values = problem.supervised(logits, batch) + weight * (distance + nearest)
         return Loss(values, logits, {"nearest": nearest, "distance": distance, "fixed": jnp.mean(fixed["offset"])})
@@ -109,7 +109,7 @@ def prototypes(problem: Any, weight: float = 0.1) -> Method:
         return Prototypes(backbone, problem.classes, head_init=problem.head_init)
 
     def evaluate(model: Any, batch: Any, fixed: Any) -> dict[str, jax.Array]:
-        projected = model.projector(model.features(batch["image"]))
+        projected = model.project(model.features(batch["image"]))
         return {"spread": jnp.sum((projected - model.means.value[batch["label"]]) ** 2, -1) + fixed["offset"][0]}
 
     return Method(loss, inputs, model, evaluate, fixed=lambda: {"offset": np.arange(3, dtype=np.float32)})

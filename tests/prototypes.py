@@ -18,6 +18,11 @@ class Prototypes(Classifier):
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         features = self.features(images, train)
         if self.is_initializing():
-            self.projector(features)
+            self.project(features)
         logits: jax.Array = self.head(features)
         return logits
+
+    def project(self, features: jax.Array) -> jax.Array:
+        """f32[b, 6], from features [b, d] in the precision of the run."""
+        out: jax.Array = self.projector(features.astype(jnp.float32))
+        return out

@@ -222,7 +222,7 @@ def test_folders_of_images(mistake, photos, tmp_path):
         "--config.model=mlp",
     )
     sentence = mistake(*argv, log=r"^\d\d:\d\d:\d\d|^[+|]|^Total")
-    assert has(sentence, "preprocess='decode(3)' gives images of different shapes", "add resize(height, width)")
+    assert has(sentence, "preprocess='decode(3)' returns images of different shapes", "add resize(height, width)")
 
 
 @pytest.mark.thorough

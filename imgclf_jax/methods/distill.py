@@ -24,7 +24,7 @@ class Student(Classifier):
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         features = self.features(images, train)
         if self.is_initializing():
-            self.regressor(features)
+            self.regressor(at_least_float32(features))
         logits: jax.Array = self.head(features)
         return logits
 
@@ -63,7 +63,7 @@ def distill(
         values, metrics = (1 - alpha) * problem.supervised(logits, batch) + alpha * kl, {"distillation": kl}
         if features:
             teacher_features = trained.features(fixed, batch["image"])  # [b, width]
-            gap = teacher_features - model.regressor(student_features).astype(jnp.float32)
+            gap = teacher_features - model.regressor(at_least_float32(student_features))
             metrics["features"] = jnp.sum(gap**2, -1) / 2
             values = values + features * metrics["features"]
         return Loss(values, logits, metrics)

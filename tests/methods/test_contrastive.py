@@ -295,7 +295,7 @@ def test_what_needs_no_head_works(pretrained_run, tmp_path, capsys):
     assert "contrastive_accuracy" in page
     assert launch.main(["reproduce", str(pretrained_run)]) == 0
     assert launch.main(["compare", str(pretrained_run)]) == 0
-    assert "No run has a metric of evaluation" in capsys.readouterr().out
+    assert "No run has evaluation metrics" in capsys.readouterr().out
 
 
 def test_weights_for_pytorch_are_those_of_the_backbone(pretrained_run, tmp_path, capsys):

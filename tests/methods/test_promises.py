@@ -12,6 +12,9 @@ VARIANTS = {
     "accumulate": {"num_seeds": "2", "accumulate": "2", "model": "mlp(widths=(8,))"},
     "sharded": {"mesh": "fsdp=-1", "precision": "bfloat16", "model": "mlp(widths=(128, 128))"},
 }
+# The image gradient of a small dense layer becomes a matmul of two transposed operands, which XLA's CPU backend does
+# not run in bfloat16 (UNIMPLEMENTED in DotThunk). It fails loudly; in float32, and on other platforms, it runs.
+NO_BFLOAT16 = pytest.mark.xfail(strict=True, reason="XLA:CPU has no bfloat16 matmul of two transposed operands")
 VARIED = ("pgd|sam", "distill features", "simclr", "fixmatch", "mean_teacher", "lora", "own")
 
 
@@ -41,7 +44,8 @@ def test_a_method_of_your_own_resumes_to_the_same_bits(tmp_path):
 @pytest.mark.optimized
 @pytest.mark.thorough
 @pytest.mark.parametrize(("name", "variant"), [
-    (name, variant) for name in SPECS for variant in VARIANTS if not variant or name in VARIED
+    pytest.param(name, variant, marks=NO_BFLOAT16 if (name, variant) == ("pgd|sam", "sharded") else ())
+    for name in SPECS for variant in VARIANTS if not variant or name in VARIED
 ])  # fmt: skip
 def test_cadences_chunks_placement_and_a_resume_change_no_bit(name, variant, tmp_path, teacher):
     passed, seen = Check(name, tmp_path, teacher).ways(**VARIANTS[variant])

@@ -49,7 +49,7 @@ def test_probe_of_several_labels_and_of_numbers(runs, capsys, monkeypatch):
         assert results[learned]["mean"] > 0.5
         assert score in printed(capsys, *argv)
     monkeypatch.setattr(probe, "_check_plot", lambda file: None)
-    assert "it draws accuracy by images a class" in refused(capsys, *argv, "--plot=a.png")
+    assert "draws accuracy by images per class" in refused(capsys, *argv, "--plot=a.png")
 
 
 @pytest.mark.parametrize(("name", "gives"), thorough(("pairs", "probabilities"), ("ink", "values")))
