@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from test_structure import FILES, PACKAGES, TIERS
 
+from imgclf_jax import config as configs
 from imgclf_jax.augment.mixing import MIXES
 from imgclf_jax.augment.ops import DEVICE_OPS
 from imgclf_jax.augment.tta import VIEWS
@@ -19,6 +20,7 @@ from imgclf_jax.losses import LOSSES
 from imgclf_jax.metrics import METRICS
 from imgclf_jax.models.backbones import BACKBONES
 from imgclf_jax.optim.schedules import SCHEDULES
+from imgclf_jax.run.record import Record
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -96,3 +98,17 @@ def test_training_needs_neither_tensorflow_nor_clu_nor_a_cache(placement, tmp_pa
         return json.loads((workdir / "result.json").read_text())["params_sha256"]
 
     assert digest("tensorflow", "tensorflow_datasets", "clu", "tensorboard") == digest()
+
+
+def test_the_results_with_bundles_are_those_of_the_bundles():
+    """The mean test accuracy of a row that links to docs/results, over as many seeds as it says."""
+    number = {"three": 3, "five": 5}
+    rows = re.findall(r"\[([\d.]+), (\w+) seeds\]\(docs/results/(\w+)-0\.zip\)", README)
+    assert {name for *_, name in rows} == {"digits", "fashion_mnist", "fashion_mnist_fast"}
+    for mean, seeds, name in rows:
+        records = [Record.named(str(file)) for file in sorted((ROOT / "docs" / "results").glob(f"{name}-?.zip"))]
+        assert sorted(record.config.seed for record in records) == list(range(number[seeds]))
+        accuracies = [record.result["test"]["accuracy"] for record in records]
+        assert f"{sum(accuracies) / len(accuracies):.4f}" == mean
+        shipped = configs.load_file(str(ROOT / "configs" / f"{name}.py"))
+        assert all(configs.difference(record.config, shipped, without=("seed",)) == [] for record in records)
