@@ -55,7 +55,8 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
-        found: dict[str, Any] = {"device": _device(), "small": args.small}
+        args.device = _device()
+        found: dict[str, Any] = {"device": args.device, "small": args.small}
         for part in args.only:
             began = time.perf_counter()
             found[part] = list(PARTS[part](args))
@@ -194,7 +195,7 @@ def throughput(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         speeds = [record["train/images_per_second"] for record in records if "train/images_per_second" in record]
         own = max(speeds) if speeds else json.loads((workdir / "result.json").read_text())["images_per_second"]
         row: dict[str, Any] = {"network": name, "images a second": round(own)}
-        if bound := _bound(flags):
+        if bound := _bound(args.device["kind"], flags):
             row |= {"dryrun's bound": round(bound), "share of the bound": round(own / bound, 2)}
         if torch_speed := _torch_speed(torch_name, size, batch, args.small):
             row |= {"PyTorch AMP": round(torch_speed), "ratio": round(own / torch_speed, 2)}
@@ -202,10 +203,10 @@ def throughput(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         shutil.rmtree(workdir)
 
 
-def _bound(flags: list[str]) -> float | None:
+def _bound(kind: str, flags: list[str]) -> float | None:
     """The most images a second that `dryrun` allows the chip; None without its figures or its compiler."""
-    kind = _device()["kind"].lower()
-    chip = next((chip for chip in ("h100", "a100", "v5e", "v5p", "v6e") if chip in kind.replace("lite", "e")), None)
+    kind = kind.lower().replace(" lite", "e")  # "TPU v5 lite" is a v5e
+    chip = next((chip for chip in ("h100", "a100", "v5e", "v5p", "v6e") if chip in kind), None)
     if chip is None:
         return None
     shape = {"v5e": "1x1", "v6e": "1x1", "v5p": "1x1x1"}.get(chip, "1")

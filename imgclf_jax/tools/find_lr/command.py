@@ -7,7 +7,7 @@ exponentially, so that a few hundred steps cover many orders of magnitude, and t
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import jax
@@ -45,12 +45,8 @@ class RangeTest:
 
     @property
     def smoothed(self) -> np.ndarray:
-        """f64[n]: the exponential moving average of the losses, with bias correction (as in Adam)."""
-        average, out = 0.0, []
-        for i, loss in enumerate(self.losses, 1):
-            average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
-            out.append(average / (1 - _SMOOTHING**i))
-        return np.array(out)
+        """f64[n]: the exponential moving average of the losses, see `_with_average`."""
+        return np.array([average for _, average in _with_average(self.losses)])
 
     @property
     def lowest(self) -> float:
@@ -70,6 +66,14 @@ class RangeTest:
                             "model, or give a smaller --low")  # fmt: skip
         slopes = np.gradient(smoothed, np.log10(self.rates))[:end]
         return float(self.rates[int(np.argmin(slopes))])
+
+
+def _with_average(losses: Iterable[float]) -> Iterator[tuple[float, float]]:
+    """Pairs each loss with the exponential moving average so far, bias-corrected as in Adam."""
+    average = 0.0
+    for i, loss in enumerate(losses, 1):
+        average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
+        yield loss, average / (1 - _SMOOTHING**i)
 
 
 def ramp(steps: schedules.Steps, total: int, low: float, high: float) -> optax.Schedule:
@@ -123,13 +127,12 @@ def measure(config: ConfigDict, low: float, high: float) -> RangeTest:
     compiled = programs.programs_for_images(config, images, load=load_teacher)
     compiled.check_size()
     total, losses = compiled.recipe.total, list[float]()
-    rates = low * (high / low) ** (np.arange(total) / max(1, total - 1))
+    rates = np.geomspace(low, high, total)
     best = math.inf
-    for step, loss in enumerate(_losses(compiled, images, total)):
+    for step, (loss, smoothed) in enumerate(_with_average(_losses(compiled, images, total))):
         if not math.isfinite(loss):
             break
         losses.append(loss)
-        smoothed = RangeTest(rates[: step + 1], np.array(losses)).smoothed[-1]
         if smoothed > _DIVERGED * best > 0:
             break
         best = min(best, smoothed)
@@ -145,9 +148,9 @@ def _losses(compiled: Programs, images: stream.Images, total: int) -> Iterator[f
     """The mean training loss of each step, over the seeds if there are several."""
     weights = pretrained.load(compiled) if compiled.recipe.config.init_from else None
     run = compiled.init(images=compiled.first_images(images), weights=weights.taken if weights else None)
-    state, zeros = run["state"], compiled.zero_sums
+    state = run["state"]
     for _, chunk in compiled.chunks(images, (range(k, k + 1) for k in range(total))):
-        state, sums = compiled.train(state, zeros(), chunk, np.int32(1))
+        state, sums = compiled.train(state, compiled.zero_sums(), chunk, np.int32(1))
         done = jax.device_get(sums)
         yield float(np.sum(done["loss"]) / np.sum(done["examples"]))
 
