@@ -345,6 +345,7 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
             processes.agree(
                 "comparing modules", provenance.module_digests, in_both=True
             )  # restoring may have imported more
+            workdir.warn_of_changed_modules()
             return Trained(programs, state, step)
     raise UserError(f"{workdir.checkpoints}: each checkpoint was removed while it was read; wait until the run ends")
 

@@ -61,6 +61,7 @@ def collect(data: DataInfo) -> dict[str, Any]:
         "versions": _versions(),
         "packages": _installed(),
         "code": _code(),
+        "modules": module_digests(),
         "processor": _processor(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "jax_options": {name: value for name, value in sorted(os.environ.items()) if re.match(_OPTIONS, name)},
@@ -95,16 +96,52 @@ def device_facts(counted: bool) -> dict[str, Any]:
 
 
 def module_digests() -> dict[str, str]:
-    """A digest of each imported module that is neither installed nor part of this package: the user's own."""
+    """The SHA-256 of each imported file that is neither installed nor part of this package: the user's own modules.
+
+    A file is named as Python's path finds it: `my_nets.py`, `my_package/__init__.py`.
+    """
     paths = sysconfig.get_paths()
-    installed = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    installed = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib", "scripts")]
     elsewhere = tuple(f"{folder}{os.sep}" for folder in (*installed, Path(__file__).parents[1]))
+    launcher = str(Path(__file__).parents[2] / "launch.py")
     digests = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if isinstance(file, str) and os.path.isfile(file) and not file.startswith(elsewhere):
-            digests[f"module {name}"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
-    return digests
+        if not isinstance(file, str) or file == launcher or file.startswith(elsewhere) or not os.path.isfile(file):
+            continue
+        parts = Path(file).parts
+        if not {"site-packages", "dist-packages"}.intersection(parts):
+            depth = name.count(".") + 1 + parts[-1].startswith("__init__.")
+            digests["/".join(parts[-depth:])] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return dict(sorted(digests.items()))
+
+
+def changed_code(recorded: Mapping[str, Any]) -> dict[str, str]:
+    """The digests of the code that a run goes on with where they are not those it has recorded last, by file.
+
+    `imgclf_jax` stands for all files of this package. What either lacks is left out.
+    """
+    before = _code_by_name(recorded)
+    for change in recorded.get("changed_code", []):
+        before |= change["files"]
+    now = _code_by_name({"code": _code(), "modules": module_digests()})
+    return {name: digest for name, digest in now.items() if name in before and before[name] != digest}
+
+
+def with_changed_code(recorded: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """The provenance of a run that goes on from `step`: `changed_code` says which files are others than before."""
+    earlier = [change for change in recorded.get("changed_code", []) if change["step"] < step]
+    rest = {name: value for name, value in recorded.items() if name != "changed_code"}
+    if not step:
+        return {**rest, "code": _code(), "modules": module_digests()}
+    if changed := changed_code({**rest, "changed_code": earlier}):
+        earlier.append({"step": step, "files": changed})
+    return {**rest, "changed_code": earlier} if earlier else rest
+
+
+def _code_by_name(recorded: Mapping[str, Any]) -> dict[str, str]:
+    package, modules = recorded.get("code"), recorded.get("modules")
+    return {**({"imgclf_jax": package} if package else {}), **(modules if isinstance(modules, dict) else {})}
 
 
 def _versions() -> dict[str, str]:

@@ -20,6 +20,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import digests, lock
 from imgclf_jax.run.provenance import (
     DataInfo,
+    changed_code,
     collect,
     facts_digest,
     find_edits,
@@ -28,6 +29,7 @@ from imgclf_jax.run.provenance import (
     load_evals,
     pin_groups,
     read_json,
+    with_changed_code,
     write_atomically,
     write_json,
 )
@@ -183,6 +185,22 @@ class Workdir:
         content = configs.to_json(config)
         write_json(self.provenance, whole | {"config_sha256": json_digest(content)})
         write_atomically(self.config, content)
+
+    def record_code(self, start: int) -> None:
+        """Records the code with which the run goes on from step `start`, and warns if that is not the code before."""
+        recorded = read_json(self.provenance)
+        names = [name if name != "imgclf_jax" else "the code of imgclf_jax" for name in changed_code(recorded)]
+        if (now := with_changed_code(recorded, start)) != recorded:
+            write_json(self.provenance, now)
+        if names and start:
+            log.warning("changed since the run began: %s; the steps from %d on are computed with what it is now",
+                        ", ".join(names), start)  # fmt: skip
+
+    def warn_of_changed_modules(self) -> None:
+        """Warns if one of the user's own modules is not that of the run's last step."""
+        if names := [name for name in changed_code(read_json(self.provenance)) if name != "imgclf_jax"]:
+            log.warning("%s has changed since the run in %s was trained: its outputs may be others than they were",
+                        ", ".join(names), self.path)  # fmt: skip
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Writes result.json, and its digest into provenance.json: the run has ended."""

@@ -91,6 +91,8 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
             log.info("rules:\n%s", recipe.rules.table(recipe.parameters))
     else:
         log.info("resuming at step %d of %d", start, recipe.total)
+    if start < recipe.total:
+        processes.broadcast_from_process_0("comparing the code", lambda: workdir.record_code(start))
     if before:
         old = configs.from_json(before, str(workdir.config))
         if old.total != config.total:

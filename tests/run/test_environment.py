@@ -1,5 +1,6 @@
 """What a process sets of itself before JAX is imported, and what it tells the other processes of itself."""
 
+import hashlib
 import importlib
 import os
 import platform
@@ -79,6 +80,32 @@ def test_modules_of_the_user_are_known_by_what_they_hold(tmp_path, monkeypatch):
         digests.append(provenance.module_digests())
         for name in ("own_net", "own_layers"):
             sys.modules.pop(name)
-    assert digests[0]["module own_net"] == digests[1]["module own_net"]
-    assert digests[0]["module own_layers"] != digests[1]["module own_layers"]
-    assert not {name for name in digests[0] if re.match(r"module (json|numpy|jax|imgclf_jax)\b", name)}
+    assert digests[0]["own_net.py"] == digests[1]["own_net.py"]
+    assert digests[0]["own_layers.py"] != digests[1]["own_layers.py"]
+    assert digests[0]["own_layers.py"] == hashlib.sha256(b"WIDTH = 8\n").hexdigest()
+    assert not {name for name in digests[0] if re.match(r"(json|numpy|jax|imgclf_jax|launch)\b", name)}
+
+
+def test_code_that_changes_while_a_run_is_interrupted(monkeypatch):
+    """Each change is recorded once, with the step from which it holds, and dropped where the run goes back before it."""
+    now = {"my_nets.py": "a"}
+    monkeypatch.setattr(provenance, "_code", lambda: "package")
+    monkeypatch.setattr(provenance, "module_digests", lambda: dict(now))
+    began = {"code": "package", "modules": {"my_nets.py": "a"}}
+    assert provenance.with_changed_code(began, 5) == began
+    now["my_nets.py"] = "b"
+    now["new.py"] = "n"  # which the run did not have
+    assert provenance.changed_code(began) == {"my_nets.py": "b"}
+    from_5 = {**began, "changed_code": [{"step": 5, "files": {"my_nets.py": "b"}}]}
+    assert provenance.with_changed_code(began, 5) == from_5
+    assert provenance.changed_code(from_5) == {}
+    assert provenance.with_changed_code(from_5, 9) == from_5
+    assert provenance.with_changed_code(from_5, 3) == {
+        **began,
+        "changed_code": [{"step": 3, "files": {"my_nets.py": "b"}}],
+    }
+    assert provenance.with_changed_code(from_5, 0) == {"code": "package", "modules": now}
+    now["my_nets.py"] = "a"
+    assert provenance.with_changed_code(from_5, 9)["changed_code"] == [
+        *from_5["changed_code"], {"step": 9, "files": {"my_nets.py": "a"}}]  # fmt: skip
+    assert provenance.changed_code({}) == {}  # of a version that recorded neither

@@ -194,8 +194,8 @@ def _print(
         if len(found) > _SHOWN:
             print(f"and {len(found) - _SHOWN} more, which --format=json lists")
     elif rows:
-        print("Nothing else in the records differs. They do not cover your own code, files of installed packages, and "
-              "nondeterministic kernels.")  # fmt: skip
+        print("Nothing else in the records differs. They do not cover files of installed packages and nondeterministic "
+              "kernels.")  # fmt: skip
 
 
 def _as_json(word: str, end: int, compared: Comparison, found: list[Difference], output: str | None) -> dict[str, Any]:

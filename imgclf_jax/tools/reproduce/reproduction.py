@@ -203,6 +203,13 @@ def differences(old: Json, new: Json) -> list[Difference]:
         add("data", "unreadable files left out", *(_dict(p.get("unreadable")).get("files", []) for p in (old, new)))
         add("weights", "init_from", *(_dict(p.get("init_from")).get("sha256", "none") for p in (old, new)))
     add("code", "files of imgclf_jax", old.get("code"), new.get("code"))
+    a, b = (_dict(p.get("modules")) for p in (old, new))
+    for name in sorted(a.keys() & b.keys()):
+        add("code", name, a[name], b[name])
+    b = b | {"imgclf_jax": new.get("code")}
+    for change in old.get("changed_code", []):
+        for name, digest in change["files"].items():
+            add("code", f"{name} from step {change['step']} on", digest, b.get(name))
     git = [_dict(p.get("git")) for p in (old, new)]
     if any(d.kind == "code" for d in found) or not (old.get("code") and new.get("code")):
         add("code", "git commit", *(_commit(one) for one in git))

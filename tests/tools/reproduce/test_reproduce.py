@@ -1,9 +1,11 @@
 """`launch.py reproduce`: it passes on the same run, and names what differs of another one."""
 
+import importlib
 import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +134,39 @@ def test_an_image_that_changed(reproduce, trained, tmp_path):
     told = [line.split(" ", 1)[1] for line in reproduce.log.splitlines() if "from the recorded ones" in line]
     assert told == [f"the parameters of step {found['first_step']} differ from the recorded ones; to stop here and "
                     f"see which, press Ctrl-C and pass --steps={found['first_step']}"]  # fmt: skip
+
+
+@pytest.mark.thorough
+def test_a_module_of_the_user_that_changed(reproduce, trained, tmp_path, monkeypatch, capsys):
+    """`reproduce` names the file, and so do a resumed run, which records it, and what loads the run."""
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "own_loss_of_a_run.py"
+    content = "from imgclf_jax.losses import softmax\n\n\ndef scaled(logits, labels):\n    return {} * softmax(logits, labels)\n"
+
+    def write(scale: int) -> None:
+        own.write_text(content.format(scale))
+        sys.modules.pop(own.stem, None)
+        importlib.invalidate_caches()
+
+    config = json.loads((trained / "config.json").read_text())
+    words = [f"--workdir={tmp_path}/run", f"--config.loss={own.stem}:scaled", "--config.schedule=constant(1e-2)",
+             *(f"--config.{key}={config[key]}" for key in ("preprocess", "model", "batch_size", "eval_every")),
+             "--config.tensorboard=False", f"--config.data.source={config['data']['source']}"]  # fmt: skip
+    write(1)
+    assert launch.main([*words, "--config.total=4 steps"]) == 0
+    write(11)
+    status, found = reproduce(tmp_path / "run", "--trust")
+    assert (status, found["verdict"]) == (1, "different")
+    assert [(one["kind"], one["what"]) for one in found["differences"]] == [("code", own.name)]
+    assert launch.main(["evaluate", f"--workdir={tmp_path}/run", "--trust"]) == 0
+    assert f"{own.name} has changed since the run in {tmp_path}/run was trained" in capsys.readouterr().err
+    assert launch.main([*words, "--config.total=6 steps", "--extend"]) == 0
+    told = f"changed since the run began: {own.name}; the steps from 4 on are computed with what it is now"
+    assert told in capsys.readouterr().err
+    assert launch.main(["evaluate", f"--workdir={tmp_path}/run", "--trust"]) == 0
+    assert "has changed" not in capsys.readouterr().err
+    status, found = reproduce(tmp_path / "run", "--trust", "--steps=5")
+    assert (status, [one["what"] for one in found["differences"]]) == (1, [own.name, f"{own.name} from step 4 on"][:1])
 
 
 @pytest.mark.thorough

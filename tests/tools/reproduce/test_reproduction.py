@@ -91,6 +91,7 @@ WHOLE = {
     "python": "3.13.5", "packages": {"jax": "0.12", "zlib-ng": "1"}, "versions": {"jax": "0.12"}, "code": "a" * 64,
     "git": {"commit": "1" * 40, "changed": False}, "devices": ["cpu: cpu"] * 2, "processor": "EPYC", "processes": 1,
     "xla_flags": "--a=1 --b=2", "platform": "Linux", "jax_options": {"JAX_A": "1"},
+    "modules": {"my_nets.py": "c" * 64, "gone.py": "g"},
     "data": {"fingerprint": "f" * 64, "train_examples": 5, "image_shape": [1, 2, 3], "class_names": ["x"]},
 }  # fmt: skip
 
@@ -103,6 +104,8 @@ WHOLE = {
     ({"unreadable": {"files": ["b.png"]}}, [("data", "unreadable files left out", "[]", "['b.png']")]),
     ({"init_from": {"sha256": "5"}}, [("weights", "init_from", "none", "5")]),
     ({"code": "b" * 64}, [("code", "files of imgclf_jax", "a" * 16 + "…", "b" * 16 + "…")]),
+    ({"modules": {"my_nets.py": "b" * 64, "new.py": "n"}},
+     [("code", "my_nets.py", "c" * 16 + "…", "b" * 16 + "…")]),
     ({"git": {"commit": "2" * 40}}, []),  # the files are the same
     ({"code": None, "git": {"commit": "2" * 40, "changed": True}},
      [("code", "git commit", "1" * 12, "2" * 12 + ", changed")]),
@@ -120,6 +123,14 @@ WHOLE = {
 ])  # fmt: skip
 def test_what_differs_beside(change, expected):
     assert [tuple(one) for one in differences(WHOLE, WHOLE | change)] == expected
+
+
+def test_code_that_changed_in_the_middle_of_a_run():
+    """Here the whole run is computed by one of the two."""
+    old = WHOLE | {"changed_code": [{"step": 5, "files": {"my_nets.py": "d" * 64, "imgclf_jax": "a" * 64}}]}
+    assert [tuple(one) for one in differences(old, WHOLE)] == [
+        ("code", "my_nets.py from step 5 on", "d" * 16 + "…", "c" * 16 + "…")
+    ]
 
 
 def test_a_record_without_provenance_differs_in_nothing():
