@@ -2,9 +2,9 @@
 
     uv run launch.py --config configs/folder.py:PATH --workdir runs/mine
 
-PATH holds `cat/1.jpg`, `dog/2.png`, …; a tenth of the images, chosen by a hash of their names, is held out as `test`.
-If PATH holds `train/` with `val/` or `test/` or both, these splits are used instead, and the best checkpoint is chosen
-on `val` if there is one, else on `test`.
+PATH holds `cat/1.jpg`, `dog/2.png`, …, or `train/`, `val/` and `test/` with such folders. The best checkpoint is
+chosen on `val`, never on `test`. What is missing is held out of the training images, by a hash of their names: a tenth
+for `val`, and a tenth for `test` if there is neither.
 """
 
 from imgclf_jax.config import ConfigDict, default_config, split_folders
@@ -19,9 +19,14 @@ def get_config(path: str = "images") -> ConfigDict:
     for name, role in split_folders(path).items():
         splits.setdefault(role, name)
     train = splits.pop("train", "train")
-    config.data.train = train if splits else f"{train}[:90%]"
-    evals = splits or {"test": f"{train}[90%:]"}  # `val` first
-    config.data.eval = evals
+    if not splits:
+        splits = {"val": f"{train}[80%:90%]", "test": f"{train}[90%:]"}
+        train = f"{train}[:80%]"
+    elif "val" not in splits:
+        splits = {"val": f"{train}[90%:]", **splits}
+        train = f"{train}[:90%]"
+    config.data.train = train
+    config.data.eval = splits
     config.preprocess = "decode(3)|random_resized_crop(64, scale=(0.6, 1.0))"
     config.preprocess_eval = "decode(3)|resize_small(72)|central_crop(64)"
     config.augment = "flip_lr|normalize(mean=0.5, std=0.25)"
@@ -31,5 +36,5 @@ def get_config(path: str = "images") -> ConfigDict:
     config.log_every = "1 epochs"
     config.eval_every = "5 epochs"
     config.checkpoint_every = "5 epochs"
-    config.checkpoint.best = f"{next(iter(evals))}/accuracy"
+    config.checkpoint.best = "val/accuracy"
     return config

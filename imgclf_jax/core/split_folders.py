@@ -20,6 +20,11 @@ def split_folders(path: str | Path) -> dict[str, str]:
     return {name: _ROLES[name.lower()] for name in sorted(splits, key=split_order)}
 
 
+def role_of(name: str) -> str:
+    """ "train", "val" or "test" for a split of such a name; "" for any other."""
+    return _ROLES.get(name.lower(), "")
+
+
 def split_order(name: str) -> tuple[int, str]:
     """The sort key of a split: train, val, test, then others by name."""
     roles = ("train", "val", "test")

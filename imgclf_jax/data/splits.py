@@ -64,6 +64,25 @@ def describe(train: str, evals: Mapping[str, str], sizes: Mapping[str, int]) -> 
     return "; ".join(uses)
 
 
+def count_shared(train: str, evals: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """For each evaluation set of the same source, how many of its examples are in the split `train`, and its size."""
+    trained = resolve(train, sizes)
+    shared = {}
+    for name, text in evals.items():
+        if ")" not in text:
+            parts = resolve(text, sizes)
+            common = [
+                Part(a.name, max(a.start, b.start), min(a.stop, b.stop))
+                for a in parts
+                for b in trained
+                if a.name == b.name
+            ]
+            count = sum(_covered([part for part in common if part.name == own and part.start < part.stop])
+                        for own in sizes)  # fmt: skip
+            shared[name] = count, sum(part.stop - part.start for part in parts)
+    return shared
+
+
 def _covered(parts: list[Part]) -> int:
     """The number of examples of a base split in at least one of its parts."""
     count = end = 0

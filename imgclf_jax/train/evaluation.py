@@ -18,6 +18,7 @@ from imgclf_jax.programs import Programs
 from imgclf_jax.run.provenance import load_evals, module_digests
 from imgclf_jax.run.record import read_contradictions
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.train.leakage import overlap_warnings
 from imgclf_jax.trained import report_host_ops
 
 log = logging.getLogger(__name__)
@@ -154,6 +155,8 @@ def compare_with_record(
     trained = workdir.load_config()
     if changed(programs, trained, base):
         log.warning("the data have changed since training: examples trained on may now be in an evaluation set")
+    for sentence in overlap_warnings(trained.data.train, programs.recipe.config.data.eval, base):
+        log.warning("%s", sentence)
     for name in changed_sets(programs, trained, load_evals(workdir.provenance), evals):
         log.warning("the evaluation set %s has changed since training: its metrics are not those that the run recorded",
                     name)  # fmt: skip

@@ -22,6 +22,7 @@ from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.train import extension
 from imgclf_jax.train.evaluation import check_targets, open_evals
+from imgclf_jax.train.leakage import overlap_warnings, selection_warnings
 from imgclf_jax.trained import load_teacher
 from imgclf_jax.weights import pretrained
 
@@ -100,6 +101,9 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
         if start < recipe.total:  # else the run is done, by the config that it has recorded
             processes.broadcast_from_process_0("writing config.json", lambda: workdir.go_on(config, start))
     log.info("%s", sources.describe_use(base, config.data))
+    if not processes.index():
+        for sentence in (*overlap_warnings(config.data.train, config.data.eval, base), *selection_warnings(config)):
+            log.warning("%s", sentence)
     if config.data.extra and recipe.supervised:
         log.warning("method=%r reads no stream of data.extra: %s", config.method, ", ".join(sorted(config.data.extra)))
     of = "targets" if recipe.data.target_names else "classes"

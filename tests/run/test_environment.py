@@ -87,7 +87,7 @@ def test_modules_of_the_user_are_known_by_what_they_hold(tmp_path, monkeypatch):
 
 
 def test_code_that_changes_while_a_run_is_interrupted(monkeypatch):
-    """Each change is recorded once, with the step from which it holds, and dropped where the run goes back before it."""
+    """Each change is recorded once, with its step, and dropped where the run goes back before that."""
     now = {"my_nets.py": "a"}
     monkeypatch.setattr(provenance, "_code", lambda: "package")
     monkeypatch.setattr(provenance, "module_digests", lambda: dict(now))

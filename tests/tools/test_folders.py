@@ -33,25 +33,25 @@ def photos(root: Path, *places: str, count: int = 6) -> Path:
 
 
 @pytest.mark.parametrize(("places", "train", "evals"), [
-    ([], "train[:90%]", {"test": "train[90%:]"}),
-    (["train"], "train[:90%]", {"test": "train[90%:]"}),
+    ([], "train[:80%]", {"val": "train[80%:90%]", "test": "train[90%:]"}),
+    (["train"], "train[:80%]", {"val": "train[80%:90%]", "test": "train[90%:]"}),
     (["train", "val", "test"], "train", {"val": "val", "test": "test"}),
     (["train", "valid", "test"], "train", {"val": "valid", "test": "test"}),
     (["train", "validation"], "train", {"val": "validation"}),
     (["train", "validation", "val"], "train", {"val": "val"}),
-    (["train", "test"], "train", {"test": "test"}),
-    (["Training", "Testing"], "Training", {"test": "Testing"}),
+    (["train", "test"], "train[:90%]", {"val": "train[90%:]", "test": "test"}),
+    (["Training", "Testing"], "Training[:90%]", {"val": "Training[90%:]", "test": "Testing"}),
 ])  # fmt: skip
 def test_the_config_follows_the_splits_that_there_are(tmp_path, places, train, evals):
-    """The best checkpoint is that by the first evaluation set: `val`, where there is one."""
+    """The best checkpoint is that by `val`, held out of the training images if need be, and never by `test`."""
     photos(tmp_path, *places, count=1)
     config = configs.load_file(f"{CONFIG}:{tmp_path}")
     assert (config.data.train, config.data.eval.to_dict()) == (train, evals)
-    assert config.checkpoint.best == f"{next(iter(evals))}/accuracy"
+    assert config.checkpoint.best == "val/accuracy"
 
 
 def test_no_folder_gives_the_config_of_one_without_splits(tmp_path):
-    assert configs.load_file(f"{CONFIG}:{tmp_path / 'none'}").data.train == "train[:90%]"
+    assert configs.load_file(f"{CONFIG}:{tmp_path / 'none'}").data.train == "train[:80%]"
 
 
 @pytest.mark.thorough
@@ -80,7 +80,7 @@ def test_unreadable_files_are_left_out_by_every_command(tmp_path, capsys):
     for file in bad:
         file.write_bytes(file.read_bytes()[:100])
     argv = [f"--workdir={tmp_path / 'run'}", f"--config={CONFIG}:{root}", *TINY, "--config.data.train=train",
-            "--config.data.eval.test=train"]  # fmt: skip
+            "--config.data.eval.test=train", "--config.data.eval.val=train"]  # fmt: skip
     assert launch.main(argv) == 1
     assert all(str(file) in capsys.readouterr().err for file in bad[:1])
     assert launch.main([*argv, "--config.data.unreadable=skip"]) == 0
@@ -115,7 +115,7 @@ def test_names_that_hold_anything(tmp_path, capsys):
         for file in NASTY:
             Image.new("RGB", (8, 8)).save(tmp_path / "p" / name / f"{file}.png")
     run = f"--workdir={tmp_path / 'run'}"
-    whole = ("--config.data.train=train", "--config.data.eval.test=train")
+    whole = ("--config.data.train=train", "--config.data.eval.test=train", "--config.data.eval.val=train")
     assert launch.main([f"--config={CONFIG}:{tmp_path / 'p'}", run, *TINY, *whole]) == 0
     names = sorted(NASTY)
     assert json.loads((tmp_path / "run" / "provenance.json").read_text())["data"]["class_names"] == names

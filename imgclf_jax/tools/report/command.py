@@ -15,6 +15,7 @@ from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.pages.html import write
 from imgclf_jax.tools.report import page as report_page
 from imgclf_jax.tools.report.findings import Findings, find
+from imgclf_jax.train.leakage import selecting_sets
 from imgclf_jax.trained import restore
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
     else:
         findings = Findings(missing=("There is no checkpoint yet, so this page omits everything that needs a model.",))
         log.warning("%s", findings.missing[0])
+    chosen = tuple(f"{key} selects on the set {name}: its scores on this page are not those of new data."
+                   for name, key in selecting_sets(run.config).items())  # fmt: skip
+    findings = dataclasses.replace(findings, missing=(*chosen, *findings.missing))
     if run.contradictions:
         sentence = f"The run's record contradicts itself: {'; '.join(run.contradictions)}."
         findings = dataclasses.replace(findings, missing=(sentence, *findings.missing))

@@ -22,6 +22,7 @@ from imgclf_jax.tools.report import mistakes as report_mistakes
 from imgclf_jax.tools.report.augmentation import Augmented
 from imgclf_jax.tools.report.mistakes import Mistake
 from imgclf_jax.train.evaluation import changed, changed_sets, evaluate, open_evals
+from imgclf_jax.train.leakage import overlap_warnings
 from imgclf_jax.trained import Trained
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ def find(model: Trained, recorded: ConfigDict, fingerprints: Mapping[str, str] |
     missing = []
     if changed(programs, recorded, base):
         missing.append("The data have changed since training: examples trained on may now be in an evaluation set.")
+    missing += [f"{sentence[0].upper()}{sentence[1:]}."
+                for sentence in overlap_warnings(recorded.data.train, model.config.data.eval, base)]  # fmt: skip
     sets: tuple[Evaluated, ...] = ()
     try:
         evals = open_evals(programs, base)

@@ -139,10 +139,15 @@ def test_a_run_of_before(copy, tmp_path):
 def test_a_run_without_a_checkpoint(copy):
     shutil.rmtree(copy / "checkpoints")
     (copy / "metrics.jsonl").unlink()
+    config = json.loads((copy / "config.json").read_text())
     page = Page(reported(copy))
     assert "There is no checkpoint yet" in page.text
+    assert "selects on" not in page.text
     assert "metrics.jsonl is missing, or has no record yet" in page.text
     assert "--checkpoint" not in page.text
+    change(copy / "config.json", checkpoint=config["checkpoint"] | {"best": "test/accuracy"})
+    text = Page(reported(copy)).text
+    assert "checkpoint.best='test/accuracy' selects on the set test: its scores on this page are not those of" in text
 
 
 def test_mistakes_of_who_asks(copy, tmp_path, capsys):

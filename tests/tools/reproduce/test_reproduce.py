@@ -141,7 +141,9 @@ def test_a_module_of_the_user_that_changed(reproduce, trained, tmp_path, monkeyp
     """`reproduce` names the file, and so do a resumed run, which records it, and what loads the run."""
     monkeypatch.chdir(tmp_path)
     own = tmp_path / "own_loss_of_a_run.py"
-    content = "from imgclf_jax.losses import softmax\n\n\ndef scaled(logits, labels):\n    return {} * softmax(logits, labels)\n"
+    content = (
+        "import imgclf_jax.losses as l\n\ndef scaled(logits, labels):\n    return {} * l.softmax(logits, labels)\n"
+    )
 
     def write(scale: int) -> None:
         own.write_text(content.format(scale))

@@ -1,0 +1,65 @@
+"""Scores that are not those of new data: what is warned of, and that no recipe that ships needs it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from imgclf_jax import config as configs
+from imgclf_jax.data import sources, splits
+from imgclf_jax.train.leakage import overlap_warnings, selecting_sets, selection_warnings
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda file: file.stem)
+def test_no_recipe_selects_on_its_test_set_or_trains_on_what_it_evaluates(file):
+    config = configs.load_file(str(file))
+    assert selection_warnings(config) == []
+    sizes = {"train": 1000, "val": 100, "test": 100, "validation": 100}
+    assert not any(count for count, _ in splits.count_shared(config.data.train, config.data.eval, sizes).values())
+
+
+@pytest.mark.parametrize(
+    "page", sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]), ids=lambda page: page.stem
+)
+def test_no_page_selects_on_the_test_set(page):
+    assert not re.search(r"checkpoint\.best\W+(min:|max:)?test/", page.read_text())
+
+
+@pytest.mark.parametrize(("best", "evals", "said"), [
+    ("", {"test": "test"}, []),
+    ("test/accuracy", {"test": "test", "val": "train[90%:]"}, ["checkpoint.best='test/accuracy'", "on the set test"]),
+    ("min:photos/my_error", {"photos": "test"}, ["checkpoint.best='min:photos/my_error'", "on the set photos"]),
+    ("val/accuracy", {"test": "test", "val": "train[90%:]"}, []),
+    ("max:Testing/x", {"Testing": "a", "val": "b"}, ["on the set Testing"]),
+])  # fmt: skip
+def test_a_run_that_selects_on_its_result(best, evals, said):
+    config = configs.default_config()
+    config.data.eval = evals
+    config.checkpoint.best = best
+    found = selection_warnings(config)
+    assert len(found) == bool(said)
+    assert all(words in sentence for sentence in found for words in said)
+    assert list(selecting_sets(config)) == [best.rpartition("/")[0].rpartition(":")[2]] * bool(best)
+
+
+@pytest.mark.parametrize(("train", "text", "shared"), [
+    ("train", "test", (0, 20)),
+    ("train", "train[90%:]", (8, 8)),
+    ("train[:95%]", "train[90%:]", (4, 8)),
+    ("train[:50%]+train[30%:60%]", "train[55%:]+test", (4, 56)),
+    ("train[:90%]", "train[90%:]", (0, 8)),
+])  # fmt: skip
+def test_splits_that_overlap(train, text, shared):
+    """Each shared example counts once."""
+    assert splits.count_shared(train, {"val": text, "far": "folder('x')/train"}, {"train": 80, "test": 20}) == {
+        "val": shared
+    }
+
+
+def test_the_warning_of_an_overlap():
+    base = sources.fake(100, (2, 2, 1), 2)
+    [sentence] = overlap_warnings("train", {"val": "train[90%:]", "test": "test"}, base)
+    assert sentence.startswith("the evaluation set val shares 10 of its 10 examples with the training split 'train': ")
+    assert overlap_warnings("gone", {"val": "train[90%:]"}, base) == []
