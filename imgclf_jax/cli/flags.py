@@ -71,6 +71,10 @@ FLAGS: Mapping[str, Flag] = {
     "host": Flag("the address to listen on (default: 127.0.0.1, this machine only; 0.0.0.0: all)", "ADDRESS",
                  "127.0.0.1"),
     "port": Flag("the port to listen on (default: 8000; 0: a free one)", "N", 8000, least=0),
+    "cors": Flag("let pages of this origin send requests, or of any with '*'; repeat the flag for more (default: only "
+                 "this server's page)", "ORIGIN", many=True),
+    "request_log": Flag("append a line of JSON per request to this file; - for standard error (default: no log)",
+                        "FILE"),
     "sweep": Flag("the values of a key, separated by semicolons; 'KEY=0..4' for integers, \"KEY=['a', 'b']\" for "
                   "strings with semicolons; repeat the flag for more keys", "'KEY=VALUE; VALUE'", many=True),
     "jobs": Flag("how many runs train at once (default: 1); they share the cores and the accelerators' memory", "N", 1,

@@ -90,8 +90,8 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "serve": Command(
         "serve a trained run as a web page and an HTTP API", "run or weights",
-        ("workdir", "checkpoint", "host", "port", "trust"),
-        more="Drop, paste, draw or photograph an image on the page. Programs send an image to POST /predict; "
+        ("workdir", "checkpoint", "host", "port", "cors", "request_log", "trust"),
+        more="Drop, paste, draw or photograph images on the page. Programs send images to POST /predict; "
              "/openapi.json describes the API.",
         examples=("--workdir runs/a", "--workdir runs/a --host 0.0.0.0 --port 80"),
     ),

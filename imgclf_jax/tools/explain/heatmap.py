@@ -1,5 +1,6 @@
 """Heatmap figures, drawn with Pillow: the image, the heatmap over it, a color scale and a title."""
 
+import io
 import textwrap
 from collections.abc import Sequence
 
@@ -42,10 +43,30 @@ def scale(values: np.ndarray, signed: bool) -> np.ndarray:
 
 def overlay(image: np.ndarray, heat: np.ndarray, alpha: float = 0.55) -> np.ndarray:
     """Overlays a heatmap [h', w'] in [0, 1], enlarged bilinearly, on uint8[h, w, 1 to 4] in gray: uint8[h, w, 3]."""
-    h, w = image.shape[:2]
-    large = Image.fromarray(heat.astype(np.float32)).resize((w, h), Image.Resampling.BILINEAR)
     gray = np.asarray(Image.fromarray(_rgb(image)).convert("L"), np.float64)[..., None]
-    return np.rint((1 - alpha) * gray + alpha * colormap(np.asarray(large))).astype(np.uint8)
+    return np.rint((1 - alpha) * gray + alpha * _enlarge(heat, image.shape[:2])).astype(np.uint8)
+
+
+def color(values: np.ndarray, size: tuple[int, int], signed: bool) -> np.ndarray:
+    """The heatmap [h', w'] alone, as colors uint8[h, w, 3] for an image of (h, w) pixels. See `scale` for `signed`."""
+    return _enlarge(scale(values, signed), size)
+
+
+def ends(values: np.ndarray, signed: bool) -> tuple[float, float]:
+    """The values at the lower and upper end of the color scale."""
+    return (0.0, max(0.0, float(values.max()))) if signed else (float(values.min()), float(values.max()))
+
+
+def png(image: np.ndarray) -> bytes:
+    """Encodes uint8[h, w, 1 to 4] as a PNG in gray or RGB, without alpha."""
+    content = io.BytesIO()
+    Image.fromarray(_rgb(image)).save(content, "PNG")
+    return content.getvalue()
+
+
+def _enlarge(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    large = Image.fromarray(heat.astype(np.float32)).resize(size[::-1], Image.Resampling.BILINEAR)
+    return colormap(np.asarray(large))
 
 
 def peak(values: np.ndarray, signed: bool) -> str:
@@ -70,8 +91,8 @@ def draw(image: np.ndarray, values: np.ndarray, signed: bool, title: Sequence[st
     large = rgb.repeat(factor, 0).repeat(factor, 1)
     h, w = large.shape[:2]
     font = ImageFont.load_default(_TEXT)
-    ends = [f"{end:.3g}" for end in (max(0.0, values.max()) if signed else values.max(), 0 if signed else values.min())]
-    right = max(int(font.getlength(end)) for end in ends) + 2 * _MARGIN + _BAR
+    marks = [f"{end:.3g}" for end in reversed(ends(values, signed))]
+    right = max(int(font.getlength(mark)) for mark in marks) + 2 * _MARGIN + _BAR
     width = 2 * w + 2 * _MARGIN + _MARGIN + right
     lines = [part for line in title for part in textwrap.wrap(line, max(1, int(width / (0.55 * _TEXT))))]
     top = _MARGIN + (len(lines) * 4 * _TEXT) // 3 + _MARGIN // 2
@@ -84,8 +105,8 @@ def draw(image: np.ndarray, values: np.ndarray, signed: bool, title: Sequence[st
     bar = np.broadcast_to(colormap(np.linspace(1, 0, h))[:, None], (h, _BAR, 3))
     left = 3 * _MARGIN + 2 * w
     picture.paste(Image.fromarray(np.ascontiguousarray(bar)), (left, top))
-    pen.text((left + _BAR + 4, top), ends[0], _BLACK, font)
-    pen.text((left + _BAR + 4, top + h), ends[1], _BLACK, font, anchor="ls")
+    pen.text((left + _BAR + 4, top), marks[0], _BLACK, font)
+    pen.text((left + _BAR + 4, top + h), marks[1], _BLACK, font, anchor="ls")
     return picture
 
 

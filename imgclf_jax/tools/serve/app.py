@@ -7,29 +7,38 @@ import json
 import logging
 import re
 import time
-from collections import Counter as Counts
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from html import escape
 from importlib import resources
+from typing import Any
 
+import jax
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.text import utf8
+from imgclf_jax import __version__
+from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.text import printable, utf8
 from imgclf_jax.tools.serve import openapi
 from imgclf_jax.tools.serve.batcher import Batcher, Busy
+from imgclf_jax.tools.serve.bodies import Bodies, Sent
 from imgclf_jax.tools.serve.connections import CLIENT_GONE, client_of
+from imgclf_jax.tools.serve.limits import Limits, Refused, Share
+from imgclf_jax.tools.serve.request_log import RequestLog, Write
 from imgclf_jax.trained import Trained
 
 log = logging.getLogger(__name__)
+
+_LIMITS = Limits()
 
 # The page asks this server alone, and no other page may show it inside of itself.
 _HEADERS = {
@@ -41,28 +50,6 @@ _HEADERS = {
 }
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in _HEADERS.items()]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may take, and how many there may be."""
-
-    body_bytes: int = 20_000_000
-    body_seconds: float = 15.0  # in which a client must have sent it
-    answer_seconds: float = 30.0
-    # What all requests share. A client may take no more of it than it leaves free.
-    requests: int = 256  # that are answered at once, once their bodies are here
-    small_body_bytes: int = 256_000  # up to which a body is small
-    small_bodies_bytes: int = 32_000_000
-    large_bodies_bytes: int = 96_000_000
-
-
-class Refused(Exception):
-    """A request that is not answered: the HTTP status and one sentence."""
-
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status, self.message = status, message
 
 
 class _Numbers:
@@ -77,51 +64,71 @@ class _Numbers:
         self.batches = histogram("imgclf_batch_images", "Images in a batch", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
 
 
-Explain = Callable[[bytes], bytes]  # an image's file → a PNG of where its class is found
+# (an image's file, the class's name or "" for the predicted one, "png" or "json") → a PNG or JSON of where it is found
+Explain = Callable[[bytes, str, str], bytes]
+Make = Callable[[Request, str, Sent], Awaitable[Response]]
 
 
 def build(
-    model: Trained, limits: Limits = Limits(), hosts: tuple[str, ...] = ("*",), explain: Explain | None = None
-) -> Starlette:
-    """The application; it answers requests for these host names alone. Compiles the model's programs.
+    model: Trained, limits: Limits = _LIMITS, hosts: Sequence[str] = ("*",), explain: Explain | None = None,
+    name: str = "", cors: Sequence[str] = (), request_log: Write | None = None,
+) -> Starlette:  # fmt: skip
+    """The application. Compiles the model's programs.
 
-    With `explain`, which may raise UserError, there is the route /explain. After it has ended, `state.idle(seconds)` of
-    the application waits for threads that still work, and says whether all are idle.
+    - `hosts` are the only host names that it answers requests for.
+    - `explain`, which may raise UserError, answers the route /explain.
+    - `name` is what the page and /model call the model.
+    - `cors` are the origins, such as "https://a.example", whose pages may send requests; "*" is any.
+    - `request_log` is called with a line for each request.
+
+    After the application has ended, its `state.idle(seconds)` waits for threads that still work, and says whether all
+    are idle.
     """
     numbers = _Numbers()
     batcher = Batcher(model, most_waiting=2 * limits.requests, seen=numbers.batches.observe)
-    answering, bodies = _Share(limits.requests), _Bodies(limits)
+    answering, bodies = Share(limits.requests), Bodies(limits)
+    class_names = [utf8(name) for name in model.class_names]
 
-    async def classify(request: Request, client: str, body: bytes) -> Response:
-        top_k = _top_k(request, len(model.class_names))
+    def as_json(probabilities: np.ndarray, top_k: int) -> dict[str, Any]:
+        found = model.describe(probabilities, top_k)
+        if "predictions" in found:
+            found["predictions"] = [one | {"class": utf8(one["class"])} for one in found["predictions"]]
+        return found
+
+    async def classify(request: Request, client: str, sent: Sent) -> Response:
+        top_k = _top_k(_parameters(request, "top_k", "topk"), len(model.class_names))
         begun = time.perf_counter()
         try:
             async with asyncio.timeout(limits.answer_seconds):
-                probabilities = await batcher.predict(body)
-        except UserError as e:
-            raise Refused(422, str(e)) from e
+                rows = await _predict_all(batcher, sent)
         except Busy:
             raise Refused(503, "too many requests wait; try again in a second") from None
         except TimeoutError:
             raise Refused(503, f"no answer within {limits.answer_seconds:g} s; try again later") from None
-        found = model.describe(probabilities, top_k)
-        if "predictions" in found:
-            found["predictions"] = [one | {"class": utf8(one["class"])} for one in found["predictions"]]
+        found = [as_json(row, top_k) for row in rows]
         return _Answer({
-            **found,
+            **({"images": found} if sent.listed else found[0]),
             "milliseconds": round(1000 * (time.perf_counter() - begun), 3),
         })  # fmt: skip
 
-    async def picture(request: Request, client: str, body: bytes) -> Response:
+    async def picture(request: Request, client: str, sent: Sent) -> Response:
         assert explain
+        given = _parameters(request, "class", "format")
+        wanted, format = given.get("class", ""), given.get("format", "png")
+        if wanted and wanted not in class_names:
+            raise Refused(404, unknown("class", wanted[:100], class_names))
+        if format not in ("png", "json"):
+            raise Refused(400, unknown("format", format[:100], ("png", "json")))
+        if len(sent.images) > 1:
+            raise Refused(400, f"{len(sent.images)} images; /explain takes one")
         try:
             async with asyncio.timeout(limits.answer_seconds):
-                made = await batcher.alone(client, explain, body)
+                made = await batcher.alone(client, lambda image: explain(image, wanted, format), sent.images[0])
         except TimeoutError:
             raise Refused(503, f"no picture within {limits.answer_seconds:g} s; try again later") from None
         if isinstance(made, UserError):
             raise Refused(422, str(made))
-        return Response(made, headers=_HEADERS, media_type="image/png")
+        return Response(made, headers=_HEADERS, media_type="image/png" if format == "png" else "application/json")
 
     async def predict(request: Request) -> Response:
         return await answer("/predict", request, classify)
@@ -129,15 +136,14 @@ def build(
     async def explained(request: Request) -> Response:
         return await answer("/explain", request, picture)
 
-    async def answer(
-        route: str, request: Request, make: Callable[[Request, str, bytes], Awaitable[Response]]
-    ) -> Response:
+    async def answer(route: str, request: Request, make: Make) -> Response:
         begun = time.perf_counter()
         client = client_of(request.client.host if request.client else "")
         try:
-            async with bodies.read(request, client) as body:
-                with answering.held(client, "too many requests at once; try again in a second"):
-                    response = await make(request, client, body)
+            async with bodies.read(request, client) as sent:
+                request.state.images = len(sent.images)
+                with answering.held(client, len(sent.images), "too many requests at once; try again in a second"):
+                    response = await make(request, client, sent)
         except Refused as refused:
             response = _refusal(refused)
         except ClientDisconnect:
@@ -150,18 +156,28 @@ def build(
         return response
 
     async def health(request: Request) -> Response:
-        config = model.config
-        return JSONResponse({"status": "ok", "model": config.model, "step": model.step, "waiting": batcher.waiting,
-                             "task": model.task.value, "explains": explain is not None,
-                             "classes": [utf8(name) for name in model.class_names]}, headers=_HEADERS)  # fmt: skip
+        return JSONResponse({"status": "ok", "model": model.config.model, "step": model.step,
+                             "waiting": batcher.waiting}, headers=_HEADERS)  # fmt: skip
+
+    height, width, channels = model.programs.recipe.data.image_shape
+    described = {
+        "name": name, "model": model.config.model, "step": model.step, "task": model.task.value,
+        "classes": class_names, "explains": explain is not None,
+        "input": {"height": height, "width": width, "channels": channels,
+                  "preprocess": model.programs.preprocess_eval},
+        "parameters": sum(x.size for x in jax.tree.leaves(model.state.params)),
+        "params_sha256": model.params_sha256, "version": __version__,
+        "limits": {"body_bytes": limits.body_bytes, "images": limits.images},
+    }  # fmt: skip
+
+    async def describe(request: Request) -> Response:
+        return JSONResponse(described, headers=_HEADERS)
 
     async def metrics(request: Request) -> Response:
         return Response(generate_latest(numbers.registry), headers=_HEADERS, media_type="text/plain; version=0.0.4")
 
     async def interface(request: Request) -> Response:
-        return JSONResponse(
-            openapi.describe(model.class_names, limits.body_bytes, explain is not None, model.task), headers=_HEADERS
-        )
+        return JSONResponse(openapi.describe(class_names, limits, explain is not None, model.task), headers=_HEADERS)
 
     @contextlib.asynccontextmanager
     async def running(app: Starlette) -> AsyncIterator[None]:
@@ -174,24 +190,57 @@ def build(
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return _refusal(Refused(500, "the server failed; its log says why"))
 
+    routes = [  # that of programs first: the others are tried before it otherwise, for each request
+        Route("/predict", predict, methods=["POST"]),
+        Route("/", _file("page.html", "text/html", name or model.config.model)),
+        Route("/page.css", _file("page.css", "text/css")),
+        Route("/page.js", _file("page.js", "text/javascript")),
+        *([Route("/explain", explained, methods=["POST"])] if explain else []),
+        Route("/model", describe),
+        Route("/health", health),
+        Route("/metrics", metrics),
+        Route("/openapi.json", interface),
+    ]
+
+    async def not_found(request: Request, error: HTTPException) -> Response:
+        path = printable(request.url.path[:100])
+        if error.status_code == 405:
+            text = f"{request.method[:20]} {path}: this route takes {error.headers['Allow'] if error.headers else ''}"
+        else:
+            text = f"{path}: there is no such route; there are {', '.join(route.path for route in routes)}"
+        return _refusal(Refused(error.status_code, text), error.headers)
+
     return Starlette(
-        routes=[  # that of programs first: the others are tried before it otherwise, for each request
-            Route("/predict", predict, methods=["POST"]),
-            Route("/", _file("page.html", "text/html")),
-            Route("/page.css", _file("page.css", "text/css")),
-            Route("/page.js", _file("page.js", "text/javascript")),
-            *([Route("/explain", explained, methods=["POST"])] if explain else []),
-            Route("/health", health),
-            Route("/metrics", metrics),
-            Route("/openapi.json", interface),
-        ],
+        routes=routes,
         middleware=[
-            Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False),
-            Middleware(_OwnPagesOnly),
+            *([Middleware(RequestLog, write=request_log)] if request_log else []),
+            Middleware(_OwnPagesOnly, hosts=hosts, cors=cors),
+            *([Middleware(CORSMiddleware, allow_origins=cors, allow_methods=("GET", "POST"), allow_headers=["*"])]
+              if cors else []),
         ],
-        exception_handlers={Exception: failed},
+        exception_handlers={HTTPException: not_found, Exception: failed},  # type: ignore[dict-item]
         lifespan=running,
-    )
+    )  # fmt: skip
+
+
+async def _predict_all(batcher: Batcher, sent: Sent) -> list[np.ndarray]:
+    """The outputs for each image. Raises Refused, naming the image, if one does not decode."""
+
+    async def predict(place: int, image: bytes) -> np.ndarray:
+        try:
+            return await batcher.predict(image)
+        except UserError as e:
+            which = f"image {place + 1} of {len(sent.images)}, {printable(sent.names[place][:100])!r}: "
+            raise Refused(422, f"{which if len(sent.images) > 1 else ''}{e}") from e
+
+    if len(sent.images) == 1:
+        return [await predict(0, sent.images[0])]
+    tasks = [asyncio.create_task(predict(*one)) for one in enumerate(sent.images)]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 class _Answer(Response):
@@ -205,110 +254,55 @@ class _Answer(Response):
 
 
 class _OwnPagesOnly:
-    """Refuses requests with two `Host` headers, and requests from pages of other sites (by `Origin`)."""
+    """Answers requests for certain hosts alone, and from this server's page or those of certain other origins."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, hosts: Sequence[str], cors: Sequence[str]) -> None:
+        self._app, self._cors = app, {origin.lower() for origin in cors}
+        self._hosts = {host.lower() for host in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            headers = Headers(scope=scope)
-            hosts = headers.getlist("host")
-            if len(hosts) > 1 or (not hosts and scope["http_version"] == "1.1"):  # RFC 9112, section 3.2
-                refused = Refused(400, f"the request has {len(hosts)} Host headers; send one")
-                await _refusal(refused)(scope, receive, send)
-                return
-            host = hosts[0].lower() if hosts else ""
-            if any(origin.lower().partition("://")[2] != host for origin in headers.getlist("origin")):
-                refused = Refused(403, "a page of another site sent this request; only this server's own page may")
-                await _refusal(refused)(scope, receive, send)
-                return
+        if scope["type"] == "http" and (refused := self._refuse(Headers(scope=scope), scope["http_version"])):
+            await _refusal(refused)(scope, receive, send)
+            return
         await self._app(scope, receive, send)
 
-
-class _Share:
-    """A number of something that requests share. A client may take no more than it leaves free, so never the last."""
-
-    def __init__(self, total: int) -> None:
-        self._free, self._taken = total, Counts[str]()
-
-    def take(self, client: str, number: int) -> bool:
-        """Whether the client may have so many more, and has them now."""
-        if self._taken[client] + number > self._free - number:
-            return False
-        self._free -= number
-        self._taken[client] += number
-        return True
-
-    def give_back(self, client: str, number: int) -> None:
-        """The client has so many no longer."""
-        self._free += number
-        self._taken[client] -= number
-        if not self._taken[client]:
-            del self._taken[client]
-
-    @contextlib.contextmanager
-    def held(self, client: str, message: str) -> Iterator[None]:
-        """One of them is the client's, inside. Raises Refused with the message if it may have no more."""
-        if not self.take(client, 1):
-            raise Refused(503, message)
-        try:
-            yield
-        finally:
-            self.give_back(client, 1)
+    def _refuse(self, headers: Headers, version: str) -> Refused | None:
+        hosts = headers.getlist("host")
+        if len(hosts) > 1 or (not hosts and version == "1.1"):  # RFC 9112, section 3.2
+            return Refused(400, f"the request has {len(hosts)} Host headers; send one")
+        host = hosts[0].lower() if hosts else ""
+        if "*" not in self._hosts and re.sub(r":[0-9]*$", "", host) not in self._hosts:
+            return Refused(
+                400, f"Host {printable(host[:100])}: this server answers as {', '.join(sorted(self._hosts))} alone"
+            )
+        for origin in map(str.lower, headers.getlist("origin")):
+            if origin.partition("://")[2] != host and not {"*", origin} & self._cors:
+                return Refused(403, "a page of another site sent this request; only this server's own page may, unless "
+                                    "the server is started with --cors")  # fmt: skip
+        return None
 
 
-class _Bodies:
-    """Reads the bodies of requests. Small ones together take a bounded number of bytes, and so do large ones."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._small, self._large = _Share(limits.small_bodies_bytes), _Share(limits.large_bodies_bytes)
-
-    @contextlib.asynccontextmanager
-    async def read(self, request: Request, client: str) -> AsyncIterator[bytes]:
-        """The request's body. Raises Refused as soon as it is too long or too slow, or all together take too much."""
-        limits, size, share = self._limits, 0, self._small
-        too_long = Refused(413, f"the body is longer than {limits.body_bytes:,} bytes; send a smaller image")
-        length = request.headers.get("content-length", "")
-        if length.isdecimal() and (len(length) > 18 or int(length) > limits.body_bytes):
-            raise too_long
-        parts = []
-        try:
-            try:
-                async with asyncio.timeout(limits.body_seconds):
-                    async for part in request.stream():
-                        whole = size + len(part)
-                        if whole > limits.body_bytes:
-                            raise too_long
-                        grows = share is self._small and whole > limits.small_body_bytes
-                        wanted, more = (self._large, whole) if grows else (share, len(part))
-                        if not wanted.take(client, more):
-                            raise Refused(503, "too many bytes of images at once; try again in a second")
-                        if grows:
-                            share.give_back(client, size)
-                        size, share = whole, wanted
-                        parts.append(part)
-            except TimeoutError:
-                raise Refused(408, f"the body did not come within {limits.body_seconds:g} s") from None
-            if not size:
-                raise Refused(400, "the body is empty; it is to be the bytes of an image file")
-            body = b"".join(parts)
-            del parts
-            yield body
-        finally:
-            share.give_back(client, size)
+def _parameters(request: Request, *allowed: str) -> Mapping[str, str]:
+    """The parameters in the URL. Raises Refused for others, and for one that is given twice."""
+    given = request.query_params.multi_items()
+    for name, _ in given:
+        if name not in allowed:
+            raise Refused(400, unknown("parameter", name[:100], allowed))
+    if len({name.replace("_", "") for name, _ in given}) < len(given):
+        raise Refused(400, f"give each parameter once: {', '.join(name for name, _ in given[:10])}")
+    return dict(given)
 
 
-def _top_k(request: Request, classes: int) -> int:
-    text = request.query_params.get("top_k", "5")
-    if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
-        raise Refused(400, f"top_k={text[:20]}: wants a whole number from 1 to 999999999")
-    return min(int(text), classes)
+def _top_k(given: Mapping[str, str], classes: int) -> int:
+    for name, text in given.items():
+        if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
+            raise Refused(400, f"{name}={printable(text[:20])}: wants a whole number from 1 to 999999999")
+        return min(int(text), classes)
+    return min(5, classes)
 
 
-def _refusal(refused: Refused) -> Response:
-    headers = dict(_HEADERS)
+def _refusal(refused: Refused, more: Mapping[str, str] | None = None) -> Response:
+    headers = _HEADERS | dict(more or {})
     if refused.status in (403, 408, 413):
         headers["Connection"] = "close"  # the rest of the body is not read
     if refused.status == 503:
@@ -316,8 +310,10 @@ def _refusal(refused: Refused) -> Response:
     return JSONResponse({"error": refused.message}, refused.status, headers)
 
 
-def _file(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
-    content = resources.files("imgclf_jax.tools.serve").joinpath(name).read_bytes()
+def _file(name: str, kind: str, title: str = "") -> Callable[[Request], Awaitable[Response]]:
+    """Sends a file of this package, with `title` in place of TITLE."""
+    content = resources.files("imgclf_jax.tools.serve").joinpath(name).read_text(encoding="utf-8")
+    content = content.replace("TITLE", escape(printable(title)))
 
     async def send(request: Request) -> Response:
         return Response(content, headers=_HEADERS, media_type=kind)

@@ -5,29 +5,43 @@ from typing import Any
 
 from imgclf_jax import __version__
 from imgclf_jax.losses import Task
+from imgclf_jax.tools.serve.limits import Limits
 
 _ERRORS = {
-    "400": "invalid request: an empty body, or an invalid top_k",
+    "400": "invalid request: an empty body, broken multipart or JSON, or an invalid parameter",
     "408": "the body arrived too slowly",
-    "413": "the body is too long",
-    "422": "the body is not a readable image",
+    "413": "the body is too long, or holds too many images",
+    "422": "an image is not readable",
     "503": "too many requests are waiting",
 }
 
 
-def describe(class_names: Sequence[str], body_bytes: int, explains: bool, task: Task = Task.CLASSES) -> dict[str, Any]:
-    """Returns the OpenAPI 3.1 description for a task, with bodies of at most `body_bytes` bytes."""
-    body = {
-        "required": True,
-        "description": f"the bytes of an image file, at most {body_bytes:,}",
-        "content": {"image/*": {}, "application/octet-stream": {}},
-    }
+def describe(class_names: Sequence[str], limits: Limits, explains: bool, task: Task = Task.CLASSES) -> dict[str, Any]:
+    """Returns the OpenAPI 3.1 description for a task, with these limits."""
+    file, base64 = {"type": "string", "format": "binary"}, {"type": "string", "contentEncoding": "base64"}
+    several = {"type": "array", "minItems": 1, "maxItems": limits.images}
+
+    def body(*keys: str) -> dict[str, Any]:
+        def forms(one: dict[str, str]) -> dict[str, Any]:
+            shapes = {"image": one, "images": {**several, "items": one}}
+            return {"schema": {"oneOf": [
+                {"type": "object", "required": [key], "properties": {key: shapes[key]}} for key in keys
+            ]}}  # fmt: skip
+
+        return {
+            "required": True,
+            "description": f"an image file, a form with files, or JSON, of at most {limits.body_bytes:,} bytes",
+            "content": {"image/*": {}, "application/octet-stream": {}, "multipart/form-data": forms(file),
+                        "application/json": forms(base64)},
+        }  # fmt: skip
+
     error = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
+    class_name = {"type": "string", "enum": list(class_names)} if len(class_names) <= 100 else {"type": "string"}
     prediction = {
         "type": "object",
         "required": ["class", "probability"],
         "properties": {
-            "class": {"type": "string", "enum": list(class_names)} if len(class_names) <= 100 else {"type": "string"},
+            "class": class_name,
             "probability": {"type": "number", "minimum": 0, "maximum": 1},
         },
     }
@@ -39,20 +53,27 @@ def describe(class_names: Sequence[str], body_bytes: int, explains: bool, task: 
     if task is Task.REGRESSION:
         values = dict.fromkeys(class_names, number)
         key, schema = "values", {"type": "object", "required": list(values), "properties": values}
-    answer = {
-        "type": "object",
-        "required": [key, "milliseconds"],
-        "properties": {
-            key: schema,
-            "milliseconds": {"type": "number", "description": "from the complete body to the response"},
-        },
-    }
+    time = {"milliseconds": {"type": "number", "description": "from the complete body to the response"}}
+    one = {"type": "object", "required": [key], "properties": {key: schema}}
+    answer = {"oneOf": [
+        {"type": "object", "required": [key, *time], "properties": {key: schema, **time}},
+        {"type": "object", "required": ["images", *time], "description": "for several images, in order",
+         "properties": {"images": {"type": "array", "items": one}, **time}},
+    ]}  # fmt: skip
     refusals = {status: {"description": text, "content": {"application/json": {"schema": error}}}
                 for status, text in _ERRORS.items()}  # fmt: skip
+    missing = {"404": {"description": "unknown class", "content": {"application/json": {"schema": error}}}}
     picture = {"post": {
-        "summary": "Draws a heatmap of the most likely class",
-        "requestBody": body,
-        "responses": {"200": {"description": "a heatmap", "content": {"image/png": {}}}, **refusals},
+        "summary": "Draws a heatmap of the image regions that a class depends on",
+        "parameters": [
+            {"name": "class", "in": "query", "description": "the class (default: the most likely one)",
+             "schema": class_name},
+            {"name": "format", "in": "query", "description": "json has the image and its heatmap as data URLs",
+             "schema": {"type": "string", "enum": ["png", "json"], "default": "png"}},
+        ],
+        "requestBody": body("image"),
+        "responses": {"200": {"description": "a heatmap", "content": {"image/png": {}, "application/json": {}}},
+                      **refusals, **missing},
     }}  # fmt: skip
     return {
         "openapi": "3.1.0",
@@ -60,12 +81,12 @@ def describe(class_names: Sequence[str], body_bytes: int, explains: bool, task: 
         "paths": {
             "/predict": {
                 "post": {
-                    "summary": "Classifies one image",
+                    "summary": "Classifies images",
                     "parameters": [{
                         "name": "top_k", "in": "query", "description": "how many classes",
                         "schema": {"type": "integer", "minimum": 1, "default": 5},
                     }],
-                    "requestBody": body,
+                    "requestBody": body("image", "images"),
                     "responses": {
                         "200": {"description": "its classes", "content": {"application/json": {"schema": answer}}},
                         **refusals,
@@ -73,7 +94,9 @@ def describe(class_names: Sequence[str], body_bytes: int, explains: bool, task: 
                 }
             },
             **({"/explain": picture} if explains else {}),
-            "/health": {"get": {"summary": "Health check, with the model that is served",
+            "/model": {"get": {"summary": "The model: its name, classes, input and version",
+                               "responses": {"200": {"description": "the model"}}}},
+            "/health": {"get": {"summary": "Health check",
                                 "responses": {"200": {"description": "healthy"}}}},
             "/metrics": {"get": {"summary": "Prometheus metrics",
                                  "responses": {"200": {"description": "text"}}}},
