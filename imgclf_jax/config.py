@@ -18,11 +18,12 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.core.errors import UserError, reason, unknown
 from imgclf_jax.core.split_folders import split_folders as split_folders
+from imgclf_jax.core.typing import Value
 
 log = logging.getLogger(__name__)
 
 # key: (default, meaning). The type of the default is the type of the key.
-KEYS: dict[str, tuple[Any, str]] = {
+KEYS: dict[str, tuple[Value, str]] = {
     "seed": (0, "Seed of every random draw; 0 to 2**32 - 1."),
     "total": ("20 epochs", "How long to train: 'N epochs', 'N steps' or 'N examples' (5k, 1M)."),
     "batch_size": (128, "Examples per step, over all devices and hosts; divisible by the number of devices."),
@@ -220,7 +221,7 @@ def load_file(path_and_arg: str) -> ConfigDict:
     return config.lock()
 
 
-def load_sweep(path_and_arg: str) -> list[dict[str, Any]] | None:
+def load_sweep(path_and_arg: str) -> list[dict[str, Value]] | None:
     """Returns the runs that a config file's `get_sweep()` plans, as a dict of keys each; None without that function.
 
     `path.py:arg` calls `get_sweep(arg)`. Raises UserError unless it returns a non-empty list of dicts.
@@ -260,11 +261,11 @@ def _call(path: str, function: str, arg: str) -> Any:
         raise UserError(f"config file {path}: {type(e).__name__}: {next(iter(str(e).splitlines()), '')}") from e
 
 
-def flatten(config: ConfigDict) -> dict[str, Any]:
+def flatten(config: ConfigDict) -> dict[str, Value]:
     """Returns `{"data.source": …}` for every key; `data.eval` and `data.extra` stay dicts."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, Value] = {}
 
-    def walk(prefix: str, node: Any) -> None:
+    def walk(prefix: str, node: ConfigDict | Value) -> None:
         for name, value in node.items():
             key = f"{prefix}{name}"
             if isinstance(value, ConfigDict) and key not in KEYS:

@@ -2,9 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import metrics, step
 from imgclf_jax.core import memory, processes, rng, spec
 from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.core.typing import Function, PyTree
 from imgclf_jax.data import stream
 from imgclf_jax.methods.gradients import Gradient
 from imgclf_jax.optim import optimizers
@@ -53,18 +53,18 @@ def trace_each_key(recipe: Recipe) -> None:
         known = (jnp.uint32(0), ids, ids) if recipe.with_ids else ()
         return recipe.augment(train=True)(rng.key(0, "augment"), images, *known)
 
-    def mix(images: jax.Array, ids: jax.Array) -> Any:
+    def mix(images: jax.Array, ids: jax.Array) -> PyTree:
         return recipe.mix and recipe.mix(rng.key(0, "mix"), draw(images, ids))
 
     def init_and_update() -> step.TrainState:
         parts = recipe.model, recipe.optimizer, image_shape, 0, recipe.average
         state = step.init_state(*parts, head=recipe.method.predicts)
         gradient = Gradient(lambda params, *_: ((jnp.float32(0), None), params), lambda *_: jnp.float32(0))
-        extra = gradient.extra_arguments(jnp.float32(0), state.params, None, None, rng.key(0, "dropout"))
+        extra = gradient.extra_arguments(jnp.float32(0), state.params, {}, {}, rng.key(0, "dropout"))
         recipe.optimizer.update(state.params, state.opt_state, state.params, **extra)
         return state
 
-    def trace(key: str, function: Callable[..., Any], *args: Any) -> None:
+    def trace(key: str, function: Function, *args: PyTree) -> None:
         try:
             jax.eval_shape(function, *args)
         except UserError:
@@ -112,7 +112,7 @@ def check_finite(
     )
 
 
-def check_size(recipe: Recipe, state: Any, in_memory: bool) -> None:
+def check_size(recipe: Recipe, state: step.TrainState, in_memory: bool) -> None:
     """Raises UserError for an empty parameter and, with `in_memory`, for a state or batch beyond the host's memory.
 
     `state` holds the shapes of the train state. Set `in_memory` if the devices use the host's memory.

@@ -15,13 +15,14 @@ import numpy as np
 
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Array
 from imgclf_jax.losses import SIGMOID, Link, Task
 from imgclf_jax.scores import multilabel
 from imgclf_jax.scores.classification import FromLogits, Scores, label_ranks, predicted_classes
 from imgclf_jax.scores.multilabel import MultilabelScores
 from imgclf_jax.scores.regression import RegressionScores
 
-Sums = dict[str, Any]
+type Sums = dict[str, Any]
 OWN = "own/"  # prefix of the metrics that a method's `evaluate` returns
 NO_STEP = 2**31 - 1  # `nonfinite_step` when every step was finite
 CONFUSION_CLASSES = 1000  # the most classes with a confusion matrix; of 21,841 it would take 1.9 GB per batch
@@ -33,18 +34,18 @@ class Predictions(NamedTuple):
     With several seeds all but the labels and the mask are [seeds + 1, n, …], the ensemble last.
     """
 
-    labels: Any  # i32[n]
-    probabilities: Any  # f32[n, classes]
-    predicted: Any  # i32[n], from the logits: float32 rounds probabilities of distinct large logits to equal ones
-    ranks: Any  # i32[n], of the label among the logits: see `scores.label_ranks`
-    mask: Any = None  # bool[n], False for padding; None without padding
+    labels: Array  # i32[n]
+    probabilities: Array  # f32[n, classes]
+    predicted: Array  # i32[n], from the logits: float32 rounds probabilities of distinct large logits to equal ones
+    ranks: Array  # i32[n], of the label among the logits: see `scores.label_ranks`
+    mask: Array | None = None  # bool[n], False for padding; None without padding
 
     def for_seed(self, i: int) -> "Predictions":
         """The predictions of one of several seeds, or of their ensemble, -1."""
         return self._replace(probabilities=self.probabilities[i], predicted=self.predicted[i], ranks=self.ranks[i])
 
     @property
-    def from_logits(self) -> tuple[Any, Any]:
+    def from_logits(self) -> tuple[Array, Array]:
         """Predicted classes and label ranks, for `scores.Scores`."""
         return self.predicted, self.ranks
 
@@ -55,10 +56,10 @@ class TargetPredictions(NamedTuple):
     With several seeds `outputs` and `ranking` are [seeds + 1, n, k], the ensemble last.
     """
 
-    targets: Any  # f32[n, k]
-    outputs: Any  # f32[n, k]: probabilities, or the values of a regression
-    ranking: Any  # f32[n, k]: orders the examples as the outputs do, but without ties by rounding
-    mask: Any = None  # bool[n], False for padding; None without padding
+    targets: Array  # f32[n, k]
+    outputs: Array  # f32[n, k]: probabilities, or the values of a regression
+    ranking: Array  # f32[n, k]: orders the examples as the outputs do, but without ties by rounding
+    mask: Array | None = None  # bool[n], False for padding; None without padding
 
     def for_seed(self, i: int) -> "TargetPredictions":
         """The predictions of one of several seeds, or of their ensemble, -1."""
@@ -95,7 +96,7 @@ def concatenate[P: AnyPredictions](batches: Sequence[P]) -> P:
     return out
 
 
-def _unpad(values: Any, mask: Any, axis: int) -> Any:
+def _unpad(values: Array, mask: Array | None, axis: int) -> np.ndarray:
     return values[..., mask, :] if axis == -2 else values[..., mask]
 
 
@@ -183,7 +184,7 @@ def classification_sums(logits: jax.Array, labels: jax.Array, values: Mapping[st
     return sums
 
 
-WholeSetMetric = Callable[[Any], Any]  # Predictions or TargetPredictions → a float, or a dict of floats by name
+type WholeSetMetric = Callable[[Any], Any]  # Predictions or TargetPredictions → a float, or a dict of floats by name
 
 
 def mean_over_seeds(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -197,7 +198,7 @@ def mean_over_seeds(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def summarize(
-    sums: Mapping[str, Any],
+    sums: Mapping[str, Array],
     predictions: AnyPredictions | None = None,
     whole_set: Mapping[str, WholeSetMetric] | None = None,
 ) -> dict[str, float]:

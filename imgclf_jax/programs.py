@@ -8,7 +8,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -23,6 +24,7 @@ from imgclf_jax import diagnose, losses, metrics, step
 from imgclf_jax.core import fsdp, platform, sharding, tree
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.once import once
+from imgclf_jax.core.typing import Array, Batch, Chunk, Function, ModelState, Params, PyTree
 from imgclf_jax.data import decode, extra, placement
 from imgclf_jax.data.stream import Images, StreamSpec, eval_images
 from imgclf_jax.models import classifier, norms
@@ -53,7 +55,7 @@ def check(config: ConfigDict) -> None:
 
 
 def programs_for_images(
-    config: ConfigDict, images: Images, mesh: Mesh | None = None, load: Callable[..., Any] | None = None
+    config: ConfigDict, images: Images, mesh: Mesh | None = None, load: Function | None = None
 ) -> "Programs":
     """The programs of a config for these training images, on `mesh` or else on all devices.
 
@@ -88,7 +90,7 @@ class Programs:
         wanted = self.recipe.config.deterministic and self.platform == "gpu"
         return {"xla_gpu_deterministic_ops": True} if wanted else None
 
-    def slow_in_loops(self, jaxpr: Any) -> bool:
+    def slow_in_loops(self, jaxpr: ClosedJaxpr) -> bool:
         """Whether this program runs slower inside a loop on the platform of the mesh."""
         return platform.slow_in_loops(jaxpr, self.platform)
 
@@ -115,7 +117,7 @@ class Programs:
         """The number of device groups that the seeds are split over: one, unless the mesh has an axis `seeds`."""
         return sharding.groups_of_seeds(self.recipe.num_seeds, self.mesh)
 
-    def _matmul_precision(self) -> contextlib.AbstractContextManager[Any]:
+    def _matmul_precision(self) -> contextlib.AbstractContextManager[object]:
         """Inside, float32 matmuls have the config's `matmul_precision`; on CPU they are always float32."""
         asked = self.recipe.config.matmul_precision
         if asked not in _MATMUL_PRECISIONS:
@@ -123,7 +125,7 @@ class Programs:
         return contextlib.nullcontext() if self.platform == "cpu" else jax.default_matmul_precision(asked)
 
     def _init(
-        self, seed: jax.Array, images: jax.Array | None = None, weights: Mapping[str, Any] | None = None
+        self, seed: jax.Array, images: jax.Array | None = None, weights: Mapping[str, Array] | None = None
     ) -> step.TrainState:
         def init(seed: jax.Array) -> step.TrainState:
             recipe, shape = self.recipe, self.recipe.data.image_shape
@@ -136,7 +138,7 @@ class Programs:
         return states
 
     def init_state(
-        self, seed: int | None = None, images: np.ndarray | None = None, weights: Mapping[str, Any] | None = None
+        self, seed: int | None = None, images: np.ndarray | None = None, weights: Mapping[str, Array] | None = None
     ) -> step.TrainState:
         """The train state at step 0.
 
@@ -148,7 +150,7 @@ class Programs:
             state: step.TrainState = self._jitted_init(np.uint32(seed), images, self._sharded(weights))
         return state
 
-    def _sharded(self, weights: Mapping[str, Any] | None) -> dict[str, jax.Array] | None:
+    def _sharded(self, weights: Mapping[str, Array] | None) -> dict[str, jax.Array] | None:
         """Weights by path, sharded like the parameters of one seed, so that no device holds all of them."""
         if weights is None:
             return None
@@ -156,12 +158,12 @@ class Programs:
         return {name: sharding.put(x, shardings[name]) for name, x in weights.items()}
 
     @once
-    def _jitted_init(self) -> Any:
+    def _jitted_init(self) -> jax.stages.Wrapped:
         shardings = jax.tree.map(lambda x: x.sharding, self.state_shape)
         return jax.jit(self._init, out_shardings=shardings, compiler_options=self.compiler_options)
 
     @once
-    def traced_init(self) -> Any:
+    def traced_init(self) -> jax.stages.Traced:
         """`init`, traced but not yet lowered; without weights from elsewhere."""
         wants, data = hasattr(self.recipe.model.backbone, "init_on_images"), self.recipe.data
         images = (min(_FIRST_IMAGES, data.train_examples), *data.image_shape)
@@ -191,7 +193,7 @@ class Programs:
         partition.check_mode(config.shard)
         return partition.build(config.rules.shard, self.recipe.parameters, parts) if parts > 1 else {}
 
-    def gather_at_use(self, function: Callable[..., Any], of_seeds: bool = False) -> Callable[..., Any]:
+    def gather_at_use(self, function: Function, of_seeds: bool = False) -> Function:
         """Wraps `function(params, model_state, batch)` to all-gather each sharded parameter where it is used.
 
         See `core.fsdp`. With `of_seeds` the parameters are [num_seeds, …].
@@ -205,7 +207,7 @@ class Programs:
             function, lambda x: partition.state_shardings(x, self._axes, self.mesh, what, leading)
         )
 
-    def shard_function(self, function: Callable[..., Any], returns_gradients: bool = False) -> Callable[..., Any]:
+    def shard_function(self, function: Function, returns_gradients: bool = False) -> Function:
         """Wraps `function(params, model_state, batch, key, fixed)` to all-gather each parameter where it is used.
 
         With `returns_gradients` it returns (…, gradients), and the gradients are reduce-scattered.
@@ -216,7 +218,7 @@ class Programs:
         if self.recipe.config.shard == "all":
             return fsdp.gather_at_use(function, shardings, returns_gradients, self.fixed_shardings)
 
-        def scattered(params: Any, *args: Any) -> Any:  # else XLA would shard the layers like the gradients
+        def scattered(params: Params, *args: PyTree) -> PyTree:  # else XLA would shard the layers like the gradients
             out = function(self._replicated(params), *args[:-1], self._replicated(args[-1]))
             if not returns_gradients:
                 return out
@@ -224,7 +226,7 @@ class Programs:
 
         return scattered
 
-    def fixed_shardings(self, fixed: Any) -> Any:
+    def fixed_shardings(self, fixed: PyTree) -> PyTree:
         """The shardings of a method's `fixed` arrays: over the mesh's `fsdp`, each along its largest axis."""
         shapes, parts = {name: x.shape for name, x in tree.named_leaves(fixed)}, self.mesh.shape.get("fsdp", 1)
         whole = parts == 1 or self.recipe.config.shard != "all"
@@ -234,7 +236,7 @@ class Programs:
     def _is_sharded(self) -> bool:
         return any(axis is not None for axis in self._axes.values())
 
-    def _replicated(self, tree: Any) -> Any:
+    def _replicated(self, tree: PyTree) -> PyTree:
         if self.mesh.axis_names == ("data",):
             return tree
         return jax.lax.with_sharding_constraint(tree, sharding.replicated(self.mesh))
@@ -248,7 +250,7 @@ class Programs:
         with self.tracing():
             return np.asarray(jax.jit(lambda images: augment(None, images))(first))
 
-    def put(self, tree: Any) -> Any:
+    def put(self, tree: PyTree) -> PyTree:
         """A pytree of small arrays, replicated on the mesh."""
         return sharding.put_replicated(tree, self.mesh)
 
@@ -261,29 +263,29 @@ class Programs:
         sizes = tuple((name, extra.parse(recipe.config, name).batch_size) for name in recipe.data.extra)
         return StreamSpec(recipe.config.seed, recipe.config.batch_size, recipe.num_seeds, recipe.with_ids, extra=sizes)
 
-    def chunks(self, images: Images, ranges: Iterable[range]) -> Iterator[tuple[range, Any]]:
+    def chunks(self, images: Images, ranges: Iterable[range]) -> Iterator[tuple[range, Chunk]]:
         """Yields each range of at most `steps_per_call` steps with its chunk of batches on the devices."""
         place = self.recipe.config.data.placement
         return placement.train_chunks(place, images, self.stream, ranges, self.steps_per_call, self.mesh)
 
-    def chunk_shape(self, size: int) -> Any:
+    def chunk_shape(self, size: int) -> Chunk:
         """The shapes, dtypes and shardings of a chunk of `size` steps."""
         place, data = self.recipe.config.data.placement, self.recipe.data
 
-        def shape(data: DataInfo, spec: StreamSpec) -> Any:
+        def shape(data: DataInfo, spec: StreamSpec) -> Chunk:
             counts = data.train_examples, data.image_shape
             return placement.chunk_shape(place, *counts, spec, size, self.mesh, len(data.target_names))
 
         further = {one.name: shape(data.extra[one.name], one) for one in self.stream.extra_streams}
         return {**shape(data, self.stream), **further}
 
-    def _batch_at(self, chunk: Any, i: jax.Array | int) -> dict[str, Any]:
+    def _batch_at(self, chunk: Chunk, i: jax.Array | int) -> Batch:
         data = self.recipe.data
         further = {name: one.image_shape for name, one in data.extra.items() if name in chunk}  # not in evaluation
         return placement.batch_at(chunk, i, data.image_shape, further)
 
     @once
-    def train_step(self) -> Any:
+    def train_step(self) -> jax.stages.Traced:
         """The traced train step of all seeds: `(state, batch, *fixed) -> (state, sums)`."""
         recipe, fixed = self.recipe, self.fixed_shape  # loads a teacher, so outside of the trace
         with self.tracing(), self.statistics():
@@ -300,19 +302,19 @@ class Programs:
             return jax.jit(train_step).trace(self.state_shape, batch, *fixed)
 
     @once
-    def _fixed_and_shardings(self) -> tuple[Any, ...]:
+    def _fixed_and_shardings(self) -> tuple[PyTree, ...]:
         """(pytree, its shardings) of the method's arrays that are not trained, on the host; or ()."""
         fixed = self.recipe.method.load_fixed()
         return (fixed, self.fixed_shardings(fixed)) if jax.tree.leaves(fixed) else ()
 
     @once
-    def fixed(self) -> tuple[Any, ...]:
+    def fixed(self) -> tuple[PyTree, ...]:
         """The method's arrays that are not trained, sharded on the mesh: (pytree,), or () if there are none."""
         found = self._fixed_and_shardings
         return (jax.tree.map(sharding.put, *found),) if found else ()
 
     @property
-    def fixed_shape(self) -> tuple[Any, ...]:
+    def fixed_shape(self) -> tuple[PyTree, ...]:
         """`fixed` as shapes with shardings; the mesh may be of devices that hold no arrays."""
         if not self._fixed_and_shardings:
             return ()
@@ -321,15 +323,15 @@ class Programs:
         return (jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),)
 
     @once
-    def shape(self) -> dict[str, Any]:
+    def shape(self) -> dict[str, PyTree]:
         """The shapes and shardings of a training checkpoint: {"state": TrainState, "sums": since the last log}."""
         replicated, sums = sharding.replicated(self.mesh), self.train_step.out_info[1]
         sums = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), sums)
         return {"state": self.state_shape, "sums": sums}
 
     def init(
-        self, seed: int | None = None, images: np.ndarray | None = None, weights: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
+        self, seed: int | None = None, images: np.ndarray | None = None, weights: Mapping[str, Array] | None = None
+    ) -> dict[str, PyTree]:
         """What a run starts from: {"state": see `init_state`, "sums": of no step}."""
         return {"state": self.init_state(seed, images, weights), "sums": self.zero_sums()}
 
@@ -357,7 +359,7 @@ class Programs:
         limit = _BYTES_ON_CPU if self.platform == "cpu" else _BYTES_PER_DEVICE * self.mesh.size
         return limit // (rows * math.prod(self.recipe.data.image_shape) + further) or 1
 
-    def _with_layout_pass(self, pure: Callable[..., Any]) -> Callable[..., Any]:
+    def _with_layout_pass(self, pure: Function) -> Function:
         """Applies the CPU layout pass, if the mesh is of CPUs. Call it after differentiation."""
         return rewrite(pure) if self.platform == "cpu" else pure
 
@@ -376,13 +378,15 @@ class Programs:
         return min(asked, self.recipe.total) or max(1, min(_MOST_STEPS, self._steps_in_chunk, self.recipe.total))
 
     @once
-    def traced_train(self) -> Any:
+    def traced_train(self) -> jax.stages.Traced:
         """`train`, traced but not yet lowered. Any machine can lower it for the mesh's platform."""
         split, replicated = sharding.sharded(self.mesh), sharding.replicated(self.mesh)
         shardings = jax.tree.map(lambda x: x.sharding, (self.state_shape, self.shape["sums"]))
         train_step = jax.extend.core.jaxpr_as_fun(self.train_step.jaxpr)  # already traced
 
-        def one_step(i: jax.Array | int, chunk: Any, fixed: Any, state: step.TrainState, sums: metrics.Sums) -> Any:
+        def one_step(
+            i: jax.Array | int, chunk: Chunk, fixed: PyTree, state: step.TrainState, sums: metrics.Sums
+        ) -> tuple[step.TrainState, metrics.Sums]:
             batch = jax.lax.with_sharding_constraint(self._batch_at(chunk, i), split)
             # The barrier compiles the step apart from the reading of its batch, in which programs differ. It holds the
             # step's number too, since XLA hoists a barrier whose operands do not change out of the loop.
@@ -391,7 +395,7 @@ class Programs:
             state, new = jax.tree.unflatten(self.train_step.out_tree, leaves)
             return state, step.add_sums(sums, new)
 
-        def train(state: step.TrainState, sums: metrics.Sums, chunk: Any, steps: jax.Array, *fixed: Any) -> Any:
+        def train(state: step.TrainState, sums: metrics.Sums, chunk: Chunk, steps: jax.Array, *fixed: PyTree) -> PyTree:
             if not self._in_loop:
                 return one_step(0, chunk, fixed, state, sums)
             return jax.lax.fori_loop(0, steps, lambda i, carry: one_step(i, chunk, fixed, *carry), (state, sums))
@@ -403,7 +407,7 @@ class Programs:
             return jitted.trace(self.state_shape, self.shape["sums"], chunk, steps, *self.fixed_shape)
 
     @once
-    def train(self) -> Any:
+    def train(self) -> Function:
         """Compiled `(state, sums, chunk, steps) -> (state, sums)`: trains on the chunk's first `steps` batches.
 
         The metrics of those steps are added to `sums`. The state's buffers are donated. For chunks see `placement`.
@@ -424,7 +428,7 @@ class Programs:
         return sharding.round_up(max(1, min(batch_size, most) // len(self.recipe.views)), self.mesh)
 
     @once
-    def eval_step(self) -> Any:
+    def eval_step(self) -> jax.stages.Traced:
         """The traced eval step: `(params, model_state, batch, *fixed) -> (sums, predictions)`."""
         recipe = self.recipe
         pure = step.make_eval_step(
@@ -448,12 +452,12 @@ class Programs:
             metrics.parse_best(best, len(recipe.data.class_names), recipe.task, own, recipe.method.predicts)
 
     @property
-    def _fixed_of_evaluation(self) -> tuple[Any, ...]:
+    def _fixed_of_evaluation(self) -> tuple[PyTree, ...]:
         """`fixed` if the method's `evaluate` gets it; else (), so that evaluation loads no teacher."""
         return self.fixed if self.recipe.method.evaluate else ()
 
     @property
-    def _fixed_shape_of_evaluation(self) -> tuple[Any, ...]:
+    def _fixed_shape_of_evaluation(self) -> tuple[PyTree, ...]:
         return self.fixed_shape if self.recipe.method.evaluate else ()
 
     @once
@@ -464,26 +468,26 @@ class Programs:
             return 1
         return int(self.recipe.config.steps_per_call) or min(_MOST_STEPS, most)
 
-    def _eval_chunk_shape(self, size: int) -> Any:
+    def _eval_chunk_shape(self, size: int) -> Chunk:
         data = self.recipe.data
         targets = len(data.target_names)
         return placement.eval_chunk_shape(data.image_shape, self.eval_batch_size, size, self.mesh, targets)
 
     @once
-    def traced_eval(self) -> Any:
+    def traced_eval(self) -> jax.stages.Traced:
         """`eval`, traced but not yet lowered."""
         size = self.eval_steps_per_call
         replicated, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
         eval_step = jax.extend.core.jaxpr_as_fun(self.eval_step.jaxpr)  # already traced
 
-        def eval(params: Any, model_state: Any, chunk: Any, steps: jax.Array, *fixed: Any) -> Any:
-            def batch_sums(i: jax.Array | int) -> Any:
+        def eval(params: Params, model_state: ModelState, chunk: Chunk, steps: jax.Array, *fixed: PyTree) -> PyTree:
+            def batch_sums(i: jax.Array | int) -> PyTree:
                 batch = jax.lax.with_sharding_constraint(self._batch_at(chunk, i), split)
                 batch, _ = jax.lax.optimization_barrier((batch, i))  # as in training
                 leaves = eval_step(*jax.tree.leaves((params, model_state, batch, fixed)))
                 return jax.tree.unflatten(self.eval_step.out_tree, leaves)
 
-            def body(i: jax.Array, out: Any) -> Any:
+            def body(i: jax.Array, out: PyTree) -> PyTree:
                 return jax.tree.map(lambda all, new: all.at[i].set(new), out, batch_sums(i))
 
             if size == 1:
@@ -499,7 +503,7 @@ class Programs:
             return jitted.trace(state.params, state.model_state, self._eval_chunk_shape(size), steps, *fixed)
 
     @once
-    def eval(self) -> Any:
+    def eval(self) -> Function:
         """Compiled `(params, model_state, chunk, steps) -> (sums, predictions)` of the chunk's first `steps` batches.
 
         The chunk is {"image": uint8[k, b, h, w, c], "label": i32[k, b], "mask": bool[k, b]} with k =
@@ -526,28 +530,28 @@ class Programs:
         )
 
     @once
-    def predict(self) -> Any:
+    def predict(self) -> jax.stages.Wrapped:
         """Jitted (params, model_state, images) → probabilities f32[b, classes]."""
         return self.jitted(self.pure("predict"))
 
     @once
-    def logits(self) -> Any:
+    def logits(self) -> jax.stages.Wrapped:
         """Jitted (params, model_state, images) → logits f32[b, classes], or [seeds, b, classes]."""
         return self.jitted(self.pure("logits"))
 
     @once
-    def features(self) -> Any:
+    def features(self) -> jax.stages.Wrapped:
         """Jitted (params, model_state, images) → features f32[b, d], or [seeds, b, d]."""
         return self.jitted(self.pure("features"))
 
-    def jitted(self, pure: Callable[..., Any]) -> Any:
+    def jitted(self, pure: Function) -> jax.stages.Wrapped:
         """Jits a pure function (params, model_state, batch) of all seeds.
 
         The batch [b, …] is sharded over the devices, and the results are replicated.
         """
         pure = self._with_layout_pass(self.gather_at_use(pure, of_seeds=True))
 
-        def infer(*args: Any) -> Any:
+        def infer(*args: PyTree) -> jax.Array:
             with self.tracing():
                 return pure(*args)
 

@@ -21,6 +21,7 @@ from imgclf_jax import losses, metrics
 from imgclf_jax.augment import mixing, ops, tta
 from imgclf_jax.core import rng, tree
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Function
 from imgclf_jax.data import extra
 from imgclf_jax.methods import Method, Problem, gradients
 from imgclf_jax.methods import table as methods
@@ -38,7 +39,7 @@ class Recipe:
 
     config: ConfigDict
     data: DataInfo
-    load: Callable[..., Any] | None = None  # `trained.load_teacher`, for a method that loads another run
+    load: Function | None = None  # `trained.load_teacher`, for a method that loads another run
 
     @cached_property
     def total(self) -> int:
@@ -54,7 +55,7 @@ class Recipe:
         size = (self.data.train_examples, self.config.batch_size, self.total)
         return configs.period(self.config[key], key, *size)
 
-    def _steps_for(self, key: str) -> Callable[[Any], int]:
+    def _steps_for(self, key: str) -> Callable[[str], int]:
         return lambda duration: self.steps(key, str(duration), self.total)
 
     @cached_property

@@ -15,6 +15,7 @@ from imgclf_jax import methods, metrics
 from imgclf_jax.augment import mixing, tta
 from imgclf_jax.core import rng, tree
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Batch, Function, ModelState, Params, PyTree, Variables
 from imgclf_jax.losses import SOFTMAX, Link, Loss, Task, at_least_float32, link_of
 from imgclf_jax.methods import Method, gradients
 from imgclf_jax.methods.gradients import Gradient
@@ -24,12 +25,9 @@ from imgclf_jax.optim import weight_averages
 from imgclf_jax.optim.optimizers import promoting, seed_keys
 from imgclf_jax.optim.weight_averages import Average
 
-Batch = dict[str, Any]  # arrays by name; a further stream is a dict of arrays
-Params = Any  # a pytree of arrays: nested dicts, as linen's "params" collection
-ModelState = Any  # every other linen collection by name, such as {"batch_stats": …}
-Augment = Callable[..., jax.Array]  # (key, images uint8[b, h, w, c]) → f32[b, h, w, c]
+type Augment = Callable[..., jax.Array]  # (key, images uint8[b, h, w, c]) → f32[b, h, w, c]
 Outputs = Literal["predict", "logits", "features"]
-Inference = Callable[[Params, ModelState, jax.Array], jax.Array]  # images uint8[b, h, w, c] → f32[b, …]
+type Inference = Callable[[Params, ModelState, jax.Array], jax.Array]  # images uint8[b, h, w, c] → f32[b, …]
 SOWN = ("losses", "metrics")  # collections that a step reads, and that are not part of the state
 
 
@@ -41,10 +39,12 @@ class TrainState(struct.PyTreeNode):
     params: Params
     model_state: ModelState
     opt_state: optax.OptState
-    ema: Any = None  # (params, model_state) to evaluate, such as their EMA; None: evaluate the trained ones
+    ema: tuple[Params, ModelState] | None = (
+        None  # (params, model_state) to evaluate, such as their EMA; None: evaluate the trained ones
+    )
 
     @property
-    def evaluated(self) -> tuple[Any, Any]:
+    def evaluated(self) -> tuple[Params, ModelState]:
         """(params, model_state) for evaluation and inference: `ema` if there is one."""
         return (self.params, self.model_state) if self.ema is None else self.ema
 
@@ -124,7 +124,7 @@ def make_train_step(
     average: Average = weight_averages.NONE,
     mix: mixing.Mix | None = None,
     accumulate: int = 1,
-    shard: Callable[..., Callable[..., Any]] = lambda function, **_: function,
+    shard: Callable[..., Function] = lambda function, **_: function,
     gradient: Callable[[Gradient], Gradient] = lambda gradient: gradient,
     task: Task = Task.CLASSES,
     link: Link = SOFTMAX,
@@ -150,7 +150,9 @@ def make_train_step(
     inputs = make_inputs(augment, mix, learned)
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def loss_fn(params: Any, model_state: Any, part: Batch, key: jax.Array, fixed: Any) -> tuple[jax.Array, Any]:
+    def loss_fn(
+        params: Params, model_state: ModelState, part: Batch, key: jax.Array, fixed: PyTree
+    ) -> tuple[jax.Array, Any]:
         apply = apply_function(learned.loss, model, mutable=[*model_state, *SOWN])
         rngs = {"dropout": key, **rng.init_streams(rng.fold(key, "params"))}  # other streams are drawn from these
         out, changed = apply({"params": params, **model_state}, part, fixed, rngs=rngs)
@@ -159,13 +161,15 @@ def make_train_step(
         loss = functools.reduce(jnp.add, map(jnp.mean, jax.tree.leaves(losses)), _mean_loss(out))
         return loss, (model_state, (out.logits, _named_metrics(out.metrics, sown)))
 
-    def image_gradient(params: Any, model_state: Any, part: Batch, key: jax.Array, fixed: Any) -> jax.Array:
+    def image_gradient(
+        params: Params, model_state: ModelState, part: Batch, key: jax.Array, fixed: PyTree
+    ) -> jax.Array:
         def loss_of_images(images: jax.Array) -> jax.Array:
             return loss_fn(params, model_state, {**part, "image": images}, key, fixed)[0] * len(images)
 
         return jax.grad(loss_of_images)(part["image"])
 
-    def train_step(state: TrainState, batch: Batch, fixed: Any = None) -> tuple[TrainState, metrics.Sums]:
+    def train_step(state: TrainState, batch: Batch, fixed: PyTree = None) -> tuple[TrainState, metrics.Sums]:
         examples = batch["image"].shape[0]
         whole = inputs(state.seed, state.step, batch)
         grad_fn = shard(jax.value_and_grad(loss_fn, has_aux=True), returns_gradients=True)
@@ -212,7 +216,7 @@ def _mean_loss(out: Any) -> jax.Array:
     return jnp.mean(out.values)
 
 
-def _named_metrics(named: Mapping[str, jax.Array], sown: Any) -> metrics.Sums:
+def _named_metrics(named: Mapping[str, jax.Array], sown: PyTree) -> metrics.Sums:
     """The means f32[] of a method's metrics, by name, and of the metrics that modules sow, by path."""
     by_path: dict[str, list[jax.Array]] = {}
     for path, value in traverse_util.flatten_dict(sown, sep="/").items():
@@ -256,7 +260,7 @@ def add_sums(a: metrics.Sums, b: metrics.Sums) -> metrics.Sums:
     return {k: jnp.minimum(a[k], b[k]) if k == "nonfinite_step" else a[k] + b[k] for k in a}
 
 
-def vmap_over_seeds(train_step: Callable[..., Any], num_seeds: int) -> Callable[..., Any]:
+def vmap_over_seeds(train_step: Function, num_seeds: int) -> Function:
     """A train step of `num_seeds` states, [num_seeds, …], and their interleaved batches (see `data.stream`).
 
     All seeds share the method's `fixed` arrays.
@@ -264,7 +268,7 @@ def vmap_over_seeds(train_step: Callable[..., Any], num_seeds: int) -> Callable[
     if num_seeds == 1:
         return train_step
 
-    def step(states: TrainState, batch: Batch, *fixed: Any) -> tuple[TrainState, metrics.Sums]:
+    def step(states: TrainState, batch: Batch, *fixed: PyTree) -> tuple[TrainState, metrics.Sums]:
         own = jax.tree.map(lambda x: x.reshape(-1, num_seeds, *x.shape[1:]), batch)
         result: tuple[TrainState, metrics.Sums] = jax.vmap(train_step, (0, 1, *[None] * len(fixed)))(
             states, own, *fixed
@@ -287,7 +291,7 @@ def make_logits(model: nn.Module, augment: Augment, views: tta.Views = tta.NONE)
     return logits
 
 
-def apply_backbone(model: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
+def apply_backbone(model: nn.Module, variables: Variables, images: jax.Array) -> jax.Array:
     """The features [b, d] of normalized images f32[b, h, w, c], in evaluation mode."""
     out: jax.Array = nn.apply(lambda model, images: model.backbone(images, train=False), model)(variables, images)
     return out
@@ -341,7 +345,7 @@ def make_eval_step(
     """
     logits_of, link = make_logits(model, augment, views), link_of(loss)
 
-    def own_sums(params: Any, model_state: Any, batch: Batch, *fixed: Any) -> metrics.Sums:
+    def own_sums(params: Params, model_state: ModelState, batch: Batch, *fixed: PyTree) -> metrics.Sums:
         if method is None or method.evaluate is None:
             return {}
         given = {**batch, "image": augment(None, batch["image"])}
@@ -350,7 +354,7 @@ def make_eval_step(
         return {metrics.OWN + name: jnp.sum(jnp.where(batch["mask"], x, 0.0)) for name, x in values.items()}
 
     def eval_step(
-        params: Any, model_state: Any, batch: Batch, *fixed: Any
+        params: Params, model_state: ModelState, batch: Batch, *fixed: PyTree
     ) -> tuple[metrics.Sums, metrics.AnyPredictions | None]:
         wanted, mask = batch["label" if task is Task.CLASSES else "target"], batch["mask"]
 

@@ -18,6 +18,7 @@ from PIL import Image
 from imgclf_jax import losses
 from imgclf_jax.core import named_warnings, processes, sharding, tree
 from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.core.typing import JsonObject, Variables
 from imgclf_jax.data import decode, sources, stream
 from imgclf_jax.losses import Task
 from imgclf_jax.methods import Problem
@@ -26,13 +27,14 @@ from imgclf_jax.recipe import Recipe, check_names
 from imgclf_jax.run import provenance
 from imgclf_jax.run.checkpoint import Checkpoints, Gone
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.step import Outputs, apply_backbone
+from imgclf_jax.step import Outputs, TrainState, apply_backbone
 from imgclf_jax.weights import pretrained
 
 log = logging.getLogger(__name__)
 
 # A file, its bytes, uint8[h, w, c] or [h, w], or Pillow's image.
-ImageLike = str | os.PathLike[str] | bytes | np.ndarray | Image.Image
+type ImageLike = str | os.PathLike[str] | bytes | np.ndarray | Image.Image
+type Tasks = list[concurrent.futures.Future[list[np.ndarray | UserError]]]
 
 _BATCH = 128
 _AHEAD = 4  # batches that are decoded before the device has asked for them
@@ -55,7 +57,7 @@ class Trained(NamedTuple):
     """
 
     programs: Programs
-    state: Any
+    state: TrainState
     step: int
 
     def __repr__(self) -> str:
@@ -119,12 +121,12 @@ class Trained(NamedTuple):
         """
         return self._all("predict", images, 0)
 
-    def best(self, probabilities: np.ndarray, top_k: int) -> list[dict[str, Any]]:
+    def best(self, probabilities: np.ndarray, top_k: int) -> list[JsonObject]:
         """The `top_k` classes by probability f32[classes], as [{"class", "probability"}]; ties go by index."""
         order = np.argsort(-probabilities, kind="stable")[:top_k]
         return [{"class": self.class_names[c], "probability": round(float(probabilities[c]), 6)} for c in order]
 
-    def describe(self, outputs: np.ndarray, top_k: int = 3, threshold: float | np.ndarray = 0.5) -> dict[str, Any]:
+    def describe(self, outputs: np.ndarray, top_k: int = 3, threshold: float | np.ndarray = 0.5) -> JsonObject:
         """One image's outputs f32[k] as JSON, by the task.
 
         {"predictions": [{"class", "probability"}]}, in descending order: the `top_k` classes, or for multi-label runs
@@ -190,11 +192,11 @@ class Trained(NamedTuple):
         size = sharding.round_up(min(self.config.batch_size, _BATCH), mesh)
         rows = sharding.rows_here(size, mesh)
 
-        def begin(pool: concurrent.futures.Executor, start: int, some: tuple[ImageLike, ...]) -> list[Any]:
+        def begin(pool: concurrent.futures.Executor, start: int, some: tuple[ImageLike, ...]) -> Tasks:
             mine = [(start + int(row), some[row]) for row in rows if row < len(some)]
             return [pool.submit(self._prepare_some, task) for task in itertools.batched(mine, _TASK)]
 
-        def compute(some: tuple[ImageLike, ...], tasks: list[Any]) -> tuple[Any, dict[int, str]]:
+        def compute(some: tuple[ImageLike, ...], tasks: Tasks) -> tuple[jax.Array, dict[int, str]]:
             batch = np.zeros((rows.size, *data.image_shape), np.uint8)  # one shape, so one compilation
             here: dict[int, str] = {}
             for place, image in enumerate(itertools.chain.from_iterable(task.result() for task in tasks)):
@@ -208,7 +210,9 @@ class Trained(NamedTuple):
                 raise UserError("the processes found different images: all must be given the same, on a shared disk")
             return out, {int(row): text for _, errors in told for row, text in errors.items()}
 
-        def results(some: tuple[ImageLike, ...], out: Any, errors: dict[int, str]) -> Iterator[np.ndarray | UserError]:
+        def results(
+            some: tuple[ImageLike, ...], out: jax.Array, errors: dict[int, str]
+        ) -> Iterator[np.ndarray | UserError]:
             values = np.asarray(jax.device_get(out))
             for row, image in enumerate(some):
                 value = values[..., row, :]
@@ -222,7 +226,7 @@ class Trained(NamedTuple):
         with contextlib.ExitStack() as stack:
             pool = concurrent.futures.ThreadPoolExecutor(self.config.data.threads or os.cpu_count())
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-            ahead: deque[tuple[tuple[ImageLike, ...], list[Any]]] = deque()
+            ahead: deque[tuple[tuple[ImageLike, ...], Tasks]] = deque()
             pending: tuple[Any, ...] | None = None
             failure: list[Exception] = []
 
@@ -314,11 +318,11 @@ def load_teacher(problem: Problem, run: str, checkpoint: str = "", trust: bool =
         )
     params, model_state = found.state.evaluated
 
-    def apply(variables: Any, images: jax.Array) -> jax.Array:
+    def apply(variables: Variables, images: jax.Array) -> jax.Array:
         found.programs.check_predicts()
         return losses.at_least_float32(recipe.model.apply(variables, images, train=False))
 
-    def features(variables: Any, images: jax.Array) -> jax.Array:
+    def features(variables: Variables, images: jax.Array) -> jax.Array:
         return losses.at_least_float32(apply_backbone(recipe.model, variables, images))
 
     return {"variables": {"params": params, **model_state}, "apply": apply, "features": features,
@@ -379,11 +383,11 @@ def _programs(config: ConfigDict, workdir: Workdir) -> Programs:
     return Programs(recipe, sharding.make_inference_mesh(config.mesh))
 
 
-def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs) -> tuple[Any, int]:
+def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs) -> tuple[TrainState, int]:
     metric = config.checkpoint.best
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, metric, read_only=True)
     steps, best = processes.broadcast_from_process_0(
-        "choosing a checkpoint", lambda: [checkpoints.steps(), checkpoints.best_step()]
+        "choosing a checkpoint", lambda: (checkpoints.steps(), checkpoints.best_step())
     )
     names = {"latest": steps[-1] if steps else None, "best": best, "": best}
     step = names.get(which, int(which) if which.isdecimal() else None)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from imgclf_jax.augment import photometric, policies, tpu_slides
 from imgclf_jax.core import kinds, platform, rng, spec
@@ -122,7 +123,7 @@ def random_erasing(
     return jnp.where(inside, jnp.asarray(fill, images.dtype), images)
 
 
-def _noise(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def _noise(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """Uniform bytes, or normal floats on 2**16 levels.
 
     Each random word is split into two or four values, which takes at most a third of the time of a word per value.

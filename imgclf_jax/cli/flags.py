@@ -6,6 +6,8 @@ from typing import Any
 
 from absl import flags
 
+from imgclf_jax.core.typing import Value
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -13,7 +15,7 @@ class Flag:
 
     text: str
     value: str = ""
-    default: Any = ""
+    default: Value = ""
     least: Any = None  # the smallest allowed number
     choices: tuple[str, ...] = ()
     many: bool = False  # may be repeated; its values make a list

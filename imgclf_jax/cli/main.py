@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
@@ -20,6 +21,7 @@ from imgclf_jax.cli.words import CommandLine, UsageError
 from imgclf_jax.core import signals
 from imgclf_jax.core.errors import UserError, reason, unknown
 from imgclf_jax.core.text import prepare_streams, printable
+from imgclf_jax.core.typing import JsonObject, Value
 from imgclf_jax.run import environment
 
 _CLONE = Path(__file__).parents[2]  # of the repository; an installed package has no launch.py there
@@ -131,12 +133,12 @@ def _run(argv: list[str], program: str, program_command: list[str]) -> int:
     return _dispatch(name, config, None if without_run else workdir, given, files, called)
 
 
-def _module(command: str) -> Any:
+def _module(command: str) -> ModuleType:
     return importlib.import_module(f"imgclf_jax.{table.module_of(command)}")
 
 
 def _dispatch(
-    name: str, config: ConfigDict, workdir: Any, given: dict[str, Any], files: list[str], called: CommandLine
+    name: str, config: ConfigDict, workdir: Any, given: dict[str, Value], files: list[str], called: CommandLine
 ) -> int:
     """Runs a command. `workdir` is the path of a work directory, a Record, or None."""
     command = COMMANDS[name]
@@ -170,7 +172,7 @@ def _dispatch(
 
 
 def _join(
-    agreed: dict[str, Any],
+    agreed: JsonObject,
     coordinator: str,
     count: int | None,
     process: int | None,

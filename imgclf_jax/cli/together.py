@@ -2,15 +2,15 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 from imgclf_jax.core import processes
+from imgclf_jax.core.typing import Value
 from imgclf_jax.run import provenance, terminal
 
 
 @contextlib.contextmanager
 def join(
-    given: dict[str, Any], coordinator: str, count: int | None, process: int | None, devices: str, heartbeat: int
+    given: dict[str, Value], coordinator: str, count: int | None, process: int | None, devices: str, heartbeat: int
 ) -> Iterator[None]:
     """Joins the other processes (see `processes.start`) and sets up logging. If one process fails, all end.
 

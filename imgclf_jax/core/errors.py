@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
 
 
 class UserError(ValueError):
@@ -19,7 +18,7 @@ class Untrusted(UserError):
 _MAX_SHOWN = 200  # characters
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """The repr of a value for a message, with long text truncated."""
     return repr(f"{value[:_MAX_SHOWN]}…" if isinstance(value, str) and len(value) > _MAX_SHOWN else value)
 

@@ -15,18 +15,20 @@ Results differ only by the order of sums over devices.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
-from jax.extend.core import Literal
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 from jax.sharding import NamedSharding, PartitionSpec
 
-from imgclf_jax.core.jaxprs import INLINED, bind, inner
+from imgclf_jax.core.jaxprs import INLINED, Atom, bind, dtype_of, inner
+from imgclf_jax.core.typing import Function, Params, PyTree
 
-Shardings = Callable[[Any], Any]  # a pytree of arrays → a pytree of NamedSharding
+type Shardings = Callable[[PyTree], PyTree]  # a pytree of arrays → a pytree of NamedSharding
+type Gathered = dict[Hashable, Any]  # the arrays of one use: shards by index, and what was computed from them
 _FIXED = 3  # the index of `fixed` among the arguments after `params`: (model_state, batch, key, fixed)
 
 _EXPENSIVE = frozenset({"dot_general", "conv_general_dilated", "sort", "fft", "cholesky", "qr", "svd", "eigh",
@@ -34,11 +36,11 @@ _EXPENSIVE = frozenset({"dot_general", "conv_general_dilated", "sort", "fft", "c
 
 
 def gather_at_use(
-    function: Callable[..., Any],
+    function: Function,
     shardings: Shardings,
     returns_gradients: bool = False,
     fixed_shardings: Shardings | None = None,
-) -> Callable[..., Any]:
+) -> Function:
     """Wraps `function(params, model_state, batch, *rest)` to all-gather sharded parameters at each use.
 
     - `shardings(params)` returns a pytree of NamedSharding like `params`; replicated parameters do not change.
@@ -49,14 +51,14 @@ def gather_at_use(
     """
 
     @functools.wraps(function)
-    def gathered(params: Any, *args: Any) -> Any:
+    def gathered(params: Params, *args: PyTree) -> PyTree:
         closed, shape = jax.make_jaxpr(function, return_shape=True)(params, *args)
         own = _sharded(shardings(params))
         fixed = _sharded([(fixed_shardings or shardings)(x) for x in args[_FIXED:]])
         first = len(closed.jaxpr.outvars) - len(own)
         gradients = {first + i: s for i, s in enumerate(own) if s is not None} if returns_gradients else {}
 
-        def evaluate(evaluation: "_Evaluation", params: Any, *args: Any) -> list[Any]:
+        def evaluate(evaluation: "_Evaluation", params: Params, *args: PyTree) -> list[jax.Array]:
             shards = jax.tree.leaves((params, args[_FIXED:]))
             parameters = evaluation.parameters(shards, [*own, *fixed])
             known = [_Known(x, number == 1) for number, arg in enumerate(args[:_FIXED]) for x in jax.tree.leaves(arg)]
@@ -70,7 +72,7 @@ def gather_at_use(
     return gathered
 
 
-def _sharded(shardings: Any) -> list[NamedSharding | None]:
+def _sharded(shardings: PyTree) -> list[NamedSharding | None]:
     """The sharding of each leaf; None for a replicated one."""
     return [None if s.is_fully_replicated else s for s in jax.tree.leaves(shardings)]
 
@@ -78,7 +80,7 @@ def _sharded(shardings: Any) -> list[NamedSharding | None]:
 class _Known:
     """An array of the program, which barriers replace; `of_batch` if it depends on the batch."""
 
-    def __init__(self, array: Any, of_batch: bool = False):
+    def __init__(self, array: jax.Array, of_batch: bool = False):
         self.array, self.of_batch = array, of_batch
 
 
@@ -88,23 +90,26 @@ class _Deferred:
     `compute(gathered)` returns its array; `gathered` caches the arrays of this use, including the parameters' shards.
     """
 
-    def __init__(self, needs: frozenset[int], compute: Callable[[dict[Any, Any]], Any]):
+    def __init__(self, needs: frozenset[int], compute: Callable[[Gathered], jax.Array]):
         self.needs, self.compute = needs, compute
 
 
 class _Parameter(_Deferred):
     """A sharded parameter, or its cast to `dtype`."""
 
-    def __init__(self, number: int, sharding: NamedSharding, dtype: Any):
+    def __init__(self, number: int, sharding: NamedSharding, dtype: np.dtype):
         super().__init__(frozenset({number}), self.gather)
         self.number, self.sharding, self.dtype = number, sharding, dtype
 
-    def gather(self, gathered: dict[Any, Any]) -> Any:
+    def gather(self, gathered: Gathered) -> jax.Array:
         key = (self.number, self.dtype)
         if key not in gathered:
             shard = lax.with_sharding_constraint(gathered[self.number].astype(self.dtype), self.sharding)
             gathered[key] = lax.with_sharding_constraint(shard, NamedSharding(self.sharding.mesh, PartitionSpec()))
         return gathered[key]
+
+
+type Operand = _Known | _Deferred
 
 
 class _Evaluation:
@@ -113,24 +118,26 @@ class _Evaluation:
     def __init__(self, order: list[frozenset[int]], dry: bool = False):
         self.order, self.dry = order, dry
         self.uses = 0  # so far
-        self.shards: list[Any] = []
-        self.ordered: dict[int, Any] = {}  # the shards of the next use, ordered after the activations of the last
+        self.shards: list[jax.Array] = []
+        self.ordered: Gathered = {}  # the shards of the next use, ordered after the activations of the last
         self.complete: tuple[list[_Known], list[_Known]] = [], []  # gradients before the last use, and after it
 
-    def parameters(self, shards: Sequence[Any], shardings: Sequence[NamedSharding | None]) -> list[Any]:
+    def parameters(self, shards: Sequence[jax.Array], shardings: Sequence[NamedSharding | None]) -> list[Operand]:
         """The parameters as values of the program."""
         self.shards = list(shards)
         return [_Known(x) if sharding is None else _Parameter(i, sharding, x.dtype)
                 for i, (x, sharding) in enumerate(zip(shards, shardings, strict=True))]  # fmt: skip
 
-    def run(self, closed: Any, operands: Sequence[Any], gradients_at: dict[int, NamedSharding]) -> list[Any]:
+    def run(
+        self, closed: ClosedJaxpr, operands: Sequence[Operand], gradients_at: dict[int, NamedSharding]
+    ) -> list[Operand]:
         """The results of a closed jaxpr. `gradients_at` has the shardings of those that are gradients, by index."""
         jaxpr = closed.jaxpr
-        values: dict[Any, Any] = dict(zip(jaxpr.constvars, map(_Known, closed.consts), strict=True))
+        values: dict[Var, Operand] = dict(zip(jaxpr.constvars, map(_Known, closed.consts), strict=True))
         values.update(zip(jaxpr.invars, operands, strict=True))
         gradients = {v: s for i, s in gradients_at.items() if not isinstance(v := jaxpr.outvars[i], Literal)}
 
-        def read(atom: Any) -> Any:
+        def read(atom: Atom) -> Operand:
             return _Known(atom.val) if isinstance(atom, Literal) else values[atom]
 
         for equation in jaxpr.eqns:
@@ -144,7 +151,7 @@ class _Evaluation:
                         self.complete[1].append(value)
         return [read(atom) for atom in jaxpr.outvars]
 
-    def apply(self, equation: Any, operands: list[Any], gradients: dict[Any, NamedSharding]) -> list[Any]:
+    def apply(self, equation: JaxprEqn, operands: list[Operand], gradients: dict[Var, NamedSharding]) -> list[Operand]:
         """The results of one equation."""
         primitive = equation.primitive
         if primitive.name in INLINED:
@@ -159,11 +166,11 @@ class _Evaluation:
         arrays = [x.array if isinstance(x, _Known) else x.compute(gathered) for x in operands]
         return [_Known(x, of_batch) for x in bind(equation, arrays)]
 
-    def use(self, needs: frozenset[int], activations: Sequence[_Known] = ()) -> dict[Any, Any]:
+    def use(self, needs: frozenset[int], activations: Sequence[_Known] = ()) -> Gathered:
         """The shards of the parameters that a use needs. Orders those of the next use after its activations."""
         if self.dry:
             self.order.append(needs)
-        shards: dict[Any, Any] = {i: lax.optimization_barrier(self.shards[i]) for i in needs - self.ordered.keys()}
+        shards: Gathered = {i: lax.optimization_barrier(self.shards[i]) for i in needs - self.ordered.keys()}
         shards |= {i: self.ordered[i] for i in needs & self.ordered.keys()}
         self.uses += 1
         self.ordered = {}
@@ -176,20 +183,20 @@ class _Evaluation:
             self.complete = self.complete[1], []
         return shards
 
-    def force(self, x: Any) -> Any:
+    def force(self, x: Operand) -> jax.Array:
         """The array of a value, computed if it is deferred."""
         return x.array if isinstance(x, _Known) else x.compute(self.use(x.needs))
 
 
-def _deferred(equation: Any, operands: Sequence[Any], needs: frozenset[int]) -> list[Any]:
+def _deferred(equation: JaxprEqn, operands: Sequence[Operand], needs: frozenset[int]) -> list[Operand]:
     """The deferred results of an equation."""
     if equation.primitive.name == "convert_element_type" and type(operands[0]) is _Parameter:
-        x, dtype = operands[0], equation.outvars[0].aval.dtype
+        x, dtype = operands[0], dtype_of(equation.outvars[0])
         if dtype.itemsize < x.dtype.itemsize:
             return [_Parameter(x.number, x.sharding, dtype)]
     key = object()
 
-    def compute(index: int, gathered: dict[Any, Any]) -> Any:
+    def compute(index: int, gathered: Gathered) -> jax.Array:
         if key not in gathered:
             arrays = [x.array if isinstance(x, _Known) else x.compute(gathered) for x in operands]
             gathered[key] = bind(equation, arrays)
@@ -198,6 +205,6 @@ def _deferred(equation: Any, operands: Sequence[Any], needs: frozenset[int]) -> 
     return [_Deferred(needs, functools.partial(compute, i)) for i in range(len(equation.outvars))]
 
 
-def _is_cheap(equation: Any) -> bool:
+def _is_cheap(equation: JaxprEqn) -> bool:
     """Whether an equation only moves or maps elements, so it is recomputed instead of its result kept."""
     return equation.primitive.name not in _EXPENSIVE and not equation.effects and not inner(equation)

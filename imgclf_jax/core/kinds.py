@@ -20,11 +20,12 @@ op is the same at all steps, so the op can fold in the ids or epochs of its exam
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Function
 
 PLAIN, RANDOM, BY_EXAMPLE = "plain", "random", "by_example"
 
@@ -32,22 +33,22 @@ PLAIN, RANDOM, BY_EXAMPLE = "plain", "random", "by_example"
 _RANDOM_NAMES = ("key", "keys", "rng", "rngs", "rng_key", "prng", "prng_key", "generator", "seed")
 
 
-def random[Op: Callable[..., Any]](op: Op) -> Op:
+def random[Op: Function](op: Op) -> Op:
     """Declares a random op: `(key, images, …)`, or `(rng, image, …)` on the host."""
     return _declare(op, RANDOM)
 
 
-def by_example[Op: Callable[..., Any]](op: Op) -> Op:
+def by_example[Op: Function](op: Op) -> Op:
     """Declares a device op that draws by example: `(key, images, ids, epochs, …)`, with one key for all steps."""
     return _declare(op, BY_EXAMPLE)
 
 
-def _declare[Op: Callable[..., Any]](op: Op, kind: str) -> Op:
+def _declare[Op: Function](op: Op, kind: str) -> Op:
     op.op_kind = kind  # type: ignore[attr-defined]
     return op
 
 
-def kind_of(op: Callable[..., Any]) -> str:
+def kind_of(op: Function) -> str:
     """The declared kind of an op, or of the function that it wraps or binds; PLAIN without a declaration."""
     if isinstance(op, functools.partial) and not hasattr(op, "op_kind"):
         return kind_of(op.func)

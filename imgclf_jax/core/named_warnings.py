@@ -5,7 +5,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TextIO
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,12 @@ def install() -> None:
 
 
 def _show(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
 ) -> None:
     if not (name := getattr(_thread, "name", None)):
         return _default(message, category, filename, lineno, file, line)

@@ -9,15 +9,13 @@ from typing import Any
 class once[T](functools.cached_property[T]):
     """`functools.cached_property` with a lock: while one thread computes the value, the others wait for it.
 
-    The lock is shared by all instances of a class. An exception is raised to who asked, and the next one tries again.
+    All instances of a class share the lock. If the function raises, the next access calls it again.
     """
 
     def __init__(self, function: Callable[[Any], T]):
         super().__init__(function)
         self._lock = threading.RLock()
 
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        if instance is None:
-            return self
+    def __get__(self, instance: object, owner: type | None = None) -> T:  # type: ignore[override]
         with self._lock:
             return super().__get__(instance, owner)

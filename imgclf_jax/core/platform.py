@@ -5,15 +5,15 @@ traced, lowered, exported and compiled on any machine.
 """
 
 import functools
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 import jax
 from jax import lax
+from jax.extend.core import ClosedJaxpr
 from jax.sharding import AbstractMesh, Mesh
 
 from imgclf_jax.core import jaxprs
+from imgclf_jax.core.typing import Function, PyTree
 
 # The platform and `compute_capability`: parts of the key of JAX's caches of what was traced.
 _traced_for = jax.make_user_context(("", 0.0))
@@ -50,23 +50,23 @@ def tracing_for(platform: str, compute_capability: float = 0.0) -> AbstractConte
     return context
 
 
-def traced_for(platform: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def traced_for(platform: str, function: Function) -> Function:
     """`function`, whose tracing enters `tracing_for(platform)`, in whatever thread it takes place."""
 
     @functools.wraps(function)
-    def traced(*args: Any, **kwargs: Any) -> Any:
+    def traced(*args: object, **kwargs: object) -> PyTree:
         with tracing_for(platform):
             return function(*args, **kwargs)
 
     return traced
 
 
-def cpu_barrier(x: Any) -> Any:
+def cpu_barrier(x: PyTree) -> PyTree:
     """The pytree x. On CPU it is computed by itself, and not fused into what reads it; elsewhere XLA decides."""
     return lax.optimization_barrier(x) if current() == "cpu" else x
 
 
-def slow_in_loops(jaxpr: Any, platform: str) -> bool:
+def slow_in_loops(jaxpr: ClosedJaxpr, platform: str) -> bool:
     """Whether a program holds an operation that is slow inside of a loop on this platform.
 
     On CPU that is XLA's own convolution: with its gradients it takes up to a hundred times as long there.

@@ -25,6 +25,7 @@ import jax
 from imgclf_jax.core import internals, rendezvous, signals
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.text import redirect_native_output
+from imgclf_jax.core.typing import Json, JsonObject
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def _end_with_status_1() -> None:
     libc.signal(int(signal.SIGABRT), _handler)
 
 
-_handler: Any = None  # kept, since C has a pointer to it
+_handler: object = None  # kept, since C has a pointer to it
 
 
 def _name(process: int) -> str:
@@ -137,7 +138,7 @@ def _name(process: int) -> str:
 # What process 0 decides, and where all wait.
 
 
-def broadcast_from_process_0(what: str, function: Callable[[], Any], wait: float = WAIT) -> Any:
+def broadcast_from_process_0[T: Json](what: str, function: Callable[[], T], wait: float = WAIT) -> T:
     """Returns what `function`, called in process 0 alone, returns there: a JSON value.
 
     All processes call this, in the same order. Raises UserError if process 0 takes more than `wait` seconds. An error
@@ -149,7 +150,7 @@ def broadcast_from_process_0(what: str, function: Callable[[], Any], wait: float
     return _get(call, what, 0, wait) if index() else _set(call, what, function())
 
 
-def gather(what: str, value: Any, wait: float = WAIT) -> list[Any]:
+def gather(what: str, value: Json, wait: float = WAIT) -> list[Json]:
     """All-gathers a JSON value: the values of all processes, in the order of their numbers."""
     if _count == 1:
         return [value]
@@ -165,7 +166,7 @@ def refuse(what: str, fault: str, fix: str = ALIKE, wait: float = WAIT) -> None:
 
 
 def agree(
-    what: str, facts: Callable[[], dict[str, Any]], wait: float = WAIT, fix: str = ALIKE, in_both: bool = False
+    what: str, facts: Callable[[], JsonObject], wait: float = WAIT, fix: str = ALIKE, in_both: bool = False
 ) -> None:
     """Raises the same UserError in all processes, naming the process and the fact, unless all have equal facts.
 
@@ -188,13 +189,13 @@ def barrier(what: str, wait: float = WAIT) -> None:
     gather(what, None, wait)
 
 
-def once_a_host(what: str, function: Callable[[], Any]) -> Any:
+def once_a_host[T: Json](what: str, function: Callable[[], T]) -> T:
     """Calls `function` in process 0, then in one process of each other host, then in the remaining ones.
 
     So one process prepares what lies on a disk, whether the disk is local to a host or shared.
     """
     place = 0 if index() == 0 else 1 if _hosts.index(_hosts[index()]) == index() else 2
-    result = None
+    result: Json = None
     for turn in range(3 if _count > 1 else 1):
         if place == turn:
             result = function()
@@ -211,13 +212,13 @@ def _client() -> Any:
     return internals.coordination_state().client
 
 
-def _set(call: int, what: str, value: Any) -> Any:
+def _set(call: int, what: str, value: Json) -> Json:
     said = json.dumps([what, value])
     _client().key_value_set(f"imgclf_jax/call/{call}/{index()}", said)
     return json.loads(said)[1]
 
 
-def _get(call: int, what: str, process: int, wait: float) -> Any:
+def _get(call: int, what: str, process: int, wait: float) -> Json:
     try:
         said = _client().blocking_key_value_get(f"imgclf_jax/call/{call}/{process}", int(wait * 1000))
     except Exception as e:
@@ -232,12 +233,12 @@ def _get(call: int, what: str, process: int, wait: float) -> Any:
     return value
 
 
-def publish(name: str, value: Any) -> None:
+def publish(name: str, value: Json) -> None:
     """Publishes a JSON value to all processes. A name can be used once."""
     _client().key_value_set(f"imgclf_jax/put/{name}", json.dumps(value))
 
 
-def published(folder: str) -> dict[str, Any]:
+def published(folder: str) -> JsonObject:
     """The values published so far under `folder/NAME`, by NAME."""
     found = _client().key_value_dir_get(f"imgclf_jax/put/{folder}")
     return {key.rpartition("/")[2]: json.loads(value) for key, value in found}

@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import JsonObject
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def meet(address: str, number: int, process: int, patience: float) -> None:
 def _receive(where: tuple[str, int], number: int, process: int, patience: float) -> None:
     """In process 0: waits for the others and tells them the outcome."""
     port, end = where[1], time.monotonic() + patience
-    callers: dict[int, tuple[Any, str]] = {}  # the stream and the host of each
+    callers: dict[int, tuple[socket.SocketIO, str]] = {}  # the stream and the host of each
     fault, late = "", time.monotonic() + _PATIENT
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(_listen(where, number))
@@ -89,7 +90,7 @@ def _listen(where: tuple[str, int], number: int) -> socket.socket:
         time.sleep(0.2)
 
 
-def _greet(server: socket.socket, stack: contextlib.ExitStack) -> tuple[Any, dict[str, Any]] | None:
+def _greet(server: socket.socket, stack: contextlib.ExitStack) -> tuple[socket.SocketIO, JsonObject] | None:
     """Accepts a connection: its stream and what the caller says; None if it is no process of a run."""
     connection, _ = server.accept()
     connection.settimeout(_READ)
@@ -105,7 +106,7 @@ def _greet(server: socket.socket, stack: contextlib.ExitStack) -> tuple[Any, dic
     return stack.enter_context(contextlib.closing(stream)), told
 
 
-def _find_fault(told: dict[str, Any], number: int, callers: dict[int, tuple[Any, str]]) -> str:
+def _find_fault(told: JsonObject, number: int, callers: dict[int, tuple[socket.SocketIO, str]]) -> str:
     process, host = told["process"], told["host"]
     if told["number"] != number:
         return (f"process {process} (host {host}) was given --num_processes={told['number']}, process 0 (host "
@@ -117,7 +118,7 @@ def _find_fault(told: dict[str, Any], number: int, callers: dict[int, tuple[Any,
     return ""
 
 
-def _say(stream: Any, fault: str) -> None:
+def _say(stream: socket.SocketIO, fault: str) -> None:
     with contextlib.suppress(OSError):
         stream.write(json.dumps(fault).encode() + b"\n")
 
@@ -175,7 +176,7 @@ def _await_service(where: tuple[str, int]) -> None:
         time.sleep(0.01)
 
 
-def _heed(stream: Any, name: str) -> None:
+def _heed(stream: socket.SocketIO, name: str) -> None:
     """Waits for the outcome from process 0, or for its end."""
     try:
         fault = json.loads(stream.readline())

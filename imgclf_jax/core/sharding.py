@@ -8,15 +8,15 @@ import contextlib
 import logging
 import math
 import re
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from imgclf_jax.core.errors import UserError, reason, unknown
+from imgclf_jax.core.typing import Batch, Function, PyTree, State
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def groups_of_seeds(num_seeds: int, mesh: Mesh) -> int:
     return groups
 
 
-def over_seeds(here: Callable[..., Any], num_seeds: int, mesh: Mesh) -> Callable[..., Any]:
+def over_seeds(here: Function, num_seeds: int, mesh: Mesh) -> Function:
     """The train step of all seeds, where each group of devices computes seeds of its own.
 
     `here` is `step.vmap_over_seeds` of a group's seeds. With one seed a group it is the train step of a single run,
@@ -97,7 +97,7 @@ def over_seeds(here: Callable[..., Any], num_seeds: int, mesh: Mesh) -> Callable
     if groups == 1:
         return here
 
-    def own(states: Any, batch: Any, *fixed: Any) -> Any:  # [seeds here, …], [b, seeds here, …]
+    def own(states: State, batch: Batch, *fixed: PyTree) -> PyTree:  # [seeds here, …], [b, seeds here, …]
         if num_seeds > groups:
             return here(states, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch), *fixed)
         one = here(jax.tree.map(lambda x: x.squeeze(0), states), jax.tree.map(lambda x: x.squeeze(1), batch), *fixed)
@@ -106,7 +106,7 @@ def over_seeds(here: Callable[..., Any], num_seeds: int, mesh: Mesh) -> Callable
     by_group, of_batch = PartitionSpec("seeds"), PartitionSpec(None, "seeds")
     lies = NamedSharding(mesh, PartitionSpec("data" if "data" in mesh.shape else None, "seeds"))
 
-    def of_all(states: Any, batch: Any, *fixed: Any) -> Any:
+    def of_all(states: State, batch: Batch, *fixed: PyTree) -> PyTree:
         batch = jax.tree.map(lambda x: x.reshape(-1, num_seeds, *x.shape[1:]), batch)
         grouped = jax.shard_map(own, mesh=mesh, in_specs=(by_group, of_batch, *[PartitionSpec()] * len(fixed)),
                                 out_specs=by_group, axis_names={"seeds"}, check_vma=False)  # fmt: skip
@@ -160,22 +160,22 @@ def rows_here(size: int, mesh: Mesh) -> np.ndarray:
     return np.concatenate([np.arange(*own, dtype=np.int64) for own in sorted(edges)])
 
 
-def put_batch(batch: dict[str, Any], mesh: Mesh, axis: int = 0) -> dict[str, Any]:
+def put_batch(batch: Batch, mesh: Mesh, axis: int = 0) -> Batch:
     """The rows of this process to global arrays, split over the devices along `axis`; the copy is asynchronous.
 
     `batch` holds arrays, or dicts of arrays with another number of rows.
     """
     split = sharded(mesh, axis)
-    placed: dict[str, Any] = jax.tree.map(lambda rows: jax.make_array_from_process_local_data(split, rows), batch)
+    placed: Batch = jax.tree.map(lambda rows: jax.make_array_from_process_local_data(split, rows), batch)
     return placed
 
 
-def put_replicated(tree: Any, mesh: Mesh) -> Any:
+def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
     """A pytree of arrays that each process has, to arrays that are whole on every device."""
     return jax.tree.map(lambda x: put(x, replicated(mesh)), tree)
 
 
-def put(x: Any, sharding: NamedSharding) -> jax.Array:
+def put(x: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
     """An array that each process has, to a global array with this sharding."""
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
@@ -183,7 +183,7 @@ def put(x: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def fetch(x: Any) -> np.ndarray:
+def fetch(x: ArrayLike) -> np.ndarray:
     """A global array to NumPy, whole in every process. All processes call this."""
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)

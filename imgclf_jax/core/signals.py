@@ -14,10 +14,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from types import FrameType
+from typing import NoReturn
 
 log = logging.getLogger(__name__)
 
+type Handler = Callable[[int, FrameType | None], object] | int | None
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 SAME = 2.0  # seconds in which signals are one request: `uv run` passes on what the terminal sends to the whole group
 
@@ -131,7 +133,7 @@ def noted(losing: Callable[[], str], grace: float = 0.0) -> Iterator[Callable[[]
     """
     global _now, _pipe
     own = _pipe is None and threading.current_thread() is threading.main_thread()
-    before: dict[int, Any] = {}
+    before: dict[int, Handler] = {}
     if own:
         before = {number: signal.getsignal(number) for number in SIGNALS}
         thread = install()
@@ -150,7 +152,7 @@ def noted(losing: Callable[[], str], grace: float = 0.0) -> Iterator[Callable[[]
         _now = _Requests(began=requests.began)
 
 
-def _pass_on(number: int, frame: Any) -> None:
+def _pass_on(number: int, frame: FrameType | None) -> None:
     """Python's handler, in the main thread."""
     if _pipe is not None:
         _now.note(number)

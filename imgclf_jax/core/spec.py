@@ -14,16 +14,17 @@ import io
 import itertools
 import re
 import tokenize
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from imgclf_jax.core.errors import Untrusted, UserError, shown, unknown
+from imgclf_jax.core.typing import Function, Value
 
 _CALL = re.compile(r"\s*([A-Za-z_][\w.]*(?::[A-Za-z_]\w*)?)\s*(\(.*\))?\s*", re.DOTALL)
 
 
-Table = Mapping[str, Any]  # the registry of one kind: functions and classes by name
+type Table = Mapping[str, Any]  # the registry of one kind: functions and classes by name
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Call:
     """One `name(args, **kwargs)` of a spec; `str()` returns text that parses to an equal Call."""
 
     name: str
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    args: tuple[Value, ...] = ()
+    kwargs: dict[str, Value] = field(default_factory=dict)
 
     def __str__(self) -> str:
         parts = [repr(a) for a in self.args] + [f"{k}={v!r}" for k, v in self.kwargs.items()]
@@ -102,7 +103,7 @@ def _parse_call(part: str, text: str) -> Call:
     return Call(name, args, kwargs)
 
 
-def _literal(node: ast.expr, text: str) -> Any:
+def _literal(node: ast.expr, text: str) -> Value:
     try:
         value = ast.literal_eval(node)
         if ast.literal_eval(repr(value)) == value:  # unlike inf, which has no literal: specs must round-trip
@@ -166,7 +167,7 @@ def check_download(name: str, what: str) -> None:
         check_trusted(what)
 
 
-def lookup(call: Call, table: Table, kind: str) -> Callable[..., Any]:
+def lookup(call: Call, table: Table, kind: str) -> Function:
     """Looks up the function or class that `call` names, in `table` or by import path; UserError if there is none."""
     if ":" not in call.name:
         if call.name not in table:
@@ -220,7 +221,7 @@ def bind(
     return functools.partial(function, *call.args, **call.kwargs)
 
 
-def parameters(function: Callable[..., Any], call: Call, kind: str) -> Mapping[str, inspect.Parameter]:
+def parameters(function: Function, call: Call, kind: str) -> Mapping[str, inspect.Parameter]:
     """The parameters of the function that `call` names; UserError if Python does not know them."""
     try:
         return inspect.signature(function).parameters
@@ -241,6 +242,6 @@ def occurrences(calls: Sequence[Call]) -> list[int]:
     return [[c.name for c in calls[:i]].count(call.name) for i, call in enumerate(calls)]
 
 
-def takes(function: Callable[..., Any], first: str) -> bool:
+def takes(function: Function, first: str) -> bool:
     """Whether the first parameter of a function has this name."""
     return next(iter(inspect.signature(function).parameters), None) == first

@@ -2,18 +2,18 @@
 
 import concurrent.futures
 import functools
-from typing import Any
+from types import ModuleType
 
 
 @functools.cache
-def tensorflow() -> concurrent.futures.Future[Any]:
+def tensorflow() -> concurrent.futures.Future[ModuleType | None]:
     """The module, or None where it is not installed; the first call begins the import.
 
     All that needs TensorFlow, or a library that imports it, waits for this first: two threads that import it at once
     can see halves of it.
     """
 
-    def load() -> Any:
+    def load() -> ModuleType | None:
         try:
             import tensorflow
         except ImportError:

@@ -2,41 +2,42 @@
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from imgclf_jax.core import sharding
+from imgclf_jax.core.typing import Function, PyTree
 
 
-def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
     """`(path, leaf)` of every leaf, sorted by path; the parts of a path are joined by `/`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return sorted(((_name(path), leaf) for path, leaf in leaves), key=lambda pair: pair[0])
 
 
-def join(path: Iterable[Any]) -> str:
+def join(path: Iterable[object]) -> str:
     """The name of the leaf at these keys; an `nnx.List` numbers its modules."""
     return "/".join(map(str, path))
 
 
-def map_named(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+def map_named(function: Function, tree: PyTree, *others: PyTree) -> PyTree:
     """`jax.tree.map` with the leaf's path, as in `named_leaves`, as the function's first argument."""
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(_name(path), *leaves), tree, *others)
 
 
-def _name(path: Any) -> str:
+def _name(path: jax.tree_util.KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def replace(tree: Any, named: Mapping[str, Any]) -> Any:
+def replace(tree: PyTree, named: Mapping[str, Any]) -> PyTree:
     """`tree` with its leaves replaced by those in `named`, whose keys are the paths of `named_leaves`."""
     return map_named(named.get, tree)
 
 
-def sha256(tree: Any) -> str:
+def sha256(tree: PyTree) -> str:
     """A SHA-256 over the sorted paths, dtypes, shapes and bytes of all leaves.
 
     If arrays are sharded over processes, all processes call this.

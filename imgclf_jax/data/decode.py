@@ -178,7 +178,8 @@ HOST_OPS: dict[str, Callable] = {
     "inception_crop": tf_image.inception_crop,
 }
 
-HostOps = Callable[[bytes | np.ndarray, int, int], np.ndarray]
+type Undecoded = bytes | np.ndarray | Image.Image
+type HostOps = Callable[[Undecoded, int, int], np.ndarray]
 
 _GIVEN = {kinds.PLAIN: ("image",), kinds.RANDOM: ("rng", "image")}
 
@@ -196,7 +197,7 @@ def build(text: str) -> tuple[HostOps, bool]:
     streams = [f"preprocess/{call.name}/{i}" for call, i in zip(calls, spec.occurrences(calls), strict=True)]
     is_random = [kinds.kind_of(op) == kinds.RANDOM for op in ops]
 
-    def apply(image: bytes | np.ndarray, seed: int, position: int) -> np.ndarray:
+    def apply(image: Undecoded, seed: int, position: int) -> np.ndarray:
         try:
             for call, op, random, stream in zip(calls, ops, is_random, streams, strict=True):  # noqa: B007  named below
                 image = op(rng.generator(seed, stream, position), image) if random else op(image)

@@ -13,9 +13,8 @@ from flax import linen as nn
 from flax import struct
 
 from imgclf_jax.core.errors import Untrusted, UserError
+from imgclf_jax.core.typing import Batch, Function, Initializer, PyTree, Variables
 from imgclf_jax.losses import SOFTMAX, Link, Task
-
-Batch = dict[str, Any]
 
 
 class Loss(struct.PyTreeNode):
@@ -56,17 +55,17 @@ class Method:
       `evaluate`, `features` and `probe` use the backbone, and keys that act on predictions are refused.
     """
 
-    loss: Callable[[Any, Batch, Any], Loss]
+    loss: Callable[[Any, Batch, PyTree], Loss]  # the bound module of `model` first
     inputs: Callable[[jax.Array, Batch, Callable[..., jax.Array]], Batch] | None = None
     model: Callable[[nn.Module, "Problem"], nn.Module] | None = None
-    evaluate: Callable[[Any, Batch, Any], Mapping[str, jax.Array]] | None = None
-    fixed: Any = None
+    evaluate: Callable[[Any, Batch, PyTree], Mapping[str, jax.Array]] | None = None
+    fixed: PyTree = None
     predicts: bool = True
     mixes: bool = False
     freeze: str = ""
-    merge: Callable[[Any], Any] | None = None
+    merge: Callable[[Variables], Variables] | None = None
 
-    def load_fixed(self) -> Any:
+    def load_fixed(self) -> PyTree:
         """Returns the pytree `fixed`. Call it outside of a trace."""
         return self.fixed() if callable(self.fixed) else self.fixed
 
@@ -79,13 +78,13 @@ class Problem:
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]  # (h, w, c) of the model's inputs
     total: int  # steps of the run
-    head_init: Callable[..., Any]  # the initializer of the head's kernel, from the key `model`
+    head_init: Initializer  # the initializer of the head's kernel, from the key `model`
     supervised: Callable[[jax.Array, Batch], jax.Array]  # (logits, batch) → f32[b]: the key `loss`, mixing included
     steps: Callable[[str], int]  # a duration such as '5%' or '3 epochs' → whole steps, rounded up
     normalization: str  # the ops of the key `augment` that evaluation applies too
     task: Task
     build_augment: Callable[[str], Callable[..., jax.Array]] = field(repr=False)  # spec → (key, images) → images
-    loader: Callable[..., Any] | None = field(default=None, repr=False)
+    loader: Function | None = field(default=None, repr=False)
     link: Link = SOFTMAX  # maps logits to probabilities, from the key `loss`
     mix: Callable[[jax.Array, Batch], Batch] = lambda key, batch: batch  # mixes f32 images and labels by the key `mix`
 

@@ -1,12 +1,11 @@
 """Knowledge distillation from a teacher's logits and, optionally, its features."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import PyTree
 from imgclf_jax.losses import SIGMOID, SOFTMAX, at_least_float32
 from imgclf_jax.methods import Batch, Loss, Method, Problem, Teacher
 from imgclf_jax.models.classifier import Classifier
@@ -55,7 +54,7 @@ def distill(
                         "neither; use a loss such as 'softmax' or 'sigmoid'")  # fmt: skip
     trained = problem.load(teacher)
 
-    def loss(model: Any, batch: Batch, fixed: Any) -> Loss:
+    def loss(model: Student, batch: Batch, fixed: PyTree) -> Loss:
         student_features = model.features(batch["image"], train=True)  # [b, d]
         logits = at_least_float32(model.head(student_features))  # [b, classes]
         teacher_logits = trained.apply(fixed, batch["image"])
@@ -92,7 +91,7 @@ def _sigmoid_kl(teacher: jax.Array, student: jax.Array) -> jax.Array:
 _DIVERGENCES = {SOFTMAX: _softmax_kl, SIGMOID: _sigmoid_kl}
 
 
-def _check_teacher(teacher: Teacher, problem: Problem, run: str, width: int) -> Any:
+def _check_teacher(teacher: Teacher, problem: Problem, run: str, width: int) -> jax.ShapeDtypeStruct:
     """Returns the teacher's variables. Raises UserError if it does not fit this problem."""
     if teacher.class_names != problem.class_names:
         raise UserError(f"method: the teacher {run} knows {teacher.classes} classes "

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import PyTree
 from imgclf_jax.losses import SOFTMAX, Task, at_least_float32
 from imgclf_jax.methods import Batch, Loss, Method, Problem
 
@@ -54,7 +55,7 @@ def fixmatch(
         }
         return {**batch, "image": augment(labeled_key, batch["image"]), STREAM: views}
 
-    def loss(model: Any, batch: Batch, fixed: Any) -> Loss:
+    def loss(model: Any, batch: Batch, fixed: PyTree) -> Loss:
         views = batch[STREAM]
         images = [batch["image"], views["weak"], views["strong"]]
         logits, weak, strong = forward_together(lambda x: model(x, train=True), images)

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from imgclf_jax.core import platform
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Arguments, Batch, ModelState, Params
 
 # (params, model_state, batch, key) → ((loss f32[], aux), grads); transforms pass `aux` through.
-GradientFunction = Callable[..., Any]
+type GradientFunction = Callable[[Params, ModelState, Batch, jax.Array], Any]
 
 
 def _no_pixel_range() -> tuple[jax.Array, jax.Array]:
@@ -41,31 +42,33 @@ class Gradient:
     images: Callable[..., jax.Array]
     pixel_range: Callable[[], tuple[jax.Array, jax.Array]] = _no_pixel_range
 
-    def __call__(self, params: Any, model_state: Any, batch: Any, key: jax.Array) -> Any:
+    def __call__(self, params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> Any:
         return self.function(params, model_state, batch, key)
 
-    def value(self, model_state: Any, batch: Any, key: jax.Array) -> Callable[[Any], jax.Array]:
+    def value(self, model_state: ModelState, batch: Batch, key: jax.Array) -> Callable[[Params], jax.Array]:
         """Returns the loss f32[] as a function of the parameters whose derivative is this gradient."""
 
         @jax.custom_vjp
-        def value(params: Any) -> jax.Array:
+        def value(params: Params) -> jax.Array:
             return self(params, model_state, batch, key)[0][0]
 
-        def forward(params: Any) -> tuple[jax.Array, Any]:
+        def forward(params: Params) -> tuple[jax.Array, Params]:
             (loss, _), grads = self(params, model_state, batch, key)
             return loss, grads
 
-        def backward(grads: Any, loss: jax.Array) -> tuple[Any]:
+        def backward(grads: Params, loss: jax.Array) -> tuple[Params]:
             return (jax.tree.map(lambda g: g * loss.astype(g.dtype), grads),)
 
         value.defvjp(forward, backward)
 
-        def value_fn(params: Any, grad_fn: Any = None, obj_fn: Any = None) -> jax.Array:
+        def value_fn(params: Params, grad_fn: object = None, obj_fn: object = None) -> jax.Array:
             return value(params)  # optax's line searches pass all extra arguments
 
         return value_fn
 
-    def extra_arguments(self, value: Any, grads: Any, model_state: Any, batch: Any, key: jax.Array) -> dict[str, Any]:
+    def extra_arguments(
+        self, value: jax.Array, grads: Params, model_state: ModelState, batch: Batch, key: jax.Array
+    ) -> Arguments:
         """optax's extra arguments of an update: `value`, `grad`, `value_fn` (Sophia's `obj_fn`) and `grad_fn`."""
         value_fn = self.value(model_state, batch, key)
         return {
@@ -77,7 +80,7 @@ class Gradient:
         }
 
 
-def _split(batch: Any, parts: int) -> Any:
+def _split(batch: Batch, parts: int) -> Batch:
     """Splits [b, …] → [parts, b / parts, …]; microbatch i takes every `parts`-th example from i.
 
     So each microbatch has an equal share of the examples on every device.
@@ -99,8 +102,8 @@ def accumulate(gradient: GradientFunction, parts: int) -> GradientFunction:
     if parts == 1:
         return gradient
 
-    def mean_gradient(params: Any, model_state: Any, batch: Any, key: jax.Array) -> Any:
-        def add(carry: tuple[Any, Any], part: tuple[jax.Array, Any]) -> Any:
+    def mean_gradient(params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> Any:
+        def add(carry: tuple[Params, ModelState], part: tuple[jax.Array, Batch]) -> Any:
             total, model_state = carry
             out, grads = gradient(params, model_state, part[1], jax.random.fold_in(key, part[0]))
             loss, (model_state, (logits, named)) = out
@@ -123,8 +126,8 @@ def accumulate_images(gradient: Callable[..., jax.Array], parts: int) -> Callabl
     if parts == 1:
         return gradient
 
-    def gradients(params: Any, model_state: Any, batch: Any, key: jax.Array) -> jax.Array:
-        def one(_: None, part: tuple[jax.Array, Any]) -> tuple[None, jax.Array]:
+    def gradients(params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> jax.Array:
+        def one(_: None, part: tuple[jax.Array, Batch]) -> tuple[None, jax.Array]:
             return None, gradient(params, model_state, part[1], jax.random.fold_in(key, part[0]))
 
         _, out = jax.lax.scan(one, None, (jnp.arange(parts), _split(batch, parts)), unroll=_unroll())

@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from flax import traverse_util
 
 from imgclf_jax.core import rng, spec, tree
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Params, Variables
 from imgclf_jax.methods import Method, Problem
 from imgclf_jax.methods.supervised import supervised
 from imgclf_jax.models.classifier import Classifier
@@ -65,16 +65,16 @@ class Adapted(nn.Module):
         kernels = match_kernels(base_params, self.pattern)
         adapters = self.param(_ADAPTERS, lambda key: init_adapters(key, kernels, self.rank))
 
-        def merged(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+        def merged(variables: Variables) -> Variables:
             return {**variables, "params": add(variables["params"], adapters, self.alpha / self.rank)}
 
-        def call(base: nn.Module) -> Any:
+        def call(base: nn.Module) -> jax.Array:
             return base(images, train=train)
 
         return nn.map_variables(call, "params", merged)(self.base)
 
 
-def match_kernels(params: Mapping[str, Any], pattern: str) -> dict[str, tuple[int, ...]]:
+def match_kernels(params: Params, pattern: str) -> dict[str, tuple[int, ...]]:
     """The shapes of the kernels of a backbone whose paths match `pattern`, by path below `backbone/`.
 
     Raises UserError if the pattern matches nothing, or a parameter that is no kernel.
@@ -88,7 +88,7 @@ def match_kernels(params: Mapping[str, Any], pattern: str) -> dict[str, tuple[in
     return {name.removeprefix("backbone/"): shapes[name] for name in matched}
 
 
-def init_adapters(key: jax.Array, kernels: Mapping[str, tuple[int, ...]], rank: int) -> dict[str, Any]:
+def init_adapters(key: jax.Array, kernels: Mapping[str, tuple[int, ...]], rank: int) -> Params:
     """Initializes {"a": f32[d, rank], "b": f32[rank, f]} below the path of each kernel; b is zero."""
     uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # ±1 / sqrt(d)
     flat = {}
@@ -98,21 +98,21 @@ def init_adapters(key: jax.Array, kernels: Mapping[str, tuple[int, ...]], rank: 
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def add(params: Mapping[str, Any], adapters: Mapping[str, Any], scale: float) -> dict[str, Any]:
+def add(params: Params, adapters: Params, scale: float) -> Params:
     """Merges adapters into a backbone's parameters: W + scale * A B for each adapted kernel W."""
     pairs = dict(tree.named_leaves(adapters))
 
-    def merged(path: str, x: Any) -> Any:
+    def merged(path: str, x: jax.Array) -> jax.Array:
         if f"{path}/a" not in pairs:
             return x
         product = jnp.matmul(pairs[f"{path}/a"], pairs[f"{path}/b"], precision="float32")
         return x + scale * product.reshape(x.shape)
 
-    plain: dict[str, Any] = tree.map_named(merged, {name: x for name, x in params.items() if name != _ADAPTERS})
+    plain: Params = tree.map_named(merged, {name: x for name, x in params.items() if name != _ADAPTERS})
     return plain
 
 
-def merge(variables: Mapping[str, Any], scale: float) -> dict[str, Any]:
+def merge(variables: Variables, scale: float) -> Params:
     """The variables of the equivalent plain Classifier."""
     params = variables["params"]
     backbone = add(params["backbone"], params["backbone"][_ADAPTERS], scale)

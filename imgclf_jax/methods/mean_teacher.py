@@ -1,13 +1,13 @@
 """Mean teacher: consistency between the model and the moving average of its weights."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import PyTree
 from imgclf_jax.methods import Batch, Loss, Method, Problem
 from imgclf_jax.methods.fixmatch import STREAM, check_task, forward_together, unlabeled_stream
 from imgclf_jax.models.classifier import Classifier
@@ -23,7 +23,7 @@ class Averaged(Classifier):
 
     def setup(self) -> None:
         super().setup()
-        self.average: Any = self.variable("teacher", "average", dict)
+        self.average: nn.Variable[dict[str, PyTree]] = self.variable("teacher", "average", dict)
         self.updated = self.variable("teacher", "updated", lambda: jnp.int32(_NEVER))
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -33,7 +33,7 @@ class Averaged(Classifier):
         return logits
 
     @property
-    def student(self) -> dict[str, Any]:
+    def student(self) -> dict[str, PyTree]:
         """The variables of the plain Classifier: parameters and running statistics."""
         return {
             collection: {name: value for name, value in variables.items() if name in ("backbone", "head")}
@@ -64,7 +64,7 @@ class Averaged(Classifier):
         plain = Classifier(backbone, self.num_classes, self.dtype, self.head_init, parent=None)
         teacher = self.average.value
         if not train:
-            out: Any = plain.apply(teacher, images, train=False)
+            out: PyTree = plain.apply(teacher, images, train=False)
             return jax.lax.stop_gradient(out)
         rngs = {"dropout": self.make_rng("dropout"), "params": self.make_rng("params")}
         state = [collection for collection in teacher if collection != "params"]
@@ -102,7 +102,7 @@ def mean_teacher(problem: Problem, decay: float = 0.999, weight: float = 100.0, 
             out[STREAM] = {"image": first, "second_view": second}
         return out
 
-    def loss(model: Any, batch: Batch, fixed: Any) -> Loss:
+    def loss(model: Averaged, batch: Batch, fixed: PyTree) -> Loss:
         step = batch["step"][0]
         model.update_teacher(step, decay)
         streams = [batch, batch[STREAM]] if STREAM in batch else [batch]
@@ -113,7 +113,7 @@ def mean_teacher(problem: Problem, decay: float = 0.999, weight: float = 100.0, 
         return Loss(problem.supervised(student[0], batch) + scale * consistency, student[0],
                     {"consistency": consistency, "consistency_weight": scale})  # fmt: skip
 
-    def evaluate(model: Any, batch: Batch, fixed: Any) -> Mapping[str, jax.Array]:
+    def evaluate(model: Averaged, batch: Batch, fixed: PyTree) -> Mapping[str, jax.Array]:
         labels = batch["label"] if "label" in batch else jnp.argmax(batch["target"], -1)
         return {"teacher_accuracy": (jnp.argmax(model.teach(batch["image"]), -1) == labels).astype(jnp.float32)}
 

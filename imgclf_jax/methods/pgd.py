@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from imgclf_jax.core import platform, rng
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Batch, ModelState, Params, Value
 from imgclf_jax.methods.gradients import Gradient, GradientFunction
 
 # (gradient, images f32[b, h, w, c], keys [b], low, high, …) → f32[b, h, w, c], see `attack`
@@ -32,7 +33,7 @@ def pgd(
     radius, size = _sizes("gradient", eps, steps, step_size)
     low, high = gradient.pixel_range()
 
-    def adversarial(params: Any, model_state: Any, batch: Any, key: jax.Array) -> Any:
+    def adversarial(params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> tuple[Any, Params]:
         def image_gradient(images: jax.Array) -> jax.Array:
             return gradient.images(params, model_state, {**batch, "image": images}, key)
 
@@ -77,7 +78,7 @@ def _ascend(
     lower = jnp.maximum(images - radius * unit, jnp.minimum(images, low))
     upper = jnp.minimum(images + radius * unit, jnp.maximum(images, high))
 
-    def ascend(_: Any, x: jax.Array) -> jax.Array:
+    def ascend(_: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.clip(x + size * unit * jnp.sign(gradient(x)), lower, upper)
 
     start = images
@@ -88,7 +89,7 @@ def _ascend(
     return jax.lax.fori_loop(0, steps, ascend, start, unroll=True if slow else None)
 
 
-def _sizes(where: str, eps: Any, steps: Any, step_size: Any) -> tuple[float, float]:
+def _sizes(where: str, eps: Value, steps: Value, step_size: Value) -> tuple[float, float]:
     """Returns (eps, step_size) as numbers. Raises UserError, prefixed with `where`, for invalid arguments."""
     if not isinstance(steps, int) or steps < 1:
         raise UserError(f"{where}: pgd(steps={steps!r}): must be an integer of 1 or more")
@@ -96,7 +97,7 @@ def _sizes(where: str, eps: Any, steps: Any, step_size: Any) -> tuple[float, flo
     return radius, 2.5 * radius / steps if step_size is None else _length(where, "step_size", step_size)
 
 
-def _length(where: str, name: str, value: Any) -> float:
+def _length(where: str, name: str, value: Value) -> float:
     fraction = re.fullmatch(r"\s*(\d+\.?\d*)\s*/\s*(\d+)\s*", value) if isinstance(value, str) else None
     number = float(fraction[1]) / int(fraction[2]) if fraction and int(fraction[2]) else value
     if not isinstance(number, int | float) or not 0 < number <= 1:

@@ -9,6 +9,7 @@ import optax
 
 from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Batch, ModelState, Params
 from imgclf_jax.methods.gradients import Gradient, GradientFunction
 
 _WEIGHTS = ("kernel", "scale", "embedding")  # linen's names for PyTorch's `weight`
@@ -34,7 +35,7 @@ def asam(gradient: Gradient, rho: float = 0.5, eta: float = 0.01) -> GradientFun
     """
     _check("asam", rho=rho, eta=eta)
 
-    def scaled(params: Any, grads: Any) -> Any:
+    def scaled(params: Params, grads: Params) -> Params:
         def scale(name: str, w: jax.Array, g: jax.Array) -> jax.Array:
             return (jnp.abs(w) + eta) * g if name.rpartition("/")[2] in _WEIGHTS else g
 
@@ -43,10 +44,10 @@ def asam(gradient: Gradient, rho: float = 0.5, eta: float = 0.01) -> GradientFun
     return _at_worst_point(gradient, rho, scaled)
 
 
-def _at_worst_point(gradient: Gradient, rho: float, scaled: Callable[[Any, Any], Any]) -> GradientFunction:
+def _at_worst_point(gradient: Gradient, rho: float, scaled: Callable[[Params, Params], Params]) -> GradientFunction:
     """Returns the gradient at w + rho T² g / ‖T g‖; `scaled(w, x)` computes T x."""
 
-    def sharp(params: Any, model_state: Any, batch: Any, key: jax.Array) -> Any:
+    def sharp(params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> tuple[Any, Params]:
         out, grads = gradient(params, model_state, batch, key)
         once = scaled(params, grads)
         size = rho / jnp.maximum(optax.tree.norm(once), 1e-12)  # a zero gradient perturbs nothing

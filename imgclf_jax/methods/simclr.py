@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import PyTree
 from imgclf_jax.methods import Batch, Loss, Method, Problem
 from imgclf_jax.models.classifier import Classifier
 
@@ -40,7 +42,7 @@ def contrastive(
         first, second = (augment(k, batch["image"]) for k in jax.random.split(key))
         return {**batch, "image": first, "second_view": second}
 
-    def loss(model: Any, batch: Batch, fixed: Any) -> Loss:
+    def loss(model: Any, batch: Batch, fixed: PyTree) -> Loss:
         if len(batch["image"]) < 2:
             raise UserError(f"method: {name} contrasts the images of a batch, and this one has a single image; raise "
                             "batch_size or lower accumulate")  # fmt: skip
@@ -104,7 +106,7 @@ class Projector(nn.Module):
 
     width: int
     hidden: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:

@@ -1,12 +1,13 @@
 """The airbench94 network, a CIFAR-10 speed record when published (Jordan 2024, arXiv:2404.00498)."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
+from imgclf_jax.core.typing import Arguments, ModuleDef, Params
 from imgclf_jax.models import parts
 from imgclf_jax.models.layers import Conv, gelu, max_pool
 from imgclf_jax.models.norms import BatchNorm
@@ -15,7 +16,7 @@ _GROUP_PARTS = {"norm": parts.NORM, "activation": parts.ACTIVATION}
 _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default
 
 
-def _dirac(key: jax.Array, shape: tuple[int, int, int, int], dtype: Any = jnp.float32) -> jax.Array:
+def _dirac(key: jax.Array, shape: tuple[int, int, int, int], dtype: DTypeLike = jnp.float32) -> jax.Array:
     """A kernel [kh, kw, c, f], f ≥ c, that copies its inputs to the first c outputs; the other outputs are random."""
     kh, kw, c, _ = shape
     kernel = _uniform(key, shape, dtype).at[..., :c].set(0)
@@ -26,14 +27,14 @@ class ConvGroup(nn.Module):
     """Conv 3×3, max-pool 2×2, norm, GELU, conv 3×3, norm, GELU; convolutions have no bias."""
 
     features: int
-    dtype: Any = jnp.float32
-    norm: Any = BatchNorm
+    dtype: DTypeLike = jnp.float32
+    norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
     swappable = _GROUP_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        settings: dict[str, Any] = {"use_bias": False, "dtype": self.dtype, "kernel_init": _dirac}
+        settings: Arguments = {"use_bias": False, "dtype": self.dtype, "kernel_init": _dirac}
         norm = parts.norms(self.norm, dtype=self.dtype)
         x = max_pool(Conv(self.features, 3, **settings, name="conv1")(x), 2, 2)
         x = self.activation(norm("norm1")(x, train))
@@ -56,26 +57,26 @@ class AirBench(nn.Module):
 
     widths: tuple[int, ...] = (64, 256, 256)
     scale: float = 1 / 9
-    dtype: Any = jnp.float32
-    block: Any = ConvGroup
-    norm: Any = BatchNorm
+    dtype: DTypeLike = jnp.float32
+    block: ModuleDef = ConvGroup
+    norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
     swappable = _AIRBENCH_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        settings: dict[str, Any] = {"dtype": self.dtype, "kernel_init": _uniform}
+        settings: Arguments = {"dtype": self.dtype, "kernel_init": _uniform}
         norm = parts.norms(self.norm, momentum=0.6, epsilon=1e-12, use_scale=False, dtype=self.dtype)
         whiten = Conv(8 * x.shape[-1], 2, padding="VALID", **settings, name="whiten")
         x = self.activation(whiten(x))
-        passed: dict[str, Any] = {"norm": norm, "activation": self.activation, "dtype": self.dtype}
+        passed: Arguments = {"norm": norm, "activation": self.activation, "dtype": self.dtype}
         for i, width in enumerate(self.widths):
             x = parts.make(self.block, f"group{i + 1}", features=width, **passed)(x, train)
         x = max_pool(x, 3, 3)
         return x.reshape(x.shape[0], -1) * jnp.asarray(self.scale, self.dtype)
 
     @staticmethod
-    def init_on_images(params: Any, images: jax.Array) -> Any:
+    def init_on_images(params: Params, images: jax.Array) -> Params:
         """Returns `params` with the whitening kernel computed from normalized images f32[n, h, w, c].
 
         The filters are the eigenvectors of the covariance of all 2×2 patches in order of decreasing eigenvalue, each

@@ -1,7 +1,5 @@
 """Multi-head self-attention, in the fastest form for the platform: cuDNN, XLA, or the CPU layout."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -48,7 +46,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 @_attend.defjvp
-def _attend_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _attend_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     """Keeps only q, k, v and the maps, in v's dtype, for the backward pass; all its matmuls are in that dtype."""
     q, k, v = primals
     d_q, d_k, d_v = tangents

@@ -1,11 +1,12 @@
 """The small backbones CNN, MLP and RNN, and the table of all backbones: images [b, h, w, c] → features [b, d]."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.models.airbench import AirBench
@@ -29,7 +30,7 @@ class CNN(nn.Module):
     widths: tuple[int, ...] = (32, 64)
     hidden: int = 64
     kernel: int = 3
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -49,7 +50,7 @@ class MLP(nn.Module):
 
     widths: tuple[int, ...] = (512, 512)
     dropout: float = 0.0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     swappable = _ACTIVATION
 
@@ -72,7 +73,7 @@ class RNN(nn.Module):
     cell: str = "lstm"
     features: int = 128
     layers: int = 1
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -80,7 +81,7 @@ class RNN(nn.Module):
         if self.cell not in cells:
             raise UserError(unknown("rnn cell", self.cell, cells))
 
-        def zeros(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        def zeros(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
             return jnp.zeros(shape, self.dtype)  # linen would use the dtype of the parameters
 
         x = x.reshape(*x.shape[:2], -1)  # [b, h, w * c]

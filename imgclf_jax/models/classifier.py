@@ -5,15 +5,17 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Arguments, Function, Initializer, PyTree
 from imgclf_jax.models import parts
 from imgclf_jax.models.backbones import BACKBONES
 
@@ -23,7 +25,7 @@ _MOST_PARAMETERS = 2**30
 _MOST_BATCH_BYTES = 2**30  # all seeds together
 
 # Initializers of the head's kernel [d, num_classes]. Its bias starts at zero.
-HEAD_INITS: dict[str, Callable[..., Any]] = {
+HEAD_INITS: dict[str, Function] = {
     "glorot_uniform": nn.initializers.glorot_uniform,
     "normal": nn.initializers.normal,
     "pytorch_linear": lambda: nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),  # ± 1 / sqrt(d)
@@ -39,8 +41,8 @@ class Classifier(nn.Module):
 
     backbone: nn.Module
     num_classes: int
-    dtype: Any = jnp.float32
-    head_init: Callable[..., Any] = nn.initializers.glorot_uniform()
+    dtype: DTypeLike = jnp.float32
+    head_init: Initializer = nn.initializers.glorot_uniform()
 
     def setup(self) -> None:
         self.head = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=self.head_init)
@@ -73,7 +75,7 @@ def build(text: str, num_classes: int, precision: str) -> Classifier:
     return Classifier(backbone, num_classes, head_init=make_init())
 
 
-def _build_backbone(call: spec.Call, text: str, dtype: Any) -> nn.Module:
+def _build_backbone(call: spec.Call, text: str, dtype: DTypeLike) -> nn.Module:
     if _is_nnx(made := spec.lookup(call, BACKBONES, "model")):
         from imgclf_jax.models.from_nnx import constructor
 
@@ -90,7 +92,7 @@ def _build_backbone(call: spec.Call, text: str, dtype: Any) -> nn.Module:
     return backbone
 
 
-def _is_nnx(made: Any) -> TypeGuard[type[Any]]:
+def _is_nnx(made: object) -> TypeGuard[type[Any]]:
     """Whether `made` is an nnx module class. Looks up `flax.nnx` instead of importing it, which takes a second."""
     nnx = sys.modules.get("flax.nnx")
     return nnx is not None and inspect.isclass(made) and issubclass(made, nnx.Module)
@@ -111,7 +113,9 @@ def bounded() -> Iterator[None]:
     """Inside, a model whose initialization calls too many modules raises UserError. See `spec.untrusted`."""
     calls = 0
 
-    def counted(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def counted(
+        call: Function, args: tuple[Any, ...], kwargs: Arguments, context: nn.module.InterceptorContext
+    ) -> PyTree:
         nonlocal calls
         calls += 1
         spec.check_bound(calls, _MOST_CALLS, "calls of modules in its model")

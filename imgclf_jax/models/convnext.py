@@ -1,13 +1,14 @@
 """ConvNeXt: Liu et al. 2022 (arXiv:2201.03545)."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.typing import Arguments, ModuleDef
 from imgclf_jax.models import parts
 from imgclf_jax.models.layers import Conv, Dense, drop_path, gelu, mean_pool, spread
 from imgclf_jax.models.norms import LayerNorm
@@ -27,15 +28,15 @@ class ConvNeXtBlock(nn.Module):
 
     drop_path: float = 0.0
     layer_scale: float = 1e-6
-    dtype: Any = jnp.float32
-    norm: Any = LayerNorm
+    dtype: DTypeLike = jnp.float32
+    norm: ModuleDef = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
     swappable = _BLOCK_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         d = x.shape[-1]
-        settings: dict[str, Any] = {"dtype": self.dtype, "kernel_init": _init}
+        settings: Arguments = {"dtype": self.dtype, "kernel_init": _init}
         y = Conv(d, 7, padding=3, feature_group_count=d, **settings, name="dwconv")(x)
         y = parts.norms(self.norm, dtype=self.dtype)("norm")(y, train)
         y = self.activation(Dense(4 * d, **settings, name="pwconv1")(y))
@@ -60,9 +61,9 @@ class ConvNeXt(nn.Module):
     drop_path: float = 0.0
     layer_scale: float = 1e-6
     remat: str = ""
-    dtype: Any = jnp.float32
-    block: Any = ConvNeXtBlock
-    norm: Any = LayerNorm
+    dtype: DTypeLike = jnp.float32
+    block: ModuleDef = ConvNeXtBlock
+    norm: ModuleDef = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
     swappable = _CONVNEXT_PARTS
 
@@ -71,10 +72,10 @@ class ConvNeXt(nn.Module):
         if self.variant not in _VARIANTS:
             raise UserError(unknown("convnext variant", self.variant, _VARIANTS))
         depths, dims = _VARIANTS[self.variant]
-        settings: dict[str, Any] = {"dtype": self.dtype, "kernel_init": _init}
+        settings: Arguments = {"dtype": self.dtype, "kernel_init": _init}
         rates = iter(self.drop_path * i / (sum(depths) - 1) for i in range(sum(depths)))
         block, norm = remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)
-        passed: dict[str, Any] = {
+        passed: Arguments = {
             "norm": norm, "activation": self.activation, "dtype": self.dtype, "layer_scale": self.layer_scale,
         }  # fmt: skip
         for i, (depth, d) in enumerate(zip(depths, dims, strict=True)):

@@ -6,11 +6,12 @@ Imported only where a model is an nnx one, since `flax.nnx` takes a second to im
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from flax import nnx
 from flax.core import FrozenDict
+
+from imgclf_jax.core.typing import Function
 
 
 class FromNnx(nnx.bridge.ToLinen):
@@ -25,12 +26,12 @@ class FromNnx(nnx.bridge.ToLinen):
         return features
 
 
-def _call(module: nnx.Module, x: jax.Array, train: bool) -> Any:
+def _call(module: nnx.Module, x: jax.Array, train: bool) -> jax.Array:
     if train:
         module.train()  # Dropout draws, and BatchNorm takes the statistics of the batch
     else:
         module.eval()
-    call: Any = module
+    call: Function = module
     return call(x, train=train) if "train" in inspect.signature(type(module).__call__).parameters else call(x)
 
 
@@ -39,7 +40,7 @@ def constructor(nnx_class: type[nnx.Module]) -> Callable[..., FromNnx]:
     signature = inspect.signature(nnx_class.__init__)  # nnx's metaclass hides it
     own = [p for name, p in signature.parameters.items() if name not in ("self", "rngs")]
 
-    def make(*args: Any, **kwargs: Any) -> FromNnx:
+    def make(*args: object, **kwargs: object) -> FromNnx:
         return FromNnx(nnx_class, args, FrozenDict(kwargs), "rngs" not in signature.parameters, metadata_fn=None)
 
     make.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """Models with frozen parameters."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import jax
 from flax import linen as nn
 
 from imgclf_jax.core import tree
+from imgclf_jax.core.typing import Arguments, Function, PyTree, Variables
 
 
 @dataclass(frozen=True)
@@ -23,20 +24,22 @@ class Frozen:
     frozen: frozenset[str]
     names: tuple[str, ...]
 
-    def apply_function(self, function: Callable[..., Any], mutable: list[str]) -> Callable[..., Any]:
+    def apply_function(self, function: Function, mutable: list[str]) -> Function:
         """Returns what `nn.apply(function, model, mutable)` does, with the parameters frozen."""
 
         def stop(name: str, x: jax.Array) -> jax.Array:
             return jax.lax.stop_gradient(x) if name in self.frozen else x
 
-        def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        def apply(variables: Variables, *args: PyTree, **kwargs: object) -> PyTree:
             with nn.intercept_methods(self._evaluate_frozen):
                 variables = {**variables, "params": tree.map_named(stop, variables["params"])}
                 return nn.apply(function, self.model, mutable)(variables, *args, **kwargs)
 
         return apply
 
-    def _evaluate_frozen(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def _evaluate_frozen(
+        self, call: Function, args: tuple[Any, ...], kwargs: Arguments, context: nn.module.InterceptorContext
+    ) -> PyTree:
         module = context.module
         if context.method_name != "__call__" or not self._is_frozen(module.path):
             return call(*args, **kwargs)
@@ -58,12 +61,12 @@ class Frozen:
         return bool(own) and self.frozen.issuperset(own)
 
 
-def apply_function(function: Callable[..., Any], model: nn.Module | Frozen, mutable: list[str]) -> Callable[..., Any]:
+def apply_function(function: Function, model: nn.Module | Frozen, mutable: list[str]) -> Function:
     """`nn.apply(function, model, mutable)` for either kind of model.
 
     The result maps `(variables, *args, rngs=…)` to `(function(bound model, *args), changed variables)`.
     """
     if isinstance(model, Frozen):
         return model.apply_function(function, mutable)
-    apply: Callable[..., Any] = nn.apply(function, model, mutable)
+    apply: Function = nn.apply(function, model, mutable)
     return apply

@@ -9,16 +9,17 @@ CPU: as in linen, it is a matmul result in `dtype`, and devices all-reduce it in
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+from jax.typing import DTypeLike
 
 from imgclf_jax.core import platform
+from imgclf_jax.core.typing import Initializer
 from imgclf_jax.models.cpu import matmuls, pool
 from imgclf_jax.models.cpu.layout import features_first, features_last, on_cpu
 from imgclf_jax.models.cpu.sums import broadcast_along
@@ -39,10 +40,10 @@ def conv(
     x: jax.Array,
     kernel: jax.Array,
     strides: int | Sequence[int] = 1,
-    padding: str | int | Sequence[Any] = "SAME",
+    padding: str | int | Sequence[int | tuple[int, int]] = "SAME",
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Convolution (cross-correlation) of x [b, h, w, c] with kernel [kh, kw, c // groups, f] → [b, ho, wo, f].
 
@@ -55,7 +56,7 @@ def conv(
     if isinstance(padding, str):
         pads = lax.padtype_to_pads(x.shape[1:3], extent, strides, padding)
     else:
-        each: Sequence[Any] = (padding, padding) if isinstance(padding, int) else padding
+        each: Sequence[int | tuple[int, int]] = (padding, padding) if isinstance(padding, int) else padding
         pads = [_pair(p) for p in each]
     if on_cpu() and groups == 1 and dilation == (1, 1):
         y = matmuls.conv(features_first(x), kernel, strides, (_pair(pads[0]), _pair(pads[1])), dtype)
@@ -80,12 +81,14 @@ def spread(parameter: jax.Array, x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _spread(shape: tuple[int, ...], dtype: Any, parameter: jax.Array) -> jax.Array:
+def _spread(shape: tuple[int, ...], dtype: DTypeLike, parameter: jax.Array) -> jax.Array:
     return jnp.broadcast_to(parameter.astype(dtype), shape)
 
 
 @_spread.defjvp
-def _spread_jvp(shape: tuple[int, ...], dtype: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _spread_jvp(
+    shape: tuple[int, ...], dtype: DTypeLike, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
     # Broadcast, then cast: the transpose then casts up before it sums.
     return _spread(shape, dtype, *primals), jnp.broadcast_to(tangents[0], shape).astype(dtype)
 
@@ -96,12 +99,12 @@ class Conv(nn.Module):
     features: int
     kernel_size: int | Sequence[int]
     strides: int | Sequence[int] = 1
-    padding: str | int | Sequence[Any] = "SAME"
+    padding: str | int | Sequence[int | tuple[int, int]] = "SAME"
     kernel_dilation: int | Sequence[int] = 1
     feature_group_count: int = 1
     use_bias: bool = True
-    dtype: Any = jnp.float32
-    kernel_init: Callable[..., Any] = nn.initializers.lecun_normal()
+    dtype: DTypeLike = jnp.float32
+    kernel_init: Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -124,8 +127,8 @@ class ConvPool(nn.Module):
     features: int
     kernel_size: int = 3
     window: int = 2
-    dtype: Any = jnp.float32
-    kernel_init: Callable[..., Any] = nn.initializers.glorot_uniform()  # Keras's default
+    dtype: DTypeLike = jnp.float32
+    kernel_init: Initializer = nn.initializers.glorot_uniform()  # Keras's default
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -146,8 +149,8 @@ class FlatDense(nn.Module):
     """`nn.Dense` over the flattened image, [b, h, w, c] → [b, features]: the same parameters and results."""
 
     features: int
-    dtype: Any = jnp.float32
-    kernel_init: Callable[..., Any] = nn.initializers.lecun_normal()
+    dtype: DTypeLike = jnp.float32
+    kernel_init: Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -165,8 +168,8 @@ class Dense(nn.Module):
     """`nn.Dense` over the last axis, [..., c] → [..., features]: the same parameters; the result is in `dtype`."""
 
     features: int
-    dtype: Any = jnp.float32
-    kernel_init: Callable[..., Any] = nn.initializers.lecun_normal()
+    dtype: DTypeLike = jnp.float32
+    kernel_init: Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -212,7 +215,9 @@ def _max_pool(window: int, strides: int, padding: int, x: jax.Array) -> jax.Arra
 
 
 @_max_pool.defjvp
-def _max_pool_jvp(window: int, strides: int, padding: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _max_pool_jvp(
+    window: int, strides: int, padding: int, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
     """The tangent of the first maximum. The transpose adds one array per window offset instead of scattering."""
     (x,), (d_x,) = primals, tangents
     y = _max_pool(window, strides, padding, x)
@@ -232,7 +237,9 @@ def _maximum(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 @_maximum.defjvp
-def _maximum_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> Any:
+def _maximum_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     a, b = primals
     return jnp.maximum(a, b), jnp.where(a >= b, *tangents)
 

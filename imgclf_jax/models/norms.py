@@ -6,7 +6,6 @@ Statistics accumulate in float32 (or float64); outputs are in `dtype`. On CPU th
 
 import functools
 import re
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,9 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.typing import DTypeLike
 
 from imgclf_jax.core import platform
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Function, Initializer, PyTree
 from imgclf_jax.models.cpu import sums
 from imgclf_jax.models.cpu.layout import features_first, features_last, on_cpu
 from imgclf_jax.models.layers import widen
@@ -57,8 +58,8 @@ class BatchNorm(nn.Module):
     momentum: float = 0.99
     epsilon: float = 1e-5
     use_scale: bool = True
-    dtype: Any = jnp.float32
-    scale_init: Callable[..., Any] = nn.initializers.ones
+    dtype: DTypeLike = jnp.float32
+    scale_init: Initializer = nn.initializers.ones
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -92,8 +93,8 @@ class LayerNorm(nn.Module):
     """`nn.LayerNorm` over the last axis (Ba et al. 2016, arXiv:1607.06450): the same parameters and results."""
 
     epsilon: float = 1e-6
-    dtype: Any = jnp.float32
-    scale_init: Callable[..., Any] = nn.initializers.ones
+    dtype: DTypeLike = jnp.float32
+    scale_init: Initializer = nn.initializers.ones
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -112,8 +113,8 @@ class GroupNorm(nn.Module):
 
     num_groups: int = 32
     epsilon: float = 1e-6
-    dtype: Any = jnp.float32
-    scale_init: Callable[..., Any] = nn.initializers.ones
+    dtype: DTypeLike = jnp.float32
+    scale_init: Initializer = nn.initializers.ones
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -132,7 +133,7 @@ class GroupNorm(nn.Module):
         return (normal * scale.astype(x.dtype) + bias.astype(x.dtype)).astype(self.dtype)
 
 
-def _features_first(normalize: Callable[..., Any], x: jax.Array, *args: jax.Array) -> Any:
+def _features_first(normalize: Function, x: jax.Array, *args: jax.Array) -> PyTree:
     """Calls `normalize(axis, x, …) -> (y, …)`, where `axis` holds the features: first on CPU, last elsewhere."""
     if not on_cpu():
         return normalize(x.ndim - 1, x, *args)
@@ -169,7 +170,9 @@ _batch_norm_by_rule = jax.custom_jvp(_batch_norm, nondiff_argnums=(0, 1))
 
 
 @_batch_norm_by_rule.defjvp
-def _batch_norm_jvp(epsilon: float, axis: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _batch_norm_jvp(
+    epsilon: float, axis: int, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[Any, Any]:
     """Transposes to section 3 of the paper in two passes over the images: one for both sums, one to combine them."""
     x, scale, bias = primals
     d_x, d_scale, d_bias = tangents
@@ -198,7 +201,9 @@ def _moments(epsilon: float, axis: int, x: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 @_layer_norm.defjvp
-def _layer_norm_jvp(epsilon: float, axis: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _layer_norm_jvp(
+    epsilon: float, axis: int, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[Any, Any]:
     x, scale, bias = primals
     d_x, d_scale, d_bias = tangents
     mean, inverse = _moments(epsilon, axis, x)

@@ -4,7 +4,7 @@ A linen class declares such fields in a class attribute `swappable`; each value 
 `resnet_cifar(block='my_nets:SEBlock(ratio=8)', norm='group_norm(num_groups=8)')`. In Python, pass the class::
 
     class MyNet(nn.Module):
-        norm: Any = BatchNorm
+        norm: ModuleDef = BatchNorm
         swappable = {"norm": NORM}
 
 Parts may have swappable parts themselves. The backbone passes arguments such as `features` and `dtype` to the fields
@@ -22,6 +22,7 @@ from flax import linen as nn
 
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import Untrusted, UserError
+from imgclf_jax.core.typing import ModuleDef
 from imgclf_jax.models.layers import gelu
 from imgclf_jax.models.norms import BatchNorm, GroupNorm, LayerNorm
 
@@ -35,7 +36,7 @@ class Part:
     further arguments of their own, instead of classes.
     """
 
-    names: Mapping[str, Any]
+    names: Mapping[str, object]
     passed: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     function: bool = False
@@ -94,7 +95,7 @@ def has_swapped(module: nn.Module) -> bool:
     return any(getattr(module, key) != fields[key].default for key in getattr(type(module), "swappable", {}))
 
 
-def _check_class(made: Any, part: Part, kind: str, name: str) -> None:
+def _check_class(made: object, part: Part, kind: str, name: str) -> None:
     if not (inspect.isclass(made) and issubclass(made, nn.Module)):
         raise UserError(f"{kind} {name!r} is not a subclass of flax.linen.Module")
     missing = [key for key in part.required if key not in made.__dataclass_fields__]
@@ -105,7 +106,7 @@ def _check_class(made: Any, part: Part, kind: str, name: str) -> None:
         )
 
 
-def make(part: Any, name: str | None = None, **passed: Any) -> Any:
+def make(part: ModuleDef, name: str | None = None, **passed: object) -> Any:
     """Instantiates a module class, or a partial of one, with those of `passed` that are unbound fields of it."""
     bound = part.keywords if isinstance(part, functools.partial) else {}
     fields = inspect.signature(part.func if isinstance(part, functools.partial) else part).parameters
@@ -125,8 +126,8 @@ def call(module: nn.Module, x: jax.Array, train: bool) -> jax.Array:
 class Norm:
     """Makes the normalization layers of a network, called as `norm(name)(x, train)` whatever their class accepts."""
 
-    cls: Any  # a class, or a partial of one
-    passed: Mapping[str, Any] = field(default_factory=dict)
+    cls: ModuleDef  # a class, or a partial of one
+    passed: Mapping[str, object] = field(default_factory=dict)
 
     def __call__(self, name: str | None = None, scale: float = 1.0) -> Callable[..., jax.Array]:
         """Returns a layer (x, train) -> x whose scale parameter is initialized to `scale`."""
@@ -139,6 +140,6 @@ class Norm:
         return normalize
 
 
-def norms(norm: Any, **passed: Any) -> Norm:
+def norms(norm: ModuleDef, **passed: object) -> Norm:
     """Wraps a class, or a partial of one, in a Norm; returns a Norm unchanged."""
     return norm if isinstance(norm, Norm) else Norm(norm, passed)

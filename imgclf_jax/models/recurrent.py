@@ -1,18 +1,20 @@
 """LSTM and GRU cells with linen's parameters and results, whose bias gradients are summed in float32."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
+
+from imgclf_jax.core.typing import Initializer
 
 
 class _Weights(nn.Module):
     """Returns the parameters of `nn.Dense` on c features: (kernel [c, features], bias [features] or None)."""
 
     features: int
-    kernel_init: Callable[..., Any]
+    kernel_init: Initializer
     use_bias: bool
 
     @nn.compact
@@ -21,7 +23,7 @@ class _Weights(nn.Module):
         return kernel, self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
 
 
-def _dense(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: Any) -> jax.Array:
+def _dense(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: DTypeLike | None) -> jax.Array:
     """`nn.Dense`: [b, c] → [b, features] in `dtype`."""
     y = jnp.dot(x.astype(dtype), kernel.astype(dtype))
     return y if bias is None else _add_bias(y, bias)
@@ -33,7 +35,9 @@ def _add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 @_add_bias.defjvp
-def _add_bias_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> Any:
+def _add_bias_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     d_y, d_bias = tangents  # broadcast, then cast, as in `layers.spread`
     return _add_bias(*primals), d_y + jnp.broadcast_to(d_bias, d_y.shape).astype(d_y.dtype)
 
@@ -42,8 +46,10 @@ class LSTMCell(nn.OptimizedLSTMCell):
     """`nn.OptimizedLSTMCell` (Hochreiter and Schmidhuber 1997): ((c, h), x [b, d]) → ((c, h), h), all [b, features]."""
 
     @nn.compact
-    def __call__(self, carry: tuple[jax.Array, jax.Array], inputs: jax.Array) -> Any:
-        def weights(side: str, x: jax.Array, init: Callable[..., Any], use_bias: bool) -> list[Any]:
+    def __call__(
+        self, carry: tuple[jax.Array, jax.Array], inputs: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        def weights(side: str, x: jax.Array, init: Initializer, use_bias: bool) -> list[tuple[jax.Array, Any]]:
             return [_Weights(self.features, init, use_bias, name=side + gate)(x.shape[-1]) for gate in "ifgo"]
 
         c, h = carry

@@ -1,14 +1,14 @@
 """Rematerialization: recomputes a block's activations in the backward pass instead of storing them."""
 
 import functools
-from typing import Any
 
 from flax import linen as nn
 
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import ModuleDef
 
 
-def remat(block: Any, kind: str) -> Any:
+def remat(block: ModuleDef, kind: str) -> ModuleDef:
     """Wraps a block class, or a partial of one, called as (x, train) (Chen et al. 2016, arXiv:1604.06174).
 
     With `kind` "block" the backward pass stores only x and recomputes the rest; with "" the block is unchanged.

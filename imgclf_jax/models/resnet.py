@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import ModuleDef, Value
 from imgclf_jax.models import parts
 from imgclf_jax.models.layers import Conv, max_pool, mean_pool
 from imgclf_jax.models.norms import BatchNorm
@@ -19,7 +20,7 @@ _BLOCK_PARTS = {"norm": parts.NORM, "activation": parts.ACTIVATION}
 _STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
-def _conv(features: int, kernel: int, strides: int, dtype: Any, name: str) -> Conv:
+def _conv(features: int, kernel: int, strides: int, dtype: DTypeLike, name: str) -> Conv:
     """A convolution without bias, padded to keep the size, with He initialization (arXiv:1502.01852)."""
     init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     pad = (kernel - 1) // 2
@@ -36,7 +37,7 @@ def _stages(
     return x
 
 
-def _blocks_per_stage(model: str, depth: Any, extra: int, usual: str) -> int:
+def _blocks_per_stage(model: str, depth: Value, extra: int, usual: str) -> int:
     """Returns n for a network of depth 6n + `extra`. Raises UserError if `depth` has no such n ≥ 1."""
     n, rest = divmod(depth - extra, 6) if isinstance(depth, int) else (0, 0)
     if n < 1 or rest:
@@ -53,9 +54,9 @@ class BasicBlock(nn.Module):
     strides: int = 1
     shortcut: str = "conv"
     last_scale: float = 0.0
-    norm: Any = BatchNorm
+    norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     swappable = _BLOCK_PARTS
 
     @nn.compact
@@ -80,9 +81,9 @@ class Bottleneck(nn.Module):
     features: int
     strides: int = 1
     last_scale: float = 0.0
-    norm: Any = BatchNorm
+    norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     swappable = _BLOCK_PARTS
 
     @nn.compact
@@ -118,9 +119,9 @@ class ResNet(nn.Module):
     zero_init: bool = True
     momentum: float = 0.9
     remat: str = ""
-    dtype: Any = jnp.float32
-    block: Any = None  # None: BasicBlock below depth 50, else Bottleneck
-    norm: Any = BatchNorm
+    dtype: DTypeLike = jnp.float32
+    block: ModuleDef | None = None  # None: BasicBlock below depth 50, else Bottleneck
+    norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     swappable = _RESNET_PARTS
 
@@ -147,9 +148,9 @@ class ResNetCIFAR(nn.Module):
 
     depth: int = 20
     momentum: float = 0.9
-    dtype: Any = jnp.float32
-    block: Any = BasicBlock
-    norm: Any = BatchNorm
+    dtype: DTypeLike = jnp.float32
+    block: ModuleDef = BasicBlock
+    norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     swappable = _RESNET_PARTS
 
@@ -171,9 +172,9 @@ class WideBlock(nn.Module):
     features: int
     strides: int = 1
     dropout: float = 0.0
-    norm: Any = BatchNorm
+    norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     swappable = _BLOCK_PARTS
 
     @nn.compact
@@ -204,9 +205,9 @@ class WideResNet(nn.Module):
     width: int = 10
     dropout: float = 0.0
     momentum: float = 0.9
-    dtype: Any = jnp.float32
-    block: Any = WideBlock
-    norm: Any = BatchNorm
+    dtype: DTypeLike = jnp.float32
+    block: ModuleDef = WideBlock
+    norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     swappable = _WIDE_RESNET_PARTS
 

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.typing import Arguments, ModuleDef
 from imgclf_jax.models import parts
 from imgclf_jax.models.attention import attention
 from imgclf_jax.models.layers import Conv, Dense, drop_path, gelu, mean_pool, spread
@@ -22,7 +23,7 @@ _ACTIVATION = {"activation": parts.ACTIVATION}
 _init = nn.initializers.truncated_normal(0.02)
 
 
-def _patches(x: jax.Array, patch: int, width: int, dtype: Any, kind: str) -> jax.Array:
+def _patches(x: jax.Array, patch: int, width: int, dtype: DTypeLike, kind: str) -> jax.Array:
     """Patch embedding: [b, h, w, c] → [b, h / patch, w / patch, width]."""
     h, w = x.shape[1:3]
     if h % patch or w % patch:
@@ -48,7 +49,7 @@ class Attention(nn.Module):
     """
 
     heads: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -66,7 +67,7 @@ class MLPBlock(nn.Module):
 
     hidden: int
     dropout: float = 0.0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     activation: Callable[[jax.Array], jax.Array] = gelu
     swappable = _ACTIVATION
 
@@ -93,17 +94,17 @@ class EncoderBlock(nn.Module):
     heads: int
     dropout: float = 0.0
     drop_path: float = 0.0
-    dtype: Any = jnp.float32
-    attention: Any = Attention
-    mlp: Any = MLPBlock
-    norm: Any = LayerNorm
+    dtype: DTypeLike = jnp.float32
+    attention: ModuleDef = Attention
+    mlp: ModuleDef = MLPBlock
+    norm: ModuleDef = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
     swappable = _ENCODER_PARTS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         norm = parts.norms(self.norm, dtype=self.dtype)
-        passed: dict[str, Any] = {"dropout": self.dropout, "dtype": self.dtype, "activation": self.activation}
+        passed: Arguments = {"dropout": self.dropout, "dtype": self.dtype, "activation": self.activation}
         attention = parts.make(self.attention, "attn", heads=self.heads, **passed)
         y = parts.call(attention, norm("norm1")(x, train), train)
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
@@ -143,11 +144,11 @@ class ViT(nn.Module):
     dropout: float = 0.0
     drop_path: float = 0.0
     remat: str = ""
-    dtype: Any = jnp.float32
-    block: Any = EncoderBlock
-    attention: Any = Attention
-    mlp: Any = MLPBlock
-    norm: Any = LayerNorm
+    dtype: DTypeLike = jnp.float32
+    block: ModuleDef = EncoderBlock
+    attention: ModuleDef = Attention
+    mlp: ModuleDef = MLPBlock
+    norm: ModuleDef = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
     swappable = _VIT_PARTS
 
@@ -173,7 +174,7 @@ class ViT(nn.Module):
             x = x + spread(self.param("positions_embedding", _init, (1, x.shape[1], width)), x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         block, norm = remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)
-        passed: dict[str, Any] = {
+        passed: Arguments = {
             "heads": heads, "dropout": self.dropout, "dtype": self.dtype, "attention": self.attention, "mlp": self.mlp,
             "norm": norm, "activation": self.activation,
         }  # fmt: skip
@@ -195,9 +196,9 @@ class MixerBlock(nn.Module):
     tokens_hidden: int
     channels_hidden: int
     drop_path: float = 0.0
-    dtype: Any = jnp.float32
-    mlp: Any = MLPBlock
-    norm: Any = LayerNorm
+    dtype: DTypeLike = jnp.float32
+    mlp: ModuleDef = MLPBlock
+    norm: ModuleDef = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
     swappable = _MIXER_BLOCK_PARTS
 
@@ -228,10 +229,10 @@ class Mixer(nn.Module):
     patch: int = 16
     drop_path: float = 0.0
     remat: str = ""
-    dtype: Any = jnp.float32
-    block: Any = MixerBlock
-    mlp: Any = MLPBlock
-    norm: Any = LayerNorm
+    dtype: DTypeLike = jnp.float32
+    block: ModuleDef = MixerBlock
+    mlp: ModuleDef = MLPBlock
+    norm: ModuleDef = LayerNorm
     activation: Callable[[jax.Array], jax.Array] = gelu
     swappable = _MIXER_PARTS
 
@@ -243,7 +244,7 @@ class Mixer(nn.Module):
         x = _patches(x, self.patch, width, self.dtype, "mixer")
         x = x.reshape(x.shape[0], -1, width)
         block, norm = remat(self.block, self.remat), parts.norms(self.norm, dtype=self.dtype)
-        passed: dict[str, Any] = {
+        passed: Arguments = {
             "tokens_hidden": tokens_hidden, "channels_hidden": channels_hidden, "dtype": self.dtype, "mlp": self.mlp,
             "norm": norm, "activation": self.activation,
         }  # fmt: skip

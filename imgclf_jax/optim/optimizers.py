@@ -14,6 +14,7 @@ import optax.contrib
 
 from imgclf_jax.core import spec, tree
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Function, OptState, Params, PyTree, Value
 from imgclf_jax.optim.rules import Rules
 from imgclf_jax.optim.weight_averages import evaluated_by, with_evaluated
 
@@ -73,14 +74,14 @@ _NO_RULES = Rules()
 _DECAYS = ("weight_decay", "weight_decay_rate", "adam_weight_decay")
 
 
-def _muon_dimensions(params: Any) -> Any:
+def _muon_dimensions(params: Params) -> PyTree:
     """Muon's dimension numbers: the row and column axes of each kernel; None for parameters that Adam updates.
 
     Convolution kernels are flattened to [kh * kw * c, f]. Adam updates all other parameters and the head's kernel, as
     Muon's author recommends; he leaves the first convolution to Adam too, which Muon updates here.
     """
 
-    def axes(name: str, x: Any) -> Any:
+    def axes(name: str, x: jax.Array) -> PyTree:
         if not name.endswith("kernel") or name.startswith("head/") or x.ndim not in (2, 4):
             return None
         return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1)
@@ -95,13 +96,13 @@ def _noisy_sgd(
     return optax.noisy_sgd(learning_rate, eta, gamma, key)
 
 
-def _with_schedule(function: Callable[..., optax.GradientTransformation]) -> Callable[..., Any]:
+def _with_schedule(function: Callable[..., optax.GradientTransformation]) -> Function:
     """Makes an optimizer accept a schedule as its first argument, by `inject_hyperparams`."""
     _, *others = inspect.signature(function).parameters
     return optax.inject_hyperparams(function, others)
 
 
-def _schedule_free(name: str) -> Callable[..., Any]:
+def _schedule_free(name: str) -> Function:
     """optax's `schedule_free_sgd` or `schedule_free_adamw`, evaluated at its averaged parameters x."""
     function = getattr(optax.contrib, name)
 
@@ -266,8 +267,8 @@ def _partition(
     labels = functools.partial(tree.map_named, lambda name, _: label(name))
     partition = optax.partition(transforms, labels, mask_compatible_extra_args=True)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        def fill_in(function: Callable[..., Any], returns_gradients: bool = False) -> Callable[..., Any]:
+    def update(updates: Params, state: OptState, params: Params = None, **extra: Any) -> tuple[Params, OptState]:
+        def fill_in(function: Function, returns_gradients: bool = False) -> Function:
             @functools.wraps(function)  # optax reads the signature
             def wrapped(own: Any, *args: Any, **kwargs: Any) -> Any:
                 out = function(_where_masked(own, params, own), *args, **kwargs)
@@ -278,7 +279,7 @@ def _partition(
         functions = {name: fill_in(extra[name], name == "grad_fn") for name in _FUNCTIONS if name in extra}
         return partition.update(updates, state, params, **{**extra, **functions})
 
-    def evaluated(state: Any, params: Any) -> Any:
+    def evaluated(state: OptState, params: Params) -> PyTree:
         names, out = labels(params), params
         for name, transform in transforms.items():
             if inner_evaluated := evaluated_by(transform):
@@ -291,7 +292,7 @@ def _partition(
     return with_evaluated(optimizer, evaluated) if any(map(evaluated_by, transforms.values())) else optimizer
 
 
-def _where_masked(like: Any, masked: Any, unmasked: Any) -> Any:
+def _where_masked(like: PyTree, masked: PyTree, unmasked: PyTree) -> PyTree:
     """Leaves of `masked` where `like` has an optax.MaskedNode, and of `unmasked` elsewhere."""
     tree_map = functools.partial(jax.tree.map, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
     return tree_map(lambda x, a, b: a if isinstance(x, optax.MaskedNode) else b, like, masked, unmasked)
@@ -303,7 +304,7 @@ def _with_checks(text: str, optimizer: optax.GradientTransformation) -> optax.Gr
     unfit = _UNFIT_STATES if evaluated else {**_UNFIT_STATES, optax.contrib.ScheduleFreeState: _SCHEDULE_FREE}
 
     @promoting
-    def init(params: Any) -> Any:
+    def init(params: Params) -> PyTree:
         def checked(part: Any) -> Any:
             if reason := unfit.get(type(part)):
                 raise UserError(f"optimizer={text!r}: a transformation with the state {type(part).__name__} cannot be "
@@ -318,7 +319,7 @@ def _with_checks(text: str, optimizer: optax.GradientTransformation) -> optax.Gr
         return jax.tree.map(checked, optimizer.init(params), is_leaf=lambda x: isinstance(x, kinds))
 
     @promoting
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+    def update(updates: Params, state: OptState, params: Params = None, **extra: Any) -> tuple[Params, OptState]:
         try:
             return optimizer.update(updates, state, params, **extra)
         except TypeError as e:
@@ -332,14 +333,14 @@ def _with_checks(text: str, optimizer: optax.GradientTransformation) -> optax.Gr
     return with_evaluated(out, promoting(evaluated)) if evaluated else out
 
 
-def _bound(make: functools.partial[Any], args: tuple[Any, ...]) -> tuple[inspect.BoundArguments, dict[str, float]]:
+def _bound(make: functools.partial[Any], args: tuple[Value, ...]) -> tuple[inspect.BoundArguments, dict[str, float]]:
     """Returns all arguments of a transform, defaults included, and its nonzero weight decays by argument name."""
     bound = inspect.signature(make.func).bind(*make.args, *args, **make.keywords)
     bound.apply_defaults()
     return bound, {name: value for name in _DECAYS if (value := bound.arguments.get(name))}
 
 
-def _with_decay(make: functools.partial[Any], args: tuple[Any, ...], rules: Rules) -> optax.GradientTransformation:
+def _with_decay(make: functools.partial[Any], args: tuple[Value, ...], rules: Rules) -> optax.GradientTransformation:
     """Builds a transform whose weight decay is multiplied by each parameter's factor in `rules.decay`."""
     bound, decays = _bound(make, args)
     if not (rules.decay and decays):
@@ -365,7 +366,7 @@ def _freeze() -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates))
 
 
-def seed_keys(state: Any, seed: jax.Array | int) -> Any:
+def seed_keys(state: OptState, seed: jax.Array | int) -> OptState:
     """Folds the run's seed, u32[], into each random key of an optimizer's initial state.
 
     So optax's noise (`noisy_sgd`, `add_noise`) differs between seeds and repeats with the same seed.
@@ -378,7 +379,7 @@ def seed_keys(state: Any, seed: jax.Array | int) -> Any:
     return jax.tree.unflatten(structure, leaves)
 
 
-def promoting(function: Callable[..., Any]) -> Callable[..., Any]:
+def promoting(function: Function) -> Function:
     """Runs `function` under JAX's standard dtype promotion, on which optax relies (`b1 ** count`)."""
 
     @functools.wraps(function)

@@ -8,12 +8,13 @@ it is used, and reduce-scatters its gradient.
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.typing import PyTree
 from imgclf_jax.optim import rules
 
 MODES = ("all", "optimizer")
@@ -54,7 +55,9 @@ def check_mode(text: str) -> None:
         raise UserError(unknown("shard", text, MODES))
 
 
-def state_shardings(state: Any, axes: Mapping[str, int | None], mesh: Mesh, mode: str = "all", leading: int = 0) -> Any:
+def state_shardings(
+    state: PyTree, axes: Mapping[str, int | None], mesh: Mesh, mode: str = "all", leading: int = 0
+) -> PyTree:
     """The sharding of each array of a pytree of parameters, or of arrays of their shapes, such as Adam's moments.
 
     An array takes the axis of the longest parameter path that its own path ends with. With the `mode` "optimizer" only
@@ -63,7 +66,7 @@ def state_shardings(state: Any, axes: Mapping[str, int | None], mesh: Mesh, mode
     """
     first = ("seeds",) if leading and "seeds" in mesh.shape else (None,) * leading
 
-    def sharding(name: str, x: Any) -> NamedSharding:
+    def sharding(name: str, x: jax.ShapeDtypeStruct) -> NamedSharding:
         matches = [path for path in axes if name == path or name.endswith("/" + path)]
         axis = axes[max(matches, key=len)] if matches else None
         index = -1 if axis is None else len(x.shape) + axis

@@ -13,8 +13,10 @@ import optax
 
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import ModelState, OptState, Params, PyTree
 
-Variables = Any  # a pytree
+type ParamsAndState = tuple[Params, ModelState]
+type Averages = Any  # the state of an Average
 
 
 class Average(NamedTuple):
@@ -25,14 +27,14 @@ class Average(NamedTuple):
       i32[], counted from 0. The next step trains on the variables that it returns.
     """
 
-    init: Callable[[Variables], Any]
-    update: Callable[..., tuple[Variables, Any]]
+    init: Callable[[ParamsAndState], Averages]
+    update: Callable[..., tuple[ParamsAndState, Averages]]
 
 
 NONE = Average(lambda variables: None, lambda average, variables, step, opt_state=None: (variables, None))
 
 # `evaluated(opt_state, params) -> params`, see `with_evaluated`.
-Evaluated = Callable[[Any, Any], Any]
+type Evaluated = Callable[[OptState, Params], Params]
 
 
 class EvaluatingOptimizer(optax.GradientTransformationExtraArgs):
@@ -66,7 +68,9 @@ def ema(decay: float) -> Average:
     `num_updates=step`.
     """
 
-    def update(average: Any, variables: Variables, step: jax.Array, opt_state: Any = None) -> tuple[Variables, Any]:
+    def update(
+        average: Averages, variables: ParamsAndState, step: jax.Array, opt_state: OptState = None
+    ) -> tuple[ParamsAndState, Averages]:
         t = step.astype(jnp.float32)
         weight = 1 - jnp.minimum(jnp.float32(decay), (1 + t) / (10 + t))
         return variables, _interpolate(average, variables, weight)
@@ -90,7 +94,9 @@ def lookahead(
     first = steps(start)
     begin = k * (first // k + 1) if first else 0
 
-    def update(slow: Any, fast: Variables, step: jax.Array, opt_state: Any = None) -> tuple[Variables, Any]:
+    def update(
+        slow: Averages, fast: ParamsAndState, step: jax.Array, opt_state: OptState = None
+    ) -> tuple[ParamsAndState, Averages]:
         done = step + 1
         weight = 1 - (1 - alpha) * (done.astype(jnp.float32) / total) ** power
         slow = _where(done <= begin, fast, _where(done % k == 0, _interpolate(slow, fast, weight), slow))
@@ -102,7 +108,9 @@ def lookahead(
 def from_optimizer(evaluated: Evaluated) -> Average:
     """The parameters that the optimizer evaluates, with the trained model's batch statistics."""
 
-    def update(average: Any, variables: Variables, step: jax.Array, opt_state: Any = None) -> tuple[Variables, Any]:
+    def update(
+        average: Averages, variables: ParamsAndState, step: jax.Array, opt_state: OptState = None
+    ) -> tuple[ParamsAndState, Averages]:
         params, model_state = variables
         return variables, (evaluated(opt_state, params), model_state)
 
@@ -136,11 +144,11 @@ def build(
     return spec.bind(call, {"lookahead": lookahead}, "optimizer", given=("steps", "total"))(steps, total)
 
 
-def _copy(variables: Variables) -> Any:
+def _copy(variables: ParamsAndState) -> ParamsAndState:
     return jax.tree.map(jnp.copy, variables)
 
 
-def _interpolate(old: Any, new: Any, weight: jax.Array) -> Any:
+def _interpolate(old: PyTree, new: PyTree, weight: jax.Array) -> PyTree:
     """old + weight * (new - old), which keeps equal values bit for bit; integers take the new value."""
 
     def interpolate(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -149,5 +157,5 @@ def _interpolate(old: Any, new: Any, weight: jax.Array) -> Any:
     return jax.tree.map(interpolate, old, new)
 
 
-def _where(condition: jax.Array, a: Any, b: Any) -> Any:
+def _where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)

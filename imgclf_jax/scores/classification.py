@@ -6,17 +6,19 @@ Every score is a function of example weights, so a bootstrap is one product with
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse, special
+
+from imgclf_jax.core.typing import Array
 
 _BINS = 15  # of calibration, as in Guo et al. 2017
 _MAX_WEIGHTS = 1 << 24  # bootstrap weights in memory at a time
 _MAX_COST = 2_000_000_000  # weights that the bootstrap of AUC may read: about ten seconds
 
 
-def predicted_classes(values: Any) -> Any:
+def predicted_classes(values: Array) -> Array:
     """int[..., n]: the argmax over NumPy or JAX logits or probabilities [..., n, classes].
 
     The first class wins a tie. A NaN or infinite maximum is no prediction, -1.
@@ -25,7 +27,7 @@ def predicted_classes(values: Any) -> Any:
     return xp.where(xp.isfinite(xp.max(values, axis=-1)), xp.argmax(values, axis=-1), -1)
 
 
-def label_ranks(values: Any, labels: Any) -> Any:
+def label_ranks(values: Array, labels: Array) -> Array:
     """int[..., n]: how many classes rank before the label int[n] in logits or probabilities [..., n, classes].
 
     The first of equal values ranks first, so rank 0 is a correct prediction. Without a prediction (see

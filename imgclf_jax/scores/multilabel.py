@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.scores.classification import Scores
 
 
@@ -167,7 +168,7 @@ class MultilabelScores:
         return out
 
 
-def by_class(scores: MultilabelScores, names: Sequence[str]) -> list[dict[str, Any]]:
+def by_class(scores: MultilabelScores, names: Sequence[str]) -> list[JsonObject]:
     """Returns a dict per class: examples, average precision, precision, recall, F1 and best threshold.
 
     Unknown values, such as the recall of a class that no example has, are None.

@@ -81,8 +81,10 @@ def main(
                         run.checkpoints.latest)  # fmt: skip
             return STOPPED
         state, results = ended
-        results = results or processes.broadcast_from_process_0("reading metrics.jsonl", lambda: _recorded(run))
-        results = evaluate_all(run.programs, state, run.evals) if results is None else results
+        recorded: Results | None = results or processes.broadcast_from_process_0(
+            "reading metrics.jsonl", lambda: _recorded(run)
+        )
+        results = evaluate_all(run.programs, state, run.evals) if recorded is None else recorded
         _report(run, digests, results, monitor, began)
         return 0
 

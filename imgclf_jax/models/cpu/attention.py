@@ -1,17 +1,17 @@
 """Attention on CPU, as matmuls on feature-first arrays; see `matmuls.py`."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from imgclf_jax.models.cpu.layout import accumulator, contiguous
 from imgclf_jax.models.cpu.multilinear import multilinear
 
 
-def _matmul(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+def _matmul(a: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Batched matmul, [b, h, m, k] times [b, h, k, n] → [b, h, m, n] in `dtype`."""
     return lax.dot_general(a, b, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=dtype)
 
@@ -49,14 +49,14 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _softmax(x: jax.Array, residual_dtype: Any) -> jax.Array:
+def _softmax(x: jax.Array, residual_dtype: DTypeLike) -> jax.Array:
     """Softmax over the keys, axis 2, so that sums vectorize. The backward pass uses it rounded to `residual_dtype`."""
     return jax.nn.softmax(x, 2)
 
 
 @_softmax.defjvp
 def _softmax_jvp(
-    residual_dtype: Any, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+    residual_dtype: DTypeLike, primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     y = _softmax(*primals, residual_dtype)
     rounded = y.astype(residual_dtype).astype(y.dtype)

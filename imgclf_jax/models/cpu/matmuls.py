@@ -10,11 +10,11 @@ Matmul operands are in `dtype`, float32 or bfloat16 (or float64); sums accumulat
 
 import functools
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from imgclf_jax.models.cpu.layout import accumulator, contiguous
 from imgclf_jax.models.cpu.multilinear import multilinear
@@ -24,20 +24,21 @@ _FIRST, _LAST = (((1,), (0,)), ((), ())), (((3,), (0,)), ((), ()))
 
 _FEW_CHANNELS = 32  # with at most this many channels in and out, one patch serves several outputs
 
-Pads = tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right)
+type Shaped = jax.Array | jax.ShapeDtypeStruct
+type Pads = tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right)
 
 
-def wants_channels_last(dtype: Any) -> bool:
+def wants_channels_last(dtype: DTypeLike) -> bool:
     """Whether backward matmuls gain more from a channels-last gradient than the transpose costs: in bfloat16."""
     return dtype == jnp.bfloat16
 
 
-def _matmul(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
+def _matmul(a: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:
     """[m, k] times [k, …] → [m, …] in `dtype`."""
     return lax.dot_general(a, b, _FIRST, preferred_element_type=dtype)
 
 
-def channels_last(x: jax.Array, dtype: Any) -> jax.Array:
+def channels_last(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """[f, ho, wo, b] → [ho, wo, b, f] in `dtype`, transposed in memory only if `wants_channels_last`."""
     x = x.astype(dtype).transpose(1, 2, 3, 0)
     return contiguous(x) if wants_channels_last(dtype) else x
@@ -60,7 +61,7 @@ def im2col(x: jax.Array, kernel: tuple[int, int], strides: tuple[int, int], size
     return lax.optimization_barrier(jax.vmap(slice_at)(corners)).reshape(kh * kw * c, ho, wo, b)
 
 
-def _col2im(patches: jax.Array, size: tuple[int, int], strides: tuple[int, int], dtype: Any) -> jax.Array:
+def _col2im(patches: jax.Array, size: tuple[int, int], strides: tuple[int, int], dtype: DTypeLike) -> jax.Array:
     """The transpose of `im2col`, summed in `dtype`: [ho, wo, b, kh, kw, c] → [h, w, b, c] with `size` = (h, w)."""
     (h, w), (sh, sw) = size, strides
     ho, wo, b, kh, kw, c = patches.shape
@@ -80,7 +81,7 @@ def input_gradient(
     size: tuple[int, int],
     extent: tuple[int, int],
     strides: tuple[int, int],
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> jax.Array:
     """The gradient of x [channels, *size, b].
 
@@ -97,14 +98,14 @@ def input_gradient(
     return contiguous(d_x.transpose(3, 0, 1, 2))
 
 
-def kernel_gradient(patches: jax.Array, gradient: jax.Array, dtype: Any) -> jax.Array:
+def kernel_gradient(patches: jax.Array, gradient: jax.Array, dtype: DTypeLike) -> jax.Array:
     """The matmul over all positions, [k, ho, wo, b] and [ho, wo, b, f] → [k, f]."""
     positions = (((1, 2, 3), (0, 1, 2)), ((), ()))
     sums = lax.dot_general(patches, gradient, positions, preferred_element_type=accumulator(dtype))
     return lax.optimization_barrier(sums)  # or XLA merges a transpose of it into the matmul
 
 
-def pad(x: jax.Array, pads: Pads, dtype: Any) -> jax.Array:
+def pad(x: jax.Array, pads: Pads, dtype: DTypeLike) -> jax.Array:
     """Zero-pads x [c, h, w, b] in `dtype`; negative padding crops."""
     padding = ((0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0))
     return lax.pad(x.astype(dtype), jnp.zeros((), dtype), padding)
@@ -132,7 +133,7 @@ def _block_kernel(kernel: jax.Array, block: tuple[int, int]) -> jax.Array:
     return weights
 
 
-def _block_patches(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], block: tuple[int, int]) -> jax.Array:
+def _block_patches(x: jax.Array, kernel: Shaped, strides: tuple[int, int], block: tuple[int, int]) -> jax.Array:
     """Patches of padded x [c, h, w, b] for blocks: [k, ceil(ho / th), ceil(wo / tw), b]; excess outputs see zeros."""
     extent = (kernel.shape[0] + block[0] - 1, kernel.shape[1] + block[1] - 1)
     size = _output_size(x, kernel, strides)
@@ -142,7 +143,7 @@ def _block_patches(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], bl
     return im2col(pad(x, (missing[0], missing[1]), x.dtype), extent, block_strides, (blocks[0], blocks[1]))
 
 
-def _output_size(x: jax.Array, kernel: jax.Array, strides: tuple[int, int]) -> tuple[int, int]:
+def _output_size(x: jax.Array, kernel: Shaped, strides: tuple[int, int]) -> tuple[int, int]:
     ho, wo = ((n - k) // s + 1 for n, k, s in zip(x.shape[1:3], kernel.shape[:2], strides, strict=True))
     return ho, wo
 
@@ -161,15 +162,23 @@ def _conv_padded(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], bloc
     return contiguous(y[:, :ho, :wo])  # or every consumer reassembles the blocks
 
 
-Block = tuple[int, int]
+type Block = tuple[int, int]
 
 
-def _conv(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads, block: Block, dtype: Any) -> jax.Array:
+def _conv(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads, block: Block, dtype: DTypeLike
+) -> jax.Array:
     return _conv_padded(pad(x, pads, dtype), kernel.astype(dtype), strides, block)
 
 
 def _conv_images(
-    gradient: jax.Array, kernel: jax.Array, like: Any, strides: tuple[int, int], pads: Pads, block: Block, dtype: Any
+    gradient: jax.Array,
+    kernel: jax.Array,
+    like: jax.ShapeDtypeStruct,
+    strides: tuple[int, int],
+    pads: Pads,
+    block: Block,
+    dtype: DTypeLike,
 ) -> jax.Array:
     """The gradient of x, from the gradient of the outputs [f, ho, wo, b]."""
     (kh, kw, c, f), (top, bottom), (left, right) = kernel.shape, *pads
@@ -187,7 +196,13 @@ def _conv_images(
 
 
 def _conv_kernel(
-    x: jax.Array, gradient: jax.Array, like: Any, strides: tuple[int, int], pads: Pads, block: Block, dtype: Any
+    x: jax.Array,
+    gradient: jax.Array,
+    like: Shaped,
+    strides: tuple[int, int],
+    pads: Pads,
+    block: Block,
+    dtype: DTypeLike,
 ) -> jax.Array:
     """The gradient of the kernel, from the gradient of the outputs [f, ho, wo, b]."""
     padded = pad(x, pads, dtype)
@@ -201,7 +216,7 @@ _conv_product = multilinear("conv", _conv, _conv_images, _conv_kernel)
 
 
 def conv(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads, dtype: Any, one_output: bool = False
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads, dtype: DTypeLike, one_output: bool = False
 ) -> jax.Array:
     """Convolution, [c, h, w, b] and [kh, kw, c, f] → [f, ho, wo, b] in float32 (float64 for float64).
 
@@ -212,7 +227,7 @@ def conv(
     return _conv_product(x, kernel, strides=strides, pads=pads, block=block, dtype=jnp.dtype(dtype))
 
 
-def _block_kernel_gradient(x: jax.Array, kernel: jax.Array, block: tuple[int, int], gradient: jax.Array) -> jax.Array:
+def _block_kernel_gradient(x: jax.Array, kernel: Shaped, block: tuple[int, int], gradient: jax.Array) -> jax.Array:
     """The kernel gradient [kh, kw, c, f] with blocks and stride 1, from padded x and the gradient [f, ho, wo, b]."""
     (kh, kw, c, f), (th, tw), dtype = kernel.shape, block, x.dtype
     patches = _block_patches(x, kernel, (1, 1), block)  # CSE merges it with the forward pass's
@@ -226,21 +241,23 @@ def _block_kernel_gradient(x: jax.Array, kernel: jax.Array, block: tuple[int, in
     return functools.reduce(jnp.add, [sums[i : i + kh, j : j + kw, :, i, j] for i, j in offsets])
 
 
-def _flat_dense(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+def _flat_dense(x: jax.Array, kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
     c, h, w, b = x.shape
     weights = kernel.astype(dtype).reshape(h, w, c, -1).transpose(3, 2, 0, 1).reshape(-1, c * h * w)
     y = _matmul(contiguous(weights), x.astype(dtype).reshape(-1, b), accumulator(dtype))
     return lax.optimization_barrier(y)
 
 
-def _flat_dense_images(gradient: jax.Array, kernel: jax.Array, like: Any, dtype: Any) -> jax.Array:
+def _flat_dense_images(
+    gradient: jax.Array, kernel: jax.Array, like: jax.ShapeDtypeStruct, dtype: DTypeLike
+) -> jax.Array:
     c, h, w, b = like.shape
     transposed = contiguous(gradient.astype(dtype).T)  # [b, d]
     d_x = _matmul(transposed, contiguous(kernel.astype(dtype).T), dtype).reshape(b, h, w, c)
     return jnp.swapaxes(d_x, 0, 3)
 
 
-def _flat_dense_kernel(x: jax.Array, gradient: jax.Array, like: Any, dtype: Any) -> jax.Array:
+def _flat_dense_kernel(x: jax.Array, gradient: jax.Array, like: jax.ShapeDtypeStruct, dtype: DTypeLike) -> jax.Array:
     c, h, w, b = x.shape
     transposed = contiguous(gradient.astype(dtype).T)  # [b, d]
     d_kernel = _matmul(x.astype(dtype).reshape(-1, b), transposed, accumulator(dtype))
@@ -250,22 +267,22 @@ def _flat_dense_kernel(x: jax.Array, gradient: jax.Array, like: Any, dtype: Any)
 _flat_dense_product = multilinear("flat_dense", _flat_dense, _flat_dense_images, _flat_dense_kernel)
 
 
-def flat_dense(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+def flat_dense(x: jax.Array, kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Flattened images times the kernel, [c, h, w, b] and [h * w * c, d] → [d, b] in float32 (or float64)."""
     return _flat_dense_product(x, kernel, dtype=jnp.dtype(dtype))
 
 
-def _dense(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+def _dense(x: jax.Array, kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
     y = _matmul(contiguous(kernel.astype(dtype).T), x.astype(dtype).reshape(x.shape[0], -1), accumulator(dtype))
     return y.reshape(-1, *x.shape[1:])
 
 
-def _dense_inputs(gradient: jax.Array, kernel: jax.Array, like: Any, dtype: Any) -> jax.Array:
+def _dense_inputs(gradient: jax.Array, kernel: jax.Array, like: jax.ShapeDtypeStruct, dtype: DTypeLike) -> jax.Array:
     gradient = gradient.astype(dtype).reshape(gradient.shape[0], -1)
     return _matmul(kernel.astype(dtype), gradient, accumulator(dtype)).reshape(like.shape)
 
 
-def _dense_kernel(x: jax.Array, gradient: jax.Array, like: Any, dtype: Any) -> jax.Array:
+def _dense_kernel(x: jax.Array, gradient: jax.Array, like: jax.ShapeDtypeStruct, dtype: DTypeLike) -> jax.Array:
     transposed = gradient.astype(dtype).reshape(gradient.shape[0], -1).T
     transposed = contiguous(transposed) if wants_channels_last(dtype) else transposed
     return lax.optimization_barrier(_matmul(x.astype(dtype).reshape(x.shape[0], -1), transposed, accumulator(dtype)))
@@ -274,6 +291,6 @@ def _dense_kernel(x: jax.Array, gradient: jax.Array, like: Any, dtype: Any) -> j
 _dense_product = multilinear("dense", _dense, _dense_inputs, _dense_kernel)
 
 
-def dense(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+def dense(x: jax.Array, kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Feature-first matmul, [d, …] and [d, f] → [f, …] in float32 (float64 for float64)."""
     return _dense_product(x, kernel, dtype=jnp.dtype(dtype))

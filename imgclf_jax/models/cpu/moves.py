@@ -5,15 +5,17 @@ A rule maps (eqn, operands, bind) to the results, or to None where the transpose
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import JaxprEqn
 
+from imgclf_jax.core.jaxprs import dtype_of
 from imgclf_jax.models.cpu.permuted import (
     OMITTED,
     Broadcast,
+    Operand,
     Order,
     Permuted,
     align,
@@ -23,20 +25,20 @@ from imgclf_jax.models.cpu.permuted import (
     with_dtype,
 )
 
-Bind = Callable[..., list[Any]]
-Move = Callable[[Any, list[Any], Bind], list[Any] | None]
+type Bind = Callable[..., list[Operand]]
+type Move = Callable[[JaxprEqn, list[Operand], Bind], list[Operand] | None]
 
 
 def _if_permuted(move: Move) -> Move:
     """Restricts a rule to a permuted first operand; there is nothing to move otherwise."""
 
-    def guarded(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
+    def guarded(eqn: JaxprEqn, args: list[Operand], bind: Bind) -> list[Operand] | None:
         return move(eqn, args, bind) if isinstance(args[0], Permuted) else None
 
     return guarded
 
 
-def _transpose(eqn: Any, args: list[Any], bind: Bind) -> list[Any]:
+def _transpose(eqn: JaxprEqn, args: list[Operand], bind: Bind) -> list[Operand]:
     x, permutation = args[0], eqn.params["permutation"]
     new_axis = tuple(int(i) for i in np.argsort(permutation))
     if isinstance(x, Broadcast):
@@ -46,7 +48,7 @@ def _transpose(eqn: Any, args: list[Any], bind: Bind) -> list[Any]:
     return [permuted(x, new_axis)]
 
 
-def _broadcast(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
+def _broadcast(eqn: JaxprEqn, args: list[Operand], bind: Bind) -> list[Operand] | None:
     if len(args) > 1:
         return None
     x, shape, axes = args[0], eqn.params["shape"], eqn.params["broadcast_dimensions"]
@@ -67,7 +69,7 @@ def _keeps_shape(small: tuple[int, ...], axes: Order, shape: tuple[int, ...]) ->
     return all(n == shape[axis] for n, axis in zip(small, axes, strict=True))
 
 
-def _barrier(eqn: Any, args: list[Any], bind: Bind) -> list[Any]:
+def _barrier(eqn: JaxprEqn, args: list[Operand], bind: Bind) -> list[Operand]:
     arrays = [x.rounded if isinstance(x, Permuted) else x.materialized if isinstance(x, Broadcast) else x for x in args]
     out = bind(eqn, arrays)
     return [permuted(y, x.order) if isinstance(x, Permuted) else y for x, y in zip(args, out, strict=True)]
@@ -79,20 +81,20 @@ def _ranks(axes: list[int]) -> Order:
 
 
 @_if_permuted
-def _reduce(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
+def _reduce(eqn: JaxprEqn, args: list[Operand], bind: Bind) -> list[Operand] | None:
     x, axes = args[0], eqn.params["axes"]
     reduced = tuple(i for i, axis in enumerate(x.order) if axis in axes)
     order = _ranks([axis for axis in x.order if axis not in axes])
     rounding = x.rounding if eqn.primitive.name in ("reduce_max", "reduce_min") else OMITTED
     out = bind(eqn, [align(x, x.order, rounding)], {**eqn.params, "axes": reduced})
-    return [with_dtype(y, order, v.aval.dtype, rounding) for y, v in zip(out, eqn.outvars, strict=True)]
+    return [with_dtype(y, order, dtype_of(v), rounding) for y, v in zip(out, eqn.outvars, strict=True)]
 
 
 def _by_axis(*names: str) -> Move:
     """A rule for operations whose named parameters hold one value per axis (or None)."""
 
     @_if_permuted
-    def move(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
+    def move(eqn: JaxprEqn, args: list[Operand], bind: Bind) -> list[Operand] | None:
         x = args[0]
         moved = {n: tuple(eqn.params[n][axis] for axis in x.order) for n in names if eqn.params[n] is not None}
         rounding = rounding_of(args)
@@ -103,7 +105,7 @@ def _by_axis(*names: str) -> Move:
     return move
 
 
-def _concatenate(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
+def _concatenate(eqn: JaxprEqn, args: list[Operand], bind: Bind) -> list[Operand] | None:
     x = max(args, key=lambda x: (isinstance(x, Permuted), x.size))
     if not isinstance(x, Permuted):
         return None
@@ -114,14 +116,14 @@ def _concatenate(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
 
 
 @_if_permuted
-def _reverse(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
+def _reverse(eqn: JaxprEqn, args: list[Operand], bind: Bind) -> list[Operand] | None:
     x = args[0]
     params = {**eqn.params, "dimensions": tuple(x.order.index(i) for i in eqn.params["dimensions"])}
     return [with_dtype(bind(eqn, [x.elements], params)[0], x.order, x.dtype, x.rounding)]
 
 
 @_if_permuted
-def _squeeze(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
+def _squeeze(eqn: JaxprEqn, args: list[Operand], bind: Bind) -> list[Operand] | None:
     x, removed = args[0], eqn.params["dimensions"]
     params = {**eqn.params, "dimensions": tuple(i for i, axis in enumerate(x.order) if axis in removed)}
     order = _ranks([axis for axis in x.order if axis not in removed])
@@ -129,7 +131,7 @@ def _squeeze(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
 
 
 @_if_permuted
-def _split(eqn: Any, args: list[Any], bind: Bind) -> list[Any] | None:
+def _split(eqn: JaxprEqn, args: list[Operand], bind: Bind) -> list[Operand] | None:
     """Moves a transpose past a reshape that only splits axes; None for any other reshape."""
     x, new = args[0], list(eqn.params["new_sizes"])
     if eqn.params.get("dimensions") is not None:

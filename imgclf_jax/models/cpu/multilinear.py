@@ -6,14 +6,14 @@ forward mode, reverse mode and any composition, such as `jax.jvp(jax.grad(f), â€
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-Function = Callable[..., jax.Array]
+type Function = Callable[..., jax.Array]
 
 
 def multilinear(name: str, product: Function, *gradients: Function) -> Function:
@@ -32,7 +32,7 @@ def multilinear(name: str, product: Function, *gradients: Function) -> Function:
         ad.primitive_jvps[primitive] = functools.partial(_jvp, primitive, len(gradients))
 
     @functools.wraps(product)
-    def function(*args: jax.Array, **static: Any) -> jax.Array:
+    def function(*args: jax.Array, **static: object) -> jax.Array:
         likes = _shapes(args[: len(gradients)])
         out: jax.Array = primitives[0].bind(*args, likes=likes, static=tuple(sorted(static.items())))
         return out
@@ -40,23 +40,37 @@ def multilinear(name: str, product: Function, *gradients: Function) -> Function:
     return function
 
 
-def _shapes(args: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+def _shapes(args: Iterable[Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
     return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args)
 
 
 @functools.lru_cache(4096)  # the layers of a network repeat shapes, and each asks several times
-def _shape(run: Function, params: tuple[tuple[str, Any], ...], shapes: tuple[Any, ...]) -> jax.core.ShapedArray:
+def _shape(
+    run: Function, params: tuple[tuple[str, object], ...], shapes: tuple[jax.ShapeDtypeStruct, ...]
+) -> jax.core.ShapedArray:
     out = jax.eval_shape(functools.partial(run, **dict(params)), *shapes)
     return jax.core.ShapedArray(out.shape, out.dtype)
 
 
-def _run(function: Function, role: int, *args: jax.Array, likes: Any, static: Any) -> jax.Array:
+def _run(
+    function: Function,
+    role: int,
+    *args: jax.Array,
+    likes: tuple[jax.ShapeDtypeStruct, ...],
+    static: tuple[tuple[str, object], ...],
+) -> jax.Array:
     """Runs role 0, the product, or role i, the gradient of operand i - 1; `likes` are the operands' shapes."""
     like = {"like": likes[role - 1]} if role else {}
     return function(*args, **like, **dict(static))
 
 
-def _jvp(primitive: Primitive, operands: int, primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
+def _jvp(
+    primitive: Primitive,
+    operands: int,
+    primals: tuple[jax.Array, ...],
+    tangents: tuple[jax.Array, ...],
+    **params: Any,
+) -> tuple[Any, Any]:
     """The tangent: the sum over operands of the product with the operand replaced by its tangent."""
     out = primitive.bind(*primals, **params)
     terms = [
@@ -67,7 +81,7 @@ def _jvp(primitive: Primitive, operands: int, primals: Any, tangents: Any, **par
     return out, functools.reduce(ad.add_tangents, terms) if terms else ad.zeros_like_aval(jax.typeof(out))
 
 
-def _transpose(primitives: list[Primitive], role: int, cotangent: Any, *args: Any, **params: Any) -> list[Any]:
+def _transpose(primitives: list[Primitive], role: int, cotangent: jax.Array, *args: Any, **params: Any) -> list[Any]:
     """The cotangent of the one operand to differentiate; None for the others."""
     index = next(i for i, x in enumerate(args) if ad.is_undefined_primal(x))
     operands, z_index = list(args), role - 1  # in a gradient, z's cotangent takes this operand's position

@@ -2,12 +2,12 @@
 
 import functools
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.typing import DTypeLike
 
 from imgclf_jax.models.cpu import matmuls
 from imgclf_jax.models.cpu.layout import accumulator, contiguous
@@ -56,7 +56,9 @@ def _select(slices: list[jax.Array], argmax: jax.Array) -> jax.Array:
     return functools.reduce(jnp.add, [jnp.where(argmax == k, x, 0) for k, x in enumerate(slices)])
 
 
-def _take_transpose(gradient: jax.Array, argmax: jax.Array, like: Any, window: int, channels_last: bool) -> jax.Array:
+def _take_transpose(
+    gradient: jax.Array, argmax: jax.Array, like: jax.ShapeDtypeStruct, window: int, channels_last: bool
+) -> jax.Array:
     """The transpose of `_take`; with `channels_last` in the memory layout that a convolution's gradients read."""
     if channels_last:  # transpose before unpooling, while the arrays are small
         argmax, gradient = contiguous(argmax.transpose(1, 2, 3, 0)), contiguous(gradient.transpose(1, 2, 3, 0))
@@ -91,7 +93,7 @@ def _max_pool_jvp(window: int, primals: tuple[jax.Array], tangents: tuple[jax.Ar
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def pool_bias_relu(x: jax.Array, bias: jax.Array, window: int, dtype: Any) -> jax.Array:
+def pool_bias_relu(x: jax.Array, bias: jax.Array, window: int, dtype: DTypeLike) -> jax.Array:
     """relu(max_pool(x) + bias) in `dtype`, [f, h, w, b] → [f, h // window, w // window, b].
 
     Equals `max_pool(relu(x + bias))`, since adding a constant is monotonic, for a quarter of the element-wise work. The
@@ -100,7 +102,7 @@ def pool_bias_relu(x: jax.Array, bias: jax.Array, window: int, dtype: Any) -> ja
     return _pool_bias_relu(_window_slices(x, window), bias, dtype)[0]
 
 
-def _pool_bias_relu(slices: list[jax.Array], bias: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def _pool_bias_relu(slices: list[jax.Array], bias: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
     """Returns relu(max(slices) + bias) in `dtype`, and the argmax: int8, the first among ties, -1 where ReLU is 0."""
     maximum, argmax = _max_and_argmax(slices)
     out = nn.relu(maximum + bias.astype(maximum.dtype)[:, None, None, None])
@@ -109,7 +111,9 @@ def _pool_bias_relu(slices: list[jax.Array], bias: jax.Array, dtype: Any) -> tup
 
 
 @pool_bias_relu.defjvp
-def _pool_bias_relu_jvp(window: int, dtype: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _pool_bias_relu_jvp(
+    window: int, dtype: DTypeLike, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
     x, bias = primals
     d_x, d_bias = tangents
     out, argmax = _pool_bias_relu(_window_slices(x, window), bias, dtype)
@@ -125,7 +129,7 @@ _bias_where_active = multilinear(
 )
 
 
-def conv_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, window: int, dtype: Any) -> jax.Array:
+def conv_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, window: int, dtype: DTypeLike) -> jax.Array:
     """Convolution ("VALID"), max-pool, bias, ReLU: [c, h, w, b] and [kh, kw, c, f] → [f, ~h/window, ~w/window, b].
 
     In `dtype`. Outputs that fill no window are not computed; the gradient of a maximum goes to the first among ties.
@@ -136,7 +140,7 @@ def conv_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, window: int, dty
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def conv_pool_direct(x: jax.Array, kernel: jax.Array, bias: jax.Array, window: int, dtype: Any) -> jax.Array:
+def conv_pool_direct(x: jax.Array, kernel: jax.Array, bias: jax.Array, window: int, dtype: DTypeLike) -> jax.Array:
     """`conv_pool` for images of few channels, whose patches and convolution output would be many times their size.
 
     One pass over the images that stores neither, in float32 (float64 for float64); the result is in `dtype`.
@@ -145,7 +149,9 @@ def conv_pool_direct(x: jax.Array, kernel: jax.Array, bias: jax.Array, window: i
 
 
 @conv_pool_direct.defjvp
-def _conv_pool_direct_jvp(window: int, dtype: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _conv_pool_direct_jvp(
+    window: int, dtype: DTypeLike, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
     (x, kernel, bias), (d_x, d_kernel, d_bias) = primals, tangents
     out, argmax = _pool_bias_relu(_direct_slices(x, kernel, window, accumulator(dtype)), bias, dtype)
     static = {"window": window, "dtype": jnp.dtype(dtype)}
@@ -153,7 +159,7 @@ def _conv_pool_direct_jvp(window: int, dtype: Any, primals: Any, tangents: Any) 
     return out, (d_out + _bias_where_active(d_bias, argmax, dtype=accumulator(dtype))).astype(dtype)
 
 
-def _direct_slices(x: jax.Array, kernel: jax.Array, window: int, dtype: Any) -> list[jax.Array]:
+def _direct_slices(x: jax.Array, kernel: jax.Array, window: int, dtype: DTypeLike) -> list[jax.Array]:
     """The convolution output for each offset within the window, [f, ho, wo, b] each."""
     kh, kw, c, _ = kernel.shape
     ho, wo = (x.shape[1] - kh + 1) // window, (x.shape[2] - kw + 1) // window
@@ -170,14 +176,14 @@ def _direct_slices(x: jax.Array, kernel: jax.Array, window: int, dtype: Any) -> 
     return [output(row, column) for row, column in itertools.product(range(window), repeat=2)]
 
 
-def _direct_take(x: jax.Array, kernel: jax.Array, argmax: jax.Array, window: int, dtype: Any) -> jax.Array:
+def _direct_take(x: jax.Array, kernel: jax.Array, argmax: jax.Array, window: int, dtype: DTypeLike) -> jax.Array:
     """The convolution output at the argmax of each window; zero where it is -1."""
     return _select(_direct_slices(x, kernel, window, accumulator(dtype)), argmax)
 
 
 # The gradients are matmuls over the receptive field of a whole window, in which each output has a shifted kernel.
 def _direct_images(
-    gradient: jax.Array, kernel: jax.Array, argmax: jax.Array, like: Any, window: int, dtype: Any
+    gradient: jax.Array, kernel: jax.Array, argmax: jax.Array, like: jax.ShapeDtypeStruct, window: int, dtype: DTypeLike
 ) -> jax.Array:
     (kh, kw, c, f), offsets = kernel.shape, list(itertools.product(range(window), repeat=2))
     extent = (kh + window - 1, kw + window - 1)
@@ -190,7 +196,7 @@ def _direct_images(
 
 
 def _direct_kernel(
-    x: jax.Array, gradient: jax.Array, argmax: jax.Array, like: Any, window: int, dtype: Any
+    x: jax.Array, gradient: jax.Array, argmax: jax.Array, like: jax.ShapeDtypeStruct, window: int, dtype: DTypeLike
 ) -> jax.Array:
     (kh, kw, c, f), offsets = like.shape, list(itertools.product(range(window), repeat=2))
     extent, strides = (kh + window - 1, kw + window - 1), (window, window)
@@ -203,7 +209,7 @@ def _direct_kernel(
     return jnp.transpose(d_kernel, (1, 2, 3, 0))
 
 
-def _by_offset(gradient: jax.Array, argmax: jax.Array, window: int, dtype: Any) -> jax.Array:
+def _by_offset(gradient: jax.Array, argmax: jax.Array, window: int, dtype: DTypeLike) -> jax.Array:
     """The gradient for each offset within the window, zero off the argmax: [window**2 * f, ho, wo, b]."""
     slices = [jnp.where(argmax == k, gradient.astype(dtype), 0) for k in range(window**2)]
     return lax.optimization_barrier(jnp.concatenate(slices))

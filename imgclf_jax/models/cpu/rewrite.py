@@ -12,19 +12,21 @@ step.
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
-from imgclf_jax.core.jaxprs import INLINED, bind
+from imgclf_jax.core.jaxprs import INLINED, Atom, bind, dtype_of
+from imgclf_jax.core.typing import Function, PyTree
 from imgclf_jax.models.cpu.moves import MOVES
 from imgclf_jax.models.cpu.permuted import (
     OMITTED,
     Broadcast,
+    Operand,
     Permuted,
     align,
     identity_order,
@@ -45,14 +47,14 @@ _ELEMENTWISE = frozenset(
 _BODIES = ("scan", "while", "cond", "checkpoint", "remat", "remat2")  # their bodies are rewritten separately
 
 
-def rewrite(function: Callable[..., Any], need: int = ROUNDED) -> Callable[..., Any]:
+def rewrite(function: Function, need: int = ROUNDED) -> Function:
     """Returns `function`, of pytrees of arrays, with as few transposes and roundings as possible.
 
     `need` says what the readers of its results need, see `rounding.py`.
     """
 
     @functools.wraps(function)
-    def rewritten(*args: Any) -> Any:
+    def rewritten(*args: PyTree) -> PyTree:
         jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(*args)
         read = needs(jaxpr.jaxpr, [need] * len(jaxpr.jaxpr.outvars))
         out = [materialize(x) for x in _evaluate(jaxpr, jax.tree.leaves(args), read)]
@@ -61,13 +63,13 @@ def rewrite(function: Callable[..., Any], need: int = ROUNDED) -> Callable[..., 
     return rewritten
 
 
-def _evaluate(closed: Any, args: Sequence[Any], read: Needs) -> list[Any]:
+def _evaluate(closed: ClosedJaxpr, args: Sequence[Operand], read: Needs) -> list[Operand]:
     """Evaluates a closed jaxpr; arguments and results are arrays, `Permuted` or `Broadcast`."""
     jaxpr = closed.jaxpr
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    values: dict[Var, Operand] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
 
-    def value(atom: Any) -> Any:
+    def value(atom: Atom) -> Operand:
         return atom.val if isinstance(atom, Literal) else values[atom]
 
     for number, eqn in enumerate(jaxpr.eqns):
@@ -81,7 +83,7 @@ def _evaluate(closed: Any, args: Sequence[Any], read: Needs) -> list[Any]:
     return [value(atom) for atom in jaxpr.outvars]
 
 
-def _apply(eqn: Any, args: list[Any], read: Needs | None) -> list[Any]:
+def _apply(eqn: JaxprEqn, args: list[Operand], read: Needs | None) -> list[Operand]:
     name = eqn.primitive.name
     if read is not None:
         return _evaluate(eqn.params[INLINED[name]], args, read)
@@ -97,7 +99,7 @@ def _apply(eqn: Any, args: list[Any], read: Needs | None) -> list[Any]:
     if rounding_of(args):
         return bind(eqn, [materialize(x) for x in args])
     out = bind(eqn, [align(x, identity_order(np.ndim(x))) for x in args])
-    return [with_dtype(y, identity_order(y.ndim), v.aval.dtype) for y, v in zip(out, eqn.outvars, strict=True)]
+    return [with_dtype(y, identity_order(y.ndim), dtype_of(v)) for y, v in zip(out, eqn.outvars, strict=True)]
 
 
 def _body(param: Any) -> Any:
@@ -110,7 +112,7 @@ def _body(param: Any) -> Any:
     return jax.make_jaxpr(rewrite(jaxpr_as_fun(param), EXACT))(*shapes)
 
 
-def _convert(eqn: Any, x: Any) -> Any:
+def _convert(eqn: JaxprEqn, x: Operand) -> Operand:
     new = eqn.params["new_dtype"]
     if new == jnp.bfloat16 and x.dtype == jnp.float32:
         array, order = (x.array, x.order) if isinstance(x, Permuted) else (materialize(x), identity_order(np.ndim(x)))
@@ -120,7 +122,7 @@ def _convert(eqn: Any, x: Any) -> Any:
     return _elementwise(eqn, [x])[0]
 
 
-def _elementwise(eqn: Any, args: list[Any]) -> list[Any]:
+def _elementwise(eqn: JaxprEqn, args: list[Operand]) -> list[Operand]:
     """Computes in the order of the largest operand, permuted ones first; bfloat16 operands in float32."""
     if not any(isinstance(x, Permuted) or is_bfloat16(x) for x in args):
         return bind(eqn, [materialize(x) for x in args])
@@ -135,4 +137,4 @@ def _elementwise(eqn: Any, args: list[Any]) -> list[Any]:
     if "new_dtype" in params and params["new_dtype"] == jnp.bfloat16:  # from integers
         params = {**params, "new_dtype": np.dtype(np.float32)}
     out = bind(eqn, operands, params)
-    return [with_dtype(y, order, v.aval.dtype, rounding) for y, v in zip(out, eqn.outvars, strict=True)]
+    return [with_dtype(y, order, dtype_of(v), rounding) for y, v in zip(out, eqn.outvars, strict=True)]

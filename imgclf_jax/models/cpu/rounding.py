@@ -12,12 +12,11 @@ the last matmul, sum or float32 arithmetic.
 import functools
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
-from jax.extend.core import Literal
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from imgclf_jax.core.jaxprs import INLINED
+from imgclf_jax.core.jaxprs import INLINED, Atom, dtype_of
 
 # What the readers of a value need, as bits: that it is rounded, and that it is computed from exact values.
 FREE, ROUNDED, FROM_EXACT, EXACT = range(4)
@@ -42,15 +41,15 @@ _MATMULS = frozenset(["conv_general_dilated", "dot_general"])  # and the primiti
 class Needs:
     """What the readers of each variable of a jaxpr need (absent: FREE), and the same for each inlined call."""
 
-    values: dict[Any, int]
+    values: dict[Var, int]
     calls: dict[int, "Needs"]  # by equation number
 
 
-def needs(jaxpr: Any, results: list[int]) -> Needs:
+def needs(jaxpr: Jaxpr, results: list[int]) -> Needs:
     """Propagates the needs of the results of a jaxpr backwards to all its variables."""
     found = Needs({}, {})
 
-    def add(atom: Any, need: int) -> None:
+    def add(atom: Atom, need: int) -> None:
         if need and not isinstance(atom, Literal):
             found.values[atom] = found.values.get(atom, FREE) | need
 
@@ -70,12 +69,12 @@ def needs(jaxpr: Any, results: list[int]) -> Needs:
     return found
 
 
-def _operand_need(eqn: Any, operand: Any, result: int) -> int:
+def _operand_need(eqn: JaxprEqn, operand: Atom, result: int) -> int:
     """What an operation needs of an operand, given the need `result` of its results."""
-    name, is_bfloat16 = eqn.primitive.name, operand.aval.dtype == jnp.bfloat16
+    name, is_bfloat16 = eqn.primitive.name, dtype_of(operand) == jnp.bfloat16
     if name in COPIES:
         return result
-    if name == "convert_element_type" and {operand.aval.dtype, eqn.params["new_dtype"]} <= _FLOATS:
+    if name == "convert_element_type" and {dtype_of(operand), eqn.params["new_dtype"]} <= _FLOATS:
         return result
     if name in _CONTINUOUS:
         return EXACT if result & FROM_EXACT and is_bfloat16 else FREE
@@ -90,7 +89,7 @@ def _operand_need(eqn: Any, operand: Any, result: int) -> int:
     return EXACT
 
 
-def reads_sign(eqn: Any) -> bool:
+def reads_sign(eqn: JaxprEqn) -> bool:
     """Whether an operation reads only signs, as the gradient of ReLU does; rounding keeps them."""
     is_zero = [isinstance(v, Literal) and v.val == 0 for v in eqn.invars]
     return eqn.primitive.name == "sign" or (eqn.primitive.name in _COMPARISONS and any(is_zero))

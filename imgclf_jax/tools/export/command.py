@@ -6,7 +6,6 @@ import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.core import processes, sharding
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run.provenance import write_atomically
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import Outputs
@@ -74,7 +74,7 @@ def _saved_model(model: Trained, path: Path, gives: str, names: str) -> list[str
     return _with_loader(path, described, note, saved_model.LOADER)
 
 
-def _with_loader(path: Path, described: dict[str, Any], note: str, loader: str) -> list[str]:
+def _with_loader(path: Path, described: JsonObject, note: str, loader: str) -> list[str]:
     """Describes a file by its metadata, followed by `note` and the code that loads it."""
     h, w, c = described["images"]["shape"][1:]
     gives = described["gives"]

@@ -6,7 +6,7 @@ Flax and NumPy, the forms that jax2onnx translates well.
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import export
+from jax.extend.core import Jaxpr, Var
 from jax.interpreters import partial_eval
+from jax.typing import ArrayLike
 
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.jaxprs import Atom
+from imgclf_jax.core.typing import Function, PyTree
 from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared
 from imgclf_jax.trained import Trained
@@ -76,7 +80,7 @@ def _runtime(content: bytes) -> Any:
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
-def _flatten(function: Any, *shapes: Any) -> Any:
+def _flatten(function: Function, *shapes: PyTree) -> Any:
     """Inlines nested calls and eliminates dead code."""
     closed = jax.jit(function).trace(*shapes).jaxpr
     inlined = jax.jit(lambda *args: _run(closed.jaxpr, closed.consts, args, {})).trace(*shapes).jaxpr
@@ -84,17 +88,19 @@ def _flatten(function: Any, *shapes: Any) -> Any:
     return lambda *args: _run(needed, inlined.consts, args, _REPLACEMENTS)[0]
 
 
-def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], replacements: dict[str, Any]) -> list[Any]:
+def _run(
+    jaxpr: Jaxpr, consts: Sequence[ArrayLike], args: Sequence[ArrayLike], replacements: Mapping[str, Function]
+) -> list[ArrayLike]:
     """Evaluates a jaxpr, with `replacements` for some primitives."""
-    values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    values: dict[Var, ArrayLike] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
-    def read(variable: Any) -> Any:
+    def read(variable: Atom) -> ArrayLike:
         return variable.val if hasattr(variable, "val") else values[variable]
 
     for equation in jaxpr.eqns:
         name, operands = equation.primitive.name, [read(v) for v in equation.invars]
         if name in _CALLS:
-            inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+            inner: Any = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
             out = _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), operands, replacements)
         elif name in replacements:
             out = [replacements[name](*operands, **equation.params)]
@@ -125,4 +131,4 @@ def _pad(x: jax.Array, value: jax.Array, *, padding_config: Any) -> jax.Array:
     return jnp.pad(x, widths, constant_values=constant)
 
 
-_REPLACEMENTS = {"reduce_window_max": _max_pool, "pad": _pad}
+_REPLACEMENTS: dict[str, Function] = {"reduce_window_max": _max_pool, "pad": _pad}

@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from jax.extend.mlir.dialects import stablehlo as dialect
 
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.tensorflow_import import tensorflow
+from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared, stablehlo
 from imgclf_jax.trained import Trained
@@ -49,7 +51,7 @@ def check(folder: Path) -> None:
         raise UserError(f"export: {folder} exists and is not a SavedModel; remove it, or name another folder")
 
 
-def write(model: Trained, what: Outputs, folder: Path, today: datetime.date) -> tuple[dict[str, Any], float]:
+def write(model: Trained, what: Outputs, folder: Path, today: datetime.date) -> tuple[JsonObject, float]:
     """Writes the SavedModel; returns its metadata, and the largest difference of TensorFlow's outputs.
 
     The signature `serving_default` maps `images`, uint8[b, h, w, c] with b ≥ 1, to `probabilities` (`values` in a
@@ -57,7 +59,7 @@ def write(model: Trained, what: Outputs, folder: Path, today: datetime.date) -> 
     `assets.extra/metadata.json`. An existing SavedModel is replaced once the new one matches the model's outputs on
     random images. Raises UserError if it does not match.
     """
-    tf = tensorflow().result()
+    tf: Any = tensorflow().result()
     exported, weights = stablehlo.program_of_weights(model, what)
     described = stablehlo.metadata(model, what, exported, today)
     gives = described["gives"]
@@ -80,7 +82,9 @@ def write(model: Trained, what: Outputs, folder: Path, today: datetime.date) -> 
     return described, difference
 
 
-def _module(tf: Any, exported: export.Exported, weights: dict[str, np.ndarray], model: Trained, gives: str) -> Any:
+def _module(
+    tf: ModuleType, exported: export.Exported, weights: dict[str, np.ndarray], model: Trained, gives: str
+) -> Any:
     """Returns a `tf.Module` with the variables and the functions `call` and `names`."""
     from tensorflow.compiler.tf2xla.python import xla  # `jax2tf` uses it too
 

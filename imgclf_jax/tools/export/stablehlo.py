@@ -10,13 +10,13 @@ import io
 import json
 import zipfile
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 from jax import export
 
 from imgclf_jax.core import platform, sharding, tree
+from imgclf_jax.core.typing import JsonObject, ModelState, Params
 from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared
 from imgclf_jax.trained import Trained
@@ -68,7 +68,7 @@ def program_of_weights(model: Trained, what: Outputs) -> tuple[export.Exported, 
     return _lowered(function, model, *weights.values()), weights
 
 
-def _on_host(model: Trained) -> Any:
+def _on_host(model: Trained) -> tuple[Params, ModelState]:
     return jax.tree.map(sharding.fetch, model.state.evaluated)
 
 
@@ -82,7 +82,7 @@ def _lowered(function: Callable[..., jax.Array], model: Trained, *weights: np.nd
         return export.export(jax.jit(function), platforms=PLATFORMS)(*given, images)
 
 
-def metadata(model: Trained, what: Outputs, exported: export.Exported, today: datetime.date) -> dict[str, Any]:
+def metadata(model: Trained, what: Outputs, exported: export.Exported, today: datetime.date) -> JsonObject:
     """What the file takes and gives, as JSON values."""
     recipe = model.programs.recipe
     return {
@@ -111,7 +111,7 @@ def _lifetime(today: datetime.date) -> dict[str, str]:
     }  # fmt: skip
 
 
-def archive(model: Trained, what: Outputs, today: datetime.date) -> tuple[bytes, dict[str, Any]]:
+def archive(model: Trained, what: Outputs, today: datetime.date) -> tuple[bytes, JsonObject]:
     """The bytes of the file, and its metadata."""
     exported = program(model, what)
     described = metadata(model, what, exported, today) | _lifetime(today)

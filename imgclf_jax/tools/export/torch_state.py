@@ -1,13 +1,11 @@
 """A PyTorch `state_dict` from our variables, by the names and layouts in `weights.torch_names`."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from flax import linen as nn
 
 from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.typing import Params, Variables
 from imgclf_jax.models import parts
 from imgclf_jax.models.vit import ViT, sincos_positions
 from imgclf_jax.weights import torch_names
@@ -27,7 +25,7 @@ def naming(backbone: nn.Module, names: str = "") -> str:
 
 
 def state_dict(
-    backbone: nn.Module, variables: Mapping[str, Any], names: str, image_shape: tuple[int, int, int]
+    backbone: nn.Module, variables: Variables, names: str, image_shape: tuple[int, int, int]
 ) -> dict[str, np.ndarray]:
     """PyTorch's `state_dict` of a classifier over `backbone`, from its variables {"params", "batch_stats", …}.
 
@@ -51,7 +49,7 @@ def state_dict(
     return out
 
 
-def _fixed_positions(backbone: ViT, own: Mapping[str, Any], image_shape: tuple[int, int, int]) -> np.ndarray:
+def _fixed_positions(backbone: ViT, own: Params, image_shape: tuple[int, int, int]) -> np.ndarray:
     """f32[1, tokens + n, d], zero for a class token."""
     h, w = (side // backbone.patch for side in image_shape[:2])
     positions = sincos_positions(h, w, own["params/backbone/patch/bias"].shape[0])
