@@ -42,9 +42,8 @@ def test_it_classifies_what_it_is_given(page, tmp_path):
     first, said = answered(page)
     assert said.startswith(f"{first}, in ")
     assert page.locator("#classes tbody tr").count() == 5
-    page.click("#explain")
-    page.locator("#explanation").wait_for()
-    assert page.evaluate("document.getElementById('explanation').decode().then(() => true)")
+    table = page.locator("#classes").bounding_box()  # relative to what is in view
+    assert 0 <= table["y"] < table["y"] + table["height"] <= page.viewport_size["height"]
     for event, carrier in (("drop", "dataTransfer"), ("paste", "clipboardData")):
         page.evaluate(
             """([event, carrier, content]) => {
@@ -75,9 +74,81 @@ def test_it_classifies_what_it_is_given(page, tmp_path):
     page.get_by_role("status").filter(has_text="in none of the formats").wait_for()
 
 
+def test_it_shows_where_a_class_is_found(page, tmp_path):
+    """The heatmap lies over the image, at its size and as strong as is wanted; another class has another one."""
+    (tmp_path / "a.png").write_bytes(png(0))
+    page.set_input_files("#file", tmp_path / "a.png")
+    answered(page)
+    seen = []
+    page.click("#explain")
+    for wanted in ("", "3", "8"):
+        if wanted:
+            page.select_option("#wanted", wanted)
+        page.wait_for_function("(seen) => document.getElementById('heat').src && !seen.includes(heat.src)", arg=seen)
+        seen.append(page.get_attribute("#heat", "src"))
+        boxes = [page.locator(id).bounding_box() for id in ("#preview", "#heat")]
+        assert boxes[0] == boxes[1]
+        sizes = page.evaluate("[preview, heat].map((image) => [image.naturalWidth, image.naturalHeight])")
+        assert sizes[0] == sizes[1] == [28, 28]
+    page.locator("#opacity").fill("20")
+    assert page.evaluate("getComputedStyle(heat).opacity") == "0.2"
+
+
+def test_it_takes_several_images(page, tmp_path):
+    """Each has its class below its thumbnail, and its numbers when it is chosen; what is no image is said to be none."""
+    files = [tmp_path / f"{seed}.png" for seed in range(6)]
+    for seed, file in enumerate(files):
+        file.write_bytes(png(seed))
+    files[3].write_bytes(b"no image")
+    page.set_input_files("#file", files)
+    page.get_by_role("status").filter(has_text="5 images in").wait_for()
+    assert "1 cannot be classified: 3.png: " in page.text_content("#status")
+    shown = page.locator("#strip button").all()
+    assert len(shown) == 6
+    assert shown[3].is_disabled()
+    for button in (shown[5], shown[0]):
+        button.click()
+        assert button.get_attribute("aria-pressed") == "true"
+        assert page.text_content("#classes tbody th") == button.text_content()
+
+
+def test_it_takes_a_photograph(page):
+    """By the camera of a desktop, in the page; a phone opens its own."""
+    if page.evaluate("matchMedia('(pointer: coarse)').matches"):
+        assert page.locator("#photograph").is_visible()
+        assert page.locator("#webcam").is_hidden()
+        return
+    assert page.locator("#photograph").is_hidden()
+    page.click("#webcam")
+    page.wait_for_function("() => video.videoWidth > 0")
+    page.click("#shoot")
+    assert answered(page)[0]
+    page.click("#stop")
+    assert page.locator("#viewfinder").is_hidden()
+
+
+@pytest.mark.parametrize(("preprocess", "drawn"), [("decode(1)|resize(28)", True), ("decode(3)|resize(28)", False),
+                                                  ("decode(1)|resize(128)", False)])  # fmt: skip
+def test_one_draws_where_images_look_drawn(browser, preprocess, drawn):  # noqa: F811
+    """And the page is called as the work directory."""
+    config = default_config()
+    config.model, config.preprocess, config.augment = "mlp(widths=(8,))", preprocess, ""
+    shape = tuple(int(part.split(")")[0]) for part in preprocess.split("(")[1:])
+    programs = Programs(Recipe(config, DataInfo(64, (shape[1], shape[1], shape[0]), ("a", "b"), "-")))
+    untrained = Trained(programs, programs.init()["state"], 0)
+    with (
+        serving(untrained, name="<my birds>") as where,
+        chromium.opened(browser, "desktop", "light", f"http://127.0.0.1:{where}/") as (page, said, _),
+    ):
+        page.get_by_text("2 classes: a, b").wait_for()
+        assert page.locator("#drawing").is_visible() == drawn
+        assert page.title() == page.text_content("h1") == "<my birds>"
+        assert said == []
+
+
 @pytest.mark.parametrize(("loss", "names", "words"), [
-    ("mse", ("ink, %", "height"), ["Its values", "2 values: ink, %, height", "target", "value"]),
-    ("sigmoid", ("odd", "round"), ["Its labels", "2 labels: odd, round", "label", "probability"]),
+    ("mse", ("ink, %", "height"), ["Values", "2 values: ink, %, height", "target", "value"]),
+    ("sigmoid", ("odd", "round"), ["Labels", "2 labels: odd, round", "label", "probability"]),
 ])  # fmt: skip
 def test_it_shows_numbers_and_several_labels(browser, tmp_path, loss, names, words):  # noqa: F811
     config = default_config()
@@ -100,16 +171,21 @@ def test_it_shows_numbers_and_several_labels(browser, tmp_path, loss, names, wor
 
 
 def test_it_can_be_read_by_everyone(page, tmp_path):
-    """No fault of accessibility by axe-core, before and after an answer; no scrolling sideways."""
+    """No fault of accessibility by axe-core, before and after answers; no scrolling sideways."""
     from axe_core_python.sync_playwright import Axe
 
     def faults():
         found = Axe().run(page)["violations"]
-        return [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in found]
+        wide = page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")
+        return [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in found] + ["wide"] * wide
 
     assert faults() == []
     (tmp_path / "a.png").write_bytes(png(0))
     page.set_input_files("#file", tmp_path / "a.png")
     answered(page)
+    page.click("#explain")
+    page.locator("#heat").wait_for()
     assert faults() == []
-    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    page.set_input_files("#file", [tmp_path / "a.png"] * 3)
+    page.get_by_role("status").filter(has_text="3 images in").wait_for()
+    assert faults() == []
