@@ -24,7 +24,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 from jax.sharding import NamedSharding, PartitionSpec
 
-from imgclf_jax.core.jaxprs import INLINED, Atom, bind, dtype_of, inner
+from imgclf_jax.core.jaxprs import INLINED, Atom, aval_of, bind, inner
 from imgclf_jax.core.typing import Function, Params, PyTree
 
 type Shardings = Callable[[PyTree], PyTree]  # a pytree of arrays → a pytree of NamedSharding
@@ -191,7 +191,7 @@ class _Evaluation:
 def _deferred(equation: JaxprEqn, operands: Sequence[Operand], needs: frozenset[int]) -> list[Operand]:
     """The deferred results of an equation."""
     if equation.primitive.name == "convert_element_type" and type(operands[0]) is _Parameter:
-        x, dtype = operands[0], dtype_of(equation.outvars[0])
+        x, dtype = operands[0], aval_of(equation.outvars[0]).dtype
         if dtype.itemsize < x.dtype.itemsize:
             return [_Parameter(x.number, x.sharding, dtype)]
     key = object()

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jax.typing import ArrayLike
 
@@ -25,11 +24,11 @@ def bind(
     return list(out) if equation.primitive.multiple_results else [out]
 
 
-def dtype_of(atom: Atom) -> np.dtype:
-    """The dtype of an array in a jaxpr."""
-    aval: Any = atom.aval
-    dtype: np.dtype = aval.dtype
-    return dtype
+def aval_of(atom: Atom) -> jax.core.ShapedArray:
+    """The shape and dtype of an array in a jaxpr."""
+    aval: Any = atom.aval  # not a ShapedArray for random keys, but it has `shape` and `dtype` too
+    shaped: jax.core.ShapedArray = aval
+    return shaped
 
 
 def inner(equation: JaxprEqn) -> list[Jaxpr | ClosedJaxpr]:

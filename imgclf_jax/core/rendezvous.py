@@ -11,10 +11,9 @@ import os
 import selectors
 import socket
 import time
-from typing import Any
 
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import JsonObject
+from imgclf_jax.core.typing import Json, JsonObject
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +150,7 @@ def _report(where: tuple[str, int], number: int, process: int, patience: float) 
 
 def _call(
     where: tuple[str, int], number: int, process: int, stack: contextlib.ExitStack, wait: float
-) -> tuple[bool, Any]:
+) -> tuple[bool, Json]:
     """Whether anything listens there, and the stream to process 0 if it answers within `wait` seconds, else None."""
     hello = {"process": process, "number": number, "host": socket.gethostname()}
     answered = False

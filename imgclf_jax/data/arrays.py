@@ -17,6 +17,7 @@ import numpy as np
 
 from imgclf_jax.core import archive, memory, places
 from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.core.typing import Examples
 from imgclf_jax.run import cache
 
 MOST_CLASSES = 1_000_000
@@ -43,7 +44,7 @@ class ArraySource:
         """The names of the k targets; () with labels."""
         return () if self.targets is None else self.class_names
 
-    def read(self, ids: np.ndarray) -> dict[str, Any]:
+    def read(self, ids: np.ndarray) -> Examples:
         """The examples with these ids, in their order."""
         ys = {"label": self.labels, "target": self.targets}
         return {"image": self.images[ids], **{name: y[ids] for name, y in ys.items() if y is not None}}

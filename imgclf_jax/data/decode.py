@@ -9,13 +9,13 @@ import io
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from imgclf_jax.core import kinds, rng, spec
 from imgclf_jax.core.errors import UserError, reason, unknown
+from imgclf_jax.core.typing import Value
 from imgclf_jax.data import decode_cost, resizing, tf_image
 from imgclf_jax.data.resizing import central_crop, random_resized_crop, resize, resize_small
 
@@ -148,7 +148,7 @@ def formats_of(preprocess: str) -> tuple[str, ...]:
     return _check_formats(kinds.bind(calls[0], HOST_OPS, "host op", _GIVEN).keywords.get("formats", FORMATS))
 
 
-def _check_formats(formats: Any) -> tuple[str, ...]:
+def _check_formats(formats: Value) -> tuple[str, ...]:
     """The names of formats in capitals. Raises UserError if Pillow does not know one."""
     Image.init()
     if not isinstance(formats, (tuple, list)) or not formats or not all(isinstance(name, str) for name in formats):

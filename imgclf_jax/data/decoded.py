@@ -14,22 +14,23 @@ from typing import Any
 import numpy as np
 import PIL
 
+from imgclf_jax.data.sources import Source
 from imgclf_jax.run import cache
 
 _KEEP_BYTES = 4 << 30  # of all sets; the least recently used are removed
 _FORM = 1  # increase it when `decode` returns other pixels than before
 
 
-def _is_cacheable(source: Any, preprocess: str) -> bool:
+def _is_cacheable(source: Source, preprocess: str) -> bool:
     return getattr(source, "immutable", False) and ":" not in preprocess  # a user's own op may change
 
 
-def _file(source: Any, preprocess: str) -> Path:
+def _file(source: Source, preprocess: str) -> Path:
     identity = repr((source.fingerprint(), getattr(source, "stamp", ""), preprocess, PIL.__version__, _FORM))
     return cache.folder("decoded") / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
 
 
-def load(source: Any, preprocess: str, y_name: str = "label") -> tuple[np.ndarray, np.ndarray] | None:
+def load(source: Source, preprocess: str, y_name: str = "label") -> tuple[np.ndarray, np.ndarray] | None:
     """Loads (images uint8[n, h, w, c], y) that `save` cached; None if they are missing or damaged.
 
     y is labels i32[n] for `y_name` "label", targets f32[n, k] for "target".
@@ -46,7 +47,7 @@ def load(source: Any, preprocess: str, y_name: str = "label") -> tuple[np.ndarra
     return (images, y) if len(images) == len(y) == len(source) else None
 
 
-def save(source: Any, preprocess: str, images: np.ndarray, y_name: str, y: np.ndarray) -> None:
+def save(source: Source, preprocess: str, images: np.ndarray, y_name: str, y: np.ndarray) -> None:
     """Caches a decoded set, if its source is immutable and the disk has space."""
     if not _is_cacheable(source, preprocess):
         return

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.text import printable, utf8
+from imgclf_jax.core.typing import Examples, Json, Value
 from imgclf_jax.data import image_check
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class FileSource:
     digests: tuple[str, ...] = ()  # of each file's contents: see `image_check`
     targets: np.ndarray | None = None  # f32[n, k] instead of labels; their names are the class names
     table: str = ""  # SHA-256 of the table that lists the files
-    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # of the table, n values each
+    columns: Mapping[str, Sequence[Value]] = field(default_factory=dict)  # of the table, n values each
     weight: str = ""  # the column of weights
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class FileSource:
         """The names of the targets; () with labels."""
         return () if self.targets is None else self.class_names
 
-    def read(self, ids: np.ndarray) -> dict[str, Any]:
+    def read(self, ids: np.ndarray) -> Examples:
         ys = {"label": self.labels, "target": self.targets}
         y = {name: values[ids] for name, values in ys.items() if values is not None}
         return {"image": [(self.root / self.files[i]).read_bytes() for i in ids], **y}
@@ -75,14 +75,14 @@ class FileSource:
         """The SHA-256 of names, sizes and classes that older versions recorded; they had no tables."""
         return "" if self.table else self._hash(self.sizes, self.class_names)
 
-    def _hash(self, *parts: Any) -> str:
+    def _hash(self, *parts: Json) -> str:
         text = json.dumps([[utf8(file) for file in self.files], *parts])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def select(self, indices: np.ndarray) -> "FileSource":
         """The source of the examples with these indices, int64[m], in this order."""
 
-        def take(values: Sequence[Any]) -> tuple[Any, ...]:
+        def take(values: Sequence[Value]) -> tuple[Value, ...]:
             return tuple(values[i] for i in indices)
 
         return replace(
@@ -99,7 +99,7 @@ class FileSource:
         return replace(kept, left_out=tuple(utf8(str(self.root / file)) for file in own))
 
 
-def numbers(column: str, values: Sequence[Any], fail: Callable[[int, str], UserError]) -> np.ndarray:
+def numbers(column: str, values: Sequence[Value], fail: Callable[[int, str], UserError]) -> np.ndarray:
     """Converts a column of a table to f64[n]. Raises `fail(row, message)` for the first value that is not a number."""
     out = np.empty(len(values), np.float64)
     for i, value in enumerate(values):

@@ -16,7 +16,6 @@ reason targets are transposed there, "target_columns" f32[k, n].
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +24,7 @@ from jax.sharding import Mesh
 
 from imgclf_jax.core import memory, platform, sharding
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Batch, Chunk
 from imgclf_jax.data import stream
 from imgclf_jax.data.stream import StreamSpec
 
@@ -34,7 +34,7 @@ _TILE = (8, 128)  # a tile of uint8 on TPU
 def chunk_shape(
     placement: str, examples: int, image_shape: tuple[int, ...], spec: StreamSpec, size: int, mesh: Mesh,
     targets: int = 0,
-) -> Any:  # fmt: skip
+) -> Chunk:  # fmt: skip
     """The shapes, dtypes and shardings of the chunks of `train_chunks`, for images uint8[examples, h, w, c].
 
     `targets` is the number of targets per example, 0 with labels. Raises UserError for more examples than placement
@@ -57,7 +57,7 @@ def chunk_shape(
     return {**images, **ids} if placement == "host" else {"id": per_row, **ids, "table": images}
 
 
-def eval_chunk_shape(image_shape: tuple[int, ...], batch_size: int, size: int, mesh: Mesh, targets: int = 0) -> Any:
+def eval_chunk_shape(image_shape: tuple[int, ...], batch_size: int, size: int, mesh: Mesh, targets: int = 0) -> Chunk:
     """The same for evaluation: {"image": uint8[k, b, h, w, c], "label": i32[k, b], "mask": bool[k, b]}."""
     name, y = _y_spec(targets)
     shapes = {"image": (image_shape, "uint8"), name: y, "mask": ((), "bool")}
@@ -98,9 +98,9 @@ def _to_table(examples: stream.Batch, mesh: Mesh) -> stream.Batch:
 
 
 def batch_at(
-    chunk: Any, step: jax.Array | int, image_shape: tuple[int, ...],
+    chunk: Chunk, step: jax.Array | int, image_shape: tuple[int, ...],
     extra: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
-) -> dict[str, Any]:  # fmt: skip
+) -> Batch:  # fmt: skip
     """The batch {"image": uint8[b, h, w, c], "label": i32[b]} of step `step` of the chunk, counted from 0.
 
     `image_shape` is (h, w, c), since a table of tiles does not have it; `extra` has that of each extra stream, whose
@@ -125,7 +125,7 @@ def batch_at(
 
 def train_chunks(
     placement: str, images: stream.Images, spec: StreamSpec, ranges: Iterable[range], size: int, mesh: Mesh
-) -> Iterator[tuple[range, Any]]:
+) -> Iterator[tuple[range, Chunk]]:
     """Yields each range of steps with its chunk, padded to `size` steps; `placement` is "host" or "device"."""
     chunks = {"host": _host_chunks, "device": _device_chunks}[placement]
     return chunks(images, spec, ranges, size, mesh)
@@ -133,7 +133,7 @@ def train_chunks(
 
 def _host_chunks(
     images: stream.Images, spec: StreamSpec, ranges: Iterable[range], size: int, mesh: Mesh
-) -> Iterator[tuple[range, Any]]:
+) -> Iterator[tuple[range, Chunk]]:
     """Streams chunks; the copy of each to the device overlaps the run of the one before it."""
     rows = sharding.rows_here(spec.batch_size, mesh)
     extra_rows = {name: sharding.rows_here(batch_size, mesh) for name, batch_size in spec.extra}
@@ -143,7 +143,7 @@ def _host_chunks(
 
 def _device_chunks(
     images: stream.Images, spec: StreamSpec, ranges: Iterable[range], size: int, mesh: Mesh
-) -> Iterator[tuple[range, Any]]:
+) -> Iterator[tuple[range, Chunk]]:
     """Gathers the same batches, bit for bit, on the device: only ids travel. Needs no TensorFlow."""
     streams = {"": (images, spec)} | {extra.name: (images.extra[extra.name], extra) for extra in spec.extra_streams}
     for own, _ in streams.values():
@@ -162,7 +162,7 @@ def _device_chunks(
         yield steps, {**chunk.pop(""), **chunk}
 
 
-def _table(images: stream.Images, mesh: Mesh) -> Any:
+def _table(images: stream.Images, mesh: Mesh) -> Batch:
     everything = np.arange(len(images), dtype=np.int64)
     return sharding.put_replicated(_to_table(images.read(everything, everything), mesh), mesh)
 

@@ -19,6 +19,10 @@ from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.run import cache
 from imgclf_jax.run.provenance import write_json
 
+# Of TFDS, which is imported late.
+type Builder = Any
+type DataSource = Any
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -26,14 +30,14 @@ class Prepared:
 
     class_names: tuple[str, ...]
     splits: dict[str, tuple[int, str]]  # name → (examples, identity)
-    open: Callable[[], dict[str, Any]]  # returns {split: data source of encoded images}
+    open: Callable[[], dict[str, DataSource]]  # returns {split: data source of encoded images}
     stamp: str = ""  # changes with the files, even if the metadata of TFDS do not
 
     @functools.cached_property
-    def _data_sources(self) -> dict[str, Any]:
+    def _data_sources(self) -> dict[str, DataSource]:
         return self.open()
 
-    def data_source(self, split: str) -> Any:
+    def data_source(self, split: str) -> DataSource:
         return self._data_sources[split]
 
 
@@ -43,7 +47,7 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> Prepared:
     The record avoids importing TFDS, which takes seconds: half of a short run on cached images.
     """
 
-    def open_now() -> dict[str, Any]:
+    def open_now() -> dict[str, DataSource]:
         return prepare_tfds(name, data_dir, manual_dir)[1]
 
     identity = repr((name, str(places.as_path(data_dir).expanduser()), _version(name)))
@@ -98,7 +102,7 @@ def metadata(name: str, data_dir: str) -> tuple[dict[str, int], int, tuple[int |
     return {k: v.num_examples for k, v in splits.items()}, features["label"].num_classes, features["image"].shape
 
 
-def prepare_tfds(name: str, data_dir: str, manual_dir: str) -> tuple[Any, dict[str, Any]]:
+def prepare_tfds(name: str, data_dir: str, manual_dir: str) -> tuple[Builder, dict[str, DataSource]]:
     """Returns (builder, {split: data source of encoded images}) of a TFDS data set, downloaded at first use.
 
     Raises UserError for an unknown name, a data set without image and label, an unreachable network (naming the files
@@ -124,7 +128,7 @@ def prepare_tfds(name: str, data_dir: str, manual_dir: str) -> tuple[Any, dict[s
     return builder, sources
 
 
-def _builder(name: str, data_dir: str) -> Any:
+def _builder(name: str, data_dir: str) -> Builder:
     """The TFDS builder of a data set with image and label."""
     places.as_path(data_dir)  # refuses other addresses, which TFDS would read
     _version(name)
@@ -148,7 +152,7 @@ def _builder(name: str, data_dir: str) -> Any:
     return builder
 
 
-def _check_files(builder: Any, manual_dir: str) -> None:
+def _check_files(builder: Builder, manual_dir: str) -> None:
     """Raises UserError if files are missing and there is no network, for which TFDS would retry for minutes."""
     if manual_dir and not Path(manual_dir).is_dir():
         raise UserError(f"data.manual_dir: there is no directory {manual_dir!r} (working directory: {Path.cwd()})")

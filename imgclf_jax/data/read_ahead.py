@@ -4,13 +4,14 @@ import collections
 import concurrent.futures
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from imgclf_jax.core import tensorflow_import
 
-Batch = dict[str, np.ndarray]
+type Batch = dict[str, np.ndarray]
 
 _PARALLEL = 2  # batches that are read at once
 _TYPES = {
@@ -59,7 +60,7 @@ def _by_threads(
 
 
 def _by_tensorflow(
-    tf: Any, read: Callable[[range], Batch], ranges: Iterator[range], names: tuple[str, ...], prefetch: int
+    tf: ModuleType, read: Callable[[range], Batch], ranges: Iterator[range], names: tuple[str, ...], prefetch: int
 ) -> Iterator[tuple[range, Batch]]:
     failures: list[BaseException] = []
 

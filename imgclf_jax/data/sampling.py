@@ -4,6 +4,7 @@ A sampler has no state. The ids at positions int64[b] depend only on the seed an
 the same on any number of hosts and after any restart.
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import numpy as np
 from imgclf_jax import config as configs
 from imgclf_jax.core import rng, spec
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Function
 from imgclf_jax.data import sources
 from imgclf_jax.data.arrays import load_array
 
@@ -22,7 +24,7 @@ _ROUNDS = 6  # of the Feistel network
 _RANKED = 32  # the most elements to permute by ranking hashes
 _PROBED = 20_000  # positions over which to count the frequencies of a user's own sampling
 
-Ids = Callable[[int, np.ndarray], np.ndarray]  # (seed, positions int64[b]) → ids int64[b]
+type Ids = Callable[[int, np.ndarray], np.ndarray]  # (seed, positions int64[b]) → ids int64[b]
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -256,7 +258,7 @@ SAMPLINGS = {"permutation": permutation, "balanced": balanced, "weighted": weigh
              "curriculum": curriculum, "subset": subset}  # fmt: skip
 
 
-def _bind(text: str) -> tuple[spec.Call, Any]:
+def _bind(text: str) -> tuple[spec.Call, functools.partial[Any]]:
     call = spec.parse_one(text)
     if ":" not in call.name:
         return call, spec.bind(call, SAMPLINGS, "sampling", ("context",))
@@ -287,7 +289,7 @@ def build(text: str, context: Context, key: str = "data.sampling") -> Sampler:
     return _user_sampler(function, context.n, where)
 
 
-def _user_sampler(function: Callable[..., Any], n: int, where: str) -> Sampler:
+def _user_sampler(function: Function, n: int, where: str) -> Sampler:
     def ids(seed: int, positions: np.ndarray) -> np.ndarray:
         out = np.asarray(function(_keys(seed, "sampling")[0], positions.copy(), n))
         if out.shape != positions.shape or out.dtype.kind not in "iu":

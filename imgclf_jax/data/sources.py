@@ -9,7 +9,7 @@ import functools
 import hashlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -18,13 +18,11 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.core import processes, spec
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Array, Examples, Value
 from imgclf_jax.data import decode, splits
 from imgclf_jax.data.arrays import MOST_CLASSES, ArraySource, arrays
 from imgclf_jax.data.folder import folder
 from imgclf_jax.data.table import table
-
-# {"image": uint8[n, h, w, c] or a list of bytes or arrays, "label": i32[n]}, or "target": f32[n, k] instead of "label"
-Examples = dict[str, Any]
 
 
 class Source(Protocol):
@@ -72,7 +70,7 @@ class FakeSource:
 class TfdsSource:
     """A TFDS split prepared as ArrayRecord: encoded images, read by id. Opened at the first read."""
 
-    open: Callable[[], Any]
+    open: Callable[[], Sequence[Mapping[str, Any]]]
     examples: int
     class_names: tuple[str, ...]
     identity: str
@@ -137,7 +135,7 @@ class SplitSource:
             source, start, _ = self.parts[0]
             return source.read(ids + start)
         which = np.searchsorted(self.starts, ids, side="right") - 1
-        images: list[Any] = [None] * len(ids)
+        images: list[Array] = [None] * len(ids)
         name, k = ("target", (len(self.target_names),)) if self.target_names else ("label", ())
         y = np.zeros((len(ids), *k), np.float32 if k else np.int32)
         for p, (source, start, _) in enumerate(self.parts):
@@ -220,7 +218,7 @@ def fake(n: int = 1024, shape: tuple[int, int, int] = (28, 28, 1), classes: int 
     Raises UserError for impossible numbers, and for images larger than 16 MiB.
     """
 
-    def in_range(value: Any, most: int) -> bool:
+    def in_range(value: Value, most: int) -> bool:
         return type(value) is int and 1 <= value <= most
 
     if not in_range(n, 2**48):

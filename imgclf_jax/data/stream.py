@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.core import named_warnings, processes, rng
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Chunk
 from imgclf_jax.data import decode, decoded, extra, image_check, sampling
 from imgclf_jax.data.arrays import check_finite
 from imgclf_jax.data.read_ahead import Batch, read_ahead
@@ -157,7 +158,7 @@ class Images:
         name: str = getattr(self.source, "name", "example {}".format)(example)
         return name
 
-    def _decode_one(self, image: Any, example: int, position: int, seed: int) -> np.ndarray:
+    def _decode_one(self, image: bytes | np.ndarray, example: int, position: int, seed: int) -> np.ndarray:
         name = self._name
         try:
             with named_warnings.about(lambda: name(example)):
@@ -260,7 +261,7 @@ def train_chunks(
     rows: np.ndarray | None = None,
     prefetch: int = 2,
     extra_rows: Mapping[str, np.ndarray] = MappingProxyType({}),
-) -> Iterator[tuple[range, Any]]:
+) -> Iterator[tuple[range, Chunk]]:
     """Yields each range of steps with its chunk: the batches of those steps, [size, b, …], zero after the last step.
 
     A process reads only the `rows` int64[b] of each batch that its devices need; all if None. A batch depends only on
@@ -309,7 +310,7 @@ class _Stream:
         return {name: interleave([batch[name] for batch in batches], rows.size, size) for name in batches[0]}
 
 
-def _nest(flat: Batch) -> dict[str, Any]:
+def _nest(flat: Batch) -> Chunk:
     """Turns {"a": x, "b/c": y} into {"a": x, "b": {"c": y}}."""
     out: dict[str, Any] = {}
     for key, values in flat.items():

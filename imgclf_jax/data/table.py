@@ -18,6 +18,7 @@ import numpy as np
 from imgclf_jax.core import memory, places
 from imgclf_jax.core.errors import UserError, reason, unknown
 from imgclf_jax.core.split_folders import split_order
+from imgclf_jax.core.typing import Value
 from imgclf_jax.data import image_check
 from imgclf_jax.data.arrays import MOST_CLASSES, check_finite
 from imgclf_jax.data.decode import FORMATS
@@ -41,7 +42,7 @@ class _Table:
     """The columns of a table, and the names of its rows in errors."""
 
     path: Path
-    columns: Mapping[str, Sequence[Any]]
+    columns: Mapping[str, Sequence[Value]]
     rows: Sequence[str]
 
     def fail(self, row: int, message: str) -> UserError:
@@ -247,7 +248,7 @@ def _warn_of_duplicates(table: Path, splits: Mapping[str, FileSource]) -> None:
                         "test a model trained on the other", table, a, b, len(both), min(both))  # fmt: skip
 
 
-def _as_text(value: Any) -> str:
+def _as_text(value: Value) -> str:
     """A cell as stripped text. pandas writes whole numbers as floats in a column with empty cells."""
     if value is None or value != value:
         return ""

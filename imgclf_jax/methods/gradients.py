@@ -17,7 +17,8 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Arguments, Batch, ModelState, Params
 
 # (params, model_state, batch, key) → ((loss f32[], aux), grads); transforms pass `aux` through.
-type GradientFunction = Callable[[Params, ModelState, Batch, jax.Array], Any]
+type LossAndGrads = tuple[tuple[jax.Array, Any], Params]  # ((loss f32[], aux), grads)
+type GradientFunction = Callable[[Params, ModelState, Batch, jax.Array], LossAndGrads]
 
 
 def _no_pixel_range() -> tuple[jax.Array, jax.Array]:
@@ -42,7 +43,7 @@ class Gradient:
     images: Callable[..., jax.Array]
     pixel_range: Callable[[], tuple[jax.Array, jax.Array]] = _no_pixel_range
 
-    def __call__(self, params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> Any:
+    def __call__(self, params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> LossAndGrads:
         return self.function(params, model_state, batch, key)
 
     def value(self, model_state: ModelState, batch: Batch, key: jax.Array) -> Callable[[Params], jax.Array]:
@@ -102,7 +103,7 @@ def accumulate(gradient: GradientFunction, parts: int) -> GradientFunction:
     if parts == 1:
         return gradient
 
-    def mean_gradient(params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> Any:
+    def mean_gradient(params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> LossAndGrads:
         def add(carry: tuple[Params, ModelState], part: tuple[jax.Array, Batch]) -> Any:
             total, model_state = carry
             out, grads = gradient(params, model_state, part[1], jax.random.fold_in(key, part[0]))

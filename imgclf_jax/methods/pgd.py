@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 from imgclf_jax.core import platform, rng
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch, ModelState, Params, Value
-from imgclf_jax.methods.gradients import Gradient, GradientFunction
+from imgclf_jax.methods.gradients import Gradient, GradientFunction, LossAndGrads
 
 # (gradient, images f32[b, h, w, c], keys [b], low, high, …) → f32[b, h, w, c], see `attack`
 Attack = Callable[..., jax.Array]
@@ -33,7 +32,7 @@ def pgd(
     radius, size = _sizes("gradient", eps, steps, step_size)
     low, high = gradient.pixel_range()
 
-    def adversarial(params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> tuple[Any, Params]:
+    def adversarial(params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> LossAndGrads:
         def image_gradient(images: jax.Array) -> jax.Array:
             return gradient.images(params, model_state, {**batch, "image": images}, key)
 

@@ -1,7 +1,6 @@
 """SAM and ASAM: sharpness-aware minimization, with the gradient at the worst point of a neighborhood."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import optax
 from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch, ModelState, Params
-from imgclf_jax.methods.gradients import Gradient, GradientFunction
+from imgclf_jax.methods.gradients import Gradient, GradientFunction, LossAndGrads
 
 _WEIGHTS = ("kernel", "scale", "embedding")  # linen's names for PyTorch's `weight`
 
@@ -47,7 +46,7 @@ def asam(gradient: Gradient, rho: float = 0.5, eta: float = 0.01) -> GradientFun
 def _at_worst_point(gradient: Gradient, rho: float, scaled: Callable[[Params, Params], Params]) -> GradientFunction:
     """Returns the gradient at w + rho T² g / ‖T g‖; `scaled(w, x)` computes T x."""
 
-    def sharp(params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> tuple[Any, Params]:
+    def sharp(params: Params, model_state: ModelState, batch: Batch, key: jax.Array) -> LossAndGrads:
         out, grads = gradient(params, model_state, batch, key)
         once = scaled(params, grads)
         size = rho / jnp.maximum(optax.tree.norm(once), 1e-12)  # a zero gradient perturbs nothing

@@ -7,7 +7,6 @@ Statistics accumulate in float32 (or float64); outputs are in `dtype`. On CPU th
 import functools
 import re
 from contextlib import AbstractContextManager
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -172,7 +171,7 @@ _batch_norm_by_rule = jax.custom_jvp(_batch_norm, nondiff_argnums=(0, 1))
 @_batch_norm_by_rule.defjvp
 def _batch_norm_jvp(
     epsilon: float, axis: int, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
-) -> tuple[Any, Any]:
+) -> tuple[PyTree, PyTree]:
     """Transposes to section 3 of the paper in two passes over the images: one for both sums, one to combine them."""
     x, scale, bias = primals
     d_x, d_scale, d_bias = tangents
@@ -203,7 +202,7 @@ def _moments(epsilon: float, axis: int, x: jax.Array) -> tuple[jax.Array, jax.Ar
 @_layer_norm.defjvp
 def _layer_norm_jvp(
     epsilon: float, axis: int, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
-) -> tuple[Any, Any]:
+) -> tuple[PyTree, PyTree]:
     x, scale, bias = primals
     d_x, d_scale, d_bias = tangents
     mean, inverse = _moments(epsilon, axis, x)

@@ -29,6 +29,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from imgclf_jax import metrics
 from imgclf_jax.core import internals, places, processes, sharding, tree
 from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.core.typing import Array, PyTree
 from imgclf_jax.run import manifest
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,9 @@ def _quiet_absl() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+type Leaf = Any  # an array or a jax.ShapeDtypeStruct
 
 
 class Checkpoints:
@@ -150,7 +154,7 @@ class Checkpoints:
         value, step = max(values, default=(_WORST, None))
         return None if value == _WORST else step
 
-    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None, again: bool = False) -> None:
+    def save(self, step: int, state: PyTree, metrics: Mapping[str, float] | None = None, again: bool = False) -> None:
         """Starts saving `state`, a pytree of arrays, as the checkpoint of `step`; returns before it is on disk.
 
         The caller may donate the state's buffers at once. Raises UserError if this save or the one before it fails. A
@@ -167,14 +171,14 @@ class Checkpoints:
         self._attempt(lambda: self._manager.save(step, args=saved, metrics=dict(metrics or {})))
         self._saving = self._thread.submit(self._finish, step, jax.eval_shape(lambda: state))
 
-    def _finish(self, step: int, like: Any) -> None:
+    def _finish(self, step: int, like: PyTree) -> None:
         """Waits, in the thread, until a checkpoint is on disk; verifies it and writes its manifest."""
         self._manager.wait_until_finished()
         if not processes.index():
             self._verify(step, like)
         self.latest = step
 
-    def _verify(self, step: int, like: Any) -> None:
+    def _verify(self, step: int, like: PyTree) -> None:
         folder = self.directory / str(step)
         if lost := sorted({name for name, _ in tree.named_leaves(like)} - _saved_names(folder)):
             raise OSError(f"what was saved cannot be read back: {lost[0]} is not listed in it")
@@ -217,7 +221,7 @@ class Checkpoints:
         self._thread.shutdown()
         self._manager.close()
 
-    def restore(self, step: int, like: Any, optimizer: bool = True) -> Any:
+    def restore(self, step: int, like: PyTree, optimizer: bool = True) -> PyTree:
         """Restores the state of `step`; `like` is a pytree of `jax.ShapeDtypeStruct` with shardings.
 
         The number of devices may differ from that at the save. Without `optimizer` its state is not read, and is None
@@ -241,7 +245,7 @@ class Checkpoints:
             raise UserError(f"checkpoint {folder} holds the state of step {own}; name it {own} again, or remove it")
         return found
 
-    def _read(self, step: int, like: Any, optimizer: bool) -> Any:
+    def _read(self, step: int, like: PyTree, optimizer: bool) -> PyTree:
         """The state, with NumPy arrays where `like` has no shardings."""
 
         def how(x: Any) -> Any:
@@ -259,7 +263,7 @@ class Checkpoints:
         state = {**state, "opt_state": None} if isinstance(state, dict) else state.replace(opt_state=None)
         return {**found, "state": state}
 
-    def _find_error(self, step: int, like: Any, optimizer: bool) -> str:
+    def _find_error(self, step: int, like: PyTree, optimizer: bool) -> str:
         """A sentence on why the checkpoint of `step` cannot be used; "" if it can."""
         folder = self.directory / str(step)
         fault = manifest.find_fault(folder)
@@ -281,7 +285,7 @@ class Checkpoints:
             return Gone(f"checkpoint {folder} was removed while it was read, since its run goes on; run this again")
         return None
 
-    def restore_any(self, step: int) -> Any:
+    def restore_any(self, step: int) -> PyTree:
         """Restores `step` of any model as nested dicts of NumPy arrays, without the optimizer's state."""
         folder = self.directory / str(step)
         try:
@@ -291,7 +295,7 @@ class Checkpoints:
             raise UserError(f"checkpoint {folder} cannot be read: {reason(e)}") from e
         return self.restore(step, like, optimizer=False)
 
-    def restore_latest(self, like: Any, optimizer: bool = True) -> tuple[int, Any] | None:
+    def restore_latest(self, like: PyTree, optimizer: bool = True) -> tuple[int, PyTree] | None:
         """Restores the latest checkpoint that can be read: (step, state); None if there is no checkpoint.
 
         See `restore` for the state. A checkpoint that is damaged, or has no manifest while an older one has, is
@@ -344,7 +348,7 @@ class Checkpoints:
         self._manager.reload()
         log.warning("%s; it was moved to %s and the checkpoint of step %d is used", error, target, used)
 
-    def _attempt(self, function: Callable[[], Any]) -> None:
+    def _attempt(self, function: Callable[[], object]) -> None:
         try:
             function()
         except Exception as e:  # a full or failing disk surfaces as OSError, ValueError or a TensorStore status
@@ -355,18 +359,18 @@ class Checkpoints:
             ) from e
 
 
-def _own_step(found: Any) -> int | None:
+def _own_step(found: PyTree) -> int | None:
     """The step that the state in a checkpoint counts; None if it counts none."""
     state = found["state"] if isinstance(found, dict) and "state" in found else None
     count = state.get("step") if isinstance(state, dict) else getattr(state, "step", None)
     return None if count is None else int(sharding.fetch(count).max())  # one a seed, all the same
 
 
-def _is_key(leaf: Any) -> bool:
+def _is_key(leaf: Leaf) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _stored(like: Any) -> Any:
+def _stored(like: Leaf) -> Leaf:
     """The shape and dtype that a leaf has in a checkpoint: random keys are stored as their uint32 data."""
     if not _is_key(like):
         return like
@@ -374,7 +378,7 @@ def _stored(like: Any) -> Any:
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=like.sharding)
 
 
-def _wrap_key(data: Any, like: Any) -> Any:
+def _wrap_key(data: Array, like: Leaf) -> Array:
     if not _is_key(like):
         return data
     impl: list[Any] = []
@@ -388,7 +392,7 @@ def _saved_names(folder: Path) -> set[str]:
     return {"/".join(str(key["key"]) for key in entry["key_metadata"]) for entry in entries}
 
 
-def _find_clash(saved: Any, like: Any) -> str:
+def _find_clash(saved: PyTree, like: PyTree) -> str:
     """The first array whose dtype or shape differs; "" if there is none, or if the metadata `saved` is missing."""
     if saved is None:
         return ""
@@ -398,6 +402,6 @@ def _find_clash(saved: Any, like: Any) -> str:
     return next((f"{n} is {has.get(n, 'absent')} in it, {wants.get(n, 'absent')} by the config" for n in clashes), "")
 
 
-def _describe(leaf: Any) -> str:
+def _describe(leaf: Leaf) -> str:
     leaf = _stored(leaf)
     return f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"

@@ -9,20 +9,20 @@ import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from imgclf_jax.core import processes, sharding, tree
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Params
 from imgclf_jax.run import writers
 from imgclf_jax.run.provenance import read_json
 
 log = logging.getLogger(__name__)
 
 
-def check(workdir: Path, checkpoint: Path, step: int, params: Any) -> None:
+def check(workdir: Path, checkpoint: Path, step: int, params: Params) -> None:
     """Raises UserError if the run in `workdir` recorded other parameters at `step` than these of a checkpoint.
 
     The record is digests.jsonl or, for a step without a line there, result.json. All processes call this.
@@ -67,7 +67,7 @@ class Digests:
             with writers.naming_errors(str(self._path)):
                 self._file = writers.RecordFile(self._path, (line for line in lines if line["step"] < start))
 
-    def record(self, step: int, params: Any) -> None:
+    def record(self, step: int, params: Params) -> None:
         """Writes the line of a step, once. The caller may donate the parameters' buffers at once.
 
         Raises UserError if the line before it could not be written.

@@ -9,13 +9,14 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import jax
 from rich import progress
 
 from imgclf_jax.core import places, processes
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Chunk, PyTree
 from imgclf_jax.run import terminal
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class Monitor:
         self.throughput = Throughput(images_a_step)
         self.edges: tuple[int, ...] = ()  # the steps that the trace begins and ends at, where a call must end
         self._folder = folder / "profile"
-        self._in_flight: collections.deque[Any] = collections.deque()
+        self._in_flight: collections.deque[PyTree] = collections.deque()
         self._bar = _start_bar(start, total)
         if profile and places.in_bucket(folder):
             raise UserError(f"--profile writes to a disk, and {folder} is in a bucket; pass a --workdir on a disk")
@@ -52,7 +53,7 @@ class Monitor:
         if self._bar:
             self._bar[0].stop()
 
-    def watch(self, chunks: Iterable[tuple[range, Any]]) -> Iterator[tuple[range, Any]]:
+    def watch(self, chunks: Iterable[tuple[range, Chunk]]) -> Iterator[tuple[range, Chunk]]:
         """Yields the chunks, and counts the time that the device waits for them, except for the first."""
         chunks = iter(chunks)
         first = True

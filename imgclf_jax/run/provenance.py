@@ -14,13 +14,13 @@ import sysconfig
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 
 _PACKAGES = ("imgclf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "tensorflow",
              "tensorflow-cpu", "tensorflow-datasets", "scikit-learn")  # fmt: skip
@@ -52,7 +52,7 @@ class DataInfo:
         return recorded == self.fingerprint or (bool(recorded) and recorded == self.listing_fingerprint)
 
 
-def collect(data: DataInfo) -> dict[str, Any]:
+def collect(data: DataInfo) -> JsonObject:
     """The provenance of this process, as JSON values."""
     return {
         "command": sys.argv,
@@ -72,7 +72,7 @@ def collect(data: DataInfo) -> dict[str, Any]:
     }
 
 
-def process_facts() -> dict[str, Any]:
+def process_facts() -> JsonObject:
     """What the processes of one run must have in common, as JSON values: versions, code, and options of JAX and XLA."""
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_dump")]
     return {
@@ -85,7 +85,7 @@ def process_facts() -> dict[str, Any]:
     }
 
 
-def device_facts(counted: bool) -> dict[str, Any]:
+def device_facts(counted: bool) -> JsonObject:
     """The kind of this process' devices and, if they are to be `counted`, their number. Starts JAX's backend."""
     try:
         here = jax.local_devices()
@@ -116,7 +116,7 @@ def module_digests() -> dict[str, str]:
     return dict(sorted(digests.items()))
 
 
-def changed_code(recorded: Mapping[str, Any]) -> dict[str, str]:
+def changed_code(recorded: JsonMapping) -> dict[str, str]:
     """The digests of the code that a run goes on with where they are not those it has recorded last, by file.
 
     `imgclf_jax` stands for all files of this package. What either lacks is left out.
@@ -128,7 +128,7 @@ def changed_code(recorded: Mapping[str, Any]) -> dict[str, str]:
     return {name: digest for name, digest in now.items() if name in before and before[name] != digest}
 
 
-def with_changed_code(recorded: Mapping[str, Any], step: int) -> dict[str, Any]:
+def with_changed_code(recorded: JsonMapping, step: int) -> JsonObject:
     """The provenance of a run that goes on from `step`: `changed_code` says which files are others than before."""
     earlier = [change for change in recorded.get("changed_code", []) if change["step"] < step]
     rest = {name: value for name, value in recorded.items() if name != "changed_code"}
@@ -139,7 +139,7 @@ def with_changed_code(recorded: Mapping[str, Any], step: int) -> dict[str, Any]:
     return {**rest, "changed_code": earlier} if earlier else rest
 
 
-def _code_by_name(recorded: Mapping[str, Any]) -> dict[str, str]:
+def _code_by_name(recorded: JsonMapping) -> dict[str, str]:
     package, modules = recorded.get("code"), recorded.get("modules")
     return {**({"imgclf_jax": package} if package else {}), **(modules if isinstance(modules, dict) else {})}
 
@@ -182,7 +182,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _git() -> dict[str, Any]:
+def _git() -> JsonObject:
     """The commit of this code, and whether the working tree differs from it; {} outside of a git checkout."""
 
     def git(*args: str) -> str:
@@ -197,7 +197,7 @@ def _git() -> dict[str, Any]:
         return {}
 
 
-def _data_info(data: Any) -> DataInfo:
+def _data_info(data: Json) -> DataInfo:
     h, w, c = map(int, data["image_shape"])
     names, counts = tuple(map(str, data["class_names"])), tuple(map(int, data.get("class_counts", ())))
     prints = str(data["fingerprint"]), counts, str(data.get("listing_fingerprint", ""))
@@ -216,7 +216,7 @@ def load_data_info(path: Path) -> DataInfo:
                         "written anew, from the data") from e  # fmt: skip
 
 
-def pin_groups(config: ConfigDict, mesh: str, recorded: Mapping[str, Any]) -> ConfigDict:
+def pin_groups(config: ConfigDict, mesh: str, recorded: JsonMapping) -> ConfigDict:
     """The config that a run goes on with on any devices: 'per_device' is as many groups as the run began with.
 
     `mesh` is that of the config with which it began, and `recorded` its provenance. A run from before groups were
@@ -253,12 +253,12 @@ def json_digest(content: str | bytes) -> str:
     return hashlib.sha256(json.dumps(json.loads(content), sort_keys=True).encode()).hexdigest()
 
 
-def facts_digest(provenance: Mapping[str, Any]) -> str:
+def facts_digest(provenance: JsonMapping) -> str:
     """The SHA-256 of what provenance.json says of the data and weights, which it keeps as `facts_sha256`."""
     return json_digest(json.dumps({name: provenance.get(name) for name in _FACTS}))
 
 
-def find_edits(files: Mapping[str, bytes], provenance: Any) -> list[str]:
+def find_edits(files: Mapping[str, bytes], provenance: Json) -> list[str]:
     """Which of config.json, provenance.json and result.json is not what the run wrote, as sentences.
 
     `files` are the contents of the first and the last, as far as they are there. A run of a version that kept no digest
@@ -275,7 +275,7 @@ def find_edits(files: Mapping[str, bytes], provenance: Any) -> list[str]:
     return [f"{name} has been changed since the run wrote it" for name in found]
 
 
-def parse_json(content: str | bytes) -> Any:
+def parse_json(content: str | bytes) -> Json:
     """What JSON says, whole numbers of more than 300 digits as floats: integers overflow where they are used."""
     return json.loads(content, parse_int=lambda digits: int(digits) if len(digits) <= 300 else float(digits))
 
@@ -283,7 +283,7 @@ def parse_json(content: str | bytes) -> Any:
 MOST_BYTES_OF_JSON = 32 << 20  # read at once, it takes some forty times as much memory
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> Json:
     """What a JSON file holds. Raises UserError if there is no such file, or something else in it."""
     try:
         if not path.is_file() and path.exists():
@@ -306,6 +306,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Json) -> None:
     """Writes JSON by `write_atomically`, indented so that people can read it."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")

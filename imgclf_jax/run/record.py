@@ -5,13 +5,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 from imgclf_jax.run import bundle, writers
 from imgclf_jax.run.provenance import find_edits, load_data_info, load_evals, parse_json
 from imgclf_jax.run.workdir import Workdir
@@ -22,17 +23,15 @@ _NOT_RUNS = {"checkpoints", "tb", "profile", "damaged"}  # folders of a run, whi
 _MOST_BYTES = 512 << 20  # of a file, which is read at once
 
 
-def contradictions(
-    result: Mapping[str, Any], digests: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]
-) -> list[str]:
+def contradictions(result: JsonMapping, digests: Sequence[JsonMapping], metrics: Sequence[JsonMapping]) -> list[str]:
     """Where what a run has recorded cannot all be true, in sentences: result.json, digests.jsonl and metrics.jsonl."""
     found: list[str] = []
-    whole: dict[int, Any] = {}
+    whole: dict[int, Json] = {}
     for line in digests:
         step, digest = line["step"], line.get("params_sha256")
         if whole.setdefault(step, digest) != digest:
             found += [f"digests.jsonl has two digests of step {step}"]
-    values: dict[int, dict[str, Any]] = {}
+    values: dict[int, JsonObject] = {}
     for record in metrics:
         step, known = record["step"], values.setdefault(record["step"], {})
         for name, value in record.items():
@@ -68,7 +67,7 @@ def read_contradictions(workdir: Path) -> list[str]:
     return found + find_edits({"result.json": content} if content else {}, provenance)
 
 
-def _differ(a: Any, b: Any) -> bool:
+def _differ(a: Json, b: Json) -> bool:
     return bool(a != b and not (a != a and b != b))  # NaN is NaN
 
 
@@ -122,29 +121,29 @@ class Record:
         return configs.from_json(self.files["config.json"], f"config.json of {self.path}")
 
     @cached_property
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> JsonObject:
         """The content of provenance.json; {} if there is none."""
         return self._json("provenance.json")
 
     @cached_property
-    def result(self) -> dict[str, Any]:
+    def result(self) -> JsonObject:
         """The content of result.json; {} if the run is not done."""
         return self._json("result.json")
 
     @cached_property
-    def digests(self) -> list[dict[str, Any]]:
+    def digests(self) -> list[JsonObject]:
         """The lines of digests.jsonl, see `run.digests`; none for a run of a version that wrote none."""
         return self._records("digests.jsonl")
 
     @cached_property
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[JsonObject]:
         """The records of metrics.jsonl."""
         return self._records("metrics.jsonl")
 
-    def _records(self, name: str) -> list[dict[str, Any]]:
+    def _records(self, name: str) -> list[JsonObject]:
         return writers.parse_records(self.files.get(name, b""), f"{name} of {self.path}", strict=True)
 
-    def _json(self, name: str) -> dict[str, Any]:
+    def _json(self, name: str) -> JsonObject:
         try:
             value = parse_json(self.files.get(name, b"{}"))
         except (ValueError, RecursionError):
@@ -164,7 +163,7 @@ class Record:
         return total_steps(self.workdir, self.config) if "provenance.json" in self.files else None
 
     @cached_property
-    def final(self) -> dict[str, Any] | None:
+    def final(self) -> JsonObject | None:
         """The content of result.json; None if the run is not done, or was extended and is not done again."""
         if self.files.get("result.json") is None:
             return None

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 from rich import progress
 from rich.cells import cell_len
@@ -37,7 +36,7 @@ def shows_progress() -> bool:
     return console().is_terminal and not processes.index()
 
 
-def busy(what: str) -> contextlib.AbstractContextManager[Any]:
+def busy(what: str) -> contextlib.AbstractContextManager[object]:
     """Shows a spinner on a terminal while inside."""
     return console().status(escape(printable(what))) if shows_progress() else contextlib.nullcontext()
 
@@ -118,7 +117,7 @@ def _printable(record: logging.LogRecord) -> logging.LogRecord:
 _usual_hook = sys.unraisablehook
 
 
-def _report_unraisable(unraisable: Any) -> None:
+def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
     """Hides one message: after a failed save, TensorStore still calls an event loop that is already closed."""
     if str(unraisable.exc_value) != "Event loop is closed":
         _usual_hook(unraisable)

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Self
 
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax.core import places, processes, spec
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import JsonObject, Params
 from imgclf_jax.run import digests, lock
 from imgclf_jax.run.provenance import (
     DataInfo,
@@ -88,7 +89,7 @@ class Workdir:
         """What provenance.json says of the training data. Raises UserError if it is missing or damaged."""
         return load_data_info(self.provenance)
 
-    def check_parameters(self, step: int, params: Any) -> None:
+    def check_parameters(self, step: int, params: Params) -> None:
         """Raises UserError unless those of a checkpoint are the parameters that the run has recorded of its step.
 
         All processes call this.
@@ -172,7 +173,7 @@ class Workdir:
         """Records that from step `start` on `config` is the run's: it has another `total`, or others of FREE_KEYS."""
         old, whole = self.load_config(), read_json(self.provenance)
         if old.total != config.total:
-            entry: dict[str, Any] = {"step": start, "from": old.total, "to": config.total, "command": sys.argv}
+            entry: JsonObject = {"step": start, "from": old.total, "to": config.total, "command": sys.argv}
             whole["extended"] = [*whole.get("extended", []), entry]
             log.warning("the run is extended from total=%r to %r: config.json says so from now on, and steps %d and "
                         "later are those of the longer run", old.total, config.total, start)  # fmt: skip
@@ -202,7 +203,7 @@ class Workdir:
             log.warning("%s has changed since the run in %s was trained: its outputs may be others than they were",
                         ", ".join(names), self.path)  # fmt: skip
 
-    def write_result(self, result: dict[str, Any]) -> None:
+    def write_result(self, result: JsonObject) -> None:
         """Writes result.json, and its digest into provenance.json: the run has ended."""
         content = json.dumps(result, indent=2) + "\n"
         write_json(self.provenance, read_json(self.provenance) | {"result_sha256": json_digest(content)})
@@ -234,7 +235,7 @@ class Workdir:
             return False
 
     def record(
-        self, config: ConfigDict, data: DataInfo, init_from: dict[str, Any] | None = None, left_out: Sequence[str] = (),
+        self, config: ConfigDict, data: DataInfo, init_from: JsonObject | None = None, left_out: Sequence[str] = (),
         evals: Mapping[str, str] = MappingProxyType({}), groups: int = 0, fixed: str = "",
     ) -> None:  # fmt: skip
         """Writes config.json and provenance.json, each once: they describe the process that began the run.

@@ -7,13 +7,14 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Protocol
 
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax.core import places, processes, spec
 from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.core.typing import JsonMapping, JsonObject
 from imgclf_jax.run.event_file import EventFile
 from imgclf_jax.run.provenance import parse_json, write_atomically
 
@@ -27,7 +28,7 @@ _BEGIN = b'{"step": '  # of every line that this package writes
 class Writer(Protocol):
     """What a writer must have; every `clu.metric_writers.MetricWriter` does."""
 
-    def write_hparams(self, hparams: dict[str, Any]) -> None:
+    def write_hparams(self, hparams: JsonObject) -> None:
         """Takes the config by its dotted keys, once, before anything else."""
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -46,7 +47,7 @@ class RecordFile:
     In a bucket, where objects do not grow, `flush` and `close` write the whole file.
     """
 
-    def __init__(self, path: Path, kept: Iterable[Mapping[str, Any]]):
+    def __init__(self, path: Path, kept: Iterable[JsonMapping]):
         content = "".join(json.dumps(record) + "\n" for record in kept)
         write_atomically(path, content)
         self._object = path if places.in_bucket(path) else None
@@ -54,7 +55,7 @@ class RecordFile:
         if self._object:
             self._file.write(content)
 
-    def write(self, record: Mapping[str, Any]) -> None:
+    def write(self, record: JsonMapping) -> None:
         """Appends a record. The operating system has it when this returns, so a killed process does not lose it."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -185,12 +186,12 @@ def find_factories(text: str) -> dict[str, Callable[[Path, int], Writer]]:
 _METHODS = ("write_hparams", "write_scalars", "flush", "close")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[JsonObject]:
     """The records of a `metrics.jsonl`, without damaged lines, which a crash may leave; [] if there is no file."""
     return parse_records(path.read_bytes(), str(path)) if path.is_file() else []
 
 
-def parse_records(content: bytes, where: str, strict: bool = False) -> list[dict[str, Any]]:
+def parse_records(content: bytes, where: str, strict: bool = False) -> list[JsonObject]:
     """The records, each with its `step`, in the content of the file `where`; damaged lines are left out.
 
     If `strict`, raises UserError for damage that no crash leaves: a crash cuts the last line short, and no other.

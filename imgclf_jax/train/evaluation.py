@@ -18,6 +18,7 @@ from imgclf_jax.programs import Programs
 from imgclf_jax.run.provenance import load_evals, module_digests
 from imgclf_jax.run.record import read_contradictions
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.step import TrainState
 from imgclf_jax.train.leakage import overlap_warnings
 from imgclf_jax.trained import report_host_ops
 
@@ -27,7 +28,7 @@ _FIRST_TARGETS = 64  # checked in a source that reads targets together with imag
 
 
 def evaluate(
-    programs: Programs, state: Any, images: stream.Images, stop: Callable[[], str] = str
+    programs: Programs, state: TrainState, images: stream.Images, stop: Callable[[], str] = str
 ) -> tuple[metrics.Sums, metrics.AnyPredictions | None]:
     """Evaluates all of `images`: (sums, predictions) on the host, counts as int64 and losses as float64.
 
@@ -60,7 +61,7 @@ def evaluate(
 
 def chunks(
     programs: Programs, images: stream.Images, stop: Callable[[], str] = str
-) -> Iterator[tuple[dict[str, Any], int]]:
+) -> Iterator[tuple[metrics.Sums, int]]:
     """Yields the chunks of `images` for `programs.eval`, on the devices, with the number of batches in each.
 
     Raises signals.Stopped as `evaluate` does.
@@ -80,7 +81,7 @@ def add(sums: metrics.Sums, new: metrics.Sums) -> None:
 
 
 def evaluate_all(
-    programs: Programs, state: Any, evals: dict[str, stream.Images], stop: Callable[[], str] = str
+    programs: Programs, state: TrainState, evals: dict[str, stream.Images], stop: Callable[[], str] = str
 ) -> dict[str, dict[str, float]]:
     """The metrics of each evaluation set by name. Raises signals.Stopped as `evaluate` does."""
     return {

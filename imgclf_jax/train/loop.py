@@ -4,7 +4,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +13,7 @@ from imgclf_jax import diagnose
 from imgclf_jax.core import processes, signals
 from imgclf_jax.core.stopping import Stopping, stopping
 from imgclf_jax.core.text import printable
+from imgclf_jax.core.typing import Chunk
 from imgclf_jax.losses import Task
 from imgclf_jax.run import writers
 from imgclf_jax.run.digests import Digests
@@ -22,7 +22,7 @@ from imgclf_jax.run.record import read_contradictions
 from imgclf_jax.run.terminal import format_metrics
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import MetricsWriter
-from imgclf_jax.step import PER_STEP
+from imgclf_jax.step import PER_STEP, TrainState
 from imgclf_jax.train.evaluation import evaluate_all
 from imgclf_jax.train.setup import Run, set_up
 
@@ -91,7 +91,7 @@ def main(
 
 def train(
     run: Run, monitor: Monitor, writer: MetricsWriter, digests: Digests, stop: Stopping, began: float
-) -> tuple[Any, Results] | None:
+) -> tuple[TrainState, Results] | None:
     """The training loop: (last state, results of the last evaluation), or None if it ended before its total."""
     config, programs, cadences, checkpoints = run.config, run.programs, run.cadences, run.checkpoints
     state, window = run.state, run.window
@@ -140,7 +140,7 @@ def train(
     return (state, results or {}) if cadences.last == cadences.total else None
 
 
-def _evaluate(run: Run, state: Any, step: int, writer: MetricsWriter, stop: Stopping) -> Results | None:
+def _evaluate(run: Run, state: TrainState, step: int, writer: MetricsWriter, stop: Stopping) -> Results | None:
     """Evaluates, logs and writes the metrics; None if a signal cut it short: then the resumed run repeats it."""
     try:
         signals.wait_for(run.eval_compiled, stop.waiting)
@@ -169,8 +169,8 @@ def _recorded(run: Run) -> Results | None:
 
 
 def _when_compiled(
-    chunks: Iterable[tuple[range, Any]], run: Run, stop: Stopping, began: float
-) -> Iterator[tuple[range, Any]]:
+    chunks: Iterable[tuple[range, Chunk]], run: Run, stop: Stopping, began: float
+) -> Iterator[tuple[range, Chunk]]:
     """Yields the chunks once the program is compiled. Raises signals.Stopped if a signal comes before."""
     for number, one in enumerate(chunks):
         if number == 0:

@@ -5,14 +5,14 @@ import logging
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax import programs
+from imgclf_jax import metrics, programs
 from imgclf_jax.core import processes, tree
+from imgclf_jax.core.typing import Function, Params
 from imgclf_jax.data import sampling, sources, stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
@@ -20,6 +20,7 @@ from imgclf_jax.run import writers
 from imgclf_jax.run.cadences import Cadences
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.step import TrainState
 from imgclf_jax.train import extension
 from imgclf_jax.train.evaluation import check_targets, open_evals
 from imgclf_jax.train.leakage import overlap_warnings, selection_warnings
@@ -39,12 +40,12 @@ class Run:
     evals: dict[str, stream.Images]
     programs: Programs
     compiled: concurrent.futures.Future[float]  # seconds of tracing and compiling `programs.train`
-    eval_compiled: concurrent.futures.Future[Any]
+    eval_compiled: concurrent.futures.Future[Function]
     checkpoints: Checkpoints
     cadences: Cadences
     start: int
-    state: Any  # a TrainState, and
-    window: Any  # a metrics.Sums, at step `start`
+    state: TrainState  # at step `start`
+    window: metrics.Sums  # since the last log
 
 
 def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
@@ -143,7 +144,7 @@ def _trace(compiling: Programs) -> float:
 
 def _compile_in_background(
     compiling: Programs, tracing: float
-) -> tuple[concurrent.futures.Future[float], concurrent.futures.Future[Any]]:
+) -> tuple[concurrent.futures.Future[float], concurrent.futures.Future[Function]]:
     """Compiles the train and eval programs in a thread; the first future holds the seconds, with those of tracing."""
 
     def compile() -> float:
@@ -157,7 +158,7 @@ def _compile_in_background(
     return futures
 
 
-def _log_parameters(params: Any, num_seeds: int) -> None:
+def _log_parameters(params: Params, num_seeds: int) -> None:
     own = 1 if num_seeds > 1 else 0  # leading axes that count replicas
     if num_seeds > 1:
         log.info("%d replicas of these:", num_seeds)

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +21,7 @@ import numpy as np
 from imgclf_jax.core import archive
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.weights import unpickle
-from imgclf_jax.weights.unpickle import Refused, Storage, Tensor
+from imgclf_jax.weights.unpickle import Refused, Storage, Tensor, Unpickled
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how checkpoints before PyTorch 1.6 start
 _SAFETENSORS = {
@@ -108,7 +108,7 @@ def _entries(path: Path) -> Iterator[dict[str, _Entry]]:
 _Storages = Callable[[Storage], np.ndarray]  # reads the elements of a storage, [n]
 
 
-def _read_zip(content: zipfile.ZipFile) -> tuple[Any, _Storages]:
+def _read_zip(content: zipfile.ZipFile) -> tuple[Unpickled, _Storages]:
     """Reads PyTorch's format since 1.6: a zip archive with a folder of `data.pkl` and one file per storage.
 
     Compressed members are refused, so that no array is larger than the file.
@@ -132,7 +132,7 @@ def _read_zip(content: zipfile.ZipFile) -> tuple[Any, _Storages]:
     return tree, lambda storage: member(f"data/{storage.key}").view(storage.dtype)
 
 
-def _read_legacy(file: BinaryIO) -> tuple[Any, _Storages]:
+def _read_legacy(file: BinaryIO) -> tuple[Unpickled, _Storages]:
     """Reads the older format: five pickles (magic number, version, machine, content, storage keys), then storages."""
     stream = unpickle.Stream(file.read(unpickle.MOST_BYTES))
     file_size = file.seek(0, io.SEEK_END)
@@ -176,10 +176,10 @@ def _check_order(little: bool) -> None:
         raise ValueError("its numbers are big-endian")
 
 
-def _find_weights(tree: Any, storages: _Storages, path: Path) -> dict[str, _Entry]:
+def _find_weights(tree: Unpickled, storages: _Storages, path: Path) -> dict[str, _Entry]:
     """Finds the state dict in a checkpoint. Raises UserError if there is none."""
 
-    def tensors(value: Any) -> dict[str, Tensor]:
+    def tensors(value: Unpickled) -> dict[str, Tensor]:
         items = value.items() if isinstance(value, Mapping) else ()
         return {str(name): tensor for name, tensor in items if isinstance(tensor, Tensor)}
 

@@ -7,13 +7,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from imgclf_jax.core import places, processes, tree
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.methods import lora
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -30,7 +30,7 @@ _MAX_POSITIONS = 2**16 + 2  # the largest grid that is resized: 256 by 256, and 
 class Weights:
     """The weights taken from `init_from`, by path as in `step.init_state`, and a report of the rest."""
 
-    source: dict[str, Any]  # for provenance.json: the path, its SHA-256 and, for a work directory, the step
+    source: JsonObject  # for provenance.json: the path, its SHA-256 and, for a work directory, the step
     taken: dict[str, np.ndarray] = field(default_factory=dict)
     resized: list[str] = field(default_factory=list)  # position embeddings resized from another grid
     head: str = ""  # why the head starts from random weights; empty if it is taken
@@ -113,7 +113,7 @@ def _added_by_method(names: Iterable[str]) -> dict[str, str]:
 
 
 # ({our name: array}, {our name: name in the file}, the `source` of Weights)
-Named = tuple[dict[str, np.ndarray], dict[str, str], dict[str, Any]]
+type Named = tuple[dict[str, np.ndarray], dict[str, str], JsonObject]
 
 
 def _read_workdir(path: Path, programs: Programs) -> Named:
@@ -147,7 +147,7 @@ def _read_workdir(path: Path, programs: Programs) -> Named:
     return named, {name: name for name in named}, {"step": step, "sha256": digest}
 
 
-def _read_file(path: Path, programs: Programs, own: Mapping[str, Any]) -> Named:
+def _read_file(path: Path, programs: Programs, own: Mapping[str, jax.ShapeDtypeStruct]) -> Named:
     backbone = programs.recipe.backbone
 
     def wanted(label: str, shape: tuple[int, ...]) -> bool:
@@ -174,8 +174,8 @@ def _read_file(path: Path, programs: Programs, own: Mapping[str, Any]) -> Named:
 
 
 def _fit(
-    weights: Weights, named: Mapping[str, np.ndarray], labels: Mapping[str, str], own: Mapping[str, Any],
-    grid: tuple[int, int] | None,
+    weights: Weights, named: Mapping[str, np.ndarray], labels: Mapping[str, str],
+    own: Mapping[str, jax.ShapeDtypeStruct], grid: tuple[int, int] | None,
 ) -> None:  # fmt: skip
     """Sorts the arrays `named` into the fields of `weights` by comparing them with `own`, the model's variables."""
     head = [name for name in own if name.startswith(_HEAD)]

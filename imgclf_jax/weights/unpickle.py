@@ -9,11 +9,13 @@ keeps the memo in a dict, and counts every copied element.
 import collections
 import io
 import pickletools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from imgclf_jax.core.typing import Function
 
 MOST_BYTES = 4 << 20  # of a pickle; a ResNet-152 has 0.1 MB. An opcode of one byte takes up to 224 in memory.
 _MOST_AXES, _MOST_ARGUMENTS = 32, 16
@@ -74,7 +76,10 @@ class Stream(io.BytesIO):
         return data
 
 
-def load(stream: Stream) -> tuple[Any, dict[str, np.dtype]]:
+type Unpickled = Any  # plain containers, numbers and texts, Tensor and Storage, as the file has them
+
+
+def load(stream: Stream) -> tuple[Unpickled, dict[str, np.dtype]]:
     """Reads one pickle from the stream: (its value, the dtype of each storage by key).
 
     Raises Refused for a function that is not allowed, and errors of many types for damage.
@@ -88,11 +93,11 @@ class _Machine:
 
     def __init__(self, length: int):
         self.dtypes: dict[str, np.dtype] = {}
-        self._stack: list[Any] = []
-        self._below: list[list[Any]] = []
-        self._memo: dict[int, Any] = {}
+        self._stack: list[Unpickled] = []
+        self._below: list[list[Unpickled]] = []
+        self._memo: dict[int, Unpickled] = {}
         self._left = length  # elements that calls may still copy: each was in the pickle once
-        self._functions: dict[str, Any] = {
+        self._functions: dict[str, Function | str] = {
             "collections OrderedDict": lambda *pairs: self._copy(collections.OrderedDict, *pairs),
             "torch Size": lambda *sizes: self._copy(tuple, *sizes),
             "torch device": lambda *device: device,
@@ -105,7 +110,7 @@ class _Machine:
             for module in ("builtins", "__builtin__"):
                 self._functions[f"{module} {kind.__name__}"] = lambda *items, kind=kind: self._copy(kind, *items)
 
-    def run(self, stream: Stream) -> Any:
+    def run(self, stream: Stream) -> Unpickled:
         """Interprets opcodes up to STOP, and returns the top of the stack."""
         for opcode, argument, _ in pickletools.genops(stream):
             name = opcode.name
@@ -123,7 +128,7 @@ class _Machine:
                 self._step(name, argument)
         return self._stack.pop()
 
-    def _step(self, name: str, argument: Any) -> None:
+    def _step(self, name: str, argument: Unpickled) -> None:
         stack, memo = self._stack, self._memo
         match name:
             case "BINPUT" | "LONG_BINPUT" | "PUT":
@@ -186,29 +191,29 @@ class _Machine:
             case _:
                 raise ValueError(f"an unknown opcode, {name}")
 
-    def _pop(self, count: int) -> list[Any]:
+    def _pop(self, count: int) -> list[Unpickled]:
         if len(self._stack) < count:
             raise IndexError("an empty stack")
         items = self._stack[-count:]
         del self._stack[-count:]
         return items
 
-    def _pop_mark(self) -> list[Any]:
+    def _pop_mark(self) -> list[Unpickled]:
         items, self._stack = self._stack, self._below.pop()
         return items
 
-    def _top(self, kind: type) -> Any:
+    def _top(self, kind: type) -> Unpickled:
         if not isinstance(self._stack[-1], kind):
             raise ValueError(f"contents of a {kind.__name__} for something else")
         return self._stack[-1]
 
-    def _find(self, name: str) -> Any:
+    def _find(self, name: str) -> Function | str:
         if name not in self._functions:
             text = name.replace(" ", ".", 1)[:200]
             raise Refused(f"asks for {text if text.isprintable() else ascii(text)}")
         return self._functions[name]
 
-    def _storage(self, pid: Any) -> Storage:
+    def _storage(self, pid: Unpickled) -> Storage:
         if type(pid) is not tuple or len(pid) not in (5, 6):
             raise ValueError("a malformed storage")
         kind, name, key, _, _, *view = pid  # ignored: the device and the number of elements
@@ -219,7 +224,7 @@ class _Machine:
         self.dtypes[key] = np.dtype(_STORAGES[name])
         return Storage(key, self.dtypes[key])
 
-    def _copy(self, kind: Callable[..., Any], *arguments: Any) -> Any:
+    def _copy(self, kind: Function, *arguments: Unpickled) -> Unpickled:
         items = arguments[0] if arguments else ()
         if len(arguments) > 1 or not isinstance(items, (dict, list, tuple, set)):
             raise ValueError("a malformed container")
@@ -233,24 +238,24 @@ class _Machine:
         return kind(items)
 
 
-def _is_plain(key: Any) -> bool:
+def _is_plain(key: object) -> bool:
     """Whether hashing a key is fast and unlikely to collide on purpose."""
     if isinstance(key, tuple):
         return len(key) <= _MOST_ARGUMENTS and not any(isinstance(k, tuple) for k in key) and all(map(_is_plain, key))
     return (type(key) is int and abs(key) < 2**60) or isinstance(key, (str, bytes, bool, float, type(None)))
 
 
-def _keys[T: Iterable[Any]](keys: T) -> T:
+def _keys[T: Iterable[object]](keys: T) -> T:
     if not all(map(_is_plain, keys)):
         raise ValueError("a key that is no plain value")
     return keys
 
 
-def _entries(items: list[Any]) -> dict[Any, Any]:
+def _entries(items: list[Unpickled]) -> dict[Unpickled, Unpickled]:
     return dict(zip(_keys(items[::2]), items[1::2], strict=True))
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
+def _tensor(storage: Unpickled, offset: Unpickled, shape: Unpickled, strides: Unpickled) -> Tensor:
     if not isinstance(storage, Storage):
         raise ValueError("a tensor without a storage")
     for sizes in (shape, strides):

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from imgclf_jax.core.jaxprs import dtype_of
+from imgclf_jax.core.jaxprs import aval_of
 from imgclf_jax.models.cpu.permuted import (
     OMITTED,
     Broadcast,
@@ -87,7 +87,7 @@ def _reduce(eqn: JaxprEqn, args: list[Operand], bind: Bind) -> list[Operand] | N
     order = _ranks([axis for axis in x.order if axis not in axes])
     rounding = x.rounding if eqn.primitive.name in ("reduce_max", "reduce_min") else OMITTED
     out = bind(eqn, [align(x, x.order, rounding)], {**eqn.params, "axes": reduced})
-    return [with_dtype(y, order, dtype_of(v), rounding) for y, v in zip(out, eqn.outvars, strict=True)]
+    return [with_dtype(y, order, aval_of(v).dtype, rounding) for y, v in zip(out, eqn.outvars, strict=True)]
 
 
 def _by_axis(*names: str) -> Move:

@@ -70,7 +70,7 @@ def _jvp(
     primals: tuple[jax.Array, ...],
     tangents: tuple[jax.Array, ...],
     **params: Any,
-) -> tuple[Any, Any]:
+) -> tuple[jax.Array, jax.Array]:
     """The tangent: the sum over operands of the product with the operand replaced by its tangent."""
     out = primitive.bind(*primals, **params)
     terms = [

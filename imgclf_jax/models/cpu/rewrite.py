@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
-from imgclf_jax.core.jaxprs import INLINED, Atom, bind, dtype_of
+from imgclf_jax.core.jaxprs import INLINED, Atom, aval_of, bind
 from imgclf_jax.core.typing import Function, PyTree
 from imgclf_jax.models.cpu.moves import MOVES
 from imgclf_jax.models.cpu.permuted import (
@@ -99,7 +99,7 @@ def _apply(eqn: JaxprEqn, args: list[Operand], read: Needs | None) -> list[Opera
     if rounding_of(args):
         return bind(eqn, [materialize(x) for x in args])
     out = bind(eqn, [align(x, identity_order(np.ndim(x))) for x in args])
-    return [with_dtype(y, identity_order(y.ndim), dtype_of(v)) for y, v in zip(out, eqn.outvars, strict=True)]
+    return [with_dtype(y, identity_order(y.ndim), aval_of(v).dtype) for y, v in zip(out, eqn.outvars, strict=True)]
 
 
 def _body(param: Any) -> Any:
@@ -137,4 +137,4 @@ def _elementwise(eqn: JaxprEqn, args: list[Operand]) -> list[Operand]:
     if "new_dtype" in params and params["new_dtype"] == jnp.bfloat16:  # from integers
         params = {**params, "new_dtype": np.dtype(np.float32)}
     out = bind(eqn, operands, params)
-    return [with_dtype(y, order, dtype_of(v), rounding) for y, v in zip(out, eqn.outvars, strict=True)]
+    return [with_dtype(y, order, aval_of(v).dtype, rounding) for y, v in zip(out, eqn.outvars, strict=True)]

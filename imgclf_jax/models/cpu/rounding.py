@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from imgclf_jax.core.jaxprs import INLINED, Atom, dtype_of
+from imgclf_jax.core.jaxprs import INLINED, Atom, aval_of
 
 # What the readers of a value need, as bits: that it is rounded, and that it is computed from exact values.
 FREE, ROUNDED, FROM_EXACT, EXACT = range(4)
@@ -71,10 +71,10 @@ def needs(jaxpr: Jaxpr, results: list[int]) -> Needs:
 
 def _operand_need(eqn: JaxprEqn, operand: Atom, result: int) -> int:
     """What an operation needs of an operand, given the need `result` of its results."""
-    name, is_bfloat16 = eqn.primitive.name, dtype_of(operand) == jnp.bfloat16
+    name, is_bfloat16 = eqn.primitive.name, aval_of(operand).dtype == jnp.bfloat16
     if name in COPIES:
         return result
-    if name == "convert_element_type" and {dtype_of(operand), eqn.params["new_dtype"]} <= _FLOATS:
+    if name == "convert_element_type" and {aval_of(operand).dtype, eqn.params["new_dtype"]} <= _FLOATS:
         return result
     if name in _CONTINUOUS:
         return EXACT if result & FROM_EXACT and is_bfloat16 else FREE

@@ -12,6 +12,7 @@ from typing import Any
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
+from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import record, terminal
 from imgclf_jax.tools.compare import page as compare_page
 from imgclf_jax.tools.compare import saved_predictions
@@ -81,7 +82,7 @@ def _print_csv(groups: Sequence[Group]) -> None:
         writer.writerow([*row, seeds, len(group.unfinished), *cells])
 
 
-def _as_json(groups: Sequence[Group], comparisons: Sequence[Comparison], damaged: Sequence[str]) -> dict[str, Any]:
+def _as_json(groups: Sequence[Group], comparisons: Sequence[Comparison], damaged: Sequence[str]) -> JsonObject:
     return {
         "common": common(groups),
         "groups": [
@@ -102,6 +103,6 @@ def _as_json(groups: Sequence[Group], comparisons: Sequence[Comparison], damaged
     }  # fmt: skip
 
 
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
+def _finite(values: JsonObject) -> JsonObject:
     """Replaces nonfinite values by null, because JSON has no such numbers."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}

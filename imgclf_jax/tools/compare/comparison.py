@@ -5,9 +5,9 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from imgclf_jax import config as configs
+from imgclf_jax.core.typing import Value
 from imgclf_jax.run.record import MAIN_METRICS, Record
 from imgclf_jax.tools.compare.paired import Spread, spread
 
@@ -19,7 +19,7 @@ _IGNORED = ("seed", "num_seeds", *configs.LOCATION_KEYS, *configs.FREE_KEYS)
 class Group:
     """Runs with the same config, except for their seeds."""
 
-    settings: Mapping[str, Any]  # the keys that differ between groups
+    settings: Mapping[str, Value]  # the keys that differ between groups
     done: Sequence[Record]
     unfinished: Sequence[Record]
 
@@ -54,7 +54,7 @@ def run_metrics(run: Record) -> dict[str, Spread]:
     return metrics
 
 
-def shown(value: Any) -> str:
+def shown(value: Value) -> str:
     """Formats a config value for people."""
     if isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False)
@@ -105,17 +105,17 @@ def group_runs(runs: Sequence[Record]) -> list[Group]:
     return sorted(groups, key=rank)
 
 
-def common(groups: Sequence[Group]) -> dict[str, Any]:
+def common(groups: Sequence[Group]) -> dict[str, Value]:
     """Returns the keys and values that all groups share, except locations and cadences."""
     first = next(run for group in groups for run in (*group.done, *group.unfinished))
     differing = {key for group in groups for key in group.settings}
     return {k: v for k, v in configs.flatten(first.config).items() if k not in differing and k not in _IGNORED}
 
 
-def _has_duplicates(runs: Sequence[Record], settings: Mapping[str, Mapping[str, Any]]) -> bool:
+def _has_duplicates(runs: Sequence[Record], settings: Mapping[str, Mapping[str, Value]]) -> bool:
     counts = collections.Counter((_text(settings[run.name]), seed) for run in runs for seed in run.seeds)
     return any(count > 1 for count in counts.values())
 
 
-def _text(value: Any) -> str:
+def _text(value: Value) -> str:
     return json.dumps(value, sort_keys=True)

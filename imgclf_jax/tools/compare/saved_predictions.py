@@ -10,12 +10,12 @@ import logging
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from imgclf_jax.core import places, processes
 from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.core.typing import JsonMapping, JsonObject
 from imgclf_jax.data import sources
 from imgclf_jax.losses import Task
 from imgclf_jax.metrics import Predictions
@@ -119,20 +119,20 @@ def _read_npz(run: Record, origins: Mapping[str, str]) -> dict[str, Saved]:
         return {}
 
 
-def _read_rows(path: Path) -> Iterable[Mapping[str, Any]]:
+def _read_rows(path: Path) -> Iterable[JsonMapping]:
     if path.suffix == ".parquet":
         if not importlib.util.find_spec("pyarrow"):
             raise ValueError("Parquet needs pyarrow, which is not installed")
         from pyarrow import parquet
 
-        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+        rows: list[JsonObject] = parquet.read_table(path).to_pylist()
         return rows
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file]
 
 
-def _parse_rows(rows: Iterable[Mapping[str, Any]], origins: Mapping[str, str]) -> dict[str, Saved]:
-    by_set: dict[str, list[Mapping[str, Any]]] = {}
+def _parse_rows(rows: Iterable[JsonMapping], origins: Mapping[str, str]) -> dict[str, Saved]:
+    by_set: dict[str, list[JsonMapping]] = {}
     for row in rows:
         if str(row.get("origin")) == origins.get(str(row["set"])):
             by_set.setdefault(str(row["set"]), []).append(row)
@@ -149,7 +149,7 @@ def _parse_rows(rows: Iterable[Mapping[str, Any]], origins: Mapping[str, str]) -
     return saved
 
 
-def _label(row: Mapping[str, Any]) -> str:
+def _label(row: JsonMapping) -> str:
     if "label" in row:
         return str(row["label"])
     return _format_target([float(value) for name, value in row.items() if name.startswith("target[")])

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import losses
 from imgclf_jax.core import rng, sharding
 from imgclf_jax.core.memory import size
+from imgclf_jax.core.typing import JsonObject, PyTree, Value
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe, check_names
 from imgclf_jax.run import terminal
@@ -38,7 +39,7 @@ def main(config: ConfigDict, workdir: Workdir, chips: str, shape: str, format: s
     return run(config, topology.parse(chips), {"shape": topology.parse_shape(shape), **facts}, format, workdir.path)
 
 
-def run(config: ConfigDict, chips: topology.Chips, given: dict[str, Any], form: str, folder: Path) -> int:
+def run(config: ConfigDict, chips: topology.Chips, given: dict[str, Value], form: str, folder: Path) -> int:
     """`main` with its flags parsed."""
     terminal.setup_logging()
     mesh = sharding.make_mesh(topology.devices(chips), config.mesh)
@@ -57,7 +58,7 @@ def run(config: ConfigDict, chips: topology.Chips, given: dict[str, Any], form: 
     return 0 if result["fits"] else 1
 
 
-def report(programs: Programs, chips: topology.Chips) -> dict[str, Any]:
+def report(programs: Programs, chips: topology.Chips) -> JsonObject:
     """Returns the memory and time of a run per chip as JSON values: bytes, seconds, operations."""
     recipe, chip = programs.recipe, estimate.chip_figures(chips)
     config, n = recipe.config, chips.count
@@ -69,12 +70,12 @@ def report(programs: Programs, chips: topology.Chips) -> dict[str, Any]:
         "batch": counts.bytes_per_device(programs.chunk_shape(programs.steps_per_call)),
     }
     flops = counts.matmul_flops(_for_tpu(programs).train_step.jaxpr) / n
-    result: dict[str, Any] = {
+    result: JsonObject = {
         "chips": str(chips), "source": chip.source, "model": config.model, "batch_size": config.batch_size,
         "accumulate": config.accumulate, "precision": config.precision, "steps": recipe.total,
         "memory": {"capacity": int(chip.memory), **resident}, "flops": flops, "compile_seconds": {},
     }  # fmt: skip
-    compiled = {}
+    compiled: dict[str, Any] = {}
     for name, traced in (("init", programs.traced_init), ("train", programs.traced_train),
                          ("eval", programs.traced_eval), ("augment", _traced_augment(programs))):  # fmt: skip
         began = time.perf_counter()
@@ -121,12 +122,12 @@ def _for_tpu(programs: Programs) -> Programs:
     return Programs(programs.recipe, cast(Mesh, mesh))
 
 
-def _traced_augment(programs: Programs) -> Any:
+def _traced_augment(programs: Programs) -> jax.stages.Traced:
     """Traces a program of only the training device ops and mixing, for the batch of a step."""
     recipe, split = programs.recipe, sharding.sharded(programs.mesh)
     augment, shape = recipe.augment(train=True), (programs.stream.rows, *recipe.data.image_shape)
 
-    def program(seed: jax.Array, images: jax.Array, ids: jax.Array) -> Any:
+    def program(seed: jax.Array, images: jax.Array, ids: jax.Array) -> PyTree:
         images = augment(rng.key(seed, "augment"), images, *((seed, ids, ids) if recipe.with_ids else ()))
         return images if recipe.mix is None else recipe.mix(rng.key(seed, "mix"), images)[0]
 
@@ -137,7 +138,7 @@ def _traced_augment(programs: Programs) -> Any:
         return jax.jit(program, out_shardings=split).trace(seed, images, ids)
 
 
-def _compile(traced: Any) -> Any:
+def _compile(traced: jax.stages.Traced) -> jax.stages.Compiled | str:
     """Compiles a program; returns the compiler's message if it does not fit into the chip's memory."""
     try:
         return traced.lower().compile()
@@ -148,7 +149,7 @@ def _compile(traced: Any) -> Any:
         return (lines or str(e).splitlines())[0][:300]
 
 
-def _advice(result: dict[str, Any], programs: Programs) -> list[str]:
+def _advice(result: JsonObject, programs: Programs) -> list[str]:
     """Suggests changes that would make the run fit, assuming temporaries proportional to the number of images."""
     memory, accumulate, batch_size = result["memory"], result["accumulate"], result["batch_size"]
     chips, backbone = programs.mesh.size, programs.recipe.backbone
@@ -182,7 +183,7 @@ def _advice(result: dict[str, Any], programs: Programs) -> list[str]:
     return advice or ["a smaller batch or image, or more chips"]
 
 
-def _print(result: dict[str, Any]) -> None:
+def _print(result: JsonObject) -> None:
     memory = result["memory"]
     print(f"{result['model']} on {result['chips']}, {result['batch_size']} images per step in {result['precision']}")
     rows = [(name, size(memory[name])) for name in (*_PARTS, "temporaries", "program") if name in memory]
@@ -202,7 +203,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 600 else f"{seconds / 3600:.3g} h"
 
 
-def _rates(result: dict[str, Any]) -> list[tuple[str, str]]:
+def _rates(result: JsonObject) -> list[tuple[str, str]]:
     seconds, augment = result["seconds"], result["augment_bytes"]
     each = ", ".join(f"{name} {seconds[name] * 1e3:.3g} ms" for name in ("compute", "memory", "network"))
     return [

@@ -60,7 +60,7 @@ def parse_shape(text: str) -> tuple[int, ...] | None:
     return tuple(map(int, text.split(","))) if text else None
 
 
-def prepare_from_flags(chips: str, shape: str, classes: int | None, targets: int | None, **_: Any) -> None:
+def prepare_from_flags(chips: str, shape: str, classes: int | None, targets: int | None, **_: object) -> None:
     """Checks the flags of `dryrun`, and prepares for its chips."""
     if not chips:
         raise UsageError(f"dryrun needs --chips, the chips to compile for; {ALLOWED}")

@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import losses, metrics, step
 from imgclf_jax.core import processes, rng, sharding
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Batch, Function, JsonObject, ModelState, Params
 from imgclf_jax.data import sources, stream
 from imgclf_jax.losses import Task
 from imgclf_jax.methods import table
@@ -20,6 +20,7 @@ from imgclf_jax.methods.pgd import Attack
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.terminal import format_metrics, track
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.step import TrainState
 from imgclf_jax.train import evaluation
 from imgclf_jax.trained import load_converted, restore
 
@@ -49,7 +50,7 @@ def report(config: ConfigDict, workdir: Workdir | None, checkpoint: str, attack:
     if workdir:
         evaluation.compare_with_record(programs, workdir, base, evals)
     evaluate = programs.jitted(make_step(programs, perturb))
-    results: dict[str, Any] = {}
+    results: JsonObject = {}
     for name, images in evals.items():
         sums = _evaluate(programs, state, evaluate, images, f"attacking {name}")
         _check_failures(name, sums["failed"])
@@ -76,7 +77,7 @@ def make_step(programs: Programs, perturb: Attack) -> Callable[..., dict[str, me
     augment, (low, high) = recipe.augment(train=False), recipe.pixel_range()
     logits_fn = step.make_logits(recipe.model, lambda _, images: images, recipe.views)  # takes normalized images
 
-    def one_seed(params: Any, model_state: Any, batch: Any) -> dict[str, metrics.Sums]:
+    def one_seed(params: Params, model_state: ModelState, batch: Batch) -> dict[str, metrics.Sums]:
         truth = batch["label" if recipe.task is Task.CLASSES else "target"]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng.key(_SEED, "attack"), batch["index"])
 
@@ -99,7 +100,7 @@ def make_step(programs: Programs, perturb: Attack) -> Callable[..., dict[str, me
 
 
 def _evaluate(
-    programs: Programs, state: Any, evaluate: Callable[..., Any], images: stream.Images, caption: str
+    programs: Programs, state: TrainState, evaluate: Function, images: stream.Images, caption: str
 ) -> dict[str, metrics.Sums]:
     """Sums `evaluate` over all of `images`, each example once. `caption` labels the progress bar."""
     size, mesh = programs.eval_batch_size, programs.mesh

@@ -1,12 +1,13 @@
 """Recall, precision and confusions of each class, from the counts of an evaluation."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from imgclf_jax.metrics import Sums
 
-def counts(sums: Mapping[str, Any], num_seeds: int) -> dict[str, np.ndarray]:
+
+def counts(sums: Sums, num_seeds: int) -> dict[str, np.ndarray]:
     """Selects the counts by class from the sums of an evaluation (see `metrics.classification_sums`).
 
     They are `class_examples`, `class_predicted` and `class_correct`, int64[classes], and `confusion`, int64[label,

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import metrics
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import sources
 from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs
@@ -84,10 +85,10 @@ def main(
     if workdir:
         compare_with_record(programs, workdir, base, evals)
     digest = model.params_sha256 if listing_file else ""
-    results: dict[str, Any] = {"step": step}
+    results: JsonObject = {"step": step}
     classes: dict[str, dict[str, np.ndarray]] = {}
     target_scores: dict[str, Any] = {}  # MultilabelScores or RegressionScores
-    rows: list[dict[str, Any]] = []
+    rows: list[JsonObject] = []
     for name, images in evals.items():
         sums, predicted = evaluate(programs, state, images)
         results[name] = metrics.summarize(sums, predicted, programs.recipe.whole_set_metrics)
@@ -161,8 +162,8 @@ def _report_checkpoints(config: ConfigDict, workdir: Workdir, checkpoints: str, 
     """Prints the metrics of each evaluation set at each checkpoint: one row per step, or a JSON list."""
     models = restore_each(config, workdir, checkpoints)
     base = sources.open_data(config)
-    records: list[dict[str, Any]] = []
-    evals: dict[str, Any] = {}
+    records: list[JsonObject] = []
+    evals: JsonObject = {}
     for programs, state, step in models:
         if not evals:
             _check_evaluates(programs)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +12,16 @@ from ml_collections import ConfigDict
 from imgclf_jax import metrics
 from imgclf_jax.core import processes, sharding
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import JsonObject, PyTree
 from imgclf_jax.data import sources, stream
 from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.terminal import print_table, track
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.step import TrainState
 from imgclf_jax.tools.evaluate import corruptions
 from imgclf_jax.tools.evaluate.chosen_corruptions import WITHOUT_FROST, parse
+from imgclf_jax.tools.evaluate.fields import Tables
 from imgclf_jax.train import evaluation
 from imgclf_jax.trained import load_converted, restore
 
@@ -53,7 +55,7 @@ def report(
     if programs.recipe.task in (Task.MULTILABEL, Task.REGRESSION):
         raise UserError(f"--corruptions measures accuracy, but this run has {metrics.TASK_NAMES[programs.recipe.task]};"
                         " evaluate it without --corruptions")  # fmt: skip
-    results: dict[str, Any] = {"step": step}
+    results: JsonObject = {"step": step}
     for name, images in evals.items():
         by_kind = measure(programs, state, images, names, f"corrupting {name}", photographs)
         results[name] = _summarize(by_kind, names, len(images))
@@ -72,7 +74,7 @@ def report(
 
 
 def measure(
-    programs: Programs, state: Any, images: stream.Images, names: list[str], caption: str = "corrupting",
+    programs: Programs, state: TrainState, images: stream.Images, names: list[str], caption: str = "corrupting",
     photographs: Sequence[np.ndarray] = (),
 ) -> dict[Key, float]:  # fmt: skip
     """Returns the accuracy over all of `images` by (corruption, severity), and under `CLEAN` without corruption.
@@ -93,7 +95,7 @@ def measure(
     sums: dict[Key, metrics.Sums] = {kind: {} for kind in [CLEAN, *kinds]}
     batch, rows = programs.eval_batch_size, sharding.rows_here(programs.eval_batch_size, mesh)
 
-    def results() -> Iterator[tuple[Key, Any]]:
+    def results() -> Iterator[tuple[Key, PyTree]]:
         for n, (chunk, steps) in enumerate(evaluation.chunks(programs, images)):
             yield CLEAN, programs.eval(*state.evaluated, chunk, np.int32(steps))
             positions = [
@@ -108,7 +110,7 @@ def measure(
                 yield kind, programs.eval(*state.evaluated, {**chunk, "image": stack(*batches)}, np.int32(steps))
 
     total = -(-len(images) // (batch * size)) * len(sums)
-    pending: tuple[Key, Any] | None = None
+    pending: tuple[Key, PyTree] | None = None
     for kind, result in track(results(), total, caption):
         if pending is not None:
             evaluation.add(sums[pending[0]], jax.device_get(pending[1][0]))  # while the device computes the next
@@ -127,7 +129,7 @@ def _jit_corruption(programs: Programs, name: str) -> Callable[..., jax.Array]:
     batch_spec, chunk_spec = (sharding.sharded(programs.mesh, axis).spec for axis in (0, 1))
     replicated = PartitionSpec()
 
-    def corrupt(chunk: jax.Array, i: jax.Array, positions: jax.Array, tables: Any, key: jax.Array) -> jax.Array:
+    def corrupt(chunk: jax.Array, i: jax.Array, positions: jax.Array, tables: Tables, key: jax.Array) -> jax.Array:
         images = jax.lax.dynamic_index_in_dim(chunk, i, keepdims=False)
         return corruptions.apply(name, images, tables, jax.random.wrap_key_data(key), positions)
 
@@ -135,7 +137,7 @@ def _jit_corruption(programs: Programs, name: str) -> Callable[..., jax.Array]:
     return jax.jit(jax.shard_map(corrupt, mesh=programs.mesh, in_specs=specs, out_specs=batch_spec, check_vma=False))
 
 
-def _summarize(by_kind: dict[Key, float], names: list[str], examples: int) -> dict[str, Any]:
+def _summarize(by_kind: dict[Key, float], names: list[str], examples: int) -> JsonObject:
     by_name = {name: [by_kind[name, severity] for severity in corruptions.SEVERITIES] for name in names}
     return {
         "examples": examples,
@@ -145,7 +147,7 @@ def _summarize(by_kind: dict[Key, float], names: list[str], examples: int) -> di
     }
 
 
-def _print(name: str, summary: dict[str, Any], num_seeds: int) -> None:
+def _print(name: str, summary: JsonObject, num_seeds: int) -> None:
     ensemble = f" of the ensemble of {num_seeds} seeds" if num_seeds > 1 else ""
     print(f"{name}: examples {summary['examples']}  accuracy{ensemble} {summary['clean']:.4f}  "
           f"mean corruption accuracy {summary['mean_corruption_accuracy']:.4f}")  # fmt: skip

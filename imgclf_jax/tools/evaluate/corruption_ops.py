@@ -6,16 +6,15 @@
 - `NAME(images, tables, draws)` corrupts uint8[b, h, w, c].
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
 from imgclf_jax.core import rng
+from imgclf_jax.core.typing import PyTree
 from imgclf_jax.tools.evaluate import fields
-from imgclf_jax.tools.evaluate.fields import Tables
+from imgclf_jax.tools.evaluate.fields import Constant, Constants, Tables
 from imgclf_jax.tools.evaluate.jpeg import quantization_tables
 
 
@@ -34,12 +33,12 @@ def _round(values: jax.Array) -> jax.Array:
     return jnp.floor(jnp.clip(values, 0, 255) + 0.5)
 
 
-def scalar(constant: float, h: int, w: int, constants: tuple[Any, ...]) -> Tables:
+def scalar(constant: float, h: int, w: int, constants: Constants) -> Tables:
     """Returns a scalar constant as `c`."""
     return {"c": np.float32(constant)}
 
 
-def shot_tables(constant: float, h: int, w: int, constants: tuple[Any, ...]) -> Tables:
+def shot_tables(constant: float, h: int, w: int, constants: Constants) -> Tables:
     """Returns `cdf` f32[256, n], for each level the Poisson CDF at 0, 1, … photons, and `c`, the mean for white.
 
     n + 1 is a power of two, at least 8 standard deviations above the largest mean.
@@ -72,7 +71,7 @@ def impulse(images: jax.Array, tables: Tables, draws: tuple[jax.Array, jax.Array
     return jnp.where(hit <= tables["c"], jnp.where(salt <= 0.5, jnp.uint8(255), jnp.uint8(0)), images)
 
 
-def defocus_tables(constant: Any, h: int, w: int, constants: tuple[Any, ...]) -> Tables:
+def defocus_tables(constant: Constant, h: int, w: int, constants: Constants) -> Tables:
     """Returns the disk `kernel`, cropped to the largest nonzero extent of all severities."""
     kernels = [fields.disk_kernel(*each) for each in constants]
     reach = max(int(np.abs(np.argwhere(k > 1e-12) - k.shape[0] // 2).max()) for k in kernels)
@@ -83,7 +82,7 @@ def defocus_tables(constant: Any, h: int, w: int, constants: tuple[Any, ...]) ->
     return {"kernel": kernel[crop, crop].astype(np.float32)}
 
 
-def glass_tables(constant: Any, h: int, w: int, constants: tuple[Any, ...]) -> Tables:
+def glass_tables(constant: Constant, h: int, w: int, constants: Constants) -> Tables:
     """Returns the blur matrices of `rows` and `columns`, the `reach` of a copy, and which rounds are `active`."""
     sigma, reach, rounds = constant
     rows, columns = (fields.gaussian_matrix(n, sigma, "nearest", 4) for n in (h, w))
@@ -111,7 +110,7 @@ def glass(images: jax.Array, tables: Tables, offsets: jax.Array) -> jax.Array:
     return blur(flat.reshape(images.shape))
 
 
-def motion_tables(constant: Any, h: int, w: int, constants: tuple[Any, ...]) -> Tables:
+def motion_tables(constant: Constant, h: int, w: int, constants: Constants) -> Tables:
     """Returns the weights for `fields.motion_blur`."""
     return fields.motion_tables(constant[0], constant[1], 2 * max(each[0] for each in constants) + 1)
 
@@ -121,19 +120,19 @@ def motion(images: jax.Array, tables: Tables, degrees: jax.Array) -> jax.Array:
     return _round(fields.motion_blur(images.astype(jnp.float32), tables, degrees)).astype(jnp.uint8)
 
 
-def zoom_tables(constant: Any, h: int, w: int, constants: tuple[Any, ...]) -> Tables:
+def zoom_tables(constant: Constant, h: int, w: int, constants: Constants) -> Tables:
     """Returns the sampling tables of the enlargements; a constant is the (start, stop, step) of their factors."""
     return fields.zoom_tables(np.arange(*constant), h, w, max(len(np.arange(*each)) for each in constants))
 
 
-def zoom(images: jax.Array, tables: Tables, draws: Any) -> jax.Array:
+def zoom(images: jax.Array, tables: Tables, draws: PyTree) -> jax.Array:
     """Averages the image and its enlargements."""
     images, count = to_unit(images), tables["count"]
     total = jax.lax.fori_loop(0, count, lambda i, out: out + fields.enlarge(images, tables, i), images)
     return to_uint8(total / (count + 1).astype(jnp.float32))
 
 
-def snow_tables(constant: Any, h: int, w: int, constants: tuple[Any, ...]) -> Tables:
+def snow_tables(constant: Constant, h: int, w: int, constants: Constants) -> Tables:
     """Returns the scalars by name, the sampling tables that enlarge the flakes, and the weights of their `motion`."""
     mean, std, zoom, threshold, radius, sigma, kept = constant
     scalars = {"mean": mean, "std": std, "threshold": threshold, "kept": kept}
@@ -163,7 +162,7 @@ def snow(images: jax.Array, tables: Tables, draws: tuple[jax.Array, jax.Array]) 
     return to_uint8(images + layer + layer[:, ::-1, ::-1])
 
 
-def fog_tables(constant: Any, h: int, w: int, constants: tuple[Any, ...]) -> Tables:
+def fog_tables(constant: Constant, h: int, w: int, constants: Constants) -> Tables:
     """Returns the `amount` of fog, and the `decay` of its amplitude from coarse to fine."""
     return {"amount": np.float32(constant[0]), "decay": np.float32(constant[1])}
 
@@ -183,7 +182,7 @@ def fog(images: jax.Array, tables: Tables, draws: jax.Array) -> jax.Array:
     return to_uint8((images + amount * fog) * most / (most + amount))
 
 
-def brightness(images: jax.Array, tables: Tables, draws: Any) -> jax.Array:
+def brightness(images: jax.Array, tables: Tables, draws: PyTree) -> jax.Array:
     """Adds `c` to the HSV value, to which the channels are proportional at fixed hue and saturation."""
     images = to_unit(images)
     value = images.max(-1, keepdims=True)
@@ -191,14 +190,14 @@ def brightness(images: jax.Array, tables: Tables, draws: Any) -> jax.Array:
     return to_uint8(jnp.where(value > 0, images * (brighter / jnp.where(value > 0, value, 1)), brighter))
 
 
-def contrast(images: jax.Array, tables: Tables, draws: Any) -> jax.Array:
+def contrast(images: jax.Array, tables: Tables, draws: PyTree) -> jax.Array:
     """Multiplies the difference from each channel's mean by `c`."""
     images = to_unit(images)
     mean = images.mean((1, 2), keepdims=True)
     return to_uint8((images - mean) * tables["c"] + mean)
 
 
-def elastic_tables(constant: Any, h: int, w: int, constants: tuple[Any, ...]) -> Tables:
+def elastic_tables(constant: Constant, h: int, w: int, constants: Constants) -> Tables:
     """Returns the blur matrices of `rows` and `columns`, the displacement `strength`, and the `affine` reach."""
     side = min(h, w)
     strength, sigma, affine = (side * fraction for fraction in constant)
@@ -240,7 +239,7 @@ def _box_matrix(n: int, m: int) -> np.ndarray:
     return inside / inside.sum(1, keepdims=True)
 
 
-def pixelate_tables(constant: float, h: int, w: int, constants: tuple[Any, ...]) -> Tables:
+def pixelate_tables(constant: float, h: int, w: int, constants: Constants) -> Tables:
     """Returns matrices [n, n] that shrink and enlarge in one step; enlarging copies pixels, so it never rounds."""
     out = {}
     for axis, n in (("rows", h), ("columns", w)):
@@ -249,7 +248,7 @@ def pixelate_tables(constant: float, h: int, w: int, constants: tuple[Any, ...])
     return out
 
 
-def pixelate(images: jax.Array, tables: Tables, draws: Any) -> jax.Array:
+def pixelate(images: jax.Array, tables: Tables, draws: PyTree) -> jax.Array:
     """Shrinks with Pillow's BOX filter, and enlarges to the original size."""
     exact = jax.lax.Precision.HIGHEST
     wide = jnp.einsum("nw,bhwc->bhnc", tables["columns"], images.astype(jnp.float32), precision=exact)
@@ -259,6 +258,6 @@ def pixelate(images: jax.Array, tables: Tables, draws: Any) -> jax.Array:
     return jnp.floor(out + 0.5 + 1e-4).astype(jnp.uint8)
 
 
-def jpeg_tables(constant: int, h: int, w: int, constants: tuple[Any, ...]) -> Tables:
+def jpeg_tables(constant: int, h: int, w: int, constants: Constants) -> Tables:
     """Returns the `quantization` tables for a quality."""
     return {"quantization": quantization_tables(constant)}

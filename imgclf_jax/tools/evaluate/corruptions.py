@@ -20,7 +20,7 @@ and Gaussian filter, ImageMagick's motion blur, and Pillow's resizing and JPEG. 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,10 @@ import numpy as np
 
 from imgclf_jax.core import rng
 from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.typing import PyTree
 from imgclf_jax.tools.evaluate import corruption_ops as ops
 from imgclf_jax.tools.evaluate import fields, frost
-from imgclf_jax.tools.evaluate.fields import Tables
+from imgclf_jax.tools.evaluate.fields import Constant, Constants, Tables
 from imgclf_jax.tools.evaluate.jpeg import jpeg
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -46,10 +47,10 @@ class Corruption(NamedTuple):
     - `apply` takes images, tables and the draws for all examples.
     """
 
-    constants: tuple[tuple[Any, ...], tuple[Any, ...]]
-    tables: Callable[[Any, int, int, tuple[Any, ...]], Tables]
-    apply: Callable[[jax.Array, Tables, Any], jax.Array]
-    draw: Callable[[jax.Array, jax.Array, Tables], Any] = lambda key, image, tables: ()
+    constants: tuple[Constants, Constants]
+    tables: Callable[[Constant, int, int, Constants], Tables]
+    apply: Callable[[jax.Array, Tables, PyTree], jax.Array]
+    draw: Callable[[jax.Array, jax.Array, Tables], PyTree] = lambda key, image, tables: ()
 
 
 def make_tables(

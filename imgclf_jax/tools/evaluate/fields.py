@@ -12,9 +12,13 @@ import numpy as np
 from jax import lax
 from scipy import ndimage
 
+from imgclf_jax.core.typing import Array
+
 _EXACT = lax.Precision.HIGHEST
 
-Tables = dict[str, Any]  # arrays by name
+type Constant = Any  # of one severity: a number, or a tuple of them
+type Constants = tuple[Constant, ...]  # of all severities
+type Tables = dict[str, Array]  # arrays by name
 
 
 def gaussian_matrix(n: int, sigma: float, mode: str, truncate: float) -> np.ndarray:

@@ -6,7 +6,6 @@ images the photographs are shrunk to a fifth.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from PIL import Image
 
 from imgclf_jax.core import rng
 from imgclf_jax.core.errors import UserError, reason
-from imgclf_jax.tools.evaluate.fields import Tables
+from imgclf_jax.tools.evaluate.fields import Constant, Constants, Tables
 
 # The published code lists a sixth one, but draws from these five.
 FILES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
@@ -41,7 +40,7 @@ def read(folder: Path) -> tuple[np.ndarray, ...]:
     return tuple(photographs)
 
 
-def weights(constant: Any, h: int, w: int, constants: tuple[Any, ...]) -> Tables:
+def weights(constant: Constant, h: int, w: int, constants: Constants) -> Tables:
     """Returns the weights of the `image` and the `frost`."""
     return {"image": np.float32(constant[0]), "frost": np.float32(constant[1])}
 

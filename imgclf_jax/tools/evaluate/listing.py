@@ -5,9 +5,8 @@ import hashlib
 import importlib.util
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import JsonMapping, JsonObject
 from imgclf_jax.scores.classification import FromLogits, Scores
 
 _KINDS = (".csv", ".jsonl", ".parquet")
@@ -43,7 +43,7 @@ def origin(config: ConfigDict, step: int, params_sha256: str, name: str, fingerp
 def rows(
     name: str, examples: Sequence[str], labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], top: int,
     step: int = 0, origin: str = "", from_logits: FromLogits = None,
-) -> Iterable[dict[str, Any]]:  # fmt: skip
+) -> Iterable[JsonObject]:  # fmt: skip
     """Yields a row for each example of the set `name`: its index or file, its label, and its `top` classes.
 
     labels i32[n], probabilities f32[n, classes]; `from_logits` as in `scores.Scores`. The predicted class comes first;
@@ -65,7 +65,7 @@ def rows(
 def target_rows(
     name: str, examples: Sequence[str], targets: np.ndarray, outputs: np.ndarray, names: Sequence[str],
     exact: np.ndarray | None = None, step: int = 0, origin: str = "",
-) -> Iterable[dict[str, Any]]:  # fmt: skip
+) -> Iterable[JsonObject]:  # fmt: skip
     """Yields a row for each example of the set `name`, with `target[NAME]` and `probability[NAME]` of each class.
 
     targets, outputs f32[n, k]. `exact` bool[n] says whether all labels of an example are predicted and becomes
@@ -73,14 +73,14 @@ def target_rows(
     """
     kind = "value" if exact is None else "probability"
     for i, example in enumerate(examples):
-        row: dict[str, Any] = {"set": name, "example": example}
+        row: JsonObject = {"set": name, "example": example}
         row |= {} if exact is None else {"correct": bool(exact[i])}
         row |= {f"target[{key}]": float(x) for key, x in zip(names, targets[i], strict=True)}
         row |= {f"{kind}[{key}]": float(x) for key, x in zip(names, outputs[i], strict=True)}
         yield row | {"step": step, "origin": origin}
 
 
-def write(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
+def write(path: Path, table: Sequence[JsonMapping]) -> None:
     """Writes rows with the same keys atomically, as CSV, JSON lines or Parquet by the file's suffix."""
     if path.suffix == ".parquet":
         import pyarrow as pa

@@ -5,7 +5,7 @@ network works unchanged.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +15,12 @@ from flax import linen as nn
 from flax.core import tracers
 
 from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.typing import Arguments, Function, ModelState, Params, PyTree, Variables
+from imgclf_jax.models.classifier import Classifier
 from imgclf_jax.models.layers import widen
 
 # (params, model_state, images uint8[b, h, w, c], labels i32[b]) → f32[b, h', w']
-Explain = Callable[[Any, Any, jax.Array, jax.Array], jax.Array]
+type Explain = Callable[[Params, ModelState, jax.Array, jax.Array], jax.Array]
 
 _MAPS = "attention"  # the name under which attention layers sow f32[b, heads, queries, keys] into `intermediates`
 
@@ -65,7 +67,7 @@ class Structure(NamedTuple):
         return "rollout" if self.attention and _tokens_fit(self) else "occlusion"
 
 
-def without_remat(model: Any) -> Any:
+def without_remat(model: Classifier) -> Classifier:
     """Returns the classifier without `remat`, which hides its blocks' layers from interceptors."""
     outer = model.backbone
     inner = getattr(outer, "base", outer)  # the backbone within LoRA
@@ -75,15 +77,15 @@ def without_remat(model: Any) -> Any:
     return model.clone(backbone=plain if inner is outer else outer.clone(base=plain))
 
 
-def inspect(model: nn.Module, variables: Any, image_shape: Sequence[int]) -> Structure:
+def inspect(model: nn.Module, variables: Variables, image_shape: Sequence[int]) -> Structure:
     """Traces the classifier on an image [h, w, c], without computing, and returns its structure."""
     layers: list[Layer] = []
     attention: dict[str, tuple[int, ...]] = {}
 
-    def run(variables: Any, images: jax.Array) -> None:
+    def run(variables: Variables, images: jax.Array) -> None:
         outside = tracers.current_trace()
 
-        def record(index: int, path: tuple[str, ...], y: Any) -> Any:
+        def record(index: int, path: tuple[str, ...], y: PyTree) -> PyTree:
             if path[:1] == ("backbone",) and len(path) > 1 and isinstance(y, jax.Array):
                 layers.append(Layer("/".join(path[1:]), y.shape, index, tracers.current_trace() != outside))
             return y
@@ -115,14 +117,14 @@ def make_gradcam(model: nn.Module, augment: Callable[..., jax.Array], layer: Lay
     [num_seeds, …], and the result is the mean of the seeds' maps.
     """
 
-    def gradcam(params: Any, model_state: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+    def gradcam(params: Params, model_state: ModelState, images: jax.Array, labels: jax.Array) -> jax.Array:
         variables, images = {"params": params, **model_state}, augment(None, images)
 
-        def logit(delta: Any) -> tuple[jax.Array, jax.Array]:
+        def logit(delta: jax.Array) -> tuple[jax.Array, jax.Array]:
             """Returns the sum of the labels' logits, with `delta` added to the feature maps, and these maps."""
             outputs: list[jax.Array] = []
 
-            def shift(index: int, path: tuple[str, ...], y: Any) -> Any:
+            def shift(index: int, path: tuple[str, ...], y: PyTree) -> PyTree:
                 if index != layer.call:
                     return y
                 outputs.append(y)
@@ -154,7 +156,7 @@ def make_rollout(
                         "lacks; --method=occlusion explains any network")  # fmt: skip
     rows, columns = structure.grid
 
-    def explain(params: Any, model_state: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+    def explain(params: Params, model_state: ModelState, images: jax.Array, labels: jax.Array) -> jax.Array:
         variables = {"params": params, **model_state}
         _, state = model.apply(variables, augment(None, images), train=False, mutable=["intermediates"])
         maps = _attention_maps(state)
@@ -233,18 +235,20 @@ def _mean_over_seeds(explain: Explain, num_seeds: int) -> Explain:
     return lambda *args: jnp.mean(jax.vmap(explain, (0, 0, None, None))(*args), 0)
 
 
-def _on_outputs(replace: Callable[[int, tuple[str, ...], Any], Any]) -> Any:
+def _on_outputs(replace: Callable[[int, tuple[str, ...], PyTree], PyTree]) -> Function:
     """Returns an interceptor that replaces the output of each module call by `replace(index, path, output)`."""
     indices: Iterator[int] = itertools.count()
 
-    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def intercept(
+        call: Function, args: tuple[Any, ...], kwargs: Arguments, context: nn.module.InterceptorContext
+    ) -> PyTree:
         y = call(*args, **kwargs)
         return replace(next(indices), context.module.path, y) if context.method_name == "__call__" else y
 
     return intercept
 
 
-def _attention_maps(state: Any) -> dict[str, jax.Array]:
+def _attention_maps(state: Variables) -> dict[str, jax.Array]:
     """Returns the attention maps by call, named LAYER/CALL such as "block10/attn/0"."""
     maps = {}
     for path, x in jax.tree.leaves_with_path(state.get("intermediates", {}).get("backbone", {})):
@@ -254,7 +258,7 @@ def _attention_maps(state: Any) -> dict[str, jax.Array]:
     return maps
 
 
-def _sort_calls(names: Any, layers: list[Layer]) -> list[str]:
+def _sort_calls(names: Iterable[str], layers: list[Layer]) -> list[str]:
     """Sorts the names of `_attention_maps` by the order of calls."""
     counts: dict[str, int] = {}
     indices: dict[str, int] = {}

@@ -6,7 +6,6 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -14,6 +13,7 @@ from imgclf_jax.cli import inputs
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.text import printable, utf8
+from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.losses import Task
 from imgclf_jax.run import terminal
 from imgclf_jax.run.provenance import write_atomically
@@ -21,7 +21,7 @@ from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.explain.explanations import build, draw
 from imgclf_jax.trained import load_trained, report_host_ops
 
-Record = dict[str, Any]
+type Record = JsonObject
 
 _FIRST_ROWS = 1000  # determine the column widths of the table
 

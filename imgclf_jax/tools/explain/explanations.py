@@ -3,7 +3,6 @@
 import functools
 import io
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
+from imgclf_jax.core.typing import PyTree
 from imgclf_jax.tools.explain import attribution, heatmap
 from imgclf_jax.trained import Trained
 
@@ -23,7 +23,7 @@ _TITLES = {
 _ROWS = 8  # images per batch; more large ones may not fit into memory
 
 # (images uint8[n, h, w, c] after the host ops, classes int[n]) → maps [n, h', w']
-Explain = Callable[[np.ndarray, np.ndarray], np.ndarray]
+type Explain = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def build(
@@ -65,7 +65,7 @@ def build(
     )
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(programs.mesh))
-    def traced(*args: Any) -> jax.Array:
+    def traced(*args: PyTree) -> jax.Array:
         with programs.tracing():
             return pure(*args)
 

@@ -7,7 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from ml_collections import ConfigDict
 
@@ -15,6 +15,7 @@ from imgclf_jax.cli import inputs
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable, utf8
+from imgclf_jax.core.typing import Json, JsonObject
 from imgclf_jax.data import image_check
 from imgclf_jax.losses import Task
 from imgclf_jax.run import terminal
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 # {"file", "predictions": [{"class", "probability"}]}, {"file", "values": {target: number}} or {"file", "error"};
 # multi-label records also have "probabilities" f32[classes]
-Record = dict[str, Any]
+type Record = JsonObject
 
 _FIRST_ROWS = 1000  # determine the column widths of the table
 
@@ -97,7 +98,7 @@ class Columns(Protocol):
 
     def format_table(self, record: Record) -> list[str]: ...
 
-    def format_csv(self, record: Record, shown: Callable[[str], str]) -> list[Any]: ...
+    def format_csv(self, record: Record, shown: Callable[[str], str]) -> list[Json]: ...
 
 
 class ClassColumns:
@@ -110,7 +111,7 @@ class ClassColumns:
     def format_table(self, record: Record) -> list[str]:
         return [f"{p['class']} {p['probability']:.4f}" for p in record["predictions"]]
 
-    def format_csv(self, record: Record, shown: Callable[[str], str]) -> list[Any]:
+    def format_csv(self, record: Record, shown: Callable[[str], str]) -> list[Json]:
         return [value for p in record["predictions"] for value in (shown(p["class"]), p["probability"])]
 
 
@@ -124,7 +125,7 @@ class LabelColumns:
     def format_table(self, record: Record) -> list[str]:
         return [", ".join(f"{p['class']} {p['probability']:.4f}" for p in record["predictions"])]
 
-    def format_csv(self, record: Record, shown: Callable[[str], str]) -> list[Any]:
+    def format_csv(self, record: Record, shown: Callable[[str], str]) -> list[Json]:
         labels = "|".join(shown(p["class"]) for p in record["predictions"])
         return [labels, *(round(float(p), 6) for p in record["probabilities"])]
 
@@ -139,7 +140,7 @@ class ValueColumns:
     def format_table(self, record: Record) -> list[str]:
         return [f"{value:.5g}" for value in record["values"].values()]
 
-    def format_csv(self, record: Record, shown: Callable[[str], str]) -> list[Any]:
+    def format_csv(self, record: Record, shown: Callable[[str], str]) -> list[Json]:
         return list(record["values"].values())
 
 

@@ -1,17 +1,17 @@
 """A plot of probe accuracies against the number of images per class. Needs matplotlib."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from imgclf_jax.core import places
+from imgclf_jax.core.typing import JsonMapping
 
 _K = 20  # the plot shows the k nearest to this; the best k would be selected on the test set
 
 
-def draw(path: Path, records: Sequence[Mapping[str, Any]], title: str) -> None:
+def draw(path: Path, records: Sequence[JsonMapping], title: str) -> None:
     """Draws the records of the command `probe` as a PNG, with a panel for each set.
 
     Few-shot accuracies are points with standard deviations; probes on the full training set are lines.

@@ -6,7 +6,6 @@ import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.core import memory, processes, sharding
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import sources
 from imgclf_jax.run import terminal
 from imgclf_jax.run.workdir import Workdir
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 SHOTS = (1, 5, 10, 25)
 
 # {"set", "method", "accuracies": one per seed and draw} and, depending on the method, "k", "C" or "shots"
-Record = dict[str, Any]
+type Record = JsonObject
 
 
 def main(

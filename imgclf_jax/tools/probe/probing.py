@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.losses import IDENTITY, SIGMOID, Task, link_of
 from imgclf_jax.scores.multilabel import MultilabelScores
 from imgclf_jax.scores.regression import RegressionScores
@@ -142,7 +143,7 @@ def ranks_by_logits(task: Task, loss: str) -> bool:
 def probe_targets(
     train: np.ndarray, targets: np.ndarray, tests: dict[str, tuple[np.ndarray, np.ndarray]], task: Task,
     head: tuple[np.ndarray, np.ndarray] | None = None,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
+) -> Iterator[JsonObject]:  # fmt: skip
     """The records of `probe` for targets f32[n, k], scored by mean average precision, or by R² in a regression.
 
     A linear probe is logistic regression of each class by itself, or ridge regression.

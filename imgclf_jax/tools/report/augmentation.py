@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,8 @@ import numpy as np
 
 from imgclf_jax.augment import ops
 from imgclf_jax.core import rng
+from imgclf_jax.core.typing import Batch, PyTree
+from imgclf_jax.data.sources import Source
 from imgclf_jax.data.stream import train_images
 from imgclf_jax.programs import Programs
 from imgclf_jax.tools.pages.shown import to_pixels
@@ -30,7 +31,7 @@ class Augmented:
     stretched: bool  # see `to_pixels`
 
 
-def draw(programs: Programs, source: Any) -> Augmented | None:
+def draw(programs: Programs, source: Source) -> Augmented | None:
     """Augments the first images of the run's first batch several times; None if augmentation draws nothing.
 
     Each draw has the keys of a step: host ops those of its stream positions, device ops that of the step. The first
@@ -48,7 +49,7 @@ def draw(programs: Programs, source: Any) -> Augmented | None:
     steps = tuple(-(-epoch * images.sampler.epoch // b) for epoch in range(_DRAWS))
 
     @jax.jit
-    def augment_first(step: Any, batch: Any, ids: Any, epochs: Any) -> Any:
+    def augment_first(step: jax.Array, batch: Batch, ids: jax.Array, epochs: jax.Array) -> PyTree:
         known = (jnp.uint32(config.seed), ids, epochs) if recipe.with_ids else ()
         return augment(rng.key(jnp.uint32(config.seed), "augment", step), batch, *known)[:count]
 

@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from imgclf_jax.core.typing import JsonMapping
 from imgclf_jax.run.record import Record
 from imgclf_jax.tools.pages import html
 from imgclf_jax.tools.pages.charts import COLORS, Line, chart, thinned
@@ -56,7 +56,7 @@ def _figure(caption: str, lines: Sequence[Line]) -> str:
 
 
 def _line(
-    records: Sequence[Mapping[str, Any]], label: str, name: str, color: int, dashed: bool = False, scale: float = 1
+    records: Sequence[JsonMapping], label: str, name: str, color: int, dashed: bool = False, scale: float = 1
 ) -> Line:
     """Returns a metric's line, with a band of one standard deviation to each side if that is logged."""
     values = {r["step"]: r for r in records if isinstance(r.get(name), int | float)}

@@ -3,11 +3,12 @@
 import math
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from imgclf_jax.config import KEYS, flatten
+from imgclf_jax.core.typing import JsonMapping
 from imgclf_jax.run.record import MAIN_METRICS, Record
 from imgclf_jax.tools.pages import html
 from imgclf_jax.tools.pages.html import paragraph, table, text
@@ -24,7 +25,7 @@ class Section(NamedTuple):
     inner: str
 
 
-def page(run: Record, provenance: Mapping[str, Any], findings: Findings, names: Sequence[str]) -> str:
+def page(run: Record, provenance: JsonMapping, findings: Findings, names: Sequence[str]) -> str:
     """Returns the page as HTML. `names` are the class names. All text from the run is escaped."""
     config = run.config
     sections = [Section("curves", "Learning curves", report_curves.curves(run))]
@@ -52,7 +53,7 @@ def page(run: Record, provenance: Mapping[str, Any], findings: Findings, names: 
     ])  # fmt: skip
 
 
-def _results(run: Record, findings: Findings) -> dict[str, Mapping[str, Any]]:
+def _results(run: Record, findings: Findings) -> dict[str, JsonMapping]:
     """Returns the metrics of each evaluation set, measured now, or else as recorded by the run."""
     if findings.sets:
         return {one.name: one.metrics for one in findings.sets}
@@ -111,7 +112,7 @@ def _configuration(run: Record) -> str:
     )
 
 
-def _provenance(run: Record, provenance: Mapping[str, Any], findings: Findings) -> str:
+def _provenance(run: Record, provenance: JsonMapping, findings: Findings) -> str:
     git, data, result = provenance.get("git") or {}, provenance.get("data") or {}, run.final or {}
     devices = Counter(provenance.get("devices") or ())
     facts = {
@@ -149,7 +150,7 @@ _LENGTHS = {
 }  # the last two cover only the process that finished the run
 
 
-def _commands(run: Record, provenance: Mapping[str, Any], findings: Findings) -> str:
+def _commands(run: Record, provenance: JsonMapping, findings: Findings) -> str:
     """Lists the commands that train, evaluate and report the run again."""
     train = [str(word) for word in provenance.get("command") or ()]
     lines = []

@@ -17,6 +17,7 @@ from imgclf_jax import config as configs
 from imgclf_jax.core import places, processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
+from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run.provenance import pin_groups
 from imgclf_jax.run.record import Record
 from imgclf_jax.run.terminal import print_table
@@ -198,8 +199,8 @@ def _print(
               "kernels.")  # fmt: skip
 
 
-def _as_json(word: str, end: int, compared: Comparison, found: list[Difference], output: str | None) -> dict[str, Any]:
-    def value(of: Any) -> dict[str, Any] | None:
+def _as_json(word: str, end: int, compared: Comparison, found: list[Difference], output: str | None) -> JsonObject:
+    def value(of: Any) -> JsonObject | None:
         """Converts a metric; `relative` is null if only one of the values is finite."""
         return of and of._asdict() | {"relative": of.relative if math.isfinite(of.relative) else None}
 

@@ -6,11 +6,10 @@ All functions take what runs record (see `run.record`): lines of digests.jsonl, 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 from imgclf_jax.run.record import TIMES
-
-Json = Mapping[str, Any]
 
 ROUNDING = 1e-3  # the largest relative difference of a metric that rounding may explain
 # The packages that compute or load data, listed first.
@@ -78,8 +77,8 @@ class Comparison:
 
 
 def compare(
-    recorded: tuple[Sequence[Json], Sequence[Json], Json],
-    here: tuple[Sequence[Json], Sequence[Json]],
+    recorded: tuple[Sequence[JsonMapping], Sequence[JsonMapping], Json],
+    here: tuple[Sequence[JsonMapping], Sequence[JsonMapping]],
     extended: Sequence[int] = (),
     other_cadences: bool = False,
 ) -> Comparison:
@@ -124,7 +123,7 @@ def compare(
     return Comparison(steps, tuple(compared), parameters, tuple(missing))
 
 
-def _other_parameters(old: Json, new: Json) -> bool:
+def _other_parameters(old: JsonMapping, new: JsonMapping) -> bool:
     """Whether two lines of digests.jsonl differ, in the digest of all parameters or of single ones."""
     a, b = old.get("params"), new.get("params")
     return bool(old["params_sha256"] != new.get("params_sha256") or (isinstance(a, dict) and b and a != b))
@@ -134,7 +133,7 @@ def _before(step: int, logged: set[int]) -> int:
     return max((s for s in logged if s < step), default=0)
 
 
-def _flat(result: Json) -> Json:
+def _flat(result: JsonMapping) -> Json:
     """Flattens the metrics of a result to a record as in metrics.jsonl."""
     groups = {name: group for name, group in result.items() if isinstance(group, dict)}
     step = result.get("step")
@@ -142,20 +141,20 @@ def _flat(result: Json) -> Json:
     return {"step": step if isinstance(step, int) else -1, **named}
 
 
-def _by_step(records: Iterable[Json]) -> dict[int, dict[str, Any]]:
+def _by_step(records: Iterable[JsonMapping]) -> dict[int, JsonObject]:
     """Merges the records of each step."""
-    merged: dict[int, dict[str, Any]] = {}
+    merged: dict[int, JsonObject] = {}
     for record in records:
         values = {name: value for name, value in record.items() if name != "step" and name not in TIMES}
         merged.setdefault(record["step"], {}).update(values)
     return merged
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Json) -> bool:
     return type(value) in (int, float)
 
 
-def _values(old: Mapping[int, Mapping[str, Any]], new: Mapping[int, Mapping[str, Any]]) -> Iterable[Value]:
+def _values(old: Mapping[int, JsonMapping], new: Mapping[int, JsonMapping]) -> Iterable[Value]:
     for step in sorted(old.keys() & new.keys()):
         for name, value in old[step].items():
             if _is_number(value) and _is_number(new[step].get(name)):
@@ -171,11 +170,11 @@ class Difference(NamedTuple):
     here: str
 
 
-def differences(old: Json, new: Json) -> list[Difference]:
+def differences(old: JsonMapping, new: JsonMapping) -> list[Difference]:
     """Lists the differences of two provenances, the most important first, without what either lacks."""
     found: list[Difference] = []
 
-    def add(kind: str, what: str, a: Any, b: Any) -> None:
+    def add(kind: str, what: str, a: Json, b: Json) -> None:
         if a is not None and b is not None and a != b:
             found.append(Difference(kind, what, _short(a), _short(b)))
 
@@ -232,7 +231,7 @@ def differences(old: Json, new: Json) -> list[Difference]:
     return found
 
 
-def _dict(value: Any) -> dict[str, Any]:
+def _dict(value: Json) -> JsonObject:
     return value if isinstance(value, dict) else {}
 
 
@@ -242,11 +241,11 @@ def _names(packages: Iterable[str]) -> str:
     return f"{len(names)}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}" if names else "none"
 
 
-def _commit(git: Json) -> str | None:
+def _commit(git: JsonMapping) -> str | None:
     return f"{git['commit'][:12]}{', changed' if git.get('changed') else ''}" if git.get("commit") else None
 
 
-def _devices(value: Any) -> str | None:
+def _devices(value: Json) -> str | None:
     if not isinstance(value, list):
         return None
     return ", ".join(f"{value.count(name)} x {name}" for name in dict.fromkeys(map(str, value)))
@@ -258,7 +257,7 @@ def _flags(value: str) -> dict[str, str]:
     return {name: text if sign else "set" for name, sign, text in parts}
 
 
-def _short(value: Any) -> str:
+def _short(value: Json) -> str:
     text = str(value)
     return f"{text[:16]}…" if len(text) == 64 and text.isalnum() else text[:200]
 

@@ -4,7 +4,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from imgclf_jax.core import places, sharding, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
+from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import sources, stream
 from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs, programs_for_images
@@ -101,7 +102,7 @@ def batch_at(programs: Programs, images: stream.Images, step: int, raw: bool = F
     return Shown(ids, images.epochs(at), names, own)
 
 
-def describe(batch: Shown, class_names: tuple[str, ...], count: int) -> list[dict[str, Any]]:
+def describe(batch: Shown, class_names: tuple[str, ...], count: int) -> list[JsonObject]:
     """Returns {"id", "epoch", "file", "label": {class: weight}} for the first `count` examples; weights sum to 1.
 
     Examples with targets have "target": {name: number} instead of the label.
@@ -123,7 +124,7 @@ def describe(batch: Shown, class_names: tuple[str, ...], count: int) -> list[dic
     return rows
 
 
-def _label_lines(example: dict[str, Any], task: Task) -> list[str]:
+def _label_lines(example: JsonObject, task: Task) -> list[str]:
     """Formats a label: `cat`, or `0.70  cat` and `+ 0.30  dog`, without weights that round to 0.
 
     For targets, formats a few numbers with their names; for multi-label examples, the present labels, largest first.

@@ -1,9 +1,9 @@
 """The OpenAPI description of the server."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from imgclf_jax import __version__
+from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.losses import Task
 from imgclf_jax.tools.serve.limits import Limits
 
@@ -16,13 +16,13 @@ _ERRORS = {
 }
 
 
-def describe(class_names: Sequence[str], limits: Limits, explains: bool, task: Task = Task.CLASSES) -> dict[str, Any]:
+def describe(class_names: Sequence[str], limits: Limits, explains: bool, task: Task = Task.CLASSES) -> JsonObject:
     """Returns the OpenAPI 3.1 description for a task, with these limits."""
     file, base64 = {"type": "string", "format": "binary"}, {"type": "string", "contentEncoding": "base64"}
     several = {"type": "array", "minItems": 1, "maxItems": limits.images}
 
-    def body(*keys: str) -> dict[str, Any]:
-        def forms(one: dict[str, str]) -> dict[str, Any]:
+    def body(*keys: str) -> JsonObject:
+        def forms(one: dict[str, str]) -> JsonObject:
             shapes = {"image": one, "images": {**several, "items": one}}
             return {"schema": {"oneOf": [
                 {"type": "object", "required": [key], "properties": {key: shapes[key]}} for key in keys

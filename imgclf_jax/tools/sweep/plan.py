@@ -9,12 +9,12 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.typing import Value
 from imgclf_jax.run.provenance import read_json, write_json
 
 FILE = "sweep.json"
@@ -27,7 +27,7 @@ _MOST = 10_000  # runs
 _FORMS = "write 'KEY=VALUE; VALUE', 'KEY=0..4' for integers, or a Python list, \"KEY=['a', 'b']\""
 
 
-def use_cpu(**_: Any) -> None:
+def use_cpu(**_: object) -> None:
     """Keeps the sweep itself on CPU: each run is a separate process, and these get the accelerators."""
     os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -38,7 +38,7 @@ class Run:
 
     name: str
     settings: Settings
-    values: dict[str, Any]  # the settings as config values
+    values: dict[str, Value]  # the settings as config values
     config: ConfigDict = dataclasses.field(compare=False)
 
     @property
@@ -87,13 +87,13 @@ def can_set(key: str) -> bool:
     return (key in configs.KEYS and key not in ("data.eval", "data.extra")) or bool(in_dict)
 
 
-def _not_empty(values: list[Any], text: str) -> list[Any]:
+def _not_empty(values: list[Value], text: str) -> list[Value]:
     if not values:
         raise UserError(f"--sweep={text!r} has no values; {_FORMS}")
     return values
 
 
-def _text(value: Any, where: str) -> str:
+def _text(value: Value, where: str) -> str:
     """Formats a value as on the command line."""
     if not isinstance(value, str | int | float):
         raise UserError(f"{where}: {value!r} is no config value; allowed: strings, numbers, True and False")
@@ -122,7 +122,7 @@ def _split(values: str, text: str) -> list[str]:
     return parts
 
 
-def combine(planned: Sequence[dict[str, Any]] | None, sweeps: Iterable[str]) -> list[Settings]:
+def combine(planned: Sequence[dict[str, Value]] | None, sweeps: Iterable[str]) -> list[Settings]:
     """Combines the runs `planned` by the config file's `get_sweep` with every combination of `sweeps`.
 
     The last key of `sweeps` varies fastest. Raises UserError for a key that is given twice, and without any plan.
@@ -150,7 +150,7 @@ def combine(planned: Sequence[dict[str, Any]] | None, sweeps: Iterable[str]) -> 
     return [run | point for run in runs for point in points]
 
 
-def value_of(config: ConfigDict, key: str) -> Any:
+def value_of(config: ConfigDict, key: str) -> Value:
     """Returns the value of a key such as `data.eval.test`."""
     for part in key.split("."):
         config = config[part]
@@ -158,7 +158,7 @@ def value_of(config: ConfigDict, key: str) -> Any:
 
 
 def make(
-    settings: Sequence[Settings], make_config: Callable[[Settings], ConfigDict], recorded: dict[str, dict[str, Any]]
+    settings: Sequence[Settings], make_config: Callable[[Settings], ConfigDict], recorded: dict[str, dict[str, Value]]
 ) -> list[Run]:
     """Makes the runs of a plan.
 
@@ -183,7 +183,7 @@ def make(
     return list(runs.values())
 
 
-def _identity(values: dict[str, Any]) -> str:
+def _identity(values: dict[str, Value]) -> str:
     return json.dumps(values, sort_keys=True)
 
 
@@ -211,7 +211,7 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:6]
 
 
-def load(file: Path, base: ConfigDict, keys: set[str]) -> dict[str, dict[str, Any]]:
+def load(file: Path, base: ConfigDict, keys: set[str]) -> dict[str, dict[str, Value]]:
     """Loads the values of the recorded runs by name; {} without a file.
 
     Raises UserError if the file is damaged, or if it records other keys than `keys` or another `base` config.
@@ -240,7 +240,7 @@ def load(file: Path, base: ConfigDict, keys: set[str]) -> dict[str, dict[str, An
 
 def save(
     file: Path, config_file: str, base: ConfigDict, keys: Sequence[str], runs: Sequence[Run],
-    recorded: dict[str, dict[str, Any]],
+    recorded: dict[str, dict[str, Value]],
 ) -> None:  # fmt: skip
     """Writes the plan: the config, the keys, and the values of each run by name."""
     all_runs = recorded | {run.name: run.values for run in runs}
