@@ -129,6 +129,15 @@ KEYS: dict[str, tuple[Value, str]] = {
     "clip": (0.0, "Global norm to clip the gradient to; 0 does not clip."),
     "accumulate": (1, "Number of gradient-accumulation microbatches per step; more take less memory."),
     "ema": (0.0, "Decay of the weights' exponential moving average, such as 0.999, which evaluation uses; 0: off."),
+    "on_bad_step": (
+        "stop",
+        "A step whose loss or gradient is not finite or spikes: 'stop' the run, 'skip' the step, or "
+        "'rollback(steps=200)' to leave out the steps before it.",
+    ),
+    "spike": (
+        "",
+        "Which finite losses are bad: '6 sigma over 128', above the moving average of so many steps; empty: none.",
+    ),
     "rules.lr": (
         "",
         "Learning-rate multipliers by parameter path: 'backbone/.*=0.1, head/.*=1'; the first full match wins.",
@@ -155,6 +164,15 @@ KEYS: dict[str, tuple[Value, str]] = {
     "log_every": ("50 steps", "How often to log training metrics; empty: never."),
     "eval_every": ("1 epochs", "How often to evaluate on every set of `data.eval`; empty: only at the end."),
     "checkpoint_every": ("1 epochs", "How often to save a checkpoint; empty: only at the end."),
+    "check_every": (
+        "",
+        "How often to compute a step twice and compare every bit, to find silent data corruption: '1000 steps'; empty: "
+        "never.",
+    ),
+    "on_corruption": (
+        "stop",
+        "When the two computations differ: 'stop', or 'rollback' to the last checkpoint before a good comparison.",
+    ),
     "checkpoint.keep": (2, "How many of the latest checkpoints to keep."),
     "checkpoint.best": (
         "",
@@ -170,14 +188,14 @@ LOCATION_KEYS = ("data.data_dir", "data.manual_dir", "data.placement", "data.thr
 CADENCES = ("log_every", "eval_every", "checkpoint_every")
 
 # Keys that no parameter depends on: a resumed run may change them, and its record then holds the new values.
-FREE_KEYS = (*CADENCES, "checkpoint.keep", "checkpoint.best", "metrics")
+FREE_KEYS = (*CADENCES, "check_every", "on_corruption", "checkpoint.keep", "checkpoint.best", "metrics")
 
 # Keys that may differ between the hosts of one run, which compare their data by fingerprint.
 HOST_KEYS = ("data.data_dir", "data.manual_dir", "data.threads")
 
 # Names that metrics.jsonl, result.json and `evaluate` use themselves, so no evaluation set can have them.
 RESERVED = frozenset(
-    {"train", "step", "epochs", "seconds", "images_per_second", "params_sha256", "num_seeds", "left_out"}
+    {"train", "step", "epochs", "seconds", "images_per_second", "params_sha256", "num_seeds", "left_out", "skipped"}
 )
 
 # Metrics that evaluation reports for data with targets: see `metrics.REPORTED`.
@@ -314,6 +332,7 @@ def validate(config: ConfigDict) -> None:
         ("precision", ("float32", "bfloat16")),
         ("data.placement", ("host", "device")),
         ("data.unreadable", ("error", "skip")),
+        ("on_corruption", ("stop", "rollback")),
     ):
         if (value := flatten(config)[key]) not in allowed:
             raise UserError(unknown(key, value, allowed))
@@ -321,8 +340,11 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"ema={config.ema}: allowed are 0 (off) to below 1, such as 0.999")
     if not 0 <= config.rules.layer_decay <= 1:
         raise UserError(f"rules.layer_decay={config.rules.layer_decay}: allowed are 0 (off) to 1, such as 0.75")
-    for key in CADENCES:
+    for key in (*CADENCES, "check_every"):
         period(config[key], key, 1000, 10, 10)
+    if config.check_every.strip() and not config.deterministic:
+        raise UserError(f"check_every={config.check_every!r} compares two computations of a step, which may differ "
+                        "with deterministic=False; set deterministic=True, or check_every=''")  # fmt: skip
     steps = period(config.total, "total", 1000, 10)
     if steps is None or steps <= 0:
         raise UserError(f"total={config.total!r}: must be a duration above zero, such as '5 epochs'")

@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import struct, traverse_util
 from flax.core import DenyList
 
-from imgclf_jax import methods, metrics
+from imgclf_jax import bad_steps, methods, metrics
 from imgclf_jax.augment import mixing, tta
 from imgclf_jax.core import rng, tree
 from imgclf_jax.core.errors import UserError
@@ -39,9 +39,10 @@ class TrainState(struct.PyTreeNode):
     params: Params
     model_state: ModelState
     opt_state: optax.OptState
-    ema: tuple[Params, ModelState] | None = (
-        None  # (params, model_state) to evaluate, such as their EMA; None: evaluate the trained ones
-    )
+    # (params, model_state) to evaluate, such as their EMA; None: evaluate the trained ones
+    ema: tuple[Params, ModelState] | None = None
+    # Which losses are usual, and which steps were skipped. Checkpoints of runs without it have no such entry.
+    guard: bad_steps.Guard | None = struct.field(default=None, metadata={"absent_if_none": True})
 
     @property
     def evaluated(self) -> tuple[Params, ModelState]:
@@ -58,6 +59,7 @@ def init_state(
     images: jax.Array | None = None,
     weights: Mapping[str, jax.Array] | None = None,
     head: bool = True,
+    policy: bad_steps.Policy = bad_steps.STOP,
 ) -> TrainState:
     """The state at step 0. Pure, so it works under `jit` and `eval_shape`.
 
@@ -84,6 +86,7 @@ def init_state(
         model_state=variables,
         opt_state=seed_keys(optimizer.init(params), seed),
         ema=average.init((params, variables)),
+        guard=policy.init(),
     )
 
 
@@ -128,6 +131,7 @@ def make_train_step(
     gradient: Callable[[Gradient], Gradient] = lambda gradient: gradient,
     task: Task = Task.CLASSES,
     link: Link = SOFTMAX,
+    policy: bad_steps.Policy = bad_steps.STOP,
 ) -> Callable[..., tuple[TrainState, metrics.Sums]]:
     """Returns `train_step(state, batch, fixed=None) -> (state, sums)`.
 
@@ -139,12 +143,15 @@ def make_train_step(
       that of the whole batch but for BatchNorm statistics and dropout masks.
     - `shard` wraps the gradient function of a microbatch, to all-gather sharded parameters.
     - `gradient` wraps the gradient function of the whole batch: see `methods.gradients`.
+    - `policy` says which steps are bad. With "skip", a bad step adds one to the state's `step`, notes it in the
+      `guard`, and changes nothing else.
 
     The sums are metrics of this step: `loss`, `examples` and `correct` over the batch; `steps`, `grad_norm` (before
     clipping), `param_norm` (after the update) and `learning_rate`; the method's metrics and those that modules sow
     into "metrics", multiplied by `examples`; and `nonfinite_step`, the number of this step if the loss or a norm is
-    not finite, else `metrics.NO_STEP`. `correct` is measured against the dominant label of a mixed example, and is
-    absent in regression and for a method without logits.
+    not finite, else `metrics.NO_STEP`. With a guarded policy there are `spike_step`, likewise, and `skipped`; the other
+    sums of a skipped step are zero. `correct` is measured against the dominant label of a mixed example, and is absent
+    in regression and for a method without logits.
     """
     learned = method if isinstance(method, Method) else from_logits(functools.partial(mixing.batch_loss, method))
     inputs = make_inputs(augment, mix, learned)
@@ -196,14 +203,49 @@ def make_train_step(
             "loss": mean_loss * examples,
             "grad_norm": grad_norm,
             "param_norm": param_norm,
-            "learning_rate": jnp.asarray(promoting(schedule)(state.step), jnp.float32),
+            "learning_rate": jnp.asarray(promoting(schedule)(_updates(state)), jnp.float32),
             **{name: value * examples for name, value in named.items()},
             "nonfinite_step": jnp.where(finite, jnp.int32(metrics.NO_STEP), state.step),
         }
-        state = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, ema=ema)
-        return state, sums
+        new = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, ema=ema)
+        return (
+            (new, sums) if state.guard is None else _guarded(policy, state.guard, state, new, ~finite, mean_loss, sums)
+        )
 
     return train_step
+
+
+def jump(state: TrainState, until: int) -> TrainState:
+    """The state as that of step `until`, without the updates in between."""
+    assert state.guard is not None
+    steps = until - state.step
+
+    def later(x: jax.Array) -> jax.Array:
+        out: jax.Array = jax.jit(jnp.add, out_shardings=x.sharding)(x, steps)
+        return out
+
+    return state.replace(step=later(state.step), guard=state.guard.replace(skipped=later(state.guard.skipped)))
+
+
+def _updates(state: TrainState) -> jax.Array:
+    """The number i32[] of updates before this step, which the optimizer's own count is: steps without the skipped."""
+    return state.step if state.guard is None else state.step - state.guard.skipped
+
+
+def _guarded(
+    policy: bad_steps.Policy, guard: bad_steps.Guard, old: TrainState, new: TrainState, nonfinite: jax.Array,
+    loss: jax.Array, sums: metrics.Sums,
+) -> tuple[TrainState, metrics.Sums]:  # fmt: skip
+    """The state and sums of a step from `old` to `new` under a policy that needs the `guard` of `old`."""
+    spikes = policy.is_spike(guard, loss) & ~nonfinite
+    bad, step, none = nonfinite | spikes, old.step, jnp.int32(metrics.NO_STEP)
+    new = new.replace(guard=policy.updated(guard, step, loss, bad))
+    if policy.action == "skip":
+        sums = bad_steps.choose(bad, zero_sums(sums), sums)
+        return bad_steps.choose(bad, old.replace(step=new.step, guard=new.guard), new), {
+            **sums, "spike_step": none, "skipped": bad.astype(jnp.int32)
+        }  # fmt: skip
+    return new, {**sums, "spike_step": jnp.where(spikes, step, none), "skipped": jnp.int32(0)}
 
 
 def _mean_loss(out: Any) -> jax.Array:
@@ -244,20 +286,19 @@ def _count_correct(logits: jax.Array | None, batch: Batch, link: Link, task: Tas
 
 
 PER_STEP = ("grad_norm", "param_norm", "learning_rate")  # summed over steps; all others over examples
-_OWN_METRICS = (*PER_STEP, "steps", "examples", "correct", "loss", "nonfinite_step", "accuracy", "images_per_second",
-                "input_wait")  # fmt: skip
+FIRST_STEPS = ("nonfinite_step", "spike_step")  # the number of the first such step, not a sum
+_OWN_METRICS = (*PER_STEP, *FIRST_STEPS, "steps", "examples", "correct", "loss", "skipped", "accuracy",
+                "images_per_second", "input_wait")  # fmt: skip
 
 
 def zero_sums(like: metrics.Sums) -> metrics.Sums:
     """The sums of no step, with these names, shapes and dtypes."""
-    return {
-        name: jnp.full(x.shape, metrics.NO_STEP if name == "nonfinite_step" else 0, x.dtype) for name, x in like.items()
-    }
+    return {name: jnp.full(x.shape, metrics.NO_STEP if name in FIRST_STEPS else 0, x.dtype) for name, x in like.items()}
 
 
 def add_sums(a: metrics.Sums, b: metrics.Sums) -> metrics.Sums:
-    """Sums over the steps of both; of `nonfinite_step` the earlier one."""
-    return {k: jnp.minimum(a[k], b[k]) if k == "nonfinite_step" else a[k] + b[k] for k in a}
+    """Sums over the steps of both; of FIRST_STEPS the earlier one."""
+    return {k: jnp.minimum(a[k], b[k]) if k in FIRST_STEPS else a[k] + b[k] for k in a}
 
 
 def vmap_over_seeds(train_step: Function, num_seeds: int) -> Function:

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "imgclf_jax"
 # The rooms and modules of the package in tiers, lowest first. A module imports from its own tier and from those below.
 TIERS = [
     "core",
-    "config losses methods metrics models optim scores",
+    "bad_steps config losses methods metrics models optim scores",
     "augment run",
     "data step",
     "diagnose programs recipe",

@@ -1,8 +1,10 @@
 """When a run logs, evaluates and saves, and the ranges of steps between."""
 
-from collections.abc import Iterable, Iterator
+import bisect
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from types import MappingProxyType
 from typing import NamedTuple
 
 from imgclf_jax import config as configs
@@ -30,15 +32,18 @@ class Cadences:
         """What is due after `step` steps."""
         return Due(*(step == self.total or configs.is_due(step, every) for every in self._periods))
 
-    def ranges(self, start: int, size: int, edges: Iterable[int] = ()) -> Iterator[range]:
+    def ranges(
+        self, start: int, size: int, edges: Iterable[int] = (), left_out: Mapping[int, int] = MappingProxyType({})
+    ) -> Iterator[range]:
         """Yields the steps from `start` to the end in consecutive ranges of at most `size` steps.
 
-        A range ends where something is due, and at each of the `edges`.
+        A range ends where something is due, and at each of the `edges`. `left_out` maps the first of some steps to
+        leave out to the step after them.
         """
-        edges, end = sorted(edges), self.last
-        while start < end:
+        edges, end = sorted([*edges, *left_out]), self.last
+        while (start := left_out.get(start, start)) < end:
             due = min(end, *(configs.next_due(start, every, self.total) for every in self._periods))
-            due = min([due, *(edge for edge in edges if edge > start)])
+            due = min([due, *edges[(i := bisect.bisect_right(edges, start)) : i + 1]])
             count = -(-(due - start) // size)  # ranges until then; their lengths differ by at most one step
             stop = start - (start - due) // count
             yield range(start, stop)

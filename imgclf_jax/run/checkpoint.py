@@ -9,6 +9,7 @@ again with the scores of an evaluation that a signal cut short.
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import glob
 import json
 import logging
@@ -167,7 +168,9 @@ class Checkpoints:
             folder, aside = self.directory / str(step), self.directory / f"{_REPLACED}{step}"
             processes.broadcast_from_process_0("moving a checkpoint", lambda: places.move(folder, aside))
             self._manager.reload()
-        saved = ocp.args.PyTreeSave(jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state))
+        saved = ocp.args.PyTreeSave(
+            jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, _present(state))
+        )
         self._attempt(lambda: self._manager.save(step, args=saved, metrics=dict(metrics or {})))
         self._saving = self._thread.submit(self._finish, step, jax.eval_shape(lambda: state))
 
@@ -199,6 +202,19 @@ class Checkpoints:
                 places.move(old, place)
             else:
                 places.remove(old)
+
+    def drop_after(self, step: int) -> None:
+        """Removes the checkpoints of steps after `step`. All processes call this."""
+        self.wait()
+        later = [one for one in self.steps() if one > step]
+
+        def remove() -> None:
+            for one in reversed(later):
+                places.remove(self.directory / str(one))
+
+        processes.broadcast_from_process_0("removing checkpoints", remove)
+        self._manager.reload()
+        self.latest = max(self.steps(), default=0)
 
     def wait(self) -> None:
         """Waits until every save is on disk and verified. Raises UserError if one failed."""
@@ -254,9 +270,11 @@ class Checkpoints:
             return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
 
         skipped = () if optimizer else ("state/opt_state/",)
-        wanted = tree.map_named(lambda name, x: ocp.PLACEHOLDER if name.startswith(skipped) else _stored(x), like)
+        wanted = tree.map_named(
+            lambda name, x: ocp.PLACEHOLDER if name.startswith(skipped) else _stored(x), _present(like)
+        )
         arguments = ocp.args.PyTreeRestore(wanted, jax.tree.map(how, wanted), partial_restore=not optimizer)
-        found = self._manager.restore(step, args=arguments)
+        found = _like(like, self._manager.restore(step, args=arguments))
         if optimizer:
             return jax.tree.map(_wrap_key, found, like)
         state = found["state"]  # a TrainState, or a dict of its fields
@@ -364,6 +382,23 @@ def _own_step(found: PyTree) -> int | None:
     state = found["state"] if isinstance(found, dict) and "state" in found else None
     count = state.get("step") if isinstance(state, dict) else getattr(state, "step", None)
     return None if count is None else int(sharding.fetch(count).max())  # one a seed, all the same
+
+
+def _present(tree: PyTree) -> PyTree:
+    """The pytree that is stored: a dataclass without its fields that are None and, when they are, absent."""
+    if isinstance(tree, dict):
+        return {name: _present(part) for name, part in tree.items()}
+    fields = dataclasses.fields(tree) if dataclasses.is_dataclass(tree) else ()
+    absent = [f.name for f in fields if f.metadata.get("absent_if_none") and getattr(tree, f.name) is None]
+    return {f.name: getattr(tree, f.name) for f in fields if f.name not in absent} if absent else tree
+
+
+def _like(like: PyTree, found: PyTree) -> PyTree:
+    """The pytree that `_present` of one like `like` is."""
+    if isinstance(like, dict):
+        return {name: _like(like[name], part) for name, part in found.items()}
+    rebuild = dataclasses.is_dataclass(like) and isinstance(found, dict)
+    return dataclasses.replace(like, **found) if rebuild else found
 
 
 def _is_key(leaf: Leaf) -> bool:

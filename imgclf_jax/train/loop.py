@@ -19,11 +19,13 @@ from imgclf_jax.run import writers
 from imgclf_jax.run.digests import Digests
 from imgclf_jax.run.monitor import Monitor
 from imgclf_jax.run.record import read_contradictions
+from imgclf_jax.run.skipped import Rollback, Skipped
 from imgclf_jax.run.terminal import format_metrics
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import MetricsWriter
-from imgclf_jax.step import PER_STEP, TrainState
+from imgclf_jax.step import FIRST_STEPS, PER_STEP, TrainState, jump
 from imgclf_jax.train.evaluation import evaluate_all
+from imgclf_jax.train.replay import Again, Replays
 from imgclf_jax.train.setup import Run, set_up
 
 log = logging.getLogger(__name__)
@@ -50,27 +52,46 @@ def main(
     with contextlib.ExitStack() as held:
         processes.broadcast_from_process_0("holding the work directory", lambda: held.enter_context(workdir.held()))
         workdir.check_shared()
-        run = adjusted(set_up(config, workdir, extend))
-        if run.start:
-            workdir.check_parameters(run.start, run.state.params)
-        total = run.cadences.total
-        if run.start == total and processes.broadcast_from_process_0(
-            "reading the result", lambda: workdir.is_done(total)
+        replays = Replays(config, workdir.path)
+        while True:
+            try:
+                return _train_from_latest(config, workdir, profile, extend, grace, adjusted, noted, replays, began)
+            except Again:
+                pass
+            except Rollback as e:
+                log.warning("%s: steps %d to %d are left out, and the run goes back to step %d or before", e, e.first,
+                            e.until - 1, e.first)  # fmt: skip
+
+
+def _train_from_latest(
+    config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None, extend: bool, grace: float,
+    adjusted: Callable[[Run], Run], noted: Callable[[int, str], None], replays: Replays, began: float,
+) -> int:  # fmt: skip
+    """Trains the run from its latest checkpoint on, see `main`. Raises Rollback or Again if it has to go back."""
+    run = adjusted(set_up(config, workdir, extend))
+    if run.start:
+        workdir.check_parameters(run.start, run.state.params)
+    replays.attach(run)
+    total = run.cadences.total
+    if run.start == total and processes.broadcast_from_process_0("reading the result", lambda: workdir.is_done(total)):
+        log.info("this run is done; its result is in %s", workdir.result)
+        for sentence in processes.broadcast_from_process_0(
+            "reading the record", lambda: read_contradictions(workdir.path)
         ):
-            log.info("this run is done; its result is in %s", workdir.result)
-            for sentence in processes.broadcast_from_process_0(
-                "reading the record", lambda: read_contradictions(workdir.path)
-            ):
-                log.warning("the record of the run contradicts itself: %s", sentence)
-            return 0
-        processes.broadcast_from_process_0("looking at the result", lambda: workdir.drop_later_result(run.start))
-        monitor = Monitor(run.start, total, config.batch_size * config.num_seeds, profile, workdir.path)
-        writer = MetricsWriter(workdir.path, run.start, config)
-        digests = held.enter_context(contextlib.closing(Digests(workdir.path, run.start, run.cadences.last, noted)))
+            log.warning("the record of the run contradicts itself: %s", sentence)
+        return 0
+    processes.broadcast_from_process_0("looking at the result", lambda: workdir.drop_later_result(run.start))
+    monitor = Monitor(run.start, total, config.batch_size * config.num_seeds, profile, workdir.path)
+    writer = MetricsWriter(workdir.path, run.start, config)
+    with contextlib.ExitStack() as files:
+        skipped = Skipped(workdir.path, run.start, run.state.guard, config.seed)
+        digests = Digests(workdir.path, run.start, run.cadences.last, noted)
+        for file in (writer, skipped, digests):
+            files.callback(file.close)
         digests.record(run.start, run.state.params)
         try:
-            with monitor, contextlib.closing(writer), stopping(run.checkpoints.unsaved, grace) as stop:
-                ended = train(run, monitor, writer, digests, stop, began)
+            with monitor, stopping(run.checkpoints.unsaved, grace) as stop:
+                ended = train(run, monitor, writer, digests, skipped, replays, stop, began)
         except signals.Stopped as e:
             log.warning("%s: stopped before the first step, nothing is lost; run the same command again", e)
             return 128 + signals.number(str(e))
@@ -85,16 +106,22 @@ def main(
             "reading metrics.jsonl", lambda: _recorded(run)
         )
         results = evaluate_all(run.programs, state, run.evals) if recorded is None else recorded
-        _report(run, digests, results, monitor, began)
+        guard = state.guard
+        left_out = 0 if guard is None else int(np.sum(jax.device_get(guard.skipped)))
+        _report(run, digests, results, left_out, monitor, began)
         return 0
 
 
 def train(
-    run: Run, monitor: Monitor, writer: MetricsWriter, digests: Digests, stop: Stopping, began: float
-) -> tuple[TrainState, Results] | None:
-    """The training loop: (last state, results of the last evaluation), or None if it ended before its total."""
+    run: Run, monitor: Monitor, writer: MetricsWriter, digests: Digests, skipped: Skipped, replays: Replays,
+    stop: Stopping, began: float,
+) -> tuple[TrainState, Results] | None:  # fmt: skip
+    """The training loop: (last state, results of the last evaluation), or None if it ended before its total.
+
+    Raises Rollback at a bad step, and Again at one that has to be computed again, if the config says so.
+    """
     config, programs, cadences, checkpoints = run.config, run.programs, run.cadences, run.checkpoints
-    state, window = run.state, run.window
+    state, window, step = run.state, run.window, run.start
     results: Results | None = None
     if run.start and cadences.due(run.start).eval and not writer.evaluated:  # a signal had cut this evaluation short
         results = _evaluate(run, state, run.start, writer, stop)
@@ -104,10 +131,16 @@ def train(
             writer.flush()
             checkpoints.save(run.start, {"state": state, "sums": window}, _scores(results), again=True)
 
-    ranges = cadences.ranges(run.start, programs.steps_per_call, (*monitor.edges, *digests.edges))
+    edges = (*monitor.edges, *digests.edges, *replays.edges)
+    ranges = cadences.ranges(run.start, programs.steps_per_call, edges, dict(skipped.left_out))
     chunks = _when_compiled(programs.chunks(run.images, ranges), run, stop, began)
     for steps, chunk in monitor.watch(chunks):
-        state, window = programs.train(state, window, chunk, np.int32(len(steps)))
+        if steps.start > step:
+            state = jump(state, steps.start)
+        before, sums = replays.copy_before(steps, state), window
+        state, window = programs.train(state, sums, chunk, np.int32(len(steps)))
+        if before is not None:
+            replays.check(steps, before, sums, chunk, state)
         monitor.called(steps, window["steps"])
         step, due = steps.stop, cadences.due(steps.stop)
         signal = stop()  # asked once: a signal from here on waits for the next call, or cuts the evaluation short
@@ -119,7 +152,7 @@ def train(
         done = jax.device_get(window)  # waits for the device
         with monitor.paused():
             checkpoints.poll()
-            diagnose.check_finite(done, config, run.images, checkpoints, run.workdir.path)
+            _check_steps(run, done, state, step, skipped, replays)
             if due.log:
                 record = _means(done, programs.recipe.task) | monitor.lap()
                 writer.write_scalars(step, {f"train/{name}": value for name, value in record.items()})
@@ -138,6 +171,25 @@ def train(
                 return None
     checkpoints.close()
     return (state, results or {}) if cadences.last == cadences.total else None
+
+
+def _check_steps(
+    run: Run, done: dict[str, np.ndarray], state: TrainState, step: int, skipped: Skipped, replays: Replays
+) -> None:
+    """Notes the steps that were skipped; raises UserError, Rollback or Again for a bad step that was not."""
+    policy = run.programs.recipe.bad_steps
+    if policy.action == "skip":
+        skipped.note(state.guard)
+    bad = diagnose.find_bad_step(done)
+    verdict = replays.recheck(bad[0] if bad else None, step)
+    if bad and policy.action == "rollback":
+        rollback = skipped.plan_rollback(bad[0], policy.steps, run.cadences.total, bad[2])
+        run.checkpoints.drop_after(rollback.first)
+        skipped.leave_out(rollback)
+        run.checkpoints.close()
+        raise rollback
+    if bad:
+        diagnose.refuse_bad_step(bad, run.config, run.images, run.checkpoints, run.workdir.path, verdict)
 
 
 def _evaluate(run: Run, state: TrainState, step: int, writer: MetricsWriter, stop: Stopping) -> Results | None:
@@ -189,16 +241,19 @@ def _means(window: dict[str, np.ndarray], task: Task) -> dict[str, float]:
     `metrics.summarize`. Multi-label accuracy is `exact_match`; regression has none.
     """
     total = {name: np.sum(value).item() for name, value in window.items()}
-    own = sorted(total.keys() - {"steps", "examples", "loss", "correct", "nonfinite_step", *PER_STEP})
+    own = sorted(total.keys() - {"steps", "examples", "loss", "correct", "skipped", *FIRST_STEPS, *PER_STEP})
     right = {"exact_match" if task is Task.MULTILABEL else "accuracy": "correct"} if "correct" in total else {}
     of_examples = {"loss": "loss", **right, **{name: name for name in own}}
-    means = {
-        **{name: total[summed] / total["examples"] for name, summed in of_examples.items()},
-        **{name: total[name] / total["steps"] for name in PER_STEP},
-    }
-    if window["examples"].size > 1:
+    means = {"skipped": total["skipped"]} if "skipped" in total else {}
+    if not total["steps"]:  # all were skipped
+        return means
+    means |= {name: total[summed] / total["examples"] for name, summed in of_examples.items()}
+    means |= {name: total[name] / total["steps"] for name in PER_STEP}
+    trained = window["steps"] > 0  # [seeds], or []
+    if np.count_nonzero(trained) > 1:
         for name, summed in of_examples.items():
-            means[f"{name}_std"] = np.std(window[summed] / window["examples"], ddof=1).item()
+            each = window[summed][trained] / window["examples"][trained]
+            means[f"{name}_std"] = np.std(each, ddof=1).item()
     return means
 
 
@@ -206,8 +261,8 @@ def _brief(record: dict[str, float]) -> str:
     return format_metrics({n: value for n, value in record.items() if n not in PER_STEP and not n.endswith("_std")})
 
 
-def _report(run: Run, digests: Digests, results: Results, monitor: Monitor, began: float) -> None:
-    """Writes result.json and prints the results."""
+def _report(run: Run, digests: Digests, results: Results, skipped: int, monitor: Monitor, began: float) -> None:
+    """Writes result.json and prints the results. `skipped` steps, over all seeds, changed nothing."""
     total, pace = run.cadences.total, monitor.throughput
     result = {
         "step": total,
@@ -215,6 +270,7 @@ def _report(run: Run, digests: Digests, results: Results, monitor: Monitor, bega
         "seconds": round(time.perf_counter() - began, 2),  # of this process, from the start of `main`
         "images_per_second": round(pace.steps * pace.batch_size / pace.seconds, 1) if pace.steps else None,
         "params_sha256": digests.sha256(),
+        **({"skipped": skipped} if skipped else {}),
         **results,
     }
     if processes.index():

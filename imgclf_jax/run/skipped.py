@@ -1,0 +1,141 @@
+"""skipped.jsonl: the steps that changed nothing, because a loss was not finite or spiked. See `bad_steps`.
+
+- {"step": 41, "seed": 0, "loss": 9.7, "reason": "spike"} is a step that was skipped. The loss is null if not finite.
+- {"step": 100, "until": 300, "bad_step": 299, "reason": "not finite"} are steps that the run left out when it rolled
+  back: it went from the state of step 100 to step 300.
+"""
+
+import contextlib
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from imgclf_jax.bad_steps import RECENT, Guard
+from imgclf_jax.core import processes
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.run import writers
+
+log = logging.getLogger(__name__)
+
+NAME = "skipped.jsonl"
+
+
+class Rollback(Exception):
+    """The run left out the steps `first` to `until` - 1 and goes on from the state of step `first`."""
+
+    def __init__(self, first: int, until: int, bad_step: int, reason: str):
+        super().__init__(f"step {bad_step} is bad ({reason})")
+        self.first, self.until, self.bad_step, self.reason = first, until, bad_step, reason
+
+
+def read_left_out(folder: Path) -> list[tuple[int, int]]:
+    """The ranges (first, until) of steps that the run in `folder` left out, ascending. All processes call this."""
+    return [
+        (first, until)
+        for first, until in processes.broadcast_from_process_0(
+            f"reading {NAME}",
+            lambda: sorted(
+                [line["step"], line["until"]] for line in writers.read_metrics(folder / NAME) if "until" in line
+            ),
+        )
+    ]
+
+
+class Skipped:
+    """Writes skipped.jsonl in `folder` for a run that goes on from step `start` with the state's `guard`.
+
+    Lines of steps that were skipped at `start` or later are dropped, and written again. All processes call the methods,
+    and process 0 writes. The file is made with its first line.
+    """
+
+    def __init__(self, folder: Path, start: int, guard: Guard | None, seed: int):
+        self.left_out = read_left_out(folder)
+        self._path, self._seed = folder / NAME, seed
+        self._file: writers.RecordFile | None = None
+        self._known = _fetch(guard)[0] if guard is not None else np.zeros(1, int)
+        lines = writers.read_metrics(self._path) if not processes.index() else []
+        if lines:
+            self._open(line for line in lines if "until" in line or line["step"] < start)
+
+    def _open(self, kept: Any = ()) -> writers.RecordFile:
+        with writers.naming_errors(str(self._path)):
+            self._file = file = writers.RecordFile(self._path, kept)
+        return file
+
+    def note(self, guard: Guard) -> int:
+        """Writes the steps that were skipped since the last call, and returns their number, over all seeds.
+
+        Raises UserError if they are more than the guard remembers: a run that skips so many has diverged.
+        """
+        skipped, steps, losses = _fetch(guard)  # [seeds], [seeds, RECENT], [seeds, RECENT]
+        new, self._known = skipped - self._known, skipped
+        if not new.any():
+            return 0
+        lines = []
+        for seed in np.flatnonzero(new):
+            places = (skipped[seed] - 1 - np.arange(min(new[seed], RECENT))) % RECENT
+            lines += [_line(int(steps[seed, i]), self._seed + int(seed), float(losses[seed, i])) for i in places]
+        lines.sort(key=lambda line: (line["step"], line["seed"]))
+        if not processes.index():
+            with writers.naming_errors(str(self._path)):
+                file = self._file or self._open()
+                for line in lines:
+                    file.write(line)
+                file.flush()
+        if new.max() > RECENT:
+            raise UserError(f"{new.max()} steps up to step {lines[-1]['step']} were skipped since the last log line, "
+                            f"and {RECENT} are the most: the run has diverged, or its data are damaged (the latest "
+                            f"steps are in {self._path}); lower the learning rate, or set clip=1.0")  # fmt: skip
+        for line in lines:
+            log.warning("step %d skipped: its loss %s (seed %d); launch.py show-batch --step=%d draws its batch",
+                        line["step"], "is not finite" if line["loss"] is None else f"of {line['loss']:.4g} spikes",
+                        line["seed"], line["step"])  # fmt: skip
+        return int(new.sum())
+
+    def plan_rollback(self, bad_step: int, steps: int, total: int, reason: str) -> Rollback:
+        """Plans to leave out the `steps` up to `bad_step`.
+
+        The range is a function of the bad step alone, so it is the same whatever checkpoints there are. Raises
+        UserError if nothing of the run is left after it.
+        """
+        until = bad_step + 1
+        if until >= total:
+            raise UserError(f"step {bad_step} of {total} is bad ({reason}), and no step follows it, so on_bad_step="
+                            "'rollback' would leave out the end of the run; lower the learning rate, or train fewer "
+                            "steps")  # fmt: skip
+        first = max([0, until - steps, *(end for _, end in self.left_out if end <= bad_step)])
+        return Rollback(first, until, bad_step, reason)
+
+    def leave_out(self, rollback: Rollback) -> None:
+        """Records a rollback, on the disk when this returns.
+
+        Remove the checkpoints after its first step before: a process killed in between resumes, meets the bad step
+        again, and plans the same.
+        """
+        if not processes.index():
+            with writers.naming_errors(str(self._path)):
+                file = self._file or self._open()
+                file.write({"step": rollback.first, "until": rollback.until, "bad_step": rollback.bad_step,
+                            "reason": rollback.reason})  # fmt: skip
+                file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        with contextlib.suppress(Exception):
+            if self._file:
+                self._file.close()
+
+
+def _fetch(guard: Guard) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(skipped int[seeds], steps int[seeds, RECENT], losses f32[seeds, RECENT]) on the host."""
+    skipped, steps, losses = jax.device_get((guard.skipped, guard.steps, guard.losses))
+    return np.atleast_1d(skipped).astype(int), np.atleast_2d(steps), np.atleast_2d(losses)
+
+
+def _line(step: int, seed: int, loss: float) -> dict[str, Any]:
+    finite = math.isfinite(loss)
+    return {"step": step, "seed": seed, "loss": loss if finite else None, "reason": "spike" if finite else "not finite"}

@@ -1,0 +1,136 @@
+"""Finds silent data corruption: a step is computed twice from the same state, and every bit must be the same.
+
+A step is a pure function of the state and of (seed, step), so two results differ only if a device computed wrongly, its
+memory lost a bit, or a kernel is not deterministic. What a replica of an array holds is compared with the other
+replicas, too. Recomputation is what finds such faults in practice: arXiv:2502.12340.
+"""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from imgclf_jax import config as configs
+from imgclf_jax.core import processes
+from imgclf_jax.core.checksums import Checksums
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.run import writers
+from imgclf_jax.train.setup import Run
+
+log = logging.getLogger(__name__)
+
+NAME = "corruption.jsonl"
+_MOST = 3  # rollbacks of one process: a device that computes wrongly again and again has to go
+_VERDICT = "a device computed wrongly or lost a bit, or a kernel is not deterministic"
+
+
+class Again(Exception):
+    """Training goes on from the latest checkpoint, in the same process."""
+
+
+class Replays:
+    """The replays of a run, over all its attempts in this process. All processes call the methods.
+
+    `suspect` is a step whose loss was bad, until it is computed again.
+    """
+
+    def __init__(self, config: ConfigDict, folder: Path):
+        self.suspect: int | None = None
+        self._every, self._rollback = config.check_every, config.on_corruption == "rollback"
+        self._path, self._found, self._confirmed = folder / NAME, 0, 0
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the run replays steps."""
+        return bool(self._every.strip())
+
+    def attach(self, run: Run) -> None:
+        """Begins an attempt: `run` trains from its checkpoint, which was verified when it was read."""
+        self._run, self._confirmed = run, max(self._confirmed, run.start)
+        self._period = configs.period(self._every, "check_every", len(run.images), run.config.batch_size,
+                                      run.cadences.total)  # fmt: skip
+        self._checksums = Checksums(run.programs.state_shape, run.programs.mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, run.programs.state_shape)
+        self._copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=shardings)
+
+    @property
+    def edges(self) -> list[int]:
+        """The steps that a call of the program must begin or end at."""
+        found, step, total = [], self._run.start, self._run.cadences.total
+        while self._period and (step := configs.next_due(step, self._period, total + 1)) <= total:
+            found += [step - 1, step]
+        return found
+
+    def copy_before(self, steps: range, state: Any) -> Any:
+        """A copy of the state before `steps`, if they are one step that is replayed; else None."""
+        due = self._period and len(steps) == 1 and configs.is_due(steps.stop, self._period)
+        return self._copy(state) if due else None
+
+    def check(self, steps: range, before: Any, window: Any, chunk: Any, state: Any) -> None:
+        """Computes the step again from `before`, whose buffers are donated, and compares the result with `state`.
+
+        Raises UserError, or Again after a rollback, if a bit differs.
+        """
+        began = time.perf_counter()
+        again, _ = self._run.programs.train(before, window, chunk, np.int32(1))
+        first, second = self._checksums(state), self._checksums(again)
+        differs, replicas = first != second, self._checksums.differing_replicas(first)
+        if not (differs | replicas).any():
+            self._confirmed = steps.stop
+            log.info("step %d computed again in %.2f s: every bit is the same", steps.start,
+                     time.perf_counter() - began)  # fmt: skip
+            return
+        what = "gives other bits when it is computed again" if differs.any() else "leaves replicas with other bits"
+        self._corrupted(steps.start, f"{what}: {self._checksums.describe(differs | replicas)}")
+
+    def recheck(self, bad: int | None, step: int) -> str:
+        """What the second computation of a suspect step says, in words, once training is at `step`; "" if nothing yet.
+
+        `bad` is the bad step found now. Raises Again for a bad step that has been computed only once.
+        """
+        if not self.wanted:
+            return ""
+        if bad is not None and bad != self.suspect:
+            self.suspect = bad
+            log.warning("step %d is bad: it is computed again from the latest checkpoint, to tell whether the hardware "
+                        "is to blame", bad)  # fmt: skip
+            self._run.checkpoints.close()
+            raise Again
+        if bad is not None:
+            return "computed twice with the same result, so the data or the optimization are to blame; "
+        if self.suspect is not None and step > self.suspect:
+            suspect, self.suspect = self.suspect, None
+            self._record(suspect, "was bad the first time, and is not when it is computed again")
+            if not self._rollback:
+                raise UserError(f"step {suspect} was bad, and is not when it is computed again: {_VERDICT}; run the "
+                                "same command on other devices, or go on with on_corruption='rollback'")  # fmt: skip
+        return ""
+
+    def _corrupted(self, step: int, what: str) -> None:
+        self._record(step, what)
+        checkpoints = self._run.checkpoints
+        checkpoints.drop_after(self._confirmed)
+        kept = f"the checkpoint of step {checkpoints.latest}" if checkpoints.latest else "the start"
+        checkpoints.close()
+        if self._rollback and self._found < _MOST:
+            log.warning(
+                "step %d %s: %s; the run goes on from %s, the last that is confirmed", step, what, _VERDICT, kept
+            )
+            raise Again
+        times = f" ({self._found} times in this process)" if self._found > 1 else ""
+        raise UserError(f"step {step} {what}{times}: {_VERDICT}; test the devices, then run the same command on "
+                        f"others: it goes on from {kept} (all findings are in {self._path})")  # fmt: skip
+
+    def _record(self, step: int, what: str) -> None:
+        self._found += 1
+        if not processes.index():
+            with writers.naming_errors(str(self._path)):
+                file = writers.RecordFile(self._path, writers.read_metrics(self._path))
+                file.write({"step": step, "found": what, "at": time.time()})
+                file.flush()
+                file.close()

@@ -1,0 +1,193 @@
+"""Silent data corruption: a step that is computed twice finds it, on one device and on many, and raises no alarm."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import thorough
+from test_bad_steps import POISON, outcome, poisoned, step_of  # noqa: F401  a fixture
+
+from imgclf_jax.core import sharding
+from imgclf_jax.core.checksums import Checksums
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.run.writers import read_metrics
+from imgclf_jax.train import loop as train
+from imgclf_jax.train import replay
+
+# Whole networks and meshes whose healthy steps must raise no alarm.
+HEALTHY = [
+    {},
+    {"model": "cnn(widths=(4,), hidden=8)", "accumulate": 2, "precision": "bfloat16", "ema": 0.9},
+    {"model": "resnet_cifar(8)", "mesh": "data=2, fsdp=4"},
+    {"num_seeds": 2, "mesh": "seeds=2, data=4", "augment": "flip_lr|normalize"},
+]
+
+
+def flip(x: jax.Array, bit: int, place: int, device: int | None = None) -> jax.Array:
+    """The array with one bit flipped: `bit` of the element `place` of the part on a device, or on all that hold it."""
+    shards = sorted(x.addressable_shards, key=lambda shard: shard.device.id)
+    target = shards[device or 0]
+
+    def of(shard):
+        data = np.array(shard.data)
+        if shard.device == target.device or (device is None and shard.index == target.index):
+            flat = data.reshape(-1).view(np.uint8)
+            flat[place % flat.size] ^= 1 << bit % 8
+        return jax.device_put(data, shard.device)
+
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, [of(shard) for shard in x.addressable_shards])
+
+
+@pytest.fixture(scope="module")
+def state():
+    """Arrays of several dtypes, replicated and sharded over eight devices."""
+    mesh = sharding.make_mesh(text="data=2, fsdp=4")
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+    values = {
+        "kernel": jax.device_put(jax.random.normal(jax.random.key(0), (6, 8)), split),
+        "bias": sharding.put_replicated(np.linspace(-1, 1, 7, dtype=np.float32), mesh),
+        "moment": sharding.put_replicated(np.asarray(jnp.linspace(-1, 1, 5, dtype=jnp.bfloat16)), mesh),
+        "count": sharding.put_replicated(np.int32(3), mesh),
+        "mask": sharding.put_replicated(np.array([True, False]), mesh),
+        "empty": sharding.put_replicated(np.zeros((0, 3), np.float32), mesh),
+    }
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), values)
+    return values, Checksums(like, mesh)
+
+
+def test_every_flipped_bit_is_found_and_its_device(state):
+    """200 single bits, drawn by seed, in all arrays that hold any: in one replica alone, and in all of them."""
+    values, checksums = state
+    before, rng = checksums(values), np.random.default_rng(0)
+    assert before.shape == (8, 6)
+    assert not checksums.differing_replicas(before).any()
+    names = [name for name in checksums.names if name not in ("empty", "mask")]  # no bit of a bool but the last counts
+    for number in range(200):
+        name = names[number % len(names)]
+        bit, place, device = (int(rng.integers(n)) for n in (8, 10**6, 8))
+        one = {**values, name: flip(values[name], bit, place, device)}
+        wrong = checksums(one) != before
+        assert np.argwhere(wrong).tolist() == [[device, checksums.names.index(name)]], (name, bit, place, device)
+        replicas = checksums.differing_replicas(checksums(one))
+        assert replicas[:, checksums.names.index(name)].any()
+        assert name in checksums.describe(wrong)
+        assert f"on device {device}" in checksums.describe(wrong)
+        everywhere = checksums({**values, name: flip(values[name], bit, place)})
+        assert (everywhere != before).any()
+        assert not checksums.differing_replicas(everywhere).any()
+
+
+@pytest.mark.parametrize("more", [HEALTHY[0], *thorough(*HEALTHY[1:])], ids=str)
+def test_a_healthy_run_raises_no_alarm(more, fake_config, tmp_path, caplog):
+    """And its bits are those of the run that compares nothing."""
+    config = fake_config
+    for key, value in more.items():
+        config[key] = value
+    assert train.main(config, Workdir(tmp_path / "a")) == 0
+    config.check_every = "3 steps"
+    caplog.set_level("INFO")
+    assert train.main(config, Workdir(tmp_path / "b")) == 0
+    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
+    assert caplog.text.count("every bit is the same") == 4
+    assert not (tmp_path / "b" / replay.NAME).exists()
+
+
+def corrupting(monkeypatch, when, where):
+    """Flips a bit of the state that the train program returns, at the calls `when` of those that are replayed."""
+    calls, original = iter(range(10**6)), replay.Replays.check
+
+    def check(self, steps, before, window, chunk, state):
+        if next(calls) in when:
+            path, leaves = where, state.params["head"]
+            leaves = {**leaves, path: flip(leaves[path], 3, 5)}
+            state = state.replace(params={**state.params, "head": leaves})
+        return original(self, steps, before, window, chunk, state)
+
+    monkeypatch.setattr(replay.Replays, "check", check)
+
+
+def test_corruption_stops_the_run_at_a_confirmed_checkpoint(fake_config, tmp_path, monkeypatch):
+    """The message names step and parameter; the same command goes on from before the fault, with the bits of a healthy
+    run."""
+    config = fake_config
+    config.total, config.check_every, config.checkpoint_every, config.checkpoint.keep = (
+        "12 steps",
+        "5 steps",
+        "2 steps",
+        9,
+    )
+    assert train.main(config, Workdir(tmp_path / "a")) == 0
+    with monkeypatch.context() as patch:
+        corrupting(patch, {1}, "kernel")
+        with pytest.raises(UserError, match=r"^step 9 gives other bits when .*: params/head/kernel.*goes on from the "
+                           "checkpoint of step 4"):  # fmt: skip
+            train.main(config, Workdir(tmp_path / "b"))
+    [line] = read_metrics(tmp_path / "b" / replay.NAME)
+    assert (line["step"], "params/head/kernel" in line["found"]) == (9, True)
+    assert train.main(config, Workdir(tmp_path / "b")) == 0
+    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
+
+
+def test_corruption_rolls_back_and_at_last_stops(fake_config, tmp_path, monkeypatch):
+    config = fake_config
+    config.total, config.check_every, config.on_corruption = "12 steps", "5 steps", "rollback"
+    assert train.main(config, Workdir(tmp_path / "a")) == 0
+    with monkeypatch.context() as patch:
+        corrupting(patch, {1}, "bias")
+        assert train.main(config, Workdir(tmp_path / "b")) == 0
+    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
+    assert len(read_metrics(tmp_path / "b" / replay.NAME)) == 1
+    with monkeypatch.context() as patch:
+        corrupting(patch, set(range(99)), "bias")
+        with pytest.raises(UserError, match=r"\(3 times in this process\)"):
+            train.main(config, Workdir(tmp_path / "c"))
+
+
+def test_a_bad_step_is_computed_again_to_tell_who_is_to_blame(poisoned, tmp_path):  # noqa: F811
+    """Equal bits: the data or the optimization."""
+    poisoned.check_every = "5 steps"
+    with pytest.raises(UserError, match=r"not finite at step 6.*computed twice with the same result, so the data or"):
+        train.main(poisoned, Workdir(tmp_path))
+
+
+@pytest.mark.parametrize("policy", ["stop", *thorough("rollback")])
+def test_a_loss_that_is_bad_only_once_is_corruption(policy, fake_config, tmp_path, monkeypatch):
+    """Other bits: a device."""
+    config = fake_config
+    config.check_every, config.on_corruption = "5 steps", policy
+    assert train.main(config, Workdir(tmp_path / "a")) == 0
+    with monkeypatch.context() as patch:
+        find, calls = train.diagnose.find_bad_step, iter(range(10**6))
+        patch.setattr(
+            train.diagnose, "find_bad_step", lambda sums: (4, 0, "not finite") if next(calls) == 1 else find(sums)
+        )
+        run = functools.partial(train.main, config, Workdir(tmp_path / "b"))
+        if policy == "stop":
+            with pytest.raises(UserError, match="step 4 was bad, and is not when it is computed again"):
+                run()
+        assert run() == 0
+    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
+    assert [line["step"] for line in read_metrics(tmp_path / "b" / replay.NAME)] == [4]
+
+
+def test_check_every_needs_deterministic_kernels(fake_config, tmp_path):
+    from imgclf_jax import config as configs
+
+    fake_config.check_every, fake_config.deterministic = "5 steps", False
+    with pytest.raises(UserError, match="set deterministic=True"):
+        configs.validate(fake_config)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("mesh", ["data=-1", "data=2, fsdp=4", "seeds=2, data=4"])
+def test_each_seed_skips_its_own_steps(mesh, poisoned, tmp_path):  # noqa: F811
+    config = poisoned
+    config.on_bad_step, config.num_seeds, config.mesh = "skip", 2, mesh
+    assert train.main(config, Workdir(tmp_path)) == 0
+    _, lines, skipped = outcome(tmp_path)
+    expected = sorted((step_of(*one, seed), seed) for one in POISON for seed in (0, 1))
+    assert [(line["step"], line["seed"]) for line in skipped] == expected
+    assert np.isfinite([line["train/loss_std"] for line in lines if "train/loss_std" in line]).all()
