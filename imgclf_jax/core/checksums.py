@@ -1,6 +1,6 @@
 """Checksums of sharded arrays, device by device: they find a flipped bit, and the device that holds it."""
 
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imgclf_jax.core import tree
 from imgclf_jax.core.once import once
+from imgclf_jax.core.typing import Function, PyTree
 
 
 class Checksums:
@@ -18,7 +19,7 @@ class Checksums:
     bits, each times an odd number that depends on its place: one flipped bit changes it for certain.
     """
 
-    def __init__(self, like: Any, mesh: Mesh):
+    def __init__(self, like: PyTree, mesh: Mesh):
         named = tree.named_leaves(like)
         self.names = [name for name, _ in named]
         self._mesh, self._specs = mesh, tuple(x.sharding.spec for _, x in named)
@@ -28,7 +29,7 @@ class Checksums:
         self._first = np.array([_first_holders(x.sharding.devices_indices_map(x.shape), devices) for _, x in named]).T
 
     @once
-    def _compiled(self) -> Any:
+    def _compiled(self) -> Function:
         def of_device(*leaves: jax.Array) -> jax.Array:
             return jnp.stack([_checksum(x) for x in leaves])[None]
 
@@ -37,7 +38,7 @@ class Checksums:
         return jax.jit(lambda state: of_all(*(x for _, x in tree.named_leaves(state))),
                        out_shardings=NamedSharding(self._mesh, PartitionSpec()))  # fmt: skip
 
-    def __call__(self, state: Any) -> np.ndarray:
+    def __call__(self, state: PyTree) -> np.ndarray:
         """u32[devices, arrays], in the order of `devices` and `names`. All processes call this."""
         return np.asarray(self._compiled(state))
 
@@ -53,7 +54,7 @@ class Checksums:
         return f"{', '.join(self.names[i] for i in arrays[:3])}{more}{of}"
 
 
-def _first_holders(parts: Any, devices: list[Any]) -> list[int]:
+def _first_holders(parts: Mapping[jax.Device, object], devices: list[jax.Device]) -> list[int]:
     first: dict[str, int] = {}
     return [first.setdefault(str(parts[device]), i) for i, device in enumerate(devices)]
 
