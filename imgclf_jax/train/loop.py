@@ -178,7 +178,7 @@ def _check_steps(
 ) -> None:
     """Notes the steps that were skipped; raises UserError, Rollback or Again for a bad step that was not."""
     policy = run.programs.recipe.bad_steps
-    if policy.action == "skip":
+    if policy.action == "skip" and state.guard is not None:
         skipped.note(state.guard)
     bad = diagnose.find_bad_step(done)
     verdict = replays.recheck(bad[0] if bad else None, step)
