@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -56,6 +57,7 @@ def collect(data: DataInfo) -> JsonObject:
     """The provenance of this process, as JSON values."""
     return {
         "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": _versions(),

@@ -163,6 +163,13 @@ class Record:
         return total_steps(self.workdir, self.config) if "provenance.json" in self.files else None
 
     @cached_property
+    def steps_per_epoch(self) -> float | None:
+        """How many steps an epoch takes; None if the directory has no provenance.json."""
+        if "provenance.json" not in self.files:
+            return None
+        return load_data_info(self.workdir.provenance).train_examples / self.config.batch_size
+
+    @cached_property
     def final(self) -> JsonObject | None:
         """The content of result.json; None if the run is not done, or was extended and is not done again."""
         if self.files.get("result.json") is None:

@@ -4,7 +4,9 @@ import collections
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from imgclf_jax import config as configs
 from imgclf_jax.core.typing import Value
@@ -26,7 +28,13 @@ class Group:
     @property
     def label(self) -> str:
         """The settings as text."""
-        return ", ".join(f"{key}={shown(value)}" for key, value in self.settings.items()) or "all runs"
+        pairs = zip(self.settings, self.texts, strict=True)
+        return ", ".join(f"{key}={text}" for key, text in pairs if text) or "all runs"
+
+    @property
+    def texts(self) -> list[str]:
+        """The values of the settings as text; a directory that distinguishes no groups of this config is empty."""
+        return ["" if key == DIRECTORY and not value else shown(value) for key, value in self.settings.items()]
 
     @property
     def seeds(self) -> list[int]:
@@ -76,25 +84,27 @@ def main_metric(groups: Iterable[Group]) -> str:
 def group_runs(runs: Sequence[Record]) -> list[Group]:
     """Groups runs by config, ordered by the main metric with the best first, groups without a finished run last.
 
-    If runs have the same config and seed, their parent directories distinguish the groups.
+    If runs have the same config and seed, their directories distinguish groups of that config: see `_separate`.
     """
     settings = {run.name: {k: v for k, v in configs.flatten(run.config).items() if k not in _IGNORED} for run in runs}
-    if _has_duplicates(runs, settings):
-        settings = {run.name: settings[run.name] | {DIRECTORY: str(run.workdir.path.parent)} for run in runs}
-        if _has_duplicates(runs, settings):
-            settings = {run.name: settings[run.name] | {DIRECTORY: run.name} for run in runs}
-    keys = [key for key in (*configs.KEYS, DIRECTORY)
-            if len({_text(values[key]) for values in settings.values() if key in values}) > 1]  # fmt: skip
     by_settings = collections.defaultdict[str, list[Record]](list)
     for run in runs:
         by_settings[_text(settings[run.name])].append(run)
+    separated = list[list[Record]]()
+    for equal in by_settings.values():
+        for directory, members in _separate(equal).items():
+            separated.append(members)
+            for run in members:
+                settings[run.name][DIRECTORY] = directory
+    keys = [key for key in (*configs.KEYS, DIRECTORY)
+            if len({_text(values[key]) for values in settings.values() if key in values}) > 1]  # fmt: skip
     groups = [
         Group(
             {key: settings[members[0].name][key] for key in keys},
             [run for run in members if run.final is not None],
             [run for run in members if run.final is None],
         )
-        for members in by_settings.values()
+        for members in separated
     ]
     metric = main_metric(groups)
 
@@ -112,9 +122,35 @@ def common(groups: Sequence[Group]) -> dict[str, Value]:
     return {k: v for k, v in configs.flatten(first.config).items() if k not in differing and k not in _IGNORED}
 
 
-def _has_duplicates(runs: Sequence[Record], settings: Mapping[str, Mapping[str, Value]]) -> bool:
-    counts = collections.Counter((_text(settings[run.name]), seed) for run in runs for seed in run.seeds)
-    return any(count > 1 for count in counts.values())
+def _separate(runs: Sequence[Record]) -> dict[str, list[Record]]:
+    """Splits runs of one config into groups without a seed twice, by directory; {"": runs} if no seed is there twice.
+
+    The runs of a parent directory stay together, with those of other parents that have other seeds. Of a run that is
+    twice in one parent, the later ones by name are groups of their own.
+    """
+    if not _repeats(runs):
+        return {"": list(runs)}
+    by_parent = collections.defaultdict[Path, list[Record]](list)
+    copies = list[Record]()
+    for run in runs:
+        siblings = by_parent[run.workdir.path.parent]
+        (copies if _repeats([*siblings, run]) else siblings).append(run)
+    groups = list[list[Record]]()
+    for siblings in by_parent.values():
+        fitting = next((group for group in groups if not _repeats([*group, *siblings])), None)
+        if fitting is None:
+            groups.append(list(siblings))
+        else:
+            fitting += siblings
+    named = {os.path.commonpath([run.workdir.path.parent for run in group]): group for group in groups}
+    if len(named) < len(groups):  # parents within one another
+        named = {", ".join(dict.fromkeys(str(run.workdir.path.parent) for run in group)): group for group in groups}
+    return named | {run.name: [run] for run in copies}
+
+
+def _repeats(runs: Iterable[Record]) -> bool:
+    seeds = [seed for run in runs for seed in run.seeds]
+    return len(set(seeds)) < len(seeds)
 
 
 def _text(value: Value) -> str:

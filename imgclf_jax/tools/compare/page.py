@@ -7,7 +7,7 @@ from imgclf_jax.tools.compare import tables as compare_tables
 from imgclf_jax.tools.compare.comparison import Group, common, shown
 from imgclf_jax.tools.compare.paired_runs import Comparison
 from imgclf_jax.tools.pages import html
-from imgclf_jax.tools.pages.charts import COLORS, Line, chart, thinned
+from imgclf_jax.tools.pages.charts import COLORS, Line, Unit, chart, thinned
 from imgclf_jax.tools.pages.html import table, text
 
 
@@ -56,11 +56,13 @@ def _curves(groups: Sequence[Group]) -> str:
         *(f"{name}/{kind}" for name in sets for kind in ("accuracy", "mean_average_precision", "r2", "nll", "loss")),
         "train/loss",
     ]
+    per = {run.steps_per_epoch for group in drawn for run in (*group.done, *group.unfinished)}
+    epochs = Unit("epoch", one) if len(per) == 1 and (one := per.pop()) else None
     figures = []
     for name in names:
         lines = [line for i, group in enumerate(drawn) if (line := _line(group, name, i))]
         description = "; ".join(f"{line.name} ends at {line.points[-1][1]:.4g}" for line in lines)
-        if svg := chart(name, description, "step", lines):
+        if svg := chart(name, description, "step", lines, epochs):
             figures.append(html.figure(name, svg))
     if not figures:
         return ""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from imgclf_jax.run.record import MAIN_METRICS, Record
 from imgclf_jax.run.terminal import format_metrics
-from imgclf_jax.tools.compare.comparison import Group, shown
+from imgclf_jax.tools.compare.comparison import Group
 from imgclf_jax.tools.compare.paired import Spread
 from imgclf_jax.tools.compare.paired_runs import Comparison
 
@@ -41,7 +41,7 @@ def results(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
         if group.done:
             values = group.metrics()
             cells = [spread_text(values[name]) if name in values else "" for name in metrics]
-            rows.append([*map(shown, group.settings.values()), numbers(group.seeds), *cells])
+            rows.append([*group.texts, numbers(group.seeds), *cells])
     return [*keys, "seed", *metrics], rows
 
 
@@ -51,7 +51,7 @@ def tests(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]
     columns = ["set", *["score"] * scores, "difference", "95 % interval", "p" if scores else "McNemar mid-p",
                "by Holm"]  # fmt: skip
     rows = [
-        [*map(shown, c.group.settings.values()), c.set, *[c.score] * scores, f"{c.difference.value:+.4f}",
+        [*c.group.texts, c.set, *[c.score] * scores, f"{c.difference.value:+.4f}",
          f"{c.difference.low:+.4f} to {c.difference.high:+.4f}", _range(c.p), _range(c.adjusted)]
         for c in comparisons
     ]  # fmt: skip

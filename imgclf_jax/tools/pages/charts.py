@@ -10,6 +10,8 @@ _POINTS = 300  # most points in a line
 
 _WIDTH, _HEIGHT = 420, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 16, 40
+_SECOND = 15  # the height of a second row of numbers below the x axis
+_HOVERED = 100  # most points of a line that show their values
 _ROUNDING = 1e-5  # values with a smaller relative difference make a level line, so that tick labels differ
 _LOG_FROM = 20  # the ratio of the largest to the smallest value from which the axis is logarithmic
 
@@ -39,6 +41,10 @@ class Axis:
         a, b, v = (math.log10(x) for x in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
         return self.first + (self.last - self.first) * (v - a) / ((b - a) or 1.0)
 
+    def clipped(self, value: float) -> float:
+        """The coordinate of a value, or of the nearest one on the axis."""
+        return self(min(max(value, self.low), self.high))
+
 
 def thinned(steps: Sequence[int]) -> list[int]:
     """Selects at most 300 of these steps, from the first to the last."""
@@ -63,39 +69,71 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [f * 10.0**p for p in powers for f in factors if low * 0.999 <= f * 10.0**p <= high * 1.001]
 
 
-def chart(title: str, description: str, x_name: str, lines: Sequence[Line]) -> str:
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A second unit of the x axis, such as epochs: a value of x is `per` times as many of the first."""
+
+    name: str
+    per: float
+
+
+def chart(title: str, description: str, x_name: str, lines: Sequence[Line], second: Unit | None = None) -> str:
     """Draws a chart as an `svg` element with `description` as its text. Nonfinite values are gaps.
 
-    The y axis is logarithmic if all values are positive and the largest is far above the smallest. Values that differ
-    only by float32 rounding make a level line.
+    The y axis is logarithmic if all values are positive and the largest is far above the smallest. The ends of a line
+    do not stretch such an axis, as where a learning rate ends at 0. Values that differ only by float32 rounding make a
+    level line, on an axis from 0. Points show their values while the mouse is over them.
     """
-    values = [y for line in lines for _, y in line.points if math.isfinite(y)]
-    values += [y for line in lines for _, *ends in line.band for y in ends if math.isfinite(y)]
-    steps = [x for line in lines for x, _ in line.points]
-    if not values or not steps:
+    ends = _range(lines)
+    if not ends:
         return ""
-    low, high = min(values), max(values)
-    log = low > 0 and high / low >= _LOG_FROM
-    if not log:
-        magnitude = max(abs(low), abs(high))
-        margin = (high - low) * 0.04 if high - low > _ROUNDING * magnitude else magnitude * 0.1 or 1.0
-        low, high = low - margin, high + margin
-    across = Axis(min(0.0, *steps), max(steps), _LEFT, _WIDTH - _RIGHT)
-    up = Axis(low, high, _HEIGHT - _BOTTOM, _TOP, log)
+    low, high, log = ends
+    steps = [x for line in lines for x, _ in line.points]
+    right = _WIDTH - _RIGHT
+    across = Axis(min(0.0, *steps), max(steps), _LEFT, right)
+    bottom = _HEIGHT - _BOTTOM
+    up = Axis(low, high, bottom, _TOP, log)
     parts = [f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"]
-    bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     for y in log_ticks(low, high) if log else ticks(low, high):
         label = _label(_LEFT - 6, up(y) + 4, f"{y:g}", "end")
         parts += [f'<path class="grid" d="M{_LEFT} {up(y):.1f}H{right}"/>', label]
     parts += [_label(across(x), bottom + 17, _short(x)) for x in ticks(across.low, across.high)]
+    if second:
+        marks = ticks(across.low / second.per, across.high / second.per)
+        parts += [_label(across(x * second.per), bottom + 17 + _SECOND, _short(x)) for x in marks]
+        parts += [_label(_LEFT - 12, bottom + 17 + row * _SECOND, name, "end")
+                  for row, name in enumerate((x_name, second.name))]  # fmt: skip
+    else:
+        parts.append(_label((_LEFT + right) / 2, _HEIGHT - 6, x_name))
     parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/>')
-    parts.append(_label((_LEFT + right) / 2, _HEIGHT - 6, x_name))
     if log:
         parts.append(_label(right, _TOP - 4, "logarithmic", "end"))
     for line in lines:
         parts += _line(line, across, up)
+        parts += _hovered(line, across, up, x_name, second)
     return (f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}. {escape(description)}">'
             + "".join(parts) + "</svg>")  # fmt: skip
+
+
+def _range(lines: Sequence[Line]) -> tuple[float, float, bool] | None:
+    """(lowest, highest, logarithmic) of the y axis; None without a finite value."""
+    values = [y for line in lines for _, y in line.points if math.isfinite(y)]
+    values += [y for line in lines for _, *ends in line.band for y in ends if math.isfinite(y)]
+    if not values:
+        return None
+    low, high = min(values), max(values)
+    inner = [y for line in lines for _, y in line.points[1:-1] if math.isfinite(y)]
+    inner += [y for line in lines for _, *ends in line.band[1:-1] for y in ends if math.isfinite(y)]
+    floor = min(inner, default=low)
+    if floor > 0 and high / floor >= _LOG_FROM and low < floor / 10:
+        low = floor
+    if low > 0 and high / low >= _LOG_FROM:
+        return low, high, True
+    magnitude = max(abs(low), abs(high))
+    if high - low > _ROUNDING * magnitude:
+        margin = (high - low) * 0.04
+        return low - margin, high + margin, False
+    return min(0.0, 1.25 * low), max(0.0, 1.25 * high) or float(not low), False
 
 
 def _label(x: float, y: float, text: str, anchor: str = "middle") -> str:
@@ -104,21 +142,38 @@ def _label(x: float, y: float, text: str, anchor: str = "middle") -> str:
 
 def _line(line: Line, across: Axis, up: Axis) -> list[str]:
     color, out = f"c{line.color % COLORS}", []
-    band = [(across(x), up(low), up(high)) for x, low, high in line.band if math.isfinite(low) and math.isfinite(high)]
+    band = [
+        (across(x), up.clipped(low), up.clipped(high))
+        for x, low, high in line.band
+        if math.isfinite(low) and math.isfinite(high)
+    ]
     if band:
         edge = [f"{x:.1f} {high:.1f}" for x, _, high in band] + [f"{x:.1f} {low:.1f}" for x, low, _ in reversed(band)]
         out.append(f'<path class="band {color}" d="M{"L".join(edge)}Z"/>')
     shape, pen = "", "M"
     for x, y in line.points:
         if math.isfinite(y):
-            shape, pen = f"{shape}{pen}{across(x):.1f} {up(y):.1f}", "L"
+            shape, pen = f"{shape}{pen}{across(x):.1f} {up.clipped(y):.1f}", "L"
         else:
             pen = "M"
     dashes = " dashed" if line.dashed else ""
     out.append(f'<path class="line {color}{dashes}" d="{shape}"><title>{escape(line.name)}</title></path>')
     if len(line.points) == 1:
         x, y = line.points[0]
-        out.append(f'<circle class="dot {color}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="3"/>')
+        out.append(f'<circle class="dot {color}" cx="{across(x):.1f}" cy="{up.clipped(y):.1f}" r="3"/>')
+    return out
+
+
+def _hovered(line: Line, across: Axis, up: Axis, x_name: str, second: Unit | None) -> list[str]:
+    """Invisible points with their values as titles; for a long line some of them, the last included."""
+    points = [(x, y) for x, y in line.points if math.isfinite(y)]
+    chosen = {round(i * (len(points) - 1) / (_HOVERED - 1)) for i in range(_HOVERED)}
+    out = []
+    for x, y in (points[i] for i in sorted(chosen) if 0 <= i < len(points)):
+        also = f", {second.name} {x / second.per:.4g}" if second else ""
+        title = escape(f"{line.name}, {x_name} {x:g}{also}: {y:.5g}")
+        out.append(f'<circle class="point c{line.color % COLORS}" cx="{across(x):.1f}" cy="{up.clipped(y):.1f}" r="5">'
+                   f"<title>{title}</title></circle>")  # fmt: skip
     return out
 
 

@@ -1,4 +1,4 @@
-"""The content of a report that needs the model or the data: evaluations, worst mistakes, augmented images."""
+"""The content of a report that needs the model or the data: evaluations, top losses, augmented images."""
 
 import dataclasses
 import functools
@@ -18,16 +18,16 @@ from imgclf_jax.scores.regression import RegressionScores
 from imgclf_jax.tools.evaluate import by_class
 from imgclf_jax.tools.explain import explanations
 from imgclf_jax.tools.report import augmentation as report_augmentation
-from imgclf_jax.tools.report import mistakes as report_mistakes
+from imgclf_jax.tools.report import top_losses as report_top_losses
 from imgclf_jax.tools.report.augmentation import Augmented
-from imgclf_jax.tools.report.mistakes import Mistake
+from imgclf_jax.tools.report.top_losses import TopLoss
 from imgclf_jax.train.evaluation import changed, changed_sets, evaluate, open_evals
 from imgclf_jax.train.leakage import overlap_warnings
 from imgclf_jax.trained import Trained
 
 log = logging.getLogger(__name__)
 
-MISTAKES = 24  # at most, over all sets
+TOP_LOSSES = 24  # at most, over all sets
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,9 +41,9 @@ class Evaluated:
         str, dict[str, float]
     ]  # see `scores.with_intervals`; with very many classes, this and the rest are empty
     reliability: Reliability | None = None
-    mistakes: tuple[Mistake, ...] = ()  # the most confident first
-    wrong: int = 0  # the number of all mistakes
-    method: str = ""  # explains the mistakes, see `explanations`
+    top_losses: tuple[TopLoss, ...] = ()  # the highest first
+    wrong: int = 0  # the number of misclassified examples
+    method: str = ""  # explains the top losses, see `explanations`
     target_scores: MultilabelScores | RegressionScores | None = None  # of a multi-label or regression run
 
 
@@ -104,7 +104,7 @@ def find(model: Trained, recorded: ConfigDict, fingerprints: Mapping[str, str] |
 def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Evaluated, ...]:
     few_classes = len(model.class_names) <= metrics.CONFUSION_CLASSES  # else the probabilities may not fit into memory
     programs = dataclasses.replace(model.programs, predicting=few_classes)
-    explainer = functools.cache(lambda: explanations.build(model))  # built once, at the first mistake
+    explainer = functools.cache(lambda: explanations.build(model))  # built once
     evaluated = []
     for name, images in evals.items():
         log.info("evaluating %s", name)
@@ -116,17 +116,17 @@ def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Evaluated, .
         )  # fmt: skip
         if few_classes and isinstance(predictions, metrics.Predictions):
             own = predictions.for_seed(-1) if several else predictions
-            wrong = report_mistakes.find(own)
+            highest = report_top_losses.find(own, max(1, TOP_LOSSES // len(evals)))
+            wrong = report_top_losses.count_mistakes(own)
             arrays = own.labels, own.probabilities, own.from_logits
             one = dataclasses.replace(
-                one, scores=with_intervals(*arrays), reliability=reliability(*arrays), wrong=len(wrong),
+                one, scores=with_intervals(*arrays), reliability=reliability(*arrays), wrong=wrong,
             )  # fmt: skip
-            if wrong.size:
+            if highest.size:
                 method, explain = explainer()
-                shown = wrong[: max(1, MISTAKES // len(evals))]
-                log.info("explaining %d mistakes by %s", len(shown), method)
-                mistakes = report_mistakes.describe(programs, images, own, shown, explain)
-                one = dataclasses.replace(one, mistakes=mistakes, method=method)
+                log.info("explaining %d examples by %s", len(highest), method)
+                found = report_top_losses.describe(programs, images, own, highest, explain)
+                one = dataclasses.replace(one, top_losses=found, method=method)
         elif isinstance(predictions, metrics.TargetPredictions):
             targets = predictions.for_seed(-1) if several else predictions
             target_scores = metrics.target_scores(model.task, targets, model.class_names)

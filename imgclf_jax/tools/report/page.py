@@ -118,6 +118,7 @@ def _provenance(run: Record, provenance: JsonMapping, findings: Findings) -> str
     facts = {
         "trained": ", ".join(f"{result[key]} {unit}" for key, unit in _LENGTHS.items()
                              if result.get(key) is not None),
+        "started": provenance.get("started"),
         "digest of the parameters": result.get("params_sha256"),
         "checkpoint of this page": findings.step is not None and f"step {findings.step}",
         "commit": git.get("commit") and git["commit"] + (", with uncommitted changes" if git.get("changed") else ""),

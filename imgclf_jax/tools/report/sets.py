@@ -17,7 +17,7 @@ from imgclf_jax.tools.pages.html import paragraph, region, table, text
 from imgclf_jax.tools.pages.reliability import diagram
 from imgclf_jax.tools.report.augmentation import Augmented
 from imgclf_jax.tools.report.findings import Evaluated
-from imgclf_jax.tools.report.mistakes import Mistake
+from imgclf_jax.tools.report.top_losses import TopLoss
 
 _FULL = 30  # classes up to which the page shows the full confusion matrix
 _NARROW = 12  # classes up to which the table and the matrix fit side by side
@@ -35,12 +35,12 @@ def set_section(one: Evaluated, names: Sequence[str], num_seeds: int) -> str:
     if isinstance(one.target_scores, RegressionScores):
         return "".join((*parts, _scores(one), _errors(one.name, one.target_scores, names)))
     if not one.scores:
-        parts.append(paragraph(f"This page omits scores, calibration and mistakes, because the probabilities of "
+        parts.append(paragraph(f"This page omits scores, calibration and top losses, because the probabilities of "
                                f"{len(names):,} classes may not fit into memory.", note=True))  # fmt: skip
     tables = _classes(one, names), _confusion(one, names)
     parts += [_side_by_side(_scores(one), _calibration(one)),
               *([_side_by_side(*tables)] if len(names) <= _NARROW else tables)]  # fmt: skip
-    return "".join((*parts, _mistakes(one, names, num_seeds)))
+    return "".join((*parts, _top_losses(one, names, num_seeds)))
 
 
 def _metrics(name: str, metrics: Mapping[str, float], num_seeds: int) -> str:
@@ -155,9 +155,11 @@ def _confusion(one: Evaluated, names: Sequence[str]) -> str:
 
 
 def _matrix(caption: str, confusion: np.ndarray, names: Sequence[str]) -> str:
-    """Returns a confusion matrix, shaded by the fraction of the label's examples: rows are labels."""
+    """Returns a confusion matrix, shaded by the fraction of the label's examples."""
     long = ' class="long"' if any(len(name) > _LONG for name in names) else ""
     head = "".join(f'<th scope="col"><span{long}>{text(name)}</span></th>' for name in names)
+    top = f'<th class="axis-name" scope="colgroup" colspan="{len(names)}">predicted class</th>'
+    side = f'<th class="axis-name" scope="rowgroup" rowspan="{len(names)}"><span>true class</span></th>'
     lines = []
     for i, name in enumerate(names):
         total, cells = confusion[i].sum(), []
@@ -168,28 +170,28 @@ def _matrix(caption: str, confusion: np.ndarray, names: Sequence[str]) -> str:
                 cells.append(f'<td class="{kind}" style="--share: {share:.2f}">{count}</td>')
             else:
                 cells.append('<td class="zero">0</td>')
-        lines.append(f'<tr><th scope="row"><span>{text(name)}</span></th>{"".join(cells)}</tr>')
+        lines.append(f'<tr>{"" if i else side}<th scope="row"><span>{text(name)}</span></th>{"".join(cells)}</tr>')
     shown = (f'<table class="confusion"><caption>{text(caption)}</caption>'
-             f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>")  # fmt: skip
-    return paragraph("Rows are true classes, columns predicted classes.", note=True) + region(caption, shown)
+             f'<thead><tr><td colspan="2"></td>{top}</tr><tr><td colspan="2"></td>{head}</tr></thead>'
+             f"<tbody>{''.join(lines)}</tbody></table>")  # fmt: skip
+    return region(caption, shown)
 
 
-def _mistakes(one: Evaluated, names: Sequence[str], num_seeds: int) -> str:
-    if not one.scores:
+def _top_losses(one: Evaluated, names: Sequence[str], num_seeds: int) -> str:
+    if not one.top_losses:
         return ""
-    if not one.mistakes:
-        return "<h3>Mistakes</h3>" + paragraph("There are none.")
-    count = f"The {len(one.mistakes)} most confident of {one.wrong}" if one.wrong > len(one.mistakes) else (
-        f"All {one.wrong}, the most confident first" if one.wrong > 1 else "The only one")  # fmt: skip
-    note = f"{count}, as the model sees them, with class probabilities in parentheses. "
-    note += f"The heatmap on the right shows {_METHODS[one.method]}. "
+    correct = sum(example.label == example.predicted for example in one.top_losses)
+    wrong = f"{one.wrong} of {one.metrics['examples']} examples are misclassified. " if one.wrong else "None is wrong. "
+    note = f"{wrong}These have the highest loss, the negative log-likelihood of their class"
+    note += f"; {correct} of them are classified correctly. " if correct else ". "
+    note += f"They are as the model sees them. The heatmap on the right shows {_METHODS[one.method]}. "
     if num_seeds > 1:
         note += ("It uses the ensemble's probability. " if one.method == "occlusion" else
                  f"It is the mean over {num_seeds} seeds. ")  # fmt: skip
     note += "Each heatmap has its own scale:"
     scale = '<p class="note scale">least <span aria-hidden="true"></span> most</p>'
-    items = "".join(f"<li>{_mistake(mistake, names, one.method)}</li>" for mistake in one.mistakes)
-    return ("<h3>The most confident mistakes</h3>" + paragraph(note, note=True) + scale
+    items = "".join(f"<li>{_top_loss(example, names, one.method)}</li>" for example in one.top_losses)
+    return ("<h3>Highest losses</h3>" + paragraph(note, note=True) + scale
             + f'<ul class="pictures pairs">{items}</ul>')  # fmt: skip
 
 
@@ -202,18 +204,21 @@ _SHORT = {"gradcam": "Grad-CAM", "rollout": "attention rollout", "occlusion": "o
 _COLORS = 64  # in the image of a heatmap
 
 
-def _mistake(mistake: Mistake, names: Sequence[str], method: str) -> str:
-    label, predicted = names[mistake.label], names[mistake.predicted]
-    picture = pictures.tag(mistake.image, f"{mistake.example}: of class {label}, taken for {predicted}")
+def _top_loss(example: TopLoss, names: Sequence[str], method: str) -> str:
+    label, predicted = names[example.label], names[example.predicted]
+    right = example.label == example.predicted
+    verdict = "classified correctly" if right else f"taken for {predicted}"
+    picture = pictures.tag(example.image, f"{example.example}: of class {label}, {verdict}")
     signed = method == "occlusion"
-    overlay = heatmap.overlay(pictures.to_uint8(mistake.image), heatmap.scale(mistake.heat, signed))
-    peak = heatmap.peak(mistake.heat, signed)
+    overlay = heatmap.overlay(pictures.to_uint8(example.image), heatmap.scale(example.heat, signed))
+    peak = heatmap.peak(example.heat, signed)
     method_text = _SHORT[method] + ("" if method == "rollout" else f" for {predicted}")
-    alt = f"{mistake.example}, {method_text}: " + (f"most at {peak}" if peak else "nothing stands out")
+    alt = f"{example.example}, {method_text}: " + (f"most at {peak}" if peak else "nothing stands out")
+    other = "correct" if right else f"taken for <strong>{text(predicted)}</strong> ({example.probability:.3f})"
     return (
         f'<figure><div class="pair">{picture}{pictures.tag(overlay, alt, _COLORS)}</div>'
-        f"<figcaption><strong>{text(label)}</strong> ({mistake.label_probability:.3f}), taken for "
-        f"<strong>{text(predicted)}</strong> ({mistake.probability:.3f})<br>{text(mistake.example)}"
+        f"<figcaption><strong>{text(label)}</strong> ({example.label_probability:.3f}), {other}, "
+        f"loss {example.loss:.3g}<br>{text(example.example)}"
         f"<br>Right: {text(method_text)}{'' if peak else ', where nothing stands out'}</figcaption></figure>"
     )
 

@@ -89,7 +89,20 @@ def test_the_same_run_in_two_directories(tmp_path, write):
         {"directory": str(tmp_path / folder)} for folder in ("before", "after")
     ]
     write("after/copy", 0.7, seed=1)
-    assert len(groups(tmp_path)) == 5
+    assert [(one.settings["directory"].removeprefix(f"{tmp_path}/"), one.seeds) for one in groups(tmp_path)] == [
+        ("before", [0, 1]), ("after", [0, 1]), ("after/copy", [1])]  # fmt: skip
+
+
+def test_a_run_that_is_there_twice_ungroups_no_others(tmp_path, write):
+    """Neither those of other configs, nor those of its own that lie in directories of their own."""
+    for i, clip in enumerate((1.0, 2.0)):
+        for seed in range(3):
+            write(f"{'abc'[seed]}/{clip}", 0.9 - i / 10, seed=seed, clip=clip)
+    write("d/again", 0.8, seed=1, clip=2.0)
+    found = groups(tmp_path)
+    assert [(one.label.replace(f"{tmp_path}", "."), one.seeds) for one in found] == [
+        ("clip=1.0", [0, 1, 2]), ("clip=2.0, directory=.", [0, 1, 2]), ("clip=2.0, directory=./d", [1])]  # fmt: skip
+    assert compare_tables.results(found)[1][0][:3] == ["1.0", "", "0, 1, 2"]
 
 
 def test_what_is_not_done_or_damaged(tmp_path, write):
@@ -266,3 +279,33 @@ def test_a_chart_has_its_points():
     found, starts = heights([1.0, math.nan, 3.0])
     assert (len(found), starts) == (2, 2)
     assert charts.chart("t", "d", "x", [charts.Line("n", 0, [(0, math.nan)])]) == ""
+
+
+def test_a_chart_of_a_constant_starts_at_zero():
+    """Not at 0.9 times its value, as if it had a spread."""
+    for value, low in ((1e-3, 0.0), (1.0, 0.0), (-2.0, -2.5), (0.0, 0.0)):
+        svg = ET.fromstring(charts.chart("t", "d", "x", [charts.Line("n", 0, [(0, value), (9, value)])]))
+        numbers = [float(one.text) for one in svg.iter("text") if one.get("text-anchor") == "end"]
+        assert min(numbers) == low
+        assert max(numbers) >= value
+
+
+def test_the_ends_of_a_line_do_not_stretch_a_logarithmic_axis():
+    """A learning rate warms up from 0 and ends at 0; the path goes to the axis there, and the title says the value."""
+    for last in (0.0, 1e-12):
+        points = [(0, 0.0), *((x, 10 ** (-x / 2)) for x in range(1, 9)), (9, last)]
+        svg = ET.fromstring(charts.chart("t", "d", "x", [charts.Line("n", 0, points)]))
+        numbers = [one.text for one in svg.iter("text") if one.get("text-anchor") == "end"]
+        assert ("logarithmic" in numbers, min(float(n) for n in numbers if n != "logarithmic") >= 1e-4) == (True, True)
+        points = [one for one in svg.iter("circle") if one.get("class").startswith("point")]
+        assert points[-1].find("title").text == f"n, x 9: {last:g}"
+        assert points[-1].get("cy") == points[-2].get("cy") == points[0].get("cy") == "240.0"
+
+
+def test_a_chart_says_values_and_epochs():
+    points = [(x, float(x)) for x in range(0, 1001, 1)]
+    svg = ET.fromstring(charts.chart("t", "d", "step", [charts.Line("n", 0, points)], charts.Unit("epoch", 50.0)))
+    titles = [one.find("title").text for one in svg.iter("circle")]
+    assert (len(titles), titles[0], titles[-1]) == (100, "n, step 0, epoch 0: 0", "n, step 1000, epoch 20: 1000")
+    texts = [one.text for one in svg.iter("text")]
+    assert {"step", "epoch", "1k", "20"} < set(texts)

@@ -63,8 +63,8 @@ def test_several_seeds_and_many_classes(tmp_path, capsys):
     assert page.tables.keys().isdisjoint({"Augmented training images"})  # nothing draws
 
 
-def test_mistakes_are_explained(trained, text):
-    """Beside each is its own image in grey, below the map that `explain` would draw of it for the wrong class."""
+def test_top_losses_are_explained(trained, text):
+    """Beside each is its own image in grey, below the map that `explain` would draw of it for the predicted class."""
     model = load(trained)
     page, (params, rest) = Page(text), model.state.evaluated
     recipe, variables = model.programs.recipe, {"params": params, **rest}
@@ -76,8 +76,8 @@ def test_mistakes_are_explained(trained, text):
     [found] = report_findings.find(model, model.config).sets
     shown = [own for tag, own in page.tags if tag == "img" and "occlusion for " in own["alt"]]
     assert "The heatmap on the right shows how much the probability of the predicted class" in page.text
-    assert len(found.mistakes) == len(shown) > 1
-    for mistake, own in zip(found.mistakes, shown, strict=True):
+    assert len(found.top_losses) == len(shown) > 1
+    for mistake, own in zip(found.top_losses, shown, strict=True):
         picture = Image.open(io.BytesIO(base64.b64decode(own["src"].partition(",")[2])))
         pixels, label = model.prepare(mistake.example), np.array([mistake.predicted])
         [heat] = attribution.occlusion(predict, pixels[None], label)
@@ -97,7 +97,7 @@ def test_where_the_data_are_gone(copy, text, capsys):
     assert "The data cannot be opened, so this page omits everything that needs them: " in page.text
     assert "/nowhere/at/all" in page.text
     assert list(page.tables) == ["Keys that differ from their defaults"]
-    assert page.items == [item for item in Page(text).items if "taken for" not in item]
+    assert page.items == [item for item in Page(text).items if ", loss " not in item]
     accuracy = json.loads((copy / "result.json").read_text())["test"]["accuracy"]
     assert f"copy: test accuracy {accuracy:.4f}" in page.text
     assert "omits" in capsys.readouterr().err
@@ -130,7 +130,7 @@ def test_a_run_of_before(copy, tmp_path):
     assert launch.main(["report", f"--workdir={copy}", f"--html={file}"]) == 0
     page = Page(file.read_text())
     assert "Not logged: gradient norm, waiting for input" in page.text
-    assert "Not recorded: trained, digest of the parameters, commit, devices" in page.text
+    assert "Not recorded: trained, started, digest of the parameters, commit, devices" in page.text
     assert "The run's own command line was not recorded." in page.text
     assert "The run is unfinished: its last record is from step 24 of 24." in page.text
     assert "Scores on test" in page.tables

@@ -95,7 +95,7 @@ def test_it_shows_where_a_class_is_found(page, tmp_path):
 
 
 def test_it_takes_several_images(page, tmp_path):
-    """Each has its class below its thumbnail, and its numbers when it is chosen; what is no image is called so."""
+    """Each has its class below its thumbnail, and its numbers when it is chosen; the status names what is no image."""
     files = [tmp_path / f"{seed}.png" for seed in range(6)]
     for seed, file in enumerate(files):
         file.write_bytes(png(seed))

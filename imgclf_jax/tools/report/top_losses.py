@@ -1,0 +1,78 @@
+"""The examples with the highest loss that a report shows: the images, and heatmaps of the predicted class."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from imgclf_jax.data.stream import Images
+from imgclf_jax.metrics import Predictions
+from imgclf_jax.programs import Programs
+from imgclf_jax.tools.explain.explanations import Explain
+from imgclf_jax.tools.pages.shown import to_pixels
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TopLoss:
+    """An example with a high loss, misclassified or not."""
+
+    example: str  # its file or index
+    label: int
+    predicted: int
+    probability: float  # of the predicted class
+    label_probability: float
+    loss: float  # the negative log-likelihood of the label
+    image: np.ndarray  # f32[h, w, c] in [0, 1]: the model's input before normalization
+    heat: np.ndarray  # [h', w']: a heatmap of the predicted class
+
+
+def losses(predictions: Predictions) -> np.ndarray:
+    """Returns the negative log-likelihood f64[n] of each label, inf where its probability rounds to 0.
+
+    Examples without a label or a prediction have nan.
+    """
+    n = len(predictions.labels)
+    with np.errstate(divide="ignore"):
+        values = -np.log(predictions.probabilities[np.arange(n), predictions.labels].astype(np.float64))
+    return np.where(_counts(predictions), np.maximum(values, 0.0), np.nan)
+
+
+def _counts(predictions: Predictions) -> np.ndarray:
+    return (predictions.labels >= 0) & (predictions.predicted >= 0)
+
+
+def find(predictions: Predictions, most: int) -> np.ndarray:
+    """Returns the indices int[m] of the `most` examples with the highest loss; ties are in set order."""
+    values = losses(predictions)
+    order = np.argsort(-values, kind="stable")[:most]
+    return order[np.isfinite(values[order]) | np.isposinf(values[order])]
+
+
+def count_mistakes(predictions: Predictions) -> int:
+    """The number of misclassified examples."""
+    return int((_counts(predictions) & (predictions.ranks > 0)).sum())
+
+
+def describe(
+    programs: Programs, images: Images, predictions: Predictions, indices: np.ndarray, explain: Explain
+) -> tuple[TopLoss, ...]:
+    """Reads and explains the examples at `indices` int[m] of a set, given the predictions for all of it.
+
+    One call of `explain` computes the heatmaps of all predicted classes.
+    """
+    ids = indices.astype(np.int64)
+    pixels = images.read(ids, ids)["image"]  # [m, h, w, c]
+    augment = programs.recipe.augment(train=False)
+    with programs.tracing():
+        augmented = np.asarray(jax.jit(lambda x: augment(None, x))(pixels))
+    shown, _ = to_pixels(augmented, programs.recipe.config.augment)
+    name = getattr(images.source, "name", "example {}".format)
+    rows = zip(
+        indices, losses(predictions)[indices], shown, explain(pixels, predictions.predicted[indices]), strict=True
+    )
+    found = []
+    for i, loss, image, heat in rows:
+        label, predicted, p = int(predictions.labels[i]), int(predictions.predicted[i]), predictions.probabilities[i]
+        found.append(TopLoss(name(int(i)), label, predicted, float(p[predicted]), float(p[label]), float(loss), image,
+                             heat))  # fmt: skip
+    return tuple(found)
