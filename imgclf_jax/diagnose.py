@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -21,7 +22,9 @@ from imgclf_jax.methods.gradients import Gradient
 from imgclf_jax.optim import optimizers
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
-from imgclf_jax.run.provenance import write_json
+from imgclf_jax.run.provenance import own_files, write_json
+
+_TRACED_KEYS = ("method", "gradient", "model", "augment", "mix", "tta", "loss", "optimizer", "schedule")
 
 
 @contextlib.contextmanager
@@ -36,13 +39,23 @@ def naming_the_key(recipe: Recipe) -> Iterator[None]:
             raise UserError(f"method={recipe.config.method!r} calls the head, but predicts=False gives its model none; "
                             "drop predicts=False, or use another module") from e  # fmt: skip
         trace_each_key(recipe)
+        config = recipe.config
+        own = [f"{key}={config[key]!r}" for key in _TRACED_KEYS if spec.names_code(config[key])]
+        if own and not _raised_in_own_code(e):
+            raise UserError(f"{' or '.join(own)} returns something that the step cannot use: {reason(e)}") from e
         raise
+
+
+def _raised_in_own_code(error: BaseException) -> bool:
+    """Whether a frame of the error's traceback lies in a module of the user's, so that the traceback says where."""
+    files = set(own_files().values())
+    return any(frame.f_code.co_filename in files for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def trace_each_key(recipe: Recipe) -> None:
     """Raises UserError naming the first config key that cannot be traced, if there is one.
 
-    Errors in the user's own code, named by an import path, pass unchanged.
+    Errors raised in the user's own code, named by an import path, pass unchanged.
     """
     config, image_shape = recipe.config, recipe.data.image_shape
     images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), "uint8")
@@ -71,7 +84,7 @@ def trace_each_key(recipe: Recipe) -> None:
         except UserError:
             raise
         except Exception as e:
-            if spec.names_code(config[key]):
+            if spec.names_code(config[key]) and _raised_in_own_code(e):
                 raise  # the user needs the traceback into their own code
             where = f" on images {list(image_shape)}" if key in ("augment", "mix", "model") else ""
             raise UserError(f"{key}={config[key]!r} fails{where}: {reason(e)}") from e

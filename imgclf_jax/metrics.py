@@ -298,7 +298,8 @@ def build_whole_set(text: str, task: Task = Task.CLASSES, outputs: Sequence[str]
         if ":" in call.name and reserved.fullmatch(name):
             raise UserError(f"metrics={text!r}: results use the name {name} for something else; rename your function")
         if ":" in call.name:
-            whole_set[name] = _call_with(spec.bind(call, BY_TASK[task], "metric", given=given[:2]))
+            own = _call_with(spec.bind(call, BY_TASK[task], "metric", given=given[:2]))
+            whole_set[name] = functools.partial(_number, call.name, own)
         else:
             metric = spec.bind(call, BY_TASK[task], f"metric of {TASK_NAMES[task]}", given=given)
             whole_set[name] = _call_with(metric, given[2])
@@ -335,6 +336,14 @@ def _report(task: Task, outputs: Sequence[str], predictions: TargetPredictions) 
     """The metrics that every run of the task reports."""
     scores = target_scores(task, predictions, outputs)
     return {name: float(value[0]) for name, value in scores.compute(np.ones((1, len(predictions.targets)))).items()}
+
+
+def _number(name: str, metric: Callable[..., Any], predictions: Any) -> float:
+    """The value of a user's metric. Raises UserError unless it is a real number."""
+    value = metric(predictions)
+    if np.ndim(value) or np.asarray(value).dtype.kind not in "fiu":
+        raise UserError(f"the metric {name} returns {value!r:.80}; it must return one real number")
+    return float(value)
 
 
 def _call_with(metric: Callable[..., float], *fields: str) -> WholeSetMetric:

@@ -186,10 +186,12 @@ def make_train_step(
         ))  # fmt: skip
         key = rng.key(state.seed, "dropout", state.step)
         (mean_loss, (model_state, (logits, named))), grads = take_gradient(state.params, state.model_state, whole, key)
+        _check_fits(grads, state.params, "a gradient function returns gradients")
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params,
             **take_gradient.extra_arguments(mean_loss, grads, state.model_state, whole, key),
         )  # fmt: skip
+        _check_fits(updates, state.params, "the optimizer returns updates")
         params = optax.apply_updates(state.params, updates)
         (params, model_state), ema = average.update(state.ema, (params, model_state), state.step, opt_state)
 
@@ -246,6 +248,15 @@ def _guarded(
             **sums, "spike_step": none, "skipped": bad.astype(jnp.int32)
         }  # fmt: skip
     return new, {**sums, "spike_step": jnp.where(spikes, step, none), "skipped": jnp.int32(0)}
+
+
+def _check_fits(tree: PyTree, params: Params, what: str) -> None:
+    """Raises UserError unless `tree` has the paths and shapes of the parameters: other shapes would be broadcast."""
+    found, wanted = ({jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(x)
+                      for path, x in jax.tree_util.tree_leaves_with_path(one)} for one in (tree, params))  # fmt: skip
+    if wrong := [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]:
+        has, needs = (list(one[wrong[0]]) if wrong[0] in one else "nothing" for one in (found, wanted))
+        raise UserError(f"{what} that do not fit the parameters: {wrong[0]} is {has}, and the parameter is {needs}")
 
 
 def _mean_loss(out: Any) -> jax.Array:

@@ -115,6 +115,18 @@ def test_an_own_metric_takes_no_name_that_results_use(name, monkeypatch):
         metrics.build_whole_set(f"own:{name}")
 
 
+@pytest.mark.parametrize("value", [None, "0.5", [0.5], np.ones(1), True, 1j])
+def test_an_own_metric_returns_one_number(value, monkeypatch):
+    """result.json took any, and a complex one ended the run in a traceback after its training."""
+    own = types.SimpleNamespace(score=lambda labels, probabilities: value)
+    monkeypatch.setitem(sys.modules, "own", own)
+    predictions = metrics.Predictions(np.zeros(2, np.int32), np.ones((2, 2)) / 2, None, None)
+    with pytest.raises(UserError, match=r"the metric own:score returns .*; it must return one real number"):
+        metrics.build_whole_set("own:score")["score"](predictions)
+    own.score = lambda labels, probabilities: np.float32(0.5)
+    assert metrics.build_whole_set("own:score")["score"](predictions) == 0.5
+
+
 def test_every_metric_says_which_value_is_best():
     """Only loss and NLL are best when low; an own metric is asked for its direction, and none is guessed."""
     assert set(metrics.BEST) == {"accuracy", "loss", "nll", "top5", *metrics.METRICS}

@@ -1,5 +1,6 @@
 """The train step on eight devices and in parts: gradients and batch statistics are those of the whole batch."""
 
+import dataclasses
 import functools
 import re
 
@@ -166,3 +167,32 @@ def test_a_module_draws_from_a_stream_of_its_own():
     assert (noise(first) != noise(second)).all()
     assert (noise(first) != noise(other)).all()
     np.testing.assert_array_equal(noise(second), noise(again))
+
+
+def first_rows(tree):
+    return jax.tree.map(lambda x: x[:1], tree)
+
+
+@pytest.mark.parametrize("part", ["a gradient function returns gradients", "the optimizer returns updates"])
+def test_gradients_and_updates_of_other_shapes_are_not_broadcast(part):
+    """The gradient of a kernel's first row trained all its rows, without a word."""
+    model, plain = Classifier(Net(), 5), optax.sgd(1.0)
+
+    def update(grads, state, params=None):
+        updates, state = plain.update(grads, state, params)
+        return first_rows(updates), state
+
+    def rows_of(gradient):
+        def function(*args):
+            out, grads = gradient(*args)
+            return out, first_rows(grads)
+
+        return dataclasses.replace(gradient, function=function)
+
+    own = {"gradient": rows_of} if "gradient" in part else {}
+    optimizer = plain if own else optax.GradientTransformation(plain.init, update)
+    state = step.init_state(model, optimizer, SHAPE, 0)
+    train_step = step.make_train_step(model, losses.softmax, optimizer, optax.constant_schedule(1.0),
+                                      lambda key, images: images.astype(jnp.float32), **own)  # fmt: skip
+    with pytest.raises(UserError, match=f"{part} that do not fit the parameters: backbone/conv0/bias is "):
+        jax.eval_shape(train_step, state, batch())

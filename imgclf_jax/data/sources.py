@@ -179,8 +179,12 @@ def target_names(source: Source) -> tuple[str, ...]:
 
 def check_y(source: Source, examples: Examples) -> Examples:
     """Returns the examples. Raises UserError unless they have labels, or the targets that the source names."""
-    names, keys = target_names(source), [name for name in ("label", "target") if name in examples]
     kind = type(source).__name__
+    if not isinstance(examples, Mapping):
+        raise UserError(
+            f"{kind}.read returns a {type(examples).__name__}; return a dict of arrays, 'image' and 'label'"
+        )
+    names, keys = target_names(source), [name for name in ("label", "target") if name in examples]
     if len(keys) != 1:
         raise UserError(f"{kind}.read returns {' and '.join(keys) or 'neither label nor target'}; return either "
                         "'label' i32[n] or 'target' f32[n, k]")  # fmt: skip
@@ -189,11 +193,23 @@ def check_y(source: Source, examples: Examples) -> Examples:
     if keys == ["target"] and (not names or tuple(source.class_names) != names):
         raise UserError(f"{kind}.read returns 'target', so {kind} needs target_names, a name per target, and "
                         "class_names equal to them")  # fmt: skip
+    if not names:
+        _check_labels(kind, np.asarray(examples["label"]), len(examples["image"]), len(source.class_names))
     if names and np.shape(examples["target"]) != (len(examples["image"]), len(names)):
         raise UserError(f"{kind}.read returns 'target' {list(np.shape(examples['target']))} for "
                         f"{len(examples['image'])} images and {len(names)} target_names; return "
                         f"[{len(examples['image'])}, {len(names)}]")  # fmt: skip
     return examples
+
+
+def _check_labels(kind: str, labels: np.ndarray, images: int, classes: int) -> None:
+    """Raises UserError unless there is one integer label per image, from 0 to the number of classes - 1."""
+    if labels.shape != (images,) or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"{kind}.read returns 'label' {labels.dtype}{list(labels.shape)} for {images} images; return "
+                        f"integers [{images}]")  # fmt: skip
+    if images and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise UserError(f"{kind}.read returns labels from {labels.min()} to {labels.max()} for {classes} class_names; "
+                        f"number the classes from 0 to {classes - 1}")  # fmt: skip
 
 
 def digits() -> dict[str, Source]:
@@ -271,11 +287,33 @@ def open_splits(
         make = functools.partial(make, **{"unreadable": unreadable, "formats": formats, "host_ops": host_ops}
                                  | make.keywords)  # fmt: skip
     try:
-        return make()
+        opened = make()
+        if ":" in call.name:
+            _check_splits(f"data.source={text!r}", opened)
+        return opened
     except (TypeError, AttributeError) as e:
         if ":" in call.name:
             raise  # the user needs the traceback into their own source
         raise UserError(f"data.source={text!r} fails: {e}; check the types of its arguments") from e
+
+
+def _check_splits(where: str, opened: Any) -> None:
+    """Raises UserError unless what a source of the user's returns is a dict of sources by split."""
+    if not isinstance(opened, Mapping) or not opened:
+        raise UserError(
+            f"{where} returns a {type(opened).__name__}; return a dict, {{'train': source, 'test': source}}"
+        )
+    for split, source in opened.items():
+        kind = f"{where}: the split {split!r} is a {type(source).__name__}"
+        if lacking := [name for name in ("__len__", "read", "class_names", "fingerprint") if not hasattr(source, name)]:
+            raise UserError(f"{kind} without {lacking[0]}; a source has __len__, read, class_names and fingerprint")
+        length, names, fingerprint = source.__len__(), source.class_names, source.fingerprint()
+        if type(length) is not int or length < 1:
+            raise UserError(f"{kind} of {length!r} examples; its __len__ must return 1 or more")
+        if not isinstance(names, list | tuple) or not all(type(name) is str for name in names):
+            raise UserError(f"{kind} whose class_names are {names!r:.80}; they must be a tuple of strings")
+        if not isinstance(fingerprint, str):
+            raise UserError(f"{kind} whose fingerprint() is {fingerprint!r:.80}; it must be a string")
 
 
 def open_data(config: ConfigDict, text: str = "") -> dict[str, Source]:

@@ -98,7 +98,12 @@ def device_facts(counted: bool) -> JsonObject:
 
 
 def module_digests() -> dict[str, str]:
-    """The SHA-256 of each imported file that is neither installed nor part of this package: the user's own modules.
+    """The SHA-256 of each of the user's own modules, see `own_files`."""
+    return {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in own_files().items()}
+
+
+def own_files() -> dict[str, str]:
+    """The path of each imported file that is neither installed nor part of this package: the user's own modules.
 
     A file is named as Python's path finds it: `my_nets.py`, `my_package/__init__.py`.
     """
@@ -106,7 +111,7 @@ def module_digests() -> dict[str, str]:
     installed = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib", "scripts")]
     elsewhere = tuple(f"{folder}{os.sep}" for folder in (*installed, Path(__file__).parents[1]))
     launcher = str(Path(__file__).parents[2] / "launch.py")
-    digests = {}
+    files = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if not isinstance(file, str) or file == launcher or file.startswith(elsewhere) or not os.path.isfile(file):
@@ -114,8 +119,8 @@ def module_digests() -> dict[str, str]:
         parts = Path(file).parts
         if not {"site-packages", "dist-packages"}.intersection(parts):
             depth = name.count(".") + 1 + parts[-1].startswith("__init__.")
-            digests["/".join(parts[-depth:])] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    return dict(sorted(digests.items()))
+            files["/".join(parts[-depth:])] = file
+    return dict(sorted(files.items()))
 
 
 def changed_code(recorded: JsonMapping) -> dict[str, str]:
@@ -124,7 +129,7 @@ def changed_code(recorded: JsonMapping) -> dict[str, str]:
     `imgclf_jax` stands for all files of this package. What either lacks is left out.
     """
     before = _code_by_name(recorded)
-    for change in recorded.get("changed_code", []):
+    for change in code_changes(recorded):
         before |= change["files"]
     now = _code_by_name({"code": _code(), "modules": module_digests()})
     return {name: digest for name, digest in now.items() if name in before and before[name] != digest}
@@ -132,13 +137,20 @@ def changed_code(recorded: JsonMapping) -> dict[str, str]:
 
 def with_changed_code(recorded: JsonMapping, step: int) -> JsonObject:
     """The provenance of a run that goes on from `step`: `changed_code` says which files are others than before."""
-    earlier = [change for change in recorded.get("changed_code", []) if change["step"] < step]
+    earlier = [change for change in code_changes(recorded) if change["step"] < step]
     rest = {name: value for name, value in recorded.items() if name != "changed_code"}
     if not step:
         return {**rest, "code": _code(), "modules": module_digests()}
     if changed := changed_code({**rest, "changed_code": earlier}):
         earlier.append({"step": step, "files": changed})
     return {**rest, "changed_code": earlier} if earlier else rest
+
+
+def code_changes(recorded: JsonMapping) -> list[JsonObject]:
+    """The steps at which a run went on with other code, {"step": n, "files": {name: digest}}; no damaged entries."""
+    found = recorded.get("changed_code")
+    return [change for change in (found if isinstance(found, list) else []) if isinstance(change, dict)
+            and type(change.get("step")) is int and isinstance(change.get("files"), dict)]  # fmt: skip
 
 
 def _code_by_name(recorded: JsonMapping) -> dict[str, str]:

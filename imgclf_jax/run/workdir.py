@@ -197,11 +197,16 @@ class Workdir:
             log.warning("changed since the run began: %s; the steps from %d on are computed with what it is now",
                         ", ".join(names), start)  # fmt: skip
 
+    def changed_modules(self) -> list[str]:
+        """The files of the user's modules that are imported now and are not those of the run's last step."""
+        recorded = read_json(self.provenance) if self.provenance.is_file() else {}
+        return [name for name in changed_code(recorded) if name != "imgclf_jax"]
+
     def warn_of_changed_modules(self) -> None:
-        """Warns if one of the user's own modules is not that of the run's last step."""
-        if names := [name for name in changed_code(read_json(self.provenance)) if name != "imgclf_jax"]:
-            log.warning("%s has changed since the run in %s was trained: its outputs may be others than they were",
-                        ", ".join(names), self.path)  # fmt: skip
+        """Warns, once each, of the user's own modules that are not those of the run's last step."""
+        for name in self.changed_modules():
+            _warn_once(f"{name} has changed since the run in {self.path} was trained: its outputs may be others than "
+                       "they were")  # fmt: skip
 
     def write_result(self, result: JsonObject) -> None:
         """Writes result.json, and its digest into provenance.json: the run has ended."""

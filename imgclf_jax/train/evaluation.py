@@ -153,6 +153,7 @@ def compare_with_record(
     """Warns if the run's record contradicts itself, or if the data differ from the recorded ones."""
     for sentence in read_contradictions(workdir.path):
         log.warning("the record of the run contradicts itself: %s", sentence)
+    workdir.warn_of_changed_modules()  # those of the data too, which are open by now
     trained = workdir.load_config()
     if changed(programs, trained, base):
         log.warning("the data have changed since training: examples trained on may now be in an evaluation set")

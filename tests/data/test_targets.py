@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import sys
+import types
 
 import jax
 import numpy as np
@@ -199,6 +201,52 @@ LABELS = np.arange(N, dtype=np.int32) % 3
 def test_what_a_source_must_give_is_said_at_the_start(source, message):
     with pytest.raises(UserError) as e:
         stream.Images(source, "decode(1)")
+    assert message in str(e.value)
+
+
+class Labelled(Own):
+    """A source of labels of three classes."""
+
+    target_names = ()
+    class_names = ("a", "b", "c")
+
+    def __init__(self, read):
+        super().__init__({})
+        vars(self).update(target_names=(), class_names=self.class_names)
+        self.read = read
+
+
+@pytest.mark.parametrize(("labels", "message"), [
+    (lambda ids: LABELS[ids] + 0.7, "'label' float64[1] for 1 images; return integers [1]"),  # not 0, 1 and 2
+    (lambda ids: LABELS[ids] - 1, "labels from -1 to -1 for 3 class_names; number the classes from 0 to 2"),
+    (lambda ids: LABELS[ids] + 3, "labels from 3 to 3 for 3 class_names"),
+    (lambda ids: np.append(LABELS[ids], [0, 0]).astype(np.int32), "'label' int32[3] for 1 images"),
+    (lambda ids: LABELS[:0], "'label' int32[0] for 1 images"),
+    (lambda ids: list(map(str, LABELS[ids])), "'label' <U1[1] for 1 images"),
+])  # fmt: skip
+def test_labels_that_are_none_are_said_and_not_rounded_or_wrapped(labels, message):
+    """A label of -1 was trained as the last class, and one of 0.7 as the first."""
+    with pytest.raises(UserError) as e:
+        stream.Images(Labelled(lambda ids: {"image": X[ids], "label": labels(ids)}), "decode(1)")
+    assert message in str(e.value)
+    with pytest.raises(UserError, match="read returns a NoneType; return a dict of arrays"):
+        stream.Images(Labelled(lambda ids: None), "decode(1)")
+
+
+@pytest.mark.parametrize(("opened", "message"), [
+    (None, "returns a NoneType; return a dict"),
+    (Regression(), "returns a Regression; return a dict"),
+    ({"train": 3}, "the split 'train' is a int without __len__"),
+    ({"train": Regression(n=0)}, "is a Regression of 0 examples"),
+    ({"train": Regression(n=3.5)}, "is a Regression of 3.5 examples"),
+    ({"train": Regression(names="abc")}, "class_names are 'abc'; they must be a tuple of strings"),
+    ({"train": Regression(names=(1, 2, 3))}, "class_names are (1, 2, 3); they must be"),
+])  # fmt: skip
+def test_what_the_function_of_a_source_must_return(opened, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "own", types.SimpleNamespace(data=lambda: opened))
+    with pytest.raises(UserError) as e:
+        sources.open_splits("own:data()")
+    assert str(e.value).startswith("data.source='own:data()'")
     assert message in str(e.value)
 
 

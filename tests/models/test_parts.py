@@ -61,6 +61,19 @@ class Broken(nn.Module):
         return x.no_such_attribute
 
 
+class Numbers(nn.Module):
+    """A backbone that returns one number for a batch."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return jnp.float32(3)
+
+
+def two_values(logits, labels):
+    """A loss that returns a pair."""
+    return logits, logits
+
+
 class WithoutStrides(nn.Module):
     """A block that a residual network cannot use."""
 
@@ -249,4 +262,22 @@ def test_a_mistake_in_a_strangers_block_is_shown_where_it_is():
     config.model = "resnet_cifar(depth=8, block='test_parts:Broken')"
     recipe = Recipe(config, DataInfo(64, (8, 8, 1), ("a", "b"), ""))
     with pytest.raises(AttributeError, match="no_such_attribute"), diagnose.naming_the_key(recipe):
+        jax.eval_shape(lambda: recipe.model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))
+
+
+def test_what_a_strangers_function_returns_and_cannot_be_used_is_said_of_its_key(monkeypatch):
+    """The traceback would end in this package, where nothing is wrong."""
+    monkeypatch.setattr(diagnose, "own_files", dict)  # the test itself is in the traceback
+    config = default_config()
+    config.loss = "test_parts:two_values"
+    recipe = Recipe(config, DataInfo(64, (8, 8, 1), ("a", "b"), ""))
+    says = r"^loss='test_parts:two_values' returns something that the step cannot use: "
+    with pytest.raises(UserError, match=says), diagnose.naming_the_key(recipe):
+        jax.eval_shape(lambda x: recipe.loss(x, x).sum(), jnp.zeros(3))
+    config.model = "test_parts:Numbers"
+    recipe = Recipe(config, DataInfo(64, (8, 8, 1), ("a", "b"), ""))
+    with (
+        pytest.raises(UserError, match=r"^model='test_parts:Numbers' fails on images"),
+        diagnose.naming_the_key(recipe),
+    ):
         jax.eval_shape(lambda: recipe.model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))

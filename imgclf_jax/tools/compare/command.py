@@ -17,7 +17,7 @@ from imgclf_jax.run import record, terminal
 from imgclf_jax.tools.compare import page as compare_page
 from imgclf_jax.tools.compare import saved_predictions
 from imgclf_jax.tools.compare import tables as compare_tables
-from imgclf_jax.tools.compare.comparison import Group, common, group_runs, main_metric, shown
+from imgclf_jax.tools.compare.comparison import Group, common, differing_origins, group_runs, main_metric, shown
 from imgclf_jax.tools.compare.paired_runs import Comparison, compare
 from imgclf_jax.tools.pages.html import write
 
@@ -39,6 +39,8 @@ def main(files: Sequence[str], format: str, html: str, test: bool, trust: bool) 
     if not runs:
         raise UserError(f"{', '.join(files)}: no run in or below; a run's directory has a config.json")
     groups = group_runs(runs)
+    for sentence in differing_origins(groups):
+        log.warning("%s", sentence)
     predictions = saved_predictions.load_all(runs, test, trust)
     comparisons = compare(groups, predictions)
     if processes.index():

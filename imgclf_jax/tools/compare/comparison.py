@@ -5,11 +5,11 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from imgclf_jax import config as configs
-from imgclf_jax.core.typing import Value
+from imgclf_jax.core.typing import Json, JsonObject, Value
 from imgclf_jax.run.record import MAIN_METRICS, Record
 from imgclf_jax.tools.compare.paired import Spread, spread
 
@@ -113,6 +113,49 @@ def group_runs(runs: Sequence[Record]) -> list[Group]:
         return math.inf if math.isnan(value) else -value
 
     return sorted(groups, key=rank)
+
+
+def differing_origins(groups: Sequence[Group]) -> list[str]:
+    """Sentences on finished runs whose configs say the same, but which recorded different data or code.
+
+    Evaluation sets are compared between all runs, training data and the user's modules within a group.
+    """
+    found: dict[str, None] = {}
+    for group in groups:
+        _note_differing(found, group.done, _training_facts, "their mean is of different runs")
+    by_source = collections.defaultdict[str, list[Record]](list)
+    for run in (run for group in groups for run in group.done):
+        by_source[run.config.data.source].append(run)
+    for runs in by_source.values():
+        _note_differing(found, runs, _evaluation_facts, "their results are not comparable")
+    return list(found)
+
+
+def _training_facts(run: Record) -> JsonObject:
+    return {
+        "training data": _dict(run.provenance.get("data")).get("fingerprint"),
+        **_dict(run.provenance.get("modules")),
+    }
+
+
+def _evaluation_facts(run: Record) -> JsonObject:
+    return {f"evaluation set {name}={text!r}": run.evals.get(name) for name, text in run.config.data.eval.items()}
+
+
+def _note_differing(
+    found: dict[str, None], runs: Sequence[Record], facts: Callable[[Record], JsonObject], so: str
+) -> None:
+    """Adds a sentence for each fact that two of the runs recorded differently."""
+    first: dict[str, tuple[Json, Record]] = {}
+    for run in runs:
+        for name, value in facts(run).items():
+            before = first.setdefault(name, (value, run)) if value is not None else (None, run)
+            if before[0] != value:
+                found[f"{before[1].name} and {run.name} recorded a different {name}: {so}"] = None
+
+
+def _dict(value: Json) -> JsonObject:
+    return value if isinstance(value, dict) else {}
 
 
 def common(groups: Sequence[Group]) -> dict[str, Value]:

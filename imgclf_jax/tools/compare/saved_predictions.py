@@ -51,6 +51,16 @@ class Saved:
         """Whether both have the same examples, in the same order."""
         return self.examples == other.examples and self.labels == other.labels
 
+    @property
+    def totals(self) -> dict[str, float]:
+        """What an evaluation with these predictions reports, by the names in result.json, as means over the seeds."""
+        found: dict[str, float] = {"examples": len(self.examples)}
+        if len(self.correct):
+            found["accuracy" if self.targets is None else "exact_match"] = float(self.correct.mean())
+        elif self.targets is not None and self.outputs is not None:
+            found["mae"] = float(np.abs(self.outputs - self.targets).mean(dtype=np.float64))
+        return found
+
     @functools.cached_property
     def scores(self) -> dict[str, np.ndarray]:
         """{score: f64[seeds, 1 + samples]}: each seed's score on all examples and on bootstrap samples, see `paired`.
@@ -75,12 +85,12 @@ def load(run: Record) -> dict[str, Saved]:
     """Loads the predictions in a run's directory, by evaluation set; {} if there are none of its result.
 
     Their origin must be the run's (see `listing.origin`): the step and parameters of its result, its config, and its
-    recorded data.
+    recorded data. And they must score what its result says.
     """
     if run.final is None:
         return {}
     origins = _origins(run)
-    saved = _read_npz(run, origins)
+    saved = _without_wrong(_read_npz(run, origins), run, run.workdir.path / FILE)
     for name in LISTINGS if not saved else ():
         path = run.workdir.path / name
         if path.is_file():
@@ -89,12 +99,30 @@ def load(run: Record) -> dict[str, Saved]:
                 return {}
             try:
                 if listed := _parse_rows(_read_rows(path), origins):
-                    return listed
+                    return _without_wrong(listed, run, path)
                 log.warning("ignoring %s, which has another checkpoint, config or data than the run's result; --test "
                             "evaluates the run", path)  # fmt: skip
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
                 log.warning("ignoring %s, which `evaluate --predictions` did not write (%s)", path, reason(e))
     return saved
+
+
+def _without_wrong(saved: dict[str, Saved], run: Record, path: Path) -> dict[str, Saved]:
+    """Drops the sets whose predictions do not score what the run's result says, with a warning."""
+    kept = {}
+    for name, own in saved.items():
+        recorded = (run.final or {}).get(name)
+        recorded = recorded if isinstance(recorded, dict) else {}
+        wrong = [
+            f"{kind} {value:.6g}, and result.json says {recorded[kind]}"
+            for kind, value in own.totals.items()
+            if isinstance(recorded.get(kind), int | float) and not np.isclose(value, recorded[kind], 1e-5, 1e-7)
+        ]
+        if wrong:
+            log.warning("ignoring the set %s of %s, which has %s; --test evaluates the run", name, path, wrong[0])
+        else:
+            kept[name] = own
+    return kept
 
 
 def _origins(run: Record) -> dict[str, str]:
@@ -111,9 +139,12 @@ def _read_npz(run: Record, origins: Mapping[str, str]) -> dict[str, Saved]:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             facts = json.loads(str(file["facts"])).get("origins", {})
-            return {name: Saved(tuple(file[f"{i}/examples"].tolist()), tuple(file[f"{i}/labels"].tolist()),
-                                file[f"{i}/right"].astype(bool), *(file.get(f"{i}/{x}") for x in _TARGET_ARRAYS))
-                    for i, name in enumerate(facts) if facts[name] == origins.get(name)}  # fmt: skip
+            saved = {name: Saved(tuple(file[f"{i}/examples"].tolist()), tuple(file[f"{i}/labels"].tolist()),
+                                 file[f"{i}/right"].astype(bool), *(file.get(f"{i}/{x}") for x in _TARGET_ARRAYS))
+                     for i, name in enumerate(facts) if facts[name] == origins.get(name)}  # fmt: skip
+            if any(own.correct.shape[1:] != (len(own.examples),) for own in saved.values()):
+                raise ValueError("arrays of different lengths")
+            return saved
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as e:
         log.warning("ignoring the damaged %s (%s); --test writes it again", path, reason(e))
         return {}
@@ -177,6 +208,8 @@ def make(run: Record, trust: bool) -> dict[str, Saved]:
             raise UserError(f"its evaluation set {differing[0]} has changed since training; restore the data")
         if changed(programs, run.config, base):
             raise UserError("its data have changed since training; restore them")
+        if modules := run.workdir.changed_modules():
+            raise UserError(f"{modules[0]} has changed since training; restore it")
         made, seeds = {}, run.config.num_seeds
         for name, images in evals.items():
             _, predictions = evaluate(programs, state, images)

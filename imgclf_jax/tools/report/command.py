@@ -49,6 +49,10 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
         sentence = f"The run's record contradicts itself: {'; '.join(run.contradictions)}."
         findings = dataclasses.replace(findings, missing=(sentence, *findings.missing))
         log.warning("%s", sentence)
+    if modules := workdir.changed_modules():
+        sentence = f"Code has changed since the run trained ({', '.join(modules)}): the numbers need not be the run's."
+        findings = dataclasses.replace(findings, missing=(sentence, *findings.missing))
+        log.warning("%s", sentence)
     provenance = read_json(workdir.provenance) if workdir.provenance.is_file() else {}
     if not isinstance(provenance, dict):
         raise UserError(f"{workdir.provenance} is damaged: it must hold a JSON object")

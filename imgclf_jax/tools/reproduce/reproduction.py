@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
+from imgclf_jax.run.provenance import code_changes
 from imgclf_jax.run.record import TIMES
 
 ROUNDING = 1e-3  # the largest relative difference of a metric that rounding may explain
@@ -206,7 +207,7 @@ def differences(old: JsonMapping, new: JsonMapping) -> list[Difference]:
     for name in sorted(a.keys() & b.keys()):
         add("code", name, a[name], b[name])
     b = b | {"imgclf_jax": new.get("code")}
-    for change in old.get("changed_code", []):
+    for change in code_changes(old):
         for name, digest in change["files"].items():
             add("code", f"{name} from step {change['step']} on", digest, b.get(name))
     git = [_dict(p.get("git")) for p in (old, new)]

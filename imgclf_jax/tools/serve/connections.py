@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 CLIENT_GONE = "the client has gone"  # the message of the cancellation
-_TOLD = 64  # connections above the limit, which are told that there are too many
+_TOLD = 64  # the most connections at once that are told that there are too many; others are reset
 _PIPELINED = 100  # requests of a connection that wait
 # The parsers call back for each chunk of a body. Beyond so many, chunks must hold so many bytes on average.
 _CHUNKS, _BYTES_A_CHUNK = 1000, 64
@@ -57,7 +57,7 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
     h11 bounds what it buffers by `h11_max_incomplete_event_size`, but httptools buffers a header until it ends. So this
     class counts the bytes since the parser last made progress, by the parser's callbacks.
     """
-    clients: Counter[str] = Counter()
+    clients, told = Counter[str](), Counter[str]()  # open connections by client: those served, and those refused
 
     class Guarded(base):
         app: Any  # uvicorn's: what it calls for each request
@@ -99,20 +99,23 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
             self._clock, self._wire = asyncio.get_running_loop(), transport
             peer = transport.get_extra_info("peername")
             self._client = client_of(peer[0] if isinstance(peer, tuple) else "")
-            clients[self._client] += 1
+            # Refused connections have places of their own: those of one client must not take the places of others.
+            full = clients.total() >= limits.connections or clients[self._client] >= limits.of_a_client
+            self._counter = told if full else clients
+            self._counter[self._client] += 1
             super().connection_made(transport)
             self._allow(limits.headers_seconds)
             self._timer = self._clock.call_later(limits.headers_seconds, self._expire)
-            if clients.total() > limits.connections + _TOLD:
+            if full and told.total() > _TOLD:
                 transport.abort()
-            elif clients.total() > limits.connections or clients[self._client] > limits.of_a_client:
+            elif full:
                 self._refuse(503, "too many connections; close some, or try again in a second")
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._timer.cancel()
-            clients[self._client] -= 1
-            if not clients[self._client]:
-                del clients[self._client]
+            self._counter[self._client] -= 1
+            if not self._counter[self._client]:
+                del self._counter[self._client]
             super().connection_lost(exc)
             if self._answering:  # uvicorn would let it go on, and others would wait for work that nobody wants
                 self._answering.cancel(CLIENT_GONE)

@@ -25,7 +25,7 @@ from imgclf_jax.metrics import parse_best
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run import lock, terminal
 from imgclf_jax.run.provenance import load_data_info, read_json
-from imgclf_jax.run.record import MAIN_METRICS
+from imgclf_jax.run.record import MAIN_METRICS, read_contradictions
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.sweep import plan as sweep_plan
 from imgclf_jax.tools.sweep.plan import Run, Settings
@@ -139,7 +139,9 @@ class _Sweep:
         todo = collections.deque[Run]()
         for run in self._runs:
             if self._is_done(run):
-                self._report(run, "done before")
+                wrong = read_contradictions(self._workdir(run).path)
+                error = f"contradicts itself: {wrong[0]}" if wrong else ""
+                self._report(run, "failed" if wrong else "done before", error=error)
             else:
                 todo.append(run)
         # Waits for the processes that a killed sweep has left behind, instead of failing on their locks.

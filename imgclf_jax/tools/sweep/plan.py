@@ -224,6 +224,8 @@ def load(file: Path, base: ConfigDict, keys: set[str]) -> dict[str, dict[str, Va
         old_keys = set(plan["keys"])
         if not all(isinstance(values, dict) and set(values) <= old_keys for values in runs.values()):
             raise TypeError
+        if not all(re.fullmatch(r"[\w.+=,-]*[\w+=,-]", name, re.ASCII) for name in runs):
+            raise ValueError("a name that no sweep gives, such as a path elsewhere")
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(f"{file} is damaged; remove it, and run the same command again: existing runs keep their "
                         "directories") from e  # fmt: skip

@@ -27,7 +27,7 @@ from imgclf_jax.tools.pages import charts
 def write(tmp_path):
     """Writes the files of a run of 10 steps, of which `done` says whether it has ended."""
 
-    def run(name, accuracy=0.9, done=True, metrics=None, steps=10, **settings):
+    def run(name, accuracy=0.9, done=True, metrics=None, steps=10, recorded=None, **settings):
         place = tmp_path / name
         place.mkdir(parents=True)
         config = default_config()
@@ -37,11 +37,11 @@ def write(tmp_path):
             parent[key.split("__")[-1]] = value
         (place / "config.json").write_text(configs.to_json(config))
         data = {"train_examples": 64, "image_shape": [12, 12, 1], "class_names": ["a", "b"], "fingerprint": "x"}
-        (place / "provenance.json").write_text(json.dumps({"data": data, "evals": {"test": "y"}}))
+        (place / "provenance.json").write_text(json.dumps({"data": data, "evals": {"test": "y"}} | (recorded or {})))
         found = metrics or {"accuracy": accuracy, "loss": 1 - accuracy, "top5": 1.0}
         accuracy = found["accuracy"]
         if done:
-            (place / "result.json").write_text(json.dumps({"step": steps, "test": {"examples": 8, **found}}))
+            (place / "result.json").write_text(json.dumps({"step": steps, "test": {"examples": 400, **found}}))
         lines = [
             {"step": step, "train/loss": 40.0 / step, "test/accuracy": accuracy * step / 10} for step in (1, 5, 10)
         ]
@@ -246,6 +246,39 @@ def test_damaged_predictions_are_left_out(tmp_path, write, capsys):
     assert "predictions.csv, which `evaluate --predictions` did not write" in err
     assert "ignoring the damaged" in err
     assert "add --test" in out
+
+
+def test_predictions_that_do_not_score_what_the_result_says(tmp_path, write, capsys):
+    """Half of them flipped by hand: the origin is still that of the run, but its accuracy is not."""
+    right = np.arange(400) % 10 < 9
+    for name, clip in (("a", 1.0), ("b", 2.0)):
+        predictions(write(name, float(right.mean()), clip=clip), right)
+    assert launch.main(["compare", str(tmp_path), "--format=json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["comparisons"][0]["difference"]["value"] == 0.0
+    assert "ignoring" not in err
+    predictions(tmp_path / "b", right & (np.arange(400) < 200))
+    assert launch.main(["compare", str(tmp_path), "--format=json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["comparisons"] == []
+    assert f"ignoring the set test of {tmp_path}/b/predictions.csv, which has accuracy 0.45" in err
+
+
+def test_runs_whose_configs_say_the_same_of_other_data_or_code(tmp_path, write, capsys):
+    """A mean over seeds that trained on two data sets, or with two versions of a module, is of no experiment."""
+    one = {"modules": {"module my_nets": "aa"}}
+    write("a", seed=0, recorded=one)
+    write("b", seed=1, recorded={"modules": {"module my_nets": "bb", "module other": "cc"}})
+    write("c", seed=2, recorded=one | {"evals": {"test": "z"}})
+    a, b, c = (tmp_path / name for name in "abc")
+    assert comparison.differing_origins(groups(tmp_path)) == [
+        f"{a} and {b} recorded a different module my_nets: their mean is of different runs",
+        f"{a} and {c} recorded a different evaluation set test='test': their results are not comparable",
+    ]
+    assert launch.main(["compare", str(tmp_path)]) == 0
+    assert "recorded a different module my_nets" in capsys.readouterr().err
+    write("d", seed=3, clip=1.0, recorded=one)
+    assert len(comparison.differing_origins(groups(tmp_path))) == 2  # another group may have other code
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.913, 0.957), (-3.0, 1234.0), (0.0, 1e-7), (5.0, 5.5)])

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import importlib.util
 import socket
+import sys
 import threading
 import time
 
@@ -97,8 +98,9 @@ def patient_port(request):
         yield port
 
 
-def connect(port):
-    client = socket.create_connection(("127.0.0.1", port))
+def connect(port, address=""):
+    """A connection, on request from another `address` of this machine: another client."""
+    client = socket.create_connection(("127.0.0.1", port), source_address=(address, 0) if address else None)
     client.settimeout(10)
     return client
 
@@ -233,6 +235,18 @@ def test_many_connections(port):
         while (found := status(port, GET + b"Connection: close\r\n\r\n")) == 503 and time.monotonic() < until:
             time.sleep(0.05)
         assert found == 200
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the loopback network has other addresses on Linux alone")
+def test_connections_of_one_client_that_are_refused_keep_nobody_out(port):
+    """Those that wait to be told counted among all, so that one address could fill the server."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(LIMITS.connections + connections._TOLD + 10):
+            stack.enter_context(connect(port, "127.0.0.2"))
+        for _ in range(3):
+            with connect(port) as client:
+                client.sendall(GET + b"Connection: close\r\n\r\n")
+                assert answer(client).startswith(b"HTTP/1.1 200")
 
 
 def test_work_ends_when_its_client_goes(port):

@@ -125,6 +125,9 @@ def test_names_stay():
     assert re.fullmatch(r"model=cnn-1-[0-9a-f]{6}", again[0])
 
 
+PATHS = ("../elsewhere", "/elsewhere", "", ".", "..", "a/b")  # a run trains in the directory of its name
+
+
 def test_the_file(tmp_path):
     """It gives back the names, and refuses other keys and another config."""
     file, base = tmp_path / "sweep.json", default_config()
@@ -143,7 +146,8 @@ def test_the_file(tmp_path):
     base.total = "7 epochs"
     with pytest.raises(UserError, match=r"with another config .*total: '20 epochs' → '7 epochs'"):
         sweep_plan.load(file, base, {"seed"})
-    for damaged in ("{", "[]", '{"base": {}}', file.read_text().replace('"seed": 9', '"sed": 9')):
+    for damaged in ("{", "[]", '{"base": {}}', file.read_text().replace('"seed": 9', '"sed": 9'),
+                    *[file.read_text().replace('"seed=9"', f'"{name}"') for name in PATHS]):  # fmt: skip
         file.write_text(damaged)
         with pytest.raises(UserError, match="is damaged"):
             sweep_plan.load(file, base, {"seed"})

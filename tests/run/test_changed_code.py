@@ -1,0 +1,81 @@
+"""What commands on a run say of the user's modules that have changed since it trained."""
+
+import importlib
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import launch
+from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.tools.reproduce.reproduction import differences
+
+BEFORE = "def same(image):\n    return image\n"
+AFTER = "def same(image):\n    return 255 - image\n"
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Writes a new version of the module my_changing, which the next import reads."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def write(code):
+        (tmp_path / "my_changing.py").write_text(code)
+        importlib.invalidate_caches()
+        sys.modules.pop("my_changing", None)
+        importlib.import_module("my_changing")
+
+    yield write
+    sys.modules.pop("my_changing", None)
+
+
+def test_a_record_of_changes_that_is_damaged_says_nothing(tmp_path, module):
+    module(BEFORE)
+    workdir = Workdir(tmp_path)
+    for damaged in (3, [3], [{"step": "4", "files": {}}], [{"step": 4, "files": 3}], [{"files": {}}]):
+        recorded = {"modules": {"my_changing.py": "another"}, "changed_code": damaged}
+        workdir.provenance.write_text(json.dumps(recorded))
+        assert workdir.changed_modules() == ["my_changing.py"]
+        assert differences(recorded, recorded) == []
+
+
+@pytest.mark.thorough
+@pytest.mark.usefixtures("one_device")
+def test_commands_on_a_run_whose_module_has_changed(tmp_path, module, capsys):
+    """`evaluate` warns of its other scores, `compare --test` makes no predictions, `reproduce` names the module."""
+    run, out = tmp_path / "runs" / "a", ["--format=json"]
+    words = ["--config.data.source=fake(96, (8, 8, 1), 4)", "--config.batch_size=32",
+             "--config.preprocess=decode(1)|my_changing:same",
+             "--config.augment=normalize", "--config.model=mlp(widths=(8,))",
+             "--config.total=8 steps", "--config.checkpoint_every=4 steps", "--config.eval_every=4 steps",
+             "--config.schedule=constant(1e-2)", "--config.tensorboard=False"]  # fmt: skip
+    module(BEFORE)
+    assert launch.main([f"--workdir={run}", *words]) == 0
+    recorded = json.loads((run / "result.json").read_text())["test"]["nll"]
+    capsys.readouterr()
+
+    def evaluate():
+        assert launch.main(["evaluate", f"--workdir={run}", "--trust", *out]) == 0
+        text, log = capsys.readouterr()
+        return json.loads(text)["test"]["nll"], log
+
+    nll, log = evaluate()
+    assert np.isclose(nll, recorded)
+    assert "has changed" not in log
+    module(AFTER)
+    nll, log = evaluate()
+    assert not np.isclose(nll, recorded)
+    assert f"my_changing.py has changed since the run in {run} was trained" in log
+    assert launch.main(["report", f"--workdir={run}", "--trust"]) == 0
+    assert "Code has changed since the run trained (my_changing.py)" in (run / "report.html").read_text()
+    capsys.readouterr()
+    assert launch.main(["compare", str(run.parent), "--test", "--trust"]) == 0
+    assert "my_changing.py has changed since training" in capsys.readouterr().err
+    assert not (run / "predictions.npz").exists()
+    assert launch.main(["reproduce", str(run), "--trust", *out]) == 1
+    text, log = capsys.readouterr()
+    assert "code differs: my_changing.py was" in log
+    found = json.loads(text)
+    assert [one["what"] for one in found["differences"]] == ["my_changing.py"]
