@@ -80,6 +80,7 @@ def whole(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     (["--config.data=3"], ["unknown config key 'data'", "data.source"]),
     (["--config.data.eval.a.b=test"], ["unknown config key 'data.eval.a.b'"]),
     (["--config.batch_size=many"], ["--config.batch_size=many: must be a value of type int, such as 64"]),
+    (["--config.batch_size=8", "--config.batch_size=many"], ["--config.batch_size=many: must be a value of type int"]),
     (["--config.batch_size=a: b"], ["--config.batch_size=a: b: must be a value of type int"]),
     (["--config.clip", "much"], ["--config.clip: must be a value of type float, such as 0.0"]),
     (["--config.data.eval=test"], ["--config.data.eval=test: must be a value of type dict", "{'test': 'test'}"]),

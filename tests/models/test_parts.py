@@ -269,7 +269,7 @@ def test_what_a_strangers_function_returns_and_cannot_be_used_is_said_of_its_key
     """The traceback would end in this package, where nothing is wrong."""
     monkeypatch.setattr(diagnose, "own_files", dict)  # the test itself is in the traceback
     config = default_config()
-    config.loss = "test_parts:two_values"
+    config.model, config.loss = "mlp", "test_parts:two_values"
     recipe = Recipe(config, DataInfo(64, (8, 8, 1), ("a", "b"), ""))
     says = r"^loss='test_parts:two_values' returns something that the step cannot use: "
     with pytest.raises(UserError, match=says), diagnose.naming_the_key(recipe):

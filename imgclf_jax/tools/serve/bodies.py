@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -140,6 +140,15 @@ def _decode(text: Any, name: str) -> bytes:
     raise Refused(400, f"{name} is not base64 text; {_WANTED}")
 
 
+@contextlib.contextmanager
+def _parsing() -> Iterator[None]:
+    """Raises Refused for what the parser cannot take, a boundary that is too long included."""
+    try:
+        yield
+    except FormParserError as e:
+        raise Refused(400, f"the body is not multipart/form-data: {printable(str(e))}") from None
+
+
 class _Multipart:
     """Each part is an image file, which is called as its file name or its field."""
 
@@ -150,14 +159,15 @@ class _Multipart:
         self._most, self._ended = most, False
         self._parts: list[bytearray] = []
         self._heads: list[list[bytearray]] = []  # of each part [name, value, name, value, …]
-        self._parser = MultipartParser(options[b"boundary"], {
-            "on_part_begin": self._begin_part,
-            "on_part_data": lambda data, start, end: self._parts[-1].extend(data[start:end]),
-            "on_header_begin": lambda: self._heads[-1].extend((bytearray(), bytearray())),
-            "on_header_field": lambda data, start, end: self._heads[-1][-2].extend(data[start:end]),
-            "on_header_value": lambda data, start, end: self._heads[-1][-1].extend(data[start:end]),
-            "on_end": lambda: setattr(self, "_ended", True),
-        })  # fmt: skip
+        with _parsing():
+            self._parser = MultipartParser(options[b"boundary"], {
+                "on_part_begin": self._begin_part,
+                "on_part_data": lambda data, start, end: self._parts[-1].extend(data[start:end]),
+                "on_header_begin": lambda: self._heads[-1].extend((bytearray(), bytearray())),
+                "on_header_field": lambda data, start, end: self._heads[-1][-2].extend(data[start:end]),
+                "on_header_value": lambda data, start, end: self._heads[-1][-1].extend(data[start:end]),
+                "on_end": lambda: setattr(self, "_ended", True),
+            })  # fmt: skip
 
     def _begin_part(self) -> None:
         if len(self._parts) == self._most:
@@ -166,10 +176,8 @@ class _Multipart:
         self._heads.append([])
 
     def write(self, data: bytes) -> None:
-        try:
+        with _parsing():
             self._parser.write(data)
-        except FormParserError as e:
-            raise Refused(400, f"the body is not multipart/form-data: {printable(str(e))}") from None
 
     def finish(self) -> Sent:
         if not self._ended:

@@ -65,6 +65,7 @@ def test_forms_and_json_hold_the_images_that_a_body_does(client):  # noqa: F811
     ("/predict", {"content": b"--x--", "headers": {"Content-Type": BOUNDARY}}, 400, "the form has no image"),
     ("/predict", {"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 400, "with a boundary"),
     ("/predict", {"content": b"x", "headers": {"Content-Type": "multipart/mixed; boundary=x"}}, 400, "multipart/mixed"),
+    ("/predict", {"content": b"x", "headers": {"Content-Type": BOUNDARY + 300 * "x"}}, 400, "length 301 exceeds"),
     ("/predict", {"json": {"picture": text(0)}}, 400, '{"image": "<base64>"}'),
     ("/predict", {"json": {"image": "!"}}, 400, "image is not base64"),
     ("/predict", {"json": {"image": 3}}, 400, "image is not base64"),
