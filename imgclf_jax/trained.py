@@ -124,7 +124,7 @@ class Trained(NamedTuple):
     def best(self, probabilities: np.ndarray, top_k: int) -> list[JsonObject]:
         """The `top_k` classes by probability f32[classes], as [{"class", "probability"}]; ties go by index."""
         order = np.argsort(-probabilities, kind="stable")[:top_k]
-        return [{"class": self.class_names[c], "probability": round(float(probabilities[c]), 6)} for c in order]
+        return [{"class": self.class_names[c], "probability": float(f"{probabilities[c]:.7g}")} for c in order]
 
     def describe(self, outputs: np.ndarray, top_k: int = 3, threshold: float | np.ndarray = 0.5) -> JsonObject:
         """One image's outputs f32[k] as JSON, by the task.

@@ -16,6 +16,19 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def decimals(value: float) -> str:
+    """Formats a number with four decimals; what is not 1 or 0 is not shown as such: ">0.9999", "<0.0001"."""
+    text = f"{value:.4f}"
+    if text == "1.0000" and value < 1:
+        return ">0.9999"
+    return "<0.0001" if text == "0.0000" and value > 0 else text
+
+
+def interval(low: float, high: float) -> str:
+    """Formats the ends of an interval."""
+    return f"{decimals(low)} to {decimals(high)}"
+
+
 def utf8(name: str) -> str:
     """Decodes a file name as UTF-8 instead of by the locale, so it is the same in every locale."""
     if sys.getfilesystemencoding() == "utf-8":

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from imgclf_jax.core import named_warnings, processes
-from imgclf_jax.core.text import printable
+from imgclf_jax.core.text import decimals, printable
 
 log = logging.getLogger(__name__)
 
@@ -126,35 +126,44 @@ def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Prints a table on standard output. Away from a terminal a row is one line of any length, for programs.
 
-    Escapes characters that are unprintable or missing from the output's encoding.
+    On a terminal the widest cells go on in the next line until the table fits. Escapes characters that are unprintable
+    or missing from the output's encoding.
     """
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*map(_cell, row))
-    _stdout().print(table)
+    print_long_table(columns, [*rows], None)
 
 
-def print_long_table(columns: Sequence[str], rows: Iterable[Sequence[str]], first: int) -> None:
+def print_long_table(columns: Sequence[str], rows: Iterable[Sequence[str]], first: int | None) -> None:
     """`print_table` for any number of rows, `first` at a time; prints nothing without rows.
 
     Columns are as wide as the rows so far need.
     """
     widths = [len(name) for name in columns]
-    for part, some in enumerate(itertools.batched(rows, first)):
+    for part, some in enumerate(itertools.batched(rows, first) if first else [tuple(rows)]):
         cells = [[_cell(cell) for cell in row] for row in some]
-        widths = [
-            max(old, *map(cell_len, column)) for old, column in zip(widths, zip(*cells, strict=True), strict=True)
-        ]
+        if cells:
+            widths = [
+                max(old, *map(cell_len, column)) for old, column in zip(widths, zip(*cells, strict=True), strict=True)
+            ]
+        between = 3 * len(widths) + 1  # lines and spaces
+        stdout = _stdout(sum(widths) + between)
         table = Table(show_header=not part)
-        for name, width in zip(columns, widths, strict=True):
-            table.add_column(name, min_width=width)
+        for name, width in zip(columns, _fit(widths, stdout.width - between), strict=True):
+            table.add_column(name, width=width, overflow="fold")
         for row in cells:
             table.add_row(*row)
-        _stdout().print(table)
+        stdout.print(table)
 
 
-def _stdout() -> Console:
-    width = None if sys.stdout.isatty() else 1000
+def _fit(widths: Sequence[int], most: int) -> list[int]:
+    """The widths of columns that together take `most` characters, or as they are: the widest ones are narrower."""
+    fitted = list(widths)
+    while sum(fitted) > most and max(fitted) > 1:
+        fitted[fitted.index(max(fitted))] -= 1
+    return fitted
+
+
+def _stdout(needed: int) -> Console:
+    width = None if sys.stdout.isatty() else needed
     return Console(width=width, markup=False, emoji=False)  # a file may be called "a[b]:c:.png"
 
 
@@ -165,4 +174,8 @@ def _cell(text: str) -> str:
 
 def format_metrics(values: Mapping[str, float]) -> str:
     """`loss 0.1234  accuracy 0.9876`, for people."""
-    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+    return "  ".join(f"{k} {_metric(v)}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+
+
+def _metric(value: float) -> str:
+    return decimals(value) if 0.9999 < value < 1 else f"{value:.4g}"

@@ -205,7 +205,8 @@ def intervals(
     labels int[n], probabilities [n, classes]. The intervals contain the score, and do not cover the variation over
     training seeds. Accuracy and top-5 accuracy have the Wilson interval, the calibration error `calibration_interval`,
     and the others the percentile bootstrap (Efron 1979) over `samples` resamples, for two examples or more. A NaN score
-    has no interval, nor has AUC if it would take minutes.
+    has no interval, nor has AUC if it would take minutes, nor a perfect score that is the same on all resamples: these
+    say nothing about other test sets.
     """
     scores = Scores(labels, probabilities, from_logits)
     n, classes = probabilities.shape
@@ -223,6 +224,8 @@ def intervals(
             continue
         else:
             low, high = _percentiles(resampled[name], level)
+        if low == high:
+            continue
         out[name] = (float(min(low, value)), float(max(high, value)))
     return out
 
@@ -268,7 +271,8 @@ def with_bootstrap(
             low, high = wilson_interval(round(value * n), n, level)
         else:
             low, high = _percentiles(resampled[name], level)
-        out[name] |= {"low": min(low, value), "high": max(high, value)}
+        if low < high:
+            out[name] |= {"low": min(low, value), "high": max(high, value)}
     return out
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.text import decimals
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.scores.classification import Scores
 
@@ -193,7 +194,7 @@ THRESHOLD_NOTE = ("Precision, recall and F1 are at a threshold of 0.5. The best 
 def table(scores: MultilabelScores, names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Returns the column names and a row per class: see `by_class`."""
     columns = ["class", "examples", "average precision", "precision", "recall", "F1", "best threshold"]
-    rows = [["" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+    rows = [["" if value is None else decimals(value) if isinstance(value, float) else str(value)
              for value in one.values()] for one in by_class(scores, names)]  # fmt: skip
     return columns, rows
 

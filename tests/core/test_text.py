@@ -1,17 +1,19 @@
 """Names that hold more than letters."""
 
+import math
 import os
 import subprocess
 import sys
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from imgclf_jax.core.text import printable
+from imgclf_jax.core.text import decimals, printable
 
 ROOT = Path(__file__).parents[2]
 # What Python makes of the C locale by itself is UTF-8, unless it is told not to.
@@ -84,3 +86,12 @@ def test_a_folder_is_the_same_in_every_locale(tmp_path):
     assert usual[0] == 0, usual[2]
     assert usual == ascii_only
     assert usual[1].startswith(rb"('\xe9\u6f22', '\udcff')")
+
+
+@pytest.mark.parametrize(("value", "shown"), [
+    (1.0, "1.0000"), (0.99994, "0.9999"), (0.99996, ">0.9999"), (float(np.nextafter(np.float32(1), 0)), ">0.9999"),
+    (0.0, "0.0000"), (1e-9, "<0.0001"), (0.00006, "0.0001"), (-1e-9, "-0.0000"), (12.34567, "12.3457"),
+    (1.00001, "1.0000"), (math.nan, "nan"), (math.inf, "inf"),
+])  # fmt: skip
+def test_what_is_not_one_is_not_shown_as_one(value, shown):
+    assert decimals(value) == shown

@@ -144,7 +144,9 @@ def test_every_interval_holds_its_value(data):
             assert found[name][0] <= value <= found[name][1], name
             assert found[name][1] <= 2 if name == "brier" else found[name][1] <= 1 + 1e-9, name
         else:
-            assert np.isnan(value) or n == 1, name
+            resampled = scores.bootstrap(scores.Scores(labels, probabilities).compute, n, 50)
+            low, high = np.nanpercentile(resampled[name], [2.5, 97.5]) if n > 1 and not np.isnan(value) else (0, 0)
+            assert low == high or name == "calibration_error", name
 
 
 def with_known_calibration(n, temperature, seed):
@@ -205,3 +207,23 @@ def test_a_large_set_takes_parts(monkeypatch):
         assert interval == pytest.approx(whole[name], abs=1e-14)
     monkeypatch.setattr(scores, "_MAX_COST", 10)
     assert scores.intervals(labels, probabilities, samples=20).keys() == whole.keys() - {"auc"}
+
+
+def test_a_perfect_score_has_no_interval_of_no_width():
+    """24 of 24 right: accuracy has the Wilson interval, and what all resamples agree on has none."""
+    labels = np.arange(24) % 3
+    for confidence in (0.9, 1.0):
+        probabilities = np.full((24, 3), (1 - confidence) / 2)
+        probabilities[np.arange(24), labels] = confidence
+        found = scores.with_intervals(labels, probabilities)
+        assert found["accuracy"]["value"] == found["macro_f1"]["value"] == found["auc"]["value"] == 1
+        assert found["accuracy"]["low"] == pytest.approx(binomtest(24, 24).proportion_ci(method="wilson").low)
+        assert all(score["low"] < score["high"] for score in found.values() if "low" in score)
+        assert {"macro_precision", "macro_recall", "macro_f1", "auc"} <= {
+            name for name, score in found.items() if "low" not in score
+        }
+    perfect = scores.with_bootstrap(lambda w: {"exact_match": np.ones(len(w)), "r2": np.ones(len(w))}, 24, 24)
+    assert perfect == {
+        "exact_match": {"value": 1.0, "low": found["accuracy"]["low"], "high": 1.0},
+        "r2": {"value": 1.0},
+    }

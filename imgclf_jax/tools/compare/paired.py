@@ -83,7 +83,8 @@ def difference(first: np.ndarray, second: np.ndarray, level: float = 0.95) -> Di
 
     Because few seeds estimate the first component poorly, the interval is Student's with the degrees of freedom of
     Satterthwaite (1946), from s - 1, t - 1 and n - 1, so two seeds make it wide. A model with one seed has no first
-    component: its interval does not cover other seeds. With one example it is (-1, 1).
+    component: its interval does not cover other seeds. With one example it is (-1, 1). If all examples agree, as when
+    both models are perfect, their variance is that of half an example more of each outcome (Agresti and Min 2005).
     """
     n = first.shape[1]
     value = float(first.mean() - second.mean())
@@ -94,7 +95,10 @@ def difference(first: np.ndarray, second: np.ndarray, level: float = 0.95) -> Di
         if (seeds := len(correct)) > 1:
             variances.append((float(correct.mean(1).var(ddof=1)) / seeds, seeds - 1))
             noise += _noise(correct) / seeds
-    example_variance = float((first.mean(0) - second.mean(0)).var(ddof=1)) / n
+    gains = first.mean(0) - second.mean(0)
+    example_variance = float(gains.var(ddof=1)) / n
+    if not example_variance:  # all examples agree; half an example more of each outcome (Agresti and Min 2005)
+        example_variance = (abs(gains).sum() + 1 - gains.sum() ** 2 / (n + 2)) / (n + 2) ** 2
     variances.append((max(0.0, example_variance - noise), n - 1))
     half = _half_width(variances, level)
     return Difference(value, max(-1.0, value - half), min(1.0, value + half))
@@ -115,7 +119,7 @@ def bootstrap_difference(first: np.ndarray, second: np.ndarray, n: int, level: f
     first f64[s, 1 + r], second f64[t, 1 + r]: each seed's score on n examples, then on r bootstrap samples of these,
     the same for all seeds. Serves scores that are not means over examples. The interval is that of `difference`, with
     the variance over samples as the examples' component. The seeds' noise is not subtracted from it, so the interval is
-    somewhat too wide. Without samples it is infinite.
+    somewhat too wide. Without samples, or with equal ones, it is infinite.
     """
     value = float(first[:, 0].mean() - second[:, 0].mean())
     gains = first[:, 1:].mean(0) - second[:, 1:].mean(0)
@@ -124,6 +128,8 @@ def bootstrap_difference(first: np.ndarray, second: np.ndarray, n: int, level: f
         return Difference(value, -np.inf, np.inf)
     variances = [(float(own[:, 0].var(ddof=1)) / len(own), len(own) - 1) for own in (first, second) if len(own) > 1]
     half = _half_width([*variances, (float(gains.var(ddof=1)), n - 1)], level)
+    if not half:  # the same on all samples, which say nothing about other examples
+        return Difference(value, -np.inf, np.inf)
     return Difference(value, value - half, value + half)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from imgclf_jax.core.text import decimals
 from imgclf_jax.run.record import MAIN_METRICS, Record
 from imgclf_jax.run.terminal import format_metrics
 from imgclf_jax.tools.compare.comparison import Group
@@ -14,7 +15,7 @@ _HIDDEN = ("top5", "ensemble_")  # metrics that only CSV and JSON show
 
 def spread_text(value: Spread) -> str:
     """Formats `0.9444 ± 0.0055`, or `0.9444` for a single value."""
-    return f"{value.mean:.4f}" + ("" if math.isnan(value.std) else f" ± {value.std:.4f}")
+    return decimals(value.mean) + ("" if math.isnan(value.std) else f" ± {decimals(value.std)}")
 
 
 def numbers(values: Sequence[int]) -> str:
@@ -65,7 +66,7 @@ def _range(values: Mapping[int, float]) -> str:
 
 
 def _p(value: float) -> str:
-    return "< 0.0001" if value < 0.0001 else f"{value:.4f}"
+    return decimals(value)
 
 
 def unfinished(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from imgclf_jax.core.text import decimals
 from imgclf_jax.metrics import Sums
 
 
@@ -27,8 +28,8 @@ def table(names: Sequence[str], counts: Mapping[str, np.ndarray]) -> tuple[list[
     rows = []
     for i, name in enumerate(names):
         examples, predicted, right = (counts[f"class_{key}"][i] for key in ("examples", "predicted", "correct"))
-        row = [name, str(examples), f"{right / examples:.4f}" if examples else ""]
-        row.append(f"{right / predicted:.4f}" if predicted else "")
+        row = [name, str(examples), decimals(right / examples) if examples else ""]
+        row.append(decimals(right / predicted) if predicted else "")
         if confusion is not None:
             wrong = confusion[i] * (np.arange(len(names)) != i)
             row.append(f"{names[int(wrong.argmax())]} ({wrong.max()})" if wrong.any() else "")

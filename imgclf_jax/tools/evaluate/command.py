@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import metrics
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.text import decimals, interval
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import sources
 from imgclf_jax.losses import Task
@@ -177,7 +178,7 @@ def _report_checkpoints(config: ConfigDict, workdir: Workdir, checkpoints: str, 
         print(json.dumps(records, indent=2))
         return 0
     columns = [(name, key) for name in evals for key in records[0][name] if key != "examples"]
-    rows = [[str(r["step"]), *(f"{r[name][key]:.4f}" for name, key in columns)] for r in records]
+    rows = [[str(r["step"]), *(decimals(r[name][key]) for name, key in columns)] for r in records]
     print_table(["step", *(f"{name}/{key}" for name, key in columns)], rows)
     return 0
 
@@ -185,7 +186,7 @@ def _report_checkpoints(config: ConfigDict, workdir: Workdir, checkpoints: str, 
 def _print_scores(set_scores: dict[str, dict[str, float]]) -> None:
     """Prints each score with its 95 % confidence interval, over test sets of this size."""
     if set_scores:
-        rows = [[name, f"{score['value']:.4f}", f"{score['low']:.4f} to {score['high']:.4f}" if "low" in score else ""]
+        rows = [[name, decimals(score["value"]), interval(score["low"], score["high"]) if "low" in score else ""]
                 for name, score in set_scores.items()]  # fmt: skip
         print_table(["score", "value", "95 % interval"], rows)
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import metrics
 from imgclf_jax.core import processes, sharding
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.text import decimals
 from imgclf_jax.core.typing import JsonObject, PyTree
 from imgclf_jax.data import sources, stream
 from imgclf_jax.losses import Task
@@ -149,11 +150,11 @@ def _summarize(by_kind: dict[Key, float], names: list[str], examples: int) -> Js
 
 def _print(name: str, summary: JsonObject, num_seeds: int) -> None:
     ensemble = f" of the ensemble of {num_seeds} seeds" if num_seeds > 1 else ""
-    print(f"{name}: examples {summary['examples']}  accuracy{ensemble} {summary['clean']:.4f}  "
-          f"mean corruption accuracy {summary['mean_corruption_accuracy']:.4f}")  # fmt: skip
-    rows = [[corruption, *(f"{value:.4f}" for value in (*own["severities"], own["mean"]))]
+    print(f"{name}: examples {summary['examples']}  accuracy{ensemble} {decimals(summary['clean'])}  "
+          f"mean corruption accuracy {decimals(summary['mean_corruption_accuracy'])}")  # fmt: skip
+    rows = [[corruption, *(decimals(value) for value in (*own["severities"], own["mean"]))]
             for corruption, own in summary["corruptions"].items()]  # fmt: skip
     columns = zip(*(own["severities"] for own in summary["corruptions"].values()), strict=True)
     means = [*map(np.mean, columns), summary["mean_corruption_accuracy"]]
-    rows.append(["mean of all", *(f"{value:.4f}" for value in means)])
+    rows.append(["mean of all", *map(decimals, means)])
     print_table(["corruption", *(f"severity {s}" for s in corruptions.SEVERITIES), "mean"], rows)

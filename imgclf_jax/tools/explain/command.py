@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from imgclf_jax.cli import inputs
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError, unknown
-from imgclf_jax.core.text import printable, utf8
+from imgclf_jax.core.text import decimals, printable, utf8
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.losses import Task
 from imgclf_jax.run import terminal
@@ -68,13 +68,14 @@ def main(
                 continue
             label = model.class_names.index(wanted) if wanted else int(result.argmax())
             name, probability = model.class_names[label], float(result[label])
-            title = f"{utf8(Path(file).name)}: {name}, {'value' if regression else 'probability'} {probability:.4f}"
+            value = f"{'value' if regression else 'probability'} {_shown(probability, regression)}"
+            title = f"{utf8(Path(file).name)}: {name}, {value}"
             picture, values = draw(method, explain, model.prepare(file), label, title, regression)
             target = _name_picture(folder, file, method, wanted, taken)
             if not processes.index():
                 write_atomically(target, picture)
             prediction = {"target": name, "value": float(f"{probability:.7g}")} if regression else {
-                "class": name, "probability": round(probability, 6)}  # fmt: skip
+                "class": name, "probability": float(f"{probability:.7g}")}  # fmt: skip
             yield {"file": utf8(file), **prediction, "method": method,
                    "greatest": float(values.max()), "picture": str(target)}  # fmt: skip
 
@@ -85,8 +86,8 @@ def main(
         print(json.dumps(list(inputs.until_error(records(), errors)), indent=2))
     else:
         names = ("target", "value") if regression else ("class", "probability")
-        rows = ([r["file"], r[names[0]], f"{r[names[1]]:.4f}", r["method"], f"{r['greatest']:.3g}", r["picture"]]
-                for r in inputs.until_error(records(), errors))  # fmt: skip
+        rows = ([r["file"], r[names[0]], _shown(r[names[1]], regression), r["method"], f"{r['greatest']:.3g}",
+                 r["picture"]] for r in inputs.until_error(records(), errors))  # fmt: skip
         columns = ["file", *names, "method", "greatest value", "picture"]
         terminal.print_long_table(columns, rows, _FIRST_ROWS)
     if counts["failed"]:
@@ -94,6 +95,10 @@ def main(
     if errors:
         raise errors[0]
     return 1 if counts["failed"] else 0
+
+
+def _shown(value: float, regression: bool) -> str:
+    return f"{value:.5g}" if regression else decimals(value)
 
 
 def _name_picture(folder: Path, file: str, method: str, wanted: str, taken: set[Path]) -> Path:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from imgclf_jax.tools.pages import fonts
+
 # Equidistant colors of viridis (van der Walt and Smith 2015), whose lightness rises monotonically: the order survives
 # color blindness and grayscale print. Others are interpolated.
 COLORS = np.array([
@@ -99,7 +101,8 @@ def draw(image: np.ndarray, values: np.ndarray, signed: bool, title: Sequence[st
     picture = Image.new("RGB", (width, top + h + _MARGIN), _WHITE)
     pen = ImageDraw.Draw(picture)
     for i, line in enumerate(lines):
-        pen.text((_MARGIN, _MARGIN + i * 4 * _TEXT // 3), line, _BLACK, font)
+        own, line = fonts.fitting(line, _TEXT)
+        pen.text((_MARGIN, _MARGIN + i * 4 * _TEXT // 3), line, _BLACK, own)
     picture.paste(Image.fromarray(large), (_MARGIN, top))
     picture.paste(Image.fromarray(overlay(large, scale(values, signed))), (2 * _MARGIN + w, top))
     bar = np.broadcast_to(colormap(np.linspace(1, 0, h))[:, None], (h, _BAR, 3))

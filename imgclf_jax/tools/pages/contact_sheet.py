@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from imgclf_jax.tools.pages import fonts
 
 _SIDES = (84, 224)  # pixels: smaller images are enlarged to the first, larger ones shrunk to the second
 _FONT, _LINE, _GAP = 12, 15, 6  # pixels
@@ -31,12 +33,13 @@ def draw(images: np.ndarray, captions: Sequence[Sequence[str]]) -> Image.Image:
     columns = max(1, min(n, (_WIDTH - _GAP) // step_x))
     size = (columns * step_x + _GAP, -(-n // columns) * step_y + _GAP)
     sheet = Image.new("RGB", size, _BACKGROUND)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT)
+    pen = ImageDraw.Draw(sheet)
     method = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.BOX
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = _GAP + i % columns * step_x, _GAP + i // columns * step_y
         sheet.paste(Image.fromarray(_to_rgb(image)).resize((width, height), method), (x + (cell - width) // 2, y))
         for line, text in enumerate(caption):
+            font, text = fonts.fitting(text, _FONT)
             shown = _truncate(text, font, cell)
             left = x + (cell - font.getlength(shown)) / 2
             pen.text((left, y + height + line * _LINE), shown, fill=_INK if line else _GREY, font=font)
@@ -51,7 +54,7 @@ def _to_rgb(image: np.ndarray) -> np.ndarray:
     return image[..., :3] if c >= 3 else np.concatenate([image, np.zeros((h, w, 1), np.uint8)], 2)
 
 
-def _truncate(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def _truncate(text: str, font: fonts.Font, width: int) -> str:
     """Truncates text to at most `width` pixels."""
     if font.getlength(text) <= width:
         return text

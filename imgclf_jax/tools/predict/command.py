@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from imgclf_jax.cli import inputs
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.text import printable, utf8
+from imgclf_jax.core.text import decimals, printable, utf8
 from imgclf_jax.core.typing import Json, JsonObject
 from imgclf_jax.data import image_check
 from imgclf_jax.losses import Task
@@ -109,7 +109,7 @@ class ClassColumns:
         self.csv = [f"{name}_{rank}" for rank in range(1, top_k + 1) for name in ("class", "probability")]
 
     def format_table(self, record: Record) -> list[str]:
-        return [f"{p['class']} {p['probability']:.4f}" for p in record["predictions"]]
+        return [f"{p['class']} {decimals(p['probability'])}" for p in record["predictions"]]
 
     def format_csv(self, record: Record, shown: Callable[[str], str]) -> list[Json]:
         return [value for p in record["predictions"] for value in (shown(p["class"]), p["probability"])]
@@ -123,11 +123,11 @@ class LabelColumns:
         self.csv = ["labels", *(f"probability[{name}]" for name in names)]
 
     def format_table(self, record: Record) -> list[str]:
-        return [", ".join(f"{p['class']} {p['probability']:.4f}" for p in record["predictions"])]
+        return [", ".join(f"{p['class']} {decimals(p['probability'])}" for p in record["predictions"])]
 
     def format_csv(self, record: Record, shown: Callable[[str], str]) -> list[Json]:
         labels = "|".join(shown(p["class"]) for p in record["predictions"])
-        return [labels, *(round(float(p), 6) for p in record["probabilities"])]
+        return [labels, *(float(f"{p:.7g}") for p in record["probabilities"])]
 
 
 class ValueColumns:

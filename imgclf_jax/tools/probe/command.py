@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.core import memory, processes, sharding
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.text import decimals
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import sources
 from imgclf_jax.run import terminal
@@ -175,6 +176,6 @@ def _print(records: list[Record], score: str) -> None:
                 "logistic regression": lambda r: "logistic regression for each class",
                 "ridge regression": lambda r: "ridge regression",
                 "own head": lambda r: "the network's own head"}[record["method"]](record)  # fmt: skip
-        spread = "" if record["deviation"] is None else f" ± {record['deviation']:.4f}"
-        rows.append([record["set"], name, f"{record['mean']:.4f}{spread}"])
+        spread = "" if record["deviation"] is None else f" ± {decimals(record['deviation'])}"
+        rows.append([record["set"], name, f"{decimals(record['mean'])}{spread}"])
     terminal.print_table(["set", "classifier" if score == "accuracy" else "predictor", score], rows)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from imgclf_jax.config import KEYS, flatten
+from imgclf_jax.core.text import decimals, interval
 from imgclf_jax.core.typing import JsonMapping
 from imgclf_jax.run.record import MAIN_METRICS, Record
 from imgclf_jax.tools.pages import html
@@ -64,8 +65,8 @@ def _headline(run: Record, findings: Findings) -> str:
     for name, values in _results(run, findings).items():
         if kind := next((kind for kind in MAIN_METRICS if kind in values), ""):
             std = values.get(f"{kind}_std", math.nan)
-            spread = f" ± {std:.4f}" if math.isfinite(std) else ""
-            return f"{name} {kind.replace('_', ' ')} {values[kind]:.4f}{spread}"
+            spread = f" ± {decimals(std)}" if math.isfinite(std) else ""
+            return f"{name} {kind.replace('_', ' ')} {decimals(values[kind])}{spread}"
     return f"{run.step} steps"
 
 
@@ -87,15 +88,15 @@ def _summarize_set(one: Evaluated) -> str:
         kind = next(kind for kind in MAIN_METRICS if kind in one.metrics)
         score = one.scores.get(kind, {})
         summary = (f"On {one.metrics['examples']} examples of {one.name}, {kind.replace('_', ' ')} is "
-                   f"{score['value']:.4f}")  # fmt: skip
-        summary += f" (95 % interval {score['low']:.4f} to {score['high']:.4f})" if "low" in score else ""
+                   f"{decimals(score['value'])}")  # fmt: skip
+        summary += f" (95 % interval {interval(score['low'], score['high'])})" if "low" in score else ""
         return summary + (" for the ensemble." if f"ensemble_{kind}" in one.metrics else ".")
     classifier = "the ensemble" if "ensemble_accuracy" in one.metrics else "the model"
     correct = int(one.counts["class_correct"].sum())
     summary = f"On {one.name}, {classifier} classifies {correct} of {one.metrics['examples']} examples correctly"
     score = one.scores.get("accuracy", {})
     if "low" in score:
-        summary += f" ({score['value']:.4f}, 95 % interval {score['low']:.4f} to {score['high']:.4f})"
+        summary += f" ({decimals(score['value'])}, 95 % interval {interval(score['low'], score['high'])})"
     return f"{summary}."
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from imgclf_jax.core.text import decimals, interval
 from imgclf_jax.run.terminal import format_metrics
 from imgclf_jax.scores import multilabel
 from imgclf_jax.scores.multilabel import MultilabelScores
@@ -50,7 +51,7 @@ def _metrics(name: str, metrics: Mapping[str, float], num_seeds: int) -> str:
         values = {key: value for key, value in metrics.items() if key != "examples"}
         return paragraph(f"{examples}: " + format_metrics(values).replace("  ", ", "))
     kinds = [key.removeprefix("ensemble_") for key in metrics if key.startswith("ensemble_")]
-    rows = [[kind, *(f"{metrics[key]:.4f}" for key in (kind, f"{kind}_std", f"ensemble_{kind}"))] for kind in kinds]
+    rows = [[kind, *(decimals(metrics[key]) for key in (kind, f"{kind}_std", f"ensemble_{kind}"))] for kind in kinds]
     note = (f"Means and sample standard deviations over {num_seeds} seeds, and the ensemble, which averages their "
             f"probabilities. Everything below describes the ensemble. The set has {examples}.")  # fmt: skip
     columns = ["metric", "mean", "standard deviation", "ensemble"]
@@ -66,7 +67,7 @@ def _side_by_side(*blocks: str) -> str:
 def _scores(one: Evaluated) -> str:
     if not one.scores:
         return ""
-    rows = [[name, f"{score['value']:.4f}", f"{score['low']:.4f} to {score['high']:.4f}" if "low" in score else ""]
+    rows = [[name, decimals(score["value"]), interval(score["low"], score["high"]) if "low" in score else ""]
             for name, score in one.scores.items()]  # fmt: skip
     note = "The 95 % confidence interval is for test sets of this size. Another training seed may differ by more."
     return ("<h3>Scores</h3>" + table(f"Scores on {one.name}", ["score", "value", "95 % interval"], rows)
@@ -77,7 +78,7 @@ def _calibration(one: Evaluated) -> str:
     if one.reliability is None or not one.reliability.examples.sum():
         return ""
     bins = len(one.reliability.examples)
-    rows = [[f"{i / bins:.3f} to {(i + 1) / bins:.3f}", str(int(n)), *(f"{v:.4f}" if n else "" for v in means)]
+    rows = [[f"{i / bins:.3f} to {(i + 1) / bins:.3f}", str(int(n)), *(decimals(v) if n else "" for v in means)]
             for i, (n, *means) in enumerate(zip(*one.reliability, strict=True))]  # fmt: skip
     columns = ["confidence", "examples", "mean confidence", "accuracy"]
     svg = diagram(f"Reliability on {one.name}", *(values.tolist() for values in one.reliability))
@@ -96,7 +97,7 @@ def _labels(name: str, scores: MultilabelScores, names: Sequence[str]) -> str:
         rows, caption = [rows[i] for i in shown], f"{caption}: the {_ROWS} of {len(names):,} with the lowest"
     bin_columns = ["class", "probability", "examples", "mean probability", "frequency"]
     bins = [
-        [names[c], f"{i / 10:.1f} to {(i + 1) / 10:.1f}", str(int(n)), f"{mean:.4f}", f"{frequency:.4f}"]
+        [names[c], f"{i / 10:.1f} to {(i + 1) / 10:.1f}", str(int(n)), decimals(mean), decimals(frequency)]
         for c in (shown or range(len(names)))
         for i, (n, mean, frequency) in enumerate(zip(*scores.reliability(c), strict=True))
         if n
@@ -148,7 +149,7 @@ def _confusion(one: Evaluated, names: Sequence[str]) -> str:
     pairs = by_class.most_confused(confusion, _PAIRS)
     if not pairs:
         return ""
-    rows = [[names[label], names[predicted], str(count), f"{count / confusion[label].sum():.4f}"]
+    rows = [[names[label], names[predicted], str(count), decimals(count / confusion[label].sum())]
             for label, predicted, count in pairs]  # fmt: skip
     columns = ["class", "taken for", "examples", "share of the class"]
     return "<h3>Most frequent confusions</h3>" + table(f"The classes most often confused on {one.name}", columns, rows)
@@ -214,10 +215,10 @@ def _top_loss(example: TopLoss, names: Sequence[str], method: str) -> str:
     peak = heatmap.peak(example.heat, signed)
     method_text = _SHORT[method] + ("" if method == "rollout" else f" for {predicted}")
     alt = f"{example.example}, {method_text}: " + (f"most at {peak}" if peak else "nothing stands out")
-    other = "correct" if right else f"taken for <strong>{text(predicted)}</strong> ({example.probability:.3f})"
+    other = "correct" if right else f"taken for <strong>{text(predicted)}</strong> ({decimals(example.probability)})"
     return (
         f'<figure><div class="pair">{picture}{pictures.tag(overlay, alt, _COLORS)}</div>'
-        f"<figcaption><strong>{text(label)}</strong> ({example.label_probability:.3f}), {other}, "
+        f"<figcaption><strong>{text(label)}</strong> ({decimals(example.label_probability)}), {other}, "
         f"loss {example.loss:.3g}<br>{text(example.example)}"
         f"<br>Right: {text(method_text)}{'' if peak else ', where nothing stands out'}</figcaption></figure>"
     )

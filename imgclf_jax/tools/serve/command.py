@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from ml_collections import ConfigDict
 
 from imgclf_jax.core.errors import UserError, reason
-from imgclf_jax.core.text import utf8
+from imgclf_jax.core.text import decimals, utf8
 from imgclf_jax.losses import Task
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.explain import heatmap
@@ -105,7 +105,7 @@ def explainer(model: Trained) -> "Explain":
         label = names.index(wanted) if wanted else 0 if regression else int(outputs.argmax())
         method, explain = chosen if wanted else predicted
         what = "value" if regression else "probability"
-        title = f"{names[label]}, {what} {outputs[label]:.4f}"
+        title = f"{names[label]}, {what} {f'{outputs[label]:.5g}' if regression else decimals(outputs[label])}"
         picture, values = draw(method, explain, pixels, label, title, regression)
         if format == "png":
             return picture

@@ -54,7 +54,10 @@ function tell(text, failed) {
 }
 
 // Never 1.0000 for less than 1, nor 0.0000 for more than 0.
-const percent = (p) => p > 0.9999 && p < 1 ? ">0.9999" : p < 0.0001 && p > 0 ? "<0.0001" : p.toFixed(4);
+function decimals(p) {
+  const text = p.toFixed(4);
+  return text === "1.0000" && p < 1 ? ">0.9999" : text === "0.0000" && p > 0 ? "<0.0001" : text;
+}
 
 function rows(answer) { // a regression gives numbers by name
   return answer.values ? Object.entries(answer.values).map(([name, value]) => ({ class: name, value })) : answer.predictions;
@@ -95,7 +98,7 @@ function select(place) {
   by("explain").hidden = !(model.explains && found.length);
   by("numbers").hidden = !found.length;
   by("classes").tBodies[0].replaceChildren(...found.map((p) => {
-    const value = element("td", { className: "number", textContent: "value" in p ? p.value.toPrecision(5) : percent(p.probability) });
+    const value = element("td", { className: "number", textContent: "value" in p ? p.value.toPrecision(5) : decimals(p.probability) });
     const row = element("tr", {}, element("th", { scope: "row", textContent: p.class }), value);
     if ("value" in p) return row;
     const bar = element("meter", { value: p.probability });

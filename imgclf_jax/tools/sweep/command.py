@@ -20,7 +20,7 @@ from imgclf_jax import config as configs
 from imgclf_jax.cli.words import CommandLine, UsageError, override
 from imgclf_jax.core import places, signals
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.text import printable
+from imgclf_jax.core.text import decimals, printable
 from imgclf_jax.metrics import parse_best
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run import lock, terminal
@@ -270,7 +270,7 @@ def _main_metric(config: ConfigDict, workdir: Workdir) -> str:
     try:
         metrics = read_json(workdir.result)[group]
         kind = kind or next(own for own in MAIN_METRICS if own in metrics)
-        std = f" ± {metrics[f'{kind}_std']:.4f}" if f"{kind}_std" in metrics else ""
-        return f"{group}/{kind} {metrics[kind]:.4f}{std}"
+        std = f" ± {decimals(metrics[f'{kind}_std'])}" if f"{kind}_std" in metrics else ""
+        return f"{group}/{kind} {decimals(metrics[kind])}{std}"
     except (UserError, KeyError, TypeError, ValueError, StopIteration):
         return ""

@@ -101,9 +101,8 @@ def test_the_interval_is_that_of_a_loop(seeds):
 
 
 def test_edges_of_the_interval():
-    """Models that are alike on all examples differ by nothing; one example says nothing; none passes -1 and 1."""
+    """One example says nothing, and no end passes -1 and 1."""
     same = np.random.default_rng(0).random((1, 30)) < 0.5
-    assert paired.difference(same, same) == (0, 0, 0)
     assert paired.difference(np.ones((2, 1), bool), np.zeros((2, 1), bool)) == (1, -1, 1)
     rng = np.random.default_rng(1)
     first, second = np.stack([same[0], np.ones(30, bool)]), rng.random((2, 30)) < 0.5
@@ -173,3 +172,14 @@ def test_the_paired_bootstrap_of_a_mean_is_its_normal_interval():
         assert paired.bootstrap_p(a[0], b[0]) == pytest.approx(max(test.pvalue, 2 / 1001), rel=0.35, abs=0.002)
     seeds = np.concatenate([a - 1, a + 1])  # of two seeds that differ much, nothing follows
     assert paired.bootstrap_difference(seeds, b, 400).low < 0
+
+
+def test_models_that_agree_on_all_examples_may_differ_on_others():
+    """Both are perfect on 24 examples: the difference is 0, and its interval has a width (Agresti and Min 2005)."""
+    right = np.ones((1, 24), bool)
+    found = paired.difference(right, right)
+    assert found.value == 0
+    assert -found.low == found.high == pytest.approx(stats.t.ppf(0.975, 23) / 26)
+    assert paired.difference(right, ~right).low == pytest.approx(0.862, abs=0.01)
+    same = np.ones((1, 101))
+    assert paired.bootstrap_difference(same, same, 24) == (0.0, -math.inf, math.inf)
