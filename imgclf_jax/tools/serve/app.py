@@ -100,7 +100,7 @@ def build(
         begun = time.perf_counter()
         try:
             async with asyncio.timeout(limits.answer_seconds):
-                rows = await _predict_all(batcher, sent)
+                rows = await _predict_all(batcher, client, sent)
         except Busy:
             raise Refused(503, "too many requests wait; try again in a second") from None
         except TimeoutError:
@@ -223,12 +223,12 @@ def build(
     )  # fmt: skip
 
 
-async def _predict_all(batcher: Batcher, sent: Sent) -> list[np.ndarray]:
+async def _predict_all(batcher: Batcher, client: str, sent: Sent) -> list[np.ndarray]:
     """The outputs for each image. Raises Refused, naming the image, if one does not decode."""
 
     async def predict(place: int, image: bytes) -> np.ndarray:
         try:
-            return await batcher.predict(image)
+            return await batcher.predict(image, client)
         except UserError as e:
             which = f"image {place + 1} of {len(sent.images)}, {printable(sent.names[place][:100])!r}: "
             raise Refused(422, f"{which if len(sent.images) > 1 else ''}{e}") from e

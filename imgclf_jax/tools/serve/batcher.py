@@ -4,11 +4,10 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
-import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ _BYTES_A_THREAD = 100_000  # of files, a few milliseconds' work, that one thread
 # Larger ones, and those that are made to be slow, keep no batch waiting. The largest take a gigabyte: one at a time.
 _IN_A_BATCH = 2**20, 256_000
 _APART = 2**23, 4_000_000
+_SECONDS = 0.2  # that a batch decodes: the files that are left go back, so that no client's batch is long
 
 Image = bytes | np.ndarray  # the bytes of a file, or what has been prepared
 
@@ -44,27 +44,59 @@ class Busy(Exception):
     """So many images wait already that one more would not be answered in time."""
 
 
-class Turns:
-    """Calls functions in one thread, one at a time; clients take turns. Used from one event loop."""
+class Later(Exception):
+    """An image for which the batch had no more time."""
 
-    def __init__(self, name: str) -> None:
-        self.pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=name)
-        self._waiting: dict[str, collections.deque[asyncio.Future[None]]] = {}  # the client whose turn is next first
-        self._busy = False
+
+class ByClient[T]:
+    """A queue in which clients take turns, each with its oldest."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, collections.deque[T]] = {}  # the client whose turn is next first
+
+    def __len__(self) -> int:
+        return sum(map(len, self._of.values()))
+
+    def put(self, client: str, one: T) -> None:
+        """The client's last."""
+        self._of.setdefault(client, collections.deque()).append(one)
+
+    def put_back(self, client: str, one: T) -> None:
+        """The client's first. Its turn comes after the others'."""
+        self._of.setdefault(client, collections.deque()).appendleft(one)
+
+    def take(self) -> tuple[str, T]:
+        """The client whose turn it is, and what it waits for. Raises StopIteration if nothing waits."""
+        client = next(iter(self._of))
+        ones = self._of.pop(client)
+        one = ones.popleft()
+        if ones:
+            self._of[client] = ones
+        return client, one
+
+
+class Turns:
+    """Calls functions in a few threads; clients take turns. Used from one event loop."""
+
+    def __init__(self, name: str, threads: int = 1) -> None:
+        self.pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._waiting = ByClient[asyncio.Future[None]]()
+        self._free = threads
 
     async def call[T](self, client: str, make: Callable[..., T], *arguments: Any) -> T:
         """Returns `make(*arguments)`. Cancelled before its turn, it is never called."""
         loop = asyncio.get_running_loop()
-        if self._busy:
+        if self._free:
+            self._free -= 1
+        else:
             turn: asyncio.Future[None] = loop.create_future()
-            self._waiting.setdefault(client, collections.deque()).append(turn)
+            self._waiting.put(client, turn)
             try:
                 await turn
             except asyncio.CancelledError:
                 if not turn.cancelled():
                     self._pass_on()
                 raise
-        self._busy = True
         job = self.pool.submit(make, *arguments)
 
         def ended(_: object) -> None:
@@ -77,17 +109,11 @@ class Turns:
     def _pass_on(self) -> None:
         """Lets the next client's oldest call begin; the client's other calls wait for its next turn."""
         while self._waiting:
-            client = next(iter(self._waiting))
-            turns = self._waiting.pop(client)
-            while turns and turns[0].done():  # cancelled
-                turns.popleft()
-            if turns:
-                turn = turns.popleft()
-                if turns:
-                    self._waiting[client] = turns
+            _, turn = self._waiting.take()
+            if not turn.done():  # as if cancelled
                 turn.set_result(None)
                 return
-        self._busy = False
+        self._free += 1
 
 
 class Batcher:
@@ -96,7 +122,7 @@ class Batcher:
     So nothing waits for a batch to fill, and under load batches fill by themselves. Two are in work at once: while the
     device has one, the images of the other are decoded, by several threads if the files are large. A batch has one of a
     few sizes, each of which is compiled when the batcher is made, and is padded to it. Large images are decoded apart,
-    before they join a batch, so that small ones do not wait for them. Used from one event loop.
+    before they join a batch, so that small ones do not wait for them. Clients take turns. Used from one event loop.
     """
 
     def __init__(self, model: Trained, largest: int = 64, most_waiting: int = 512, seen: Callable[[int], Any] = int):
@@ -104,11 +130,11 @@ class Batcher:
         self._model, self._seen, self._most_waiting = model, seen, most_waiting
         mesh = model.programs.mesh
         self._sizes = sorted({sharding.round_up(size, mesh) for size in (1, 8, largest)})
-        self._waiting: asyncio.Queue[tuple[Image, asyncio.Future[np.ndarray]]] = asyncio.Queue()
+        self._waiting, self._some = ByClient[tuple[Image, asyncio.Future[np.ndarray]]](), asyncio.Event()
         self._name = f"batcher-{id(self):x}"  # what the names of its threads begin with
         self._workers = concurrent.futures.ThreadPoolExecutor(_AT_ONCE, thread_name_prefix=f"{self._name}-batch")
         self._decoders = concurrent.futures.ThreadPoolExecutor(thread_name_prefix=f"{self._name}-decode")
-        self._apart = concurrent.futures.ThreadPoolExecutor(thread_name_prefix=f"{self._name}-large")
+        self._apart = Turns(f"{self._name}-large", threads=4)
         self._largest = Turns(f"{self._name}-largest")  # one image at a time, which may take a gigabyte
         self._small = Turns(f"{self._name}-small")
         self._tasks: set[asyncio.Task[None]] = set()  # the event loop itself holds no task
@@ -119,7 +145,7 @@ class Batcher:
     def close(self, seconds: float) -> bool:
         """Starts no more work, and waits so long for what has begun; whether it is done."""
         until = time.monotonic() + seconds
-        for pool in (self._workers, self._decoders, self._apart, self._largest.pool, self._small.pool):
+        for pool in (self._workers, self._decoders, self._apart.pool, self._largest.pool, self._small.pool):
             pool.shutdown(wait=False, cancel_futures=True)
         threads = [t for t in threading.enumerate() if t.name.startswith(self._name)]
         for thread in threads:
@@ -129,18 +155,22 @@ class Batcher:
     @property
     def waiting(self) -> int:
         """How many images wait for a batch."""
-        return self._waiting.qsize()
+        return len(self._waiting)
 
-    async def predict(self, image: bytes) -> np.ndarray:
-        """The probabilities f32[classes] of the image in a file of these bytes.
+    async def predict(self, image: bytes, client: str = "") -> np.ndarray:
+        """The probabilities f32[classes] of the image in a file of these bytes, which a client sent.
 
         Raises Busy if too many images wait, and UserError if it does not decode or the model gives NaN.
         """
         if self.waiting >= self._most_waiting:
             raise Busy
         result: asyncio.Future[np.ndarray] = asyncio.get_running_loop().create_future()
-        self._waiting.put_nowait((image, result))
+        self._put(client, image, result)
         return await result
+
+    def _put(self, client: str, image: Image, result: asyncio.Future[np.ndarray]) -> None:
+        self._waiting.put(client, (image, result))
+        self._some.set()
 
     async def alone[T](self, client: str, make: Callable[[bytes], T], image: bytes) -> T | UserError:
         """What `make` gives for an image's file, or its UserError; clients take turns.
@@ -159,10 +189,11 @@ class Batcher:
         """Takes what waits, batch by batch, until it is cancelled."""
         free = asyncio.Semaphore(_AT_ONCE)
         while True:
-            some = [await self._waiting.get()]
             await free.acquire()
-            while len(some) < self._sizes[-1] and not self._waiting.empty():
-                some.append(self._waiting.get_nowait())
+            while not self._waiting:
+                self._some.clear()
+                await self._some.wait()
+            some = [self._waiting.take() for _ in range(min(self._sizes[-1], len(self._waiting)))]
             self._start(self._answer(some)).add_done_callback(lambda _: free.release())
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -171,27 +202,31 @@ class Batcher:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _answer(self, some: list[tuple[Image, asyncio.Future[np.ndarray]]]) -> None:
-        some = [(image, result) for image, result in some if not result.done()]  # its client may have gone
-        images, loop = [image for image, _ in some], asyncio.get_running_loop()
+    async def _answer(self, some: list[tuple[str, tuple[Image, asyncio.Future[np.ndarray]]]]) -> None:
+        some = [one for one in some if not one[1][1].done()]  # its client may have gone
+        images, loop = [image for _, (image, _) in some], asyncio.get_running_loop()
         found: list[np.ndarray | Exception]
         try:
             found = await loop.run_in_executor(self._workers, self._classify, images)
         except Exception as e:
             found = [e] * len(some)
-        for (image, result), one in zip(some, found, strict=True):
-            if result.done():
+        for (client, own), one in reversed([*zip(some, found, strict=True)]):
+            if isinstance(one, Later):  # the last first, so that the order stays
+                self._waiting.put_back(client, own)
+                self._some.set()
+        for (client, (image, result)), one in zip(some, found, strict=True):
+            if result.done() or isinstance(one, Later):
                 continue
             if isinstance(one, Costly) and isinstance(image, bytes):
-                self._start(self._decode_apart(image, result))
+                self._start(self._decode_apart(client, image, result))
             elif isinstance(one, Exception):
                 result.set_exception(one)
             else:
                 result.set_result(one)
 
-    async def _decode_apart(self, image: bytes, result: asyncio.Future[np.ndarray]) -> None:
+    async def _decode_apart(self, client: str, image: bytes, result: asyncio.Future[np.ndarray]) -> None:
         """Prepares an image that is too costly for a batch, and puts it into the next one."""
-        loop, kept = asyncio.get_running_loop(), [image]
+        kept = [image]
         del image
         result.add_done_callback(lambda _: kept.clear())  # the client has gone; the pool's queue has it still
 
@@ -202,13 +237,13 @@ class Batcher:
             return None
 
         try:
-            prepared = await loop.run_in_executor(self._apart, prepare, _APART)
+            prepared = await self._apart.call(client, prepare, _APART)
             if isinstance(prepared, Costly):
-                prepared = await self._largest.call("", prepare, None)
+                prepared = await self._largest.call(client, prepare, None)
         except Exception as e:
             prepared = e
         if isinstance(prepared, np.ndarray):
-            self._waiting.put_nowait((prepared, result))
+            self._put(client, prepared, result)
         elif isinstance(prepared, Exception) and not result.done():
             result.set_exception(prepared)
 
@@ -231,15 +266,21 @@ class Batcher:
         )
         if threads == 1:
             return self._prepare(images)
-        shares = itertools.batched(images, -(-len(images) // threads))
-        return [*itertools.chain.from_iterable(self._decoders.map(self._prepare, shares))]
+        out: list[np.ndarray | Exception] = [Later()] * len(images)
+        for i, share in enumerate(self._decoders.map(self._prepare, (images[i::threads] for i in range(threads)))):
+            out[i::threads] = share
+        return out
 
-    def _prepare(self, images: Iterable[Image]) -> list[np.ndarray | Exception]:
+    def _prepare(self, images: Sequence[Image]) -> list[np.ndarray | Exception]:
+        out, until = list[np.ndarray | Exception](), time.monotonic() + _SECONDS
         with decode_cost.at_most(*_IN_A_BATCH):
-            return [
-                image if isinstance(image, np.ndarray) else without_traceback(self._model.prepare, image)
-                for image in images
-            ]
+            for image in images:
+                if isinstance(image, np.ndarray):
+                    out.append(image)
+                else:
+                    late = out and time.monotonic() > until
+                    out.append(Later() if late else without_traceback(self._model.prepare, image))
+        return out
 
     def _compute(self, images: list[np.ndarray]) -> np.ndarray:
         size = next(size for size in self._sizes if size >= len(images))

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import threading
+import time
 
 import numpy as np
 from test_app import model, png  # noqa: F401  the former is a fixture
@@ -80,6 +81,36 @@ def test_small_images_do_not_wait_for_large_ones(model, monkeypatch):  # noqa: F
     np.testing.assert_allclose(rows, model.predict([png(n) for n in answered]), atol=1e-5)
 
 
+def test_images_of_one_client_that_take_long_do_not_keep_another_waiting(model, monkeypatch):  # noqa: F811
+    """Files of a few kilobytes and a million pixels, 64 a request, kept everybody waiting for 11 seconds."""
+    prepare = type(model).prepare
+
+    def slow(self, image, place=0):
+        if image.startswith(b"slow"):
+            time.sleep(0.02)
+            image = png(int(image[4:]))
+        return prepare(self, image, place)
+
+    monkeypatch.setattr(type(model), "prepare", slow)
+    monkeypatch.setattr(batcher, "_SECONDS", 0.05)
+    made = batcher.Batcher(model)
+
+    async def clients():
+        running = asyncio.create_task(made.run())
+        many = [asyncio.create_task(made.predict(b"slow%d" % n, "a")) for n in range(60)]
+        await asyncio.sleep(0.01)
+        async with asyncio.timeout(20):
+            row = await made.predict(png(0), "b")
+            before = sum(task.done() for task in many)
+            rows = await asyncio.gather(*many)
+        running.cancel()
+        return before, [row, *rows]
+
+    before, rows = asyncio.run(clients())
+    assert before < 20
+    np.testing.assert_allclose(rows, model.predict([png(n) for n in (0, *range(60))]), atol=1e-5)
+
+
 def test_small_images_are_explained_beside_large_ones(model):  # noqa: F811
     """And a large one whose client has gone before its turn is not explained."""
     made, go, begun = batcher.Batcher(model), threading.Event(), []
@@ -122,7 +153,7 @@ def test_clients_take_turns():
         async with asyncio.timeout(20):
             await asyncio.gather(*tasks.values())
             gone = asyncio.create_task(turns.call("a", work, "gone"))
-            turns._busy = True
+            turns._free = 0
             await asyncio.sleep(0)
             turns._pass_on()
             gone.cancel()
