@@ -149,9 +149,9 @@ def test_mistakes(config, keys, message):
     ("data=3", "there are 8 devices"),
     ("data=2", "there are 8 devices"),
     ("model=2", "unknown axis of mesh 'model'"),
-    ("data=-1, fsdp=-1", "each axis once"),
-    ("data=0", "each axis once"),
-    ("data", "each axis once"),
+    ("data=-1, fsdp=-1", "name each axis once"),
+    ("data=0", "name each axis once"),
+    ("data", "name each axis once"),
 ])  # fmt: skip
 def test_meshes_that_cannot_be(text, message):
     with pytest.raises(UserError, match=message):

@@ -114,7 +114,7 @@ def test_a_provenance_that_is_missing_is_written_anew(mistake, copy, capsys):
     workdir, argv = copy
     (workdir / "provenance.json").unlink()
     sentence = mistake("evaluate", f"--workdir={workdir}")
-    assert has(sentence, f"{workdir}/provenance.json is missing", "run train with the config and work directory")
+    assert has(sentence, f"{workdir}/provenance.json is missing", "run train again with the config and work directory")
     assert launch.main(["train", *argv]) == 0
     assert launch.main(["evaluate", f"--workdir={workdir}"]) == 0
 
@@ -187,7 +187,7 @@ def test_a_result_goes_when_its_run_is_trained_again(copy, monkeypatch, capsys):
     shutil.rmtree(workdir / "checkpoints")
     monkeypatch.setattr("imgclf_jax.train.loop.train", lambda *args: None)
     assert launch.main(["train", *argv]) == 75
-    assert "trained again from step 0" in capsys.readouterr().err
+    assert "the run resumes at step 0" in capsys.readouterr().err
     assert not (workdir / "result.json").exists()
 
 
@@ -214,7 +214,7 @@ def test_a_config_that_is_missing(copy, capsys):
     workdir, argv = copy
     (workdir / "config.json").unlink()
     assert launch.main(["train", *argv]) == 0
-    assert "config.json is missing: the config that is given now is taken" in capsys.readouterr().err
+    assert "config.json is missing: assuming that the run" in capsys.readouterr().err
 
 
 def test_a_start_that_fails_leaves_no_folder(mistake, tmp_path):

@@ -144,7 +144,7 @@ def test_what_differs_between_processes_ends_them_at_the_start():
 @pytest.mark.thorough
 @pytest.mark.parametrize(("last", "sentence"), [
     (("--config.schedule=constant(0.1)",), "process 1 .* has schedule=constant.0.1., process 0 .* has schedule="),
-    (("--workdir=OTHER",), "process 1 does not see what process 0 writes to the work directory: .*OTHER is another"),
+    (("--workdir=OTHER",), "process 1 does not see the files of process 0 in the work directory: .*OTHER is another"),
     (("--num_processes=3",), "process 1 .* was given --num_processes=3, process 0 .* --num_processes=2"),
     (("--process_id=0",), "two processes were given --process_id=0: on host"),
 ])  # fmt: skip
@@ -256,7 +256,7 @@ def test_an_error_of_one_ends_both(tmp_path):
     both = logs(workdir)
     assert "error: this host lacks a file" in both[1]
     assert "process 0" in both[0]
-    assert "ends, since process 1" in both[0]
+    assert "ends because process 1" in both[0]
     assert "this host lacks a file" in both[0]
     assert not (workdir / "lock").exists()
 

@@ -106,7 +106,7 @@ def test_the_results_with_bundles_are_those_of_the_bundles():
     rows = re.findall(r"\[([\d.]+), (\w+) seeds\]\(docs/results/(\w+)-0\.zip\)", README)
     assert {name for *_, name in rows} == {"digits", "fashion_mnist", "fashion_mnist_fast"}
     for mean, seeds, name in rows:
-        records = [Record.named(str(file)) for file in sorted((ROOT / "docs" / "results").glob(f"{name}-?.zip"))]
+        records = [Record.load(str(file)) for file in sorted((ROOT / "docs" / "results").glob(f"{name}-?.zip"))]
         assert sorted(record.config.seed for record in records) == list(range(number[seeds]))
         accuracies = [record.result["test"]["accuracy"] for record in records]
         assert f"{sum(accuracies) / len(accuracies):.4f}" == mean

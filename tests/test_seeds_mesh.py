@@ -110,9 +110,9 @@ def test_a_run_trains_resumes_and_predicts(tmp_path):
 
 
 @pytest.mark.parametrize(("mesh", "seeds", "message"), [
-    ("seeds=4, data=-1", 3, "num_seeds=3 does not divide into the 4 parts of the mesh's axis seeds"),
-    ("seeds=8", 1, "num_seeds=1 does not divide into the 8 parts"),
-    ("seeds=2, fsdp=-1", 2, "seeds and fsdp do not go together"),
+    ("seeds=4, data=-1", 3, "num_seeds=3 is not divisible by 4, the size of the mesh's axis seeds"),
+    ("seeds=8", 1, "num_seeds=1 is not divisible by 8"),
+    ("seeds=2, fsdp=-1", 2, "seeds and fsdp do not combine"),
 ])  # fmt: skip
 def test_mistakes(capsys, tmp_path, mesh, seeds, message):
     flags = [f"--config.mesh={mesh}", f"--config.num_seeds={seeds}", "--config.batch_size=16"]

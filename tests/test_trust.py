@@ -134,7 +134,7 @@ def test_a_run_that_names_a_place_on_the_network(mistake, trained, tmp_path, com
     if command in ("reproduce", "bundle"):
         argv = ["reproduce", f"--output={tmp_path}/again", run]
     if command == "bundle":
-        Record.named(str(run)).pack(tmp_path / "b.zip")
+        Record.load(str(run)).pack(tmp_path / "b.zip")
         argv[-1] = tmp_path / "b.zip"
     sentence = mistake(*argv, log=r"^\d\d:\d\d:\d\d")
     assert has(sentence, f"the run in {argv[-1] if 'zip' in str(argv[-1]) else run} names", named, "add --trust")
@@ -168,14 +168,14 @@ def test_what_the_person_names_is_read():
 def test_a_bundle_of_a_model_that_is_too_large(mistake, trained, tmp_path, monkeypatch, model, says):
     monkeypatch.setattr(classifier, "_MOST_CALLS", 40)
     run = changed(trained, tmp_path / "run", {"model": model, "batch_size": 100_000_000})
-    Record.named(str(run)).pack(tmp_path / "b.zip")
+    Record.load(str(run)).pack(tmp_path / "b.zip")
     for argv in (["reproduce", f"--output={tmp_path}/again", tmp_path / "b.zip"], ["evaluate", f"--workdir={run}"]):
         sentence = mistake(*argv, log=r"^\d\d:\d\d:\d\d")
         assert has(sentence, says, "if you trust it, add --trust")
 
 
 def test_a_bundle_of_too_many_lines(mistake, trained, tmp_path):
-    files = dict(Record.named(str(trained)).files)
+    files = dict(Record.load(str(trained)).files)
     files["metrics.jsonl"] += b"\n" * 120_000_000
     bundle.write(tmp_path / "b.zip", files)
     sentence = mistake("reproduce", tmp_path / "b.zip", log=r"^\d\d:\d\d:\d\d")

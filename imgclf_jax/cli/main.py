@@ -119,8 +119,8 @@ def _run(argv: list[str], program: str, program_command: list[str]) -> int:
             re.match(r"--?config\.init_from(=|$)", word) for word in rest
         )
         if not without_run:
-            config = Workdir.named(workdir).load_config()  # a trained model keeps the config it was trained with
-        elif given["checkpoint"] or (values.workdir and Workdir.named(workdir).config.is_file()):
+            config = Workdir.from_text(workdir).load_config()  # a trained model keeps the config it was trained with
+        elif given["checkpoint"] or (values.workdir and Workdir.from_text(workdir).config.is_file()):
             flag = "checkpoint" if given["checkpoint"] else "workdir"
             raise UsageError(f"{name} loads a run (--{flag}) or weights (--config.init_from), not both; drop either")
     files = words.override(config, rest, name)
@@ -157,7 +157,7 @@ def _dispatch(
     from imgclf_jax.cli import together
     from imgclf_jax.run.workdir import Workdir
 
-    source = Workdir.named(workdir) if isinstance(workdir, str) else workdir
+    source = Workdir.from_text(workdir) if isinstance(workdir, str) else workdir
     with contextlib.ExitStack() as stack:
         process_flags = [given.pop(flag) for flag in table.PROCESSES] if command.distributed else None
         keys = {key: value for key, value in configs.flatten(config).items() if key not in configs.HOST_KEYS}

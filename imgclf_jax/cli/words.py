@@ -148,5 +148,5 @@ def take_record(command: str, rest: list[str]) -> tuple[Any, ConfigDict]:
     rest.remove(file)
     from imgclf_jax.run.record import Record
 
-    record = Record.named(file)
+    record = Record.load(file)
     return record, record.config.copy_and_resolve_references()

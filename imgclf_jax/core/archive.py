@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-_MAX_READ = 16 << 20  # bytes of one read, which bounds the archive's directory: zipfile reads it at once
+_MAX_READ = 16 << 20  # bytes per read; bounds the archive's directory, which zipfile reads in one go
 _DEFLATE = 1032  # the greatest compression ratio of deflate
 
 

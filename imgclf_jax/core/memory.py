@@ -1,4 +1,4 @@
-"""Checks that refuse what cannot fit into the machine's memory before it is read."""
+"""Refuses data that cannot fit into the machine's memory, before reading them."""
 
 import contextlib
 import ctypes
@@ -10,7 +10,7 @@ MAX_OP_BYTES = 1 << 29  # for one host op on one image; several images are decod
 
 
 def physical() -> int | None:
-    """The machine's memory in bytes; None if the system does not tell."""
+    """The machine's memory in bytes; None if the system does not report it."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # not on Windows
@@ -18,8 +18,8 @@ def physical() -> int | None:
 
 
 def trim() -> None:
-    """Returns free memory of this process to the system, which the allocator would keep: see `run.environment`."""
-    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+    """Returns the allocator's free memory to the system: see `run.environment`."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)
 
 

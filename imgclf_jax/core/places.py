@@ -1,7 +1,7 @@
 """Paths on disks and in buckets (`gs://…`, `s3://…`), with one set of operations.
 
 A path in a bucket is an `etils.epath.Path`, which has the methods of `pathlib.Path`. Buckets have no locks, and their
-objects do not grow: each is written whole.
+objects cannot be appended to: each is written in one go.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from urllib.parse import unquote
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError, reason
 
-# Otherwise epath uses TensorFlow's file systems where it is installed; they have no S3 and raise other errors.
+# Otherwise epath uses TensorFlow's file systems if installed, which lack S3 and raise other errors.
 os.environ.setdefault("EPATH_USE_TF", "false")
 _DRIVERS = {"gs": "gcsfs", "s3": "s3fs"}
 
@@ -39,8 +39,8 @@ def as_path(text: str) -> Path:
                         "s3://BUCKET/PATH")  # fmt: skip
     spec.check_network(text)
     if not importlib.util.find_spec(_DRIVERS[scheme]):
-        raise UserError(f"{text!r}: {_DRIVERS[scheme]} is not installed, which reads and writes such buckets; install "
-                        "it by `uv sync --extra buckets`")  # fmt: skip
+        raise UserError(f"{text!r}: reading and writing this bucket needs {_DRIVERS[scheme]}, which is not installed; "
+                        "install it by `uv sync --extra buckets`")  # fmt: skip
     return cast(Path, _by_fsspec()(text))
 
 
@@ -57,7 +57,7 @@ def in_bucket(path: Path) -> bool:
 
 
 def files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yields every file below a folder, in no order: its name relative to the folder, and its path."""
+    """Yields (name relative to the folder, path) of every file below a folder, in no particular order."""
     todo = [("", folder)]
     while todo:
         prefix, directory = todo.pop()
@@ -73,8 +73,8 @@ def files(folder: Path) -> Iterator[tuple[str, Path]]:
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary file next to `path` to write to, and atomically renames it to `path` at the end.
 
-    A reader sees the old content or the new one, even after a crash. After an error `path` is unchanged and the
-    temporary file is removed. The OSError of a full disk names `path`.
+    A reader sees the old content or the new one, even after a crash. On an error, `path` keeps its content and the
+    temporary file is removed; the OSError of a full disk names `path`.
     """
     if in_bucket(path):
         with tempfile.TemporaryDirectory() as directory:
@@ -88,7 +88,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         parent = os.open(path.parent, os.O_RDONLY)
-        os.fsync(parent)  # so that the new name is on the disk too
+        os.fsync(parent)  # persists the new name too
         os.close(parent)
     except BaseException as e:
         with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
-"""Several processes that train one run: which one this is, what process 0 decides for all, and how all of them end.
+"""Coordinates the processes of a run: their index and count, broadcasts from process 0, and ending together.
 
-They exchange JSON values through the key-value store of JAX's coordination service, on process 0. With a single process
-nothing here waits. `jax.experimental.multihost_utils` does not serve: its calls are device collectives, which need a
-running backend, name no missing process and, on CPU, wait half a minute at most.
+They exchange JSON values through the key-value store of JAX's coordination service, on process 0. A single process
+never waits. The calls of `jax.experimental.multihost_utils` are device collectives: they need a running backend, do not
+name a missing process and, on CPU, time out after half a minute.
 """
 
 import contextlib
@@ -29,32 +29,32 @@ from imgclf_jax.core.typing import Json, JsonObject
 
 log = logging.getLogger(__name__)
 
-# What clusters set for one of several processes. JAX itself reads SLURM_NTASKS, which a shell in an allocation has too:
-# there a process would wait for others that nobody starts. On Cloud TPU JAX asks the machine.
+# Clusters set these for one of several processes. JAX itself reads SLURM_NTASKS, which is also set in a shell inside an
+# allocation, where a process would wait for others that nobody starts. On Cloud TPU, JAX asks the machine.
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 _SIGNS = ("JOB_COMPLETION_INDEX", "TPU_WORKER_ID", "MEGASCALE_COORDINATOR_ADDRESS", "JAX_COORDINATOR_ADDRESS")
 
 WAIT = 600.0  # seconds that processes wait for each other
-QUICK = 20.0  # where nothing takes long
-PREPARING = 86400.0  # where a process may download a data set
+QUICK = 20.0  # for calls that take no time
+PREPARING = 86400.0  # while a process may download a data set
 ALIKE = "start all processes with the same command, code, versions and environment"
 _count, _index = 1, 0
-_hosts: list[str] = []  # of each process
-_numbers = itertools.count()  # the calls that all processes make in the same order
+_hosts: list[str] = []  # the host of each process
+_numbers = itertools.count()  # numbers the calls, which all processes make in the same order
 _watcher: threading.Thread | None = None
-_failure = ""  # what this process ends by
-stops: list[tuple[str, int]] = []  # the signals that other processes got: the name and the process
-listeners: list[Callable[[str, int], None]] = []  # called with those that come
+_failure = ""  # the error that ends this process
+stops: list[tuple[str, int]] = []  # (signal name, process) of the signals that other processes received
+listeners: list[Callable[[str, int], None]] = []  # called with each of these as it arrives
 
 
 def has_started_several() -> bool:
-    """Whether a cluster started this process as one of several, as far as the environment tells."""
+    """Whether the environment says that a cluster started this process as one of several."""
     several = any(os.environ.get(name, "1") != "1" for name in _COUNTS)
     return several or any(name in os.environ for name in _SIGNS) or bool(importlib.util.find_spec("libtpu"))
 
 
 def started_one_here() -> bool:
-    """Whether the cluster started one process on this host. JAX would give it one device, and the others would idle."""
+    """Whether the cluster started one process on this host. JAX would give it one device and leave the others idle."""
     here = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", ""))
     return here.partition("(")[0] == "1" and "," not in here
 
@@ -65,7 +65,7 @@ def count() -> int:
 
 
 def index() -> int:
-    """This process's number. Only process 0 writes files, checkpoints aside, and prints results."""
+    """The index of this process. Process 0 alone prints results and writes files other than checkpoints."""
     return _index
 
 
@@ -73,35 +73,36 @@ def start(
     coordinator: str = "", number: int | None = None, process: int | None = None, devices: str = "",
     heartbeat: int = 100, patience: int = 300,
 ) -> None:  # fmt: skip
-    """Joins the other processes, before JAX starts a backend. Returns at once in a process on its own.
+    """Joins the other processes, before JAX starts a backend. Returns at once if this process runs alone.
 
-    `coordinator` is the HOST:PORT of process 0, `number` the count of processes, `process` this one's number, and
-    `devices` its devices: "all", or their numbers on this host, such as "0,1". JAX asks the cluster for the rest.
-    If a process does not answer for `heartbeat` seconds, all end. Raises UserError unless all join within `patience`
-    seconds.
+    - `coordinator` is the HOST:PORT of process 0, `number` the count of processes, `process` the index of this one.
+    - `devices` are its devices: "all", or their numbers on this host, such as "0,1".
+    - If a process does not answer for `heartbeat` seconds, all end.
+
+    JAX asks the cluster for whatever is not given. Raises UserError unless all join within `patience` seconds.
     """
     global _count, _index, _watcher, _hosts
     if number == 1 or not (coordinator or number or has_started_several()):
         return
-    whole = devices == "all" or (not devices and started_one_here())
-    known = [] if whole else [int(i) for i in devices.split(",")] if devices else None  # [] for all; None: JAX decides
-    # JAX's own SIGTERM handler would replace that of `signals`, and it only stops between steps.
+    take_all = devices == "all" or (not devices and started_one_here())
+    local = [] if take_all else [int(i) for i in devices.split(",")] if devices else None  # []: all; None: JAX decides
+    # JAX's own SIGTERM handler would replace that of `signals`, and stops only between steps.
     jax.config.update("jax_enable_preemption_service", False)
     _end_with_status_1()
     if coordinator and number and process is not None:
         rendezvous.meet(coordinator, number, process, patience)
-        patience = min(patience, 60)  # all are here
+        patience = min(patience, 60)  # all have arrived
     try:
         jax.distributed.initialize(
-            coordinator or None, number, process, known, initialization_timeout=patience,
+            coordinator or None, number, process, local, initialization_timeout=patience,
             heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=60,
         )  # fmt: skip
     except ValueError as e:
         if not (coordinator or number) and "coordinator_address" in str(e):
-            return  # no cluster that JAX knows
+            return  # JAX recognizes no cluster
         raise UserError(f"the processes cannot find each other: {reason(e)}; pass --coordinator, --num_processes and "
                         "--process_id to each, or --num_processes=1 to run alone") from e  # fmt: skip
-    except Exception as e:  # of the network, or of the cluster's own interface
+    except Exception as e:  # from the network, or from the cluster's interface
         raise UserError(f"the processes cannot join ({reason(e)}); start all of them within {patience} s, with the "
                         "same --coordinator=HOST:PORT, a free port of the host of process 0") from e  # fmt: skip
     state = internals.coordination_state()
@@ -114,11 +115,11 @@ def start(
 
 
 def _end_with_status_1() -> None:
-    """Turns JAX's `abort` when another process is dead into one line and status 1."""
+    """Turns JAX's `abort` after the death of another process into one line and status 1."""
 
     def end(_: int) -> None:
         os.write(2, f"{_name(index())}: another process of this run has died or cannot be reached, so this one ends; "
-                    "run the same command again in all\n".encode())  # fmt: skip
+                    "run the same command again in all processes\n".encode())  # fmt: skip
         os._exit(1)
 
     global _handler
@@ -128,18 +129,18 @@ def _end_with_status_1() -> None:
     libc.signal(int(signal.SIGABRT), _handler)
 
 
-_handler: object = None  # kept, since C has a pointer to it
+_handler: object = None  # keeps the callback alive, since C has a pointer to it
 
 
 def _name(process: int) -> str:
     return f"process {process}" + (f" ({_hosts[process]})" if process < len(_hosts) else "")
 
 
-# What process 0 decides, and where all wait.
+# Broadcasts, gathers and barriers.
 
 
 def broadcast_from_process_0[T: Json](what: str, function: Callable[[], T], wait: float = WAIT) -> T:
-    """Returns what `function`, called in process 0 alone, returns there: a JSON value.
+    """Calls `function` in process 0 and returns its result, a JSON value, in all processes.
 
     All processes call this, in the same order. Raises UserError if process 0 takes more than `wait` seconds. An error
     in `function` ends process 0, and with it all others.
@@ -151,7 +152,7 @@ def broadcast_from_process_0[T: Json](what: str, function: Callable[[], T], wait
 
 
 def gather(what: str, value: Json, wait: float = WAIT) -> list[Json]:
-    """All-gathers a JSON value: the values of all processes, in the order of their numbers."""
+    """All-gathers a JSON value: returns the values of all processes, by index."""
     if _count == 1:
         return [value]
     call = _number()
@@ -168,10 +169,10 @@ def refuse(what: str, fault: str, fix: str = ALIKE, wait: float = WAIT) -> None:
 def agree(
     what: str, facts: Callable[[], JsonObject], wait: float = WAIT, fix: str = ALIKE, in_both: bool = False
 ) -> None:
-    """Raises the same UserError in all processes, naming the process and the fact, unless all have equal facts.
+    """Raises the same UserError in all processes unless all have equal facts; it names the process and the fact.
 
-    `facts` returns JSON values by name; a single process does not call it. With `in_both`, names that only one of two
-    processes has are ignored.
+    `facts` returns JSON values by name; a single process does not call it. With `in_both`, names that one of two
+    processes lacks are ignored.
     """
     if _count == 1:
         return
@@ -192,19 +193,19 @@ def barrier(what: str, wait: float = WAIT) -> None:
 def once_a_host[T: Json](what: str, function: Callable[[], T]) -> T:
     """Calls `function` in process 0, then in one process of each other host, then in the remaining ones.
 
-    So one process prepares what lies on a disk, whether the disk is local to a host or shared.
+    So a single process prepares the files on a disk, whether the disk is local to a host or shared.
     """
-    place = 0 if index() == 0 else 1 if _hosts.index(_hosts[index()]) == index() else 2
+    own_turn = 0 if index() == 0 else 1 if _hosts.index(_hosts[index()]) == index() else 2
     result: Json = None
     for turn in range(3 if _count > 1 else 1):
-        if place == turn:
+        if own_turn == turn:
             result = function()
         barrier(what, PREPARING)
     return result
 
 
 def _number() -> int:
-    """The number of this call. It is the same in all processes, which make the same calls."""
+    """The number of this call, the same in all processes since they make the same calls."""
     return next(_numbers)
 
 
@@ -213,23 +214,23 @@ def _client() -> Any:
 
 
 def _set(call: int, what: str, value: Json) -> Json:
-    said = json.dumps([what, value])
-    _client().key_value_set(f"imgclf_jax/call/{call}/{index()}", said)
-    return json.loads(said)[1]
+    message = json.dumps([what, value])
+    _client().key_value_set(f"imgclf_jax/call/{call}/{index()}", message)
+    return json.loads(message)[1]
 
 
 def _get(call: int, what: str, process: int, wait: float) -> Json:
     try:
-        said = _client().blocking_key_value_get(f"imgclf_jax/call/{call}/{process}", int(wait * 1000))
+        message = _client().blocking_key_value_get(f"imgclf_jax/call/{call}/{process}", int(wait * 1000))
     except Exception as e:
         if "DEADLINE_EXCEEDED" not in str(e):
             raise
-        raise UserError(f"{_name(process)} has not come to the same place ({what}) in {wait:g} s; look into its log, "
-                        "end all processes, and run the same command again") from e  # fmt: skip
-    there, value = json.loads(said)
-    if there != what:
-        raise UserError(f"{_name(process)} does something else ({there}) than {_name(index())} ({what}), so they were "
-                        f"not given the same; {ALIKE}")  # fmt: skip
+        raise UserError(f"{_name(process)} has not reached the same point ({what}) within {wait:g} s; see its log, end "
+                        "all processes, and run the same command again") from e  # fmt: skip
+    theirs, value = json.loads(message)
+    if theirs != what:
+        raise UserError(f"{_name(process)} is at another point ({theirs}) than {_name(index())} ({what}), so they were "
+                        f"started differently; {ALIKE}")  # fmt: skip
     return value
 
 
@@ -244,11 +245,11 @@ def published(folder: str) -> JsonObject:
     return {key.rpartition("/")[2]: json.loads(value) for key, value in found}
 
 
-# How all of them end.
+# Ending together.
 
 
 def tell(kind: str, text: str, status: int = 0) -> None:
-    """Tells the other processes that this one got a signal (`kind` "stop") or is ending ("end")."""
+    """Tells the other processes that this one received a signal (`kind` "stop") or is ending ("end")."""
     event = json.dumps({"kind": kind, "process": index(), "text": text, "status": status})
     for number in itertools.count():
         try:
@@ -260,7 +261,7 @@ def tell(kind: str, text: str, status: int = 0) -> None:
 
 
 def _watch(client: Any) -> None:
-    """Receives, in a thread, what the other processes `tell`."""
+    """Receives, in a thread, the events that other processes `tell`."""
     for number in itertools.count():
         try:
             event = json.loads(client.blocking_key_value_get(f"imgclf_jax/event/{number}", int(PREPARING * 1000)))
@@ -271,8 +272,8 @@ def _watch(client: Any) -> None:
         if event["kind"] == "end":
             signals.before_exit.remove(_tell_of_signal)
             if not index():
-                time.sleep(1.0)  # the service ends with this process, and the others have something to say
-            line = f"{_name(index())} ends, since {_name(event['process'])} does: {event['text']}"
+                time.sleep(1.0)  # the service ends with this process: let the others receive the event first
+            line = f"{_name(index())} ends because {_name(event['process'])} does: {event['text']}"
             signals.leave(event["status"], line)
         stops.append((event["text"], event["process"]))
         for listener in listeners:
@@ -280,7 +281,7 @@ def _watch(client: Any) -> None:
 
 
 def _tell_of_signal(status: int, line: str) -> None:
-    """Tells the others that a signal ends this process, which ends even if the service does not answer."""
+    """Tells the others that a signal ends this process. Gives up after two seconds if the service does not answer."""
     thread = threading.Thread(target=tell, args=("end", line, status), daemon=True)
     thread.start()
     thread.join(2.0)
@@ -288,14 +289,14 @@ def _tell_of_signal(status: int, line: str) -> None:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """While inside, an error that ends this process also ends the others, with status 1: they would wait for it."""
+    """Inside, an error that ends this process also ends the others, with status 1; they would wait for it."""
     global _failure
     try:
         yield
     except BaseException as e:
         if _count > 1:
             _failure = f"error: {e}" if isinstance(e, UserError | OSError) else f"{type(e).__name__}: {reason(e)}"
-            if index():  # of an error that all meet, process 0 alone tells the person, and ends the others
+            if index():  # if all raise the error, let process 0 report it and end the others
                 time.sleep(1.0)
             with contextlib.suppress(Exception):
                 tell("end", _failure, 1)
@@ -307,13 +308,13 @@ def end(status: int) -> NoReturn:
     if _count > 1:
         if not _failure:
             barrier("end")
-            for number in signals.SIGNALS:  # whoever started the processes may send one to all when the first ends
+            for number in signals.SIGNALS:  # a launcher may signal the others when the first process ends
                 signal.signal(number, signal.SIG_IGN)
             jax.distributed.shutdown()
             if _watcher:
                 _watcher.join(10.0)
         else:
-            time.sleep(0.0 if index() else 1.0)  # until all have heard of it: the service ends with process 0
+            time.sleep(0.0 if index() else 1.0)  # the service ends with process 0: let all hear of it first
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status or 1)

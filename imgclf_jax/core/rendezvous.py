@@ -1,7 +1,7 @@
-"""Lets the processes of a run meet before JAX's coordination service starts, which crashes on a wrong number or port.
+"""Brings the processes of a run together before JAX's coordination service, which crashes on a wrong count or port.
 
 Process 0 listens at the coordinator's address. Every other process connects, introduces itself in one line of JSON, and
-gets the answer "wait". Once all have come, or something is wrong, it is told the fault, or "".
+receives "wait". Once all have connected, or on a fault, it receives the fault, or "".
 """
 
 import contextlib
@@ -17,17 +17,17 @@ from imgclf_jax.core.typing import Json, JsonObject
 
 log = logging.getLogger(__name__)
 
-_PATIENT = 20.0  # seconds after which the log says who is missing, and a stranger at the address is given up
-_BUSY = 5.0  # seconds in which a process 0 that has just ended gives its port back
-_LONGEST = 600.0  # seconds that a process waits for what process 0 says, which is patient for less
-_READ = 2.0  # seconds that a caller has for its line: health checks and port scanners say nothing
+_PATIENT = 20.0  # seconds until the log names missing processes, and until another program at the address is an error
+_BUSY = 5.0  # seconds until the port of a process 0 that has just ended is free again
+_LONGEST = 600.0  # seconds that a process waits for the outcome; process 0 gives up earlier
+_READ = 2.0  # seconds that a caller has to send its line: health checks and port scanners send nothing
 
 
 def meet(address: str, number: int, process: int, patience: float) -> None:
-    """Waits until all `number` processes have come to `address`, the HOST:PORT of process 0.
+    """Waits until all `number` processes have connected to `address`, the HOST:PORT of process 0.
 
-    Raises UserError, with the same sentence in every process that can be reached, if the port is taken, two processes
-    have the same number, their counts differ, or one ends or does not come within `patience` seconds.
+    Raises the same UserError in every process that can be reached if the port is taken, two processes have the same
+    index, their counts differ, or one ends or does not connect within `patience` seconds.
     """
     host, _, port = address.rpartition(":")
     where = host.strip("[]"), int(port)
@@ -46,24 +46,26 @@ def _receive(where: tuple[str, int], number: int, process: int, patience: float)
         while len(callers) < number - 1 and not fault:
             for key, _ in waiting.select(1.0):
                 if key.data is not None:
-                    fault = f"process {key.data} (host {callers[key.data][1]}) has ended before all came; see its log"
+                    fault = f"process {key.data} (host {callers[key.data][1]}) ended before all had joined; see its log"
                 elif caller := _greet(server, stack):
-                    stream, told = caller
-                    fault = fault or _find_fault(told, number, callers)
-                    callers.setdefault(told["process"], (stream, told["host"]))
-                    waiting.register(stream, selectors.EVENT_READ, told["process"])
+                    stream, hello = caller
+                    fault = fault or _find_fault(hello, number, callers)
+                    callers.setdefault(hello["process"], (stream, hello["host"]))
+                    waiting.register(stream, selectors.EVENT_READ, hello["process"])
                     if fault:
-                        _say(stream, fault)
+                        _send(stream, fault)
             missing = ", ".join(str(one) for one in range(1, number) if one not in callers)
             if time.monotonic() > end:
-                fault = fault or (f"process {missing} has not come to port {port} of host {socket.gethostname()} in "
-                                  f"{patience:g} s; start all processes with the same --coordinator")  # fmt: skip
+                fault = fault or (
+                    f"process {missing} has not connected to port {port} of host {socket.gethostname()} within "
+                    f"{patience:g} s; start all processes with the same --coordinator"
+                )
             elif missing and time.monotonic() > late:
                 late = end
                 log.warning("waiting for process %s at port %d of host %s", missing, port, socket.gethostname())
         server.close()
         for stream, _ in callers.values():
-            _say(stream, fault)
+            _send(stream, fault)
     if fault:
         raise UserError(fault)
 
@@ -75,12 +77,12 @@ def _listen(where: tuple[str, int], number: int) -> socket.socket:
     end = time.monotonic() + _BUSY
     while True:
         with contextlib.ExitStack() as stack:
-            if stream := _call(where, number, 0, stack, _READ)[1]:  # of another process 0, which now knows of this one
-                _heed(stream, "the same address")
+            if stream := _call(where, number, 0, stack, _READ)[1]:  # to another process 0, which now knows of this one
+                _await_outcome(stream, "the same address")
         try:
             return socket.create_server(("", where[1]), family=family, backlog=number + 16, dualstack_ipv6=both)
         except OverflowError as e:
-            raise UserError(f"--coordinator: {where[1]} is no port; allowed: 1 to 65535") from e
+            raise UserError(f"--coordinator: {where[1]} is not a port; allowed: 1 to 65535") from e
         except OSError as e:
             if time.monotonic() > end:
                 why = os.strerror(e.errno) if e.errno else e
@@ -90,25 +92,25 @@ def _listen(where: tuple[str, int], number: int) -> socket.socket:
 
 
 def _greet(server: socket.socket, stack: contextlib.ExitStack) -> tuple[socket.SocketIO, JsonObject] | None:
-    """Accepts a connection: its stream and what the caller says; None if it is no process of a run."""
+    """Accepts a connection: returns its stream and the caller's introduction; None unless it is a process of a run."""
     connection, _ = server.accept()
     connection.settimeout(_READ)
     stream = connection.makefile("rwb", buffering=0)
     connection.close()  # when the stream is closed too
     try:
-        told = json.loads(stream.readline(4096))
-        told = {"process": int(told["process"]), "number": int(told["number"]), "host": str(told["host"])}
+        said = json.loads(stream.readline(4096))
+        hello = {"process": int(said["process"]), "number": int(said["number"]), "host": str(said["host"])}
         stream.write(b'"wait"\n')
     except (OSError, ValueError, TypeError, KeyError):
         stream.close()
         return None
-    return stack.enter_context(contextlib.closing(stream)), told
+    return stack.enter_context(contextlib.closing(stream)), hello
 
 
-def _find_fault(told: JsonObject, number: int, callers: dict[int, tuple[socket.SocketIO, str]]) -> str:
-    process, host = told["process"], told["host"]
-    if told["number"] != number:
-        return (f"process {process} (host {host}) was given --num_processes={told['number']}, process 0 (host "
+def _find_fault(hello: JsonObject, number: int, callers: dict[int, tuple[socket.SocketIO, str]]) -> str:
+    process, host = hello["process"], hello["host"]
+    if hello["number"] != number:
+        return (f"process {process} (host {host}) was given --num_processes={hello['number']}, process 0 (host "
                 f"{socket.gethostname()}) --num_processes={number}; give all processes the same")  # fmt: skip
     if process in callers or process == 0:
         other = callers[process][1] if process else socket.gethostname()
@@ -117,41 +119,41 @@ def _find_fault(told: JsonObject, number: int, callers: dict[int, tuple[socket.S
     return ""
 
 
-def _say(stream: socket.SocketIO, fault: str) -> None:
+def _send(stream: socket.SocketIO, fault: str) -> None:
     with contextlib.suppress(OSError):
         stream.write(json.dumps(fault).encode() + b"\n")
 
 
 def _report(where: tuple[str, int], number: int, process: int, patience: float) -> None:
-    """In the other processes: reports to process 0 and waits for the outcome."""
+    """In the other processes: connects to process 0 and waits for the outcome."""
     name, began = f"{where[0]}:{where[1]}", time.monotonic()
-    strange: float | None = None  # since when something answers there that is no process 0 which waits
+    strange: float | None = None  # the time since which something other than a waiting process 0 answers
     warned = False
     while time.monotonic() < began + patience:
         with contextlib.ExitStack() as stack:
             called = time.monotonic()
             answered, stream = _call(where, number, process, stack, _PATIENT)
             if stream:
-                _heed(stream, name)
+                _await_outcome(stream, name)
                 _await_service(where)
                 return
         strange = (strange or called) if answered else strange
         if strange and time.monotonic() > strange + _PATIENT:
-            raise UserError(f"what answers at {name} is not process 0 of a run that starts: another program has the "
+            raise UserError(f"{name} answers, but not as process 0 of a run that is starting: another program has the "
                             "port, or the run began without this process; start all processes together, with a free "
                             "port in --coordinator")  # fmt: skip
         if not warned and time.monotonic() > began + _PATIENT:
             warned = True
             log.warning("process %d is waiting for process 0 at %s", process, name)
         time.sleep(0.2)
-    raise UserError(f"process 0 has not come to {name} in {patience:g} s; start it on that host, and all processes "
-                    "with the same --coordinator")  # fmt: skip
+    raise UserError(f"process 0 does not listen at {name} after {patience:g} s; start it on that host, and all "
+                    "processes with the same --coordinator")  # fmt: skip
 
 
 def _call(
     where: tuple[str, int], number: int, process: int, stack: contextlib.ExitStack, wait: float
 ) -> tuple[bool, Json]:
-    """Whether anything listens there, and the stream to process 0 if it answers within `wait` seconds, else None."""
+    """Returns whether anything listens there, and the stream to process 0 if it answers within `wait` seconds."""
     hello = {"process": process, "number": number, "host": socket.gethostname()}
     answered = False
     with contextlib.suppress(OSError, ValueError):
@@ -167,7 +169,7 @@ def _call(
 
 
 def _await_service(where: tuple[str, int]) -> None:
-    """Waits briefly until JAX's service listens in place of `meet`: a refused client would wait a whole second."""
+    """Waits briefly until JAX's service listens in place of `meet`; a refused client retries only after a second."""
     end = time.monotonic() + 2.0
     while time.monotonic() < end:
         with contextlib.suppress(OSError), socket.create_connection(where, timeout=_READ):
@@ -175,11 +177,11 @@ def _await_service(where: tuple[str, int]) -> None:
         time.sleep(0.01)
 
 
-def _heed(stream: socket.SocketIO, name: str) -> None:
-    """Waits for the outcome from process 0, or for its end."""
+def _await_outcome(stream: socket.SocketIO, name: str) -> None:
+    """Waits until process 0 sends the outcome, or ends. Raises UserError for a fault."""
     try:
         fault = json.loads(stream.readline())
     except (OSError, ValueError):
-        fault = f"process 0 at {name} has ended before all came; see its log"
+        fault = f"process 0 at {name} ended before all had joined; see its log"
     if fault:
         raise UserError(fault)

@@ -28,9 +28,9 @@ def fold(key: jax.Array, name: str, number: jax.Array | int = 0) -> jax.Array:
 
 
 def init_streams(key: jax.Array) -> dict[str, jax.Array]:
-    """The rng streams that a model is initialized with: linen modules draw from "params", nnx ones from "default" too.
+    """The rng streams for initializing a model: linen modules draw from "params", nnx modules also from "default".
 
-    Linen takes "params" for a stream that is not there, such as that of `make_rng("noise")`, and nnx takes "default".
+    For a missing stream, such as that of `make_rng("noise")`, linen falls back to "params" and nnx to "default".
     """
     return {"params": key, "default": fold(key, "default")}
 

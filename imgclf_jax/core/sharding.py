@@ -1,7 +1,7 @@
-"""One program over all devices: a mesh, and how arrays lie on it. A single device is the mesh of size one.
+"""The device mesh, and how arrays are sharded over it. A single device is the mesh of size one.
 
-The images of a batch are split over all axes of the mesh. The state is whole on every device, but for what is split
-over the axis `fsdp`, see `optim/partition.py`, and for the states of other seeds where there is an axis `seeds`.
+A batch is sharded over all axes of the mesh. The train state is replicated, except over the axis `fsdp`, which shards
+parameters (see `optim/partition.py`), and over the axis `seeds`, which shards the seeds.
 """
 
 import contextlib
@@ -24,9 +24,10 @@ AXES = ("data", "fsdp", "seeds")
 
 
 def make_mesh(devices: list[jax.Device] | None = None, text: str = "data=-1") -> Mesh:
-    """The mesh that a text such as 'data=-1, fsdp=4' names, over all devices of all hosts (or over those given).
+    """Makes the mesh of a text such as 'data=-1, fsdp=4' over `devices`, by default all devices of all hosts.
 
-    A size of -1 is what the other axes leave. Raises UserError for another text, and if the devices do not suffice.
+    An axis of size -1 takes the remaining devices. Raises UserError if the text does not parse or does not fit the
+    number of devices.
     """
     devices = devices or jax.devices()
     sizes: dict[str, int] = {}
@@ -35,26 +36,28 @@ def make_mesh(devices: list[jax.Device] | None = None, text: str = "data=-1") ->
         if name not in AXES:
             raise UserError(unknown("axis of mesh", name, AXES))
         if not re.fullmatch(r"-1|[1-9]\d*", size) or name in sizes or (size == "-1" and -1 in sizes.values()):
-            raise UserError(f"mesh={text!r}: each axis once, with its size, one of them -1: 'data=-1, fsdp=4'")
+            raise UserError(
+                f"mesh={text!r}: name each axis once with its size, at most one of them -1, as in 'data=-1, fsdp=4'"
+            )
         sizes[name] = int(size)
     fixed = math.prod(size for size in sizes.values() if size > 0)
     if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
         raise UserError(
-            f"mesh={text!r}: there are {len(devices)} devices, and the sizes multiply to {fixed}; together they must "
-            "be all devices, with a size of -1 for what the others leave"
+            f"mesh={text!r}: the sizes multiply to {fixed}, but there are {len(devices)} devices; the mesh must have "
+            "all of them, and an axis of size -1 takes those that remain"
         )
     shape = [len(devices) // fixed if size < 0 else size for size in sizes.values()]
     if len({"seeds", "fsdp"} & sizes.keys()) == 2:
-        raise UserError(f"mesh={text!r}: seeds and fsdp do not go together: a seed's state is whole on its devices")
+        raise UserError(f"mesh={text!r}: seeds and fsdp do not combine, since the state of a seed is not sharded")
     return Mesh(_arranged(devices, shape), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def _arranged(devices: list[jax.Device], shape: list[int]) -> np.ndarray:
-    """The devices in the order that suits their network, as `jax.make_mesh` has it: a ring, or the axes of a torus.
+    """Arranges the devices to suit their network, as `jax.make_mesh` does: as a ring, or along the axes of a torus.
 
-    It is put together from the functions below `jax.make_mesh`, which itself refuses several TPU slices and, but for
-    v5e, to split a physical axis. The first axis is split over slices, or hosts with GPUs, if it can be. A part of a
-    pod for which JAX knows no order stays in that of `devices`.
+    It calls the functions beneath `jax.make_mesh`, which itself refuses several TPU slices and, except on v5e, refuses
+    to split a physical axis. The first axis is split over slices, or over GPU hosts, if possible. Devices that JAX
+    cannot arrange, such as part of a pod, keep the order of `devices`.
     """
     slices = len({getattr(device, "slice_index", None) for device in devices})
     try:
@@ -63,14 +66,15 @@ def _arranged(devices: list[jax.Device], shape: list[int]) -> np.ndarray:
             return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     except (AssertionError, NotImplementedError, ValueError) as e:
-        log.info("the devices are in their own order, since JAX has no other for a mesh of %s: %s", shape, reason(e))
+        log.info("the devices keep their own order, since JAX has none for a mesh of %s: %s", shape, reason(e))
         return np.array(devices).reshape(shape)
 
 
 def make_inference_mesh(text: str) -> Mesh:
-    """The mesh over all devices here for a model trained on the mesh `text`: sharded parameters stay sharded.
+    """Makes the mesh over all devices for inference with a model trained on the mesh `text`.
 
-    With as many devices as in training it is the same mesh, but for an axis `seeds`: each device then runs all seeds.
+    Sharded parameters stay sharded. With as many devices as in training it is the same mesh, but without the axis
+    `seeds`: each device runs all seeds.
     """
     if "fsdp" not in text:
         return make_mesh()
@@ -80,88 +84,88 @@ def make_inference_mesh(text: str) -> Mesh:
 
 
 def groups_of_seeds(num_seeds: int, mesh: Mesh) -> int:
-    """In how many groups of devices the seeds lie, each with as many. Raises UserError if they do not divide."""
+    """The number of device groups that share out the seeds evenly. Raises UserError if they do not divide."""
     groups: int = mesh.shape.get("seeds", 1)
     if num_seeds % groups:
-        raise UserError(f"num_seeds={num_seeds} does not divide into the {groups} parts of the mesh's axis seeds")
+        raise UserError(f"num_seeds={num_seeds} is not divisible by {groups}, the size of the mesh's axis seeds")
     return groups
 
 
-def over_seeds(here: Function, num_seeds: int, mesh: Mesh) -> Function:
-    """The train step of all seeds, where each group of devices computes seeds of its own.
+def over_seeds(group_step: Function, num_seeds: int, mesh: Mesh) -> Function:
+    """Returns the train step of all seeds, in which each group of devices computes its own seeds.
 
-    `here` is `step.vmap_over_seeds` of a group's seeds. With one seed a group it is the train step of a single run,
-    which avoids the grouped convolutions that `vmap` over seeds makes.
+    `group_step` is `step.vmap_over_seeds` for the seeds of a group. With one seed per group it is the train step of a
+    single run, which avoids the grouped convolutions of a `vmap` over seeds.
     """
     groups = groups_of_seeds(num_seeds, mesh)
     if groups == 1:
-        return here
+        return group_step
 
-    def own(states: State, batch: Batch, *fixed: PyTree) -> PyTree:  # [seeds here, …], [b, seeds here, …]
+    def local(states: State, batch: Batch, *fixed: PyTree) -> PyTree:  # [seeds of the group, …], [b, seeds, …]
         if num_seeds > groups:
-            return here(states, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch), *fixed)
-        one = here(jax.tree.map(lambda x: x.squeeze(0), states), jax.tree.map(lambda x: x.squeeze(1), batch), *fixed)
+            return group_step(states, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch), *fixed)
+        one = group_step(
+            jax.tree.map(lambda x: x.squeeze(0), states), jax.tree.map(lambda x: x.squeeze(1), batch), *fixed
+        )
         return jax.tree.map(lambda x: x[None], one)
 
-    by_group, of_batch = PartitionSpec("seeds"), PartitionSpec(None, "seeds")
-    lies = NamedSharding(mesh, PartitionSpec("data" if "data" in mesh.shape else None, "seeds"))
+    by_group, batch_spec = PartitionSpec("seeds"), PartitionSpec(None, "seeds")
+    batch_sharding = NamedSharding(mesh, PartitionSpec("data" if "data" in mesh.shape else None, "seeds"))
 
-    def of_all(states: State, batch: Batch, *fixed: PyTree) -> PyTree:
+    def all_seeds(states: State, batch: Batch, *fixed: PyTree) -> PyTree:
         batch = jax.tree.map(lambda x: x.reshape(-1, num_seeds, *x.shape[1:]), batch)
-        grouped = jax.shard_map(own, mesh=mesh, in_specs=(by_group, of_batch, *[PartitionSpec()] * len(fixed)),
+        grouped = jax.shard_map(local, mesh=mesh, in_specs=(by_group, batch_spec, *[PartitionSpec()] * len(fixed)),
                                 out_specs=by_group, axis_names={"seeds"}, check_vma=False)  # fmt: skip
-        return grouped(states, jax.lax.with_sharding_constraint(batch, lies), *fixed)
+        return grouped(states, jax.lax.with_sharding_constraint(batch, batch_sharding), *fixed)
 
-    return of_all
+    return all_seeds
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same whole array on every device."""
+    """The sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def sharded(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """One axis split over the devices: that of the examples in a batch."""
-    # Seeds last: a batch has the seeds' examples side by side, so that the groups that share them out are neighbours.
+    """The sharding that splits one axis, that of the examples in a batch, over all devices."""
+    # Seeds last, since a batch interleaves the seeds' examples.
     names = tuple(sorted(mesh.axis_names, key="seeds".__eq__))
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, names if len(names) > 1 else names[0]))
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1, key: str = "batch_size") -> None:
-    """Raises UserError unless every device gets the same number of examples, of each of a step's parts.
+    """Raises UserError unless every device gets the same number of examples of each microbatch.
 
-    `key` is the config key that says the size.
+    `key` is the config key of the batch size.
     """
     parts = mesh.size * accumulate
     if batch_size % parts:
         low = batch_size - batch_size % parts
         near = [str(b) for b in (low, low + parts) if b]
-        by = (
-            f"{parts}, the parts of a step (accumulate) times the devices" if accumulate > 1 else f"the {parts} devices"
-        )
+        by = f"{parts}, the microbatches (accumulate) times the devices" if accumulate > 1 else f"the {parts} devices"
         raise UserError(f"{key}={batch_size} is not divisible by {by}; the nearest that are: {' and '.join(near)}")
 
 
 def round_up(batch_size: int, mesh: Mesh) -> int:
-    """The least size from `batch_size` on that every device gets an equal share of, for batches that are padded."""
+    """Rounds a batch size up to a multiple of the device count, for batches that are padded."""
     return -(-batch_size // mesh.size) * mesh.size
 
 
 def rows_here(size: int, mesh: Mesh) -> np.ndarray:
-    """The places int64[b], ascending, of those of `size` examples that this process' devices get of a batch.
+    """The rows int64[b], ascending, of a batch of `size` examples that the devices of this process hold.
 
-    By the order of the devices in the mesh, which need not be that of the processes. Raises UserError unless every
-    device gets the same number.
+    They follow the order of the devices in the mesh, which need not be that of the processes. Raises UserError unless
+    every device gets the same number.
     """
     if size % mesh.size:
         raise UserError(f"a batch of {size} is not divisible by the {mesh.size} devices")
-    lies = sharded(mesh).addressable_devices_indices_map((size,)).values()
-    edges = {index[0].indices(size)[:2] for index in lies if index}
+    slices = sharded(mesh).addressable_devices_indices_map((size,)).values()
+    edges = {index[0].indices(size)[:2] for index in slices if index}
     return np.concatenate([np.arange(*own, dtype=np.int64) for own in sorted(edges)])
 
 
 def put_batch(batch: Batch, mesh: Mesh, axis: int = 0) -> Batch:
-    """The rows of this process to global arrays, split over the devices along `axis`; the copy is asynchronous.
+    """Makes global arrays, sharded along `axis`, of the rows of this process; the copy is asynchronous.
 
     `batch` holds arrays, or dicts of arrays with another number of rows.
     """
@@ -171,20 +175,20 @@ def put_batch(batch: Batch, mesh: Mesh, axis: int = 0) -> Batch:
 
 
 def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
-    """A pytree of arrays that each process has, to arrays that are whole on every device."""
+    """Replicates a pytree of arrays, which every process has, on all devices."""
     return jax.tree.map(lambda x: put(x, replicated(mesh)), tree)
 
 
 def put(x: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
-    """An array that each process has, to a global array with this sharding."""
+    """Makes a global array with this sharding of an array that every process has."""
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
-    host = np.asarray(x)  # `device_put` would have the processes compare all of it
+    host = np.asarray(x)  # `device_put` would compare it between all processes
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def fetch(x: ArrayLike) -> np.ndarray:
-    """A global array to NumPy, whole in every process. All processes call this."""
+    """Fetches a whole global array to the host of every process. All processes call this."""
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))

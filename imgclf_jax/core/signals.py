@@ -21,14 +21,14 @@ log = logging.getLogger(__name__)
 
 type Handler = Callable[[int, FrameType | None], object] | int | None
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
-SAME = 2.0  # seconds in which signals are one request: `uv run` passes on what the terminal sends to the whole group
+SAME = 2.0  # seconds within which signals are one request: `uv run` repeats what the terminal sends to the whole group
 
-# Called in any thread, with the exit status and message, before a signal ends the process.
+# Called, in any thread, with the exit status and message before a signal ends the process.
 before_exit: list[Callable[[int, str], None]] = []
 
 
 class Stopped(Exception):
-    """A signal, whose name is the argument, interrupted work that can be repeated."""
+    """A signal interrupted work that can be repeated; the argument is its name."""
 
 
 def number(name: str) -> int:
@@ -50,9 +50,10 @@ def check(stop: Callable[[], str]) -> None:
 
 
 class _Requests:
-    """The requests since `noted` was entered. `losing` describes what ending at once loses; None outside of `noted`.
+    """The requests since `noted` was entered.
 
-    `began` is the time of the latest earlier request, some of whose signals may still arrive.
+    - `losing` describes what ending at once would lose; None outside of `noted`.
+    - `began` is the time of the latest earlier request, some of whose signals may still arrive.
     """
 
     def __init__(self, losing: Callable[[], str] | None = None, began: float = -SAME, grace: float = 0.0):
@@ -87,7 +88,7 @@ class _Requests:
             _end(number, f"{name} again: stopped at once; lost: {self.losing()}")
 
     def _end_in_time(self, number: int, name: str) -> None:
-        """Ends the process after `grace` seconds: the sender of the signal may kill it soon after."""
+        """Ends the process after `grace` seconds, before the sender of the signal kills it."""
         losing = self.losing
         if self._grace and losing:
             text = f"{name}: not saved in {self._grace:g} s, the --grace; stopped at once; lost: "
@@ -96,17 +97,17 @@ class _Requests:
             self._timer.start()
 
     def cancel(self) -> None:
-        """Cancels the end after `grace` seconds: work has stopped in time."""
+        """Cancels the timer of `grace`, since work has stopped in time."""
         self._timer.cancel()
 
 
 _now = _Requests()
 _pipe: int | None = None  # where signals are written for the thread; None unless the handlers are installed
-_terminals: list[int] = []  # of standard input, output and error, those that were a terminal
+_terminals: list[int] = []  # the standard streams, by descriptor, that were a terminal
 
 
 def install() -> threading.Thread:
-    """Installs the handlers for the whole process. Signals that it was started to ignore stay ignored.
+    """Installs the handlers for the whole process. Signals that were ignored at its start stay ignored.
 
     Returns the thread that handles signals. It ends when the pipe is closed.
     """
@@ -125,11 +126,11 @@ def install() -> threading.Thread:
 
 @contextlib.contextmanager
 def noted(losing: Callable[[], str], grace: float = 0.0) -> Iterator[Callable[[], str]]:
-    """While inside, notes requests to stop; yields a function that returns the first signal's name, or "".
+    """Inside, notes requests to stop; yields a function that returns the first signal's name, or "".
 
-    Signals within SAME seconds are one request. The second request logs what a third would lose, as `losing` words it.
-    The third ends the process, as do `grace` seconds after the first, unless 0. If `install` was not called, handlers
-    are installed while inside; outside of the main thread, Python allows none.
+    Signals within SAME seconds are one request. The second request logs what a third would lose, in the words of
+    `losing`. The third ends the process, as does a timer `grace` seconds after the first, unless 0. If `install` was
+    not called, the handlers are installed only inside; outside the main thread, Python allows none.
     """
     global _now, _pipe
     own = _pipe is None and threading.current_thread() is threading.main_thread()
@@ -156,7 +157,7 @@ def _pass_on(number: int, frame: FrameType | None) -> None:
     """Python's handler, in the main thread."""
     if _pipe is not None:
         _now.note(number)
-        if signal.set_wakeup_fd(_pipe, warn_on_full_buffer=False) != _pipe:  # an event loop had taken it
+        if signal.set_wakeup_fd(_pipe, warn_on_full_buffer=False) != _pipe:  # an event loop had replaced it
             os.write(_pipe, bytes([number]))
 
 
@@ -191,7 +192,7 @@ def leave(status: int, line: str) -> NoReturn:
 
 
 def _forget() -> None:
-    """Restores default handlers in a forked process, such as a library's worker."""
+    """Restores the default handlers in a forked process, such as a library's worker."""
     global _pipe
     if _pipe is not None:
         signal.set_wakeup_fd(-1)

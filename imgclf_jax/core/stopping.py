@@ -1,7 +1,7 @@
 """Stops a run on a signal, at the same step in all of its processes.
 
-JAX's preemption sync point, which Orbax asks, knows SIGTERM alone and is asked once a step. The points here also lie in
-compilation and evaluation, where a run may spend most of its time.
+JAX's preemption sync point, which Orbax uses, knows only SIGTERM and is checked once per step. The points here are also
+inside compilation and evaluation, where a run may spend most of its time.
 """
 
 import contextlib
@@ -17,27 +17,27 @@ log = logging.getLogger(__name__)
 
 
 class Stopping:
-    """Call it at points that all processes pass in the same order: the signal's name if all stop here, else "".
+    """Decides where all processes stop. Call it at points that all of them pass in the same order.
 
-    `asked` returns the name of the signal that this process received, or "". Any process may receive one at any time,
-    and none knows how far the others are. So after a signal each publishes the number of points it has passed, waits
-    for those of all others, and goes on to the largest one, where all stop.
+    It returns the signal's name if all stop here, else "". `asked` returns the name of the signal that this process
+    received, or "". Any process may receive one at any time, and none knows how far the others are. So after a signal
+    each publishes the number of points it has passed, waits for those of all others, and continues to the largest.
     """
 
     def __init__(self, asked: Callable[[], str], wait: float = processes.WAIT):
         self._asked, self._wait = asked, wait
         self._lock = threading.Lock()
         self._passed = 0  # points
-        self._name = ""  # of the signal, from when `_passed` was said on
-        self._last: int | None = None  # the point where all stop, once it is known
-        self._met: set[str] = set()  # where all have waited for each other
+        self._name = ""  # the signal, once `_passed` is published
+        self._last: int | None = None  # the point where all stop, once known
+        self._met: set[str] = set()  # the points of `wait_for_all` that are done
 
     def __call__(self) -> str:
         """Passes a point, or stops there."""
         if processes.count() == 1:
             return self._asked()
         with self._lock:
-            if not self._heard():
+            if not self._received():
                 self._passed += 1
                 return ""
         if self._agreed():
@@ -46,12 +46,12 @@ class Stopping:
         return ""
 
     def waiting(self) -> str:
-        """The same between two points, any number of times, for a process that waits for work of its own."""
+        """The same between two points, as often as needed, for a process that waits for its own work."""
         if processes.count() == 1:
             return self._asked()
         with self._lock:
-            heard = self._heard()
-        return self._name if heard and self._agreed() else ""
+            received = self._received()
+        return self._name if received and self._agreed() else ""
 
     def wait_for_all(self, what: str) -> None:
         """Waits for all processes the first time it is called with `what`.
@@ -63,10 +63,10 @@ class Stopping:
         self._met.add(what)
         processes.publish(f"{what}/{processes.index()}", True)
         end = time.monotonic() + processes.PREPARING
-        while len(here := processes.published(what)) < processes.count():
+        while len(arrived := processes.published(what)) < processes.count():
             signals.check(self.waiting)
             if time.monotonic() > end:
-                raise UserError(f"process {_missing(here)} is not {what} after a day; look into its log")
+                raise UserError(f"process {_missing(arrived)} is not {what} after a day; see its log")
             time.sleep(0.05)
 
     def hear(self, name: str, process: int) -> None:
@@ -74,48 +74,48 @@ class Stopping:
         with self._lock:
             if not self._name:
                 log.warning("%s at process %d: stopping, and saving a checkpoint", name, process)
-                self._say(name)
+                self._publish(name)
 
-    def _heard(self) -> bool:
-        """Whether any process received a signal. Tells the others of this process's own."""
+    def _received(self) -> bool:
+        """Whether any process received a signal. Tells the others of the signal of this process."""
         if not self._name and (name := self._asked()):
-            self._say(name)
+            self._publish(name)
             processes.tell("stop", name)
         return bool(self._name)
 
-    def _say(self, name: str) -> None:
+    def _publish(self, name: str) -> None:
         self._name = name
         processes.publish(f"passed/{processes.index()}", self._passed)
 
     def _agreed(self) -> bool:
-        """Whether all processes stop at the point where this one is."""
+        """Whether all processes stop at the current point of this one."""
         if self._last is None:
             end = time.monotonic() + self._wait
-            said: dict[str, int] = {}
-            while len(said) < processes.count():
+            passed: dict[str, int] = {}
+            while len(passed) < processes.count():
                 if time.monotonic() > end:
-                    raise UserError(f"process {_missing(said)} does not say how far it is, {self._wait:g} s after "
-                                    f"{self._name}; the last checkpoint stands")  # fmt: skip
-                said = processes.published("passed")
+                    raise UserError(f"process {_missing(passed)} has not reported its step {self._wait:g} s after "
+                                    f"{self._name}; the last checkpoint is intact")  # fmt: skip
+                passed = processes.published("passed")
                 time.sleep(0.01)
-            self._last = max(said.values())
+            self._last = max(passed.values())
         return self._passed == self._last
 
 
-def _missing(here: Container[str]) -> str:
-    return ", ".join(number for number in map(str, range(processes.count())) if number not in here)
+def _missing(arrived: Container[str]) -> str:
+    return ", ".join(number for number in map(str, range(processes.count())) if number not in arrived)
 
 
 @contextlib.contextmanager
 def stopping(losing: Callable[[], str], grace: float = 0.0) -> Iterator[Stopping]:
-    """While inside, signals are noted (see `signals.noted`); yields the `Stopping` to call at each point."""
+    """Inside, notes signals (see `signals.noted`); yields the `Stopping` to call at each point."""
     with signals.noted(losing, grace) as asked:
         stop = Stopping(asked)
         processes.listeners.append(stop.hear)
-        for name, process in list(processes.stops):  # that came before
+        for name, process in list(processes.stops):  # signals that came earlier
             stop.hear(name, process)
         try:
             yield stop
-            processes.barrier("the end of training")  # until then others may ask how far this one is
+            processes.barrier("the end of training")  # until then, others may wait for the count of this one
         finally:
             processes.listeners.remove(stop.hear)

@@ -1,4 +1,4 @@
-"""TensorFlow, imported in a thread: it takes seconds, in which training can begin."""
+"""Imports TensorFlow in a thread. The import takes seconds, during which training can begin."""
 
 import concurrent.futures
 import functools
@@ -7,10 +7,10 @@ from types import ModuleType
 
 @functools.cache
 def tensorflow() -> concurrent.futures.Future[ModuleType | None]:
-    """The module, or None where it is not installed; the first call begins the import.
+    """A future of the module, or of None if it is not installed. The first call starts the import.
 
-    All that needs TensorFlow, or a library that imports it, waits for this first: two threads that import it at once
-    can see halves of it.
+    Code that needs TensorFlow, or a library that imports it, waits for this future first: two threads that import it at
+    once can see a half-initialized module.
     """
 
     def load() -> ModuleType | None:

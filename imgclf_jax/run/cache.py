@@ -1,4 +1,4 @@
-"""The user's cache folder. It holds what is kept between runs and can be made again."""
+"""The user's cache folder, whose contents can be recomputed."""
 
 import os
 from pathlib import Path
@@ -7,8 +7,8 @@ from pathlib import Path
 def folder(name: str) -> Path:
     """`~/.cache/imgclf_jax/NAME`, or the same under XDG_CACHE_HOME. The folder may not exist yet.
 
-    XDG_CACHE_HOME counts if it is an absolute path, as its specification says. Where the user has no home, it is a
-    place in which no folder can be made: nothing is kept.
+    XDG_CACHE_HOME counts only if it is an absolute path, as its specification says. For a user without a home it is a
+    path where no folder can be created, so nothing is cached.
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):

@@ -1,4 +1,4 @@
-"""When a run logs, evaluates and saves, and the ranges of steps between."""
+"""When a run logs, evaluates and saves, and the ranges of steps in between."""
 
 import bisect
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,7 +11,7 @@ from imgclf_jax import config as configs
 
 
 class Due(NamedTuple):
-    """What is due after a step."""
+    """What to do after a step."""
 
     log: bool
     eval: bool
@@ -29,7 +29,7 @@ class Cadences:
     end: int | None = field(default=None, kw_only=True)  # training ends after so many steps; None: after `total`
 
     def due(self, step: int) -> Due:
-        """What is due after `step` steps."""
+        """What to do after `step` steps."""
         return Due(*(step == self.total or configs.is_due(step, every) for every in self._periods))
 
     def ranges(
@@ -44,7 +44,7 @@ class Cadences:
         while (start := left_out.get(start, start)) < end:
             due = min(end, *(configs.next_due(start, every, self.total) for every in self._periods))
             due = min([due, *edges[(i := bisect.bisect_right(edges, start)) : i + 1]])
-            count = -(-(due - start) // size)  # ranges until then; their lengths differ by at most one step
+            count = -(-(due - start) // size)  # ranges until then, with lengths that differ by at most one step
             stop = start - (start - due) // count
             yield range(start, stop)
             start = stop

@@ -1,10 +1,10 @@
 """Checkpoints. Orbax saves them asynchronously and renames them atomically; this module verifies them.
 
 A checkpoint holds the train state and the metric accumulator since the last log line, so a resumed run logs the same
-numbers as an uninterrupted one. What goes beyond `ocp.CheckpointManager`, each held by tests/run/test_checkpoint.py or
-test_verified.py: checksums of all files, since Orbax restores flipped bits; falling back to an older checkpoint; NaN as
-the worst score, since BestN sorts it anywhere; a symlink for names that Orbax takes for glob patterns; saving a step
-again with the scores of an evaluation that a signal cut short.
+numbers as an uninterrupted one. To `ocp.CheckpointManager` it adds (tests/run/test_checkpoint.py and test_verified.py):
+checksums of all files, since Orbax restores flipped bits; falling back to an older checkpoint; NaN as the worst
+score, since BestN sorts it anywhere; a symlink for names that Orbax takes for glob patterns; saving a step again with
+the scores of an evaluation that a signal cut short.
 """
 
 import concurrent.futures
@@ -40,8 +40,8 @@ _REPLACED = "replaced-"  # the first checkpoint of a step that is saved again, w
 
 _COMMIT_FILE = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
 
-# One device writes a replicated array. By default Orbax has each device write a slice, and compiles a program for each
-# slice of each shape: 240 programs, 26 s, for 60 arrays on four devices.
+# One device writes a replicated array. By default each device writes a slice, and Orbax compiles a program for each of
+# them: 240 programs, 26 s, for 60 arrays on four devices.
 _types = ocp.type_handlers
 _HANDLERS = _types.create_type_handler_registry(
     *((kind, _types.get_type_handler(kind)) for kind in _types.supported_types() if kind is not jax.Array),
@@ -50,11 +50,11 @@ _HANDLERS = _types.create_type_handler_registry(
 
 
 class Gone(UserError):
-    """Its run removed a checkpoint while it was being read."""
+    """The run removed a checkpoint while it was being read."""
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager reads the metrics of all checkpoints at the start, and fails if one file is damaged."""
+    """Orbax's manager, which reads the metrics of all checkpoints at the start; here damaged files do not fail."""
 
     def metrics(self, step: int) -> dict[str, float] | None:
         """The metrics of a checkpoint; None if it has none or they are damaged."""
@@ -103,31 +103,31 @@ class Checkpoints:
             create=not read_only,
             save_interval_steps=0 if read_only else 1,
             read_only=read_only,
-            # A folder in a bucket cannot be renamed atomically: there a file marks it as complete.
+            # A folder in a bucket cannot be renamed atomically, so a file marks it as complete.
             atomicity_options=_COMMIT_FILE if places.in_bucket(self.directory) else None,
         )
         if str(self.directory).startswith("s3://"):
             internals.teach_orbax_s3()
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_HANDLERS)
-        with _quiet_absl():  # Orbax warns that a folder opened to be read is read-only
+        with _quiet_absl():  # Orbax warns that a read-only folder is read-only
             self._manager = _Manager(self._for_orbax(), options=options, item_handlers=handler)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: concurrent.futures.Future[None] | None = None
-        self._read_back = False  # whether a checkpoint of this process could be
-        self.latest = max(self.steps(), default=0)  # the step of the latest one that is on disk and verified
+        self._read_back = False  # whether this process has read a checkpoint back
+        self.latest = max(self.steps(), default=0)  # the step of the latest verified checkpoint
 
     def _prepare(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._put_back()
 
     def _for_orbax(self) -> Path:
-        """The directory under a name without *, ? and [, since Orbax globs with it."""
+        """The directory under a name without *, ? and [, since Orbax globs with the name."""
         if glob.escape(str(self.directory)) == str(self.directory):
             return self.directory
         if places.in_bucket(self.directory):
-            raise UserError(f"{self.directory}: in a bucket, the name of a work directory may not hold *, ? or [; pass "
-                            "another --workdir")  # fmt: skip
-        # The same name in all processes, since Orbax has them wait for each other by it.
+            raise UserError(f"{self.directory}: in a bucket, the name of a work directory may not contain *, ? or [; "
+                            "pass another --workdir")  # fmt: skip
+        # The same name in all processes, since Orbax uses it in barriers.
         alias = processes.broadcast_from_process_0(
             "naming the folder of checkpoints", lambda: tempfile.mkdtemp(prefix="imgclf_jax")
         )
@@ -158,10 +158,10 @@ class Checkpoints:
     def save(self, step: int, state: PyTree, metrics: Mapping[str, float] | None = None, again: bool = False) -> None:
         """Starts saving `state`, a pytree of arrays, as the checkpoint of `step`; returns before it is on disk.
 
-        The caller may donate the state's buffers at once. Raises UserError if this save or the one before it fails. A
-        step that has a checkpoint is not saved again, unless `again`: then the new checkpoint replaces it.
+        The caller may donate the state's buffers right away. Raises UserError if this save or the previous one fails. A
+        step that has a checkpoint is saved again only if `again`; the new checkpoint then replaces it.
         """
-        self.wait()  # for the save before this one
+        self.wait()  # for the previous save
         if step in self._manager.all_steps():
             if not again:
                 return
@@ -184,22 +184,24 @@ class Checkpoints:
     def _verify(self, step: int, like: PyTree) -> None:
         folder = self.directory / str(step)
         if lost := sorted({name for name, _ in tree.named_leaves(like)} - _saved_names(folder)):
-            raise OSError(f"what was saved cannot be read back: {lost[0]} is not listed in it")
-        if not self._read_back:  # Opens each array of the first checkpoint. TensorStore leaks some memory by that.
+            raise OSError(f"the checkpoint cannot be read back: it does not list {lost[0]}")
+        if (
+            not self._read_back
+        ):  # Opens each array of the first checkpoint only, since TensorStore leaks memory by that.
             saved = self._manager.item_metadata(step)
             if clash := "it has no metadata" if saved is None else _find_clash(saved, like):
-                raise OSError(f"what was saved cannot be read back: {clash}")
+                raise OSError(f"the checkpoint cannot be read back: {clash}")
             self._read_back = True
         manifest.write(folder)
         places.remove(self.directory / f"{_REPLACED}{step}")
 
     def _put_back(self) -> None:
-        """Restores a step's first checkpoint if a process was killed while it saved the step again."""
+        """Restores the first checkpoint of a step if a process was killed while saving the step again."""
         for old in self.directory.glob(f"{_REPLACED}*"):
-            place = self.directory / old.name.removeprefix(_REPLACED)
-            if manifest.find_fault(place):
-                places.remove(place)
-                places.move(old, place)
+            new = self.directory / old.name.removeprefix(_REPLACED)
+            if manifest.find_fault(new):
+                places.remove(new)
+                places.move(old, new)
             else:
                 places.remove(old)
 
@@ -228,7 +230,7 @@ class Checkpoints:
             self.wait()
 
     def unsaved(self) -> str:
-        """What ending at once would lose, in words."""
+        """Describes what ending at once would lose."""
         return f"the steps since the checkpoint of step {self.latest}" if self.latest else "all steps"
 
     def close(self) -> None:
@@ -240,9 +242,9 @@ class Checkpoints:
     def restore(self, step: int, like: PyTree, optimizer: bool = True) -> PyTree:
         """Restores the state of `step`; `like` is a pytree of `jax.ShapeDtypeStruct` with shardings.
 
-        The number of devices may differ from that at the save. Without `optimizer` its state is not read, and is None
-        in the result; top-level entries that `like` lacks are not read either. Raises UserError for a damaged
-        checkpoint and for one of another model.
+        The number of devices may differ from when it was saved. Without `optimizer`, the optimizer's state is not read
+        and is None in the result; top-level entries that `like` lacks are not read either. Raises UserError for a
+        damaged checkpoint and for another model's.
         """
         folder = self.directory / str(step)
         if error := processes.broadcast_from_process_0(
@@ -253,18 +255,18 @@ class Checkpoints:
                         fix="all processes must read one work directory, on a shared disk")  # fmt: skip
         try:
             found = self._read(step, like, optimizer)
-        except Exception as e:  # Orbax and TensorStore raise many types, for damage and for other shapes alike
+        except Exception as e:  # Orbax and TensorStore raise many types, for damage and for other shapes
             if processes.count() > 1:
-                raise  # the others may have read it, so that all must end
+                raise  # other processes may have read it, so all must end
             raise self._gone(folder) or UserError(f"checkpoint {folder} cannot be read: {reason(e)}") from e
         if (own := _own_step(found)) not in (None, step):
             raise UserError(f"checkpoint {folder} holds the state of step {own}; name it {own} again, or remove it")
         return found
 
     def _read(self, step: int, like: PyTree, optimizer: bool) -> PyTree:
-        """The state, with NumPy arrays where `like` has no shardings."""
+        """Reads the state, with NumPy arrays where `like` has no shardings."""
 
-        def how(x: Any) -> Any:
+        def restore_args(x: Any) -> Any:
             if x is ocp.PLACEHOLDER or x.sharding is None:
                 return ocp.RestoreArgs(restore_type=np.ndarray)
             return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
@@ -273,7 +275,7 @@ class Checkpoints:
         wanted = tree.map_named(
             lambda name, x: ocp.PLACEHOLDER if name.startswith(skipped) else _stored(x), _present(like)
         )
-        arguments = ocp.args.PyTreeRestore(wanted, jax.tree.map(how, wanted), partial_restore=not optimizer)
+        arguments = ocp.args.PyTreeRestore(wanted, jax.tree.map(restore_args, wanted), partial_restore=not optimizer)
         found = _like(like, self._manager.restore(step, args=arguments))
         if optimizer:
             return jax.tree.map(_wrap_key, found, like)
@@ -286,7 +288,7 @@ class Checkpoints:
         folder = self.directory / str(step)
         fault = manifest.find_fault(folder)
         if fault == manifest.ABSENT:
-            log.warning("checkpoint %s cannot be verified: %s; it is used as it is", folder, fault)
+            log.warning("checkpoint %s is used without verification: %s", folder, fault)
         elif fault:
             return f"checkpoint {folder} is damaged: {fault}"
         try:
@@ -294,13 +296,15 @@ class Checkpoints:
             if saved is not None and not optimizer:
                 saved = {name: part for name, part in dict(saved).items() if name in like}
             clash = _find_clash(saved, like)
-        except Exception as e:  # of many types too
+        except Exception as e:  # of many types
             return f"checkpoint {folder} cannot be read: {reason(e)}"
         return f"checkpoint {folder} is of another model or optimizer: {clash}" if clash else ""
 
     def _gone(self, folder: Path) -> Gone | None:
         if self._read_only and not folder.is_dir():
-            return Gone(f"checkpoint {folder} was removed while it was read, since its run goes on; run this again")
+            return Gone(
+                f"checkpoint {folder} was removed while it was read, since its run still trains; run this again"
+            )
         return None
 
     def restore_any(self, step: int) -> PyTree:
@@ -316,9 +320,9 @@ class Checkpoints:
     def restore_latest(self, like: PyTree, optimizer: bool = True) -> tuple[int, PyTree] | None:
         """Restores the latest checkpoint that can be read: (step, state); None if there is no checkpoint.
 
-        See `restore` for the state. A checkpoint that is damaged, or has no manifest while an older one has, is
-        reported and, unless this object is read-only, moved to `damaged/` next to the checkpoints. Raises UserError if
-        there are checkpoints and none can be read: most likely they are of another model.
+        See `restore` for the state. A checkpoint that is damaged, or that lacks a manifest while an older one has it,
+        is reported and, unless this object is read-only, moved to `damaged/` next to the checkpoints. Raises UserError
+        if there are checkpoints but none can be read, most likely since they are another model's.
         """
         steps, sealed = processes.broadcast_from_process_0("looking for checkpoints", self._found)
         errors: dict[int, UserError] = {}
@@ -370,7 +374,7 @@ class Checkpoints:
         try:
             function()
         except Exception as e:  # a full or failing disk surfaces as OSError, ValueError or a TensorStore status
-            kept = f"the last good one is of step {self.latest}" if self.latest else "there is none before it"
+            kept = f"the last good one is from step {self.latest}" if self.latest else "there is none before it"
             raise UserError(
                 f"a checkpoint could not be saved in {self.directory}: {reason(e)}; {kept}; free some space or repair "
                 "the disk, then run the same command again"
@@ -378,10 +382,10 @@ class Checkpoints:
 
 
 def _own_step(found: PyTree) -> int | None:
-    """The step that the state in a checkpoint counts; None if it counts none."""
+    """The step in the state of a checkpoint; None if it has none."""
     state = found["state"] if isinstance(found, dict) and "state" in found else None
     count = state.get("step") if isinstance(state, dict) else getattr(state, "step", None)
-    return None if count is None else int(sharding.fetch(count).max())  # one a seed, all the same
+    return None if count is None else int(sharding.fetch(count).max())  # one per seed, all equal
 
 
 def _present(tree: PyTree) -> PyTree:
@@ -432,7 +436,7 @@ def _find_clash(saved: PyTree, like: PyTree) -> str:
     if saved is None:
         return ""
     has, wants = ({name: _describe(x) for name, x in tree.named_leaves(t)} for t in (saved, like))
-    names = sorted({**has, **wants}, key=lambda name: ("/opt_state/" in name, name))  # a parameter explains most
+    names = sorted({**has, **wants}, key=lambda name: ("/opt_state/" in name, name))  # parameters explain most
     clashes = (name for name in names if has.get(name) != wants.get(name))
     return next((f"{n} is {has.get(n, 'absent')} in it, {wants.get(n, 'absent')} by the config" for n in clashes), "")
 

@@ -1,7 +1,7 @@
-"""digests.jsonl: digests of the parameters at some steps, to compare another run with this one.
+"""digests.jsonl: digests of the parameters at some steps, to compare other runs with this one.
 
-A line is {"step": 11, "params_sha256": "…", "params": {"backbone/…/kernel": "0f3a91c2", …}}. The SHA-256 is that of
-`result.json`; the CRC-32 of each parameter tells which ones differ. Lines outlive their checkpoints.
+A line is {"step": 11, "params_sha256": "…", "params": {"backbone/…/kernel": "0f3a91c2", …}}. The SHA-256 is computed as
+in `result.json`; a CRC-32 per parameter tells which ones differ. Lines outlive their checkpoints.
 """
 
 import concurrent.futures
@@ -23,22 +23,24 @@ log = logging.getLogger(__name__)
 
 
 def check(workdir: Path, checkpoint: Path, step: int, params: Params) -> None:
-    """Raises UserError if the run in `workdir` recorded other parameters at `step` than these of a checkpoint.
+    """Raises UserError if `params`, from a checkpoint, differ from those that the run recorded at `step`.
 
     The record is digests.jsonl or, for a step without a line there, result.json. All processes call this.
     """
     recorded = processes.broadcast_from_process_0("reading digests.jsonl", lambda: _recorded(workdir, step))
     if recorded and tree.sha256(params) != recorded[1]:
         where = workdir / recorded[0]
-        raise UserError(f"checkpoint {checkpoint} holds other parameters than {where} has of step {step}: one of them "
-                        "is of another run; restore it, or remove the checkpoint to use the one before")  # fmt: skip
+        raise UserError(
+            f"checkpoint {checkpoint} holds other parameters than {where} records for step {step}: one of them is from "
+            "another run; restore it, or remove the checkpoint to use an older one"
+        )
 
 
 def _recorded(workdir: Path, step: int) -> tuple[str, str] | None:
     """The name of the file that records the parameters of a step, and their SHA-256; None if none does."""
     lines = writers.read_metrics(workdir / "digests.jsonl")
     found = [("digests.jsonl", line.get("params_sha256")) for line in lines if line["step"] == step]
-    with contextlib.suppress(UserError):  # a result that is damaged says nothing
+    with contextlib.suppress(UserError):  # a damaged result is skipped
         result = read_json(workdir / "result.json")
         if isinstance(result, dict) and result.get("step") == step:
             found.append(("result.json", result.get("params_sha256")))
@@ -48,13 +50,13 @@ def _recorded(workdir: Path, step: int) -> tuple[str, str] | None:
 class Digests:
     """Writes digests.jsonl in `folder` for a run from step `start` to step `last`.
 
-    Lines of `start` and later are dropped and written again. The training thread copies the parameters to the host;
-    another thread hashes and writes them, and then calls `noted` with the step and the SHA-256. All processes call the
-    methods, and process 0 writes.
+    Lines from `start` on are dropped and written again. The training thread copies the parameters to the host; another
+    thread hashes and writes them, then calls `noted` with the step and the SHA-256. All processes call the methods, and
+    process 0 writes.
     """
 
     def __init__(self, folder: Path, start: int, last: int, noted: Callable[[int, str], None] = lambda *_: None):
-        # Powers of two bound the first differing step within a factor of two, however rare checkpoints are.
+        # Powers of two locate the first differing step within a factor of two, however rare checkpoints are.
         self.edges = (*(1 << n for n in range(last.bit_length())), last)
         self._path, self._noted = folder / "digests.jsonl", noted
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="digests")
@@ -68,13 +70,13 @@ class Digests:
                 self._file = writers.RecordFile(self._path, (line for line in lines if line["step"] < start))
 
     def record(self, step: int, params: Params) -> None:
-        """Writes the line of a step, once. The caller may donate the parameters' buffers at once.
+        """Writes the line of a step, once. The caller may donate the parameters' buffers right away.
 
-        Raises UserError if the line before it could not be written.
+        Raises UserError if the previous line could not be written.
         """
         if step == self._step:
             return
-        self.sha256()  # waits, so that one copy is held at most
+        self.sha256()  # waits, so that at most one copy is in memory
         self._step = step
         for leaf in jax.tree.leaves(params):
             if isinstance(leaf, jax.Array) and leaf.is_fully_addressable and not processes.index():
@@ -86,15 +88,15 @@ class Digests:
             self._writing = self._thread.submit(self._write, step, named, self._file)
 
     def _write(self, step: int, named: list[tuple[str, np.ndarray]], file: writers.RecordFile) -> str:
-        whole, each = tree.digests(named)
-        file.write({"step": step, "params_sha256": whole, "params": each})
+        sha256, each = tree.digests(named)
+        file.write({"step": step, "params_sha256": sha256, "params": each})
         file.flush()
-        if self._before not in (None, whole):
-            log.warning("the parameters of step %d are not those that %s had of it: the run goes on from others", step,
-                        self._path)  # fmt: skip
+        if self._before not in (None, sha256):
+            log.warning("the parameters of step %d differ from those that %s had recorded: the run continues from "
+                        "others", step, self._path)  # fmt: skip
         self._before = None
-        self._noted(step, whole)
-        return whole
+        self._noted(step, sha256)
+        return sha256
 
     def sha256(self) -> str:
         """The SHA-256 in the last line, once it is written; "" except in process 0."""
@@ -102,7 +104,7 @@ class Digests:
             return self._writing.result() if self._writing else ""
 
     def close(self) -> None:
-        """Closes the file. Raises nothing: `record` and `sha256` have raised what went wrong."""
+        """Closes the file. Raises nothing: `record` and `sha256` have raised any errors."""
         self._thread.shutdown()
         with contextlib.suppress(Exception):
             if self._file:

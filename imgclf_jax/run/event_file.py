@@ -13,8 +13,8 @@ from imgclf_jax.core import places
 class EventFile:
     """A file of scalars in `directory`, which TensorBoard and its `EventAccumulator.Scalars` read.
 
-    TensorBoard drops what earlier files say of steps after `step`, since a resumed run writes it again. Raises
-    ImportError if TensorBoard is not installed, and OSError.
+    TensorBoard then drops the records of steps after `step` in earlier files, since a resumed run writes them again.
+    Raises ImportError if TensorBoard is not installed, and OSError.
     """
 
     def __init__(self, directory: Path, step: int):
@@ -25,7 +25,7 @@ class EventFile:
         bucket = places.in_bucket(directory)
         if not bucket:
             directory.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads the files of a directory in the order of their names.
+        # TensorBoard reads the files of a directory in order of their names.
         self._path = directory / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
         self._file: IO[bytes] = io.BytesIO() if bucket else self._path.open("wb")
         self._records = RecordWriter(self._file)
@@ -33,12 +33,12 @@ class EventFile:
         self._add(session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START), step=step + 1)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes the metrics of a step. The operating system has them when this returns, a bucket after `flush`."""
+        """Writes the metrics of a step to the operating system; a bucket receives them at `flush`."""
         values = [self._summary.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self._add(step=step, summary=self._summary.Summary(value=values))
 
     def flush(self) -> None:
-        """Writes the whole file to its bucket, if it lies in one: objects do not grow."""
+        """Writes the whole file if it is in a bucket, whose objects cannot be appended to."""
         if isinstance(self._file, io.BytesIO):
             self._path.write_bytes(self._file.getvalue())
 

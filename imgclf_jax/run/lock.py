@@ -22,18 +22,18 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def held(file: Path) -> Iterator[None]:
-    """Holds the lock `file` while inside, and removes it at the end. The file names its holder.
+    """Holds the lock `file` inside, and removes it at the end. The file names its holder.
 
-    The lock is the operating system's (`flock`), which releases it however the process ends. Missing folders are made,
-    and removed again if they are empty at the end. Raises UserError, with host, process and time, if another process
-    holds the lock. Logs a warning where the file system has no locks.
+    The operating system releases the lock (`flock`) however the process ends. Missing folders are created, and removed
+    again if they are empty at the end. Raises UserError, with host, process and time, if another process holds the
+    lock. Logs a warning if the file system has no locks.
     """
     missing = [folder for folder in file.parents if not folder.exists()]
     file.parent.mkdir(parents=True, exist_ok=True)
     handle = _take(file)
 
     def release(*_: object) -> None:
-        file.unlink(missing_ok=True)  # before it is given up, or the next holder's would be removed
+        file.unlink(missing_ok=True)  # while still locked, or it could remove the next holder's file
         os.close(handle)
         with contextlib.suppress(OSError):  # not empty
             for folder in missing:
@@ -61,7 +61,7 @@ def is_held(file: Path) -> bool:
         return False
     try:
         handle = os.open(file, os.O_RDWR)
-    except OSError:  # there is none
+    except OSError:  # no such file
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,7 +70,7 @@ def is_held(file: Path) -> bool:
     except OSError:
         return False
     finally:
-        os.close(handle)  # which gives it up
+        os.close(handle)  # releases the lock
     return False
 
 
@@ -86,13 +86,13 @@ def _take(file: Path) -> int:
                 who = holder.read()
             raise UserError(f"{file.parent} is in use by another training run ({_describe(who)}); wait until it ends, "
                             "stop it, or pass another --workdir") from e  # fmt: skip
-        except OSError as e:  # some network file systems
-            log.warning("%s cannot be locked (%s): start no second run in it while this one goes on", file.parent, e)
+        except OSError as e:  # on some network file systems
+            log.warning("%s cannot be locked (%s): start no second run in it while this one trains", file.parent, e)
             break
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), file.stat()):
                 break
-        os.close(handle)  # its holder removed it as it was taken
+        os.close(handle)  # its last holder removed the file in between
     os.ftruncate(handle, 0)
     now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     os.write(handle, json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now}).encode())

@@ -10,15 +10,15 @@ from imgclf_jax.core import places
 from imgclf_jax.run.provenance import write_atomically
 
 NAME = "manifest.json"  # {file: [bytes, CRC-32]}
-ABSENT = f"it has no {NAME}; perhaps a process was killed while it saved"
-_PIECE = 1 << 20  # bytes that are read at once
+ABSENT = f"it has no {NAME}; perhaps a process was killed while saving it"
+_PIECE = 1 << 20  # bytes per read
 
 
 def write(folder: Path) -> None:
     """Writes the manifest of the files in `folder`, after syncing them to the disk.
 
-    In a bucket it has sizes alone (the checksum is -1): reading all back would take as long as writing it, and the
-    bucket keeps checksums of its own.
+    In a bucket it has only sizes (the checksum is -1): reading all files back would take as long as writing them, and
+    the bucket keeps its own checksums.
     """
     files = {name: _measure(file, sync=True) for name, file in sorted(places.files(folder))}
     write_atomically(folder / NAME, json.dumps(files))
@@ -38,7 +38,7 @@ def digest(folder: Path) -> str:
 
 
 def find_fault(folder: Path) -> str:
-    """What is wrong with the files in `folder`: "" if nothing is, ABSENT without a manifest."""
+    """Says what is wrong with the files in `folder`: "" for nothing, ABSENT without a manifest."""
     try:
         files = json.loads((folder / NAME).read_bytes())
     except FileNotFoundError:
@@ -46,7 +46,7 @@ def find_fault(folder: Path) -> str:
     except (ValueError, RecursionError):
         return f"{NAME} is not JSON"
     if not isinstance(files, dict) or not files or not all(map(_is_entry, files.values())):
-        return f"{NAME} holds something else than the size and checksum of each file"
+        return f"{NAME} does not hold the size and checksum of each file"
     for name, expected in files.items():
         file = folder / name
         if not file.is_file():

@@ -1,6 +1,6 @@
 """Watches a run while it trains: throughput, progress bar, and a profiler trace of some steps.
 
-`clu.periodic_actions` imports TensorFlow, and counts evaluation and checkpoints as training time; here neither holds.
+`clu.periodic_actions` imports TensorFlow, and counts evaluation and checkpoints as training time.
 """
 
 import collections
@@ -32,7 +32,7 @@ class Monitor:
 
     def __init__(self, start: int, total: int, images_a_step: int, profile: tuple[int, int] | None, folder: Path):
         self.throughput = Throughput(images_a_step)
-        self.edges: tuple[int, ...] = ()  # the steps that the trace begins and ends at, where a call must end
+        self.edges: tuple[int, ...] = ()  # the first and last step of the trace, where a call must end
         self._folder = folder / "profile"
         self._in_flight: collections.deque[PyTree] = collections.deque()
         self._bar = _start_bar(start, total)
@@ -64,21 +64,21 @@ class Monitor:
                 return
             if first:
                 self.throughput.restart()
-            idle = not self._in_flight or self._in_flight[-1].is_ready()  # else the device had work all the while
+            idle = not self._in_flight or self._in_flight[-1].is_ready()  # else the device was busy all the time
             waited = time.perf_counter() - before if idle and not first else 0.0
             self.throughput.count_steps(len(item[0]), waited)
             if self.edges and item[0].start == self.edges[0] and not processes.index():
                 self._wait()
                 options = jax.profiler.ProfileOptions()
-                options.python_tracer_level = 0  # an event for each Python call: near the start there are millions
+                options.python_tracer_level = 0  # one event per Python call would be millions near the start
                 jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True, profiler_options=options)
             yield item
             first = False
 
     def called(self, steps: range, result: jax.Array) -> None:
-        """Call it after each dispatch of the program, for `steps`: waits if the host is too far ahead of the device.
+        """Notes that the program was dispatched for `steps`, and waits if the host is too far ahead of the device.
 
-        `result` is an output array that nothing donates.
+        `result` is an output array that is not donated.
         """
         self._in_flight.append(result)
         if len(self._in_flight) > _MOST_IN_FLIGHT:
@@ -92,7 +92,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Stops the clock while inside: the time is not training time."""
+        """Inside, the clock stops, since the time is not training time."""
         self.throughput.pause()
         yield
         self.throughput.resume()
@@ -116,12 +116,12 @@ class Throughput:
 
     def __init__(self, batch_size: int):
         self.batch_size = batch_size
-        self.seconds, self.steps = 0.0, 0  # of the whole process
+        self.seconds, self.steps = 0.0, 0  # over the whole process
         self._active, self._window_steps, self._waited = 0.0, 0, 0.0
         self.resume()
 
     def resume(self) -> None:
-        """Starts the clock, after an evaluation for example."""
+        """Starts the clock, for example after an evaluation."""
         self._start = time.perf_counter()
 
     def pause(self) -> None:
@@ -134,7 +134,7 @@ class Throughput:
         self._waited += waited
 
     def restart(self) -> None:
-        """Forgets the time so far, which was the wait for the first step."""
+        """Resets the time so far, which was the wait for the first step."""
         self._active, self._waited = 0.0, 0.0
         self.resume()
 
@@ -151,7 +151,7 @@ class Throughput:
 
 
 def _start_bar(start: int, total: int) -> tuple[progress.Progress, progress.TaskID] | None:
-    """A progress bar and its task on a terminal. Elsewhere log lines do."""
+    """A progress bar and its task; None unless on a terminal."""
     if not terminal.shows_progress():
         return None
     bar = progress.Progress(

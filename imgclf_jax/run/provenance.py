@@ -1,4 +1,4 @@
-"""Provenance: the versions, devices, git commit and data of a run, written beside its checkpoints."""
+"""Provenance: the versions, devices, git commit and data of a run, written next to its checkpoints."""
 
 import contextlib
 import hashlib
@@ -26,17 +26,17 @@ from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 _PACKAGES = ("imgclf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "tensorflow",
              "tensorflow-cpu", "tensorflow-datasets", "scikit-learn")  # fmt: skip
 
-# What may differ between processes, or does not change a result, of JAX's options.
+# JAX's options that may differ between processes, or that change no result.
 _OF_ONE_PROCESS = "cache|device|debug|_log_|logging|dump|traceback|profil|timeout|address|mtls|pprint"
-# What class names, losses and statistics follow from.
+# The entries that determine class names, losses and statistics.
 _FACTS = ("data", "evals", "batch_norm_groups", "init_from", "unreadable")
 _OF_COMPILERS = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
-_OPTIONS = "JAX_(?!COMPILATION_CACHE|PERSISTENT_CACHE)"  # what the environment tells JAX, but for where it caches
+_OPTIONS = "JAX_(?!COMPILATION_CACHE|PERSISTENT_CACHE)"  # JAX's environment variables, except those of its cache
 
 
 @dataclass(frozen=True)
 class DataInfo:
-    """The facts about the data that a trained model needs when the data are gone."""
+    """The facts about the data that a trained model needs after the data are gone."""
 
     train_examples: int
     image_shape: tuple[int, int, int]  # (h, w, c), after the host ops
@@ -48,8 +48,8 @@ class DataInfo:
     sampling: str = ""  # SHA-256 of the weights, scores or ids that data.sampling reads; empty if it reads none
     extra: dict[str, "DataInfo"] = field(default_factory=dict)  # the further streams of `data.extra`, by name
 
-    def told_by(self, recorded: str) -> bool:
-        """Whether a recorded fingerprint is that of these data, as far as an older version's can tell."""
+    def matches(self, recorded: str) -> bool:
+        """Whether a recorded fingerprint, perhaps from an older version, matches these data."""
         return recorded == self.fingerprint or (bool(recorded) and recorded == self.listing_fingerprint)
 
 
@@ -75,7 +75,7 @@ def collect(data: DataInfo) -> JsonObject:
 
 
 def process_facts() -> JsonObject:
-    """What the processes of one run must have in common, as JSON values: versions, code, and options of JAX and XLA."""
+    """The facts that all processes of a run must share, as JSON values: versions, code, options of JAX and XLA."""
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_dump")]
     return {
         "python": platform.python_version().rpartition(".")[0],
@@ -88,10 +88,10 @@ def process_facts() -> JsonObject:
 
 
 def device_facts(counted: bool) -> JsonObject:
-    """The kind of this process' devices and, if they are to be `counted`, their number. Starts JAX's backend."""
+    """The kind of this process's devices and, if `counted`, their number. Starts JAX's backend."""
     try:
         here = jax.local_devices()
-    except RuntimeError as e:  # as where the hosts have devices of different kinds, and wait for each other
+    except RuntimeError as e:  # for example, hosts with different kinds of devices wait for each other
         raise UserError(f"JAX cannot use the devices of all processes: {reason(e)}") from e
     kinds = sorted({f"{d.platform}: {d.device_kind}" for d in here})
     return {"devices of kind": ", ".join(kinds), **({"number of local devices": len(here)} if counted else {})}
@@ -103,9 +103,9 @@ def module_digests() -> dict[str, str]:
 
 
 def own_files() -> dict[str, str]:
-    """The path of each imported file that is neither installed nor part of this package: the user's own modules.
+    """The paths of the user's own modules: imported files neither installed nor part of this package.
 
-    A file is named as Python's path finds it: `my_nets.py`, `my_package/__init__.py`.
+    Files are named by their module: `my_nets.py`, `my_package/__init__.py`.
     """
     paths = sysconfig.get_paths()
     installed = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib", "scripts")]
@@ -124,9 +124,9 @@ def own_files() -> dict[str, str]:
 
 
 def changed_code(recorded: JsonMapping) -> dict[str, str]:
-    """The digests of the code that a run goes on with where they are not those it has recorded last, by file.
+    """The digests, by file, of code that has changed since the run last recorded it.
 
-    `imgclf_jax` stands for all files of this package. What either lacks is left out.
+    `imgclf_jax` stands for all files of this package. Files that the record or this process lacks are left out.
     """
     before = _code_by_name(recorded)
     for change in code_changes(recorded):
@@ -136,7 +136,7 @@ def changed_code(recorded: JsonMapping) -> dict[str, str]:
 
 
 def with_changed_code(recorded: JsonMapping, step: int) -> JsonObject:
-    """The provenance of a run that goes on from `step`: `changed_code` says which files are others than before."""
+    """The provenance of a run that continues from `step`, with the files that have changed in `changed_code`."""
     earlier = [change for change in code_changes(recorded) if change["step"] < step]
     rest = {name: value for name, value in recorded.items() if name != "changed_code"}
     if not step:
@@ -167,19 +167,19 @@ def _versions() -> dict[str, str]:
 
 
 def _installed() -> dict[str, str]:
-    """The version of each installed package, by the names of their folders: to read their metadata takes longer."""
+    """The version of each installed package, from its folder's name, which is faster than reading its metadata."""
     found: dict[str, str] = {}
-    for place in sys.path:
+    for folder in sys.path:
         with contextlib.suppress(OSError):
-            for name in os.listdir(place or "."):
+            for name in os.listdir(folder or "."):
                 package, _, version = name.removesuffix(".dist-info").rpartition("-")
                 if name.endswith(".dist-info") and package:
-                    found.setdefault(package.replace("_", "-").lower(), version)  # the first on Python's path counts
+                    found.setdefault(package.replace("_", "-").lower(), version)  # the first on Python's path wins
     return dict(sorted(found.items()))
 
 
 def _code() -> str:
-    """A digest over the files of this package, whatever git says of them."""
+    """A digest of the files of this package, committed or not."""
     package, digest = Path(__file__).parents[1], hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
         content = file.read_bytes()
@@ -188,7 +188,7 @@ def _code() -> str:
 
 
 def _processor() -> str:
-    """The processor's name: CPUs of different kinds round differently."""
+    """The processor's name, since different CPUs round differently."""
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         if match := re.search(r"^model name\s*: (.+)$", text, re.MULTILINE):
@@ -197,7 +197,7 @@ def _processor() -> str:
 
 
 def _git() -> JsonObject:
-    """The commit of this code, and whether the working tree differs from it; {} outside of a git checkout."""
+    """The git commit of this code, and whether the working tree differs from it; {} outside a checkout."""
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *args]
@@ -221,20 +221,20 @@ def _data_info(data: Json) -> DataInfo:
 
 
 def load_data_info(path: Path) -> DataInfo:
-    """The DataInfo in a `provenance.json`. Raises UserError if the file is missing or damaged."""
+    """Loads the DataInfo from a `provenance.json`. Raises UserError if the file is missing or damaged."""
     try:
         return _data_info(read_json(path)["data"])
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as e:
         what = "is damaged; remove it" if path.is_file() else "is missing"
-        raise UserError(f"{path} {what}, and run train with the config and work directory of this run again: it is "
-                        "written anew, from the data") from e  # fmt: skip
+        raise UserError(f"{path} {what}, and run train again with the config and work directory of this run, which "
+                        "writes it anew from the data") from e  # fmt: skip
 
 
 def pin_groups(config: ConfigDict, mesh: str, recorded: JsonMapping) -> ConfigDict:
-    """The config that a run goes on with on any devices: 'per_device' is as many groups as the run began with.
+    """The config that a run continues with on any devices: 'per_device' keeps the number of groups that it began with.
 
-    `mesh` is that of the config with which it began, and `recorded` its provenance. A run from before groups were
-    recorded had one for each of its devices, of each part of the mesh's axis seeds.
+    `mesh` is that of the config with which it began, and `recorded` its provenance. A run of a version that recorded no
+    groups had one per device that trains the same seed.
     """
     if config.batch_norm != "per_device":
         return config
@@ -254,13 +254,13 @@ def pin_groups(config: ConfigDict, mesh: str, recorded: JsonMapping) -> ConfigDi
 
 
 def load_evals(path: Path) -> dict[str, str]:
-    """The fingerprint of each evaluation set in a `provenance.json`, by name; {} in one that was written without."""
+    """Loads the fingerprints of the evaluation sets, by name, from a `provenance.json`; {} if it has none."""
     found = read_json(path).get("evals") if path.is_file() else None
     return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
 
 
 def json_digest(content: str | bytes) -> str:
-    """The SHA-256 of what a JSON file says, however it is laid out.
+    """The SHA-256 of the values in a JSON file, independent of its layout.
 
     provenance.json keeps that of config.json as `config_sha256`, and at the end that of result.json as `result_sha256`.
     """
@@ -268,20 +268,20 @@ def json_digest(content: str | bytes) -> str:
 
 
 def facts_digest(provenance: JsonMapping) -> str:
-    """The SHA-256 of what provenance.json says of the data and weights, which it keeps as `facts_sha256`."""
+    """The SHA-256 of the entries on data and weights in provenance.json, which keeps it as `facts_sha256`."""
     return json_digest(json.dumps({name: provenance.get(name) for name in _FACTS}))
 
 
 def find_edits(files: Mapping[str, bytes], provenance: Json) -> list[str]:
-    """Which of config.json, provenance.json and result.json is not what the run wrote, as sentences.
+    """Sentences that name which of config.json, provenance.json and result.json have changed since the run wrote them.
 
-    `files` are the contents of the first and the last, as far as they are there. A run of a version that kept no digest
-    of a file says nothing of it.
+    `files` has the contents of config.json and result.json, if they exist. A file without a recorded digest, as in runs
+    of older versions, is not checked.
     """
     recorded = provenance if isinstance(provenance, dict) else {}
     found = []
     for name, key in (("config.json", "config_sha256"), ("result.json", "result_sha256")):
-        with contextlib.suppress(ValueError, RecursionError):  # of what is no JSON, which its reader says
+        with contextlib.suppress(ValueError, RecursionError):  # not JSON, which its reader reports
             if name in files and key in recorded and json_digest(files[name]) != recorded[key]:
                 found.append(name)
     if "facts_sha256" in recorded and facts_digest(recorded) != recorded["facts_sha256"]:
@@ -290,20 +290,22 @@ def find_edits(files: Mapping[str, bytes], provenance: Json) -> list[str]:
 
 
 def parse_json(content: str | bytes) -> Json:
-    """What JSON says, whole numbers of more than 300 digits as floats: integers overflow where they are used."""
+    """Parses JSON; integers of more than 300 digits become floats, since later arithmetic would overflow."""
     return json.loads(content, parse_int=lambda digits: int(digits) if len(digits) <= 300 else float(digits))
 
 
-MOST_BYTES_OF_JSON = 32 << 20  # read at once, it takes some forty times as much memory
+MOST_BYTES_OF_JSON = 32 << 20  # parsing takes about forty times as much memory
 
 
 def read_json(path: Path) -> Json:
-    """What a JSON file holds. Raises UserError if there is no such file, or something else in it."""
+    """Reads a JSON file. Raises UserError if it is missing, unreadable or not JSON."""
     try:
         if not path.is_file() and path.exists():
             raise UserError(f"{path} is not a regular file (a folder or a pipe?); remove it")
         if places.size(path) > MOST_BYTES_OF_JSON:
-            raise UserError(f"{path} is longer than {MOST_BYTES_OF_JSON >> 20} MB, and no file that a run writes")
+            raise UserError(
+                f"{path} is longer than {MOST_BYTES_OF_JSON >> 20} MB, so no run wrote it; restore or remove it"
+            )
         return parse_json(path.read_bytes())
     except UserError:
         raise
@@ -314,12 +316,12 @@ def read_json(path: Path) -> Json:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file in one piece: a reader sees the old content or the new one, after a crash too."""
+    """Writes a file atomically: a reader sees the old content or the new one, even after a crash."""
     content = content.encode() if isinstance(content, str) else content
     with places.replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_json(path: Path, value: Json) -> None:
-    """Writes JSON by `write_atomically`, indented so that people can read it."""
+    """Writes indented JSON atomically."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What a run has recorded, read from its work directory or from a bundle; and all the runs below directories."""
+"""Reads the records of a run from its work directory or a bundle, and finds all runs below directories."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,14 +17,14 @@ from imgclf_jax.run import bundle, writers
 from imgclf_jax.run.provenance import find_edits, load_data_info, load_evals, parse_json
 from imgclf_jax.run.workdir import Workdir
 
-TIMES = ("train/images_per_second", "train/input_wait")  # what a run measures of itself
+TIMES = ("train/images_per_second", "train/input_wait")  # metrics of the run's speed, which differ between runs
 MAIN_METRICS = ("accuracy", "mean_average_precision", "r2")  # one per task; the greatest value is the best
-_NOT_RUNS = {"checkpoints", "tb", "profile", "damaged"}  # folders of a run, which hold no others
-_MOST_BYTES = 512 << 20  # of a file, which is read at once
+_NOT_RUNS = {"checkpoints", "tb", "profile", "damaged"}  # folders of a run, which hold no other runs
+_MOST_BYTES = 512 << 20  # of a file, which is read in one go
 
 
 def contradictions(result: JsonMapping, digests: Sequence[JsonMapping], metrics: Sequence[JsonMapping]) -> list[str]:
-    """Where what a run has recorded cannot all be true, in sentences: result.json, digests.jsonl and metrics.jsonl."""
+    """Sentences on where result.json, digests.jsonl and metrics.jsonl of a run contradict each other."""
     found: list[str] = []
     whole: dict[int, Json] = {}
     for line in digests:
@@ -41,21 +41,21 @@ def contradictions(result: JsonMapping, digests: Sequence[JsonMapping], metrics:
     if step is None:
         return found
     if type(step) is not int:
-        return [*found, f"result.json is of step {step!r:.80}, which is no number of steps"]
+        return [*found, f"result.json is from step {step!r:.80}, which is not a number of steps"]
     if whole and step not in whole:
-        found.append(f"result.json is of step {step}, which digests.jsonl does not have")
+        found.append(f"result.json is from step {step}, which digests.jsonl does not have")
     elif _differ(whole.get(step, result.get("params_sha256")), result.get("params_sha256")):
-        found.append(f"result.json has other parameters of step {step} than digests.jsonl")
+        found.append(f"result.json has another parameter digest for step {step} than digests.jsonl")
     for name, group in result.items():
         for key, value in group.items() if isinstance(group, dict) else ():
             logged = values.get(step, {}).get(f"{name}/{key}", value)
             if _differ(logged, value):
-                found.append(f"result.json says {name}/{key} {value}, metrics.jsonl {logged} at step {step}")
+                found.append(f"at step {step}, {name}/{key} is {value} in result.json but {logged} in metrics.jsonl")
     return found
 
 
 def read_contradictions(workdir: Path) -> list[str]:
-    """The contradictions in what the run in a work directory has recorded. A damaged result says nothing."""
+    """The contradictions between the records of the run in a work directory; a damaged result.json is skipped."""
     result, provenance, content = None, None, b""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         content = (workdir / "result.json").read_bytes() if (workdir / "result.json").is_file() else b""
@@ -68,14 +68,14 @@ def read_contradictions(workdir: Path) -> list[str]:
 
 
 def _differ(a: Json, b: Json) -> bool:
-    return bool(a != b and not (a != a and b != b))  # NaN is NaN
+    return bool(a != b and not (a != a and b != b))  # NaN equals NaN
 
 
 @dataclass(frozen=True)
 class Record:
-    """The files that a run has written, by their names in a bundle. `path` is its work directory, or the bundle.
+    """The record files of a run, by their names in a bundle. `path` is its work directory, or the bundle.
 
-    Every property raises UserError if its file is damaged.
+    Properties raise UserError if their file is damaged.
     """
 
     path: Path
@@ -83,13 +83,13 @@ class Record:
     bundled: bool = False
 
     @classmethod
-    def named(cls, text: str) -> Self:
-        """Reads the work directory or the bundle of this name. Raises UserError if it holds no run."""
+    def load(cls, text: str) -> Self:
+        """Reads the work directory or bundle at this path. Raises UserError if it holds no run."""
         path = places.as_path(text)
-        return cls(path, bundle.read(path), bundled=True) if path.is_file() else cls.of_workdir(path)
+        return cls(path, bundle.read(path), bundled=True) if path.is_file() else cls.from_workdir(path)
 
     @classmethod
-    def of_workdir(cls, path: Path) -> Self:
+    def from_workdir(cls, path: Path) -> Self:
         """Reads a work directory. Raises UserError if it holds no run."""
         files = {}
         for name in bundle.NAMES:
@@ -103,17 +103,17 @@ class Record:
 
     @property
     def name(self) -> str:
-        """The run's directory, as it was given."""
+        """The path of the work directory or bundle, as text."""
         return str(self.path)
 
     @property
     def workdir(self) -> Workdir:
-        """The work directory that the record was read from."""
+        """The work directory at `path`."""
         return Workdir(self.path)
 
-    def untrusted(self, said: Sequence[str] = ()) -> contextlib.AbstractContextManager[None]:
+    def untrusted(self, argv: Sequence[str] = ()) -> contextlib.AbstractContextManager[None]:
         """See `Workdir.untrusted`."""
-        return self.workdir.untrusted(said)
+        return self.workdir.untrusted(argv)
 
     @cached_property
     def config(self) -> ConfigDict:
@@ -127,12 +127,12 @@ class Record:
 
     @cached_property
     def result(self) -> JsonObject:
-        """The content of result.json; {} if the run is not done."""
+        """The content of result.json; {} if the run has not ended."""
         return self._json("result.json")
 
     @cached_property
     def digests(self) -> list[JsonObject]:
-        """The lines of digests.jsonl, see `run.digests`; none for a run of a version that wrote none."""
+        """The records of digests.jsonl (see `run.digests`); [] for runs of versions that wrote none."""
         return self._records("digests.jsonl")
 
     @cached_property
@@ -154,12 +154,12 @@ class Record:
 
     @cached_property
     def contradictions(self) -> list[str]:
-        """Sentences on what its files contradict each other in, see `contradictions`."""
+        """Sentences on where its files contradict each other or have been edited: see `contradictions`."""
         return contradictions(self.result, self.digests, self.metrics) + find_edits(self.files, self.provenance)
 
     @cached_property
     def total(self) -> int | None:
-        """The number of steps that the config plans; None if the directory has no provenance.json."""
+        """The number of steps by the config; None without provenance.json."""
         return total_steps(self.workdir, self.config) if "provenance.json" in self.files else None
 
     @cached_property
@@ -171,7 +171,7 @@ class Record:
 
     @cached_property
     def final(self) -> JsonObject | None:
-        """The content of result.json; None if the run is not done, or was extended and is not done again."""
+        """The content of result.json; None if the run has not ended, or was extended and has not ended since."""
         if self.files.get("result.json") is None:
             return None
         if type(self.result.get("step")) is not int:
@@ -180,12 +180,12 @@ class Record:
 
     @cached_property
     def evals(self) -> dict[str, str]:
-        """The fingerprints of the evaluation sets, as far as they are recorded."""
+        """The recorded fingerprints of the evaluation sets, by name."""
         return load_evals(self.workdir.provenance)
 
     @property
     def seeds(self) -> range:
-        """The seeds that were trained, one or several at once."""
+        """The seeds that the run trained."""
         return range(self.config.seed, self.config.seed + self.config.num_seeds)
 
     @property
@@ -207,30 +207,30 @@ class Record:
         bundle.write(file, {**self.files, "requirements.txt": self._requirements().encode()})
 
     def _requirements(self) -> str:
-        """The versions that the run was trained with, a package a line, as pip and uv read them."""
+        """The package versions that the run was trained with, as a requirements file."""
         found = self.provenance.get("packages") or self.provenance.get("versions") or {}
-        own = ("imgclf-jax", "imgclf_jax")  # from a clone of its repository, at the commit that provenance.json has
+        own = ("imgclf-jax", "imgclf_jax")  # comes from a clone, at the commit in provenance.json
         lines = [f"{name}=={version}\n" for name, version in found.items() if name not in own]
         return f"# Python {self.provenance.get('python', 'unknown')}\n" + "".join(lines)
 
 
 def total_steps(workdir: Workdir, config: ConfigDict) -> int:
-    """The number of steps that a run of this config has on its recorded data. Raises UserError if it recorded none."""
+    """The number of steps of a run, from its config and recorded data. Raises UserError if it recorded no data."""
     examples = load_data_info(workdir.provenance).train_examples
     return configs.steps(config.total, "total", examples, config.batch_size)
 
 
 def read(path: Path) -> Record:
-    """The record of the run in a work directory. Raises UserError if any of its files is damaged."""
-    record = Record.of_workdir(path)
+    """Reads the record of the run in a work directory. Raises UserError if any of its files is damaged."""
+    record = Record.from_workdir(path)
     _ = record.config, record.final, record.contradictions, record.evals
     return record
 
 
 def find(folders: Iterable[str]) -> tuple[list[Record], list[str]]:
-    """The runs in and below the folders, each once, in the order of their names; and what is wrong with damaged ones.
+    """Finds the runs in and below the folders: returns their records, sorted by name, and sentences on damaged runs.
 
-    Raises UserError for a folder that is not there.
+    Raises UserError for a missing folder.
     """
     runs: list[Record] = []
     damaged: list[str] = []
@@ -238,7 +238,7 @@ def find(folders: Iterable[str]) -> tuple[list[Record], list[str]]:
     for text in folders:
         folder = places.as_path(text)
         if not folder.is_dir():
-            raise UserError(f"{text} is no directory; name those of runs, or one that they lie in")
+            raise UserError(f"{text} is not a directory; name work directories, or a folder that holds some")
         for path in _runs_below(folder, seen):
             try:
                 run = read(path)
@@ -251,7 +251,7 @@ def find(folders: Iterable[str]) -> tuple[list[Record], list[str]]:
 
 
 def _runs_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    if (real := folder.resolve()) in seen:  # a link may lead back
+    if (real := folder.resolve()) in seen:  # a symlink may form a cycle
         return
     seen.add(real)
     if (folder / "config.json").is_file():

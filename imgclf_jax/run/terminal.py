@@ -22,7 +22,7 @@ from imgclf_jax.core.text import decimals, printable
 
 log = logging.getLogger(__name__)
 
-_FIRST_SECONDS, _NEXT_SECONDS = 5.0, 10.0  # of `log_progress`
+_FIRST_SECONDS, _NEXT_SECONDS = 5.0, 10.0  # until the first line of `log_progress`, and between the next
 
 
 @functools.cache
@@ -37,13 +37,13 @@ def shows_progress() -> bool:
 
 
 def busy(what: str) -> contextlib.AbstractContextManager[object]:
-    """Shows a spinner on a terminal while inside."""
+    """Inside, shows a spinner on a terminal."""
     return console().status(escape(printable(what))) if shows_progress() else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def log_progress(describe: Callable[[], str]) -> Iterator[None]:
-    """Inside, logs what `describe` gives after 5 s, and then every 10 s. It is called in another thread."""
+    """Inside, logs `describe()` after 5 s and then every 10 s, from another thread."""
     ended = threading.Event()
 
     def report() -> None:
@@ -84,7 +84,7 @@ def count[T](items: Iterable[T], what: str) -> Iterator[T]:
 def setup_logging() -> None:
     """Prints log lines `HH:MM:SS message` on standard error, above the progress bar if there is one.
 
-    Processes other than the first print only warnings, with their number.
+    Processes other than process 0 print only warnings, with their index.
     """
     process = processes.index()
     if process:
@@ -101,7 +101,7 @@ def setup_logging() -> None:
     # Orbax logs an error a dozen times, with tracebacks, before it raises it.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of shapes, which have no type
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns about shapes, which have no type
     sys.unraisablehook = _report_unraisable
     named_warnings.install()
 
@@ -124,7 +124,7 @@ def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table on standard output. Away from a terminal a row is one line of any length, for programs.
+    """Prints a table on standard output. Unless on a terminal, a row is one line of any length, for programs.
 
     On a terminal the widest cells go on in the next line until the table fits. Escapes characters that are unprintable
     or missing from the output's encoding.

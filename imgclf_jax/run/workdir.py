@@ -37,7 +37,7 @@ from imgclf_jax.run.provenance import (
 
 log = logging.getLogger(__name__)
 
-_SEEN = 10.0  # seconds in which all hosts see a new file on a shared disk
+_SEEN = 10.0  # seconds until all hosts see a new file on a shared disk
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Workdir:
     path: Path
 
     @classmethod
-    def named(cls, text: str) -> Self:
-        """The work directory that a person names, see `places.as_path`."""
+    def from_text(cls, text: str) -> Self:
+        """The work directory at a path or address: see `places.as_path`."""
         return cls(places.as_path(text))
 
     @property
@@ -76,39 +76,42 @@ class Workdir:
         return self.path / "digests.jsonl"
 
     def load_config(self) -> ConfigDict:
-        """The config that the run was trained with. Raises UserError if there is no run in this directory."""
+        """Loads the config that the run was trained with. Raises UserError if this directory has no run."""
         if not self.config.is_file():
             raise UserError(f"{self.path} holds no run (no config.json); train first, or pass the run's --workdir")
         content = self.config.read_bytes()
         provenance = read_json(self.provenance) if self.provenance.is_file() else {}
         for wrong in find_edits({"config.json": content}, provenance):
-            _warn_once(f"{self.path}: {wrong}: what it says need not be what the run was trained with")
+            _warn_once(f"{self.path}: {wrong}: it may not say what the run was trained with")
         return configs.from_json(content, str(self.config))
 
     def load_data_info(self) -> DataInfo:
-        """What provenance.json says of the training data. Raises UserError if it is missing or damaged."""
+        """Loads the facts about the data from provenance.json. Raises UserError if it is missing or damaged."""
         return load_data_info(self.provenance)
 
     def check_parameters(self, step: int, params: Params) -> None:
-        """Raises UserError unless those of a checkpoint are the parameters that the run has recorded of its step.
+        """Raises UserError unless the parameters of a checkpoint are those that the run recorded for its step.
 
         All processes call this.
         """
         digests.check(self.path, self.checkpoints / str(step), step, params)
 
-    def untrusted(self, said: Sequence[str] = ()) -> contextlib.AbstractContextManager[None]:
-        """Inside, what the run names is not imported and not fetched: it may be anybody's. See `spec.untrusted`."""
-        return spec.untrusted(f"the run in {self.path}", said)
+    def untrusted(self, argv: Sequence[str] = ()) -> contextlib.AbstractContextManager[None]:
+        """Inside, refuses imports and downloads that the run names, since anybody may have written it.
+
+        `argv` are the words of the command line, which are trusted: see `spec.untrusted`.
+        """
+        return spec.untrusted(f"the run in {self.path}", argv)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Makes the directory if it is missing, and holds its lock while inside: one run trains in it at a time.
+        """Creates the directory if it is missing, and holds its lock inside, so that one run at a time trains in it.
 
-        A directory that was made and in which nothing is left is removed at the end. Raises UserError if another run
-        holds the lock or the directory cannot be written. A bucket has no locks: a warning says so.
+        A directory that it created is removed again if it is empty at the end. Raises UserError if another run holds
+        the lock or the directory cannot be written. Logs a warning for a bucket, which has no locks.
         """
         if places.in_bucket(self.path):
-            log.warning("%s is in a bucket, which cannot be locked: start no second run in it while this one goes on",
+            log.warning("%s is in a bucket, which cannot be locked: start no second run in it while this one trains",
                         self.path)  # fmt: skip
             yield
             return
@@ -128,36 +131,36 @@ class Workdir:
             yield
 
     def check_shared(self) -> None:
-        """Raises UserError in all processes unless each sees, in its own work directory, the lock that process 0 holds.
+        """Raises UserError in all processes unless each sees the lock of process 0 in its work directory.
 
-        The same path may be another disk on another host. Of a bucket the name alone is compared.
+        The same path may be on another disk on another host. For a bucket, only the names are compared.
         """
         bucket, file = places.in_bucket(self.path), self.path / "lock"
 
-        def seen() -> str:
+        def identify() -> str:
             return str(self.path) if bucket else lock.holder(file)
 
         what, end = "comparing work directories", time.monotonic() + _SEEN
-        there = processes.broadcast_from_process_0(what, seen)
-        while not (same := seen() == there) and not bucket and time.monotonic() < end:
+        theirs = processes.broadcast_from_process_0(what, identify)
+        while not (same := identify() == theirs) and not bucket and time.monotonic() < end:
             time.sleep(0.1)
-        processes.refuse(what, "" if same else f"process {processes.index()} does not see what process 0 writes to the "
-                         f"work directory: {self.path} is another directory, or on a disk that the hosts do not share",
+        processes.refuse(what, "" if same else f"process {processes.index()} does not see the files of process 0 in "
+                         f"the work directory: {self.path} is another directory, or on a disk the hosts do not share",
                          "give all processes one --workdir on a shared disk")  # fmt: skip
 
     def has_checkpoints(self) -> bool:
-        """Whether any checkpoint is in the directory, readable or not."""
+        """Whether the directory has any checkpoint, readable or not."""
         return self.checkpoints.is_dir() and any(folder.name.isdigit() for folder in self.checkpoints.iterdir())
 
     def check_config(self, config: ConfigDict, may_differ: Sequence[str] = ()) -> str:
-        """Raises UserError, with the keys that differ, if the directory holds a run with another config.
+        """Raises UserError, naming the keys that differ, if the directory holds a run with another config.
 
-        Gives the config of that run, as JSON, if it differs in the keys `may_differ` and FREE_KEYS alone, and "" if it
-        does not.
+        Returns the config of that run as JSON if it differs only in the keys `may_differ` and FREE_KEYS, and "" if it
+        does not differ.
         """
         if not self.config.is_file():
             if self.has_checkpoints():
-                log.warning("%s is missing: the config that is given now is taken for that of the run", self.config)
+                log.warning("%s is missing: assuming that the run was trained with the present config", self.config)
             return ""
         old = self.load_config()
         lines = configs.difference(old, config, (*may_differ, *configs.FREE_KEYS))
@@ -169,53 +172,52 @@ class Workdir:
         raise UserError(f"{self.path} holds a run with another config ({'; '.join(lines)}); use the old values,{hint} "
                         "or pass another --workdir")  # fmt: skip
 
-    def go_on(self, config: ConfigDict, start: int) -> None:
-        """Records that from step `start` on `config` is the run's: it has another `total`, or others of FREE_KEYS."""
-        old, whole = self.load_config(), read_json(self.provenance)
+    def update_config(self, config: ConfigDict, start: int) -> None:
+        """Records that the run continues from step `start` with another `total`, or other values of FREE_KEYS."""
+        old, provenance = self.load_config(), read_json(self.provenance)
         if old.total != config.total:
             entry: JsonObject = {"step": start, "from": old.total, "to": config.total, "command": sys.argv}
-            whole["extended"] = [*whole.get("extended", []), entry]
-            log.warning("the run is extended from total=%r to %r: config.json says so from now on, and steps %d and "
-                        "later are those of the longer run", old.total, config.total, start)  # fmt: skip
+            provenance["extended"] = [*provenance.get("extended", []), entry]
+            log.warning("the run is extended from total=%r to %r, as config.json now says: the steps from %d on are "
+                        "those of the longer run", old.total, config.total, start)  # fmt: skip
         a, b = configs.flatten(old), configs.flatten(config)
         if keys := {key: [a[key], b[key]] for key in configs.FREE_KEYS if a[key] != b[key]}:
             entry = {"step": start, "keys": keys, "command": sys.argv}
-            whole["changed"] = [*whole.get("changed", []), entry]
-            log.info("from step %d on the run has other keys, which change no bit: %s; config.json says so from now on",
+            provenance["changed"] = [*provenance.get("changed", []), entry]
+            log.info("from step %d on the run has other keys, which change no bit: %s; config.json has them now",
                      start, ", ".join(f"{key}={new!r}" for key, (_, new) in keys.items()))  # fmt: skip
         content = configs.to_json(config)
-        write_json(self.provenance, whole | {"config_sha256": json_digest(content)})
+        write_json(self.provenance, provenance | {"config_sha256": json_digest(content)})
         write_atomically(self.config, content)
 
     def record_code(self, start: int) -> None:
-        """Records the code with which the run goes on from step `start`, and warns if that is not the code before."""
+        """Records the code with which the run continues from step `start`, and warns if it has changed."""
         recorded = read_json(self.provenance)
         names = [name if name != "imgclf_jax" else "the code of imgclf_jax" for name in changed_code(recorded)]
         if (now := with_changed_code(recorded, start)) != recorded:
             write_json(self.provenance, now)
         if names and start:
-            log.warning("changed since the run began: %s; the steps from %d on are computed with what it is now",
-                        ", ".join(names), start)  # fmt: skip
+            log.warning("changed since the run began: %s; the steps from %d on use the present code", ", ".join(names),
+                        start)  # fmt: skip
 
     def changed_modules(self) -> list[str]:
-        """The files of the user's modules that are imported now and are not those of the run's last step."""
+        """The files of the user's imported modules that have changed since the run's last step."""
         recorded = read_json(self.provenance) if self.provenance.is_file() else {}
         return [name for name in changed_code(recorded) if name != "imgclf_jax"]
 
     def warn_of_changed_modules(self) -> None:
-        """Warns, once each, of the user's own modules that are not those of the run's last step."""
+        """Warns, once each, about the user's own modules that have changed since the run's last step."""
         for name in self.changed_modules():
-            _warn_once(f"{name} has changed since the run in {self.path} was trained: its outputs may be others than "
-                       "they were")  # fmt: skip
+            _warn_once(f"{name} has changed since the run in {self.path} was trained: its outputs may differ")
 
     def write_result(self, result: JsonObject) -> None:
-        """Writes result.json, and its digest into provenance.json: the run has ended."""
+        """Writes result.json, and its digest to provenance.json: the run has ended."""
         content = json.dumps(result, indent=2) + "\n"
         write_json(self.provenance, read_json(self.provenance) | {"result_sha256": json_digest(content)})
         write_atomically(self.result, content)
 
     def pin_groups(self, config: ConfigDict) -> ConfigDict:
-        """The config that the run goes on with: the groups of batch norm's statistics are those that it began with."""
+        """The config that the run continues with, whose BatchNorm statistics keep the groups that it began with."""
         if not self.provenance.is_file():
             return config
         recorded = read_json(self.provenance)
@@ -223,17 +225,17 @@ class Workdir:
         return pin_groups(config, mesh, recorded if isinstance(recorded, dict) else {})
 
     def drop_later_result(self, start: int) -> None:
-        """Removes result.json if it is of a later step than `start`, from which the run is trained again."""
+        """Removes result.json if it is from a later step than `start`, where the run resumes."""
         try:
             later = self.result.is_file() and read_json(self.result)["step"] > start
         except (UserError, KeyError, TypeError):
-            later = False  # damaged; it is written anew at the end
+            later = False  # damaged; it is rewritten at the end
         if later:
-            log.warning("the run is trained again from step %d: %s, of a later step, was removed", start, self.result)
+            log.warning("the run resumes at step %d: removed %s, which was from a later step", start, self.result)
             self.result.unlink()
 
     def is_done(self, total: int) -> bool:
-        """Whether the run has ended: a result of step `total` is written, whole."""
+        """Whether the run has ended: result.json is readable and from step `total`."""
         try:
             return bool(read_json(self.result)["step"] == total)
         except (UserError, KeyError, TypeError):
@@ -245,17 +247,19 @@ class Workdir:
     ) -> None:  # fmt: skip
         """Writes config.json and provenance.json, each once: they describe the process that began the run.
 
-        `init_from` describes the weights that a new run starts from. It is None for a run that starts from random
-        weights or resumes. `left_out` are the unreadable files that the data are without. `evals` are the fingerprints
-        of the evaluation sets by name, `groups` those of batch norm's statistics with 'per_device', `fixed` is the
-        digest of the method's fixed arrays. Raises UserError if the run in the directory began with other data, weights
-        or fixed arrays.
+        - `init_from` describes the weights that a new run starts from; None for random weights or a resumed run.
+        - `left_out` are the unreadable files that were left out of the data.
+        - `evals` are the fingerprints of the evaluation sets, by name.
+        - `groups` is the number of groups of BatchNorm statistics with 'per_device', else 0.
+        - `fixed` is the digest of the method's fixed arrays.
+
+        Raises UserError if the run in the directory began with other data, weights or fixed arrays.
         """
         if self.provenance.is_file():
             old = load_data_info(self.provenance)
-            if old != data and data.told_by(old.fingerprint) and replace(old, fingerprint=data.fingerprint) == data:
-                log.warning("an older version began the run in %s and recorded names and sizes of its images alone: "
-                            "whether the contents have changed since is not known", self.path)  # fmt: skip
+            if old != data and data.matches(old.fingerprint) and replace(old, fingerprint=data.fingerprint) == data:
+                log.warning("an older version began the run in %s and recorded only the names and sizes of its images: "
+                            "their contents may have changed since", self.path)  # fmt: skip
             elif old != data:
                 names = [f.name for f in fields(data) if f.compare and getattr(old, f.name) != getattr(data, f.name)]
                 raise UserError(f"the data of the run in {self.path} have changed (another {', '.join(names)}); "

@@ -20,31 +20,31 @@ from imgclf_jax.run.provenance import parse_json, write_atomically
 
 log = logging.getLogger(__name__)
 
-_MOST_LINES = 1_000_000  # of a file of unknown origin
+_MOST_LINES = 1_000_000  # of an untrusted file
 _MOST_BYTES_OF_A_LINE = 16 << 20
 _BEGIN = b'{"step": '  # of every line that this package writes
 
 
 class Writer(Protocol):
-    """What a writer must have; every `clu.metric_writers.MetricWriter` does."""
+    """The interface of a writer, which every `clu.metric_writers.MetricWriter` has."""
 
     def write_hparams(self, hparams: JsonObject) -> None:
         """Takes the config by its dotted keys, once, before anything else."""
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Takes the metrics of a step, `{"train/loss": …}`; training and evaluation come apart."""
+        """Takes the metrics of a step, `{"train/loss": …}`; those of training and evaluation come separately."""
 
     def flush(self) -> None:
-        """Saves what was written. A checkpoint is saved next, so a resumed run does not write it again."""
+        """Persists the metrics so far. A checkpoint is saved next, and a resumed run will not write them again."""
 
     def close(self) -> None:
-        """Ends the writer, also after an error or a signal."""
+        """Closes the writer, also after an error or a signal."""
 
 
 class RecordFile:
-    """A file of JSON lines, open to append. It starts anew with the records that are `kept`.
+    """A file of JSON lines to append to. It is first rewritten with the records `kept`.
 
-    In a bucket, where objects do not grow, `flush` and `close` write the whole file.
+    In a bucket, whose objects cannot be appended to, `flush` and `close` write the whole file.
     """
 
     def __init__(self, path: Path, kept: Iterable[JsonMapping]):
@@ -56,7 +56,7 @@ class RecordFile:
             self._file.write(content)
 
     def write(self, record: JsonMapping) -> None:
-        """Appends a record. The operating system has it when this returns, so a killed process does not lose it."""
+        """Appends a record and hands it to the operating system, so a killed process does not lose it."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
@@ -82,9 +82,9 @@ class MetricsWriter:
     """Appends records to `metrics.jsonl` in `workdir`, and hands them to the other writers. Only process 0 opens any.
 
     A record is one line: {"step": 100, "train/loss": …}. A run that resumes at `step` first drops the records after
-    this step, and an incomplete last line after a crash. It then writes the same records again. Records that a killed
-    process had not flushed into a bucket belong to steps that are done again. Raises UserError if a file cannot be
-    written or a writer cannot be made. An error that one of `config.writers` raises later ends that writer alone.
+    this step, and an incomplete last line after a crash; it then writes the same records again. Records that a killed
+    process had not flushed to a bucket belong to steps that are repeated. Raises UserError if a file cannot be written
+    or a writer cannot be made. A later error in one of `config.writers` ends that writer alone.
     """
 
     def __init__(self, workdir: Path, step: int, config: ConfigDict):
@@ -97,7 +97,7 @@ class MetricsWriter:
             except BaseException:
                 self.close()
                 raise
-        # Whether the evaluation of this step is recorded, in all processes. Records of training have a pace.
+        # Whether the evaluation of this step is recorded, known to all processes. Only training records have a pace.
         self.evaluated = processes.broadcast_from_process_0("reading metrics.jsonl", lambda: evaluated)
 
     def _open(self, step: int, config: ConfigDict) -> bool:
@@ -116,21 +116,21 @@ class MetricsWriter:
         return any(record["step"] == step and "train/images_per_second" not in record for record in kept)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes one record. The operating system has it when this returns, so a killed process does not lose it."""
+        """Writes one record and hands it to the operating system, so a killed process does not lose it."""
         with self._naming_errors():
             for file in self._own:
                 file.write_scalars(step, scalars)
         self._tell_added(lambda writer: writer.write_scalars(step, scalars))
 
     def flush(self) -> None:
-        """Returns when all records are on disk. Call it before saving a checkpoint: its records must not be lost."""
+        """Returns when all records are on disk. Call it before saving a checkpoint, whose records must not be lost."""
         with self._naming_errors():
             for file in self._own:
                 file.flush()
         self._tell_added(lambda writer: writer.flush())
 
     def close(self) -> None:
-        """Closes all writers. Raises nothing: `write_scalars` and `flush` have raised what went wrong."""
+        """Closes all writers. Raises nothing: `write_scalars` and `flush` have raised any errors."""
         for file in self._own:
             with contextlib.suppress(Exception):
                 file.close()
@@ -140,7 +140,7 @@ class MetricsWriter:
         for name, writer in list(self._added.items()):
             try:
                 call(writer)
-            except Exception as e:  # a tracking service that fails is no reason to end a run
+            except Exception as e:  # a failing tracking service must not end a run
                 log.warning("writers=%s failed and gets no more metrics: %s: %s", name, type(e).__name__, reason(e))
                 del self._added[name]
 
@@ -150,7 +150,7 @@ class MetricsWriter:
 
 @contextlib.contextmanager
 def naming_errors(what: str) -> Iterator[None]:
-    """While inside, turns an OSError into a UserError that names `what` could not be written."""
+    """Inside, turns an OSError into a UserError that says that `what` could not be written."""
     try:
         yield
     except OSError as e:
@@ -159,9 +159,9 @@ def naming_errors(what: str) -> Iterator[None]:
 
 
 def find_factories(text: str) -> dict[str, Callable[[Path, int], Writer]]:
-    """The writers that the config's `writers` names, as functions of the work directory and the step, by their specs.
+    """The factories of the config's `writers`, by spec: functions (workdir, step) -> Writer.
 
-    A factory is given `workdir` and `step` if it has parameters of these names. Raises UserError for a factory that
+    The user's function is passed `workdir` and `step` if it has parameters of these names. Raises UserError if it
     cannot be imported or called with the arguments of its spec.
     """
 
@@ -187,14 +187,14 @@ _METHODS = ("write_hparams", "write_scalars", "flush", "close")
 
 
 def read_metrics(path: Path) -> list[JsonObject]:
-    """The records of a `metrics.jsonl`, without damaged lines, which a crash may leave; [] if there is no file."""
+    """Reads the records of a `metrics.jsonl`, skipping damaged lines, which a crash may leave; [] without a file."""
     return parse_records(path.read_bytes(), str(path)) if path.is_file() else []
 
 
 def parse_records(content: bytes, where: str, strict: bool = False) -> list[JsonObject]:
-    """The records, each with its `step`, in the content of the file `where`; damaged lines are left out.
+    """Parses the records, each with its `step`, in the content of the file `where`; skips damaged lines.
 
-    If `strict`, raises UserError for damage that no crash leaves: a crash cuts the last line short, and no other.
+    If `strict`, raises UserError for damage that no crash leaves: a crash truncates only the last line.
     """
     spec.check_bound(content.count(b"\n"), _MOST_LINES, f"lines in {where}")
     records, damaged, torn = [], 0, False
@@ -212,8 +212,7 @@ def parse_records(content: bytes, where: str, strict: bool = False) -> list[Json
         raise UserError(f"{where} is damaged: {damaged:,} of its {damaged + len(records):,} lines hold no record; "
                         "restore the file from a copy of the run or from its bundle")  # fmt: skip
     if damaged:
-        what = "a line cut short was" if damaged == 1 else f"{damaged:,} damaged lines were"
-        log.warning("%s: %s left out", where, what)
+        log.warning("%s: skipped %s", where, "a truncated line" if damaged == 1 else f"{damaged:,} damaged lines")
     return records
 
 
@@ -221,5 +220,5 @@ def _open_event_file(directory: Path, step: int) -> EventFile | None:
     try:
         return EventFile(directory, step)
     except ImportError:
-        log.info("TensorBoard is not installed: its files are not written, metrics.jsonl alone")
+        log.info("TensorBoard is not installed: metrics are written to metrics.jsonl only")
         return None

@@ -100,7 +100,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
         if old.total != config.total:
             extension.check(Recipe(old, recipe.data), recipe, start, workdir.path)
         if start < recipe.total:  # else the run is done, by the config that it has recorded
-            processes.broadcast_from_process_0("writing config.json", lambda: workdir.go_on(config, start))
+            processes.broadcast_from_process_0("writing config.json", lambda: workdir.update_config(config, start))
     log.info("%s", sources.describe_use(base, config.data))
     if not processes.index():
         for sentence in (*overlap_warnings(config.data.train, config.data.eval, base), *selection_warnings(config)):

@@ -65,8 +65,10 @@ def test_a_wrong_number_is_told_to_all(port, processes, sentence):
 def test_who_does_not_come_is_named_to_all(port):
     told = meet(port, (0, 4), (2, 4), patience=1.0)
     assert len(set(told)) == 1
-    assert told[0].startswith(f"process 1, 3 has not come to port {port} of host {socket.gethostname()} in 1 s")
-    assert meet(port, (1, 2), patience=0.5)[0].startswith(f"process 0 has not come to localhost:{port} in 0.5 s")
+    assert told[0].startswith(
+        f"process 1, 3 has not connected to port {port} of host {socket.gethostname()} within 1 s"
+    )
+    assert meet(port, (1, 2), patience=0.5)[0].startswith(f"process 0 does not listen at localhost:{port} after 0.5 s")
 
 
 def test_who_ends_while_others_wait_is_named(port):
@@ -78,7 +80,7 @@ def test_who_ends_while_others_wait_is_named(port):
 
     thread = threading.Thread(target=end_soon)
     thread.start()
-    assert meet(port, (0, 3))[0].startswith("process 1 (host there) has ended before all came")
+    assert meet(port, (0, 3))[0].startswith("process 1 (host there) ended before all had joined")
     thread.join()
 
 
@@ -106,7 +108,7 @@ def test_a_port_of_another_program(port, says):
     for connection in silent:
         connection.close()
     assert f"port {port} of host {socket.gethostname()} cannot be used (Address already in use); pass a free" in told[0]
-    assert f"what answers at localhost:{port} is not process 0 of a run that starts" in told[1]
+    assert f"localhost:{port} answers, but not as process 0 of a run that is starting" in told[1]
 
 
 def test_a_health_check_is_no_process(port):

@@ -94,7 +94,7 @@ def test_who_is_missing_is_named(three):
     results = three(lambda _: processes.barrier("saving", 0.2), numbers=(0, 2))
     for number in (0, 2):
         assert isinstance(results[number], UserError)
-        assert "process 1 (host b) has not come to the same place (saving) in 0.2 s" in str(results[number])
+        assert "process 1 (host b) has not reached the same point (saving) within 0.2 s" in str(results[number])
 
 
 def test_data_are_prepared_once_a_host(three):
@@ -228,15 +228,15 @@ def test_work_directories_that_differ_are_told(three, tmp_path, monkeypatch):
         assert three(lambda _: place.check_shared()) == dict.fromkeys(range(3))
         told = three(lambda number: (place if number < 2 else Workdir(tmp_path / "b")).check_shared())
     assert {str(error)[:77] for error in told.values()} == {
-        "process 2 does not see what process 0 writes to the work directory: " + str(tmp_path)[:9]
+        "process 2 does not see the files of process 0 in the work directory: " + str(tmp_path)[:9]
     }
 
 
 def test_who_does_something_else_is_named(three):
     """As where one process has found another list of images, and is done before the others."""
     told = three(lambda number: processes.gather("images" if number else "end", number, 1.0))
-    assert "process 1 (host b) does something else (images) than process 0 (host a) (end)" in str(told[0])
-    assert "process 0 (host a) does something else (end) than process 2 (host b) (images)" in str(told[2])
+    assert "process 1 (host b) is at another point (images) than process 0 (host a) (end)" in str(told[0])
+    assert "process 0 (host a) is at another point (end) than process 2 (host b) (images)" in str(told[2])
 
 
 def test_one_process_alone_asks_nobody():

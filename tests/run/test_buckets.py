@@ -65,7 +65,7 @@ def test_other_addresses_are_refused(text):
 
 def test_a_driver_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(places.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"gcsfs is not installed.*uv sync --extra buckets"):
+    with pytest.raises(UserError, match=r"needs gcsfs, which is not installed.*uv sync --extra buckets"):
         places.as_path("gs://bucket/x")
 
 
@@ -142,6 +142,6 @@ def sharding():
 
 def test_what_a_bucket_cannot_do_is_said(bucket, capsys):
     assert launch.main([f"--workdir={bucket}/lr=[0.1]", *RUN]) == 1
-    assert "the name of a work directory may not hold *, ? or [" in capsys.readouterr().err
+    assert "the name of a work directory may not contain *, ? or [" in capsys.readouterr().err
     assert launch.main([f"--workdir={bucket}/traced", *RUN, "--profile=2:4"]) == 1
     assert "--profile writes to a disk, and s3://runs/traced is in a bucket" in capsys.readouterr().err

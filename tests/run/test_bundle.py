@@ -37,16 +37,16 @@ def packed(members: list[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -
     (b"hello", "not a zip"),
     (packed([*CONTENTS.items(), ("../evil", b"x")]), "'../evil'"),
     (packed([*CONTENTS.items(), ("/etc/evil", b"x")]), "'/etc/evil'"),
-    (packed([*CONTENTS.items(), ("more.pkl", b"x")]), "and a bundle holds config.json, provenance.json"),
-    (packed([*CONTENTS.items(), ("config.json", b"[]")]), "and a bundle holds"),
-    (packed([("result.json", b"{}")]), "and a bundle holds"),
+    (packed([*CONTENTS.items(), ("more.pkl", b"x")]), "but a bundle holds config.json, provenance.json"),
+    (packed([*CONTENTS.items(), ("config.json", b"[]")]), "but a bundle holds"),
+    (packed([("result.json", b"{}")]), "but a bundle holds"),
     (packed([*CONTENTS.items(), ("digests.jsonl", bytes(200 << 20))], zipfile.ZIP_DEFLATED), "longer than 128 MB"),
     (packed(list(CONTENTS.items()), zipfile.ZIP_BZIP2), "neither stored nor deflated"),
     (packed(list(CONTENTS.items())).replace(b'{"step": 1}', b'{"step": 2}'), "CRC"),
 ])  # fmt: skip
 def test_what_is_no_bundle_is_refused(tmp_path, content, says):
     (tmp_path / "a.zip").write_bytes(content)
-    with pytest.raises(UserError, match="is no bundle that can be read") as caught:
+    with pytest.raises(UserError, match="is not a readable bundle") as caught:
         bundle.read(tmp_path / "a.zip")
     assert says in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
@@ -57,7 +57,7 @@ def test_a_member_that_is_damaged(tmp_path):
     whole = configs.to_json(configs.default_config()).encode()
     members = {"config.json": whole, "provenance.json": b"[1]", "digests.jsonl": b'{"step": "x"}\n' + b"[" * 100_000}
     bundle.write(tmp_path / "a.zip", members)
-    record = Record.named(str(tmp_path / "a.zip"))
+    record = Record.load(str(tmp_path / "a.zip"))
     assert record.config.seed == 0
     assert record.result == {}
     with pytest.raises(UserError, match=r"digests.jsonl of .*a.zip is damaged"):
@@ -66,4 +66,4 @@ def test_a_member_that_is_damaged(tmp_path):
         _ = record.provenance
     bundle.write(tmp_path / "b.zip", {"config.json": b'{"sed": 1}'})
     with pytest.raises(UserError, match=r"config.json of .*b.zip"):
-        _ = Record.named(str(tmp_path / "b.zip")).config
+        _ = Record.load(str(tmp_path / "b.zip")).config

@@ -66,11 +66,11 @@ def test_resuming_drops_what_comes_after(tmp_path, caplog):
     again.record(4, params())
     again.close()
     assert set(lines(tmp_path)) == {0, 4}
-    assert [r.message for r in caplog.records] == [f"{tmp_path}/digests.jsonl: a line cut short was left out"]
+    assert [r.message for r in caplog.records] == [f"{tmp_path}/digests.jsonl: skipped a truncated line"]
     another = Digests(tmp_path, 4, 9)
     another.record(4, {"b": jnp.zeros(2)})
     another.close()
-    assert "the parameters of step 4 are not those" in caplog.records[-1].message
+    assert "the parameters of step 4 differ from those" in caplog.records[-1].message
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")

@@ -108,7 +108,7 @@ def test_a_fingerprint_without_contents(tmp_path, caplog):
     assert caplog.messages == []
     older.record(config, now)
     [message] = caplog.messages
-    assert message.startswith(f"an older version began the run in {older.path} and recorded names and sizes")
+    assert message.startswith(f"an older version began the run in {older.path} and recorded only the names and sizes")
     programs = SimpleNamespace(recipe=SimpleNamespace(config=config, data=old))
     assert not evaluation.changed(programs, config, base)
     provenances = [json.loads(place.provenance.read_text()) for place in (older, newer)]

@@ -34,7 +34,7 @@ def test_without_any_manifest(saved, tmp_path, caplog):
     for step in ("10", "20"):
         (directory / step / "manifest.json").unlink()
     assert Checkpoints(directory).restore_latest(like())[0] == 20
-    assert f"checkpoint {directory}/20 cannot be verified: it has no manifest.json" in caplog.text
+    assert f"checkpoint {directory}/20 is used without verification: it has no manifest.json" in caplog.text
     assert names(directory) == ["10", "20"]
 
 
@@ -51,7 +51,7 @@ def test_what_cannot_be_read_back_is_no_checkpoint(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     monkeypatch.setattr(checkpoints._manager, "item_metadata", lambda step: {"params": {}})
     checkpoints.save(5, make_state(5))
-    with pytest.raises(UserError, match=r"what was saved cannot be read back: .* is absent in it"):
+    with pytest.raises(UserError, match=r"the checkpoint cannot be read back: .* is absent in it"):
         checkpoints.wait()
     assert not (tmp_path / "5" / "manifest.json").exists()
 
@@ -64,7 +64,7 @@ def test_a_reader_beside_the_run(saved, tmp_path):
     shutil.rmtree(directory / "20")
     assert reader.restore_latest(like())[0] == 10
     shutil.rmtree(directory / "10")
-    with pytest.raises(Gone, match="was removed while it was read, since its run goes on"):
+    with pytest.raises(Gone, match="was removed while it was read, since its run still trains"):
         reader.restore_latest(like())
 
 

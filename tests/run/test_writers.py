@@ -61,7 +61,7 @@ def test_resuming_drops_what_comes_after(tmp_path, caplog):
     writer.write_scalars(15, {"a": 0.25})
     writer.close()
     assert file.read_text().splitlines() == [*kept, '{"step": 15, "a": 0.25}']
-    assert caplog.text.count("a line cut short was left out") == 1
+    assert caplog.text.count("skipped a truncated line") == 1
     assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "tb"}
 
 
@@ -120,7 +120,7 @@ def test_without_tensorboard(tmp_path, monkeypatch, caplog):
     writer = open_writer(tmp_path)
     writer.write_scalars(1, {"a": 0.5})
     writer.close()
-    assert caplog.messages == ["TensorBoard is not installed: its files are not written, metrics.jsonl alone"]
+    assert caplog.messages == ["TensorBoard is not installed: metrics are written to metrics.jsonl only"]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -342,4 +342,4 @@ def test_damaged_lines_are_counted(tmp_path, caplog):
     """In one line of the log, however many they are."""
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + b"\n" * 1_000_000 + b'x\r\n{"step": 2}\r\n')
     assert [record["step"] for record in writers.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
-    assert [r.message for r in caplog.records] == [f"{tmp_path}/metrics.jsonl: 1,000,001 damaged lines were left out"]
+    assert [r.message for r in caplog.records] == [f"{tmp_path}/metrics.jsonl: skipped 1,000,001 damaged lines"]

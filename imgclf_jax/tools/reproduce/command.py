@@ -60,7 +60,7 @@ def main(
         if (total := run.cadences.total) < end:
             raise UserError(f"total={config.total!r} is {total} steps, but the run in {record.path} recorded {end}; "
                             f"pass --steps={total}, or a longer total")  # fmt: skip
-        found.extend(differences(record.provenance, Record.named(str(run.workdir.path)).provenance))
+        found.extend(differences(record.provenance, Record.load(str(run.workdir.path)).provenance))
         for difference in found[:_SHOWN]:
             log.warning("%s differs: %s was %s, here it is %s", difference.kind, *difference[1:])
         return dataclasses.replace(run, cadences=dataclasses.replace(run.cadences, end=end))
@@ -83,7 +83,7 @@ def main(
             folder.rmdir()  # if it is empty
         raise
     processes.barrier("comparing")  # process 0 has written everything
-    here = Record.named(str(folder))
+    here = Record.load(str(folder))
     if status not in (0, train.STOPPED) or max((line["step"] for line in here.digests), default=-1) < end:
         log.warning("stopped before step %d without comparing; continue with --output=%s", end, folder)
         return status or 1

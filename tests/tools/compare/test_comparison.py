@@ -234,7 +234,7 @@ def test_no_run(tmp_path, capsys):
     assert launch.main(["compare", str(tmp_path)]) == 1
     assert "no run in or below" in capsys.readouterr().err
     assert launch.main(["compare", str(tmp_path / "x")]) == 1
-    assert "is no directory" in capsys.readouterr().err
+    assert "is not a directory" in capsys.readouterr().err
     assert launch.main(["compare"]) == 2
 
 
