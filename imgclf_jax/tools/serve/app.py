@@ -1,4 +1,4 @@
-"""The web application: a page for people, `POST /predict` for programs, and routes for those who run it."""
+"""The web application: a page for people, `POST /predict` for programs, and routes for operators."""
 
 import asyncio
 import contextlib
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 _LIMITS = Limits()
 
-# The page asks this server alone, and no other page may show it inside of itself.
+# The page connects to this server only, and no other page may embed it.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -53,7 +53,7 @@ _RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in _HEAD
 
 
 class _Numbers:
-    """What `/metrics` shows, in Prometheus' format."""
+    """The Prometheus metrics of `/metrics`."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -64,7 +64,7 @@ class _Numbers:
         self.batches = histogram("imgclf_batch_images", "Images in a batch", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
 
 
-# (an image's file, the class's name or "" for the predicted one, "png" or "json") → a PNG or JSON of where it is found
+# (bytes of an image file, class name or "" for the predicted class, "png" or "json") → a heat map as PNG or JSON
 Explain = Callable[[bytes, str, str], bytes]
 Make = Callable[[Request, str, Sent], Awaitable[Response]]
 
@@ -73,16 +73,15 @@ def build(
     model: Trained, limits: Limits = _LIMITS, hosts: Sequence[str] = ("*",), explain: Explain | None = None,
     name: str = "", cors: Sequence[str] = (), request_log: Write | None = None,
 ) -> Starlette:  # fmt: skip
-    """The application. Compiles the model's programs.
+    """Builds the application and compiles the model's programs.
 
-    - `hosts` are the only host names that it answers requests for.
+    - `hosts` are the only host names that it answers to.
     - `explain`, which may raise UserError, answers the route /explain.
     - `name` is what the page and /model call the model.
-    - `cors` are the origins, such as "https://a.example", whose pages may send requests; "*" is any.
+    - `cors` are the origins, such as "https://a.example", whose pages may send requests; "*" allows any.
     - `request_log` is called with a line for each request.
 
-    After the application has ended, its `state.idle(seconds)` waits for threads that still work, and says whether all
-    are idle.
+    After the application has ended, its `state.idle(seconds)` waits for busy threads, and returns whether all are idle.
     """
     numbers = _Numbers()
     batcher = Batcher(model, most_waiting=2 * limits.requests, seen=numbers.batches.observe)
@@ -148,9 +147,9 @@ def build(
             response = _refusal(refused)
         except ClientDisconnect:
             response = _refusal(Refused(499, CLIENT_GONE))
-        except asyncio.CancelledError as e:  # or by the server, when the time to answer after a signal is over
+        except asyncio.CancelledError as e:  # by the server, if the grace time after a signal is over
             gone = str(e) == CLIENT_GONE
-            response = _refusal(Refused(499, CLIENT_GONE) if gone else Refused(503, "the server ends"))
+            response = _refusal(Refused(499, CLIENT_GONE) if gone else Refused(503, "the server is stopping"))
         numbers.requests.labels(route, str(response.status_code)).inc()
         numbers.seconds.observe(time.perf_counter() - begun)
         return response
@@ -190,7 +189,7 @@ def build(
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return _refusal(Refused(500, "the server failed; its log says why"))
 
-    routes = [  # that of programs first: the others are tried before it otherwise, for each request
+    routes = [  # /predict first, since routes are tried in order for each request
         Route("/predict", predict, methods=["POST"]),
         Route("/", _file("page.html", "text/html", name or model.config.model)),
         Route("/page.css", _file("page.css", "text/css")),
@@ -207,7 +206,7 @@ def build(
         if error.status_code == 405:
             text = f"{request.method[:20]} {path}: this route takes {error.headers['Allow'] if error.headers else ''}"
         else:
-            text = f"{path}: there is no such route; there are {', '.join(route.path for route in routes)}"
+            text = f"{path}: no such route; the routes are {', '.join(route.path for route in routes)}"
         return _refusal(Refused(error.status_code, text), error.headers)
 
     return Starlette(
@@ -244,7 +243,7 @@ async def _predict_all(batcher: Batcher, client: str, sent: Sent) -> list[np.nda
 
 
 class _Answer(Response):
-    """A JSON value, by an encoder and with headers that are made once: requests to `/predict` may be many."""
+    """A JSON response with a shared encoder and headers, which is faster for many requests to `/predict`."""
 
     def __init__(self, value: object) -> None:
         self.status_code, self.background = 200, None
@@ -254,7 +253,7 @@ class _Answer(Response):
 
 
 class _OwnPagesOnly:
-    """Answers requests for certain hosts alone, and from this server's page or those of certain other origins."""
+    """Refuses requests for other hosts, and from pages of origins that are not allowed."""
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str], cors: Sequence[str]) -> None:
         self._app, self._cors = app, {origin.lower() for origin in cors}
@@ -273,7 +272,7 @@ class _OwnPagesOnly:
         host = hosts[0].lower() if hosts else ""
         if "*" not in self._hosts and re.sub(r":[0-9]*$", "", host) not in self._hosts:
             return Refused(
-                400, f"Host {printable(host[:100])}: this server answers as {', '.join(sorted(self._hosts))} alone"
+                400, f"Host {printable(host[:100])}: this server answers only as {', '.join(sorted(self._hosts))}"
             )
         for origin in map(str.lower, headers.getlist("origin")):
             if origin.partition("://")[2] != host and not {"*", origin} & self._cors:
@@ -283,7 +282,7 @@ class _OwnPagesOnly:
 
 
 def _parameters(request: Request, *allowed: str) -> Mapping[str, str]:
-    """The parameters in the URL. Raises Refused for others, and for one that is given twice."""
+    """Returns the parameters in the URL. Raises Refused for unknown and for repeated ones."""
     given = request.query_params.multi_items()
     for name, _ in given:
         if name not in allowed:
@@ -296,7 +295,7 @@ def _parameters(request: Request, *allowed: str) -> Mapping[str, str]:
 def _top_k(given: Mapping[str, str], classes: int) -> int:
     for name, text in given.items():
         if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
-            raise Refused(400, f"{name}={printable(text[:20])}: wants a whole number from 1 to 999999999")
+            raise Refused(400, f"{name}={printable(text[:20])}: must be a whole number from 1 to 999999999")
         return min(int(text), classes)
     return min(5, classes)
 
@@ -311,7 +310,7 @@ def _refusal(refused: Refused, more: Mapping[str, str] | None = None) -> Respons
 
 
 def _file(name: str, kind: str, title: str = "") -> Callable[[Request], Awaitable[Response]]:
-    """Sends a file of this package, with `title` in place of TITLE."""
+    """Returns a handler that sends a file of this package, with `title` in place of TITLE."""
     content = resources.files("imgclf_jax.tools.serve").joinpath(name).read_text(encoding="utf-8")
     content = content.replace("TITLE", escape(printable(title)))
 

@@ -1,4 +1,4 @@
-"""Images of many requests in one batch on the device."""
+"""Batches the images of many requests."""
 
 import asyncio
 import collections
@@ -18,21 +18,23 @@ from imgclf_jax.data import decode_cost
 from imgclf_jax.data.decode_cost import Costly
 from imgclf_jax.trained import Trained, not_finite
 
-_AT_ONCE = 2  # batches; one of them is decoded, and one is on the device
-_BYTES_A_THREAD = 100_000  # of files, a few milliseconds' work, that one thread decodes at least
-# What an image may cost, in pixels times scans and in bytes of its file: a batch decodes images of some 10 ms each.
-# Larger ones, and those that are made to be slow, keep no batch waiting. The largest take a gigabyte: one at a time.
+_AT_ONCE = 2  # batches: while one is on the device, the other is decoded
+_BYTES_A_THREAD = 100_000  # the least a decoding thread gets, a few milliseconds of work
+# Limits of an image in a batch, about 10 ms to decode: pixels times scans, and file size. Larger images and those
+# built to be slow, are decoded apart; beyond the second limit, where decoding may take a gigabyte, one at a time.
 _IN_A_BATCH = 2**20, 256_000
 _APART = 2**23, 4_000_000
-_SECONDS = 0.2  # that a batch decodes: the files that are left go back, so that no client's batch is long
+_SECONDS = (
+    0.2  # decoding time of a batch; the remaining files return to the queue, so that no client makes a batch slow
+)
 
-Image = bytes | np.ndarray  # the bytes of a file, or what has been prepared
+type Image = bytes | np.ndarray  # the bytes of a file, or a prepared image
 
 
 def without_traceback[T](make: Callable[[bytes], T], image: bytes) -> T | UserError:
-    """What `make` gives, or its error, without the traceback: its frames hold an image of hundreds of megabytes.
+    """Returns `make(image)` or its UserError, without the traceback, whose frames hold up to hundreds of megabytes.
 
-    In a future they would until Python looks for garbage, which it does not do for want of memory.
+    A future with the traceback would keep them alive until the next garbage collection, which memory does not trigger.
     """
     try:
         return make(image)
@@ -41,42 +43,42 @@ def without_traceback[T](make: Callable[[bytes], T], image: bytes) -> T | UserEr
 
 
 class Busy(Exception):
-    """So many images wait already that one more would not be answered in time."""
+    """Too many images are waiting to answer one more in time."""
 
 
 class Later(Exception):
-    """An image for which the batch had no more time."""
+    """The batch had no time left for this image."""
 
 
 class ByClient[T]:
-    """A queue in which clients take turns, each with its oldest."""
+    """A queue that serves clients round-robin, and the items of each in order."""
 
     def __init__(self) -> None:
-        self._of: dict[str, collections.deque[T]] = {}  # the client whose turn is next first
+        self._by_client: dict[str, collections.deque[T]] = {}  # in the order of their turns
 
     def __len__(self) -> int:
-        return sum(map(len, self._of.values()))
+        return sum(map(len, self._by_client.values()))
 
     def put(self, client: str, one: T) -> None:
-        """The client's last."""
-        self._of.setdefault(client, collections.deque()).append(one)
+        """Adds an item at the end of the client's queue."""
+        self._by_client.setdefault(client, collections.deque()).append(one)
 
     def put_back(self, client: str, one: T) -> None:
-        """The client's first. Its turn comes after the others'."""
-        self._of.setdefault(client, collections.deque()).appendleft(one)
+        """Adds an item at the head of the client's queue. A client with no other items has the last turn."""
+        self._by_client.setdefault(client, collections.deque()).appendleft(one)
 
     def take(self) -> tuple[str, T]:
-        """The client whose turn it is, and what it waits for. Raises StopIteration if nothing waits."""
-        client = next(iter(self._of))
-        ones = self._of.pop(client)
+        """Removes and returns (client, item) of the next turn. Raises StopIteration if the queue is empty."""
+        client = next(iter(self._by_client))
+        ones = self._by_client.pop(client)
         one = ones.popleft()
         if ones:
-            self._of[client] = ones
+            self._by_client[client] = ones
         return client, one
 
 
 class Turns:
-    """Calls functions in a few threads; clients take turns. Used from one event loop."""
+    """Calls functions in a few threads, round-robin over clients. For use from one event loop."""
 
     def __init__(self, name: str, threads: int = 1) -> None:
         self.pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix=name)
@@ -84,7 +86,7 @@ class Turns:
         self._free = threads
 
     async def call[T](self, client: str, make: Callable[..., T], *arguments: Any) -> T:
-        """Returns `make(*arguments)`. Cancelled before its turn, it is never called."""
+        """Returns `make(*arguments)`, which is never called if this is cancelled before its turn."""
         loop = asyncio.get_running_loop()
         if self._free:
             self._free -= 1
@@ -107,7 +109,7 @@ class Turns:
         return await asyncio.wrap_future(job)
 
     def _pass_on(self) -> None:
-        """Lets the next client's oldest call begin; the client's other calls wait for its next turn."""
+        """Starts the oldest call of the next client, whose other calls wait for its next turn."""
         while self._waiting:
             _, turn = self._waiting.take()
             if not turn.done():  # as if cancelled
@@ -117,12 +119,12 @@ class Turns:
 
 
 class Batcher:
-    """Classifies images that come one by one. While batches are computed, those that come make the next one.
+    """Classifies images that arrive one by one. Those that arrive while a batch is computed form the next batch.
 
-    So nothing waits for a batch to fill, and under load batches fill by themselves. Two are in work at once: while the
-    device has one, the images of the other are decoded, by several threads if the files are large. A batch has one of a
-    few sizes, each of which is compiled when the batcher is made, and is padded to it. Large images are decoded apart,
-    before they join a batch, so that small ones do not wait for them. Clients take turns. Used from one event loop.
+    So no image waits for a batch to fill, and batches are fuller under load. Two batches are in progress: one is on the
+    device while the images of the other are decoded, by several threads if the files are large. Batches are padded to
+    one of a few sizes, whose programs are compiled at the start. Large images are decoded apart before they join a
+    batch, so that small ones do not wait for them. Clients take turns. For use from one event loop.
     """
 
     def __init__(self, model: Trained, largest: int = 64, most_waiting: int = 512, seen: Callable[[int], Any] = int):
@@ -131,19 +133,19 @@ class Batcher:
         mesh = model.programs.mesh
         self._sizes = sorted({sharding.round_up(size, mesh) for size in (1, 8, largest)})
         self._waiting, self._some = ByClient[tuple[Image, asyncio.Future[np.ndarray]]](), asyncio.Event()
-        self._name = f"batcher-{id(self):x}"  # what the names of its threads begin with
+        self._name = f"batcher-{id(self):x}"  # the prefix of its threads' names
         self._workers = concurrent.futures.ThreadPoolExecutor(_AT_ONCE, thread_name_prefix=f"{self._name}-batch")
         self._decoders = concurrent.futures.ThreadPoolExecutor(thread_name_prefix=f"{self._name}-decode")
         self._apart = Turns(f"{self._name}-large", threads=4)
-        self._largest = Turns(f"{self._name}-largest")  # one image at a time, which may take a gigabyte
+        self._largest = Turns(f"{self._name}-largest")  # one image at a time, since each may take a gigabyte
         self._small = Turns(f"{self._name}-small")
-        self._tasks: set[asyncio.Task[None]] = set()  # the event loop itself holds no task
+        self._tasks: set[asyncio.Task[None]] = set()  # the event loop keeps only weak references to tasks
         self._device = threading.Lock()
         for size in self._sizes:
             self._compute([np.zeros(model.programs.recipe.data.image_shape, np.uint8)] * size)
 
     def close(self, seconds: float) -> bool:
-        """Starts no more work, and waits so long for what has begun; whether it is done."""
+        """Stops taking work and waits up to `seconds` for running work; returns whether it is done."""
         until = time.monotonic() + seconds
         for pool in (self._workers, self._decoders, self._apart.pool, self._largest.pool, self._small.pool):
             pool.shutdown(wait=False, cancel_futures=True)
@@ -154,13 +156,13 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """How many images wait for a batch."""
+        """The number of images waiting for a batch."""
         return len(self._waiting)
 
     async def predict(self, image: bytes, client: str = "") -> np.ndarray:
-        """The probabilities f32[classes] of the image in a file of these bytes, which a client sent.
+        """Returns the probabilities f32[classes] for the bytes of an image file from a client.
 
-        Raises Busy if too many images wait, and UserError if it does not decode or the model gives NaN.
+        Raises Busy if too many images are waiting, and UserError if it does not decode or the outputs are NaN.
         """
         if self.waiting >= self._most_waiting:
             raise Busy
@@ -173,9 +175,9 @@ class Batcher:
         self._some.set()
 
     async def alone[T](self, client: str, make: Callable[[bytes], T], image: bytes) -> T | UserError:
-        """What `make` gives for an image's file, or its UserError; clients take turns.
+        """Returns `make(image)` for the bytes of an image file, or its UserError; clients take turns.
 
-        An image that is too costly for a batch has its turn among such images, so that others do not wait for it.
+        Images that are too costly for a batch have turns of their own, so that others do not wait for them.
         """
 
         def within_limit(image: bytes) -> T | UserError:
@@ -186,7 +188,7 @@ class Batcher:
         return await self._largest.call(client, without_traceback, make, image) if isinstance(made, Costly) else made
 
     async def run(self) -> None:
-        """Takes what waits, batch by batch, until it is cancelled."""
+        """Processes waiting images, batch by batch, until cancelled."""
         free = asyncio.Semaphore(_AT_ONCE)
         while True:
             await free.acquire()
@@ -203,7 +205,7 @@ class Batcher:
         return task
 
     async def _answer(self, some: list[tuple[str, tuple[Image, asyncio.Future[np.ndarray]]]]) -> None:
-        some = [one for one in some if not one[1][1].done()]  # its client may have gone
+        some = [one for one in some if not one[1][1].done()]  # the client may have disconnected
         images, loop = [image for _, (image, _) in some], asyncio.get_running_loop()
         found: list[np.ndarray | Exception]
         try:
@@ -225,10 +227,12 @@ class Batcher:
                 result.set_result(one)
 
     async def _decode_apart(self, client: str, image: bytes, result: asyncio.Future[np.ndarray]) -> None:
-        """Prepares an image that is too costly for a batch, and puts it into the next one."""
+        """Prepares an image that is too costly for a batch, and adds it to the next one."""
         kept = [image]
         del image
-        result.add_done_callback(lambda _: kept.clear())  # the client has gone; the pool's queue has it still
+        result.add_done_callback(
+            lambda _: kept.clear()
+        )  # frees the image when the client disconnects, even while queued
 
         def prepare(limit: tuple[int, int] | None) -> np.ndarray | Exception | None:
             for image in kept:
@@ -248,19 +252,19 @@ class Batcher:
             result.set_exception(prepared)
 
     def _classify(self, images: list[Image]) -> list[np.ndarray | Exception]:
-        """The probabilities of each image, or why it has none."""
+        """Returns the probabilities of each image, or the error that explains why it has none."""
         prepared = self._prepare_all(images)
-        whole = [image for image in prepared if isinstance(image, np.ndarray)]
-        if whole:
-            self._seen(len(whole))
-        rows = iter(self._compute(whole) if whole else ())
+        decoded = [image for image in prepared if isinstance(image, np.ndarray)]
+        if decoded:
+            self._seen(len(decoded))
+        rows = iter(self._compute(decoded) if decoded else ())
         out = [image if isinstance(image, Exception) else next(rows) for image in prepared]
         wrong = [not_finite(row, "predict") if isinstance(row, np.ndarray) else "" for row in out]
         return [UserError(f"{why}, so serve another --checkpoint") if why else row
                 for why, row in zip(wrong, out, strict=True)]  # fmt: skip
 
     def _prepare_all(self, images: list[Image]) -> list[np.ndarray | Exception]:
-        """Each image as the model takes it, or why it does not decode."""
+        """Returns each image as the model's input, or the error that explains why it does not decode."""
         threads = min(
             os.cpu_count() or 1, len(images), 1 + sum(len(i) for i in images if isinstance(i, bytes)) // _BYTES_A_THREAD
         )
@@ -287,5 +291,5 @@ class Batcher:
         batch = np.zeros((size, *images[0].shape), np.uint8)
         batch[: len(images)] = images
         with self._device:
-            # The program puts the batch on the devices by itself, for a third of what `sharding.put_batch` takes.
+            # Passing the NumPy batch to the program takes a third of the time of `sharding.put_batch`.
             return np.asarray(self._model.programs.predict(*self._model.state.evaluated, batch))[: len(images)]

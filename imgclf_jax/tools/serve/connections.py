@@ -1,4 +1,4 @@
-"""Limits on connections: how long a request's headers may be, how long a client may take, how many it may open."""
+"""Limits on connections: the length of headers, the time of a request, and the connections per client."""
 
 import asyncio
 import functools
@@ -16,10 +16,10 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-CLIENT_GONE = "the client has gone"  # the message of the cancellation
-_TOLD = 64  # the most connections at once that are told that there are too many; others are reset
-_PIPELINED = 100  # requests of a connection that wait
-# The parsers call back for each chunk of a body. Beyond so many, chunks must hold so many bytes on average.
+CLIENT_GONE = "the client has disconnected"  # the message of the cancellation
+_TOLD = 64  # concurrent connections refused with an answer; further ones are reset
+_PIPELINED = 100  # waiting requests of a connection
+# The parsers call back for each chunk of a body. Beyond _CHUNKS, chunks must have _BYTES_A_CHUNK bytes on average.
 _CHUNKS, _BYTES_A_CHUNK = 1000, 64
 
 
@@ -27,21 +27,21 @@ _CHUNKS, _BYTES_A_CHUNK = 1000, 64
 class ConnectionLimits:
     """Limits on one connection, and on the number of open connections."""
 
-    headers_bytes: int = 32_768  # refused from here on; half of it always passes
-    headers_seconds: float = 10.0  # from the connection, or from the last answer, until the headers are complete
-    request_seconds: float = 60.0  # from complete headers until the client has taken the answer
+    headers_bytes: int = 32_768  # longer headers are refused; up to half of it always passes
+    headers_seconds: float = 10.0  # from the connection or the last answer until the headers are complete
+    request_seconds: float = 60.0  # from complete headers until the client has received the answer
     connections: int = 512
-    of_a_client: int = 256  # by its IPv4 address or its IPv6 /64 network
-    grace_seconds: float = 4.0  # for the requests that are being answered when the server is told to end
-    # From a refusal to the connection's end: closed at once, it would reset, and a client that still sends would not
-    # see the answer.
+    of_a_client: int = 256  # per IPv4 address or IPv6 /64 network
+    grace_seconds: float = 4.0  # for requests in progress when the server is told to stop
+    # From a refusal until the connection closes. Closing at once would reset it, and a client that is still sending
+    # would not see the answer.
     linger_seconds: float = 1.0
 
 
 def server_settings(
     application: ASGIApp, host: str, port: int, limits: ConnectionLimits = ConnectionLimits(), parser: Any = None
 ) -> uvicorn.Config:
-    """The settings of a server with these limits. `parser` is uvicorn's HTTP protocol; None is its own choice."""
+    """The settings of a uvicorn server with these limits. `parser` is an HTTP protocol class; None: its default."""
     return uvicorn.Config(
         application, host, port, http=guarded(parser or AutoHTTPProtocol, limits), ws="none", log_config=None,
         log_level="critical",  # or clients could fill the log; the application logs its own failures
@@ -52,24 +52,24 @@ def server_settings(
 
 
 def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
-    """A subclass of uvicorn's HTTP protocol, with either parser, that enforces the limits. Each class counts its own.
+    """Returns a subclass of uvicorn's HTTP protocol, with either parser, that enforces the limits; each counts its own.
 
-    h11 bounds what it buffers by `h11_max_incomplete_event_size`, but httptools buffers a header until it ends. So this
-    class counts the bytes since the parser last made progress, by the parser's callbacks.
+    h11 bounds its buffer by `h11_max_incomplete_event_size`, but httptools buffers a header until it ends. So this
+    class counts the bytes since the parser's last callback.
     """
-    clients, told = Counter[str](), Counter[str]()  # open connections by client: those served, and those refused
+    clients, told = Counter[str](), Counter[str]()  # open connections per client: served, and refused
 
     class Guarded(base):
-        app: Any  # uvicorn's: what it calls for each request
+        app: Any  # the ASGI application, which uvicorn calls for each request
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self._unparsed = 0  # bytes since the headers, a part of the body or the whole message were complete
+            self._unparsed = 0  # bytes since the headers, a chunk of the body or the message were complete
             self._answering: asyncio.Task[Any] | None = None  # the task that answers a request
             self._refused = False
-            self._begun = 0  # requests that are not answered; httptools parses all that have come
-            self._lacking = 0  # bytes that the chunks of a body are short of _BYTES_A_CHUNK
-            if conn := getattr(self, "conn", None):  # h11's, which gives events in place of callbacks
+            self._begun = 0  # unanswered requests; httptools parses all that have arrived
+            self._lacking = 0  # bytes by which the chunks of a body fall short of _BYTES_A_CHUNK
+            if conn := getattr(self, "conn", None):  # h11 returns events instead of calling back
                 conn.next_event = self._counting(conn.next_event)
             app = self.app
 
@@ -82,7 +82,7 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
                 async def send_if_open(message: Any) -> None:
                     try:
                         await send(message)
-                    except RuntimeError:  # uvloop's, for a connection that was aborted
+                    except RuntimeError:  # from uvloop, if the connection was aborted
                         if not self._wire.is_closing():
                             raise
 
@@ -99,7 +99,7 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
             self._clock, self._wire = asyncio.get_running_loop(), transport
             peer = transport.get_extra_info("peername")
             self._client = client_of(peer[0] if isinstance(peer, tuple) else "")
-            # Refused connections have places of their own: those of one client must not take the places of others.
+            # Refused connections are counted apart, so that those of one client do not displace other clients.
             full = clients.total() >= limits.connections or clients[self._client] >= limits.of_a_client
             self._counter = told if full else clients
             self._counter[self._client] += 1
@@ -117,28 +117,28 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
             if not self._counter[self._client]:
                 del self._counter[self._client]
             super().connection_lost(exc)
-            if self._answering:  # uvicorn would let it go on, and others would wait for work that nobody wants
+            if self._answering:  # uvicorn would finish work that nobody wants, while others wait
                 self._answering.cancel(CLIENT_GONE)
 
         def data_received(self, data: bytes) -> None:
             most = limits.headers_bytes // 2
-            for start in range(0, len(data), most):  # whole, so that a long header cannot come with its end
+            for start in range(0, len(data), most):  # in pieces, so that a long header is noticed before its end
                 if self._refused or self._wire.is_closing():
                     return
                 part = data if len(data) <= most else data[start : start + most]
                 self._unparsed += len(part)
                 super().data_received(part)
-                if self._unparsed > most and not hasattr(self, "conn"):  # which is h11's
+                if self._unparsed > most and not hasattr(self, "conn"):  # h11 has its own limit
                     self._refuse(431, f"the request's headers are longer than {most:,} bytes")
 
         def _count_chunk(self, length: int) -> None:
-            """Ends the connection of a client that sends tiny chunks: while they are parsed all others wait."""
+            """Ends the connection of a client that sends tiny chunks, since all others wait while they are parsed."""
             self._lacking = max(0, self._lacking + _BYTES_A_CHUNK - length)
             if self._lacking > _CHUNKS * _BYTES_A_CHUNK:
                 self._wire.abort()
 
         def _read_on(self) -> None:
-            """Resumes reading, which a large body has paused: that the client goes would not be seen while it waits."""
+            """Resumes reading after a large body paused it, to notice when the waiting client disconnects."""
             if not (self._refused or self._wire.is_closing()):
                 self.flow.resume_reading()
 
@@ -175,14 +175,16 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
                 self._read_on()
 
         def send_400_response(self, msg: str) -> None:
-            """Answers a request that does not parse; h11's error tells that its headers are too long."""
+            """Answers a request that does not parse. h11's error says whether its headers are too long."""
             status = getattr(sys.exception(), "error_status_hint", 400)
-            self._refuse(status, "the request's headers are too long" if status == 431 else "this is no HTTP request")
+            self._refuse(
+                status, "the request's headers are too long" if status == 431 else "this is not an HTTP request"
+            )
 
         def _refuse(self, status: int, message: str) -> None:
             if self._refused or self._wire.is_closing():
                 return
-            if self._answering:  # another request: its answer comes first, and this one has no place behind it
+            if self._answering:  # a refusal must not overtake the answer of the request before it
                 self._wire.abort()
                 return
             self._refused = True
@@ -200,21 +202,21 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
             self._until = asyncio.get_running_loop().time() + seconds
 
         def _expire(self) -> None:
-            """Ends the connection if its time is over; else looks again when it will be."""
+            """Ends the connection if its time is up; otherwise checks again when it will be."""
             left = self._until - self._clock.time()
             if left > 0:
                 self._timer = self._clock.call_later(left, self._expire)
             elif self._unparsed and not (self._refused or self._answering or self._wire.is_closing()):
-                self._refuse(408, f"the request's headers did not come within {limits.headers_seconds:g} s")
+                self._refuse(408, f"the request's headers did not arrive within {limits.headers_seconds:g} s")
             else:
-                self._wire.abort()  # `close` would wait until the client has taken what was sent
+                self._wire.abort()  # `close` would wait until the client has received everything
 
     return Guarded
 
 
 @functools.lru_cache(1024)
 def client_of(host: str) -> str:
-    """One client of all: an IPv4 address, or the /64 network of an IPv6 address, since one client may own all of it."""
+    """Identifies a client: by IPv4 address, or by the /64 network of an IPv6 address, which one client may own."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

@@ -91,7 +91,7 @@ def test_what_is_wrong_is_said(client, path, body, status, words):  # noqa: F811
 def test_no_such_route_and_no_such_method(client):  # noqa: F811
     answer = client.get("/models")
     assert answer.status_code == 404
-    assert answer.json()["error"].startswith("/models: there is no such route; there are /predict, /,")
+    assert answer.json()["error"].startswith("/models: no such route; the routes are /predict, /,")
     answer = client.get("/predict")
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
     assert answer.json() == {"error": "GET /predict: this route takes POST"}
