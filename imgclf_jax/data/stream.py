@@ -173,6 +173,12 @@ class Images:
             raise UserError(f"preprocess={self.preprocess!r} fails: {e}") from e
 
 
+def open_train_images(config: ConfigDict, base: dict[str, Source] | None = None) -> Images:
+    """Opens the training images of a config, with its `data.extra`; `base` are its sources, if open already."""
+    base = open_data(config) if base is None else base
+    return train_images(take_split(base, config.data.train), config, base)
+
+
 def train_images(source: Source, config: ConfigDict, base: Mapping[str, Source] | None = None) -> Images:
     """The images of a source with the host ops of training, in the order of `data.sampling`.
 

@@ -43,7 +43,8 @@ class Method:
     - `mixes` is True if `inputs` calls `problem.mix`; with other `inputs` the key `mix` is refused.
     - `model(backbone, problem)` returns the linen module to train, called as `module(images, train=…) -> logits
       [b, classes]`, with submodules `backbone` and `head` as in `Classifier`. `__call__` must create variables that it
-      does not use `if self.is_initializing()`. Variables of other collections are state and kept in checkpoints.
+      does not use `if self.is_initializing()`; a subclass of `Classifier` does so in `init_more(features)`. Variables
+      of other collections are state and kept in checkpoints.
     - `evaluate(model, batch, fixed) -> {name: f32[b]}` adds metrics to evaluation, reported as means. `batch` has
       normalized "image" f32[b, h, w, c], and "label".
     - `fixed` is a pytree of untrained arrays, such as a teacher's variables, or a function that returns it. The

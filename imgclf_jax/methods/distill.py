@@ -20,12 +20,8 @@ class Student(Classifier):
         super().setup()
         self.regressor = nn.Dense(self.width)
 
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        features = self.features(images, train)
-        if self.is_initializing():
-            self.regressor(at_least_float32(features))
-        logits: jax.Array = self.head(features)
-        return logits
+    def init_more(self, features: jax.Array) -> None:
+        self.regressor(at_least_float32(features))
 
 
 def distill(

@@ -83,17 +83,12 @@ class Contrastive(Classifier):
     width: int = 128
     hidden: int = 0  # 0: the number of features
 
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """The head's logits [b, num_classes]; contrastive methods do not train the head."""
-        features = self.features(images, train)
-        if self.is_initializing():
-            self.project(features)
-        logits: jax.Array = self.head(features)
-        return logits
-
     def setup(self) -> None:
         super().setup()
         self.projector = Projector(self.width, self.hidden, self.dtype)
+
+    def init_more(self, features: jax.Array) -> None:
+        self.project(features)
 
     def project(self, features: jax.Array) -> jax.Array:
         """Projects features [b, d] to [b, width]."""

@@ -48,8 +48,14 @@ class Classifier(nn.Module):
         self.head = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=self.head_init)
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        logits: jax.Array = self.head(self.features(images, train))
+        features = self.features(images, train)
+        if self.is_initializing():
+            self.init_more(features)
+        logits: jax.Array = self.head(features)
         return logits
+
+    def init_more(self, features: jax.Array) -> None:
+        """Initializes further modules of a subclass, by calling them on features [b, d]; does nothing here."""
 
     def features(self, images: jax.Array, train: bool = False) -> jax.Array:
         """The backbone's features [b, d]."""

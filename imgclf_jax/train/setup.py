@@ -60,8 +60,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     before = processes.broadcast_from_process_0("reading config.json", lambda: workdir.check_config(config, may_differ))
 
     base = sources.open_data(config)
-    train_source = sources.take_split(base, config.data.train)
-    images = stream.train_images(train_source, config, base)
+    images = stream.open_train_images(config, base)
     compiling = programs.programs_for_images(_pinned(config, workdir), images, load=load_teacher)
     recipe = compiling.recipe
     check_targets(compiling, images)

@@ -19,7 +19,7 @@ from imgclf_jax import programs
 from imgclf_jax.core import places, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
-from imgclf_jax.data import sources, stream
+from imgclf_jax.data import stream
 from imgclf_jax.optim import schedules
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.workdir import Workdir
@@ -122,8 +122,7 @@ def main(
 def measure(config: ConfigDict, low: float, high: float) -> RangeTest:
     """Trains from the initial weights, or those of `init_from`, until the loss diverges or the steps end."""
     programs.check(config)
-    base = sources.open_data(config)
-    images = stream.train_images(sources.take_split(base, config.data.train), config, base)
+    images = stream.open_train_images(config)
     compiled = programs.programs_for_images(config, images, load=load_teacher)
     compiled.check_size()
     total, losses = compiled.recipe.total, list[float]()

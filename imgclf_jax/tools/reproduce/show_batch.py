@@ -14,7 +14,7 @@ from imgclf_jax.core import places, sharding, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
-from imgclf_jax.data import sources, stream
+from imgclf_jax.data import stream
 from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs, programs_for_images
 from imgclf_jax.recipe import check_names
@@ -45,8 +45,7 @@ def main(
     if file.suffix != ".png":
         raise UserError(f"--output={output}: the name must end in .png")
     check_names(config)
-    base = sources.open_data(config)
-    images = stream.train_images(sources.take_split(base, config.data.train), config, base)
+    images = stream.open_train_images(config)
     programs = programs_for_images(config, images, sharding.make_mesh(jax.devices()[:1]))
     total = programs.recipe.total
     if step >= total:
