@@ -157,6 +157,10 @@ KEYS: dict[str, tuple[Value, str]] = {
         "Evaluation metrics besides accuracy, loss, nll and top5: auc, balanced_accuracy, f1, 'auc|f1'.",
     ),
     "tensorboard": (True, "Write TensorBoard files next to metrics.jsonl."),
+    "log_images": (
+        False,
+        "Write an augmented batch and the highest losses as images, to TensorBoard and writers.",
+    ),
     "writers": (
         "",
         'Further metric writers, by import path: \'my_writers:Wandb(project="x")|my_writers:Csv("x.csv")\'.',
@@ -183,7 +187,7 @@ KEYS: dict[str, tuple[Value, str]] = {
 # Keys of where and how a run computes: a resumed run may change them. `mesh` and `shard` are among them, although
 # another number of devices changes results by rounding.
 LOCATION_KEYS = ("data.data_dir", "data.manual_dir", "data.placement", "data.threads", "steps_per_call", "tensorboard",
-                 "writers", "mesh", "shard", "rules.shard")  # fmt: skip
+                 "log_images", "writers", "mesh", "shard", "rules.shard")  # fmt: skip
 
 CADENCES = ("log_every", "eval_every", "checkpoint_every")
 

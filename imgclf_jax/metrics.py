@@ -40,6 +40,13 @@ class Predictions(NamedTuple):
     ranks: Array  # i32[n], of the label among the logits: see `scores.label_ranks`
     mask: Array | None = None  # bool[n], False for padding; None without padding
 
+    def losses(self) -> np.ndarray:
+        """The negative log-likelihood f64[n] of each label, on the host; nan without a label or a prediction."""
+        own = np.take_along_axis(np.asarray(self.probabilities, np.float64), np.asarray(self.labels)[:, None], 1)[:, 0]
+        with np.errstate(divide="ignore"):
+            losses = np.maximum(-np.log(own), 0.0)
+        return np.where((self.labels >= 0) & (self.predicted >= 0), losses, np.nan)
+
     def for_seed(self, i: int) -> "Predictions":
         """The predictions of one of several seeds, or of their ensemble, -1."""
         return self._replace(probabilities=self.probabilities[i], predicted=self.predicted[i], ranks=self.ranks[i])

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+from PIL import Image
+
 from imgclf_jax.core import places
 
 
 class EventFile:
-    """A file of scalars in `directory`, which TensorBoard and its `EventAccumulator.Scalars` read.
+    """A file of scalars, images and hyperparameters in `directory`, which TensorBoard and its `EventAccumulator` read.
 
     TensorBoard then drops the records of steps after `step` in earlier files, since a resumed run writes them again.
     Raises ImportError if TensorBoard is not installed, and OSError.
@@ -37,6 +40,44 @@ class EventFile:
         values = [self._summary.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self._add(step=step, summary=self._summary.Summary(value=values))
 
+    def write_hparams(self, hparams: Mapping[str, bool | float | str]) -> None:
+        """Writes the hyperparameters of the run for TensorBoard's tab of this name."""
+        from tensorboard.compat.proto import tensor_pb2, types_pb2
+        from tensorboard.plugins.hparams import plugin_data_pb2  # `summary_v2` takes 0.2 s to import
+
+        data = plugin_data_pb2.HParamsPluginData()
+        data.session_start_info.group_name = self._path.parent.parent.name
+        data.session_start_info.start_time_secs = time.time()
+        for name, value in hparams.items():
+            field = data.session_start_info.hparams[name]
+            if isinstance(value, bool):
+                field.bool_value = value
+            elif isinstance(value, int | float):
+                field.number_value = value
+            else:
+                field.string_value = str(value)
+        kind = self._summary.SummaryMetadata()
+        kind.plugin_data.plugin_name, kind.plugin_data.content = "hparams", data.SerializeToString()
+        empty = tensor_pb2.TensorProto(dtype=types_pb2.DT_FLOAT, float_val=[0.0])
+        start = self._summary.Summary.Value(tag="_hparams_/session_start_info", metadata=kind, tensor=empty)
+        self._add(summary=self._summary.Summary(value=[start]))
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Writes images [n, h, w, c] or [h, w, c] of one to four channels, uint8 or f32 in [0, 1], by their tags."""
+        from tensorboard.compat.proto import tensor_pb2, types_pb2
+        from tensorboard.plugins.image import metadata
+
+        values = []
+        for tag, image in images.items():
+            several = image[None] if image.ndim == 3 else image
+            height, width = several.shape[1:3]
+            content = [str(width).encode(), str(height).encode(), *map(_png, several)]
+            tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=content)
+            tensor.tensor_shape.dim.add(size=len(content))
+            kind = metadata.create_summary_metadata(display_name="", description="")
+            values.append(self._summary.Summary.Value(tag=tag, tensor=tensor, metadata=kind))
+        self._add(step=step, summary=self._summary.Summary(value=values))
+
     def flush(self) -> None:
         """Writes the whole file if it is in a bucket, whose objects cannot be appended to."""
         if isinstance(self._file, io.BytesIO):
@@ -50,3 +91,10 @@ class EventFile:
     def _add(self, **content: Any) -> None:
         self._records.write(self._event.Event(wall_time=time.time(), **content).SerializeToString())
         self._file.flush()
+
+
+def _png(image: np.ndarray) -> bytes:
+    pixels = image if image.dtype == np.uint8 else np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] in (1, 2) else pixels[..., :4]).save(content, "PNG")
+    return content.getvalue()

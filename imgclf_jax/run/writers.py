@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Protocol
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
@@ -26,7 +27,10 @@ _BEGIN = b'{"step": '  # of every line that this package writes
 
 
 class Writer(Protocol):
-    """The interface of a writer, which every `clu.metric_writers.MetricWriter` has."""
+    """The interface of a writer, which every `clu.metric_writers.MetricWriter` has.
+
+    A writer that has `write_images(step, {name: [n, h, w, c] or [h, w, c]})` gets the images of `log_images` too.
+    """
 
     def write_hparams(self, hparams: JsonObject) -> None:
         """Takes the config by its dotted keys, once, before anything else."""
@@ -112,8 +116,22 @@ class MetricsWriter:
             if config.tensorboard and (events := _open_event_file(self._directory / "tb", step)):
                 self._own.append(events)
         hparams = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in configs.flatten(config).items()}
+        with self._naming_errors():
+            for file in self._own:
+                if isinstance(file, EventFile):
+                    file.write_hparams(hparams)
         self._tell_added(lambda writer: writer.write_hparams(hparams))
         return any(record["step"] == step and "train/images_per_second" not in record for record in kept)
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Writes images [n, h, w, c] or [h, w, c] to TensorBoard, and to the writers that have such a method."""
+        if processes.index() or not images:
+            return
+        with self._naming_errors():
+            for file in self._own:
+                if isinstance(file, EventFile):
+                    file.write_images(step, images)
+        self._tell_added(lambda writer: getattr(writer, "write_images", lambda *_: None)(step, images))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one record and hands it to the operating system, so a killed process does not lose it."""

@@ -24,6 +24,7 @@ from imgclf_jax.run.terminal import format_metrics
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import MetricsWriter
 from imgclf_jax.step import FIRST_STEPS, PER_STEP, TrainState, jump
+from imgclf_jax.train import pictures
 from imgclf_jax.train.evaluation import evaluate_all
 from imgclf_jax.train.replay import Again, Replays
 from imgclf_jax.train.setup import Run, set_up
@@ -89,6 +90,9 @@ def _train_from_latest(
         for file in (writer, skipped, digests):
             files.callback(file.close)
         digests.record(run.start, run.state.params)
+        shows = config.log_images and processes.count() == 1
+        if shows and not run.start:
+            writer.write_images(0, pictures.first_batch(run.programs, run.images))  # while the program compiles
         try:
             with monitor, stopping(run.checkpoints.unsaved, grace) as stop:
                 ended = train(run, monitor, writer, digests, skipped, replays, stop, began)
@@ -109,6 +113,8 @@ def _train_from_latest(
         guard = state.guard
         left_out = 0 if guard is None else int(np.sum(jax.device_get(guard.skipped)))
         _report(run, digests, results, left_out, monitor, began)
+        if shows:
+            writer.write_images(total, pictures.highest_losses(run.programs, state, run.evals))
         return 0
 
 

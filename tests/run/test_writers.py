@@ -12,7 +12,9 @@ import unittest.mock
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from imgclf_jax.config import default_config
@@ -102,6 +104,62 @@ def test_tensorboard_holds_the_same(finished):
     assert scalars(finished / "tb") == pytest.approx(expected, rel=1e-6)
 
 
+def read_events(directory: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory), size_guidance={"tensors": 0})
+    events.Reload()
+    return events
+
+
+def test_tensorboard_shows_images_and_hyperparameters(tmp_path):
+    """As its plugins read them: PNGs after their width and height, and the config's keys."""
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    (tmp_path / "run").mkdir()
+    writer = open_writer(tmp_path / "run", batch_size=77)
+    images = np.random.default_rng(0).integers(256, size=(2, 4, 5, 3), dtype=np.uint8)
+    writer.write_images(3, {"a": images, "b": images[0, ..., :1] / np.float32(255)})
+    writer.close()
+    events = read_events(tmp_path / "run" / "tb")
+    assert set(events.Tags()["tensors"]) == {"a", "b", "_hparams_/session_start_info"}
+    assert set(events.PluginTagToContent("images")) == {"a", "b"}
+    [event] = events.Tensors("a")
+    width, height, *pictures = event.tensor_proto.string_val
+    assert (event.step, width, height) == (3, b"5", b"4")
+    assert all(np.array_equal(np.asarray(Image.open(io.BytesIO(png))), own)
+               for png, own in zip(pictures, images, strict=True))  # fmt: skip
+    gray = Image.open(io.BytesIO(events.Tensors("b")[0].tensor_proto.string_val[2]))
+    assert np.array_equal(np.asarray(gray), images[0, ..., 0])
+    [content] = events.PluginTagToContent("hparams").values()  # as TensorBoard's own `hparams_pb` writes it
+    found = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert (found["batch_size"].number_value, found["model"].string_value) == (77, "cnn")
+
+
+@pytest.mark.thorough
+def test_images_of_a_run_change_none_of_its_bits(fake_config, tmp_path):
+    """An augmented batch at its start and the highest losses at its end, to TensorBoard and writers that take them."""
+    digests = []
+    for shows in (False, True):
+        config, place = fake_config.copy_and_resolve_references(), tmp_path / str(shows)
+        config.log_images, config.writers = shows, f"{__name__}:Pictures('pictures')"
+        Pictures.got = []
+        assert train.main(config, Workdir(place)) == 0
+        own = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        times = ("train/images_per_second", "train/input_wait")
+        records = [{name: value for name, value in record.items() if name not in times} for record in own]
+        digests.append((json.loads((place / "result.json").read_text())["params_sha256"], records))
+    assert digests[0] == digests[1]
+    (first, begin), (last, end) = Pictures.got
+    assert (first, list(begin)) == (0, ["train/augmented"])
+    assert last == json.loads((place / "result.json").read_text())["step"]
+    assert len(end) == 8
+    losses = [float(name.rpartition(" ")[2]) for name in end]
+    assert losses == sorted(losses, reverse=True)
+    assert all(re.match(r"test/highest_losses/\d: \w+, (correct|taken for \w+), loss ", name) for name in end)
+    assert set(read_events(place / "tb").Tags()["tensors"]) == {*begin, *end, "_hparams_/session_start_info"}
+
+
 def test_tensorboard_after_resuming(tmp_path):
     """The values that a resumed run drops, TensorBoard drops too, and none is there twice."""
     for start, value in ((0, 0.5), (10, 0.25)):
@@ -122,6 +180,30 @@ def test_without_tensorboard(tmp_path, monkeypatch, caplog):
     writer.close()
     assert caplog.messages == ["TensorBoard is not installed: metrics are written to metrics.jsonl only"]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+class Pictures:
+    """A writer that takes images too."""
+
+    got: list = []  # noqa: RUF012
+
+    def __init__(self, name):
+        pass
+
+    def write_hparams(self, hparams):
+        pass
+
+    def write_scalars(self, step, scalars):
+        pass
+
+    def write_images(self, step, images):
+        self.got.append((step, images))
+
+    def flush(self):
+        pass
+
+    def close(self):
+        pass
 
 
 class Kept:

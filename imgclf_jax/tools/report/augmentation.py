@@ -3,17 +3,14 @@
 import dataclasses
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from imgclf_jax.augment import ops
-from imgclf_jax.core import rng
-from imgclf_jax.core.typing import Batch, PyTree
+from imgclf_jax.augment.pixels import to_pixels
 from imgclf_jax.data.sources import Source
 from imgclf_jax.data.stream import train_images
 from imgclf_jax.programs import Programs
-from imgclf_jax.tools.pages.shown import to_pixels
+from imgclf_jax.train.pictures import augment_rows
 
 _IMAGES, _DRAWS = 8, 4
 _MOST_BYTES = 64 << 20  # of the batch whose first images are drawn
@@ -37,31 +34,16 @@ def draw(programs: Programs, source: Source) -> Augmented | None:
     Each draw has the keys of a step: host ops those of its stream positions, device ops that of the step. The first
     draw is what step 0 trains on; the others have the keys of the first steps of the following epochs.
     """
-    config, recipe = programs.recipe.config, programs.recipe
+    config = programs.recipe.config
     n, b = len(source), int(config.batch_size)
     images = train_images(source, config)
     if not images.random and not ops.is_random(config.augment):
         return None
-    augment = recipe.augment(train=True)
     count = min(_IMAGES, b, n)
     rows = min(b, max(count, _MOST_BYTES // math.prod(images.shape)))
     ids = images.ids(config.seed, np.arange(count, dtype=np.int64))
     steps = tuple(-(-epoch * images.sampler.epoch // b) for epoch in range(_DRAWS))
-
-    @jax.jit
-    def augment_first(step: jax.Array, batch: Batch, ids: jax.Array, epochs: jax.Array) -> PyTree:
-        known = (jnp.uint32(config.seed), ids, epochs) if recipe.with_ids else ()
-        return augment(rng.key(jnp.uint32(config.seed), "augment", step), batch, *known)[:count]
-
-    draws = []
-    for step in steps:
-        positions = step * b + np.arange(count, dtype=np.int64)
-        batch = np.zeros((rows, *images.shape), np.uint8)  # full size, because draws may depend on the batch size
-        batch[:count] = images.read(ids, positions)["image"]
-        padded_ids, epochs = np.zeros((2, rows), np.int32)
-        padded_ids[:count], epochs[:count] = ids, images.epochs(positions)
-        with programs.tracing():
-            draws.append(np.asarray(augment_first(np.int32(step), batch, padded_ids, epochs)))
+    draws = [augment_rows(programs, images, ids, step, rows) for step in steps]
     pixels, stretched = to_pixels(np.stack(draws, 1), config.augment)
     example_name = getattr(source, "name", "example {}".format)
     return Augmented(

@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import numpy as np
 
+from imgclf_jax.augment.pixels import to_pixels
 from imgclf_jax.data.stream import Images
 from imgclf_jax.metrics import Predictions
 from imgclf_jax.programs import Programs
 from imgclf_jax.tools.explain.explanations import Explain
-from imgclf_jax.tools.pages.shown import to_pixels
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,31 +26,16 @@ class TopLoss:
     heat: np.ndarray  # [h', w']: a heatmap of the predicted class
 
 
-def losses(predictions: Predictions) -> np.ndarray:
-    """Returns the negative log-likelihood f64[n] of each label, inf where its probability rounds to 0.
-
-    Examples without a label or a prediction have nan.
-    """
-    n = len(predictions.labels)
-    with np.errstate(divide="ignore"):
-        values = -np.log(predictions.probabilities[np.arange(n), predictions.labels].astype(np.float64))
-    return np.where(_counts(predictions), np.maximum(values, 0.0), np.nan)
-
-
-def _counts(predictions: Predictions) -> np.ndarray:
-    return (predictions.labels >= 0) & (predictions.predicted >= 0)
-
-
 def find(predictions: Predictions, most: int) -> np.ndarray:
     """Returns the indices int[m] of the `most` examples with the highest loss; ties are in set order."""
-    values = losses(predictions)
-    order = np.argsort(-values, kind="stable")[:most]
-    return order[np.isfinite(values[order]) | np.isposinf(values[order])]
+    losses = predictions.losses()
+    order = np.argsort(-losses, kind="stable")[:most]
+    return order[~np.isnan(losses[order])]
 
 
 def count_mistakes(predictions: Predictions) -> int:
     """The number of misclassified examples."""
-    return int((_counts(predictions) & (predictions.ranks > 0)).sum())
+    return int(((predictions.predicted >= 0) & (predictions.ranks > 0)).sum())
 
 
 def describe(
@@ -68,7 +53,7 @@ def describe(
     shown, _ = to_pixels(augmented, programs.recipe.config.augment)
     name = getattr(images.source, "name", "example {}".format)
     rows = zip(
-        indices, losses(predictions)[indices], shown, explain(pixels, predictions.predicted[indices]), strict=True
+        indices, predictions.losses()[indices], shown, explain(pixels, predictions.predicted[indices]), strict=True
     )
     found = []
     for i, loss, image, heat in rows:

@@ -15,13 +15,13 @@ from PIL import Image
 
 import launch
 from imgclf_jax.augment import ops
+from imgclf_jax.augment.pixels import to_pixels
 from imgclf_jax.core import rng
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.scores import classification as scores
 from imgclf_jax.tools.evaluate import by_class
-from imgclf_jax.tools.pages.shown import to_pixels
 from imgclf_jax.tools.report import augmentation as report_augmentation
 from imgclf_jax.tools.report import findings as report_findings
 from imgclf_jax.trained import load
