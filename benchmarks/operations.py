@@ -35,7 +35,7 @@ Operation = tuple[str, int, Callable[..., Any], tuple[Any, ...]]  # name, FLOPs 
 
 
 def looped(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a program that calls `function` _LOOP times in a loop on the device, each time on other arguments."""
+    """Returns a program that calls `function` _LOOP times in a loop on the device, with other arguments each time."""
 
     def run(many: Any) -> Any:
         first = jax.tree.map(lambda x: x[0], many)

@@ -1,4 +1,4 @@
-"""This project as its training loop runs it: the stream, the copy to the device, and the compiled program."""
+"""This project's training loop: the stream, the copy to the device, and the compiled program."""
 
 import collections
 import itertools
@@ -22,7 +22,7 @@ from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 
-_STEPS = 1_000_000  # more than any measurement runs
+_STEPS = 1_000_000  # more than any measurement needs
 _READ_AHEAD = 6  # chunks that the stream may have prefetched
 _BLOCK = 16  # batches per call of inference, as in evaluation
 
@@ -35,7 +35,7 @@ def device() -> str:
 def open_variant(network: Network, placement: str, precision: str) -> Prepare:
     """This project with the images on the host or resident on the device."""
     if placement == "host":
-        tensorflow_import.tensorflow().result()  # else the first batches are read without it, when they are asked for
+        tensorflow_import.tensorflow().result()  # or the first batches would be read without it, on demand
 
     def prepare(examples: tuple[np.ndarray, np.ndarray], mode: str, batch_size: int) -> Measure:
         config = configure(network, batch_size)

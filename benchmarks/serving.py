@@ -1,11 +1,11 @@
-"""`serve` under load: concurrent and sequential clients, interleaved, and the memory of the server.
+"""Load-tests `serve`: throughput and latency of one and of many clients, in turns, and the server's memory.
 
     uv run --extra serve benchmarks/serving.py --workdir runs/digits
 
-It starts the server on a run's work directory, sends random images of the run's size as PNG, and counts answers. With
---wrk the program wrk (github.com/wg/wrk) sends them: where server and clients share the cores, it leaves more of them
-to the server. On Linux the milliseconds of processors for an answer are told apart: "loop" is HTTP, "workers" decode
-images and call JAX, "xla" is the rest, which is the network.
+It starts the server on a run's work directory, sends random PNG images of the run's size, and counts answers. With
+--wrk, the program wrk (github.com/wg/wrk) sends them, which leaves more CPU time to a server on the same cores. On
+Linux, the CPU milliseconds per answer are split by thread: "loop" is HTTP, "workers" decode images and call JAX, and
+"xla" is the rest, which is the network.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def requests(shape: list[int], count: int = 64) -> list[bytes]:
-    """Complete HTTP requests, each with a different image."""
+    """Makes complete HTTP requests, each with a different image."""
     rng, out = np.random.default_rng(0), []
     for _ in range(count):
         content = io.BytesIO()
@@ -112,8 +112,8 @@ def processor_seconds(server: psutil.Process) -> Counter[str]:
     return parts
 
 
-def measured(server: psutil.Process, work: Callable[[], dict[str, float]]) -> dict[str, Any]:
-    """The result of `work`, with the server's CPU milliseconds per answer."""
+def measure(server: psutil.Process, work: Callable[[], dict[str, float]]) -> dict[str, Any]:
+    """Returns the result of `work`, with the server's CPU milliseconds per answer and its memory."""
     before = processor_seconds(server)
     result = work()
     took = {kind: seconds - before[kind] for kind, seconds in processor_seconds(server).items()}
@@ -124,9 +124,9 @@ def measured(server: psutil.Process, work: Callable[[], dict[str, float]]) -> di
 def main() -> None:
     """Prints one line per turn, the ratio, and the server's memory before and after."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, help="the run that is served")
+    parser.add_argument("--workdir", required=True, help="the run to serve")
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each turn")
+    parser.add_argument("--seconds", type=float, default=20.0, help="duration of a turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--wrk", action="store_true", help="have wrk send the requests")
     asked = parser.parse_args()
@@ -137,21 +137,21 @@ def main() -> None:
         port = int(re.search(r":(\d+); press Ctrl-C", server.stdout.readline())[1])  # type: ignore[index]
         process, messages, ratios = psutil.Process(server.pid), requests(shape), []
 
-        def sent(clients: int, seconds: float) -> dict[str, float]:
+        def send(clients: int, seconds: float) -> dict[str, float]:
             if asked.wrk:
                 return wrk_load(port, messages, clients, seconds)
             return asyncio.run(load(port, messages, clients, seconds))
 
-        sent(asked.clients, 2.0)
+        send(asked.clients, 2.0)
         before = process.memory_info().rss
         for _ in range(asked.turns):
-            alone, together = (measured(process, lambda n=n: sent(n, asked.seconds)) for n in (1, asked.clients))
+            alone, together = (measure(process, lambda n=n: send(n, asked.seconds)) for n in (1, asked.clients))
             ratios.append(together["a_second"] / alone["a_second"])
             print(json.dumps(alone), json.dumps(together), f"ratio {ratios[-1]:.2f}", sep="\n", flush=True)
         after = process.memory_info().rss
         server.terminate()
-        said = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        print(f"ratios {said}; memory {before / 1e6:.1f} to {after / 1e6:.1f} MB; status {server.wait(30)}")
+        shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"ratios {shown}; memory {before / 1e6:.1f} to {after / 1e6:.1f} MB; status {server.wait(30)}")
 
 
 if __name__ == "__main__":

@@ -3,19 +3,18 @@
     uv run --group peers benchmarks/speed.py
     uv run --group peers benchmarks/speed.py --batch_sizes=128 --rounds=9 --peers=keras,linen
 
-The same network, with the same optimizer, on the same random images. This project's numbers hold all that its training
-loop does: the stream of shuffled uint8 batches, their copy, augmentation, the step and the sums of its metrics. The
-peers' are those of their bare loops over float images that already lie in memory, without what starts and ends an
-epoch; see each file in `peers/`.
+All variants train the same network with the same optimizer on the same random images. This project is timed with its
+whole training loop: the stream of shuffled uint8 batches, their copy to the device, augmentation, the step and its
+metrics. Peers are timed with bare loops over float images in memory, without the start and end of an epoch; see
+`peers/`.
 
-Every variant runs in a process of its own, with its framework's default settings. In each round, for each batch size
-and mode, the variants are measured one after the other, odd rounds in reverse. A ratio is formed within a round, of
-measurements that lie seconds apart, so that drift of the machine cancels; the median over the rounds is given, and
-[least, greatest]. "The fastest peer" is the one whose median is greatest. The share of the matmul peak is the FLOPs of
-the training step's products (networks.py) against a large square product that JAX computes in the same round, at each
-batch size anew.
+Every variant runs in its own process, with its framework's default settings. In each round, for each batch size and
+mode, the variants are measured one after the other, in reverse in odd rounds. Ratios compare measurements of one round,
+seconds apart, so that drift of the machine cancels; the tables have the median over the rounds and [min, max]. "The
+fastest peer" has the greatest median. The fraction of the matmul peak compares the FLOPs of the matmuls in the training
+step (networks.py) with a large square matmul that JAX computes in the same round, for each batch size.
 
-Writes speed.json, with every single measurement, and speed.png.
+Writes speed.json, with every measurement, and speed.png.
 """
 
 import argparse
@@ -34,40 +33,40 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from variants import MEASURED, OWN, PEAK, PEERS
 from workers import Worker
 
-_PAUSE = 0.3  # seconds after which the threads of the variant before have gone to sleep
+_PAUSE = 0.3  # seconds until the threads of the previous variant sleep
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parses the flags; exits if they are wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", default="cnn", help=f"comma-separated, of {', '.join(NETWORKS)}")
+    parser.add_argument("--networks", default="cnn", help=f"comma-separated, from {', '.join(NETWORKS)}")
     parser.add_argument("--batch_sizes", default="32,128,512", help="comma-separated")
-    parser.add_argument("--modes", default="train,infer", help="comma-separated, of train and infer")
+    parser.add_argument("--modes", default="train,infer", help="comma-separated, from train and infer")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement, about")
-    parser.add_argument("--peers", default=None, help="comma-separated beginnings of names; default: all that run here")
+    parser.add_argument("--seconds", type=float, default=2.0, help="approximate duration of a measurement")
+    parser.add_argument("--peers", default=None, help="comma-separated prefixes of names; default: all installed")
     parser.add_argument("--images", type=int, default=12_800)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     args = parser.parse_args(argv)
     args.networks = args.networks.split(",")
     args.modes = args.modes.split(",")
     if wrong := [mode for mode in args.modes if mode not in ("train", "infer")]:
-        parser.error(f"unknown mode {wrong[0]!r}; there are train and infer")
+        parser.error(f"unknown mode {wrong[0]!r}; allowed: train, infer")
     args.batch_sizes = [int(size) for size in args.batch_sizes.split(",")]
     if wrong := [name for name in args.networks if name not in NETWORKS]:
-        parser.error(f"unknown network {wrong[0]!r}; there are {', '.join(NETWORKS)}")
+        parser.error(f"unknown network {wrong[0]!r}; allowed: {', '.join(NETWORKS)}")
     if args.images < 10 * max(args.batch_sizes):
-        parser.error(f"--images={args.images} are fewer than ten batches of {max(args.batch_sizes)}")
+        parser.error(f"--images={args.images}: must be at least ten batches of {max(args.batch_sizes)}")
     wanted = [""] if args.peers is None else [name.strip() for name in args.peers.split(",") if name.strip()]
     if wrong := [start for start in wanted if not any(name.startswith(start) for name in PEERS)]:
-        parser.error(f"no peer's name begins with {wrong[0]!r}; there are: {', '.join(PEERS)}")
+        parser.error(f"no peer's name begins with {wrong[0]!r}; peers: {', '.join(PEERS)}")
     args.peers = [name for name in PEERS if name.startswith(tuple(wanted))] if wanted else []
     return args
 
 
 def measure(args: argparse.Namespace, network: str, console: Console) -> dict[str, Any]:
     """Measures one network: {"workers": versions and devices, "absent": reasons, "records": all measurements}."""
-    names = [*OWN, *(name for name in args.peers if runs(name, NETWORKS[network])), PEAK]
+    names = [*OWN, *(name for name in args.peers if supports(name, NETWORKS[network])), PEAK]
     turns = [(size, mode, name) for size in args.batch_sizes for mode in (*MEASURED[PEAK].modes, *args.modes)
              for name in names if mode in MEASURED[name].modes]  # fmt: skip
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -85,7 +84,7 @@ def measure(args: argparse.Namespace, network: str, console: Console) -> dict[st
         task = bar.add_task("", total=args.rounds * len(turns))
         try:
             for round_number in range(args.rounds):
-                for size, mode, name in in_order(turns, round_number):
+                for size, mode, name in order_turns(turns, round_number):
                     bar.update(task, advance=1, description=f"round {round_number + 1}: {name}, {mode} {size}")
                     if workers[name].error:
                         continue
@@ -102,13 +101,13 @@ def measure(args: argparse.Namespace, network: str, console: Console) -> dict[st
         }
 
 
-def runs(peer: str, network: Network) -> bool:
-    """Whether the network is written for the peer's framework."""
+def supports(peer: str, network: Network) -> bool:
+    """Whether the network has a builder for the peer's framework."""
     return getattr(network, MEASURED[peer].module.removeprefix("peers.on_")) is not None
 
 
-def in_order(turns: list[tuple[int, str, str]], round_number: int) -> list[tuple[int, str, str]]:
-    """The turns of a round, by batch size and mode; odd rounds reverse the order of the variants."""
+def order_turns(turns: list[tuple[int, str, str]], round_number: int) -> list[tuple[int, str, str]]:
+    """Orders the turns of a round by batch size and mode; odd rounds reverse the variants."""
     groups: dict[tuple[int, str], list[tuple[int, str, str]]] = {}
     for turn in turns:
         groups.setdefault(turn[:2], []).append(turn)

@@ -3,11 +3,11 @@
     uv run --isolated --extra tpu benchmarks/twins.py --chips=v5e:1x1 [--model=vit,resnet50] [--batch_size=128]
     uv run --isolated --extra cuda-compiler benchmarks/twins.py --chips=h100:1 [--deterministic]
 
-A training step in bfloat16 (softmax cross-entropy, SGD with momentum, images f32) is compiled for chips that need not
-be here. The table has, of each: the traffic to and from a chip's memory and the temporaries, as the compiler counts
-them; the products of float32 operands in the program that it is given; the instructions that deterministic kernels may
-expand; how many elements are summed over the chips, by dtype; and the CPU seconds that compilation took. `ratio` is
-ours to linen's. Writes twins-CHIPS.json.
+A training step in bfloat16 (softmax cross-entropy, SGD with momentum, images f32) is compiled ahead of time for chips
+that need not be present. The table shows, for both: memory traffic and temporaries by the compiler's count; matmuls and
+convolutions with float32 operands in the lowered program; instructions that deterministic kernels may expand; elements
+all-reduced over the chips, by dtype; and the CPU seconds of compilation. `ratio` is ours divided by linen's. Writes
+twins-CHIPS.json.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def model(name: str, kind: str) -> Any:
-    """The classifier of that name in bfloat16, this project's or linen's."""
+    """Builds the classifier of this name in bfloat16, this project's or linen's."""
     from peers.linen_twins import TWINS, Classifier
 
     from imgclf_jax.models import classifier
@@ -69,7 +69,7 @@ def model(name: str, kind: str) -> Any:
 
 
 def measure(name: str, kind: str, devices: list[Any], batch_size: int) -> dict[str, Any]:
-    """Statistics of the train step of one network, "ours" or "linen", on one of these devices."""
+    """Compiles the train step of one network, "ours" or "linen", for these devices, and returns its statistics."""
     from imgclf_jax.tools.dryrun import counts
 
     lowered = lower(name, kind, devices, batch_size)
@@ -97,7 +97,7 @@ def summed(text: str) -> dict[str, int]:
     total: Counter[str] = Counter()
     for result in _SUMMED.findall(text):
         arrays = _ARRAY.findall(result)
-        # What begins an asynchronous one may give its operands too, before its results.
+        # An all-reduce-start may return its operands, too, before its results.
         for dtype, shape in arrays[len(arrays) // 2 :] if result.startswith("((") else arrays:
             total[dtype] += math.prod(int(n) for n in shape.split(",") if n)
     return dict(total)
@@ -132,17 +132,17 @@ def lower(name: str, kind: str, devices: list[Any], batch_size: int) -> Any:
         updates, opt_state = optimizer.update(grads, opt_state, variables["params"])
         return {"params": optax.apply_updates(variables["params"], updates), **others}, opt_state, value
 
-    whole, split = sharding.replicated(mesh), sharding.sharded(mesh)
+    replicated, split = sharding.replicated(mesh), sharding.sharded(mesh)
     state = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(init, jax.random.key(0))
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), jax.eval_shape(init, jax.random.key(0))
     )
     batch = (
         jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32, sharding=split),
         jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=split),
     )
-    form = platform.platform_of(mesh)  # linen's code does not ask for it
+    form = platform.platform_of(mesh)  # ignored by linen's layers
     return (
-        jax.jit(platform.traced_for(form, step), out_shardings=whole, donate_argnums=(0, 1))
+        jax.jit(platform.traced_for(form, step), out_shardings=replicated, donate_argnums=(0, 1))
         .trace(*state, *batch)
         .lower()
     )

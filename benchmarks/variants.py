@@ -1,8 +1,8 @@
 """The measured variants of this project and its peers; each runs in a separate worker process.
 
-A variant's module has `open_variant(network, **options)`, which imports what is still missing and gives a function
-`prepare(examples, mode, batch_size)`, which compiles, warms up and gives `measure(seconds)`: images, or FLOPs, done
-and the seconds they took, with the device idle again. It also has `device()`, the name of what it computes on.
+A variant's module has `device()`, the name of its device, and `open_variant(network, **options)`, which returns a
+function `prepare(examples, mode, batch_size)`. That compiles, warms up and returns `measure(seconds)`, which returns
+the images (or FLOPs) done and the seconds taken until the device was idle again.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class Variant:
     options: dict[str, Any]
     packages: tuple[str, ...]  # whose versions are reported
     precision: str = "float32"
-    own: bool = False  # this project's: its launch.py sets the environment
+    own: bool = False  # this project's, whose launch.py sets the environment
     modes: tuple[str, ...] = ("train", "infer")
     unit: str = "images"
     environment: dict[str, str] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class Variant:
 _JAX = ("jax", "jaxlib")
 _BACKENDS = {"tensorflow": ("tensorflow-cpu", "tensorflow"), "jax": _JAX, "torch": ("torch",)}
 
-# Where the images lie matters to training alone: inference is measured once a precision.
+# The placement of images affects only training, so inference is measured once per precision.
 OWN = {
     f"imgclf_jax {placement} {precision}": Variant(
         "own", {"placement": placement, "precision": precision}, ("imgclf_jax", *_JAX, "flax", "optax"), precision,

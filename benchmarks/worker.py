@@ -1,8 +1,8 @@
 """The process of one variant: `python worker.py VARIANT NETWORK IMAGES`, started by `workers.Worker`.
 
-It prints a line {"versions", "device", "rss_mb"} when its framework is imported, then for each request read on stdin,
-{"mode": "train", "batch_size": 128, "seconds": 2.0}, a line {"images_per_second", "steps", "rss_mb"}. A line with
-"error" stands in the place of either where it cannot be had. It ends when stdin does.
+It prints a line {"versions", "device", "rss_mb"} once its framework is imported. For each request on stdin,
+{"mode": "train", "batch_size": 128, "seconds": 2.0}, it prints a line {"images_per_second", "steps", "rss_mb"}. On
+failure it prints a line with "error" instead. It exits when stdin closes.
 """
 
 import importlib
@@ -64,7 +64,7 @@ def main(name: str, network_name: str, count: int) -> None:
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """The versions of the packages that are installed."""
+    """The versions of these packages, if installed."""
     found = {}
     for package in packages:
         try:
@@ -97,4 +97,4 @@ def reason(e: Exception) -> str:
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
     sys.stdout.flush()
-    os._exit(0)  # some frameworks' threads take long to say goodbye
+    os._exit(0)  # some frameworks' threads take long to end

@@ -1,1 +1,1 @@
-"""What this project is measured beside: Keras, PyTorch, and a plain linen loop."""
+"""The peers that this project is compared with: Keras, PyTorch, and a plain linen loop."""

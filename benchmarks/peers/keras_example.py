@@ -17,7 +17,7 @@ import numpy as np
 
 
 def load(manual_dir: str) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """((images, labels) of training, those of test), as `keras.datasets.fashion_mnist.load_data` gives them."""
+    """Loads (train, test) pairs of (images, labels), like `keras.datasets.fashion_mnist.load_data`."""
     if not manual_dir:
         return keras.datasets.fashion_mnist.load_data()
 

@@ -1,4 +1,4 @@
-"""This project's networks once more, as an author of Flax would write them: linen's own layers, in bfloat16."""
+"""This project's networks in idiomatic Flax: linen's own layers, in bfloat16."""
 
 from collections.abc import Callable
 from functools import partial

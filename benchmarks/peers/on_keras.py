@@ -1,7 +1,7 @@
-"""Keras on the backend that KERAS_BACKEND names: `fit` and `predict` with all their defaults, on arrays in memory.
+"""Keras on the backend of KERAS_BACKEND: `fit` and `predict` with all their defaults, on arrays in memory.
 
-Only the time between the end of an epoch's fifth batch and the end of its last one counts, so that starting and ending
-an epoch, which takes Keras up to seconds and is no training, does not.
+Only the time from the end of an epoch's fifth batch to the end of its last one counts. It excludes starting and ending
+an epoch, which takes Keras up to seconds without training.
 """
 
 import math
@@ -17,7 +17,7 @@ _SKIPPED = 5  # batches at the beginning of an epoch
 
 
 def device() -> str:
-    """What the backend computes on."""
+    """The device of the backend."""
     if keras.backend.backend() == "jax":
         import jax
 

@@ -1,4 +1,4 @@
-"""A loop in the style of Flax's examples: linen's own layers, one jitted step a batch, float32 NumPy batches."""
+"""A loop in the style of Flax's examples: linen's own layers, one jitted step per batch, float32 NumPy batches."""
 
 import time
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""PyTorch, eager or compiled: channels-last images, fused Adam, and no loader, since all images lie in memory."""
+"""PyTorch, eager or compiled: channels-last images, fused Adam, and no loader, since all images are in memory."""
 
 import functools
 import time
