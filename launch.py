@@ -7,6 +7,10 @@ import importlib.util
 import os
 import sys
 
+if sys.version_info < (3, 12):  # noqa: UP036  before anything is imported that older versions cannot read
+    sys.exit(f"error: imgclf_jax needs Python 3.12 or later, and {sys.executable} is {sys.version.split()[0]}; "
+             "`uv run launch.py` brings one")  # fmt: skip
+
 if __name__ == "__main__":
     # Installed packages come first: a jax.py next to this file must not shadow JAX.
     _here = os.path.dirname(os.path.abspath(__file__))
@@ -20,7 +24,13 @@ if __name__ == "__main__":
         sys.modules["imgclf_jax"] = importlib.util.module_from_spec(_spec)
         _spec.loader.exec_module(sys.modules["imgclf_jax"])
 
-from imgclf_jax.cli.main import main, run_and_exit
+try:
+    from imgclf_jax.cli.main import main, run_and_exit
+except ModuleNotFoundError as e:
+    if __name__ != "__main__" or (e.name or "").startswith("imgclf_jax"):
+        raise
+    sys.exit(f"error: {sys.executable} has no package {e.name!r}: run `uv run launch.py`, which makes an environment "
+             "with all of them, or activate yours")  # fmt: skip
 
 __all__ = ["main"]
 

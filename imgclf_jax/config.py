@@ -26,6 +26,11 @@ log = logging.getLogger(__name__)
 KEYS: dict[str, tuple[Value, str]] = {
     "seed": (0, "Seed of every random draw; 0 to 2**32 - 1."),
     "total": ("20 epochs", "How long to train: 'N epochs', 'N steps' or 'N examples' (5k, 1M)."),
+    "stop": (
+        "",
+        "Early stopping: 'val/loss, patience 5 epochs' ends the run once the metric has not improved for so long; your "
+        "own metric as 'min:val/my_error, patience 10%'; empty: never.",
+    ),
     "batch_size": (128, "Examples per step, over all devices and hosts; divisible by the number of devices."),
     "precision": ("float32", "Compute dtype of layers: 'float32' or 'bfloat16'. Parameters and logits stay float32."),
     "matmul_precision": (
@@ -184,6 +189,43 @@ KEYS: dict[str, tuple[Value, str]] = {
     ),
 }
 
+# What other libraries call a key: the key and an example of its value, or why there is none.
+_ELSEWHERE = {
+    **dict.fromkeys(("lr", "learning_rate", "base_lr", "scheduler"), ("schedule", "'cosine(1e-3)'")),
+    **dict.fromkeys(("epochs", "num_epochs", "max_epochs", "steps", "num_steps", "max_steps", "num_train_steps"),
+                    ("total", "'20 epochs'")),
+    **dict.fromkeys(("bs", "batch", "train_batch_size"), ("batch_size", "128")),
+    **dict.fromkeys(("workers", "num_workers"), ("data.threads", "8")),
+    **dict.fromkeys(("dataset", "data", "data_path", "root"), ("data.source", "\"folder('photos')\"")),
+    **dict.fromkeys(("weight_decay", "wd", "momentum", "opt"), ("optimizer", "'adamw(weight_decay=1e-4)'")),
+    **dict.fromkeys(("arch", "backbone", "dropout", "depth", "width"), ("model", "'resnet(depth=50)'")),
+    **dict.fromkeys(("dtype", "amp", "fp16", "bf16"), ("precision", "bfloat16")),
+    **dict.fromkeys(("mixup", "cutmix"), ("mix", "'mixup(0.2)'")),
+    **dict.fromkeys(("label_smoothing", "class_weights"), ("loss", "'softmax(label_smoothing=0.1)'")),
+    **dict.fromkeys(("augmentation", "transforms"), ("augment", "'flip_lr|normalize'")),
+    **dict.fromkeys(("patience", "early_stopping"), ("stop", "'val/loss, patience 5 epochs'")),
+    **dict.fromkeys(("pretrained", "weights", "resume", "finetune"), ("init_from", "runs/a")),
+    **dict.fromkeys(("gpus", "devices", "num_gpus"), ("mesh", "'data=-1'")),
+    **dict.fromkeys(("num_classes", "n_classes"), ("", "the data say which ones there are, see data.source")),
+    **dict.fromkeys(("image_size", "img_size", "input_size"), ("preprocess", "'decode(3)|resize(64)'")),
+}  # fmt: skip
+
+
+def explain_unknown(name: str) -> str:
+    """A message for a name that is no key: what the key is called here, or the nearest ones."""
+    if name not in _ELSEWHERE:
+        return unknown("config key", name, KEYS)
+    key, example = _ELSEWHERE[name]
+    return f"unknown config key {name!r}: " + (f"write --config.{key}={example}" if key else example)
+
+
+def flag_for(name: str) -> str:
+    """How to set the key that `name` means on the command line, as a sentence; "" if it means none."""
+    if name in KEYS:
+        return f"it is a config key: write --config.{name}=VALUE"
+    return explain_unknown(name).partition(": ")[2] if name in _ELSEWHERE else ""
+
+
 # Keys of where and how a run computes: a resumed run may change them. `mesh` and `shard` are among them, although
 # another number of devices changes results by rounding.
 LOCATION_KEYS = ("data.data_dir", "data.manual_dir", "data.placement", "data.threads", "steps_per_call", "tensorboard",
@@ -194,12 +236,21 @@ CADENCES = ("log_every", "eval_every", "checkpoint_every")
 # Keys that no parameter depends on: a resumed run may change them, and its record then holds the new values.
 FREE_KEYS = (*CADENCES, "check_every", "on_corruption", "checkpoint.keep", "checkpoint.best", "metrics")
 
+
+def free_keys(config: ConfigDict) -> tuple[str, ...]:
+    """FREE_KEYS for this config: with early stopping, the last step depends on the steps that are evaluated."""
+    return tuple(key for key in FREE_KEYS if not (config.stop and key == "eval_every"))
+
+
 # Keys that may differ between the hosts of one run, which compare their data by fingerprint.
 HOST_KEYS = ("data.data_dir", "data.manual_dir", "data.threads")
 
 # Names that metrics.jsonl, result.json and `evaluate` use themselves, so no evaluation set can have them.
 RESERVED = frozenset(
-    {"train", "step", "epochs", "seconds", "images_per_second", "params_sha256", "num_seeds", "left_out", "skipped"}
+    (
+        *("train", "step", "epochs", "seconds", "images_per_second", "params_sha256", "num_seeds"),
+        *("left_out", "skipped", "stopped_early"),
+    )
 )
 
 # Metrics that evaluation reports for data with targets: see `metrics.REPORTED`.
@@ -279,7 +330,7 @@ def _call(path: str, function: str, arg: str) -> Any:
         return called(arg) if arg else called()
     except Exception as e:  # the user's code may raise anything
         if match := re.search(r'Key "(\w+)" does not exist', str(e)):  # ConfigDict's own message has many lines
-            raise UserError(f"config file {path}: " + unknown("config key", match[1], KEYS)) from e
+            raise UserError(f"config file {path}: " + explain_unknown(match[1])) from e
         raise UserError(f"config file {path}: {type(e).__name__}: {next(iter(str(e).splitlines()), '')}") from e
 
 
@@ -304,7 +355,7 @@ def check_keys(config: ConfigDict, where: str) -> None:
     flat = flatten(config)
     for key in flat:
         if key not in KEYS:
-            raise UserError(f"{where}: " + unknown("config key", key, KEYS))
+            raise UserError(f"{where}: {explain_unknown(key)}")
     if missing := [key for key in KEYS if key not in flat]:
         raise UserError(f"{where}: missing config keys {', '.join(missing)}; start from default_config()")
     for key, (default, _) in KEYS.items():
@@ -359,17 +410,39 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"seed={config.seed} with num_seeds={config.num_seeds}: the last seed exceeds 2**32 - 1")
     for name in config.data.eval:
         check_set_name(name)
+    for key, text in selecting_metrics(config).items():
+        _check_metric(config, key, text)
+    if config.stop:
+        period(split_stop(config.stop)[1], "stop", 1000, 10, 10)
+        if not config.eval_every:
+            raise UserError(f"stop={config.stop!r} needs evaluations; set eval_every, such as '1 epochs'")
+
+
+def _check_metric(config: ConfigDict, key: str, text: str) -> None:
+    """Raises UserError if `text`, of `key`, names no metric of an evaluation set, such as 'val/loss'."""
     more = [text.partition("(")[0].rpartition(":")[2].strip() for text in config.metrics.split("|")]
     kinds = ("accuracy", "loss", "nll", "top5", *filter(None, more))
     known = [f"{name}/{kind}" for name in config.data.eval for kind in kinds]
-    best = re.sub("^(min|max):", "", config.checkpoint.best)
-    name, _, kind = best.partition("/")
+    metric = re.sub("^(min|max):", "", text)
+    name, _, kind = metric.partition("/")
     # Metrics of a task, and a method's own (with min: or max:), are checked once the data are known.
-    later = kind.partition("[")[0] in TARGET_METRICS or (
-        best != config.checkpoint.best and config.method != KEYS["method"][0]
-    )
-    if config.checkpoint.best and best not in known and not (name in config.data.eval and later):
-        raise UserError(unknown("metric in checkpoint.best", best, known))
+    later = kind.partition("[")[0] in TARGET_METRICS or (metric != text and config.method != KEYS["method"][0])
+    if metric not in known and not (name in config.data.eval and later):
+        raise UserError(unknown(f"metric in {key}", metric, known))
+
+
+def selecting_metrics(config: ConfigDict) -> dict[str, str]:
+    """The metrics by which a run chooses a checkpoint or its end, such as 'min:val/loss', by the keys naming them."""
+    stop = split_stop(config.stop)[0] if config.stop else ""
+    return {key: text for key, text in (("checkpoint.best", config.checkpoint.best), ("stop", stop)) if text}
+
+
+def split_stop(text: str) -> tuple[str, str]:
+    """The metric and the duration of the key `stop`, 'METRIC, patience DURATION'."""
+    match = re.fullmatch(r"\s*(.*?)\s*,\s*patience\s+(.*?)\s*", text, re.DOTALL)
+    if not match:
+        raise UserError(f"stop={text!r}: write 'METRIC, patience DURATION', such as 'val/loss, patience 5 epochs'")
+    return match[1], match[2]
 
 
 def check_set_name(name: str) -> None:

@@ -359,9 +359,14 @@ def _call_with(metric: Callable[..., float], *fields: str) -> WholeSetMetric:
 
 
 def parse_best(
-    text: str, classes: int = 6, task: Task | None = None, own: Collection[str] = (), predicts: bool = True
+    text: str,
+    classes: int = 6,
+    task: Task | None = None,
+    own: Collection[str] = (),
+    predicts: bool = True,
+    key: str = "checkpoint.best",
 ) -> tuple[str, float]:
-    """Returns the metric that `checkpoint.best` names, and 1.0 if its greatest value is best, -1.0 if its smallest is.
+    """Returns the metric that `text` of a config's `key` names, and 1.0 if its greatest value is best, else -1.0.
 
     For example ("test/my_error", -1.0) for "min:test/my_error". `own` are the whole-set metrics and those of the
     method; a run without `predicts` has no others. Raises UserError for a metric of unknown direction, one that needs
@@ -375,13 +380,13 @@ def parse_best(
     if task and kind.partition("[")[0] not in (known := (*reported, *filter(None, own))):
         run = TASK_NAMES[task] if predicts else "a method that trains no head"
         fix = f"it has {', '.join(dict.fromkeys(known))}" if known else "it has no metric, so leave this empty"
-        raise UserError(f"checkpoint.best={text!r}: a run with {run} has no {kind}; {fix}")
+        raise UserError(f"{key}={text!r}: a run with {run} has no {kind}; {fix}")
     if name.endswith("/top5") and classes <= 5:
-        raise UserError(f"checkpoint.best={text!r}: top5 needs six classes or more, and the data have {classes}; name "
+        raise UserError(f"{key}={text!r}: top5 needs six classes or more, and the data have {classes}; name "
                         "another metric")  # fmt: skip
     directions = BEST if task is Task.CLASSES else BEST | BEST_FOR_TARGETS
     direction = match[1] or directions.get(kind.partition("[")[0])
     if direction is None:
-        raise UserError(f"checkpoint.best={text!r}: write 'min:{name}' if the smallest value of your metric is best, "
+        raise UserError(f"{key}={text!r}: write 'min:{name}' if the smallest value of your metric is best, "
                         f"or 'max:{name}' if the greatest is")  # fmt: skip
     return name, 1.0 if direction == "max" else -1.0

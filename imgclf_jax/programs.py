@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from imgclf_jax import diagnose, losses, metrics, step
+from imgclf_jax.config import selecting_metrics
 from imgclf_jax.core import fsdp, platform, sharding, tree
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.once import once
@@ -442,14 +443,14 @@ class Programs:
             return jax.jit(pure).trace(self.state_shape.params, self.state_shape.model_state, batch, *fixed)
 
     def check_best(self) -> None:
-        """Raises UserError if `checkpoint.best` names a metric that evaluation does not report."""
+        """Raises UserError if `checkpoint.best` or `stop` names a metric that evaluation does not report."""
         recipe = self.recipe
-        if best := recipe.config.checkpoint.best:
+        for key, text in selecting_metrics(recipe.config).items():
             own = [*recipe.whole_set_metrics]
             if recipe.method.evaluate:
                 sums = self.eval_step.out_info[0]
                 own += [name.removeprefix(metrics.OWN) for name in sums if name.startswith(metrics.OWN)]
-            metrics.parse_best(best, len(recipe.data.class_names), recipe.task, own, recipe.method.predicts)
+            metrics.parse_best(text, len(recipe.data.class_names), recipe.task, own, recipe.method.predicts, key)
 
     @property
     def _fixed_of_evaluation(self) -> tuple[PyTree, ...]:

@@ -55,6 +55,14 @@ class Recipe:
         size = (self.data.train_examples, self.config.batch_size, self.total)
         return configs.period(self.config[key], key, *size)
 
+    @property
+    def patience(self) -> Fraction | None:
+        """The patience of early stopping in steps; None without it."""
+        if not self.config.stop:
+            return None
+        text = configs.split_stop(self.config.stop)[1]
+        return configs.period(text, "stop", self.data.train_examples, self.config.batch_size, self.total)
+
     def _steps_for(self, key: str) -> Callable[[str], int]:
         return lambda duration: self.steps(key, str(duration), self.total)
 
@@ -217,8 +225,8 @@ def check_names(config: ConfigDict) -> None:
     tta.build(config.tta)
     bad_steps.build(config.on_bad_step, config.spike)
     metrics.check_names(config.metrics, losses.tasks_of(config.loss))
-    if config.checkpoint.best:
-        metrics.parse_best(config.checkpoint.best)
+    for key, text in configs.selecting_metrics(config).items():
+        metrics.parse_best(text, key=key)
 
 
 def for_arrays(config: ConfigDict, images: np.ndarray, labels: np.ndarray) -> Recipe:

@@ -93,7 +93,7 @@ def disturb(workdir: Path, overrides: tuple[str, ...], number: signal.Signals, r
     before = log.stat().st_size if log.exists() else 0
     started = start(workdir, 2, 2, overrides)
     early = rng.random() < 0.4  # while programs are compiled, and in the first step
-    said = b"training on " if early else b": train loss"
+    said = b"training on " if early else b"  train  "
     while said not in (log.read_bytes()[before:] if log.exists() else b"") and started[0].poll() is None:
         time.sleep(0.02)
     time.sleep(rng.uniform(0.0, 3.0 if early else 1.0))

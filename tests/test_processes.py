@@ -236,7 +236,7 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on(tmp_path):
     stopped = [int(re.search(r"stopped at step (\d+), checkpoint saved", log)[1]) for log in logs(workdir)]
     assert stopped[0] == stopped[1] == max(int(f.name) for f in (workdir / "checkpoints").iterdir())
     assert re.search(r"^\S+ \[process 1\] SIGTERM: stopping after this step", logs(workdir)[1], re.MULTILINE)
-    assert "train loss" not in logs(workdir)[1]  # process 0 alone says how it goes
+    assert "  train  " not in logs(workdir)[1]  # process 0 alone says how it goes
 
     for folder in (workdir, tmp_path / "alone"):  # in this process, on one device
         assert launch.main([f"--workdir={folder}", *SHORT]) == 0

@@ -72,7 +72,7 @@ def test_a_seed_of_its_own_devices_has_the_convolutions_of_a_single_run(config, 
 
     def groups(mesh):
         of = programs(config, mesh, model="resnet_cifar(8)", num_seeds=8)
-        operations.append(counts.matmul_flops(of.train_step.jaxpr))
+        operations.append(jaxprs.matmul_flops(of.train_step.jaxpr))
         found, todo = [], [of.train_step.jaxpr]
         while todo:
             jaxpr = todo.pop()

@@ -34,7 +34,7 @@ PACKAGES = {  # of a docstring alone; `methods` is a module too
 HEAVY = {
     "tensorflow": {"core.tensorflow_import", "tools.export.saved_model"},
     "tensorflow_datasets": {"data.prepare"},
-    "clu": {"train.setup"},
+    "clu": {"run.workdir"},
     "tensorboard": {"run.event_file"},
     "sklearn": {"data.sources", "tools.probe.probing"},
     "matplotlib": {"tools.probe.accuracy_plot"},

@@ -4,6 +4,7 @@ import glob
 import logging
 import os
 import sys
+import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -48,6 +49,22 @@ def find(command: str, words: list[str]) -> Iterator[Input]:
     return (image for word in words for image in (_read_stdin(command) if word == "-" else _expand(word)))
 
 
+def count(words: list[str], seconds: float = 1.0) -> int | None:
+    """The number of files that `find` iterates over; None with standard input, or if counting takes longer."""
+    if "-" in words:
+        return None
+    end, number = time.monotonic() + seconds, 0
+    try:
+        for word in words:
+            for _ in _expand(word, log_strays=False):
+                number += 1
+                if time.monotonic() > end:
+                    return None
+    except (OSError, UserError):  # such as a folder that cannot be read, which the iteration itself reports
+        return None
+    return number
+
+
 def compute(
     model: Trained, outputs: Outputs, images: Iterable[Input]
 ) -> Iterator[tuple[Input, np.ndarray | UserError]]:
@@ -84,20 +101,20 @@ def _check(command: str, word: str) -> None:
         raise UserError(f"{command}: {word!r} is a pipe, socket or device; name image files or directories")
 
 
-def _expand(word: str) -> Iterable[Input]:
+def _expand(word: str, log_strays: bool = True) -> Iterable[Input]:
     if os.path.isdir(word):
-        return _list_folder(word)
+        return _list_folder(word, log_strays)
     if os.path.exists(word):
         return [Input(word)]
     matches = sorted(glob.iglob(word, recursive=True), key=lambda name: name.split(os.sep))
     return (Input(name, found=True) for name in matches if os.path.isfile(name))
 
 
-def _list_folder(folder: str) -> Iterator[Input]:
+def _list_folder(folder: str, log_strays: bool) -> Iterator[Input]:
     strays: Counter[str] = Counter()
     for name, _ in image_files.walk(folder, strays):
         yield Input(os.path.join(folder, name), found=True)
-    if counted := image_files.describe_strays(strays):
+    if log_strays and (counted := image_files.describe_strays(strays)):
         log.info("%s: not used: %s", folder, counted)
 
 

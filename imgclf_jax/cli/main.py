@@ -5,8 +5,9 @@ import importlib
 import os
 import re
 import sys
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -95,11 +96,15 @@ def _run(argv: list[str], program: str, program_command: list[str]) -> int:
     config_path, argv = words.take_config(argv)
     name = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     if name not in COMMANDS:
-        raise UsageError(unknown("command", name, COMMANDS))
+        key, equals, value = name.partition("=")
+        hint = configs.flag_for(key).replace("VALUE", value) if equals else ""
+        raise UsageError(f"unknown command {name!r}: {hint}" if hint else unknown("command", name, COMMANDS))
     command = COMMANDS[name]
     values, rest = words.take_flags(name, argv)
     given = {flag: values[flag].value for flag in command.flags}
     environment.prepare()  # reading a config or work directory below may import JAX
+    if not command.files:
+        words.check_no_files(name, rest)
     if command.config_from == "none":
         files = words.only_files(name, rest)
         process_flags: list[Any] = [given.pop(flag) for flag in table.PROCESSES]
@@ -118,6 +123,8 @@ def _run(argv: list[str], program: str, program_command: list[str]) -> int:
         without_run = command.config_from == "run or weights" and any(
             re.match(r"--?config\.init_from(=|$)", word) for word in rest
         )
+        if not without_run and not values.workdir:
+            _tell_default(name, workdir, given)
         if not without_run:
             config = Workdir.from_text(workdir).load_config()  # a trained model keeps the config it was trained with
         elif given["checkpoint"] or (values.workdir and Workdir.from_text(workdir).config.is_file()):
@@ -126,11 +133,19 @@ def _run(argv: list[str], program: str, program_command: list[str]) -> int:
     files = words.override(config, rest, name)
     if files and command.config_from == "record":
         raise UsageError(f"{name} takes one {command.files}, but got {files[0]!r} too")
-    if files and not command.files:
-        raise UsageError(f"{name} takes no files, but got {files[0]!r}; did you forget '--'?")
     configs.validate(config)
     called = CommandLine(program_command, config_path, command_line, [w for w in rest if w != "--"], environment_before)
     return _dispatch(name, config, None if without_run else workdir, given, files, called)
+
+
+def _tell_default(name: str, workdir: str, given: Mapping[str, Any]) -> None:
+    """Says which run a command uses that was given none. Raises UserError if there is no such run."""
+    here = Path(workdir)
+    if not (here / "config.json").is_file():
+        raise UserError(f"{name} needs a run: pass --workdir=DIR; without it the run in {here.absolute()} is used, and "
+                        "there is none")  # fmt: skip
+    if not given.get("process_id"):
+        print(f"{time.strftime('%H:%M:%S')} without --workdir: using the run in {printable(workdir)}", file=sys.stderr)
 
 
 def _module(command: str) -> ModuleType:
@@ -151,6 +166,9 @@ def _dispatch(
         given["profile"] = _parse_steps(given["profile"])
 
     environment.prepare(config.deterministic)  # before the first import of JAX
+    if name == "train" and "jax" not in sys.modules and not given["process_id"]:  # which takes seconds to import
+        told = f"{time.strftime('%H:%M:%S')} training {Path(called.config_file).name} in {printable(workdir)}"
+        print(told, file=sys.stderr, flush=True)
     if command.before_jax:
         module, _, function = command.before_jax.partition(":")
         getattr(importlib.import_module(f"imgclf_jax.{module}"), function)(**given)

@@ -1,5 +1,6 @@
 """The commands, their flags and their help texts. Imports neither JAX nor TensorFlow."""
 
+import shutil
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -7,7 +8,11 @@ from typing import Literal
 
 from imgclf_jax.cli.flags import FLAGS, PROCESSES, Flag
 
-WIDTH = 120
+_MOST_COLUMNS = 120  # of help texts; narrower terminals have fewer
+
+
+def _width() -> int:
+    return max(40, min(_MOST_COLUMNS, shutil.get_terminal_size((_MOST_COLUMNS, 24)).columns))
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class Command:
         """Returns a flag as this command defines it."""
         if name == "workdir" and self.config_from == "run or file":
             return Flag("the run's directory (default: none; --config is used instead)", "DIR")
+        if name == "workdir" and self.config_from in ("run", "run or weights"):
+            return Flag("the directory of the run to use (default: runs/digits)", "DIR")
         if name != "format":
             return FLAGS[name]
         text = f"the output format (default: {self.formats[0]})"
@@ -220,7 +227,7 @@ def command_help(name: str) -> str:
     lines = [usage, "", *_wrapped(command.summary[0].upper() + command.summary[1:] + ".")]
     if command.more:
         lines += ["", *_wrapped(command.more)]
-    lines += ["", "flags:", *_columns(shown), "", _STATUS, ""]
+    lines += ["", "flags:", *_columns(shown), "", "launch.py --help lists the exit statuses.", ""]
     if command.examples:
         lines += ["examples:", *(f"  launch.py {name} {words}".rstrip() for words in command.examples), ""]
     return "\n".join(lines)
@@ -245,14 +252,14 @@ def commands_with(flag: str) -> list[str]:
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, break_on_hyphens=False)
+    return textwrap.wrap(text, _width(), break_on_hyphens=False)
 
 
 def _columns(rows: Mapping[str, str]) -> Iterable[str]:
     """Formats `rows` in two columns; a name wider than the first column gets a line of its own."""
-    left = min(34, max(map(len, rows)))
+    left = min(34, _width() // 3, max(map(len, rows)))
     for name, text in rows.items():
-        first, *rest = textwrap.wrap(text, WIDTH - left - 4, break_on_hyphens=False)
+        first, *rest = textwrap.wrap(text, _width() - left - 4, break_on_hyphens=False)
         if len(name) > left:
             yield f"  {name}"
             yield f"  {'':<{left}}  {first}"

@@ -1,9 +1,13 @@
 """Contexts in which a command runs, in one process or several."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 
+import jax
+
 from imgclf_jax.core import processes
+from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Value
 from imgclf_jax.run import provenance, terminal
 
@@ -19,6 +23,7 @@ def join(
     processes.start(coordinator, count, process, devices, heartbeat)
     terminal.setup_logging()
     with processes.ending_together():
+        check_platforms()
         processes.agree("comparing commands", lambda: given | provenance.process_facts(), processes.QUICK)
         processes.agree("comparing modules", provenance.module_digests, in_both=True)
         processes.agree("comparing devices", lambda: provenance.device_facts(counted=not devices),
@@ -30,4 +35,16 @@ def join(
 def alone() -> Iterator[None]:
     """Sets up logging in a single process."""
     terminal.setup_logging()
+    check_platforms()
     yield
+
+
+def check_platforms() -> None:
+    """Raises UserError if JAX_PLATFORMS names a platform that JAX does not find here."""
+    if named := os.environ.get("JAX_PLATFORMS", ""):
+        try:
+            jax.devices()
+        except (RuntimeError, AssertionError) as e:  # JAX 0.10 asserts where a plugin is missing
+            why = f" ({reason(e)})" if str(e) else ""
+            raise UserError(f"JAX_PLATFORMS={named!r}: JAX finds no such device here{why}; unset it to use those that "
+                            "there are, or install JAX for yours: uv run --extra cuda13") from e  # fmt: skip

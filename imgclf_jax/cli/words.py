@@ -54,7 +54,29 @@ def only_files(command: str, words: list[str]) -> list[str]:
 def _unknown_flag(flag: str, command: str) -> UsageError:
     if flag in FLAGS:
         return UsageError(f"{command} does not take --{flag}; these commands do: {', '.join(commands_with(flag))}")
+    if hint := configs.flag_for(flag):
+        return UsageError(f"unknown flag --{flag}: {hint}")
     return UsageError(unknown("flag", flag, ("config", *COMMANDS[command].flags)))
+
+
+def check_no_files(command: str, words: list[str]) -> None:
+    """Raises UsageError for a file among the `words` of a command that takes none."""
+    values = {i + 1 for i, word in enumerate(words) if re.fullmatch(r"--?config\.[^=]+", word)}
+    for i, word in enumerate(words):
+        if word == "--" or (i not in values and not word.startswith("-")):
+            break
+    else:
+        return
+    files = [word for word in words[i:] if word != "--"]
+    if not files:
+        return
+    key, equals, value = files[0].partition("=")
+    if equals and (hint := configs.flag_for(key)):
+        raise UsageError(f"{command} takes no files, but got {files[0]!r}: {hint.replace('VALUE', value)}")
+    if "workdir" in COMMANDS[command].flags:
+        raise UsageError(f"{command} takes no files, but got {files[0]!r}; if that is a run, pass "
+                         f"--workdir={files[0]}")  # fmt: skip
+    raise UsageError(f"{command} takes no files, but got {files[0]!r}; did you forget '--'?")
 
 
 def override(config: ConfigDict, words: list[str], command: str) -> list[str]:
@@ -64,7 +86,7 @@ def override(config: ConfigDict, words: list[str], command: str) -> list[str]:
         if word.startswith(("--config.", "-config.")) and key not in configs.flatten(config):
             name = key.removeprefix("data.eval.").removeprefix("data.extra.")
             if name == key or "." in name:
-                raise UsageError(unknown("config key", key, configs.KEYS))
+                raise UsageError(configs.explain_unknown(key))
             if key.startswith("data.extra."):  # a new extra stream
                 with config.unlocked():
                     config.data.extra[name] = ""

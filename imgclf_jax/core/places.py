@@ -56,6 +56,11 @@ def in_bucket(path: Path) -> bool:
     return str(path).startswith(tuple(f"{scheme}://" for scheme in _DRIVERS))
 
 
+def absolute(path: Path) -> Path:
+    """The path from the root of the file system or bucket."""
+    return path if in_bucket(path) else path.absolute()
+
+
 def files(folder: Path) -> Iterator[tuple[str, Path]]:
     """Yields (name relative to the folder, path) of every file below a folder, in no particular order."""
     todo = [("", folder)]

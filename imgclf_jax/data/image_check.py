@@ -21,7 +21,7 @@ from imgclf_jax.data import decode as decode_ops
 from imgclf_jax.data import decode_cost
 from imgclf_jax.data.decode import FORMATS, decode, read_file
 from imgclf_jax.data.image_files import Stamp
-from imgclf_jax.run import cache, terminal
+from imgclf_jax.run import cache, progress
 from imgclf_jax.run.provenance import write_atomically
 
 _SMALL = 256 << 20  # bytes of a folder whose images are always decoded, in some seconds
@@ -68,7 +68,7 @@ def check(
     pool = concurrent.futures.ThreadPoolExecutor()
     batches = itertools.batched(todo, 16)  # a million tasks would take more memory than their results
     parts = pool.map(lambda names: [_check(root / n, stamps[n], depth, digest, formats) for n in names], batches)
-    results = terminal.track(itertools.chain.from_iterable(parts), len(todo), f"checking {(key or root).name}")
+    results = progress.track(itertools.chain.from_iterable(parts), len(todo), f"checking {(key or root).name}")
     uncached: dict[str, _Entry] = {}
     saved = time.monotonic()
     try:

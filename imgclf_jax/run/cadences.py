@@ -49,6 +49,15 @@ class Cadences:
             yield range(start, stop)
             start = stop
 
+    def evaluations(self, until: int) -> list[int]:
+        """The steps up to `until` after which the run evaluates."""
+        steps, step = [], 0
+        while self.eval is not None and (step := configs.next_due(step, self.eval, self.total)) <= until:
+            steps.append(step)
+            if step == self.total:
+                break
+        return steps
+
     @property
     def last(self) -> int:
         """The number of steps to train."""

@@ -64,7 +64,7 @@ def collect(data: DataInfo) -> JsonObject:
         "packages": _installed(),
         "code": _code(),
         "modules": module_digests(),
-        "processor": _processor(),
+        "processor": processor(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "jax_options": {name: value for name, value in sorted(os.environ.items()) if re.match(_OPTIONS, name)},
         "devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
@@ -187,7 +187,7 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name, since different CPUs round differently."""
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")

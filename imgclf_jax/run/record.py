@@ -98,7 +98,8 @@ class Record:
                     raise UserError(f"{path / name} is longer than {_MOST_BYTES >> 20} MB; shorten or remove it")
                 files[name] = (path / name).read_bytes()
         if "config.json" not in files:
-            raise UserError(f"{path} holds no run (no config.json); name the work directory of a run, or a bundle")
+            raise UserError(f"{path} holds no run: there is no {places.absolute(path / 'config.json')}; name the work "
+                            "directory of a run, or a bundle")  # fmt: skip
         return cls(path, files)
 
     @property
@@ -176,7 +177,8 @@ class Record:
             return None
         if type(self.result.get("step")) is not int:
             raise UserError(f"{self.path / 'result.json'} is damaged: it holds no result")
-        return self.result if self.total in (None, self.result["step"]) else None
+        ended = self.total in (None, self.result["step"]) or self.result.get("stopped_early")
+        return self.result if ended else None
 
     @cached_property
     def evals(self) -> dict[str, str]:

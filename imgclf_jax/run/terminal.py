@@ -7,10 +7,8 @@ import itertools
 import logging
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from rich import progress
 from rich.cells import cell_len
 from rich.console import Console
 from rich.logging import RichHandler
@@ -61,24 +59,8 @@ def log_progress(describe: Callable[[], str]) -> Iterator[None]:
         thread.join()
 
 
-def track[T](items: Iterable[T], total: int, what: str) -> Iterable[T]:
-    """Yields the items, with a progress bar on a terminal."""
-    if not total or not shows_progress():
-        return items
-    return progress.track(items, escape(printable(what)), total, console=console(), transient=True)
-
-
-def count[T](items: Iterable[T], what: str) -> Iterator[T]:
-    """Yields the items, with their count and rate on a terminal."""
-    if not shows_progress():
-        yield from items
-        return
-    with console().status(f"0 {escape(what)}") as status:
-        begun = time.monotonic()
-        for number, item in enumerate(items, 1):
-            if number % 100 == 0:
-                status.update(f"{number:,} {escape(what)}, {number / (time.monotonic() - begun):,.0f} a second")
-            yield item
+# Called before each record of the log is written, by what has something on the terminal that must make room.
+before_records: list[Callable[[], None]] = []
 
 
 def setup_logging() -> None:
@@ -108,6 +90,8 @@ def setup_logging() -> None:
 
 def _printable(record: logging.LogRecord) -> logging.LogRecord:
     """Escapes unprintable characters in a record. Line breaks stay if the message itself has them, as tables do."""
+    for make_room in before_records:
+        make_room()
     out, text = copy.copy(record), record.getMessage()
     lines = text.split("\n") if "\n" in str(record.msg) else [text]
     out.msg, out.args = "\n".join(map(printable, lines)), None

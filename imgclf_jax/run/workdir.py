@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Self
 
+import jax
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
@@ -78,7 +79,8 @@ class Workdir:
     def load_config(self) -> ConfigDict:
         """Loads the config that the run was trained with. Raises UserError if this directory has no run."""
         if not self.config.is_file():
-            raise UserError(f"{self.path} holds no run (no config.json); train first, or pass the run's --workdir")
+            raise UserError(f"{self.path} holds no run: there is no {places.absolute(self.config)}; train first, or "
+                            "pass the run's --workdir")  # fmt: skip
         content = self.config.read_bytes()
         provenance = read_json(self.provenance) if self.provenance.is_file() else {}
         for wrong in find_edits({"config.json": content}, provenance):
@@ -155,15 +157,15 @@ class Workdir:
     def check_config(self, config: ConfigDict, may_differ: Sequence[str] = ()) -> str:
         """Raises UserError, naming the keys that differ, if the directory holds a run with another config.
 
-        Returns the config of that run as JSON if it differs only in the keys `may_differ` and FREE_KEYS, and "" if it
-        does not differ.
+        Returns the config of that run as JSON if it differs only in the keys `may_differ` and `configs.free_keys`, and
+        "" if it does not differ.
         """
         if not self.config.is_file():
             if self.has_checkpoints():
                 log.warning("%s is missing: assuming that the run was trained with the present config", self.config)
             return ""
         old = self.load_config()
-        lines = configs.difference(old, config, (*may_differ, *configs.FREE_KEYS))
+        lines = configs.difference(old, config, (*may_differ, *configs.free_keys(config)))
         if not lines:
             return configs.to_json(old) if configs.difference(old, config) else ""
         hint = ""
@@ -189,6 +191,15 @@ class Workdir:
         content = configs.to_json(config)
         write_json(self.provenance, provenance | {"config_sha256": json_digest(content)})
         write_atomically(self.config, content)
+
+    def write_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Lists every parameter by path with its shape in parameters.txt: `rules` match these paths. Needs CLU."""
+        with contextlib.suppress(ImportError):
+            from clu import parameter_overview
+
+            params = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
+            overview = parameter_overview.get_parameter_overview(params, include_stats=False)
+            write_atomically(self.path / "parameters.txt", f"{overview}\n")
 
     def record_code(self, start: int) -> None:
         """Records the code with which the run continues from step `start`, and warns if it has changed."""
@@ -235,10 +246,11 @@ class Workdir:
             self.result.unlink()
 
     def is_done(self, total: int) -> bool:
-        """Whether the run has ended: result.json is readable and from step `total`."""
+        """Whether the run has ended: result.json is readable and from step `total` or from an early stop."""
         try:
-            return bool(read_json(self.result)["step"] == total)
-        except (UserError, KeyError, TypeError):
+            result = read_json(self.result)
+            return bool(result["step"] == total or result.get("stopped_early"))
+        except (UserError, KeyError, TypeError, AttributeError):
             return False
 
     def record(

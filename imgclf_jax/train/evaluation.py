@@ -15,6 +15,7 @@ from imgclf_jax.core import processes, sharding, signals
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
+from imgclf_jax.run.progress import track
 from imgclf_jax.run.provenance import load_evals, module_digests
 from imgclf_jax.run.record import read_contradictions
 from imgclf_jax.run.workdir import Workdir
@@ -28,12 +29,13 @@ _FIRST_TARGETS = 64  # checked in a source that reads targets together with imag
 
 
 def evaluate(
-    programs: Programs, state: TrainState, images: stream.Images, stop: Callable[[], str] = str
+    programs: Programs, state: TrainState, images: stream.Images, stop: Callable[[], str] = str, caption: str = ""
 ) -> tuple[metrics.Sums, metrics.AnyPredictions | None]:
     """Evaluates all of `images`: (sums, predictions) on the host, counts as int64 and losses as float64.
 
     The predictions are None unless the config's `metrics` need them. With several seeds, the sums are [seeds + 1, …].
-    Raises signals.Stopped once `stop` returns the name of a signal.
+    Shows its progress, called `caption`, unless that is "". Raises signals.Stopped once `stop` returns the name of a
+    signal.
     """
     sums: metrics.Sums = {}
     predictions: list[metrics.AnyPredictions] = []  # one a batch
@@ -45,7 +47,10 @@ def evaluate(
             predictions.extend(type(steps)(*step) for step in zip(*steps, strict=True))
 
     pending: Any = None
-    for chunk, steps in chunks(programs, images, stop):
+    parts = chunks(programs, images, stop)
+    if caption:
+        parts = track(parts, len(images), caption, lambda part: part[1] * programs.eval_batch_size)
+    for chunk, steps in parts:
         result = programs.eval(*state.evaluated, chunk, np.int32(steps))
         if pending is not None:
             collect(pending)  # while the device computes the next chunk

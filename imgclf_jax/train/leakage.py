@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
+from imgclf_jax.config import selecting_metrics
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.split_folders import role_of
 from imgclf_jax.data import sources, splits
@@ -11,11 +12,10 @@ from imgclf_jax.data import sources, splits
 
 def selecting_sets(config: ConfigDict) -> dict[str, str]:
     """The evaluation sets that choose what a run ends with, each with the key that names it."""
-    named = {"checkpoint.best": config.checkpoint.best}
     found: dict[str, str] = {}
-    for key, text in named.items():
-        if text:
-            found.setdefault(text.removeprefix("min:").removeprefix("max:").partition("/")[0], f"{key}={text!r}")
+    for key, metric in selecting_metrics(config).items():
+        text = config.stop if key == "stop" else metric
+        found.setdefault(metric.removeprefix("min:").removeprefix("max:").partition("/")[0], f"{key}={text!r}")
     return found
 
 

@@ -17,6 +17,7 @@ from imgclf_jax.core.typing import Chunk
 from imgclf_jax.losses import Task
 from imgclf_jax.run import writers
 from imgclf_jax.run.digests import Digests
+from imgclf_jax.run.early_stopping import Stopper
 from imgclf_jax.run.monitor import Monitor
 from imgclf_jax.run.record import read_contradictions
 from imgclf_jax.run.skipped import Rollback, Skipped
@@ -24,7 +25,7 @@ from imgclf_jax.run.terminal import format_metrics
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import MetricsWriter
 from imgclf_jax.step import FIRST_STEPS, PER_STEP, TrainState, jump
-from imgclf_jax.train import pictures
+from imgclf_jax.train import display, pictures
 from imgclf_jax.train.evaluation import evaluate_all
 from imgclf_jax.train.replay import Again, Replays
 from imgclf_jax.train.setup import Run, set_up
@@ -73,8 +74,9 @@ def _train_from_latest(
     if run.start:
         workdir.check_parameters(run.start, run.state.params)
     replays.attach(run)
-    total = run.cadences.total
-    if run.start == total and processes.broadcast_from_process_0("reading the result", lambda: workdir.is_done(total)):
+    total, stopper = run.cadences.total, Stopper(run.early_stopping, run.cadences, workdir.path, run.start)
+    ended = run.start == total or bool(stopper.reason(run.start))
+    if ended and processes.broadcast_from_process_0("reading the result", lambda: workdir.is_done(total)):
         log.info("this run is done; its result is in %s", workdir.result)
         for sentence in processes.broadcast_from_process_0(
             "reading the record", lambda: read_contradictions(workdir.path)
@@ -95,50 +97,50 @@ def _train_from_latest(
             writer.write_images(0, pictures.first_batch(run.programs, run.images))  # while the program compiles
         try:
             with monitor, stopping(run.checkpoints.unsaved, grace) as stop:
-                ended = train(run, monitor, writer, digests, skipped, replays, stop, began)
+                trained = train(run, monitor, writer, digests, skipped, replays, stopper, stop, began)
         except signals.Stopped as e:
             log.warning("%s: stopped before the first step, nothing is lost; run the same command again", e)
             return 128 + signals.number(str(e))
-        if ended is None and not stop():
+        if trained is None and not stop():
             return STOPPED  # at the end that was asked for
-        if ended is None:
+        if trained is None:
             log.warning("%s: stopped at step %d, checkpoint saved; run the same command to go on", stop(),
                         run.checkpoints.latest)  # fmt: skip
             return STOPPED
-        state, results = ended
+        last, state, results, stopped = trained
         recorded: Results | None = results or processes.broadcast_from_process_0(
-            "reading metrics.jsonl", lambda: _recorded(run)
+            "reading metrics.jsonl", lambda: _recorded(run, last)
         )
         results = evaluate_all(run.programs, state, run.evals) if recorded is None else recorded
         guard = state.guard
         left_out = 0 if guard is None else int(np.sum(jax.device_get(guard.skipped)))
-        _report(run, digests, results, left_out, monitor, began)
+        _report(run, digests, results, left_out, monitor, began, last, stopped)
         if shows:
-            writer.write_images(total, pictures.highest_losses(run.programs, state, run.evals))
+            writer.write_images(last, pictures.highest_losses(run.programs, state, run.evals))
         return 0
 
 
 def train(
     run: Run, monitor: Monitor, writer: MetricsWriter, digests: Digests, skipped: Skipped, replays: Replays,
-    stop: Stopping, began: float,
-) -> tuple[TrainState, Results] | None:  # fmt: skip
-    """The training loop: (last state, results of the last evaluation), or None if it ended before its total.
+    stopper: Stopper, stop: Stopping, began: float,
+) -> tuple[int, TrainState, Results, str] | None:  # fmt: skip
+    """The training loop: (last step, its state, results of the last evaluation, why it stopped early or "").
 
-    Raises Rollback at a bad step, and Again at one that has to be computed again, if the config says so.
+    None if it ended before. Raises Rollback or Again at a bad step that the config wants left out or computed again.
     """
     config, programs, cadences, checkpoints = run.config, run.programs, run.cadences, run.checkpoints
     state, window, step = run.state, run.window, run.start
     results: Results | None = None
     if run.start and cadences.due(run.start).eval and not writer.evaluated:  # a signal had cut this evaluation short
-        results = _evaluate(run, state, run.start, writer, stop)
+        results = _evaluate(run, state, run.start, writer, stopper, stop)
         if results is None:
             return None
         if config.checkpoint.best:
             writer.flush()
             checkpoints.save(run.start, {"state": state, "sums": window}, _scores(results), again=True)
 
-    edges = (*monitor.edges, *digests.edges, *replays.edges)
-    ranges = cadences.ranges(run.start, programs.steps_per_call, edges, dict(skipped.left_out))
+    edges, stopped = (*monitor.edges, *digests.edges, *replays.edges), stopper.reason(run.start)
+    ranges = cadences.ranges(run.start, programs.steps_per_call, edges, dict(skipped.left_out)) if not stopped else ()
     chunks = _when_compiled(programs.chunks(run.images, ranges), run, stop, began)
     for steps, chunk in monitor.watch(chunks):
         if steps.start > step:
@@ -160,23 +162,29 @@ def train(
             checkpoints.poll()
             _check_steps(run, done, state, step, skipped, replays)
             if due.log:
-                record = _means(done, programs.recipe.task) | monitor.lap()
-                writer.write_scalars(step, {f"train/{name}": value for name, value in record.items()})
-                log.info("step %d: train %s", step, _brief(record))
+                _log_training(run, step, _means(done, programs.recipe.task) | monitor.lap(), writer)
                 window = programs.zero_sums()
             if due.eval:
-                results = _evaluate(run, state, step, writer, stop)
+                results = _evaluate(run, state, step, writer, stopper, stop)
                 signal = signal or (stop() if results is None else "")
-            if due.checkpoint or signal or (due.eval and config.checkpoint.best):
+                stopped = stopper.reason(step)
+            if due.checkpoint or signal or stopped or (due.eval and config.checkpoint.best):
                 writer.flush()  # so that no checkpoint on disk is ahead of its metrics
                 digests.record(step, state.params)
                 scores = _scores(results) if due.eval and results else {}
                 checkpoints.save(step, {"state": state, "sums": window}, scores)
+            if stopped:
+                break
             if signal and (step < cadences.total or results is None):
                 checkpoints.close()
                 return None
     checkpoints.close()
-    return (state, results or {}) if cadences.last == cadences.total else None
+    return (step, state, results or {}, stopped) if stopped or step == cadences.total else None
+
+
+def _log_training(run: Run, step: int, record: dict[str, float], writer: MetricsWriter) -> None:
+    writer.write_scalars(step, {f"train/{name}": value for name, value in record.items()})
+    log.info("%s", run.rows.training(step, record))
 
 
 def _check_steps(
@@ -198,7 +206,9 @@ def _check_steps(
         diagnose.refuse_bad_step(bad, run.config, run.images, run.checkpoints, run.workdir.path, verdict)
 
 
-def _evaluate(run: Run, state: TrainState, step: int, writer: MetricsWriter, stop: Stopping) -> Results | None:
+def _evaluate(
+    run: Run, state: TrainState, step: int, writer: MetricsWriter, stopper: Stopper, stop: Stopping
+) -> Results | None:
     """Evaluates, logs and writes the metrics; None if a signal cut it short: then the resumed run repeats it."""
     try:
         signals.wait_for(run.eval_compiled, stop.waiting)
@@ -207,8 +217,9 @@ def _evaluate(run: Run, state: TrainState, step: int, writer: MetricsWriter, sto
     except signals.Stopped:
         return None
     for name, values in results.items():
-        log.info("step %d: %s %s", step, name, format_metrics(values))
+        log.info("%s", run.rows.evaluation(step, name, values))
     writer.write_scalars(step, _scores(results))
+    stopper.note(step, _scores(results))
     return results
 
 
@@ -216,11 +227,11 @@ def _scores(results: Results) -> dict[str, float]:
     return {f"{name}/{key}": value for name, values in results.items() for key, value in values.items()}
 
 
-def _recorded(run: Run) -> Results | None:
+def _recorded(run: Run, last: int) -> Results | None:
     """The final results that an earlier process wrote to metrics.jsonl; None if there are none."""
     values: dict[str, float] = {}
     for record in writers.read_metrics(run.workdir.metrics):
-        values |= record if record["step"] == run.cadences.total else {}
+        values |= record if record["step"] == last else {}
     found = {name: {key.removeprefix(f"{name}/"): value for key, value in values.items() if key.startswith(f"{name}/")}
              for name in run.evals}  # fmt: skip
     return found if all("examples" in own for own in found.values()) else None
@@ -235,8 +246,9 @@ def _when_compiled(
             seconds = signals.wait_for(run.compiled, stop.waiting)
             stop.wait_for_all("compiled")  # on CPU, collectives time out after half a minute
             signals.check(stop)  # also a point before the first step, which another process may be in
-            log.info("compiled in %.2f s, beside other work; the first step begins %.2f s after the command", seconds,
+            log.info("compiled in %.2f s; the first step begins %.2f s after the command", seconds,
                      time.perf_counter() - began)  # fmt: skip
+            log.info("%s", run.rows.header())
         yield one
 
 
@@ -263,13 +275,14 @@ def _means(window: dict[str, np.ndarray], task: Task) -> dict[str, float]:
     return means
 
 
-def _brief(record: dict[str, float]) -> str:
-    return format_metrics({n: value for n, value in record.items() if n not in PER_STEP and not n.endswith("_std")})
+def _report(
+    run: Run, digests: Digests, results: Results, skipped: int, monitor: Monitor, began: float, total: int, stopped: str
+) -> None:
+    """Writes result.json and prints the results.
 
-
-def _report(run: Run, digests: Digests, results: Results, skipped: int, monitor: Monitor, began: float) -> None:
-    """Writes result.json and prints the results. `skipped` steps, over all seeds, changed nothing."""
-    total, pace = run.cadences.total, monitor.throughput
+    `skipped` steps, over all seeds, changed nothing. `total` is the last step, and `stopped` why it came early, or "".
+    """
+    pace = monitor.throughput
     result = {
         "step": total,
         "epochs": round(total * run.config.batch_size / len(run.images), 4),
@@ -277,13 +290,17 @@ def _report(run: Run, digests: Digests, results: Results, skipped: int, monitor:
         "images_per_second": round(pace.steps * pace.batch_size / pace.seconds, 1) if pace.steps else None,
         "params_sha256": digests.sha256(),
         **({"skipped": skipped} if skipped else {}),
+        **({"stopped_early": stopped} if stopped else {}),
         **results,
     }
     if processes.index():
         return
     run.workdir.write_result(result)
+    if stopped:
+        print(f"stopped early: {stopped}")
     for name, values in results.items():
         print(f"{name}: {format_metrics(values)}")
     trained = f"the last {total - run.start} of {total}" if run.start else str(total)
     print(f"trained {trained} steps ({result['epochs']:g} epochs) in {result['seconds']} s; see "
           f"{printable(str(run.workdir.path))}")  # fmt: skip
+    print(*display.next_commands(str(run.workdir.path), run.programs.recipe.method.predicts), sep="\n")

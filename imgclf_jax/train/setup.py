@@ -6,22 +6,22 @@ import math
 import time
 from dataclasses import dataclass
 
-import jax
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax import metrics, programs
 from imgclf_jax.core import processes, tree
-from imgclf_jax.core.typing import Function, Params
-from imgclf_jax.data import sampling, sources, stream
+from imgclf_jax.core.typing import Function
+from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
-from imgclf_jax.run import writers
+from imgclf_jax.run import early_stopping, writers
 from imgclf_jax.run.cadences import Cadences
 from imgclf_jax.run.checkpoint import Checkpoints
+from imgclf_jax.run.early_stopping import EarlyStopping
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import TrainState
-from imgclf_jax.train import extension
+from imgclf_jax.train import display, extension
 from imgclf_jax.train.evaluation import check_targets, open_evals
 from imgclf_jax.train.leakage import overlap_warnings, selection_warnings
 from imgclf_jax.trained import load_teacher
@@ -43,6 +43,8 @@ class Run:
     eval_compiled: concurrent.futures.Future[Function]
     checkpoints: Checkpoints
     cadences: Cadences
+    early_stopping: EarlyStopping | None
+    rows: display.Rows  # of the log
     start: int
     state: TrainState  # at step `start`
     window: metrics.Sums  # since the last log
@@ -87,7 +89,8 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     start, run = checkpoints.restore_latest(compiling.shape) or (0, None)
     if run is None:
         run = compiling.init(images=compiling.first_images(images), weights=weights.taken if weights else None)
-        _log_parameters(run["state"].params, recipe.num_seeds)
+        if not processes.index():
+            workdir.write_parameters(recipe.parameters)
         if recipe.rules:
             log.info("rules:\n%s", recipe.rules.table(recipe.parameters))
     else:
@@ -100,28 +103,22 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
             extension.check(Recipe(old, recipe.data), recipe, start, workdir.path)
         if start < recipe.total:  # else the run is done, by the config that it has recorded
             processes.broadcast_from_process_0("writing config.json", lambda: workdir.update_config(config, start))
-    log.info("%s", sources.describe_use(base, config.data))
     if not processes.index():
         for sentence in (*overlap_warnings(config.data.train, config.data.eval, base), *selection_warnings(config)):
             log.warning("%s", sentence)
     if config.data.extra and recipe.supervised:
         log.warning("method=%r reads no stream of data.extra: %s", config.method, ", ".join(sorted(config.data.extra)))
-    of = "targets" if recipe.data.target_names else "classes"
-    if config.data.sampling != "permutation":
-        log.info("data.sampling=%r: %s", config.data.sampling,
-                 sampling.describe(images.sampler, images.source, recipe.total * config.batch_size))  # fmt: skip
-    log.info(
-        "%d examples of %s, %d %s, %d steps of %d on %d %s device%s%s", len(images), list(images.shape),
-        len(recipe.data.class_names), of, recipe.total, config.batch_size, compiling.mesh.size, compiling.platform,
-        "s" * (compiling.mesh.size > 1), f" of {processes.count()} processes" if processes.count() > 1 else "",
-    )  # fmt: skip
     parts = math.gcd(recipe.num_seeds, compiling.mesh.size)
     if parts > 1 and set(compiling.mesh.axis_names) == {"data"}:
         log.info("each device trains all %d seeds; with --config.mesh='seeds=%d, data=-1' it trains %d",
                  recipe.num_seeds, parts, recipe.num_seeds // parts)  # fmt: skip
     state, window = run["state"], run["sums"]
-    return Run(config, workdir, images, evals, compiling, compiled, eval_compiled, checkpoints, cadences, start, state,
-               window)  # fmt: skip
+    early = early_stopping.build(config, recipe.patience)
+    rows = display.make_rows(recipe, images, workdir)
+    if not processes.index():
+        log.info("the run:\n%s", display.head(compiling, images, base, workdir, fresh=not start))
+    return Run(config, workdir, images, evals, compiling, compiled, eval_compiled, checkpoints, cadences, early, rows,
+               start, state, window)  # fmt: skip
 
 
 def _pinned(config: ConfigDict, workdir: Workdir) -> ConfigDict:
@@ -155,16 +152,3 @@ def _compile_in_background(
     futures = pool.submit(compile), pool.submit(lambda: compiling.eval)
     pool.shutdown(wait=False)
     return futures
-
-
-def _log_parameters(params: Params, num_seeds: int) -> None:
-    own = 1 if num_seeds > 1 else 0  # leading axes that count replicas
-    if num_seeds > 1:
-        log.info("%d replicas of these:", num_seeds)
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[own:], x.dtype), params)
-    try:
-        from clu import parameter_overview
-    except ImportError:
-        log.info("%d parameters", sum(x.size for x in jax.tree.leaves(params)))
-    else:
-        log.info("parameters:\n%s", parameter_overview.get_parameter_overview(params, include_stats=False))

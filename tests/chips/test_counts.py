@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from jax import lax
 
-from imgclf_jax.core import platform, sharding
+from imgclf_jax.core import jaxprs, platform, sharding
 from imgclf_jax.models import classifier
 from imgclf_jax.tools.dryrun import counts
 
 
 def flops(function, *shapes):
-    return counts.matmul_flops(jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(s, "float32") for s in shapes)))
+    return jaxprs.matmul_flops(jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(s, "float32") for s in shapes)))
 
 
 def test_products_and_convolutions():
@@ -66,7 +66,7 @@ def test_published_operations(spec, size, multiply_adds):
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), x))
     with platform.tracing_for("tpu"):
         jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x))(variables, x)
-    assert counts.matmul_flops(jaxpr) / 2 == pytest.approx(multiply_adds, rel=0.01)
+    assert jaxprs.matmul_flops(jaxpr) / 2 == pytest.approx(multiply_adds, rel=0.01)
 
 
 def test_traffic_and_collectives_of_a_compiled_program():

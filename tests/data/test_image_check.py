@@ -158,7 +158,7 @@ def test_what_was_checked_before_an_interruption_is_remembered(flat, big, monkey
     """A signal or SIGKILL leaves no time for the end: then what was saved on the way counts."""
     stamps = image_files.find(flat).images
     with monkeypatch.context() as patch:
-        patch.setattr(image_check.terminal, "track", lambda results, *_: stop_after(4, results))
+        patch.setattr(image_check.progress, "track", lambda results, *_: stop_after(4, results))
         if saving == "on the way":
             patch.setattr(image_check, "_SAVE_SECONDS", -1.0)
             patch.setattr(image_check.concurrent.futures, "ThreadPoolExecutor", Unending)

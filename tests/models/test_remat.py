@@ -9,8 +9,8 @@ from test_forms import FORMS, SMALL, build, in_form
 
 from imgclf_jax.core import platform
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.jaxprs import matmul_flops
 from imgclf_jax.models import classifier
-from imgclf_jax.tools.dryrun.counts import matmul_flops
 
 NAMES = ["convnext", "mixer", "resnet", "vit"]
 

@@ -337,8 +337,7 @@ def test_work_before_training_is_shown_on_a_terminal_alone(monkeypatch, is_termi
     monkeypatch.setattr(terminal, "console", lambda: console)
     with terminal.busy("listing a[red]\nb"):
         pass
-    assert list(terminal.track(iter("abc"), 3, "checking [x]")) == ["a", "b", "c"]
-    assert ("listing a[red]\\nb" in screen.getvalue()) == ("checking [x]" in screen.getvalue()) == is_terminal
+    assert ("listing a[red]\\nb" in screen.getvalue()) == is_terminal
     assert bool(screen.getvalue()) == is_terminal
 
 

@@ -186,4 +186,4 @@ def test_a_run_or_weights(tmp_path, mlp, capsys):
     assert launch.main(["evaluate", *flags, "--config.data.source=fake(32, (12, 12, 1), 5)"]) == 1
     assert "it lacks the head (10 classes in it, 5 here)" in capsys.readouterr().err
     assert launch.main(["evaluate", f"--workdir={tmp_path / 'none'}"]) == 1
-    assert "holds no run (no config.json); train first" in capsys.readouterr().err
+    assert "config.json; train first" in capsys.readouterr().err

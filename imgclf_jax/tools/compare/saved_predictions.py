@@ -212,7 +212,8 @@ def make(run: Record, trust: bool) -> dict[str, Saved]:
             raise UserError(f"{modules[0]} has changed since training; restore it")
         made, seeds = {}, run.config.num_seeds
         for name, images in evals.items():
-            _, predictions = evaluate(programs, state, images)
+            caption = f"evaluating {run.name} on {name}"
+            _, predictions = evaluate(programs, state, images, caption=caption)
             example_name, names = getattr(images.source, "name", str), programs.recipe.data.class_names
             arrays: tuple[np.ndarray, ...] = ()
             if isinstance(predictions, Predictions):

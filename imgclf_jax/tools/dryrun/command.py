@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from imgclf_jax import losses
-from imgclf_jax.core import rng, sharding
+from imgclf_jax.core import jaxprs, rng, sharding
 from imgclf_jax.core.memory import size
 from imgclf_jax.core.typing import JsonObject, PyTree, Value
 from imgclf_jax.programs import Programs
@@ -69,19 +69,20 @@ def report(programs: Programs, chips: topology.Chips) -> JsonObject:
         "averages": counts.bytes_per_device((state.ema, sums)),
         "batch": counts.bytes_per_device(programs.chunk_shape(programs.steps_per_call)),
     }
-    flops = counts.matmul_flops(_for_tpu(programs).train_step.jaxpr) / n
+    flops = jaxprs.matmul_flops(_for_tpu(programs).train_step.jaxpr) / n
     result: JsonObject = {
         "chips": str(chips), "source": chip.source, "model": config.model, "batch_size": config.batch_size,
         "accumulate": config.accumulate, "precision": config.precision, "steps": recipe.total,
         "memory": {"capacity": int(chip.memory), **resident}, "flops": flops, "compile_seconds": {},
     }  # fmt: skip
     compiled: dict[str, Any] = {}
-    for name, traced in (("init", programs.traced_init), ("train", programs.traced_train),
-                         ("eval", programs.traced_eval), ("augment", _traced_augment(programs))):  # fmt: skip
+    traced = {"init": programs.traced_init, "train": programs.traced_train, "eval": programs.traced_eval,
+              "augment": _traced_augment(programs)}  # fmt: skip
+    for number, name in enumerate(traced, 1):
         began = time.perf_counter()
-        compiled[name] = _compile(traced)
+        log.info("compiling %s (%d of %d)", name, number, len(traced))
+        compiled[name] = _compile(traced[name])
         result["compile_seconds"][name] = round(time.perf_counter() - began, 1)
-        log.info("compiled %s in %.1f s", name, result["compile_seconds"][name])
         if isinstance(compiled[name], str):
             return result | {
                 "fits": False,
@@ -195,8 +196,9 @@ def _print(result: JsonObject) -> None:
         rows += _rates(result)
     compiled = ", ".join(f"{name} {seconds} s" for name, seconds in result["compile_seconds"].items())
     rows += [("compile time", compiled), ("chip data", result["source"])]
+    width = max(len(name) for name, _ in rows)
     for name, text in rows:
-        print(f"  {name:<16}  {text}")
+        print(f"  {name:<{width}}  {text}")
 
 
 def _duration(seconds: float) -> str:

@@ -18,7 +18,8 @@ from imgclf_jax.losses import Task
 from imgclf_jax.methods import table
 from imgclf_jax.methods.pgd import Attack
 from imgclf_jax.programs import Programs
-from imgclf_jax.run.terminal import format_metrics, track
+from imgclf_jax.run.progress import track
+from imgclf_jax.run.terminal import format_metrics
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import TrainState
 from imgclf_jax.train import evaluation

@@ -91,7 +91,7 @@ def main(
     target_scores: dict[str, Any] = {}  # MultilabelScores or RegressionScores
     rows: list[JsonObject] = []
     for name, images in evals.items():
-        sums, predicted = evaluate(programs, state, images)
+        sums, predicted = evaluate(programs, state, images, caption=f"evaluating {name}")
         results[name] = metrics.summarize(sums, predicted, programs.recipe.whole_set_metrics)
         if "class_examples" in sums:
             classes[name] = by_class.counts(sums, programs.recipe.num_seeds)

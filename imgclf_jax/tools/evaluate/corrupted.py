@@ -17,7 +17,8 @@ from imgclf_jax.core.typing import JsonObject, PyTree
 from imgclf_jax.data import sources, stream
 from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs
-from imgclf_jax.run.terminal import print_table, track
+from imgclf_jax.run.progress import track
+from imgclf_jax.run.terminal import print_table
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import TrainState
 from imgclf_jax.tools.evaluate import corruptions

@@ -15,7 +15,7 @@ from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.text import decimals, printable, utf8
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.losses import Task
-from imgclf_jax.run import terminal
+from imgclf_jax.run import progress, terminal
 from imgclf_jax.run.provenance import write_atomically
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.explain.explanations import build, draw
@@ -56,10 +56,12 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     counts = {"all": 0, "failed": 0}
     errors: list[Exception] = []  # an error that ends the iteration early
+    total = inputs.count(paths)
 
     def records() -> Iterator[Record]:
         taken: set[Path] = set()
-        for (file, _), result in terminal.count(inputs.compute(model, "predict", images), "images"):
+        results = inputs.compute(model, "predict", images)
+        for (file, _), result in progress.track(results, total, "explaining", prints=True):
             counts["all"] += 1
             if isinstance(result, UserError):
                 counts["failed"] += 1

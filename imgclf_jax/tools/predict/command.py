@@ -18,7 +18,7 @@ from imgclf_jax.core.text import decimals, printable, utf8
 from imgclf_jax.core.typing import Json, JsonObject
 from imgclf_jax.data import image_check
 from imgclf_jax.losses import Task
-from imgclf_jax.run import terminal
+from imgclf_jax.run import progress, terminal
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.trained import load_trained, report_host_ops
 
@@ -53,8 +53,11 @@ def main(
     skipped: dict[str, str] = {}
     errors: list[Exception] = []  # an error that ends the iteration early, such as an unreadable folder
 
+    total = inputs.count(paths)
+
     def records() -> Iterator[Record]:
-        for (file, found), result in terminal.count(inputs.compute(model, "predict", images), "images"):
+        results = inputs.compute(model, "predict", images)
+        for (file, found), result in progress.track(results, total, "predicting", prints=True):
             counts["all"] += 1
             if not isinstance(result, UserError):
                 more = {"probabilities": result} if multilabel and format == "csv" else {}

@@ -16,7 +16,7 @@ from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable, utf8
 from imgclf_jax.data import sources
-from imgclf_jax.run import terminal
+from imgclf_jax.run import progress
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.probe import embeddings, feature_sets
 from imgclf_jax.train.evaluation import compare_with_record, open_evals, open_set
@@ -86,7 +86,7 @@ def _add_sets(
     for name, images in sets.items():
         example_name, done = getattr(images.source, "name", str), 0
         batches = -(-len(images) // model.programs.eval_batch_size)
-        for features, labels in terminal.track(feature_sets.compute_batches(model, images), batches, name):
+        for features, labels in progress.track(feature_sets.compute_batches(model, images), batches, name):
             add(name, [utf8(example_name(i)) for i in range(done, done + len(labels))], labels, features)
             done += len(labels)
     return sum(map(len, sets.values()))
@@ -100,7 +100,8 @@ def _add_files(
 
     def succeeded() -> Iterator[tuple[inputs.Input, np.ndarray]]:
         nonlocal failed
-        for image, result in terminal.count(inputs.compute(model, "features", images), "images"):
+        results = inputs.compute(model, "features", images)
+        for image, result in progress.track(results, inputs.count(words), "computing features", prints=True):
             if isinstance(result, UserError):
                 failed += 1
                 if not processes.index():

@@ -105,10 +105,10 @@ def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Evaluated, .
     few_classes = len(model.class_names) <= metrics.CONFUSION_CLASSES  # else the probabilities may not fit into memory
     programs = dataclasses.replace(model.programs, predicting=few_classes)
     explainer = functools.cache(lambda: explanations.build(model))  # built once
-    evaluated = []
+    evaluated: list[Evaluated] = []
     for name, images in evals.items():
-        log.info("evaluating %s", name)
-        sums, predictions = evaluate(programs, model.state, images)
+        log.info("evaluating %s (%d of %d): %d examples", name, len(evaluated) + 1, len(evals), len(images))
+        sums, predictions = evaluate(programs, model.state, images, caption=f"evaluating {name}")
         several = programs.recipe.num_seeds > 1
         one = Evaluated(
             name, metrics.summarize(sums, predictions, programs.recipe.whole_set_metrics),

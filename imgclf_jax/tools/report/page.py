@@ -77,6 +77,8 @@ def _summary(run: Record, findings: Findings) -> str:
     if run.final is None:
         summary += f" The run is unfinished: its last record is from step {run.step}" + (
             f" of {run.total}." if run.total else ".")  # fmt: skip
+    if why := (run.final or {}).get("stopped_early"):
+        summary += f" It stopped early at step {run.step} of {run.total}: {why}."
     if run.config.num_seeds > 1:
         seeds = f"{run.seeds[0]} to {run.seeds[-1]}"
         summary += f" It trained {run.config.num_seeds} seeds, {seeds}, at once; ± is their sample standard deviation."

@@ -21,14 +21,16 @@ from imgclf_jax.cli.words import CommandLine, UsageError, override
 from imgclf_jax.core import places, signals
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import decimals, printable
-from imgclf_jax.metrics import parse_best
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run import lock, terminal
-from imgclf_jax.run.provenance import load_data_info, read_json
-from imgclf_jax.run.record import MAIN_METRICS, read_contradictions
+from imgclf_jax.run.progress import Line
+from imgclf_jax.run.provenance import load_data_info
+from imgclf_jax.run.record import read_contradictions
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.sweep import plan as sweep_plan
+from imgclf_jax.tools.sweep import status
 from imgclf_jax.tools.sweep.plan import Run, Settings
+from imgclf_jax.train.display import program
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +134,9 @@ class _Sweep:
         self._runs = runs
         self._width = max(len(run.name) for run in runs)
         self._active: list[_Job] = []
+        self._line: Line | None = None
+        self._began, self._parts = 0.0, dict[str, float]()  # of the runs that do not train now, what is done, 0 to 1
+        self._parts_before: dict[str, float] = {}  # the same when the sweep began
         self._outcomes: dict[str, str] = {}  # by run: "done", "done before", "stopped" or "failed"
 
     def run(self) -> int:
@@ -149,7 +154,11 @@ class _Sweep:
         for run in elsewhere:
             todo.remove(run)
             log.warning("another process is training %s: waiting for it", run.name)
-        with signals.noted(self._at_stake) as stop, self._kill_at_exit():
+        self._began = time.monotonic()
+        self._parts = {run.name: 1.0 if run.name in self._outcomes else status.read_progress(
+            run.config, self._workdir(run)).part for run in self._runs}  # fmt: skip
+        self._parts_before = dict(self._parts)
+        with signals.noted(self._at_stake) as stop, self._kill_at_exit(), Line(self._describe) as self._line:
             sent = ""  # the signal passed on to the runs
             while self._active or (not stop() and (todo or elsewhere)):
                 if stop() and not sent:
@@ -172,6 +181,18 @@ class _Sweep:
             sent = sent or stop()
         return self._finish(sent)
 
+    def _describe(self) -> str:
+        """How far the sweep is, for the line that shows it."""
+        runs = [job.run for job in list(self._active)]
+        active = [(run.name, run.config, status.read_progress(run.config, self._workdir(run))) for run in runs]
+        if not active:
+            return ""
+        parts = self._parts | {name: progress.part for name, _, progress in active}
+        done = sum(outcome.startswith("done") for outcome in list(self._outcomes.values()))
+        seconds = time.monotonic() - self._began
+        left = status.time_left(sum(parts.values()), sum(self._parts_before.values()), len(parts), seconds)
+        return status.describe(active, done, len(self._runs), left)
+
     def _workdir(self, run: Run) -> Workdir:
         return Workdir(self._folder / run.name)
 
@@ -182,7 +203,7 @@ class _Sweep:
         """Whether the run's files show that it has finished with this config."""
         workdir = self._workdir(run)
         try:
-            if configs.difference(workdir.load_config(), run.config, configs.FREE_KEYS):
+            if configs.difference(workdir.load_config(), run.config, configs.free_keys(run.config)):
                 return False
             examples = load_data_info(workdir.provenance).train_examples
             return workdir.is_done(configs.steps(run.config.total, "total", examples, run.config.batch_size))
@@ -211,9 +232,11 @@ class _Sweep:
     def _report(self, run: Run, outcome: str, seconds: float | None = None, error: str = "") -> None:
         """Prints a line: the run, its outcome, its duration, and its main metric or the error."""
         self._outcomes[run.name] = outcome
+        self._parts[run.name] = 1.0 if outcome.startswith("done") else self._parts.get(run.name, 0.0)
         duration = "" if seconds is None else f"{seconds:.1f} s"
         detail = _main_metric(run.config, self._workdir(run)) if outcome.startswith("done") else error
-        print(f"{run.name:<{self._width}}  {outcome:<11}  {duration:>9}  {printable(detail)}".rstrip(), flush=True)
+        with self._line.hidden() if self._line else contextlib.nullcontext():
+            print(f"{run.name:<{self._width}}  {outcome:<11}  {duration:>9}  {printable(detail)}".rstrip(), flush=True)
 
     def _at_stake(self) -> str:
         return f"the steps of {len(self._active)} runs since their latest checkpoints"
@@ -241,6 +264,12 @@ class _Sweep:
         done = sum(outcome.startswith("done") for outcome in self._outcomes.values())
         failed = [run for run in self._runs if self._outcomes.get(run.name) == "failed"]
         print(f"{done} of {len(self._runs)} runs are done; see {printable(str(self._folder))}")
+        results = [(run.name, run.config, status.result(self._workdir(run))) for run in self._runs
+                   if self._outcomes.get(run.name, "").startswith("done")]  # fmt: skip
+        if lines := status.ranking(results):
+            print(*map(printable, lines), sep="\n")
+            folder = shlex.quote(printable(str(self._folder)))
+            print(f"compare them, over seeds and with tests:  {program()} compare {folder}")
         if failed:
             print(f"{len(failed)} failed; their logs:", *(f"  {self._log(run)}" for run in failed), sep="\n",
                   file=sys.stderr)  # fmt: skip
@@ -264,13 +293,10 @@ def _find_error(status: int, file: Path) -> str:
 
 
 def _main_metric(config: ConfigDict, workdir: Workdir) -> str:
-    """Formats the metric that selects checkpoints, or else the task's main metric on the first evaluation set."""
-    best = config.checkpoint.best
-    group, _, kind = parse_best(best)[0].partition("/") if best else (next(iter(config.data.eval), ""), "", "")
-    try:
-        metrics = read_json(workdir.result)[group]
-        kind = kind or next(own for own in MAIN_METRICS if own in metrics)
-        std = f" ± {decimals(metrics[f'{kind}_std'])}" if f"{kind}_std" in metrics else ""
-        return f"{group}/{kind} {decimals(metrics[kind])}{std}"
-    except (UserError, KeyError, TypeError, ValueError, StopIteration):
+    """Formats the metric that the run is ranked by; "" without a result."""
+    metrics = status.result(workdir)
+    if not (found := status.main_metric(config, metrics)):
         return ""
+    name = found[0]
+    std = f" ± {decimals(metrics[f'{name}_std'])}" if f"{name}_std" in metrics else ""
+    return f"{name} {decimals(metrics[name])}{std}"

@@ -15,6 +15,7 @@ import pytest
 import launch
 from imgclf_jax.run import lock
 from imgclf_jax.tools.sweep import command as sweep
+from imgclf_jax.train.display import program
 
 ROOT = Path(__file__).parents[3]
 
@@ -77,7 +78,10 @@ def test_runs_that_are_done_are_skipped(run, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
     status, lines = run("--sweep=seed=0..1")
     last = f"2 of 2 runs are done; see {run.folder}"
-    assert (status, lines) == (0, [*(f"seed={i} done N s test/accuracy 0.5000 ± 0.2500" for i in (0, 1)), last])
+    rank = ["ranking by test/accuracy:", *(f"{i + 1} seed={i} 0.5000 ± 0.2500" for i in (0, 1))]
+    next_command = f"compare them, over seeds and with tests: {program()} compare {run.folder}"
+    done = [f"seed={i} done N s test/accuracy 0.5000 ± 0.2500" for i in (0, 1)]
+    assert (status, lines) == (0, [*done, last, *rank, next_command])
     assert (run.folder / "order").read_text().split() == ["begin", "0", "end", "0", "begin", "1", "end", "1"]
     assert (run.folder / "seed=0" / "platforms").read_text() == "tpu,cpu"  # the sweep itself takes no accelerator
     assert os.environ["JAX_PLATFORMS"] == "tpu,cpu"
@@ -101,7 +105,7 @@ def test_a_run_whose_result_was_edited_is_not_done(run):
     status, lines = run("--sweep=seed=0..1")
     assert status == 1
     assert lines[0] == (
-        "seed=0 failed contradicts itself: result.json says test/accuracy 0.5, metrics.jsonl 0.25 at step 12"
+        "seed=0 failed contradicts itself: at step 12, test/accuracy is 0.5 in result.json but 0.25 in metrics.jsonl"
     )
     assert lines[1].startswith("seed=1 done before")
 
@@ -134,7 +138,7 @@ def test_a_signal_is_passed_on(run):
     assert not (run.folder / "seed=2").exists()
     status, lines = run("--sweep=seed=0..2")
     assert status == 0
-    assert lines[-1].startswith("3 of 3 runs are done")
+    assert lines[3].startswith("3 of 3 runs are done")
 
 
 def test_several_at_once(run):
@@ -159,7 +163,7 @@ def test_a_run_that_another_process_trains_is_waited_for(run):
     assert status == 0
     assert "another process is training seed=0: waiting for it" in run.err
     assert (run.folder / "order").read_text().splitlines()[0] == "begin 0"
-    assert len(lines) == 3
+    assert len(lines) == 7
 
 
 def test_print(run, monkeypatch):

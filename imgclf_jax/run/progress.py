@@ -1,0 +1,121 @@
+"""Progress of long work: a line on a terminal that is replaced as the work goes on, elsewhere lines of the log."""
+
+import contextlib
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Self
+
+from imgclf_jax.core import processes
+from imgclf_jax.core.text import printable
+from imgclf_jax.run import terminal
+
+log = logging.getLogger(__name__)
+
+_FIRST_SHOWN, _NEXT_SHOWN = 0.5, 0.25  # seconds until the line is shown on a terminal, and between its updates
+_FIRST_LOGGED, _NEXT_LOGGED = 10.0, 60.0  # the same for log lines elsewhere
+
+
+def track[T](
+    items: Iterable[T], total: int | None, what: str, weight: Callable[[T], int] = lambda _: 1, prints: bool = False
+) -> Iterator[T]:
+    """Yields the items, and shows meanwhile how many there are so far, of the `total` if that is known.
+
+    An item counts as `weight` of it. With `prints`, the caller prints between items: the line makes room for that.
+    """
+    if total == 0 or processes.index():
+        yield from items
+        return
+    done, began = 0, time.monotonic()
+    with Line(lambda: describe(what, done, total, time.monotonic() - began)) as line:
+        for item in items:
+            done += weight(item)
+            if prints and sys.stdout.isatty():
+                with line.hidden():
+                    yield item
+            else:
+                yield item
+
+
+def describe(what: str, done: int, total: int | None, seconds: float) -> str:
+    """`evaluating test: 1,280 of 10,000, 640 a second, 14 s left`."""
+    rate = done / seconds if seconds > 0 else 0.0
+    text = f"{printable(what)}: {min(done, total) if total else done:,}" + (f" of {total:,}" if total else "")
+    if not done:
+        return text
+    text += f", {rate:,.0f} a second" if rate >= 1 else f", {1 / rate:,.1f} s each"
+    return f"{text}, {duration((total - done) / rate)} left" if total and done < total else text
+
+
+def duration(seconds: float) -> str:
+    """A duration for people: 45 s, 12 min, 3.5 h, 4.2 days."""
+    for unit, size, most, form in (("s", 1, 90, ".0f"), ("min", 60, 5400, ".0f"), ("h", 3600, 172_800, ".1f")):
+        if seconds < most:
+            return f"{seconds / size:{form}} {unit}"
+    return f"{seconds / 86400:.1f} days"
+
+
+class Line:
+    """Shows what `describe` gives while inside, see the module. It is called in another thread, and may be ""."""
+
+    def __init__(self, describe: Callable[[], str]):
+        self._describe, self._ended = describe, threading.Event()
+        self._lock, self._drawn, self._hidden = threading.RLock(), False, 0
+        self._quiet_until = 0.0
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        terminal.before_records.append(self._make_room)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        terminal.before_records.remove(self._make_room)
+        self.clear()
+
+    @contextlib.contextmanager
+    def hidden(self) -> Iterator[None]:
+        """While inside, the line is not shown, for example to write on standard output."""
+        with self._lock:
+            self._hidden += 1
+            self.clear()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._hidden -= 1
+
+    def clear(self) -> None:
+        """Removes the line from the terminal until its next update."""
+        with self._lock:
+            if self._drawn:
+                self._write("")
+
+    def _make_room(self) -> None:
+        self._quiet_until = time.monotonic() + 0.1  # the record is written after this
+        self.clear()
+
+    def _run(self) -> None:
+        shown = terminal.shows_progress()
+        wait, following = (_FIRST_SHOWN, _NEXT_SHOWN) if shown else (_FIRST_LOGGED, _NEXT_LOGGED)
+        while not self._ended.wait(wait):
+            wait = following
+            text = self._describe()
+            if not shown and text:
+                log.info("%s", text)
+            if not shown:
+                continue
+            text = text[: terminal.console().width - 1]
+            with self._lock:
+                if text and not self._hidden and time.monotonic() >= self._quiet_until:
+                    self._write(text)
+
+    def _write(self, text: str) -> None:
+        file = terminal.console().file
+        file.write(f"\r\x1b[2K{text}")
+        file.flush()
+        self._drawn = bool(text)

@@ -1,0 +1,136 @@
+"""What a sweep says of its runs: how far they are, the time left, and their ranking."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from imgclf_jax import config as configs
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.text import decimals, printable
+from imgclf_jax.metrics import parse_best
+from imgclf_jax.run.progress import duration
+from imgclf_jax.run.provenance import load_data_info, read_json
+from imgclf_jax.run.record import MAIN_METRICS
+from imgclf_jax.run.workdir import Workdir
+
+_TAIL = 1 << 16  # bytes of metrics.jsonl that are read
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, as far as its files tell."""
+
+    step: int = 0
+    total: int | None = None  # None until it has recorded its data
+    metrics: Mapping[str, float] | None = None  # its latest ones
+
+    @property
+    def part(self) -> float:
+        """The part of its steps that is done, 0 to 1."""
+        return min(1.0, self.step / self.total) if self.total else 0.0
+
+
+def read_progress(config: ConfigDict, workdir: Workdir) -> Progress:
+    """How far the run in a work directory is."""
+    try:
+        examples = load_data_info(workdir.provenance).train_examples
+    except UserError:
+        return Progress()
+    total = configs.steps(config.total, "total", examples, config.batch_size)
+    latest: dict[str, float] = {}
+    for record in _tail(workdir.metrics):
+        latest |= record
+    return Progress(int(latest.pop("step", 0)), total, latest)
+
+
+def _tail(file: Path) -> list[dict[str, Any]]:
+    """The last records of a file that is being written."""
+    try:
+        with file.open("rb") as opened:
+            size = opened.seek(0, 2)
+            opened.seek(max(0, size - _TAIL))
+            lines = opened.read().splitlines()[1 if size > _TAIL else 0 :]
+    except OSError:
+        return []
+    records = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            if isinstance(record := json.loads(line), dict) and type(record.get("step")) is int:
+                records.append(record)
+    return records
+
+
+def selecting_metric(config: ConfigDict) -> tuple[str, float] | None:
+    """The metric that chooses checkpoints, and 1.0 if its greatest value is best, else -1.0; None if there is none."""
+    best = config.checkpoint.best
+    return parse_best(best) if best else None
+
+
+def main_metric(config: ConfigDict, metrics: Mapping[str, float]) -> tuple[str, float] | None:
+    """The name and sign of the metric that runs are ranked by, among `metrics`, as in `selecting_metric`.
+
+    It is the one that chooses checkpoints, or else the task's own on the first evaluation set.
+    """
+    found = selecting_metric(config)
+    names = [f"{group}/{kind}" for group in config.data.eval for kind in MAIN_METRICS]
+    found = found or next(((name, 1.0) for name in names if name in metrics), None)
+    return found if found and found[0] in metrics else None
+
+
+def describe(runs: Sequence[tuple[str, ConfigDict, Progress]], done: int, total: int, left: float | None) -> str:
+    """`2 of 6 runs done, 3 min left; seed=2: step 113 of 674, test/accuracy 0.9694`, for the runs that train now."""
+    text = f"{done} of {total} runs done" + ("" if left is None else f", {duration(left)} left")
+    for name, config, progress in runs:
+        text += f"; {printable(name)}: " + (
+            f"step {progress.step:,} of {progress.total:,}" if progress.total else "starting"
+        )
+        if metric := main_metric(config, progress.metrics or {}):
+            text += f", {metric[0]} {decimals((progress.metrics or {})[metric[0]])}"
+    return text
+
+
+def time_left(parts: float, before: float, total: int, seconds: float) -> float | None:
+    """Seconds until `total` runs are done. None until a hundredth of a run was.
+
+    `parts` of the runs are done, `before` of them at the start, `seconds` ago.
+    """
+    if parts - before < 0.01:
+        return None
+    return (total - parts) * seconds / (parts - before)
+
+
+def result(workdir: Workdir) -> dict[str, float]:
+    """The metrics in result.json by their names, such as "test/accuracy"; {} without a result."""
+    try:
+        groups = read_json(workdir.result)
+    except UserError:
+        return {}
+    return {
+        f"{name}/{key}": value
+        for name, group in (groups.items() if isinstance(groups, dict) else ())
+        if isinstance(group, dict)
+        for key, value in group.items()
+        if type(value) in (int, float)
+    }
+
+
+def ranking(runs: Iterable[tuple[str, ConfigDict, Mapping[str, float]]], most: int = 10) -> list[str]:
+    """Lines that rank finished runs by their main metric, the best first; [] unless two or more share a metric."""
+    ranked = [(metric[1] * metrics[metric[0]], metric[0], name, metrics) for name, config, metrics in runs
+              if (metric := main_metric(config, metrics))]  # fmt: skip
+    ranked = [one for one in ranked if math.isfinite(one[0]) and one[1] == ranked[0][1]]
+    if len(ranked) < 2:
+        return []
+    ranked.sort(key=lambda one: -one[0])
+    key, width = ranked[0][1], max(len(one[2]) for one in ranked[:most])
+    lines = [f"ranking by {key}:"]
+    for place, (_, _, name, metrics) in enumerate(ranked[:most], 1):
+        std = f" ± {decimals(metrics[f'{key}_std'])}" if f"{key}_std" in metrics else ""
+        lines.append(f"{place:>4}  {name:<{width}}  {decimals(metrics[key])}{std}")
+    return lines + ([f"      and {len(ranked) - most} more"] if len(ranked) > most else [])

@@ -1,0 +1,148 @@
+"""What a newcomer types first and wrongly: each answer names what to type instead."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import launch
+from imgclf_jax import config as configs
+from imgclf_jax.cli import table, together
+from imgclf_jax.core.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def says(capsys, monkeypatch, tmp_path):
+    """Runs a command line in an empty folder; gives (exit status, what it says)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv):
+        status = launch.main(list(argv))
+        return status, capsys.readouterr().err.splitlines()[0].removeprefix("error: ")
+
+    return run
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["evaluate", "runs/photos"], "evaluate takes no files, but got 'runs/photos'; if that is a run, pass "
+     "--workdir=runs/photos"),
+    (["report", "--checkpoint=best", "runs/photos"], "report takes no files, but got 'runs/photos'; if that is a run, "
+     "pass --workdir=runs/photos"),
+    (["batch_size=4"], "unknown command 'batch_size=4': it is a config key: write --config.batch_size=4"),
+    (["train", "batch_size=4"], "train takes no files, but got 'batch_size=4': it is a config key: write "
+     "--config.batch_size=4"),
+    (["--batch_size=4"], "unknown flag --batch_size: it is a config key: write --config.batch_size=VALUE"),
+    (["--lr=0.1"], "unknown flag --lr: write --config.schedule='cosine(1e-3)'"),
+    (["--learning_rate", "0.1"], "unknown flag --learning_rate: write --config.schedule='cosine(1e-3)'"),
+    (["--config.lr=1"], "unknown config key 'lr': write --config.schedule='cosine(1e-3)'"),
+    (["--config.epochs=3"], "unknown config key 'epochs': write --config.total='20 epochs'"),
+    (["--config.num_classes=3"], "unknown config key 'num_classes': the data say which ones there are, see "
+     "data.source"),
+    (["--num_classes=3"], "unknown flag --num_classes: the data say which ones there are, see data.source"),
+])  # fmt: skip
+def test_a_name_or_a_place_that_is_another_one_here(says, argv, said):
+    assert says(*argv) == (2, said)
+
+
+def test_what_other_libraries_call_a_key_leads_to_a_value_that_it_takes():
+    for name in configs._ELSEWHERE:
+        assert name not in configs.KEYS
+        key, example = configs._ELSEWHERE[name]
+        if key:
+            config = configs.default_config()
+            config.data.eval = {"val": "train[90%:]", "test": "test"}
+            parent, _, leaf = key.rpartition(".")
+            value = example.strip("'\"") if isinstance(configs.KEYS[key][0], str) else ast.literal_eval(example)
+            setattr(config[parent] if parent else config, leaf, value)
+            configs.validate(config)
+
+
+def test_values_after_their_keys_are_no_files(says):
+    """`--config.seed 3` is a key and its value."""
+    status, said = says("config", "--config.seed", "3", "--config.batch_size", "0")
+    assert (status, said) == (1, "batch_size=0: must be 1 or more")
+
+
+@pytest.mark.parametrize("argv", [["predict", "cat.jpg"], ["evaluate"], ["report"], ["serve"]])
+def test_no_run_is_named_and_there_is_none(says, tmp_path, argv):
+    status, said = says(*argv)
+    assert status == 1
+    assert said == (f"{argv[0]} needs a run: pass --workdir=DIR; without it the run in {tmp_path}/runs/digits is used, "
+                    "and there is none")  # fmt: skip
+
+
+def test_no_run_is_named_and_the_usual_one_is_used(says, tmp_path):
+    (tmp_path / "runs" / "digits").mkdir(parents=True)
+    (tmp_path / "runs" / "digits" / "config.json").write_text("{}")
+    assert says("predict", "cat.jpg")[1].split(" ", 1)[1] == "without --workdir: using the run in runs/digits"
+
+
+def test_a_folder_without_a_run_is_named_in_full(says, tmp_path):
+    assert f"there is no {tmp_path}/elsewhere/config.json" in says("evaluate", "--workdir=elsewhere")[1]
+    assert f"there is no {tmp_path}/config.json" in says("reproduce", ".")[1]
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unable to initialize backend 'cuda': no plugin")])
+def test_a_platform_that_is_not_here(monkeypatch, error):
+    def devices():
+        raise error
+
+    monkeypatch.setattr("jax.devices", devices)
+    together.check_platforms()  # which JAX chooses
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(UserError, match=r"JAX_PLATFORMS='cuda': JAX finds no such device here.*unset it to use") as e:
+        together.check_platforms()
+    assert str(error) in str(e.value)
+
+
+def test_launch_py_can_be_read_by_an_older_python():
+    """So that it can say which one it needs."""
+    ast.parse((ROOT / "launch.py").read_text(), feature_version=(3, 8))
+
+
+def launched(*words: str, code: str = "") -> subprocess.CompletedProcess[str]:
+    program = ["-c", code] if code else [str(ROOT / "launch.py")]
+    return subprocess.run(
+        [sys.executable, "-S", *program, *words], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+
+
+def test_an_older_python_is_told():
+    code = "import runpy, sys; sys.version_info = (3, 11, 9); runpy.run_path('launch.py', run_name='__main__')"
+    done = launched(code=code)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: imgclf_jax needs Python 3.12 or later, and ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_python_without_the_packages_is_told():
+    done = launched("--help")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: {sys.executable} has no package ")
+    assert "run `uv run launch.py`" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 120, 200])
+def test_help_has_the_width_of_the_terminal(monkeypatch, columns):
+    """At most 120 columns. Commands to copy are not broken."""
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size((columns, 24)))
+    for text in (table.overview(), *map(table.command_help, table.COMMANDS)):
+        prose = text.partition("examples:")[0].replace("launch.py [COMMAND] [flags] [FILE|DIR ...]", "")
+        long = [line for line in prose.splitlines() if len(line) > min(columns, 120) and " " in line.strip()]
+        assert not [line for line in long if not line.startswith(("usage:", "exit", "    "))] or columns < 80, long
+
+
+def test_help_says_once_what_is_true_of_all_commands():
+    assert "exit status: 0 done" in table.overview()
+    for name, command in table.COMMANDS.items():
+        text = table.command_help(name)
+        assert "75 stopped by a signal" not in text
+        if command.config_from == "run":
+            assert "(default: runs/digits)" in " ".join(text.split())
+    assert "(default: runs/<config name>)" in " ".join(table.command_help("train").split())

@@ -1,0 +1,97 @@
+"""Early stopping: when a run ends, as a function of what it has recorded."""
+
+import math
+from fractions import Fraction
+
+import pytest
+
+from imgclf_jax import config as configs
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.run import early_stopping
+from imgclf_jax.run.cadences import Cadences
+from imgclf_jax.run.early_stopping import EarlyStopping
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(("sign", "values", "patience", "stops"), [
+    (-1, [3, 2, 1, 1, 2, 1], 20, 5),  # an equal value is no improvement
+    (-1, [3, 2, 1, 1, 2, 0.5], 30, None),  # just in time
+    (-1, [3, 2, 1, 1, 2, 1], 30, 6),
+    (1, [0.5, 0.7, 0.6, 0.8, 0.8], 10, 3),
+    (1, [0.5, 0.7, 0.6, 0.8, 0.8], Fraction(21, 2), None),
+    (-1, [3, NAN, -INF, 2], 30, None),  # what is not finite is no improvement
+    (-1, [3, NAN, -INF, 2], 20, 3),
+    (1, [NAN, NAN, NAN], 30, 3),  # nor ever was
+    (1, [], 1, None),
+])  # fmt: skip
+def test_when_a_run_stops(sign, values, patience, stops):
+    """Evaluations are 10 steps apart. The first reason ends the run."""
+    stopping = EarlyStopping("val/x", sign, Fraction(patience), "val/x, patience …")
+    history = [(10 * (i + 1), value) for i, value in enumerate(values)]
+    reasons = [stopping.reason(history[:n]) for n in range(1, len(history) + 1)]
+    first = next((n for n, reason in enumerate(reasons, 1) if reason), None)
+    assert first == stops
+
+
+def test_why_it_stopped():
+    stopping = EarlyStopping("val/loss", -1, Fraction(20), "val/loss, patience 20 steps")
+    assert stopping.reason([(10, 0.51234), (20, 0.6), (30, 0.7)]) == (
+        "val/loss has not improved for 20 steps: best 0.5123 at step 10"
+    )
+    assert stopping.reason([(20, NAN)]) == "val/loss was never finite in 20 steps (stop='val/loss, patience 20 steps')"
+
+
+def test_what_is_recorded():
+    """A resumed run knows every evaluation, but perhaps the one that a signal cut short; else it does not go on."""
+    stopping = EarlyStopping("val/loss", -1, Fraction(20), "…")
+    records = [{"step": 10, "train/loss": 9.0}, {"step": 10, "val/loss": 3.0}, {"step": 20, "val/loss": None}]
+    due = Cadences(100, None, Fraction(10), None).evaluations(25)
+    assert due == [10, 20]
+    first, second = stopping.recorded(records, due, 25, "metrics.jsonl")
+    assert (first, second[0], math.isnan(second[1])) == ((10, 3.0), 20, True)
+    assert stopping.recorded(records, [10, 20, 30], 30, "metrics.jsonl")[:1] == [(10, 3.0)]
+    with pytest.raises(UserError, match=r"metrics.jsonl has no val/loss of step 30, by which stop="):
+        stopping.recorded(records, [10, 20, 30], 35, "metrics.jsonl")
+
+
+def test_evaluations_of_a_cadence():
+    assert Cadences(7, None, Fraction(5, 2), None).evaluations(100) == [3, 5, 7]
+    assert Cadences(7, None, None, None).evaluations(7) == []
+
+
+def config(**keys):
+    new = configs.default_config()
+    for key, value in keys.items():
+        new[key] = value
+    return new
+
+
+@pytest.mark.parametrize(("stop", "metric", "sign"), [
+    ("test/loss, patience 5 epochs", "test/loss", -1.0),
+    (" max:test/my_score ,patience   10% ", "test/my_score", 1.0),
+    ("test/accuracy, patience 100 steps", "test/accuracy", 1.0),
+])  # fmt: skip
+def test_the_key(stop, metric, sign):
+    found = early_stopping.build(config(stop=stop), Fraction(4))
+    assert (found.metric, found.sign, found.patience) == (metric, sign, 4)
+    assert early_stopping.build(config(), None) is None
+
+
+@pytest.mark.parametrize(("keys", "says"), [
+    ({"stop": "test/loss"}, "write 'METRIC, patience DURATION', such as 'val/loss, patience 5 epochs'"),
+    ({"stop": "test/loss, patience"}, "write 'METRIC, patience DURATION'"),
+    ({"stop": "val/loss, patience 5 epochs"}, "unknown metric in stop 'val/loss': did you mean 'test/loss'"),
+    ({"stop": "test/loss, patience 5 weeks"}, "is not a duration; write '5 epochs'"),
+    ({"stop": "test/loss, patience 0 steps"}, "must be above zero"),
+    ({"stop": "test/loss, patience 5 epochs", "eval_every": ""}, "needs evaluations; set eval_every"),
+])  # fmt: skip
+def test_a_key_that_is_wrong(keys, says):
+    with pytest.raises(UserError) as e:
+        configs.validate(config(**keys))
+    assert says in str(e.value)
+
+
+def test_evaluations_are_part_of_a_run_that_stops_by_them():
+    assert "eval_every" in configs.free_keys(config())
+    assert "eval_every" not in configs.free_keys(config(stop="test/loss, patience 1 epochs"))

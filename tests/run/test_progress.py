@@ -1,0 +1,87 @@
+"""Progress of long work: what is said, where, and that it leaves other output alone."""
+
+import io
+import logging
+import re
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+from imgclf_jax.run import progress, terminal
+
+
+@pytest.mark.parametrize(("done", "total", "seconds", "said"), [
+    (0, 10, 0.0, "evaluating test: 0 of 10"),
+    (1280, 10_000, 2.0, "evaluating test: 1,280 of 10,000, 640 a second, 14 s left"),
+    (10_050, 10_000, 20.0, "evaluating test: 10,000 of 10,000, 502 a second"),  # the last batch is padded
+    (3, 12, 30.0, "evaluating test: 3 of 12, 10.0 s each, 2 min left"),
+    (1234, None, 2.0, "evaluating test: 1,234, 617 a second"),
+])  # fmt: skip
+def test_what_is_said(done, total, seconds, said):
+    assert progress.describe("evaluating test", done, total, seconds) == said
+
+
+@pytest.mark.parametrize(("seconds", "said"), [
+    (0, "0 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (5400, "1.5 h"), (172_800, "2.0 days")])  # fmt: skip
+def test_durations(seconds, said):
+    assert progress.duration(seconds) == said
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A terminal, or none, on which progress is shown at once."""
+
+    def set_up(is_terminal: bool) -> io.StringIO:
+        screen = io.StringIO()
+        console = Console(file=screen, force_terminal=is_terminal, width=40, color_system=None)
+        monkeypatch.setattr(terminal, "console", lambda: console)
+        for name in ("_FIRST_SHOWN", "_NEXT_SHOWN", "_FIRST_LOGGED", "_NEXT_LOGGED"):
+            monkeypatch.setattr(progress, name, 0.005)
+        return screen
+
+    return set_up
+
+
+def slowly(items):
+    for item in items:
+        time.sleep(0.03)
+        yield item
+
+
+def test_on_a_terminal(quick, monkeypatch):
+    """The line fits, makes room for what is printed and logged, and is gone at the end."""
+    screen = quick(True)
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    found = []
+    for item in progress.track(slowly("abc"), 3, "checking [x]\n" + "y" * 99, prints=True):
+        found.append(item)
+        print(f"row {item}", file=screen)
+        time.sleep(0.02)  # in which nothing is drawn
+    assert found == ["a", "b", "c"]
+    text = screen.getvalue()
+    shown = re.findall(r"checking \[x\]\\ny*", text)
+    assert shown
+    assert {len(line) for line in shown} == {39}
+    on_screen = [re.split(r"\r\x1b\[2K", line)[-1] for line in text.split("\n")]
+    assert on_screen == ["row a", "row b", "row c", ""]
+
+
+def test_a_record_of_the_log_makes_room(quick):
+    screen = quick(True)
+    terminal.setup_logging()
+    for _ in progress.track(slowly("ab"), 2, "work"):
+        logging.getLogger("imgclf_jax").warning("watch out")
+    lines = [re.split(r"\r\x1b\[2K", line)[-1] for line in screen.getvalue().split("\n")]
+    assert [line.split(" ", 1)[-1].strip() for line in lines if "watch" in line] == ["watch out"] * 2
+
+
+def test_elsewhere_it_is_a_line_of_the_log(quick, caplog):
+    screen = quick(False)
+    with caplog.at_level(logging.INFO, "imgclf_jax"):
+        assert list(progress.track(slowly("abc"), 6, "work", weight=lambda _: 2)) == ["a", "b", "c"]
+    assert caplog.messages[-1].startswith("work: ")
+    assert any("of 6, " in message for message in caplog.messages)
+    assert screen.getvalue() == ""

@@ -1,0 +1,95 @@
+"""A run that stops early, resumed, reproduced, compared and reported."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import launch
+from imgclf_jax.run import record, writers
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+# Without learning, the first evaluation is the best one.
+KEYS = ("--config.data.source=fake(32, (4, 4, 1), 3)", "--config.preprocess=decode(1)", "--config.model=mlp",
+        "--config.batch_size=8", "--config.optimizer=sgd", "--config.schedule=constant(0.0)", "--config.total=40 steps",
+        "--config.eval_every=4 steps", "--config.log_every=7 steps", "--config.checkpoint_every=5 steps",
+        "--config.checkpoint.keep=9", "--config.tensorboard=False",
+        "--config.stop=test/loss, patience 6 steps")  # fmt: skip
+WHY = "test/loss has not improved for 8 steps: best "
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("stopped") / "run"
+    assert launch.main([f"--workdir={workdir}", *KEYS]) == 0
+    return workdir
+
+
+def test_it_ends_at_the_first_evaluation_after_its_patience(stopped):
+    """With a checkpoint and a result of that step, which says why."""
+    result = json.loads((stopped / "result.json").read_text())
+    assert (result["step"], result["stopped_early"].startswith(WHY)) == (12, True)
+    records = writers.read_metrics(stopped / "metrics.jsonl")
+    assert [r["step"] for r in records if "test/loss" in r] == [4, 8, 12]
+    assert [r["step"] for r in records if "train/loss" in r] == [7]
+    assert sorted(int(p.name) for p in (stopped / "checkpoints").iterdir() if p.name.isdigit()) == [5, 10, 12]
+    run = record.read(stopped)
+    assert (run.final, run.total, run.contradictions) == (result, 40, [])
+
+
+@pytest.mark.parametrize("gone", [("result.json", "checkpoints/12"), ("result.json",)])
+def test_it_stops_at_the_same_step_when_resumed(stopped, tmp_path, capsys, gone):
+    copy = tmp_path / "run"
+    shutil.copytree(stopped, copy)
+    for name in gone:
+        place = copy / name
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    capsys.readouterr()
+    assert launch.main([f"--workdir={copy}", *KEYS]) == 0
+    assert f"stopped early: {WHY}" in capsys.readouterr().out
+    before, now = (json.loads((place / "result.json").read_text()) for place in (stopped, copy))
+    for key in ("step", "params_sha256", "stopped_early", "test"):
+        assert now[key] == before[key]
+    assert launch.main([f"--workdir={copy}", *KEYS]) == 0
+    assert "this run is done" in capsys.readouterr().err
+
+
+def test_evaluations_that_are_not_recorded(stopped, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(stopped, copy, ignore=shutil.ignore_patterns("12", "metrics.jsonl", "result.json"))
+    assert launch.main([f"--workdir={copy}", *KEYS]) == 1
+    assert "metrics.jsonl has no test/loss of step 4, by which stop=" in capsys.readouterr().err
+    assert launch.main([f"--workdir={copy}", *KEYS, "--config.eval_every=2 steps"]) == 1
+    assert "eval_every: '4 steps' → '2 steps'" in capsys.readouterr().err
+
+
+def test_it_is_reproduced_and_compared(stopped, capsys):
+    assert launch.main(["reproduce", str(stopped), "--format=json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["verdict"], found["step"]) == ("same", 12)
+    assert launch.main(["compare", str(stopped), "--format=json"]) == 0
+    [group] = json.loads(capsys.readouterr().out)["groups"]
+    assert (len(group["runs"]), group["unfinished"]) == (1, [])
+
+
+@pytest.mark.thorough
+def test_several_seeds_and_a_report(tmp_path, capsys):
+    """The mean over the seeds decides."""
+    workdir = tmp_path / "run"
+    assert launch.main([f"--workdir={workdir}", *KEYS, "--config.num_seeds=2"]) == 0
+    assert f"stopped early: {WHY}" in capsys.readouterr().out
+    assert launch.main(["report", f"--workdir={workdir}"]) == 0
+    page = (workdir / "report.html").read_text()
+    assert f"It stopped early at step 12 of 40: {WHY}" in page
+    assert "selects on the set test" in page
+
+
+@pytest.mark.thorough
+def test_a_sweep_takes_it_for_done(tmp_path, capfd):
+    words = ["sweep", f"--workdir={tmp_path}/sweep", *KEYS, "--sweep=seed=0"]
+    assert launch.main(words) == 0
+    capfd.readouterr()
+    assert launch.main(words) == 0
+    assert "done before" in capfd.readouterr().out
