@@ -1,4 +1,4 @@
-"""The benchmarks: the networks of all frameworks are the same one, and ratios are formed as they say."""
+"""The benchmarks: all frameworks build the same networks, and ratios are computed as documented."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ def _importable(monkeypatch):
 
 
 def test_every_framework_builds_the_same_network():
-    """As many parameters in this project's, Keras's and Flax's network, and the FLOPs that the layers' sizes give."""
+    """This project's, Keras's and Flax's networks have equal parameter counts, and the FLOPs of the layers' sizes."""
     from networks import NETWORKS
 
     network = NETWORKS["cnn"]
@@ -39,7 +39,7 @@ def test_every_framework_builds_the_same_network():
 @pytest.mark.thorough
 @pytest.mark.parametrize(("name", "count"), [("resnet20", 269_722), ("vit_ti4", 5_362_762)])
 def test_pytorch_builds_the_same_backbones(name, count):
-    """As many parameters, shape by shape, as this project's."""
+    """Parameters of equal shapes as in this project's."""
     from networks import NETWORKS
 
     pytest.importorskip("torch", reason="torch comes with the dependency group `peers`")
@@ -54,7 +54,7 @@ def test_pytorch_builds_the_same_backbones(name, count):
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", ["vit", "mixer", "resnet50", "convnext", "resnet20", "cnn", "airbench"])
 def test_twins_are_the_same_networks(name):
-    """As many parameters and running statistics in linen's, size by size."""
+    """Parameters and running statistics of equal sizes in linen's."""
     import twins
     from peers.linen_twins import TWINS
 
@@ -68,7 +68,7 @@ def test_twins_are_the_same_networks(name):
 
 
 def test_ratios_are_of_the_same_round():
-    """The machine's drift cancels: each round's rates are divided by that round's, and the median is of the ratios."""
+    """Machine drift cancels: rates are divided within a round, and the median is over the ratios."""
     import report
     from networks import NETWORKS
 
@@ -108,7 +108,7 @@ def test_help_says_what_is_measured(script):
 
 
 def test_dry_runs_of_all_recipes():
-    """The data's numbers of each are there, and what does not fit is said in the table."""
+    """They contain each data set's numbers, and the table says what does not fit."""
     import recipes
 
     assert set(recipes.DATA) == {file.stem for file in (BENCHMARKS.parent / "configs").glob("*.py")}
@@ -121,7 +121,7 @@ def test_dry_runs_of_all_recipes():
 
 @pytest.mark.slow
 def test_the_whole_benchmark_runs(tmp_path):
-    """This project beside Keras and a Flax loop, for an instant each."""
+    """This project next to Keras and a Flax loop, for an instant each."""
     pytest.importorskip("matplotlib", reason="matplotlib comes with the dependency group `peers`")
     flags = ["--peers=keras tensorflow,linen", "--batch_sizes=32", "--rounds=1", "--seconds=0.05", f"--out={tmp_path}"]
     done = subprocess.run(
@@ -140,7 +140,7 @@ def test_the_whole_benchmark_runs(tmp_path):
 
 @pytest.mark.thorough
 def test_the_evidence_of_an_accelerator_is_rehearsed(tmp_path):
-    """`benchmarks/accelerator.py --small` on CPU: every way of training a run ends with the same bits."""
+    """`benchmarks/accelerator.py --small` on CPU: every way to train a run ends with the same bits."""
     out = tmp_path / "accelerator.json"
     command = [sys.executable, str(BENCHMARKS / "accelerator.py"), "--small", f"--out={out}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -123,7 +123,7 @@ CLASSES = {"medical": 2}
 )
 @pytest.mark.usefixtures("one_device")
 def test_every_config_file_trains(file, tmp_path):
-    """Two steps on made-up data of the same shape, evaluation and all."""
+    """Two steps on fake data of the same shape, with evaluation."""
     config = configs.load_file(str(file))
     configs.validate(config)
     channels = int(re.match(r"decode\((\d)\)", config.preprocess)[1])

@@ -1,4 +1,4 @@
-"""Values of a config: durations, periods, ranges, JSON, and the command `config`."""
+"""Config values: durations, periods, ranges, JSON, and the command `config`."""
 
 import ast
 import importlib.util
@@ -99,7 +99,7 @@ def test_an_empty_duration_is_never():
 
 @given(st.fractions(min_value=Fraction(1, 50), max_value=60, max_denominator=1000))
 def test_events_fall_on_the_first_whole_step_of_each_period(every):
-    """k periods end at ceil(k * period): 100 epochs of 10⅓ batches are 1,034 steps and not 100 times 11."""
+    """k periods end at ceil(k * period): 100 epochs of 10⅓ batches are 1,034 steps, not 100 times 11."""
     due = [step for step in range(1, 201) if configs.is_due(step, every)]
     k_max = math.floor(200 / every)
     assert due == sorted({math.ceil(k * every) for k in range(1, k_max + 1)})
@@ -139,7 +139,7 @@ def test_damaged_json_is_told_with_its_path(text, message):
 
 
 def test_keys_newer_than_the_file_have_their_defaults(caplog):
-    """A run of last year's version is still evaluated."""
+    """A run of last year's version can still be evaluated."""
     config = changed()
     stored = json.loads(configs.to_json(config))
     del stored["clip"], stored["rules"], stored["data"]["threads"]
@@ -173,7 +173,7 @@ def test_help_and_config_import_neither_jax_nor_tensorflow():
 
 @pytest.fixture
 def launch(monkeypatch):
-    """The module `launch.py`; the paths it adds for a user's own modules are taken back."""
+    """The module `launch.py`; removes the paths it adds for a user's own modules."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     spec = importlib.util.spec_from_file_location("launch", ROOT / "launch.py")
     module = importlib.util.module_from_spec(spec)

@@ -38,7 +38,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The words of each line of the Bash blocks, `a && b` being two lines, without `uv run` and its groups."""
+    """The words of each line of the Bash blocks (two lines for `a && b`), without `uv run` and its groups."""
     lines = [line for kind, text in blocks(page) if kind == "bash" for line in text.splitlines()]
     return [words for line in lines for words in split(line)]
 
@@ -69,7 +69,7 @@ def groups() -> set[str]:
 
 
 def run_launch(words: list[str]) -> None:
-    """A command of launch.py in this process: training is of two steps, of a small network unless one is named."""
+    """A command of launch.py in this process; training takes two steps of a small network unless one is named."""
     command = words.pop(0) if words and not words[0].startswith("-") else "train"
     if command == "--help" or words == ["--help"]:
         assert launch.main(["--help"]) == 0
@@ -101,7 +101,7 @@ def run_launch(words: list[str]) -> None:
 
 
 def run_dryrun(words: list[str]) -> None:
-    """In a process of its own, whose platform it sets, for virtual devices: the compilers for chips are not here."""
+    """In a separate process, which sets its platform, for virtual devices, since no compiler of a chip is installed."""
     [chips] = [word.removeprefix("--chips=") for word in words if word.startswith("--chips=")]
     topology.parse(chips)
     if chips.startswith("cpu"):
@@ -132,7 +132,7 @@ def run_benchmark(file: str) -> Callable[[list[str]], None]:
 
 
 def run_hooks(words: list[str]) -> None:
-    """What the hooks of pre-commit run, the page of contributors has as commands too."""
+    """The contributors' page lists the commands of the pre-commit hooks, too."""
     assert words == ["pre-commit", "install"]
     [repository] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     tools = {command[0] for command in commands(PAGES["contributing"])}
@@ -141,7 +141,7 @@ def run_hooks(words: list[str]) -> None:
 
 
 def check_venv(words: list[str]) -> None:
-    """These make a virtual environment for uv and load it: CI does so, with this very line."""
+    """These create and activate a virtual environment for uv; CI runs this very line."""
     assert words in (["-m", "venv", ".uv"], ["install", "--quiet", "uv"])
 
 
@@ -179,7 +179,7 @@ SLOW = sorted({shlex.join(words) for page in PAGES.values() for words in command
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """What the pages speak of: images, arrays, weights; the working directory."""
+    """The files of the pages (images, arrays, weights) and the working directory."""
     rng = np.random.default_rng(0)
     for place in ("PHOTOS", "DIR/train", "DIR/test"):
         for name in ("cat", "dog"):
@@ -205,7 +205,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def weights(folder, monkeypatch):
-    """ResNet-8's weights under the name of the file that the pages speak of."""
+    """ResNet-8's weights under the file name of the pages."""
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "weights"))
     import torch_format
     from test_torch_names import MODELS
@@ -245,7 +245,7 @@ def test_a_long_command_runs(command):
 
 @pytest.mark.slow
 def test_the_pages_build(tmp_path):
-    """With the command that they say, warnings being errors. CI runs this command by itself."""
+    """By the documented command, with warnings as errors. CI also runs it separately."""
     if not importlib.util.find_spec("sphinx"):
         pytest.skip("Sphinx comes with the dependency group `docs`")
     in_root(sys.executable, "-m", "sphinx", *BUILD[1:-1], str(tmp_path))
@@ -276,7 +276,7 @@ def test_the_tests_that_reliability_names_are_there():
 
 
 def test_the_commands_for_clusters_are_valid(monkeypatch, capsys):
-    """Each launch.py of the page is parsed, with its config: in the shell's blocks, and in the manifest's list."""
+    """Each launch.py command of the page parses, with its config: in shell blocks and in the manifest."""
     monkeypatch.chdir(ROOT)
     page = PAGES["clusters"].read_text()
     text = page.replace("\\\n", " ").replace("$OMPI_COMM_WORLD_SIZE", "2").replace("$OMPI_COMM_WORLD_RANK", "0")

@@ -1,4 +1,4 @@
-"""Texts that others may have written: whatever they hold, there is a result or one sentence, and never a traceback."""
+"""Text from others: whatever it contains, there is a result or one sentence, and never a traceback."""
 
 import json
 
@@ -93,7 +93,7 @@ RECORDS = st.one_of(
 
 @given(st.lists(RECORDS, max_size=5), st.binary(max_size=3), st.integers(-1, 99))
 def test_metrics(tmp_path_factory, lines, end, step):
-    """A run that resumes keeps the good records of its metrics and drops the rest, whatever stands there."""
+    """A resumed run keeps the valid records of its metrics and drops the rest, whatever is there."""
     folder = tmp_path_factory.mktemp("run")
     file = folder / "metrics.jsonl"
     good = [{"step": 3, "train/loss": 0.5}, {"step": 10**30}]

@@ -1,4 +1,4 @@
-"""The recipes for ImageNet, which are not trained here: parameters, products, schedule, and compiled at full size."""
+"""The ImageNet recipes, which are not trained here: parameters, matmuls, schedule, and compilation at full size."""
 
 import functools
 import math
@@ -35,7 +35,7 @@ def recipe(name, batch_size=0):
 
 
 def multiply_adds(jaxpr):
-    """Of all products and convolutions."""
+    """Of all matmuls and convolutions."""
     total = 0
     for eqn in jaxpr.eqns:
         for value in eqn.params.values():
@@ -62,7 +62,7 @@ def test_parameters_and_products(name):
 
 
 def test_the_schedule_of_resnet50():
-    """A tenth of the rate at 30, 60 and 80 epochs; no warmup, for batches of 256."""
+    """A tenth of the learning rate at 30, 60 and 80 epochs; no warmup, for batches of 256."""
     run, epoch = recipe("imagenet_resnet50"), EXAMPLES["imagenet_resnet50"] / 256
     assert run.total == math.ceil(90 * epoch)
     epochs = np.array([0, 1, 29.9, 30.1, 59.9, 60.1, 79.9, 80.1, 90])
@@ -81,7 +81,7 @@ def test_the_schedule_of_vit_s16():
 
 
 def test_which_parameters_decay():
-    """In the ViT the kernels alone; in the ResNet all but batch norm's."""
+    """In the ViT the kernels only; in the ResNet all but those of batch norm."""
     for name, decaying_bias in (("imagenet_resnet50", {"head/bias"}), ("imagenet_vit_s16", set())):
         run = recipe(name)
         assert set(run.rules.decay.values()) == {0.0}
@@ -92,7 +92,7 @@ def test_which_parameters_decay():
 
 @pytest.mark.thorough
 def test_the_optimizer_of_vit_s16_is_big_visions(monkeypatch):
-    """Its chain, from optax.py of that codebase: clip, Adam, the rate, a decay of 1e-4 that it does not multiply."""
+    """Its chain in big_vision's optax.py: clip, Adam, the learning rate, and a decay of 1e-4 that it does not scale."""
     monkeypatch.setitem(vit._VIT, "S", (24, 2, 3))
     run, rng = recipe("imagenet_vit_s16"), np.random.default_rng(0)
     flat = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in run.parameters.items()}
@@ -117,7 +117,7 @@ def test_the_optimizer_of_vit_s16_is_big_visions(monkeypatch):
 
 
 def test_how_the_heads_begin():
-    """At zero in the ViT, with a deviation of 0.01 in the ResNet: from the backbone's features to 1,000 classes."""
+    """Zero in the ViT, standard deviation 0.01 in the ResNet: from the backbone's features to 1,000 classes."""
     for name, width, deviation in (("imagenet_resnet50", 2048, 0.01), ("imagenet_vit_s16", 384, 0.0)):
         kernel = recipe(name).model.head_init(jax.random.key(0), (width, 1000))
         np.testing.assert_allclose(kernel.std(), deviation, rtol=0.01)
@@ -125,7 +125,7 @@ def test_how_the_heads_begin():
 
 @pytest.mark.thorough
 def test_how_the_layers_of_vit_s16_begin(monkeypatch):
-    """The deviation of each kernel as in big_vision, where linen's attention draws query, key and value apart."""
+    """The standard deviation of each kernel as in big_vision, where linen initializes query, key and value apart."""
     monkeypatch.setitem(vit._VIT, "S", (384, 2, 6))
     model = recipe("imagenet_vit_s16").model
     init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 32, 32, 3)), train=False)["params"])
@@ -150,7 +150,7 @@ def test_how_the_layers_of_vit_s16_begin(monkeypatch):
 
 
 def test_the_ops_of_the_recipes_give_images_of_their_size():
-    """From one picture and its copies: the whole way, host and device, in training and in evaluation."""
+    """From an image and its copies: all of host and device ops, in training and in evaluation."""
     picture = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
     for name in STATED:
         config = configs.load_file(str(CONFIGS / f"{name}.py"))
@@ -168,5 +168,5 @@ def test_the_ops_of_the_recipes_give_images_of_their_size():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STATED)
 def test_compiles_at_full_size(name):
-    """The whole train step, for images of 224 by 224 and 1,000 classes, the batch split over eight devices."""
+    """The whole train step for 224 by 224 images and 1,000 classes, with the batch sharded over eight devices."""
     assert Programs(recipe(name, batch_size=64)).train is not None

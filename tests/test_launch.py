@@ -32,7 +32,7 @@ print(json.dumps({"status": status, **events}))
 
 
 def run(cache: str, workdir: Path) -> dict:
-    """Trains two steps with `cache` as the user's cache folder; how often the compilation cache hit and missed."""
+    """Trains two steps with `cache` as the user's cache folder; returns hits and misses of the compilation cache."""
     arguments = [f"--workdir={workdir}", "--config.total=2 steps", "--config.schedule=constant(1e-3)",
                  "--config.data.source=fake(64)", "--config.data.placement=device",
                  "--config.model=mlp(widths=(16,))"]  # fmt: skip
@@ -80,7 +80,7 @@ print(json.dumps(found))
 
 
 def test_the_compilation_cache_is_on_before_any_command_imports_jax(tmp_path):
-    """JAX reads where it is when it is imported, be it by a command or by what reads its work directory."""
+    """JAX reads its location at import, whether a command or the reader of its work directory imports it."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
     (tmp_path / "config.py").write_text("import jax\n")
@@ -124,7 +124,7 @@ def test_an_argument_of_the_wrong_type(tmp_path, capsys, override, message):
 
 @pytest.mark.parametrize("named", ["the environment's", *thorough("PYTHONPATH's")])
 def test_the_package_beside_launch_py_is_the_one_that_runs(tmp_path, named):
-    """A clone that was run in another clone's environment ran the other's package, with PYTHONPATH too."""
+    """A clone run in another clone's environment used the other's package, with PYTHONPATH too."""
     other, mark = tmp_path / "other", "Directory of the other clone's data"
     other.mkdir()
     shutil.copy(ROOT / "launch.py", other)
@@ -144,7 +144,7 @@ def test_the_package_beside_launch_py_is_the_one_that_runs(tmp_path, named):
 
 
 def test_the_installed_package_has_the_same_command_line(tmp_path):
-    """`python -m imgclf_jax`, as the script `imgclf` runs it: configs by name, and its own name in help texts."""
+    """`python -m imgclf_jax` works like the script `imgclf`: configs by name, and its own name in help texts."""
 
     def run(*words):
         command = [sys.executable, "-m", "imgclf_jax", *words]
@@ -160,7 +160,7 @@ def test_the_installed_package_has_the_same_command_line(tmp_path):
 
 
 def test_a_model_prints_as_one_line(tmp_path, caplog):
-    """And Orbax's warnings of a folder that is only read do not reach whoever loads it."""
+    """And Orbax's warnings about read-only folders do not reach the caller."""
     keys = ("data.source=fake(32, (4, 4, 1), 3)", "preprocess=decode(1)", "model=mlp(widths=(5,))", "total=1 steps")
     assert launch.main([f"--workdir={tmp_path}", *(f"--config.{key}" for key in keys)]) == 0
     wanted = "Trained(mlp(widths=(5,)) at step 1: images [4, 4, 1] → 3 classes, 103 parameters)"  # 16*5+5 + 5*3+3

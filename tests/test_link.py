@@ -1,4 +1,4 @@
-"""How a loss turns logits into probabilities: in metrics, in ensembles, in `predict`, against NumPy and SciPy."""
+"""How a loss maps logits to probabilities, in metrics, ensembles and `predict`, against NumPy and SciPy."""
 
 import functools
 import json
@@ -24,13 +24,13 @@ PROBABILITIES = {"softmax": functools.partial(scipy.special.softmax, axis=-1), "
 
 
 def plain_loss(logits, labels):
-    """A user's loss that declares nothing."""
+    """A user's loss without declarations."""
     return losses.softmax(logits, labels)
 
 
 @losses.with_link(losses.SIGMOID)
 def declared_loss(logits, labels, scale=1.0):
-    """A user's loss over classes that do not exclude each other."""
+    """A user's loss over classes that are not exclusive."""
     return scale * losses.sigmoid(logits, labels)
 
 
@@ -39,14 +39,14 @@ def declared_loss(logits, labels, scale=1.0):
     (f"{__name__}:plain_loss", losses.SOFTMAX), (f"{__name__}:declared_loss(scale=2.0)", losses.SIGMOID),
 ])  # fmt: skip
 def test_each_loss_has_a_link(loss, link):
-    """By its spec and with its arguments bound; a user's own declares it, or has the softmax."""
+    """By its spec, with arguments bound; a user's own loss declares one, or has the softmax."""
     assert losses.link_of(loss) == link
     assert losses.link_of(losses.build(loss)) == link
 
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
 def test_an_ensemble_has_the_mean_probabilities(name, float64):
-    """Whose logits, given back to the link, are those; and as given to the loss, give the loss of that mean."""
+    """Its logits, passed to the link, are these probabilities, and passed to the loss give the loss of this mean."""
     logits = np.random.default_rng(0).normal(0, 4, (5, 20, 6))
     link, probabilities = losses.link_of(name), PROBABILITIES[name](logits)
     np.testing.assert_allclose(link.probabilities(jnp.asarray(logits)), probabilities, rtol=1e-12)
@@ -87,7 +87,7 @@ class Given(nn.Module):
     f"{__name__}:plain_loss", f"{__name__}:declared_loss(scale=2.0)",
 ])  # fmt: skip
 def test_nll_is_that_of_the_probabilities_whatever_the_loss(loss):
-    """Of each of two seeds, of the ensemble, and without padding: in float64, from the probabilities themselves."""
+    """For each of two seeds and the ensemble, without padding: in float64, from the probabilities themselves."""
     rng = np.random.default_rng(3)
     logits, labels = rng.normal(0, 3, (12, 4)).astype(np.float32), np.arange(12, dtype=np.int32) % 4
     times, mask = np.float32([1, 0.3]), np.arange(12) < 9
@@ -113,7 +113,7 @@ def test_nll_is_that_of_the_probabilities_whatever_the_loss(loss):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of two seeds whose loss is `sigmoid`."""
+    """A run of two seeds with the loss `sigmoid`."""
     folder = tmp_path_factory.mktemp("link")
     argv = [f"--config.data.source={SOURCE}", "--config.preprocess=decode(1)", "--config.model=mlp(widths=(8,))",
             "--config.total=8 steps", "--config.batch_size=16", "--config.loss=sigmoid", "--config.metrics=auc",
@@ -123,7 +123,7 @@ def run(tmp_path_factory):
 
 
 def by_hand(run, images):
-    """The mean over the seeds of the sigmoid of the logits, in float64; and each seed's."""
+    """The mean over seeds of the sigmoid of the logits, in float64; and that of each seed."""
     programs, state, _ = restore(run.load_config(), run, "latest")
     pixels = images.astype(np.float32) / np.float32(255)
     params = jax.device_get(state.params)
@@ -156,7 +156,7 @@ def test_evaluation_follows_the_loss(run):
 
 
 def test_prediction_follows_the_loss(run, tmp_path, capsys):
-    """The probabilities are the means of sigmoids: they do not add up to one."""
+    """The probabilities are means of sigmoids, which do not sum to one."""
     images = sources.open_splits(SOURCE)["test"].read(np.arange(4))["image"]
     for i, image in enumerate(images):
         Image.fromarray(image[..., 0]).save(tmp_path / f"{i}.png")

@@ -1,4 +1,4 @@
-"""Losses and the sums behind metrics against NumPy and scikit-learn."""
+"""Losses, and the sums behind metrics, against NumPy and scikit-learn."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from imgclf_jax.core.errors import UserError
 
 
 def built(text, *of_data):
-    """The loss of a spec, compiled."""
+    """The compiled loss of a spec."""
     return jax.jit(losses.build(text, *of_data))
 
 
@@ -63,7 +63,7 @@ def log_softmax(logits):
 
 @pytest.mark.parametrize(("smoothing", "mean"), [(0.0, False), (0.1, True)])
 def test_sigmoid_is_the_sum_of_binary_cross_entropies(smoothing, mean):
-    """-t log s(x) - (1 - t) log(1 - s(x)) over the classes in float64; the mean is also Keras's."""
+    """-t log s(x) - (1 - t) log(1 - s(x)) summed over classes in float64; the mean equals Keras's."""
     logits, labels = draw(64, 7)
     t = (1 - smoothing) * np.eye(7)[labels] + smoothing / 7
     s = 1 / (1 + np.exp(-logits.astype(np.float64)))
@@ -102,7 +102,7 @@ def test_focal_is_its_definition(gamma):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5])
 def test_focal_of_a_sure_prediction_has_a_gradient(gamma):
-    """Where p is 1 in float32, a power of 1 - p has no finite derivative below 1; and large logits do not overflow."""
+    """A power below 1 of 1 - p has no finite derivative where p is 1 in float32; large logits do not overflow."""
     logits = jnp.asarray([[200.0, 0.0, -200.0], [-1000.0, 0.0, 0.0]])
     labels = jnp.asarray([0, 0])
     value, gradient = jax.jit(jax.value_and_grad(lambda x: jnp.sum(losses.focal(x, labels, gamma))))(logits)
@@ -112,7 +112,7 @@ def test_focal_of_a_sure_prediction_has_a_gradient(gamma):
 
 @pytest.mark.parametrize("text", ["softmax", "sigmoid", "focal"])
 def test_class_weights_multiply_the_loss_of_an_example(text):
-    """As Keras weights samples: by hard labels the weight of the class, by distributions the expected one."""
+    """Like Keras's sample weights: for hard labels the class's weight, for distributions the expected one."""
     logits, labels = draw(40, 5)
     weights = (0.5, 1.0, 0.0, 2.0, 1.5)
     plain = built(text)
@@ -177,7 +177,7 @@ def sums_of(logits, labels, mask):
 
 @pytest.mark.parametrize("classes", [3, 12])
 def test_classification_sums_agree_with_scikit_learn(classes):
-    """Over the unmasked rows alone; the masked ones hold NaN and wrong labels and change nothing."""
+    """Over the unmasked rows only; masked ones have NaN and wrong labels, and change nothing."""
     logits, labels = draw(200, classes)
     mask = np.random.default_rng(1).random(200) < 0.7
     kept, truth = logits[mask], labels[mask]
@@ -196,7 +196,7 @@ def test_classification_sums_agree_with_scikit_learn(classes):
 
 
 def test_the_first_class_wins_a_tie():
-    """In the prediction; so a model that gives every class the same logit predicts class 0."""
+    """So a model with equal logits for all classes predicts class 0."""
     logits = np.zeros((4, 3), np.float32)
     logits[3] = [0, 1, 1]
     sums = sums_of(logits, np.int32([0, 1, 2, 2]), np.ones(4, bool))
@@ -205,7 +205,7 @@ def test_the_first_class_wins_a_tie():
 
 
 def test_top5_ranks_ties_by_class_and_nan_above_all():
-    """Of six tied classes the first five are in, as a stable sort says; NaN logits put no class among the first."""
+    """Of six tied classes the first five are included, as in a stable sort; NaN logits rank no class."""
     tied = np.ones((6, 6), np.float32)
     assert sums_of(tied, np.arange(6, dtype=np.int32), np.ones(6, bool))["top5"] == 5
     ranks = np.argsort(-tied, kind="stable")[:, :5]
@@ -215,7 +215,7 @@ def test_top5_ranks_ties_by_class_and_nan_above_all():
 
 @pytest.mark.parametrize("text", sorted(losses.LOSSES))
 def test_no_gradient_of_a_loss_is_a_scatter(text):
-    """Which kernels that give the same bits each time would have to sort for; the gradient of an index is one."""
+    """Deterministic kernels would have to sort for a scatter, and the gradient of indexing is one."""
     logits, labels = map(jnp.asarray, draw(8, 3))
     wanted = [labels] * (losses.Task.CLASSES in losses.tasks_of(text)) + [jax.nn.softmax(-logits)]
 

@@ -1,4 +1,4 @@
-"""`mesh` and `shard`: a run whose state lies in parts on the devices is the run whose state is whole on each."""
+"""`mesh` and `shard`: a sharded run is the run whose state is replicated."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def config(fake_config):
 
 
 def train(of, steps, run=None):
-    """The run after so many steps, and the mean loss of each; the batches are the same for all."""
+    """The run after some steps, and the mean loss of each; all runs see the same batches."""
     rng, size = np.random.default_rng(0), of.steps_per_call
     run = of.init(0) if run is None else run
     state, losses = run["state"], []
@@ -73,7 +73,7 @@ SLOW = [(way, shard) for way in WAYS for shard in ("all", "optimizer") if (way, 
 @pytest.mark.thorough
 @pytest.mark.parametrize(("way", "shard"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
 def test_the_losses_are_those_of_data_parallel(config, way, shard):
-    """Over ten steps to 1e-6, over 100 to 1e-5; parameters and averages too, as far as rounding has not grown."""
+    """Over ten steps to 1e-6, over 100 to 1e-5; parameters and averages too, before rounding grows."""
     whole = programs(config, steps_per_call=10, **WAYS[way])
     split = programs(config, "data=2, fsdp=4", steps_per_call=10, shard=shard, **WAYS[way])
     (a, losses), (b, others) = train(whole, 100), train(split, 100)
@@ -88,7 +88,7 @@ def test_the_losses_are_those_of_data_parallel(config, way, shard):
 @pytest.mark.thorough
 @pytest.mark.parametrize(("shard", "most"), [("all", 0.3), ("optimizer", 0.51)])
 def test_memory_of_each_device(config, shard, most):
-    """Over four devices: of parameters and Adam's state at most 0.3 of the whole, by the compiler too."""
+    """On four devices, parameters and Adam's state take at most 0.3 of the total, by the compiler's count too."""
     devices = jax.devices()[:4]
     whole, split = programs(config, devices=devices), programs(config, "fsdp=-1", devices=devices, shard=shard)
 
@@ -103,7 +103,7 @@ def test_memory_of_each_device(config, shard, most):
 
 
 def test_inference_on_a_sharded_model(config):
-    """Probabilities, features and evaluation, and weights from elsewhere, without a device that holds all of it."""
+    """Probabilities, features, evaluation, and external weights, without a device that holds everything."""
     whole, split = programs(config), programs(config, "data=2, fsdp=4")
     images = np.random.default_rng(0).integers(0, 256, (8, *DATA.image_shape), np.uint8)
     weights = {"params/backbone/dense0/kernel": np.ones((192, 256), np.float32)}
@@ -117,7 +117,7 @@ def test_inference_on_a_sharded_model(config):
 
 @pytest.mark.thorough
 def test_what_is_exchanged(config):
-    """Parameters are gathered; with all whole only gradients are summed."""
+    """Parameters are all-gathered; with a replicated state only gradients are all-reduced."""
     whole, split = programs(config), programs(config, "data=2, fsdp=4")
     assert set(counts.count_program(whole.train).collectives) == {"all-reduce"}
     assert "all-gather" in counts.count_program(split.train).collectives
@@ -161,7 +161,7 @@ def test_meshes_that_cannot_be(text, message):
 @pytest.mark.thorough
 @pytest.mark.parametrize(("mesh", "seeds"), [("data=2, fsdp=4", 1), ("seeds=2, data=-1", 2)])
 def test_a_checkpoint_goes_from_one_arrangement_to_another(config, tmp_path, mesh, seeds):
-    """To the bit, there and back."""
+    """Bit for bit, both ways."""
     whole, split = programs(config, num_seeds=seeds), programs(config, mesh, num_seeds=seeds)
     state, _ = train(split, 3)
     checkpoints = Checkpoints(tmp_path / "a")
@@ -179,7 +179,7 @@ def test_a_checkpoint_goes_from_one_arrangement_to_another(config, tmp_path, mes
 
 @pytest.mark.thorough
 def test_a_run_trains_resumes_and_predicts(tmp_path, capsys):
-    """On another mesh than it began with. Afterwards parameters stay sharded, and no command loads the optimizer."""
+    """On another mesh than it began with. Parameters stay sharded, and no command loads the optimizer."""
     arguments = [f"--workdir={tmp_path / 'run'}", "--config.data.source=fake(64, (8, 8, 3), 4)",
                  "--config.model=mlp(widths=(256,))", "--config.schedule=constant(1e-3)", "--config.batch_size=16",
                  "--config.eval_every=", "--config.augment="]  # fmt: skip
@@ -205,7 +205,7 @@ def test_a_run_trains_resumes_and_predicts(tmp_path, capsys):
 
 @pytest.mark.thorough
 def test_batch_norm_by_groups_exchanges_no_statistics(config):
-    """Nothing but gradients, running averages and the sums of metrics is summed over devices."""
+    """Only gradients, running averages and metric sums are all-reduced."""
     keys = {"model": "resnet_cifar(8)", "batch_size": 32}
     whole, groups = (
         counts.count_program(programs(config, batch_norm=text, **keys).train).collectives["all-reduce"][0]
@@ -216,7 +216,7 @@ def test_batch_norm_by_groups_exchanges_no_statistics(config):
 
 @pytest.mark.thorough
 def test_batch_norm_of_each_device_keeps_its_groups_on_other_devices(tmp_path, monkeypatch):
-    """A run of four devices that goes on on two is still that of four: it became another recipe without a word."""
+    """A run of four devices that resumes on two keeps its groups; it had become another recipe silently."""
     make_mesh = sharding.make_mesh
 
     def train_on(count: int, name: str, end: int = 8) -> float:
@@ -249,7 +249,7 @@ def test_batch_norm_of_each_device_keeps_its_groups_on_other_devices(tmp_path, m
     ("data=-1", {"devices": ["cpu"] * 8}, "groups(2)"), ("seeds=2, data=-1", {"devices": ["cpu"] * 8}, "groups(4)"),
     ("seeds=-1, data=2", {"devices": ["cpu"] * 8}, "groups(8)"), ("data=-1", {}, "per_device")])  # fmt: skip
 def test_the_groups_that_a_run_began_with(mesh, recorded, expected):
-    """As it has recorded them; of an older run one for each of its devices, of each part of the axis seeds."""
+    """As recorded; for an older run, one per device that trains the same seed."""
     config = default_config()
     config.batch_norm, config.batch_size = "per_device", 16
     assert pin_groups(config, mesh, recorded).batch_norm == expected

@@ -22,7 +22,7 @@ from imgclf_jax.trained import restore
 
 
 def random_set(classes, n=200):
-    """Labels of unequal counts, and probabilities with ties that know something of them."""
+    """Labels of unequal counts, and informative probabilities with ties."""
     rng = np.random.default_rng(classes)
     share = np.arange(1, classes + 1) / sum(range(classes + 1))
     labels = np.concatenate([np.arange(classes), rng.choice(classes, n, p=share)])
@@ -31,7 +31,7 @@ def random_set(classes, n=200):
 
 
 def area(positive, values):
-    """How often a positive example has the greater value than a negative one, half of the ties (Mann and Whitney)."""
+    """How often a positive example has the larger value than a negative one, with ties as half (Mann and Whitney)."""
     ours, theirs = values[positive][:, None], values[~positive][None]
     return np.mean((ours > theirs) + 0.5 * (ours == theirs))
 
@@ -55,7 +55,7 @@ def test_definitions(classes):
 
 
 def test_an_absent_class():
-    """No area is known of it: AUC is the mean over the others, here and among the scores of `evaluate`."""
+    """It has no area: AUC is the mean over the others, here and in the scores of `evaluate`."""
     labels, probabilities = random_set(3)
     labels, probabilities = labels[labels != 1], probabilities[labels != 1]
     areas = [roc_auc_score(labels == c, probabilities[:, c]) for c in (0, 2)]
@@ -67,7 +67,7 @@ def test_an_absent_class():
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
 def test_scikit_learn_agrees_where_it_defines_them(classes):
-    """Its own averages, in its own words."""
+    """Its own averages, under its own names."""
     labels, probabilities = random_set(classes)
     given = probabilities[:, 1] if classes == 2 else probabilities
     area = roc_auc_score(labels, given, multi_class="ovr", average="macro")
@@ -81,7 +81,7 @@ def test_scikit_learn_agrees_where_it_defines_them(classes):
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_scores_are_of_the_predictions_that_are_counted(seeds):
-    """Of logits, whose order float32 probabilities may lose: the sigmoid of 20 and of 30 is 1, and so is their rank."""
+    """From logits, whose order float32 probabilities may lose: the sigmoid of 20 and of 30 is 1."""
     logits = np.float32([[20, 30, 40, 50, 60, 70, 80]] * 7)
     logits[6] = np.nan
     labels, mask = jnp.arange(7), jnp.arange(7) != 2
@@ -109,7 +109,7 @@ def test_bad_specs(text):
 
 @pytest.mark.parametrize("name", ["loss", "nll", "accuracy", "examples", "top5", "f1_std", "ensemble_f1"])
 def test_an_own_metric_takes_no_name_that_results_use(name, monkeypatch):
-    """It replaced the loss in result.json, and `f1_std` was read as a standard deviation."""
+    """It used to replace the loss in result.json, and `f1_std` was read as a standard deviation."""
     monkeypatch.setitem(sys.modules, "own", types.SimpleNamespace(**{name: lambda labels, probabilities: 0.0}))
     with pytest.raises(UserError, match=f"results use the name {name} for something else"):
         metrics.build_whole_set(f"own:{name}")
@@ -117,7 +117,7 @@ def test_an_own_metric_takes_no_name_that_results_use(name, monkeypatch):
 
 @pytest.mark.parametrize("value", [None, "0.5", [0.5], np.ones(1), True, 1j])
 def test_an_own_metric_returns_one_number(value, monkeypatch):
-    """result.json took any, and a complex one ended the run in a traceback after its training."""
+    """result.json accepted anything, and a complex number ended the run in a traceback after training."""
     own = types.SimpleNamespace(score=lambda labels, probabilities: value)
     monkeypatch.setitem(sys.modules, "own", own)
     predictions = metrics.Predictions(np.zeros(2, np.int32), np.ones((2, 2)) / 2, None, None)
@@ -128,7 +128,7 @@ def test_an_own_metric_returns_one_number(value, monkeypatch):
 
 
 def test_every_metric_says_which_value_is_best():
-    """Only loss and NLL are best when low; an own metric is asked for its direction, and none is guessed."""
+    """Only loss and NLL are best when low; an own metric must declare its direction."""
     assert set(metrics.BEST) == {"accuracy", "loss", "nll", "top5", *metrics.METRICS}
     assert [name for name, which in metrics.BEST.items() if which == "min"] == ["loss", "nll"]
     assert metrics.parse_best("val/loss") == ("val/loss", -1.0)
@@ -217,7 +217,7 @@ def test_a_broken_model_scores_nothing(kind):
 
 @pytest.mark.parametrize("classes", [2, 4])
 def test_whole_sets_with_nan(classes):
-    """AUC is NaN; where a class is predicted, a row with NaN predicts none. All NaN score nothing."""
+    """AUC is NaN; a row with NaN predicts no class. All-NaN rows score nothing."""
     labels, probabilities = random_set(classes)
     probabilities[labels == 0] = np.nan
     assert np.isnan(metrics.auc(labels, probabilities))
@@ -236,7 +236,7 @@ def test_whole_sets_with_nan(classes):
 
 
 def test_of_several_seeds_one_may_be_broken():
-    """Its NaN makes the means NaN, and no error."""
+    """Its NaN makes the means NaN, without an error."""
     each = [sums_of(np.eye(3) * scale, np.arange(3)) for scale in (1, np.nan, 1)]
     sums = {name: np.stack([one[name] for one in each]) for name in each[0]}
     sums["loss"] = np.array([0.3, np.nan, np.inf])
@@ -249,7 +249,7 @@ def test_of_several_seeds_one_may_be_broken():
 
 @pytest.mark.parametrize("classes", [metrics.CONFUSION_CLASSES, metrics.CONFUSION_CLASSES + 1])
 def test_the_confusion_matrix_has_a_limit(classes):
-    """Above it each class is counted all the same; up to it the counts are the matrix's margins and diagonal."""
+    """Above it, only per-class counts; up to it, they are the matrix's margins and diagonal."""
     rng = np.random.default_rng(1)
     labels = rng.integers(0, classes, 64)
     sums = sums_of(rng.normal(size=(64, classes)) + 4 * np.eye(classes)[labels], labels)

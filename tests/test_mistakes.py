@@ -1,4 +1,4 @@
-"""A user's mistakes: one sentence on stderr that says what, where and the mend, no traceback, and nothing is lost."""
+"""A user's mistakes: one sentence on stderr with what, where and the fix, no traceback, and nothing is lost."""
 
 import logging
 import re
@@ -22,7 +22,7 @@ FAKE = ("--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=de
 
 @pytest.fixture(autouse=True)
 def _process_as_it_was(monkeypatch):
-    """What a command sets for its whole process."""
+    """Restores what a command sets for the whole process."""
     root = logging.getLogger()
     before = root.handlers[:], root.level
     monkeypatch.setattr(sys, "path", sys.path[:])
@@ -33,10 +33,10 @@ def _process_as_it_was(monkeypatch):
 
 @pytest.fixture
 def mistake(capsys):
-    """Runs a command line that must fail with one sentence, which is returned."""
+    """Runs a command line that must fail with one sentence, and returns it."""
 
     def run(*argv: str, status: int = 1, log: str = r"(?!)") -> str:
-        """Lines of the log that match `log` may come before the sentence."""
+        """Lines of the log that match `log` may precede the sentence."""
         capsys.readouterr()
         assert launch.main([str(a) for a in argv]) == status
         out, err = capsys.readouterr()
@@ -59,7 +59,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
-    """A finished run on arrays in a file: its work directory, and the flags it was made with."""
+    """A finished run on arrays in a file: its work directory, and its flags."""
     folder = tmp_path_factory.mktemp("whole")
     arrays = {}
     for name, source in fake(64, (12, 12, 1), 4).items():
@@ -97,7 +97,7 @@ def whole(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     (["--local_devices=x"], ["--local_devices=x", "'all', or indices such as 0,1"]),
 ])  # fmt: skip
 def test_wrong_usage(mistake, tmp_path, monkeypatch, argv, fragments):
-    """Exit status 2, the nearest names, and no work directory is made."""
+    """Exit status 2, the nearest names, and no work directory."""
     monkeypatch.chdir(tmp_path)
     assert has(mistake(*argv, status=2), *fragments)
     assert list(tmp_path.iterdir()) == []
@@ -112,7 +112,7 @@ def test_wrong_usage(mistake, tmp_path, monkeypatch, argv, fragments):
     ("{}c.batch_size = 'x'\n    return c\n", ["mine.py", "batch_size", "int"]),
 ])  # fmt: skip
 def test_config_files(mistake, tmp_path, text, fragments):
-    """A file that raises, is no Python, gives no config, or sets a key that there is not: the file is named."""
+    """A file that raises, is not Python, returns no config, or sets an unknown key: the error names the file."""
     start = "from imgclf_jax.config import default_config\ndef get_config():\n    c = default_config()\n    "
     (tmp_path / "mine.py").write_text(text.replace("{}", start) if "c." in text else text)
     assert has(mistake(f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'run'}"), *fragments)
@@ -175,7 +175,7 @@ def test_config_files(mistake, tmp_path, text, fragments):
     ("data.eval.val=digits()/test", ["data.eval.val='digits()/test' has the classes ['0', '1', '2', '3', '4']"]),
 ])  # fmt: skip
 def test_wrong_values(mistake, tmp_path, flag, fragments):
-    """The key or name, what is allowed, and nothing written: all is checked before a run begins."""
+    """The key or name, the allowed values, and nothing written: all is checked before a run begins."""
     argv = [f for f in FAKE if not f.startswith(f"--config.{flag.partition('=')[0]}=")]
     assert has(mistake("train", f"--workdir={tmp_path / 'run'}", *argv, f"--config.{flag}"), *fragments)
     assert snapshot(tmp_path) == {}
@@ -200,7 +200,7 @@ def photos(tmp_path) -> Path:
 
 @pytest.mark.thorough
 def test_folders_of_images(mistake, photos, tmp_path):
-    """An empty class, a text file, a truncated JPEG, sizes that differ: the folder or file is named."""
+    """An empty class, a text file, a truncated JPEG, different sizes: the error names the folder or file."""
     run = tmp_path / "run"
     argv = (f"--config={ROOT}/configs/folder.py:{photos}", f"--workdir={run}", "--config.batch_size=8")
     (photos / "bird").mkdir()

@@ -1,4 +1,4 @@
-"""RandAugment of big_vision: every op against its definition, in NumPy and by TensorFlow's kernel; what is drawn."""
+"""RandAugment of big_vision: every op against its definition in NumPy and TensorFlow's kernel, and its random draws."""
 
 import math
 from collections import Counter
@@ -21,7 +21,7 @@ IMAGES = {"photos": photos(32), "oblong": photos(40)[:, 3:26], "unusual": unusua
 
 
 def definition(name, image, magnitude, sign=1, centre=(0, 0)):
-    """One op on uint8[h, w, 3], from the text of pp/autoaugment.py: `level_to_arg`, and the function of each name."""
+    """One op on uint8[h, w, 3], after the text of pp/autoaugment.py: `level_to_arg`, and the function of each name."""
     part, (h, w, _) = magnitude / 10, image.shape
     x = image.astype(np.float32)
     factor = np.float32(part * 1.8 + 0.1)
@@ -97,7 +97,7 @@ def equalized(channel):
 
 
 def projected(image, matrix):
-    """By the kernel that TensorFlow Addons calls, with a channel of ones that tells what lies outside."""
+    """By the kernel that TensorFlow Addons calls, with a channel of ones that marks what lies inside."""
     wrapped = np.concatenate([image, np.ones_like(image[..., :1])], -1)
     out = tf.raw_ops.ImageProjectiveTransformV3(
         images=wrapped[None], transforms=np.array([(*matrix, 0, 0)], np.float32), output_shape=image.shape[:2],
@@ -109,7 +109,7 @@ def projected(image, matrix):
 @pytest.mark.parametrize("magnitude", [4, 10, *thorough(0, 1, 5, 9)])
 @pytest.mark.parametrize("kind", IMAGES)
 def test_every_op_is_the_definition(kind, magnitude):
-    """To the bit; all ops, both signs, each image with a cutout of its own."""
+    """Bit for bit: all ops, both signs, each image with its own cutout."""
     rng, image = np.random.default_rng(0), IMAGES[kind]
     n, h, w, c = image.shape
     place = [(op, negative, i) for op in big_vision.OPS for negative in range(2) for i in range(n)]
@@ -125,7 +125,7 @@ def test_every_op_is_the_definition(kind, magnitude):
 
 
 def test_the_smooth_image_is_that_of_tensorflow_or_a_level_higher():
-    """Higher where the exact mean is whole, and the float32 convolution comes out below it."""
+    """One level higher if the exact mean is whole and the float32 convolution falls below it."""
     image = photos(64)[0]
     kernel = np.tile(np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32)[..., None, None], (1, 1, 3, 1)) / 13
     theirs = tf.nn.depthwise_conv2d(image[None].astype(np.float32), kernel, [1] * 4, "VALID").numpy()[0]
@@ -136,7 +136,7 @@ def test_the_smooth_image_is_that_of_tensorflow_or_a_level_higher():
 
 
 def test_the_grey_image_is_that_of_tensorflow():
-    """But for levels so near to a whole one that float32 cannot tell."""
+    """Except for levels so close to a whole one that float32 cannot distinguish them."""
     image = np.random.default_rng(0).integers(0, 256, (1, 500, 500, 3), np.uint8)
     theirs = tf.image.rgb_to_grayscale(image).numpy().astype(int)
     exact = image @ np.array([0.2989, 0.587, 0.114]) * (255.5 / 255)
@@ -147,7 +147,7 @@ def test_the_grey_image_is_that_of_tensorflow():
 
 @pytest.mark.thorough
 def test_ops_signs_and_cutouts_are_drawn_alike():
-    """Each op in 1 of 16, each sign in half of these: told by which images come out. The cutout's centre is uniform."""
+    """Each op in 1 of 16, each sign in half of these, recognized by the output. The cutout's centre is uniform."""
     image, n, side = photos(32)[0], 12_000, 12  # at magnitude 3
     apply = ops.build("randaugment(1, 3, ops='big_vision')", train=True)
     out = np.rint(np.asarray(jax.jit(apply)(KEY, jnp.asarray(np.broadcast_to(image, (n, *image.shape))))) * 255)
@@ -168,7 +168,7 @@ def test_ops_signs_and_cutouts_are_drawn_alike():
 
 @pytest.mark.thorough
 def test_each_op_of_several_has_draws_of_its_own():
-    """The second op is another one on most images, with another key."""
+    """On most images the second op differs, and has another key."""
     images = jnp.asarray(np.stack([photos(16)[1]] * 64))
     apply = jax.jit(big_vision.randaugment, static_argnums=(2, 3))
     once, twice = (np.asarray(apply(KEY, images, n, 10, jnp.full(3, GREY, jnp.uint8))) for n in (1, 2))

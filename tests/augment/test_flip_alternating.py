@@ -1,4 +1,4 @@
-"""Each example is seen both ways round in two epochs in a row: on either placement, resumed, on any batch size."""
+"""Two consecutive epochs show each example in both orientations: on either placement, resumed, at any batch size."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def images():
 
 
 def orientations(place, batch_size, start, stop, size=3):
-    """[(epoch, id, flipped)] of each position from step start to stop, told by the pixels."""
+    """[(epoch, id, flipped)] of each position from step start to stop, read from the pixels."""
     opened, mesh = images(), sharding.make_mesh(jax.devices()[:1])
     everything = opened.read(np.arange(40), np.arange(40))["image"]
     ranges = [range(first, min(first + size, stop)) for first in range(start, stop, size)]
@@ -61,7 +61,7 @@ def test_placement_and_a_start_in_the_middle_change_nothing():
 
 @pytest.mark.thorough
 def test_batches_carry_ids_only_where_an_op_asks(tmp_path, fake_config):
-    """And a run with such an op trains to the same bits on either placement, one step a call or many."""
+    """A run with such an op trains to the same bits on either placement, with one step per call or many."""
     assert [ops.wants_ids(t) for t in ("", "flip_lr|normalize", TEXT)] == [False, False, True]
     mesh = sharding.make_mesh()
     for place in ("host", "device"):
@@ -83,7 +83,7 @@ def test_batches_carry_ids_only_where_an_op_asks(tmp_path, fake_config):
 
 
 def test_the_draws_follow_from_the_name_and_the_occurrence():
-    """Another op changes none of them; two of the name draw differently, where one draw would mirror twice."""
+    """Other ops do not change them; two ops of this name draw differently, since one draw would mirror twice."""
     pixels = jnp.asarray(np.random.default_rng(0).integers(0, 256, (64, 4, 4, 1), np.uint8))
     known = jax.random.key(0), pixels, jnp.uint32(SEED), jnp.arange(64, dtype=jnp.int32), jnp.zeros(64, jnp.int32)
     alone, after, twice = (

@@ -1,4 +1,4 @@
-"""Mixing against NumPy written from the papers; the distributions of weights and boxes; any number of devices."""
+"""Mixing against NumPy written from the papers, the distributions of weights and boxes, and any number of devices."""
 
 from collections import Counter
 
@@ -29,7 +29,7 @@ def noise(*shape):
 
 
 def before(x):
-    """Each example's partner: the one before it, the last for the first."""
+    """The partner of each example: the previous one, and the last one for the first."""
     return np.stack([x[i - 1] for i in range(len(x))])
 
 
@@ -60,7 +60,7 @@ def test_one_weight_a_batch_is_the_greater_share_of_a_beta_variate(alpha):
 
 
 def weights(key, alpha, n):
-    """Beta variates as shares of a gamma variate in the sum of two, in float64."""
+    """Beta variates in float64, as the share of one gamma variate in the sum of two."""
     a, b = np.asarray(jax.random.loggamma(key, alpha, (2, n)), np.float64)
     return 1 / (1 + np.exp(b - a))
 
@@ -69,7 +69,7 @@ def weights(key, alpha, n):
 @pytest.mark.optimized
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
 def test_weights_are_beta(alpha):
-    """Of mixup; cutmix draws its sides by the same weights, which its box is held to below."""
+    """For mixup; cutmix draws its sides by the same weights, and the test of its box checks these."""
     _, weight = jax.jit(mixup, static_argnums=2)(KEY, jnp.zeros((20_000, 1, 1, 1)), alpha)
     edges = np.array([0, 0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1])
     expected = 20_000 * np.diff(stats.beta(alpha, alpha).cdf(edges))
@@ -82,7 +82,7 @@ def test_weights_are_beta(alpha):
 
 @pytest.mark.parametrize(("h", "w"), [(9, 13), *thorough((8, 8), (1, 4))])
 def test_cutmix_is_the_papers_box(h, w):
-    """From the same draws: centre, sides, the border, and the weight as the share that is left."""
+    """From the same draws: centre, sides, the border, and the weight as the remaining share."""
     n = 200
     images = noise(n, h, w, 2)
     out, weight = map(np.asarray, jax.jit(cutmix, static_argnums=2)(KEY, images, 1.0))
@@ -105,7 +105,7 @@ def test_cutmix_is_the_papers_box(h, w):
 
 @pytest.mark.thorough
 def test_cutmix_covers_the_image_evenly_but_for_the_border():
-    """How often each pixel is pasted, against the same procedure in NumPy with draws of its own."""
+    """How often each pixel is pasted, against independent draws of the same procedure in NumPy."""
     n, size = 40_000, 9
     images = np.broadcast_to(np.arange(2, dtype=np.float32)[:, None, None, None], (2, size, size, 1))
     images = np.tile(images, (n // 2, 1, 1, 1))
@@ -120,7 +120,7 @@ def test_cutmix_covers_the_image_evenly_but_for_the_border():
 
 
 def test_the_loss_is_that_of_the_mixed_target():
-    """Against cross-entropy with soft targets in NumPy, label smoothing included; and which label counts."""
+    """Against cross-entropy with soft targets in NumPy, with label smoothing; and the label that counts."""
     rng_ = np.random.default_rng(0)
     logits, labels = rng_.normal(size=(16, 5)).astype(np.float32), rng_.integers(0, 5, 16)
     weight = rng_.random(16).astype(np.float32)
@@ -145,7 +145,7 @@ def test_the_loss_is_that_of_the_mixed_target():
     ),
 ])  # fmt: skip
 def test_one_op_is_drawn_for_each_batch(text, shares):
-    """Told apart by the pixels: mixup makes new values, cutmix none."""
+    """Recognized by the pixels: mixup creates new values, cutmix does not."""
     mix = jax.jit(jax.vmap(mixing.build(text), in_axes=(0, None)))
     images = np.tile(np.arange(2, dtype=np.float32)[:, None, None, None], (4, 6, 6, 1))
     n = 2_000
@@ -163,7 +163,7 @@ def test_one_op_is_drawn_for_each_batch(text, shares):
 
 @pytest.mark.thorough
 def test_another_op_changes_none_of_the_draws_of_an_op():
-    """Where the mixup is drawn, beside another op or alone, it is the same one."""
+    """A mixup is the same whether it is drawn alone or next to another op."""
     images = jnp.asarray(noise(8, 4, 4, 1))
     keys = jax.random.split(KEY, 40)
     alone, beside = (
@@ -188,7 +188,7 @@ def test_wrong_specs_are_refused(text, message):
 
 @pytest.mark.thorough
 def test_mixing_gives_the_same_bits_on_one_device_and_on_eight():
-    """Each op, and none, being drawn by one key or another."""
+    """Each op, and none, as drawn by one key or another."""
     text = "mixup(0.4, probability=0.25)|mixup(per_batch=True, probability=0.25)|cutmix(probability=0.25)"
     images, mix, results = noise(32, 8, 8, 3), mixing.build(text), []
     keys = list(jax.random.split(KEY, 16))
@@ -246,7 +246,7 @@ def test_the_step_trains_on_mixed_images_and_counts_the_main_label(accumulate):
 
 @pytest.mark.thorough
 def test_the_config_key_reaches_the_compiled_step():
-    """A step with mixing ends elsewhere than one without, and the same on one device and on eight up to rounding."""
+    """A step with mixing differs from one without, and is equal on one device and on eight up to rounding."""
     images = np.random.default_rng(0).integers(0, 256, (1, 16, 6, 6, 1), np.uint8)
     labels = np.random.default_rng(1).integers(0, 3, (1, 16)).astype(np.int32)
     results = {}
@@ -261,7 +261,7 @@ def test_the_config_key_reaches_the_compiled_step():
 
 
 def test_targets_are_mixed_as_their_images_are():
-    """A target that is linear in the image stays so: here the mean of all pixels."""
+    """A target that is linear in the image stays linear; here, the mean of all pixels."""
     key = jax.random.key(3)
     images = jax.random.uniform(key, (6, 4, 4, 1))
     batch = {"image": images, "target": jnp.mean(images, (1, 2, 3))[:, None]}

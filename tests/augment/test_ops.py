@@ -1,4 +1,4 @@
-"""Device ops against NumPy on the same draws; their distribution; one result on any number of devices."""
+"""Device ops against NumPy on the same draws, their distribution, and equal results on any number of devices."""
 
 import math
 import re
@@ -22,7 +22,7 @@ ALL = "flip_lr|pad_crop(2, mode='reflect')|normalize(mean=(0.1, 0.2, 0.3), std=0
 
 
 def compiled(op, key, images, *args):
-    """`op(key, images, *args)`, compiled whole, in NumPy."""
+    """The compiled `op(key, images, *args)`, as NumPy."""
     return np.asarray(jax.jit(lambda key, images: op(key, images, *args))(key, images))
 
 
@@ -80,7 +80,7 @@ def test_pad_crop_is_a_slice_of_numpys_pad(shape, pad, mode):
 
 @pytest.mark.parametrize(("size", "fill"), [(3, 0.0), (6, 7.0), (40, 7.0), *thorough((1, 0.0), (2, 7.0), (40, 0.0))])
 def test_cutout_fills_a_square_cut_off_at_the_border(size, fill):
-    """In uint8 and in float32; 40 pixels cover every image wherever the centre is."""
+    """In uint8 and float32; 40 pixels cover every image wherever the centre is."""
     images = noise(32, 9, 12, 3) | 8  # which neither fill is
     for dtype in (np.uint8, np.float32):
         out = compiled(cutout, KEY, images.astype(dtype), size, fill)
@@ -98,7 +98,7 @@ def test_cutout_refuses_a_fill_that_uint8_cannot_hold(fill):
 
 
 def numpy_erasing(key, images, probability, area, aspect):
-    """Which pixels are erased, bool[b, h, w], by the paper's procedure on the same draws, one image at a time."""
+    """The erased pixels bool[b, h, w], by the paper's procedure on the same draws, one image at a time."""
     n, h, w, _ = images.shape
     key_apply, key_area, key_aspect, key_y, key_x, _ = jax.random.split(key, 6)
     areas = np.asarray(jax.random.uniform(key_area, (10, n), minval=area[0], maxval=area[1])) * np.float32(h * w)
@@ -147,7 +147,7 @@ def test_random_erasing_fills_the_papers_box(h, w, fill, dtype):
 
 
 def test_random_erasing_draws_area_aspect_and_place():
-    """Areas uniform, aspects log-uniform, as far as whole pixels allow, and the box anywhere it fits."""
+    """Uniform areas and log-uniform aspects, as far as whole pixels allow, and the box anywhere inside."""
     n, size = 4_000, 100
     images = np.ones((n, size, size, 1), np.float32)
     out = compiled(random_erasing, KEY, images, 0.5, (0.02, 0.2), (0.5, 2.0))[..., 0]
@@ -195,7 +195,7 @@ def test_build_applies_the_ops_in_order_each_with_a_key_of_its_name():
 
 @pytest.mark.parametrize("text", ["flip_lr|{}", "flip_alternating|{}", "invert|invert|flip_lr|flip_lr|{}|flip_lr"])
 def test_another_op_changes_none_of_the_draws_of_an_op(text):
-    """The images are one column wide, so that mirroring them shows nothing."""
+    """The images are one column wide, so that mirroring does not change them."""
     images = jnp.asarray(noise(64, 9, 1, 1))
     known = jnp.uint32(1), jnp.arange(64, dtype=jnp.int32), jnp.zeros(64, jnp.int32)
     alone, after = (jax.jit(ops.build(t.format("pad_crop(3)"), train=True))(KEY, images, *known) for t in ("{}", text))
@@ -219,7 +219,7 @@ def test_images_that_no_op_has_made_float_are_scaled(text, train):
 
 @pytest.mark.thorough
 def test_the_ops_give_the_same_bits_on_one_device_and_on_eight():
-    """Jitted, the batch split over the devices; and what is not jitted is the same up to rounding."""
+    """Jitted with the batch sharded over the devices; without jit, equal up to rounding."""
     images, apply = noise(32, 10, 10, 3), ops.build(ALL, train=True)
     results = []
     for devices in (jax.devices()[:1], jax.devices()):
@@ -239,7 +239,7 @@ def test_the_ops_give_the_same_bits_on_one_device_and_on_eight():
     "text", ["random_erasing(fill='pixel')|equalize", *thorough("trivialaugment", "color_jitter(hue=0.1)")]
 )
 def test_images_split_over_devices_stay_where_they_are(text):
-    """The compiled ops move nothing between the devices."""
+    """The compiled ops exchange nothing between the devices."""
     split = sharding.sharded(sharding.make_mesh())
     images = jax.ShapeDtypeStruct((16, 8, 8, 3), "uint8", sharding=split)
     compiled = jax.jit(ops.build(text, train=True), out_shardings=split).lower(KEY, images).compile().as_text()
@@ -259,7 +259,7 @@ def test_build_refuses_a_wrong_spec(text, message):
 
 
 def test_the_same_op_twice_draws_twice():
-    """Two flips with one key would be none."""
+    """Two flips with one key would cancel."""
     images = jnp.asarray(noise(64, 4, 4, 1))
     out = jax.jit(ops.build("flip_lr|flip_lr", train=True))(KEY, images)
     assert (np.asarray(out) != np.asarray(images) / np.float32(255)).any()

@@ -1,4 +1,4 @@
-"""Each change of brightness and colour against Pillow, on random images, real ones and extreme ones."""
+"""Changes of brightness and color against Pillow, on random, real and extreme images."""
 
 import colorsys
 
@@ -17,7 +17,7 @@ FACTORS = [0.0, 0.01, 0.1, 0.37, 0.5, 0.73, 0.99, 1.0, 1.01, 1.27, 1.5, 1.9, 1.9
 
 
 def photos(size):
-    """Parts of scikit-learn's two photographs, and one of them shrunk: uint8[5, size, size, 3]."""
+    """Parts of scikit-learn's two photographs, one of them reduced: uint8[5, size, size, 3]."""
     china, flower = load_sample_image("china.jpg"), load_sample_image("flower.jpg")
     small = np.asarray(Image.fromarray(flower).resize((size, size)))
     places = ((china, 0, 0), (china, 150, 300), (flower, 200, 250), (china, 203, 100))
@@ -111,7 +111,7 @@ def test_equalize_is_pillows(images):
 
 
 def test_autocontrast_is_the_exact_quotient(images):
-    """In whole numbers; Pillow's float64 may be a level lower where the quotient is whole, and nowhere else."""
+    """In integers; Pillow's float64 may be a level lower where the quotient is whole, and nowhere else."""
     x = images.astype(int)
     low, high = x.min((1, 2), keepdims=True), x.max((1, 2), keepdims=True)
     span = np.maximum(high - low, 1)

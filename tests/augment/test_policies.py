@@ -1,4 +1,4 @@
-"""Policies: every op, sign and magnitude against Pillow; what is drawn; which images they take."""
+"""Augmentation policies: every op, sign and magnitude against Pillow, the random draws, and the accepted images."""
 
 import colorsys
 import functools
@@ -72,7 +72,7 @@ AFFINE = jax.jit(geometry.affine)
 
 
 def everything(ranges, image, fill=0):
-    """[(op, signed magnitude, image)] of all ops, signs and magnitudes."""
+    """[(op, signed magnitude, image)] for all ops, signs and magnitudes."""
     table = policies.strengths(ranges, *image.shape[:2])
     place = tuple(v.ravel() for v in np.meshgrid(np.arange(14), [0, 1], np.arange(31), indexing="ij"))
     fill = np.broadcast_to(np.asarray(fill, np.uint8), image.shape[-1:])
@@ -90,7 +90,7 @@ def everything(ranges, image, fill=0):
 @pytest.mark.parametrize("space", [narrow, wide])
 @pytest.mark.parametrize("kind", [*list(IMAGES)[:1], *thorough(*list(IMAGES)[1:])])
 def test_every_op_is_pillows_at_every_magnitude(space, kind):
-    """To the bit, but for autocontrast, where Pillow may be a level lower."""
+    """Bit for bit, except autocontrast, where Pillow may be a level lower."""
     image = IMAGES[kind][3]
     h, w, c = image.shape
     ranges, top = space(h, w)
@@ -118,14 +118,14 @@ def test_rotation_and_its_fixed_point_are_pillows(degrees):
 
 
 def drawn(apply, n, images):
-    """How often each (op, sign, magnitude) was drawn, told by which images came out: those that differ alone."""
+    """How often each (op, sign, magnitude) was drawn, recognized by its output, among outputs that differ."""
     out = np.asarray(jax.jit(apply)(KEY, np.broadcast_to(images, (n, *images.shape))))
     return Counter(image.tobytes() for image in out)
 
 
 @pytest.mark.thorough
 def test_trivialaugment_draws_every_op_sign_and_magnitude_alike():
-    """Each outcome's share is the number of draws that lead to it."""
+    """The share of each outcome follows the number of draws that lead to it."""
     image = photos(16)[0]
     shares = Counter(out.tobytes() for _, _, out in everything(wide(16, 16)[0], image))
     n = 15_000
@@ -138,7 +138,7 @@ def test_trivialaugment_draws_every_op_sign_and_magnitude_alike():
 
 @pytest.mark.thorough
 def test_randaugment_applies_ops_of_its_magnitude_one_after_the_other():
-    """One op: the 24 outcomes of a magnitude, alike. Two: what one op makes of what one op made."""
+    """One op: the 24 outcomes of a magnitude are equally likely. Two ops: one op applied to the result of another."""
     image = photos(16)[1]
     _, top = narrow(16, 16)
     outcomes = {}
@@ -165,7 +165,7 @@ def test_randaugment_applies_ops_of_its_magnitude_one_after_the_other():
 
 @pytest.mark.thorough
 def test_magnitude_std_spreads_the_magnitude():
-    """Solarizing a ramp tells the magnitude: the normal draw, rounded and kept in 0 to 30."""
+    """A solarized ramp reveals the magnitude: the normal draw, rounded and clipped to 0 to 30."""
     image = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
     _, top = narrow(16, 16)
     solarized = {m: np.asarray(by_pillow(picture(image), "solarize", m, top)).tobytes() for m in range(31)}
@@ -183,7 +183,7 @@ KEPT = [(3, EACH[0]), (4, EACH[2])]  # numbers of channels, and policies, that t
 
 @functools.cache
 def bound(text):
-    """A policy, which is compiled once for each number of channels."""
+    """A policy, compiled once per number of channels."""
     return jax.jit(ops._bind(text)[0])
 
 
@@ -202,7 +202,7 @@ def test_shape_and_dtype_stay_and_alpha_is_only_moved(text, channels):
 
 @pytest.mark.thorough
 def test_grey_images_stay_grey():
-    """Of three equal channels each op makes three equal ones, those of the image with one."""
+    """Three equal channels stay equal, and match those of the image with one channel."""
     grey = np.random.default_rng(0).integers(0, 256, (32, 12, 10, 1), np.uint8)
     for text, key in itertools.product(EACH, jax.random.split(KEY, 2)):
         out = np.asarray(bound(text)(key, grey))
@@ -275,7 +275,7 @@ def test_wrong_arguments_are_refused(text, message):
 
 
 def test_tables_are_torchvisions_but_for_solarize():
-    """At 224 pixels, as torchvision 0.29's `_augmentation_space(31, …)` gives them for both policies."""
+    """At 224 pixels, as in torchvision 0.29's `_augmentation_space(31, …)` for both policies."""
     rand, trivial = policies.strengths(narrow(224, 224)[0], 224, 224), policies.strengths(wide(224, 224)[0], 224, 224)
     moved = [0, 3, 6, 10, 13, 16, 20, 23, 27, 30, 33, 37, 40, 43, 47, 50, 54, 57, 60, 64, 67, 71, 74, 77, 81, 84, 87,
              91, 94, 98, 101]  # fmt: skip
@@ -292,7 +292,7 @@ def test_tables_are_torchvisions_but_for_solarize():
 
 
 def test_magnitudes_grow():
-    """Each step takes every op further from the identity, and the greatest is what its documentation says."""
+    """Each step takes every op further from the identity, up to the documented maximum."""
     table = policies.strengths(wide(32, 32)[0], 32, 32)
     factor, level = np.asarray(table.factor), np.asarray(table.level)
     assert (np.diff(factor[:, 0], axis=-1) > 0).all()

@@ -42,7 +42,7 @@ def pairs(values, quick):
 
 @pytest.mark.parametrize(("kind", "magnitude"), pairs([0, 5, 10], [("oblong", 10), ("grey", 5)]))
 def test_every_op_of_big_vision(kind, magnitude):
-    """Both signs, each image with a cutout of its own."""
+    """Both signs, each image with its own cutout."""
     images = SETS[kind]
     n, (_, h, w, c) = 2 * len(big_vision.OPS), images.shape
     op, negative = (jnp.asarray(v) for v in np.divmod(np.arange(n), 2))
@@ -72,7 +72,7 @@ LARGER = [pytest.param(*size, marks=pytest.mark.slow) for size in ((97, 131), (1
 @pytest.mark.parametrize("most", [30, 135, *thorough(1, 37, 45, 90)])
 @pytest.mark.parametrize(("h", "w"), [(64, 64), *LARGER])
 def test_rotations_by_any_angle(most, h, w):
-    """A pixel off its place by more than the form allows for would come out wrong."""
+    """A pixel further off its place than the form allows would come out wrong."""
     degrees = np.linspace(-most, most, 31)
     matrix = jnp.asarray(np.stack([geometry.fixed_point(geometry.rotate(float(d), h, w)) for d in degrees]))
     images = np.random.default_rng(0).integers(0, 256, (len(degrees), h, w, 3), np.uint8)
@@ -110,7 +110,7 @@ def test_whole_policies(text, channels):
 
 
 def places_read(jaxpr):
-    """[(gather or scatter, how many computed places it reads or writes)] of a jaxpr and those inside of it."""
+    """[(gather or scatter, number of computed positions it reads or writes)] of a jaxpr and those inside it."""
     found = []
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name = equation.primitive.name
@@ -137,7 +137,7 @@ def places_read(jaxpr):
     ("flip_lr|cutout(8)|color_jitter(0.4, 0.4, 0.4, 0.2)|normalize", {"smooth": 1}),
 ])  # fmt: skip
 def test_no_pixel_is_gathered_or_scattered(text, small):
-    """A gather or scatter that is left is of one place an image or channel, or of the whole batch; it is named here."""
+    """The remaining gathers and scatters, named here, have one position per image, per channel or per batch."""
     images = jnp.zeros((16, 32, 32, 3), jnp.uint8)
     found = {}
     for name in ("", "tpu"):

@@ -1,4 +1,4 @@
-"""Views against doing it by hand; the weights; evaluation and prediction through the config key."""
+"""TTA views against the same computed by hand, their weights, and the config key in evaluation and prediction."""
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ AUGMENT = "flip_lr|normalize(mean=0.4, std=0.3)"
 
 @pytest.fixture(scope="module")
 def trained():
-    """A network whose logits tell every pixel, its parameters, and what it sees of IMAGES."""
+    """A network whose logits depend on every pixel, its parameters, and its inputs for IMAGES."""
     config = default_config()
     config.update({"model": "mlp(widths=(16,))", "augment": AUGMENT, "batch_size": 16})
     e = Programs(Recipe(config, DataInfo(64, (7, 9, 3), ("a", "b", "c"), "")))
@@ -39,7 +39,7 @@ def trained():
 
 
 def moved(images, dy, dx):
-    """The picture moved down by dy and right by dx, mirrored at the border."""
+    """The image moved down by dy and right by dx, mirrored at the border."""
     pad = max(abs(dy), abs(dx))
     padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
     h, w = images.shape[1:3]
@@ -63,7 +63,7 @@ def by_hand(text, x, logits):
 
 @pytest.mark.parametrize("text", ["flip|translate(1)", *thorough("", "flip", "translate(2)")])
 def test_logits_are_those_averaged_by_hand(trained, text):
-    """flip|translate(1) is what airbench94 does: half the untranslated, a quarter each of two translated, mirrored."""
+    """flip|translate(1) as in airbench94: half the original image, a quarter each of two translations, all mirrored too."""
     e, state, seen, logits = trained
     expected = by_hand(text, seen, logits)
     views = tta.build(text)
@@ -84,7 +84,7 @@ def test_logits_are_those_averaged_by_hand(trained, text):
 
 
 def test_the_config_key_reaches_evaluation_and_prediction(trained):
-    """On eight devices, the batch smaller by the number of views; an evaluation counts every example once."""
+    """On eight devices, with the batch reduced by the number of views; an evaluation counts every example once."""
     plain, state, seen, logits = trained
     config = plain.recipe.config.copy_and_resolve_references()
     config.tta = "flip|translate(1)"

@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism: what a program computes stays, and a device never holds all parameters."""
+"""FSDP: results do not change, and no device ever holds all parameters."""
 
 import functools
 import re
@@ -63,14 +63,14 @@ def test_the_gradients_are_the_same(mesh):
 
 
 def test_more_layers_take_no_more_memory_than_their_shards(mesh):
-    """Of a layer more, temporaries hold an eighth of its gradient, and its activations: never the layer."""
+    """One more layer adds an eighth of its gradient and its activations to the temporaries, never the whole layer."""
     few, more = (compiled(mesh, layers).memory_analysis().temp_size_in_bytes for layers in (LAYERS, 2 * LAYERS))
     shard, activations = 4 * WIDTH * WIDTH // 8, 4 * WIDTH * 16 // 8
     assert more - few < LAYERS * 1.2 * (shard + 2 * activations)
 
 
 def test_a_layer_is_gathered_again_for_its_gradient(mesh):
-    """But for the first layer, which hands no gradient on to images."""
+    """Except the first layer, which passes no gradient on to the images."""
     assert len(re.findall(r" all-gather\(", compiled(mesh, LAYERS).as_text())) == 2 * LAYERS - 1
 
 
@@ -89,7 +89,7 @@ def test_a_cast_to_fewer_bytes_comes_before_the_gather(mesh):
 
 
 def stacked(params, model_state, x):
-    """Layers in a loop, as `nn.scan` has them."""
+    """Layers in a loop, like those of `nn.scan`."""
     return jax.lax.scan(lambda x, layer: (jnp.tanh(x @ layer), None), x, params)[0]
 
 
@@ -113,7 +113,7 @@ QUICK = ("a product of parameters", "in a condition", "in a loop", "returned")
 
 @pytest.mark.parametrize("name", [*QUICK, *thorough(*(name for name in FUNCTIONS if name not in QUICK))])
 def test_any_use_of_a_parameter(mesh, name):
-    """Values and gradients, whatever a program does with its parameters."""
+    """Values and gradients, however a program uses its parameters."""
     function = FUNCTIONS[name]
     params = jax.random.normal(jax.random.key(0), (16, 16)) / 4
     args = params, {"scale": jnp.float32(2)}, jax.random.normal(jax.random.key(1), (8, 16))

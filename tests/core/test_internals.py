@@ -1,4 +1,4 @@
-"""The internals of other libraries that `core.internals` relies on are still there."""
+"""The internals of other libraries that `core.internals` relies on still exist."""
 
 import inspect
 

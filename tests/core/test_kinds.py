@@ -1,4 +1,4 @@
-"""An op's kind is what it declares: whatever its parameters are called, and for every family of ops."""
+"""The kind of an op is what it declares, whatever its parameters are called, in every family of ops."""
 
 import functools
 import re

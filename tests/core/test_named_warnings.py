@@ -1,4 +1,4 @@
-"""Warnings of the decoder become log lines that name the image, in every thread; all others stay warnings."""
+"""Warnings of the decoder become log lines that name the image, in every thread; other warnings stay warnings."""
 
 import concurrent.futures
 import logging
@@ -19,7 +19,7 @@ def _afresh(monkeypatch):
 
 
 def warn(text):
-    """As a plugin of Pillow does."""
+    """Warns like a Pillow plugin."""
     exec(compile(f"import warnings; warnings.warn({text!r})", "plugin", "exec"), {"__name__": "PIL.XImagePlugin"})
 
 

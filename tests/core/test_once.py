@@ -1,4 +1,4 @@
-"""A property that several threads ask for at the same time is computed once."""
+"""A property that several threads request at the same time is computed once."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ class Slow:
 
     @once
     def value(self):
-        """A new object, after a while."""
+        """Returns a new object, after a pause."""
         self.computed += 1
         time.sleep(0.1)
         if self.computed <= self.failures:

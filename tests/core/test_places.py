@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and a disk that is full is a sentence that names the file."""
+"""Files are written completely or not at all, and the error for a full disk names the file."""
 
 import contextlib
 import resource
@@ -18,7 +18,7 @@ NOISE = np.random.default_rng(0)
 
 @contextlib.contextmanager
 def full_disk(nbytes=4096):
-    """The system refuses to make any file longer: also what C++ libraries write."""
+    """Makes the system refuse to grow any file, including those that C++ libraries write."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
     try:

@@ -1,4 +1,4 @@
-"""Which processes a cluster has started, as its environment tells."""
+"""The processes that a cluster started, by the environment variables."""
 
 import pytest
 
@@ -44,7 +44,7 @@ def test_a_cluster_is_asked_if_there_is_one(monkeypatch, name, value, several):
     ("tasks", "alone"), [("1", True), ("1(x4)", True), ("2", False), ("2(x3)", False), ("", False)]
 )
 def test_the_only_process_of_a_host_takes_all_its_devices(monkeypatch, tasks, alone):
-    """JAX would give it one under Slurm and Open MPI."""
+    """Under Slurm and Open MPI, JAX would give it only one device."""
     if tasks:
         monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", tasks)
     assert processes.started_one_here() == alone

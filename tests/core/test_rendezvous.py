@@ -1,4 +1,4 @@
-"""Where processes meet: threads play their parts, over real sockets."""
+"""The rendezvous of processes, played by threads over real sockets."""
 
 import socket
 import threading
@@ -12,7 +12,7 @@ from imgclf_jax.core.errors import UserError
 
 @pytest.fixture
 def port(monkeypatch):
-    """A free port; what takes seconds takes tenths."""
+    """A free port, with timeouts of tenths of a second instead of seconds."""
     monkeypatch.setattr(rendezvous, "_PATIENT", 1.0)
     monkeypatch.setattr(rendezvous, "_BUSY", 0.3)
     monkeypatch.setattr(rendezvous, "_READ", 0.3)
@@ -23,7 +23,7 @@ def port(monkeypatch):
 
 
 def meet(port, *processes, hosts=("localhost",), patience=10.0):
-    """What each process is told, "" if it may go on; a process is its number and how many it was told there are."""
+    """Returns the outcome for each process, "" for success; a process is its index and the count that it was given."""
     told = {}
 
     def play(place, process, number):
@@ -86,7 +86,7 @@ def test_who_ends_while_others_wait_is_named(port):
 
 @pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
 def test_a_port_of_another_program(port, says):
-    """The coordinator says so, and others cannot be sure, but end too."""
+    """The coordinator reports it; the other processes cannot know it, but end too."""
     silent = []
     with socket.create_server(("", port)) as other:
 
@@ -112,7 +112,7 @@ def test_a_port_of_another_program(port, says):
 
 
 def test_a_health_check_is_no_process(port):
-    """It connects and says nothing, or something else."""
+    """It connects and sends nothing, or something else."""
 
     def probe():
         for says in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"process": "x"}\n'):

@@ -1,4 +1,4 @@
-"""How the devices of a mesh follow their network. Devices are described as JAX describes those of TPU pods."""
+"""The order of devices in a mesh follows their network. Devices are described as JAX describes those of TPU pods."""
 
 import itertools
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ class Chip:
 
 
 def pod(x, y, slice_index=0):
-    """A slice of x times y chips. Each axis has links from chip to chip, and from the last one to the first."""
+    """A slice of x by y chips, with links from chip to chip and from the last one to the first along each axis."""
     places = itertools.product(range(y), range(x))
     return [Chip(1000 * slice_index + i, (a, b, 0), slice_index=slice_index) for i, (b, a) in enumerate(places)]
 
 
 def links(chips, x, y):
-    """The number of links between each chip and the next one, and from the last to the first."""
+    """The number of links between consecutive chips, and between the last and the first."""
     around = zip(chips, [*chips[1:], chips[0]], strict=True)
     return {sum(min((p - q) % n, (q - p) % n) for p, q, n in zip(a.coords, b.coords, (x, y, 1), strict=True))
             for a, b in around}  # fmt: skip
@@ -37,7 +37,7 @@ def links(chips, x, y):
 
 @pytest.mark.parametrize(("x", "y"), [(4, 2), (4, 4)])
 def test_one_axis_is_a_ring(x, y):
-    """Each chip has a link to the next: in the order of their numbers it would be up to three links away."""
+    """Consecutive chips have a link; ordered by number they would be up to three links apart."""
     chips = list(sharding._arranged(pod(x, y), [x * y]))
     assert sorted(chip.id for chip in chips) == list(range(x * y))
     assert links(chips, x, y) == {1}
@@ -65,7 +65,7 @@ def test_some_chips_of_a_pod_keep_their_order():
 
 
 def test_the_mesh_is_that_of_jax():
-    """For the devices here; with axes whose shardings the compiler chooses."""
+    """For the devices of this machine, with axes whose shardings the compiler chooses."""
     for text, shape in (("data=-1", (8,)), ("data=2, fsdp=4", (2, 4)), ("seeds=4,data=-1", (4, 2))):
         mesh = sharding.make_mesh(text=text)
         expected = jax.make_mesh(shape, mesh.axis_names, axis_types=(AxisType.Auto,) * len(shape))

@@ -1,4 +1,4 @@
-"""What repeated signals mean; tests/test_signals.py sends real ones to whole runs."""
+"""The meaning of repeated signals; tests/test_signals.py sends real signals to whole runs."""
 
 import concurrent.futures
 import os
@@ -12,7 +12,7 @@ from imgclf_jax.core import signals
 
 @pytest.fixture(autouse=True)
 def _obeyed():
-    """As in a process that was started to ignore no signal; some shells let what is in the background ignore SIGINT."""
+    """Resets ignored signals, since some shells start background processes with SIGINT ignored."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in signals.SIGNALS}
     yield
     for number, handler in before.items():
@@ -21,7 +21,7 @@ def _obeyed():
 
 @pytest.fixture
 def ended(monkeypatch) -> list[tuple[int, str]]:
-    """(number, line) for each end of the process that was asked for, and a clock that stands still."""
+    """The ends of the process as (number, line), with a clock that stands still."""
     calls: list[tuple[int, str]] = []
 
     def end(number, line):
@@ -33,7 +33,7 @@ def ended(monkeypatch) -> list[tuple[int, str]]:
 
 
 def test_signals_close_together_are_one_request(ended, monkeypatch, caplog):
-    """`uv run` passes Ctrl-C on to a process that has had it from the terminal. A third request is obeyed."""
+    """`uv run` repeats a Ctrl-C that the process also received from the terminal. A third request is obeyed."""
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     requests = signals._Requests(lambda: "the steps since the checkpoint of step 40")
@@ -62,7 +62,7 @@ def test_without_anything_to_save_it_ends(ended):
 
 
 def test_the_second_signal_may_come_when_all_is_saved(ended):
-    """It asks for what has been done, and the status stays that of a run that saved a checkpoint."""
+    """It changes nothing: the exit status stays that of a run that saved a checkpoint."""
     with signals.noted(str):
         signals._now.receive(signal.SIGINT)
     signals._now.receive(signal.SIGINT)
@@ -96,7 +96,7 @@ def test_a_signal_that_was_ignored_stays_ignored():
 
 
 def test_an_event_loop_may_take_the_wakeup_away(ended):
-    """The handler in Python passes the signal on then."""
+    """Python's own handler then passes the signal on."""
     with signals.noted(str) as stop:
         signal.set_wakeup_fd(-1)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -234,7 +234,7 @@ def test_whether_a_spec_names_code(text, names):
 
 
 def test_what_the_caller_passes_by_name_is_optional():
-    """It is set by name in the spec or not at all; positional arguments are the function's other ones."""
+    """The spec may set it by name only; positional arguments fill the function's other parameters."""
 
     def block(features, strides, ratio=4, *, dtype=None):
         return features, strides, ratio, dtype

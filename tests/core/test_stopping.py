@@ -1,4 +1,4 @@
-"""Where processes stop: threads play their parts, over a store that answers as JAX's coordination service does."""
+"""Where processes stop, played by threads over a store that behaves like JAX's coordination service."""
 
 import re
 import threading
@@ -19,7 +19,7 @@ HERE = threading.local()
 
 
 class Store:
-    """The keys and values of a run; each waits for what another sets."""
+    """The key-value store of a run, in which one process waits for the keys of another."""
 
     def __init__(self):
         self.values, self.changed = {}, threading.Condition()
@@ -44,7 +44,7 @@ class Store:
 
 @pytest.fixture
 def three(monkeypatch):
-    """Three processes, each in a thread; gives a function that runs one function in all and gives what they return."""
+    """Three processes as threads; yields a function that runs a function in all of them and returns their results."""
     store, numbers = Store(), {number: iter(range(100)) for number in range(3)}
     monkeypatch.setattr(processes, "_count", 3)
     monkeypatch.setattr(processes, "_client", lambda: store)
@@ -98,7 +98,7 @@ def test_who_is_missing_is_named(three):
 
 
 def test_data_are_prepared_once_a_host(three):
-    """By process 0 first, by the first one of the other host next, and then looked at by the others."""
+    """First by process 0, then by the first process of the other host; the rest only look at them."""
     began, lock = [], threading.Lock()
 
     def prepare():
@@ -115,7 +115,7 @@ def test_data_are_prepared_once_a_host(three):
 @pytest.mark.parametrize("late", [0, 1, 2])
 @pytest.mark.parametrize("signalled", [[0], [2], [1, 2]])
 def test_all_stop_after_the_same_number_of_points(three, signalled, late):
-    """However far each is when the signal comes, and whoever gets it."""
+    """However far each has come when the signal arrives, and whichever receives it."""
     stops = {}
     created = threading.Barrier(3)
 
@@ -140,7 +140,7 @@ def test_all_stop_after_the_same_number_of_points(three, signalled, late):
 
 
 def test_one_that_waits_stops_only_if_no_other_is_farther(three):
-    """A process that still compiles when the others have begun must take part in what they have begun."""
+    """A process that still compiles must join whatever the others have begun."""
     stops = {}
     created = threading.Barrier(3)
 
@@ -160,7 +160,7 @@ def test_one_that_waits_stops_only_if_no_other_is_farther(three):
 
 @pytest.mark.parametrize("signalled", [None, 1, 2])
 def test_none_begins_before_all_are_ready(three, signalled):
-    """Where one gets a signal before, all stop, those that wait for it too."""
+    """If one receives a signal before that, all stop, including those that wait."""
     begun, ready = [], []
     created = threading.Barrier(3)
 
@@ -188,13 +188,13 @@ def test_none_begins_before_all_are_ready(three, signalled):
 
 
 def hear(number, stop, signalled):
-    """In the thread that listens for what the others tell."""
+    """Delivers the signal in the thread that listens to the other processes."""
     HERE.number = number
     stop.hear("SIGTERM", signalled)
 
 
 def test_what_differs_is_named_with_its_process(three):
-    """Alike in all; of a long list the first."""
+    """The same error in all processes; only the first names of a long list."""
     facts = [{"seed": 1, "model": "cnn", "total": "2 epochs"}] * 2 + [{"seed": 2, "model": "cnn", "new": None}]
     told = three(lambda number: processes.agree("comparing", lambda: facts[number]))
     assert {str(error) for error in told.values()} == {
@@ -206,7 +206,7 @@ def test_what_differs_is_named_with_its_process(three):
 
 
 def test_data_that_differ_are_named(three):
-    """As where a folder of the same path has other files on another host."""
+    """For example, a folder with the same path has other files on another host."""
 
     def open_data(number):
         config = default_config()
@@ -221,7 +221,7 @@ def test_data_that_differ_are_named(three):
 
 
 def test_work_directories_that_differ_are_told(three, tmp_path, monkeypatch):
-    """By what process 0 writes, since one path may be two disks."""
+    """They compare the file that process 0 writes, since one path may be on two disks."""
     monkeypatch.setattr(workdir, "_SEEN", 0.2)
     place = Workdir(tmp_path / "a")
     with place.held():
@@ -232,7 +232,7 @@ def test_work_directories_that_differ_are_told(three, tmp_path, monkeypatch):
 
 
 def test_who_does_something_else_is_named(three):
-    """As where one process has found another list of images, and is done before the others."""
+    """For example, one process found another list of images and finishes before the others."""
     told = three(lambda number: processes.gather("images" if number else "end", number, 1.0))
     assert "process 1 (host b) is at another point (images) than process 0 (host a) (end)" in str(told[0])
     assert "process 0 (host a) is at another point (end) than process 2 (host b) (images)" in str(told[2])

@@ -1,4 +1,4 @@
-"""Names that hold more than letters."""
+"""Names that contain more than letters."""
 
 import math
 import os
@@ -43,7 +43,7 @@ def test_what_is_shown_is_printable_and_encodes(name):
 
 
 def shell(command, **environment):
-    """(status, standard output, standard error) of a command line."""
+    """Returns (status, standard output, standard error) of a command line."""
     environment = {**os.environ, "PYTHON": sys.executable, **environment}
     done = subprocess.run(command, shell=True, capture_output=True, env=environment, cwd=ROOT)
     return done.returncode, done.stdout, done.stderr

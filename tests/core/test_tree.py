@@ -1,4 +1,4 @@
-"""Digests of parameter trees, and the keys and generators that every random draw comes from."""
+"""Digests of parameter trees, and the keys and generators behind every random draw."""
 
 import hashlib
 import zlib
@@ -18,7 +18,7 @@ PARAMS = {
 
 
 def digest(*leaves):
-    """SHA-256 from the documented format, on text and bytes written by hand: path, dtype, shape, bytes."""
+    """SHA-256 of the documented format, with the text and bytes written by hand: path, dtype, shape, bytes."""
     whole = hashlib.sha256()
     for path, dtype, shape, data in leaves:
         whole.update(path.encode() + b"\0" + dtype.encode() + b"\0" + shape.encode() + b"\0" + data)
@@ -78,7 +78,7 @@ def test_a_key_is_the_documented_fold_and_the_same_under_jit(seed):
 
 
 def test_generator_is_philox_with_the_documented_key():
-    """NumPy's own Philox, keyed by seed and name in one word and the position in the other."""
+    """NumPy's Philox, with seed and name in one word of the key and the position in the other."""
     for seed, position in ((0, 0), (5, 2**40), (2**31, 3), (2**32 - 1, 2**62 + 1)):
         key = np.array([seed * 2**32 + zlib.crc32(b"preprocess"), position], np.uint64)
         expected = np.random.Generator(np.random.Philox(key=key)).integers(2**63, size=8)

@@ -1,4 +1,4 @@
-"""Arrays in .npz files: read as they are; what a file claims is believed only as far as it can hold it."""
+"""Arrays in .npz files; sizes that a file claims are trusted only up to its length."""
 
 import io
 import os
@@ -112,7 +112,7 @@ def test_all_splits_have_images_of_one_shape(tmp_path):
 
 
 def test_labels_name_no_more_classes_than_there_can_be(tmp_path):
-    """A label that a mistake made large takes no memory for the names of classes that nobody has."""
+    """A huge label, made by mistake, allocates no names for classes without examples."""
     for wrong in (2_000_000_000, 2**62, 1_000_000, 1000):
         with pytest.raises(UserError, match=f"the greatest of 6 labels is {wrong}; number the classes 0, 1, 2"):
             sources.open_splits(npz(tmp_path, x_train=X, y_train=np.where(Y == 2, wrong, Y)))
@@ -172,7 +172,7 @@ def test_a_header_that_claims_what_the_file_does_not_hold(tmp_path, start):
 
 
 def test_what_unpacks_to_more_than_the_file_may_hold_is_refused(tmp_path, monkeypatch):
-    """A bomb: 2 GB of zeros in 2 MB. Here its limit is lower, and the bomb smaller."""
+    """A zip bomb: 2 GB of zeros in 2 MB. The test uses a lower limit and a smaller bomb."""
     monkeypatch.setattr("imgclf_jax.data.arrays._UNPACKED", 1 << 20)
     zeros = np.zeros((2000, 32, 32), np.uint8)
     np.savez_compressed(tmp_path / "data.npz", x_train=zeros, y_train=np.zeros(2000, int))
@@ -216,7 +216,7 @@ def test_a_zip_that_lies_of_its_sizes_is_refused(tmp_path):
 
 
 def test_what_is_no_regular_file_is_not_opened(tmp_path):
-    """Opening a named pipe waits for a writer, for ever."""
+    """Opening a named pipe would wait forever for a writer."""
     os.mkfifo(tmp_path / "data.npz")
     for path in (tmp_path / "data.npz", "/dev/zero"):
         with pytest.raises(UserError, match="it is not a regular file"):

@@ -1,4 +1,4 @@
-"""Batches of a stream: read anywhere and by any host, they are the same."""
+"""The batches of a stream are the same wherever it starts and whichever host reads them."""
 
 import itertools
 import time
@@ -26,7 +26,7 @@ def test_streaming_from_step_ten_million_reads_those_examples_alone():
 
 
 class Recorder:
-    """A source that notes which ids it was asked for, and dawdles so that threads overtake each other."""
+    """A source that records the requested ids, and delays so that threads overtake each other."""
 
     def __init__(self, source, dawdle=()):
         self.source, self.dawdle, self.ids, self.calls = source, list(dawdle), [], 0
@@ -59,7 +59,7 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("ops", ["decode(1)", RANDOM_OPS])
 def test_a_batch_is_the_same_however_it_is_reached(ops, monkeypatch):
-    """From step 0 or directly, with any prefetch and any number of threads, with and without TensorFlow."""
+    """From step 0 or directly, with any prefetch and number of threads, with and without TensorFlow."""
     whole = list(stream.train_batches(stream.Images(fake(), ops, seed=3), 3, 12, 0, 8))
     assert [b["image"].shape for b in whole] == [(12, 9, 8, 1) if ops == "decode(1)" else (12, 6, 5, 1)] * 8
     for start, threads, prefetch, dawdle in ((5, 1, 1, ()), (3, 7, 9, (0.02, 0, 0.005)), (7, 3, 2, (0, 0.01))):
@@ -84,7 +84,7 @@ def without_tensorflow(monkeypatch):
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_batches_are_read_ahead_with_and_without_tensorflow(installed, monkeypatch):
-    """While the consumer dawdles, and no more than `prefetch` and those in the two threads; a failure is raised."""
+    """At most `prefetch` batches and those in the two threads, while the consumer is slow; a failure is raised."""
     if not installed:
         without_tensorflow(monkeypatch)
     read_ahead.tensorflow_import.tensorflow().result()
@@ -111,7 +111,7 @@ def test_batches_are_read_ahead_with_and_without_tensorflow(installed, monkeypat
 
 @pytest.mark.parametrize("processes", [2, 3, 12])
 def test_the_rows_of_all_processes_make_the_global_batch(processes):
-    """Whichever rows each of them has: every second one, for two."""
+    """However the rows are divided: here, every second one for each of two processes."""
     images = stream.Images(fake(), RANDOM_OPS, 4)
     whole = list(stream.train_batches(images, 4, 12, 2, 5))
     for process in range(processes):
@@ -170,6 +170,6 @@ def to_float(image):
 
 
 def test_a_users_host_op_that_does_not_give_uint8_is_refused():
-    """Kept as uint8, values in [0, 1] would all become 0."""
+    """Values in [0, 1] would all become 0 as uint8."""
     with pytest.raises(UserError, match=r"returns float32\[9, 8, 1\]; host ops must return uint8"):
         stream.Images(fake(), f"decode(1)|{__name__}:to_float")

@@ -1,4 +1,4 @@
-"""How many examples each class has: counted from labels alone where a source has them, and recorded with the run."""
+"""The number of examples per class: counted from labels if the source has them, and recorded with the run."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from imgclf_jax.trained import restore
 
 
 class Encoded:
-    """A source without `labels`, as TFDS's is: a pass over it reads every example once."""
+    """A source without `labels`, like TFDS's, so a pass reads every example once."""
 
     class_names = ("a", "b", "c")
 
@@ -36,7 +36,7 @@ class Encoded:
 
 
 class Unread(sources.ArraySource):
-    """Images in memory that nothing may touch."""
+    """Images in memory that must not be read."""
 
     def read(self, ids):
         raise AssertionError("labels are at hand")
@@ -72,7 +72,7 @@ FLAGS = ["--config.preprocess=decode(1)", "--config.augment=", "--config.model=m
 
 @pytest.mark.thorough
 def test_a_run_records_the_counts_and_is_evaluated_without_its_training_data(tmp_path):
-    """The balanced loss of the test split, of a run whose training split is gone."""
+    """The balanced loss on the test split, for a run whose training split is gone."""
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1, 2], [40, 8, 16])
     data = {"x_train": rng.integers(0, 256, (64, 6, 6), np.uint8), "y_train": labels,

@@ -50,7 +50,7 @@ def luma(rgb):
 
 
 def worst(a, b):
-    """The greatest difference, of arrays of the same shape."""
+    """The largest absolute difference between arrays of equal shape."""
     assert a.shape == b.shape
     return np.abs(a.astype(np.float64) - b).max()
 
@@ -75,7 +75,7 @@ PNGS = {  # name → (file, the RGBA pixels that it means)
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("name", PNGS)
 def test_decode_png(name, channels):
-    """Every kind of PNG in 1, 3 and 4 channels; grey is the luma of ITU-R 601, rounded."""
+    """Every kind of PNG in 1, 3 and 4 channels; grey is ITU-R 601 luma, rounded."""
     file, rgba = PNGS[name]
     out = decode(file, channels)
     assert (out.dtype, out.shape) == (np.uint8, (5, 7, channels))
@@ -100,7 +100,7 @@ def test_decode_takes_the_first_frame_of_an_animation():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_decode_jpeg(channels):
-    """Near the original, and within one level of what TensorFlow's decoder gives."""
+    """Near the original, and within one level of TensorFlow's decoder."""
     ramp = np.stack(np.meshgrid(np.arange(0, 240, 6), np.arange(0, 160, 5)), -1)
     pixels = np.dstack([ramp, 255 - ramp.sum(-1) // 2])[..., :channels].astype(np.uint8)
     file = encode(pixels, "JPEG", quality=95)
@@ -110,7 +110,7 @@ def test_decode_jpeg(channels):
 
 
 def test_decode_cmyk_and_lab():
-    """CMYK is ink to light, (1 - ink) (1 - black); LAB without colour is grey."""
+    """CMYK is converted by (1 - ink) (1 - black); LAB without color is grey."""
     cmyk = np.repeat(np.uint8([[10, 200, 90, 40], [0, 60, 250, 0]]), 256, 0).reshape(32, 16, 4)
     out = decode(encode(Image.frombytes("CMYK", (16, 32), cmyk.tobytes()), "JPEG", quality=100), 3)
     expected = (255 - cmyk[..., :3].astype(float)) * (255 - cmyk[..., 3:].astype(float)) / 255
@@ -161,7 +161,7 @@ def test_decode_refuses_what_is_no_image():
 
 
 def test_decode_of_arrays():
-    """An array with the wanted channels is passed through; another is converted; no array but uint8[h, w, c]."""
+    """An array with the wanted channels is returned unchanged, others are converted; only uint8[h, w, c] is allowed."""
     for image, channels in ((G, 1), (RGBA[..., :3], 3), (RGBA, 4)):
         assert decode(image, channels) is image
     np.testing.assert_array_equal(decode(G, 3), np.repeat(G, 3, 2))
@@ -179,7 +179,7 @@ DRAFTS = {100: (125, 100), 101: (250, 200), 200: (250, 200), 201: (500, 400), 40
 
 @pytest.mark.parametrize(("draft", "expected"), DRAFTS.items())
 def test_draft_is_the_smallest_part_of_a_jpeg_that_is_large_enough(draft, expected):
-    """An image without fine detail is about the same as when it is decoded whole and resized."""
+    """For an image without fine detail the result is close to decoding at full size and resizing."""
     ramp = np.linspace(0, 255, 800)[None, :, None] * np.linspace(0, 1, 1000)[:, None, None] * np.ones(3)
     data = encode(ramp.astype(np.uint8), "JPEG", quality=95)
     image = decode(data, draft=draft)

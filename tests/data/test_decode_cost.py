@@ -1,4 +1,4 @@
-"""Small files that would take minutes to decode are refused before that, and usual ones are not."""
+"""Small files that would take minutes to decode are refused up front, and usual files are not."""
 
 import concurrent.futures
 import io
@@ -17,7 +17,7 @@ from imgclf_jax.data import decode, decode_cost
 
 
 def jpeg(scans, size):
-    """A progressive JPEG image of so many scans; those that are added hold nothing, and go through all pixels."""
+    """A progressive JPEG with this many scans; the added ones are empty, but pass over all pixels."""
     content = io.BytesIO()
     Image.new("L", (size, size)).save(content, "JPEG", progressive=True)
     data = content.getvalue()
@@ -51,7 +51,7 @@ def test_a_file_that_takes_minutes(data, words):
 
 
 def test_usual_files_are_decoded():
-    """Random bytes hold the marker of a scan now and then; photographs have 10 scans, and PNG images a profile."""
+    """Random bytes may contain the marker of a scan; photographs have 10 scans, and PNG images a color profile."""
     image = noise(2000, 2000, 3)
     for data in (encode(image, "PNG", compress_level=1), encode(image, "BMP"), encode(image, "PPM")):
         assert data.count(b"\xff\xda") > 20
@@ -64,7 +64,7 @@ def test_usual_files_are_decoded():
 
 
 def test_a_limit_is_of_one_thread_and_ends():
-    """By the pixels times the scans, and by the bytes before anything is read of them."""
+    """By pixels times scans, and by file size before anything is read."""
     small, large, many, long = (encode(noise(s, s, 3), "PNG") for s in (10, 11, 8, 30))
     many = jpeg(20, 8)
     with decode_cost.at_most(100, 2000):
@@ -82,7 +82,7 @@ def test_a_limit_is_of_one_thread_and_ends():
 
 @pytest.mark.parametrize(("form", "most"), [("PNG", 2), ("WEBP", 1), ("JPEG", 2)])
 def test_large_images_are_decoded_one_after_the_other(monkeypatch, form, most):
-    """By any threads: so their memory does not add up. Small images do not wait for them."""
+    """In any threads, so their memory does not add up; small images do not wait for them."""
     monkeypatch.setattr(decode_cost, "_LARGE", 100)
     monkeypatch.setattr(decode_cost, "_MAX_DECODING", 2 * 900)
     loaded, lock, together = decode.ImageOps.exif_transpose, threading.Lock(), []

@@ -1,4 +1,4 @@
-"""Which formats are decoded, and how large an image may be: no other program is run, no machine filled."""
+"""The formats that are decoded and the largest sizes: no other program runs, and memory is bounded."""
 
 import io
 import logging
@@ -22,7 +22,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\
 
 
 def test_no_other_program_is_run(monkeypatch):
-    """Pillow would give an EPS file, whatever its name is, to Ghostscript."""
+    """Pillow would pass an EPS file, whatever its name, to Ghostscript."""
 
     def run(*arguments, **options):
         raise AssertionError("a program was called")
@@ -60,7 +60,7 @@ def test_another_format_is_named_in_the_config():
 
 
 def bomb(h, w):
-    """A PNG of zeros that says it has h by w pixels, of 1 bit each."""
+    """A PNG of zeros that claims h by w pixels of 1 bit."""
     out = b"\x89PNG\r\n\x1a\n"
     for name, body in [
         (b"IHDR", struct.pack(">IIBBBBB", w, h, 1, 0, 0, 0, 0)),
@@ -74,7 +74,7 @@ def bomb(h, w):
 @pytest.mark.parametrize("filters", ["error", "ignore", "default"])
 @pytest.mark.parametrize("size", [(8193, 8192), (1, 2**26 + 1), (9500, 9500), (2**14, 2**14), (2**31 - 1, 2**31 - 1)])
 def test_an_image_of_too_many_pixels(size, filters):
-    """Below Pillow's own limits, between them and above, whatever is done with its warnings: one sentence."""
+    """Below, between and above Pillow's own limits, however its warnings are filtered: one sentence."""
     with warnings.catch_warnings(record=True):
         warnings.simplefilter(filters)
         with pytest.raises(UserError, match=r"^the image has more than 67,108,864 pixels; make it smaller$"):
@@ -82,13 +82,13 @@ def test_an_image_of_too_many_pixels(size, filters):
 
 
 def webp(w, h):
-    """The header of a lossless WebP image of this size, and next to nothing else."""
+    """The header of a lossless WebP image of this size, and almost nothing else."""
     content = b"\x2f" + struct.pack("<I", w - 1 | h - 1 << 14) + bytes(9)
     return b"RIFF" + struct.pack("<I", 12 + len(content)) + b"WEBPVP8L" + struct.pack("<I", len(content)) + content
 
 
 def test_a_webp_image_takes_twice_the_memory(monkeypatch):
-    """Pillow and libwebp hold five copies of all pixels with four channels: of 2**26 they would take 1.3 GB."""
+    """Pillow and libwebp hold five copies of all pixels with four channels: 1.3 GB for 2**26 pixels."""
     with pytest.raises(UserError, match=r"^the WEBP image has more than 33,554,432 pixels; make it smaller, or save"):
         decode.decode(webp(4097, 8192))
     with pytest.raises(UserError, match="does not decode"):  # its pixels are not there
@@ -97,14 +97,14 @@ def test_a_webp_image_takes_twice_the_memory(monkeypatch):
 
 @pytest.mark.parametrize("size", [(60_000_000, 1), (1, 60_000_000)])
 def test_an_image_of_too_long_a_side(size):
-    """Pillow would hold a pointer for each row, and tabulate weights for each pixel of a side."""
+    """Pillow would allocate a pointer per row, and weights for each pixel of a side."""
     words = f"the image has {size[0]:,} by {size[1]:,} pixels, but a side may have 1,048,576; crop it"
     with pytest.raises(UserError, match=f"^{words}$"):
         decode.decode(bomb(*size))
 
 
 def test_a_tiff_image_whose_tiles_fill_the_memory():
-    """libtiff would take 2 GB for a tile of 65,536 by 30,000 pixels of an image of 16 by 16."""
+    """libtiff would allocate 2 GB for a tile of 65,536 by 30,000 pixels of a 16 by 16 image."""
     tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 284: 1, 322: 65_536, 323: 30_000, 324: 100, 325: 50}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     content = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(400)
@@ -122,7 +122,7 @@ def test_a_tiff_image_whose_tiles_fill_the_memory():
     ((8, 8), "random_resized_crop(100_000)", "to 100,000 by 100,000 pixels needs 80 GB"),
 ])  # fmt: skip
 def test_an_op_that_would_take_too_much_memory(size, ops, words):
-    """A file of 2 kB can fill any machine: it is refused before memory is taken."""
+    """A file of 2 kB could fill any machine, so it is refused before memory is allocated."""
     apply, _ = decode.build(f"decode(1)|{ops}")
     name = "resize_small" if "small" in ops else "resize"
     with pytest.raises(
@@ -132,7 +132,7 @@ def test_an_op_that_would_take_too_much_memory(size, ops, words):
 
 
 def test_sizes_are_refused_by_the_header_alone():
-    """As the ops themselves refuse them; what a user's own op makes of a size is not known."""
+    """As by the ops themselves; the output size of a user's own op is unknown."""
     check = decode.size_check("decode(3)|random_resized_crop(64)|resize_small(72)|central_crop(64)")
     check(1, 1_000_000)
     check = decode.size_check("decode(3)|resize_small(72)|central_crop(64)|resize_small(9999999)")
@@ -145,7 +145,7 @@ def test_sizes_are_refused_by_the_header_alone():
 
 
 def test_the_mean_over_areas_takes_memory_for_a_part_at_a_time():
-    """A photograph of 17 million pixels, which as float64 is 400 MB, and more than once."""
+    """As float64, a photograph of 17 million pixels would take 400 MB, more than once."""
     image = np.zeros((4096, 4096, 3), np.uint8)
     image[:, 2048:] = 200
     out = decode.resize(image, 16, method="area")
@@ -159,7 +159,7 @@ def test_want_of_memory_is_a_sentence():
 
 
 def greedy(image):
-    """A host op that fills any machine."""
+    """A host op that exhausts any memory."""
     raise MemoryError
 
 
@@ -179,7 +179,7 @@ def test_a_file_longer_than_any_image(tmp_path):
 
 
 def test_a_warning_names_the_image(caplog):
-    """Of an image with a broken description that decodes all the same."""
+    """For an image that decodes despite broken metadata."""
     broken = b"MM\0*\0\0\0\x08\0\x05" + struct.pack(">HHIHH", 0x112, 3, 1, 1, 0)
     good, warned = png(noise(4, 4, 1), 8, 0), png(noise(4, 4, 1), 8, 0, [(b"eXIf", broken)])
 

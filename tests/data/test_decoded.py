@@ -1,4 +1,4 @@
-"""What is kept between runs: decoded sets, and what TFDS said of a data set that it prepared."""
+"""Caches between runs: decoded sets, and TFDS's facts about a data set that it prepared."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from imgclf_jax.run import cache
 
 @dataclass
 class Encoded:
-    """Encoded noise, and which ids were asked for."""
+    """Encoded noise; records the requested ids."""
 
     n: int = 12
     immutable: bool = True
@@ -49,7 +49,7 @@ def read_all(source, ops=OPS):
 
 
 def test_an_immutable_source_is_decoded_once():
-    """The second run reads nothing, and sees the same images, in epochs and in evaluation."""
+    """The second run decodes nothing and sees the same images, in training and in evaluation."""
     first = read_all(Encoded())
     again = Encoded()
     np.testing.assert_array_equal(read_all(again)["image"], first["image"])
@@ -131,7 +131,7 @@ def test_a_split_is_immutable_if_all_its_parts_are():
 
 @pytest.fixture
 def tfds(monkeypatch, tmp_path):
-    """TFDS's part, counted: a builder that has prepared its data in a directory."""
+    """A stand-in for TFDS that counts calls: a builder whose data are prepared in a directory."""
     directory = tmp_path / "prepared"
     directory.mkdir()
     (directory / "dataset_info.json").write_text('{"version": "1.0.0"}')
@@ -150,7 +150,7 @@ def tfds(monkeypatch, tmp_path):
 
 
 def test_what_tfds_said_is_remembered(tfds):
-    """The second run learns names and sizes without TFDS, and opens the examples when it reads some."""
+    """The second run takes names and sizes from the cache without TFDS, and opens the examples at the first read."""
     _, calls = tfds
     first = sources.open_splits("tfds('pictures')", "here")["train"]
     assert len(calls) == 1

@@ -1,4 +1,4 @@
-"""The host ops of evaluation draw nothing at random: they are replaced where `preprocess` does, or refused."""
+"""The host ops of evaluation are deterministic: random ones in `preprocess` are replaced or refused."""
 
 import json
 
@@ -15,12 +15,12 @@ SOURCE = "fake(64, (12, 12, 1), 4)"
 
 @kinds.random
 def noisy(rng, image):
-    """A user's host op that draws."""
+    """A user's random host op."""
     return image + rng.integers(0, 2, image.shape, np.uint8)
 
 
 def darker(image, by=2):
-    """A user's host op that does not."""
+    """A user's deterministic host op."""
     return image // np.uint8(by)
 
 
@@ -34,7 +34,7 @@ def darker(image, by=2):
     ("decode(3)|resize( 8,6 )", "decode(3)|resize( 8,6 )"),  # as it is written
 ])  # fmt: skip
 def test_an_empty_key_follows_preprocess(preprocess, expected):
-    """With the same shape, for an image of any shape, and nothing drawn."""
+    """With the same shape, for images of any shape, and without random draws."""
     assert decode.evaluation_spec("", preprocess) == expected
     assert decode.evaluation_spec(expected, preprocess) == expected
     ops, random = decode.build(expected)
@@ -62,7 +62,7 @@ def test_what_cannot_be_replaced_is_refused(evaluation, preprocess, words):
 
 @pytest.mark.thorough
 def test_evaluation_is_the_same_as_with_the_ops_written_out(tmp_path, capsys):
-    """Whatever the seed of the run, and it is said."""
+    """Whatever the seed of the run; the log says it."""
     argv = [f"--config.data.source={SOURCE}", "--config.preprocess=decode(1)|random_resized_crop(10)",
             "--config.model=mlp(widths=(8,))", "--config.total=6 steps", "--config.batch_size=16"]  # fmt: skip
     assert launch.main([*argv, f"--workdir={tmp_path}"]) == 0

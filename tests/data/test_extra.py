@@ -1,4 +1,4 @@
-"""Further streams of a run: what `data.extra` says, and the batches that come with those of the training split."""
+"""Extra streams: the specs in `data.extra`, and their batches next to those of the training split."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def test_what_a_spec_says(config):
 
 @pytest.mark.parametrize(("place", "devices"), [("host", "cpu"), ("device", "cpu"), ("device", "tpu")])
 def test_a_batch_holds_those_of_the_further_streams(config, monkeypatch, place, devices):
-    """Of both seeds, side by side; keyed by the seed, the name and the step; as the program's shapes say."""
+    """For both seeds, interleaved; keyed by seed, name and step; with the shapes that the programs expect."""
     monkeypatch.setattr(platform, "platform_of", lambda mesh: devices)
     images, spec, mesh = opened(config), spec_of(config), sharding.make_mesh()
     shapes = {"unlabeled": (4, 7, 3), "held": (12, 12, 1)}
@@ -94,7 +94,7 @@ def test_any_process_reads_its_rows_of_every_stream(config):
 
 
 def test_streams_do_not_touch_each_other(config):
-    """Another stream, or another name, changes none of the others, and no seed has the stream of another name."""
+    """Adding or renaming a stream changes no other, and no seed shares a stream with another name."""
     images = opened(config)
     [(_, whole)] = stream.train_chunks(images, spec_of(config), [range(3, 5)], 2)
     [(_, alone)] = stream.train_chunks(images, spec_of(config, extra=(("held", 16),)), [range(3, 5)], 2)
@@ -173,7 +173,7 @@ def test_streams_that_supervised_training_does_not_read_are_warned_of(config, ca
 
 
 def consistent(problem):
-    """Softmax, and an entropy of the predictions of the stream `unlabeled`: it reads both batches."""
+    """Softmax plus the entropy of the predictions on the stream `unlabeled`: it reads both batches."""
 
     def loss(model, batch, fixed):
         logits = model(batch["image"], train=True)
@@ -202,7 +202,7 @@ def digest(workdir):
 @pytest.mark.thorough
 @pytest.mark.usefixtures("one_device")
 def test_a_run_that_a_method_reads_a_stream_in_resumes_exactly(tmp_path, capsys):
-    """Stopped at step 3 and gone on with, under the other placement: the same bits. Another stream is refused."""
+    """Stopped at step 3 and resumed under the other placement, with the same bits; another stream is refused."""
     assert train(tmp_path / "whole") == 0
     assert train(tmp_path / "cut", total="3 steps") == 0
     assert train(tmp_path / "cut", "--extend", "--config.data.placement=device") == 0

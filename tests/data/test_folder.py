@@ -1,4 +1,4 @@
-"""The user's own images: layouts, order, and a broken file named at the start instead of at step 40,000."""
+"""The user's own images: layouts, order, and broken files named at the start instead of at step 40,000."""
 
 import os
 import time
@@ -16,7 +16,7 @@ from imgclf_jax.run import terminal
 
 
 def write(path, value=0, size=(8, 6)):
-    """A picture of noise, so that cutting the file short loses pixels; `value` sets the first one."""
+    """Writes an image of noise, so that truncating the file loses pixels; `value` sets the first pixel."""
     pixels = np.random.default_rng(value).integers(0, 256, (*size, 3), np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
@@ -60,7 +60,7 @@ def test_split_folders_share_the_classes_of_them_all(tmp_path):
 
 
 def test_a_few_of_each_class_to_train_on(flat):
-    """As many of each class as asked for, all others to test, the same ones every time, others for another draw."""
+    """This many per class, and all others for testing; the same ones every time, others for another draw."""
     splits = folder(str(flat), train_per_class=1)
     assert sorted(splits["train"].labels) == [0, 1, 2]
     assert sorted(splits["test"].labels) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -154,7 +154,7 @@ def test_fingerprint_tells_names_sizes_and_classes(flat):
 @pytest.mark.parametrize("parts", ["all bytes", "both ends"])
 @pytest.mark.parametrize("set_back", [False, True])
 def test_fingerprint_tells_contents(flat, monkeypatch, parts, set_back):
-    """Images replaced by others of the same names and sizes, with or without the times of those before them."""
+    """Images replaced by others with the same names and sizes, with the old or new times."""
     monkeypatch.setattr(image_check, "_HASHED_WHOLE", 0 if parts == "both ends" else 2**40)
     for file in flat.rglob("*.png"):
         file.with_suffix(".bmp").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""Images of a folder: each is checked once, and a broken one is named."""
+"""Each image of a folder is checked once, and broken ones are named."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ from imgclf_jax.data.folder import folder
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """How many files were decoded by the check since this was last cleared."""
+    """The number of files that the check decoded since it was last cleared."""
     calls = []
 
     def counting(data, **how):

@@ -1,4 +1,4 @@
-"""Files of arrays, good ones with changes at every level: read, or one sentence, and never a gigabyte."""
+"""Fuzzed array files: each is read or refused in one sentence, and never takes a gigabyte."""
 
 import sys
 import zipfile
@@ -20,7 +20,7 @@ TYPES = st.sampled_from(
 
 @st.composite
 def npy(draw, shape, descr):
-    """An .npy file that describes its array rightly, or in a part otherwise."""
+    """An .npy file with a correct header, or with part of it changed."""
     array = np.zeros(draw(mostly(shape, st.sampled_from([(6, 1), (6, 4, 5, 3), (6, 0, 5), (5,), ()]))), descr)
     header = {"descr": descr, "fortran_order": False, "shape": array.shape}
     for key, values in (("descr", TYPES), ("shape", SHAPES), ("fortran_order", st.sampled_from([True, 1, None]))):

@@ -1,4 +1,4 @@
-"""Images, good ones with changes at every level: decoded, or one sentence, and never a gigabyte."""
+"""Fuzzed images: each is decoded or refused in one sentence, and never takes a gigabyte."""
 
 import io
 import struct
@@ -74,7 +74,7 @@ TAGS = st.sampled_from(
 @settings(max_examples=200)
 @given(st.lists(st.tuples(TAGS, st.integers(0, 13), SIZES, SIZES | st.integers(0, 65535)), max_size=4), CHANNELS)
 def test_tiff_by_its_tags(entries, channels):
-    """The entries of a good file, with some replaced or added: of any kind, number and value."""
+    """The tags of a valid file, some replaced or added, of any kind, number and value."""
     tags = {256: (3, 1, 4), 257: (3, 1, 4), 258: (3, 1, 8), 259: (3, 1, 1), 262: (3, 1, 1), 273: (4, 1, 200),
             277: (3, 1, 1), 278: (3, 1, 4), 279: (4, 1, 16)}  # fmt: skip
     tags |= {tag: (kind, count % 2**32, value % 2**32) for tag, kind, count, value in entries}

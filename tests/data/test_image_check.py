@@ -1,4 +1,4 @@
-"""Unreadable images: all found at the start, listed in one file, left out where that is asked for."""
+"""Unreadable images are all found at the start, listed in one file, and skipped on request."""
 
 import concurrent.futures
 import re
@@ -21,7 +21,7 @@ def shorten(file, by=0.5):
 
 @pytest.fixture
 def broken(flat):
-    """`flat` with seven broken files, which are returned too."""
+    """The images of `flat` with seven broken ones, which are returned too."""
     bad = []
     for i in range(6):
         file = flat / ("cat", "dog")[i % 2] / f"bad{5 - i}.jpg"
@@ -113,7 +113,7 @@ def test_of_a_big_folder_headers_and_ends_are_read(tmp_path, big, kind):
 
 
 def test_of_a_big_folder_scans_are_counted(tmp_path, big):
-    """A JPEG image of 501 scans is named at the start, and not by the step that decodes it."""
+    """A JPEG image of 501 scans is named at the start, not at the step that decodes it."""
     for i in range(3):
         write(tmp_path / f"cat/{i}.jpg", i, (50, 60))
     data = (tmp_path / "cat/1.jpg").read_bytes()
@@ -155,7 +155,7 @@ def test_an_op_that_fails_on_a_good_file_is_not_the_file_s_fault(flat):
 
 @pytest.mark.parametrize("saving", ["at the end", "on the way"])
 def test_what_was_checked_before_an_interruption_is_remembered(flat, big, monkeypatch, saving):
-    """A signal or SIGKILL leaves no time for the end: then what was saved on the way counts."""
+    """A signal or SIGKILL leaves no time at the end, so results are saved on the way."""
     stamps = image_files.find(flat).images
     with monkeypatch.context() as patch:
         patch.setattr(image_check.progress, "track", lambda results, *_: stop_after(4, results))
@@ -207,7 +207,7 @@ def test_a_file_that_may_not_be_read_is_tried_again(flat, monkeypatch):
 
 @pytest.mark.parametrize("many", [False, True])
 def test_an_image_that_the_host_ops_refuse_for_its_size_is_named_at_the_start(flat, request, many):
-    """Also in a folder of which headers alone are read; and whatever was remembered with other ops."""
+    """Also in a folder of which only headers are read, and whatever the cache has for other ops."""
     decoded = request.getfixturevalue("big") if many else []
     Image.fromarray(np.zeros((1, 1_000_000), np.uint8)).save(flat / "cat" / "long.png")
     config = default_config()
@@ -229,7 +229,7 @@ def test_an_image_that_the_host_ops_refuse_for_its_size_is_named_at_the_start(fl
 
 
 def test_formats_that_the_host_ops_name(flat):
-    """A folder in a format that `decode` reads on request alone is good if it is requested, and checked anew if not."""
+    """A folder in a format that `decode` reads only on request is valid if requested, and checked again if not."""
     Image.fromarray(np.zeros((8, 6, 3), np.uint8)).save(flat / "cat" / "x.tga")
     config = default_config()
     config.data.source = f"folder({str(flat)!r})"

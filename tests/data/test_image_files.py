@@ -1,4 +1,4 @@
-"""Which files are images, and what else may lie in a folder."""
+"""Which files are images, and what else a folder may contain."""
 
 import os
 import socket
@@ -19,12 +19,12 @@ STRAYS = ("README", "README.md", "notes.txt", "Thumbs.db", "desktop.ini", ".DS_S
 
 
 def find_files(words: list[str]) -> list[Path]:
-    """The images that `predict` takes from these words."""
+    """The images that `predict` finds for these words."""
     return [Path(image.path) for image in inputs.find("predict", words)]
 
 
 def add_special_files(directory):
-    """A pipe, a socket and a link to a device, which would wait for ever or give bytes without end; all called .png."""
+    """Adds a pipe, a socket and a link to a device, all named .png: reading them would block or never end."""
     os.mkfifo(directory / "pipe.png")
     with tempfile.TemporaryDirectory(dir="/tmp") as short, socket.socket(socket.AF_UNIX) as server:
         server.bind(f"{short}/s")  # the path of a socket has about 100 characters at most
@@ -81,7 +81,7 @@ def test_an_image_without_an_image_s_suffix_is_one(flat, kind, suffix):
 
 
 def test_capitals_and_formats_that_are_not_read(flat):
-    """A photograph in a format that Pillow does not know is named, and not passed over."""
+    """A photograph in a format that Pillow does not know is named, not skipped."""
     write(flat / "cat" / "x.png")
     (flat / "cat" / "x.png").rename(flat / "cat" / "X.PNG")
     assert "cat/X.PNG" in folder(str(flat))["train"].files

@@ -1,4 +1,4 @@
-"""Chunks on the device are the stream's batches, and training on them does not depend on their size."""
+"""Chunks on the device hold the stream's batches, and training does not depend on the chunk size."""
 
 import jax
 import numpy as np
@@ -32,7 +32,7 @@ def chunks(place, images, mesh, size=4):
     ("place", "devices"), [("host", "cpu"), ("host", "tpu"), ("device", "cpu"), ("device", "gpu"), ("device", "tpu")]
 )
 def test_chunks_hold_the_batches_of_their_steps(monkeypatch, place, devices):
-    """On either placement, whatever the range a step is read in, and split over the devices along the batch."""
+    """With either placement, for any range that contains the step, and sharded along the batch."""
     monkeypatch.setattr(platform, "platform_of", lambda mesh: devices)
     mesh, images = sharding.make_mesh(), stream.Images(fake(), "decode(1)|resize(7)", 5)
     expected = list(stream.train_batches(images, 5, 24, 3, 11))
@@ -60,7 +60,7 @@ def test_device_placement_refuses_random_host_ops():
 
 
 def test_device_placement_refuses_what_does_not_fit():
-    """More examples than 32 bits number, before the program is traced; and more bytes than the machine has."""
+    """More examples than 32 bits can number, before the program is traced; and more bytes than the machine has."""
     mesh = sharding.make_mesh()
     with pytest.raises(UserError, match=r"^data\.placement='device' numbers examples in 32 bits, but there are 2,147"):
         placement.chunk_shape("device", 2**31, (7, 7, 1), SPEC, 4, mesh)

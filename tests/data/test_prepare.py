@@ -1,4 +1,4 @@
-"""TFDS data sets: prepared as ArrayRecord, from original files, and what goes wrong."""
+"""TFDS data sets: prepared as ArrayRecord from original files, and the errors on the way."""
 
 import gzip
 import importlib.metadata
@@ -18,7 +18,7 @@ from imgclf_jax.data import decode, prepare, sources
 
 
 class TinyPictures(tfds.core.GeneratorBasedBuilder):
-    """27 small pictures that need no download."""
+    """27 small images that need no download."""
 
     VERSION = tfds.core.Version("1.2.0")
 
@@ -38,13 +38,13 @@ class TinyPictures(tfds.core.GeneratorBasedBuilder):
 
 
 class TinyPairs(TinyPictures):
-    """No single image and label."""
+    """Two images instead of one image and a label."""
 
     FEATURES = tfds.features.FeaturesDict({"a": tfds.features.Image(), "b": tfds.features.Image()})
 
 
 class TinyAges(TinyPictures):
-    """A label that is no class."""
+    """A label that is not a class."""
 
     FEATURES = tfds.features.FeaturesDict({"image": tfds.features.Image(), "label": tfds.features.Scalar(np.int32)})
 

@@ -1,4 +1,4 @@
-"""Host ops that change the size, against Pillow and the definitions."""
+"""Host ops that change the size, against Pillow and their definitions."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ KERNELS = {  # method → (half its width, the kernel)
 
 
 def filtered(image, size, method, axis):
-    """Each output pixel is the mean of the input, weighted by the kernel about its centre, widened when shrinking."""
+    """Each output pixel is the mean of the input, weighted by the kernel around its centre, widened when shrinking."""
     (support, kernel), n = KERNELS[method], image.shape[axis]
     centres = (np.arange(size) + 0.5) * n / size
     x = np.abs(np.arange(n) + 0.5 - centres[:, None]) / max(1, n / size)  # [size, n]
@@ -31,7 +31,7 @@ def filtered(image, size, method, axis):
 @pytest.mark.parametrize("sizes", [((17, 23), (8, 9)), ((9, 11), (20, 31)), ((30, 7), (7, 30)), ((1, 9), (3, 4))])
 @pytest.mark.parametrize("method", KERNELS)
 def test_resize_is_the_antialiased_filter(method, sizes):
-    """Against the definition, and TensorFlow, up to rounding; filters that overshoot get greys that they can't clip."""
+    """Against the definition and TensorFlow, up to rounding; filters that overshoot get greys that cannot clip."""
     old, new = sizes
     for channels in (1, 3):
         image = noise(*old, channels) if method == "bilinear" else noise(*old, channels, high=96) + np.uint8(80)
@@ -56,7 +56,7 @@ def test_resize_nearest_rgba_and_refusal():
 @pytest.mark.parametrize(("h", "w"), [(30, 40), (40, 30), (33, 100), (7, 7), (1, 9)])
 @pytest.mark.parametrize("size", [5, 15, 20])
 def test_resize_small(h, w, size):
-    """The shorter side is `size`, the longer one nearest to the same aspect ratio; the pixels are resize's."""
+    """The shorter side becomes `size`, the longer one keeps the aspect ratio best; the pixels are those of `resize`."""
     image = noise(h, w, 3)
     out = resize_small(image, size)
     assert min(out.shape[:2]) == size
@@ -86,7 +86,7 @@ TORCHVISION = [
 
 @pytest.mark.parametrize(("h", "w", "new_h", "new_w", "top", "left"), TORCHVISION)
 def test_sizes_and_places_of_torchvision(h, w, new_h, new_w, top, left):
-    """Whose pixels then are Pillow's, as here."""
+    """With these, the pixels are Pillow's, as in torchvision."""
     image = noise(h, w, 3)
     small = resize_small(image, 256, like="torchvision")
     np.testing.assert_array_equal(small, resize(image, new_h, new_w))
@@ -95,7 +95,7 @@ def test_sizes_and_places_of_torchvision(h, w, new_h, new_w, top, left):
 
 
 def measured_crop(seed, h, w, **options):
-    """Where the crop was: (top, left, height, width), read off an image whose pixels tell their place."""
+    """The crop (top, left, height, width), read from an image whose pixels encode their position."""
     y, x = np.mgrid[:h, :w].astype(np.uint8)
     out = random_resized_crop(np.random.default_rng(seed), np.dstack([y, x, y]), 256, method="nearest", **options)
     (top, left), (bottom, right) = out[0, 0, :2].astype(int), out[-1, -1, :2].astype(int)
@@ -104,7 +104,7 @@ def measured_crop(seed, h, w, **options):
 
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
 def test_random_resized_crop_is_pillows_crop_and_resize(method):
-    """The pixels of the crop that the generator's draws mean: area, log ratio, top, left, in that order."""
+    """The crop follows from the generator's draws of area, log ratio, top and left, in this order."""
     image, h, w = noise(40, 60, 3), 40, 60
     for seed in range(20):
         generator = np.random.default_rng(seed)
@@ -122,7 +122,7 @@ def test_random_resized_crop_is_pillows_crop_and_resize(method):
 
 
 def test_random_resized_crop_has_the_distribution_that_it_says():
-    """Area uniform in `scale`, ratio log-uniform in `ratio`, place uniform: ranges, means and quartiles."""
+    """Area uniform in `scale`, ratio log-uniform in `ratio`, position uniform: ranges, means and quartiles."""
     n, side = 1000, 200
     crops = [measured_crop(seed, side, side, scale=(0.2, 0.6), ratio=(3 / 4, 4 / 3)) for seed in range(n)]
     top, left, h, w = np.array(crops, float).T
@@ -139,7 +139,7 @@ def test_random_resized_crop_has_the_distribution_that_it_says():
 
 
 def test_random_resized_crop_falls_back_to_the_largest_central_crop():
-    """Twice the image's area fits nowhere."""
+    """Since twice the image's area never fits."""
     for h, w, ratio, crop in (
         (10, 100, (3 / 4, 4 / 3), (0, 43, 10, 13)),  # too wide: 10 * 4 / 3 columns, in the middle
         (100, 10, (3 / 4, 4 / 3), (43, 0, 13, 10)),

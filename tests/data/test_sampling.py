@@ -63,7 +63,7 @@ def build(text, files=None, given=None, batch_size=8):
 @settings(max_examples=15)
 @given(st.data())
 def test_an_id_follows_from_the_seed_and_its_position_alone(files, text, data):
-    """Whatever other positions are asked for in the same call, in whatever order, and however large they are."""
+    """Whatever other positions the call asks for, in any order and of any size."""
     seed = data.draw(st.integers(0, 2**32 - 1))
     positions = np.array(data.draw(st.lists(st.integers(0, 10**12), min_size=1, max_size=12)))
     first, second = build(text, files), build(text, files)
@@ -80,7 +80,7 @@ def test_an_id_follows_from_the_seed_and_its_position_alone(files, text, data):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 32, 33, 300])
 def test_shuffles_are_exact_permutations_that_are_all_alike(n):
-    """Each element at each place equally often, and no order of three favoured."""
+    """Each element is equally likely at each position, and no order of three is favored."""
     keys = np.arange(600, dtype=np.uint64)
     out = sampling.shuffle(np.tile(np.arange(n), 600), np.full(600 * n, n), sampling._mix(np.repeat(keys, n)))
     out = out.reshape(600, n)
@@ -99,7 +99,7 @@ def chi_square(drawn, expected):
 
 
 def test_weights_are_the_frequencies():
-    """Independent draws: of ids, of pairs that follow each other, and over seeds at one position."""
+    """Independent draws: of ids, of consecutive pairs, and over seeds at one position."""
     sampler, m = build("weighted"), 40_000
     ids = sampler.ids(3, np.arange(m))
     p = WEIGHTS / WEIGHTS.sum()
@@ -112,7 +112,7 @@ def test_weights_are_the_frequencies():
 
 
 def test_balanced_gives_each_class_its_turn_and_each_example_its_share():
-    """Four classes of five have examples. Any whole round holds each once; 30 rounds hold each of `a` once."""
+    """Four of five classes have examples. Any complete round has each class once; 30 rounds have each of `a` once."""
     sampler = build("balanced")
     ids = sampler.ids(5, np.arange(4 * 900))
     rounds = LABELS[ids].reshape(-1, 4)
@@ -318,7 +318,7 @@ FLAGS = ["--config.data.source=fake(64, (6, 6, 1), 4)", "--config.preprocess=dec
 
 @pytest.mark.usefixtures("one_device")
 def test_a_run_notices_that_its_weights_have_changed(tmp_path, capsys):
-    """It refuses to resume with others, before anything is compiled."""
+    """It refuses to resume with other weights, before compiling anything."""
     weights, spec = tmp_path / "weights.npy", f"weighted({str(tmp_path / 'weights.npy')!r})"
     np.save(weights, np.ones(64))
     flags = [f"--workdir={tmp_path / 'run'}", *FLAGS, f"--config.data.sampling={spec}"]

@@ -1,4 +1,4 @@
-"""Sources: random access to examples as they are in the files, and an answer to every file that is not there."""
+"""Sources: random access to examples as stored, and an error for every missing file."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Splits of a source, against TFDS's own reading of the same text."""
+"""Splits of a source, against TFDS's own parsing of the same text."""
 
 import pytest
 import tensorflow_datasets as tfds
@@ -10,7 +10,7 @@ from imgclf_jax.data import splits
 
 
 class Info:
-    """As much of `tfds.core.SplitInfo` as its reading of a split asks for."""
+    """The parts of `tfds.core.SplitInfo` that TFDS needs to parse a split."""
 
     def __init__(self, n):
         self.num_examples = n
@@ -35,7 +35,7 @@ PIECES = st.tuples(st.sampled_from(["train", "test", "val-2"]), SLICES | st.just
 
 
 def rounds_to_nothing(text, sizes):
-    """Whether a negative percentage rounds to no example: TFDS then takes it for the start of the split."""
+    """Whether a negative percentage rounds to no example; TFDS then takes it as the start of the split."""
     for piece in text.split("+"):
         name, _, bounds = piece.strip().rstrip("]").partition("[")
         for b in bounds.split(":"):
@@ -107,7 +107,7 @@ def test_what_serves_what(train, evals, said):
 
 
 def test_describing_takes_no_memory_for_examples():
-    """Overlapping and repeated parts count once, of any number of examples."""
+    """Overlapping and repeated parts count once, for any number of examples."""
     n = 2**48
     said = splits.describe(f"train[:{n // 2}]", {"a": f"train[{n // 4}:{n // 2 + 5}]+train[:3]"}, {"train": n})
     assert said.endswith(f"not used: {n - n // 2 - 5} of the {n} examples of train")

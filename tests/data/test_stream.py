@@ -1,4 +1,4 @@
-"""A batch is a pure function of (seed, step): every promise that the stream makes, proven."""
+"""A batch is a pure function of (seed, step): a test of every promise that the stream makes."""
 
 import math
 import tracemalloc
@@ -32,7 +32,7 @@ def test_every_epoch_is_an_exact_permutation(seed, n, batch_size):
 
 @given(SEEDS, SIZES, BATCHES, BATCHES, st.integers(0, 10**9))
 def test_batch_size_changes_only_the_grouping(seed, n, a, b, position):
-    """The flat sequence of ids is one, wherever it is cut."""
+    """The flat sequence of ids is the same, wherever it is cut."""
     in_steps_of_a, in_steps_of_b = position // a, position // b
     one = stream.example_ids(seed, in_steps_of_a, a, n)[position - in_steps_of_a * a]
     other = stream.example_ids(seed, in_steps_of_b, b, n)[position - in_steps_of_b * b]
@@ -67,13 +67,13 @@ def test_every_order_is_equally_likely_over_epochs():
 
 
 def test_mix_is_the_published_splitmix64():
-    """The first numbers of SplitMix64 from state 1234567, as its authors' reference code gives them."""
+    """The first outputs of SplitMix64 from state 1234567, by its authors' reference code."""
     state = np.uint64(1234567) + np.arange(1, 4, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     assert sampling._mix(state).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
 def reference_id(seed, position, n):
-    """The definition over again, on Python's integers: six Feistel rounds over [0, a)², walked until below n."""
+    """The definition in Python integers: six Feistel rounds over [0, a)², repeated until the result is below n."""
 
     def mix(x):
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
@@ -100,7 +100,7 @@ def test_ids_are_those_of_the_definition(seed, n, position):
 
 
 def test_known_answers():
-    """Our own output, written down once: a changed definition of the order would break every seed ever published."""
+    """Our own recorded output: another order would invalidate every published seed."""
     assert stream.example_ids(0, 0, 8, 60_000).tolist() == [12477, 24869, 22246, 19276, 48411, 59251, 12473, 15838]
     assert stream.example_ids(2**32 - 1, 10_000_000, 8, 1_281_167).tolist() == [
         375582, 673254, 456209, 1019959, 6194, 523737, 200136, 1186612]  # fmt: skip
@@ -111,7 +111,7 @@ def test_known_answers():
 
 
 def test_step_ten_million_of_a_trillion_examples_allocates_next_to_nothing():
-    """Nothing of the size of the set, 2**40, or of the number of steps before is made: there would be no room."""
+    """It allocates neither the size of the set, 2**40, nor the number of steps before."""
     stream.example_ids(0, 0, 128, 2**40)
     peaks = []
     for step in (0, 10_000_000):

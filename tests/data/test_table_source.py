@@ -1,4 +1,4 @@
-"""Images that a CSV or Parquet table lists: what is read, and what is refused in a sentence."""
+"""Images listed in a CSV or Parquet table: what is read, and what is refused in one sentence."""
 
 import csv
 import logging
@@ -43,7 +43,7 @@ def images(tmp_path):
 
 
 def seen(source, name="label"):
-    """{number of the image: what the source says of it}."""
+    """Maps the number of each image to what the source says about it."""
     got = stream.Images(source, "decode(3)").read(np.arange(len(source)), np.arange(len(source)))
     return {int(image[0, 0, 0]): y.tolist() for image, y in zip(got["image"], got[name], strict=True)}
 
@@ -73,7 +73,7 @@ def test_targets_are_columns_of_numbers(images):
 
 
 def test_what_is_asked_for_goes_before_what_is_found(images, tmp_path_factory):
-    """Other columns, another root, the classes in an order of one's own, and no splits."""
+    """Explicit columns, root and class order take precedence, also without splits."""
     rows = [{"file": "none", "image": row["path"], "label": "x", "kind": row["label"], "split": "x"} for row in ROWS]
     file = write_csv(tmp_path_factory.mktemp("elsewhere") / "t.csv", rows)
     order = ("emu", "fox", "dog", "cat")
@@ -94,7 +94,7 @@ def test_an_absolute_path_is_read_where_it_was_written(images, tmp_path_factory)
 
 
 def test_the_order_is_that_of_a_folder(images):
-    """By a hash of the names, so that a slice of a table that is sorted by class holds all classes."""
+    """By a hash of the names, so that a slice of a table sorted by class has all classes."""
     rows = sorted(without("split"), key=lambda row: row["label"])
     a = table(write_csv(images / "a.csv", rows))["train"].files
     assert a == table(write_csv(images / "b.csv", rows[::-1]))["train"].files

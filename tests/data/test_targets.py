@@ -1,4 +1,4 @@
-"""Targets f32[n, k] in place of labels: read from files and the user's own sources, and carried by every batch."""
+"""Targets f32[n, k] instead of labels, from files and the user's own sources, in every batch."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def npz(path, **data):
 
 
 class Regression:
-    """A user's own source with targets, whose images are decoded anew each time."""
+    """A user's own source with targets, whose images are decoded each time."""
 
     def __init__(self, n=N, targets=T, names=NAMES):
         self.n, self.values, self.target_names, self.class_names = n, targets, names, names
@@ -120,7 +120,7 @@ def test_splits_of_different_kinds_are_not_joined():
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize(("place", "devices"), [("host", "cpu"), ("device", "cpu"), ("device", "tpu")])
 def test_batches_hold_the_targets_of_their_examples(monkeypatch, place, devices, cached):
-    """On either placement, for several seeds side by side, and as the program's shapes say."""
+    """With either placement, interleaved for several seeds, and with the shapes that the programs expect."""
     if not cached:
         monkeypatch.setattr(stream, "_CACHE_BYTES", 0)
     monkeypatch.setattr(platform, "platform_of", lambda mesh: devices)
@@ -150,7 +150,7 @@ def test_evaluation_sees_every_target_once():
 
 
 class Immutable(Regression):
-    """One whose decoded set is kept for the next run."""
+    """A source whose decoded set is cached for the next run."""
 
     immutable = True
 
@@ -172,7 +172,7 @@ def test_a_decoded_set_is_kept_with_its_targets():
 
 
 class Own(Regression):
-    """A source whose read gives what a test says."""
+    """A source whose `read` returns what a test sets."""
 
     def __init__(self, gives, **attributes):
         super().__init__()
@@ -225,7 +225,7 @@ class Labelled(Own):
     (lambda ids: list(map(str, LABELS[ids])), "'label' <U1[1] for 1 images"),
 ])  # fmt: skip
 def test_labels_that_are_none_are_said_and_not_rounded_or_wrapped(labels, message):
-    """A label of -1 was trained as the last class, and one of 0.7 as the first."""
+    """A label of -1 used to be trained as the last class, and 0.7 as the first."""
     with pytest.raises(UserError) as e:
         stream.Images(Labelled(lambda ids: {"image": X[ids], "label": labels(ids)}), "decode(1)")
     assert message in str(e.value)

@@ -1,4 +1,4 @@
-"""Crops and sizes of `tf.image` against TensorFlow's own."""
+"""Crops and sizes of `tf.image`, against TensorFlow itself."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ NOISE = np.random.default_rng(0).integers(0, 256, (137, 211, 3), np.uint8)
 
 
 def own_crops(n, h, w, **settings):
-    """(top, left, height, width) of each, read from an image that holds its rows and columns, not resized."""
+    """(top, left, height, width) of each crop, read without resizing from an image that encodes rows and columns."""
     boxes = []
     for i in range(n):
         generator = rngs.generator(3, "crop", i)
@@ -44,7 +44,7 @@ def tensorflows_crops(n, h, w, area, ratio):
     ],
 )
 def test_crops_are_distributed_as_tensorflows(h, w, area, ratio):
-    """Height, width, place, area and ratio, by two-sample tests."""
+    """Two-sample tests of height, width, position, area and ratio."""
     n = 2_000
     own, theirs = own_crops(n, h, w, area=area, ratio=ratio), tensorflows_crops(n, h, w, area, ratio)
     for a, b in zip(own.T, theirs.T, strict=True):
@@ -70,7 +70,7 @@ def test_a_crop_is_cut_out_and_resized():
 @pytest.mark.parametrize("method", ["bilinear", "area"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_sizes_are_tensorflows(method, channels):
-    """But for values so near to a whole number that float32 cannot tell."""
+    """Except for values so close to a whole number that float32 cannot distinguish them."""
     near = 0.01 if method == "area" else 2e-3
     for image in (load_sample_image("china.jpg"), NOISE, NOISE[:40, :60]):
         image = image[..., :channels]

@@ -1,4 +1,4 @@
-"""Work directories in buckets: on a server that answers as S3 does."""
+"""Work directories in buckets, on a server with the S3 API."""
 
 import json
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_a_driver_that_is_missing_is_named(monkeypatch):
 
 @pytest.mark.thorough
 def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, tmp_path, capsys, caplog, monkeypatch):
-    """Trained in two parts, evaluated, and taken as weights. Nothing of it is written to this disk."""
+    """Trained in two parts, evaluated, and used as weights; it writes nothing to this disk."""
     monkeypatch.chdir(tmp_path)
     place = f"{bucket}/lr 0.1"
     assert launch.main([f"--workdir={tmp_path / 'disk'}", *RUN]) == 0
@@ -106,7 +106,7 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, tmp_path, capsys, caplog, m
 
 
 def test_data_in_a_bucket(bucket, tmp_path):
-    """An .npz file is copied once, and again when it has changed; a folder of images is refused, with what helps."""
+    """An .npz file is copied once, and again when it has changed; a folder of images is refused, with the fix."""
     for classes in (4, 5):
         images = np.random.default_rng(0).integers(0, 256, (10 * classes, 8, 8, 1), np.uint8)
         np.savez(tmp_path / "a.npz", x_train=images, y_train=np.arange(10 * classes) % classes)
@@ -123,7 +123,7 @@ def test_data_in_a_bucket(bucket, tmp_path):
 
 @pytest.mark.thorough
 def test_a_step_is_saved_again(bucket, tmp_path, monkeypatch):
-    """And nothing of it is written to this disk."""
+    """It writes nothing to this disk."""
     monkeypatch.chdir(tmp_path)
     like = {"x": jax.ShapeDtypeStruct((3,), np.int32, sharding=sharding())}
     checkpoints = Checkpoints(places.as_path(f"{bucket}/again"), keep=2)

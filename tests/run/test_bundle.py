@@ -1,4 +1,4 @@
-"""Bundles: the same bytes each time, and nothing but what one may hold, whoever made it."""
+"""Bundles have the same bytes each time, and members other than the known ones are refused."""
 
 import io
 import warnings
@@ -15,7 +15,7 @@ CONTENTS = {"config.json": b"{}", "metrics.jsonl": b'{"step": 1}\n', "result.jso
 
 
 def test_the_same_contents_give_the_same_bytes(tmp_path):
-    """Whatever the order and the time; another tool reads it."""
+    """Whatever the order and the time; other tools can read it."""
     bundle.write(tmp_path / "a.zip", CONTENTS)
     bundle.write(tmp_path / "b.zip", dict(reversed(CONTENTS.items())))
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
@@ -53,7 +53,7 @@ def test_what_is_no_bundle_is_refused(tmp_path, content, says):
 
 
 def test_a_member_that_is_damaged(tmp_path):
-    """Each is named when it is read."""
+    """The error names it."""
     whole = configs.to_json(configs.default_config()).encode()
     members = {"config.json": whole, "provenance.json": b"[1]", "digests.jsonl": b'{"step": "x"}\n' + b"[" * 100_000}
     bundle.write(tmp_path / "a.zip", members)

@@ -1,4 +1,4 @@
-"""Where the cache folder lies."""
+"""The location of the cache folder."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ def test_an_absolute_place_of_one_s_own(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("value", ["", "relative", "./here", "~/cache", None])
 def test_an_empty_or_relative_place_does_not_count(monkeypatch, tmp_path, value):
-    """As the XDG specification says; else the files would lie wherever a command is run."""
+    """By the XDG specification; otherwise the files would be wherever a command is run."""
     monkeypatch.setenv("HOME", str(tmp_path))
     if value is None:
         monkeypatch.delenv("XDG_CACHE_HOME")

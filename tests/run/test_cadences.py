@@ -1,4 +1,4 @@
-"""What is due after a step, and the ranges of steps between."""
+"""What is due after a step, and the ranges of steps in between."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What commands on a run say of the user's modules that have changed since it trained."""
+"""What commands on a run say about the user's modules that have changed since it was trained."""
 
 import importlib
 import json

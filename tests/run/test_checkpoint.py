@@ -1,4 +1,4 @@
-"""Checkpoints: any damage is reported and the one before used, bit for bit; a full disk loses nothing."""
+"""Checkpoints: damage is reported and an older one used, bit for bit; a full disk loses nothing."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def make_state(step: int) -> dict:
-    """Leaves of every kind that a train state has, and a bfloat16 one; whole on all devices."""
+    """Leaves of every kind in a train state, and a bfloat16 one, replicated on all devices."""
     rng = np.random.default_rng(step)
     state = {
         "params": {"kernel": jnp.asarray(rng.normal(size=(7, 5)), jnp.float32), "bias": jnp.zeros(5)},
@@ -36,7 +36,7 @@ def make_state(step: int) -> dict:
 
 
 def like(mesh=None) -> dict:
-    """The shapes of `make_state`, on all devices or on those of `mesh`."""
+    """The shapes of `make_state`, on all devices or those of `mesh`."""
     whole = sharding.replicated(mesh or sharding.make_mesh())
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), make_state(0))
 
@@ -79,7 +79,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", [*list(DAMAGE)[3:], *thorough(*list(DAMAGE)[:3])])
 def test_damage_to_any_file(saved, tmp_path, caplog, damage):
-    """Whichever file is hit: one warning names it, the checkpoint is moved aside, and the one before is used."""
+    """Whichever file is hit, one warning names it, the checkpoint is moved aside, and an older one is used."""
     files = sorted(f.relative_to(saved) for f in (saved / "20").rglob("*") if f.is_file() and f.stat().st_size)
     assert len(files) > 5
     for i, file in enumerate(files):
@@ -102,7 +102,7 @@ def test_damage_to_any_file(saved, tmp_path, caplog, damage):
 
 
 def test_damaged_twice(saved, tmp_path, caplog):
-    """A run that goes on after damage may meet it again: the newer damaged checkpoint takes the older one's place."""
+    """A resumed run may meet damage again: the newer damaged checkpoint then replaces the older one."""
     directory = tmp_path / "checkpoints"
     shutil.copytree(saved, directory)
     for _ in range(2):
@@ -115,7 +115,7 @@ def test_damaged_twice(saved, tmp_path, caplog):
 
 
 def test_reading_alone_moves_nothing(saved, tmp_path, caplog):
-    """`evaluate` may look at a run that goes on: it uses the checkpoint before and leaves the damaged one there."""
+    """`evaluate` may read a run that still trains: it uses the older checkpoint and leaves the damaged one in place."""
     directory = tmp_path / "checkpoints"
     shutil.copytree(saved, directory)
     DAMAGE["emptied"](directory / "20" / "manifest.json")
@@ -126,7 +126,7 @@ def test_reading_alone_moves_nothing(saved, tmp_path, caplog):
 
 
 def test_all_damaged(saved, tmp_path):
-    """Then nothing is moved and the user decides; nothing at all is the start of a run."""
+    """Then nothing is moved and the user decides; with no checkpoint at all, a run starts."""
     directory = tmp_path / "checkpoints"
     shutil.copytree(saved, directory)
     for step in ("10", "20"):
@@ -148,7 +148,7 @@ def test_every_kind_of_leaf_on_other_devices(saved):
 
 
 def test_another_model(saved):
-    """The array that differs is named, with both shapes."""
+    """The error names the array that differs, with both shapes."""
     other = like()
     other["params"]["kernel"] = jax.ShapeDtypeStruct((7, 6), jnp.float32, sharding=other["seed"].sharding)
     with pytest.raises(UserError, match=r"another model .*params/kernel is float32\[7, 5\] in it, float32\[7, 6\] by"):
@@ -160,7 +160,7 @@ def test_another_model(saved):
 
 
 def test_donated_at_once(tmp_path):
-    """The next step may ask for the state's buffers as soon as `save` returns: it has them, or a copy until then."""
+    """The next step may donate the state's buffers as soon as `save` returns."""
     advance = jax.jit(lambda s: jax.tree.map(lambda x: x + jnp.ones_like(x), s), donate_argnums=0)
     state = jax.device_put({"x": jnp.arange(500_000.0)}, sharding.replicated(sharding.make_mesh()))
     shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -200,7 +200,7 @@ def test_the_latest_are_kept(tmp_path, keep):
     ("max:test/loss", 1),
 ])  # fmt: skip
 def test_the_best_is_kept(tmp_path, best, expected):
-    """Accuracy is best when high, loss when low, others as they are said to be; one without it is never the best."""
+    """Accuracy is best when high, loss when low, others as declared; a checkpoint without it is never the best."""
     scores = {1: (0.2, 0.9), 2: (0.8, 0.5), 3: (0.6, 0.1), 4: (), 5: (0.7, 0.4), 6: ()}
     both = {"test/accuracy": 0, "test/my_score": 0, "test/loss": 1, "test/nll": 1, "test/my_error": 1}
     steps = {step: {name: pair[i] for name, i in both.items() if pair} for step, pair in scores.items()}
@@ -216,7 +216,7 @@ def test_the_best_is_kept(tmp_path, best, expected):
     ("val/accuracy", (0.5, None, 0.2), 1), ("val/accuracy", (None, None, 0.2), 3), ("val/accuracy", (None, None), None),
 ])  # fmt: skip
 def test_a_value_that_is_not_finite_is_the_worst(tmp_path, best, values, expected, bad):
-    """Wherever it comes: the best finite value is kept beside the latest checkpoint. Without one there is no best."""
+    """Whenever it occurs, the best finite value is kept next to the latest checkpoint; without one there is no best."""
     scores = {step: {best: bad if value is None else value} for step, value in enumerate(values, 1)}
     checkpoints = save(tmp_path, scores, keep=1, best=best)
     assert checkpoints.best_step() == expected
@@ -225,7 +225,7 @@ def test_a_value_that_is_not_finite_is_the_worst(tmp_path, best, values, expecte
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own, and a function that gives it other options, such as another size."""
+    """A file system of its own, and a function that remounts it with other options, such as another size."""
     place = tmp_path / "disk"
     place.mkdir()
 
@@ -246,7 +246,7 @@ RUN = ("--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=dec
 
 
 def train(workdir: Path) -> tuple[int, list[str]]:
-    """The exit status of a process that trains there, and what it says on stderr but for the log."""
+    """The exit status of a training process there, and its stderr without the log."""
     command = [sys.executable, ROOT / "launch.py", "train", f"--workdir={workdir}", *RUN]
     process = subprocess.run(command, capture_output=True, text=True)
     lines = process.stderr.splitlines()
@@ -255,7 +255,7 @@ def train(workdir: Path) -> tuple[int, list[str]]:
 
 @pytest.mark.slow
 def test_a_full_disk(small_disk, tmp_path):
-    """One sentence; the last good checkpoint is whole; with more space the run ends as if nothing had happened."""
+    """One sentence; the last good checkpoint is intact; with more space the run ends as if nothing had happened."""
     place, remount = small_disk
     workdir = place / "run"
     status, said = train(workdir)  # a checkpoint is 0.9 MB: one fits

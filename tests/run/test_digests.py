@@ -1,4 +1,4 @@
-"""digests.jsonl: what it says of parameters, at which steps, and what it holds after a stop."""
+"""digests.jsonl: the digests of parameters, the steps that have one, and the lines after a stop."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def lines(folder: Path) -> dict[int, dict]:
-    """The lines of the file by their steps, of which each has one."""
+    """The line of each step."""
     found = [json.loads(line) for line in (folder / "digests.jsonl").read_text().splitlines()]
     assert [line["step"] for line in found] == sorted({line["step"] for line in found})
     return {line["step"]: line for line in found}
@@ -33,7 +33,7 @@ def params() -> dict:
 
 
 def test_a_line(tmp_path):
-    """By the definition: paths in order, types, shapes and bytes; the buffers may be given away at once."""
+    """By the definition: paths in order, dtypes, shapes and bytes; the buffers may be donated right away."""
     digests, tree = Digests(tmp_path, 0, 5), params()
     digests.record(3, tree)
     jax.jit(lambda t: jax.tree.map(lambda x: x * 0, t), donate_argnums=0)(tree)
@@ -47,14 +47,14 @@ def test_a_line(tmp_path):
 
 @pytest.mark.parametrize(("last", "edges"), [(1, {1}), (12, {1, 2, 4, 8, 12}), (16, {1, 2, 4, 8, 16})])
 def test_the_steps_that_are_recorded(tmp_path, last, edges):
-    """The powers of two and the last one: so the first step that differs is known up to a factor of two."""
+    """Powers of two and the last step, so the first differing step is known up to a factor of two."""
     digests = Digests(tmp_path, 0, last)
     digests.close()
     assert set(digests.edges) == edges
 
 
 def test_resuming_drops_what_comes_after(tmp_path, caplog):
-    """The line of the step itself is written again: what goes on is what was restored, and another tree is told of."""
+    """The line of the step itself is written again, for the restored parameters; other parameters cause a warning."""
     digests = Digests(tmp_path, 0, 9)
     for step in (0, 4, 8):
         digests.record(step, params())
@@ -86,7 +86,7 @@ def test_a_full_disk_is_told_of_at_the_next_line(tmp_path):
 
 @pytest.mark.thorough
 def test_a_run_that_was_stopped_has_the_lines_of_one_that_was_not(fake_config, tmp_path, monkeypatch):
-    """Here of two seeds. At checkpoints, at powers of two and at the end, whose digest is that of the result."""
+    """For two seeds: at checkpoints, at powers of two and at the end, whose digest is that of the result."""
     fake_config.num_seeds, fake_config.checkpoint.keep = 2, 1
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert train.main(fake_config, Workdir(whole)) == 0

@@ -1,4 +1,4 @@
-"""What a process sets of itself before JAX is imported, and what it tells the other processes of itself."""
+"""The settings of a process before JAX is imported, and the facts that it shares with other processes."""
 
 import hashlib
 import importlib
@@ -37,7 +37,7 @@ libc.malloc_stats()
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no arenas")
 def test_no_more_arenas_than_processors(tmp_path):
-    """Each keeps what is freed in it, so that a long run would hold ever more."""
+    """Each arena keeps what is freed in it, so a long run would hold ever more."""
     processors = max(2, len(os.sched_getaffinity(0)))
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     environment.pop("MALLOC_ARENA_MAX", None)
@@ -51,7 +51,7 @@ def test_no_more_arenas_than_processors(tmp_path):
 
 
 def test_what_processes_must_have_in_common(monkeypatch):
-    """Not where they cache and dump, or which devices they take, but all that may change a result."""
+    """Everything that may change a result, but not where they cache and dump, or which devices they use."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_b=1 --xla_dump_to=/tmp/process-0 --xla_a=2")
     found = provenance.process_facts()
     assert found["XLA_FLAGS"] == "--xla_a=2 --xla_b=1"
@@ -70,7 +70,7 @@ def test_what_processes_must_have_in_common(monkeypatch):
 
 
 def test_modules_of_the_user_are_known_by_what_they_hold(tmp_path, monkeypatch):
-    """Those that the config has imported, directly or through others; no installed one, and none of this package."""
+    """Modules that the config imports, directly or indirectly, but no installed ones and none of this package."""
     monkeypatch.syspath_prepend(tmp_path)
     digests = []
     for width in (8, 9):
@@ -87,7 +87,7 @@ def test_modules_of_the_user_are_known_by_what_they_hold(tmp_path, monkeypatch):
 
 
 def test_code_that_changes_while_a_run_is_interrupted(monkeypatch):
-    """Each change is recorded once, with its step, and dropped where the run goes back before that."""
+    """Each change is recorded once, with its step, and dropped if the run resumes before that step."""
     now = {"my_nets.py": "a"}
     monkeypatch.setattr(provenance, "_code", lambda: "package")
     monkeypatch.setattr(provenance, "module_digests", lambda: dict(now))

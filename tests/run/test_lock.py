@@ -1,4 +1,4 @@
-"""One training run a work directory."""
+"""One training run per work directory."""
 
 import json
 import os
@@ -23,7 +23,7 @@ with lock.held(pathlib.Path(sys.argv[1])):
 
 
 def test_the_other_is_told_who_holds_it(tmp_path):
-    """Host, process and since when; after the holder was killed, the lock is free."""
+    """Host, process and time; once the holder is killed, the lock is free."""
     file = tmp_path / "run" / "lock"
     command = [sys.executable, "-c", HOLD, str(file)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:

@@ -1,4 +1,4 @@
-"""Manifests: any other content than that of a checkpoint's own is a fault in one sentence, never an error."""
+"""Manifests: content that does not match the checkpoint is a fault in one sentence, never an exception."""
 
 import json
 

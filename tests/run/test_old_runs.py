@@ -36,7 +36,7 @@ DEPTH = 2 * (9 + 6 * 6 * 4 + 8 + 4 + 10)
 
 @pytest.fixture(scope="module", params=["stacked", *thorough("plain")])
 def old(request, tmp_path_factory):
-    """(a copy of the work directory, what is expected of it)."""
+    """(a copy of the work directory, its expected results)."""
     workdir = tmp_path_factory.mktemp("old") / request.param
     shutil.copytree(FIXTURES / request.param, workdir)
     return workdir, json.loads((workdir / "expected.json").read_text())
@@ -72,7 +72,7 @@ def test_predicted(old, tmp_path, capsys):
 
 
 def test_resumed(old):
-    """With the recorded config. The first record after the checkpoint holds the sums of steps before it, too."""
+    """With the recorded config. The first record after the checkpoint includes the sums of steps before it."""
     workdir, expected = old
     flat = configs.flatten(configs.from_json((workdir / "config.json").read_text(), ""))
     flags = [f"--config.{key}={value}" for key, value in flat.items() if not isinstance(value, dict)]
@@ -84,7 +84,7 @@ def test_resumed(old):
 
 
 def test_a_fingerprint_without_contents(tmp_path, caplog):
-    """A run on a folder, begun when names and sizes alone were recorded: resumed with a warning, not refused."""
+    """A run on a folder from when only names and sizes were recorded resumes with a warning."""
     for name in ("cat/1.bmp", "dog/2.bmp", "dog/3.bmp"):
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(tmp_path / "images" / name)

@@ -70,7 +70,7 @@ def test_a_reader_beside_the_run(saved, tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b'{"test/accuracy": "x"}', b"\xff", b"{", b"[" * 100_000])
 def test_damaged_metrics(tmp_path, caplog, content):
-    """Such a checkpoint is damaged and never the best. They stop neither a run nor a reader."""
+    """Such a checkpoint is damaged and never the best, and stops neither a run nor a reader."""
     directory = tmp_path / "checkpoints"
     scores = {step: {"test/accuracy": value} for step, value in ((10, 0.5), (20, 0.7), (30, 0.9))}
     save(directory, scores, best="test/accuracy", keep=2)
@@ -116,7 +116,7 @@ def test_a_save_leaks_no_more_than_docs_reliability_says(tmp_path):
 
 
 def test_saved_again(tmp_path):
-    """With the scores of an evaluation that had been cut short; killed meanwhile, the first one is put back."""
+    """With the scores of an evaluation that was cut short; if killed meanwhile, the first one is restored."""
     checkpoints = Checkpoints(tmp_path, best="test/accuracy")
     checkpoints.save(5, make_state(5))
     checkpoints.save(5, make_state(5), {"test/accuracy": 0.5}, again=True)

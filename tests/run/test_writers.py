@@ -1,4 +1,4 @@
-"""What a run writes: metrics.jsonl, TensorBoard, the progress bar, result.json and provenance.json."""
+"""The files of a run: metrics.jsonl, TensorBoard, the progress bar, result.json and provenance.json."""
 
 import importlib.metadata
 import io
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def finished(fake_config, tmp_path, capsys) -> Path:
-    """The work directory of a run that is done."""
+    """The work directory of a finished run."""
     fake_config.writers = f"{__name__}:Kept('run')"
     assert train.main(fake_config, Workdir(tmp_path / "run")) == 0
     return tmp_path / "run"
@@ -54,7 +54,7 @@ def test_records_are_appended(tmp_path):
 
 
 def test_resuming_drops_what_comes_after(tmp_path, caplog):
-    """Records after the step, and a line that a crash cut short, are dropped; a temporary file of a crash too."""
+    """Records after the step, a line that a crash truncated, and a crash's temporary file are dropped."""
     file = tmp_path / "metrics.jsonl"
     kept = ['{"step": 5, "a": 0.1}', '{"step": 10, "a": 0.2}', '{"step": 10, "b": 3}']
     file.write_text("\n".join([*kept, '{"step": 15, "a": 0.3}', '{"step": 20, "a"']))
@@ -68,7 +68,7 @@ def test_resuming_drops_what_comes_after(tmp_path, caplog):
 
 
 def test_a_new_run_begins_with_nothing(tmp_path):
-    """A process that was killed before the first checkpoint has left records; the run begins again at step 0."""
+    """A process killed before the first checkpoint left records; the run starts again at step 0."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 5, "a": 0.1}\n')
     open_writer(tmp_path).close()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
@@ -97,7 +97,7 @@ def scalars(directory: Path) -> dict[tuple[int, str], float]:
 
 @pytest.mark.thorough
 def test_tensorboard_holds_the_same(finished):
-    """Its own reader finds each value of metrics.jsonl at its step."""
+    """TensorBoard's own reader finds each value of metrics.jsonl at its step."""
     records = writers.read_metrics(finished / "metrics.jsonl")
     expected = {(r["step"], tag): value for r in records for tag, value in r.items() if tag != "step"}
     assert {"train/loss", "train/images_per_second", "test/accuracy"} <= {tag for _, tag in expected}
@@ -161,7 +161,7 @@ def test_images_of_a_run_change_none_of_its_bits(fake_config, tmp_path):
 
 
 def test_tensorboard_after_resuming(tmp_path):
-    """The values that a resumed run drops, TensorBoard drops too, and none is there twice."""
+    """TensorBoard drops the values that a resumed run drops, and has none twice."""
     for start, value in ((0, 0.5), (10, 0.25)):
         writer = open_writer(tmp_path, start)
         for step in range(start + 5, 21, 5):
@@ -207,7 +207,7 @@ class Pictures:
 
 
 class Kept:
-    """A writer for tests: keeps its calls."""
+    """A writer for tests, which records its calls."""
 
     def __init__(self, name="kept", *, workdir=None, step=-1, fails=""):
         self.fails = fails
@@ -229,7 +229,7 @@ KEPT: dict[str, list] = {}
 
 
 def test_writers_that_the_config_names(tmp_path, caplog):
-    """They get what metrics.jsonl gets; one that fails is left alone, and the run goes on."""
+    """They receive what metrics.jsonl receives; one that fails is dropped, and the run continues."""
     good, bad = f"{__name__}:Kept", f"{__name__}:Kept('bad', fails='write_scalars')"
     writer = open_writer(tmp_path, 3, writers=f"{good}|{bad}")
     writer.write_scalars(4, {"train/loss": 0.5})
@@ -255,7 +255,7 @@ def test_a_writer_that_cannot_be_made(tmp_path, text, sentence):
 
 
 def test_the_docs_writer_for_a_tracking_service(tmp_path, monkeypatch):
-    """With a module in wandb's place: it is not a dependency."""
+    """With a module in place of wandb, which is not a dependency."""
     page = (ROOT / "docs" / "extending.md").read_text()
     [text] = re.findall(r"```python\n(# my_wandb.py\n.*?)```", page, re.DOTALL)
     (tmp_path / "my_wandb.py").write_text(text)
@@ -287,7 +287,7 @@ def test_a_writer_of_clu(tmp_path):
 
 
 def test_throughput(monkeypatch):
-    """Images a second and the share of waiting, over the time between `resume` and `pause` alone."""
+    """Images/s and the fraction of waiting, only over the time between `resume` and `pause`."""
     now = 100.0
     monkeypatch.setattr(monitor.time, "perf_counter", lambda: now)
     throughput = monitor.Throughput(32)
@@ -312,7 +312,7 @@ def test_throughput(monkeypatch):
 
 @pytest.mark.thorough
 def test_progress_on_a_terminal(fake_config, tmp_path, monkeypatch, capsys):
-    """Step, time left, images a second and the share of waiting, on a terminal of the usual 80 columns."""
+    """Step, time left, images/s and the fraction of waiting, on a terminal of the usual 80 columns."""
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=80, color_system=None)
     monkeypatch.setattr(terminal, "console", lambda: console)
@@ -342,7 +342,7 @@ def test_work_before_training_is_shown_on_a_terminal_alone(monkeypatch, is_termi
 
 
 def test_no_progress_elsewhere(monkeypatch):
-    """Piped output holds log lines and no control characters."""
+    """Piped output has log lines and no control characters."""
     stream = io.StringIO()
     monkeypatch.setattr(terminal, "console", lambda: Console(file=stream))
     with monitor.Monitor(0, 10, 8, None, Path("run")) as watching:
@@ -353,7 +353,7 @@ def test_no_progress_elsewhere(monkeypatch):
 
 
 def test_tables_and_log_lines_escape_what_is_not_printable(monkeypatch, capsys):
-    """A name is no line break and no command to the terminal; what the encoding lacks is escaped too."""
+    """A name cannot break a line or control the terminal; characters outside the encoding are escaped too."""
     names = ["a\nb", "\x1b[31m", "\udcff", "é漢"]
     terminal.print_table(["file"], [[name] for name in names])
     out = capsys.readouterr().out
@@ -382,7 +382,7 @@ def test_tables_and_log_lines_escape_what_is_not_printable(monkeypatch, capsys):
 
 
 def test_result(finished, capsys):
-    """The keys that a reader may count on, and their sense."""
+    """The keys that a reader may rely on, and their meaning."""
     result = json.loads((finished / "result.json").read_text())
     assert list(result) == ["step", "epochs", "seconds", "images_per_second", "params_sha256", "test"]
     assert (result["step"], result["epochs"]) == (12, 3.0)
@@ -399,7 +399,7 @@ def test_result(finished, capsys):
 
 
 def test_provenance(finished):
-    """Versions, devices, commit and data: what is needed to make the run again, and to use it without the data."""
+    """Versions, devices, commit and data: enough to reproduce the run, and to use it without the data."""
     record = json.loads((finished / "provenance.json").read_text())
     assert record["versions"]["jax"] == importlib.metadata.version("jax")
     assert {"imgclf_jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"} <= set(record["versions"])
@@ -420,7 +420,7 @@ def test_provenance(finished):
 
 
 def test_damaged_lines_are_counted(tmp_path, caplog):
-    """In one line of the log, however many they are."""
+    """In one log line, however many there are."""
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + b"\n" * 1_000_000 + b'x\r\n{"step": 2}\r\n')
     assert [record["step"] for record in writers.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
     assert [r.message for r in caplog.records] == [f"{tmp_path}/metrics.jsonl: skipped 1,000,001 damaged lines"]
