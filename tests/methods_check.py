@@ -116,7 +116,7 @@ def prototypes(problem: Any, weight: float = 0.1) -> Method:
 
 
 class Check:
-    """One spec in a folder of its own; each method returns (passed, what was seen)."""
+    """One spec in its own folder; each method returns (passed, observation)."""
 
     def __init__(self, name: str, folder: Path, teacher: Path):
         self.folder = folder / name.replace("|", "_").replace(" ", "_")
@@ -127,13 +127,13 @@ class Check:
         return tuple(f"--config.{key}={value}" for key, value in {**self.keys, **more}.items())
 
     def train(self, workdir: Path, **more: str) -> str:
-        """The digest of the parameters of a run, trained or resumed."""
+        """The digest of a run's parameters, trained or resumed."""
         status, said = run("train", f"--workdir={workdir}", *self.flags(**more))
         assert status == 0, said
         return str(json.loads((workdir / "result.json").read_text())["params_sha256"])
 
     def loss(self, workdir: Path) -> float:
-        """The mean training loss of the last three steps that are logged."""
+        """The mean training loss of the last three logged steps."""
         return float(np.mean(list(processes_check.records(workdir, "train/loss").values())[-3:]))
 
     def ways(self, **more: str) -> tuple[bool, str]:
@@ -233,12 +233,12 @@ class Check:
 
 
 def close(a: float, b: float) -> bool:
-    """Whether two losses are equal, but for the rounding of a few steps."""
+    """Whether two losses are equal up to the rounding of a few steps."""
     return bool(abs(a - b) <= 1e-4 * abs(b))
 
 
 def run(*words: str) -> tuple[int, str]:
-    """(exit status, what was printed) of a command, in this process."""
+    """(exit status, output) of a command, in this process."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:

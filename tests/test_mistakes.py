@@ -228,7 +228,7 @@ def test_folders_of_images(mistake, photos, tmp_path):
 
 @pytest.mark.thorough
 def test_another_config(mistake, whole, capsys):
-    """The keys that differ are shown, old and new; those that only say where data lie may differ."""
+    """The keys that differ are shown, old and new; keys that only locate data may differ."""
     workdir, argv = whole
     before = snapshot(workdir)
     sentence = mistake("train", f"--workdir={workdir}", *argv, "--config.seed=1", "--config.total=13 steps")

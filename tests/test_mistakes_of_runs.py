@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 @pytest.mark.thorough
 def test_changed_data(mistake, whole, capsys):
-    """Training stops; evaluation goes on and says so."""
+    """Training stops; evaluation continues and says so."""
     workdir, argv = whole
     before, file = snapshot(workdir), workdir.parent / "data.npz"
     content = file.read_bytes()
@@ -42,7 +42,7 @@ def test_changed_data(mistake, whole, capsys):
 
 
 def test_places_that_cannot_be_written(mistake, tmp_path):
-    """A file in the directory's place, a path under one, and /proc where there is one."""
+    """A file in place of the directory, a path below a file, and /proc if it exists."""
     (tmp_path / "file").write_text("mine")
     places = {"file": "it is a file", "file/run": "Not a directory"}
     if Path("/proc/self").is_dir():
@@ -55,7 +55,7 @@ def test_places_that_cannot_be_written(mistake, tmp_path):
 
 
 def test_no_network(mistake, tmp_path, monkeypatch):
-    """The files to fetch, and where to put them, at once and not after minutes of retries."""
+    """The files to fetch and where to put them, right away instead of after minutes of retries."""
 
     def unreachable(*args, **kwargs):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
@@ -93,7 +93,7 @@ def test_nothing_to_evaluate(mistake, whole, tmp_path):
 
 @pytest.fixture
 def copy(whole, tmp_path) -> tuple[Path, list[str]]:
-    """A copy of a run that is done, and the arguments that it was trained with."""
+    """A copy of a finished run, and its training arguments."""
     workdir, argv = whole
     shutil.copytree(workdir, tmp_path / "run")
     return tmp_path / "run", [f"--workdir={tmp_path / 'run'}", *argv]
@@ -110,7 +110,7 @@ def test_a_damaged_record(mistake, copy, file, content):
 
 @pytest.mark.thorough
 def test_a_provenance_that_is_missing_is_written_anew(mistake, copy, capsys):
-    """The sentence says how, and that is true: the run, which is done, can be evaluated again."""
+    """The sentence says how, and it works: the finished run can be evaluated again."""
     workdir, argv = copy
     (workdir / "provenance.json").unlink()
     sentence = mistake("evaluate", f"--workdir={workdir}")
@@ -121,7 +121,7 @@ def test_a_provenance_that_is_missing_is_written_anew(mistake, copy, capsys):
 
 @pytest.mark.parametrize("which", ["latest", "12"])
 def test_a_damaged_checkpoint_that_is_named(mistake, copy, which):
-    """The sentence names one that is whole, and the flag for it; there may be none."""
+    """The sentence names an intact one and the flag for it, if there is one."""
     workdir, _ = copy
     for step, more in ((12, "; --checkpoint=8 names one that is whole"), (8, " has changed")):
         file = max((workdir / "checkpoints" / str(step)).rglob("*"), key=lambda f: f.is_file() and f.stat().st_size)
@@ -134,7 +134,7 @@ def test_a_damaged_checkpoint_that_is_named(mistake, copy, which):
 
 
 def test_a_result_that_is_a_pipe(copy):
-    """`train` and `evaluate` waited for who would write to it, without end."""
+    """`train` and `evaluate` waited forever for a writer."""
     workdir, argv = copy
     (workdir / "result.json").unlink()
     os.mkfifo(workdir / "result.json")
@@ -157,7 +157,7 @@ def test_a_metric_that_is_text_in_a_run_that_is_not_done(copy, capsys):
 
 
 def test_a_result_cut_short_is_written_again(copy, capsys):
-    """By a process that trains no step: it has no speed of training, and says so."""
+    """By a process that trains no step: it has no training speed, and says so."""
     workdir, argv = copy
     before = json.loads((workdir / "result.json").read_text())
     (workdir / "result.json").write_text("{")
@@ -182,7 +182,7 @@ def test_a_result_that_is_written_later_has_the_metrics_that_were_recorded(copy)
 
 
 def test_a_result_goes_when_its_run_is_trained_again(copy, monkeypatch, capsys):
-    """`compare` would have shown it as that of the run that now goes on."""
+    """`compare` would have shown it for the run that is training again."""
     workdir, argv = copy
     shutil.rmtree(workdir / "checkpoints")
     monkeypatch.setattr("imgclf_jax.train.loop.train", lambda *args: None)
@@ -193,14 +193,14 @@ def test_a_result_goes_when_its_run_is_trained_again(copy, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", sorted(RESERVED | {"a/b", ""}))
 def test_a_set_that_results_have_no_room_for(mistake, whole, tmp_path, monkeypatch, name):
-    """`step` replaced the step in result.json, `train` wrote train/accuracy twice, `a/b` was a traceback."""
+    """`step` replaced the step in result.json, `train` wrote train/accuracy twice, and `a/b` was a traceback."""
     monkeypatch.setattr("imgclf_jax.data.sources.open_data", None)
     for command in (["train", f"--workdir={tmp_path}/run", *FAKE], ["evaluate", f"--workdir={whole[0]}"]):
         assert has(mistake(*command, f"--config.data.eval.{name}=test"), f"data.eval names a set {name!r}")
 
 
 def test_metrics_that_are_missing(copy, capsys):
-    """Of a run that is done they are not made up; of one that goes on it is said what is lost."""
+    """For a finished run they are not made up; a running one logs what is lost."""
     workdir, argv = copy
     (workdir / "metrics.jsonl").unlink()
     assert launch.main(["train", *argv]) == 0
@@ -233,7 +233,7 @@ def test_a_wrong_name_is_told_before_data_are_opened(mistake, tmp_path, monkeypa
 
 @pytest.mark.thorough
 def test_a_run_that_is_extended_is_the_longer_run(mistake, tmp_path):
-    """Bit for bit; it is asked for, and recorded."""
+    """Bit for bit; only on request, and recorded."""
     short, long = (["train", f"--workdir={tmp_path / name}", *FAKE] for name in ("short", "long"))
     assert launch.main(short) == 0
     longer = "--config.total=20 steps"
@@ -265,7 +265,7 @@ def test_a_schedule_that_ends_cannot_be_extended(mistake, tmp_path, override, ke
 
 
 def test_a_loss_that_is_not_finite(mistake, tmp_path, capsys):
-    """Stops with the step and its examples, and keeps the last checkpoint that was good."""
+    """Stops with the step and its examples, and keeps the last good checkpoint."""
     burst = ("--config.optimizer=sgd", "--config.schedule=step(1e-2, at=('6 steps',), factor=1e35)")
     argv = (f"--workdir={tmp_path}", *FAKE, *burst)
     sentence = mistake(*argv, log=r"^\d\d:\d\d:\d\d|^  ")
@@ -280,7 +280,7 @@ def test_a_loss_that_is_not_finite(mistake, tmp_path, capsys):
 
 
 def test_output_that_nobody_reads():
-    """`launch.py config | true` says nothing of a broken pipe."""
+    """`launch.py config | true` does not mention a broken pipe."""
     pipe = f"{sys.executable} {ROOT}/launch.py config | true"
     process = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True)
     assert (process.stdout, process.stderr) == ("", "")

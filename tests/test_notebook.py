@@ -1,4 +1,4 @@
-"""The notebooks run from their first cell to their last, and print what they show."""
+"""The notebooks run from the first cell to the last, and print what they show."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "docs" / "notebooks"
 @pytest.mark.thorough
 @pytest.mark.parametrize(("name", "tolerance"), [("library", 0.02), ("own_loop", 0.1)])
 def test_the_cells_run_in_order(name, tolerance, capsys, tmp_path, monkeypatch):
-    """The losses of its own loop depend on the processor, and the more the longer it trains."""
+    """The losses of its own loop depend on the processor, more so the longer it trains."""
     monkeypatch.chdir(tmp_path)
     variables: dict = {}
     for cell in json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]:

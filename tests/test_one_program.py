@@ -1,4 +1,4 @@
-"""A run's bits follow from its config and seed: not from cadences, chunks, placement, or where it was resumed."""
+"""A run's bits follow from config and seed: not from cadences, chunks, placement, or where it was resumed."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.optimized
 
 @pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), *thorough("bfloat16")])
 def test_a_network_with_batch_statistics(precision, tmp_path):
-    """A small one; a call of one step was once compiled as another program, which gave it other bits."""
+    """A small network; a call of one step used to be another program, with other bits."""
     ways = [Way("1 steps", 1), Way("5 steps", 3), Way("", 0, "device")]
     model, resumed = "airbench(widths=(4,))", [(ways[0], Way("1 steps", 3))]
     found = digests.train_in_ways(tmp_path, "airbench", precision, ways, resumed, model=model)
@@ -91,7 +91,7 @@ class Plain(nn.Module):
 
 
 class InTraining(nn.Module):
-    """One that convolves in training alone."""
+    """A network that convolves only in training."""
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -99,7 +99,7 @@ class InTraining(nn.Module):
 
 
 def blur(images):
-    """A device op that convolves, inside of a loop of its own."""
+    """A device op that convolves in a loop of its own."""
     kernel = jnp.ones((3, 3, 1, 1), jnp.float32) / 9
     return jax.lax.fori_loop(0, 2, lambda _, x: jax.lax.conv_general_dilated(
         x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")), images.astype(jnp.float32))  # fmt: skip
@@ -110,7 +110,7 @@ def convolving_loss(logits, labels):
 
 
 def of(config, mesh=None, **keys):
-    """The programs of a run of a thousand steps with these keys of the config."""
+    """The programs of a run of a thousand steps with these config keys."""
     config.update({"total": "1000 steps", "log_every": "9 steps", "eval_every": "", "checkpoint_every": "", **keys})
     recipe = Recipe(config, DATA)
     return Programs(recipe, mesh) if mesh else Programs(recipe)
@@ -126,7 +126,7 @@ def of(config, mesh=None, **keys):
     ({"model": "mlp", "loss": f"{__name__}:convolving_loss"}, 1),
 ])  # fmt: skip
 def test_steps_in_a_call(fake_config, keys, expected):
-    """Many, whatever the cadences; one where XLA's own convolution, wherever it stands, is slow in a loop on CPU."""
+    """Many, whatever the cadences; one if XLA's own convolution, wherever it is, would be slow in a loop on CPU."""
     assert of(fake_config, **keys).steps_per_call == expected
 
 
@@ -149,7 +149,7 @@ def test_elsewhere_convolutions_are_fast_in_loops(fake_config):
 
 
 def test_a_chunk_is_bounded_in_bytes(fake_config):
-    """So long as two steps fit; large batches are trained on one a call, which is no loop then."""
+    """As long as two steps fit; of larger batches, a call trains one, without a loop."""
     for side, expected in ((64, 32), (128, 8), (224, 2), (256, 2), (300, 1)):
         recipe = Recipe(fake_config, DataInfo(64, (side, side, 4), ("a", "b"), ""))
         assert Programs(recipe).steps_per_call == min(expected, recipe.total)
@@ -168,7 +168,7 @@ traced = []
 
 
 def test_the_train_step_is_traced_once(fake_config):
-    """Though its operations are looked at before the program is made of it."""
+    """Although its operations are inspected before the program is built from it."""
     traced.clear()
     _ = of(fake_config, model=f"{__name__}:Counting").traced_train
     assert traced.count(True) == 1
@@ -176,7 +176,7 @@ def test_the_train_step_is_traced_once(fake_config):
 
 @pytest.mark.thorough
 def test_keys_that_may_differ_on_resume_change_no_bit(fake_config, tmp_path):
-    """All of FREE_KEYS at once: the digest of a run that never had them; the record says it, and reproduces."""
+    """All FREE_KEYS at once: the digest is that of a run that never had them; the record has them and reproduces."""
     whole, moved = Workdir(tmp_path / "whole"), Workdir(tmp_path / "moved")
     assert train.main(fake_config, whole) == 0
     train.main(fake_config, moved, adjusted=lambda run: replace(run, cadences=replace(run.cadences, end=4)))

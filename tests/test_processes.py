@@ -50,7 +50,7 @@ processes.end(0)
 
 
 def test_each_process_gets_the_rows_of_its_devices(tmp_path):
-    """By their order in the mesh; and what lies on both is fetched whole."""
+    """In the order of the mesh; an array on both is fetched whole."""
     started = start_two(ARRAYS)
     found = [json.loads(process.communicate(timeout=120)[0]) for process in started]
     assert [f.pop("rows") for f in found] == [[2, 3, 4, 5], [0, 1, 6, 7]]
@@ -71,7 +71,7 @@ processes.end(75)
 
 
 def test_a_signal_to_a_process_that_is_leaving_changes_nothing():
-    """Slurm sends SIGTERM to all tasks when the first has ended with a status that is not 0."""
+    """Slurm sends SIGTERM to all tasks when the first has ended with a status other than 0."""
     first, second = start_two(ENDING)
     with first, second:
         assert second.stdout.readline() == "leaving\n"
@@ -101,7 +101,7 @@ with processes.ending_together():
 @pytest.mark.thorough
 @pytest.mark.parametrize(("phase", "statuses"), [("meet", [143, None]), ("compare", [143, 143])])
 def test_a_signal_ends_a_process_that_waits_for_the_others(phase, statuses):
-    """At once, and with it those that have joined."""
+    """Right away, together with those that have joined."""
     started = start_two(WAITING, phase)
     for process in started:
         for _ in range(1 if phase == "meet" else 2):
@@ -163,7 +163,7 @@ def test_processes_that_were_given_something_else(tmp_path, last, sentence):
 
 
 def start_two(program: str, *words: str, **streams: int) -> list[subprocess.Popen]:
-    """Two processes of a Python program, which gets the number of its process, a port, and what is given."""
+    """Starts two processes of a Python program, which gets its process index, a port, and these arguments."""
     with check.socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -201,7 +201,7 @@ processes.end(0)
 
 @pytest.mark.thorough
 def test_every_command_runs_in_the_processes_of_its_run(tmp_path, capfd):
-    """On a sharded model: what is written is what one process writes, and process 0 alone prints."""
+    """On a sharded model: the output equals that of one process, and only process 0 prints."""
     run, out = tmp_path / "run", tmp_path / "out"
     out.mkdir()
     Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(out / "a.png")
@@ -249,7 +249,7 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on(tmp_path):
 
 @pytest.mark.thorough
 def test_an_error_of_one_ends_both(tmp_path):
-    """Also while the other waits for it; and each says why."""
+    """Also while the other waits for it; each says why."""
     workdir = tmp_path / "run"
     fails = (*SHORT, "--config.model=processes_check:fails_in_process_1()")
     assert check.end(check.start(workdir, 2, 1, fails)) == [1, 1]

@@ -1,4 +1,4 @@
-"""Programs: traced for the platform of the mesh, compiled once."""
+"""Programs are traced for the platform of the mesh and compiled once."""
 
 import dataclasses
 import re
@@ -23,14 +23,14 @@ ELSEWHERE = {"gpu": ("NVIDIA H100", "cuda"), "tpu": ("TPU v5 lite", "tpu")}
 
 
 def described_mesh(kind, name):
-    """A mesh of eight devices that are not here."""
+    """A mesh of eight absent devices."""
     return AbstractMesh((8,), ("data",), (AxisType.Auto,), abstract_device=AbstractDevice(kind, 1, name))
 
 
 @pytest.mark.parametrize("place", ["host", "device"])
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_programs_are_lowered_for_devices_that_are_not_here(name, place, fake_config):
-    """In the form of their platform, and by the mesh alone: nothing asks which machine traces."""
+    """In the form of their platform, decided by the mesh alone, not by the machine that traces."""
     fake_config.model, fake_config.data.placement = "cnn(widths=(4,), hidden=8)", place
     fake_config.batch_size, fake_config.accumulate = 32, 2
     kind, lowered_for = ELSEWHERE[name]
@@ -58,7 +58,7 @@ class Gpu:
     (("9.0", "8.0"), True, 8.0), (("10.0",), True, 10.0), (("9.0",), False, 0.0),
 ])  # fmt: skip
 def test_the_compute_capability_is_that_of_the_oldest_gpu_of_the_mesh(capabilities, here, expected, monkeypatch):
-    """JAX asks a GPU for its form of attention, so one that is absent has none."""
+    """JAX's attention asks a GPU for its form, and an absent one has none."""
     gpus = [Gpu(one) for one in capabilities]
     monkeypatch.setattr(jax, "devices", lambda: gpus if here else [])
     mesh = SimpleNamespace(devices=np.array(gpus))
@@ -69,7 +69,7 @@ def test_the_compute_capability_is_that_of_the_oldest_gpu_of_the_mesh(capabiliti
     (8.0, "bfloat16", True), (7.5, "bfloat16", False), (0.0, "bfloat16", False), (9.0, "float32", False),
 ])  # fmt: skip
 def test_attention_is_fused_by_what_is_traced_for(capability, dtype, fused, monkeypatch):
-    """Nothing asks JAX for its devices while it traces."""
+    """Tracing never asks JAX for its devices."""
     calls = []
     monkeypatch.setattr(jax, "devices", None)
     monkeypatch.setattr(
@@ -91,7 +91,7 @@ def test_a_part_that_cannot_be_traced_is_named_with_its_key(rules, fake_config):
 
 @pytest.mark.parametrize(("asked", "attribute"), [("float32", "HIGHEST"), ("tensorfloat32", "HIGH"), ("bfloat16", "")])
 def test_matmul_precision_have_the_bits_that_the_config_says(asked, attribute, fake_config):
-    """On accelerators, whose default is fewer, in training, evaluation and prediction; CPU has float32 alone."""
+    """On accelerators, whose default is lower, in training, evaluation and prediction; CPU always has float32."""
     fake_config.matmul_precision = asked
     programs = Programs(Recipe(fake_config, DATA), described_mesh(*ELSEWHERE["tpu"]))
     state, images = programs.shape["state"], jax.ShapeDtypeStruct((8, *DATA.image_shape), "uint8")
@@ -111,7 +111,7 @@ def test_matmul_precision_have_the_bits_that_the_config_says(asked, attribute, f
 
 @pytest.mark.parametrize(("kind", "asked"), [("gpu", True), ("gpu", False), ("tpu", True)])
 def test_gpus_are_asked_for_deterministic_kernels(kind, asked, fake_config):
-    """By the program and not only by XLA_FLAGS, which who imports this package may have set too late."""
+    """By the program and not only by XLA_FLAGS, which an importing program may set too late."""
     fake_config.deterministic = asked
     programs = Programs(Recipe(fake_config, DATA), described_mesh(*ELSEWHERE[kind]))
     expected = {"xla_gpu_deterministic_ops": True} if asked and kind == "gpu" else None
@@ -120,7 +120,7 @@ def test_gpus_are_asked_for_deterministic_kernels(kind, asked, fake_config):
 
 @pytest.mark.thorough
 def test_the_options_reach_the_compiler_of_every_program(fake_config, monkeypatch):
-    """XLA knows this one on CPU too, and refuses others."""
+    """XLA knows this option on CPU too, and refuses others."""
     fake_config.model = "mlp(widths=(2,))"
 
     def compiled(options):
@@ -145,7 +145,7 @@ def test_unknown_bits_are_refused(fake_config):
 
 
 def test_a_chunk_is_as_large_as_the_devices_memory_allows(fake_config):
-    """Of the images of a large batch some steps go to accelerators at once, where on CPU it is one."""
+    """For large batches, an accelerator gets several steps at a time and CPU one."""
     fake_config.batch_size, data = 1024, DataInfo(10_000, (224, 224, 3), ("a", "b"), "")
     elsewhere = Programs(Recipe(fake_config, data), described_mesh(*ELSEWHERE["tpu"]))
     assert elsewhere.steps_per_call == (8 * 128 << 20) // (1024 * 224 * 224 * 3) == 6
@@ -153,7 +153,7 @@ def test_a_chunk_is_as_large_as_the_devices_memory_allows(fake_config):
 
 
 def test_a_loop_of_your_own_is_the_runs(fake_config):
-    """The parts for arrays, under plain `jax.jit` with the run's batches, end on the parameters of its programs."""
+    """The array-level parts, under plain `jax.jit` with the run's batches, end with the parameters of its programs."""
     fake_config.augment, fake_config.optimizer = "flip_lr|normalize(0.5, 0.25)", "adamw(weight_decay=0.1)"
     split = sources.take_split(sources.open_data(fake_config), fake_config.data.train)
     images = stream.Images(split, fake_config.preprocess, fake_config.seed)

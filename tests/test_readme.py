@@ -1,4 +1,4 @@
-"""What the README and the pages say is so; `test_docs.py` runs their commands."""
+"""Claims of the README and the pages; `test_docs.py` runs their commands."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def test_the_readme_is_short():
 
 
 def test_its_links_lead_somewhere():
-    """Those of the README and of the pages, to files of this repository."""
+    """From the README and the pages to files of this repository."""
     for folder, text in [(ROOT, README), *((PAGES[name].parent, text) for name, text in DOCS.items())]:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
             assert (folder / link).is_file(), link
@@ -59,7 +59,7 @@ def test_the_order_of_imports_is_that_of_the_code():
 
 
 def test_the_api_names_every_public_module():
-    """All but forms for one platform, and what only other modules use."""
+    """All but forms for one platform, and modules that only other modules use."""
     inner = ("models.cpu.", "augment.big_vision", "augment.geometry", "augment.photometric", "augment.tpu_",
              "models.frozen", "data.decoded", "data.prepare", "data.tf_image", "core.once", "core.tensorflow_import",
              "core.internals", "__main__")  # fmt: skip
@@ -101,7 +101,7 @@ def test_training_needs_neither_tensorflow_nor_clu_nor_a_cache(placement, tmp_pa
 
 
 def test_the_results_with_bundles_are_those_of_the_bundles():
-    """The mean test accuracy of a row that links to docs/results, over as many seeds as it says."""
+    """The mean test accuracy in a row that links to docs/results, over as many seeds as it says."""
     number = {"three": 3, "five": 5}
     rows = re.findall(r"\[([\d.]+), (\w+) seeds\]\(docs/results/(\w+)-0\.zip\)", README)
     assert {name for *_, name in rows} == {"digits", "fashion_mnist", "fashion_mnist_fast"}

@@ -1,4 +1,4 @@
-"""A run that was killed ends, bit for bit, like one that was left alone."""
+"""A killed run ends, bit for bit, like an undisturbed one."""
 
 import json
 import os
@@ -35,14 +35,14 @@ SHORT = (
 
 
 def finish(workdir: Path) -> tuple[str, list[dict]]:
-    """The outcome of the run when this process has trained it to its end."""
+    """The outcome of the run after this process has trained it to its end."""
     assert launch.main([f"--workdir={workdir}", *SHORT]) == 0
     return resume_check.outcome(workdir)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, one_device) -> Path:
-    """The work directory of a run that was left alone."""
+    """The work directory of an undisturbed run."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     finish(workdir)
     return workdir
@@ -55,7 +55,7 @@ def whole(undisturbed) -> tuple[str, list[dict]]:
 
 @pytest.mark.thorough
 def test_killed_at_a_random_moment(whole, undisturbed, tmp_path, capsys):
-    """Random crops, flips, mixing and dropout included; log, evaluation and checkpoint steps do not fall together."""
+    """With random crops, flips, mixing and dropout, and logs, evaluations and checkpoints at different steps."""
     workdir = tmp_path / "run"
     process, saved = resume_check.start(workdir, SHORT), workdir / "checkpoints"
     while process.poll() is None and not (saved.exists() and any(f.name.isdigit() for f in saved.iterdir())):
@@ -79,7 +79,7 @@ def assert_same_digests(workdir: Path, undisturbed: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_at_random_moments(whole, undisturbed, tmp_path):
-    """All of it in processes of their own."""
+    """Each in a separate process."""
     rng = random.Random(0)
     resume_check.kill_repeatedly(tmp_path / "run", SHORT, 3, rng)
     assert resume_check.outcome(tmp_path / "run") == whole
@@ -88,7 +88,7 @@ def test_killed_at_random_moments(whole, undisturbed, tmp_path):
 
 @pytest.mark.slow
 def test_stopped_by_sigterm_and_a_truncated_checkpoint(whole, tmp_path):
-    """SIGTERM saves and exits 75; the damaged checkpoint is reported and the one before it used."""
+    """SIGTERM saves and exits 75; the damaged checkpoint is reported and an older one used."""
     rng = random.Random(1)
     assert [resume_check.interrupt(tmp_path / "run", SHORT, signal.SIGTERM, rng) for _ in range(2)] == [75, 75]
     step = resume_check.truncate_latest(tmp_path / "run")
@@ -101,7 +101,7 @@ def test_stopped_by_sigterm_and_a_truncated_checkpoint(whole, tmp_path):
 
 @pytest.mark.parametrize("moment", ["log", *thorough("checkpoint")])
 def test_a_signal_at_any_moment_of_the_loop_is_saved(fake_config, tmp_path, monkeypatch, moment):
-    """While metrics are written or a checkpoint is, too: what 75 says is saved is there."""
+    """Even while metrics or a checkpoint are written: whatever 75 promises is saved."""
     owner, name = {"log": (writers.MetricsWriter, "write_scalars"), "checkpoint": (Checkpoints, "save")}[moment]
     original = getattr(owner, name)
 
@@ -118,7 +118,7 @@ def test_a_signal_at_any_moment_of_the_loop_is_saved(fake_config, tmp_path, monk
 
 @pytest.mark.slow
 def test_disturbed_by_a_plan(tmp_path):
-    """Kills, signals, a full disk, flipped bytes, a second run, readers, other clocks, for two minutes."""
+    """Kills, signals, a full disk, flipped bytes, a second run, readers and other clocks, for two minutes."""
     assert stress.disturb(120, 7, tmp_path) == 0
 
 

@@ -1,4 +1,4 @@
-"""The mesh's axis `seeds`: groups of devices that train other seeds are the run that trains all seeds on each."""
+"""The mesh's axis `seeds`: device groups that train different seeds equal devices that each train all seeds."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ def batch(of):
 
 @pytest.mark.parametrize(("way", "mesh"), thorough(*itertools.product(WAYS, MESHES)))
 def test_training_and_evaluation_are_those_of_all_seeds_on_each_device(config, way, mesh):  # noqa: F811
-    """The losses of each seed over 20 steps, to 1e-5, and the parameters, as far as rounding has not grown by then."""
+    """The losses of each seed over 20 steps, to 1e-5, and the parameters before rounding grows."""
     keys = {"num_seeds": 4, "steps_per_call": 4} | WAYS[way]
     whole, split = programs(config, **keys), programs(config, mesh, **keys)
     (a, losses), (b, others) = train(whole, 20), train(split, 20)
@@ -48,12 +48,12 @@ def test_training_and_evaluation_are_those_of_all_seeds_on_each_device(config, w
 
 
 def b_on(of, state):
-    """The state where the programs of another mesh want it."""
+    """The state where the programs of another mesh expect it."""
     return jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s.sharding), state, of.shape["state"])
 
 
 def test_what_a_device_holds_and_sends(config):  # noqa: F811
-    """The state of its seeds, which it exchanges with nobody: only images go to the devices of their seeds."""
+    """A device holds the state of its seeds and exchanges none of it; only images are sent to it."""
     keys = {"num_seeds": 8, "steps_per_call": 4}
     whole, split = programs(config, **keys), programs(config, "seeds=8", **keys)
     held = [counts.bytes_per_device(of.shape["state"]) for of in (whole, split)]
@@ -66,7 +66,7 @@ def test_what_a_device_holds_and_sends(config):  # noqa: F811
 
 @pytest.mark.parametrize("devices", ["gpu", *thorough("tpu")])
 def test_a_seed_of_its_own_devices_has_the_convolutions_of_a_single_run(config, monkeypatch, devices):  # noqa: F811
-    """Several seeds in one program have convolutions in groups. Both have the same operations."""
+    """Several seeds in one program have grouped convolutions. Both have the same operations."""
     operations = []
     monkeypatch.setattr(platform, "platform_of", lambda mesh: devices)
 
@@ -89,7 +89,7 @@ def test_a_seed_of_its_own_devices_has_the_convolutions_of_a_single_run(config, 
 
 @pytest.mark.thorough
 def test_a_run_trains_resumes_and_predicts(tmp_path):
-    """On another arrangement than it began with: its results are those of a run that had only one, to rounding."""
+    """On another mesh than it began with: its results equal those of a run on one mesh up to rounding."""
     arguments = ["--config.data.source=fake(64, (8, 8, 3), 4)", "--config.model=mlp(widths=(32,))",
                  "--config.schedule=constant(1e-3)", "--config.augment=flip_alternating|normalize",
                  "--config.batch_size=16", "--config.num_seeds=4"]  # fmt: skip

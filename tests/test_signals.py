@@ -101,7 +101,7 @@ def start(moment: str, name: str, how: str, workdir: Path) -> subprocess.Complet
 
 
 def finish(workdir: Path) -> tuple[str, list[dict]]:
-    """Runs to the end in this process; the digest, and the records without timings."""
+    """Runs to the end in this process; returns the digest and the records without timings."""
     assert launch.main([f"--workdir={workdir}", *RUN]) == 0
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     timings = ("train/images_per_second", "train/input_wait")

@@ -1,4 +1,4 @@
-"""The train step on eight devices and in parts: gradients and batch statistics are those of the whole batch."""
+"""The train step on eight devices and with microbatches: gradients and batch statistics of the whole batch."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ BATCH, SHAPE = 64, (8, 8, 1)
 
 
 class Net(nn.Module):
-    """Convolutions, and batch normalization if it is asked for."""
+    """Convolutions, with batch normalization on request."""
 
     norm: bool = False
 
@@ -44,7 +44,7 @@ def batch():
 
 
 def make(net, accumulate=1):
-    """(initial state, train step) with plain SGD of rate 1, whose update is the gradient."""
+    """(initial state, train step) with plain SGD at learning rate 1, whose update is the gradient."""
     model, optimizer = Classifier(net, 5), optax.sgd(1.0)
     scale = lambda key, images: images.astype(jnp.float32) / 255  # noqa: E731
     train_step = step.make_train_step(
@@ -55,7 +55,7 @@ def make(net, accumulate=1):
 
 @functools.cache
 def run(net, devices, accumulate=1, traced_for=""):
-    """(state before, state after, sums, compiled program) on so many devices."""
+    """(state before, state after, sums, compiled program) on this many devices."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
     state, train_step = make(net, accumulate)
     whole = sharding.replicated(mesh)
@@ -72,7 +72,7 @@ def assert_close(a, b, atol):
 
 
 def test_batch_statistics_are_those_of_all_devices_together():
-    """Gradients, statistics and loss on eight devices are those on one; and the statistics are NumPy's."""
+    """Gradients, statistics and loss on eight devices equal those on one, and the statistics equal NumPy's."""
     before, one, sums_one, _ = run(Net(norm=True), 1)
     _, eight, sums_eight, _ = run(Net(norm=True), 8)
     assert_close(eight.params, one.params, 2e-6)
@@ -113,7 +113,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(devices, accumulate,
 
 @pytest.mark.thorough
 def test_accumulated_batch_statistics_see_one_part_after_the_other():
-    """Each part moves the running means: m ← 0.8 m + 0.2 mean(part), part i being every example i modulo 4."""
+    """Each microbatch moves the running means: m ← 0.8 m + 0.2 mean(part), where part i is every example i modulo 4."""
     before, after, _, _ = run(Net(norm=True), 8, accumulate=4)
     x = batch()["image"].astype(np.float32) / 255
     conv = np.asarray(nn.Conv(6, (3, 3)).apply({"params": before.params["backbone"]["conv0"]}, x), np.float64)
@@ -138,7 +138,7 @@ def test_a_batch_must_divide_into_parts_for_all_devices():
 
 
 class Noisy(nn.Module):
-    """A backbone with an rng stream of its own; what it drew last is kept as state."""
+    """A backbone with its own rng stream; its last draw is kept as state."""
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -151,7 +151,7 @@ class Noisy(nn.Module):
 
 
 def test_a_module_draws_from_a_stream_of_its_own():
-    """Other noise at each step and for each seed; the same from the same (seed, step), wherever the run starts."""
+    """Other noise at each step and for each seed; the same for the same (seed, step), wherever the run starts."""
     state, train_step = make(Noisy(), 1)
     train_step = jax.jit(train_step)
 
@@ -175,7 +175,7 @@ def first_rows(tree):
 
 @pytest.mark.parametrize("part", ["a gradient function returns gradients", "the optimizer returns updates"])
 def test_gradients_and_updates_of_other_shapes_are_not_broadcast(part):
-    """The gradient of a kernel's first row trained all its rows, without a word."""
+    """The gradient of a kernel's first row trained all its rows, silently."""
     model, plain = Classifier(Net(), 5), optax.sgd(1.0)
 
     def update(grads, state, params=None):

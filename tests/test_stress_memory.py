@@ -1,4 +1,4 @@
-"""What `stress.py --memory` says of known readings: a leak is told from what grows now and then."""
+"""The verdict of `stress.py --memory` on known readings: a leak is distinguished from occasional growth."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ SECONDS = np.arange(0.0, 3600.0, 45.0)  # 80 readings
 
 
 def readings(leak: float = 0.0, blocks: float = 0.0, jumps: tuple[float, ...] = ()) -> np.ndarray:
-    """[80, 4]: seconds, saves, MB in use, Python's blocks, with this much lost in an hour, and noise."""
+    """[80, 4]: seconds, saves, MB in use, Python's blocks, with this much leaked in an hour, and noise."""
     rng = np.random.default_rng(0)
     used = 192 + leak * SECONDS / 3600 + rng.normal(0, 0.003, SECONDS.size)
     for place, jump in zip(np.linspace(20, 78, len(jumps)).astype(int), jumps, strict=True):

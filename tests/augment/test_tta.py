@@ -63,7 +63,7 @@ def by_hand(text, x, logits):
 
 @pytest.mark.parametrize("text", ["flip|translate(1)", *thorough("", "flip", "translate(2)")])
 def test_logits_are_those_averaged_by_hand(trained, text):
-    """flip|translate(1) as in airbench94: half the original image, a quarter each of two translations, all mirrored too."""
+    """flip|translate(1) as in airbench94: half the original image, a quarter each of two translations, mirrored too."""
     e, state, seen, logits = trained
     expected = by_hand(text, seen, logits)
     views = tta.build(text)

@@ -1,4 +1,4 @@
-"""SimCLR and supervised contrastive learning: the papers' equations, and what runs without a trained head give."""
+"""SimCLR and supervised contrastive learning: the papers' equations, and the outputs of runs without a trained head."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def augment(key, images, *known):
 
 
 def run(method, batch, devices=1, **kwargs):
-    """(state before, state after, window) of one step of plain SGD with the learning rate 1."""
+    """(state before, state after, sums) of one step of plain SGD at learning rate 1."""
     model, optimizer = method.model(Net(), PROBLEM), optax.sgd(1.0)
     train_step = step.make_train_step(model, method, optimizer, optax.constant_schedule(1.0), augment, **kwargs)
     state = step.init_state(model, optimizer, PROBLEM.image_shape, 0)
@@ -152,7 +152,7 @@ def test_a_step_trains_backbone_and_projector_and_reads_no_label():
 
 
 def test_the_contrast_is_within_a_microbatch():
-    """So the loss of two microbatches, of 16 vectors each, is below that of the batch: log 31 against log 15."""
+    """So the loss of two microbatches of 16 vectors each is below that of the batch: log 31 against log 15."""
     _, _, whole = run(simclr(PROBLEM, temperature=1e6), batch())
     _, _, parts = run(simclr(PROBLEM, temperature=1e6), batch(), accumulate=2)
     np.testing.assert_allclose([whole["loss"] / 16, parts["loss"] / 16], np.log([31, 15]), rtol=1e-4)
@@ -181,7 +181,7 @@ def test_mistakes_get_a_sentence():
 
 
 def spreading(problem, uses_head=False):
-    """A method of one's own without a head: the norms of features shrink; it evaluates them."""
+    """A user's method without a head, which shrinks the norms of features and evaluates them."""
 
     def norms(model, batch, fixed):
         features = model.features(batch["image"])
@@ -263,7 +263,7 @@ def parameters(workdir):
 
 
 def test_what_needs_a_head_is_refused_in_one_sentence(pretrained_run, tmp_path, capsys):
-    """Training ends without scores of classes; features are there."""
+    """Training ends without class scores, and the features can be used."""
     workdir = f"--workdir={pretrained_run}"
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "x.png")
     assert "accuracy" not in (pretrained_run / "result.json").read_text()
@@ -307,7 +307,7 @@ def test_weights_for_pytorch_are_those_of_the_backbone(pretrained_run, tmp_path,
 
 
 def test_fine_tuning_begins_from_the_backbone_alone(pretrained_run, fake_config, caplog):
-    """The backbone is the trained one, and the head the one that a run without these weights begins with."""
+    """The backbone is the trained one, and the head that of a run without these weights."""
     fake_config.update(init_from=str(pretrained_run), model="mlp(widths=(8,))")
     programs = Programs(Recipe(fake_config, DataInfo(64, (8, 8, 1), tuple("abcdefghij"), "")))
     with caplog.at_level("INFO"):

@@ -1,4 +1,4 @@
-"""LoRA: the paper's update of kernels, a frozen base, and merged weights for everyone else."""
+"""LoRA: the paper's update of kernels, a frozen base, and merged weights for other programs."""
 
 import json
 
@@ -42,7 +42,7 @@ def flat(variables):
 
 
 def spoiled(variables):
-    """With B other than zero."""
+    """With nonzero B."""
     rng = np.random.default_rng(0)
     other = {n: rng.normal(size=x.shape).astype(x.dtype) if n.endswith("/b") else x for n, x in flat(variables).items()}
     return traverse_util.unflatten_dict(other, sep="/")
@@ -85,7 +85,7 @@ def test_adapters_begin_as_in_loralib_and_leave_the_model_as_it_was():
 
 
 def test_layers_of_an_adapted_backbone_can_be_seen():
-    """`explain` sees no layers inside of `remat`."""
+    """`explain` does not see layers inside `remat`."""
     model = Classifier(Adapted(ViT("Ti", remat="block"), 2, 2.0, "backbone/.*kernel"), 3)
     assert attribution.without_remat(model).backbone.base.remat == ""
 
@@ -97,7 +97,7 @@ def run(workdir, *flags):
 
 @pytest.fixture(scope="module", params=["mlp(widths=(8,))", *thorough("resnet_cifar(8)")])
 def runs(tmp_path_factory, request):
-    """(a plain run, a run of LoRA on its weights)."""
+    """(a plain run, a LoRA run on its weights)."""
     folder, model = tmp_path_factory.mktemp("runs"), f"--config.model={request.param}"
     run(folder / "base", model)
     run(folder / "lora", model, f"--config.init_from={folder / 'base'}", "--config.method=lora(rank=2, alpha=6.0)")
@@ -122,7 +122,7 @@ def test_only_adapters_and_the_head_are_trained_and_have_optimizer_state(runs):
 
 
 def test_others_get_merged_weights(runs, tmp_path, capsys):
-    """By a file under PyTorch's names, and by `init_from` of the run."""
+    """By a file with PyTorch's names, and by `init_from` of the run."""
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
     wanted = load(runs[1]).logits(images)
     assert np.abs(wanted - load(runs[0]).logits(images)).max() > 1e-3

@@ -1,4 +1,4 @@
-"""A user's own method, gradient function and sown values: right, and with all that a run promises."""
+"""A user's own method, gradient function and sown values: correct, and with all promises of a run."""
 
 import json
 
@@ -33,7 +33,7 @@ def plain(problem):
 
 
 def sam(gradient, rho=0.05):
-    """As a researcher writes it (Foret et al. 2021, arXiv:2010.01412)."""
+    """As a researcher would write it (Foret et al. 2021, arXiv:2010.01412)."""
 
     def sharp(params, model_state, batch, key):
         out, grads = gradient(params, model_state, batch, key)
@@ -76,7 +76,7 @@ def scale(key, images):
 
 
 def one_step(backbone, learned=losses.softmax, **more):
-    """(state before, state after, window) of one step of plain SGD at rate 1, whose update is the gradient."""
+    """(state before, state after, sums) of one step of plain SGD at learning rate 1, whose update is the gradient."""
     model, optimizer = Classifier(backbone, CLASSES), optax.sgd(1.0)
     state = step.init_state(model, optimizer, SHAPE, 0)
     train_step = step.make_train_step(model, learned, optimizer, optax.constant_schedule(1.0), scale, **more)
@@ -84,7 +84,7 @@ def one_step(backbone, learned=losses.softmax, **more):
 
 
 def test_supervised_learning_as_a_method_is_the_default(fake_config):
-    """The same bits after a step; mixing and accumulation are those of the default as well."""
+    """The same bits after a step, also with mixing and accumulation."""
     fake_config.update({"mix": "mixup(0.2)", "model": f"{__name__}:Sowing"})
     methods = []
     for fake_config.method in ("supervised", f"{__name__}:plain"):
@@ -95,7 +95,7 @@ def test_supervised_learning_as_a_method_is_the_default(fake_config):
 
 @pytest.mark.parametrize("accumulate", [1, *thorough(2)])
 def test_sown_losses_are_added_and_sown_metrics_are_logged(accumulate):
-    """Beside the sum by hand."""
+    """Against the sum by hand."""
     before, after, window = one_step(Sowing(), accumulate=accumulate)
     model, given = Classifier(Sowing(), CLASSES), batch()
 

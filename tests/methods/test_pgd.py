@@ -1,4 +1,4 @@
-"""Adversarial training: the attack of the paper in NumPy, its bounds in pixels, and all that a run promises."""
+"""Adversarial training: the paper's attack in NumPy, its bounds in pixels, and all promises of a run."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ seen: list[np.ndarray] = []  # the images that the gradient function `recording`
 
 
 def recording(gradient):
-    """A user's: keeps the images of the batch that it is given."""
+    """A user's gradient function, which keeps the images of its batch."""
 
     def record(params, model_state, batch, key):
         jax.debug.callback(lambda x: seen.append(np.asarray(x)), batch["image"])
@@ -37,7 +37,7 @@ def recording(gradient):
 
 
 def one_step(gradient, backbone=None, augment=NORMALIZE, given=None, **more):
-    """(state before, state after, window, the images that were trained on) of one step of plain SGD."""
+    """(state before, state after, sums, the images trained on) of one step of plain SGD."""
     model, optimizer = Classifier(backbone or Flat(), CLASSES), optax.sgd(1.0)
     wrap = table.build_gradient(f"{__name__}:recording|{gradient}", lambda: ops.pixel_range(augment, 1))
     train_step = step.make_train_step(model, losses.softmax, optimizer, optax.constant_schedule(1.0),
@@ -50,7 +50,7 @@ def one_step(gradient, backbone=None, augment=NORMALIZE, given=None, **more):
 
 
 def by_hand(params, given, start, eps, steps, size):
-    """Section 2.1 of arXiv:1706.06083 for a linear model, float64, in units in which pixels are 0 to 1."""
+    """Section 2.1 of arXiv:1706.06083 for a linear model, float64, with pixels from 0 to 1."""
     kernel, bias = (np.float64(params["head"][name]) for name in ("kernel", "bias"))
     clean = np.float64(given["image"].reshape(len(given["image"]), -1)) / 255
     x = np.clip(clean + eps * start.reshape(clean.shape), 0, 1)
@@ -86,14 +86,14 @@ def linear(x):
 
 
 def test_one_step_without_a_random_start_is_fgsm():
-    """x + eps sign(g), cut off at the range of pixels (Goodfellow et al. 2014, arXiv:1412.6572)."""
+    """x + eps sign(g), clipped to the pixel range (Goodfellow et al. 2014, arXiv:1412.6572)."""
     images, keys = jnp.array([0.5, 0.5, 0.5, 0.99]).reshape(1, 2, 2, 1), jax.random.split(jax.random.key(0), 1)
     found = attack(linear, images, keys, 0.0, 1.0, eps=0.1, steps=1, step_size=0.1, random_start=False)
     np.testing.assert_allclose(found.reshape(4), [0.6, 0.4, 0.5, 1.0], rtol=1e-6)
 
 
 def test_a_pixel_outside_of_the_range_stays_inside_of_the_ball():
-    """As random erasing may leave one: it may come back, by eps, and goes no farther out."""
+    """For example after random erasing: it may return by eps, and moves no further out."""
     images, keys = jnp.array([1.5, 1.5, -0.2, -0.2]).reshape(1, 2, 2, 1), jax.random.split(jax.random.key(0), 1)
     found = attack(lambda x: linear(x[:, :, ::-1]), images, keys, 0.0, 1.0, eps=0.1, steps=5).reshape(4)
     np.testing.assert_allclose(found[:2], [1.5, 1.4], rtol=1e-6)
@@ -102,7 +102,7 @@ def test_a_pixel_outside_of_the_range_stays_inside_of_the_ball():
 
 
 def test_attack_passes_update_no_batch_statistics():
-    """They follow from the adversarial examples alone, in one pass; dropout has the same masks in all."""
+    """They follow from the adversarial examples alone, in one pass; dropout has the same masks in all passes."""
     before, after, _, images = one_step(SPEC, Normalized())
     model = Classifier(Normalized(), CLASSES)
     variables = {"params": before.params, **before.model_state}

@@ -1,4 +1,4 @@
-"""Every method and gradient function, and a user's own method, keep what a run promises, by `methods_check.py`."""
+"""Every method and gradient function, and a user's own, keep the promises of a run, by `methods_check.py`."""
 
 import digests
 import pytest
@@ -27,7 +27,7 @@ def teacher(tmp_path_factory):
 
 @pytest.mark.thorough
 def test_a_method_of_your_own_resumes_to_the_same_bits(tmp_path):
-    """In chunks of other lengths and with the images on the device; its metrics are logged and evaluated."""
+    """With other chunk sizes and with the images on the device; its metrics are logged and evaluated."""
     check = Check("own", tmp_path, tmp_path)
     check.keys["model"] = "mlp(widths=(8,))"
     whole = check.train(tmp_path / "whole", **WAYS[0])
@@ -64,7 +64,7 @@ TOOLS = thorough("fixmatch", "mean_teacher", "lora", "own")
 
 @pytest.mark.parametrize("name", [*TOOLS, *(pytest.param(x, marks=pytest.mark.slow) for x in SPECS)])
 def test_every_command_reads_the_run(name, tmp_path, teacher):
-    """Without a head some commands refuse, in a sentence."""
+    """Without a head some commands refuse, in one sentence."""
     passed, seen = Check(name, tmp_path, teacher).tools()
     assert passed, seen
     assert name in ("simclr", "supcon") or " 1:" not in seen, seen

@@ -1,4 +1,4 @@
-"""SAM and ASAM: the papers' equations in NumPy, optax's own SAM, and all that a run promises."""
+"""SAM and ASAM: the papers' equations in NumPy, optax's own SAM, and all promises of a run."""
 
 import json
 
@@ -28,7 +28,7 @@ SPECS = ["sam(rho=0.2)", "asam(rho=0.7, eta=0.05)"]
 
 
 class Flat(nn.Module):
-    """The pixels: the head on top is a linear model."""
+    """The pixels, so that with the head the model is linear."""
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -55,7 +55,7 @@ def scale(key, images):
 
 
 def one_step(gradient, backbone=None, frozen=(), **more):
-    """(state before, state after, window) of one step of SGD with the learning rate 1: its update is the gradient."""
+    """(state before, state after, sums) of one step of SGD at learning rate 1, whose update is the gradient."""
     model, optimizer = Classifier(backbone or Flat(), CLASSES), optax.sgd(1.0)
     state = step.init_state(model, optimizer, SHAPE, 0)
     names = tuple(name for name, _ in tree.named_leaves(state.params))
@@ -67,7 +67,7 @@ def one_step(gradient, backbone=None, frozen=(), **more):
 
 
 def softmax_gradients(kernel, bias, x, labels):
-    """Those of the mean cross-entropy of a linear model, float64."""
+    """Of the mean cross-entropy of a linear model, float64."""
     logits = x @ kernel + bias
     p = np.exp(logits - logits.max(1, keepdims=True))
     p = p / p.sum(1, keepdims=True) - np.eye(CLASSES)[labels]
@@ -77,7 +77,7 @@ def softmax_gradients(kernel, bias, x, labels):
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_gradient_is_that_of_the_paper(spec, accumulate):
-    """w + rho T² g / |T g|, over all parameters at once, in float64."""
+    """w + rho T² g / |T g|, over all parameters jointly, in float64."""
     before, after, _ = one_step(spec, accumulate=accumulate)
     given = batch()
     x, labels = given["image"].reshape(16, -1) / 255.0, given["label"]
@@ -93,7 +93,7 @@ def test_the_gradient_is_that_of_the_paper(spec, accumulate):
 
 
 def test_sam_is_that_of_optax():
-    """Adam by SAM, three steps. Rounding differs, since optax divides g by its norm before it multiplies with rho."""
+    """SAM with Adam, three steps. Rounding differs, since optax divides g by its norm before multiplying with rho."""
     model, given, rate = Classifier(Flat(), CLASSES), batch(), optax.constant_schedule(0.1)
     adam, wrap = optimizers.build("adam", rate, 0.0), table.build_gradient("sam(0.2)")
     ours = jax.jit(step.make_train_step(model, losses.softmax, adam, rate, scale, gradient=wrap))
@@ -141,7 +141,7 @@ def test_frozen_parameters_stay_and_do_not_count_in_the_norm(spec):
 
 
 def test_a_zero_gradient_perturbs_nothing():
-    """Of a loss that is constant: no division by a norm of zero."""
+    """For a constant loss: no division by a zero norm."""
     model, optimizer = Classifier(Flat(), CLASSES), optax.sgd(1.0)
     state = step.init_state(model, optimizer, SHAPE, 0)
     train_step = step.make_train_step(model, lambda logits, labels: 0.0 * logits[:, 0], optimizer,
@@ -153,7 +153,7 @@ def test_a_zero_gradient_perturbs_nothing():
 
 
 def noise(gradient, size):
-    """A user's: adds noise to the gradient."""
+    """A user's gradient function, which adds noise."""
 
     def noisy(params, model_state, batch, key):
         out, grads = gradient(params, model_state, batch, key)

@@ -1,4 +1,4 @@
-"""FixMatch and mean teacher: the papers' equations, and all that a run promises."""
+"""FixMatch and mean teacher: the papers' equations, and all promises of a run."""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def batch(b=8, u=24):
 
 
 def run(method, given, devices=1, steps=1, rate=1.0, **kwargs):
-    """(state before, state after, the last window) of steps of plain SGD."""
+    """(state before, state after, the last sums) of steps of plain SGD."""
     make = method.model or (lambda backbone, problem: Classifier(backbone, problem.classes))
     model, optimizer = make(Net(), PROBLEM), optax.sgd(rate)
     train_step = jax.jit(
@@ -105,7 +105,7 @@ def test_one_pass_gives_the_logits_of_each_batch_and_statistics_of_all():
 
 
 def test_unconfident_images_train_nothing():
-    """No image reaches probability 1: the gradient is that of the labeled images."""
+    """No image reaches probability 1, so the gradient is that of the labeled images."""
     _, after, sums = run(fixmatch(PROBLEM, threshold=1.0, strong="cutout(2)"), batch())
     _, same, _ = run(fixmatch(PROBLEM, weight=0.0, strong="cutout(2)"), batch())
     jax.tree.map(np.testing.assert_array_equal, after.params, same.params)
@@ -125,7 +125,7 @@ def test_the_consistency_is_that_of_the_paper():
 
 @pytest.mark.parametrize("accumulate", [1, *thorough(2)])
 def test_the_teacher_is_the_average_of_the_students_so_far(accumulate):
-    """With the decay of the authors' code, once a step also where microbatches are accumulated, from any start."""
+    """With the decay of the authors' code, once per step also with gradient accumulation, from any start."""
     method = mean_teacher(PROBLEM, decay=0.6, weight=5.0, ramp="0")
     model, optimizer = method.model(Net(), PROBLEM), optax.sgd(0.3)
     train_step = jax.jit(step.make_train_step(model, method, optimizer, optax.constant_schedule(0.3), augment,

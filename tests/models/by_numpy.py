@@ -39,7 +39,7 @@ MOVES = {
 
 
 def evaluate(closed, *args):
-    """(The results of a closed jaxpr, the greatest number of all that it computes)."""
+    """(The results of a closed jaxpr, the largest absolute value of everything it computes)."""
     greatest = [1.0]
     with np.errstate(all="ignore"):
         return _evaluate(closed.jaxpr, closed.consts, args, greatest), greatest[0]

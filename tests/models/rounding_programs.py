@@ -38,13 +38,13 @@ def winners(x, y):
 
 
 def compare(operation):
-    """With one that is now equal, now less."""
+    """With another array, which is sometimes equal and sometimes less."""
     return lambda x, y: jnp.where(operation(x * 1.1, jnp.maximum(x * 1.1, y)), x, y)
 
 
 @jax.custom_vjp
 def straight_through(x):
-    """Rounds; the gradient passes as if it did not."""
+    """Rounds, with the gradient of the identity."""
     return jnp.round(x * 35) / 48
 
 
@@ -62,13 +62,13 @@ def _gated_jvp(primals, tangents):
 
 
 def pooled(x):
-    """The gradient of equals goes to the first."""
+    """Of equal elements, the first gets the gradient."""
     y = pool.max_pool(features_first(x[None] * 1.1), 2)  # [n, h, w, b]
     return features_last(y.repeat(2, 1).repeat(2, 2))[0]
 
 
 def scanned(x, y):
-    """Two steps, each of which keeps what is least of the other."""
+    """Two steps, each of which keeps the minimum of its input and the last one."""
     return lax.scan(lambda c, _: (winners(c * 1.1, y) - c, None), x, None, 2)[0]
 
 
@@ -155,7 +155,7 @@ EXACT = {
 
 
 def smooth(function, middle=0):
-    """Of any operands, in a range where it is defined and its slope is small."""
+    """Of any operands, on a range where it is defined and its slope is small."""
     return lambda x, y: function(jnp.sin(x) * 0.75 + middle)
 
 

@@ -1,4 +1,4 @@
-"""Every backbone: its published size, and a step of training and of evaluation in bfloat16 over eight devices."""
+"""Every backbone: its published size, and a step of training and evaluation in bfloat16 on eight devices."""
 
 import itertools
 from pathlib import Path
@@ -69,7 +69,7 @@ def variables_shape(spec, size, classes, channels=3):
 
 
 def random_variables(model, x):
-    """Random variables of a model; scales, biases and statistics lie about one."""
+    """Random variables of a model; scales, biases and statistics are around one."""
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), x)
     return jax.tree.map(lambda s: np.float32(rng.uniform(-0.3, 0.3, s.shape) + (len(s.shape) == 1)), shapes)
@@ -81,7 +81,7 @@ def test_published_parameter_counts(spec, size, classes, count):
 
 
 def test_airbench_parameter_count():
-    """Written from the paper's table: whitening, three groups, the head (which has a bias of ten here)."""
+    """By the paper's table: whitening, three groups, the head (which here has a bias of ten)."""
     whiten, widths = 24 * 12 + 24, (24, 64, 256, 256)
     groups = sum(9 * a * b + 9 * b * b + 2 * b for a, b in itertools.pairwise(widths))
     shapes = variables_shape("airbench", 32, 10)["params"]
@@ -101,7 +101,7 @@ def programs(spec, size, precision="bfloat16"):
 @pytest.mark.parametrize("form", ["cpu", *thorough("gpu")], indirect=True)
 @pytest.mark.parametrize("name", ["cnn", "resnet", "vit", *thorough(*sorted({*BACKBONES} - {"cnn", "resnet", "vit"}))])
 def test_gradients_are_as_precise_as_the_parameters(name):
-    """In float32, while layers compute in bfloat16; in both forms."""
+    """In float32, while layers compute in bfloat16, in both forms."""
     spec, size = SMALL[name]
     model = classifier.build(spec, 4, "bfloat16")
     x = jnp.zeros((4, size, size, 3))
@@ -121,7 +121,7 @@ def test_gradients_are_as_precise_as_the_parameters(name):
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", sorted(BACKBONES))
 def test_a_step_in_bfloat16_over_eight_devices(name):
-    """Loss and gradients are finite, every parameter moves or has no gradient by design, statistics move too."""
+    """Loss and gradients are finite, every parameter moves or has no gradient by design, and statistics move."""
     exp = programs(*SMALL[name])
     assert exp.mesh.size == 8
     size, steps = SMALL[name][1], exp.steps_per_call
@@ -156,7 +156,7 @@ def test_a_step_in_bfloat16_over_eight_devices(name):
 @pytest.mark.parametrize("name", ["vit", *thorough("airbench", "convnext", "mixer", "resnet", "wide_resnet")])
 @pytest.mark.usefixtures("shallow")
 def test_train_and_evaluation_differ_where_they_should(name):
-    """Evaluation is the same every time; training draws anew for another key, or normalizes by the batch."""
+    """Evaluation is deterministic; training draws anew for another key, or normalizes by the batch."""
     spec, size = SMALL[name]
     model = classifier.build(spec, 4, "float32")
     x = np.random.default_rng(0).normal(size=(8, size, size, 3)).astype(np.float32)
@@ -193,7 +193,7 @@ def test_what_a_backbone_does_not_have_is_said(spec, words):
 
 
 def test_sincos_positions_are_their_definition():
-    """Of position (y, x): sin(x w), cos(x w), sin(y w), cos(y w), w falling from 1 to 1e-4 geometrically."""
+    """At (y, x): sin(x w), cos(x w), sin(y w), cos(y w), with w from 1 to 1e-4 in a geometric sequence."""
     table = sincos_positions(3, 5, 8)
     for y in range(3):
         for x in range(5):
@@ -204,7 +204,7 @@ def test_sincos_positions_are_their_definition():
 
 @pytest.mark.usefixtures("form")
 def test_attention_maps_can_be_seen(monkeypatch):
-    """f32[b, heads, tokens, tokens] of every block, each row a distribution."""
+    """f32[b, heads, tokens, tokens] for every block; each row is a distribution."""
     monkeypatch.setitem(vit._VIT, "Ti", (48, 3, 3))
     model = vit.ViT("Ti", patch=8)
     x = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
@@ -216,7 +216,7 @@ def test_attention_maps_can_be_seen(monkeypatch):
 
 
 def test_whitening_whitens():
-    """The first half of the filters' outputs over the images' own patches are uncorrelated, of variance v / (v + e)."""
+    """The first half of the filters' outputs on the images' own patches are uncorrelated with variance v / (v + e)."""
     rng = np.random.default_rng(0)
     images = rng.normal(size=(20, 9, 8, 3)).cumsum(1).cumsum(2).astype(np.float32) / 10
     params = AirBench.init_on_images({"whiten": {"kernel": None, "bias": 0}, "head": 1}, jnp.asarray(images))

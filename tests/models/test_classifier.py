@@ -1,4 +1,4 @@
-"""The head and the layer before it: how they begin, and what they compute."""
+"""The head and the layer before it: initialization and results."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def head(text, classes=300):
     ("zeros", 0.0, 0.0),
 ])  # fmt: skip
 def test_how_the_head_begins(head_init, deviation, most):
-    """Its standard deviation and its greatest value over 400 × 300 weights; the bias begins at zero."""
+    """The standard deviation and largest value of 400 × 300 weights; the bias starts at zero."""
     own = f", head_init={head_init!r}" if head_init else ""
     params = head(f"mlp(widths=(400,){own})")
     assert params["kernel"].shape == (400, 300)
@@ -45,7 +45,7 @@ def test_another_beginning_is_refused(head_init, message):
 
 
 def test_the_representation_is_a_dense_layer_and_tanh(monkeypatch):
-    """Over the features of the network without it, which has the other parameters."""
+    """On the features of the network without it, which has the other parameters."""
     monkeypatch.setitem(vit._VIT, "Ti", (48, 2, 3))
     with_it, without = (classifier.build(VIT.format(on), 3, "float32").backbone for on in (True, False))
     params = jax.jit(with_it.init)(jax.random.key(0), IMAGES)["params"]

@@ -1,4 +1,4 @@
-"""Both forms of every backbone, CPU's and the accelerators': equal, open to edits, differentiable in both modes."""
+"""Both forms of every backbone, CPU and accelerator: equal, open to edits, and differentiable in both modes."""
 
 import re
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("shallow")
 
 
 class Edits(nn.Module):
-    """What a stranger may do between two layers, by the axes that arrays have everywhere."""
+    """Ordinary operations that a user may insert between two layers, on the usual axes."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -51,7 +51,7 @@ class Edits(nn.Module):
 
 
 class Edited(nn.Module):
-    """A backbone with the edits behind the module of that name."""
+    """A backbone with the edits after the module of this name."""
 
     backbone: nn.Module
     place: str
@@ -91,7 +91,7 @@ def build(name, precision="float64", edited=False):
 
 
 def in_form(form, function):
-    """`function` traced for a platform, and rewritten as programs for CPU are."""
+    """Traces `function` for a platform, with the CPU layout pass on CPU."""
     return platform.traced_for(form, rewrite(function) if form == "cpu" else function)
 
 
@@ -114,7 +114,7 @@ QUICK = ["cnn", "mlp"]  # the others take ten seconds to compile when they are d
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", ["resnet_cifar", "vit"])
 def test_both_forms_are_equal_with_ordinary_edits_in_the_middle(name):
-    """Logits and gradients, in float64. The edits are those of the next test."""
+    """Logits and gradients, in float64, with the edits of the next test."""
     logits, params = build(name, edited=True)
     run = jax.value_and_grad(value_of(logits), has_aux=True)
     cpu, gpu = (jax.jit(in_form(form, run))(params) for form in FORMS)
@@ -159,7 +159,7 @@ def test_both_forms_are_equal_and_differentiable_with_ordinary_edits_in_the_midd
 
 
 def traced(name, form, precision):
-    """The gradient's program in a form, as JAX writes it."""
+    """The jaxpr of the gradient's program in a form."""
     logits, params = build(name, precision)
     return jax.jit(platform.traced_for(form, jax.grad(lambda params: jnp.sum(logits(params))))).trace(params)
 
@@ -168,7 +168,7 @@ def traced(name, form, precision):
     "name", ["cnn", "resnet_cifar", "vit", *thorough(*sorted({*BACKBONES} - {"cnn", "resnet_cifar", "vit"}))]
 )
 def test_programs_for_accelerators_hold_nothing_of_the_cpu(name):
-    """No barrier and no primitive of its own; they can be lowered here. bfloat16 lies between the layers."""
+    """They have no barrier and no primitive of this project, and can be lowered here. bfloat16 stays between layers."""
     program = traced(name, "gpu", "bfloat16")
     text = str(program.jaxpr)
     assert "optimization_barrier" not in text
@@ -178,14 +178,14 @@ def test_programs_for_accelerators_hold_nothing_of_the_cpu(name):
 
 
 def lowered(program, platform):
-    """JAX's own lowering of products with a precision does not hold to strict promotion."""
+    """JAX's own lowering of matmuls with a precision violates strict promotion."""
     with jax.numpy_dtype_promotion("standard"):
         return program.lower(lowering_platforms=(platform,))
 
 
 @pytest.mark.parametrize("name", ["vit", "cnn", *thorough("mixer", "resnet_cifar")])
 def test_products_are_in_bfloat16_on_every_accelerator(name):
-    """Those of the head's gradients apart, none has an operand of float32, on GPU as on TPU."""
+    """Except in the gradients of the head, no matmul has a float32 operand, on GPU as on TPU."""
 
     def float32_products(form, lowered_for):
         text = lowered(traced(name, form, "bfloat16"), lowered_for).as_text()

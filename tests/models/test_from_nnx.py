@@ -1,4 +1,4 @@
-"""An nnx module as a backbone, beside its linen twin: with equal parameters they train alike."""
+"""An nnx module as a backbone, next to its linen twin: with equal parameters they train alike."""
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ class Linen(nn.Module):
 
 
 class TakesTrain(nnx.Module):
-    """Draws nothing at its making, and is told whether it trains."""
+    """Draws nothing in its constructor, and takes `train`."""
 
     def __init__(self, factor: float):
         self.factor = factor
@@ -147,7 +147,7 @@ def config_of(**keys):
     ("--config.method=lora(rank=2)",),
 ])  # fmt: skip
 def test_a_run_goes_on_with_the_same_bits(flags, tmp_path):
-    """With dropout, batch norm and a list of layers in its checkpoints, several seeds, and updates of low rank."""
+    """With dropout, batch norm and a list of layers in its checkpoints, several seeds, and low-rank updates."""
     common = [f"--config.model={__name__}:Nnx(width=4, dropout=0.5)", *flags, "--config.batch_size=16",
               "--config.schedule=constant(0.1)", "--config.data.source=fake(64, (8, 8, 1), 4)",
               "--config.preprocess=decode(1)", "--config.augment="]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The layers against Flax's, NumPy and the definitions, in both of the forms that platforms choose from."""
+"""The layers against Flax, NumPy and their definitions, in both forms."""
 
 import functools
 
@@ -28,7 +28,7 @@ SETTINGS = [  # kernel, strides, padding, dilation, groups
 
 
 def on_cpu(test):
-    """The test, traced in the CPU's form alone."""
+    """Traces the test in the CPU form only."""
     return pytest.mark.usefixtures("form")(pytest.mark.parametrize("form", ["cpu"], indirect=True)(test))
 
 
@@ -37,7 +37,7 @@ def normal(seed, *shape, dtype=np.float64):
 
 
 def shapes(layer, *args):
-    """Of the variables that a layer begins with."""
+    """The shapes of a layer's initial variables."""
     return jax.eval_shape(lambda: layer.init(jax.random.key(0), *args))
 
 
@@ -73,7 +73,7 @@ def test_conv_is_flax_conv(kernel, strides, padding, dilation, groups):
 
 @on_cpu
 def test_bfloat16_products_are_summed_in_float32():
-    """With bfloat16 operands that are exact, sums of many terms are exact too: bfloat16 would keep 8 bits of them."""
+    """With exact bfloat16 operands, sums of many terms are exact too; a bfloat16 sum would keep 8 bits."""
     x = jnp.asarray(np.random.default_rng(0).integers(-3, 9, (4, 9, 9, 32)), jnp.float32)
     kernel = jnp.asarray(np.random.default_rng(1).integers(-3, 4, (3, 3, 32, 8)), jnp.float32)
 
@@ -136,7 +136,7 @@ def test_flat_dense_is_flax_dense_on_the_flattened_image():
 
 
 def compiled_network(batch_size, mesh):
-    """Two blocks and their gradients for CPU, the batch split over `mesh`."""
+    """Two blocks and their gradients for CPU, with the batch sharded over `mesh`."""
     network = nn.Sequential([ConvPool(8), ConvPool(16), FlatDense(10)])
     x = jnp.zeros((batch_size, 28, 28, 1))
     params = shapes(network, x)
@@ -147,7 +147,7 @@ def compiled_network(batch_size, mesh):
 
 
 def test_layers_on_cpu_need_no_convolution_and_no_exchange_of_images():
-    """No convolution, which CPU runs slowly in loops; split over devices, only gradients are summed."""
+    """Convolutions are slow in loops on CPU; on several devices, only gradients are all-reduced."""
     program = compiled_network(16, sharding.make_mesh()).as_text()
     assert "convolution(" not in program
     assert "all-reduce" in program
@@ -155,14 +155,14 @@ def test_layers_on_cpu_need_no_convolution_and_no_exchange_of_images():
 
 
 def test_between_two_layers_nothing_is_transposed():
-    """The transposes of one layer's end and the next one's beginning cancel in the compiled program."""
+    """The transposes at the end of one layer and the start of the next cancel in the compiled program."""
     program = compiled_network(64, sharding.make_mesh(jax.devices()[:1])).as_text()
     assert "f32[8,13,13,64]" in program  # the images between the blocks, features first
     assert "f32[64,13,13,8]" not in program
 
 
 def test_drop_path_drops_whole_examples():
-    """Each with the given probability; what stays is scaled so that the expectation is unchanged."""
+    """Each with the given probability; the rest is scaled to keep the expectation."""
     out = nn.apply(lambda module, x: layers.drop_path(module, x, 0.25, True), nn.Dense(1))(
         {}, jnp.ones((4000, 2, 3)), rngs={"dropout": jax.random.key(0)}
     )

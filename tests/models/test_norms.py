@@ -1,4 +1,4 @@
-"""Normalizations, and dense layers on tokens, against Flax's in float64, in both of the forms of platforms."""
+"""Normalizations, and dense layers on tokens, against Flax in float64, in both forms."""
 
 import functools
 
@@ -76,7 +76,7 @@ def test_dense_and_layer_norm_on_tokens_are_flaxs():
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("shape", [(3, 4, 2, 6), (3, 5, 6), (3, 6)])
 def test_group_norm_is_flaxs(shape):
-    """The same parameters, results and gradients as nn.GroupNorm, in float64; the form for CPU as for the others."""
+    """The same parameters, results and gradients as nn.GroupNorm, in float64; the CPU form equals the others."""
     x = jnp.asarray(normal(0, *shape)) * 2 + 1
     ours = GroupNorm(2, 1e-3, dtype=jnp.float64)
     theirs = nn.GroupNorm(2, epsilon=1e-3, param_dtype=jnp.float64, force_float32_reductions=False)
@@ -97,7 +97,7 @@ def test_group_norm_is_flaxs(shape):
 @pytest.mark.usefixtures("float64", "form")
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (3, 2, 4, 5, 7)])
 def test_layers_over_the_features_take_arrays_of_any_rank(shape):
-    """Of one example, of vectors, and of volumes."""
+    """On one example, on vectors, and on volumes."""
     x = jnp.asarray(normal(0, *shape))
     rows = x.reshape(-1, 7)
     layers = [(Dense(4, jnp.float64), x, rows), (LayerNorm(dtype=jnp.float64), x, rows)]
@@ -115,7 +115,7 @@ def test_layers_over_the_features_take_arrays_of_any_rank(shape):
 
 @pytest.mark.usefixtures("float64", "form")
 def test_batch_norm_over_groups_is_that_of_each_group():
-    """Results and gradients; the running statistics follow the mean of the groups'. Evaluation knows no groups."""
+    """Results and gradients; the running statistics follow the mean over groups. Evaluation has no groups."""
     x = jnp.asarray(normal(0, 12, 5, 4, 3)) * 3 + 1
     layer = BatchNorm(0.9, 1e-3, dtype=jnp.float64)
     shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, True))

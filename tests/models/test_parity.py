@@ -84,7 +84,7 @@ def to_params(spec, weights):
 
 
 def clear_redundant(spec, arrays):
-    """The same arrays with zeros for the biases of Keras's GRU that ours does not have."""
+    """The same arrays, with zeros for the biases of Keras's GRU that ours lacks."""
     arrays = [np.array(a) for a in arrays]
     if "gru" in spec:
         for i in (2, 5):  # [2, z | r | n]: of the state's row only n's bias is not redundant
@@ -118,7 +118,7 @@ class KerasRun:
 
 
 def random_variables(model, x):
-    """Variables of the shapes and dtypes that the model asks for, at random, biases too."""
+    """Random variables of the model's shapes and dtypes, including biases."""
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)
     return jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.2, s.shape), s.dtype), shapes)
@@ -139,7 +139,7 @@ def assert_close(ours, theirs, atol):
 @pytest.mark.usefixtures("form")
 @pytest.mark.parametrize(("spec", "form"), [("cnn", "cpu"), *((spec, "gpu") for spec in CASES)], indirect=["form"])
 def test_logits_gradients_and_adam_agree_with_keras(spec, float64):
-    """Logits and all gradients to 1e-10; after 20 of our training steps with Adam all parameters to 1e-8."""
+    """Logits and all gradients to 1e-10; after 20 training steps with Adam all parameters to 1e-8."""
     shape, rng = CASES[spec], np.random.default_rng(0)
     theirs = KerasRun(spec, shape, rng)
     model = classifier.build(spec, CLASSES, "float64").clone(dtype=jnp.float64)
@@ -180,7 +180,7 @@ def test_logits_gradients_and_adam_agree_with_keras(spec, float64):
 
 
 def test_the_cnn_has_the_size_of_the_keras_example():
-    """121,930 parameters, and 64 features an image."""
+    """121,930 parameters, and 64 features per image."""
     model = classifier.build("cnn", CLASSES, "float32")
     images = jnp.zeros((3, 28, 28, 1))
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -197,7 +197,7 @@ def test_the_cnn_refuses_images_that_its_blocks_use_up(size):
 
 @pytest.mark.parametrize("spec", ["cnn", "mlp(widths=(16,))", "rnn(features=16)", "rnn(cell='gru', features=16)"])
 def test_bfloat16_backbones_have_a_float32_head(spec):
-    """Parameters and logits stay float32, the features are bfloat16, and the logits are near those of float32."""
+    """Parameters and logits stay float32, features are bfloat16, and the logits are close to those of float32."""
     x = images_like(4, 28, 28, 1)
     low, high = classifier.build(spec, CLASSES, "bfloat16"), classifier.build(spec, CLASSES, "float32")
     variables = random_variables(low, x)

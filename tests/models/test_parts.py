@@ -1,4 +1,4 @@
-"""Blocks, normalizations and activations of the shipped backbones, swapped by name or by import path."""
+"""Blocks, normalizations and activations of the backbones, swapped by name or import path."""
 
 import itertools
 from typing import Any
@@ -22,7 +22,7 @@ from imgclf_jax.tools.export import torch_state
 
 
 class SEBlock(nn.Module):
-    """A stranger's block: ordinary linen, and squeeze and excitation (Hu et al. 2017)."""
+    """A user's block: ordinary linen with squeeze and excitation (Hu et al. 2017)."""
 
     features: int
     strides: int = 1
@@ -42,7 +42,7 @@ class SEBlock(nn.Module):
 
 
 class TokenMean(nn.Module):
-    """In the place of attention: each token gets the mean of all. Called without `train`."""
+    """In place of attention: each token gets the mean of all. Called without `train`."""
 
     scale: float = 1.0
 
@@ -51,7 +51,7 @@ class TokenMean(nn.Module):
 
 
 class Broken(nn.Module):
-    """A block with a mistake inside."""
+    """A block with a bug inside."""
 
     features: int
     strides: int = 1
@@ -62,7 +62,7 @@ class Broken(nn.Module):
 
 
 class Numbers(nn.Module):
-    """A backbone that returns one number for a batch."""
+    """A backbone that returns one number per batch."""
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -81,7 +81,7 @@ class WithoutStrides(nn.Module):
 
 
 def a_function(features, strides):
-    """No class of modules."""
+    """Not a module class."""
 
 
 SWAPPED = {
@@ -112,7 +112,7 @@ MORE_NAMED = [
 
 
 def build(spec, size, dtype=np.float32):
-    """(model, images, variables), all random; scales and variances lie about one."""
+    """(model, images, variables), all random; scales and variances are around one."""
     model = classifier.build(spec, 4, np.dtype(dtype).name).clone(dtype=dtype)
     x = np.random.default_rng(0).normal(size=(4, size, size, 3)).astype(dtype)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x))
@@ -131,7 +131,7 @@ def trained(model, variables, x):
     ("resnet_cifar", "tpu"), *thorough(("resnet_cifar", "gpu"), *itertools.product(OTHERS, ("gpu", "tpu")))
 ])  # fmt: skip
 def test_swapped_parts_are_the_same_in_every_form(name, other):
-    """Logits, statistics and gradients, in float64, of a stranger's block between layers that each platform has."""
+    """Logits, statistics and gradients, in float64, of a user's block between layers with two forms."""
     with jax.numpy_dtype_promotion("standard"):  # which linen's normalizations need
         model, x, variables = build(*SWAPPED[name], np.float64)
         others = {k: jax.tree.map(np.ones_like, v) for k, v in variables.items() if k != "params"}
@@ -159,7 +159,7 @@ def test_the_defaults_have_names(spec, names, size):
 
 @pytest.mark.usefixtures("shallow")
 def test_what_a_part_is_given():
-    """The widths and strides of its place, the precision, the network's normalization; what the spec sets stays."""
+    """The widths and strides of its position, the precision and the network's normalization; the spec takes precedence."""
     spec = "resnet_cifar(depth=8, block='test_parts:SEBlock(2)', norm='flax.linen:BatchNorm(epsilon=0.1)')"
     model = classifier.build(spec, 4, "bfloat16")
     seen = {}
@@ -177,7 +177,7 @@ def test_what_a_part_is_given():
 
 
 def test_linens_batch_norm_knows_of_training():
-    """It follows the batch in training, and uses the running statistics in evaluation."""
+    """It normalizes by the batch in training, and by the running statistics in evaluation."""
     ours, theirs = (build(f"resnet_cifar(depth=8, norm='{n}')", 8) for n in ("batch_norm", "flax.linen:BatchNorm"))
     (model, x, variables), (other, _, same) = ours, theirs
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, same)
@@ -244,7 +244,7 @@ def test_values_that_a_network_cannot_have(spec, says):
 
 
 def test_weights_of_swapped_parts_have_no_published_names():
-    """PyTorch's model would take them, and compute something else."""
+    """PyTorch's model would load them and compute something else."""
     assert torch_state.naming(ResNetCIFAR(8)) == "akamaster"
     assert torch_state.naming(classifier.build("resnet_cifar(8, block='basic_block')", 4, "float32").backbone) == (
         "akamaster"
@@ -257,7 +257,7 @@ def test_weights_of_swapped_parts_have_no_published_names():
 
 
 def test_a_mistake_in_a_strangers_block_is_shown_where_it_is():
-    """Its traceback, and no sentence that blames the key."""
+    """The traceback, and no sentence that blames the key."""
     config = default_config()
     config.model = "resnet_cifar(depth=8, block='test_parts:Broken')"
     recipe = Recipe(config, DataInfo(64, (8, 8, 1), ("a", "b"), ""))
@@ -266,7 +266,7 @@ def test_a_mistake_in_a_strangers_block_is_shown_where_it_is():
 
 
 def test_what_a_strangers_function_returns_and_cannot_be_used_is_said_of_its_key(monkeypatch):
-    """The traceback would end in this package, where nothing is wrong."""
+    """A traceback would end in this package, where nothing is wrong."""
     monkeypatch.setattr(diagnose, "own_files", dict)  # the test itself is in the traceback
     config = default_config()
     config.model, config.loss = "mlp", "test_parts:two_values"

@@ -1,4 +1,4 @@
-"""Pooling, and convolution with it, against Flax's, in both forms."""
+"""Pooling, and convolution with pooling, against Flax, in both forms."""
 
 import functools
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.optimized
     ("h", "w", "window"), [(9, 7, 2), (13, 12, 3), *thorough((8, 8, 2), (5, 4, 4), (3, 6, 1), (30, 25, 12))]
 )
 def test_pool_bias_relu_on_cpu_is_flax_in_the_usual_order(h, w, window):
-    """The same bits as convolution output + bias, ReLU, nn.max_pool; the gradient too, ties among its elements."""
+    """The same bits as convolution output + bias, ReLU, nn.max_pool; the gradient too, with ties."""
     x = jnp.asarray(np.random.default_rng(0).integers(-4, 5, (2, h, w, 3)), jnp.float32)  # of few values: ties
     bias = jnp.asarray([-4.5, 0.25, 1.5])
     weights = normal(1, 2, h // window, w // window, 3, dtype=np.float32)
@@ -51,7 +51,7 @@ def test_pool_bias_relu_on_cpu_is_flax_in_the_usual_order(h, w, window):
     ("kernel", "pool", "channels"), [(3, 2, 3), *thorough((2, 1, 2), (3, 2, 1), (3, 2, 8), (5, 3, 1), (5, 3, 4))]
 )
 def test_conv_pool_is_convolution_bias_relu_and_pool_in_that_order(kernel, pool, channels):
-    """In float64 the same numbers and gradients, the images' too, as Flax's layers in the usual order."""
+    """In float64 the numbers and gradients, also of the images, of Flax's layers in the usual order."""
     x = jnp.asarray(normal(0, 2, 15, 14, channels))
     layer = ConvPool(6, kernel, pool, dtype=jnp.float64)
     flax_conv = nn.Conv(6, (kernel, kernel), padding="VALID", dtype=jnp.float64)
@@ -82,7 +82,7 @@ def test_conv_pool_is_convolution_bias_relu_and_pool_in_that_order(kernel, pool,
 @pytest.mark.thorough
 @pytest.mark.parametrize("channels", [1, 3, 8])
 def test_both_ways_of_convolution_and_pooling_on_cpu_give_the_gradient_to_the_first_of_equals(channels):
-    """On images and kernels of few values, so of many ties, the bits of Flax's gradient in float32."""
+    """On images and kernels of few values, with many ties: the bits of Flax's gradient in float32."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.integers(-1, 2, (4, 9, 12, channels)), jnp.float32)
     kernel = jnp.asarray(rng.integers(-1, 2, (3, 3, channels, 5)), jnp.float32)
@@ -108,7 +108,7 @@ def test_both_ways_of_convolution_and_pooling_on_cpu_give_the_gradient_to_the_fi
 @pytest.mark.usefixtures("form")
 @pytest.mark.parametrize(("window", "strides", "padding"), [(2, 2, 0), (3, 2, 1), *thorough((3, 3, 0), (2, 1, 0))])
 def test_max_pool_is_flax_max_pool(window, strides, padding):
-    """Values and gradients, the latter to the first of equals."""
+    """Values and gradients; the gradient goes to the first of equal elements."""
     x = jnp.asarray(np.random.default_rng(0).integers(-3, 3, (2, 9, 8, 5)), jnp.float32)
 
     def usual(x):
@@ -130,7 +130,7 @@ def test_max_pool_is_flax_max_pool(window, strides, padding):
     ("size", "window", "strides", "padding"), [(9, 3, 2, 1), *thorough((8, 3, 2, 1), (8, 2, 2, 0), (7, 2, 2, 0))]
 )
 def test_max_pool_on_gpu_scatters_nothing(size, window, strides, padding):
-    """Flax's values and its gradient, that of the first of equals, and a program without a scatter."""
+    """Flax's values and gradient, to the first of equal elements, in a program without a scatter."""
     x = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, size, size, 3)), jnp.float32)  # of few values: ties
     pads = [(padding, padding)] * 2
 

@@ -1,4 +1,4 @@
-"""The recurrent cells beside linen's own."""
+"""The recurrent cells against linen's."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ CELLS = {"lstm": (recurrent.LSTMCell, nn.OptimizedLSTMCell), "gru": (recurrent.G
 
 @pytest.mark.parametrize("name", ["gru", *thorough(*(name for name in CELLS if name != "gru"))])
 def test_a_cell_is_linens_bit_for_bit_in_float32(name):
-    """What it begins with, what it gives, and its gradients."""
+    """Initialization, results and gradients."""
     x = jax.random.normal(jax.random.key(1), (4, 6, 5))
     found = []
     for cell in CELLS[name]:

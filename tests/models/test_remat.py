@@ -1,4 +1,4 @@
-"""Rematerialisation by name: the same parameters, results and gradients, for more operations and less memory."""
+"""Rematerialization by name: the same parameters, results and gradients, for more computation and less memory."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def twice(name, monkeypatch, precision):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gradients_are_the_same(name, monkeypatch):
-    """In both forms, dropout and stochastic depth too; parameters have the same names."""
+    """In both forms, also with dropout and stochastic depth; parameters keep their names."""
     (plain, params), (again, same) = twice(name, monkeypatch, "float64")
     assert jax.tree.structure(params) == jax.tree.structure(same)
     for form in FORMS:
@@ -42,7 +42,7 @@ def test_the_gradients_are_the_same(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["resnet", "vit", *thorough("convnext", "mixer")])
 def test_forward_products_are_computed_again(name, monkeypatch):
-    """At most once: those of a gradient are a third more, and fewer where a block's last product is not asked for."""
+    """At most once: a third more matmuls in a gradient, less where a block's last matmul is not needed."""
     (plain, params), (again, _) = twice(name, monkeypatch, "float32")
     before, after = (
         matmul_flops(jax.make_jaxpr(platform.traced_for("gpu", jax.grad(lambda p, f=f: jnp.sum(f(p)))))(params))

@@ -1,4 +1,4 @@
-"""What is rewritten for CPU gives what it gave, with fewer transposes and roundings."""
+"""The CPU rewrite keeps results, with fewer transposes and roundings."""
 
 import functools
 import re
@@ -66,7 +66,7 @@ def test_any_sequence_of_operations_and_its_gradient_are_unchanged(names, seed):
 @settings(max_examples=8)
 @given(st.lists(st.sampled_from(sorted(set(OPS) - {"order", "where", "gelu"})), min_size=1, max_size=6))
 def test_in_bfloat16_roundings_are_left_out_and_dtypes_stay(names):
-    """The result is as near to float64's as that of the program as written, up to what one rounding adds."""
+    """The result is as close to float64 as that of the program as written, up to one rounding."""
     x = np.random.default_rng(0).normal(size=SHAPE)
     low = jnp.asarray(x, jnp.bfloat16)
     as_written, ours = network(names)(low), rewrite(network(names))(low)
@@ -83,7 +83,7 @@ def equations(function, *args):
 
 
 def test_between_layers_no_transpose_is_left():
-    """A residual block's worth of operations between two layers; of whole arrays, both ends' transposes alone stay."""
+    """A residual block's operations between two layers; only the transposes of whole arrays at both ends remain."""
     names = ["layer", "relu", "scale", "centre", "pad", "concatenate", "layer", "standard", "layer"]
     whole = re.compile(r"(?:2,4,3,6|6,4,3,2)\] = transpose")
     x = jnp.ones(SHAPE)
@@ -100,7 +100,7 @@ def test_between_products_bfloat16_is_rounded_once():
 
 
 def test_what_was_written_out_is_read_again():
-    """A value that a product reads in bfloat16 is not kept in float32 beside it for what comes later."""
+    """A value that a matmul reads in bfloat16 is not also stored in float32 for later readers."""
 
     def block(x):
         y = jax.nn.relu(x * 2)
@@ -113,7 +113,7 @@ def test_what_was_written_out_is_read_again():
 
 
 def test_names_of_modules_stay_in_the_program():
-    """So that a profile shows them."""
+    """Profiles show them."""
 
     def function(x):
         with jax.named_scope("block7"):
@@ -123,7 +123,7 @@ def test_names_of_modules_stay_in_the_program():
 
 
 def test_random_keys_are_turned_as_arrays_are():
-    """Their dtype is no NumPy's: they are neither rounded nor computed on."""
+    """Their dtype does not exist in NumPy: they are neither rounded nor computed with."""
 
     def draw(seed):
         keys = jax.random.split(jax.random.key(seed), 6).reshape(2, 3).T

@@ -1,4 +1,4 @@
-"""bfloat16 on CPU: what a program compares, sorts or rounds is what it says, whatever roundings are left out."""
+"""bfloat16 on CPU: comparisons, sorts and roundings see exactly the program's values, whatever roundings are omitted."""
 
 import functools
 from typing import Any
@@ -26,7 +26,7 @@ BF16 = jnp.bfloat16
 
 
 class WinnerTakesAll(nn.Module):
-    """Each image keeps its greatest unit alone, as in competitive networks."""
+    """Each image keeps only its largest unit, as in competitive networks."""
 
     width: int = 32
     dtype: Any = jnp.float32
@@ -53,7 +53,7 @@ def winner_takes_all(fake_config, one_device):
 @pytest.mark.thorough
 @pytest.mark.optimized
 def test_each_image_has_a_winner_in_features_and_in_training(winner_takes_all, monkeypatch):
-    """Features are those of linen, without the rewrite; the step moves the parameters that linen's step moves."""
+    """Features equal linen's without the rewrite, and the step moves the parameters that linen's step moves."""
     of, state, images = winner_takes_all
     found = np.asarray(of.features(state.params, state.model_state, images))
     expected = np.asarray(jax.jit(of.pure("features"))(state.params, state.model_state, images))
@@ -78,7 +78,7 @@ def test_each_image_has_a_winner_in_features_and_in_training(winner_takes_all, m
 
 
 def test_the_greatest_of_an_array_is_in_it():
-    """Whether a matmul has read the array in between or not. Equals share its gradient."""
+    """Whether or not a matmul has read the array in between. Equal elements share its gradient."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 32)), BF16)
 
     def winners(x, matmul):
@@ -98,7 +98,7 @@ def test_the_greatest_of_an_array_is_in_it():
 
 
 def run_program(steps, x, y, told):
-    """(The last value, what can be told of the last `told` exact ones). A step is (operation, which two values)."""
+    """(The last value, an observation of the last `told` exact ones). A step is (operation, its two operands)."""
     exact, loose = [x, y], []
     for name, first, second in steps:
         table, into, operands = (EXACT, exact, exact) if name in EXACT else (LOOSE, loose, exact + loose)
@@ -109,7 +109,7 @@ def run_program(steps, x, y, told):
 
 
 def derive(steps, told, x, y):
-    """(What is told, the last value, and the gradients of a number that depends on all of it)."""
+    """(The observations, the last value, and the gradients of a number that depends on all)."""
 
     def value(x, y):
         out, outcomes = run_program(steps, x, y, told)
@@ -120,7 +120,7 @@ def derive(steps, told, x, y):
 
 
 def draw(rng):
-    """Numbers of which some are equal, and some differ but are equal in bfloat16 once they are multiplied by 1.1."""
+    """Numbers of which some are equal, and some become equal in bfloat16 once multiplied by 1.1."""
     kinds = rng.normal(size=SHAPE), rng.integers(-3, 4, SHAPE) / 2, 1.875 + rng.integers(0, 4, SHAPE) / 128
     return np.choose(rng.choice(3, SHAPE, p=(0.1, 0.2, 0.7)), kinds)
 
@@ -159,7 +159,7 @@ def test_random_programs_and_their_gradients_tell_the_same(dtype, steps, seed):
 
 @DTYPES
 def test_every_primitive_that_is_rewritten_tells_the_same(dtype):
-    """In some program, forward or in its gradient; each operation is of the two inputs."""
+    """In some program, forward or in its gradient; each operation takes the two inputs."""
     names = np.random.default_rng(2).permutation(NAMES)
     programs = [check([(str(n), -1, -2) for n in names[i : i + 9]], dtype, told=9) for i in range(0, len(names), 9)]
     # Two are other names of what is there, in other versions of JAX, and one leaves no trace in a program.
@@ -167,14 +167,14 @@ def test_every_primitive_that_is_rewritten_tells_the_same(dtype):
 
 
 def primitives(jaxpr):
-    """The names of all that a jaxpr and those inside of it hold."""
+    """The names of all primitives in a jaxpr and those inside it."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     inner = [primitives(j) for eqn in jaxpr.eqns for j in jaxprs.inner(eqn)]
     return {eqn.primitive.name for eqn in jaxpr.eqns}.union(*inner)
 
 
 def test_a_broadcast_is_scaled():
-    """By a number, before anything else lies in an order."""
+    """By a number, before any array has an order."""
     x = jnp.arange(12, dtype=BF16).reshape(3, 4)
     found = rewrite(lambda x: jnp.broadcast_to(x[:, :1], x.shape) * 2 + x)(x)
     np.testing.assert_array_equal(found, x[:, :1] * 2 + x)

@@ -20,7 +20,7 @@ PARAMS = {"a": jnp.zeros((200, 50)), "b": jnp.zeros(1000)}
 
 
 def moves(text, seed, steps=2):
-    """The updates of a few steps with zero gradients: the noise alone."""
+    """The updates of a few steps with zero gradients, which are the noise."""
     optimizer = optimizers.build(text, optax.constant_schedule(0.1), 0.0)
     state, out = optimizers.seed_keys(optimizer.init(PARAMS), jnp.uint32(seed)), []
     for _ in range(steps):
@@ -31,7 +31,7 @@ def moves(text, seed, steps=2):
 
 @pytest.mark.parametrize("text", ["noisy_sgd", "noisy_sgd(key=3)", "optax:add_noise(eta=0.01, gamma=0.55, key=0)|sgd"])
 def test_the_noise_is_that_of_the_seed(text):
-    """Of standard deviation rate * sqrt(eta / step**gamma) (Neelakantan et al. 2015, arXiv:1511.06807, section 3)."""
+    """Standard deviation rate * sqrt(eta / step**gamma) (Neelakantan et al. 2015, arXiv:1511.06807, section 3)."""
     first, again, other = (moves(text, seed) for seed in (5, 5, 6))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     for step, (ours, theirs) in enumerate(zip(first, other, strict=True), 1):
@@ -50,7 +50,7 @@ def test_two_noises_differ():
 
 @pytest.mark.thorough
 def test_a_run_resumes(tmp_path):
-    """Two seeds at once: each with its own noise; resumed in the middle, the same bits."""
+    """Two seeds at once, each with its own noise; resumed in the middle, the same bits."""
     argv = [f"--workdir={tmp_path}", "--config.data.source=fake(64, (8, 8, 1), 4)", "--config.preprocess=decode(1)",
             "--config.model=mlp(widths=(4,))", "--config.total=6 steps", "--config.batch_size=16",
             "--config.num_seeds=2", "--config.optimizer=noisy_sgd", "--config.checkpoint_every=3 steps",

@@ -1,4 +1,4 @@
-"""Every optimizer of optax that needs more than the gradient or a schedule, beside a loop with optax by hand."""
+"""Every optimizer of optax that needs more than the gradient or a schedule, against a loop with optax by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def parts(text, schedule=SCHEDULE, **more):
 
 
 def train(found):
-    """The state after each step, and that of step 0 before them."""
+    """The state before the first step and after each step."""
     state = step.init_state(found.model, found.optimizer, found.data.image_shape, 5, found.average)
     augment = found.augment(train=True)
     pure = step.make_train_step(found.model, found.method, found.optimizer, found.schedule, augment, found.average)
@@ -96,7 +96,7 @@ def by_hand(found, make, params, of_a_number=False):
 
 
 def close(ours, theirs, start):
-    """Up to rounding, which differs between the two programs, since XLA fuses them differently."""
+    """Up to rounding, since XLA fuses the two programs differently."""
     moved = max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (theirs, start)), strict=True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * moved), ours, theirs)
 
@@ -107,7 +107,7 @@ QUICK = ("schedule_free_adamw(weight_decay=1e-2)",)
 @pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated")
 @pytest.mark.parametrize("text", [*QUICK, *thorough(*(x for x in {**BY_HAND, **OF_A_NUMBER} if x not in QUICK))])
 def test_it_is_optax_by_hand(text):
-    """Twenty steps: the parameters, the parameters to evaluate, and a state whose types stay what they are."""
+    """Twenty steps: the parameters, the evaluated parameters, and a state whose dtypes do not change."""
     found = parts(text)
     states = train(found)
     make = {**BY_HAND, **OF_A_NUMBER}[text]
@@ -125,7 +125,7 @@ def test_it_is_optax_by_hand(text):
 
 
 def test_the_memory_of_lbfgs_is_sharded_as_the_parameters(fake_config):
-    """The last updates are one array [memory, *shape]; so too with an axis for the seeds."""
+    """The last updates are one array [memory, *shape], also with an axis for the seeds."""
     fake_config.update({"optimizer": "lbfgs(memory_size=3)", "model": "mlp(widths=(128,))", "mesh": "fsdp=-1"})
     for seeds in (1, 2):
         fake_config.num_seeds = seeds
@@ -143,7 +143,7 @@ START = {"a": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.linspace(0.5, 1
 
 
 def curved(params):
-    """A loss in which every parameter bends with the others."""
+    """A loss in which all parameters interact."""
     return jnp.sum((params["a"] ** 2 + 0.1) @ params["b"]) + jnp.sum(jnp.cos(params["a"] * params["c"])) ** 2
 
 
@@ -176,7 +176,7 @@ def build(text, **more):
               ("mechanize('sgd')", contrib.mechanize(optax.sgd(0.1)))),
 ])  # fmt: skip
 def test_an_optimizer_that_calls_the_loss_sees_frozen_parameters(text, by_hand):
-    """As if they were constants of the loss; and they keep every bit."""
+    """As constants of the loss; they keep every bit."""
     ours, _ = descend(build(text, frozen=frozenset("b")), curved, START)
     free = {name: x for name, x in START.items() if name != "b"}
     theirs, _ = descend(optax.with_extra_args_support(by_hand), lambda free: curved({**free, "b": START["b"]}), free)
@@ -185,7 +185,7 @@ def test_an_optimizer_that_calls_the_loss_sees_frozen_parameters(text, by_hand):
 
 
 def test_a_gradient_function_of_frozen_parameters_is_of_the_others():
-    """An optimizer of one's own that asks for the gradient again."""
+    """A user's optimizer that asks for the gradient again."""
     ours, _ = descend(build(f"{__name__}:extragradient", frozen=frozenset("b")), curved, START)
     free = {name: x for name, x in START.items() if name != "b"}
     theirs, _ = descend(extragradient(lambda step: 0.1), lambda free: curved({**free, "b": START["b"]}), free)
@@ -193,7 +193,7 @@ def test_a_gradient_function_of_frozen_parameters_is_of_the_others():
 
 
 def extragradient(learning_rate):
-    """Korpelevich 1976: the step is of the gradient after a step."""
+    """Korpelevich 1976: the step uses the gradient after a step."""
 
     def update(updates, state, params=None, *, grad_fn, grad, **extra):
         ahead = jax.tree.map(lambda p, g, u: p - 0.05 * (g + u), params, grad, updates)
@@ -209,7 +209,7 @@ def extragradient(learning_rate):
      contrib.schedule_free(optax.sgd(0.1, 0.1), 0.1), {"lr": {"a": 0.5}}),
 ])  # fmt: skip
 def test_rules_of_schedule_free(text, of_a, of_c, more):
-    """By parameter another weight decay, or learning rate of the optimizer inside: as with an optimizer each."""
+    """Another weight decay or inner learning rate per parameter equals a separate optimizer for each."""
     optimizer = build(text, frozen=frozenset("b"), **more)
     ours, state = descend(optimizer, bowls, START)
     evaluated = evaluated_by(optimizer)(state, ours)
@@ -221,5 +221,5 @@ def test_rules_of_schedule_free(text, of_a, of_c, more):
 
 
 def bowls(params):
-    """A loss of each parameter by itself."""
+    """A loss in which no parameters interact."""
     return sum(jnp.sum((x - 0.2) ** 2) for x in params.values())

@@ -1,4 +1,4 @@
-"""Muon, LAMB and weight decay before SGD by hand; every way to optimize trains and resumes exactly."""
+"""Muon, LAMB and weight decay before SGD by hand; every optimizer trains and resumes exactly."""
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,7 @@ def test_muon_is_its_definition(nesterov):
 
 
 def test_weight_decay_before_sgd_is_pytorchs():
-    """torch.optim.SGD's: g ← g + λ p, v ← μ v + g, and p ← p - η v or, with nesterov, p ← p - η (g + μ v)."""
+    """torch.optim.SGD: g ← g + λ p, v ← μ v + g, and p ← p - η v or, with nesterov, p ← p - η (g + μ v)."""
     params, *grads = draw({"a": (3, 2), "b": (4,)})
     for nesterov in (True, False):
         out = by_optax(f"add_decayed_weights(5e-2)|sgd(momentum=0.9, nesterov={nesterov})", params, grads)
@@ -106,7 +106,7 @@ def test_weight_decay_before_sgd_is_pytorchs():
 
 
 def test_clipping_comes_before_the_weight_decay():
-    """The gradient is clipped, not its sum with the decay, which is no gradient of the loss."""
+    """The gradient is clipped, but not its sum with the decay, which is not a gradient of the loss."""
     params, grads = draw({"a": (3, 2)}, 2)
     optimizer = optimizers.build("add_decayed_weights(0.5)|sgd", optax.constant_schedule(RATE), 0.1)
     ours = jax.tree.map(jnp.float32, params)
@@ -141,7 +141,7 @@ class Net(nn.Module):
 
 
 def assert_same(a, b):
-    """The same bits, of random keys too."""
+    """The same bits, also of random keys."""
     is_key = jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
     np.testing.assert_array_equal(*map(jax.random.key_data, (a, b)) if is_key else (a, b))
 
@@ -165,7 +165,7 @@ WAYS = {
 @pytest.mark.thorough
 @pytest.mark.parametrize("text", WAYS)
 def test_it_trains_and_resumes_bit_for_bit(text, fake_config, tmp_path):
-    """In the compiled step on eight devices: the loss falls, and the state saved half-way leads to the same end."""
+    """In the compiled step on eight devices: the loss falls, and a state saved halfway leads to the same end."""
     config = fake_config
     config.update_from_flattened_dict({"schedule": "constant(0.1)", "optimizer": text, "total": "40 steps",
                                        "log_every": "10 steps", "model": f"{__name__}:Net", **WAYS[text]})  # fmt: skip
@@ -175,7 +175,7 @@ def test_it_trains_and_resumes_bit_for_bit(text, fake_config, tmp_path):
     batches = list(stream.train_batches(images, 0, config.batch_size, 0, 40))
 
     def go(run, first, last):
-        """Trains on the steps; the sums are of these alone."""
+        """Trains on these steps; returns only their sums."""
         state, sums = programs.put(run["state"]), programs.zero_sums()
         for start in range(first, last, programs.steps_per_call):
             some = batches[start : min(start + programs.steps_per_call, last)]

@@ -1,4 +1,4 @@
-"""Rules by parameter: which one counts, what a layer is, and what a run does with them."""
+"""Rules by parameter: which one applies, what a layer is, and their effect on a run."""
 
 import json
 import math
@@ -118,7 +118,7 @@ def test_layers_are_those_of_timm_and_beit(spec, fake_config):
 
 
 class Block(nn.Module):
-    """A residual block with every kind of layer that training and evaluation tell apart."""
+    """A residual block with every kind of layer that differs between training and evaluation."""
 
     width: int
 
@@ -129,7 +129,7 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    """A stem, three blocks and a norm, whose names are in another order than their use."""
+    """A stem, three blocks and a norm, whose names are not in the order of use."""
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -141,7 +141,7 @@ class Blocks(nn.Module):
 
 
 def programs(config, **keys):
-    """The Programs of Blocks on fake images, with these keys of the config."""
+    """The Programs of Blocks on fake images, with these config keys."""
     config.model = f"{__name__}:Blocks"
     for key, value in keys.items():
         config.update_from_flattened_dict({key.replace("__", "."): value})
@@ -178,7 +178,7 @@ def test_the_order_of_use_is_that_of_the_model(fake_config):
 
 @pytest.mark.thorough
 def test_lr_multiplies_the_update(fake_config):
-    """After one step of SGD from the same gradient, exactly: factors that are powers of two round nothing."""
+    """Exact after one step of SGD from the same gradient: factors that are powers of two round nothing."""
     changed = []
     for text in ("", "backbone/block9/.*=0.25, head/.*=4, .*bias=0"):
         exp = programs(fake_config, optimizer="sgd", schedule="constant(0.125)", rules__lr=text)
@@ -194,7 +194,7 @@ def test_lr_multiplies_the_update(fake_config):
 
 @pytest.mark.parametrize("steps", [4, *thorough(1)])
 def test_frozen_parameters_keep_every_bit(fake_config, steps):
-    """Their values, and the batch statistics of the modules that are frozen whole; the rest moves."""
+    """Their values, and the batch statistics of completely frozen modules; the rest moves."""
     frozen = "backbone/stem/.*, backbone/bn1/.*, backbone/block10/.*, backbone/block9/dense/.*"
     exp = programs(fake_config, optimizer="adamw(weight_decay=0.1)", clip=1.0, rules__freeze=frozen)
     before, after = trained(exp, steps)
@@ -211,7 +211,7 @@ def test_frozen_parameters_keep_every_bit(fake_config, steps):
 
 @pytest.mark.thorough
 def test_the_gradient_that_is_logged_and_clipped_is_that_of_what_is_trained(fake_config):
-    """By hand: the gradient of the head alone, over features computed as in evaluation."""
+    """By hand: the gradient of the head alone, on features computed as in evaluation."""
     exp = programs(fake_config, optimizer="sgd", schedule="constant(1.0)", clip=0.01, rules__freeze="backbone/.*")
     before, after = trained(exp, steps=1)
     images = stream.Images(sources.open_splits(fake_config.data.source)["train"], "decode(1)")
@@ -232,7 +232,7 @@ def test_the_gradient_that_is_logged_and_clipped_is_that_of_what_is_trained(fake
 
 
 def test_decay_multiplies_the_weight_decay():
-    """AdamW, and SGD with PyTorch's weight decay, in NumPy; a parameter that no rule names has the factor 1."""
+    """AdamW, and SGD with PyTorch's weight decay, in NumPy; parameters without a rule have the factor 1."""
     params = {"a": np.array([1.0, -2.0]), "b": np.array([0.5]), "c": np.array([[3.0]])}
     grads = [{"a": np.array([0.1, 0.3]), "b": np.array([-0.2]), "c": np.array([[1.0]])},
              {"a": np.array([-0.4, 0.3]), "b": np.array([0.1]), "c": np.array([[-1.0]])}]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Schedules against their definitions; optimizers against updates written by hand."""
+"""Schedules against their definitions; optimizers against hand-written updates."""
 
 import functools
 
@@ -22,7 +22,7 @@ def steps(text, total=TOTAL):
 
 
 def rates(text, total=TOTAL, beyond=5):
-    """The rate at each step, and a few after the last."""
+    """The learning rate at each step, and at a few after the last."""
     schedule = schedules.build(text, functools.partial(steps, total=total), total)
     return np.array(jax.jit(jax.vmap(promoting(schedule)))(jnp.arange(total + beyond)))
 
@@ -70,7 +70,7 @@ DEFINITIONS = {  # spec → (steps of linear warmup, the rate at each step after
 
 @pytest.mark.parametrize("text", DEFINITIONS)
 def test_a_schedule_is_its_definition_at_every_step(text):
-    """Warmup is (n + 1) / warmup of the peak, which the first step after it has too; the end is kept for good."""
+    """Warmup is (n + 1) / warmup of the peak, which the first step after it has too; the last value persists."""
     warmup, expected = DEFINITIONS[text]
     expected = np.where(warmup > N, expected[warmup] * (N + 1) / max(1, warmup), expected)
     out = rates(text)
@@ -97,7 +97,7 @@ def test_build_refuses_a_wrong_schedule(text, message):
 
 
 def test_a_run_of_one_step_has_every_schedule():
-    """Durations are rounded up to whole steps, so the warmup is the whole run."""
+    """Durations round up to whole steps, so the warmup is the whole run."""
     for text in ("constant(0.3, warmup='5%')", "cosine(0.3)", "cosine(0.3, warmup='5%')", "linear(0.3, warmup='5%')"):
         np.testing.assert_allclose(rates(text, total=1, beyond=0), 0.3, rtol=1e-6)
 
@@ -128,7 +128,7 @@ def adam(p, grads, rate, decay=0.0, b2=0.999, eps=1e-8):
 
 
 def updated(text, clip=0.0):
-    """PARAMS after both gradients, in float32, at rate 0.1 and then 0.2."""
+    """PARAMS after both gradients, in float32, at learning rate 0.1 and then 0.2."""
     optimizer = optimizers.build(text, lambda count: 0.1 * (count + 1), clip)
 
     @jax.jit
@@ -149,7 +149,7 @@ def norm(grads):
 
 @pytest.mark.parametrize("clip", [0.5, 1.8, 100.0])
 def test_clip_bounds_the_norm_over_all_parameters_together(clip):
-    """A longer gradient is scaled to the norm, a shorter one left as it is."""
+    """A longer gradient is scaled to the norm, a shorter one unchanged."""
     assert 1.5 < norm(GRADS[0]) < 1.8 < norm(GRADS[1]) < 100  # so that 1.8 clips the second alone
     out = updated("sgd", clip)
     for name, p in PARAMS.items():

@@ -1,4 +1,4 @@
-"""Which optimizers of optax run, and that those which cannot run right say why, however they are wrapped."""
+"""The optimizers of optax that run, and the reasons for those that cannot, however they are wrapped."""
 
 import inspect
 
@@ -13,7 +13,7 @@ from imgclf_jax.optim import optimizers, rules, schedules, weight_averages
 
 
 def run(text, params, **more):
-    """Traces the first update, with what the train step gives it."""
+    """Traces the first update, with the arguments of the train step."""
     optimizer = optimizers.build(text, optax.constant_schedule(0.1), 0.5, rules.Rules(**more))
     gradient = Gradient(lambda params, *_: ((jnp.float32(1), None), params), None)
 
@@ -29,7 +29,7 @@ def schedule_free(learning_rate):
 
 
 def wrapped_schedule_free(learning_rate):
-    """In all that optax wraps one transformation into another with."""
+    """In every wrapper of optax around one transformation."""
     inner = optax.inject_hyperparams(optax.contrib.schedule_free_sgd)(learning_rate=0.1)
     masked = optax.masked(optax.chain(optax.clip(1.0), inner), {"a": True, "b": False})
     return optax.MultiSteps(optax.apply_if_finite(masked, 3), 2).gradient_transformation()
@@ -79,7 +79,7 @@ def no_optimizer(learning_rate):
     (no_optimizer, "no_optimizer returns a str, not an optax.GradientTransformation"),
 ])  # fmt: skip
 def test_own_optimizers_that_cannot_run_right_are_told(function, message):
-    """By what their state is, or what their update asks for, however they are wrapped."""
+    """By their state, or by the arguments of their update, however they are wrapped."""
     params = {"a": jnp.ones(2), "b": jnp.ones((2, 3))}
     with pytest.raises(UserError, match=f"optimizer='{__name__}:{function.__name__}': .*{message}"):
         run(f"{__name__}:{function.__name__}", params)
@@ -119,7 +119,7 @@ def test_each_optimizer_of_optax_runs_or_says_why_not():
 
 
 def by_hand_evaluated(learning_rate):
-    """An optimizer of one's own around schedule-free, which says what it evaluates."""
+    """A user's wrapper around schedule-free that declares its evaluated parameters."""
     inner = optax.chain(optax.clip(1.0), optax.contrib.schedule_free_sgd(learning_rate))
     return weight_averages.with_evaluated(
         inner, lambda state, params: optax.contrib.schedule_free_eval_params(state[1], params)

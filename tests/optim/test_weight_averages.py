@@ -1,4 +1,4 @@
-"""Averages of the weights against NumPy: the moving average, Lookahead as published, and airbench94's variant of it."""
+"""Weight averages against NumPy: the moving average, Lookahead as published, and airbench94's variant of it."""
 
 import json
 
@@ -25,7 +25,7 @@ START = np.linspace(-1, 1, 5, dtype=np.float32)
 
 
 def train(average, optimizer=None):
-    """Every step's weights and average, from START along GRADS; the batch statistic is the sum of the weights."""
+    """The weights and average of every step, from START along GRADS; the batch statistic is the sum of the weights."""
     optimizer = optimizer or optax.sgd(0.1)
 
     @jax.jit
@@ -53,7 +53,7 @@ def build(text, decay=0.0):
 
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.999])
 def test_ema_is_its_definition(decay):
-    """With d = min(decay, (1 + t) / (10 + t)) after t updates; the weights themselves stay as they are."""
+    """With d = min(decay, (1 + t) / (10 + t)) after t updates; the weights themselves do not change."""
     params, average, total = START.astype(np.float64), START.astype(np.float64), START.sum(dtype=np.float64)
     for t, (ours, (averaged, state), _) in enumerate(train(build("sgd", decay))):
         d = min(decay, (1 + t) / (10 + t))
@@ -67,7 +67,7 @@ def test_ema_is_its_definition(decay):
 
 @pytest.mark.parametrize(("k", "alpha"), [(5, 0.5), (6, 0.8), (1, 0.3), (5, 1.0)])
 def test_lookahead_is_optaxs(k, alpha):
-    """Zhang et al. 2019, by optax's own lookahead; the momentum is kept across the loop."""
+    """Zhang et al. 2019, by optax's own lookahead; momentum is kept across the loop."""
     inner = optax.sgd(0.1, momentum=0.9)
     ours = train(build(f"sgd|lookahead({k}, {alpha})"), inner)
     theirs = optax.lookahead(inner, k, alpha)
@@ -144,7 +144,7 @@ FLAGS = ["--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=d
 @pytest.mark.parametrize("flag", ["--config.ema=0.9", "--config.optimizer=sgd(momentum=0.9)|lookahead(5, 0.5)",
                                   "--config.optimizer=schedule_free_adamw(b1=0.5)"])  # fmt: skip
 def test_evaluation_and_prediction_use_the_average(tmp_path, flag):
-    """The result, the checkpoint that is read again and `predict`; `params_sha256` is that of the weights."""
+    """The result, the checkpoint read back, and `predict`; `params_sha256` is that of the weights."""
     assert launch.main([f"--workdir={tmp_path}", *FLAGS, flag]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     workdir = Workdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Scores beside scikit-learn's, intervals beside the slow way and by how often they hold the truth."""
+"""Scores against scikit-learn; intervals against a slow computation and by their coverage."""
 
 import numpy as np
 import pytest
@@ -86,7 +86,7 @@ def test_a_confidence_of_one_belongs_to_the_last_bin():
 
 
 def test_classes_that_never_come():
-    """One that is no label and is never predicted does not count; one that is only predicted has precision 0."""
+    """A class that is neither a label nor predicted does not count; one that is only predicted has precision 0."""
     labels = np.array([0, 0, 1, 1])
     probabilities = np.array([[0.7, 0.2, 0.1, 0.0], [0.1, 0.2, 0.7, 0.0], [0.2, 0.7, 0.1, 0.0], [0.3, 0.6, 0.1, 0.0]])
     found = scores.score(labels, probabilities)
@@ -120,7 +120,7 @@ def test_intervals_are_those_of_the_slow_way():
 
 @pytest.mark.parametrize(("right", "n"), [(0, 1), (1, 1), (0, 50), (50, 50), (355, 360)])
 def test_intervals_of_proportions_are_scipys(right, n):
-    """They have a width where all examples are right, or none, or there is one alone."""
+    """They have a width even if all examples are right, or none, or there is only one."""
     labels, probabilities = np.zeros(n, int), np.full((n, 6), 0.1) + np.eye(6)[(np.arange(n) >= right) * 5] * 0.4
     for name, count in (("accuracy", right), ("top5", n)):
         low, high = scores.intervals(labels, probabilities)[name]
@@ -132,7 +132,7 @@ def test_intervals_of_proportions_are_scipys(right, n):
 @given(st.data())
 @settings(max_examples=25, deadline=None)
 def test_every_interval_holds_its_value(data):
-    """Of few examples too, with classes that are absent, equal probabilities, and models that are sure."""
+    """With few examples too, absent classes, equal probabilities, and confident models."""
     n, classes = data.draw(st.integers(1, 12)), data.draw(st.integers(2, 7))
     row = st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0, 30.0]), min_size=classes, max_size=classes)
     probabilities = np.exp(data.draw(st.lists(row, min_size=n, max_size=n)))
@@ -150,7 +150,7 @@ def test_every_interval_holds_its_value(data):
 
 
 def with_known_calibration(n, temperature, seed):
-    """A set whose labels are drawn from probabilities that the model has sharpened or flattened."""
+    """A set with labels drawn from probabilities that the model has sharpened or flattened."""
     rng = np.random.default_rng([n, seed])
     logits = 3 * rng.normal(size=(n, 3))
     truth, model = (np.exp(logits / t) / np.exp(logits / t).sum(1, keepdims=True) for t in (1.0, temperature))
@@ -158,7 +158,7 @@ def with_known_calibration(n, temperature, seed):
 
 
 def calibration_coverage(n, temperature, sets):
-    """(share of the intervals that hold the true calibration error, that error): by the probabilities themselves."""
+    """(fraction of intervals that contain the true calibration error, that error), from the known probabilities."""
     _, model, truth = with_known_calibration(400_000, temperature, 0)
     confidence, bins = model.max(1), scores.Scores(np.zeros(400_000, int), model).bins
     gaps = np.bincount(bins, confidence - truth[np.arange(400_000), model.argmax(1)])
@@ -174,7 +174,7 @@ def calibration_coverage(n, temperature, sets):
 
 
 def test_the_interval_of_the_calibration_error_holds_the_true_one():
-    """A calibrated model has none, and few examples always find some; the bootstrap's percentiles held 0 in no set."""
+    """A calibrated model has none, but few examples always show some; the bootstrap's percentiles never contained 0."""
     held, error = calibration_coverage(200, 1.0, 60)
     assert error < 0.002
     assert held > 0.88
@@ -189,7 +189,7 @@ def test_it_holds_the_true_one_of_any_model(n, temperature):
 
 @pytest.mark.thorough
 def test_intervals_hold_the_truth_in_about_95_of_100_sets():
-    """The truth is the score on a very large set; of 150 sets of 300 examples, 95 % ± 5 % hold it."""
+    """The truth is the score on a very large set; 95 % ± 5 % of 150 sets of 300 examples contain it."""
     truth = scores.score(*example(200_000, 3, seed=1))
     held = dict.fromkeys(("accuracy", "macro_precision", "macro_recall", "macro_f1", "auc", "brier"), 0)
     for seed in range(150):

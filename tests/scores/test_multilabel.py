@@ -1,4 +1,4 @@
-"""Scores of several labels an example, against scikit-learn's."""
+"""Multi-label scores, against scikit-learn."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def test_a_prediction_of_nan_is_no_exact_match():
 
 
 def test_logits_rank_what_float32_rounds_to_one():
-    """Of sure models probabilities are 1, all of them; the logits still tell the examples apart."""
+    """All probabilities of a confident model are 1; the logits still distinguish the examples."""
     targets = np.array([[1], [0]], np.float32)
     logits, probabilities = np.array([[40.0], [30.0]], np.float32), np.ones((2, 1), np.float32)
     assert of_all(targets, probabilities)["mean_average_precision"] == 0.5

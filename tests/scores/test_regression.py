@@ -1,4 +1,4 @@
-"""Scores of predicted numbers, against scikit-learn's."""
+"""Regression scores, against scikit-learn."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def of_all(targets, values, names=()):
 
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_scores_are_scikit_learns(outputs):
-    """Of float32 numbers with a large mean, where sums of squares in float32 have no digit right."""
+    """On float32 numbers with a large mean, whose float32 sums of squares have no correct digit."""
     targets, values = drawn(outputs=outputs)
     names = ("small", "middle", "large")[:outputs]
     found = of_all(targets, values, names)
@@ -52,7 +52,7 @@ def test_r2_of_equal_targets_is_not_known():
 
 
 def test_the_interval_of_a_mean_error_is_that_of_its_standard_error():
-    """Of a mean the percentile bootstrap is close to 1.96 standard errors to each side."""
+    """For a mean, the percentile bootstrap is close to 1.96 standard errors on each side."""
     targets, values = drawn(outputs=1)
     found = scores.with_bootstrap(RegressionScores(targets, values).compute, len(targets), targets.size)["mae"]
     error = np.abs(targets.astype(np.float64) - values)

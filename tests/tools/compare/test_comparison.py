@@ -25,7 +25,7 @@ from imgclf_jax.tools.pages import charts
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes the files of a run of 10 steps, of which `done` says whether it has ended."""
+    """Writes the files of a run of 10 steps, which has ended if `done`."""
 
     def run(name, accuracy=0.9, done=True, metrics=None, steps=10, recorded=None, **settings):
         place = tmp_path / name
@@ -57,7 +57,7 @@ def groups(tmp_path):
 
 
 def test_runs_that_differ_in_their_seed_are_one_group(tmp_path, write):
-    """The best group first; keys that say where data lie tell none apart."""
+    """The best group comes first; keys that only locate data do not separate runs."""
     values = {("adam", 0): 0.8, ("adam", 1): 0.9, ("sgd", 0): 0.95, ("sgd", 1): 0.93, ("sgd", 2): 0.97}
     for (optimizer, seed), accuracy in values.items():
         write(f"x/{optimizer}{seed}", accuracy, optimizer=optimizer, seed=seed, data__threads=seed, clip=2.0)
@@ -70,7 +70,7 @@ def test_runs_that_differ_in_their_seed_are_one_group(tmp_path, write):
 
 
 def test_seeds_trained_at_once_count_each(tmp_path, write):
-    """Their mean and deviation are pooled with those of a run of one seed, as of all four values."""
+    """Their mean and standard deviation are pooled with those of a run of one seed, as of all four values."""
     values = [0.5, 0.6, 0.8]
     mean, deviation = statistics.mean(values), statistics.stdev(values)
     ensemble = {"ensemble_accuracy": 0.9}
@@ -82,7 +82,7 @@ def test_seeds_trained_at_once_count_each(tmp_path, write):
 
 
 def test_the_same_run_in_two_directories(tmp_path, write):
-    """The directory tells them apart, as before and after a change of the code; of three copies the whole name does."""
+    """The directory distinguishes them, for example before and after a code change."""
     for folder, seed in itertools.product(("before", "after"), (0, 1)):
         write(f"{folder}/{seed}", 0.9 if folder == "before" else 0.8, seed=seed)
     assert [dict(one.settings) for one in groups(tmp_path)] == [
@@ -94,7 +94,7 @@ def test_the_same_run_in_two_directories(tmp_path, write):
 
 
 def test_a_run_that_is_there_twice_ungroups_no_others(tmp_path, write):
-    """Neither those of other configs, nor those of its own that lie in directories of their own."""
+    """Neither those of other configs, nor those of its own in directories of their own."""
     for i, clip in enumerate((1.0, 2.0)):
         for seed in range(3):
             write(f"{'abc'[seed]}/{clip}", 0.9 - i / 10, seed=seed, clip=clip)
@@ -125,7 +125,7 @@ def test_what_is_not_done_or_damaged(tmp_path, write):
 
 
 def predictions(place, right, suffix="csv", labels=None):
-    """A file as `evaluate --predictions` writes it of the run's last step."""
+    """A file as `evaluate --predictions` writes it for the run's last step."""
     run = record.read(place)
     origin = listing.origin(run.config, 10, str(run.final.get("params_sha256")), "test", run.evals["test"])
     labels = np.arange(len(right)) % 2 if labels is None else labels
@@ -137,7 +137,7 @@ def predictions(place, right, suffix="csv", labels=None):
 
 @pytest.fixture
 def compared(tmp_path, write):
-    """Three optimizers of two seeds each, with predictions of 400 examples; the third's are of other examples."""
+    """Three optimizers with two seeds each, and predictions of 400 examples; the third's are of other examples."""
     rng, right = np.random.default_rng(0), {}
     for (optimizer, chance), seed in itertools.product((("sgd", 0.9), ("adam", 0.8), ("rmsprop", 0.5)), (0, 1)):
         own = right[optimizer, seed] = rng.random(400) < chance
@@ -190,7 +190,7 @@ def test_table(tmp_path, compared, capsys):
 
 
 class Balance(HTMLParser):
-    """Notes tags that are not closed in their order, and all text."""
+    """Records unbalanced tags, and all text."""
 
     def __init__(self):
         super().__init__()
@@ -210,7 +210,7 @@ class Balance(HTMLParser):
 
 
 def test_the_page(tmp_path, compared):
-    """Well-formed, with names escaped; it loads nothing, and tables and pictures say what they are."""
+    """Well-formed, with names escaped; it loads nothing, and tables and figures have captions."""
     file = tmp_path / "page.html"
     assert launch.main(["compare", str(tmp_path), f"--html={file}"]) == 0
     text = file.read_text()
@@ -249,7 +249,7 @@ def test_damaged_predictions_are_left_out(tmp_path, write, capsys):
 
 
 def test_predictions_that_do_not_score_what_the_result_says(tmp_path, write, capsys):
-    """Half of them flipped by hand: the origin is still that of the run, but its accuracy is not."""
+    """Half of them flipped by hand: their origin is still that of the run, but not their accuracy."""
     right = np.arange(400) % 10 < 9
     for name, clip in (("a", 1.0), ("b", 2.0)):
         predictions(write(name, float(right.mean()), clip=clip), right)
@@ -265,7 +265,7 @@ def test_predictions_that_do_not_score_what_the_result_says(tmp_path, write, cap
 
 
 def test_runs_whose_configs_say_the_same_of_other_data_or_code(tmp_path, write, capsys):
-    """A mean over seeds that trained on two data sets, or with two versions of a module, is of no experiment."""
+    """A mean over seeds that trained on two data sets, or with two versions of a module, describes no experiment."""
     one = {"modules": {"module my_nets": "aa"}}
     write("a", seed=0, recorded=one)
     write("b", seed=1, recorded={"modules": {"module my_nets": "bb", "module other": "cc"}})
@@ -283,7 +283,7 @@ def test_runs_whose_configs_say_the_same_of_other_data_or_code(tmp_path, write, 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.913, 0.957), (-3.0, 1234.0), (0.0, 1e-7), (5.0, 5.5)])
 def test_ticks(low, high):
-    """Round numbers in equal steps, inside; from three to ten of them."""
+    """Round numbers in equal steps, inside the range; three to ten of them."""
     found = charts.ticks(low, high)
     steps = np.diff(found)
     assert 3 <= len(found) <= 10
@@ -294,7 +294,7 @@ def test_ticks(low, high):
 
 
 def test_a_chart_has_its_points():
-    """The y axis is logarithmic from a factor of 20 on, and what is not finite is a gap."""
+    """The y axis is logarithmic from a factor of 20 on, and nonfinite values are gaps."""
 
     def heights(values):
         svg = charts.chart("t", "d", "x", [charts.Line("n", 0, list(enumerate(values)))])
@@ -315,7 +315,7 @@ def test_a_chart_has_its_points():
 
 
 def test_a_chart_of_a_constant_starts_at_zero():
-    """Not at 0.9 times its value, as if it had a spread."""
+    """Not at 0.9 times its value, which would suggest a spread."""
     for value, low in ((1e-3, 0.0), (1.0, 0.0), (-2.0, -2.5), (0.0, 0.0)):
         svg = ET.fromstring(charts.chart("t", "d", "x", [charts.Line("n", 0, [(0, value), (9, value)])]))
         numbers = [float(one.text) for one in svg.iter("text") if one.get("text-anchor") == "end"]
@@ -324,7 +324,7 @@ def test_a_chart_of_a_constant_starts_at_zero():
 
 
 def test_the_ends_of_a_line_do_not_stretch_a_logarithmic_axis():
-    """A learning rate warms up from 0 and ends at 0; the path goes to the axis there, and the title says the value."""
+    """A learning rate warms up from 0 and ends at 0; the path reaches the axis there, and the title says the value."""
     for last in (0.0, 1e-12):
         points = [(0, 0.0), *((x, 10 ** (-x / 2)) for x in range(1, 9)), (9, last)]
         svg = ET.fromstring(charts.chart("t", "d", "x", [charts.Line("n", 0, points)]))

@@ -13,7 +13,7 @@ from imgclf_jax.tools.compare.paired import Spread
 
 
 def by_sum(first, second, mid):
-    """From the definition: the probability of outcomes farther from half than this one, and of those as far."""
+    """By the definition: the probability of outcomes further from half than this one, plus those as far."""
     n = first + second
     far = abs(2 * first - n)
     chance = [math.comb(n, k) / 2**n for k in range(n + 1)]
@@ -30,7 +30,7 @@ def test_mcnemar_is_the_binomial_sum(first, second):
 
 
 def test_mcnemar_by_chi_square():
-    """McNemar's example of Edwards: (|b - c| - 1)² / (b + c); near the exact test for many examples."""
+    """McNemar's statistic in Edwards' form, (|b - c| - 1)² / (b + c), close to the exact test for many examples."""
     assert paired.mcnemar(40, 20, "chi-square") == pytest.approx(stats.chi2.sf(19**2 / 60, 1), rel=1e-12)
     assert paired.mcnemar(4, 4, "chi-square") == 1.0
     assert paired.mcnemar(5200, 5000, "chi-square") == pytest.approx(paired.mcnemar(5200, 5000, "exact"), rel=1e-3)
@@ -41,7 +41,7 @@ def test_mcnemar_without_a_difference():
 
 
 def test_the_mid_p_test_keeps_its_level():
-    """Of 30 examples that fall to either side by chance, p is at most 0.05 in about 5 % of all cases, and not above."""
+    """If 30 examples fall to either side by chance, p is at most 0.05 in about 5 % of all cases, and not more often."""
     p = np.array([paired.mcnemar(k, 30 - k) for k in range(31)])
     chance = stats.binom.pmf(np.arange(31), 30, 0.5)
     assert 0.02 < chance[p <= 0.05].sum() <= 0.051
@@ -65,7 +65,7 @@ def test_spread_of_parts_is_that_of_all_values():
 
 
 def looped(first, second):
-    """The interval from its definition, number by number."""
+    """The interval by its definition, number by number."""
     n = len(first[0])
     gains = [sum(row[i] for row in first) / len(first) - sum(row[i] for row in second) / len(second) for i in range(n)]
     examples, parts = statistics.variance(gains) / n, []
@@ -101,7 +101,7 @@ def test_the_interval_is_that_of_a_loop(seeds):
 
 
 def test_edges_of_the_interval():
-    """One example says nothing, and no end passes -1 and 1."""
+    """One example says nothing, and no end passes -1 or 1."""
     same = np.random.default_rng(0).random((1, 30)) < 0.5
     assert paired.difference(np.ones((2, 1), bool), np.zeros((2, 1), bool)) == (1, -1, 1)
     rng = np.random.default_rng(1)
@@ -130,7 +130,7 @@ def coverage(seeds, between, examples, times):
 @pytest.mark.parametrize("between", [0.0, 0.6])
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_the_interval_covers_the_difference(seeds, between):
-    """In 95 of 100 cases, as nearly as 600 of them tell: three standard deviations are 0.027."""
+    """In 95 of 100 cases, as precisely as 600 simulations show: three standard deviations are 0.027."""
     assert coverage((seeds, seeds), (between, between), 150, 600) == pytest.approx(0.95, abs=0.027)
 
 
@@ -159,7 +159,7 @@ def test_what_the_page_says_of_unlike_rows(seeds, between):
 
 
 def test_the_paired_bootstrap_of_a_mean_is_its_normal_interval():
-    """Of errors of 400 examples: the interval of the mean gain, and the p-value of the paired t-test."""
+    """For errors of 400 examples: the interval of the mean gain, and the p-value of the paired t-test."""
     rng = np.random.default_rng(0)
     second = rng.normal(size=400) ** 2
     for gain in (0.02, 0.12, 1.0):

@@ -1,4 +1,4 @@
-"""What `compare --test` finds out and keeps, beside what the runs' own results and `evaluate` say."""
+"""The predictions that `compare --test` makes and saves, against the runs' results and `evaluate`."""
 
 import json
 
@@ -20,7 +20,7 @@ RUN = ("--config.data.source=fake(80, (12, 12, 1), 4)", "--config.preprocess=dec
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, one_device):
-    """One run of a seed, and one of two at once, of another optimizer."""
+    """A run of one seed, and a run of two seeds with another optimizer."""
     folder = tmp_path_factory.mktemp("runs")
     assert launch.main([f"--workdir={folder / 'a'}", *RUN]) == 0
     assert launch.main([f"--workdir={folder / 'b'}", *RUN, "--config.optimizer=sgd", "--config.num_seeds=2"]) == 0
@@ -35,7 +35,7 @@ def tested(folder):
 
 @pytest.mark.thorough
 def test_they_are_those_of_the_result(tested):
-    """The share of right ones, exactly, of each seed; the set's examples in their order."""
+    """The exact accuracy of each seed; the set's examples in order."""
     one, two = (load(tested[name])["test"] for name in "ab")
     assert one.correct.shape == (1, 80)
     assert two.correct.shape == (2, 80)
@@ -49,7 +49,7 @@ def test_they_are_those_of_the_result(tested):
 
 @pytest.mark.thorough
 def test_they_are_those_of_evaluate(tested, tmp_path, capsys):
-    """Its file serves as well."""
+    """Its file works as well."""
     run = tested["a"]
     file = run.workdir.path / "predictions.csv"
     kept = run.workdir.path / saved_predictions.FILE
@@ -119,7 +119,7 @@ def test_a_run_that_names_code_is_left_out(tested, folder, tmp_path, capsys):
 
 @pytest.fixture
 def arrays_run(tmp_path, one_device):
-    """A run on arrays in a file, with the checkpoints of steps 4 and 8; and the arguments of its training."""
+    """A run on arrays in a file, with checkpoints of steps 4 and 8, and its training arguments."""
     rng = np.random.default_rng(0)
     images, labels = rng.integers(256, size=(48, 6, 6), dtype=np.uint8), np.arange(48) % 3
     np.savez(tmp_path / "data.npz", x_train=images, y_train=labels, x_test=images[:24], y_test=labels[:24])

@@ -31,7 +31,7 @@ def run(*arguments, status=0):
 
 @pytest.mark.thorough
 def test_on_virtual_devices(tmp_path):
-    """Without a run and without reading an image; what is printed is what is written."""
+    """Without a run and without reading an image; the printed and the written report are equal."""
     data = ("--shape=8,8,3", "--classes=5", "--examples=1000", "--config.schedule=constant(1e-3)")
     done = run("--chips=cpu:4", f"--workdir={tmp_path}", "--format=json", *data, *SMALL)
     found = json.loads(done.stdout)
@@ -66,7 +66,7 @@ def programs(fake_config):
 
 @pytest.mark.thorough
 def test_what_does_not_fit(programs, monkeypatch):
-    """On a chip that does not even hold the state, and on one that is a little too small: what would make it fit."""
+    """A chip too small for the state, and one that is slightly too small: the advice that would make it fit."""
     chips, memory = topology.parse("cpu:8"), 1_000
     for advice in (
         "parameters, optimizer and averages alone take",
@@ -88,7 +88,7 @@ def test_what_does_not_fit(programs, monkeypatch):
     ("mlp(widths=(16,))", 10_000_000, ["a smaller batch or image, or more chips"], "remat"),
 ])  # fmt: skip
 def test_advice(fake_config, model, memory, advice, not_advised):
-    """Blocks computed again, for models that can; the state in parts, where it is much of a chip's memory."""
+    """Rematerialization, if the model has it; a sharded state, if it takes much of a chip's memory."""
     found = advised(fake_config, model, memory)
     for text in advice:
         assert any(text in line for line in found), found
@@ -102,13 +102,13 @@ def test_advice(fake_config, model, memory, advice, not_advised):
      ("data=1, fsdp=8", 130_000, None), ("data=1, fsdp=8", 70_000, None)],
 )  # fmt: skip
 def test_a_run_in_parts_is_advised_more_of_them(fake_config, mesh, memory, parts):
-    """As few as leave half of a chip to the rest; none where each chip has a part of its own."""
+    """As few shards as leave half of a chip for the rest; no advice if each chip has its own shard."""
     found = str(advised(fake_config, "mlp(widths=(16,))", memory, mesh))
     assert f"mesh='data=-1, fsdp={parts}'" in found if parts else "mesh=" not in found, found
 
 
 def advised(config, model, memory, mesh="data=-1"):
-    """The advice for a run of eight devices, each of which holds 120 kB of a state and has so many bytes of memory."""
+    """The advice for a run on eight devices with this much memory, each of which holds 120 kB of state."""
     config.model, config.batch_size, config.precision = model, 8, "bfloat16"
     data = DataInfo(640, (12, 12, 1), ("a", "b", "c"), "")
     programs = Programs(Recipe(config, data), sharding.make_mesh(text=mesh))
@@ -119,7 +119,7 @@ def advised(config, model, memory, mesh="data=-1"):
 
 
 def test_what_the_compiler_refuses(programs, monkeypatch):
-    """A compiler that stops for lack of memory is quoted."""
+    """It quotes a compiler that runs out of memory."""
 
     class Full:
         def lower(self):
@@ -133,7 +133,7 @@ def test_what_the_compiler_refuses(programs, monkeypatch):
 
 
 def test_data_that_are_not_here():
-    """TFDS knows classes and shape without the data; how many there are has to be said."""
+    """TFDS knows classes and shape without the data; their number must be given."""
     config = default_config()
     config.data.source, config.preprocess = "tfds('imagenet2012')", "decode(3)|random_resized_crop(224)"
     with pytest.raises(UserError, match="--examples"):
@@ -146,7 +146,7 @@ def test_data_that_are_not_here():
 
 
 def test_a_run_on_targets_is_planned_with_them(fake_config):
-    """The batch holds numbers in place of labels, whether flags or the data say so."""
+    """The batch has numbers instead of labels, whether flags or the data say so."""
     fake_config.loss, fake_config.batch_size = "mse", 8
     given = described.Given((12, 12, 1), None, 3, 640)
     info = described.describe(fake_config, given)

@@ -46,7 +46,7 @@ def gaussian(image, sigma, multichannel=False, **more):
 
 
 def injected(name, draws):
-    """A stand-in for np.random that gives these draws, in the order in which the programs ask for them."""
+    """A stand-in for np.random that returns these draws, in the order of the programs' calls."""
     random, grids = types.SimpleNamespace(), []
     random.normal = lambda size, scale, loc=0.0: loc + scale * draws[0].astype(np.float64)
     random.poisson = lambda mean: stats.poisson.ppf(draws[0].astype(np.float64), mean).clip(0)
@@ -72,7 +72,7 @@ def injected(name, draws):
 
 
 def functions(file):
-    """The functions of a program, without what it runs when it is imported."""
+    """The functions of a program, without the code it runs at import."""
     fromarray = lambda array, mode=None: Image.fromarray(array)  # noqa: E731
     pil = types.SimpleNamespace(**{**vars(Image), "fromarray": fromarray, "BOX": Image.Resampling.BOX})
     found = {"np": types.SimpleNamespace(**vars(np)), "sk": sk, "cv2": cv2, "PILImage": pil, "gaussian": gaussian,

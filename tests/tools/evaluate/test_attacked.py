@@ -1,4 +1,4 @@
-"""`evaluate --attack`: a linear model's worst case in closed form, exact counts, and nothing that passes for clean."""
+"""`evaluate --attack`: a linear model's worst case in closed form, exact counts, and never mistaken for clean accuracy."""
 
 import json
 
@@ -45,7 +45,7 @@ def printed(run, capsys, *words):
 
 
 def weights(run):
-    """(images f64[n, pixels] with pixels of 0 to 1, labels, kernel, bias) of a linear run."""
+    """(images f64[n, pixels] with pixels from 0 to 1, labels, kernel, bias) of a linear run."""
     config = run.load_config()
     programs, state, _ = restore(config, run, "")
     (images,) = open_evals(programs, sources.open_data(config)).values()
@@ -56,7 +56,7 @@ def weights(run):
 
 
 def test_one_step_on_a_linear_model_is_the_closed_form(linear, capsys):
-    """The gradient of the loss is kernel (p - onehot), so the step is eps times its sign, cut off at 0 and 1."""
+    """The gradient of the loss is kernel (p - onehot), so the step is eps times its sign, clipped to 0 to 1."""
     x, labels, kernel, bias = weights(linear)
     logits = (x - 0.4) / 0.3 @ kernel + bias
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -75,7 +75,7 @@ def test_one_step_on_a_linear_model_is_the_closed_form(linear, capsys):
 
 
 def test_pixels_stay_in_the_ball_and_in_their_range(linear):
-    """From random starts that follow from the examples' numbers, whatever the batch."""
+    """From random starts that follow from the example ids, whatever the batch."""
     programs, state, _ = restore(linear.load_config(), linear, "")
     images = jax.random.randint(jax.random.key(0), (24, 8, 8, 1), 0, 256).astype(jnp.uint8)
     seen = {}
@@ -100,7 +100,7 @@ def test_pixels_stay_in_the_ball_and_in_their_range(linear):
 
 @pytest.mark.thorough
 def test_other_batches_and_devices(linear, capsys):
-    """One device, and a batch size that does not divide the examples; and a set of fewer examples than devices."""
+    """One device, a batch size that does not divide the examples, and fewer examples than devices."""
     spec = "pgd(eps=0.1, steps=5)"
     found = printed(linear, capsys, f"--attack={spec}", "--config.data.eval.few=test[:3]")
     config = linear.load_config()
@@ -120,7 +120,7 @@ def test_other_batches_and_devices(linear, capsys):
 @pytest.mark.thorough
 @pytest.mark.parametrize("more", [(), ("--config.mesh=fsdp=-1",), ("--config.precision=bfloat16",)])
 def test_several_seeds_are_attacked_each_by_itself(tmp_path_factory, capsys, more):
-    """The means of what each of the two gives alone, with views at test time and batch statistics."""
+    """The means of the two seeds attacked alone, with TTA views and batch statistics."""
     flags = ("--config.model=resnet_cifar(8)", "--config.total=1 epochs", "--config.tta=flip", "--config.num_seeds=2")
     run, spec = train(tmp_path_factory, *flags, *more), "pgd(eps=0.05, steps=3)"
     both = printed(run, capsys, f"--attack={spec}")["test"]

@@ -1,4 +1,4 @@
-"""`evaluate --checkpoints`: each checkpoint has the metrics that it was given when it was made."""
+"""`evaluate --checkpoints` reproduces the metrics of each checkpoint from when it was saved."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`evaluate --corruptions`: each accuracy is that of the images corrupted by hand, whatever the batches and devices."""
+"""`evaluate --corruptions`: each accuracy is that of images corrupted by hand, whatever the batches and devices."""
 
 import json
 
@@ -36,7 +36,7 @@ def run(tmp_path_factory) -> Workdir:
 
 @pytest.fixture(scope="module")
 def printed(run) -> dict:
-    """What the command prints as JSON."""
+    """The JSON that the command prints."""
     with pytest.MonkeyPatch.context() as patch:
         lines: list[str] = []
         patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
@@ -66,7 +66,7 @@ def by_hand(run, names, photographs=()):
 
 @pytest.mark.thorough
 def test_accuracies(run, printed):
-    """Those of the library's predictions, the ensemble's, for images that were corrupted one set at a time."""
+    """Those of the library's ensemble predictions, for images corrupted one set at a time."""
     clean, wanted = by_hand(run, NAMES)
     found = printed["test"]
     assert found["examples"] == 180
@@ -82,7 +82,7 @@ def test_accuracies(run, printed):
 
 @pytest.mark.thorough
 def test_frost(run, tmp_path, capsys):
-    """With the folder of its photographs, which the digits can hardly be seen through."""
+    """With the folder of its photographs, behind which the digits are hardly visible."""
     random = np.random.default_rng(0)
     for name in frost.FILES:
         Image.fromarray(random.integers(256, size=(60, 70, 3), dtype=np.uint8)).save(tmp_path / name)
@@ -115,7 +115,7 @@ def test_other_batches_and_devices(run, printed):
 
 @pytest.mark.thorough
 def test_table(run, printed, capsys):
-    """A row a corruption, and the means."""
+    """One row per corruption, and the means."""
     assert launch.main(["evaluate", f"--workdir={run.path}", "--corruptions=contrast"]) == 0
     out = capsys.readouterr().out
     found = printed["test"]["corruptions"]["contrast"]

@@ -39,7 +39,7 @@ def pictures(n: int, side: int, channels: int = 3, height: int = 0) -> np.ndarra
 
 
 def drawn(name, images, severity):
-    """(tables, draws of all) on the host."""
+    """(tables, all draws) on the host."""
     tables = corruptions.make_tables(name, severity, images.shape[1:])
     keys = jax.random.split(jax.random.key(severity), len(images))
     draw = jax.vmap(corruptions.CORRUPTIONS[name].draw, (0, 0, None))
@@ -68,7 +68,7 @@ def by_the_authors():
 
 
 def check(found, wanted, severity, name):
-    """Nowhere more than a level apart, and nearly everywhere equal."""
+    """At most one level apart, and nearly everywhere equal."""
     assert found.dtype == np.uint8
     difference = np.abs(found.astype(int) - wanted)
     assert difference.max() <= 1
@@ -96,7 +96,7 @@ def test_large_images_are_those_of_imagenet_c(by_the_authors, name, severity):
 
 @pytest.mark.parametrize("small", [True, False])
 def test_impulse_noise_makes_a_share_of_the_values_black_or_white(small):
-    """The programs call scikit-image, whose draws cannot be given; the shares are those of the paper's programs."""
+    """The programs call scikit-image, whose draws cannot be injected; the fractions are those of the paper's programs."""
     images = pictures(1, 32 if small else 224)
     for severity, share in zip(corruptions.SEVERITIES, (1, 2, 3, 5, 7) if small else (3, 6, 9, 17, 27), strict=True):
         found = np.asarray(_jitted["impulse_noise"](images, *drawn("impulse_noise", images, severity)))
@@ -116,7 +116,7 @@ def test_grey_images_are_color_images_of_equal_channels(name):
 
 
 def test_draws():
-    """Each random field has the published law."""
+    """Each random field has the published distribution."""
     images = pictures(8, 32)
     for name, severity, law in (
         ("gaussian_noise", 1, stats.norm()),
@@ -150,7 +150,7 @@ _jpeg = jax.jit(jpeg.jpeg)
 
 @pytest.mark.parametrize("shape", [(32, 32, 3), (8, 8, 1), (33, 45, 3)], ids=str)
 def test_jpeg(shape):
-    """Pillow's bytes, written and read, bit for bit, sizes that are no multiples of a block among them."""
+    """Pillow's bytes, written and read, bit for bit, with sizes that are not multiples of a block."""
     images = pictures(2, shape[1], shape[2], height=shape[0])
     for quality in (80, 65, 58, 50, 40, 25, 18, 15, 10, 7):
         found = np.asarray(_jpeg(images, jpeg.quantization_tables(quality)))
@@ -163,7 +163,7 @@ def test_jpeg(shape):
 
 
 def test_what_an_example_gets_depends_on_its_place_and_not_on_its_batch():
-    """And on the seed and the severity; `corrupt` is the same for one's own programs."""
+    """And on the seed and the severity; `corrupt` returns the same for other programs."""
     images = np.broadcast_to(pictures(1, 16), (6, 16, 16, 3))
     run = jax.jit(corruptions.apply, static_argnums=0)
     tables, key = corruptions.make_tables("snow", 5, images.shape[1:]), corruptions.make_key("snow", 5, 0)

@@ -43,7 +43,7 @@ def trained(tmp_path_factory) -> Workdir:
 
 @pytest.fixture(scope="module")
 def counted(trained) -> dict:
-    """The sums over all test examples of the best checkpoint, by a plain loop in NumPy."""
+    """The sums of the best checkpoint over all test examples, by a plain NumPy loop."""
     programs, state, _ = restore(trained.load_config(), trained, "best")
     source = sources.open_splits(trained.load_config().data.source)["test"]
     total = {"examples": 0, "correct": 0, "top5": 0, "loss": 0.0, "nll": 0.0, "confusion": np.zeros((10, 10), int)}
@@ -110,7 +110,7 @@ def command(capsys):
 
 @pytest.mark.thorough
 def test_json(trained, counted, command):
-    """The counted metrics and confusion, of the best checkpoint where one is kept."""
+    """The exact metrics and confusion of the best checkpoint, if one is kept."""
     result = json.loads(command(trained.path, "--format=json"))
     assert list(result) == ["step", "test"]
     assert result["test"].pop("confusion") == counted["confusion"].tolist()
@@ -123,7 +123,7 @@ def test_json(trained, counted, command):
 
 
 def test_table(trained, counted, command):
-    """A line for the set and a row a class: how many, recall, precision, what it is most often taken for."""
+    """One line per set and one row per class: count, recall, precision, and the most frequent wrong prediction."""
     first, *lines = command(trained.path).splitlines()
     start = next(i for i, line in enumerate(lines) if "│ class " in line.replace("┃", "│"))
     lines = lines[start:]  # behind the table of scores
@@ -150,7 +150,7 @@ def test_table(trained, counted, command):
 
 @pytest.mark.thorough
 def test_many_classes(trained, counted, command, monkeypatch):
-    """Without a confusion matrix one column is missing, which is said; the others are the same."""
+    """Without a confusion matrix one column is missing, and the output says so; the others are the same."""
 
     def rows(out):
         out = out[out.index("┃ class ") :]
@@ -171,7 +171,7 @@ def test_many_classes(trained, counted, command, monkeypatch):
 
 
 def test_best_latest_and_a_step(trained, command):
-    """The best is what the log says it is; 'latest' and a step are taken at their word."""
+    """The best is the one in the log; 'latest' and a step select these."""
     logged = {r["step"]: r["test/accuracy"] for r in read_metrics(trained.path / "metrics.jsonl") if "test/loss" in r}
     best = max(logged, key=logged.__getitem__)
     assert (best, sorted(logged)) == (10, [5, 10, 15, 20])
@@ -188,7 +188,7 @@ def test_best_latest_and_a_step(trained, command):
 
 
 def test_one_more_set(trained, command):
-    """Splits of the run's source and of another one can be named on the command line."""
+    """The command line can name splits of the run's source and of other sources."""
     other = f"fake({N}, (12, 12, 1), 10)/train[50%:60%]"
     flags = ["--config.data.eval.some=test[:123]+train[:77]", f"--config.data.eval.other={other}", "--format=json"]
     result = json.loads(command(trained.path, *flags))
@@ -199,7 +199,7 @@ def test_one_more_set(trained, command):
 
 @pytest.mark.thorough
 def test_on_other_devices(trained, tmp_path, monkeypatch, command):
-    """A run on eight devices is evaluated on one, and a run on one on eight, with the same numbers."""
+    """A run on eight devices evaluated on one, and a run on one evaluated on eight, with the same numbers."""
     make_mesh = sharding.make_mesh
 
     def use(count: int) -> None:
@@ -223,7 +223,7 @@ def test_on_other_devices(trained, tmp_path, monkeypatch, command):
 
 
 def test_scores_and_predictions(trained, tmp_path, capsys):
-    """Scores are those of the predictions that are written; the accuracy is the one that is counted."""
+    """The scores are those of the written predictions, and the accuracy is the counted one."""
     file = tmp_path / "all.jsonl"
     flags = [f"--workdir={trained.path}", "--config.data.eval.test=test[:500]"]
     assert launch.main(["evaluate", *flags, "--format=json", f"--predictions={file}", "--top_k=10"]) == 0

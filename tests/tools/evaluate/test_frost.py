@@ -1,4 +1,4 @@
-"""The corruption `frost`, held to its published definition, on photographs that are made here."""
+"""The corruption `frost`, against its published definition, on synthetic photographs."""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def test_photographs_are_read_without_alpha(folder, photographs):
 @pytest.mark.parametrize("severity", [1, 5, *thorough(2, 3, 4)])
 @pytest.mark.parametrize("side", [32, 96])
 def test_definition(photographs, side, severity):
-    """Below 85 pixels the photographs are resized to a fifth, by interpolation between the middles of pixels."""
+    """Below 85 pixels the photographs are resized to a fifth, interpolated between pixel centres."""
     images = np.random.default_rng(1).integers(256, size=(12, side, side - 1, 3), dtype=np.uint8)
     found, draws = made(images, severity, photographs)
     image_share, frost_share = SHARES[side == 32][severity - 1]
@@ -88,7 +88,7 @@ def test_grey_images_get_grey_frost(photographs):
 
 
 def test_images_that_are_larger_than_photographs():
-    """These are enlarged until they cover the image."""
+    """Photographs are enlarged until they cover the image."""
     white = [np.full((30, 50, 3), 255, np.uint8), np.full((300, 400, 3), 255, np.uint8)]
     images = np.zeros((8, 120, 100, 3), np.uint8)
     found, draws = made(images, 1, white)

@@ -1,4 +1,4 @@
-"""Files of predictions, read back by others' readers."""
+"""Files of predictions, read back by other programs' readers."""
 
 import csv
 import json
