@@ -1,4 +1,4 @@
-"""RandAugment as compiled for TPU: how much memory it reads and writes."""
+"""RandAugment compiled for TPU: its memory traffic."""
 
 import pytest
 from compilers import printed
@@ -35,7 +35,7 @@ print(json.dumps([found.bytes, sum(count for count, _ in found.collectives.value
 
 @pytest.mark.chips
 def test_randaugment_takes_a_tenth_of_the_traffic_of_a_vit_s16():
-    """The rest of that model's step takes 38 GB a chip; each chip has its own images to augment."""
+    """The rest of that model's step moves 38 GB per chip; each chip augments its own images."""
     traffic, collectives = printed(PROGRAM, "v5e:2x4")
     images = 128 * 224 * 224 * 3
     assert 2 * images < traffic <= 3.8e9  # they are read once and written once at least

@@ -1,4 +1,4 @@
-"""Counts of operations, bytes and collectives, against figures worked out by hand."""
+"""Counts of operations, bytes and collectives, against hand calculations."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def test_products_and_convolutions():
 
 @pytest.mark.parametrize("strides", [1, 2])
 def test_a_gradient_of_a_convolution_costs_twice_the_convolution(strides):
-    """That of the images, dilated where there are strides, and that of the kernel; padding aside."""
+    """Of the images, dilated if there are strides, and of the kernel, padding aside."""
 
     def conv(x, kernel):
         return lax.conv_general_dilated(
@@ -48,7 +48,7 @@ def test_a_gradient_of_a_convolution_costs_twice_the_convolution(strides):
 
 
 def test_loops_and_branches():
-    """A loop of known length counts as often as it runs, one of unknown length once, of branches the dearest."""
+    """A loop of known length counts that often, one of unknown length once; of branches, the most expensive."""
     a = (4, 4)
     assert flops(lambda x: lax.scan(lambda c, _: (c @ c, None), x, None, length=5)[0], a) == 5 * 128
     assert flops(lambda x: lax.while_loop(lambda c: c[0, 0] > 0, lambda c: c @ c, x), a) == 128
@@ -70,7 +70,7 @@ def test_published_operations(spec, size, multiply_adds):
 
 
 def test_traffic_and_collectives_of_a_compiled_program():
-    """Of eight devices: each reads its rows and the weights, and the gradient is summed over all."""
+    """On eight devices: each reads its rows and the weights, and the gradient is all-reduced."""
     mesh = sharding.make_mesh()
     rows = jax.ShapeDtypeStruct((64, 32), "float32", sharding=sharding.sharded(mesh))
     weights = jax.ShapeDtypeStruct((32, 16), "float32", sharding=sharding.replicated(mesh))

@@ -1,4 +1,4 @@
-"""The least time of a step, by hand; the chips and their arrangements."""
+"""Lower bounds on the time of a step, by hand; the chips and their topologies."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ def test_the_peak_of_float32_programs_follows_the_precision_of_products(kind, te
     ("reduce-scatter", 80e6 / 32, 80e6 * 7 / 8 / 450e9 + 10e6 * 3 / 4 / 50e9),
 ])  # fmt: skip
 def test_between_hosts_a_collective_is_done_by_parts(kind, size, seconds):
-    """Of four hosts with eight GPUs each: inside over NVLink, then each GPU an eighth over the network."""
+    """Four hosts with eight GPUs each: within a host over NVLink, then each GPU an eighth over the network."""
     found = estimate.bound(table.CHIPS["h100"], 32, 1.0, 0, 0, {kind: (1, int(size))})
     assert found.network == pytest.approx(seconds)
 

@@ -1,4 +1,4 @@
-"""A model that is exported as StableHLO compiles for chips that are not here."""
+"""A model exported as StableHLO compiles for absent chips."""
 
 import pytest
 from compilers import printed
@@ -48,5 +48,5 @@ def test_an_exported_model_compiles_for_chips_that_are_not_here(chips):
 @pytest.mark.chips
 @pytest.mark.parametrize("chips", ["v5e:2x2", "h100:1"])
 def test_an_exported_transformer_compiles(chips):
-    """Which takes longer."""
+    """This one takes longer."""
     assert min(printed(PROGRAM, chips, "vit('Ti', patch=8)")) > 20

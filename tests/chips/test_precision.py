@@ -1,4 +1,4 @@
-"""Which dtypes the products and the sums of a bfloat16 training step have, on GPU and TPU, of each backbone."""
+"""The dtypes of matmuls and sums in a bfloat16 training step of each backbone, on GPU and TPU."""
 
 from collections import Counter
 
@@ -37,7 +37,7 @@ SUMS = ("reduce_sum", "reduce_window_sum", "cumsum", "scatter-add", "select_and_
     *thorough(*sorted({*BACKBONES, "gru"} - {"convnext", "resnet", "rnn", "vit"})),
 ])  # fmt: skip
 def test_products_of_bfloat16_operands(name, form):
-    """All of the backbone; the head in float32. Sums of many terms in float32, with no exception but those above."""
+    """All of the backbone; the head is in float32. Sums of many terms are in float32, with no exception but those above."""
     with platform.tracing_for(form):
         step = gradient(classifier.build(SPECS.get(name, name), 10, "bfloat16"))
     products, sums = Counter(), Counter()
@@ -54,7 +54,7 @@ def test_products_of_bfloat16_operands(name, form):
 
 
 def many_terms(equation):
-    """Whether a sum has more than one term: not so that of a max-pool whose windows do not overlap."""
+    """Whether a sum has more than one term; a max-pool without overlapping windows has one."""
     return "window_strides" not in equation.params or (
         equation.params["window_dimensions"] != equation.params["window_strides"]
     )
@@ -75,7 +75,7 @@ def gradient(model):
 
 
 def equations(jaxpr):
-    """All equations of a jaxpr, and of those inside of it."""
+    """All equations of a jaxpr and those inside it."""
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         yield equation
         for inner in jaxprs.inner(equation):

@@ -1,4 +1,4 @@
-"""What images that are kept on a chip take of its memory."""
+"""The memory of images kept on a chip."""
 
 import pytest
 from compilers import printed
@@ -31,7 +31,7 @@ print(json.dumps(found))
 @pytest.mark.chips
 @pytest.mark.parametrize("chips", ["v5e:1x1", "h100:1"])
 def test_it_is_little_more_than_the_images_and_they_are_not_copied(chips):
-    """On TPU an image takes whole kilobytes. In their own shape there was a copy, of four times the size, at a call."""
+    """On TPU an image takes whole kilobytes. In its own shape, each call made a copy four times as large."""
     for images, arguments, temporaries in printed(PROGRAM, chips):
         assert images <= arguments < 1.4 * images
         assert temporaries < 0.1 * images

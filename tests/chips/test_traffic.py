@@ -1,4 +1,4 @@
-"""Memory traffic of compiled programs: by hand, and beside XLA's own count where both count the same."""
+"""Memory traffic of compiled programs: by hand, and against XLA's own count where both count the same."""
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ END = "\n}\n"
      7 * 2 * KB),
 ])  # fmt: skip
 def test_by_hand(lines, expected):
-    """What is read and written: not what is on the chip, a slice where a slice is used, a loop as often as it runs."""
+    """Reads and writes: not of on-chip values, a slice where only a slice is used, a loop as often as it runs."""
     assert traffic.Module(TEXT + "  " + lines + END).traffic() == expected
 
 
@@ -94,7 +94,7 @@ def test_collectives_of_a_loop():
 
 
 def test_a_loop_counts_as_often_as_it_runs():
-    """By the compiler of this machine: traffic and collectives of a product over eight devices, in a loop."""
+    """By this machine's compiler: traffic and collectives of a matmul over eight devices, in a loop."""
     mesh = sharding.make_mesh()
     rows = jax.ShapeDtypeStruct((64, 256), "float32", sharding=sharding.sharded(mesh))
     weights = jax.ShapeDtypeStruct((256, 256), "float32", sharding=sharding.replicated(mesh))
@@ -119,7 +119,7 @@ def test_a_loop_counts_as_often_as_it_runs():
 
 
 def test_beside_xlas_own_count():
-    """A program without loops and kernels of libraries."""
+    """A program without loops and library kernels."""
 
     def loss(weights, x):
         for w in weights:
@@ -162,7 +162,7 @@ print(json.dumps(found))
 @pytest.mark.chips
 @pytest.mark.parametrize(("chips", "images"), [("v5e:2x2", 16), ("h100:2", 128)])
 def test_a_batch_in_parts_takes_as_much_traffic(chips, images):
-    """Each part reads the parameters again; the images' arrays are as many."""
+    """Each microbatch reads the parameters again; the total size of the images' arrays is the same."""
     (whole, summed), (parts, summed_of_parts) = printed(PROGRAM, chips, str(images))
     assert 0.8 * whole < parts < 1.3 * whole
     assert summed <= summed_of_parts <= 4.1 * summed

@@ -1,4 +1,4 @@
-"""The images on a command line, and how `predict` prints what it says of them."""
+"""The images on a command line, and how `predict` prints its results."""
 
 import csv
 import io
@@ -44,7 +44,7 @@ def found(*words):
 
 
 def test_files_directories_and_patterns(photos):
-    """In the order in which they are named, and inside of each in the order of names, folder by folder."""
+    """In the order given, and within each sorted by name, folder by folder."""
     inside = ["b/1.png", "b/2.jpg", "b/c/1.png"]
     assert found("b.png", "b", "a.png") == ["b.png", *inside, "a.png"]
     assert found("**/1.png") == ["b/1.png", "b/c/1.png"]
@@ -67,7 +67,7 @@ def output(capsys, run, *words):
 
 @pytest.mark.thorough
 def test_names_from_standard_input(run, photos, capsys, monkeypatch):
-    """A line each; one that is not there is an error of its own, and the others are classified."""
+    """One per line; a missing one is an error of its own, and the others are classified."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("a.png\n\nnothing.png\nb/2.jpg\n"))
     status, (out, err) = output(capsys, run, "--format=jsonl", "-")
     records = [json.loads(line) for line in out.splitlines()]
@@ -79,7 +79,7 @@ def test_names_from_standard_input(run, photos, capsys, monkeypatch):
 
 @pytest.mark.thorough
 def test_every_format_says_the_same(run, photos, capsys):
-    """json, jsonl, csv and the table: files in one order, the same classes and probabilities."""
+    """json, jsonl, csv and the table: files in the same order, with the same classes and probabilities."""
     words = [".", "--top_k=2"]
     status, (out, _) = output(capsys, run, "--format=json", *words)
     assert status == 1  # for the broken one
@@ -105,7 +105,7 @@ def test_every_format_says_the_same(run, photos, capsys):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"])
 def test_an_image_on_standard_input_is_no_list_of_names(monkeypatch, kind):
-    """That is one sentence, which says what to write."""
+    """One sentence, which says what to write."""
     content = io.BytesIO()
     Image.new("RGB", (9, 9), (200, 10, 90)).save(content, kind)
     text = io.TextIOWrapper(io.BytesIO(content.getvalue()), "utf-8", "surrogateescape")
@@ -115,7 +115,7 @@ def test_an_image_on_standard_input_is_no_list_of_names(monkeypatch, kind):
 
 
 def test_a_long_table_is_printed_in_parts(capsys):
-    """With one head, and columns that fit the widest row so far."""
+    """With one header, and columns that fit the widest row so far."""
     printed = [[name, "x"] for name in ("a", "bb", "ccc", "dddddddd")]
     terminal.print_long_table(["file", "top 1"], iter(printed), 2)
     lines = capsys.readouterr().out.splitlines()

@@ -159,7 +159,7 @@ def test_the_defaults_have_names(spec, names, size):
 
 @pytest.mark.usefixtures("shallow")
 def test_what_a_part_is_given():
-    """The widths and strides of its position, the precision and the network's normalization; the spec takes precedence."""
+    """The widths and strides of its position, the precision and the network's normalization; the spec comes first."""
     spec = "resnet_cifar(depth=8, block='test_parts:SEBlock(2)', norm='flax.linen:BatchNorm(epsilon=0.1)')"
     model = classifier.build(spec, 4, "bfloat16")
     seen = {}

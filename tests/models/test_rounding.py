@@ -1,4 +1,4 @@
-"""bfloat16 on CPU: comparisons, sorts and roundings see exactly the program's values, whatever roundings are omitted."""
+"""bfloat16 on CPU: comparisons, sorts and roundings see the program's exact values, whatever roundings are omitted."""
 
 import functools
 from typing import Any

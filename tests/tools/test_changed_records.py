@@ -1,4 +1,4 @@
-"""What each tool says of a run whose records were changed by hand; none may believe them."""
+"""What each tool says about a run whose records were changed by hand; none may believe them."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ RECORDS = {
 
 @pytest.mark.parametrize("changed", [*list(RECORDS)[:1], *thorough(*list(RECORDS)[1:])])
 def test_a_record_that_contradicts_itself(reproduce, copy, tmp_path, capsys, changed):
-    """`reproduce` said of each "The same, bit for bit"; `compare` showed the accuracy."""
+    """`reproduce` said "The same, bit for bit" for each; `compare` showed the accuracy."""
     change, sentence = RECORDS[changed]
     change(copy)
     status, found = reproduce(copy, "--steps=1")
@@ -52,7 +52,7 @@ def test_a_record_that_contradicts_itself(reproduce, copy, tmp_path, capsys, cha
 
 
 def test_a_config_that_was_changed_by_hand(reproduce, copy, tmp_path, capsys):
-    """Predictions were those of another preprocessing, with status 0 and no word. Another layout of it is the same."""
+    """Predictions used another preprocessing, silently and with status 0. Another JSON layout is not a change."""
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config, sort_keys=True))
     assert reproduce(copy, "--steps=1")[0] == 0
@@ -71,7 +71,7 @@ def test_a_config_that_was_changed_by_hand(reproduce, copy, tmp_path, capsys):
 
 @pytest.mark.parametrize("change", [lambda p: p["data"]["class_names"].reverse(), lambda p: p["evals"].update(test="")])
 def test_a_provenance_that_was_changed_by_hand(reproduce, copy, tmp_path, capsys, change):
-    """Two class names changed places: `predict` called each image by the other's, with status 0 and no word."""
+    """With two class names swapped, `predict` confused the two classes, silently and with status 0."""
     edit(copy / "provenance.json", change)
     Image.fromarray(np.zeros((6, 6), np.uint8)).save(tmp_path / "a.png")
     workdir._warn_once.cache_clear()
@@ -85,7 +85,7 @@ def test_a_provenance_that_was_changed_by_hand(reproduce, copy, tmp_path, capsys
 
 
 def test_a_duration_that_was_changed_by_hand(reproduce, copy, capsys):
-    """Nothing else records how long a run took: the page had the edited number, with status 0 and no word."""
+    """Nothing else records how long a run took: the page showed the edited number, silently and with status 0."""
     edit(copy / "result.json", lambda result: result.update(epochs=99.0))
     for words in (["report", f"--workdir={copy}"], ["evaluate", f"--workdir={copy}"]):
         capsys.readouterr()
@@ -114,7 +114,7 @@ def test_what_was_recorded_and_is_no_number(reproduce, copy, value):
 
 @pytest.mark.thorough
 def test_the_checkpoint_of_another_run(copy, tmp_path, capsys):
-    """In the place of this run's: its accuracy was printed with status 0, though digests.jsonl has the step."""
+    """Its accuracy was printed with status 0, although digests.jsonl has the step."""
     keys = json.loads((copy / "config.json").read_text())
     argv = [f"--workdir={tmp_path}/other", "--config.seed=1", f"--config.data.source={keys['data']['source']}",
             *(f"--config.{key}={keys[key]}" for key in ("preprocess", "model", "batch_size", "total"))]  # fmt: skip

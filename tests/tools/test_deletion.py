@@ -1,4 +1,4 @@
-"""Each tool that no other builds on can be taken out: its folder, and its entry in the command table."""
+"""Each tool that no other builds on can be deleted: its folder, and its entry in the command table."""
 
 import ast
 import os
@@ -15,7 +15,7 @@ TOOLS = sorted({tool_of(name) for name in FILES} - {"", *SHARED_TOOLS})
 
 
 def without(tool, folder):
-    """A copy of the tree without the tool, its entries in the table of commands and its tests."""
+    """Copies the tree without the tool, its commands and its tests."""
     for name in ("imgclf_jax", "configs", "tests", "launch.py", "pyproject.toml", "README.md"):
         source, ignored = ROOT / name, shutil.ignore_patterns("__pycache__")
         shutil.copytree(source, folder / name, ignore=ignored) if source.is_dir() else shutil.copy(source, folder)
@@ -44,7 +44,7 @@ def run(folder, *words):
 @pytest.mark.thorough
 @pytest.mark.parametrize("tool", TOOLS)
 def test_all_else_is_whole_without_a_tool(tool, tmp_path):
-    """Every other module is imported, and the help names the other commands."""
+    """Every other module imports, and the help lists the other commands."""
     gone = without(tool, tmp_path)
     needs_more = ("tools.export", "tools.serve")  # extras that need not be installed
     names = [name for name in FILES if tool_of(name) != tool and not name.startswith(needs_more) and name != "launch"]

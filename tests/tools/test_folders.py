@@ -1,4 +1,4 @@
-"""A folder of photographs through the commands: its splits, its unreadable files, what is said of both."""
+"""A folder of photographs through the commands: its splits, and its unreadable files."""
 
 import json
 import os
@@ -22,7 +22,7 @@ TINY = ("--config.model=mlp(widths=(4,))", "--config.preprocess=decode(3)|resize
 
 
 def photos(root: Path, *places: str, count: int = 6) -> Path:
-    """`count` pictures of noise in each class of each place."""
+    """Writes `count` noise images of each class into each folder."""
     rng = np.random.default_rng(0)
     for place in places or (".",):
         for name in ("cat", "dog"):
@@ -43,7 +43,7 @@ def photos(root: Path, *places: str, count: int = 6) -> Path:
     (["Training", "Testing"], "Training[:90%]", {"val": "Training[90%:]", "test": "Testing"}),
 ])  # fmt: skip
 def test_the_config_follows_the_splits_that_there_are(tmp_path, places, train, evals):
-    """The best checkpoint is that by `val`, held out of the training images if need be, and never by `test`."""
+    """The best checkpoint is by `val`, held out of the training images if needed, and never by `test`."""
     photos(tmp_path, *places, count=1)
     config = configs.load_file(f"{CONFIG}:{tmp_path}")
     assert (config.data.train, config.data.eval.to_dict()) == (train, evals)
@@ -56,7 +56,7 @@ def test_no_folder_gives_the_config_of_one_without_splits(tmp_path):
 
 @pytest.mark.thorough
 def test_what_is_used_for_what_and_what_is_not_used(tmp_path, capsys):
-    """Each in a line of the log: splits with their sizes, folders, images and other files that serve nothing."""
+    """One log line each: splits with their sizes, and unused folders, images and other files."""
     photos(tmp_path / "p", "train", "valid", "test", "extra")
     Image.new("RGB", (8, 8)).save(tmp_path / "p" / "loose.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "p" / "train" / "loose.png")
@@ -109,7 +109,7 @@ NASTY = ["é漢", "a\x1b[31mb", "n\nl", os.fsdecode(b"\xff")]
 
 @pytest.mark.thorough
 def test_names_that_hold_anything(tmp_path, capsys):
-    """Tables and errors show one line a name, without control characters; JSON has each name exactly."""
+    """Tables and errors show one line per name, without control characters; JSON has each name exactly."""
     for name in NASTY:
         (tmp_path / "p" / name).mkdir(parents=True)
         for file in NASTY:

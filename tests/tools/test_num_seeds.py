@@ -1,4 +1,4 @@
-"""Several seeds in one program: each replica is its own run, and the ensemble the mean of their probabilities."""
+"""Several seeds in one program: each replica equals its own run, and the ensemble averages their probabilities."""
 
 import json
 import statistics
@@ -29,7 +29,7 @@ RANDOM = "--config.preprocess=decode(1)|random_resized_crop(10)"
 
 @pytest.mark.parametrize("where", ["host", "device"])
 def test_the_stream_holds_the_batches_of_each_seed(where):
-    """On the host with random host ops, whose draws are those of the seed."""
+    """On the host with random host ops, whose draws depend on the seed."""
     preprocess = "decode(1)|random_resized_crop(10)" if where == "host" else "decode(1)"
     mesh, ranges = sharding.make_mesh(), [range(3), range(3, 5)]
 
@@ -47,7 +47,7 @@ def test_the_stream_holds_the_batches_of_each_seed(where):
 
 
 def train(folder, *more_of_all):
-    """Two seeds at once, and each by itself, on eight devices."""
+    """Two seeds at once, and each alone, on eight devices."""
     settings = {"together": ("--config.num_seeds=2",), **{str(s): (f"--config.seed={s}",) for s in (5, 6)}}
     for name, more in settings.items():
         evaluation = "--config.preprocess_eval=decode(1)|resize(10)"
@@ -77,7 +77,7 @@ def test_each_replica_is_its_run(tmp_path):
 
 
 def test_results(runs):
-    """Means and deviations of the single runs' results, and the ensemble's from probabilities averaged here."""
+    """Means and standard deviations of the single runs' results, and the ensemble's from averaged probabilities."""
     result = json.loads(runs["together"].result.read_text())["test"]
     alone = [json.loads(runs[str(s)].result.read_text())["test"] for s in (5, 6)]
     for name in ("accuracy", "loss", "nll", "auc"):
@@ -123,7 +123,7 @@ def test_prediction_is_the_ensembles(runs, tmp_path):
 
 @pytest.mark.parametrize("name", ["5", "together"])
 def test_every_replica_begins_from_the_weights(runs, name):
-    """Of a run of one seed, and of one of several those of the first."""
+    """From a run of one seed; from a run of several, the first seed's."""
     config = runs["5"].load_config()
     with config.unlocked():
         config.num_seeds, config.init_from = 3, str(runs[name].path)

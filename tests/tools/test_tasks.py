@@ -1,4 +1,4 @@
-"""Several labels an example, numbers and distributions, through every tool: made of scikit-learn's digits."""
+"""Several labels per example, numbers and distributions, through every tool, on scikit-learn's digits."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ DIGITS = load_digits()
 
 
 def write_pairs(path):
-    """Two digits side by side; ten columns say which digits there are."""
+    """Two digits side by side; ten columns say which digits are present."""
     images = (DIGITS.images * 255 / 16).astype(np.uint8)
     left, right = np.random.default_rng(0).integers(0, len(images), (2, N))
     targets = np.zeros((N, 10), np.uint8)
@@ -46,14 +46,14 @@ def write_pairs(path):
 
 
 def write_ink(path):
-    """How much ink a digit has, and the share of it in the upper half."""
+    """The amount of ink in a digit, and the fraction of it in the upper half."""
     images = DIGITS.images[:N]
     targets = np.stack([images.mean((1, 2)), 100 * images[:, :4].sum((1, 2)) / images.sum((1, 2))], 1)
     return write_table(path, (images * 255 / 16).astype(np.uint8), targets, ["ink", "top half, %"])
 
 
 def write_soft(path):
-    """A digit's label with a share of 0.82, the others with 0.02 each."""
+    """A digit's label with a probability of 0.82, the others with 0.02 each."""
     targets = np.full((N, 10), 0.02)
     targets[np.arange(N), DIGITS.target[:N]] = 0.82
     images = (DIGITS.images[:N] * 255 / 16).astype(np.uint8)
@@ -63,7 +63,7 @@ def write_soft(path):
 
 
 def write_table(path, images, targets, names):
-    """A .png an image, and a .csv file with a column for each target."""
+    """One .png per image, and a .csv file with a column per target."""
     folder = path.with_suffix(".files")
     folder.mkdir(exist_ok=True)
     with (folder / "labels.csv").open("w", newline="") as file:
@@ -88,7 +88,7 @@ def train(folder, name, *flags):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """run(name): the trained run of a set, trained once."""
+    """runs(name): the trained run of a data set, trained once."""
     folder, known = tmp_path_factory.mktemp("tasks"), {}
 
     def run(name):
@@ -100,7 +100,7 @@ def runs(tmp_path_factory):
 
 
 def outputs_of(workdir):
-    """(targets, probabilities or values), f64[64, k] each, of the test set."""
+    """(targets, probabilities or values), f64[64, k] each, on the test set."""
     model = restore(workdir.load_config(), workdir, "latest")
     images = model.programs.eval_images(sources.open_data(workdir.load_config())["test"])
     read = images.read(np.arange(len(images)), np.arange(len(images)))
@@ -133,7 +133,7 @@ def expected(name, targets, outputs):
 
 @pytest.mark.parametrize("name", ["pairs", "ink", *thorough("soft")])
 def test_training_records_the_metrics_of_the_task(runs, name):
-    """The result, the log and the best checkpoint; the numbers are scikit-learn's, of what `predict` gives."""
+    """The result, the log and the best checkpoint; the numbers are scikit-learn's, from the outputs of `predict`."""
     workdir = runs(name)
     result = json.loads(workdir.result.read_text())["test"]
     found = expected(name, *outputs_of(workdir))
@@ -168,14 +168,14 @@ def test_what_does_not_fit_the_data_is_told(tmp_path, capsys, name, flags, said)
 
 
 def printed(capsys, *argv):
-    """What a command prints on standard output; it must succeed."""
+    """The standard output of a command, which must succeed."""
     capsys.readouterr()
     assert launch.main([str(word) for word in argv]) == 0
     return capsys.readouterr().out
 
 
 def refused(capsys, *argv):
-    """The one sentence by which a command ends with status 1."""
+    """The one sentence with which a command ends with status 1."""
     capsys.readouterr()
     assert launch.main([str(word) for word in argv]) == 1
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]

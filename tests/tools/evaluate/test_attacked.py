@@ -1,4 +1,4 @@
-"""`evaluate --attack`: a linear model's worst case in closed form, exact counts, and never mistaken for clean accuracy."""
+"""`evaluate --attack`: a linear model's worst case in closed form, exact counts, never mistaken for clean accuracy."""
 
 import json
 

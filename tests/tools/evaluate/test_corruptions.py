@@ -96,7 +96,7 @@ def test_large_images_are_those_of_imagenet_c(by_the_authors, name, severity):
 
 @pytest.mark.parametrize("small", [True, False])
 def test_impulse_noise_makes_a_share_of_the_values_black_or_white(small):
-    """The programs call scikit-image, whose draws cannot be injected; the fractions are those of the paper's programs."""
+    """The programs call scikit-image, whose draws cannot be injected; the fractions are those of the paper."""
     images = pictures(1, 32 if small else 224)
     for severity, share in zip(corruptions.SEVERITIES, (1, 2, 3, 5, 7) if small else (3, 6, 9, 17, 27), strict=True):
         found = np.asarray(_jitted["impulse_noise"](images, *drawn("impulse_noise", images, severity)))

@@ -1,4 +1,4 @@
-"""Grad-CAM, attention rollout and occlusion beside their definitions, in NumPy."""
+"""Grad-CAM, attention rollout and occlusion against their definitions, in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ class Shared(nn.Module):
 
 
 class Scanned(nn.Module):
-    """Feature maps inside of a scan, where they cannot be reached, and one layer before it."""
+    """Feature maps inside a scan, where they cannot be reached, and one layer before it."""
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -52,7 +52,7 @@ class Scanned(nn.Module):
 
 
 class Tokens(nn.Module):
-    """A user's own transformer, of two layers, without a class token."""
+    """A user's own transformer with two layers, without a class token."""
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -70,7 +70,7 @@ def images(n=3, shape=SHAPE):
 
 
 def made(backbone, classes=3, seed=0, shape=SHAPE):
-    """A classifier and variables that are drawn anew, so that no part of it is zero."""
+    """A classifier and random variables, so that no part is zero."""
     model = Classifier(backbone, classes)
     variables = model.init(jax.random.key(seed), jnp.zeros((1, *shape)), train=False)
     leaves, treedef = jax.tree.flatten(variables)
@@ -104,7 +104,7 @@ def by_hand(variables, x, labels):
 
 @pytest.mark.parametrize("form", ["cpu", *thorough("gpu")], indirect=True)
 def test_gradcam_is_its_definition(form):
-    """On a network whose map can be computed by hand, in both forms of the layers, for other classes too."""
+    """For a network whose map can be computed by hand, in both forms of the layers, for other classes too."""
     model, variables = made(OneConv())
     for labels in (LABELS, LABELS[::-1].copy()):
         maps = gradcam(model, variables, images(), labels)
@@ -123,7 +123,7 @@ def test_gradcam_of_several_seeds_is_the_mean_of_their_maps():
 
 
 def test_the_last_call_of_a_layer_is_taken():
-    """Its gradient is that of one call: finite differences of the head's logit say so."""
+    """Its gradient is that of one call, by finite differences of the head's logit."""
     model, variables = made(Shared())
     structure = attribution.inspect(model, variables, SHAPE)
     assert [layer.name for layer in structure.spatial] == ["conv", "conv"]
@@ -152,7 +152,7 @@ def test_the_last_call_of_a_layer_is_taken():
     (Tokens(), "rollout", "patch"),
 ])  # fmt: skip
 def test_what_a_network_shows(backbone, method, layer, shallow):
-    """Which method suits it, and its last feature maps of more than one place."""
+    """The method that suits it, and its last feature maps with more than one position."""
     model = attribution.without_remat(Classifier(backbone, 3))
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), train=False))
     structure = attribution.inspect(model, variables, SHAPE)
@@ -175,7 +175,7 @@ def test_layers_by_name():
 
 
 def attention_of(variables, name, tokens):
-    """A layer's maps by the definition of attention, [b, heads, n, n], and what it gives; two heads."""
+    """A layer's maps by the definition of attention, [b, heads, n, n], and its output; two heads."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"]["backbone"][name])
     b, n, d = tokens.shape
     qkv = tokens @ params["qkv"]["kernel"] + params["qkv"]["bias"]
@@ -206,7 +206,7 @@ def test_rollout_is_its_definition(form):
 
 @pytest.mark.thorough
 def test_rollout_of_a_vit_begins_at_the_class_token(shallow, monkeypatch):
-    """From the maps that it shows, in the order of its blocks, of which there are more than ten."""
+    """From the maps that it sows, in the order of its blocks, of which there are more than ten."""
     from imgclf_jax.models import vit
 
     monkeypatch.setitem(vit._VIT, "Ti", (8, 11, 2))
@@ -223,7 +223,7 @@ def test_rollout_of_a_vit_begins_at_the_class_token(shallow, monkeypatch):
 
 @pytest.mark.parametrize(("shape", "window"), [((6, 9, 3), 0), ((7, 7, 1), 3), ((5, 5, 1), 1), ((4, 6, 2), 4)])
 def test_occlusion_is_a_loop_over_squares(shape, window):
-    """For each pixel the mean fall over all squares that hold it, of two images at once for two labels."""
+    """For each pixel, the mean drop over all squares that cover it, for two images at once with two labels."""
     pair = images(2, shape)
     weights = np.random.default_rng(1).normal(size=(np.prod(shape), 3))
 

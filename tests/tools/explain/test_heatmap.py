@@ -1,4 +1,4 @@
-"""Pictures of heat maps: their colours, their scale, and what lies where."""
+"""Figures of heat maps: colors, scale and layout."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ BACKGROUND = (255, 255, 255)
 
 
 def lightness(rgb):
-    """CIE L* of sRGB, from the definition."""
+    """CIE L* of sRGB, by the definition."""
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     y = linear @ [0.2126, 0.7152, 0.0722]
     return np.where(y > (6 / 29) ** 3, 116 * np.cbrt(y) - 16, y * (29 / 3) ** 3)
@@ -36,7 +36,7 @@ def test_place_in_words(at, shape, words):
 
 
 def test_place_of_equal_values():
-    """It is in their middle; nothing stands out where all are equal, or, of a signed map, where none is above 0."""
+    """In their middle; nothing stands out if all are equal or, in a signed map, none is above 0."""
     values = np.zeros((6, 6))
     values[2:4] = 1
     assert heatmap.peak(values, signed=False) == "the middle"

@@ -1,4 +1,4 @@
-"""What `export` writes is compared with the model before it is written."""
+"""`export` compares the file with the model before it writes it."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from imgclf_jax.tools.export import compared
 
 @pytest.mark.parametrize("what", ["predict", "logits"])
 def test_a_wrong_translation_of_a_network_that_is_sure_is_found(what):
-    """Its probabilities are the same to six digits, since both are sure of the same class of every random image."""
+    """Both are confident about every random image, so their probabilities agree to six digits."""
     model, _ = made("cnn(widths=(4, 8), hidden=8)")
     params = model.state.params
     head = params["head"] | {"kernel": params["head"]["kernel"] * 0, "bias": params["head"]["bias"] * 0}
@@ -39,7 +39,7 @@ def test_a_wrong_translation_of_a_network_that_is_sure_is_found(what):
 
 @pytest.mark.thorough
 def test_a_sigmoid_may_be_off_as_that_of_onnxruntime_is():
-    """By 2e-7, which the logarithm of a small probability does not stand; a class of other probability is found."""
+    """By 2e-7, which the logarithm of a small probability does not tolerate; another probability is found."""
     model, images = made("cnn(widths=(4, 8), hidden=8)")
     model.config.loss = "sigmoid"
     head = model.state.params["head"]

@@ -1,4 +1,4 @@
-"""A model as ONNX: onnxruntime gives what the run itself gives, for any number of images and every backbone."""
+"""A model as ONNX: onnxruntime reproduces the run's outputs, for any number of images and every backbone."""
 
 import importlib.util
 
@@ -61,7 +61,7 @@ def test_what_is_missing_is_said_before_anything_is_computed(tmp_path, capsys):
 
 @pytest.mark.parametrize(("channels", "padding"), [(3, 0), (3, 1)])
 def test_the_flattened_function_is_the_same(channels, padding):
-    """Calls are written out, dead operations dropped, padding and pooling put otherwise: the values stay."""
+    """Calls are inlined, dead operations dropped, padding and pooling rewritten; the values stay."""
     from imgclf_jax.models.layers import max_pool
 
     @jax.jit

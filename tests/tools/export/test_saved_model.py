@@ -1,4 +1,4 @@
-"""A model as a SavedModel: TensorFlow alone runs it, for any number of images, and gives what the run itself gives."""
+"""A model as a SavedModel: TensorFlow alone runs it for any number of images and reproduces the run's outputs."""
 
 import datetime
 import json
@@ -69,7 +69,7 @@ def test_the_printed_lines_load_it_without_this_package_and_jax(run, tmp_path, c
 
 @pytest.mark.thorough
 def test_weights_are_variables(run, tmp_path):  # noqa: F811
-    """So no model is too large: a graph, which holds the rest, ends at 2 GB. They are as they were, by their names."""
+    """So models have no size limit; the graph, which holds the rest, is limited to 2 GB. Names and values are unchanged."""
     import tensorflow as tf
 
     model = imgclf_jax.load(run)
@@ -129,7 +129,7 @@ def test_operations_that_tensorflow_does_not_know_are_said(run, tmp_path, monkey
 
 
 def test_composite_operations_are_calls():
-    """The error function of GELU is one: TensorFlow cannot put the number of images into it."""
+    """GELU's error function is one: TensorFlow cannot put the number of images into it."""
     (b,) = export.symbolic_shape("b")
     exported = export.export(jax.jit(jax.lax.erf))(jax.ShapeDtypeStruct((b, 3), np.float32))
     assert "composite" in exported.mlir_module()
@@ -139,7 +139,7 @@ def test_composite_operations_are_calls():
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_backbone(spec, tmp_path):
-    """With views at test time, loaded by TensorFlow in this process."""
+    """With TTA views, loaded by TensorFlow in this process."""
     import tensorflow as tf
 
     model, images = made(spec, "flip")

@@ -1,4 +1,4 @@
-"""A model as StableHLO: JAX alone runs the file, for any number of images, and gives what the run itself gives."""
+"""A model as StableHLO: JAX alone runs the file for any number of images and reproduces the run's outputs."""
 
 import datetime
 import io
@@ -44,7 +44,7 @@ def run(tmp_path_factory):
 
 @pytest.mark.thorough
 def test_the_printed_lines_load_it_without_this_package(run, tmp_path, capsys):
-    """Probabilities of the ensemble of two seeds, for another number of images than any that was traced."""
+    """Probabilities of the ensemble of two seeds, for a number of images that was not traced."""
     file = tmp_path / "digits.stablehlo"
     capsys.readouterr()
     assert launch.main(["export", str(file), f"--workdir={run}"]) == 0
@@ -81,7 +81,7 @@ def test_logits_and_features_of_each_seed(run, gives):
 
 
 def test_a_file_that_jax_no_longer_loads_says_until_when_it_did(run, tmp_path, monkeypatch):
-    """By the lines that `export` prints, where JAX refuses a version of its format that it has dropped."""
+    """By the lines that `export` prints, if JAX refuses a version of its format that it has dropped."""
     content, described = stablehlo.archive(imgclf_jax.load(run), "predict", datetime.date(2026, 1, 1))
     (tmp_path / "a.stablehlo").write_bytes(content)
     lines = stablehlo.LOADER.format(name=tmp_path / "a.stablehlo", gives="probabilities", takes="images")
@@ -106,7 +106,7 @@ SPECS = {"cnn(widths=(4, 8), hidden=8)": (28, 1), "rnn": (12, 1), "resnet(18)": 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_backbone(spec):
-    """With views at test time; the program for CPU and the file's own form agree, whatever the number of images."""
+    """With TTA views; the CPU program and the file's own form agree, for any number of images."""
     size, channels = SPECS[spec]
     config = default_config()
     config.model, config.augment, config.tta = spec, "normalize(0.5, 0.25)", "flip"
@@ -123,7 +123,7 @@ def test_every_backbone(spec):
 
 
 def programs_images(recipe, images):
-    """What a backbone that begins from images is given."""
+    """The images for a backbone that is initialized on images."""
     if not hasattr(recipe.model.backbone, "init_on_images"):
         return None
     return np.asarray(jax.jit(lambda x: recipe.augment(train=False)(None, x))(np.tile(images, (8, 1, 1, 1))))

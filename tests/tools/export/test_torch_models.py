@@ -48,7 +48,7 @@ for number, model in enumerate(sys.argv[1:]):
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("timm"), reason="timm and torchvision come with the group `peers`")
 def test_they_load_strictly_and_give_the_same_logits(tmp_path):
-    """With every parameter and statistic drawn at random, so that none can be left out without being seen."""
+    """With every parameter and statistic random, so that a missing one would show."""
     rng = np.random.default_rng(0)
     images = rng.standard_normal((2, SIZE, SIZE, 3)).astype(np.float32)
     np.save(tmp_path / "images.npy", images)

@@ -1,4 +1,4 @@
-"""Weights for PyTorch: names and layouts are those of the published models, of which the fixtures list every array."""
+"""Weights for PyTorch: the fixtures list the names and layouts of every array in the published models."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ WHOSE = {name: whose for name in MODELS for whose in ("torchvision", "timm", "ak
 
 
 def drawn(label, shape):
-    """Different numbers for each array, so that no two can be mistaken for each other."""
+    """Different numbers for each array, so that none can be mistaken for another."""
     rng = np.random.default_rng(list(label.encode()))
     return rng.standard_normal(shape).astype(np.float32)
 
@@ -32,7 +32,7 @@ def drawn(label, shape):
     pytest.param(name, marks=pytest.mark.slow if "full" in name else ()) for name in WHOSE
 ])  # fmt: skip
 def test_it_is_the_inverse_of_what_is_imported(name, monkeypatch):
-    """Arrays by PyTorch's names, taken into our model and written again: the same names, shapes and values."""
+    """Arrays with PyTorch's names, loaded into our model and written again: the same names, shapes and values."""
     for depth in (18, 50) if "full" not in name else ():
         monkeypatch.setitem(resnet._STAGES, depth, (1, 2, 1, 1))
     if "full" not in name:
@@ -60,7 +60,7 @@ def test_it_is_the_inverse_of_what_is_imported(name, monkeypatch):
 
 
 def test_fixed_positions_are_written_and_odd_layers_are_refused():
-    """timm's ViT has positions as parameters; it has no layer that is called as our `representation`."""
+    """timm's ViT has positions as parameters; it has no layer like our `representation`."""
     model = classifier.build("vit('Ti', patch=8, positions='sincos', pool='mean')", 5, "float32")
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 16, 24, 3))))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables)

@@ -1,4 +1,4 @@
-"""`launch.py find-lr`: its losses are those of training with the same rates, and it suggests their slope."""
+"""`launch.py find-lr`: its losses are those of training at the same learning rates, and it suggests the steepest slope."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def test_its_losses_are_those_of_training_with_these_rates(tmp_path, capsys):
 
 
 def test_the_suggestion_is_where_the_loss_falls_fastest():
-    """A logistic curve in log10 of the rate, centered at 10**-3, and a rise beyond 10**-1."""
+    """A logistic curve in log10 of the learning rate, centered at 10**-3, and a rise beyond 10**-1."""
     x = np.linspace(-7, 0, 2000)  # so fine that smoothing hardly shifts the curve
     losses = 2.3 - 2 / (1 + np.exp(-4 * (x + 3))) + np.where(x > -1, (x + 1) ** 2 * 10, 0)
     test = RangeTest(10.0**x, losses)

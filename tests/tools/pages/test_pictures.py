@@ -29,7 +29,7 @@ def test_pictures(shape, mode, size):
 
 
 def test_a_picture_of_few_colors_is_smaller_and_nearly_the_same():
-    """No pixel is far off, one of a color that no other has included."""
+    """No pixel is far off, not even one of a unique color."""
     y, x = np.mgrid[:64, :64] / 63
     image = np.stack([y, x, (x + y) / 2], -1) + np.random.default_rng(0).normal(0, 0.02, (64, 64, 3))
     image[5, 7] = (1, 1, 0)

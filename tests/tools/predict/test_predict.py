@@ -1,4 +1,4 @@
-"""`launch.py predict`: what a trained model says of image files is what evaluation says of the same images."""
+"""`launch.py predict` agrees with evaluation on the same images."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def digits(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pngs(tmp_path_factory) -> Path:
-    """The first test digits, a PNG each."""
+    """The first test digits, one PNG each."""
     folder = tmp_path_factory.mktemp("pngs")
     for i, image in enumerate(examples()["image"]):
         Image.fromarray(image[..., 0]).save(folder / f"{i:03d}.png")
@@ -82,7 +82,7 @@ def test_agrees_with_evaluation(digits, pngs, predict, capsys):
 
 
 def test_probabilities(digits, pngs, predict):
-    """Those of the classifier applied to the same pixels, as far as they are printed."""
+    """Those of the classifier on the same pixels, as far as they are printed."""
     _, out, _ = predict(digits, pngs, "--format=json", "--top_k=10")
     workdir = Workdir(digits)
     programs, state, _ = restore(workdir.load_config(), workdir, "latest")
@@ -99,7 +99,7 @@ def test_probabilities(digits, pngs, predict):
 
 
 def test_image_formats(digits, pngs, predict, tmp_path):
-    """A digit each as another kind of file is seen as the same digit."""
+    """The same digit in another file format has the same class."""
     kinds = {
         "grey.jpg": lambda p: (p, {"quality": 100}),
         "colour.jpg": lambda p: (p.convert("RGB"), {"quality": 100}),
@@ -126,7 +126,7 @@ def test_image_formats(digits, pngs, predict, tmp_path):
 
 
 def test_a_broken_image(digits, pngs, predict, tmp_path):
-    """It is named on stderr, the others are classified all the same, and the exit status is 1."""
+    """The error names it on stderr, the others are still classified, and the exit status is 1."""
     content = (pngs / "000.png").read_bytes()
     for name, some in [("a.png", content), ("b.png", content[:60]), ("c.jpg", b"hello"), ("d.png", content)]:
         (tmp_path / name).write_bytes(some)
@@ -147,7 +147,7 @@ def test_a_broken_image(digits, pngs, predict, tmp_path):
 
 
 def test_a_broken_model(digits, pngs, predict, monkeypatch):
-    """NaN is no probability of any class: each image is an error."""
+    """NaN is not a probability, so each image is an error."""
     monkeypatch.setattr(
         classifier.Classifier, "apply", lambda self, variables, x, train: jnp.full((len(x), 10), jnp.nan)
     )
@@ -159,7 +159,7 @@ def test_a_broken_model(digits, pngs, predict, monkeypatch):
 
 @pytest.mark.parametrize("form", ["table", "csv", "json"])
 def test_what_fails_of_one_image_costs_no_other_its_row(digits, pngs, predict, monkeypatch, tmp_path, form):
-    """Pixels without end, a host op that breaks, outputs that overflow: a sentence each, and a row for all others."""
+    """Endless pixels, a failing host op, overflowing outputs: one sentence each, and a row for all others."""
     good, bright = np.asarray(Image.open(pngs / "000.png")), np.full((8, 8), 255, np.uint8)
     Image.fromarray(good).save(tmp_path / "a.png")
     Image.new("1", (1_100_000, 1)).save(tmp_path / "b.png")
@@ -190,7 +190,7 @@ def test_what_fails_of_one_image_costs_no_other_its_row(digits, pngs, predict, m
 
 @pytest.mark.parametrize("form", ["table", "json"])
 def test_rows_before_names_that_cannot_be_read(digits, pngs, predict, monkeypatch, form):
-    """Standard input that turns into bytes of another kind: what was named before is classified."""
+    """If standard input turns into other bytes, the names before that are classified."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{pngs / '000.png'}\n{pngs / '001.png'}\n\0"))
     status, out, err = predict(digits, "-", f"--format={form}")
     assert status == 1
@@ -201,7 +201,7 @@ def test_rows_before_names_that_cannot_be_read(digits, pngs, predict, monkeypatc
 
 
 def test_tables_and_top_k(digits, pngs, predict):
-    """A row a file with `top_k` classes, the likeliest first; three unless told otherwise."""
+    """One row per file with the `top_k` most likely classes, three by default."""
     _, out, _ = predict(digits, pngs / "000.png", "--format=json")
     best = json.loads(out)[0]["predictions"]
     assert len(best) == 3
@@ -218,7 +218,7 @@ def test_tables_and_top_k(digits, pngs, predict):
 
 
 def test_directories(digits, pngs, predict, tmp_path):
-    """Searched to the bottom, in the order of names, hidden files and folders passed over; what is named is used."""
+    """Searched recursively, sorted by name, without hidden files and folders; named files are always used."""
     for place in ("b/1.png", "b/c/2.png", "a.png", ".hidden.png", "b/Thumbs.db", ".git/3.png"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(pngs / "000.png", tmp_path / place)
@@ -230,7 +230,7 @@ def test_directories(digits, pngs, predict, tmp_path):
 
 
 def test_more_images_than_a_batch(digits, pngs, predict):
-    """Batches of 128 are padded; what a row says does not depend on its place."""
+    """Batches of 128 are padded; a row does not depend on its position."""
     _, out, _ = predict(digits, *[pngs] * 2, "--format=json")
     records = json.loads(out)
     assert len(records) == 2 * COUNT
@@ -239,7 +239,7 @@ def test_more_images_than_a_batch(digits, pngs, predict):
 
 @pytest.mark.thorough
 def test_the_work_directory_is_enough(predict, tmp_path, monkeypatch):
-    """Neither data, nor config file, nor the directory's name is needed: class names and host ops were recorded."""
+    """It needs neither data, config file nor the directory's name: class names and host ops are recorded."""
     rng = np.random.default_rng(0)
     for name, colour in [("grün", (0, 200, 0)), ("rouge", (220, 0, 0))]:
         (tmp_path / "data" / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Files of features: what is written is what is read, whatever the parts that it came in."""
+"""Files of features: reading returns what was written, however it was split into parts."""
 
 import json
 import tracemalloc
@@ -16,7 +16,7 @@ CLASSES = ("cat", "dog", "größer")
 
 
 def write(path, features):
-    """In three parts, of two sets."""
+    """In three parts, from two sets."""
     with embeddings.writing(path, CLASSES) as add:
         for of, some in (("test", slice(0, 4)), ("test", slice(4, 5)), ("other", slice(5, 11))):
             add(of, NAMES[some], LABELS[some], features[:, some])

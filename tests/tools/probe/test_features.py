@@ -1,4 +1,4 @@
-"""`launch.py features`, `probe` and `explain`: what they write and print of a trained run, and of weights."""
+"""`launch.py features`, `probe` and `explain`: their files and output for a trained run and for weights."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def seeds(tmp_path_factory, one_device):
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """Digits of three classes in folders that are called so, one in another folder, and a broken one."""
+    """Digits of three classes in folders named after them, one in another folder, and a broken one."""
     monkeypatch.chdir(tmp_path)
     examples = sources.digits()["test"].read(np.arange(6))
     for i, (image, label) in enumerate(zip(examples["image"], examples["label"], strict=True)):
@@ -54,7 +54,7 @@ def load(file):
 
 @pytest.mark.thorough
 def test_features_of_the_evaluation_sets_and_of_a_split(run, tmp_path):
-    """Those that the library gives of the same images, in their order, with their labels."""
+    """Those of the library for the same images, in order, with their labels."""
     test = sources.digits()["test"]
     expected = test.read(np.arange(360))
     model = imgclf_jax.load(run)
@@ -79,7 +79,7 @@ def test_an_evaluation_set_that_has_changed_is_named(run, tmp_path, capsys):
 
 
 def test_features_of_files(run, photos, tmp_path, capsys):
-    """Folders give labels where they are called as a class is; a broken image is left out, named, and status 1."""
+    """Folders named like a class give labels; a broken image is skipped, named, and the status is 1."""
     (photos / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     assert launch.main(["features", "photos", f"--workdir={run}", "--output=a.npz"]) == 1
     out, err = capsys.readouterr()
@@ -124,7 +124,7 @@ def probed(flags, capsys):
 
 @pytest.mark.thorough
 def test_probe(run, tmp_path, capsys, monkeypatch):
-    """Its own head as `evaluate` has it, neighbours as scikit-learn has them, from the features that are written."""
+    """Its own head as in `evaluate`, neighbours as in scikit-learn, from the written features."""
     monkeypatch.setattr(probe.probing, "STRENGTHS", (0.01, 1.0))
     out, found = probed([f"--workdir={run}", "--k=1,3"], capsys)
     assert (out["step"], out["train_examples"], out["features"]) == (60, 1437, 8)
@@ -146,7 +146,7 @@ def test_probe(run, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.thorough
 def test_probe_of_weights_for_other_classes_and_of_several_seeds(run, seeds, capsys, monkeypatch, tmp_path):
-    """Weights need no head; each seed of a run counts. Few images a class leave out what needs more."""
+    """Weights need no head; each seed of a run counts. With few images per class, larger probes are left out."""
     monkeypatch.setattr(probe.probing, "STRENGTHS", (1.0,))
     config = tmp_path / "c.py"
     config.write_text("from imgclf_jax.config import default_config as get_config\n")
@@ -209,7 +209,7 @@ def test_explain(run, photos, capsys):
 
 @pytest.mark.thorough
 def test_explain_another_class_and_by_occlusion(run, seeds, photos, capsys):
-    """Of several seeds the fall of their mean probability. Two images of one name have two pictures."""
+    """For several seeds, the drop of their mean probability. Two images of one name have two figures."""
     for folder in ("x", "y"):
         (photos / folder).mkdir()
         Image.fromarray(sources.digits()["test"].read(np.arange(1))["image"][0, ..., 0]).save(photos / folder / "a.png")
@@ -226,7 +226,7 @@ def test_explain_another_class_and_by_occlusion(run, seeds, photos, capsys):
 
 
 def nine():
-    """Images that are more than are explained at once, as the models take them, and a class for each."""
+    """More images than are explained at once, as model inputs, with a class for each."""
     return sources.digits()["test"].read(np.arange(9))["image"], np.arange(9)
 
 

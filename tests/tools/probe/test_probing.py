@@ -1,4 +1,4 @@
-"""Probes of features beside scikit-learn's own and plain loops."""
+"""Probes of features against scikit-learn and plain loops."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ TEST, TRUTH = clouds(150, 2)
 
 
 def test_neighbours_vote_as_scikit_learns_do(monkeypatch):
-    """Cosine similarity, votes of exp(similarity / 0.07); in parts of a few test rows."""
+    """Cosine similarity and votes of exp(similarity / 0.07), a few test rows at a time."""
     monkeypatch.setattr(probing, "_CHUNK", 1000)
     found = probing.nearest_neighbors(TRAIN, LABELS, TEST, [1, 7, 20, 200], 4)
     for k, predicted in found.items():
@@ -37,7 +37,7 @@ def test_neighbours_vote_as_scikit_learns_do(monkeypatch):
 
 
 def test_of_equal_neighbours_the_first_count():
-    """Four examples are the same; a row of zeros is like nothing."""
+    """Four examples are identical; a row of zeros is similar to nothing."""
     train = np.array([[1, 0], [2, 0], [3, 0], [4, 0], [0, 1]], np.float32)
     test = np.array([[1, 0], [0, 0]], np.float32)
     found = probing.nearest_neighbors(train, np.array([2, 1, 1, 1, 0]), test, [1, 2, 3], 3)
@@ -47,7 +47,7 @@ def test_of_equal_neighbours_the_first_count():
 
 
 def test_the_linear_probe_is_scikit_learns(monkeypatch):
-    """Standardized by the training set alone, C by cross validation on it alone."""
+    """Standardized by the training set alone, with C by cross-validation on it."""
     monkeypatch.setattr(probing, "STRENGTHS", (1e-4, 1e-2, 100.0))
     strength = probing.choose_strength(TRAIN, LABELS)
     search = GridSearchCV(make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
@@ -81,7 +81,7 @@ def test_a_probe_that_does_not_converge_is_named(monkeypatch, caplog):
 
 
 def test_a_few_of_each_class_are_drawn():
-    """So many of each, others for each draw, the same again for the same draw."""
+    """This many of each, others for each draw, and the same again for the same draw."""
     draws = [probing.draw_few(LABELS, 5, draw) for draw in range(3)]
     for draw in draws:
         assert len(set(draw.tolist())) == 20

@@ -1,4 +1,4 @@
-"""Reports of several seeds, of many classes, of old and unfinished runs, and where the data are gone."""
+"""Reports of several seeds, of many classes, of old and unfinished runs, and of runs whose data are gone."""
 
 import base64
 import io
@@ -35,7 +35,7 @@ def change(file: Path, **values) -> None:
 
 
 def test_several_seeds_and_many_classes(tmp_path, capsys):
-    """Scores, confusions and mistakes are the ensemble's, which is said; 40 classes have a list of confusions."""
+    """Scores, confusions and mistakes are the ensemble's, and the page says so; 40 classes have a list of confusions."""
     workdir = tmp_path / "run"
     assert launch.main([f"--workdir={workdir}", *SEEDS]) == 0
     page = Page(reported(workdir))
@@ -64,7 +64,7 @@ def test_several_seeds_and_many_classes(tmp_path, capsys):
 
 
 def test_top_losses_are_explained(trained, text):
-    """Beside each is its own image in grey, below the map that `explain` would draw of it for the predicted class."""
+    """Next to each is its own image in grey, below the map that `explain` would draw for the predicted class."""
     model = load(trained)
     page, (params, rest) = Page(text), model.state.evaluated
     recipe, variables = model.programs.recipe, {"params": params, **rest}
@@ -89,7 +89,7 @@ def test_top_losses_are_explained(trained, text):
 
 
 def test_where_the_data_are_gone(copy, text, capsys):
-    """What needs no data stays as it is; one sentence says what is left out."""
+    """Sections without data are unchanged; one sentence says what is left out."""
     config = json.loads((copy / "config.json").read_text())
     config["data"]["source"] = "folder('/nowhere/at/all')"
     change(copy / "config.json", data=config["data"])
@@ -119,7 +119,7 @@ def test_a_run_that_names_code_is_refused(copy, capsys, key):
 
 
 def test_a_run_of_before(copy, tmp_path):
-    """What it has not recorded is left out, and named; a run that is not done says so; the file may be elsewhere."""
+    """It names what was not recorded; an unfinished run says so; the file may be elsewhere."""
     records = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
     kept = [{k: v for k, v in record.items() if k not in ("train/input_wait", "train/grad_norm")} for record in records]
     (copy / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))

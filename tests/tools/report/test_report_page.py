@@ -1,4 +1,4 @@
-"""The page of a run in a browser: by the rules of accessibility, on a desktop and a phone, light and dark."""
+"""The page of a run in a browser: accessible, on a desktop and a phone, light and dark."""
 
 import chromium
 import pytest
@@ -11,7 +11,7 @@ pytestmark = [*chromium.NEEDED, pytest.mark.usefixtures("one_device")]
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", list(WIDTHS))
 def test_it_can_be_read_by_everyone(browser, trained, text, tmp_path, size, scheme):  # noqa: F811
-    """No fault by axe-core, with all details open; no scrolling sideways, message or request; pictures are shown."""
+    """No fault by axe-core with all details open; no horizontal scrolling, message or request; images are shown."""
     from axe_core_python.sync_playwright import Axe
 
     with chromium.opened(browser, size, scheme, (trained / "report.html").as_uri()) as (page, said, asked):

@@ -1,4 +1,4 @@
-"""`launch.py reproduce`: it passes on the same run, and names what differs of another one."""
+"""`launch.py reproduce`: it passes for the same run, and names the differences of another one."""
 
 import importlib
 import json
@@ -29,7 +29,7 @@ def test_the_same_run_passes(reproduce, trained, tmp_path):
 
 
 def test_some_steps(reproduce, trained, tmp_path):
-    """The first ones, by the schedule of all; into a directory of one's own, which is kept."""
+    """The first ones, on the schedule of all, in a directory that is kept."""
     status, out = reproduce(trained, "--steps=6", f"--output={tmp_path}/again", format="table")
     assert status == 0
     assert out.splitlines() == [
@@ -43,7 +43,7 @@ def test_some_steps(reproduce, trained, tmp_path):
 
 @pytest.mark.thorough
 def test_a_library_that_was_edited(reproduce, trained, monkeypatch):
-    """A default of Optax's: the first step and parameter are named, and that nothing recorded explains it."""
+    """A default of Optax: the first step and parameter are named, and no recorded fact explains it."""
     defaults = list(optax.sgd.__defaults__)
     assert defaults[1] is False  # `nesterov`
     defaults[1] = True
@@ -59,7 +59,7 @@ def test_a_library_that_was_edited(reproduce, trained, monkeypatch):
 
 @pytest.mark.thorough
 def test_another_momentum_and_a_tolerance(reproduce, trained, tmp_path):
-    """Momentum has no part in the first step: the second is the first that differs. A tolerance may allow for it."""
+    """Momentum does not affect the first step, so the second is the first to differ. A tolerance may allow for it."""
     words = (trained, "--config.optimizer=sgd(momentum=0.91)", f"--output={tmp_path}/again")
     status, found = reproduce(*words)
     assert (status, found["first_step"], found["parameters"]["equal_until"]) == (1, 2, 1)
@@ -74,7 +74,7 @@ def test_another_momentum_and_a_tolerance(reproduce, trained, tmp_path):
 
 
 def test_an_image_that_changed(reproduce, trained, tmp_path):
-    """One pixel of one image: the data are named. That steps differ is said once, and at the first one."""
+    """One pixel of one image: the data are named. The log reports only the first step that differs."""
     arrays = dict(np.load(trained.parent / "data.npz"))
     arrays["x_train"][7, 0, 0] ^= 255
     np.savez(tmp_path / "data.npz", **arrays)
@@ -92,7 +92,7 @@ def test_an_image_that_changed(reproduce, trained, tmp_path):
 
 @pytest.mark.thorough
 def test_a_module_of_the_user_that_changed(reproduce, trained, tmp_path, monkeypatch, capsys):
-    """`reproduce` names the file, and so do a resumed run, which records it, and what loads the run."""
+    """`reproduce` names the file, and so do a resumed run, which records it, and commands that load the run."""
     monkeypatch.chdir(tmp_path)
     own = tmp_path / "own_loss_of_a_run.py"
     content = (
@@ -127,7 +127,7 @@ def test_a_module_of_the_user_that_changed(reproduce, trained, tmp_path, monkeyp
 
 @pytest.mark.thorough
 def test_other_versions_and_rounding(reproduce, copy):
-    """A run of another version whose numbers differ by rounding: that is said, and the version."""
+    """A run of another version whose numbers differ by rounding: the output says so, and names the version."""
     lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
     lines[0]["train/loss"] *= 1 + 1e-6
     (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -144,7 +144,7 @@ def test_other_versions_and_rounding(reproduce, copy):
 
 
 def test_the_same_data_elsewhere(reproduce, trained, tmp_path):
-    """That is no other config: the fingerprint is the same."""
+    """The config is the same, and so is the fingerprint."""
     shutil.copy(trained.parent / "data.npz", tmp_path / "data.npz")
     status, found = reproduce(trained, f"--config.data.source=arrays('{tmp_path}/data.npz')", "--steps=1")
     assert (status, found["verdict"], [one["kind"] for one in found["differences"]]) == (0, "same", ["place"])
@@ -152,7 +152,7 @@ def test_the_same_data_elsewhere(reproduce, trained, tmp_path):
 
 @pytest.mark.thorough
 def test_a_signal(reproduce, trained, tmp_path, monkeypatch, capsys):
-    """It is saved and goes on with the same command; until then nothing is compared."""
+    """The run is saved and continues with the same command; until then nothing is compared."""
     write = writers.MetricsWriter.write_scalars
 
     def and_a_signal(*args):
@@ -169,7 +169,7 @@ def test_a_signal(reproduce, trained, tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_from_before_there_were_digests(reproduce, copy):
-    """That of result.json and the metrics are compared, and this is said."""
+    """The digest in result.json and the metrics are compared, and the output says so."""
     (copy / "digests.jsonl").unlink()
     edit(copy / "provenance.json", lambda p: [p.pop(k) for k in ("packages", "code", "processor", "xla_flags")])
     status, out = reproduce(copy, format="table")
@@ -185,7 +185,7 @@ def test_a_run_from_before_there_were_digests(reproduce, copy):
     ("metrics.jsonl", b"garbage\n" * 2, "2 of its 2 lines hold no record"),
 ], ids=["digests", "no line break", "empty", "metrics"])  # fmt: skip
 def test_a_record_that_is_damaged(copy, tmp_path, capsys, name, content, says):
-    """`reproduce` took such digests for a run from before there were any, and gave 0. It now trains nothing."""
+    """`reproduce` took them for a run from before digests, and exited with 0. It now trains nothing."""
     (copy / name).write_bytes(content)
     for words in ([], [f"--bundle={tmp_path}/damaged.zip"]):
         assert launch.main(["reproduce", str(copy), f"--output={tmp_path}/again", *words]) == 1
@@ -195,7 +195,7 @@ def test_a_record_that_is_damaged(copy, tmp_path, capsys, name, content, says):
 
 
 def test_a_line_that_a_crash_cut_short(reproduce, copy):
-    """Only the last line may be one."""
+    """Only the last line may be truncated."""
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
     (copy / "metrics.jsonl").write_text("".join(lines) + lines[-1][:12])
     assert reproduce(copy, "--steps=1")[0] == 0
@@ -204,7 +204,7 @@ def test_a_line_that_a_crash_cut_short(reproduce, copy):
 
 
 def test_a_bundle(reproduce, trained, tmp_path, capsys):
-    """It takes the place of the work directory. The same run gives the same bytes."""
+    """It replaces the work directory. The same run gives the same bytes."""
     for name in ("a.zip", "b.zip"):
         assert launch.main(["reproduce", str(trained), f"--bundle={tmp_path}/{name}"]) == 0
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
@@ -215,7 +215,7 @@ def test_a_bundle(reproduce, trained, tmp_path, capsys):
 
 
 def test_a_run_that_names_code(reproduce, copy, tmp_path, capsys):
-    """It is not imported, from a work directory or a bundle."""
+    """The code is not imported, from a work directory or a bundle."""
     edit(copy / "config.json", lambda config: config.update(model=f"os:system('touch {tmp_path}/harm')"))
     assert launch.main(["reproduce", str(copy), f"--bundle={tmp_path}/a.zip"]) == 0
     for name in (copy, tmp_path / "a.zip"):
@@ -228,7 +228,7 @@ def test_a_run_that_names_code(reproduce, copy, tmp_path, capsys):
 
 
 def test_a_run_that_is_done_and_contradicts_itself(copy, capsys):
-    """`train` once more says so, beside where its result is."""
+    """`train` says so again, next to the path of its result."""
     edit(copy / "result.json", lambda result: result["test"].update(accuracy=0.99))
     config = json.loads((copy / "config.json").read_text())
     names = ("preprocess", "model", "batch_size", "total", "schedule", "optimizer", "log_every", "eval_every",
@@ -248,7 +248,7 @@ def test_a_step_that_is_no_number(step):
 
 
 def test_what_was_recorded_and_is_not_found_again(reproduce, copy):
-    """A metric of a step at which a run of this config logs none."""
+    """A metric at a step where a run of this config logs none."""
     append(copy / "metrics.jsonl", '{"step": 3, "test/accuracy": 0.99}\n')
     status, found = reproduce(copy, "--steps=4")
     assert (status, found["verdict"], found["first_step"]) == (1, "different", 3)
@@ -256,7 +256,7 @@ def test_what_was_recorded_and_is_not_found_again(reproduce, copy):
 
 
 def test_a_checkpoint_under_another_step(copy, capsys):
-    """`evaluate` said "step 12" of the parameters of step 10, and `train` had "trained the last -2 of 10 steps"."""
+    """`evaluate` said "step 12" for the parameters of step 10, and `train` had "trained the last -2 of 10 steps"."""
     (copy / "checkpoints" / "10").rename(copy / "checkpoints" / "12")
     told = f"checkpoint {copy}/checkpoints/12 holds the state of step 10; name it 10 again, or remove it"
     for words in (["evaluate"], ["evaluate", "--checkpoint=12"], ["evaluate", "--checkpoints=12"]):

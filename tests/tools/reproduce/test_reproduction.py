@@ -1,4 +1,4 @@
-"""What a comparison of two runs says, on records written by hand."""
+"""The comparison of two runs, on records written by hand."""
 
 import math
 
@@ -17,7 +17,7 @@ METRICS = [{"step": 4, "train/loss": 0.5, "train/images_per_second": 10.0}, {"st
 
 
 def test_equal():
-    """Times are not compared, nor is what only one of both has."""
+    """Times are not compared, nor are values that only one of them has."""
     here = [{**METRICS[0], "train/images_per_second": 99.0}, *METRICS[1:], {"step": 12, "train/loss": 7.0}]
     found = compare((OLD, METRICS, {}), (OLD[:3], here))
     assert (found.digest_steps, len(found.values), found.metric_steps) == ((0, 1, 4), 4, 2)
@@ -48,7 +48,7 @@ def test_a_run_without_digests_has_that_of_its_result():
 
 
 def test_an_extended_run_has_a_shorter_window_once():
-    """It had ended at step 6 and logged there; so what it logs next, at 9, are means over other steps."""
+    """It had ended at step 6 and logged there, so its next log, at 9, has means over other steps."""
     old = [{"step": 6, "train/loss": 1.0}, {"step": 9, "train/loss": 2.0}, {"step": 9, "test/loss": 3.0},
            {"step": 12, "train/loss": 4.0}]  # fmt: skip
     new = [{"step": 9, "train/loss": 1.5, "test/loss": 3.0}, {"step": 12, "train/loss": 4.0}]
@@ -126,7 +126,7 @@ def test_what_differs_beside(change, expected):
 
 
 def test_code_that_changed_in_the_middle_of_a_run():
-    """Here the whole run is computed by one of the two."""
+    """Here the whole run is computed by one of the two versions."""
     old = WHOLE | {"changed_code": [{"step": 5, "files": {"my_nets.py": "d" * 64, "imgclf_jax": "a" * 64}}]}
     assert [tuple(one) for one in differences(old, WHOLE)] == [
         ("code", "my_nets.py from step 5 on", "d" * 16 + "…", "c" * 16 + "…")

@@ -1,4 +1,4 @@
-"""`launch.py show-batch`: the ids are those of the stream, the pixels those that the model is given in training."""
+"""`launch.py show-batch`: the ids are the stream's, and the pixels are the model's inputs in training."""
 
 import json
 from typing import Any
@@ -45,7 +45,7 @@ def shown(config: Any, raw: bool = False) -> Any:
 
 
 class Spy(nn.Module):
-    """A model that keeps what it is given as its state."""
+    """A model that keeps its inputs as state."""
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
@@ -82,7 +82,7 @@ def test_the_batch_is_what_the_step_gives_the_model():
 
 @pytest.mark.thorough
 def test_labels():
-    """Shares of both; of a class that is mixed with itself one."""
+    """The fractions of both classes; 1 for a class mixed with itself."""
     found, _ = shown(config_of())
     names = ("cat", "dog", "a\x1bb", "d")
     label = np.array([0, 1, 1])
@@ -107,7 +107,7 @@ def test_normalized_images_are_turned_back():
 
 
 def test_the_picture_has_the_pixels():
-    """Enlarged by whole numbers, in rows, the order that of the batch."""
+    """Enlarged by an integer factor, in rows, in the order of the batch."""
     images = np.random.default_rng(0).integers(256, size=(40, 28, 28, 1), dtype=np.uint8)
     sheet = np.asarray(contact_sheet.draw(images, [["id 1", "cat"]] * 40))
     cell, columns = 84 + 6, (1400 - 6) // 90
@@ -121,7 +121,7 @@ def test_the_picture_has_the_pixels():
 
 @pytest.mark.thorough
 def test_of_a_config_and_of_a_run(tmp_path, monkeypatch, capsys):
-    """Without a run nothing is read but the data; of a run its own config counts."""
+    """Without a run only the data are read; for a run its own config applies."""
     monkeypatch.chdir(tmp_path)
     config = {"data.source": "fake(60, (8, 8, 1), 4)", "preprocess": "decode(1)", "batch_size": 12, "total": "10 steps",
               "augment": "pad_crop(2)", "model": "mlp(widths=(4,))", "tensorboard": False,

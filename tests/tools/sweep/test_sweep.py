@@ -1,4 +1,4 @@
-"""The command `sweep`: which runs it starts, how they end, and what it says; a slow test trains and kills for real."""
+"""The command `sweep`: the runs it starts, how they end, and its output; a slow test trains and kills real runs."""
 
 import json
 import os
@@ -128,7 +128,7 @@ def test_one_that_fails_stops_no_other(run):
 
 
 def test_a_signal_is_passed_on(run):
-    """The run saves, those that wait are not begun, and the next sweep goes on."""
+    """The run saves, waiting runs are not started, and the next sweep continues."""
     status, lines = run("--sweep=seed=0..2", s0="", s1="ask")
     assert status == 75
     assert [line.split(" N s")[0] for line in lines] == ["seed=0 done", "seed=1 stopped", f"1 of 3 runs are done; see "
@@ -150,7 +150,7 @@ def test_several_at_once(run):
 
 
 def test_a_run_that_another_process_trains_is_waited_for(run):
-    """Such as one that a killed sweep left behind."""
+    """For example, one that a killed sweep left behind."""
     code = ("import sys, time; from pathlib import Path; from imgclf_jax.run import lock\n"
             "with lock.held(Path(sys.argv[1])): print('held', flush=True); time.sleep(3)\n")  # fmt: skip
     file = run.folder / "seed=0" / "lock"
@@ -167,7 +167,7 @@ def test_a_run_that_another_process_trains_is_waited_for(run):
 
 
 def test_print(run, monkeypatch):
-    """A command a run, which is what the sweep would start, and the plan; nothing is started."""
+    """One command per run, as the sweep would start it, and the plan; nothing is started."""
     assert run("--sweep=model=mlp; cnn(hidden=8)", "--print", "--config.data.source=fake(8)")[0] == 0
     words = [shlex.split(line) for line in run.out.splitlines()]
     assert len(words) == 2
@@ -212,7 +212,7 @@ def test_other_keys_in_its_directory(run):
 
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_goes_on(tmp_path):
-    """SIGKILL to the sweep and its runs, SIGTERM to the sweep alone: the runs end as without these, to the bit."""
+    """SIGKILL to the sweep and its runs, SIGTERM to the sweep alone: the runs end the same, bit for bit."""
     words = ["--config.data.source=fake(64, (12, 12, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=",
              "--config.model=mlp(widths=(256,))", "--config.batch_size=16", "--config.checkpoint_every=50 steps",
              "--config.eval_every=", "--config.log_every=50 steps", "--config.total=2000 steps",

@@ -1,4 +1,4 @@
-"""What `sweep` plans: values, names of directories, and the file that keeps them."""
+"""The plan of a `sweep`: values, directory names, and its file."""
 
 import re
 
@@ -110,14 +110,14 @@ def test_names_are_readable_and_safe():
 
 
 def test_names_are_unique():
-    """What becomes the same, on a file system that does not tell upper case from lower case too, gets a hash."""
+    """Names that become equal, also on a case-insensitive file system, get a hash."""
     names = make([{"model": m} for m in ("cnn(1)", "cnn[1]", "CNN(1)", "cnn-1", "ä", "ö")])
     assert len({name.casefold() for name in names}) == 6
     assert names[0] == "model=cnn-1"
 
 
 def test_names_stay():
-    """However a value is written, and whatever else there is by now."""
+    """However a value is written, and whatever was added since."""
     first = sweep_plan.make([{"clip": "0.5"}, {"model": "cnn[1]"}], typed, {})
     recorded = {run.name: run.values for run in first}
     again = make([{"model": "cnn(1)"}, {"model": "cnn[1]"}, {"clip": "5e-1"}], recorded)
@@ -129,7 +129,7 @@ PATHS = ("../elsewhere", "/elsewhere", "", ".", "..", "a/b")  # a run trains in 
 
 
 def test_the_file(tmp_path):
-    """It gives back the names, and refuses other keys and another config."""
+    """It returns the names, and refuses other keys and another config."""
     file, base = tmp_path / "sweep.json", default_config()
     assert sweep_plan.load(file, base, {"seed"}) == {}
     runs = sweep_plan.make([{"seed": "0"}, {"seed": "1"}], typed, {})
