@@ -1,4 +1,4 @@
-"""Several labels an example and numbers: several seeds, probes, files for other programs, sweeps and comparisons."""
+"""Several labels per example and numbers: several seeds, probes, files for other programs, sweeps and comparisons."""
 
 import json
 
@@ -17,7 +17,7 @@ from imgclf_jax.trained import restore
 
 @pytest.mark.parametrize("name", thorough("pairs", "ink", "soft"))
 def test_several_seeds_report_means_and_their_ensemble(tmp_path, name):
-    """An ensemble has the mean of the probabilities, in a regression that of the values; mixing and parts too."""
+    """An ensemble averages the probabilities, in a regression the values, also with mixing and accumulation."""
     workdir = train(tmp_path, name, "--config.num_seeds=2", "--config.mix=mixup(0.2)", "--config.accumulate=2")
     targets, together = outputs_of(workdir)
     model = restore(workdir.load_config(), workdir, "latest")
@@ -37,7 +37,7 @@ def test_several_seeds_report_means_and_their_ensemble(tmp_path, name):
 
 @pytest.mark.thorough
 def test_probe_of_several_labels_and_of_numbers(runs, capsys, monkeypatch):
-    """What a ridge or a logistic regression on the same features scores, by scikit-learn in the test's own words."""
+    """The scores of a ridge or logistic regression on the same features, by scikit-learn."""
     for name, score in (("pairs", "mean_average_precision"), ("ink", "r2")):
         argv = ["probe", f"--workdir={runs(name).path}", "--checkpoint=latest"]
         results = {one["method"]: one for one in json.loads(printed(capsys, *argv, "--format=json"))["results"]}
@@ -54,7 +54,7 @@ def test_probe_of_several_labels_and_of_numbers(runs, capsys, monkeypatch):
 
 @pytest.mark.parametrize(("name", "gives"), thorough(("pairs", "probabilities"), ("ink", "values")))
 def test_files_for_other_programs(runs, capsys, tmp_path, name, gives):
-    """TensorFlow gives the model's outputs; weights for PyTorch begin a run that predicts the same."""
+    """TensorFlow returns the model's outputs; a run that starts from the PyTorch weights predicts the same."""
     workdir = runs(name).path
     argv = ["export", f"--workdir={workdir}", "--checkpoint=latest"]
     assert f"{gives} of uint8 images" in printed(capsys, *argv, tmp_path / "a.savedmodel")

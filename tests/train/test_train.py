@@ -1,4 +1,4 @@
-"""The loop on fake data: it learns, and begins at once."""
+"""The loop on fake data: it learns, and starts quickly."""
 
 import gzip
 import json
@@ -34,7 +34,7 @@ def test_it_learns(fake_config, tmp_path, precision):
 
 @pytest.mark.thorough
 def test_profile_traces_the_steps_that_there_are(fake_config, tmp_path):
-    """A trace for Perfetto appears; steps that the run does not have are no error."""
+    """It writes a trace for Perfetto; steps beyond the run are not an error."""
     assert train.main(fake_config, Workdir(tmp_path / "a"), profile=(2, 4)) == 0
     [file] = (tmp_path / "a" / "profile").rglob("perfetto_trace.json.gz")
     names = [event.get("name", "") for event in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]]
@@ -58,7 +58,7 @@ def test_a_run_of_billions_of_steps_begins_at_once(fake_config, tmp_path, monkey
 
 
 def test_the_evaluation_is_traced_once_though_it_comes_early(fake_config, tmp_path, monkeypatch):
-    """The loop asks for it while a thread is at it."""
+    """The loop requests it while a thread traces it."""
     made, make = [], step.make_eval_step
 
     def slow(*args):

@@ -1,4 +1,4 @@
-"""Files made by PyTorch and safetensors are read exactly, without either, and nothing that they hold is run."""
+"""Files from PyTorch and safetensors are read exactly, without either library, and nothing in them is run."""
 
 import io
 import os
@@ -43,7 +43,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", ["zip.pth", "legacy.pth", "all.safetensors"])
 def test_every_kind_of_tensor(name):
-    """Types, strides, shared storages and offsets, in each format, out of a container and without its prefix."""
+    """Dtypes, strides, shared storages and offsets, in each format, inside a container and without its prefix."""
     found = files.read(FIXTURES / name)
     assert set(found) == set(EXPECTED)
     for key, array in found.items():
@@ -63,7 +63,7 @@ class Raw:
 
 
 def checkpoint(content: object, format: str, folder: Path) -> Path:
-    """A file in PyTorch's format that holds the pickle of `content`."""
+    """A file in PyTorch's format with the pickle of `content`."""
     path = folder / f"{format}.pth"
     if format == "zip":
         with zipfile.ZipFile(path, "w") as archive:
@@ -77,7 +77,7 @@ def checkpoint(content: object, format: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("format", ["zip", "legacy"])
 def test_code_is_refused_and_not_run(tmp_path, format):
-    """Any call but those of the table, alone or hidden beside weights: one sentence that names it, and no effect."""
+    """Any call outside the table, alone or hidden among weights: one sentence that names it, and no effect."""
     marker = tmp_path / "marker"
     for function, arguments in [
         (os.system, (f"touch {marker}",)),
@@ -151,7 +151,7 @@ def test_a_flipped_bit_of_a_zip(tmp_path):
 
 
 def test_files_of_other_kinds(tmp_path):
-    """A picture, a pickle, an empty file, an LFS pointer, an .npz, a TorchScript program: each is told what it is."""
+    """An image, a pickle, an empty file, an LFS pointer, an .npz, a TorchScript program: the error says what it is."""
     np.savez(tmp_path / "x.npz", a=np.zeros(3))
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:  # as `torch.jit.save` has it
         for name in ("data.pkl", "constants.pkl", "code/__torch__/x.py"):

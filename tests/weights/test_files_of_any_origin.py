@@ -1,4 +1,4 @@
-"""What a weights file claims is compared with its length, and an array that no model asks for is not read."""
+"""The claims of a weights file are compared with its length, and arrays that no model needs are not read."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def test_arrays_that_are_not_wanted_are_not_read(name):
 
 
 def test_a_view_of_few_numbers_may_be_of_any_size_but_takes_memory_only_if_it_is_wanted(tmp_path):
-    """PyTorch saves what `expand` gives as it is: with steps of zero."""
+    """PyTorch saves the result of `expand` as it is, with strides of zero."""
     huge = torch_format.tensor("0", 16, 0, (1, 400_000_001, 192), (0, 0, 0))
     path = torch_format.write(tmp_path / "x.pth", {"w": huge}, {"0": bytes(64)})
     assert files.read(path, lambda *_: False)["w"].shape == (1, 400_000_001, 192)

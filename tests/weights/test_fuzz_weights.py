@@ -1,4 +1,4 @@
-"""Files of weights, good ones with changes at every level: read, or one sentence, and never a gigabyte."""
+"""Fuzzed weights files: each is read or refused in one sentence, and never takes a gigabyte."""
 
 import json
 import zipfile
@@ -43,7 +43,7 @@ PIECES = st.lists(OPCODES, min_size=1, max_size=4).map(b"".join)
 
 @st.composite
 def tensor(draw):
-    """The opcodes of a tensor whose numbers, or any piece, may be others'."""
+    """The opcodes of a tensor whose numbers, or any part, may be replaced."""
     sizes = st.lists(SIZES, max_size=3)
     parts = [("0", st.sampled_from(["1", "9"])), (4, SIZES), (0, SIZES), ((2, 2), sizes), ((2, 1), sizes)]
     whole = torch_format.tensor(*(draw(mostly(*part)) for part in parts))

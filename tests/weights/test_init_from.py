@@ -1,4 +1,4 @@
-"""`init_from` in whole runs: training, evaluation and prediction begin from weights."""
+"""`init_from` in whole runs: training, evaluation and prediction start from weights."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ def saved(workdir: Path, step: int, best: str = "") -> dict:
 
 @pytest.mark.thorough
 def test_training_starts_from_the_weights_and_resumes_without_them(tmp_path, mlp, capsys):
-    """At a rate of zero they are what is saved; the record names the file, which a resumed run needs no more."""
+    """At a learning rate of zero they are what is saved; the record names the file, which a resumed run does not need."""
     flags = (f"--config.init_from={mlp}", "--config.schedule=constant(0.0)")
     assert run(tmp_path / "run", *flags) == 0
     params = dict(tree.named_leaves(saved(tmp_path / "run", 2)))
@@ -74,13 +74,13 @@ def test_training_starts_from_the_weights_and_resumes_without_them(tmp_path, mlp
 
 
 def remembering_sgd(learning_rate):
-    """Keeps the parameters that it began with."""
+    """Keeps the initial parameters."""
     keep = optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, state))
     return optax.chain(keep, optax.sgd(learning_rate))
 
 
 def test_an_optimizer_that_keeps_parameters_gets_these(mlp):
-    """The optimizer's state follows from the weights, not from the random ones."""
+    """The optimizer's state follows from the weights, not from the random values."""
     like = programs_of_mlp(mlp)
     like.recipe.config.optimizer = "test_init_from:remembering_sgd"
     state = like.init(0, weights=pretrained.load(like).taken)["state"]
@@ -104,7 +104,7 @@ def test_weights_that_changed_before_the_first_checkpoint(tmp_path, mlp, capsys)
 
 @pytest.mark.thorough
 def test_a_work_directory(tmp_path, mlp, capsys):
-    """The best checkpoint's weights, whatever optimizer made them; the head begins anew for other classes."""
+    """The best checkpoint's weights, whichever optimizer made them; the head is initialized for other classes."""
     first = tmp_path / "first"
     flags = ("--config.checkpoint.best=test/accuracy", "--config.eval_every=1 steps")
     assert run(first, f"--config.init_from={mlp}", *flags, "--config.optimizer=sgd(momentum=0.9)") == 0
@@ -124,7 +124,7 @@ def test_a_work_directory(tmp_path, mlp, capsys):
 
 @pytest.mark.thorough
 def test_a_work_directory_of_a_network_with_running_means(tmp_path):
-    """They are taken like the parameters; of a run that averages its weights the averages are taken."""
+    """They are loaded like the parameters; from a run that averages its weights, the averages are loaded."""
     like = programs(tmp_path)
     init = jax.jit(lambda seed: like.recipe.model.init(jax.random.key(seed), np.zeros((1, 32, 32, 3), np.float32)))
     own, other = (dict(init(seed)) for seed in (3, 4))
@@ -155,7 +155,7 @@ def printed(capsys):
 
 
 def test_evaluate_and_predict_without_a_run(tmp_path, mlp, printed, monkeypatch):
-    """The metrics and predictions of the weights, computed in NumPy, with the source's class names; nothing is made."""
+    """The metrics and predictions of the weights, computed in NumPy, with the source's class names; no run is created."""
     monkeypatch.chdir(tmp_path)
     flags = [*ARGV, f"--config.init_from={mlp}"]
     own = printed("evaluate", *flags)
@@ -175,7 +175,7 @@ def test_evaluate_and_predict_without_a_run(tmp_path, mlp, printed, monkeypatch)
 
 @pytest.mark.thorough
 def test_a_run_or_weights(tmp_path, mlp, capsys):
-    """Both at once is a wrong usage, and weights that lack something are no model to evaluate."""
+    """Both at once is a usage error, and incomplete weights are not a model to evaluate."""
     assert run(tmp_path / "run") == 0
     capsys.readouterr()
     flags = [*ARGV, f"--config.init_from={mlp}"]

@@ -1,4 +1,4 @@
-"""`init_from`: what fits is taken, the rest is told; training, evaluation and prediction with such weights."""
+"""`init_from`: what fits is loaded and the rest is reported; training, evaluation and prediction with the weights."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ RESNET20 = {name: draw(name, tuple(shape)) for name, shape in MODELS["akamaster 
 
 
 def resnet8() -> dict[str, np.ndarray]:
-    """Of ResNet-20's arrays those that ResNet-8 has."""
+    """Those of ResNet-20's arrays that ResNet-8 has."""
     return {name: x for name, x in RESNET20.items() if not name.startswith("layer") or name.split(".")[1] == "0"}
 
 
@@ -50,7 +50,7 @@ def initial(weights: pretrained.Weights, of: Programs) -> dict[str, np.ndarray]:
 
 
 def test_all_of_a_file(file, caplog):
-    """Every array is taken as it is, but for its layout; the report and the record say so."""
+    """Every array is loaded unchanged, except for its layout; the report and the record say so."""
     with caplog.at_level(logging.INFO, "imgclf_jax"):
         weights = pretrained.load(programs(file), whole=True)
     start = initial(weights, programs(file))
@@ -66,7 +66,7 @@ def test_all_of_a_file(file, caplog):
 
 @pytest.mark.thorough
 def test_a_head_of_another_size_begins_anew(file, caplog):
-    """The random head is the one that a run without weights has."""
+    """The random head is that of a run without weights."""
     with caplog.at_level(logging.INFO, "imgclf_jax"):
         weights = pretrained.load(programs(file, classes=7))
     assert "a new head (10 classes in it, 7 here)" in caplog.text
@@ -104,7 +104,7 @@ def test_any_other_difference_is_an_error_unless_allowed(tmp_path, caplog, chang
 
 
 def test_weights_of_another_model(file, tmp_path):
-    """One sentence, strict or not, where nothing but the head could fit."""
+    """One sentence, strict or not, if nothing but the head could fit."""
     for more in ({}, {"init_strict": False}):
         with pytest.raises(UserError, match=r"nothing in it fits model='mlp\(widths=\(64,\)\)'") as e:
             pretrained.load(programs(file, "mlp(widths=(64,))", **more))
@@ -116,7 +116,7 @@ def test_weights_of_another_model(file, tmp_path):
 
 
 def test_positions_are_resized_as_timm_does(tmp_path, monkeypatch, caplog):
-    """The class token's stays, the grid is resampled: up, down and to one that is no square."""
+    """The class token's stays, the grid is resampled: up, down, and to one that is not square."""
     monkeypatch.setitem(vit._VIT, "Ti", (48, 2, 3))
     expected = json.loads((Path(__file__).parent / "fixtures" / "positions.json").read_text())
     arrays = {name: draw(name, tuple(shape)) for name, shape in MODELS["timm vit"]["shapes"].items()}
@@ -134,7 +134,7 @@ def test_positions_are_resized_as_timm_does(tmp_path, monkeypatch, caplog):
 
 
 def test_a_pytorch_model_of_the_same_module_names(tmp_path, monkeypatch):
-    """A backbone that has no table here: modules are called as in PyTorch, or `torch_names` says how."""
+    """A backbone without a table here: modules are named as in PyTorch, or `torch_names` says how."""
     (tmp_path / "my_torch_nets.py").write_text(
         "from flax import linen as nn\n"
         "class Same(nn.Module):\n"
@@ -156,7 +156,7 @@ def test_a_pytorch_model_of_the_same_module_names(tmp_path, monkeypatch):
 
 
 def test_an_array_of_which_the_file_holds_next_to_nothing(tmp_path, monkeypatch):
-    """A table of positions for a picture as large as a town, in 64 bytes, is not made to be resized."""
+    """A table of positions for an image as large as a town, in 64 bytes, is not allocated for resizing."""
     monkeypatch.setitem(vit._VIT, "Ti", (48, 2, 3))
     for shape in ((1, 400_000_001, 48), (2**20, 17, 48), (1, 17, 2**40)):
         table = torch_format.tensor("0", 16, 0, shape, (0, 0, 0))

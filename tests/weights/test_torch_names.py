@@ -1,4 +1,4 @@
-"""Weights of PyTorch's models, in our models, give PyTorch's logits: names and layouts are right."""
+"""Weights of PyTorch's models give PyTorch's logits in our models: names and layouts are correct."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ SMALL = [name for name in MODELS if not name.startswith("full")]
 
 @pytest.fixture
 def _small_variants(monkeypatch):
-    """The variants that the small fixtures are of, in place of the published ones."""
+    """The variants of the small fixtures, in place of the published ones."""
     for depth in (18, 50):
         monkeypatch.setitem(resnet._STAGES, depth, (1, 2, 1, 1))
     monkeypatch.setitem(convnext._VARIANTS, "T", ((1, 2, 1, 1), (8, 16, 24, 32)))
@@ -96,7 +96,7 @@ def test_every_table_has_a_test():
 
 
 def test_published_files_name_the_layers_of_torchvisions_vit_otherwise():
-    """They were written before the layers of its MLP were numbered."""
+    """They predate the numbering of the layers in its MLP."""
     model = classifier.build("vit('Ti', patch=8)", 5, "float32")
     own = dict(tree.named_leaves(jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))))
     for number, word in ((0, "linear_1"), (3, "linear_2")):

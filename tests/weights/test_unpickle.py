@@ -1,4 +1,4 @@
-"""Pickles written to fill the memory or to run for ever are refused at once; plain data come out as they are."""
+"""Pickles built to fill the memory or run forever are refused right away; plain data are read correctly."""
 
 import collections
 import pickle
@@ -37,7 +37,7 @@ def load(content):
 
 @given(PLAIN, st.sampled_from([4, 5]))  # earlier ones write bytes and sets as calls
 def test_plain_data_come_out_as_python_reads_them(value, protocol):
-    """And what stands in two places is one object."""
+    """An object referenced twice is one object."""
     content = pickle.dumps([value, value], protocol)
     got, again = load(content)
     assert got == value

@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent / "fixtures"
 
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """f32[shape], uniform, of a scale that fits the kind of parameter, from a stream keyed by `name`."""
+    """f32[shape], uniform, with a scale that suits the kind of parameter, from a stream keyed by `name`."""
     bits = np.random.Philox(key=zlib.crc32(name.encode())).random_raw(math.prod(shape))
     x = ((bits >> np.uint64(40)) * 2.0**-23 - 1).astype(np.float32).reshape(shape)  # [-1, 1)
     leaf = name.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""PyTorch's file format, written without PyTorch, opcode by opcode, so that tests can make files good and bad."""
+"""PyTorch's file format, written without PyTorch, opcode by opcode, to make valid and invalid files."""
 
 import struct
 import zipfile
@@ -18,7 +18,7 @@ def integers(values: Sequence[int]) -> bytes:
 
 
 def tensor(key: str, size: int, offset: int, shape: Sequence[int], strides: Sequence[int]) -> bytes:
-    """The opcodes of a float32 tensor over the storage `key`, which has `size` elements."""
+    """The opcodes of a float32 tensor over the storage `key` of `size` elements."""
     storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(key) + text("cpu") + b"I%d\n" % size + b"tQ"
     return (
         b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"I%d\n" % offset + integers(shape) + integers(strides)
@@ -27,7 +27,7 @@ def tensor(key: str, size: int, offset: int, shape: Sequence[int], strides: Sequ
 
 
 def write(path: Path, items: Mapping[str, bytes], storages: Mapping[str, bytes]) -> Path:
-    """A file of 1.6 and later: a dict of names and the opcodes of their values, and the bytes of each storage."""
+    """Writes a file of 1.6 and later: a dict of names and the opcodes of their values, and the bytes of each storage."""
     content = b"\x80\x02}(" + b"".join(text(name) + value for name, value in items.items()) + b"u."
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", content)
@@ -37,7 +37,7 @@ def write(path: Path, items: Mapping[str, bytes], storages: Mapping[str, bytes])
 
 
 def save(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
-    """What `torch.save` of a state dict of these arrays, f32, gives."""
+    """Writes what `torch.save` would for a state dict of these f32 arrays."""
     items, storages = {}, {}
     for i, (name, array) in enumerate(arrays.items()):
         array = np.array(array, "<f4", order="C")

@@ -69,7 +69,7 @@ def test_the_printed_lines_load_it_without_this_package_and_jax(run, tmp_path, c
 
 @pytest.mark.thorough
 def test_weights_are_variables(run, tmp_path):  # noqa: F811
-    """So models have no size limit; the graph, which holds the rest, is limited to 2 GB. Names and values are unchanged."""
+    """So models have no size limit, but the graph has one of 2 GB for the rest. Names and values are unchanged."""
     import tensorflow as tf
 
     model = imgclf_jax.load(run)

@@ -1,4 +1,4 @@
-"""`launch.py find-lr`: its losses are those of training at the same learning rates, and it suggests the steepest slope."""
+"""`launch.py find-lr`: its losses are those of training at the same rates, and it suggests the steepest slope."""
 
 import json
 import math

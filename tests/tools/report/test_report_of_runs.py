@@ -35,7 +35,7 @@ def change(file: Path, **values) -> None:
 
 
 def test_several_seeds_and_many_classes(tmp_path, capsys):
-    """Scores, confusions and mistakes are the ensemble's, and the page says so; 40 classes have a list of confusions."""
+    """Scores, confusions and mistakes are the ensemble's, as the page says; 40 classes have a list of confusions."""
     workdir = tmp_path / "run"
     assert launch.main([f"--workdir={workdir}", *SEEDS]) == 0
     page = Page(reported(workdir))
