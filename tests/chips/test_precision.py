@@ -37,7 +37,7 @@ SUMS = ("reduce_sum", "reduce_window_sum", "cumsum", "scatter-add", "select_and_
     *thorough(*sorted({*BACKBONES, "gru"} - {"convnext", "resnet", "rnn", "vit"})),
 ])  # fmt: skip
 def test_products_of_bfloat16_operands(name, form):
-    """All of the backbone, with the head in float32. Sums of many terms are in float32, with only the exceptions above."""
+    """All of the backbone, with the head in float32. Sums of many terms are in float32, except for those above."""
     with platform.tracing_for(form):
         step = gradient(classifier.build(SPECS.get(name, name), 10, "bfloat16"))
     products, sums = Counter(), Counter()

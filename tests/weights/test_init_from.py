@@ -54,7 +54,7 @@ def saved(workdir: Path, step: int, best: str = "") -> dict:
 
 @pytest.mark.thorough
 def test_training_starts_from_the_weights_and_resumes_without_them(tmp_path, mlp, capsys):
-    """At a learning rate of zero they are what is saved; the record names the file, which a resumed run does not need."""
+    """At a learning rate of zero they are what is saved; the record names the file, but a resumed run needs no file."""
     flags = (f"--config.init_from={mlp}", "--config.schedule=constant(0.0)")
     assert run(tmp_path / "run", *flags) == 0
     params = dict(tree.named_leaves(saved(tmp_path / "run", 2)))
@@ -155,7 +155,7 @@ def printed(capsys):
 
 
 def test_evaluate_and_predict_without_a_run(tmp_path, mlp, printed, monkeypatch):
-    """The metrics and predictions of the weights, computed in NumPy, with the source's class names; no run is created."""
+    """The metrics and predictions of the weights, in NumPy, with the source's class names; no run is created."""
     monkeypatch.chdir(tmp_path)
     flags = [*ARGV, f"--config.init_from={mlp}"]
     own = printed("evaluate", *flags)

@@ -27,7 +27,7 @@ def tensor(key: str, size: int, offset: int, shape: Sequence[int], strides: Sequ
 
 
 def write(path: Path, items: Mapping[str, bytes], storages: Mapping[str, bytes]) -> Path:
-    """Writes a file of 1.6 and later: a dict of names and the opcodes of their values, and the bytes of each storage."""
+    """Writes a file of 1.6 and later: a dict of names and the opcodes of their values, and the storages' bytes."""
     content = b"\x80\x02}(" + b"".join(text(name) + value for name, value in items.items()) + b"u."
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", content)
