@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -164,3 +165,20 @@ def test_for_chips_that_are_not_here(chips, tmp_path):
     assert found["fits"]
     assert found["collectives"]["all-reduce"]["bytes"] >= found["memory"]["parameters"]
     assert found["bound_by"] in ("memory", "network")  # its products are the least of it
+
+
+def test_what_is_printed_is_in_two_columns(capsys):
+    """Also beside the longest name; compile times are said once."""
+    result = {
+        "model": "cnn", "chips": "v5e:1", "batch_size": 8, "precision": "float32", "fits": True, "source": "Google",
+        "memory": {"capacity": 16, "parameters": 4, "peak": 8}, "compile_seconds": {"init": 1.0, "train": 2.0},
+        "seconds": {"compute": 1e-3, "memory": 2e-3, "network": 0.0, "step": 2e-3}, "augment_bytes": 1.0,
+        "bytes": 4.0, "flops": 1e9, "bound_by": "memory", "images_per_second": 4000.0, "run_seconds": 4.0,
+        "steps": 2000, "chip_hours": 1.0, "collectives": {"reduce-scatter": {"count": 1, "bytes": 4}},
+    }  # fmt: skip
+    dryrun._print(result)
+    title, *rows = capsys.readouterr().out.splitlines()
+    assert title.startswith("cnn on v5e:1")
+    columns = {re.match(r"  \S+(?: \S+)*  +", row).end() for row in rows}
+    assert columns == {len("  images per second  ")}
+    assert sum("init 1.0 s" in row for row in rows) == 1
