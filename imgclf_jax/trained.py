@@ -416,6 +416,10 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
             raise UserError(f"{e}; --checkpoint={intact} names one that is whole") from e
     workdir.check_parameters(step, run["state"].params)
     log.info("checkpoint of step %d from %s", step, workdir.checkpoints)
+    ended = processes.broadcast_from_process_0("reading the result", workdir.last_step)
+    if step < ended and (which == "latest" or (not which and best is None)):
+        log.warning("the run in %s ended at step %d, but its latest checkpoint is of step %d: its outputs are not "
+                    "those of the result", workdir.path, ended, step)  # fmt: skip
     return run["state"], step
 
 

@@ -133,6 +133,20 @@ def test_a_damaged_checkpoint_that_is_named(mistake, copy, which):
     assert has(mistake("evaluate", f"--workdir={workdir}", "--checkpoint=²"), "--checkpoint=²: there are [8, 12]")
 
 
+def test_the_last_checkpoint_of_a_finished_run_was_removed(copy, capsys):
+    """`evaluate` and `export` took the one before, with status 0 and no word."""
+    workdir, _ = copy
+    says = f"the run in {workdir} ended at step 12, but its latest checkpoint is of step 8"
+    assert launch.main(["evaluate", f"--workdir={workdir}"]) == 0
+    assert "ended at step" not in capsys.readouterr().err
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    assert launch.main(["evaluate", f"--workdir={workdir}", "--checkpoint=8"]) == 0
+    assert "ended at step" not in capsys.readouterr().err
+    for words in ([], ["--checkpoint=latest"]):
+        assert launch.main(["evaluate", f"--workdir={workdir}", *words]) == 0
+        assert says in capsys.readouterr().err
+
+
 def test_a_result_that_is_a_pipe(copy):
     """`train` and `evaluate` waited forever for a writer."""
     workdir, argv = copy

@@ -4,6 +4,7 @@ A view op takes no images, only its own arguments, and returns [(weight, functio
 function maps images [b, h, w, c] to images of the same shape.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -57,8 +58,18 @@ def build(text: str) -> Views:
     views = NONE
     for call in reversed(spec.parse(text)):
         op = kinds.bind(call, VIEWS, "view", {kinds.PLAIN: ()})()
+        if not isinstance(op, list | tuple) or not op or not all(map(_is_view, op)):
+            raise UserError(f"tta={text!r}: {call.name} returns {op!r:.80}; return [(weight, function of images), ...]")
+        if not math.isclose(total := math.fsum(weight for weight, _ in op), 1, rel_tol=1e-6):
+            raise UserError(f"tta={text!r}: the weights of {call.name} sum to {total:g}; make them sum to 1")
         views = [(a * b, _compose(first, second)) for a, first in views for b, second in op]
     return views
+
+
+def _is_view(view: object) -> bool:
+    """Whether this is a finite weight and a function."""
+    return (isinstance(view, tuple) and len(view) == 2 and isinstance(view[0], int | float) and math.isfinite(view[0])
+            and callable(view[1]))  # fmt: skip
 
 
 def _compose(first: Callable[..., jax.Array], second: Callable[..., jax.Array]) -> Callable[[jax.Array], jax.Array]:
@@ -68,7 +79,7 @@ def _compose(first: Callable[..., jax.Array], second: Callable[..., jax.Array]) 
 def mean_logits(views: Views, logits: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:
     """The weighted mean of the views' logits, f32[b, classes], computed in one batch."""
     if len(views) == 1:
-        return logits(images)
+        return logits(views[0][1](images))
     b = images.shape[0]
     # The batch stays the outer axis, so each device keeps its images.
     stacked = jnp.stack([view(images) for _, view in views], 1)  # [b, views, h, w, c]

@@ -253,6 +253,13 @@ class Workdir:
         except (UserError, KeyError, TypeError, AttributeError):
             return False
 
+    def last_step(self) -> int:
+        """The step of result.json, at which the run ended; 0 without one that is readable."""
+        with contextlib.suppress(UserError, KeyError, TypeError):
+            step = read_json(self.result)["step"]
+            return step if type(step) is int else 0
+        return 0
+
     def record(
         self, config: ConfigDict, data: DataInfo, init_from: JsonObject | None = None, left_out: Sequence[str] = (),
         evals: Mapping[str, str] = MappingProxyType({}), groups: int = 0, fixed: str = "",

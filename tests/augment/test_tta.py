@@ -1,5 +1,8 @@
 """TTA views against the same computed by hand, their weights, and the config key in evaluation and prediction."""
 
+import sys
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -115,6 +118,28 @@ def test_the_config_key_reaches_evaluation_and_prediction(trained):
 def test_wrong_specs_are_refused(text, message):
     with pytest.raises(UserError, match=message):
         tta.build(text)
+
+
+@pytest.mark.parametrize(("gives", "message"), [
+    ([], "own:views returns []; return [(weight, function of images), ...]"),
+    ([np.negative], "own:views returns [<ufunc 'negative'>]"),
+    ([(float("nan"), np.negative)], "own:views returns [(nan, "),
+    ([(0.5, np.negative)], "the weights of own:views sum to 0.5; make them sum to 1"),
+])  # fmt: skip
+def test_what_an_own_op_must_return(gives, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "own", types.SimpleNamespace(views=lambda: gives))
+    with pytest.raises(UserError) as e:
+        tta.build("own:views")
+    assert message in str(e.value)
+
+
+def test_an_own_op_of_one_view_is_applied(monkeypatch):
+    """It was left out, as if nothing had been asked for."""
+    monkeypatch.setitem(
+        sys.modules, "own", types.SimpleNamespace(views=lambda: [(1.0, lambda images: images[:, ::-1])])
+    )
+    images = np.arange(24.0).reshape(2, 3, 4, 1)
+    np.testing.assert_array_equal(tta.mean_logits(tta.build("own:views"), lambda x: x, images), images[:, ::-1])
 
 
 def test_a_translation_larger_than_the_image_is_refused_before_training(fake_config, tmp_path):
