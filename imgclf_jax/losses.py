@@ -219,13 +219,9 @@ def softmax(
 
 @with_link(SIGMOID)
 def sigmoid(
-    logits: jax.Array,
-    labels: jax.Array,
-    label_smoothing: float = 0.0,
-    mean: bool = False,
-    class_weights: Weights = None,
-    positive_weights: Weights = None,
-) -> jax.Array:
+    logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0, mean: bool = False,
+    class_weights: Weights = None, positive_weights: Weights = None,
+) -> jax.Array:  # fmt: skip
     """Binary cross-entropy, in nats, summed over the classes (Beyer et al. 2020, arXiv:2006.07159).
 
     Targets f32[b, classes] in [0, 1] may have any number of true classes.

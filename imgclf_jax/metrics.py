@@ -205,10 +205,9 @@ def mean_over_seeds(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def summarize(
-    sums: Mapping[str, Array],
-    predictions: AnyPredictions | None = None,
+    sums: Mapping[str, Array], predictions: AnyPredictions | None = None,
     whole_set: Mapping[str, WholeSetMetric] | None = None,
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """Reports `examples`, the means `accuracy`, `loss`, `nll`, `kl` and `top5` if summed, and whole-set metrics.
 
     `whole_set` metrics, by name, are computed from the `predictions`. Sums of several seeds are [seeds + 1, …], the
@@ -359,13 +358,9 @@ def _call_with(metric: Callable[..., float], *fields: str) -> WholeSetMetric:
 
 
 def parse_best(
-    text: str,
-    classes: int = 6,
-    task: Task | None = None,
-    own: Collection[str] = (),
-    predicts: bool = True,
+    text: str, classes: int = 6, task: Task | None = None, own: Collection[str] = (), predicts: bool = True,
     key: str = "checkpoint.best",
-) -> tuple[str, float]:
+) -> tuple[str, float]:  # fmt: skip
     """Returns the metric that `text` of a config's `key` names, and 1.0 if its greatest value is best, else -1.0.
 
     For example ("test/my_error", -1.0) for "min:test/my_error". `own` are the whole-set metrics and those of the

@@ -119,20 +119,12 @@ def make_inputs(
 
 
 def make_train_step(
-    model: nn.Module | Frozen,
-    method: Method | Loss,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    augment: Augment,
-    average: Average = weight_averages.NONE,
-    mix: mixing.Mix | None = None,
-    accumulate: int = 1,
+    model: nn.Module | Frozen, method: Method | Loss, optimizer: optax.GradientTransformation, schedule: optax.Schedule,
+    augment: Augment, average: Average = weight_averages.NONE, mix: mixing.Mix | None = None, accumulate: int = 1,
     shard: Callable[..., Function] = lambda function, **_: function,
-    gradient: Callable[[Gradient], Gradient] = lambda gradient: gradient,
-    task: Task = Task.CLASSES,
-    link: Link = SOFTMAX,
-    policy: bad_steps.Policy = bad_steps.STOP,
-) -> Callable[..., tuple[TrainState, metrics.Sums]]:
+    gradient: Callable[[Gradient], Gradient] = lambda gradient: gradient, task: Task = Task.CLASSES,
+    link: Link = SOFTMAX, policy: bad_steps.Policy = bad_steps.STOP,
+) -> Callable[..., tuple[TrainState, metrics.Sums]]:  # fmt: skip
     """Returns `train_step(state, batch, fixed=None) -> (state, sums)`.
 
     A batch is {"image": uint8[b, h, w, c], "label": i32[b] or "target": f32[b, k]}, with "id" and "epoch" i32[b] where
@@ -350,13 +342,9 @@ def apply_backbone(model: nn.Module, variables: Variables, images: jax.Array) ->
 
 
 def make_inference(
-    outputs: Outputs,
-    model: nn.Module,
-    augment: Augment,
-    views: tta.Views = tta.NONE,
-    num_seeds: int = 1,
+    outputs: Outputs, model: nn.Module, augment: Augment, views: tta.Views = tta.NONE, num_seeds: int = 1,
     link: Link = SOFTMAX,
-) -> Inference:
+) -> Inference:  # fmt: skip
     """Returns `infer(params, model_state, images uint8[b, h, w, c])`, in float32.
 
     "predict" gives probabilities [b, classes] by the loss's `link`; "logits" gives [b, classes], averaged over the TTA
@@ -379,15 +367,9 @@ def make_inference(
 
 
 def make_eval_step(
-    model: nn.Module,
-    loss: Loss,
-    augment: Augment,
-    views: tta.Views = tta.NONE,
-    num_seeds: int = 1,
-    with_predictions: bool = False,
-    task: Task = Task.CLASSES,
-    method: Method | None = None,
-) -> Callable[..., tuple[metrics.Sums, metrics.AnyPredictions | None]]:
+    model: nn.Module, loss: Loss, augment: Augment, views: tta.Views = tta.NONE, num_seeds: int = 1,
+    with_predictions: bool = False, task: Task = Task.CLASSES, method: Method | None = None,
+) -> Callable[..., tuple[metrics.Sums, metrics.AnyPredictions | None]]:  # fmt: skip
     """Returns `eval_step(params, model_state, batch, *fixed) -> (sums, predictions)`.
 
     `batch["mask"]` bool[b] is False for padding. With several seeds, params and model_state are [num_seeds, …], and the

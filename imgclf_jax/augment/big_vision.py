@@ -45,13 +45,9 @@ def randaugment(key: jax.Array, images: jax.Array, num_ops: int, magnitude: int,
 
 
 def apply(
-    images: jax.Array,
-    op: jax.Array,
-    negative: jax.Array,
-    centre: tuple[jax.Array, jax.Array],
-    magnitude: int,
+    images: jax.Array, op: jax.Array, negative: jax.Array, centre: tuple[jax.Array, jax.Array], magnitude: int,
     fill: jax.Array,
-) -> jax.Array:
+) -> jax.Array:  # fmt: skip
     """Applies to each image of uint8[b, h, w, c] its own op, an index i32[b] into OPS.
 
     `negative` i32[b] is 1 to rotate, shear or translate the other way; `centre`, (y, x) i32[b], is that of the cutout.

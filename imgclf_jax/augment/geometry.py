@@ -64,13 +64,9 @@ def affine(images: jax.Array, matrix: jax.Array, fill: jax.Array, limits: tpu_af
 
 
 def read(
-    images: jax.Array,
-    y: jax.Array,
-    x: jax.Array,
-    fill: jax.Array,
-    matrix: jax.Array,
+    images: jax.Array, y: jax.Array, x: jax.Array, fill: jax.Array, matrix: jax.Array,
     limits: tpu_affine.Limits | None = None,
-) -> jax.Array:
+) -> jax.Array:  # fmt: skip
     """Reads each image [b, h, w, c] at rows y and columns x, i32[b, h, w]; `fill` [c] outside the image.
 
     With `limits` a TPU reads the same pixels without a gather, by the maps `matrix` f32[b, 6]: see `tpu_affine`.

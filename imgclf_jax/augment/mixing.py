@@ -37,12 +37,8 @@ def _draw_weights(name: str, key: jax.Array, images: jax.Array, alpha: float, co
 
 @kinds.random
 def mixup(
-    key: jax.Array,
-    images: jax.Array,
-    alpha: float = 0.2,
-    probability: float | None = None,
-    per_batch: bool = False,
-) -> Mixed:
+    key: jax.Array, images: jax.Array, alpha: float = 0.2, probability: float | None = None, per_batch: bool = False,
+) -> Mixed:  # fmt: skip
     """weight * image + (1 - weight) * other, weight ~ Beta(alpha, alpha) (Zhang et al. 2017, arXiv:1710.09412).
 
     Each image draws its own weight, as the paper defines it, so the gradient varies less than with one weight per

@@ -85,13 +85,9 @@ def normalize(
 
 @kinds.random
 def random_erasing(
-    key: jax.Array,
-    images: jax.Array,
-    probability: float = 0.5,
-    area: tuple[float, float] = (0.02, 1 / 3),
-    aspect: tuple[float, float] = (0.3, 10 / 3),
-    fill: float | str = 0.0,
-) -> jax.Array:
+    key: jax.Array, images: jax.Array, probability: float = 0.5, area: tuple[float, float] = (0.02, 1 / 3),
+    aspect: tuple[float, float] = (0.3, 10 / 3), fill: float | str = 0.0,
+) -> jax.Array:  # fmt: skip
     """Fills a random box in each image with a `probability` (Zhong et al. 2017, arXiv:1708.04896).
 
     - `area`: the range of the box's share of the image, drawn uniformly.
@@ -240,12 +236,9 @@ def build(text: str, train: bool) -> Callable[..., jax.Array]:
     numbered = list(zip(ops, [call.name for call in calls], spec.occurrences(calls), strict=True))
 
     def apply(
-        key: jax.Array | None,
-        images: jax.Array,
-        seed: jax.Array | None = None,
-        ids: jax.Array | None = None,
+        key: jax.Array | None, images: jax.Array, seed: jax.Array | None = None, ids: jax.Array | None = None,
         epochs: jax.Array | None = None,
-    ) -> jax.Array:
+    ) -> jax.Array:  # fmt: skip
         shape = images.shape
         for op, name, occurrence in numbered:
             kind = kinds.kind_of(op)

@@ -139,14 +139,9 @@ def _check_fill(name: str, images: jax.Array, fill: Fill) -> jax.Array:
 
 @kinds.random
 def randaugment(
-    key: jax.Array,
-    images: jax.Array,
-    num_ops: int = 2,
-    magnitude: int = 9,
-    magnitude_std: float = 0.0,
-    fill: Fill | None = None,
-    ops: str = "torchvision",
-) -> jax.Array:
+    key: jax.Array, images: jax.Array, num_ops: int = 2, magnitude: int = 9, magnitude_std: float = 0.0,
+    fill: Fill | None = None, ops: str = "torchvision",
+) -> jax.Array:  # fmt: skip
     """Applies `num_ops` random ops per image, in sequence (RandAugment, Cubuk et al. 2019, arXiv:1909.13719).
 
     - `ops` names the set. "torchvision" has the 14 OPS with a `magnitude` of 0 to 30: at 30 shear 0.3, translation
@@ -207,13 +202,10 @@ def trivialaugment(key: jax.Array, images: jax.Array, fill: Fill = 0) -> jax.Arr
 
 @kinds.random
 def color_jitter(
-    key: jax.Array,
-    images: jax.Array,
-    brightness: float | tuple[float, float] = 0.0,
-    contrast: float | tuple[float, float] = 0.0,
-    saturation: float | tuple[float, float] = 0.0,
+    key: jax.Array, images: jax.Array, brightness: float | tuple[float, float] = 0.0,
+    contrast: float | tuple[float, float] = 0.0, saturation: float | tuple[float, float] = 0.0,
     hue: float | tuple[float, float] = 0.0,
-) -> jax.Array:
+) -> jax.Array:  # fmt: skip
     """Changes brightness, contrast, saturation and hue by random factors, in this order (torchvision's is random).
 
     Each factor is drawn per image, uniformly from [max(0, 1 - x), 1 + x] or from a pair (low, high); `hue` from

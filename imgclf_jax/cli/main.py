@@ -190,13 +190,8 @@ def _dispatch(
 
 
 def _join(
-    agreed: JsonObject,
-    coordinator: str,
-    count: int | None,
-    process: int | None,
-    local_devices: str,
-    heartbeat: int,
-) -> contextlib.AbstractContextManager[None]:
+    agreed: JsonObject, coordinator: str, count: int | None, process: int | None, local_devices: str, heartbeat: int,
+) -> contextlib.AbstractContextManager[None]:  # fmt: skip
     """Checks the flags of a multi-process run, and returns the context that joins it."""
     if count != 1 and any((coordinator, count, process is not None)):
         if not (coordinator and count and process is not None):

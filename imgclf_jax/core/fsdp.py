@@ -36,11 +36,8 @@ _EXPENSIVE = frozenset({"dot_general", "conv_general_dilated", "sort", "fft", "c
 
 
 def gather_at_use(
-    function: Function,
-    shardings: Shardings,
-    returns_gradients: bool = False,
-    fixed_shardings: Shardings | None = None,
-) -> Function:
+    function: Function, shardings: Shardings, returns_gradients: bool = False, fixed_shardings: Shardings | None = None,
+) -> Function:  # fmt: skip
     """Wraps `function(params, model_state, batch, *rest)` to all-gather sharded parameters at each use.
 
     - `shardings(params)` returns a pytree of NamedSharding like `params`; replicated parameters do not change.

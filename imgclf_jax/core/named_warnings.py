@@ -32,13 +32,9 @@ def install() -> None:
 
 
 def _show(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
     line: str | None = None,
-) -> None:
+) -> None:  # fmt: skip
     if not (name := getattr(_thread, "name", None)):
         return _default(message, category, filename, lineno, file, line)
     warning = (name(), str(message).strip())

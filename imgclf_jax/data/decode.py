@@ -239,12 +239,9 @@ def decoder(preprocess: str) -> Callable[[bytes], np.ndarray]:
 
 
 def _resized_centre(
-    height: int,
-    width: int = 0,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    height: int, width: int = 0, scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3),
     method: str = "bilinear",
-) -> list[spec.Call]:
+) -> list[spec.Call]:  # fmt: skip
     """The counterpart of random_resized_crop: the central 7/8 of the shorter side, as in 224 of 256 pixels."""
     del scale, ratio
     size = round(max(height, width) * 8 / 7)

@@ -25,14 +25,9 @@ log = logging.getLogger(__name__)
 
 
 def folder(
-    path: str,
-    train_per_class: int = 0,
-    draw: int = 0,
-    *,
-    unreadable: str = "error",
-    formats: tuple[str, ...] = FORMATS,
-    host_ops: tuple[str, ...] = (),
-) -> dict[str, FileSource]:
+    path: str, train_per_class: int = 0, draw: int = 0, *, unreadable: str = "error",
+    formats: tuple[str, ...] = FORMATS, host_ops: tuple[str, ...] = (),
+) -> dict[str, FileSource]:  # fmt: skip
     """Finds the images of a folder: `path/CLASS/…` is the split `train`, `path/test/CLASS/…` the split `test`.
 
     - `core.split_folders` names the split folders.
@@ -68,12 +63,9 @@ def folder(
 
 
 def _check_readable(
-    root: Path,
-    scans: dict[str, tuple[FileSource, Listing]],
-    unreadable: str,
-    formats: tuple[str, ...],
+    root: Path, scans: dict[str, tuple[FileSource, Listing]], unreadable: str, formats: tuple[str, ...],
     host_ops: tuple[str, ...],
-) -> dict[str, FileSource]:
+) -> dict[str, FileSource]:  # fmt: skip
     """The sources without unreadable files. Raises UserError naming these unless `unreadable` is "skip"."""
     bad, sources = {}, {}
     for name, (source, listing) in scans.items():

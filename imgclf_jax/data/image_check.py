@@ -43,13 +43,9 @@ class Checked(NamedTuple):
 
 
 def check(
-    root: Path,
-    stamps: Mapping[str, Stamp],
-    decode_all: bool = False,
-    formats: tuple[str, ...] = FORMATS,
-    host_ops: tuple[str, ...] = (),
-    key: Path | None = None,
-) -> Checked:
+    root: Path, stamps: Mapping[str, Stamp], decode_all: bool = False, formats: tuple[str, ...] = FORMATS,
+    host_ops: tuple[str, ...] = (), key: Path | None = None,
+) -> Checked:  # fmt: skip
     """Finds the files in `root` that are not readable images in one of the formats, and digests the others.
 
     It decodes every file with `decode_all` or if all are small together. Otherwise it reads only headers and ends, and

@@ -107,14 +107,9 @@ def _as_torchvision(like: str) -> bool:
 
 @kinds.random
 def random_resized_crop(
-    rng: np.random.Generator,
-    image: np.ndarray,
-    height: int,
-    width: int = 0,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    method: str = "bilinear",
-) -> np.ndarray:
+    rng: np.random.Generator, image: np.ndarray, height: int, width: int = 0, scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3), method: str = "bilinear",
+) -> np.ndarray:  # fmt: skip
     """Crops a random area and aspect ratio and resizes it to (height, width) (Szegedy et al. 2014, arXiv:1409.4842).
 
     The share of the image's area is uniform in `scale`, the ratio w / h log-uniform in `ratio`. If ten draws do not

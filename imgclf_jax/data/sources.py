@@ -271,13 +271,9 @@ SOURCES = {"digits": digits, "tfds": tfds, "folder": folder, "table": table, "ar
 
 
 def open_splits(
-    text: str,
-    data_dir: str = "",
-    manual_dir: str = "",
-    unreadable: str = "error",
-    formats: tuple[str, ...] = decode.FORMATS,
-    host_ops: tuple[str, ...] = (),
-) -> dict[str, Source]:
+    text: str, data_dir: str = "", manual_dir: str = "", unreadable: str = "error",
+    formats: tuple[str, ...] = decode.FORMATS, host_ops: tuple[str, ...] = (),
+) -> dict[str, Source]:  # fmt: skip
     """Opens the base splits of the source that a spec names. Raises UserError if the data are missing."""
     call = spec.parse_one(text)
     make = spec.bind(call, SOURCES, "source")

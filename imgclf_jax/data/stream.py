@@ -260,14 +260,9 @@ def train_batches(
 
 
 def train_chunks(
-    images: Images,
-    spec: StreamSpec,
-    ranges: Iterable[range],
-    size: int,
-    rows: np.ndarray | None = None,
-    prefetch: int = 2,
-    extra_rows: Mapping[str, np.ndarray] = MappingProxyType({}),
-) -> Iterator[tuple[range, Chunk]]:
+    images: Images, spec: StreamSpec, ranges: Iterable[range], size: int, rows: np.ndarray | None = None,
+    prefetch: int = 2, extra_rows: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> Iterator[tuple[range, Chunk]]:  # fmt: skip
     """Yields each range of steps with its chunk: the batches of those steps, [size, b, …], zero after the last step.
 
     A process reads only the `rows` int64[b] of each batch that its devices need; all if None. A batch depends only on

@@ -76,19 +76,10 @@ class _Table:
 
 
 def table(
-    path: str,
-    label: str = "",
-    targets: str | tuple[str, ...] = (),
-    split: str | None = "",
-    weight: str | None = "",
-    file: str = "",
-    root: str = "",
-    classes: tuple[str, ...] = (),
-    *,
-    unreadable: str = "error",
-    formats: tuple[str, ...] = FORMATS,
-    host_ops: tuple[str, ...] = (),
-) -> dict[str, FileSource]:
+    path: str, label: str = "", targets: str | tuple[str, ...] = (), split: str | None = "", weight: str | None = "",
+    file: str = "", root: str = "", classes: tuple[str, ...] = (), *, unreadable: str = "error",
+    formats: tuple[str, ...] = FORMATS, host_ops: tuple[str, ...] = (),
+) -> dict[str, FileSource]:  # fmt: skip
     """Reads the splits of images listed in a .csv, .tsv or .parquet file, a row per example.
 
     - `file`, `label`, `split` and `weight` name columns; by default those with a recognized name, see `_KNOWN`. Without

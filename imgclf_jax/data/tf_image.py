@@ -16,13 +16,9 @@ _BLOCK = 1 << 20  # float64 values that `area` averages at a time
 
 @kinds.random
 def inception_crop(
-    rng: np.random.Generator,
-    image: np.ndarray,
-    height: int,
-    width: int = 0,
-    area: tuple[float, float] = (0.05, 1.0),
+    rng: np.random.Generator, image: np.ndarray, height: int, width: int = 0, area: tuple[float, float] = (0.05, 1.0),
     ratio: tuple[float, float] = (0.75, 1.33),
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """Crops a random height and aspect ratio and resizes it to (height, width), or (height, height), by `bilinear`.
 
     As in TensorFlow's `sample_distorted_bounding_box`, the ratio w / h is uniform in `ratio`, and the height uniform

@@ -17,11 +17,9 @@ STREAM = "unlabeled"  # the key below `data.extra`
 
 
 def fixmatch(
-    problem: Problem,
-    threshold: float = 0.95,
-    weight: float = 1.0,
+    problem: Problem, threshold: float = 0.95, weight: float = 1.0,
     strong: str = "pad_crop(2)|randaugment(2, 10)|cutout(8, fill=128)",
-) -> Method:
+) -> Method:  # fmt: skip
     """FixMatch: supervised + weight * unlabeled, equations 3 and 4 of Sohn et al. 2020 (arXiv:2001.07685).
 
     Each image of the stream `data.extra.unlabeled`, whose labels are not read, has two views: weakly augmented by the

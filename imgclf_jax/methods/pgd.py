@@ -16,12 +16,9 @@ Attack = Callable[..., jax.Array]
 
 
 def pgd(
-    gradient: Gradient,
-    eps: float | str = "8/255",
-    steps: int = 7,
-    step_size: float | str | None = None,
+    gradient: Gradient, eps: float | str = "8/255", steps: int = 7, step_size: float | str | None = None,
     random_start: bool = True,
-) -> GradientFunction:
+) -> GradientFunction:  # fmt: skip
     """Adversarial training: the gradient at adversarial examples of the batch (Madry et al. 2018).
 
     The arguments are those of `attack`. It ascends the training loss, with mixed labels and label smoothing, as the
@@ -44,16 +41,9 @@ def pgd(
 
 
 def attack(
-    gradient: Callable[[jax.Array], jax.Array],
-    images: jax.Array,
-    keys: jax.Array,
-    low: jax.Array,
-    high: jax.Array,
-    eps: float | str = "8/255",
-    steps: int = 10,
-    step_size: float | str | None = None,
-    random_start: bool = True,
-) -> jax.Array:
+    gradient: Callable[[jax.Array], jax.Array], images: jax.Array, keys: jax.Array, low: jax.Array, high: jax.Array,
+    eps: float | str = "8/255", steps: int = 10, step_size: float | str | None = None, random_start: bool = True,
+) -> jax.Array:  # fmt: skip
     """Adversarial examples f32[b, h, w, c] by sign-gradient ascent (Madry et al. 2018, arXiv:1706.06083, section 2.1).
 
     Starts at a uniformly random point of the L∞ ball around each image, then takes `steps` steps along the sign of the

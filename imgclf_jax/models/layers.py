@@ -37,14 +37,10 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def conv(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: int | Sequence[int] = 1,
-    padding: str | int | Sequence[int | tuple[int, int]] = "SAME",
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
+    x: jax.Array, kernel: jax.Array, strides: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int | tuple[int, int]] = "SAME", dilation: int | Sequence[int] = 1, groups: int = 1,
     dtype: DTypeLike | None = None,
-) -> jax.Array:
+) -> jax.Array:  # fmt: skip
     """Convolution (cross-correlation) of x [b, h, w, c] with kernel [kh, kw, c // groups, f] → [b, ho, wo, f].
 
     `padding` is "SAME", "VALID", a number, or one (before, after) per dimension. The operands are cast to `dtype`

@@ -118,12 +118,9 @@ def from_optimizer(evaluated: Evaluated) -> Average:
 
 
 def build(
-    decay: float,
-    call: spec.Call | None,
-    steps: Callable[[str], int],
-    total: int,
+    decay: float, call: spec.Call | None, steps: Callable[[str], int], total: int,
     optimizer: optax.GradientTransformation | None = None,
-) -> Average:
+) -> Average:  # fmt: skip
     """The average of the key `ema`, of `lookahead(…)` in an optimizer spec, or of an optimizer with `evaluated`.
 
     - `decay` is the key `ema`; 0 means none.

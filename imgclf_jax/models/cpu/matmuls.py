@@ -75,14 +75,9 @@ def _col2im(patches: jax.Array, size: tuple[int, int], strides: tuple[int, int],
 
 
 def input_gradient(
-    gradient: jax.Array,
-    weights: jax.Array,
-    channels: int,
-    size: tuple[int, int],
-    extent: tuple[int, int],
-    strides: tuple[int, int],
-    dtype: DTypeLike,
-) -> jax.Array:
+    gradient: jax.Array, weights: jax.Array, channels: int, size: tuple[int, int], extent: tuple[int, int],
+    strides: tuple[int, int], dtype: DTypeLike,
+) -> jax.Array:  # fmt: skip
     """The gradient of x [channels, *size, b].
 
     `gradient` is that of the outputs, from `channels_last`; `weights` [kh * kw * c, f] is the flattened kernel.
@@ -172,14 +167,9 @@ def _conv(
 
 
 def _conv_images(
-    gradient: jax.Array,
-    kernel: jax.Array,
-    like: jax.ShapeDtypeStruct,
-    strides: tuple[int, int],
-    pads: Pads,
-    block: Block,
-    dtype: DTypeLike,
-) -> jax.Array:
+    gradient: jax.Array, kernel: jax.Array, like: jax.ShapeDtypeStruct, strides: tuple[int, int], pads: Pads,
+    block: Block, dtype: DTypeLike,
+) -> jax.Array:  # fmt: skip
     """The gradient of x, from the gradient of the outputs [f, ho, wo, b]."""
     (kh, kw, c, f), (top, bottom), (left, right) = kernel.shape, *pads
     if block == (1, 1):
@@ -196,14 +186,9 @@ def _conv_images(
 
 
 def _conv_kernel(
-    x: jax.Array,
-    gradient: jax.Array,
-    like: Shaped,
-    strides: tuple[int, int],
-    pads: Pads,
-    block: Block,
+    x: jax.Array, gradient: jax.Array, like: Shaped, strides: tuple[int, int], pads: Pads, block: Block,
     dtype: DTypeLike,
-) -> jax.Array:
+) -> jax.Array:  # fmt: skip
     """The gradient of the kernel, from the gradient of the outputs [f, ho, wo, b]."""
     padded = pad(x, pads, dtype)
     if block != (1, 1):

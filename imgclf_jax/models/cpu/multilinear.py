@@ -53,24 +53,17 @@ def _shape(
 
 
 def _run(
-    function: Function,
-    role: int,
-    *args: jax.Array,
-    likes: tuple[jax.ShapeDtypeStruct, ...],
+    function: Function, role: int, *args: jax.Array, likes: tuple[jax.ShapeDtypeStruct, ...],
     static: tuple[tuple[str, object], ...],
-) -> jax.Array:
+) -> jax.Array:  # fmt: skip
     """Runs role 0, the product, or role i, the gradient of operand i - 1; `likes` are the operands' shapes."""
     like = {"like": likes[role - 1]} if role else {}
     return function(*args, **like, **dict(static))
 
 
 def _jvp(
-    primitive: Primitive,
-    operands: int,
-    primals: tuple[jax.Array, ...],
-    tangents: tuple[jax.Array, ...],
-    **params: Any,
-) -> tuple[jax.Array, jax.Array]:
+    primitive: Primitive, operands: int, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...], **params: Any,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """The tangent: the sum over operands of the product with the operand replaced by its tangent."""
     out = primitive.bind(*primals, **params)
     terms = [

@@ -30,17 +30,9 @@ log = logging.getLogger(__name__)
 
 
 def main(
-    config: ConfigDict,
-    workdir: Workdir | None,
-    checkpoint: str,
-    format: str,
-    predictions: str = "",
-    top_k: int = 3,
-    checkpoints: str = "",
-    corruptions: str = "",
-    frost: str = "",
-    attack: str = "",
-) -> int:
+    config: ConfigDict, workdir: Workdir | None, checkpoint: str, format: str, predictions: str = "", top_k: int = 3,
+    checkpoints: str = "", corruptions: str = "", frost: str = "", attack: str = "",
+) -> int:  # fmt: skip
     """Prints the metrics of each evaluation set, its scores, and a table of its classes.
 
     Scores and predictions of several seeds are those of their ensemble. The format "json" prints one object: the

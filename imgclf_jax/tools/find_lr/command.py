@@ -82,14 +82,8 @@ def ramp(steps: schedules.Steps, total: int, low: float, high: float) -> optax.S
 
 
 def main(
-    config: ConfigDict,
-    workdir: Workdir | None,
-    steps: int | None,
-    low: float,
-    high: float,
-    format: str,
-    html: str,
-) -> int:
+    config: ConfigDict, workdir: Workdir | None, steps: int | None, low: float, high: float, format: str, html: str,
+) -> int:  # fmt: skip
     """Trains for `steps` steps (default: 200) with learning rates from `low` to `high`, and suggests one.
 
     Nothing is written but the page `html`. Raises UserError if the loss diverges at once or never falls.

@@ -79,10 +79,9 @@ class Comparison:
 
 def compare(
     recorded: tuple[Sequence[JsonMapping], Sequence[JsonMapping], Json],
-    here: tuple[Sequence[JsonMapping], Sequence[JsonMapping]],
-    extended: Sequence[int] = (),
+    here: tuple[Sequence[JsonMapping], Sequence[JsonMapping]], extended: Sequence[int] = (),
     other_cadences: bool = False,
-) -> Comparison:
+) -> Comparison:  # fmt: skip
     """Compares (digests, metrics, result) of a run with (digests, metrics) of its reproduction.
 
     It compares digests and metrics at common steps, except times and speeds. A recorded metric up to the last
