@@ -149,6 +149,10 @@ class Rows:
                        for key, form in (("learning_rate", ".3g"), ("images_per_second", ",.0f")))  # fmt: skip
         return self._row(f"{step}", self._epoch(step), "train", *self._numbers(record), rate, speed, more)
 
+    def evaluations(self, step: int, results: Mapping[str, Mapping[str, float]]) -> list[str]:
+        """The rows of an evaluation of each set, without those of a method that measures nothing there."""
+        return [self.evaluation(step, name, record) for name, record in results.items() if record.keys() - {"examples"}]
+
     def evaluation(self, step: int, name: str, record: Mapping[str, float]) -> str:
         """The row of an evaluation of a set; "best" marks it if no earlier one was better."""
         better = self.note({f"{name}/{key}": value for key, value in record.items()})
@@ -221,7 +225,7 @@ def next_commands(workdir: str, predicts: bool) -> list[str]:
     place = f"--workdir {shlex.quote(printable(workdir))}"
     commands = {f"report {place}": "curves, scores, mistakes"}
     if predicts:
-        commands[f"predict FILE {place}"] = "classify images"
+        commands[f"predict FILE {place}"] = "new images"
         commands[f"serve {place}"] = "a web page"
     width = max(map(len, commands))
     start = program()

@@ -216,8 +216,8 @@ def _evaluate(
         results = evaluate_all(run.programs, state, run.evals, stop)
     except signals.Stopped:
         return None
-    for name, values in results.items():
-        log.info("%s", run.rows.evaluation(step, name, values))
+    for row in run.rows.evaluations(step, results):
+        log.info("%s", row)
     writer.write_scalars(step, _scores(results))
     stopper.note(step, _scores(results))
     return results

@@ -72,6 +72,14 @@ def test_records_without_some_values():
     assert rows().training(1, {}).split() == ["1", "0.0", "train"]
 
 
+def test_a_set_on_which_nothing_is_measured_has_no_row():
+    """As with a method without a head."""
+    log = rows(metric="", marked={"test/loss": -1.0})
+    assert log.evaluations(1, {"test": {"examples": 9}, "val": {"examples": 9, "spread": 0.5}}) == [
+        log.evaluation(1, "val", {"spread": 0.5})
+    ]
+
+
 def test_the_best_so_far_is_that_of_the_whole_run():
     """Also of what was recorded before the run was resumed; what is not finite is never best."""
     log = rows(marked={"val/loss": -1.0}, sets=("val", "test"))
@@ -108,7 +116,7 @@ def test_what_to_run_next(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/launch.py", "train"])
     assert display.next_commands("runs/a b", predicts=True) == [
         "  uv run launch.py report --workdir 'runs/a b'        curves, scores, mistakes",
-        "  uv run launch.py predict FILE --workdir 'runs/a b'  classify images",
+        "  uv run launch.py predict FILE --workdir 'runs/a b'  new images",
         "  uv run launch.py serve --workdir 'runs/a b'         a web page",
     ]
     monkeypatch.setattr(sys, "argv", ["/bin/imgclf"])

@@ -45,7 +45,7 @@ def read_progress(config: ConfigDict, workdir: Workdir) -> Progress:
     total = configs.steps(config.total, "total", examples, config.batch_size)
     latest: dict[str, float] = {}
     for record in _tail(workdir.metrics):
-        latest |= record
+        latest |= {name: value for name, value in record.items() if type(value) in (int, float)}
     return Progress(int(latest.pop("step", 0)), total, latest)
 
 
