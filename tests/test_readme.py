@@ -65,7 +65,7 @@ def test_the_api_names_every_public_module():
              "core.internals", "__main__")  # fmt: skip
     for name in FILES:
         if name not in PACKAGES and name != "launch":
-            assert (f".. automodule:: imgclf_jax.{name}\n" in DOCS["api"]) != name.startswith(inner), name
+            assert (f"   imgclf_jax.{name}\n" in DOCS["api"]) != name.startswith(inner), name
 
 
 @pytest.mark.thorough
@@ -112,3 +112,23 @@ def test_the_results_with_bundles_are_those_of_the_bundles():
         assert f"{sum(accuracies) / len(accuracies):.4f}" == mean
         shipped = configs.load_file(str(ROOT / "configs" / f"{name}.py"))
         assert all(configs.difference(record.config, shipped, without=("seed",)) == [] for record in records)
+
+
+def test_the_readme_and_the_first_page_begin_with_a_picture():
+    for text in (README, DOCS["index"]):
+        assert "report-head.png" in "\n".join(text.splitlines()[:12])
+
+
+def test_the_gallery_has_what_commands_draw():
+    """Each picture of a command's page, in a small file."""
+    drawn = {name for page in PAGES.values() if page.parent.name == "commands"
+             for name in re.findall(r"_static/([\w-]+\.png)", page.read_text())}  # fmt: skip
+    assert drawn - {"report.png"} <= set(re.findall(r"_static/([\w-]+\.png)", DOCS["gallery"]))
+    sizes = {file.name: file.stat().st_size for file in (ROOT / "docs" / "_static").glob("*.png")}
+    assert [name for name, size in sizes.items() if size > 700_000] == []
+
+
+def test_a_search_finds_pages_before_the_history():
+    """Sphinx ranks headings first, and leaves out pages that say so."""
+    assert "\n## Confusion matrix\n" in DOCS["evaluate"]
+    assert DOCS["changes"].startswith("---\nnosearch: true\n---\n")
