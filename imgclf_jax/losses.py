@@ -324,7 +324,7 @@ def build(text: str, class_counts: Sequence[int] = (), class_names: Sequence[str
     `class_counts`, for 'balanced', are the training examples per class. Raises UserError for a spec that names no loss,
     and for 'balanced' if a class has no training example.
     """
-    loss = spec.bind(spec.parse_one(text), LOSSES, "loss", given=("logits", "labels"))
+    loss = spec.bind(spec.parse_one(text), LOSSES, "loss", leading=("logits", "labels"))
     if not needs_class_counts(text):
         return loss
     counts = np.asarray(class_counts or [0] * len(class_names))

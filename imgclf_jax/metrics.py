@@ -296,7 +296,7 @@ def build_whole_set(text: str, task: Task = Task.CLASSES, outputs: Sequence[str]
     with_targets = task in (Task.MULTILABEL, Task.REGRESSION)
     whole_set: dict[str, WholeSetMetric] = {"": functools.partial(_report, task, outputs)} if with_targets else {}
     reserved = re.compile("|".join(["examples", "loss", "nll", *REPORTED[task], "ensemble_.*", ".*_std"]))
-    given = ("targets", "probabilities", "ranking") if with_targets else ("labels", "probabilities", "from_logits")
+    leading = ("targets", "probabilities", "ranking") if with_targets else ("labels", "probabilities", "from_logits")
     for call in spec.parse(text):
         name = call.name.rpartition(":")[2]
         if name in whole_set:
@@ -304,11 +304,11 @@ def build_whole_set(text: str, task: Task = Task.CLASSES, outputs: Sequence[str]
         if ":" in call.name and reserved.fullmatch(name):
             raise UserError(f"metrics={text!r}: results use the name {name} for something else; rename your function")
         if ":" in call.name:
-            own = _call_with(spec.bind(call, BY_TASK[task], "metric", given=given[:2]))
+            own = _call_with(spec.bind(call, BY_TASK[task], "metric", leading=leading[:2]))
             whole_set[name] = functools.partial(_number, call.name, own)
         else:
-            metric = spec.bind(call, BY_TASK[task], f"metric of {TASK_NAMES[task]}", given=given)
-            whole_set[name] = _call_with(metric, given[2])
+            metric = spec.bind(call, BY_TASK[task], f"metric of {TASK_NAMES[task]}", leading=leading)
+            whole_set[name] = _call_with(metric, leading[2])
     return whole_set
 
 

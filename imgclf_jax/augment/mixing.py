@@ -81,7 +81,7 @@ def cutmix(key: jax.Array, images: jax.Array, alpha: float = 1.0, probability: f
 
 MIXES: dict[str, Callable[..., Mixed]] = {"mixup": mixup, "cutmix": cutmix}
 
-_GIVEN = {kinds.PLAIN: ("images",), kinds.RANDOM: ("key", "images")}
+_LEADING = {kinds.PLAIN: ("images",), kinds.RANDOM: ("key", "images")}
 
 
 def build(text: str, task: Task = Task.CLASSES) -> Mix | None:
@@ -93,7 +93,7 @@ def build(text: str, task: Task = Task.CLASSES) -> Mix | None:
     if task is Task.REGRESSION and any(call.name == "cutmix" for call in spec.parse(text)):
         raise UserError(f"mix={text!r}: cutmix is undefined in regression, where a box of an image has no target; use "
                         "mixup or no mixing")  # fmt: skip
-    ops = [kinds.bind(call, MIXES, "mixing op", _GIVEN) for call in spec.parse(text)]
+    ops = [kinds.bind(call, MIXES, "mixing op", _LEADING) for call in spec.parse(text)]
     if not ops:
         return None
     probabilities = [op.keywords.get("probability") for op in ops]

@@ -183,7 +183,7 @@ DEVICE_OPS: dict[str, Callable] = {
 }
 
 
-_GIVEN = {
+_LEADING = {
     kinds.PLAIN: ("images",),
     kinds.RANDOM: ("key", "images"),
     kinds.BY_EXAMPLE: ("key", "images", "ids", "epochs"),
@@ -191,7 +191,7 @@ _GIVEN = {
 
 
 def _bind(text: str) -> list[functools.partial[Any]]:
-    return [kinds.bind(call, DEVICE_OPS, "device op", _GIVEN) for call in spec.parse(text)]
+    return [kinds.bind(call, DEVICE_OPS, "device op", _LEADING) for call in spec.parse(text)]
 
 
 def wants_ids(text: str) -> bool:

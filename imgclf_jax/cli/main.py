@@ -101,18 +101,18 @@ def _run(argv: list[str], program: str, program_command: list[str]) -> int:
         raise UsageError(f"unknown command {name!r}: {hint}" if hint else unknown("command", name, COMMANDS))
     command = COMMANDS[name]
     values, rest = words.take_flags(name, argv)
-    given = {flag: values[flag].value for flag in command.flags}
+    options = {flag: values[flag].value for flag in command.flags}
     environment.prepare()  # reading a config or work directory below may import JAX
     if not command.files:
         words.check_no_files(name, rest)
     if command.config_from == "none":
         files = words.only_files(name, rest)
-        process_flags: list[Any] = [given.pop(flag) for flag in table.PROCESSES]
-        agreed = {"command": name, **{f"--{flag}": value for flag, value in given.items()}, "files": files}
+        process_flags: list[Any] = [options.pop(flag) for flag in table.PROCESSES]
+        agreed = {"command": name, **{f"--{flag}": value for flag, value in options.items()}, "files": files}
         with _join(agreed, *process_flags):
-            status: int = _module(name).main(files, **given)
+            status: int = _module(name).main(files, **options)
         return status
-    workdir: Any = given.pop("workdir", "") or str(Path("runs", Path(config_path.partition(":")[0]).stem))
+    workdir: Any = options.pop("workdir", "") or str(Path("runs", Path(config_path.partition(":")[0]).stem))
     config = configs.load_file(config_path)
     without_run = command.config_from == "run or file" and not values.workdir
     if command.config_from == "record":
@@ -124,27 +124,27 @@ def _run(argv: list[str], program: str, program_command: list[str]) -> int:
             re.match(r"--?config\.init_from(=|$)", word) for word in rest
         )
         if not without_run and not values.workdir:
-            _tell_default(name, workdir, given)
+            _tell_default(name, workdir, options)
         if not without_run:
             config = Workdir.from_text(workdir).load_config()  # a trained model keeps the config it was trained with
-        elif given["checkpoint"] or (values.workdir and Workdir.from_text(workdir).config.is_file()):
-            flag = "checkpoint" if given["checkpoint"] else "workdir"
+        elif options["checkpoint"] or (values.workdir and Workdir.from_text(workdir).config.is_file()):
+            flag = "checkpoint" if options["checkpoint"] else "workdir"
             raise UsageError(f"{name} loads a run (--{flag}) or weights (--config.init_from), not both; drop either")
     files = words.override(config, rest, name)
     if files and command.config_from == "record":
         raise UsageError(f"{name} takes one {command.files}, but got {files[0]!r} too")
     configs.validate(config)
     called = CommandLine(program_command, config_path, command_line, [w for w in rest if w != "--"], environment_before)
-    return _dispatch(name, config, None if without_run else workdir, given, files, called)
+    return _dispatch(name, config, None if without_run else workdir, options, files, called)
 
 
-def _tell_default(name: str, workdir: str, given: Mapping[str, Any]) -> None:
+def _tell_default(name: str, workdir: str, options: Mapping[str, Any]) -> None:
     """Says which run a command uses that was given none. Raises UserError if there is no such run."""
     here = Path(workdir)
     if not (here / "config.json").is_file():
         raise UserError(f"{name} needs a run: pass --workdir=DIR; without it the run in {here.absolute()} is used, and "
                         "there is none")  # fmt: skip
-    if not given.get("process_id"):
+    if not options.get("process_id"):
         print(f"{time.strftime('%H:%M:%S')} without --workdir: using the run in {printable(workdir)}", file=sys.stderr)
 
 
@@ -153,7 +153,7 @@ def _module(command: str) -> ModuleType:
 
 
 def _dispatch(
-    name: str, config: ConfigDict, workdir: Any, given: dict[str, Value], files: list[str], called: CommandLine
+    name: str, config: ConfigDict, workdir: Any, options: dict[str, Value], files: list[str], called: CommandLine
 ) -> int:
     """Runs a command. `workdir` is the path of a work directory, a Record, or None."""
     command = COMMANDS[name]
@@ -163,29 +163,29 @@ def _dispatch(
             print(f"{key} = {current[key]!r}\n    {documentation}")
         return 0
     if name == "train":
-        given["profile"] = _parse_steps(given["profile"])
+        options["profile"] = _parse_steps(options["profile"])
 
     environment.prepare(config.deterministic)  # before the first import of JAX
-    if name == "train" and "jax" not in sys.modules and not given["process_id"]:  # which takes seconds to import
+    if name == "train" and "jax" not in sys.modules and not options["process_id"]:  # which takes seconds to import
         told = f"{time.strftime('%H:%M:%S')} training {Path(called.config_file).name} in {printable(workdir)}"
         print(told, file=sys.stderr, flush=True)
     if command.before_jax:
         module, _, function = command.before_jax.partition(":")
-        getattr(importlib.import_module(f"imgclf_jax.{module}"), function)(**given)
+        getattr(importlib.import_module(f"imgclf_jax.{module}"), function)(**options)
     from imgclf_jax.cli import together
     from imgclf_jax.run.workdir import Workdir
 
     source = Workdir.from_text(workdir) if isinstance(workdir, str) else workdir
     with contextlib.ExitStack() as stack:
-        process_flags = [given.pop(flag) for flag in table.PROCESSES] if command.distributed else None
+        process_flags = [options.pop(flag) for flag in table.PROCESSES] if command.distributed else None
         keys = {key: value for key, value in configs.flatten(config).items() if key not in configs.HOST_KEYS}
-        agreed = {"command": name, **keys, **{f"--{flag}": value for flag, value in given.items()}, "files": files}
+        agreed = {"command": name, **keys, **{f"--{flag}": value for flag, value in options.items()}, "files": files}
         stack.enter_context(_join(agreed, *process_flags) if process_flags else together.alone())
-        if "trust" in given and not given.pop("trust") and source:
+        if "trust" in options and not options.pop("trust") and source:
             stack.enter_context(source.untrusted(called.argv))
         more: list[Any] = [files] if command.files and command.config_from != "record" else []
         more += [called] if command.needs_command_line else []
-        status: int = _module(name).main(config, source, *more, **given)
+        status: int = _module(name).main(config, source, *more, **options)
         return status
 
 

@@ -8,23 +8,23 @@ import jax
 
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError, reason
-from imgclf_jax.core.typing import Value
+from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import provenance, terminal
 
 
 @contextlib.contextmanager
 def join(
-    given: dict[str, Value], coordinator: str, count: int | None, process: int | None, devices: str, heartbeat: int
+    command: JsonObject, coordinator: str, count: int | None, process: int | None, devices: str, heartbeat: int
 ) -> Iterator[None]:
     """Joins the other processes (see `processes.start`) and sets up logging. If one process fails, all end.
 
-    Raises UserError in all processes unless `given`, the code, the versions and the devices are the same everywhere.
+    Raises UserError in all processes unless `command`, the code, the versions and the devices are the same everywhere.
     """
     processes.start(coordinator, count, process, devices, heartbeat)
     terminal.setup_logging()
     with processes.ending_together():
         check_platforms()
-        processes.agree("comparing commands", lambda: given | provenance.process_facts(), processes.QUICK)
+        processes.agree("comparing commands", lambda: command | provenance.process_facts(), processes.QUICK)
         processes.agree("comparing modules", provenance.module_digests, in_both=True)
         processes.agree("comparing devices", lambda: provenance.device_facts(counted=not devices),
                         fix="--local_devices says which devices each process takes", in_both=True)  # fmt: skip

@@ -113,8 +113,8 @@ def override(config: ConfigDict, words: list[str], command: str) -> list[str]:
         old = configs.flatten(config)[match[1]]
         # One of several may be good.
         of_key = [w for w in words if w.lstrip("-").startswith(f"config.{match[1]}=")]
-        given = next((w for w in of_key if w.lstrip("-") in str(e)), f"--config.{match[1]}")
-        raise UsageError(f"{given}: must be a value of type {type(old).__name__}, such as {old!r}") from e
+        word = next((w for w in of_key if w.lstrip("-") in str(e)), f"--config.{match[1]}")
+        raise UsageError(f"{word}: must be a value of type {type(old).__name__}, such as {old!r}") from e
 
 
 @dataclass(frozen=True)

@@ -56,22 +56,24 @@ def kind_of(op: Function) -> str:
 
 
 def bind(
-    call: spec.Call, table: spec.Table, family: str, given: Mapping[str, tuple[str, ...]]
+    call: spec.Call, table: spec.Table, family: str, leading: Mapping[str, tuple[str, ...]]
 ) -> functools.partial[Any]:
     """Binds the arguments of the op that a call names: see `spec.bind`.
 
-    `family` names the ops, such as "device op"; `given` has the leading arguments of each kind in the family. Raises
+    `family` names the ops, such as "device op"; `leading` has the leading arguments of each kind in the family. Raises
     UserError for an op of another kind, and for a plain one that seems to lack its decorator.
     """
     op = spec.lookup(call, table, family)
     kind = kind_of(op)
-    if kind not in given:
-        raise UserError(f"{family} {call.name!r} is declared @kinds.{kind}; allowed for a {family}: {', '.join(given)}")
+    if kind not in leading:
+        raise UserError(
+            f"{family} {call.name!r} is declared @kinds.{kind}; allowed for a {family}: {', '.join(leading)}"
+        )
     first = next(iter(spec.parameters(op, call, family)), "")
-    if kind == PLAIN and RANDOM in given and first in _RANDOM_NAMES:
-        likely = BY_EXAMPLE if first == "seed" and BY_EXAMPLE in given else RANDOM
+    if kind == PLAIN and RANDOM in leading and first in _RANDOM_NAMES:
+        likely = BY_EXAMPLE if first == "seed" and BY_EXAMPLE in leading else RANDOM
         raise UserError(
             f"{family} {call.name!r} takes {first!r} first, but is not declared random; write 'from imgclf_jax.core "
             f"import kinds' and '@kinds.{likely}' above the function, or rename the parameter"
         )
-    return spec.bind(call, table, family, given[kind])
+    return spec.bind(call, table, family, leading[kind])

@@ -188,25 +188,25 @@ def lookup(call: Call, table: Table, kind: str) -> Function:
 
 
 def bind(
-    call: Call, table: Table, kind: str, given: tuple[str, ...] = (), by_name: Collection[str] = ()
+    call: Call, table: Table, kind: str, leading: tuple[str, ...] = (), by_name: Collection[str] = ()
 ) -> functools.partial[Any]:
     """Looks up `call` and binds its arguments: `functools.partial(function, *args, **kwargs)`.
 
-    `given` names the leading arguments that the caller passes, such as `key` and `images`; the spec cannot set those
+    `leading` names the first arguments that the caller passes, such as `key` and `images`; the spec cannot set those
     parameters, whatever their names. The caller also passes the parameters in `by_name`, unless the spec sets them by
     name. Raises UserError if the arguments do not fit the signature.
     """
     function = lookup(call, table, kind)
     signature = parameters(function, call, kind)
     named = [name for name, p in signature.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(named) < len(given) and not any(p.kind is p.VAR_POSITIONAL for p in signature.values()):
+    if len(named) < len(leading) and not any(p.kind is p.VAR_POSITIONAL for p in signature.values()):
         raise UserError(
-            f"{kind} {call.name!r} takes ({', '.join(signature)}); it must take ({', '.join(given)}), and then its own "
-            "arguments"
+            f"{kind} {call.name!r} takes ({', '.join(signature)}); it must take ({', '.join(leading)}), and then its "
+            "own arguments"
         )
-    leading = named[: len(given)]
+    positional = named[: len(leading)]
     linen = ("parent", "name") if "parent" in signature else ()  # fields that flax adds to every module
-    own = [p for name, p in signature.items() if name not in leading and name not in linen]
+    own = [p for name, p in signature.items() if name not in positional and name not in linen]
     own = [p.replace(kind=p.KEYWORD_ONLY, default=None) if p.name in by_name else p for p in own]
     own.sort(key=lambda p: p.kind)
     for key in call.kwargs:
@@ -216,7 +216,7 @@ def bind(
         inspect.signature(function).replace(parameters=own).bind(*call.args, **call.kwargs)
     except TypeError as e:
         raise UserError(f"in {kind} {str(call)!r}: {e}; its arguments: {', '.join(p.name for p in own)}") from e
-    if leading or by_name:
+    if positional or by_name:
         return functools.partial(function, **dict(zip((p.name for p in own), call.args, strict=False)), **call.kwargs)
     return functools.partial(function, *call.args, **call.kwargs)
 

@@ -145,7 +145,7 @@ def formats_of(preprocess: str) -> tuple[str, ...]:
     calls = spec.parse(preprocess)
     if not calls or calls[0].name != "decode":
         return FORMATS
-    return _check_formats(kinds.bind(calls[0], HOST_OPS, "host op", _GIVEN).keywords.get("formats", FORMATS))
+    return _check_formats(kinds.bind(calls[0], HOST_OPS, "host op", _LEADING).keywords.get("formats", FORMATS))
 
 
 def _check_formats(formats: Value) -> tuple[str, ...]:
@@ -181,7 +181,7 @@ HOST_OPS: dict[str, Callable] = {
 type Undecoded = bytes | np.ndarray | Image.Image
 type HostOps = Callable[[Undecoded, int, int], np.ndarray]
 
-_GIVEN = {kinds.PLAIN: ("image",), kinds.RANDOM: ("rng", "image")}
+_LEADING = {kinds.PLAIN: ("image",), kinds.RANDOM: ("rng", "image")}
 
 
 def build(text: str) -> tuple[HostOps, bool]:
@@ -193,7 +193,7 @@ def build(text: str) -> tuple[HostOps, bool]:
     calls = spec.parse(text)
     if not calls or calls[0].name != "decode":
         raise UserError(f"preprocess={text!r}: the first op must be decode(channels)")
-    ops = [kinds.bind(call, HOST_OPS, "host op", _GIVEN) for call in calls]
+    ops = [kinds.bind(call, HOST_OPS, "host op", _LEADING) for call in calls]
     streams = [f"preprocess/{call.name}/{i}" for call, i in zip(calls, spec.occurrences(calls), strict=True)]
     is_random = [kinds.kind_of(op) == kinds.RANDOM for op in ops]
 
@@ -217,7 +217,7 @@ def size_check(preprocess: str) -> Callable[[int, int], None]:
     for call in spec.parse(preprocess)[1:]:
         if call.name not in resizing.SIZES:
             break
-        known.append((resizing.SIZES[call.name], kinds.bind(call, HOST_OPS, "host op", _GIVEN).keywords))
+        known.append((resizing.SIZES[call.name], kinds.bind(call, HOST_OPS, "host op", _LEADING).keywords))
 
     def check(height: int, width: int) -> None:
         size = height, width
@@ -234,7 +234,7 @@ def size_check(preprocess: str) -> Callable[[int, int], None]:
 
 def decoder(preprocess: str) -> Callable[[bytes], np.ndarray]:
     """The first host op of a spec, `decode`, with its arguments bound."""
-    op = kinds.bind(spec.parse(preprocess)[0], HOST_OPS, "host op", _GIVEN)
+    op = kinds.bind(spec.parse(preprocess)[0], HOST_OPS, "host op", _LEADING)
     return lambda data: np.asarray(op(data))
 
 
@@ -270,7 +270,7 @@ def evaluation_spec(preprocess_eval: str, preprocess: str) -> str:
         if call not in random:
             replaced.append(call)
             continue
-        op, counterpart = spec.bind(call, HOST_OPS, "host op", given=("rng", "image")), _COUNTERPARTS.get(call.name)
+        op, counterpart = spec.bind(call, HOST_OPS, "host op", leading=("rng", "image")), _COUNTERPARTS.get(call.name)
         replacement = counterpart(**op.keywords) if counterpart else []
         if explicit or not replacement:
             key, words = ("preprocess_eval" if explicit else "preprocess"), "|".join(map(str, replacement))

@@ -124,7 +124,7 @@ def scale_of(method: str) -> float:
     call = spec.parse_one(method)
     if call.name != "lora":
         return 0.0
-    bound = spec.bind(call, {"lora": lora}, "method", given=("problem",))
+    bound = spec.bind(call, {"lora": lora}, "method", leading=("problem",))
     signature = inspect.signature(lora).bind(None, *bound.args, **bound.keywords)
     signature.apply_defaults()
     return float(signature.arguments["alpha"] / signature.arguments["rank"])

@@ -43,7 +43,7 @@ ATTACKS: dict[str, Attack] = {"pgd": attack}
 
 def check_name(text: str) -> None:
     """Raises UserError for a spec that names no method, or whose arguments do not fit."""
-    spec.bind(spec.parse_one(text), METHODS, "method", given=("problem",))
+    spec.bind(spec.parse_one(text), METHODS, "method", leading=("problem",))
 
 
 def build(text: str, problem: Problem) -> Method:
@@ -51,7 +51,7 @@ def build(text: str, problem: Problem) -> Method:
 
     Raises UserError for an unknown name, for arguments that do not fit, and if the result is no `Method`.
     """
-    method = spec.bind(spec.parse_one(text), METHODS, "method", given=("problem",))(problem)
+    method = spec.bind(spec.parse_one(text), METHODS, "method", leading=("problem",))(problem)
     if not isinstance(method, Method):
         raise UserError(f"method={text!r} returns a {type(method).__name__}; return imgclf_jax.methods.Method(loss)")
     if not callable(method.loss):
@@ -68,7 +68,7 @@ def build_gradient(
     `pixel_range` becomes an attribute of the gradient, see `Gradient`. Raises UserError for an unknown name and for
     arguments that do not fit.
     """
-    functions = [spec.bind(call, GRADIENTS, "gradient", given=("gradient",)) for call in spec.parse(text)]
+    functions = [spec.bind(call, GRADIENTS, "gradient", leading=("gradient",)) for call in spec.parse(text)]
 
     def wrap(gradient: Gradient) -> Gradient:
         if pixel_range is not None:
@@ -83,8 +83,8 @@ def build_attack(text: str) -> Attack:
 
     Raises UserError for an unknown name and for arguments that do not fit.
     """
-    given = ("gradient", "images", "keys", "low", "high")
-    return spec.bind(spec.parse_one(text), ATTACKS, "attack", given=given)
+    leading = ("gradient", "images", "keys", "low", "high")
+    return spec.bind(spec.parse_one(text), ATTACKS, "attack", leading=leading)
 
 
 def is_supervised(text: str) -> bool:

@@ -63,7 +63,7 @@ def bind(call: spec.Call, part: Part, kind: str) -> functools.partial[Any]:
     `kind` is the field's name, for messages. Raises UserError for a name, an argument or a class that does not fit.
     """
     if part.function:
-        function = spec.bind(call, part.names, kind, given=("x",))
+        function = spec.bind(call, part.names, kind, leading=("x",))
         if inspect.isclass(function.func):
             raise UserError(f"{kind} {call.name!r} is a class; {kind} must be a function of an array, such as 'gelu'")
         return function

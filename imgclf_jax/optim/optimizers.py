@@ -212,9 +212,9 @@ def _transforms(text: str, schedule: optax.Schedule, rules: Rules) -> tuple[list
         return _chain(parts)
 
     around = last.name in _AROUND
-    given, args = (("learning_rate",), (schedule,)) if not around else (
+    leading, args = (("learning_rate",), (schedule,)) if not around else (
         ("build_inner", "learning_rate"), (build_inner, schedule))  # fmt: skip
-    optimizer = spec.bind(last, _optimizers(), "optimizer", given=given)
+    optimizer = spec.bind(last, _optimizers(), "optimizer", leading=leading)
     if len(last.args) > around and ":" not in last.name:  # adam(1e-3) would set b1, not the learning rate
         raise UserError(
             f"optimizer={text!r}: name the arguments, as in {last.name}(...={last.args[-1]!r}); "

@@ -100,7 +100,7 @@ def build(text: str, steps: Steps, total: int) -> optax.Schedule:
 
     `steps` converts a duration to whole steps; it raises UserError for text that is no duration.
     """
-    schedule = spec.bind(spec.parse_one(text), SCHEDULES, "schedule", given=("steps", "total"))(steps, total)
+    schedule = spec.bind(spec.parse_one(text), SCHEDULES, "schedule", leading=("steps", "total"))(steps, total)
     if not callable(schedule):
         kind = "an optimizer, whose key is optimizer" if isinstance(schedule, optax.GradientTransformation) else (
             f"a {type(schedule).__name__}")  # fmt: skip
@@ -112,4 +112,4 @@ def build(text: str, steps: Steps, total: int) -> optax.Schedule:
 
 def check_name(text: str) -> None:
     """Raises UserError unless the spec names a schedule and valid arguments; `build` checks their values."""
-    spec.bind(spec.parse_one(text), SCHEDULES, "schedule", given=("steps", "total"))
+    spec.bind(spec.parse_one(text), SCHEDULES, "schedule", leading=("steps", "total"))

@@ -138,7 +138,7 @@ def build(
         return ema(decay) if decay else NONE
     if decay:
         raise UserError(f"ema={decay} and {call} both choose the weights to evaluate; remove one")
-    return spec.bind(call, {"lookahead": lookahead}, "optimizer", given=("steps", "total"))(steps, total)
+    return spec.bind(call, {"lookahead": lookahead}, "optimizer", leading=("steps", "total"))(steps, total)
 
 
 def _copy(variables: ParamsAndState) -> ParamsAndState:

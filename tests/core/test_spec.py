@@ -146,8 +146,8 @@ def free(image, **options):
 TABLE = {"scale": scale, "jitter": jitter, "free": free}
 
 
-def bind(text, given=("key", "images", "image")):
-    return spec.bind(spec.parse_one(text), TABLE, "op", given=given)
+def bind(text, leading=("key", "images", "image")):
+    return spec.bind(spec.parse_one(text), TABLE, "op", leading=leading)
 
 
 @given(st.integers(), st.integers(), st.integers())
@@ -155,7 +155,7 @@ def test_bind_gives_positional_arguments_after_the_given_ones(image, factor, off
     expected = image * factor + offset
     for text in (f"scale({factor}, {offset})", f"scale({factor}, offset={offset})",
                  f"scale(offset={offset}, factor={factor})"):  # fmt: skip
-        assert bind(text, given=("image",))(image) == expected
+        assert bind(text, leading=("image",))(image) == expected
 
 
 @pytest.mark.parametrize(("text", "expected"), [
@@ -183,7 +183,7 @@ def test_an_import_path_is_looked_up_without_registration(tmp_path, monkeypatch)
         "        self.width = width\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert bind("my_own_ops_7.light:brighten(by=5)", given=("image",))(1) == 6
+    assert bind("my_own_ops_7.light:brighten(by=5)", leading=("image",))(1) == 6
     assert spec.bind(spec.parse_one("my_own_ops_7.light:Net(width=3)"), {}, "model")().width == 3
     for text, expected in {
         "my_own_ops_7.light:brigten": "unknown name in module my_own_ops_7.light 'brigten': did you mean 'brighten'",

@@ -117,7 +117,7 @@ def test_programs_know_the_shapes_and_the_record_holds_them(config, tmp_path):
     assert provenance.load_data_info(tmp_path / "provenance.json") == compiling.recipe.data != alone
     info = compiling.recipe.data.extra["unlabeled"]
     assert info.fingerprint == sources.open_splits("fake(30, (5, 6, 3), 4)")["train"].fingerprint()
-    assert described.describe(config, described.Given()).extra.keys() == {"unlabeled", "held"}
+    assert described.describe(config, described.Facts()).extra.keys() == {"unlabeled", "held"}
 
 
 @pytest.mark.parametrize(("name", "text", "message"), [

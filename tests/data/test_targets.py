@@ -269,5 +269,5 @@ def test_the_record_says_what_the_targets_are(tmp_path):
 
 def test_a_planned_run_knows_of_targets(fake_config, tmp_path):
     fake_config.data.source = npz(tmp_path, images=X, targets=T, target_names=NAMES)
-    info = described.describe(fake_config, described.Given())
+    info = described.describe(fake_config, described.Facts())
     assert (info.train_examples, len(info.target_names), info.class_names) == (N, K, info.target_names)

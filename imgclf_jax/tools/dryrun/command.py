@@ -33,19 +33,19 @@ _FULL = re.compile(r"RESOURCE_EXHAUSTED|CompileTimeHbmOom|out of memory", re.IGN
 def main(config: ConfigDict, workdir: Workdir, chips: str, shape: str, format: str, **facts: int | None) -> int:
     """Prints the report in this `format` and writes it to the work directory. Returns 1 if the run does not fit.
 
-    `shape` and `facts` describe absent data (see `described.Given`). Call `topology.prepare_from_flags` before
+    `shape` and `facts` describe absent data (see `described.Facts`). Call `topology.prepare_from_flags` before
     importing JAX.
     """
     return run(config, topology.parse(chips), {"shape": topology.parse_shape(shape), **facts}, format, workdir.path)
 
 
-def run(config: ConfigDict, chips: topology.Chips, given: dict[str, Value], form: str, folder: Path) -> int:
+def run(config: ConfigDict, chips: topology.Chips, facts: dict[str, Value], form: str, folder: Path) -> int:
     """`main` with its flags parsed."""
     terminal.setup_logging()
     mesh = sharding.make_mesh(topology.devices(chips), config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
     check_names(config)
-    data = described.describe(config, described.Given(**given), losses.needs_class_counts(config.loss))
+    data = described.describe(config, described.Facts(**facts), losses.needs_class_counts(config.loss))
     result = report(Programs(Recipe(config, data, load_teacher), mesh), chips)
     path = folder / f"dryrun-{str(chips).replace(':', '-')}.json"
     folder.mkdir(parents=True, exist_ok=True)

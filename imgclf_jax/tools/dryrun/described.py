@@ -13,7 +13,7 @@ from imgclf_jax.run.provenance import DataInfo
 
 
 @dataclass(frozen=True)
-class Given:
+class Facts:
     """Facts about the data from flags; None reads them from the data's metadata."""
 
     shape: tuple[int, int, int] | None = None  # (h, w, c), after the host ops
@@ -22,14 +22,14 @@ class Given:
     examples: int | None = None
 
 
-def describe(config: ConfigDict, given: Given, count_classes: bool = False) -> DataInfo:
+def describe(config: ConfigDict, facts: Facts, count_classes: bool = False) -> DataInfo:
     """Returns the DataInfo of the training images, without reading images if all facts are given, or from TFDS.
 
     Raises UserError, naming the flags, if the data are absent and facts are missing.
     """
-    shape, classes, examples = given.shape, given.targets or given.classes, given.examples
+    shape, classes, examples = facts.shape, facts.targets or facts.classes, facts.examples
     counts: tuple[int, ...] = ()
-    has_targets, extra = bool(given.targets), _describe_extra(config)
+    has_targets, extra = bool(facts.targets), _describe_extra(config)
     if None in (shape, classes, examples):
         try:
             call = spec.parse_one(config.data.source)

@@ -138,18 +138,18 @@ def test_data_that_are_not_here():
     config = default_config()
     config.data.source, config.preprocess = "tfds('imagenet2012')", "decode(3)|random_resized_crop(224)"
     with pytest.raises(UserError, match="--examples"):
-        described.describe(config, described.Given())
-    info = described.describe(config, described.Given(examples=1_281_167))
+        described.describe(config, described.Facts())
+    info = described.describe(config, described.Facts(examples=1_281_167))
     assert (info.train_examples, info.image_shape, len(info.class_names)) == (1_281_167, (224, 224, 3), 1000)
     config.data.source = "folder('/nowhere')"
     with pytest.raises(UserError, match=r"--shape=224,224,3 --classes=1000 \(or --targets=N\) --examples=1281167"):
-        described.describe(config, described.Given(classes=3))
+        described.describe(config, described.Facts(classes=3))
 
 
 def test_a_run_on_targets_is_planned_with_them(fake_config):
     """The batch has numbers instead of labels, whether flags or the data say so."""
     fake_config.loss, fake_config.batch_size = "mse", 8
-    given = described.Given((12, 12, 1), None, 3, 640)
+    given = described.Facts((12, 12, 1), None, 3, 640)
     info = described.describe(fake_config, given)
     assert info.target_names == info.class_names == ("0", "1", "2")
     assert Programs(Recipe(fake_config, info)).chunk_shape(1)["target"].shape == (1, 8, 3)
