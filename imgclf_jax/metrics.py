@@ -15,7 +15,7 @@ import numpy as np
 
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import Array
+from imgclf_jax.core.typing import Array, Function
 from imgclf_jax.losses import SIGMOID, Link, Task
 from imgclf_jax.scores import multilabel
 from imgclf_jax.scores.classification import FromLogits, Scores, label_ranks, predicted_classes
@@ -344,7 +344,7 @@ def _report(task: Task, outputs: Sequence[str], predictions: TargetPredictions) 
     return {name: float(value[0]) for name, value in scores.compute(np.ones((1, len(predictions.targets)))).items()}
 
 
-def _number(name: str, metric: Callable[..., Any], predictions: Any) -> float:
+def _number(name: str, metric: Function, predictions: Any) -> float:
     """The value of a user's metric. Raises UserError unless it is a real number."""
     value = metric(predictions)
     if np.ndim(value) or np.asarray(value).dtype.kind not in "fiu":

@@ -223,3 +223,11 @@ def test_public_functions_of_the_package_are_documented():
 def test_the_training_loop_fits_on_a_screen():
     [loop] = [n for n in ast.parse(FILES["train.loop"].read_text()).body if getattr(n, "name", "") == "train"]
     assert loop.end_lineno - loop.lineno < 60
+
+
+def test_signatures_name_what_they_take():
+    """`Any` is for what really is anything; `core.typing` has the names of pytrees, batches, JSON and the like."""
+    lines = [line for file in FILES.values() for line in file.read_text(encoding="utf-8").splitlines()]
+    assert sum(bool(re.search(r"\bAny\b", line)) for line in lines) <= 250
+    named = r"(?<!\*)\b(params|model_state|opt_state|variables|batch|chunk|tree|dtype|grads): Any\b"
+    assert not [line for line in lines if re.search(named, line)]

@@ -138,7 +138,7 @@ def _run(argv: list[str], program: str, program_command: list[str]) -> int:
     return _dispatch(name, config, None if without_run else workdir, options, files, called)
 
 
-def _tell_default(name: str, workdir: str, options: Mapping[str, Any]) -> None:
+def _tell_default(name: str, workdir: str, options: Mapping[str, Value]) -> None:
     """Says which run a command uses that was given none. Raises UserError if there is no such run."""
     here = Path(workdir)
     if not (here / "config.json").is_file():

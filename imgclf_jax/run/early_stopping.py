@@ -13,6 +13,7 @@ from imgclf_jax import config as configs
 from imgclf_jax import metrics
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import JsonMapping
 from imgclf_jax.run import writers
 from imgclf_jax.run.cadences import Cadences
 from imgclf_jax.run.skipped import read_left_out
@@ -45,7 +46,7 @@ class EarlyStopping:
         return f"{self.metric} has not improved for {waited} steps: best {self.sign * best:.4g} at step {best_step}"
 
     def recorded(
-        self, records: Iterable[Mapping[str, Any]], due: Iterable[int], start: int, where: str
+        self, records: Iterable[JsonMapping], due: Iterable[int], start: int, where: str
     ) -> list[tuple[int, float]]:
         """The values in `records` of the evaluations `due` up to the step `start`, whose own may be yet to come.
 

@@ -17,6 +17,7 @@ import numpy as np
 from imgclf_jax.bad_steps import RECENT, Guard
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import writers
 
 log = logging.getLogger(__name__)
@@ -136,6 +137,6 @@ def _fetch(guard: Guard) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.atleast_1d(skipped).astype(int), np.atleast_2d(steps), np.atleast_2d(losses)
 
 
-def _line(step: int, seed: int, loss: float) -> dict[str, Any]:
+def _line(step: int, seed: int, loss: float) -> JsonObject:
     finite = math.isfinite(loss)
     return {"step": step, "seed": seed, "loss": loss if finite else None, "reason": "spike" if finite else "not finite"}

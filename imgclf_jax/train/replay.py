@@ -8,7 +8,6 @@ replicas, too. Recomputation is what finds such faults in practice: arXiv:2502.1
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
+from imgclf_jax import metrics
 from imgclf_jax.core import processes
 from imgclf_jax.core.checksums import Checksums
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import Chunk, State
 from imgclf_jax.run import writers
 from imgclf_jax.train.setup import Run
 
@@ -66,12 +67,12 @@ class Replays:
             found += [step - 1, step]
         return found
 
-    def copy_before(self, steps: range, state: Any) -> Any:
+    def copy_before(self, steps: range, state: State) -> State | None:
         """A copy of the state before `steps`, if they are one step that is replayed; else None."""
         due = self._period and len(steps) == 1 and configs.is_due(steps.stop, self._period)
         return self._copy(state) if due else None
 
-    def check(self, steps: range, before: Any, window: Any, chunk: Any, state: Any) -> None:
+    def check(self, steps: range, before: State | None, window: metrics.Sums, chunk: Chunk, state: State) -> None:
         """Computes the step again from `before`, whose buffers are donated, and compares the result with `state`.
 
         Raises UserError, or Again after a rollback, if a bit differs.

@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from html import escape
 from importlib import resources
-from typing import Any
 
 import jax
 import numpy as np
@@ -28,6 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from imgclf_jax import __version__
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.text import printable, utf8
+from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.tools.serve import openapi
 from imgclf_jax.tools.serve.batcher import Batcher, Busy
 from imgclf_jax.tools.serve.bodies import Bodies, Sent
@@ -88,7 +88,7 @@ def build(
     answering, bodies = Share(limits.requests), Bodies(limits)
     class_names = [utf8(name) for name in model.class_names]
 
-    def as_json(probabilities: np.ndarray, top_k: int) -> dict[str, Any]:
+    def as_json(probabilities: np.ndarray, top_k: int) -> JsonObject:
         found = model.describe(probabilities, top_k)
         if "predictions" in found:
             found["predictions"] = [one | {"class": utf8(one["class"])} for one in found["predictions"]]

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import decimals, printable
+from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.metrics import parse_best
 from imgclf_jax.run.progress import duration
 from imgclf_jax.run.provenance import load_data_info, read_json
@@ -49,7 +49,7 @@ def read_progress(config: ConfigDict, workdir: Workdir) -> Progress:
     return Progress(int(latest.pop("step", 0)), total, latest)
 
 
-def _tail(file: Path) -> list[dict[str, Any]]:
+def _tail(file: Path) -> list[JsonObject]:
     """The last records of a file that is being written."""
     try:
         with file.open("rb") as opened:
