@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from imgclf_jax.config import selecting_metrics
+from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.split_folders import role_of
 from imgclf_jax.data import sources, splits
+
+_OF_ALL_EXAMPLES = {"permutation", "balanced", "weighted", "repeated", "curriculum"}  # of `data.sampling`
 
 
 def selecting_sets(config: ConfigDict) -> dict[str, str]:
@@ -29,11 +32,15 @@ def selection_warnings(config: ConfigDict) -> list[str]:
     ]
 
 
-def overlap_warnings(train: str, evals: Mapping[str, str], base: Mapping[str, sources.Source]) -> list[str]:
-    """A sentence for each evaluation set that shares examples with the split `train` of the source `base`.
+def overlap_warnings(trained: ConfigDict, evals: Mapping[str, str], base: Mapping[str, sources.Source]) -> list[str]:
+    """A sentence for each evaluation set that shares examples with the training split of the source `base`.
 
-    `evals` are splits by name; those of another source are skipped.
+    `trained` are the `data` keys of the run, `evals` splits by name; those of another source are skipped, and so are
+    all if the sampling may leave out examples of the split.
     """
+    if {call.name for call in spec.parse(trained.sampling)} - _OF_ALL_EXAMPLES:
+        return []
+    train = trained.train
     try:
         shared = splits.count_shared(train, evals, {name: len(source) for name, source in base.items()})
     except UserError:  # the training split is gone, and only evaluation sets are needed

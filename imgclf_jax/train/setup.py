@@ -104,7 +104,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
         if start < recipe.total:  # else the run is done, by the config that it has recorded
             processes.broadcast_from_process_0("writing config.json", lambda: workdir.update_config(config, start))
     if not processes.index():
-        for sentence in (*overlap_warnings(config.data.train, config.data.eval, base), *selection_warnings(config)):
+        for sentence in (*overlap_warnings(config.data, config.data.eval, base), *selection_warnings(config)):
             log.warning("%s", sentence)
     if config.data.extra and recipe.supervised:
         log.warning("method=%r reads no stream of data.extra: %s", config.method, ", ".join(sorted(config.data.extra)))

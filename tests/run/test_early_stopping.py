@@ -1,5 +1,6 @@
 """Early stopping: when a run ends, as a function of what it has recorded."""
 
+import json
 import math
 from fractions import Fraction
 
@@ -9,7 +10,7 @@ from imgclf_jax import config as configs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import early_stopping
 from imgclf_jax.run.cadences import Cadences
-from imgclf_jax.run.early_stopping import EarlyStopping
+from imgclf_jax.run.early_stopping import EarlyStopping, Stopper
 
 NAN, INF = math.nan, math.inf
 
@@ -53,6 +54,24 @@ def test_what_is_recorded():
     assert stopping.recorded(records, [10, 20, 30], 30, "metrics.jsonl")[:1] == [(10, 3.0)]
     with pytest.raises(UserError, match=r"metrics.jsonl has no val/loss of step 30, by which stop="):
         stopping.recorded(records, [10, 20, 30], 35, "metrics.jsonl")
+
+
+def test_a_run_in_progress(tmp_path):
+    """It ends by what is recorded and what is noted; steps that were left out have no evaluation, and need none."""
+    stopping = EarlyStopping("val/loss", -1, Fraction(20), "…")
+    cadences = Cadences(60, None, Fraction(10), None)
+    lines = [{"step": step, "val/loss": loss} for step, loss in ((10, 3.0), (40, 2.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match="of step 20, by which"):
+        Stopper(stopping, cadences, tmp_path, 45)
+    (tmp_path / "skipped.jsonl").write_text(json.dumps({"step": 15, "until": 35, "bad_step": 34, "reason": "x"}) + "\n")
+    stopper = Stopper(stopping, cadences, tmp_path, 45)
+    assert stopper.reason(45) == ""
+    stopper.note(50, {"val/loss": 2.5})
+    assert stopper.reason(50) == ""
+    stopper.note(60, {"val/loss": 2.5})
+    assert stopper.reason(60) == ""  # its total
+    assert Stopper(None, cadences, tmp_path, 45).reason(45) == ""
 
 
 def test_evaluations_of_a_cadence():

@@ -59,7 +59,13 @@ def test_splits_that_overlap(train, text, shared):
 
 
 def test_the_warning_of_an_overlap():
-    base = sources.fake(100, (2, 2, 1), 2)
-    [sentence] = overlap_warnings("train", {"val": "train[90%:]", "test": "test"}, base)
+    """Of training examples; a sampling that leaves out some of the split may leave out these."""
+    base, data = sources.fake(100, (2, 2, 1), 2), configs.default_config().data
+    [sentence] = overlap_warnings(data, {"val": "train[90%:]", "test": "test"}, base)
     assert sentence.startswith("the evaluation set val shares 10 of its 10 examples with the training split 'train': ")
-    assert overlap_warnings("gone", {"val": "train[90%:]"}, base) == []
+    data.sampling = "balanced"
+    assert overlap_warnings(data, {"val": "train[90%:]", "test": "test"}, base) == [sentence]
+    data.sampling = "subset('ids.npy')"
+    assert overlap_warnings(data, {"val": "train[90%:]"}, base) == []
+    data.sampling, data.train = "permutation", "gone"
+    assert overlap_warnings(data, {"val": "train[90%:]"}, base) == []
