@@ -207,4 +207,4 @@ def test_a_file_that_is_called_like_a_library(tmp_path, place):
     where = ROOT if config else tmp_path
     command = [sys.executable, str(ROOT / "launch.py"), *config, f"--workdir={tmp_path}/run", "--config.model=none"]
     done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
-    assert done.stderr.startswith("error: unknown model 'none'")
+    assert done.stderr.splitlines()[-1].startswith("error: unknown model 'none'")

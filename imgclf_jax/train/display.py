@@ -91,11 +91,11 @@ def model(spec: str, blocks: Sequence[summary.Block]) -> str:
         f" {row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}" for row in rows
     ]
     parameters = sum(block.parameters for block in blocks)
-    return "\n".join([f"{printable(spec)}: {parameters:,} parameters, {flops}FLOPs an image forward", *table])
+    return "\n".join([f"{printable(spec)}: {parameters:,} parameters, {flops}FLOPs an image", *table])
 
 
 def _shape(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
+    return "x".join(map(str, shape))
 
 
 def classes(names: Sequence[str], labels: np.ndarray | None, what: str = "classes") -> str:
@@ -107,7 +107,7 @@ def classes(names: Sequence[str], labels: np.ndarray | None, what: str = "classe
         each = ", ".join(f"{printable(name)} {count:,}" for name, count in zip(names, counts, strict=True))
         return f"{len(names)} {what}: {each}"
     least, most = counts.min(), counts.max()
-    return f"{len(names)} {what} of {least:,}{f' to {most:,}' if most > least else ''} examples"
+    return f"{len(names)} {what} of {least:,}{f' to {most:,}' if most > least else ''}"
 
 
 @dataclass
