@@ -1,4 +1,4 @@
-"""The image files of a request: its body's bytes, the parts of multipart/form-data, or base64 in JSON."""
+"""Reads the image files of a request: the raw body, parts of multipart/form-data, or base64 in JSON."""
 
 import asyncio
 import binascii
@@ -19,13 +19,13 @@ from imgclf_jax.tools.serve.limits import Limits, Refused, Share
 
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # or clients could fill the log
 
-_SLICE = 2**20  # characters of base64, which are decoded in a few milliseconds
+_SLICE = 2**20  # characters of base64, a few milliseconds to decode
 _WANTED = 'send {"image": "<base64>"}, or {"images": ["<base64>", ...]}'
 
 
 @dataclass(frozen=True)
 class Sent:
-    """The image files of a request, how messages call them, and whether their answer is a list even for one."""
+    """The image files of a request, their names in messages, and whether the answer is a list even for one."""
 
     images: list[bytes]
     names: list[str]
@@ -33,7 +33,7 @@ class Sent:
 
 
 class _Form(Protocol):
-    """Collects a body, part by part. Both raise Refused, with status 400 or 413."""
+    """Collects a body, part by part. Both methods raise Refused, with status 400 or 413."""
 
     def write(self, data: bytes) -> None: ...
 
@@ -41,7 +41,7 @@ class _Form(Protocol):
 
 
 class Bodies:
-    """Reads the bodies of requests. Small ones together take a bounded number of bytes, and so do large ones."""
+    """Reads the bodies of requests. Small bodies together take bounded memory, and so do large ones."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -50,7 +50,7 @@ class Bodies:
 
     @contextlib.asynccontextmanager
     async def read(self, request: Request, client: str) -> AsyncIterator[Sent]:
-        """The request's images. Raises Refused as soon as it is too long or too slow, or all together take too much."""
+        """Yields the images of a request. Raises Refused as soon as it is too long or slow, or memory runs out."""
         limits, size, share = self._limits, 0, self._small
         too_long = Refused(413, f"the body is longer than {limits.body_bytes:,} bytes; send a smaller image")
         length = request.headers.get("content-length", "")
@@ -61,21 +61,21 @@ class Bodies:
             try:
                 async with asyncio.timeout(limits.body_seconds):
                     async for part in request.stream():
-                        whole = size + len(part)
-                        if whole > limits.body_bytes:
+                        total = size + len(part)
+                        if total > limits.body_bytes:
                             raise too_long
-                        grows = share is self._small and whole > limits.small_body_bytes
-                        wanted, more = (self._large, whole) if grows else (share, len(part))
+                        grows = share is self._small and total > limits.small_body_bytes
+                        wanted, more = (self._large, total) if grows else (share, len(part))
                         if not wanted.take(client, more):
                             raise Refused(503, "too many bytes of images at once; try again in a second")
                         if grows:
                             share.give_back(client, size)
-                        size, share = whole, wanted
+                        size, share = total, wanted
                         form.write(part)
             except TimeoutError:
-                raise Refused(408, f"the body did not come within {limits.body_seconds:g} s") from None
+                raise Refused(408, f"the body did not arrive within {limits.body_seconds:g} s") from None
             if not size:
-                raise Refused(400, "the body is empty; it is to be the bytes of an image file")
+                raise Refused(400, "the body is empty; send the bytes of an image file")
             if share is self._small:
                 sent = form.finish()
             else:
@@ -94,7 +94,7 @@ def _form(content_type: str, most: int) -> _Form:
 
 
 class _Whole:
-    """An image file, or JSON. curl says that what it sends is a form, so the first byte tells JSON too."""
+    """An image file or JSON. curl declares any body a form, so a first byte of `{` means JSON, too."""
 
     def __init__(self, is_json: bool, most: int) -> None:
         self._parts: list[bytes] = []
@@ -110,7 +110,7 @@ class _Whole:
 
 
 def _from_json(body: bytes, most: int) -> Sent:
-    # As Python objects, 20 MB of brackets take a gigabyte. Base64 holds none of these, a data URL one comma.
+    # As Python objects, 20 MB of brackets take a gigabyte. Base64 has none of these, and a data URL one comma.
     if len(body) - len(body.translate(None, b"[{,")) > 2 * most + 8:
         raise Refused(413, f"the JSON holds more than {most} values; {_WANTED}, of at most {most} images")
     try:
@@ -142,7 +142,7 @@ def _decode(text: Any, name: str) -> bytes:
 
 @contextlib.contextmanager
 def _parsing() -> Iterator[None]:
-    """Raises Refused for what the parser cannot take, a boundary that is too long included."""
+    """Inside, turns errors of the parser, such as for a long boundary, into Refused."""
     try:
         yield
     except FormParserError as e:
@@ -150,7 +150,7 @@ def _parsing() -> Iterator[None]:
 
 
 class _Multipart:
-    """Each part is an image file, which is called as its file name or its field."""
+    """A form with an image file per part, named by its file name or its field."""
 
     def __init__(self, content_type: str, most: int) -> None:
         kind, options = parse_options_header(content_type)
@@ -192,6 +192,6 @@ class _Multipart:
         if not names:
             raise Refused(400, "the form has no image")
         images = []
-        while self._parts:  # one after the other, so that no more than one is there twice
+        while self._parts:  # one by one, so that at most one is in memory twice
             images.append(bytes(self._parts.pop(0)))
         return Sent(images, names, len(images) > 1 or fields == ["images"])

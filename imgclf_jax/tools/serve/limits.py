@@ -1,4 +1,4 @@
-"""Limits on requests, and what all requests share."""
+"""Limits on requests, and the shares of clients in what all requests use."""
 
 import contextlib
 from collections import Counter
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may take, and how many there may be."""
+    """The limits of a request and of all requests together."""
 
     body_bytes: int = 20_000_000
-    body_seconds: float = 15.0  # in which a client must have sent it
-    images: int = 64  # of one request
+    body_seconds: float = 15.0  # for sending the body
+    images: int = 64  # per request
     answer_seconds: float = 30.0
-    # What all requests share. A client may take no more of it than it leaves free.
-    requests: int = 256  # answered at once, once their bodies are here; one of several images counts as several
-    small_body_bytes: int = 256_000  # up to which a body is small
+    # Totals over all requests. A client may take no more than it leaves free.
+    requests: int = 256  # concurrent requests whose bodies have arrived; each image of a request counts
+    small_body_bytes: int = 256_000  # the largest small body
     small_bodies_bytes: int = 32_000_000
     large_bodies_bytes: int = 96_000_000
 
 
 class Refused(Exception):
-    """A request that is not answered: the HTTP status and one sentence."""
+    """Refuses a request with an HTTP status and one sentence."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -30,13 +30,13 @@ class Refused(Exception):
 
 
 class Share:
-    """A number of something that requests share. A client may take no more than it leaves free, so never the last."""
+    """A total that clients share. A client may take no more than it leaves free, so one never takes all."""
 
     def __init__(self, total: int) -> None:
         self._free, self._taken = total, Counter[str]()
 
     def take(self, client: str, number: int) -> bool:
-        """Whether the client may have so many more, and has them now."""
+        """Takes `number` more for the client; returns False, without taking any, if that is too many."""
         if self._taken[client] + number > self._free - number:
             return False
         self._free -= number
@@ -44,7 +44,7 @@ class Share:
         return True
 
     def give_back(self, client: str, number: int) -> None:
-        """The client has so many no longer."""
+        """Returns `number` that the client had taken."""
         self._free += number
         self._taken[client] -= number
         if not self._taken[client]:
@@ -52,7 +52,7 @@ class Share:
 
     @contextlib.contextmanager
     def held(self, client: str, number: int, message: str) -> Iterator[None]:
-        """So many are the client's, inside. Raises Refused with the message if it may have no more."""
+        """Inside, the client holds `number`. Raises Refused with the message if that is too many."""
         if not self.take(client, number):
             raise Refused(503, message)
         try:

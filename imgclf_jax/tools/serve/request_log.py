@@ -1,4 +1,4 @@
-"""The log of requests: a JSON object a line, in a file of bounded size or on standard error."""
+"""The request log: one JSON object per line, in a file of bounded size or on standard error."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ def open_log(file: str) -> Iterator[Write | None]:
 
 
 class RequestLog:
-    """Logs each request once it is answered: when, who, what, the status, and how long it took."""
+    """Logs the time, client, target, status and duration of each request once it is answered."""
 
     def __init__(self, app: ASGIApp, write: Write) -> None:
         self._app, self._write = app, write
