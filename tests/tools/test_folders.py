@@ -128,7 +128,7 @@ def test_names_that_hold_anything(tmp_path, capsys):
     capsys.readouterr()
     assert launch.main(["evaluate", run]) == 0
     classes = [row for row in rows() if len(row) == 5]  # of the second table; the first one is of scores
-    assert [row[0] for row in classes] == [printable(name) for name in names]
+    assert [row[0] for row in classes] == [printable(name) for name in names] * 2  # of two sets
     assert launch.main(["predict", run, str(tmp_path / "p")]) == 0
     files = [str(tmp_path / "p" / name / f"{file}.png") for name in names for file in sorted(NASTY)]
     found = rows()
