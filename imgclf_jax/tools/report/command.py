@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.models import summary
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run import record
 from imgclf_jax.run.provenance import read_json
@@ -39,6 +40,9 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
             sentence = f"method={config.method!r} trains no head, so this page omits everything that needs predictions."
             findings = Findings(step=model.step, missing=(sentence,))
             log.info("%s", sentence)
+        recipe = model.programs.recipe
+        blocks = summary.summarize(recipe.model, recipe.data.image_shape, recipe.parameters)
+        findings = dataclasses.replace(findings, blocks=tuple(blocks))
     else:
         findings = Findings(missing=("There is no checkpoint yet, so this page omits everything that needs a model.",))
         log.warning("%s", findings.missing[0])

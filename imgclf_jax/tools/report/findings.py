@@ -12,6 +12,7 @@ from imgclf_jax import metrics
 from imgclf_jax.core.errors import Untrusted, UserError
 from imgclf_jax.data import sources
 from imgclf_jax.data.stream import Images
+from imgclf_jax.models.summary import Block
 from imgclf_jax.scores.classification import Reliability, reliability, with_bootstrap, with_intervals
 from imgclf_jax.scores.multilabel import MultilabelScores
 from imgclf_jax.scores.regression import RegressionScores
@@ -55,6 +56,7 @@ class Findings:
     sets: tuple[Evaluated, ...] = ()
     augmented: Augmented | None = None
     missing: tuple[str, ...] = ()
+    blocks: tuple[Block, ...] = ()  # of the model
 
 
 def find(model: Trained, recorded: ConfigDict, fingerprints: Mapping[str, str] | None = None) -> Findings:

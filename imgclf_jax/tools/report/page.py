@@ -10,12 +10,15 @@ from typing import NamedTuple
 from imgclf_jax.config import KEYS, flatten
 from imgclf_jax.core.text import decimals, interval
 from imgclf_jax.core.typing import JsonMapping
+from imgclf_jax.models import summary
 from imgclf_jax.run.record import MAIN_METRICS, Record
 from imgclf_jax.tools.pages import html
 from imgclf_jax.tools.pages.html import paragraph, table, text
 from imgclf_jax.tools.report import curves as report_curves
 from imgclf_jax.tools.report import sets as report_sets
 from imgclf_jax.tools.report.findings import Evaluated, Findings
+
+_LONG = 24  # rows above which the table of blocks is closed
 
 
 class Section(NamedTuple):
@@ -29,7 +32,10 @@ class Section(NamedTuple):
 def page(run: Record, provenance: JsonMapping, findings: Findings, names: Sequence[str]) -> str:
     """Returns the page as HTML. `names` are the class names. All text from the run is escaped."""
     config = run.config
-    sections = [Section("curves", "Learning curves", report_curves.curves(run))]
+    sections = [
+        Section("model", "Model", _model(findings)),
+        Section("curves", "Learning curves", report_curves.curves(run)),
+    ]
     for i, evaluated in enumerate(findings.sets):
         inner = report_sets.set_section(evaluated, names, config.num_seeds)
         sections.append(Section(f"set-{i}", f"Evaluation set {evaluated.name}", inner))
@@ -100,6 +106,18 @@ def _summarize_set(one: Evaluated) -> str:
     if "low" in score:
         summary += f" ({decimals(score['value'])}, 95 % interval {interval(score['low'], score['high'])})"
     return f"{summary}."
+
+
+def _model(findings: Findings) -> str:
+    """Tabulates the model's blocks with their output shapes, parameters and FLOPs."""
+    if not findings.blocks:
+        return ""
+    *_, (_, _, parameters, flops) = rows = summary.rows(findings.blocks)
+    total = (
+        f"{parameters} parameters, {flops} FLOPs for the forward pass of an image: two per multiply-add of a matmul."
+    )
+    layers = table("Blocks of the model", summary.COLUMNS, rows)
+    return paragraph(total) + (html.details("Blocks", layers) if len(rows) > _LONG else layers)
 
 
 def _configuration(run: Record) -> str:

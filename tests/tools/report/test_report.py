@@ -17,6 +17,7 @@ import launch
 from imgclf_jax.augment import ops
 from imgclf_jax.augment.pixels import to_pixels
 from imgclf_jax.core import rng
+from imgclf_jax.core.text import decimals
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
@@ -151,8 +152,8 @@ def test_top_losses_are_those_of_a_loop(page, predictions):
     assert len(shown) == report_findings.TOP_LOSSES < len(predictions)
     for item, row in zip(shown, ranked, strict=False):
         p = label_probability(row)
-        other = f"taken for {row['class_1']} ({float(row['probability_1']):.3f})"
-        assert item == (f"{row['label']} ({p:.3f}), {'correct' if row['correct'] == 'True' else other}, "
+        other = f"taken for {row['class_1']} ({decimals(float(row['probability_1']))})"
+        assert item == (f"{row['label']} ({decimals(p)}), {'correct' if row['correct'] == 'True' else other}, "
                         f"loss {-math.log(p):.3g}{row['example']}Right: occlusion for {row['class_1']}")  # fmt: skip
     assert any(", correct, loss" in item for item in shown)
     wrong = sum(row["correct"] == "False" for row in predictions)
@@ -190,7 +191,7 @@ def test_it_is_well_formed_and_refers_to_nothing(text, page):
         assert not any(name.startswith("on") for name in attributes)
     places = {attributes.get("id") for _, attributes in page.tags}
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
-    assert len(links) == 6
+    assert len(links) == 7
     assert {link.removeprefix("#") for link in links} <= places
     for name in NAMES:  # unchanged for who reads the page
         assert name in page.tables["Confusion matrix on test"][1]
@@ -203,7 +204,7 @@ def test_it_can_be_read_aloud(page):
     assert levels.count(1) == 1
     assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
     tables = [tag for tag, _ in page.tags if tag == "table"]
-    assert len(tables) == len([tag for tag, _ in page.tags if tag == "caption"]) == len(page.tables) == 6
+    assert len(tables) == len([tag for tag, _ in page.tags if tag == "caption"]) == len(page.tables) == 7
     assert all(own.get("scope") in ("col", "row", "colgroup", "rowgroup") for tag, own in page.tags if tag == "th")
     assert all(own["alt"] for tag, own in page.tags if tag == "img")
     assert all(own.get("aria-label") or own.get("aria-hidden") for tag, own in page.tags if tag == "svg")
@@ -221,6 +222,17 @@ def test_curves_and_origin(trained, page):
         assert fact in page.text
     assert ["batch_size", "9", "128"] in page.tables["Keys that differ from their defaults"]
     assert f"uv run launch.py evaluate --workdir={trained} --checkpoint=24" in page.text
+
+
+def test_the_model_has_its_blocks(trained, page):
+    """Their parameters add up to those of the run, and their FLOPs to two per multiply-add of its two layers."""
+    head, *blocks, total = page.tables["Blocks of the model"]
+    model = load(trained)
+    assert head == ["block", "output", "parameters", "FLOPs"]
+    assert total[2] == f"{sum(x.size for x in jax.tree.leaves(model.state.params)):,}"
+    assert sum(int(row[2].replace(",", "")) for row in blocks) == int(total[2].replace(",", ""))
+    flops = 2 * (8 * 8 * 3 * 4 + 4 * 3)
+    assert f"{total[2]} parameters, {flops / 1000:.3g} k FLOPs for the forward pass" in page.text
 
 
 def test_draws_are_those_of_training(trained, page):

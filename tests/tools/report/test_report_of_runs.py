@@ -96,7 +96,7 @@ def test_where_the_data_are_gone(copy, text, capsys):
     page = Page(reported(copy))
     assert "The data cannot be opened, so this page omits everything that needs them: " in page.text
     assert "/nowhere/at/all" in page.text
-    assert list(page.tables) == ["Keys that differ from their defaults"]
+    assert list(page.tables) == ["Blocks of the model", "Keys that differ from their defaults"]
     assert page.items == [item for item in Page(text).items if ", loss " not in item]
     accuracy = json.loads((copy / "result.json").read_text())["test"]["accuracy"]
     assert f"copy: test accuracy {accuracy:.4f}" in page.text
