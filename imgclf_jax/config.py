@@ -173,6 +173,11 @@ KEYS: dict[str, tuple[Value, str]] = {
     "log_every": ("50 steps", "How often to log training metrics; empty: never."),
     "eval_every": ("1 epochs", "How often to evaluate on every set of `data.eval`; empty: only at the end."),
     "checkpoint_every": ("1 epochs", "How often to save a checkpoint; empty: only at the end."),
+    "watchdog": (
+        "",
+        "End the process if no step, batch or evaluation ends in this time, so that a cluster restarts it: '10 min'; "
+        "empty: never.",
+    ),
     "check_every": (
         "",
         "How often to compute a step twice and compare every bit, to find silent data corruption: '1000 steps'; empty: "
@@ -229,7 +234,7 @@ def flag_for(name: str) -> str:
 # Keys of where and how a run computes: a resumed run may change them. `mesh` and `shard` are among them, although
 # another number of devices changes results by rounding.
 LOCATION_KEYS = ("data.data_dir", "data.manual_dir", "data.placement", "data.threads", "steps_per_call", "tensorboard",
-                 "log_images", "writers", "mesh", "shard", "rules.shard")  # fmt: skip
+                 "log_images", "writers", "watchdog", "mesh", "shard", "rules.shard")  # fmt: skip
 
 CADENCES = ("log_every", "eval_every", "checkpoint_every")
 
@@ -400,6 +405,7 @@ def validate(config: ConfigDict) -> None:
     if config.check_every.strip() and not config.deterministic:
         raise UserError(f"check_every={config.check_every!r} compares two computations of a step, which may differ "
                         "with deterministic=False; set deterministic=True, or check_every=''")  # fmt: skip
+    seconds(config.watchdog, "watchdog")
     steps = period(config.total, "total", 1000, 10)
     if steps is None or steps <= 0:
         raise UserError(f"total={config.total!r}: must be a duration above zero, such as '5 epochs'")
@@ -491,6 +497,19 @@ def steps(text: str, key: str, examples: int, batch_size: int, total: int | None
     if key == "total" and count >= 2**31:  # the step is an int32
         raise UserError(f"{key}={text!r} is {count:,} steps; a run must have fewer than 2**31")
     return count
+
+
+_TIME = re.compile(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*(s|min|h)\s*")
+
+
+def seconds(text: str, key: str) -> float:
+    """The seconds of a time such as '90 s', '10 min' or '2 h'; 0 for empty text."""
+    if not text.strip():
+        return 0.0
+    match = _TIME.fullmatch(text)
+    if not match or not float(match[1]):
+        raise UserError(f"{key}={text!r} is not a time above zero; write '90 s', '10 min' or '2 h'")
+    return float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]
 
 
 def is_due(step: int, every: Fraction | None) -> bool:

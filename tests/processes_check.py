@@ -31,7 +31,12 @@ LONG = (*SMALL, "--config.model=mlp(widths=(32,))", "--config.total=5000 steps",
 
 
 def start(
-    workdir: Path, processes: int, devices: int, overrides: tuple[str, ...], last: tuple[str, ...] = ()
+    workdir: Path,
+    processes: int,
+    devices: int,
+    overrides: tuple[str, ...],
+    last: tuple[str, ...] = (),
+    heartbeat: int = 10,
 ) -> list[subprocess.Popen]:
     """The processes of a run, on so many virtual CPU devices each; what they say goes to `workdir`.log.NUMBER.
 
@@ -46,7 +51,7 @@ def start(
         words = [sys.executable, str(ROOT / "launch.py"), "train", f"--workdir={workdir}", *overrides]
         if processes > 1:
             words += [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={number}",
-                      "--heartbeat=10"]  # fmt: skip
+                      f"--heartbeat={heartbeat}"]  # fmt: skip
         words += last if number == processes - 1 else ()
         with open(f"{workdir}.log.{number}", "a") as log:
             environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu",

@@ -162,6 +162,24 @@ def test_processes_that_were_given_something_else(tmp_path, last, sentence):
     assert not workdir.exists() or not any(workdir.iterdir())
 
 
+@pytest.mark.thorough
+def test_the_watchdog_names_the_process_that_is_stopped(tmp_path):
+    """SIGSTOP of one of two; the other ends in a few seconds with its number, before any heartbeat is missed."""
+    started = check.start(tmp_path / "run", 2, 1, (*check.LONG, "--config.watchdog=5 s"), heartbeat=100)
+    try:
+        end = time.monotonic() + 180
+        while not list((tmp_path / "run").glob("checkpoints/[0-9]*")) and time.monotonic() < end:
+            time.sleep(0.2)
+        started[1].send_signal(signal.SIGSTOP)
+        assert started[0].wait(60) == 1
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    log = Path(f"{tmp_path}/run.log.0").read_text()
+    assert re.search(r"nothing has happened for \d+ s \(watchdog\) .*; process 1 gives no sign of life", log)
+
+
 def start_two(program: str, *words: str, **streams: int) -> list[subprocess.Popen]:
     """Starts two processes of a Python program, which gets its process index, a port, and these arguments."""
     with check.socket.socket() as free:

@@ -107,6 +107,8 @@ def _run(argv: list[str], program: str, program_command: list[str]) -> int:
         words.check_no_files(name, rest)
     if command.config_from == "none":
         files = words.only_files(name, rest)
+        if not command.distributed:
+            return int(_module(name).main(files, **options))
         process_flags: list[Any] = [options.pop(flag) for flag in table.PROCESSES]
         agreed = {"command": name, **{f"--{flag}": value for flag, value in options.items()}, "files": files}
         with _join(agreed, *process_flags):

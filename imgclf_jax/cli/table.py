@@ -122,6 +122,12 @@ COMMANDS: Mapping[str, Command] = {
         examples=("runs/rates", "runs/rates --test --html rates.html", "runs/a runs/b --format csv > both.csv"),
         formats=("table", "csv", "json"),
     ),
+    "status": Command(
+        "show how far runs are, what went wrong, and where their time went", "none", ("format",), "DIR",
+        more="The command finds every run below DIR. Goodput is the fraction of the wall time, over all restarts of a "
+             "run, that went into training steps. For one run, a second table has the time by phase.",
+        examples=("runs/a", "runs", "runs/a --format json"),
+    ),
     "features": Command(
         "write the network's features for images: one vector each, with names and labels", "run or weights",
         ("workdir", "checkpoint", "output", "split", "trust", *PROCESSES), "[FILE|DIR|GLOB|-]",

@@ -234,9 +234,9 @@ def _get(call: int, what: str, process: int, wait: float) -> Json:
     return value
 
 
-def publish(name: str, value: Json) -> None:
-    """Publishes a JSON value to all processes. A name can be used once."""
-    _client().key_value_set(f"imgclf_jax/put/{name}", json.dumps(value))
+def publish(name: str, value: Json, again: bool = False) -> None:
+    """Publishes a JSON value to all processes. A name can be used once, unless `again`."""
+    _client().key_value_set(f"imgclf_jax/put/{name}", json.dumps(value), allow_overwrite=again)
 
 
 def published(folder: str) -> JsonObject:

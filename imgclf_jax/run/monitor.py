@@ -18,6 +18,7 @@ from imgclf_jax.core import places, processes
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Chunk, PyTree
 from imgclf_jax.run import terminal
+from imgclf_jax.run.phases import Phases
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,10 @@ class Monitor:
     The profiler traces the steps of `profile` = (first, end) into `folder`/profile.
     """
 
-    def __init__(self, start: int, total: int, images_a_step: int, profile: tuple[int, int] | None, folder: Path):
+    def __init__(
+        self, start: int, total: int, images_a_step: int, profile: tuple[int, int] | None, folder: Path, phases: Phases
+    ):
+        self.phases = phases
         self.throughput = Throughput(images_a_step)
         self.edges: tuple[int, ...] = ()  # the first and last step of the trace, where a call must end
         self._folder = folder / "profile"
@@ -59,14 +63,17 @@ class Monitor:
         first = True
         while True:
             before = time.perf_counter()
+            self.phases.enter("input")
             item = next(chunks, None)
             if item is None:
+                self.phases.enter("other")
                 return
             if first:
                 self.throughput.restart()
             idle = not self._in_flight or self._in_flight[-1].is_ready()  # else the device was busy all the time
             waited = time.perf_counter() - before if idle and not first else 0.0
             self.throughput.count_steps(len(item[0]), waited)
+            self.phases.enter("steps", counted_as="" if idle else "steps")
             if self.edges and item[0].start == self.edges[0] and not processes.index():
                 self._wait()
                 options = jax.profiler.ProfileOptions()
@@ -83,6 +90,7 @@ class Monitor:
         self._in_flight.append(result)
         if len(self._in_flight) > _MOST_IN_FLIGHT:
             self._in_flight.popleft().block_until_ready()
+        self.phases.enter("steps", steps.stop)
         if self._bar:
             self._bar[0].update(self._bar[1], completed=steps.stop)
         if self.edges and steps.stop == self.edges[1] and not processes.index():
@@ -94,7 +102,9 @@ class Monitor:
     def paused(self) -> Iterator[None]:
         """Inside, the clock stops, since the time is not training time."""
         self.throughput.pause()
+        self.phases.enter("other")
         yield
+        self.phases.enter("steps")
         self.throughput.resume()
 
     def lap(self) -> dict[str, float]:

@@ -2,13 +2,13 @@
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from imgclf_jax import config as configs
 from imgclf_jax import diagnose
 from imgclf_jax.core import processes, signals
 from imgclf_jax.core.stopping import Stopping, stopping
@@ -18,10 +18,13 @@ from imgclf_jax.losses import Task
 from imgclf_jax.run import writers
 from imgclf_jax.run.digests import Digests
 from imgclf_jax.run.early_stopping import Stopper
+from imgclf_jax.run.goodput import TimeRecord
 from imgclf_jax.run.monitor import Monitor
+from imgclf_jax.run.phases import Phases
 from imgclf_jax.run.record import read_contradictions
 from imgclf_jax.run.skipped import Rollback, Skipped
 from imgclf_jax.run.terminal import format_metrics
+from imgclf_jax.run.watchdog import Watchdog
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import MetricsWriter
 from imgclf_jax.step import FIRST_STEPS, PER_STEP, TrainState, jump
@@ -50,24 +53,27 @@ def main(
     called with each step of digests.jsonl and its SHA-256. Raises UserError for what the user can fix, and for a loss
     that is not finite.
     """
-    began = time.perf_counter()
+    phases = Phases()
+    watchdog = Watchdog(configs.seconds(config.watchdog, "watchdog"), workdir.path, phases)
     with contextlib.ExitStack() as held:
         processes.broadcast_from_process_0("holding the work directory", lambda: held.enter_context(workdir.held()))
         workdir.check_shared()
+        held.enter_context(watchdog.watching())
         replays = Replays(config, workdir.path)
         while True:
             try:
-                return _train_from_latest(config, workdir, profile, extend, grace, adjusted, noted, replays, began)
+                return _train_from_latest(config, workdir, profile, extend, grace, adjusted, noted, replays, phases)
             except Again:
-                pass
+                phases.enter("setup")
             except Rollback as e:
                 log.warning("%s: steps %d to %d are left out, and the run goes back to step %d or before", e, e.first,
                             e.until - 1, e.first)  # fmt: skip
+                phases.enter("setup")
 
 
 def _train_from_latest(
     config: ConfigDict, workdir: Workdir, profile: tuple[int, int] | None, extend: bool, grace: float,
-    adjusted: Callable[[Run], Run], noted: Callable[[int, str], None], replays: Replays, began: float,
+    adjusted: Callable[[Run], Run], noted: Callable[[int, str], None], replays: Replays, phases: Phases,
 ) -> int:  # fmt: skip
     """Trains the run from its latest checkpoint on, see `main`. Raises Rollback or Again if it has to go back."""
     run = adjusted(set_up(config, workdir, extend))
@@ -84,12 +90,13 @@ def _train_from_latest(
             log.warning("the record of the run contradicts itself: %s", sentence)
         return 0
     processes.broadcast_from_process_0("looking at the result", lambda: workdir.drop_later_result(run.start))
-    monitor = Monitor(run.start, total, config.batch_size * config.num_seeds, profile, workdir.path)
+    monitor = Monitor(run.start, total, config.batch_size * config.num_seeds, profile, workdir.path, phases)
     writer = MetricsWriter(workdir.path, run.start, config)
     with contextlib.ExitStack() as files:
         skipped = Skipped(workdir.path, run.start, run.state.guard, config.seed)
         digests = Digests(workdir.path, run.start, run.cadences.last, noted)
-        for file in (writer, skipped, digests):
+        times = TimeRecord(workdir.path, run.start, phases)
+        for file in (writer, skipped, digests, times):
             files.callback(file.close)
         digests.record(run.start, run.state.params)
         shows = config.log_images and processes.count() == 1
@@ -97,7 +104,7 @@ def _train_from_latest(
             writer.write_images(0, pictures.first_batch(run.programs, run.images))  # while the program compiles
         try:
             with monitor, stopping(run.checkpoints.unsaved, grace) as stop:
-                trained = train(run, monitor, writer, digests, skipped, replays, stopper, stop, began)
+                trained = train(run, monitor, writer, digests, skipped, replays, times, stopper, stop)
         except signals.Stopped as e:
             log.warning("%s: stopped before the first step, nothing is lost; run the same command again", e)
             return 128 + signals.number(str(e))
@@ -114,7 +121,8 @@ def _train_from_latest(
         results = evaluate_all(run.programs, state, run.evals) if recorded is None else recorded
         guard = state.guard
         left_out = 0 if guard is None else int(np.sum(jax.device_get(guard.skipped)))
-        _report(run, digests, results, left_out, monitor, began, last, stopped)
+        times.update(last, now=True)
+        _report(run, digests, results, left_out, monitor, last, stopped)
         if shows:
             writer.write_images(last, pictures.highest_losses(run.programs, state, run.evals))
         return 0
@@ -122,7 +130,7 @@ def _train_from_latest(
 
 def train(
     run: Run, monitor: Monitor, writer: MetricsWriter, digests: Digests, skipped: Skipped, replays: Replays,
-    stopper: Stopper, stop: Stopping, began: float,
+    times: TimeRecord, stopper: Stopper, stop: Stopping,
 ) -> tuple[int, TrainState, Results, str] | None:  # fmt: skip
     """The training loop: (last step, its state, results of the last evaluation, why it stopped early or "").
 
@@ -132,7 +140,7 @@ def train(
     state, window, step = run.state, run.window, run.start
     results: Results | None = None
     if run.start and cadences.due(run.start).eval and not writer.evaluated:  # a signal had cut this evaluation short
-        results = _evaluate(run, state, run.start, writer, stopper, stop)
+        results = _evaluate(run, state, run.start, writer, monitor, stopper, stop)
         if results is None:
             return None
         if config.checkpoint.best:
@@ -141,14 +149,11 @@ def train(
 
     edges, stopped = (*monitor.edges, *digests.edges, *replays.edges), stopper.reason(run.start)
     ranges = cadences.ranges(run.start, programs.steps_per_call, edges, dict(skipped.left_out)) if not stopped else ()
-    chunks = _when_compiled(programs.chunks(run.images, ranges), run, stop, began)
+    chunks = _when_compiled(programs.chunks(run.images, ranges), run, monitor, stop)
     for steps, chunk in monitor.watch(chunks):
         if steps.start > step:
             state = jump(state, steps.start)
-        before, sums = replays.copy_before(steps, state), window
-        state, window = programs.train(state, sums, chunk, np.int32(len(steps)))
-        if before is not None:
-            replays.check(steps, before, sums, chunk, state)
+        state, window = replays.train(state, window, chunk, steps)
         monitor.called(steps, window["steps"])
         step, due = steps.stop, cadences.due(steps.stop)
         signal = stop()  # asked once: a signal from here on waits for the next call, or cuts the evaluation short
@@ -165,19 +170,22 @@ def train(
                 _log_training(run, step, _means(done, programs.recipe.task) | monitor.lap(), writer)
                 window = programs.zero_sums()
             if due.eval:
-                results = _evaluate(run, state, step, writer, stopper, stop)
+                results = _evaluate(run, state, step, writer, monitor, stopper, stop)
                 signal = signal or (stop() if results is None else "")
                 stopped = stopper.reason(step)
             if due.checkpoint or signal or stopped or (due.eval and config.checkpoint.best):
+                monitor.phases.enter("checkpoint", step)
                 writer.flush()  # so that no checkpoint on disk is ahead of its metrics
                 digests.record(step, state.params)
                 scores = _scores(results) if due.eval and results else {}
                 checkpoints.save(step, {"state": state, "sums": window}, scores)
+            times.update(step, now=bool(due.checkpoint or signal or stopped))
             if stopped:
                 break
             if signal and (step < cadences.total or results is None):
                 checkpoints.close()
                 return None
+    monitor.phases.enter("checkpoint", step)
     checkpoints.close()
     return (step, state, results or {}, stopped) if stopped or step == cadences.total else None
 
@@ -207,15 +215,27 @@ def _check_steps(
 
 
 def _evaluate(
-    run: Run, state: TrainState, step: int, writer: MetricsWriter, stopper: Stopper, stop: Stopping
+    run: Run, state: TrainState, step: int, writer: MetricsWriter, monitor: Monitor, stopper: Stopper,
+    stop: Stopping,
 ) -> Results | None:
     """Evaluates, logs and writes the metrics; None if a signal cut it short: then the resumed run repeats it."""
+    phases = monitor.phases
+
+    def stop_or_beat() -> str:
+        phases.beat()
+        return stop()
+
     try:
+        phases.enter("compile", step)
         signals.wait_for(run.eval_compiled, stop.waiting)
+        phases.enter("processes")
         stop.wait_for_all("compiled-eval")
-        results = evaluate_all(run.programs, state, run.evals, stop)
+        phases.enter("evaluation")
+        results = evaluate_all(run.programs, state, run.evals, stop_or_beat)
     except signals.Stopped:
         return None
+    finally:
+        phases.enter("other")
     for row in run.rows.evaluations(step, results):
         log.info("%s", row)
     writer.write_scalars(step, _scores(results))
@@ -238,16 +258,19 @@ def _recorded(run: Run, last: int) -> Results | None:
 
 
 def _when_compiled(
-    chunks: Iterable[tuple[range, Chunk]], run: Run, stop: Stopping, began: float
+    chunks: Iterable[tuple[range, Chunk]], run: Run, monitor: Monitor, stop: Stopping
 ) -> Iterator[tuple[range, Chunk]]:
     """Yields the chunks once the program is compiled. Raises signals.Stopped if a signal comes before."""
     for number, one in enumerate(chunks):
         if number == 0:
+            monitor.phases.enter("compile")
             seconds = signals.wait_for(run.compiled, stop.waiting)
+            monitor.phases.enter("processes")
             stop.wait_for_all("compiled")  # on CPU, collectives time out after half a minute
+            monitor.phases.enter("input")
             signals.check(stop)  # also a point before the first step, which another process may be in
             log.info("compiled in %.2f s; the first step begins %.2f s after the command", seconds,
-                     time.perf_counter() - began)  # fmt: skip
+                     monitor.phases.since_main)  # fmt: skip
             log.info("%s", run.rows.header())
         yield one
 
@@ -276,7 +299,7 @@ def _means(window: dict[str, np.ndarray], task: Task) -> dict[str, float]:
 
 
 def _report(
-    run: Run, digests: Digests, results: Results, skipped: int, monitor: Monitor, began: float, total: int, stopped: str
+    run: Run, digests: Digests, results: Results, skipped: int, monitor: Monitor, total: int, stopped: str
 ) -> None:
     """Writes result.json and prints the results.
 
@@ -286,7 +309,7 @@ def _report(
     result = {
         "step": total,
         "epochs": round(total * run.config.batch_size / len(run.images), 4),
-        "seconds": round(time.perf_counter() - began, 2),  # of this process, from the start of `main`
+        "seconds": round(monitor.phases.since_main, 2),  # of this process, from the start of `main`
         "images_per_second": round(pace.steps * pace.batch_size / pace.seconds, 1) if pace.steps else None,
         "params_sha256": digests.sha256(),
         **({"skipped": skipped} if skipped else {}),

@@ -19,8 +19,9 @@ from imgclf_jax import metrics
 from imgclf_jax.core import processes
 from imgclf_jax.core.checksums import Checksums
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import Chunk, State
+from imgclf_jax.core.typing import Chunk
 from imgclf_jax.run import writers
+from imgclf_jax.step import TrainState
 from imgclf_jax.train.setup import Run
 
 log = logging.getLogger(__name__)
@@ -67,12 +68,18 @@ class Replays:
             found += [step - 1, step]
         return found
 
-    def copy_before(self, steps: range, state: State) -> State | None:
-        """A copy of the state before `steps`, if they are one step that is replayed; else None."""
+    def train(
+        self, state: TrainState, window: metrics.Sums, chunk: Chunk, steps: range
+    ) -> tuple[TrainState, metrics.Sums]:
+        """Calls the train program for `steps`, (state, sums) → (state, sums); twice for a step that is due."""
         due = self._period and len(steps) == 1 and configs.is_due(steps.stop, self._period)
-        return self._copy(state) if due else None
+        before = self._copy(state) if due else None
+        state, sums = self._run.programs.train(state, window, chunk, np.int32(len(steps)))
+        if before is not None:
+            self.check(steps, before, window, chunk, state)
+        return state, sums
 
-    def check(self, steps: range, before: State | None, window: metrics.Sums, chunk: Chunk, state: State) -> None:
+    def check(self, steps: range, before: TrainState, window: metrics.Sums, chunk: Chunk, state: TrainState) -> None:
         """Computes the step again from `before`, whose buffers are donated, and compares the result with `state`.
 
         Raises UserError, or Again after a rollback, if a bit differs.

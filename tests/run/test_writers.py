@@ -21,6 +21,7 @@ from imgclf_jax.config import default_config
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.run import monitor, provenance, terminal, writers
+from imgclf_jax.run.phases import Phases
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.train import loop as train
 
@@ -345,7 +346,7 @@ def test_no_progress_elsewhere(monkeypatch):
     """Piped output has log lines and no control characters."""
     stream = io.StringIO()
     monkeypatch.setattr(terminal, "console", lambda: Console(file=stream))
-    with monitor.Monitor(0, 10, 8, None, Path("run")) as watching:
+    with monitor.Monitor(0, 10, 8, None, Path("run"), Phases()) as watching:
         watching.called(range(0, 5), jax.numpy.zeros(()))
         with watching.paused():
             watching.lap()

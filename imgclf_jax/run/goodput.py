@@ -1,0 +1,77 @@
+"""time.jsonl: where the time of a run went, over all the processes that trained it.
+
+A line is {"step": 900, "first": 450, "began": …, "at": …, "seconds": {"steps": 31.2, "input": 0.4, …}}: a process that
+began at the Unix time `began` with step `first`, and what it had done by the time `at`. The last line of a process is
+what counts.
+"""
+
+import contextlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from imgclf_jax.core import processes
+from imgclf_jax.core.typing import JsonMapping
+from imgclf_jax.run import writers
+from imgclf_jax.run.phases import PHASES, Phases
+
+NAME = "time.jsonl"
+_EVERY = 10.0  # seconds between two lines at least, but for checkpoints and the end
+
+
+class TimeRecord:
+    """Writes time.jsonl in `folder` for a process that trains from step `first`. Process 0 alone writes."""
+
+    def __init__(self, folder: Path, first: int, phases: Phases):
+        self._first, self._phases, self._written = first, phases, 0.0
+        self._file: writers.RecordFile | None = None
+        if not processes.index():
+            with writers.naming_errors(str(folder / NAME)):
+                self._file = writers.RecordFile(folder / NAME, last_of_each(writers.read_metrics(folder / NAME)))
+
+    def update(self, step: int, now: bool = False) -> None:
+        """Appends a line, `now` or if the last one is some seconds old."""
+        if self._file is not None and (now or time.monotonic() - self._written > _EVERY):
+            seconds, began, self._written = self._phases.totals(), self._phases.began, time.monotonic()
+            at = round(began + sum(seconds.values()), 3)
+            self._file.write({"step": step, "first": self._first, "began": began, "at": at, "seconds": seconds})
+
+    def close(self) -> None:
+        """Closes the file."""
+        with contextlib.suppress(Exception):
+            if self._file:
+                self._file.close()
+
+
+def last_of_each(lines: Sequence[JsonMapping]) -> list[JsonMapping]:
+    """The last whole line of each process, in the order in which they began."""
+    found = {line["began"]: line for line in lines if {"first", "began", "at", "seconds"} <= line.keys()}
+    return [found[began] for began in sorted(found)]
+
+
+def sum_up(lines: Sequence[JsonMapping]) -> dict[str, float]:
+    """The seconds of a run by phase, from the first process's start to the last line; they add up to this time.
+
+    `recomputed` are steps that were done again after a kill, `idle` is the time between processes, with what a killed
+    process did after its last line.
+    """
+    runs = last_of_each(lines)
+    total = dict.fromkeys((*PHASES, "recomputed", "idle"), 0.0)
+    for number, run in enumerate(runs):
+        for name, seconds in run["seconds"].items():
+            total[name if name in total else "other"] += seconds
+        if number + 1 < len(runs):
+            following = runs[number + 1]
+            total["idle"] += max(0.0, following["began"] - run["at"])
+            done, lost = run["step"] - run["first"], run["step"] - following["first"]
+            if done > 0 and lost > 0:
+                again = run["seconds"].get("steps", 0.0) * min(1.0, lost / done)
+                total["recomputed"] += again
+                total["steps"] -= again
+    return total
+
+
+def goodput(total: JsonMapping) -> float:
+    """The fraction of the wall time in which the run made progress: `steps` of the whole."""
+    whole = sum(total.values())
+    return float(total["steps"] / whole) if whole else 0.0

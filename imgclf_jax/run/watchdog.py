@@ -1,0 +1,127 @@
+"""Ends a process in which nothing happens, so that a cluster starts it again: the key `watchdog`."""
+
+import contextlib
+import faulthandler
+import logging
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from imgclf_jax.core import processes, signals
+from imgclf_jax.core.text import printable
+from imgclf_jax.core.typing import JsonObject
+from imgclf_jax.run.phases import Phases
+
+log = logging.getLogger(__name__)
+
+_SAVING = 5.0  # seconds to write the stacks
+PATIENCE = 6  # times the limit, in phases that may take long without a sign of life
+_PATIENT = ("import", "setup", "compile", "checkpoint", "processes")
+WAITS_FOR = {
+    "setup": "the set-up of the run: its data, its weights or its checkpoint",
+    "compile": "the compiler",
+    "input": "the next batch: its source or its preprocessing",
+    "steps": "the devices to compute",
+    "evaluation": "the next batch of an evaluation, or the devices to compute it",
+    "checkpoint": "a checkpoint to be saved: the disk",
+    "processes": "the other processes",
+}
+
+
+class Watchdog:
+    """Watches, inside `watching`, that `phases` are entered, or `beat`, at least every `limit` seconds.
+
+    Else it writes the stacks of all threads to `folder`/hang-PROCESS.txt, and ends the process with status 1 and a line
+    that says what it waits for. Of several processes, the line names the one that lags. Set-up, compilation and
+    checkpoints may take PATIENCE times the limit. A `limit` of 0 watches nothing.
+    """
+
+    def __init__(self, limit: float, folder: Path, phases: Phases):
+        self._limit, self._folder, self._phases = limit, folder, phases
+        self._poll = min(5.0, max(0.05, limit / 10))
+        self._ended = threading.Event()
+        self._published = 0
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watches while inside."""
+        if not self._limit:
+            yield
+            return
+        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._phases.beat()
+        thread.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            thread.join()
+            faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._poll):
+            phase, alive = self._phases.phase, self._phases.alive
+            limit = self._limit * (PATIENCE if phase in _PATIENT else 1)
+            if sys.__stderr__ is not None and sys.__stderr__.fileno() == 2:
+                # If native code hangs with the GIL, this thread hangs too, and then a timer in C ends the process.
+                faulthandler.dump_traceback_later(2 * PATIENCE * self._limit, exit=True, file=2)
+            self._publish()
+            if time.monotonic() - alive > limit and self._phases.alive == alive:
+                self._end(phase, time.monotonic() - alive)
+
+    def _end(self, phase: str, seconds: float) -> None:
+        waits_for = WAITS_FOR.get(phase, phase)
+        line = (f"nothing has happened for {seconds:.0f} s (watchdog) after step {self._phases.step}: the process "
+                f"waits for {waits_for}{self._others()}")  # fmt: skip
+        file, saved = self._folder / f"hang-{processes.index()}.txt", threading.Event()
+        stacks = format_stacks()
+
+        def save() -> None:  # in a thread: the disk may be what hangs
+            file.write_text(f"{line}\n\n{stacks}", encoding="utf-8")
+            saved.set()
+
+        threading.Thread(target=save, name="hang", daemon=True).start()
+        where = f"the stacks of all threads are in {printable(str(file))}"
+        if not saved.wait(_SAVING):
+            log.error("%s", stacks)
+            where = "the stacks of all threads are above, since the work directory cannot be written"
+        signals.leave(1, f"error: {line}; {where}; run the same command again")
+
+    def _publish(self) -> None:
+        if processes.count() > 1:
+            self._published += 1
+            said = {"step": self._phases.step, "phase": self._phases.phase, "number": self._published}
+            with contextlib.suppress(Exception):  # the service may be what has ended
+                processes.publish(f"alive/{processes.index()}", said, again=True)
+
+    def _others(self) -> str:
+        """Which other processes are stopped, or behind this one, in words."""
+        if processes.count() == 1:
+            return ""
+        try:
+            before = processes.published("alive")
+            time.sleep(3 * self._poll)
+            now: JsonObject = processes.published("alive")
+        except Exception:
+            return ", and the coordination service does not answer"
+        others = {name: said for name, said in now.items() if name != str(processes.index())}
+        if stopped := [name for name, said in others.items() if said == before.get(name)]:
+            return f"; process {', '.join(sorted(stopped, key=int))} gives no sign of life"
+        behind = sorted((said["step"], int(name), said["phase"]) for name, said in others.items())
+        if behind and behind[0][0] < self._phases.step:
+            step, name, phase = behind[0]
+            return f"; process {name} is behind, at step {step}, where it waits for {WAITS_FOR.get(phase, phase)}"
+        return f"; the others wait for {', '.join(sorted({WAITS_FOR.get(p, p) for _, _, p in behind}))}"
+
+
+def format_stacks() -> str:
+    """The Python stacks of all other threads of this process, as text."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(
+        f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+        if ident != threading.get_ident()
+    )

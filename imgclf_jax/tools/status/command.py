@@ -1,0 +1,138 @@
+"""The command `status`: how far runs are, how they fare, and where their time goes. It reads records and starts no JAX
+backend."""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.typing import JsonObject
+from imgclf_jax.run import goodput, lock, record, skipped, terminal, writers
+from imgclf_jax.run.record import Record
+
+log = logging.getLogger(__name__)
+
+CORRUPTION = "corruption.jsonl"
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the files of a run say of it."""
+
+    name: str
+    state: str  # "done", "running", "stopped" or "not begun"
+    step: int  # the last that is recorded
+    total: int | None
+    checkpoint: int | None  # the step of the latest one
+    images_per_second: float | None  # at the latest log line
+    seconds_left: float | None  # for a run that trains now, by its pace until now
+    seconds: dict[str, float]  # by phase: see `goodput.sum_up`
+    health: list[str]  # sentences on what went wrong
+
+    @property
+    def goodput(self) -> float | None:
+        """The fraction of the wall time spent on training steps."""
+        return goodput.goodput(self.seconds) if any(self.seconds.values()) else None
+
+
+def main(files: Sequence[str], format: str) -> int:
+    """Prints the status of the runs in and below the directories `files`; `format` is "table" or "json".
+
+    Returns 1 if a run's record is damaged, else 0. Raises UserError if there is no run.
+    """
+    runs, damaged = record.find(files)
+    for text in damaged:
+        log.error("skipped: %s", text)
+    if not runs:
+        raise UserError(f"{', '.join(files)}: no run in or below; a run's directory has a config.json")
+    found = [read(run) for run in runs]
+    if format == "json":
+        print(json.dumps([_as_json(one) for one in found], indent=2))
+        return 1 if damaged else 0
+    terminal.print_table(
+        ["run", "state", "step", "checkpoint", "images/s", "left", "goodput"],
+        [[one.name, one.state, f"{one.step}/{one.total or '?'}", _or_dash(one.checkpoint), _pace(one),
+          _duration(one.seconds_left), "" if one.goodput is None else f"{one.goodput:.0%}"] for one in found],
+    )  # fmt: skip
+    if len(found) == 1 and any(found[0].seconds.values()):
+        whole = sum(found[0].seconds.values())
+        rows = sorted(((s, name) for name, s in found[0].seconds.items() if s > 0.0005 * whole), reverse=True)
+        terminal.print_table(["time", "", "of all"], [[n, _duration(s), f"{s / whole:.1%}"] for s, n in rows])
+    for one in found:
+        for sentence in one.health:
+            print(f"{one.name}: {sentence}")
+    return 1 if damaged else 0
+
+
+def read(run: Record) -> Status:
+    """The status of a run. Raises UserError for a damaged file."""
+    folder = run.path
+    latest, lines = run.latest(), goodput.last_of_each(writers.read_metrics(folder / goodput.NAME))
+    steps = [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
+    running, total = lock.is_held(folder / "lock"), run.total
+    step = max([run.step, *(line["step"] for line in lines[-1:])])
+    state = "done" if run.final else "running" if running else "stopped" if step or steps else "not begun"
+    left = None
+    if running and lines and total:
+        line = lines[-1]
+        done, spent = line["step"] - line["first"], line["at"] - line["began"] - _fixed(line["seconds"])
+        if done > 0:
+            left = max(0.0, (total - line["step"]) * spent / done - (time.time() - line["at"]))
+    return Status(
+        run.name, state, step, total, max(steps, default=None), latest.get("train/images_per_second"), left,
+        goodput.sum_up(lines), _health(run),
+    )  # fmt: skip
+
+
+def _fixed(seconds: JsonObject) -> float:
+    """The seconds of a process that do not grow with its steps."""
+    return float(sum(seconds.get(name, 0.0) for name in ("import", "setup", "compile")))
+
+
+def _health(run: Record) -> list[str]:
+    folder, found = run.path, []
+    lines = writers.read_metrics(folder / skipped.NAME)
+    alone = [line for line in lines if "until" not in line]
+    if alone:
+        found.append(f"{len(alone)} steps skipped, the last is {alone[-1]['step']} ({skipped.NAME})")
+    found += [
+        f"steps {line['step']} to {line['until'] - 1} left out, since step {line.get('bad_step')} is bad "
+        f"({line.get('reason')})"
+        for line in lines
+        if "until" in line
+    ]
+    if lines := writers.read_metrics(folder / CORRUPTION):
+        found.append(f"{len(lines)} steps gave other bits when computed again, the last is {lines[-1]['step']} "
+                     f"({CORRUPTION}): test the devices")  # fmt: skip
+    if hung := sorted(path.name for path in folder.glob("hang-*.txt")):
+        found.append(f"a process hung: see {', '.join(hung)}")
+    if (folder / "nonfinite.json").is_file() and not run.final:
+        found.append("a bad step stopped the run: see nonfinite.json")
+    return found
+
+
+def _as_json(one: Status) -> JsonObject:
+    return {
+        "run": one.name, "state": one.state, "step": one.step, "total": one.total, "checkpoint": one.checkpoint,
+        "images_per_second": one.images_per_second, "seconds_left": one.seconds_left, "goodput": one.goodput,
+        "seconds": {name: round(seconds, 3) for name, seconds in one.seconds.items()}, "health": one.health,
+    }  # fmt: skip
+
+
+def _or_dash(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _pace(one: Status) -> str:
+    return "-" if one.images_per_second is None else f"{one.images_per_second:,.0f}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.1f} min" if minutes < 100 else f"{hours:.1f} h"
