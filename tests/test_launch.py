@@ -85,7 +85,7 @@ def test_the_compilation_cache_is_on_before_any_command_imports_jax(tmp_path):
     (tmp_path / "run" / "config.json").write_text("{}")
     (tmp_path / "config.py").write_text("import jax\n")
     commands = [name for name in table.COMMANDS if name not in ("config", "sweep")]
-    files = {"compare": ["a"], "find-lr": [], "reproduce": [str(tmp_path / "run")]}
+    files = {"compare": ["a"], "status": ["a"], "find-lr": [], "reproduce": [str(tmp_path / "run")]}
     chips = {"dryrun": ["--chips=cpu:1"]}
     calls = [[name, *files.get(name, []), *chips.get(name, []), *([] if name in files else
               [f"--workdir={tmp_path / 'run'}"])] for name in commands]  # fmt: skip
