@@ -215,7 +215,12 @@ def _check_steps(
 
 
 def _evaluate(
-    run: Run, state: TrainState, step: int, writer: MetricsWriter, monitor: Monitor, stopper: Stopper,
+    run: Run,
+    state: TrainState,
+    step: int,
+    writer: MetricsWriter,
+    monitor: Monitor,
+    stopper: Stopper,
     stop: Stopping,
 ) -> Results | None:
     """Evaluates, logs and writes the metrics; None if a signal cut it short: then the resumed run repeats it."""
