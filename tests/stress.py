@@ -1,6 +1,6 @@
 """Disturbs training runs by a seeded plan, and checks that each ends like one that was left alone.
 
-    uv run python tests/stress.py --seconds 3600            # kills, signals, full disks, flipped bytes, clocks
+    uv run python tests/stress.py --seconds 3600            # kills, signals, full disks, flipped bytes, bad batches
     uv run python tests/stress.py --seconds 3600 --memory   # one long run, whose memory must not grow
 
 Each round is one run in a work directory of its own. Its processes are disturbed one after the other until it ends.
@@ -26,7 +26,10 @@ from resume_check import ROOT, obey_signals, outcome
 from stress_memory import watch_memory
 
 RUN = ("--config.total=900 steps", "--config.checkpoint_every=25 steps", "--config.log_every=10 steps",
-       "--config.eval_every=90 steps", "--config.checkpoint.best=test/accuracy")  # fmt: skip
+       "--config.eval_every=90 steps", "--config.checkpoint.best=test/accuracy",
+       # Three batches are poisoned, and every 60th step is computed twice: a healthy machine raises no alarm.
+       "--config.augment=pad_crop(2)|normalize|poisoned:poison(((3, 1), (900, 20), (41, 55)))",
+       "--config.on_bad_step=skip", "--config.check_every=60 steps", "--config.watchdog=10 min")  # fmt: skip
 NAMES = ("plain", "lr=[0.1]", "a b", "é漢", "x*y?")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHIFTED = """
@@ -61,8 +64,10 @@ class Round:
         if self.rng.random() < 0.2:
             self.count["clock moved"] += 1
             start += ["-c", SHIFTED.format(root=str(ROOT)), str(self.rng.uniform(-1e8, 1e8))]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
         with (log or self.log).open("a") as file:
-            return subprocess.Popen([*start, *words], stdout=file, stderr=file, cwd=ROOT, start_new_session=True)
+            return subprocess.Popen([*start, *words], stdout=file, stderr=file, cwd=ROOT, env=environment,
+                                    start_new_session=True)  # fmt: skip
 
     def sleep(self, process: subprocess.Popen, longest: float) -> None:
         """Until a random moment: in start-up, or some time after a record was written."""
@@ -215,6 +220,11 @@ def small_disk(place: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
+def skipped(workdir: Path) -> list[str]:
+    """The lines of the steps that the run skipped."""
+    return (workdir / "skipped.jsonl").read_text().splitlines()
+
+
 def disturb(seconds: float, seed: int, folder: Path) -> int:
     """Rounds until the time is over; prints what happened; the number of rounds that went wrong."""
     began, count, wrong = time.monotonic(), collections.Counter[str](), 0
@@ -223,15 +233,20 @@ def disturb(seconds: float, seed: int, folder: Path) -> int:
     if whole.start().wait():
         raise SystemExit(whole.log.read_text())
     expected = outcome(whole.workdir)
-    print(f"left alone: {expected[0]}, {len(expected[1])} records", flush=True)
+    print(
+        f"left alone: {expected[0]}, {len(expected[1])} records, {len(skipped(whole.workdir))} steps skipped",
+        flush=True,
+    )
     number = 0
     while time.monotonic() - began < seconds:
         with small_disk(folder / f"round{number}") as place:
             one = Round(place, random.Random(f"{seed}/{number}"), count)
             try:
                 one.play()
-                if outcome(one.workdir) != expected:
-                    raise Wrong("the parameters or the records are others")
+                if outcome(one.workdir) != expected or skipped(one.workdir) != skipped(whole.workdir):
+                    raise Wrong("the parameters, the records or the skipped steps are others")
+                if (one.workdir / "corruption.jsonl").exists():
+                    raise Wrong("a healthy step gave a false alarm of silent data corruption")
                 count["rounds equal"] += 1
             except Wrong as e:
                 wrong += 1
