@@ -32,7 +32,7 @@ def test_threads_get_the_same_object():
     assert slow.computed == 1
     assert len(set(map(id, found))) == 1
     assert Slow().value is not slow.value
-    assert Slow.value.__doc__ == "A new object, after a while."
+    assert Slow.value.__doc__ == "Returns a new object, after a pause."
 
 
 def test_after_a_failure_it_is_computed_again():

@@ -24,9 +24,9 @@ class Store:
     def __init__(self):
         self.values, self.changed = {}, threading.Condition()
 
-    def key_value_set(self, key, value):
+    def key_value_set(self, key, value, allow_overwrite=False):
         with self.changed:
-            if key in self.values:
+            if key in self.values and not allow_overwrite:
                 raise RuntimeError(f"ALREADY_EXISTS: {key}")
             self.values[key] = value
             self.changed.notify_all()
