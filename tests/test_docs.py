@@ -82,6 +82,8 @@ def run_launch(words: list[str]) -> None:
         return
     config = next((b for a, b in itertools.pairwise(words) if a == "--config"), "configs/digits.py")
     settings = dict(TINY) if command == "train" else {}
+    if command == "reproduce":  # the runs here have no more than two steps
+        words = [word for word in words if not word.startswith("--steps=")]
     if ("--config" in words and any(word.startswith("--config.init_from=") for word in words)) or "transfer" in config:
         settings |= {"model": "resnet_cifar(depth=8)", "batch_size": "8", "data.source": "fake(16, (32, 32, 3), 10)"}
     elif command == "train" and config.startswith("configs/"):
@@ -112,6 +114,8 @@ def run_python(words: list[str]) -> None:
     if words[0] == "-c":
         done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
         assert done.stdout == "1\n"  # as the page says
+    elif Path(words[0]).is_file() and words[0].startswith("make_"):  # a file of the page, in the folder of the test
+        subprocess.run([sys.executable, *words], check=True)
     else:
         shortest = {"tests/stress.py": ("--seconds", "20")}
         assert words[1] == shortest[words[0]][0]
@@ -155,6 +159,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], bool]] = {
     "python": (run_python, False),
     "python3": (check_venv, False),
     ".uv/bin/pip": (check_venv, False),
+    "export": (lambda words: None, False),  # the tests have eight devices
     ".uv/bin/uv": (check_sync, False),
     "uvx": (run_hooks, False),
     "bash": (lambda words: in_root("bash", "-n", *words), False),
