@@ -91,7 +91,9 @@ def model(spec: str, blocks: Sequence[summary.Block]) -> str:
         f" {row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}" for row in rows
     ]
     parameters = sum(block.parameters for block in blocks)
-    return "\n".join([f"{printable(spec)}: {parameters:,} parameters, {flops}{' ' * flops[-1].isdigit()}FLOPs an image", *table])
+    return "\n".join(
+        [f"{printable(spec)}: {parameters:,} parameters, {flops}{' ' * flops[-1].isdigit()}FLOPs an image", *table]
+    )
 
 
 def _shape(shape: Sequence[int]) -> str:
