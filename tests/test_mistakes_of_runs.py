@@ -184,6 +184,19 @@ def test_a_result_cut_short_is_written_again(copy, capsys):
     assert f"trained the last 0 of {after['step']} steps" in capsys.readouterr().out
 
 
+def test_a_result_that_is_written_later_has_no_metrics_of_another_run(copy, capsys):
+    """The metrics.jsonl of another run, copied in, gave result.json its accuracy with this run's parameters."""
+    workdir, argv = copy
+    before = json.loads((workdir / "result.json").read_text())["test"]
+    (workdir / "result.json").unlink()
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | ({"test/accuracy": 0.5} if "test/accuracy" in line else {}) for line in lines]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert launch.main(["train", *argv]) == 0
+    assert json.loads((workdir / "result.json").read_text())["test"] == pytest.approx(before)
+    assert "metrics.jsonl says test/accuracy 0.5, but the checkpoint of step 12 has" in capsys.readouterr().err
+
+
 def test_a_result_that_is_written_later_has_the_metrics_that_were_recorded(copy):
     """An evaluation on other devices would differ by rounding, and the record would contradict itself."""
     workdir, argv = copy

@@ -115,10 +115,7 @@ def _train_from_latest(
                         run.checkpoints.latest)  # fmt: skip
             return STOPPED
         last, state, results, stopped = trained
-        recorded: Results | None = results or processes.broadcast_from_process_0(
-            "reading metrics.jsonl", lambda: _recorded(run, last)
-        )
-        results = evaluate_all(run.programs, state, run.evals) if recorded is None else recorded
+        results = results or _last_results(run, last, state)
         guard = state.guard
         left_out = 0 if guard is None else int(np.sum(jax.device_get(guard.skipped)))
         times.update(last, now=True)
@@ -250,6 +247,27 @@ def _evaluate(
 
 def _scores(results: Results) -> dict[str, float]:
     return {f"{name}/{key}": value for name, values in results.items() for key, value in values.items()}
+
+
+def _last_results(run: Run, last: int, state: TrainState) -> Results:
+    """The final results of a run whose last evaluation was in an earlier process.
+
+    They are those in metrics.jsonl, since an evaluation on other devices differs by rounding. But an evaluation of the
+    last state decides whether they are this run's.
+    """
+    found = evaluate_all(run.programs, state, run.evals)
+    recorded: Results | None = processes.broadcast_from_process_0("reading metrics.jsonl", lambda: _recorded(run, last))
+    if not recorded:
+        return found
+    for name, own in found.items():
+        for key, value in own.items():
+            tolerance = 0.0 if key in ("loss", "nll") else 1.5 / own["examples"]  # one example, on other devices
+            before = recorded[name].get(key)
+            if not isinstance(before, int | float) or not np.isclose(before, value, 1e-3, tolerance, equal_nan=True):
+                log.warning("%s says %s/%s %s, but the checkpoint of step %d has %.6g, which goes into the result; is "
+                            "the file another run's?", run.workdir.metrics, name, key, before, last, value)  # fmt: skip
+                return found
+    return recorded
 
 
 def _recorded(run: Run, last: int) -> Results | None:
