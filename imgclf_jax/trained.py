@@ -349,7 +349,7 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
             processes.agree(
                 "comparing modules", provenance.module_digests, in_both=True
             )  # restoring may have imported more
-            _ = programs.host_ops  # imports what it names
+            _ = programs.host_ops, programs.recipe.views, programs.recipe.whole_set_metrics  # import what they name
             workdir.warn_of_changed_modules()
             return Trained(programs, state, step)
     raise UserError(f"{workdir.checkpoints}: each checkpoint was removed while it was read; wait until the run ends")

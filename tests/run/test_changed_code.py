@@ -11,8 +11,14 @@ import launch
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.reproduce.reproduction import differences
 
-BEFORE = "def same(image):\n    return image\n"
-AFTER = "def same(image):\n    return 255 - image\n"
+BEFORE = """
+def same(image):
+    return image
+
+def views():
+    return [(1.0, lambda images: images)]
+"""
+AFTER = BEFORE.replace("return image\n", "return 255 - image\n").replace(": images)", ": -images)")
 
 
 @pytest.fixture
@@ -43,11 +49,12 @@ def test_a_record_of_changes_that_is_damaged_says_nothing(tmp_path, module):
 
 @pytest.mark.thorough
 @pytest.mark.usefixtures("one_device")
-def test_commands_on_a_run_whose_module_has_changed(tmp_path, module, capsys):
+@pytest.mark.parametrize("key", ["preprocess=decode(1)|my_changing:same", "tta=my_changing:views"])
+def test_commands_on_a_run_whose_module_has_changed(tmp_path, module, capsys, key):
     """`evaluate` warns of its other scores, `compare --test` makes no predictions, `reproduce` names the module."""
     run, out = tmp_path / "runs" / "a", ["--format=json"]
     words = ["--config.data.source=fake(96, (8, 8, 1), 4)", "--config.batch_size=32",
-             "--config.preprocess=decode(1)|my_changing:same",
+             "--config.preprocess=decode(1)", f"--config.{key}",
              "--config.augment=normalize", "--config.model=mlp(widths=(8,))",
              "--config.total=8 steps", "--config.checkpoint_every=4 steps", "--config.eval_every=4 steps",
              "--config.schedule=constant(1e-2)", "--config.tensorboard=False"]  # fmt: skip
@@ -65,6 +72,7 @@ def test_commands_on_a_run_whose_module_has_changed(tmp_path, module, capsys):
     assert np.isclose(nll, recorded)
     assert "has changed" not in log
     module(AFTER)
+    sys.modules.pop("my_changing")  # as in a new process, which imports it when it needs it
     nll, log = evaluate()
     assert not np.isclose(nll, recorded)
     assert f"my_changing.py has changed since the run in {run} was trained" in log
