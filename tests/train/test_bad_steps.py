@@ -131,6 +131,7 @@ def test_a_run_rolls_back(poisoned, tmp_path, one_device, caplog):
     assert outcome(tmp_path / "c") == (digest, lines, skipped)
 
 
+@pytest.mark.thorough
 def test_killed_between_the_checkpoints_and_the_record_of_a_rollback(poisoned, tmp_path, one_device, monkeypatch):
     """The resumed run meets the bad step again, and plans the same."""
     config = poisoned

@@ -131,6 +131,7 @@ def test_corruption_stops_the_run_at_a_confirmed_checkpoint(fake_config, tmp_pat
     assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
 
 
+@pytest.mark.thorough
 def test_corruption_rolls_back_and_at_last_stops(fake_config, tmp_path, monkeypatch):
     config = fake_config
     config.total, config.check_every, config.on_corruption = "12 steps", "5 steps", "rollback"
@@ -146,6 +147,7 @@ def test_corruption_rolls_back_and_at_last_stops(fake_config, tmp_path, monkeypa
             train.main(config, Workdir(tmp_path / "c"))
 
 
+@pytest.mark.thorough
 def test_a_bad_step_is_computed_again_to_tell_who_is_to_blame(poisoned, tmp_path):  # noqa: F811
     """Equal bits: the data or the optimization."""
     poisoned.check_every = "5 steps"
@@ -153,7 +155,8 @@ def test_a_bad_step_is_computed_again_to_tell_who_is_to_blame(poisoned, tmp_path
         train.main(poisoned, Workdir(tmp_path))
 
 
-@pytest.mark.parametrize("policy", ["stop", *thorough("rollback")])
+@pytest.mark.thorough
+@pytest.mark.parametrize("policy", ["stop", "rollback"])
 def test_a_loss_that_is_bad_only_once_is_corruption(policy, fake_config, tmp_path, monkeypatch):
     """Other bits: a device."""
     config = fake_config
