@@ -27,23 +27,35 @@ class Cadences:
     eval: Fraction | None
     checkpoint: Fraction | None
     end: int | None = field(default=None, kw_only=True)  # training ends after so many steps; None: after `total`
+    check: Fraction | None = field(default=None, kw_only=True)  # the period of steps that are computed twice
 
     def due(self, step: int) -> Due:
         """What to do after `step` steps."""
         return Due(*(step == self.total or configs.is_due(step, every) for every in self._periods))
+
+    def checks(self, steps: range) -> bool:
+        """Whether `steps` are one step, which is computed twice."""
+        return len(steps) == 1 and configs.is_due(steps.stop, self.check)
 
     def ranges(
         self, start: int, size: int, edges: Iterable[int] = (), left_out: Mapping[int, int] = MappingProxyType({})
     ) -> Iterator[range]:
         """Yields the steps from `start` to the end in consecutive ranges of at most `size` steps.
 
-        A range ends where something is due, and at each of the `edges`. `left_out` maps the first of some steps to
-        leave out to the step after them.
+        A range ends where something is due, and at each of the `edges`. A step that is computed twice is a range of its
+        own. `left_out` maps the first of some steps to leave out to the step after them.
         """
         edges, end = sorted([*edges, *left_out]), self.last
-        while (start := left_out.get(start, start)) < end:
+        while True:
+            while start in left_out:
+                start = left_out[start]
+            if start >= end:
+                return
             due = min(end, *(configs.next_due(start, every, self.total) for every in self._periods))
             due = min([due, *edges[(i := bisect.bisect_right(edges, start)) : i + 1]])
+            if self.check is not None:
+                checked = configs.next_due(start, self.check, self.total)
+                due = min(due, checked - 1 if checked - 1 > start else checked)
             count = -(-(due - start) // size)  # ranges until then, with lengths that differ by at most one step
             stop = start - (start - due) // count
             yield range(start, stop)

@@ -11,11 +11,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from imgclf_jax.bad_steps import RECENT, Guard
-from imgclf_jax.core import processes
+from imgclf_jax.core import processes, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import writers
@@ -26,7 +25,7 @@ NAME = "skipped.jsonl"
 
 
 class Rollback(Exception):
-    """The run left out the steps `first` to `until` - 1 and goes on from the state of step `first`."""
+    """The run leaves out the steps `first` to `until` - 1, and continues from the state of step `first`."""
 
     def __init__(self, first: int, until: int, bad_step: int, reason: str):
         super().__init__(f"step {bad_step} is bad ({reason})")
@@ -47,7 +46,7 @@ def read_left_out(folder: Path) -> list[tuple[int, int]]:
 
 
 class Skipped:
-    """Writes skipped.jsonl in `folder` for a run that goes on from step `start` with the state's `guard`.
+    """Writes skipped.jsonl in `folder` for a run that continues from step `start` with the state's `guard`.
 
     Lines of steps that were skipped at `start` or later are dropped, and written again. All processes call the methods,
     and process 0 writes. The file is made with its first line.
@@ -131,9 +130,14 @@ class Skipped:
                 self._file.close()
 
 
+def count_skipped(guard: Guard | None) -> int:
+    """The steps that changed nothing, over all seeds. All processes call this."""
+    return 0 if guard is None else int(_fetch(guard)[0].sum())
+
+
 def _fetch(guard: Guard) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(skipped int[seeds], steps int[seeds, RECENT], losses f32[seeds, RECENT]) on the host."""
-    skipped, steps, losses = jax.device_get((guard.skipped, guard.steps, guard.losses))
+    skipped, steps, losses = map(sharding.fetch, (guard.skipped, guard.steps, guard.losses))
     return np.atleast_1d(skipped).astype(int), np.atleast_2d(steps), np.atleast_2d(losses)
 
 

@@ -73,6 +73,10 @@ class Workdir:
         return self.path / "metrics.jsonl"
 
     @property
+    def corruption(self) -> Path:
+        return self.path / "corruption.jsonl"
+
+    @property
     def digests(self) -> Path:
         return self.path / "digests.jsonl"
 

@@ -22,7 +22,7 @@ from imgclf_jax.run.goodput import TimeRecord
 from imgclf_jax.run.monitor import Monitor
 from imgclf_jax.run.phases import Phases
 from imgclf_jax.run.record import read_contradictions
-from imgclf_jax.run.skipped import Rollback, Skipped
+from imgclf_jax.run.skipped import Rollback, Skipped, count_skipped
 from imgclf_jax.run.terminal import format_metrics
 from imgclf_jax.run.watchdog import Watchdog
 from imgclf_jax.run.workdir import Workdir
@@ -59,14 +59,14 @@ def main(
         processes.broadcast_from_process_0("holding the work directory", lambda: held.enter_context(workdir.held()))
         workdir.check_shared()
         held.enter_context(watchdog.watching())
-        replays = Replays(config, workdir.path)
+        replays = Replays(config, workdir)
         while True:
             try:
                 return _train_from_latest(config, workdir, profile, extend, grace, adjusted, noted, replays, phases)
             except Again:
                 phases.enter("setup")
             except Rollback as e:
-                log.warning("%s: steps %d to %d are left out, and the run goes back to step %d or before", e, e.first,
+                log.warning("%s: steps %d to %d are left out, and the run continues from step %d or before", e, e.first,
                             e.until - 1, e.first)  # fmt: skip
                 phases.enter("setup")
 
@@ -116,10 +116,8 @@ def _train_from_latest(
             return STOPPED
         last, state, results, stopped = trained
         results = results or _last_results(run, last, state)
-        guard = state.guard
-        left_out = 0 if guard is None else int(np.sum(jax.device_get(guard.skipped)))
         times.update(last, now=True)
-        _report(run, digests, results, left_out, monitor, last, stopped)
+        _report(run, digests, results, count_skipped(state.guard), monitor, last, stopped)
         if shows:
             writer.write_images(last, pictures.highest_losses(run.programs, state, run.evals))
         return 0
@@ -144,7 +142,7 @@ def train(
             writer.flush()
             checkpoints.save(run.start, {"state": state, "sums": window}, _scores(results), again=True)
 
-    edges, stopped = (*monitor.edges, *digests.edges, *replays.edges), stopper.reason(run.start)
+    edges, stopped = (*monitor.edges, *digests.edges), stopper.reason(run.start)
     ranges = cadences.ranges(run.start, programs.steps_per_call, edges, dict(skipped.left_out)) if not stopped else ()
     chunks = _when_compiled(programs.chunks(run.images, ranges), run, monitor, stop)
     for steps, chunk in monitor.watch(chunks):

@@ -7,32 +7,30 @@ replicas, too. Recomputation is what finds such faults in practice: arXiv:2502.1
 
 import logging
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax import config as configs
 from imgclf_jax import metrics
 from imgclf_jax.core import processes
 from imgclf_jax.core.checksums import Checksums
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Chunk
 from imgclf_jax.run import writers
+from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import TrainState
 from imgclf_jax.train.setup import Run
 
 log = logging.getLogger(__name__)
 
-NAME = "corruption.jsonl"
 _MOST = 3  # rollbacks of one process: a device that computes wrongly again and again has to go
 _VERDICT = "a device computed wrongly or lost a bit, or a kernel is not deterministic"
 
 
 class Again(Exception):
-    """Training goes on from the latest checkpoint, in the same process."""
+    """Training continues from the latest checkpoint, in the same process."""
 
 
 class Replays:
@@ -41,39 +39,24 @@ class Replays:
     `suspect` is a step whose loss was bad, until it is computed again.
     """
 
-    def __init__(self, config: ConfigDict, folder: Path):
+    def __init__(self, config: ConfigDict, workdir: Workdir):
         self.suspect: int | None = None
-        self._every, self._rollback = config.check_every, config.on_corruption == "rollback"
-        self._path, self._found, self._confirmed = folder / NAME, 0, 0
-
-    @property
-    def wanted(self) -> bool:
-        """Whether the run replays steps."""
-        return bool(self._every.strip())
+        self._rollback = config.on_corruption == "rollback"
+        self._path, self._found = workdir.corruption, 0
 
     def attach(self, run: Run) -> None:
         """Begins an attempt: `run` trains from its checkpoint, which was verified when it was read."""
-        self._run, self._confirmed = run, max(self._confirmed, run.start)
-        self._period = configs.period(self._every, "check_every", len(run.images), run.config.batch_size,
-                                      run.cadences.total)  # fmt: skip
-        self._checksums = Checksums(run.programs.state_shape, run.programs.mesh)
-        shardings = jax.tree.map(lambda x: x.sharding, run.programs.state_shape)
-        self._copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=shardings)
-
-    @property
-    def edges(self) -> list[int]:
-        """The steps that a call of the program must begin or end at."""
-        found, step, total = [], self._run.start, self._run.cadences.total
-        while self._period and (step := configs.next_due(step, self._period, total + 1)) <= total:
-            found += [step - 1, step]
-        return found
+        self._run, self._confirmed = run, run.start  # the latest step that is known to be right
+        if run.cadences.check is not None:
+            self._checksums = Checksums(run.programs.state_shape, run.programs.mesh)
+            shardings = jax.tree.map(lambda x: x.sharding, run.programs.state_shape)
+            self._copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=shardings)
 
     def train(
         self, state: TrainState, window: metrics.Sums, chunk: Chunk, steps: range
     ) -> tuple[TrainState, metrics.Sums]:
         """Calls the train program for `steps`, (state, sums) → (state, sums); twice for a step that is due."""
-        due = self._period and len(steps) == 1 and configs.is_due(steps.stop, self._period)
-        before = self._copy(state) if due else None
+        before = self._copy(state) if self._run.cadences.checks(steps) else None
         state, sums = self._run.programs.train(state, window, chunk, np.int32(len(steps)))
         if before is not None:
             self.check(steps, before, window, chunk, state)
@@ -101,7 +84,7 @@ class Replays:
 
         `bad` is the bad step found now. Raises Again for a bad step that has been computed only once.
         """
-        if not self.wanted:
+        if self._run.cadences.check is None:
             return ""
         if bad is not None and bad != self.suspect:
             self.suspect = bad
@@ -110,13 +93,14 @@ class Replays:
             self._run.checkpoints.close()
             raise Again
         if bad is not None:
+            self.suspect = None
             return "computed twice with the same result, so the data or the optimization are to blame; "
         if self.suspect is not None and step > self.suspect:
             suspect, self.suspect = self.suspect, None
             self._record(suspect, "was bad the first time, and is not when it is computed again")
             if not self._rollback:
                 raise UserError(f"step {suspect} was bad, and is not when it is computed again: {_VERDICT}; run the "
-                                "same command on other devices, or go on with on_corruption='rollback'")  # fmt: skip
+                                "same command on other devices, or continue with on_corruption='rollback'")  # fmt: skip
         return ""
 
     def _corrupted(self, step: int, what: str) -> None:
@@ -127,12 +111,12 @@ class Replays:
         checkpoints.close()
         if self._rollback and self._found < _MOST:
             log.warning(
-                "step %d %s: %s; the run goes on from %s, the last that is confirmed", step, what, _VERDICT, kept
+                "step %d %s: %s; the run continues from %s, the last that is confirmed", step, what, _VERDICT, kept
             )
             raise Again
         times = f" ({self._found} times in this process)" if self._found > 1 else ""
         raise UserError(f"step {step} {what}{times}: {_VERDICT}; test the devices, then run the same command on "
-                        f"others: it goes on from {kept} (all findings are in {self._path})")  # fmt: skip
+                        f"others: it continues from {kept} (all findings are in {self._path})")  # fmt: skip
 
     def _record(self, step: int, what: str) -> None:
         self._found += 1

@@ -69,7 +69,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     compiling.check_best()
     evals = open_evals(compiling, base)
     compiling.check_size()
-    cadences = Cadences(recipe.total, *map(recipe.period, configs.CADENCES))
+    cadences = Cadences(recipe.total, *map(recipe.period, configs.CADENCES), check=recipe.period("check_every"))
 
     tracing = _trace(compiling)
     fresh = not processes.broadcast_from_process_0("looking for checkpoints", workdir.has_checkpoints)

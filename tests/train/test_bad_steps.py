@@ -156,6 +156,17 @@ def test_a_spike_stops_a_run_unless_told_otherwise(poisoned, tmp_path, one_devic
 
 
 @pytest.mark.thorough
+def test_bad_steps_in_a_row_are_left_out_one_after_the_other(poisoned, tmp_path, one_device):
+    """Each rollback begins where the one before it ends."""
+    poisoned.on_bad_step = "rollback(steps=2)"
+    in_a_row = [next(i for i in stream.example_ids(0, step, BATCH, EXAMPLES)) for step in (5, 6, 7)]
+    poisoned.augment = f"normalize|poisoned:poison({tuple((int(i), 1) for i in in_a_row)})"
+    assert train.main(poisoned, Workdir(tmp_path)) == 0
+    skipped = read_metrics(tmp_path / "skipped.jsonl")
+    assert [(line["step"], line["until"]) for line in skipped] == [(4, 6), (6, 7), (7, 8)]
+
+
+@pytest.mark.thorough
 def test_a_run_that_skips_everything_ends(poisoned, tmp_path, one_device):
     poisoned.on_bad_step, poisoned.total, poisoned.log_every, poisoned.checkpoint_every = "skip", "90 steps", "", ""
     every = tuple((0, epoch) for epoch in range(90))

@@ -92,7 +92,7 @@ def test_a_healthy_run_raises_no_alarm(more, fake_config, tmp_path, caplog):
     assert train.main(config, Workdir(tmp_path / "b")) == 0
     assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
     assert caplog.text.count("every bit is the same") == 4
-    assert not (tmp_path / "b" / replay.NAME).exists()
+    assert not (tmp_path / "b" / "corruption.jsonl").exists()
 
 
 def corrupting(monkeypatch, when, where):
@@ -110,7 +110,7 @@ def corrupting(monkeypatch, when, where):
 
 
 def test_corruption_stops_the_run_at_a_confirmed_checkpoint(fake_config, tmp_path, monkeypatch):
-    """The message names step and parameter; the same command goes on from before the fault, with the bits of a healthy
+    """The message names step and parameter; the same command continues before the fault, with the bits of a healthy
     run."""
     config = fake_config
     config.total, config.check_every, config.checkpoint_every, config.checkpoint.keep = (
@@ -122,10 +122,10 @@ def test_corruption_stops_the_run_at_a_confirmed_checkpoint(fake_config, tmp_pat
     assert train.main(config, Workdir(tmp_path / "a")) == 0
     with monkeypatch.context() as patch:
         corrupting(patch, {1}, "kernel")
-        with pytest.raises(UserError, match=r"^step 9 gives other bits when .*: params/head/kernel.*goes on from the "
+        with pytest.raises(UserError, match=r"^step 9 gives other bits when .*: params/head/kernel.*continues from the "
                            "checkpoint of step 4"):  # fmt: skip
             train.main(config, Workdir(tmp_path / "b"))
-    [line] = read_metrics(tmp_path / "b" / replay.NAME)
+    [line] = read_metrics(tmp_path / "b" / "corruption.jsonl")
     assert (line["step"], "params/head/kernel" in line["found"]) == (9, True)
     assert train.main(config, Workdir(tmp_path / "b")) == 0
     assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
@@ -140,7 +140,7 @@ def test_corruption_rolls_back_and_at_last_stops(fake_config, tmp_path, monkeypa
         corrupting(patch, {1}, "bias")
         assert train.main(config, Workdir(tmp_path / "b")) == 0
     assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
-    assert len(read_metrics(tmp_path / "b" / replay.NAME)) == 1
+    assert len(read_metrics(tmp_path / "b" / "corruption.jsonl")) == 1
     with monkeypatch.context() as patch:
         corrupting(patch, set(range(99)), "bias")
         with pytest.raises(UserError, match=r"\(3 times in this process\)"):
@@ -173,7 +173,18 @@ def test_a_loss_that_is_bad_only_once_is_corruption(policy, fake_config, tmp_pat
                 run()
         assert run() == 0
     assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
-    assert [line["step"] for line in read_metrics(tmp_path / "b" / replay.NAME)] == [4]
+    assert [line["step"] for line in read_metrics(tmp_path / "b" / "corruption.jsonl")] == [4]
+
+
+@pytest.mark.thorough
+def test_a_step_that_is_left_out_is_no_corruption(poisoned, tmp_path):  # noqa: F811
+    """It was bad twice, and is not computed a third time."""
+    poisoned.check_every, poisoned.on_bad_step = "5 steps", "rollback(steps=3)"
+    assert train.main(poisoned, Workdir(tmp_path / "a")) == 0
+    assert not (tmp_path / "a" / "corruption.jsonl").exists()
+    poisoned.check_every = ""
+    assert train.main(poisoned, Workdir(tmp_path / "b")) == 0
+    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
 
 
 def test_check_every_needs_deterministic_kernels(fake_config, tmp_path):

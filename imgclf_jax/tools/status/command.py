@@ -14,8 +14,6 @@ from imgclf_jax.run.record import Record
 
 log = logging.getLogger(__name__)
 
-CORRUPTION = "corruption.jsonl"
-
 
 @dataclass(frozen=True)
 class Status:
@@ -103,9 +101,9 @@ def _health(run: Record) -> list[str]:
         for line in lines
         if "until" in line
     ]
-    if lines := writers.read_metrics(folder / CORRUPTION):
+    if lines := writers.read_metrics(run.workdir.corruption):
         found.append(f"{len(lines)} steps gave other bits when computed again, the last is {lines[-1]['step']} "
-                     f"({CORRUPTION}): test the devices")  # fmt: skip
+                     f"({run.workdir.corruption.name}): test the devices")  # fmt: skip
     if hung := sorted(path.name for path in folder.glob("hang-*.txt")):
         found.append(f"a process hung: see {', '.join(hung)}")
     if (folder / "nonfinite.json").is_file() and not run.final:
