@@ -19,9 +19,11 @@ from imgclf_jax.data import image_check, image_files
 from imgclf_jax.data.decode import FORMATS
 from imgclf_jax.data.file_source import LISTING, FileSource, report_unreadable
 from imgclf_jax.data.image_files import Listing
-from imgclf_jax.run import terminal
+from imgclf_jax.run.progress import Line
 
 log = logging.getLogger(__name__)
+
+_LOGGED = 5.0, 10.0  # seconds until a long listing says how far it is, and between the next lines
 
 
 def folder(
@@ -120,11 +122,7 @@ def _scan(root: Path, class_names: tuple[str, ...]) -> tuple[FileSource, Listing
     def progress() -> str:
         return f"listing images in {str(root)!r}: {sum(listing.count() for listing in listings):,} files so far"
 
-    with (
-        terminal.busy(f"listing {root}"),
-        terminal.log_progress(progress),
-        concurrent.futures.ThreadPoolExecutor(LISTING) as pool,
-    ):
+    with Line(progress, _LOGGED), concurrent.futures.ThreadPoolExecutor(LISTING) as pool:
         list(pool.map(image_files.find, folders, listings))
     for class_folder, listing in zip(folders, listings, strict=True):
         if not listing.images and not listing.broken:

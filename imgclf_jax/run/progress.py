@@ -58,10 +58,14 @@ def duration(seconds: float) -> str:
 
 
 class Line:
-    """Shows what `describe` gives while inside, see the module. It is called in another thread, and may be ""."""
+    """Shows what `describe` gives while inside, see the module. It is called in another thread, and may be "".
 
-    def __init__(self, describe: Callable[[], str]):
+    `logged` are the seconds until the first line of the log, and between the next ones; None for the usual ones.
+    """
+
+    def __init__(self, describe: Callable[[], str], logged: tuple[float, float] | None = None):
         self._describe, self._ended = describe, threading.Event()
+        self._logged = logged or (_FIRST_LOGGED, _NEXT_LOGGED)
         self._lock, self._drawn, self._hidden = threading.RLock(), False, 0
         self._quiet_until = 0.0
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
@@ -101,7 +105,7 @@ class Line:
 
     def _run(self) -> None:
         shown = terminal.shows_progress()
-        wait, following = (_FIRST_SHOWN, _NEXT_SHOWN) if shown else (_FIRST_LOGGED, _NEXT_LOGGED)
+        wait, following = (_FIRST_SHOWN, _NEXT_SHOWN) if shown else self._logged
         while not self._ended.wait(wait):
             wait = following
             text = self._describe()

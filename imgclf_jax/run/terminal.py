@@ -6,8 +6,7 @@ import functools
 import itertools
 import logging
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -17,10 +16,6 @@ from rich.table import Table
 
 from imgclf_jax.core import named_warnings, processes
 from imgclf_jax.core.text import decimals, printable
-
-log = logging.getLogger(__name__)
-
-_FIRST_SECONDS, _NEXT_SECONDS = 5.0, 10.0  # until the first line of `log_progress`, and between the next
 
 
 @functools.cache
@@ -37,26 +32,6 @@ def shows_progress() -> bool:
 def busy(what: str) -> contextlib.AbstractContextManager[object]:
     """Inside, shows a spinner on a terminal."""
     return console().status(escape(printable(what))) if shows_progress() else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def log_progress(describe: Callable[[], str]) -> Iterator[None]:
-    """Inside, logs `describe()` after 5 s and then every 10 s, from another thread."""
-    ended = threading.Event()
-
-    def report() -> None:
-        seconds = _FIRST_SECONDS
-        while not ended.wait(seconds):
-            log.info("%s", describe())
-            seconds = _NEXT_SECONDS
-
-    thread = threading.Thread(target=report, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 # Called before each record of the log is written, by what has something on the terminal that must make room.

@@ -12,7 +12,6 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import folder as folder_module
 from imgclf_jax.data import image_check, image_files
 from imgclf_jax.data.folder import folder
-from imgclf_jax.run import terminal
 
 
 def write(path, value=0, size=(8, 6)):
@@ -223,8 +222,7 @@ def test_the_root_of_a_file_system_is_refused(tmp_path, monkeypatch, path):
 
 def test_a_long_listing_says_how_far_it_is(flat, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(terminal, "_FIRST_SECONDS", 0.01)
-    monkeypatch.setattr(terminal, "_NEXT_SECONDS", 0.01)
+    monkeypatch.setattr("imgclf_jax.data.folder._LOGGED", (0.01, 0.01))
     walk, line = image_files.walk, f"listing images in {str(flat)!r}: 12 files so far"
 
     def slow(folder, strays):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import goodput, lock, record, skipped, terminal, writers
+from imgclf_jax.run.progress import duration
 from imgclf_jax.run.record import Record
 
 log = logging.getLogger(__name__)
@@ -52,12 +53,12 @@ def main(files: Sequence[str], format: str) -> int:
     terminal.print_table(
         ["run", "state", "step", "checkpoint", "images/s", "left", "goodput"],
         [[one.name, one.state, f"{one.step}/{one.total or '?'}", _or_dash(one.checkpoint), _pace(one),
-          _duration(one.seconds_left), "" if one.goodput is None else f"{one.goodput:.0%}"] for one in found],
+          _left(one), "" if one.goodput is None else f"{one.goodput:.0%}"] for one in found],
     )  # fmt: skip
     if len(found) == 1 and any(found[0].seconds.values()):
         whole = sum(found[0].seconds.values())
         rows = sorted(((s, name) for name, s in found[0].seconds.items() if s > 0.0005 * whole), reverse=True)
-        terminal.print_table(["time", "", "of all"], [[n, _duration(s), f"{s / whole:.1%}"] for s, n in rows])
+        terminal.print_table(["time", "", "of all"], [[n, f"{s:,.1f} s", f"{s / whole:.1%}"] for s, n in rows])
     for one in found:
         for sentence in one.health:
             print(f"{one.name}: {sentence}")
@@ -123,14 +124,9 @@ def _or_dash(value: int | None) -> str:
     return "-" if value is None else str(value)
 
 
+def _left(one: Status) -> str:
+    return "-" if one.seconds_left is None else duration(one.seconds_left)
+
+
 def _pace(one: Status) -> str:
     return "-" if one.images_per_second is None else f"{one.images_per_second:,.0f}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{minutes:.1f} min" if minutes < 100 else f"{hours:.1f} h"
