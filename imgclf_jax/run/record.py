@@ -1,7 +1,8 @@
 """Reads the records of a run from its work directory or a bundle, and finds all runs below directories."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,8 @@ from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 from imgclf_jax.run import bundle, writers
 from imgclf_jax.run.provenance import find_edits, load_data_info, load_evals, parse_json
 from imgclf_jax.run.workdir import Workdir
+
+log = logging.getLogger(__name__)
 
 TIMES = ("train/images_per_second", "train/input_wait")  # metrics of the run's speed, which differ between runs
 MAIN_METRICS = ("accuracy", "mean_average_precision", "r2")  # one per task; the greatest value is the best
@@ -229,10 +232,10 @@ def read(path: Path) -> Record:
     return record
 
 
-def find(folders: Iterable[str]) -> tuple[list[Record], list[str]]:
+def find(folders: Sequence[str]) -> tuple[list[Record], list[str]]:
     """Finds the runs in and below the folders: returns their records, sorted by name, and sentences on damaged runs.
 
-    Raises UserError for a missing folder.
+    Logs these sentences. Raises UserError for a missing folder, and if there is no intact run.
     """
     runs: list[Record] = []
     damaged: list[str] = []
@@ -249,6 +252,10 @@ def find(folders: Iterable[str]) -> tuple[list[Record], list[str]]:
                 runs.append(run)
             except UserError as e:
                 damaged.append(str(e))
+    for sentence in damaged:
+        log.error("skipped: %s", sentence)
+    if not runs:
+        raise UserError(f"{', '.join(folders)}: no run in or below; a run's directory has a config.json")
     return runs, damaged
 
 

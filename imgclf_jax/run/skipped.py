@@ -53,7 +53,7 @@ class Skipped:
     """
 
     def __init__(self, folder: Path, start: int, guard: Guard | None, seed: int):
-        self.left_out = read_left_out(folder)
+        self.left_out = dict(read_left_out(folder))  # the first of some steps → the step after them
         self._path, self._seed = folder / NAME, seed
         self._file: writers.RecordFile | None = None
         self._known = _fetch(guard)[0] if guard is not None else np.zeros(1, int)
@@ -107,7 +107,7 @@ class Skipped:
             raise UserError(f"step {bad_step} of {total} is bad ({reason}), and no step follows it, so on_bad_step="
                             "'rollback' would leave out the end of the run; lower the learning rate, or train fewer "
                             "steps")  # fmt: skip
-        first = max([0, until - steps, *(end for _, end in self.left_out if end <= bad_step)])
+        first = max([0, until - steps, *(end for end in self.left_out.values() if end <= bad_step)])
         return Rollback(first, until, bad_step, reason)
 
     def leave_out(self, rollback: Rollback) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -91,20 +92,15 @@ def _train_from_latest(
         return 0
     processes.broadcast_from_process_0("looking at the result", lambda: workdir.drop_later_result(run.start))
     monitor = Monitor(run.start, total, config.batch_size * config.num_seeds, profile, workdir.path, phases)
-    writer = MetricsWriter(workdir.path, run.start, config)
-    with contextlib.ExitStack() as files:
-        skipped = Skipped(workdir.path, run.start, run.state.guard, config.seed)
-        digests = Digests(workdir.path, run.start, run.cadences.last, noted)
-        times = TimeRecord(workdir.path, run.start, phases)
-        for file in (writer, skipped, digests, times):
-            files.callback(file.close)
-        digests.record(run.start, run.state.params)
+    with _open_records(run, noted, phases) as records:
+        records.digests.record(run.start, run.state.params)
         shows = config.log_images and processes.count() == 1
         if shows and not run.start:
-            writer.write_images(0, pictures.first_batch(run.programs, run.images))  # while the program compiles
+            first = pictures.first_batch(run.programs, run.images)  # while the program compiles
+            records.metrics.write_images(0, first)
         try:
             with monitor, stopping(run.checkpoints.unsaved, grace) as stop:
-                trained = train(run, monitor, writer, digests, skipped, replays, times, stopper, stop)
+                trained = train(run, monitor, records, replays, stopper, stop)
         except signals.Stopped as e:
             log.warning("%s: stopped before the first step, nothing is lost; run the same command again", e)
             return 128 + signals.number(str(e))
@@ -116,16 +112,38 @@ def _train_from_latest(
             return STOPPED
         last, state, results, stopped = trained
         results = results or _last_results(run, last, state)
-        times.update(last, now=True)
-        _report(run, digests, results, count_skipped(state.guard), monitor, last, stopped)
+        records.times.update(last, now=True)
+        _report(run, records.digests, results, count_skipped(state.guard), monitor, last, stopped)
         if shows:
-            writer.write_images(last, pictures.highest_losses(run.programs, state, run.evals))
+            records.metrics.write_images(last, pictures.highest_losses(run.programs, state, run.evals))
         return 0
 
 
+@dataclass(frozen=True)
+class Records:
+    """What a run writes while it trains."""
+
+    metrics: MetricsWriter
+    digests: Digests
+    skipped: Skipped
+    times: TimeRecord
+
+
+@contextlib.contextmanager
+def _open_records(run: Run, noted: Callable[[int, str], None], phases: Phases) -> Iterator[Records]:
+    folder, start = run.workdir.path, run.start
+    with contextlib.ExitStack() as files:
+        records = Records(
+            files.enter_context(contextlib.closing(MetricsWriter(folder, start, run.config))),
+            files.enter_context(contextlib.closing(Digests(folder, start, run.cadences.last, noted))),
+            files.enter_context(contextlib.closing(Skipped(folder, start, run.state.guard, run.config.seed))),
+            files.enter_context(contextlib.closing(TimeRecord(folder, start, phases))),
+        )
+        yield records
+
+
 def train(
-    run: Run, monitor: Monitor, writer: MetricsWriter, digests: Digests, skipped: Skipped, replays: Replays,
-    times: TimeRecord, stopper: Stopper, stop: Stopping,
+    run: Run, monitor: Monitor, records: Records, replays: Replays, stopper: Stopper, stop: Stopping
 ) -> tuple[int, TrainState, Results, str] | None:  # fmt: skip
     """The training loop: (last step, its state, results of the last evaluation, why it stopped early or "").
 
@@ -134,16 +152,17 @@ def train(
     config, programs, cadences, checkpoints = run.config, run.programs, run.cadences, run.checkpoints
     state, window, step = run.state, run.window, run.start
     results: Results | None = None
-    if run.start and cadences.due(run.start).eval and not writer.evaluated:  # a signal had cut this evaluation short
-        results = _evaluate(run, state, run.start, writer, monitor, stopper, stop)
+    cut_short = run.start and cadences.due(run.start).eval and not records.metrics.evaluated
+    if cut_short:  # by a signal, in this evaluation
+        results = _evaluate(run, state, run.start, records, monitor, stopper, stop)
         if results is None:
             return None
         if config.checkpoint.best:
-            writer.flush()
+            records.metrics.flush()
             checkpoints.save(run.start, {"state": state, "sums": window}, _scores(results), again=True)
 
-    edges, stopped = (*monitor.edges, *digests.edges), stopper.reason(run.start)
-    ranges = cadences.ranges(run.start, programs.steps_per_call, edges, dict(skipped.left_out)) if not stopped else ()
+    edges, stopped = (*monitor.edges, *records.digests.edges), stopper.reason(run.start)
+    ranges = () if stopped else cadences.ranges(run.start, programs.steps_per_call, edges, records.skipped.left_out)
     chunks = _when_compiled(programs.chunks(run.images, ranges), run, monitor, stop)
     for steps, chunk in monitor.watch(chunks):
         if steps.start > step:
@@ -152,29 +171,29 @@ def train(
         monitor.called(steps, window["steps"])
         step, due = steps.stop, cadences.due(steps.stop)
         signal = stop()  # asked once: a signal from here on waits for the next call, or cuts the evaluation short
-        if step in digests.edges:
-            digests.record(step, state.params)
+        if step in records.digests.edges:
+            records.digests.record(step, state.params)
         if not (any(due) or signal):
             continue
 
         done = jax.device_get(window)  # waits for the device
         with monitor.paused():
             checkpoints.poll()
-            _check_steps(run, done, state, step, skipped, replays)
+            _check_steps(run, done, state, step, records.skipped, replays)
             if due.log:
-                _log_training(run, step, _means(done, programs.recipe.task) | monitor.lap(), writer)
+                _log_training(run, step, _means(done, programs.recipe.task) | monitor.lap(), records.metrics)
                 window = programs.zero_sums()
             if due.eval:
-                results = _evaluate(run, state, step, writer, monitor, stopper, stop)
+                results = _evaluate(run, state, step, records, monitor, stopper, stop)
                 signal = signal or (stop() if results is None else "")
                 stopped = stopper.reason(step)
             if due.checkpoint or signal or stopped or (due.eval and config.checkpoint.best):
                 monitor.phases.enter("checkpoint", step)
-                writer.flush()  # so that no checkpoint on disk is ahead of its metrics
-                digests.record(step, state.params)
+                records.metrics.flush()  # so that no checkpoint on disk is ahead of its metrics
+                records.digests.record(step, state.params)
                 scores = _scores(results) if due.eval and results else {}
                 checkpoints.save(step, {"state": state, "sums": window}, scores)
-            times.update(step, now=bool(due.checkpoint or signal or stopped))
+            records.times.update(step, now=bool(due.checkpoint or signal or stopped))
             if stopped:
                 break
             if signal and (step < cadences.total or results is None):
@@ -210,13 +229,7 @@ def _check_steps(
 
 
 def _evaluate(
-    run: Run,
-    state: TrainState,
-    step: int,
-    writer: MetricsWriter,
-    monitor: Monitor,
-    stopper: Stopper,
-    stop: Stopping,
+    run: Run, state: TrainState, step: int, records: Records, monitor: Monitor, stopper: Stopper, stop: Stopping
 ) -> Results | None:
     """Evaluates, logs and writes the metrics; None if a signal cut it short: then the resumed run repeats it."""
     phases = monitor.phases
@@ -238,7 +251,7 @@ def _evaluate(
         phases.enter("other")
     for row in run.rows.evaluations(step, results):
         log.info("%s", row)
-    writer.write_scalars(step, _scores(results))
+    records.metrics.write_scalars(step, _scores(results))
     stopper.note(step, _scores(results))
     return results
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from imgclf_jax.core import processes
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import record, terminal
@@ -34,10 +33,6 @@ def main(files: Sequence[str], format: str, html: str, test: bool, trust: bool) 
     Raises UserError if there is no run, and if the page is not writable.
     """
     runs, damaged = record.find(files)
-    for text in damaged:
-        log.error("skipped: %s", text)
-    if not runs:
-        raise UserError(f"{', '.join(files)}: no run in or below; a run's directory has a config.json")
     groups = group_runs(runs)
     for sentence in differing_origins(groups):
         log.warning("%s", sentence)

@@ -2,18 +2,14 @@
 backend."""
 
 import json
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import goodput, lock, record, skipped, terminal, writers
 from imgclf_jax.run.progress import duration
 from imgclf_jax.run.record import Record
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,10 +38,6 @@ def main(files: Sequence[str], format: str) -> int:
     Returns 1 if a run's record is damaged, else 0. Raises UserError if there is no run.
     """
     runs, damaged = record.find(files)
-    for text in damaged:
-        log.error("skipped: %s", text)
-    if not runs:
-        raise UserError(f"{', '.join(files)}: no run in or below; a run's directory has a config.json")
     found = [read(run) for run in runs]
     if format == "json":
         print(json.dumps([_as_json(one) for one in found], indent=2))
