@@ -47,6 +47,12 @@ class Predictions(NamedTuple):
             losses = np.maximum(-np.log(own), 0.0)
         return np.where((self.labels >= 0) & (self.predicted >= 0), losses, np.nan)
 
+    def highest_losses(self, most: int) -> np.ndarray:
+        """The indices int[m] of the `most` examples with the highest loss; ties are in set order."""
+        losses = self.losses()
+        order = np.argsort(-losses, kind="stable")[:most]
+        return order[~np.isnan(losses[order])]
+
     def for_seed(self, i: int) -> "Predictions":
         """The predictions of one of several seeds, or of their ensemble, -1."""
         return self._replace(probabilities=self.probabilities[i], predicted=self.predicted[i], ranks=self.ranks[i])

@@ -118,7 +118,7 @@ def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Evaluated, .
         )  # fmt: skip
         if few_classes and isinstance(predictions, metrics.Predictions):
             own = predictions.for_seed(-1) if several else predictions
-            highest = report_top_losses.find(own, max(1, TOP_LOSSES // len(evals)))
+            highest = own.highest_losses(max(1, TOP_LOSSES // len(evals)))
             wrong = report_top_losses.count_mistakes(own)
             arrays = own.labels, own.probabilities, own.from_logits
             one = dataclasses.replace(

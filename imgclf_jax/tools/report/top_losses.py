@@ -26,13 +26,6 @@ class TopLoss:
     heat: np.ndarray  # [h', w']: a heatmap of the predicted class
 
 
-def find(predictions: Predictions, most: int) -> np.ndarray:
-    """Returns the indices int[m] of the `most` examples with the highest loss; ties are in set order."""
-    losses = predictions.losses()
-    order = np.argsort(-losses, kind="stable")[:most]
-    return order[~np.isnan(losses[order])]
-
-
 def count_mistakes(predictions: Predictions) -> int:
     """The number of misclassified examples."""
     return int(((predictions.predicted >= 0) & (predictions.ranks > 0)).sum())
