@@ -70,6 +70,7 @@ processes.end(75)
 """
 
 
+@pytest.mark.thorough
 def test_a_signal_to_a_process_that_is_leaving_changes_nothing():
     """Slurm sends SIGTERM to all tasks when the first has ended with a status other than 0."""
     first, second = start_two(ENDING)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from cases import thorough
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from imgclf_jax import recipe, step
@@ -28,7 +29,7 @@ def described_mesh(kind, name):
 
 
 @pytest.mark.parametrize("place", ["host", "device"])
-@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize("name", ["tpu", *thorough(*(name for name in ELSEWHERE if name != "tpu"))])
 def test_programs_are_lowered_for_devices_that_are_not_here(name, place, fake_config):
     """In the form of their platform, decided by the mesh alone, not by the machine that traces."""
     fake_config.model, fake_config.data.placement = "cnn(widths=(4,), hidden=8)", place
@@ -152,6 +153,7 @@ def test_a_chunk_is_as_large_as_the_devices_memory_allows(fake_config):
     assert Programs(Recipe(fake_config, data), sharding.make_mesh()).steps_per_call == 1
 
 
+@pytest.mark.thorough
 def test_a_loop_of_your_own_is_the_runs(fake_config):
     """The array-level parts, under plain `jax.jit` with the run's batches, end with the parameters of its programs."""
     fake_config.augment, fake_config.optimizer = "flip_lr|normalize(0.5, 0.25)", "adamw(weight_decay=0.1)"

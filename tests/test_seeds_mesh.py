@@ -52,6 +52,7 @@ def b_on(of, state):
     return jax.tree.map(lambda x, s: jax.device_put(np.asarray(x), s.sharding), state, of.shape["state"])
 
 
+@pytest.mark.thorough
 def test_what_a_device_holds_and_sends(config):  # noqa: F811
     """A device holds the state of its seeds and exchanges none of it; only images are sent to it."""
     keys = {"num_seeds": 8, "steps_per_call": 4}

@@ -129,6 +129,7 @@ def test_collapsed_and_zero_vectors_have_finite_gradients_and_no_accuracy():
         assert np.isfinite(gradients).all()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", [simclr, *thorough(supcon)])
 def test_eight_devices_contrast_the_global_batch(method):
     _, one, sums = run(method(PROBLEM), batch())

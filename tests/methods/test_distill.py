@@ -65,6 +65,7 @@ def test_the_loss_is_that_of_hinton_and_of_fitnets():
     np.testing.assert_allclose(found.values, 0.7 * supervised + 0.3 * kl + 0.7 * hint, rtol=2e-5)
 
 
+@pytest.mark.thorough
 def test_a_student_resumes_to_the_same_bits_and_needs_no_teacher_afterwards(teacher, tmp_path, capsys):
     own, student = tmp_path / "teacher", tmp_path / "student"
     shutil.copytree(teacher, own)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import thorough
 from flax import linen as nn
 
 from imgclf_jax.core.errors import UserError
@@ -74,7 +75,7 @@ def test_dense_and_layer_norm_on_tokens_are_flaxs():
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("shape", [(3, 4, 2, 6), (3, 5, 6), (3, 6)])
+@pytest.mark.parametrize("shape", [(3, 4, 2, 6), *thorough(((3, 5, 6),), ((3, 6),))])
 def test_group_norm_is_flaxs(shape):
     """The same parameters, results and gradients as nn.GroupNorm, in float64; the CPU form equals the others."""
     x = jnp.asarray(normal(0, *shape)) * 2 + 1
@@ -95,6 +96,7 @@ def test_group_norm_is_flaxs(shape):
 
 
 @pytest.mark.usefixtures("float64", "form")
+@pytest.mark.parametrize("form", ["cpu", *thorough("gpu")], indirect=True)
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (3, 2, 4, 5, 7)])
 def test_layers_over_the_features_take_arrays_of_any_rank(shape):
     """On one example, on vectors, and on volumes."""
@@ -114,6 +116,7 @@ def test_layers_over_the_features_take_arrays_of_any_rank(shape):
 
 
 @pytest.mark.usefixtures("float64", "form")
+@pytest.mark.parametrize("form", ["cpu", *thorough("gpu")], indirect=True)
 def test_batch_norm_over_groups_is_that_of_each_group():
     """Results and gradients; the running statistics follow the mean over groups. Evaluation has no groups."""
     x = jnp.asarray(normal(0, 12, 5, 4, 3)) * 3 + 1

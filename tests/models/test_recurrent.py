@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import thorough
 from flax import linen as nn
 
 from imgclf_jax.models import recurrent
@@ -12,7 +11,8 @@ from imgclf_jax.models import recurrent
 CELLS = {"lstm": (recurrent.LSTMCell, nn.OptimizedLSTMCell), "gru": (recurrent.GRUCell, nn.GRUCell)}
 
 
-@pytest.mark.parametrize("name", ["gru", *thorough(*(name for name in CELLS if name != "gru"))])
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", CELLS)
 def test_a_cell_is_linens_bit_for_bit_in_float32(name):
     """Initialization, results and gradients."""
     x = jax.random.normal(jax.random.key(1), (4, 6, 5))

@@ -171,8 +171,9 @@ def build(text, **more):
 
 
 @pytest.mark.parametrize(("text", "by_hand"), [
-    ("sophia(update_interval=2)", contrib.sophia(0.1, update_interval=2)),
-    *thorough(("lbfgs(memory_size=3)", optax.lbfgs(0.1, 3)), ("momo", contrib.momo(0.1)),
+    ("momo", contrib.momo(0.1)),
+    *thorough(("sophia(update_interval=2)", contrib.sophia(0.1, update_interval=2)),
+              ("lbfgs(memory_size=3)", optax.lbfgs(0.1, 3)),
               ("mechanize('sgd')", contrib.mechanize(optax.sgd(0.1)))),
 ])  # fmt: skip
 def test_an_optimizer_that_calls_the_loss_sees_frozen_parameters(text, by_hand):

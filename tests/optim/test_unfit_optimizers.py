@@ -85,6 +85,7 @@ def test_own_optimizers_that_cannot_run_right_are_told(function, message):
         run(f"{__name__}:{function.__name__}", params)
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")
 def test_each_optimizer_of_optax_runs_or_says_why_not():
     """Every public function of optax and optax.contrib that takes a learning rate, by its name and by its path.

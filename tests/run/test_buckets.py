@@ -140,6 +140,7 @@ def sharding():
     return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
+@pytest.mark.thorough
 def test_what_a_bucket_cannot_do_is_said(bucket, capsys):
     assert launch.main([f"--workdir={bucket}/lr=[0.1]", *RUN]) == 1
     assert "the name of a work directory may not contain *, ? or [" in capsys.readouterr().err

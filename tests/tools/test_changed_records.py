@@ -69,7 +69,10 @@ def test_a_config_that_was_changed_by_hand(reproduce, copy, tmp_path, capsys):
     assert (status, found["verdict"]) == (1, "contradictory")
 
 
-@pytest.mark.parametrize("change", [lambda p: p["data"]["class_names"].reverse(), lambda p: p["evals"].update(test="")])
+@pytest.mark.parametrize(
+    "change",
+    [lambda p: p["data"]["class_names"].reverse(), *thorough(lambda p: p["evals"].update(test=""))],
+)
 def test_a_provenance_that_was_changed_by_hand(reproduce, copy, tmp_path, capsys, change):
     """With two class names swapped, `predict` confused the two classes, silently and with status 0."""
     edit(copy / "provenance.json", change)
@@ -84,6 +87,7 @@ def test_a_provenance_that_was_changed_by_hand(reproduce, copy, tmp_path, capsys
     assert (status, found["verdict"]) == (1, "contradictory")
 
 
+@pytest.mark.thorough
 def test_a_duration_that_was_changed_by_hand(reproduce, copy, capsys):
     """Nothing else records how long a run took: the page showed the edited number, silently and with status 0."""
     edit(copy / "result.json", lambda result: result.update(epochs=99.0))

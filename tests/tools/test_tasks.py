@@ -272,7 +272,7 @@ def test_predict_of_numbers_prints_values_by_name(runs, pictures, capsys):
     assert "it is for several labels, and this model predicts numbers" in refused(capsys, *argv, "--threshold=0.5")
 
 
-@pytest.mark.parametrize("name", ["pairs", "ink"])
+@pytest.mark.parametrize("name", ["ink", *thorough("pairs")])
 def test_features_keep_the_targets(runs, capsys, tmp_path, name, pictures):
     targets, _ = outputs_of(runs(name))
     argv = ["features", f"--workdir={runs(name).path}"]
@@ -285,7 +285,7 @@ def test_features_keep_the_targets(runs, capsys, tmp_path, name, pictures):
     assert np.isnan(np.load(tmp_path / "some.npz")["targets"]).all()
 
 
-@pytest.mark.parametrize("name", ["pairs", "ink"])
+@pytest.mark.parametrize("name", ["ink", *thorough("pairs")])
 def test_show_batch_has_the_targets_of_the_examples(runs, capsys, tmp_path, name):
     argv = [
         "show-batch",
@@ -305,6 +305,7 @@ def test_show_batch_has_the_targets_of_the_examples(runs, capsys, tmp_path, name
     printed(capsys, *argv, "--config.method=simclr")  # two views, which need no target
 
 
+@pytest.mark.thorough
 def test_explain_names_the_class_or_the_target(runs, pictures, capsys, tmp_path):
     more = ["--method=occlusion", f"--output={tmp_path}", "--format=json", "--checkpoint=latest"]
     _, outputs = outputs_of(runs("pairs"))
@@ -330,6 +331,7 @@ def test_the_report_has_the_sections_of_the_task(runs, capsys, tmp_path, name, r
     assert "left out" not in page
 
 
+@pytest.mark.thorough
 def test_export_says_the_task(runs, capsys, tmp_path):
     for name, gives in (("pairs", "probabilities"), ("ink", "values")):
         printed(capsys, "export", tmp_path / f"{name}.stablehlo", f"--workdir={runs(name).path}")
@@ -342,6 +344,7 @@ def test_export_says_the_task(runs, capsys, tmp_path):
         compared.difference(lambda images: np.full((len(images), 2), -7.0), model, "predict", "nobody")
 
 
+@pytest.mark.thorough
 def test_serve_answers_by_the_task(runs, pictures):
     testclient = pytest.importorskip("starlette.testclient")
     for name in ("pairs", "ink"):

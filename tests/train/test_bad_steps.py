@@ -99,7 +99,7 @@ def test_a_bad_step_is_skipped(bad, poisoned, tmp_path, one_device):
     if bad == "spike":
         config.augment, config.spike = f"normalize|poisoned:poison({POISON}, -1e4)", "6 sigma over 4"
     assert train.main(config, Workdir(tmp_path / "a")) == 0
-    digest, lines, skipped = outcome(tmp_path / "a")
+    _, lines, skipped = outcome(tmp_path / "a")
     assert [(line["step"], line["seed"], line["reason"]) for line in skipped] == [(step, 0, bad) for step in BAD]
     assert [line["loss"] is None for line in skipped] == [bad == "not finite"] * 2
     assert_close(last_parameters(config, tmp_path / "a"), train_without(config, tmp_path / "b", BAD))
@@ -109,8 +109,15 @@ def test_a_bad_step_is_skipped(bad, poisoned, tmp_path, one_device):
     last = logged[-1]  # steps 21 to 24, as updates 19 to 22 of 24
     assert last["train/learning_rate"] == pytest.approx(1e-2 * (1 - np.mean([18, 19, 20, 21]) / TOTAL), rel=1e-5)
     assert json.loads((tmp_path / "a" / "result.json").read_text())["skipped"] == 2
+
+
+@pytest.mark.thorough
+def test_a_run_that_skips_resumes_to_the_same_bits(poisoned, tmp_path, one_device):
+    config = poisoned
+    config.on_bad_step, config.checkpoint.keep = "skip", 9
+    assert train.main(config, Workdir(tmp_path / "a")) == 0
     for step in (4, 16):
-        assert resumed(tmp_path / "a", step, tmp_path, config) == (digest, lines, skipped)
+        assert resumed(tmp_path / "a", step, tmp_path, config) == outcome(tmp_path / "a")
 
 
 def test_a_run_rolls_back(poisoned, tmp_path, one_device, caplog):
@@ -118,17 +125,24 @@ def test_a_run_rolls_back(poisoned, tmp_path, one_device, caplog):
     config = poisoned
     config.on_bad_step, config.checkpoint.keep = "rollback(steps=3)", 9
     assert train.main(config, Workdir(tmp_path / "a")) == 0
-    digest, lines, skipped = outcome(tmp_path / "a")
+    _, lines, skipped = outcome(tmp_path / "a")
     expected = [(max(bad - 2, 0), bad + 1) for bad in BAD]
     assert [(line["step"], line["until"]) for line in skipped] == expected
     left_out = {step for first, until in expected for step in range(first, until)}
     assert_close(last_parameters(config, tmp_path / "a"), train_without(config, tmp_path / "b", left_out))
     assert np.isfinite([value for line in lines for value in line.values()]).all()
     assert json.loads((tmp_path / "a" / "result.json").read_text())["skipped"] == len(left_out)
-    assert resumed(tmp_path / "a", 4, tmp_path, config) == (digest, lines, skipped)
+
+
+@pytest.mark.thorough
+def test_a_run_that_rolls_back_ends_with_the_same_bits_whatever_checkpoints_there_are(poisoned, tmp_path, one_device):
+    config = poisoned
+    config.on_bad_step, config.checkpoint.keep = "rollback(steps=3)", 9
+    assert train.main(config, Workdir(tmp_path / "a")) == 0
+    assert resumed(tmp_path / "a", 4, tmp_path, config) == outcome(tmp_path / "a")
     config.checkpoint_every = ""  # from the start each time
     assert train.main(config, Workdir(tmp_path / "c")) == 0
-    assert outcome(tmp_path / "c") == (digest, lines, skipped)
+    assert outcome(tmp_path / "c") == outcome(tmp_path / "a")
 
 
 @pytest.mark.thorough

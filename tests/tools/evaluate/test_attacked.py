@@ -55,6 +55,7 @@ def weights(run):
     return flat, given["label"], *(np.float64(head[name]) for name in ("kernel", "bias"))
 
 
+@pytest.mark.thorough
 def test_one_step_on_a_linear_model_is_the_closed_form(linear, capsys):
     """The gradient of the loss is kernel (p - onehot), so the step is eps times its sign, clipped to 0 to 1."""
     x, labels, kernel, bias = weights(linear)
@@ -74,6 +75,7 @@ def test_one_step_on_a_linear_model_is_the_closed_form(linear, capsys):
     assert found["step"] == clean["step"]
 
 
+@pytest.mark.thorough
 def test_pixels_stay_in_the_ball_and_in_their_range(linear):
     """From random starts that follow from the example ids, whatever the batch."""
     programs, state, _ = restore(linear.load_config(), linear, "")
@@ -147,12 +149,14 @@ def keeps_nan(gradient, images, keys, low, high):
     return images * jnp.nan
 
 
+@pytest.mark.thorough
 def test_an_attack_without_a_result_is_an_error(linear, capsys):
     words = ["evaluate", f"--workdir={linear.path}", "--trust", f"--attack={__name__}:keeps_nan"]
     assert launch.main(words) == 1
     assert "makes NaN or infinite pixels in 180 examples of test" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_it_writes_nothing_that_compare_may_take_for_clean_predictions(linear, capsys):
     before = sorted(linear.path.iterdir())
     printed(linear, capsys, "--attack=pgd(steps=1)")

@@ -76,7 +76,7 @@ def check(found, wanted, severity, name):
     assert (difference > 0).mean() < (0.15 if (name, severity) == ("defocus_blur", 4) else 0.02)
 
 
-@pytest.mark.parametrize("severity", [1, 5, *thorough(2, 3, 4)])
+@pytest.mark.parametrize("severity", [5, *thorough(1, 2, 3, 4)])
 @pytest.mark.parametrize("name", NAMES)
 def test_small_images_are_those_of_cifar_10_c(by_the_authors, name, severity):
     images = pictures(1, 32)

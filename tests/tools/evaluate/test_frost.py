@@ -68,6 +68,7 @@ def test_definition(photographs, side, severity):
         assert (difference > 0).mean() < 0.03  # sums that are whole levels, of which float64 is sometimes short
 
 
+@pytest.mark.thorough
 def test_places_are_drawn_evenly(photographs):
     images = np.zeros((4000, 9, 8, 1), np.uint8)
     draws = made(images, 1, photographs)[1]

@@ -185,6 +185,7 @@ def explained(flags, capsys):
     return status, json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.thorough
 def test_explain(run, photos, capsys):
     """The class and probability of the model, the map of the pure function, and a picture of each image."""
     status, records = explained(["photos", f"--workdir={run}", "--output=heat"], capsys)
