@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,6 +241,25 @@ def test_every_command_runs_in_the_processes_of_its_run(tmp_path, capfd):
     with np.load(out / "f.npz") as both, np.load(tmp_path / "alone.npz") as alone:
         np.testing.assert_allclose(both["features"], alone["features"], rtol=1e-4, atol=1e-5)
         assert np.array_equal(both["labels"], alone["labels"])
+
+
+@pytest.mark.thorough
+@pytest.mark.usefixtures("one_device")
+def test_both_processes_stop_early_at_the_same_step(tmp_path):
+    """Without learning the first evaluation is the best. The run resumes to the same end, by one process too."""
+    flags = (*SHORT, "--config.eval_every=20 steps", "--config.checkpoint.keep=99", "--config.checkpoint.best=",
+             "--config.schedule=constant(0.0)", "--config.stop=test/loss, patience 30 steps")  # fmt: skip
+    workdir = tmp_path / "run"
+    assert check.end(check.start(workdir, 2, 2, flags)) == [0, 0]
+    first = json.loads((workdir / "result.json").read_text())
+    assert (first["step"], first["stopped_early"][:9]) == (60, "test/loss")
+    assert "stopped early" in logs(workdir)[0]
+    for processes in (2, 1):
+        (workdir / "result.json").unlink()
+        shutil.rmtree(workdir / "checkpoints" / "60")
+        assert set(check.end(check.start(workdir, processes, 2, flags))) == {0}
+        again = json.loads((workdir / "result.json").read_text())
+        assert (again["step"], again["params_sha256"]) == (60, first["params_sha256"])
 
 
 @pytest.mark.thorough

@@ -1,4 +1,4 @@
-"""Early stopping: a run ends once a metric has not improved for a while. It follows from the recorded metrics alone."""
+"""Early stopping: ends a run once a metric stops improving, as a pure function of its recorded metrics."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,17 +23,16 @@ from imgclf_jax.run.skipped import read_left_out
 class EarlyStopping:
     """Ends a run at the first evaluation `patience` steps or more after the best one.
 
-    The greatest value of `sign` times the metric is best, and an equal value is no improvement. A value that is not
-    finite is no improvement either.
+    The best value is the greatest of `sign` times the metric. Neither an equal value nor a nonfinite one improves it.
     """
 
-    metric: str  # such as "val/loss"
+    metric: str  # for example "val/loss"
     sign: float
     patience: Fraction  # in steps
     text: str  # of the config
 
     def reason(self, values: Sequence[tuple[int, float]]) -> str:
-        """Says why the run ends with the last of its evaluations, (step, value) in order; "" if it goes on."""
+        """Returns why the run ends at the last of `values`, (step, value) in order; "" if training continues."""
         best, best_step = -math.inf, 0
         for step, value in values:
             if math.isfinite(value) and self.sign * value > best:
@@ -48,9 +47,9 @@ class EarlyStopping:
     def recorded(
         self, records: Iterable[JsonMapping], due: Iterable[int], start: int, where: str
     ) -> list[tuple[int, float]]:
-        """The values in `records` of the evaluations `due` up to the step `start`, whose own may be yet to come.
+        """Returns (step, value) for the evaluations `due` up to step `start`, whose own may not have run yet.
 
-        Raises UserError if another one is missing, since the run may have ended at it.
+        Raises UserError if an earlier one is missing, since the run may have ended there.
         """
         found = {record["step"]: record[self.metric] for record in records if self.metric in record}
         if missing := [step for step in due if step not in found and step < start]:
@@ -60,9 +59,9 @@ class EarlyStopping:
 
 
 class Stopper:
-    """The early stopping of a run that goes on from step `start` in `folder`. All processes call the methods.
+    """Early stopping for a run that continues from step `start` in `folder`. All processes call the methods.
 
-    Raises UserError if an evaluation that it depends on is not recorded.
+    Raises UserError if metrics.jsonl lacks an evaluation that the decision depends on.
     """
 
     def __init__(self, early: EarlyStopping | None, cadences: Cadences, folder: Path, start: int):
@@ -79,19 +78,19 @@ class Stopper:
             self._values = [(int(step), value) for step, value in found]
 
     def note(self, step: int, scores: Mapping[str, float]) -> None:
-        """Takes an evaluation into account."""
+        """Adds an evaluation."""
         if self._early:
             self._values.append((step, scores[self._early.metric]))
 
     def reason(self, step: int) -> str:
-        """Why the run ends at `step`, before its total; "" if it goes on. Process 0 decides."""
+        """Returns why the run ends early at `step`; "" if training continues. Process 0 decides for all."""
         if not (early := self._early) or step >= self._total:
             return ""
         return str(processes.broadcast_from_process_0("early stopping", lambda: early.reason(self._values)))
 
 
 def build(config: ConfigDict, patience: Fraction | None) -> EarlyStopping | None:
-    """The early stopping of a config; None without it. Raises UserError for a metric of unknown direction."""
+    """Builds the early stopping of a config, if any. Raises UserError for a metric of unknown direction."""
     if patience is None:
         return None
     metric, sign = metrics.parse_best(configs.split_stop(config.stop)[0], key="stop")

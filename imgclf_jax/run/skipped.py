@@ -1,8 +1,8 @@
-"""skipped.jsonl: the steps that changed nothing, because a loss was not finite or spiked. See `bad_steps`.
+"""skipped.jsonl: the steps without an update, because the loss was not finite or spiked. See `bad_steps`.
 
 - {"step": 41, "seed": 0, "loss": 9.7, "reason": "spike"} is a step that was skipped. The loss is null if not finite.
-- {"step": 100, "until": 300, "bad_step": 299, "reason": "not finite"} are steps that the run left out when it rolled
-  back: it went from the state of step 100 to step 300.
+- {"step": 100, "until": 300, "bad_step": 299, "reason": "not finite"} is a rollback: the run left out steps 100 to 299,
+  and trained step 300 from the state of step 100.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class Rollback(Exception):
 
 
 def read_left_out(folder: Path) -> list[tuple[int, int]]:
-    """The ranges (first, until) of steps that the run in `folder` left out, ascending. All processes call this."""
+    """Returns the ranges (first, until) of steps that rollbacks left out, ascending. All processes call this."""
     return [
         (first, until)
         for first, until in processes.broadcast_from_process_0(
@@ -48,12 +48,12 @@ def read_left_out(folder: Path) -> list[tuple[int, int]]:
 class Skipped:
     """Writes skipped.jsonl in `folder` for a run that continues from step `start` with the state's `guard`.
 
-    Lines of steps that were skipped at `start` or later are dropped, and written again. All processes call the methods,
-    and process 0 writes. The file is made with its first line.
+    Lines of steps skipped at `start` or later are dropped, since training writes them again. All processes call the
+    methods; process 0 writes. The first line creates the file.
     """
 
     def __init__(self, folder: Path, start: int, guard: Guard | None, seed: int):
-        self.left_out = dict(read_left_out(folder))  # the first of some steps → the step after them
+        self.left_out = dict(read_left_out(folder))  # first step of a range → the step after the range
         self._path, self._seed = folder / NAME, seed
         self._file: writers.RecordFile | None = None
         self._known = _fetch(guard)[0] if guard is not None else np.zeros(1, int)
@@ -67,9 +67,9 @@ class Skipped:
         return file
 
     def note(self, guard: Guard) -> int:
-        """Writes the steps that were skipped since the last call, and returns their number, over all seeds.
+        """Records the steps skipped since the last call, and returns their number over all seeds.
 
-        Raises UserError if they are more than the guard remembers: a run that skips so many has diverged.
+        Raises UserError if there are more than the guard remembers: a run that skips so many has diverged.
         """
         skipped, steps, losses = _fetch(guard)  # [seeds], [seeds, RECENT], [seeds, RECENT]
         new, self._known = skipped - self._known, skipped
@@ -99,8 +99,7 @@ class Skipped:
     def plan_rollback(self, bad_step: int, steps: int, total: int, reason: str) -> Rollback:
         """Plans to leave out the `steps` up to `bad_step`.
 
-        The range is a function of the bad step alone, so it is the same whatever checkpoints there are. Raises
-        UserError if nothing of the run is left after it.
+        The range depends on the bad step alone, not on which checkpoints exist. Raises UserError if no step follows it.
         """
         until = bad_step + 1
         if until >= total:
@@ -111,10 +110,10 @@ class Skipped:
         return Rollback(first, until, bad_step, reason)
 
     def leave_out(self, rollback: Rollback) -> None:
-        """Records a rollback, on the disk when this returns.
+        """Records a rollback durably.
 
-        Remove the checkpoints after its first step before: a process killed in between resumes, meets the bad step
-        again, and plans the same.
+        Remove the checkpoints after its first step before the call: a process killed in between resumes, reaches the
+        bad step again, and plans the same rollback.
         """
         if not processes.index():
             with writers.naming_errors(str(self._path)):
@@ -131,7 +130,7 @@ class Skipped:
 
 
 def count_skipped(guard: Guard | None) -> int:
-    """The steps that changed nothing, over all seeds. All processes call this."""
+    """Counts the skipped steps over all seeds. All processes call this."""
     return 0 if guard is None else int(_fetch(guard)[0].sum())
 
 

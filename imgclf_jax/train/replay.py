@@ -1,8 +1,8 @@
-"""Finds silent data corruption: a step is computed twice from the same state, and every bit must be the same.
+"""Detects silent data corruption by computing a step twice from the same state and comparing every bit.
 
 A step is a pure function of the state and of (seed, step), so two results differ only if a device computed wrongly, its
-memory lost a bit, or a kernel is not deterministic. What a replica of an array holds is compared with the other
-replicas, too. Recomputation is what finds such faults in practice: arXiv:2502.12340.
+memory lost a bit, or a kernel is nondeterministic. The replicas of each array are compared as well. In practice,
+recomputation finds such faults: arXiv:2502.12340.
 """
 
 import logging
@@ -25,8 +25,8 @@ from imgclf_jax.train.setup import Run
 
 log = logging.getLogger(__name__)
 
-_MOST = 3  # rollbacks of one process: a device that computes wrongly again and again has to go
-_VERDICT = "a device computed wrongly or lost a bit, or a kernel is not deterministic"
+_MOST = 3  # mismatches in one process before it stops: a device that keeps failing must be replaced
+_VERDICT = "a device computed wrongly or lost a bit, or a kernel is nondeterministic"
 
 
 class Again(Exception):
@@ -34,9 +34,9 @@ class Again(Exception):
 
 
 class Replays:
-    """The replays of a run, over all its attempts in this process. All processes call the methods.
+    """Replays steps of a run, over all its attempts in this process. All processes call the methods.
 
-    `suspect` is a step whose loss was bad, until it is computed again.
+    `suspect` is a bad step that has been computed only once.
     """
 
     def __init__(self, config: ConfigDict, workdir: Workdir):
@@ -45,8 +45,8 @@ class Replays:
         self._path, self._found = workdir.corruption, 0
 
     def attach(self, run: Run) -> None:
-        """Begins an attempt: `run` trains from its checkpoint, which was verified when it was read."""
-        self._run, self._confirmed = run, run.start  # the latest step that is known to be right
+        """Starts an attempt: `run` trains from its checkpoint, which was verified at restore."""
+        self._run, self._confirmed = run, run.start  # the latest step known to be correct
         if run.cadences.check is not None:
             self._checksums = Checksums(run.programs.state_shape, run.programs.mesh)
             shardings = jax.tree.map(lambda x: x.sharding, run.programs.state_shape)
@@ -55,7 +55,7 @@ class Replays:
     def train(
         self, state: TrainState, window: metrics.Sums, chunk: Chunk, steps: range
     ) -> tuple[TrainState, metrics.Sums]:
-        """Calls the train program for `steps`, (state, sums) → (state, sums); twice for a step that is due."""
+        """Runs the train program for `steps`, (state, sums) → (state, sums), and replays a step that is due."""
         before = self._copy(state) if self._run.cadences.checks(steps) else None
         state, sums = self._run.programs.train(state, window, chunk, np.int32(len(steps)))
         if before is not None:
@@ -80,15 +80,15 @@ class Replays:
         self._corrupted(steps.start, f"{what}: {self._checksums.describe(differs | replicas)}")
 
     def recheck(self, bad: int | None, step: int) -> str:
-        """What the second computation of a suspect step says, in words, once training is at `step`; "" if nothing yet.
+        """Returns in words what recomputing a bad step showed, once training is at `step`; "" if nothing yet.
 
-        `bad` is the bad step found now. Raises Again for a bad step that has been computed only once.
+        `bad` is the bad step found now, if any. Raises Again if it has been computed only once.
         """
         if self._run.cadences.check is None:
             return ""
         if bad is not None and bad != self.suspect:
             self.suspect = bad
-            log.warning("step %d is bad: it is computed again from the latest checkpoint, to tell whether the hardware "
+            log.warning("step %d is bad: computing it again from the latest checkpoint, to tell whether the hardware "
                         "is to blame", bad)  # fmt: skip
             self._run.checkpoints.close()
             raise Again
@@ -107,11 +107,11 @@ class Replays:
         self._record(step, what)
         checkpoints = self._run.checkpoints
         checkpoints.drop_after(self._confirmed)
-        kept = f"the checkpoint of step {checkpoints.latest}" if checkpoints.latest else "the start"
+        kept = f"the checkpoint of step {checkpoints.latest}" if checkpoints.latest else "the beginning"
         checkpoints.close()
         if self._rollback and self._found < _MOST:
             log.warning(
-                "step %d %s: %s; the run continues from %s, the last that is confirmed", step, what, _VERDICT, kept
+                "step %d %s: %s; the run continues from %s, the latest confirmed state", step, what, _VERDICT, kept
             )
             raise Again
         times = f" ({self._found} times in this process)" if self._found > 1 else ""
