@@ -115,10 +115,16 @@ def answer(client):
 
 
 def status(port, message):
-    """The status of the answer to a request, which asks for the connection's end."""
-    with connect(port) as client:
-        client.sendall(message)
-        return int(answer(client).split()[1])
+    """The status of the answer to a request, which asks for the connection's end.
+
+    On a busy machine the short limit for headers may end a connection before they are read: this asks again.
+    """
+    until = time.monotonic() + 10
+    while True:
+        with connect(port) as client:
+            client.sendall(message)
+            if (got := answer(client)) or time.monotonic() > until:
+                return int(got.split()[1])
 
 
 @pytest.mark.parametrize(
@@ -200,24 +206,24 @@ def test_a_body_that_nobody_reads(port):
     assert time.monotonic() - begun < 4
 
 
-def test_a_client_that_takes_no_answer(patient_port):
+def test_a_client_that_takes_no_answer(port):
     """It is cut off; the others are answered meanwhile, and the server ends at once."""
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect(("127.0.0.1", patient_port))
+        client.connect(("127.0.0.1", port))
         client.sendall(GET.replace(b"/ ", b"/much ") + b"\r\n")
-        assert status(patient_port, GET + b"Connection: close\r\n\r\n") == 200
+        assert status(port, GET + b"Connection: close\r\n\r\n") == 200
         time.sleep(0.8)
         client.settimeout(10)
         assert len(answer(client)) < 30_000_000
 
 
-def test_many_requests_at_once(patient_port):
+def test_many_requests_at_once(port):
     """On one connection: some are answered in order, and thousands end it."""
-    with connect(patient_port) as client:
+    with connect(port) as client:
         client.sendall((GET + b"\r\n") * 20 + GET + b"Connection: close\r\n\r\n")
         assert answer(client).count(b"HTTP/1.1 200") == 21
-    with connect(patient_port) as client:
+    with connect(port) as client:
         with contextlib.suppress(OSError):
             for _ in range(20):
                 client.sendall((GET + b"\r\n") * 500)
