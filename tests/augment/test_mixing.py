@@ -209,7 +209,8 @@ def programs(mix, devices=None, **changes):
     return Programs(Recipe(config, DataInfo(64, (6, 6, 1), ("a", "b", "c"), "")), sharding.make_mesh(devices))
 
 
-@pytest.mark.parametrize("accumulate", [2, *thorough(1)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_step_trains_on_mixed_images_and_counts_the_main_label(accumulate):
     """Its loss, gradient and correct count, computed by hand from the parts."""
     e = programs("mixup(1.0)", jax.devices()[:1], loss="softmax(label_smoothing=0.1)", optimizer="sgd")

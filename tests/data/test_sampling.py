@@ -316,6 +316,7 @@ FLAGS = ["--config.data.source=fake(64, (6, 6, 1), 4)", "--config.preprocess=dec
          "--config.schedule=constant(1e-3)", "--config.tensorboard=False", "--config.log_every=1 steps"]  # fmt: skip
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("one_device")
 def test_a_run_notices_that_its_weights_have_changed(tmp_path, capsys):
     """It refuses to resume with other weights, before compiling anything."""

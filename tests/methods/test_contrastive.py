@@ -152,6 +152,7 @@ def test_a_step_trains_backbone_and_projector_and_reads_no_label():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.thorough
 def test_the_contrast_is_within_a_microbatch():
     """So the loss of two microbatches of 16 vectors each is below that of the batch: log 31 against log 15."""
     _, _, whole = run(simclr(PROBLEM, temperature=1e6), batch())

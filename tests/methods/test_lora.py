@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import thorough
 from flax import linen as nn
 from flax import traverse_util
 from safetensors.numpy import load_file
@@ -95,7 +94,7 @@ def run(workdir, *flags):
     return json.loads((workdir / "result.json").read_text())
 
 
-@pytest.fixture(scope="module", params=["mlp(widths=(8,))", *thorough("resnet_cifar(8)")])
+@pytest.fixture(scope="module", params=["mlp(widths=(8,))", "resnet_cifar(8)"])
 def runs(tmp_path_factory, request):
     """(a plain run, a LoRA run on its weights)."""
     folder, model = tmp_path_factory.mktemp("runs"), f"--config.model={request.param}"
@@ -104,6 +103,7 @@ def runs(tmp_path_factory, request):
     return folder / "base", folder / "lora"
 
 
+@pytest.mark.thorough
 def test_only_adapters_and_the_head_are_trained_and_have_optimizer_state(runs):
     base, adapted = (load(workdir) for workdir in runs)
     before = flat({"params": base.state.params, **base.state.model_state})
@@ -121,6 +121,7 @@ def test_only_adapters_and_the_head_are_trained_and_have_optimizer_state(runs):
     assert moments == 2 * sum(x.size for x in trained)  # Adam's
 
 
+@pytest.mark.thorough
 def test_others_get_merged_weights(runs, tmp_path, capsys):
     """By a file with PyTorch's names, and by `init_from` of the run."""
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import thorough
 from flax import linen as nn
 
 from imgclf_jax import losses, step
@@ -93,7 +92,8 @@ def test_supervised_learning_as_a_method_is_the_default(fake_config):
     jax.tree.map(np.testing.assert_array_equal, *methods)
 
 
-@pytest.mark.parametrize("accumulate", [1, *thorough(2)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("accumulate", [1, 2])
 def test_sown_losses_are_added_and_sown_metrics_are_logged(accumulate):
     """Against the sum by hand."""
     before, after, window = one_step(Sowing(), accumulate=accumulate)

@@ -101,6 +101,7 @@ def test_a_pixel_outside_of_the_range_stays_inside_of_the_ball():
     assert found[3] == pytest.approx(-0.1)
 
 
+@pytest.mark.thorough
 def test_attack_passes_update_no_batch_statistics():
     """They follow from the adversarial examples alone, in one pass; dropout has the same masks in all passes."""
     before, after, _, images = one_step(SPEC, Normalized())

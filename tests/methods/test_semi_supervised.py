@@ -104,6 +104,7 @@ def test_one_pass_gives_the_logits_of_each_batch_and_statistics_of_all():
     np.testing.assert_allclose(means[1], np.concatenate([x.ravel() for x in batches]).mean(), rtol=1e-4)
 
 
+@pytest.mark.thorough
 def test_unconfident_images_train_nothing():
     """No image reaches probability 1, so the gradient is that of the labeled images."""
     _, after, sums = run(fixmatch(PROBLEM, threshold=1.0, strong="cutout(2)"), batch())
@@ -123,7 +124,8 @@ def test_the_consistency_is_that_of_the_paper():
     assert ramp_up(jnp.int32(0), 0) == 1
 
 
-@pytest.mark.parametrize("accumulate", [1, *thorough(2)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_teacher_is_the_average_of_the_students_so_far(accumulate):
     """With the decay of the authors' code, once per step also with gradient accumulation, from any start."""
     method = mean_teacher(PROBLEM, decay=0.6, weight=5.0, ramp="0")

@@ -44,6 +44,7 @@ def test_another_beginning_is_refused(head_init, message):
         classifier.build(f"mlp(head_init={head_init})", 3, "float32")
 
 
+@pytest.mark.thorough
 def test_the_representation_is_a_dense_layer_and_tanh(monkeypatch):
     """On the features of the network without it, which has the other parameters."""
     monkeypatch.setitem(vit._VIT, "Ti", (48, 2, 3))

@@ -108,11 +108,11 @@ def assert_equal(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), found, expected)
 
 
-QUICK = ["cnn", "mlp"]  # the others take ten seconds to compile when they are differentiated in both modes
+QUICK = ["cnn"]  # the others take ten seconds to compile when they are differentiated in both modes
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", ["resnet_cifar", "vit"])
+@pytest.mark.parametrize("name", ["resnet_cifar", *thorough("vit")])
 def test_both_forms_are_equal_with_ordinary_edits_in_the_middle(name):
     """Logits and gradients, in float64, with the edits of the next test."""
     logits, params = build(name, edited=True)

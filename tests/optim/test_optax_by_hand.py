@@ -101,7 +101,7 @@ def close(ours, theirs, start):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * moved), ours, theirs)
 
 
-QUICK = ("schedule_free_adamw(weight_decay=1e-2)",)
+QUICK = ("momo_adam",)
 
 
 @pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated")

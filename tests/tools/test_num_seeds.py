@@ -76,6 +76,7 @@ def test_each_replica_is_its_run(tmp_path):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), replica, alone)
 
 
+@pytest.mark.thorough
 def test_results(runs):
     """Means and standard deviations of the single runs' results, and the ensemble's from averaged probabilities."""
     result = json.loads(runs["together"].result.read_text())["test"]
@@ -98,6 +99,7 @@ def test_results(runs):
     assert result["ensemble_loss"] < result["loss"]  # by Jensen's inequality
 
 
+@pytest.mark.thorough
 def test_training_is_logged_as_the_mean_and_deviation_of_the_seeds(runs):
     records = {name: [r for r in read_metrics(run.metrics) if "train/loss" in r] for name, run in runs.items()}
     assert records["together"]
@@ -109,6 +111,7 @@ def test_training_is_logged_as_the_mean_and_deviation_of_the_seeds(runs):
             assert f"{name}_std" not in alone[0]
 
 
+@pytest.mark.thorough
 def test_prediction_is_the_ensembles(runs, tmp_path):
     from PIL import Image
 
@@ -121,6 +124,7 @@ def test_prediction_is_the_ensembles(runs, tmp_path):
     np.testing.assert_allclose(found["together"], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["5", "together"])
 def test_every_replica_begins_from_the_weights(runs, name):
     """From a run of one seed; from a run of several, the first seed's."""
@@ -136,6 +140,7 @@ def test_every_replica_begins_from_the_weights(runs, name):
         )
 
 
+@pytest.mark.thorough
 def test_the_table_of_classes_is_the_ensembles(runs, capsys):
     capsys.readouterr()
     assert launch.main(["evaluate", f"--workdir={runs['together'].path}"]) == 0
@@ -144,6 +149,7 @@ def test_the_table_of_classes_is_the_ensembles(runs, capsys):
     assert "most often taken for" in out
 
 
+@pytest.mark.thorough
 def test_another_number_of_seeds_is_another_run(runs, capsys):
     folder = runs["together"].path
     assert launch.main([f"--workdir={folder}", *RUN, RANDOM, "--config.num_seeds=3"]) == 1

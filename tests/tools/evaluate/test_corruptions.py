@@ -135,6 +135,7 @@ def test_draws():
     assert (moves.min(), moves.max()) == (-3, 2)
 
 
+@pytest.mark.thorough
 def test_the_shorter_side_of_a_wide_image_chooses_the_constants():
     rows = corruptions.make_tables("zoom_blur", 5, (24, 40, 3))
     assert (rows["rows"].shape[1], rows["columns"].shape[1]) == (24, 40)

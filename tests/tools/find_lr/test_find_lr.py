@@ -17,6 +17,7 @@ KEYS = ("--config.data.source=fake(64, (6, 6, 1), 3)", "--config.preprocess=deco
         "--config.augment=normalize", "--config.model=mlp(widths=(8,))")  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_its_losses_are_those_of_training_with_these_rates(tmp_path, capsys):
     assert launch.main(["find-lr", *KEYS, "--steps=12", "--low=1e-4", "--high=1e-1", "--format=json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -149,6 +149,7 @@ def test_several_at_once(run):
     assert order.index("begin 2") > min(order.index("end 0"), order.index("end 1"))
 
 
+@pytest.mark.thorough
 def test_a_run_that_another_process_trains_is_waited_for(run):
     """For example, one that a killed sweep left behind."""
     code = ("import sys, time; from pathlib import Path; from imgclf_jax.run import lock\n"
