@@ -26,6 +26,7 @@ MOST_SIDE = 2**20  # 16 times that of JPEG; Pillow holds a pointer per row
 _MAX_BYTES = 8 * MOST_PIXELS  # four uncompressed channels of 16 bits
 _TILE = (322, 323)  # TIFF tags of a tile's width and height
 _MAX_TILE = 2**24  # pixels; usual tiles have 2**16
+_STRIP = 2**20  # pixels that are copied from Pillow at once
 _TOO_MANY = f"the image has more than {MOST_PIXELS:,} pixels; make it smaller"
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -69,7 +70,7 @@ def decode(
 def _convert(picture: Image.Image, channels: int) -> np.ndarray:
     """Converts a Pillow image to uint8[h, w, channels]."""
     if picture.mode.startswith("I"):  # 16 bits per pixel, which convert("L") would clip instead of scale
-        deep = np.asarray(picture)
+        deep = _as_array(picture)
         if deep.dtype.itemsize > 2 and (deep.min() < 0 or deep.max() > 65535):
             raise UserError("the image has more than 16 bits per channel; save it with 8 or 16")
         picture = Image.fromarray((deep >> 8).astype(np.uint8))
@@ -81,8 +82,28 @@ def _convert(picture: Image.Image, channels: int) -> np.ndarray:
         picture = picture.convert("RGB")
     if picture.mode != _MODES[channels]:
         picture = picture.convert(_MODES[channels])
-    out = np.asarray(picture)
+    out = _as_array(picture)
     return out[..., None] if out.ndim == 2 else out
+
+
+def _as_array(picture: Image.Image) -> np.ndarray:
+    """Returns `np.asarray(picture)`, copied in strips of rows.
+
+    Pillow holds the GIL while it copies an image's bytes, and no other thread would run until 200 MB are copied.
+    """
+    rows = max(1, _STRIP // picture.width)
+    if picture.height <= rows:
+        return np.asarray(picture)
+    strips = (
+        np.asarray(picture.crop((0, top, picture.width, min(top + rows, picture.height))))
+        for top in range(0, picture.height, rows)
+    )
+    first = next(strips)
+    out = np.empty((picture.height, *first.shape[1:]), first.dtype)
+    out[:rows] = first
+    for i, strip in enumerate(strips, 1):
+        out[i * rows : (i + 1) * rows] = strip
+    return out
 
 
 def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:

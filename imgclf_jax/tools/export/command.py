@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax.core import processes, sharding
+from imgclf_jax.core import processes, sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run.provenance import write_atomically
@@ -32,7 +32,7 @@ def main(config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoi
     - `gives` is the output of the exported function: "probabilities", "logits" or "features".
     - `names` is the naming scheme of PyTorch weights (see `torch_state.naming`).
 
-    Raises UserError for an unknown suffix, before computing anything.
+    Raises UserError for an unknown suffix, before computing anything, and for parameters or statistics that hold NaN.
     """
     paths = [Path(file) for file in files]
     if not paths:
@@ -48,6 +48,7 @@ def main(config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoi
         if path.suffix == ".savedmodel":
             saved_model.check(path)
     model = load_trained(config, workdir, checkpoint)
+    _refuse_nan(model)
     with contextlib.ExitStack() as stack:
         if processes.index():  # all processes compute the reference outputs; only process 0 keeps the file
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -57,6 +58,15 @@ def main(config: ConfigDict, workdir: Workdir | None, files: list[str], checkpoi
                 if not processes.index():
                     print(line)
     return 0
+
+
+def _refuse_nan(model: Trained) -> None:
+    params, model_state = model.state.evaluated
+    arrays = tree.named_leaves({"params": params, **(model_state or {})})
+    wrong = [name for name, x in arrays if np.isnan(sharding.fetch(x)).any()]
+    if wrong:
+        raise UserError(f"export: step {model.step} holds NaN in {len(wrong)} of {len(arrays)} arrays, as in "
+                        f"{wrong[0]}; export another --checkpoint")  # fmt: skip
 
 
 def _stablehlo(model: Trained, path: Path, gives: str, names: str) -> list[str]:

@@ -5,6 +5,7 @@ import collections
 import concurrent.futures
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -19,6 +20,7 @@ from imgclf_jax.data.decode_cost import Costly
 from imgclf_jax.trained import Trained, not_finite
 
 _AT_ONCE = 2  # batches: while one is on the device, the other is decoded
+_LOWER = 5  # in nice levels, a third of the CPU time; a thread that is preempted may hold the GIL, so not less
 _BYTES_A_THREAD = 100_000  # the least a decoding thread gets, a few milliseconds of work
 # Limits of an image in a batch, about 10 ms to decode: pixels times scans, and file size. Larger images and those
 # built to be slow, are decoded apart; beyond the second limit, where decoding may take a gigabyte, one at a time.
@@ -40,6 +42,16 @@ def without_traceback[T](make: Callable[[bytes], T], image: bytes) -> T | UserEr
         return make(image)
     except UserError as e:
         return type(e)(str(e))
+
+
+def yield_cpu() -> None:
+    """Lowers the priority of the calling thread, so that the event loop and small images get the CPU first.
+
+    It does nothing outside Linux, where priorities are those of processes.
+    """
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _LOWER)  # at most 19
 
 
 class Busy(Exception):
@@ -80,8 +92,8 @@ class ByClient[T]:
 class Turns:
     """Calls functions in a few threads, round-robin over clients. For use from one event loop."""
 
-    def __init__(self, name: str, threads: int = 1) -> None:
-        self.pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix=name)
+    def __init__(self, name: str, threads: int = 1, initializer: Callable[[], None] | None = None) -> None:
+        self.pool = concurrent.futures.ThreadPoolExecutor(threads, name, initializer)
         self._waiting = ByClient[asyncio.Future[None]]()
         self._free = threads
 
@@ -136,8 +148,10 @@ class Batcher:
         self._name = f"batcher-{id(self):x}"  # the prefix of its threads' names
         self._workers = concurrent.futures.ThreadPoolExecutor(_AT_ONCE, thread_name_prefix=f"{self._name}-batch")
         self._decoders = concurrent.futures.ThreadPoolExecutor(thread_name_prefix=f"{self._name}-decode")
-        self._apart = Turns(f"{self._name}-large", threads=4)
-        self._largest = Turns(f"{self._name}-largest")  # one image at a time, since each may take a gigabyte
+        self._apart = Turns(f"{self._name}-large", threads=4, initializer=yield_cpu)
+        self._largest = Turns(
+            f"{self._name}-largest", initializer=yield_cpu
+        )  # one image at a time, since each may take a gigabyte
         self._small = Turns(f"{self._name}-small")
         self._tasks: set[asyncio.Task[None]] = set()  # the event loop keeps only weak references to tasks
         self._device = threading.Lock()

@@ -55,7 +55,7 @@ def main(
     import uvicorn
 
     from imgclf_jax.tools.serve import app
-    from imgclf_jax.tools.serve.connections import server_settings
+    from imgclf_jax.tools.serve.connections import listeners, server_settings
     from imgclf_jax.tools.serve.request_log import open_log
 
     with open_log(request_log) as write:
@@ -79,7 +79,7 @@ def main(
         if not local:
             log.warning("anyone who can reach %s can use it: there is no authentication", url)
         with listening:
-            _server(uvicorn.Server, settings).run(sockets=[listening])
+            _server(uvicorn.Server, settings).run(sockets=listeners(listening))
     if not application.state.idle(_LAST_SECONDS):
         sys.stdout.flush()
         os._exit(0)  # a normal exit would wait for threads, which may decode an image for minutes

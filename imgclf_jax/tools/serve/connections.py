@@ -4,6 +4,7 @@ import asyncio
 import functools
 import ipaddress
 import json
+import socket
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 CLIENT_GONE = "the client has disconnected"  # the message of the cancellation
 _TOLD = 64  # concurrent connections refused with an answer; further ones are reset
+# Listening sockets that share one queue. libuv accepts one connection per socket and iteration of the event loop: with
+# a single socket a new client would wait for as many iterations as there are connections before it.
+_LISTENERS = 32
 _PIPELINED = 100  # waiting requests of a connection
 # The parsers call back for each chunk of a body. Beyond _CHUNKS, chunks must have _BYTES_A_CHUNK bytes on average.
 _CHUNKS, _BYTES_A_CHUNK = 1000, 64
@@ -49,6 +53,11 @@ def server_settings(
         timeout_graceful_shutdown=limits.grace_seconds,  # type: ignore[arg-type]
         proxy_headers=False, h11_max_incomplete_event_size=limits.headers_bytes // 2,
     )  # fmt: skip
+
+
+def listeners(listening: socket.socket) -> list[socket.socket]:
+    """`listening` and duplicates of it; a server of all of them accepts as many clients at once."""
+    return [listening, *(listening.dup() for _ in range(_LISTENERS - 1))]
 
 
 def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:

@@ -13,6 +13,7 @@ import launch
 from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.models import classifier, convnext, resnet, vit
+from imgclf_jax.tools.export import command as export
 from imgclf_jax.tools.export import torch_state
 from imgclf_jax.weights import files, torch_names
 
@@ -99,3 +100,25 @@ def test_several_seeds_are_a_file_each(tmp_path):
     for seed, kernel in zip((5, 6), kernels, strict=True):
         read = files.read(tmp_path / f"a.seed{seed}.safetensors", lambda label, shape: True)
         np.testing.assert_array_equal(read["head.weight"], kernel.T)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_weights_that_hold_nan_are_not_written(averaged, tmp_path, monkeypatch, capsys):
+    """As `predict` refuses their outputs. Only what is evaluated counts: an average of weights replaces them."""
+    flags = ["--config.total=2 steps", "--config.model=mlp(widths=(8,))", "--config.eval_every=",
+             "--config.schedule=constant(1e-3)", "--config.tensorboard=False"]  # fmt: skip
+    file, load = tmp_path / "a.safetensors", export.load_trained
+
+    def poisoned(*args):
+        model = load(*args)
+        kernel = model.state.params["head"]["kernel"].at[1, 0].set(jnp.nan)
+        params = model.state.params | {"head": model.state.params["head"] | {"kernel": kernel}}
+        ema = model.state.evaluated if averaged else None
+        return model._replace(state=model.state.replace(params=params, ema=ema))
+
+    assert launch.main([*flags, f"--workdir={tmp_path / 'run'}"]) == 0
+    monkeypatch.setattr(export, "load_trained", poisoned)
+    capsys.readouterr()
+    assert launch.main(["export", str(file), f"--workdir={tmp_path / 'run'}"]) == (0 if averaged else 1)
+    message = "error: export: step 2 holds NaN in 1 of 4 arrays, as in params/head/kernel; export another --checkpoint"
+    assert (message in capsys.readouterr().err) == (not averaged) == (not file.exists())

@@ -2,10 +2,12 @@
 
 import asyncio
 import os
+import sys
 import threading
 import time
 
 import numpy as np
+import pytest
 from test_app import model, png  # noqa: F401  the former is a fixture
 
 from imgclf_jax.core.errors import UserError
@@ -178,3 +180,19 @@ def test_an_error_does_not_keep_its_image(model):  # noqa: F811
     [error] = batcher.Batcher(model)._classify([png(0)[:50]])
     assert "does not decode" in str(error)
     assert (error.__traceback__, error.__context__, error.__cause__) == (None, None, None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
+def test_the_threads_of_costly_images_yield_the_cpu(model):  # noqa: F811
+
+    def priority(image=b""):
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    made = batcher.Batcher(model)
+
+    async def priorities():
+        return [await turns.call("", priority) for turns in (made._apart, made._largest, made._small)]
+
+    own = priority()
+    assert asyncio.run(priorities()) == [min(19, own + 5)] * 2 + [own]
+    assert priority() == own

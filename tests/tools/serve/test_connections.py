@@ -12,6 +12,7 @@ import time
 
 import pytest
 import uvicorn
+import uvloop
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
@@ -334,3 +335,34 @@ def test_the_server_ends_whatever_its_clients_do(parser):
         time.sleep(0.1)
         begun = time.monotonic()
     assert time.monotonic() - begun < 8
+
+
+@pytest.mark.parametrize("run", [uvloop.run, asyncio.run])
+def test_a_new_client_does_not_wait_for_those_before_it(run):
+    """The event loop accepts the clients that wait at once; libuv alone accepts one per iteration."""
+
+    async def accept():
+        accepted, iteration = [], 0
+
+        class Noted(asyncio.Protocol):
+            def connection_made(self, transport):
+                accepted.append(iteration)
+
+        with contextlib.ExitStack() as stack:
+            listening = connections.listeners(socket.create_server(("127.0.0.1", 0), backlog=64))
+            servers = [
+                await asyncio.get_running_loop().create_server(Noted, sock=each, backlog=64) for each in listening
+            ]
+            for _ in range(24):
+                stack.enter_context(socket.create_connection(listening[0].getsockname()))
+            while len(accepted) < 24:
+                iteration += 1
+                assert iteration < 10_000
+                await asyncio.sleep(0)
+        for server in servers:
+            server.close()
+            await server.wait_closed()
+        return accepted
+
+    accepted = run(accept())
+    assert accepted[-1] - accepted[0] <= 1
