@@ -1,35 +1,84 @@
 """Disturbs training runs by a seeded plan, and checks that each ends like one that was left alone.
 
-    uv run python tests/stress.py --seconds 3600            # kills, signals, full disks, flipped bytes, bad batches
+    uv run python tests/stress.py --seconds 3600            # kills, full disks, bad hardware, hangs, …
     uv run python tests/stress.py --seconds 3600 --memory   # one long run, whose memory must not grow
 
-Each round is one run in a work directory of its own. Its processes are disturbed one after the other until it ends.
-Then its parameters, records and results must be those of the undisturbed run. Exit status 1 if any differs, if a
-process ends with a status or a message that it must not have, or if memory grows.
+Each round is one run in a work directory of its own, by one of SETUPS. Its processes are disturbed one after the other
+until it ends. Then its parameters, records, skipped steps and results must be those of the undisturbed run. Some rounds
+are left alone, with seeds of their own. The verdict counts three faults, and the exit status is 1 if there is any:
+
+- lost: a run that cannot go on, a flipped bit that is not found, a hang that does not end
+- wrong: other parameters, records or results; a status or a message that a process must not have
+- false alarms: corruption or a hang that is reported where there is none
+
+With `--memory` the status is 1 if memory grows.
 """
 
 import argparse
 import collections
 import contextlib
+import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from resume_check import ROOT, obey_signals, outcome
 from stress_memory import watch_memory
 
-RUN = ("--config.total=900 steps", "--config.checkpoint_every=25 steps", "--config.log_every=10 steps",
-       "--config.eval_every=90 steps", "--config.checkpoint.best=test/accuracy",
-       # Three batches are poisoned, and every 60th step is computed twice: a healthy machine raises no alarm.
-       "--config.augment=pad_crop(2)|normalize|poisoned:poison(((3, 1), (900, 20), (41, 55)))",
-       "--config.on_bad_step=skip", "--config.check_every=60 steps", "--config.watchdog=10 min")  # fmt: skip
+from imgclf_jax.data.stream import example_ids
+
+LONGEST = 180  # seconds that a process may take to end
+WATCHDOG, PAUSE = 10, 13  # seconds, in a process that hangs or is suspended
+NOISE = 10**7  # examples of faults:noise()
+# Every 60th step is computed twice, and a hang of a minute ends a process: a healthy machine raises no alarm.
+RUN = ("--config.checkpoint_every=25 steps", "--config.log_every=10 steps", "--config.eval_every=90 steps",
+       "--config.checkpoint.best=test/accuracy", "--config.check_every=60 steps", "--config.watchdog=60 s")  # fmt: skip
+# Three batches are poisoned.
+DIGITS = ("--config.total=500 steps",
+          "--config.augment=pad_crop(2)|normalize|faults:poison(((3, 1), (900, 20), (41, 38)))")  # fmt: skip
+_FIRSTS = tuple((int(example_ids(0, step, 32, NOISE)[0]), 0) for step in (100, 211, 305))
+# A source that is read in every step, and a network with batch statistics.
+STREAM = ("--config.data.source=faults:noise()", "--config.preprocess=decode(1)", "--config.data.eval.test=test[:64]",
+          "--config.batch_size=32", f"--config.augment=normalize|faults:poison({_FIRSTS})", "--config.total=400 steps",
+          "--config.model=smooth_net:Smooth()", "--config.optimizer=sgd(momentum=0.9)",
+          "--config.schedule=constant(0.05)")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run computes, and where."""
+
+    name: str
+    overrides: tuple[str, ...]
+    processes: int = 1
+    devices: int = 1  # of each process
+
+    @property
+    def streams(self) -> bool:
+        """Whether the source is read in every step."""
+        return STREAM[0] in self.overrides
+
+
+SKIP, ROLLBACK = "--config.on_bad_step=skip", "--config.on_bad_step=rollback(steps=7)"
+SETUPS = (
+    Setup("digits, skip", (*DIGITS, SKIP)),
+    Setup("digits, rollback", (*DIGITS, ROLLBACK)),
+    Setup("batch statistics, accumulation, bfloat16, EMA, rollback",
+          (*STREAM, ROLLBACK, "--config.accumulate=2", "--config.precision=bfloat16", "--config.ema=0.9")),
+    Setup("8 devices, fsdp, skip", (*STREAM, SKIP, "--config.mesh=data=2, fsdp=4"), devices=8),
+    Setup("8 devices, replicas, rollback", (*STREAM, ROLLBACK), devices=8),
+    Setup("2 processes, skip", (*STREAM, SKIP), processes=2, devices=2),
+    Setup("2 processes, fsdp, rollback", (*STREAM, ROLLBACK, "--config.mesh=fsdp=-1"), processes=2, devices=2),
+)  # fmt: skip
 NAMES = ("plain", "lr=[0.1]", "a b", "é漢", "x*y?")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHIFTED = """
@@ -45,38 +94,72 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 class Wrong(Exception):
     """A process did what it must not do."""
 
+    kind = "wrong"
+
+
+class Lost(Wrong):
+    """A run cannot go on, or a fault is not found."""
+
+    kind = "lost"
+
+
+class FalseAlarm(Wrong):
+    """A fault is reported where there is none."""
+
+    kind = "false alarms"
+
 
 class Round:
     """One run: `rng` decides what happens to its processes. `count` counts what did."""
 
-    def __init__(self, folder: Path, rng: random.Random, count: collections.Counter):
-        self.rng, self.count, self.folder = rng, count, folder
+    def __init__(self, folder: Path, setup: Setup, rng: random.Random, count: collections.Counter):
+        self.setup, self.rng, self.count, self.folder = setup, rng, count, folder
         self.workdir = folder / rng.choice(NAMES)
-        self.log = folder / "log"
-        self.overrides = [*RUN, f"--config.data.placement={rng.choice(('host', 'device'))}",
-                          f"--config.steps_per_call={rng.choice((0, 1, 7))}"]  # fmt: skip
+        self.logs = [folder / f"log{number}" for number in range(setup.processes)]
+        self.faults = folder / "faults"  # what bad hardware has done
+        self.overrides = [*RUN, *setup.overrides, f"--config.steps_per_call={rng.choice((0, 1, 7))}"]
+        if not setup.streams:
+            self.overrides.append(f"--config.data.placement={rng.choice(('host', 'device'))}")
 
-    def start(self, command: str = "train", log: Path | None = None) -> subprocess.Popen:
-        """A process in a group of its own, sometimes under another clock."""
-        words = [str(ROOT / "launch.py"), command, f"--workdir={self.workdir}"]
-        words += self.overrides if command == "train" else []
-        start = [sys.executable]
+    def start(
+        self,
+        command: str = "train",
+        log: Path | None = None,
+        faults: dict | None = None,
+        of: int = 0,
+        more: tuple[str, ...] = (),
+    ) -> list[subprocess.Popen]:
+        """The processes of a command, each in a group of its own, sometimes under another clock.
+
+        `faults` are those of the hardware of process `of`, see `faults.py`.
+        """
+        start, processes = [sys.executable], self.setup.processes if command == "train" else 1
         if self.rng.random() < 0.2:
             self.count["clock moved"] += 1
             start += ["-c", SHIFTED.format(root=str(ROOT)), str(self.rng.uniform(-1e8, 1e8))]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-        with (log or self.log).open("a") as file:
-            return subprocess.Popen([*start, *words], stdout=file, stderr=file, cwd=ROOT, env=environment,
-                                    start_new_session=True)  # fmt: skip
+        started, port = [], find_port() if processes > 1 else 0
+        for number in range(processes):
+            words = [str(ROOT / "launch.py"), command, f"--workdir={self.workdir}"]
+            words += [*self.overrides, *more] if command == "train" else ["--trust"]
+            if processes > 1:
+                words += [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={number}",
+                          "--heartbeat=20"]  # fmt: skip
+            environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "JAX_PLATFORMS": "cpu",
+                           "JAX_NUM_CPU_DEVICES": str(self.setup.devices), "FAULTS_LOG": str(self.faults)}  # fmt: skip
+            if faults and number == of:
+                environment["FAULTS"] = json.dumps(faults)
+            with (log or self.logs[number]).open("a") as file:
+                started.append(subprocess.Popen([*start, *words], stdout=file, stderr=file, cwd=ROOT, env=environment,
+                                                start_new_session=True))  # fmt: skip
+        return started
 
-    def sleep(self, process: subprocess.Popen, longest: float) -> None:
+    def sleep(self, started: list[subprocess.Popen], longest: float) -> None:
         """Until a random moment: in start-up, or some time after a record was written."""
         if self.rng.random() < 0.6:
             before = self.size()
-            while process.poll() is None and self.size() <= before:
-                time.sleep(0.01)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(self.rng.uniform(0, longest))
+            wait_until(lambda: self.size() > before or ended(started), LONGEST)
+        limit = self.rng.uniform(0, longest)
+        wait_until(lambda: ended(started), limit)
 
     def size(self) -> int:
         file = self.workdir / "metrics.jsonl"
@@ -87,64 +170,156 @@ class Round:
         steps = [d for d in folder.iterdir() if d.name.isdigit()] if folder.exists() else []
         return sorted(steps, key=lambda d: int(d.name))
 
-    # What happens to a process. Each gives the statuses that it may end with.
+    # What happens to the processes of a run. Each gives the statuses that they may end with.
 
-    def kill(self, process: subprocess.Popen) -> set[int]:
-        self.sleep(process, 4)
-        process.kill()
-        return {-signal.SIGKILL}
+    def kill(self, started: list[subprocess.Popen]) -> set[int]:
+        """One of several, or all: the others end."""
+        self.sleep(started, 4)
+        several = len(started) > 1
+        for process in self.rng.choice(([started[0]], [started[-1]], started)):
+            process.kill()
+        return {-signal.SIGKILL, *([1] if several else [])}
 
-    def ask(self, process: subprocess.Popen) -> set[int]:
-        """A signal to the process or to its group, once or twice."""
-        self.sleep(process, 4)
-        number, group = self.rng.choice(SIGNALS), self.rng.random() < 0.5
+    def ask(self, started: list[subprocess.Popen]) -> set[int]:
+        """A signal to a process or to its group, once or twice."""
+        self.sleep(started, 4)
+        number, group, process = self.rng.choice(SIGNALS), self.rng.random() < 0.5, self.rng.choice(started)
         for _ in range(self.rng.choice((1, 2))):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number) if group else process.send_signal(number)
             time.sleep(0.05)
         self.count[number.name] += 1
         # Before Python runs the first line of launch.py the operating system's own end is what happens.
-        return {75, 128 + number, -number}
+        return {75, 128 + number, -number, *([1] if len(started) > 1 else [])}
 
-    def fill_disk(self, process: subprocess.Popen) -> set[int]:
+    def pause(self, started: list[subprocess.Popen]) -> set[int]:
+        """All processes are suspended for longer than the watchdog's limit, as a scheduler does."""
+        self.sleep(started, 4)
+        for number, wait in ((signal.SIGSTOP, PAUSE), (signal.SIGCONT, 0.0)):
+            for process in started:
+                process.send_signal(number)
+            time.sleep(wait)
+        return set()
+
+    def stop_one(self, started: list[subprocess.Popen]) -> set[int]:
+        """One of several processes is stopped in training: the others end, and name it."""
+        before = self.size()
+        wait_until(lambda: self.size() > before or ended(started), LONGEST)
+        time.sleep(self.rng.uniform(0, 2))
+        which = self.rng.randrange(len(started))
+        if ended(started):
+            return set()
+        said = [log.stat().st_size for log in self.logs]
+        started[which].send_signal(signal.SIGSTOP)
+        others = [process for process in started if process is not started[which]]
+        # The run may be over but for the last barrier, which has a limit of its own.
+        if not wait_until(lambda: ended(others), LONGEST):
+            raise Lost("the others wait for a stopped process for ever")
+        started[which].kill()
+        text = "".join(log.read_text()[at:] for log, at in zip(self.logs, said, strict=True))
+        # Without process 0, nobody can tell which one is missing.
+        if which and f"process {which}" not in text and any(process.returncode for process in others):
+            raise Wrong(f"process {which} was stopped, and is not named")
+        self.count["named a stopped process"] += f"process {which} gives no sign of life" in text
+        for file in self.workdir.glob("hang-*.txt"):
+            file.unlink()
+        return {1, -signal.SIGKILL}
+
+    def fill_disk(self, started: list[subprocess.Popen]) -> set[int]:
         """All space of the file system is taken for a while; the process may stop, and says why."""
-        self.sleep(process, 2)
+        self.sleep(started, 2)
         ballast = self.folder / "ballast"
         with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
             for size in (1 << 20, 1 << 12, 1):
                 with contextlib.suppress(OSError):
                     while True:
                         file.write(bytes(size))
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(self.rng.uniform(0.5, 5))
+        wait_until(lambda: ended(started), self.rng.uniform(0.5, 5))
         ballast.unlink()
-        process.kill() if self.rng.random() < 0.5 else None
+        started[0].kill() if self.rng.random() < 0.5 else None
         return {1, -signal.SIGKILL}
 
-    def second_run(self, process: subprocess.Popen) -> set[int]:
+    def second_run(self, started: list[subprocess.Popen]) -> set[int]:
         """One of the two is refused, and the other one does not notice: the first, unless it had not begun."""
-        self.sleep(process, 1)
+        self.sleep(started, 1)
         log = self.folder / "second.log"
         log.unlink(missing_ok=True)
-        status = self.start(log=log).wait()
-        refused = status == 1 and "is in use by another" in log.read_text()
-        if status and not refused:
-            raise Wrong(f"a second run ended with {status}: {log.read_text()}")
+        statuses = [process.wait(LONGEST) for process in self.start(log=log)]
+        refused = set(statuses) == {1} and "is in use by another" in log.read_text()
+        if any(statuses) and not refused:
+            raise Wrong(f"a second run ended with {statuses}: {log.read_text()}")
         self.count["second run refused"] += refused
         return set() if refused else {1}
 
-    def read(self, process: subprocess.Popen) -> set[int]:
+    def read(self, started: list[subprocess.Popen]) -> set[int]:
         """`evaluate` beside the run."""
-        self.sleep(process, 1)
+        self.sleep(started, 1)
         log = self.folder / "reader.log"
         log.unlink(missing_ok=True)
         before = bool(self.checkpoints())
-        status = self.start("evaluate", log=log).wait()
-        text = log.read_text()
+        [reader] = self.start("evaluate", log=log)
+        status, text = reader.wait(LONGEST), log.read_text()
         if "Traceback" in text or (status and before):
             raise Wrong(f"evaluate ended with {status}: {text}")
         self.count["evaluated beside the run"] += status == 0
         return set()
+
+    # What the hardware does.
+
+    def flip(self) -> tuple[list[subprocess.Popen], set[int]]:
+        """A device flips bits. Each is found, and the run goes back, or it stops and the next process goes back."""
+        policy = self.rng.choice(("stop", "rollback", "rollback"))
+        kinds = ["step", "step", "device"]
+        if self.setup.devices * self.setup.processes > 1 and not any("fsdp" in word for word in self.overrides):
+            kinds.append("replica")
+        kind, number = self.rng.choice(kinds), len(self.flips("flip"))
+        plan = {"flip": kind, "seed": self.rng.randrange(10**6), "times": self.rng.choice((1, 1, 2))}
+        plan["after"] = self.rng.randrange(4) if kind == "step" else self.rng.randrange(60)
+        found = len(self.found())
+        started = self.start(
+            faults=plan, of=self.rng.randrange(self.setup.processes), more=(f"--config.on_corruption={policy}",)
+        )
+        wait_until(lambda: len(self.flips("flip")) > number or ended(started), LONGEST)
+        wait_until(lambda: len(self.found()) > found or ended(started), LONGEST)
+        flipped = len(self.flips("flip")) > number
+        if flipped and len(self.found()) == found:
+            # The last steps of a run are in no comparison, unless its total is a multiple of check_every.
+            raise Lost(f"a flipped bit was not found: {self.flips('flip')[-1]}")
+        self.count[f"flips by a {kind} found" if flipped else "too late for a flip"] += 1
+        return started, {1} if flipped else set()
+
+    def hang(self) -> tuple[list[subprocess.Popen], set[int]]:
+        """A source or a device that never returns: the watchdog ends the process."""
+        kind = self.rng.choice(("source", "step")) if self.setup.streams else "step"
+        plan = {"hang": kind, "after": self.rng.randrange(2, 40)}
+        hangs, before = len(self.flips("hang")), [log.stat().st_size if log.exists() else 0 for log in self.logs]
+        started = self.start(
+            faults=plan, of=self.rng.randrange(self.setup.processes), more=(f"--config.watchdog={WATCHDOG} s",)
+        )
+        wait_until(lambda: len(self.flips("hang")) > hangs or ended(started), LONGEST)
+        if len(self.flips("hang")) == hangs:
+            self.count["too late for a hang"] += 1
+            return started, set()
+        if not wait_until(lambda: ended(started), LONGEST):
+            raise Lost(f"a {kind} that hangs does not end the process")
+        text = "".join(log.read_text()[at:] for log, at in zip(self.logs, before, strict=True))
+        named = "waits for the next batch" if kind == "source" else "waits for the devices to compute"
+        if "(watchdog)" not in text or (named not in text and kind == "source"):
+            raise Wrong(f"a {kind} hangs, and the message does not say so: {text[-2000:]}")
+        self.count[f"hangs of a {kind} ended"] += 1
+        for file in self.workdir.glob("hang-*.txt"):
+            file.unlink()
+        return started, {1}
+
+    def flips(self, what: str) -> list[str]:
+        """The lines of what bad hardware has done that begin with `what`."""
+        lines = self.faults.read_text().splitlines() if self.faults.exists() else []
+        return [line for line in lines if line.startswith(what)]
+
+    def found(self) -> list[str]:
+        """The lines of corruption.jsonl."""
+        file = self.workdir / "corruption.jsonl"
+        return file.read_text().splitlines() if file.exists() else []
 
     # What happens to files between two processes.
 
@@ -179,29 +354,88 @@ class Round:
     def play(self) -> None:
         """Disturbs processes, some of them and their files, until the run ends."""
         for _ in range(self.rng.randrange(3, 8)):
-            others = (self.fill_disk, self.second_run, self.read)
-            happening = self.rng.choice((*(self.kill,) * 2, *(self.ask,) * 3, *others))
-            process = self.start()
-            self.count["processes"] += 1
-            try:
-                allowed = happening(process)
-                if not allowed and self.rng.random() < 0.5:
-                    process.kill()
-                    allowed = {-signal.SIGKILL}
-                status = process.wait(120)
-            except BaseException:
-                process.kill()
-                raise
-            self.count[happening.__name__.replace("_", " ")] += 1
-            if status not in {0, *allowed}:
-                raise Wrong(f"{happening.__name__}: status {status}")
+            self.count["processes"] += self.setup.processes
+            self.happen()
             for change in (self.damage, self.tear, self.shift_times):
                 if self.rng.random() < 0.25:
                     change()
-        if status := self.start().wait():
-            raise Wrong(f"the last process ended with {status}")
-        if "Traceback" in self.log.read_text():
+        statuses = [process.wait(2 * LONGEST) for process in self.start()]
+        if any(statuses):
+            raise Lost(f"the last processes ended with {statuses}")
+        self.check()
+
+    def happen(self) -> None:
+        """Starts the processes of the run, and something happens to them."""
+        alone, hardware = (self.fill_disk, self.second_run, self.read), (self.flip, self.flip, self.hang)
+        others = (self.stop_one,) * 2 if self.setup.processes > 1 else alone
+        happening = self.rng.choice((*(self.kill,) * 2, *(self.ask,) * 2, self.pause, *others, *hardware))
+        started: list[subprocess.Popen] = []
+        try:
+            if happening in hardware:
+                started, allowed = happening()
+            else:
+                limit = (f"--config.watchdog={WATCHDOG} s",) if happening in (self.pause, self.stop_one) else ()
+                started = self.start(more=limit)
+                allowed = happening(started)
+            if not allowed and self.rng.random() < 0.5:
+                for process in started:
+                    process.kill()
+                allowed = {-signal.SIGKILL}
+            if not wait_until(lambda: ended(started), LONGEST):
+                raise Lost(f"{happening.__name__}: the processes do not end")
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+        self.count[happening.__name__.replace("_", " ")] += 1
+        statuses = {process.returncode for process in started}
+        if not statuses <= {0, *allowed}:
+            raise Wrong(f"{happening.__name__}: status {statuses}")
+
+    def leave_alone(self) -> None:
+        """A healthy run, with a seed of its own, that compares more steps."""
+        more = (
+            f"--config.seed={self.rng.randrange(1, 10**6)}",
+            f"--config.check_every={self.rng.choice((7, 20))} steps",
+        )
+        statuses = [process.wait(4 * LONGEST) for process in self.start(more=more)]
+        if any(statuses):
+            raise Lost(f"healthy processes ended with {statuses}")
+        self.check()
+        self.count["steps compared in healthy runs"] += self.logs[0].read_text().count("every bit is the same")
+
+    def check(self) -> None:
+        """Looks for false alarms, and for what no log may have."""
+        if any("Traceback" in log.read_text() for log in self.logs):
             raise Wrong("a traceback")
+        if any(self.workdir.glob("hang-*.txt")):
+            raise FalseAlarm("a hang is reported in a process that did not hang")
+        if len(self.found()) > len(self.flips("flip")):
+            raise FalseAlarm("corruption is reported that there was not")
+        if missed := self.flips("missed"):
+            raise Lost(f"a flipped bit {missed[0]}")
+
+
+def find_port() -> int:
+    """A free port that the system gives to nobody by itself."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("localhost", port))
+            return port
+
+
+def ended(started: list[subprocess.Popen]) -> bool:
+    """Whether all processes have ended."""
+    return all(process.poll() is not None for process in started)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Waits until the condition holds, for so many seconds at most; whether it does."""
+    end = time.monotonic() + seconds
+    while not (holds := condition()) and time.monotonic() < end:
+        time.sleep(0.01)
+    return holds
 
 
 @contextlib.contextmanager
@@ -225,38 +459,47 @@ def skipped(workdir: Path) -> list[str]:
     return (workdir / "skipped.jsonl").read_text().splitlines()
 
 
-def disturb(seconds: float, seed: int, folder: Path) -> int:
+def whole(folder: Path, setup: Setup, seed: int) -> tuple[object, list[str]]:
+    """The outcome of the run by `setup` that is left alone, and the steps that it skipped; trained once in `folder`."""
+    one = Round(folder / f"whole{SETUPS.index(setup)}", setup, random.Random(seed), collections.Counter())
+    one.workdir = one.folder / "run"
+    if not (one.workdir / "result.json").exists():
+        one.folder.mkdir()
+        statuses = [process.wait(1000) for process in one.start()]
+        if any(statuses):
+            raise SystemExit("".join(log.read_text() for log in one.logs))
+        one.check()
+        records = outcome(one.workdir)
+        print(f"left alone ({setup.name}): {records[0][:8]}, {len(records[1])} records, "
+              f"{len(skipped(one.workdir))} lines of skipped steps", flush=True)  # fmt: skip
+    return outcome(one.workdir), skipped(one.workdir)
+
+
+def disturb(seconds: float, seed: int, folder: Path, setups: tuple[Setup, ...] = SETUPS) -> int:
     """Rounds until the time is over; prints what happened; the number of rounds that went wrong."""
-    began, count, wrong = time.monotonic(), collections.Counter[str](), 0
-    whole = Round(folder, random.Random(seed), count)
-    whole.workdir = folder / "whole"
-    if whole.start().wait():
-        raise SystemExit(whole.log.read_text())
-    expected = outcome(whole.workdir)
-    print(
-        f"left alone: {expected[0]}, {len(expected[1])} records, {len(skipped(whole.workdir))} steps skipped",
-        flush=True,
-    )
-    number = 0
+    began, count, faults, number = time.monotonic(), collections.Counter[str](), collections.Counter[str](), 0
     while time.monotonic() - began < seconds:
+        rng = random.Random(f"{seed}/{number}")
+        setup, alone = setups[number % len(setups)], rng.random() < 0.15
+        expected = whole(folder, setup, seed)
         with small_disk(folder / f"round{number}") as place:
-            one = Round(place, random.Random(f"{seed}/{number}"), count)
+            one = Round(place, setup, rng, count)
             try:
-                one.play()
-                if outcome(one.workdir) != expected or skipped(one.workdir) != skipped(whole.workdir):
+                one.leave_alone() if alone else one.play()
+                if not alone and (outcome(one.workdir), skipped(one.workdir)) != expected:
                     raise Wrong("the parameters, the records or the skipped steps are others")
-                if (one.workdir / "corruption.jsonl").exists():
-                    raise Wrong("a healthy step gave a false alarm of silent data corruption")
-                count["rounds equal"] += 1
-            except Wrong as e:
-                wrong += 1
+                count["rounds left alone" if alone else "rounds equal"] += 1
+            except (Wrong, subprocess.TimeoutExpired) as e:
+                kind = e.kind if isinstance(e, Wrong) else "lost"
+                faults[kind] += 1
                 kept = folder / f"wrong{number}"
                 shutil.copytree(place, kept)
-                print(f"round {number} WRONG, kept in {kept}: {e}", flush=True)
+                print(f"round {number} ({setup.name}) {kind.upper()}, kept in {kept}: {e}", flush=True)
         number += 1
         print(f"{time.monotonic() - began:.0f} s, round {number}: {dict(count)}", flush=True)
-    print(f"{number} rounds, {wrong} wrong; {dict(count)}")
-    return wrong
+    verdict = ", ".join(f"{faults[kind]} {kind}" for kind in ("lost", "wrong", "false alarms"))
+    print(f"{number} rounds in {time.monotonic() - began:.0f} s: {verdict}; {dict(sorted(count.items()))}")
+    return faults.total()
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import launch
+from imgclf_jax.run.writers import read_metrics
 
 SHORT = (*check.SMALL, "--config.model=mlp(widths=(16,))", "--config.log_every=1 steps", "--config.eval_every=20 steps",
          "--config.total=300 steps", "--config.checkpoint_every=50 steps")  # fmt: skip
@@ -180,6 +181,22 @@ def test_the_watchdog_names_the_process_that_is_stopped(tmp_path):
             process.wait()
     log = Path(f"{tmp_path}/run.log.0").read_text()
     assert re.search(r"nothing has happened for \d+ s \(watchdog\) .*; process 1 gives no sign of life", log)
+
+
+@pytest.mark.thorough
+def test_two_processes_roll_back_together(tmp_path):
+    """They leave out the same steps as one, after the bad one was computed twice, and go on."""
+    words = (*check.SMALL, "--config.model=mlp(widths=(16,))", "--config.total=40 steps", "--config.eval_every=",
+             "--config.augment=normalize|faults:poison(((3, 2), (9, 8)))", "--config.on_bad_step=rollback(steps=2)",
+             "--config.check_every=5 steps", "--config.checkpoint_every=3 steps")  # fmt: skip
+    check.run(tmp_path / "two", 2, 1, words)
+    check.run(tmp_path / "one", 1, 2, words)
+    left_out = [
+        [(line["step"], line["until"]) for line in read_metrics(tmp_path / name / "skipped.jsonl")]
+        for name in ("one", "two")
+    ]
+    assert left_out[0] == left_out[1]
+    assert len(left_out[0]) == 2
 
 
 def start_two(program: str, *words: str, **streams: int) -> list[subprocess.Popen]:

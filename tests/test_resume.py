@@ -118,7 +118,7 @@ def test_a_signal_at_any_moment_of_the_loop_is_saved(fake_config, tmp_path, monk
 
 @pytest.mark.slow
 def test_disturbed_by_a_plan(tmp_path):
-    """Kills, signals, a full disk, flipped bytes, a second run, readers and other clocks, for two minutes."""
+    """Kills, signals, a full disk, flipped bytes, bad hardware, hangs, readers and other clocks, for two minutes."""
     assert stress.disturb(120, 7, tmp_path) == 0
 
 

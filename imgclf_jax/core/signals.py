@@ -151,6 +151,13 @@ def noted(losing: Callable[[], str], grace: float = 0.0) -> Iterator[Callable[[]
             _pipe = None
             thread.join()
         _now = _Requests(began=requests.began)
+        _now.first = requests.first
+
+
+def obey_noted() -> None:
+    """Ends the process if a signal came inside of the last `noted` and was not obeyed there: nothing is to be saved."""
+    if name := _now.first:
+        _end(number(name), f"{name}: stopped; run the same command again")
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:

@@ -5,6 +5,7 @@ inside compilation and evaluation, where a run may spend most of its time.
 """
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -22,10 +23,11 @@ class Stopping:
     It returns the signal's name if all stop here, else "". `asked` returns the name of the signal that this process
     received, or "". Any process may receive one at any time, and none knows how far the others are. So after a signal
     each publishes the number of points it has passed, waits for those of all others, and continues to the largest.
+    Objects of one process have different `number`s.
     """
 
-    def __init__(self, asked: Callable[[], str], wait: float = processes.WAIT):
-        self._asked, self._wait = asked, wait
+    def __init__(self, asked: Callable[[], str], wait: float = processes.WAIT, number: int = 0):
+        self._asked, self._wait, self._number = asked, wait, number
         self._lock = threading.Lock()
         self._passed = 0  # points
         self._name = ""  # the signal, once `_passed` is published
@@ -61,9 +63,10 @@ class Stopping:
         if processes.count() == 1 or what in self._met:
             return
         self._met.add(what)
-        processes.publish(f"{what}/{processes.index()}", True)
+        place = self._place(what)
+        processes.publish(f"{place}/{processes.index()}", True)
         end = time.monotonic() + processes.PREPARING
-        while len(arrived := processes.published(what)) < processes.count():
+        while len(arrived := processes.published(place)) < processes.count():
             signals.check(self.waiting)
             if time.monotonic() > end:
                 raise UserError(f"process {_missing(arrived)} is not {what} after a day; see its log")
@@ -85,7 +88,10 @@ class Stopping:
 
     def _publish(self, name: str) -> None:
         self._name = name
-        processes.publish(f"passed/{processes.index()}", self._passed)
+        processes.publish(f"{self._place('passed')}/{processes.index()}", self._passed)
+
+    def _place(self, what: str) -> str:
+        return f"{what}-{self._number}" if self._number else what
 
     def _agreed(self) -> bool:
         """Whether all processes stop at the current point of this one."""
@@ -96,10 +102,13 @@ class Stopping:
                 if time.monotonic() > end:
                     raise UserError(f"process {_missing(passed)} has not reported its step {self._wait:g} s after "
                                     f"{self._name}; the last checkpoint is intact")  # fmt: skip
-                passed = processes.published("passed")
+                passed = processes.published(self._place("passed"))
                 time.sleep(0.01)
             self._last = max(passed.values())
         return self._passed == self._last
+
+
+_numbers = itertools.count()  # of the attempts in this process, which all processes begin together
 
 
 def _missing(arrived: Container[str]) -> str:
@@ -110,7 +119,7 @@ def _missing(arrived: Container[str]) -> str:
 def stopping(losing: Callable[[], str], grace: float = 0.0) -> Iterator[Stopping]:
     """Inside, notes signals (see `signals.noted`); yields the `Stopping` to call at each point."""
     with signals.noted(losing, grace) as asked:
-        stop = Stopping(asked)
+        stop = Stopping(asked, number=next(_numbers))
         processes.listeners.append(stop.hear)
         for name, process in list(processes.stops):  # signals that came earlier
             stop.hear(name, process)

@@ -17,7 +17,7 @@ import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,16 @@ def _quiet_absl() -> Iterator[None]:
         logger.setLevel(level)
 
 
+class _LatestConfirmed(policies.PreservationPolicy):
+    """Keeps the latest checkpoint that is not after `step`; none by default."""
+
+    step = -1
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        latest = max((one.step for one in checkpoints if one.step <= self.step), default=None)
+        return [one.step == latest for one in checkpoints]
+
+
 type Leaf = Any  # an array or a jax.ShapeDtypeStruct
 
 
@@ -92,7 +102,8 @@ class Checkpoints:
         self._read_only = read_only
         if not read_only:
             processes.broadcast_from_process_0("making the folder of checkpoints", self._prepare)
-        policy: list[Any] = [policies.LatestN(keep)]
+        self._confirmed = _LatestConfirmed()
+        policy: list[Any] = [policies.LatestN(keep), self._confirmed]
         if best:
             keep_best = policies.BestN(get_metric_fn=self._value, n=1, keep_checkpoints_without_metrics=False)
             policy.append(keep_best)
@@ -204,6 +215,10 @@ class Checkpoints:
                 places.move(old, new)
             else:
                 places.remove(old)
+
+    def confirm(self, step: int) -> None:
+        """Keeps the latest checkpoint at or before `step`, beside the others, until a later step is confirmed."""
+        self._confirmed.step = step
 
     def drop_after(self, step: int) -> None:
         """Removes the checkpoints of steps after `step`. All processes call this."""

@@ -45,6 +45,19 @@ def read_left_out(folder: Path) -> list[tuple[int, int]]:
     ]
 
 
+def forget_left_out(folder: Path, step: int) -> None:
+    """Removes the steps that the run in `folder` left out for a bad step at or after `step`. All processes call this.
+
+    What was bad on a device that computed wrongly is computed again, and left out again if it deserves it.
+    """
+    if not processes.index():
+        lines = writers.read_metrics(folder / NAME)
+        kept = [line for line in lines if line.get("bad_step", -1) < step]
+        if len(kept) < len(lines):
+            with writers.naming_errors(str(folder / NAME)):
+                writers.RecordFile(folder / NAME, kept).close()
+
+
 class Skipped:
     """Writes skipped.jsonl in `folder` for a run that continues from step `start` with the state's `guard`.
 

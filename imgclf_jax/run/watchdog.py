@@ -36,7 +36,8 @@ class Watchdog:
 
     Else it writes the stacks of all threads to `folder`/hang-PROCESS.txt, and ends the process with status 1 and a line
     that says what it waits for. Of several processes, the line names the one that lags. Set-up, compilation and
-    checkpoints may take PATIENCE times the limit. A `limit` of 0 watches nothing.
+    checkpoints may take PATIENCE times the limit. Time in which the process is suspended does not count. A `limit` of 0
+    watches nothing.
     """
 
     def __init__(self, limit: float, folder: Path, phases: Phases):
@@ -62,15 +63,21 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
+        alive, silent, last = self._phases.alive, 0.0, time.monotonic()
         while not self._ended.wait(self._poll):
-            phase, alive = self._phases.phase, self._phases.alive
+            # The time that a suspended process sleeps through is no hang.
+            now = time.monotonic()
+            silent, last = silent + min(now - last, 2 * self._poll), now
+            if self._phases.alive != alive:
+                alive, silent = self._phases.alive, 0.0
+            phase = self._phases.phase
             limit = self._limit * (PATIENCE if phase in _PATIENT else 1)
             if sys.__stderr__ is not None and sys.__stderr__.fileno() == 2:
                 # If native code hangs with the GIL, this thread hangs too, and then a timer in C ends the process.
                 faulthandler.dump_traceback_later(2 * PATIENCE * self._limit, exit=True, file=2)
             self._publish()
-            if time.monotonic() - alive > limit and self._phases.alive == alive:
-                self._end(phase, time.monotonic() - alive)
+            if silent > limit and self._phases.alive == alive:
+                self._end(phase, silent)
 
     def _end(self, phase: str, seconds: float) -> None:
         waits_for = WAITS_FOR.get(phase, phase)

@@ -65,11 +65,12 @@ def main(
             try:
                 return _train_from_latest(config, workdir, profile, extend, grace, adjusted, noted, replays, phases)
             except Again:
-                phases.enter("setup")
+                pass
             except Rollback as e:
                 log.warning("%s: steps %d to %d are left out, and the run continues from step %d or before", e, e.first,
                             e.until - 1, e.first)  # fmt: skip
-                phases.enter("setup")
+            signals.obey_noted()
+            phases.enter("setup")
 
 
 def _train_from_latest(

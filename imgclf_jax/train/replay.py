@@ -19,6 +19,7 @@ from imgclf_jax.core.checksums import Checksums
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Chunk
 from imgclf_jax.run import writers
+from imgclf_jax.run.skipped import forget_left_out
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import TrainState
 from imgclf_jax.train.setup import Run
@@ -41,13 +42,16 @@ class Replays:
 
     def __init__(self, config: ConfigDict, workdir: Workdir):
         self.suspect: int | None = None
+        self._confirmed: int | None = None  # the latest step known to be correct
         self._rollback = config.on_corruption == "rollback"
         self._path, self._found = workdir.corruption, 0
 
     def attach(self, run: Run) -> None:
         """Starts an attempt: `run` trains from its checkpoint, which was verified at restore."""
-        self._run, self._confirmed = run, run.start  # the latest step known to be correct
+        self._run = run
         if run.cadences.check is not None:
+            # A checkpoint that this process saved after the latest confirmed step is not known to be correct.
+            self._confirm(run.start if self._confirmed is None else min(self._confirmed, run.start))
             self._checksums = Checksums(run.programs.state_shape, run.programs.mesh)
             shardings = jax.tree.map(lambda x: x.sharding, run.programs.state_shape)
             self._copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=shardings)
@@ -72,7 +76,7 @@ class Replays:
         first, second = self._checksums(state), self._checksums(again)
         differs, replicas = first != second, self._checksums.differing_replicas(first)
         if not (differs | replicas).any():
-            self._confirmed = steps.stop
+            self._confirm(steps.stop)
             log.info("step %d computed again in %.2f s: every bit is the same", steps.start,
                      time.perf_counter() - began)  # fmt: skip
             return
@@ -86,37 +90,52 @@ class Replays:
         """
         if self._run.cadences.check is None:
             return ""
-        if bad is not None and bad != self.suspect:
-            self.suspect = bad
-            log.warning("step %d is bad: computing it again from the latest checkpoint, to tell whether the hardware "
-                        "is to blame", bad)  # fmt: skip
-            self._run.checkpoints.close()
-            raise Again
-        if bad is not None:
+        suspect = self.suspect
+        if suspect is not None and bad != suspect and (bad is not None or step > suspect):
+            self.suspect = None
+            what = "was bad, and is not when it is computed again"
+            self._record(suspect, what)
+            if not self._continues():
+                raise UserError(f"step {suspect} {what}{self._times()}: {_VERDICT}; run the same command on other "
+                                "devices, or continue with on_corruption='rollback'")  # fmt: skip
+        if bad is not None and bad == suspect:
             self.suspect = None
             return "computed twice with the same result, so the data or the optimization are to blame; "
-        if self.suspect is not None and step > self.suspect:
-            suspect, self.suspect = self.suspect, None
-            self._record(suspect, "was bad the first time, and is not when it is computed again")
-            if not self._rollback:
-                raise UserError(f"step {suspect} was bad, and is not when it is computed again: {_VERDICT}; run the "
-                                "same command on other devices, or continue with on_corruption='rollback'")  # fmt: skip
+        if bad is not None:
+            self.suspect = bad
+            log.warning("step %d is bad: computing it again from %s, to tell whether the hardware is to blame", bad,
+                        self._go_back())  # fmt: skip
+            raise Again
         return ""
 
     def _corrupted(self, step: int, what: str) -> None:
         self._record(step, what)
-        checkpoints = self._run.checkpoints
-        checkpoints.drop_after(self._confirmed)
-        kept = f"the checkpoint of step {checkpoints.latest}" if checkpoints.latest else "the beginning"
-        checkpoints.close()
-        if self._rollback and self._found < _MOST:
+        forget_left_out(self._run.workdir.path, self._confirmed or 0)
+        kept = self._go_back()
+        if self._continues():
             log.warning(
                 "step %d %s: %s; the run continues from %s, the latest confirmed state", step, what, _VERDICT, kept
             )
             raise Again
-        times = f" ({self._found} times in this process)" if self._found > 1 else ""
-        raise UserError(f"step {step} {what}{times}: {_VERDICT}; test the devices, then run the same command on "
-                        f"others: it continues from {kept} (all findings are in {self._path})")  # fmt: skip
+        raise UserError(f"step {step} {what}{self._times()}: {_VERDICT}; test the devices, then run the same command "
+                        f"on others: it continues from {kept} (all findings are in {self._path})")  # fmt: skip
+
+    def _confirm(self, step: int) -> None:
+        self._confirmed = step
+        self._run.checkpoints.confirm(step)
+
+    def _go_back(self) -> str:
+        """Removes the checkpoints after the last confirmed step; says where the run continues."""
+        checkpoints = self._run.checkpoints
+        checkpoints.drop_after(self._confirmed or 0)
+        checkpoints.close()
+        return f"the checkpoint of step {checkpoints.latest}" if checkpoints.latest else "the beginning"
+
+    def _continues(self) -> bool:
+        return self._rollback and self._found < _MOST
+
+    def _times(self) -> str:
+        return f" ({self._found} times in this process)" if self._found > 1 else ""
 
     def _record(self, step: int, what: str) -> None:
         self._found += 1

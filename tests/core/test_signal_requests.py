@@ -55,6 +55,18 @@ def test_signals_close_together_are_one_request(ended, monkeypatch, caplog):
     assert ended == [(15, "SIGTERM again: stopped at once; lost: the steps since the checkpoint of step 40")]
 
 
+def test_a_signal_in_an_attempt_that_goes_back_is_obeyed_after_it(ended, monkeypatch):
+    """The run rolls back at the step that the signal came in: its files are whole, and it ends."""
+    monkeypatch.setattr(signals, "_now", signals._Requests())
+    signals.obey_noted()
+    with signals.noted(lambda: "nothing"):
+        signals._now.receive(signal.SIGTERM)
+    assert not ended
+    with pytest.raises(SystemExit):
+        signals.obey_noted()
+    assert ended == [(15, "SIGTERM: stopped; run the same command again")]
+
+
 def test_without_anything_to_save_it_ends(ended):
     with pytest.raises(SystemExit):
         signals._Requests().receive(signal.SIGTERM)

@@ -187,6 +187,19 @@ def test_none_begins_before_all_are_ready(three, signalled):
     assert begun == ([3, 3, 3] if signalled is None else [])
 
 
+def test_attempts_in_one_process_wait_anew(three):
+    """After a rollback all processes compile and stop again, with another `Stopping`."""
+
+    def play(number):
+        for attempt in range(3):
+            stop = Stopping(lambda: "", wait=10, number=attempt)
+            stop.wait_for_all("compiled")
+        stop.hear("SIGTERM", 0)
+        return stop()
+
+    assert three(play) == dict.fromkeys(range(3), "SIGTERM")
+
+
 def hear(number, stop, signalled):
     """Delivers the signal in the thread that listens to the other processes."""
     HERE.number = number

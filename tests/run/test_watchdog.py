@@ -63,6 +63,19 @@ def test_signs_of_life_and_patience(tmp_path, ended):
     assert PATIENCE > 2
 
 
+def test_a_suspended_process_does_not_hang(tmp_path, ended, monkeypatch):
+    """A scheduler that stops a process for hours and continues it ends nothing."""
+    now, slept = time.monotonic, [0.0]
+    monkeypatch.setattr("imgclf_jax.run.watchdog.time.monotonic", lambda: now() + slept[0])
+    phases = Phases()
+    with Watchdog(1.0, tmp_path, phases).watching():
+        phases.enter("steps")
+        for _ in range(3):
+            slept[0] += 3600.0
+            time.sleep(0.2)
+    assert not ended
+
+
 def test_a_disk_that_hangs_does_not_keep_the_process(tmp_path, ended, monkeypatch, caplog):
     """The stacks are logged where they cannot be written."""
     monkeypatch.setattr("imgclf_jax.run.watchdog._SAVING", 0.2)

@@ -1,17 +1,21 @@
 """Silent data corruption: a step that is computed twice finds it, on one device and on many, and raises no alarm."""
 
 import functools
+import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import thorough
+from faults import flip
 from test_bad_steps import POISON, outcome, poisoned, step_of  # noqa: F401  a fixture
 
 from imgclf_jax.core import sharding
 from imgclf_jax.core.checksums import Checksums
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.run import skipped
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.train import loop as train
@@ -24,21 +28,6 @@ HEALTHY = [
     {"model": "resnet_cifar(8)", "mesh": "data=2, fsdp=4"},
     {"num_seeds": 2, "mesh": "seeds=2, data=4", "augment": "flip_lr|normalize"},
 ]
-
-
-def flip(x: jax.Array, bit: int, place: int, device: int | None = None) -> jax.Array:
-    """The array with one bit flipped: `bit` of the element `place` of the part on a device, or on all that hold it."""
-    shards = sorted(x.addressable_shards, key=lambda shard: shard.device.id)
-    target = shards[device or 0]
-
-    def of(shard):
-        data = np.array(shard.data)
-        if shard.device == target.device or (device is None and shard.index == target.index):
-            flat = data.reshape(-1).view(np.uint8)
-            flat[place % flat.size] ^= 1 << bit % 8
-        return jax.device_put(data, shard.device)
-
-    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, [of(shard) for shard in x.addressable_shards])
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +165,35 @@ def test_a_loss_that_is_bad_only_once_is_corruption(policy, fake_config, tmp_pat
     assert [line["step"] for line in read_metrics(tmp_path / "b" / "corruption.jsonl")] == [4]
 
 
+@pytest.mark.parametrize("second", [3, 6, 9])
+@pytest.mark.parametrize("policy", ["stop", "rollback"])
+def test_another_bad_step_in_the_second_computation_is_corruption(second, policy, fake_config, tmp_path):
+    """Before or after the first: a device that fails at random never blames the data, and does not go on for ever."""
+    fake_config.on_corruption = policy
+    replays = replay.Replays(fake_config, Workdir(tmp_path))
+    replays._run = SimpleNamespace(
+        cadences=SimpleNamespace(check=5),
+        checkpoints=SimpleNamespace(drop_after=lambda step: None, close=int, latest=4),
+    )
+    with pytest.raises(replay.Again):
+        replays.recheck(5, 10)
+    for number in range(1, 4):
+        stops = policy == "stop" or number == 3
+        with pytest.raises(UserError if stops else replay.Again, match="was bad, and is not when" if stops else None):
+            replays.recheck(second if number % 2 else 5, 10)
+        if stops:
+            break
+    assert len(read_metrics(tmp_path / "corruption.jsonl")) == number
+
+
+def test_what_was_left_out_after_the_last_confirmed_step_is_forgotten(tmp_path):
+    """A device that computes wrongly may have been why it was bad."""
+    lines = [{"step": 0, "until": 9, "bad_step": 8}, {"step": 11, "seed": 0}, {"step": 20, "until": 31, "bad_step": 30}]
+    (tmp_path / "skipped.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    skipped.forget_left_out(tmp_path, 30)
+    assert read_metrics(tmp_path / "skipped.jsonl") == lines[:2]
+
+
 @pytest.mark.thorough
 def test_a_step_that_is_left_out_is_no_corruption(poisoned, tmp_path):  # noqa: F811
     """It was bad twice, and is not computed a third time."""
@@ -201,7 +219,7 @@ def test_each_seed_skips_its_own_steps(mesh, poisoned, tmp_path):  # noqa: F811
     config = poisoned
     config.on_bad_step, config.num_seeds, config.mesh = "skip", 2, mesh
     assert train.main(config, Workdir(tmp_path)) == 0
-    _, lines, skipped = outcome(tmp_path)
+    _, lines, left_out = outcome(tmp_path)
     expected = sorted((step_of(*one, seed), seed) for one in POISON for seed in (0, 1))
-    assert [(line["step"], line["seed"]) for line in skipped] == expected
+    assert [(line["step"], line["seed"]) for line in left_out] == expected
     assert np.isfinite([line["train/loss_std"] for line in lines if "train/loss_std" in line]).all()
