@@ -2,8 +2,10 @@
 
 import functools
 import json
+from collections import Counter
 from types import SimpleNamespace
 
+import faulty_net
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,7 @@ from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.train import loop as train
 from imgclf_jax.train import replay
+from imgclf_jax.train.setup import set_up
 
 # Whole networks and meshes whose healthy steps must raise no alarm.
 HEALTHY = [
@@ -67,6 +70,49 @@ def test_every_flipped_bit_is_found_and_its_device(state):
         everywhere = checksums({**values, name: flip(values[name], bit, place)})
         assert (everywhere != before).any()
         assert not checksums.differing_replicas(everywhere).any()
+
+
+@pytest.mark.parametrize(
+    ("more", "number"), [({}, 40), *thorough(({}, 200), ({"precision": "bfloat16", "accumulate": 2}, 200))], ids=str
+)
+def test_every_bit_that_a_computation_loses_is_found(more, number, fake_config, tmp_path, one_device, monkeypatch):
+    """Single bits of activations, their gradients and the parameters' gradients, in one of the two computations of a
+    step: each that changes a bit of the next state is found, and no other."""
+    config = fake_config
+    for key, value in {"model": "faulty_net:Net()", "gradient": "faulty_net:faulty_gradient", **more}.items():
+        config[key] = value
+    config.optimizer, config.schedule, config.check_every = "adam", "constant(1e-2)", "1 steps"
+    run = set_up(config, Workdir(tmp_path))
+    replays, found = replay.Replays(config, Workdir(tmp_path)), []
+    replays.attach(run)
+    monkeypatch.setattr(replays, "_corrupted", lambda step, what: found.append(what))
+
+    def step(state, chunk):
+        return run.programs.train(replays._copy(state), run.programs.zero_sums(), chunk, np.int32(1))[0]
+
+    state, rng = run.state, np.random.default_rng(0)
+    for steps, chunk in run.programs.chunks(run.images, [range(i, i + 1) for i in range(4)]):  # noqa: B007
+        before, state = state, step(state, chunk)
+    expected = [np.asarray(x) for x in jax.tree.leaves(state)]
+    paths, _ = jax.tree_util.tree_flatten_with_path(state.params)
+    sites, changed = [*faulty_net.SITES, *(jax.tree_util.keystr(path) for path, _ in paths)], Counter()
+    for i in range(number):
+        site = sites[i % len(sites)]
+        faulty_net.FLIP[0] = (site, int(rng.integers(32)), int(rng.integers(10**6)))
+        bad = step(before, chunk)
+        differs = any(
+            a.tobytes() != np.asarray(b).tobytes() for a, b in zip(expected, jax.tree.leaves(bad), strict=True)
+        )
+        faulty_net.FLIP[0] = None
+        found.clear()
+        replays.check(steps, replays._copy(before), run.programs.zero_sums(), chunk, bad)
+        assert bool(found) == differs, (site, found)
+        changed[site] += differs
+    run.checkpoints.close()
+    print(f"{changed.total()} of {number} flips changed the state: {dict(changed)}")
+    assert changed.total() > number / 2
+    assert not changed["d input"]  # no parameter depends on it
+    assert number < 200 or all(changed[site] for site in sites if site != "d input")
 
 
 @pytest.mark.parametrize("more", [HEALTHY[0], *thorough(*HEALTHY[1:])], ids=str)
