@@ -19,6 +19,7 @@ from resume_check import ROOT, outcome
 from imgclf_jax.core.errors import UserError
 
 LONGEST = 600  # seconds that a process may take to end
+PATHS = (str(Path(__file__).parent),)  # of modules that a config may name
 SMALL = ("--config.data.source=fake(96, (8, 8, 3), 4)", "--config.preprocess=decode(3)", "--config.batch_size=32",
          "--config.tensorboard=False", "--config.data.eval.test=test[:37]")  # fmt: skip
 STATISTICS = (*SMALL, "--config.model=smooth_net:Smooth()", "--config.accumulate=2",
@@ -55,7 +56,7 @@ def start(
         words += last if number == processes - 1 else ()
         with open(f"{workdir}.log.{number}", "a") as log:
             environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu",
-                           "PYTHONPATH": str(Path(__file__).parent)}  # fmt: skip
+                           "PYTHONPATH": os.pathsep.join(PATHS)}  # fmt: skip
             started.append(subprocess.Popen(words, stdout=log, stderr=log, cwd=ROOT, env=environment))
     return started
 

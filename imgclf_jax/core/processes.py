@@ -118,7 +118,7 @@ def _end_with_status_1() -> None:
     """Turns JAX's `abort` after the death of another process into one line and status 1."""
 
     def end(_: int) -> None:
-        os.write(2, f"{_name(index())}: another process of this run has died or cannot be reached, so this one ends; "
+        os.write(2, f"{named(index())}: another process of this run has died or cannot be reached, so this one ends; "
                     "run the same command again in all processes\n".encode())  # fmt: skip
         os._exit(1)
 
@@ -132,7 +132,8 @@ def _end_with_status_1() -> None:
 _handler: object = None  # keeps the callback alive, since C has a pointer to it
 
 
-def _name(process: int) -> str:
+def named(process: int) -> str:
+    """A process and its host, in words."""
     return f"process {process}" + (f" ({_hosts[process]})" if process < len(_hosts) else "")
 
 
@@ -182,7 +183,7 @@ def agree(
     names = [name for name in names if not in_both or (name in theirs and name in own)]
     more = f", and {len(names) - 3} more" if len(names) > 3 else ""
     a, b = (", ".join(f"{name}={str(of.get(name))[:100]}" for name in names[:3]) for of in (own, theirs))
-    refuse(what, f"{_name(index())} has {a}{more}, {_name(0)} has {b}" if names else "", fix, wait)
+    refuse(what, f"{named(index())} has {a}{more}, {named(0)} has {b}" if names else "", fix, wait)
 
 
 def barrier(what: str, wait: float = WAIT) -> None:
@@ -225,11 +226,11 @@ def _get(call: int, what: str, process: int, wait: float) -> Json:
     except Exception as e:
         if "DEADLINE_EXCEEDED" not in str(e):
             raise
-        raise UserError(f"{_name(process)} has not reached the same point ({what}) within {wait:g} s; see its log, end "
+        raise UserError(f"{named(process)} has not reached the same point ({what}) within {wait:g} s; see its log, end "
                         "all processes, and run the same command again") from e  # fmt: skip
     theirs, value = json.loads(message)
     if theirs != what:
-        raise UserError(f"{_name(process)} is at another point ({theirs}) than {_name(index())} ({what}), so they were "
+        raise UserError(f"{named(process)} is at another point ({theirs}) than {named(index())} ({what}), so they were "
                         f"started differently; {ALIKE}")  # fmt: skip
     return value
 
@@ -273,7 +274,7 @@ def _watch(client: Any) -> None:
             signals.before_exit.remove(_tell_of_signal)
             if not index():
                 time.sleep(1.0)  # the service ends with this process: let the others receive the event first
-            line = f"{_name(index())} ends because {_name(event['process'])} does: {event['text']}"
+            line = f"{named(index())} ends because {named(event['process'])} does: {event['text']}"
             signals.leave(event["status"], line)
         stops.append((event["text"], event["process"]))
         for listener in listeners:

@@ -13,6 +13,7 @@ from pathlib import Path
 from imgclf_jax.core import processes, signals
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
+from imgclf_jax.run import stragglers
 from imgclf_jax.run.phases import Phases
 
 log = logging.getLogger(__name__)
@@ -37,19 +38,21 @@ class Watchdog:
     Else it writes the stacks of all threads to `folder`/hang-PROCESS.txt, and ends the process with status 1 and a line
     that says what it waits for. Of several processes, the line names the one that lags. Set-up, compilation and
     checkpoints may take PATIENCE times the limit. Time in which the process is suspended does not count. A `limit` of 0
-    watches nothing.
+    ends nothing. Of several processes, the log names those that the others wait for: see `stragglers`.
     """
 
     def __init__(self, limit: float, folder: Path, phases: Phases):
         self._limit, self._folder, self._phases = limit, folder, phases
-        self._poll = min(5.0, max(0.05, limit / 10))
+        self._poll = min(5.0, max(0.05, limit / 10)) if limit else 5.0
         self._ended = threading.Event()
         self._published = 0
+        self._readings: dict[int, stragglers.Reading] = {}  # a minute ago
+        self._compared = -stragglers.EVERY
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Watches while inside."""
-        if not self._limit:
+        if not self._limit and processes.count() == 1:
             yield
             return
         thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -71,11 +74,13 @@ class Watchdog:
             if self._phases.alive != alive:
                 alive, silent = self._phases.alive, 0.0
             phase = self._phases.phase
+            self._publish()
+            if not self._limit:
+                continue
             limit = self._limit * (PATIENCE if phase in _PATIENT else 1)
             if sys.__stderr__ is not None and sys.__stderr__.fileno() == 2:
                 # If native code hangs with the GIL, this thread hangs too, and then a timer in C ends the process.
                 faulthandler.dump_traceback_later(2 * PATIENCE * self._limit, exit=True, file=2)
-            self._publish()
             if silent > limit and self._phases.alive == alive:
                 self._end(phase, silent)
 
@@ -100,9 +105,25 @@ class Watchdog:
     def _publish(self) -> None:
         if processes.count() > 1:
             self._published += 1
-            said = {"step": self._phases.step, "phase": self._phases.phase, "number": self._published}
+            seconds = self._phases.seconds
+            said = {"step": self._phases.step, "phase": self._phases.phase, "number": self._published,
+                    "host": seconds["input"] + seconds["other"], "steps": seconds["steps"]}  # fmt: skip
             with contextlib.suppress(Exception):  # the service may be what has ended
                 processes.publish(f"alive/{processes.index()}", said, again=True)
+                self._find_stragglers()
+
+    def _find_stragglers(self) -> None:
+        """Logs, in process 0 and once a minute, the processes that the others wait for."""
+        now = time.monotonic()
+        if processes.index() or now - self._compared < stragglers.EVERY:
+            return
+        readings = {
+            int(name): stragglers.Reading(said["step"], said["host"], said["steps"])
+            for name, said in processes.published("alive").items()
+        }
+        for sentence in stragglers.describe(stragglers.find(self._readings, readings), processes.named):
+            log.warning("%s", sentence)
+        self._readings, self._compared = readings, now
 
     def _others(self) -> str:
         """Which other processes are stopped, or behind this one, in words."""
