@@ -13,7 +13,7 @@ from imgclf_jax.step import Outputs
 from imgclf_jax.trained import Trained
 
 _IMAGES = 5
-_CLOSE = 1e-4  # allowed difference for outputs of magnitude 1
+_CLOSE = {"float32": 1e-4, "bfloat16": 2**-5}  # allowed difference for outputs of magnitude 1, by `precision`
 _LEAST = 1e-30  # smaller probabilities count as equal
 _OF_SIGMOID = 1e-6  # onnxruntime's sigmoid has an absolute error of up to 1.7e-7
 
@@ -26,8 +26,9 @@ def output_name(model: Trained, what: Outputs) -> str:
 def difference(run: Callable[[np.ndarray], np.ndarray], model: Trained, what: Outputs, program: str) -> float:
     """Returns the largest difference of `run(uint8[b, h, w, c])` from the model's outputs on random images.
 
-    Raises UserError, naming the `program`, if it exceeds float32 rounding. Probabilities are compared by logarithm,
-    because those of two overconfident networks may agree to 1e-9. Those of a sigmoid may also differ by 1e-6.
+    Raises UserError, naming the `program`, if it exceeds the rounding of the model's precision. Probabilities are
+    compared by logarithm, because those of two overconfident networks may agree to 1e-9. Those of a sigmoid may also
+    differ by 1e-6.
     """
     mesh = model.programs.mesh
     shape = (_IMAGES, *model.programs.recipe.data.image_shape)
@@ -40,7 +41,7 @@ def difference(run: Callable[[np.ndarray], np.ndarray], model: Trained, what: Ou
     judged, a, b = ("outputs", theirs, ours)
     if what == "predict" and model.task is not Task.REGRESSION:
         judged, a, b = ("log probabilities", *(np.log(np.maximum(x, _LEAST)) for x in (theirs, ours)))
-    allowed = np.full(b.shape, _CLOSE * max(1.0, float(np.abs(b).max())))
+    allowed = np.full(b.shape, _CLOSE[model.config.precision] * max(1.0, float(np.abs(b).max())))
     if judged == "log probabilities" and losses.link_of(model.config.loss) == losses.SIGMOID:
         allowed += _OF_SIGMOID / np.maximum(ours, _LEAST)
     if not (np.abs(a - b) <= allowed).all():

@@ -9,19 +9,22 @@ import datetime
 import io
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax import export
+from jax import export, lax
+from jax.extend.core import ClosedJaxpr, Literal
 
-from imgclf_jax.core import platform, sharding, tree
+from imgclf_jax.core import jaxprs, platform, sharding, tree
 from imgclf_jax.core.typing import JsonObject, ModelState, Params
 from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared
 from imgclf_jax.trained import Trained
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+_MATMULS = "dot_general", "conv_general_dilated"
 _LIVES = datetime.timedelta(days=180)  # what jax.export promises of its files
 _MADE = (1980, 1, 1, 0, 0, 0)  # the time of the members: the same model gives the same bytes
 
@@ -72,6 +75,34 @@ def _on_host(model: Trained) -> tuple[Params, ModelState]:
     return jax.tree.map(sharding.fetch, model.state.evaluated)
 
 
+def isolate_bfloat16_matmuls(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Keeps XLA from fusing the bfloat16 matmuls and convolutions of `function` into their readers on CPU.
+
+    In jaxlib 0.12.0 such a fusion gives NaN for two layers with ReLU and a mean (XLA's YNNPACK fusion of reductions).
+    Loops, such as those of a recurrent network, and programs of other platforms are unchanged.
+    """
+
+    def isolated(*args: jax.Array) -> jax.Array:
+        (out,) = _evaluate(jax.make_jaxpr(function)(*args), args)
+        return out
+
+    return isolated
+
+
+def _evaluate(closed: ClosedJaxpr, args: Sequence[jax.Array]) -> list[jax.Array]:
+    values = dict(zip([*closed.jaxpr.constvars, *closed.jaxpr.invars], [*closed.consts, *args], strict=True))
+    for equation in closed.jaxpr.eqns:
+        operands = [atom.val if isinstance(atom, Literal) else values[atom] for atom in equation.invars]
+        if equation.primitive.name in jaxprs.INLINED:
+            results = _evaluate(equation.params[jaxprs.INLINED[equation.primitive.name]], operands)
+        else:
+            results = jaxprs.bind(equation, operands)
+        if equation.primitive.name in _MATMULS and any(x.dtype == jnp.bfloat16 for x in operands):
+            results = [lax.platform_dependent(y, cpu=lax.optimization_barrier, default=lambda y: y) for y in results]
+        values.update(zip(equation.outvars, results, strict=True))
+    return [atom.val if isinstance(atom, Literal) else values[atom] for atom in closed.jaxpr.outvars]
+
+
 def _lowered(function: Callable[..., jax.Array], model: Trained, *weights: np.ndarray) -> export.Exported:
     """A function of (*weights, images) for any number of images."""
     (b,) = export.symbolic_shape("b")
@@ -79,7 +110,7 @@ def _lowered(function: Callable[..., jax.Array], model: Trained, *weights: np.nd
     given = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in weights]
     # The bits of products are those of the config wherever the file is run; on CPU all are float32 in any case.
     with platform.tracing_for(""), jax.default_matmul_precision(model.config.matmul_precision):
-        return export.export(jax.jit(function), platforms=PLATFORMS)(*given, images)
+        return export.export(jax.jit(isolate_bfloat16_matmuls(function)), platforms=PLATFORMS)(*given, images)
 
 
 def metadata(model: Trained, what: Outputs, exported: export.Exported, today: datetime.date) -> JsonObject:
@@ -111,12 +142,17 @@ def _lifetime(today: datetime.date) -> dict[str, str]:
     }  # fmt: skip
 
 
-def archive(model: Trained, what: Outputs, today: datetime.date) -> tuple[bytes, JsonObject]:
-    """The bytes of the file, and its metadata."""
+def archive(model: Trained, what: Outputs, today: datetime.date) -> tuple[bytes, JsonObject, float]:
+    """Returns the bytes of the file, its metadata, and the largest difference of its outputs from the model's.
+
+    Raises UserError if they differ by more than rounding on random images, on this process's first device.
+    """
     exported = program(model, what)
     described = metadata(model, what, exported, today) | _lifetime(today)
-    content = io.BytesIO()
+    serialized, content = exported.serialize(), io.BytesIO()
+    loaded = jax.jit(export.deserialize(serialized).call)
+    difference = compared.difference(lambda images: np.asarray(loaded(images)), model, what, "jax.export")
     with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as file:
-        file.writestr(zipfile.ZipInfo("model.stablehlo", _MADE), bytes(exported.serialize()))
+        file.writestr(zipfile.ZipInfo("model.stablehlo", _MADE), bytes(serialized))
         file.writestr(zipfile.ZipInfo("metadata.json", _MADE), json.dumps(described, indent=2, ensure_ascii=False))
-    return content.getvalue(), described
+    return content.getvalue(), described, difference

@@ -8,13 +8,15 @@ import sys
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
+from jax import export, lax
 
 import imgclf_jax
 import launch
 from imgclf_jax.config import default_config
+from imgclf_jax.models.cpu.rewrite import rewrite
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
@@ -49,7 +51,8 @@ def test_the_printed_lines_load_it_without_this_package(run, tmp_path, capsys):
     capsys.readouterr()
     assert launch.main(["export", str(file), f"--workdir={run}"]) == 0
     out = capsys.readouterr().out
-    first, until, _, loader = out.split("\n", 3)
+    first, match, until, _, loader = out.split("\n", 4)
+    assert match.startswith("Its outputs match on five random images, up to ")
     assert first.endswith("probabilities of uint8 images [b, 28, 28, 1], for cpu, cuda, tpu")
     last = (datetime.date.today() + datetime.timedelta(days=180)).isoformat()
     assert last in until
@@ -72,7 +75,7 @@ def test_the_printed_lines_load_it_without_this_package(run, tmp_path, capsys):
 @pytest.mark.parametrize("gives", ["logits", "features"])
 def test_logits_and_features_of_each_seed(run, gives):
     model = imgclf_jax.load(run)
-    content, described = stablehlo.archive(model, gives, datetime.date(2026, 1, 1))
+    content, described, _ = stablehlo.archive(model, gives, datetime.date(2026, 1, 1))
     assert content == stablehlo.archive(model, gives, datetime.date(2026, 1, 1))[0]  # the same model, the same bytes
     exported = export.deserialize(bytearray(zipfile.ZipFile(io.BytesIO(content)).read("model.stablehlo")))
     images = np.random.default_rng(0).integers(256, size=(3, 28, 28, 1), dtype=np.uint8)
@@ -80,9 +83,64 @@ def test_logits_and_features_of_each_seed(run, gives):
     assert described["output"]["shape"] == [2, "b", {"logits": 10, "features": 8}[gives]]
 
 
+def exported(network):
+    """The program of a file, for any number of images."""
+    (b,) = export.symbolic_shape("b")
+    isolated = jax.jit(stablehlo.isolate_bfloat16_matmuls(network))
+    program = export.export(isolated, platforms=stablehlo.PLATFORMS)(jax.ShapeDtypeStruct((b, 8, 8, 64), np.float32))
+    return program.call
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("program", [exported, rewrite])
+@pytest.mark.parametrize("layer", ["convolution", "dense"])
+def test_bfloat16_layers_before_relu_and_a_mean_are_not_fused_on_cpu(layer, program):
+    """XLA's fusion of these gives NaN in jaxlib 0.12.0, so an exported ResNet predicted NaN on CPU.
+
+    The programs of runs had no such fusion, since the rewrite for CPU omits roundings.
+    """
+    rng = np.random.default_rng(0)
+    kernels = rng.normal(size=(2, 3, 3, 64, 64)).astype(np.float32) / 20
+
+    def network(images):
+        x = jnp.asarray(images, jnp.bfloat16)
+        for kernel in jnp.asarray(kernels, jnp.bfloat16):
+            if layer == "dense":
+                x = jax.nn.relu(x @ kernel[1, 1])
+            else:
+                x = jax.nn.relu(lax.conv_general_dilated(x, kernel, (1, 1), "SAME",
+                                                         dimension_numbers=("NHWC", "HWIO", "NHWC")))  # fmt: skip
+        return x.astype(jnp.float32).mean((1, 2))
+
+    images = rng.normal(size=(16, 8, 8, 64)).astype(np.float32)
+    with jax.disable_jit():
+        expected = network(images)
+    np.testing.assert_allclose(jax.jit(program(network))(images), expected, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.thorough
+@pytest.mark.optimized
+def test_a_file_of_a_bfloat16_model_gives_its_probabilities(tmp_path, capsys):
+    flags = ["--config.data.source=fake(64, (8, 8, 3), 4)", "--config.preprocess=decode(3)", "--config.eval_every=",
+             "--config.model=resnet_cifar(8)", "--config.precision=bfloat16", "--config.total=2 steps",
+             "--config.batch_size=16", "--config.schedule=constant(1e-3)"]  # fmt: skip
+    assert launch.main([f"--workdir={tmp_path}/run", *flags]) == 0
+    assert (
+        launch.main(["export", f"{tmp_path}/a.stablehlo", f"{tmp_path}/a.savedmodel", f"--workdir={tmp_path}/run"]) == 0
+    )
+    assert capsys.readouterr().out.count("outputs match on five random images") == 2
+
+
+def test_a_file_that_differs_from_the_model_is_not_written(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stablehlo, "isolate_bfloat16_matmuls", lambda function: lambda *args: 1.01 * function(*args))
+    assert launch.main(["export", f"{tmp_path}/a.stablehlo", f"--workdir={run}", "--gives=logits"]) == 1
+    assert "jax.export's outputs differ from the model's by up to" in capsys.readouterr().err
+    assert not (tmp_path / "a.stablehlo").exists()
+
+
 def test_a_file_that_jax_no_longer_loads_says_until_when_it_did(run, tmp_path, monkeypatch):
     """By the lines that `export` prints, if JAX refuses a version of its format that it has dropped."""
-    content, described = stablehlo.archive(imgclf_jax.load(run), "predict", datetime.date(2026, 1, 1))
+    content, described, _ = stablehlo.archive(imgclf_jax.load(run), "predict", datetime.date(2026, 1, 1))
     (tmp_path / "a.stablehlo").write_bytes(content)
     lines = stablehlo.LOADER.format(name=tmp_path / "a.stablehlo", gives="probabilities", takes="images")
     loaded = {}
