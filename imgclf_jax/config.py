@@ -254,7 +254,7 @@ HOST_KEYS = ("data.data_dir", "data.manual_dir", "data.threads")
 RESERVED = frozenset(
     (
         *("train", "step", "epochs", "seconds", "images_per_second", "params_sha256", "num_seeds"),
-        *("left_out", "skipped", "stopped_early"),
+        *("left_out", "skipped", "stopped_early", "goodput", "time"),
     )
 )
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from imgclf_jax.core import processes
-from imgclf_jax.core.typing import JsonMapping
+from imgclf_jax.core.typing import JsonMapping, JsonObject
 from imgclf_jax.run import writers
 from imgclf_jax.run.phases import PHASES, Phases
 
@@ -24,10 +24,11 @@ class TimeRecord:
 
     def __init__(self, folder: Path, first: int, phases: Phases):
         self._first, self._phases, self._written = first, phases, 0.0
+        self._path = folder / NAME
         self._file: writers.RecordFile | None = None
         if not processes.index():
-            with writers.naming_errors(str(folder / NAME)):
-                self._file = writers.RecordFile(folder / NAME, last_of_each(writers.read_metrics(folder / NAME)))
+            with writers.naming_errors(str(self._path)):
+                self._file = writers.RecordFile(self._path, last_of_each(writers.read_metrics(self._path)))
 
     def update(self, step: int, now: bool = False) -> None:
         """Appends a line, `now` or if the last one is some seconds old."""
@@ -35,6 +36,12 @@ class TimeRecord:
             seconds, began, self._written = self._phases.totals(), self._phases.began, time.monotonic()
             at = round(began + sum(seconds.values()), 3)
             self._file.write({"step": step, "first": self._first, "began": began, "at": at, "seconds": seconds})
+
+    def summary(self) -> JsonObject:
+        """`goodput` and `time`, the seconds of the run by phase, for result.json; {} but in process 0."""
+        total = sum_up(writers.read_metrics(self._path)) if self._file is not None else {}
+        spent = [{"phase": name, "seconds": round(seconds, 2)} for name, seconds in total.items() if seconds]
+        return {"goodput": round(goodput(total), 4), "time": spent} if spent else {}
 
     def close(self) -> None:
         """Closes the file."""

@@ -14,7 +14,7 @@ from imgclf_jax import diagnose
 from imgclf_jax.core import processes, signals
 from imgclf_jax.core.stopping import Stopping, stopping
 from imgclf_jax.core.text import printable
-from imgclf_jax.core.typing import Chunk
+from imgclf_jax.core.typing import Chunk, JsonObject
 from imgclf_jax.losses import Task
 from imgclf_jax.run import writers
 from imgclf_jax.run.digests import Digests
@@ -114,7 +114,8 @@ def _train_from_latest(
         last, state, results, stopped = trained
         results = results or _last_results(run, last, state)
         records.times.update(last, now=True)
-        _report(run, records.digests, results, count_skipped(state.guard), monitor, last, stopped)
+        further = {"skipped": count_skipped(state.guard), "stopped_early": stopped, **records.times.summary()}
+        _report(run, records.digests.sha256(), results, monitor, last, further)
         if shows:
             records.metrics.write_images(last, pictures.highest_losses(run.programs, state, run.evals))
         return 0
@@ -333,29 +334,23 @@ def _means(window: dict[str, np.ndarray], task: Task) -> dict[str, float]:
     return means
 
 
-def _report(
-    run: Run, digests: Digests, results: Results, skipped: int, monitor: Monitor, total: int, stopped: str
-) -> None:
-    """Writes result.json and prints the results.
-
-    `skipped` steps, over all seeds, changed nothing. `total` is the last step, and `stopped` why it came early, or "".
-    """
+def _report(run: Run, digest: str, results: Results, monitor: Monitor, total: int, further: JsonObject) -> None:
+    """Writes result.json and prints the results. `total` is the last step; `further` is written unless it is false."""
     pace = monitor.throughput
     result = {
         "step": total,
         "epochs": round(total * run.config.batch_size / len(run.images), 4),
         "seconds": round(monitor.phases.since_main, 2),  # of this process, from the start of `main`
         "images_per_second": round(pace.steps * pace.batch_size / pace.seconds, 1) if pace.steps else None,
-        "params_sha256": digests.sha256(),
-        **({"skipped": skipped} if skipped else {}),
-        **({"stopped_early": stopped} if stopped else {}),
+        "params_sha256": digest,
+        **{name: value for name, value in further.items() if value},
         **results,
     }
     if processes.index():
         return
     run.workdir.write_result(result)
-    if stopped:
-        print(f"stopped early: {stopped}")
+    if further["stopped_early"]:
+        print(f"stopped early: {further['stopped_early']}")
     for name, values in results.items():
         print(f"{name}: {format_metrics(values)}")
     trained = f"the last {total - run.start} of {total}" if run.start else str(total)

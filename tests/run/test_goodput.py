@@ -54,6 +54,11 @@ def test_status_of_a_run(fake_config, tmp_path, capsys, one_device):
     assert sum(found["seconds"].values()) == pytest.approx(last["at"] - last["began"], abs=0.01)
     assert found["goodput"] == pytest.approx(last["seconds"]["steps"] / (last["at"] - last["began"]), rel=0.01)
     assert found["health"] == []
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert {one["phase"]: one["seconds"] for one in result["time"]} == pytest.approx(
+        {name: seconds for name, seconds in found["seconds"].items() if seconds}, abs=0.01
+    )
+    assert result["goodput"] == pytest.approx(found["goodput"], abs=1e-3)
     (tmp_path / "a" / "result.json").unlink()
     (tmp_path / "a" / "hang-0.txt").write_text("")
     (tmp_path / "a" / "skipped.jsonl").write_text('{"step": 7, "seed": 0, "loss": null, "reason": "not finite"}\n')
