@@ -123,7 +123,17 @@ def test_disturbed_by_a_plan(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_twenty_times(tmp_path):
-    resume_check.finish(tmp_path / "whole", resume_check.DIGITS)
-    resume_check.kill_repeatedly(tmp_path / "killed", resume_check.DIGITS, 20, random.Random(0))
+@pytest.mark.parametrize("policy", ["stop", "skip", "rollback(steps=7)"])
+def test_killed_twenty_times(policy, tmp_path, monkeypatch):
+    """Also on three poisoned batches, whose steps are skipped or rolled back."""
+    words = resume_check.DIGITS
+    if policy != "stop":
+        words += (f"--config.on_bad_step={policy}", "--config.check_every=60 steps",
+                  "--config.augment=pad_crop(2)|normalize|faults:poison(((3, 1), (900, 20), (41, 55)))")  # fmt: skip
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    resume_check.finish(tmp_path / "whole", words)
+    resume_check.kill_repeatedly(tmp_path / "killed", words, 20, random.Random(0))
     assert resume_check.outcome(tmp_path / "killed") == resume_check.outcome(tmp_path / "whole")
+    recorded = [writers.read_metrics(tmp_path / name / "skipped.jsonl") for name in ("killed", "whole")]
+    assert recorded[0] == recorded[1]
+    assert bool(recorded[0]) == (policy != "stop")
