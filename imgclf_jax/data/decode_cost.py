@@ -37,7 +37,7 @@ _decoding = 0  # pixels of large images in the decoders; guarded by `_released`
 
 @contextlib.contextmanager
 def at_most(work: int, length: int) -> Iterator[None]:
-    """Raises Costly, in this thread, before decoding an image of more than `work` (see `check`).
+    """Raises Costly, in this thread, before decoding an image of more than `work` (see `check`) or resizing it to more.
 
     Also before reading more than `length` bytes, since a header may have any length.
     """
@@ -102,5 +102,10 @@ def check(data: bytes, picture: Image.Image) -> None:
         values = pixels * len(picture.getbands())
         if values > _MAX_IN_PYTHON:
             raise UserError(f"the PPM image has {values:,} values in a form that is slow to read; save it as PNG")
-    if (limit := getattr(_limit, "now", None)) and scans * pixels > limit[0]:
+    check_pixels(scans * pixels)
+
+
+def check_pixels(pixels: int) -> None:
+    """Raises Costly within `at_most` for an op that makes so many pixels, such as from a thin image."""
+    if (limit := getattr(_limit, "now", None)) and pixels > limit[0]:
         raise Costly(f"the image takes more work than {limit[0]:,}")

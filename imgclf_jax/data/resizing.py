@@ -12,7 +12,7 @@ from PIL import Image
 
 from imgclf_jax.core import kinds, memory
 from imgclf_jax.core.errors import UserError, unknown
-from imgclf_jax.data import tf_image
+from imgclf_jax.data import decode_cost, tf_image
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -61,6 +61,7 @@ def resized(old: Size, height: int, width: int = 0, method: str = "bilinear", op
         # Pillow holds 4 bytes per pixel, may resize the width first, and tabulates float64 weights.
         nbytes += 4 * h * new[1] + 8 * _SUPPORT * (max(h, new[0]) + max(w, new[1]))
     memory.require_for_op(op, old, new, nbytes)
+    decode_cost.check_pixels(max(h, new[0]) * new[1])
     return new
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from test_decode import encode, noise
 
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import decode, decode_cost
+from imgclf_jax.data import decode, decode_cost, resizing
 
 
 def jpeg(scans, size):
@@ -78,6 +78,19 @@ def test_a_limit_is_of_one_thread_and_ends():
         other.join()
         assert found == [(11, 11, 3)]
     assert decode.decode(large).shape == (11, 11, 3)
+
+
+def test_an_image_that_an_op_makes_large_is_costly():
+    """A thin image of few pixels, whose enlargement took 0.7 s in a batch of `serve`."""
+    thin = noise(50, 1, 3)
+    with decode_cost.at_most(100, 2000):
+        assert resizing.resize_small(thin[:12], 2).shape == (24, 2, 3)
+        for op in (resizing.resize_small, resizing.resize):
+            with pytest.raises(decode_cost.Costly):
+                op(thin, 11)
+        with pytest.raises(decode_cost.Costly):  # the width is resized first
+            resizing.resize(thin, 2, 3)
+    assert resizing.resize_small(thin, 11).shape == (550, 11, 3)
 
 
 @pytest.mark.parametrize(("form", "most"), [("PNG", 2), ("WEBP", 1), ("JPEG", 2)])
