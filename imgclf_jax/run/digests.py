@@ -1,13 +1,14 @@
 """digests.jsonl: digests of the parameters at some steps, to compare other runs with this one.
 
-A line is {"step": 11, "params_sha256": "…", "params": {"backbone/…/kernel": "0f3a91c2", …}}. The SHA-256 is computed as
-in `result.json`; a CRC-32 per parameter tells which ones differ. Lines outlive their checkpoints.
+A line is {"step": 11, "params_sha256": "…", "metrics_sha256": "…", "params": {"backbone/…/kernel": "0f3a91c2", …}}. The
+first SHA-256 is computed as in `result.json`; the second is of the records in metrics.jsonl before this step. A CRC-32
+per parameter tells which ones differ. Lines outlive their checkpoints.
 """
 
 import concurrent.futures
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 
 from imgclf_jax.core import processes, sharding, tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import Params
+from imgclf_jax.core.typing import JsonMapping, Params
 from imgclf_jax.run import writers
 from imgclf_jax.run.provenance import read_json
 
@@ -25,10 +26,14 @@ log = logging.getLogger(__name__)
 def check(workdir: Path, checkpoint: Path, step: int, params: Params) -> None:
     """Raises UserError if `params`, from a checkpoint, differ from those that the run recorded at `step`.
 
-    The record is digests.jsonl or, for a step without a line there, result.json. All processes call this.
+    The record is digests.jsonl or, for a step without a line there, result.json. Warns if neither has the step,
+    although a run writes a line for each checkpoint. All processes call this.
     """
     recorded = processes.broadcast_from_process_0("reading digests.jsonl", lambda: _recorded(workdir, step))
-    if recorded and tree.sha256(params) != recorded[1]:
+    if recorded and not recorded[1]:
+        log.warning("%s has no line for step %d, so it is not known whether checkpoint %s is this run's",
+                    workdir / recorded[0], step, checkpoint)  # fmt: skip
+    elif recorded and tree.sha256(params) != recorded[1]:
         where = workdir / recorded[0]
         raise UserError(
             f"checkpoint {checkpoint} holds other parameters than {where} records for step {step}: one of them is from "
@@ -36,14 +41,35 @@ def check(workdir: Path, checkpoint: Path, step: int, params: Params) -> None:
         )
 
 
+def find_changed_metrics(lines: Iterable[JsonMapping], metrics: Sequence[JsonMapping], until: int) -> str:
+    """Says from which step up to `until` metrics.jsonl has other records than the run wrote; "" if it has all of them.
+
+    `lines` are those of digests.jsonl. Without any record there is nothing to say, since the file may be removed.
+    """
+    digest, before = writers.RecordsDigest(metrics), 0
+    for line in lines if metrics else ():
+        step, recorded = line["step"], line.get("metrics_sha256")
+        if step <= until and recorded is not None:
+            if digest.before(step) != recorded:
+                return (f"metrics.jsonl has other records from step {before} to {step} than digests.jsonl knows: they "
+                        "are another run's, or have been changed")  # fmt: skip
+            before = step
+    return ""
+
+
 def _recorded(workdir: Path, step: int) -> tuple[str, str] | None:
-    """The name of the file that records the parameters of a step, and their SHA-256; None if none does."""
+    """The name of the file that records the parameters of a step, and their SHA-256; None if none does.
+
+    The SHA-256 is "" if digests.jsonl has earlier steps but not this one.
+    """
     lines = writers.read_metrics(workdir / "digests.jsonl")
     found = [("digests.jsonl", line.get("params_sha256")) for line in lines if line["step"] == step]
     with contextlib.suppress(UserError):  # a damaged result is skipped
         result = read_json(workdir / "result.json")
         if isinstance(result, dict) and result.get("step") == step:
             found.append(("result.json", result.get("params_sha256")))
+    if any(line["step"] < step for line in lines):
+        found.append(("digests.jsonl", ""))
     return next(((name, digest) for name, digest in found if isinstance(digest, str)), None)
 
 
@@ -52,19 +78,26 @@ class Digests:
 
     Lines from `start` on are dropped and written again. The training thread copies the parameters to the host; another
     thread hashes and writes them, then calls `noted` with the step and the SHA-256. All processes call the methods, and
-    process 0 writes.
+    process 0 writes. `metrics` is the digest of the records in metrics.jsonl.
     """
 
-    def __init__(self, folder: Path, start: int, last: int, noted: Callable[[int, str], None] = lambda *_: None):
+    def __init__(
+        self, folder: Path, start: int, last: int, noted: Callable[[int, str], None] = lambda *_: None,
+        metrics: writers.RecordsDigest | None = None,
+    ):  # fmt: skip
         # Powers of two locate the first differing step within a factor of two, however rare checkpoints are.
         self.edges = (*(1 << n for n in range(last.bit_length())), last)
-        self._path, self._noted = folder / "digests.jsonl", noted
+        self._path, self._noted, self._metrics = folder / "digests.jsonl", noted, metrics or writers.RecordsDigest()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="digests")
         self._writing: concurrent.futures.Future[str] | None = None
         self._step = -1  # of the last line
         self._file: writers.RecordFile | None = None
         if not processes.index():
             lines = writers.read_metrics(self._path)
+            if self._metrics.before(start) == (nothing := writers.RecordsDigest().before(0)):
+                for line in lines:  # metrics.jsonl was removed
+                    if line.get("metrics_sha256") != nothing:
+                        line.pop("metrics_sha256", None)
             self._before = next((line.get("params_sha256") for line in lines if line["step"] == start), None)
             with writers.naming_errors(str(self._path)):
                 self._file = writers.RecordFile(self._path, (line for line in lines if line["step"] < start))
@@ -85,11 +118,13 @@ class Digests:
         if self._file:
             # On CPU a fetched array is a view of a buffer that the next step overwrites.
             named = [(name, array if array.flags.owndata else array.copy()) for name, array in fetched]
-            self._writing = self._thread.submit(self._write, step, named, self._file)
+            self._writing = self._thread.submit(self._write, step, self._metrics.before(step), named, self._file)
 
-    def _write(self, step: int, named: list[tuple[str, np.ndarray]], file: writers.RecordFile) -> str:
+    def _write(
+        self, step: int, metrics_sha256: str, named: list[tuple[str, np.ndarray]], file: writers.RecordFile
+    ) -> str:
         sha256, each = tree.digests(named)
-        file.write({"step": step, "params_sha256": sha256, "params": each})
+        file.write({"step": step, "params_sha256": sha256, "metrics_sha256": metrics_sha256, "params": each})
         file.flush()
         if self._before not in (None, sha256):
             log.warning("the parameters of step %d differ from those that %s had recorded: the run continues from "

@@ -16,6 +16,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import JsonMapping
 from imgclf_jax.run import writers
 from imgclf_jax.run.cadences import Cadences
+from imgclf_jax.run.digests import find_changed_metrics
 from imgclf_jax.run.skipped import read_left_out
 
 
@@ -61,7 +62,7 @@ class EarlyStopping:
 class Stopper:
     """Early stopping for a run that continues from step `start` in `folder`. All processes call the methods.
 
-    Raises UserError if metrics.jsonl lacks an evaluation that the decision depends on.
+    Raises UserError if metrics.jsonl lacks an evaluation that the decision depends on, or is not the run's.
     """
 
     def __init__(self, early: EarlyStopping | None, cadences: Cadences, folder: Path, start: int):
@@ -71,9 +72,8 @@ class Stopper:
             left_out = read_left_out(folder)
             due = [step for step in cadences.evaluations(start)
                    if not any(first < step <= until for first, until in left_out)]  # fmt: skip
-            file = folder / "metrics.jsonl"
             found = processes.broadcast_from_process_0(
-                "reading metrics.jsonl", lambda: early.recorded(writers.read_metrics(file), due, start, str(file))
+                "reading metrics.jsonl", lambda: _read(early, folder, due, start)
             )
             self._values = [(int(step), value) for step, value in found]
 
@@ -87,6 +87,15 @@ class Stopper:
         if not (early := self._early) or step >= self._total:
             return ""
         return str(processes.broadcast_from_process_0("early stopping", lambda: early.reason(self._values)))
+
+
+def _read(early: EarlyStopping, folder: Path, due: Iterable[int], start: int) -> list[tuple[int, float]]:
+    file = folder / "metrics.jsonl"
+    records = writers.read_metrics(file)
+    if changed := find_changed_metrics(writers.read_metrics(folder / "digests.jsonl"), records, start):
+        raise UserError(f"{folder}: {changed}, and stop={early.text!r} ends the run by them; restore the file, or pass "
+                        "another --workdir")  # fmt: skip
+    return early.recorded(records, due, start, str(file))
 
 
 def build(config: ConfigDict, patience: Fraction | None) -> EarlyStopping | None:

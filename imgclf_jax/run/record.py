@@ -15,12 +15,12 @@ from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 from imgclf_jax.run import bundle, writers
+from imgclf_jax.run.digests import find_changed_metrics
 from imgclf_jax.run.provenance import find_edits, load_data_info, load_evals, parse_json
 from imgclf_jax.run.workdir import Workdir
 
 log = logging.getLogger(__name__)
 
-TIMES = ("train/images_per_second", "train/input_wait")  # metrics of the run's speed, which differ between runs
 MAIN_METRICS = ("accuracy", "mean_average_precision", "r2")  # one per task; the greatest value is the best
 _NOT_RUNS = {"checkpoints", "tb", "profile", "damaged"}  # folders of a run, which hold no other runs
 _MOST_BYTES = 512 << 20  # of a file, which is read in one go
@@ -38,9 +38,13 @@ def contradictions(result: JsonMapping, digests: Sequence[JsonMapping], metrics:
     for record in metrics:
         step, known = record["step"], values.setdefault(record["step"], {})
         for name, value in record.items():
-            if name not in TIMES and _differ(known.setdefault(name, value), value):
+            if name not in writers.TIMES and _differ(known.setdefault(name, value), value):
                 found += [f"metrics.jsonl has two values of {name} at step {step}, {known[name]} and {value}"]
     step = result.get("step")
+    # A run that trains may have written digests after its metrics were read.
+    ended = [step] if isinstance(step, int) else []
+    until = max([*ended, *(record["step"] for record in metrics[-1:])], default=0)
+    found += [changed] if (changed := find_changed_metrics(digests, metrics, until)) else []
     if step is None:
         return found
     if type(step) is not int:

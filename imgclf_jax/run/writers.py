@@ -1,6 +1,8 @@
 """Writes the metrics of a run to metrics.jsonl, to TensorBoard, and to the writers that `config.writers` names."""
 
+import collections
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -21,6 +23,7 @@ from imgclf_jax.run.provenance import parse_json, write_atomically
 
 log = logging.getLogger(__name__)
 
+TIMES = ("train/images_per_second", "train/input_wait")  # metrics of the run's speed, which differ between runs
 _MOST_LINES = 1_000_000  # of an untrusted file
 _MOST_BYTES_OF_A_LINE = 16 << 20
 _BEGIN = b'{"step": '  # of every line that this package writes
@@ -45,6 +48,32 @@ class Writer(Protocol):
         """Closes the writer, also after an error or a signal."""
 
 
+class RecordsDigest:
+    """The SHA-256 of the records before a step, without TIMES, so that equal runs have equal ones.
+
+    Records are in the order of their steps, and so are the calls.
+    """
+
+    def __init__(self, records: Iterable[JsonMapping] = ()) -> None:
+        self._sha256, self._waiting = hashlib.sha256(), collections.deque(records)
+
+    def add(self, record: JsonMapping) -> None:
+        """Appends a record. After it, `before` takes no earlier step."""
+        self.before(record["step"])
+        self._waiting.append(record)
+
+    def before(self, step: int) -> str:
+        """The digest of the records before `step`."""
+        while self._waiting and self._waiting[0]["step"] < step:
+            record = self._waiting.popleft()
+            self._sha256.update(_line({key: record[key] for key in record if key not in TIMES}).encode())
+        return self._sha256.hexdigest()
+
+
+def _line(record: JsonMapping) -> str:
+    return json.dumps(record) + "\n"
+
+
 class RecordFile:
     """A file of JSON lines to append to. It is first rewritten with the records `kept`.
 
@@ -52,7 +81,7 @@ class RecordFile:
     """
 
     def __init__(self, path: Path, kept: Iterable[JsonMapping]):
-        content = "".join(json.dumps(record) + "\n" for record in kept)
+        content = "".join(map(_line, kept))
         write_atomically(path, content)
         self._object = path if places.in_bucket(path) else None
         self._file: IO[str] = io.StringIO() if self._object else path.open("a", encoding="utf-8")
@@ -61,7 +90,7 @@ class RecordFile:
 
     def write(self, record: JsonMapping) -> None:
         """Appends a record and hands it to the operating system, so a killed process does not lose it."""
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(_line(record))
         self._file.flush()
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -94,6 +123,7 @@ class MetricsWriter:
     def __init__(self, workdir: Path, step: int, config: ConfigDict):
         self._directory, self._added = workdir, dict[str, Writer]()
         self._own: list[RecordFile | EventFile] = []
+        self.digest = RecordsDigest()  # of metrics.jsonl
         evaluated = False
         if not processes.index():
             try:
@@ -111,6 +141,7 @@ class MetricsWriter:
         if step and not path.exists():
             log.warning("%s is missing: it will hold no record of the steps before %d", path, step)
         kept = [record for record in read_metrics(path) if record["step"] <= step]
+        self.digest = RecordsDigest(kept)
         with self._naming_errors():
             self._own.append(RecordFile(path, kept))
             if config.tensorboard and (events := _open_event_file(self._directory / "tb", step)):
@@ -135,6 +166,8 @@ class MetricsWriter:
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one record and hands it to the operating system, so a killed process does not lose it."""
+        if not processes.index():
+            self.digest.add({"step": step, **scalars})
         with self._naming_errors():
             for file in self._own:
                 file.write_scalars(step, scalars)

@@ -81,15 +81,15 @@ def _train_from_latest(
     run = adjusted(set_up(config, workdir, extend))
     if run.start:
         workdir.check_parameters(run.start, run.state.params)
+        for sentence in processes.broadcast_from_process_0(
+            "reading the record", lambda: read_contradictions(workdir.path)
+        ):
+            log.warning("the record of the run contradicts itself: %s", sentence)
     replays.attach(run)
     total, stopper = run.cadences.total, Stopper(run.early_stopping, run.cadences, workdir.path, run.start)
     ended = run.start == total or bool(stopper.reason(run.start))
     if ended and processes.broadcast_from_process_0("reading the result", lambda: workdir.is_done(total)):
         log.info("this run is done; its result is in %s", workdir.result)
-        for sentence in processes.broadcast_from_process_0(
-            "reading the record", lambda: read_contradictions(workdir.path)
-        ):
-            log.warning("the record of the run contradicts itself: %s", sentence)
         return 0
     processes.broadcast_from_process_0("looking at the result", lambda: workdir.drop_later_result(run.start))
     monitor = Monitor(run.start, total, config.batch_size * config.num_seeds, profile, workdir.path, phases)
@@ -136,8 +136,8 @@ def _open_records(run: Run, noted: Callable[[int, str], None], phases: Phases) -
     folder, start = run.workdir.path, run.start
     with contextlib.ExitStack() as files:
         records = Records(
-            files.enter_context(contextlib.closing(MetricsWriter(folder, start, run.config))),
-            files.enter_context(contextlib.closing(Digests(folder, start, run.cadences.last, noted))),
+            metrics := files.enter_context(contextlib.closing(MetricsWriter(folder, start, run.config))),
+            files.enter_context(contextlib.closing(Digests(folder, start, run.cadences.last, noted, metrics.digest))),
             files.enter_context(contextlib.closing(Skipped(folder, start, run.state.guard, run.config.seed))),
             files.enter_context(contextlib.closing(TimeRecord(folder, start, phases))),
         )

@@ -1,6 +1,7 @@
 """What each tool says about a run whose records were changed by hand; none may believe them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,11 @@ import launch
 from imgclf_jax.run import workdir
 
 pytestmark = pytest.mark.usefixtures("one_device")
+
+
+def replace_first(path, pattern, text):
+    path.write_text(re.sub(pattern, text, path.read_text(), count=1))
+
 
 RECORDS = {
     "the result's accuracy": (
@@ -31,6 +37,10 @@ RECORDS = {
     "another value of a metric": (
         lambda run: append(run / "metrics.jsonl", '{"step": 10, "test/accuracy": 0.99}\n'),
         "metrics.jsonl has two values of test/accuracy at step 10",
+    ),
+    "an earlier value of a metric": (
+        lambda run: replace_first(run / "metrics.jsonl", r'"train/loss": [^,}]*', '"train/loss": 0.125'),
+        "metrics.jsonl has other records from step 4 to 8 than digests.jsonl knows",
     ),
 }
 
@@ -112,7 +122,7 @@ def test_what_was_recorded_and_is_no_number(reproduce, copy, value):
     """It was not compared, and the verdict was "same"; the last one ended in a traceback, in `report` too."""
     edit_first(copy / "metrics.jsonl", {"train/loss": value})
     status, found = reproduce(copy)
-    assert (status, found["verdict"], found["first_step"]) == (1, "different", 5)
+    assert (status, found["verdict"], found["first_step"]) == (1, "contradictory", 5)
     assert launch.main(["report", f"--workdir={copy}"]) == 0
 
 

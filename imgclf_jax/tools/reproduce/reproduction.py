@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 from imgclf_jax.run.provenance import code_changes
-from imgclf_jax.run.record import TIMES
+from imgclf_jax.run.writers import TIMES
 
 ROUNDING = 1e-3  # the largest relative difference of a metric that rounding may explain
 # The packages that compute or load data, listed first.
