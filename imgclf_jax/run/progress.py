@@ -21,9 +21,9 @@ _FIRST_LOGGED, _NEXT_LOGGED = 10.0, 60.0  # the same for log lines elsewhere
 def track[T](
     items: Iterable[T], total: int | None, what: str, weight: Callable[[T], int] = lambda _: 1, prints: bool = False
 ) -> Iterator[T]:
-    """Yields the items, and shows meanwhile how many there are so far, of the `total` if that is known.
+    """Yields the items, and meanwhile shows how many the caller is done with, of the `total` if that is known.
 
-    An item counts as `weight` of it. With `prints`, the caller prints between items: the line makes room for that.
+    An item counts as `weight(item)`. With `prints`, the caller prints between items: the line makes room for that.
     """
     if total == 0 or processes.index():
         yield from items
@@ -31,12 +31,9 @@ def track[T](
     done, began = 0, time.monotonic()
     with Line(lambda: describe(what, done, total, time.monotonic() - began)) as line:
         for item in items:
-            done += weight(item)
-            if prints and sys.stdout.isatty():
-                with line.hidden():
-                    yield item
-            else:
+            with line.hidden() if prints and sys.stdout.isatty() else contextlib.nullcontext():
                 yield item
+            done += weight(item)
 
 
 def describe(what: str, done: int, total: int | None, seconds: float) -> str:

@@ -85,3 +85,12 @@ def test_elsewhere_it_is_a_line_of_the_log(quick, caplog):
     assert caplog.messages[-1].startswith("work: ")
     assert any("of 6, " in message for message in caplog.messages)
     assert screen.getvalue() == ""
+
+
+def test_an_item_counts_once_the_caller_is_done_with_it(quick, caplog):
+    """An evaluation of one chunk said 360 of 360 while it compiled, at ever fewer images a second."""
+    quick(False)
+    with caplog.at_level(logging.INFO, "imgclf_jax"):
+        for _ in progress.track([1], 1, "work"):
+            time.sleep(0.1)
+    assert {message for message in caplog.messages} == {"work: 0 of 1"}

@@ -84,14 +84,16 @@ def main_metric(config: ConfigDict, metrics: Mapping[str, float]) -> tuple[str, 
 
 
 def describe(runs: Sequence[tuple[str, ConfigDict, Progress]], done: int, total: int, left: float | None) -> str:
-    """`2 of 6 runs done, 3 min left; seed=2: step 113 of 674, test/accuracy 0.9694`, for the runs that train now."""
+    """`2 of 6 runs done, 3 min left; step 113 of 674, test/accuracy 0.9694 (seed=2)`, for the runs that train now.
+
+    Their names come last, since a narrow terminal cuts them off.
+    """
     text = f"{done} of {total} runs done" + ("" if left is None else f", {duration(left)} left")
     for name, config, progress in runs:
-        text += f"; {printable(name)}: " + (
-            f"step {progress.step:,} of {progress.total:,}" if progress.total else "starting"
-        )
+        text += f"; step {progress.step:,} of {progress.total:,}" if progress.total else "; starting"
         if metric := main_metric(config, progress.metrics or {}):
             text += f", {metric[0]} {decimals((progress.metrics or {})[metric[0]])}"
+        text += f" ({printable(name)})"
     return text
 
 

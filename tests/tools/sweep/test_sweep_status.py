@@ -45,7 +45,7 @@ def test_the_time_that_is_left(parts, before, seconds, left):
 def test_what_is_said_of_runs_that_train():
     runs = [("seed=0", config(), Progress(113, 1674, {"test/accuracy": 0.96944})), ("seed=1", config(), Progress())]
     assert status.describe(runs, 2, 6, 185.0) == (
-        "2 of 6 runs done, 3 min left; seed=0: step 113 of 1,674, test/accuracy 0.9694; seed=1: starting"
+        "2 of 6 runs done, 3 min left; step 113 of 1,674, test/accuracy 0.9694 (seed=0); starting (seed=1)"
     )
     assert status.describe([], 0, 6, None) == "0 of 6 runs done"
 
