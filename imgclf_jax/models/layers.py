@@ -1,7 +1,8 @@
 """Layers with linen's parameters and results, each computed in the fastest form for the platform.
 
 Arrays are [b, h, w, c] or [b, n, d] on every platform. On CPU, layers are matmuls on feature-first arrays (`cpu/`); on
-GPU and TPU they are plain XLA operations, as they are outside `platform.tracing_for`, which sets the target platform.
+GPU and TPU they are plain XLA operations, as they are outside `platform.tracing_for`, which sets the target platform;
+only a float32 convolution of few channels is a matmul on TPU, since XLA's own takes long to compile.
 
 A layer computes its matmuls, and returns its output, in `dtype`. Reductions over many elements, such as means and bias
 gradients, accumulate in at least float32, within a device and across devices. The exception is a kernel's gradient off
@@ -9,6 +10,7 @@ CPU: as in linen, it is a matmul result in `dtype`, and devices all-reduce it in
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -25,6 +27,7 @@ from imgclf_jax.models.cpu.layout import features_first, features_last, on_cpu
 from imgclf_jax.models.cpu.sums import broadcast_along
 
 _FEW_TAPS = 27  # up to this many multiply-adds per output, CPU convolves and pools in one pass over the images
+_FEW_CHANNELS_ON_TPU, _FEW_TAPS_ON_TPU = 4, 36  # up to these, TPU convolves in float32 by a matmul of patches
 
 
 def widen(x: jax.Array) -> jax.Array:
@@ -57,10 +60,39 @@ def conv(
     if on_cpu() and groups == 1 and dilation == (1, 1):
         y = matmuls.conv(features_first(x), kernel, strides, (_pair(pads[0]), _pair(pads[1])), dtype)
         return features_last(y)
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    if _compiles_slowly_on_tpu(kernel, groups):
+        return _conv_as_matmul(x, kernel, strides, (_pair(pads[0]), _pair(pads[1])), dilation)
     return lax.conv_general_dilated(
-        x.astype(dtype), kernel.astype(dtype), strides, pads, rhs_dilation=dilation, feature_group_count=groups,
+        x, kernel, strides, pads, rhs_dilation=dilation, feature_group_count=groups,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )  # fmt: skip
+
+
+def _compiles_slowly_on_tpu(kernel: jax.Array, groups: int) -> bool:
+    """Whether XLA's TPU compiler is slow with this kernel's gradient, as in float32 with few input channels."""
+    taps = math.prod(kernel.shape[:3])
+    few = groups == 1 and kernel.shape[2] <= _FEW_CHANNELS_ON_TPU and 1 < taps <= _FEW_TAPS_ON_TPU
+    return platform.current() == "tpu" and kernel.dtype != jnp.bfloat16 and few
+
+
+def _conv_as_matmul(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Sequence[tuple[int, int]],
+    dilation: tuple[int, int],
+) -> jax.Array:  # fmt: skip
+    """The convolution as one matmul: patches [b, ho, wo, kh * kw * c] times the kernel [kh * kw * c, f]."""
+    kh, kw, c, f = kernel.shape
+    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)))
+    ho, wo = ((n - (k - 1) * d - 1) // s + 1
+              for n, k, d, s in zip(x.shape[1:3], (kh, kw), dilation, strides, strict=True))  # fmt: skip
+
+    def at(i: int, j: int) -> jax.Array:
+        rows, columns = (slice(k * d, k * d + (n - 1) * s + 1, s)
+                         for k, d, n, s in zip((i, j), dilation, (ho, wo), strides, strict=True))  # fmt: skip
+        return x[:, rows, columns]
+
+    patches = jnp.concatenate([at(i, j) for i in range(kh) for j in range(kw)], 3)
+    return jnp.dot(patches, kernel.reshape(kh * kw * c, f))
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
