@@ -36,12 +36,15 @@ from stress_memory import watch_memory
 
 from imgclf_jax.data.stream import example_ids
 
-LONGEST = 180  # seconds that a process may take to end
-WATCHDOG, PAUSE = 10, 13  # seconds, in a process that hangs or is suspended
+# Seconds on a machine that does nothing else; they grow with the time that the undisturbed run takes.
+LONGEST = 180  # that a process may take to end
+WATCHDOG, PAUSE, HEARTBEAT = 10, 13, 20  # in a process that hangs or is suspended
+USUAL = 20  # that the undisturbed run takes
 NOISE = 10**7  # examples of faults:noise()
-# Every 60th step is computed twice, and a hang of a minute ends a process: a healthy machine raises no alarm.
+# Every 60th step is computed twice, and a hang of five minutes ends a process: a healthy machine raises no alarm.
 RUN = ("--config.checkpoint_every=25 steps", "--config.log_every=10 steps", "--config.eval_every=90 steps",
-       "--config.checkpoint.best=test/accuracy", "--config.check_every=60 steps", "--config.watchdog=60 s")  # fmt: skip
+       "--config.checkpoint.best=test/accuracy", "--config.check_every=60 steps",
+       "--config.watchdog=5 min")  # fmt: skip
 # Three batches are poisoned.
 DIGITS = ("--config.total=500 steps",
           "--config.augment=pad_crop(2)|normalize|faults:poison(((3, 1), (900, 20), (41, 38)))")  # fmt: skip
@@ -112,7 +115,11 @@ class FalseAlarm(Wrong):
 class Round:
     """One run: `rng` decides what happens to its processes. `count` counts what did."""
 
-    def __init__(self, folder: Path, setup: Setup, rng: random.Random, count: collections.Counter):
+    def __init__(
+        self, folder: Path, setup: Setup, rng: random.Random, count: collections.Counter, slowness: float = 1.0
+    ):
+        self.longest, self.watchdog = LONGEST * slowness, round(WATCHDOG * slowness)
+        self.pause_seconds, self.heartbeat = PAUSE * slowness, round(HEARTBEAT * slowness)
         self.setup, self.rng, self.count, self.folder = setup, rng, count, folder
         self.workdir = folder / rng.choice(NAMES)
         self.logs = [folder / f"log{number}" for number in range(setup.processes)]
@@ -143,7 +150,7 @@ class Round:
             words += [*self.overrides, *more] if command == "train" else ["--trust"]
             if processes > 1:
                 words += [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={number}",
-                          "--heartbeat=20"]  # fmt: skip
+                          f"--heartbeat={self.heartbeat}"]  # fmt: skip
             environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "JAX_PLATFORMS": "cpu",
                            "JAX_NUM_CPU_DEVICES": str(self.setup.devices), "FAULTS_LOG": str(self.faults)}  # fmt: skip
             if faults and number == of:
@@ -157,7 +164,7 @@ class Round:
         """Until a random moment: in start-up, or some time after a record was written."""
         if self.rng.random() < 0.6:
             before = self.size()
-            wait_until(lambda: self.size() > before or ended(started), LONGEST)
+            wait_until(lambda: self.size() > before or ended(started), self.longest)
         limit = self.rng.uniform(0, longest)
         wait_until(lambda: ended(started), limit)
 
@@ -195,7 +202,7 @@ class Round:
     def pause(self, started: list[subprocess.Popen]) -> set[int]:
         """All processes are suspended for longer than the watchdog's limit, as a scheduler does."""
         self.sleep(started, 4)
-        for number, wait in ((signal.SIGSTOP, PAUSE), (signal.SIGCONT, 0.0)):
+        for number, wait in ((signal.SIGSTOP, self.pause_seconds), (signal.SIGCONT, 0.0)):
             for process in started:
                 process.send_signal(number)
             time.sleep(wait)
@@ -204,7 +211,7 @@ class Round:
     def stop_one(self, started: list[subprocess.Popen]) -> set[int]:
         """One of several processes is stopped in training: the others end, and name it."""
         before = self.size()
-        wait_until(lambda: self.size() > before or ended(started), LONGEST)
+        wait_until(lambda: self.size() > before or ended(started), self.longest)
         time.sleep(self.rng.uniform(0, 2))
         which = self.rng.randrange(len(started))
         if ended(started):
@@ -213,7 +220,7 @@ class Round:
         started[which].send_signal(signal.SIGSTOP)
         others = [process for process in started if process is not started[which]]
         # The run may be over but for the last barrier, which has a limit of its own.
-        if not wait_until(lambda: ended(others), LONGEST):
+        if not wait_until(lambda: ended(others), self.longest):
             raise Lost("the others wait for a stopped process for ever")
         started[which].kill()
         text = "".join(log.read_text()[at:] for log, at in zip(self.logs, said, strict=True))
@@ -244,7 +251,7 @@ class Round:
         self.sleep(started, 1)
         log = self.folder / "second.log"
         log.unlink(missing_ok=True)
-        statuses = [process.wait(LONGEST) for process in self.start(log=log)]
+        statuses = [process.wait(self.longest) for process in self.start(log=log)]
         refused = set(statuses) == {1} and "is in use by another" in log.read_text()
         if any(statuses) and not refused:
             raise Wrong(f"a second run ended with {statuses}: {log.read_text()}")
@@ -258,7 +265,7 @@ class Round:
         log.unlink(missing_ok=True)
         before = bool(self.checkpoints())
         [reader] = self.start("evaluate", log=log)
-        status, text = reader.wait(LONGEST), log.read_text()
+        status, text = reader.wait(self.longest), log.read_text()
         if "Traceback" in text or (status and before):
             raise Wrong(f"evaluate ended with {status}: {text}")
         self.count["evaluated beside the run"] += status == 0
@@ -279,8 +286,8 @@ class Round:
         started = self.start(
             faults=plan, of=self.rng.randrange(self.setup.processes), more=(f"--config.on_corruption={policy}",)
         )
-        wait_until(lambda: len(self.flips("flip")) > number or ended(started), LONGEST)
-        wait_until(lambda: len(self.found()) > found or ended(started), LONGEST)
+        wait_until(lambda: len(self.flips("flip")) > number or ended(started), self.longest)
+        wait_until(lambda: len(self.found()) > found or ended(started), self.longest)
         flipped = len(self.flips("flip")) > number
         if flipped and len(self.found()) == found:
             # The last steps of a run are in no comparison, unless its total is a multiple of check_every.
@@ -294,13 +301,13 @@ class Round:
         plan = {"hang": kind, "after": self.rng.randrange(2, 40)}
         hangs, before = len(self.flips("hang")), [log.stat().st_size if log.exists() else 0 for log in self.logs]
         started = self.start(
-            faults=plan, of=self.rng.randrange(self.setup.processes), more=(f"--config.watchdog={WATCHDOG} s",)
+            faults=plan, of=self.rng.randrange(self.setup.processes), more=(f"--config.watchdog={self.watchdog} s",)
         )
-        wait_until(lambda: len(self.flips("hang")) > hangs or ended(started), LONGEST)
+        wait_until(lambda: len(self.flips("hang")) > hangs or ended(started), self.longest)
         if len(self.flips("hang")) == hangs:
             self.count["too late for a hang"] += 1
             return started, set()
-        if not wait_until(lambda: ended(started), LONGEST):
+        if not wait_until(lambda: ended(started), self.longest):
             raise Lost(f"a {kind} that hangs does not end the process")
         text = "".join(log.read_text()[at:] for log, at in zip(self.logs, before, strict=True))
         named = "waits for the next batch" if kind == "source" else "waits for the devices to compute"
@@ -359,7 +366,7 @@ class Round:
             for change in (self.damage, self.tear, self.shift_times):
                 if self.rng.random() < 0.25:
                     change()
-        statuses = [process.wait(2 * LONGEST) for process in self.start()]
+        statuses = [process.wait(2 * self.longest) for process in self.start()]
         if any(statuses):
             raise Lost(f"the last processes ended with {statuses}")
         self.check()
@@ -374,14 +381,14 @@ class Round:
             if happening in hardware:
                 started, allowed = happening()
             else:
-                limit = (f"--config.watchdog={WATCHDOG} s",) if happening in (self.pause, self.stop_one) else ()
+                limit = (f"--config.watchdog={self.watchdog} s",) if happening in (self.pause, self.stop_one) else ()
                 started = self.start(more=limit)
                 allowed = happening(started)
             if not allowed and self.rng.random() < 0.5:
                 for process in started:
                     process.kill()
                 allowed = {-signal.SIGKILL}
-            if not wait_until(lambda: ended(started), LONGEST):
+            if not wait_until(lambda: ended(started), self.longest):
                 raise Lost(f"{happening.__name__}: the processes do not end")
         finally:
             for process in started:
@@ -398,7 +405,7 @@ class Round:
             f"--config.seed={self.rng.randrange(1, 10**6)}",
             f"--config.check_every={self.rng.choice((7, 20))} steps",
         )
-        statuses = [process.wait(4 * LONGEST) for process in self.start(more=more)]
+        statuses = [process.wait(4 * self.longest) for process in self.start(more=more)]
         if any(statuses):
             raise Lost(f"healthy processes ended with {statuses}")
         self.check()
@@ -459,20 +466,24 @@ def skipped(workdir: Path) -> list[str]:
     return (workdir / "skipped.jsonl").read_text().splitlines()
 
 
-def whole(folder: Path, setup: Setup, seed: int) -> tuple[object, list[str]]:
-    """The outcome of the run by `setup` that is left alone, and the steps that it skipped; trained once in `folder`."""
+def whole(folder: Path, setup: Setup, seed: int) -> tuple[tuple[object, list[str]], float]:
+    """The outcome of the run by `setup` that is left alone and the steps that it skipped, and the seconds it took.
+
+    It is trained once in `folder`.
+    """
     one = Round(folder / f"whole{SETUPS.index(setup)}", setup, random.Random(seed), collections.Counter())
     one.workdir = one.folder / "run"
     if not (one.workdir / "result.json").exists():
         one.folder.mkdir()
-        statuses = [process.wait(1000) for process in one.start()]
+        statuses = [process.wait() for process in one.start()]
         if any(statuses):
             raise SystemExit("".join(log.read_text() for log in one.logs))
         one.check()
         records = outcome(one.workdir)
         print(f"left alone ({setup.name}): {records[0][:8]}, {len(records[1])} records, "
               f"{len(skipped(one.workdir))} lines of skipped steps", flush=True)  # fmt: skip
-    return outcome(one.workdir), skipped(one.workdir)
+    times = json.loads((one.workdir / "result.json").read_text())["time"]
+    return (outcome(one.workdir), skipped(one.workdir)), sum(part["seconds"] for part in times)
 
 
 def disturb(seconds: float, seed: int, folder: Path, setups: tuple[Setup, ...] = SETUPS) -> int:
@@ -481,9 +492,9 @@ def disturb(seconds: float, seed: int, folder: Path, setups: tuple[Setup, ...] =
     while time.monotonic() - began < seconds:
         rng = random.Random(f"{seed}/{number}")
         setup, alone = setups[number % len(setups)], rng.random() < 0.15
-        expected = whole(folder, setup, seed)
+        expected, took = whole(folder, setup, seed)
         with small_disk(folder / f"round{number}") as place:
-            one = Round(place, setup, rng, count)
+            one = Round(place, setup, rng, count, max(1.0, took / USUAL))
             try:
                 one.leave_alone() if alone else one.play()
                 if not alone and (outcome(one.workdir), skipped(one.workdir)) != expected:
