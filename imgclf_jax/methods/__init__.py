@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from flax import struct
 
+from imgclf_jax.core import tree
 from imgclf_jax.core.errors import Untrusted, UserError
 from imgclf_jax.core.typing import Batch, Function, Initializer, PyTree, Variables
 from imgclf_jax.losses import SOFTMAX, Link, Task
@@ -67,8 +69,13 @@ class Method:
     merge: Callable[[Variables], Variables] | None = None
 
     def load_fixed(self) -> PyTree:
-        """Returns the pytree `fixed`. Call it outside of a trace."""
-        return self.fixed() if callable(self.fixed) else self.fixed
+        """Returns the pytree `fixed`. Call it outside of a trace. Raises UserError for leaves that are no arrays."""
+        found = self.fixed() if callable(self.fixed) else self.fixed
+        for name, leaf in tree.named_leaves(found):
+            if not isinstance(leaf, np.ndarray | np.generic | jax.Array):
+                raise UserError(f"method: fixed{f'/{name}' if name else ''} is {leaf!r:.80}, but its leaves must be "
+                                "arrays; convert it by np.asarray, or use it in loss directly")  # fmt: skip
+        return found
 
 
 @dataclass(frozen=True)
