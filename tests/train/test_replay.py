@@ -75,13 +75,17 @@ def test_every_flipped_bit_is_found_and_its_device(state):
 @pytest.mark.parametrize(
     ("more", "number"), [({}, 40), *thorough(({}, 200), ({"precision": "bfloat16", "accumulate": 2}, 200))], ids=str
 )
-def test_every_bit_that_a_computation_loses_is_found(more, number, fake_config, tmp_path, one_device, monkeypatch):
+def test_every_bit_that_a_computation_loses_is_found(more, number, fake_config, tmp_path, monkeypatch):
     """Single bits of activations, their gradients and the parameters' gradients, in one of the two computations of a
     step: each that changes a bit of the next state is found, and no other."""
     config = fake_config
     for key, value in {"model": "faulty_net:Net()", "gradient": "faulty_net:faulty_gradient", **more}.items():
         config[key] = value
     config.optimizer, config.schedule, config.check_every = "adam", "constant(1e-2)", "1 steps"
+    make = sharding.make_mesh  # callbacks run on one device; the fixture `one_device` would last for the whole module
+    monkeypatch.setattr(
+        sharding, "make_mesh", lambda devices=None, *args, **kwargs: make(jax.devices()[:1], *args, **kwargs)
+    )
     run = set_up(config, Workdir(tmp_path))
     replays, found = replay.Replays(config, Workdir(tmp_path)), []
     replays.attach(run)
