@@ -22,13 +22,11 @@ from imgclf_jax.trained import Trained, not_finite
 _AT_ONCE = 2  # batches: while one is on the device, the other is decoded
 _LOWER = 5  # in nice levels, a third of the CPU time; a thread that is preempted may hold the GIL, so not less
 _BYTES_A_THREAD = 100_000  # the least a decoding thread gets, a few milliseconds of work
-# Limits of an image in a batch, about 10 ms to decode: pixels times scans, and file size. Larger images and those
+# Limits of an image in a batch, about 10 ms to decode: pixels times scans, and file size. Larger images, and those
 # built to be slow, are decoded apart; beyond the second limit, where decoding may take a gigabyte, one at a time.
 _IN_A_BATCH = 2**20, 256_000
 _APART = 2**23, 4_000_000
-_SECONDS = (
-    0.2  # decoding time of a batch; the remaining files return to the queue, so that no client makes a batch slow
-)
+_SECONDS = 0.2  # decoding time of a batch; the other files return to the queue, so that no client makes a batch slow
 
 type Image = bytes | np.ndarray  # the bytes of a file, or a prepared image
 
@@ -149,9 +147,8 @@ class Batcher:
         self._workers = concurrent.futures.ThreadPoolExecutor(_AT_ONCE, thread_name_prefix=f"{self._name}-batch")
         self._decoders = concurrent.futures.ThreadPoolExecutor(thread_name_prefix=f"{self._name}-decode")
         self._apart = Turns(f"{self._name}-large", threads=4, initializer=yield_cpu)
-        self._largest = Turns(
-            f"{self._name}-largest", initializer=yield_cpu
-        )  # one image at a time, since each may take a gigabyte
+        # One image at a time, since each may take a gigabyte.
+        self._largest = Turns(f"{self._name}-largest", initializer=yield_cpu)
         self._small = Turns(f"{self._name}-small")
         self._tasks: set[asyncio.Task[None]] = set()  # the event loop keeps only weak references to tasks
         self._device = threading.Lock()
@@ -244,9 +241,7 @@ class Batcher:
         """Prepares an image that is too costly for a batch, and adds it to the next one."""
         kept = [image]
         del image
-        result.add_done_callback(
-            lambda _: kept.clear()
-        )  # frees the image when the client disconnects, even while queued
+        result.add_done_callback(lambda _: kept.clear())  # frees the image when the client disconnects, even queued
 
         def prepare(limit: tuple[int, int] | None) -> np.ndarray | Exception | None:
             for image in kept:
