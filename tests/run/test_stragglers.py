@@ -77,5 +77,5 @@ def test_a_slow_source_of_one_of_two_processes(tmp_path, monkeypatch):
     found = re.findall(r"process (\d) \(host .*\) takes (\S+) s for a step, (\S+) times the median", logs[0])
     assert found, logs[0]
     assert {process for process, *_ in found} == {"1"}
-    assert all(float(seconds) > 0.25 for _, seconds, _ in found)
+    assert any(float(seconds) > 0.25 for _, seconds, _ in found)  # the first ones have batches read in advance
     assert "times the median" not in logs[1]

@@ -94,7 +94,7 @@ def test_one_that_is_there_is_replaced_once_the_new_one_is_right(run, tmp_path, 
     (folder / "assets.extra" / "mine.txt").write_text("mine")
     before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
     with monkeypatch.context() as patch:
-        patch.setattr(saved_model.compared, "_CLOSE", -1.0)  # as if TensorFlow computed something else
+        patch.setitem(saved_model.compared._CLOSE, "float32", -1.0)  # as if TensorFlow computed something else
         with pytest.raises(UserError, match="TensorFlow's outputs differ"):
             saved_model.write(model, "features", folder, today)
     assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before

@@ -131,6 +131,10 @@ def test_other_versions_and_rounding(reproduce, copy):
     lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
     lines[0]["train/loss"] *= 1 + 1e-6
     (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    digests = [json.loads(line) for line in (copy / "digests.jsonl").read_text().splitlines()]
+    for line in digests:
+        line["metrics_sha256"] = writers.RecordsDigest(lines).before(line["step"])
+    (copy / "digests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in digests))
     edit(copy / "provenance.json", lambda p: p["packages"].update(optax="0.1"))
     status, out = reproduce(copy, format="table")
     assert status == 1
