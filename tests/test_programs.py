@@ -32,7 +32,7 @@ def described_mesh(kind, name):
 @pytest.mark.parametrize("name", ["tpu", *thorough(*(name for name in ELSEWHERE if name != "tpu"))])
 def test_programs_are_lowered_for_devices_that_are_not_here(name, place, fake_config):
     """In the form of their platform, decided by the mesh alone, not by the machine that traces."""
-    fake_config.model, fake_config.data.placement = "cnn(widths=(4,), hidden=8)", place
+    fake_config.model, fake_config.data.placement = "cnn(widths=(8, 8), hidden=8)", place
     fake_config.batch_size, fake_config.accumulate = 32, 2
     kind, lowered_for = ELSEWHERE[name]
     mesh = described_mesh(kind, lowered_for)

@@ -385,7 +385,10 @@ def test_tables_and_log_lines_escape_what_is_not_printable(monkeypatch, capsys):
 def test_result(finished, capsys):
     """The keys that a reader may rely on, and their meaning."""
     result = json.loads((finished / "result.json").read_text())
-    assert list(result) == ["step", "epochs", "seconds", "images_per_second", "params_sha256", "test"]
+    assert list(result) == [
+        "step", "epochs", "seconds", "images_per_second", "params_sha256", "goodput", "time", "test"
+    ]  # fmt: skip
+    assert 0 < result["goodput"] < 1
     assert (result["step"], result["epochs"]) == (12, 3.0)
     assert result["seconds"] > 0
     assert result["images_per_second"] > 0
