@@ -331,8 +331,11 @@ class Round:
     # What happens to files between two processes.
 
     def damage(self) -> None:
-        """A bit of the latest checkpoint flips, or a file of it is cut short or removed, if there is one before it."""
-        if len(self.checkpoints()) < 2:
+        """A bit of the latest checkpoint flips, or a file of it is cut short or removed, if there is one before it.
+
+        Not of a run that is done: nothing trains it again, and `evaluate` refuses its checkpoint.
+        """
+        if len(self.checkpoints()) < 2 or (self.workdir / "result.json").exists():
             return
         file = self.rng.choice([f for f in self.checkpoints()[-1].rglob("*") if f.is_file() and f.stat().st_size])
         content = bytearray(file.read_bytes())
