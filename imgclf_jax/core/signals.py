@@ -155,7 +155,7 @@ def noted(losing: Callable[[], str], grace: float = 0.0) -> Iterator[Callable[[]
 
 
 def obey_noted() -> None:
-    """Ends the process if a signal came inside of the last `noted` and was not obeyed there: nothing is to be saved."""
+    """Ends the process if a signal arrived in the last `noted` and was not obeyed there. There is nothing to save."""
     if name := _now.first:
         _end(number(name), f"{name}: stopped; run the same command again")
 

@@ -23,7 +23,7 @@ class Stopping:
     It returns the signal's name if all stop here, else "". `asked` returns the name of the signal that this process
     received, or "". Any process may receive one at any time, and none knows how far the others are. So after a signal
     each publishes the number of points it has passed, waits for those of all others, and continues to the largest.
-    `number` counts the objects of one process.
+    `number` tells the attempts of one process apart.
     """
 
     def __init__(self, asked: Callable[[], str], wait: float = processes.WAIT, number: int = 0):

@@ -106,6 +106,6 @@ def check(data: bytes, picture: Image.Image) -> None:
 
 
 def check_pixels(pixels: int) -> None:
-    """Raises Costly within `at_most` for an op that makes so many pixels, such as from a thin image."""
+    """Raises Costly inside `at_most` if an op creates more pixels than its limit, for example from a thin image."""
     if (limit := getattr(_limit, "now", None)) and pixels > limit[0]:
         raise Costly(f"the image takes more work than {limit[0]:,}")

@@ -78,7 +78,7 @@ def _quiet_absl() -> Iterator[None]:
 
 
 class _LatestConfirmed(policies.PreservationPolicy):
-    """Keeps the latest checkpoint that is not after `step`; none by default."""
+    """Keeps the latest checkpoint at or before `step`; none by default."""
 
     step = -1
 

@@ -42,9 +42,9 @@ def check(workdir: Path, checkpoint: Path, step: int, params: Params) -> None:
 
 
 def find_changed_metrics(lines: Iterable[JsonMapping], metrics: Sequence[JsonMapping], until: int) -> str:
-    """Says from which step up to `until` metrics.jsonl has other records than the run wrote; "" if it has all of them.
+    """Returns where, up to step `until`, metrics.jsonl differs from the records that the run wrote; "" if nowhere.
 
-    `lines` are those of digests.jsonl. Without any record there is nothing to say, since the file may be removed.
+    `lines` are those of digests.jsonl. An empty or missing metrics.jsonl is no difference, since users may remove it.
     """
     digest, before = writers.RecordsDigest(metrics), 0
     for line in lines if metrics else ():

@@ -38,7 +38,7 @@ class TimeRecord:
             self._file.write({"step": step, "first": self._first, "began": began, "at": at, "seconds": seconds})
 
     def summary(self) -> JsonObject:
-        """`goodput` and `time`, the seconds of the run by phase, for result.json; {} but in process 0."""
+        """`goodput` and `time`, the seconds of the run by phase, for result.json; {} except in process 0."""
         total = sum_up(writers.read_metrics(self._path)) if self._file is not None else {}
         spent = [{"phase": name, "seconds": round(seconds, 2)} for name, seconds in total.items() if seconds]
         return {"goodput": round(goodput(total), 4), "time": spent} if spent else {}

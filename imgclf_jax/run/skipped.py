@@ -48,7 +48,7 @@ def read_left_out(folder: Path) -> list[tuple[int, int]]:
 def forget_left_out(folder: Path, step: int) -> None:
     """Removes the steps that the run in `folder` left out for a bad step at or after `step`. All processes call this.
 
-    What was bad on a device that computed wrongly is computed again, and left out again if it deserves it.
+    A step that a faulty device made bad is computed again, and left out again if it is still bad.
     """
     if not processes.index():
         lines = writers.read_metrics(folder / NAME)

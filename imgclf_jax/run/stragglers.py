@@ -1,8 +1,8 @@
 """Finds the processes of a run that the others wait for.
 
-In data-parallel training all processes finish a step together, so the wall time of a step says nothing. What a process
-takes itself is the time in which its devices wait for its host (input, records), plus the computation of a step, which
-is at most what the fastest process spends on it, collectives included. A slow device is not told from a slow network.
+In data-parallel training all processes finish a step together, so its wall time says nothing. The time that a process
+itself needs is its host time (input, records), during which its devices wait, plus the computation, of which the step
+time of the fastest process is an upper bound, since it includes collectives. A slow device looks like a slow network.
 """
 
 import statistics
@@ -16,7 +16,7 @@ _LEAST = 3  # steps between two readings
 
 @dataclass(frozen=True)
 class Reading:
-    """What a process has done so far: its steps, and the seconds of its host and in training steps."""
+    """The progress of a process: its step, its seconds on the host, and its seconds in training steps."""
 
     step: int
     host: float
@@ -24,10 +24,10 @@ class Reading:
 
 
 def find(before: Mapping[int, Reading], now: Mapping[int, Reading]) -> dict[int, tuple[float, float, float]]:
-    """The processes that take 1.5 times the median of a step's seconds between two readings.
+    """Returns the processes that need over 1.5 times the median time per step between two readings.
 
-    Returns {process: (seconds of a step, of which its host, the median)}. The median of an even number of processes is
-    the lower of the two in the middle, so one of two can be slow.
+    As {process: (seconds per step, of which on the host, median)}. The median of an even number of processes is the
+    lower of the two in the middle, so that one of two can be slow.
     """
     host, devices = {}, []
     for process, reading in now.items():
@@ -41,7 +41,7 @@ def find(before: Mapping[int, Reading], now: Mapping[int, Reading]) -> dict[int,
 
 
 def describe(slow: Mapping[int, tuple[float, float, float]], name: Callable[[int], str]) -> list[str]:
-    """A sentence for each slow process."""
+    """Returns a sentence for each slow process."""
     return [
         f"{name(process)} takes {one:.3g} s for a step, {one / median:.1f} times the median of all processes: "
         f"{host:.3g} s of it is its input and its host, while the others wait"

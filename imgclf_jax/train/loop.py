@@ -335,7 +335,7 @@ def _means(window: dict[str, np.ndarray], task: Task) -> dict[str, float]:
 
 
 def _report(run: Run, digest: str, results: Results, monitor: Monitor, total: int, further: JsonObject) -> None:
-    """Writes result.json and prints the results. `total` is the last step; `further` is written unless it is false."""
+    """Writes result.json and prints the results. `total` is the last step. Empty values of `further` are left out."""
     pace = monitor.throughput
     result = {
         "step": total,

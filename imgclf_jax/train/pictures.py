@@ -64,7 +64,7 @@ def highest_losses(programs: Programs, state: TrainState, evals: dict[str, Image
             return found
         own = predictions.for_seed(-1) if programs.recipe.num_seeds > 1 else predictions
         losses = own.losses()
-        ids = own.highest_losses(_LOSSES).astype(np.int64)
+        ids = own.highest_losses(_LOSSES)
         for rank, (i, image) in enumerate(zip(ids, images.read(ids, ids)["image"], strict=True), 1):
             label, predicted = names[own.labels[i]], names[own.predicted[i]]
             what = "correct" if label == predicted else f"taken for {predicted}"

@@ -104,11 +104,11 @@ def _evaluate(closed: ClosedJaxpr, args: Sequence[jax.Array]) -> list[jax.Array]
 
 
 def _lowered(function: Callable[..., jax.Array], model: Trained, *weights: np.ndarray) -> export.Exported:
-    """A function of (*weights, images) for any number of images."""
+    """Lowers a function of (*weights, images) for any number of images."""
     (b,) = export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((b, *model.programs.recipe.data.image_shape), np.uint8)
     given = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in weights]
-    # The bits of products are those of the config wherever the file is run; on CPU all are float32 in any case.
+    # The matmul precision is the config's wherever the file runs; CPUs multiply float32 in full in any case.
     with platform.tracing_for(""), jax.default_matmul_precision(model.config.matmul_precision):
         return export.export(jax.jit(isolate_bfloat16_matmuls(function)), platforms=PLATFORMS)(*given, images)
 

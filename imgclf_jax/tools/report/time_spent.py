@@ -20,7 +20,7 @@ def section(run: Record) -> str:
         return ""
     seconds["setup"] += seconds.pop("import")
     shares = {name: seconds[name] / whole for name in _PARTS if seconds[name] > 0.0005 * whole}
-    started = f" in {len(lines)} processes, one after the other" if len(lines) > 1 else ""
+    started = f" in {len(lines)} attempts" if len(lines) > 1 else ""
     sentence = (f"The run took {duration(whole)}{started}, from its first start to its last record. Training steps "
                 f"took {goodput.goodput(seconds):.1%} of that time, its goodput.")  # fmt: skip
     return paragraph(sentence) + _bar(shares) + _legend(shares, seconds)
