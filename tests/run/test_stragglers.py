@@ -46,6 +46,7 @@ def test_too_early_to_tell():
 
 
 SLOW = """
+import threading
 import time
 import jax
 from imgclf_jax.data.sources import FakeSource
@@ -53,10 +54,13 @@ from imgclf_jax.run import stragglers
 
 stragglers.EVERY = 5.0
 
+one_at_a_time = threading.Lock()  # of the batches that are read in parallel
+
 class Slow(FakeSource):
     def read(self, ids):
         if jax.process_index():
-            time.sleep(0.3)
+            with one_at_a_time:
+                time.sleep(0.3)
         return super().read(ids)
 
 def splits():
@@ -68,7 +72,7 @@ def splits():
 def test_a_slow_source_of_one_of_two_processes(tmp_path, monkeypatch):
     (tmp_path / "slow_source.py").write_text(SLOW)
     words = ("--config.data.source=slow_source:splits()", "--config.preprocess=decode(1)", "--config.batch_size=32",
-             "--config.model=mlp(widths=(16,))", "--config.total=80 steps", "--config.eval_every=",
+             "--config.model=mlp(widths=(16,))", "--config.total=60 steps", "--config.eval_every=",
              "--config.checkpoint_every=", "--config.tensorboard=False", "--config.steps_per_call=1",
              "--config.data.eval.test=test[:16]", "--config.schedule=constant(1e-3)")  # fmt: skip
     monkeypatch.setattr(check, "PATHS", (str(tmp_path), *check.PATHS))

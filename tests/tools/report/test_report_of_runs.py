@@ -37,14 +37,14 @@ def change(file: Path, **values) -> None:
 
 
 def test_where_the_time_went(copy):
-    """The widths of the bar are those of the phases over two processes; a run without a record has no section."""
+    """The widths of the bar are those of the phases over two attempts; a run without a record has no section."""
     lines = [
         {"step": 40, "first": 0, "began": 0.0, "at": 50.0, "seconds": {"import": 5.0, "setup": 5.0, "steps": 40.0}},
         {"step": 60, "first": 20, "began": 60.0, "at": 100.0, "seconds": {"steps": 35.0, "input": 5.0}},
     ]
     (copy / "time.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = time_spent.section(Record.from_workdir(copy))
-    assert "took 2 min in 2 processes" in text
+    assert "took 2 min in 2 attempts" in text
     assert "Training steps took 55.0% of that time" in text
     widths = re.findall(r'width="([\d.]+)" height="28"><title>(\w+) ', text)
     assert {name: float(width) for width, name in widths} == {
