@@ -21,6 +21,7 @@ class Network:
     layer_flops: tuple[int, ...]  # of one image's forward pass, first layer first; a multiply-add counts as two
     torch: Callable[[], Any]  # images f32[b, c, h, w] → logits
     steps_per_call: int = 10  # of this project's training; 0: the default of a run
+    images: int = 12_800  # in memory, unless --images says otherwise
     keras: Callable[[], Any] | None = None  # images f32[b, h, w, c] → logits, not compiled
     linen: Callable[[], Any] | None = None  # images f32[b, h, w, c] → logits
 
@@ -176,11 +177,53 @@ def _resnet20_flops() -> tuple[int, ...]:
     return (*flops, dense_flops(64, 10))
 
 
-def _vit_flops() -> tuple[int, ...]:
-    tokens, width = 65, 192
+def _vit_flops(width: int, patches: int, patch: int, classes: int) -> tuple[int, ...]:
+    tokens = patches + 1
     attention = [tokens * dense_flops(width, 3 * width), 2 * 2 * tokens**2 * width, tokens * dense_flops(width, width)]
     block = [*attention, tokens * dense_flops(width, 4 * width), tokens * dense_flops(4 * width, width)]
-    return (64 * dense_flops(4 * 4 * 3, width), *(12 * block), dense_flops(width, 10))
+    return (patches * dense_flops(patch * patch * 3, width), *(12 * block), dense_flops(width, classes))
+
+
+def _resnet_flops(depths: tuple[int, ...], bottleneck: bool) -> tuple[int, ...]:
+    flops, channels = [conv_flops(112, 112, 7, 3, 64)], 64
+    for i, depth in enumerate(depths):
+        size, width = 56 // 2**i, 64 * 2**i
+        out = 4 * width if bottleneck else width
+        for j in range(depth):
+            before = 2 * size if i and not j else size  # the size that the stride of the block's 3×3 convolution halves
+            if bottleneck:
+                flops += [conv_flops(before, before, 1, channels, width), conv_flops(size, size, 3, width, width),
+                          conv_flops(size, size, 1, width, out)]  # fmt: skip
+            else:
+                flops += [conv_flops(size, size, 3, channels, width), conv_flops(size, size, 3, width, width)]
+            if channels != out:
+                flops.append(conv_flops(size, size, 1, channels, out))
+            channels = out
+    return (*flops, dense_flops(channels, 1000))
+
+
+def _convnext_flops(depths: tuple[int, ...], widths: tuple[int, ...]) -> tuple[int, ...]:
+    flops = [conv_flops(56, 56, 4, 3, widths[0])]
+    for i, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+        size = 56 // 2**i
+        if i:
+            flops.append(conv_flops(size, size, 2, widths[i - 1], width))
+        block = [conv_flops(size, size, 7, 1, width), 2 * size**2 * dense_flops(width, 4 * width)]
+        flops += depth * block
+    return (*flops, dense_flops(widths[-1], 1000))
+
+
+def _timm(name: str) -> Callable[[], Any]:
+    def build() -> Any:
+        import timm
+
+        return timm.create_model(name)
+
+    return build
+
+
+def _at_224(model: str, flops: tuple[int, ...], timm_name: str) -> Network:
+    return Network((224, 224, 3), 1000, model, flops, _timm(timm_name), steps_per_call=1, images=512)
 
 
 NETWORKS = {
@@ -203,5 +246,10 @@ NETWORKS = {
     # He et al. 2015, section 4.2: 269,722 parameters
     "resnet20": Network((32, 32, 3), 10, "resnet_cifar(depth=20)", _resnet20_flops(), _resnet20_torch),
     # ViT-Ti on patches of 4×4: 5,362,762 parameters
-    "vit_ti4": Network((32, 32, 3), 10, "vit('Ti', patch=4)", _vit_flops(), _vit_torch),
+    "vit_ti4": Network((32, 32, 3), 10, "vit('Ti', patch=4)", _vit_flops(192, 64, 4, 10), _vit_torch),
+    # At the size of ImageNet, beside timm's; 11,689,512, 25,557,032, 28,589,128 and 22,050,664 parameters
+    "resnet18": _at_224("resnet(depth=18)", _resnet_flops((2, 2, 2, 2), False), "resnet18"),
+    "resnet50": _at_224("resnet(depth=50)", _resnet_flops((3, 4, 6, 3), True), "resnet50"),
+    "convnext_t": _at_224("convnext('T')", _convnext_flops((3, 3, 9, 3), (96, 192, 384, 768)), "convnext_tiny"),
+    "vit_s16": _at_224("vit('S', patch=16)", _vit_flops(384, 196, 16, 1000), "vit_small_patch16_224"),
 }

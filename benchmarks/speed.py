@@ -45,7 +45,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="approximate duration of a measurement")
     parser.add_argument("--peers", default=None, help="comma-separated prefixes of names; default: all installed")
-    parser.add_argument("--images", type=int, default=12_800)
+    parser.add_argument("--images", type=int, default=0, help="in memory; default: 12,800, at 224 px 512")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     args = parser.parse_args(argv)
     args.networks = args.networks.split(",")
@@ -55,8 +55,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.batch_sizes = [int(size) for size in args.batch_sizes.split(",")]
     if wrong := [name for name in args.networks if name not in NETWORKS]:
         parser.error(f"unknown network {wrong[0]!r}; allowed: {', '.join(NETWORKS)}")
-    if args.images < 10 * max(args.batch_sizes):
-        parser.error(f"--images={args.images}: must be at least ten batches of {max(args.batch_sizes)}")
+    for name in args.networks:
+        if (images := args.images or NETWORKS[name].images) < 10 * max(args.batch_sizes):
+            parser.error(f"--images={images} for {name}: must be at least ten batches of {max(args.batch_sizes)}")
     wanted = [""] if args.peers is None else [name.strip() for name in args.peers.split(",") if name.strip()]
     if wrong := [start for start in wanted if not any(name.startswith(start) for name in PEERS)]:
         parser.error(f"no peer's name begins with {wrong[0]!r}; peers: {', '.join(PEERS)}")
@@ -77,7 +78,7 @@ def measure(args: argparse.Namespace, network: str, console: Console) -> dict[st
         starting = bar.add_task("", total=len(names))
         for name in names:
             bar.update(starting, description=f"starting {name}")
-            workers[name] = Worker(name, network, args.images)
+            workers[name] = Worker(name, network, args.images or NETWORKS[network].images)
             stack.callback(workers[name].close)
             bar.advance(starting)
         bar.remove_task(starting)

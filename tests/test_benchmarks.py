@@ -1,6 +1,7 @@
 """The benchmarks: all frameworks build the same networks, and ratios are computed as documented."""
 
 import functools
+import importlib.util
 import json
 import subprocess
 import sys
@@ -36,19 +37,37 @@ def test_every_framework_builds_the_same_network():
     assert network.training_flops == 3 * 2 * multiply_adds - 2 * 26 * 26 * 32 * 9
 
 
+@pytest.mark.parametrize(
+    ("name", "giga"), [("resnet18", 1.814), ("resnet50", 4.089), ("convnext_t", 4.456), ("vit_s16", 4.6)]
+)
+def test_multiply_adds_are_the_published(name, giga):
+    """Those of torchvision's weights (`_ops`), and of DeiT-S (arXiv:2012.12877, table 5)."""
+    from networks import NETWORKS
+
+    assert NETWORKS[name].inference_flops / 2e9 == pytest.approx(giga, abs=0.0015)
+
+
 @pytest.mark.thorough
-@pytest.mark.parametrize(("name", "count"), [("resnet20", 269_722), ("vit_ti4", 5_362_762)])
+@pytest.mark.parametrize(("name", "count"), [
+    ("resnet20", 269_722), ("vit_ti4", 5_362_762), ("resnet18", 11_689_512), ("resnet50", 25_557_032),
+    ("convnext_t", 28_589_128), ("vit_s16", 22_050_664),
+])  # fmt: skip
 def test_pytorch_builds_the_same_backbones(name, count):
     """Parameters of equal shapes as in this project's."""
     from networks import NETWORKS
 
-    pytest.importorskip("torch", reason="torch comes with the dependency group `peers`")
+    if not importlib.util.find_spec("timm"):
+        pytest.skip("torch and timm come with the dependency group `peers`")
     network = NETWORKS[name]
     images = jnp.zeros((2, *network.image_shape))
-    params = jax.eval_shape(classifier.build(network.model, 10, "float32").init, jax.random.key(0), images)["params"]
-    ours, theirs = jax.tree.leaves(params), list(network.torch().parameters())
-    assert sum(x.size for x in ours) == sum(x.numel() for x in theirs) == count
-    assert sorted(x.size for x in ours) == sorted(x.numel() for x in theirs)
+    model = classifier.build(network.model, network.classes, "float32")
+    ours = [x.size for x in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0), images)["params"])]
+    code = f"from networks import NETWORKS; print([x.numel() for x in NETWORKS[{name!r}].torch().parameters()])"
+    # In a process of its own, since Triton, which torch imports, aborts after XLA has been loaded.
+    printed = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+    theirs = json.loads(printed.stdout)
+    assert sum(ours) == sum(theirs) == count
+    assert sorted(ours) == sorted(theirs)
 
 
 @pytest.mark.thorough

@@ -88,6 +88,7 @@ def whole(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     (["config", "--config.data.eval.x"], ["Missing value for flag --config.data.eval.x"]),
     (["predict", "--top_k=0"], ["--top_k=0", "positive"]),
     (["evaluate", "--format=xml"], ["--format=xml", "table|json"]),
+    (["status", "--workdir=runs/b"], ["status takes the directories of runs without a flag, as in status runs/a"]),
     (["--format=json"], ["train does not take --format", "these commands do: evaluate, predict"]),
     (["predict", "--top_q=1", "a.png"], ["unknown flag 'top_q'", "did you mean 'top_k'?"]),
     (["--profile=3"], ["--profile=3", "FIRST:LAST", "10:20"]),

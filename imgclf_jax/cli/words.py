@@ -52,6 +52,8 @@ def only_files(command: str, words: list[str]) -> list[str]:
 
 
 def _unknown_flag(flag: str, command: str) -> UsageError:
+    if flag == "workdir" and "DIR" in COMMANDS[command].files:
+        return UsageError(f"{command} takes the directories of runs without a flag, as in {command} runs/a")
     if flag in FLAGS:
         return UsageError(f"{command} does not take --{flag}; these commands do: {', '.join(commands_with(flag))}")
     if hint := configs.flag_for(flag):
