@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -38,6 +39,9 @@ WAIT = 600.0  # seconds that processes wait for each other
 QUICK = 20.0  # for calls that take no time
 PREPARING = 86400.0  # while a process may download a data set
 ALIKE = "start all processes with the same command, code, versions and environment"
+_DIED = ("another process of this run has died or cannot be reached, so this one ends; run the same command again in "
+         "all processes")  # fmt: skip
+_LOST_PEER = re.compile("Gloo .* failed|remote process exited")  # by Gloo and by NCCL
 _count, _index = 1, 0
 _hosts: list[str] = []  # the host of each process
 _numbers = itertools.count()  # numbers the calls, which all processes make in the same order
@@ -118,8 +122,7 @@ def _end_with_status_1() -> None:
     """Turns JAX's `abort` after the death of another process into one line and status 1."""
 
     def end(_: int) -> None:
-        os.write(2, f"{named(index())}: another process of this run has died or cannot be reached, so this one ends; "
-                    "run the same command again in all processes\n".encode())  # fmt: skip
+        os.write(2, f"{named(index())}: {_DIED}\n".encode())
         os._exit(1)
 
     global _handler
@@ -294,14 +297,24 @@ def ending_together() -> Iterator[None]:
     global _failure
     try:
         yield
-    except BaseException as e:
+    except BaseException as raised:
+        e = _explain(raised)
         if _count > 1:
             _failure = f"error: {e}" if isinstance(e, UserError | OSError) else f"{type(e).__name__}: {reason(e)}"
             if index():  # if all raise the error, let process 0 report it and end the others
                 time.sleep(1.0)
             with contextlib.suppress(Exception):
                 tell("end", _failure, 1)
-        raise
+        if e is raised:
+            raise
+        raise e from raised
+
+
+def _explain(error: BaseException) -> BaseException:
+    """A UserError in place of the error of a collective whose other process has died; else `error`."""
+    if _count == 1 or not isinstance(error, jax.errors.JaxRuntimeError) or not _LOST_PEER.search(str(error)):
+        return error
+    return UserError(f"{named(index())}: {_DIED} ({reason(error)})")
 
 
 def end(status: int) -> NoReturn:

@@ -1,8 +1,10 @@
-"""The processes that a cluster started, by the environment variables."""
+"""The processes that a cluster started, by the environment variables, and how they end together."""
 
+import jax
 import pytest
 
 from imgclf_jax.core import processes
+from imgclf_jax.core.errors import UserError
 
 CLUSTERS = (*processes._COUNTS, *processes._SIGNS, "SLURM_NTASKS")
 
@@ -59,3 +61,23 @@ def test_processes_that_cannot_join_are_told_how(monkeypatch):
     monkeypatch.setattr(processes.rendezvous, "meet", lambda *_: None)
     with pytest.raises(processes.UserError, match=r"cannot join \(DEADLINE.*within 7 s.*a free port of the host of"):
         processes.start("a:1", 2, 0, patience=7)
+
+
+def test_a_collective_that_fails_since_another_process_died_is_explained(monkeypatch):
+    """Gloo's error may come before the coordination service misses the process; it was a traceback."""
+    lost = "UNKNOWN: Gloo all-reduce failed: [gloo/transport/tcp/pair.cc:538] Read error: Connection reset by peer"
+    told = []
+    monkeypatch.setattr(processes, "_count", 2)
+    monkeypatch.setattr(processes, "_hosts", ["host a", "host b"])
+    monkeypatch.setattr(processes, "_failure", "")
+    monkeypatch.setattr(processes, "tell", lambda *event: told.append(event))
+    with (
+        pytest.raises(
+            UserError, match=r"^process 0 \(host a\): another process of this run has died .* \(UNKNOWN: Gloo"
+        ),
+        processes.ending_together(),
+    ):
+        raise jax.errors.JaxRuntimeError(lost)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"), processes.ending_together():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    assert [kind for kind, *_ in told] == ["end", "end"]
