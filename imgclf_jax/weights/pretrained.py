@@ -181,9 +181,10 @@ def _fit(
     head = [name for name in own if name.startswith(_HEAD)]
     if any(name not in named or named[name].shape != own[name].shape for name in head):
         theirs = [named[name].shape[-1] for name in head if name in named]
-        ours = own[head[0]].shape[-1]
+        ours, missing = own[head[0]].shape[-1], [name for name in head if name not in named]
         weights.head = (
             "it has none" if not theirs
+            else f"it has no {missing[0]}" if missing
             else f"{theirs[0]} classes in it, {ours} here" if theirs[0] != ours
             else "of another width"
         )  # fmt: skip

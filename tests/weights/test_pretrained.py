@@ -77,10 +77,14 @@ def test_a_head_of_another_size_begins_anew(file, caplog):
         pretrained.load(programs(file, classes=7), whole=True)
 
 
-def test_a_file_without_a_head(tmp_path):
-    arrays = {name: x for name, x in resnet8().items() if not name.startswith("linear")}
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [("linear", "it has none"), ("linear.bias", "it has no params/head/bias")],
+)
+def test_a_file_without_a_head(tmp_path, missing, reason):
+    arrays = {name: x for name, x in resnet8().items() if not name.startswith(missing)}
     weights = pretrained.load(programs(torch_format.save(tmp_path / "x.pth", arrays)))
-    assert weights.head == "it has none"
+    assert weights.head == reason
     assert not weights.faults
 
 
