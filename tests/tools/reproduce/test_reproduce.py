@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -270,6 +271,20 @@ def test_a_checkpoint_under_another_step(copy, capsys):
     shutil.copytree(copy / "checkpoints" / "12", copy / "checkpoints" / "10")  # the latest that counts its own step
     assert launch.main(["evaluate", f"--workdir={copy}"]) == 0
     assert f"{told}; the checkpoint of step 10 is used" in capsys.readouterr().err
+
+
+@pytest.mark.thorough
+def test_a_result_of_the_readme(tmp_path):
+    """Its first 45 steps, from the bundle that the results table links to, on the processor of the record."""
+    root = Path(launch.__file__).parent
+    command = [sys.executable, "launch.py", "reproduce", "docs/results/digits-0.zip", "--steps=45", "--format=json",
+               f"--output={tmp_path / 'again'}"]  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    printed = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False).stdout
+    found = json.loads(printed)
+    if other := [one for one in found["differences"] if one["kind"] == "device"]:
+        pytest.skip(f"other devices round differently: {other[0]['recorded']} recorded, {other[0]['here']} here")
+    assert (found["verdict"], found["compared"]["digests"]) == ("same", [0, 1, 2, 4, 8, 16, 32])
 
 
 @pytest.mark.parametrize(("words", "status", "says"), [
