@@ -305,7 +305,8 @@ def _user_sampler(function: Function, n: int, where: str) -> Sampler:
     if not all(np.array_equal(ids(0, probe[i::2]), together[i::2]) for i in range(2)):
         raise UserError(f"{where} returns other ids for the same positions in another call; an id must depend only on "
                         "the key and its position")  # fmt: skip
-    return Sampler(ids, int(getattr(function, "epoch", n)))
+    own = function.func if isinstance(function, functools.partial) else function
+    return Sampler(ids, int(getattr(own, "epoch", n)))
 
 
 def _numbers(context: Context, by: str) -> tuple[np.ndarray, str]:

@@ -39,6 +39,13 @@ def own(key, positions, n, shift=1):
     return ((positions + key % np.uint64(n)).astype(np.int64) + shift) % n
 
 
+def own_in_halves(key, positions, n, shift=1):
+    return own(key, positions, n, shift)
+
+
+own_in_halves.epoch = N // 2
+
+
 def make_own(source, of_class):
     (places,) = np.nonzero(source.labels == of_class)
 
@@ -124,6 +131,14 @@ def test_balanced_gives_each_class_its_turn_and_each_example_its_share():
             np.testing.assert_array_equal(np.sort(own[first : first + count]), np.flatnonzero(c == LABELS))
     firsts = np.bincount(rounds[:, 0], minlength=5)[[0, 1, 2, 4]]
     assert stats.chisquare(firsts).pvalue > 1e-3  # any class may come first in a round
+
+
+@pytest.mark.parametrize(("spec", "epoch"), [
+    ("own", N), ("own_in_halves", N // 2), ("own_in_halves(shift=3)", N // 2), ("make_own(of_class=1)", COUNTS[1]),
+])  # fmt: skip
+def test_a_users_function_may_say_how_long_an_epoch_is(spec, epoch):
+    """By its attribute `epoch`, with and without arguments in the spec; a function's own was ignored."""
+    assert build(f"{__name__}:{spec}").epoch == epoch
 
 
 def test_repeated_gives_each_example_in_a_row():
