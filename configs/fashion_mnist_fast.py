@@ -6,10 +6,10 @@
     test accuracy  0.9044  0.9053  0.9025  0.9061  0.9029  0.9042
 
 These runs used two cores of an AMD EPYC (AVX-512), 6 s of training; `docs/results/fashion_mnist_fast-SEED.zip` are
-their bundles. On two cores of an Intel Xeon (Sapphire Rapids), the previous
-version took 6.8 to 7.7 s from start to exit of the process, and 23 s in the first run, which compiles and decodes; the
-Keras example takes 72 to 97 s. `benchmarks/accuracy.py` reproduces these numbers. Offline, add
-`--config.data.manual_dir=FOLDER` with the four original .gz files in FOLDER.
+their bundles. On two cores of an Intel Xeon (Sapphire Rapids), version 0.1.0 took 6.8 to 7.7 s from start to exit of
+the process, and 23 s in the first run, which compiles and decodes; the Keras example takes 72 to 97 s.
+`benchmarks/accuracy.py` reproduces these numbers. Offline, add `--config.data.manual_dir=FOLDER` with the four original
+.gz files in FOLDER.
 
 It is fast by a narrower network with bfloat16 matmuls, the data set resident on the device, and one steep learning-rate
 cycle.

@@ -11,9 +11,9 @@ Differences from the paper (`docs/recipes.md`): matmuls are in bfloat16, a warmu
 and sizes are torchvision's, to the pixel in evaluation. BatchNorm statistics cover 32 images, as on each GPU there, on
 any number of devices. The result is that of the last epoch; the paper reports the median of the last five.
 
-This recipe has not been trained here. Tests check its parameters, multiply-adds and schedule; slow tests compile it at
-full size and train two steps on synthetic images. TFDS prepares `imagenet2012` from manually downloaded archives in
-`--config.data.manual_dir=FOLDER`. For images in folders of classes, add
+This recipe has not been trained here. Tests check its parameters, multiply-adds, ops and schedule; a slow test compiles
+its train step at full image size. TFDS prepares `imagenet2012` from manually downloaded archives in
+`--config.data.manual_dir=FOLDER`. For images in folders `DIR/train/CLASS/…` and `DIR/val/CLASS/…`, add
 `--config.data.source="folder('DIR')" --config.data.eval.test=val`.
 """
 

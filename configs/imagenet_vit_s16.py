@@ -11,8 +11,8 @@ the learning rate, which equals the original's 1e-4 per step. 22,122,472 paramet
 Differences from the original: GELU is exact (there the tanh approximation), matmuls are in bfloat16, and the first step
 has a learning rate of 1e-7 (there 0). One percent of the training images is held out, as there.
 
-This recipe has not been trained here. Tests check its parameters, multiply-adds, ops and schedule; slow tests compile
-it at full size and train two steps on synthetic images. For TFDS's `imagenet2012` see `imagenet_resnet50.py`.
+This recipe has not been trained here. Tests check its parameters, multiply-adds, ops, optimizer and schedule; a slow
+test compiles its train step at full image size. For TFDS's `imagenet2012` see `imagenet_resnet50.py`.
 """
 
 from imgclf_jax.config import ConfigDict, default_config
