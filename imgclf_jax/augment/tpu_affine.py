@@ -1,4 +1,4 @@
-"""Affine maps of images without a gather, for TPU: three slides of whole lines, then a selection among neighbours.
+"""Affine maps of images without a gather, for TPU: three slides of whole lines, then a selection among neighbors.
 
 A TPU gathers single pixels slowly, but slides whole lines and selects fast. A rotation is three shears (Paeth 1986, "A
 fast algorithm for general raster rotation"): of rows, of columns, and of rows again. Each slides by whole pixels, so

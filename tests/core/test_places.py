@@ -39,7 +39,7 @@ def features(path):
 def plot(path):
     pytest.importorskip("matplotlib")
     few = {"set": "a", "method": "few images", "shots": 1, "mean": 0.5, "deviation": 0.1}
-    accuracy_plot.draw(path, [few, {"set": "a", "method": "nearest neighbours", "k": 20, "mean": 0.5}], "title")
+    accuracy_plot.draw(path, [few, {"set": "a", "method": "nearest neighbors", "k": 20, "mean": 0.5}], "title")
 
 
 WRITERS = {

@@ -29,9 +29,9 @@ def draw(path: Path, records: Sequence[JsonMapping], title: str) -> None:
             shots, means = [r["shots"] for r in few], [r["mean"] for r in few]
             spread = [r["deviation"] or 0 for r in few]
             panel.errorbar(shots, means, spread, marker="o", capsize=3, color="C0", label="linear probe on few images")
-        neighbours = [r for r in own if r["method"] == "nearest neighbours"]
-        shown = min(neighbours, key=lambda r: abs(r["k"] - _K))
-        lines = [(f"nearest neighbours, k = {shown['k']}", "C1", "--", shown)]
+        neighbors = [r for r in own if r["method"] == "nearest neighbors"]
+        shown = min(neighbors, key=lambda r: abs(r["k"] - _K))
+        lines = [(f"nearest neighbors, k = {shown['k']}", "C1", "--", shown)]
         lines += [("linear probe", "C2", "-.", r) for r in own if r["method"] == "linear probe"]
         lines += [("the network's own head", "C3", ":", r) for r in own if r["method"] == "own head"]
         for label, colour, style, record in lines:
@@ -39,7 +39,7 @@ def draw(path: Path, records: Sequence[JsonMapping], title: str) -> None:
         panel.set_xscale("log")
         panel.set_xticks([r["shots"] for r in few], [str(r["shots"]) for r in few])
         panel.xaxis.set_minor_locator(NullLocator())
-        panel.set(title=name, xlabel="images a class", ylabel="accuracy")
+        panel.set(title=name, xlabel="images per class", ylabel="accuracy")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8, loc="lower right")
     with places.replacing(path) as temporary:

@@ -128,7 +128,7 @@ def probe(
             logits = test.astype(np.float64) @ head[0] + head[1]
             yield {"set": name, "method": "own head", "accuracies": [accuracy(predicted_classes(logits))]}
         for k, predicted in probing.nearest_neighbors(train, labels, test, ks, classes).items():
-            yield {"set": name, "method": "nearest neighbours", "k": k, "accuracies": [accuracy(predicted)]}
+            yield {"set": name, "method": "nearest neighbors", "k": k, "accuracies": [accuracy(predicted)]}
         yield {"set": name, "method": "linear probe", "C": strength, "accuracies": [accuracy(linear.predict(test))]}
         for shot, models in few.items():
             accuracies = [accuracy(model.predict(test)) for model in models]
@@ -170,7 +170,7 @@ def _check_memory(model: Trained, examples: int) -> None:
 def _print(records: list[Record], score: str) -> None:
     rows = []
     for record in records:
-        name = {"nearest neighbours": lambda r: f"nearest neighbors, k = {r['k']}",
+        name = {"nearest neighbors": lambda r: f"nearest neighbors, k = {r['k']}",
                 "linear probe": lambda r: f"linear probe, C = {', '.join(f'{c:g}' for c in r['C'])}",
                 "few images": lambda r: f"linear probe on {r['shots']} per class",
                 "logistic regression": lambda r: "logistic regression for each class",

@@ -124,7 +124,7 @@ def probed(flags, capsys):
 
 @pytest.mark.thorough
 def test_probe(run, tmp_path, capsys, monkeypatch):
-    """Its own head as in `evaluate`, neighbours as in scikit-learn, from the written features."""
+    """Its own head as in `evaluate`, neighbors as in scikit-learn, from the written features."""
     monkeypatch.setattr(probe.probing, "STRENGTHS", (0.01, 1.0))
     out, found = probed([f"--workdir={run}", "--k=1,3"], capsys)
     assert (out["step"], out["train_examples"], out["features"]) == (60, 1437, 8)
@@ -134,8 +134,8 @@ def test_probe(run, tmp_path, capsys, monkeypatch):
     model, digits = imgclf_jax.load(run), sources.digits()
     (x, y), (test, truth) = ((model.features(s.read(np.arange(len(s)))["image"]), s.labels) for s in digits.values())
     for k in (1, 3):
-        neighbours = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)).fit(x, y)
-        assert found["nearest neighbours", k]["mean"] == pytest.approx(neighbours.score(test, truth), abs=1 / 360)
+        neighbors = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)).fit(x, y)
+        assert found["nearest neighbors", k]["mean"] == pytest.approx(neighbors.score(test, truth), abs=1 / 360)
     assert found["linear probe", None]["C"] in ([0.01], [1.0])
     assert found["linear probe", None]["deviation"] is None
     few = [found["few images", shots] for shots in (1, 5, 10, 25)]
@@ -152,11 +152,11 @@ def test_probe_of_weights_for_other_classes_and_of_several_seeds(run, seeds, cap
     config.write_text("from imgclf_jax.config import default_config as get_config\n")
     flags = [f"--config={config}", *FLAGS, f"--config.init_from={run}", "--config.data.source=fake(24, (8, 8, 1), 3)"]
     out, found = probed(flags, capsys)
-    assert set(found) == {("nearest neighbours", k) for k in (1, 5, 20)} | {
+    assert set(found) == {("nearest neighbors", k) for k in (1, 5, 20)} | {
         ("linear probe", None), ("few images", 1), ("few images", 5)}  # fmt: skip
     assert found["linear probe", None]["mean"] > 0.5
     out, found = probed([f"--workdir={seeds}", "--k=2", "--config.data.train=train[:200]"], capsys)
-    assert len(found["own head", None]["accuracies"]) == len(found["nearest neighbours", 2]["accuracies"]) == 2
+    assert len(found["own head", None]["accuracies"]) == len(found["nearest neighbors", 2]["accuracies"]) == 2
     assert len(found["few images", 1]["accuracies"]) == 4
     assert out["train_examples"] == 200
 

@@ -23,7 +23,7 @@ TRAIN, LABELS = clouds(200, 1)
 TEST, TRUTH = clouds(150, 2)
 
 
-def test_neighbours_vote_as_scikit_learns_do(monkeypatch):
+def test_neighbors_vote_as_scikit_learns_do(monkeypatch):
     """Cosine similarity and votes of exp(similarity / 0.07), a few test rows at a time."""
     monkeypatch.setattr(probing, "_CHUNK", 1000)
     found = probing.nearest_neighbors(TRAIN, LABELS, TEST, [1, 7, 20, 200], 4)
@@ -36,7 +36,7 @@ def test_neighbours_vote_as_scikit_learns_do(monkeypatch):
     assert (found[1] != found[200]).any()
 
 
-def test_of_equal_neighbours_the_first_count():
+def test_of_equal_neighbors_the_first_count():
     """Four examples are identical; a row of zeros is similar to nothing."""
     train = np.array([[1, 0], [2, 0], [3, 0], [4, 0], [0, 1]], np.float32)
     test = np.array([[1, 0], [0, 0]], np.float32)
@@ -101,7 +101,7 @@ def test_the_plot_shows_means_and_deviations(tmp_path, monkeypatch):
     few = [
         {"method": "few images", "shots": s, "mean": m, "deviation": d} for s, m, d in ((1, 0.5, 0.1), (5, 0.7, 0.05))
     ]
-    lines = [{"method": "nearest neighbours", "k": k, "mean": m, "deviation": None} for k, m in ((1, 0.9), (20, 0.8))]
+    lines = [{"method": "nearest neighbors", "k": k, "mean": m, "deviation": None} for k, m in ((1, 0.9), (20, 0.8))]
     records = [{"set": of} | r for of in ("val", "test") for r in (*few, *lines)]
     accuracy_plot.draw(tmp_path / "a.png", records, "a title")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -109,7 +109,7 @@ def test_the_plot_shows_means_and_deviations(tmp_path, monkeypatch):
     assert [panel.get_title() for panel in panels] == ["val", "test"]
     points, *others = panels[0].get_lines()
     assert np.array(points.get_xydata()).tolist() == [[1, 0.5], [5, 0.7]]
-    assert any(line.get_label() == "nearest neighbours, k = 20, all images" and line.get_ydata()[0] == 0.8
+    assert any(line.get_label() == "nearest neighbors, k = 20, all images" and line.get_ydata()[0] == 0.8
                for line in others)  # fmt: skip
 
 
