@@ -467,7 +467,7 @@ class Programs:
         most = self._batches_in_chunk(self.eval_batch_size)
         if most == 1 or self.slow_in_loops(self.eval_step.jaxpr):
             return 1
-        return int(self.recipe.config.steps_per_call) or min(_MOST_STEPS, most)
+        return min(int(self.recipe.config.steps_per_call) or _MOST_STEPS, most)
 
     def _eval_chunk_shape(self, size: int) -> Chunk:
         data = self.recipe.data

@@ -153,6 +153,14 @@ def test_a_chunk_is_as_large_as_the_devices_memory_allows(fake_config):
     assert Programs(Recipe(fake_config, data), sharding.make_mesh()).steps_per_call == 1
 
 
+def test_a_call_of_evaluation_takes_no_more_than_memory_allows(fake_config):
+    """Whatever `steps_per_call` says of training: an evaluation of 2**31 batches a call was a traceback."""
+    fake_config.steps_per_call, fake_config.total = 2**31, "5 steps"
+    programs = Programs(Recipe(fake_config, DATA), sharding.make_mesh())
+    assert programs.steps_per_call == 5
+    assert programs.eval_steps_per_call * programs.eval_batch_size * 12 * 12 <= 8 << 20
+
+
 @pytest.mark.thorough
 def test_a_loop_of_your_own_is_the_runs(fake_config):
     """The array-level parts, under plain `jax.jit` with the run's batches, end with the parameters of its programs."""
