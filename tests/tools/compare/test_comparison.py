@@ -238,6 +238,18 @@ def test_no_run(tmp_path, capsys):
     assert launch.main(["compare"]) == 2
 
 
+@pytest.mark.parametrize("command", ["compare", "status"])
+def test_a_result_without_a_config_is_told_of(tmp_path, capsys, command):
+    """The run was left out in silence."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "result.json").write_text("{}")
+    assert launch.main([command, str(tmp_path)]) == 1
+    assert (
+        f"skipped: {tmp_path / 'a'} holds no run: there is no {tmp_path / 'a' / 'config.json'}"
+        in capsys.readouterr().err
+    )
+
+
 def test_damaged_predictions_are_left_out(tmp_path, write, capsys):
     (write("a", clip=1.0) / "predictions.csv").write_text("x,y\n1,2\n")
     (write("b", clip=2.0) / "predictions.npz").write_text("PK")
