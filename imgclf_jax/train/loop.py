@@ -14,7 +14,7 @@ from imgclf_jax import diagnose
 from imgclf_jax.core import processes, signals
 from imgclf_jax.core.stopping import Stopping, stopping
 from imgclf_jax.core.text import printable
-from imgclf_jax.core.typing import Chunk, JsonObject
+from imgclf_jax.core.typing import Chunk, JsonObject, PyTree
 from imgclf_jax.losses import Task
 from imgclf_jax.run import writers
 from imgclf_jax.run.digests import Digests
@@ -191,10 +191,8 @@ def train(
                 stopped = stopper.reason(step)
             if due.checkpoint or signal or stopped or (due.eval and config.checkpoint.best):
                 monitor.phases.enter("checkpoint", step)
-                records.metrics.flush()  # so that no checkpoint on disk is ahead of its metrics
-                records.digests.record(step, state.params)
-                scores = _scores(results) if due.eval and results else {}
-                checkpoints.save(step, {"state": state, "sums": window}, scores)
+                replays.check_replicas(state, step)
+                _save(run, records, step, state, window, results if due.eval else None)
             records.times.update(step, now=bool(due.checkpoint or signal or stopped))
             if stopped:
                 break
@@ -204,6 +202,12 @@ def train(
     monitor.phases.enter("checkpoint", step)
     checkpoints.close()
     return (step, state, results or {}, stopped) if stopped or step == cadences.total else None
+
+
+def _save(run: Run, records: Records, step: int, state: TrainState, window: PyTree, results: Results | None) -> None:
+    records.metrics.flush()  # so that no checkpoint on disk is ahead of its metrics
+    records.digests.record(step, state.params)
+    run.checkpoints.save(step, {"state": state, "sums": window}, _scores(results) if results else {})
 
 
 def _log_training(run: Run, step: int, record: dict[str, float], writer: MetricsWriter) -> None:

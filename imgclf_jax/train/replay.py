@@ -83,6 +83,17 @@ class Replays:
         what = "gives other bits when it is computed again" if differs.any() else "leaves replicas with other bits"
         self._corrupted(steps.start, f"{what}: {self._checksums.describe(differs | replicas)}")
 
+    def check_replicas(self, state: TrainState, step: int) -> None:
+        """Compares the replicas of a state to save at `step`: a checkpoint holds one of each, and would hide the fault.
+
+        Raises as `check` does.
+        """
+        if self._run.cadences.check is None or self._run.programs.mesh.size == 1:
+            return
+        differs = self._checksums.differing_replicas(self._checksums(state))
+        if differs.any():
+            self._corrupted(step, f"begins with replicas of other bits: {self._checksums.describe(differs)}")
+
     def recheck(self, bad: int | None, step: int) -> str:
         """Returns in words what recomputing a bad step showed, once training is at `step`; "" if nothing yet.
 

@@ -170,6 +170,29 @@ def test_corruption_stops_the_run_at_a_confirmed_checkpoint(fake_config, tmp_pat
     assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
 
 
+def test_no_checkpoint_hides_a_replica_that_differs(fake_config, tmp_path, monkeypatch):
+    """A bit lost in one replica between two comparisons: the checkpoint before the next one would hold one replica."""
+    config, original, lost = fake_config, replay.Replays.train, []
+    config.total, config.check_every, config.checkpoint_every = "12 steps", "6 steps", "2 steps"
+    config.on_corruption = "rollback"
+    assert train.main(config, Workdir(tmp_path / "a")) == 0
+
+    def compute(self, state, window, chunk, steps):
+        state, window = original(self, state, window, chunk, steps)
+        if steps.stop == 8 and not lost:
+            lost.append(steps)
+            bias = flip(state.params["head"]["bias"], 3, 5, device=0)
+            state = state.replace(params={**state.params, "head": {**state.params["head"], "bias": bias}})
+        return state, window
+
+    monkeypatch.setattr(replay.Replays, "train", compute)
+    assert train.main(config, Workdir(tmp_path / "b")) == 0
+    [line] = read_metrics(tmp_path / "b" / "corruption.jsonl")
+    assert line["step"] == 8
+    assert line["found"].startswith("begins with replicas of other bits: params/head/bias on device ")
+    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
+
+
 @pytest.mark.thorough
 def test_corruption_rolls_back_and_at_last_stops(fake_config, tmp_path, monkeypatch):
     config = fake_config
