@@ -126,28 +126,23 @@ def with_tasks[F: Callable[..., jax.Array]](*tasks: Task) -> Callable[[F], F]:
 
 def link_of(loss: Loss | str) -> Link:
     """The link of a loss, given as a function or a spec. Raises UserError for a spec that names no loss."""
-    function = _declaring(loss)
-    tasks = getattr(function, "tasks", ())
+    function = _function(loss)
+    tasks = spec.declared(function, "tasks", ())
     default = IDENTITY if Task.REGRESSION in tasks else SIGMOID if Task.MULTILABEL in tasks else SOFTMAX
-    link: Link = getattr(function, "link", default)
+    link: Link = spec.declared(function, "link", default)
     return link
 
 
 def tasks_of(loss: Loss | str) -> tuple[Task, ...]:
     """The tasks of a loss, given as a function or a spec: see `with_tasks`."""
-    function, link = _declaring(loss), link_of(loss)
+    function, link = _function(loss), link_of(loss)
     by_link = {SIGMOID: (Task.CLASSES, Task.MULTILABEL), IDENTITY: (Task.REGRESSION,)}
-    tasks: tuple[Task, ...] = getattr(function, "tasks", by_link.get(link, (Task.CLASSES, Task.SOFT)))
+    tasks: tuple[Task, ...] = spec.declared(function, "tasks", by_link.get(link, (Task.CLASSES, Task.SOFT)))
     return tasks
 
 
-def _declaring(loss: Loss | str) -> Loss:
-    """The function that carries the attributes `link` and `tasks`."""
-    if isinstance(loss, str):
-        loss = spec.lookup(spec.parse_one(loss), LOSSES, "loss")
-    while isinstance(loss, functools.partial):
-        loss = loss.func
-    return loss
+def _function(loss: Loss | str) -> Loss:
+    return spec.lookup(spec.parse_one(loss), LOSSES, "loss") if isinstance(loss, str) else loss
 
 
 def task_of(loss: Loss | str, has_targets: bool) -> Task:
@@ -155,7 +150,7 @@ def task_of(loss: Loss | str, has_targets: bool) -> Task:
 
     Raises UserError if the loss cannot train on such data.
     """
-    name = loss if isinstance(loss, str) else getattr(_declaring(loss), "__name__", "loss")
+    name = loss if isinstance(loss, str) else spec.declared(loss, "__name__", "loss")
     tasks = tasks_of(loss)
     if has_targets:
         task = next((task for task in tasks if task is not Task.CLASSES), None)

@@ -1,5 +1,7 @@
 """Losses, and the sums behind metrics, against NumPy and scikit-learn."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import keras
@@ -309,6 +311,9 @@ def test_a_loss_of_ones_own_declares_its_task():
     assert losses.tasks_of(asymmetric) == (Task.CLASSES, Task.MULTILABEL)
     assert losses.tasks_of(plain) == (Task.CLASSES, Task.SOFT)
     assert losses.link_of(losses.with_tasks(Task.MULTILABEL)(plain)) is losses.SIGMOID
+    bound = losses.with_link(losses.SIGMOID)(functools.partial(losses.focal, gamma=1.0))
+    assert losses.link_of(bound) is losses.SIGMOID  # a partial's own declaration, not that of what it binds
+    assert losses.link_of(functools.partial(bound, alpha=0.5)) is losses.SIGMOID
     with pytest.raises(UserError, match="loss='plain' trains on targets, but the data have class labels"):
         losses.task_of(plain, False)
     with pytest.raises(ValueError, match="one task with targets"):

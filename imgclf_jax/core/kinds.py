@@ -19,7 +19,6 @@ op is the same at all steps, so the op can fold in the ids or epochs of its exam
 """
 
 import functools
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,9 +49,7 @@ def _declare[Op: Function](op: Op, kind: str) -> Op:
 
 def kind_of(op: Function) -> str:
     """The declared kind of an op, or of the function that it wraps or binds; PLAIN without a declaration."""
-    if isinstance(op, functools.partial) and not hasattr(op, "op_kind"):
-        return kind_of(op.func)
-    return str(getattr(op, "op_kind", getattr(inspect.unwrap(op), "op_kind", PLAIN)))  # unwrap: as jax.jit wraps
+    return str(spec.declared(op, "op_kind", PLAIN))
 
 
 def bind(

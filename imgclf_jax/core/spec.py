@@ -242,6 +242,21 @@ def occurrences(calls: Sequence[Call]) -> list[int]:
     return [[c.name for c in calls[:i]].count(call.name) for i, call in enumerate(calls)]
 
 
+def declared(function: Function, name: str, default: Any) -> Any:
+    """The attribute `name` of a function, or else of the one that it binds or wraps; `default` if none has it.
+
+    `functools.partial` hides the attributes of the function that it binds, and has attributes of its own.
+    """
+    while not hasattr(function, name):
+        if isinstance(function, functools.partial):
+            function = function.func
+        elif hasattr(function, "__wrapped__"):  # as by jax.jit
+            function = function.__wrapped__
+        else:
+            return default
+    return getattr(function, name)
+
+
 def takes(function: Function, first: str) -> bool:
     """Whether the first parameter of a function has this name."""
     return next(iter(inspect.signature(function).parameters), None) == first

@@ -305,8 +305,11 @@ def _user_sampler(function: Function, n: int, where: str) -> Sampler:
     if not all(np.array_equal(ids(0, probe[i::2]), together[i::2]) for i in range(2)):
         raise UserError(f"{where} returns other ids for the same positions in another call; an id must depend only on "
                         "the key and its position")  # fmt: skip
-    own = function.func if isinstance(function, functools.partial) else function
-    return Sampler(ids, int(getattr(own, "epoch", n)))
+    epoch = spec.declared(function, "epoch", n)
+    if not isinstance(epoch, int | np.integer) or epoch < 1:
+        raise UserError(f"{where}: the attribute epoch is {epoch!r}; it must be a whole number of 1 or more, the "
+                        "positions in an epoch of the stream")  # fmt: skip
+    return Sampler(ids, int(epoch))
 
 
 def _numbers(context: Context, by: str) -> tuple[np.ndarray, str]:

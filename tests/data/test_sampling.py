@@ -1,5 +1,6 @@
 """Sampling is a pure function of (seed, position), with the frequencies that each sampling promises."""
 
+import functools
 import json
 
 import jax
@@ -44,6 +45,12 @@ def own_in_halves(key, positions, n, shift=1):
 
 
 own_in_halves.epoch = N // 2
+
+
+def make_partial(source, epoch):
+    made = functools.partial(own, shift=2)
+    made.epoch = epoch
+    return made
 
 
 def make_own(source, of_class):
@@ -135,10 +142,18 @@ def test_balanced_gives_each_class_its_turn_and_each_example_its_share():
 
 @pytest.mark.parametrize(("spec", "epoch"), [
     ("own", N), ("own_in_halves", N // 2), ("own_in_halves(shift=3)", N // 2), ("make_own(of_class=1)", COUNTS[1]),
+    ("make_partial(epoch=7)", 7),
 ])  # fmt: skip
 def test_a_users_function_may_say_how_long_an_epoch_is(spec, epoch):
     """By its attribute `epoch`, with and without arguments in the spec; a function's own was ignored."""
     assert build(f"{__name__}:{spec}").epoch == epoch
+
+
+@pytest.mark.parametrize("epoch", [0, -3, 2.5, "'7'"])
+def test_an_epoch_of_no_length_is_refused(epoch):
+    """Of 0 positions, every position had epoch 0; a fraction was cut off."""
+    with pytest.raises(UserError, match="whole number of 1 or more"):
+        build(f"{__name__}:make_partial(epoch={epoch})")
 
 
 def test_repeated_gives_each_example_in_a_row():
