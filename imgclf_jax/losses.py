@@ -171,7 +171,8 @@ def _check_for_targets(text: str, task: Task) -> None:
     call = spec.parse_one(text)
     if needs_class_counts(text):
         raise UserError(f"loss={text!r}: 'balanced' counts labels, but the data have targets; write numbers instead")
-    if task is Task.MULTILABEL and call.name == "sigmoid" and call.kwargs.get("class_weights") is not None:
+    given = spec.bind(call, LOSSES, "loss", leading=("logits", "labels")).keywords
+    if task is Task.MULTILABEL and call.name == "sigmoid" and given.get("class_weights") is not None:
         raise UserError(f"loss={text!r}: class_weights needs one label per example; for several labels use "
                         "positive_weights, one number per class")  # fmt: skip
 
@@ -328,5 +329,6 @@ def build(text: str, class_counts: Sequence[int] = (), class_names: Sequence[str
         raise UserError(f"loss={text!r}: the training split has no example of {', '.join(names)}, so no weight can "
                         "balance the classes; write numbers as class_weights")  # fmt: skip
     weights = counts.sum() / (len(counts) * counts)
-    balanced = {key: tuple(weights.tolist()) for key, value in loss.keywords.items() if value == BALANCED}
+    balanced = {key: tuple(weights.tolist()) for key, value in loss.keywords.items()
+                if value == BALANCED and key != "positive_weights"}  # fmt: skip
     return functools.partial(loss, **balanced)

@@ -160,6 +160,9 @@ def test_wrong_class_weights_are_told(weights):
         UserError, match=r"class_weights=.*allowed are 'balanced', or 3 numbers of 0 or more, one per class"
     ):
         loss(jnp.zeros((2, 3)), jnp.asarray([0, 1]))
+    positive = losses.build("sigmoid(positive_weights='balanced')", (5, 3, 2), "abc")  # has no such value
+    with pytest.raises(UserError, match="positive_weights='balanced': allowed are 3 numbers of 0 or more"):
+        positive(jnp.zeros((2, 3)), jnp.asarray([0, 1]))
     with pytest.raises(UserError, match=r"gamma=-1"):
         losses.focal(jnp.zeros((2, 3)), jnp.asarray([0, 1]), gamma=-1)
 
@@ -323,6 +326,7 @@ def test_a_loss_of_ones_own_declares_its_task():
 @pytest.mark.parametrize(("text", "has_targets", "said"), [
     ("mse", False, "loss='mse' trains on numbers, but the data have class labels: use 'softmax' or 'sigmoid'"),
     ("softmax(class_weights='balanced')", True, "'balanced' counts labels, but the data have targets"),
+    ("sigmoid(0.0, False, (1, 2, 3))", True, "for several labels use positive_weights"),
     ("sigmoid(class_weights=(1, 2))", True, "for several labels use positive_weights, one number per class"),
 ])  # fmt: skip
 def test_a_loss_that_does_not_fit_the_data_is_told(text, has_targets, said):
