@@ -282,7 +282,7 @@ def _count_correct(logits: jax.Array | None, batch: Batch, link: Link, task: Tas
     wanted = batch.get("label" if task is Task.CLASSES else "target")
     if logits is None or wanted is None or len(logits) != len(wanted):
         return {}
-    if "weight" in batch:
+    if "other" in batch:
         wanted = mixing.main_labels(wanted, batch["weight"])
     correct = metrics.correct(logits, wanted, link, task)
     return {} if correct is None else {"correct": jnp.sum(correct, dtype=jnp.int32)}
@@ -320,6 +320,20 @@ def vmap_over_seeds(train_step: Function, num_seeds: int) -> Function:
         return result
 
     return step
+
+
+def _check_evaluated(values: Mapping[str, jax.Array], shape: tuple[int, ...], task: Task, predicts: bool) -> None:
+    """Raises UserError unless a method's `evaluate` returns a number per example, under names of its own.
+
+    A mean over the batch would count its padding.
+    """
+    taken = ("examples", *(("loss", "nll", *metrics.REPORTED[task]) if predicts else ()))
+    for name, x in values.items():
+        if jnp.shape(x) != shape:
+            raise UserError(f"the method's evaluate returns {name!r} of the shape {list(jnp.shape(x))}; return one "
+                            f"number per example, {list(shape)}")  # fmt: skip
+        if name in taken:
+            raise UserError(f"the method's evaluate returns {name!r}, which every evaluation reports; rename it")
 
 
 def make_logits(model: nn.Module, augment: Augment, views: tta.Views = tta.NONE) -> Inference:
@@ -385,6 +399,7 @@ def make_eval_step(
         given = {**batch, "image": augment(None, batch["image"])}
         variables = {"params": params, **model_state}
         values = nn.apply(method.evaluate, model)(variables, given, *(fixed or (None,)))
+        _check_evaluated(values, batch["mask"].shape, task, method.predicts)
         return {metrics.OWN + name: jnp.sum(jnp.where(batch["mask"], x, 0.0)) for name, x in values.items()}
 
     def eval_step(

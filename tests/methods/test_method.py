@@ -1,5 +1,6 @@
 """A user's own method, gradient function and sown values: correct, and with all promises of a run."""
 
+import contextlib
 import json
 
 import jax
@@ -110,6 +111,44 @@ def test_sown_losses_are_added_and_sown_metrics_are_logged(accumulate):
     jax.tree.map(lambda p, g, q: np.testing.assert_allclose(p - g, q, atol=1e-6), before.params, grads, after.params)
     assert "losses" not in after.model_state
     assert "metrics" not in after.model_state
+
+
+def test_weights_of_a_methods_own_are_no_mixing_weights():
+    """A key "weight" of a batch that is not mixed compared predictions with the labels of other examples."""
+
+    def loss(model, batch, fixed):
+        logits = model(batch["image"], train=True)
+        return Loss(losses.softmax(logits, batch["label"]), logits)
+
+    def weighted(key, batch, augment):
+        return {**batch, "image": augment(key, batch["image"]), "weight": jnp.zeros(len(batch["image"]))}
+
+    known = {"id": np.arange(32, dtype=np.int32), "epoch": np.zeros(32, np.int32)}
+    correct = []
+    for method in (Method(loss), Method(loss, weighted)):
+        model, optimizer = Classifier(Sowing(), CLASSES), optax.sgd(1.0)
+        train_step = step.make_train_step(model, method, optimizer, optax.constant_schedule(1.0),
+                                          lambda key, images, *_: scale(key, images))  # fmt: skip
+        _, sums = jax.jit(train_step)(step.init_state(model, optimizer, SHAPE, 0), batch() | known)
+        correct.append(int(sums["correct"]))
+    assert correct[0] == correct[1]
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    (lambda x: {"spread": jnp.mean(x)}, r"'spread' of the shape \[\]; return one number per example, \[32\]"),
+    (lambda x: {"spread": jnp.mean(x, (1, 2))}, r"'spread' of the shape \[32, 1\]"),  # was summed over 32 x 32
+    (lambda x: {"accuracy": x[:, 0, 0, 0]}, "'accuracy', which every evaluation reports; rename it"),
+    (lambda x: {"spread": x[:, 0, 0, 0]}, None),
+])  # fmt: skip
+def test_a_methods_evaluation_is_a_number_per_example_under_a_name_of_its_own(values, said):
+    model = Classifier(Sowing(), CLASSES)
+    method = Method(lambda *_: None, evaluate=lambda model, batch, fixed: values(batch["image"]))
+    evaluate = step.make_eval_step(model, losses.softmax, scale, method=method)
+    state = step.init_state(model, optax.sgd(1.0), SHAPE, 0)
+    given = {**batch(), "mask": np.ones(32, bool)}
+    with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+        sums, _ = jax.eval_shape(evaluate, state.params, state.model_state, given)
+        assert sums["own/spread"].shape == ()
 
 
 def no_loss(problem):
