@@ -226,8 +226,8 @@ def build(text: str, train: bool) -> Callable[..., jax.Array]:
     """Returns the function (key, images uint8[b, h, w, c]) → f32[b, h, w, c] that a spec of device ops names.
 
     For by-example ops (see `wants_ids`) it also takes the run's `seed` u32[], and `ids` and `epochs` i32[b]. Without
-    `train` it skips the random ops, and the key may be None. It scales final uint8 images to [0, 1], and raises
-    UserError if the ops change the shape of the images.
+    `train` it skips the random ops, and the key may be None. It scales final uint8 images to [0, 1]. Raises UserError
+    if the ops change the shape of the images, and if that scaling would differ between training and evaluation.
 
     An op's draws depend on its name and the number of earlier ops of that name, so adding another op does not
     change them.
@@ -239,11 +239,13 @@ def build(text: str, train: bool) -> Callable[..., jax.Array]:
         key: jax.Array | None, images: jax.Array, seed: jax.Array | None = None, ids: jax.Array | None = None,
         epochs: jax.Array | None = None,
     ) -> jax.Array:  # fmt: skip
-        shape = images.shape
+        shape, evaluated = images.shape, images.dtype  # in evaluation
         for op, name, occurrence in numbered:
             kind = kinds.kind_of(op)
             if kind == kinds.PLAIN:
-                images = op(images)
+                given = jax.ShapeDtypeStruct(images.shape, evaluated)
+                same, images = evaluated == images.dtype, op(images)
+                evaluated = images.dtype if same else jax.eval_shape(op, given).dtype
             elif train and kind == kinds.RANDOM:
                 assert key is not None
                 images = op(rng.fold(key, name, occurrence), images)
@@ -253,6 +255,10 @@ def build(text: str, train: bool) -> Callable[..., jax.Array]:
         if images.shape != shape:
             raise UserError(f"augment={text!r} turns images {list(shape[1:])} into {list(images.shape[1:])}; device "
                             "ops must keep the shape")  # fmt: skip
+        if train and (images.dtype == jnp.uint8) != (evaluated == jnp.uint8):
+            raise UserError(f"augment={text!r} makes {images.dtype} images in training, but {evaluated} ones in "
+                            "evaluation, which skips random ops and scales uint8 to [0, 1]; add normalize, or return "
+                            "images of the given dtype from the random ops")  # fmt: skip
         return normalize(images) if images.dtype == jnp.uint8 else images
 
     return apply

@@ -1,5 +1,6 @@
 """Device ops against NumPy on the same draws, their distribution, and equal results on any number of devices."""
 
+import functools
 import math
 import re
 from itertools import product
@@ -14,7 +15,7 @@ from tolerance import rounding
 
 from imgclf_jax.augment import ops
 from imgclf_jax.augment.ops import cutout, flip_lr, normalize, pad_crop, random_erasing
-from imgclf_jax.core import rng, sharding
+from imgclf_jax.core import kinds, rng, sharding
 from imgclf_jax.core.errors import UserError
 
 KEY = jax.random.key(3)
@@ -215,6 +216,39 @@ def test_images_that_no_op_has_made_float_are_scaled(text, train):
     out = ops.build(text, train)(KEY, jnp.full((4, 5, 5, 1), 255, jnp.uint8))
     assert out.dtype == jnp.float32
     assert float(out.max()) == 1.0
+
+
+@kinds.random
+def to_float(key, images):
+    return images.astype(jnp.float32)
+
+
+@kinds.random
+def to_uint8(key, images):
+    return jnp.clip(255 * images, 0, 255).astype(jnp.uint8)
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("to_float", "makes float32 images in training, but uint8 ones in evaluation"),  # the model got 0 … 255, then 0 … 1
+    ("to_float|autocontrast_like", "makes float32 images in training, but uint8 ones in evaluation"),
+    ("normalize|to_uint8", "makes uint8 images in training, but float32 ones in evaluation"),
+    ("to_float|normalize", ""),
+    ("normalize|to_float", ""),
+])  # fmt: skip
+def test_a_random_op_does_not_change_the_scale_of_training_alone(text, says):
+    text = re.sub(r"(to_\w+|\w+_like)", rf"{__name__}:\1", text)
+    images = jnp.full((2, 4, 4, 1), 100, jnp.uint8)
+    train, evaluate = (functools.partial(ops.build(text, train), KEY, images) for train in (True, False))
+    assert jax.eval_shape(evaluate).dtype == jnp.float32
+    if says:
+        with pytest.raises(UserError, match=says):
+            jax.eval_shape(train)
+    else:
+        np.testing.assert_array_equal(train(), evaluate())
+
+
+def autocontrast_like(images):
+    return images - jnp.min(images, (1, 2, 3), keepdims=True)
 
 
 @pytest.mark.thorough
