@@ -58,9 +58,10 @@ class FileSource:
     def column(self, name: str = "") -> np.ndarray:
         """A column of the table as f64[n], by default the weights. Raises UserError for an unknown one."""
         name = name or self.weight
+        if not name:  # a column may have an empty name: pandas writes the index of a table so
+            raise UserError("the table has no column of weights; name one by weight='…' in data.source")
         if name not in self.columns:
-            raise UserError(unknown("column", name, self.columns) if name else "the table has no column of weights; "
-                            "name one by weight='…' in data.source")  # fmt: skip
+            raise UserError(unknown("column", name, self.columns))
         return numbers(name, self.columns[name], lambda i, what: UserError(f"{self.name(i)}: {what}"))
 
     def fingerprint(self) -> str:

@@ -347,6 +347,8 @@ def take_split(base: dict[str, Source], text: str) -> Source:
         return base[parts[0].name]
     if len({target_names(base[part.name]) for part in parts}) > 1:
         raise UserError(f"split {text!r} joins splits with different targets, or labels with targets")
+    if len({tuple(base[part.name].class_names) for part in parts}) > 1:  # a label would mean another class
+        raise UserError(f"split {text!r} joins splits with different class_names; give all splits the same ones")
     return SplitSource(tuple((base[p.name], p.start, p.stop) for p in parts))
 
 
@@ -362,9 +364,18 @@ def _parts(source: Source) -> tuple[tuple[Source, int, int], ...]:
     return source.parts if isinstance(source, SplitSource) else ((source, 0, len(source)),)
 
 
+def _labels_of(source: Source) -> np.ndarray | None:
+    """The attribute `labels` of a base source, if it has one. Raises UserError unless it has one per example."""
+    labels = getattr(source, "labels", None)
+    if labels is not None and np.shape(labels) != (len(source),):
+        raise UserError(f"{type(source).__name__} has labels {list(np.shape(labels))} for {len(source)} examples; it "
+                        "must have one per example")  # fmt: skip
+    return labels
+
+
 def known_labels(source: Source) -> np.ndarray | None:
     """The labels i32[n] of a source with the attribute `labels`, without reading an image; else None."""
-    found = [(getattr(part, "labels", None), start, stop) for part, start, stop in _parts(source)]
+    found = [(_labels_of(part), start, stop) for part, start, stop in _parts(source)]
     parts = [labels[start:stop] for labels, start, stop in found if labels is not None]
     return np.concatenate(parts) if len(parts) == len(found) else None
 
@@ -373,7 +384,7 @@ def read_labels(source: Source) -> np.ndarray:
     """The labels i32[n]: the source's `labels`, or those of one pass over its examples."""
     chunks = []
     for part, start, stop in _parts(source):
-        labels = getattr(part, "labels", None)
+        labels = _labels_of(part)
         if labels is not None:
             chunks.append(labels[start:stop])
             continue

@@ -86,6 +86,27 @@ def test_a_split_reads_across_its_parts_in_order():
     assert source.class_names == tuple("01234")
 
 
+def own(n, names=("a", "b"), labels=None):
+    return sources.ArraySource(np.zeros((n, 2, 2, 1), np.uint8), np.arange(n if labels is None else labels) % 2, names)
+
+
+def test_splits_of_different_classes_do_not_join():
+    """The labels of the second part meant the classes of the first one."""
+    base = {"train": own(4), "same": own(3), "more": own(3, ("b", "a"))}
+    assert len(sources.take_split(base, "train+same")) == 7
+    assert sources.take_split(base, "more").class_names == ("b", "a")
+    with pytest.raises(UserError, match=r"split 'train\+more' joins splits with different class_names"):
+        sources.take_split(base, "train+more")
+
+
+@pytest.mark.parametrize("labels", [3, 5])
+def test_labels_of_other_examples_are_refused(labels):
+    """As a part of a source has them that keeps the labels of the whole: they were taken for the first examples'."""
+    for read in (sources.known_labels, sources.read_labels, sources.class_counts):
+        with pytest.raises(UserError, match=rf"ArraySource has labels \[{labels}\] for 4 examples"):
+            read(own(4, labels=labels))
+
+
 def test_fingerprints_differ_by_examples_and_order():
     base = sources.open_splits("fake(50, (3, 3, 1), 5)")
     texts = ["train", "test", "train[:49]", "train[1:]", "train[:25]+train[25:]", "train[25:]+train[:25]", "train+test"]

@@ -88,6 +88,13 @@ def test_names_of_columns_in_any_capitals_a_byte_order_mark_and_quotes(images):
     assert seen(table(str(images / "t.csv"))["train"]) == {0: 0, 1: 1, 2: 2}
 
 
+def test_a_column_without_a_name_is_no_column_of_weights(images):
+    """pandas writes the index of a table as such a column, which was taken for the weights."""
+    rows = [{"": i, **row} for i, row in enumerate(without("weight"))]
+    with pytest.raises(UserError, match="the table has no column of weights"):
+        sources.read_column(table(write_csv(images / "labels.csv", rows))["train"])
+
+
 def test_an_absolute_path_is_read_where_it_was_written(images, tmp_path_factory):
     rows = [row | {"path": str(images / row["path"])} for row in ROWS]
     assert len(table(write_csv(tmp_path_factory.mktemp("elsewhere") / "t.csv", rows))["train"]) == 9
