@@ -1,5 +1,6 @@
 """Mistakes about a run and its data: one clear sentence, and nothing is lost."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,8 +15,13 @@ from test_mistakes import FAKE, ROOT, _process_as_it_was, has, mistake, snapshot
 
 import launch
 from imgclf_jax.config import RESERVED
+from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import stream
+from imgclf_jax.methods import Method
+from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.checkpoint import Checkpoints
+from imgclf_jax.run.provenance import DataInfo
+from imgclf_jax.train import extension
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -289,6 +295,28 @@ def test_a_schedule_that_ends_cannot_be_extended(mistake, tmp_path, override, ke
     sentence = mistake(*argv, "--config.total=50 steps", "--extend", log=r"^\d\d:\d\d:\d\d")
     assert has(sentence, key, f"--workdir NEW --config.init_from={tmp_path}/run")
     assert snapshot(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(("method", "said"), [
+    ("mean_teacher", "25% of it were 10 steps in the run in X, and with total='60 steps' they would have been 15"),
+    ("mean_teacher(ramp='5 steps')", ""),
+    (f"{__name__}:counting", "100% of it were 40 steps in the run in X, and with total='60 steps' they would"),
+])  # fmt: skip
+def test_a_method_that_follows_total_cannot_be_extended(fake_config, method, said):
+    """The weight of past steps was another one in the longer run, which was extended silently."""
+    fake_config.update({"method": method, "schedule": "constant(1e-3)", "total": "40 steps"})
+    longer = fake_config.copy_and_resolve_references()
+    longer.total = "60 steps"
+    old, new = (Recipe(one, DataInfo(64, (12, 12, 1), tuple("abcd"), "")) for one in (fake_config, longer))
+    extension.check(old, new, 0, Path("X"))
+    with pytest.raises(UserError) if said else contextlib.nullcontext() as error:
+        extension.check(old, new, 1, Path("X"))
+    assert not said or has(str(error.value), f"method={method!r} follows total: {said}", "--config.init_from=X")
+
+
+def counting(problem):
+    assert problem.total in (40, 60)
+    return Method(lambda model, batch, fixed: None)
 
 
 def test_a_loss_that_is_not_finite(mistake, tmp_path, capsys):

@@ -85,7 +85,6 @@ class Problem:
     classes: int
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]  # (h, w, c) of the model's inputs
-    total: int  # steps of the run
     head_init: Initializer  # the initializer of the head's kernel, from the key `model`
     supervised: Callable[[jax.Array, Batch], jax.Array]  # (logits, batch) → f32[b]: the key `loss`, mixing included
     steps: Callable[[str], int]  # a duration such as '5%' or '3 epochs' → whole steps, rounded up
@@ -95,6 +94,11 @@ class Problem:
     loader: Function | None = field(default=None, repr=False)
     link: Link = SOFTMAX  # maps logits to probabilities, from the key `loss`
     mix: Callable[[jax.Array, Batch], Batch] = lambda key, batch: batch  # mixes f32 images and labels by the key `mix`
+
+    @property
+    def total(self) -> int:
+        """The steps of the run."""
+        return self.steps("100%")
 
     def load(self, run: str, checkpoint: str = "", trust: bool = False) -> "Teacher":
         """The trained model of the work directory `run`, read when an attribute is first used.

@@ -19,8 +19,9 @@ def check(old: Recipe, new: Recipe, start: int, folder: Path) -> None:
     """Raises UserError unless both recipes, which differ in `total` alone, agree on the first `start` steps.
 
     A schedule that ends at `total`, such as cosine, would give past steps other learning rates, and so would a
-    lookahead that follows it: no single config would describe such a run.
+    lookahead or a method that follows it: no single config would describe such a run.
     """
+    fix = f"Start another run from its weights instead: --workdir NEW --config.init_from={folder}"
     if new.total < start:
         raise UserError(f"total={new.config.total!r} is {new.total} steps, but the run in {folder} has done {start}; "
                         "extend it to more")  # fmt: skip
@@ -33,9 +34,14 @@ def check(old: Recipe, new: Recipe, start: int, folder: Path) -> None:
                 raise UserError(
                     f"{key}={new.config[key]!r} follows total: at step {first + step} the run in {folder} had "
                     f"{was[step]:.6g}, and with total={new.config.total!r} it would have had {now[step]:.6g}; a run "
-                    "can be extended if its schedule is constant, or steps at fixed durations. Start another run from "
-                    f"its weights instead: --workdir NEW --config.init_from={folder}"
+                    f"can be extended if its schedule is constant, or steps at fixed durations. {fix}"
                 )
+    _ = new.method  # asks for its durations, if the train step has not yet
+    for duration, longer in new.method_steps.items() if start else ():
+        if (shorter := old.steps("method", duration, old.total)) != longer:
+            raise UserError(f"method={new.config.method!r} follows total: {duration} of it were {shorter} steps in the "
+                            f"run in {folder}, and with total={new.config.total!r} they would have been {longer}; a "
+                            f"run can be extended if its method counts steps or epochs. {fix}")  # fmt: skip
 
 
 def _rate(recipe: Recipe) -> Callable[[jax.Array], jax.Array]:

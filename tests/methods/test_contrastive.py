@@ -28,7 +28,7 @@ from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.weights import pretrained
 
 PROBLEM = Problem(
-    classes=3, class_names=("a", "b", "c"), image_shape=(6, 6, 1), total=10, head_init=nn.initializers.zeros,
+    classes=3, class_names=("a", "b", "c"), image_shape=(6, 6, 1), head_init=nn.initializers.zeros,
     supervised=losses.softmax, steps=int, normalization="normalize", task=losses.Task.CLASSES, 
     build_augment=lambda text: None,
 )  # fmt: skip

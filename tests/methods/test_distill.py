@@ -55,7 +55,7 @@ def test_the_loss_is_that_of_hinton_and_of_fitnets():
         regressor = staticmethod(lambda features: np.float32(f @ w))
 
     known = {"variables": {}, "apply": lambda v, x: np.float32(t), "features": lambda v, x: np.float32(g)}
-    problem = Problem(3, ("a", "b", "c"), (1, 1, 1), 1, None, lambda *_: np.float32(supervised), None, "", Task.CLASSES,
+    problem = Problem(3, ("a", "b", "c"), (1, 1, 1), None, lambda *_: np.float32(supervised), None, "", Task.CLASSES,
                       None, lambda *_: known)  # fmt: skip
     method = distill(problem, "run", alpha=0.3, temperature=2.5, features=0.7, width=2)
     found = method.loss(Model, {"image": np.zeros((5, 1, 1, 1))}, {})
@@ -139,7 +139,7 @@ def test_with_a_sigmoid_loss_each_class_has_a_divergence_of_its_own():
         head = staticmethod(lambda features: np.float32(s))
 
     known = {"apply": lambda v, x: np.float32(t)}
-    problem = Problem(3, ("a", "b", "c"), (1, 1, 1), 1, None, lambda *_: np.zeros(5, np.float32), None, "",
+    problem = Problem(3, ("a", "b", "c"), (1, 1, 1), None, lambda *_: np.zeros(5, np.float32), None, "",
                       Task.MULTILABEL, None, lambda *_: known, losses.SIGMOID)  # fmt: skip
     found = distill(problem, "run", alpha=1.0, temperature=2.5).loss(Model, {"image": np.zeros((5, 1, 1, 1))}, {})
     p, q = sigmoid(t / 2.5), sigmoid(s / 2.5)

@@ -19,7 +19,7 @@ from imgclf_jax.models.classifier import Classifier
 from imgclf_jax.models.norms import BatchNorm
 
 PROBLEM = Problem(
-    classes=3, class_names=("a", "b", "c"), image_shape=(6, 6, 1), total=10, head_init=nn.initializers.glorot_uniform(),
+    classes=3, class_names=("a", "b", "c"), image_shape=(6, 6, 1), head_init=nn.initializers.glorot_uniform(),
     supervised=lambda logits, batch: losses.softmax(logits, batch["label"]), steps=lambda text: int(text.rstrip("%")),
     normalization="normalize(0.5)", task=losses.Task.CLASSES, build_augment=lambda text: ops.build(text, train=True),
 )  # fmt: skip
