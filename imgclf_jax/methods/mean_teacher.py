@@ -44,15 +44,16 @@ class Averaged(Classifier):
     def update_teacher(self, step: jax.Array, decay: float) -> None:
         """Moves the teacher towards the student, once per `step` i32[]; later microbatches of the step have no effect.
 
-        At step 0 the teacher becomes the student.
+        At the first step the teacher becomes the student, which may have begun from other weights than the teacher.
         """
         keep = jnp.minimum(1 - 1 / (step.astype(jnp.float32) + 1), decay)
         keep = jnp.where(self.updated.value == step, 1.0, keep)
         student, teacher = jax.lax.stop_gradient(self.student), self.average.value
+        first = self.updated.value == _NEVER
 
         def average(old: jax.Array, new: jax.Array) -> jax.Array:
             weight = keep.astype(old.dtype)
-            return jnp.where(step == 0, new, weight * old + (1 - weight) * new)
+            return jnp.where(first, new, weight * old + (1 - weight) * new)
 
         params = jax.tree.map(average, teacher["params"], student["params"])
         self.average.value = {**teacher, "params": params}

@@ -147,6 +147,16 @@ def test_the_teacher_is_the_average_of_the_students_so_far(accumulate):
     assert window["consistency"] > 0
 
 
+def test_the_teacher_begins_as_the_student_at_whichever_step_is_the_first():
+    """Also if a rollback leaves out step 0: a run from trained weights then had a teacher of random ones."""
+    model = mean_teacher(PROBLEM, ramp="0").model(Net(), PROBLEM)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, *PROBLEM.image_shape)))
+    params = jax.tree.map(lambda x: x + 1, variables["params"])  # as by `init_from`
+    _, changed = model.apply({**variables, "params": params}, jnp.int32(51), 0.6, method="update_teacher",
+                             mutable=["teacher"])  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, changed["teacher"]["average"]["params"], params)
+
+
 def test_mean_teacher_without_a_stream_and_with_its_own_mistakes():
     labeled = {name: x for name, x in batch().items() if name != "unlabeled"}
     _, _, sums = run(mean_teacher(PROBLEM, ramp="0"), labeled)
