@@ -260,5 +260,5 @@ def for_arrays(config: ConfigDict, images: np.ndarray, labels: np.ndarray) -> Re
     n, h, w, c = images.shape
     counts = () if targets else tuple(map(int, np.bincount(labels)))
     names = tuple(map(str, range(labels.shape[1] if targets else len(counts))))
-    data = DataInfo(n, (h, w, c), names, "", counts)
+    data = DataInfo(n, (h, w, c), names, "", counts, target_names=names if targets else ())
     return Recipe(config, data)

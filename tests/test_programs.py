@@ -14,6 +14,7 @@ from imgclf_jax import recipe, step
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
+from imgclf_jax.losses import Task
 from imgclf_jax.models.attention import attention
 from imgclf_jax.programs import Programs, programs_for_images
 from imgclf_jax.recipe import Recipe
@@ -184,6 +185,15 @@ def test_a_loop_of_your_own_is_the_runs(fake_config):
     assert parts.data == dataclasses.replace(programs.recipe.data, class_names=tuple("0123"), fingerprint="",
                                              class_counts=parts.data.class_counts)  # fmt: skip
     assert int(metrics["examples"]) == 16
+
+
+def test_targets_in_memory_make_the_task_that_they_make_in_a_source(fake_config):
+    """They were taken for class labels, so a regression was refused, and distributions were evaluated as labels."""
+    images, targets = np.zeros((4, 8, 8, 1), np.uint8), np.full((4, 2), 0.5, np.float32)
+    for fake_config.loss, task in (("mse", Task.REGRESSION), ("sigmoid", Task.MULTILABEL), ("softmax", Task.SOFT)):
+        parts = recipe.for_arrays(fake_config, images, targets)
+        assert (parts.task, parts.data.target_names) == (task, ("0", "1"))
+    assert recipe.for_arrays(fake_config, images, np.arange(4)).task is Task.CLASSES
 
 
 @pytest.mark.parametrize(("images", "labels", "says"), [
