@@ -301,7 +301,7 @@ def build_whole_set(text: str, task: Task = Task.CLASSES, outputs: Sequence[str]
     """
     with_targets = task in (Task.MULTILABEL, Task.REGRESSION)
     whole_set: dict[str, WholeSetMetric] = {"": functools.partial(_report, task, outputs)} if with_targets else {}
-    reserved = re.compile("|".join(["examples", "loss", "nll", *REPORTED[task], "ensemble_.*", ".*_std"]))
+    reserved = reserved_names(task)
     leading = ("targets", "probabilities", "ranking") if with_targets else ("labels", "probabilities", "from_logits")
     for call in spec.parse(text):
         name = call.name.rpartition(":")[2]
@@ -316,6 +316,12 @@ def build_whole_set(text: str, task: Task = Task.CLASSES, outputs: Sequence[str]
             metric = spec.bind(call, BY_TASK[task], f"metric of {TASK_NAMES[task]}", leading=leading)
             whole_set[name] = _call_with(metric, leading[2])
     return whole_set
+
+
+def reserved_names(task: Task, predicts: bool = True) -> re.Pattern[str]:
+    """The names of metrics that results use themselves; those of a run that `predicts` nothing are fewer."""
+    reported = ("loss", "nll", *REPORTED[task]) if predicts else ()
+    return re.compile("|".join(("examples", *reported, "ensemble_.*", ".*_std")))
 
 
 # The task in messages: "a run with …".

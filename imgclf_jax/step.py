@@ -327,13 +327,14 @@ def _check_evaluated(values: Mapping[str, jax.Array], shape: tuple[int, ...], ta
 
     A mean over the batch would count its padding.
     """
-    taken = ("examples", *(("loss", "nll", *metrics.REPORTED[task]) if predicts else ()))
+    reserved = metrics.reserved_names(task, predicts)
     for name, x in values.items():
         if jnp.shape(x) != shape:
             raise UserError(f"the method's evaluate returns {name!r} of the shape {list(jnp.shape(x))}; return one "
                             f"number per example, {list(shape)}")  # fmt: skip
-        if name in taken:
-            raise UserError(f"the method's evaluate returns {name!r}, which every evaluation reports; rename it")
+        if reserved.fullmatch(name):
+            raise UserError(f"the method's evaluate returns {name!r}, a name that results use for something else; "
+                            "rename it")  # fmt: skip
 
 
 def make_logits(model: nn.Module, augment: Augment, views: tta.Views = tta.NONE) -> Inference:

@@ -137,7 +137,7 @@ def test_weights_of_a_methods_own_are_no_mixing_weights():
 @pytest.mark.parametrize(("values", "said"), [
     (lambda x: {"spread": jnp.mean(x)}, r"'spread' of the shape \[\]; return one number per example, \[32\]"),
     (lambda x: {"spread": jnp.mean(x, (1, 2))}, r"'spread' of the shape \[32, 1\]"),  # was summed over 32 x 32
-    (lambda x: {"accuracy": x[:, 0, 0, 0]}, "'accuracy', which every evaluation reports; rename it"),
+    (lambda x: {"accuracy": x[:, 0, 0, 0]}, "'accuracy', a name that results use for something else; rename it"),
     (lambda x: {"spread": x[:, 0, 0, 0]}, None),
 ])  # fmt: skip
 def test_a_methods_evaluation_is_a_number_per_example_under_a_name_of_its_own(values, said):
