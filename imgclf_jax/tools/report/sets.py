@@ -50,8 +50,9 @@ def _metrics(name: str, metrics: Mapping[str, float], num_seeds: int) -> str:
     if num_seeds == 1:
         values = {key: value for key, value in metrics.items() if key != "examples"}
         return paragraph(f"{examples}: " + format_metrics(values).replace("  ", ", "))
-    kinds = [key.removeprefix("ensemble_") for key in metrics if key.startswith("ensemble_")]
-    rows = [[kind, *(decimals(metrics[key]) for key in (kind, f"{kind}_std", f"ensemble_{kind}"))] for kind in kinds]
+    kinds = [key for key in metrics if f"{key}_std" in metrics]  # those of a method's `evaluate` have no ensemble's
+    rows = [[kind, *(decimals(metrics[key]) if key in metrics else ""
+                     for key in (kind, f"{kind}_std", f"ensemble_{kind}"))] for kind in kinds]  # fmt: skip
     note = (f"Means and sample standard deviations over {num_seeds} seeds, and the ensemble, which averages their "
             f"probabilities. Everything below describes the ensemble. The set has {examples}.")  # fmt: skip
     columns = ["metric", "mean", "standard deviation", "ensemble"]
@@ -91,14 +92,15 @@ def _calibration(one: Evaluated) -> str:
 def _labels(name: str, scores: MultilabelScores, names: Sequence[str]) -> str:
     """Returns the scores of each class of a multi-label set, and the calibration of its probabilities."""
     columns, rows = multilabel.table(scores, names)
-    shown = sorted(range(len(rows)), key=lambda i: float(rows[i][2] or "inf"))[:_ROWS] if len(rows) > _ROWS else None
-    caption = f"Average precision and decisions of each class on {name}"
-    if shown:
+    caption, shown = f"Average precision and decisions of each class on {name}", range(len(rows))
+    if len(rows) > _ROWS:
+        precisions = scores.average_precision(np.ones((1, len(scores.targets))))[0]
+        shown = np.argsort(precisions, kind="stable")[:_ROWS].tolist()  # NaN, of a class without examples, is last
         rows, caption = [rows[i] for i in shown], f"{caption}: the {_ROWS} of {len(names):,} with the lowest"
     bin_columns = ["class", "probability", "examples", "mean probability", "frequency"]
     bins = [
         [names[c], f"{i / 10:.1f} to {(i + 1) / 10:.1f}", str(int(n)), decimals(mean), decimals(frequency)]
-        for c in (shown or range(len(names)))
+        for c in shown
         for i, (n, mean, frequency) in enumerate(zip(*scores.reliability(c), strict=True))
         if n
     ]

@@ -22,9 +22,11 @@ from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.scores import classification as scores
+from imgclf_jax.scores.multilabel import MultilabelScores
 from imgclf_jax.tools.evaluate import by_class
 from imgclf_jax.tools.report import augmentation as report_augmentation
 from imgclf_jax.tools.report import findings as report_findings
+from imgclf_jax.tools.report import sets as report_sets
 from imgclf_jax.trained import load
 
 pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.thorough]
@@ -293,6 +295,30 @@ def test_values_of_any_range_are_stretched():
     pixels, stretched = to_pixels(np.array([-2.0, 0.0, 2.0], np.float32).reshape(1, 3, 1, 1), "my_ops:own")
     assert pixels.ravel().tolist() == [0.0, 0.5, 1.0]
     assert stretched
+
+
+def test_a_methods_own_metric_of_several_seeds_is_shown():
+    """It has a mean and a standard deviation, and no value of the ensemble."""
+    found = {"examples": 10, "loss": 0.5, "loss_std": 0.1, "norm": 2.0, "norm_std": 0.2, "ensemble_loss": 0.4}
+    page = Page(f"<main>{report_sets._metrics('test', found, 2)}</main>")
+    assert page.tables["Metrics on test"][1:] == [
+        ["loss", "0.5000", "0.1000", "0.4000"], ["norm", "2.0000", "0.2000", ""]
+    ]  # fmt: skip
+
+
+def test_of_many_labels_those_with_the_lowest_average_precision_are_shown():
+    """In the order of the numbers, not of their text, which may be '<0.0001' or '>0.9999'."""
+    n = 40_000
+    targets, outputs = np.zeros((n, 102), np.float32), np.tile(np.linspace(1, 0, n, dtype=np.float32)[:, None], 102)
+    targets[n - 1, 0] = 1  # its average precision is 1 / n
+    for c in range(1, 100):
+        targets[[0, c + 1], c] = 1  # the mean of 1 and 2 / (c + 2)
+    targets[:20_000, 100], targets[19_998, 100] = 1, 0  # almost 1
+    names = [f"c{i}" for i in range(102)]  # the last has no example
+    page = Page(f"<main>{report_sets._labels('test', MultilabelScores(targets, outputs), names)}</main>")
+    [rows] = [rows for caption, rows in page.tables.items() if "the 100 of 102 with the lowest" in caption]
+    assert [row[0] for row in rows[1:]] == ["c0", *(f"c{i}" for i in range(99, 0, -1))]
+    assert rows[1][2] == "<0.0001"
 
 
 def test_confusions_by_how_frequent_they_are():
