@@ -96,6 +96,7 @@ def main(
         raise UserError(f"--steps={steps}: a range test takes at least {_FEWEST} steps")
     trial = config.copy_and_resolve_references()
     trial.total, trial.steps_per_call = f"{steps} steps", 1
+    trial.on_bad_step, trial.spike = "stop", ""  # a step that is skipped has no loss, and the next one its rate
     trial.schedule = str(spec.Call(f"{__name__}:ramp", (low, high)))
     test = measure(trial, low, high)
     suggested = _with_rate(config.schedule, test.steepest)

@@ -66,6 +66,16 @@ def test_it_ends_where_the_loss_diverges_and_draws_the_curve(tmp_path, capsys):
     assert "log10 of the learning rate" in page.read_text()
 
 
+def test_it_skips_no_step(capsys):
+    """A run that skips spikes has the losses of one that does not: a skipped step has none, which ended the test."""
+    keys = [*KEYS, "--config.optimizer=sgd", "--steps=20", "--low=1", "--high=30", "--format=json"]
+    found = []
+    for more in ([], ["--config.on_bad_step=skip", "--config.spike=0.01 sigma over 2"]):
+        assert launch.main(["find-lr", *keys, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [(["--low=1", "--high=0.1"], "--low=1 --high=0.1: give two learning rates, 0 < low < high"),
