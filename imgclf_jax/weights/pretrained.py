@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 _HEAD, _POSITIONS, _UNKNOWN = "params/head/", "/positions_embedding", "?"
 _MAX_POSITIONS = 2**16 + 2  # the largest grid that is resized: 256 by 256, and tokens
+_TOKENS = {"cls", "cls_token", "class_token", "dist_token"}  # names of tokens that have positions before the grid's
+
+type Grid = tuple[int, int]  # (rows, columns) of patches
 
 
 @dataclass
@@ -63,10 +67,11 @@ class Weights:
 def load(programs: Programs, whole: bool = False) -> Weights:
     """Loads the weights of `config.init_from` for the model of `programs`, and logs a report.
 
-    Position embeddings of another grid are resized. A head with another number of classes is not taken, nor are modules
-    that the other run's method added to backbone and head; modules that this run's method adds stay random. Raises
-    UserError for a file or work directory that cannot be read, and for any other difference unless `config.init_strict`
-    is False. With `whole`, also raises UserError if any parameter, including the head's, stays random.
+    Position embeddings of another grid are resized; the grid of a file is taken to be square. A head with another
+    number of classes is not taken, nor are modules that the other run's method added to backbone and head; modules that
+    this run's method adds stay random. Raises UserError for a file or work directory that cannot be read, and for any
+    other difference unless `config.init_strict` is False. With `whole`, also raises UserError if any parameter,
+    including the head's, stays random.
     """
     config = programs.recipe.config
     path = places.as_path(config.init_from).expanduser()
@@ -77,8 +82,9 @@ def load(programs: Programs, whole: bool = False) -> Weights:
         own |= {f"{_HEAD}{leaf}": jax.ShapeDtypeStruct((0,), "float32") for leaf in ("kernel", "bias")}
     if path.is_dir():
         named, labels, source = _read_workdir(path, programs)
+        their_grid = _recorded_grid(Workdir(path), named)
     elif path.is_file():
-        named, labels, source = _read_file(path, programs, own)
+        (named, labels, source), their_grid = _read_file(path, programs, own), None
     else:
         problem = "this is neither a regular file nor a work directory" if path.exists() else (
             f"no such file or work directory (working directory: {Path.cwd()})")  # fmt: skip
@@ -89,7 +95,7 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     weights.fresh, weights.left_out = (sorted(set(modules.values())) for modules in added)
     own, named = ({k: x for k, x in every.items() if k not in modules}
                   for every, modules in zip((own, named), added, strict=True))  # fmt: skip
-    _fit(weights, named, labels, own, _grid(programs))
+    _fit(weights, named, labels, own, _grid(programs), their_grid)
     if not programs.recipe.method.predicts:
         weights.head = ""
         weights.left_out += ["head"] if any(name.startswith(_HEAD) for name in named) else []
@@ -175,9 +181,13 @@ def _read_file(path: Path, programs: Programs, own: Mapping[str, jax.ShapeDtypeS
 
 def _fit(
     weights: Weights, named: Mapping[str, np.ndarray], labels: Mapping[str, str],
-    own: Mapping[str, jax.ShapeDtypeStruct], grid: tuple[int, int] | None,
+    own: Mapping[str, jax.ShapeDtypeStruct], grid: Grid | None, their_grid: Grid | None,
 ) -> None:  # fmt: skip
-    """Sorts the arrays `named` into the fields of `weights` by comparing them with `own`, the model's variables."""
+    """Sorts the arrays `named` into the fields of `weights` by comparing them with `own`, the model's variables.
+
+    `grid` is the model's, `their_grid` that of the arrays if it is known.
+    """
+    tokens = sum(re.split("[./]", label)[-1] in _TOKENS for label in labels.values())
     head = [name for name in own if name.startswith(_HEAD)]
     if any(name not in named or named[name].shape != own[name].shape for name in head):
         theirs = [named[name].shape[-1] for name in head if name in named]
@@ -193,9 +203,13 @@ def _fit(
             weights.unused.append(labels[name])
         elif name in head and weights.head:
             continue
-        elif array.shape == own[name].shape:
+        elif array.shape == own[name].shape and (not name.endswith(_POSITIONS) or their_grid in (None, grid)):
             weights.taken[name] = np.array(array, own[name].dtype)
-        elif name.endswith(_POSITIONS) and grid and (fitted := _resize_positions(array, own[name].shape, grid)):
+        elif (
+            name.endswith(_POSITIONS)
+            and grid
+            and (fitted := _resize_positions(array, own[name].shape, grid, tokens, their_grid))
+        ):
             weights.taken[name], words = fitted
             weights.resized.append(words)
         else:
@@ -203,30 +217,42 @@ def _fit(
     weights.missing += [name for name in own if name not in named and name not in head]
 
 
-def _grid(programs: Programs) -> tuple[int, int] | None:
-    """The patch grid (rows, columns) of the model; None for a model without patches."""
+def _grid(programs: Programs) -> Grid | None:
+    """The patch grid of the model; None for a model without patches."""
     patch = getattr(programs.recipe.backbone, "patch", None)
     h, w, _ = programs.recipe.data.image_shape
     return (h // patch, w // patch) if isinstance(patch, int) else None
 
 
-def _resize_positions(
-    array: np.ndarray, shape: tuple[int, ...], grid: tuple[int, int]
-) -> tuple[np.ndarray, str] | None:
-    """Resizes position embeddings [1, tokens + n * n, d] to `shape` [1, tokens + rows * columns, d].
+def _recorded_grid(workdir: Workdir, named: Mapping[str, np.ndarray]) -> Grid | None:
+    """The patch grid of a run's model; None for a model without patches, or if the run did not record its images."""
+    kernel = named.get("params/backbone/patch/kernel")
+    if kernel is None or not workdir.provenance.is_file():
+        return None
+    h, w, _ = workdir.load_data_info().image_shape
+    return h // kernel.shape[0], w // kernel.shape[1]
 
-    Bicubic with antialiasing, as in timm (Keys's kernel with a = -0.5). The embedding of a class token, which comes
-    first, is unchanged. Returns None if the widths differ or the file lacks a token that the model needs.
+
+def _resize_positions(
+    array: np.ndarray, shape: tuple[int, ...], grid: Grid, tokens: int, theirs: Grid | None
+) -> tuple[np.ndarray, str] | None:
+    """Resizes position embeddings [1, tokens + rows * columns, d] of the grid `theirs`, by default a square.
+
+    The result has the `shape` [1, own tokens + rows * columns, d] for `grid`. Bicubic with antialiasing, as in timm
+    (Keys's kernel with a = -0.5). The embeddings of `tokens`, which come first, are unchanged. Returns None if the
+    widths or the numbers differ, or if the file lacks a token that the model needs.
     """
-    side = math.isqrt(array.shape[1]) if array.ndim == 3 and array.shape[1] <= _MAX_POSITIONS else 0
-    tokens, own_tokens = array.shape[1] - side**2, shape[1] - math.prod(grid)
-    if not side or array.shape[::2] != shape[::2] or own_tokens not in (0, tokens):
+    if array.ndim != 3 or not tokens < array.shape[1] <= _MAX_POSITIONS:
+        return None
+    side, own_tokens = math.isqrt(array.shape[1] - tokens), shape[1] - math.prod(grid)
+    rows, columns = theirs or (side, side)
+    if tokens + rows * columns != array.shape[1] or array.shape[::2] != shape[::2] or own_tokens not in (0, tokens):
         return None
     d = shape[2]
     table = np.array(array, np.float32)
-    square = table[0, tokens:].reshape(side, side, d)
-    resized = np.asarray(jax.image.resize(square, (*grid, d), "cubic", antialias=True)).reshape(1, -1, d)
-    return np.concatenate([table[:, :own_tokens], resized], 1), f"{side}x{side} to {grid[0]}x{grid[1]}"
+    own = table[0, tokens:].reshape(rows, columns, d)
+    resized = np.asarray(jax.image.resize(own, (*grid, d), "cubic", antialias=True)).reshape(1, -1, d)
+    return np.concatenate([table[:, :own_tokens], resized], 1), f"{rows}x{columns} to {grid[0]}x{grid[1]}"
 
 
 def _some(names: list[str]) -> str:

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch_format
@@ -19,6 +20,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.models import vit
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.weights import pretrained
 
@@ -135,6 +137,36 @@ def test_positions_are_resized_as_timm_does(tmp_path, monkeypatch, caplog):
         got = weights.taken["params/backbone/positions_embedding"]
         np.testing.assert_allclose(got, np.tile(table, 16), rtol=0, atol=1e-5)
         np.testing.assert_array_equal(got[:, 0], arrays["pos_embed"][:, 0])
+
+
+@pytest.mark.thorough
+def test_positions_of_a_grid_that_is_not_square(tmp_path, monkeypatch):
+    """The grid of a run is that of its images, also with as many patches as here; that of a file is square or refused.
+
+    The 24 positions of a grid of 4 by 6 were taken for one of 4 by 4 after eight tokens, or for one of 6 by 4.
+    """
+    monkeypatch.setitem(vit._VIT, "Ti", (48, 2, 3))
+    model, wide = "vit('Ti', patch=8, pool='mean')", (32, 48, 3)  # pixels: 4 by 6 patches
+    state = programs(tmp_path, model, wide).state_shape
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: random.normal(size=x.shape).astype(x.dtype), state.params)
+    table = params["backbone"]["positions_embedding"]
+    assert table.shape == (1, 24, 48)
+    (tmp_path / "config.json").write_text('{"checkpoint": {"best": ""}}')
+    data = {"train_examples": 64, "image_shape": wide, "class_names": ["a"], "fingerprint": "x"}
+    (tmp_path / "provenance.json").write_text(json.dumps({"data": data}))
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(0, {"state": {"params": params, "model_state": {}}})
+    checkpoints.close()
+    for h, w in ((4, 6), (6, 4), (4, 4)):
+        got = pretrained.load(programs(tmp_path, model, (8 * h, 8 * w, 3))).taken["params/backbone/positions_embedding"]
+        expected = jax.image.resize(table.reshape(4, 6, 48), (h, w, 48), "cubic", antialias=True)
+        np.testing.assert_allclose(got.reshape(h, w, 48), expected, atol=1e-6)
+    arrays = {name: draw(name, tuple(shape)) for name, shape in MODELS["timm vit"]["shapes"].items()}
+    del arrays["cls_token"]
+    file = torch_format.save(tmp_path / "vit.pth", arrays | {"pos_embed": draw("pos_embed", (1, 24, 48))})
+    with pytest.raises(UserError, match=r"pos_embed: \[1, 24, 48\] in it, \[1, 16, 48\] here"):
+        pretrained.load(programs(file, model, (32, 32, 3), 5))
 
 
 def test_a_pytorch_model_of_the_same_module_names(tmp_path, monkeypatch):
