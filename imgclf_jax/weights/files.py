@@ -20,6 +20,7 @@ import numpy as np
 
 from imgclf_jax.core import archive
 from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.weights import unpickle
 from imgclf_jax.weights.unpickle import Refused, Storage, Tensor, Unpickled
 
@@ -83,6 +84,15 @@ def read(path: Path, wanted: Callable[[str, tuple[int, ...]], bool] = _everythin
         raise
     except Exception as e:  # damage can surface as nearly any error of pickle, zipfile, json and NumPy
         raise UserError(f"{path} is damaged or cut short ({reason(e)}); download it again") from e
+
+
+def read_metadata(path: Path) -> JsonObject:
+    """The metadata of a safetensors file that `read` accepts; {} for other formats, and if it has none."""
+    if path.suffix != ".safetensors":
+        return {}
+    with path.open("rb") as file:
+        found = _read_header(file, path.stat().st_size)[1].get("__metadata__")
+    return found if isinstance(found, dict) else {}
 
 
 @contextmanager
@@ -212,15 +222,20 @@ def _view(tensor: Tensor, storage: np.ndarray) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(storage[tensor.offset :], tensor.shape, strides)
 
 
+def _read_header(file: BinaryIO, length: int) -> tuple[int, JsonObject]:
+    """The length of a safetensors header in bytes, and the header."""
+    size = int.from_bytes(file.read(8), "little")
+    if size > min(_MAX_HEADER, length - 8):
+        raise ValueError(f"its header claims {size} bytes")
+    return size, json.loads(file.read(size))
+
+
 def _read_safetensors(file: BinaryIO, length: int) -> dict[str, _Entry]:
     """Reads https://github.com/huggingface/safetensors: the length of the header, the JSON header, the arrays.
 
     The safetensors library would read the whole file into memory twice, and its NumPy interface has no bfloat16.
     """
-    size = int.from_bytes(file.read(8), "little")
-    if size > min(_MAX_HEADER, length - 8):
-        raise ValueError(f"its header claims {size} bytes")
-    header = json.loads(file.read(size))
+    size, header = _read_header(file, length)
 
     def read(start: int, length: int, dtype: np.dtype, shape: list[int]) -> np.ndarray:
         file.seek(8 + size + start)

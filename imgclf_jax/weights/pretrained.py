@@ -71,7 +71,7 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     number of classes is not taken, nor are modules that the other run's method added to backbone and head; modules that
     this run's method adds stay random. Raises UserError for a file or work directory that cannot be read, and for any
     other difference unless `config.init_strict` is False. With `whole`, also raises UserError if any parameter,
-    including the head's, stays random.
+    including the head's, stays random, and if a run or an exported file says that the head is for other classes.
     """
     config = programs.recipe.config
     path = places.as_path(config.init_from).expanduser()
@@ -108,6 +108,11 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     if whole and (weights.head or weights.missing or weights.misfits):
         lacking = f"the head ({weights.head})" if weights.head else _some(weights.missing + weights.misfits)
         raise UserError(f"{what} is not a complete model: it lacks {lacking}; train it on these data first")
+    here = programs.recipe.data.class_names
+    if whole and (theirs := _recorded_classes(path)) not in ("", "\n".join(here)):
+        raise UserError(f"{what} has the classes {theirs.split('\n')[:5]}…, and data.source={config.data.source!r} has "
+                        f"{list(here)[:5]}…: its predictions would have wrong names; name the source of its classes"
+                        + (f", or pass --workdir={config.init_from} instead" if path.is_dir() else ""))  # fmt: skip
     log.log(logging.WARNING if weights.faults else logging.INFO, "%s: %s", what, weights.report())
     return weights
 
@@ -231,6 +236,15 @@ def _recorded_grid(workdir: Workdir, named: Mapping[str, np.ndarray]) -> Grid | 
         return None
     h, w, _ = workdir.load_data_info().image_shape
     return h // kernel.shape[0], w // kernel.shape[1]
+
+
+def _recorded_classes(path: Path) -> str:
+    """The class names, one per line, that a run recorded or `export` wrote into a .safetensors file; "" for others."""
+    if path.is_dir():
+        workdir = Workdir(path)
+        return "\n".join(workdir.load_data_info().class_names) if workdir.provenance.is_file() else ""
+    names = files.read_metadata(path).get("class_names")
+    return names if isinstance(names, str) else ""
 
 
 def _resize_positions(

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import torch_format
+from safetensors.numpy import save_file
 from test_torch_names import MODELS
 from torch_fixtures import draw
 
@@ -137,6 +138,30 @@ def test_positions_are_resized_as_timm_does(tmp_path, monkeypatch, caplog):
         got = weights.taken["params/backbone/positions_embedding"]
         np.testing.assert_allclose(got, np.tile(table, 16), rtol=0, atol=1e-5)
         np.testing.assert_array_equal(got[:, 0], arrays["pos_embed"][:, 0])
+
+
+def test_a_complete_model_has_the_classes_of_its_source(tmp_path):
+    """Else `predict` would call a cat 0; training may take the head of as many other classes."""
+    shapes = {"dense0.weight": (4, 9), "dense0.bias": (4,), "head.weight": (2, 4), "head.bias": (2,)}
+    arrays, file = {name: draw(name, shape) for name, shape in shapes.items()}, tmp_path / "a.safetensors"
+    of_two = programs(file, "mlp(widths=(4,))", (3, 3, 1), classes=2)
+    for names in ("cat\ndog", "1\n0"):
+        save_file(arrays, file, {"format": "pt", "class_names": names})
+        with pytest.raises(UserError, match="its predictions would have wrong names; name the source of its classes"):
+            pretrained.load(of_two, whole=True)
+        assert len(pretrained.load(of_two).taken) == 4
+    for metadata in ({"class_names": "0\n1"}, None):
+        save_file(arrays, file, metadata)
+        assert len(pretrained.load(of_two, whole=True).taken) == 4
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), of_two.state_shape.params)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(0, {"state": {"params": params, "model_state": {}}})
+    checkpoints.close()
+    (tmp_path / "config.json").write_text('{"checkpoint": {"best": ""}}')
+    data = {"train_examples": 64, "image_shape": (3, 3, 1), "class_names": ["cat", "dog"], "fingerprint": "x"}
+    (tmp_path / "provenance.json").write_text(json.dumps({"data": data}))
+    with pytest.raises(UserError, match=rf"the classes \['cat', 'dog'\].*or pass --workdir={tmp_path} instead"):
+        pretrained.load(programs(tmp_path, "mlp(widths=(4,))", (3, 3, 1), classes=2), whole=True)
 
 
 @pytest.mark.thorough
