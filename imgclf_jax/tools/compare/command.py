@@ -16,7 +16,7 @@ from imgclf_jax.run import record, terminal
 from imgclf_jax.tools.compare import page as compare_page
 from imgclf_jax.tools.compare import saved_predictions
 from imgclf_jax.tools.compare import tables as compare_tables
-from imgclf_jax.tools.compare.comparison import Group, common, differing_origins, group_runs, main_metric, shown
+from imgclf_jax.tools.compare.comparison import Group, best, common, differing_origins, group_runs, main_metric, shown
 from imgclf_jax.tools.compare.paired_runs import Comparison, compare
 from imgclf_jax.tools.pages.html import write
 
@@ -89,7 +89,7 @@ def _as_json(groups: Sequence[Group], comparisons: Sequence[Comparison], damaged
                             for run in group.unfinished]}
             for group in groups
         ],
-        "best": dict(groups[0].settings),
+        "best": dict(ranked.settings) if (ranked := best(groups)) else None,
         "comparisons": [
             {"settings": dict(c.group.settings), "set": c.set, "score": c.score, "examples": c.examples,
              "difference": _finite(c.difference._asdict()), "holm": c.adjusted,

@@ -115,6 +115,12 @@ def group_runs(runs: Sequence[Record]) -> list[Group]:
     return sorted(groups, key=rank)
 
 
+def best(groups: Sequence[Group]) -> Group | None:
+    """Returns the first of the ordered groups if the main metric ranks it, as it cannot in runs without a head."""
+    value = groups[0].metrics().get(main_metric(groups))
+    return groups[0] if value and not math.isnan(value.mean) else None
+
+
 def differing_origins(groups: Sequence[Group]) -> list[str]:
     """Sentences on finished runs whose configs say the same, but which recorded different data or code.
 

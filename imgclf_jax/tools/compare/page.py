@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from imgclf_jax.tools.compare import tables as compare_tables
-from imgclf_jax.tools.compare.comparison import Group, common, shown
+from imgclf_jax.tools.compare.comparison import Group, best, common, shown
 from imgclf_jax.tools.compare.paired_runs import Comparison
 from imgclf_jax.tools.pages import html
 from imgclf_jax.tools.pages.charts import COLORS, Line, Unit, chart, thinned
@@ -20,7 +20,9 @@ def page(groups: Sequence[Group], comparisons: Sequence[Comparison], metric: str
     body = [f"<h1>{text(title)}</h1>", _summary(groups, metric, done, left)]
     columns, rows = compare_tables.results(groups)
     if rows:
-        body.append("<h2>Results</h2>" + table("The best first", columns, rows, keys, best=len(rows) > 1))
+        ranked = best(groups) is not None
+        caption = "The best first" if ranked else "Not ranked, because the runs have no main metric"
+        body.append("<h2>Results</h2>" + table(caption, columns, rows, keys, best=ranked and len(rows) > 1))
     columns, rows = compare_tables.tests(comparisons)
     if rows:
         body.append("<h2>Paired comparison with the best</h2>"
@@ -38,11 +40,11 @@ def page(groups: Sequence[Group], comparisons: Sequence[Comparison], metric: str
 
 
 def _summary(groups: Sequence[Group], metric: str, done: int, left: int) -> str:
-    best = groups[0].metrics().get(metric)
+    first = groups[0].metrics().get(metric)
     summary = f"{done} run{'s' * (done != 1)} finished"
     summary += f", {left} unfinished." if left else "."
-    if best and len(groups) > 1:
-        summary += f" {groups[0].label} has the best {metric}: {compare_tables.spread_text(best)}."
+    if first and best(groups) and len(groups) > 1:
+        summary += f" {groups[0].label} has the best {metric}: {compare_tables.spread_text(first)}."
     return f"<p>{text(summary)}</p>"
 
 

@@ -165,6 +165,21 @@ def test_json(tmp_path, compared, capsys):
     assert found["groups"][3]["unfinished"][0]["step"] == 5
 
 
+@pytest.mark.parametrize("metrics", [{"spread": 1.0}, {"accuracy": math.nan}])
+def test_runs_without_a_main_metric_have_no_best(tmp_path, write, metrics, capsys):
+    """Their order is that of their names, which ranks nothing."""
+    for name in ("a", "b"):
+        place = write(name, seed=0, batch_size=16 if name == "a" else 32)
+        (place / "result.json").write_text(json.dumps({"step": 10, "test": {"examples": 400, **metrics}}))
+        (place / "metrics.jsonl").write_text("")
+    file = tmp_path / "page.html"
+    assert launch.main(["compare", str(tmp_path), "--format=json", f"--html={file}"]) == 0
+    assert json.loads(capsys.readouterr().out)["best"] is None
+    assert "Not ranked" in file.read_text()
+    assert 'class="best"' not in file.read_text()
+    assert "has the best" not in file.read_text()
+
+
 def test_csv(tmp_path, compared, capsys):
     assert launch.main(["compare", str(tmp_path), "--format=csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
