@@ -68,9 +68,9 @@ def sum_up(lines: Sequence[JsonMapping]) -> dict[str, float]:
         for name, seconds in run["seconds"].items():
             total[name if name in total else "other"] += seconds
         if number + 1 < len(runs):
-            following = runs[number + 1]
-            total["idle"] += max(0.0, following["began"] - run["at"])
-            done, lost = run["step"] - run["first"], run["step"] - following["first"]
+            total["idle"] += max(0.0, runs[number + 1]["began"] - run["at"])
+            kept = min(later["first"] for later in runs[number + 1 :])  # a damaged checkpoint sends a run further back
+            done, lost = run["step"] - run["first"], run["step"] - kept
             if done > 0 and lost > 0:
                 again = run["seconds"].get("steps", 0.0) * min(1.0, lost / done)
                 total["recomputed"] += again

@@ -32,6 +32,16 @@ def test_a_killed_run_adds_up():
     assert goodput.goodput(total) == pytest.approx(50 / 85)
 
 
+def test_a_run_that_goes_back_behind_an_earlier_attempt():
+    """A second apiece: 100 steps, from 90 on to 95, and from 50 on to 100, since a checkpoint was damaged."""
+    lines = [
+        line(0.0, 100.0, 0, 100, steps=100.0), line(100.0, 105.0, 90, 95, steps=5.0),
+        line(105.0, 155.0, 50, 100, steps=50.0),
+    ]  # fmt: skip
+    total = goodput.sum_up(lines)
+    assert {name: seconds for name, seconds in total.items() if seconds} == {"steps": 100.0, "recomputed": 55.0}
+
+
 def test_no_lines_and_damaged_ones():
     assert not any(goodput.sum_up([]).values())
     assert goodput.goodput(goodput.sum_up([])) == 0.0
