@@ -59,7 +59,13 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
+
+
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """Formats numbers with six digits, or as many as make them differ."""
+    shown = ([f"{value:.{digits}g}" for value in values] for digits in range(6, 17))
+    return next((labels for labels in shown if len(set(labels)) == len(labels)), [f"{value:g}" for value in values])
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -94,8 +100,9 @@ def chart(title: str, description: str, x_name: str, lines: Sequence[Line], seco
     bottom = _HEIGHT - _BOTTOM
     up = Axis(low, high, bottom, _TOP, log)
     parts = [f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"]
-    for y in log_ticks(low, high) if log else ticks(low, high):
-        label = _label(_LEFT - 6, up(y) + 4, f"{y:g}", "end")
+    marks = log_ticks(low, high) if log else ticks(low, high)
+    for y, text in zip(marks, tick_labels(marks), strict=True):
+        label = _label(_LEFT - 6, up(y) + 4, text, "end")
         parts += [f'<path class="grid" d="M{_LEFT} {up(y):.1f}H{right}"/>', label]
     parts += [_label(across(x), bottom + 17, _short(x)) for x in ticks(across.low, across.high)]
     if second:

@@ -5,7 +5,7 @@ from html import escape
 
 import numpy as np
 
-from imgclf_jax.tools.pages.charts import Axis, ticks
+from imgclf_jax.tools.pages.charts import Axis, tick_labels, ticks
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 260, 60, 12, 10, 40
 _POINTS = 2000  # at most
@@ -51,12 +51,12 @@ def _axis(values: Sequence[float] | np.ndarray, first: float, last: float) -> Ax
 
 
 def _grid(x: Axis, y: Axis) -> list[str]:
-    parts = []
-    for value in ticks(y.low, y.high):
+    parts, across, up = [], ticks(x.low, x.high), ticks(y.low, y.high)
+    for value, label in zip(up, tick_labels(up), strict=True):
         parts += [f'<path class="grid" d="M{_LEFT} {y(value):.1f}H{_WIDTH - _RIGHT}"/>',
-                  f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>']  # fmt: skip
-    parts += [f'<text x="{x(value):.1f}" y="{_HEIGHT - _BOTTOM + 17}" text-anchor="middle">{value:g}</text>'
-              for value in ticks(x.low, x.high)]  # fmt: skip
+                  f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{label}</text>']  # fmt: skip
+    parts += [f'<text x="{x(value):.1f}" y="{_HEIGHT - _BOTTOM + 17}" text-anchor="middle">{label}</text>'
+              for value, label in zip(across, tick_labels(across), strict=True)]  # fmt: skip
     return parts
 
 

@@ -20,7 +20,7 @@ from imgclf_jax.run import record
 from imgclf_jax.tools.compare import comparison, paired
 from imgclf_jax.tools.compare import tables as compare_tables
 from imgclf_jax.tools.evaluate import listing
-from imgclf_jax.tools.pages import charts
+from imgclf_jax.tools.pages import charts, residuals
 
 
 @pytest.fixture
@@ -308,16 +308,29 @@ def test_runs_whose_configs_say_the_same_of_other_data_or_code(tmp_path, write, 
     assert len(comparison.differing_origins(groups(tmp_path))) == 2  # another group may have other code
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.913, 0.957), (-3.0, 1234.0), (0.0, 1e-7), (5.0, 5.5)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (0.913, 0.957), (-3.0, 1234.0), (0.0, 1e-7), (5.0, 5.5), (0.0, 3e-13)]
+)
 def test_ticks(low, high):
     """Round numbers in equal steps, inside the range; three to ten of them."""
     found = charts.ticks(low, high)
     steps = np.diff(found)
     assert 3 <= len(found) <= 10
-    assert low - 1e-12 <= found[0]
+    assert low - 1e-12 * high <= found[0]
     assert found[-1] <= high * (1 + 1e-9)
     assert np.allclose(steps, steps[0], rtol=1e-6)
     assert f"{steps[0]:.0e}"[0] in "125"
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1.00003), (123_456.1, 123_458.9), (0.5, 0.9)])
+def test_no_two_ticks_have_one_label(low, high):
+    """Also where they differ in the seventh digit; others have as few digits as before."""
+    lines = [charts.Line("n", 0, [(0, low), (9, high)])]
+    pages = charts.chart("t", "d", "x", lines), residuals.plot("t", np.array([low, high]), np.array([low, high]))
+    for svg in pages:
+        labels = [one.text for one in ET.fromstring(svg).iter("text") if one.get("text-anchor") == "end"]
+        assert len(set(labels)) == len(labels) > 2
+    assert charts.tick_labels([0.5, 0.6]) == ["0.5", "0.6"]
 
 
 def test_a_chart_has_its_points():
