@@ -27,8 +27,8 @@ class TopLoss:
 
 
 def count_mistakes(predictions: Predictions) -> int:
-    """The number of misclassified examples."""
-    return int(((predictions.predicted >= 0) & (predictions.ranks > 0)).sum())
+    """The number of misclassified examples, with those without a prediction, as accuracy counts them."""
+    return int((predictions.ranks > 0).sum())
 
 
 def describe(

@@ -9,11 +9,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import launch
+from imgclf_jax import losses, metrics
 from imgclf_jax.augment import ops
 from imgclf_jax.augment.pixels import to_pixels
 from imgclf_jax.core import rng
@@ -27,6 +29,7 @@ from imgclf_jax.tools.evaluate import by_class
 from imgclf_jax.tools.report import augmentation as report_augmentation
 from imgclf_jax.tools.report import findings as report_findings
 from imgclf_jax.tools.report import sets as report_sets
+from imgclf_jax.tools.report import top_losses as report_top_losses
 from imgclf_jax.trained import load
 
 pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.thorough]
@@ -295,6 +298,13 @@ def test_values_of_any_range_are_stretched():
     pixels, stretched = to_pixels(np.array([-2.0, 0.0, 2.0], np.float32).reshape(1, 3, 1, 1), "my_ops:own")
     assert pixels.ravel().tolist() == [0.0, 0.5, 1.0]
     assert stretched
+
+
+def test_mistakes_are_those_of_accuracy():
+    """An example whose logits are NaN is one, or the page would say that none is wrong."""
+    logits = np.array([[2.0, 0.0], [0.0, 1.0], [np.nan, 0.0]], np.float32)
+    found = metrics.predict(jnp.asarray(logits), jnp.array([0, 1, 1]), losses.SOFTMAX, jnp.ones(3, bool))
+    assert report_top_losses.count_mistakes(found) == 1
 
 
 def test_a_methods_own_metric_of_several_seeds_is_shown():
