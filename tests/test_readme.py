@@ -101,17 +101,24 @@ def test_training_needs_neither_tensorflow_nor_clu_nor_a_cache(placement, tmp_pa
 
 
 def test_the_results_with_bundles_are_those_of_the_bundles():
-    """The mean test accuracy in a row that links to docs/results, over as many seeds as it says."""
+    """The mean test accuracy in a row that links to docs/results, over as many seeds or draws as it says."""
     number = {"three": 3, "five": 5}
-    rows = re.findall(r"\[([\d.]+), (\w+) seeds\]\(docs/results/(\w+)-0\.zip\)", README)
-    assert {name for *_, name in rows} == {"digits", "fashion_mnist", "fashion_mnist_fast"}
-    for mean, seeds, name in rows:
+    rows = re.findall(r"\[([\d.]+), (\w+) (seeds|draws)\]\(docs/results/(\w+)-0\.zip\)", README)
+    assert {name for *_, name in rows} == {"digits", "fashion_mnist", "fashion_mnist_fast", "faces"}
+    for mean, count, what, name in rows:
         records = [Record.load(str(file)) for file in sorted((ROOT / "docs" / "results").glob(f"{name}-?.zip"))]
-        assert sorted(record.config.seed for record in records) == list(range(number[seeds]))
+        assert len(records) == number[count]
         accuracies = [record.result["test"]["accuracy"] for record in records]
-        assert f"{sum(accuracies) / len(accuracies):.4f}" == mean
+        assert f"{sum(accuracies) / len(accuracies):.{len(mean) - 2}f}" == mean
         shipped = configs.load_file(str(ROOT / "configs" / f"{name}.py"))
-        assert all(configs.difference(record.config, shipped, without=("seed",)) == [] for record in records)
+        if what == "seeds":
+            assert [record.config.seed for record in records] == list(range(len(records)))
+            differs = "seed"
+        else:  # of the training images
+            sources = [record.config.data.source for record in records]
+            assert sources == [f"{shipped.data.source[:-1]}{f', draw={i}' if i else ''})" for i in range(len(records))]
+            differs = "data.source"
+        assert all(configs.difference(record.config, shipped, without=(differs,)) == [] for record in records)
 
 
 def test_the_readme_and_the_first_page_begin_with_a_picture():
