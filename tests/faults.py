@@ -14,6 +14,7 @@ FAULTS_LOG names a file to which each flip and its discovery are appended.
 import json
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -91,7 +92,8 @@ def arm() -> None:
     """Has this process compute its steps on hardware that fails as PLAN says."""
     kind, after, left, number = PLAN.get("flip"), PLAN["after"], PLAN.get("times", 1), 0
     rng, calls, checks = np.random.default_rng(PLAN.get("seed", 0)), iter(range(10**9)), iter(range(10**9))
-    train, check = replay.Replays.train, replay.Replays.check
+    train, check, check_replicas = replay.Replays.train, replay.Replays.check, replay.Replays.check_replicas
+    pending: int | None = None  # the step of a lost bit that no comparison has met
 
     def flipped(state: Any, step: int) -> Any:
         state, name = flip_in(state, rng, kind == "replica")
@@ -99,32 +101,44 @@ def arm() -> None:
         return state
 
     def faulty_train(self: Any, state: Any, window: Any, chunk: Any, steps: range) -> tuple[Any, Any]:
-        nonlocal left, number
+        nonlocal left, number, pending
         number = next(calls)
         if PLAN.get("hang") == "step" and number == after:
             hang()
+        if pending is not None and steps.start < pending:  # a bad step sent the run back to before the flip
+            pending, left = None, left + 1
         state, sums = train(self, state, window, chunk, steps)
         if kind in ("device", "replica") and left and number >= after and not self._run.cadences.checks(steps):
-            left -= kind == "replica"
             state = flipped(state, steps.stop)
+            if kind == "replica":
+                pending, left = steps.stop, left - 1
         return state, sums
 
     def faulty_check(self: Any, steps: range, before: Any, window: Any, chunk: Any, state: Any) -> None:
-        nonlocal left
+        nonlocal left, pending
         due = {"step": next(checks) >= after, "device": number >= after}
         flips = bool(left) and due.get(kind, False)
         if flips:
             left -= 1
             state = flipped(state, steps.stop)
+        compare(steps.stop, flips, lambda: check(self, steps, before, window, chunk, state))
+
+    def faulty_check_replicas(self: Any, state: Any, step: int) -> None:
+        compare(step, pending == step, lambda: check_replicas(self, state, step))
+
+    def compare(step: int, flips: bool, comparison: Callable[[], None]) -> None:
+        nonlocal pending
+        pending = None
         try:
-            check(self, steps, before, window, chunk, state)
+            comparison()
         except Exception:
-            note(f"found at step {steps.stop}")
+            note(f"found at step {step}")
             raise
         if flips:
-            note(f"missed at step {steps.stop}")
+            note(f"missed at step {step}")
 
     replay.Replays.train, replay.Replays.check = faulty_train, faulty_check
+    replay.Replays.check_replicas = faulty_check_replicas  # type: ignore[method-assign]
 
 
 if PLAN:
