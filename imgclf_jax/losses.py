@@ -11,6 +11,7 @@ have equal total weight.
 
 import enum
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -171,7 +172,7 @@ def _check_for_targets(text: str, task: Task) -> None:
     call = spec.parse_one(text)
     if needs_class_counts(text):
         raise UserError(f"loss={text!r}: 'balanced' counts labels, but the data have targets; write numbers instead")
-    given = spec.bind(call, LOSSES, "loss", leading=("logits", "labels")).keywords
+    given = dict(zip(list(inspect.signature(sigmoid).parameters)[2:], call.args, strict=False)) | call.kwargs
     if task is Task.MULTILABEL and call.name == "sigmoid" and given.get("class_weights") is not None:
         raise UserError(f"loss={text!r}: class_weights needs one label per example; for several labels use "
                         "positive_weights, one number per class")  # fmt: skip
