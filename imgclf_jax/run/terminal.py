@@ -4,7 +4,9 @@ import contextlib
 import copy
 import functools
 import itertools
+import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -16,6 +18,7 @@ from rich.table import Table
 
 from imgclf_jax.core import named_warnings, processes
 from imgclf_jax.core.text import decimals, printable
+from imgclf_jax.core.typing import Json
 
 
 @functools.cache
@@ -80,6 +83,19 @@ def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
     """Hides one message: after a failed save, TensorStore still calls an event loop that is already closed."""
     if str(unraisable.exc_value) != "Event loop is closed":
         _usual_hook(unraisable)
+
+
+def print_json(value: Json) -> None:
+    """Prints JSON on standard output, with null for NaN and infinity, which are no JSON."""
+    print(json.dumps(_finite(value), indent=2))
+
+
+def _finite(value: Json) -> Json:
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -1,6 +1,8 @@
-"""Tables on a terminal of 80 columns, and in a file: nothing of them is lost."""
+"""Tables on a terminal of 80 columns, in a file, and JSON: nothing of them is lost."""
 
 import io
+import json
+import math
 import re
 import sys
 
@@ -55,3 +57,14 @@ def test_a_row_is_a_line_in_a_file_whatever_its_length(monkeypatch):
     name = "x" * 3000
     lines = printed(monkeypatch, ["file", "top 1"], [[name, "a 0.5000"]], None).splitlines()
     assert f"│ {name} │ a 0.5000 │" in lines
+
+
+def test_json_has_no_nan(capsys):
+    """RFC 8259 knows neither NaN nor infinity; Python's own parser is more lenient than others."""
+    terminal.print_json({"loss": math.nan, "of": [math.inf, 0.5, {"name": "NaN", "count": 3}], "none": ()})
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert found == {"loss": None, "of": [None, 0.5, {"name": "NaN", "count": 3}], "none": []}

@@ -1,7 +1,6 @@
 """The command `compare`: results of runs by the keys that differ, with paired tests and learning curves."""
 
 import csv
-import json
 import logging
 import math
 import sys
@@ -41,7 +40,7 @@ def main(files: Sequence[str], format: str, html: str, test: bool, trust: bool) 
     if processes.index():
         return 1 if damaged else 0
     if format == "json":
-        print(json.dumps(_as_json(groups, comparisons, damaged), indent=2))
+        terminal.print_json(_as_json(groups, comparisons, damaged))
     elif format == "csv":
         _print_csv(groups)
     else:
@@ -84,22 +83,17 @@ def _as_json(groups: Sequence[Group], comparisons: Sequence[Comparison], damaged
         "common": common(groups),
         "groups": [
             {"settings": dict(group.settings), "seeds": group.seeds, "runs": [run.name for run in group.done],
-             "metrics": {name: _finite(value._asdict()) for name, value in group.metrics().items()},
-             "unfinished": [{"run": run.name, "step": run.step, "total": run.total, "metrics": _finite(run.latest())}
+             "metrics": {name: value._asdict() for name, value in group.metrics().items()},
+             "unfinished": [{"run": run.name, "step": run.step, "total": run.total, "metrics": run.latest()}
                             for run in group.unfinished]}
             for group in groups
         ],
         "best": dict(ranked.settings) if (ranked := best(groups)) else None,
         "comparisons": [
             {"settings": dict(c.group.settings), "set": c.set, "score": c.score, "examples": c.examples,
-             "difference": _finite(c.difference._asdict()), "holm": c.adjusted,
+             "difference": c.difference._asdict(), "holm": c.adjusted,
              "mcnemar_mid_p" if c.score in ("accuracy", "exact_match") else "bootstrap_p": c.p}
             for c in comparisons
         ],
         "damaged": list(damaged),
     }  # fmt: skip
-
-
-def _finite(values: JsonObject) -> JsonObject:
-    """Replaces nonfinite values by null, because JSON has no such numbers."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}

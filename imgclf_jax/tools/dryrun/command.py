@@ -1,6 +1,5 @@
 """The command `dryrun`: compiles a run for absent chips, without data, and reports its memory and time."""
 
-import json
 import logging
 import re
 import time
@@ -51,7 +50,7 @@ def run(config: ConfigDict, chips: topology.Chips, facts: dict[str, Value], form
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     if form == "json":
-        print(json.dumps(result, indent=2))
+        terminal.print_json(result)
     else:
         _print(result)
     log.info("wrote %s", path)

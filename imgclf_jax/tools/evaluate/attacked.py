@@ -1,6 +1,5 @@
 """`evaluate --attack`: a trained model's accuracy on clean and adversarial examples."""
 
-import json
 import logging
 from collections.abc import Callable
 
@@ -19,7 +18,7 @@ from imgclf_jax.methods import table
 from imgclf_jax.methods.pgd import Attack
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.progress import track
-from imgclf_jax.run.terminal import format_metrics
+from imgclf_jax.run.terminal import format_metrics, print_json
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import TrainState
 from imgclf_jax.train import evaluation
@@ -59,7 +58,7 @@ def report(config: ConfigDict, workdir: Workdir | None, checkpoint: str, attack:
     if processes.index():
         return 0
     if format == "json":
-        print(json.dumps({"step": at, "attack": attack, **results}, indent=2))
+        print_json({"step": at, "attack": attack, **results})
         return 0
     for name, summary in results.items():
         print(f"{name}: {format_metrics(summary)}")

@@ -1,7 +1,6 @@
 """The command `evaluate`: metrics and scores of a trained model on each of its evaluation sets."""
 
 import dataclasses
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import sources
 from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs
-from imgclf_jax.run.terminal import format_metrics, print_table
+from imgclf_jax.run.terminal import format_metrics, print_json, print_table
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.scores import classification as scores
 from imgclf_jax.scores import multilabel
@@ -123,7 +122,7 @@ def main(
                 results[name] |= {"class_names": list(names), "classes": multilabel.by_class(own, names)}
             else:
                 results[name] |= {"target_names": list(names)}
-        print(json.dumps(results, indent=2))
+        print_json(results)
         return 0
     for name in evals:
         set_scores = results[name].pop("scores", {})
@@ -167,7 +166,7 @@ def _report_checkpoints(config: ConfigDict, workdir: Workdir, checkpoints: str, 
     if processes.index():
         return 0
     if format == "json":
-        print(json.dumps(records, indent=2))
+        print_json(records)
         return 0
     columns = [(name, key) for name in evals for key in records[0][name] if key != "examples"]
     rows = [[str(r["step"]), *(decimals(r[name][key]) for name, key in columns)] for r in records]

@@ -1,6 +1,5 @@
 """`evaluate --corruptions`: a trained model's accuracy on corrupted images, by corruption and severity."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -18,7 +17,7 @@ from imgclf_jax.data import sources, stream
 from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.progress import track
-from imgclf_jax.run.terminal import print_table
+from imgclf_jax.run.terminal import print_json, print_table
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import TrainState
 from imgclf_jax.tools.evaluate import corruptions
@@ -65,7 +64,7 @@ def report(
         return 0
     left_out = ["frost"] if corrupted == "all" and not folder else []
     if format == "json":
-        print(json.dumps(results | {"left_out": left_out}, indent=2))
+        print_json(results | {"left_out": left_out})
         return 0
     del results["step"]
     for name, summary in results.items():

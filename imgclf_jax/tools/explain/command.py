@@ -1,6 +1,5 @@
 """The command `explain`: heatmaps of the image regions that a prediction depends on."""
 
-import json
 import re
 import sys
 from collections import deque
@@ -85,7 +84,7 @@ def main(
         deque(records(), maxlen=0)
         return 1 if counts["failed"] else 0
     if format == "json":
-        print(json.dumps(list(inputs.until_error(records(), errors)), indent=2))
+        terminal.print_json(list(inputs.until_error(records(), errors)))
     else:
         names = ("target", "value") if regression else ("class", "probability")
         rows = ([r["file"], r[names[0]], _shown(r[names[1]], regression), r["method"], f"{r['greatest']:.3g}",

@@ -4,7 +4,6 @@ A short training run raises the learning rate at every step until the loss diver
 exponentially, so that a few hundred steps cover many orders of magnitude, and the loss is smoothed.
 """
 
-import json
 import logging
 import math
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from imgclf_jax.core.text import printable
 from imgclf_jax.data import stream
 from imgclf_jax.optim import schedules
 from imgclf_jax.programs import Programs
+from imgclf_jax.run.terminal import print_json
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.pages import html as pages
 from imgclf_jax.tools.pages.charts import Line, chart
@@ -101,9 +101,9 @@ def main(
     test = measure(trial, low, high)
     suggested = _with_rate(config.schedule, test.steepest)
     if format == "json":
-        print(json.dumps({"suggestion": test.steepest, "lowest": test.lowest, "schedule": suggested,
-                          "learning_rates": test.rates.tolist(), "losses": test.losses.tolist(),
-                          "smoothed": test.smoothed.tolist()}, indent=2))  # fmt: skip
+        print_json({"suggestion": test.steepest, "lowest": test.lowest, "schedule": suggested,
+                    "learning_rates": test.rates.tolist(), "losses": test.losses.tolist(),
+                    "smoothed": test.smoothed.tolist()})  # fmt: skip
     else:
         print("\n".join(_table(test, suggested)))
     if html:

@@ -1,7 +1,6 @@
 """The command `probe`: measures features with nearest neighbors, linear probes and few-shot probes."""
 
 import importlib.util
-import json
 import logging
 import re
 from collections.abc import Iterable
@@ -88,7 +87,7 @@ def main(
             joined = [{("scores" if key == "accuracies" else key): value for key, value in record.items()}
                       | {"score": probing.SCORES[model.task]} for record in joined]  # fmt: skip
         result = {"step": model.step, "train_examples": len(labels), "features": train.shape[-1], "results": joined}
-        print(json.dumps(result, indent=2))
+        terminal.print_json(result)
     else:
         _print(joined, probing.SCORES.get(model.task, "accuracy"))
     processes.barrier("probing", processes.PREPARING)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import shutil
@@ -20,7 +19,7 @@ from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run.provenance import pin_groups
 from imgclf_jax.run.record import Record
-from imgclf_jax.run.terminal import print_table
+from imgclf_jax.run.terminal import print_json, print_table
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.reproduce.reproduction import ROUNDING, Comparison, Difference, compare, differences, verdict
 from imgclf_jax.train import loop as train
@@ -98,7 +97,7 @@ def main(
     if processes.index() == 0:
         if format == "json":
             as_json = _as_json(word, end, compared, found, str(folder) if kept else None)
-            print(json.dumps(as_json | {"contradictions": contradictions}, indent=2))
+            print_json(as_json | {"contradictions": contradictions})
         else:
             for sentence in contradictions:
                 print(f"{sentence[0].upper()}{sentence[1:]}.")

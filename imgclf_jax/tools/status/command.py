@@ -1,7 +1,6 @@
 """The command `status`: how far runs are, how they fare, and where their time goes. It reads records and starts no JAX
 backend."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ def main(files: Sequence[str], format: str) -> int:
     runs, damaged = record.find(files)
     found = [read(run) for run in runs]
     if format == "json":
-        print(json.dumps([_as_json(one) for one in found], indent=2))
+        terminal.print_json([_as_json(one) for one in found])
         return 1 if damaged else 0
     terminal.print_table(
         ["run", "state", "step", "checkpoint", "images/s", "left", "goodput"],
