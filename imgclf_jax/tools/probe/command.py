@@ -100,8 +100,12 @@ def probe(
 ) -> Iterable[Record]:  # fmt: skip
     """Yields the records of one network, from features f32[n, d] and labels i32[n] of the training and test sets.
 
-    `head` is the kernel f32[d, classes] and the bias f32[classes] of the network's own head, or None.
+    `head` is the kernel f32[d, classes] and the bias f32[classes] of the network's own head, or None. Raises UserError
+    if all labels are of one class.
     """
+    if labels.min() == labels.max():
+        raise UserError(f"all {len(labels)} training images are of one class, which leaves a probe nothing to learn; "
+                        "name a split with several classes by --config.data.train")  # fmt: skip
     ks = [k for k in ks if k <= len(labels)] or [len(labels)]
     counts = np.bincount(labels, minlength=classes)
     fewest = int(counts[counts > 0].min())

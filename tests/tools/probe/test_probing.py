@@ -8,7 +8,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from imgclf_jax.tools.probe import accuracy_plot, probing
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.tools.probe import accuracy_plot, command, probing
 
 
 def clouds(n, seed, spread=2.5, classes=4, d=6):
@@ -123,3 +124,10 @@ def test_ridge_is_the_solution_of_the_normal_equations():
         y = targets[:, c] - targets[:, c].mean()
         each = [centred @ np.linalg.solve(centred.T @ centred + a * np.eye(5), centred.T @ y) for a in penalties]
         assert min(np.abs(found[:, c] - targets[:, c].mean() - own).max() for own in each) < 1e-5
+
+
+def test_images_of_one_class_teach_no_probe():
+    """It was a traceback of scikit-learn."""
+    features = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    with pytest.raises(UserError, match="all 9 training images are of one class"):
+        list(command.probe(features, np.full(9, 2, np.int32), {}, [1], 1, 3, None))
