@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
-from imgclf_jax import metrics, programs
+from imgclf_jax import losses, metrics, programs
 from imgclf_jax.core import processes, tree
 from imgclf_jax.core.typing import Function
 from imgclf_jax.data import sources, stream
@@ -106,6 +106,12 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     if not processes.index():
         for sentence in (*overlap_warnings(config.data, config.data.eval, base), *selection_warnings(config)):
             log.warning("%s", sentence)
+    even = config.data.sampling.startswith(("permutation", "repeated"))  # each example equally often
+    if losses.needs_class_counts(config.loss) and not even and not processes.index():
+        log.warning(
+            "loss=%r weights the classes by their numbers in data.train, but data.sampling=%r draws them in other "
+            "proportions: they are balanced twice; drop one of the two", config.loss, config.data.sampling
+        )  # fmt: skip
     if config.data.extra and recipe.supervised:
         log.warning("method=%r reads no stream of data.extra: %s", config.method, ", ".join(sorted(config.data.extra)))
     parts = math.gcd(recipe.num_seeds, compiling.mesh.size)

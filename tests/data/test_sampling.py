@@ -15,6 +15,8 @@ from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import placement, sampling, sources, stream
 from imgclf_jax.data.table import table
+from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.train import setup
 
 N = 60
 COUNTS = (30, 20, 9, 0, 1)
@@ -367,3 +369,11 @@ def test_a_mistake_in_the_sampling_is_found_before_the_data_are_opened(tmp_path,
                         "--config.data.sampling=balance"]) == 1  # fmt: skip
     assert "unknown sampling 'balance': did you mean 'balanced'?" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("spec", "warns"), [("balanced", True), ("permutation", False)])
+def test_classes_are_not_balanced_twice_in_silence(spec, warns, fake_config, tmp_path, caplog):
+    """By their weights in the loss and by their order: rare classes counted too much."""
+    fake_config.data.sampling, fake_config.loss = spec, "softmax(class_weights='balanced')"
+    setup.set_up(fake_config, Workdir(tmp_path))
+    assert ("they are balanced twice; drop one of the two" in caplog.text) == warns
