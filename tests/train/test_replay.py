@@ -170,6 +170,7 @@ def test_corruption_stops_the_run_at_a_confirmed_checkpoint(fake_config, tmp_pat
     assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
 
 
+@pytest.mark.thorough
 def test_no_checkpoint_hides_a_replica_that_differs(fake_config, tmp_path, monkeypatch):
     """A bit lost in one replica between two comparisons: the checkpoint before the next one would hold one replica."""
     config, original, lost = fake_config, replay.Replays.train, []
