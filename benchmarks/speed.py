@@ -56,7 +56,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if wrong := [name for name in args.networks if name not in NETWORKS]:
         parser.error(f"unknown network {wrong[0]!r}; allowed: {', '.join(NETWORKS)}")
     for name in args.networks:
-        if (images := args.images or NETWORKS[name].images) < 10 * max(args.batch_sizes):
+        if (images := count_images(args, name)) < 10 * max(args.batch_sizes):
             parser.error(f"--images={images} for {name}: must be at least ten batches of {max(args.batch_sizes)}")
     wanted = [""] if args.peers is None else [name.strip() for name in args.peers.split(",") if name.strip()]
     if wrong := [start for start in wanted if not any(name.startswith(start) for name in PEERS)]:
@@ -66,7 +66,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace, network: str, console: Console) -> dict[str, Any]:
-    """Measures one network: {"workers": versions and devices, "absent": reasons, "records": all measurements}."""
+    """Measures one network.
+
+    Returns {"images": their number, "workers": versions and devices, "absent": reasons, "records": all measurements}.
+    """
     names = [*OWN, *(name for name in args.peers if supports(name, NETWORKS[network])), PEAK]
     turns = [(size, mode, name) for size in args.batch_sizes for mode in (*MEASURED[PEAK].modes, *args.modes)
              for name in names if mode in MEASURED[name].modes]  # fmt: skip
@@ -78,7 +81,7 @@ def measure(args: argparse.Namespace, network: str, console: Console) -> dict[st
         starting = bar.add_task("", total=len(names))
         for name in names:
             bar.update(starting, description=f"starting {name}")
-            workers[name] = Worker(name, network, args.images or NETWORKS[network].images)
+            workers[name] = Worker(name, network, count_images(args, network))
             stack.callback(workers[name].close)
             bar.advance(starting)
         bar.remove_task(starting)
@@ -96,10 +99,16 @@ def measure(args: argparse.Namespace, network: str, console: Console) -> dict[st
         except KeyboardInterrupt:
             console.print("interrupted: reporting what was measured")
         return {
+            "images": count_images(args, network),
             "workers": {name: worker.about for name, worker in workers.items() if worker.about},
             "absent": {name: worker.error for name, worker in workers.items() if worker.error},
             "records": records,
         }
+
+
+def count_images(args: argparse.Namespace, network: str) -> int:
+    """The number of images in memory for a network."""
+    return args.images or NETWORKS[network].images
 
 
 def supports(peer: str, network: Network) -> bool:
@@ -123,7 +132,7 @@ def main(argv: list[str]) -> int:
     result: dict[str, Any] = {
         "date": now(),
         "arguments": argv,
-        "settings": {name: getattr(args, name) for name in ("batch_sizes", "rounds", "seconds", "images")},
+        "settings": {name: getattr(args, name) for name in ("batch_sizes", "rounds", "seconds")},
         "machine": machine(),
         "networks": {},
     }

@@ -58,7 +58,7 @@ class FileSource:
     def column(self, name: str = "") -> np.ndarray:
         """A column of the table as f64[n], by default the weights. Raises UserError for an unknown one."""
         name = name or self.weight
-        if not name:  # a column may have an empty name: pandas writes the index of a table so
+        if not name:  # a column may have an empty name, as the index that pandas writes
             raise UserError("the table has no column of weights; name one by weight='…' in data.source")
         if name not in self.columns:
             raise UserError(unknown("column", name, self.columns))

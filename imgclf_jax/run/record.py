@@ -267,7 +267,8 @@ def _runs_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
     if (real := folder.resolve()) in seen:  # a symlink may form a cycle
         return
     seen.add(real)
-    if any((folder / name).is_file() for name in ("config.json", "result.json")):  # without a config it is told of
+    # A folder with a result alone has lost its config, which reading it reports.
+    if any((folder / name).is_file() for name in ("config.json", "result.json")):
         yield folder
     for inner in sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in _NOT_RUNS):
         yield from _runs_below(inner, seen)

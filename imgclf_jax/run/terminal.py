@@ -86,7 +86,7 @@ def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def print_json(value: Json) -> None:
-    """Prints JSON on standard output, with null for NaN and infinity, which are no JSON."""
+    """Prints JSON on standard output, with null for NaN and infinity, which JSON does not have."""
     print(json.dumps(_finite(value), indent=2))
 
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import config as configs
 from imgclf_jax import losses, metrics, programs
-from imgclf_jax.core import processes, tree
+from imgclf_jax.core import processes, spec, tree
 from imgclf_jax.core.typing import Function
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
@@ -106,7 +106,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     if not processes.index():
         for sentence in (*overlap_warnings(config.data, config.data.eval, base), *selection_warnings(config)):
             log.warning("%s", sentence)
-    even = config.data.sampling.startswith(("permutation", "repeated"))  # each example equally often
+    even = spec.parse_one(config.data.sampling).name in ("permutation", "repeated")  # each example equally often
     if losses.needs_class_counts(config.loss) and not even and not processes.index():
         log.warning(
             "loss=%r weights the classes by their numbers in data.train, but data.sampling=%r draws them in other "

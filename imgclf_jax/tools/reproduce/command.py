@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import logging
-import math
 import shutil
 import sys
 import tempfile
@@ -200,8 +199,8 @@ def _print(
 
 def _as_json(word: str, end: int, compared: Comparison, found: list[Difference], output: str | None) -> JsonObject:
     def value(of: Any) -> JsonObject | None:
-        """Converts a metric; `relative` is null if only one of the values is finite."""
-        return of and of._asdict() | {"relative": of.relative if math.isfinite(of.relative) else None}
+        """Converts a metric, with the property that `_asdict` omits."""
+        return of and of._asdict() | {"relative": of.relative}
 
     return {
         "verdict": word,
