@@ -93,6 +93,7 @@ def arm() -> None:
     kind, after, left, number = PLAN.get("flip"), PLAN["after"], PLAN.get("times", 1), 0
     rng, calls, checks = np.random.default_rng(PLAN.get("seed", 0)), iter(range(10**9)), iter(range(10**9))
     train, check, check_replicas = replay.Replays.train, replay.Replays.check, replay.Replays.check_replicas
+    corrupted = replay.Replays.corrupted
     pending: int | None = None  # the step of a lost bit that no comparison has met
 
     def flipped(state: Any, step: int) -> Any:
@@ -126,19 +127,22 @@ def arm() -> None:
     def faulty_check_replicas(self: Any, state: Any, step: int) -> None:
         compare(step, pending == step, lambda: check_replicas(self, state, step))
 
+    def found_corrupted(self: Any, step: int, what: str) -> None:
+        nonlocal pending
+        pending = None
+        note(f"found at step {step}")
+        corrupted(self, step, what)
+
     def compare(step: int, flips: bool, comparison: Callable[[], None]) -> None:
         nonlocal pending
         pending = None
-        try:
-            comparison()
-        except Exception:
-            note(f"found at step {step}")
-            raise
+        comparison()
         if flips:
             note(f"missed at step {step}")
 
     replay.Replays.train, replay.Replays.check = faulty_train, faulty_check
     replay.Replays.check_replicas = faulty_check_replicas  # type: ignore[method-assign]
+    replay.Replays.corrupted = found_corrupted
 
 
 if PLAN:

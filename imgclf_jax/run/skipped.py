@@ -24,6 +24,10 @@ log = logging.getLogger(__name__)
 NAME = "skipped.jsonl"
 
 
+class Impossible(Exception):
+    """The state counts skipped steps that no run can have: a device computed wrongly, or its memory lost a bit."""
+
+
 class Rollback(Exception):
     """The run leaves out the steps `first` to `until` - 1, and continues from the state of step `first`."""
 
@@ -70,6 +74,7 @@ class Skipped:
         self._path, self._seed = folder / NAME, seed
         self._file: writers.RecordFile | None = None
         self._known = _fetch(guard)[0] if guard is not None else np.zeros(1, int)
+        self._step = start
         lines = writers.read_metrics(self._path) if not processes.index() else []
         if lines:
             self._open(line for line in lines if "until" in line or line["step"] < start)
@@ -79,35 +84,47 @@ class Skipped:
             self._file = file = writers.RecordFile(self._path, kept)
         return file
 
-    def note(self, guard: Guard) -> int:
-        """Records the steps skipped since the last call, and returns their number over all seeds.
+    def note(self, guard: Guard, step: int) -> int | None:
+        """Records the steps skipped since the last call, of a run that is at `step`.
 
-        Raises UserError if there are more than the guard remembers: a run that skips so many has diverged.
+        Returns the latest if they are more than the guard remembers: such a run has diverged. Raises Impossible, and
+        records nothing, if they are more than the steps since the last call, or other steps.
         """
-        skipped, steps, losses = _fetch(guard)  # [seeds], [seeds, RECENT], [seeds, RECENT]
-        new, self._known = skipped - self._known, skipped
-        if not new.any():
-            return 0
+        own = [x.tolist() for x in _fetch(guard)]
+        # Process 0 decides, since a bit may be lost in the replica of one. [seeds], [seeds, RECENT], [seeds, RECENT]
+        skipped, steps, losses = map(np.asarray, processes.broadcast_from_process_0("skipped steps", lambda: own))
+        new, since = skipped - self._known, range(self._step, step)
+        if (new < 0).any() or (new > len(since)).any():
+            raise Impossible(f"counts {', '.join(map(str, new))} skipped steps in {len(since)}")
         lines = []
         for seed in np.flatnonzero(new):
             places = (skipped[seed] - 1 - np.arange(min(new[seed], RECENT))) % RECENT
             lines += [_line(int(steps[seed, i]), self._seed + int(seed), float(losses[seed, i])) for i in places]
         lines.sort(key=lambda line: (line["step"], line["seed"]))
-        if not processes.index():
+        if wrong := [line["step"] for line in lines if line["step"] not in since]:
+            raise Impossible(f"says that step {wrong[0]} was skipped among the steps {since.start} to {step - 1}")
+        self._known, self._step = skipped, step
+        if lines and not processes.index():
             with writers.naming_errors(str(self._path)):
                 file = self._file or self._open()
                 for line in lines:
                     file.write(line)
                 file.flush()
-        if new.max() > RECENT:
-            raise UserError(f"{new.max()} steps up to step {lines[-1]['step']} were skipped since the last log line, "
-                            f"and {RECENT} are the most: the run has diverged, or its data are damaged (the latest "
-                            f"steps are in {self._path}); lower the learning rate, or set clip=1.0")  # fmt: skip
+        if lines and new.max() > RECENT:
+            return int(lines[-1]["step"])
         for line in lines:
             log.warning("step %d skipped: its loss %s (seed %d); launch.py show-batch --step=%d draws its batch",
                         line["step"], "is not finite" if line["loss"] is None else f"of {line['loss']:.4g} spikes",
                         line["seed"], line["step"])  # fmt: skip
-        return int(new.sum())
+        return None
+
+    def refuse(self, latest: int, verdict: str) -> None:
+        """Raises UserError about a run that skipped more steps than the guard remembers, `latest` the last of them."""
+        raise UserError(
+            f"more than {RECENT} steps up to step {latest} were skipped since the last log line: {verdict}the run has "
+            f"diverged, or its data are damaged (the latest steps are in {self._path}); lower the learning rate, or "
+            "set clip=1.0"
+        )
 
     def plan_rollback(self, bad_step: int, steps: int, total: int, reason: str) -> Rollback:
         """Plans to leave out the `steps` up to `bad_step`.

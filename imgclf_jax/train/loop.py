@@ -23,7 +23,7 @@ from imgclf_jax.run.goodput import TimeRecord
 from imgclf_jax.run.monitor import Monitor
 from imgclf_jax.run.phases import Phases
 from imgclf_jax.run.record import read_contradictions
-from imgclf_jax.run.skipped import Rollback, Skipped, count_skipped
+from imgclf_jax.run.skipped import Impossible, Rollback, Skipped, count_skipped
 from imgclf_jax.run.terminal import format_metrics
 from imgclf_jax.run.watchdog import Watchdog
 from imgclf_jax.run.workdir import Workdir
@@ -220,10 +220,16 @@ def _check_steps(
 ) -> None:
     """Notes the steps that were skipped; raises UserError, Rollback or Again for a bad step that was not."""
     policy = run.programs.recipe.bad_steps
+    diverged = None
     if policy.action == "skip" and state.guard is not None:
-        skipped.note(state.guard)
+        try:
+            diverged = skipped.note(state.guard, step)
+        except Impossible as e:
+            replays.corrupted(step, str(e))
     bad = diagnose.find_bad_step(done)
-    verdict = replays.recheck(bad[0] if bad else None, step)
+    verdict = replays.recheck(bad[0] if bad else diverged, step)
+    if diverged is not None:
+        skipped.refuse(diverged, verdict)
     if bad and policy.action == "rollback":
         rollback = skipped.plan_rollback(bad[0], policy.steps, run.cadences.total, bad[2])
         run.checkpoints.drop_after(rollback.first)

@@ -7,6 +7,7 @@ recomputation finds such faults: arXiv:2502.12340.
 
 import logging
 import time
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ class Replays:
                      time.perf_counter() - began)  # fmt: skip
             return
         what = "gives other bits when it is computed again" if differs.any() else "leaves replicas with other bits"
-        self._corrupted(steps.start, f"{what}: {self._checksums.describe(differs | replicas)}")
+        self.corrupted(steps.start, f"{what}: {self._checksums.describe(differs | replicas)}")
 
     def check_replicas(self, state: TrainState, step: int) -> None:
         """Compares the replicas of a state to save at `step`: a checkpoint holds one of each, and would hide the fault.
@@ -92,7 +93,29 @@ class Replays:
             return
         differs = self._checksums.differing_replicas(self._checksums(state))
         if differs.any():
-            self._corrupted(step, f"begins with replicas of other bits: {self._checksums.describe(differs)}")
+            self.corrupted(step, f"begins with replicas of other bits: {self._checksums.describe(differs)}")
+
+    def corrupted(self, step: int, what: str) -> NoReturn:
+        """Goes back to the latest confirmed state, since the step `what`, or refuses to go on.
+
+        Raises UserError, or Again after a rollback. Without `check_every` no state is confirmed, and it always refuses.
+        """
+        self._record(step, what)
+        if self._run.cadences.check is None:
+            self._run.checkpoints.close()
+            raise UserError(
+                f"step {step} {what}: {_VERDICT}; test the devices, then run the same command on others: it continues "
+                f"from {self._latest()} (check_every='1000 steps' finds such faults earlier)"
+            )
+        forget_left_out(self._run.workdir.path, self._confirmed or 0)
+        kept = self._go_back()
+        if self._continues():
+            log.warning(
+                "step %d %s: %s; the run continues from %s, the latest confirmed state", step, what, _VERDICT, kept
+            )
+            raise Again
+        raise UserError(f"step {step} {what}{self._times()}: {_VERDICT}; test the devices, then run the same command "
+                        f"on others: it continues from {kept} (all findings are in {self._path})")  # fmt: skip
 
     def recheck(self, bad: int | None, step: int) -> str:
         """Returns in words what recomputing a bad step showed, once training is at `step`; "" if nothing yet.
@@ -119,18 +142,6 @@ class Replays:
             raise Again
         return ""
 
-    def _corrupted(self, step: int, what: str) -> None:
-        self._record(step, what)
-        forget_left_out(self._run.workdir.path, self._confirmed or 0)
-        kept = self._go_back()
-        if self._continues():
-            log.warning(
-                "step %d %s: %s; the run continues from %s, the latest confirmed state", step, what, _VERDICT, kept
-            )
-            raise Again
-        raise UserError(f"step {step} {what}{self._times()}: {_VERDICT}; test the devices, then run the same command "
-                        f"on others: it continues from {kept} (all findings are in {self._path})")  # fmt: skip
-
     def _confirm(self, step: int) -> None:
         self._confirmed = step
         self._run.checkpoints.confirm(step)
@@ -140,7 +151,11 @@ class Replays:
         checkpoints = self._run.checkpoints
         checkpoints.drop_after(self._confirmed or 0)
         checkpoints.close()
-        return f"the checkpoint of step {checkpoints.latest}" if checkpoints.latest else "the beginning"
+        return self._latest()
+
+    def _latest(self) -> str:
+        latest = self._run.checkpoints.latest
+        return f"the checkpoint of step {latest}" if latest else "the beginning"
 
     def _continues(self) -> bool:
         return self._rollback and self._found < _MOST

@@ -181,12 +181,20 @@ def test_bad_steps_in_a_row_are_left_out_one_after_the_other(poisoned, tmp_path,
 
 
 @pytest.mark.thorough
-def test_a_run_that_skips_everything_ends(poisoned, tmp_path, one_device):
+@pytest.mark.parametrize("check", ["", "100 steps"])
+def test_a_run_that_skips_everything_ends(check, poisoned, tmp_path, one_device):
+    """With `check_every` the steps are computed again before the data are blamed."""
+    poisoned.check_every = check
     poisoned.on_bad_step, poisoned.total, poisoned.log_every, poisoned.checkpoint_every = "skip", "90 steps", "", ""
     every = tuple((0, epoch) for epoch in range(90))
     poisoned.augment = f"normalize|poisoned:poison({every})"
     poisoned.batch_size = EXAMPLES  # so every step has the example
-    with pytest.raises(UserError, match=r"90 steps up to step 89 were skipped .* 64 are the most"):
+    with pytest.raises(
+        UserError,
+        match=r"64 steps up to step 89 were .*: "
+        + ("computed twice with the same result, .* blame; " if check else "")
+        + "the run has diverged",
+    ):
         train.main(poisoned, Workdir(tmp_path))
 
 

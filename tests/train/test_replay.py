@@ -14,10 +14,12 @@ from cases import thorough
 from faults import flip
 from test_bad_steps import POISON, outcome, poisoned, step_of  # noqa: F401  a fixture
 
+from imgclf_jax import bad_steps
 from imgclf_jax.core import sharding
 from imgclf_jax.core.checksums import Checksums
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.run import skipped
+from imgclf_jax.run.skipped import Impossible, Skipped
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.train import loop as train
@@ -89,7 +91,7 @@ def test_every_bit_that_a_computation_loses_is_found(more, number, fake_config, 
     run = set_up(config, Workdir(tmp_path))
     replays, found = replay.Replays(config, Workdir(tmp_path)), []
     replays.attach(run)
-    monkeypatch.setattr(replays, "_corrupted", lambda step, what: found.append(what))
+    monkeypatch.setattr(replays, "corrupted", lambda step, what: found.append(what))
 
     def step(state, chunk):
         return run.programs.train(replays._copy(state), run.programs.zero_sums(), chunk, np.int32(1))[0]
@@ -191,6 +193,67 @@ def test_no_checkpoint_hides_a_replica_that_differs(fake_config, tmp_path, monke
     [line] = read_metrics(tmp_path / "b" / "corruption.jsonl")
     assert line["step"] == 8
     assert line["found"].startswith("begins with replicas of other bits: params/head/bias on device ")
+    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
+
+
+IMPOSSIBLE = [  # of a guard that has skipped steps 3 and 7, at step 10: (what a bit makes of it, what is said)
+    (lambda guard: guard.replace(skipped=guard.skipped + 1024), "counts 1026 skipped steps in 10"),
+    (
+        lambda guard: guard.replace(skipped=guard.skipped ^ jnp.int32(-(2**31))),
+        "counts -2147483646 skipped steps in 10",
+    ),
+    (lambda guard: guard.replace(skipped=guard.skipped + 1), "says that step -1 was skipped among the steps 0 to 9"),
+    (lambda guard: guard.replace(steps=guard.steps.at[1].add(16)), "says that step 23 was skipped among"),
+]
+
+
+@pytest.mark.parametrize(("lose", "said"), IMPOSSIBLE)
+def test_counts_of_skipped_steps_that_no_run_has_are_corruption(lose, said, tmp_path):
+    policy, loss = bad_steps.build("skip", ""), jnp.float32(1)
+    guard = start = policy.init()
+    for step in range(10):
+        guard = policy.updated(guard, jnp.int32(step), loss, jnp.bool_(step in (3, 7)))
+    record = Skipped(tmp_path, 0, start, 0)
+    with pytest.raises(Impossible, match=f"^{said}"):
+        record.note(lose(guard), 10)
+    assert record.note(guard, 10) is None
+    assert [line["step"] for line in read_metrics(tmp_path / "skipped.jsonl")] == [3, 7]
+    record.close()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("check", ["", "6 steps"])
+def test_a_bit_lost_in_the_count_of_skipped_steps_is_found(check, fake_config, tmp_path, monkeypatch):
+    """The message blamed the data: "1024 steps up to step -1 were skipped"."""
+    config, original, lost = fake_config, replay.Replays.train, []
+    config.total, config.check_every, config.checkpoint_every, config.log_every = (
+        "12 steps",
+        check,
+        "2 steps",
+        "2 steps",
+    )
+    config.on_bad_step, config.on_corruption = "skip", "rollback"
+    assert train.main(config, Workdir(tmp_path / "a")) == 0
+
+    def compute(self, state, window, chunk, steps):
+        state, window = original(self, state, window, chunk, steps)
+        if steps.stop == 8 and not lost:
+            lost.append(steps)
+            state = state.replace(guard=state.guard.replace(skipped=flip(state.guard.skipped, 2, 1)))
+        return state, window
+
+    monkeypatch.setattr(replay.Replays, "train", compute)
+    if check:
+        assert train.main(config, Workdir(tmp_path / "b")) == 0
+    else:
+        with pytest.raises(
+            UserError,
+            match=r"^step 8 counts 1024 skipped steps in 2: a device .* continues from the checkpoint of step 6",
+        ):
+            train.main(config, Workdir(tmp_path / "b"))
+        assert train.main(config, Workdir(tmp_path / "b")) == 0
+    [line] = read_metrics(tmp_path / "b" / "corruption.jsonl")
+    assert (line["step"], line["found"]) == (8, "counts 1024 skipped steps in 2")
     assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
 
 
