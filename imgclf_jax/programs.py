@@ -414,6 +414,10 @@ class Programs:
         The metrics of those steps are added to `sums`. The state's buffers are donated. For chunks see `placement`.
         """
         compiled, fixed = self.traced_train.lower().compile(), self.fixed
+        if self.platform == "cpu":
+            found = compiled.memory_analysis()
+            new = found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
+            classifier.check_training_size(0, found.argument_size_in_bytes + new)
         return (lambda *args: compiled(*args, *fixed)) if fixed else compiled
 
     # Evaluation and inference.

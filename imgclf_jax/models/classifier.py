@@ -23,6 +23,8 @@ from imgclf_jax.models.backbones import BACKBONES
 _MOST_CALLS = 4_000
 _MOST_PARAMETERS = 2**30
 _MOST_BATCH_BYTES = 2**30  # all seeds together
+_MOST_STATE_BYTES = 2**29  # of a run to train, as the next
+_MOST_PROGRAM_BYTES = 2**30  # what the compiled train step keeps in the host's memory
 
 # Initializers of the head's kernel [d, num_classes]. Its bias starts at zero.
 HEAD_INITS: dict[str, Function] = {
@@ -135,3 +137,12 @@ def check_size(parameters: Iterable[tuple[int, ...]], batch: tuple[int, ...]) ->
     """Raises UserError if parameters of these shapes, or a batch uint8[b, h, w, c], exceed the untrusted limits."""
     spec.check_bound(sum(map(math.prod, parameters)), _MOST_PARAMETERS, "parameters")
     spec.check_bound(math.prod(batch), _MOST_BATCH_BYTES, "bytes of images in a batch")
+
+
+def check_training_size(state: int, program: int = 0) -> None:
+    """Raises UserError if training with so many bytes of host memory exceeds the untrusted limits.
+
+    `state` is the size of the train state, `program` that of all buffers of the compiled train step.
+    """
+    spec.check_bound(state, _MOST_STATE_BYTES, "bytes of parameters and optimizer state to train")
+    spec.check_bound(program, _MOST_PROGRAM_BYTES, "bytes of buffers in its compiled train step")
