@@ -184,6 +184,24 @@ def test_the_watchdog_names_the_process_that_is_stopped(tmp_path):
 
 
 @pytest.mark.thorough
+def test_the_heartbeat_names_the_process_that_is_stopped(tmp_path):
+    """While the watchdog is patient, as in a save, JAX may end the process first."""
+    started = check.start(tmp_path / "run", 2, 1, (*check.LONG, "--config.watchdog=20 s"), heartbeat=12)
+    try:
+        end = time.monotonic() + 180
+        while not list((tmp_path / "run").glob("checkpoints/[0-9]*")) and time.monotonic() < end:
+            time.sleep(0.2)
+        started[1].send_signal(signal.SIGSTOP)
+        assert started[0].wait(60) == 1
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    log = Path(f"{tmp_path}/run.log.0").read_text()
+    assert re.search(r"process 0 \(.*\): process 1 \(.*\) of this run has died or cannot be reached", log)
+
+
+@pytest.mark.thorough
 def test_two_processes_roll_back_together(tmp_path):
     """They leave out the same steps as one, after the bad one was computed twice, and go on."""
     words = (*check.SMALL, "--config.model=mlp(widths=(16,))", "--config.total=40 steps", "--config.eval_every=",

@@ -39,8 +39,6 @@ WAIT = 600.0  # seconds that processes wait for each other
 QUICK = 20.0  # for calls that take no time
 PREPARING = 86400.0  # while a process may download a data set
 ALIKE = "start all processes with the same command, code, versions and environment"
-_DIED = ("another process of this run has died or cannot be reached, so this one ends; run the same command again in "
-         "all processes")  # fmt: skip
 _LOST_PEER = re.compile("Gloo .* failed|remote process exited")  # by Gloo and by NCCL
 _count, _index = 1, 0
 _hosts: list[str] = []  # the host of each process
@@ -49,6 +47,7 @@ _watcher: threading.Thread | None = None
 _failure = ""  # the error that ends this process
 stops: list[tuple[str, int]] = []  # (signal name, process) of the signals that other processes received
 listeners: list[Callable[[str, int], None]] = []  # called with each of these as it arrives
+silent: list[int] = []  # the processes that give no sign of life, as far as this one knows
 
 
 def has_started_several() -> bool:
@@ -118,11 +117,18 @@ def start(
     _hosts = [f"host {name}" for name in gather("join", socket.gethostname(), QUICK)]
 
 
+def _died() -> str:
+    """The sentence of a process that ends since another one is lost."""
+    who = ", ".join(map(named, sorted(silent))) or "another process"
+    return (f"{who} of this run has died or cannot be reached, so this one ends; run the same command again in all "
+            "processes")  # fmt: skip
+
+
 def _end_with_status_1() -> None:
     """Turns JAX's `abort` after the death of another process into one line and status 1."""
 
     def end(_: int) -> None:
-        os.write(2, f"{named(index())}: {_DIED}\n".encode())
+        os.write(2, f"{named(index())}: {_died()}\n".encode())
         os._exit(1)
 
     global _handler
@@ -314,7 +320,7 @@ def _explain(error: BaseException) -> BaseException:
     """A UserError in place of the error of a collective whose other process has died; else `error`."""
     if _count == 1 or not isinstance(error, jax.errors.JaxRuntimeError) or not _LOST_PEER.search(str(error)):
         return error
-    return UserError(f"{named(index())}: {_DIED} ({reason(error)})")
+    return UserError(f"{named(index())}: {_died()} ({reason(error)})")
 
 
 def end(status: int) -> NoReturn:

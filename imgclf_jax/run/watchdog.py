@@ -46,6 +46,9 @@ class Watchdog:
         self._poll = min(5.0, max(0.05, limit / 10)) if limit else 5.0
         self._ended = threading.Event()
         self._published = 0
+        self._unchanged: dict[
+            str, tuple[int, int]
+        ] = {}  # of each process, the number it published, and for how many polls
         self._readings: dict[int, stragglers.Reading] = {}  # a minute ago
         self._compared = -stragglers.EVERY
 
@@ -110,16 +113,25 @@ class Watchdog:
                     "host": seconds["input"] + seconds["other"], "steps": seconds["steps"]}  # fmt: skip
             with contextlib.suppress(Exception):  # the service may be what has ended
                 processes.publish(f"alive/{processes.index()}", said, again=True)
-                self._find_stragglers()
+                if not processes.index():
+                    everyone = processes.published("alive")
+                    self._find_silent(everyone)
+                    self._find_stragglers(everyone)
 
-    def _find_stragglers(self) -> None:
-        """Logs, in process 0 and once a minute, the processes that the others wait for."""
+    def _find_silent(self, everyone: JsonObject) -> None:
+        """Notes the processes that published nothing new in three polls, to name them if JAX ends this process."""
+        for name, said in everyone.items():
+            number, polls = self._unchanged.get(name, (-1, 0))
+            self._unchanged[name] = said["number"], polls + 1 if said["number"] == number else 0
+        processes.silent = [int(name) for name, (_, polls) in self._unchanged.items() if polls >= 3 and name != "0"]
+
+    def _find_stragglers(self, everyone: JsonObject) -> None:
+        """Logs, once a minute, the processes that the others wait for."""
         now = time.monotonic()
-        if processes.index() or now - self._compared < stragglers.EVERY:
+        if now - self._compared < stragglers.EVERY:
             return
         readings = {
-            int(name): stragglers.Reading(said["step"], said["host"], said["steps"])
-            for name, said in processes.published("alive").items()
+            int(name): stragglers.Reading(said["step"], said["host"], said["steps"]) for name, said in everyone.items()
         }
         for sentence in stragglers.describe(stragglers.find(self._readings, readings), processes.named):
             log.warning("%s", sentence)

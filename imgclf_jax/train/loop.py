@@ -218,8 +218,12 @@ def _log_training(run: Run, step: int, record: dict[str, float], writer: Metrics
 def _check_steps(
     run: Run, done: dict[str, np.ndarray], state: TrainState, step: int, skipped: Skipped, replays: Replays
 ) -> None:
-    """Notes the steps that were skipped; raises UserError, Rollback or Again for a bad step that was not."""
+    """Notes the steps that were skipped; raises UserError, Rollback or Again for a bad step that was not.
+
+    Likewise for counts in the state that no run can have.
+    """
     policy = run.programs.recipe.bad_steps
+    replays.check_step_count(state, step)
     diverged = None
     if policy.action == "skip" and state.guard is not None:
         try:

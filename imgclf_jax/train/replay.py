@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax import metrics
-from imgclf_jax.core import processes
+from imgclf_jax.core import processes, sharding
 from imgclf_jax.core.checksums import Checksums
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Chunk
@@ -95,6 +95,17 @@ class Replays:
         if differs.any():
             self.corrupted(step, f"begins with replicas of other bits: {self._checksums.describe(differs)}")
 
+    def check_step_count(self, state: TrainState, step: int) -> None:
+        """Compares the state's own count of steps, on each process, with the loop's. Raises as `check` does.
+
+        A state with another count draws other random numbers, and a checkpoint of it cannot be restored.
+        """
+        own = np.unique(sharding.fetch(state.step)).tolist()
+        # Only with `check_every` do the processes go back together; else the one that finds it ends the others.
+        every = processes.gather("counts of steps", own) if self._run.cadences.check is not None else [own]
+        if wrong := [count for counts in every for count in counts if count != step]:
+            self.corrupted(step, f"has a state that counts {wrong[0]} steps")
+
     def corrupted(self, step: int, what: str) -> NoReturn:
         """Goes back to the latest confirmed state, since the step `what`, or refuses to go on.
 
@@ -130,8 +141,10 @@ class Replays:
             what = "was bad, and is not when it is computed again"
             self._record(suspect, what)
             if not self._continues():
-                raise UserError(f"step {suspect} {what}{self._times()}: {_VERDICT}; run the same command on other "
-                                "devices, or continue with on_corruption='rollback'")  # fmt: skip
+                raise UserError(
+                    f"step {suspect} {what}{self._times()}: {_VERDICT}; run the same command on other devices: it "
+                    f"continues from {self._go_back()}; or add on_corruption='rollback'"
+                )
         if bad is not None and bad == suspect:
             self.suspect = None
             return "computed twice with the same result, so the data or the optimization are to blame; "
