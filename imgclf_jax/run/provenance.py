@@ -29,6 +29,12 @@ _PACKAGES = ("imgclf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 # JAX's options that may differ between processes, or that change no result.
 _OF_ONE_PROCESS = "cache|device|debug|_log_|logging|dump|traceback|profil|timeout|address|mtls|pprint"
 # The entries that determine class names, losses and statistics.
+# The types of entries that commands read; the others are only shown.
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(("data", "evals", "git", "init_from", "jax_options", "modules", "packages", "unreadable",
+                     "versions"), dict),
+    **dict.fromkeys(("changed", "command", "devices", "extended"), list),
+}  # fmt: skip
 _FACTS = ("data", "evals", "batch_norm_groups", "init_from", "unreadable")
 _OF_COMPILERS = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 _OPTIONS = "JAX_(?!COMPILATION_CACHE|PERSISTENT_CACHE)"  # JAX's environment variables, except those of its cache
@@ -228,6 +234,16 @@ def load_data_info(path: Path) -> DataInfo:
         what = "is damaged; remove it" if path.is_file() else "is missing"
         raise UserError(f"{path} {what}, and run train again with the config and work directory of this run, which "
                         "writes it anew from the data") from e  # fmt: skip
+
+
+def well_formed(recorded: JsonMapping) -> JsonObject:
+    """The content of a provenance.json without entries that no run writes, as if they had not been recorded."""
+    found: JsonObject = {name: value for name, value in recorded.items() if isinstance(value, _TYPES.get(name, object))}
+    for name in found.keys() & {"changed", "extended"}:
+        found[name] = [one for one in found[name] if isinstance(one, dict) and type(one.get("step")) is int]
+    if not isinstance(found.get("git", {}).get("commit"), str):
+        found.pop("git", None)
+    return found
 
 
 def pin_groups(config: ConfigDict, mesh: str, recorded: JsonMapping) -> ConfigDict:

@@ -16,7 +16,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 from imgclf_jax.run import bundle, writers
 from imgclf_jax.run.digests import find_changed_metrics
-from imgclf_jax.run.provenance import find_edits, load_data_info, load_evals, parse_json
+from imgclf_jax.run.provenance import find_edits, load_data_info, load_evals, parse_json, well_formed
 from imgclf_jax.run.workdir import Workdir
 
 log = logging.getLogger(__name__)
@@ -130,8 +130,8 @@ class Record:
 
     @cached_property
     def provenance(self) -> JsonObject:
-        """The content of provenance.json; {} if there is none."""
-        return self._json("provenance.json")
+        """The content of provenance.json, see `well_formed`; {} if there is none."""
+        return well_formed(self._json("provenance.json"))
 
     @cached_property
     def result(self) -> JsonObject:
@@ -163,7 +163,8 @@ class Record:
     @cached_property
     def contradictions(self) -> list[str]:
         """Sentences on where its files contradict each other or have been edited: see `contradictions`."""
-        return contradictions(self.result, self.digests, self.metrics) + find_edits(self.files, self.provenance)
+        edits = find_edits(self.files, self._json("provenance.json"))
+        return contradictions(self.result, self.digests, self.metrics) + edits
 
     @cached_property
     def total(self) -> int | None:

@@ -7,11 +7,9 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from imgclf_jax.core import processes
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.models import summary
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run import record
-from imgclf_jax.run.provenance import read_json
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.pages.html import write
 from imgclf_jax.tools.report import page as report_page
@@ -57,11 +55,8 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
         sentence = f"Code has changed since the run trained ({', '.join(modules)}): the numbers need not be the run's."
         findings = dataclasses.replace(findings, missing=(sentence, *findings.missing))
         log.warning("%s", sentence)
-    provenance = read_json(workdir.provenance) if workdir.provenance.is_file() else {}
-    if not isinstance(provenance, dict):
-        raise UserError(f"{workdir.provenance} is damaged: it must hold a JSON object")
     path = Path(html) if html else workdir.path / "report.html"
     if not processes.index():
-        write(path, report_page.page(run, provenance, findings, names))
+        write(path, report_page.page(run, run.provenance, findings, names))
         print(f"wrote {path}")
     return 0

@@ -242,7 +242,7 @@ def _names(packages: Iterable[str]) -> str:
 
 
 def _commit(git: JsonMapping) -> str | None:
-    return f"{git['commit'][:12]}{', changed' if git.get('changed') else ''}" if git.get("commit") else None
+    return f"{str(git['commit'])[:12]}{', changed' if git.get('changed') else ''}" if git.get("commit") else None
 
 
 def _devices(value: Json) -> str | None:

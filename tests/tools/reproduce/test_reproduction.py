@@ -136,3 +136,4 @@ def test_code_that_changed_in_the_middle_of_a_run():
 def test_a_record_without_provenance_differs_in_nothing():
     assert differences({}, WHOLE) == []
     assert differences({"data": 3, "versions": [], "devices": 1, "git": "x", "xla_flags": 4}, WHOLE) == []
+    assert differences({"git": {"commit": -1e28}}, WHOLE) != []  # it had ended in a traceback
