@@ -6,7 +6,6 @@
 import collections
 import contextlib
 import logging
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
@@ -35,7 +34,7 @@ class Monitor:
         self, start: int, total: int, images_a_step: int, profile: tuple[int, int] | None, folder: Path, phases: Phases
     ):
         self.phases = phases
-        self.throughput = Throughput(images_a_step)
+        self.throughput = Throughput(images_a_step, phases)
         self.edges: tuple[int, ...] = ()  # the first and last step of the trace, where a call must end
         self._folder = folder / "profile"
         self._in_flight: collections.deque[PyTree] = collections.deque()
@@ -62,18 +61,16 @@ class Monitor:
         chunks = iter(chunks)
         first = True
         while True:
-            before = time.perf_counter()
             self.phases.enter("input")
             item = next(chunks, None)
             if item is None:
                 self.phases.enter("other")
                 return
+            idle = not self._in_flight or self._in_flight[-1].is_ready()  # else the device was busy all the time
+            self.phases.enter("steps", counted_as="" if idle else "steps")
             if first:
                 self.throughput.restart()
-            idle = not self._in_flight or self._in_flight[-1].is_ready()  # else the device was busy all the time
-            waited = time.perf_counter() - before if idle and not first else 0.0
-            self.throughput.count_steps(len(item[0]), waited)
-            self.phases.enter("steps", counted_as="" if idle else "steps")
+            self.throughput.count_steps(len(item[0]))
             if self.edges and item[0].start == self.edges[0] and not processes.index():
                 self._wait()
                 options = jax.profiler.ProfileOptions()
@@ -100,12 +97,10 @@ class Monitor:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, the clock stops, since the time is not training time."""
-        self.throughput.pause()
+        """Time inside does not count as training time."""
         self.phases.enter("other")
         yield
         self.phases.enter("steps")
-        self.throughput.resume()
 
     def lap(self) -> dict[str, float]:
         """{"images_per_second", "input_wait"} since the last lap; called while paused."""
@@ -122,42 +117,29 @@ class Monitor:
 
 
 class Throughput:
-    """Images per second, and the fraction of time spent waiting for input, over training time."""
+    """Images per second, and the fraction of time spent waiting for input, over the phases "input" and "steps"."""
 
-    def __init__(self, batch_size: int):
-        self.batch_size = batch_size
-        self.seconds, self.steps = 0.0, 0  # over the whole process
-        self._active, self._window_steps, self._waited = 0.0, 0, 0.0
-        self.resume()
-
-    def resume(self) -> None:
-        """Starts the clock, for example after an evaluation."""
-        self._start = time.perf_counter()
-
-    def pause(self) -> None:
-        """Stops the clock."""
-        self._active += time.perf_counter() - self._start
-
-    def count_steps(self, steps: int, waited: float) -> None:
-        """Adds steps, for whose batches the device waited this many seconds."""
-        self._window_steps += steps
-        self._waited += waited
+    def __init__(self, batch_size: int, phases: Phases):
+        self.batch_size, self._phases = batch_size, phases
+        self.seconds, self.steps = 0.0, 0  # over all laps
+        self.restart()
 
     def restart(self) -> None:
-        """Resets the time so far, which was the wait for the first step."""
-        self._active, self._waited = 0.0, 0.0
-        self.resume()
+        """Begins a lap; the time and the steps so far belong to none."""
+        self._before, self._lap_steps = dict(self._phases.seconds), 0
+
+    def count_steps(self, steps: int) -> None:
+        """Adds steps to the lap."""
+        self._lap_steps += steps
 
     def lap(self) -> dict[str, float]:
-        """{"images_per_second", "input_wait"} since the last lap; called while paused."""
-        seconds = max(self._active, 1e-9)
-        out = {
-            "images_per_second": round(self._window_steps * self.batch_size / seconds, 1),
-            "input_wait": round(self._waited / seconds, 4),
-        }
-        self.seconds, self.steps = self.seconds + self._active, self.steps + self._window_steps
-        self._active, self._window_steps, self._waited = 0.0, 0, 0.0
-        return out
+        """{"images_per_second", "input_wait"} of the lap, which ends. Call it in another phase."""
+        waited, computed = (self._phases.seconds[name] - self._before[name] for name in ("input", "steps"))
+        seconds = max(waited + computed, 1e-9)
+        images = self._lap_steps * self.batch_size
+        self.seconds, self.steps = self.seconds + seconds, self.steps + self._lap_steps
+        self.restart()
+        return {"images_per_second": round(images / seconds, 1), "input_wait": round(waited / seconds, 4)}
 
 
 def _start_bar(start: int, total: int) -> tuple[progress.Progress, progress.TaskID] | None:

@@ -288,25 +288,29 @@ def test_a_writer_of_clu(tmp_path):
 
 
 def test_throughput(monkeypatch):
-    """Images/s and the fraction of waiting, only over the time between `resume` and `pause`."""
+    """Images/s and the fraction of waiting, only over the phases of training."""
     now = 100.0
-    monkeypatch.setattr(monitor.time, "perf_counter", lambda: now)
-    throughput = monitor.Throughput(32)
-    now += 2.0
-    for _ in range(10):
-        throughput.count_steps(1, waited=0.05)
-    throughput.pause()
+    monkeypatch.setattr("imgclf_jax.run.phases.time.monotonic", lambda: now)
+    phases = Phases()
+    throughput = monitor.Throughput(32, phases)
+
+    def spend(seconds, phase):
+        nonlocal now
+        phases.enter(phase)
+        now += seconds
+        phases.enter("other")
+
+    spend(0.5, "input")
+    spend(1.5, "steps")
+    throughput.count_steps(10)
     assert throughput.lap() == {"images_per_second": 160.0, "input_wait": 0.25}
-    now += 1000.0  # an evaluation
-    throughput.resume()
-    now += 1.0
-    throughput.count_steps(1, waited=0.0)
-    throughput.pause()
-    now += 50.0  # one without a record, then more of the same window
-    throughput.resume()
-    now += 3.0
-    throughput.count_steps(1, waited=1.0)
-    throughput.pause()
+    spend(1000.0, "evaluation")
+    spend(1.0, "steps")
+    throughput.count_steps(1)
+    spend(50.0, "checkpoint")  # without a record, then more of the same lap
+    spend(2.0, "steps")
+    spend(1.0, "input")
+    throughput.count_steps(1)
     assert throughput.lap() == {"images_per_second": 16.0, "input_wait": 0.25}
     assert (throughput.seconds, throughput.steps) == (6.0, 12)
 
