@@ -24,7 +24,7 @@ from imgclf_jax.losses import Task
 from imgclf_jax.methods import Problem
 from imgclf_jax.programs import Programs, programs_for_images
 from imgclf_jax.recipe import Recipe, check_names
-from imgclf_jax.run import provenance
+from imgclf_jax.run import digests, provenance
 from imgclf_jax.run.checkpoint import Checkpoints, Gone
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import Outputs, TrainState, apply_backbone
@@ -373,7 +373,7 @@ def restore_each(config: ConfigDict, workdir: Workdir, which: str) -> Iterator[T
 
     def load(step: int) -> Trained:
         model = Trained(programs, kept.restore(step, {"state": programs.state_shape}, optimizer=False)["state"], step)
-        workdir.check_parameters(step, model.state.params)
+        digests.check(workdir, step, model.state.params)
         return model
 
     return (load(int(step)) for step in asked)
@@ -414,7 +414,7 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
             if not intact:
                 raise
             raise UserError(f"{e}; --checkpoint={intact} names one that is whole") from e
-    workdir.check_parameters(step, run["state"].params)
+    digests.check(workdir, step, run["state"].params)
     log.info("checkpoint of step %d from %s", step, workdir.checkpoints)
     ended = processes.broadcast_from_process_0("reading the result", workdir.last_step)
     if step < ended and (which == "latest" or (not which and best is None)):

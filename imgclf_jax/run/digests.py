@@ -18,23 +18,24 @@ from imgclf_jax.core import processes, sharding, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import JsonMapping, Params
 from imgclf_jax.run import writers
-from imgclf_jax.run.provenance import read_json
+from imgclf_jax.run.workdir import Workdir
 
 log = logging.getLogger(__name__)
 
 
-def check(workdir: Path, checkpoint: Path, step: int, params: Params) -> None:
-    """Raises UserError if `params`, from a checkpoint, differ from those that the run recorded at `step`.
+def check(workdir: Workdir, step: int, params: Params) -> None:
+    """Raises UserError if `params`, from the checkpoint of `step`, differ from those that the run recorded there.
 
     The record is digests.jsonl or, for a step without a line there, result.json. Warns if neither has the step,
     although a run writes a line for each checkpoint. All processes call this.
     """
     recorded = processes.broadcast_from_process_0("reading digests.jsonl", lambda: _recorded(workdir, step))
+    checkpoint = workdir.checkpoints / str(step)
     if recorded and not recorded[1]:
         log.warning("%s has no line for step %d, so it is not known whether checkpoint %s is this run's",
-                    workdir / recorded[0], step, checkpoint)  # fmt: skip
+                    workdir.path / recorded[0], step, checkpoint)  # fmt: skip
     elif recorded and tree.sha256(params) != recorded[1]:
-        where = workdir / recorded[0]
+        where = workdir.path / recorded[0]
         raise UserError(
             f"checkpoint {checkpoint} holds other parameters than {where} records for step {step}: one of them is from "
             "another run; restore it, or remove the checkpoint to use an older one"
@@ -57,17 +58,15 @@ def find_changed_metrics(lines: Iterable[JsonMapping], metrics: Sequence[JsonMap
     return ""
 
 
-def _recorded(workdir: Path, step: int) -> tuple[str, str] | None:
+def _recorded(workdir: Workdir, step: int) -> tuple[str, str] | None:
     """The name of the file that records the parameters of a step, and their SHA-256; None if none does.
 
     The SHA-256 is "" if digests.jsonl has earlier steps but not this one.
     """
-    lines = writers.read_metrics(workdir / "digests.jsonl")
+    lines, result = writers.read_metrics(workdir.digests), workdir.read_result()
     found = [("digests.jsonl", line.get("params_sha256")) for line in lines if line["step"] == step]
-    with contextlib.suppress(UserError):  # a damaged result is skipped
-        result = read_json(workdir / "result.json")
-        if isinstance(result, dict) and result.get("step") == step:
-            found.append(("result.json", result.get("params_sha256")))
+    if result.get("step") == step:
+        found.append(("result.json", result.get("params_sha256")))
     if any(line["step"] < step for line in lines):
         found.append(("digests.jsonl", ""))
     return next(((name, digest) for name, digest in found if isinstance(digest, str)), None)

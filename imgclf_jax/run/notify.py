@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from imgclf_jax.core import processes, signals
-from imgclf_jax.core.errors import UserError, reason
-from imgclf_jax.run.provenance import read_json
+from imgclf_jax.core.errors import reason
+from imgclf_jax.run.workdir import Workdir
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +58,8 @@ def notifying(workdir: Path) -> Iterator[Callable[[int], None]]:
 
 def _summary(workdir: Path) -> str:
     """The main results of the run, in words."""
-    with contextlib.suppress(UserError, KeyError, TypeError):
-        result = read_json(workdir / "result.json")
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        result = Workdir(workdir).read_result()
         scores = [f"{name} accuracy {values['accuracy']:.4f}" for name, values in result.items()
                   if isinstance(values, dict) and "accuracy" in values]  # fmt: skip
         return ", ".join([f"step {result['step']}", *scores, f"{result['seconds']:.0f} s"])

@@ -16,7 +16,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 from imgclf_jax.run import bundle, writers
 from imgclf_jax.run.digests import find_changed_metrics
-from imgclf_jax.run.provenance import find_edits, load_data_info, load_evals, parse_json, well_formed
+from imgclf_jax.run.provenance import find_edits, load_evals, parse_json, well_formed
 from imgclf_jax.run.workdir import Workdir
 
 log = logging.getLogger(__name__)
@@ -169,14 +169,14 @@ class Record:
     @cached_property
     def total(self) -> int | None:
         """The number of steps by the config; None without provenance.json."""
-        return total_steps(self.workdir, self.config) if "provenance.json" in self.files else None
+        return self.workdir.total_steps(self.config) if "provenance.json" in self.files else None
 
     @cached_property
     def steps_per_epoch(self) -> float | None:
         """How many steps an epoch takes; None if the directory has no provenance.json."""
         if "provenance.json" not in self.files:
             return None
-        return load_data_info(self.workdir.provenance).train_examples / self.config.batch_size
+        return self.workdir.load_data_info().train_examples / self.config.batch_size
 
     @cached_property
     def final(self) -> JsonObject | None:
@@ -222,12 +222,6 @@ class Record:
         own = ("imgclf-jax", "imgclf_jax")  # comes from a clone, at the commit in provenance.json
         lines = [f"{name}=={version}\n" for name, version in found.items() if name not in own]
         return f"# Python {self.provenance.get('python', 'unknown')}\n" + "".join(lines)
-
-
-def total_steps(workdir: Workdir, config: ConfigDict) -> int:
-    """The number of steps of a run, from its config and recorded data. Raises UserError if it recorded no data."""
-    examples = load_data_info(workdir.provenance).train_examples
-    return configs.steps(config.total, "total", examples, config.batch_size)
 
 
 def read(path: Path) -> Record:

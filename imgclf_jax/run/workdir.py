@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax.core import places, processes, spec
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import JsonObject, Params
-from imgclf_jax.run import digests, lock
+from imgclf_jax.core.typing import JsonObject
+from imgclf_jax.run import lock
 from imgclf_jax.run.provenance import (
     DataInfo,
     changed_code,
@@ -86,21 +86,30 @@ class Workdir:
             raise UserError(f"{self.path} holds no run: there is no {places.absolute(self.config)}; train first, or "
                             "pass the run's --workdir")  # fmt: skip
         content = self.config.read_bytes()
-        provenance = read_json(self.provenance) if self.provenance.is_file() else {}
-        for wrong in find_edits({"config.json": content}, provenance):
+        for wrong in find_edits({"config.json": content}, self.read_provenance()):
             _warn_once(f"{self.path}: {wrong}: it may not say what the run was trained with")
         return configs.from_json(content, str(self.config))
+
+    def read_provenance(self) -> JsonObject:
+        """The content of provenance.json; {} without the file. Raises UserError if it is not JSON."""
+        found = read_json(self.provenance) if self.provenance.is_file() else {}
+        return found if isinstance(found, dict) else {}
+
+    def read_result(self) -> JsonObject:
+        """The content of result.json; {} if the run has not ended, or if the file is damaged."""
+        with contextlib.suppress(UserError):
+            found = read_json(self.result)
+            return found if isinstance(found, dict) else {}
+        return {}
 
     def load_data_info(self) -> DataInfo:
         """Loads the facts about the data from provenance.json. Raises UserError if it is missing or damaged."""
         return load_data_info(self.provenance)
 
-    def check_parameters(self, step: int, params: Params) -> None:
-        """Raises UserError unless the parameters of a checkpoint are those that the run recorded for its step.
-
-        All processes call this.
-        """
-        digests.check(self.path, self.checkpoints / str(step), step, params)
+    def total_steps(self, config: ConfigDict) -> int:
+        """The number of steps by a config, on the recorded data. Raises UserError if the run has recorded none."""
+        examples = self.load_data_info().train_examples
+        return configs.steps(config.total, "total", examples, config.batch_size)
 
     def untrusted(self, argv: Sequence[str] = ()) -> contextlib.AbstractContextManager[None]:
         """Inside, refuses imports and downloads that the run names, since anybody may have written it.
@@ -217,8 +226,7 @@ class Workdir:
 
     def changed_modules(self) -> list[str]:
         """The files of the user's imported modules that have changed since the run's last step."""
-        recorded = read_json(self.provenance) if self.provenance.is_file() else {}
-        return [name for name in changed_code(recorded) if name != "imgclf_jax"]
+        return [name for name in changed_code(self.read_provenance()) if name != "imgclf_jax"]
 
     def warn_of_changed_modules(self) -> None:
         """Warns, once each, about the user's own modules that have changed since the run's last step."""
@@ -235,34 +243,24 @@ class Workdir:
         """The config that the run continues with, whose BatchNorm statistics keep the groups that it began with."""
         if not self.provenance.is_file():
             return config
-        recorded = read_json(self.provenance)
         mesh = self.load_config().mesh if self.config.is_file() else config.mesh
-        return pin_groups(config, mesh, recorded if isinstance(recorded, dict) else {})
+        return pin_groups(config, mesh, self.read_provenance())
 
     def drop_later_result(self, start: int) -> None:
         """Removes result.json if it is from a later step than `start`, where the run resumes."""
-        try:
-            later = self.result.is_file() and read_json(self.result)["step"] > start
-        except (UserError, KeyError, TypeError):
-            later = False  # damaged; it is rewritten at the end
-        if later:
+        if self.last_step() > start:
             log.warning("the run resumes at step %d: removed %s, which was from a later step", start, self.result)
             self.result.unlink()
 
     def is_done(self, total: int) -> bool:
         """Whether the run has ended: result.json is readable and from step `total` or from an early stop."""
-        try:
-            result = read_json(self.result)
-            return bool(result["step"] == total or result.get("stopped_early"))
-        except (UserError, KeyError, TypeError, AttributeError):
-            return False
+        result = self.read_result()
+        return "step" in result and bool(result["step"] == total or result.get("stopped_early"))
 
     def last_step(self) -> int:
         """The step of result.json, at which the run ended; 0 without one that is readable."""
-        with contextlib.suppress(UserError, KeyError, TypeError):
-            step = read_json(self.result)["step"]
-            return step if type(step) is int else 0
-        return 0
+        step = self.read_result().get("step")
+        return step if type(step) is int else 0
 
     def record(
         self, config: ConfigDict, data: DataInfo, init_from: JsonObject | None = None, left_out: Sequence[str] = (),
@@ -291,12 +289,13 @@ class Workdir:
             if names := [name for name in evals if before.get(name, evals[name]) != evals[name]]:
                 raise UserError(f"the evaluation set {names[0]} of the run in {self.path} has changed (another "
                                 "fingerprint); restore its data, or pass another --workdir")  # fmt: skip
-            if init_from and read_json(self.provenance).get("init_from") != init_from:
+            recorded = self.read_provenance()
+            if init_from and recorded.get("init_from") != init_from:
                 raise UserError(f"the weights in {init_from['path']} have changed since the run in {self.path} began; "
                                 "restore them, or pass another --workdir")  # fmt: skip
-            if (recorded := read_json(self.provenance).get("fixed_sha256", "")) != fixed:
+            if (old_fixed := recorded.get("fixed_sha256", "")) != fixed:
                 raise UserError(f"method={config.method!r}: its fixed arrays have changed since the run in {self.path} "
-                                f"began (digest {fixed[:12] or 'none'}, recorded {recorded[:12] or 'none'}); restore "
+                                f"began (digest {fixed[:12] or 'none'}, recorded {old_fixed[:12] or 'none'}); restore "
                                 "what it loads, or pass another --workdir")  # fmt: skip
         else:
             whole = (

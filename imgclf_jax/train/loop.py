@@ -16,7 +16,7 @@ from imgclf_jax.core.stopping import Stopping, stopping
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import Chunk, JsonObject, PyTree
 from imgclf_jax.losses import Task
-from imgclf_jax.run import writers
+from imgclf_jax.run import digests, writers
 from imgclf_jax.run.digests import Digests
 from imgclf_jax.run.early_stopping import Stopper
 from imgclf_jax.run.goodput import TimeRecord
@@ -80,7 +80,7 @@ def _train_from_latest(
     """Trains the run from its latest checkpoint on, see `main`. Raises Rollback or Again if it has to go back."""
     run = adjusted(set_up(config, workdir, extend))
     if run.start:
-        workdir.check_parameters(run.start, run.state.params)
+        digests.check(workdir, run.start, run.state.params)
         for sentence in processes.broadcast_from_process_0(
             "reading the record", lambda: read_contradictions(workdir.path)
         ):

@@ -17,6 +17,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.methods import lora
 from imgclf_jax.programs import Programs
+from imgclf_jax.run import digests
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.weights import files, torch_names
@@ -143,7 +144,7 @@ def _read_workdir(path: Path, programs: Programs) -> Named:
     best = checkpoints.best_step()
     step = steps[-1] if best is None else best
     state = checkpoints.restore_any(step)["state"]
-    workdir.check_parameters(step, state["params"])
+    digests.check(workdir, step, state["params"])
     # The evaluated weights: the averages (params, model_state) if the run has any.
     params, model_state = state.get("ema") or (state["params"], state.get("model_state"))
     variables = jax.device_get({"params": params, **(model_state or {})})

@@ -119,15 +119,15 @@ def test_a_checkpoint_without_a_line(tmp_path, caplog):
     for step in (0, 2):
         digests.record(step, params())
     digests.close()
-    check(tmp_path, tmp_path / "checkpoints" / "2", 2, params())
+    check(Workdir(tmp_path), 2, params())
     assert not caplog.records
-    check(tmp_path, tmp_path / "checkpoints" / "4", 4, params())
+    check(Workdir(tmp_path), 4, params())
     assert f"{tmp_path}/digests.jsonl has no line for step 4, so it is not known whether" in caplog.text
     (tmp_path / "result.json").write_text(json.dumps({"step": 4, "params_sha256": digests.sha256()}))
     caplog.clear()
-    check(tmp_path, tmp_path / "checkpoints" / "4", 4, params())
+    check(Workdir(tmp_path), 4, params())
     (tmp_path / "digests.jsonl").unlink()  # of an earlier version
-    check(tmp_path, tmp_path / "checkpoints" / "6", 6, params())
+    check(Workdir(tmp_path), 6, params())
     assert not caplog.records
 
 

@@ -24,7 +24,6 @@ from imgclf_jax.core.text import decimals, printable
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run import lock, terminal
 from imgclf_jax.run.progress import Line
-from imgclf_jax.run.provenance import load_data_info
 from imgclf_jax.run.record import read_contradictions
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.sweep import plan as sweep_plan
@@ -205,8 +204,7 @@ class _Sweep:
         try:
             if configs.difference(workdir.load_config(), run.config, configs.free_keys(run.config)):
                 return False
-            examples = load_data_info(workdir.provenance).train_examples
-            return workdir.is_done(configs.steps(run.config.total, "total", examples, run.config.batch_size))
+            return workdir.is_done(workdir.total_steps(run.config))
         except UserError:
             return False
 

@@ -9,13 +9,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from imgclf_jax import config as configs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import decimals, printable
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.metrics import parse_best
 from imgclf_jax.run.progress import duration
-from imgclf_jax.run.provenance import load_data_info, read_json
 from imgclf_jax.run.record import MAIN_METRICS
 from imgclf_jax.run.workdir import Workdir
 
@@ -39,10 +37,9 @@ class Progress:
 def read_progress(config: ConfigDict, workdir: Workdir) -> Progress:
     """How far the run in a work directory is."""
     try:
-        examples = load_data_info(workdir.provenance).train_examples
+        total = workdir.total_steps(config)
     except UserError:
         return Progress()
-    total = configs.steps(config.total, "total", examples, config.batch_size)
     latest: dict[str, float] = {}
     for record in _tail(workdir.metrics):
         latest |= {name: value for name, value in record.items() if type(value) in (int, float)}
@@ -109,13 +106,9 @@ def time_left(parts: float, before: float, total: int, seconds: float) -> float 
 
 def result(workdir: Workdir) -> dict[str, float]:
     """The metrics in result.json by their names, such as "test/accuracy"; {} without a result."""
-    try:
-        groups = read_json(workdir.result)
-    except UserError:
-        return {}
     return {
         f"{name}/{key}": value
-        for name, group in (groups.items() if isinstance(groups, dict) else ())
+        for name, group in workdir.read_result().items()
         if isinstance(group, dict)
         for key, value in group.items()
         if type(value) in (int, float)
