@@ -14,7 +14,7 @@ from flax.errors import ScopeCollectionNotFound, ScopeParamNotFoundError
 from ml_collections import ConfigDict
 
 from imgclf_jax import metrics, step
-from imgclf_jax.core import memory, processes, rng, spec
+from imgclf_jax.core import memory, processes, rng, spec, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Function, PyTree
 from imgclf_jax.data import stream
@@ -147,9 +147,8 @@ def check_size(recipe: Recipe, state: step.TrainState, in_memory: bool) -> None:
     `state` holds the shapes of the train state. Set `in_memory` if the devices use the host's memory.
     """
     config = recipe.config
-    for path, x in jax.tree_util.tree_leaves_with_path(state.params):
+    for name, x in tree.named_leaves(state.params):
         if 0 in x.shape:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise UserError(f"model={config.model!r}: the parameter {name} {list(x.shape)} is empty; make every width"
                             " 1 or more")  # fmt: skip
     if in_memory:

@@ -16,7 +16,6 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -91,10 +90,6 @@ class Programs:
         wanted = self.recipe.config.deterministic and self.platform == "gpu"
         return {"xla_gpu_deterministic_ops": True} if wanted else None
 
-    def slow_in_loops(self, jaxpr: ClosedJaxpr) -> bool:
-        """Whether this program runs slower inside a loop on the platform of the mesh."""
-        return platform.slow_in_loops(jaxpr, self.platform)
-
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
         """Traces for the mesh's devices. A failure is traced again, part by part, to name the config key at fault."""
@@ -104,14 +99,10 @@ class Programs:
 
     @property
     def groups_of_statistics(self) -> int:
-        """The number of groups that a normalized batch is split into for BatchNorm statistics, in training."""
+        """The number of groups that the key `batch_norm` splits a batch into for BatchNorm statistics, in training."""
         config = self.recipe.config
         devices = self.mesh.size // self.groups_of_seeds
         return norms.groups(config.batch_norm, config.batch_size // config.accumulate, devices)
-
-    def statistics(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, training BatchNorm statistics cover the examples that the key `batch_norm` says."""
-        return norms.statistics_over(self.groups_of_statistics)
 
     @once
     def groups_of_seeds(self) -> int:
@@ -251,10 +242,6 @@ class Programs:
         with self.tracing():
             return np.asarray(jax.jit(lambda images: augment(None, images))(first))
 
-    def put(self, tree: PyTree) -> PyTree:
-        """A pytree of small arrays, replicated on the mesh."""
-        return sharding.put_replicated(tree, self.mesh)
-
     # Training.
 
     @property
@@ -289,7 +276,7 @@ class Programs:
     def train_step(self) -> jax.stages.Traced:
         """The traced train step of all seeds: `(state, batch, *fixed) -> (state, sums)`."""
         recipe, fixed = self.recipe, self.fixed_shape  # loads a teacher, so outside of the trace
-        with self.tracing(), self.statistics():
+        with self.tracing(), norms.statistics_over(self.groups_of_statistics):
             frozen = recipe.rules.frozen
             pure = step.make_train_step(
                 Frozen(recipe.model, frozen, tuple(recipe.parameters)) if frozen else recipe.model,
@@ -338,7 +325,7 @@ class Programs:
 
     def zero_sums(self) -> metrics.Sums:
         """The metric sums of no step, for every seed, on the devices."""
-        return self.put(step.zero_sums(self.shape["sums"]))
+        return sharding.put_replicated(step.zero_sums(self.shape["sums"]), self.mesh)
 
     @once
     def _in_loop(self) -> bool:
@@ -347,7 +334,7 @@ class Programs:
         This follows from the train step and its batch alone. So a run has one program, whatever `steps_per_call` and
         the cadences are.
         """
-        return self._steps_in_chunk > 1 and not self.slow_in_loops(self.train_step.jaxpr)
+        return self._steps_in_chunk > 1 and not platform.slow_in_loops(self.train_step.jaxpr, self.platform)
 
     @property
     def _steps_in_chunk(self) -> int:
@@ -469,7 +456,7 @@ class Programs:
     def eval_steps_per_call(self) -> int:
         """The most batches in one call of `eval`. No result depends on it."""
         most = self._batches_in_chunk(self.eval_batch_size)
-        if most == 1 or self.slow_in_loops(self.eval_step.jaxpr):
+        if most == 1 or platform.slow_in_loops(self.eval_step.jaxpr, self.platform):
             return 1
         return min(int(self.recipe.config.steps_per_call) or _MOST_STEPS, most)
 

@@ -242,10 +242,9 @@ def _guarded(
     return new, {**sums, "spike_step": jnp.where(spikes, step, none), "skipped": jnp.int32(0)}
 
 
-def _check_fits(tree: PyTree, params: Params, what: str) -> None:
-    """Raises UserError unless `tree` has the paths and shapes of the parameters: other shapes would be broadcast."""
-    found, wanted = ({jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(x)
-                      for path, x in jax.tree_util.tree_leaves_with_path(one)} for one in (tree, params))  # fmt: skip
+def _check_fits(given: PyTree, params: Params, what: str) -> None:
+    """Raises UserError unless `given` has the paths and shapes of the parameters: other shapes would be broadcast."""
+    found, wanted = ({name: jnp.shape(x) for name, x in tree.named_leaves(one)} for one in (given, params))
     if wrong := [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]:
         has, needs = (list(one[wrong[0]]) if wrong[0] in one else "nothing" for one in (found, wanted))
         raise UserError(f"{what} that do not fit the parameters: {wrong[0]} is {has}, and the parameter is {needs}")

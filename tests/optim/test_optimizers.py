@@ -176,7 +176,7 @@ def test_it_trains_and_resumes_bit_for_bit(text, fake_config, tmp_path):
 
     def go(run, first, last):
         """Trains on these steps; returns only their sums."""
-        state, sums = programs.put(run["state"]), programs.zero_sums()
+        state, sums = sharding.put_replicated(run["state"], programs.mesh), programs.zero_sums()
         for start in range(first, last, programs.steps_per_call):
             some = batches[start : min(start + programs.steps_per_call, last)]
             chunk = {k: stream.pad_steps(np.stack([b[k] for b in some]), programs.steps_per_call) for k in some[0]}
@@ -188,7 +188,7 @@ def test_it_trains_and_resumes_bit_for_bit(text, fake_config, tmp_path):
     early = jax.device_get(go(begin, 0, 10))
     half = jax.device_get(go(early, 10, 21))
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    checkpoints.save(21, programs.put(half))
+    checkpoints.save(21, sharding.put_replicated(half, programs.mesh))
     checkpoints.wait()
     found = checkpoints.restore(21, programs.shape)
     checkpoints.close()
