@@ -226,23 +226,12 @@ class Trained(NamedTuple):
         with contextlib.ExitStack() as stack:
             pool = concurrent.futures.ThreadPoolExecutor(self.config.data.threads or os.cpu_count())
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-            ahead: deque[tuple[tuple[ImageLike, ...], Tasks]] = deque()
             pending: tuple[Any, ...] | None = None
-            failure: list[Exception] = []
-
-            def given() -> Iterator[ImageLike]:
-                try:
-                    yield from images
-                except Exception as e:  # as of a folder that cannot be read; `batched` would drop what came before it
-                    failure.append(e)
-
-            start, batches = 0, itertools.batched(given(), size)
-            while True:
-                while len(ahead) < _AHEAD and (some := next(batches, ())):
-                    ahead.append((some, begin(pool, start, some)))
-                    start += len(some)
-                if not ahead:
-                    break
+            failure: list[Exception] = []  # such as of a folder that cannot be read; of the device, first
+            batches = enumerate(itertools.batched(until_error(images, failure), size))
+            started = ((some, begin(pool, number * size, some)) for number, some in batches)
+            ahead = deque(itertools.islice(started, _AHEAD))
+            while ahead:
                 some, tasks = ahead.popleft()
                 computed: tuple[Any, ...] | None = None
                 try:
@@ -254,6 +243,7 @@ class Trained(NamedTuple):
                 pending = computed
                 if not computed:
                     break
+                ahead.extend(itertools.islice(started, 1))
             if pending:
                 yield from results(*pending)
             if failure:
@@ -269,6 +259,14 @@ class Trained(NamedTuple):
             except UserError as e:
                 out.append(UserError(f"{name}: {e}"))
         return out
+
+
+def until_error[T](items: Iterable[T], errors: list[Exception]) -> Iterator[T]:
+    """Yields the items up to an error, and appends that to `errors` for the caller to raise after their use."""
+    try:
+        yield from items
+    except Exception as e:
+        errors.append(e)
 
 
 def not_finite(values: np.ndarray, what: Outputs) -> str:

@@ -10,10 +10,9 @@ from PIL import Image
 
 import imgclf_jax
 import launch
-from imgclf_jax.cli import inputs
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
-from imgclf_jax.trained import not_finite
+from imgclf_jax.trained import not_finite, until_error
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -125,7 +124,7 @@ def test_an_error_of_the_images_or_the_device_comes_after_what_was_before_it(mod
     for stream, count, kind in [(model.stream("logits", images()), COUNT, UserError),
                                 (broken.stream("logits", pixels), 64, RuntimeError)]:  # fmt: skip
         errors: list[Exception] = []
-        rows = list(inputs.until_error(stream, errors))
+        rows = list(until_error(stream, errors))
         assert [type(error) for error in errors] == [kind]
         np.testing.assert_array_equal(np.stack(rows), expected[:count])
 

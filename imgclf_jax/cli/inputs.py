@@ -79,14 +79,6 @@ def compute(
     return ((waiting.popleft(), result) for result in model.stream(outputs, paths()))
 
 
-def until_error[T](items: Iterable[T], errors: list[Exception]) -> Iterator[T]:
-    """Yields the items up to an error, and appends that to `errors` for the caller to raise after writing the items."""
-    try:
-        yield from items
-    except Exception as e:
-        errors.append(e)
-
-
 def _check(command: str, word: str) -> None:
     path = Path(word)
     if path.is_dir():

@@ -18,7 +18,7 @@ from imgclf_jax.run import progress, terminal
 from imgclf_jax.run.provenance import write_atomically
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.explain.explanations import build, draw
-from imgclf_jax.trained import load_trained, report_host_ops
+from imgclf_jax.trained import load_trained, report_host_ops, until_error
 
 type Record = JsonObject
 
@@ -84,11 +84,11 @@ def main(
         deque(records(), maxlen=0)
         return 1 if counts["failed"] else 0
     if format == "json":
-        terminal.print_json(list(inputs.until_error(records(), errors)))
+        terminal.print_json(list(until_error(records(), errors)))
     else:
         names = ("target", "value") if regression else ("class", "probability")
         rows = ([r["file"], r[names[0]], _shown(r[names[1]], regression), r["method"], f"{r['greatest']:.3g}",
-                 r["picture"]] for r in inputs.until_error(records(), errors))  # fmt: skip
+                 r["picture"]] for r in until_error(records(), errors))  # fmt: skip
         columns = ["file", *names, "method", "greatest value", "picture"]
         terminal.print_long_table(columns, rows, _FIRST_ROWS)
     if counts["failed"]:

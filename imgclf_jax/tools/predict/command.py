@@ -20,7 +20,7 @@ from imgclf_jax.data import image_check
 from imgclf_jax.losses import Task
 from imgclf_jax.run import progress, terminal
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.trained import load_trained, report_host_ops
+from imgclf_jax.trained import load_trained, report_host_ops, until_error
 
 log = logging.getLogger(__name__)
 
@@ -73,11 +73,11 @@ def main(
             yield {"file": utf8(file), "error": str(result)}
 
     if processes.index():
-        deque(inputs.until_error(records(), errors), maxlen=0)
+        deque(until_error(records(), errors), maxlen=0)
     else:
         columns: Columns = LabelColumns(names) if multilabel else ClassColumns(top_k)
         columns = ValueColumns(names) if model.task is Task.REGRESSION else columns
-        PRINT[format](inputs.until_error(records(), errors), columns)
+        PRINT[format](until_error(records(), errors), columns)
         if skipped:
             listed = image_check.write_list("predict", skipped)
             log.warning("unreadable files left out: %d; all are listed in %s", len(skipped),

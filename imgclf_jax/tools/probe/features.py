@@ -20,7 +20,7 @@ from imgclf_jax.run import progress
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.probe import embeddings, feature_sets
 from imgclf_jax.train.evaluation import compare_with_record, open_evals, open_set
-from imgclf_jax.trained import Trained, load_converted, report_host_ops, restore
+from imgclf_jax.trained import Trained, load_converted, report_host_ops, restore, until_error
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def main(
             add = stack.enter_context(embeddings.writing(file, model.class_names, with_targets))
         if paths:
             report_host_ops(model.programs)
-            written, failed = _add_files(model, paths, inputs.until_error(images, errors), add)
+            written, failed = _add_files(model, paths, until_error(images, errors), add)
             if errors and not written:
                 raise errors[0]
         else:
