@@ -9,12 +9,9 @@ from imgclf_jax.core.errors import UserError
 MAX_OP_BYTES = 1 << 29  # for one host op on one image; several images are decoded at once
 
 
-def physical() -> int | None:
-    """The machine's memory in bytes; None if the system does not report it."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # not on Windows
-        return None
+def physical() -> int:
+    """The machine's memory in bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def trim() -> None:
@@ -25,7 +22,7 @@ def trim() -> None:
 
 def require(nbytes: int, what: str) -> None:
     """Raises UserError if `what` needs more bytes than the machine has."""
-    if (most := physical()) is not None and nbytes > most:
+    if nbytes > (most := physical()):
         raise UserError(f"{what} needs {size(nbytes)} of memory, but this machine has {size(most)}")
 
 

@@ -20,7 +20,7 @@ from typing import NoReturn
 log = logging.getLogger(__name__)
 
 type Handler = Callable[[int, FrameType | None], object] | int | None
-SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME = 2.0  # seconds within which signals are one request: `uv run` repeats what the terminal sends to the whole group
 
 # Called, in any thread, with the exit status and message before a signal ends the process.

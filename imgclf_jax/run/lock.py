@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import fcntl
 import json
 import logging
 import os
@@ -11,11 +12,6 @@ from pathlib import Path
 
 from imgclf_jax.core import signals
 from imgclf_jax.core.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +53,6 @@ def holder(file: Path) -> str:
 
 def is_held(file: Path) -> bool:
     """Whether a process holds the lock `file` now; False if that is unknown."""
-    if fcntl is None:
-        return False
     try:
         handle = os.open(file, os.O_RDWR)
     except OSError:  # no such file
@@ -78,8 +72,6 @@ def _take(file: Path) -> int:
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            if fcntl is None:
-                raise OSError("this operating system has no flock")
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             with os.fdopen(handle, encoding="utf-8", errors="replace") as holder:

@@ -24,7 +24,7 @@ def _this_cpu(devices: int) -> Chip:
     x, y = np.ones(32 << 20, np.uint8), np.empty(32 << 20, np.uint8)
     bandwidth = 2 * x.size / min(_seconds(lambda: np.copyto(y, x)) for _ in range(5))  # read and written
     each = flops / devices
-    share = (each, each, each, (memory.physical() or 0) / devices, bandwidth / devices)
+    share = (each, each, each, memory.physical() / devices, bandwidth / devices)
     return Chip("cpu", *share, links=bandwidth / devices, network=0, a_host=devices, source="measured on this machine")
 
 

@@ -245,7 +245,7 @@ class _Sweep:
 
         def kill(*_: object) -> None:
             for job in self._active:
-                job.process.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+                job.process.kill()
 
         signals.before_exit.append(kill)
         try:
