@@ -1,7 +1,7 @@
 """Early stopping: ends a run once a metric stops improving, as a pure function of its recorded metrics."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +13,6 @@ from imgclf_jax import config as configs
 from imgclf_jax import metrics
 from imgclf_jax.core import processes
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import JsonMapping
 from imgclf_jax.run import writers
 from imgclf_jax.run.cadences import Cadences
 from imgclf_jax.run.digests import find_changed_metrics
@@ -44,19 +43,6 @@ class EarlyStopping:
         if math.isinf(best):
             return f"{self.metric} was never finite in {waited} steps (stop={self.text!r})"
         return f"{self.metric} has not improved for {waited} steps: best {self.sign * best:.4g} at step {best_step}"
-
-    def recorded(
-        self, records: Iterable[JsonMapping], due: Iterable[int], start: int, where: str
-    ) -> list[tuple[int, float]]:
-        """Returns (step, value) for the evaluations `due` up to step `start`, whose own may not have run yet.
-
-        Raises UserError if an earlier one is missing, since the run may have ended there.
-        """
-        found = {record["step"]: record[self.metric] for record in records if self.metric in record}
-        if missing := [step for step in due if step not in found and step < start]:
-            raise UserError(f"{where} has no {self.metric} of step {missing[0]}, by which stop={self.text!r} ends the "
-                            "run; restore the file, or pass another --workdir")  # fmt: skip
-        return [(step, _number(found[step])) for step in due if step in found]
 
 
 class Stopper:
@@ -89,13 +75,21 @@ class Stopper:
         return str(processes.broadcast_from_process_0("early stopping", lambda: early.reason(self._values)))
 
 
-def _read(early: EarlyStopping, folder: Path, due: Iterable[int], start: int) -> list[tuple[int, float]]:
+def _read(early: EarlyStopping, folder: Path, due: Sequence[int], start: int) -> list[tuple[int, float]]:
+    """Returns (step, value) for the evaluations `due` up to step `start`, whose own may not have run yet.
+
+    Raises UserError if an earlier one is missing, since the run may have ended there.
+    """
     file = folder / "metrics.jsonl"
     records = writers.read_metrics(file)
     if changed := find_changed_metrics(writers.read_metrics(folder / "digests.jsonl"), records, start):
         raise UserError(f"{folder}: {changed}, and stop={early.text!r} ends the run by them; restore the file, or pass "
                         "another --workdir")  # fmt: skip
-    return early.recorded(records, due, start, str(file))
+    found = {record["step"]: record[early.metric] for record in records if early.metric in record}
+    if missing := [step for step in due if step not in found and step < start]:
+        raise UserError(f"{file} has no {early.metric} of step {missing[0]}, by which stop={early.text!r} ends the "
+                        "run; restore the file, or pass another --workdir")  # fmt: skip
+    return [(step, _number(found[step])) for step in due if step in found]
 
 
 def build(config: ConfigDict, patience: Fraction | None) -> EarlyStopping | None:

@@ -43,17 +43,18 @@ def test_why_it_stopped():
     assert stopping.reason([(20, NAN)]) == "val/loss was never finite in 20 steps (stop='val/loss, patience 20 steps')"
 
 
-def test_what_is_recorded():
+def test_what_is_recorded(tmp_path):
     """A resumed run knows every evaluation, but perhaps the one that a signal cut short; else it does not go on."""
     stopping = EarlyStopping("val/loss", -1, Fraction(20), "…")
-    records = [{"step": 10, "train/loss": 9.0}, {"step": 10, "val/loss": 3.0}, {"step": 20, "val/loss": None}]
+    lines = [{"step": 10, "train/loss": 9.0}, {"step": 10, "val/loss": 3.0}, {"step": 20, "val/loss": None}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     due = Cadences(100, None, Fraction(10), None).evaluations(25)
     assert due == [10, 20]
-    first, second = stopping.recorded(records, due, 25, "metrics.jsonl")
+    first, second = early_stopping._read(stopping, tmp_path, due, 25)
     assert (first, second[0], math.isnan(second[1])) == ((10, 3.0), 20, True)
-    assert stopping.recorded(records, [10, 20, 30], 30, "metrics.jsonl")[:1] == [(10, 3.0)]
+    assert early_stopping._read(stopping, tmp_path, [10, 20, 30], 30)[:1] == [(10, 3.0)]
     with pytest.raises(UserError, match=r"metrics.jsonl has no val/loss of step 30, by which stop="):
-        stopping.recorded(records, [10, 20, 30], 35, "metrics.jsonl")
+        early_stopping._read(stopping, tmp_path, [10, 20, 30], 35)
 
 
 def test_a_run_in_progress(tmp_path):
