@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
@@ -258,10 +258,11 @@ RESERVED = frozenset(
     )
 )
 
-# Metrics that evaluation reports for data with targets: see `metrics.REPORTED`.
-TARGET_METRICS = (
-    "kl", "mean_average_precision", "micro_f1", "macro_f1", "exact_match", "r2", "mae", "rmse",
-)  # fmt: skip
+# Whether the smallest or the greatest value of a metric is best, for those that only data with targets have.
+TARGET_METRICS: dict[str, Literal["min", "max"]] = {
+    "kl": "min", "mean_average_precision": "max", "micro_f1": "max", "macro_f1": "max", "exact_match": "max",
+    "r2": "max", "mae": "min", "rmse": "min",
+}  # fmt: skip
 
 _MAX_BYTES = 1 << 20  # of a config as JSON
 

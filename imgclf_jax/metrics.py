@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imgclf_jax.config import TARGET_METRICS
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Array, Function
@@ -279,14 +280,11 @@ REPORTED = {
     Task.REGRESSION: ("r2", "mae", "rmse"),
 }
 
-# Whether the smallest or the greatest value of a metric is best; `checkpoint.best` says it for a user's own metric.
+# Whether the smallest or the greatest value of a metric is best; `checkpoint.best` says it for a user's own metric,
+# and `config.TARGET_METRICS` for those of data with targets.
 BEST: dict[str, Literal["min", "max"]] = {
     "accuracy": "max", "loss": "min", "nll": "min", "top5": "max",
     "auc": "max", "balanced_accuracy": "max", "f1": "max",
-}  # fmt: skip
-BEST_FOR_TARGETS: dict[str, Literal["min", "max"]] = {  # the same, for data with targets
-    "kl": "min", "mean_average_precision": "max", "micro_f1": "max", "macro_f1": "max", "exact_match": "max",
-    "r2": "max", "mae": "min", "rmse": "min",
 }  # fmt: skip
 
 
@@ -391,7 +389,7 @@ def parse_best(
     if name.endswith("/top5") and classes <= 5:
         raise UserError(f"{key}={text!r}: top5 needs six classes or more, and the data have {classes}; name "
                         "another metric")  # fmt: skip
-    directions = BEST if task is Task.CLASSES else BEST | BEST_FOR_TARGETS
+    directions = BEST if task is Task.CLASSES else BEST | TARGET_METRICS
     direction = match[1] or directions.get(kind.partition("[")[0])
     if direction is None:
         raise UserError(f"{key}={text!r}: write 'min:{name}' if the smallest value of your metric is best, "
