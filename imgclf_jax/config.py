@@ -26,173 +26,95 @@ log = logging.getLogger(__name__)
 KEYS: dict[str, tuple[Value, str]] = {
     "seed": (0, "Seed of every random draw; 0 to 2**32 - 1."),
     "total": ("20 epochs", "How long to train: 'N epochs', 'N steps' or 'N examples' (5k, 1M)."),
-    "stop": (
-        "",
-        "Early stopping: 'val/loss, patience 5 epochs' ends the run once the metric has not improved for so long; your "
-        "own metric as 'min:val/my_error, patience 10%'; empty: never.",
-    ),
+    "stop": ("", "Early stopping: 'val/loss, patience 5 epochs' ends the run once the metric has not improved for so "
+                 "long; your own metric as 'min:val/my_error, patience 10%'; empty: never."),
     "batch_size": (128, "Examples per step, over all devices and hosts; divisible by the number of devices."),
     "precision": ("float32", "Compute dtype of layers: 'float32' or 'bfloat16'. Parameters and logits stay float32."),
-    "matmul_precision": (
-        "float32",
-        "Precision of float32 matmuls on TPU and GPU: 'float32', 'tensorfloat32' or 'bfloat16'.",
-    ),
+    "matmul_precision": ("float32", "Precision of float32 matmuls on TPU and GPU: 'float32', 'tensorfloat32' or "
+                                    "'bfloat16'."),
     "deterministic": (True, "Use deterministic GPU kernels, so a repeated run reproduces every bit."),
-    "steps_per_call": (
-        0,
-        "Most steps per call of the compiled program; 0 chooses by memory. Results do not depend on it.",
-    ),
-    "mesh": (
-        "data=-1",
-        "The device mesh; -1 takes all remaining devices. 'data=-1, fsdp=4' shards the train state, "
-        "'seeds=4, data=-1' the seeds.",
-    ),
-    "shard": (
-        "all",
-        "What fsdp shards: 'all' (parameters, optimizer state, weight averages) or the 'optimizer' state alone.",
-    ),
-    "data.source": (
-        "digits",
-        "digits, tfds('name'), folder('path'), table('labels.csv'), arrays('file.npz') or fake(n, shape, classes).",
-    ),
+    "steps_per_call": (0, "Most steps per call of the compiled program; 0 chooses by memory. Results do not depend on "
+                          "it."),
+    "mesh": ("data=-1", "The device mesh; -1 takes all remaining devices. 'data=-1, fsdp=4' shards the train state, "
+                        "'seeds=4, data=-1' the seeds."),
+    "shard": ("all", "What fsdp shards: 'all' (parameters, optimizer state, weight averages) or the 'optimizer' state "
+                     "alone."),
+    "data.source": ("digits", "digits, tfds('name'), folder('path'), table('labels.csv'), arrays('file.npz') or "
+                              "fake(n, shape, classes)."),
     "data.train": ("train", "The split to train on, in TFDS syntax: 'train[:90%]', 'train[1000:]+extra'."),
-    "data.sampling": (
-        "permutation",
-        "The order and frequency of training examples: permutation, balanced, weighted('weights.npy'), repeated(3), "
-        "curriculum('scores.npz'), subset('ids.npy'), or an import path.",
-    ),
-    "data.eval": (
-        {"test": "test"},
-        'Evaluation sets: a name and a split for each; "fake()/test" is a split of another source.',
-    ),
-    "data.extra": (
-        {},
-        "Extra streams for the method: a name, and a split or \"folder('crops')/train|batch_size(448)\" for each; "
-        "further options are preprocess('…') and sampling('…').",
-    ),
-    "data.unreadable": (
-        "error",
-        "Unreadable image files in a folder: 'error' stops and lists them all, 'skip' trains without them.",
-    ),
+    "data.sampling": ("permutation", "The order and frequency of training examples: permutation, balanced, "
+                                     "weighted('weights.npy'), repeated(3), curriculum('scores.npz'), "
+                                     "subset('ids.npy'), or an import path."),
+    "data.eval": ({"test": "test"}, 'Evaluation sets: a name and a split for each; "fake()/test" is a split of another '
+                                    "source."),
+    "data.extra": ({}, "Extra streams for the method: a name, and a split or \"folder('crops')/train|batch_size(448)\" "
+                       "for each; further options are preprocess('…') and sampling('…')."),
+    "data.unreadable": ("error", "Unreadable image files in a folder: 'error' stops and lists them all, 'skip' trains "
+                                 "without them."),
     "data.data_dir": ("", "Directory or bucket of prepared TFDS data; empty means ~/tensorflow_datasets."),
     "data.manual_dir": ("", "Directory of manually downloaded TFDS archives, for machines without a network."),
     "data.placement": ("host", "'host' streams batches; 'device' keeps the whole uint8 data set on the accelerator."),
     "data.threads": (0, "Number of image-decoding threads; 0 uses one per core. Batches do not depend on it."),
     "preprocess": ("decode(3)", "Host ops for training, from encoded bytes to a fixed-shape uint8 image."),
-    "preprocess_eval": (
-        "",
-        "Host ops for evaluation and prediction, without randomness; empty means those of `preprocess`, with "
-        "resize_small and central_crop in place of random_resized_crop.",
-    ),
+    "preprocess_eval": ("", "Host ops for evaluation and prediction, without randomness; empty means those of "
+                            "`preprocess`, with resize_small and central_crop in place of random_resized_crop."),
     "augment": ("", "Device ops on the batch, with pixels in [0, 1]; evaluation skips the random ones."),
-    "mix": (
-        "",
-        "Mixing: mixup(0.2)|cutmix(1.0) draws one of them per batch, mixup(probability=0.5) mixes half of the "
-        "batches; empty means none.",
-    ),
-    "num_seeds": (
-        1,
-        "Replicas trained at once with seed, seed + 1, …; results are means with standard deviations, and the "
-        "ensemble's.",
-    ),
-    "tta": (
-        "",
-        "Test-time augmentation, averaging the logits of views: flip, translate(pad), 'flip|translate(1)'; empty "
-        "means one view.",
-    ),
-    "model": (
-        "cnn",
-        "The backbone: cnn, resnet(depth=50), …, or an import path; vit(head_init='zeros') initializes its head.",
-    ),
-    "batch_norm": (
-        "global",
-        "Which examples BatchNorm statistics cover: 'global' (SyncBatchNorm), 'per_device', or 'groups(32)' (ghost).",
-    ),
+    "mix": ("", "Mixing: mixup(0.2)|cutmix(1.0) draws one of them per batch, mixup(probability=0.5) mixes half of the "
+                "batches; empty means none."),
+    "num_seeds": (1, "Replicas trained at once with seed, seed + 1, …; results are means with standard deviations, and "
+                     "the ensemble's."),
+    "tta": ("", "Test-time augmentation, averaging the logits of views: flip, translate(pad), 'flip|translate(1)'; "
+                "empty means one view."),
+    "model": ("cnn", "The backbone: cnn, resnet(depth=50), …, or an import path; vit(head_init='zeros') initializes "
+                     "its head."),
+    "batch_norm": ("global", "Which examples BatchNorm statistics cover: 'global' (SyncBatchNorm), 'per_device', or "
+                             "'groups(32)' (ghost)."),
     "init_from": ("", "Initial weights: a work directory, a PyTorch file (.pth, .pt, .th) or a .safetensors file."),
     "init_strict": (True, "Refuse `init_from` if more than the head differs from the model; False loads what fits."),
-    "loss": (
-        "softmax",
-        "softmax, sigmoid (a binary cross-entropy per class), focal, mse, mae, huber, or an import path.",
-    ),
-    "method": (
-        "supervised",
-        "What a run learns from a batch: supervised, distill, fixmatch, lora, mean_teacher, simclr, supcon, or an "
-        "import path. A method that trains no head refuses metrics, tta and loss arguments.",
-    ),
-    "gradient": (
-        "",
-        "Gradient transforms: sam, asam, pgd (adversarial training), or an import path; 'sam|my_file:noisy(0.1)'.",
-    ),
-    "optimizer": (
-        "adam",
-        "An optax optimizer without its learning rate, after any transforms: 'add_decayed_weights(5e-4)|sgd'.",
-    ),
-    "schedule": (
-        "constant(1e-3)",
-        "The learning-rate schedule: constant, cosine, linear, one_cycle, step or triangle.",
-    ),
+    "loss": ("softmax", "softmax, sigmoid (a binary cross-entropy per class), focal, mse, mae, huber, or an import "
+                        "path."),
+    "method": ("supervised", "What a run learns from a batch: supervised, distill, fixmatch, lora, mean_teacher, "
+                             "simclr, supcon, or an import path. A method that trains no head refuses metrics, tta and "
+                             "loss arguments."),
+    "gradient": ("", "Gradient transforms: sam, asam, pgd (adversarial training), or an import path; "
+                     "'sam|my_file:noisy(0.1)'."),
+    "optimizer": ("adam", "An optax optimizer without its learning rate, after any transforms: "
+                          "'add_decayed_weights(5e-4)|sgd'."),
+    "schedule": ("constant(1e-3)", "The learning-rate schedule: constant, cosine, linear, one_cycle, step or "
+                                   "triangle."),
     "clip": (0.0, "Global norm to clip the gradient to; 0 does not clip."),
     "accumulate": (1, "Number of gradient-accumulation microbatches per step; more take less memory."),
     "ema": (0.0, "Decay of the weights' exponential moving average, such as 0.999, which evaluation uses; 0: off."),
-    "on_bad_step": (
-        "stop",
-        "A step whose loss or gradient is not finite or spikes: 'stop' the run, 'skip' the step, or "
-        "'rollback(steps=200)' to leave out the steps before it.",
-    ),
-    "spike": (
-        "",
-        "Which finite losses are bad: '6 sigma over 128', above the moving average of so many steps; empty: none.",
-    ),
-    "rules.lr": (
-        "",
-        "Learning-rate multipliers by parameter path: 'backbone/.*=0.1, head/.*=1'; the first full match wins.",
-    ),
+    "on_bad_step": ("stop", "A step whose loss or gradient is not finite or spikes: 'stop' the run, 'skip' the step, "
+                            "or 'rollback(steps=200)' to leave out the steps before it."),
+    "spike": ("", "Which finite losses are bad: '6 sigma over 128', above the moving average of so many steps; empty: "
+                  "none."),
+    "rules.lr": ("", "Learning-rate multipliers by parameter path: 'backbone/.*=0.1, head/.*=1'; the first full match "
+                     "wins."),
     "rules.decay": ("", "Weight-decay multipliers by parameter path; '.*(bias|scale)=0' exempts biases and norms."),
-    "rules.freeze": (
-        "",
-        "Parameters to freeze, as patterns of full paths: 'backbone/.*'; frozen modules run in evaluation mode.",
-    ),
-    "rules.shard": (
-        "",
-        "The axis of a parameter that fsdp shards: 'head/kernel=0, .*bias=none'; by default the largest.",
-    ),
+    "rules.freeze": ("", "Parameters to freeze, as patterns of full paths: 'backbone/.*'; frozen modules run in "
+                         "evaluation mode."),
+    "rules.shard": ("", "The axis of a parameter that fsdp shards: 'head/kernel=0, .*bias=none'; by default the "
+                        "largest."),
     "rules.layer_decay": (0.0, "Layer-wise decay: a layer's learning rate over that of the layer above; 0: off."),
-    "metrics": (
-        "",
-        "Evaluation metrics besides accuracy, loss, nll and top5: auc, balanced_accuracy, f1, 'auc|f1'.",
-    ),
+    "metrics": ("", "Evaluation metrics besides accuracy, loss, nll and top5: auc, balanced_accuracy, f1, 'auc|f1'."),
     "tensorboard": (True, "Write TensorBoard files next to metrics.jsonl."),
-    "log_images": (
-        False,
-        "Write an augmented batch and the highest losses as images, to TensorBoard and writers.",
-    ),
-    "writers": (
-        "",
-        'Further metric writers, by import path: \'my_writers:Wandb(project="x")|my_writers:Csv("x.csv")\'.',
-    ),
+    "log_images": (False, "Write an augmented batch and the highest losses as images, to TensorBoard and writers."),
+    "writers": ("", "Further metric writers, by import path: "
+                    "'my_writers:Wandb(project=\"x\")|my_writers:Csv(\"x.csv\")'."),
     "log_every": ("50 steps", "How often to log training metrics; empty: never."),
     "eval_every": ("1 epochs", "How often to evaluate on every set of `data.eval`; empty: only at the end."),
     "checkpoint_every": ("1 epochs", "How often to save a checkpoint; empty: only at the end."),
-    "watchdog": (
-        "",
-        "End the process if no step, batch or evaluation ends in this time, so that a cluster restarts it: '10 min'; "
-        "empty: never.",
-    ),
-    "check_every": (
-        "",
-        "How often to compute a step twice and compare every bit, to find silent data corruption: '1000 steps'; empty: "
-        "never.",
-    ),
-    "on_corruption": (
-        "stop",
-        "When the two computations differ: 'stop', or 'rollback' to the last checkpoint before a good comparison.",
-    ),
+    "watchdog": ("", "End the process if no step, batch or evaluation ends in this time, so that a cluster restarts "
+                     "it: '10 min'; empty: never."),
+    "check_every": ("", "How often to compute a step twice and compare every bit, to find silent data corruption: "
+                        "'1000 steps'; empty: never."),
+    "on_corruption": ("stop", "When the two computations differ: 'stop', or 'rollback' to the last checkpoint before a "
+                              "good comparison."),
     "checkpoint.keep": (2, "How many of the latest checkpoints to keep."),
-    "checkpoint.best": (
-        "",
-        "Also keep the best checkpoint by a metric: 'val/accuracy', 'val/nll'; your own as 'min:val/my_error'.",
-    ),
-}
+    "checkpoint.best": ("", "Also keep the best checkpoint by a metric: 'val/accuracy', 'val/nll'; your own as "
+                            "'min:val/my_error'."),
+}  # fmt: skip
 
 # What other libraries call a key: the key and an example of its value, or why there is none.
 _ELSEWHERE = {
