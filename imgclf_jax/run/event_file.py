@@ -42,25 +42,9 @@ class EventFile:
 
     def write_hparams(self, hparams: Mapping[str, bool | float | str]) -> None:
         """Writes the hyperparameters of the run for TensorBoard's tab of this name."""
-        from tensorboard.compat.proto import tensor_pb2, types_pb2
-        from tensorboard.plugins.hparams import plugin_data_pb2  # `summary_v2` takes 0.2 s to import
+        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
-        data = plugin_data_pb2.HParamsPluginData()
-        data.session_start_info.group_name = self._path.parent.parent.name
-        data.session_start_info.start_time_secs = time.time()
-        for name, value in hparams.items():
-            field = data.session_start_info.hparams[name]
-            if isinstance(value, bool):
-                field.bool_value = value
-            elif isinstance(value, int | float):
-                field.number_value = value
-            else:
-                field.string_value = str(value)
-        kind = self._summary.SummaryMetadata()
-        kind.plugin_data.plugin_name, kind.plugin_data.content = "hparams", data.SerializeToString()
-        empty = tensor_pb2.TensorProto(dtype=types_pb2.DT_FLOAT, float_val=[0.0])
-        start = self._summary.Summary.Value(tag="_hparams_/session_start_info", metadata=kind, tensor=empty)
-        self._add(summary=self._summary.Summary(value=[start]))
+        self._add(summary=hparams_pb(dict(hparams), trial_id=self._path.parent.parent.name))
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes images [n, h, w, c] or [h, w, c] of one to four channels, uint8 or f32 in [0, 1], by their tags."""
