@@ -215,37 +215,18 @@ def load_file(path_and_arg: str) -> ConfigDict:
         near = [n for n in names if Path(path).stem in n] or difflib.get_close_matches(Path(path).stem, names, 3, 0.75)
         hint = f"; did you mean {' or '.join(f'{n}.py' for n in sorted(near)[:3])}?" if near else ""
         raise UserError(f"no config file {path!r}{hint}")
-    config = _call(path, "get_config", arg)
+    config = call(path, "get_config", arg)
     if not isinstance(config, ConfigDict):
         raise UserError(f"config file {path}: get_config returns {config!r}; return a config (default_config())")
     check_keys(config, path)
     return config.lock()
 
 
-def load_sweep(path_and_arg: str) -> list[dict[str, Value]] | None:
-    """Returns the runs that a config file's `get_sweep()` plans, as a dict of keys each; None without that function.
-
-    `path.py:arg` calls `get_sweep(arg)`. Raises UserError unless it returns a non-empty list of dicts.
-    """
-    path, _, arg = path_and_arg.partition(":")
-    runs = _call(path, "get_sweep", arg)
-    if runs is _ABSENT:
-        return None
-    try:
-        plan = [dict(run) for run in runs]
-        if plan and all(isinstance(key, str) for run in plan for key in run):
-            return plan
-    except (TypeError, ValueError):
-        pass
-    raise UserError(f"config file {path}: get_sweep returns {runs!r}; return a list of dicts, such as "
-                    "[{'seed': 0}, {'seed': 1}]")  # fmt: skip
+ABSENT = object()  # what `call` returns without the function
 
 
-_ABSENT = object()
-
-
-def _call(path: str, function: str, arg: str) -> Any:
-    """Calls a function of a Python file. Returns _ABSENT if the file has none, unless it is `get_config`."""
+def call(path: str, function: str, arg: str) -> Any:
+    """Calls a function of a Python file. Returns ABSENT if the file has none, unless it is `get_config`."""
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"config file {path!r} is not a Python file (.py)")
@@ -253,7 +234,7 @@ def _call(path: str, function: str, arg: str) -> Any:
     try:
         module_spec.loader.exec_module(module)
         if function != "get_config" and not hasattr(module, function):
-            return _ABSENT
+            return ABSENT
         called = getattr(module, function)
         return called(arg) if arg else called()
     except Exception as e:  # the user's code may raise anything

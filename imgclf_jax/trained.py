@@ -141,23 +141,6 @@ class Trained(NamedTuple):
         ranked = np.where(above, outputs, -np.inf)
         return {"predictions": self.best(ranked, int(above.sum()))}
 
-    def thresholds(self, text: str) -> np.ndarray:
-        """Parses "0.5", or one number per class separated by commas, to f64[] or f64[classes]; "" is 0.5.
-
-        Raises UserError for anything else, and unless the model is multi-label.
-        """
-        if text and self.task is not Task.MULTILABEL:
-            raise UserError(f"--threshold={text}: it is for several labels, and this model predicts "
-                            f"{'numbers' if self.task is Task.REGRESSION else 'one class'}; drop it")  # fmt: skip
-        try:
-            found = np.array([float(part) for part in (text or "0.5").split(",")])
-        except ValueError:
-            found = np.array([np.nan])
-        if len(found) not in (1, len(self.class_names)) or not ((found >= 0) & (found <= 1)).all():
-            raise UserError(f"--threshold={text}: wants a number from 0 to 1, or {len(self.class_names)} of them "
-                            "between commas, one a class")  # fmt: skip
-        return found[0] if len(found) == 1 else found
-
     def logits(self, images: Iterable[ImageLike] | ImageLike) -> np.ndarray:
         """The logits f32[n, classes]; with several seeds [seeds, n, classes]."""
         return self._all("logits", images, -2)
@@ -338,7 +321,7 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
 
     Raises UserError if there is no such checkpoint.
     """
-    programs = _programs(config, workdir)
+    programs = load_programs(config, workdir)
     if not workdir.checkpoints.is_dir():
         raise UserError(f"{workdir.path} holds no checkpoint yet; train first")
     for _ in range(20):
@@ -353,31 +336,8 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
     raise UserError(f"{workdir.checkpoints}: each checkpoint was removed while it was read; wait until the run ends")
 
 
-def restore_each(config: ConfigDict, workdir: Workdir, which: str) -> Iterator[Trained]:
-    """Yields the trained model at several steps; `which` is "all", or steps such as "100,200".
-
-    Raises UserError at once if a step has no checkpoint.
-    """
-    programs = _programs(config, workdir)
-    kept = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best, read_only=True)
-    there = (
-        processes.broadcast_from_process_0("listing checkpoints", kept.steps) if workdir.checkpoints.is_dir() else []
-    )
-    asked = [str(step) for step in there] if which == "all" else which.split(",")
-    if not there or not set(asked) <= {str(step) for step in there}:
-        raise UserError(
-            f"--checkpoints={which}: there are {there} in {workdir.checkpoints}; pass all, or some of these"
-        )
-
-    def load(step: int) -> Trained:
-        model = Trained(programs, kept.restore(step, {"state": programs.state_shape}, optimizer=False)["state"], step)
-        digests.check(workdir, step, model.state.params)
-        return model
-
-    return (load(int(step)) for step in asked)
-
-
-def _programs(config: ConfigDict, workdir: Workdir) -> Programs:
+def load_programs(config: ConfigDict, workdir: Workdir) -> Programs:
+    """The programs of a run, for inference on all devices."""
     recipe = Recipe(config, workdir.load_data_info(), load_teacher)
     return Programs(recipe, sharding.make_inference_mesh(config.mesh))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import sources
 from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs
+from imgclf_jax.run import digests
+from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.terminal import format_metrics, print_json, print_table
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.scores import classification as scores
@@ -23,7 +26,7 @@ from imgclf_jax.scores import multilabel
 from imgclf_jax.scores.multilabel import MultilabelScores
 from imgclf_jax.tools.evaluate import attacked, by_class, corrupted, listing
 from imgclf_jax.train.evaluation import compare_with_record, evaluate, evaluate_all, open_evals
-from imgclf_jax.trained import load_converted, restore, restore_each
+from imgclf_jax.trained import Trained, load_converted, load_programs, restore
 
 log = logging.getLogger(__name__)
 
@@ -150,9 +153,33 @@ def _check_evaluates(programs: Programs, need_predictions: bool = False) -> bool
     return method.predicts
 
 
+def _restore_each(config: ConfigDict, workdir: Workdir, which: str) -> Iterator[Trained]:
+    """Yields the trained model at several steps; `which` is "all", or steps such as "100,200".
+
+    Raises UserError at once if a step has no checkpoint.
+    """
+    programs = load_programs(config, workdir)
+    kept = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best, read_only=True)
+    there = (
+        processes.broadcast_from_process_0("listing checkpoints", kept.steps) if workdir.checkpoints.is_dir() else []
+    )
+    asked = [str(step) for step in there] if which == "all" else which.split(",")
+    if not there or not set(asked) <= {str(step) for step in there}:
+        raise UserError(
+            f"--checkpoints={which}: there are {there} in {workdir.checkpoints}; pass all, or some of these"
+        )
+
+    def load(step: int) -> Trained:
+        model = Trained(programs, kept.restore(step, {"state": programs.state_shape}, optimizer=False)["state"], step)
+        digests.check(workdir, step, model.state.params)
+        return model
+
+    return (load(int(step)) for step in asked)
+
+
 def _report_checkpoints(config: ConfigDict, workdir: Workdir, checkpoints: str, format: str) -> int:
     """Prints the metrics of each evaluation set at each checkpoint: one row per step, or a JSON list."""
-    models = restore_each(config, workdir, checkpoints)
+    models = _restore_each(config, workdir, checkpoints)
     base = sources.open_data(config)
     records: list[JsonObject] = []
     evals: JsonObject = {}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from imgclf_jax.cli import inputs
@@ -20,7 +21,7 @@ from imgclf_jax.data import image_check
 from imgclf_jax.losses import Task
 from imgclf_jax.run import progress, terminal
 from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.trained import load_trained, report_host_ops, until_error
+from imgclf_jax.trained import Trained, load_trained, report_host_ops, until_error
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def main(
     model = load_trained(config, workdir, checkpoint)
     report_host_ops(model.programs)
     names, multilabel = model.class_names, model.task is Task.MULTILABEL
-    top_k, thresholds = min(top_k, len(names)), model.thresholds(threshold)
+    top_k, thresholds = min(top_k, len(names)), _parse_thresholds(threshold, model)
     counts = {"all": 0, "failed": 0}
     skipped: dict[str, str] = {}
     errors: list[Exception] = []  # an error that ends the iteration early, such as an unreadable folder
@@ -88,6 +89,24 @@ def main(
     if errors:
         raise errors[0]
     return 1 if counts["failed"] else 0
+
+
+def _parse_thresholds(text: str, model: Trained) -> np.ndarray:
+    """Parses "0.5", or one number per class separated by commas, to f64[] or f64[classes]; "" is 0.5.
+
+    Raises UserError for anything else, and unless the model is multi-label.
+    """
+    if text and model.task is not Task.MULTILABEL:
+        raise UserError(f"--threshold={text}: it is for several labels, and this model predicts "
+                        f"{'numbers' if model.task is Task.REGRESSION else 'one class'}; drop it")  # fmt: skip
+    try:
+        found = np.array([float(part) for part in (text or "0.5").split(",")])
+    except ValueError:
+        found = np.array([np.nan])
+    if len(found) not in (1, len(model.class_names)) or not ((found >= 0) & (found <= 1)).all():
+        raise UserError(f"--threshold={text}: wants a number from 0 to 1, or {len(model.class_names)} of them "
+                        "between commas, one a class")  # fmt: skip
+    return found[0] if len(found) == 1 else found
 
 
 class Columns(Protocol):

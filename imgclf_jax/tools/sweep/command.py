@@ -74,7 +74,7 @@ def _train_all(
         raise UserError(f"{folder} is in a bucket, which cannot hold the runs' logs; add --print, and run the commands")
     if workdir.config.is_file():
         raise UserError(f"{folder} is a run itself (it has a config.json); pass another --workdir for the sweep")
-    settings = sweep_plan.combine(configs.load_sweep(called.config_file), sweep)
+    settings = sweep_plan.combine(sweep_plan.load_sweep(called.config_file), sweep)
     keys = list(dict.fromkeys(key for own in settings for key in own))
     _check_words(called.words, keys)
     with workdir.held() if not places.in_bucket(folder) else contextlib.nullcontext():

@@ -47,6 +47,25 @@ class Run:
         return [f"--config.{key}={text}" for key, text in self.settings.items()]
 
 
+def load_sweep(path_and_arg: str) -> list[dict[str, Value]] | None:
+    """Returns the runs that a config file's `get_sweep()` plans, as a dict of keys each; None without that function.
+
+    `path.py:arg` calls `get_sweep(arg)`. Raises UserError unless it returns a non-empty list of dicts.
+    """
+    path, _, arg = path_and_arg.partition(":")
+    runs = configs.call(path, "get_sweep", arg)
+    if runs is configs.ABSENT:
+        return None
+    try:
+        plan = [dict(run) for run in runs]
+        if plan and all(isinstance(key, str) for run in plan for key in run):
+            return plan
+    except (TypeError, ValueError):
+        pass
+    raise UserError(f"config file {path}: get_sweep returns {runs!r}; return a list of dicts, such as "
+                    "[{'seed': 0}, {'seed': 1}]")  # fmt: skip
+
+
 def parse(text: str) -> tuple[str, list[str]]:
     """Parses the key and the values of `--sweep`, in one of three forms.
 

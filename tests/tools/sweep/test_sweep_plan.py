@@ -4,7 +4,6 @@ import re
 
 import pytest
 
-from imgclf_jax import config as configs
 from imgclf_jax.config import default_config
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.tools.sweep import plan as sweep_plan
@@ -167,8 +166,8 @@ def test_get_sweep(tmp_path, function, result):
     file.write_text(CONFIG + function + "\n")
     if isinstance(result, str):
         with pytest.raises(UserError, match=result):
-            configs.load_sweep(str(file))
+            sweep_plan.load_sweep(str(file))
         return
-    assert configs.load_sweep(str(file)) == result
+    assert sweep_plan.load_sweep(str(file)) == result
     if result:
-        assert configs.load_sweep(f"{file}:mlp") == [run | {"model": "mlp"} for run in result]
+        assert sweep_plan.load_sweep(f"{file}:mlp") == [run | {"model": "mlp"} for run in result]
