@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Self
@@ -41,44 +41,23 @@ log = logging.getLogger(__name__)
 _SEEN = 10.0  # seconds until all hosts see a new file on a shared disk
 
 
-@dataclass(frozen=True)
 class Workdir:
     """The files of one run under `path`."""
 
-    path: Path
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.json"
+        self.provenance = path / "provenance.json"
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.digests = path / "digests.jsonl"
+        self.corruption = path / "corruption.jsonl"
+        self.result = path / "result.json"
 
     @classmethod
     def from_text(cls, text: str) -> Self:
         """The work directory at a path or address: see `places.as_path`."""
         return cls(places.as_path(text))
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.json"
-
-    @property
-    def provenance(self) -> Path:
-        return self.path / "provenance.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def result(self) -> Path:
-        return self.path / "result.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def corruption(self) -> Path:
-        return self.path / "corruption.jsonl"
-
-    @property
-    def digests(self) -> Path:
-        return self.path / "digests.jsonl"
 
     def load_config(self) -> ConfigDict:
         """Loads the config that the run was trained with. Raises UserError if this directory has no run."""
