@@ -153,6 +153,12 @@ def flag_for(name: str) -> str:
     return explain_unknown(name).partition(": ")[2] if name in _ELSEWHERE else ""
 
 
+# The smallest value of a key, and the values that a key may have.
+_LEAST = {"batch_size": 1, "checkpoint.keep": 1, "data.threads": 0, "steps_per_call": 0, "accumulate": 1,
+          "num_seeds": 1, "clip": 0}  # fmt: skip
+_CHOICES = {"precision": ("float32", "bfloat16"), "data.placement": ("host", "device"),
+            "data.unreadable": ("error", "skip"), "on_corruption": ("stop", "rollback")}  # fmt: skip
+
 # Keys of where and how a run computes: a resumed run may change them. `mesh` and `shard` are among them, although
 # another number of devices changes results by rounding.
 LOCATION_KEYS = ("data.data_dir", "data.manual_dir", "data.placement", "data.threads", "steps_per_call", "tensorboard",
@@ -173,12 +179,8 @@ def free_keys(config: ConfigDict) -> tuple[str, ...]:
 HOST_KEYS = ("data.data_dir", "data.manual_dir", "data.threads")
 
 # Names that metrics.jsonl, result.json and `evaluate` use themselves, so no evaluation set can have them.
-RESERVED = frozenset(
-    (
-        *("train", "step", "epochs", "seconds", "images_per_second", "params_sha256", "num_seeds"),
-        *("left_out", "skipped", "stopped_early", "goodput", "time"),
-    )
-)
+RESERVED = frozenset({"train", "step", "epochs", "seconds", "images_per_second", "params_sha256", "num_seeds",
+                      "left_out", "skipped", "stopped_early", "goodput", "time"})  # fmt: skip
 
 # Whether the smallest or the greatest value of a metric is best, for those that only data with targets have.
 TARGET_METRICS: dict[str, Literal["min", "max"]] = {
@@ -281,25 +283,13 @@ def validate(config: ConfigDict) -> None:
     """Raises UserError for values that no run can use. Specs are checked where they are built."""
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed}: allowed are 0 to 2**32 - 1")
-    for key, least in (
-        ("batch_size", 1),
-        ("checkpoint.keep", 1),
-        ("data.threads", 0),
-        ("steps_per_call", 0),
-        ("accumulate", 1),
-        ("num_seeds", 1),
-        ("clip", 0),
-    ):
-        if not flatten(config)[key] >= least:  # nor is NaN
-            raise UserError(f"{key}={flatten(config)[key]}: must be {least} or more")
-    for key, allowed in (
-        ("precision", ("float32", "bfloat16")),
-        ("data.placement", ("host", "device")),
-        ("data.unreadable", ("error", "skip")),
-        ("on_corruption", ("stop", "rollback")),
-    ):
-        if (value := flatten(config)[key]) not in allowed:
-            raise UserError(unknown(key, value, allowed))
+    flat = flatten(config)
+    for key, least in _LEAST.items():
+        if not flat[key] >= least:  # nor is NaN
+            raise UserError(f"{key}={flat[key]}: must be {least} or more")
+    for key, allowed in _CHOICES.items():
+        if flat[key] not in allowed:
+            raise UserError(unknown(key, flat[key], allowed))
     if not 0 <= config.ema < 1:
         raise UserError(f"ema={config.ema}: allowed are 0 (off) to below 1, such as 0.999")
     if not 0 <= config.rules.layer_decay <= 1:
