@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import struct
 
 from imgclf_jax.core import spec
@@ -80,15 +81,10 @@ class Policy:
             steps=guard.steps.at[place].set(step),
             losses=guard.losses.at[place].set(loss),
         )
-        return choose(bad, skipping, usual)
+        return optax.tree.where(bad, skipping, usual)
 
 
 STOP = Policy()
-
-
-def choose[T](condition: jax.Array, a: T, b: T) -> T:
-    """The pytree `a` where `condition` bool[] holds, else `b`; both have the same shapes and dtypes."""
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
 def _rollback(steps: int = 200) -> Policy:

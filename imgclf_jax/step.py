@@ -235,8 +235,8 @@ def _guarded(
     bad, step, none = nonfinite | spikes, old.step, jnp.int32(metrics.NO_STEP)
     new = new.replace(guard=policy.updated(guard, step, loss, bad))
     if policy.action == "skip":
-        sums = bad_steps.choose(bad, zero_sums(sums), sums)
-        return bad_steps.choose(bad, old.replace(step=new.step, guard=new.guard), new), {
+        sums = optax.tree.where(bad, zero_sums(sums), sums)
+        return optax.tree.where(bad, old.replace(step=new.step, guard=new.guard), new), {
             **sums, "spike_step": none, "skipped": bad.astype(jnp.int32)
         }  # fmt: skip
     return new, {**sums, "spike_step": jnp.where(spikes, step, none), "skipped": jnp.int32(0)}

@@ -98,9 +98,10 @@ def lookahead(
         slow: Averages, fast: ParamsAndState, step: jax.Array, opt_state: OptState = None
     ) -> tuple[ParamsAndState, Averages]:
         done = step + 1
+        is_due = done % k == 0
         weight = 1 - (1 - alpha) * (done.astype(jnp.float32) / total) ** power
-        slow = _where(done <= begin, fast, _where(done % k == 0, _interpolate(slow, fast, weight), slow))
-        return _where(done % k == 0, slow, fast), slow
+        slow = optax.tree.where(done <= begin, fast, optax.tree.where(is_due, _interpolate(slow, fast, weight), slow))
+        return optax.tree.where(is_due, slow, fast), slow
 
     return Average(_copy, update)
 
@@ -152,7 +153,3 @@ def _interpolate(old: PyTree, new: PyTree, weight: jax.Array) -> PyTree:
         return a + weight.astype(a.dtype) * (b - a) if jnp.issubdtype(a.dtype, jnp.inexact) else b
 
     return jax.tree.map(interpolate, old, new)
-
-
-def _where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
