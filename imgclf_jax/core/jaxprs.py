@@ -13,8 +13,7 @@ type Atom = Var | Literal  # an operand of an equation
 
 # Calls to inline after differentiation, which has used their custom derivatives: the parameter with their jaxpr.
 INLINED: Mapping[str, str] = {
-    "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
+    "jit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
 }  # fmt: skip
 
 
