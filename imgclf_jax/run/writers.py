@@ -142,61 +142,52 @@ class MetricsWriter:
             log.warning("%s is missing: it will hold no record of the steps before %d", path, step)
         kept = [record for record in read_metrics(path) if record["step"] <= step]
         self.digest = RecordsDigest(kept)
-        with self._naming_errors():
+        with naming_errors(f"the metrics in {self._directory}"):
             self._own.append(RecordFile(path, kept))
             if config.tensorboard and (events := _open_event_file(self._directory / "tb", step)):
                 self._own.append(events)
         hparams = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in configs.flatten(config).items()}
-        with self._naming_errors():
-            for file in self._own:
-                if isinstance(file, EventFile):
-                    file.write_hparams(hparams)
-        self._tell_added(lambda writer: writer.write_hparams(hparams))
+        self._tell("write_hparams", hparams)
         return any(record["step"] == step and "train/images_per_second" not in record for record in kept)
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes images [n, h, w, c] or [h, w, c] to TensorBoard, and to the writers that have such a method."""
-        if processes.index() or not images:
-            return
-        with self._naming_errors():
-            for file in self._own:
-                if isinstance(file, EventFile):
-                    file.write_images(step, images)
-        self._tell_added(lambda writer: getattr(writer, "write_images", lambda *_: None)(step, images))
+        if images:
+            self._tell("write_images", step, images)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one record and hands it to the operating system, so a killed process does not lose it."""
         if not processes.index():
             self.digest.add({"step": step, **scalars})
-        with self._naming_errors():
-            for file in self._own:
-                file.write_scalars(step, scalars)
-        self._tell_added(lambda writer: writer.write_scalars(step, scalars))
+        self._tell("write_scalars", step, scalars)
 
     def flush(self) -> None:
         """Returns when all records are on disk. Call it before saving a checkpoint, whose records must not be lost."""
-        with self._naming_errors():
-            for file in self._own:
-                file.flush()
-        self._tell_added(lambda writer: writer.flush())
+        self._tell("flush")
 
     def close(self) -> None:
         """Closes all writers. Raises nothing: `write_scalars` and `flush` have raised any errors."""
         for file in self._own:
             with contextlib.suppress(Exception):
                 file.close()
-        self._tell_added(lambda writer: writer.close())
+        self._own.clear()
+        self._tell("close")
 
-    def _tell_added(self, call: Callable[[Writer], None]) -> None:
+    def _tell(self, method: str, *args: object) -> None:
+        """Calls a method of all writers that have it."""
+        with naming_errors(f"the metrics in {self._directory}"):
+            for file in self._own:
+                getattr(file, method, _ignore)(*args)
         for name, writer in list(self._added.items()):
             try:
-                call(writer)
+                getattr(writer, method, _ignore)(*args)
             except Exception as e:  # a failing tracking service must not end a run
                 log.warning("writers=%s failed and gets no more metrics: %s: %s", name, type(e).__name__, reason(e))
                 del self._added[name]
 
-    def _naming_errors(self) -> contextlib.AbstractContextManager[None]:
-        return naming_errors(f"the metrics in {self._directory}")
+
+def _ignore(*_: object) -> None:
+    pass
 
 
 @contextlib.contextmanager
