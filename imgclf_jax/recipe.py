@@ -99,9 +99,8 @@ class Recipe:
 
         def init() -> None:  # as a side effect, since a JAX transformation would return sorted dicts
             images = jnp.zeros((1, *self.data.image_shape), jnp.float32)
-            variables = self.model.init(
-                rng.init_streams(jax.random.key(0)), images, train=False
-            )  # any key: only shapes
+            rngs = rng.init_streams(jax.random.key(0))  # any key: only shapes
+            variables = self.model.init(rngs, images, train=False)
             leaves = {tree.join(path): x.shape for path, x in traverse_util.flatten_dict(variables["params"]).items()}
             shapes.update({name: shape for name, shape in leaves.items()
                            if self.method.predicts or not name.startswith("head/")})  # fmt: skip

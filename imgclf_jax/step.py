@@ -202,9 +202,9 @@ def make_train_step(
             "nonfinite_step": jnp.where(finite, jnp.int32(metrics.NO_STEP), state.step),
         }
         new = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, ema=ema)
-        return (
-            (new, sums) if state.guard is None else _guarded(policy, state.guard, state, new, ~finite, mean_loss, sums)
-        )
+        if state.guard is None:
+            return new, sums
+        return _guarded(policy, state.guard, state, new, ~finite, mean_loss, sums)
 
     return train_step
 

@@ -327,9 +327,8 @@ def restore(config: ConfigDict, workdir: Workdir, which: str) -> Trained:
     for _ in range(20):
         with contextlib.suppress(Gone):  # a run in progress saves and removes checkpoints
             state, step = _choose(config, workdir, which, programs)
-            processes.agree(
-                "comparing modules", provenance.module_digests, in_both=True
-            )  # restoring may have imported more
+            # Restoring may have imported more.
+            processes.agree("comparing modules", provenance.module_digests, in_both=True)
             _ = programs.host_ops, programs.recipe.views, programs.recipe.whole_set_metrics  # import what they name
             workdir.warn_of_changed_modules()
             return Trained(programs, state, step)

@@ -15,9 +15,8 @@ type Variables = Mapping[str, Any]  # linen's collections by name: {"params": â€
 type OptState = Any  # the state of an optax optimizer
 type State = Any  # a `TrainState`, for modules below `step`
 type Batch = dict[str, Any]  # arrays by name; a further stream is a dict of arrays
-type Examples = dict[
-    str, Any
-]  # as a source reads them: "image" uint8[n, h, w, c] or a list, "label" i32[n] or "target" f32[n, k]
+# As a source reads them: "image" uint8[n, h, w, c] or a list, "label" i32[n] or "target" f32[n, k].
+type Examples = dict[str, Any]
 type Chunk = Any  # several batches on the devices, or their ids: see `data.placement`
 type Function = Callable[..., Any]  # any function, for what wraps or traces it
 type Arguments = dict[str, Any]  # keyword arguments by name

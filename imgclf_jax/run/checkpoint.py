@@ -196,9 +196,7 @@ class Checkpoints:
         folder = self.directory / str(step)
         if lost := sorted({name for name, _ in tree.named_leaves(like)} - _saved_names(folder)):
             raise OSError(f"the checkpoint cannot be read back: it does not list {lost[0]}")
-        if (
-            not self._read_back
-        ):  # Opens each array of the first checkpoint only, since TensorStore leaks memory by that.
+        if not self._read_back:  # only the first, since TensorStore leaks memory when it opens each array
             saved = self._manager.item_metadata(step)
             if clash := "it has no metadata" if saved is None else _find_clash(saved, like):
                 raise OSError(f"the checkpoint cannot be read back: {clash}")

@@ -207,9 +207,8 @@ def _git() -> JsonObject:
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *args]
-        return (
-            subprocess.run(command, capture_output=True, check=True, timeout=10).stdout.decode(errors="replace").strip()
-        )
+        done = subprocess.run(command, capture_output=True, check=True, timeout=10)
+        return done.stdout.decode(errors="replace").strip()
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
