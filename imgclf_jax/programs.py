@@ -444,12 +444,8 @@ class Programs:
             metrics.parse_best(text, len(recipe.data.class_names), recipe.task, own, recipe.method.predicts, key)
 
     @property
-    def _fixed_of_evaluation(self) -> tuple[PyTree, ...]:
-        """`fixed` if the method's `evaluate` gets it; else (), so that evaluation loads no teacher."""
-        return self.fixed if self.recipe.method.evaluate else ()
-
-    @property
     def _fixed_shape_of_evaluation(self) -> tuple[PyTree, ...]:
+        """`fixed_shape` if the method's `evaluate` gets `fixed`; else (), so that evaluation loads no teacher."""
         return self.fixed_shape if self.recipe.method.evaluate else ()
 
     @once
@@ -501,7 +497,8 @@ class Programs:
         The chunk is {"image": uint8[k, b, h, w, c], "label": i32[k, b], "mask": bool[k, b]} with k =
         `eval_steps_per_call`. Sums and predictions (see `step`) are stacked [k, …], with zeros from `steps` on.
         """
-        compiled, fixed = self.traced_eval.lower().compile(), self._fixed_of_evaluation
+        compiled = self.traced_eval.lower().compile()
+        fixed = self.fixed if self.recipe.method.evaluate else ()
         return (lambda *args: compiled(*args, *fixed)) if fixed else compiled
 
     def check_predicts(self) -> None:
