@@ -28,13 +28,13 @@ _PACKAGES = ("imgclf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 
 # JAX's options that may differ between processes, or that change no result.
 _OF_ONE_PROCESS = "cache|device|debug|_log_|logging|dump|traceback|profil|timeout|address|mtls|pprint"
-# The entries that determine class names, losses and statistics.
 # The types of entries that commands read; the others are only shown.
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("data", "evals", "git", "init_from", "jax_options", "modules", "packages", "unreadable",
                      "versions"), dict),
     **dict.fromkeys(("changed", "command", "devices", "extended"), list),
 }  # fmt: skip
+# The entries that determine class names, losses and statistics.
 _FACTS = ("data", "evals", "batch_norm_groups", "init_from", "unreadable")
 _OF_COMPILERS = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 _OPTIONS = "JAX_(?!COMPILATION_CACHE|PERSISTENT_CACHE)"  # JAX's environment variables, except those of its cache
