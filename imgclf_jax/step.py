@@ -185,7 +185,7 @@ def make_train_step(
         )  # fmt: skip
         _check_fits(updates, state.params, "the optimizer returns updates")
         params = optax.apply_updates(state.params, updates)
-        (params, model_state), ema = average.update(state.ema, (params, model_state), state.step, opt_state)
+        (params, model_state), ema = average.update(state.ema, (params, model_state), _updates(state), opt_state)
 
         grad_norm = optax.tree.norm(grads)
         param_norm = optax.tree.norm(params)

@@ -23,8 +23,8 @@ class Average(NamedTuple):
     """A weight average as two pure functions.
 
     - `init(variables) -> average`.
-    - `update(average, variables, step, opt_state) -> (variables, average)` runs after the optimizer's update of `step`
-      i32[], counted from 0. The next step trains on the variables that it returns.
+    - `update(average, variables, step, opt_state) -> (variables, average)` runs after the optimizer's update number
+      `step` i32[], counted from 0 and without skipped steps. The next step trains on the variables that it returns.
     """
 
     init: Callable[[ParamsAndState], Averages]

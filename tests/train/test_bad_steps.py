@@ -4,15 +4,22 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cases import thorough
+from flax import linen as nn
 
 import launch
 from imgclf_jax import bad_steps
+from imgclf_jax import step as steps
 from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import stream
+from imgclf_jax.losses import softmax
+from imgclf_jax.models.classifier import Classifier
+from imgclf_jax.optim import optimizers, weight_averages
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
@@ -196,6 +203,41 @@ def test_a_run_that_skips_everything_ends(check, poisoned, tmp_path, one_device)
         + "the run has diverged",
     ):
         train.main(poisoned, Workdir(tmp_path))
+
+
+@pytest.mark.parametrize(("decay", "text"), [(0.0, "sgd|lookahead(3, 0.5, power=2)"), (0.9, "sgd")])
+def test_weight_averages_count_updates_and_not_skipped_steps(decay, text):
+    """Lookahead synchronizes every k updates (Zhang et al. 2019): a skipped step was a lost synchronization."""
+    model, optimizer = Classifier(Flat(), 2), optax.sgd(0.1)
+    average = weight_averages.build(decay, optimizers.split_lookahead(text)[1], lambda text: 0, 9)
+    skip = bad_steps.Policy("skip")
+    one = jax.jit(steps.make_train_step(
+        model, softmax, optimizer, optax.constant_schedule(0.1), poisoned_where_255, average, policy=skip
+    ))  # fmt: skip
+    rng = np.random.default_rng(0)
+    good = [{"image": rng.integers(0, 200, (4, 2, 2, 1), np.uint8), "label": rng.integers(0, 2, 4, np.int32)}
+            for _ in range(7)]  # fmt: skip
+    bad = {**good[0], "image": np.full_like(good[0]["image"], 255)}
+
+    def train(batches):
+        state = steps.init_state(model, optimizer, (2, 2, 1), 0, average, policy=skip)
+        for batch in batches:
+            state, _ = one(state, batch)
+        return state
+
+    skipping, plain = train([*good[:2], bad, *good[2:6], bad, bad, good[6]]), train(good)
+    assert int(skipping.guard.skipped) == 3
+    jax.tree.map(np.testing.assert_array_equal, (skipping.params, skipping.ema), (plain.params, plain.ema))
+
+
+def poisoned_where_255(key, images):
+    return jnp.where(images == 255, jnp.nan, images.astype(jnp.float32) / 255)
+
+
+class Flat(nn.Module):
+    @nn.compact
+    def __call__(self, images, train=False):
+        return nn.Dense(3)(images.reshape(len(images), -1))
 
 
 def test_the_moving_average_is_that_of_its_definition():
