@@ -5,7 +5,9 @@ weight f32[b]). Image i is mixed with image i - 1, the first with the last, and 
 of a batch is random, the neighbour is a random example, and all but the first of each device are on the same device.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,8 +89,9 @@ _LEADING = {kinds.PLAIN: ("images",), kinds.RANDOM: ("key", "images")}
 def build(text: str, task: Task = Task.CLASSES) -> Mix | None:
     """Returns the function (key, images) → (images, weight) that a spec of mixing ops names; None for empty text.
 
-    It draws one of the ops per batch. Ops without a `probability` share the rest equally; if all have one, the rest of
-    the batches stay unmixed. An op's draws do not depend on the other ops. Raises UserError for `cutmix` in regression.
+    It draws one of the ops per batch. Ops without a `probability`, in the spec or as their default, share the rest
+    equally; if all have one, the rest of the batches stay unmixed. An op's draws do not depend on the other ops. Raises
+    UserError for `cutmix` in regression.
     """
     if task is Task.REGRESSION and any(call.name == "cutmix" for call in spec.parse(text)):
         raise UserError(f"mix={text!r}: cutmix is undefined in regression, where a box of an image has no target; use "
@@ -96,7 +99,7 @@ def build(text: str, task: Task = Task.CLASSES) -> Mix | None:
     ops = [kinds.bind(call, MIXES, "mixing op", _LEADING) for call in spec.parse(text)]
     if not ops:
         return None
-    probabilities = [op.keywords.get("probability") for op in ops]
+    probabilities = [_probability(op) for op in ops]
     known = [p for p in probabilities if p is not None]
     if not all(isinstance(p, int | float) and 0 <= p <= 1 for p in known) or (total := sum(known)) > 1 + 1e-6:
         raise UserError(f"mix={text!r}: each probability must be from 0 to 1, and their sum at most 1")
@@ -114,6 +117,12 @@ def build(text: str, task: Task = Task.CLASSES) -> Mix | None:
         return jax.lax.switch(choice, branches, key_op, images)
 
     return mix
+
+
+def _probability(op: Callable[..., Mixed]) -> Any:
+    """The value of an op's argument `probability`, given or default; None if it has none."""
+    argument = inspect.signature(op).parameters.get("probability")
+    return argument and argument.default
 
 
 def _with_key(op: Callable[..., Mixed]) -> Mix:

@@ -161,6 +161,19 @@ def test_one_op_is_drawn_for_each_batch(text, shares):
     np.testing.assert_array_equal(out[untouched], np.broadcast_to(images, out[untouched].shape))
 
 
+def blank(images, probability=0.25):
+    """A mixing op of a user, with a default probability."""
+    return 0 * images, jnp.zeros(len(images))
+
+
+@pytest.mark.parametrize(("text", "share"), [("blank", 0.25), ("blank(0.75)", 0.75), ("blank()|mixup", 0.25)])
+def test_the_default_probability_of_an_op_counts(text, share):
+    """It was ignored, and the op mixed every batch."""
+    mix = mixing.build(text.replace("blank", f"{__name__}:blank"))
+    weights = jax.jit(jax.vmap(mix, in_axes=(0, None)))(jax.random.split(KEY, 1000), jnp.ones((2, 1, 1, 1)))[1]
+    assert stats.binomtest(int((weights[:, 0] == 0).sum()), 1000, share).pvalue > 1e-3
+
+
 @pytest.mark.thorough
 def test_another_op_changes_none_of_the_draws_of_an_op():
     """A mixup is the same whether it is drawn alone or next to another op."""
