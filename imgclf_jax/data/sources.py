@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -330,9 +331,14 @@ def open_data(config: ConfigDict, text: str = "") -> dict[str, Source]:
     return opened
 
 
-def describe_use(base: dict[str, Source], data: ConfigDict) -> str:
-    """Describes in one line the use of each split, and the unused examples of these base splits."""
-    return splits.describe(data.train, data.eval, {name: len(source) for name, source in base.items()})
+def describe_use(base: dict[str, Source], data: ConfigDict, extra: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Describes in one line the use of each split, and the unused examples of these base splits.
+
+    `extra` are the splits of further streams by name, "" for `train` or the only one.
+    """
+    default = "train" if len(base) > 1 else next(iter(base))
+    streams = {name: split or default for name, split in extra.items()}
+    return splits.describe(data.train, data.eval, {name: len(source) for name, source in base.items()}, streams)
 
 
 def left_out(base: dict[str, Source]) -> list[str]:

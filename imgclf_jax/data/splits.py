@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from imgclf_jax.core.errors import UserError, unknown
 
@@ -43,18 +44,27 @@ def resolve(text: str, sizes: Mapping[str, int]) -> list[Part]:
     return parts
 
 
-def describe(train: str, evals: Mapping[str, str], sizes: Mapping[str, int]) -> str:
+def base_splits(text: str) -> list[str]:
+    """The names of the base splits in a split's text; those of pieces outside the syntax are left out."""
+    return [match[1] for piece in text.split("+") if (match := _PART.fullmatch(piece))]
+
+
+def describe(
+    train: str, evals: Mapping[str, str], sizes: Mapping[str, int], extra: Mapping[str, str] = MappingProxyType({})
+) -> str:
     """Describes in one line the use of each split, and the unused examples of the base splits.
 
     `evals` are the evaluation sets by name; one of another source, `folder('x')/test`, is shown without its size.
+    `extra` are further streams of the base splits.
     """
-    texts = [train, *(text for text in evals.values() if ")" not in text)]
+    texts = [train, *(text for text in evals.values() if ")" not in text), *extra.values()]
     parts = {text: resolve(text, sizes) for text in texts}
 
     def with_size(text: str) -> str:
         return f"{text} ({sum(p.stop - p.start for p in parts[text])})" if text in parts else text
 
     uses = [f"training on {with_size(train)}"]
+    uses += ["reading " + ", ".join(f"{name} = {with_size(text)}" for name, text in extra.items())] if extra else []
     if evals:
         uses.append("evaluating on " + ", ".join(f"{name} = {with_size(text)}" for name, text in evals.items()))
     used = [part for some in parts.values() for part in some]

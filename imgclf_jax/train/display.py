@@ -17,7 +17,7 @@ from imgclf_jax import metrics
 from imgclf_jax.config import KEYS, selecting_metrics
 from imgclf_jax.core import processes
 from imgclf_jax.core.text import decimals, printable
-from imgclf_jax.data import sampling, sources, stream
+from imgclf_jax.data import extra, sampling, sources, stream
 from imgclf_jax.losses import Task
 from imgclf_jax.models import summary
 from imgclf_jax.programs import Programs
@@ -39,9 +39,10 @@ def head(
     recipe, config = compiling.recipe, compiling.recipe.config
     targets = bool(recipe.data.target_names)
     labels = None if targets else sources.known_labels(images.source)
+    further = {name: stream.split for name, stream in extra.parse_all(config).items() if not stream.source}
     data = [f"{printable(config.data.source)}: {len(images):,} images of {_shape(images.shape)}, "
             + classes(recipe.data.class_names, labels, "targets" if targets else "classes"),
-            sources.describe_use(dict(base), config.data)]  # fmt: skip
+            sources.describe_use(dict(base), config.data, further)]  # fmt: skip
     if config.data.sampling != "permutation":
         drawn = sampling.describe(images.sampler, images.source, recipe.total * config.batch_size)
         data.append(f"data.sampling={config.data.sampling!r}: {drawn}")

@@ -162,7 +162,7 @@ def compare_with_record(
     trained = workdir.load_config()
     if changed(programs, trained, base):
         log.warning("the data have changed since training: examples trained on may now be in an evaluation set")
-    for sentence in overlap_warnings(trained.data, programs.recipe.config.data.eval, base):
+    for sentence in overlap_warnings(trained, programs.recipe.config.data, base):
         log.warning("%s", sentence)
     for name in changed_sets(programs, trained, load_evals(workdir.provenance), evals):
         log.warning("the evaluation set %s has changed since training: its metrics are not those that the run recorded",

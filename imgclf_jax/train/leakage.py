@@ -1,6 +1,7 @@
 """Scores that are not those of new data: sets that share examples with training, or that a run selects by."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -8,8 +9,9 @@ from imgclf_jax.config import selecting_metrics
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.split_folders import role_of
-from imgclf_jax.data import sources, splits
+from imgclf_jax.data import extra, sources, splits
 
+_MANY = 10**12  # examples that a split of unknown size is taken to have
 _OF_ALL_EXAMPLES = {"permutation", "balanced", "weighted", "repeated", "curriculum"}  # of `data.sampling`
 
 
@@ -32,22 +34,70 @@ def selection_warnings(config: ConfigDict) -> list[str]:
     ]
 
 
-def overlap_warnings(trained: ConfigDict, evals: Mapping[str, str], base: Mapping[str, sources.Source]) -> list[str]:
-    """A sentence for each evaluation set that shares examples with the training split of the source `base`.
+def overlap_warnings(trained: ConfigDict, data: ConfigDict, base: Mapping[str, sources.Source]) -> list[str]:
+    """A sentence for each evaluation set that shares examples with what a run reads: `data.train` and `data.extra`.
 
-    `trained` are the `data` keys of the run, `evals` splits by name; those of another source are skipped, and so are
-    all if the sampling may leave out examples of the split.
+    `trained` is the config of the run, `data` the keys `data` of the evaluation, and `base` the splits of its
+    `data.source`. A stream is skipped if its sampling may leave out examples. The sizes of another source's splits are
+    unknown, so sets and streams of one are compared as if it had any number of examples.
     """
-    if {call.name for call in spec.parse(trained.sampling)} - _OF_ALL_EXAMPLES:
-        return []
-    train = trained.train
-    try:
-        shared = splits.count_shared(train, evals, {name: len(source) for name, source in base.items()})
-    except UserError:  # the training split is gone, and only evaluation sets are needed
-        return []
-    return [
-        f"the evaluation set {name} shares {count:,} of its {size:,} examples with the training split {train!r}: its "
-        f"scores are not those of new data; train on a split without {evals[name]!r}"
-        for name, (count, size) in shared.items()
-        if count
-    ]
+    source, found = _same_text(data.source), []
+    evals = {name: _source_and_split(text, source) for name, text in data.eval.items()}
+    for stream in _streams(trained):
+        texts = {name: split for name, (other, split) in evals.items() if other == stream.source}
+        if stream.source == source:
+            sizes = {name: len(split) for name, split in base.items()}
+            read = stream.split or ("train" if len(base) > 1 else next(iter(base)))
+        else:
+            read = stream.split or "train"
+            sizes = dict.fromkeys(splits.base_splits("+".join([read, *texts.values()])), _MANY)
+        try:
+            shared = splits.count_shared(read, texts, sizes)
+        except UserError:  # the training split is gone, and only evaluation sets are needed
+            continue
+        for name, (count, size) in shared.items():
+            many = f"{count:,} of its {size:,} examples" if stream.source == source else "examples"
+            if count:
+                found.append(f"the evaluation set {name} shares {many} with {stream.name} {read!r}: {stream.then} "
+                             f"{texts[name]!r}")  # fmt: skip
+    return found
+
+
+class _Stream(NamedTuple):
+    """What a run reads, and the end of the warning if that shares examples with an evaluation set."""
+
+    name: str
+    source: str
+    split: str  # "" for `train` or the only split
+    then: str
+
+
+def _streams(trained: ConfigDict) -> list[_Stream]:
+    """What a run reads whole."""
+    source, found = _same_text(trained.data.source), []
+    if _reads_all(trained.data.sampling):
+        then = "its scores are not those of new data; train on a split without"
+        found.append(_Stream("the training split", source, trained.data.train, then))
+    if spec.parse_one(trained.method).name == "supervised":  # which reads no further stream
+        return found
+    for name, stream in extra.parse_all(trained).items():
+        then = ("if the method learns from these images, its scores are transductive, not those of new data; else give "
+                "the stream a split without")  # fmt: skip
+        if _reads_all(stream.sampling):
+            found.append(_Stream(f"data.extra.{name},", _same_text(stream.source) or source, stream.split, then))
+    return found
+
+
+def _reads_all(text: str) -> bool:
+    return not {call.name for call in spec.parse(text)} - _OF_ALL_EXAMPLES
+
+
+def _source_and_split(text: str, source: str) -> tuple[str, str]:
+    """The source and the split of a value of `data.eval`; one without a source is of `source`."""
+    own, _, split = text.rpartition("/") if ")" in text else ("", "", text)
+    return _same_text(own) or source, split
+
+
+def _same_text(source: str) -> str:
+    """A source's spec as one text, however it is written."""
+    return "|".join(map(str, spec.parse(source)))

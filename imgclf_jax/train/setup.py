@@ -104,7 +104,7 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
         if start < recipe.total:  # else the run is done, by the config that it has recorded
             processes.broadcast_from_process_0("writing config.json", lambda: workdir.update_config(config, start))
     if not processes.index():
-        for sentence in (*overlap_warnings(config.data, config.data.eval, base), *selection_warnings(config)):
+        for sentence in (*overlap_warnings(config, config.data, base), *selection_warnings(config)):
             log.warning("%s", sentence)
     even = spec.parse_one(config.data.sampling).name in ("permutation", "repeated")  # each example equally often
     if losses.needs_class_counts(config.loss) and not even and not processes.index():

@@ -106,6 +106,12 @@ def test_what_serves_what(train, evals, said):
     assert splits.describe(train, evals, {"train": 80, "test": 20}) == said
 
 
+def test_further_streams_use_their_examples():
+    """They were counted as unused."""
+    said = splits.describe("train[:10%]", {"test": "test"}, {"train": 80, "test": 20}, {"unlabeled": "train[10%:]"})
+    assert said == ("training on train[:10%] (8); reading unlabeled = train[10%:] (72); evaluating on test = test (20)")
+
+
 def test_describing_takes_no_memory_for_examples():
     """Overlapping and repeated parts count once, for any number of examples."""
     n = 2**48

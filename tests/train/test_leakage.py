@@ -60,12 +60,61 @@ def test_splits_that_overlap(train, text, shared):
 
 def test_the_warning_of_an_overlap():
     """Of training examples; a sampling that leaves out some of the split may leave out these."""
-    base, data = sources.fake(100, (2, 2, 1), 2), configs.default_config().data
-    [sentence] = overlap_warnings(data, {"val": "train[90%:]", "test": "test"}, base)
+    base, config = sources.fake(100, (2, 2, 1), 2), configs.default_config()
+    data = config.data
+    data.eval = {"val": "train[90%:]", "test": "test"}
+    [sentence] = overlap_warnings(config, data, base)
     assert sentence.startswith("the evaluation set val shares 10 of its 10 examples with the training split 'train': ")
     data.sampling = "balanced"
-    assert overlap_warnings(data, {"val": "train[90%:]", "test": "test"}, base) == [sentence]
+    assert overlap_warnings(config, data, base) == [sentence]
     data.sampling = "subset('ids.npy')"
-    assert overlap_warnings(data, {"val": "train[90%:]"}, base) == []
+    assert overlap_warnings(config, data, base) == []
     data.sampling, data.train = "permutation", "gone"
-    assert overlap_warnings(data, {"val": "train[90%:]"}, base) == []
+    assert overlap_warnings(config, data, base) == []
+
+
+def test_the_overlap_of_a_further_stream():
+    """An unlabeled stream of test images is transductive learning: it was not said."""
+    base, config = sources.fake(100, (2, 2, 1), 2), configs.default_config()
+    config.data.train, config.method = "train[:10%]", "fixmatch"
+    config.data.extra = {"unlabeled": "train[10%:]+test|batch_size(8)"}
+    config.data.eval = {"test": "test[50:]"}
+    [sentence] = overlap_warnings(config, config.data, base)
+    assert sentence == (
+        "the evaluation set test shares 50 of its 50 examples with data.extra.unlabeled, 'train[10%:]+test': if the "
+        "method learns from these images, its scores are transductive, not those of new data; else give the stream a "
+        "split without 'test[50:]'"
+    )
+    config.data.extra.unlabeled = "train[10%:]"
+    assert overlap_warnings(config, config.data, base) == []
+    config.data.extra.unlabeled = "test|sampling('subset(\"ids.npy\")')"
+    assert overlap_warnings(config, config.data, base) == []
+    config.data.extra.unlabeled, config.method = "test", "supervised"  # reads no stream, which has its own warning
+    assert overlap_warnings(config, config.data, base) == []
+
+
+@pytest.mark.parametrize(("source", "stream", "text", "said"), [
+    ("folder('x')", "test", 'folder("x")/test[:4]', "4 of its 4 examples"),  # the source itself, spelled out
+    ("folder('x')", "folder( 'x' )/test", "test", "100 of its 100 examples"),
+    ("folder('x')", "folder('y')/train", "folder('y')/train[50%:]", "examples"),
+    ("folder('x')", "folder('y')", "folder('y')/train[-9:]", "examples"),
+    ("folder('x')", "folder('y')/train[:50%]", "folder('y')/train[50%:]", ""),
+    ("folder('x')", "folder('y')/test", "folder('x')/test", ""),
+])  # fmt: skip
+def test_streams_and_sets_are_compared_by_their_source(source, stream, text, said):
+    base, config = sources.fake(100, (2, 2, 1), 2), configs.default_config()
+    config.data.source, config.method, config.data.extra = source, "fixmatch", {"unlabeled": stream}
+    config.data.eval = {"set": text}
+    found = overlap_warnings(config, config.data, base)
+    assert len(found) == bool(said)
+    assert not said or found[0].startswith(f"the evaluation set set shares {said} with data.extra.unlabeled, ")
+
+
+def test_training_examples_of_one_source_are_not_in_another():
+    """`evaluate --config.data.source=…` warned of the training split of the run, by its name alone."""
+    base, trained = sources.fake(100, (2, 2, 1), 2), configs.default_config()
+    other = trained.copy_and_resolve_references()
+    trained.data.source, other.data.source = "folder('old')", "folder('new')"
+    other.data.eval = {"new": "train", "old": "folder('old')/train"}
+    [sentence] = overlap_warnings(trained, other.data, base)
+    assert sentence.startswith("the evaluation set old shares examples with the training split 'train': ")

@@ -80,7 +80,7 @@ def find(model: Trained, recorded: ConfigDict, fingerprints: Mapping[str, str] |
     if changed(programs, recorded, base):
         missing.append("The data have changed since training: examples trained on may now be in an evaluation set.")
     missing += [f"{sentence[0].upper()}{sentence[1:]}."
-                for sentence in overlap_warnings(recorded.data, model.config.data.eval, base)]  # fmt: skip
+                for sentence in overlap_warnings(recorded, model.config.data, base)]  # fmt: skip
     sets: tuple[Evaluated, ...] = ()
     try:
         evals = open_evals(programs, base)
