@@ -316,11 +316,19 @@ def build_whole_set(text: str, task: Task = Task.CLASSES, outputs: Sequence[str]
     return whole_set
 
 
+def own_names(sums: Mapping[str, Any]) -> list[str]:
+    """The names of the metrics among the sums that a method's `evaluate` returns."""
+    return [name.removeprefix(OWN) for name in sums if name.startswith(OWN)]
+
+
 def reserved_names(task: Task, predicts: bool = True) -> re.Pattern[str]:
     """The names of metrics that results use themselves; those of a run that `predicts` nothing are fewer."""
     reported = ("loss", "nll", *REPORTED[task]) if predicts else ()
-    return re.compile("|".join(("examples", *reported, "ensemble_.*", ".*_std")))
+    return re.compile("|".join(("examples", *reported, "ensemble_.*", ".*_std", *_OF_EVALUATE)))
 
+
+# Further keys of `evaluate --format json`.
+_OF_EVALUATE = ("scores", "confusion", "classes", "class_(names|examples|predicted|correct)", "target_names")
 
 # The task in messages: "a run with …".
 TASK_NAMES = {Task.CLASSES: "classes", Task.SOFT: "classes", Task.MULTILABEL: "several labels",

@@ -431,7 +431,11 @@ class Programs:
         fixed = self._fixed_shape_of_evaluation
         with self.tracing():
             batch = jax.eval_shape(lambda chunk: self._batch_at(chunk, 0), self._eval_chunk_shape(1))
-            return jax.jit(pure).trace(self.state_shape.params, self.state_shape.model_state, batch, *fixed)
+            traced = jax.jit(pure).trace(self.state_shape.params, self.state_shape.model_state, batch, *fixed)
+        if both := [name for name in metrics.own_names(traced.out_info[0]) if name in recipe.whole_set_metrics]:
+            raise UserError(f"the method's evaluate returns {both[0]!r}, which metrics={recipe.config.metrics!r} "
+                            "computes too; rename it")  # fmt: skip
+        return traced
 
     def check_best(self) -> None:
         """Raises UserError if `checkpoint.best` or `stop` names a metric that evaluation does not report."""
@@ -439,8 +443,7 @@ class Programs:
         for key, text in selecting_metrics(recipe.config).items():
             own = [*recipe.whole_set_metrics]
             if recipe.method.evaluate:
-                sums = self.eval_step.out_info[0]
-                own += [name.removeprefix(metrics.OWN) for name in sums if name.startswith(metrics.OWN)]
+                own += metrics.own_names(self.eval_step.out_info[0])
             metrics.parse_best(text, len(recipe.data.class_names), recipe.task, own, recipe.method.predicts, key)
 
     @property

@@ -265,10 +265,15 @@ def _named_metrics(named: Mapping[str, jax.Array], sown: PyTree) -> metrics.Sums
     by_path: dict[str, list[jax.Array]] = {}
     for path, value in traverse_util.flatten_dict(sown, sep="/").items():
         by_path[path] = list(value) if isinstance(value, tuple) else [value]  # `sow` appends to a tuple
+    if both := named.keys() & by_path.keys():
+        raise UserError(f"both the method's Loss and a module have the metric {min(both)!r}; rename one")
     found = {**{name: [value] for name, value in named.items()}, **by_path}
     for name, values in found.items():
         if name in _OWN_METRICS:
             raise UserError(f"a metric is called {name!r}, which every step has; rename it")
+        if name.endswith("_std") and (of := name.removesuffix("_std")) in (*_OWN_METRICS, *found):
+            raise UserError(f"a metric is called {name!r}, which runs of several seeds have for the deviation of "
+                            f"{of!r}; rename it")  # fmt: skip
         if bad := [jnp.shape(x) for x in values if jnp.ndim(x) > 1]:
             raise UserError(f"the metric {name!r} has the shape {list(bad[0])}; give f32[] or one number per example, "
                             "f32[b]")  # fmt: skip
@@ -290,7 +295,7 @@ def _count_correct(logits: jax.Array | None, batch: Batch, link: Link, task: Tas
 PER_STEP = ("grad_norm", "param_norm", "learning_rate")  # summed over steps; all others over examples
 FIRST_STEPS = ("nonfinite_step", "spike_step")  # the number of the first such step, not a sum
 _OWN_METRICS = (*PER_STEP, *FIRST_STEPS, "steps", "examples", "correct", "loss", "skipped", "accuracy",
-                "images_per_second", "input_wait")  # fmt: skip
+                "exact_match", "images_per_second", "input_wait")  # fmt: skip
 
 
 def zero_sums(like: metrics.Sums) -> metrics.Sums:

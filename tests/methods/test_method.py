@@ -11,9 +11,11 @@ import pytest
 from flax import linen as nn
 
 from imgclf_jax import losses, step
+from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import Loss, Method
 from imgclf_jax.models.classifier import Classifier
+from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
@@ -138,6 +140,7 @@ def test_weights_of_a_methods_own_are_no_mixing_weights():
     (lambda x: {"spread": jnp.mean(x)}, r"'spread' of the shape \[\]; return one number per example, \[32\]"),
     (lambda x: {"spread": jnp.mean(x, (1, 2))}, r"'spread' of the shape \[32, 1\]"),  # was summed over 32 x 32
     (lambda x: {"accuracy": x[:, 0, 0, 0]}, "'accuracy', a name that results use for something else; rename it"),
+    (lambda x: {"scores": x[:, 0, 0, 0]}, "'scores', a name that results use for something else; rename it"),
     (lambda x: {"spread": x[:, 0, 0, 0]}, None),
 ])  # fmt: skip
 def test_a_methods_evaluation_is_a_number_per_example_under_a_name_of_its_own(values, said):
@@ -149,6 +152,36 @@ def test_a_methods_evaluation_is_a_number_per_example_under_a_name_of_its_own(va
     with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
         sums, _ = jax.eval_shape(evaluate, state.params, state.model_state, given)
         assert sums["own/spread"].shape == ()
+
+
+def own_auc(problem):
+    return Method(lambda *_: None, evaluate=lambda model, batch, fixed: {"auc": batch["image"][:, 0, 0, 0]})
+
+
+def test_a_method_and_the_key_metrics_share_no_name(fake_config):
+    """The value of the key `metrics` won, silently."""
+    config = config_of(fake_config, method=f"{__name__}:own_auc", metrics="auc|f1")
+    recipe = Recipe(config, DataInfo(64, SHAPE, tuple("abcde"), ""))
+    with pytest.raises(UserError, match=r"evaluate returns 'auc', which metrics='auc\|f1' computes too; rename it"):
+        _ = Programs(recipe, sharding.make_mesh(jax.devices()[:1])).eval_step
+
+
+@pytest.mark.parametrize(("names", "said"), [
+    ({"backbone/rank"}, "both the method's Loss and a module have the metric 'backbone/rank'"),  # the module's won
+    ({"exact_match"}, "'exact_match', which every step has"),  # the method's won in multi-label runs
+    ({"margin", "margin_std"}, "'margin_std', which runs of several seeds have for the deviation of 'margin'"),
+    ({"loss_std"}, "'loss_std', which runs of several seeds have for the deviation of 'loss'"),
+    ({"margin", "spread_std"}, None),
+])  # fmt: skip
+def test_metrics_of_training_have_names_of_their_own(names, said):
+    def loss(model, batch, fixed):
+        logits = model(batch["image"], train=True)
+        return Loss(losses.softmax(logits, batch["label"]), logits, dict.fromkeys(names, logits[:, 0]))
+
+    model, optimizer = Classifier(Sowing(), CLASSES), optax.sgd(1.0)
+    train_step = step.make_train_step(model, Method(loss), optimizer, optax.constant_schedule(1.0), scale)
+    with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+        jax.eval_shape(train_step, step.init_state(model, optimizer, SHAPE, 0), batch())
 
 
 def no_loss(problem):
