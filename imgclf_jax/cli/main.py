@@ -115,7 +115,7 @@ def _run(argv: list[str], program: str, program_command: list[str]) -> int:
             status: int = _module(name).main(files, **options)
         return status
     workdir: Any = options.pop("workdir", "") or str(Path("runs", Path(config_path.partition(":")[0]).stem))
-    config = configs.load_file(config_path)
+    config = of_file = configs.load_file(config_path)
     without_run = command.config_from == "run or file" and not values.workdir
     if command.config_from == "record":
         workdir, config = words.take_record(name, rest)
@@ -132,6 +132,10 @@ def _run(argv: list[str], program: str, program_command: list[str]) -> int:
         elif options["checkpoint"] or (values.workdir and Workdir.from_text(workdir).config.is_file()):
             flag = "checkpoint" if options["checkpoint"] else "workdir"
             raise UsageError(f"{name} loads a run (--{flag}) or weights (--config.init_from), not both; drop either")
+    named = any(re.match(r"--?config(=|$)", word) for word in command_line)
+    if config is not of_file and named and not options.get("process_id"):
+        run = workdir if isinstance(workdir, str) else str(workdir.path)
+        _tell_unused(name, config_path, run, of_file, config, rest)
     files = words.override(config, rest, name)
     if files and command.config_from == "record":
         raise UsageError(f"{name} takes one {command.files}, but got {files[0]!r} too")
@@ -148,6 +152,17 @@ def _tell_default(name: str, workdir: str, options: Mapping[str, Value]) -> None
                         "there is none")  # fmt: skip
     if not options.get("process_id"):
         print(f"{time.strftime('%H:%M:%S')} without --workdir: using the run in {printable(workdir)}", file=sys.stderr)
+
+
+def _tell_unused(name: str, path: str, run: str, of_file: ConfigDict, config: ConfigDict, words: Sequence[str]) -> None:
+    """Says which keys of the file that --config names a command does not use, since it uses a run's own config."""
+    given = {word.lstrip("-").partition("=")[0].removeprefix("config.") for word in words}
+    given |= {"data.eval"} if any(key.startswith("data.eval.") for key in given) else set()
+    if keys := [line.partition(":")[0] for line in configs.difference(config, of_file, sorted(given))]:
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        print(f"{time.strftime('%H:%M:%S')} {name} uses the config that the run in {printable(run)} has recorded, "
+              f"not --config={printable(path)}, which differs in {', '.join(keys[:3])}{more}; to change a key of the "
+              "run's, pass --config.KEY=VALUE", file=sys.stderr)  # fmt: skip
 
 
 def _module(command: str) -> ModuleType:

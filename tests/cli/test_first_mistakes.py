@@ -146,3 +146,30 @@ def test_help_says_once_what_is_true_of_all_commands():
         if command.config_from == "run":
             assert "(default: runs/digits)" in " ".join(text.split())
     assert "(default: runs/<config name>)" in " ".join(table.command_help("train").split())
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["predict", "cat.jpg", "--config=b.py"], "predict uses the config that the run in a has recorded, not "
+     "--config=b.py, which differs in data.source, data.eval, tta and 1 more; to change a key of the run's, pass "
+     "--config.KEY=VALUE"),
+    (["predict", "cat.jpg", "--config=b.py", "--config.data.source=digits", "--config.data.eval.new=test",
+      "--config.tta=flip"], "predict uses the config that the run in a has recorded, not --config=b.py, which differs "
+     "in model; to change a key of the run's, pass --config.KEY=VALUE"),
+    (["predict", "cat.jpg", "--config=same.py"], ""),
+    (["predict", "cat.jpg"], ""),
+    (["report", "--config", "b.py"], "report uses the config that "),
+])  # fmt: skip
+def test_a_config_that_the_command_does_not_use(words, said, tmp_path, monkeypatch, capsys):
+    """A run keeps the config it was trained with: another one was ignored silently, and its data not evaluated."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text(configs.to_json(configs.default_config()))
+    body = "from imgclf_jax.config import default_config\n\n\ndef get_config():\n    config = default_config()\n"
+    other = "".join(f"    config.{key} = {value!r}\n" for key, value in {
+        "data.source": "folder('new')", "data.eval": {"new": "train"}, "model": "mlp", "tta": "flip",
+        "tensorboard": False}.items())  # fmt: skip
+    for name, keys in {"b.py": other, "same.py": ""}.items():
+        (tmp_path / name).write_text(f"{body}{keys}    return config\n")
+    assert launch.main([*words, "--workdir=a"]) == (words[0] == "predict")  # there is no such image
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.partition(" ")[2].startswith(said) if said else first.startswith("error: ")

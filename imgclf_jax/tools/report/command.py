@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from imgclf_jax import config as configs
 from imgclf_jax.core import processes
 from imgclf_jax.models import summary
 from imgclf_jax.recipe import check_names
@@ -47,6 +48,10 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
     chosen = tuple(f"{key} selects on the set {name}: its scores on this page are not those of new data."
                    for name, key in selecting_sets(run.config).items())  # fmt: skip
     findings = dataclasses.replace(findings, missing=(*chosen, *findings.missing))
+    if others := _other_values(run.config, config):
+        sentence = f"This page has other values than the run: {'; '.join(others)}. Its scores need not be the run's."
+        findings = dataclasses.replace(findings, missing=(sentence, *findings.missing))
+        log.warning("%s", sentence)
     if run.contradictions:
         sentence = f"The run's record contradicts itself: {'; '.join(run.contradictions)}."
         findings = dataclasses.replace(findings, missing=(sentence, *findings.missing))
@@ -60,3 +65,13 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
         write(path, report_page.page(run, run.provenance, findings, names))
         print(f"wrote {path}")
     return 0
+
+
+def _other_values(recorded: ConfigDict, config: ConfigDict) -> list[str]:
+    """A line for each key that the command line has changed, and for each evaluation set that is no longer the run's.
+
+    New sets are shown as what they are, and further metrics as well.
+    """
+    keys = configs.difference(recorded, config, ("data.eval", *configs.FREE_KEYS))
+    old, new = recorded.data.eval, config.data.eval
+    return keys + [f"data.eval.{name}: {old[name]!r} → {new[name]!r}" for name in old if old[name] != new.get(name)]

@@ -1,6 +1,7 @@
 """The page of a trained run holds what `evaluate` finds, and is one safe, well-formed file that refers to nothing."""
 
 import csv
+import html
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 import launch
+from imgclf_jax import config as configs
 from imgclf_jax import losses, metrics
 from imgclf_jax.augment import ops
 from imgclf_jax.augment.pixels import to_pixels
@@ -336,3 +338,17 @@ def test_confusions_by_how_frequent_they_are():
     pairs = [(i, j, int(confusion[i, j])) for i in range(6) for j in range(6) if i != j and confusion[i, j]]
     assert by_class.most_confused(confusion, 7) == sorted(pairs, key=lambda one: (-one[2], one[:2]))[:7]
     assert by_class.most_confused(np.eye(3, dtype=int), 7) == []
+
+
+def test_values_of_the_command_line_that_are_not_the_runs(tmp_path):
+    """The page had the scores of these values beside the run's configuration, and did not say so."""
+    (tmp_path / "config.json").write_text(configs.to_json(configs.default_config()))
+    changed = ["--config.tta=flip", "--config.data.eval.test=train", "--config.data.eval.new=train",
+               "--config.metrics=auc", "--config.data.threads=2"]  # fmt: skip
+    said = []
+    for flags in ([], changed):
+        assert launch.main(["report", f"--workdir={tmp_path}", *flags]) == 0
+        page = html.unescape((tmp_path / "report.html").read_text())
+        said.append(re.findall(r"This page has other values than the run: .*?</p>", page))
+    assert said == [[], ["This page has other values than the run: tta: '' → 'flip'; data.eval.test: 'test' → 'train'. "
+                         "Its scores need not be the run's.</p>"]]  # fmt: skip
