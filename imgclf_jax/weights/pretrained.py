@@ -38,6 +38,7 @@ class Weights:
     source: JsonObject  # for provenance.json: the path, its SHA-256 and, for a work directory, the step
     taken: dict[str, np.ndarray] = field(default_factory=dict)
     resized: list[str] = field(default_factory=list)  # position embeddings resized from another grid
+    assumed: str = ""  # the grid, no square, that positions are taken for, if the file does not say theirs
     head: str = ""  # why the head starts from random weights; empty if it is taken
     left_out: list[str] = field(default_factory=list)  # modules added by the other run's method, such as a projector
     fresh: list[str] = field(default_factory=list)  # modules added by this run's method, which stay random
@@ -59,6 +60,8 @@ class Weights:
         """One sentence: how many arrays were taken, and what happened to the others."""
         parts = [f"{len(self.taken)} arrays taken", *self.faults]
         parts += [f"positions resized ({', '.join(self.resized)})"] if self.resized else []
+        parts += [f"positions taken for those of {self.assumed} patches, since the file does not say its grid"
+                  ] if self.assumed else []  # fmt: skip
         parts += [f"a new head ({self.head})"] if self.head else []
         for modules, what in ((self.left_out, "left out"), (self.fresh, "from random weights")):
             parts += [f"{what}: {', '.join(modules)}"] if modules else []
@@ -68,7 +71,8 @@ class Weights:
 def load(programs: Programs, whole: bool = False) -> Weights:
     """Loads the weights of `config.init_from` for the model of `programs`, and logs a report.
 
-    Position embeddings of another grid are resized; the grid of a file is taken to be square. A head with another
+    Position embeddings of another grid are resized; the grid of a file is the one in its metadata, else that of the
+    model if it has as many patches, else square. A head with another
     number of classes is not taken, nor are modules that the other run's method added to backbone and head; modules that
     this run's method adds stay random. Raises UserError for a file or work directory that cannot be read, and for any
     other difference unless `config.init_strict` is False. With `whole`, also raises UserError if any parameter,
@@ -85,7 +89,7 @@ def load(programs: Programs, whole: bool = False) -> Weights:
         named, labels, source = _read_workdir(path, programs)
         their_grid = _recorded_grid(Workdir(path), named)
     elif path.is_file():
-        (named, labels, source), their_grid = _read_file(path, programs, own), None
+        (named, labels, source), their_grid = _read_file(path, programs, own), _written_grid(path)
     else:
         problem = "this is neither a regular file nor a work directory" if path.exists() else (
             f"no such file or work directory (working directory: {Path.cwd()})")  # fmt: skip
@@ -96,7 +100,7 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     weights.fresh, weights.left_out = (sorted(set(modules.values())) for modules in added)
     own, named = ({k: x for k, x in every.items() if k not in modules}
                   for every, modules in zip((own, named), added, strict=True))  # fmt: skip
-    _fit(weights, named, labels, own, _grid(programs), their_grid)
+    _fit(weights, named, labels, own, patch_grid(programs), their_grid)
     if not programs.recipe.method.predicts:
         weights.head = ""
         weights.left_out += ["head"] if any(name.startswith(_HEAD) for name in named) else []
@@ -114,7 +118,7 @@ def load(programs: Programs, whole: bool = False) -> Weights:
         raise UserError(f"{what} has the classes {theirs.split('\n')[:5]}…, and data.source={config.data.source!r} has "
                         f"{list(here)[:5]}…: its predictions would have wrong names; name the source of its classes"
                         + (f", or pass --workdir={config.init_from} instead" if path.is_dir() else ""))  # fmt: skip
-    log.log(logging.WARNING if weights.faults else logging.INFO, "%s: %s", what, weights.report())
+    log.log(logging.WARNING if weights.faults or weights.assumed else logging.INFO, "%s: %s", what, weights.report())
     return weights
 
 
@@ -211,6 +215,8 @@ def _fit(
             continue
         elif array.shape == own[name].shape and (not name.endswith(_POSITIONS) or their_grid in (None, grid)):
             weights.taken[name] = np.array(array, own[name].dtype)
+            if name.endswith(_POSITIONS) and grid and grid[0] != grid[1] and not their_grid:
+                weights.assumed = "{}x{}".format(*grid)
         elif (
             name.endswith(_POSITIONS)
             and grid
@@ -223,8 +229,8 @@ def _fit(
     weights.missing += [name for name in own if name not in named and name not in head]
 
 
-def _grid(programs: Programs) -> Grid | None:
-    """The patch grid of the model; None for a model without patches."""
+def patch_grid(programs: Programs) -> Grid | None:
+    """The patch grid (rows, columns) of the model; None for a model without patches."""
     patch = getattr(programs.recipe.backbone, "patch", None)
     h, w, _ = programs.recipe.data.image_shape
     return (h // patch, w // patch) if isinstance(patch, int) else None
@@ -237,6 +243,12 @@ def _recorded_grid(workdir: Workdir, named: Mapping[str, np.ndarray]) -> Grid | 
         return None
     h, w, _ = workdir.load_data_info().image_shape
     return h // kernel.shape[0], w // kernel.shape[1]
+
+
+def _written_grid(path: Path) -> Grid | None:
+    """The patch grid that `export` wrote into a .safetensors file; None for others."""
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", str(files.read_metadata(path).get("grid")))
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def _recorded_classes(path: Path) -> str:

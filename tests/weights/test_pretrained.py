@@ -194,6 +194,38 @@ def test_positions_of_a_grid_that_is_not_square(tmp_path, monkeypatch):
         pretrained.load(programs(file, model, (32, 32, 3), 5))
 
 
+@pytest.mark.thorough
+def test_as_many_patches_in_another_grid(tmp_path, monkeypatch, caplog):
+    """A grid of 2 by 8 has as many patches as one of 4 by 4; timm takes such positions as they are.
+
+    A file of `export` says which grid it is. Of another one the log says what is assumed.
+    """
+    monkeypatch.setitem(vit._VIT, "Ti", (48, 2, 3))
+    model = "vit('Ti', patch=8, pool='mean')"
+    arrays = {name: draw(name, tuple(shape)) for name, shape in MODELS["timm vit"]["shapes"].items()}
+    del arrays["cls_token"]
+    table = draw("pos_embed", (1, 16, 48))
+    file = tmp_path / "vit.safetensors"
+    for metadata, (h, w), said in (
+        ({"grid": "2x8"}, (4, 4), "positions resized (2x8 to 4x4)"),
+        ({"grid": "2x8"}, (2, 8), "arrays taken"),
+        ({"grid": "4x4"}, (2, 8), "positions resized (4x4 to 2x8)"),
+        ({}, (4, 4), "arrays taken"),
+        ({}, (2, 8), "positions taken for those of 2x8 patches, since the file does not say its grid"),
+        ({"grid": "x8"}, (2, 8), "since the file does not say its grid"),
+    ):
+        save_file(arrays | {"pos_embed": table}, file, metadata)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "imgclf_jax"):
+            found = pretrained.load(programs(file, model, (8 * h, 8 * w, 3), 5))
+        assert said in caplog.text
+        assert ("does not say" in caplog.text) == ("does not say" in said)
+        theirs = tuple(map(int, metadata["grid"].split("x"))) if metadata.get("grid", "x8") != "x8" else (h, w)
+        expected = jax.image.resize(table.reshape(*theirs, 48), (h, w, 48), "cubic", antialias=True)
+        got = found.taken["params/backbone/positions_embedding"]
+        np.testing.assert_allclose(got.reshape(h, w, 48), expected, atol=1e-6)
+
+
 def test_a_pytorch_model_of_the_same_module_names(tmp_path, monkeypatch):
     """A backbone without a table here: modules are named as in PyTorch, or `torch_names` says how."""
     (tmp_path / "my_torch_nets.py").write_text(

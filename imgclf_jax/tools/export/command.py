@@ -19,6 +19,7 @@ from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared, onnx, saved_model, stablehlo, torch_state
 from imgclf_jax.trained import Trained, load_trained
+from imgclf_jax.weights import pretrained
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ def _safetensors(model: Trained, path: Path, gives: str, names: str) -> list[str
     variables = {"params": params, **(model_state or {})}
     metadata = {"format": "pt", "model": recipe.config.model, "names": names, "augment": recipe.config.augment,
                 "host_ops": model.programs.preprocess_eval}  # fmt: skip
+    metadata |= {"grid": "{}x{}".format(*grid)} if (grid := pretrained.patch_grid(model.programs)) else {}
     lines = []
     for seed in range(recipe.num_seeds):
         own = variables if recipe.num_seeds == 1 else jax.tree.map(lambda x, seed=seed: np.asarray(x)[seed], variables)
