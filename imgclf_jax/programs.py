@@ -512,7 +512,7 @@ class Programs:
                             "a head from it by init_from")  # fmt: skip
 
     def pure(self, outputs: step.Outputs) -> step.Inference:
-        """The pure function (params, model_state, images) → probabilities, logits or features: see `make_inference`."""
+        """The pure function (params, model_state, images) → what `outputs` names: see `step.make_inference`."""
         recipe = self.recipe
         if outputs != "features":
             self.check_predicts()
@@ -525,6 +525,11 @@ class Programs:
     def predict(self) -> jax.stages.Wrapped:
         """Jitted (params, model_state, images) → probabilities f32[b, classes]."""
         return self.jitted(self.pure("predict"))
+
+    @once
+    def ranked(self) -> jax.stages.Wrapped:
+        """Jitted (params, model_state, images) → f32[2, b, classes]: probabilities, and what orders them."""
+        return self.jitted(self.pure("ranked"))
 
     @once
     def logits(self) -> jax.stages.Wrapped:

@@ -26,7 +26,7 @@ from imgclf_jax.optim.optimizers import promoting, seed_keys
 from imgclf_jax.optim.weight_averages import Average
 
 type Augment = Callable[..., jax.Array]  # (key, images uint8[b, h, w, c]) → f32[b, h, w, c]
-Outputs = Literal["predict", "logits", "features"]
+Outputs = Literal["predict", "ranked", "logits", "features"]
 type Inference = Callable[[Params, ModelState, jax.Array], jax.Array]  # images uint8[b, h, w, c] → f32[b, …]
 SOWN = ("losses", "metrics")  # collections that a step reads, and that are not part of the state
 
@@ -366,9 +366,14 @@ def make_inference(
 ) -> Inference:  # fmt: skip
     """Returns `infer(params, model_state, images uint8[b, h, w, c])`, in float32.
 
-    "predict" gives probabilities [b, classes] by the loss's `link`; "logits" gives [b, classes], averaged over the TTA
-    views; "features" gives what the head gets, [b, d], without TTA. With several seeds, params and model_state are
-    [num_seeds, …]; logits and features then are [num_seeds, b, …], and probabilities the mean over the seeds.
+    - "predict" gives probabilities [b, classes] by the loss's `link`.
+    - "ranked" gives [2, b, classes]: probabilities, and logits, which order the classes also where rounding makes
+      probabilities equal, such as those of a sigmoid above 17.
+    - "logits" gives [b, classes], averaged over the TTA views.
+    - "features" gives what the head gets, [b, d], without TTA.
+
+    With several seeds, params and model_state are [num_seeds, …]. Logits and features then are [num_seeds, b, …],
+    probabilities the mean over the seeds, and the logits of "ranked" those of this mean.
     """
     logits_of = make_logits(model, augment, views)
 
@@ -377,11 +382,20 @@ def make_inference(
             variables = {"params": params, **model_state}
             return apply_backbone(model, variables, augment(None, images)).astype(jnp.float32)
         logits = logits_of(params, model_state, images).astype(jnp.float32)
+        if outputs == "ranked" and num_seeds == 1:
+            return jnp.stack([link.probabilities(logits), logits])
         return link.probabilities(logits) if outputs == "predict" else logits
 
     if num_seeds == 1:
         return infer
     each = jax.vmap(infer, (0, 0, None))
+
+    def ranked(params: Params, model_state: ModelState, images: jax.Array) -> jax.Array:
+        logits = each(params, model_state, images)  # [num_seeds, b, classes]
+        return jnp.stack([jnp.mean(link.probabilities(logits), 0), link.ensemble(logits)])
+
+    if outputs == "ranked":
+        return ranked
     return (lambda *args: jnp.mean(each(*args), 0)) if outputs == "predict" else each
 
 

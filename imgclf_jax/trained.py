@@ -121,25 +121,29 @@ class Trained(NamedTuple):
         """
         return self._all("predict", images, 0)
 
-    def best(self, probabilities: np.ndarray, top_k: int) -> list[JsonObject]:
-        """The `top_k` classes by probability f32[classes], as [{"class", "probability"}]; ties go by index."""
-        order = np.argsort(-probabilities, kind="stable")[:top_k]
+    def best(self, probabilities: np.ndarray, top_k: int, ranking: np.ndarray | None = None) -> list[JsonObject]:
+        """The `top_k` classes as [{"class", "probability"}], by probability f32[classes] or by `ranking` f32[classes].
+
+        Ties go by index.
+        """
+        order = np.argsort(-(probabilities if ranking is None else ranking), kind="stable")[:top_k]
         return [{"class": self.class_names[c], "probability": float(f"{probabilities[c]:.7g}")} for c in order]
 
     def describe(self, outputs: np.ndarray, top_k: int = 3, threshold: float | np.ndarray = 0.5) -> JsonObject:
-        """One image's outputs f32[k] as JSON, by the task.
+        """One image's outputs as JSON, by the task: f32[k] of "predict", or f32[2, k] of "ranked".
 
         {"predictions": [{"class", "probability"}]}, in descending order: the `top_k` classes, or for multi-label runs
         every class with at least the `threshold`, one number or one per class. {"values": {target: number}} in
         regression.
         """
+        outputs, ranking = outputs if outputs.ndim == 2 else (outputs, outputs)
         if self.task is Task.REGRESSION:  # float32 has seven digits
             return {"values": {name: float(f"{x:.7g}") for name, x in zip(self.class_names, outputs, strict=True)}}
         if self.task is not Task.MULTILABEL:
-            return {"predictions": self.best(outputs, top_k)}
+            return {"predictions": self.best(outputs, top_k, ranking)}
         above = outputs >= np.asarray(threshold, outputs.dtype)
-        ranked = np.where(above, outputs, -np.inf)
-        return {"predictions": self.best(ranked, int(above.sum()))}
+        ranked = np.where(above, ranking, -np.inf)
+        return {"predictions": self.best(outputs, int(above.sum()), ranked)}
 
     def logits(self, images: Iterable[ImageLike] | ImageLike) -> np.ndarray:
         """The logits f32[n, classes]; with several seeds [seeds, n, classes]."""
@@ -254,6 +258,7 @@ def until_error[T](items: Iterable[T], errors: list[Exception]) -> Iterator[T]:
 
 def not_finite(values: np.ndarray, what: Outputs) -> str:
     """What is wrong with one image's outputs, or "". Logits may be infinite, for classes that are ruled out."""
+    values = values[0] if what == "ranked" else values
     kinds = {"NaN": np.isnan(values).any(), "infinite values": what != "logits" and np.isinf(values).any()}
     given = " and ".join(kind for kind, there in kinds.items() if there)
     return f"the model gives {given} for this image; its weights may hold NaN" if given else ""

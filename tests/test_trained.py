@@ -6,12 +6,15 @@ import json
 
 import numpy as np
 import pytest
+from flax import linen as nn
 from PIL import Image
 
 import imgclf_jax
 import launch
+from imgclf_jax import losses, step
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
+from imgclf_jax.tools.predict import command
 from imgclf_jax.trained import not_finite, until_error
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -52,6 +55,43 @@ def test_features_logits_and_probabilities_follow_from_each_other(model, pixels)
     np.testing.assert_allclose(logits, features @ head["kernel"] + head["bias"], rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(np.log(probabilities), log_softmax(logits.astype(np.float64)), rtol=1e-5, atol=1e-4)
     assert (model.config.model, model.step, model.class_names) == ("mlp(widths=(16, 8))", 30, tuple("0123456789"))
+
+
+def test_classes_of_equal_probabilities_are_ordered_by_their_logits(model, pixels, tmp_path, monkeypatch, capsys):
+    """As `evaluate` does. A float32 sigmoid is 1 above 17, and a softmax 0 far below its maximum."""
+    params = model.state.params | {"head": {name: 1e3 * x for name, x in model.state.params["head"].items()}}
+    sharp = model._replace(state=model.state.replace(params=params))
+    order = np.argsort(-sharp.logits(pixels), 1, kind="stable")
+    assert (np.argsort(-sharp.predict(pixels), 1, kind="stable") != order).any(1).mean() > 0.5
+    found = [sharp.describe(outputs, 10)["predictions"] for outputs in sharp.stream("ranked", pixels)]
+    assert [[int(one["class"]) for one in each] for each in found] == order.tolist()
+    probabilities = [[one["probability"] for one in each] for each in found]
+    assert [sorted(each, reverse=True) for each in probabilities] == probabilities
+    monkeypatch.setattr(command, "load_trained", lambda *_: sharp)
+    Image.fromarray(pixels[0, ..., 0]).save(tmp_path / "0.png")
+    assert launch.main(["predict", str(tmp_path / "0.png"), "--config.init_from=x", "--top_k=9", "--format=jsonl"]) == 0
+    [line] = capsys.readouterr().out.splitlines()
+    assert [int(one["class"]) for one in json.loads(line)["predictions"]] == order[0, :9].tolist()
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_what_orders_saturated_probabilities(seeds):
+    """Of several seeds, the log-odds of their mean probability, in float64."""
+    logits = np.array([[18.0, 40, 30, 17, -3], [19, 20, 35, 16, -1]], np.float32)[:seeds, None]  # [seeds, 1, 5]
+    infer = step.make_inference("ranked", Constant(), lambda _, x: x, num_seeds=seeds, link=losses.SIGMOID)
+    p, ranking = infer({"logits": logits if seeds > 1 else logits[0]}, {}, np.zeros((1, 2, 2, 1)))
+    np.testing.assert_allclose(p, (1 / (1 + np.exp(-logits.astype(float)))).mean(0), rtol=1e-6)
+    odds = (1 / (1 + np.exp(-logits.astype(float)))).mean(0) / (1 / (1 + np.exp(logits.astype(float)))).mean(0)
+    np.testing.assert_allclose(ranking, np.log(odds), rtol=1e-5)
+    assert len({*p[0, :3].tolist()}) == 1
+
+
+class Constant(nn.Module):
+    """The logits that its parameters hold."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        return self.param("logits", nn.initializers.zeros, (1, 5))
 
 
 def test_an_image_may_be_a_file_bytes_pixels_or_pillows(model, pixels, tmp_path):

@@ -59,7 +59,7 @@ def main(
 
     def records() -> Iterator[Record]:
         taken: set[Path] = set()
-        results = inputs.compute(model, "predict", images)
+        results = inputs.compute(model, "ranked", images)
         for (file, _), result in progress.track(results, total, "explaining", prints=True):
             counts["all"] += 1
             if isinstance(result, UserError):
@@ -67,8 +67,9 @@ def main(
                 if not processes.index():
                     print(f"error: {printable(str(result))}", file=sys.stderr)
                 continue
-            label = model.class_names.index(wanted) if wanted else int(result.argmax())
-            name, probability = model.class_names[label], float(result[label])
+            probabilities, ranking = result
+            label = model.class_names.index(wanted) if wanted else int(ranking.argmax())
+            name, probability = model.class_names[label], float(probabilities[label])
             value = f"{'value' if regression else 'probability'} {_shown(probability, regression)}"
             title = f"{utf8(Path(file).name)}: {name}, {value}"
             picture, values = draw(method, explain, model.prepare(file), label, title, regression)

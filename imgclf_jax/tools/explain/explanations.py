@@ -97,8 +97,10 @@ def draw(
     return content.getvalue(), values
 
 
-def predict(model: Trained, images: np.ndarray, size: int = 1) -> np.ndarray:
+def predict(model: Trained, images: np.ndarray, size: int = 1, ranked: bool = False) -> np.ndarray:
     """Returns the probabilities f32[b, classes] of images uint8[b, h, w, c] from `Trained.prepare`.
+
+    With `ranked`, f32[2, b, classes]: the probabilities, and the logits that order the classes.
 
     Batches are padded to `size`, at least b, so that calls with the same `size` share one program.
     """
@@ -106,5 +108,6 @@ def predict(model: Trained, images: np.ndarray, size: int = 1) -> np.ndarray:
     size = sharding.round_up(size, mesh)
     batch = np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), np.uint8)])
     here = batch[sharding.rows_here(size, mesh)]
-    out = model.programs.predict(*model.state.evaluated, sharding.put_batch({"image": here}, mesh)["image"])
-    return np.asarray(jax.device_get(out))[: len(images)]
+    program = model.programs.ranked if ranked else model.programs.predict
+    out = program(*model.state.evaluated, sharding.put_batch({"image": here}, mesh)["image"])
+    return np.asarray(jax.device_get(out))[..., : len(images), :]

@@ -57,11 +57,11 @@ def main(
     total = inputs.count(paths)
 
     def records() -> Iterator[Record]:
-        results = inputs.compute(model, "predict", images)
+        results = inputs.compute(model, "ranked", images)
         for (file, found), result in progress.track(results, total, "predicting", prints=True):
             counts["all"] += 1
             if not isinstance(result, UserError):
-                more = {"probabilities": result} if multilabel and format == "csv" else {}
+                more = {"probabilities": result[0]} if multilabel and format == "csv" else {}
                 yield {"file": utf8(file), **model.describe(result, top_k, thresholds), **more}
                 continue
             may_skip = found and config.data.unreadable == "skip"

@@ -88,8 +88,8 @@ def build(
     answering, bodies = Share(limits.requests), Bodies(limits)
     class_names = [utf8(name) for name in model.class_names]
 
-    def as_json(probabilities: np.ndarray, top_k: int) -> JsonObject:
-        found = model.describe(probabilities, top_k)
+    def as_json(outputs: np.ndarray, top_k: int) -> JsonObject:
+        found = model.describe(outputs, top_k)
         if "predictions" in found:
             found["predictions"] = [one | {"class": utf8(one["class"])} for one in found["predictions"]]
         return found

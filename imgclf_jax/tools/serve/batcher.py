@@ -171,7 +171,7 @@ class Batcher:
         return len(self._waiting)
 
     async def predict(self, image: bytes, client: str = "") -> np.ndarray:
-        """Returns the probabilities f32[classes] for the bytes of an image file from a client.
+        """Returns f32[2, classes] for the bytes of an image file from a client: the outputs "ranked".
 
         Raises Busy if too many images are waiting, and UserError if it does not decode or the outputs are NaN.
         """
@@ -261,14 +261,14 @@ class Batcher:
             result.set_exception(prepared)
 
     def _classify(self, images: list[Image]) -> list[np.ndarray | Exception]:
-        """Returns the probabilities of each image, or the error that explains why it has none."""
+        """Returns the outputs "ranked" of each image, or the error that explains why it has none."""
         prepared = self._prepare_all(images)
         decoded = [image for image in prepared if isinstance(image, np.ndarray)]
         if decoded:
             self._seen(len(decoded))
         rows = iter(self._compute(decoded) if decoded else ())
         out = [image if isinstance(image, Exception) else next(rows) for image in prepared]
-        wrong = [not_finite(row, "predict") if isinstance(row, np.ndarray) else "" for row in out]
+        wrong = [not_finite(row, "ranked") if isinstance(row, np.ndarray) else "" for row in out]
         return [UserError(f"{why}, so serve another --checkpoint") if why else row
                 for why, row in zip(wrong, out, strict=True)]  # fmt: skip
 
@@ -301,4 +301,5 @@ class Batcher:
         batch[: len(images)] = images
         with self._device:
             # Passing the NumPy batch to the program takes a third of the time of `sharding.put_batch`.
-            return np.asarray(self._model.programs.predict(*self._model.state.evaluated, batch))[: len(images)]
+            out = np.asarray(self._model.programs.ranked(*self._model.state.evaluated, batch))
+        return out.swapaxes(0, 1)[: len(images)]  # [n, 2, classes]

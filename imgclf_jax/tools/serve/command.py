@@ -99,10 +99,10 @@ def explainer(model: Trained) -> "Explain":
 
     def explain_image(content: bytes, wanted: str, format: str) -> bytes:
         pixels = model.prepare(content)
-        [outputs] = predict(model, pixels[None])
+        outputs, ranking = predict(model, pixels[None], ranked=True)[:, 0]
         if error := not_finite(outputs, "predict"):
             raise UserError(f"{error}, so serve another --checkpoint")
-        label = names.index(wanted) if wanted else 0 if regression else int(outputs.argmax())
+        label = names.index(wanted) if wanted else 0 if regression else int(ranking.argmax())
         method, explain = chosen if wanted else predicted
         what = "value" if regression else "probability"
         title = f"{names[label]}, {what} {f'{outputs[label]:.5g}' if regression else decimals(outputs[label])}"
