@@ -57,15 +57,16 @@ class RangeTest:
     def steepest(self) -> float:
         """The learning rate, below `lowest`, at which the smoothed loss falls fastest per decade of the rate.
 
-        Raises UserError if the loss falls nowhere.
+        The first tenth of the steps is left out, as in fastai: the average of few losses follows their noise. Raises
+        UserError if the loss falls nowhere.
         """
         smoothed = self.smoothed
-        end = int(np.argmin(smoothed)) + 1
-        if end < 2:
+        first, end = len(smoothed) // 10, int(np.argmin(smoothed)) + 1
+        if end < first + 2:
             raise UserError("the loss never falls, so the range test suggests no learning rate; check the data and the "
                             "model, or give a smaller --low")  # fmt: skip
-        slopes = np.gradient(smoothed, np.log10(self.rates))[:end]
-        return float(self.rates[int(np.argmin(slopes))])
+        slopes = np.gradient(smoothed, np.log10(self.rates))[first:end]
+        return float(self.rates[first + int(np.argmin(slopes))])
 
 
 def _with_average(losses: Iterable[float]) -> Iterator[tuple[float, float]]:
