@@ -20,6 +20,7 @@ from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.scores.classification import predicted_classes
 from imgclf_jax.tools.probe import accuracy_plot, feature_sets, probing
 from imgclf_jax.train.evaluation import compare_with_record, open_evals
+from imgclf_jax.train.leakage import overlap_warnings
 from imgclf_jax.trained import Trained, load_converted, restore
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ def main(
     sets = open_evals(model.programs, base)
     if workdir:
         compare_with_record(model.programs, workdir, base, sets)
+    for sentence in _overlaps(config, workdir, base):
+        log.warning("%s", sentence)
     training = model.programs.eval_images(sources.take_split(base, model.config.data.train))
     _check_memory(model, len(training) + sum(map(len, sets.values())))
     with terminal.busy("computing features"):
@@ -92,6 +95,17 @@ def main(
         _print(joined, probing.SCORES.get(model.task, "accuracy"))
     processes.barrier("probing", processes.PREPARING)
     return 0
+
+
+def _overlaps(config: ConfigDict, workdir: Workdir | None, base: dict[str, sources.Source]) -> list[str]:
+    """Sentences on the evaluation sets that share examples with the split that the probes are fitted to.
+
+    Those that hold for the run itself, which `compare_with_record` logs, are left out.
+    """
+    read = config.copy_and_resolve_references()
+    read.method, read.data.sampling = "supervised", "permutation"  # probes read all of data.train, and no other stream
+    known = overlap_warnings(workdir.load_config(), config.data, base) if workdir else []
+    return [sentence for sentence in overlap_warnings(read, config.data, base) if sentence not in known]
 
 
 def probe(

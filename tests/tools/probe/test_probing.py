@@ -8,7 +8,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from imgclf_jax import config as configs
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import sources
+from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.probe import accuracy_plot, command, probing
 
 
@@ -131,3 +134,19 @@ def test_images_of_one_class_teach_no_probe():
     features = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
     with pytest.raises(UserError, match="all 9 training images are of one class"):
         list(command.probe(features, np.full(9, 2, np.int32), {}, [1], 1, 3, None))
+
+
+def test_a_probe_that_is_fitted_to_what_it_is_scored_on_warns(tmp_path):
+    """Only the training split of the run was compared, and with weights of a file none: 1-NN then has accuracy 1."""
+    base, config = sources.fake(100, (2, 2, 1), 2), configs.default_config()
+    config.data.eval = {"test": "test"}
+    (tmp_path / "config.json").write_text(configs.to_json(config))
+    workdir = Workdir(tmp_path)
+    assert command._overlaps(config, workdir, base) == command._overlaps(config, None, base) == []
+    config.data.train, config.data.sampling = "train+test[:10]", "subset('ids.npy')"  # which probes do not follow
+    for place in (workdir, None):
+        [sentence] = command._overlaps(config, place, base)
+        assert sentence.startswith("the evaluation set test shares 10 of its 100 examples with the training split ")
+    config.data.train, config.data.eval = "train", {"val": "train[90%:]"}
+    assert command._overlaps(config, workdir, base) == []  # `compare_with_record` has said it
+    assert len(command._overlaps(config, None, base)) == 1
