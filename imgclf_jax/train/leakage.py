@@ -6,10 +6,11 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from imgclf_jax.config import selecting_metrics
-from imgclf_jax.core import spec
+from imgclf_jax.core import places, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.split_folders import role_of
 from imgclf_jax.data import extra, sources, splits
+from imgclf_jax.run.workdir import Workdir
 
 _MANY = 10**12  # examples that a split of unknown size is taken to have
 _OF_ALL_EXAMPLES = {"permutation", "balanced", "weighted", "repeated", "curriculum"}  # of `data.sampling`
@@ -61,6 +62,19 @@ def overlap_warnings(trained: ConfigDict, data: ConfigDict, base: Mapping[str, s
                 found.append(f"the evaluation set {name} shares {many} with {stream.name} {read!r}: {stream.then} "
                              f"{texts[name]!r}")  # fmt: skip
     return found
+
+
+def initial_warnings(config: ConfigDict, base: Mapping[str, sources.Source]) -> list[str]:
+    """The `overlap_warnings` of the run that `init_from` names, for the sets of `config`; [] for a file of weights."""
+    if not config.init_from:
+        return []
+    place = Workdir(places.as_path(config.init_from).expanduser())
+    try:
+        trained = place.load_config() if place.config.is_file() else None
+    except UserError:  # whoever reads its weights says what is wrong
+        trained = None
+    found = overlap_warnings(trained, config.data, base) if trained else []
+    return [f"the weights of init_from={config.init_from!r} are of a run for which this holds: {one}" for one in found]
 
 
 class _Stream(NamedTuple):

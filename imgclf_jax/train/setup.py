@@ -23,7 +23,7 @@ from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import TrainState
 from imgclf_jax.train import display, extension
 from imgclf_jax.train.evaluation import check_targets, open_evals
-from imgclf_jax.train.leakage import overlap_warnings, selection_warnings
+from imgclf_jax.train.leakage import initial_warnings, overlap_warnings, selection_warnings
 from imgclf_jax.trained import load_teacher
 from imgclf_jax.weights import pretrained
 
@@ -104,7 +104,8 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
         if start < recipe.total:  # else the run is done, by the config that it has recorded
             processes.broadcast_from_process_0("writing config.json", lambda: workdir.update_config(config, start))
     if not processes.index():
-        for sentence in (*overlap_warnings(config, config.data, base), *selection_warnings(config)):
+        overlaps = [*overlap_warnings(config, config.data, base), *initial_warnings(config, base)]
+        for sentence in (*overlaps, *selection_warnings(config)):
             log.warning("%s", sentence)
     even = spec.parse_one(config.data.sampling).name in ("permutation", "repeated")  # each example equally often
     if losses.needs_class_counts(config.loss) and not even and not processes.index():

@@ -7,7 +7,7 @@ import pytest
 
 from imgclf_jax import config as configs
 from imgclf_jax.data import sources, splits
-from imgclf_jax.train.leakage import overlap_warnings, selecting_sets, selection_warnings
+from imgclf_jax.train.leakage import initial_warnings, overlap_warnings, selecting_sets, selection_warnings
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,3 +118,21 @@ def test_training_examples_of_one_source_are_not_in_another():
     other.data.eval = {"new": "train", "old": "folder('old')/train"}
     [sentence] = overlap_warnings(trained, other.data, base)
     assert sentence.startswith("the evaluation set old shares examples with the training split 'train': ")
+
+
+def test_weights_of_a_run_that_was_trained_on_an_evaluation_set(tmp_path):
+    """Pretrained on all of train, fine-tuned on a part of it and scored on the rest, silently."""
+    base, config = sources.fake(100, (2, 2, 1), 2), configs.default_config()
+    (tmp_path / "config.json").write_text(configs.to_json(config))
+    config.data.train, config.data.eval = "train[:90%]", {"val": "train[90%:]", "test": "test"}
+    assert initial_warnings(config, base) == []
+    config.init_from = str(tmp_path / "weights.pth")
+    assert initial_warnings(config, base) == []
+    config.init_from = str(tmp_path)
+    [sentence] = initial_warnings(config, base)
+    assert sentence.startswith(
+        f"the weights of init_from={str(tmp_path)!r} are of a run for which this holds: the evaluation set val shares "
+        "10 of its 10 examples with the training split 'train': "
+    )
+    config.data.source = "fake(100)"  # other examples
+    assert initial_warnings(config, base) == []

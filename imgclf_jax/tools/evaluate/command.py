@@ -26,6 +26,7 @@ from imgclf_jax.scores import multilabel
 from imgclf_jax.scores.multilabel import MultilabelScores
 from imgclf_jax.tools.evaluate import attacked, by_class, corrupted, listing
 from imgclf_jax.train.evaluation import compare_with_record, evaluate, evaluate_all, open_evals
+from imgclf_jax.train.leakage import initial_warnings
 from imgclf_jax.trained import Trained, load_converted, load_programs, restore
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,8 @@ def main(
     evals = open_evals(programs, base)
     if workdir:
         compare_with_record(programs, workdir, base, evals)
+    for sentence in () if workdir else initial_warnings(config, base):
+        log.warning("%s", sentence)
     digest = model.params_sha256 if listing_file else ""
     results: JsonObject = {"step": step}
     classes: dict[str, dict[str, np.ndarray]] = {}

@@ -20,7 +20,7 @@ from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.scores.classification import predicted_classes
 from imgclf_jax.tools.probe import accuracy_plot, feature_sets, probing
 from imgclf_jax.train.evaluation import compare_with_record, open_evals
-from imgclf_jax.train.leakage import overlap_warnings
+from imgclf_jax.train.leakage import initial_warnings, overlap_warnings
 from imgclf_jax.trained import Trained, load_converted, restore
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,8 @@ def _overlaps(config: ConfigDict, workdir: Workdir | None, base: dict[str, sourc
     read = config.copy_and_resolve_references()
     read.method, read.data.sampling = "supervised", "permutation"  # probes read all of data.train, and no other stream
     known = overlap_warnings(workdir.load_config(), config.data, base) if workdir else []
-    return [sentence for sentence in overlap_warnings(read, config.data, base) if sentence not in known]
+    found = [sentence for sentence in overlap_warnings(read, config.data, base) if sentence not in known]
+    return found + ([] if workdir else initial_warnings(config, base))
 
 
 def probe(
