@@ -1,10 +1,27 @@
-"""Cases of a parametrized test that the default suite leaves out."""
+"""Cases that the default suite leaves out, and a config of few steps."""
 
 from typing import Any
 
 import pytest
+from ml_collections import ConfigDict
 
 
 def thorough(*cases: Any) -> list[Any]:
     """Each case, or tuple of arguments, marked `thorough`: more of what the cases beside them check."""
     return [pytest.param(*(c if isinstance(c, tuple) else (c,)), marks=pytest.mark.thorough) for c in cases]
+
+
+def short_config() -> ConfigDict:
+    """A config that trains in seconds, on data without files."""
+    from imgclf_jax.config import default_config
+
+    config = default_config()
+    config.total = "12 steps"
+    config.batch_size = 16
+    config.data.source = "fake(64, (12, 12, 1), 4)"
+    config.preprocess = "decode(1)"
+    config.model = "mlp(widths=(16,))"
+    config.log_every = "5 steps"
+    config.eval_every = "6 steps"
+    config.checkpoint_every = "4 steps"
+    return config

@@ -14,17 +14,22 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ["KERAS_BACKEND"] = "tensorflow"
 
-import jax
 import pytest
-import tensorflow  # noqa: F401  whole, before tests of what waits for its import in a thread import more of it
-from fuzzing import MOST
-from hypothesis import settings
 
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_traceback_in_locations_limit", 0)  # no test reads which line of Python an operation is from
-settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
-settings.load_profile("default")
+
+def pytest_configure(config):
+    """In the processes that run tests: where xdist starts others, the first one imports nothing of this."""
+    if getattr(config.option, "dist", "no") != "no":
+        return
+    import jax
+    import tensorflow  # noqa: F401  whole, before tests of what waits for its import in a thread import more of it
+    from hypothesis import settings
+
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_traceback_in_locations_limit", 0)  # no test reads which line of Python an operation is from
+    settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
+    settings.load_profile("default")
 
 
 # Files whose tests take long are begun first, so that no process is left with one at the end.
@@ -56,6 +61,8 @@ def _compiled_once(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()  # with xdist each process has its own, in a folder of them all
     of_this_run = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(of_this_run)
+    import jax
+
     os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = folder, "0.1"
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -81,23 +88,15 @@ def _process_as_it_was():
 
 @pytest.fixture
 def fake_config():
-    """A config that trains in seconds, on data without files."""
-    from imgclf_jax.config import default_config
+    from cases import short_config
 
-    config = default_config()
-    config.total = "12 steps"
-    config.batch_size = 16
-    config.data.source = "fake(64, (12, 12, 1), 4)"
-    config.preprocess = "decode(1)"
-    config.model = "mlp(widths=(16,))"
-    config.log_every = "5 steps"
-    config.eval_every = "6 steps"
-    config.checkpoint_every = "4 steps"
-    return config
+    return short_config()
 
 
 @pytest.fixture
 def float64():
+    import jax
+
     with jax.enable_x64(True):
         yield
 
@@ -113,6 +112,8 @@ def form(request):
 
 def _optimize(fully: bool):
     """How this process, and those that it starts, compile."""
+    import jax
+
     jax.config.update("jax_disable_most_optimizations", not fully)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(not fully).lower()
 
@@ -134,6 +135,8 @@ def _quick_compilation(request, _fixtures_are_compiled_as_their_tests):
 @pytest.fixture(scope="module")
 def one_device():
     """Meshes of one device, where sharding is not what the tests are about: programs compile in less time."""
+    import jax
+
     from imgclf_jax.core import sharding
 
     make = sharding.make_mesh
@@ -161,6 +164,8 @@ def a_gigabyte():
         yield
         return
     import resource
+
+    from fuzzing import MOST
 
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from cases import short_config
 from PIL import Image
 from rich.console import Console
 
@@ -28,12 +29,14 @@ from imgclf_jax.train import loop as train
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def finished(fake_config, tmp_path, capsys) -> Path:
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, one_device) -> Path:
     """The work directory of a finished run."""
-    fake_config.writers = f"{__name__}:Kept('run')"
-    assert train.main(fake_config, Workdir(tmp_path / "run")) == 0
-    return tmp_path / "run"
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    config = short_config()
+    config.writers = f"{__name__}:Kept('run')"
+    assert train.main(config, Workdir(workdir)) == 0
+    return workdir
 
 
 def open_writer(folder: Path, step: int = 0, **keys) -> writers.MetricsWriter:
@@ -386,7 +389,7 @@ def test_tables_and_log_lines_escape_what_is_not_printable(monkeypatch, capsys):
     assert [line[9:] for line in err[4:5]] + err[5:] == ["a table:", "x | y", r"1 | \x1b[0m"]
 
 
-def test_result(finished, capsys):
+def test_result(finished):
     """The keys that a reader may rely on, and their meaning."""
     result = json.loads((finished / "result.json").read_text())
     assert list(result) == [
