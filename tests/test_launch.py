@@ -1,7 +1,6 @@
 """What the command line prepares before JAX is imported."""
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -157,14 +156,3 @@ def test_the_installed_package_has_the_same_command_line(tmp_path):
     missing = run("config", "--config=digit")
     assert missing.returncode == 1
     assert "did you mean digits.py?" in missing.stderr
-
-
-def test_a_model_prints_as_one_line(tmp_path, caplog):
-    """And Orbax's warnings about read-only folders do not reach the caller."""
-    keys = ("data.source=fake(32, (4, 4, 1), 3)", "preprocess=decode(1)", "model=mlp(widths=(5,))", "total=1 steps")
-    assert launch.main([f"--workdir={tmp_path}", *(f"--config.{key}" for key in keys)]) == 0
-    wanted = "Trained(mlp(widths=(5,)) at step 1: images [4, 4, 1] → 3 classes, 103 parameters)"  # 16*5+5 + 5*3+3
-    logging.getLogger("absl").setLevel(logging.WARNING)  # the command line has silenced it
-    assert str(imgclf_jax.load(tmp_path)) == wanted
-    assert not [record for record in caplog.records if record.name == "absl"]
-    assert {"load", "Trained", "__version__"} == set(dir(imgclf_jax))

@@ -50,6 +50,7 @@ def test_every_way_to_train_with(more, tmp_path):
     assert len({digest for _, digest in found}) == 1, found
 
 
+@pytest.mark.usefixtures("one_device")
 def test_training_does_not_depend_on_the_steps_in_a_call(fake_config, tmp_path):
     """One step a call on images of the host, or many on images of the device, and any number of threads.
 

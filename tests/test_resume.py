@@ -99,6 +99,7 @@ def test_stopped_by_sigterm_and_a_truncated_checkpoint(whole, tmp_path):
     assert resume_check.outcome(tmp_path / "run") == whole
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("moment", ["log", *thorough("checkpoint")])
 def test_a_signal_at_any_moment_of_the_loop_is_saved(fake_config, tmp_path, monkeypatch, moment):
     """Even while metrics or a checkpoint are written: whatever 75 promises is saved."""

@@ -155,7 +155,7 @@ def test_heavy_packages_are_imported_where_they_are_needed_alone():
 def test_private_modules_of_other_libraries_are_imported_in_one_place():
     """As names with an underscore, and as attributes of imported modules."""
     for name, file in FILES.items():
-        tree = ast.parse(file.read_text())
+        tree = parsed(file)
         others = {alias.asname or alias.name.split(".")[0]: alias.name for node in ast.walk(tree)
                   if isinstance(node, ast.Import) for alias in node.names}  # fmt: skip
         others |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for node in ast.walk(tree)
@@ -209,7 +209,7 @@ def test_files_are_short_and_have_a_purpose():
         text = file.read_text()
         assert len(text.splitlines()) <= 600, file  # a file is one thing: this is where to ask whether it still is
         assert file.stem not in ("utils", "util", "helpers", "common", "misc"), file
-        assert ast.get_docstring(ast.parse(text)), f"{file} begins with a sentence that says what it is"
+        assert ast.get_docstring(parsed(file)), f"{file} begins with a sentence that says what it is"
 
 
 def test_public_functions_of_the_package_are_documented():
@@ -221,7 +221,7 @@ def test_public_functions_of_the_package_are_documented():
 
 
 def test_the_training_loop_fits_on_a_screen():
-    [loop] = [n for n in ast.parse(FILES["train.loop"].read_text()).body if getattr(n, "name", "") == "train"]
+    [loop] = [n for n in parsed(FILES["train.loop"]).body if getattr(n, "name", "") == "train"]
     assert loop.end_lineno - loop.lineno < 60
 
 

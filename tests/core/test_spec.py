@@ -43,7 +43,7 @@ CALLS = st.builds(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(CALLS)
 def test_text_of_a_call_parses_to_an_equal_call(call):
     again = spec.parse_one(str(call))

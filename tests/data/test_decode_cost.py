@@ -52,7 +52,7 @@ def test_a_file_that_takes_minutes(data, words):
 
 def test_usual_files_are_decoded():
     """Random bytes may contain the marker of a scan; photographs have 10 scans, and PNG images a color profile."""
-    image = noise(2000, 2000, 3)
+    image = noise(1000, 1000, 3)
     for data in (encode(image, "PNG", compress_level=1), encode(image, "BMP"), encode(image, "PPM")):
         assert data.count(b"\xff\xda") > 20
         np.testing.assert_array_equal(decode.decode(data), image)

@@ -40,7 +40,7 @@ NPZ_NAMES = st.sampled_from(
 METHODS = mostly(zipfile.ZIP_STORED, st.sampled_from([zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2]))
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(
     npy((6, 4, 5), "|u1"), npy((6,), "<i8"), mostly(None, npy((3,), "<U3")),
     st.dictionaries(NPZ_NAMES, npy((2, 2), "|u1"), max_size=2), METHODS,

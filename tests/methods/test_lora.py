@@ -53,7 +53,7 @@ def test_an_adapted_layer_is_equation_3():
     module = Adapted(Net(), rank=2, alpha=3.0, pattern="backbone/.*kernel")
     images = np.random.default_rng(1).normal(size=(3, 4, 5, 2))
     variables = spoiled(
-        jax.tree.map(lambda x: np.asarray(x, np.float64), module.init(jax.random.key(0), jnp.float32(images)))
+        jax.tree.map(lambda x: np.asarray(x, np.float64), jax.jit(module.init)(jax.random.key(0), jnp.float32(images)))
     )
     p = {name.removeprefix("params/"): np.asarray(x) for name, x in flat(variables).items()}
     patches = np.lib.stride_tricks.sliding_window_view(images, (2, 3), (1, 2)).transpose(0, 1, 2, 4, 5, 3)
@@ -65,7 +65,7 @@ def test_an_adapted_layer_is_equation_3():
         return x @ kernel + 3.0 / 2 * (x @ a @ b) + p[f"{name}/bias"]
 
     wanted = adapted(adapted(patches, "conv").reshape(3, -1), "dense")
-    np.testing.assert_allclose(module.apply(variables, images), wanted, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(module.apply)(variables, images), wanted, rtol=1e-6)
 
 
 def test_adapters_begin_as_in_loralib_and_leave_the_model_as_it_was():

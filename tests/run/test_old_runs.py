@@ -29,6 +29,8 @@ from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.tools.reproduce.reproduction import differences
 from imgclf_jax.train import evaluation
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 FIXTURES = Path(__file__).parent / "fixtures"
 # The longest path through cnn(widths=(4,), hidden=8) on 12 x 12 images, there and back.
 DEPTH = 2 * (9 + 6 * 6 * 4 + 8 + 4 + 10)

@@ -75,7 +75,7 @@ def test_every_flipped_bit_is_found_and_its_device(state):
 
 
 @pytest.mark.parametrize(
-    ("more", "number"), [({}, 40), *thorough(({}, 200), ({"precision": "bfloat16", "accumulate": 2}, 200))], ids=str
+    ("more", "number"), [({}, 20), *thorough(({}, 200), ({"precision": "bfloat16", "accumulate": 2}, 200))], ids=str
 )
 def test_every_bit_that_a_computation_loses_is_found(more, number, fake_config, tmp_path, monkeypatch):
     """Single bits of activations, their gradients and the parameters' gradients, in one of the two computations of a

@@ -14,6 +14,8 @@ from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.train import loop as train
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def run(config, path):
     assert train.main(config, Workdir(path)) == 0

@@ -175,13 +175,8 @@ def test_best_latest_and_a_step(trained, command):
     logged = {r["step"]: r["test/accuracy"] for r in read_metrics(trained.path / "metrics.jsonl") if "test/loss" in r}
     best = max(logged, key=logged.__getitem__)
     assert (best, sorted(logged)) == (10, [5, 10, 15, 20])
-    for flags, step in [
-        ([], 10),
-        (["--checkpoint=best"], 10),
-        (["--checkpoint=latest"], 20),
-        (["--checkpoint=15"], 15),
-    ]:
-        result = json.loads(command(trained.path, "--format=json", *flags))
+    for which, step in [("best", 10), ("latest", 20), ("15", 15)]:
+        result = json.loads(command(trained.path, "--format=json", f"--checkpoint={which}"))
         assert result["step"] == step
         assert result["test"]["accuracy"] == logged[step]  # what was logged in training is what is found again
     assert Checkpoints(trained.checkpoints, read_only=True).steps() == [10, 15, 20]

@@ -19,6 +19,8 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.tools.export import saved_model
 
 # Reads the folders by the lines that `export` prints, where neither this package nor JAX can be imported.
+pytestmark = pytest.mark.usefixtures("one_device")
+
 READER = """
 import sys
 for name in ("imgclf_jax", "jax", "jaxlib", "flax"):

@@ -72,6 +72,8 @@ def test_fixed_positions_are_written_and_odd_layers_are_refused():
     assert torch_state.naming(classifier.build("mlp", 5, "float32").backbone) == "own"
 
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 FLAGS = ["--config.total=2 steps", "--config.preprocess=decode(3)", "--config.data.source=fake(64, (12, 12, 3), 4)",
          "--config.schedule=constant(1e-2)", "--config.eval_every=", "--config.batch_size=16"]  # fmt: skip
 

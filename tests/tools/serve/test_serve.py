@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, one_device):
     workdir = tmp_path_factory.mktemp("digits") / "run"
     assert launch.main([*FLAGS, f"--workdir={workdir}"]) == 0
     return workdir
