@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import thorough
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
 import launch
@@ -79,7 +80,7 @@ def test_scikit_learn_agrees_where_it_defines_them(classes):
     assert metrics.f1(labels, probabilities) == pytest.approx(harmonic, abs=1e-12)
 
 
-@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize("seeds", [2, *thorough(1)])
 def test_scores_are_of_the_predictions_that_are_counted(seeds):
     """From logits, whose order float32 probabilities may lose: the sigmoid of 20 and of 30 is 1."""
     logits = np.float32([[20, 30, 40, 50, 60, 70, 80]] * 7)

@@ -65,6 +65,7 @@ def test_what_a_device_holds_and_sends(config):  # noqa: F811
     assert sum(size for _, size in sent.values()) < 1.2 * images
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("devices", ["gpu", *thorough("tpu")])
 def test_a_seed_of_its_own_devices_has_the_convolutions_of_a_single_run(config, monkeypatch, devices):  # noqa: F811
     """Several seeds in one program have grouped convolutions. Both have the same operations."""

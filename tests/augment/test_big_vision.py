@@ -106,7 +106,7 @@ def projected(image, matrix):
     return np.where(out[..., 3:] == 0, np.uint8(GREY), out[..., :3])
 
 
-@pytest.mark.parametrize("magnitude", [4, 10, *thorough(0, 1, 5, 9)])
+@pytest.mark.parametrize("magnitude", [10, *thorough(0, 1, 4, 5, 9)])
 @pytest.mark.parametrize("kind", IMAGES)
 def test_every_op_is_the_definition(kind, magnitude):
     """Bit for bit: all ops, both signs, each image with its own cutout."""

@@ -50,7 +50,7 @@ SETS = {
 }
 
 
-@pytest.fixture(scope="module", params=SETS)
+@pytest.fixture(scope="module", params=["large", "unusual", "tiny", "grey", *thorough("photos", "digits", "noise")])
 def images(request):
     return SETS[request.param]()
 

@@ -69,7 +69,7 @@ def test_every_op_of_torchvision(kind, ranges):
 LARGER = [pytest.param(*size, marks=pytest.mark.slow) for size in ((97, 131), (140, 60), (500, 600))]
 
 
-@pytest.mark.parametrize("most", [30, 135, *thorough(1, 37, 45, 90)])
+@pytest.mark.parametrize("most", [135, *thorough(1, 30, 37, 45, 90)])
 @pytest.mark.parametrize(("h", "w"), [(64, 64), *LARGER])
 def test_rotations_by_any_angle(most, h, w):
     """A pixel further off its place than the form allows would come out wrong."""
@@ -95,7 +95,7 @@ def test_tables_histograms_and_smoothing(kind):
 
 @pytest.mark.parametrize("kind", ["oblong", *thorough("grey")])
 @pytest.mark.parametrize(
-    "text", ["pad_crop(4)", "normalize|pad_crop(3)", *thorough("pad_crop(0)", "pad_crop(2, 'reflect')")]
+    "text", ["pad_crop(4)", *thorough("normalize|pad_crop(3)", "pad_crop(0)", "pad_crop(2, 'reflect')")]
 )
 def test_crops(kind, text):
     assert_equal(lambda x: ops.build(text, train=True)(KEY, x), SETS[kind])

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import thorough
 from jax import lax
 
 from imgclf_jax.core import jaxprs, platform, sharding
@@ -58,7 +59,11 @@ def test_loops_and_branches():
 @pytest.mark.parametrize(
     ("spec", "size", "multiply_adds"),
     # ResNet-50: torchvision's table, 4.09 G. ViT-S/16 and B/16: DeiT's (arXiv:2012.12877), 4.6 and 17.6 G.
-    [("resnet(depth=50)", 224, 4.09e9), ("vit('S', patch=16)", 224, 4.6e9), ("vit('B', patch=16)", 224, 17.6e9)],
+    [
+        ("resnet(depth=50)", 224, 4.09e9),
+        ("vit('S', patch=16)", 224, 4.6e9),
+        *thorough(("vit('B', patch=16)", 224, 17.6e9)),
+    ],
 )
 def test_published_operations(spec, size, multiply_adds):
     model = classifier.build(spec, 1000, "bfloat16")

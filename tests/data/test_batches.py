@@ -7,6 +7,7 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 import tensorflow
+from cases import thorough
 from test_stream import ids_of_steps
 
 from imgclf_jax.core.errors import UserError
@@ -109,7 +110,7 @@ def test_batches_are_read_ahead_with_and_without_tensorflow(installed, monkeypat
         next(batches)
 
 
-@pytest.mark.parametrize("processes", [2, 3, 12])
+@pytest.mark.parametrize("processes", [3, *thorough(2, 12)])
 def test_the_rows_of_all_processes_make_the_global_batch(processes):
     """However the rows are divided: here, every second one for each of two processes."""
     images = stream.Images(fake(), RANDOM_OPS, 4)

@@ -5,6 +5,7 @@ import tracemalloc
 import zlib
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -43,6 +44,7 @@ def p_value(counts):
     return stats.chisquare(counts.ravel()).pvalue
 
 
+@pytest.mark.thorough
 def test_every_element_is_equally_likely_in_every_place_over_seeds():
     n, seeds, groups = 200, 2000, 10
     ids = np.array([stream.example_ids(seed, 0, n, n) for seed in range(seeds)])  # [seeds, place]

@@ -27,6 +27,8 @@ from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.weights import pretrained
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 PROBLEM = Problem(
     classes=3, class_names=("a", "b", "c"), image_shape=(6, 6, 1), head_init=nn.initializers.zeros,
     supervised=losses.softmax, steps=int, normalization="normalize", task=losses.Task.CLASSES, 
@@ -96,7 +98,7 @@ def contrast_and_gradient(z, labels):
     return *found, gradients
 
 
-@pytest.mark.parametrize("temperature", [0.1, 0.5])
+@pytest.mark.parametrize("temperature", [0.1, *thorough(0.5)])
 def test_nt_xent_is_equation_1(temperature):
     z = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
     values, nearest = contrast(z, np.arange(10) // 2, temperature)
@@ -147,9 +149,7 @@ def test_a_step_trains_backbone_and_projector_and_reads_no_label():
     assert all(jax.tree.leaves(changed["backbone"]))
     assert not any(jax.tree.leaves(changed["head"]))
     assert "correct" not in sums
-    unlabeled = {"image": batch()["image"]}
-    for a, b in zip(*(jax.tree.leaves(x) for x in (after, run(simclr(PROBLEM), unlabeled)[1])), strict=True):
-        np.testing.assert_array_equal(a, b)
+    jax.eval_shape(lambda images: run(simclr(PROBLEM), {"image": images})[1], batch()["image"])  # without labels
 
 
 @pytest.mark.thorough
@@ -160,6 +160,7 @@ def test_the_contrast_is_within_a_microbatch():
     np.testing.assert_allclose([whole["loss"] / 16, parts["loss"] / 16], np.log([31, 15]), rtol=1e-4)
 
 
+@pytest.mark.thorough
 def test_nan_in_one_image_is_told():
     def spoiled(key, images, *known):
         return augment(key, images).at[3].set(jnp.nan)
@@ -336,6 +337,7 @@ def test_pretraining_begins_from_the_backbone_of_a_classifier(pretrained_run, tm
     assert "2 arrays taken; left out: head; from random weights: projector" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_evaluate_shows_what_a_method_without_a_head_evaluates(tmp_path, capsys):
     """So does training, which keeps the best checkpoint by it."""
     workdir = f"--workdir={tmp_path / 'run'}"

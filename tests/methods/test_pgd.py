@@ -111,6 +111,7 @@ def test_attack_passes_update_no_batch_statistics():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.model_state, dict(wanted))
 
 
+@pytest.mark.thorough
 def test_attack_and_sam_compose_in_both_orders():
     """`pgd|sam` attacks at w and again at the perturbed point; `sam|pgd` attacks once, at w."""
     _, at_both, _, twice = one_step(f"{SPEC}|sam(0.5)")

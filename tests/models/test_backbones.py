@@ -203,6 +203,7 @@ def test_sincos_positions_are_their_definition():
 
 
 @pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("form", ["cpu", *thorough("gpu")], indirect=True)
 def test_attention_maps_can_be_seen(monkeypatch):
     """f32[b, heads, tokens, tokens] for every block; each row is a distribution."""
     monkeypatch.setitem(vit._VIT, "Ti", (48, 3, 3))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import thorough
 from flax import linen as nn
 from flax import nnx
 
@@ -106,7 +107,7 @@ def test_it_trains_as_its_linen_twin(accumulate):
                 np.testing.assert_allclose(x, expected[name], rtol=0, atol=2e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("stream", ["dropout", "noise"])
+@pytest.mark.parametrize("stream", ["dropout", *thorough("noise")])
 def test_its_streams_follow_from_seed_and_step(stream):
     """Dropout, and a stream of another name; evaluation draws nothing."""
     model = classifier.build(f"{__name__}:Noisy({stream!r})", 3, "float32")

@@ -53,6 +53,7 @@ def test_batch_norm_is_flax_batch_norm(use_scale):
 
 
 @pytest.mark.usefixtures("float64", "form")
+@pytest.mark.parametrize("form", ["cpu", *thorough("gpu")], indirect=True)
 def test_dense_and_layer_norm_on_tokens_are_flaxs():
     """The same parameters, results and gradients as nn.Dense and nn.LayerNorm, in float64."""
     x = jnp.asarray(normal(0, 3, 5, 7)) * 2 + 1  # [b, n, d]

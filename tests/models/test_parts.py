@@ -174,6 +174,7 @@ def test_what_a_part_is_given():
     assert (type(norm), norm.epsilon, norm.momentum, norm.dtype) == (nn.BatchNorm, 0.1, 0.9, jnp.bfloat16)
 
 
+@pytest.mark.thorough
 def test_linens_batch_norm_knows_of_training():
     """It normalizes by the batch in training, and by the running statistics in evaluation."""
     ours, theirs = (build(f"resnet_cifar(depth=8, norm='{n}')", 8) for n in ("batch_norm", "flax.linen:BatchNorm"))

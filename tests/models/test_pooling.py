@@ -20,7 +20,7 @@ pytestmark = pytest.mark.optimized
 
 
 @pytest.mark.parametrize(
-    ("h", "w", "window"), [(9, 7, 2), (13, 12, 3), *thorough((8, 8, 2), (5, 4, 4), (3, 6, 1), (30, 25, 12))]
+    ("h", "w", "window"), [(13, 12, 3), *thorough((9, 7, 2), (8, 8, 2), (5, 4, 4), (3, 6, 1), (30, 25, 12))]
 )
 def test_pool_bias_relu_on_cpu_is_flax_in_the_usual_order(h, w, window):
     """The same bits as convolution output + bias, ReLU, nn.max_pool; the gradient too, with ties."""

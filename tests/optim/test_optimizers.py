@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import thorough
 from flax import linen as nn
 from tolerance import rounding
 
@@ -59,7 +60,7 @@ def nest(flat):
     return out
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("nesterov", [True, *thorough(False)])
 def test_muon_is_its_definition(nesterov):
     """On matrices, on flattened convolution kernels, and Adam on the rest, four steps in float64.
 

@@ -90,7 +90,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", [*list(DAMAGE)[3:], *thorough(*list(DAMAGE)[:3])])
+@pytest.mark.parametrize("damage", [list(DAMAGE)[3], *thorough(*list(DAMAGE)[:3], "removed")])
 def test_damage_to_any_file(saved, tmp_path, caplog, damage):
     """Whichever file is hit, one warning names it, the checkpoint is moved aside, and an older one is used."""
     files = sorted(f.relative_to(saved) for f in (saved / "20").rglob("*") if f.is_file() and f.stat().st_size)
@@ -287,6 +287,7 @@ def test_a_full_disk(small_disk, tmp_path):
     assert results[0]["test"] == results[1]["test"]
 
 
+@pytest.mark.thorough
 def test_a_read_only_disk(small_disk):
     place, remount = small_disk
     remount("ro")

@@ -61,6 +61,7 @@ def test_a_record_that_contradicts_itself(reproduce, copy, tmp_path, capsys, cha
     assert f"the record of the run contradicts itself: {sentence}" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_a_config_that_was_changed_by_hand(reproduce, copy, tmp_path, capsys):
     """Predictions used another preprocessing, silently and with status 0. Another JSON layout is not a change."""
     config = json.loads((copy / "config.json").read_text())

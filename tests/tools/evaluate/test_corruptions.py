@@ -94,7 +94,7 @@ def test_large_images_are_those_of_imagenet_c(by_the_authors, name, severity):
     check(found, by_the_authors[f"224/{name}/{severity}"], severity, name)
 
 
-@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("small", [True, *thorough(False)])
 def test_impulse_noise_makes_a_share_of_the_values_black_or_white(small):
     """The programs call scikit-image, whose draws cannot be injected; the fractions are those of the paper."""
     images = pictures(1, 32 if small else 224)
@@ -149,7 +149,9 @@ def test_the_shorter_side_of_a_wide_image_chooses_the_constants():
 _jpeg = jax.jit(jpeg.jpeg)
 
 
-@pytest.mark.parametrize("shape", [(32, 32, 3), (8, 8, 1), (33, 45, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(8, 8, 1), (33, 45, 3), pytest.param((32, 32, 3), marks=pytest.mark.thorough)], ids=str
+)
 def test_jpeg(shape):
     """Pillow's bytes, written and read, bit for bit, with sizes that are not multiples of a block."""
     images = pictures(2, shape[1], shape[2], height=shape[0])

@@ -80,6 +80,7 @@ def test_places_are_drawn_evenly(photographs):
             assert stats.chisquare(np.bincount(place, minlength=n)).pvalue > 1e-4
 
 
+@pytest.mark.thorough
 def test_grey_images_get_grey_frost(photographs):
     images = np.zeros((3, 20, 20, 1), np.uint8)
     found, draws = made(images, 5, photographs)
@@ -88,6 +89,7 @@ def test_grey_images_get_grey_frost(photographs):
         assert np.abs(out[..., 0] - 0.45 * seen).max() <= 1.5
 
 
+@pytest.mark.thorough
 def test_images_that_are_larger_than_photographs():
     """Photographs are enlarged until they cover the image."""
     white = [np.full((30, 50, 3), 255, np.uint8), np.full((300, 400, 3), 255, np.uint8)]

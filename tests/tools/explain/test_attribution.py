@@ -114,6 +114,7 @@ def test_gradcam_is_its_definition(form):
         np.testing.assert_allclose(maps, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_gradcam_of_several_seeds_is_the_mean_of_their_maps():
     model, first = made(OneConv())
     second = made(OneConv(), seed=1)[1]
@@ -122,6 +123,7 @@ def test_gradcam_of_several_seeds_is_the_mean_of_their_maps():
     np.testing.assert_allclose(gradcam(model, both, images(), LABELS, num_seeds=2), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_the_last_call_of_a_layer_is_taken():
     """Its gradient is that of one call, by finite differences of the head's logit."""
     model, variables = made(Shared())

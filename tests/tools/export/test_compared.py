@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+from cases import thorough
 from test_onnx import made
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.tools.export import compared
 
 
-@pytest.mark.parametrize("what", ["predict", "logits"])
+@pytest.mark.parametrize("what", ["predict", *thorough("logits")])
 def test_a_wrong_translation_of_a_network_that_is_sure_is_found(what):
     """Both are confident about every random image, so their probabilities agree to six digits."""
     model, _ = made("cnn(widths=(4, 8), hidden=8)")

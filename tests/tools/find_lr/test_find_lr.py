@@ -74,6 +74,7 @@ def test_it_ends_where_the_loss_diverges_and_draws_the_curve(tmp_path, capsys):
     assert "log10 of the learning rate" in page.read_text()
 
 
+@pytest.mark.thorough
 def test_it_skips_no_step(capsys):
     """A run that skips spikes has the losses of one that does not: a skipped step has none, which ended the test."""
     keys = [*KEYS, "--config.optimizer=sgd", "--steps=20", "--low=1", "--high=30", "--format=json"]

@@ -231,6 +231,7 @@ def nine():
     return sources.digits()["test"].read(np.arange(9))["image"], np.arange(9)
 
 
+@pytest.mark.thorough
 def test_maps_of_many_images_are_those_of_each(run):
     some, labels = nine()
     _, explain = explanations.build(imgclf_jax.load(run))

@@ -173,6 +173,7 @@ def test_a_signal(reproduce, trained, tmp_path, monkeypatch, capsys):
     assert (status, found["verdict"], found["compared"]["digests"]) == (0, "same", [0, 1, 2, 4, 8, 10])
 
 
+@pytest.mark.thorough
 def test_a_run_from_before_there_were_digests(reproduce, copy):
     """The digest in result.json and the metrics are compared, and the output says so."""
     (copy / "digests.jsonl").unlink()

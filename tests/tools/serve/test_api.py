@@ -16,6 +16,8 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.tools.serve import bodies, request_log
 from imgclf_jax.tools.serve.limits import Refused
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 BOUNDARY = "multipart/form-data; boundary=x"
 
 
@@ -105,6 +107,7 @@ def test_a_request_takes_as_many_places_as_it_has_images(model):  # noqa: F811
             assert answer.status_code == status
 
 
+@pytest.mark.thorough
 def test_an_explanation_is_of_the_class_that_is_asked_for(client, model):  # noqa: F811
     """As JSON: the image as the model gets it, and the colors of its heatmap, of the same size."""
     size = model.programs.recipe.data.image_shape[:2]
