@@ -12,11 +12,11 @@ from cases import thorough
 from flax import linen as nn
 
 import launch
-from imgclf_jax import bad_steps
+from imgclf_jax import bad_steps, programs
 from imgclf_jax import step as steps
 from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import stream
+from imgclf_jax.data import sources, stream
 from imgclf_jax.losses import softmax
 from imgclf_jax.models.classifier import Classifier
 from imgclf_jax.optim import optimizers, weight_averages
@@ -24,7 +24,6 @@ from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
 from imgclf_jax.train import loop as train
-from imgclf_jax.train.setup import set_up
 
 TOTAL, BATCH, EXAMPLES = 24, 16, 64
 POISON = ((3, 1), (9, 3))  # (example, epoch)
@@ -54,23 +53,22 @@ def outcome(workdir):
     return result["params_sha256"], lines, read_metrics(workdir / "skipped.jsonl")
 
 
-def train_without(config, workdir, left_out):
+def train_without(config, left_out):
     """The parameters of a run that omits the updates of these steps, from the train step alone."""
     config = config.copy_and_resolve_references()
     config.on_bad_step, config.spike = "stop", ""
-    workdir.mkdir()
-    run = set_up(config, Workdir(workdir))
-    state, step = run.state, jax.jit(jax.extend.core.jaxpr_as_fun(run.programs.train_step.jaxpr))
+    images = stream.open_train_images(config, sources.open_data(config))
+    of = programs.programs_for_images(config, images)
+    state, step = of.init()["state"], jax.jit(jax.extend.core.jaxpr_as_fun(of.train_step.jaxpr))
     for number in range(TOTAL):
         if number in left_out:
             state = state.replace(step=state.step + 1)
             continue
         ids = stream.positions(range(number, number + 1), BATCH, np.arange(BATCH))
-        batch = run.images.read(run.images.ids(config.seed, ids), ids)
-        batch |= {"id": run.images.ids(config.seed, ids).astype("int32"), "epoch": (ids // EXAMPLES).astype("int32")}
+        batch = images.read(images.ids(config.seed, ids), ids)
+        batch |= {"id": images.ids(config.seed, ids).astype("int32"), "epoch": (ids // EXAMPLES).astype("int32")}
         leaves = step(*jax.tree.leaves((state, batch)))
-        state, _ = jax.tree.unflatten(run.programs.train_step.out_tree, leaves)
-    run.checkpoints.close()
+        state, _ = jax.tree.unflatten(of.train_step.out_tree, leaves)
     return state.params
 
 
@@ -107,7 +105,7 @@ def test_a_bad_step_is_skipped(bad, poisoned, tmp_path, one_device):
     _, lines, skipped = outcome(tmp_path / "a")
     assert [(line["step"], line["seed"], line["reason"]) for line in skipped] == [(step, 0, bad) for step in BAD]
     assert [line["loss"] is None for line in skipped] == [bad == "not finite"] * 2
-    assert_close(last_parameters(tmp_path / "a"), train_without(config, tmp_path / "b", BAD))
+    assert_close(last_parameters(tmp_path / "a"), train_without(config, BAD))
     logged = [line for line in lines if "train/loss" in line]
     assert sum(line["train/skipped"] for line in logged) == 2
     assert np.isfinite([line["train/loss"] for line in logged]).all()
@@ -134,7 +132,7 @@ def test_a_run_rolls_back(poisoned, tmp_path, one_device, caplog):
     expected = [(max(bad - 2, 0), bad + 1) for bad in BAD]
     assert [(line["step"], line["until"]) for line in skipped] == expected
     left_out = {step for first, until in expected for step in range(first, until)}
-    assert_close(last_parameters(tmp_path / "a"), train_without(config, tmp_path / "b", left_out))
+    assert_close(last_parameters(tmp_path / "a"), train_without(config, left_out))
     assert np.isfinite([value for line in lines for value in line.values()]).all()
     assert json.loads((tmp_path / "a" / "result.json").read_text())["skipped"] == len(left_out)
 
