@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from cases import thorough
 
 from imgclf_jax.models import classifier
 
@@ -119,7 +120,7 @@ def test_ratios_are_of_the_same_round():
 SCRIPTS = ["speed.py", "input.py", "accuracy.py", "operations.py", "twins.py", "scaling.py", "recipes.py"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s != "operations.py"] + thorough("operations.py"))
 def test_help_says_what_is_measured(script):
     done = subprocess.run([sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -29,7 +29,7 @@ def described_mesh(kind, name):
     return AbstractMesh((8,), ("data",), (AxisType.Auto,), abstract_device=AbstractDevice(kind, 1, name))
 
 
-@pytest.mark.parametrize("place", ["host", "device"])
+@pytest.mark.parametrize("place", ["device", *thorough("host")])
 @pytest.mark.parametrize("name", ["tpu", *thorough(*(name for name in ELSEWHERE if name != "tpu"))])
 def test_programs_are_lowered_for_devices_that_are_not_here(name, place, fake_config):
     """In the form of their platform, decided by the mesh alone, not by the machine that traces."""
@@ -91,7 +91,9 @@ def test_a_part_that_cannot_be_traced_is_named_with_its_key(rules, fake_config):
         _ = Programs(Recipe(fake_config, DATA)).traced_train
 
 
-@pytest.mark.parametrize(("asked", "attribute"), [("float32", "HIGHEST"), ("tensorfloat32", "HIGH"), ("bfloat16", "")])
+@pytest.mark.parametrize(
+    ("asked", "attribute"), [("float32", "HIGHEST"), ("bfloat16", ""), *thorough(("tensorfloat32", "HIGH"))]
+)
 def test_matmul_precision_have_the_bits_that_the_config_says(asked, attribute, fake_config):
     """On accelerators, whose default is lower, in training, evaluation and prediction; CPU always has float32."""
     fake_config.matmul_precision = asked

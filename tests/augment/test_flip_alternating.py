@@ -82,6 +82,7 @@ def test_batches_carry_ids_only_where_an_op_asks(tmp_path, fake_config):
     assert digest(tmp_path / "plain", fake_config) not in found
 
 
+@pytest.mark.thorough
 def test_the_draws_follow_from_the_name_and_the_occurrence():
     """Other ops do not change them; two ops of this name draw differently, since one draw would mirror twice."""
     pixels = jnp.asarray(np.random.default_rng(0).integers(0, 256, (64, 4, 4, 1), np.uint8))

@@ -147,6 +147,7 @@ def test_the_teacher_is_the_average_of_the_students_so_far(accumulate):
     assert window["consistency"] > 0
 
 
+@pytest.mark.thorough
 def test_the_teacher_begins_as_the_student_at_whichever_step_is_the_first():
     """Also if a rollback leaves out step 0: a run from trained weights then had a teacher of random ones."""
     model = mean_teacher(PROBLEM, ramp="0").model(Net(), PROBLEM)
@@ -157,6 +158,7 @@ def test_the_teacher_begins_as_the_student_at_whichever_step_is_the_first():
     jax.tree.map(np.testing.assert_array_equal, changed["teacher"]["average"]["params"], params)
 
 
+@pytest.mark.thorough
 def test_mean_teacher_without_a_stream_and_with_its_own_mistakes():
     labeled = {name: x for name, x in batch().items() if name != "unlabeled"}
     _, _, sums = run(mean_teacher(PROBLEM, ramp="0"), labeled)

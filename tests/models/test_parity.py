@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 import tensorflow as tf
+from cases import thorough
 
 from imgclf_jax import losses, step
 from imgclf_jax.core.errors import UserError
@@ -195,7 +196,9 @@ def test_the_cnn_refuses_images_that_its_blocks_use_up(size):
         random_variables(classifier.build("cnn", CLASSES, "float32"), images_like(1, size, size, 1))
 
 
-@pytest.mark.parametrize("spec", ["cnn", "mlp(widths=(16,))", "rnn(features=16)", "rnn(cell='gru', features=16)"])
+@pytest.mark.parametrize(
+    "spec", ["cnn", "rnn(features=16)", *thorough("mlp(widths=(16,))", "rnn(cell='gru', features=16)")]
+)
 def test_bfloat16_backbones_have_a_float32_head(spec):
     """Parameters and logits stay float32, features are bfloat16, and the logits are close to those of float32."""
     x = images_like(4, 28, 28, 1)

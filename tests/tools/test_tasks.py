@@ -272,7 +272,8 @@ def test_predict_of_numbers_prints_values_by_name(runs, pictures, capsys):
     assert "it is for several labels, and this model predicts numbers" in refused(capsys, *argv, "--threshold=0.5")
 
 
-@pytest.mark.parametrize("name", ["ink", *thorough("pairs")])
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["ink", "pairs"])
 def test_features_keep_the_targets(runs, capsys, tmp_path, name, pictures):
     targets, _ = outputs_of(runs(name))
     argv = ["features", f"--workdir={runs(name).path}"]

@@ -59,6 +59,7 @@ def test_a_run_of_billions_of_steps_begins_at_once(fake_config, tmp_path, monkey
     assert (tmp_path / "checkpoints" / "2").is_dir()
 
 
+@pytest.mark.thorough
 def test_the_evaluation_is_traced_once_though_it_comes_early(fake_config, tmp_path, monkeypatch):
     """The loop requests it while a thread traces it."""
     made, make = [], step.make_eval_step

@@ -115,6 +115,7 @@ def test_grey_images_are_color_images_of_equal_channels(name):
     np.testing.assert_array_equal(found[..., 0], wanted[..., 0])
 
 
+@pytest.mark.thorough
 def test_draws():
     """Each random field has the published distribution."""
     images = pictures(8, 32)

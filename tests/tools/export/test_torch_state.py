@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import thorough
 
 import imgclf_jax
 import launch
@@ -104,7 +105,7 @@ def test_several_seeds_are_a_file_each(tmp_path):
         np.testing.assert_array_equal(read["head.weight"], kernel.T)
 
 
-@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("averaged", [False, *thorough(True)])
 def test_weights_that_hold_nan_are_not_written(averaged, tmp_path, monkeypatch, capsys):
     """As `predict` refuses their outputs. Only what is evaluated counts: an average of weights replaces them."""
     flags = ["--config.total=2 steps", "--config.model=mlp(widths=(8,))", "--config.eval_every=",

@@ -148,6 +148,7 @@ def test_other_versions_and_rounding(reproduce, copy):
     assert reproduce(copy, "--tolerance=1e-5")[0] == 0
 
 
+@pytest.mark.thorough
 def test_the_same_data_elsewhere(reproduce, trained, tmp_path):
     """The config is the same, and so is the fingerprint."""
     shutil.copy(trained.parent / "data.npz", tmp_path / "data.npz")
@@ -200,6 +201,7 @@ def test_a_record_that_is_damaged(copy, tmp_path, capsys, name, content, says):
     assert not (tmp_path / "damaged.zip").exists()
 
 
+@pytest.mark.thorough
 def test_a_line_that_a_crash_cut_short(reproduce, copy):
     """Only the last line may be truncated."""
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -261,6 +263,7 @@ def test_what_was_recorded_and_is_not_found_again(reproduce, copy):
     assert found["missing"] == [{"step": 3, "name": "test/accuracy"}]
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_under_another_step(copy, capsys):
     """`evaluate` said "step 12" for the parameters of step 10, and `train` had "trained the last -2 of 10 steps"."""
     (copy / "checkpoints" / "10").rename(copy / "checkpoints" / "12")
