@@ -108,7 +108,7 @@ FUNCTIONS = {
 }
 
 
-QUICK = ("in a condition", "in a loop", "returned")
+QUICK = ("in a loop", "returned")
 
 
 @pytest.mark.parametrize("name", [*QUICK, *thorough(*(name for name in FUNCTIONS if name not in QUICK))])

@@ -161,6 +161,7 @@ def test_device_placement_refuses_random_host_ops_of_a_further_stream(config):
         next(placement.train_chunks("device", opened(config), spec_of(config), [range(1)], 1, sharding.make_mesh()))
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize(("method", "warned"), [("supervised()", True), *thorough((f"{__name__}:consistent", False))])
 def test_streams_that_supervised_training_does_not_read_are_warned_of(config, caplog, tmp_path, method, warned):

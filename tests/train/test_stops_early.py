@@ -66,6 +66,7 @@ def test_evaluations_that_are_not_recorded(stopped, tmp_path, capsys):
     assert "eval_every: '4 steps' → '2 steps'" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_it_is_reproduced_and_compared(stopped, capsys):
     assert launch.main(["reproduce", str(stopped), "--format=json"]) == 0
     found = json.loads(capsys.readouterr().out)

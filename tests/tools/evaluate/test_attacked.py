@@ -163,6 +163,7 @@ def test_it_writes_nothing_that_compare_may_take_for_clean_predictions(linear, c
     assert sorted(linear.path.iterdir()) == before
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("words", "message"), [
     (["--attack=pdg"], "unknown attack 'pdg': did you mean 'pgd'"),
     (["--attack=pgd(eps=8)"], "--attack: pgd(eps=8): must be above 0 and at most 1"),

@@ -106,6 +106,7 @@ def test_one_that_is_there_is_replaced_once_the_new_one_is_right(run, tmp_path, 
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.thorough
 def test_what_is_no_saved_model_stays(run, tmp_path, capsys):  # noqa: F811
     folder = tmp_path / "a.savedmodel"
     folder.mkdir()
@@ -116,6 +117,7 @@ def test_what_is_no_saved_model_stays(run, tmp_path, capsys):  # noqa: F811
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.thorough
 def test_operations_that_tensorflow_does_not_know_are_said(run, tmp_path, monkeypatch):  # noqa: F811
     exported = export.export(jax.jit(lambda x: x.astype(jnp.float8_e3m4).astype(jnp.float32)))(
         jax.ShapeDtypeStruct((2,), np.float32)
