@@ -42,7 +42,7 @@ def find(command: str, words: list[str]) -> Iterator[Input]:
     iteration, if standard input is not text.
     """
     if not words:
-        raise UserError(f"{command}: name at least one image: launch.py {command} FILE|DIR|GLOB|- … --workdir DIR")
+        raise UserError(f"{command}: name at least one image: {command} FILE|DIR|GLOB|- … --workdir DIR")
     for word in words:
         if word != "-":
             _check(command, word)
@@ -114,6 +114,6 @@ def _read_stdin(command: str) -> Iterator[Input]:
     for line in sys.stdin:
         if "\0" in line:
             raise UserError(f"{command}: '-' reads one file name per line from standard input, but got binary data; "
-                            f"name the image itself: launch.py {command} FILE")  # fmt: skip
+                            f"name the image itself: {command} FILE")  # fmt: skip
         if name := line.rstrip("\r\n"):
             yield Input(name)

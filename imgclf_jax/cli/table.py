@@ -58,7 +58,7 @@ COMMANDS: Mapping[str, Command] = {
         ("workdir", "extend", "grace", "profile", *PROCESSES),
         more="If the work directory has checkpoints, the run resumes from the latest. If its config differs, the "
              "command stops and shows the difference.",
-        examples=("", "--config configs/folder.py:photos --workdir runs/a", "--config.total='20 epochs'"),
+        examples=("", "--config folder:photos --workdir runs/a", "--config.total='20 epochs'"),
     ),
     "evaluate": Command(
         "evaluate a trained run on each of its evaluation sets", "run or weights",
@@ -141,7 +141,7 @@ COMMANDS: Mapping[str, Command] = {
         ("workdir", "checkpoint", "format", "k", "draws", "plot", "trust", *PROCESSES),
         more="Each probe is fitted to the features of the training set and scored on each evaluation set.",
         examples=("--workdir runs/a", "--workdir runs/a --plot curve.png",
-                  "--config configs/a.py --config.init_from=weights.safetensors"),
+                  "--config my_config.py --config.init_from=weights.safetensors"),
     ),
     "explain": Command(
         "draw heatmaps of the image regions that a trained run's predictions depend on", "run or weights",
@@ -165,12 +165,12 @@ COMMANDS: Mapping[str, Command] = {
         ("workdir", "step", "raw", "count", "output", "format", "trust"),
         more="The pixels are the step's input, after host ops, device ops and mixing. Nothing is trained. --output is "
              "a .png file (default: batch-K.png in --workdir, else in the working directory).",
-        examples=("--step=0 --config configs/digits.py", "--workdir runs/a --step=100"),
+        examples=("--step=0 --config digits", "--workdir runs/a --step=100"),
     ),
     "dryrun": Command(
         "compile a run for absent chips: memory, time and bottleneck", "file",
         ("workdir", "chips", "shape", "classes", "targets", "examples", "format"),
-        examples=("--config configs/imagenet_resnet50.py --chips v5e:2x4",),
+        examples=("--config imagenet_resnet50 --chips v5e:2x4",),
         before_jax="tools.dryrun.topology:prepare_from_flags",
     ),
     "find-lr": Command(
@@ -178,14 +178,14 @@ COMMANDS: Mapping[str, Command] = {
         "file", ("steps", "low", "high", "format", "html"),
         more="Smith's range test: the loss over the learning rate, where it falls fastest, and a schedule to try. It "
              "leaves no run behind. --html writes the plot.",
-        examples=("--config configs/digits.py", "--config configs/fashion_mnist.py --html lr.html",
-                  "--config configs/digits.py --config.optimizer='sgd(momentum=0.9)' --low=1e-4 --high=10"),
+        examples=("--config digits", "--config fashion_mnist --html lr.html",
+                  "--config digits --config.optimizer='sgd(momentum=0.9)' --low=1e-4 --high=10"),
     ),
     "config": Command("print the value and documentation of every key", "file"),
 }  # fmt: skip
 
 _CONFIG = {
-    "--config=FILE.py[:ARG]": "the config file (default: configs/digits.py); its get_config gets ARG",
+    "--config=FILE.py[:ARG]": "a config file, or the name of one that ships (default: digits); its get_config gets ARG",
     "--config.KEY=VALUE": "override a key; `launch.py config` lists them all",
 }
 _WEIGHTS = {"--config.init_from=PATH": "use these weights and --config instead of a run"}
@@ -210,9 +210,9 @@ def overview() -> str:
         _STATUS,
         "",
         "examples:",
-        "  launch.py                                                      train on scikit-learn's digits",
-        "  launch.py --config configs/folder.py:photos --workdir runs/a   train on your own images",
-        "  launch.py predict new.jpg --workdir runs/a                     classify a new one",
+        "  launch.py                                           train on scikit-learn's digits",
+        "  launch.py --config folder:photos --workdir runs/a   train on your own images",
+        "  launch.py predict new.jpg --workdir runs/a          classify a new one",
         "",
     ])  # fmt: skip
 

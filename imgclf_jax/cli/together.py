@@ -46,5 +46,7 @@ def check_platforms() -> None:
             jax.devices()
         except (RuntimeError, AssertionError) as e:  # JAX asserts where a plugin is missing
             why = f" ({reason(e)})" if str(e) else ""
-            raise UserError(f"JAX_PLATFORMS={named!r}: JAX finds no such device here{why}; unset it to use those that "
-                            "there are, or install JAX for yours: uv run --extra cuda13") from e  # fmt: skip
+            raise UserError(
+                f"JAX_PLATFORMS={named!r}: JAX finds no such device here{why}; unset it to use those that there are, "
+                "or install JAX for yours: uv run --extra cuda13, or imgclf_jax[cuda13]"
+            ) from e

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_flags
 from imgclf_jax import config as configs
 from imgclf_jax.cli.flags import FLAGS
 from imgclf_jax.cli.table import COMMANDS, commands_with
-from imgclf_jax.core.errors import unknown
+from imgclf_jax.core.errors import UserError, unknown
 
 
 class UsageError(Exception):
@@ -157,8 +157,17 @@ def take_config(argv: list[str]) -> tuple[str, list[str]]:
     if not path:
         raise UsageError("--config needs a file or a name, such as --config=digits")
     name, colon, argument = path.partition(":")
-    if re.fullmatch(r"\w+", name) and not Path(name).exists():
-        path = f"{configs_folder() / name}.py{colon}{argument}"
+    if not Path(name).is_file():
+        ships = sorted(file.stem for file in configs_folder().glob("*.py"))
+        if name in ships:
+            path = f"{configs_folder() / name}.py{colon}{argument}"
+        elif re.fullmatch(r"\w+", name):
+            near = [f"{name}.py"] if Path(f"{name}.py").is_file() else [own for own in ships if name in own]
+            raise UserError(unknown("config", name, ships, near))
+        elif Path(name).stem in ships:  # what a clone has in configs/
+            raise UserError(
+                f"no config file {name!r}; the config that ships is --config={Path(name).stem}{colon}{argument}"
+            )
     # At the end of the path, so that they do not shadow installed packages.
     sys.path += [str(Path(path.partition(":")[0]).resolve().parent), str(Path.cwd())]
     return path, rest

@@ -23,10 +23,10 @@ def shown(value: object) -> str:
     return repr(f"{value[:_MAX_SHOWN]}…" if isinstance(value, str) and len(value) > _MAX_SHOWN else value)
 
 
-def unknown(kind: str, name: str, allowed: Iterable[str]) -> str:
-    """A message for a name that is not among `allowed`, with the nearest ones first."""
+def unknown(kind: str, name: str, allowed: Iterable[str], near: Iterable[str] = ()) -> str:
+    """A message for a name that is not among `allowed`, with the nearest ones first: `near`, or those spelled alike."""
     allowed = sorted(allowed)
-    near = difflib.get_close_matches(str(name), allowed, n=3, cutoff=0.5)
+    near = list(near) or difflib.get_close_matches(str(name), allowed, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
     return f"unknown {kind} {shown(name)}: {hint}allowed: {', '.join(allowed)}"
 

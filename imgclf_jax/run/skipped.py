@@ -113,7 +113,7 @@ class Skipped:
         if lines and new.max() > RECENT:
             return int(lines[-1]["step"])
         for line in lines:
-            log.warning("step %d skipped: its loss %s (seed %d); launch.py show-batch --step=%d draws its batch",
+            log.warning("step %d skipped: its loss %s (seed %d); show-batch --step=%d draws its batch",
                         line["step"], "is not finite" if line["loss"] is None else f"of {line['loss']:.4g} spikes",
                         line["seed"], line["step"])  # fmt: skip
         return None

@@ -11,6 +11,7 @@ import pytest
 import launch
 from imgclf_jax import config as configs
 from imgclf_jax.cli import table, together
+from imgclf_jax.cli.main import main
 from imgclf_jax.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +137,33 @@ def test_help_has_the_width_of_the_terminal(monkeypatch, columns):
         prose = text.partition("examples:")[0].replace("launch.py [COMMAND] [flags] [FILE|DIR ...]", "")
         long = [line for line in prose.splitlines() if len(line) > min(columns, 120) and " " in line.strip()]
         assert not [line for line in long if not line.startswith(("usage:", "exit", "    "))] or columns < 80, long
+
+
+def test_help_of_the_installed_package_has_nothing_of_a_clone(capsys):
+    """Its examples can be typed in any folder: they named configs/folder.py, which only a clone has."""
+    for words in (["--help"], *([name, "--help"] for name in table.COMMANDS)):
+        assert main(words, "imgclf") == 0
+        text = capsys.readouterr().out
+        assert "launch.py" not in text.replace("uv run launch.py", ""), words
+        assert "configs/" not in text, words
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("digts", "unknown config 'digts': did you mean 'digits'? allowed: cifar10_airbench, cifar10_resnet20, digits, "),
+    ("airbench", "unknown config 'airbench': did you mean 'cifar10_airbench'? allowed: "),
+    ("mine", "unknown config 'mine': did you mean 'mine.py'? allowed: "),
+    ("configs/folder.py:photos", "no config file 'configs/folder.py'; the config that ships is --config=folder:photos"),
+    ("digits.py", "no config file 'digits.py'; the config that ships is --config=digits"),
+])  # fmt: skip
+def test_a_config_that_is_not_there(says, tmp_path, name, said):
+    (tmp_path / "mine.py").touch()
+    status, words = says("config", f"--config={name}")
+    assert (status, words[: len(said)]) == (1, said)
+
+
+def test_a_folder_does_not_hide_the_config_of_its_name(says, tmp_path):
+    (tmp_path / "digits").mkdir()
+    assert says("config", "--config=digits", "--config.batch_size=0") == (1, "batch_size=0: must be 1 or more")
 
 
 def test_help_says_once_what_is_true_of_all_commands():

@@ -110,7 +110,7 @@ def test_an_image_on_standard_input_is_no_list_of_names(monkeypatch, kind):
     Image.new("RGB", (9, 9), (200, 10, 90)).save(content, kind)
     text = io.TextIOWrapper(io.BytesIO(content.getvalue()), "utf-8", "surrogateescape")
     monkeypatch.setattr(sys, "stdin", text)
-    with pytest.raises(UserError, match=r"'-' reads one file name per line .*: launch.py explain FILE$"):
+    with pytest.raises(UserError, match=r"'-' reads one file name per line .*: explain FILE$"):
         list(inputs.find("explain", ["-"]))
 
 

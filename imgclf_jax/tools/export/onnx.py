@@ -34,7 +34,7 @@ def check() -> None:
     missing = [name for name in ("jax2onnx", "onnxruntime") if not importlib.util.find_spec(name)]
     if missing:
         raise UserError(f"export needs {' and '.join(missing)}; run it with `uv run --isolated --extra onnx launch.py "
-                        "export …`")  # fmt: skip
+                        "export …`, or install imgclf_jax[onnx]")  # fmt: skip
 
 
 def archive(model: Trained, what: Outputs) -> tuple[bytes, float]:

@@ -46,7 +46,8 @@ def main(
     Raises UserError if a package is missing, the port is taken, or the log cannot be written.
     """
     if missing := [name for name in _REQUIRED if not importlib.util.find_spec(name)]:
-        raise UserError(f"serve needs {', '.join(missing)}; run it with `uv run --extra serve launch.py serve …`")
+        raise UserError(f"serve needs {', '.join(missing)}; run it with `uv run --extra serve launch.py serve …`, "
+                        "or install imgclf_jax[serve]")  # fmt: skip
     if port > 65535:
         raise UserError(f"serve: --port={port}: must be 0 to 65535")
     for origin in cors:
