@@ -29,21 +29,24 @@ def track[T](
         yield from items
         return
     done, began = 0, time.monotonic()
-    with Line(lambda: describe(what, done, total, time.monotonic() - began)) as line:
+    most = terminal.console().width - 1 if terminal.shows_progress() else None
+    with Line(lambda: describe(what, done, total, time.monotonic() - began, most)) as line:
         for item in items:
             with line.hidden() if prints and sys.stdout.isatty() else contextlib.nullcontext():
                 yield item
             done += weight(item)
 
 
-def describe(what: str, done: int, total: int | None, seconds: float) -> str:
-    """`evaluating test: 1,280 of 10,000, 640 a second, 14 s left`."""
+def describe(what: str, done: int, total: int | None, seconds: float, most: int | None = None) -> str:
+    """`evaluating test: 1,280 of 10,000, 640 a second, 14 s left`. If it exceeds `most` columns, `what` is cut."""
     rate = done / seconds if seconds > 0 else 0.0
-    text = f"{printable(what)}: {min(done, total) if total else done:,}" + (f" of {total:,}" if total else "")
-    if not done:
-        return text
-    text += f", {rate:,.0f} a second" if rate >= 1 else f", {1 / rate:,.1f} s each"
-    return f"{text}, {duration((total - done) / rate)} left" if total and done < total else text
+    text = f": {min(done, total) if total else done:,}" + (f" of {total:,}" if total else "")
+    if done:
+        text += f", {rate:,.0f} a second" if rate >= 1 else f", {1 / rate:,.1f} s each"
+    if done and total and done < total:
+        text += f", {duration((total - done) / rate)} left"
+    what = printable(what)
+    return (what if most is None else terminal.shorten(what, max(8, most - len(text)))) + text
 
 
 def duration(seconds: float) -> str:
@@ -110,7 +113,7 @@ class Line:
                 log.info("%s", text)
             if not shown:
                 continue
-            text = text[: terminal.console().width - 1]
+            text = terminal.shorten(text, terminal.console().width - 1)
             with self._lock:
                 if text and not self._hidden and time.monotonic() >= self._quiet_until:
                     self._write(text)

@@ -7,10 +7,12 @@ import itertools
 import json
 import logging
 import math
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
@@ -83,6 +85,28 @@ def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
     """Hides one message: after a failed save, TensorStore still calls an event loop that is already closed."""
     if str(unraisable.exc_value) != "Event loop is closed":
         _usual_hook(unraisable)
+
+
+def columns() -> int | None:
+    """The width of standard output if that is a terminal; None elsewhere, where programs read lines of any length."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def shorten(text: str, width: int) -> str:
+    """The text in at most `width` columns of a terminal; "…" stands for the rest."""
+    return text if cell_len(text) <= width else set_cell_size(text, max(0, width - 1)).rstrip() + "…"
+
+
+def print_text(text: str, indent: int = 0) -> None:
+    """Prints a paragraph on standard output; on a terminal in lines that end between words, from the second indented.
+
+    Escapes unprintable characters.
+    """
+    width, text = columns(), printable(text)
+    if width is not None and cell_len(text) > width:
+        text = textwrap.fill(text, max(20, width), subsequent_indent=" " * indent, break_long_words=False,
+                             break_on_hyphens=False)  # fmt: skip
+    print(text, flush=True)
 
 
 def print_json(value: Json) -> None:

@@ -23,6 +23,14 @@ def test_what_is_said(done, total, seconds, said):
     assert progress.describe("evaluating test", done, total, seconds) == said
 
 
+def test_a_narrow_terminal_cuts_the_name_and_not_the_numbers():
+    """`evaluating …: 0 of 360` had lost its last digit at 80 columns, and said 36."""
+    said = progress.describe("evaluating runs/rates/schedule=constant-1e-3 on 猫", 120, 360, 2.0, 60)
+    assert said == "evaluating runs/rates/sc…: 120 of 360, 60 a second, 4 s left"
+    assert len(said) == 60
+    assert progress.describe("猫猫猫猫猫猫猫猫", 0, 5, 0.0, 17) == "猫猫猫猫…: 0 of 5"  # two columns each
+
+
 @pytest.mark.parametrize(("seconds", "said"), [
     (0, "0 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (5400, "1.5 h"), (172_800, "2.0 days")])  # fmt: skip
 def test_durations(seconds, said):
@@ -62,9 +70,9 @@ def test_on_a_terminal(quick, monkeypatch):
         time.sleep(0.02)  # in which nothing is drawn
     assert found == ["a", "b", "c"]
     text = screen.getvalue()
-    shown = re.findall(r"checking \[x\]\\ny*", text)
+    shown = re.findall(r"checking \[x\]\\ny*…: \d of 3.*", text)
     assert shown
-    assert {len(line) for line in shown} == {39}
+    assert {len(line.split("\r")[0]) for line in shown} == {39}
     on_screen = [re.split(r"\r\x1b\[2K", line)[-1] for line in text.split("\n")]
     assert on_screen == ["row a", "row b", "row c", ""]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from imgclf_jax.core import processes
-from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import record, terminal
 from imgclf_jax.tools.compare import page as compare_page
@@ -56,7 +55,7 @@ def _print_tables(groups: Sequence[Group], comparisons: Sequence[Comparison]) ->
         if rows:
             terminal.print_table(columns, rows)
     for line in compare_tables.notes(groups, comparisons):
-        print(printable(line))
+        terminal.print_text(line)
     columns, rows = compare_tables.unfinished(groups)
     if rows:
         terminal.print_table(columns, rows)

@@ -102,7 +102,8 @@ def notes(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> list[st
             f"The difference is a group's mean {score} minus that of the best, {groups[0].label}, on the same examples "
             f"({sizes}). Student's interval covers other examples and, with several seeds, other seeds. {test} runs "
             "with the same seed; the table shows the smallest and the largest p over the seeds. Holm's method adjusts "
-            f"p for {number} tests. No adjustment is made for choosing the best group on these same examples."
+            f"p for {number} test{'s' * (number != 1)}. No adjustment is made for choosing the best group on these "
+            "same examples."
         )
     elif len([group for group in groups if group.done]) > 1:
         notes.append("There are no paired tests, because the runs have no saved predictions; add --test.")

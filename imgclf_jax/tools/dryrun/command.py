@@ -197,7 +197,7 @@ def _print(result: JsonObject) -> None:
     rows += [("compile time", compiled), ("chip data", result["source"])]
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
-        print(f"  {name:<{width}}  {text}")
+        terminal.print_text(f"  {name:<{width}}  {text}", indent=width + 4)
 
 
 def _duration(seconds: float) -> str:

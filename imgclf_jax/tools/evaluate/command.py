@@ -19,7 +19,7 @@ from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs
 from imgclf_jax.run import digests
 from imgclf_jax.run.checkpoint import Checkpoints
-from imgclf_jax.run.terminal import format_metrics, print_json, print_table
+from imgclf_jax.run.terminal import format_metrics, print_json, print_table, print_text
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.scores import classification as scores
 from imgclf_jax.scores import multilabel
@@ -138,10 +138,10 @@ def main(
         if name in classes:
             _print_classes(names, classes[name])
             if programs.recipe.task is Task.SOFT:
-                print(_DOMINANT)
+                print_text(_DOMINANT)
         elif isinstance(multilabel_scores := target_scores.get(name), MultilabelScores):
             print_table(*multilabel.table(multilabel_scores, names))
-            print(multilabel.THRESHOLD_NOTE)
+            print_text(multilabel.THRESHOLD_NOTE)
     return 0
 
 
@@ -215,5 +215,5 @@ def _print_scores(set_scores: dict[str, dict[str, float]]) -> None:
 def _print_classes(class_names: tuple[str, ...], counts: dict[str, np.ndarray]) -> None:
     print_table(*by_class.table(class_names, counts))
     if "confusion" not in counts:
-        print(f"The column 'most often taken for' needs the confusion matrix, which exists for up to "
+        print_text(f"The column 'most often taken for' needs the confusion matrix, which exists for up to "
               f"{metrics.CONFUSION_CLASSES} classes; these data have {len(class_names)}.")  # fmt: skip

@@ -17,7 +17,7 @@ from imgclf_jax.data import sources, stream
 from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.progress import track
-from imgclf_jax.run.terminal import print_json, print_table
+from imgclf_jax.run.terminal import print_json, print_table, print_text
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import TrainState
 from imgclf_jax.tools.evaluate import corruptions
@@ -70,7 +70,7 @@ def report(
     for name, summary in results.items():
         _print(name, summary, programs.recipe.num_seeds)
     if left_out:
-        print(WITHOUT_FROST)
+        print_text(WITHOUT_FROST)
     return 0
 
 

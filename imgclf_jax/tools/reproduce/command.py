@@ -18,7 +18,7 @@ from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run.provenance import pin_groups
 from imgclf_jax.run.record import Record
-from imgclf_jax.run.terminal import print_json, print_table
+from imgclf_jax.run.terminal import print_json, print_table, print_text
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.reproduce.reproduction import ROUNDING, Comparison, Difference, compare, differences, verdict
 from imgclf_jax.train import loop as train
@@ -99,7 +99,7 @@ def main(
             print_json(as_json | {"contradictions": contradictions})
         else:
             for sentence in contradictions:
-                print(f"{sentence[0].upper()}{sentence[1:]}.")
+                print_text(f"{sentence[0].upper()}{sentence[1:]}.")
             _print(word, end, compared, found, record, tolerance)
             if kept:
                 print(f"the new run is in {printable(str(folder))}")
@@ -115,7 +115,7 @@ def _pack(record: Record, bundle: str) -> int:
         log.warning("%s has no digests of its checkpoints: the bundle has the last one and the metrics", record.path)
     if not processes.index():
         record.pack(places.as_path(bundle))
-        print(f"{printable(bundle)} has everything that `reproduce {printable(bundle)}` needs, except data and code; "
+        print_text(f"{bundle} has everything that `reproduce {bundle}` needs, except data and code; "
               "its provenance.json names folders of this machine")  # fmt: skip
     return 0
 
@@ -167,15 +167,17 @@ def _print(
     largest = compared.largest
     sentence = _SENTENCES[word].format(tolerance=tolerance, most=ROUNDING, first=compared.first_step)
     by_most = f" (largest relative difference of a metric: {largest.relative:.2g})" if largest else ""
-    print(f"{sentence}{by_most}.")
+    print_text(f"{sentence}{by_most}.")
     digests, values, metric_steps = len(compared.digest_steps), len(compared.values), compared.metric_steps
-    print(f"Compared up to step {end}: all parameters at {digests} steps, and {values} metric values at {metric_steps} "
-          "steps.")  # fmt: skip
+    print_text(
+        f"Compared up to step {end}: all parameters at {digests} steps, and {values} metric values at {metric_steps} "
+        "steps."
+    )
     if not record.digests:
-        print("The run predates digests, so only the digest of result.json and the metrics are compared.")
+        print_text("The run predates digests, so only the digest of result.json and the metrics are compared.")
     if compared.missing:
         step, name = compared.missing[0]
-        print(
+        print_text(
             f"{len(compared.missing)} recorded values are missing in the new run, the first is {name} at step {step}."
         )
     rows = []
@@ -193,8 +195,10 @@ def _print(
         if len(found) > _SHOWN:
             print(f"and {len(found) - _SHOWN} more, which --format=json lists")
     elif rows:
-        print("Nothing else in the records differs. They do not cover files of installed packages and nondeterministic "
-              "kernels.")  # fmt: skip
+        print_text(
+            "Nothing else in the records differs. They do not cover files of installed packages and nondeterministic "
+            "kernels."
+        )
 
 
 def _as_json(word: str, end: int, compared: Comparison, found: list[Difference], output: str | None) -> JsonObject:

@@ -52,7 +52,7 @@ def main(files: Sequence[str], format: str) -> int:
         terminal.print_table(["time", "", "of all"], [[n, f"{s:,.1f} s", f"{s / whole:.1%}"] for s, n in rows])
     for one in found:
         for sentence in one.health:
-            print(f"{one.name}: {sentence}")
+            terminal.print_text(f"{one.name}: {sentence}")
     return 1 if damaged else 0
 
 

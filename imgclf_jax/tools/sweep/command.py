@@ -233,8 +233,10 @@ class _Sweep:
         self._parts[run.name] = 1.0 if outcome.startswith("done") else self._parts.get(run.name, 0.0)
         duration = "" if seconds is None else f"{seconds:.1f} s"
         detail = _main_metric(run.config, self._workdir(run)) if outcome.startswith("done") else error
+        row = status.row(run.name, self._width, f"{outcome:<11}  {duration:>9}  {detail}".rstrip(), terminal.columns())
         with self._line.hidden() if self._line else contextlib.nullcontext():
-            print(f"{run.name:<{self._width}}  {outcome:<11}  {duration:>9}  {printable(detail)}".rstrip(), flush=True)
+            for line in row:
+                terminal.print_text(line, indent=4)
 
     def _at_stake(self) -> str:
         return f"the steps of {len(self._active)} runs since their latest checkpoints"
@@ -264,10 +266,10 @@ class _Sweep:
         print(f"{done} of {len(self._runs)} runs are done; see {printable(str(self._folder))}")
         results = [(run.name, run.config, status.result(self._workdir(run))) for run in self._runs
                    if self._outcomes.get(run.name, "").startswith("done")]  # fmt: skip
-        if lines := status.ranking(results):
+        if lines := status.ranking(results, columns=terminal.columns()):
             print(*map(printable, lines), sep="\n")
             folder = shlex.quote(printable(str(self._folder)))
-            print(f"compare them, over seeds and with tests:  {program()} compare {folder}")
+            print(f"compare them, over seeds and with tests:\n  {program()} compare {folder}")
         if failed:
             print(f"{len(failed)} failed; their logs:", *(f"  {self._log(run)}" for run in failed), sep="\n",
                   file=sys.stderr)  # fmt: skip

@@ -115,8 +115,23 @@ def result(workdir: Workdir) -> dict[str, float]:
     }
 
 
-def ranking(runs: Iterable[tuple[str, ConfigDict, Mapping[str, float]]], most: int = 10) -> list[str]:
-    """Lines that rank finished runs by their main metric, the best first; [] unless two or more share a metric."""
+_DETAILS = 48  # columns for a run's outcome, time and metric
+
+
+def row(name: str, width: int, details: str, columns: int | None) -> list[str]:
+    """A run's line, with its name in a column of `width`; two lines if a terminal of `columns` is too narrow."""
+    if columns is not None and width + 2 + _DETAILS > columns:
+        return [name, f"    {details}"]
+    return [f"{name:<{width}}  {details}"]
+
+
+def ranking(
+    runs: Iterable[tuple[str, ConfigDict, Mapping[str, float]]], most: int = 10, columns: int | None = None
+) -> list[str]:
+    """Lines that rank finished runs by their main metric, the best first; [] unless two or more share a metric.
+
+    On a terminal of `columns` that is too narrow for a name and its metric, the metric has a line of its own.
+    """
     ranked = [(metric[1] * metrics[metric[0]], metric[0], name, metrics) for name, config, metrics in runs
               if (metric := main_metric(config, metrics))]  # fmt: skip
     ranked = [one for one in ranked if math.isfinite(one[0]) and one[1] == ranked[0][1]]
@@ -125,7 +140,9 @@ def ranking(runs: Iterable[tuple[str, ConfigDict, Mapping[str, float]]], most: i
     ranked.sort(key=lambda one: -one[0])
     key, width = ranked[0][1], max(len(one[2]) for one in ranked[:most])
     lines = [f"ranking by {key}:"]
+    between = "  " if columns is None or width + 26 <= columns else "\n      "
     for place, (_, _, name, metrics) in enumerate(ranked[:most], 1):
         std = f" ± {decimals(metrics[f'{key}_std'])}" if f"{key}_std" in metrics else ""
-        lines.append(f"{place:>4}  {name:<{width}}  {decimals(metrics[key])}{std}")
+        row = f"{place:>4}  {name:<{width}}{between}{decimals(metrics[key])}{std}"
+        lines += [line.rstrip() for line in row.split("\n")]
     return lines + ([f"      and {len(ranked) - most} more"] if len(ranked) > most else [])

@@ -79,9 +79,9 @@ def test_runs_that_are_done_are_skipped(run, monkeypatch):
     status, lines = run("--sweep=seed=0..1")
     last = f"2 of 2 runs are done; see {run.folder}"
     rank = ["ranking by test/accuracy:", *(f"{i + 1} seed={i} 0.5000 ± 0.2500" for i in (0, 1))]
-    next_command = f"compare them, over seeds and with tests: {program()} compare {run.folder}"
+    next_command = ["compare them, over seeds and with tests:", f"{program()} compare {run.folder}"]
     done = [f"seed={i} done N s test/accuracy 0.5000 ± 0.2500" for i in (0, 1)]
-    assert (status, lines) == (0, [*done, last, *rank, next_command])
+    assert (status, lines) == (0, [*done, last, *rank, *next_command])
     assert (run.folder / "order").read_text().split() == ["begin", "0", "end", "0", "begin", "1", "end", "1"]
     assert (run.folder / "seed=0" / "platforms").read_text() == "tpu,cpu"  # the sweep itself takes no accelerator
     assert os.environ["JAX_PLATFORMS"] == "tpu,cpu"

@@ -65,6 +65,18 @@ def test_the_ranking():
     assert status.ranking([(f"{i}", config(), {"test/accuracy": i / 20}) for i in range(12)])[-1] == "      and 2 more"
 
 
+def test_rows_on_a_narrow_terminal():
+    """Names of 48 characters made rows of 93, which a terminal of 80 columns breaks anywhere."""
+    name = "optimizer=adam-b2-0.95,schedule=cosine-1e-3"
+    details = f"{'done before':<11}  {'98.4 s':>9}  test/accuracy 0.7917"
+    assert status.row(name, 48, details, None) == [f"{name:<48}  {details}"]
+    assert status.row(name, 48, details, 100) == [f"{name:<48}  {details}"]
+    assert status.row(name, 48, details, 80) == [name, f"    {details}"]
+    runs = [(f"{name},seed={i}" + "0" * (8 - i), config(), {"test/accuracy": i / 4}) for i in range(2)]
+    assert status.ranking(runs, columns=80)[1:3] == [f"   1  {runs[1][0]}", "      0.2500"]
+    assert status.ranking(runs, columns=100)[1:3] == [f"   1  {runs[1][0]}   0.2500", f"   2  {runs[0][0]}  0.0000"]
+
+
 def test_a_result(tmp_path):
     workdir = Workdir(tmp_path)
     assert status.result(workdir) == {}
