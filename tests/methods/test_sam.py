@@ -1,6 +1,8 @@
 """SAM and ASAM: the papers' equations in NumPy, optax's own SAM, and all promises of a run."""
 
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.train import loop as train
 
+EXTENDING = Path(__file__).parents[2] / "docs" / "extending.md"
 SHAPE, CLASSES = (4, 4, 1), 3
 SPECS = ["sam(rho=0.2)", "asam(rho=0.7, eta=0.05)"]
 
@@ -170,6 +173,23 @@ def test_functions_of_the_gradient_compose_from_left_to_right():
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step.rng.name_hash("dropout")), 0)
     added = jax.tree.map(lambda w: 0.5 * jax.random.normal(key, w.shape), alone.params)
     jax.tree.map(lambda a, n, b: np.testing.assert_allclose(a - n, b, atol=1e-6), alone.params, added, noisy.params)
+
+
+def test_per_example_gradients_need_no_fork(tmp_path, monkeypatch):
+    """The page's `clipped`: the mean of the examples' gradients, each at most as long as told, in float64."""
+    [code] = re.findall(r"^# my_gradients.py\n.*?(?=^```$)", EXTENDING.read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "my_gradients.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    before, after, _ = one_step("my_gradients:clipped(2.0)")
+    given = batch()
+    x = given["image"].reshape(16, 1, -1) / 255.0
+    kernel, bias = (np.float64(before.params["head"][name]) for name in ("kernel", "bias"))
+    each = [softmax_gradients(kernel, bias, x[i], given["label"][i : i + 1]) for i in range(16)]
+    norms = np.array([np.sqrt(np.sum(k**2) + np.sum(b**2)) for k, b in each])
+    assert norms.min() < 2 < norms.max()
+    for name, part in (("kernel", 0), ("bias", 1)):
+        wanted = np.mean([g[part] * min(1, 2 / norm) for g, norm in zip(each, norms, strict=True)], 0)
+        np.testing.assert_allclose(before.params["head"][name] - after.params["head"][name], wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize("mesh", thorough("fsdp=-1", "data=-1", "data=2, fsdp=4"))
