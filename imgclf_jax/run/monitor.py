@@ -39,6 +39,7 @@ class Monitor:
         self._folder = folder / "profile"
         self._in_flight: collections.deque[PyTree] = collections.deque()
         self._bar = _start_bar(start, total)
+        self._note = ""  # the pace of the last window
         if profile and places.in_bucket(folder):
             raise UserError(f"--profile writes to a disk, and {folder} is in a bucket; pass a --workdir on a disk")
         if profile:
@@ -89,7 +90,7 @@ class Monitor:
             self._in_flight.popleft().block_until_ready()
         self.phases.enter("steps", steps.stop)
         if self._bar:
-            self._bar[0].update(self._bar[1], completed=steps.stop)
+            self._bar[0].update(self._bar[1], completed=steps.stop, note=self._note)  # it compiles no more
         if self.edges and steps.stop == self.edges[1] and not processes.index():
             self._wait()
             jax.profiler.stop_trace()
@@ -106,8 +107,8 @@ class Monitor:
         """{"images_per_second", "input_wait"} since the last lap; called while paused."""
         pace = self.throughput.lap()
         if self._bar:
-            note = f"{pace['images_per_second']:.0f} images/s, {pace['input_wait']:.0%} waiting for input"
-            self._bar[0].update(self._bar[1], note=note)
+            self._note = f"{pace['images_per_second']:.0f} images/s, {pace['input_wait']:.0%} waiting for input"
+            self._bar[0].update(self._bar[1], note=self._note)
         return pace
 
     def _wait(self) -> None:

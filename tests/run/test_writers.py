@@ -330,9 +330,10 @@ def test_progress_on_a_terminal(fake_config, tmp_path, monkeypatch, capsys):
         fake_config.eval_every = fake_config.checkpoint_every = ""
     assert train.main(fake_config, Workdir(tmp_path)) == 0
     lines = re.split(r"[\r\n]|\x1b\[[?0-9;]*[A-Za-z]", screen.getvalue())
-    pattern = r"[━╸╺ ]+ step (\d+)/120 left (\d:\d\d:\d\d|-:--:--) (compiling|\d+ images/s, \d+% waiting for input) *"
+    pattern = r"[━╸╺ ]+ step (\d+)/120 left (\d:\d\d:\d\d|-:--:--) (compiling|\d+ images/s, \d+% waiting for input|) *"
     shown = [match for line in lines if (match := re.fullmatch(pattern, line))]
     assert shown[0][3] == "compiling"
+    assert {match[1] for match in shown if match[3] == "compiling"} == {"0"}
     assert (shown[-1][1], shown[-1][2]) == ("120", "0:00:00")
     assert "images/s" in shown[-1][3]
     assert max(map(len, lines)) <= 80
