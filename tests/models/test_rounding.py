@@ -77,7 +77,6 @@ def test_each_image_has_a_winner_in_features_and_in_training(winner_takes_all, m
         np.testing.assert_allclose(a, b, rtol=0, atol=0.02 * np.abs(b).max())
 
 
-@pytest.mark.thorough
 def test_the_greatest_of_an_array_is_in_it():
     """Whether or not a matmul has read the array in between. Equal elements share its gradient."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 32)), BF16)
