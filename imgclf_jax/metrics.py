@@ -40,6 +40,9 @@ class Predictions(NamedTuple):
     predicted: Array  # i32[n], from the logits: float32 rounds probabilities of distinct large logits to equal ones
     ranks: Array  # i32[n], of the label among the logits: see `scores.label_ranks`
     mask: Array | None = None  # bool[n], False for padding; None without padding
+    # f32[n, classes], of independent classes (SIGMOID), whose probabilities float32 rounds to 1 above a logit of 17;
+    # None for other links.
+    logits: Array | None = None
 
     def losses(self) -> np.ndarray:
         """The negative log-likelihood f64[n] of each label, on the host; nan without a label or a prediction."""
@@ -56,12 +59,15 @@ class Predictions(NamedTuple):
 
     def for_seed(self, i: int) -> "Predictions":
         """The predictions of one of several seeds, or of their ensemble, -1."""
-        return self._replace(probabilities=self.probabilities[i], predicted=self.predicted[i], ranks=self.ranks[i])
+        logits = None if self.logits is None else self.logits[i]
+        return self._replace(
+            probabilities=self.probabilities[i], predicted=self.predicted[i], ranks=self.ranks[i], logits=logits
+        )
 
     @property
-    def from_logits(self) -> tuple[Array, Array]:
-        """Predicted classes and label ranks, for `scores.Scores`."""
-        return self.predicted, self.ranks
+    def from_logits(self) -> FromLogits:
+        """What `scores.Scores` takes from the logits."""
+        return FromLogits(self.predicted, self.ranks, self.logits)
 
 
 class TargetPredictions(NamedTuple):
@@ -94,17 +100,19 @@ def predict(
     if task in (Task.MULTILABEL, Task.REGRESSION):
         return TargetPredictions(wanted, outputs, logits if link is SIGMOID else outputs, mask)
     labels = dominant_labels(wanted) if task is Task.SOFT else wanted
-    return Predictions(labels, outputs, predicted_classes(logits), label_ranks(logits, labels), mask)
+    independent = logits.astype(jnp.float32) if link is SIGMOID else None
+    return Predictions(labels, outputs, predicted_classes(logits), label_ranks(logits, labels), mask, independent)
 
 
 def concatenate[P: AnyPredictions](batches: Sequence[P]) -> P:
     """Concatenates the predictions of all batches on the host, without the padding."""
     kind = type(batches[0])
     # Examples are the last axis, except in fields with a number per output.
-    axes = {name: -2 if name in ("targets", "probabilities", "outputs", "ranking") else -1 for name in kind._fields}
+    of_outputs = ("targets", "probabilities", "outputs", "ranking", "logits")
+    axes = {name: -2 if name in of_outputs else -1 for name in kind._fields}
     fields = {
         name: np.concatenate([_unpad(getattr(batch, name), batch.mask, axis) for batch in batches], axis)
-        for name, axis in axes.items() if name != "mask"
+        for name, axis in axes.items() if name != "mask" and getattr(batches[0], name) is not None
     }  # fmt: skip
     out: Any = kind(**fields)
     return out
@@ -244,7 +252,7 @@ def summarize(
     return out
 
 
-def auc(labels: np.ndarray, probabilities: np.ndarray, from_logits: FromLogits = None) -> float:
+def auc(labels: np.ndarray, probabilities: np.ndarray, from_logits: FromLogits | None = None) -> float:
     """Area under the ROC curve: of the second of two classes, else the one-vs-rest mean over the classes.
 
     labels i32[n], probabilities f32[n, classes]. The mean skips classes that no example or every example has: see
@@ -253,13 +261,13 @@ def auc(labels: np.ndarray, probabilities: np.ndarray, from_logits: FromLogits =
     return float(Scores(labels, probabilities, from_logits).auc(np.ones((1, len(labels))))[0])
 
 
-def balanced_accuracy(labels: np.ndarray, probabilities: np.ndarray, from_logits: FromLogits = None) -> float:
+def balanced_accuracy(labels: np.ndarray, probabilities: np.ndarray, from_logits: FromLogits | None = None) -> float:
     """The mean recall over the classes that have examples. labels i32[n], probabilities f32[n, classes]."""
     counts = Scores(labels, probabilities, from_logits).class_counts(np.ones((1, len(labels))))
     return float(counts.mean(counts.correct, counts.labelled, counts.labelled > 0)[0])
 
 
-def f1(labels: np.ndarray, probabilities: np.ndarray, from_logits: FromLogits = None) -> float:
+def f1(labels: np.ndarray, probabilities: np.ndarray, from_logits: FromLogits | None = None) -> float:
     """F1: of the second of two classes, else the mean over the classes that are labels or predictions.
 
     labels i32[n], probabilities f32[n, classes].

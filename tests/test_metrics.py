@@ -116,6 +116,23 @@ def test_an_own_metric_takes_no_name_that_results_use(name, monkeypatch):
         metrics.build_whole_set(f"own:{name}")
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_independent_classes_are_ordered_by_their_logits(seeds):
+    """A float32 sigmoid is 1 above 17: AUC was 0.5 for logits that separate the classes, and their listing by index."""
+    labels = np.array([0, 1, 0, 1])
+    logits = np.array([[20, 18, 25], [18, 21, 30], [23, 18.5, 24], [19, 22, 18]], np.float32)
+    more = np.stack([logits] * (seeds + 1)) if seeds > 1 else logits
+    found = metrics.predict(jnp.asarray(more), jnp.asarray(labels), losses.SIGMOID, jnp.ones(4, bool))
+    own = metrics.concatenate([jax.device_get(found)])
+    own = own.for_seed(-1) if seeds > 1 else own
+    assert (own.probabilities == 1).all()
+    # Class 0: 20 and 23 against 18 and 19; class 1: 21 and 22 against 18 and 18.5.
+    assert metrics.auc(own.labels, own.probabilities, own.from_logits) == 1
+    assert metrics.auc(own.labels, own.probabilities) == 0.5
+    rows = listing.rows("test", "abcd", own.labels, own.probabilities, "012", 3, from_logits=own.from_logits)
+    assert ["".join(row[f"class_{rank}"] for rank in (1, 2, 3)) for row in rows] == ["201", "210", "201", "102"]
+
+
 @pytest.mark.parametrize("value", [None, "0.5", [0.5], np.ones(1), True, 1j])
 def test_an_own_metric_returns_one_number(value, monkeypatch):
     """result.json accepted anything, and a complex number ended the run in a traceback after training."""

@@ -40,7 +40,17 @@ def label_ranks(values: Array, labels: Array) -> Array:
     return xp.where(xp.isfinite(xp.max(values, axis=-1)), xp.sum(before, axis=-1), classes)
 
 
-FromLogits = tuple[np.ndarray, np.ndarray] | None  # (predicted_classes, label_ranks) of the logits: see `Scores`
+class FromLogits(NamedTuple):
+    """What probabilities lose by rounding: distinct logits may have equal probabilities."""
+
+    predicted: Array  # int[n]: see `predicted_classes`
+    ranks: Array  # int[n]: see `label_ranks`
+    # f32[n, classes] of independent classes: these order examples as their probabilities do, and without ties.
+    logits: Array | None = None
+
+    def select(self, which: np.ndarray) -> "FromLogits":
+        """Those of some of the examples."""
+        return FromLogits(*(x if x is None else x[which] for x in self))
 
 
 class ClassCounts(NamedTuple):
@@ -65,13 +75,13 @@ class ClassCounts(NamedTuple):
 class Scores:
     """The scores of probabilities [n, classes] for labels int[n] from 0 to classes - 1.
 
-    `from_logits`, if known, holds `predicted_classes` and `label_ranks` int[n] of the logits, since distinct logits may
-    have equal probabilities. Examples without a prediction are wrong, and make Brier score, calibration and AUC NaN.
+    `from_logits` is known if the logits are. Examples without a prediction are wrong, and make Brier score, calibration
+    and AUC NaN.
     """
 
     labels: np.ndarray
     probabilities: np.ndarray
-    from_logits: FromLogits = None
+    from_logits: FromLogits | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "probabilities", np.asarray(self.probabilities, np.float64))
@@ -79,12 +89,18 @@ class Scores:
     @functools.cached_property
     def predicted(self) -> np.ndarray:
         """int[n]: the predicted class of each example, -1 for none."""
-        return self.from_logits[0] if self.from_logits else predicted_classes(self.probabilities)
+        return self.from_logits.predicted if self.from_logits else predicted_classes(self.probabilities)
 
     @functools.cached_property
     def ranks(self) -> np.ndarray:
         """int[n]: how many classes rank before the label."""
-        return self.from_logits[1] if self.from_logits else label_ranks(self.probabilities, self.labels)
+        return self.from_logits.ranks if self.from_logits else label_ranks(self.probabilities, self.labels)
+
+    @property
+    def _ordering(self) -> np.ndarray:
+        """[n, classes]: what orders the examples of each class."""
+        known = self.from_logits and self.from_logits.logits
+        return self.probabilities if known is None else known
 
     def compute(self, weights: np.ndarray, auc: bool = True) -> dict[str, np.ndarray]:
         """Returns {name: f64[r]} for example weights f64[r, n], such as counts in a bootstrap sample.
@@ -157,7 +173,7 @@ class Scores:
         # Blocks of 128 samples, [n, 128], so the sums stay in the CPU cache.
         blocks = [np.ascontiguousarray(weights[i : i + 128].T) for i in range(0, len(weights), 128)]
         for c in [1] if classes == 2 else range(classes):
-            values, own = self.probabilities[:, c], np.flatnonzero(self.labels == c)
+            values, own = self._ordering[:, c], np.flatnonzero(self.labels == c)
             if not 0 < len(own) < len(values):
                 continue
             # Mann-Whitney U: for each positive, the weight below its value and half the weight equal to it. Positives
@@ -190,7 +206,7 @@ def _area(sums: np.ndarray, positives: np.ndarray) -> np.ndarray:
     return (pairs - total**2 / 2) / (total * (up_to[-1] - total))
 
 
-def score(labels: np.ndarray, probabilities: np.ndarray, from_logits: FromLogits = None) -> dict[str, float]:
+def score(labels: np.ndarray, probabilities: np.ndarray, from_logits: FromLogits | None = None) -> dict[str, float]:
     """The scores with equal weights: see `Scores`."""
     scores = Scores(labels, probabilities, from_logits)
     return {name: float(value[0]) for name, value in scores.compute(np.ones((1, len(labels)))).items()}
@@ -198,7 +214,7 @@ def score(labels: np.ndarray, probabilities: np.ndarray, from_logits: FromLogits
 
 def intervals(
     labels: np.ndarray, probabilities: np.ndarray, samples: int = 1000, seed: int = 0, level: float = 0.95,
-    from_logits: FromLogits = None,
+    from_logits: FromLogits | None = None,
 ) -> dict[str, tuple[float, float]]:  # fmt: skip
     """Returns {name: (low, high)}: confidence intervals of the scores of this model over test sets of this size.
 
@@ -313,7 +329,7 @@ def calibration_interval(scores: Scores, level: float = 0.95) -> tuple[float, fl
 
 
 def with_intervals(
-    labels: np.ndarray, probabilities: np.ndarray, from_logits: FromLogits = None
+    labels: np.ndarray, probabilities: np.ndarray, from_logits: FromLogits | None = None
 ) -> dict[str, dict[str, float]]:
     """Returns {score: {"value", "low", "high"}} with the ends of its 95 % confidence interval, if known."""
     ends = intervals(labels, probabilities, from_logits=from_logits)
@@ -331,13 +347,13 @@ class Reliability(NamedTuple):
     accuracy: np.ndarray  # f64
 
 
-def reliability(labels: np.ndarray, probabilities: np.ndarray, from_logits: FromLogits = None) -> Reliability:
+def reliability(labels: np.ndarray, probabilities: np.ndarray, from_logits: FromLogits | None = None) -> Reliability:
     """The reliability diagram (DeGroot and Fienberg 1983, Guo et al. 2017), without examples that hold NaN.
 
     labels int[n], probabilities [n, classes]. The bins are those of the calibration error: see `Scores.compute`.
     """
     known = ~np.isnan(probabilities).any(1)
-    scores = Scores(labels[known], probabilities[known], from_logits and (from_logits[0][known], from_logits[1][known]))
+    scores = Scores(labels[known], probabilities[known], from_logits and from_logits.select(known))
     count, confidence, correct = (
         np.bincount(scores.bins, weights, _BINS)
         for weights in (None, scores.probabilities.max(1), (scores.ranks == 0).astype(float))

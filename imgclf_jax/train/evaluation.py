@@ -44,7 +44,7 @@ def evaluate(
         new, steps = jax.device_get(result)
         add(sums, new)
         if steps is not None:
-            predictions.extend(type(steps)(*step) for step in zip(*steps, strict=True))
+            predictions.extend(jax.tree.map(lambda x, i=i: x[i], steps) for i in range(len(steps.mask)))
 
     pending: Any = None
     parts = chunks(programs, images, stop)

@@ -42,7 +42,7 @@ def origin(config: ConfigDict, step: int, params_sha256: str, name: str, fingerp
 
 def rows(
     name: str, examples: Sequence[str], labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], top: int,
-    step: int = 0, origin: str = "", from_logits: FromLogits = None,
+    step: int = 0, origin: str = "", from_logits: FromLogits | None = None,
 ) -> Iterable[JsonObject]:  # fmt: skip
     """Yields a row for each example of the set `name`: its index or file, its label, and its `top` classes.
 
@@ -50,7 +50,9 @@ def rows(
     ties between the others are in class order. An example without a prediction is not correct. Each row ends with the
     checkpoint's `step` and the predictions' `origin`.
     """
-    scores, order = Scores(labels, probabilities, from_logits), np.array(probabilities)
+    scores = Scores(labels, probabilities, from_logits)
+    known = from_logits and from_logits.logits
+    order = np.array(probabilities if known is None else known)
     predicts = np.flatnonzero(scores.predicted >= 0)
     order[predicts, scores.predicted[predicts]] = np.inf
     best = np.argsort(-order, axis=1, kind="stable")[:, :top]
