@@ -266,7 +266,7 @@ def test_the_config_key_reaches_the_compiled_step():
     results = {}
     for mix, count in (("", 1), ("mixup|cutmix", 1), ("mixup|cutmix", 8)):
         e = programs(mix, jax.devices()[:count])
-        run = e.put(e.init(0))
+        run = sharding.put_replicated(e.init(0), e.mesh)
         chunk = sharding.put_batch({"image": images, "label": labels}, e.mesh, axis=1)
         state, _ = e.train(run["state"], run["sums"], chunk, np.int32(1))
         results[mix, count] = np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(state.params))])

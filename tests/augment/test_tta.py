@@ -95,7 +95,7 @@ def test_the_config_key_reaches_evaluation_and_prediction(trained):
     assert (plain.eval_batch_size, e.eval_batch_size) == (16, 8)
     expected = by_hand("flip|translate(1)", seen, logits)
     labels = np.random.default_rng(1).integers(0, 3, 16).astype(np.int32)
-    state = e.put(state)
+    state = sharding.put_replicated(state, e.mesh)
     correct = 0
     for first in (0, 8):
         rows = slice(first, first + 8)

@@ -156,7 +156,9 @@ def trained(exp, steps=3):
     chunk = sharding.put_batch({k: np.stack([v] * exp.steps_per_call) for k, v in batch.items()}, exp.mesh, axis=1)
     run = exp.init(0)
     before = jax.device_get(run["state"])
-    state, _ = exp.train(exp.put(run["state"]), exp.put(run["sums"]), chunk, np.int32(steps))
+    state, _ = exp.train(
+        *(sharding.put_replicated(run[name], exp.mesh) for name in ("state", "sums")), chunk, np.int32(steps)
+    )
     return before, jax.device_get(state)
 
 
