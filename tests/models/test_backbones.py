@@ -133,7 +133,8 @@ def test_a_step_in_bfloat16_over_eight_devices(name):
     run = exp.init(0)
     before = jax.tree.map(np.asarray, (run["state"].params, run["state"].model_state))
     state, sums = exp.train(
-        jax.device_put(run["state"], sharding.replicated(exp.mesh)), exp.put(run["sums"]),
+        jax.device_put(run["state"], sharding.replicated(exp.mesh)),
+        sharding.put_replicated(run["sums"], exp.mesh),
         sharding.put_batch(chunk, exp.mesh, axis=1), np.int32(1),
     )  # fmt: skip
     assert int(sums["nonfinite_step"]) == metrics.NO_STEP
