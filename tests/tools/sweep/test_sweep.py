@@ -164,7 +164,7 @@ def test_a_run_that_another_process_trains_is_waited_for(run):
     assert status == 0
     assert "another process is training seed=0: waiting for it" in run.err
     assert (run.folder / "order").read_text().splitlines()[0] == "begin 0"
-    assert len(lines) == 7
+    assert len(lines) == 8
 
 
 def test_print(run, monkeypatch):
