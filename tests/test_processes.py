@@ -166,9 +166,16 @@ def test_processes_that_were_given_something_else(tmp_path, last, sentence):
 
 
 @pytest.mark.thorough
-def test_the_watchdog_names_the_process_that_is_stopped(tmp_path):
-    """SIGSTOP of one of two; the other ends in a few seconds with its number, before any heartbeat is missed."""
-    started = check.start(tmp_path / "run", 2, 1, (*check.LONG, "--config.watchdog=5 s"), heartbeat=100)
+@pytest.mark.parametrize(("watchdog", "heartbeat", "sentence"), [
+    # The watchdog, in a few seconds, before any heartbeat is missed.
+    (5, 100, r"nothing has happened for \d+ s \(watchdog\) .*; process 1 gives no sign of life"),
+    # JAX's heartbeat, while the watchdog is still patient, as it is in a save.
+    (20, 12, r"process 0 \(.*\): process 1 \(.*\) of this run has died or cannot be reached"),
+])  # fmt: skip
+def test_a_process_that_is_stopped_is_named(tmp_path, watchdog, heartbeat, sentence):
+    """SIGSTOP of one of two: the other ends, and names it."""
+    words = (*check.LONG, f"--config.watchdog={watchdog} s")
+    started = check.start(tmp_path / "run", 2, 1, words, heartbeat=heartbeat)
     try:
         end = time.monotonic() + 180
         while not list((tmp_path / "run").glob("checkpoints/[0-9]*")) and time.monotonic() < end:
@@ -179,26 +186,7 @@ def test_the_watchdog_names_the_process_that_is_stopped(tmp_path):
         for process in started:
             process.kill()
             process.wait()
-    log = Path(f"{tmp_path}/run.log.0").read_text()
-    assert re.search(r"nothing has happened for \d+ s \(watchdog\) .*; process 1 gives no sign of life", log)
-
-
-@pytest.mark.thorough
-def test_the_heartbeat_names_the_process_that_is_stopped(tmp_path):
-    """While the watchdog is patient, as in a save, JAX may end the process first."""
-    started = check.start(tmp_path / "run", 2, 1, (*check.LONG, "--config.watchdog=20 s"), heartbeat=12)
-    try:
-        end = time.monotonic() + 180
-        while not list((tmp_path / "run").glob("checkpoints/[0-9]*")) and time.monotonic() < end:
-            time.sleep(0.2)
-        started[1].send_signal(signal.SIGSTOP)
-        assert started[0].wait(60) == 1
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    log = Path(f"{tmp_path}/run.log.0").read_text()
-    assert re.search(r"process 0 \(.*\): process 1 \(.*\) of this run has died or cannot be reached", log)
+    assert re.search(sentence, Path(f"{tmp_path}/run.log.0").read_text())
 
 
 @pytest.mark.thorough
