@@ -404,7 +404,7 @@ class Programs:
         if self.platform == "cpu":
             found = compiled.memory_analysis()
             new = found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
-            classifier.check_training_size(0, found.argument_size_in_bytes + new)
+            classifier.check_training_size(program=found.argument_size_in_bytes + new)
         return (lambda *args: compiled(*args, *fixed)) if fixed else compiled
 
     # Evaluation and inference.

@@ -23,8 +23,8 @@ from imgclf_jax.models.backbones import BACKBONES
 _MOST_CALLS = 4_000
 _MOST_PARAMETERS = 2**30
 _MOST_BATCH_BYTES = 2**30  # all seeds together
-_MOST_STATE_BYTES = 2**29  # of a run to train, as the next
-_MOST_PROGRAM_BYTES = 2**30  # what the compiled train step keeps in the host's memory
+_MOST_STATE_BYTES = 2**29  # of a train state
+_MOST_PROGRAM_BYTES = 2**30  # of all buffers of a compiled train step in the host's memory
 
 # Initializers of the head's kernel [d, num_classes]. Its bias starts at zero.
 HEAD_INITS: dict[str, Function] = {
@@ -139,10 +139,10 @@ def check_size(parameters: Iterable[tuple[int, ...]], batch: tuple[int, ...]) ->
     spec.check_bound(math.prod(batch), _MOST_BATCH_BYTES, "bytes of images in a batch")
 
 
-def check_training_size(state: int, program: int = 0) -> None:
-    """Raises UserError if training with so many bytes of host memory exceeds the untrusted limits.
+def check_training_size(state: int = 0, program: int = 0) -> None:
+    """Raises UserError if training takes more bytes of host memory than an untrusted run may.
 
-    `state` is the size of the train state, `program` that of all buffers of the compiled train step.
+    `state` is the size of the train state, `program` that of all buffers of the compiled train step; 0 is unknown.
     """
     spec.check_bound(state, _MOST_STATE_BYTES, "bytes of parameters and optimizer state to train")
     spec.check_bound(program, _MOST_PROGRAM_BYTES, "bytes of buffers in its compiled train step")

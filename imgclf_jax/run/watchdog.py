@@ -46,9 +46,8 @@ class Watchdog:
         self._poll = min(5.0, max(0.05, limit / 10)) if limit else 5.0
         self._ended = threading.Event()
         self._published = 0
-        self._unchanged: dict[
-            str, tuple[int, int]
-        ] = {}  # of each process, the number it published, and for how many polls
+        # Of each process: the number that it published last, and for how many polls it has been the same.
+        self._unchanged: dict[str, tuple[int, int]] = {}
         self._readings: dict[int, stragglers.Reading] = {}  # a minute ago
         self._compared = -stragglers.EVERY
 
