@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from networks import Network
 from variants import Measure, Prepare
 
 from imgclf_jax import config as configs
-from imgclf_jax import step
 from imgclf_jax.core import sharding, tensorflow_import
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
@@ -24,7 +22,6 @@ from imgclf_jax.run.provenance import DataInfo
 
 _STEPS = 1_000_000  # more than any measurement needs
 _READ_AHEAD = 6  # chunks that the stream may have prefetched
-_BLOCK = 16  # batches per call of inference, as in evaluation
 
 
 def device() -> str:
@@ -134,38 +131,26 @@ def _training(programs: Programs, images: stream.Images) -> Measure:
 
 def _inference(programs: Programs, images: np.ndarray) -> Measure:
     mesh, batch_size = programs.mesh, programs.eval_batch_size
-    predict = step.make_inference("predict", programs.recipe.model, programs.recipe.augment(train=False))
-    replicated, sharded = sharding.replicated(mesh), sharding.sharded(mesh)
-
-    @jax.jit
-    def classes(params: Any, model_state: Any, batches: jax.Array) -> jax.Array:
-        def one(images: jax.Array) -> jax.Array:
-            images = jax.lax.with_sharding_constraint(images, sharded)
-            with programs.tracing():
-                return jnp.argmax(predict(params, model_state, images), -1)
-
-        return jax.lax.with_sharding_constraint(jax.lax.map(one, batches), replicated)  # [_BLOCK, b]
-
     state, _ = start(programs)
-    usable = len(images) // (_BLOCK * batch_size) * _BLOCK * batch_size
+    usable = len(images) // batch_size * batch_size
     if not usable:
-        raise ValueError(f"{len(images)} images are fewer than {_BLOCK} batches of {batch_size}")
-    blocks_of_batches = itertools.cycle(images[:usable].reshape(-1, _BLOCK, batch_size, *images.shape[1:]))
+        raise ValueError(f"{len(images)} images are fewer than a batch of {batch_size}")
+    batches = itertools.cycle(images[:usable].reshape(-1, batch_size, *images.shape[1:]))
 
     def dispatch() -> jax.Array:
-        block = sharding.put_batch({"image": next(blocks_of_batches)}, mesh, axis=1)["image"]
-        return classes(state.params, state.model_state, block)
+        batch = sharding.put_batch({"image": next(batches)}, mesh)["image"]
+        return programs.predict(state.params, state.model_state, batch)
 
     def measure(seconds: float) -> tuple[float, float]:
-        blocks, began = 1, time.perf_counter()
+        done, began = 1, time.perf_counter()
         before = dispatch()
         while time.perf_counter() - began < seconds:
             now = dispatch()
-            jax.device_get(before)
+            np.argmax(jax.device_get(before), -1)
             before = now
-            blocks += 1
+            done += 1
         jax.device_get(before)
-        return blocks * _BLOCK * batch_size, time.perf_counter() - began
+        return done * batch_size, time.perf_counter() - began
 
     measure(0)  # compiles
     return measure

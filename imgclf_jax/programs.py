@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import diagnose, losses, metrics, step
 from imgclf_jax.config import selecting_metrics
-from imgclf_jax.core import fsdp, platform, sharding, tree
+from imgclf_jax.core import fsdp, internals, platform, sharding, tree
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.once import once
 from imgclf_jax.core.typing import Array, Batch, Chunk, Function, ModelState, Params, PyTree
@@ -84,16 +84,28 @@ class Programs:
         """The platform of the mesh, for which all programs are traced."""
         return platform.platform_of(self.mesh)
 
-    @property
-    def compiler_options(self) -> dict[str, bool] | None:
-        """Compiler options of every program. Deterministic GPU kernels go here since XLA reads XLA_FLAGS only once."""
-        wanted = self.recipe.config.deterministic and self.platform == "gpu"
-        return {"xla_gpu_deterministic_ops": True} if wanted else None
+    def compiler_options(self, forward: bool = False) -> dict[str, bool | str] | None:
+        """Compiler options of a program, or of a `forward` pass: see `tracing`. XLA reads XLA_FLAGS only once."""
+        if self.recipe.config.deterministic and self.platform == "gpu":
+            return {"xla_gpu_deterministic_ops": True}
+        return platform.ON_ONEDNN if self._on_onednn(forward) else None
+
+    def _on_onednn(self, forward: bool) -> bool:
+        """Whether oneDNN computes a program; not on a mesh with an axis `seeds`, which `lax.map` would gather."""
+        return forward and self.platform == "cpu" and platform.HAS_ONEDNN and self.groups_of_seeds == 1
+
+    def _caching(self, forward: bool) -> contextlib.AbstractContextManager[None]:
+        """Inside, compile a program or a `forward` pass, whose executable may not be cached."""
+        return internals.not_cached() if self._on_onednn(forward) else contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def tracing(self) -> Iterator[None]:
-        """Traces for the mesh's devices. A failure is traced again, part by part, to name the config key at fault."""
-        target = self.platform, platform.compute_capability_of(self.mesh)
+    def tracing(self, forward: bool = False) -> Iterator[None]:
+        """Traces for the mesh's devices. A failure is traced again, part by part, to name the config key at fault.
+
+        A `forward` pass takes no gradient of the model. On CPU it is faster as plain XLA operations, on oneDNN, than in
+        the form of `models/cpu/`; XLA gives oneDNN no gradient of a convolution.
+        """
+        target = self.platform, platform.compute_capability_of(self.mesh), self._on_onednn(forward)
         with platform.tracing_for(*target), diagnose.naming_the_key(self.recipe), self._matmul_precision():
             yield
 
@@ -152,7 +164,7 @@ class Programs:
     @once
     def _jitted_init(self) -> jax.stages.Wrapped:
         shardings = jax.tree.map(lambda x: x.sharding, self.state_shape)
-        return jax.jit(self._init, out_shardings=shardings, compiler_options=self.compiler_options)
+        return jax.jit(self._init, out_shardings=shardings, compiler_options=self.compiler_options())
 
     @once
     def traced_init(self) -> jax.stages.Traced:
@@ -347,9 +359,9 @@ class Programs:
         limit = _BYTES_ON_CPU if self.platform == "cpu" else _BYTES_PER_DEVICE * self.mesh.size
         return limit // (rows * math.prod(self.recipe.data.image_shape) + further) or 1
 
-    def _with_layout_pass(self, pure: Function) -> Function:
+    def _with_layout_pass(self, pure: Function, forward: bool = False) -> Function:
         """Applies the CPU layout pass, if the mesh is of CPUs. Call it after differentiation."""
-        return rewrite(pure) if self.platform == "cpu" else pure
+        return rewrite(pure) if self.platform == "cpu" and not self._on_onednn(forward) else pure
 
     @once
     def steps_per_call(self) -> int:
@@ -390,7 +402,7 @@ class Programs:
 
         steps = jax.ShapeDtypeStruct((), "int32", sharding=replicated)
         with self.tracing():
-            jitted = jax.jit(train, out_shardings=shardings, donate_argnums=0, compiler_options=self.compiler_options)
+            jitted = jax.jit(train, out_shardings=shardings, donate_argnums=0, compiler_options=self.compiler_options())
             chunk = self.chunk_shape(self.steps_per_call)
             return jitted.trace(self.state_shape, self.shape["sums"], chunk, steps, *self.fixed_shape)
 
@@ -427,9 +439,9 @@ class Programs:
             recipe.model, recipe.loss, recipe.augment(train=False), recipe.views, recipe.num_seeds,
             self.predicting or bool(recipe.whole_set_metrics), recipe.task, recipe.method,
         )  # fmt: skip
-        pure = self._with_layout_pass(self.gather_at_use(pure, of_seeds=True))
+        pure = self._with_layout_pass(self.gather_at_use(pure, of_seeds=True), self._evaluates_forward)
         fixed = self._fixed_shape_of_evaluation
-        with self.tracing():
+        with self.tracing(self._evaluates_forward):
             batch = jax.eval_shape(lambda chunk: self._batch_at(chunk, 0), self._eval_chunk_shape(1))
             traced = jax.jit(pure).trace(self.state_shape.params, self.state_shape.model_state, batch, *fixed)
         if both := [name for name in metrics.own_names(traced.out_info[0]) if name in recipe.whole_set_metrics]:
@@ -447,6 +459,11 @@ class Programs:
             metrics.parse_best(text, len(recipe.data.class_names), recipe.task, own, recipe.method.predicts, key)
 
     @property
+    def _evaluates_forward(self) -> bool:
+        """Whether evaluation is a forward pass: always, except that a method's `evaluate` may take gradients."""
+        return self.recipe.method.evaluate is None
+
+    @property
     def _fixed_shape_of_evaluation(self) -> tuple[PyTree, ...]:
         """`fixed_shape` if the method's `evaluate` gets `fixed`; else (), so that evaluation loads no teacher."""
         return self.fixed_shape if self.recipe.method.evaluate else ()
@@ -455,7 +472,8 @@ class Programs:
     def eval_steps_per_call(self) -> int:
         """The most batches in one call of `eval`. No result depends on it."""
         most = self._batches_in_chunk(self.eval_batch_size)
-        if most == 1 or platform.slow_in_loops(self.eval_step.jaxpr, self.platform):
+        slow = platform.slow_in_loops(self.eval_step.jaxpr, self.platform)
+        if most == 1 or (slow and not self._on_onednn(self._evaluates_forward)):
             return 1
         return min(int(self.recipe.config.steps_per_call) or _MOST_STEPS, most)
 
@@ -488,8 +506,9 @@ class Programs:
             return jax.lax.fori_loop(0, steps, body, zeros)
 
         state, steps = self.state_shape, jax.ShapeDtypeStruct((), "int32", sharding=replicated)
-        with self.tracing():
-            jitted = jax.jit(eval, out_shardings=replicated, compiler_options=self.compiler_options)
+        forward = self._evaluates_forward
+        with self.tracing(forward):
+            jitted = jax.jit(eval, out_shardings=replicated, compiler_options=self.compiler_options(forward))
             fixed = self._fixed_shape_of_evaluation
             return jitted.trace(state.params, state.model_state, self._eval_chunk_shape(size), steps, *fixed)
 
@@ -500,7 +519,8 @@ class Programs:
         The chunk is {"image": uint8[k, b, h, w, c], "label": i32[k, b], "mask": bool[k, b]} with k =
         `eval_steps_per_call`. Sums and predictions (see `step`) are stacked [k, …], with zeros from `steps` on.
         """
-        compiled = self.traced_eval.lower().compile()
+        with self._caching(self._evaluates_forward):
+            compiled = self.traced_eval.lower().compile()
         fixed = self.fixed if self.recipe.method.evaluate else ()
         return (lambda *args: compiled(*args, *fixed)) if fixed else compiled
 
@@ -522,42 +542,48 @@ class Programs:
         )
 
     @once
-    def predict(self) -> jax.stages.Wrapped:
+    def predict(self) -> Function:
         """Jitted (params, model_state, images) → probabilities f32[b, classes]."""
-        return self.jitted(self.pure("predict"))
+        return self.jitted(self.pure("predict"), forward=True)
 
     @once
-    def ranked(self) -> jax.stages.Wrapped:
+    def ranked(self) -> Function:
         """Jitted (params, model_state, images) → f32[2, b, classes]: probabilities, and what orders them."""
-        return self.jitted(self.pure("ranked"))
+        return self.jitted(self.pure("ranked"), forward=True)
 
     @once
-    def logits(self) -> jax.stages.Wrapped:
+    def logits(self) -> Function:
         """Jitted (params, model_state, images) → logits f32[b, classes], or [seeds, b, classes]."""
-        return self.jitted(self.pure("logits"))
+        return self.jitted(self.pure("logits"), forward=True)
 
     @once
-    def features(self) -> jax.stages.Wrapped:
+    def features(self) -> Function:
         """Jitted (params, model_state, images) → features f32[b, d], or [seeds, b, d]."""
-        return self.jitted(self.pure("features"))
+        return self.jitted(self.pure("features"), forward=True)
 
-    def jitted(self, pure: Function) -> jax.stages.Wrapped:
-        """Jits a pure function (params, model_state, batch) of all seeds.
+    def jitted(self, pure: Function, forward: bool = False) -> Function:
+        """Jits a pure function (params, model_state, batch) of all seeds; `forward` if it takes no gradient.
 
         The batch [b, …] is sharded over the devices, and the results are replicated.
         """
-        pure = self._with_layout_pass(self.gather_at_use(pure, of_seeds=True))
+        pure = self._with_layout_pass(self.gather_at_use(pure, of_seeds=True), forward)
 
         def infer(*args: PyTree) -> jax.Array:
-            with self.tracing():
+            with self.tracing(forward):
                 return pure(*args)
 
         state = self.state_shape
         shardings = jax.tree.map(lambda x: x.sharding, (state.params, state.model_state))
         replicated, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
-        return jax.jit(
-            infer, in_shardings=(*shardings, split), out_shardings=replicated, compiler_options=self.compiler_options
-        )
+        options = self.compiler_options(forward)
+        jitted = jax.jit(infer, in_shardings=(*shardings, split), out_shardings=replicated, compiler_options=options)
+
+        @functools.wraps(jitted)
+        def run(*args: PyTree) -> jax.Array:
+            with self._caching(forward):  # the first call with each shape compiles
+                return jitted(*args)
+
+        return run
 
     @once
     def host_ops(self) -> decode.HostOps:

@@ -13,7 +13,7 @@ from flax.core import DenyList
 
 from imgclf_jax import bad_steps, methods, metrics
 from imgclf_jax.augment import mixing, tta
-from imgclf_jax.core import rng, tree
+from imgclf_jax.core import platform, rng, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch, Function, ModelState, Params, PyTree, Variables
 from imgclf_jax.losses import SOFTMAX, Link, Loss, Task, at_least_float32, link_of
@@ -326,6 +326,22 @@ def vmap_over_seeds(train_step: Function, num_seeds: int) -> Function:
     return step
 
 
+def _for_each_seed(infer: Inference) -> Inference:
+    """Returns `infer` of all seeds, params and model_state [num_seeds, …] and the same images → [num_seeds, …].
+
+    On oneDNN one seed follows the other: `vmap` would make grouped convolutions, which are slow there.
+    """
+
+    def each(params: Params, model_state: ModelState, images: jax.Array) -> jax.Array:
+        if platform.on_onednn():
+            outputs: jax.Array = jax.lax.map(lambda seed: infer(seed[0], seed[1], images), (params, model_state))
+        else:
+            outputs = jax.vmap(infer, (0, 0, None))(params, model_state, images)
+        return outputs
+
+    return each
+
+
 def _check_evaluated(values: Mapping[str, jax.Array], shape: tuple[int, ...], task: Task, predicts: bool) -> None:
     """Raises UserError unless a method's `evaluate` returns a number per example, under names of its own.
 
@@ -388,7 +404,7 @@ def make_inference(
 
     if num_seeds == 1:
         return infer
-    each = jax.vmap(infer, (0, 0, None))
+    each = _for_each_seed(infer)
 
     def ranked(params: Params, model_state: ModelState, images: jax.Array) -> jax.Array:
         logits = each(params, model_state, images)  # [num_seeds, b, classes]
@@ -441,7 +457,7 @@ def make_eval_step(
             logits = logits_of(params, model_state, batch["image"])  # [b, classes]
             sums |= sums_of(logits)
         else:
-            each = jax.vmap(logits_of, (0, 0, None))(params, model_state, batch["image"])  # [num_seeds, b, classes]
+            each = _for_each_seed(logits_of)(params, model_state, batch["image"])  # [num_seeds, b, classes]
             logits = jnp.concatenate([each, link.ensemble(each)[None]])
             sums |= jax.vmap(sums_of)(logits)
         if not with_predictions:

@@ -5,6 +5,7 @@
 
 import functools
 import os
+from contextlib import AbstractContextManager
 from typing import Any
 
 
@@ -17,6 +18,18 @@ def coordination_state() -> Any:
     from jax._src import distributed
 
     return distributed.global_state
+
+
+def not_cached() -> AbstractContextManager[None]:
+    """Inside, what this thread compiles is not written to JAX's persistent compilation cache.
+
+    Serializing a program with oneDNN's convolutions crashes jaxlib 0.12. The public setting is one for all threads, so
+    others would lose their cache, or switch it on again meanwhile.
+    """
+    from jax._src import config
+
+    context: AbstractContextManager[None] = config.persistent_cache_min_compile_time_secs(float("inf"))
+    return context
 
 
 @functools.cache

@@ -5,6 +5,7 @@ the program of any platform.
 """
 
 import functools
+import platform as host
 from contextlib import AbstractContextManager
 
 import jax
@@ -15,8 +16,16 @@ from jax.sharding import AbstractMesh, Mesh
 from imgclf_jax.core import jaxprs
 from imgclf_jax.core.typing import Function, PyTree
 
-# The platform and `compute_capability`. As a user context they are part of the key of JAX's tracing caches.
-_traced_for = jax.make_user_context(("", 0.0))
+HAS_ONEDNN = host.machine() in ("x86_64", "AMD64")  # jaxlib's builds for x86 contain oneDNN
+
+# Compiler options. YNNPACK would take matmuls from oneDNN, and its fused sums give NaN in bfloat16 (jaxlib 0.12.0).
+ON_ONEDNN: dict[str, bool | str] = {
+    "xla_cpu_experimental_onednn_custom_call": True,
+    "xla_cpu_experimental_ynn_fusion_type": "",
+}
+
+# The platform, `compute_capability` and `on_onednn`. A user context is part of the key of JAX's tracing caches.
+_traced_for = jax.make_user_context(("", 0.0, False))
 
 
 def current() -> str:
@@ -29,6 +38,12 @@ def compute_capability() -> float:
     """The lowest CUDA compute capability of the GPUs being traced for, such as 8.0; 0 if unknown."""
     capability: float = _traced_for.value[1]
     return capability
+
+
+def on_onednn() -> bool:
+    """Whether oneDNN computes the convolutions and matmuls of the program being traced, on CPU."""
+    onednn: bool = _traced_for.value[2]
+    return onednn
 
 
 def platform_of(mesh: Mesh | AbstractMesh) -> str:
@@ -44,9 +59,12 @@ def compute_capability_of(mesh: Mesh | AbstractMesh) -> float:
     return min(float(getattr(device, "compute_capability", 0)) for device in mesh.devices.flat)
 
 
-def tracing_for(platform: str, compute_capability: float = 0.0) -> AbstractContextManager[None]:
-    """Inside, programs are traced for `platform`, and for GPUs of at least this `compute_capability`."""
-    context: AbstractContextManager[None] = _traced_for((platform, compute_capability))
+def tracing_for(platform: str, compute_capability: float = 0.0, onednn: bool = False) -> AbstractContextManager[None]:
+    """Inside, programs are traced for `platform`, and for GPUs of at least this `compute_capability`.
+
+    With `onednn` they are programs for CPU that `ON_ONEDNN` compiles, which must take no gradient of a convolution.
+    """
+    context: AbstractContextManager[None] = _traced_for((platform, compute_capability, onednn))
     return context
 
 

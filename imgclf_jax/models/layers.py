@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from imgclf_jax.core import platform
 from imgclf_jax.core.typing import Initializer
 from imgclf_jax.models.cpu import matmuls, pool
-from imgclf_jax.models.cpu.layout import features_first, features_last, on_cpu
+from imgclf_jax.models.cpu.layout import features_first, features_last, wants_features_first
 from imgclf_jax.models.cpu.sums import broadcast_along
 
 _FEW_TAPS = 27  # up to this many multiply-adds per output, CPU convolves and pools in one pass over the images
@@ -47,7 +47,7 @@ def conv(
     """Convolution (cross-correlation) of x [b, h, w, c] with kernel [kh, kw, c // groups, f] → [b, ho, wo, f].
 
     `padding` is "SAME", "VALID", a number, or one (before, after) per dimension. The operands are cast to `dtype`
-    (default: x's). The result is in `dtype`, or in float32 where the CPU form computes it.
+    (default: x's). The result is in `dtype`, or in float32 where a form for CPU computes it.
     """
     dtype = jnp.dtype(dtype or x.dtype)
     strides, dilation = _pair(strides), _pair(dilation)
@@ -57,9 +57,11 @@ def conv(
     else:
         each: Sequence[int | tuple[int, int]] = (padding, padding) if isinstance(padding, int) else padding
         pads = [_pair(p) for p in each]
-    if on_cpu() and groups == 1 and dilation == (1, 1):
+    if wants_features_first() and groups == 1 and dilation == (1, 1):
         y = matmuls.conv(features_first(x), kernel, strides, (_pair(pads[0]), _pair(pads[1])), dtype)
         return features_last(y)
+    if groups > 1 and dtype == jnp.bfloat16 and platform.on_onednn():
+        dtype = jnp.dtype(jnp.float32)  # a bfloat16 convolution of groups is up to 50 times slower there
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     if _compiles_slowly_on_tpu(kernel, groups):
         return _conv_as_matmul(x, kernel, strides, (_pair(pads[0]), _pair(pads[1])), dilation)
@@ -98,7 +100,7 @@ def _conv_as_matmul(
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     """x [..., f] + bias [f] in at least float32, so that the bias gradient accumulates in float32."""
     x = widen(x)
-    if on_cpu():
+    if wants_features_first():
         return features_last(broadcast_along(bias.astype(x.dtype), shape=features_first(x).shape, axis=0)) + x
     return x + bias.astype(x.dtype)
 
@@ -163,7 +165,7 @@ class ConvPool(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (*_pair(self.kernel_size), x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         k, window = self.kernel_size, self.window
-        if on_cpu():
+        if wants_features_first():
             few = k**2 * x.shape[-1] <= _FEW_TAPS
             conv_pool = pool.conv_pool_direct if few else pool.conv_pool
             return features_last(conv_pool(features_first(x), kernel, bias, window, self.dtype))
@@ -185,7 +187,7 @@ class FlatDense(nn.Module):
         b, h, w, c = x.shape
         kernel = self.param("kernel", self.kernel_init, (h * w * c, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        if on_cpu():
+        if wants_features_first():
             y = features_last(matmuls.flat_dense(features_first(x), kernel, self.dtype))
         else:
             y = jnp.dot(x.reshape(b, -1).astype(self.dtype), kernel.astype(self.dtype))
@@ -203,7 +205,7 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        if on_cpu():
+        if wants_features_first():
             y = features_last(matmuls.dense(features_first(x), kernel, self.dtype))
         else:
             y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
@@ -218,9 +220,9 @@ def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.A
     """
     if platform.current() == "gpu":
         return _max_pool(window, strides, padding, x)
-    if not on_cpu():
+    if platform.current() != "cpu":
         return nn.max_pool(x, (window, window), (strides, strides), [(padding, padding)] * 2)
-    if strides == window and not padding:
+    if wants_features_first() and strides == window and not padding:
         return features_last(pool.max_pool(features_first(x), window))
     return functools.reduce(_maximum, _window_slices(x, window, strides, padding, -jnp.inf))
 

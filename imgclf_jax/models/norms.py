@@ -18,7 +18,7 @@ from imgclf_jax.core import platform
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Function, Initializer, PyTree
 from imgclf_jax.models.cpu import sums
-from imgclf_jax.models.cpu.layout import features_first, features_last, on_cpu
+from imgclf_jax.models.cpu.layout import features_first, features_last, wants_features_first
 from imgclf_jax.models.layers import widen
 
 _groups = jax.make_user_context(1)
@@ -74,7 +74,7 @@ class BatchNorm(nn.Module):
             factor = lax.rsqrt(var + self.epsilon) * scale
             return (x * factor.astype(x.dtype) + (bias - mean * factor).astype(x.dtype)).astype(self.dtype)
         # Off CPU, XLA's automatic derivative is faster: the rule below would cost it a pass over the images.
-        one_group = functools.partial(_batch_norm_by_rule if on_cpu() else _batch_norm, self.epsilon)
+        one_group = functools.partial(_batch_norm_by_rule if wants_features_first() else _batch_norm, self.epsilon)
         normalize = functools.partial(_features_first, one_group)
         if (parts := _groups.value) == 1 or len(x) == 1:  # models are initialized on one example
             y, mean, var = normalize(x, scale.astype(x.dtype), bias.astype(x.dtype))
@@ -134,7 +134,7 @@ class GroupNorm(nn.Module):
 
 def _features_first(normalize: Function, x: jax.Array, *args: jax.Array) -> PyTree:
     """Calls `normalize(axis, x, …) -> (y, …)`, where `axis` holds the features: first on CPU, last elsewhere."""
-    if not on_cpu():
+    if not wants_features_first():
         return normalize(x.ndim - 1, x, *args)
     y, *more = normalize(0, features_first(x), *args)
     return (features_last(y), *more)
@@ -142,14 +142,14 @@ def _features_first(normalize: Function, x: jax.Array, *args: jax.Array) -> PyTr
 
 def _along(values: jax.Array, axis: int, x: jax.Array) -> jax.Array:
     """Broadcasts values [c] along `axis` of x to the shape of x."""
-    if on_cpu():
+    if wants_features_first():
         return sums.broadcast_along(values, x.shape, axis)
     return jnp.broadcast_to(jnp.expand_dims(values, [i for i in range(x.ndim) if i != axis]), x.shape)
 
 
 def _mean_except(x: jax.Array, axis: int) -> jax.Array:
     """The mean over all axes except `axis` → [c]."""
-    total = sums.sum_except(x, axis) if on_cpu() else jnp.sum(x, [i for i in range(x.ndim) if i != axis])
+    total = sums.sum_except(x, axis) if wants_features_first() else jnp.sum(x, [i for i in range(x.ndim) if i != axis])
     return total / (x.size // x.shape[axis])
 
 
@@ -219,4 +219,4 @@ def _layer_norm_jvp(
 
 def _outer(values: jax.Array, x: jax.Array, axis: int, like: jax.Array) -> jax.Array:
     """values [d] along `axis` times x, which has size 1 there."""
-    return sums.outer(values, x) if on_cpu() else _along(values, axis, like) * x
+    return sums.outer(values, x) if wants_features_first() else _along(values, axis, like) * x

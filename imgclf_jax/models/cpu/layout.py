@@ -11,9 +11,9 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from imgclf_jax.core import platform
 
 
-def on_cpu() -> bool:
-    """Whether the program being traced is for CPU."""
-    return platform.current() == "cpu"
+def wants_features_first() -> bool:
+    """Whether layers compute on feature-first arrays: in programs for CPU, except on oneDNN."""
+    return platform.current() == "cpu" and not platform.on_onednn()
 
 
 def _permutation(ndim: int) -> list[int]:

@@ -1,0 +1,88 @@
+"""Forward passes on CPU: plain XLA operations, which oneDNN computes where jaxlib has it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import thorough
+from test_forms import SMALL
+
+from imgclf_jax.core import internals, platform, sharding
+from imgclf_jax.models import classifier
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.provenance import DataInfo
+
+pytestmark = [
+    pytest.mark.skipif(not platform.HAS_ONEDNN, reason="jaxlib has oneDNN only on x86"),
+    pytest.mark.usefixtures("shallow"),
+]
+
+
+def forward(model, variables, images):
+    """(Logits, the compiled program) of a forward pass on CPU."""
+    with platform.tracing_for("cpu", onednn=True):
+        jitted = jax.jit(lambda v, x: model.apply(v, x), compiler_options=platform.ON_ONEDNN)
+        with internals.not_cached():
+            compiled = jitted.lower(variables, images).compile()
+    return compiled(variables, images), compiled.as_text()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["cnn", "resnet_cifar", *thorough(*sorted({*SMALL} - {"cnn", "resnet_cifar"}))])
+def test_onednn_gives_what_the_same_network_gives_in_float64(name, precision):
+    """And computes it: a new jaxlib that ignores the options would be slow without a word."""
+    text, size, _ = SMALL[name]
+    images = np.random.default_rng(0).normal(size=(16, size, size, 3)).astype(np.float32)
+    model = classifier.build(text, 4, precision)
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
+    rng = np.random.default_rng(1)
+    variables = jax.tree.map(lambda s: (rng.normal(size=s.shape) / 3 + (len(s.shape) == 1)).astype(s.dtype), shapes)
+    variables |= {k: jax.tree.map(np.ones_like, v) for k, v in variables.items() if k != "params"}  # variances
+    with jax.enable_x64():
+        exact = classifier.build(text, 4, "float64").clone(dtype=jnp.float64)
+        wide = jax.tree.map(lambda x: x.astype(np.float64), (variables, images))
+        expected = np.asarray(jax.jit(lambda v, x: exact.apply(v, x))(*wide))
+    found, program = forward(model, variables, images)
+    assert "__onednn" in program or name in ("mlp", "rnn")  # which have only small matmuls here
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    assert error < (1e-4 if precision == "float32" else 0.05)
+
+
+@pytest.mark.optimized
+def test_bfloat16_layers_with_relu_before_a_mean_give_no_nan():
+    """Plain `jax.jit` gives NaN for this ResNet (jaxlib 0.12.0): YNNPACK fuses the matmuls into the mean."""
+    images = np.random.default_rng(0).normal(size=(16, 16, 16, 3)).astype(np.float32)
+    model = classifier.build("resnet_cifar(8)", 4, "bfloat16")
+    variables = jax.jit(model.init)(jax.random.key(0), images[:1])
+    found, _ = forward(model, variables, images)
+    narrow = classifier.build("resnet_cifar(8)", 4, "float32")
+    np.testing.assert_allclose(found, jax.jit(narrow.apply)(variables, images), atol=0.1)
+
+
+@pytest.mark.parametrize("groups", [2, 8])
+def test_a_bfloat16_convolution_of_groups_is_computed_in_float32(groups):
+    """In bfloat16 it takes up to 50 times as long, so that a ConvNeXt would be slower than without oneDNN."""
+    from imgclf_jax.models.layers import conv
+
+    x, kernel = jnp.ones((2, 8, 8, 8), jnp.bfloat16), jnp.ones((3, 3, 8 // groups, 8), jnp.bfloat16)
+    with platform.tracing_for("cpu", onednn=True):
+        program = jax.jit(lambda x, k: conv(x, k, groups=groups)).lower(x, kernel).as_text()
+    (line,) = (line for line in program.splitlines() if "stablehlo.convolution" in line)
+    assert "bf16" not in line
+
+
+def test_each_seed_of_a_run_is_predicted_as_alone(fake_config):
+    """One seed follows the other: vmap would make convolutions of groups."""
+    fake_config.model, fake_config.num_seeds, fake_config.precision = "cnn(widths=(4, 8), hidden=8)", 3, "bfloat16"
+    data = DataInfo(64, (12, 12, 1), tuple("abcd"), "made up")
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    programs = Programs(Recipe(fake_config, data), mesh)
+    state = programs.init()["state"]
+    images = np.random.default_rng(0).integers(256, size=(8, 12, 12, 1), dtype=np.uint8)
+    found = programs.logits(state.params, state.model_state, images)
+    fake_config.num_seeds = 1
+    alone = Programs(Recipe(fake_config, data), mesh)
+    for seed, logits in enumerate(found):
+        params, model_state = (jax.tree.map(lambda x: x[seed], part) for part in (state.params, state.model_state))  # noqa: B023
+        np.testing.assert_array_equal(logits, alone.logits(params, model_state, images))
