@@ -92,7 +92,7 @@ class Programs:
 
     def _on_onednn(self, forward: bool) -> bool:
         """Whether oneDNN computes a program; not on a mesh with an axis `seeds`, which `lax.map` would gather."""
-        return forward and self.platform == "cpu" and platform.HAS_ONEDNN and self.groups_of_seeds == 1
+        return forward and self.platform == "cpu" and platform.has_onednn() and self.groups_of_seeds == 1
 
     def _caching(self, forward: bool) -> contextlib.AbstractContextManager[None]:
         """Inside, compile a program or a `forward` pass, whose executable may not be cached."""

@@ -16,8 +16,6 @@ from jax.sharding import AbstractMesh, Mesh
 from imgclf_jax.core import jaxprs
 from imgclf_jax.core.typing import Function, PyTree
 
-HAS_ONEDNN = host.machine() in ("x86_64", "AMD64")  # jaxlib's builds for x86 contain oneDNN
-
 # Compiler options. YNNPACK would take matmuls from oneDNN, and its fused sums give NaN in bfloat16 (jaxlib 0.12.0).
 ON_ONEDNN: dict[str, bool | str] = {
     "xla_cpu_experimental_onednn_custom_call": True,
@@ -44,6 +42,18 @@ def on_onednn() -> bool:
     """Whether oneDNN computes the convolutions and matmuls of the program being traced, on CPU."""
     onednn: bool = _traced_for.value[2]
     return onednn
+
+
+@functools.cache
+def has_onednn() -> bool:
+    """Whether this jaxlib accepts the options `ON_ONEDNN`; its builds for x86 contain oneDNN."""
+    if host.machine() not in ("x86_64", "AMD64"):
+        return False
+    try:
+        jax.jit(lambda x: x, compiler_options=ON_ONEDNN).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:  # XLA drops experimental options without notice
+        return False
+    return True
 
 
 def platform_of(mesh: Mesh | AbstractMesh) -> str:

@@ -1,8 +1,9 @@
 """Layers with linen's parameters and results, each computed in the fastest form for the platform.
 
-Arrays are [b, h, w, c] or [b, n, d] on every platform. On CPU, layers are matmuls on feature-first arrays (`cpu/`); on
-GPU and TPU they are plain XLA operations, as they are outside `platform.tracing_for`, which sets the target platform;
-only a float32 convolution of few channels is a matmul on TPU, since XLA's own takes long to compile.
+Arrays are [b, h, w, c] or [b, n, d] on every platform. In programs for CPU that take gradients, layers are matmuls on
+feature-first arrays (`cpu/`). Everywhere else they are plain XLA operations: on GPU and TPU, in forward passes on CPU,
+which oneDNN computes, and outside `platform.tracing_for`, which sets the target platform. Only a float32 convolution of
+few channels is a matmul on TPU, since XLA's own takes long to compile.
 
 A layer computes its matmuls, and returns its output, in `dtype`. Reductions over many elements, such as means and bias
 gradients, accumulate in at least float32, within a device and across devices. The exception is a kernel's gradient off
