@@ -129,7 +129,7 @@ def _workers(measured: dict[str, Any]) -> Table:
 
 
 def plot(networks: dict[str, Any], machine: dict[str, Any], path: Path) -> None:
-    """Plots a panel per batch size and mode, training on the left: bars at the median, lines from min to max."""
+    """Plots a row per network and batch size and a column per mode: bars at the median, lines from min to max."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -141,12 +141,13 @@ def plot(networks: dict[str, Any], machine: dict[str, Any], path: Path) -> None:
         sizes = sorted({row["batch_size"] for row in measured["summary"]})
         panels += [(network, size) for size in sizes]
     most = max(len({row["variant"] for row in m["summary"]}) for m in networks.values())
-    figure, axes = plt.subplots(
-        len(panels), 2, figsize=(12, 0.9 + len(panels) * (0.24 * most + 0.7)), squeeze=False, layout="constrained"
-    )
+    measured_modes = {row["mode"] for m in networks.values() for row in m["summary"]}
+    modes = [mode for mode in _TITLES if mode in measured_modes]
+    size_in_inches = (6 * len(modes) + (len(modes) == 1), 0.9 + len(panels) * (0.24 * most + 0.7))
+    figure, axes = plt.subplots(len(panels), len(modes), figsize=size_in_inches, squeeze=False, layout="constrained")
     own, peer = "#c2410c", "#94a3b8"
     for line, (network, size) in zip(axes, panels, strict=True):
-        for axis, mode in zip(line, _TITLES, strict=True):
+        for axis, mode in zip(line, modes, strict=True):
             rows = [r for r in networks[network]["summary"] if r["mode"] == mode and r["batch_size"] == size]
             rows.sort(key=lambda row: row["images_per_second"]["median"])
             _bars(axis, rows, own, peer)
