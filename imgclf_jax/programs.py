@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax import diagnose, losses, metrics, step
 from imgclf_jax.config import selecting_metrics
-from imgclf_jax.core import fsdp, internals, platform, sharding, tree
+from imgclf_jax.core import fsdp, internals, jaxprs, platform, sharding, tree
 from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.once import once
 from imgclf_jax.core.typing import Array, Batch, Chunk, Function, ModelState, Params, PyTree
@@ -85,7 +85,7 @@ class Programs:
         return platform.platform_of(self.mesh)
 
     def compiler_options(self, forward: bool = False) -> dict[str, bool | str] | None:
-        """Compiler options of a program, or of a `forward` pass: see `tracing`. XLA reads XLA_FLAGS only once."""
+        """Compiler options of a program, or of a forward pass. XLA reads XLA_FLAGS only once."""
         if self.recipe.config.deterministic and self.platform == "gpu":
             return {"xla_gpu_deterministic_ops": True}
         return platform.ON_ONEDNN if self._on_onednn(forward) else None
@@ -102,8 +102,7 @@ class Programs:
     def tracing(self, forward: bool = False) -> Iterator[None]:
         """Traces for the mesh's devices. A failure is traced again, part by part, to name the config key at fault.
 
-        A `forward` pass takes no gradient of the model. On CPU it is faster as plain XLA operations, on oneDNN, than in
-        the form of `models/cpu/`; XLA gives oneDNN no gradient of a convolution.
+        A `forward` pass takes no gradient. On CPU plain XLA operations on oneDNN are then faster than `models/cpu/`.
         """
         target = self.platform, platform.compute_capability_of(self.mesh), self._on_onednn(forward)
         with platform.tracing_for(*target), diagnose.naming_the_key(self.recipe), self._matmul_precision():
@@ -361,7 +360,9 @@ class Programs:
 
     def _with_layout_pass(self, pure: Function, forward: bool = False) -> Function:
         """Applies the CPU layout pass, if the mesh is of CPUs. Call it after differentiation."""
-        return rewrite(pure) if self.platform == "cpu" and not self._on_onednn(forward) else pure
+        if self._on_onednn(forward):  # fused, silu(y) + y of a float32 matmul y is wrong in jaxlib 0.12
+            return jaxprs.isolate_matmuls(pure)
+        return rewrite(pure) if self.platform == "cpu" else pure
 
     @once
     def steps_per_call(self) -> int:
@@ -460,7 +461,7 @@ class Programs:
 
     @property
     def _evaluates_forward(self) -> bool:
-        """Whether evaluation is a forward pass: always, except that a method's `evaluate` may take gradients."""
+        """Whether evaluation is a forward pass; a method's `evaluate` may take gradients."""
         return self.recipe.method.evaluate is None
 
     @property
@@ -506,9 +507,9 @@ class Programs:
             return jax.lax.fori_loop(0, steps, body, zeros)
 
         state, steps = self.state_shape, jax.ShapeDtypeStruct((), "int32", sharding=replicated)
-        forward = self._evaluates_forward
-        with self.tracing(forward):
-            jitted = jax.jit(eval, out_shardings=replicated, compiler_options=self.compiler_options(forward))
+        options = self.compiler_options(self._evaluates_forward)
+        with self.tracing(self._evaluates_forward):
+            jitted = jax.jit(eval, out_shardings=replicated, compiler_options=options)
             fixed = self._fixed_shape_of_evaluation
             return jitted.trace(state.params, state.model_state, self._eval_chunk_shape(size), steps, *fixed)
 
@@ -572,8 +573,7 @@ class Programs:
             with self.tracing(forward):
                 return pure(*args)
 
-        state = self.state_shape
-        shardings = jax.tree.map(lambda x: x.sharding, (state.params, state.model_state))
+        shardings = jax.tree.map(lambda x: x.sharding, (self.state_shape.params, self.state_shape.model_state))
         replicated, split = sharding.replicated(self.mesh), sharding.sharded(self.mesh)
         options = self.compiler_options(forward)
         jitted = jax.jit(infer, in_shardings=(*shardings, split), out_shardings=replicated, compiler_options=options)

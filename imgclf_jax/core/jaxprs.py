@@ -1,13 +1,18 @@
 """Helpers to read jaxprs and evaluate them equation by equation."""
 
 import collections
+import contextlib
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 from jax.typing import ArrayLike
+
+from imgclf_jax.core.typing import Function, PyTree
 
 type Atom = Var | Literal  # an operand of an equation
 
@@ -15,6 +20,10 @@ type Atom = Var | Literal  # an operand of an equation
 INLINED: Mapping[str, str] = {
     "jit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
 }  # fmt: skip
+
+
+BODIES = ("scan", "while", "cond", "checkpoint", "remat", "remat2")  # primitives with jaxprs that stay apart
+_MATMULS = ("dot_general", "conv_general_dilated")
 
 
 def bind(
@@ -46,6 +55,57 @@ def holds(jaxpr: Jaxpr | ClosedJaxpr, primitive: str) -> bool:
         equation.primitive.name == primitive or any(holds(one, primitive) for one in inner(equation))
         for equation in jaxpr.eqns
     )
+
+
+def map_bodies(change: Function, param: Any) -> Any:
+    """Changes a parameter of `BODIES` that is a jaxpr or a tuple of them; returns any other parameter unchanged."""
+    if isinstance(param, tuple) and param and hasattr(param[0], "eqns"):
+        return tuple(map_bodies(change, x) for x in param)
+    if not hasattr(param, "eqns"):
+        return param
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in param.in_avals]
+    return jax.make_jaxpr(change(jaxpr_as_fun(param)))(*shapes)
+
+
+def named(equation: JaxprEqn) -> contextlib.AbstractContextManager[object]:
+    """Inside, operations get the equation's name scope, which profiles show."""
+    scope = str(equation.source_info.name_stack)
+    return jax.named_scope(scope) if scope else contextlib.nullcontext()
+
+
+def isolate_matmuls(
+    function: Function, barrier: Callable[[jax.Array], jax.Array] = lax.optimization_barrier,
+    wanted: Callable[[Sequence[Any]], bool] = lambda operands: True,
+) -> Function:  # fmt: skip
+    """Returns `function`, of pytrees, with a `barrier` behind each matmul and convolution of `wanted` operands.
+
+    So XLA fuses none of them into its readers, in loops neither. Apply it after differentiation.
+    """
+
+    def evaluate(closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+        values = dict(zip([*closed.jaxpr.constvars, *closed.jaxpr.invars], [*closed.consts, *args], strict=True))
+        for equation in closed.jaxpr.eqns:
+            name, params = equation.primitive.name, equation.params
+            operands = [atom.val if isinstance(atom, Literal) else values[atom] for atom in equation.invars]
+            with equation.ctx.manager, named(equation):
+                if name in INLINED:
+                    results = evaluate(params[INLINED[name]], operands)
+                else:
+                    inside = {k: map_bodies(isolate, v) for k, v in params.items()} if name in BODIES else None
+                    results = bind(equation, operands, inside)
+                if name in _MATMULS and wanted(operands):
+                    results = [barrier(y) for y in results]
+            values.update(zip(equation.outvars, results, strict=True))
+        return [atom.val if isinstance(atom, Literal) else values[atom] for atom in closed.jaxpr.outvars]
+
+    isolate = functools.partial(isolate_matmuls, barrier=barrier, wanted=wanted)
+
+    @functools.wraps(function)
+    def isolated(*args: PyTree) -> PyTree:
+        jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+        return jax.tree.unflatten(jax.tree.structure(shape), evaluate(jaxpr, jax.tree.leaves(args)))
+
+    return isolated
 
 
 def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:

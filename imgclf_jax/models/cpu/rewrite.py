@@ -10,17 +10,15 @@ another order, and some roundings are omitted. Apply `rewrite` after differentia
 step.
 """
 
-import contextlib
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
-from imgclf_jax.core.jaxprs import INLINED, Atom, aval_of, bind
+from imgclf_jax.core.jaxprs import BODIES, INLINED, Atom, aval_of, bind, map_bodies, named
 from imgclf_jax.core.typing import Function, PyTree
 from imgclf_jax.models.cpu.moves import MOVES
 from imgclf_jax.models.cpu.permuted import (
@@ -44,7 +42,6 @@ _ELEMENTWISE = frozenset(
     neg not or pow rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt
     square stop_gradient sub tan tanh xor""".split()  # noqa: SIM905
 )
-_BODIES = ("scan", "while", "cond", "checkpoint", "remat", "remat2")  # their bodies are rewritten separately
 
 
 def rewrite(function: Function, need: int = ROUNDED) -> Function:
@@ -73,8 +70,7 @@ def _evaluate(closed: ClosedJaxpr, args: Sequence[Operand], read: Needs) -> list
         return atom.val if isinstance(atom, Literal) else values[atom]
 
     for number, eqn in enumerate(jaxpr.eqns):
-        scope = str(eqn.source_info.name_stack)  # keeps the names in profiles
-        with eqn.ctx.manager, jax.named_scope(scope) if scope else contextlib.nullcontext():
+        with eqn.ctx.manager, named(eqn):
             results = _apply(eqn, [value(atom) for atom in eqn.invars], read.calls.get(number))
         for variable, x in zip(eqn.outvars, results, strict=True):
             values[variable] = x
@@ -87,8 +83,9 @@ def _apply(eqn: JaxprEqn, args: list[Operand], read: Needs | None) -> list[Opera
     name = eqn.primitive.name
     if read is not None:
         return _evaluate(eqn.params[INLINED[name]], args, read)
-    if name in _BODIES:
-        return bind(eqn, [materialize(x) for x in args], {k: _body(v) for k, v in eqn.params.items()})
+    if name in BODIES:  # rewritten separately
+        params = {k: map_bodies(functools.partial(rewrite, need=EXACT), v) for k, v in eqn.params.items()}
+        return bind(eqn, [materialize(x) for x in args], params)
     if name == "convert_element_type":
         return [_convert(eqn, args[0])]
     if name in _ELEMENTWISE:
@@ -100,16 +97,6 @@ def _apply(eqn: JaxprEqn, args: list[Operand], read: Needs | None) -> list[Opera
         return bind(eqn, [materialize(x) for x in args])
     out = bind(eqn, [align(x, identity_order(np.ndim(x))) for x in args])
     return [with_dtype(y, identity_order(y.ndim), aval_of(v).dtype) for y, v in zip(out, eqn.outvars, strict=True)]
-
-
-def _body(param: Any) -> Any:
-    """Rewrites a parameter that is a jaxpr or a tuple of them; returns any other parameter unchanged."""
-    if isinstance(param, tuple) and param and hasattr(param[0], "eqns"):
-        return tuple(_body(x) for x in param)
-    if not hasattr(param, "eqns"):
-        return param
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in param.in_avals]
-    return jax.make_jaxpr(rewrite(jaxpr_as_fun(param), EXACT))(*shapes)
 
 
 def _convert(eqn: JaxprEqn, x: Operand) -> Operand:

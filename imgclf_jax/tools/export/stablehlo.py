@@ -9,22 +9,20 @@ import datetime
 import io
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
-from jax.extend.core import ClosedJaxpr, Literal
 
 from imgclf_jax.core import jaxprs, platform, sharding, tree
-from imgclf_jax.core.typing import JsonObject, ModelState, Params
+from imgclf_jax.core.typing import Function, JsonObject, ModelState, Params
 from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared
 from imgclf_jax.trained import Trained
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-_MATMULS = "dot_general", "conv_general_dilated"
 _LIVES = datetime.timedelta(days=180)  # what jax.export promises of its files
 _MADE = (1980, 1, 1, 0, 0, 0)  # the time of the members: the same model gives the same bytes
 
@@ -75,32 +73,17 @@ def _on_host(model: Trained) -> tuple[Params, ModelState]:
     return jax.tree.map(sharding.fetch, model.state.evaluated)
 
 
-def isolate_bfloat16_matmuls(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def isolate_bfloat16_matmuls(function: Function) -> Function:
     """Keeps XLA from fusing the bfloat16 matmuls and convolutions of `function` into their readers on CPU.
 
     In jaxlib 0.12.0 such a fusion gives NaN for two layers with ReLU and a mean (XLA's YNNPACK fusion of reductions).
-    Loops, such as those of a recurrent network, and programs of other platforms are unchanged.
+    Programs of other platforms are unchanged.
     """
-
-    def isolated(*args: jax.Array) -> jax.Array:
-        (out,) = _evaluate(jax.make_jaxpr(function)(*args), args)
-        return out
-
-    return isolated
-
-
-def _evaluate(closed: ClosedJaxpr, args: Sequence[jax.Array]) -> list[jax.Array]:
-    values = dict(zip([*closed.jaxpr.constvars, *closed.jaxpr.invars], [*closed.consts, *args], strict=True))
-    for equation in closed.jaxpr.eqns:
-        operands = [atom.val if isinstance(atom, Literal) else values[atom] for atom in equation.invars]
-        if equation.primitive.name in jaxprs.INLINED:
-            results = _evaluate(equation.params[jaxprs.INLINED[equation.primitive.name]], operands)
-        else:
-            results = jaxprs.bind(equation, operands)
-        if equation.primitive.name in _MATMULS and any(x.dtype == jnp.bfloat16 for x in operands):
-            results = [lax.platform_dependent(y, cpu=lax.optimization_barrier, default=lambda y: y) for y in results]
-        values.update(zip(equation.outvars, results, strict=True))
-    return [atom.val if isinstance(atom, Literal) else values[atom] for atom in closed.jaxpr.outvars]
+    return jaxprs.isolate_matmuls(
+        function,
+        lambda y: lax.platform_dependent(y, cpu=lax.optimization_barrier, default=lambda y: y),
+        lambda operands: any(x.dtype == jnp.bfloat16 for x in operands),
+    )
 
 
 def _lowered(function: Callable[..., jax.Array], model: Trained, *weights: np.ndarray) -> export.Exported:
