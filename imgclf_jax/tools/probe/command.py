@@ -179,7 +179,7 @@ def _check_plot(file: Path) -> None:
 def _check_memory(model: Trained, examples: int) -> None:
     """Raises UserError unless the features of so many examples fit into memory; classifiers copy them to f64."""
     size, shape = model.programs.eval_batch_size, model.programs.recipe.data.image_shape
-    batch = jax.eval_shape(model.programs.features, *model.state.evaluated, np.zeros((size, *shape), np.uint8))
+    batch = jax.eval_shape(model.programs.pure("features"), *model.state.evaluated, np.zeros((size, *shape), np.uint8))
     needed = 3 * 4 * examples * batch.size // size
     memory.require(needed, f"to learn from the features of {examples} images (--config.data.train='train[:10%]' uses "
                    "fewer)")  # fmt: skip
