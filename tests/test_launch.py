@@ -14,6 +14,7 @@ from cases import thorough
 import imgclf_jax
 import launch
 from imgclf_jax.cli import table
+from imgclf_jax.core import platform
 
 ROOT = Path(__file__).parent.parent
 
@@ -99,14 +100,16 @@ def test_the_compilation_cache_is_on_before_any_command_imports_jax(tmp_path):
 
 @pytest.mark.thorough
 def test_a_second_evaluation_finds_what_the_first_compiled(tmp_path):
+    """But not on oneDNN, whose programs crash jaxlib 0.12 when the cache serializes them."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         environment.pop(name, None)
     run(str(tmp_path), tmp_path / "run")
     command = [sys.executable, "launch.py", "evaluate", f"--workdir={tmp_path / 'run'}", "--top_k=1",
                f"--predictions={tmp_path / 'a.csv'}"]  # fmt: skip
-    for word in ("cache miss", "cache hit"):
+    for second in (False, True):
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        word = "cache hit" if second and not platform.has_onednn() else "cache miss"
         assert re.search(rf"(?i){word} for '?jit_eval", done.stderr), done.stderr[-2000:]
 
 
