@@ -280,7 +280,8 @@ def test_both_processes_stop_early_at_the_same_step(tmp_path):
     for processes in (2, 1):
         (workdir / "result.json").unlink()
         shutil.rmtree(workdir / "checkpoints" / "60")
-        assert set(check.end(check.start(workdir, processes, 2, flags))) == {0}
+        # On as many devices: the loss stays equal only if each has as many images, as oneDNN rounds by their number.
+        assert set(check.end(check.start(workdir, processes, 4 // processes, flags))) == {0}
         again = json.loads((workdir / "result.json").read_text())
         assert (again["step"], again["params_sha256"]) == (60, first["params_sha256"])
 
