@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from networks import Network
 from variants import Measure, Prepare
 
 from imgclf_jax import config as configs
-from imgclf_jax.core import internals, sharding, tensorflow_import
+from imgclf_jax.core import sharding, tensorflow_import
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
@@ -23,7 +22,6 @@ from imgclf_jax.run.provenance import DataInfo
 
 _STEPS = 1_000_000  # more than any measurement needs
 _READ_AHEAD = 6  # chunks that the stream may have prefetched
-_BLOCK = 16  # batches per call of inference, as in evaluation
 
 
 def device() -> str:
@@ -132,40 +130,29 @@ def _training(programs: Programs, images: stream.Images) -> Measure:
 
 
 def _inference(programs: Programs, images: np.ndarray) -> Measure:
-    mesh, batch_size = programs.mesh, programs.eval_batch_size
-    pure = programs.pure("predict")
-
-    def classes(params: Any, model_state: Any, batches: jax.Array) -> jax.Array:
-        def one(images: jax.Array) -> jax.Array:
-            images = jax.lax.with_sharding_constraint(images, sharding.sharded(mesh))
-            with programs.tracing(forward=True):
-                return jnp.argmax(pure(params, model_state, images), -1)
-
-        return jax.lax.map(one, batches)  # [_BLOCK, b]
-
-    options, replicated = programs.compiler_options(forward=True), sharding.replicated(mesh)
-    classify = jax.jit(classes, out_shardings=replicated, compiler_options=options)
+    mesh, batch_size, steps = programs.mesh, programs.eval_batch_size, programs.eval_steps_per_call
     state, _ = start(programs)
-    usable = len(images) // (_BLOCK * batch_size) * _BLOCK * batch_size
+    usable = len(images) // (steps * batch_size) * steps * batch_size
     if not usable:
-        raise ValueError(f"{len(images)} images are fewer than {_BLOCK} batches of {batch_size}")
-    blocks_of_batches = itertools.cycle(images[:usable].reshape(-1, _BLOCK, batch_size, *images.shape[1:]))
+        raise ValueError(f"{len(images)} images are fewer than {steps} batches of {batch_size}")
+    chunks = itertools.cycle(images[:usable].reshape(-1, steps, batch_size, *images.shape[1:]))
+    rest = {"label": np.zeros((steps, batch_size), np.int32), "mask": np.ones((steps, batch_size), bool)}
+    count = sharding.put_replicated(np.int32(steps), mesh)
 
-    def dispatch() -> jax.Array:
-        block = sharding.put_batch({"image": next(blocks_of_batches)}, mesh, axis=1)["image"]
-        with internals.not_cached():  # as the programs of a run
-            return classify(state.params, state.model_state, block)
+    def dispatch() -> Any:
+        chunk = sharding.put_batch({"image": next(chunks), **rest}, mesh, axis=1)
+        return programs.eval(state.params, state.model_state, chunk, count)
 
     def measure(seconds: float) -> tuple[float, float]:
-        blocks, began = 1, time.perf_counter()
+        done, began = 1, time.perf_counter()
         before = dispatch()
         while time.perf_counter() - began < seconds:
             now = dispatch()
             jax.device_get(before)
             before = now
-            blocks += 1
+            done += 1
         jax.device_get(before)
-        return blocks * _BLOCK * batch_size, time.perf_counter() - began
+        return done * steps * batch_size, time.perf_counter() - began
 
     measure(0)  # compiles
     return measure

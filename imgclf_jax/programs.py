@@ -88,15 +88,15 @@ class Programs:
         """Compiler options of a program, or of a forward pass. XLA reads XLA_FLAGS only once."""
         if self.recipe.config.deterministic and self.platform == "gpu":
             return {"xla_gpu_deterministic_ops": True}
-        return platform.ON_ONEDNN if self._on_onednn(forward) else None
+        return platform.ONEDNN_OPTIONS if self._uses_onednn(forward) else None
 
-    def _on_onednn(self, forward: bool) -> bool:
+    def _uses_onednn(self, forward: bool) -> bool:
         """Whether oneDNN computes a program; not on a mesh with an axis `seeds`, which `lax.map` would gather."""
         return forward and self.platform == "cpu" and platform.has_onednn() and self.groups_of_seeds == 1
 
-    def _caching(self, forward: bool) -> contextlib.AbstractContextManager[None]:
-        """Inside, compile a program or a `forward` pass, whose executable may not be cached."""
-        return internals.not_cached() if self._on_onednn(forward) else contextlib.nullcontext()
+    def caching(self, forward: bool) -> contextlib.AbstractContextManager[None]:
+        """The context to compile a program in: forward passes on oneDNN stay out of JAX's compilation cache."""
+        return internals.not_cached() if self._uses_onednn(forward) else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def tracing(self, forward: bool = False) -> Iterator[None]:
@@ -104,7 +104,7 @@ class Programs:
 
         A `forward` pass takes no gradient. On CPU plain XLA operations on oneDNN are then faster than `models/cpu/`.
         """
-        target = self.platform, platform.compute_capability_of(self.mesh), self._on_onednn(forward)
+        target = self.platform, platform.compute_capability_of(self.mesh), self._uses_onednn(forward)
         with platform.tracing_for(*target), diagnose.naming_the_key(self.recipe), self._matmul_precision():
             yield
 
@@ -360,7 +360,7 @@ class Programs:
 
     def _with_layout_pass(self, pure: Function, forward: bool = False) -> Function:
         """Applies the CPU layout pass, if the mesh is of CPUs. Call it after differentiation."""
-        if self._on_onednn(forward):  # fused, silu(y) + y of a float32 matmul y is wrong in jaxlib 0.12
+        if self._uses_onednn(forward):  # fused, silu(y) + y of a float32 matmul y is wrong in jaxlib 0.12
             return jaxprs.isolate_matmuls(pure)
         return rewrite(pure) if self.platform == "cpu" else pure
 
@@ -426,7 +426,7 @@ class Programs:
     def eval_batch_size(self) -> int:
         """Examples in an evaluation batch, a multiple of the device count; the last batch is padded and masked.
 
-        No result depends on it. On CPU small batches are faster, since they fit the caches.
+        No result depends on it but for rounding. On CPU small batches are faster, since they fit the caches.
         """
         batch_size = self.recipe.config.batch_size
         most = 128 * self.mesh.size if self.platform == "cpu" else batch_size
@@ -474,7 +474,7 @@ class Programs:
         """The most batches in one call of `eval`. No result depends on it."""
         most = self._batches_in_chunk(self.eval_batch_size)
         slow = platform.slow_in_loops(self.eval_step.jaxpr, self.platform)
-        if most == 1 or (slow and not self._on_onednn(self._evaluates_forward)):
+        if most == 1 or (slow and not self._uses_onednn(self._evaluates_forward)):
             return 1
         return min(int(self.recipe.config.steps_per_call) or _MOST_STEPS, most)
 
@@ -520,7 +520,7 @@ class Programs:
         The chunk is {"image": uint8[k, b, h, w, c], "label": i32[k, b], "mask": bool[k, b]} with k =
         `eval_steps_per_call`. Sums and predictions (see `step`) are stacked [k, …], with zeros from `steps` on.
         """
-        with self._caching(self._evaluates_forward):
+        with self.caching(self._evaluates_forward):
             compiled = self.traced_eval.lower().compile()
         fixed = self.fixed if self.recipe.method.evaluate else ()
         return (lambda *args: compiled(*args, *fixed)) if fixed else compiled
@@ -580,7 +580,7 @@ class Programs:
 
         @functools.wraps(jitted)
         def run(*args: PyTree) -> jax.Array:
-            with self._caching(forward):  # the first call with each shape compiles
+            with self.caching(forward):  # the first call with each shape compiles
                 return jitted(*args)
 
         return run

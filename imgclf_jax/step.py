@@ -329,11 +329,11 @@ def vmap_over_seeds(train_step: Function, num_seeds: int) -> Function:
 def _for_each_seed(infer: Inference) -> Inference:
     """Returns `infer` of all seeds, params and model_state [num_seeds, …] and the same images → [num_seeds, …].
 
-    On oneDNN one seed follows the other: `vmap` would make grouped convolutions, which are slow there.
+    On oneDNN the seeds run one after the other: `vmap` would make grouped convolutions, which are slow there.
     """
 
     def each(params: Params, model_state: ModelState, images: jax.Array) -> jax.Array:
-        if platform.on_onednn():
+        if platform.uses_onednn():
             outputs: jax.Array = jax.lax.map(lambda seed: infer(seed[0], seed[1], images), (params, model_state))
         else:
             outputs = jax.vmap(infer, (0, 0, None))(params, model_state, images)

@@ -21,10 +21,10 @@ def coordination_state() -> Any:
 
 
 def not_cached() -> AbstractContextManager[None]:
-    """Inside, what this thread compiles is not written to JAX's persistent compilation cache.
+    """Inside, this thread's compilations are not written to JAX's persistent compilation cache.
 
-    Serializing a program with oneDNN's convolutions crashes jaxlib 0.12. The public setting is one for all threads, so
-    others would lose their cache, or switch it on again meanwhile.
+    Serializing a program with oneDNN's convolutions crashes jaxlib 0.12. JAX's public setting is global: other threads
+    would lose the cache too, or turn it back on in between.
     """
     from jax._src import config
 

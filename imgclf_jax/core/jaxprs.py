@@ -79,7 +79,7 @@ def isolate_matmuls(
 ) -> Function:  # fmt: skip
     """Returns `function`, of pytrees, with a `barrier` behind each matmul and convolution of `wanted` operands.
 
-    So XLA fuses none of them into its readers, in loops neither. Apply it after differentiation.
+    So XLA fuses none of them into their readers, inside loops either. Apply it after differentiation.
     """
 
     def evaluate(closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:

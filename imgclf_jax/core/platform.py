@@ -16,13 +16,13 @@ from jax.sharding import AbstractMesh, Mesh
 from imgclf_jax.core import jaxprs
 from imgclf_jax.core.typing import Function, PyTree
 
-# Compiler options. YNNPACK would take matmuls from oneDNN, and its fused sums give NaN in bfloat16 (jaxlib 0.12.0).
-ON_ONEDNN: dict[str, bool | str] = {
+# XLA compiler options. YNNPACK would take matmuls from oneDNN, and its fused sums give NaN in bfloat16 (jaxlib 0.12.0).
+ONEDNN_OPTIONS: dict[str, bool | str] = {
     "xla_cpu_experimental_onednn_custom_call": True,
     "xla_cpu_experimental_ynn_fusion_type": "",
 }
 
-# The platform, `compute_capability` and `on_onednn`. A user context is part of the key of JAX's tracing caches.
+# The platform, `compute_capability` and `uses_onednn`. A user context is part of the key of JAX's tracing caches.
 _traced_for = jax.make_user_context(("", 0.0, False))
 
 
@@ -38,7 +38,7 @@ def compute_capability() -> float:
     return capability
 
 
-def on_onednn() -> bool:
+def uses_onednn() -> bool:
     """Whether oneDNN computes the convolutions and matmuls of the program being traced, on CPU."""
     onednn: bool = _traced_for.value[2]
     return onednn
@@ -46,11 +46,11 @@ def on_onednn() -> bool:
 
 @functools.cache
 def has_onednn() -> bool:
-    """Whether this jaxlib accepts the options `ON_ONEDNN`; its builds for x86 contain oneDNN."""
+    """Whether this jaxlib accepts the options `ONEDNN_OPTIONS`; its builds for x86 contain oneDNN."""
     if host.machine() not in ("x86_64", "AMD64"):
         return False
     try:
-        jax.jit(lambda x: x, compiler_options=ON_ONEDNN).lower(0.0).compile()
+        jax.jit(lambda x: x, compiler_options=ONEDNN_OPTIONS).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:  # XLA drops experimental options without notice
         return False
     return True
@@ -72,7 +72,7 @@ def compute_capability_of(mesh: Mesh | AbstractMesh) -> float:
 def tracing_for(platform: str, compute_capability: float = 0.0, onednn: bool = False) -> AbstractContextManager[None]:
     """Inside, programs are traced for `platform`, and for GPUs of at least this `compute_capability`.
 
-    With `onednn` they are programs for CPU that `ON_ONEDNN` compiles, which must take no gradient of a convolution.
+    With `onednn` they are CPU programs, compiled with `ONEDNN_OPTIONS`, that take no gradient of a convolution.
     """
     context: AbstractContextManager[None] = _traced_for((platform, compute_capability, onednn))
     return context

@@ -61,7 +61,7 @@ def conv(
     if wants_features_first() and groups == 1 and dilation == (1, 1):
         y = matmuls.conv(features_first(x), kernel, strides, (_pair(pads[0]), _pair(pads[1])), dtype)
         return features_last(y)
-    if groups > 1 and dtype == jnp.bfloat16 and platform.on_onednn():
+    if groups > 1 and dtype == jnp.bfloat16 and platform.uses_onednn():
         dtype = jnp.dtype(jnp.float32)  # a bfloat16 convolution of groups is up to 50 times slower there
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     if _compiles_slowly_on_tpu(kernel, groups):

@@ -1,7 +1,7 @@
 """BatchNorm, LayerNorm and GroupNorm with linen's parameters and results, in few passes over the images.
 
-Statistics accumulate in float32 (or float64); outputs are in `dtype`. On CPU they are computed on feature-first arrays
-(`cpu/`).
+Statistics accumulate in float32 (or float64); outputs are in `dtype`. Programs for CPU that take gradients compute
+them on feature-first arrays (`cpu/`).
 """
 
 import functools

@@ -26,7 +26,7 @@ def forward(model, variables, images):
     """(Logits, the compiled program) of a forward pass on CPU."""
     with platform.tracing_for("cpu", onednn=True):
         isolated = jaxprs.isolate_matmuls(lambda v, x: model.apply(v, x))
-        jitted = jax.jit(isolated, compiler_options=platform.ON_ONEDNN)
+        jitted = jax.jit(isolated, compiler_options=platform.ONEDNN_OPTIONS)
         with internals.not_cached():
             compiled = jitted.lower(variables, images).compile()
     return compiled(variables, images), compiled.as_text()

@@ -13,7 +13,7 @@ from imgclf_jax.core import platform
 
 def wants_features_first() -> bool:
     """Whether layers compute on feature-first arrays: in programs for CPU, except on oneDNN."""
-    return platform.current() == "cpu" and not platform.on_onednn()
+    return platform.current() == "cpu" and not platform.uses_onednn()
 
 
 def _permutation(ndim: int) -> list[int]:

@@ -12,7 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from imgclf_jax import losses
-from imgclf_jax.core import internals, jaxprs, rng, sharding
+from imgclf_jax.core import jaxprs, rng, sharding
 from imgclf_jax.core.memory import size
 from imgclf_jax.core.typing import JsonObject, PyTree, Value
 from imgclf_jax.programs import Programs
@@ -80,7 +80,8 @@ def report(programs: Programs, chips: topology.Chips) -> JsonObject:
     for number, name in enumerate(traced, 1):
         began = time.perf_counter()
         log.info("compiling %s (%d of %d)", name, number, len(traced))
-        compiled[name] = _compile(traced[name])
+        with programs.caching(forward=name == "eval"):
+            compiled[name] = _compile(traced[name])
         result["compile_seconds"][name] = round(time.perf_counter() - began, 1)
         if isinstance(compiled[name], str):
             return result | {
@@ -141,8 +142,7 @@ def _traced_augment(programs: Programs) -> jax.stages.Traced:
 def _compile(traced: jax.stages.Traced) -> jax.stages.Compiled | str:
     """Compiles a program; returns the compiler's message if it does not fit into the chip's memory."""
     try:
-        with internals.not_cached():  # a forward pass on CPU may not be cached, and no run would find the others
-            return traced.lower().compile()
+        return traced.lower().compile()
     except Exception as e:
         if not _FULL.search(str(e)):
             raise
