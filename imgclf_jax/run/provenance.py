@@ -26,6 +26,8 @@ from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 _PACKAGES = ("imgclf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "tensorflow",
              "tensorflow-cpu", "tensorflow-datasets", "scikit-learn")  # fmt: skip
 
+# The extensions of x86 that decide how matmuls and sums round, as /proc/cpuinfo calls them, widest first.
+_VECTORS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bfloat16", "avx512f": "AVX-512", "avx2": "AVX2"}
 # JAX's options that may differ between processes, or that change no result.
 _OF_ONE_PROCESS = "cache|device|debug|_log_|logging|dump|traceback|profil|timeout|address|mtls|pprint"
 # The types of entries that commands read; the others are only shown.
@@ -66,14 +68,10 @@ def collect(data: DataInfo) -> JsonObject:
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": _versions(),
+        **_computing(),
         "packages": _installed(),
-        "code": _code(),
-        "modules": module_digests(),
-        "processor": processor(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "jax_options": {name: value for name, value in sorted(os.environ.items()) if re.match(_OPTIONS, name)},
-        "devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
         "processes": jax.process_count(),
         "git": _git(),
         "data": asdict(data),
@@ -134,29 +132,65 @@ def changed_code(recorded: JsonMapping) -> dict[str, str]:
 
     `imgclf_jax` stands for all files of this package. Files that the record or this process lacks are left out.
     """
-    before = _code_by_name(recorded)
-    for change in code_changes(recorded):
-        before |= change["files"]
     now = _code_by_name({"code": _code(), "modules": module_digests()})
-    return {name: digest for name, digest in now.items() if name in before and before[name] != digest}
+    return _changed(_code_by_name(recorded), [change.get("files", {}) for change in code_changes(recorded)], now)
+
+
+def changed_environment(recorded: JsonMapping) -> dict[str, str]:
+    """The versions, the processor and the kinds of devices that have changed since the run last recorded them."""
+    later = [change.get("environment", {}) for change in code_changes(recorded)]
+    return _changed(environment(recorded), later, environment(_computing()))
+
+
+def _changed(before: dict[str, str], later: list[dict[str, str]], now: dict[str, str]) -> dict[str, str]:
+    for change in later:
+        before |= change
+    return {name: value for name, value in now.items() if name in before and before[name] != value}
 
 
 def with_changed_code(recorded: JsonMapping, step: int) -> JsonObject:
-    """The provenance of a run that continues from `step`, with the files that have changed in `changed_code`."""
+    """The provenance of a run that continues from `step`, with what has changed in `changed_code`."""
     earlier = [change for change in code_changes(recorded) if change["step"] < step]
     rest = {name: value for name, value in recorded.items() if name != "changed_code"}
     if not step:
-        return {**rest, "code": _code(), "modules": module_digests()}
-    if changed := changed_code({**rest, "changed_code": earlier}):
-        earlier.append({"step": step, "files": changed})
+        return {**rest, **_computing()}
+    before = {**rest, "changed_code": earlier}
+    changed = {"files": changed_code(before), "environment": changed_environment(before)}
+    if any(changed.values()):
+        earlier.append({"step": step, **{kind: names for kind, names in changed.items() if names}})
     return {**rest, "changed_code": earlier} if earlier else rest
 
 
 def code_changes(recorded: JsonMapping) -> list[JsonObject]:
-    """The steps at which a run went on with other code, {"step": n, "files": {name: digest}}; no damaged entries."""
+    """The steps at which a run went on with other code or elsewhere, without damaged entries.
+
+    Each is {"step": n, "files": {name: digest}, "environment": {name: value}}, with one of the two or both.
+    """
     found = recorded.get("changed_code")
     return [change for change in (found if isinstance(found, list) else []) if isinstance(change, dict)
-            and type(change.get("step")) is int and isinstance(change.get("files"), dict)]  # fmt: skip
+            and type(change.get("step")) is int and {"files", "environment"} & change.keys()
+            and all(isinstance(change.get(kind, {}), dict) for kind in ("files", "environment"))]  # fmt: skip
+
+
+def _computing() -> JsonObject:
+    """The entries of this process on which the bits of a step depend."""
+    return {
+        "versions": _versions(),
+        "code": _code(),
+        "modules": module_digests(),
+        "processor": processor(),
+        "devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
+    }
+
+
+def environment(recorded: JsonMapping) -> dict[str, str]:
+    """Versions, processor and kinds of devices by name; the version of this package is in its code."""
+    versions, devices = recorded.get("versions"), recorded.get("devices")
+    found = {**versions} if isinstance(versions, dict) else {}
+    found.pop("imgclf_jax", None)
+    found["processor"] = recorded.get("processor")
+    found["devices"] = ", ".join(sorted({*map(str, devices)})) if isinstance(devices, list) else ""
+    return {name: str(value) for name, value in found.items() if value}
 
 
 def _code_by_name(recorded: JsonMapping) -> dict[str, str]:
@@ -194,12 +228,23 @@ def _code() -> str:
 
 
 def processor() -> str:
-    """The processor's name, since different CPUs round differently."""
+    """The processor's name, family, model and widest vector extension, since different CPUs round differently.
+
+    The name alone is not enough: in clouds "AMD EPYC" is of several generations.
+    """
+    facts: dict[str, str] = {}
     with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        if match := re.search(r"^model name\s*: (.+)$", text, re.MULTILINE):
-            return match[1].strip()
-    return platform.processor() or platform.machine()
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())  # of the first core
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    parts = [facts["model name"]]
+    if facts.keys() >= {"cpu family", "model"}:
+        parts.append(f"family {facts['cpu family']} model {facts['model']}")
+    flags = facts.get("flags", "").split()
+    parts += [name for flag, name in _VECTORS.items() if flag in flags][:1]
+    return ", ".join(parts)
 
 
 def _git() -> JsonObject:

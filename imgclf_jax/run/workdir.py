@@ -23,6 +23,7 @@ from imgclf_jax.run import lock
 from imgclf_jax.run.provenance import (
     DataInfo,
     changed_code,
+    changed_environment,
     collect,
     facts_digest,
     find_edits,
@@ -194,14 +195,14 @@ class Workdir:
             write_atomically(self.path / "parameters.txt", f"{overview}\n")
 
     def record_code(self, start: int) -> None:
-        """Records the code with which the run continues from step `start`, and warns if it has changed."""
+        """Records the code and environment in which the run continues from step `start`, and warns of changes."""
         recorded = read_json(self.provenance)
         names = [name if name != "imgclf_jax" else "the code of imgclf_jax" for name in changed_code(recorded)]
+        names += [f"{name} (now {value})" for name, value in changed_environment(recorded).items()]
         if (now := with_changed_code(recorded, start)) != recorded:
             write_json(self.provenance, now)
         if names and start:
-            log.warning("changed since the run began: %s; the steps from %d on use the present code", ", ".join(names),
-                        start)  # fmt: skip
+            log.warning("changed since the run began, in effect from step %d on: %s", start, ", ".join(names))
 
     def changed_modules(self) -> list[str]:
         """The files of the user's imported modules that have changed since the run's last step."""

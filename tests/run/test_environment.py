@@ -7,6 +7,8 @@ import platform
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -86,12 +88,38 @@ def test_modules_of_the_user_are_known_by_what_they_hold(tmp_path, monkeypatch):
     assert not {name for name in digests[0] if re.match(r"(json|numpy|jax|imgclf_jax|launch)\b", name)}
 
 
+CPUINFO = """processor\t: 0
+vendor_id\t: AuthenticAMD
+cpu family\t: {family}
+model\t\t: {model}
+model name\t: AMD EPYC
+flags\t\t: fpu fma avx avx2 {flags}
+
+processor\t: 1
+cpu family\t: 0
+"""
+
+
+@pytest.mark.parametrize(("family", "model", "flags", "expected"), [
+    (25, 1, "", "AMD EPYC, family 25 model 1, AVX2"),
+    (25, 17, "avx512f avx512_bf16", "AMD EPYC, family 25 model 17, AVX-512 with bfloat16"),
+    (6, 143, "avx512f avx512_bf16 amx_bf16 amx_tile", "AMD EPYC, family 6 model 143, AMX"),
+])  # fmt: skip
+def test_processors_of_one_name_are_told_apart(monkeypatch, family, model, flags, expected):
+    """Clouds call several generations "AMD EPYC": with and without AVX-512, whose matmuls round differently."""
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: CPUINFO.format(family=family, model=model, flags=flags))
+    assert provenance.processor() == expected
+
+
 def test_code_that_changes_while_a_run_is_interrupted(monkeypatch):
     """Each change is recorded once, with its step, and dropped if the run resumes before that step."""
-    now = {"my_nets.py": "a"}
+    now, here = {"my_nets.py": "a"}, {"versions": {"jax": "1"}, "processor": "EPYC", "devices": ["cpu: cpu"] * 2}
     monkeypatch.setattr(provenance, "_code", lambda: "package")
     monkeypatch.setattr(provenance, "module_digests", lambda: dict(now))
-    began = {"code": "package", "modules": {"my_nets.py": "a"}}
+    monkeypatch.setattr(provenance, "processor", lambda: here["processor"])
+    monkeypatch.setattr(provenance, "_versions", lambda: here["versions"])
+    monkeypatch.setattr(provenance.jax, "devices", lambda: [SimpleNamespace(platform="cpu", device_kind="cpu")] * 2)
+    began = {"code": "package", "modules": {"my_nets.py": "a"}, **here}
     assert provenance.with_changed_code(began, 5) == began
     now["my_nets.py"] = "b"
     now["new.py"] = "n"  # which the run did not have
@@ -104,8 +132,14 @@ def test_code_that_changes_while_a_run_is_interrupted(monkeypatch):
         **began,
         "changed_code": [{"step": 3, "files": {"my_nets.py": "b"}}],
     }
-    assert provenance.with_changed_code(from_5, 0) == {"code": "package", "modules": now}
+    assert provenance.with_changed_code(from_5, 0) == {"code": "package", "modules": now, **here}
     now["my_nets.py"] = "a"
     assert provenance.with_changed_code(from_5, 9)["changed_code"] == [
         *from_5["changed_code"], {"step": 9, "files": {"my_nets.py": "a"}}]  # fmt: skip
-    assert provenance.changed_code({}) == {}  # of a version that recorded neither
+    here["processor"] = "Xeon"
+    assert provenance.changed_environment(from_5) == {"processor": "Xeon"}
+    assert provenance.with_changed_code(from_5, 9)["changed_code"][-1] == {
+        "step": 9, "files": {"my_nets.py": "a"}, "environment": {"processor": "Xeon"}}  # fmt: skip
+    on_xeon = provenance.with_changed_code(from_5, 9)
+    assert provenance.changed_environment(on_xeon) == {}
+    assert provenance.changed_code({}) == provenance.changed_environment({}) == {}  # of a version that recorded neither

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
-from imgclf_jax.run.provenance import code_changes
+from imgclf_jax.run.provenance import code_changes, environment
 from imgclf_jax.run.writers import TIMES
 
 ROUNDING = 1e-3  # the largest relative difference of a metric that rounding may explain
@@ -207,8 +207,12 @@ def differences(old: JsonMapping, new: JsonMapping) -> list[Difference]:
         add("code", name, a[name], b[name])
     b = b | {"imgclf_jax": new.get("code")}
     for change in code_changes(old):
-        for name, digest in change["files"].items():
+        for name, digest in change.get("files", {}).items():
             add("code", f"{name} from step {change['step']} on", digest, b.get(name))
+        here = environment(new)
+        for name, value in change.get("environment", {}).items():
+            kind = "device" if name in ("devices", "processor") else "version"
+            add(kind, f"{name} from step {change['step']} on", value, here.get(name))
     git = [_dict(p.get("git")) for p in (old, new)]
     if any(d.kind == "code" for d in found) or not (old.get("code") and new.get("code")):
         add("code", "git commit", *(_commit(one) for one in git))

@@ -133,6 +133,15 @@ def test_code_that_changed_in_the_middle_of_a_run():
     ]
 
 
+def test_a_run_that_went_on_on_another_processor():
+    """A cluster gave it another host after a preemption."""
+    old = WHOLE | {"changed_code": [{"step": 5, "environment": {"processor": "Xeon", "jax": "0.13"}}]}
+    assert [tuple(one) for one in differences(old, WHOLE)] == [
+        ("device", "processor from step 5 on", "Xeon", "EPYC"),
+        ("version", "jax from step 5 on", "0.13", "0.12"),
+    ]
+
+
 def test_a_record_without_provenance_differs_in_nothing():
     assert differences({}, WHOLE) == []
     assert differences({"data": 3, "versions": [], "devices": 1, "git": "x", "xla_flags": 4}, WHOLE) == []
