@@ -1,17 +1,14 @@
 """The command `serve`: a web page and an HTTP API for a trained model."""
 
 import base64
-import contextlib
 import importlib.util
 import ipaddress
 import json
 import logging
 import os
 import re
-import signal
 import socket
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
@@ -30,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LAST_SECONDS = 4.0  # for threads to finish after the server has stopped
-_REQUIRED = ("starlette", "uvicorn", "prometheus_client", "python_multipart")
+_REQUIRED = ("starlette", "uvicorn", "httptools", "prometheus_client", "python_multipart")
 
 
 def main(
@@ -53,10 +50,8 @@ def main(
     for origin in cors:
         if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
             raise UserError(f"serve: --cors={origin}: wants an origin such as https://a.example, or *")
-    import uvicorn
-
     from imgclf_jax.tools.serve import app
-    from imgclf_jax.tools.serve.connections import listeners, server_settings
+    from imgclf_jax.tools.serve.connections import Server, listeners, server_settings
     from imgclf_jax.tools.serve.request_log import open_log
 
     with open_log(request_log) as write:
@@ -80,7 +75,7 @@ def main(
         if not local:
             log.warning("anyone who can reach %s can use it: there is no authentication", url)
         with listening:
-            _server(uvicorn.Server, settings).run(sockets=listeners(listening))
+            Server(settings).run(sockets=listeners(listening))
     if not application.state.idle(_LAST_SECONDS):
         sys.stdout.flush()
         os._exit(0)  # a normal exit would wait for threads, which may decode an image for minutes
@@ -128,20 +123,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _server[T](base: type[T], settings: object) -> T:
-    class Server(base):  # type: ignore[misc, valid-type]
-        """Exits normally after a signal, where uvicorn would raise it again."""
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            before = {s: signal.signal(s, self.handle_exit) for s in (signal.SIGINT, signal.SIGTERM)}
-            try:
-                yield
-            finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-
-    made: T = Server(settings)
-    return made

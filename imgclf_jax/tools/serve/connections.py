@@ -1,21 +1,21 @@
 """Limits on connections: the length of headers, the time of a request, and the connections per client."""
 
 import asyncio
+import contextlib
 import functools
 import ipaddress
 import json
+import signal
 import socket
-import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-import h11
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 CLIENT_GONE = "the client has disconnected"  # the message of the cancellation
 _TOLD = 64  # concurrent connections refused with an answer; further ones are reset
@@ -23,7 +23,7 @@ _TOLD = 64  # concurrent connections refused with an answer; further ones are re
 # a single socket a new client would wait for as many iterations as there are connections before it.
 _LISTENERS = 32
 _PIPELINED = 100  # waiting requests of a connection
-# The parsers call back for each chunk of a body. Beyond _CHUNKS, chunks must have _BYTES_A_CHUNK bytes on average.
+# The parser calls back for each chunk of a body. Beyond _CHUNKS, chunks must have _BYTES_A_CHUNK bytes on average.
 _CHUNKS, _BYTES_A_CHUNK = 1000, 64
 
 
@@ -42,16 +42,29 @@ class ConnectionLimits:
     linger_seconds: float = 1.0
 
 
+class Server(uvicorn.Server):
+    """Exits normally after a signal, where uvicorn would raise it again."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {s: signal.signal(s, self.handle_exit) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 def server_settings(
-    application: ASGIApp, host: str, port: int, limits: ConnectionLimits = ConnectionLimits(), parser: Any = None
+    application: ASGIApp, host: str, port: int, limits: ConnectionLimits = ConnectionLimits()
 ) -> uvicorn.Config:
-    """The settings of a uvicorn server with these limits. `parser` is an HTTP protocol class; None: its default."""
+    """The settings of a uvicorn server with these limits."""
     return uvicorn.Config(
-        application, host, port, http=guarded(parser or AutoHTTPProtocol, limits), ws="none", log_config=None,
+        application, host, port, http=guarded(limits), ws="none", log_config=None,
         log_level="critical",  # or clients could fill the log; the application logs its own failures
         access_log=False, timeout_keep_alive=10, server_header=False,
         timeout_graceful_shutdown=limits.grace_seconds,  # type: ignore[arg-type]
-        proxy_headers=False, h11_max_incomplete_event_size=limits.headers_bytes // 2,
+        proxy_headers=False,
     )  # fmt: skip
 
 
@@ -60,30 +73,25 @@ def listeners(listening: socket.socket) -> list[socket.socket]:
     return [listening, *(listening.dup() for _ in range(_LISTENERS - 1))]
 
 
-def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
-    """Returns a subclass of uvicorn's HTTP protocol, with either parser, that enforces the limits; each counts its own.
+def guarded(limits: ConnectionLimits) -> type[asyncio.Protocol]:
+    """Returns a subclass of uvicorn's HTTP protocol that enforces the limits; each counts its own connections.
 
-    h11 bounds its buffer by `h11_max_incomplete_event_size`, but httptools buffers a header until it ends. So this
-    class counts the bytes since the parser's last callback.
+    httptools buffers a header until it ends. So this class counts the bytes since the parser's last callback.
     """
     clients, told = Counter[str](), Counter[str]()  # open connections per client: served, and refused
 
-    class Guarded(base):
-        app: Any  # the ASGI application, which uvicorn calls for each request
-
+    class Guarded(HttpToolsProtocol):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._unparsed = 0  # bytes since the headers, a chunk of the body or the message were complete
             self._answering: asyncio.Task[Any] | None = None  # the task that answers a request
             self._refused = False
-            self._begun = 0  # unanswered requests; httptools parses all that have arrived
+            self._begun = 0  # unanswered requests; the parser takes all that have arrived
             self._lacking = 0  # bytes by which the chunks of a body fall short of _BYTES_A_CHUNK
-            if conn := getattr(self, "conn", None):  # h11 returns events instead of calling back
-                conn.next_event = self._counting(conn.next_event)
             app = self.app
 
             async def timed(scope: Any, receive: Any, send: Any) -> None:
-                if self._wire.is_closing():
+                if self.transport.is_closing():
                     return
                 self._unparsed, self._answering = 0, asyncio.current_task()
                 self._allow(limits.request_seconds)
@@ -92,7 +100,7 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
                     try:
                         await send(message)
                     except RuntimeError:  # from uvloop, if the connection was aborted
-                        if not self._wire.is_closing():
+                        if not self.transport.is_closing():
                             raise
 
                 try:
@@ -105,7 +113,6 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
             self.app = timed
 
         def connection_made(self, transport: Any) -> None:
-            self._clock, self._wire = asyncio.get_running_loop(), transport
             peer = transport.get_extra_info("peername")
             self._client = client_of(peer[0] if isinstance(peer, tuple) else "")
             # Refused connections are counted apart, so that those of one client do not displace other clients.
@@ -114,7 +121,7 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
             self._counter[self._client] += 1
             super().connection_made(transport)
             self._allow(limits.headers_seconds)
-            self._timer = self._clock.call_later(limits.headers_seconds, self._expire)
+            self._timer = self.loop.call_later(limits.headers_seconds, self._expire)
             if full and told.total() > _TOLD:
                 transport.abort()
             elif full:
@@ -132,93 +139,68 @@ def guarded(base: Any, limits: ConnectionLimits) -> type[asyncio.Protocol]:
         def data_received(self, data: bytes) -> None:
             most = limits.headers_bytes // 2
             for start in range(0, len(data), most):  # in pieces, so that a long header is noticed before its end
-                if self._refused or self._wire.is_closing():
+                if self._refused or self.transport.is_closing():
                     return
                 part = data if len(data) <= most else data[start : start + most]
                 self._unparsed += len(part)
                 super().data_received(part)
-                if self._unparsed > most and not hasattr(self, "conn"):  # h11 has its own limit
+                if self._unparsed > most:
                     self._refuse(431, f"the request's headers are longer than {most:,} bytes")
 
-        def _count_chunk(self, length: int) -> None:
-            """Ends the connection of a client that sends tiny chunks, since all others wait while they are parsed."""
-            self._lacking = max(0, self._lacking + _BYTES_A_CHUNK - length)
-            if self._lacking > _CHUNKS * _BYTES_A_CHUNK:
-                self._wire.abort()
-
-        def _read_on(self) -> None:
-            """Resumes reading after a large body paused it, to notice when the waiting client disconnects."""
-            if not (self._refused or self._wire.is_closing()):
-                self.flow.resume_reading()
-
-        def _counting(self, next_event: Callable[[], Any]) -> Callable[[], Any]:
-            def counted() -> Any:
-                event = next_event()
-                if isinstance(event, h11.Request):
-                    self._lacking = 0
-                elif isinstance(event, h11.Data):
-                    self._count_chunk(len(event.data))
-                elif isinstance(event, h11.EndOfMessage):
-                    self._read_on()
-                return event
-
-            return counted
-
-        # The callbacks of httptools' parser.
+        # The parser's callbacks.
         def on_headers_complete(self) -> None:
             self._unparsed = self._lacking = 0
             self._begun += 1
             if self._begun > _PIPELINED:
-                self._wire.abort()
+                self.transport.abort()
             super().on_headers_complete()
 
         def on_body(self, body: bytes) -> None:
             self._unparsed = 0
-            self._count_chunk(len(body))
+            self._lacking = max(0, self._lacking + _BYTES_A_CHUNK - len(body))
+            if self._lacking > _CHUNKS * _BYTES_A_CHUNK:  # all other clients wait while tiny chunks are parsed
+                self.transport.abort()
             super().on_body(body)
 
         def on_message_complete(self) -> None:
             self._unparsed = 0
             super().on_message_complete()
-            if not self.pipeline:
-                self._read_on()
+            if not (self.pipeline or self._refused or self.transport.is_closing()):
+                self.flow.resume_reading()  # a large body paused it; without it nobody notices that the client has gone
 
         def send_400_response(self, msg: str) -> None:
-            """Answers a request that does not parse. h11's error says whether its headers are too long."""
-            status = getattr(sys.exception(), "error_status_hint", 400)
-            self._refuse(
-                status, "the request's headers are too long" if status == 431 else "this is not an HTTP request"
-            )
+            """Answers a request that does not parse."""
+            self._refuse(400, "this is not an HTTP request")
 
         def _refuse(self, status: int, message: str) -> None:
-            if self._refused or self._wire.is_closing():
+            if self._refused or self.transport.is_closing():
                 return
             if self._answering:  # a refusal must not overtake the answer of the request before it
-                self._wire.abort()
+                self.transport.abort()
                 return
             self._refused = True
-            if self._wire.is_reading():
-                self._wire.pause_reading()
+            if self.transport.is_reading():
+                self.transport.pause_reading()
             body = json.dumps({"error": message}).encode()
             head = (f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
                     f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n")  # fmt: skip
-            self._wire.write(head.encode() + body)
+            self.transport.write(head.encode() + body)
             self._allow(limits.linger_seconds)
             self._timer.cancel()
-            self._timer = self._clock.call_later(limits.linger_seconds, self._expire)
+            self._timer = self.loop.call_later(limits.linger_seconds, self._expire)
 
         def _allow(self, seconds: float) -> None:
-            self._until = asyncio.get_running_loop().time() + seconds
+            self._until = self.loop.time() + seconds
 
         def _expire(self) -> None:
             """Ends the connection if its time is up; otherwise checks again when it will be."""
-            left = self._until - self._clock.time()
+            left = self._until - self.loop.time()
             if left > 0:
-                self._timer = self._clock.call_later(left, self._expire)
-            elif self._unparsed and not (self._refused or self._answering or self._wire.is_closing()):
+                self._timer = self.loop.call_later(left, self._expire)
+            elif self._unparsed and not (self._refused or self._answering or self.transport.is_closing()):
                 self._refuse(408, f"the request's headers did not arrive within {limits.headers_seconds:g} s")
             else:
-                self._wire.abort()  # `close` would wait until the client has received everything
+                self.transport.abort()  # `close` would wait until the client has received everything
 
     return Guarded
 
