@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import functools
-import json
 import logging
 import re
 import time
@@ -29,7 +28,7 @@ from imgclf_jax.core.errors import UserError, unknown
 from imgclf_jax.core.text import printable, utf8
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.tools.serve import openapi
-from imgclf_jax.tools.serve.batcher import Batcher, Busy
+from imgclf_jax.tools.serve.batcher import Batcher
 from imgclf_jax.tools.serve.bodies import Bodies, Sent
 from imgclf_jax.tools.serve.connections import CLIENT_GONE, client_of
 from imgclf_jax.tools.serve.limits import Limits, Refused, Share
@@ -48,8 +47,6 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-_RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in _HEADERS.items()]
 
 
 class _Numbers:
@@ -97,18 +94,9 @@ def build(
     async def classify(request: Request, client: str, sent: Sent) -> Response:
         top_k = _top_k(_parameters(request, "top_k", "topk"), len(model.class_names))
         begun = time.perf_counter()
-        try:
-            async with asyncio.timeout(limits.answer_seconds):
-                rows = await _predict_all(batcher, client, sent)
-        except Busy:
-            raise Refused(503, "too many requests wait; try again in a second") from None
-        except TimeoutError:
-            raise Refused(503, f"no answer within {limits.answer_seconds:g} s; try again later") from None
-        found = [as_json(row, top_k) for row in rows]
-        return _Answer({
-            **({"images": found} if sent.listed else found[0]),
-            "milliseconds": round(1000 * (time.perf_counter() - begun), 3),
-        })  # fmt: skip
+        found = [as_json(row, top_k) for row in await _predict_all(batcher, client, sent)]
+        milliseconds = round(1000 * (time.perf_counter() - begun), 3)
+        return _json({**({"images": found} if sent.listed else found[0]), "milliseconds": milliseconds})
 
     async def picture(request: Request, client: str, sent: Sent) -> Response:
         assert explain
@@ -120,31 +108,24 @@ def build(
             raise Refused(400, unknown("format", format[:100], ("png", "json")))
         if len(sent.images) > 1:
             raise Refused(400, f"{len(sent.images)} images; /explain takes one")
-        try:
-            async with asyncio.timeout(limits.answer_seconds):
-                made = await batcher.alone(client, lambda image: explain(image, wanted, format), sent.images[0])
-        except TimeoutError:
-            raise Refused(503, f"no picture within {limits.answer_seconds:g} s; try again later") from None
+        made = await batcher.alone(client, lambda image: explain(image, wanted, format), sent.images[0])
         if isinstance(made, UserError):
             raise Refused(422, str(made))
         return Response(made, headers=_HEADERS, media_type="image/png" if format == "png" else "application/json")
 
-    async def predict(request: Request) -> Response:
-        return await answer("/predict", request, classify)
-
-    async def explained(request: Request) -> Response:
-        return await answer("/explain", request, picture)
-
-    async def answer(route: str, request: Request, make: Make) -> Response:
+    async def answer(route: str, make: Make, request: Request) -> Response:
         begun = time.perf_counter()
         client = client_of(request.client.host if request.client else "")
         try:
             async with bodies.read(request, client) as sent:
                 request.state.images = len(sent.images)
                 with answering.held(client, len(sent.images), "too many requests at once; try again in a second"):
-                    response = await make(request, client, sent)
+                    async with asyncio.timeout(limits.answer_seconds):
+                        response = await make(request, client, sent)
         except Refused as refused:
             response = _refusal(refused)
+        except TimeoutError:
+            response = _refusal(Refused(503, f"no answer within {limits.answer_seconds:g} s; try again later"))
         except ClientDisconnect:
             response = _refusal(Refused(499, CLIENT_GONE))
         except asyncio.CancelledError as e:  # by the server, if the grace time after a signal is over
@@ -155,8 +136,7 @@ def build(
         return response
 
     async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok", "model": model.config.model, "step": model.step,
-                             "waiting": batcher.waiting}, headers=_HEADERS)  # fmt: skip
+        return _json({"status": "ok", "model": model.config.model, "step": model.step, "waiting": batcher.waiting})
 
     height, width, channels = model.programs.recipe.data.image_shape
     described = {
@@ -170,13 +150,13 @@ def build(
     }  # fmt: skip
 
     async def describe(request: Request) -> Response:
-        return JSONResponse(described, headers=_HEADERS)
+        return _json(described)
 
     async def metrics(request: Request) -> Response:
         return Response(generate_latest(numbers.registry), headers=_HEADERS, media_type="text/plain; version=0.0.4")
 
     async def interface(request: Request) -> Response:
-        return JSONResponse(openapi.describe(class_names, limits, explain is not None, model.task), headers=_HEADERS)
+        return _json(openapi.describe(class_names, limits, explain is not None, model.task))
 
     @contextlib.asynccontextmanager
     async def running(app: Starlette) -> AsyncIterator[None]:
@@ -190,11 +170,11 @@ def build(
         return _refusal(Refused(500, "the server failed; its log says why"))
 
     routes = [  # /predict first, since routes are tried in order for each request
-        Route("/predict", predict, methods=["POST"]),
+        Route("/predict", functools.partial(answer, "/predict", classify), methods=["POST"]),
         Route("/", _file("page.html", "text/html", name or model.config.model)),
         Route("/page.css", _file("page.css", "text/css")),
         Route("/page.js", _file("page.js", "text/javascript")),
-        *([Route("/explain", explained, methods=["POST"])] if explain else []),
+        *([Route("/explain", functools.partial(answer, "/explain", picture), methods=["POST"])] if explain else []),
         Route("/model", describe),
         Route("/health", health),
         Route("/metrics", metrics),
@@ -240,16 +220,6 @@ async def _predict_all(batcher: Batcher, client: str, sent: Sent) -> list[np.nda
     finally:
         for task in tasks:
             task.cancel()
-
-
-class _Answer(Response):
-    """A JSON response with a shared encoder and headers, which is faster for many requests to `/predict`."""
-
-    def __init__(self, value: object) -> None:
-        self.status_code, self.background = 200, None
-        self.body = _JSON.encode(value).encode()
-        length = (b"content-length", str(len(self.body)).encode())
-        self.raw_headers = [length, (b"content-type", b"application/json"), *_RAW_HEADERS]
 
 
 class _OwnPagesOnly:
@@ -298,6 +268,10 @@ def _top_k(given: Mapping[str, str], classes: int) -> int:
             raise Refused(400, f"{name}={printable(text[:20])}: must be a whole number from 1 to 999999999")
         return min(int(text), classes)
     return min(5, classes)
+
+
+def _json(value: JsonObject) -> Response:
+    return JSONResponse(value, headers=_HEADERS)
 
 
 def _refusal(refused: Refused, more: Mapping[str, str] | None = None) -> Response:

@@ -17,6 +17,7 @@ from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode_cost
 from imgclf_jax.data.decode_cost import Costly
+from imgclf_jax.tools.serve.limits import Refused
 from imgclf_jax.trained import Trained, not_finite
 
 _AT_ONCE = 2  # batches: while one is on the device, the other is decoded
@@ -50,10 +51,6 @@ def yield_cpu() -> None:
     if sys.platform == "linux":
         thread = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _LOWER)  # at most 19
-
-
-class Busy(Exception):
-    """Too many images are waiting to answer one more in time."""
 
 
 class Later(Exception):
@@ -173,10 +170,10 @@ class Batcher:
     async def predict(self, image: bytes, client: str = "") -> np.ndarray:
         """Returns f32[2, classes] for the bytes of an image file from a client: the outputs "ranked".
 
-        Raises Busy if too many images are waiting, and UserError if it does not decode or the outputs are NaN.
+        Raises Refused if too many images are waiting, and UserError if it does not decode or the outputs are NaN.
         """
         if self.waiting >= self._most_waiting:
-            raise Busy
+            raise Refused(503, "too many requests wait; try again in a second")
         result: asyncio.Future[np.ndarray] = asyncio.get_running_loop().create_future()
         self._put(client, image, result)
         return await result

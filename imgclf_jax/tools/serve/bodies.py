@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -30,14 +30,6 @@ class Sent:
     images: list[bytes]
     names: list[str]
     listed: bool = False
-
-
-class _Form(Protocol):
-    """Collects a body, part by part. Both methods raise Refused, with status 400 or 413."""
-
-    def write(self, data: bytes) -> None: ...
-
-    def finish(self) -> Sent: ...
 
 
 class Bodies:
@@ -87,7 +79,8 @@ class Bodies:
             share.give_back(client, size)
 
 
-def _form(content_type: str, most: int) -> _Form:
+def _form(content_type: str, most: int) -> "_Multipart | _Whole":
+    """Returns what collects a body of up to `most` images, part by part. It raises Refused, with status 400 or 413."""
     if content_type[:9].lower() == "multipart":
         return _Multipart(content_type, most)
     return _Whole(content_type[:16].lower() == "application/json", most)
