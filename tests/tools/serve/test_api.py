@@ -16,8 +16,6 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.tools.serve import bodies, request_log
 from imgclf_jax.tools.serve.limits import Refused
 
-pytestmark = pytest.mark.usefixtures("one_device")
-
 BOUNDARY = "multipart/form-data; boundary=x"
 
 

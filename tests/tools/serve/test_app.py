@@ -7,32 +7,39 @@ import io
 import json
 import socket
 import struct
-import threading
-import time
 import typing
-import zlib
 
 import httpx
+import jax
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
+from test_connections import in_thread
 
-import imgclf_jax
-import launch
+from imgclf_jax.config import default_config
+from imgclf_jax.core import sharding
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.tools.serve import app, bodies, connections, limits
 from imgclf_jax.tools.serve import command as serve
+from imgclf_jax.trained import Trained
 
-FLAGS = ["--config.total=20 steps", "--config.model=mlp(widths=(8,))", "--config.schedule=constant(1e-2)",
-         "--config.eval_every="]  # fmt: skip
 LIMITS = app.Limits(body_bytes=100_000, body_seconds=0.5)
 
 
+def untrained(data, **keys):
+    """A small network for these data, with random parameters, as if at step 20."""
+    config = default_config()
+    config.update(model="mlp(widths=(8,))", **keys)
+    programs = Programs(Recipe(config, data), sharding.make_mesh(jax.devices()[:1]))
+    return Trained(programs, programs.init()["state"], 20)
+
+
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("digits") / "run"
-    assert launch.main([*FLAGS, f"--workdir={workdir}"]) == 0
-    return imgclf_jax.load(workdir)
+def model():
+    data = DataInfo(64, (28, 28, 1), tuple(map(str, range(10))), "-")
+    return untrained(data, preprocess="decode(1)|resize(28)")
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +52,8 @@ def port(model):
 def serving(model, limits=LIMITS, **others):
     """The port of a server in a thread of this process."""
     application = app.build(model, limits, ("localhost", "127.0.0.1"), serve.explainer(model), **others)
-    config = connections.server_settings(application, "127.0.0.1", 0)
-    sockets = [config.bind_socket()]
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield sockets[0].getsockname()[1]
-    server.should_exit = True
-    thread.join(20)
-    assert not thread.is_alive()
+    with in_thread(connections.server_settings(application, "127.0.0.1", 0)) as port:
+        yield port
 
 
 class Patient(httpx.Client):
@@ -129,14 +127,10 @@ def test_many_at_once_are_answered_in_batches(client, model):
 
 
 def bomb():
-    """A PNG of 30,000 by 30,000 pixels in a few kilobytes."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", 30_000, 30_000, 1, 0, 0, 0, 0)
-    rows = zlib.compress(bytes(10_000_000), 9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    """A BMP file of a few bytes that claims 30,000 by 30,000 pixels."""
+    content = io.BytesIO()
+    Image.new("1", (8, 8)).save(content, "BMP")
+    return content.getvalue()[:18] + struct.pack("<ii", 30_000, 30_000) + content.getvalue()[26:]
 
 
 def many_scans():

@@ -5,13 +5,9 @@ import base64
 import chromium
 import pytest
 from chromium import WIDTHS, browser  # noqa: F401  the latter is a fixture
-from test_app import model, png, port, serving  # noqa: F401  fixtures
+from test_app import model, png, port, serving, untrained  # noqa: F401  fixtures
 
-from imgclf_jax.config import default_config
-from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
-from imgclf_jax.trained import Trained
 
 pytestmark = chromium.NEEDED
 
@@ -131,13 +127,10 @@ def test_it_takes_a_photograph(page):
                                                   ("decode(1)|resize(128)", False)])  # fmt: skip
 def test_one_draws_where_images_look_drawn(browser, preprocess, drawn):  # noqa: F811
     """And the page is called as the work directory."""
-    config = default_config()
-    config.model, config.preprocess, config.augment = "mlp(widths=(8,))", preprocess, ""
-    shape = tuple(int(part.split(")")[0]) for part in preprocess.split("(")[1:])
-    programs = Programs(Recipe(config, DataInfo(64, (shape[1], shape[1], shape[0]), ("a", "b"), "-")))
-    untrained = Trained(programs, programs.init()["state"], 0)
+    channels, size = (int(part.split(")")[0]) for part in preprocess.split("(")[1:])
+    made = untrained(DataInfo(64, (size, size, channels), ("a", "b"), "-"), preprocess=preprocess, augment="")
     with (
-        serving(untrained, name="<my birds>") as where,
+        serving(made, name="<my birds>") as where,
         chromium.opened(browser, "desktop", "light", f"http://127.0.0.1:{where}/") as (page, said, _),
     ):
         page.get_by_text("2 classes: a, b").wait_for()
@@ -151,12 +144,10 @@ def test_one_draws_where_images_look_drawn(browser, preprocess, drawn):  # noqa:
     ("sigmoid", ("odd", "round"), ["Labels", "2 labels: odd, round", "label", "probability"]),
 ])  # fmt: skip
 def test_it_shows_numbers_and_several_labels(browser, tmp_path, loss, names, words):  # noqa: F811
-    config = default_config()
-    config.model, config.loss, config.preprocess = "mlp(widths=(8,))", loss, "decode(1)|resize(8)"
-    programs = Programs(Recipe(config, DataInfo(64, (8, 8, 1), names, "-", target_names=names)))
-    untrained = Trained(programs, programs.init()["state"], 0)
+    data = DataInfo(64, (8, 8, 1), names, "-", target_names=names)
+    made = untrained(data, loss=loss, preprocess="decode(1)|resize(8)")
     (tmp_path / "a.png").write_bytes(png(0))
-    with serving(untrained) as where, chromium.opened(browser, "phone", "dark", f"http://127.0.0.1:{where}/") as opened:
+    with serving(made) as where, chromium.opened(browser, "phone", "dark", f"http://127.0.0.1:{where}/") as opened:
         page, said, _ = opened
         page.get_by_text(words[1]).wait_for()
         assert [page.text_content("#result"), *page.locator("#classes thead th").all_text_contents()] == [
@@ -164,7 +155,7 @@ def test_it_shows_numbers_and_several_labels(browser, tmp_path, loss, names, wor
         page.set_input_files("#file", tmp_path / "a.png")
         page.get_by_role("status").filter(has_text=" ms in the server").wait_for()
         shown = page.locator("#classes tbody th").all_text_contents()
-        found = untrained.describe(untrained.predict([png(0)])[0])
+        found = made.describe(made.predict([png(0)])[0])
         assert shown == [*found.get("values", ())] + [one["class"] for one in found.get("predictions", ())]
         page.screenshot(path=tmp_path / f"{loss}.png", full_page=True)
         assert said == []

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from test_app import FLAGS, png
+from test_app import png
 
 import launch
 
 ROOT = Path(__file__).parents[3]
+FLAGS = ["--config.data.source=fake(64, (8, 8, 1), 4)", "--config.preprocess=decode(1)|resize(8)",
+         "--config.total=2 steps", "--config.model=mlp(widths=(8,))", "--config.schedule=constant(1e-2)",
+         "--config.batch_size=16", "--config.eval_every="]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def test_it_says_where_it_is_and_ends_at_a_signal(run, number):
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
         where = re.fullmatch(
-            r"serving step 20 of mlp\(widths=\(8,\)\) at (http://127\.0\.0\.1:\d+); press Ctrl-C to stop\n", line
+            r"serving step 2 of mlp\(widths=\(8,\)\) at (http://127\.0\.0\.1:\d+); press Ctrl-C to stop\n", line
         )
         assert where, line
         assert httpx.post(f"{where[1]}/predict", content=png(0)).status_code == 200
