@@ -5,9 +5,9 @@ import json
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -48,8 +48,8 @@ def main(
     images = inputs.find("predict", paths)
     model = load_trained(config, workdir, checkpoint)
     report_host_ops(model.programs)
-    names, multilabel = model.class_names, model.task is Task.MULTILABEL
-    top_k, thresholds = min(top_k, len(names)), _parse_thresholds(threshold, model)
+    top_k, thresholds = min(top_k, len(model.class_names)), _parse_thresholds(threshold, model)
+    with_all = model.task is Task.MULTILABEL and format == "csv"
     counts = {"all": 0, "failed": 0}
     skipped: dict[str, str] = {}
     errors: list[Exception] = []  # an error that ends the iteration early, such as an unreadable folder
@@ -61,7 +61,7 @@ def main(
         for (file, found), result in progress.track(results, total, "predicting", prints=True):
             counts["all"] += 1
             if not isinstance(result, UserError):
-                more = {"probabilities": result[0]} if multilabel and format == "csv" else {}
+                more = {"probabilities": result[0]} if with_all else {}
                 yield {"file": utf8(file), **model.describe(result, top_k, thresholds), **more}
                 continue
             may_skip = found and config.data.unreadable == "skip"
@@ -76,9 +76,7 @@ def main(
     if processes.index():
         deque(until_error(records(), errors), maxlen=0)
     else:
-        columns: Columns = LabelColumns(names) if multilabel else ClassColumns(top_k)
-        columns = ValueColumns(names) if model.task is Task.REGRESSION else columns
-        PRINT[format](until_error(records(), errors), columns)
+        PRINT[format](until_error(records(), errors), make_columns(model, top_k))
         if skipped:
             listed = image_check.write_list("predict", skipped)
             log.warning("unreadable files left out: %d; all are listed in %s", len(skipped),
@@ -109,65 +107,45 @@ def _parse_thresholds(text: str, model: Trained) -> np.ndarray:
     return found[0] if len(found) == 1 else found
 
 
-class Columns(Protocol):
-    """The columns of a task's predictions, in tables and in CSV."""
+class Columns(NamedTuple):
+    """The columns of a task's predictions, in tables and in CSV, and the functions from a record to their cells."""
 
-    @property
-    def table(self) -> list[str]: ...
-
-    @property
-    def csv(self) -> list[str]: ...
-
-    def format_table(self, record: Record) -> list[str]: ...
-
-    def format_csv(self, record: Record, shown: Callable[[str], str]) -> list[Json]: ...
+    table: list[str]
+    csv: list[str]
+    table_cells: Callable[[Record], list[str]]
+    csv_cells: Callable[[Record], list[Json]]
 
 
-class ClassColumns:
-    """The most likely classes, in order."""
+def make_columns(model: Trained, top_k: int) -> Columns:
+    """The most likely classes, in order; the labels in one column, in CSV with the probability of each; or values."""
 
-    def __init__(self, top_k: int):
-        self.table = [f"top {rank}" for rank in range(1, top_k + 1)]
-        self.csv = [f"{name}_{rank}" for rank in range(1, top_k + 1) for name in ("class", "probability")]
+    def shown(prediction: Record) -> str:
+        return f"{prediction['class']} {decimals(prediction['probability'])}"
 
-    def format_table(self, record: Record) -> list[str]:
-        return [f"{p['class']} {decimals(p['probability'])}" for p in record["predictions"]]
-
-    def format_csv(self, record: Record, shown: Callable[[str], str]) -> list[Json]:
-        return [value for p in record["predictions"] for value in (shown(p["class"]), p["probability"])]
-
-
-class LabelColumns:
-    """The predicted labels in one column; in CSV also the probability of each class."""
-
-    def __init__(self, names: Sequence[str]):
-        self.table = ["labels"]
-        self.csv = ["labels", *(f"probability[{name}]" for name in names)]
-
-    def format_table(self, record: Record) -> list[str]:
-        return [", ".join(f"{p['class']} {decimals(p['probability'])}" for p in record["predictions"])]
-
-    def format_csv(self, record: Record, shown: Callable[[str], str]) -> list[Json]:
-        labels = "|".join(shown(p["class"]) for p in record["predictions"])
-        return [labels, *(float(f"{p:.7g}") for p in record["probabilities"])]
-
-
-class ValueColumns:
-    """The value of each regression target."""
-
-    def __init__(self, names: Sequence[str]):
-        self.table = list(names)
-        self.csv = [f"value[{name}]" for name in names]
-
-    def format_table(self, record: Record) -> list[str]:
-        return [f"{value:.5g}" for value in record["values"].values()]
-
-    def format_csv(self, record: Record, shown: Callable[[str], str]) -> list[Json]:
-        return list(record["values"].values())
+    names = model.class_names
+    if model.task is Task.REGRESSION:
+        return Columns(
+            list(names), [f"value[{name}]" for name in names],
+            lambda record: [f"{value:.5g}" for value in record["values"].values()],
+            lambda record: list(record["values"].values()),
+        )  # fmt: skip
+    if model.task is Task.MULTILABEL:
+        return Columns(
+            ["labels"], ["labels", *(f"probability[{name}]" for name in names)],
+            lambda record: [", ".join(map(shown, record["predictions"]))],
+            lambda record: ["|".join(p["class"] for p in record["predictions"]),
+                            *(float(f"{p:.7g}") for p in record["probabilities"])],
+        )  # fmt: skip
+    ranks = range(1, top_k + 1)
+    return Columns(
+        [f"top {rank}" for rank in ranks], [f"{name}_{rank}" for rank in ranks for name in ("class", "probability")],
+        lambda record: [*map(shown, record["predictions"])],
+        lambda record: [value for p in record["predictions"] for value in (p["class"], p["probability"])],
+    )  # fmt: skip
 
 
 def _print_table(records: Iterator[Record], columns: Columns) -> None:
-    rows = ([r["file"], *columns.format_table(r)] for r in records if "error" not in r)
+    rows = ([r["file"], *columns.table_cells(r)] for r in records if "error" not in r)
     terminal.print_long_table(["file", *columns.table], rows, _FIRST_ROWS)
 
 
@@ -190,8 +168,9 @@ def _print_csv(records: Iterator[Record], columns: Columns) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["file", "error", *map(shown, columns.csv)])
     for record in records:
-        cells = [""] * len(columns.csv) if "error" in record else columns.format_csv(record, shown)
-        writer.writerow([shown(record["file"]), shown(record.get("error", "")), *cells])
+        cells = [""] * len(columns.csv) if "error" in record else columns.csv_cells(record)
+        row = [record["file"], record.get("error", ""), *cells]
+        writer.writerow([shown(cell) if isinstance(cell, str) else cell for cell in row])
 
 
 PRINT: dict[str, Callable[[Iterator[Record], Columns], None]] = {
