@@ -3,7 +3,6 @@
 import logging
 import re
 import time
-from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -14,7 +13,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import losses
 from imgclf_jax.core import jaxprs, rng, sharding
 from imgclf_jax.core.memory import size
-from imgclf_jax.core.typing import JsonObject, PyTree, Value
+from imgclf_jax.core.typing import JsonObject, PyTree
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe, check_names
 from imgclf_jax.run import terminal
@@ -35,21 +34,18 @@ def main(config: ConfigDict, workdir: Workdir, chips: str, shape: str, format: s
     `shape` and `facts` describe absent data (see `described.Facts`). Call `topology.prepare_from_flags` before
     importing JAX.
     """
-    return run(config, topology.parse(chips), {"shape": topology.parse_shape(shape), **facts}, format, workdir.path)
-
-
-def run(config: ConfigDict, chips: topology.Chips, facts: dict[str, Value], form: str, folder: Path) -> int:
-    """`main` with its flags parsed."""
     terminal.setup_logging()
-    mesh = sharding.make_mesh(topology.devices(chips), config.mesh)
+    parsed = topology.parse(chips)
+    mesh = sharding.make_mesh(topology.devices(parsed), config.mesh)
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
     check_names(config)
-    data = described.describe(config, described.Facts(**facts), losses.needs_class_counts(config.loss))
-    result = report(Programs(Recipe(config, data, load_teacher), mesh), chips)
-    path = folder / f"dryrun-{str(chips).replace(':', '-')}.json"
-    folder.mkdir(parents=True, exist_ok=True)
+    known = described.Facts(topology.parse_shape(shape), **facts)
+    data = described.describe(config, known, losses.needs_class_counts(config.loss))
+    result = report(Programs(Recipe(config, data, load_teacher), mesh), parsed)
+    path = workdir.path / f"dryrun-{str(parsed).replace(':', '-')}.json"
+    workdir.path.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
-    if form == "json":
+    if format == "json":
         terminal.print_json(result)
     else:
         _print(result)

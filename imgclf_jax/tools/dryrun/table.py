@@ -54,11 +54,8 @@ def gpu_target(kind: str) -> str:
         "registers_per_core_limit": 65_536, "registers_per_block_limit": 65_536,
         "memory_bandwidth": int(chip.bandwidth), "device_memory_size": int(chip.memory),
         "runtime_version": '"12.8.0"', "driver_version": '"12.8.0"', "dnn_version": '"9.10.0"',
-        "cuda_compute_capability": f"{{ major: {capability} }}",
     }  # fmt: skip
-    info = " ".join(f"{key}: {value}" if value != fields["cuda_compute_capability"] else f"{key} {value}"
-                    for key, value in fields.items())  # fmt: skip
-    return (
-        f'gpu_device_info {{ {info} }} platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} '
-        f'device_description_str: "{name}"'
-    )
+    info = " ".join(f"{key}: {value}" for key, value in fields.items())
+    return (f"gpu_device_info {{ {info} cuda_compute_capability {{ major: {capability} }} }} "
+            'platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 0 } '
+            f'device_description_str: "{name}"')  # fmt: skip

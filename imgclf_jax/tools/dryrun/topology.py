@@ -53,11 +53,14 @@ def parse(text: str) -> Chips:
     return Chips(kind, shape)
 
 
-def parse_shape(text: str) -> tuple[int, ...] | None:
+def parse_shape(text: str) -> tuple[int, int, int] | None:
     """Parses "224,224,3" to (224, 224, 3), and "" to None. Raises UsageError for any other text."""
-    if text and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){2}", text):
+    if not text:
+        return None
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){2}", text):
         raise UsageError(f"--shape={text}: must be height, width and channels, such as 224,224,3")
-    return tuple(map(int, text.split(","))) if text else None
+    height, width, channels = map(int, text.split(","))
+    return height, width, channels
 
 
 def prepare_from_flags(chips: str, shape: str, classes: int | None, targets: int | None, **_: object) -> None:

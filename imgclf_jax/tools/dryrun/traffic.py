@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4,
           "f64": 8, "s64": 8, "u64": 8, "c64": 8, "c128": 16}  # fmt: skip
@@ -93,11 +92,11 @@ class Module:
 
     def collectives(self) -> dict[str, tuple[int, int]]:
         """Returns (count, bytes of the results) by kind."""
-        collectives = {}
-        for kind in COLLECTIVES:
-            if count := self._sum(self.entry, partial(_if_kind, kind, _one)):
-                collectives[kind] = count, self._sum(self.entry, partial(_if_kind, kind, _result))
-        return collectives
+        found = {kind: (self._sum_of_kind(kind, lambda _: 1), self._sum_of_kind(kind, _result)) for kind in COLLECTIVES}
+        return {kind: (count, size) for kind, (count, size) in found.items() if count}
+
+    def _sum_of_kind(self, kind: str, value: Callable[[Instruction], int]) -> int:
+        return self._sum(self.entry, lambda _, i: value(i) if i.opcode in (kind, f"{kind}-start") else 0)
 
     def _sum(self, name: str, value: Callable[[Computation, Instruction], int]) -> int:
         """Sums `value` over all executed instructions, with loops unrolled and the costliest branch taken."""
@@ -135,9 +134,9 @@ class Module:
         """Returns the bytes that one instruction reads and writes."""
         if i.opcode in _FREE or i.opcode.endswith("-done") or any(f'"{name}"' in i.text for name in _BUFFERS):
             return 0
-        if i.opcode == "copy-start" or i.opcode.removesuffix("-start") in COLLECTIVES:
-            return sum(self._read(computation, i, n) for n in range(len(i.operands))) + _result(i, traffic=True)
         read = sum(self._read(computation, i, n) for n in range(len(i.operands)))
+        if i.opcode == "copy-start" or i.opcode.removesuffix("-start") in COLLECTIVES:
+            return read + _result(i, traffic=True)
         return read + (self._written(i) if i.opcode == "fusion" else _written_by(computation, i))
 
     def _read(self, computation: Computation, i: Instruction, n: int) -> int:
@@ -202,14 +201,6 @@ def _updated(computation: Computation, i: Instruction) -> int:
     """Returns the bytes of an in-place update."""
     update = computation.instructions.get(i.operands[1 if i.opcode == "dynamic-update-slice" else -1])
     return sum(a.bytes for a in update.arrays) if update else 0
-
-
-def _if_kind(kind: str, value: Callable[[Instruction], int], _: Computation, i: Instruction) -> int:
-    return value(i) if i.opcode in (kind, f"{kind}-start") else 0
-
-
-def _one(_: Instruction) -> int:
-    return 1
 
 
 def _result(i: Instruction, traffic: bool = False) -> int:
