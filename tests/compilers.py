@@ -13,6 +13,24 @@ from imgclf_jax.tools.dryrun import topology
 
 ROOT = Path(__file__).parents[1]
 
+# What every program begins with: the chips to compile for, before anything imports JAX.
+BEGIN = """
+import json, sys
+from imgclf_jax.tools.dryrun import topology
+
+chips = topology.parse(sys.argv[1])
+topology.prepare(chips)
+
+import jax
+import numpy as np
+from imgclf_jax.config import default_config
+from imgclf_jax.core import sharding
+from imgclf_jax.programs import Programs
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.provenance import DataInfo
+from imgclf_jax.tools.dryrun import counts
+"""
+
 
 def skip_without(chips: str) -> None:
     """Skips the test where the compiler for these chips is not installed."""
@@ -24,12 +42,12 @@ def skip_without(chips: str) -> None:
 
 
 def printed(program: str, chips: str, *arguments: str) -> Any:
-    """The last line that `program` prints, as JSON. It gets the chips' name and the arguments, and the repository."""
+    """The last line that `program` prints after BEGIN, as JSON. It gets the chips' name and the arguments."""
     skip_without(chips)
     variables = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")}
     ran = subprocess.run(
-        [sys.executable, "-c", program, chips, *arguments], env={**variables, "PYTHONPATH": str(ROOT)}, cwd=ROOT,
-        capture_output=True, text=True, timeout=500, check=False,
+        [sys.executable, "-c", BEGIN + program, chips, *arguments], env={**variables, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-2000:]
     return json.loads(ran.stdout.splitlines()[-1])

@@ -5,18 +5,8 @@ from compilers import printed
 
 # Prints [bytes a chip, collectives] of RandAugment alone, for 128 images of ImageNet's size a chip.
 PROGRAM = """
-import json
-import sys
-from imgclf_jax.tools.dryrun import topology
-
-chips = topology.parse(sys.argv[1])
-topology.prepare(chips)
-
-import jax
-import numpy as np
 from imgclf_jax.augment import policies
-from imgclf_jax.tools.dryrun import counts
-from imgclf_jax.core import platform, sharding
+from imgclf_jax.core import platform
 
 mesh = sharding.make_mesh(topology.devices(chips))
 split = sharding.sharded(mesh)

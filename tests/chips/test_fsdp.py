@@ -5,20 +5,6 @@ from compilers import printed
 
 # Prints [bytes of the train program's arguments, of its temporaries], replicated and sharded, and those of parameters.
 PROGRAM = """
-import json, sys
-from imgclf_jax.tools.dryrun import topology
-
-chips = topology.parse(sys.argv[1])
-topology.prepare(chips)
-
-import jax
-from imgclf_jax.tools.dryrun import counts
-from imgclf_jax.config import default_config
-from imgclf_jax.core import sharding
-from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
-from imgclf_jax.run.provenance import DataInfo
-
 config, found = default_config(), []
 config.model, config.optimizer, config.precision = "vit('B', patch=16)", "adamw", "bfloat16"
 config.batch_size, config.steps_per_call, config.total = 8, 1, "10 steps"

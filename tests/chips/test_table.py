@@ -5,17 +5,7 @@ from compilers import printed
 
 # Prints [bytes of the images, of the train program's arguments, of its temporaries] for each shape of images.
 PROGRAM = """
-import json, math, sys
-from imgclf_jax.tools.dryrun import topology
-
-chips = topology.parse(sys.argv[1])
-topology.prepare(chips)
-
-from imgclf_jax.config import default_config
-from imgclf_jax.core import sharding
-from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
-from imgclf_jax.run.provenance import DataInfo
+import math
 
 config, found, examples = default_config(), [], 100_000
 config.model, config.optimizer, config.data.placement, config.batch_size = "mlp(widths=(8,))", "sgd", "device", 128

@@ -100,15 +100,12 @@ def test_a_loop_counts_as_often_as_it_runs():
     weights = jax.ShapeDtypeStruct((256, 256), "float32", sharding=sharding.replicated(mesh))
 
     def of(length):
-        def step(w, _):
-            return w - jax.grad(lambda w, x: jnp.sum(jnp.sin(x @ w)))(w, rows_in), None
-
         def program(w, x):
-            nonlocal rows_in
-            rows_in = x
+            def step(w, _):
+                return w - jax.grad(lambda w: jnp.sum(jnp.sin(x @ w)))(w), None
+
             return lax.scan(step, w, None, length=length)[0]
 
-        rows_in = None
         jitted = jax.jit(program, out_shardings=sharding.replicated(mesh))
         return counts.count_program(jitted.lower(weights, rows).compile())
 
@@ -135,18 +132,7 @@ def test_beside_xlas_own_count():
 
 
 PROGRAM = """
-import json, sys
-from imgclf_jax.tools.dryrun import topology
-
-chips = topology.parse(sys.argv[1])
-topology.prepare(chips)
-
-from imgclf_jax.tools.dryrun import counts
 from imgclf_jax.config import load_file
-from imgclf_jax.core import sharding
-from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
-from imgclf_jax.run.provenance import DataInfo
 
 config, found = load_file("configs/fashion_mnist.py"), []
 config.batch_size = int(sys.argv[2]) * chips.count
