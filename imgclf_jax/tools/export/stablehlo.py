@@ -17,7 +17,7 @@ import numpy as np
 from jax import export, lax
 
 from imgclf_jax.core import jaxprs, platform, sharding, tree
-from imgclf_jax.core.typing import Function, JsonObject, ModelState, Params
+from imgclf_jax.core.typing import Function, JsonObject
 from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared
 from imgclf_jax.trained import Trained
@@ -46,7 +46,7 @@ def program(model: Trained, what: Outputs) -> export.Exported:
     It is in XLA's own form, which runs everywhere, and for one device, since a mesh would be a part of the file.
     """
     pure = model.programs.pure(what)
-    params, model_state = _on_host(model)
+    params, model_state = jax.tree.map(sharding.fetch, model.state.evaluated)
 
     def function(images: jax.Array) -> jax.Array:
         return pure(params, model_state, images)
@@ -57,7 +57,7 @@ def program(model: Trained, what: Outputs) -> export.Exported:
 def program_of_weights(model: Trained, what: Outputs) -> tuple[export.Exported, dict[str, np.ndarray]]:
     """As `program`, but the function takes the weights, in this order, before the images; and these by their names."""
     pure = model.programs.pure(what)
-    params, model_state = _on_host(model)
+    params, model_state = jax.tree.map(sharding.fetch, model.state.evaluated)
     variables = {"params": params, **model_state}
     weights = dict(tree.named_leaves(variables))
 
@@ -67,10 +67,6 @@ def program_of_weights(model: Trained, what: Outputs) -> tuple[export.Exported, 
         return pure(own.pop("params"), own, images)
 
     return _lowered(function, model, *weights.values()), weights
-
-
-def _on_host(model: Trained) -> tuple[Params, ModelState]:
-    return jax.tree.map(sharding.fetch, model.state.evaluated)
 
 
 def isolate_bfloat16_matmuls(function: Function) -> Function:
@@ -115,23 +111,16 @@ def metadata(model: Trained, what: Outputs, exported: export.Exported, today: da
     }  # fmt: skip
 
 
-def _lifetime(today: datetime.date) -> dict[str, str]:
-    """The last day of JAX's promise, and the sentence for who loads the file after it."""
-    until = (today + _LIVES).isoformat()
-    return {
-        "loads_until": until,
-        "lifetime": f"jax {jax.__version__} wrote it on {today.isoformat()}, and JAX promises that versions from this "
-                    f"one to those of {until} load it; export the model again after that",
-    }  # fmt: skip
-
-
 def archive(model: Trained, what: Outputs, today: datetime.date) -> tuple[bytes, JsonObject, float]:
     """Returns the bytes of the file, its metadata, and the largest difference of its outputs from the model's.
 
     Raises UserError if they differ by more than rounding on random images, on this process's first device.
     """
     exported = program(model, what)
-    described = metadata(model, what, exported, today) | _lifetime(today)
+    until = (today + _LIVES).isoformat()
+    lifetime = (f"jax {jax.__version__} wrote it on {today.isoformat()}, and JAX promises that versions from this one "
+                f"to those of {until} load it; export the model again after that")  # fmt: skip
+    described = metadata(model, what, exported, today) | {"loads_until": until, "lifetime": lifetime}
     serialized, content = exported.serialize(), io.BytesIO()
     loaded = jax.jit(export.deserialize(serialized).call)
     difference = compared.difference(lambda images: np.asarray(loaded(images)), model, what, "jax.export")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from cases import thorough
-from test_onnx import made
+from test_stablehlo import made
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.tools.export import compared
@@ -12,7 +12,7 @@ from imgclf_jax.tools.export import compared
 @pytest.mark.parametrize("what", ["predict", *thorough("logits")])
 def test_a_wrong_translation_of_a_network_that_is_sure_is_found(what):
     """Both are confident about every random image, so their probabilities agree to six digits."""
-    model, _ = made("cnn(widths=(4, 8), hidden=8)")
+    model, _ = made("mlp(widths=(8,))")
     params = model.state.params
     head = params["head"] | {"kernel": params["head"]["kernel"] * 0, "bias": params["head"]["bias"] * 0}
 
@@ -29,7 +29,7 @@ def test_a_wrong_translation_of_a_network_that_is_sure_is_found(what):
         return outputs
 
     right, wrong = sure([40, 3, 2, 1, 0]), sure([40, 0, 3, 2, 1])
-    probabilities = [np.asarray(m.predict(np.zeros((2, 28, 28, 1), np.uint8))) for m in (right, wrong)]
+    probabilities = [np.asarray(m.predict(np.zeros((2, 8, 8, 1), np.uint8))) for m in (right, wrong)]
     np.testing.assert_allclose(*probabilities, atol=1e-6)
     assert compared.difference(run(right), right, what, "X") == 0
     with pytest.raises(
@@ -41,7 +41,7 @@ def test_a_wrong_translation_of_a_network_that_is_sure_is_found(what):
 @pytest.mark.thorough
 def test_a_sigmoid_may_be_off_as_that_of_onnxruntime_is():
     """By 2e-7, which the logarithm of a small probability does not tolerate; another probability is found."""
-    model, images = made("cnn(widths=(4, 8), hidden=8)")
+    model, images = made("mlp(widths=(8,))")
     model.config.loss = "sigmoid"
     head = model.state.params["head"]
     low = head | {"kernel": head["kernel"] * 0, "bias": head["bias"].at[:].set(np.float32([-9, -3, 0, 3, -9]))}
@@ -53,6 +53,6 @@ def test_a_sigmoid_may_be_off_as_that_of_onnxruntime_is():
 
 
 def test_nan_is_no_agreement():
-    model, _ = made("cnn(widths=(4, 8), hidden=8)")
+    model, _ = made("mlp(widths=(8,))")
     with pytest.raises(UserError, match="by up to nan"):
         compared.difference(lambda images: np.full((len(images), 5), np.nan, np.float32), model, "predict", "X")

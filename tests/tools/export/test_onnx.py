@@ -5,30 +5,13 @@ import importlib.util
 import jax
 import numpy as np
 import pytest
-from test_stablehlo import SPECS, programs_images
+from test_stablehlo import SPECS, made
 
 import launch
-from imgclf_jax.config import default_config
-from imgclf_jax.programs import Programs
-from imgclf_jax.recipe import Recipe
-from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.tools.export import onnx
-from imgclf_jax.trained import Trained
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("jax2onnx", "onnxruntime"))
 needs_onnx = pytest.mark.skipif(not INSTALLED, reason="jax2onnx and onnxruntime come with the extra `onnx`")
-
-
-def made(spec, tta=""):
-    """(an untrained model of the spec, images)."""
-    size, channels = SPECS[spec]
-    config = default_config()
-    config.model, config.augment, config.tta = spec, "normalize(0.5, 0.25)", tta
-    config.preprocess = f"decode({channels})"
-    recipe = Recipe(config, DataInfo(64, (size, size, channels), tuple("abcde"), "-"))
-    programs = Programs(recipe)
-    images = np.random.default_rng(1).integers(256, size=(8, size, size, channels), dtype=np.uint8)
-    return Trained(programs, programs.init(images=programs_images(recipe, images))["state"], 0), images
 
 
 @needs_onnx

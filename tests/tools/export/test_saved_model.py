@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from test_onnx import made
-from test_stablehlo import SPECS, run  # noqa: F401
+from test_stablehlo import SPECS, made, run  # noqa: F401
 
 import imgclf_jax
 import launch

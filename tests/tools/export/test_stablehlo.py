@@ -156,35 +156,35 @@ def test_a_file_that_jax_no_longer_loads_says_until_when_it_did(run, tmp_path, m
         exec(lines, {})
 
 
-SPECS = {"cnn(widths=(4, 8), hidden=8)": (28, 1), "rnn": (12, 1), "resnet(18)": (32, 3), "resnet_cifar(8)": (16, 3),
-         "wide_resnet(10, 1)": (16, 3), "convnext('T')": (32, 3), "vit('Ti', patch=8)": (16, 3),
-         "mixer('S', patch=8)": (16, 3), "airbench": (32, 3)}  # fmt: skip
+SPECS = {"mlp(widths=(8,))": (8, 1), "cnn(widths=(4, 8), hidden=8)": (28, 1), "rnn": (12, 1), "resnet(18)": (32, 3),
+         "resnet_cifar(8)": (16, 3), "wide_resnet(10, 1)": (16, 3), "convnext('T')": (32, 3),
+         "vit('Ti', patch=8)": (16, 3), "mixer('S', patch=8)": (16, 3), "airbench": (32, 3)}  # fmt: skip
+
+
+def made(spec, tta=""):
+    """(an untrained model of the spec, images)."""
+    size, channels = SPECS[spec]
+    config = default_config()
+    config.model, config.augment, config.tta = spec, "normalize(0.5, 0.25)", tta
+    config.preprocess = f"decode({channels})"
+    recipe = Recipe(config, DataInfo(64, (size, size, channels), tuple("abcde"), "-"))
+    programs = Programs(recipe)
+    images = np.random.default_rng(1).integers(256, size=(8, size, size, channels), dtype=np.uint8)
+    first = None
+    if hasattr(recipe.model.backbone, "init_on_images"):
+        first = np.asarray(jax.jit(lambda x: recipe.augment(train=False)(None, x))(np.tile(images, (8, 1, 1, 1))))
+    return Trained(programs, programs.init(images=first)["state"], 0), images
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_backbone(spec):
     """With TTA views; the CPU program and the file's own form agree, for any number of images."""
-    size, channels = SPECS[spec]
-    config = default_config()
-    config.model, config.augment, config.tta = spec, "normalize(0.5, 0.25)", "flip"
-    config.preprocess = f"decode({channels})"
-    recipe = Recipe(config, DataInfo(64, (size, size, channels), tuple("abcde"), "-"))
-    programs = Programs(recipe)
-    images = np.random.default_rng(0).integers(256, size=(8, size, size, channels), dtype=np.uint8)
-    state = programs.init(images=programs_images(recipe, images))["state"]
-    model = Trained(programs, state, 0)
+    model, images = made(spec, "flip")
     exported = export.deserialize(stablehlo.program(model, "predict").serialize())
     assert exported.platforms == stablehlo.PLATFORMS
     np.testing.assert_allclose(exported.call(images), model.predict(images), rtol=0, atol=1e-5)
     np.testing.assert_allclose(exported.call(images[:3]), model.predict(images[:3]), rtol=0, atol=1e-5)
-
-
-def programs_images(recipe, images):
-    """The images for a backbone that is initialized on images."""
-    if not hasattr(recipe.model.backbone, "init_on_images"):
-        return None
-    return np.asarray(jax.jit(lambda x: recipe.augment(train=False)(None, x))(np.tile(images, (8, 1, 1, 1))))
 
 
 def test_mistakes(run, tmp_path, capsys):

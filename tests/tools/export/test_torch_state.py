@@ -108,8 +108,6 @@ def test_several_seeds_are_a_file_each(tmp_path):
 @pytest.mark.parametrize("averaged", [False, *thorough(True)])
 def test_weights_that_hold_nan_are_not_written(averaged, tmp_path, monkeypatch, capsys):
     """As `predict` refuses their outputs. Only what is evaluated counts: an average of weights replaces them."""
-    flags = ["--config.total=2 steps", "--config.model=mlp(widths=(8,))", "--config.eval_every=",
-             "--config.schedule=constant(1e-3)", "--config.tensorboard=False"]  # fmt: skip
     file, load = tmp_path / "a.safetensors", export.load_trained
 
     def poisoned(*args):
@@ -119,7 +117,7 @@ def test_weights_that_hold_nan_are_not_written(averaged, tmp_path, monkeypatch, 
         ema = model.state.evaluated if averaged else None
         return model._replace(state=model.state.replace(params=params, ema=ema))
 
-    assert launch.main([*flags, f"--workdir={tmp_path / 'run'}"]) == 0
+    assert launch.main([*FLAGS, "--config.model=mlp(widths=(8,))", f"--workdir={tmp_path / 'run'}"]) == 0
     monkeypatch.setattr(export, "load_trained", poisoned)
     capsys.readouterr()
     assert launch.main(["export", str(file), f"--workdir={tmp_path / 'run'}"]) == (0 if averaged else 1)
