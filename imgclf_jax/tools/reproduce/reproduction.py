@@ -181,15 +181,8 @@ def differences(old: JsonMapping, new: JsonMapping) -> list[Difference]:
     a, b = (_dict(p.get("data")) for p in (old, new))
     if a.get("fingerprint") and a["fingerprint"] == b.get("listing_fingerprint"):  # older versions ignored contents
         b = b | {"fingerprint": a["fingerprint"]}
-    for key in (
-        "fingerprint",
-        "train_examples",
-        "image_shape",
-        "class_names",
-        "class_counts",
-        "target_names",
-        "sampling",
-    ):
+    for key in ("fingerprint", "train_examples", "image_shape", "class_names", "class_counts", "target_names",
+                "sampling"):  # fmt: skip
         add("data", key, a.get(key), b.get(key))
     a, b = (_dict(one.get("extra")) for one in (a, b))
     for name in sorted(a.keys() & b.keys()):

@@ -18,6 +18,7 @@ from imgclf_jax.data import stream
 from imgclf_jax.losses import Task
 from imgclf_jax.programs import Programs, programs_for_images
 from imgclf_jax.recipe import check_names
+from imgclf_jax.run.provenance import write_atomically
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import make_inputs
 from imgclf_jax.tools.pages import contact_sheet
@@ -59,8 +60,7 @@ def main(
     content = io.BytesIO()
     picture.save(content, "PNG")
     file.parent.mkdir(parents=True, exist_ok=True)
-    with places.replacing(file) as temporary:
-        temporary.write_bytes(content.getvalue())
+    write_atomically(file, content.getvalue())
     if format == "json":
         print(json.dumps({"step": step, "seed": config.seed, "file": str(file), "pixels": how, "examples": examples},
                          indent=2))  # fmt: skip
@@ -132,9 +132,8 @@ def _label_lines(example: JsonObject, task: Task) -> list[str]:
         numbers = list(example["target"].items())
         if task is not Task.REGRESSION:
             numbers = sorted(((name, x) for name, x in numbers if x >= 0.005), key=lambda one: -one[1])
-            if all(x == 1 for _, x in numbers):
-                return [*(printable(name) for name, _ in numbers[:_LINES]), *["…"] * (len(numbers) > _LINES)]
-        lines = [f"{x:.4g}  {printable(name)}" for name, x in numbers[:_LINES]]
+        certain = task is not Task.REGRESSION and all(x == 1 for _, x in numbers)
+        lines = [printable(name) if certain else f"{x:.4g}  {printable(name)}" for name, x in numbers[:_LINES]]
         return [*lines, *["…"] * (len(numbers) > _LINES)]
     shares = {name: share for name, share in example["label"].items() if share >= 0.005}
     if len(shares) == 1:

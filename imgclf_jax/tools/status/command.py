@@ -2,8 +2,8 @@
 backend."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import goodput, lock, record, skipped, terminal, writers
@@ -11,24 +11,19 @@ from imgclf_jax.run.progress import duration
 from imgclf_jax.run.record import Record
 
 
-@dataclass(frozen=True)
-class Status:
-    """What the files of a run say of it."""
+class Status(NamedTuple):
+    """What the files of a run say of it, as printed in JSON."""
 
-    name: str
+    run: str
     state: str  # "done", "running", "stopped" or "not begun"
     step: int  # the last that is recorded
     total: int | None
     checkpoint: int | None  # the step of the latest one
     images_per_second: float | None  # at the latest log line
     seconds_left: float | None  # for a run that trains now, by its pace until now
+    goodput: float | None  # the fraction of the wall time spent on training steps
     seconds: dict[str, float]  # by phase: see `goodput.sum_up`
     health: list[str]  # sentences on what went wrong
-
-    @property
-    def goodput(self) -> float | None:
-        """The fraction of the wall time spent on training steps."""
-        return goodput.goodput(self.seconds) if any(self.seconds.values()) else None
 
 
 def main(files: Sequence[str], format: str) -> int:
@@ -39,12 +34,13 @@ def main(files: Sequence[str], format: str) -> int:
     runs, damaged = record.find(files)
     found = [read(run) for run in runs]
     if format == "json":
-        terminal.print_json([_as_json(one) for one in found])
+        terminal.print_json([one._asdict() for one in found])
         return 1 if damaged else 0
     terminal.print_table(
         ["run", "state", "step", "checkpoint", "images/s", "left", "goodput"],
-        [[one.name, one.state, f"{one.step}/{one.total or '?'}", _or_dash(one.checkpoint), _pace(one),
-          _left(one), "" if one.goodput is None else f"{one.goodput:.0%}"] for one in found],
+        [[one.run, one.state, f"{one.step}/{one.total or '?'}", _or_dash(one.checkpoint),
+          _or_dash(one.images_per_second, "{:,.0f}".format), _or_dash(one.seconds_left, duration),
+          "" if one.goodput is None else f"{one.goodput:.0%}"] for one in found],
     )  # fmt: skip
     if len(found) == 1 and any(found[0].seconds.values()):
         whole = sum(found[0].seconds.values())
@@ -52,7 +48,7 @@ def main(files: Sequence[str], format: str) -> int:
         terminal.print_table(["time", "", "of all"], [[n, f"{s:,.1f} s", f"{s / whole:.1%}"] for s, n in rows])
     for one in found:
         for sentence in one.health:
-            terminal.print_text(f"{one.name}: {sentence}")
+            terminal.print_text(f"{one.run}: {sentence}")
     return 1 if damaged else 0
 
 
@@ -70,9 +66,11 @@ def read(run: Record) -> Status:
         done, spent = line["step"] - line["first"], line["at"] - line["began"] - _fixed(line["seconds"])
         if done > 0:
             left = max(0.0, (total - line["step"]) * spent / done - (time.time() - line["at"]))
+    seconds = goodput.sum_up(lines)
     return Status(
         run.name, state, step, total, max(steps, default=None), latest.get("train/images_per_second"), left,
-        goodput.sum_up(lines), _health(run),
+        goodput.goodput(seconds) if any(seconds.values()) else None,
+        {name: round(value, 3) for name, value in seconds.items()}, _health(run),
     )  # fmt: skip
 
 
@@ -103,21 +101,5 @@ def _health(run: Record) -> list[str]:
     return found
 
 
-def _as_json(one: Status) -> JsonObject:
-    return {
-        "run": one.name, "state": one.state, "step": one.step, "total": one.total, "checkpoint": one.checkpoint,
-        "images_per_second": one.images_per_second, "seconds_left": one.seconds_left, "goodput": one.goodput,
-        "seconds": {name: round(seconds, 3) for name, seconds in one.seconds.items()}, "health": one.health,
-    }  # fmt: skip
-
-
-def _or_dash(value: int | None) -> str:
-    return "-" if value is None else str(value)
-
-
-def _left(one: Status) -> str:
-    return "-" if one.seconds_left is None else duration(one.seconds_left)
-
-
-def _pace(one: Status) -> str:
-    return "-" if one.images_per_second is None else f"{one.images_per_second:,.0f}"
+def _or_dash[T](value: T | None, form: Callable[[T], str] = str) -> str:
+    return "-" if value is None else form(value)

@@ -20,7 +20,7 @@ from imgclf_jax import config as configs
 from imgclf_jax.cli.words import CommandLine, UsageError, override
 from imgclf_jax.core import places, signals
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.text import decimals, printable
+from imgclf_jax.core.text import printable
 from imgclf_jax.recipe import check_names
 from imgclf_jax.run import lock, terminal
 from imgclf_jax.run.progress import Line
@@ -295,8 +295,5 @@ def _find_error(status: int, file: Path) -> str:
 def _main_metric(config: ConfigDict, workdir: Workdir) -> str:
     """Formats the metric that the run is ranked by; "" without a result."""
     metrics = status.result(workdir)
-    if not (found := status.main_metric(config, metrics)):
-        return ""
-    name = found[0]
-    std = f" ± {decimals(metrics[f'{name}_std'])}" if f"{name}_std" in metrics else ""
-    return f"{name} {decimals(metrics[name])}{std}"
+    found = status.main_metric(config, metrics)
+    return f"{found[0]} {status.format_metric(metrics, found[0])}" if found else ""

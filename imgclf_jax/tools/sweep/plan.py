@@ -86,7 +86,9 @@ def parse(text: str) -> tuple[str, list[str]]:
             values = ast.literal_eval(rest)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as e:
             raise UserError(f"--sweep={text!r}: {rest} is not a list of Python literals; {_FORMS}") from e
-        return key, [_text(value, f"--sweep={text!r}") for value in _not_empty(list(values), text)]
+        if not values:
+            raise UserError(f"--sweep={text!r} has no values; {_FORMS}")
+        return key, [_text(value, f"--sweep={text!r}") for value in values]
     match = re.fullmatch(r"(\d{1,10})\s*\.\.\s*(\d{1,10})", rest)
     if match and type(configs.KEYS.get(key, ("",))[0]) is int:
         first, last = int(match[1]), int(match[2])
@@ -104,12 +106,6 @@ def can_set(key: str) -> bool:
     """Whether a key can be set: a key of the config, an evaluation set or an extra stream."""
     in_dict = re.fullmatch(r"data\.(eval|extra)\.[^.]+", key)
     return (key in configs.KEYS and key not in ("data.eval", "data.extra")) or bool(in_dict)
-
-
-def _not_empty(values: list[Value], text: str) -> list[Value]:
-    if not values:
-        raise UserError(f"--sweep={text!r} has no values; {_FORMS}")
-    return values
 
 
 def _text(value: Value, where: str) -> str:

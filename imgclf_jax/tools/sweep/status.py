@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ class Progress:
 
     step: int = 0
     total: int | None = None  # None until it has recorded its data
-    metrics: Mapping[str, float] | None = None  # its latest ones
+    metrics: Mapping[str, float] = field(default_factory=dict)  # its latest ones
 
     @property
     def part(self) -> float:
@@ -63,21 +63,21 @@ def _tail(file: Path) -> list[JsonObject]:
     return records
 
 
-def selecting_metric(config: ConfigDict) -> tuple[str, float] | None:
-    """The metric that chooses checkpoints, and 1.0 if its greatest value is best, else -1.0; None if there is none."""
-    best = config.checkpoint.best
-    return parse_best(best) if best else None
-
-
 def main_metric(config: ConfigDict, metrics: Mapping[str, float]) -> tuple[str, float] | None:
-    """The name and sign of the metric that runs are ranked by, among `metrics`, as in `selecting_metric`.
+    """The name of the metric that runs are ranked by, and 1.0 if its greatest value is best, else -1.0.
 
-    It is the one that chooses checkpoints, or else the task's own on the first evaluation set.
+    It is the one that chooses checkpoints, or else the task's own on the first evaluation set. None if `metrics` lack
+    it.
     """
-    found = selecting_metric(config)
-    names = [f"{group}/{kind}" for group in config.data.eval for kind in MAIN_METRICS]
-    found = found or next(((name, 1.0) for name in names if name in metrics), None)
-    return found if found and found[0] in metrics else None
+    names = [(f"{group}/{kind}", 1.0) for group in config.data.eval for kind in MAIN_METRICS]
+    known = [parse_best(config.checkpoint.best)] if config.checkpoint.best else names
+    return next((found for found in known if found[0] in metrics), None)
+
+
+def format_metric(metrics: Mapping[str, float], name: str) -> str:
+    """Formats a metric, with the standard deviation over the seeds of a run if it has several."""
+    std = metrics.get(f"{name}_std")
+    return decimals(metrics[name]) + ("" if std is None else f" ± {decimals(std)}")
 
 
 def describe(runs: Sequence[tuple[str, ConfigDict, Progress]], done: int, total: int, left: float | None) -> str:
@@ -88,8 +88,8 @@ def describe(runs: Sequence[tuple[str, ConfigDict, Progress]], done: int, total:
     text = f"{done} of {total} runs done" + ("" if left is None else f", {duration(left)} left")
     for name, config, progress in runs:
         text += f"; step {progress.step:,} of {progress.total:,}" if progress.total else "; starting"
-        if metric := main_metric(config, progress.metrics or {}):
-            text += f", {metric[0]} {decimals((progress.metrics or {})[metric[0]])}"
+        if metric := main_metric(config, progress.metrics):
+            text += f", {metric[0]} {decimals(progress.metrics[metric[0]])}"
         text += f" ({printable(name)})"
     return text
 
@@ -142,7 +142,6 @@ def ranking(
     lines = [f"ranking by {key}:"]
     between = "  " if columns is None or width + 26 <= columns else "\n      "
     for place, (_, _, name, metrics) in enumerate(ranked[:most], 1):
-        std = f" ± {decimals(metrics[f'{key}_std'])}" if f"{key}_std" in metrics else ""
-        row = f"{place:>4}  {name:<{width}}{between}{decimals(metrics[key])}{std}"
+        row = f"{place:>4}  {name:<{width}}{between}{format_metric(metrics, key)}"
         lines += [line.rstrip() for line in row.split("\n")]
     return lines + ([f"      and {len(ranked) - most} more"] if len(ranked) > most else [])

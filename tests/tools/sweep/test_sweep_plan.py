@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from imgclf_jax.cli.words import override
 from imgclf_jax.config import default_config
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.tools.sweep import plan as sweep_plan
@@ -77,15 +78,9 @@ def test_plans_that_are_refused(planned, sweeps, said):
 
 
 def typed(settings):
-    """The config of a run, without launch.py: numbers are numbers."""
+    """The config of a run."""
     config = default_config()
-    for key, text in settings.items():
-        old = sweep_plan.value_of(config, key)
-        *parents, leaf = key.split(".")
-        node = config
-        for parent in parents:
-            node = node[parent]
-        node[leaf] = type(old)(text)
+    override(config, [f"--config.{key}={text}" for key, text in settings.items()], "sweep")
     return config
 
 
