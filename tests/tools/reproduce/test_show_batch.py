@@ -147,8 +147,3 @@ def test_of_a_config_and_of_a_run(tmp_path, monkeypatch, capsys):
     assert "--step=2: must be 0 to 1, because the run has 2 steps" in capsys.readouterr().err
     assert launch.main(["show-batch", *words, "--output=a.jpg"]) == 1
     assert "--output=a.jpg: the name must end in .png" in capsys.readouterr().err
-    file = tmp_path / "run" / "config.json"
-    file.write_text(file.read_text().replace("pad_crop(2)", f"os:system('touch {tmp_path}/harm')"))
-    assert launch.main(["show-batch", f"--workdir={tmp_path}/run"]) == 1
-    assert "add --trust" in capsys.readouterr().err
-    assert not (tmp_path / "harm").exists()

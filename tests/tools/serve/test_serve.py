@@ -10,9 +10,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from test_app import png
+from test_app import model, png  # noqa: F401  the former is a fixture
 
 import launch
+from imgclf_jax import config as configs
+from imgclf_jax.tools.serve import command as serve
 
 ROOT = Path(__file__).parents[3]
 FLAGS = ["--config.data.source=fake(64, (8, 8, 1), 4)", "--config.preprocess=decode(1)|resize(8)",
@@ -20,17 +22,11 @@ FLAGS = ["--config.data.source=fake(64, (8, 8, 1), 4)", "--config.preprocess=dec
          "--config.batch_size=16", "--config.eval_every="]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, one_device):
-    workdir = tmp_path_factory.mktemp("digits") / "run"
-    assert launch.main([*FLAGS, f"--workdir={workdir}"]) == 0
-    return workdir
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_says_where_it_is_and_ends_at_a_signal(run, number):
-    command = [sys.executable, "launch.py", "serve", f"--workdir={run}", "--port=0"]
+def test_it_says_where_it_is_and_ends_at_a_signal(number, tmp_path):
+    assert launch.main([*FLAGS, f"--workdir={tmp_path}"]) == 0
+    command = [sys.executable, "launch.py", "serve", f"--workdir={tmp_path}", "--port=0"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
         where = re.fullmatch(
@@ -44,10 +40,12 @@ def test_it_says_where_it_is_and_ends_at_a_signal(run, number):
         assert time.monotonic() - begun < 10
 
 
-def test_mistakes(run, capsys):
+def test_mistakes(model, tmp_path, monkeypatch, capsys):  # noqa: F811
+    (tmp_path / "config.json").write_text(configs.to_json(model.config))
+    monkeypatch.setattr(serve, "load_trained", lambda *_: model)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert launch.main(["serve", f"--workdir={run}", f"--port={port}"]) == 1
+        assert launch.main(["serve", f"--workdir={tmp_path}", f"--port={port}"]) == 1
     assert f"serve: cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
-    assert launch.main(["serve", f"--workdir={run}", "--port=99999"]) == 1
+    assert launch.main(["serve", f"--workdir={tmp_path}", "--port=99999"]) == 1
     assert "--port=99999: must be 0 to 65535" in capsys.readouterr().err
