@@ -1,12 +1,10 @@
 """Paired tests and confidence intervals for the difference of two models on the same examples."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import special
-
-Method = Literal["mid-p", "exact", "chi-square"]
 
 
 class Spread(NamedTuple):
@@ -29,28 +27,20 @@ def spread(parts: Sequence[Spread]) -> Spread:
     return Spread(n, mean, float(np.sqrt(squares / (n - 1))) if n > 1 else float("nan"))
 
 
-def mcnemar(first: int, second: int, method: Method = "mid-p") -> float:
-    """Returns the two-sided p-value of the hypothesis that two models are equally accurate (McNemar 1947).
+def mcnemar(first: int, second: int) -> float:
+    """Returns the two-sided mid-p-value of the hypothesis that two models are equally accurate (McNemar 1947).
 
     `first` and `second` count the discordant examples: those that only the first, or only the second, model predicts
-    correctly. Under the hypothesis, a discordant example favors either model with probability 1/2.
-
-    - "exact": the binomial probability of a split at least as uneven
-    - "mid-p": the same with half the probability of the observed split (Fagerland, Lydersen and Laake 2013), which has
-      more power and nearly keeps the level
-    - "chi-square": with continuity correction (Edwards 1948), for many discordant examples
+    correctly. Under the hypothesis, a discordant example favors either model with probability 1/2. The p-value is the
+    binomial probability of a split at least as uneven, with half the probability of the observed split (Fagerland,
+    Lydersen and Laake 2013), which has more power than the exact test and nearly keeps the level.
     """
     n, least = first + second, min(first, second)
     if n == 0:
         return 1.0
-    if method == "chi-square":
-        return float(special.chdtrc(1, max(abs(first - second) - 1, 0) ** 2 / n))
     equal = float(np.exp(special.gammaln(n + 1) - special.gammaln(least + 1) - special.gammaln(n - least + 1)
                          - n * np.log(2)))  # fmt: skip
-    if first == second:
-        return 1.0 if method == "exact" else 1 - equal / 2
-    exact = min(1.0, 2 * float(special.bdtr(least, n, 0.5)))
-    return exact if method == "exact" else max(0.0, exact - equal)
+    return 1 - equal / 2 if first == second else 2 * float(special.bdtr(least, n, 0.5)) - equal
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -70,8 +60,8 @@ class Difference(NamedTuple):
     high: float
 
 
-def difference(first: np.ndarray, second: np.ndarray, level: float = 0.95) -> Difference:
-    """Returns the difference of mean accuracies, first minus second, with a confidence interval.
+def difference(first: np.ndarray, second: np.ndarray) -> Difference:
+    """Returns the difference of mean accuracies, first minus second, with a 95 % confidence interval.
 
     first bool[s, n], second bool[t, n]: which of the same n examples each seed predicts correctly. The interval covers
     other examples and, for each model separately, other training seeds. Its variance sums these components:
@@ -100,21 +90,21 @@ def difference(first: np.ndarray, second: np.ndarray, level: float = 0.95) -> Di
     if not example_variance:  # all examples agree; half an example more of each outcome (Agresti and Min 2005)
         example_variance = (abs(gains).sum() + 1 - gains.sum() ** 2 / (n + 2)) / (n + 2) ** 2
     variances.append((max(0.0, example_variance - noise), n - 1))
-    half = _half_width(variances, level)
+    half = _half_width(variances)
     return Difference(value, max(-1.0, value - half), min(1.0, value + half))
 
 
-def _half_width(variances: Sequence[tuple[float, int]], level: float) -> float:
-    """Returns half of Student's interval for independent (variance, degrees of freedom) (Satterthwaite 1946)."""
+def _half_width(variances: Sequence[tuple[float, int]]) -> float:
+    """Returns half of Student's 95 % interval for independent (variance, degrees of freedom) (Satterthwaite 1946)."""
     total = sum(variance for variance, _ in variances)
     if total == 0:
         return 0.0
     df = total**2 / sum(variance**2 / own for variance, own in variances)
-    return float(special.stdtrit(df, (1 + level) / 2)) * float(total**0.5)
+    return float(special.stdtrit(df, 0.975)) * float(total**0.5)
 
 
-def bootstrap_difference(first: np.ndarray, second: np.ndarray, n: int, level: float = 0.95) -> Difference:
-    """Returns the difference of mean scores, first minus second, with a paired-bootstrap interval (Efron 1979).
+def bootstrap_difference(first: np.ndarray, second: np.ndarray, n: int) -> Difference:
+    """Returns the difference of mean scores, first minus second, with a 95 % paired-bootstrap interval (Efron 1979).
 
     first f64[s, 1 + r], second f64[t, 1 + r]: each seed's score on n examples, then on r bootstrap samples of these,
     the same for all seeds. Serves scores that are not means over examples. The interval is that of `difference`, with
@@ -127,7 +117,7 @@ def bootstrap_difference(first: np.ndarray, second: np.ndarray, n: int, level: f
     if len(gains) < 2 or not np.isfinite(value):
         return Difference(value, -np.inf, np.inf)
     variances = [(float(own[:, 0].var(ddof=1)) / len(own), len(own) - 1) for own in (first, second) if len(own) > 1]
-    half = _half_width([*variances, (float(gains.var(ddof=1)), n - 1)], level)
+    half = _half_width([*variances, (float(gains.var(ddof=1)), n - 1)])
     if not half:  # the same on all samples, which say nothing about other examples
         return Difference(value, -np.inf, np.inf)
     return Difference(value, value - half, value + half)

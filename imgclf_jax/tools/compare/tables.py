@@ -61,12 +61,8 @@ def tests(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]
 
 def _range(values: Mapping[int, float]) -> str:
     """Formats the smallest and the largest p of the seeds."""
-    ends = list(dict.fromkeys(_p(value) for value in (min(values.values()), max(values.values())))) if values else []
-    return " to ".join(ends)
-
-
-def _p(value: float) -> str:
-    return decimals(value)
+    ends = (min(values.values()), max(values.values())) if values else ()
+    return " to ".join(dict.fromkeys(map(decimals, ends)))
 
 
 def unfinished(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:

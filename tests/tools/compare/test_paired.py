@@ -12,39 +12,27 @@ from imgclf_jax.tools.compare import paired
 from imgclf_jax.tools.compare.paired import Spread
 
 
-def by_sum(first, second, mid):
-    """By the definition: the probability of outcomes further from half than this one, plus those as far."""
+def by_sum(first, second):
+    """By the definition: the probability of outcomes further from half than this one, plus half of those as far."""
     n = first + second
     far = abs(2 * first - n)
     chance = [math.comb(n, k) / 2**n for k in range(n + 1)]
     beyond = sum(p for k, p in enumerate(chance) if abs(2 * k - n) > far)
     same = sum(p for k, p in enumerate(chance) if abs(2 * k - n) == far)
-    return beyond + (same / 2 if mid else same)
+    return beyond + same / 2
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 0), (3, 3), (5, 12), (12, 5), (0, 40), (301, 250), (7, 8)])
 def test_mcnemar_is_the_binomial_sum(first, second):
-    assert paired.mcnemar(first, second, "exact") == pytest.approx(by_sum(first, second, mid=False), rel=1e-10)
-    assert paired.mcnemar(first, second) == pytest.approx(by_sum(first, second, mid=True), rel=1e-10)
-    assert paired.mcnemar(first, second, "exact") == pytest.approx(stats.binomtest(first, first + second).pvalue)
-
-
-def test_mcnemar_by_chi_square():
-    """McNemar's statistic in Edwards' form, (|b - c| - 1)² / (b + c), close to the exact test for many examples."""
-    assert paired.mcnemar(40, 20, "chi-square") == pytest.approx(stats.chi2.sf(19**2 / 60, 1), rel=1e-12)
-    assert paired.mcnemar(4, 4, "chi-square") == 1.0
-    assert paired.mcnemar(5200, 5000, "chi-square") == pytest.approx(paired.mcnemar(5200, 5000, "exact"), rel=1e-3)
+    """And that of the exact test of scipy, less half the probability of this split."""
+    assert paired.mcnemar(first, second) == pytest.approx(by_sum(first, second), rel=1e-10)
+    n, both = first + second, 2 if first != second else 1
+    same = both * stats.binom.pmf(first, n, 0.5)
+    assert paired.mcnemar(first, second) == pytest.approx(stats.binomtest(first, n).pvalue - same / 2)
 
 
 def test_mcnemar_without_a_difference():
-    assert [paired.mcnemar(0, 0, method) for method in ("mid-p", "exact", "chi-square")] == [1.0, 1.0, 1.0]
-
-
-def test_the_mid_p_test_keeps_its_level():
-    """If 30 examples fall to either side by chance, p is at most 0.05 in about 5 % of all cases, and not more often."""
-    p = np.array([paired.mcnemar(k, 30 - k) for k in range(31)])
-    chance = stats.binom.pmf(np.arange(31), 30, 0.5)
-    assert 0.02 < chance[p <= 0.05].sum() <= 0.051
+    assert paired.mcnemar(0, 0) == 1.0
 
 
 def test_holm():
