@@ -53,9 +53,9 @@ def thinned(steps: Sequence[int]) -> list[int]:
     return [steps[round(i * (len(steps) - 1) / (_POINTS - 1))] for i in range(_POINTS)]
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Returns about `count` round numbers from `low` to `high`, in steps of 1, 2 or 5 times a power of ten."""
-    rough = (high - low) / count or 1.0
+def ticks(low: float, high: float) -> list[float]:
+    """Returns about five round numbers from `low` to `high`, in steps of 1, 2 or 5 times a power of ten."""
+    rough = (high - low) / 5 or 1.0
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
@@ -99,27 +99,46 @@ def chart(title: str, description: str, x_name: str, lines: Sequence[Line], seco
     across = Axis(min(0.0, *steps), max(steps), _LEFT, right)
     bottom = _HEIGHT - _BOTTOM
     up = Axis(low, high, bottom, _TOP, log)
-    parts = [f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"]
     marks = log_ticks(low, high) if log else ticks(low, high)
-    for y, text in zip(marks, tick_labels(marks), strict=True):
-        label = _label(_LEFT - 6, up(y) + 4, text, "end")
-        parts += [f'<path class="grid" d="M{_LEFT} {up(y):.1f}H{right}"/>', label]
-    parts += [_label(across(x), bottom + 17, _short(x)) for x in ticks(across.low, across.high)]
+    parts = [grid_line(_LEFT, right, up(y), text) for y, text in zip(marks, tick_labels(marks), strict=True)]
+    parts += [label(across(x), bottom + 17, _short(x)) for x in ticks(across.low, across.high)]
     if second:
         marks = ticks(across.low / second.per, across.high / second.per)
-        parts += [_label(across(x * second.per), bottom + 17 + _SECOND, _short(x)) for x in marks]
-        parts += [_label(_LEFT - 12, bottom + 17 + row * _SECOND, name, "end")
+        parts += [label(across(x * second.per), bottom + 17 + _SECOND, _short(x)) for x in marks]
+        parts += [label(_LEFT - 12, bottom + 17 + row * _SECOND, name, "end")
                   for row, name in enumerate((x_name, second.name))]  # fmt: skip
     else:
-        parts.append(_label((_LEFT + right) / 2, _HEIGHT - 6, x_name))
+        parts.append(label((_LEFT + right) / 2, _HEIGHT - 6, x_name))
     parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/>')
     if log:
-        parts.append(_label(right, _TOP - 4, "logarithmic", "end"))
+        parts.append(label(right, _TOP - 4, "logarithmic", "end"))
     for line in lines:
         parts += _line(line, across, up)
         parts += _hovered(line, across, up, x_name, second)
-    return (f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}. {escape(description)}">'
-            + "".join(parts) + "</svg>")  # fmt: skip
+    return svg(_WIDTH, _HEIGHT, title, description, parts)
+
+
+def svg(width: int, height: int, title: str, description: str, parts: Sequence[str]) -> str:
+    """Returns an `svg` element with `parts`; its title and its description are also what a screen reader says."""
+    title, description = escape(title), escape(description)
+    return (f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}. {description}">'
+            f"<title>{title}</title><desc>{description}</desc>{''.join(parts)}</svg>")  # fmt: skip
+
+
+def grid_line(left: float, right: float, y: float, text: str) -> str:
+    """Returns a horizontal line, labeled at its left end."""
+    return f'<path class="grid" d="M{left} {y:.1f}H{right}"/>' + label(left - 6, y + 4, text, "end")
+
+
+def label(x: float, y: float, text: str, anchor: str = "middle", style: str = "") -> str:
+    """Returns text at a point, the `anchor` of the text; `style` is a class of the page's style sheet."""
+    style = f' class="{style}"' if style else ""
+    return f'<text{style} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def y_label(y: float, text: str) -> str:
+    """Returns text along the left edge, rotated, with its middle at `y`."""
+    return f'<text transform="translate(14 {y:.1f}) rotate(-90)" text-anchor="middle">{escape(text)}</text>'
 
 
 def _range(lines: Sequence[Line]) -> tuple[float, float, bool] | None:
@@ -141,10 +160,6 @@ def _range(lines: Sequence[Line]) -> tuple[float, float, bool] | None:
         margin = (high - low) * 0.04
         return low - margin, high + margin, False
     return min(0.0, 1.25 * low), max(0.0, 1.25 * high) or float(not low), False
-
-
-def _label(x: float, y: float, text: str, anchor: str = "middle") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _line(line: Line, across: Axis, up: Axis) -> list[str]:

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from html import escape
+
+from imgclf_jax.tools.pages.charts import grid_line, label, svg, y_label
 
 _WIDTH, _LEFT, _RIGHT, _TOP = 420, 54, 12, 8
 _UPPER, _GAP, _LOWER, _BOTTOM = 220, 26, 60, 40
@@ -13,7 +14,6 @@ def diagram(title: str, examples: Sequence[int], confidence: Sequence[float], ac
 
     A bar is a bin's accuracy, a dot its mean confidence and accuracy. Below are the example counts of the bins.
     """
-    title = escape(title)
     bins, base = len(examples), _TOP + _UPPER
     foot, most = base + _GAP + _LOWER, max(*examples, 1)
     across = (_WIDTH - _LEFT - _RIGHT) / bins
@@ -21,42 +21,30 @@ def diagram(title: str, examples: Sequence[int], confidence: Sequence[float], ac
     def x(value: float) -> float:
         return _LEFT + value * across * bins
 
-    description = "Each bar is the accuracy of the examples in its bin of confidence; the dashed line is the diagonal."
-    parts = [f"<title>{title}</title><desc>{description} A table below has the values.</desc>"]
+    description = ("Each bar is the accuracy of the examples in its bin of confidence; the dashed line is the "
+                   "diagonal. A table below has the values.")  # fmt: skip
+    parts = []
     for value in (0.0, 0.25, 0.5, 0.75, 1.0):
-        y = base - value * _UPPER
-        parts += [
-            f'<path class="grid" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>',
-            _label(_LEFT - 6, y + 4, f"{value:g}", "end"),
-        ]
-        parts.append(_label(x(value), foot + 17, f"{value:g}"))
+        parts.append(grid_line(_LEFT, _WIDTH - _RIGHT, base - value * _UPPER, f"{value:g}"))
+        parts.append(label(x(value), foot + 17, f"{value:g}"))
     for i, (count, mean, own) in enumerate(zip(examples, confidence, accuracy, strict=True)):
         if not count:
             continue
         left, width = x(i / bins) + 1, across - 2
         parts.append(_bar("c0", left, width, base, own * _UPPER, f"accuracy {own:.3f} of {count} examples"))
         parts.append(_bar("c8", left, width, foot, count / most * _LOWER, f"{count} examples"))
-        parts.append(_label(left + width / 2, foot - count / most * _LOWER - 4, short(count), small=True))
+        parts.append(label(left + width / 2, foot - count / most * _LOWER - 4, short(count), style="small"))
         parts.append(f'<circle class="dot c1" cx="{x(mean):.1f}" cy="{base - own * _UPPER:.1f}" r="3.5"/>')
     parts.append(f'<path class="ideal" d="M{x(0):.1f} {base}L{x(1):.1f} {_TOP}"/>')
     parts += [f'<path class="axis" d="M{_LEFT} {y}H{_WIDTH - _RIGHT}"/>' for y in (base, foot)]
-    parts.append(_label((_LEFT + _WIDTH - _RIGHT) / 2, foot + _BOTTOM - 6, "confidence"))
-    parts += [_rotated_label(base - _UPPER / 2, "accuracy"), _rotated_label(foot - _LOWER / 2, "examples")]
-    return (f'<svg viewBox="0 0 {_WIDTH} {foot + _BOTTOM}" role="img" aria-label="{title}. {description}">'
-            + "".join(parts) + "</svg>")  # fmt: skip
+    parts.append(label((_LEFT + _WIDTH - _RIGHT) / 2, foot + _BOTTOM - 6, "confidence"))
+    parts += [y_label(base - _UPPER / 2, "accuracy"), y_label(foot - _LOWER / 2, "examples")]
+    return svg(_WIDTH, foot + _BOTTOM, title, description, parts)
 
 
 def _bar(color: str, x: float, width: float, base: float, height: float, title: str) -> str:
     return (f'<rect class="dot {color}" x="{x:.1f}" y="{base - height:.1f}" width="{width:.1f}" height="{height:.1f}" '
             f'opacity=".55"><title>{title}</title></rect>')  # fmt: skip
-
-
-def _label(x: float, y: float, text: str, anchor: str = "middle", small: bool = False) -> str:
-    return f'<text{' class="small"' if small else ""} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
-
-
-def _rotated_label(y: float, text: str) -> str:
-    return f'<text transform="translate(14 {y:.1f}) rotate(-90)" text-anchor="middle">{text}</text>'
 
 
 def short(count: int) -> str:

@@ -1,11 +1,10 @@
 """The errors of a regression as inline SVG: residuals by true value, and their histogram."""
 
 from collections.abc import Sequence
-from html import escape
 
 import numpy as np
 
-from imgclf_jax.tools.pages.charts import Axis, tick_labels, ticks
+from imgclf_jax.tools.pages.charts import Axis, grid_line, label, svg, tick_labels, ticks, y_label
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 260, 60, 12, 10, 40
 _POINTS = 2000  # at most
@@ -22,8 +21,8 @@ def plot(title: str, truth: np.ndarray, errors: np.ndarray) -> str:
     dots = [f'<circle class="dot c0" cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.5" opacity=".5"/>'
             for a, b in zip(truth[shown], errors[shown], strict=True)]  # fmt: skip
     zero = f'<path class="ideal" d="M{_LEFT} {y(0.0):.1f}H{_WIDTH - _RIGHT}"/>'
-    return _svg(title, "Each dot is an example; on the dashed line the error is 0.",
-                [*_grid(x, y), *dots, zero], "true value", "predicted minus true")  # fmt: skip
+    return _in_axes(title, "Each dot is an example; on the dashed line the error is 0.",
+                    [*_grid(x, y), *dots, zero], "true value", "predicted minus true")  # fmt: skip
 
 
 def histogram(title: str, errors: np.ndarray) -> str:
@@ -39,8 +38,8 @@ def histogram(title: str, errors: np.ndarray) -> str:
         for n, a, b in zip(counts.tolist(), edges, edges[1:], strict=False)
         if n
     ]
-    return _svg(title, "Each bar is the number of examples with an error in its bin.", [*_grid(x, y), *bars],
-                "predicted minus true", "examples")  # fmt: skip
+    return _in_axes(title, "Each bar is the number of examples with an error in its bin.", [*_grid(x, y), *bars],
+                    "predicted minus true", "examples")  # fmt: skip
 
 
 def _axis(values: Sequence[float] | np.ndarray, first: float, last: float) -> Axis:
@@ -51,21 +50,16 @@ def _axis(values: Sequence[float] | np.ndarray, first: float, last: float) -> Ax
 
 
 def _grid(x: Axis, y: Axis) -> list[str]:
-    parts, across, up = [], ticks(x.low, x.high), ticks(y.low, y.high)
-    for value, label in zip(up, tick_labels(up), strict=True):
-        parts += [f'<path class="grid" d="M{_LEFT} {y(value):.1f}H{_WIDTH - _RIGHT}"/>',
-                  f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{label}</text>']  # fmt: skip
-    parts += [f'<text x="{x(value):.1f}" y="{_HEIGHT - _BOTTOM + 17}" text-anchor="middle">{label}</text>'
-              for value, label in zip(across, tick_labels(across), strict=True)]  # fmt: skip
-    return parts
+    across, up = ticks(x.low, x.high), ticks(y.low, y.high)
+    lines = [grid_line(_LEFT, _WIDTH - _RIGHT, y(value), text) for value, text in zip(up, tick_labels(up), strict=True)]
+    numbers = zip(across, tick_labels(across), strict=True)
+    return lines + [label(x(value), _HEIGHT - _BOTTOM + 17, text) for value, text in numbers]
 
 
-def _svg(title: str, description: str, parts: Sequence[str], x_name: str, y_name: str) -> str:
-    name, middle = escape(title), (_TOP + _HEIGHT - _BOTTOM) / 2
-    axes = (
-        f'<path class="axis" d="M{_LEFT} {_HEIGHT - _BOTTOM}H{_WIDTH - _RIGHT}"/>'
-        f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_name)}</text>'
-        f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(y_name)}</text>'
-    )
-    return (f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{name}. {description}">'
-            f"<title>{name}</title>{''.join(parts)}{axes}</svg>")  # fmt: skip
+def _in_axes(title: str, description: str, parts: Sequence[str], x_name: str, y_name: str) -> str:
+    axes = [
+        f'<path class="axis" d="M{_LEFT} {_HEIGHT - _BOTTOM}H{_WIDTH - _RIGHT}"/>',
+        label((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, x_name),
+        y_label((_TOP + _HEIGHT - _BOTTOM) / 2, y_name),
+    ]
+    return svg(_WIDTH, _HEIGHT, title, description, [*parts, *axes])
