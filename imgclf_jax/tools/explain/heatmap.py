@@ -43,10 +43,10 @@ def scale(values: np.ndarray, signed: bool) -> np.ndarray:
     return np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros(values.shape)
 
 
-def overlay(image: np.ndarray, heat: np.ndarray, alpha: float = 0.55) -> np.ndarray:
+def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Overlays a heatmap [h', w'] in [0, 1], enlarged bilinearly, on uint8[h, w, 1 to 4] in gray: uint8[h, w, 3]."""
     gray = np.asarray(Image.fromarray(_rgb(image)).convert("L"), np.float64)[..., None]
-    return np.rint((1 - alpha) * gray + alpha * _enlarge(heat, image.shape[:2])).astype(np.uint8)
+    return np.rint(0.45 * gray + 0.55 * _enlarge(heat, image.shape[:2])).astype(np.uint8)
 
 
 def color(values: np.ndarray, size: tuple[int, int], signed: bool) -> np.ndarray:

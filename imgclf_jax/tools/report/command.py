@@ -45,21 +45,22 @@ def main(config: ConfigDict, workdir: Workdir, checkpoint: str, html: str) -> in
     else:
         findings = Findings(missing=("There is no checkpoint yet, so this page omits everything that needs a model.",))
         log.warning("%s", findings.missing[0])
-    chosen = tuple(f"{key} selects on the set {name}: its scores on this page are not those of new data."
-                   for name, key in selecting_sets(run.config).items())  # fmt: skip
-    findings = dataclasses.replace(findings, missing=(*chosen, *findings.missing))
-    if others := _other_values(run.config, config):
-        sentence = f"This page has other values than the run: {'; '.join(others)}. Its scores need not be the run's."
-        findings = dataclasses.replace(findings, missing=(sentence, *findings.missing))
-        log.warning("%s", sentence)
-    if run.contradictions:
-        sentence = f"The run's record contradicts itself: {'; '.join(run.contradictions)}."
-        findings = dataclasses.replace(findings, missing=(sentence, *findings.missing))
-        log.warning("%s", sentence)
+    doubts = []
     if modules := workdir.changed_modules():
-        sentence = f"Code has changed since the run trained ({', '.join(modules)}): the numbers need not be the run's."
-        findings = dataclasses.replace(findings, missing=(sentence, *findings.missing))
+        doubts.append(
+            f"Code has changed since the run trained ({', '.join(modules)}): the numbers need not be the run's."
+        )
+    if run.contradictions:
+        doubts.append(f"The run's record contradicts itself: {'; '.join(run.contradictions)}.")
+    if others := _other_values(run.config, config):
+        doubts.append(
+            f"This page has other values than the run: {'; '.join(others)}. Its scores need not be the run's."
+        )
+    for sentence in doubts:
         log.warning("%s", sentence)
+    chosen = [f"{key} selects on the set {name}: its scores on this page are not those of new data."
+              for name, key in selecting_sets(run.config).items()]  # fmt: skip
+    findings = dataclasses.replace(findings, missing=(*doubts, *chosen, *findings.missing))
     path = Path(html) if html else workdir.path / "report.html"
     if not processes.index():
         write(path, report_page.page(run, run.provenance, findings, names))

@@ -1,9 +1,10 @@
 """The content of a report that needs the model or the data: evaluations, top losses, augmented images."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -38,9 +39,7 @@ class Evaluated:
     name: str
     metrics: dict[str, float]
     counts: dict[str, np.ndarray]  # see `by_class.counts`
-    scores: dict[
-        str, dict[str, float]
-    ]  # see `scores.with_intervals`; with very many classes, this and the rest are empty
+    scores: dict[str, dict[str, float]]  # see `with_intervals`; with very many classes, this and the rest are empty
     reliability: Reliability | None = None
     top_losses: tuple[TopLoss, ...] = ()  # the highest first
     wrong: int = 0  # the number of misclassified examples
@@ -59,7 +58,7 @@ class Findings:
     blocks: tuple[Block, ...] = ()  # of the model
 
 
-def find(model: Trained, recorded: ConfigDict, fingerprints: Mapping[str, str] | None = None) -> Findings:
+def find(model: Trained, recorded: ConfigDict, fingerprints: Mapping[str, str]) -> Findings:
     """Evaluates a model on all of its sets, and draws augmented images.
 
     - `recorded` is the config of its run; the model's config may have more evaluation sets.
@@ -67,40 +66,40 @@ def find(model: Trained, recorded: ConfigDict, fingerprints: Mapping[str, str] |
 
     If the data are gone, `missing` says so. Raises Untrusted for data that would run code.
     """
-    programs = model.programs
-    try:
-        base = sources.open_data(model.config)
-    except Untrusted:
-        raise
-    except (UserError, OSError) as e:
-        sentence = f"The data cannot be opened, so this page omits everything that needs them: {e}"
-        log.warning("%s", sentence)
-        return Findings(model.step, missing=(sentence,))
-    missing = []
-    if changed(programs, recorded, base):
-        missing.append("The data have changed since training: examples trained on may now be in an evaluation set.")
-    missing += [f"{sentence[0].upper()}{sentence[1:]}."
-                for sentence in overlap_warnings(recorded, model.config.data, base)]  # fmt: skip
+    programs, base = model.programs, dict[str, sources.Source]()
     sets: tuple[Evaluated, ...] = ()
-    try:
-        evals = open_evals(programs, base)
-        missing += [f"The evaluation set {name} has changed since training: its metrics are not those of the curves."
-                    for name in changed_sets(programs, recorded, fingerprints or {}, evals)]  # fmt: skip
-        sets = _evaluate(model, evals)
-    except Untrusted:
-        raise
-    except (UserError, OSError) as e:
-        missing.append(f"The evaluation sets are omitted: {e}")
     augmented = None
-    try:
-        augmented = report_augmentation.draw(programs, sources.take_split(base, model.config.data.train))
-    except Untrusted:
-        raise
-    except (UserError, OSError) as e:
-        missing.append(f"The augmented images are omitted: {e}")
+    missing: list[str] = []
+    with _noting(missing, "The data cannot be opened, so this page omits everything that needs them"):
+        base = sources.open_data(model.config)
+    if base:
+        if changed(programs, recorded, base):
+            missing.append("The data have changed since training: examples trained on may now be in an evaluation set.")
+        missing += [f"{sentence[0].upper()}{sentence[1:]}."
+                    for sentence in overlap_warnings(recorded, model.config.data, base)]  # fmt: skip
+        with _noting(missing, "The evaluation sets are omitted"):
+            evals = open_evals(programs, base)
+            missing += [
+                f"The evaluation set {name} has changed since training: its metrics are not those of the curves."
+                for name in changed_sets(programs, recorded, fingerprints, evals)
+            ]
+            sets = _evaluate(model, evals)
+        with _noting(missing, "The augmented images are omitted"):
+            augmented = report_augmentation.draw(programs, sources.take_split(base, model.config.data.train))
     for sentence in missing:
         log.warning("%s", sentence)
     return Findings(model.step, sets, augmented, tuple(missing))
+
+
+@contextlib.contextmanager
+def _noting(missing: list[str], what: str) -> Iterator[None]:
+    """Turns an error into a sentence in `missing`, after `what`. Raises Untrusted for data that would run code."""
+    try:
+        yield
+    except Untrusted:
+        raise
+    except (UserError, OSError) as e:
+        missing.append(f"{what}: {e}")
 
 
 def _evaluate(model: Trained, evals: Mapping[str, Images]) -> tuple[Evaluated, ...]:

@@ -93,7 +93,7 @@ def test_top_losses_are_explained(trained, text):
         given = recipe.augment(train=False)(None, images)
         return np.asarray(jax.nn.softmax(recipe.model.apply(variables, given, train=False)))
 
-    [found] = report_findings.find(model, model.config).sets
+    [found] = report_findings.find(model, model.config, {}).sets
     shown = [own for tag, own in page.tags if tag == "img" and "occlusion for " in own["alt"]]
     assert "The heatmap on the right shows how much the probability of the predicted class" in page.text
     assert len(found.top_losses) == len(shown) > 1
