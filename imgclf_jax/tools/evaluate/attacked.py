@@ -6,23 +6,20 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from imgclf_jax import losses, metrics, step
 from imgclf_jax.core import processes, rng, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Batch, Function, JsonObject, ModelState, Params
-from imgclf_jax.data import sources, stream
+from imgclf_jax.data import stream
 from imgclf_jax.losses import Task
-from imgclf_jax.methods import table
 from imgclf_jax.methods.pgd import Attack
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.progress import track
 from imgclf_jax.run.terminal import format_metrics, print_json
-from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import TrainState
 from imgclf_jax.train import evaluation
-from imgclf_jax.trained import load_converted, restore
+from imgclf_jax.trained import Trained
 
 log = logging.getLogger(__name__)
 
@@ -30,25 +27,14 @@ _NOT_FINITE, _STUCK = "not_finite", "stuck"  # why an attack fails on an example
 _SEED = 0  # an attack on a set starts at the same points for every run
 
 
-def report(config: ConfigDict, workdir: Workdir | None, checkpoint: str, attack: str, format: str) -> int:
+def report(model: Trained, evals: dict[str, stream.Images], attack: str, perturb: Attack, format: str) -> int:
     """Prints `accuracy` and `nll` of each evaluation set, and both under attack as `attacked_…`.
 
-    `attack` is a spec (see `methods.pgd.attack`). Each seed of a run is attacked separately: the metrics are means over
-    the seeds, with sample standard deviations as `…_std`. The format "json" prints one object: the `step`, the
-    `attack`, and each set. Raises UserError if the attack is unknown, the run predicts no classes, or its `augment` has
-    no fixed scale.
+    `attack` is the spec of `perturb` (see `methods.pgd.attack`). Each seed of a run is attacked separately: the metrics
+    are means over the seeds, with sample standard deviations as `…_std`. The format "json" prints one object: the
+    `step`, the `attack`, and each set. Raises UserError if the run's `augment` has no fixed scale.
     """
-    perturb = table.build_attack(attack)
-    restored = restore(config, workdir, checkpoint) if workdir else None
-    base = sources.open_data(config)
-    programs, state, at = restored or load_converted(config, base)
-    programs.check_predicts()
-    if programs.recipe.task in (Task.MULTILABEL, Task.REGRESSION):
-        raise UserError(f"--attack measures accuracy, but this run has {metrics.TASK_NAMES[programs.recipe.task]}; "
-                        "evaluate it without --attack")  # fmt: skip
-    evals = evaluation.open_evals(programs, base)
-    if workdir:
-        evaluation.compare_with_record(programs, workdir, base, evals)
+    programs, state, at = model
     evaluate = programs.jitted(make_step(programs, perturb))
     results: JsonObject = {}
     for name, images in evals.items():

@@ -16,6 +16,7 @@ from imgclf_jax.core.text import decimals, interval
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.data import sources
 from imgclf_jax.losses import Task
+from imgclf_jax.methods.table import build_attack
 from imgclf_jax.programs import Programs
 from imgclf_jax.run import digests
 from imgclf_jax.run.checkpoint import Checkpoints
@@ -25,6 +26,7 @@ from imgclf_jax.scores import classification as scores
 from imgclf_jax.scores import multilabel
 from imgclf_jax.scores.multilabel import MultilabelScores
 from imgclf_jax.tools.evaluate import attacked, by_class, corrupted, listing
+from imgclf_jax.tools.evaluate.chosen_corruptions import parse
 from imgclf_jax.train.evaluation import compare_with_record, evaluate, evaluate_all, open_evals
 from imgclf_jax.train.leakage import initial_warnings
 from imgclf_jax.trained import Trained, load_converted, load_programs, restore
@@ -51,37 +53,44 @@ def main(
       folder with the photographs for one of them.
     - `attack` prints the accuracy on adversarial examples instead (see `attacked`).
     """
-    if attack:
-        if corruptions or frost or checkpoints or predictions:
-            raise UserError("--attack prints accuracies only: drop --corruptions, --frost, --checkpoints and "
-                            "--predictions")  # fmt: skip
-        return attacked.report(config, workdir, checkpoint, attack, format)
-    if corruptions:
-        if checkpoints or predictions:
-            raise UserError("--corruptions prints accuracies only: drop --checkpoints and --predictions")
-        return corrupted.report(config, workdir, checkpoint, corruptions, frost, format)
-    if frost:
+    if attack and (corruptions or frost or checkpoints or predictions):
+        raise UserError("--attack prints accuracies only: drop --corruptions, --frost, --checkpoints and "
+                        "--predictions")  # fmt: skip
+    if corruptions and (checkpoints or predictions):
+        raise UserError("--corruptions prints accuracies only: drop --checkpoints and --predictions")
+    if frost and not corruptions:
         raise UserError("--frost needs --corruptions: add --corruptions=all or --corruptions=frost, or drop --frost")
     if checkpoints:
         if not workdir or checkpoint or predictions:
             raise UserError("--checkpoints evaluates several checkpoints of a run: drop --checkpoint, --predictions "
                             "and --config.init_from")  # fmt: skip
         return _report_checkpoints(config, workdir, checkpoints, format)
+    perturb = build_attack(attack) if attack else None
+    kinds, photographs = parse(corruptions, frost) if corruptions else ([], ())
     listing_file = Path(predictions) if predictions else None
     if listing_file:
         listing.check(listing_file)
     restored = restore(config, workdir, checkpoint) if workdir else None
     base = sources.open_data(config)
     programs, state, step = model = restored or load_converted(config, base)
-    predicts = _check_evaluates(programs, bool(listing_file))
-    names = programs.recipe.data.class_names
-    few_classes = len(names) <= metrics.CONFUSION_CLASSES
-    programs = dataclasses.replace(programs, predicting=predicts and (few_classes or listing_file is not None))
+    predicts = _check_evaluates(programs, bool(listing_file or perturb or kinds))
+    for flag, value in (("--attack", attack), ("--corruptions", corruptions)):
+        if value and programs.recipe.task in (Task.MULTILABEL, Task.REGRESSION):
+            raise UserError(f"{flag} measures accuracy, but this run has {metrics.TASK_NAMES[programs.recipe.task]}; "
+                            f"evaluate it without {flag}")  # fmt: skip
     evals = open_evals(programs, base)
     if workdir:
         compare_with_record(programs, workdir, base, evals)
     for sentence in () if workdir else initial_warnings(config, base):
         log.warning("%s", sentence)
+    if perturb:
+        return attacked.report(model, evals, attack, perturb, format)
+    if kinds:
+        left_out = ["frost"] if corruptions == "all" and not frost else []
+        return corrupted.report(model, evals, kinds, photographs, left_out, format)
+    names = programs.recipe.data.class_names
+    few_classes = len(names) <= metrics.CONFUSION_CLASSES
+    programs = dataclasses.replace(programs, predicting=predicts and (few_classes or listing_file is not None))
     digest = model.params_sha256 if listing_file else ""
     results: JsonObject = {"step": step}
     classes: dict[str, dict[str, np.ndarray]] = {}

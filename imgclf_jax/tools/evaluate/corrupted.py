@@ -6,25 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from ml_collections import ConfigDict
 
 from imgclf_jax import metrics
 from imgclf_jax.core import processes, sharding
-from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import decimals
 from imgclf_jax.core.typing import JsonObject, PyTree
-from imgclf_jax.data import sources, stream
-from imgclf_jax.losses import Task
+from imgclf_jax.data import stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.progress import track
 from imgclf_jax.run.terminal import print_json, print_table, print_text
-from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import TrainState
 from imgclf_jax.tools.evaluate import corruptions
-from imgclf_jax.tools.evaluate.chosen_corruptions import WITHOUT_FROST, parse
+from imgclf_jax.tools.evaluate.chosen_corruptions import WITHOUT_FROST
 from imgclf_jax.tools.evaluate.fields import Tables
 from imgclf_jax.train import evaluation
-from imgclf_jax.trained import load_converted, restore
+from imgclf_jax.trained import Trained
 
 CLEAN = ("clean", 0)
 Key = tuple[str, int]  # a corruption and its severity
@@ -32,7 +28,8 @@ _SEED = 0  # the corrupted images of a set are the same for every run
 
 
 def report(
-    config: ConfigDict, workdir: Workdir | None, checkpoint: str, corrupted: str, folder: str, format: str
+    model: Trained, evals: dict[str, stream.Images], names: list[str], photographs: Sequence[np.ndarray],
+    left_out: list[str], format: str,
 ) -> int:  # fmt: skip
     """Prints a table for each evaluation set: the accuracy of each corruption at each severity, and the means.
 
@@ -40,29 +37,16 @@ def report(
     `examples`, `clean`, `corruptions` with `severities` and `mean` of each, and `mean_corruption_accuracy`; and which
     of the fifteen corruptions are `left_out`.
 
-    - `corrupted` is "all" or comma-separated names.
-    - `folder` has the photographs for `frost`, or is "".
-
-    Raises UserError for an unknown name, for images that are neither grayscale nor RGB, and for missing photographs.
+    `names` and `photographs` are those of `chosen_corruptions.parse`. Raises UserError for images that are neither
+    grayscale nor RGB.
     """
-    names, photographs = parse(corrupted, folder)
-    restored = restore(config, workdir, checkpoint) if workdir else None
-    base = sources.open_data(config)
-    programs, state, step = restored or load_converted(config, base)
-    programs.check_predicts()
-    evals = evaluation.open_evals(programs, base)
-    if workdir:
-        evaluation.compare_with_record(programs, workdir, base, evals)
-    if programs.recipe.task in (Task.MULTILABEL, Task.REGRESSION):
-        raise UserError(f"--corruptions measures accuracy, but this run has {metrics.TASK_NAMES[programs.recipe.task]};"
-                        " evaluate it without --corruptions")  # fmt: skip
+    programs, state, step = model
     results: JsonObject = {"step": step}
     for name, images in evals.items():
         by_kind = measure(programs, state, images, names, f"corrupting {name}", photographs)
         results[name] = _summarize(by_kind, names, len(images))
     if processes.index():
         return 0
-    left_out = ["frost"] if corrupted == "all" and not folder else []
     if format == "json":
         print_json(results | {"left_out": left_out})
         return 0

@@ -16,6 +16,7 @@ from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.evaluate import corrupted, corruptions, frost
+from imgclf_jax.tools.evaluate.chosen_corruptions import parse
 from imgclf_jax.train.evaluation import open_evals
 from imgclf_jax.trained import Trained, restore
 
@@ -86,7 +87,7 @@ def test_frost(run, tmp_path, capsys):
     random = np.random.default_rng(0)
     for name in frost.FILES:
         Image.fromarray(random.integers(256, size=(60, 70, 3), dtype=np.uint8)).save(tmp_path / name)
-    names, photographs = corrupted.parse("all", str(tmp_path))
+    names, photographs = parse("all", str(tmp_path))
     assert names == list(corruptions.CORRUPTIONS)
     words = ["--corruptions=frost", f"--frost={tmp_path}", "--format=json"]
     assert launch.main(["evaluate", f"--workdir={run.path}", *words]) == 0
@@ -146,7 +147,7 @@ def test_mistakes(run, capsys, words, message):
 
 
 def test_all_are_all():
-    assert corrupted.parse("all", "") == ([name for name in corruptions.CORRUPTIONS if name != "frost"], ())
-    assert corrupted.parse("fog, snow,fog", "") == (["fog", "snow"], ())
+    assert parse("all", "") == ([name for name in corruptions.CORRUPTIONS if name != "frost"], ())
+    assert parse("fog, snow,fog", "") == (["fog", "snow"], ())
     with pytest.raises(UserError, match="allowed: all, brightness"):
-        corrupted.parse("noise", "")
+        parse("noise", "")
