@@ -61,45 +61,36 @@ def writing(path: Path, class_names: Sequence[str], with_targets: bool = False) 
 @contextlib.contextmanager
 def _npz(path: Path, class_names: Sequence[str], with_targets: bool) -> Iterator[Add]:
     names: list[str] = []
-    sets: list[tuple[str, int]] = []
+    sets: list[str] = []
     labels: list[np.ndarray] = []
-    width: list[int] = []
     with contextlib.ExitStack() as stack:
         files: list[Any] = []
 
         def add(name: str, examples: Sequence[str], own: np.ndarray, features: np.ndarray) -> None:
             if not files:
                 files.extend(stack.enter_context((path.parent / f"seed{i}").open("xb")) for i in range(len(features)))
-                width.append(features.shape[-1])
             for file, rows in zip(files, features, strict=True):
                 file.write(np.ascontiguousarray(rows, "<f4").data)
             names.extend(map(_text, examples))
-            sets.append((name, len(examples)))
+            sets.extend([name] * len(examples))
             labels.append(np.asarray(own, "<f4" if with_targets else "<i4"))
 
         yield add
         if not files:
             return
-        n = len(names)
+        n, own = len(names), np.concatenate(labels)
         with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
-            shape = (n, width[0]) if len(files) == 1 else (len(files), n, width[0])
-            with _member(archive, "features", "<f4", shape) as member:
+            rows = n, files[0].tell() // 4 // n
+            with _member(archive, "features", "<f4", rows if len(files) == 1 else (len(files), *rows)) as member:
                 for file in files:
                     file.close()
                     with Path(file.name).open("rb") as written:
                         shutil.copyfileobj(written, member, _CHUNK)
-            header = ("targets", "<f4", (n, len(class_names))) if with_targets else ("labels", "<i4", (n,))
-            with _member(archive, *header) as member:
-                for part in labels:
-                    member.write(part.tobytes())
+            with _member(archive, "targets" if with_targets else "labels", own.dtype.str, own.shape) as member:
+                member.write(own.data)
             _write_text(archive, "names", names)
-            dtype = f"<U{max(len(name) for name, _ in sets) or 1}"
-            with _member(archive, "sets", dtype, (n,)) as member:
-                for name, count in sets:
-                    member.write(np.full(count, name, dtype).tobytes())
-            _write_text(
-                archive, "target_names" if with_targets else "class_names", [_text(name) for name in class_names]
-            )
+            _write_text(archive, "sets", sets)
+            _write_text(archive, "target_names" if with_targets else "class_names", list(map(_text, class_names)))
 
 
 @contextlib.contextmanager
