@@ -1,5 +1,7 @@
 """Grad-CAM, attention rollout and occlusion against their definitions, in NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,10 +85,11 @@ def split(variables):
     return variables["params"], {name: of for name, of in variables.items() if name != "params"}
 
 
-def gradcam(model, variables, x, labels, name="", num_seeds=1):
+def gradcam(model, variables, num_seeds=1):
+    """(images, labels) → maps."""
     one = variables if num_seeds == 1 else jax.tree.map(lambda x: x[0], variables)
-    layer = attribution.choose_layer(attribution.inspect(model, one, SHAPE), name)
-    return np.asarray(attribution.make_gradcam(model, scaled, layer, num_seeds)(*split(variables), x, labels))
+    layer = attribution.choose_layer(attribution.inspect(model, one, SHAPE))
+    return jax.jit(functools.partial(attribution.make_gradcam(model, scaled, layer, num_seeds), *split(variables)))
 
 
 def by_hand(variables, x, labels):
@@ -107,8 +110,9 @@ def by_hand(variables, x, labels):
 def test_gradcam_is_its_definition(form):
     """For a network whose map can be computed by hand, in both forms of the layers, for other classes too."""
     model, variables = made(OneConv())
+    explain = gradcam(model, variables)
     for labels in (LABELS, LABELS[::-1].copy()):
-        maps = gradcam(model, variables, images(), labels)
+        maps = explain(images(), labels)
         expected = by_hand(variables, images(), labels)
         assert maps.shape == (3, 6, 6)
         assert (expected.max((1, 2)) > 0).sum() >= 2  # so that being equal says something
@@ -121,7 +125,7 @@ def test_gradcam_of_several_seeds_is_the_mean_of_their_maps():
     second = made(OneConv(), seed=1)[1]
     both = jax.tree.map(lambda *x: np.stack(x), first, second)
     expected = np.mean([by_hand(v, images(), LABELS) for v in (first, second)], 0)
-    np.testing.assert_allclose(gradcam(model, both, images(), LABELS, num_seeds=2), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(gradcam(model, both, 2)(images(), LABELS), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.thorough
@@ -131,7 +135,7 @@ def test_the_last_call_of_a_layer_is_taken():
     structure = attribution.inspect(model, variables, SHAPE)
     assert [layer.name for layer in structure.spatial] == ["conv", "conv"]
     x = images(1)
-    [first, last] = (attribution.make_gradcam(model, scaled, layer)(*split(variables), x, LABELS[:1])
+    [first, last] = (jax.jit(attribution.make_gradcam(model, scaled, layer))(*split(variables), x, LABELS[:1])
                      for layer in structure.spatial)  # fmt: skip
     assert attribution.choose_layer(structure, "conv") == structure.spatial[1]
     bound = model.bind(variables)
@@ -191,7 +195,7 @@ def test_rollout_is_its_definition(form):
     """A user's own network without a class token: the product of (mean over heads + identity) / 2, from its weights."""
     model, variables = made(Tokens())
     structure = attribution.inspect(model, variables, SHAPE)
-    maps = attribution.make_rollout(model, scaled, structure)(*split(variables), images(), LABELS)
+    maps = jax.jit(attribution.make_rollout(model, scaled, structure))(*split(variables), images(), LABELS)
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"]["backbone"])
     patches = (images() / 128 - 1).reshape(3, 2, 4, 2, 4, 1).transpose(0, 1, 3, 2, 4, 5).reshape(3, 4, 16)
     x = patches @ params["patch"]["kernel"].reshape(16, 8) + params["patch"]["bias"]
@@ -212,8 +216,9 @@ def test_rollout_of_a_vit_begins_at_the_class_token(shallow, monkeypatch):
     monkeypatch.setitem(vit._VIT, "Ti", (8, 11, 2))
     model, variables = made(ViT("Ti", 4))
     structure = attribution.inspect(model, variables, SHAPE)
-    maps = attribution.make_rollout(model, scaled, structure)(*split(variables), images(), LABELS)
-    shown = model.apply(variables, scaled(None, images()), train=False, mutable=["intermediates"])[1]
+    maps = jax.jit(attribution.make_rollout(model, scaled, structure))(*split(variables), images(), LABELS)
+    apply = jax.jit(functools.partial(model.apply, train=False, mutable=["intermediates"]))
+    shown = apply(variables, scaled(None, images()))[1]
     flow = np.eye(5)
     for i in range(11):
         each = np.asarray(shown["intermediates"]["backbone"][f"block{i}"]["attn"]["attention"][0], np.float64)
