@@ -3,12 +3,13 @@
 import math
 from collections.abc import Sequence
 
+from imgclf_jax.run.record import MAIN_METRICS
 from imgclf_jax.tools.compare import tables as compare_tables
 from imgclf_jax.tools.compare.comparison import Group, best, common, shown
 from imgclf_jax.tools.compare.paired_runs import Comparison
 from imgclf_jax.tools.pages import html
 from imgclf_jax.tools.pages.charts import COLORS, Line, Unit, chart, thinned
-from imgclf_jax.tools.pages.html import table, text
+from imgclf_jax.tools.pages.html import paragraph, table, text
 
 
 def page(groups: Sequence[Group], comparisons: Sequence[Comparison], metric: str, damaged: Sequence[str]) -> str:
@@ -27,7 +28,7 @@ def page(groups: Sequence[Group], comparisons: Sequence[Comparison], metric: str
     if rows:
         body.append("<h2>Paired comparison with the best</h2>"
                     + table(f"Each against {groups[0].label}", columns, rows, keys))  # fmt: skip
-    body += [f'<p class="note">{text(line)}</p>' for line in compare_tables.notes(groups, comparisons)]
+    body += [paragraph(line, note=True) for line in compare_tables.notes(groups, comparisons)]
     body.append(_curves(groups))
     columns, rows = compare_tables.unfinished(groups)
     if rows:
@@ -45,7 +46,7 @@ def _summary(groups: Sequence[Group], metric: str, done: int, left: int) -> str:
     summary += f", {left} unfinished." if left else "."
     if first and best(groups) and len(groups) > 1:
         summary += f" {groups[0].label} has the best {metric}: {compare_tables.spread_text(first)}."
-    return f"<p>{text(summary)}</p>"
+    return paragraph(summary)
 
 
 def _curves(groups: Sequence[Group]) -> str:
@@ -54,26 +55,21 @@ def _curves(groups: Sequence[Group]) -> str:
     sets = dict.fromkeys(
         name for group in drawn for run in (*group.done, *group.unfinished) for name in run.config.data.eval
     )
-    names = [
-        *(f"{name}/{kind}" for name in sets for kind in ("accuracy", "mean_average_precision", "r2", "nll", "loss")),
-        "train/loss",
-    ]
+    names = [*(f"{name}/{kind}" for name in sets for kind in (*MAIN_METRICS, "nll", "loss")), "train/loss"]
     per = {run.steps_per_epoch for group in drawn for run in (*group.done, *group.unfinished)}
     epochs = Unit("epoch", one) if len(per) == 1 and (one := per.pop()) else None
     figures = []
     for name in names:
         lines = [line for i, group in enumerate(drawn) if (line := _line(group, name, i))]
-        description = "; ".join(f"{line.name} ends at {line.points[-1][1]:.4g}" for line in lines)
-        if svg := chart(name, description, "step", lines, epochs):
-            figures.append(html.figure(name, svg))
-    if not figures:
+        figures.append(html.figure(name, chart(name, "step", lines, epochs)))
+    if not any(figures):
         return ""
     legend = html.legend([(group.label, i, False) for i, group in enumerate(drawn)])
     more = f" The charts show the first {COLORS} of {len(groups)} groups." if len(groups) > COLORS else ""
     note = f"Lines are means over the runs; bands span the lowest to the highest run.{more}"
     if any(group.unfinished and not group.done for group in drawn):
         note += " Dotted lines are unfinished runs."
-    return f'<h2>Learning curves</h2>{legend}<p class="note">{text(note)}</p>{html.charts(figures)}'
+    return "<h2>Learning curves</h2>" + legend + paragraph(note, note=True) + html.charts(figures)
 
 
 def _line(group: Group, name: str, color: int) -> Line | None:

@@ -180,7 +180,7 @@ def page(test: RangeTest, config: ConfigDict, suggested: str) -> str:
     ]
     said = f"The smoothed loss falls fastest at {test.steepest:.2g} and is lowest at {test.lowest:.2g}."
     more = f" Try schedule={suggested!r}." if suggested else ""
-    curve = chart("training loss", said, "log10 of the learning rate", lines)
+    curve = chart("training loss", "log10 of the learning rate", lines, description=said)
     title = f"Learning-rate range test of {config.model}"
     return pages.document(title, [
         f"<h1>{pages.text(title)}</h1>", pages.paragraph(said + more),

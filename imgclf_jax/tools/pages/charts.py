@@ -83,8 +83,12 @@ class Unit:
     per: float
 
 
-def chart(title: str, description: str, x_name: str, lines: Sequence[Line], second: Unit | None = None) -> str:
-    """Draws a chart as an `svg` element with `description` as its text. Nonfinite values are gaps.
+def chart(
+    title: str, x_name: str, lines: Sequence[Line], second: Unit | None = None, description: str = ""
+) -> str:  # fmt: skip
+    """Draws a chart as an `svg` element, or returns "" without a finite value. Nonfinite values are gaps.
+
+    The `description` is where each line ends, unless another is given.
 
     The y axis is logarithmic if all values are positive and the largest is far above the smallest. The ends of a line
     do not stretch such an axis, as where a learning rate ends at 0. Values that differ only by float32 rounding make a
@@ -115,6 +119,7 @@ def chart(title: str, description: str, x_name: str, lines: Sequence[Line], seco
     for line in lines:
         parts += _line(line, across, up)
         parts += _hovered(line, across, up, x_name, second)
+    description = description or "; ".join(f"{line.name} ends at {line.points[-1][1]:.4g}" for line in lines)
     return svg(_WIDTH, _HEIGHT, title, description, parts)
 
 

@@ -47,13 +47,11 @@ def curves(run: Record) -> str:
              "logged."] if run.config.num_seeds > 1 else []  # fmt: skip
     notes += [f"Not logged: {', '.join(absent)}."] if absent else []
     return (html.legend(list(drawn)) + (paragraph(" ".join(notes), note=True) if notes else "")
-            + html.charts([figure for figure in figures if figure]))  # fmt: skip
+            + html.charts(figures))  # fmt: skip
 
 
 def _figure(caption: str, lines: Sequence[Line], epochs: Unit | None) -> str:
-    lines = [line for line in lines if line.points]
-    description = "; ".join(f"{line.name} ends at {line.points[-1][1]:.4g}" for line in lines)
-    return html.figure(caption, chart(caption, description, "step", lines, epochs) if lines else "")
+    return html.figure(caption, chart(caption, "step", [line for line in lines if line.points], epochs))
 
 
 def _line(

@@ -125,7 +125,7 @@ def _errors(name: str, scores: RegressionScores, names: Sequence[str]) -> str:
                 residuals.plot(f"Residuals of {target} on {name}", truth, errors),
             f"{target}: errors": residuals.histogram(f"Errors of {target} on {name}", errors),
         }  # fmt: skip
-        parts.append(html.charts([html.figure(caption, svg) for caption, svg in figures.items() if svg]))
+        parts.append(html.charts([html.figure(caption, svg) for caption, svg in figures.items()]))
     if len(names) > _TARGETS:
         parts.append(paragraph(f"The plots show the first {_TARGETS} of {len(names)} targets.", note=True))
     return "".join(parts)

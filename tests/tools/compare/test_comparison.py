@@ -326,7 +326,7 @@ def test_ticks(low, high):
 def test_no_two_ticks_have_one_label(low, high):
     """Also where they differ in the seventh digit; others have as few digits as before."""
     lines = [charts.Line("n", 0, [(0, low), (9, high)])]
-    pages = charts.chart("t", "d", "x", lines), residuals.plot("t", np.array([low, high]), np.array([low, high]))
+    pages = charts.chart("t", "x", lines), residuals.plot("t", np.array([low, high]), np.array([low, high]))
     for svg in pages:
         labels = [one.text for one in ET.fromstring(svg).iter("text") if one.get("text-anchor") == "end"]
         assert len(set(labels)) == len(labels) > 2
@@ -337,7 +337,7 @@ def test_a_chart_has_its_points():
     """The y axis is logarithmic from a factor of 20 on, and nonfinite values are gaps."""
 
     def heights(values):
-        svg = charts.chart("t", "d", "x", [charts.Line("n", 0, list(enumerate(values)))])
+        svg = charts.chart("t", "x", [charts.Line("n", 0, list(enumerate(values)))])
         shape = next(path.get("d") for path in ET.fromstring(svg).iter("path") if "line" in path.get("class"))
         return [float(y) for y in re.findall(r"[ML]\S+ (\S+?)(?=[ML]|$)", shape)], shape.count("M")
 
@@ -351,13 +351,13 @@ def test_a_chart_has_its_points():
     assert max(found) - min(found) < 0.2  # the rounding of a constant learning rate
     found, starts = heights([1.0, math.nan, 3.0])
     assert (len(found), starts) == (2, 2)
-    assert charts.chart("t", "d", "x", [charts.Line("n", 0, [(0, math.nan)])]) == ""
+    assert charts.chart("t", "x", [charts.Line("n", 0, [(0, math.nan)])]) == ""
 
 
 def test_a_chart_of_a_constant_starts_at_zero():
     """Not at 0.9 times its value, which would suggest a spread."""
     for value, low in ((1e-3, 0.0), (1.0, 0.0), (-2.0, -2.5), (0.0, 0.0)):
-        svg = ET.fromstring(charts.chart("t", "d", "x", [charts.Line("n", 0, [(0, value), (9, value)])]))
+        svg = ET.fromstring(charts.chart("t", "x", [charts.Line("n", 0, [(0, value), (9, value)])]))
         numbers = [float(one.text) for one in svg.iter("text") if one.get("text-anchor") == "end"]
         assert min(numbers) == low
         assert max(numbers) >= value
@@ -367,7 +367,7 @@ def test_the_ends_of_a_line_do_not_stretch_a_logarithmic_axis():
     """A learning rate warms up from 0 and ends at 0; the path reaches the axis there, and the title says the value."""
     for last in (0.0, 1e-12):
         points = [(0, 0.0), *((x, 10 ** (-x / 2)) for x in range(1, 9)), (9, last)]
-        svg = ET.fromstring(charts.chart("t", "d", "x", [charts.Line("n", 0, points)]))
+        svg = ET.fromstring(charts.chart("t", "x", [charts.Line("n", 0, points)]))
         numbers = [one.text for one in svg.iter("text") if one.get("text-anchor") == "end"]
         assert ("logarithmic" in numbers, min(float(n) for n in numbers if n != "logarithmic") >= 1e-4) == (True, True)
         points = [one for one in svg.iter("circle") if one.get("class").startswith("point")]
@@ -377,7 +377,7 @@ def test_the_ends_of_a_line_do_not_stretch_a_logarithmic_axis():
 
 def test_a_chart_says_values_and_epochs():
     points = [(x, float(x)) for x in range(0, 1001, 1)]
-    svg = ET.fromstring(charts.chart("t", "d", "step", [charts.Line("n", 0, points)], charts.Unit("epoch", 50.0)))
+    svg = ET.fromstring(charts.chart("t", "step", [charts.Line("n", 0, points)], charts.Unit("epoch", 50.0)))
     titles = [one.find("title").text for one in svg.iter("circle")]
     assert (len(titles), titles[0], titles[-1]) == (100, "n, step 0, epoch 0: 0", "n, step 1000, epoch 20: 1000")
     texts = [one.text for one in svg.iter("text")]
