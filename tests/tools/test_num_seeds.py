@@ -112,19 +112,6 @@ def test_training_is_logged_as_the_mean_and_deviation_of_the_seeds(runs):
 
 
 @pytest.mark.thorough
-def test_prediction_is_the_ensembles(runs, tmp_path):
-    from PIL import Image
-
-    file = tmp_path / "image.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12), np.uint8)).save(file)
-    found = {}
-    for name, workdir in runs.items():
-        [found[name]] = state_of(workdir).predict(file)
-    expected = np.mean([found[str(s)] for s in (5, 6)], 0)
-    np.testing.assert_allclose(found["together"], expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["5", "together"])
 def test_every_replica_begins_from_the_weights(runs, name):
     """From a run of one seed; from a run of several, the first seed's."""

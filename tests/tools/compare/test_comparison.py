@@ -8,10 +8,10 @@ import math
 import re
 import statistics
 import xml.etree.ElementTree as ET
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from html_page import Page
 
 import launch
 from imgclf_jax import config as configs
@@ -204,33 +204,12 @@ def test_table(tmp_path, compared, capsys):
     assert "top5" not in out
 
 
-class Balance(HTMLParser):
-    """Records unbalanced tags, and all text."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.wrong, self.tags = [], [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        if not self.open or self.open.pop() != tag:
-            self.wrong.append(tag)
-
-
 def test_the_page(tmp_path, compared):
     """Well-formed, with names escaped; it loads nothing, and tables and figures have captions."""
     file = tmp_path / "page.html"
     assert launch.main(["compare", str(tmp_path), f"--html={file}"]) == 0
     text = file.read_text()
-    page = Balance()
-    page.feed(text)
+    page = Page(text)
     assert (page.open, page.wrong) == ([], [])
     assert "lion&lt;b&gt;" in text
     assert "<b>" not in text

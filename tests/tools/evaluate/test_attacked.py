@@ -165,7 +165,6 @@ def test_it_writes_nothing_that_compare_may_take_for_clean_predictions(linear, c
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(("words", "message"), [
-    (["--attack=pdg"], "unknown attack 'pdg': did you mean 'pgd'"),
     (["--attack=pgd(eps=8)"], "--attack: pgd(eps=8): must be above 0 and at most 1"),
     (["--attack=pgd(epsilon=0.1)"], "unknown argument 'epsilon'"),
     (["--attack=pgd", "--corruptions=all"], "--attack prints accuracies only: drop --corruptions"),

@@ -6,13 +6,13 @@ import itertools
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from html_page import Page
 from PIL import Image
 
 import launch
@@ -37,49 +37,7 @@ from imgclf_jax.trained import load
 pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.thorough]
 
 NAMES = ("<script>alert(1)<", "a & 'b'", 'dog" onload="x')  # as folders may be called
-VOID = {"meta", "img", "br"}
 AUGMENT = "pad_crop(2)|normalize((0.5, 0.4, 0.3), 0.25)|random_erasing(0.9)"
-
-
-class Page(HTMLParser):
-    """Tags that are not closed in their order, the attributes of all, tables by caption, and the text of items."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open, self.wrong, self.tags, self.tables, self.items, self.words = [], [], [], {}, [], []
-        self.feed(text)
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "caption":
-            self.caption = ""
-        elif tag == "tr":
-            self.tables.setdefault(self.caption, []).append([])
-        elif tag in ("td", "th"):
-            self.tables[self.caption][-1].append("")
-        elif tag == "figcaption":
-            self.items.append("")
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        if not self.open or self.open.pop() != tag:
-            self.wrong.append(tag)
-
-    def handle_data(self, data):
-        if "style" in self.open:
-            return
-        self.words.append(data)
-        if "caption" in self.open:
-            self.caption += data
-        elif {"td", "th"} & set(self.open[-2:]):
-            self.tables[self.caption][-1][-1] += data
-        elif "figcaption" in self.open:
-            self.items[-1] += data
 
 
 def reported(workdir: Path, *flags: str) -> str:

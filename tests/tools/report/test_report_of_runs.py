@@ -10,8 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from html_page import Page
 from PIL import Image
-from test_report import NAMES, Page, reported, text, trained  # noqa: F401  fixtures
+from test_report import NAMES, reported, text, trained  # noqa: F401  fixtures
 
 import launch
 from imgclf_jax.run.record import Record
