@@ -29,7 +29,8 @@ class Comparison:
 def compare(groups: Sequence[Group], saved: Mapping[str, Mapping[str, Saved]]) -> list[Comparison]:
     """Compares each group with the best on each evaluation set for which all their runs have saved predictions."""
     comparisons: list[Comparison] = []
-    first = [(name, joined) for name in _sets(groups) if (joined := _join_seeds(groups[0], name, saved))]
+    sets = groups[0].done[0].config.data.eval if groups[0].done else ()
+    first = [(name, joined) for name in sets if (joined := _join_seeds(groups[0], name, saved))]
     for name, (best, best_seeds) in first:
         for group in groups[1:]:
             if not (joined := _join_seeds(group, name, saved)):
@@ -53,10 +54,6 @@ def compare(groups: Sequence[Group], saved: Mapping[str, Mapping[str, Saved]]) -
                 comparisons.append(Comparison(group, name, score, n, difference, p, {}))
     adjusted = iter(paired.holm([p for comparison in comparisons for p in comparison.p.values()]))
     return [dataclasses.replace(c, adjusted={seed: next(adjusted) for seed in c.p}) for c in comparisons]
-
-
-def _sets(groups: Sequence[Group]) -> list[str]:
-    return list(groups[0].done[0].config.data.eval) if groups[0].done else []
 
 
 def _join_seeds(group: Group, name: str, saved: Mapping[str, Mapping[str, Saved]]) -> tuple[Saved, list[int]] | None:

@@ -18,7 +18,7 @@ _LOG_FROM = 20  # the ratio of the largest to the smallest value from which the 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A line of a chart: its name, the index of its color, and its points in order of x."""
+    """A line of a chart: its name, the index of its color below COLORS, and its points in order of x."""
 
     name: str
     color: int
@@ -46,11 +46,11 @@ class Axis:
         return self(min(max(value, self.low), self.high))
 
 
-def thinned(steps: Sequence[int]) -> list[int]:
-    """Selects at most 300 of these steps, from the first to the last."""
-    if len(steps) <= _POINTS:
-        return list(steps)
-    return [steps[round(i * (len(steps) - 1) / (_POINTS - 1))] for i in range(_POINTS)]
+def thinned[T](items: Sequence[T], most: int = _POINTS) -> list[T]:
+    """Selects at most `most` items at even distances, from the first to the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -168,7 +168,7 @@ def _range(lines: Sequence[Line]) -> tuple[float, float, bool] | None:
 
 
 def _line(line: Line, across: Axis, up: Axis) -> list[str]:
-    color, out = f"c{line.color % COLORS}", []
+    color, out = f"c{line.color}", []
     band = [
         (across(x), up.clipped(low), up.clipped(high))
         for x, low, high in line.band
@@ -193,13 +193,11 @@ def _line(line: Line, across: Axis, up: Axis) -> list[str]:
 
 def _hovered(line: Line, across: Axis, up: Axis, x_name: str, second: Unit | None) -> list[str]:
     """Invisible points with their values as titles; for a long line some of them, the last included."""
-    points = [(x, y) for x, y in line.points if math.isfinite(y)]
-    chosen = {round(i * (len(points) - 1) / (_HOVERED - 1)) for i in range(_HOVERED)}
     out = []
-    for x, y in (points[i] for i in sorted(chosen) if 0 <= i < len(points)):
+    for x, y in thinned([(x, y) for x, y in line.points if math.isfinite(y)], _HOVERED):
         also = f", {second.name} {x / second.per:.4g}" if second else ""
         title = escape(f"{line.name}, {x_name} {x:g}{also}: {y:.5g}")
-        out.append(f'<circle class="point c{line.color % COLORS}" cx="{across(x):.1f}" cy="{up.clipped(y):.1f}" r="5">'
+        out.append(f'<circle class="point c{line.color}" cx="{across(x):.1f}" cy="{up.clipped(y):.1f}" r="5">'
                    f"<title>{title}</title></circle>")  # fmt: skip
     return out
 

@@ -5,7 +5,7 @@ import itertools
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +49,9 @@ def main(
     errors: list[Exception] = []  # an error that ends the iteration early
     with contextlib.ExitStack() as stack:
         with_targets = bool(model.programs.recipe.data.target_names)
-        add: embeddings.Add = _discard  # only process 0 writes the file
-        if not processes.index():
-            add = stack.enter_context(embeddings.writing(file, model.class_names, with_targets))
+        writing = embeddings.writing(file, model.class_names, with_targets)
+        # Only process 0 writes the file.
+        add: embeddings.Add = stack.enter_context(writing) if not processes.index() else lambda *_: None
         if paths:
             report_host_ops(model.programs)
             written, failed = _add_files(model, paths, until_error(images, errors), add)
@@ -67,10 +67,6 @@ def main(
     if errors:
         raise errors[0]
     return 1 if failed else 0
-
-
-def _discard(name: str, examples: Sequence[str], labels: np.ndarray, features: np.ndarray) -> None:
-    """Adds nothing."""
 
 
 def _add_sets(
