@@ -9,6 +9,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 from scipy import stats
 
 from imgclf_jax.core import rng
@@ -232,11 +233,8 @@ def elastic(images: jax.Array, tables: Tables, draws: tuple[jax.Array, jax.Array
 
 
 def _box_matrix(n: int, m: int) -> np.ndarray:
-    """Returns f64[m, n], which resizes n pixels to m as Pillow's BOX filter: the mean of the centers inside."""
-    scale = max(n / m, 1)
-    centers = (np.arange(m)[:, None] + 0.5) * n / m
-    inside = ((np.arange(n) + 0.5 - centers) / scale > -0.5) & ((np.arange(n) + 0.5 - centers) / scale <= 0.5)
-    return inside / inside.sum(1, keepdims=True)
+    """Returns f32[m, n], which resizes n pixels to m as Pillow's BOX filter."""
+    return np.asarray(Image.fromarray(np.eye(n, dtype=np.float32)).resize((n, m), Image.Resampling.BOX))
 
 
 def pixelate_tables(constant: float, h: int, w: int, constants: Constants) -> Tables:
@@ -244,7 +242,7 @@ def pixelate_tables(constant: float, h: int, w: int, constants: Constants) -> Ta
     out = {}
     for axis, n in (("rows", h), ("columns", w)):
         small = max(1, int(n * constant))
-        out[axis] = (_box_matrix(small, n) @ _box_matrix(n, small)).astype(np.float32)
+        out[axis] = _box_matrix(small, n) @ _box_matrix(n, small)
     return out
 
 

@@ -4,12 +4,14 @@ Images are f32[b, h, w, c]. NumPy precomputes in float64 whatever depends only o
 indices and weights. So one compiled program serves all severities.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.scipy.ndimage import map_coordinates
 from scipy import ndimage
 
 from imgclf_jax.core.typing import Array
@@ -39,12 +41,7 @@ def disk_kernel(radius: float, alias_blur: float) -> np.ndarray:
     reach, size = (8, 3) if radius <= 8 else (int(radius), 5)
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     disk = (x**2 + y**2 <= radius**2).astype(np.float64)
-    line = np.exp(-((np.arange(size) - size // 2) ** 2) / (2 * alias_blur**2))
-    line /= line.sum()
-    disk /= disk.sum()
-    for axis in (0, 1):
-        disk = ndimage.correlate1d(disk, line, axis, mode="mirror")
-    return disk
+    return ndimage.gaussian_filter(disk / disk.sum(), alias_blur, mode="mirror", radius=size // 2)
 
 
 def convolve(images: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -139,24 +136,9 @@ def sample_bilinear(images: jax.Array, y: jax.Array, x: jax.Array, repeat_border
 
     The mirror repeats the outermost pixel with `repeat_border` (NumPy's "symmetric"), else not ("reflect").
     """
-    b, h, w, c = images.shape
-    flat = images.reshape(b, h * w, c)
-
-    def mirror(i: jax.Array, n: int) -> jax.Array:
-        if repeat_border:
-            i = i % (2 * n)
-            return jnp.where(i >= n, 2 * n - 1 - i, i)
-        i = i % max(2 * n - 2, 1)
-        return jnp.where(i >= n, 2 * n - 2 - i, i)
-
-    low_y, low_x = jnp.floor(y), jnp.floor(x)
-    out = jnp.zeros_like(images)
-    for dy in (0, 1):
-        for dx in (0, 1):
-            weight = jnp.abs(1 - dy - (y - low_y)) * jnp.abs(1 - dx - (x - low_x))
-            index = mirror(low_y.astype(jnp.int32) + dy, h) * w + mirror(low_x.astype(jnp.int32) + dx, w)
-            out += weight[..., None] * jnp.take_along_axis(flat, index.reshape(b, -1, 1), 1).reshape(b, h, w, c)
-    return out
+    mode = "reflect" if repeat_border else "mirror"  # SciPy's names
+    sample = functools.partial(map_coordinates, order=1, mode=mode)
+    return jax.vmap(jax.vmap(sample, (-1, None), -1))(images, (y, x))
 
 
 def trace_copies(ys: jax.Array, xs: jax.Array, reach: jax.Array) -> jax.Array:

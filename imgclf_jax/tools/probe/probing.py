@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from imgclf_jax.core.typing import JsonObject
@@ -33,40 +34,20 @@ def nearest_neighbors(
     The k training examples of the largest cosine similarity vote for their labels with weights exp(similarity / 0.07),
     as in Wu et al. 2018 (arXiv:1805.01978, section 3.4). Ties go to the first example and the first class.
     """
-    keys, queries = _normalize(train), _normalize(test)
+    from sklearn.preprocessing import normalize
+
+    keys, queries = normalize(train), normalize(test)  # rows of zeros stay zero
     out = {k: np.empty(len(test), np.int64) for k in ks}
     rows = max(1, _CHUNK // len(train))
     for first in range(0, len(test), rows):
         similarity = queries[first : first + rows] @ keys.T  # [rows, n]
-        order = _top_k(similarity, max(ks))  # [rows, k]
+        order = np.asarray(jax.lax.top_k(similarity, max(ks))[1])  # [rows, k]; of equal values the first
         votes = np.exp(np.take_along_axis(similarity, order, 1).astype(np.float64) / TEMPERATURE)
         for k in ks:
             total = np.zeros((len(order), classes))
             np.add.at(total, (np.arange(len(order))[:, None], labels[order[:, :k]]), votes[:, :k])
             out[k][first : first + rows] = total.argmax(1)
     return out
-
-
-def _normalize(x: np.ndarray) -> np.ndarray:
-    """Scales rows to unit length, except rows of zeros."""
-    length = np.linalg.norm(x, axis=1, keepdims=True)
-    return np.asarray(x / np.where(length > 0, length, 1))
-
-
-def _top_k(values: np.ndarray, k: int) -> np.ndarray:
-    """Returns the indices of the k largest values of each row, in descending order; ties go to the first."""
-    if k < values.shape[1]:
-        threshold = -np.partition(-values, k - 1, axis=1)[:, k - 1 : k]  # the k-th largest
-        kept = values >= threshold
-        tied = np.flatnonzero(kept.sum(1) > k)  # rows with too many values equal to the threshold
-        above = values[tied] > threshold[tied]
-        equal = values[tied] == threshold[tied]
-        kept[tied] = above | (equal & (np.cumsum(equal, 1) <= k - above.sum(1, keepdims=True)))
-        indices = np.nonzero(kept)[1].reshape(len(values), k)
-    else:
-        indices = np.broadcast_to(np.arange(k), values.shape)
-    order = np.argsort(-np.take_along_axis(values, indices, 1), axis=1, kind="stable")
-    return np.take_along_axis(indices, order, 1)
 
 
 def choose_strength(train: np.ndarray, labels: np.ndarray) -> float:

@@ -64,7 +64,8 @@ def write_draws(path):
 
 @pytest.fixture(scope="module")
 def by_the_authors():
-    return np.load(Path(__file__).with_name("fixtures") / "corruptions.npz")
+    with np.load(Path(__file__).with_name("fixtures") / "corruptions.npz") as file:
+        yield file
 
 
 def check(found, wanted, severity, name):
@@ -164,6 +165,14 @@ def test_jpeg(shape):
             np.testing.assert_array_equal(got, np.asarray(Image.open(file)).reshape(shape))
     for small, qualities in ((True, (80, 65, 58, 50, 40)), (False, (25, 18, 15, 10, 7))):
         assert corruptions.CORRUPTIONS["jpeg_compression"].constants[small] == qualities
+
+
+def test_pixelate():
+    """Pillow's BOX filter, bit for bit; at this size the centers of some pixels are on the edges of boxes."""
+    images = pictures(1, 96, height=103)
+    found = np.asarray(_jitted["pixelate"](images, *drawn("pixelate", images, 4)))
+    small = Image.fromarray(images[0]).resize((int(96 * 0.3), int(103 * 0.3)), Image.Resampling.BOX)
+    np.testing.assert_array_equal(found[0], small.resize((96, 103), Image.Resampling.BOX))
 
 
 def test_what_an_example_gets_depends_on_its_place_and_not_on_its_batch():
