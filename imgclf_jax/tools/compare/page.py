@@ -36,7 +36,7 @@ def page(groups: Sequence[Group], comparisons: Sequence[Comparison], metric: str
     if damaged:
         body.append("<h2>Skipped</h2><ul>" + "".join(f"<li>{text(line)}</li>" for line in damaged) + "</ul>")
     same = "".join(f"<dt>{text(key)}</dt><dd>{text(shown(value))}</dd>" for key, value in common(groups).items())
-    body.append(f"<h2>Shared config</h2><details><summary>Keys that all runs share</summary><dl>{same}</dl></details>")
+    body.append("<h2>Shared config</h2>" + html.details("Keys that all runs share", f"<dl>{same}</dl>"))
     return html.document(title, body)
 
 
