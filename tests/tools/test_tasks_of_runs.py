@@ -38,6 +38,7 @@ def test_several_seeds_report_means_and_their_ensemble(tmp_path, name):
 @pytest.mark.thorough
 def test_probe_of_several_labels_and_of_numbers(runs, capsys, monkeypatch):
     """The scores of a ridge or logistic regression on the same features, by scikit-learn."""
+    monkeypatch.setattr(probe.probing, "STRENGTHS", (1.0,))
     for name, score in (("pairs", "mean_average_precision"), ("ink", "r2")):
         argv = ["probe", f"--workdir={runs(name).path}", "--checkpoint=latest"]
         results = {one["method"]: one for one in json.loads(printed(capsys, *argv, "--format=json"))["results"]}

@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from jax.typing import DTypeLike
 
 import launch
 from imgclf_jax.core import sharding
 from imgclf_jax.data import sources
 from imgclf_jax.methods import table
+from imgclf_jax.models.layers import Conv, mean_pool
+from imgclf_jax.models.norms import BatchNorm
 from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.workdir import Workdir
@@ -119,13 +123,31 @@ def test_other_batches_and_devices(linear, capsys):
     assert found["few"]["examples"] == 3
 
 
+class Normed(nn.Module):
+    """Two convolutions with batch norm, of which the second has enough weights to be sharded."""
+
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for i, width in enumerate((16, 128)):
+            x = Conv(width, 3, dtype=self.dtype, name=f"conv{i}")(x)
+            x = nn.relu(BatchNorm(dtype=self.dtype, name=f"norm{i}")(x, train))
+        return mean_pool(x)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("more", [(), ("--config.mesh=fsdp=-1",), ("--config.precision=bfloat16",)])
 def test_several_seeds_are_attacked_each_by_itself(tmp_path_factory, capsys, more):
     """The means of the two seeds attacked alone, with TTA views and batch statistics."""
-    flags = ("--config.model=resnet_cifar(8)", "--config.total=1 epochs", "--config.tta=flip", "--config.num_seeds=2")
+    flags = (
+        f"--config.model={__name__}:Normed",
+        "--config.total=1 epochs",
+        "--config.tta=flip",
+        "--config.num_seeds=2",
+    )
     run, spec = train(tmp_path_factory, *flags, *more), "pgd(eps=0.05, steps=3)"
-    both = printed(run, capsys, f"--attack={spec}")["test"]
+    both = printed(run, capsys, f"--attack={spec}", "--trust")["test"]
     config = run.load_config()
     programs, state, _ = restore(config, run, "")
     with config.unlocked():
