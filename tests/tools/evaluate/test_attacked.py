@@ -132,7 +132,7 @@ class Normed(nn.Module):
     def __call__(self, x, train=False):
         for i, width in enumerate((16, 128)):
             x = Conv(width, 3, dtype=self.dtype, name=f"conv{i}")(x)
-            x = nn.relu(BatchNorm(dtype=self.dtype, name=f"norm{i}")(x, train))
+            x = nn.relu(BatchNorm(0.9, dtype=self.dtype, name=f"norm{i}")(x, train))
         return mean_pool(x)
 
 
@@ -140,12 +140,8 @@ class Normed(nn.Module):
 @pytest.mark.parametrize("more", [(), ("--config.mesh=fsdp=-1",), ("--config.precision=bfloat16",)])
 def test_several_seeds_are_attacked_each_by_itself(tmp_path_factory, capsys, more):
     """The means of the two seeds attacked alone, with TTA views and batch statistics."""
-    flags = (
-        f"--config.model={__name__}:Normed",
-        "--config.total=1 epochs",
-        "--config.tta=flip",
-        "--config.num_seeds=2",
-    )
+    model = f"--config.model={__name__}:Normed"
+    flags = (model, "--config.total=1 epochs", "--config.tta=flip", "--config.num_seeds=2")
     run, spec = train(tmp_path_factory, *flags, *more), "pgd(eps=0.05, steps=3)"
     both = printed(run, capsys, f"--attack={spec}", "--trust")["test"]
     config = run.load_config()
