@@ -137,14 +137,14 @@ def _scan(root: Path, class_names: tuple[str, ...]) -> tuple[FileSource, Listing
 
 
 def _log_unused(root: Path, splits: Iterable[FileSource], strays: Counter[str]) -> None:
-    """Logs what the folder holds but no split uses, in one line."""
+    """Logs what the folder holds but no split uses, in one line; adds files outside the class folders to `strays`."""
     parents = list(dict.fromkeys([root, *(source.root for source in splits)]))
     used = {*parents, *(class_folder for source in splits for class_folder in class_folders(source.root))}
-    loose = image_files.list_top_level(parents)
+    images = sum(1 for parent in parents for _ in image_files.walk(parent, strays, recursive=False))
     parts = [f"the folder {folder.name}" for folder in class_folders(root) if folder not in used]
-    if images := len(loose.images) + len(loose.broken):
+    if images:
         parts.append(f"{images} image{'s' * (images > 1)} outside the class folders")
-    if strays := strays + loose.strays:
+    if strays:
         parts.append(image_files.describe_strays(strays))
     if parts:
         log.info("%s: not used: %s", root, ", ".join(parts))

@@ -51,10 +51,11 @@ def find(folder: Path | str, listing: Listing | None = None) -> Listing:
     return listing
 
 
-def walk(folder: Path | str, strays: Counter[str]) -> Iterator[tuple[str, Stamp | str]]:
+def walk(folder: Path | str, strays: Counter[str], recursive: bool = True) -> Iterator[tuple[str, Stamp | str]]:
     """Yields the images below `folder`: (name, stamp, or the reason why it is unreadable).
 
     They are sorted by name within each folder, which is listed when it is reached. Other files are counted in `strays`.
+    Without `recursive`, sub-folders are skipped.
     An image is a regular file, or a link to one, with the suffix or the signature of an image format. Hidden files and
     folders are skipped. Links to folders are followed, but not in a cycle. Raises UserError for an unreadable folder.
     """
@@ -78,29 +79,14 @@ def walk(folder: Path | str, strays: Counter[str]) -> Iterator[tuple[str, Stamp 
         elif entry.name.startswith("."):
             strays["hidden"] += 1
         elif entry.is_dir():
-            levels.append(entries(f"{prefix}{entry.name}/", above))
+            if recursive:
+                levels.append(entries(f"{prefix}{entry.name}/", above))
         elif (stamp := _stamp(entry, strays)) is not None:
             yield prefix + entry.name, stamp
 
 
 # The prefix of names in a folder, its entries, and the inodes of the folder and its parents.
 _Level = tuple[str, Iterator[os.DirEntry[str]], frozenset[tuple[int, int]]]
-
-
-def list_top_level(folders: list[Path]) -> Listing:
-    """Lists the files directly in these folders, without their sub-folders."""
-    listing = Listing()
-    for folder in folders:
-        for entry in os.scandir(folder):
-            if entry.name.startswith("."):
-                listing.strays["hidden"] += 1
-            elif not entry.is_dir():
-                name, stamp = os.path.join(folder, entry.name), _stamp(entry, listing.strays)
-                if isinstance(stamp, str):
-                    listing.broken[name] = stamp
-                elif stamp:
-                    listing.images[name] = stamp
-    return listing
 
 
 def _stamp(entry: os.DirEntry[str], strays: Counter[str]) -> Stamp | str | None:

@@ -215,7 +215,7 @@ def test_the_root_of_a_file_system_is_refused(tmp_path, monkeypatch, path):
     """The config of a bundle named it, and `reproduce` listed the whole disk."""
     (tmp_path / "link").symlink_to("/")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(image_files, "walk", lambda *_: pytest.fail("the disk is listed"))
+    monkeypatch.setattr(image_files, "walk", lambda *_, **__: pytest.fail("the disk is listed"))
     with pytest.raises(UserError, match="is the root of a file system"):
         folder(path)
 
@@ -225,8 +225,8 @@ def test_a_long_listing_says_how_far_it_is(flat, monkeypatch, caplog):
     monkeypatch.setattr("imgclf_jax.data.folder._LOGGED", (0.01, 0.01))
     walk, line = image_files.walk, f"listing images in {str(flat)!r}: 12 files so far"
 
-    def slow(folder, strays):
-        yield from walk(folder, strays)
+    def slow(*arguments, **options):
+        yield from walk(*arguments, **options)
         until = time.monotonic() + 10
         while line not in caplog.messages and time.monotonic() < until:
             time.sleep(0.005)
