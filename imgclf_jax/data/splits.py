@@ -1,6 +1,7 @@
 """Splits in TFDS syntax, `train[:90%]+extra[100:200]`, for every source."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -67,9 +68,8 @@ def describe(
     uses += ["reading " + ", ".join(f"{name} = {with_size(text)}" for name, text in extra.items())] if extra else []
     if evals:
         uses.append("evaluating on " + ", ".join(f"{name} = {with_size(text)}" for name, text in evals.items()))
-    used = [part for some in parts.values() for part in some]
-    unused = {name: n - _covered([part for part in used if part.name == name]) for name, n in sizes.items()}
-    if left := [f"{count} of the {sizes[name]} examples of {name}" for name, count in unused.items() if count]:
+    used = _covered([part for some in parts.values() for part in some])
+    if left := [f"{n - used[name]} of the {n} examples of {name}" for name, n in sizes.items() if n > used[name]]:
         uses.append("not used: " + ", ".join(left))
     return "; ".join(uses)
 
@@ -81,25 +81,19 @@ def count_shared(train: str, evals: Mapping[str, str], sizes: Mapping[str, int])
     for name, text in evals.items():
         if ")" not in text:
             parts = resolve(text, sizes)
-            common = [
-                Part(a.name, max(a.start, b.start), min(a.stop, b.stop))
-                for a in parts
-                for b in trained
-                if a.name == b.name
-            ]
-            count = sum(_covered([part for part in common if part.name == own and part.start < part.stop])
-                        for own in sizes)  # fmt: skip
-            shared[name] = count, sum(part.stop - part.start for part in parts)
+            common = [Part(a.name, max(a.start, b.start), min(a.stop, b.stop))
+                      for a in parts for b in trained if a.name == b.name]  # fmt: skip
+            shared[name] = _covered(common).total(), sum(part.stop - part.start for part in parts)
     return shared
 
 
-def _covered(parts: list[Part]) -> int:
-    """The number of examples of a base split in at least one of its parts."""
-    count = end = 0
+def _covered(parts: list[Part]) -> Counter[str]:
+    """The number of examples of each base split in at least one of the parts. Some parts may be empty."""
+    counts, ends = Counter[str](), Counter[str]()
     for part in sorted(parts, key=lambda part: part.start):
-        count += max(0, part.stop - max(part.start, end))
-        end = max(end, part.stop)
-    return count
+        counts[part.name] += max(0, part.stop - max(part.start, ends[part.name]))
+        ends[part.name] = max(ends[part.name], part.stop)
+    return counts
 
 
 def _bound(text: str | None, n: int, default: int, piece: str) -> int:
