@@ -5,10 +5,12 @@ generator before the image. Pillow decodes and resizes in training, evaluation a
 an image's size are in `resizing` and `tf_image`.
 """
 
+import functools
 import io
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -166,7 +168,7 @@ def formats_of(preprocess: str) -> tuple[str, ...]:
     calls = spec.parse(preprocess)
     if not calls or calls[0].name != "decode":
         return FORMATS
-    return _check_formats(kinds.bind(calls[0], HOST_OPS, "host op", _LEADING).keywords.get("formats", FORMATS))
+    return _check_formats(_bind(calls[0]).keywords.get("formats", FORMATS))
 
 
 def _check_formats(formats: Value) -> tuple[str, ...]:
@@ -205,6 +207,10 @@ type HostOps = Callable[[Undecoded, int, int], np.ndarray]
 _LEADING = {kinds.PLAIN: ("image",), kinds.RANDOM: ("rng", "image")}
 
 
+def _bind(call: spec.Call) -> functools.partial[Any]:
+    return kinds.bind(call, HOST_OPS, "host op", _LEADING)
+
+
 def build(text: str) -> tuple[HostOps, bool]:
     """Returns the function (image, seed, position) → uint8[h, w, c] of a spec of host ops, and whether it is random.
 
@@ -214,7 +220,7 @@ def build(text: str) -> tuple[HostOps, bool]:
     calls = spec.parse(text)
     if not calls or calls[0].name != "decode":
         raise UserError(f"preprocess={text!r}: the first op must be decode(channels)")
-    ops = [kinds.bind(call, HOST_OPS, "host op", _LEADING) for call in calls]
+    ops = [_bind(call) for call in calls]
     streams = [f"preprocess/{call.name}/{i}" for call, i in zip(calls, spec.occurrences(calls), strict=True)]
     is_random = [kinds.kind_of(op) == kinds.RANDOM for op in ops]
 
@@ -238,7 +244,7 @@ def size_check(preprocess: str) -> Callable[[int, int], None]:
     for call in spec.parse(preprocess)[1:]:
         if call.name not in resizing.SIZES:
             break
-        known.append((resizing.SIZES[call.name], kinds.bind(call, HOST_OPS, "host op", _LEADING).keywords))
+        known.append((resizing.SIZES[call.name], _bind(call).keywords))
 
     def check(height: int, width: int) -> None:
         size = height, width
@@ -255,23 +261,15 @@ def size_check(preprocess: str) -> Callable[[int, int], None]:
 
 def decoder(preprocess: str) -> Callable[[bytes], np.ndarray]:
     """The first host op of a spec, `decode`, with its arguments bound."""
-    op = kinds.bind(spec.parse(preprocess)[0], HOST_OPS, "host op", _LEADING)
+    op = _bind(spec.parse(preprocess)[0])
     return lambda data: np.asarray(op(data))
 
 
-def _resized_centre(
-    height: int, width: int = 0, scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    method: str = "bilinear",
-) -> list[spec.Call]:  # fmt: skip
+def _resized_centre(height: int, width: int = 0, method: str = "bilinear", **_: object) -> list[spec.Call]:
     """The counterpart of random_resized_crop: the central 7/8 of the shorter side, as in 224 of 256 pixels."""
-    del scale, ratio
     size = round(max(height, width) * 8 / 7)
     resized = spec.Call("resize_small", (size,), {} if method == "bilinear" else {"method": method})
     return [resized, spec.Call("central_crop", (height, width) if width else (height,))]
-
-
-# Deterministic host ops that replace a random one in evaluation.
-_COUNTERPARTS: dict[str, Callable[..., list[spec.Call]]] = {"random_resized_crop": _resized_centre}
 
 
 def evaluation_spec(preprocess_eval: str, preprocess: str) -> str:
@@ -283,16 +281,15 @@ def evaluation_spec(preprocess_eval: str, preprocess: str) -> str:
     explicit = bool(preprocess_eval.strip())
     text = preprocess_eval if explicit else preprocess
     calls = spec.parse(text)
-    random = [call for call in calls if build(f"decode|{call}")[1]]
-    if not random:
+    ops = [_bind(call) for call in calls]
+    if all(kinds.kind_of(op) == kinds.PLAIN for op in ops):
         return text
     replaced: list[spec.Call] = []
-    for call in calls:
-        if call not in random:
+    for call, op in zip(calls, ops, strict=True):
+        if kinds.kind_of(op) == kinds.PLAIN:
             replaced.append(call)
             continue
-        op, counterpart = spec.bind(call, HOST_OPS, "host op", leading=("rng", "image")), _COUNTERPARTS.get(call.name)
-        replacement = counterpart(**op.keywords) if counterpart else []
+        replacement = _resized_centre(**op.keywords) if call.name == "random_resized_crop" else []
         if explicit or not replacement:
             key, words = ("preprocess_eval" if explicit else "preprocess"), "|".join(map(str, replacement))
             fix = f"write {words} instead" if replacement else "set preprocess_eval to deterministic host ops"

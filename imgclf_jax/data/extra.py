@@ -34,8 +34,12 @@ def parse(config: ConfigDict, name: str) -> ExtraSpec:
         why = "batches use this name for something else" if name in _TAKEN else "it must be a Python name"
         raise UserError(f"{key}: {why}; rename the stream, for example 'unlabeled'")
     head, *options = spec.split_calls(text)
-    source, _, split = head.rpartition("/") if not head.strip().endswith(")") and ")" in head else (
-        (head, "", "") if ")" in head else ("", "", head))  # fmt: skip
+    if ")" not in head:
+        source, split = "", head
+    elif head.strip().endswith(")"):
+        source, split = head, ""
+    else:
+        source, _, split = head.rpartition("/")
     values = {"batch_size": int(config.batch_size), "preprocess": config.preprocess, "sampling": "permutation"}
     seen = set()
     for option in options:
