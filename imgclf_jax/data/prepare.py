@@ -9,13 +9,16 @@ import os
 import socket
 import sys
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+import numpy as np
 
 from imgclf_jax.core import places, spec, tensorflow_import
 from imgclf_jax.core.errors import UserError, unknown
+from imgclf_jax.core.typing import Examples
 from imgclf_jax.run import cache
 from imgclf_jax.run.provenance import write_json
 
@@ -25,52 +28,67 @@ type DataSource = Any
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A prepared TFDS data set. It imports TFDS when its examples are first read."""
+class TfdsSource:
+    """A TFDS split prepared as ArrayRecord: encoded images, read by id. The first read may import TFDS."""
 
+    open: Callable[[], Mapping[str, DataSource]]  # returns {split: data source}
+    split: str
+    examples: int
+    identity: str
     class_names: tuple[str, ...]
-    splits: dict[str, tuple[int, str]]  # name → (examples, identity)
-    open: Callable[[], dict[str, DataSource]]  # returns {split: data source of encoded images}
     stamp: str = ""  # changes with the files, even if the metadata of TFDS do not
+    immutable: ClassVar[bool] = True  # the identity changes with the version and the number of bytes, the stamp always
+
+    def __len__(self) -> int:
+        return self.examples
 
     @functools.cached_property
-    def _data_sources(self) -> dict[str, DataSource]:
-        return self.open()
+    def data_source(self) -> DataSource:
+        return self.open()[self.split]
 
-    def data_source(self, split: str) -> DataSource:
-        return self._data_sources[split]
+    def read(self, ids: np.ndarray) -> Examples:
+        records = self.data_source.__getitems__(ids.tolist())
+        labels = np.array([r["label"] for r in records], np.int32)
+        if labels.min() < 0:  # TFDS writes -1 for the secret labels of a test set
+            raise UserError(f"example {int(ids[labels.argmin()])} of {self.identity!r} has no label; use another split")
+        return {"image": [r["image"] for r in records], "label": labels}
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.identity.encode()).hexdigest()
 
 
-def open_tfds(name: str, data_dir: str, manual_dir: str) -> Prepared:
-    """Opens a data set by `prepare_tfds`, or by a cached record if its files have not changed.
+def open_tfds(name: str, data_dir: str, manual_dir: str) -> dict[str, TfdsSource]:
+    """Opens the splits of a data set by `prepare_tfds`, or by a cached record if its files have not changed.
 
     The record avoids importing TFDS, which takes seconds: half of a short run on cached images.
     """
-
-    def open_now() -> dict[str, DataSource]:
-        return prepare_tfds(name, data_dir, manual_dir)[1]
-
     identity = repr((name, str(places.as_path(data_dir).expanduser()), _version(name)))
     record = cache.folder("tfds") / (hashlib.sha256(identity.encode()).hexdigest()[:32] + ".json")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(record.read_text(encoding="utf-8"))
         if known["info"] == _digest(places.as_path(known["directory"])):
-            splits = {split: (int(n), str(text)) for split, (n, text) in known["splits"].items()}
-            return Prepared(tuple(known["class_names"]), splits, open_now, known["info"])
+            return _sources(known, functools.cache(lambda: prepare_tfds(name, data_dir, manual_dir)[1]))
 
     builder, data_sources = prepare_tfds(name, data_dir, manual_dir)
-    splits = {}
-    for split in data_sources:
-        info = builder.info.splits[split]
-        splits[split] = (info.num_examples, f"{builder.info.full_name} {split} {info.num_examples} {info.num_bytes}")
-    class_names = tuple(builder.info.features["label"].names)
-    stamp = ""
+    infos = {split: builder.info.splits[split] for split in data_sources}
+    facts = {
+        "directory": str(builder.data_path),
+        "class_names": builder.info.features["label"].names,
+        "splits": {split: (info.num_examples, f"{builder.info.full_name} {split} {info.num_examples} {info.num_bytes}")
+                   for split, info in infos.items()},
+        "info": "",
+    }  # fmt: skip
     with contextlib.suppress(OSError):
-        known = {"directory": str(builder.data_path), "class_names": class_names, "splits": splits}
-        stamp = _digest(places.as_path(known["directory"]))
+        facts["info"] = _digest(places.as_path(facts["directory"]))
         record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, known | {"info": stamp})
-    return Prepared(class_names, splits, lambda: data_sources, stamp)
+        write_json(record, facts)
+    return _sources(facts, lambda: data_sources)
+
+
+def _sources(facts: Mapping[str, Any], open: Callable[[], Mapping[str, DataSource]]) -> dict[str, TfdsSource]:
+    class_names = tuple(facts["class_names"])
+    return {split: TfdsSource(open, split, int(examples), str(identity), class_names, facts["info"])
+            for split, (examples, identity) in facts["splits"].items()}  # fmt: skip
 
 
 def _version(name: str) -> str:

@@ -169,7 +169,8 @@ def weighted(context: Context, by: str = "") -> Sampler:
     weights, what = _numbers(context, by)
     if (weights < 0).any():
         i = int(np.argmax(weights < 0))
-        raise UserError(f"{what}: the weight of {_name(context, i)} is {weights[i]}; it must be 0 or more")
+        name = sources.example_name(context.source, i)
+        raise UserError(f"{what}: the weight of {name} is {weights[i]}; it must be 0 or more")
     with np.errstate(over="ignore"):
         total = np.cumsum(weights)
     if not 0 < total[-1] < np.inf:
@@ -324,13 +325,9 @@ def _numbers(context: Context, by: str) -> tuple[np.ndarray, str]:
     values = values.astype(np.float64)
     if not np.isfinite(values).all():
         i = int(np.argmin(np.isfinite(values)))
-        raise UserError(f"{what}: the value of {_name(context, i)} is {values[i]}; it must be finite")
+        name = sources.example_name(context.source, i)
+        raise UserError(f"{what}: the value of {name} is {values[i]}; it must be finite")
     return values, what
-
-
-def _name(context: Context, i: int) -> str:
-    name: str = getattr(context.source, "name", "example {}".format)(i)
-    return name
 
 
 def _digest(values: np.ndarray) -> str:

@@ -7,12 +7,13 @@ spec names a function that returns `{base split: source}`; the TFDS split syntax
 import contextlib
 import functools
 import hashlib
+import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -23,6 +24,7 @@ from imgclf_jax.core.typing import Array, Examples, Value
 from imgclf_jax.data import decode, splits
 from imgclf_jax.data.arrays import MOST_CLASSES, ArraySource, arrays
 from imgclf_jax.data.folder import folder
+from imgclf_jax.data.prepare import TfdsSource, open_tfds
 from imgclf_jax.data.table import table
 
 
@@ -65,35 +67,6 @@ class FakeSource:
 
     def fingerprint(self) -> str:
         return hashlib.sha256(repr(self).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class TfdsSource:
-    """A TFDS split prepared as ArrayRecord: encoded images, read by id. Opened at the first read."""
-
-    open: Callable[[], Sequence[Mapping[str, Any]]]
-    examples: int
-    class_names: tuple[str, ...]
-    identity: str
-    stamp: str = ""  # of the prepared files
-    immutable: ClassVar[bool] = True  # the identity changes with the version and the number of bytes, the stamp always
-
-    def __len__(self) -> int:
-        return self.examples
-
-    @functools.cached_property
-    def data_source(self) -> Any:
-        return self.open()
-
-    def read(self, ids: np.ndarray) -> Examples:
-        records = self.data_source.__getitems__(ids.tolist())
-        labels = np.array([r["label"] for r in records], np.int32)
-        if labels.min() < 0:  # TFDS writes -1 for the secret labels of a test set
-            raise UserError(f"example {int(ids[labels.argmin()])} of {self.identity!r} has no label; use another split")
-        return {"image": [r["image"] for r in records], "label": labels}
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self.identity.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -149,10 +122,9 @@ class SplitSource:
         return {"image": images, name: y}
 
     def name(self, i: int) -> str:
-        """The name of an example in error messages: its file, if it has one."""
         p = int(np.searchsorted(self.starts, i, side="right")) - 1
         source, start, _ = self.parts[p]
-        return getattr(source, "name", "example {}".format)(int(i - self.starts[p] + start))
+        return example_name(source, int(i - self.starts[p] + start))
 
     def fingerprint(self) -> str:
         return self._hash(lambda source: source.fingerprint())
@@ -165,6 +137,12 @@ class SplitSource:
     def _hash(self, fingerprint: Callable[[Source], str]) -> str:
         parts = [(fingerprint(source), start, stop) for source, start, stop in self.parts]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def example_name(source: Source, i: int) -> str:
+    """The name of an example in error messages: its file, if it has one."""
+    name: str = getattr(source, "name", "example {}".format)(i)
+    return name
 
 
 def listing_fingerprint(source: Source) -> str:
@@ -250,22 +228,14 @@ def fake(n: int = 1024, shape: tuple[int, int, int] = (28, 28, 1), classes: int 
     return {"train": FakeSource(n, tuple(shape), names, 0), "test": FakeSource(n, tuple(shape), names, n)}
 
 
-def tfds(name: str, data_dir: str = "", manual_dir: str = "") -> dict[str, Source]:
+def tfds(name: str, data_dir: str = "", manual_dir: str = "") -> dict[str, TfdsSource]:
     """A TFDS data set by name ('mnist', 'imagenet2012:5.1.0'), prepared as ArrayRecord at first use.
 
     `manual_dir` holds manually downloaded archives, for machines without a network.
     """
     if re.search(r":(?!\d)", name):  # not a version, as in imagenet2012:5.1.0
         spec.check_trusted(f"data set {name!r}, for which TFDS would fetch a program and run it")
-    from imgclf_jax.data.prepare import open_tfds
-
-    prepared = open_tfds(name, data_dir, manual_dir)
-    return {
-        split: TfdsSource(
-            functools.partial(prepared.data_source, split), examples, prepared.class_names, identity, prepared.stamp
-        )
-        for split, (examples, identity) in prepared.splits.items()
-    }
+    return open_tfds(name, data_dir, manual_dir)
 
 
 SOURCES = {"digits": digits, "tfds": tfds, "folder": folder, "table": table, "arrays": arrays, "fake": fake}
@@ -388,16 +358,10 @@ def known_labels(source: Source) -> np.ndarray | None:
 
 def read_labels(source: Source) -> np.ndarray:
     """The labels i32[n]: the source's `labels`, or those of one pass over its examples."""
-    chunks = []
-    for part, start, stop in _parts(source):
-        labels = _labels_of(part)
-        if labels is not None:
-            chunks.append(labels[start:stop])
-            continue
-        for first in range(start, stop, 1000):
-            ids = np.arange(first, min(first + 1000, stop), dtype=np.int64)
-            chunks.append(np.asarray(part.read(ids)["label"], np.int32))
-    return np.concatenate(chunks)
+    if (labels := known_labels(source)) is not None:
+        return labels
+    chunks = (np.array(ids, np.int64) for ids in itertools.batched(range(len(source)), 1000))
+    return np.concatenate([np.asarray(source.read(ids)["label"], np.int32) for ids in chunks])
 
 
 def read_column(source: Source, name: str = "") -> np.ndarray:

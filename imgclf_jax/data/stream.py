@@ -5,6 +5,7 @@ threads, and after any restart.
 """
 
 import concurrent.futures
+import functools
 import logging
 import os
 import threading
@@ -24,12 +25,12 @@ from imgclf_jax.data import decode, decoded, extra, image_check, sampling
 from imgclf_jax.data.arrays import check_finite
 from imgclf_jax.data.read_ahead import Batch, read_ahead
 from imgclf_jax.data.sampling import example_ids as example_ids
-from imgclf_jax.data.sampling import permute as permute
 from imgclf_jax.data.sampling import position_ids as position_ids
 from imgclf_jax.data.sources import (
     Source,
     check_y,
     class_counts,
+    example_name,
     left_out,
     listing_fingerprint,
     open_data,
@@ -67,6 +68,7 @@ class Images:
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
         self._cache: np.ndarray | None = None
         self._lock = threading.Lock()
+        self._name = functools.partial(example_name, source)  # of an example, by its id
         self.target_names = target_names(source)
         self.y_name = "target" if self.target_names else "label"  # the batches' other array
         if self.target_names and (known := getattr(source, "targets", None)) is not None:
@@ -154,19 +156,14 @@ class Images:
             )
         return np.stack(images), y
 
-    def _name(self, example: int) -> str:
-        name: str = getattr(self.source, "name", "example {}".format)(example)
-        return name
-
     def _decode_one(self, image: bytes | np.ndarray, example: int, position: int, seed: int) -> np.ndarray:
-        name = self._name
         try:
-            with named_warnings.about(lambda: name(example)):
+            with named_warnings.about(lambda: self._name(example)):
                 return self._ops(image, seed, position)
         except UserError as e:
-            file = Path(name(example))
-            hint = _SKIP if file.is_file() and not image_check.readable(file, self.preprocess) else ""
-            raise UserError(f"{name(example)}: {e}{hint}") from e
+            name = self._name(example)
+            hint = _SKIP if Path(name).is_file() and not image_check.readable(Path(name), self.preprocess) else ""
+            raise UserError(f"{name}: {e}{hint}") from e
         except (TypeError, ValueError) as e:
             if ":" in self.preprocess:
                 raise  # the user needs the traceback into their own op
