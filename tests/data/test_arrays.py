@@ -27,11 +27,9 @@ def npz(path, **data):
     return f"arrays({str(path / 'data.npz')!r})"
 
 
-@pytest.mark.parametrize("column", [False, True])  # Keras's cifar10 has labels [n, 1]
 @pytest.mark.parametrize("channels", [None, 1, 3])
-def test_arrays_are_read_from_npz(tmp_path, channels, column):
-    x = X if channels is None else np.repeat(X[..., None], channels, -1)
-    y = (Y[:, None] if column else Y).astype(np.uint8)
+def test_arrays_are_read_from_npz(tmp_path, channels):
+    x, y = X if channels is None else np.repeat(X[..., None], channels, -1), Y.astype(np.uint8)
     base = sources.open_splits(npz(tmp_path, x_train=x, y_train=y, x_extra=x[:2], y_extra=y[:2], other=np.zeros(3)))
     assert {name: len(s) for name, s in base.items()} == {"train": 6, "extra": 2}
     examples = base["train"].read(np.array([4, 1, 4]))
@@ -87,7 +85,7 @@ def test_what_is_no_npz_file_is_named(tmp_path, kind):
 
 
 @pytest.mark.parametrize(("layout", "splits"), [
-    ("x_{0} y_{0}", ("train", "test")),  # Keras
+    ("x_{0} y_{0}", ("train", "test")),  # Keras, whose cifar10 has labels [n, 1]
     ("{0}_images {0}_labels", ("train", "val", "test")),  # MedMNIST
     ("images labels", ("train",)),
 ])  # fmt: skip

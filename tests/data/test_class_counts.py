@@ -1,17 +1,17 @@
 """The number of examples per class: counted from labels if the source has them, and recorded with the run."""
 
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_sampling import FLAGS
 
 import launch
-from imgclf_jax import losses
+from imgclf_jax import losses, programs
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import sources
+from imgclf_jax.data import sources, stream
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.trained import restore
 
@@ -65,11 +65,6 @@ def test_counts_by_one_pass_over_what_has_no_known_labels():
     assert sources.class_counts(sources.fake(10, (2, 2, 1), 4)["train"]).tolist() == [3, 3, 2, 2]
 
 
-FLAGS = ["--config.preprocess=decode(1)", "--config.augment=", "--config.model=mlp(widths=(8,))",
-         "--config.batch_size=16", "--config.total=3 steps", "--config.eval_every=",
-         "--config.schedule=constant(1e-3)"]  # fmt: skip
-
-
 @pytest.mark.thorough
 def test_a_run_records_the_counts_and_is_evaluated_without_its_training_data(tmp_path):
     """The balanced loss on the test split, for a run whose training split is gone."""
@@ -78,7 +73,7 @@ def test_a_run_records_the_counts_and_is_evaluated_without_its_training_data(tmp
     data = {"x_train": rng.integers(0, 256, (64, 6, 6), np.uint8), "y_train": labels,
             "x_test": rng.integers(0, 256, (30, 6, 6), np.uint8), "y_test": np.repeat([0, 1, 2], 10)}  # fmt: skip
     np.savez(tmp_path / "data.npz", **data)
-    flags = [f"--workdir={tmp_path / 'run'}", f"--config.data.source=arrays({str(tmp_path / 'data.npz')!r})", *FLAGS]
+    flags = [*FLAGS, f"--workdir={tmp_path / 'run'}", f"--config.data.source=arrays({str(tmp_path / 'data.npz')!r})"]
     assert launch.main([*flags, "--config.loss=softmax(class_weights='balanced')"]) == 0
     assert json.loads((tmp_path / "run" / "provenance.json").read_text())["data"]["class_counts"] == [40, 8, 16]
     workdir = Workdir(tmp_path / "run")
@@ -94,21 +89,20 @@ def test_a_run_records_the_counts_and_is_evaluated_without_its_training_data(tmp
     np.testing.assert_allclose(jnp.mean(programs.recipe.loss(logits, jnp.asarray(data["y_test"]))), expected, rtol=1e-5)
 
 
-@pytest.mark.thorough
-def test_a_class_without_examples_is_named(tmp_path, capsys):
-    for split, message in (("train[:2]", "the training split has no example of 2, 3"), ("train", "")):
-        flags = ["--config.data.source=fake(64, (6, 6, 1), 4)", f"--config.data.train={split}", *FLAGS]
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        status = launch.main([f"--workdir={tmp_path / 'run'}", *flags, "--config.loss=focal(class_weights='balanced')"])
-        assert status == bool(message)
-        assert message in capsys.readouterr().err
+def test_a_class_without_examples_is_named(fake_config):
+    fake_config.data.train, fake_config.loss = "train[:2]", "focal(class_weights='balanced')"
+    made = programs.programs_for_images(fake_config, stream.open_train_images(fake_config))
+    with pytest.raises(UserError, match="the training split has no example of 2, 3"):
+        _ = made.recipe.loss
 
 
-@pytest.mark.thorough
-def test_counts_are_not_taken_unasked(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "class_counts", lambda source: 1 / 0)
-    assert launch.main([f"--workdir={tmp_path}", "--config.data.source=fake(64, (6, 6, 1), 4)", *FLAGS]) == 0
-    assert json.loads((tmp_path / "provenance.json").read_text())["data"]["class_counts"] == []
+def test_counts_are_not_taken_unasked(fake_config, monkeypatch):
+    monkeypatch.setattr(stream, "class_counts", lambda source: 1 / 0)
+    made = programs.programs_for_images(fake_config, stream.open_train_images(fake_config))
+    assert made.recipe.data.class_counts == ()
+    fake_config.loss = "softmax(class_weights='balanced')"
+    with pytest.raises(ZeroDivisionError):
+        programs.programs_for_images(fake_config, stream.open_train_images(fake_config))
 
 
 def test_a_loss_that_was_told_no_counts_says_so():

@@ -28,10 +28,13 @@ def png(samples, depth, colour, chunks=()):
         rows = np.packbits(bits.reshape(h, -1).astype(np.uint8), axis=1)
     data = zlib.compress(np.insert(rows, 0, 0, axis=1).tobytes())  # each row after its filter type, 0
     header = struct.pack(">IIBBBBB", w, h, depth, colour, 0, 0, 0)
-    out = b"\x89PNG\r\n\x1a\n"
-    for name, body in [(b"IHDR", header), *chunks, (b"IDAT", data), (b"IEND", b"")]:
-        out += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-    return out
+    return png_of([(b"IHDR", header), *chunks, (b"IDAT", data), (b"IEND", b"")])
+
+
+def png_of(chunks):
+    """A PNG file of (type, data) pairs."""
+    parts = [struct.pack(">I", len(b)) + n + b + struct.pack(">I", zlib.crc32(n + b)) for n, b in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def encode(picture, form, **options):

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import io
-import struct
 import threading
 import time
 import zlib
@@ -10,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
-from test_decode import encode, noise
+from test_decode import encode, noise, png
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import decode, decode_cost, resizing
@@ -27,18 +26,14 @@ def jpeg(scans, size):
     return data[:-2] + last * (scans - own) + data[-2:]
 
 
-def png(chunk, times):
-    name, content = chunk
-    whole = struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-    data = encode(noise(8, 8, 3), "PNG")
-    place = data.index(b"IDAT") - 4
-    return data[:place] + whole * times + data[place:]
+def with_profiles(count, profile):
+    return png(noise(8, 8, 3), 8, 2, [(b"iCCP", b"a\0\0" + zlib.compress(profile, 9))] * count)
 
 
 @pytest.mark.parametrize(("data", "words"), [
     (jpeg(501, 8), "the JPEG image has 501 scans, but one of 64 pixels may have 500"),
     (jpeg(300, 2000), "has 300 scans, but one of 4,000,000 pixels may have 268"),
-    (png((b"iCCP", b"a\0\0" + zlib.compress(bytes(1_000_000), 9)), 3000), "more than 16 color profiles"),
+    (with_profiles(3000, bytes(1_000_000)), "more than 16 color profiles"),
     (b"P3\n8 8 255\n" + b"#\n" * 2_000_000 + b"1 " * 192, "more than 1,000 comments"),
     (b"P2\n5000 5000 255\n" + b"1 " * 25_000_000, "25,000,000 values in a form that is slow to read"),
     (b"P6\n3000 2000 100\n" + bytes(18_000_000), "18,000,000 values in a form that is slow to read"),
@@ -59,7 +54,7 @@ def test_usual_files_are_decoded():
     for kind in ({"progressive": True}, {"quality": 95}):
         assert decode.decode(encode(image, "JPEG", **kind)).shape == image.shape
     assert decode.decode(jpeg(500, 8), 1).shape == (8, 8, 1)
-    assert decode.decode(png((b"iCCP", b"a\0\0" + zlib.compress(b"profile")), 1)).shape == (8, 8, 3)
+    assert decode.decode(with_profiles(1, b"profile")).shape == (8, 8, 3)
     assert decode.decode(b"P2\n# one\n2 1 255\n1 2").shape == (1, 2, 3)
 
 

@@ -21,8 +21,12 @@ class Encoded:
     immutable: bool = True
     identity: str = "a"
     stamp: str = ""
+    target_names: tuple = ()
     ids: list = field(default_factory=list)
-    class_names = ("x", "y", "z")
+
+    @property
+    def class_names(self):
+        return self.target_names or ("x", "y", "z")
 
     def __len__(self):
         return self.n
@@ -34,7 +38,8 @@ class Encoded:
             pixels = np.random.default_rng(int(i)).integers(0, 256, (6, 5), dtype=np.uint8)
             Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
             files.append(file.getvalue())
-        return {"image": files, "label": (ids % 3).astype(np.int32)}
+        y = {"target": np.sin(ids)[:, None]} if self.target_names else {"label": (ids % 3).astype(np.int32)}
+        return {"image": files, **y}
 
     def fingerprint(self):
         return self.identity
@@ -48,16 +53,18 @@ def read_all(source, ops=OPS):
     return stream.Images(source, ops).read(everything, everything)
 
 
-def test_an_immutable_source_is_decoded_once():
-    """The second run decodes nothing and sees the same images, in training and in evaluation."""
-    first = read_all(Encoded())
-    again = Encoded()
-    np.testing.assert_array_equal(read_all(again)["image"], first["image"])
+@pytest.mark.parametrize("targets", [(), ("height",)])
+def test_an_immutable_source_is_decoded_once(targets):
+    """The second run decodes nothing and sees the same images and labels or targets, in training and in evaluation."""
+    first = read_all(Encoded(target_names=targets))
+    again = Encoded(target_names=targets)
+    for name, values in read_all(again).items():
+        np.testing.assert_array_equal(values, first[name])
     images = stream.Images(again, OPS)
     assert images.shape == (7, 7, 1)
     assert images.in_memory
     batches = list(stream.train_batches(images, 3, 4, 0, 9))
-    fresh = list(stream.train_batches(stream.Images(Encoded(immutable=False), OPS), 3, 4, 0, 9))
+    fresh = list(stream.train_batches(stream.Images(Encoded(immutable=False, target_names=targets), OPS), 3, 4, 0, 9))
     for a, b in zip(batches, fresh, strict=True):
         for name in a:
             np.testing.assert_array_equal(a[name], b[name])

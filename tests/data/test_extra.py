@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import thorough
+from test_sampling import FLAGS
 
 import launch
 from imgclf_jax import config as configs
@@ -64,8 +65,9 @@ def test_a_batch_holds_those_of_the_further_streams(config, monkeypatch, place, 
     [(_, chunk)] = placement.train_chunks(place, images, spec, [range(2, 4)], 3, mesh)
     base = {"unlabeled": sources.open_splits("fake(30, (5, 6, 3), 4)")["train"],
             "held": sources.take_split(sources.open_data(config), "train[50%:]")}  # fmt: skip
+    batch_at = jax.jit(lambda chunk, i: placement.batch_at(chunk, i, images.shape, shapes))
     for i, step in enumerate((2, 3)):
-        batch = jax.jit(lambda chunk, i=i: placement.batch_at(chunk, i, images.shape, shapes))(chunk)
+        batch = batch_at(chunk, i)
         assert batch.keys() == {"image", "label", "unlabeled", "held"}
         assert batch["image"].shape == (32, 12, 12, 1)
         for name, b in (("unlabeled", 24), ("held", 16)):
@@ -186,15 +188,10 @@ def consistent(problem):
     return Method(loss)
 
 
-FLAGS = ["--config.data.source=fake(64, (6, 6, 1), 4)", "--config.preprocess=decode(1)", "--config.augment=",
-         "--config.model=mlp(widths=(4,))", "--config.batch_size=16", "--config.eval_every=",
-         "--config.schedule=constant(1e-3)", "--config.tensorboard=False", f"--config.method={__name__}:consistent",
-         "--config.checkpoint_every=3 steps"]  # fmt: skip
-
-
 def train(workdir, *more, text="fake(48, (6, 6, 1), 4)/test|batch_size(24)", total="6 steps"):
-    return launch.main([f"--workdir={workdir}", *FLAGS, f"--config.data.extra.unlabeled={text}",
-                        f"--config.total={total}", *more])  # fmt: skip
+    return launch.main([*FLAGS, f"--workdir={workdir}", f"--config.method={__name__}:consistent",
+                        f"--config.data.extra.unlabeled={text}", f"--config.total={total}",
+                        "--config.checkpoint_every=3 steps", *more])  # fmt: skip
 
 
 def digest(workdir):

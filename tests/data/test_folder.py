@@ -259,16 +259,3 @@ def test_what_is_no_whole_image_is_named(flat, kind):
         folder(str(flat))
     assert str(bad) in str(e.value)
     assert "repair, move or remove it" in str(e.value)
-
-
-def test_many_broken_files_are_counted(flat):
-    for i in range(5):
-        (flat / "cat" / f"bad{i}.png").write_text("text")
-    with pytest.raises(UserError, match="and 2 more"):
-        folder(str(flat))
-
-
-# --- the memory of what was checked ---
-
-
-# --- in the stream ---

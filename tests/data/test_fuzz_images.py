@@ -1,6 +1,5 @@
 """Fuzzed images: each is decoded or refused in one sentence, and never takes a gigabyte."""
 
-import io
 import struct
 import zlib
 
@@ -10,6 +9,7 @@ from fuzzing import BYTES, SIZES, answered, with_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
+from test_decode import encode, noise, png_of
 
 from imgclf_jax.data.decode import decode
 
@@ -17,20 +17,14 @@ from imgclf_jax.data.decode import decode
 pytestmark = [pytest.mark.usefixtures("a_gigabyte"), pytest.mark.filterwarnings("ignore::UserWarning:PIL")]
 
 
-def encode(form, mode="RGB", **options):
-    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(buffer, form, **options)
-    return buffer.getvalue()
-
-
+PIXELS = Image.fromarray(noise(9, 12, 3))
 FORMS = [("PNG", "RGB", {}), ("PNG", "P", {}), ("PNG", "I;16", {}), ("JPEG", "RGB", {}),
          ("JPEG", "RGB", {"progressive": True}), ("GIF", "P", {}), ("BMP", "RGB", {}), ("BMP", "P", {}),
          ("WEBP", "RGB", {}), ("PPM", "RGB", {}), ("PPM", "L", {}),
          ("TIFF", "RGB", {}), ("TIFF", "L", {"compression": "tiff_lzw"}), ("TIFF", "RGB", {"compression": "jpeg"}),
          ("TIFF", "1", {"compression": "group4"}), ("MPO", "RGB", {})]  # fmt: skip
 FORMS += [("AVIF", "RGB", {})] if features.check("avif") else []
-IMAGES = [encode(form, mode, **options) for form, mode, options in FORMS]
+IMAGES = [encode(PIXELS.convert(mode), form, **options) for form, mode, options in FORMS]
 
 
 def check_image(content, channels):
@@ -62,8 +56,7 @@ def test_png_by_its_parts(width, height, depth, colour, interlaced, name, body, 
     header = struct.pack(">IIBBBBB", width % 2**32, height % 2**32, depth, colour, 0, 0, interlaced)
     bomb = zlib.compress(bytes(100_000))
     chunks = [(b"IHDR", header), (name, body), (name, b"x\0\0" + bomb), (b"IDAT", bomb), (b"IEND", b"")]
-    parts = [struct.pack(">I", len(b)) + n + b + struct.pack(">I", zlib.crc32(n + b)) for n, b in chunks]
-    check_image(b"\x89PNG\r\n\x1a\n" + b"".join(parts), channels)
+    check_image(png_of(chunks), channels)
 
 
 TAGS = st.sampled_from(
@@ -86,7 +79,7 @@ def test_tiff_by_its_tags(entries, channels):
 def test_bmp_gif_and_ppm_by_their_sizes(width, height, bits, compression, colours, channels):
     sizes = struct.pack("<IIHHIIIIII", width % 2**32, height % 2**32, 1, bits, compression, 0, 0, 0, colours % 2**32, 0)
     check_image(b"BM" + struct.pack("<IHHI", 200, 0, 0, 54) + struct.pack("<I", 40) + sizes + bytes(200), channels)
-    gif = encode("GIF", "P")
+    gif = encode(PIXELS.convert("P"), "GIF")
     check_image(gif[:6] + struct.pack("<HH", width % 65536, height % 65536) + gif[10:], channels)
     for kind in (b"P5", b"P2", b"P6", b"P4", b"Pf"):
         check_image(kind + b" %d %d %d\n" % (width, height, colours) + bytes(100), channels)

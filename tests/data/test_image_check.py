@@ -1,6 +1,7 @@
-"""Unreadable images are all found at the start, listed in one file, and skipped on request."""
+"""Images are checked once; unreadable ones are all found at the start, listed in one file, and skipped on request."""
 
 import concurrent.futures
+import os
 import re
 from pathlib import Path
 
@@ -30,6 +31,14 @@ def broken(flat):
         bad.append(file)
     (flat / "emu" / "gone.png").symlink_to(flat / "nowhere")
     return sorted([*bad, flat / "emu" / "gone.png"])
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The lengths of the files that the check decoded since it was last cleared."""
+    lengths, original = [], image_check.decode
+    monkeypatch.setattr(image_check, "decode", lambda data, **how: lengths.append(len(data)) or original(data, **how))
+    return lengths
 
 
 def unreadable(*arguments, **how):
@@ -80,15 +89,46 @@ def test_a_list_that_cannot_be_written_is_said(flat, broken, monkeypatch, tmp_pa
         folder(str(flat))
 
 
+# --- the cache ---
+
+
+def test_a_changed_or_new_file_alone_is_checked_again(flat, decoded):
+    folder(str(flat))
+    decoded.clear()
+    before = (flat / "cat" / "0.png").stat()
+    write(flat / "cat" / "0.png", 50, size=(30, 30))  # another size
+    os.utime(flat / "cat" / "0.png", ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.utime(flat / "dog" / "1.png", ns=(0, 12345))  # another time
+    write(flat / "emu" / "new.png", 51)
+    folder(str(flat))
+    changed = ("cat/0.png", "dog/1.png", "emu/new.png")
+    assert sorted(decoded) == sorted((flat / file).stat().st_size for file in changed)
+
+
+@pytest.mark.parametrize("content", ["{", "", "[]", "3", '{"cat/0.png": 1}'])
+def test_a_damaged_memory_means_checking_again(flat, decoded, content):
+    folder(str(flat))
+    (record,) = (p for p in Path(os.environ["XDG_CACHE_HOME"]).rglob("*") if p.is_file())
+    record.write_text(content)
+    decoded.clear()
+    folder(str(flat))
+    assert len(decoded) == 12
+
+
+def test_a_cache_folder_that_cannot_be_written_costs_the_memory_alone(flat, decoded, monkeypatch, tmp_path):
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert len(folder(str(flat))["train"]) == 12
+    folder(str(flat))
+    assert len(decoded) == 24
+
+
 # --- big folders: headers and ends, until pixels are wanted ---
 
 
 @pytest.fixture
-def big(monkeypatch):
+def big(monkeypatch, decoded):
     monkeypatch.setattr(image_check, "_SMALL", 0)
-    decoded = []
-    original = image_check.decode
-    monkeypatch.setattr(image_check, "decode", lambda data, **how: decoded.append(len(data)) or original(data, **how))
     return decoded
 
 
@@ -240,3 +280,35 @@ def test_formats_that_the_host_ops_name(flat):
         sources.open_data(config)
     config.preprocess_eval = "decode(3, formats=('TGA',))"
     assert "cat/x.tga" in sources.open_data(config)["train"].files
+
+
+# --- in the stream ---
+
+
+@pytest.mark.parametrize("split", ["train", "train[:50%]+train[50%:]"])
+@pytest.mark.parametrize("prefetch", [1, 8])
+def test_a_file_that_breaks_in_mid_stream_is_named_after_the_batches_before_it(flat, split, prefetch):
+    source = sources.take_split(folder(str(flat)), split)
+    file = flat / folder(str(flat))["train"].files[7]
+    file.write_bytes(file.read_bytes()[:60])
+    for batches in (
+        stream.eval_batches(stream.Images(source, "decode(3)"), 3, prefetch=prefetch),
+        stream.train_batches(stream.Images(source, "decode(3)|random_resized_crop(4)"), 0, 3, 0, 4, prefetch=prefetch),
+    ):
+        with pytest.raises(UserError) as e:
+            list(batches)
+        assert str(e.value).startswith(f"{file}: the image does not decode")
+    batches = stream.eval_batches(stream.Images(source, "decode(3)"), 3, prefetch=prefetch)
+    assert [next(batches)["image"].shape for _ in range(2)] == [(3, 8, 6, 3)] * 2
+    with pytest.raises(UserError):
+        next(batches)
+
+
+def test_images_of_different_shapes_are_refused_with_the_mend(flat):
+    source = folder(str(flat))["train"]
+    write(flat / source.files[5], size=(9, 6))
+    with pytest.raises(UserError) as e:
+        list(stream.train_batches(stream.Images(source, "decode(3)"), 0, 4, 0, 3))
+    assert "different shapes, such as (8, 6, 3) and (9, 6, 3); add resize(height, width)" in str(e.value)
+    mended = stream.Images(source, "decode(3)|resize(8, 6)")
+    assert [b["image"].shape for b in stream.train_batches(mended, 0, 4, 0, 3)] == [(4, 8, 6, 3)] * 3

@@ -3,16 +3,13 @@
 import jax
 import numpy as np
 import pytest
+from test_batches import fake
 
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import placement, sources, stream
 
 pytestmark = pytest.mark.optimized
-
-
-def fake():
-    return sources.fake(40, (9, 8, 1), 5)["train"]
 
 
 def assert_same(a, b):

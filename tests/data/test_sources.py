@@ -8,10 +8,6 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
 
 
-def open_one(text, split="train", **dirs):
-    return sources.take_split(sources.open_splits(text, **dirs), split)
-
-
 def everything(source):
     return source.read(np.arange(len(source)))
 
@@ -51,7 +47,8 @@ def test_fake_examples_are_a_function_of_the_id_alone():
     np.testing.assert_array_equal(some["label"], ids % 4)
     other = everything(base["test"])["image"]
     assert len({x.tobytes() for x in [*whole["image"], *other]}) == 1000  # no two alike, in either split
-    assert len({s.fingerprint() for s in (*base.values(), open_one("fake(500, (6, 7, 3), 5)"))}) == 3
+    more = sources.open_splits("fake(500, (6, 7, 3), 5)")["train"]
+    assert len({s.fingerprint() for s in (*base.values(), more)}) == 3
 
 
 @pytest.mark.parametrize("arguments", [
@@ -123,6 +120,3 @@ def test_fingerprints_differ_by_examples_and_order():
 def test_an_unknown_source_gives_the_nearest():
     with pytest.raises(UserError, match="unknown source 'digit': did you mean 'digits'"):
         sources.open_splits("digit")
-
-
-# --- TFDS ---
