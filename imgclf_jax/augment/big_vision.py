@@ -57,13 +57,9 @@ def apply(
     limits = tpu_affine.Limits(*(magnitude / FULL * most for most in (_SHEAR, _TRANSLATION, _TRANSLATION, _DEGREES)))
     images = _transform(images, jnp.asarray(_maps(magnitude, h, w))[op, negative], fill, limits)
 
-    y, x = jnp.arange(h)[:, None, None], jnp.arange(w)[:, None]
-    side = int(magnitude / FULL * _CUTOUT)
-    inside = _is(op, "cutout", images)
-    for coordinate, middle in ((y, centre[0]), (x, centre[1])):
-        middle = photometric.broadcast_along_batch(middle, images)
-        inside &= (coordinate >= middle - side) & (coordinate < middle + side)
-    return jnp.where(inside, fill, images)
+    (y, x), side = centre, int(magnitude / FULL * _CUTOUT)
+    inside = geometry.in_box(h, w, y - side, x - side, y + side, x + side)
+    return jnp.where(_is(op, "cutout", images) & inside, fill, images)
 
 
 def _is(op: jax.Array, name: str, like: jax.Array) -> jax.Array:

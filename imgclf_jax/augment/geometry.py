@@ -47,7 +47,14 @@ def fixed_point(matrix: Matrix) -> np.ndarray:
     return np.floor(centred * 65536 + 0.5).astype(np.int32)
 
 
-def affine(images: jax.Array, matrix: jax.Array, fill: jax.Array, limits: tpu_affine.Limits | None = None) -> jax.Array:
+def in_box(height: int, width: int, top: jax.Array, left: jax.Array, bottom: jax.Array, right: jax.Array) -> jax.Array:
+    """Whether each pixel is in the box of its image, bool[b, h, w, 1]. The edges are i32[b], the last two exclusive."""
+    y, x = jnp.arange(height)[:, None, None], jnp.arange(width)[:, None]
+    top, left, bottom, right = (edge[:, None, None, None] for edge in (top, left, bottom, right))
+    return (y >= top) & (y < bottom) & (x >= left) & (x < right)
+
+
+def affine(images: jax.Array, matrix: jax.Array, fill: jax.Array, limits: tpu_affine.Limits) -> jax.Array:
     """Applies to each image of [b, h, w, c] its map i32[b, 6] of `fixed_point`; `fill` [c] is read outside.
 
     `limits` are as for `read`.
@@ -65,13 +72,13 @@ def affine(images: jax.Array, matrix: jax.Array, fill: jax.Array, limits: tpu_af
 
 def read(
     images: jax.Array, y: jax.Array, x: jax.Array, fill: jax.Array, matrix: jax.Array,
-    limits: tpu_affine.Limits | None = None,
+    limits: tpu_affine.Limits,
 ) -> jax.Array:  # fmt: skip
     """Reads each image [b, h, w, c] at rows y and columns x, i32[b, h, w]; `fill` [c] outside the image.
 
-    With `limits` a TPU reads the same pixels without a gather, by the maps `matrix` f32[b, 6]: see `tpu_affine`.
+    A TPU reads the same pixels without a gather, by the maps `matrix` f32[b, 6] and their limits: see `tpu_affine`.
     """
-    if platform.current() == "tpu" and limits is not None:
+    if platform.current() == "tpu":
         return tpu_affine.read(images, y, x, fill, matrix, limits)
     b, h, w, c = images.shape
     inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)

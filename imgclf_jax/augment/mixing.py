@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imgclf_jax.augment import geometry
 from imgclf_jax.core import kinds, spec
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.losses import Loss, Task
@@ -74,10 +75,8 @@ def cutmix(key: jax.Array, images: jax.Array, alpha: float = 1.0, probability: f
         return jnp.maximum(centre - half, 0), jnp.minimum(centre + half, size)
 
     (top, bottom), (left, right) = interval(key_y, h), interval(key_x, w)
-    y, x = jnp.arange(h)[:, None, None], jnp.arange(w)[:, None]
     pasted = ((bottom - top) * (right - left)).astype(jnp.float32)
-    top, bottom, left, right = (edge[:, None, None, None] for edge in (top, bottom, left, right))
-    inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)  # [b, h, w, 1]
+    inside = geometry.in_box(h, w, top, left, bottom, right)
     return jnp.where(inside, partner(images), images), 1 - pasted / (h * w)
 
 

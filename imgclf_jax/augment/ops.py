@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from imgclf_jax.augment import photometric, policies, tpu_slides
+from imgclf_jax.augment import geometry, photometric, policies, tpu_slides
 from imgclf_jax.core import kinds, platform, rng, spec
 from imgclf_jax.core.errors import UserError
 
@@ -68,10 +68,9 @@ def cutout(key: jax.Array, images: jax.Array, size: int = 8, fill: float = 0.0) 
         raise UserError(f"cutout(fill={fill}) of uint8 images: allowed are 0 to 255; or put it after normalize")
     b, h, w, _ = images.shape
     key_y, key_x = jax.random.split(key)
-    top = jax.random.randint(key_y, (b, 1, 1, 1), 0, h) - size // 2
-    left = jax.random.randint(key_x, (b, 1, 1, 1), 0, w) - size // 2
-    y, x = jnp.arange(h)[None, :, None, None], jnp.arange(w)[None, None, :, None]
-    inside = (y >= top) & (y < top + size) & (x >= left) & (x < left + size)  # [b, h, w, 1]
+    top = jax.random.randint(key_y, (b,), 0, h) - size // 2
+    left = jax.random.randint(key_x, (b,), 0, w) - size // 2
+    inside = geometry.in_box(h, w, top, left, top + size, left + size)
     return jnp.where(inside, jnp.asarray(fill, images.dtype), images)
 
 
@@ -110,9 +109,7 @@ def random_erasing(
     left = jax.random.randint(key_x, (b,), 0, w - width + 1)
     erase = jax.random.bernoulli(key_apply, probability, (b,)) & jnp.any(fits, 0)
 
-    y, x = jnp.arange(h)[:, None, None], jnp.arange(w)[:, None]
-    top, left, height, width, erase = (v[:, None, None, None] for v in (top, left, height, width, erase))
-    inside = erase & (y >= top) & (y < top + height) & (x >= left) & (x < left + width)  # [b, h, w, 1]
+    inside = erase[:, None, None, None] & geometry.in_box(h, w, top, left, top + height, left + width)
     if isinstance(fill, str):
         shape = images.shape if fill == "pixel" else (b, 1, 1, c)
         return jnp.where(inside, _noise(key_fill, shape, images.dtype), images)

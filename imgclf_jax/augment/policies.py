@@ -29,21 +29,15 @@ Fill = float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Ranges:
-    """The strength of each op at the greatest magnitude; magnitude m has m / 30 of it. Signs are random."""
+class Ranges(tpu_affine.Limits):
+    """The strength of each op at the greatest magnitude, which bounds the affine maps; magnitude m has m / 30 of it.
 
-    shear: float  # pixels sideways per pixel down
-    translate_x: float  # pixels
-    translate_y: float
-    rotate: float  # degrees
+    Signs are random.
+    """
+
     enhance: float  # brightness, color, contrast and sharpness: the factor's distance from 1
     posterize: float  # bits removed
     # solarize inverts values of 256 (1 - m / 30) or more
-
-    @property
-    def limits(self) -> tpu_affine.Limits:
-        """The bounds of the affine maps."""
-        return tpu_affine.Limits(self.shear, self.translate_x, self.translate_y, self.rotate)
 
 
 @dataclass(frozen=True)
@@ -75,16 +69,16 @@ def _map(op: str, part: float, ranges: Ranges, height: int, width: int) -> geome
         case "shear_y":
             return geometry.shear_y(part * ranges.shear)
         case "translate_x":
-            return geometry.translate(math.trunc(part * ranges.translate_x), 0)
+            return geometry.translate(math.trunc(part * ranges.x), 0)
         case "translate_y":
-            return geometry.translate(0, math.trunc(part * ranges.translate_y))
+            return geometry.translate(0, math.trunc(part * ranges.y))
         case "rotate":
-            return geometry.rotate(part * ranges.rotate, height, width)
+            return geometry.rotate(part * ranges.degrees, height, width)
     return geometry.IDENTITY
 
 
 def apply(
-    images: jax.Array, op: jax.Array, strength: Strengths, fill: jax.Array, limits: tpu_affine.Limits | None = None
+    images: jax.Array, op: jax.Array, strength: Strengths, fill: jax.Array, limits: tpu_affine.Limits
 ) -> jax.Array:
     """Applies to each image of uint8[b, h, w, c] its own op, an index i32[b] into OPS.
 
@@ -126,7 +120,7 @@ def _draw_and_apply(
     index = op, jax.random.randint(key_sign, (b,), 0, 2), magnitude(key_magnitude)
     table = strengths(ranges, h, w)
     strength = Strengths(table.matrix[index], table.factor[index], table.level[index])
-    return apply(images, op, strength, fill, ranges.limits)
+    return apply(images, op, strength, fill, ranges)
 
 
 def _check_fill(name: str, images: jax.Array, fill: Fill) -> jax.Array:

@@ -12,6 +12,7 @@ from imgclf_jax.data import placement, sources, stream
 
 SEED, TEXT = 7, "flip_alternating|normalize"
 APPLY = jax.jit(ops.build(TEXT, train=True))
+AT = jax.jit(lambda chunk, i: placement.batch_at(chunk, i, (6, 8, 1)))
 
 
 def images():
@@ -27,7 +28,7 @@ def orientations(place, batch_size, start, stop, size=3):
     seen = []
     for steps, chunk in placement.train_chunks(place, opened, spec, ranges, size, mesh):
         for i, step in enumerate(steps):
-            batch = placement.batch_at(chunk, i, (6, 8, 1))
+            batch = AT(chunk, i)
             out = np.asarray(APPLY(None, batch["image"], jnp.uint32(SEED), batch["id"], batch["epoch"])) * 255
             ids = stream.example_ids(SEED, step, batch_size, 40)
             np.testing.assert_array_equal(batch["id"], ids)
@@ -80,16 +81,3 @@ def test_batches_carry_ids_only_where_an_op_asks(tmp_path, fake_config):
     assert len(found) == 1
     fake_config.augment = "normalize"
     assert digest(tmp_path / "plain", fake_config) not in found
-
-
-@pytest.mark.thorough
-def test_the_draws_follow_from_the_name_and_the_occurrence():
-    """Other ops do not change them; two ops of this name draw differently, since one draw would mirror twice."""
-    pixels = jnp.asarray(np.random.default_rng(0).integers(0, 256, (64, 4, 4, 1), np.uint8))
-    known = jax.random.key(0), pixels, jnp.uint32(SEED), jnp.arange(64, dtype=jnp.int32), jnp.zeros(64, jnp.int32)
-    alone, after, twice = (
-        np.asarray(jax.jit(ops.build(text, train=True))(*known))
-        for text in ("flip_alternating", "pad_crop(0)|flip_alternating", "flip_alternating|flip_alternating")
-    )
-    np.testing.assert_array_equal(after, alone)
-    assert (twice != np.asarray(pixels) / np.float32(255)).any()

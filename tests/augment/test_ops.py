@@ -19,6 +19,7 @@ from imgclf_jax.core import kinds, rng, sharding
 from imgclf_jax.core.errors import UserError
 
 KEY = jax.random.key(3)
+BY_EXAMPLE = np.uint32(1), np.arange(64, dtype=np.int32), np.zeros(64, np.int32)  # seed, ids and epochs of 64 images
 ALL = "flip_lr|pad_crop(2, mode='reflect')|normalize(mean=(0.1, 0.2, 0.3), std=0.5)|cutout(4, fill=0.25)"
 
 
@@ -150,7 +151,7 @@ def test_random_erasing_fills_the_papers_box(h, w, fill, dtype):
 def test_random_erasing_draws_area_aspect_and_place():
     """Uniform areas and log-uniform aspects, as far as whole pixels allow, and the box anywhere inside."""
     n, size = 4_000, 100
-    images = np.ones((n, size, size, 1), np.float32)
+    images = np.ones((n, size, size, 1), np.uint8)
     out = compiled(random_erasing, KEY, images, 0.5, (0.02, 0.2), (0.5, 2.0))[..., 0]
     erased = (out == 0).any((1, 2))
     assert stats.binomtest(int(erased.sum()), n).pvalue > 1e-3
@@ -190,18 +191,18 @@ def test_build_applies_the_ops_in_order_each_with_a_key_of_its_name():
     flip, crop, cut = (rng.fold(KEY, name, 0) for name in ("flip_lr", "pad_crop", "cutout"))
     expected = numpy_pad_crop(crop, numpy_flip(flip, images), 2, "reflect")
     expected = numpy_cutout(cut, numpy_normalize(expected, (0.1, 0.2, 0.3), 0.5), 4, 0.25)
-    out = ops.build(ALL, train=True)(KEY, jnp.asarray(images))
+    out = jax.jit(ops.build(ALL, train=True))(KEY, images)
     np.testing.assert_allclose(out, expected, rtol=0, atol=rounding(3) * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(
-    "text", ["flip_alternating|{}", "invert|invert|flip_lr|flip_lr|{}|flip_lr", *thorough("flip_lr|{}")]
-)
-def test_another_op_changes_none_of_the_draws_of_an_op(text):
-    """The images are one column wide, so that mirroring does not change them."""
-    images = jnp.asarray(noise(64, 9, 1, 1))
-    known = jnp.uint32(1), jnp.arange(64, dtype=jnp.int32), jnp.zeros(64, jnp.int32)
-    alone, after = (jax.jit(ops.build(t.format("pad_crop(3)"), train=True))(KEY, images, *known) for t in ("{}", text))
+    ("width", "text", "op"),  # of images one column wide, so that mirroring does not change them
+    [(1, "flip_alternating|{}", "pad_crop(3)"), (1, "invert|invert|flip_lr|flip_lr|{}|flip_lr", "pad_crop(3)"),
+     *thorough((1, "flip_lr|{}", "pad_crop(3)"), (4, "pad_crop(0)|{}", "flip_alternating"))],
+)  # fmt: skip
+def test_another_op_changes_none_of_the_draws_of_an_op(width, text, op):
+    alone, after = (np.asarray(jax.jit(ops.build(t.format(op), train=True))(KEY, noise(64, 9, width, 1), *BY_EXAMPLE))
+                    for t in ("{}", text))  # fmt: skip
     np.testing.assert_array_equal(after, alone)
 
 
@@ -254,9 +255,11 @@ def autocontrast_like(images):
 
 
 @pytest.mark.thorough
-def test_the_ops_give_the_same_bits_on_one_device_and_on_eight():
-    """Jitted with the batch sharded over the devices; without jit, equal up to rounding."""
-    images, apply = noise(32, 10, 10, 3), ops.build(ALL, train=True)
+@pytest.mark.parametrize("text", [
+    ALL, "trivialaugment|randaugment(1, 15)|randaugment(1, 10, ops='big_vision')|color_jitter(0.4, 0.4, 0.4, 0.1)"
+])  # fmt: skip
+def test_the_ops_give_the_same_bits_on_one_device_and_on_eight(text):
+    images, apply = noise(40, 16, 16, 3), ops.build(text, train=True)
     results = []
     for devices in (jax.devices()[:1], jax.devices()):
         mesh = sharding.make_mesh(devices)
@@ -266,9 +269,6 @@ def test_the_ops_give_the_same_bits_on_one_device_and_on_eight():
         results.append(np.asarray(out))
     assert len(jax.devices()) == 8
     assert results[0].tobytes() == results[1].tobytes()
-    np.testing.assert_allclose(
-        results[0], apply(KEY, jnp.asarray(images)), rtol=0, atol=rounding(3) * np.abs(results[0]).max()
-    )
 
 
 @pytest.mark.parametrize(
@@ -284,9 +284,6 @@ def test_images_split_over_devices_stay_where_they_are(text):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("flip_rl", "unknown device op 'flip_rl': did you mean 'flip_lr'"),
-    ("cutuot(4)|normalize", "unknown device op 'cutuot': did you mean 'cutout'"),
-    ("pad_crop(padd=4)", "unknown argument 'padd': did you mean 'pad'"),
-    ("pad_crop(4, 'edge', 5)", "too many positional arguments; its arguments: pad, mode"),
     ("flip_lr(key=1)", "unknown argument 'key'"),
 ])  # fmt: skip
 def test_build_refuses_a_wrong_spec(text, message):
@@ -294,10 +291,9 @@ def test_build_refuses_a_wrong_spec(text, message):
         ops.build(text, train=True)
 
 
-def test_the_same_op_twice_draws_twice():
+@pytest.mark.parametrize("op", ["flip_lr", *thorough("flip_alternating")])
+def test_the_same_op_twice_draws_twice(op):
     """Two flips with one key would cancel."""
-    images = jnp.asarray(noise(64, 4, 4, 1))
-    out = jax.jit(ops.build("flip_lr|flip_lr", train=True))(KEY, images)
-    assert (np.asarray(out) != np.asarray(images) / np.float32(255)).any()
-    first, second = (np.asarray(ops.flip_lr(rng.fold(KEY, "flip_lr", i), images)) for i in range(2))
-    assert (first != second).any()
+    images = noise(64, 4, 4, 1)
+    out = jax.jit(ops.build(f"{op}|{op}", train=True))(KEY, images, *BY_EXAMPLE)
+    assert (np.asarray(out) != images / np.float32(255)).any()

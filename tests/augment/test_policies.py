@@ -1,9 +1,7 @@
 """Augmentation policies: every op, sign and magnitude against Pillow, the random draws, and the accepted images."""
 
-import colorsys
 import functools
 import itertools
-import math
 from collections import Counter
 
 import jax
@@ -13,11 +11,10 @@ import pytest
 from cases import thorough
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
-from test_photometric import photos, picture
+from test_photometric import by_colorsys, photos, picture
 
 from imgclf_jax.augment import geometry, ops, policies
 from imgclf_jax.core import platform as platforms
-from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 
 KEY = jax.random.key(11)
@@ -67,8 +64,11 @@ def narrow(h, w):
 IMAGES = {"colour": photos(32), "oblong": photos(40)[:, 3:26], "grey": photos(24)[..., 1:2]}
 
 
-APPLY = jax.jit(lambda x, op, fill, *drawn: policies.apply(x, op, policies.Strengths(*drawn), fill))
-AFFINE = jax.jit(geometry.affine)
+APPLY = jax.jit(
+    lambda ranges, x, op, fill, *drawn: policies.apply(x, op, policies.Strengths(*drawn), fill, ranges),
+    static_argnums=0,
+)
+AFFINE = jax.jit(geometry.affine, static_argnums=3)
 
 
 def everything(ranges, image, fill=0):
@@ -77,6 +77,7 @@ def everything(ranges, image, fill=0):
     place = tuple(v.ravel() for v in np.meshgrid(np.arange(14), [0, 1], np.arange(31), indexing="ij"))
     fill = np.broadcast_to(np.asarray(fill, np.uint8), image.shape[-1:])
     out = APPLY(
+        ranges,
         np.stack([image] * 868),
         place[0],
         fill,
@@ -109,7 +110,7 @@ def test_rotation_and_its_fixed_point_are_pillows(degrees):
     for images in IMAGES.values():
         _, h, w, c = images.shape
         matrix = geometry.fixed_point(geometry.rotate(degrees, h, w))
-        out = AFFINE(images, np.tile(matrix, (len(images), 1)), np.full(c, 9, np.uint8))
+        out = AFFINE(images, np.tile(matrix, (len(images), 1)), np.full(c, 9, np.uint8), wide(h, w)[0])
         fill = (9,) * c if c > 1 else 9
         expected = np.stack([np.asarray(picture(i).rotate(degrees, fillcolor=fill)) for i in images])
         # Pillow turns by whole quarters without its fixed point; on an oblong image that lies half a pixel off.
@@ -222,28 +223,7 @@ def test_color_jitter_is_its_ops_in_order():
         ops = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
         for op, factor in zip(ops, factors, strict=False):
             p = op(p).enhance(float(factor))
-        turned = turned_hue(np.asarray(p), float(factors[3]))
-        assert np.abs(own.astype(float) - turned).max() <= 0.5 + 1e-3
-
-
-def turned_hue(image, shift):
-    def turn(pixel):
-        h, s, v = colorsys.rgb_to_hsv(*(pixel / 255))
-        return 255 * np.array(colorsys.hsv_to_rgb((h + shift) % 1, s, v))
-
-    return np.apply_along_axis(turn, -1, image)
-
-
-@pytest.mark.thorough
-def test_policies_give_the_same_bits_on_one_device_and_on_eight():
-    images = photos(16).repeat(8, 0)[:40]
-    apply = ops.build(f"trivialaugment|randaugment(1, 15)|{BIG_VISION}|color_jitter(0.4, 0.4, 0.4, 0.1)", train=True)
-    results = []
-    for devices in (jax.devices()[:1], jax.devices()):
-        mesh = sharding.make_mesh(devices)
-        placed = sharding.put_batch({"image": images}, mesh)["image"]
-        results.append(np.asarray(jax.jit(apply, out_shardings=sharding.sharded(mesh))(KEY, placed)))
-    assert results[0].tobytes() == results[1].tobytes()
+        assert np.abs(own - by_colorsys(np.asarray(p), float(factors[3]))).max() <= 0.5 + 1e-3
 
 
 @pytest.mark.parametrize("text", ["randaugment", BIG_VISION, "trivialaugment", "color_jitter(hue=0.1)"])
@@ -289,16 +269,3 @@ def test_tables_are_torchvisions_but_for_solarize():
               68, 60, 51, 43, 34, 26, 17, 9, 0]  # fmt: skip
     more = np.asarray(rand.level)[policies.OPS.index("solarize"), 0] - theirs
     assert (more.min(), more.max(), np.count_nonzero(more)) == (0, 1, 22)
-
-
-def test_magnitudes_grow():
-    """Each step takes every op further from the identity, up to the documented maximum."""
-    table = policies.strengths(wide(32, 32)[0], 32, 32)
-    factor, level = np.asarray(table.factor), np.asarray(table.level)
-    assert (np.diff(factor[:, 0], axis=-1) > 0).all()
-    assert (np.diff(factor[:, 1], axis=-1) < 0).all()
-    assert math.isclose(factor[0, 0, 30], 1.99, rel_tol=1e-6)
-    posterize, solarize = (level[policies.OPS.index(n), 0] for n in ("posterize", "solarize"))
-    assert (posterize[0], posterize[30]) == (8, 2)
-    assert (np.diff(posterize) <= 0).all()
-    assert (solarize[0], solarize[30]) == (256, 0)

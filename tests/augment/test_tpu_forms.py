@@ -63,7 +63,7 @@ def test_every_op_of_torchvision(kind, ranges):
     table, op = policies.strengths(ranges, h, w), jnp.asarray(place[0])
     drawn = policies.Strengths(table.matrix[place], table.factor[place], table.level[place])
     fill = jnp.arange(7, 7 + c, dtype=jnp.uint8)
-    assert_equal(lambda x: policies.apply(x, op, drawn, fill, ranges.limits), images[np.arange(len(op)) % len(images)])
+    assert_equal(lambda x: policies.apply(x, op, drawn, fill, ranges), images[np.arange(len(op)) % len(images)])
 
 
 LARGER = [pytest.param(*size, marks=pytest.mark.slow) for size in ((97, 131), (140, 60), (500, 600))]
