@@ -42,10 +42,6 @@ def _keys(seed: int, name: str, *counters: np.ndarray) -> np.ndarray:
     return key
 
 
-def _side(n: int) -> int:
-    return max(16, math.isqrt(n - 1) + 1)
-
-
 def permute(x: np.ndarray, n: int | np.ndarray, key: np.ndarray) -> np.ndarray:
     """Permutes each x, int64[b], by the permutation of [0, n) with its key, uint64[b] or uint64[1].
 
@@ -53,11 +49,9 @@ def permute(x: np.ndarray, n: int | np.ndarray, key: np.ndarray) -> np.ndarray:
     walking until it lands below n (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"): any element costs
     the same, and nothing of size n is allocated.
     """
-    if isinstance(n, np.ndarray):
-        sizes, which = np.unique(n, return_inverse=True)
-        a, below = np.array([_side(int(size)) for size in sizes], np.uint64)[which], n.astype(np.uint64)
-    else:
-        a, below = np.array([_side(n)], np.uint64), np.array([n], np.uint64)
+    below = np.atleast_1d(n).astype(np.uint64)
+    sizes, which = np.unique(below, return_inverse=True)
+    a = np.array([max(16, math.isqrt(int(size) - 1) + 1) for size in sizes], np.uint64)[which]
     keys = [_mix(key + np.uint64(r)) for r in range(_ROUNDS)]
     out = x.astype(np.uint64)
     todo = np.arange(out.size)

@@ -146,7 +146,7 @@ def test_evaluation_sees_every_target_once():
 
 
 class Own(Regression):
-    """A source whose `read` returns what a test sets."""
+    """A source whose `read` returns these arrays' rows, or what a function of the ids returns."""
 
     def __init__(self, gives, **attributes):
         super().__init__()
@@ -154,7 +154,7 @@ class Own(Regression):
         vars(self).update(attributes)
 
     def read(self, ids):
-        return {name: values[ids] for name, values in self.gives.items()}
+        return self.gives(ids) if callable(self.gives) else {name: y[ids] for name, y in self.gives.items()}
 
 
 LABELS = np.arange(N, dtype=np.int32) % 3
@@ -178,16 +178,7 @@ def test_what_a_source_must_give_is_said_at_the_start(source, message):
     assert message in str(e.value)
 
 
-class Labelled(Own):
-    """A source of labels of three classes."""
-
-    target_names = ()
-    class_names = ("a", "b", "c")
-
-    def __init__(self, read):
-        super().__init__({})
-        vars(self).update(target_names=(), class_names=self.class_names)
-        self.read = read
+LABELED = {"target_names": (), "class_names": ("a", "b", "c")}
 
 
 @pytest.mark.parametrize(("labels", "message"), [
@@ -201,10 +192,10 @@ class Labelled(Own):
 def test_labels_that_are_none_are_said_and_not_rounded_or_wrapped(labels, message):
     """A label of -1 used to be trained as the last class, and 0.7 as the first."""
     with pytest.raises(UserError) as e:
-        stream.Images(Labelled(lambda ids: {"image": X[ids], "label": labels(ids)}), "decode(1)")
+        stream.Images(Own(lambda ids: {"image": X[ids], "label": labels(ids)}, **LABELED), "decode(1)")
     assert message in str(e.value)
     with pytest.raises(UserError, match="read returns a NoneType; return a dict of arrays"):
-        stream.Images(Labelled(lambda ids: None), "decode(1)")
+        stream.Images(Own(lambda ids: None, **LABELED), "decode(1)")
 
 
 @pytest.mark.parametrize(("opened", "message"), [
