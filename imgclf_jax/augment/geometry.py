@@ -18,21 +18,6 @@ Matrix = tuple[float, float, float, float, float, float]  # a, b, c, d, e, f
 IDENTITY: Matrix = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 
-def shear_x(amount: float) -> Matrix:
-    """Reads row y from `amount` * y to the right, about the top left corner (Cubuk et al. 2019, torchvision)."""
-    return (1.0, amount, 0.0, 0.0, 1.0, 0.0)
-
-
-def shear_y(amount: float) -> Matrix:
-    """Reads column x from `amount` * x further down."""
-    return (1.0, 0.0, 0.0, amount, 1.0, 0.0)
-
-
-def translate(x: float, y: float) -> Matrix:
-    """Reads every pixel from (x, y) pixels to the right and down, which moves the image left and up."""
-    return (1.0, 0.0, x, 0.0, 1.0, y)
-
-
 def rotate(degrees: float, height: int, width: int) -> Matrix:
     """Rotates counter-clockwise about the centre, as `Image.rotate` does."""
     angle, x, y = -math.radians(degrees), width / 2, height / 2

@@ -63,18 +63,16 @@ def strengths(ranges: Ranges, height: int, width: int) -> Strengths:
 
 
 def _map(op: str, part: float, ranges: Ranges, height: int, width: int) -> geometry.Matrix:
-    match op:
-        case "shear_x":
-            return geometry.shear_x(part * ranges.shear)
-        case "shear_y":
-            return geometry.shear_y(part * ranges.shear)
-        case "translate_x":
-            return geometry.translate(math.trunc(part * ranges.x), 0)
-        case "translate_y":
-            return geometry.translate(0, math.trunc(part * ranges.y))
-        case "rotate":
-            return geometry.rotate(part * ranges.degrees, height, width)
-    return geometry.IDENTITY
+    """The affine map of an op. Shears are about the top left corner (Cubuk et al. 2019, torchvision)."""
+    shear, x, y = part * ranges.shear, math.trunc(part * ranges.x), math.trunc(part * ranges.y)
+    maps: dict[str, geometry.Matrix] = {
+        "shear_x": (1, shear, 0, 0, 1, 0),
+        "shear_y": (1, 0, 0, shear, 1, 0),
+        "translate_x": (1, 0, x, 0, 1, 0),
+        "translate_y": (1, 0, 0, 0, 1, y),
+        "rotate": geometry.rotate(part * ranges.degrees, height, width),
+    }
+    return maps.get(op, geometry.IDENTITY)
 
 
 def apply(
