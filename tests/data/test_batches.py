@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import tensorflow
 from cases import thorough
-from test_stream import ids_of_steps
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import read_ahead, sources, stream
@@ -21,7 +20,7 @@ def test_streaming_from_step_ten_million_reads_those_examples_alone():
     images = stream.Images(source, "decode(1)")
     source.ids.clear()
     batches = list(stream.train_batches(images, 7, 16, 10**7, 10**7 + 3))
-    expected = ids_of_steps(7, 10**7, 10**7 + 3, 16, 2**40)
+    expected = stream.position_ids(7, np.arange(10**7 * 16, (10**7 + 3) * 16), 2**40)
     assert sorted(source.ids) == sorted(expected.tolist())
     np.testing.assert_array_equal(np.concatenate([b["label"] for b in batches]), expected % 5)
 

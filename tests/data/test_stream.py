@@ -17,10 +17,6 @@ SIZES = st.integers(1, 2000)
 BATCHES = st.integers(1, 700)
 
 
-def ids_of_steps(seed, start, stop, batch_size, n):
-    return np.concatenate([stream.example_ids(seed, step, batch_size, n) for step in range(start, stop)])
-
-
 # --- the order ---
 
 
