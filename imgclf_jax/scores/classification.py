@@ -13,6 +13,7 @@ from scipy import sparse, special
 
 from imgclf_jax.core.typing import Array
 
+_PROPORTIONS = ("accuracy", "top5", "exact_match")  # of examples, so their intervals are Wilson's
 _BINS = 15  # of calibration, as in Guo et al. 2017
 _MAX_WEIGHTS = 1 << 24  # bootstrap weights in memory at a time
 _MAX_COST = 2_000_000_000  # weights that the bootstrap of AUC may read: about ten seconds
@@ -212,43 +213,59 @@ def score(labels: np.ndarray, probabilities: np.ndarray, from_logits: FromLogits
     return {name: float(value[0]) for name, value in scores.compute(np.ones((1, len(labels)))).items()}
 
 
-def intervals(
-    labels: np.ndarray, probabilities: np.ndarray, samples: int = 1000, seed: int = 0, level: float = 0.95,
-    from_logits: FromLogits | None = None,
-) -> dict[str, tuple[float, float]]:  # fmt: skip
-    """Returns {name: (low, high)}: confidence intervals of the scores of this model over test sets of this size.
+def with_intervals(
+    labels: np.ndarray, probabilities: np.ndarray, from_logits: FromLogits | None = None, samples: int = 1000,
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Returns {score: {"value", "low", "high"}} with the ends of its 95 % confidence interval, if known.
 
-    labels int[n], probabilities [n, classes]. The intervals contain the score, and do not cover the variation over
-    training seeds. Accuracy and top-5 accuracy have the Wilson interval, the calibration error `calibration_interval`,
-    and the others the percentile bootstrap (Efron 1979) over `samples` resamples, for two examples or more. A NaN score
-    has no interval, nor has AUC if it would take minutes, nor a perfect score that is the same on all resamples: these
-    say nothing about other test sets.
+    labels int[n], probabilities [n, classes]. The intervals are those of this model over test sets of this size. They
+    contain the score, and do not cover the variation over training seeds. Accuracy and top-5 accuracy have the Wilson
+    interval, the calibration error `calibration_interval`, and the others the percentile bootstrap (Efron 1979) over
+    `samples` resamples, for two examples or more. A NaN score has no interval, nor has AUC if it would take minutes,
+    nor a perfect score that is the same on all resamples: these say nothing about other test sets.
     """
     scores = Scores(labels, probabilities, from_logits)
     n, classes = probabilities.shape
     auc = samples * n * classes <= _MAX_COST
     resampled = bootstrap(functools.partial(scores.compute, auc=auc), n, samples, seed)
-    out: dict[str, tuple[float, float]] = {}
-    for name, (value,) in scores.compute(np.ones((1, n)), auc).items():
+    values = scores.compute(np.ones((1, n)))
+    return _with_ends(values, resampled, n, calibration_error=lambda: calibration_interval(scores))
+
+
+def with_bootstrap(
+    compute: Callable[[np.ndarray], Mapping[str, np.ndarray]], n: int, cost: int
+) -> dict[str, dict[str, float]]:
+    """As `with_intervals`, for the scores of n examples that `compute` returns as for `bootstrap`.
+
+    `exact_match` has the Wilson interval. `cost` is the number of values that the scores of a sample read: the others
+    have no intervals if these would take minutes.
+    """
+    resampled = bootstrap(compute, n, at_once=_MAX_WEIGHTS // 8) if cost * 1000 <= _MAX_COST else {}
+    return _with_ends(compute(np.ones((1, n))), resampled, n)
+
+
+def _with_ends(
+    values: Mapping[str, np.ndarray], resampled: Mapping[str, np.ndarray], n: int,
+    **others: Callable[[], tuple[float, float]],
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """The scores f64[1] of n examples with the ends of their intervals; `others` return those of a score by name."""
+    out = {}
+    for name, (value,) in values.items():
+        out[name] = {"value": float(value)}
         if np.isnan(value):
             continue
-        if name in ("accuracy", "top5"):
-            low, high = wilson_interval(round(value * n), n, level)
-        elif name == "calibration_error":
-            low, high = calibration_interval(scores, level)
-        elif not resampled:
-            continue
+        if name in _PROPORTIONS:
+            low, high = wilson_interval(round(value * n), n)
+        elif name in others:
+            low, high = others[name]()
+        elif name in resampled:
+            low, high = np.nanpercentile(resampled[name], [2.5, 97.5])  # AUC of a one-class sample is NaN
         else:
-            low, high = _percentiles(resampled[name], level)
-        if low == high:
             continue
-        out[name] = (float(min(low, value)), float(max(high, value)))
+        if low < high:
+            out[name] |= {"low": float(min(low, value)), "high": float(max(high, value))}
     return out
-
-
-def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.nanpercentile(values, [50 * (1 - level), 50 * (1 + level)])  # AUC of a one-class sample is NaN
-    return float(low), float(high)
 
 
 def bootstrap(
@@ -268,40 +285,16 @@ def bootstrap(
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in (chunks[0] if chunks else ())}
 
 
-def with_bootstrap(
-    compute: Callable[[np.ndarray], Mapping[str, np.ndarray]], n: int, cost: int, level: float = 0.95
-) -> dict[str, dict[str, float]]:
-    """Returns {score: {"value", "low", "high"}} with the ends of its percentile bootstrap interval, if known.
-
-    `compute` is as for `bootstrap`; `exact_match` has the Wilson interval. `cost` is the number of values that the
-    scores of a sample read: there are no intervals if they would take minutes.
-    """
-    resampled = bootstrap(compute, n, at_once=_MAX_WEIGHTS // 8) if cost * 1000 <= _MAX_COST else {}
-    out = {}
-    for name, values in compute(np.ones((1, n))).items():
-        value = float(values[0])
-        out[name] = {"value": value}
-        if np.isnan(value) or not resampled:
-            continue
-        if name == "exact_match":
-            low, high = wilson_interval(round(value * n), n, level)
-        else:
-            low, high = _percentiles(resampled[name], level)
-        if low < high:
-            out[name] |= {"low": min(low, value), "high": max(high, value)}
-    return out
-
-
-def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """The score interval of a proportion (Wilson 1927); its width is above zero for 0 and n successes too."""
-    z2 = float(special.ndtri((1 + level) / 2)) ** 2
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (Wilson 1927); its width is above zero for 0 and n successes too."""
+    z2 = float(special.ndtri(0.975)) ** 2
     share, centre = successes / n, successes / n + z2 / (2 * n)
     half = (z2 * (share * (1 - share) / n + z2 / (4 * n * n))) ** 0.5
     return (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
 
 
-def calibration_interval(scores: Scores, level: float = 0.95) -> tuple[float, float]:
-    """The confidence interval of the calibration error, by test inversion.
+def calibration_interval(scores: Scores) -> tuple[float, float]:
+    """The 95 % confidence interval of the calibration error, by test inversion.
 
     The calibration error is biased upwards on few examples, since it sums the absolute gaps of the bins, noise
     included. A bootstrap adds that noise a second time, and all of its percentiles may exceed the true error. This
@@ -324,19 +317,8 @@ def calibration_interval(scores: Scores, level: float = 0.95) -> tuple[float, fl
     noise = deviation * np.random.default_rng(0).normal(size=(1000, _BINS))
     below = [(np.abs(truth / error * np.abs(gaps) + noise).sum(1) < error).mean() for truth in truths]
     falling = np.minimum.accumulate(below)  # the greater the truth, the rarer an estimate below `error`
-    low, high = np.interp([(1 + level) / 2, (1 - level) / 2], falling[::-1], truths[::-1])
+    low, high = np.interp([0.975, 0.025], falling[::-1], truths[::-1])
     return float(low), min(1.0, float(high))
-
-
-def with_intervals(
-    labels: np.ndarray, probabilities: np.ndarray, from_logits: FromLogits | None = None
-) -> dict[str, dict[str, float]]:
-    """Returns {score: {"value", "low", "high"}} with the ends of its 95 % confidence interval, if known."""
-    ends = intervals(labels, probabilities, from_logits=from_logits)
-    return {
-        name: {"value": value} | (dict(zip(("low", "high"), ends[name], strict=True)) if name in ends else {})
-        for name, value in score(labels, probabilities, from_logits).items()
-    }
 
 
 class Reliability(NamedTuple):

@@ -44,6 +44,11 @@ def by_sklearn(labels, probabilities, weights=None):
     return out
 
 
+def intervals(*args, **more):
+    found = scores.with_intervals(*args, **more)
+    return {name: (score["low"], score["high"]) for name, score in found.items() if "low" in score}
+
+
 def calibration(labels, probabilities, weights):
     """By the definition, bin by bin."""
     weights = np.ones(len(labels)) if weights is None else weights
@@ -106,7 +111,7 @@ def test_nan_predicts_no_class():
 
 def test_intervals_are_those_of_the_slow_way():
     labels, probabilities = example(80, 3)
-    found = scores.intervals(labels, probabilities, samples=50, seed=5)
+    found = intervals(labels, probabilities, samples=50, seed=5)
     weights = np.random.default_rng(5).multinomial(80, np.full(80, 1 / 80), 50)
     slow = []
     for row in weights:
@@ -123,7 +128,7 @@ def test_intervals_of_proportions_are_scipys(right, n):
     """They have a width even if all examples are right, or none, or there is only one."""
     labels, probabilities = np.zeros(n, int), np.full((n, 6), 0.1) + np.eye(6)[(np.arange(n) >= right) * 5] * 0.4
     for name, count in (("accuracy", right), ("top5", n)):
-        low, high = scores.intervals(labels, probabilities)[name]
+        low, high = intervals(labels, probabilities)[name]
         assert (low, high) == pytest.approx(binomtest(count, n).proportion_ci(method="wilson"), abs=1e-12)
         assert low <= count / n <= high
         assert high - low > 0.005
@@ -138,7 +143,7 @@ def test_every_interval_holds_its_value(data):
     probabilities = np.exp(data.draw(st.lists(row, min_size=n, max_size=n)))
     probabilities /= probabilities.sum(1, keepdims=True)
     labels = np.array(data.draw(st.lists(st.integers(0, classes - 1), min_size=n, max_size=n)))
-    found = scores.intervals(labels, probabilities, samples=50)
+    found = intervals(labels, probabilities, samples=50)
     for name, value in scores.score(labels, probabilities).items():
         if name in found:
             assert found[name][0] <= value <= found[name][1], name
@@ -193,7 +198,7 @@ def test_intervals_hold_the_truth_in_about_95_of_100_sets():
     truth = scores.score(*example(200_000, 3, seed=1))
     held = dict.fromkeys(("accuracy", "macro_precision", "macro_recall", "macro_f1", "auc", "brier"), 0)
     for seed in range(150):
-        found = scores.intervals(*example(300, 3, seed=100 + seed), samples=200)
+        found = intervals(*example(300, 3, seed=100 + seed), samples=200)
         for name in held:
             held[name] += found[name][0] <= truth[name] <= found[name][1]
     assert all(135 <= count <= 149 for count in held.values()), held
@@ -201,12 +206,12 @@ def test_intervals_hold_the_truth_in_about_95_of_100_sets():
 
 def test_a_large_set_takes_parts(monkeypatch):
     labels, probabilities = example(60, 3)
-    whole = scores.intervals(labels, probabilities, samples=20)
+    whole = intervals(labels, probabilities, samples=20)
     monkeypatch.setattr(scores, "_MAX_WEIGHTS", 60 * 7)
-    for name, interval in scores.intervals(labels, probabilities, samples=20).items():
+    for name, interval in intervals(labels, probabilities, samples=20).items():
         assert interval == pytest.approx(whole[name], abs=1e-14)
     monkeypatch.setattr(scores, "_MAX_COST", 10)
-    assert scores.intervals(labels, probabilities, samples=20).keys() == whole.keys() - {"auc"}
+    assert intervals(labels, probabilities, samples=20).keys() == whole.keys() - {"auc"}
 
 
 def test_a_perfect_score_has_no_interval_of_no_width():
