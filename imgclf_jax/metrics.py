@@ -138,7 +138,7 @@ def correct(logits: jax.Array, wanted: jax.Array, link: Link, task: Task) -> jax
     if task is Task.MULTILABEL:
         outputs = link.probabilities(logits)
         return jnp.all(((outputs >= 0.5) == (wanted >= 0.5)) & jnp.isfinite(outputs), -1)
-    return is_correct(logits, dominant_labels(wanted) if task is Task.SOFT else wanted)
+    return predicted_classes(logits) == (dominant_labels(wanted) if task is Task.SOFT else wanted)
 
 
 def task_sums(
@@ -163,11 +163,6 @@ def task_sums(
         "nonfinite": jnp.sum(mask & ~finite, dtype=jnp.int32),
         **{name: jnp.sum(jnp.where(mask, value, 0.0)) for name, value in values.items()},
     }
-
-
-def is_correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """bool[b]: whether the logits f32[b, classes] predict the labels i32[b]."""
-    return predicted_classes(logits) == labels
 
 
 def classification_sums(logits: jax.Array, labels: jax.Array, values: Mapping[str, jax.Array], mask: jax.Array) -> Sums:

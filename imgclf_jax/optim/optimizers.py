@@ -43,10 +43,6 @@ _SCHEDULE_FREE = ("it trains the parameters y but evaluates x, which follow from
                   "imgclf_jax.optim.weight_averages.with_evaluated(optimizer, evaluated), where evaluated(opt_state, "
                   "params) returns x")  # fmt: skip
 
-# Optimizers of optax.contrib that accept a schedule.
-_CONTRIB = ("acprop", "ademamix", "adopt", "cocob", "dadapt_adamw", "dog", "dowg", "madgrad", "momo", "momo_adam",
-            "prodigy", "simplified_ademamix", "sophia")  # fmt: skip
-
 # Optimizers of optax whose learning rate must be a number; `inject_hyperparams` gives them the schedule.
 _NUMBER_ONLY = ("optimistic_adam", "polyak_sgd", "rprop", "sm3")
 
@@ -137,10 +133,9 @@ _AROUND = {"mechanize": _mechanize_around, "schedule_free": _schedule_free_aroun
 
 @functools.cache
 def _optimizers() -> dict[str, object]:
-    """All optimizers by name: every public optax function of a `learning_rate`, those of optax.contrib, wrappers."""
-    out: dict[str, object] = {name: getattr(optax.contrib, name) for name in _CONTRIB}
-    for name in dir(optax):
-        function = getattr(optax, name)
+    """All optimizers by name: every public function of optax and optax.contrib of a `learning_rate`, and wrappers."""
+    out: dict[str, object] = {}
+    for name, function in {**vars(optax), **vars(optax.contrib)}.items():
         if not callable(function) or isinstance(function, type):
             continue
         if spec.takes(function, "learning_rate") and name not in UNFIT and not name.startswith(("_", "scale_by_")):

@@ -183,7 +183,9 @@ def train(
             checkpoints.poll()
             _check_steps(run, done, state, step, records.skipped, replays)
             if due.log:
-                _log_training(run, step, _means(done, programs.recipe.task) | monitor.lap(), records.metrics)
+                means = _means(done, programs.recipe.task) | monitor.lap()
+                records.metrics.write_scalars(step, {f"train/{name}": value for name, value in means.items()})
+                log.info("%s", run.rows.training(step, means))
                 window = programs.zero_sums()
             if due.eval:
                 results = _evaluate(run, state, step, records, monitor, stopper, stop)
@@ -208,11 +210,6 @@ def _save(run: Run, records: Records, step: int, state: TrainState, window: PyTr
     records.metrics.flush()  # so that no checkpoint on disk is ahead of its metrics
     records.digests.record(step, state.params)
     run.checkpoints.save(step, {"state": state, "sums": window}, _scores(results) if results else {})
-
-
-def _log_training(run: Run, step: int, record: dict[str, float], writer: MetricsWriter) -> None:
-    writer.write_scalars(step, {f"train/{name}": value for name, value in record.items()})
-    log.info("%s", run.rows.training(step, record))
 
 
 def _check_steps(
