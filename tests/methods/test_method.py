@@ -1,7 +1,6 @@
 """A user's own method, gradient function and sown values: correct, and with all promises of a run."""
 
 import contextlib
-import json
 
 import jax
 import jax.numpy as jnp
@@ -61,11 +60,6 @@ def config_of(config, **more):
     with config.unlocked():
         config.update(more)
     return config
-
-
-def run(folder, config):
-    assert train.main(config, Workdir(folder)) == 0
-    return json.loads((folder / "result.json").read_text())
 
 
 def batch(seed=0, n=32):

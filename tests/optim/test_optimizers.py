@@ -21,9 +21,9 @@ from imgclf_jax.run.checkpoint import Checkpoints
 RATE = 0.05
 
 
-def by_optax(text, params, grads):
+def by_optax(text, params, grads, clip=0.0):
     """The parameters after the gradients, in float32, under jit."""
-    optimizer = optimizers.build(text, optax.constant_schedule(RATE), 0.0)
+    optimizer = optimizers.build(text, optax.constant_schedule(RATE), clip)
     update = jax.jit(optimizer.update)
     ours = jax.tree.map(np.float32, params)
     state, apply = jax.jit(optimizer.init)(ours), jax.jit(optax.apply_updates)
@@ -106,6 +106,18 @@ def test_weight_decay_before_sgd_is_pytorchs():
             np.testing.assert_allclose(out[name], p, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("clip", [1.0, 2.5, 100.0])
+def test_clip_bounds_the_norm_over_all_parameters_together(clip):
+    """A longer gradient is scaled to the norm, a shorter one unchanged."""
+    params, *grads = draw({"a": (2, 2), "b": (2,)}, 3)
+    norms = [np.sqrt(sum((x**2).sum() for x in g.values())) for g in grads]
+    assert 1 < min(norms) < 2.5 < max(norms) < 100  # so that 2.5 clips one of them alone
+    out = by_optax("sgd", params, grads, clip)
+    for name, p in params.items():
+        wanted = p - RATE * sum(g[name] * min(1, clip / norm) for g, norm in zip(grads, norms, strict=True))
+        np.testing.assert_allclose(out[name], wanted, rtol=0, atol=3 * rounding(20))
+
+
 def test_clipping_comes_before_the_weight_decay():
     """The gradient is clipped, but not its sum with the decay, which is not a gradient of the loss."""
     params, grads = draw({"a": (3, 2)}, 2)
@@ -120,11 +132,14 @@ def test_clipping_comes_before_the_weight_decay():
 @pytest.mark.parametrize(("text", "message"), [
     ("add_decay_weights(0.1)|sgd", "unknown transform before the optimizer 'add_decay_weights': did you mean 'add_d"),
     ("add_decayed_weights(0.1)", "unknown optimizer 'add_decayed_weights'"),
+    ("adm", "unknown optimizer 'adm': did you mean 'adam'"),
     ("sgd|add_decayed_weights(0.1)", "expected exactly one optimizer; allowed before it are .*and lookahead"),
     ("lookahead(5)", "expected exactly one optimizer"),
     ("", "expected exactly one optimizer"),
-    ("muon(0.95)", r"name the arguments, as in muon\(\.\.\.=0\.95\)"),
-    ("muon(momentum=0.95)", "unknown argument 'momentum'"),
+    ("adam|sgd", "expected exactly one optimizer"),
+    ("adam(0.1)", r"name the arguments, as in adam\(\.\.\.=0\.1\); set the learning rate by the key schedule"),
+    ("adam(beta1=0.9)", "unknown argument 'beta1': did you mean 'b1'"),
+    ("adamw(learning_rate=0.1)", "unknown argument 'learning_rate'"),
 ])  # fmt: skip
 def test_wrong_chains_are_told(text, message):
     with pytest.raises(UserError, match=message):
