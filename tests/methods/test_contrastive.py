@@ -1,5 +1,6 @@
 """SimCLR and supervised contrastive learning: the papers' equations, and the outputs of runs without a trained head."""
 
+import functools
 import json
 import re
 import shutil
@@ -9,16 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import test_semi_supervised as semi_supervised
 from cases import thorough
 from flax import linen as nn
 from PIL import Image
 from safetensors import numpy as safetensors
+from test_semi_supervised import PROBLEM, augment
 
 import launch
-from imgclf_jax import losses, step
-from imgclf_jax.core import sharding, tree
+from imgclf_jax import step
+from imgclf_jax.core import tree
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.methods import Loss, Method, Problem
+from imgclf_jax.methods import Loss, Method
 from imgclf_jax.methods.simclr import contrast, simclr
 from imgclf_jax.methods.supcon import supcon
 from imgclf_jax.programs import Programs
@@ -29,12 +32,6 @@ from imgclf_jax.weights import pretrained
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
-PROBLEM = Problem(
-    classes=3, class_names=("a", "b", "c"), image_shape=(6, 6, 1), head_init=nn.initializers.zeros,
-    supervised=losses.softmax, steps=int, normalization="normalize", task=losses.Task.CLASSES, 
-    build_augment=lambda text: None,
-)  # fmt: skip
-
 
 class Net(nn.Module):
     """A small backbone."""
@@ -44,18 +41,7 @@ class Net(nn.Module):
         return nn.relu(nn.Dense(7)(x.reshape(len(x), -1)))
 
 
-def augment(key, images, *known):
-    return images.astype(jnp.float32) / 255 + 0.3 * jax.random.normal(key, images.shape)
-
-
-def run(method, batch, devices=1, **kwargs):
-    """(state before, state after, sums) of one step of plain SGD at learning rate 1."""
-    model, optimizer = method.model(Net(), PROBLEM), optax.sgd(1.0)
-    train_step = step.make_train_step(model, method, optimizer, optax.constant_schedule(1.0), augment, **kwargs)
-    state = step.init_state(model, optimizer, PROBLEM.image_shape, 0)
-    mesh = sharding.make_mesh(jax.devices()[:devices])
-    batch = sharding.put_batch(batch, mesh)
-    return state, *jax.jit(train_step)(sharding.put_replicated(state, mesh), batch)
+run = functools.partial(semi_supervised.run, backbone=Net())
 
 
 def batch(b=16):

@@ -49,18 +49,14 @@ def batch(b=8, u=24):
     return {**stream(b), "unlabeled": stream(u)}
 
 
-def run(method, given, devices=1, steps=1, rate=1.0, **kwargs):
-    """(state before, state after, the last sums) of steps of plain SGD."""
+def run(method, given, devices=1, backbone=None, **kwargs):
+    """(state before, state after, sums) of one step of plain SGD at learning rate 1."""
     make = method.model or (lambda backbone, problem: Classifier(backbone, problem.classes))
-    model, optimizer = make(Net(), PROBLEM), optax.sgd(rate)
-    train_step = jax.jit(
-        step.make_train_step(model, method, optimizer, optax.constant_schedule(rate), augment, **kwargs)
-    )
+    model, optimizer = make(backbone or Net(), PROBLEM), optax.sgd(1.0)
+    train_step = step.make_train_step(model, method, optimizer, optax.constant_schedule(1.0), augment, **kwargs)
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    state = before = sharding.put_replicated(step.init_state(model, optimizer, PROBLEM.image_shape, 0), mesh)
-    for _ in range(steps):
-        state, window = train_step(state, sharding.put_batch(given, mesh))
-    return before, state, window
+    state = sharding.put_replicated(step.init_state(model, optimizer, PROBLEM.image_shape, 0), mesh)
+    return state, *jax.jit(train_step)(state, sharding.put_batch(given, mesh))
 
 
 def log_softmax(x):
