@@ -6,7 +6,6 @@ per parameter tells which ones differ. Lines outlive their checkpoints.
 """
 
 import concurrent.futures
-import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -97,9 +96,7 @@ class Digests:
                 for line in lines:  # metrics.jsonl was removed
                     if line.get("metrics_sha256") != nothing:
                         line.pop("metrics_sha256", None)
-            self._before = next((line.get("params_sha256") for line in lines if line["step"] == start), None)
-            with writers.naming_errors(str(self._path)):
-                self._file = writers.RecordFile(self._path, (line for line in lines if line["step"] < start))
+            self._file = writers.RecordFile(self._path, (line for line in lines if line["step"] < start))
 
     def record(self, step: int, params: Params) -> None:
         """Writes the line of a step, once. The caller may donate the parameters' buffers right away.
@@ -125,21 +122,15 @@ class Digests:
         sha256, each = tree.digests(named)
         file.write({"step": step, "params_sha256": sha256, "metrics_sha256": metrics_sha256, "params": each})
         file.flush()
-        if self._before not in (None, sha256):
-            log.warning("the parameters of step %d differ from those that %s had recorded: the run continues from "
-                        "others", step, self._path)  # fmt: skip
-        self._before = None
         self._noted(step, sha256)
         return sha256
 
     def sha256(self) -> str:
         """The SHA-256 in the last line, once it is written; "" except in process 0."""
-        with writers.naming_errors(str(self._path)):
-            return self._writing.result() if self._writing else ""
+        return self._writing.result() if self._writing else ""
 
     def close(self) -> None:
         """Closes the file. Raises nothing: `record` and `sha256` have raised any errors."""
         self._thread.shutdown()
-        with contextlib.suppress(Exception):
-            if self._file:
-                self._file.close()
+        if self._file:
+            self._file.close()

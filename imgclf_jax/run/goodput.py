@@ -5,7 +5,6 @@ began at the Unix time `began` with step `first`, and what it had done by the ti
 what counts.
 """
 
-import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +26,7 @@ class TimeRecord:
         self._path = folder / NAME
         self._file: writers.RecordFile | None = None
         if not processes.index():
-            with writers.naming_errors(str(self._path)):
-                self._file = writers.RecordFile(self._path, last_of_each(writers.read_metrics(self._path)))
+            self._file = writers.RecordFile(self._path, last_of_each(writers.read_metrics(self._path)))
 
     def update(self, step: int, now: bool = False) -> None:
         """Appends a line, `now` or if the last one is some seconds old."""
@@ -45,9 +43,8 @@ class TimeRecord:
 
     def close(self) -> None:
         """Closes the file."""
-        with contextlib.suppress(Exception):
-            if self._file:
-                self._file.close()
+        if self._file:
+            self._file.close()
 
 
 def last_of_each(lines: Sequence[JsonMapping]) -> list[JsonMapping]:

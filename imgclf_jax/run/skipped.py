@@ -5,18 +5,17 @@
   and trained step 300 from the state of step 100.
 """
 
-import contextlib
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from imgclf_jax.bad_steps import RECENT, Guard
 from imgclf_jax.core import processes, sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import JsonObject
+from imgclf_jax.core.typing import JsonMapping, JsonObject
 from imgclf_jax.run import writers
 
 log = logging.getLogger(__name__)
@@ -58,8 +57,7 @@ def forget_left_out(folder: Path, step: int) -> None:
         lines = writers.read_metrics(folder / NAME)
         kept = [line for line in lines if line.get("bad_step", -1) < step]
         if len(kept) < len(lines):
-            with writers.naming_errors(str(folder / NAME)):
-                writers.RecordFile(folder / NAME, kept).close()
+            writers.RecordFile(folder / NAME, kept).close()
 
 
 class Skipped:
@@ -77,12 +75,7 @@ class Skipped:
         self._step = start
         lines = writers.read_metrics(self._path) if not processes.index() else []
         if lines:
-            self._open(line for line in lines if "until" in line or line["step"] < start)
-
-    def _open(self, kept: Any = ()) -> writers.RecordFile:
-        with writers.naming_errors(str(self._path)):
-            self._file = file = writers.RecordFile(self._path, kept)
-        return file
+            self._write([], kept=[line for line in lines if "until" in line or line["step"] < start])
 
     def note(self, guard: Guard, step: int) -> int | None:
         """Records the steps skipped since the last call, of a run that is at `step`.
@@ -104,12 +97,8 @@ class Skipped:
         if wrong := [line["step"] for line in lines if line["step"] not in since]:
             raise Impossible(f"says that step {wrong[0]} was skipped among the steps {since.start} to {step - 1}")
         self._known, self._step = skipped, step
-        if lines and not processes.index():
-            with writers.naming_errors(str(self._path)):
-                file = self._file or self._open()
-                for line in lines:
-                    file.write(line)
-                file.flush()
+        if lines:
+            self._write(lines)
         if lines and new.max() > RECENT:
             return int(lines[-1]["step"])
         for line in lines:
@@ -145,18 +134,21 @@ class Skipped:
         Remove the checkpoints after its first step before the call: a process killed in between resumes, reaches the
         bad step again, and plans the same rollback.
         """
+        self._write([{"step": rollback.first, "until": rollback.until, "bad_step": rollback.bad_step,
+                      "reason": rollback.reason}])  # fmt: skip
+
+    def _write(self, lines: Sequence[JsonMapping], kept: Sequence[JsonMapping] = ()) -> None:
+        """Appends lines durably. The first call makes the file, with the lines `kept` before them."""
         if not processes.index():
-            with writers.naming_errors(str(self._path)):
-                file = self._file or self._open()
-                file.write({"step": rollback.first, "until": rollback.until, "bad_step": rollback.bad_step,
-                            "reason": rollback.reason})  # fmt: skip
-                file.flush()
+            self._file = self._file or writers.RecordFile(self._path, kept)
+            for line in lines:
+                self._file.write(line)
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        with contextlib.suppress(Exception):
-            if self._file:
-                self._file.close()
+        if self._file:
+            self._file.close()
 
 
 def count_skipped(guard: Guard | None) -> int:

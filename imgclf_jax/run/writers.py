@@ -77,12 +77,14 @@ def _line(record: JsonMapping) -> str:
 class RecordFile:
     """A file of JSON lines to append to. It is first rewritten with the records `kept`.
 
-    In a bucket, whose objects cannot be appended to, `flush` and `close` write the whole file.
+    In a bucket, whose objects cannot be appended to, `flush` and `close` write the whole file. Raises UserError if the
+    file cannot be written.
     """
 
-    def __init__(self, path: Path, kept: Iterable[JsonMapping]):
-        content = "".join(map(_line, kept))
-        write_atomically(path, content)
+    def __init__(self, path: Path, kept: Iterable[JsonMapping] = ()):
+        content, self._path = "".join(map(_line, kept)), path
+        with _naming_errors(path):
+            write_atomically(path, content)
         self._object = path if places.in_bucket(path) else None
         self._file: IO[str] = io.StringIO() if self._object else path.open("a", encoding="utf-8")
         if self._object:
@@ -90,8 +92,9 @@ class RecordFile:
 
     def write(self, record: JsonMapping) -> None:
         """Appends a record and hands it to the operating system, so a killed process does not lose it."""
-        self._file.write(_line(record))
-        self._file.flush()
+        with _naming_errors(self._path):
+            self._file.write(_line(record))
+            self._file.flush()
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends the record of metrics of a step."""
@@ -99,16 +102,18 @@ class RecordFile:
 
     def flush(self) -> None:
         """Returns when all records are on the disk or in the bucket."""
-        if isinstance(self._file, io.StringIO) and self._object:
-            self._object.write_bytes(self._file.getvalue().encode())
-        else:
-            os.fsync(self._file.fileno())
+        with _naming_errors(self._path):
+            if isinstance(self._file, io.StringIO) and self._object:
+                self._object.write_bytes(self._file.getvalue().encode())
+            else:
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes the file."""
-        if self._object:
-            self.flush()
-        self._file.close()
+        """Closes the file. Raises nothing: `write` and `flush` have raised any errors."""
+        with contextlib.suppress(Exception):
+            if self._object:
+                self.flush()
+            self._file.close()
 
 
 class MetricsWriter:
@@ -142,8 +147,8 @@ class MetricsWriter:
             log.warning("%s is missing: it will hold no record of the steps before %d", path, step)
         kept = [record for record in read_metrics(path) if record["step"] <= step]
         self.digest = RecordsDigest(kept)
-        with naming_errors(f"the metrics in {self._directory}"):
-            self._own.append(RecordFile(path, kept))
+        self._own.append(RecordFile(path, kept))
+        with _naming_errors(self._directory / "tb"):
             if config.tensorboard and (events := _open_event_file(self._directory / "tb", step)):
                 self._own.append(events)
         hparams = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in configs.flatten(config).items()}
@@ -175,7 +180,7 @@ class MetricsWriter:
 
     def _tell(self, method: str, *args: object) -> None:
         """Calls a method of all writers that have it."""
-        with naming_errors(f"the metrics in {self._directory}"):
+        with _naming_errors(self._directory / "tb"):
             for file in self._own:
                 getattr(file, method, _ignore)(*args)
         for name, writer in list(self._added.items()):
@@ -191,12 +196,12 @@ def _ignore(*_: object) -> None:
 
 
 @contextlib.contextmanager
-def naming_errors(what: str) -> Iterator[None]:
-    """Inside, turns an OSError into a UserError that says that `what` could not be written."""
+def _naming_errors(path: Path) -> Iterator[None]:
+    """Inside, turns an OSError into a UserError that says that `path` could not be written."""
     try:
         yield
     except OSError as e:
-        raise UserError(f"{what} could not be written: {reason(e)}; free some space or repair the disk, and run the "
+        raise UserError(f"{path} could not be written: {reason(e)}; free some space or repair the disk, and run the "
                         "same command again") from e  # fmt: skip
 
 

@@ -179,8 +179,7 @@ class Replays:
     def _record(self, step: int, what: str) -> None:
         self._found += 1
         if not processes.index():
-            with writers.naming_errors(str(self._path)):
-                file = writers.RecordFile(self._path, writers.read_metrics(self._path))
-                file.write({"step": step, "found": what, "at": time.time()})
-                file.flush()
-                file.close()
+            file = writers.RecordFile(self._path, writers.read_metrics(self._path))
+            file.write({"step": step, "found": what, "at": time.time()})
+            file.flush()
+            file.close()

@@ -58,7 +58,7 @@ def test_the_steps_that_are_recorded(tmp_path, last, edges):
 
 
 def test_resuming_drops_what_comes_after(tmp_path, caplog):
-    """The line of the step itself is written again, for the restored parameters; other parameters cause a warning."""
+    """The line of the step itself is written again, for the restored parameters."""
     digests = Digests(tmp_path, 0, 9)
     for step in (0, 4, 8):
         digests.record(step, params())
@@ -71,10 +71,6 @@ def test_resuming_drops_what_comes_after(tmp_path, caplog):
     again.close()
     assert set(lines(tmp_path)) == {0, 4}
     assert [r.message for r in caplog.records] == [f"{tmp_path}/digests.jsonl: skipped a truncated line"]
-    another = Digests(tmp_path, 4, 9)
-    another.record(4, {"b": jnp.zeros(2)})
-    another.close()
-    assert "the parameters of step 4 differ from those" in caplog.records[-1].message
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
