@@ -5,7 +5,6 @@ objects cannot be appended to: each is written in one go.
 """
 
 import contextlib
-import functools
 import importlib.util
 import os
 import shutil
@@ -41,14 +40,9 @@ def as_path(text: str) -> Path:
     if not importlib.util.find_spec(_DRIVERS[scheme]):
         raise UserError(f"{text!r}: reading and writing this bucket needs {_DRIVERS[scheme]}, which is not installed; "
                         "install it by `uv sync --extra buckets`")  # fmt: skip
-    return cast(Path, _by_fsspec()(text))
-
-
-@functools.cache
-def _by_fsspec() -> type:
     from etils import epath
 
-    return epath.Path
+    return cast(Path, epath.Path(text))
 
 
 def in_bucket(path: Path) -> bool:

@@ -27,8 +27,7 @@ def role_of(name: str) -> str:
 
 def split_order(name: str) -> tuple[int, str]:
     """The sort key of a split: train, val, test, then others by name."""
-    roles = ("train", "val", "test")
-    return roles.index(_ROLES[name.lower()]) if name.lower() in _ROLES else len(roles), name
+    return ("train", "val", "test", "").index(role_of(name)), name
 
 
 def class_folders(path: Path) -> list[Path]:

@@ -42,29 +42,18 @@ def sha256(tree: PyTree) -> str:
 
     If arrays are sharded over processes, all processes call this.
     """
-    digest = hashlib.sha256()
-    for path, leaf in named_leaves(tree):
-        for piece in _pieces(path, sharding.fetch(leaf)):
-            digest.update(piece)
-    return digest.hexdigest()
+    return digests((path, sharding.fetch(leaf)) for path, leaf in named_leaves(tree))[0]
 
 
 def digests(named: Iterable[tuple[str, np.ndarray]]) -> tuple[str, dict[str, str]]:
     """The `sha256` of a tree with these named leaves, and a CRC-32 of each leaf as eight hexadecimal digits."""
-    digest = hashlib.sha256()
-    each = {}
+    digest, each = hashlib.sha256(), {}
     for path, array in named:
-        crc = 0
-        for piece in _pieces(path, array):
-            digest.update(piece)
-            crc = zlib.crc32(piece, crc)
-        each[path] = f"{crc:08x}"
+        # NumPy's own dtypes have a code, such as "<f4"; others, such as bfloat16, only a name.
+        dtype = array.dtype.name if array.dtype.kind == "V" else array.dtype.str
+        header = f"{path}\0{dtype}\0{array.shape}\0".encode()
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data  # a view, hashed without the GIL
+        digest.update(header)
+        digest.update(content)
+        each[path] = f"{zlib.crc32(content, zlib.crc32(header)):08x}"
     return digest.hexdigest(), each
-
-
-def _pieces(path: str, array: np.ndarray) -> tuple[bytes, memoryview]:
-    """The bytes to hash for a leaf: a header, and a view of its memory, which is hashed without the GIL."""
-    # NumPy's own dtypes have a code, such as "<f4"; others, such as bfloat16, only a name.
-    dtype = array.dtype.name if array.dtype.kind == "V" else array.dtype.str
-    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return f"{path}\0{dtype}\0{array.shape}\0".encode(), flat.data

@@ -63,15 +63,10 @@ def contradictions(result: JsonMapping, digests: Sequence[JsonMapping], metrics:
 
 def read_contradictions(workdir: Path) -> list[str]:
     """The contradictions between the records of the run in a work directory; a damaged result.json is skipped."""
-    result, provenance, content = None, None, b""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        content = (workdir / "result.json").read_bytes() if (workdir / "result.json").is_file() else b""
-        result = parse_json(content)
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        provenance = parse_json((workdir / "provenance.json").read_bytes())
-    files = (writers.read_metrics(workdir / name) for name in ("digests.jsonl", "metrics.jsonl"))
-    found = contradictions(result if isinstance(result, dict) else {}, *files)
-    return found + find_edits({"result.json": content} if content else {}, provenance)
+    place = Workdir(workdir)
+    files = {"result.json": place.result.read_bytes()} if place.result.is_file() else {}
+    lines = (writers.read_metrics(file) for file in (place.digests, place.metrics))
+    return contradictions(place.read_result(), *lines) + find_edits(files, place.read_provenance())
 
 
 def _differ(a: Json, b: Json) -> bool:

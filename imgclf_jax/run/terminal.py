@@ -122,19 +122,12 @@ def _finite(value: Json) -> Json:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], first: int | None = None) -> None:
     """Prints a table on standard output. Unless on a terminal, a row is one line of any length, for programs.
 
     On a terminal the widest cells go on in the next line until the table fits. Escapes characters that are unprintable
-    or missing from the output's encoding.
-    """
-    print_long_table(columns, [*rows], None)
-
-
-def print_long_table(columns: Sequence[str], rows: Iterable[Sequence[str]], first: int | None) -> None:
-    """`print_table` for any number of rows, `first` at a time; prints nothing without rows.
-
-    Columns are as wide as the rows so far need.
+    or missing from the output's encoding. With `first`, prints so many rows at a time, in columns as wide as the rows
+    so far need, and nothing without rows.
     """
     widths = [len(name) for name in columns]
     for part, some in enumerate(itertools.batched(rows, first) if first else [tuple(rows)]):

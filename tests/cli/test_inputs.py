@@ -117,7 +117,7 @@ def test_an_image_on_standard_input_is_no_list_of_names(monkeypatch, kind):
 def test_a_long_table_is_printed_in_parts(capsys):
     """With one header, and columns that fit the widest row so far."""
     printed = [[name, "x"] for name in ("a", "bb", "ccc", "dddddddd")]
-    terminal.print_long_table(["file", "top 1"], iter(printed), 2)
+    terminal.print_table(["file", "top 1"], iter(printed), 2)
     lines = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in line.strip("│┃").split("│" if "│" in line else "┃")]
              for line in lines if "│" in line or "┃" in line]  # fmt: skip

@@ -91,7 +91,7 @@ def main(
         rows = ([r["file"], r[names[0]], _shown(r[names[1]], regression), r["method"], f"{r['greatest']:.3g}",
                  r["picture"]] for r in until_error(records(), errors))  # fmt: skip
         columns = ["file", *names, "method", "greatest value", "picture"]
-        terminal.print_long_table(columns, rows, _FIRST_ROWS)
+        terminal.print_table(columns, rows, _FIRST_ROWS)
     if counts["failed"]:
         print(f"error: cannot explain {counts['failed']} of {counts['all']} images", file=sys.stderr)
     if errors:

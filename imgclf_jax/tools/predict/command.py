@@ -146,7 +146,7 @@ def make_columns(model: Trained, top_k: int) -> Columns:
 
 def _print_table(records: Iterator[Record], columns: Columns) -> None:
     rows = ([r["file"], *columns.table_cells(r)] for r in records if "error" not in r)
-    terminal.print_long_table(["file", *columns.table], rows, _FIRST_ROWS)
+    terminal.print_table(["file", *columns.table], rows, _FIRST_ROWS)
 
 
 def _print_json(records: Iterator[Record], columns: Columns) -> None:
