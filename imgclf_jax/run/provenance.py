@@ -127,25 +127,19 @@ def own_files() -> dict[str, str]:
     return dict(sorted(files.items()))
 
 
-def changed_code(recorded: JsonMapping) -> dict[str, str]:
-    """The digests, by file, of code that has changed since the run last recorded it.
+def find_changes(recorded: JsonMapping) -> dict[str, dict[str, str]]:
+    """What has changed since the run last recorded it, of what the record and this process both have.
 
-    `imgclf_jax` stands for all files of this package. Files that the record or this process lacks are left out.
+    - "files": the digests of code by file, where `imgclf_jax` stands for all files of this package.
+    - "environment": the versions, the processor and the kinds of devices.
     """
-    now = _code_by_name({"code": _code(), "modules": module_digests()})
-    return _changed(_code_by_name(recorded), [change.get("files", {}) for change in code_changes(recorded)], now)
-
-
-def changed_environment(recorded: JsonMapping) -> dict[str, str]:
-    """The versions, the processor and the kinds of devices that have changed since the run last recorded them."""
-    later = [change.get("environment", {}) for change in code_changes(recorded)]
-    return _changed(environment(recorded), later, environment(_computing()))
-
-
-def _changed(before: dict[str, str], later: list[dict[str, str]], now: dict[str, str]) -> dict[str, str]:
-    for change in later:
-        before |= change
-    return {name: value for name, value in now.items() if name in before and before[name] != value}
+    computing, found = _computing(), {}
+    for kind, describe in (("files", _code_by_name), ("environment", environment)):
+        before, now = describe(recorded), describe(computing)
+        for change in code_changes(recorded):
+            before |= change.get(kind, {})
+        found[kind] = {name: value for name, value in now.items() if before.get(name, value) != value}
+    return found
 
 
 def with_changed_code(recorded: JsonMapping, step: int) -> JsonObject:
@@ -154,8 +148,7 @@ def with_changed_code(recorded: JsonMapping, step: int) -> JsonObject:
     rest = {name: value for name, value in recorded.items() if name != "changed_code"}
     if not step:
         return {**rest, **_computing()}
-    before = {**rest, "changed_code": earlier}
-    changed = {"files": changed_code(before), "environment": changed_environment(before)}
+    changed = find_changes({**rest, "changed_code": earlier})
     if any(changed.values()):
         earlier.append({"step": step, **{kind: names for kind, names in changed.items() if names}})
     return {**rest, "changed_code": earlier} if earlier else rest

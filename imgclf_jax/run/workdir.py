@@ -22,10 +22,9 @@ from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run import lock
 from imgclf_jax.run.provenance import (
     DataInfo,
-    changed_code,
-    changed_environment,
     collect,
     facts_digest,
+    find_changes,
     find_edits,
     json_digest,
     load_data_info,
@@ -197,8 +196,9 @@ class Workdir:
     def record_code(self, start: int) -> None:
         """Records the code and environment in which the run continues from step `start`, and warns of changes."""
         recorded = read_json(self.provenance)
-        names = [name if name != "imgclf_jax" else "the code of imgclf_jax" for name in changed_code(recorded)]
-        names += [f"{name} (now {value})" for name, value in changed_environment(recorded).items()]
+        changes = find_changes(recorded)
+        names = [name if name != "imgclf_jax" else "the code of imgclf_jax" for name in changes["files"]]
+        names += [f"{name} (now {value})" for name, value in changes["environment"].items()]
         if (now := with_changed_code(recorded, start)) != recorded:
             write_json(self.provenance, now)
         if names and start:
@@ -206,7 +206,7 @@ class Workdir:
 
     def changed_modules(self) -> list[str]:
         """The files of the user's imported modules that have changed since the run's last step."""
-        return [name for name in changed_code(self.read_provenance()) if name != "imgclf_jax"]
+        return [name for name in find_changes(self.read_provenance())["files"] if name != "imgclf_jax"]
 
     def warn_of_changed_modules(self) -> None:
         """Warns, once each, about the user's own modules that have changed since the run's last step."""

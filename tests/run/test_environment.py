@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -114,32 +113,24 @@ def test_processors_of_one_name_are_told_apart(monkeypatch, family, model, flags
 def test_code_that_changes_while_a_run_is_interrupted(monkeypatch):
     """Each change is recorded once, with its step, and dropped if the run resumes before that step."""
     now, here = {"my_nets.py": "a"}, {"versions": {"jax": "1"}, "processor": "EPYC", "devices": ["cpu: cpu"] * 2}
-    monkeypatch.setattr(provenance, "_code", lambda: "package")
-    monkeypatch.setattr(provenance, "module_digests", lambda: dict(now))
-    monkeypatch.setattr(provenance, "processor", lambda: here["processor"])
-    monkeypatch.setattr(provenance, "_versions", lambda: here["versions"])
-    monkeypatch.setattr(provenance.jax, "devices", lambda: [SimpleNamespace(platform="cpu", device_kind="cpu")] * 2)
+    monkeypatch.setattr(provenance, "_computing", lambda: {"code": "package", "modules": dict(now), **here})
     began = {"code": "package", "modules": {"my_nets.py": "a"}, **here}
     assert provenance.with_changed_code(began, 5) == began
     now["my_nets.py"] = "b"
     now["new.py"] = "n"  # which the run did not have
-    assert provenance.changed_code(began) == {"my_nets.py": "b"}
+    assert provenance.find_changes(began) == {"files": {"my_nets.py": "b"}, "environment": {}}
     from_5 = {**began, "changed_code": [{"step": 5, "files": {"my_nets.py": "b"}}]}
     assert provenance.with_changed_code(began, 5) == from_5
-    assert provenance.changed_code(from_5) == {}
+    assert provenance.find_changes(from_5) == {"files": {}, "environment": {}}
     assert provenance.with_changed_code(from_5, 9) == from_5
-    assert provenance.with_changed_code(from_5, 3) == {
-        **began,
-        "changed_code": [{"step": 3, "files": {"my_nets.py": "b"}}],
-    }
+    assert provenance.with_changed_code(from_5, 3)["changed_code"] == [{"step": 3, "files": {"my_nets.py": "b"}}]
     assert provenance.with_changed_code(from_5, 0) == {"code": "package", "modules": now, **here}
     now["my_nets.py"] = "a"
     assert provenance.with_changed_code(from_5, 9)["changed_code"] == [
         *from_5["changed_code"], {"step": 9, "files": {"my_nets.py": "a"}}]  # fmt: skip
     here["processor"] = "Xeon"
-    assert provenance.changed_environment(from_5) == {"processor": "Xeon"}
-    assert provenance.with_changed_code(from_5, 9)["changed_code"][-1] == {
-        "step": 9, "files": {"my_nets.py": "a"}, "environment": {"processor": "Xeon"}}  # fmt: skip
     on_xeon = provenance.with_changed_code(from_5, 9)
-    assert provenance.changed_environment(on_xeon) == {}
-    assert provenance.changed_code({}) == provenance.changed_environment({}) == {}  # of a version that recorded neither
+    assert on_xeon["changed_code"][-1] == {
+        "step": 9, "files": {"my_nets.py": "a"}, "environment": {"processor": "Xeon"}}  # fmt: skip
+    for unchanged in (on_xeon, {}):  # the other is of a version that recorded neither
+        assert provenance.find_changes(unchanged) == {"files": {}, "environment": {}}
