@@ -16,14 +16,15 @@ def _no_cluster(monkeypatch):
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda _: None)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "several"),
-    [("", "", False), ("SLURM_STEP_NUM_TASKS", "4", True),
-     ("SLURM_STEP_NUM_TASKS", "1", False),
-     ("SLURM_NTASKS", "4", False), ("OMPI_COMM_WORLD_SIZE", "2", True),
-     ("JOB_COMPLETION_INDEX", "0", True), ("TPU_WORKER_ID", "1", True)],
-)  # fmt: skip
-def test_a_cluster_is_asked_if_there_is_one(monkeypatch, name, value, several):
+@pytest.mark.parametrize(("environment", "several"), [
+    ({}, False),
+    ({"SLURM_NTASKS": "4"}, False),  # a batch script
+    ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, False),  # the shell of `salloc`
+    ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}, True),  # `srun`
+    ({"OMPI_COMM_WORLD_SIZE": "1"}, False), ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+    ({"JOB_COMPLETION_INDEX": "0"}, True), ({"TPU_WORKER_ID": "1"}, True),
+])  # fmt: skip
+def test_a_cluster_is_asked_if_there_is_one(monkeypatch, environment, several):
     asked = []
 
     def initialize(*args, **kwargs):
@@ -32,7 +33,7 @@ def test_a_cluster_is_asked_if_there_is_one(monkeypatch, name, value, several):
 
     monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
     monkeypatch.setattr(processes, "_end_with_status_1", lambda: None)
-    if name:
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     processes.start()
     assert bool(asked) == several
@@ -43,7 +44,7 @@ def test_a_cluster_is_asked_if_there_is_one(monkeypatch, name, value, several):
 
 
 @pytest.mark.parametrize(
-    ("tasks", "alone"), [("1", True), ("1(x4)", True), ("2", False), ("2(x3)", False), ("", False)]
+    ("tasks", "alone"), [("1", True), ("1(x4)", True), ("2", False), ("2(x3)", False), ("1(x2),2", False), ("", False)]
 )
 def test_the_only_process_of_a_host_takes_all_its_devices(monkeypatch, tasks, alone):
     """Under Slurm and Open MPI, JAX would give it only one device."""

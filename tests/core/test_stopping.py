@@ -259,23 +259,3 @@ def test_one_process_alone_asks_nobody():
     assert processes.gather("x", 3) == [3]
     assert processes.once_a_host("x", lambda: 4) == 4
     processes.agree("x", lambda: 1 / 0)
-
-
-@pytest.mark.parametrize(("environment", "together"), [
-    ({}, False),
-    ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, False),  # a batch script
-    ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),  # the shell of `salloc`
-    ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, True),  # `srun`
-    ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
-    ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
-])  # fmt: skip
-def test_who_started_the_process_says_whether_there_are_others(monkeypatch, environment, together):
-    monkeypatch.setattr(processes.os, "environ", environment)
-    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
-    assert processes.has_started_several() == together
-
-
-@pytest.mark.parametrize(("tasks", "alone"), [("1", True), ("1(x2)", True), ("2", False), ("1,2", False), ("", False)])
-def test_a_process_alone_on_its_host_is_known(monkeypatch, tasks, alone):
-    monkeypatch.setattr(processes.os, "environ", {"SLURM_STEP_TASKS_PER_NODE": tasks})
-    assert processes.started_one_here() == alone

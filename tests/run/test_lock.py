@@ -38,10 +38,13 @@ def test_the_other_is_told_who_holds_it(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_a_folder_in_which_nothing_was_written_is_removed(tmp_path):
+def test_folders_that_it_made_are_removed_if_they_are_empty(tmp_path):
     with lock.held(tmp_path / "a" / "b" / "lock"):
         pass
     assert list(tmp_path.iterdir()) == []
+    with lock.held(tmp_path / "a" / "b" / "lock"):
+        (tmp_path / "a" / "mine").touch()
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["mine"]
 
 
 def test_two_in_one_process(tmp_path):
@@ -64,9 +67,3 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
         assert f'"process": {os.getpid()}' in lock.holder(
             tmp_path / "lock"
         )  # which other processes of the run look for
-
-
-def test_a_folder_with_files_stays(tmp_path):
-    with lock.held(tmp_path / "a" / "b" / "lock"):
-        (tmp_path / "a" / "mine").touch()
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["mine"]

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from imgclf_jax.run import manifest
@@ -32,19 +32,10 @@ def test_the_size_and_checksum_of_each_file(folder):
     assert whole["a"][0] == 3 << 20
 
 
-ODD = ["[]", "null", "{}", '{"f": 5}', '{"a": [1, 2, 3]}', '{"a": [true, 1]}', "7", "", "{", '{"a": ["1", 2]}']
-
-
-@pytest.mark.parametrize("content", [*ODD, "[" * 100_000])
-def test_an_odd_manifest_is_a_fault(folder, content):
-    before = (folder / manifest.NAME).read_bytes()
-    try:
-        (folder / manifest.NAME).write_text(content)
-        assert manifest.find_fault(folder)
-    finally:
-        (folder / manifest.NAME).write_bytes(before)
-
-
+@example(b"{}")
+@example(b'{"a": [true, 1]}')
+@example(b'{"a": ["1", 2]}')
+@example(b"[" * 100_000)
 @given(st.binary(max_size=30) | JSON.map(json.dumps).map(str.encode)
        | st.dictionaries(st.text(max_size=5) | st.sampled_from(["a", "inner/b", "\0", "inner", "/dev/zero"]),
                          st.lists(st.integers(), min_size=2, max_size=2)).map(json.dumps).map(str.encode))  # fmt: skip
