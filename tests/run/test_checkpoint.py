@@ -190,20 +190,6 @@ def test_donated_at_once(tmp_path):
         np.testing.assert_array_equal(checkpoints.restore(step, shape)["x"], values)
 
 
-def test_saved_twice(tmp_path):
-    """A step is saved once; resuming at it and saving again changes nothing."""
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(5, make_state(5))
-    checkpoints.save(5, make_state(6))
-    checkpoints.close()
-    assert tree.sha256(Checkpoints(tmp_path).restore(5, like())) == tree.sha256(make_state(5))
-
-
-@pytest.mark.parametrize("keep", [1, 2])
-def test_the_latest_are_kept(tmp_path, keep):
-    assert save(tmp_path, {step: {} for step in (1, 2, 3, 4)}, keep=keep).steps() == [3, 4][-keep:]
-
-
 @pytest.mark.parametrize(("best", "expected"), [
     ("test/accuracy", 2),
     ("test/loss", 3),

@@ -68,12 +68,20 @@ def test_a_reader_beside_the_run(saved, tmp_path):
         reader.restore_latest(like())
 
 
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """A directory with two checkpoints and their metrics, of which three were saved."""
+    directory = tmp_path_factory.mktemp("scored") / "checkpoints"
+    scores = {step: {"test/accuracy": value} for step, value in ((10, 0.5), (20, 0.7), (30, 0.9))}
+    assert save(directory, scores, best="test/accuracy", keep=2).steps() == [20, 30]
+    return directory
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b'{"test/accuracy": "x"}', b"\xff", b"{", b"[" * 100_000])
-def test_damaged_metrics(tmp_path, caplog, content):
+def test_damaged_metrics(scored, tmp_path, caplog, content):
     """Such a checkpoint is damaged and never the best, and stops neither a run nor a reader."""
     directory = tmp_path / "checkpoints"
-    scores = {step: {"test/accuracy": value} for step, value in ((10, 0.5), (20, 0.7), (30, 0.9))}
-    save(directory, scores, best="test/accuracy", keep=2)
+    shutil.copytree(scored, directory)
     (directory / "30" / "metrics" / "metrics").write_bytes(content)
     assert Checkpoints(directory, best="test/accuracy", read_only=True).best_step() == 20
     checkpoints = Checkpoints(directory, best="test/accuracy")
@@ -119,6 +127,8 @@ def test_saved_again(tmp_path):
     """With the scores of an evaluation that was cut short; if killed meanwhile, the first one is restored."""
     checkpoints = Checkpoints(tmp_path, best="test/accuracy")
     checkpoints.save(5, make_state(5))
+    checkpoints.save(5, make_state(6), {"test/accuracy": 0.1})  # changes nothing: the run has resumed at it
+    assert tree.sha256(checkpoints.restore(5, like())) == tree.sha256(make_state(5))
     checkpoints.save(5, make_state(5), {"test/accuracy": 0.5}, again=True)
     checkpoints.close()
     assert names(tmp_path) == ["5"]

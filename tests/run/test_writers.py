@@ -90,12 +90,18 @@ def test_a_place_that_cannot_be_written(tmp_path):
         writer.close()  # without a second error
 
 
-def scalars(directory: Path) -> dict[tuple[int, str], float]:
-    """What TensorBoard's own reader finds, by step and tag."""
+def read_events(directory: Path):
+    """What TensorBoard's own reader finds."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(directory))
+    events = EventAccumulator(str(directory), size_guidance={"tensors": 0})
     events.Reload()
+    return events
+
+
+def scalars(directory: Path) -> dict[tuple[int, str], float]:
+    """The scalars of TensorBoard, by step and tag."""
+    events = read_events(directory)
     return {(e.step, tag): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
 
 
@@ -106,14 +112,6 @@ def test_tensorboard_holds_the_same(finished):
     expected = {(r["step"], tag): value for r in records for tag, value in r.items() if tag != "step"}
     assert {"train/loss", "train/images_per_second", "test/accuracy"} <= {tag for _, tag in expected}
     assert scalars(finished / "tb") == pytest.approx(expected, rel=1e-6)
-
-
-def read_events(directory: Path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(directory), size_guidance={"tensors": 0})
-    events.Reload()
-    return events
 
 
 def test_tensorboard_shows_images_and_hyperparameters(tmp_path):
@@ -146,15 +144,13 @@ def test_images_of_a_run_change_none_of_its_bits(fake_config, tmp_path):
     digests = []
     for shows in (False, True):
         config, place = fake_config.copy_and_resolve_references(), tmp_path / str(shows)
-        config.log_images, config.writers = shows, f"{__name__}:Pictures('pictures')"
-        Pictures.got = []
+        config.log_images, config.writers = shows, f"{__name__}:Kept('pictures')"
         assert train.main(config, Workdir(place)) == 0
         own = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
-        times = ("train/images_per_second", "train/input_wait")
-        records = [{name: value for name, value in record.items() if name not in times} for record in own]
+        records = [{name: value for name, value in record.items() if name not in writers.TIMES} for record in own]
         digests.append((json.loads((place / "result.json").read_text())["params_sha256"], records))
     assert digests[0] == digests[1]
-    (first, begin), (last, end) = Pictures.got
+    (first, begin), (last, end) = (call[1:] for call in KEPT["pictures"] if call[0] == "write_images")
     assert (first, list(begin)) == (0, ["train/augmented"])
     assert last == json.loads((place / "result.json").read_text())["step"]
     assert len(end) == 8
@@ -186,39 +182,15 @@ def test_without_tensorboard(tmp_path, monkeypatch, caplog):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-class Pictures:
-    """A writer that takes images too."""
-
-    got: list = []  # noqa: RUF012
-
-    def __init__(self, name):
-        pass
-
-    def write_hparams(self, hparams):
-        pass
-
-    def write_scalars(self, step, scalars):
-        pass
-
-    def write_images(self, step, images):
-        self.got.append((step, images))
-
-    def flush(self):
-        pass
-
-    def close(self):
-        pass
-
-
 class Kept:
-    """A writer for tests, which records its calls."""
+    """A writer for tests, which records its calls, and which takes images too."""
 
     def __init__(self, name="kept", *, workdir=None, step=-1, fails=""):
         self.fails = fails
         KEPT[name] = self.calls = [("made", workdir, step)]
 
     def __getattr__(self, method):
-        if method not in ("write_hparams", "write_scalars", "flush", "close"):
+        if method not in ("write_hparams", "write_scalars", "write_images", "flush", "close"):
             raise AttributeError(method)
 
         def call(*arguments):
@@ -283,11 +255,7 @@ def test_a_writer_of_clu(tmp_path):
     )
     writer.write_scalars(5, {"a": 0.5})
     writer.close()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "clu"))
-    events.Reload()
-    assert "a" in events.Tags()["tensors"]
+    assert "a" in read_events(tmp_path / "clu").Tags()["tensors"]
 
 
 def test_throughput(monkeypatch):
