@@ -306,12 +306,6 @@ def pin_groups(config: ConfigDict, mesh: str, recorded: JsonMapping) -> ConfigDi
     return pinned
 
 
-def load_evals(path: Path) -> dict[str, str]:
-    """Loads the fingerprints of the evaluation sets, by name, from a `provenance.json`; {} if it has none."""
-    found = read_json(path).get("evals") if path.is_file() else None
-    return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
-
-
 def json_digest(content: str | bytes) -> str:
     """The SHA-256 of the values in a JSON file, independent of its layout.
 

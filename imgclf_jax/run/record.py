@@ -16,7 +16,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 from imgclf_jax.run import bundle, writers
 from imgclf_jax.run.digests import find_changed_metrics
-from imgclf_jax.run.provenance import find_edits, load_evals, parse_json, well_formed
+from imgclf_jax.run.provenance import find_edits, parse_json, well_formed
 from imgclf_jax.run.workdir import Workdir
 
 log = logging.getLogger(__name__)
@@ -186,7 +186,8 @@ class Record:
     @cached_property
     def evals(self) -> dict[str, str]:
         """The recorded fingerprints of the evaluation sets, by name."""
-        return load_evals(self.workdir.provenance)
+        recorded: dict[str, str] = self.provenance.get("evals", {})
+        return recorded
 
     @property
     def seeds(self) -> range:

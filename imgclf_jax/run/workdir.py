@@ -28,9 +28,9 @@ from imgclf_jax.run.provenance import (
     find_edits,
     json_digest,
     load_data_info,
-    load_evals,
     pin_groups,
     read_json,
+    well_formed,
     with_changed_code,
     write_atomically,
     write_json,
@@ -70,9 +70,9 @@ class Workdir:
         return configs.from_json(content, str(self.config))
 
     def read_provenance(self) -> JsonObject:
-        """The content of provenance.json; {} without the file. Raises UserError if it is not JSON."""
+        """The content of provenance.json, see `well_formed`; {} without one. Raises UserError if it is not JSON."""
         found = read_json(self.provenance) if self.provenance.is_file() else {}
-        return found if isinstance(found, dict) else {}
+        return well_formed(found) if isinstance(found, dict) else {}
 
     def read_result(self) -> JsonObject:
         """The content of result.json; {} if the run has not ended, or if the file is damaged."""
@@ -265,11 +265,11 @@ class Workdir:
                 names = [f.name for f in fields(data) if f.compare and getattr(old, f.name) != getattr(data, f.name)]
                 raise UserError(f"the data of the run in {self.path} have changed (another {', '.join(names)}); "
                                 "restore them, or pass another --workdir")  # fmt: skip
-            before = load_evals(self.provenance)
+            recorded = self.read_provenance()
+            before = recorded.get("evals", {})
             if names := [name for name in evals if before.get(name, evals[name]) != evals[name]]:
                 raise UserError(f"the evaluation set {names[0]} of the run in {self.path} has changed (another "
                                 "fingerprint); restore its data, or pass another --workdir")  # fmt: skip
-            recorded = self.read_provenance()
             if init_from and recorded.get("init_from") != init_from:
                 raise UserError(f"the weights in {init_from['path']} have changed since the run in {self.path} began; "
                                 "restore them, or pass another --workdir")  # fmt: skip

@@ -16,7 +16,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources, stream
 from imgclf_jax.programs import Programs
 from imgclf_jax.run.progress import track
-from imgclf_jax.run.provenance import load_evals, module_digests
+from imgclf_jax.run.provenance import module_digests
 from imgclf_jax.run.record import read_contradictions
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.step import TrainState
@@ -164,7 +164,7 @@ def compare_with_record(
         log.warning("the data have changed since training: examples trained on may now be in an evaluation set")
     for sentence in overlap_warnings(trained, programs.recipe.config.data, base):
         log.warning("%s", sentence)
-    for name in changed_sets(programs, trained, load_evals(workdir.provenance), evals):
+    for name in changed_sets(programs, trained, workdir.read_provenance().get("evals", {}), evals):
         log.warning("the evaluation set %s has changed since training: its metrics are not those that the run recorded",
                     name)  # fmt: skip
 
