@@ -38,7 +38,8 @@ class Monitor:
         self.edges: tuple[int, ...] = ()  # the first and last step of the trace, where a call must end
         self._folder = folder / "profile"
         self._in_flight: collections.deque[PyTree] = collections.deque()
-        self._bar = _start_bar(start, total)
+        self._bar = _make_bar()
+        self._task = self._bar.add_task("train", total=total, completed=start, note="compiling")
         self._note = ""  # the pace of the last window
         if profile and places.in_bucket(folder):
             raise UserError(f"--profile writes to a disk, and {folder} is in a bucket; pass a --workdir on a disk")
@@ -51,11 +52,11 @@ class Monitor:
                             total)  # fmt: skip
 
     def __enter__(self) -> Self:
+        self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._bar:
-            self._bar[0].stop()
+        self._bar.stop()
 
     def watch(self, chunks: Iterable[tuple[range, Chunk]]) -> Iterator[tuple[range, Chunk]]:
         """Yields the chunks, and counts the time that the device waits for them, except for the first."""
@@ -89,8 +90,7 @@ class Monitor:
         if len(self._in_flight) > _MOST_IN_FLIGHT:
             self._in_flight.popleft().block_until_ready()
         self.phases.enter("steps", steps.stop)
-        if self._bar:
-            self._bar[0].update(self._bar[1], completed=steps.stop, note=self._note)  # it compiles no more
+        self._bar.update(self._task, completed=steps.stop, note=self._note)  # it compiles no more
         if self.edges and steps.stop == self.edges[1] and not processes.index():
             self._wait()
             jax.profiler.stop_trace()
@@ -106,9 +106,8 @@ class Monitor:
     def lap(self) -> dict[str, float]:
         """{"images_per_second", "input_wait"} since the last lap; called while paused."""
         pace = self.throughput.lap()
-        if self._bar:
-            self._note = f"{pace['images_per_second']:.0f} images/s, {pace['input_wait']:.0%} waiting for input"
-            self._bar[0].update(self._bar[1], note=self._note)
+        self._note = f"{pace['images_per_second']:.0f} images/s, {pace['input_wait']:.0%} waiting for input"
+        self._bar.update(self._task, note=self._note)
         return pace
 
     def _wait(self) -> None:
@@ -143,17 +142,14 @@ class Throughput:
         return {"images_per_second": round(images / seconds, 1), "input_wait": round(waited / seconds, 4)}
 
 
-def _start_bar(start: int, total: int) -> tuple[progress.Progress, progress.TaskID] | None:
-    """A progress bar and its task; None unless on a terminal."""
-    if not terminal.shows_progress():
-        return None
-    bar = progress.Progress(
+def _make_bar() -> progress.Progress:
+    """A progress bar, which shows nothing unless on a terminal."""
+    return progress.Progress(
         progress.BarColumn(),
         progress.TextColumn("step {task.completed}/{task.total}"),
         progress.TextColumn("left"),
         progress.TimeRemainingColumn(),
         progress.TextColumn("{task.fields[note]}"),
         console=terminal.console(),
+        disable=not terminal.shows_progress(),
     )
-    bar.start()
-    return bar, bar.add_task("train", total=total, completed=start, note="compiling")
