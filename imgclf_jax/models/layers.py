@@ -54,18 +54,16 @@ def conv(
     strides, dilation = _pair(strides), _pair(dilation)
     extent = [(k - 1) * d + 1 for k, d in zip(kernel.shape[:2], dilation, strict=True)]
     if isinstance(padding, str):
-        pads = lax.padtype_to_pads(x.shape[1:3], extent, strides, padding)
-    else:
-        each: Sequence[int | tuple[int, int]] = (padding, padding) if isinstance(padding, int) else padding
-        pads = [_pair(p) for p in each]
+        padding = lax.padtype_to_pads(x.shape[1:3], extent, strides, padding)
+    rows, columns = (padding, padding) if isinstance(padding, int) else padding
+    pads = _pair(rows), _pair(columns)
     if wants_features_first() and groups == 1 and dilation == (1, 1):
-        y = matmuls.conv(features_first(x), kernel, strides, (_pair(pads[0]), _pair(pads[1])), dtype)
-        return features_last(y)
+        return features_last(matmuls.conv(features_first(x), kernel, strides, pads, dtype))
     if groups > 1 and dtype == jnp.bfloat16 and platform.uses_onednn():
         dtype = jnp.dtype(jnp.float32)  # a bfloat16 convolution of groups is up to 50 times slower there
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     if _compiles_slowly_on_tpu(kernel, groups):
-        return _conv_as_matmul(x, kernel, strides, (_pair(pads[0]), _pair(pads[1])), dilation)
+        return _conv_as_matmul(x, kernel, strides, pads, dilation)
     return lax.conv_general_dilated(
         x, kernel, strides, pads, rhs_dilation=dilation, feature_group_count=groups,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -86,16 +84,22 @@ def _conv_as_matmul(
     """The convolution as one matmul: patches [b, ho, wo, kh * kw * c] times the kernel [kh * kw * c, f]."""
     kh, kw, c, f = kernel.shape
     x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)))
+    return jnp.dot(jnp.concatenate(_slices(x, (kh, kw), strides, dilation), 3), kernel.reshape(kh * kw * c, f))
+
+
+def _slices(
+    x: jax.Array, window: tuple[int, int], strides: tuple[int, int], dilation: tuple[int, int] = (1, 1)
+) -> list[jax.Array]:
+    """One strided slice [b, ho, wo, c] of x [b, h, w, c] for each offset within the window."""
     ho, wo = ((n - (k - 1) * d - 1) // s + 1
-              for n, k, d, s in zip(x.shape[1:3], (kh, kw), dilation, strides, strict=True))  # fmt: skip
+              for n, k, d, s in zip(x.shape[1:3], window, dilation, strides, strict=True))  # fmt: skip
 
     def at(i: int, j: int) -> jax.Array:
         rows, columns = (slice(k * d, k * d + (n - 1) * s + 1, s)
                          for k, d, n, s in zip((i, j), dilation, (ho, wo), strides, strict=True))  # fmt: skip
         return x[:, rows, columns]
 
-    patches = jnp.concatenate([at(i, j) for i in range(kh) for j in range(kw)], 3)
-    return jnp.dot(patches, kernel.reshape(kh * kw * c, f))
+    return [at(i, j) for i in range(window[0]) for j in range(window[1])]
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
@@ -216,63 +220,37 @@ class Dense(nn.Module):
 def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.Array:
     """Max pooling of [b, h, w, c]; among ties the first gets the gradient.
 
-    CPU and GPU take the maximum of strided slices. The gradient of XLA's own pooling is ten times slower on CPU, and a
+    On CPU and GPU the gradient goes through strided slices. That of XLA's own pooling is ten times slower on CPU, and a
     scatter on GPU, where bitwise determinism would cost a sort.
     """
-    if platform.current() == "gpu":
-        return _max_pool(window, strides, padding, x)
-    if platform.current() != "cpu":
+    if platform.current() not in ("cpu", "gpu"):
         return nn.max_pool(x, (window, window), (strides, strides), [(padding, padding)] * 2)
     if wants_features_first() and strides == window and not padding:
         return features_last(pool.max_pool(features_first(x), window))
-    return functools.reduce(_maximum, _window_slices(x, window, strides, padding, -jnp.inf))
-
-
-def _window_slices(x: jax.Array, window: int, strides: int, padding: int, fill: float) -> list[jax.Array]:
-    """One strided slice [b, ho, wo, c] of x [b, h, w, c] for each offset within the window."""
-    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=fill)
-    ho, wo = ((n - window) // strides + 1 for n in x.shape[1:3])
-
-    def at(i: int, j: int) -> jax.Array:
-        rows, columns = (slice(k, k + (n - 1) * strides + 1, strides) for k, n in ((i, ho), (j, wo)))
-        return x[:, rows, columns]
-
-    return [at(i, j) for i in range(window) for j in range(window)]
+    return _max_pool(window, strides, padding, x)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _max_pool(window: int, strides: int, padding: int, x: jax.Array) -> jax.Array:
-    return nn.max_pool(x, (window, window), (strides, strides), [(padding, padding)] * 2)
+    if platform.current() == "gpu":  # in one kernel
+        return nn.max_pool(x, (window, window), (strides, strides), [(padding, padding)] * 2)
+    return functools.reduce(jnp.maximum, _window_slices(x, window, strides, padding, -jnp.inf))
 
 
 @_max_pool.defjvp
 def _max_pool_jvp(
-    window: int, strides: int, padding: int, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+    window: int, strides: int, padding: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     """The tangent of the first maximum. The transpose adds one array per window offset instead of scattering."""
-    (x,), (d_x,) = primals, tangents
-    y = _max_pool(window, strides, padding, x)
-    slices = _window_slices(x, window, strides, padding, -jnp.inf)
-    argmax = jnp.full(y.shape, len(slices), jnp.uint8)
-    for i in reversed(range(len(slices))):
-        argmax = jnp.where(slices[i] == y, jnp.uint8(i), argmax)
-    zero = jnp.zeros((), y.dtype)
-    d_slices = _window_slices(d_x, window, strides, padding, 0)
-    return y, functools.reduce(jnp.add, [jnp.where(argmax == i, d, zero) for i, d in enumerate(d_slices)])
+    y = _max_pool(window, strides, padding, *primals)
+    argmax = pool.first_argmax(_window_slices(*primals, window, strides, padding, -jnp.inf), y)
+    return y, pool.select(_window_slices(*tangents, window, strides, padding, 0), argmax)
 
 
-@jax.custom_jvp
-def _maximum(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`jnp.maximum`, except that the gradient at a tie goes to `a` alone."""
-    return jnp.maximum(a, b)
-
-
-@_maximum.defjvp
-def _maximum_jvp(
-    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    a, b = primals
-    return jnp.maximum(a, b), jnp.where(a >= b, *tangents)
+def _window_slices(x: jax.Array, window: int, strides: int, padding: int, fill: float) -> list[jax.Array]:
+    """The `_slices` of a square window over x [b, h, w, c] padded with `fill`."""
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=fill)
+    return _slices(x, _pair(window), _pair(strides))
 
 
 def mean_pool(x: jax.Array) -> jax.Array:

@@ -22,13 +22,17 @@ def _window_slices(x: jax.Array, window: int) -> list[jax.Array]:
     return [windows[:, :, i, :, j] for i, j in itertools.product(range(window), repeat=2)]
 
 
-def _max_and_argmax(slices: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The element-wise maximum of the slices, and the index of the first slice that has it: int8 if it fits."""
-    maximum = functools.reduce(jnp.maximum, slices)
+def first_argmax(slices: list[jax.Array], maximum: jax.Array) -> jax.Array:
+    """The index of the first slice that has the element-wise maximum: int8 if it fits."""
     argmax = jnp.full(maximum.shape, len(slices) - 1, jnp.int8 if len(slices) <= 128 else jnp.int32)
     for k in reversed(range(len(slices) - 1)):
         argmax = jnp.where(slices[k] == maximum, jnp.asarray(k, argmax.dtype), argmax)
-    return maximum, argmax
+    return argmax
+
+
+def _max_and_argmax(slices: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    maximum = functools.reduce(jnp.maximum, slices)
+    return maximum, first_argmax(slices, maximum)
 
 
 def _unpool(argmax: jax.Array, gradient: jax.Array, window: int, first: int = 1) -> jax.Array:
@@ -48,10 +52,10 @@ def _unpool(argmax: jax.Array, gradient: jax.Array, window: int, first: int = 1)
 def _take(x: jax.Array, argmax: jax.Array, window: int, channels_last: bool) -> jax.Array:
     """Takes x [c, h, w, b] at the argmax of each window; zero where it is -1."""
     del channels_last
-    return _select(_window_slices(x, window), argmax)
+    return select(_window_slices(x, window), argmax)
 
 
-def _select(slices: list[jax.Array], argmax: jax.Array) -> jax.Array:
+def select(slices: list[jax.Array], argmax: jax.Array) -> jax.Array:
     """Selects element-wise the slice numbered `argmax`; zero where it is -1."""
     return functools.reduce(jnp.add, [jnp.where(argmax == k, x, 0) for k, x in enumerate(slices)])
 
@@ -178,7 +182,7 @@ def _direct_slices(x: jax.Array, kernel: jax.Array, window: int, dtype: DTypeLik
 
 def _direct_take(x: jax.Array, kernel: jax.Array, argmax: jax.Array, window: int, dtype: DTypeLike) -> jax.Array:
     """The convolution output at the argmax of each window; zero where it is -1."""
-    return _select(_direct_slices(x, kernel, window, accumulator(dtype)), argmax)
+    return select(_direct_slices(x, kernel, window, accumulator(dtype)), argmax)
 
 
 # The gradients are matmuls over the receptive field of a whole window, in which each output has a shifted kernel.
