@@ -15,7 +15,7 @@ from imgclf_jax.models.backbones import BACKBONES
 from imgclf_jax.models.cpu.rewrite import rewrite
 
 FORMS = ("cpu", "gpu")
-# Each with the module in its middle that the edits follow.
+# Each at a size that compiles in seconds, with every kind of layer of its family; the last is a module in its middle.
 SMALL = {
     "cnn": ("cnn(widths=(4, 8), hidden=8)", 16, "block0"),
     "mlp": ("mlp(widths=(16, 16), dropout=0.1)", 8, "dense0"),
@@ -69,6 +69,14 @@ class Edited(nn.Module):
             return self.backbone(x, train=train)
 
 
+def random_variables(model, x):
+    """Random parameters in the dtype of the images, those of one axis around one; running statistics of one."""
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), x)
+    rng = np.random.default_rng(1)
+    variables = jax.tree.map(lambda s: (rng.normal(size=s.shape) / 3 + (len(s.shape) == 1)).astype(x.dtype), shapes)
+    return {k: v if k == "params" else jax.tree.map(np.ones_like, v) for k, v in variables.items()}
+
+
 def build(name, precision="float64", edited=False):
     """(function of the parameters → logits of four images in training, parameters)."""
     spec, size, place = SMALL[name]
@@ -78,10 +86,8 @@ def build(name, precision="float64", edited=False):
     dtype = np.float64 if precision == "float64" else np.float32
     model = model.clone(dtype=dtype)
     x = np.random.default_rng(0).normal(size=(4, size, size, 3)).astype(dtype)
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), x)
-    rng = np.random.default_rng(1)
-    variables = jax.tree.map(lambda s: (rng.normal(size=s.shape) / 3 + (len(s.shape) == 1)).astype(dtype), shapes)
-    others = {k: jax.tree.map(np.ones_like, v) for k, v in variables.items() if k != "params"}
+    variables = random_variables(model, x)
+    others = {k: v for k, v in variables.items() if k != "params"}
 
     def logits(params):
         rngs = {"dropout": jax.random.key(0)}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import thorough
 from flax import linen as nn
-from test_forms import SMALL
+from test_forms import SMALL, random_variables
 
 from imgclf_jax.core import internals, jaxprs, platform, sharding
 from imgclf_jax.models import classifier
@@ -39,10 +39,7 @@ def test_onednn_gives_what_the_same_network_gives_in_float64(name, precision):
     text, size, _ = SMALL[name]
     images = np.random.default_rng(0).normal(size=(16, size, size, 3)).astype(np.float32)
     model = classifier.build(text, 4, precision)
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
-    rng = np.random.default_rng(1)
-    variables = jax.tree.map(lambda s: (rng.normal(size=s.shape) / 3 + (len(s.shape) == 1)).astype(s.dtype), shapes)
-    variables |= {k: jax.tree.map(np.ones_like, v) for k, v in variables.items() if k != "params"}  # variances
+    variables = random_variables(model, images)
     with jax.enable_x64():
         exact = classifier.build(text, 4, "float64").clone(dtype=jnp.float64)
         wide = jax.tree.map(lambda x: x.astype(np.float64), (variables, images))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import thorough
 from flax import linen as nn
-from test_forms import assert_equal, in_form
+from test_forms import assert_equal, in_form, random_variables
 
 from imgclf_jax import diagnose
 from imgclf_jax.config import default_config
@@ -110,12 +110,10 @@ MORE_NAMED = [
 
 
 def build(spec, size, dtype=np.float32):
-    """(model, images, variables), all random; scales and variances are around one."""
+    """(model, images, variables), all random."""
     model = classifier.build(spec, 4, np.dtype(dtype).name).clone(dtype=dtype)
     x = np.random.default_rng(0).normal(size=(4, size, size, 3)).astype(dtype)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x))
-    rng = np.random.default_rng(1)
-    return model, x, jax.tree.map(lambda s: (rng.normal(size=s.shape) / 3 + (len(s.shape) == 1)).astype(dtype), shapes)
+    return model, x, random_variables(model, x)
 
 
 def trained(model, variables, x):
@@ -132,7 +130,7 @@ def test_swapped_parts_are_the_same_in_every_form(name, other):
     """Logits, statistics and gradients, in float64, of a user's block between layers with two forms."""
     with jax.numpy_dtype_promotion("standard"):  # which linen's normalizations need
         model, x, variables = build(*SWAPPED[name], np.float64)
-        others = {k: jax.tree.map(np.ones_like, v) for k, v in variables.items() if k != "params"}
+        others = {k: v for k, v in variables.items() if k != "params"}
 
         def value(params):
             logits, statistics = trained(model, {"params": params, **others}, x)
@@ -185,7 +183,7 @@ def test_linens_batch_norm_knows_of_training():
     def run(variables):
         return [(trained(m, variables, x), m.apply(variables, x)) for m in (model, other)]
 
-    (a, b) = run({**variables, "batch_stats": jax.tree.map(np.ones_like, variables["batch_stats"])})
+    (a, b) = run(variables)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), a, b)
 
 
@@ -234,6 +232,11 @@ def test_a_part_that_does_not_fit(spec, says):
                               "are 22 and 28"),
     ("resnet(depth='50')", "resnet(depth='50'): the depth must be one of 18, 34, 50, 101, 152"),
     ("vit(16)", "unknown vit variant 16: allowed: B, L, S, Ti"),
+    ("vit('Ti', positions='none')", "sincos"),
+    ("vit('Ti', pool='max')", "cls"),
+    ("vit('Ti', patch=5)", "do not divide into patches of 5"),
+    ("convnext('X')", "allowed: B, S, T"),
+    ("mixer('L')", "allowed: B, S"),
 ])  # fmt: skip
 def test_values_that_a_network_cannot_have(spec, says):
     model = classifier.build(spec, 4, "float32")
