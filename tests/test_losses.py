@@ -1,4 +1,4 @@
-"""Losses, and the sums behind metrics, against NumPy and scikit-learn."""
+"""Losses, against NumPy, Keras, PyTorch and scikit-learn."""
 
 import functools
 
@@ -11,7 +11,7 @@ import sklearn.metrics
 import sklearn.utils.class_weight
 from tolerance import rounding
 
-from imgclf_jax import losses, metrics
+from imgclf_jax import losses
 from imgclf_jax.core import spec
 from imgclf_jax.core.errors import UserError
 
@@ -27,19 +27,23 @@ def draw(b, classes, scale=3.0):
     return logits, generator.integers(0, classes, b).astype(np.int32)
 
 
+def log_softmax(logits):
+    x = logits.astype(np.float64)
+    x = x - x.max(1, keepdims=True)
+    return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+
 @pytest.mark.parametrize(("smoothing", "classes"), [(0.0, 10), (0.1, 2), (0.9, 10)])
 def test_softmax_is_the_cross_entropy_of_its_definition(smoothing, classes):
     """-sum(q log p) in float64, where q mixes the one-hot label with the uniform distribution."""
     logits, labels = draw(64, classes)
-    p = np.exp(logits.astype(np.float64))
-    p /= p.sum(1, keepdims=True)
     q = (1 - smoothing) * np.eye(classes)[labels] + smoothing / classes
     loss = built(f"softmax(label_smoothing={smoothing})" if smoothing else "softmax")
     out = loss(jnp.asarray(logits), jnp.asarray(labels))
     assert out.shape == (64,)
     assert out.dtype == jnp.float32
     atol = rounding(classes + 8) * np.abs(logits).max()  # a logarithm of a sum of exponentials
-    np.testing.assert_allclose(out, -(q * np.log(p)).sum(1), rtol=0, atol=atol)
+    np.testing.assert_allclose(out, -(q * log_softmax(logits)).sum(1), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -55,12 +59,6 @@ def test_softmax_of_large_logits_is_finite(smoothing):
 def test_softmax_refuses_another_label_smoothing(smoothing):
     with pytest.raises(UserError, match=rf"label_smoothing={smoothing}\): allowed"):
         losses.softmax(jnp.zeros((1, 3)), jnp.asarray([0]), smoothing)
-
-
-def log_softmax(logits):
-    x = logits.astype(np.float64)
-    x = x - x.max(1, keepdims=True)
-    return x - np.log(np.exp(x).sum(1, keepdims=True))
 
 
 @pytest.mark.parametrize(("smoothing", "mean"), [(0.0, False), (0.1, True)])
@@ -167,57 +165,6 @@ def test_wrong_class_weights_are_told(weights):
         losses.focal(jnp.zeros((2, 3)), jnp.asarray([0, 1]), gamma=-1)
 
 
-def test_build_refuses_a_wrong_spec():
-    with pytest.raises(UserError, match="unknown loss 'softmx': did you mean 'softmax'"):
-        losses.build("softmx")
-    with pytest.raises(UserError, match="unknown argument 'smoothing': did you mean 'label_smoothing'"):
-        losses.build("softmax(smoothing=0.1)")
-
-
-def sums_of(logits, labels, mask):
-    rows = np.arange(len(labels), dtype=np.float32)
-    args = (jnp.asarray(logits), jnp.asarray(labels), {"loss": jnp.asarray(rows)}, jnp.asarray(mask))
-    return jax.device_get(jax.jit(metrics.classification_sums)(*args))
-
-
-@pytest.mark.parametrize("classes", [3, 12])
-def test_classification_sums_agree_with_scikit_learn(classes):
-    """Over the unmasked rows only; masked ones have NaN and wrong labels, and change nothing."""
-    logits, labels = draw(200, classes)
-    mask = np.random.default_rng(1).random(200) < 0.7
-    kept, truth = logits[mask], labels[mask]
-    logits[~mask], labels[~mask] = np.nan, 0
-    sums = sums_of(logits, labels, mask)
-    prediction = kept.argmax(1)
-    confusion = sklearn.metrics.confusion_matrix(truth, prediction, labels=range(classes))
-    np.testing.assert_array_equal(sums["confusion"], confusion)
-    assert sums["examples"] == mask.sum()
-    assert sums["correct"] == sklearn.metrics.accuracy_score(truth, prediction, normalize=False)
-    assert sums["loss"] == np.flatnonzero(mask).sum()  # the losses are the rows' numbers
-    assert ("top5" in sums) == (classes > 5)
-    if classes > 5:
-        top5 = sklearn.metrics.top_k_accuracy_score(truth, kept, k=5, normalize=False, labels=range(classes))
-        assert sums["top5"] == top5
-
-
-def test_the_first_class_wins_a_tie():
-    """So a model with equal logits for all classes predicts class 0."""
-    logits = np.zeros((4, 3), np.float32)
-    logits[3] = [0, 1, 1]
-    sums = sums_of(logits, np.int32([0, 1, 2, 2]), np.ones(4, bool))
-    assert sums["correct"] == 1
-    np.testing.assert_array_equal(sums["confusion"], [[1, 0, 0], [1, 0, 0], [1, 1, 0]])
-
-
-def test_top5_ranks_ties_by_class_and_nan_above_all():
-    """Of six tied classes the first five are included, as in a stable sort; NaN logits rank no class."""
-    tied = np.ones((6, 6), np.float32)
-    assert sums_of(tied, np.arange(6, dtype=np.int32), np.ones(6, bool))["top5"] == 5
-    ranks = np.argsort(-tied, kind="stable")[:, :5]
-    assert sum(label in row for label, row in zip(range(6), ranks, strict=True)) == 5
-    assert sums_of(tied * np.nan, np.arange(6, dtype=np.int32), np.ones(6, bool))["top5"] == 0
-
-
 @pytest.mark.parametrize("text", sorted(losses.LOSSES))
 def test_no_gradient_of_a_loss_is_a_scatter(text):
     """Deterministic kernels would have to sort for a scatter, and the gradient of indexing is one."""
@@ -268,8 +215,7 @@ def test_focal_of_a_distribution_without_focus_is_its_cross_entropy():
     logits, _ = draw(16, 5)
     targets = targets_of(16, 5)
     targets /= targets.sum(1, keepdims=True)
-    log_p = np.log(np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum(1, keepdims=True))
-    expected = -(targets * log_p).sum(1)
+    expected = -(targets * log_softmax(logits)).sum(1)
     for loss in (built("focal(gamma=0)"), built("softmax"), losses.SOFTMAX.nll):
         np.testing.assert_allclose(loss(logits, targets), expected, rtol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Metrics of whole sets, against their definitions, and through evaluation's padded batches."""
+"""Metrics of batches and of whole sets, against scikit-learn, and through evaluation's padded batches."""
 
 import json
 import sys
@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import thorough
-from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+    roc_auc_score,
+    top_k_accuracy_score,
+)
 
 import launch
 from imgclf_jax import losses, metrics
@@ -29,30 +36,6 @@ def random_set(classes, n=200):
     labels = np.concatenate([np.arange(classes), rng.choice(classes, n, p=share)])
     raw = np.round(rng.random((len(labels), classes)) + 0.5 * np.eye(classes)[labels], 1) + 0.1
     return labels, raw / raw.sum(1, keepdims=True)
-
-
-def area(positive, values):
-    """How often a positive example has the larger value than a negative one, with ties as half (Mann and Whitney)."""
-    ours, theirs = values[positive][:, None], values[~positive][None]
-    return np.mean((ours > theirs) + 0.5 * (ours == theirs))
-
-
-@pytest.mark.parametrize("classes", [2, 3, 7])
-def test_definitions(classes):
-    labels, probabilities = random_set(classes)
-    each = range(1, 2) if classes == 2 else range(classes)
-    expected = np.mean([area(labels == c, probabilities[:, c]) for c in each])
-    assert metrics.auc(labels, probabilities) == pytest.approx(expected, abs=1e-12)
-
-    found = probabilities.argmax(1)
-    recall = [np.mean(found[labels == c] == c) for c in range(classes)]
-    assert metrics.balanced_accuracy(labels, probabilities) == pytest.approx(np.mean(recall), abs=1e-12)
-
-    def f1(c):
-        right = np.sum((found == c) & (labels == c))
-        return 2 * right / (np.sum(found == c) + np.sum(labels == c))
-
-    assert metrics.f1(labels, probabilities) == pytest.approx(np.mean([f1(c) for c in each]), abs=1e-12)
 
 
 def test_an_absent_class():
@@ -189,7 +172,7 @@ def test_of_a_run(tmp_path, capsys):
     pixels = examples["image"].astype(np.float32) / np.float32(255)
     logits = jax.jit(programs.recipe.model.apply)({"params": state.params}, pixels)
     np.testing.assert_allclose(predictions.probabilities, jax.nn.softmax(logits), rtol=1e-5, atol=1e-6)
-    expected = area(predictions.labels == 1, predictions.probabilities[:, 1])
+    expected = roc_auc_score(predictions.labels, predictions.probabilities[:, 1])
     result = json.loads(workdir.result.read_text())["test"]
     assert result["auc"] == pytest.approx(expected, abs=1e-12)
     assert {"balanced_accuracy", "f1"} < set(result)
@@ -202,10 +185,50 @@ def test_of_a_run(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["test"]["auc"] == result["auc"]
 
 
-def sums_of(logits, labels):
+def sums_of(logits, labels, mask=True):
+    """The sums of a batch; the loss of an example is its number."""
     logits, labels = jnp.asarray(logits, jnp.float32), jnp.asarray(labels, jnp.int32)
-    args = (logits, labels, {"loss": jnp.zeros(len(labels))}, jnp.ones(len(labels), bool))
+    args = (logits, labels, {"loss": jnp.arange(len(labels), dtype=jnp.float32)}, jnp.broadcast_to(mask, len(labels)))
     return jax.device_get(jax.jit(metrics.classification_sums)(*args))
+
+
+@pytest.mark.parametrize("classes", [3, 12])
+def test_classification_sums_agree_with_scikit_learn(classes):
+    """Over the unmasked rows only; masked ones have NaN and wrong labels, and change nothing."""
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(200, classes)), rng.integers(0, classes, 200)
+    mask = rng.random(200) < 0.7
+    kept, truth = logits[mask], labels[mask]
+    logits[~mask], labels[~mask] = np.nan, 0
+    sums = sums_of(logits, labels, mask)
+    prediction = kept.argmax(1)
+    confusion = confusion_matrix(truth, prediction, labels=range(classes))
+    np.testing.assert_array_equal(sums["confusion"], confusion)
+    assert sums["examples"] == mask.sum()
+    assert sums["correct"] == accuracy_score(truth, prediction, normalize=False)
+    assert sums["loss"] == np.flatnonzero(mask).sum()  # the losses are the rows' numbers
+    assert ("top5" in sums) == (classes > 5)
+    if classes > 5:
+        top5 = top_k_accuracy_score(truth, kept, k=5, normalize=False, labels=range(classes))
+        assert sums["top5"] == top5
+
+
+def test_the_first_class_wins_a_tie():
+    """So a model with equal logits for all classes predicts class 0."""
+    logits = np.zeros((4, 3), np.float32)
+    logits[3] = [0, 1, 1]
+    sums = sums_of(logits, [0, 1, 2, 2])
+    assert sums["correct"] == 1
+    np.testing.assert_array_equal(sums["confusion"], [[1, 0, 0], [1, 0, 0], [1, 1, 0]])
+
+
+def test_top5_ranks_ties_by_class_and_nan_above_all():
+    """Of six tied classes the first five are included, as in a stable sort; NaN logits rank no class."""
+    tied = np.ones((6, 6), np.float32)
+    assert sums_of(tied, np.arange(6))["top5"] == 5
+    ranks = np.argsort(-tied, kind="stable")[:, :5]
+    assert sum(label in row for label, row in zip(range(6), ranks, strict=True)) == 5
+    assert sums_of(tied * np.nan, np.arange(6))["top5"] == 0
 
 
 BROKEN = {
