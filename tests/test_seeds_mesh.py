@@ -109,14 +109,3 @@ def test_a_run_trains_resumes_and_predicts(tmp_path):
     assert launch.main(["evaluate", f"--workdir={tmp_path / 'a'}"]) == 0
     next_run = [f"--config.init_from={tmp_path / 'a'}", "--config.mesh=seeds=4, data=-1", "--config.total=2 steps"]
     assert launch.main([*arguments, f"--workdir={tmp_path / 'c'}", *next_run]) == 0
-
-
-@pytest.mark.parametrize(("mesh", "seeds", "message"), [
-    ("seeds=4, data=-1", 3, "num_seeds=3 is not divisible by 4, the size of the mesh's axis seeds"),
-    ("seeds=8", 1, "num_seeds=1 is not divisible by 8"),
-    ("seeds=2, fsdp=-1", 2, "seeds and fsdp do not combine"),
-])  # fmt: skip
-def test_mistakes(capsys, tmp_path, mesh, seeds, message):
-    flags = [f"--config.mesh={mesh}", f"--config.num_seeds={seeds}", "--config.batch_size=16"]
-    assert launch.main([f"--workdir={tmp_path / 'run'}", *flags]) == 1
-    assert message in capsys.readouterr().err
