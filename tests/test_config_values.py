@@ -1,7 +1,6 @@
 """Config values: durations, periods, ranges, JSON, and the command `config`."""
 
 import ast
-import importlib.util
 import json
 import math
 import re
@@ -14,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_config import FILES, ROOT
 
+import launch
 from imgclf_jax import config as configs
+from imgclf_jax.cli.table import COMMANDS
 from imgclf_jax.config import KEYS, default_config
 from imgclf_jax.core.errors import UserError
 
@@ -169,26 +170,11 @@ def test_help_and_config_import_neither_jax_nor_tensorflow():
         assert done.returncode == 0, done.stderr
         usage = {"--help": "usage: launch.py [COMMAND]", "-h": "usage: launch.py train [flags]"}
         assert done.stdout.startswith(usage.get(argv[-1], "seed = "))
-
-
-@pytest.fixture
-def launch(monkeypatch):
-    """The module `launch.py`; removes the paths it adds for a user's own modules."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec = importlib.util.spec_from_file_location("launch", ROOT / "launch.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_help_names_every_command(launch, capsys):
-    assert launch.main(["--help"]) == 0
-    text = capsys.readouterr().out
-    assert all(f"\n  {command}" in text for command in ("train", "evaluate", "predict", "config"))
+        assert argv != ["--help"] or all(f"\n  {command} " in done.stdout for command in COMMANDS)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_the_command_config_prints_every_key_with_its_documentation(launch, capsys, file):
+def test_the_command_config_prints_every_key_with_its_documentation(capsys, file):
     assert launch.main(["config", "--config", str(file), "--config.seed=7", "--config.data.eval.more=train[:9]"]) == 0
     text = capsys.readouterr().out
     expected = configs.flatten(configs.load_file(str(file))) | {"seed": 7}
