@@ -14,6 +14,7 @@ from flax import traverse_util
 
 from imgclf_jax import config as configs
 from imgclf_jax.augment import mixing, ops
+from imgclf_jax.core import jaxprs
 from imgclf_jax.data import decode
 from imgclf_jax.models import vit
 from imgclf_jax.programs import Programs
@@ -34,22 +35,6 @@ def recipe(name, batch_size=0):
     return Recipe(config, DataInfo(EXAMPLES[name], (224, 224, 3), classes, "made up"))
 
 
-def multiply_adds(jaxpr):
-    """Of all matmuls and convolutions."""
-    total = 0
-    for eqn in jaxpr.eqns:
-        for value in eqn.params.values():
-            inner = getattr(value, "jaxpr", value)
-            total += multiply_adds(inner) if hasattr(inner, "eqns") else 0
-        out = math.prod(eqn.outvars[0].aval.shape)
-        if eqn.primitive.name == "dot_general":
-            contracted = eqn.params["dimension_numbers"][0][0]
-            total += out * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
-        elif eqn.primitive.name == "conv_general_dilated":
-            total += out * math.prod(eqn.invars[1].aval.shape[:3])  # the kernel is HWIO
-    return total
-
-
 @pytest.mark.parametrize("name", STATED)
 def test_parameters_and_products(name):
     run = recipe(name)
@@ -58,7 +43,7 @@ def test_parameters_and_products(name):
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     variables = jax.eval_shape(lambda x: run.model.init(jax.random.key(0), x, train=False), images)
     jaxpr = jax.make_jaxpr(lambda variables, x: run.model.apply(variables, x, train=False))(variables, images)
-    assert multiply_adds(jaxpr.jaxpr) / 1e9 == pytest.approx(stated, rel=0.01)
+    assert jaxprs.matmul_flops(jaxpr) / 2e9 == pytest.approx(stated, rel=0.01)
 
 
 def test_the_schedule_of_resnet50():
