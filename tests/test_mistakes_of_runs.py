@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_mistakes import FAKE, ROOT, _process_as_it_was, has, mistake, snapshot, whole  # noqa: F401  fixtures
+from test_mistakes import FAKE, ROOT, _log_as_it_was, has, mistake, snapshot, whole  # noqa: F401  fixtures
 
 import launch
 from imgclf_jax.config import RESERVED

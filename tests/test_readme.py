@@ -1,13 +1,13 @@
 """Claims of the README and the pages; `test_docs.py` runs their commands."""
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_launch import user_environment
 from test_structure import FILES, PACKAGES, TIERS
 
 from imgclf_jax import config as configs
@@ -76,9 +76,7 @@ def test_training_needs_neither_tensorflow_nor_clu_nor_a_cache(placement, tmp_pa
     There is no place for the compilation cache either: a file is where its folder should be. Nothing warns.
     """
     (tmp_path / "file").write_text("")
-    hidden = {"JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"}
-    environment = {k: v for k, v in os.environ.items() if k not in hidden}
-    environment["XDG_CACHE_HOME"] = str(tmp_path / "file")
+    environment = user_environment(str(tmp_path / "file"))
 
     def digest(*missing):
         workdir = tmp_path / ("without" if missing else "with")

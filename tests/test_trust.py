@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cases import thorough
-from test_mistakes import FAKE, _process_as_it_was, has, mistake  # noqa: F401  fixtures
+from test_mistakes import FAKE, ROOT, _log_as_it_was, has, mistake  # noqa: F401  fixtures
 
 import launch
 from imgclf_jax.core import places, spec
@@ -19,8 +19,6 @@ from imgclf_jax.run.record import Record
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
@@ -29,29 +27,37 @@ def trained(tmp_path_factory) -> Path:
     return workdir
 
 
+def changed(run, target, changes):
+    """A copy of a run whose config has other values, by dotted keys."""
+    shutil.copytree(run, target)
+    config = json.loads((target / "config.json").read_text())
+    for key, value in changes.items():
+        *parents, leaf = key.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
 @pytest.mark.parametrize("key", ["model", "preprocess", "preprocess_eval", "augment", "mix", "loss", "optimizer",
                                  "schedule", "metrics", "tta", "data.source", "data.eval.test",
                                  "data.sampling"])  # fmt: skip
 @pytest.mark.parametrize("command", ["evaluate", *thorough("predict")])
 def test_a_run_that_names_code(mistake, trained, tmp_path, command, key):
     """Whatever the key: nothing is imported. What would be is named."""
-    shutil.copytree(trained, tmp_path / "run")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
     call = f"os:system('touch {tmp_path}/harm')"
-    *parents, leaf = key.split(".")
-    node = config
-    for parent in parents:
-        node = node[parent]
-    node[leaf] = {"data.eval.test": f"{call}/test"}.get(key, f"decode(1)|{call}" if "preprocess" in key else call)
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    value = {"data.eval.test": f"{call}/test"}.get(key, f"decode(1)|{call}" if "preprocess" in key else call)
+    run = changed(trained, tmp_path / "run", {key: value})
     (tmp_path / "a.png").write_bytes(b"")
     files = [tmp_path / "a.png"] if command == "predict" else []
     unused = {"predict": ("mix", "metrics", "data.source", "data.eval.test", "data.sampling")}
     if key in unused.get(command, ("mix", "data.sampling")):
-        launch.main([command, *map(str, files), f"--workdir={tmp_path}/run"])
+        launch.main([command, *map(str, files), f"--workdir={run}"])
     else:
-        sentence = mistake(command, *files, f"--workdir={tmp_path}/run", log=r"^\d\d:\d\d:\d\d")
-        assert has(sentence, f"the run in {tmp_path}/run names", "'os:system'", "import the module 'os'", "add --trust")
+        sentence = mistake(command, *files, f"--workdir={run}", log=r"^\d\d:\d\d:\d\d")
+        assert has(sentence, f"the run in {run} names", "'os:system'", "import the module 'os'", "add --trust")
     assert not (tmp_path / "harm").exists()
 
 
@@ -67,11 +73,8 @@ def test_a_run_that_names_code_inside_of_its_model(mistake, trained, tmp_path, m
 
 def test_a_run_that_names_a_program_of_tfds(mistake, trained, tmp_path):
     """Those of a namespace are fetched from other people's repositories."""
-    shutil.copytree(trained, tmp_path / "run")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    config["data"]["source"] = "tfds('someone:digits')"
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    sentence = mistake("evaluate", f"--workdir={tmp_path}/run", log=r"^\d\d:\d\d:\d\d")
+    run = changed(trained, tmp_path / "run", {"data.source": "tfds('someone:digits')"})
+    sentence = mistake("evaluate", f"--workdir={run}", log=r"^\d\d:\d\d:\d\d")
     assert has(sentence, "names data set 'someone:digits'", "fetch a program and run it", "add --trust")
 
 
@@ -93,20 +96,6 @@ def offline():
     yield
     seen, _watched = _watched, None
     assert seen == []
-
-
-def changed(run, target, changes):
-    """A copy of a run whose config has other values, by dotted keys."""
-    shutil.copytree(run, target)
-    config = json.loads((target / "config.json").read_text())
-    for key, value in changes.items():
-        *parents, leaf = key.split(".")
-        node = config
-        for parent in parents:
-            node = node[parent]
-        node[leaf] = value
-    (target / "config.json").write_text(json.dumps(config))
-    return target
 
 
 @pytest.mark.usefixtures("offline")
@@ -199,14 +188,11 @@ def test_a_bundle_of_too_many_lines(mistake, trained, tmp_path):
                                    "mlp(widths=(512,), activation='my_trusted_nets:relu')"])  # fmt: skip
 def test_trusted(trained, tmp_path, monkeypatch, capsys, model):
     """With --trust it is imported, from the folder of the config or the current one."""
-    shutil.copytree(trained, tmp_path / "run")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    run = changed(trained, tmp_path / "run", {"model": model})
     code = "from jax.nn import relu\n\nfrom imgclf_jax.models.backbones import MLP as Net\n"
     (tmp_path / "my_trusted_nets.py").write_text(code)
-    config["model"] = model
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     monkeypatch.chdir(tmp_path)
-    assert launch.main(["evaluate", f"--workdir={tmp_path}/run", "--trust"]) == 0
+    assert launch.main(["evaluate", f"--workdir={run}", "--trust"]) == 0
     assert "test: examples 64" in capsys.readouterr().out
 
 
