@@ -7,15 +7,18 @@ from imgclf_jax.core.errors import UserError
 MOST = 1_000_000_000  # bytes of memory that reading any file may take, see the fixture `a_gigabyte`
 
 
-def answered(read, *arguments):
-    """What `read` gives, or None where it gives a sentence. Any other error is a failure, and want of memory is too."""
+def answered(read, *arguments, longest=1000):
+    """What `read` gives, or None where it gives a sentence of fewer than `longest` characters.
+
+    Any other error is a failure, and want of memory is too.
+    """
     try:
         return read(*arguments)
     except UserError as e:
         text, cause = str(e), e
         assert text
         assert "\n" not in text
-        assert len(text) < 1000
+        assert len(text) < longest
         while cause:
             assert not isinstance(cause, MemoryError)
             cause = cause.__cause__ or cause.__context__
