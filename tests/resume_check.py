@@ -1,6 +1,7 @@
 """Kills training runs at random moments: in start-up, in training, while a checkpoint is written."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -26,7 +27,8 @@ def start(workdir: Path, overrides: tuple[str, ...]) -> subprocess.Popen:
     workdir.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{workdir}.log", "a") as log:
         command = [sys.executable, str(ROOT / "launch.py"), "train", f"--workdir={workdir}", *overrides]
-        return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}  # of modules that a config may name
+        return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment)
 
 
 def finish(workdir: Path, overrides: tuple[str, ...]) -> None:
@@ -72,15 +74,9 @@ def outcome(workdir: Path) -> tuple[str, list[dict]]:
     return result["params_sha256"], records
 
 
-def kill_repeatedly(workdir: Path, overrides: tuple[str, ...], kills: int, rng: random.Random) -> list[int]:
-    """Kills `kills` processes one after the other, then lets one finish; the latest checkpoint found at each kill."""
-    found = []
-    while len(found) < kills:
-        if interrupt(workdir, overrides, signal.SIGKILL, rng) is None:
-            raise AssertionError(f"the run ended after {len(found)} kills; make it longer")
-        folder = workdir / "checkpoints"
-        steps = [int(d.name) for d in folder.iterdir() if d.name.isdigit()] if folder.exists() else []
-        found.append(max(steps, default=0))
-        print(f"kill {len(found)}: latest checkpoint {found[-1]}", flush=True)
+def kill_repeatedly(workdir: Path, overrides: tuple[str, ...], kills: int, rng: random.Random) -> None:
+    """Kills `kills` processes one after the other, then lets one finish."""
+    for number in range(kills):
+        ended = interrupt(workdir, overrides, signal.SIGKILL, rng)
+        assert ended is not None, f"the run ended after {number} kills; make it longer"
     finish(workdir, overrides)
-    return found

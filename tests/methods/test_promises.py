@@ -42,15 +42,13 @@ def test_metrics_of_a_method_of_your_own_are_logged_and_evaluated(tmp_path):
     for name in SPECS for variant in VARIANTS if not variant or name in VARIED
 ])  # fmt: skip
 def test_cadences_chunks_placement_and_a_resume_change_no_bit(name, variant, tmp_path, teacher):
-    passed, seen = Check(name, tmp_path, teacher).ways(**VARIANTS[variant])
-    assert passed, seen
+    Check(name, tmp_path, teacher).ways(**VARIANTS[variant])
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", SPECS)
 def test_three_seeds_in_one_program_are_three_runs(name, tmp_path, teacher):
-    passed, seen = Check(name, tmp_path, teacher).seeds()
-    assert passed, seen
+    Check(name, tmp_path, teacher).seeds()
 
 
 TOOLS = thorough("fixmatch", "mean_teacher", "lora", "own")
@@ -59,14 +57,12 @@ TOOLS = thorough("fixmatch", "mean_teacher", "lora", "own")
 @pytest.mark.parametrize("name", [*TOOLS, *(pytest.param(x, marks=pytest.mark.slow) for x in SPECS)])
 def test_every_command_reads_the_run(name, tmp_path, teacher):
     """Without a head some commands refuse, in one sentence."""
-    passed, seen = Check(name, tmp_path, teacher).tools()
-    assert passed, seen
-    assert name in ("simclr", "supcon") or " 1:" not in seen, seen
+    statuses = Check(name, tmp_path, teacher).tools()
+    assert name in ("simclr", "supcon") or set(statuses.values()) == {0}, statuses
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", ["killed", "devices", "reproduce"])
 @pytest.mark.parametrize("name", SPECS)
 def test_kills_devices_and_reproduction(name, check, tmp_path, teacher):
-    passed, seen = getattr(Check(name, tmp_path, teacher), check)()
-    assert passed, seen
+    getattr(Check(name, tmp_path, teacher), check)()
