@@ -1,7 +1,6 @@
 """A killed run ends, bit for bit, like an undisturbed one."""
 
 import json
-import os
 import random
 import signal
 import time
@@ -10,13 +9,9 @@ from pathlib import Path
 import pytest
 import resume_check
 import stress
-from cases import thorough
 
 import launch
 from imgclf_jax.run import writers
-from imgclf_jax.run.checkpoint import Checkpoints
-from imgclf_jax.run.workdir import Workdir
-from imgclf_jax.train import loop as train
 
 pytestmark = pytest.mark.optimized
 SHORT = (
@@ -79,42 +74,18 @@ def assert_same_digests(workdir: Path, undisturbed: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_at_random_moments(whole, undisturbed, tmp_path):
-    """Each in a separate process."""
-    rng = random.Random(0)
-    resume_check.kill_repeatedly(tmp_path / "run", SHORT, 3, rng)
-    assert resume_check.outcome(tmp_path / "run") == whole
-    assert_same_digests(tmp_path / "run", undisturbed)
-
-
-@pytest.mark.slow
-def test_stopped_by_sigterm_and_a_truncated_checkpoint(whole, tmp_path):
-    """SIGTERM saves and exits 75; the damaged checkpoint is reported and an older one used."""
-    rng = random.Random(1)
-    assert [resume_check.interrupt(tmp_path / "run", SHORT, signal.SIGTERM, rng) for _ in range(2)] == [75, 75]
-    step = resume_check.truncate_latest(tmp_path / "run")
-    resume_check.finish(tmp_path / "run", SHORT)
-    log = Path(f"{tmp_path / 'run'}.log").read_text()
+    """Each time in a separate process, or stopped by SIGTERM; the checkpoint that is truncated then is reported."""
+    workdir, rng = tmp_path / "run", random.Random(0)
+    numbers = (signal.SIGKILL, signal.SIGTERM) * 2
+    ends = [resume_check.interrupt(workdir, SHORT, number, rng) for number in numbers]
+    assert ends == [-signal.SIGKILL, 75] * 2
+    step = resume_check.truncate_latest(workdir)
+    resume_check.finish(workdir, SHORT)
+    log = Path(f"{workdir}.log").read_text()
     assert f"checkpoints/{step} is damaged" in log
     assert "Traceback" not in log
-    assert resume_check.outcome(tmp_path / "run") == whole
-
-
-@pytest.mark.usefixtures("one_device")
-@pytest.mark.parametrize("moment", ["log", *thorough("checkpoint")])
-def test_a_signal_at_any_moment_of_the_loop_is_saved(fake_config, tmp_path, monkeypatch, moment):
-    """Even while metrics or a checkpoint are written: whatever 75 promises is saved."""
-    owner, name = {"log": (writers.MetricsWriter, "write_scalars"), "checkpoint": (Checkpoints, "save")}[moment]
-    original = getattr(owner, name)
-
-    def and_a_signal(*args):
-        original(*args)
-        monkeypatch.setattr(owner, name, original)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(owner, name, and_a_signal)
-    workdir = Workdir(tmp_path / "run")
-    assert train.main(fake_config, workdir) == 75
-    assert Checkpoints(workdir.checkpoints, read_only=True).steps()[-1] == {"log": 6, "checkpoint": 5}[moment]
+    assert resume_check.outcome(workdir) == whole
+    assert_same_digests(workdir, undisturbed)
 
 
 @pytest.mark.slow
@@ -125,13 +96,12 @@ def test_disturbed_by_a_plan(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["stop", "skip", "rollback(steps=7)"])
-def test_killed_twenty_times(policy, tmp_path, monkeypatch):
+def test_killed_twenty_times(policy, tmp_path):
     """Also on three poisoned batches, whose steps are skipped or rolled back."""
     words = resume_check.DIGITS
     if policy != "stop":
         words += (f"--config.on_bad_step={policy}", "--config.check_every=60 steps",
                   "--config.augment=pad_crop(2)|normalize|faults:poison(((3, 1), (900, 20), (41, 55)))")  # fmt: skip
-        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     resume_check.finish(tmp_path / "whole", words)
     resume_check.kill_repeatedly(tmp_path / "killed", words, 20, random.Random(0))
     assert resume_check.outcome(tmp_path / "killed") == resume_check.outcome(tmp_path / "whole")
