@@ -22,7 +22,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from processes_check import find_port
 from resume_check import ROOT, obey_signals, outcome
 from stress_memory import watch_memory
 
@@ -424,15 +424,6 @@ class Round:
             raise FalseAlarm("corruption is reported that there was not")
         if missed := self.flips("missed"):
             raise Lost(f"a flipped bit {missed[0]}")
-
-
-def find_port() -> int:
-    """A free port that the system gives to nobody by itself."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as free, contextlib.suppress(OSError):
-            free.bind(("localhost", port))
-            return port
 
 
 def ended(started: list[subprocess.Popen]) -> bool:
