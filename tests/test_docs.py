@@ -4,7 +4,9 @@ A Bash block runs in a folder with a few images, with small data and few steps. 
 change the machine, is run in part: `COMMANDS` says what of it.
 """
 
+import contextlib
 import importlib.util
+import io
 import itertools
 import re
 import shlex
@@ -17,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from first_of_a_sweep import first_run
 from PIL import Image
 
 import launch
@@ -100,6 +101,18 @@ def run_launch(words: list[str]) -> None:
             kept.append(word)
     small = [f"--config.{key}={value}" for key, value in settings.items()]
     assert launch.main([command, *small, *kept]) == 0
+
+
+def first_run(words: list[str]) -> list[str]:
+    """The command line of the first run of a sweep, `words`, as a page would have it: without what makes it long."""
+    words, out = words[: words.index(">")] if ">" in words else words, io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert launch.main(["sweep", *words, *([] if "--print" in words else ["--print"])]) == 0
+    _, script, *command = shlex.split(out.getvalue().splitlines()[0])
+    assert script.endswith("launch.py")
+    config = next(word.removeprefix("--config=") for word in command if word.startswith("--config="))
+    named = ["--config", f"configs/{Path(config).name}"] if "configs/" in config else [f"--config={config}"]
+    return [word for word in command if not word.startswith(("--config=", "--config.total="))] + named
 
 
 def run_dryrun(words: list[str]) -> None:

@@ -9,10 +9,10 @@ import digests
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import thorough
 from digests import Way
 from flax import linen as nn
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from resume_check import outcome
+from test_programs import ELSEWHERE, described_mesh
 
 import launch
 from imgclf_jax import config as configs
@@ -26,12 +26,12 @@ from imgclf_jax.train import loop as train
 pytestmark = pytest.mark.optimized
 
 
-@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), *thorough("bfloat16")])
-def test_a_network_with_batch_statistics(precision, tmp_path):
-    """A small network; a call of one step used to be another program, with other bits."""
+@pytest.mark.thorough
+def test_a_network_with_batch_statistics(tmp_path):
+    """A small network, in bfloat16; a call of one step used to be another program, with other bits."""
     ways = [Way("1 steps", 1), Way("5 steps", 3), Way("", 0, "device")]
     model, resumed = "airbench(widths=(4,))", [(ways[0], Way("1 steps", 3))]
-    found = digests.train_in_ways(tmp_path, "airbench", precision, ways, resumed, model=model)
+    found = digests.train_in_ways(tmp_path, "airbench", "bfloat16", ways, resumed, model=model)
     assert len({digest for _, digest in found}) == 1, found
 
 
@@ -58,26 +58,16 @@ def test_training_does_not_depend_on_the_steps_in_a_call(fake_config, tmp_path):
     """
     config = fake_config
     config.model = "mlp(widths=(8,))"
-    config.total, config.augment, config.log_every, config.eval_every = (
-        "23 steps",
-        "flip_lr|normalize",
-        "5 steps",
-        "7 steps",
-    )
-    config.checkpoint_every = "11 steps"
+    config.total, config.augment = "23 steps", "flip_lr|normalize"
+    config.log_every, config.eval_every, config.checkpoint_every = "5 steps", "7 steps", "11 steps"
     results = []
     for size, config.data.placement, config.data.threads in ((1, "host", 1), (32, "device", 3)):
         config.steps_per_call = size
-        assert train.main(config, Workdir(tmp_path / str(size))) == 0
-        result = json.loads((tmp_path / str(size) / "result.json").read_text())
-        lines = (tmp_path / str(size) / "metrics.jsonl").read_text().splitlines()
-        records = [
-            {k: v for k, v in json.loads(line).items() if k not in ("train/images_per_second", "train/input_wait")}
-            for line in lines
-        ]
-        results.append((result["params_sha256"], result["test"], records))
-    assert all(result == results[0] for result in results[1:])
-    assert [r["step"] for r in results[0][2] if "train/loss" in r] == [5, 10, 15, 20, 23]
+        workdir = Workdir(tmp_path / str(size))
+        assert train.main(config, workdir) == 0
+        results.append((*outcome(workdir.path), json.loads(workdir.result.read_text())["test"]))
+    assert results[0] == results[1]
+    assert [r["step"] for r in results[0][1] if "train/loss" in r] == [5, 10, 15, 20, 23]
 
 
 DATA = DataInfo(64, (12, 12, 1), ("a", "b"), "")
@@ -144,9 +134,7 @@ def test_one_step_a_call_is_said_once(fake_config, caplog):
 
 
 def test_elsewhere_convolutions_are_fast_in_loops(fake_config):
-    device = AbstractDevice("NVIDIA H100", 1, "cuda")
-    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)
-    assert of(fake_config, mesh, model=f"{__name__}:Plain").steps_per_call == 32
+    assert of(fake_config, described_mesh(*ELSEWHERE["gpu"]), model=f"{__name__}:Plain").steps_per_call == 32
 
 
 def test_a_chunk_is_bounded_in_bytes(fake_config):

@@ -1,7 +1,6 @@
 """Signals that ask a process to stop: each one, at each moment, to the process, to its group, and twice."""
 
 import itertools
-import json
 import signal
 import subprocess
 import sys
@@ -9,13 +8,12 @@ from pathlib import Path
 
 import pytest
 from cases import thorough
+from resume_check import ROOT, outcome
 
 import launch
 
 # This process trains on as those do that it starts.
 pytestmark = [pytest.mark.optimized, pytest.mark.usefixtures("one_device")]
-
-ROOT = Path(__file__).parent.parent
 
 # Asks itself to stop at a moment of its life, as another process would, and goes on.
 PROGRAM = """
@@ -83,18 +81,8 @@ SOME = (("imports", "SIGINT", "twice"), ("compile", "SIGTERM", "process"), ("dat
 
 
 def start(moment: str, name: str, how: str, workdir: Path) -> subprocess.CompletedProcess:
-    number = str(signal.Signals[name].value)
-    command = [
-        sys.executable,
-        "-c",
-        PROGRAM,
-        moment,
-        how,
-        number,
-        str(ROOT / "launch.py"),
-        f"--workdir={workdir}",
-        *RUN,
-    ]
+    number, script = str(signal.Signals[name].value), str(ROOT / "launch.py")
+    command = [sys.executable, "-c", PROGRAM, moment, how, number, script, f"--workdir={workdir}", *RUN]
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, start_new_session=True, timeout=120, check=False
     )
@@ -103,10 +91,7 @@ def start(moment: str, name: str, how: str, workdir: Path) -> subprocess.Complet
 def finish(workdir: Path) -> tuple[str, list[dict]]:
     """Runs to the end in this process; returns the digest and the records without timings."""
     assert launch.main([f"--workdir={workdir}", *RUN]) == 0
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    timings = ("train/images_per_second", "train/input_wait")
-    digest = json.loads((workdir / "result.json").read_text())["params_sha256"]
-    return digest, [{k: v for k, v in record.items() if k not in timings} for record in records]
+    return outcome(workdir)
 
 
 @pytest.fixture(scope="module")
