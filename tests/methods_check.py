@@ -172,6 +172,14 @@ class Check:
         assert status == 0, said
         assert "bit for bit" in said
 
+    def chips(self, kind: str) -> None:
+        """`dryrun` in a process of its own: what the compilers read has to be set before JAX is imported."""
+        words = (sys.executable, str(ROOT / "launch.py"), "dryrun", f"--chips={kind}", f"--workdir={self.folder}")
+        flags = ("--config.matmul_precision=bfloat16", *self.flags(batch_size="64"))
+        variables = {name: value for name, value in environment().items() if name != "JAX_PLATFORMS"}
+        ran = subprocess.run((*words, *flags), cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr
+
     def tools(self) -> dict[str, int]:
         """Runs each command after training; gives its status, which is 1 with a sentence where it refuses."""
         workdir, image, statuses = self.folder / "run", self.folder / "new.png", {}
