@@ -56,10 +56,10 @@ def test_bfloat16_layers_with_relu_before_a_mean_give_no_nan():
     """Plain `jax.jit` gives NaN for this ResNet (jaxlib 0.12.0): YNNPACK fuses the matmuls into the mean."""
     images = np.random.default_rng(0).normal(size=(16, 16, 16, 3)).astype(np.float32)
     model = classifier.build("resnet_cifar(8)", 4, "bfloat16")
-    variables = jax.jit(model.init)(jax.random.key(0), images[:1])
+    variables = random_variables(model, images)
     found, _ = forward(model, variables, images)
-    narrow = classifier.build("resnet_cifar(8)", 4, "float32")
-    np.testing.assert_allclose(found, jax.jit(narrow.apply)(variables, images), atol=0.1)
+    expected = jax.jit(classifier.build("resnet_cifar(8)", 4, "float32").apply)(variables, images)
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("groups", [2, 8])
