@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import launch
+from imgclf_jax.run.provenance import processor
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.reproduce.reproduction import differences
 
@@ -45,6 +46,19 @@ def test_a_record_of_changes_that_is_damaged_says_nothing(tmp_path, module):
         workdir.provenance.write_text(json.dumps(recorded))
         assert workdir.changed_modules() == ["my_changing.py"]
         assert differences(recorded, recorded) == []
+
+
+def test_a_run_that_resumes_on_another_processor_warns_and_records_it_once(tmp_path, caplog):
+    workdir = Workdir(tmp_path)
+    workdir.provenance.write_text(json.dumps({"processor": "Xeon", "devices": ["cpu: cpu"]}))
+    workdir.record_code(5)
+    told = f"changed since the run began, in effect from step 5 on: processor (now {processor()})"
+    assert told in caplog.text
+    (change,) = json.loads(workdir.provenance.read_text())["changed_code"]
+    assert change == {"step": 5, "environment": {"processor": processor()}}
+    caplog.clear()
+    workdir.record_code(9)  # on the same one
+    assert not caplog.text
 
 
 @pytest.mark.thorough
