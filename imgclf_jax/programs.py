@@ -163,7 +163,8 @@ class Programs:
     @once
     def _jitted_init(self) -> jax.stages.Wrapped:
         shardings = jax.tree.map(lambda x: x.sharding, self.state_shape)
-        return jax.jit(self._init, out_shardings=shardings, compiler_options=self.compiler_options())
+        options = platform.init_options(self.platform) or self.compiler_options()
+        return jax.jit(self._init, out_shardings=shardings, compiler_options=options)
 
     @once
     def traced_init(self) -> jax.stages.Traced:
@@ -370,11 +371,9 @@ class Programs:
         asked = int(self.recipe.config.steps_per_call)
         if not self._in_loop:
             if asked > 1:
-                log.warning(
-                    "steps_per_call=%d has no effect: a call runs one step, since %s", asked,
-                    "a batch is large" if self._steps_in_chunk == 1
-                    else "XLA's own convolution is slow inside a loop on CPU"
-                )  # fmt: skip
+                slow = "XLA's own convolution is slow inside a loop on CPU"
+                why = "a batch is large" if self._steps_in_chunk == 1 else slow
+                log.warning("steps_per_call=%d has no effect: a call runs one step, since %s", asked, why)
             return 1
         return min(asked, self.recipe.total) or max(1, min(_MOST_STEPS, self._steps_in_chunk, self.recipe.total))
 

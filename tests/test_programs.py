@@ -50,6 +50,19 @@ def test_programs_are_lowered_for_devices_that_are_not_here(name, place, fake_co
     assert platform.current() == ""
 
 
+@pytest.mark.optimized
+@pytest.mark.parametrize(
+    "model", ["cnn(widths=(4,), hidden=8)", *thorough("resnet_cifar(depth=8)", "vit('Ti', patch=4)")]
+)
+def test_an_initialization_that_compiles_quickly_has_the_same_bits(model, fake_config, monkeypatch):
+    """As at XLA's default level of optimization, which takes most of a minute for ResNet-20."""
+    fake_config.model = model
+    parts = Recipe(fake_config, DATA), sharding.make_mesh()
+    quick = Programs(*parts).init_state(3)
+    monkeypatch.setattr(platform, "init_options", lambda platform: None)
+    jax.tree.map(np.testing.assert_array_equal, quick, Programs(*parts).init_state(3))
+
+
 @dataclasses.dataclass(frozen=True)
 class Gpu:
     compute_capability: str

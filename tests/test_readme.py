@@ -98,25 +98,48 @@ def test_training_needs_neither_tensorflow_nor_clu_nor_a_cache(placement, tmp_pa
     assert digest("tensorflow", "tensorflow_datasets", "clu", "tensorboard") == digest()
 
 
-def test_the_results_with_bundles_are_those_of_the_bundles():
-    """The mean test accuracy in a row that links to docs/results, over as many seeds or draws as it says."""
-    number = {"three": 3, "five": 5}
-    rows = re.findall(r"\[([\d.]+), (\w+) (seeds|draws)\]\(docs/results/(\w+)-0\.zip\)", README)
-    assert {name for *_, name in rows} == {"digits", "fashion_mnist", "fashion_mnist_fast", "faces"}
-    for mean, count, what, name in rows:
-        records = [Record.load(str(file)) for file in sorted((ROOT / "docs" / "results").glob(f"{name}-?.zip"))]
-        assert len(records) == number[count]
-        accuracies = [record.result["test"]["accuracy"] for record in records]
-        assert f"{sum(accuracies) / len(accuracies):.{len(mean) - 2}f}" == mean
-        shipped = configs.load_file(str(ROOT / "configs" / f"{name}.py"))
-        if what == "seeds":
-            assert [record.config.seed for record in records] == list(range(len(records)))
-            differs = "seed"
-        else:  # of the training images
-            sources = [record.config.data.source for record in records]
-            assert sources == [f"{shipped.data.source[:-1]}{f', draw={i}' if i else ''})" for i in range(len(records))]
-            differs = "data.source"
-        assert all(configs.difference(record.config, shipped, without=(differs,)) == [] for record in records)
+# Keys that a config's header sets beside the file.
+OF_THE_COMMAND = {
+    "faces": {"data.source"},
+    "cifar10_airbench": {"data.source"},
+    "transfer": {"init_from", "data.source", "num_seeds"},
+    "transfer_frozen": {"init_from", "data.source", "num_seeds", "rules.freeze", "schedule"},
+    "transfer_scratch": {"data.source", "num_seeds"},
+}
+LINKED = re.findall(r"\[([\d.]+)([^\]]*)\]\(docs/results/(\w+)(-0)?\.zip\)", README)
+
+
+@pytest.mark.parametrize(("mean", "of", "name", "several"), LINKED, ids=[name for *_, name, _ in LINKED])
+def test_a_result_with_bundles_is_that_of_the_bundles(mean, of, name, several):
+    """The mean test accuracy in the README's row, over as many seeds or draws as it says, and the header's numbers."""
+    folder = ROOT / "docs" / "results"
+    files = sorted(folder.glob(f"{name}-?.zip")) if several else [folder / f"{name}.zip"]  # one: all seeds at once
+    records = [Record.load(str(file)) for file in files]
+    accuracies = [record.result["test"]["accuracy"] for record in records]
+    assert f"{sum(accuracies) / len(accuracies):.{len(mean) - 2}f}" == mean
+    config = ROOT / "configs" / f"{re.sub('_(frozen|scratch)$', '', name)}.py"
+    shipped, free = configs.load_file(str(config)), OF_THE_COMMAND.get(name, set())
+    assert all(configs.difference(record.config, shipped, without=(*free, "seed")) == [] for record in records)
+    header = config.read_text().split('"""')[1]
+    if not several:
+        deviation = records[0].result["test"]["accuracy_std"]
+        assert records[0].config.num_seeds == 3
+        assert f"{accuracies[0]:.3f} ± {deviation:.3f}" in header
+        return
+    assert len(records) == {", three seeds": 3, ", five seeds": 5, ", five draws": 5}[of]
+    if "draws" in of:
+        sources = [record.config.data.source for record in records]
+        assert sources == [f"{shipped.data.source[:-1]}{f', draw={i}' if i else ''})" for i in range(len(records))]
+    else:
+        assert [record.config.seed for record in records] == list(range(len(records)))
+    for metric in ("accuracy", *filter(None, shipped.metrics.split("|"))):
+        values = [record.result["test"][metric] for record in records]
+        assert [f"{value:.4f}" for value in (*values, sum(values) / len(values)) if f"{value:.4f}" not in header] == []
+
+
+def test_every_bundle_of_the_results_is_linked():
+    files = {file.stem for file in (ROOT / "docs" / "results").glob("*.zip")}
+    assert {re.sub(r"-\d$", "-0", file) for file in files} == {name + several for *_, name, several in LINKED}
 
 
 def test_the_readme_and_the_first_page_begin_with_a_picture():
