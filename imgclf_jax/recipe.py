@@ -149,7 +149,7 @@ class Recipe:
             supervised=lambda logits, batch: mixing.batch_loss(self.loss, logits, batch),
             steps=self._steps_of_method, task=self.task, build_augment=lambda text: ops.build(text, train=True),
             loader=self.load, link=losses.link_of(self.config.loss),
-            mix=lambda key, batch: mixing.mix_batch(self.mix, key, batch),
+            mix=lambda key, batch: mixing.mix_batch(self.mix, key, batch), examples=self.data.train_examples,
         )  # fmt: skip
 
     @cached_property

@@ -94,6 +94,7 @@ class Problem:
     loader: Function | None = field(default=None, repr=False)
     link: Link = SOFTMAX  # maps logits to probabilities, from the key `loss`
     mix: Callable[[jax.Array, Batch], Batch] = lambda key, batch: batch  # mixes f32 images and labels by the key `mix`
+    examples: int = 0  # of the training split; batch["id"] numbers them from 0
 
     @property
     def total(self) -> int:

@@ -1,26 +1,32 @@
 """A user's own method, gradient function and sown values: correct, and with all promises of a run."""
 
 import contextlib
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.special
+from cases import thorough
 from flax import linen as nn
 
 from imgclf_jax import losses, step
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import sources, stream
 from imgclf_jax.methods import Loss, Method
 from imgclf_jax.models.classifier import Classifier
-from imgclf_jax.programs import Programs
+from imgclf_jax.programs import Programs, programs_for_images
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.train import loop as train
 
 SHAPE, CLASSES = (8, 8, 1), 5
+EXTENDING = Path(__file__).parents[2] / "docs" / "extending.md"
 
 
 def plain(problem):
@@ -107,6 +113,26 @@ def test_sown_losses_are_added_and_sown_metrics_are_logged(accumulate):
     jax.tree.map(lambda p, g, q: np.testing.assert_allclose(p - g, q, atol=1e-6), before.params, grads, after.params)
     assert "losses" not in after.model_state
     assert "metrics" not in after.model_state
+
+
+@pytest.mark.parametrize("place", ["device", *thorough("host")])
+def test_a_memory_of_each_example(place, fake_config, tmp_path, monkeypatch):
+    """The page's `elr`: with constant weights, after two epochs each row is 1 - 0.7² of the prediction."""
+    [code] = re.findall(r"^# my_memories.py\n.*?(?=^```$)", EXTENDING.read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "my_memories.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = config_of(fake_config, method="my_memories:elr", schedule="constant(0.0)", augment="normalize(0.5, 0.5)")
+    config.data.placement = place
+    split = sources.take_split(sources.open_data(config), config.data.train)
+    images = stream.Images(split, config.preprocess, config.seed)
+    programs = programs_for_images(config, images)
+    state, sums = programs.init()["state"], programs.zero_sums()
+    for steps, chunk in programs.chunks(images, [range(8)]):
+        state, sums = programs.train(state, sums, chunk, np.int32(len(steps)))
+    pixels = np.stack(split.read(np.arange(64))["image"]) / np.float32(255)
+    logits = programs.recipe.model.apply({"params": state.params, **state.model_state}, 2 * pixels - 1)
+    expected = (1 - 0.7**2) * scipy.special.softmax(np.float64(logits), -1)
+    np.testing.assert_allclose(state.model_state["memory"]["targets"], expected, rtol=1e-5)
 
 
 def test_weights_of_a_methods_own_are_no_mixing_weights():
