@@ -44,6 +44,7 @@ def test_each_loss_has_a_link(loss, link):
     assert losses.link_of(losses.build(loss)) == link
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
 def test_an_ensemble_has_the_mean_probabilities(name, float64):
     """Its logits, passed to the link, are these probabilities, and passed to the loss give the loss of this mean."""

@@ -163,6 +163,7 @@ def test_a_bundle_of_a_model_that_is_too_large(mistake, trained, tmp_path, monke
         assert has(sentence, says, "if you trust it, add --trust")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("limit", "says"), [
     ("_MOST_STATE_BYTES", "bytes of parameters and optimizer state to train, and an untrusted one may have at most"),
     ("_MOST_PROGRAM_BYTES", "bytes of buffers in its compiled train step, and an untrusted one may have at most"),
@@ -176,6 +177,7 @@ def test_a_bundle_that_takes_much_memory_to_train(mistake, trained, tmp_path, mo
     assert launch.main(["evaluate", f"--workdir={trained}"]) == 0  # which trains nothing
 
 
+@pytest.mark.thorough
 def test_a_bundle_of_too_many_lines(mistake, trained, tmp_path):
     files = dict(Record.load(str(trained)).files)
     files["metrics.jsonl"] += b"\n" * 120_000_000

@@ -89,6 +89,7 @@ class Gated(nn.Module):
         return jax.lax.fori_loop(0, 3, lambda _, z: (activation(y := z @ kernel) + jnp.tanh(y)) / 2, activation(z) + z)
 
 
+@pytest.mark.thorough
 @pytest.mark.optimized
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 def test_a_matmul_is_read_beside_its_activation(activation, fake_config):
@@ -104,6 +105,7 @@ def test_a_matmul_is_read_beside_its_activation(activation, fake_config):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_each_seed_of_a_run_is_predicted_as_alone(fake_config):
     """One seed follows the other: vmap would make convolutions of groups."""
     fake_config.model, fake_config.num_seeds, fake_config.precision = "cnn(widths=(4, 8), hidden=8)", 3, "bfloat16"

@@ -151,6 +151,7 @@ WEIGHTS = np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
 STEPS = st.tuples(st.sampled_from(NAMES), st.integers(0, 3), st.integers(0, 3))
 
 
+@pytest.mark.thorough
 @DTYPES
 @settings(max_examples=15)
 @given(st.lists(STEPS, min_size=2, max_size=8), st.integers(0, 2**31))

@@ -73,6 +73,7 @@ def test_predicted(old, tmp_path, capsys):
     np.testing.assert_allclose(probabilities, expected["probabilities"], rtol=0, atol=1e-6 + rounding(DEPTH))
 
 
+@pytest.mark.thorough
 def test_resumed(old):
     """With the recorded config. The first record after the checkpoint includes the sums of steps before it."""
     workdir, expected = old

@@ -123,6 +123,7 @@ def test_a_run_that_skips_resumes_to_the_same_bits(poisoned, tmp_path, one_devic
         assert resumed(tmp_path / "a", step, tmp_path, config) == outcome(tmp_path / "a")
 
 
+@pytest.mark.thorough
 def test_a_run_rolls_back(poisoned, tmp_path, one_device, caplog):
     """It leaves out the steps before the bad one, whatever checkpoints there are; and nothing nonfinite is recorded."""
     config = poisoned
@@ -236,6 +237,7 @@ class Flat(nn.Module):
         return nn.Dense(3)(images.reshape(len(images), -1))
 
 
+@pytest.mark.thorough
 def test_the_moving_average_is_that_of_its_definition():
     """The first losses have equal weights, later ones exponential ones, and bad steps none."""
     policy, rng = bad_steps.build("skip", "4 sigma over 8"), np.random.default_rng(0)

@@ -74,6 +74,7 @@ def test_every_flipped_bit_is_found_and_its_device(state):
         assert not checksums.differing_replicas(everywhere).any()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("more", "number"), [({}, 20), *thorough(({}, 200), ({"precision": "bfloat16", "accumulate": 2}, 200))], ids=str
 )

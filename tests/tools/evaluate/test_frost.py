@@ -101,6 +101,7 @@ def test_images_that_are_larger_than_photographs():
     assert tables["sizes"].tolist() == [[121, 202], [300, 400]]
 
 
+@pytest.mark.thorough
 def test_mistakes(folder, photographs, tmp_path):
     images = jnp.zeros((1, 16, 16, 3), jnp.uint8)
     places = jnp.zeros(1, jnp.int32)

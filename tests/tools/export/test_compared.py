@@ -9,6 +9,7 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.tools.export import compared
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("what", ["predict", *thorough("logits")])
 def test_a_wrong_translation_of_a_network_that_is_sure_is_found(what):
     """Both are confident about every random image, so their probabilities agree to six digits."""

@@ -72,6 +72,7 @@ def test_the_printed_lines_load_it_without_this_package(run, tmp_path, capsys):
     assert (described["output"]["shape"], described["loads_until"]) == (["b", 10], last)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("gives", ["logits", "features"])
 def test_logits_and_features_of_each_seed(run, gives):
     model = imgclf_jax.load(run)
