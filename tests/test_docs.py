@@ -89,6 +89,8 @@ def run_launch(words: list[str]) -> None:
         settings |= {"model": "resnet_cifar(depth=8)", "batch_size": "8", "data.source": "fake(16, (32, 32, 3), 10)"}
     elif command == "train" and config.startswith("configs/"):
         settings |= SMALL
+    elif command == "find-lr":
+        settings |= {"model": "mlp(widths=(32,))"}
     if ":PHOTOS" in config:
         settings.pop("data.source", None)
     if any(word.startswith("--profile") for word in words):
