@@ -126,7 +126,7 @@ def test_a_result_with_bundles_is_that_of_the_bundles(mean, of, name, several):
         assert records[0].config.num_seeds == 3
         assert f"{accuracies[0]:.3f} ± {deviation:.3f}" in header
         return
-    assert len(records) == {", one seed": 1, ", three seeds": 3, ", five seeds": 5, ", five draws": 5}[of]
+    assert len(records) == {", two seeds": 2, ", three seeds": 3, ", five seeds": 5, ", five draws": 5}[of]
     if "draws" in of:
         sources = [record.config.data.source for record in records]
         assert sources == [f"{shipped.data.source[:-1]}{f', draw={i}' if i else ''})" for i in range(len(records))]
