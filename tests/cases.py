@@ -1,7 +1,8 @@
-"""Cases that the default suite leaves out, and a config of few steps."""
+"""Cases that the default suite leaves out, a config of few steps, and its training without a run."""
 
 from typing import Any
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -25,3 +26,17 @@ def short_config() -> ConfigDict:
     config.eval_every = "6 steps"
     config.checkpoint_every = "4 steps"
     return config
+
+
+def trained_for(config: ConfigDict, steps: int) -> tuple[Any, ...]:
+    """(programs, training split, its images, train state) after the first `steps` of a config, without a run."""
+    from imgclf_jax.data import sources, stream
+    from imgclf_jax.programs import programs_for_images
+
+    split = sources.take_split(sources.open_data(config), config.data.train)
+    images = stream.Images(split, config.preprocess, config.seed)
+    programs = programs_for_images(config, images)
+    state, sums = programs.init()["state"], programs.zero_sums()
+    for taken, chunk in programs.chunks(images, [range(steps)]):
+        state, sums = programs.train(state, sums, chunk, np.int32(len(taken)))
+    return programs, split, images, state

@@ -7,16 +7,16 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from cases import thorough
+from cases import thorough, trained_for
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from imgclf_jax import recipe, step
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import sources, stream
+from imgclf_jax.data import stream
 from imgclf_jax.losses import Task
 from imgclf_jax.models.attention import attention
-from imgclf_jax.programs import Programs, programs_for_images
+from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 
@@ -58,6 +58,7 @@ def test_an_initialization_that_compiles_quickly_has_the_same_bits(model, fake_c
     """As at XLA's default level of optimization, which takes most of a minute for ResNet-20."""
     fake_config.model = model
     parts = Recipe(fake_config, DATA), sharding.make_mesh()
+    assert platform.init_options("cpu")
     quick = Programs(*parts).init_state(3)
     monkeypatch.setattr(platform, "init_options", lambda platform: None)
     jax.tree.map(np.testing.assert_array_equal, quick, Programs(*parts).init_state(3))
@@ -180,12 +181,7 @@ def test_a_call_of_evaluation_takes_no_more_than_memory_allows(fake_config):
 def test_a_loop_of_your_own_is_the_runs(fake_config):
     """The array-level parts, under plain `jax.jit` with the run's batches, end with the parameters of its programs."""
     fake_config.augment, fake_config.optimizer = "flip_lr|normalize(0.5, 0.25)", "adamw(weight_decay=0.1)"
-    split = sources.take_split(sources.open_data(fake_config), fake_config.data.train)
-    images = stream.Images(split, fake_config.preprocess, fake_config.seed)
-    programs = programs_for_images(fake_config, images)
-    state, window = programs.init()["state"], programs.zero_sums()
-    for steps, chunk in programs.chunks(images, [range(3)]):
-        state, window = programs.train(state, window, chunk, np.int32(len(steps)))
+    programs, split, images, state = trained_for(fake_config, 3)
 
     everything = split.read(np.arange(len(split)))
     parts = recipe.for_arrays(fake_config, np.stack(everything["image"]), everything["label"])

@@ -59,7 +59,7 @@ def has_onednn() -> bool:
 def init_options(platform: str) -> dict[str, bool | str | int] | None:
     """The compiler options of an initialization for `platform`.
 
-    On CPU LLVM's highest level, 3, takes two seconds for each array of random numbers, thus most of a minute for
+    On CPU LLVM's highest level, 3, takes up to two seconds for each array of random numbers, most of a minute for
     ResNet-20, and gives the same bits as level 2.
     """
     if platform != "cpu" or jax.config.read("jax_disable_most_optimizations"):  # which means level 0

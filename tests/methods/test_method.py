@@ -10,16 +10,15 @@ import numpy as np
 import optax
 import pytest
 import scipy.special
-from cases import thorough
+from cases import thorough, trained_for
 from flax import linen as nn
 
 from imgclf_jax import losses, step
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import sources, stream
 from imgclf_jax.methods import Loss, Method
 from imgclf_jax.models.classifier import Classifier
-from imgclf_jax.programs import Programs, programs_for_images
+from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
@@ -123,12 +122,7 @@ def test_a_memory_of_each_example(place, fake_config, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     config = config_of(fake_config, method="my_memories:elr", schedule="constant(0.0)", augment="normalize(0.5, 0.5)")
     config.data.placement = place
-    split = sources.take_split(sources.open_data(config), config.data.train)
-    images = stream.Images(split, config.preprocess, config.seed)
-    programs = programs_for_images(config, images)
-    state, sums = programs.init()["state"], programs.zero_sums()
-    for steps, chunk in programs.chunks(images, [range(8)]):
-        state, sums = programs.train(state, sums, chunk, np.int32(len(steps)))
+    programs, split, _, state = trained_for(config, 8)
     pixels = np.stack(split.read(np.arange(64))["image"]) / np.float32(255)
     logits = programs.recipe.model.apply({"params": state.params, **state.model_state}, 2 * pixels - 1)
     expected = (1 - 0.7**2) * scipy.special.softmax(np.float64(logits), -1)

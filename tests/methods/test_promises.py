@@ -48,7 +48,7 @@ def test_cadences_chunks_placement_and_a_resume_change_no_bit(name, variant, tmp
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", SPECS)
-def test_two_seeds_in_one_program_are_two_runs(name, tmp_path, teacher):
+def test_three_seeds_in_one_program_are_three_runs(name, tmp_path, teacher):
     Check(name, tmp_path, teacher).seeds()
 
 

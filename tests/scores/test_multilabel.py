@@ -84,7 +84,7 @@ def test_thresholds_may_differ_by_class():
 
 
 def test_the_best_threshold_is_that_of_the_greatest_f1():
-    targets, probabilities = drawn(40)
+    targets, probabilities = drawn(100)
     for c, threshold in enumerate(MultilabelScores(targets, probabilities).best_thresholds()):
         scores = [sklearn.metrics.f1_score(targets[:, c], probabilities[:, c] >= t) for t in probabilities[:, c]]
         assert sklearn.metrics.f1_score(targets[:, c], probabilities[:, c] >= threshold) == max(scores)
