@@ -69,18 +69,19 @@ def test_the_api_names_every_public_module():
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("placement", ["host", "device"])
-def test_training_needs_neither_tensorflow_nor_clu_nor_a_cache(placement, tmp_path):
+@pytest.mark.parametrize("how", ["data.placement=device", "preprocess=decode(1)|random_resized_crop(28)"])
+def test_training_needs_neither_tensorflow_nor_clu_nor_a_cache(how, tmp_path):
     """A whole run, with evaluation and checkpoints, where these packages are not installed, has the same bits.
 
-    There is no place for the compilation cache either: a file is where its folder should be. Nothing warns.
+    With a random crop, tf.data reads ahead where it is installed. There is no place for the compilation cache either: a
+    file is where its folder should be. Nothing warns.
     """
     (tmp_path / "file").write_text("")
     environment = user_environment(str(tmp_path / "file"))
 
     def digest(*missing):
         workdir = tmp_path / ("without" if missing else "with")
-        arguments = ["train", f"--workdir={workdir}", f"--config.data.placement={placement}",
+        arguments = ["train", f"--workdir={workdir}", f"--config.{how}",
                      "--config.model=mlp(widths=(16,))", *SHORT, "--config.total=40 steps"]  # fmt: skip
         code = (
             "import sys\n"
@@ -95,7 +96,7 @@ def test_training_needs_neither_tensorflow_nor_clu_nor_a_cache(placement, tmp_pa
         assert ("TensorBoard is not installed" in done.stderr) == bool(missing)
         return json.loads((workdir / "result.json").read_text())["params_sha256"]
 
-    assert digest("tensorflow", "tensorflow_datasets", "clu", "tensorboard") == digest()
+    assert digest("tensorflow", "tensorflow_datasets", "clu", "tensorboard", "sklearn") == digest()
 
 
 # Keys that a config's header sets beside the file.

@@ -36,7 +36,7 @@ HEAVY = {
     "tensorflow_datasets": {"data.prepare"},
     "clu": {"run.workdir"},
     "tensorboard": {"run.event_file"},
-    "sklearn": {"data.sources", "tools.probe.probing"},
+    "sklearn": {"tools.probe.probing"},
     "matplotlib": {"tools.probe.accuracy_plot"},
     "pyarrow": {"data.table", "tools.compare.saved_predictions", "tools.evaluate.listing", "tools.probe.embeddings"},
     "orbax": {"core.internals", "run.checkpoint"},

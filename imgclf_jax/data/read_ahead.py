@@ -1,4 +1,8 @@
-"""Prefetches batches while the device computes: by tf.data, or by threads if TensorFlow is not installed."""
+"""Prefetches batches while the device computes: by tf.data, or by threads.
+
+Threads do if TensorFlow is not installed, and for images that are decoded once and then kept: importing TensorFlow
+takes more CPU time than prefetching saves there.
+"""
 
 import collections
 import concurrent.futures
@@ -25,14 +29,18 @@ _TYPES = {
 
 
 def read_ahead(
-    read: Callable[[range], Batch], ranges: Iterable[range], names: tuple[str, ...], prefetch: int
+    read: Callable[[range], Batch], ranges: Iterable[range], names: tuple[str, ...], prefetch: int, kept: bool = False
 ) -> Iterator[tuple[range, Batch]]:
     """Yields each range with `read(range)`, arrays of these names ("label", "unlabeled/label"), `prefetch` ahead.
 
-    The ranges may be infinite. Without `prefetch`, and while TensorFlow is being imported, it reads each range on
-    demand. The batches are the same either way.
+    The ranges may be infinite. Threads read images that are `kept` in memory once they are decoded, and tf.data all
+    others. Without `prefetch`, and while TensorFlow is being imported, each range is read on demand. The batches are
+    the same in every case.
     """
     ranges = iter(ranges)
+    if prefetch and kept:
+        yield from _by_threads(read, ranges, prefetch)
+        return
     loading = tensorflow_import.tensorflow() if prefetch else None
     for current in ranges:
         if loading and loading.done():

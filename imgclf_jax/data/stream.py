@@ -106,9 +106,14 @@ class Images:
         return positions // self.sampler.epoch
 
     @property
+    def kept(self) -> bool:
+        """Whether each image is decoded once and then kept in memory."""
+        return self._cache is not None
+
+    @property
     def in_memory(self) -> bool:
         """Whether all images are decoded, so prefetching gains nothing."""
-        return self._cache is not None and self._complete
+        return self.kept and self._complete
 
     def read(self, ids: np.ndarray, positions: np.ndarray, seed: int | None = None) -> Batch:
         """Reads {"image": uint8[b, h, w, c], "label": i32[b]} for ids int64[b], or "target" f32[b, k] for "label".
@@ -276,7 +281,8 @@ def train_chunks(
 
     names = tuple(stream.key(name) for stream in streams for name in stream.names)
     in_memory = all(stream.images.in_memory for stream in streams)
-    flat = read_ahead(read, ranges, names, 0 if in_memory else prefetch)
+    kept = all(stream.images.kept for stream in streams)
+    flat = read_ahead(read, ranges, names, 0 if in_memory else prefetch, kept)
     return ((steps, _nest(chunk)) for steps, chunk in flat)
 
 
@@ -350,4 +356,4 @@ def eval_batches(images: Images, batch_size: int, rows: np.ndarray | None = None
 
     ranges = (range(first, first + batch_size) for first in range(0, len(images), batch_size))
     names = ("image", images.y_name, "mask")
-    return (batch for _, batch in read_ahead(read, ranges, names, 0 if images.in_memory else prefetch))
+    return (batch for _, batch in read_ahead(read, ranges, names, 0 if images.in_memory else prefetch, images.kept))

@@ -82,12 +82,32 @@ def without_tensorflow(monkeypatch):
     monkeypatch.setattr(read_ahead.tensorflow_import, "tensorflow", lambda: missing)
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_batches_are_read_ahead_with_and_without_tensorflow(installed, monkeypatch):
+def no_tensorflow_import(monkeypatch):
+    monkeypatch.setattr(read_ahead.tensorflow_import, "tensorflow", lambda: pytest.fail("it imports TensorFlow"))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_only_images_that_are_decoded_again_need_tensorflow(cached, monkeypatch):
+    """Its import takes seconds of CPU time, more than training on some thousand images does."""
+    if not cached:
+        monkeypatch.setattr(stream, "_CACHE_BYTES", 0)
+    images, imports = stream.Images(fake(), "decode(1)"), []
+    monkeypatch.setattr(read_ahead.tensorflow_import, "tensorflow", lambda: imports.append(1) or Future())
+    list(stream.train_batches(images, 0, 12, 0, 2))
+    list(stream.eval_batches(images, 12))
+    assert len(imports) == (0 if cached else 2)
+
+
+@pytest.mark.parametrize("by", ["tf.data", "threads without TensorFlow", "threads of kept images"])
+def test_batches_are_read_ahead_with_and_without_tensorflow(by, monkeypatch):
     """At most `prefetch` batches and those in the two threads, while the consumer is slow; a failure is raised."""
-    if not installed:
+    kept = by == "threads of kept images"
+    if kept:
+        no_tensorflow_import(monkeypatch)
+    elif by == "threads without TensorFlow":
         without_tensorflow(monkeypatch)
-    read_ahead.tensorflow_import.tensorflow().result()
+    else:
+        read_ahead.tensorflow_import.tensorflow().result()
     begun = []
 
     def read(steps):
@@ -96,7 +116,8 @@ def test_batches_are_read_ahead_with_and_without_tensorflow(installed, monkeypat
             raise UserError("image 20 is broken")
         return {"label": np.full(1, steps.start, np.int32)}
 
-    batches = read_ahead.read_ahead(read, (range(i, i + 1) for i in itertools.count()), ("label",), prefetch=4)
+    ranges = (range(i, i + 1) for i in itertools.count())
+    batches = read_ahead.read_ahead(read, ranges, ("label",), prefetch=4, kept=kept)
     assert next(batches)[1]["label"] == 0
     until = time.monotonic() + 10
     while len(begun) < 5 and time.monotonic() < until:

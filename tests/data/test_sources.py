@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
@@ -29,6 +30,8 @@ def test_digits_are_scikit_learns_scaled_to_a_byte_and_split_by_class():
     # Stratified: each class has its share of the 360 within one example.
     share = np.bincount(data.target) * 360 / 1797
     assert np.all(np.abs(np.bincount(test["label"]) - share) < 1)
+    split = train_test_split(data.target, test_size=360, stratify=data.target, random_state=0)
+    assert all(np.array_equal(part["label"], labels) for part, labels in zip((train, test), split, strict=True))
     assert base["train"].class_names == tuple("0123456789")
     assert [s.fingerprint() for s in sources.open_splits("digits").values()] == [s.fingerprint() for s in base.values()]
 
