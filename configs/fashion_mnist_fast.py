@@ -11,8 +11,8 @@ the process, and 23 s in the first run, which compiles and decodes; the Keras ex
 `benchmarks/accuracy.py` reproduces these numbers. Offline, add `--config.data.manual_dir=FOLDER` with the four original
 .gz files in FOLDER.
 
-It is fast by a narrower network with bfloat16 matmuls, the data set resident on the device, and one steep learning-rate
-cycle.
+It is fast because of a narrower network with bfloat16 matmuls, a data set that stays on the device, and one steep
+learning-rate cycle.
 """
 
 from imgclf_jax.config import ConfigDict, default_config

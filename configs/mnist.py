@@ -1,4 +1,9 @@
-"""MNIST from TFDS with the Keras example's network and hyperparameters: Adam at 1e-3, batches of 32, 5 epochs."""
+"""MNIST from TFDS with the Keras example's network and hyperparameters: Adam at 1e-3, batches of 32, 5 epochs.
+
+    uv run launch.py --config configs/mnist.py --workdir DIR
+
+Not measured here; `fashion_mnist.py` is the same recipe for Fashion-MNIST.
+"""
 
 from imgclf_jax.config import ConfigDict, default_config
 

@@ -101,7 +101,7 @@ def build(action: str, spike: str) -> Policy:
         raise UserError(f"on_bad_step={action!r}: allowed is one of stop, skip and rollback(steps=200)")
     policy: Policy = spec.bind(calls[0], _ACTIONS, "on_bad_step")()
     if policy.action == "rollback" and not (type(policy.steps) is int and policy.steps > 0):
-        raise UserError(f"on_bad_step={action!r}: steps must be a whole number from 1 on")
+        raise UserError(f"on_bad_step={action!r}: steps must be a whole number of 1 or more")
     if not spike.strip():
         return policy
     match = _SPIKE.fullmatch(spike)

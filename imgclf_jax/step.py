@@ -272,8 +272,8 @@ def _named_metrics(named: Mapping[str, jax.Array], sown: PyTree) -> metrics.Sums
         if name in _OWN_METRICS:
             raise UserError(f"a metric is called {name!r}, which every step has; rename it")
         if name.endswith("_std") and (of := name.removesuffix("_std")) in (*_OWN_METRICS, *found):
-            raise UserError(f"a metric is called {name!r}, which runs of several seeds have for the deviation of "
-                            f"{of!r}; rename it")  # fmt: skip
+            raise UserError(f"a metric is called {name!r}, which runs of several seeds have for the standard deviation "
+                            f"of {of!r}; rename it")  # fmt: skip
         if bad := [jnp.shape(x) for x in values if jnp.ndim(x) > 1]:
             raise UserError(f"the metric {name!r} has the shape {list(bad[0])}; give f32[] or one number per example, "
                             "f32[b]")  # fmt: skip

@@ -194,7 +194,9 @@ class Trained(NamedTuple):
             out = program(*self.state.evaluated, sharding.put_batch({"image": batch}, mesh)["image"])
             told = processes.gather("reading images", [[_name(image, row) for row, image in enumerate(some)], here])
             if any(names != told[0][0] for names, _ in told):
-                raise UserError("the processes found different images: all must be given the same, on a shared disk")
+                raise UserError(
+                    "the processes found different images; give them all the same ones, on a shared disk"
+                )
             return out, {int(row): text for _, errors in told for row, text in errors.items()}
 
         def results(
@@ -375,7 +377,7 @@ def _choose(config: ConfigDict, workdir: Workdir, which: str, programs: Programs
             )
             if not intact:
                 raise
-            raise UserError(f"{e}; --checkpoint={intact} names one that is whole") from e
+            raise UserError(f"{e}; --checkpoint={intact} is intact") from e
     digests.check(workdir, step, run["state"].params)
     log.info("checkpoint of step %d from %s", step, workdir.checkpoints)
     ended = processes.broadcast_from_process_0("reading the result", workdir.last_step)

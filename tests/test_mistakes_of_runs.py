@@ -129,7 +129,7 @@ def test_a_provenance_that_is_missing_is_written_anew(mistake, copy, capsys):
 def test_a_damaged_checkpoint_that_is_named(mistake, copy, which):
     """The sentence names an intact one and the flag for it, if there is one."""
     workdir, _ = copy
-    for step, more in ((12, "; --checkpoint=8 names one that is whole"), (8, " has changed")):
+    for step, more in ((12, "; --checkpoint=8 is intact"), (8, " has changed")):
         file = max((workdir / "checkpoints" / str(step)).rglob("*"), key=lambda f: f.is_file() and f.stat().st_size)
         *most, last = file.read_bytes()
         file.write_bytes(bytes([*most, last ^ 1]))  # whatever the byte was: files of checkpoints differ

@@ -148,8 +148,8 @@ def _tell_default(name: str, workdir: str, options: Mapping[str, Value]) -> None
     """Says which run a command uses that was given none. Raises UserError if there is no such run."""
     here = Path(workdir)
     if not (here / "config.json").is_file():
-        raise UserError(f"{name} needs a run: pass --workdir=DIR; without it the run in {here.absolute()} is used, and "
-                        "there is none")  # fmt: skip
+        raise UserError(f"{name} needs a run: pass --workdir=DIR; the default, "
+                        f"{here.absolute()}, holds no run")  # fmt: skip
     if not options.get("process_id"):
         print(f"{time.strftime('%H:%M:%S')} without --workdir: using the run in {printable(workdir)}", file=sys.stderr)
 

@@ -47,6 +47,6 @@ def check_platforms() -> None:
         except (RuntimeError, AssertionError) as e:  # JAX asserts where a plugin is missing
             why = f" ({reason(e)})" if str(e) else ""
             raise UserError(
-                f"JAX_PLATFORMS={named!r}: JAX finds no such device here{why}; unset it to use those that there are, "
+                f"JAX_PLATFORMS={named!r}: JAX finds no such device here{why}; unset it to use the available devices, "
                 "or install JAX for yours: uv run --extra cuda13, or imgclf_jax[cuda13]"
             ) from e

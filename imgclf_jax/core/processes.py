@@ -173,7 +173,7 @@ def gather(what: str, value: Json, wait: float = WAIT) -> list[Json]:
 def refuse(what: str, fault: str, fix: str = ALIKE, wait: float = WAIT) -> None:
     """Raises the same UserError in all processes if any of them has a `fault`, a sentence or ""."""
     if faults := [one for one in gather(what, fault, wait) if one]:
-        raise UserError(f"{faults[0]}{f' (as {len(faults) - 1} more)' * (len(faults) > 1)}; {fix}")
+        raise UserError(f"{faults[0]}{f' (and {len(faults) - 1} more)' * (len(faults) > 1)}; {fix}")
 
 
 def agree(

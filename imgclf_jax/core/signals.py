@@ -83,7 +83,8 @@ class _Requests:
             log.warning("%s: stopping after this step, and saving a checkpoint", name)
             self._end_in_time(number, name)
         elif self._count == 2:
-            log.warning("%s again: a checkpoint is being saved; a third ends at once and loses %s", name, self.losing())
+            log.warning("%s again: a checkpoint is being saved; a third signal ends the process at once and loses %s",
+                        name, self.losing())  # fmt: skip
         else:
             _end(number, f"{name} again: stopped at once; lost: {self.losing()}")
 

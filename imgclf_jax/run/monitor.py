@@ -48,7 +48,7 @@ class Monitor:
             if first < stop:
                 self.edges = (first, stop)
             else:
-                log.warning("--profile=%d:%d lies outside of the steps %d to %d: nothing is traced", *profile, start,
+                log.warning("--profile=%d:%d lies outside the steps %d to %d: nothing is traced", *profile, start,
                             total)  # fmt: skip
 
     def __enter__(self) -> Self:

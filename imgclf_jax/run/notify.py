@@ -80,4 +80,4 @@ def _post(url: str, content: dict[str, object], waits: tuple[float, ...]) -> Non
                 return
         except Exception as e:  # of the network, of the server, or of the URL
             error = type(e).__name__ if isinstance(e, OSError) else reason(e)
-    log.warning("%s: the web hook at %s could not be told of the end of the run (%s)", VARIABLE, where, error)
+    log.warning("%s: the web hook at %s could not be notified of the end of the run (%s)", VARIABLE, where, error)

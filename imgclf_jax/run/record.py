@@ -250,7 +250,7 @@ def find(folders: Sequence[str]) -> tuple[list[Record], list[str]]:
     for sentence in damaged:
         log.error("skipped: %s", sentence)
     if not runs:
-        raise UserError(f"{', '.join(folders)}: no run in or below; a run's directory has a config.json")
+        raise UserError(f"{', '.join(folders)}: no run there or below; a run's directory has a config.json")
     return runs, damaged
 
 

@@ -108,7 +108,7 @@ def _train_from_latest(
         if trained is None and not stop():
             return STOPPED  # at the end that was asked for
         if trained is None:
-            log.warning("%s: stopped at step %d, checkpoint saved; run the same command to go on", stop(),
+            log.warning("%s: stopped at step %d, checkpoint saved; run the same command to continue", stop(),
                         run.checkpoints.latest)  # fmt: skip
             return STOPPED
         last, state, results, stopped = trained

@@ -73,8 +73,7 @@ def test_values_after_their_keys_are_no_files(says):
 def test_no_run_is_named_and_there_is_none(says, tmp_path, argv):
     status, said = says(*argv)
     assert status == 1
-    assert said == (f"{argv[0]} needs a run: pass --workdir=DIR; without it the run in {tmp_path}/runs/digits is used, "
-                    "and there is none")  # fmt: skip
+    assert said == (f"{argv[0]} needs a run: pass --workdir=DIR; the default, {tmp_path}/runs/digits, holds no run")
 
 
 def test_no_run_is_named_and_the_usual_one_is_used(says, tmp_path):

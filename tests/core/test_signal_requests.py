@@ -46,8 +46,8 @@ def test_signals_close_together_are_one_request(ended, monkeypatch, caplog):
         requests.receive(signal.SIGTERM)
     assert requests.first == "SIGINT"
     assert [r.message for r in caplog.records[1:]] == [
-        "SIGTERM again: a checkpoint is being saved; a third ends at once and loses the steps since the checkpoint of "
-        "step 40"
+        "SIGTERM again: a checkpoint is being saved; a third signal ends the process at once and loses the steps since "
+        "the checkpoint of step 40"
     ]
     now[0] += signals.SAME
     with pytest.raises(SystemExit):

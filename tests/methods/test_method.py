@@ -183,8 +183,8 @@ def test_a_method_and_the_key_metrics_share_no_name(fake_config):
 @pytest.mark.parametrize(("names", "said"), [
     ({"backbone/rank"}, "both the method's Loss and a module have the metric 'backbone/rank'"),  # the module's won
     ({"exact_match"}, "'exact_match', which every step has"),  # the method's won in multi-label runs
-    ({"margin", "margin_std"}, "'margin_std', which runs of several seeds have for the deviation of 'margin'"),
-    ({"loss_std"}, "'loss_std', which runs of several seeds have for the deviation of 'loss'"),
+    ({"margin", "margin_std"}, "'margin_std', which runs of several seeds have for the standard deviation of 'margin'"),
+    ({"loss_std"}, "'loss_std', which runs of several seeds have for the standard deviation of 'loss'"),
     ({"margin", "spread_std"}, None),
 ])  # fmt: skip
 def test_metrics_of_training_have_names_of_their_own(names, said):

@@ -69,7 +69,7 @@ def test_a_hook_that_cannot_be_reached(url, monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(notify, "_WAITS", (0.0,))
     with notify.notifying(tmp_path) as tell:
         tell(0)
-    assert caplog.text.count("could not be told of the end of the run") == 1
+    assert caplog.text.count("could not be notified of the end of the run") == 1
     assert "secret" not in caplog.text
 
 

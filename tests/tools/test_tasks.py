@@ -258,7 +258,8 @@ def test_predict_of_several_labels_prints_all_from_the_threshold_on(runs, pictur
     [row, *_] = csv.DictReader(printed(capsys, *argv, "--format=csv", f"--threshold={each}").splitlines())
     assert set(row["labels"].split("|")) == {f"a {c}" for c in range(2, 10)}
     assert float(row["probability[a 0]"]) == pytest.approx(outputs[0, 0], abs=1e-5)
-    assert "wants a number from 0 to 1, or 10 of them" in refused(capsys, *argv, "--threshold=0.5,0.5")
+    allowed = "must be a number from 0 to 1, or 10 numbers separated by commas, one per class"
+    assert allowed in refused(capsys, *argv, "--threshold=0.5,0.5")
 
 
 def test_predict_of_numbers_prints_values_by_name(runs, pictures, capsys):

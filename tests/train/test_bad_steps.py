@@ -263,7 +263,7 @@ def test_the_moving_average_is_that_of_its_definition():
     [
         ("skips", "", r"on_bad_step='skips': allowed is one of stop, skip and rollback"),
         ("skip|stop", "", "allowed is one of"),
-        ("rollback(steps=0)", "", "steps must be a whole number from 1 on"),
+        ("rollback(steps=0)", "", "steps must be a whole number of 1 or more"),
         ("rollback(stepz=3)", "", "steps"),
         ("skip", "6 sigmas", "write '6 sigma over 128'"),
         ("skip", "0 sigma over 9", "write '6 sigma over 128'"),

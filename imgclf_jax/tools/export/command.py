@@ -127,7 +127,7 @@ def _safetensors(model: Trained, path: Path, gives: str, names: str) -> list[str
         write_atomically(
             file, save(state, metadata | {"task": model.task.value, "class_names": "\n".join(model.class_names)})
         )
-        lines.append(f"{file}: {_size(file)}, {len(state)} arrays with the names of {names}")
+        lines.append(f"{file}: {_size(file)}, {len(state)} arrays, named by the scheme {names}")
     if added := sorted({*params} - {"backbone", "head"}):
         lines.append(f"Not exported: {', '.join(added)} of method={recipe.config.method!r}, which no classifier has.")
     if recipe.method.merge:

@@ -102,8 +102,8 @@ def _parse_thresholds(text: str, model: Trained) -> np.ndarray:
     except ValueError:
         found = np.array([np.nan])
     if len(found) not in (1, len(model.class_names)) or not ((found >= 0) & (found <= 1)).all():
-        raise UserError(f"--threshold={text}: wants a number from 0 to 1, or {len(model.class_names)} of them "
-                        "between commas, one a class")  # fmt: skip
+        raise UserError(f"--threshold={text}: must be a number from 0 to 1, or {len(model.class_names)} "
+                        "numbers separated by commas, one per class")  # fmt: skip
     return found[0] if len(found) == 1 else found
 
 

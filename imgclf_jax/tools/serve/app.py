@@ -61,7 +61,7 @@ class _Numbers:
         self.batches = histogram("imgclf_batch_images", "Images in a batch", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
 
 
-# (bytes of an image file, class name or "" for the predicted class, "png" or "json") → a heat map as PNG or JSON
+# (bytes of an image file, class name or "" for the predicted class, "png" or "json") → a heatmap as PNG or JSON
 Explain = Callable[[bytes, str, str], bytes]
 Make = Callable[[Request, str, Sent], Awaitable[Response]]
 

@@ -49,7 +49,7 @@ def main(
         raise UserError(f"serve: --port={port}: must be 0 to 65535")
     for origin in cors:
         if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
-            raise UserError(f"serve: --cors={origin}: wants an origin such as https://a.example, or *")
+            raise UserError(f"serve: --cors={origin}: must be an origin, such as https://a.example, or *")
     from imgclf_jax.tools.serve import app
     from imgclf_jax.tools.serve.connections import Server, listeners, server_settings
     from imgclf_jax.tools.serve.request_log import open_log

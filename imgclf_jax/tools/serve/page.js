@@ -122,7 +122,7 @@ async function explain() {
   }
   item.explanations[wanted] = found;
   const { image, heatmap, lowest, highest, method } = found.answer;
-  by("preview").src = image; // as the model gets it, so that the heat map fits
+  by("preview").src = image; // as the model gets it, so that the heatmap fits
   by("heat").src = heatmap;
   by("heat").alt = `where the image speaks for ${wanted}`;
   by("where").hidden = by("heat").hidden = false;

@@ -71,7 +71,7 @@ def parse(text: str) -> tuple[str, list[str]]:
 
     - `model=mlp; cnn(width=32)`: values separated by semicolons, except those in brackets and quotes
     - `seed=0..4`: integers, including the last one
-    - `augment=['', 'flip', 'pad_crop(2)|flip']`: a list of Python literals, for any values
+    - `augment=['', 'flip_lr', 'pad_crop(2)|flip_lr']`: a list of Python literals, for any values
 
     Raises UserError for any other text, for no values, and for an empty value outside of a list.
     """
@@ -111,7 +111,7 @@ def can_set(key: str) -> bool:
 def _text(value: Value, where: str) -> str:
     """Formats a value as on the command line."""
     if not isinstance(value, str | int | float):
-        raise UserError(f"{where}: {value!r} is no config value; allowed: strings, numbers, True and False")
+        raise UserError(f"{where}: {value!r} is not a config value; allowed: strings, numbers, True and False")
     return value if isinstance(value, str) else repr(value)
 
 

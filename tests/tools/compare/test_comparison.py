@@ -226,7 +226,7 @@ def test_the_page(tmp_path, compared):
 
 def test_no_run(tmp_path, capsys):
     assert launch.main(["compare", str(tmp_path)]) == 1
-    assert "no run in or below" in capsys.readouterr().err
+    assert "no run there or below" in capsys.readouterr().err
     assert launch.main(["compare", str(tmp_path / "x")]) == 1
     assert "is not a directory" in capsys.readouterr().err
     assert launch.main(["compare"]) == 2

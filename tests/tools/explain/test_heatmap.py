@@ -1,4 +1,4 @@
-"""Figures of heat maps: colors, scale and layout."""
+"""Figures of heatmaps: colors, scale and layout."""
 
 import numpy as np
 import pytest

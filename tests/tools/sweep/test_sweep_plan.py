@@ -47,7 +47,7 @@ def test_values(text, key, values):
     ("data.source=folder('it's'); digits", "unbalanced brackets or quotes"),
     ("seed=[0, x]", "is not a list of Python literals"),
     ("seed=[]", "has no values"),
-    ("seed=[[1]]", "[1] is no config value"),
+    ("seed=[[1]]", "[1] is not a config value"),
 ])  # fmt: skip
 def test_other_texts_are_refused(text, said):
     with pytest.raises(UserError, match=re.escape(said)):
@@ -69,7 +69,7 @@ def test_a_plan_of_the_file_with_seeds_of_the_command_line():
     (None, ["seed=0", "seed=1"], "names seed twice"),
     ([{"seed": 0}], ["seed=1"], "seed is both in the config file's get_sweep() and in --sweep"),
     ([{"sed": 0}], [], "get_sweep(): unknown config key 'sed'"),
-    ([{"seed": None}], [], "None is no config value"),
+    ([{"seed": None}], [], "None is not a config value"),
     (None, ["seed=0..200", "clip=[0.0, 1.0, 2.0]", "ema=[0.1, 0.2]", "batch_size=1..10"], "has 12060 runs"),
 ])  # fmt: skip
 def test_plans_that_are_refused(planned, sweeps, said):
