@@ -87,14 +87,15 @@ def trace_each_key(recipe: Recipe) -> None:
         except Exception as e:
             if spec.names_code(config[key]) and _raised_in_own_code(e):
                 raise  # the user needs the traceback into their own code
-            where = f" on images {list(image_shape)}" if key in ("augment", "mix", "model") else ""
+            where = f" on images {list(image_shape)}" if key in ("augment", "mix", "model", "method") else ""
             raise UserError(f"{key}={config[key]!r} fails{where}: {reason(e)}") from e
 
     zeros = jnp.zeros((1, *image_shape), jnp.float32)
     trace("schedule", lambda step: optimizers.promoting(recipe.schedule)(step), jax.ShapeDtypeStruct((), "int32"))
     trace("augment", draw, images, labels)
     trace("mix", mix, images, labels)
-    trace("model", lambda: recipe.model.init(rng.init_streams(rng.key(0, "init")), zeros, train=False))
+    trace("model", lambda: recipe.plain_model.init(rng.init_streams(rng.key(0, "init")), zeros, train=False))
+    trace("method", lambda: recipe.model.init(rng.init_streams(rng.key(0, "init")), zeros, train=False))
     trace("loss", lambda logits, labels: recipe.loss(logits, labels), logits, wanted)
     trace("optimizer", init_and_update)
 

@@ -113,17 +113,18 @@ class Recipe:
     def model(self) -> Any:
         """The linen module to train: the backbone and its head, or the method's own model."""
         if self.method.model is None:
-            return self._classifier
-        return self.method.model(self._classifier.backbone, self._problem)
+            return self.plain_model
+        return self.method.model(self.plain_model.backbone, self._problem)
 
     @cached_property
-    def _classifier(self) -> classifier.Classifier:
+    def plain_model(self) -> classifier.Classifier:
+        """The backbone that the key `model` names, and its head, without any additions of the method."""
         return classifier.build(self.config.model, len(self.data.class_names), self.config.precision)
 
     @property
     def backbone(self) -> Any:
         """The backbone that the key `model` names, without any additions of the method."""
-        return self._classifier.backbone
+        return self.plain_model.backbone
 
     @cached_property
     def method(self) -> Method:
@@ -145,7 +146,7 @@ class Recipe:
     def _problem(self) -> Problem:
         return Problem(
             classes=len(self.data.class_names), class_names=self.data.class_names, image_shape=self.data.image_shape,
-            head_init=self._classifier.head_init, normalization=self.normalization,
+            head_init=self.plain_model.head_init, normalization=self.normalization,
             supervised=lambda logits, batch: mixing.batch_loss(self.loss, logits, batch),
             steps=self._steps_of_method, task=self.task, build_augment=lambda text: ops.build(text, train=True),
             loader=self.load, link=losses.link_of(self.config.loss),

@@ -257,7 +257,7 @@ def _mean_loss(out: Any) -> jax.Array:
     if jnp.ndim(out.values) != 1:
         raise UserError(f"the method's Loss has values of the shape {list(jnp.shape(out.values))}; return one number "
                         "per example, f32[b]")  # fmt: skip
-    return jnp.mean(out.values)
+    return jnp.mean(at_least_float32(out.values))
 
 
 def _named_metrics(named: Mapping[str, jax.Array], sown: PyTree) -> metrics.Sums:
@@ -435,7 +435,8 @@ def make_eval_step(
         variables = {"params": params, **model_state}
         values = nn.apply(method.evaluate, model)(variables, given, *(fixed or (None,)))
         _check_evaluated(values, batch["mask"].shape, task, method.predicts)
-        return {metrics.OWN + name: jnp.sum(jnp.where(batch["mask"], x, 0.0)) for name, x in values.items()}
+        return {metrics.OWN + name: jnp.sum(jnp.where(batch["mask"], at_least_float32(x), 0.0))
+                for name, x in values.items()}  # fmt: skip
 
     def eval_step(
         params: Params, model_state: ModelState, batch: Batch, *fixed: PyTree

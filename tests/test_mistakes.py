@@ -133,6 +133,7 @@ def test_a_config_file_that_raises(mistake, tmp_path):
     ("model=cnnn", ["unknown model 'cnnn'", "did you mean 'cnn'", "import path"]),
     ("model=cnn(width=3)", ["'cnn(width=3)'", "unknown argument 'width'", "did you mean 'widths'?"]),
     ("model=mlp(widths=3)", ["model='mlp(widths=3)' fails on images [12, 12, 1]"]),
+    ("method=simclr(temperature='0.5')", ["method=\"simclr(temperature='0.5')\" fails on images [12, 12, 1]"]),
     ("model=nowhere:Net", ["cannot import 'nowhere'", "model 'nowhere:Net'"]),
     ("preprocess=decode(1)|reszie(8)", ["unknown host op 'reszie'", "did you mean 'resize'"]),
     ("preprocess=decode(1)|resize(8, methd='x')", ["unknown argument 'methd'", "did you mean 'method'?"]),

@@ -69,7 +69,8 @@ class Adapted(nn.Module):
             return {**variables, "params": add(variables["params"], adapters, self.alpha / self.rank)}
 
         def call(base: nn.Module) -> jax.Array:
-            return base(images, train=train)
+            features: jax.Array = base(images, train=False)  # it is frozen
+            return features
 
         return nn.map_variables(call, "params", merged)(self.base)
 

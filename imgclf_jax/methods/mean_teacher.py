@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from imgclf_jax.core import rng
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import PyTree
 from imgclf_jax.methods import Batch, Loss, Method, Problem
@@ -18,7 +19,8 @@ _NEVER = -1  # the step of the last update before the first one
 class Averaged(Classifier):
     """A Classifier with a teacher, the exponential moving average of its parameters, in the collection `teacher`.
 
-    The teacher has its own running statistics, from its own passes. `updated` is the step of its last update.
+    The teacher begins with the student's running statistics and then has its own, from its own passes. `updated` is the
+    step of its last update.
     """
 
     def setup(self) -> None:
@@ -56,18 +58,19 @@ class Averaged(Classifier):
             return jnp.where(first, new, weight * old + (1 - weight) * new)
 
         params = jax.tree.map(average, teacher["params"], student["params"])
-        self.average.value = {**teacher, "params": params}
+        begun = jax.tree.map(lambda old, new: jnp.where(first, new, old), teacher, student)
+        self.average.value = {**begun, "params": params}
         self.updated.value = step
 
     def teach(self, images: jax.Array, train: bool = False) -> jax.Array:
         """The teacher's logits [b, num_classes], without gradient; in training, updates its running statistics."""
         backbone = self.backbone.clone(parent=None)
-        plain = Classifier(backbone, self.num_classes, self.dtype, self.head_init, parent=None)
+        plain = Classifier(backbone, self.num_classes, self.head_init, parent=None)
         teacher = self.average.value
         if not train:
             out: PyTree = plain.apply(teacher, images, train=False)
             return jax.lax.stop_gradient(out)
-        rngs = {"dropout": self.make_rng("dropout"), "params": self.make_rng("params")}
+        rngs = {"dropout": self.make_rng("dropout"), **rng.init_streams(self.make_rng("params"))}
         state = [collection for collection in teacher if collection != "params"]
         logits, changed = plain.apply(teacher, images, train=True, mutable=[*state], rngs=rngs)
         self.average.value = jax.lax.stop_gradient({**teacher, **changed})

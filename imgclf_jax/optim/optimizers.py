@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,8 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Function, OptState, Params, PyTree, Value
 from imgclf_jax.optim.rules import Rules
 from imgclf_jax.optim.weight_averages import evaluated_by, with_evaluated
+
+log = logging.getLogger(__name__)
 
 # Optimizers of optax that cannot be used, and why.
 _PER_EXAMPLE = "it needs per-example gradients, and the train step computes the gradient of the mean loss"
@@ -223,6 +226,10 @@ def _transforms(text: str, schedule: optax.Schedule, rules: Rules) -> tuple[list
         raise UserError(f"rules.decay: {last.name} finds one step size for all parameters, so it cannot decay them by "
                         "different factors; use another optimizer, such as adamw")  # fmt: skip
     parts = [_with_decay(make, args, rules) for make, args in makers] + ([made] if around else [])
+    if rules.decay and ":" in last.name and not around and _bound(*makers[-1])[1]:
+        log.warning("rules.decay: %s is called once for each factor, with the parameters of that factor alone; if it "
+                    "computes over all parameters, such as their norm, leave the weight decay to add_decayed_weights(…)"
+                    "|%s", last.name, last.name)  # fmt: skip
     if not isinstance(parts[-1], optax.GradientTransformation):
         kind = "a function, such as a schedule" if callable(parts[-1]) else f"a {type(parts[-1]).__name__}"
         raise UserError(f"optimizer={text!r}: {last.name} returns {kind}, not an optax.GradientTransformation; set the "

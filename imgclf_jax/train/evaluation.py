@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -81,7 +82,7 @@ def chunks(
 def add(sums: metrics.Sums, new: metrics.Sums) -> None:
     """Adds the sums of k batches, [k, …] on the host, to `sums`: integers as int64, the loss as float64."""
     for name, value in new.items():
-        exact = np.float64 if np.issubdtype(value.dtype, np.floating) else np.int64
+        exact = np.float64 if jnp.issubdtype(value.dtype, jnp.floating) else np.int64
         sums[name] = sums.get(name, 0) + value.sum(0, dtype=exact)
 
 

@@ -83,6 +83,22 @@ def test_adapters_begin_as_in_loralib_and_leave_the_model_as_it_was():
                                rtol=1e-6)  # fmt: skip
 
 
+class Falling(nn.Module):
+    """Drops out in its own call, and not in a module below it."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        assert not train or self.is_initializing()
+        return nn.Dense(4, name="dense")(x.reshape(len(x), -1))
+
+
+def test_the_backbone_itself_computes_as_in_evaluation():
+    x = jnp.ones((2, 3, 3, 1))
+    model = Classifier(Adapted(Falling(), rank=2, alpha=2.0, pattern="backbone/dense/kernel"), 3)
+    variables = model.init(jax.random.key(0), x)
+    np.testing.assert_array_equal(model.apply(variables, x, train=True), model.apply(variables, x))
+
+
 def test_layers_of_an_adapted_backbone_can_be_seen():
     """`explain` does not see layers inside `remat`."""
     model = Classifier(Adapted(ViT("Ti", remat="block"), 2, 2.0, "backbone/.*kernel"), 3)

@@ -13,7 +13,7 @@ import scipy.special
 from cases import thorough, trained_for
 from flax import linen as nn
 
-from imgclf_jax import losses, step
+from imgclf_jax import losses, metrics, step
 from imgclf_jax.core import sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.methods import Loss, Method
@@ -22,6 +22,7 @@ from imgclf_jax.programs import Programs
 from imgclf_jax.recipe import Recipe
 from imgclf_jax.run.provenance import DataInfo
 from imgclf_jax.run.workdir import Workdir
+from imgclf_jax.train import evaluation
 from imgclf_jax.train import loop as train
 
 SHAPE, CLASSES = (8, 8, 1), 5
@@ -92,6 +93,28 @@ def test_supervised_learning_as_a_method_is_the_default(fake_config):
         recipe = Recipe(fake_config, DataInfo(64, SHAPE, tuple("abcde"), ""))
         methods.append(one_step(Sowing(), recipe.method, mix=recipe.mix, accumulate=2))
     jax.tree.map(np.testing.assert_array_equal, *methods)
+
+
+def in_bfloat16(problem):
+    """A loss and a metric of evaluation from the features of a bfloat16 backbone, which are not widened."""
+
+    def loss(model, batch, fixed):
+        return Loss(jnp.mean(model.features(batch["image"], train=True) ** 2, -1))
+
+    def evaluate(model, batch, fixed):
+        return {"power": jnp.full(batch["mask"].shape, 0.3, jnp.bfloat16)}
+
+    return Method(loss, evaluate=evaluate, predicts=False)
+
+
+def test_losses_and_metrics_in_bfloat16_are_summed_in_float32(fake_config):
+    """A sum of 48 values of 0.3 in bfloat16 is off by more than a value; so is one that is cut to whole numbers."""
+    fake_config.update({"precision": "bfloat16", "method": f"{__name__}:in_bfloat16"})
+    programs, _, images, state = trained_for(fake_config, 1)
+    sums, _ = evaluation.evaluate(programs, state, images)
+    exact = float(jnp.bfloat16(0.3))
+    assert float(sums[metrics.OWN + "power"]) / len(images) == pytest.approx(exact, rel=1e-6)
+    assert programs.zero_sums()["loss"].dtype == jnp.float32
 
 
 @pytest.mark.thorough

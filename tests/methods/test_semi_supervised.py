@@ -154,6 +154,17 @@ def test_the_teacher_begins_as_the_student_at_whichever_step_is_the_first():
     jax.tree.map(np.testing.assert_array_equal, changed["teacher"]["average"]["params"], params)
 
 
+def test_the_teacher_begins_with_the_running_statistics_of_the_student():
+    """As with `init_from` and a frozen backbone, whose teacher would never learn them."""
+    method = mean_teacher(PROBLEM)
+    model = method.model(Net(), PROBLEM)
+    variables = dict(model.init(jax.random.key(0), jnp.ones((1, *PROBLEM.image_shape))))
+    variables["batch_stats"] = jax.tree.map(lambda x: x + 3, variables["batch_stats"])
+    _, changed = model.apply(variables, jnp.int32(0), 0.9, method="update_teacher", mutable=["teacher"])
+    teacher, student = changed["teacher"]["average"], variables["batch_stats"]["backbone"]
+    jax.tree.map(np.testing.assert_array_equal, teacher["batch_stats"]["backbone"], student)
+
+
 @pytest.mark.thorough
 def test_mean_teacher_without_a_stream_and_with_its_own_mistakes():
     labeled = {name: x for name, x in batch().items() if name != "unlabeled"}

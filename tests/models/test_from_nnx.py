@@ -12,8 +12,9 @@ from flax import nnx
 import launch
 from imgclf_jax import losses, recipe, step
 from imgclf_jax.config import default_config
-from imgclf_jax.core import tree
+from imgclf_jax.core import rng, tree
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.methods.mean_teacher import Averaged
 from imgclf_jax.models import classifier
 from imgclf_jax.run.provenance import DataInfo, parse_json
 
@@ -121,6 +122,20 @@ def test_its_streams_follow_from_seed_and_step(stream):
     assert len({loss(0, 0), loss(0, 1), loss(0, 2), loss(1, 0)}) == 4
     variables, images = {"params": state.params, **state.model_state}, jnp.ones((2, *SHAPE))
     np.testing.assert_array_equal(model.apply(variables, images), model.apply(variables, images))
+
+
+@pytest.mark.thorough
+def test_a_mean_teacher_draws_other_noise_in_each_step():
+    model = Averaged(classifier.build(f"{__name__}:Noisy('noise')", 3, "float32").backbone, 3)
+    images = jnp.ones((2, *SHAPE))
+    variables = model.init(rng.init_streams(jax.random.key(0)), images)
+
+    def teach(seed):
+        rngs = {"dropout": jax.random.key(seed), **rng.init_streams(jax.random.key(seed))}
+        return model.apply(variables, images, True, method="teach", mutable=["teacher"], rngs=rngs)[0]
+
+    np.testing.assert_array_equal(teach(0), teach(0))
+    assert (teach(0) != teach(1)).any()
 
 
 def test_what_the_constructor_and_the_call_take():
