@@ -194,9 +194,7 @@ class Trained(NamedTuple):
             out = program(*self.state.evaluated, sharding.put_batch({"image": batch}, mesh)["image"])
             told = processes.gather("reading images", [[_name(image, row) for row, image in enumerate(some)], here])
             if any(names != told[0][0] for names, _ in told):
-                raise UserError(
-                    "the processes found different images; give them all the same ones, on a shared disk"
-                )
+                raise UserError("the processes found different images; give them all the same ones, on a shared disk")
             return out, {int(row): text for _, errors in told for row, text in errors.items()}
 
         def results(
