@@ -53,22 +53,43 @@ def nearest_neighbors(
 def choose_strength(train: np.ndarray, labels: np.ndarray) -> float:
     """Returns the best C of STRENGTHS in five-fold cross-validation on the training set; ties go to the smallest.
 
-    Folds are stratified. A class with fewer than five examples reduces their number; with one example, C is 1. At most
-    5,000 examples are used, drawn at random.
+    Folds are stratified. At most 5,000 examples are used: up to five of each class, drawn at random, and others drawn
+    from all the rest. If five of each are more than that, they are of as many classes, in random order, as fit. A class
+    with a single example is not used, and one with fewer than five reduces the number of folds. If fewer than two
+    classes have two examples, C is 1, and the log says so.
     """
     from sklearn.model_selection import StratifiedKFold, cross_val_score
 
-    rng = np.random.default_rng([0, 0])
-    if len(labels) > _MOST_TO_CHOOSE:
-        drawn = np.sort(rng.choice(len(labels), _MOST_TO_CHOOSE, replace=False))
-        train, labels = train[drawn], labels[drawn]
-    folds = min(_FOLDS, int(np.unique(labels, return_counts=True)[1].min()))
-    if folds < 2:
+    drawn = _draw_to_choose(labels)
+    train, labels = train[drawn], labels[drawn]
+    counts = np.unique(labels, return_counts=True)[1]
+    if len(counts) < 2:
+        log.info("using C = 1, because cross-validation needs two classes with at least two training images each")
         return 1.0
+    folds = min(_FOLDS, int(counts.min()))
     split = StratifiedKFold(folds, shuffle=True, random_state=0)
     with _fitting(train.size):
         means = [cross_val_score(_classifier(c), train, labels, cv=split).mean() for c in STRENGTHS]
     return STRENGTHS[int(np.argmax(means))]
+
+
+def _draw_to_choose(labels: np.ndarray) -> np.ndarray:
+    """Draws the examples of `choose_strength` from labels [n] of any kind; returns sorted indices."""
+    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    usable = np.flatnonzero(counts[inverse] > 1)
+    if len(usable) <= _MOST_TO_CHOOSE:
+        return usable
+    rng = np.random.default_rng([0, 0])
+    shuffled = rng.permutation(usable)
+    by_class = shuffled[np.argsort(inverse[shuffled], kind="stable")]
+    few = [members[:_FOLDS] for members in np.split(by_class, np.cumsum(counts[counts > 1])[:-1])]
+    order = rng.permutation(len(few))
+    fitting = order[np.cumsum([len(few[c]) for c in order]) <= _MOST_TO_CHOOSE]
+    drawn = np.concatenate([few[c] for c in fitting])
+    if len(fitting) == len(few):
+        others = np.setdiff1d(usable, drawn)
+        drawn = np.concatenate([drawn, rng.choice(others, _MOST_TO_CHOOSE - len(drawn), replace=False)])
+    return np.sort(drawn)
 
 
 def linear_probe(train: np.ndarray, labels: np.ndarray, strength: float) -> Any:

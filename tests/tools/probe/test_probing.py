@@ -69,13 +69,60 @@ def test_the_linear_probe_is_scikit_learns(monkeypatch):
 
 def test_the_choice_of_c_with_few_and_with_many_examples(monkeypatch):
     few = np.flatnonzero(LABELS == 0)[:1].tolist() + np.flatnonzero(LABELS == 1)[:9].tolist()
-    assert probing.choose_strength(TRAIN[few], LABELS[few]) == 1.0  # a class of one example allows no folds
+    assert probing.choose_strength(TRAIN[few], LABELS[few]) == 1.0  # only one class has two examples
     monkeypatch.setattr(probing, "_MOST_TO_CHOOSE", 50)
     monkeypatch.setattr(probing, "STRENGTHS", (1e-2, 1.0))
     sizes = []
     monkeypatch.setattr(probing, "_classifier", lambda c: sizes.append(c) or LogisticRegression(C=c, max_iter=1000))
     assert probing.choose_strength(TRAIN, LABELS) in probing.STRENGTHS
     assert sizes == list(probing.STRENGTHS)
+
+
+def chosen_with(monkeypatch, labels, most=50):
+    """The classes (and their sizes) and the number of folds of the cross-validation of C for these labels."""
+    asked = []
+    monkeypatch.setattr(probing, "_MOST_TO_CHOOSE", most)
+    monkeypatch.setattr("sklearn.model_selection.cross_val_score",
+                        lambda model, x, y, cv: asked.append((y.tolist(), cv.n_splits)) or np.ones(1))  # fmt: skip
+    labels = np.asarray(labels)
+    probing.choose_strength(np.zeros((len(labels), 1), np.float32), labels)
+    assert len(asked) == len(probing.STRENGTHS)
+    used, folds = asked[0]
+    return dict(zip(*np.unique(used, return_counts=True), strict=True)), folds
+
+
+@pytest.mark.parametrize(("positives", "folds"), [(2, 2), (3, 3), (5, 5), (9, 5)])
+def test_c_is_chosen_with_every_class_however_rare(monkeypatch, positives, folds):
+    """A draw of 50 of 2,000 has hardly any of two positives: each class keeps up to five."""
+    counts, used = chosen_with(monkeypatch, np.isin(np.arange(2000), np.arange(positives) * 200))
+    assert used == folds
+    assert sum(counts.values()) == 50
+    assert counts[True] >= min(positives, 5)
+
+
+def test_c_is_chosen_without_the_classes_of_one_image_and_with_as_many_classes_as_fit(monkeypatch):
+    labels = np.repeat(np.arange(20), 30)
+    counts, folds = chosen_with(monkeypatch, labels)  # 100 for five of each: 10 classes fit
+    assert folds == 5
+    assert list(counts.values()) == [5] * 10
+    counts, folds = chosen_with(monkeypatch, np.append(labels, 99), 150)
+    assert folds == 5
+    assert list(counts) == list(range(20))
+    assert sum(counts.values()) == 150
+    few = [0] * 4 + [1] * 6 + [2]
+    assert chosen_with(monkeypatch, few) == ({0: 4, 1: 6}, 4)
+
+
+def test_a_probe_of_a_rare_label_is_fitted(monkeypatch, caplog):
+    """It was a traceback of scikit-learn, "All the 5 fits failed": no positive was drawn."""
+    monkeypatch.setattr(probing, "_MOST_TO_CHOOSE", 50)
+    caplog.set_level("INFO")
+    targets = np.zeros((200, 2), np.float32)
+    targets[[3, 7], 0] = targets[5, 1] = 1
+    decision = probing.one_vs_rest(TRAIN, targets)(TRAIN)
+    assert decision.shape == (200, 2)
+    assert set(np.argsort(-decision[:, 0])[:40]) >= {3, 7}
+    assert caplog.text.count("using C = 1, because cross-validation needs two classes") == 1  # the second label
 
 
 def test_a_probe_that_does_not_converge_is_named(monkeypatch, caplog):
