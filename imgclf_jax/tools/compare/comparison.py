@@ -8,20 +8,22 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from imgclf_jax import config as configs
 from imgclf_jax.core.typing import Json, JsonObject, Value
 from imgclf_jax.run.record import MAIN_METRICS, Record
 from imgclf_jax.tools.compare.paired import Spread, spread
 
 DIRECTORY = "directory"  # distinguishes groups with equal configs
-_IGNORED = ("seed", "num_seeds", *configs.LOCATION_KEYS, *configs.FREE_KEYS)
+_IGNORED = ("seed", "num_seeds", *configs.LOCATION_KEYS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
     """Runs with the same config, except for their seeds."""
 
-    settings: Mapping[str, Value]  # the keys that differ between groups
+    settings: Mapping[str, Value]  # the keys that differ between groups; None if no parameter depends on the key
     done: Sequence[Record]
     unfinished: Sequence[Record]
 
@@ -33,8 +35,9 @@ class Group:
 
     @property
     def texts(self) -> list[str]:
-        """The values of the settings as text; a directory that distinguishes no groups of this config is empty."""
-        return ["" if key == DIRECTORY and not value else shown(value) for key, value in self.settings.items()]
+        """The values of the settings as text; those that distinguish no groups of this config are empty."""
+        return ["" if value is None or (key == DIRECTORY and not value) else shown(value)
+                for key, value in self.settings.items()]  # fmt: skip
 
     @property
     def seeds(self) -> list[int]:
@@ -46,6 +49,12 @@ class Group:
         parts = [run_metrics(run) for run in self.done]
         names = [name for name in parts[0] if all(name in part for part in parts)] if parts else []
         return {name: spread([part[name] for part in parts]) for name in names}
+
+
+def _settings(config: ConfigDict) -> dict[str, Value]:
+    """The flat config without seeds, locations, and the keys that no parameter of this run depends on."""
+    ignored = {*_IGNORED, *configs.free_keys(config)}
+    return {key: value for key, value in configs.flatten(config).items() if key not in ignored}
 
 
 def run_metrics(run: Record) -> dict[str, Spread]:
@@ -86,7 +95,7 @@ def group_runs(runs: Sequence[Record]) -> list[Group]:
 
     If runs have the same config and seed, their directories distinguish groups of that config: see `_separate`.
     """
-    settings = {run.name: {k: v for k, v in configs.flatten(run.config).items() if k not in _IGNORED} for run in runs}
+    settings = {run.name: _settings(run.config) for run in runs}
     by_settings = collections.defaultdict[str, list[Record]](list)
     for run in runs:
         by_settings[_text(settings[run.name])].append(run)
@@ -100,7 +109,7 @@ def group_runs(runs: Sequence[Record]) -> list[Group]:
             if len({_text(values[key]) for values in settings.values() if key in values}) > 1]  # fmt: skip
     groups = [
         Group(
-            {key: settings[members[0].name][key] for key in keys},
+            {key: settings[members[0].name].get(key) for key in keys},
             [run for run in members if run.final is not None],
             [run for run in members if run.final is None],
         )
@@ -166,9 +175,9 @@ def _dict(value: Json) -> JsonObject:
 
 def common(groups: Sequence[Group]) -> dict[str, Value]:
     """Returns the keys and values that all groups share, except locations and cadences."""
-    first = next(run for group in groups for run in (*group.done, *group.unfinished))
+    first, *others = [_settings(run.config) for group in groups for run in (*group.done, *group.unfinished)]
     differing = {key for group in groups for key in group.settings}
-    return {k: v for k, v in configs.flatten(first.config).items() if k not in differing and k not in _IGNORED}
+    return {k: v for k, v in first.items() if k not in differing and all(k in other for other in others)}
 
 
 def _separate(runs: Sequence[Record]) -> dict[str, list[Record]]:

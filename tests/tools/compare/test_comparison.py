@@ -69,6 +69,24 @@ def test_runs_that_differ_in_their_seed_are_one_group(tmp_path, write):
     assert not {"seed", "optimizer", "data.threads"} & set(comparison.common(found))
 
 
+def test_runs_that_stop_early_are_the_same_only_if_they_evaluate_at_the_same_steps(tmp_path, write):
+    """`eval_every` decides at which step they stop; for other runs it is a cadence, which separates nothing."""
+    for seed, every in enumerate(("1 epochs", "2 epochs", "2 epochs")):
+        write(f"fixed/{seed}", seed=seed, eval_every=every)
+        write(f"stopped/{seed}", 0.8, seed=seed, eval_every=every, stop="test/loss, patience 2 epochs")
+    fixed, *stopped = found = groups(tmp_path)
+    assert [one.seeds for one in found] == [[0, 1, 2], [0], [1, 2]]
+    assert [one.settings["eval_every"] for one in stopped] == ["1 epochs", "2 epochs"]
+    columns, rows = compare_tables.results(found)
+    assert [row[columns.index("eval_every")] for row in rows] == ["", "1 epochs", "2 epochs"]
+    assert "eval_every" not in fixed.label
+    assert "eval_every" not in comparison.common(comparison.group_runs(record.find([str(tmp_path / "fixed")])[0]))
+    alike = record.find([str(tmp_path / "stopped" / "1"), str(tmp_path / "stopped" / "2")])[0]
+    assert comparison.common(comparison.group_runs(alike))["eval_every"] == "2 epochs"
+    mixed = comparison.group_runs(record.find([str(tmp_path / "stopped" / "1"), str(tmp_path / "fixed" / "0")])[0])
+    assert "eval_every" not in comparison.common(mixed)
+
+
 def test_seeds_trained_at_once_count_each(tmp_path, write):
     """Their mean and standard deviation are pooled with those of a run of one seed, as of all four values."""
     values = [0.5, 0.6, 0.8]
