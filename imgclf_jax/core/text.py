@@ -16,6 +16,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def escape_surrogates(text: str) -> str:
+    r"""Escapes bytes that are not UTF-8, which Python holds as lone surrogates, such as `\udcff`, so that text encodes.
+
+    Other characters, also unprintable ones, are unchanged.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def decimals(value: float) -> str:
     """Formats a number with four decimals; what is not 1 or 0 is not shown as such: ">0.9999", "<0.0001"."""
     text = f"{value:.4f}"

@@ -14,6 +14,7 @@ import numpy as np
 
 from imgclf_jax.core import places, processes, tree
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.text import escape_surrogates
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.methods import lora
 from imgclf_jax.programs import Programs
@@ -114,7 +115,7 @@ def load(programs: Programs, whole: bool = False) -> Weights:
         lacking = f"the head ({weights.head})" if weights.head else _some(weights.missing + weights.misfits)
         raise UserError(f"{what} is not a complete model: it lacks {lacking}; train it on these data first")
     here = programs.recipe.data.class_names
-    if whole and (theirs := _recorded_classes(path)) not in ("", "\n".join(here)):
+    if whole and (theirs := _recorded_classes(path)) not in ("", escape_surrogates("\n".join(here))):
         raise UserError(f"{what} has the classes {theirs.split('\n')[:5]}…, and data.source={config.data.source!r} has "
                         f"{list(here)[:5]}…: its predictions would have wrong names; name the source of its classes"
                         + (f", or pass --workdir={config.init_from} instead" if path.is_dir() else ""))  # fmt: skip
@@ -255,7 +256,8 @@ def _recorded_classes(path: Path) -> str:
     """The class names, one per line, that a run recorded or `export` wrote into a .safetensors file; "" for others."""
     if path.is_dir():
         workdir = Workdir(path)
-        return "\n".join(workdir.load_data_info().class_names) if workdir.provenance.is_file() else ""
+        names = workdir.load_data_info().class_names if workdir.provenance.is_file() else ()
+        return escape_surrogates("\n".join(names))
     names = files.read_metadata(path).get("class_names")
     return names if isinstance(names, str) else ""
 

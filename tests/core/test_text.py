@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from imgclf_jax.core.text import decimals, printable
+from imgclf_jax.core.text import decimals, escape_surrogates, printable
 
 ROOT = Path(__file__).parents[2]
 # What Python makes of the C locale by itself is UTF-8, unless it is told not to.
@@ -40,6 +40,14 @@ def test_what_is_shown_is_printable_and_encodes(name):
     assert not any(unicodedata.category(c).startswith("C") for c in shown)
     if name.isprintable():
         assert shown == name
+
+
+@given(st.text(st.characters()))
+def test_escaped_names_encode_and_others_are_unchanged(name):
+    shown = escape_surrogates(name)
+    assert shown.encode("utf-8") == name.encode("utf-8", "backslashreplace")
+    assert escape_surrogates(shown) == shown
+    assert escape_surrogates(os.fsdecode(b"a\xff.png")) == r"a\udcff.png"
 
 
 def shell(command, **environment):

@@ -2,15 +2,20 @@
 
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.testclient import TestClient
 
+import imgclf_jax
 import launch
 from imgclf_jax import config as configs
 from imgclf_jax.core.text import printable
+from imgclf_jax.tools.serve import app
+from imgclf_jax.tools.serve.command import explainer
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -71,6 +76,44 @@ def test_what_is_used_for_what_and_what_is_not_used(tmp_path, capsys):
     ) in err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["val"]["examples"] == result["test"]["examples"] == 12
+
+
+@pytest.mark.thorough
+def test_classes_and_files_whose_names_are_no_utf_8(tmp_path, capsys):
+    """Linux allows any bytes. `evaluate --predictions`, `export` and `serve` ended with a traceback after the work."""
+    root, name, shown = photos(tmp_path / "p", "train", "test"), os.fsdecode(b"a\xff"), r"a\udcff"
+    for place in ("train", "test"):
+        (root / place / "cat").rename(root / place / name)
+        (root / place / "dog" / "0.png").rename(root / place / "dog" / f"{name}.png")
+    flags = [f"--config={CONFIG}:{root}", *TINY]
+    assert launch.main([*flags, f"--workdir={tmp_path / 'run'}"]) == 0
+    evaluate = ["evaluate", f"--workdir={tmp_path / 'run'}", "--format=json"]
+    capsys.readouterr()
+    for kind in ("csv", "jsonl", "parquet"):
+        assert launch.main([*evaluate, f"--predictions={tmp_path}/p.{kind}"]) == 0
+    expected = json.loads(capsys.readouterr().out.split("\n}\n")[0] + "}")["test"]
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {row["label"] for row in rows} == {shown, "dog"}
+    assert f"dog/{shown}.png" in {row["example"] for row in rows}
+    files = [str(tmp_path / f"e.{kind}") for kind in ("stablehlo", "savedmodel", "safetensors")]
+    assert launch.main(["export", *files, f"--workdir={tmp_path / 'run'}"]) == 0
+    for content in (
+        zipfile.ZipFile(files[0]).read("metadata.json"),
+        (Path(files[1]) / "assets.extra" / "metadata.json").read_bytes(),
+    ):
+        assert json.loads(content)["class_names"] == [shown, "dog"]
+    weights = [*flags, "--config.preprocess_eval=decode(3)|resize(8)", f"--config.init_from={files[2]}"]
+    capsys.readouterr()
+    assert launch.main(["evaluate", *weights, "--format=json"]) == 0  # the classes are those of the source
+    assert json.loads(capsys.readouterr().out)["test"]["accuracy"] == expected["accuracy"]
+    model = imgclf_jax.load(tmp_path / "run")
+    with TestClient(app.build(model, explain=explainer(model), name=name)) as client:
+        assert client.get("/model").json()["classes"] == [shown, "dog"]
+        assert client.get("/openapi.json").status_code == 200
+        image = (root / "test" / "dog" / "1.png").read_bytes()
+        assert {one["class"] for one in client.post("/predict", content=image).json()["predictions"]} == {shown, "dog"}
+        told = client.post("/explain", params={"class": shown, "format": "json"}, content=image).json()
+        assert told["class"] == shown
 
 
 @pytest.mark.thorough

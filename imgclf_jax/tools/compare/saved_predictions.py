@@ -15,6 +15,7 @@ import numpy as np
 
 from imgclf_jax.core import places, processes
 from imgclf_jax.core.errors import UserError, reason
+from imgclf_jax.core.text import escape_surrogates
 from imgclf_jax.core.typing import JsonMapping, JsonObject
 from imgclf_jax.data import sources
 from imgclf_jax.losses import Task
@@ -139,7 +140,7 @@ def _read_npz(run: Record, origins: Mapping[str, str]) -> dict[str, Saved]:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             facts = json.loads(str(file["facts"])).get("origins", {})
-            saved = {name: Saved(tuple(file[f"{i}/examples"].tolist()), tuple(file[f"{i}/labels"].tolist()),
+            saved = {name: Saved(_escaped(file[f"{i}/examples"].tolist()), _escaped(file[f"{i}/labels"].tolist()),
                                  file[f"{i}/right"].astype(bool), *(file.get(f"{i}/{x}") for x in _TARGET_ARRAYS))
                      for i, name in enumerate(facts) if facts[name] == origins.get(name)}  # fmt: skip
             if any(own.correct.shape[1:] != (len(own.examples),) for own in saved.values()):
@@ -186,6 +187,11 @@ def _label(row: JsonMapping) -> str:
     return _format_target([float(value) for name, value in row.items() if name.startswith("target[")])
 
 
+def _escaped(names: Iterable[str]) -> tuple[str, ...]:
+    """The names as `listing.write` writes them, so that predictions of both origins pair."""
+    return tuple(map(escape_surrogates, names))
+
+
 def _format_target(target: Iterable[float]) -> str:
     return " ".join(f"{x:g}" for x in target)
 
@@ -218,7 +224,7 @@ def make(run: Record, trust: bool) -> dict[str, Saved]:
             arrays: tuple[np.ndarray, ...] = ()
             if isinstance(predictions, Predictions):
                 correct = np.atleast_2d(predictions.ranks == 0)  # [seeds, n], then the ensemble's if there are several
-                labels = tuple(names[label] for label in predictions.labels)
+                labels = _escaped(names[label] for label in predictions.labels)
             else:
                 assert predictions is not None
                 outputs, ranking = (x.reshape(-1, *predictions.targets.shape)[:seeds]
@@ -228,7 +234,7 @@ def make(run: Record, trust: bool) -> dict[str, Saved]:
                 correct = np.array(exact, bool).reshape(-1, len(predictions.targets))
                 labels = tuple(map(_format_target, predictions.targets))
                 arrays = predictions.targets, outputs if regression else ranking
-            examples = tuple(example_name(i) for i in range(len(labels)))
+            examples = _escaped(example_name(i) for i in range(len(labels)))
             made[name] = Saved(examples, labels, correct[:seeds], *arrays)
     try:
         # Without a recorded fingerprint, a later load could not tell whether the data are still the same.

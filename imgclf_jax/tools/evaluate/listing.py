@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from imgclf_jax import config as configs
 from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.text import escape_surrogates
 from imgclf_jax.core.typing import JsonMapping, JsonObject
 from imgclf_jax.scores.classification import FromLogits, Scores
 
@@ -83,13 +84,18 @@ def target_rows(
 
 
 def write(path: Path, table: Sequence[JsonMapping]) -> None:
-    """Writes rows with the same keys atomically, as CSV, JSON lines or Parquet by the file's suffix."""
+    """Writes rows with the same keys atomically, as CSV, JSON lines or Parquet by the file's suffix.
+
+    Bytes of names that are not UTF-8 are escaped.
+    """
+    table = [{escape_surrogates(k): escape_surrogates(v) if isinstance(v, str) else v for k, v in row.items()}
+             for row in table]  # fmt: skip
     if path.suffix == ".parquet":
         import pyarrow as pa
         from pyarrow import parquet
 
         with places.replacing(path) as temporary:
-            parquet.write_table(pa.Table.from_pylist(list(table)), temporary)
+            parquet.write_table(pa.Table.from_pylist(table), temporary)
     else:
         text = io.StringIO(newline="")
         if path.suffix == ".csv":

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from imgclf_jax.core import processes, sharding, tree
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.text import escape_surrogates
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.run.provenance import write_atomically
 from imgclf_jax.run.workdir import Workdir
@@ -119,14 +120,13 @@ def _safetensors(model: Trained, path: Path, gives: str, names: str) -> list[str
     metadata = {"format": "pt", "model": recipe.config.model, "names": names, "augment": recipe.config.augment,
                 "host_ops": model.programs.preprocess_eval}  # fmt: skip
     metadata |= {"grid": "{}x{}".format(*grid)} if (grid := pretrained.patch_grid(model.programs)) else {}
+    metadata |= {"task": model.task.value, "class_names": escape_surrogates("\n".join(model.class_names))}
     lines = []
     for seed in range(recipe.num_seeds):
         own = variables if recipe.num_seeds == 1 else jax.tree.map(lambda x, seed=seed: np.asarray(x)[seed], variables)
         file = path if recipe.num_seeds == 1 else path.with_suffix(f".seed{recipe.config.seed + seed}{path.suffix}")
         state = torch_state.state_dict(backbone, merge(own), names, recipe.data.image_shape)
-        write_atomically(
-            file, save(state, metadata | {"task": model.task.value, "class_names": "\n".join(model.class_names)})
-        )
+        write_atomically(file, save(state, metadata))
         lines.append(f"{file}: {_size(file)}, {len(state)} arrays, named by the scheme {names}")
     if added := sorted({*params} - {"backbone", "head"}):
         lines.append(f"Not exported: {', '.join(added)} of method={recipe.config.method!r}, which no classifier has.")

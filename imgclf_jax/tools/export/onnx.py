@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 from imgclf_jax.core import platform, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.jaxprs import Atom
+from imgclf_jax.core.text import escape_surrogates
 from imgclf_jax.core.typing import Function, PyTree
 from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared
@@ -60,7 +61,7 @@ def archive(model: Trained, what: Outputs) -> tuple[bytes, float]:
             raise UserError(f"export: jax2onnx cannot translate model={model.config.model!r}: {e}") from e
     facts = {
         "task": model.task.value,
-        "class_names": "\n".join(model.class_names),
+        "class_names": escape_surrogates("\n".join(model.class_names)),
         "host_ops": programs.preprocess_eval,
     }
     for key, value in facts.items():

@@ -25,6 +25,7 @@ from jax.extend.mlir.dialects import stablehlo as dialect
 
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.tensorflow_import import tensorflow
+from imgclf_jax.core.text import escape_surrogates
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared, stablehlo
@@ -103,9 +104,8 @@ def _module(
     module.weights = {name: tf.Variable(array, trainable=False, name=name) for name, array in weights.items()}
     images = tf.TensorSpec([None, *shape], tf.uint8, "images")
     module.call = tf.function(call, input_signature=[images], autograph=False)
-    module.names = tf.function(
-        lambda: {"class_names": tf.constant(list(model.class_names))}, input_signature=[], autograph=False
-    )
+    names = list(map(escape_surrogates, model.class_names))
+    module.names = tf.function(lambda: {"class_names": tf.constant(names)}, input_signature=[], autograph=False)
     return module
 
 

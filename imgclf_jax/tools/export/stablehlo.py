@@ -17,6 +17,7 @@ import numpy as np
 from jax import export, lax
 
 from imgclf_jax.core import jaxprs, platform, sharding, tree
+from imgclf_jax.core.text import escape_surrogates
 from imgclf_jax.core.typing import Function, JsonObject
 from imgclf_jax.step import Outputs
 from imgclf_jax.tools.export import compared
@@ -93,7 +94,7 @@ def _lowered(function: Callable[..., jax.Array], model: Trained, *weights: np.nd
 
 
 def metadata(model: Trained, what: Outputs, exported: export.Exported, today: datetime.date) -> JsonObject:
-    """What the file takes and gives, as JSON values."""
+    """What the file takes and gives, as JSON values. Bytes of class names that are not UTF-8 are escaped."""
     recipe = model.programs.recipe
     return {
         "gives": compared.output_name(model, what),
@@ -102,7 +103,7 @@ def metadata(model: Trained, what: Outputs, exported: export.Exported, today: da
         "output": {"dtype": "float32", "shape": [str(n) if not isinstance(n, int) else n
                                                  for n in exported.out_avals[0].shape]},
         "task": model.task.value,
-        "class_names": list(model.class_names),
+        "class_names": list(map(escape_surrogates, model.class_names)),
         "model": recipe.config.model,
         "step": model.step,
         "platforms": list(exported.platforms),

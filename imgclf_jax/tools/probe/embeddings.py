@@ -14,6 +14,7 @@ import numpy as np
 
 from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.text import escape_surrogates
 
 # Adds images to the file: (set, names, labels i32[b], features f32[seeds, b, d]); a label of -1 is unknown.
 Add = Callable[[str, Sequence[str], np.ndarray, np.ndarray], None]
@@ -71,7 +72,7 @@ def _npz(path: Path, class_names: Sequence[str], with_targets: bool) -> Iterator
                 files.extend(stack.enter_context((path.parent / f"seed{i}").open("xb")) for i in range(len(features)))
             for file, rows in zip(files, features, strict=True):
                 file.write(np.ascontiguousarray(rows, "<f4").data)
-            names.extend(map(_text, examples))
+            names.extend(map(escape_surrogates, examples))
             sets.extend([name] * len(examples))
             labels.append(np.asarray(own, "<f4" if with_targets else "<i4"))
 
@@ -90,7 +91,9 @@ def _npz(path: Path, class_names: Sequence[str], with_targets: bool) -> Iterator
                 member.write(own.data)
             _write_text(archive, "names", names)
             _write_text(archive, "sets", sets)
-            _write_text(archive, "target_names" if with_targets else "class_names", list(map(_text, class_names)))
+            _write_text(
+                archive, "target_names" if with_targets else "class_names", list(map(escape_surrogates, class_names))
+            )
 
 
 @contextlib.contextmanager
@@ -116,7 +119,7 @@ def _parquet(path: Path, class_names: Sequence[str], with_targets: bool) -> Iter
     import pyarrow as pa
     from pyarrow import parquet
 
-    classes = [*map(_text, class_names), None]  # index -1 is the unknown label
+    classes = [*map(escape_surrogates, class_names), None]  # index -1 is the unknown label
     waiting: list[Any] = []
     with contextlib.ExitStack() as stack:
         writer: list[Any] = []
@@ -124,11 +127,11 @@ def _parquet(path: Path, class_names: Sequence[str], with_targets: bool) -> Iter
         def add(name: str, examples: Sequence[str], own: np.ndarray, features: np.ndarray) -> None:
             columns = {
                 "set": pa.array([name] * len(examples), pa.string()),
-                "name": pa.array(list(map(_text, examples)), pa.string()),
+                "name": pa.array(list(map(escape_surrogates, examples)), pa.string()),
             }
             if with_targets:
                 for target, values in zip(class_names, np.asarray(own, np.float32).T, strict=True):
-                    columns[f"target[{_text(target)}]"] = pa.array(np.ascontiguousarray(values))
+                    columns[f"target[{escape_surrogates(target)}]"] = pa.array(np.ascontiguousarray(values))
             else:
                 columns["label"] = pa.array(np.asarray(own, np.int32))
                 columns["class"] = pa.array([classes[label] for label in own], pa.string())
@@ -143,7 +146,11 @@ def _parquet(path: Path, class_names: Sequence[str], with_targets: bool) -> Iter
         def flush() -> None:
             table = pa.concat_tables(waiting)
             table = table.replace_schema_metadata(
-                {"target_names" if with_targets else "class_names": json.dumps(list(class_names))}
+                {
+                    "target_names" if with_targets else "class_names": json.dumps(
+                        list(map(escape_surrogates, class_names))
+                    )
+                }
             )
             if not writer:
                 writer.append(stack.enter_context(parquet.ParquetWriter(path, table.schema)))
@@ -153,8 +160,3 @@ def _parquet(path: Path, class_names: Sequence[str], with_targets: bool) -> Iter
         yield add
         if waiting:
             flush()
-
-
-def _text(name: str) -> str:
-    """Escapes the bytes of a file name that are not UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode()

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from imgclf_jax import __version__
 from imgclf_jax.core.errors import UserError, unknown
-from imgclf_jax.core.text import printable, utf8
+from imgclf_jax.core.text import escape_surrogates, printable, utf8
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.tools.serve import openapi
 from imgclf_jax.tools.serve.batcher import Batcher
@@ -83,12 +83,13 @@ def build(
     numbers = _Numbers()
     batcher = Batcher(model, most_waiting=2 * limits.requests, seen=numbers.batches.observe)
     answering, bodies = Share(limits.requests), Bodies(limits)
-    class_names = [utf8(name) for name in model.class_names]
+    class_names = [escape_surrogates(utf8(name)) for name in model.class_names]
 
     def as_json(outputs: np.ndarray, top_k: int) -> JsonObject:
         found = model.describe(outputs, top_k)
         if "predictions" in found:
-            found["predictions"] = [one | {"class": utf8(one["class"])} for one in found["predictions"]]
+            found["predictions"] = [one | {"class": escape_surrogates(utf8(one["class"]))}
+                                    for one in found["predictions"]]  # fmt: skip
         return found
 
     async def classify(request: Request, client: str, sent: Sent) -> Response:
@@ -140,7 +141,7 @@ def build(
 
     height, width, channels = model.programs.recipe.data.image_shape
     described = {
-        "name": name, "model": model.config.model, "step": model.step, "task": model.task.value,
+        "name": escape_surrogates(name), "model": model.config.model, "step": model.step, "task": model.task.value,
         "classes": class_names, "explains": explain is not None,
         "input": {"height": height, "width": width, "channels": channels,
                   "preprocess": model.programs.preprocess_eval},

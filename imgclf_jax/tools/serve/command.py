@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ml_collections import ConfigDict
 
 from imgclf_jax.core.errors import UserError, reason
-from imgclf_jax.core.text import decimals, utf8
+from imgclf_jax.core.text import decimals, escape_surrogates, utf8
 from imgclf_jax.losses import Task
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.tools.explain import heatmap
@@ -89,7 +89,7 @@ def explainer(model: Trained) -> "Explain":
     the ends of the color scale, so that a page can lay one over the other.
     """
     regression = model.task is Task.REGRESSION
-    names = [utf8(name) for name in model.class_names]
+    names = [escape_surrogates(utf8(name)) for name in model.class_names]
     predicted = build(model)
     chosen = build(model, for_class=True) if predicted[0] == "rollout" else predicted  # which no class changes
 

@@ -17,10 +17,10 @@ import launch
 from imgclf_jax import config as configs
 from imgclf_jax.config import default_config
 from imgclf_jax.run import record
-from imgclf_jax.tools.compare import comparison, paired
+from imgclf_jax.tools.compare import comparison, paired, saved_predictions
 from imgclf_jax.tools.compare import tables as compare_tables
 from imgclf_jax.tools.evaluate import listing
-from imgclf_jax.tools.pages import charts, residuals
+from imgclf_jax.tools.pages import charts, html, residuals
 
 
 @pytest.fixture
@@ -240,6 +240,25 @@ def test_the_page(tmp_path, compared):
     assert "prefers-color-scheme: dark" in text
     for svg in re.findall(r"<svg viewBox.*?</svg>", text):
         ET.fromstring(svg)
+
+
+def test_names_that_are_no_utf_8(tmp_path, write):
+    """Directories on the page, and examples of saved predictions, which pair with those of a listing."""
+    for name in ("a\udcff/0", "b/0"):
+        write(name, 1.0)
+    file = tmp_path / "page.html"
+    assert launch.main(["compare", str(tmp_path), f"--html={file}"]) == 0
+    assert r"a\udcff" in file.read_text(encoding="utf-8")
+    html.write(file, "<p>a\udcff</p>")
+    assert file.read_text(encoding="utf-8") == r"<p>a\udcff</p>"
+    run, names = record.read(tmp_path / "b" / "0"), ["\udcff.png"] * 400
+    (origin,) = saved_predictions._origins(run).values()
+    rows = listing.rows("test", names, np.zeros(400, int), np.ones((400, 1)), ["\udcfe"], 1, 10, origin)
+    listing.write(run.workdir.path / "predictions.csv", list(rows))
+    listed = saved_predictions.load(run)["test"]
+    own = saved_predictions.Saved(tuple(names), ("\udcfe",) * 400, np.ones((1, 400), bool))
+    saved_predictions._save(run, {"test": own})
+    assert saved_predictions.load(run)["test"].pairs_with(listed)
 
 
 def test_no_run(tmp_path, capsys):

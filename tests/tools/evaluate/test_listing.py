@@ -27,6 +27,27 @@ EXPECTED = [
 ]  # fmt: skip
 
 
+def read(file):
+    if file.suffix == ".csv":
+        with file.open(newline="", encoding="utf-8") as stream:
+            return list(csv.DictReader(stream))
+    if file.suffix == ".jsonl":
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed").read_table(file).to_pylist()
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_names_that_are_no_utf_8(tmp_path, kind):
+    """Their bytes are escaped as in the files of `features`; the evaluation was lost by a traceback."""
+    file, name = tmp_path / f"predictions.{kind}", b"\xff".decode("utf-8", "surrogateescape")
+    listing.write(file, list(listing.rows("test", [f"{name}.png", "a"], LABELS, PROBABILITIES, (*"ab", name), 1)))
+    first, second = read(file)
+    assert [first[key] for key in ("example", "label", "class_1")] == [r"\udcff.png", r"\udcff", r"\udcff"]
+    assert second["example"] == "a"
+    listing.write(file, list(listing.target_rows("test", ["a"], np.ones((1, 1)), np.ones((1, 1)), [name])))
+    assert r"target[\udcff]" in read(file)[0]
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_what_is_written_is_read_back(tmp_path, table, kind):
     file = tmp_path / f"predictions.{kind}"
