@@ -22,11 +22,16 @@ _KINDS = (".csv", ".jsonl", ".parquet")
 
 
 def check(path: Path) -> None:
-    """Raises UserError unless the file can be written: a .csv, .jsonl or .parquet file, the last with pyarrow."""
+    """Raises UserError unless the file can be written: a .csv, .jsonl or .parquet file, the last with pyarrow.
+
+    Its directory must exist.
+    """
     if path.suffix not in _KINDS:
         raise UserError(f"--predictions={path}: the name must end in {', '.join(_KINDS[:-1])} or {_KINDS[-1]}")
     if path.suffix == ".parquet" and not importlib.util.find_spec("pyarrow"):
         raise UserError(f"--predictions={path}: Parquet needs pyarrow, which is not installed; name a .csv or .jsonl")
+    if not path.parent.is_dir():
+        raise UserError(f"--predictions={path}: the directory {str(path.parent)!r} does not exist; create it first")
 
 
 def origin(config: ConfigDict, step: int, params_sha256: str, name: str, fingerprint: str) -> str:

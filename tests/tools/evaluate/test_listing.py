@@ -67,6 +67,8 @@ def test_what_is_written_is_read_back(tmp_path, table, kind):
 def test_other_files_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--predictions=.*x.txt: the name must end in .csv, .jsonl or .parquet"):
         listing.check(tmp_path / "x.txt")
+    with pytest.raises(UserError, match=r"--predictions=.*x.csv: the directory '.*/no' does not exist; create it"):
+        listing.check(tmp_path / "no" / "x.csv")
     monkeypatch.setattr(listing.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="Parquet needs pyarrow, which is not installed"):
         listing.check(tmp_path / "x.parquet")
