@@ -192,11 +192,12 @@ def occlusion(
 
     - `predict` returns the probabilities f32[b, classes] of images uint8[b, h, w, c].
     - `images` are uint8[n, h, w, c], `labels` int[n].
-    - `window` is the side of the square in pixels (default: a seventh of the image's shorter side).
+    - `window` is the side of the square in pixels (default: a seventh of the image's shorter side, at least
+      2 if that fits).
     - `size` bounds the batch of a call of `predict`, which may mix occlusions of several images.
     """
     n, h, w = images.shape[:3]
-    window = window or max(2, round(min(h, w) / 7))
+    window = window or min(max(2, round(min(h, w) / 7)), h, w)
     if not 1 <= window <= min(h, w):
         raise UserError(f"--window={window}: must be 1 to {min(h, w)}, because the network's input is {h} x {w} pixels")
     corners = list(itertools.product(_starts(h, window), _starts(w, window)))
