@@ -37,8 +37,8 @@ def report(
     `examples`, `clean`, `corruptions` with `severities` and `mean` of each, and `mean_corruption_accuracy`; and which
     of the fifteen corruptions are `left_out`.
 
-    `names` and `photographs` are those of `chosen_corruptions.parse`. Raises UserError for images that are neither
-    grayscale nor RGB.
+    `names` and `photographs` are those of `chosen_corruptions.parse`. Raises UserError, before evaluating, for
+    images that are neither grayscale nor RGB or too small for one of the corruptions.
     """
     programs, state, step = model
     results: JsonObject = {"step": step}

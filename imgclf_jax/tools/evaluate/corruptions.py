@@ -59,7 +59,7 @@ def make_tables(
     """Returns the tables of a corruption at a severity, for images of `shape` (h, w, c), as NumPy arrays.
 
     `photographs`, needed for `frost` only, come from `frost.read`. Raises UserError for an unknown name or severity,
-    for images that are neither grayscale nor RGB, and for `frost` without photographs.
+    for images that are neither grayscale nor RGB or too small for the corruption, and for `frost` without photographs.
     """
     if name not in CORRUPTIONS:
         raise UserError(unknown("corruption", name, CORRUPTIONS))
@@ -68,6 +68,14 @@ def make_tables(
     h, w, c = shape
     if c not in (1, 3):
         raise UserError(f"corruptions need grayscale or RGB images, but these have {c} channels")
+    if name == "elastic_transform" and min(h, w) < 3:  # it moves points a third of the side from the center
+        raise UserError(
+            f"{name} needs at least 3 pixels a side, but these images have {h} x {w}; name other corruptions"
+        )
+    if name == "fog" and max(h, w) < 2:  # the plasma of one pixel has no range to scale to
+        raise UserError(
+            f"{name} needs at least 2 pixels on one side, but these images have 1 x 1; name other corruptions"
+        )
     corruption = CORRUPTIONS[name]
     small = min(h, w) < _SMALL
     constants = corruption.constants[small]

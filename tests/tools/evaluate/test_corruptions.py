@@ -205,6 +205,24 @@ def test_wrong_names_severities_and_channels_are_told():
             corruptions.corrupt(name, jnp.zeros((1, 16, 16, channels), jnp.uint8), severity, jnp.arange(1))
 
 
+@pytest.mark.parametrize(("name", "shape", "said"), [
+    ("elastic_transform", (2, 9, 1), "elastic_transform needs at least 3 pixels a side, but these images have 2 x 9"),
+    ("elastic_transform", (9, 1, 3), "elastic_transform needs at least 3 pixels a side, but these images have 9 x 1"),
+    ("fog", (1, 1, 1), "fog needs at least 2 pixels on one side, but these images have 1 x 1"),
+])  # fmt: skip
+def test_images_that_are_too_small_are_told(name, shape, said):
+    """They were black, and counted as corrupted: the published formulas divide zero by zero."""
+    with pytest.raises(UserError, match=said):
+        corruptions.make_tables(name, 1, shape)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("name", "shape"), [("elastic_transform", (3, 4, 1)), ("fog", (1, 2, 1))])
+def test_the_smallest_images_are_not_black(name, shape):
+    images = jnp.full((4, *shape), 200, jnp.uint8)
+    assert np.asarray(corruptions.corrupt(name, images, 1, jnp.arange(4))).max() > 100
+
+
 def test_all_fifteen():
     """Those of the paper, in its order."""
     paper = """gaussian_noise shot_noise impulse_noise defocus_blur glass_blur motion_blur zoom_blur snow frost fog
