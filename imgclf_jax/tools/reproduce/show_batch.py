@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from imgclf_jax.core import places, sharding, spec
+from imgclf_jax.augment.pixels import denormalize
+from imgclf_jax.core import places, sharding
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import printable
 from imgclf_jax.core.typing import JsonObject
@@ -144,23 +145,15 @@ def _label_lines(example: JsonObject, task: Task) -> list[str]:
 def visible(images: np.ndarray, augment: str) -> tuple[np.ndarray, str]:
     """Converts images [b, h, w, c], uint8 or float, to viewable uint8; also returns a description.
 
-    Undoes the `normalize` of the spec `augment`. With a user's own op of unknown scale, the smallest value becomes
-    black, and the largest white.
+    Undoes the `normalize` of the spec `augment`. Where a user's own op leaves 0 to 1, the smallest value becomes black,
+    and the largest white.
     """
     if images.dtype == np.uint8:
         return images, "0 to 255, as the host ops return them"
-    calls = [call for call in spec.parse(augment) if call.name == "normalize"]
-    own = any(":" in call.name for call in spec.parse(augment))
-    if len(calls) > 1 or own:
-        low, high = float(images.min()), float(images.max())
-        shown = (images - low) / max(high - low, 1e-12)
-        return np.rint(255 * shown).astype(np.uint8), f"{low:.4g} is shown black, {high:.4g} white"
-    given = dict(zip(("mean", "std"), calls[0].args, strict=False)) | calls[0].kwargs if calls else {}
-    mean, std = (np.asarray(given.get(name, default), np.float32) for name, default in (("mean", 0.0), ("std", 1.0)))
-    scaled = images * std + mean
-    outside = float(np.mean((scaled < -1e-3) | (scaled > 1 + 1e-3)))
-    how = f"denormalized by x * {std.tolist()} + {mean.tolist()}; " if given else ""
-    how += "0 is shown black, 1 white"
+    values, (low, high), formula = denormalize(images, augment)
+    outside = float(np.mean((values < low - 1e-3) | (values > high + 1e-3)))
+    how = f"denormalized by {formula}; " if formula else ""
+    how += f"{low:.4g} is shown black, {high:.4g} white"
     if outside:
         how += f", and {outside:.1%} of the values are clipped"
-    return np.rint(255 * scaled.clip(0, 1)).astype(np.uint8), how
+    return np.rint(255 * ((values - low) / (high - low)).clip(0, 1)).astype(np.uint8), how

@@ -245,7 +245,14 @@ def test_a_run_without_augmentation_has_no_draws():
 
 
 @pytest.mark.parametrize(
-    "text", ["normalize", "normalize(0.5, 0.25)", "normalize((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))", ""]
+    "text",
+    [
+        "normalize",
+        "normalize(0.5, 0.25)",
+        "normalize((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))",
+        "",
+        "normalize(0.5, 0.25)|normalize(0.1, std=0.2)",
+    ],
 )
 def test_pixels_are_those_before_normalization(text):
     images = np.random.default_rng(0).integers(256, size=(2, 4, 5, 3), dtype=np.uint8)
@@ -258,6 +265,15 @@ def test_values_of_any_range_are_stretched():
     pixels, stretched = to_pixels(np.array([-2.0, 0.0, 2.0], np.float32).reshape(1, 3, 1, 1), "my_ops:own")
     assert pixels.ravel().tolist() == [0.0, 0.5, 1.0]
     assert stretched
+
+
+def test_an_own_op_after_normalize_is_stretched_only_beyond_the_range():
+    """Values beyond 0 to 1 were clipped, though only the op knows its range."""
+    text = "normalize(0.5, 0.25)|my_ops:own"
+    pixels, stretched = to_pixels(np.array([-4.0, 0.0, 4.0], np.float32).reshape(1, 3, 1, 1), text)
+    assert (pixels.ravel().tolist(), stretched) == ([0.0, 0.5, 1.0], True)
+    pixels, stretched = to_pixels(np.array([-2.0, 1.0, 2.0], np.float32).reshape(1, 3, 1, 1), text)
+    assert (pixels.ravel().tolist(), stretched) == ([0.0, 0.75, 1.0], False)
 
 
 def test_mistakes_are_those_of_accuracy():
