@@ -224,7 +224,7 @@ def test_a_result_goes_when_its_run_is_trained_again(copy, monkeypatch, capsys):
     assert not (workdir / "result.json").exists()
 
 
-@pytest.mark.parametrize("name", sorted(RESERVED | {"a/b", ""}))
+@pytest.mark.parametrize("name", sorted(RESERVED | {"attack", "a/b", ""}))
 def test_a_set_that_results_have_no_room_for(mistake, whole, tmp_path, monkeypatch, name):
     """`step` replaced the step in result.json, `train` wrote train/accuracy twice, and `a/b` was a traceback."""
     monkeypatch.setattr("imgclf_jax.data.sources.open_data", None)
