@@ -43,18 +43,18 @@ def main(files: Sequence[str], format: str, html: str, test: bool, trust: bool) 
     elif format == "csv":
         _print_csv(groups)
     else:
-        _print_tables(groups, comparisons)
+        _print_tables(groups, comparisons, test)
     if html:
-        write(Path(html), compare_page.page(groups, comparisons, main_metric(groups), damaged))
+        write(Path(html), compare_page.page(groups, comparisons, main_metric(groups), damaged, test))
         log.info("wrote %s", html)
     return 1 if damaged else 0
 
 
-def _print_tables(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> None:
+def _print_tables(groups: Sequence[Group], comparisons: Sequence[Comparison], test: bool) -> None:
     for columns, rows in (compare_tables.results(groups), compare_tables.tests(comparisons)):
         if rows:
             terminal.print_table(columns, rows)
-    for line in compare_tables.notes(groups, comparisons):
+    for line in compare_tables.notes(groups, comparisons, test):
         terminal.print_text(line)
     columns, rows = compare_tables.unfinished(groups)
     if rows:

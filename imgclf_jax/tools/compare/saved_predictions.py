@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 import logging
+import math
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -184,7 +185,8 @@ def _parse_rows(rows: Iterable[JsonMapping], origins: Mapping[str, str]) -> dict
 def _label(row: JsonMapping) -> str:
     if "label" in row:
         return str(row["label"])
-    return _format_target([float(value) for name, value in row.items() if name.startswith("target[")])
+    targets = [value for name, value in row.items() if name.startswith("target[")]
+    return _format_target(math.nan if value is None else float(value) for value in targets)  # JSON has null for NaN
 
 
 def _escaped(names: Iterable[str]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -108,6 +109,11 @@ def write(path: Path, table: Sequence[JsonMapping]) -> None:
             writer.writeheader()
             writer.writerows(table)
         else:
-            text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
+            text.writelines(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in table)
         with places.replacing(path) as temporary:
             temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
+
+
+def _finite(row: JsonMapping) -> JsonObject:
+    """Replaces NaN and infinity, which JSON does not have, by null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

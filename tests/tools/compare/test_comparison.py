@@ -291,6 +291,31 @@ def test_damaged_predictions_are_left_out(tmp_path, write, capsys):
     assert "add --test" in out
 
 
+@pytest.mark.parametrize("test", [False, True])
+def test_why_there_are_no_paired_tests(tmp_path, write, capsys, test):
+    """Saved predictions may have other examples, and who has passed --test cannot add it."""
+    right = np.arange(400) % 10 < 9
+    for name, labels in (("a", None), ("b", np.zeros(400, int))):
+        predictions(write(name, 0.9, batch_size=16 if name == "a" else 32), right, labels=labels)
+    assert launch.main(["compare", str(tmp_path), *["--test"] * test, f"--html={tmp_path}/page.html"]) == 0
+    for text in (capsys.readouterr().out, (tmp_path / "page.html").read_text()):
+        assert "no group has predictions that can be paired with those of the best" in " ".join(text.split())
+        assert "no saved predictions" not in text
+        assert ("add --test" in text) == (not test)
+
+
+def test_predictions_of_nan_are_read_back(tmp_path, write):
+    """The listing has null for NaN, which is no number of JSON."""
+    run = record.read(write("a", metrics={"accuracy": 0.0, "exact_match": 0.0}))
+    (origin,) = saved_predictions._origins(run).values()
+    nan = np.full((400, 1), np.nan)
+    rows = listing.target_rows("test", ["x"] * 400, nan, nan, ["t"], np.zeros(400, bool), 10, origin)
+    listing.write(run.workdir.path / "predictions.jsonl", list(rows))
+    saved = saved_predictions.load(run)["test"]
+    assert saved.labels == ("nan",) * 400
+    assert np.isnan(saved.outputs).all()
+
+
 def test_predictions_that_do_not_score_what_the_result_says(tmp_path, write, capsys):
     """Half of them flipped by hand: their origin is still that of the run, but not their accuracy."""
     right = np.arange(400) % 10 < 9

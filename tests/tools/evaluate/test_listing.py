@@ -64,6 +64,14 @@ def test_what_is_written_is_read_back(tmp_path, table, kind):
     assert [f.name for f in tmp_path.iterdir()] == [file.name]
 
 
+def test_a_model_that_predicts_nan_is_written_as_json(tmp_path):
+    """JSON has no NaN, which strict readers refuse: it is null, as in --format=json."""
+    file = tmp_path / "predictions.jsonl"
+    listing.write(file, list(listing.rows("test", ["a"], LABELS[:1], np.full((1, 3), np.nan), CLASSES, 1)))
+    (line,) = file.read_text(encoding="utf-8").splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["probability_1"] is None
+
+
 def test_other_files_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--predictions=.*x.txt: the name must end in .csv, .jsonl or .parquet"):
         listing.check(tmp_path / "x.txt")
