@@ -4,6 +4,7 @@ Whole-set metrics, such as AUC, need all labels and probabilities of an evaluati
 float64. In multi-label classification and regression, so is everything but the loss and the likelihood.
 """
 
+import difflib
 import functools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -379,26 +380,34 @@ def _call_with(metric: Callable[..., float], *fields: str) -> WholeSetMetric:
 
 
 def parse_best(
-    text: str, classes: int = 6, task: Task | None = None, own: Collection[str] = (), predicts: bool = True,
+    text: str, outputs: Sequence[str] = (), task: Task | None = None, own: Collection[str] = (), predicts: bool = True,
     key: str = "checkpoint.best",
 ) -> tuple[str, float]:  # fmt: skip
     """Returns the metric that `text` of a config's `key` names, and 1.0 if its greatest value is best, else -1.0.
 
     For example ("test/my_error", -1.0) for "min:test/my_error". `own` are the whole-set metrics and those of the
-    method; a run without `predicts` has no others. Raises UserError for a metric of unknown direction, one that needs
-    more classes and, given a `task`, one that the task does not report.
+    method; a run without `predicts` has no others. Raises UserError for a metric of unknown direction and, given a
+    `task` and the names of its classes or `outputs`, for one that evaluation does not report.
     """
     match = re.fullmatch(r"(?:(min|max):)?(.*)", text, re.DOTALL)
     assert match
     name = match[2]
     kind = name.partition("/")[2]
     reported = ("loss", *(() if task is Task.REGRESSION else ("nll",)), *REPORTED[task]) if task and predicts else ()
-    if task and kind.partition("[")[0] not in (known := (*reported, *filter(None, own))):
+    of_outputs = REPORTED[Task.REGRESSION] if task is Task.REGRESSION and predicts and len(outputs) > 1 else ()
+    known = dict.fromkeys((*reported, *filter(None, own)))
+    each = [f"{score}[{output}]" for output in outputs for score in of_outputs]
+    if task and kind not in (*known, *each):
         run = TASK_NAMES[task] if predicts else "a method that trains no head"
-        fix = f"it has {', '.join(dict.fromkeys(known))}" if known else "it has no metric, so leave this empty"
+        near = difflib.get_close_matches(kind, each, 1) if "[" in kind else ()
+        fix = f"did you mean {near[0]!r}? " if near else ""
+        fix += f"it has {', '.join(known)}" if known else "it has no metric, so leave this empty"
+        if each:
+            names = ", ".join(f"{score}[NAME]" for score in of_outputs)
+            fix += f", and {names} for NAME {', '.join([*outputs[:10], '…'][: len(outputs)])}"
         raise UserError(f"{key}={text!r}: a run with {run} has no {kind}; {fix}")
-    if name.endswith("/top5") and classes <= 5:
-        raise UserError(f"{key}={text!r}: top5 needs six classes or more, and the data have {classes}; name "
+    if task and kind == "top5" and len(outputs) <= 5:
+        raise UserError(f"{key}={text!r}: top5 needs six classes or more, and the data have {len(outputs)}; name "
                         "another metric")  # fmt: skip
     directions = BEST if task is Task.CLASSES else BEST | TARGET_METRICS
     direction = match[1] or directions.get(kind.partition("[")[0])

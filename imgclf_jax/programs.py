@@ -456,7 +456,7 @@ class Programs:
             own = [*recipe.whole_set_metrics]
             if recipe.method.evaluate:
                 own += metrics.own_names(self.eval_step.out_info[0])
-            metrics.parse_best(text, len(recipe.data.class_names), recipe.task, own, recipe.method.predicts, key)
+            metrics.parse_best(text, recipe.data.class_names, recipe.task, own, recipe.method.predicts, key)
 
     @property
     def _evaluates_forward(self) -> bool:

@@ -1,6 +1,7 @@
 """Metrics of batches and of whole sets, against scikit-learn, and through evaluation's padded batches."""
 
 import json
+import re
 import sys
 import types
 
@@ -23,6 +24,7 @@ import launch
 from imgclf_jax import losses, metrics
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.data import sources
+from imgclf_jax.losses import Task
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.scores import classification as scores
 from imgclf_jax.tools.evaluate import listing
@@ -139,6 +141,39 @@ def test_every_metric_says_which_value_is_best():
     for name in ("error", "brier_loss", "calibration_error"):
         with pytest.raises(UserError, match=f"write 'min:val/{name}' if the smallest .* 'max:val/{name}'"):
             metrics.parse_best(f"val/{name}")
+
+
+@pytest.mark.parametrize(("task", "outputs"), [
+    (Task.REGRESSION, ("ink", "brightness")), (Task.REGRESSION, ("ink",)), (Task.MULTILABEL, ("ink", "brightness")),
+    (Task.SOFT, ("ink", "brightness")), (Task.CLASSES, ("ink", "brightness")),
+])  # fmt: skip
+def test_a_metric_of_one_output_is_best_if_evaluation_reports_it(task, outputs):
+    """A misspelled output kept no checkpoint, and with `stop` ended the run in a traceback."""
+    reported = metrics.BEST.keys() | metrics.TARGET_METRICS
+    if task in (Task.REGRESSION, Task.MULTILABEL):
+        values = np.eye(2, len(outputs), dtype=np.float32)
+        predictions = metrics.TargetPredictions(values, values, values)
+        reported = metrics.summarize({"examples": 2}, predictions, metrics.build_whole_set("", task, outputs)).keys()
+    ends = [f"[{output}]" for output in ("ink", "brightness", "brightnes", "", "ink]", "cat")] + ["[ink", "[]]"]
+    kinds = [kind + end for kind in metrics.BEST | metrics.TARGET_METRICS for end in ends]
+    assert len(reported & set(kinds)) == (6 if (task, len(outputs)) == (Task.REGRESSION, 2) else 0)
+    for kind in kinds:
+        for direction in ("", "min:"):
+            if kind in reported:
+                sign = -1.0 if direction else {"r2": 1.0, "mae": -1.0, "rmse": -1.0}[kind.partition("[")[0]]
+                assert metrics.parse_best(f"{direction}val/{kind}", outputs, task) == (f"val/{kind}", sign)
+            else:
+                with pytest.raises(UserError, match=rf"stop=.*has no {re.escape(kind)}; .*it has loss, "):
+                    metrics.parse_best(f"{direction}val/{kind}", outputs, task, key="stop")
+
+
+def test_a_misspelled_output_is_told_the_nearest_one():
+    with pytest.raises(UserError) as e:
+        metrics.parse_best("val/mae[brightnes]", ("ink", "brightness"), Task.REGRESSION)
+    assert str(e.value) == (
+        "checkpoint.best='val/mae[brightnes]': a run with a regression has no mae[brightnes]; did you mean "
+        "'mae[brightness]'? it has loss, r2, mae, rmse, and r2[NAME], mae[NAME], rmse[NAME] for NAME ink, brightness"
+    )
 
 
 def test_a_run_asks_for_the_direction_before_data_are_opened(tmp_path, monkeypatch, capsys):
