@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from imgclf_jax.core import kinds, rng, spec
 from imgclf_jax.core.errors import UserError, reason, unknown
@@ -257,6 +257,33 @@ def size_check(preprocess: str) -> Callable[[int, int], None]:
                 return  # a mistake in the spec, which the first image reveals
 
     return check
+
+
+def possible_sizes(preprocess: str, height: int, width: int) -> set[resizing.Size]:
+    """The sizes in which `decode`, the first op of a spec, may return an image that has this one in its header.
+
+    EXIF may rotate it, and `draft` reduces JPEG images.
+    """
+    draft = _bind(spec.parse(preprocess)[0]).keywords.get("draft", 0)
+    scale = min(height, width) // draft if type(draft) is int and draft > 0 else 1
+    divisor = next((d for d in (8, 4, 2) if d <= scale), 1)
+    sizes = {(height, width), (-(-height // divisor), -(-width // divisor))}
+    return sizes | {size[::-1] for size in sizes}
+
+
+def decoded_size(preprocess: str, data: bytes) -> resizing.Size:
+    """The height and width in which `decode`, the first op of a spec, returns an image; of JPEG by the header alone."""
+    op = _bind(spec.parse(preprocess)[0])
+    picture, draft = _open(data, op.keywords.get("formats", FORMATS)), op.keywords.get("draft", 0)
+    if picture.format not in ("JPEG", "MPO"):
+        return np.asarray(op(data)).shape[:2]
+    try:
+        if draft:
+            picture.draft(None, (draft, draft))
+        rotated = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception as e:  # of damaged EXIF, of many types
+        raise _undecodable(e) from e
+    return picture.size if rotated else picture.size[::-1]
 
 
 def decoder(preprocess: str) -> Callable[[bytes], np.ndarray]:

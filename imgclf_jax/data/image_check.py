@@ -86,31 +86,30 @@ def check(
 
 def _refused(root: Path, sizes: Mapping[str, tuple[int, int]], host_ops: tuple[str, ...]) -> dict[str, str]:
     """Returns {name: reason} of the images that one of the specs refuses for their size; `sizes` are the headers'."""
-    checks = [decode_ops.size_check(text) for text in host_ops]
+    checks = {text: decode_ops.size_check(text) for text in host_ops}
 
-    def refused(size: tuple[int, int]) -> bool:
+    def may_be_refused(size: tuple[int, int]) -> bool:
         try:
-            for check_size in checks:
-                check_size(*size)
-                check_size(*size[::-1])  # EXIF may rotate it
+            for text, check_size in checks.items():
+                for possible in decode_ops.possible_sizes(text, *size):
+                    check_size(*possible)
         except UserError:
             return True
         return False
 
-    suspects = {size for size in set(sizes.values()) if refused(size)}
+    suspects = {size for size in set(sizes.values()) if may_be_refused(size)}
     reasons = {}
     for name, size in sizes.items():
-        if size in suspects and (reason := _refusal(root / name, host_ops)):
+        if size in suspects and (reason := _refusal(root / name, host_ops, decode_ops.decoded_size)):
             reasons[name] = reason
     return reasons
 
 
-def _refusal(file: Path, host_ops: tuple[str, ...]) -> str:
-    """Why one of the specs refuses the decoded image for its size; "" if none does."""
+def _refusal(file: Path, host_ops: tuple[str, ...], size_of: Callable[[str, bytes], tuple[int, int]]) -> str:
+    """Why one of the specs refuses the image for its size, `size_of(spec, data)` after `decode`; "" if none does."""
     try:
         for text in host_ops:
-            height, width, _ = decode_ops.decoder(text)(read_file(file)).shape
-            decode_ops.size_check(text)(height, width)
+            decode_ops.size_check(text)(*size_of(text, read_file(file)))
     except OSError as e:
         return e.strerror or str(e)
     except UserError as e:
@@ -125,7 +124,7 @@ def identity(folder: Path) -> str:
 
 def readable(file: Path, host_ops: str) -> bool:
     """Whether the image file can be read and decoded, and no host op refuses it for its size."""
-    return not _refusal(file, (host_ops,))
+    return not _refusal(file, (host_ops,), lambda text, data: decode_ops.decoder(text)(data).shape[:2])
 
 
 def write_list(name: str, reasons: Mapping[str, str]) -> Path | None:

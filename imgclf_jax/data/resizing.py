@@ -1,7 +1,7 @@
 """Host ops that crop and resize uint8[h, w, c] to uint8[h', w', c] by Pillow.
 
-Each op computes its output size and refuses one that needs too much memory before allocating it: see `memory`. `SIZES`
-can thus tell from an image's header what the ops would refuse.
+Each op computes its output size, and refuses an image that is too small for it, or a size that needs too much memory,
+before allocating it: see `memory`. `SIZES` can thus tell from an image's header what the ops would refuse.
 """
 
 import math
@@ -91,13 +91,19 @@ def central_crop(image: np.ndarray, height: int, width: int = 0, like: str = "te
     An odd margin has its smaller half above and left. With `like="torchvision"`, half the margin is rounded to even.
     """
     h, w = image.shape[:2]
-    width = width or height
-    if height > h or width > w:
-        raise UserError(f"central_crop({height}, {width}): the image has only {h} by {w} pixels; resize it first")
+    height, width = centrally_cropped((h, w), height, width)
     top, left = (h - height) // 2, (w - width) // 2
     if _as_torchvision(like):
         top, left = round((h - height) / 2), round((w - width) / 2)
     return image[top : top + height, left : left + width]
+
+
+def centrally_cropped(old: Size, height: int, width: int = 0, **_: object) -> Size:
+    """The output size of `central_crop`. Raises UserError if the image is smaller."""
+    (h, w), width = old, width or height
+    if height > h or width > w:
+        raise UserError(f"central_crop({height}, {width}): the image has only {h} by {w} pixels; resize it first")
+    return height, width
 
 
 def _as_torchvision(like: str) -> bool:
@@ -132,7 +138,7 @@ def random_resized_crop(
 
 
 def _fixed(old: Size, height: int, width: int = 0, **_: object) -> Size:
-    """The output size of a crop; its own memory depends on its draw."""
+    """The output size of a random crop, which fits any image; its own memory depends on its draw."""
     return height, width or height
 
 
@@ -140,7 +146,7 @@ def _fixed(old: Size, height: int, width: int = 0, **_: object) -> Size:
 SIZES: Mapping[str, Callable[..., Size]] = {
     "resize": resized,
     "resize_small": resized_small,
-    "central_crop": _fixed,
+    "central_crop": centrally_cropped,
     "random_resized_crop": _fixed,
     "inception_crop": _fixed,
 }

@@ -189,7 +189,7 @@ def test_damage_in_the_middle_is_named_in_training_and_left_out_by_skip(flat, bi
 def test_an_op_that_fails_on_a_good_file_is_not_the_file_s_fault(flat):
     images = folder(str(flat))["train"]
     with pytest.raises(UserError) as e:
-        stream.Images(images, "decode(3)|central_crop(99)")
+        stream.Images(images, "decode(3)|resize(8, method='x')")
     assert "skip" not in str(e.value)
 
 
@@ -266,6 +266,49 @@ def test_an_image_that_the_host_ops_refuse_for_its_size_is_named_at_the_start(fl
     config.data.unreadable = "skip"
     source = sources.open_data(config)["train"]
     assert (len(source), source.left_out) == (12, (str(flat / "cat" / "long.png"),))
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_an_image_that_is_too_small_to_crop_is_named_at_the_start(flat, request, many):
+    """It ended a run midway, where `data.unreadable=skip` could not help. EXIF may turn an image."""
+    if many:
+        request.getfixturevalue("big")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    tall = Image.fromarray(np.zeros((8, 5, 3), np.uint8))
+    tall.save(flat / "cat" / "tall.jpg")
+    tall.save(flat / "cat" / "turned.jpg", exif=turned)
+    tall.save(flat / "cat" / "turned.png", exif=turned)
+    write(flat / "dog" / "low.png", 0, (4, 6))
+    for ops, small in {
+        "central_crop(4, 5)": [],
+        "central_crop(5, 6)": ["cat/tall.jpg", "dog/low.png"],
+        "central_crop(6, 5)": ["cat/turned.jpg", "cat/turned.png", "dog/low.png"],
+        "resize_small(6)|central_crop(6)": [],
+    }.items():
+        if small:
+            with pytest.raises(UserError) as e:
+                folder(str(flat), host_ops=(f"decode(3)|{ops}",))
+            assert re.findall(r"(\w+/\w+\.\w+) \(central_crop", str(e.value)) == small
+        source = folder(str(flat), host_ops=(f"decode(3)|{ops}",), unreadable="skip")["train"]
+        assert list(source.left_out) == [str(flat / name) for name in small]
+    with pytest.raises(UserError, match=r"/0.png \(central_crop\(5, 5\): the image has only 4 by 6 pixels; resize it"):
+        folder(str(flat), host_ops=("decode(3)|central_crop(4, 6)|central_crop(5)",))
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_an_image_that_draft_makes_too_small_to_crop_is_named_at_the_start(tmp_path, request, many):
+    if many:
+        request.getfixturevalue("big")
+    write(tmp_path / "cat/to_8_by_6.jpg", 0, (16, 12))
+    write(tmp_path / "cat/to_9_by_12.jpg", 0, (18, 24))
+    write(tmp_path / "dog/as_it_is.png", 0, (16, 12))
+    folder(str(tmp_path), host_ops=("decode(3)|central_crop(9, 6)", "decode(3, draft=6)|central_crop(8, 6)"))
+    with pytest.raises(UserError) as e:
+        folder(str(tmp_path), host_ops=("decode(3, draft=6)|central_crop(9, 6)",))
+    assert re.findall(r"(\w+/\w+\.\w+) (\(.*?\))", str(e.value).replace("(9, 6)", "")) == [
+        ("cat/to_8_by_6.jpg", "(central_crop: the image has only 8 by 6 pixels; resize it first)")
+    ]
 
 
 def test_formats_that_the_host_ops_name(flat):
