@@ -16,7 +16,7 @@ import numpy as np
 from imgclf_jax import config as configs
 from imgclf_jax.core import rng, spec
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.core.typing import Function
+from imgclf_jax.core.typing import Function, Value
 from imgclf_jax.data import sources
 from imgclf_jax.data.arrays import load_array
 
@@ -160,7 +160,7 @@ def weighted(context: Context, by: str = "") -> Sampler:
     `by` is a .npy or .npz file with a weight per example, or a column of the source; by default the source's weights.
     An epoch of the stream has as many positions as examples.
     """
-    weights, what = _numbers(context, by)
+    weights, what = _numbers(context, by, "by")
     if (weights < 0).any():
         i = int(np.argmax(weights < 0))
         name = sources.example_name(context.source, i)
@@ -202,16 +202,16 @@ def curriculum(
     of each example. Stage s = 0, 1, … draws from the ceil(start * increase**s * n) easiest examples, in exact
     permutations, and lasts for the duration `every`. The first stage with all n examples is the last, and never ends.
     """
-    if not 0 < start <= 1 or not 1 < increase < np.inf:
+    if not (_is_number(start) and 0 < start <= 1 and _is_number(increase) and 1 < increase < np.inf):
         raise UserError(f"start={start!r} must be above 0 and at most 1, and increase={increase!r} above 1")
-    values, _ = _numbers(context, scores)
+    values, _ = _numbers(context, scores, "scores")
     order, n = np.argsort(values, kind="stable"), context.n
     steps = configs.period(str(every), "every", n, context.batch_size)
     if steps is None:
         raise UserError("every='' must be a duration, such as '1 epochs' or '100 steps'")
     length, stages = max(1, math.ceil(steps * context.batch_size)), [0]
     while stages[-1] < n:
-        stages.append(min(n, math.ceil(start * increase ** (len(stages) - 1) * n)))
+        stages.append(math.ceil(min(n, start * increase ** (len(stages) - 1) * n)))  # which may be infinite
     sizes = np.array(stages[1:])
 
     def ids(seed: int, positions: np.ndarray) -> np.ndarray:
@@ -231,6 +231,7 @@ def curriculum(
 
 def subset(context: Context, ids: str) -> Sampler:
     """The examples whose ids are in a .npy or .npz file, each exactly once per epoch of the stream."""
+    _check_text("ids", ids, "a .npy or .npz file")
     chosen, n = load_array(ids, ("ids",)), context.n
     if chosen.ndim != 1 or not chosen.size or chosen.dtype.kind not in "iu":
         raise UserError(f"{ids} holds {chosen.dtype}{list(chosen.shape)}; expected whole numbers [m], m above 0")
@@ -307,8 +308,22 @@ def _user_sampler(function: Function, n: int, where: str) -> Sampler:
     return Sampler(ids, int(epoch))
 
 
-def _numbers(context: Context, by: str) -> tuple[np.ndarray, str]:
-    """Returns (f64[n], a number per example; their name in errors). Raises UserError for NaN and infinity."""
+def _is_number(value: Value) -> bool:
+    return isinstance(value, int | float)
+
+
+def _check_text(argument: str, value: Value, what: str) -> None:
+    """Raises UserError unless an argument of a sampling is text, the name of `what`."""
+    if not isinstance(value, str):
+        raise UserError(f"{argument}={value!r} must be text, the name of {what}")
+
+
+def _numbers(context: Context, by: str, argument: str) -> tuple[np.ndarray, str]:
+    """Returns (f64[n], a number per example; their name in errors), of the `argument` with the value `by`.
+
+    Raises UserError for NaN and infinity.
+    """
+    _check_text(argument, by, "a .npy or .npz file or of a column")
     if by.endswith((".npy", ".npz")):
         values, what = load_array(by, ("weights", "scores")), by
     else:

@@ -190,6 +190,13 @@ def test_the_curriculum_is_the_fixed_exponential_pacing(files):
     np.testing.assert_array_equal(np.sort(last[N : 2 * N]), np.arange(N))
 
 
+def test_a_curriculum_may_go_on_to_all_examples_at_once(files):
+    """Their product is infinite in float64, which ended in a traceback."""
+    ids = build("curriculum('F/scores.npz', start=0.1, increase=1e308, every='12 examples')", files).ids
+    np.testing.assert_array_equal(np.sort(ids(2, np.arange(12)).reshape(2, 6)), np.tile(np.arange(54, 60), (2, 1)))
+    np.testing.assert_array_equal(np.sort(ids(2, np.arange(12, 72))), np.arange(60))
+
+
 @pytest.mark.parametrize("text", [t for t in SPECS if ":" not in t])
 def test_what_is_expected_is_what_comes(files, text):
     sampler = build(text, files)
@@ -296,6 +303,14 @@ def changed(i, value):
     ("curriculum('F', increase=1)", WEIGHTS, "increase=1 above 1"),
     ("curriculum('F', every='')", WEIGHTS, "every='' must be a duration"),
     ("curriculum('F', every='10%')", WEIGHTS, "every='10%' is not a duration"),
+    ("curriculum('F', start='a')", WEIGHTS, "start='a' must be above 0 and at most 1"),
+    ("curriculum('F', increase=None)", WEIGHTS, "increase=None above 1"),
+    ("curriculum(3)", None, "scores=3 must be text, the name of a .npy or .npz file or of a column"),
+    ("weighted(3)", None, "by=3 must be text, the name of a .npy or .npz file or of a column"),
+    ("weighted(None)", None, "by=None must be text"),
+    ("weighted(('a', 'b'))", None, "by=('a', 'b') must be text"),
+    ("subset(3)", None, "ids=3 must be text, the name of a .npy or .npz file"),
+    ("subset([0, 1, 2])", None, "ids=[0, 1, 2] must be text, the name of a .npy or .npz file"),
     (f"{__name__}:floats", None, "returns float64[128] for 128 positions; return a whole number for each"),
     (f"{__name__}:too_large", None, "returns the id 60 at position 60, but the split has 60 examples, 0 to 59"),
     (f"{__name__}:by_batch", None, "an id must depend only on the key and its position"),
