@@ -160,6 +160,8 @@ def test_a_config_file_that_raises(mistake, tmp_path):
     ("data.source=folder(3)", ["data.source='folder(3)' fails: "]),
     ("data.source=fake(8, 3)", ["fake(shape=3): shape must be (height, width, channels)"]),
     ("data.source=folder('nowhere')", ["no directory 'nowhere'", "working directory"]),
+    ("data.source=folder('~no-such-user/x')", ["'~no-such-user/x'", "no home directory '~no-such-user'"]),
+    ("init_from=~no-such-user/run", ["'~no-such-user/run'", "no home directory '~no-such-user'"]),
     ("data.sampling=weighted(3)", ["data.sampling='weighted(3)': by=3 must be text"]),
     ("data.source=arrays('nowhere.npz')", ["cannot read 'nowhere.npz'"]),
     ("data.train=trian", ["unknown split 'trian'", "did you mean 'train'?", "allowed: test, train"]),

@@ -45,6 +45,17 @@ def as_path(text: str) -> Path:
     return cast(Path, epath.Path(text))
 
 
+def expand_user(text: str) -> Path:
+    """`as_path` with `~` and `~NAME` replaced by home directories. Raises UserError also for an unknown user."""
+    path = as_path(text)
+    try:
+        return path.expanduser()
+    except RuntimeError as e:
+        user, own = path.parts[0], f"~/{str(path)[1:]}"
+        fix = "" if user == "~" else f"{own!r} for a path in your own, or "
+        raise UserError(f"{text!r}: this system knows no home directory {user!r}; write {fix}the whole path") from e
+
+
 def in_bucket(path: Path) -> bool:
     """Whether a path is in a bucket."""
     return str(path).startswith(tuple(f"{scheme}://" for scheme in _DRIVERS))

@@ -83,9 +83,9 @@ def arrays(path: str) -> dict[str, ArraySource]:
     A file in a bucket is first copied to the local disk. Raises UserError for a file that is damaged, of another kind,
     too large for the machine, or that unpacks to more than 1 GiB and more than 100 times its length.
     """
-    file = places.as_path(path)
+    file = places.expand_user(path)
     try:
-        file = _local_copy(file) if places.in_bucket(file) else file.expanduser()
+        file = _local_copy(file) if places.in_bucket(file) else file
         if not file.is_file():
             raise OSError("it is not a regular file" if file.exists() else f"no such file (in {Path.cwd()})")
         with archive.open_checked(file) as content:
@@ -101,7 +101,7 @@ def load_array(path: str, names: tuple[str, ...]) -> np.ndarray:
 
     Raises UserError for a file that is missing, damaged, or larger than memory.
     """
-    file = places.as_path(path).expanduser()
+    file = places.expand_user(path)
     try:
         memory.require(places.size(file), path)
         if file.suffix == ".npy":

@@ -43,7 +43,7 @@ def folder(
     """
     if unreadable not in ("error", "skip"):
         raise UserError(unknown("value of unreadable", unreadable, ("error", "skip")))
-    root = places.as_path(path).expanduser()
+    root = places.expand_user(path)
     if places.in_bucket(root):
         raise UserError(f"folder: {path!r} is in a bucket, where many small files are slow to read; mount it as a "
                         "folder (gcsfuse, mountpoint-s3), or use arrays(…) or a TFDS data set there")  # fmt: skip

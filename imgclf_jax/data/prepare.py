@@ -62,7 +62,7 @@ def open_tfds(name: str, data_dir: str, manual_dir: str) -> dict[str, TfdsSource
 
     The record avoids importing TFDS, which takes seconds: half of a short run on cached images.
     """
-    identity = repr((name, str(places.as_path(data_dir).expanduser()), _version(name)))
+    identity = repr((name, str(places.expand_user(data_dir)), _version(name)))
     record = cache.folder("tfds") / (hashlib.sha256(identity.encode()).hexdigest()[:32] + ".json")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(record.read_text(encoding="utf-8"))
@@ -148,7 +148,7 @@ def prepare_tfds(name: str, data_dir: str, manual_dir: str) -> tuple[Builder, di
 
 def _builder(name: str, data_dir: str) -> Builder:
     """The TFDS builder of a data set with image and label."""
-    places.as_path(data_dir)  # refuses other addresses, which TFDS would read
+    places.expand_user(data_dir)  # refuses other addresses, which TFDS would read
     _version(name)
     tensorflow_import.tensorflow().result()
     import tensorflow_datasets as tfds

@@ -93,7 +93,7 @@ def table(
     """
     if unreadable not in ("error", "skip"):
         raise UserError(unknown("value of unreadable", unreadable, ("error", "skip")))
-    file_path, base = (places.as_path(text).expanduser() for text in (path, root or "."))
+    file_path, base = (places.expand_user(text) for text in (path, root or "."))
     if places.in_bucket(file_path) or places.in_bucket(base):
         raise UserError(f"table: {path!r} or its root is in a bucket, where many small files are slow to read; mount "
                         "it as a folder (gcsfuse, mountpoint-s3), or use a TFDS data set there")  # fmt: skip

@@ -68,7 +68,7 @@ def initial_warnings(config: ConfigDict, base: Mapping[str, sources.Source]) -> 
     """The `overlap_warnings` of the run that `init_from` names, for the sets of `config`; [] for a file of weights."""
     if not config.init_from:
         return []
-    place = Workdir(places.as_path(config.init_from).expanduser())
+    place = Workdir(places.expand_user(config.init_from))
     try:
         trained = place.load_config() if place.config.is_file() else None
     except UserError:  # whoever reads its weights says what is wrong

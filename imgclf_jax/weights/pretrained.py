@@ -80,7 +80,7 @@ def load(programs: Programs, whole: bool = False) -> Weights:
     including the head's, stays random, and if a run or an exported file says that the head is for other classes.
     """
     config = programs.recipe.config
-    path = places.as_path(config.init_from).expanduser()
+    path = places.expand_user(config.init_from)
     state, replicas = programs.state_shape, programs.recipe.num_seeds > 1
     shapes = {"params": state.params, **state.model_state}
     own = dict(tree.named_leaves(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[replicas:], x.dtype), shapes)))

@@ -3,12 +3,15 @@
 import contextlib
 import resource
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
+from imgclf_jax.data import sources
+from imgclf_jax.data.arrays import load_array
 from imgclf_jax.run import bundle, provenance
 from imgclf_jax.tools.evaluate import listing
 from imgclf_jax.tools.probe import accuracy_plot, embeddings
@@ -89,3 +92,28 @@ def test_errors_of_other_files_keep_their_names(tmp_path):
         write()
     assert str(e.value.filename) == str(tmp_path / "gone")
     assert list(tmp_path.iterdir()) == []
+
+
+UNKNOWN = "~no-such-user/photos"
+
+
+@pytest.mark.parametrize("call", [
+    lambda: places.expand_user(UNKNOWN),
+    lambda: sources.open_splits(f"folder({UNKNOWN!r})"),
+    lambda: sources.open_splits(f"table('{UNKNOWN}/labels.csv')"),
+    lambda: sources.open_splits(f"table('labels.csv', root={UNKNOWN!r})"),
+    lambda: sources.open_splits(f"arrays('{UNKNOWN}.npz')"),
+    lambda: load_array(f"{UNKNOWN}/weights.npy", ("weights",)),
+    lambda: sources.open_splits("tfds('mnist')", data_dir=UNKNOWN),
+])  # fmt: skip
+def test_the_home_of_a_user_whom_nobody_knows(call):
+    """Of a typing error for ~/photos; it was a traceback of pathlib."""
+    said = rf"^'{UNKNOWN}.*': this system knows no home directory '~no-such-user'; write '~/no-such-user/photos"
+    with pytest.raises(UserError, match=said):
+        call()
+
+
+def test_a_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert places.expand_user("~/photos") == Path("/home/ada/photos")
+    assert places.expand_user("a/~x") == Path("a/~x")
