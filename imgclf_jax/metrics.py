@@ -296,10 +296,11 @@ def build_whole_set(text: str, task: Task = Task.CLASSES, outputs: Sequence[str]
     """Returns the whole-set metrics that a spec such as `auc|f1` names, by name; "" has those of every run of the task.
 
     A user's metric, named by import path, is a function of labels i32[n] and probabilities f32[n, classes]; for
-    MULTILABEL and REGRESSION, of targets f32[n, k] and probabilities or values f32[n, k]. `outputs` names the outputs
-    of a regression.
+    MULTILABEL and REGRESSION, of targets f32[n, k] and probabilities or values f32[n, k]. `outputs` names the classes
+    or the outputs of a regression, () before the data are known.
 
-    Raises UserError for an unknown name, one that occurs twice, or one that results use for something else.
+    Raises UserError for an unknown name, one that occurs twice, or one that results use for something else, and given
+    `outputs` for arguments that a metric does not take.
     """
     with_targets = task in (Task.MULTILABEL, Task.REGRESSION)
     whole_set: dict[str, WholeSetMetric] = {"": functools.partial(_report, task, outputs)} if with_targets else {}
@@ -316,8 +317,18 @@ def build_whole_set(text: str, task: Task = Task.CLASSES, outputs: Sequence[str]
             whole_set[name] = functools.partial(_number, call.name, own)
         else:
             metric = spec.bind(call, BY_TASK[task], f"metric of {TASK_NAMES[task]}", leading=leading)
+            if metric.func is multilabel.f1 and outputs:
+                _check_f1(text, len(outputs), metric.keywords)
             whole_set[name] = _call_with(metric, leading[2])
     return whole_set
+
+
+def _check_f1(text: str, classes: int, arguments: Mapping[str, Any]) -> None:
+    """Raises UserError naming the key `metrics` for arguments that the F1 of several labels does not take."""
+    try:
+        multilabel.check_f1(classes, **arguments)
+    except UserError as e:
+        raise UserError(f"metrics={text!r}: {e}") from e
 
 
 def own_names(sums: Mapping[str, Any]) -> list[str]:

@@ -176,6 +176,24 @@ def test_a_misspelled_output_is_told_the_nearest_one():
     )
 
 
+@pytest.mark.parametrize("arguments", [
+    "threshold=(0.3, 0.4)", "threshold='a'", "threshold=(0.3, 'a', 0.4)", "threshold=None", "threshold=((0.3,), 0.4)",
+    "average='weighted'", "average=2",
+])  # fmt: skip
+def test_the_arguments_of_f1_are_checked_before_a_run(arguments):
+    """They were checked at the first evaluation, after an epoch of training."""
+    with pytest.raises(UserError) as e:
+        metrics.build_whole_set(f"auc|f1({arguments})", Task.MULTILABEL, ("a", "b", "c"))
+    assert str(e.value).startswith(f"metrics={f'auc|f1({arguments})'!r}: f1(threshold=")
+    assert "threshold must be a number or 3 of them, one per class, and average 'macro' or 'micro'" in str(e.value)
+
+
+@pytest.mark.parametrize("arguments", ["", "0.3", "threshold=(0.3, 0.4, 1)", "threshold=1, average='micro'"])
+def test_the_arguments_that_f1_takes(arguments):
+    names = metrics.build_whole_set(f"f1({arguments})", Task.MULTILABEL, ("a", "b", "c"))
+    assert names.keys() == {"", "f1"}
+
+
 def test_a_run_asks_for_the_direction_before_data_are_opened(tmp_path, monkeypatch, capsys):
     (tmp_path / "own_error.py").write_text("def error(labels, probabilities):\n    return 0.5\n")
     monkeypatch.syspath_prepend(tmp_path)

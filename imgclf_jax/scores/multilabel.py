@@ -221,12 +221,19 @@ def f1(
 
     targets, probabilities f32[n, classes]. The mean ignores classes that are neither true nor predicted.
     """
-    thresholds = np.asarray(threshold, np.float64)
-    if average not in ("macro", "micro") or thresholds.shape not in ((), targets.shape[1:]):
-        raise UserError(f"f1(threshold={threshold}, average={average!r}): threshold must be a number or "
-                        f"{targets.shape[1]} of them, one per class, and average 'macro' or 'micro'")  # fmt: skip
+    thresholds = check_f1(targets.shape[1], threshold, average)
     counts = MultilabelScores(targets, probabilities, thresholds=thresholds).counts(np.ones((1, len(targets))))
     return float((counts.macro_f1 if average == "macro" else counts.micro_f1)[0])
+
+
+def check_f1(classes: int, threshold: float | Sequence[float] = 0.5, average: str = "macro") -> np.ndarray:
+    """Returns the thresholds of `f1`, f64[] or f64[classes]. Raises UserError for arguments that it does not take."""
+    values = threshold if isinstance(threshold, list | tuple) else np.ravel(threshold).tolist()
+    numbers = all(isinstance(value, int | float | np.number) for value in values)
+    if not numbers or np.shape(threshold) not in ((), (classes,)) or average not in ("macro", "micro"):
+        raise UserError(f"f1(threshold={threshold}, average={average!r}): threshold must be a number or {classes} of "
+                        "them, one per class, and average 'macro' or 'micro'")  # fmt: skip
+    return np.asarray(threshold, np.float64)
 
 
 METRICS: dict[str, Callable[..., float]] = {"auc": auc, "f1": f1}
