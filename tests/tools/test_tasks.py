@@ -158,6 +158,9 @@ def test_training_records_the_metrics_of_the_task(runs, name):
     ("pairs", ["--config.metrics=balanced_accuracy"], "unknown metric of several labels 'balanced_accuracy'"),
     ("ink", ["--config.checkpoint.best=test/accuracy"], "a run with a regression has no accuracy; it has "
                                                         "loss, r2, mae, rmse"),
+    ("ink", ["--config.stop=test/mae[inc], patience 2 steps"], "a run with a regression has no mae[inc]; did you mean "
+                                                               "'mae[ink]'? it has loss, r2, mae, rmse, and r2[NAME]"),
+    ("pairs", ["--config.metrics=f1(threshold=(0.3, 0.4))"], "threshold must be a number or 10 of them, one per class"),
     ("ink", ["--config.data.source=digits"], "loss='mse' trains on numbers, but the data have class labels"),
 ])  # fmt: skip
 def test_what_does_not_fit_the_data_is_told(tmp_path, capsys, name, flags, said):
@@ -165,6 +168,7 @@ def test_what_does_not_fit_the_data_is_told(tmp_path, capsys, name, flags, said)
     argv = [f"--workdir={tmp_path / 'run'}", f"--config.data.source={source}", f"--config.loss={LOSS[name]}", *FLAGS]
     assert launch.main([*argv, *flags]) == 1
     assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()  # all is checked before a run begins
 
 
 def printed(capsys, *argv):
