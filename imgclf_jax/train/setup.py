@@ -75,19 +75,23 @@ def set_up(config: ConfigDict, workdir: Workdir, extend: bool = False) -> Run:
     fresh = not processes.broadcast_from_process_0("looking for checkpoints", workdir.has_checkpoints)
     weights = pretrained.load(compiling) if config.init_from and fresh else None
     compiled, eval_compiled = _compile_in_background(compiling, tracing)
-    source, left_out = weights.source if weights else None, sources.left_out(base) + images.left_out
+    left_out = sources.left_out(base) + images.left_out
     fingerprints = {name: images.source.fingerprint() for name, images in evals.items()}
     groups = compiling.groups_of_statistics if config.batch_norm == "per_device" else 0
     fixed = tree.sha256(compiling.fixed) if compiling.fixed else ""
     processes.agree("comparing the method", lambda: {f"fixed arrays of method={config.method!r}": fixed})
-    processes.broadcast_from_process_0(
-        "writing config.json",
-        lambda: workdir.record(config, recipe.data, source, left_out, fingerprints, groups, fixed),
-    )
 
+    def record() -> None:
+        source = weights.source if weights else None
+        workdir.record(config, recipe.data, source, left_out, fingerprints, groups, fixed)
+
+    processes.broadcast_from_process_0("writing config.json", record)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, config.checkpoint.best)
     start, run = checkpoints.restore_latest(compiling.shape) or (0, None)
     if run is None:
+        if config.init_from and weights is None:  # a bucket keeps the folder of a checkpoint that was never complete
+            weights = pretrained.load(compiling)
+            processes.broadcast_from_process_0("comparing weights", record)
         run = compiling.init(images=compiling.first_images(images), weights=weights.taken if weights else None)
         if not processes.index():
             workdir.write_parameters(recipe.parameters)

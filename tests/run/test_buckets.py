@@ -104,6 +104,23 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, tmp_path, capsys, caplog, m
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "next"]
 
 
+@pytest.mark.thorough
+def test_weights_after_a_kill_in_the_first_save(bucket, tmp_path):
+    """A bucket keeps what was written of a checkpoint. It is none, so the run begins from `init_from` again."""
+    words, ours = [*RUN, f"--config.init_from={tmp_path / 'first'}"], places.as_path(f"{bucket}/killed")
+    assert launch.main([f"--workdir={tmp_path / 'first'}", *RUN]) == 0
+
+    def train():
+        assert launch.main([f"--workdir={ours}", *words]) == 0
+        return [json.loads(line)["params_sha256"] for line in (ours / "digests.jsonl").read_text().splitlines()]
+
+    undisturbed = train()
+    places.remove(ours / "checkpoints")
+    (ours / "result.json").unlink()
+    (ours / "checkpoints" / "4" / "default" / "manifest.ocdbt").write_bytes(b"a part")
+    assert train() == undisturbed
+
+
 def test_data_in_a_bucket(bucket, tmp_path):
     """An .npz file is copied once, and again when it has changed; a folder of images is refused, with the fix."""
     for classes in (4, 5):
