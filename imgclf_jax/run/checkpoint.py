@@ -170,6 +170,10 @@ class Checkpoints:
         """Starts saving `state`, a pytree of arrays, as the checkpoint of `step`; returns before it is on disk.
 
         The caller may donate the state's buffers right away. Raises UserError if this save or the previous one fails. A
+    def has_score(self, step: int) -> bool:
+        """Whether the checkpoint of `step` has a value of the metric `best`, finite or not."""
+        return self.best in (self._manager.metrics(step) or {})
+
         step that has a checkpoint is saved again only if `again`; the new checkpoint then replaces it.
         """
         self.wait()  # for the previous save

@@ -159,9 +159,9 @@ def train(
         results = _evaluate(run, state, run.start, records, monitor, stopper, stop)
         if results is None:
             return None
-        if config.checkpoint.best:
-            records.metrics.flush()
-            checkpoints.save(run.start, {"state": state, "sums": window}, _scores(results), again=True)
+    if run.start and config.checkpoint.best and (scores := _unsaved_scores(run, results)):
+        records.metrics.flush()
+        checkpoints.save(run.start, {"state": state, "sums": window}, scores, again=True)
 
     edges, stopped = (*monitor.edges, *records.digests.edges), stopper.reason(run.start)
     ranges = () if stopped else cadences.ranges(run.start, programs.steps_per_call, edges, records.skipped.left_out)
@@ -292,6 +292,22 @@ def _last_results(run: Run, last: int, state: TrainState) -> Results:
                             "the file another run's?", run.workdir.metrics, name, key, before, last, value)  # fmt: skip
                 return found
     return recorded
+
+
+def _unsaved_scores(run: Run, results: Results | None) -> dict[str, float]:
+    """The scores of the evaluation at the first step, its `results` or those recorded, if its checkpoint lacks them.
+
+    A process that repeats an evaluation records it before it saves the checkpoint again, and may be killed in between.
+    """
+
+    def find() -> dict[str, float]:
+        if run.checkpoints.has_score(run.start):
+            return {}
+        scores = _scores(results or _recorded(run, run.start) or {})
+        return scores if run.checkpoints.best in scores else {}
+
+    found: dict[str, float] = processes.broadcast_from_process_0("reading the scores of a checkpoint", find)
+    return found
 
 
 def _recorded(run: Run, last: int) -> Results | None:
