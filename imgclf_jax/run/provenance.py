@@ -32,14 +32,17 @@ _VECTORS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bfloat16", "avx512f"
 _OF_ONE_PROCESS = "cache|device|debug|_log_|logging|dump|traceback|profil|timeout|address|mtls|pprint"
 # The types of entries that commands read; the others are only shown.
 _TYPES: dict[str, type] = {
-    **dict.fromkeys(("data", "evals", "git", "init_from", "jax_options", "modules", "packages", "unreadable",
-                     "versions"), dict),
+    **dict.fromkeys(("compiler_options", "data", "evals", "git", "init_from", "jax_options", "modules", "packages",
+                     "unreadable", "versions"), dict),
     **dict.fromkeys(("changed", "command", "devices", "extended"), list),
 }  # fmt: skip
 # The entries that determine class names, losses and statistics.
 _FACTS = ("data", "evals", "batch_norm_groups", "init_from", "unreadable")
-_OF_COMPILERS = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
+OF_COMPILERS = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 _OPTIONS = "JAX_(?!COMPILATION_CACHE|PERSISTENT_CACHE)"  # JAX's environment variables, except those of its cache
+# The flags of XLA, and further options of JAX, that change no result or that the devices and processes show.
+_FLAGS_OF_NO_RESULT = "--xla_(dump|force_host_platform_device_count)"
+_OPTIONS_OF_NO_RESULT = f"{_OF_ONE_PROCESS}|platform|process|coordinat"
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,6 @@ def collect(data: DataInfo) -> JsonObject:
         "platform": platform.platform(),
         **_computing(),
         "packages": _installed(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "jax_options": {name: value for name, value in sorted(os.environ.items()) if re.match(_OPTIONS, name)},
-        "processes": jax.process_count(),
         "git": _git(),
         "data": asdict(data),
     }
@@ -86,7 +86,7 @@ def process_facts() -> JsonObject:
         **_versions(),
         "the code of imgclf_jax": _code()[:12],
         "XLA_FLAGS": " ".join(sorted(flags)),
-        **{name: os.environ.get(name, "") for name in _OF_COMPILERS},
+        **{name: os.environ.get(name, "") for name in OF_COMPILERS},
         **{name: str(value) for name, value in jax.config.values.items() if not re.search(_OF_ONE_PROCESS, name)},
     }
 
@@ -131,7 +131,7 @@ def find_changes(recorded: JsonMapping) -> dict[str, dict[str, str]]:
     """What has changed since the run last recorded it, of what the record and this process both have.
 
     - "files": the digests of code by file, where `imgclf_jax` stands for all files of this package.
-    - "environment": the versions, the processor and the kinds of devices.
+    - "environment": the versions, the processor, the devices and processes, and the flags of the compilers.
     """
     computing, found = _computing(), {}
     for kind, describe in (("files", _code_by_name), ("environment", environment)):
@@ -173,17 +173,34 @@ def _computing() -> JsonObject:
         "modules": module_digests(),
         "processor": processor(),
         "devices": [f"{d.platform}: {d.device_kind}" for d in jax.devices()],
+        "processes": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "jax_options": {name: value for name, value in sorted(os.environ.items()) if re.match(_OPTIONS, name)},
+        "compiler_options": {name: os.environ.get(name, "") for name in OF_COMPILERS},
     }
 
 
 def environment(recorded: JsonMapping) -> dict[str, str]:
-    """Versions, processor and kinds of devices by name; the version of this package is in its code."""
+    """Versions, processor, devices, processes, and flags of compilers by name, without what was not recorded.
+
+    The version of this package is in its code. Flags that change no result are left out.
+    """
     versions, devices = recorded.get("versions"), recorded.get("devices")
     found = {**versions} if isinstance(versions, dict) else {}
     found.pop("imgclf_jax", None)
     found["processor"] = recorded.get("processor")
-    found["devices"] = ", ".join(sorted({*map(str, devices)})) if isinstance(devices, list) else ""
-    return {name: str(value) for name, value in found.items() if value}
+    if isinstance(devices, list) and devices:
+        found["devices"] = ", ".join(sorted({*map(str, devices)}))
+        found["number of devices"] = len(devices)
+    found["processes"] = recorded.get("processes")
+    if isinstance(flags := recorded.get("xla_flags"), str):
+        found["XLA_FLAGS"] = " ".join(sorted(f for f in flags.split() if not re.match(_FLAGS_OF_NO_RESULT, f)))
+    if isinstance(options := recorded.get("jax_options"), dict):
+        kept = (name for name in sorted(options) if not re.search(_OPTIONS_OF_NO_RESULT, name.lower()))
+        found["JAX options"] = " ".join(f"{name}={options[name]}" for name in kept)
+    if isinstance(options := recorded.get("compiler_options"), dict):
+        found |= options
+    return {name: str(value) or "not set" for name, value in found.items() if value is not None}
 
 
 def _code_by_name(recorded: JsonMapping) -> dict[str, str]:

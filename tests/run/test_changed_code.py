@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -50,7 +51,7 @@ def test_a_record_of_changes_that_is_damaged_says_nothing(tmp_path, module):
 
 def test_a_run_that_resumes_on_another_processor_warns_and_records_it_once(tmp_path, caplog):
     workdir = Workdir(tmp_path)
-    workdir.provenance.write_text(json.dumps({"processor": "Xeon", "devices": ["cpu: cpu"]}))
+    workdir.provenance.write_text(json.dumps({"processor": "Xeon", "devices": ["cpu: cpu"] * len(jax.devices())}))
     workdir.record_code(5)
     told = f"changed since the run began, in effect from step 5 on: processor (now {processor()})"
     assert told in caplog.text

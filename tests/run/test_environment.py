@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import json
 import os
 import platform
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from imgclf_jax.run import provenance
@@ -134,3 +136,36 @@ def test_code_that_changes_while_a_run_is_interrupted(monkeypatch):
         "step": 9, "files": {"my_nets.py": "a"}, "environment": {"processor": "Xeon"}}  # fmt: skip
     for unchanged in (on_xeon, {}):  # the other is of a version that recorded neither
         assert provenance.find_changes(unchanged) == {"files": {}, "environment": {}}
+
+
+def test_where_a_run_goes_on(monkeypatch):
+    """Devices, processes and flags sum in another order or round otherwise. Logs, dumps and caches change no bit."""
+    names = [name for name in os.environ if name.startswith("JAX_")]
+    for name in (*names, "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    data = provenance.DataInfo(1, (1, 1, 1), ("x",), "f")
+    began = json.loads(json.dumps(provenance.collect(data)))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x --xla_force_host_platform_device_count=9")
+    for name in ("JAX_LOG_COMPILES", "JAX_LOGGING_LEVEL", "JAX_EXPLAIN_CACHE_MISSES", "JAX_PLATFORMS",
+                 "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS", "JAX_NUM_CPU_DEVICES"):  # fmt: skip
+        monkeypatch.setenv(name, "1")
+    assert provenance.with_changed_code(began, 5) == began
+
+    devices = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda: devices * 4)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_b=2 --xla_a=1")
+    monkeypatch.setenv("JAX_DEFAULT_MATMUL_PRECISION", "bfloat16")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    [change] = provenance.with_changed_code(began, 5)["changed_code"]
+    assert change == {"step": 5, "environment": {
+        "number of devices": str(4 * len(devices)), "processes": "2", "XLA_FLAGS": "--xla_a=1 --xla_b=2",
+        "JAX options": "JAX_DEFAULT_MATMUL_PRECISION=bfloat16", "NVIDIA_TF32_OVERRIDE": "0",
+    }}  # fmt: skip
+    older = ("devices", "processes", "xla_flags", "jax_options", "compiler_options")
+    silent = {name: value for name, value in began.items() if name not in older}  # an older version recorded none
+    assert provenance.with_changed_code(silent, 5) == silent
+    monkeypatch.undo()
+    back = {**began, "changed_code": [change]}
+    assert provenance.find_changes(back)["environment"]["number of devices"] == str(len(devices))

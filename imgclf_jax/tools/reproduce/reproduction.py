@@ -9,12 +9,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
-from imgclf_jax.run.provenance import code_changes, environment
+from imgclf_jax.run.provenance import OF_COMPILERS, code_changes, environment
 from imgclf_jax.run.writers import TIMES
 
 ROUNDING = 1e-3  # the largest relative difference of a metric that rounding may explain
 # The packages that compute or load data, listed first.
 _COMPUTE = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow", "scikit-learn", "tensorflow", "tensorflow-cpu")
+# The kinds of the entries of `provenance.environment` that are no versions.
+_KINDS = {
+    **dict.fromkeys(("devices", "number of devices", "processes", "processor"), "device"),
+    **dict.fromkeys(("XLA_FLAGS", "JAX options", *OF_COMPILERS), "flags"),
+}
 
 
 class Value(NamedTuple):
@@ -204,8 +209,7 @@ def differences(old: JsonMapping, new: JsonMapping) -> list[Difference]:
             add("code", f"{name} from step {change['step']} on", digest, b.get(name))
         here = environment(new)
         for name, value in change.get("environment", {}).items():
-            kind = "device" if name in ("devices", "processor") else "version"
-            add(kind, f"{name} from step {change['step']} on", value, here.get(name))
+            add(_KINDS.get(name, "version"), f"{name} from step {change['step']} on", value, here.get(name))
     git = [_dict(p.get("git")) for p in (old, new)]
     if any(d.kind == "code" for d in found) or not (old.get("code") and new.get("code")):
         add("code", "git commit", *(_commit(one) for one in git))
@@ -225,6 +229,9 @@ def differences(old: JsonMapping, new: JsonMapping) -> list[Difference]:
         a, b = (_flags(p["xla_flags"]) | _dict(p.get("jax_options")) for p in (old, new))
         for name in sorted({**a, **b}):
             add("flags", name, a.get(name, "not set"), b.get(name, "not set"))
+    a, b = (_dict(p.get("compiler_options")) for p in (old, new))
+    for name in sorted(a.keys() & b.keys()):
+        add("flags", name, a[name] or "not set", b[name] or "not set")
     return found
 
 

@@ -119,6 +119,7 @@ WHOLE = {
     ({"processor": "Xeon", "python": "3.12"},
      [("version", "Python", "3.13.5", "3.12"), ("device", "processor", "EPYC", "Xeon")]),
     ({"jax_options": {"JAX_B": "2"}}, [("flags", "JAX_A", "1", "not set"), ("flags", "JAX_B", "not set", "2")]),
+    ({"compiler_options": {"NVIDIA_TF32_OVERRIDE": "0"}}, []),  # which older versions did not record
     ({"xla_flags": "--a=3 --b=2 --c"}, [("flags", "--a", "1", "3"), ("flags", "--c", "not set", "set")]),
 ])  # fmt: skip
 def test_what_differs_beside(change, expected):
@@ -140,6 +141,21 @@ def test_a_run_that_went_on_on_another_processor():
         ("device", "processor from step 5 on", "Xeon", "EPYC"),
         ("version", "jax from step 5 on", "0.13", "0.12"),
     ]
+
+
+def test_a_run_that_went_on_on_more_devices():
+    """Its reproduction on the devices that it began on differs by rounding, and names them."""
+    elsewhere = {"number of devices": "4", "processes": "2", "XLA_FLAGS": "--a=3", "NVIDIA_TF32_OVERRIDE": "0"}
+    old = WHOLE | {"changed_code": [{"step": 5, "environment": elsewhere}]}
+    found = differences(old, WHOLE | {"compiler_options": {"NVIDIA_TF32_OVERRIDE": ""}})
+    assert [tuple(one) for one in found] == [
+        ("device", "number of devices from step 5 on", "4", "2"),
+        ("device", "processes from step 5 on", "2", "1"),
+        ("flags", "XLA_FLAGS from step 5 on", "--a=3", "--a=1 --b=2"),
+        ("flags", "NVIDIA_TF32_OVERRIDE from step 5 on", "0", "not set"),
+    ]
+    value = Value(5, "train/loss", 1.0, 1.0001)
+    assert verdict(Comparison((5,), (value,), None), found) == "rounding"
 
 
 def test_a_record_without_provenance_differs_in_nothing():
