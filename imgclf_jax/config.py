@@ -188,7 +188,7 @@ TARGET_METRICS: dict[str, Literal["min", "max"]] = {
     "r2": "max", "mae": "min", "rmse": "min",
 }  # fmt: skip
 
-_MAX_BYTES = 1 << 20  # of a config as JSON
+MAX_BYTES = 1 << 20  # of a config as JSON
 
 
 def default_config() -> ConfigDict:
@@ -426,8 +426,8 @@ def from_json(text: str | bytes, where: str) -> ConfigDict:
 
     Keys newer than the file get their defaults, which keep the behavior from before the key existed.
     """
-    if len(text) > _MAX_BYTES:
-        raise UserError(f"{where} has {len(text):,} bytes; a config has at most {_MAX_BYTES:,}")
+    if len(text) > MAX_BYTES:
+        raise UserError(f"{where} has {len(text):,} bytes; a config has at most {MAX_BYTES:,}")
     try:
         config = ConfigDict(json.loads(text))
     except (ValueError, TypeError, AttributeError, RecursionError) as e:

@@ -121,7 +121,14 @@ def remove(folder: Path) -> None:
 def size(file: Path) -> int:
     """The size of a file in bytes."""
     stat = file.stat()
-    return int(stat.length if in_bucket(file) else stat.st_size)  # type: ignore[attr-defined]
+    return int(stat.length if hasattr(stat, "length") else stat.st_size)  # as of `etils.epath.Path`, also on a disk
+
+
+def read(file: Path, most: int) -> bytes:
+    """The content of a file of at most `most` bytes. Raises UserError for a longer one, before it allocates memory."""
+    if size(file) > most:
+        raise UserError(f"{file} is longer than {most >> 20} MB; restore, shorten or remove it")
+    return file.read_bytes()
 
 
 def move(folder: Path, target: Path) -> None:

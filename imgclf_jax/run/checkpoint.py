@@ -28,14 +28,17 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from imgclf_jax import metrics
-from imgclf_jax.core import internals, places, processes, sharding, tree
+from imgclf_jax.core import internals, memory, places, processes, sharding, tree
 from imgclf_jax.core.errors import UserError, reason
 from imgclf_jax.core.typing import Array, PyTree
 from imgclf_jax.run import manifest
+from imgclf_jax.run.provenance import MOST_BYTES_OF_JSON
 
 log = logging.getLogger(__name__)
 
 _WORST = -math.inf
+_UNPACKED, _RATIO = 1 << 28, 100  # a checkpoint of any model may unpack to this many bytes, or times its files' length
+_OPTIMIZER = "state/opt_state/"  # how the names of the optimizer's arrays begin
 _REPLACED = "replaced-"  # the first checkpoint of a step that is saved again, while the second one is written
 
 _COMMIT_FILE = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
@@ -57,9 +60,10 @@ class _Manager(ocp.CheckpointManager):
     """Orbax's manager, which reads the metrics of all checkpoints at the start; here damaged files do not fail."""
 
     def metrics(self, step: int) -> dict[str, float] | None:
-        """The metrics of a checkpoint; None if it has none or they are damaged."""
+        """The metrics of a checkpoint; None if it has none, or if they are damaged or too long."""
         try:
-            found = json.loads((self.directory / str(step) / "metrics" / "metrics").read_bytes())
+            file = self.directory / str(step) / "metrics" / "metrics"
+            found = json.loads(places.read(file, MOST_BYTES_OF_JSON))
         except (OSError, ValueError, RecursionError):
             return None
         numbers = isinstance(found, dict) and all(isinstance(value, int | float) for value in found.values())
@@ -166,14 +170,14 @@ class Checkpoints:
         value, step = max(values, default=(_WORST, None))
         return None if value == _WORST else step
 
-    def save(self, step: int, state: PyTree, metrics: Mapping[str, float] | None = None, again: bool = False) -> None:
-        """Starts saving `state`, a pytree of arrays, as the checkpoint of `step`; returns before it is on disk.
-
-        The caller may donate the state's buffers right away. Raises UserError if this save or the previous one fails. A
     def has_score(self, step: int) -> bool:
         """Whether the checkpoint of `step` has a value of the metric `best`, finite or not."""
         return self.best in (self._manager.metrics(step) or {})
 
+    def save(self, step: int, state: PyTree, metrics: Mapping[str, float] | None = None, again: bool = False) -> None:
+        """Starts saving `state`, a pytree of arrays, as the checkpoint of `step`; returns before it is on disk.
+
+        The caller may donate the state's buffers right away. Raises UserError if this save or the previous one fails. A
         step that has a checkpoint is saved again only if `again`; the new checkpoint then replaces it.
         """
         self.wait()  # for the previous save
@@ -288,7 +292,7 @@ class Checkpoints:
                 return ocp.RestoreArgs(restore_type=np.ndarray)
             return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
 
-        skipped = () if optimizer else ("state/opt_state/",)
+        skipped = () if optimizer else (_OPTIMIZER,)
         wanted = tree.map_named(
             lambda name, x: ocp.PLACEHOLDER if name.startswith(skipped) else _stored(x), _present(like)
         )
@@ -325,13 +329,26 @@ class Checkpoints:
         return None
 
     def restore_any(self, step: int) -> PyTree:
-        """Restores `step` of any model as nested dicts of NumPy arrays, without the optimizer's state."""
+        """Restores `step` of any model as nested dicts of NumPy arrays, without the optimizer's state.
+
+        Raises UserError as `restore` does, and for arrays that would take more memory than weights in files of their
+        length can: the checkpoint itself says how large its arrays are.
+        """
         folder = self.directory / str(step)
         try:
             saved = self._manager.item_metadata(step)
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
+            named = [leaf for name, leaf in tree.named_leaves(like) if not name.startswith(_OPTIMIZER)]
+            length = sum(places.size(file) for _, file in places.files(folder))
+            total = sum(leaf.size * leaf.dtype.itemsize for leaf in named)
         except Exception as e:  # of many types, as in `restore`
             raise UserError(f"checkpoint {folder} cannot be read: {reason(e)}") from e
+        if total > max(_UNPACKED, _RATIO * length):
+            raise UserError(
+                f"checkpoint {folder} would unpack from {memory.size(length)} to {memory.size(total)}; above "
+                f"{memory.size(_UNPACKED)} the ratio must be at most {_RATIO}; name another run"
+            )
+        memory.require(total, f"checkpoint {folder}")
         return self.restore(step, like, optimizer=False)
 
     def restore_latest(self, like: PyTree, optimizer: bool = True) -> tuple[int, PyTree] | None:

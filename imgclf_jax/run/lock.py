@@ -15,6 +15,8 @@ from imgclf_jax.core.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_MOST = 10_000  # characters of a lock that are read
+
 
 @contextlib.contextmanager
 def held(file: Path) -> Iterator[None]:
@@ -46,7 +48,8 @@ def held(file: Path) -> Iterator[None]:
 def holder(file: Path) -> str:
     """The content of the lock `file`, which names its holder; "" if it cannot be read."""
     try:
-        return file.read_text(encoding="utf-8", errors="replace")
+        with file.open(encoding="utf-8", errors="replace") as content:
+            return content.read(_MOST)
     except OSError:
         return ""
 

@@ -7,7 +7,8 @@ import zlib
 from pathlib import Path
 
 from imgclf_jax.core import places
-from imgclf_jax.run.provenance import write_atomically
+from imgclf_jax.core.errors import UserError
+from imgclf_jax.run.provenance import MOST_BYTES_OF_JSON, write_atomically
 
 NAME = "manifest.json"  # {file: [bytes, CRC-32]}
 ABSENT = f"it has no {NAME}; perhaps a process was killed while saving it"
@@ -32,7 +33,7 @@ def is_in(folder: Path) -> bool:
 def digest(folder: Path) -> str:
     """A digest of the manifest in `folder`, and so of its files; "no manifest" without one."""
     try:
-        return hashlib.sha256((folder / NAME).read_bytes()).hexdigest()[:12]
+        return hashlib.sha256(places.read(folder / NAME, MOST_BYTES_OF_JSON)).hexdigest()[:12]
     except OSError:
         return "no manifest"
 
@@ -40,9 +41,11 @@ def digest(folder: Path) -> str:
 def find_fault(folder: Path) -> str:
     """Says what is wrong with the files in `folder`: "" for nothing, ABSENT without a manifest."""
     try:
-        files = json.loads((folder / NAME).read_bytes())
+        files = json.loads(places.read(folder / NAME, MOST_BYTES_OF_JSON))
     except FileNotFoundError:
         return ABSENT
+    except UserError:
+        return f"{NAME} is longer than {MOST_BYTES_OF_JSON >> 20} MB"
     except (ValueError, RecursionError):
         return f"{NAME} is not JSON"
     if not isinstance(files, dict) or not files or not all(map(_is_entry, files.values())):

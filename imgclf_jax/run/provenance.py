@@ -366,11 +366,7 @@ def read_json(path: Path) -> Json:
     try:
         if not path.is_file() and path.exists():
             raise UserError(f"{path} is not a regular file (a folder or a pipe?); remove it")
-        if places.size(path) > MOST_BYTES_OF_JSON:
-            raise UserError(
-                f"{path} is longer than {MOST_BYTES_OF_JSON >> 20} MB, so no run wrote it; restore or remove it"
-            )
-        return parse_json(path.read_bytes())
+        return parse_json(places.read(path, MOST_BYTES_OF_JSON))
     except UserError:
         raise
     except OSError as e:

@@ -16,14 +16,13 @@ from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import Json, JsonMapping, JsonObject
 from imgclf_jax.run import bundle, writers
 from imgclf_jax.run.digests import find_changed_metrics
-from imgclf_jax.run.provenance import find_edits, parse_json, well_formed
+from imgclf_jax.run.provenance import MOST_BYTES_OF_JSON, find_edits, parse_json, well_formed
 from imgclf_jax.run.workdir import Workdir
 
 log = logging.getLogger(__name__)
 
 MAIN_METRICS = ("accuracy", "mean_average_precision", "r2")  # one per task; the greatest value is the best
 _NOT_RUNS = {"checkpoints", "tb", "profile", "damaged"}  # folders of a run, which hold no other runs
-_MOST_BYTES = 512 << 20  # of a file, which is read in one go
 
 
 def contradictions(result: JsonMapping, digests: Sequence[JsonMapping], metrics: Sequence[JsonMapping]) -> list[str]:
@@ -64,7 +63,7 @@ def contradictions(result: JsonMapping, digests: Sequence[JsonMapping], metrics:
 def read_contradictions(workdir: Path) -> list[str]:
     """The contradictions between the records of the run in a work directory; a damaged result.json is skipped."""
     place = Workdir(workdir)
-    files = {"result.json": place.result.read_bytes()} if place.result.is_file() else {}
+    files = {"result.json": places.read(place.result, MOST_BYTES_OF_JSON)} if place.result.is_file() else {}
     lines = (writers.read_metrics(file) for file in (place.digests, place.metrics))
     return contradictions(place.read_result(), *lines) + find_edits(files, place.read_provenance())
 
@@ -92,13 +91,12 @@ class Record:
 
     @classmethod
     def from_workdir(cls, path: Path) -> Self:
-        """Reads a work directory. Raises UserError if it holds no run."""
+        """Reads a work directory. Raises UserError if it holds no run, or a file that is too long to read."""
         files = {}
         for name in bundle.NAMES:
             if (path / name).is_file():
-                if places.size(path / name) > _MOST_BYTES:
-                    raise UserError(f"{path / name} is longer than {_MOST_BYTES >> 20} MB; shorten or remove it")
-                files[name] = (path / name).read_bytes()
+                most = writers.MOST_BYTES if name.endswith(".jsonl") else MOST_BYTES_OF_JSON
+                files[name] = places.read(path / name, most)
         if "config.json" not in files:
             raise UserError(f"{path} holds no run: there is no {places.absolute(path / 'config.json')}; name the work "
                             "directory of a run, or a bundle")  # fmt: skip

@@ -64,7 +64,7 @@ class Workdir:
         if not self.config.is_file():
             raise UserError(f"{self.path} holds no run: there is no {places.absolute(self.config)}; train first, or "
                             "pass the run's --workdir")  # fmt: skip
-        content = self.config.read_bytes()
+        content = places.read(self.config, configs.MAX_BYTES)
         for wrong in find_edits({"config.json": content}, self.read_provenance()):
             _warn_once(f"{self.path}: {wrong}: it may not say what the run was trained with")
         return configs.from_json(content, str(self.config))

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 TIMES = ("train/images_per_second", "train/input_wait")  # metrics of the run's speed, which differ between runs
 _MOST_LINES = 1_000_000  # of an untrusted file
+MOST_BYTES = 512 << 20  # of a file of records, which is read in one go
 _MOST_BYTES_OF_A_LINE = 16 << 20
 _BEGIN = b'{"step": '  # of every line that this package writes
 
@@ -234,8 +235,11 @@ _METHODS = ("write_hparams", "write_scalars", "flush", "close")
 
 
 def read_metrics(path: Path) -> list[JsonObject]:
-    """Reads the records of a `metrics.jsonl`, skipping damaged lines, which a crash may leave; [] without a file."""
-    return parse_records(path.read_bytes(), str(path)) if path.is_file() else []
+    """Reads the records of a `metrics.jsonl`, skipping damaged lines, which a crash may leave; [] without a file.
+
+    Raises UserError for a file of more than MOST_BYTES.
+    """
+    return parse_records(places.read(path, MOST_BYTES), str(path)) if path.is_file() else []
 
 
 def parse_records(content: bytes, where: str, strict: bool = False) -> list[JsonObject]:

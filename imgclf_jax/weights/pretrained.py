@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from imgclf_jax import config as configs
 from imgclf_jax.core import places, processes, tree
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import escape_surrogates
@@ -137,7 +138,7 @@ def _read_workdir(path: Path, programs: Programs) -> Named:
     """Reads the weights of a run's best checkpoint, else its latest; of several seeds, the first."""
     workdir = Workdir(path)
     try:
-        config = json.loads(workdir.config.read_bytes())
+        config = json.loads(places.read(workdir.config, configs.MAX_BYTES))
         metric, num_seeds = config["checkpoint"]["best"], config.get("num_seeds", 1)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"init_from={str(path)!r}: this directory holds no run (no readable config.json)") from e
