@@ -7,6 +7,7 @@ and needs no registration.
 
 import ast
 import contextlib
+import contextvars
 import functools
 import importlib
 import inspect
@@ -16,7 +17,7 @@ import re
 import tokenize
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from imgclf_jax.core.errors import Untrusted, UserError, shown, unknown
 from imgclf_jax.core.typing import Function, Value
@@ -122,49 +123,73 @@ def _literal(node: ast.expr, text: str) -> Value:
 
 _MAX_CHARACTERS = 10_000  # of an untrusted spec
 
-# The untrusted owner of specs, and the words of the command line: for the whole process, since threads build specs too.
-_owner = ""
-_words: tuple[str, ...] = ()
+
+@dataclass(frozen=True, eq=False)
+class _Guard:
+    """An untrusted owner of specs, and the words of the command line."""
+
+    owner: str
+    words: tuple[str, ...]
+
+
+_guards: list[_Guard] = []  # of all threads
+_own: contextvars.ContextVar[_Guard | None] = contextvars.ContextVar("guard", default=None)  # of this thread
+
+
+def _in_force() -> tuple[_Guard, ...]:
+    """The guard of this thread; those of all threads if it has none, since worker threads build specs too."""
+    own = _own.get()
+    return (own,) if own in _guards else tuple(_guards)
 
 
 @contextlib.contextmanager
 def untrusted(owner: str, words: Sequence[str] = ()) -> Iterator[None]:
     """Refuses imports and network access by specs and paths inside, since these come from an untrusted `owner`.
 
-    Errors name the owner. Addresses in `words`, the user's command line, may be read.
+    Errors name the owner. Addresses in `words`, the user's command line, may be read. Threads may overlap inside; one
+    that is not inside is refused what any of these owners is.
     """
-    global _owner, _words
-    before, _owner, _words = (_owner, _words), owner, tuple(words)
+    guard = _Guard(owner, tuple(words))
+    _guards.append(guard)
+    token = _own.set(guard)
     try:
         yield
     finally:
-        _owner, _words = before
+        _own.reset(token)
+        _guards.remove(guard)
 
 
 def check_trusted(what: str) -> None:
     """Raises UserError inside `untrusted`. `what` is the thing that a spec names, and what it would run."""
-    if _owner:
-        raise Untrusted(f"{_owner} names {what}; if you trust both, add --trust")
+    for guard in _in_force():
+        _refuse(guard, what)
+
+
+def _refuse(guard: _Guard, what: str) -> NoReturn:
+    raise Untrusted(f"{guard.owner} names {what}; if you trust both, add --trust")
 
 
 def check_bound(number: int, most: int, what: str) -> None:
     """Raises UserError inside `untrusted` if the `number` of `what` is above `most`."""
-    if _owner and number > most:
-        raise Untrusted(f"{_owner} has {number:,} {what}, and an untrusted one may have at most {most:,}; if you trust "
-                        "it, add --trust")  # fmt: skip
+    for guard in _in_force():
+        if number > most:
+            raise Untrusted(f"{guard.owner} has {number:,} {what}, and an untrusted one may have at most {most:,}; if "
+                            "you trust it, add --trust")  # fmt: skip
 
 
 def check_network(text: str) -> None:
     """Raises UserError inside `untrusted` for a network address that the command line does not contain."""
-    named = [address.rstrip("/") for word in _words for address in re.findall(r"\w+://[^\s'\",)]+", word)]
-    if not any(text.rstrip("/") == address or text.startswith(f"{address}/") for address in named):
-        check_trusted(f"{text!r}, which is on the network")
+    for guard in _in_force():
+        named = [address.rstrip("/") for word in guard.words for address in re.findall(r"\w+://[^\s'\",)]+", word)]
+        if not any(text.rstrip("/") == address or text.startswith(f"{address}/") for address in named):
+            _refuse(guard, f"{text!r}, which is on the network")
 
 
 def check_download(name: str, what: str) -> None:
     """Raises UserError inside `untrusted` for the download `what`, unless the command line quotes its `name`."""
-    if not any(quoted in word for word in _words for quoted in (f"'{name}", f'"{name}')):
-        check_trusted(what)
+    for guard in _in_force():
+        if not any(quoted in word for word in guard.words for quoted in (f"'{name}", f'"{name}')):
+            _refuse(guard, what)
 
 
 def lookup(call: Call, table: Table, kind: str) -> Function:

@@ -1,14 +1,16 @@
 """Specs round-trip and read literals alone; every mistake is answered with a UserError."""
 
+import concurrent.futures
 import keyword
 import sys
+import threading
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from imgclf_jax.core import spec
-from imgclf_jax.core.errors import UserError
+from imgclf_jax.core.errors import Untrusted, UserError
 
 IDENTIFIERS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True).filter(lambda s: not keyword.iskeyword(s))
 NAMES = st.one_of(
@@ -230,3 +232,31 @@ def test_what_the_caller_passes_by_name_is_optional():
     for text, says in (("block(8, 9)", "too many positional"), ("block(rate=1)", "did you mean 'ratio'")):
         with pytest.raises(UserError, match=says):
             bind(text)
+
+
+def test_untrusted_specs_are_refused_in_every_thread():
+    """Two loads that overlap keep their own guards, and a worker thread is guarded as long as one of them lasts."""
+
+    def refused() -> str:
+        try:
+            spec.check_trusted("code")
+        except Untrusted as e:
+            return str(e).partition(" names")[0]
+        return ""
+
+    def load(name: str, until: threading.Event) -> str:
+        with spec.untrusted(name, [f"s3://{name}/x"]):
+            inside.wait(60)
+            until.wait(60)
+            spec.check_network(f"s3://{name}/x")
+            return refused()
+
+    inside, first, second = threading.Barrier(3), threading.Event(), threading.Event()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        a, b = pool.submit(load, "a", first), pool.submit(load, "b", second)
+        inside.wait(60)
+        assert refused()
+        first.set()
+        assert (a.result(), refused(), pool.submit(refused).result()) == ("a", "b", "b")
+        second.set()
+        assert (b.result(), refused()) == ("b", "")
