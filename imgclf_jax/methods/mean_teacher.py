@@ -65,7 +65,7 @@ class Averaged(Classifier):
     def teach(self, images: jax.Array, train: bool = False) -> jax.Array:
         """The teacher's logits [b, num_classes], without gradient; in training, updates its running statistics."""
         backbone = self.backbone.clone(parent=None)
-        plain = Classifier(backbone, self.num_classes, self.head_init, parent=None)
+        plain = Classifier(backbone, self.num_classes, self.dtype, self.head_init, parent=None)
         teacher = self.average.value
         if not train:
             out: PyTree = plain.apply(teacher, images, train=False)

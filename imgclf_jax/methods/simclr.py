@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.typing import PyTree
@@ -84,7 +85,7 @@ class Contrastive(Classifier):
 
     def setup(self) -> None:
         super().setup()
-        self.projector = Projector(self.width, self.hidden)
+        self.projector = Projector(self.width, self.hidden, self.dtype)
 
     def init_more(self, features: jax.Array) -> None:
         self.project(features)
@@ -96,12 +97,13 @@ class Contrastive(Classifier):
 
 
 class Projector(nn.Module):
-    """An MLP with one hidden ReLU layer in float32, [b, d] → [b, width], as in section 2.1 of the paper."""
+    """An MLP with one hidden ReLU layer, [b, d] → [b, width], as in section 2.1 of the paper."""
 
     width: int
     hidden: int
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
-        x = nn.Dense(self.hidden or features.shape[-1], dtype=jnp.float32, name="hidden")(features)
-        return nn.Dense(self.width, dtype=jnp.float32, use_bias=False, name="out")(nn.relu(x))
+        x = nn.Dense(self.hidden or features.shape[-1], dtype=self.dtype, name="hidden")(features)
+        return nn.Dense(self.width, dtype=self.dtype, use_bias=False, name="out")(nn.relu(x))

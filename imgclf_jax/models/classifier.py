@@ -38,15 +38,16 @@ HEAD_INITS: dict[str, Function] = {
 class Classifier(nn.Module):
     """A backbone and a linear head: images f32[b, h, w, c] → features [b, d] → logits [b, num_classes].
 
-    The head computes in float32, the backbone in its own precision.
+    The head computes in `dtype`, the backbone in its own.
     """
 
     backbone: nn.Module
     num_classes: int
+    dtype: DTypeLike = jnp.float32
     head_init: Initializer = nn.initializers.glorot_uniform()
 
     def setup(self) -> None:
-        self.head = nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=self.head_init)
+        self.head = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=self.head_init)
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         features = self.features(images, train)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from starlette.testclient import TestClient
 
 import imgclf_jax
 import launch
@@ -107,7 +106,8 @@ def test_classes_and_files_whose_names_are_no_utf_8(tmp_path, capsys):
     assert launch.main(["evaluate", *weights, "--format=json"]) == 0  # the classes are those of the source
     assert json.loads(capsys.readouterr().out)["test"]["accuracy"] == expected["accuracy"]
     model = imgclf_jax.load(tmp_path / "run")
-    with TestClient(app.build(model, explain=explainer(model), name=name)) as client:
+    testclient = pytest.importorskip("starlette.testclient")
+    with testclient.TestClient(app.build(model, explain=explainer(model), name=name)) as client:
         assert client.get("/model").json()["classes"] == [shown, "dog"]
         assert client.get("/openapi.json").status_code == 200
         image = (root / "test" / "dog" / "1.png").read_bytes()
