@@ -121,7 +121,8 @@ def remove(folder: Path) -> None:
 def size(file: Path) -> int:
     """The size of a file in bytes."""
     stat = file.stat()
-    return int(stat.length if hasattr(stat, "length") else stat.st_size)  # as of `etils.epath.Path`, also on a disk
+    # `etils.epath.Path` has a length, on a disk too.
+    return int(stat.length if hasattr(stat, "length") else stat.st_size)  # type: ignore[attr-defined]
 
 
 def read(file: Path, most: int) -> bytes:
