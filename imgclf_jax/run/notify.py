@@ -67,17 +67,23 @@ def _summary(workdir: Path) -> str:
 
 
 def _post(url: str, content: dict[str, object], waits: tuple[float, ...]) -> None:
-    where = urllib.parse.urlsplit(url).hostname or "a URL without a host"
-    error = ""
-    for wait in waits:
+    where, error = _host(url), "the URL must begin with https:// or http://"
+    for wait in waits if where else ():
         time.sleep(wait)
         try:
-            if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-                raise ValueError("the URL must begin with https:// or http://")
             data = json.dumps(content).encode()
             request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
             with urllib.request.urlopen(request, timeout=_TIMEOUT):
                 return
-        except Exception as e:  # of the network, of the server, or of the URL
-            error = type(e).__name__ if isinstance(e, OSError) else reason(e)
-    log.warning("%s: the web hook at %s could not be notified of the end of the run (%s)", VARIABLE, where, error)
+        except Exception as e:  # of the network, of the server, or of the URL, which its message may quote
+            error = type(e).__name__
+    log.warning("%s: the web hook at %s could not be notified of the end of the run (%s)", VARIABLE,
+                where or "a URL without a host", error)  # fmt: skip
+
+
+def _host(url: str) -> str:
+    """The host of a web hook; "" for text that is no http or https URL."""
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(url)
+        return (parts.hostname or "") if parts.scheme in ("http", "https") else ""
+    return ""

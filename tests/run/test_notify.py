@@ -62,7 +62,10 @@ def test_done_stopped_and_failed(hook, tmp_path):
     assert {post["workdir"] for post in posts} == {str(tmp_path)}
 
 
-@pytest.mark.parametrize("url", ["http://localhost:9/hook?token=secret", "file:///etc/passwd?secret", "secret"])
+@pytest.mark.parametrize("url", [
+    "http://localhost:9/hook?token=secret", "file:///etc/passwd?secret", "secret", "http://[secret/x",
+    "https://user:secret@localhost/topic", "http://localhost:9/services/secret x", "http://localhost:secret/x",
+])  # fmt: skip
 def test_a_hook_that_cannot_be_reached(url, monkeypatch, tmp_path, caplog):
     """One warning, without the secret."""
     monkeypatch.setenv(notify.VARIABLE, url)
