@@ -37,8 +37,10 @@ class Watchdog:
 
     Else it writes the stacks of all threads to `folder`/hang-PROCESS.txt, and ends the process with status 1 and a line
     that says what it waits for. Of several processes, the line names the one that lags. Set-up, compilation and
-    checkpoints may take PATIENCE times the limit. Time in which the process is suspended does not count. A `limit` of 0
-    ends nothing. Of several processes, the log names those that the others wait for: see `stragglers`.
+    checkpoints may take PATIENCE times the limit. Time in which the process is suspended does not count, up to
+    2 * PATIENCE times the limit: a longer suspension may end the process as it continues, by the timer for native code
+    that holds the GIL, which cannot tell the two apart. A `limit` of 0 ends nothing. Of several processes, the log
+    names those that the others wait for: see `stragglers`.
     """
 
     def __init__(self, limit: float, folder: Path, phases: Phases):
