@@ -91,7 +91,11 @@ def read_metadata(path: Path) -> JsonObject:
     if path.suffix != ".safetensors":
         return {}
     with path.open("rb") as file:
-        found = _read_header(file, path.stat().st_size)[1].get("__metadata__")
+        try:
+            header = _read_header(file, path.stat().st_size)[1]
+        except (ValueError, RecursionError):  # a file of another format under this name
+            return {}
+    found = header.get("__metadata__") if isinstance(header, dict) else None
     return found if isinstance(found, dict) else {}
 
 

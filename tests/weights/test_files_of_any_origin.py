@@ -162,3 +162,12 @@ def test_a_file_of_another_kind_is_not_read(tmp_path):
 def test_what_is_no_regular_file_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "x.pth")
     refused(tmp_path / "x.pth", "is not a regular file")
+
+
+@pytest.mark.parametrize("name", ["zip.pth", "legacy.pth"])
+def test_a_pytorch_file_under_the_name_of_a_safetensors_file(tmp_path, name):
+    """It is read by its content, and has no metadata."""
+    file = tmp_path / "x.safetensors"
+    file.write_bytes((FIXTURES / name).read_bytes())
+    assert files.read(file)
+    assert files.read_metadata(file) == {}
