@@ -5,6 +5,7 @@ began at the Unix time `began` with step `first`, and what it had done by the ti
 what counts.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,9 +49,15 @@ class TimeRecord:
 
 
 def last_of_each(lines: Sequence[JsonMapping]) -> list[JsonMapping]:
-    """The last whole line of each process, in the order in which they began."""
-    found = {line["began"]: line for line in lines if {"first", "began", "at", "seconds"} <= line.keys()}
+    """The last well-formed line of each process, in the order in which they began."""
+    found = {line["began"]: line for line in lines if _is_well_formed(line)}
     return [found[began] for began in sorted(found)]
+
+
+def _is_well_formed(line: JsonMapping) -> bool:
+    first, seconds = line.get("first"), line.get("seconds")
+    numbers = [line.get("began"), line.get("at"), *(seconds.values() if isinstance(seconds, dict) else [None])]
+    return type(first) is int and all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
 
 
 def sum_up(lines: Sequence[JsonMapping]) -> dict[str, float]:

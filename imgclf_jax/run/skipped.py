@@ -35,15 +35,22 @@ class Rollback(Exception):
         self.first, self.until, self.bad_step, self.reason = first, until, bad_step, reason
 
 
+def read(folder: Path) -> list[JsonObject]:
+    """The lines of skipped.jsonl in `folder`; [] without one. Raises UserError if one has no number of a step."""
+    lines = writers.read_metrics(folder / NAME)
+    if any(type(line.get(key, 0)) is not int for line in lines for key in ("until", "bad_step")):
+        raise UserError(f"{folder / NAME} is damaged: a line has something else in place of a step; restore the file "
+                        "from a copy of the run")  # fmt: skip
+    return lines
+
+
 def read_left_out(folder: Path) -> list[tuple[int, int]]:
     """Returns the ranges (first, until) of steps that rollbacks left out, ascending. All processes call this."""
     return [
         (first, until)
         for first, until in processes.broadcast_from_process_0(
             f"reading {NAME}",
-            lambda: sorted(
-                [line["step"], line["until"]] for line in writers.read_metrics(folder / NAME) if "until" in line
-            ),
+            lambda: sorted([line["step"], line["until"]] for line in read(folder) if "until" in line),
         )
     ]
 
@@ -54,7 +61,7 @@ def forget_left_out(folder: Path, step: int) -> None:
     A step that a faulty device made bad is computed again, and left out again if it is still bad.
     """
     if not processes.index():
-        lines = writers.read_metrics(folder / NAME)
+        lines = read(folder)
         kept = [line for line in lines if line.get("bad_step", -1) < step]
         if len(kept) < len(lines):
             writers.RecordFile(folder / NAME, kept).close()
@@ -73,7 +80,7 @@ class Skipped:
         self._file: writers.RecordFile | None = None
         self._known = _fetch(guard)[0] if guard is not None else np.zeros(1, int)
         self._step = start
-        lines = writers.read_metrics(self._path) if not processes.index() else []
+        lines = read(folder) if not processes.index() else []
         if lines:
             self._write([], kept=[line for line in lines if "until" in line or line["step"] < start])
 

@@ -1,6 +1,7 @@
 """Where the time of a run went, over all its processes."""
 
 import json
+import math
 import signal
 import time
 
@@ -45,7 +46,11 @@ def test_a_run_that_goes_back_behind_an_earlier_attempt():
 def test_no_lines_and_damaged_ones():
     assert not any(goodput.sum_up([]).values())
     assert goodput.goodput(goodput.sum_up([])) == 0.0
-    assert not any(goodput.sum_up([{"step": 3}]).values())
+    whole = line(1.0, 3.0, 0, 1, steps=2.0)
+    wrong = [{"began": [1]}, {"began": "1"}, {"began": None}, {"began": math.nan}, {"at": {}}, {"first": "0"},
+             {"first": 0.5}, {"seconds": []}, {"seconds": 2.0}, {"seconds": {"steps": "2"}}]  # fmt: skip
+    assert goodput.last_of_each([{"step": 3}, *({**whole, **change} for change in wrong)]) == []
+    assert goodput.sum_up([{"step": 3}, whole, {**whole, "began": [1]}])["steps"] == 2.0
 
 
 def test_status_of_a_run(fake_config, tmp_path, capsys, one_device):

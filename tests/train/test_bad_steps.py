@@ -20,6 +20,7 @@ from imgclf_jax.data import sources, stream
 from imgclf_jax.losses import softmax
 from imgclf_jax.models.classifier import Classifier
 from imgclf_jax.optim import optimizers, weight_averages
+from imgclf_jax.run import skipped
 from imgclf_jax.run.checkpoint import Checkpoints
 from imgclf_jax.run.workdir import Workdir
 from imgclf_jax.run.writers import read_metrics
@@ -278,3 +279,12 @@ def test_the_default_has_no_guard(tmp_path):
     assert launch.main(["config", "--config.on_bad_step=skip"]) == 0
     assert not bad_steps.build("stop", "").guarded
     assert bad_steps.build("stop", "6 sigma over 128").guarded
+
+
+@pytest.mark.parametrize("line", [{"until": "9"}, {"until": None}, {"until": 9, "bad_step": [8]}])
+def test_a_line_of_skipped_steps_that_is_damaged(tmp_path, line):
+    """One sentence: without the line, the run would compute other steps."""
+    (tmp_path / "skipped.jsonl").write_text(json.dumps({"step": 3, **line}) + "\n")
+    for function in (skipped.read, skipped.read_left_out, lambda folder: skipped.forget_left_out(folder, 4)):
+        with pytest.raises(UserError, match=r"skipped.jsonl is damaged: a line has something else in place of a step"):
+            function(tmp_path)

@@ -81,7 +81,7 @@ def _fixed(seconds: JsonObject) -> float:
 
 def _health(run: Record) -> list[str]:
     folder, found = run.path, []
-    lines = writers.read_metrics(folder / skipped.NAME)
+    lines = skipped.read(folder)
     alone = [line for line in lines if "until" not in line]
     if alone:
         found.append(f"{len(alone)} steps skipped, the last is {alone[-1]['step']} ({skipped.NAME})")
