@@ -257,8 +257,8 @@ def _recorded_classes(path: Path) -> str:
     """The class names, one per line, that a run recorded or `export` wrote into a .safetensors file; "" for others."""
     if path.is_dir():
         workdir = Workdir(path)
-        names = workdir.load_data_info().class_names if workdir.provenance.is_file() else ()
-        return escape_surrogates("\n".join(names))
+        recorded = workdir.load_data_info().class_names if workdir.provenance.is_file() else ()
+        return escape_surrogates("\n".join(recorded))
     names = files.read_metadata(path).get("class_names")
     return names if isinstance(names, str) else ""
 

@@ -13,9 +13,9 @@ from imgclf_jax.tools.pages.html import paragraph, table, text
 
 
 def page(
-    groups: Sequence[Group], comparisons: Sequence[Comparison], metric: str, damaged: Sequence[str], test: bool
+    groups: Sequence[Group], comparisons: Sequence[Comparison], metric: str, damaged: Sequence[str], tested: bool
 ) -> str:
-    """Returns the page as HTML. All text from the runs is escaped. `test` is that of `tables.notes`."""
+    """Returns the page as HTML. All text from the runs is escaped. `tested` is that of `tables.notes`."""
     done = sum(len(group.done) for group in groups)
     left = sum(len(group.unfinished) for group in groups)
     keys = len(groups[0].settings)
@@ -30,7 +30,7 @@ def page(
     if rows:
         body.append("<h2>Paired comparison with the best</h2>"
                     + table(f"Each against {groups[0].label}", columns, rows, keys))  # fmt: skip
-    body += [paragraph(line, note=True) for line in compare_tables.notes(groups, comparisons, test)]
+    body += [paragraph(line, note=True) for line in compare_tables.notes(groups, comparisons, tested)]
     body.append(_curves(groups))
     columns, rows = compare_tables.unfinished(groups)
     if rows:

@@ -78,8 +78,8 @@ def _latest(run: Record) -> dict[str, float]:
     return {name: value for name, value in run.latest().items() if name in shown_metrics}
 
 
-def notes(groups: Sequence[Group], comparisons: Sequence[Comparison], test: bool) -> list[str]:
-    """Explains the tables, a sentence or paragraph each. `test` says whether missing predictions were made."""
+def notes(groups: Sequence[Group], comparisons: Sequence[Comparison], tested: bool) -> list[str]:
+    """Explains the tables, a sentence or paragraph each. `tested` says whether missing predictions were made."""
     notes = []
     if groups[0].done and not _columns(groups):
         notes.append("No run has evaluation metrics: a method that trains no head has none unless it defines them.")
@@ -102,7 +102,7 @@ def notes(groups: Sequence[Group], comparisons: Sequence[Comparison], test: bool
             "same examples."
         )
     elif len([group for group in groups if group.done]) > 1:
-        more = "" if test else "; add --test to make those that are missing"
+        more = "" if tested else "; add --test to make those that are missing"
         notes.append("There are no paired tests, because no group has predictions that can be paired with those of the "
                      f"best{more}.")  # fmt: skip
     return notes

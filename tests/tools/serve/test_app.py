@@ -101,6 +101,22 @@ def test_an_explanation_is_a_picture(client):
     assert client.get("/model").json()["explains"] is True
 
 
+@pytest.mark.thorough
+def test_names_that_are_no_utf_8():
+    """The name of a class, and of the run's directory: every answer that has one was an error of the server."""
+    shown, others = r"\udcff", tuple(map(str, range(3)))
+    data = DataInfo(64, (28, 28, 1), ("\udcff", *others), "-")
+    untold = untrained(data, preprocess="decode(1)|resize(28)")
+    with serving(untold, name="\udcfe") as port, Patient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+        described = client.get("/model").json()
+        assert (described["classes"], described["name"]) == ([shown, *others], r"\udcfe")
+        assert client.get("/openapi.json").status_code == 200
+        found = client.post("/predict", content=png(0)).json()["predictions"]
+        assert {one["class"] for one in found} == {shown, *others}
+        told = client.post("/explain", params={"class": shown, "format": "json"}, content=png(0))
+        assert told.json()["class"] == shown
+
+
 def test_many_at_once_are_answered_in_batches(client, model):
     """Each with its own image's classes, though the device computes several in one call."""
 
