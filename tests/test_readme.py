@@ -110,6 +110,19 @@ OF_THE_COMMAND = {
 LINKED = re.findall(r"\[([\d.]+)([^\]]*)\]\(docs/results/(\w+)(-0)?\.zip\)", README)
 
 
+@pytest.mark.parametrize("row", [line for line in README.splitlines() if "](docs/results/" in line],
+                         ids=lambda row: row.split("`")[-2].partition(".")[0])  # fmt: skip
+def test_the_time_of_a_result_is_that_of_its_runs(row):
+    """ "38 s", or "2 to 3 min": from the fastest run of the first link to the slowest."""
+    files = list(
+        (ROOT / "docs" / "results").glob(re.sub("-0$", "-?", re.search(r"results/(.*?)\.zip", row)[1]) + ".zip")
+    )
+    seconds = [Record.load(str(file)).result["seconds"] for file in files]
+    *numbers, unit = re.match(r"(\d+)(?: to (\d+))? (s|min)", row.split("|")[4].strip()).groups()
+    fastest, slowest = (round(x / {"s": 1, "min": 60}[unit]) for x in (min(seconds), max(seconds)))
+    assert [n for n in numbers if n and not fastest <= int(n) <= slowest] == []
+
+
 @pytest.mark.parametrize(("mean", "of", "name", "several"), LINKED, ids=[name for *_, name, _ in LINKED])
 def test_a_result_with_bundles_is_that_of_the_bundles(mean, of, name, several):
     """The mean test accuracy in the README's row, over as many seeds or draws as it says, and the header's numbers."""

@@ -86,7 +86,7 @@ def test_a_file_is_read_back_as_weights(tmp_path, capsys):
     run, file, flags = tmp_path / "run", tmp_path / "a.safetensors", [*FLAGS, "--config.model=resnet_cifar(8)"]
     assert launch.main([*flags, f"--workdir={run}"]) == 0
     assert launch.main(["export", str(file), f"--workdir={run}"]) == 0
-    assert "with the names of akamaster" in capsys.readouterr().out
+    assert "named by the scheme akamaster" in capsys.readouterr().out
     kernel = np.asarray(imgclf_jax.load(run).state.params["head"]["kernel"])
     np.testing.assert_array_equal(files.read(file, lambda label, shape: True)["linear.weight"], kernel.T)
     assert launch.main(["evaluate", f"--config.init_from={file}", *flags, "--format=json"]) == 0
