@@ -111,14 +111,15 @@ def print_text(text: str, indent: int = 0) -> None:
 
 def print_json(value: Json) -> None:
     """Prints JSON on standard output, with null for NaN and infinity, which JSON does not have."""
-    print(json.dumps(_finite(value), indent=2))
+    print(json.dumps(nonfinite_to_null(value), indent=2))
 
 
-def _finite(value: Json) -> Json:
+def nonfinite_to_null(value: Json) -> Json:
+    """Replaces NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, Mapping):
-        return {name: _finite(one) for name, one in value.items()}
+        return {name: nonfinite_to_null(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [nonfinite_to_null(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -5,7 +5,6 @@ import hashlib
 import importlib.util
 import io
 import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError
 from imgclf_jax.core.text import escape_surrogates
 from imgclf_jax.core.typing import JsonMapping, JsonObject
+from imgclf_jax.run.terminal import nonfinite_to_null
 from imgclf_jax.scores.classification import FromLogits, Scores
 
 _KINDS = (".csv", ".jsonl", ".parquet")
@@ -109,11 +109,6 @@ def write(path: Path, table: Sequence[JsonMapping]) -> None:
             writer.writeheader()
             writer.writerows(table)
         else:
-            text.writelines(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in table)
+            text.writelines(json.dumps(nonfinite_to_null(row), ensure_ascii=False) + "\n" for row in table)
         with places.replacing(path) as temporary:
             temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
-
-
-def _finite(row: JsonMapping) -> JsonObject:
-    """Replaces NaN and infinity, which JSON does not have, by null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
