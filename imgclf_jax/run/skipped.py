@@ -39,7 +39,7 @@ def read(folder: Path) -> list[JsonObject]:
     """The lines of skipped.jsonl in `folder`; [] without one. Raises UserError if one has no number of a step."""
     lines = writers.read_metrics(folder / NAME)
     if any(type(line.get(key, 0)) is not int for line in lines for key in ("until", "bad_step")):
-        raise UserError(f"{folder / NAME} is damaged: a line has something else in place of a step; restore the file "
+        raise UserError(f"{folder / NAME} is damaged: the step in a line is not a whole number; restore the file "
                         "from a copy of the run")  # fmt: skip
     return lines
 

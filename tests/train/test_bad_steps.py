@@ -286,5 +286,5 @@ def test_a_line_of_skipped_steps_that_is_damaged(tmp_path, line):
     """One sentence: without the line, the run would compute other steps."""
     (tmp_path / "skipped.jsonl").write_text(json.dumps({"step": 3, **line}) + "\n")
     for function in (skipped.read, skipped.read_left_out, lambda folder: skipped.forget_left_out(folder, 4)):
-        with pytest.raises(UserError, match=r"skipped.jsonl is damaged: a line has something else in place of a step"):
+        with pytest.raises(UserError, match=r"skipped.jsonl is damaged: the step in a line is not a whole number"):
             function(tmp_path)
