@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from imgclf_jax import __version__
 from imgclf_jax.core.errors import UserError, unknown
-from imgclf_jax.core.text import escape_surrogates, printable, utf8
+from imgclf_jax.core.text import escape_surrogates, printable
 from imgclf_jax.core.typing import JsonObject
 from imgclf_jax.tools.serve import openapi
 from imgclf_jax.tools.serve.batcher import Batcher
@@ -83,13 +83,12 @@ def build(
     numbers = _Numbers()
     batcher = Batcher(model, most_waiting=2 * limits.requests, seen=numbers.batches.observe)
     answering, bodies = Share(limits.requests), Bodies(limits)
-    class_names = [escape_surrogates(utf8(name)) for name in model.class_names]
+    class_names = list(map(escape_surrogates, model.class_names))
 
     def as_json(outputs: np.ndarray, top_k: int) -> JsonObject:
         found = model.describe(outputs, top_k)
         if "predictions" in found:
-            found["predictions"] = [one | {"class": escape_surrogates(utf8(one["class"]))}
-                                    for one in found["predictions"]]  # fmt: skip
+            found["predictions"] = [one | {"class": escape_surrogates(one["class"])} for one in found["predictions"]]
         return found
 
     async def classify(request: Request, client: str, sent: Sent) -> Response:

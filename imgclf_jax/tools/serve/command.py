@@ -89,7 +89,7 @@ def explainer(model: Trained) -> "Explain":
     the ends of the color scale, so that a page can lay one over the other.
     """
     regression = model.task is Task.REGRESSION
-    names = [escape_surrogates(utf8(name)) for name in model.class_names]
+    names = list(map(escape_surrogates, model.class_names))
     predicted = build(model)
     chosen = build(model, for_class=True) if predicted[0] == "rollout" else predicted  # which no class changes
 

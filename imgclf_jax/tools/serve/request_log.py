@@ -7,10 +7,10 @@ import logging.handlers
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from imgclf_jax.core import places
 from imgclf_jax.core.errors import UserError, reason
 
 _BYTES = 50_000_000  # of the file; an older one of this size is kept next to it
@@ -29,9 +29,12 @@ def open_log(file: str) -> Iterator[Write | None]:
     if file in ("", "-"):
         yield (lambda line: print(line, file=sys.stderr, flush=True)) if file else None
         return
+    path = places.expand_user(file)
+    if places.in_bucket(path):
+        raise UserError(f"--request_log={file}: this log cannot be in a bucket; name a local file")
     try:
         handler = logging.handlers.RotatingFileHandler(
-            Path(file).expanduser(), maxBytes=_BYTES, backupCount=1, encoding="utf-8", errors="backslashreplace"
+            path, maxBytes=_BYTES, backupCount=1, encoding="utf-8", errors="backslashreplace"
         )
     except OSError as e:
         raise UserError(f"--request_log={file}: cannot be written ({reason(e)})") from e

@@ -172,6 +172,9 @@ def test_requests_are_logged(model, tmp_path):  # noqa: F811
     assert len(lines[1]["target"]) == 200
     with pytest.raises(UserError, match=r"--request_log=.*no/file"):
         request_log.open_log(str(tmp_path / "no" / "file")).__enter__()
+    for file, said in (("~nobody-here/log", "knows no home directory '~nobody-here'"), ("gs://b/log", "")):
+        with pytest.raises(UserError, match=said or "bucket"):
+            request_log.open_log(file).__enter__()
 
 
 def test_forms_that_are_made_to_be_slow():

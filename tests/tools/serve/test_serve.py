@@ -1,5 +1,6 @@
 """The command `serve` as a process: it starts, answers many clients, and ends cleanly."""
 
+import os
 import re
 import signal
 import socket
@@ -38,6 +39,31 @@ def test_it_says_where_it_is_and_ends_at_a_signal(number, tmp_path):
         process.send_signal(number)
         assert process.wait(20) == 0
         assert time.monotonic() - begun < 10
+
+
+@pytest.mark.thorough
+def test_class_names_in_another_locale():
+    """They are text since the source read them, so no locale decodes them again."""
+    script = """
+import sys
+sys.path.insert(0, "tests/tools/serve")
+from starlette.testclient import TestClient
+from test_app import png, untrained
+from imgclf_jax.run.provenance import DataInfo
+from imgclf_jax.tools.serve import app
+from imgclf_jax.tools.serve.command import explainer
+
+model = untrained(DataInfo(64, (8, 8, 1), ("ö", "猫"), "-"), preprocess="decode(1)|resize(8)")
+with TestClient(app.build(model, explain=explainer(model))) as client:
+    assert client.get("/model").json()["classes"] == ["ö", "猫"]
+    assert {one["class"] for one in client.post("/predict", content=png(0)).json()["predictions"]} == {"ö", "猫"}
+    told = client.post("/explain", params={"class": "猫", "format": "json"}, content=png(0)).json()
+    assert told["class"] == "猫", told
+"""
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-"], input=script.encode(), capture_output=True, cwd=ROOT,
+                          env={**os.environ, **ascii_only, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_mistakes(model, tmp_path, monkeypatch, capsys):  # noqa: F811
