@@ -117,7 +117,16 @@ def test_ratios_are_of_the_same_round():
     assert rows["torch eager bfloat16"]["own_to_it"] == {"median": 2, "min": 1.5, "max": 5}
 
 
-SCRIPTS = ["speed.py", "input.py", "accuracy.py", "operations.py", "twins.py", "scaling.py", "recipes.py"]
+SCRIPTS = [
+    "speed.py",
+    "input.py",
+    "photographs.py",
+    "accuracy.py",
+    "operations.py",
+    "twins.py",
+    "scaling.py",
+    "recipes.py",
+]
 
 
 @pytest.mark.parametrize("script", [s for s in SCRIPTS if s != "operations.py"] + thorough("operations.py"))

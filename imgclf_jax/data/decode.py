@@ -18,7 +18,8 @@ from PIL import ExifTags, Image, ImageOps
 from imgclf_jax.core import kinds, rng, spec
 from imgclf_jax.core.errors import UserError, reason, unknown
 from imgclf_jax.core.typing import Value
-from imgclf_jax.data import decode_cost, resizing, tf_image
+from imgclf_jax.data import decode_cost, pictures, resizing, tf_image
+from imgclf_jax.data.pictures import Picture
 from imgclf_jax.data.resizing import central_crop, random_resized_crop, resize, resize_small
 
 # The formats of photographs and data sets. Pillow tries some of its forty others on any bytes; EPS runs Ghostscript.
@@ -28,7 +29,6 @@ MOST_SIDE = 2**20  # 16 times that of JPEG; Pillow holds a pointer per row
 _MAX_BYTES = 8 * MOST_PIXELS  # four uncompressed channels of 16 bits
 _TILE = (322, 323)  # TIFF tags of a tile's width and height
 _MAX_TILE = 2**24  # pixels; usual tiles have 2**16
-_STRIP = 2**20  # pixels that are copied from Pillow at once
 _TOO_MANY = f"the image has more than {MOST_PIXELS:,} pixels; make it smaller"
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -48,6 +48,11 @@ def decode(
     decode, and for an image of more than 2**26 pixels (2**25 in WebP and AVIF), more than 2**20 in a row or column, or
     one built to take minutes (see `decode_cost`).
     """
+    return pictures.to_array(_decode(image, channels, formats, draft))
+
+
+def _decode(image: bytes | Picture, channels: int = 3, formats: tuple[str, ...] = FORMATS, draft: int = 0) -> Picture:
+    """`decode` for the ops of this package, which take a Pillow image."""
     if channels not in _MODES:
         raise UserError(f"decode(channels={channels}): allowed are 1, 3 and 4")
     if type(draft) is not int or draft < 0:
@@ -59,7 +64,7 @@ def decode(
             )
         if image.shape[-1] == channels:
             return image
-        picture = resizing.to_picture(image)
+        picture = pictures.to_pillow(image)
     elif isinstance(image, Image.Image):
         picture = ImageOps.exif_transpose(image)
     else:
@@ -69,10 +74,10 @@ def decode(
     return _convert(picture, channels)
 
 
-def _convert(picture: Image.Image, channels: int) -> np.ndarray:
-    """Converts a Pillow image to uint8[h, w, channels]."""
+def _convert(picture: Image.Image, channels: int) -> Image.Image:
+    """Converts a Pillow image to one with this number of channels of 8 bits."""
     if picture.mode.startswith("I"):  # 16 bits per pixel, which convert("L") would clip instead of scale
-        deep = _as_array(picture)
+        deep = pictures.to_array(picture)[..., 0]
         if deep.dtype.itemsize > 2 and (deep.min() < 0 or deep.max() > 65535):
             raise UserError("the image has more than 16 bits per channel; save it with 8 or 16")
         picture = Image.fromarray((deep >> 8).astype(np.uint8))
@@ -84,28 +89,7 @@ def _convert(picture: Image.Image, channels: int) -> np.ndarray:
         picture = picture.convert("RGB")
     if picture.mode != _MODES[channels]:
         picture = picture.convert(_MODES[channels])
-    out = _as_array(picture)
-    return out[..., None] if out.ndim == 2 else out
-
-
-def _as_array(picture: Image.Image) -> np.ndarray:
-    """Returns `np.asarray(picture)`, copied in strips of rows.
-
-    Pillow holds the GIL while it copies an image's bytes, and no other thread would run until 200 MB are copied.
-    """
-    rows = max(1, _STRIP // picture.width)
-    if picture.height <= rows:
-        return np.asarray(picture)
-    strips = (
-        np.asarray(picture.crop((0, top, picture.width, min(top + rows, picture.height))))
-        for top in range(0, picture.height, rows)
-    )
-    first = next(strips)
-    out = np.empty((picture.height, *first.shape[1:]), first.dtype)
-    out[:rows] = first
-    for i, strip in enumerate(strips, 1):
-        out[i * rows : (i + 1) * rows] = strip
-    return out
+    return picture
 
 
 def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
@@ -201,7 +185,10 @@ HOST_OPS: dict[str, Callable] = {
     "inception_crop": tf_image.inception_crop,
 }
 
-type Undecoded = bytes | np.ndarray | Image.Image
+# Those that take a Pillow image too, and then may return one.
+_PICTURE_OPS = (_decode, resize, resize_small, central_crop, random_resized_crop, tf_image.inception_crop)
+
+type Undecoded = bytes | Picture
 type HostOps = Callable[[Undecoded, int, int], np.ndarray]
 
 _LEADING = {kinds.PLAIN: ("image",), kinds.RANDOM: ("rng", "image")}
@@ -221,16 +208,19 @@ def build(text: str) -> tuple[HostOps, bool]:
     if not calls or calls[0].name != "decode":
         raise UserError(f"preprocess={text!r}: the first op must be decode(channels)")
     ops = [_bind(call) for call in calls]
+    ops[0] = functools.partial(_decode, *ops[0].args, **ops[0].keywords)
     streams = [f"preprocess/{call.name}/{i}" for call, i in zip(calls, spec.occurrences(calls), strict=True)]
     is_random = [kinds.kind_of(op) == kinds.RANDOM for op in ops]
 
-    def apply(image: Undecoded, seed: int, position: int) -> np.ndarray:
+    def apply(undecoded: Undecoded, seed: int, position: int) -> np.ndarray:
+        image: Any = undecoded
         try:
             for call, op, random, stream in zip(calls, ops, is_random, streams, strict=True):  # noqa: B007  named below
+                image = image if op.func in _PICTURE_OPS else pictures.to_array(image)
                 image = op(rng.generator(seed, stream, position), image) if random else op(image)
         except MemoryError as e:
             raise UserError(f"{call.name} runs out of memory; make the image smaller") from e
-        return np.asarray(image)
+        return np.asarray(pictures.to_array(image))
 
     return apply, any(is_random)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from imgclf_jax.core import tensorflow_import
+from imgclf_jax.core import memory, tensorflow_import
 
 type Batch = dict[str, np.ndarray]
 
@@ -93,7 +93,9 @@ def _by_tensorflow(
     # There is nothing to tune, and the tuner's thread can delay the end of the iterator by a minute.
     options.autotune.enabled = False
     try:
-        for both, *arrays in batches.with_options(options).as_numpy_iterator():
+        for i, (both, *arrays) in enumerate(batches.with_options(options).as_numpy_iterator()):
+            if not i:
+                memory.keep_freed_again()
             yield range(*both.tolist()), dict(zip(names, arrays, strict=True))
     except tf.errors.OpError as e:
         raise (failures[0] if failures else e) from None

@@ -12,7 +12,8 @@ from PIL import Image
 
 from imgclf_jax.core import kinds, memory
 from imgclf_jax.core.errors import UserError, unknown
-from imgclf_jax.data import decode_cost, tf_image
+from imgclf_jax.data import decode_cost, pictures, tf_image
+from imgclf_jax.data.pictures import Picture
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -26,12 +27,7 @@ _LIKE = ("tensorflow", "torchvision")
 Size = tuple[int, int]  # height, width
 
 
-def to_picture(image: np.ndarray) -> Image.Image:
-    """Converts uint8[h, w, c] to a Pillow image of 1, 3 or 4 channels."""
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-
-
-def resize(image: np.ndarray, height: int, width: int = 0, method: str = "bilinear") -> np.ndarray:
+def resize(image: Picture, height: int, width: int = 0, method: str = "bilinear") -> Picture:
     """Resizes to (height, width), or (height, height), with antialiasing.
 
     `method` is nearest, bilinear, bicubic or lanczos as in Pillow, or area as in TensorFlow. In RGBA, Pillow weights
@@ -39,13 +35,13 @@ def resize(image: np.ndarray, height: int, width: int = 0, method: str = "biline
     """
     if method not in (*_FILTERS, "area"):
         raise UserError(f"resize(method={method!r}): allowed are {', '.join(_FILTERS)} and area")
-    size = resized(image.shape[:2], height, width, method)
-    if image.shape[:2] == size:
+    size = resized(pictures.size_of(image), height, width, method)
+    if pictures.size_of(image) == size:
         return image
     if method == "area":
-        return tf_image.area(image, *size)
-    out = np.asarray(to_picture(image).resize(size[::-1], _FILTERS[method]))
-    return out[..., None] if out.ndim == 2 else out
+        return tf_image.area(pictures.to_array(image), *size)
+    out = pictures.to_pillow(image).resize(size[::-1], _FILTERS[method])
+    return out if isinstance(image, Image.Image) else pictures.to_array(out)
 
 
 def resized(old: Size, height: int, width: int = 0, method: str = "bilinear", op: str = "resize") -> Size:
@@ -65,13 +61,13 @@ def resized(old: Size, height: int, width: int = 0, method: str = "bilinear", op
     return new
 
 
-def resize_small(image: np.ndarray, size: int, method: str = "bilinear", like: str = "tensorflow") -> np.ndarray:
+def resize_small(image: Picture, size: int, method: str = "bilinear", like: str = "tensorflow") -> Picture:
     """Resizes the shorter side to `size`, keeping the aspect ratio.
 
     The longer side is rounded to the nearest pixel, as in TensorFlow recipes, or truncated with `like="torchvision"`.
     Raises UserError if it needs more memory than an op may take.
     """
-    return resize(image, *resized_small(image.shape[:2], size, method, like), method)
+    return resize(image, *resized_small(pictures.size_of(image), size, method, like), method)
 
 
 def resized_small(old: Size, size: int, method: str = "bilinear", like: str = "tensorflow") -> Size:
@@ -85,17 +81,17 @@ def resized_small(old: Size, size: int, method: str = "bilinear", like: str = "t
     return resized(old, *new, method, "resize_small")
 
 
-def central_crop(image: np.ndarray, height: int, width: int = 0, like: str = "tensorflow") -> np.ndarray:
+def central_crop(image: Picture, height: int, width: int = 0, like: str = "tensorflow") -> Picture:
     """Crops the central (height, width), or (height, height).
 
     An odd margin has its smaller half above and left. With `like="torchvision"`, half the margin is rounded to even.
     """
-    h, w = image.shape[:2]
+    h, w = pictures.size_of(image)
     height, width = centrally_cropped((h, w), height, width)
     top, left = (h - height) // 2, (w - width) // 2
     if _as_torchvision(like):
         top, left = round((h - height) / 2), round((w - width) / 2)
-    return image[top : top + height, left : left + width]
+    return pictures.crop(image, top, left, height, width)
 
 
 def centrally_cropped(old: Size, height: int, width: int = 0, **_: object) -> Size:
@@ -114,27 +110,27 @@ def _as_torchvision(like: str) -> bool:
 
 @kinds.random
 def random_resized_crop(
-    rng: np.random.Generator, image: np.ndarray, height: int, width: int = 0, scale: tuple[float, float] = (0.08, 1.0),
+    rng: np.random.Generator, image: Picture, height: int, width: int = 0, scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3), method: str = "bilinear",
-) -> np.ndarray:  # fmt: skip
+) -> Picture:  # fmt: skip
     """Crops a random area and aspect ratio and resizes it to (height, width) (Szegedy et al. 2014, arXiv:1409.4842).
 
     The share of the image's area is uniform in `scale`, the ratio w / h log-uniform in `ratio`. If ten draws do not
     fit, it takes the largest central crop within `ratio`.
     """
-    h, w = image.shape[:2]
+    h, w = pictures.size_of(image)
     for _ in range(10):
         area = h * w * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         crop_h, crop_w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < crop_h <= h and 0 < crop_w <= w:
-            top, left = rng.integers(0, h - crop_h + 1), rng.integers(0, w - crop_w + 1)
+            top, left = int(rng.integers(0, h - crop_h + 1)), int(rng.integers(0, w - crop_w + 1))
             break
     else:
         crop_w = max(1, round(h * ratio[1])) if w / h > ratio[1] else w
         crop_h = max(1, round(w / ratio[0])) if w / h < ratio[0] else h
         top, left = (h - crop_h) // 2, (w - crop_w) // 2
-    return resize(image[top : top + crop_h, left : left + crop_w], height, width or height, method)
+    return resize(pictures.crop(image, top, left, crop_h, crop_w), height, width or height, method)
 
 
 def _fixed(old: Size, height: int, width: int = 0, **_: object) -> Size:

@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 
 from imgclf_jax.core import kinds, memory
+from imgclf_jax.data import pictures
+from imgclf_jax.data.pictures import Picture
 
 _ATTEMPTS = 100
 _BLOCK = 1 << 20  # float64 values that `area` averages at a time
@@ -16,9 +18,9 @@ _BLOCK = 1 << 20  # float64 values that `area` averages at a time
 
 @kinds.random
 def inception_crop(
-    rng: np.random.Generator, image: np.ndarray, height: int, width: int = 0, area: tuple[float, float] = (0.05, 1.0),
+    rng: np.random.Generator, image: Picture, height: int, width: int = 0, area: tuple[float, float] = (0.05, 1.0),
     ratio: tuple[float, float] = (0.75, 1.33),
-) -> np.ndarray:  # fmt: skip
+) -> Picture:  # fmt: skip
     """Crops a random height and aspect ratio and resizes it to (height, width), or (height, height), by `bilinear`.
 
     As in TensorFlow's `sample_distorted_bounding_box`, the ratio w / h is uniform in `ratio`, and the height uniform
@@ -26,11 +28,10 @@ def inception_crop(
     more frequent than with `random_resized_crop`, whose area is uniform. If 100 draws do not fit, it takes the whole
     image.
     """
-    h, w = image.shape[:2]
+    h, w = pictures.size_of(image)
     for _ in range(_ATTEMPTS):
         if box := _crop(rng, h, w, area, rng.uniform(*ratio)):
-            top, left, crop_h, crop_w = box
-            image = image[top : top + crop_h, left : left + crop_w]
+            image = pictures.crop(image, *box)
             break
     return bilinear(image, height, width or height)
 
@@ -56,13 +57,13 @@ def _crop(
     return top, left, crop_h, crop_w
 
 
-def bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def bilinear(image: Picture, height: int, width: int) -> Picture:
     """`tf.image.resize(method="bilinear", antialias=False)`: interpolates the four nearest pixels."""
-    memory.require_for_op("resize", image.shape[:2], (height, width), 8 * height * width)
-    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    memory.require_for_op("resize", pictures.size_of(image), (height, width), 8 * height * width)
+    picture = pictures.to_pillow(image)
     box = (0, 0, picture.width, picture.height)
-    out = np.asarray(picture.transform((width, height), Image.Transform.EXTENT, box, Image.Resampling.BILINEAR))
-    return out[..., None] if out.ndim == 2 else out
+    out = picture.transform((width, height), Image.Transform.EXTENT, box, Image.Resampling.BILINEAR)
+    return out if isinstance(image, Image.Image) else pictures.to_array(out)
 
 
 def area(image: np.ndarray, height: int, width: int) -> np.ndarray:

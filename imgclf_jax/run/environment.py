@@ -1,12 +1,12 @@
 """Sets the environment of the process before JAX and TensorFlow are imported."""
 
 import contextlib
-import ctypes
 import os
 import platform
 import zlib
 from pathlib import Path
 
+from imgclf_jax.core import memory
 from imgclf_jax.run import cache
 
 
@@ -32,13 +32,6 @@ def prepare(deterministic: bool = False) -> None:
         compiled.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    # The allocator keeps freed memory for the next call: returning and faulting in tens of megabytes per call takes as
-    # long as a step on CPU. Each arena keeps its own, so fewer than the default of eight per core bound the total.
-    with contextlib.suppress(OSError, AttributeError):  # glibc only
-        mallopt, trim_threshold, mmap_threshold, arena_max = ctypes.CDLL(None).mallopt, -1, -3, -8
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30)
-        if "MALLOC_ARENA_MAX" not in os.environ and "arena_max" not in os.environ.get("GLIBC_TUNABLES", ""):
-            mallopt(arena_max, max(2, len(os.sched_getaffinity(0))))
+    memory.keep_freed()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # TensorFlow carries batches and computes nothing

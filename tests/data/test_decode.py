@@ -9,9 +9,10 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from imgclf_jax.core import rng, spec
 from imgclf_jax.core.errors import UserError
-from imgclf_jax.data import decode as decoding
-from imgclf_jax.data.decode import decode, resize
+from imgclf_jax.data import pictures
+from imgclf_jax.data.decode import HOST_OPS, build, decode, resize
 
 
 def noise(*shape, high=256, dtype=np.uint8):
@@ -202,10 +203,43 @@ def test_pixels_are_copied_in_strips(monkeypatch, image, channels):
         copied.append(self.size)
         return copy(self, *args)
 
-    monkeypatch.setattr(decoding, "_STRIP", 8)
+    monkeypatch.setattr(pictures, "_STRIP", 8)
     monkeypatch.setattr(Image.Image, "tobytes", noted)
     found = decode(data, channels)
     np.testing.assert_array_equal(found, expected)
     assert found.dtype == np.uint8
     assert all(w * h <= max(8, w) for w, h in copied)
     assert sum(h for _, h in copied) >= len(image)
+
+
+SEEN = []
+
+
+def own_op(image):
+    SEEN.append(image)
+    return image[::-1]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("op", [
+    "resize(20, 31)", "resize(20, method='lanczos')", "resize(20, method='area')", "resize_small(24)",
+    "central_crop(21, 17)", "random_resized_crop(24)", "inception_crop(24)",
+])  # fmt: skip
+def test_ops_give_the_same_for_pillow_images_as_for_arrays(op, channels):
+    """A spec hands on Pillow images; the ops, called one by one, take and return arrays."""
+    call, seed, position = spec.parse(op)[0], 3, 5
+    drawn = [rng.generator(seed, f"preprocess/{call.name}/0", position)] if "random" in op or "inception" in op else []
+    for data in (
+        encode(noise(45, 61, 3), "JPEG"), encode(noise(45, 61, 4), "PNG"), encode(noise(45, 61, 1), "PNG"),
+        encode(noise(45, 61, 1), "TIFF"), encode(Image.fromarray(noise(45, 61, 3)).convert("P"), "GIF"),
+        png(noise(45, 61, 3), 8, 2, [(b"tRNS", b"\0\1\0\2\0\3")]),
+    ):  # fmt: skip
+        expected = HOST_OPS[call.name](*drawn, decode(data, channels), *call.args, **call.kwargs)
+        drawn = drawn and [rng.generator(seed, f"preprocess/{call.name}/0", position)]
+        assert isinstance(expected, np.ndarray)
+        found = build(f"decode({channels})|{op}")[0](data, seed, position)
+        np.testing.assert_array_equal(found, expected)
+        assert found.shape[2] == channels
+        mixed = build(f"decode({channels})|{op}|{__name__}:own_op|resize(7)")[0](data, seed, position)
+        np.testing.assert_array_equal(SEEN[-1], expected)
+        np.testing.assert_array_equal(mixed, resize(expected[::-1], 7))

@@ -53,6 +53,37 @@ def test_no_more_arenas_than_processors(tmp_path):
     assert 1 < arenas("prepared") <= processors < arenas("left alone")
 
 
+AFTER_TF_DATA = """
+import resource
+import numpy as np
+from imgclf_jax.run import environment
+
+environment.prepare()
+from imgclf_jax.core import tensorflow_import
+from imgclf_jax.data import read_ahead
+
+tensorflow_import.tensorflow().result()
+read = lambda steps: {"image": np.zeros((1, 8), np.uint8)}
+batches = read_ahead.read_ahead(read, (range(i, i + 1) for i in range(9)), ("image",), 2)
+next(batches)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    np.empty(2**23, np.uint8)[:: 2**12] = 1
+print("faults", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, "of", 50 * 2**11)
+batches.close()
+"""
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other settings")
+def test_freed_memory_is_used_again_after_tf_data_starts(tmp_path):
+    """`Dataset.from_generator` makes malloc return it, and each decoded photograph then takes 200 page faults."""
+    out = subprocess.run([sys.executable, "-c", AFTER_TF_DATA], capture_output=True, text=True, check=True,
+                         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)}).stdout  # fmt: skip
+    found, of = map(int, re.search(r"faults (\d+) of (\d+)", out).groups())
+    assert found < of / 20
+
+
 def test_what_processes_must_have_in_common(monkeypatch):
     """Everything that may change a result, but not where they cache and dump, or which devices they use."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_b=1 --xla_dump_to=/tmp/process-0 --xla_a=2")

@@ -1,0 +1,56 @@
+"""Images between host ops: uint8[h, w, c], or a Pillow image of 8 bits per channel.
+
+The ops of this package hand on the Pillow image that `decode` opens, because a conversion to an array and back takes
+half as long as decoding. Other ops get arrays.
+"""
+
+import numpy as np
+from PIL import Image
+
+type Picture = np.ndarray | Image.Image
+
+_STRIP = 2**20  # pixels that are copied from Pillow at once
+
+
+def size_of(image: Picture) -> tuple[int, int]:
+    """The height and width."""
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    return image.shape[0], image.shape[1]
+
+
+def crop(image: Picture, top: int, left: int, height: int, width: int) -> Picture:
+    """Crops (height, width) pixels from (top, left) on."""
+    if isinstance(image, Image.Image):
+        return image.crop((left, top, left + width, top + height))
+    return image[top : top + height, left : left + width]
+
+
+def to_pillow(image: Picture) -> Image.Image:
+    """Converts uint8[h, w, c] to a Pillow image of 1, 3 or 4 channels."""
+    if isinstance(image, Image.Image):
+        return image
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def to_array(image: Picture) -> np.ndarray:
+    """Converts a Pillow image to [h, w, c], in strips of rows.
+
+    Pillow holds the GIL while it copies an image's bytes, and no other thread would run until 200 MB are copied.
+    """
+    if not isinstance(image, Image.Image):
+        return image
+    rows = max(1, _STRIP // image.width)
+    if image.height <= rows:
+        out = np.asarray(image)
+        return out[..., None] if out.ndim == 2 else out
+    strips = (
+        to_array(image.crop((0, top, image.width, min(top + rows, image.height))))
+        for top in range(0, image.height, rows)
+    )
+    first = next(strips)
+    out = np.empty((image.height, *first.shape[1:]), first.dtype)
+    out[:rows] = first
+    for i, strip in enumerate(strips, 1):
+        out[i * rows : (i + 1) * rows] = strip
+    return out
