@@ -31,6 +31,7 @@ def main(files: Sequence[str], format: str) -> int:
 
     Returns 1 if a run's record is damaged, else 0. Raises UserError if there is no run.
     """
+    terminal.setup_logging()
     runs, damaged = record.find(files)
     found = [read(run) for run in runs]
     if format == "json":

@@ -269,12 +269,11 @@ def test_no_run(tmp_path, capsys):
     assert launch.main(["compare"]) == 2
 
 
-@pytest.mark.parametrize("command", ["compare", "status"])
-def test_a_result_without_a_config_is_told_of(tmp_path, capsys, command):
+def test_a_result_without_a_config_is_told_of(tmp_path, capsys):
     """The run was left out in silence."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "result.json").write_text("{}")
-    assert launch.main([command, str(tmp_path)]) == 1
+    assert launch.main(["compare", str(tmp_path)]) == 1
     assert (
         f"skipped: {tmp_path / 'a'} holds no run: there is no {tmp_path / 'a' / 'config.json'}"
         in capsys.readouterr().err
