@@ -230,7 +230,7 @@ fetch("model").then((response) => response.json()).then((found) => {
   first.textContent = { values: "target", labels: "label" }[what] || "class";
   second.textContent = what === "values" ? "value" : "probability";
   const { height, width, channels } = found.input;
-  by("drawing").hidden = channels !== 1 || Math.max(height, width) > 64; // where images may be drawn
+  by("drawing").hidden = channels !== 1 || height !== width || width > 64; // where images may be drawn
   by("model").textContent = `${found.model}, step ${found.step}, ${found.classes.length} ${what}: ` +
     found.classes.slice(0, 12).join(", ") + (found.classes.length > 12 ? ", …" : "");
 });

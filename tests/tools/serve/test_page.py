@@ -1,6 +1,7 @@
 """The page in a browser: an image is chosen, dropped, pasted and drawn; nothing is asked of other servers."""
 
 import base64
+import re
 
 import chromium
 import pytest
@@ -123,12 +124,15 @@ def test_it_takes_a_photograph(page):
     assert page.locator("#viewfinder").is_hidden()
 
 
-@pytest.mark.parametrize(("preprocess", "drawn"), [("decode(1)|resize(28)", True), ("decode(3)|resize(28)", False),
-                                                  ("decode(1)|resize(128)", False)])  # fmt: skip
+@pytest.mark.parametrize(("preprocess", "drawn"), [
+    ("decode(1)|resize(28)", True), ("decode(3)|resize(28)", False), ("decode(1)|resize(128)", False),
+    ("decode(1)|resize(48, 40)", False),  # as of faces
+])  # fmt: skip
 def test_one_draws_where_images_look_drawn(browser, preprocess, drawn):  # noqa: F811
     """And the page is called as the work directory."""
-    channels, size = (int(part.split(")")[0]) for part in preprocess.split("(")[1:])
-    made = untrained(DataInfo(64, (size, size, channels), ("a", "b"), "-"), preprocess=preprocess, augment="")
+    channels, height, *width = map(int, re.findall(r"\d+", preprocess))
+    shape = height, *(width or [height]), channels
+    made = untrained(DataInfo(64, shape, ("a", "b"), "-"), preprocess=preprocess, augment="")
     with (
         serving(made, name="<my birds>") as where,
         chromium.opened(browser, "desktop", "light", f"http://127.0.0.1:{where}/") as (page, said, _),
