@@ -78,6 +78,7 @@ def test_no_network(mistake, tmp_path, monkeypatch):
     assert snapshot(tmp_path / "run") == {}
 
 
+@pytest.mark.thorough
 def test_nothing_to_evaluate(mistake, whole, tmp_path):
     """No run, no such checkpoint, another model, no files."""
     workdir, _ = whole
@@ -139,6 +140,7 @@ def test_a_damaged_checkpoint_that_is_named(mistake, copy, which):
     assert has(mistake("evaluate", f"--workdir={workdir}", "--checkpoint=²"), "--checkpoint=²: there are [8, 12]")
 
 
+@pytest.mark.thorough
 def test_the_last_checkpoint_of_a_finished_run_was_removed(copy, capsys):
     """`evaluate` and `export` took the one before, with status 0 and no word."""
     workdir, _ = copy

@@ -251,6 +251,7 @@ def parameters(workdir):
     return dict(tree.named_leaves(checkpoints.restore_any(checkpoints.steps()[-1])["state"]["params"]))
 
 
+@pytest.mark.thorough
 def test_what_needs_a_head_is_refused_in_one_sentence(pretrained_run, tmp_path, capsys):
     """Training ends without class scores, and the features can be used."""
     workdir = f"--workdir={pretrained_run}"

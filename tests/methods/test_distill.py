@@ -85,6 +85,7 @@ def test_a_student_resumes_to_the_same_bits_and_needs_no_teacher_afterwards(teac
     assert launch.main(["evaluate", f"--workdir={student}"]) == 0
 
 
+@pytest.mark.thorough
 def test_a_teacher_of_own_code_is_refused_with_what_to_do(teacher, tmp_path, capsys):
     """`train` has no flag that trusts a work directory."""
     shutil.copytree(teacher, tmp_path / "teacher")

@@ -68,6 +68,7 @@ def test_an_adapted_layer_is_equation_3():
     np.testing.assert_allclose(jax.jit(module.apply)(variables, images), wanted, rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_adapters_begin_as_in_loralib_and_leave_the_model_as_it_was():
     plain, x = Classifier(Net(), 3), jnp.ones((1, 20, 20, 2))
     model = Classifier(Adapted(Net(), rank=8, alpha=8.0, pattern="backbone/dense/kernel"), 3)

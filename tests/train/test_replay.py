@@ -122,7 +122,8 @@ def test_every_bit_that_a_computation_loses_is_found(more, number, fake_config, 
     assert number < 200 or all(changed[site] for site in sites if site != "d input")
 
 
-@pytest.mark.parametrize("more", [HEALTHY[0], *thorough(*HEALTHY[1:])], ids=str)
+@pytest.mark.thorough
+@pytest.mark.parametrize("more", HEALTHY, ids=str)
 def test_a_healthy_run_raises_no_alarm(more, fake_config, tmp_path, caplog):
     """And its bits are those of the run that compares nothing."""
     config = fake_config

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cases import thorough
 
 import launch
 from imgclf_jax.run import record, writers
@@ -40,7 +39,8 @@ def test_it_ends_at_the_first_evaluation_after_its_patience(stopped):
     assert (run.final, run.total, run.contradictions) == (result, 40, [])
 
 
-@pytest.mark.parametrize("gone", [["result.json", "checkpoints/12"], *thorough(["result.json"])])
+@pytest.mark.thorough
+@pytest.mark.parametrize("gone", [["result.json", "checkpoints/12"], ["result.json"]])
 def test_it_stops_at_the_same_step_when_resumed(stopped, tmp_path, capsys, gone):
     copy = tmp_path / "run"
     shutil.copytree(stopped, copy)

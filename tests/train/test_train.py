@@ -47,6 +47,7 @@ def test_profile_traces_the_steps_that_there_are(fake_config, tmp_path):
     assert not (tmp_path / "b" / "profile").exists()
 
 
+@pytest.mark.thorough
 def test_a_run_of_billions_of_steps_begins_at_once(fake_config, tmp_path, monkeypatch):
     fake_config.total, fake_config.log_every = "2000000000 steps", "1 steps"
 

@@ -170,6 +170,7 @@ def test_many_classes(trained, counted, command, monkeypatch):
     assert result["class_correct"] == np.diag(counted["confusion"]).tolist()
 
 
+@pytest.mark.thorough
 def test_best_latest_and_a_step(trained, command):
     """The best is the one in the log; 'latest' and a step select these."""
     logged = {r["step"]: r["test/accuracy"] for r in read_metrics(trained.path / "metrics.jsonl") if "test/loss" in r}
@@ -182,6 +183,7 @@ def test_best_latest_and_a_step(trained, command):
     assert Checkpoints(trained.checkpoints, read_only=True).steps() == [10, 15, 20]
 
 
+@pytest.mark.thorough
 def test_one_more_set(trained, command):
     """The command line can name splits of the run's source and of other sources."""
     other = f"fake({N}, (12, 12, 1), 10)/train[50%:60%]"

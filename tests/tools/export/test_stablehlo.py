@@ -132,6 +132,7 @@ def test_a_file_of_a_bfloat16_model_gives_its_probabilities(tmp_path, capsys):
     assert capsys.readouterr().out.count("outputs match on five random images") == 2
 
 
+@pytest.mark.thorough
 def test_a_file_that_differs_from_the_model_is_not_written(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stablehlo, "isolate_bfloat16_matmuls", lambda function: lambda *args: 1.01 * function(*args))
     assert launch.main(["export", f"{tmp_path}/a.stablehlo", f"--workdir={run}", "--gives=logits"]) == 1

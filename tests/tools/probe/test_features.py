@@ -70,6 +70,7 @@ def test_features_of_the_evaluation_sets_and_of_a_split(run, tmp_path):
     np.testing.assert_array_equal(load(tmp_path / "b.npz")["features"], found["features"][5:9])
 
 
+@pytest.mark.thorough
 def test_an_evaluation_set_that_has_changed_is_named(run, tmp_path, capsys):
     copy = shutil.copytree(run, tmp_path / "run")
     provenance = json.loads((copy / "provenance.json").read_text())
