@@ -51,6 +51,7 @@ LIGHT = {
     "cli.table",
     "cli.words",
     "run.cache",
+    "core.memory",
     "run.environment",
     "config",
     "core.errors",
