@@ -10,10 +10,9 @@ core: the median over the rounds and [min, max]. The pipelines:
 
 - `imgclf_jax`: the stream of `launch.py train`; Pillow in threads.
 - `imgclf_jax, draft`: the same with `decode(3, draft=512)`, which decodes large files at a fraction of their size.
-- `tf.data`: `decode_and_crop_jpeg` and `tf.image.resize` in a parallel map, as the ImageNet examples of Flax and
-  TensorFlow have it. It resizes without antialiasing, which reads four pixels per output pixel.
-- `torch pillow`: `ImageFolder`, `RandomResizedCrop` and `DataLoader` with a worker per core, as torchvision's
-  references have it.
+- `tf.data`: `decode_and_crop_jpeg` and bilinear `tf.image.resize` in a parallel map. It resizes without antialiasing,
+  which reads four pixels per output pixel.
+- `torch pillow`: `ImageFolder`, `RandomResizedCrop` and `DataLoader` with a worker per core.
 - `torch tensor`: the same with torchvision's JPEG decoder and transforms of tensors.
 - `grain`: `MapDataset` with Pillow, and a worker process per core.
 
@@ -44,10 +43,10 @@ OWN = "imgclf_jax"
 
 def write_photographs(folder: Path, size: tuple[int, int]) -> None:
     """Writes JPEG files of a size (width, height), half of them in each of two class folders."""
-    files = 512 if size[0] <= 500 else 64
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
+    files = 512 if size[0] <= 500 else 64
     photographs = [Image.fromarray(image) for image in load_sample_images().images]  # 640 by 427
     rng = np.random.default_rng(0)
     for i in range(files):
@@ -186,7 +185,9 @@ def main(argv: list[str]) -> int:
         os._exit(0)  # some pipelines take seconds to stop
     names = args.pipelines.split(";")
     if wrong := [name for name in names if name not in PIPELINES]:
-        parser.error(f"unknown pipeline {wrong[0]!r}; allowed are {', '.join(PIPELINES)}")
+        parser.error(f"unknown pipeline {wrong[0]!r}; allowed are {'; '.join(PIPELINES)}")
+    if wrong := [size for size in args.sizes.split(",") if size not in _SIZES]:
+        parser.error(f"unknown size {wrong[0]!r}; allowed are {', '.join(_SIZES)}")
     args.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"arguments": argv, "date": now(), "machine": machine(), "sets": {}}
     with tempfile.TemporaryDirectory() as directory:

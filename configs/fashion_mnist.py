@@ -10,8 +10,7 @@ Offline, add `--config.data.manual_dir=FOLDER` with the four original .gz files 
     test accuracy  0.8994  0.9061  0.9009  0.9052  0.9105  0.9044
 
 Training takes 42 to 48 s on two cores of an AMD EPYC (AVX-512). `docs/results/fashion_mnist-SEED.zip` are the bundles
-of these runs. Version 0.1.0, which drew different numbers, had a mean of 0.9038 on an Intel Xeon (Sapphire Rapids), and
-0.9039 in bfloat16 (`--config.precision=bfloat16`), in 27 to 29 s.
+of these runs. In bfloat16 (`--config.precision=bfloat16`) the mean is 0.9037.
 """
 
 from imgclf_jax.config import ConfigDict, default_config

@@ -17,7 +17,7 @@ def physical() -> int:
 
 
 def keep_freed() -> None:
-    """Makes the allocator keep freed memory for the next call, where it is glibc's.
+    """Makes glibc's allocator keep freed memory for the next call; other allocators do as they do.
 
     Returning and faulting in tens of megabytes per call takes as long as a step on CPU. Each arena keeps its own, so
     fewer than the default of eight per core bound the total.

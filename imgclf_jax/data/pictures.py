@@ -1,6 +1,6 @@
 """Images between host ops: uint8[h, w, c], or a Pillow image of 8 bits per channel.
 
-The ops of this package hand on the Pillow image that `decode` opens, because a conversion to an array and back takes
+The ops of this package pass on the Pillow image that `decode` opens, because converting it to an array and back takes
 half as long as decoding. Other ops get arrays.
 """
 
