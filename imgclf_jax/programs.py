@@ -84,27 +84,27 @@ class Programs:
         """The platform of the mesh, for which all programs are traced."""
         return platform.platform_of(self.mesh)
 
-    def compiler_options(self, forward: bool = False) -> dict[str, bool | str] | None:
-        """Compiler options of a program, or of a forward pass. XLA reads XLA_FLAGS only once."""
+    def compiler_options(self, onednn: bool = False) -> dict[str, bool | str] | None:
+        """Compiler options of a program, or of one for oneDNN. XLA reads XLA_FLAGS only once."""
         if self.recipe.config.deterministic and self.platform == "gpu":
             return {"xla_gpu_deterministic_ops": True}
-        return platform.ONEDNN_OPTIONS if self._uses_onednn(forward) else None
+        return platform.ONEDNN_OPTIONS if self._uses_onednn(onednn) else None
 
-    def _uses_onednn(self, forward: bool) -> bool:
+    def _uses_onednn(self, wanted: bool) -> bool:
         """Whether oneDNN computes a program; not on a mesh with an axis `seeds`, which `lax.map` would gather."""
-        return forward and self.platform == "cpu" and platform.has_onednn() and self.groups_of_seeds == 1
+        return wanted and self.platform == "cpu" and platform.has_onednn() and self.groups_of_seeds == 1
 
-    def caching(self, forward: bool) -> contextlib.AbstractContextManager[None]:
-        """The context to compile a program in: forward passes on oneDNN stay out of JAX's compilation cache."""
-        return internals.not_cached() if self._uses_onednn(forward) else contextlib.nullcontext()
+    def caching(self, onednn: bool) -> contextlib.AbstractContextManager[None]:
+        """The context to compile a program in: programs on oneDNN stay out of JAX's compilation cache."""
+        return internals.not_cached() if self._uses_onednn(onednn) else contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def tracing(self, forward: bool = False) -> Iterator[None]:
+    def tracing(self, onednn: bool = False) -> Iterator[None]:
         """Traces for the mesh's devices. A failure is traced again, part by part, to name the config key at fault.
 
-        A `forward` pass takes no gradient. On CPU plain XLA operations on oneDNN are then faster than `models/cpu/`.
+        With `onednn` it is plain XLA operations on CPU, not `models/cpu/`: faster for forward passes and some training.
         """
-        target = self.platform, platform.compute_capability_of(self.mesh), self._uses_onednn(forward)
+        target = self.platform, platform.compute_capability_of(self.mesh), self._uses_onednn(onednn)
         with platform.tracing_for(*target), diagnose.naming_the_key(self.recipe), self._matmul_precision():
             yield
 
@@ -288,7 +288,7 @@ class Programs:
     def train_step(self) -> jax.stages.Traced:
         """The traced train step of all seeds: `(state, batch, *fixed) -> (state, sums)`."""
         recipe, fixed = self.recipe, self.fixed_shape  # loads a teacher, so outside of the trace
-        with self.tracing(), norms.statistics_over(self.groups_of_statistics):
+        with self.tracing(recipe.trains_on_onednn), norms.statistics_over(self.groups_of_statistics):
             frozen = recipe.rules.frozen
             pure = step.make_train_step(
                 Frozen(recipe.model, frozen, tuple(recipe.parameters)) if frozen else recipe.model,
@@ -297,7 +297,8 @@ class Programs:
                 recipe.task, losses.link_of(recipe.config.loss), recipe.bad_steps,
             )  # fmt: skip
             batch = jax.eval_shape(lambda chunk: self._batch_at(chunk, 0), self.chunk_shape(1))
-            local = self._with_layout_pass(step.vmap_over_seeds(pure, recipe.num_seeds // self.groups_of_seeds))
+            pure = step.vmap_over_seeds(pure, recipe.num_seeds // self.groups_of_seeds)
+            local = self._with_layout_pass(pure, recipe.trains_on_onednn)
             train_step = sharding.over_seeds(local, recipe.num_seeds, self.mesh)
             return jax.jit(train_step).trace(self.state_shape, batch, *fixed)
 
@@ -343,8 +344,7 @@ class Programs:
     def _in_loop(self) -> bool:
         """Whether `train` loops over steps; else one call is one step.
 
-        This follows from the train step and its batch alone. So a run has one program, whatever `steps_per_call` and
-        the cadences are.
+        This follows from the train step and its batch. So a run has one program, whatever `steps_per_call` is.
         """
         return self._steps_in_chunk > 1 and not platform.slow_in_loops(self.train_step.jaxpr, self.platform)
 
@@ -359,9 +359,9 @@ class Programs:
         limit = _BYTES_ON_CPU if self.platform == "cpu" else _BYTES_PER_DEVICE * self.mesh.size
         return limit // (rows * math.prod(self.recipe.data.image_shape) + further) or 1
 
-    def _with_layout_pass(self, pure: Function, forward: bool = False) -> Function:
+    def _with_layout_pass(self, pure: Function, onednn: bool = False) -> Function:
         """Applies the CPU layout pass, if the mesh is of CPUs. Call it after differentiation."""
-        if self._uses_onednn(forward):  # fused, silu(y) + y of a float32 matmul y is wrong in jaxlib 0.12
+        if self._uses_onednn(onednn):  # fused, silu(y) + y of a float32 matmul y is wrong in jaxlib 0.12
             return jaxprs.isolate_matmuls(pure)
         return rewrite(pure) if self.platform == "cpu" else pure
 
@@ -371,8 +371,7 @@ class Programs:
         asked = int(self.recipe.config.steps_per_call)
         if not self._in_loop:
             if asked > 1:
-                slow = "XLA's own convolution is slow inside a loop on CPU"
-                why = "a batch is large" if self._steps_in_chunk == 1 else slow
+                why = "a batch is large" if self._steps_in_chunk == 1 else "convolution is slow inside a loop on CPU"
                 log.warning("steps_per_call=%d has no effect: a call runs one step, since %s", asked, why)
             return 1
         return min(asked, self.recipe.total) or max(1, min(_MOST_STEPS, self._steps_in_chunk, self.recipe.total))
@@ -400,9 +399,10 @@ class Programs:
                 return one_step(0, chunk, fixed, state, sums)
             return jax.lax.fori_loop(0, steps, lambda i, carry: one_step(i, chunk, fixed, *carry), (state, sums))
 
-        steps = jax.ShapeDtypeStruct((), "int32", sharding=replicated)
-        with self.tracing():
-            jitted = jax.jit(train, out_shardings=shardings, donate_argnums=0, compiler_options=self.compiler_options())
+        steps, onednn = jax.ShapeDtypeStruct((), "int32", sharding=replicated), self.recipe.trains_on_onednn
+        with self.tracing(onednn):
+            options = self.compiler_options(onednn)
+            jitted = jax.jit(train, out_shardings=shardings, donate_argnums=0, compiler_options=options)
             chunk = self.chunk_shape(self.steps_per_call)
             return jitted.trace(self.state_shape, self.shape["sums"], chunk, steps, *self.fixed_shape)
 
@@ -412,7 +412,8 @@ class Programs:
 
         The metrics of those steps are added to `sums`. The state's buffers are donated. For chunks see `placement`.
         """
-        compiled, fixed = self.traced_train.lower().compile(), self.fixed
+        with self.caching(self.recipe.trains_on_onednn):
+            compiled, fixed = self.traced_train.lower().compile(), self.fixed
         if self.platform == "cpu":
             found = compiled.memory_analysis()
             new = found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes

@@ -215,6 +215,11 @@ class Recipe:
         return bad_steps.build(self.config.on_bad_step, self.config.spike)
 
     @property
+    def trains_on_onednn(self) -> bool:
+        """Whether the backbone asks for `onednn` train steps; for several seeds they would be slow grouped ones."""
+        return self.num_seeds == 1 and getattr(self.model.backbone, "trains_on_onednn", False)
+
+    @property
     def num_seeds(self) -> int:
         """The number of replicas trained at once."""
         return int(self.config.num_seeds)

@@ -133,7 +133,7 @@ def test_gpus_are_asked_for_deterministic_kernels(kind, asked, fake_config):
     fake_config.deterministic = asked
     programs = Programs(Recipe(fake_config, DATA), described_mesh(*ELSEWHERE[kind]))
     expected = {"xla_gpu_deterministic_ops": True} if asked and kind == "gpu" else None
-    assert programs.compiler_options() == programs.compiler_options(forward=True) == expected
+    assert programs.compiler_options() == programs.compiler_options(onednn=True) == expected
 
 
 @pytest.mark.thorough
@@ -142,7 +142,7 @@ def test_the_options_reach_the_compiler_of_every_program(fake_config, monkeypatc
     fake_config.model = "mlp(widths=(2,))"
 
     def compiled(options):
-        monkeypatch.setattr(Programs, "compiler_options", lambda self, forward=False: options)
+        monkeypatch.setattr(Programs, "compiler_options", lambda self, onednn=False: options)
         programs = Programs(Recipe(fake_config, DATA), sharding.make_mesh(jax.devices()[:1]))
         state = programs.shape["state"]
         images = jax.ShapeDtypeStruct((8, *DATA.image_shape), "uint8")

@@ -83,7 +83,7 @@ def compute_capability_of(mesh: Mesh | AbstractMesh) -> float:
 def tracing_for(platform: str, compute_capability: float = 0.0, onednn: bool = False) -> AbstractContextManager[None]:
     """Inside, programs are traced for `platform`, and for GPUs of at least this `compute_capability`.
 
-    With `onednn` they are CPU programs, compiled with `ONEDNN_OPTIONS`, that take no gradient of a convolution.
+    With `onednn` they are CPU programs of plain XLA operations, compiled with `ONEDNN_OPTIONS`.
     """
     context: AbstractContextManager[None] = _traced_for((platform, compute_capability, onednn))
     return context
@@ -108,6 +108,8 @@ def cpu_barrier(x: PyTree) -> PyTree:
 def slow_in_loops(jaxpr: ClosedJaxpr, platform: str) -> bool:
     """Whether a program has an operation that is slow inside a loop on this platform.
 
-    On CPU that is XLA's own convolution: it and its gradients take up to a hundred times as long in a loop.
+    On CPU those are XLA's own convolution and oneDNN's: they and their gradients take up to a hundred times as long in
+    a loop.
     """
-    return platform == "cpu" and jaxprs.holds(jaxpr, "conv_general_dilated")
+    slow = "conv_general_dilated", *(f"cpu_onednn_conv_{role}" for role in range(3))
+    return platform == "cpu" and any(jaxprs.holds(jaxpr, name) for name in slow)

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 
 from imgclf_jax.core import platform
 from imgclf_jax.core.typing import Initializer
-from imgclf_jax.models.cpu import matmuls, pool
+from imgclf_jax.models.cpu import matmuls, onednn, pool
 from imgclf_jax.models.cpu.layout import features_first, features_last, wants_features_first
 from imgclf_jax.models.cpu.sums import broadcast_along
 
@@ -61,6 +61,8 @@ def conv(
         return features_last(matmuls.conv(features_first(x), kernel, strides, pads, dtype))
     if groups > 1 and dtype == jnp.bfloat16 and platform.uses_onednn():
         dtype = jnp.dtype(jnp.float32)  # a bfloat16 convolution of groups is up to 50 times slower there
+    if platform.uses_onednn() and groups == 1 and dilation == (1, 1):
+        return onednn.conv(x, kernel, strides, pads, dtype)
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     if _compiles_slowly_on_tpu(kernel, groups):
         return _conv_as_matmul(x, kernel, strides, pads, dilation)
@@ -107,6 +109,8 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     x = widen(x)
     if wants_features_first():
         return features_last(broadcast_along(bias.astype(x.dtype), shape=features_first(x).shape, axis=0)) + x
+    if platform.uses_onednn():
+        return x + broadcast_along(bias.astype(x.dtype), shape=x.shape, axis=x.ndim - 1)
     return x + bias.astype(x.dtype)
 
 
@@ -234,7 +238,7 @@ def max_pool(x: jax.Array, window: int, strides: int, padding: int = 0) -> jax.A
 def _max_pool(window: int, strides: int, padding: int, x: jax.Array) -> jax.Array:
     if platform.current() == "gpu":  # in one kernel
         return nn.max_pool(x, (window, window), (strides, strides), [(padding, padding)] * 2)
-    return functools.reduce(jnp.maximum, _window_slices(x, window, strides, padding, -jnp.inf))
+    return functools.reduce(jnp.maximum, pool.window_slices(x, window, strides, padding, -jnp.inf))
 
 
 @_max_pool.defjvp
@@ -243,14 +247,10 @@ def _max_pool_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     """The tangent of the first maximum. The transpose adds one array per window offset instead of scattering."""
     y = _max_pool(window, strides, padding, *primals)
-    argmax = pool.first_argmax(_window_slices(*primals, window, strides, padding, -jnp.inf), y)
-    return y, pool.select(_window_slices(*tangents, window, strides, padding, 0), argmax)
-
-
-def _window_slices(x: jax.Array, window: int, strides: int, padding: int, fill: float) -> list[jax.Array]:
-    """The `_slices` of a square window over x [b, h, w, c] padded with `fill`."""
-    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=fill)
-    return _slices(x, _pair(window), _pair(strides))
+    argmax = pool.first_argmax(pool.window_slices(*primals, window, strides, padding, -jnp.inf), y)
+    if platform.uses_onednn():
+        return y, pool.take_max(*tangents, argmax, window=window, strides=strides, padding=padding)
+    return y, pool.select(pool.window_slices(*tangents, window, strides, padding, 0), argmax)
 
 
 def mean_pool(x: jax.Array) -> jax.Array:

@@ -74,7 +74,7 @@ class BatchNorm(nn.Module):
             factor = lax.rsqrt(var + self.epsilon) * scale
             return (x * factor.astype(x.dtype) + (bias - mean * factor).astype(x.dtype)).astype(self.dtype)
         # Off CPU, XLA's automatic derivative is faster: the rule below would cost it a pass over the images.
-        one_group = functools.partial(_batch_norm_by_rule if wants_features_first() else _batch_norm, self.epsilon)
+        one_group = functools.partial(_batch_norm_by_rule if _on_cpu() else _batch_norm, self.epsilon)
         normalize = functools.partial(_features_first, one_group)
         if (parts := _groups.value) == 1 or len(x) == 1:  # models are initialized on one example
             y, mean, var = normalize(x, scale.astype(x.dtype), bias.astype(x.dtype))
@@ -140,16 +140,20 @@ def _features_first(normalize: Function, x: jax.Array, *args: jax.Array) -> PyTr
     return (features_last(y), *more)
 
 
+def _on_cpu() -> bool:
+    return platform.current() == "cpu"
+
+
 def _along(values: jax.Array, axis: int, x: jax.Array) -> jax.Array:
     """Broadcasts values [c] along `axis` of x to the shape of x."""
-    if wants_features_first():
+    if _on_cpu():
         return sums.broadcast_along(values, x.shape, axis)
     return jnp.broadcast_to(jnp.expand_dims(values, [i for i in range(x.ndim) if i != axis]), x.shape)
 
 
 def _mean_except(x: jax.Array, axis: int) -> jax.Array:
     """The mean over all axes except `axis` → [c]."""
-    total = sums.sum_except(x, axis) if wants_features_first() else jnp.sum(x, [i for i in range(x.ndim) if i != axis])
+    total = sums.sum_except(x, axis) if _on_cpu() else jnp.sum(x, [i for i in range(x.ndim) if i != axis])
     return total / (x.size // x.shape[axis])
 
 

@@ -124,6 +124,7 @@ class ResNet(nn.Module):
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     swappable = _RESNET_PARTS
+    trains_on_onednn = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -153,6 +154,7 @@ class ResNetCIFAR(nn.Module):
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     swappable = _RESNET_PARTS
+    trains_on_onednn = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -210,6 +212,7 @@ class WideResNet(nn.Module):
     norm: ModuleDef = BatchNorm
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     swappable = _WIDE_RESNET_PARTS
+    trains_on_onednn = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

@@ -1,4 +1,7 @@
-"""Max pooling and fused convolution + pooling on CPU, on channel-first images [c, h, w, b]; see `matmuls.py`."""
+"""Max pooling and fused convolution + pooling on CPU, on channel-first images [c, h, w, b]; see `matmuls.py`.
+
+`take_max` is for pooling of [b, h, w, c].
+"""
 
 import functools
 import itertools
@@ -12,6 +15,7 @@ from jax.typing import DTypeLike
 from imgclf_jax.models.cpu import matmuls
 from imgclf_jax.models.cpu.layout import accumulator, contiguous
 from imgclf_jax.models.cpu.multilinear import multilinear
+from imgclf_jax.models.cpu.onednn import interleave
 
 
 def _window_slices(x: jax.Array, window: int) -> list[jax.Array]:
@@ -74,6 +78,47 @@ def _take_transpose(
 
 
 _take_max = multilinear("take_max", _take, _take_transpose)
+
+
+def window_slices(x: jax.Array, window: int, strides: int, padding: int, fill: float) -> list[jax.Array]:
+    """One slice [b, ho, wo, c] of x [b, h, w, c], padded with `fill`, for each offset within a square window."""
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=fill)
+    rows, columns = ((n - window) // strides * strides + 1 for n in x.shape[1:3])
+    return [x[:, i : i + rows : strides, j : j + columns : strides]
+            for i, j in itertools.product(range(window), repeat=2)]  # fmt: skip
+
+
+def _take_slices(x: jax.Array, argmax: jax.Array, window: int, strides: int, padding: int) -> jax.Array:
+    return select(window_slices(x, window, strides, padding, 0), argmax)
+
+
+def _take_slices_transpose(
+    gradient: jax.Array, argmax: jax.Array, like: jax.ShapeDtypeStruct, window: int, strides: int, padding: int
+) -> jax.Array:
+    """The transpose of `_take_slices`: inputs at the same offset modulo the stride are in the same windows.
+
+    So the gradients of an offset are sums of arrays as small as the outputs, and the offsets interleave.
+    """
+    gradient, argmax = lax.optimization_barrier((gradient, argmax))
+    padded = [n + 2 * padding for n in like.shape[1:3]]
+    size = [-(-n // strides) for n in padded]
+    free = [n - m for n, m in zip(size, gradient.shape[1:3], strict=True)]  # inputs behind the last window
+
+    def at(row: int, column: int) -> jax.Array:
+        total = jnp.zeros((len(gradient), *size, like.shape[3]), gradient.dtype)
+        for i, j in itertools.product(range(row, window, strides), range(column, window, strides)):
+            part = jnp.where(argmax == i * window + j, gradient, 0)
+            shifts = ((offset // strides, room - offset // strides, 0)
+                      for offset, room in zip((i, j), free, strict=True))  # fmt: skip
+            total += lax.pad(part, jnp.zeros((), part.dtype), ((0, 0, 0), *shifts, (0, 0, 0)))
+        return lax.optimization_barrier(total)
+
+    phases = [[at(row, column) for column in range(strides)] for row in range(strides)]
+    y = interleave(phases, (len(gradient), *padded, like.shape[3]))
+    return y[:, padding : padding + like.shape[1], padding : padding + like.shape[2]]
+
+
+take_max = multilinear("take_slices", _take_slices, _take_slices_transpose)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

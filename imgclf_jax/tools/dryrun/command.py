@@ -76,7 +76,7 @@ def report(programs: Programs, chips: topology.Chips) -> JsonObject:
     for number, name in enumerate(traced, 1):
         began = time.perf_counter()
         log.info("compiling %s (%d of %d)", name, number, len(traced))
-        with programs.caching(forward=name == "eval"):
+        with programs.caching(name == "eval" or (name == "train" and recipe.trains_on_onednn)):
             compiled[name] = _compile(traced[name])
         result["compile_seconds"][name] = round(time.perf_counter() - began, 1)
         if isinstance(compiled[name], str):

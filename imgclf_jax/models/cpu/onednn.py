@@ -1,0 +1,124 @@
+"""Convolution of [b, h, w, c] on CPU with gradients that oneDNN computes too.
+
+XLA hands oneDNN a plain convolution, but neither its automatic derivatives nor anything inside a loop. Here every
+gradient is written as plain convolutions and matmuls. The barriers keep XLA from fusing these with their neighbours:
+see `jaxprs.isolate_matmuls`, which does not look into primitives.
+
+Operands are in `dtype`, and so are results. A kernel's gradient is at least float32.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from imgclf_jax.models.cpu.layout import accumulator
+from imgclf_jax.models.cpu.matmuls import Pads
+from imgclf_jax.models.cpu.multilinear import multilinear
+
+type _Pair = tuple[int, int]
+
+
+def _convolve(
+    x: jax.Array, kernel: jax.Array, strides: _Pair, pads: Sequence[_Pair], dilation: _Pair = (1, 1),
+    dimensions: tuple[str, str, str] = ("NHWC", "HWIO", "NHWC"),
+) -> jax.Array:  # fmt: skip
+    """`lax.conv_general_dilated` apart from its neighbours; negative padding, which oneDNN lacks, crops first."""
+    rows, columns = (dimensions[0].index(letter) for letter in "HW")
+    crop = [(0, 0, 0)] * 4
+    crop[rows], crop[columns] = ((min(low, 0), min(high, 0), 0) for low, high in pads)
+    x = lax.pad(x, jnp.zeros((), x.dtype), crop)
+    pads = [(max(low, 0), max(high, 0)) for low, high in pads]
+    return lax.optimization_barrier(
+        lax.conv_general_dilated(x, kernel, strides, pads, rhs_dilation=dilation, dimension_numbers=dimensions)
+    )
+
+
+def _conv(x: jax.Array, kernel: jax.Array, strides: _Pair, pads: Pads, dtype: DTypeLike) -> jax.Array:
+    return _convolve(x.astype(dtype), kernel.astype(dtype), strides, pads)
+
+
+def _conv_images(
+    gradient: jax.Array, kernel: jax.Array, like: jax.ShapeDtypeStruct, strides: _Pair, pads: Pads, dtype: DTypeLike
+) -> jax.Array:
+    """The gradient of x [b, h, w, c] from that of the outputs [b, ho, wo, f], without multiplying by inserted zeros.
+
+    Inputs at the same offset p modulo the stride s see the same taps u of the kernel: those with u = p + low mod s. So
+    each offset is a convolution of its own with stride 1, and the results interleave.
+    """
+    gradient, kernel = lax.optimization_barrier((gradient.astype(dtype), kernel.astype(dtype)))
+
+    def taps(axis: int, offset: int) -> tuple[slice, _Pair]:
+        """The kernel's taps for an offset, and the padding of the gradient, along an axis."""
+        k, s, low = kernel.shape[axis], strides[axis], pads[axis][0]
+        first = (offset + low) % s
+        count = len(range(first, k, s))
+        shift = (offset + low - first) // s  # the input at s * i + offset sees output i + shift through the first tap
+        before = count - 1 - shift
+        inputs, outputs = -(-like.shape[1 + axis] // s), gradient.shape[1 + axis]
+        return slice(first, k, s), (before, inputs - outputs + shift)
+
+    def at(row: int, column: int) -> jax.Array:
+        (rows, above), (columns, beside) = taps(0, row), taps(1, column)
+        part = kernel[rows, columns]
+        if part.size == 0:  # the kernel is smaller than the stride
+            size = (-(-n // s) for n, s in zip(like.shape[1:3], strides, strict=True))
+            return jnp.zeros((len(gradient), *size, kernel.shape[2]), dtype)
+        return _convolve(gradient, part[::-1, ::-1].swapaxes(2, 3), (1, 1), (above, beside))
+
+    phases = [[at(row, column) for column in range(strides[1])] for row in range(strides[0])]
+    return interleave(phases, like.shape)
+
+
+def interleave(phases: Sequence[Sequence[jax.Array]], shape: tuple[int, ...]) -> jax.Array:
+    """Arranges y[p][q] [b, n, m, c] to [b, s * n, t * m, c], where row s * i + p, column t * j + q is y[p][q][i, j].
+
+    Then crops to `shape`.
+    """
+    if len(phases) == len(phases[0]) == 1:
+        return phases[0][0][:, : shape[1], : shape[2]]
+    y = jnp.stack([jnp.stack(row, 3) for row in phases], 2)  # [b, n, s, m, t, c]
+    b, n, s, m, t, c = y.shape
+    return lax.optimization_barrier(y.reshape(b, n * s, m * t, c)[:, : shape[1], : shape[2]])
+
+
+def _conv_kernel(
+    x: jax.Array, gradient: jax.Array, like: jax.ShapeDtypeStruct, strides: _Pair, pads: Pads, dtype: DTypeLike
+) -> jax.Array:
+    """The gradient of the kernel [kh, kw, c, f], from the gradient of the outputs [b, ho, wo, f].
+
+    It is a convolution of the images with the outputs' gradient as a kernel of ho by wo taps, in which channels are the
+    batch and images the channels. For a 1×1 kernel it is a matmul.
+    """
+    (kh, kw), wide = like.shape[:2], accumulator(dtype)
+    x, gradient = lax.optimization_barrier((x.astype(dtype), gradient.astype(dtype)))
+    if (kh, kw) == (1, 1) and pads == ((0, 0), (0, 0)):
+        seen = x[:, :: strides[0], :: strides[1]][:, : gradient.shape[1], : gradient.shape[2]]
+        pairs = (y.reshape(-1, y.shape[3]).astype(wide) for y in (seen, gradient))  # bfloat16 is slower here
+        seen, gradient = lax.optimization_barrier(tuple(pairs))
+        product = lax.dot_general(seen, gradient, (((0,), (0,)), ((), ())))
+        return lax.optimization_barrier(product).reshape(like.shape)
+    around = [
+        (low, (m - 1) * s + k - n - low)
+        for n, m, k, s, (low, _) in zip(x.shape[1:3], gradient.shape[1:3], (kh, kw), strides, pads, strict=True)
+    ]
+    # In float32 two halves of the batch are faster than the whole.
+    halves = 2 if dtype == jnp.float32 and len(x) % 2 == 0 else 1
+    x, gradient = (y.reshape(-1, halves, *y.shape[1:]) for y in (x, gradient))  # keeps the batch sharded
+    permuted = ("CHWN", "IHWO", "NHWC")  # oneDNN takes no results with the batch elsewhere
+    parts = [_convolve(x[:, i], gradient[:, i], (1, 1), around, strides, permuted) for i in range(halves)]
+    return functools.reduce(jnp.add, [part.astype(wide) for part in parts]).transpose(1, 2, 0, 3)
+
+
+_conv_product = multilinear("onednn_conv", _conv, _conv_images, _conv_kernel)
+
+
+def conv(x: jax.Array, kernel: jax.Array, strides: _Pair, pads: Pads, dtype: DTypeLike) -> jax.Array:
+    """Convolution, [b, h, w, c] and [kh, kw, c, f] → [b, ho, wo, f] in `dtype`.
+
+    `pads` are ((top, bottom), (left, right)); negative padding crops.
+    """
+    return _conv_product(x, kernel, strides=strides, pads=pads, dtype=jnp.dtype(dtype))

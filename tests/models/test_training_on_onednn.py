@@ -1,0 +1,156 @@
+"""Train steps of plain XLA operations on CPU, whose convolutions and their gradients oneDNN computes."""
+
+import functools
+import platform as host
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import thorough, trained_for
+from flax import linen as nn
+from jax import lax
+from jax.test_util import check_grads
+from jax.typing import DTypeLike
+
+from imgclf_jax.core import internals, platform
+from imgclf_jax.models import classifier, layers
+from imgclf_jax.recipe import Recipe
+from imgclf_jax.run.provenance import DataInfo
+
+pytestmark = pytest.mark.skipif(host.machine() not in ("x86_64", "AMD64"), reason="jaxlib has oneDNN only on x86")
+
+DATA = DataInfo(64, (16, 16, 3), tuple("abcd"), "made up")
+
+# Image size, kernel size, strides, ((top, bottom), (left, right)).
+CONVOLUTIONS = {
+    "same": ((9, 10), (3, 3), (1, 1), ((1, 1), (1, 1))),
+    "strided": ((8, 9), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    "stem": ((14, 15), (7, 7), (2, 2), ((3, 3), (3, 3))),
+    "shortcut": ((8, 9), (1, 1), (2, 2), ((0, 0), (0, 0))),
+    "pointwise": ((6, 5), (1, 1), (1, 1), ((0, 0), (0, 0))),
+    "odd_rows_of_a_patch": ((11, 9), (2, 2), (3, 3), ((0, 0), (1, 0))),
+    "oblong": ((9, 8), (3, 2), (2, 1), ((0, 1), (1, 0))),
+    "wide_padding": ((6, 7), (2, 1), (1, 1), ((3, 2), (1, 2))),
+    "cropping": ((9, 11), (3, 3), (2, 1), ((-1, 0), (2, -2))),
+}
+
+
+def _convolution(name, dtype):
+    """(Images, kernel, the gradient of the outputs, the convolution as a layer computes it) in `dtype`."""
+    size, kernel_size, strides, pads = CONVOLUTIONS[name]
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((4, *size, 6), (*kernel_size, 6, 8)))
+
+    def conv(x, kernel):
+        return layers.conv(x, kernel, strides, pads)
+
+    return x, kernel, jnp.asarray(rng.normal(size=jax.eval_shape(conv, x, kernel).shape), dtype), conv
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_onednn_computes_the_gradients_that_xla_derives_in_float64(name, dtype):
+    x, kernel, gradient, conv = _convolution(name, dtype)
+    with jax.enable_x64():
+        wide = [np.asarray(value, np.float64) for value in (x, kernel, gradient)]
+        plain, pull = jax.vjp(conv, *wide[:2])  # outside of `tracing_for`: lax.conv_general_dilated
+        expected = plain, *pull(wide[2])
+    with platform.tracing_for("cpu", onednn=True), internals.not_cached():
+
+        def pulled(x, kernel, gradient):
+            y, pull = jax.vjp(conv, x, kernel)
+            return y, *pull(gradient)
+
+        jitted = jax.jit(pulled, compiler_options=platform.ONEDNN_OPTIONS)
+        compiled = jitted.lower(x, kernel, gradient).compile()
+    if dtype == "float32" and name != "wide_padding":  # not every x86 has bfloat16; wider than the kernel is XLA's own
+        assert " convolution(" not in compiled.as_text()
+    for found, exact in zip(compiled(x, kernel, gradient), expected, strict=True):
+        assert found.dtype == dtype
+        error = np.abs(np.asarray(found, np.float64) - np.asarray(exact)).max()
+        assert error < {"float32": 1e-5, "bfloat16": 0.02}[dtype] * np.abs(exact).max()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", ["strided", *thorough("same", "shortcut", "oblong", "cropping")])
+def test_every_derivative_of_a_convolution(name):
+    x, kernel, _, conv = _convolution(name, "float64")
+    with platform.tracing_for("cpu", onednn=True):
+        check_grads(conv, (x, kernel), order=2, modes=("fwd", "rev"))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("window", "strides", "padding"),
+    [(3, 2, 1), *thorough((2, 2, 0), (3, 3, 0), (3, 1, 1), (5, 2, 2), (2, 3, 0))],
+)
+def test_the_gradient_of_max_pooling(window, strides, padding):
+    """Linen's pooling, which differentiates by XLA's `select_and_scatter`, is the oracle; there are no ties."""
+    x = np.random.default_rng(0).permutation(2 * 10 * 9 * 3).reshape(2, 10, 9, 3) * 1.0
+    expected, pull = jax.vjp(
+        lambda x: nn.max_pool(x, (window, window), (strides, strides), [(padding, padding)] * 2), x
+    )
+    with platform.tracing_for("cpu", onednn=True):
+        found, own_pull = jax.vjp(lambda x: layers.max_pool(x, window, strides, padding), x)
+        gradient = np.random.default_rng(1).normal(size=found.shape)
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_allclose(own_pull(gradient)[0], pull(gradient)[0], rtol=1e-12)
+
+
+class Strange(nn.Module):
+    """A stranger's backbone of plain linen and lax operations beside the layers, trained on oneDNN."""
+
+    dtype: DTypeLike = jnp.float32
+    trains_on_onednn = True
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        conv = functools.partial(layers.Conv, dtype=self.dtype)
+        x = conv(8, 3)(x)
+        x = nn.relu(nn.GroupNorm(4)(x.astype(jnp.float32)).astype(self.dtype)) * 2 + x
+        x = conv(8, 3, kernel_dilation=2)(x) + nn.Conv(8, (3, 3), feature_group_count=4, dtype=self.dtype)(x)
+        x = layers.max_pool(nn.gelu(x), 3, 2, 1)
+        x = conv(16, 1, 2)(x).astype(jnp.float32)
+        return lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID").mean((1, 2))
+
+
+def _train_one_step(config, backbone, onednn, monkeypatch):
+    """(Params and batch statistics after one step, as one float64 vector, the lowered train program)."""
+    monkeypatch.setattr(backbone, "trains_on_onednn", onednn)
+    programs, _, _, state = trained_for(config, 1)
+    leaves = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves((state.params, state.model_state))]
+    return np.concatenate(leaves), programs.traced_train.lower().as_text()
+
+
+MODELS = [f"{__name__}:Strange", *thorough("resnet_cifar(8)", "resnet(18)", "wide_resnet(10, 1)")]
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("model", MODELS)
+def test_both_forms_of_a_train_step_agree(model, fake_config, monkeypatch):
+    """In bfloat16, where forms round at other places, one is about as far from float32 as the other."""
+    fake_config.preprocess, fake_config.data.source = "decode(3)", "fake(64, (16, 16, 3), 4)"
+    fake_config.model, fake_config.optimizer, fake_config.schedule = model, "sgd", "constant(0.1)"
+    backbone = type(classifier.build(model, 4, "float32").backbone)
+    found, program = _train_one_step(fake_config, backbone, True, monkeypatch)
+    expected, other = _train_one_step(fake_config, backbone, False, monkeypatch)
+    assert "stablehlo.convolution" in program
+    assert "stablehlo.convolution" not in other or model.endswith("Strange")  # which has one of linen's own
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    fake_config.precision = "bfloat16"
+    errors = [
+        np.linalg.norm(_train_one_step(fake_config, backbone, onednn, monkeypatch)[0] - expected)
+        for onednn in (True, False)
+    ]
+    assert 0 < errors[0] < 1.5 * errors[1]
+
+
+def test_several_seeds_do_not_train_on_onednn(fake_config):
+    """`vmap` over their kernels would make convolutions of groups, which are slow there."""
+    fake_config.model, fake_config.num_seeds = "resnet_cifar(8)", 2
+    assert not Recipe(fake_config, DATA).trains_on_onednn
+    fake_config.num_seeds = 1
+    assert Recipe(fake_config, DATA).trains_on_onednn
+    fake_config.model = "cnn"
+    assert not Recipe(fake_config, DATA).trains_on_onednn
