@@ -61,7 +61,8 @@ def conv(
         return features_last(matmuls.conv(features_first(x), kernel, strides, pads, dtype))
     if groups > 1 and dtype == jnp.bfloat16 and platform.uses_onednn():
         dtype = jnp.dtype(jnp.float32)  # a bfloat16 convolution of groups is up to 50 times slower there
-    if platform.uses_onednn() and groups == 1 and dilation == (1, 1):
+    depthwise = groups == x.shape[3] == kernel.shape[3]
+    if platform.uses_onednn() and (groups == 1 or depthwise) and dilation == (1, 1):
         return onednn.conv(x, kernel, strides, pads, dtype)
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     if _compiles_slowly_on_tpu(kernel, groups):
@@ -246,6 +247,8 @@ def _max_pool_jvp(
     window: int, strides: int, padding: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     """The tangent of the first maximum. The transpose adds one array per window offset instead of scattering."""
+    if platform.uses_onednn():  # the maximum and its position must see the same roundings
+        primals = lax.optimization_barrier(primals)
     y = _max_pool(window, strides, padding, *primals)
     argmax = pool.first_argmax(pool.window_slices(*primals, window, strides, padding, -jnp.inf), y)
     if platform.uses_onednn():

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
 from imgclf_jax.models.cpu.layout import accumulator
-from imgclf_jax.models.cpu.matmuls import Pads
+from imgclf_jax.models.cpu.matmuls import Pads, Shaped
 from imgclf_jax.models.cpu.multilinear import multilinear
 
 type _Pair = tuple[int, int]
@@ -24,7 +25,7 @@ type _Pair = tuple[int, int]
 
 def _convolve(
     x: jax.Array, kernel: jax.Array, strides: _Pair, pads: Sequence[_Pair], dilation: _Pair = (1, 1),
-    dimensions: tuple[str, str, str] = ("NHWC", "HWIO", "NHWC"),
+    dimensions: tuple[str, str, str] = ("NHWC", "HWIO", "NHWC"), groups: int = 1,
 ) -> jax.Array:  # fmt: skip
     """`lax.conv_general_dilated` apart from its neighbours; negative padding, which oneDNN lacks, crops first."""
     rows, columns = (dimensions[0].index(letter) for letter in "HW")
@@ -33,12 +34,20 @@ def _convolve(
     x = lax.pad(x, jnp.zeros((), x.dtype), crop)
     pads = [(max(low, 0), max(high, 0)) for low, high in pads]
     return lax.optimization_barrier(
-        lax.conv_general_dilated(x, kernel, strides, pads, rhs_dilation=dilation, dimension_numbers=dimensions)
-    )
+        lax.conv_general_dilated(
+            x, lax.optimization_barrier(kernel), strides, pads, rhs_dilation=dilation, dimension_numbers=dimensions,
+            feature_group_count=groups,
+        )
+    )  # fmt: skip
+
+
+def _groups(kernel: Shaped, x: Shaped) -> int:
+    """The groups of a convolution of x with [kh, kw, c // groups, f]: one, or all channels for a depthwise one."""
+    return x.shape[3] // kernel.shape[2]
 
 
 def _conv(x: jax.Array, kernel: jax.Array, strides: _Pair, pads: Pads, dtype: DTypeLike) -> jax.Array:
-    return _convolve(x.astype(dtype), kernel.astype(dtype), strides, pads)
+    return _convolve(x.astype(dtype), kernel.astype(dtype), strides, pads, groups=_groups(kernel, x))
 
 
 def _conv_images(
@@ -50,6 +59,8 @@ def _conv_images(
     each offset is a convolution of its own with stride 1, and the results interleave.
     """
     gradient, kernel = lax.optimization_barrier((gradient.astype(dtype), kernel.astype(dtype)))
+    if (groups := _groups(kernel, like)) == 1:
+        kernel = kernel.swapaxes(2, 3)
 
     def taps(axis: int, offset: int) -> tuple[slice, _Pair]:
         """The kernel's taps for an offset, and the padding of the gradient, along an axis."""
@@ -66,8 +77,8 @@ def _conv_images(
         part = kernel[rows, columns]
         if part.size == 0:  # the kernel is smaller than the stride
             size = (-(-n // s) for n, s in zip(like.shape[1:3], strides, strict=True))
-            return jnp.zeros((len(gradient), *size, kernel.shape[2]), dtype)
-        return _convolve(gradient, part[::-1, ::-1].swapaxes(2, 3), (1, 1), (above, beside))
+            return jnp.zeros((len(gradient), *size, like.shape[3]), dtype)
+        return _convolve(gradient, part[::-1, ::-1], (1, 1), (above, beside), groups=groups)
 
     phases = [[at(row, column) for column in range(strides[1])] for row in range(strides[0])]
     return interleave(phases, like.shape)
@@ -95,6 +106,8 @@ def _conv_kernel(
     """
     (kh, kw), wide = like.shape[:2], accumulator(dtype)
     x, gradient = lax.optimization_barrier((x.astype(dtype), gradient.astype(dtype)))
+    if _groups(like, x) > 1:
+        return _depthwise_kernel(x, gradient, (kh, kw), strides, pads)
     if (kh, kw) == (1, 1) and pads == ((0, 0), (0, 0)):
         seen = x[:, :: strides[0], :: strides[1]][:, : gradient.shape[1], : gradient.shape[2]]
         pairs = (y.reshape(-1, y.shape[3]).astype(wide) for y in (seen, gradient))  # bfloat16 is slower here
@@ -113,11 +126,35 @@ def _conv_kernel(
     return functools.reduce(jnp.add, [part.astype(wide) for part in parts]).transpose(1, 2, 0, 3)
 
 
+def _depthwise_kernel(x: jax.Array, gradient: jax.Array, kernel: _Pair, strides: _Pair, pads: Pads) -> jax.Array:
+    """The gradient of a depthwise kernel [kh, kw, 1, c], by one batched matmul for each of its rows.
+
+    The matmul is over images and rows: for each channel, every column of x times every column of the gradient. Tap j of
+    the row is the sum over the pairs of columns that it connects. All other pairs are computed in vain, still in a
+    fraction of the time of the sums alone.
+    """
+    (kh, kw), (sh, sw), (ho, wo) = kernel, strides, gradient.shape[1:3]
+    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)))
+    x, gradient = (lax.optimization_barrier(y.transpose(3, 1, 0, 2)) for y in (x, gradient))  # [c, h, b, w]
+    seen = x.shape[3]
+    column, tap, output = (np.arange(n) for n in (seen, kw, wo))
+    connected = column[:, None, None] == sw * output[:, None] + tap  # [columns of x, of the gradient, kw]
+    rows = []
+    for i in range(kh):
+        part = lax.optimization_barrier(x[:, i : i + (ho - 1) * sh + 1 : sh])
+        pairs = lax.dot_general(part, gradient, (((1, 2), (1, 2)), ((0,), (0,))))  # [c, columns, columns]
+        taps = connected.reshape(-1, kw).astype(x.dtype)
+        rows.append(
+            lax.dot_general(lax.optimization_barrier(pairs).reshape(len(x), -1), taps, (((1,), (0,)), ((), ())))
+        )
+    return jnp.stack(rows).transpose(0, 2, 1)[:, :, None]  # [kh, c, kw] → [kh, kw, 1, c]
+
+
 _conv_product = multilinear("onednn_conv", _conv, _conv_images, _conv_kernel)
 
 
 def conv(x: jax.Array, kernel: jax.Array, strides: _Pair, pads: Pads, dtype: DTypeLike) -> jax.Array:
-    """Convolution, [b, h, w, c] and [kh, kw, c, f] → [b, ho, wo, f] in `dtype`.
+    """Convolution, [b, h, w, c] and [kh, kw, c, f] → [b, ho, wo, f] in `dtype`; depthwise with [kh, kw, 1, c].
 
     `pads` are ((top, bottom), (left, right)); negative padding crops.
     """
