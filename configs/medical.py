@@ -5,14 +5,13 @@
 After 30 epochs on the 624 test images, next to the paper's ResNet-18 at the same 28×28 pixels:
 
     seed                      0       1       2       mean    published
-    accuracy                  0.9231  0.9247  0.9231  0.9236  0.854
-    area under the ROC curve  0.9863  0.9838  0.9866  0.9856  0.944
-    mean recall of a class    0.9017  0.9030  0.9026  0.9024
+    accuracy                  0.9215  0.9135  0.9231  0.9193  0.854
+    area under the ROC curve  0.9867  0.9861  0.9860  0.9863  0.944
+    mean recall of a class    0.8987  0.8889  0.9000  0.8959
 
-The best checkpoints on `val` have accuracies of 0.9279, 0.9054 and 0.8782 and areas of 0.9819, 0.9689 and 0.9773: the
-524 images of `val` hardly tell checkpoints apart. These runs took 7 to 12 minutes on two busy cores of an AMD EPYC
-(AVX-512); `docs/results/medical-SEED.zip` are their bundles. On two cores of an Intel Xeon (Sapphire Rapids) a run took
-4 to 5 minutes.
+The best checkpoints on `val` have accuracies of 0.9038, 0.8910 and 0.9391 and areas of 0.9833, 0.9822 and 0.9827: the
+524 images of `val` hardly tell checkpoints apart. These runs took 4 to 6 minutes on two busy cores of an AMD EPYC
+(AVX-512); `docs/results/medical-SEED.zip` are their bundles.
 
 DIR holds `train/CLASS/…`, `val/CLASS/…` and `test/CLASS/…`. The loss weights both classes equally. The checkpoint with
 the best area under the ROC curve on `val` is kept, and `uv run launch.py evaluate --workdir RUN` evaluates it.
